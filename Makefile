@@ -1,0 +1,42 @@
+# Everything needs python3 (3.11 or newer), make and a package index: no docker, no compiler, no root.
+.DEFAULT_GOAL := help
+.PHONY: help setup check test demo bench protos lock
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+# The tests start servers; more than four at a time only makes them wait for each other.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -gt 4 ] && echo 4 || echo $$n)
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+setup: $(VENV)/.ready ## make .venv with everything in requirements.lock
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@sh tests/setup.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+check: setup ## lint, types, architecture, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd protos && ../$(BIN)/buf lint
+
+test: setup ## all tests, on servers they start themselves
+	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+demo: setup ## a shop in two versions behind Envoy, and what differs
+	@$(BIN)/abreast demo $(ARGS)
+
+bench: setup ## measure; writes bench/results.json
+	$(BIN)/python bench/run.py $(ARGS)
+
+protos: setup ## generate code from protos/
+	$(BIN)/python protos/generate.py
+
+lock: ## resolve requirements.lock anew (needs uv)
+	uv pip compile --upgrade --universal --python-version 3.11.0 --generate-hashes --no-emit-index-url \
+	  --no-header --group dev --all-extras pyproject.toml -o requirements.lock

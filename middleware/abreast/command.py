@@ -1,0 +1,15 @@
+"""The console script. It comes with the bare package too, and then says what to install."""
+
+import sys
+
+PARTS = {"click", "grpc", "google", "jinja2", "psycopg", "rich", "starlette", "structlog", "uvicorn", "yaml", "zstandard"}
+
+
+def main() -> None:
+    try:
+        from abreast_sidecar.cli import main as run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in PARTS:
+            raise
+        sys.exit("abreast: the command line needs more parts; run: pip install 'abreast[sidecar]'")
+    run()

@@ -1,0 +1,20 @@
+"""Errors of the middleware package.
+
+AbreastError
+├── SettingError   a setting has a value that can't be used; raised while the service starts, never later
+└── CaptureError   a capture can't be read
+
+Messages are lower case and say what, where and what to do. None is ever raised into a request.
+"""
+
+
+class AbreastError(Exception):
+    pass
+
+
+class SettingError(AbreastError):
+    pass
+
+
+class CaptureError(AbreastError):
+    pass

@@ -1,0 +1,77 @@
+-- Takes a batch of captures, joins what belongs together and moves complete pairs to the stream, atomically.
+-- KEYS: due, ready, joined, stats, then the pair's hash for each capture.
+-- ARGV: wait_ms, max_pairs, max_bytes, remember, remember_ms, then (pair, slot, arms, capture) for each.
+-- Returns {captures kept, duplicate, late, refused for pairs, refused for bytes}.
+local due, ready, joined, stats = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local wait_ms, max_pairs, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local remember, remember_ms = tonumber(ARGV[4]), tonumber(ARGV[5])
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+local held = tonumber(redis.call('HGET', stats, 'bytes') or '0')
+local waiting = redis.call('ZCARD', due)
+local queued = redis.call('XLEN', ready)
+local count = {received = 0, duplicate = 0, late = 0, shed_pairs = 0, shed_bytes = 0, joined = 0}
+local before = held
+
+local function move(pair, hash)
+  local entry = {'pair', pair, 'why', 'joined'}
+  for _, part in ipairs(redis.call('HGETALL', hash)) do
+    entry[#entry + 1] = part
+  end
+  redis.call('XADD', ready, '*', unpack(entry))
+  redis.call('DEL', hash)
+  if redis.call('ZREM', due, pair) == 1 then
+    waiting = waiting - 1
+  end
+  redis.call('ZADD', joined, now, pair)
+  queued = queued + 1
+  count.joined = count.joined + 1
+end
+
+local function take(hash, pair, slot, arms, capture)
+  if redis.call('ZSCORE', joined, pair) then
+    return 'late'
+  end
+  local there = redis.call('HLEN', hash)
+  if there > 0 and redis.call('HEXISTS', hash, slot) == 1 then
+    return 'duplicate'
+  end
+  if held + #capture > max_bytes then
+    return 'shed_bytes'
+  end
+  local completes = there + 1 >= arms
+  if (completes and queued >= max_pairs) or (there == 0 and waiting >= max_pairs) then
+    return 'shed_pairs'
+  end
+  redis.call('HSET', hash, slot, capture)
+  held = held + #capture
+  if completes then
+    move(pair, hash)
+  elseif there == 0 then
+    redis.call('ZADD', due, now + wait_ms, pair)
+    waiting = waiting + 1
+  end
+  return 'received'
+end
+
+for i = 5, #KEYS do
+  local at = 6 + (i - 5) * 4
+  local what = take(KEYS[i], ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2]), ARGV[at + 3])
+  count[what] = count[what] + 1
+end
+
+redis.call('ZREMRANGEBYSCORE', joined, '-inf', now - remember_ms)
+local over = redis.call('ZCARD', joined) - remember
+if over > 0 then
+  redis.call('ZREMRANGEBYRANK', joined, 0, over - 1)
+end
+for name, n in pairs(count) do
+  if n > 0 then
+    redis.call('HINCRBY', stats, name, n)
+  end
+end
+if held ~= before then
+  redis.call('HINCRBY', stats, 'bytes', held - before)
+end
+return {count.received, count.duplicate, count.late, count.shed_pairs, count.shed_bytes}

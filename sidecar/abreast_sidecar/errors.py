@@ -1,0 +1,45 @@
+"""Errors of the sidecar and its command line.
+
+SidecarError
+├── SettingError       a setting has a value that can't be used
+├── ServerError        an embedded server did not start
+├── RedisError         Redis can't be reached or refuses
+├── LedgerError        Postgres can't be reached or refuses
+│   └── SchemaError    the database's schema is newer than this code, or broken
+├── ArgumentError      a request asks for something impossible
+└── NotFoundError      an id that the ledger doesn't hold
+
+Messages are lower case and say what, where and what to do.
+"""
+
+
+class SidecarError(Exception):
+    pass
+
+
+class SettingError(SidecarError):
+    pass
+
+
+class ServerError(SidecarError):
+    pass
+
+
+class RedisError(SidecarError):
+    pass
+
+
+class LedgerError(SidecarError):
+    pass
+
+
+class SchemaError(LedgerError):
+    pass
+
+
+class ArgumentError(SidecarError):
+    pass
+
+
+class NotFoundError(SidecarError):
+    pass

@@ -1,0 +1,115 @@
+"""Settings of the sidecar: one class, read from ABREAST_* once, by whoever starts the process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from abreast_sidecar.errors import SettingError
+
+PREFIX = "ABREAST_"
+
+
+def setting(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
+    """A dataclass field that is also the variable ABREAST_<NAME>."""
+    return field(default=default, metadata={"parse": parse, "doc": doc})
+
+
+def text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("some text")
+    return value.strip()
+
+
+def optional(value: str) -> str:
+    return value.strip()
+
+
+def words(value: str) -> tuple[str, ...]:
+    return tuple(word for word in (part.strip() for part in value.split(",")) if word)
+
+
+def seconds(value: str) -> float:
+    return _number(value, "a number of seconds above 0", low=0.0, exclusive=True)
+
+
+def share(value: str) -> float:
+    """A share from 0 to 1, written 0.25 or 25%."""
+    wanted = "a share such as 25% or 0.25, from 0% to 100%"
+    if value.strip().endswith("%"):
+        return _number(value.strip()[:-1], wanted, low=0.0, high=100.0) / 100
+    return _number(value, wanted, low=0.0, high=1.0)
+
+
+def count(value: str) -> int:
+    number = _number(value, "a whole number, 0 or more", low=0.0)
+    if number != int(number):
+        raise ValueError("a whole number, 0 or more")
+    return int(number)
+
+
+def flag(value: str) -> bool:
+    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    try:
+        return known[value.strip().lower()]
+    except KeyError:
+        raise ValueError("true or false") from None
+
+
+def address(value: str) -> str:
+    """host:port; `:8080` means all addresses and is only taken when it is written out."""
+    host, colon, port = value.strip().rpartition(":")
+    if not colon or not port.isdigit() or int(port) > 65535:
+        raise ValueError("an address such as 127.0.0.1:8080")
+    return f"{host or '0.0.0.0'}:{port}"
+
+
+def _number(
+    value: str, wanted: str, *, low: float, high: float = float("inf"), exclusive: bool = False
+) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not low <= number <= high or (exclusive and number == low):
+        raise ValueError(wanted)
+    return number
+
+
+class FromEnvironment:
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Raise SettingError, naming the variable, what is wanted and what was there."""
+        values = {}
+        for part in dataclasses.fields(cls):  # type: ignore[arg-type]  # a mixin for dataclasses
+            name = PREFIX + part.name.upper()
+            if environment.get(name, "") == "":
+                continue
+            try:
+                values[part.name] = part.metadata["parse"](environment[name])
+            except ValueError as error:
+                raise SettingError(f"{name} must be {error}, got {environment[name]!r}") from error
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Settings(FromEnvironment):
+    redis_url: str = setting("redis://127.0.0.1:6379/0", text, "Redis or Valkey that services send captures to")
+    postgres_url: str = setting("postgresql://127.0.0.1:5432/abreast", text, "Postgres that holds the ledger")
+    grpc_listen: str = setting("127.0.0.1:50051", address, "address of the gRPC API and of Envoy's control")
+    http_listen: str = setting("127.0.0.1:8090", address, "address of health, metrics and the page")
+    envoy_admin: tuple[str, ...] = setting((), words, "admin addresses of the Envoys, comma separated, to hold the ledger against their own count")
+    workers: int = setting(0, count, "worker processes; 0 runs the worker inside the main process")
+    batch_size: int = setting(500, count, "pairs that a worker reads, compares and commits at once")
+    claim_idle: float = setting(30.0, seconds, "seconds after which the entries of a dead worker are taken over")
+    examples_per_finding: int = setting(5, count, "pairs whose bodies are kept for each finding")
+    retention_days: int = setting(14, count, "days that pairs are kept")
+    volatile_headers: tuple[str, ...] = setting((), words, "response headers not to compare, beside the built-in list")
+    new_share: float = setting(0.0, share, "share of users that new answers, until traffic is set for the first time")
+    sample_safe: float = setting(0.1, share, "share of safe requests (GET, HEAD, OPTIONS) that are mirrored, until set")
+    sample_unsafe: float = setting(0.0, share, "share of unsafe requests that are mirrored, until set")
+    baseline_share: float = setting(0.1, share, "share of the mirrored safe requests that old gets twice, to learn what is noise, until set")
+    shutdown_timeout: float = setting(10.0, seconds, "seconds that SIGTERM gives work under way to finish")
+    log_level: str = setting("info", text, "debug, info, warning or error")
