@@ -1,0 +1,18 @@
+"""Comparing what two versions did with one request. Pure: no network, no database, no clock."""
+
+from abreast_sidecar.compare.body import body_differences
+from abreast_sidecar.compare.difference import VOLATILE_HEADERS, Difference, Judgement, Rules
+from abreast_sidecar.compare.document import DocumentDiff
+from abreast_sidecar.compare.headers import header_differences
+from abreast_sidecar.compare.judge import judge
+
+__all__ = [
+    "VOLATILE_HEADERS",
+    "Difference",
+    "DocumentDiff",
+    "Judgement",
+    "Rules",
+    "body_differences",
+    "header_differences",
+    "judge",
+]

@@ -1,0 +1,107 @@
+"""The nouns of a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from abreast.capture import Capture
+
+Part = Literal["status", "header", "body", "error", "latency"]
+Kind = Literal["added", "removed", "changed", "type", "order", "slower"]
+Impact = Literal["breaking", "value", "additive"]
+Outcome = Literal[
+    "match",
+    "mismatch",
+    "only_old",
+    "only_new",
+    "baseline_only",
+    "undecodable",
+    "oversize",
+    "shed",
+    "aborted",
+    "not_compared",
+]
+
+# Headers that say nothing about a version: they name a machine, a moment, a connection or one request, or belong to
+# one build (validators). Names that end in * stand for all that begin so.
+VOLATILE_HEADERS = frozenset(
+    {
+        "age",
+        "alt-svc",
+        "cf-*",
+        "connection",
+        "content-length",  # said again, and better, by the body
+        "date",
+        "etag",
+        "expires",  # a moment; cache-control is compared
+        "keep-alive",
+        "last-modified",
+        "nel",
+        "report-to",
+        "server",
+        "server-timing",
+        "traceparent",
+        "tracestate",
+        "transfer-encoding",
+        "via",
+        "x-amz-*",
+        "x-amzn-*",
+        "x-b3-*",
+        "x-cloud-trace-context",
+        "x-correlation-id",
+        "x-datadog-*",
+        "x-envoy-*",
+        "x-powered-by",
+        "x-process-time",
+        "x-ratelimit-*",
+        "x-request-id",
+        "x-response-time",
+        "x-runtime",
+        "x-served-by",
+        "x-trace-id",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One place where two answers differ, seen from the old one."""
+
+    part: Part
+    path: str  # generalised: `$.items[*].price`, a header's name, `200->500`; empty for the whole part
+    place: str  # exact: `$.items[3].price`
+    kind: Kind
+    impact: Impact
+    old: str | None  # JSON text of at most VALUE_LIMIT characters; None where there is none
+    new: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the user set about comparing."""
+
+    volatile_headers: frozenset[str] = VOLATILE_HEADERS  # lower case
+    max_differences: int = 200  # of one pair; what is beyond says nothing new
+    max_decoded: int = 16 * 1024 * 1024  # bytes of a compressed body, decoded
+
+    @classmethod
+    def ignoring(cls, headers: tuple[str, ...]) -> Rules:
+        """The default rules, and these response headers not compared."""
+        return cls(volatile_headers=VOLATILE_HEADERS | {name.lower() for name in headers})
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What became of one sampled request."""
+
+    outcome: Outcome
+    method: str
+    route: str  # template, or the path with its ids generalised
+    old: Capture | None = None
+    new: Capture | None = None
+    baseline: Capture | None = None  # a second answer of old
+    differences: tuple[Difference, ...] = ()  # old against new
+    noise: tuple[Difference, ...] = ()  # old against old
+    baseline_compared: bool = False
+    reason: str = field(default="")
