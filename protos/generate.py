@@ -1,7 +1,7 @@
 """Generates the Python code of the protos: python protos/generate.py [FOLDER]
 
-Into middleware/ (or FOLDER), with the exact grpcio-tools of requirements.lock: code made by a newer one refuses to be
-imported under the older protobuf that a user may have.
+Into the tree (or a tree in FOLDER), with the exact grpcio-tools of requirements.lock: code made by a newer one refuses
+to be imported under the older protobuf that a user may have.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from pathlib import Path
 
 from grpc_tools import protoc
 
-PROTOS = Path(__file__).parent
-NAMES = ("common", "comparison", "traffic")
+ROOT = Path(__file__).parents[1]
+API = tuple(f"abreast/v1/{name}.proto" for name in ("common", "comparison", "traffic"))
+WIRE = ("abreast_sidecar/control/xds/wire.proto",)  # messages only: its services are Envoy's
+STUBS = ("--grpc_python_out={draft}", "--mypy_grpc_out=only_async:{draft}")
 
 
-def main(target: Path) -> int:
+def generate(source: Path, files: tuple[str, ...], target: Path, *extra: str) -> int:
     with tempfile.TemporaryDirectory() as draft:
         code: int = protoc.main(
             [
                 "protoc",
-                f"--proto_path={PROTOS}",
+                f"--proto_path={source}",
                 f"--proto_path={resources.files('grpc_tools') / '_proto'}",
                 f"--python_out={draft}",
                 f"--mypy_out={draft}",
-                f"--grpc_python_out={draft}",
-                f"--mypy_grpc_out=only_async:{draft}",
-                *(f"{PROTOS}/abreast/v1/{name}.proto" for name in NAMES),
+                *(part.format(draft=draft) for part in extra),
+                *(f"{source}/{name}" for name in files),
             ]
         )
         for made in sorted(Path(draft).rglob("*.py*")):
@@ -38,5 +39,11 @@ def main(target: Path) -> int:
     return code
 
 
+def main(target: Path) -> int:
+    return generate(ROOT / "protos", API, target / "middleware", *STUBS) or generate(
+        ROOT / "sidecar", WIRE, target / "sidecar"
+    )
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else PROTOS.parent / "middleware"))
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT))

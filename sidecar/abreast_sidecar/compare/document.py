@@ -34,8 +34,7 @@ class DocumentDiff:
         self.trail: Trail = []
 
     def compare(self, old: Any, new: Any) -> list[Difference]:
-        if canonical(old) != canonical(new):
-            self._value(old, new)
+        self._value(old, new)
         return self.found
 
     def _value(self, old: Any, new: Any) -> None:
@@ -70,19 +69,25 @@ class DocumentDiff:
         texts, others = [canonical(item) for item in old], [canonical(item) for item in new]
         if texts == others:
             return
+        if len(texts) == len(others) and (places := _in_place(texts, others)):
+            self._pairs(old, new, places, places)
+            return
         common = Counter(texts) & Counter(others)
         kept, left = _split(texts, common)
         kept_new, left_new = _split(others, common)
         if kept != kept_new:
             self._report("order", old, new)
-        for index, other in zip(left, left_new, strict=False):
-            self.trail.append(index)
-            self._value(old[index], new[other])
-            self.trail.pop()
+        self._pairs(old, new, left, left_new)
         for index in left[len(left_new) :]:
             self._at(index, "removed", old[index], None)
         for index in left_new[len(left) :]:
             self._at(index, "added", None, new[index])
+
+    def _pairs(self, old: list[Any], new: list[Any], left: list[int], right: list[int]) -> None:
+        for index, other in zip(left, right, strict=False):
+            self.trail.append(index)
+            self._value(old[index], new[other])
+            self.trail.pop()
 
     def _at(self, step: str | int, kind: Kind, old: Any, new: Any) -> None:
         self.trail.append(step)
@@ -103,6 +108,13 @@ class DocumentDiff:
                 new=None if kind == "removed" else shown(new),
             )
         )
+
+
+def _in_place(texts: list[bytes], others: list[bytes]) -> list[int]:
+    """The indices that differ, if no element merely moved; else none."""
+    places = [index for index, (text, other) in enumerate(zip(texts, others, strict=True)) if text != other]
+    moved = {texts[index] for index in places} & {others[index] for index in places}
+    return [] if moved else places
 
 
 def _split(texts: list[bytes], common: Counter[bytes]) -> tuple[list[bytes], list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import lru_cache
 
 Trail = list[str | int]  # keys and indices from the root
 
@@ -14,6 +15,8 @@ _ID = re.compile(
     r"|(?=[^\d]*\d)[0-9a-fA-F]{16,}"
     r"|(?=[^\d]*\d)[0-9A-Za-z_-]{24,}"
 )
+_KEYS = 4096  # of documents, that are remembered as they are written
+
 _PLAIN = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
 _CONVERTOR = re.compile(r"\{(\w+):\w+\}")
 
@@ -25,15 +28,19 @@ def exact(trail: Trail) -> str:
 
 def general(trail: Trail) -> str:
     """`$.items[*].price`: one cause, one path, whatever the index or id."""
-    return "$" + "".join(
-        "[*]" if isinstance(step, int) else ".*" if _ID.fullmatch(step) else _key(step) for step in trail
-    )
+    return "$" + "".join("[*]" if isinstance(step, int) else _general_key(step) for step in trail)
+
+
+@lru_cache(maxsize=_KEYS)
+def _general_key(key: str) -> str:
+    return ".*" if _ID.fullmatch(key) else _key(key)
 
 
 def _key(key: str) -> str:
     return f".{key}" if _PLAIN.fullmatch(key) else f"[{json.dumps(key)}]"
 
 
+@lru_cache(maxsize=_KEYS)
 def route_of(template: str, path: str) -> str:
     """The endpoint's route: the template without convertors, or else the path with its ids generalised."""
     if template:
