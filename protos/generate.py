@@ -1,6 +1,6 @@
 """Generates the Python code of the protos: python protos/generate.py [FOLDER]
 
-Into the tree (or a tree in FOLDER), with the exact grpcio-tools of requirements.lock: code made by a newer one refuses
+Into the tree (or all into FOLDER), with the exact grpcio-tools of requirements.lock: code made by a newer one refuses
 to be imported under the older protobuf that a user may have.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from grpc_tools import protoc
 
 ROOT = Path(__file__).parents[1]
+PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")  # beside the interpreter, which need not be on PATH
 API = tuple(f"abreast/v1/{name}.proto" for name in ("common", "comparison", "traffic"))
 WIRE = ("abreast_sidecar/control/xds/wire.proto",)  # messages only: its services are Envoy's
 STUBS = ("--grpc_python_out={draft}", "--mypy_grpc_out=only_async:{draft}")
@@ -24,6 +25,7 @@ def generate(source: Path, files: tuple[str, ...], target: Path, *extra: str) ->
         code: int = protoc.main(
             [
                 "protoc",
+                *(f"--plugin={name}={Path(sys.executable).parent / name}" for name in PLUGINS),
                 f"--proto_path={source}",
                 f"--proto_path={resources.files('grpc_tools') / '_proto'}",
                 f"--python_out={draft}",
@@ -39,11 +41,10 @@ def generate(source: Path, files: tuple[str, ...], target: Path, *extra: str) ->
     return code
 
 
-def main(target: Path) -> int:
-    return generate(ROOT / "protos", API, target / "middleware", *STUBS) or generate(
-        ROOT / "sidecar", WIRE, target / "sidecar"
-    )
+def main(middleware: Path, sidecar: Path) -> int:
+    return generate(ROOT / "protos", API, middleware, *STUBS) or generate(ROOT / "sidecar", WIRE, sidecar)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT))
+    folders = (Path(sys.argv[1]),) * 2 if len(sys.argv) > 1 else (ROOT / "middleware", ROOT / "sidecar")
+    sys.exit(main(*folders))

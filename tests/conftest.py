@@ -10,11 +10,16 @@ import pytest
 
 from abreast_sidecar.embedded import PostgresServer, RedisServer
 
+# Servers are started while gRPC's threads run; its handlers for forks then crash the new process.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     binaries = os.environ.get("ABREAST_TEST_POSTGRES")
-    with PostgresServer(binaries=Path(binaries) if binaries else None, options=("max_connections=200",)) as server:
+    with PostgresServer(
+        binaries=Path(binaries) if binaries else None, options=("max_connections=200",)
+    ) as server:
         yield server
 
 
@@ -36,10 +41,10 @@ def redis_server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def redis_url(redis_server: RedisServer) -> Iterator[str]:
+def redis_url(redis_server: RedisServer) -> str:
     """An empty Redis for each test. Tests that stop or limit the server start one of their own."""
     import redis
 
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushall()
-    yield redis_server.url
+    return redis_server.url

@@ -1,0 +1,21 @@
+"""What goes into a service: records its answers to sampled requests, for Abreast to compare two versions by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from abreast.errors import AbreastError, CaptureError, SettingError
+
+if TYPE_CHECKING:
+    from abreast.middleware import ParallelRunMiddleware
+
+__all__ = ["AbreastError", "CaptureError", "ParallelRunMiddleware", "SettingError"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the middleware when it is asked for: the client and the command line start faster without Redis's."""
+    if name != "ParallelRunMiddleware":
+        raise AttributeError(f"module 'abreast' has no attribute {name!r}")
+    from abreast.middleware import ParallelRunMiddleware
+
+    return ParallelRunMiddleware

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from itertools import chain
+from typing import Any, Literal
 
 import orjson
 
@@ -145,62 +146,78 @@ def decode(blob: bytes) -> Capture:
     if not isinstance(head, dict) or not newline:
         raise CaptureError("a capture must begin with a JSON object on a line of its own")
     if head.get("v") != FORMAT:
-        raise CaptureError(f"a capture of format {head.get('v')!r} can't be read; this code reads format {FORMAT}")
+        raise CaptureError(
+            f"a capture of format {head.get('v')!r} can't be read; this code reads format {FORMAT}"
+        )
     try:
         return _capture(head, bodies)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CaptureError(f"a capture lacks something or is damaged: {type(error).__name__}: {error}") from error
+        raise CaptureError(
+            f"a capture lacks something or is damaged: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _capture(head: dict[str, Any], bodies: bytes) -> Capture:
     request, answer = head["request"], head["answer"]
-    asked = int(request["body"][0])
-    answered = int(answer["body"][0])
+    asked, answered = _int(request["body"][0]), _int(answer["body"][0])
     if asked < 0 or answered < 0 or len(bodies) != asked + answered:
         raise ValueError(f"{asked + answered} bytes of bodies are promised, {len(bodies)} are there")
     if head["version"] not in VERSIONS or head["role"] not in ROLES:
         raise ValueError(f"version {head['version']!r}, role {head['role']!r}")
+    first_byte_us = head["first_byte_us"]
+    texts = (head["pair"], head["service"], head["release"], head["raised"])
+    pair, service, release, raised = _texts(texts)
     return Capture(
-        pair=_text(head["pair"]),
-        service=_text(head["service"]),
-        version=cast("Version", head["version"]),
-        role=cast("Role", head["role"]),
-        attempt=int(head["attempt"]),
-        arms=int(head["arms"]),
-        release=_text(head["release"]),
-        started=float(head["started"]),
-        first_byte_us=None if head["first_byte_us"] is None else int(head["first_byte_us"]),
-        total_us=int(head["total_us"]),
-        client_left=bool(head["client_left"]),
-        complete=bool(head["complete"]),
-        raised=_text(head["raised"]),
-        effects=tuple(head["effects"]),
-        request=Request(
-            method=_text(request["method"]),
-            path=_text(request["path"]),
-            query=_text(request["query"]),
-            route=_text(request["route"]),
-            headers=_headers(request["headers"]),
-            body=_body(request["body"], bodies[:asked]),
-        ),
-        answer=Answer(
-            status=int(answer["status"]),
-            headers=_headers(answer["headers"]),
-            trailers=_headers(answer["trailers"]),
-            body=_body(answer["body"], bodies[asked:]),
-        ),
+        pair,
+        service,
+        head["version"],
+        head["role"],
+        _request(request, bodies[:asked]),
+        _answer(answer, bodies[asked:]),
+        _int(head["attempt"]),
+        _int(head["arms"]),
+        release,
+        float(head["started"]),
+        None if first_byte_us is None else _int(first_byte_us),
+        _int(head["total_us"]),
+        bool(head["client_left"]),
+        bool(head["complete"]),
+        raised,
+        tuple(head["effects"]),
     )
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not text")
-    return value
+def _request(head: dict[str, Any], held: bytes) -> Request:
+    texts = (head["method"], head["path"], head["query"], head["route"])
+    method, path, query, route = _texts(texts)
+    return Request(method, path, query, route, _headers(head["headers"]), _body(head["body"], held))
+
+
+def _answer(head: dict[str, Any], held: bytes) -> Answer:
+    trailers = head["trailers"]
+    return Answer(
+        _int(head["status"]),
+        _headers(head["headers"]),
+        _body(head["body"], held),
+        _headers(trailers) if trailers else (),
+    )
+
+
+def _int(value: Any) -> int:
+    return value if value.__class__ is int else int(value)
+
+
+def _texts(values: tuple[Any, ...]) -> tuple[str, ...]:
+    "".join(values)  # the quickest way to refuse what is no text
+    return values
 
 
 def _headers(rows: Any) -> Headers:
-    return tuple((_text(name), _text(value)) for name, value in rows)
+    headers = [(name, value) for name, value in rows]
+    "".join(chain.from_iterable(headers))
+    return tuple(headers)
 
 
 def _body(row: Any, held: bytes) -> Body:
-    return Body(held=held, length=int(row[1]), digest=_text(row[2]))
+    _, length, digest_ = row
+    return Body(held, _int(length), _texts((digest_,))[0])

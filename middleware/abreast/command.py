@@ -2,7 +2,19 @@
 
 import sys
 
-PARTS = {"click", "grpc", "google", "jinja2", "psycopg", "rich", "starlette", "structlog", "uvicorn", "yaml", "zstandard"}
+PARTS = {
+    "click",
+    "grpc",
+    "google",
+    "jinja2",
+    "psycopg",
+    "rich",
+    "starlette",
+    "structlog",
+    "uvicorn",
+    "yaml",
+    "zstandard",
+}
 
 
 def main() -> None:

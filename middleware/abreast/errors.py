@@ -1,7 +1,7 @@
 """Errors of the middleware package.
 
 AbreastError
-├── SettingError   a setting has a value that can't be used; raised while the service starts, never later
+├── SettingError   a setting has a value that can't be used; the middleware logs it and stays off
 └── CaptureError   a capture can't be read
 
 Messages are lower case and say what, where and what to do. None is ever raised into a request.

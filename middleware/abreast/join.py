@@ -20,6 +20,7 @@ Redis's own clock decides deadlines, so that the clocks of services don't matter
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
@@ -36,6 +37,9 @@ SHED_PAIRS = "shed_pairs"  # refused: as many pairs wait, or are ready, as are a
 SHED_BYTES = "shed_bytes"  # refused: as many bytes are held as are allowed
 JOINED = "joined"  # pairs moved with all their copies
 SWEPT = "swept"  # pairs moved when their time was over
+
+
+Row = tuple[str, str, int, bytes]  # of a batch: pair, slot, arms, encoded capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +101,9 @@ class Bounds:
 
 
 def join_arguments(
-    keys: Keys, bounds: Bounds, captures: list[tuple[str, str, int, bytes]]
+    keys: Keys, bounds: Bounds, captures: Sequence[Row]
 ) -> tuple[list[str], list[str | int | bytes]]:
-    """Keys and arguments of the script for captures (pair, slot, arms, blob), all of this shard."""
+    """Keys and arguments of the script for captures, all of this shard."""
     names = [keys.due, keys.ready, keys.joined, keys.stats]
     arguments: list[str | int | bytes] = [
         bounds.wait_ms,

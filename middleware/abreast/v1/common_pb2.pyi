@@ -96,6 +96,8 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     """A version answered 429 or 503 while shedding load: not an answer to compare."""
     OUTCOME_ABORTED: _Outcome.ValueType  # 9
     """The user left before the answer was whole."""
+    OUTCOME_NOT_COMPARED: _Outcome.ValueType  # 10
+    """The answers can't be held against each other, such as a 304 of one build and a 200 of the other."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
     """How a sampled request ended in the ledger: exactly one each."""
@@ -120,6 +122,8 @@ OUTCOME_SHED: Outcome.ValueType  # 8
 """A version answered 429 or 503 while shedding load: not an answer to compare."""
 OUTCOME_ABORTED: Outcome.ValueType  # 9
 """The user left before the answer was whole."""
+OUTCOME_NOT_COMPARED: Outcome.ValueType  # 10
+"""The answers can't be held against each other, such as a 304 of one build and a 200 of the other."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 class _Part:

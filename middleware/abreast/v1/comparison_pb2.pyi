@@ -133,7 +133,7 @@ class GetSummaryResponse(_message.Message):
     unaccounted: _builtins.int
     """envoy_sampled minus all rows ever written: requests on their way, or lost. Only without a window."""
     pending: _builtins.int
-    """Pairs that wait in Redis for a copy or for a worker, now."""
+    """Pairs that wait in Redis for a copy or for a worker, now. Unset while Redis can't be reached."""
     findings: _builtins.int
     """Findings that are neither noise nor additive."""
     @_builtins.property
@@ -162,21 +162,25 @@ class GetSummaryResponse(_message.Message):
         envoy_sampled: _builtins.int | None = ...,
         unaccounted: _builtins.int | None = ...,
         drops: _abc.Iterable[Global___DropCount] | None = ...,
-        pending: _builtins.int = ...,
+        pending: _builtins.int | None = ...,
         findings: _builtins.int = ...,
         first: _timestamp_pb2.Timestamp | None = ...,
         last: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_unaccounted", b"_unaccounted", "envoy_sampled", b"envoy_sampled", "first", b"first", "last", b"last", "unaccounted", b"unaccounted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "envoy_sampled", b"envoy_sampled", "first", b"first", "last", b"last", "pending", b"pending", "unaccounted", b"unaccounted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_unaccounted", b"_unaccounted", "drops", b"drops", "envoy_sampled", b"envoy_sampled", "explained", b"explained", "findings", b"findings", "first", b"first", "last", b"last", "outcomes", b"outcomes", "pairs", b"pairs", "pending", b"pending", "service", b"service", "unaccounted", b"unaccounted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "drops", b"drops", "envoy_sampled", b"envoy_sampled", "explained", b"explained", "findings", b"findings", "first", b"first", "last", b"last", "outcomes", b"outcomes", "pairs", b"pairs", "pending", b"pending", "service", b"service", "unaccounted", b"unaccounted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__envoy_sampled: _TypeAlias = _typing.Literal["envoy_sampled"]  # noqa: Y015
     _WhichOneofArgType__envoy_sampled: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled"]  # noqa: Y015
+    _WhichOneofReturnType__pending: _TypeAlias = _typing.Literal["pending"]  # noqa: Y015
+    _WhichOneofArgType__pending: _TypeAlias = _typing.Literal["_pending", b"_pending"]  # noqa: Y015
     _WhichOneofReturnType__unaccounted: _TypeAlias = _typing.Literal["unaccounted"]  # noqa: Y015
     _WhichOneofArgType__unaccounted: _TypeAlias = _typing.Literal["_unaccounted", b"_unaccounted"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__envoy_sampled) -> _WhichOneofReturnType__envoy_sampled | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pending) -> _WhichOneofReturnType__pending | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__unaccounted) -> _WhichOneofReturnType__unaccounted | None: ...
 
@@ -338,9 +342,9 @@ class Finding(_message.Message):
     impact: _common_pb2.Impact.ValueType
     """What it means to a client."""
     count: _builtins.int
-    """Pairs in the window that show it."""
+    """Pairs in the window that show it; without a window, over all time. Of part LATENCY always over all time."""
     compared: _builtins.int
-    """Pairs of the endpoint in the window that were compared."""
+    """Pairs of the endpoint in the window that were compared and are kept."""
     noise: _builtins.bool
     """Whether old against old differs at this path too, so that it says nothing about the new version."""
     baseline_count: _builtins.int

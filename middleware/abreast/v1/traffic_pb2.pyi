@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Traffic(_message.Message):
-    """Shares are fractions from 0 to 1."""
+    """Shares are fractions from 0 to 1. They are rounded to their step, but only 0 becomes none and only 1 becomes all."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -74,7 +74,7 @@ Global___Traffic: _TypeAlias = Traffic  # noqa: Y015
 
 @_typing.final
 class EnvoyState(_message.Message):
-    """What one Envoy knows."""
+    """What one Envoy knows. Envoys that share a node id are told one by one."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -85,12 +85,14 @@ class EnvoyState(_message.Message):
     node: _builtins.str
     """Its node id."""
     acknowledged_version: _builtins.int
-    """The version of the settings that it has acknowledged."""
+    """The version of the settings that it acknowledged last; 0 for none yet."""
     error: _builtins.str
     """Why it refused the settings; empty for none."""
     @_builtins.property
     def acknowledged_after(self) -> _duration_pb2.Duration:
-        """From the change until this Envoy acknowledged it. Unset where it has not yet."""
+        """From the change, or from this Envoy's connection where that came later, until it acknowledged the settings. Unset
+        where it has not yet.
+        """
 
     def __init__(
         self,
@@ -185,9 +187,9 @@ class UpdateTrafficRequest(_message.Message):
     baseline_share: _builtins.float
     """Share of the mirrored safe requests that the old version gets twice, 0 to 1."""
     actor: _builtins.str
-    """Who asks, for the record."""
+    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
     reason: _builtins.str
-    """Why, for the record."""
+    """Why, for the record, at most 2000 characters."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
         """How long to wait for the Envoys' acknowledgements, at most 10 s; unset means 1 s."""
@@ -270,9 +272,9 @@ class RollbackRequest(_message.Message):
     service: _builtins.str
     """The service. May be empty where there is only one."""
     actor: _builtins.str
-    """Who asks, for the record."""
+    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
     reason: _builtins.str
-    """Why, for the record."""
+    """Why, for the record, at most 2000 characters."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
         """How long to wait for the Envoys' acknowledgements, at most 10 s; unset means 1 s."""
@@ -336,9 +338,9 @@ class PromoteRequest(_message.Message):
     service: _builtins.str
     """The service. May be empty where there is only one."""
     actor: _builtins.str
-    """Who asks, for the record."""
+    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
     reason: _builtins.str
-    """Why, for the record."""
+    """Why, for the record, at most 2000 characters."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
         """How long to wait for the Envoys' acknowledgements, at most 10 s; unset means 1 s."""

@@ -28,8 +28,8 @@ if _version_not_supported:
 class TrafficServiceStub(object):
     """Steers what Envoy does with the traffic of a service.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no call has named;
-    FAILED_PRECONDITION where the state forbids a change; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
+    UNAVAILABLE while the ledger can't be reached.
     """
 
     def __init__(self, channel):
@@ -73,8 +73,8 @@ class TrafficServiceStub(object):
 class TrafficServiceServicer(object):
     """Steers what Envoy does with the traffic of a service.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no call has named;
-    FAILED_PRECONDITION where the state forbids a change; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
+    UNAVAILABLE while the ledger can't be reached.
     """
 
     def GetTraffic(self, request, context):
@@ -106,7 +106,7 @@ class TrafficServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchTraffic(self, request, context):
-        """The present settings, then every change, until cancelled.
+        """The present settings, then each change, until cancelled. Changes in quick succession may be told as one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,8 +163,8 @@ def add_TrafficServiceServicer_to_server(servicer, server):
 class TrafficService(object):
     """Steers what Envoy does with the traffic of a service.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no call has named;
-    FAILED_PRECONDITION where the state forbids a change; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
+    UNAVAILABLE while the ledger can't be reached.
     """
 
     @staticmethod

@@ -15,8 +15,8 @@ GRPC_VERSION: str
 class TrafficServiceStub:
     """Steers what Envoy does with the traffic of a service.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no call has named;
-    FAILED_PRECONDITION where the state forbids a change; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
+    UNAVAILABLE while the ledger can't be reached.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -29,15 +29,15 @@ class TrafficServiceStub:
     Promote: _aio.UnaryUnaryMultiCallable[_traffic_pb2.PromoteRequest, _traffic_pb2.PromoteResponse]
     """Sends all users to the new version. Safe to repeat."""
     WatchTraffic: _aio.UnaryStreamMultiCallable[_traffic_pb2.WatchTrafficRequest, _traffic_pb2.WatchTrafficResponse]
-    """The present settings, then every change, until cancelled."""
+    """The present settings, then each change, until cancelled. Changes in quick succession may be told as one."""
     ListTrafficEvents: _aio.UnaryUnaryMultiCallable[_traffic_pb2.ListTrafficEventsRequest, _traffic_pb2.ListTrafficEventsResponse]
     """Who changed what, when and why; newest first."""
 
 class TrafficServiceServicer(metaclass=_abc_1.ABCMeta):
     """Steers what Envoy does with the traffic of a service.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no call has named;
-    FAILED_PRECONDITION where the state forbids a change; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
+    UNAVAILABLE while the ledger can't be reached.
     """
 
     @_abc_1.abstractmethod
@@ -78,7 +78,7 @@ class TrafficServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _traffic_pb2.WatchTrafficRequest,
         context: _aio.ServicerContext[_traffic_pb2.WatchTrafficRequest, _abc.AsyncIterator[_traffic_pb2.WatchTrafficResponse]],
     ) -> _abc.AsyncIterator[_traffic_pb2.WatchTrafficResponse]:
-        """The present settings, then every change, until cancelled."""
+        """The present settings, then each change, until cancelled. Changes in quick succession may be told as one."""
 
     @_abc_1.abstractmethod
     def ListTrafficEvents(

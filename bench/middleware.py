@@ -1,0 +1,143 @@
+"""What the middleware adds to a request, in the process: python bench/middleware.py [runs].
+
+One app, called directly: bare, with the middleware and a request that is not sampled, and with one that is. The three
+take turns, so that a busy machine slows all of them alike; the cost is the median of the differences. What happens in
+the background is measured apart, as time of the event loop per capture.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import sys
+import time
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from abreast.middleware import App, ParallelRunMiddleware
+from abreast.recorder import Message, Scope
+from abreast_sidecar.embedded import RedisServer
+
+REQUESTS = 200  # a turn: as many as are sent at once
+RUNS = 200
+BODY = b'{"id":17,"name":"a product","tags":["one","two"]}'.ljust(2048)
+HEADERS = [
+    (b"content-type", b"application/json"),
+    (b"content-length", b"2048"),
+    (b"cache-control", b"no-store"),
+]
+REQUEST_HEADERS = [
+    (b"host", b"shop.example"),
+    (b"user-agent", b"Mozilla/5.0 (X11; Linux x86_64)"),
+    (b"accept", b"application/json"),
+    (b"accept-encoding", b"gzip, br"),
+    (b"accept-language", b"en"),
+    (b"cookie", b"session=0123456789abcdef"),
+    (b"x-forwarded-for", b"203.0.113.7"),
+    (b"x-forwarded-proto", b"https"),
+    (b"x-request-id", b"7b0bbbd0-8d3c-4a53-9d3d-6f8f5a5c5f7b"),
+    (b"x-envoy-attempt-count", b"1"),
+]
+
+Row = dict[str, Any]
+
+
+async def app(_scope: Scope, _receive: object, send: Callable[[Message], Any]) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+    await send({"type": "http.response.body", "body": BODY})
+
+
+async def receive() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+async def send(_message: MutableMapping[str, Any]) -> None:
+    pass
+
+
+def scope(*, sampled: bool, number: int) -> Scope:
+    """As uvicorn makes it, with the headers that Envoy adds."""
+    tags = [
+        (b"x-abreast-pair", b"%036d" % number),
+        (b"x-abreast-arms", b"2"),
+        (b"x-abreast-version", b"old"),
+        (b"x-abreast-role", b"live"),
+    ]
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "GET",
+        "path": "/products/17",
+        "raw_path": b"/products/17",
+        "query_string": b"currency=EUR",
+        "root_path": "",
+        "headers": [*REQUEST_HEADERS, *(tags if sampled else ())],
+    }
+
+
+async def turn(target: App, *, sampled: bool, first: int) -> float:
+    """µs a request. Nothing in it waits, so the background does not run."""
+    scopes = [scope(sampled=sampled, number=first + i) for i in range(REQUESTS)]
+    began = time.perf_counter()
+    for each in scopes:
+        await target(each, receive, send)
+    return (time.perf_counter() - began) / REQUESTS * 1e6
+
+
+async def drain(middleware: ParallelRunMiddleware) -> float:
+    """µs of work a capture until Redis has all of them."""
+    began = time.thread_time()
+    while middleware.backlog.count:  # noqa: ASYNC110  # nothing tells when it is empty
+        await asyncio.sleep(0.01)
+    return (time.thread_time() - began) / REQUESTS * 1e6
+
+
+async def measure(redis_url: str, runs: int) -> dict[str, list[float]]:
+    middleware = ParallelRunMiddleware(app, service="bench", redis_url=redis_url)
+    found: dict[str, list[float]] = {"bare": [], "unsampled": [], "sampled": [], "background": []}
+    for run in range(runs + 1):
+        bare = await turn(app, sampled=False, first=0)
+        unsampled = await turn(middleware, sampled=False, first=0)
+        sampled = await turn(middleware, sampled=True, first=run * REQUESTS)
+        background = await drain(middleware)
+        if run:  # the first warms up
+            found["bare"].append(bare)
+            found["unsampled"].append(unsampled - bare)
+            found["sampled"].append(sampled - bare)
+            found["background"].append(background)
+    await middleware.aclose()
+    assert middleware.backlog.shipped == (runs + 1) * REQUESTS, middleware.backlog.report()
+    return found
+
+
+def row(name: str, values: list[float], runs: int) -> Row:
+    return {
+        "name": name,
+        "value": round(statistics.median(values), 3),
+        "unit": "us/request",
+        "min": round(min(values), 3),
+        "max": round(max(values), 3),
+        "runs": runs,
+    }
+
+
+def rows(runs: int = RUNS) -> list[Row]:
+    with RedisServer() as server:
+        found = asyncio.run(measure(server.url, runs))
+    return [
+        row("middleware_bare_app_us", found["bare"], runs),
+        row("middleware_unsampled_us", found["unsampled"], runs),
+        row("middleware_sampled_us", found["sampled"], runs),
+        row("middleware_background_us", found["background"], runs),
+    ]
+
+
+def main() -> None:
+    print(f"{'':28}{'median':>10}{'min':>10}{'max':>10}")
+    for each in rows(int(sys.argv[1]) if len(sys.argv) > 1 else RUNS):
+        print(f"{each['name']:28}{each['value']:10.2f}{each['min']:10.2f}{each['max']:10.2f}  {each['unit']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The connection to Redis, of one event loop. Every call ends within a stated time and raises LinkError at worst."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from abreast.errors import AbreastError
+from abreast.join import JOIN, SERVICES, Keys, Row, join_arguments, reports, secret
+from abreast.settings import Settings
+
+TIMEOUT = 0.25  # seconds that Redis may take for a reply
+CONNECT_TIMEOUT = 1.0  # seconds
+JOIN_SHA = hashlib.sha1(JOIN.encode(), usedforsecurity=False).hexdigest()
+# Refusals that have to do with the state of Redis and not with what was sent. redis-py has a class for some of them.
+PASSING = (
+    "BUSY",
+    "CLUSTERDOWN",
+    "LOADING",
+    "MASTERDOWN",
+    "MISCONF",
+    "NOREPLICAS",
+    "OOM ",
+    "READONLY",
+    "UNKILLABLE",
+)
+PASSING_CLASSES = (
+    AskError,  # of which MovedError is one
+    ClusterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    TryAgainError,
+)
+
+
+class LinkError(AbreastError):
+    """Redis can't be reached or refuses; `passing` when sending the same again later may help."""
+
+    def __init__(self, message: str, *, passing: bool) -> None:
+        super().__init__(message)
+        self.passing = passing
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What became of the captures of a batch."""
+
+    received: int
+    duplicate: int
+    late: int
+    refused_pairs: int
+    refused_bytes: int
+
+
+class Link:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client: Redis = Redis.from_url(
+            settings.redis_url,
+            socket_timeout=TIMEOUT,
+            socket_connect_timeout=CONNECT_TIMEOUT,
+            retry=Retry(NoBackoff(), 0),  # a batch is sent again by the shipper, which knows the bounds
+        )
+
+    async def open(self) -> bytes:
+        """Make the service known and return the key that secrets are hashed with, the same for all processes."""
+        settings = self._settings
+        await self._call("HSET", SERVICES, settings.service, settings.shards)
+        if settings.redact_key:
+            return settings.redact_key.encode()
+        key = secret(settings.service)
+        await self._call("SET", key, secrets.token_hex(32), "NX")
+        shared = await self._call("GET", key)
+        if not shared:
+            raise LinkError(f"{key} vanished from Redis while it was read", passing=True)
+        return shared if isinstance(shared, bytes) else str(shared).encode()
+
+    async def join(self, shard: int, rows: Sequence[Row]) -> Reply:
+        """Hand over encoded captures, all of this shard. Sending a batch twice changes nothing."""
+        keys, arguments = join_arguments(Keys(self._settings.service, shard), self._settings.bounds, rows)
+        try:
+            reply = await self._call("EVALSHA", JOIN_SHA, len(keys), *keys, *arguments)
+        except LinkError as error:
+            if not isinstance(error.__cause__, NoScriptError):
+                raise
+            reply = await self._call("EVAL", JOIN, len(keys), *keys, *arguments)
+        return Reply(*reply)
+
+    async def report(self, process: str, report: dict[str, Any]) -> None:
+        await self._call("HSET", reports(self._settings.service), process, orjson.dumps(report))
+
+    async def close(self) -> None:
+        """Close the sockets at once, answered or not."""
+        await self._client.connection_pool.disconnect(inuse_connections=True)
+
+    async def _call(self, name: str, *arguments: str | int | bytes) -> Any:
+        try:
+            return await self._client.execute_command(name, *arguments)  # type: ignore[no-untyped-call]
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            raise LinkError(f"Redis can't be reached: {error}", passing=True) from error
+        except ResponseError as error:
+            message = str(error)
+            passing = isinstance(error, PASSING_CLASSES) or any(word in message for word in PASSING)
+            raise LinkError(f"Redis refuses {name}: {message}", passing=passing) from error
+        except (RedisError, OSError) as error:
+            raise LinkError(f"Redis can't be used: {error}", passing=True) from error

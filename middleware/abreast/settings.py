@@ -1,0 +1,217 @@
+"""Settings of the middleware: keyword arguments over ABREAST_*, checked once, while the service starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self, TypedDict
+
+from abreast.errors import SettingError
+from abreast.join import Bounds, Keys
+
+PREFIX = "ABREAST_"
+SCHEMES = ("redis://", "rediss://", "unix://")
+FLAGS = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
+}
+REQUEST_HEADERS = (
+    "accept",
+    "accept-encoding",
+    "accept-language",
+    "authorization",
+    "content-type",
+    "cookie",
+    "host",
+    "if-match",
+    "if-modified-since",
+    "if-none-match",
+    "range",
+    "user-agent",
+    "x-request-id",
+)
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of ParallelRunMiddleware; see Settings."""
+
+    service: str
+    redis_url: str
+    release: str
+    enabled: bool
+    body_limit: int
+    request_headers: tuple[str, ...] | list[str]
+    secret_headers: tuple[str, ...] | list[str]
+    redact_key: str
+    queue_count: int
+    queue_bytes: int
+    ship_batch: int
+    ship_interval: float
+    pair_timeout: float
+    redis_pairs: int
+    redis_bytes: int
+    shards: int
+    flush_timeout: float
+
+
+def setting(default: Any, parse: Callable[[Any], Any], doc: str, *, secret: bool = False) -> Any:
+    """A dataclass field that is also the variable ABREAST_<NAME>; `parse` raises ValueError saying what is wanted."""
+    return field(default=default, metadata={"parse": parse, "doc": doc, "secret": secret}, repr=not secret)
+
+
+def name(value: object) -> str:
+    wanted = "a name such as shop: printable, without spaces, at most 100 characters, none of { } / in it"
+    if not isinstance(value, str) or not value.isprintable() or " " in value or len(value) > 100:
+        raise ValueError(wanted)
+    try:
+        return Keys(value, 0).service
+    except ValueError as error:
+        raise ValueError(wanted) from error
+
+
+def url(value: object) -> str:
+    if not isinstance(value, str) or not value.startswith(SCHEMES):
+        raise ValueError("a URL that begins with redis://, rediss:// or unix://")
+    return value
+
+
+def label(value: object) -> str:
+    """Fit to be sent in a header."""
+    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or len(value) > 200:
+        raise ValueError("a label of at most 200 printable ASCII characters")
+    return value.strip()
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("some text")  # noqa: TRY004  # becomes a SettingError
+    return value
+
+
+def flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    try:
+        return FLAGS[str(value).strip().lower()]
+    except KeyError:
+        raise ValueError("true or false") from None
+
+
+def headers(value: object) -> tuple[str, ...]:
+    """Header names: a sequence, or text with commas."""
+    wanted = "header names, comma separated"
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError(wanted)
+    names = tuple(part.strip().lower() for part in parts if part.strip())
+    if not all(part.isascii() and part.isprintable() and " " not in part for part in names):
+        raise ValueError(wanted)
+    return names
+
+
+def count(low: int, unit: str) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        wanted = f"a whole number of {unit}, {low} or more"
+        try:
+            number = int(str(value))
+        except ValueError:
+            raise ValueError(wanted) from None
+        if number < low:
+            raise ValueError(wanted)
+        return number
+
+    return parse
+
+
+def seconds(value: object) -> float:
+    wanted = "a number of seconds above 0, at most 86400"
+    try:
+        number = float(str(value))
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not 0 < number <= 86_400:
+        raise ValueError(wanted)
+    return number
+
+
+@dataclass(frozen=True)
+class Settings:
+    service: str = setting("", name, "name of the service; the same for both versions")
+    redis_url: str = setting(
+        "redis://127.0.0.1:6379/0", url, "Redis or Valkey that captures are sent to", secret=True
+    )
+    release: str = setting("", label, "label of the code that runs, such as a git sha or an image tag")
+    enabled: bool = setting(True, flag, "false passes every request on untouched")
+    body_limit: int = setting(
+        256 * 1024,
+        count(0, "bytes"),
+        "bytes of each body that are captured; of longer ones also length and digest; 0 for these only",
+    )
+    request_headers: tuple[str, ...] = setting(REQUEST_HEADERS, headers, "request headers that are captured")
+    secret_headers: tuple[str, ...] = setting(
+        (), headers, "headers that leave the process as keyed hashes only, beside the built-in list"
+    )
+    redact_key: str = setting(
+        "",
+        text,
+        "key of these hashes, the same for both versions; without one it is made and shared through Redis",
+        secret=True,
+    )
+    queue_count: int = setting(10_000, count(1, "captures"), "captures that may wait in the process")
+    queue_bytes: int = setting(64 * 1024 * 1024, count(1, "bytes"), "bytes that may wait in the process")
+    ship_batch: int = setting(200, count(1, "captures"), "captures that are sent at once")
+    ship_interval: float = setting(0.02, seconds, "seconds that a capture waits for others before it is sent")
+    pair_timeout: float = setting(
+        10.0, seconds, "seconds that a pair waits in Redis for its missing captures"
+    )
+    redis_pairs: int = setting(
+        100_000, count(1, "pairs"), "pairs per shard that may wait in Redis, and as many that are ready"
+    )
+    redis_bytes: int = setting(256 * 1024 * 1024, count(1, "bytes"), "bytes per shard that Redis may hold")
+    shards: int = setting(1, count(1, "shards"), "streams per service; the same for both versions")
+    flush_timeout: float = setting(
+        2.0, seconds, "seconds that a shutdown waits for what has not been sent yet"
+    )
+
+    def __post_init__(self) -> None:
+        if self.enabled and not self.service:
+            raise SettingError(
+                f"the middleware needs a service name; pass service='shop' or set {PREFIX}SERVICE"
+            )
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(
+            wait_ms=max(1, round(self.pair_timeout * 1000)), pairs=self.redis_pairs, bytes=self.redis_bytes
+        )
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str], arguments: Mapping[str, Any]) -> Self:
+        """Raise SettingError, naming the argument or variable, what is wanted and what was there."""
+        fields = {part.name: part for part in dataclasses.fields(cls)}
+        for given in arguments:
+            if given not in fields:
+                raise SettingError(f"there is no setting {given!r}; there are: {', '.join(fields)}")
+        values = {}
+        for part in fields.values():
+            variable = PREFIX + part.name.upper()
+            if part.name in arguments:
+                values[part.name] = _value(part, part.name, arguments[part.name])
+            elif environment.get(variable, ""):
+                values[part.name] = _value(part, variable, environment[variable])
+        return cls(**values)
+
+
+def _value(part: dataclasses.Field[Any], where: str, value: object) -> Any:
+    try:
+        return part.metadata["parse"](value)
+    except ValueError as error:
+        got = "something else" if part.metadata["secret"] else repr(value)
+        raise SettingError(f"{where} must be {error}, got {got}") from error

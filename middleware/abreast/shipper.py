@@ -1,0 +1,293 @@
+"""The background task of one event loop: assembles captures, sends them in batches and reports, for ever.
+
+It never fails: what can't be sent waits within the bounds of the backlog, and what doesn't fit there is counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import random
+import threading
+from collections import deque
+from time import perf_counter
+
+from abreast.assemble import assemble, settle
+from abreast.backlog import (
+    CAPTURE_ERROR,
+    ENCODE_ERROR,
+    REDIS_ERROR,
+    REFUSED_BYTES,
+    REFUSED_PAIRS,
+    SHUTDOWN,
+    Backlog,
+    Held,
+)
+from abreast.capture import encode
+from abreast.join import Row, shard_of
+from abreast.link import Link, LinkError, Reply
+from abreast.redact import Redactor
+from abreast.rescue import Rescue
+from abreast.route import Routes
+from abreast.settings import Settings
+
+logger = logging.getLogger("abreast")
+
+SLICE = 0.001  # seconds of work after which other tasks get their turn
+BATCH_BYTES = 1024 * 1024  # of captures in one call of the script, which holds up Redis
+BACKOFF = 0.1  # seconds before the second attempt; doubled for each one after it
+BACKOFF_CAP = 5.0  # seconds
+MOST_REFUSALS = 3  # of one batch, for reasons that won't pass by themselves
+REPORT_INTERVAL = 1.0  # seconds, when something changed
+REPORT_IDLE = 5.0  # seconds, when nothing did
+
+
+class Shipper:
+    def __init__(
+        self,
+        settings: Settings,
+        backlog: Backlog,
+        routes: Routes,
+        rescue: Rescue,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.loop = loop
+        self.ended = False
+        self.thread = threading.get_ident()
+        self.work = asyncio.Event()
+        self._settings = settings
+        self._backlog = backlog
+        self._routes = routes
+        self._rescue = rescue
+        self._chosen = frozenset(name.encode("ascii") for name in settings.request_headers)
+        self._link = Link(settings)
+        self._redactor: Redactor | None = None  # there while the connection is believed to work
+        self._outgoing: deque[tuple[int, list[Held]]] = deque()  # batches by shard, encoded
+        self._refusals = 0
+        self._failures = 0  # in a row
+        self._retry_at = 0.0
+        self._reported_at = 0.0
+        self._reported: tuple[int, ...] = ()
+        self._closing = False
+        # A context of its own, or the request that started the task would live in it for ever.
+        self._task = loop.create_task(self._run(), name="abreast", context=contextvars.Context())
+
+    async def aclose(self) -> None:
+        """Send what waits, for `flush_timeout` at most; the rest is dropped and counted."""
+        self._closing = True
+        self.work.set()
+        await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        try:
+            while not self._closing:
+                self._heed()
+                await self._wait()
+                await self._turn()
+            await self._flush()
+            self._abandon()
+            await self._last_report()
+        except asyncio.CancelledError:  # the loop comes to its end
+            await self._flush()
+            await self._last_report()
+            raise
+        finally:
+            self.ended = True
+            while self._outgoing:
+                self._backlog.settled.extendleft(reversed(self._outgoing.pop()[1]))
+            with contextlib.suppress(Exception):
+                await self._link.close()
+
+    def _heed(self) -> None:
+        """Python 3.11's wait_for, which redis-py uses, may swallow a cancellation; the loop would never end."""
+        if self._task.cancelling():
+            raise asyncio.CancelledError
+
+    async def _wait(self) -> None:
+        self.work.clear()
+        backlog = self._backlog
+        now = self.loop.time()
+        if backlog.recorders:
+            await self._sleep(self._settings.ship_interval)
+        elif self._failures:
+            await self._sleep(self._retry_at - now)
+        elif await self._sleep(self._next_report() - now):
+            await self._sleep(self._settings.ship_interval)  # others may come
+
+    async def _sleep(self, seconds: float) -> bool:
+        """Whether there is work before the time is over."""
+        if seconds <= 0:
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.work.wait()
+        worked = self.work.is_set()
+        self.work.clear()
+        return worked
+
+    async def _turn(self) -> None:
+        try:
+            await self._settle()
+            if self.loop.time() >= self._retry_at:
+                given_up = self._backlog.dropped[REDIS_ERROR]
+                await self._ship()
+                if given_up == self._backlog.dropped[REDIS_ERROR]:
+                    self._up()
+                if self.loop.time() >= self._next_report():
+                    await self._report()
+        except LinkError as error:
+            await self._down(error)
+        except Exception as error:  # noqa: BLE001  # the task must live as long as the loop
+            self._rescue("shipping", error)
+            self._retry_at = self.loop.time() + REPORT_INTERVAL
+
+    async def _settle(self) -> None:
+        """Also while Redis is down, so that no request is held longer than it must be."""
+        backlog, until = self._backlog, perf_counter() + SLICE
+        while backlog.recorders:
+            recorder, size = backlog.recorders.popleft()
+            backlog.versions[recorder.marks[0]] += 1
+            try:
+                if recorder.fault:
+                    backlog.drop(CAPTURE_ERROR, size)
+                    continue
+                settle(recorder, self._routes.template(recorder.scope))
+            except Exception as error:  # noqa: BLE001  # a capture that can't be made must not stop the others
+                backlog.drop(CAPTURE_ERROR, size)
+                self._rescue("settling", error)
+            else:
+                backlog.settled.append(Held(size, recorder))
+            if perf_counter() > until:
+                await asyncio.sleep(0)
+                until = perf_counter() + SLICE
+
+    async def _ship(self) -> None:
+        if self._redactor is None:
+            self._redactor = Redactor(await self._link.open(), self._settings.secret_headers)
+        while self._outgoing or self._backlog.settled:
+            if not self._outgoing:
+                await self._pack(self._redactor)
+                continue
+            shard, batch = self._outgoing[0]
+            try:
+                reply = await self._link.join(shard, [held.row for held in batch if held.row])
+            except LinkError as error:
+                if not self._give_up(error):
+                    raise
+                self._done(batch, None)
+            else:
+                self._done(batch, reply)
+
+    async def _pack(self, redactor: Redactor) -> None:
+        """Encode the next batch, and sort it by shard."""
+        shards: dict[int, list[Held]] = {}
+        count, size, until = 0, 0, perf_counter() + SLICE
+        try:
+            while self._backlog.settled and count < self._settings.ship_batch and size < BATCH_BYTES:
+                held = self._backlog.settled.popleft()
+                row = self._encoded(held, redactor)
+                if row is None:
+                    continue
+                shards.setdefault(shard_of(row[0], self._settings.shards), []).append(held)
+                count, size = count + 1, size + len(row[3])
+                if perf_counter() > until:
+                    await asyncio.sleep(0)
+                    until = perf_counter() + SLICE
+        finally:
+            self._outgoing.extend(shards.items())
+
+    def _encoded(self, held: Held, redactor: Redactor) -> Row | None:
+        """None when it can't be encoded, and was dropped."""
+        if held.recorder is None:  # done before, by a loop that ended
+            return held.row
+        try:
+            capture = assemble(held.recorder, self._settings, self._chosen, redactor)
+            held.row = (capture.pair, capture.slot, capture.arms, encode(capture))
+        except Exception as error:  # noqa: BLE001  # one bad capture must not stop the others
+            self._backlog.drop(ENCODE_ERROR, held.size)
+            self._rescue("encoding", error)
+            return None
+        held.recorder = None
+        return held.row
+
+    def _done(self, batch: list[Held], reply: Reply | None) -> None:
+        self._outgoing.popleft()
+        self._refusals = 0
+        size = sum(held.size for held in batch)
+        if reply is None:
+            self._backlog.drop(REDIS_ERROR, size, len(batch))
+            return
+        refused = reply.refused_pairs + reply.refused_bytes
+        self._backlog.ship(size, len(batch) - refused)
+        for reason, count in ((REFUSED_PAIRS, reply.refused_pairs), (REFUSED_BYTES, reply.refused_bytes)):
+            if count:
+                self._backlog.drop(reason, 0, count)
+
+    def _give_up(self, error: LinkError) -> bool:
+        if error.passing:
+            return False
+        self._refusals += 1
+        if self._refusals >= MOST_REFUSALS:
+            self._rescue("sending a batch", error)
+        return self._refusals >= MOST_REFUSALS
+
+    def _next_report(self) -> float:
+        changed = self._totals() != self._reported
+        return self._reported_at + (REPORT_INTERVAL if changed else REPORT_IDLE)
+
+    def _totals(self) -> tuple[int, ...]:
+        backlog = self._backlog
+        return backlog.captured, backlog.shipped, backlog.dropped.total(), backlog.count
+
+    async def _report(self) -> None:
+        totals = self._totals()
+        await self._link.report(self._backlog.id, self._backlog.report())
+        self._reported, self._reported_at = totals, self.loop.time()
+
+    def _up(self) -> None:
+        if self._failures:
+            logger.warning(
+                "captures go to Redis again; dropped so far: %s", dict(self._backlog.dropped) or "none"
+            )
+        self._failures = 0
+
+    async def _down(self, error: LinkError) -> None:
+        if not self._failures:
+            logger.warning("captures wait: %s", error)
+        self._redactor = None
+        delay = min(BACKOFF_CAP, BACKOFF * 2 ** min(self._failures, 10))
+        self._failures += 1
+        self._retry_at = self.loop.time() + delay * random.uniform(0.5, 1)  # noqa: S311  # not a secret
+        with contextlib.suppress(Exception):
+            await self._link.close()  # a replica that took over may have the same name
+
+    async def _flush(self) -> None:
+        """Until nothing waits, Redis fails or the time is over."""
+        with contextlib.suppress(TimeoutError, LinkError):
+            async with asyncio.timeout(self._settings.flush_timeout):
+                while self._backlog.count:
+                    await self._settle()
+                    await self._ship()
+                    if self._backlog.count:  # the thread still reads a body
+                        await asyncio.sleep(SLICE)
+
+    def _abandon(self) -> None:
+        """Count what is left as dropped. What the thread still reads comes later, and is counted then."""
+        backlog = self._backlog
+        while self._outgoing:
+            backlog.settled.extend(self._outgoing.popleft()[1])
+        for recorder, size in backlog.recorders:
+            backlog.versions[recorder.marks[0]] += 1
+            recorder.close()
+            backlog.drop(SHUTDOWN, size)
+        for held in backlog.settled:
+            backlog.drop(SHUTDOWN, held.size)
+        backlog.recorders.clear()
+        backlog.settled.clear()
+
+    async def _last_report(self) -> None:
+        if self._redactor is not None:
+            with contextlib.suppress(LinkError, Exception):
+                await self._report()

@@ -1,0 +1,216 @@
+"""The script against a real server."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from abreast.join import JOIN, Bounds, Keys, join_arguments, shard_of
+from support import eventually
+
+KEYS = Keys("shop", 0)
+Row = tuple[str, str, int, bytes]
+SLOTS = {2: ("old:live:1", "new:shadow:1"), 3: ("old:live:1", "new:shadow:1", "old:baseline:1")}
+ON_A_SHARED_SERVER = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[Any]:  # redis-py's types say that replies may be text
+    with redis.Redis.from_url(redis_url) as connection:
+        yield connection
+
+
+def join(client: Any, rows: list[Row], bounds: Bounds | None = None) -> list[int]:
+    names, arguments = join_arguments(KEYS, bounds or Bounds(), rows)
+    reply: list[int] = client.eval(JOIN, len(names), *names, *arguments)
+    return reply
+
+
+def ready(client: Any) -> dict[str, dict[bytes, bytes]]:
+    """Pairs that are ready; each once, or the test fails."""
+    entries = [entry for _, entry in client.xrange(KEYS.ready)]
+    pairs = {entry[b"pair"].decode(): entry for entry in entries}
+    assert len(pairs) == len(entries)
+    return pairs
+
+
+def stats(client: Any) -> dict[str, int]:
+    return {name.decode(): int(value) for name, value in client.hgetall(KEYS.stats).items()}
+
+
+def rows(pairs: int, arms: int = 2) -> list[Row]:
+    return [(f"p{n}", slot, arms, f"{n}/{slot}".encode()) for n in range(pairs) for slot in SLOTS[arms]]
+
+
+def test_a_pair_is_ready_once_all_copies_are_there(client: Any) -> None:
+    first, second = rows(1)
+
+    assert join(client, [first]) == [1, 0, 0, 0, 0]
+    assert ready(client) == {}
+    assert join(client, [second]) == [1, 0, 0, 0, 0]
+    assert ready(client)["p0"] == {
+        b"pair": b"p0",
+        b"why": b"joined",
+        b"old:live:1": b"0/old:live:1",
+        b"new:shadow:1": b"0/new:shadow:1",
+    }
+
+
+def test_nothing_is_left_of_a_pair_that_is_ready(client: Any) -> None:
+    join(client, rows(1))
+
+    assert not client.exists(KEYS.pair("p0"))
+    assert client.zcard(KEYS.due) == 0
+    assert client.zscore(KEYS.joined, "p0") is not None
+
+
+def test_with_a_baseline_three_copies_are_waited_for(client: Any) -> None:
+    one, two, three = rows(1, arms=3)
+    join(client, [one, three])
+    waiting = ready(client)
+    join(client, [two])
+
+    assert waiting == {}
+    assert len(ready(client)["p0"]) == 2 + 3
+
+
+def test_the_deadline_is_by_the_clock_of_redis(client: Any) -> None:
+    seconds, microseconds = client.time()
+    join(client, rows(1)[:1], Bounds(wait_ms=5000))
+    now = seconds * 1000 + microseconds // 1000
+
+    assert now + 5000 <= client.zscore(KEYS.due, "p0") <= now + 6000
+
+
+def test_a_later_copy_does_not_move_the_deadline(client: Any) -> None:
+    one, two, _ = rows(1, arms=3)
+    join(client, [one])
+    due = client.zscore(KEYS.due, "p0")
+    time.sleep(0.01)  # so that another deadline would differ
+    join(client, [two])
+
+    assert client.zscore(KEYS.due, "p0") == due
+
+
+def test_a_third_capture_after_a_failover_is_late_and_opens_nothing(client: Any) -> None:
+    join(client, [("p", "new:live:1", 2, b"failed"), ("p", "old:shadow:1", 2, b"shadow")])
+
+    assert join(client, [("p", "old:live:2", 2, b"answer")]) == [0, 0, 1, 0, 0]
+    assert not client.exists(KEYS.pair("p"))
+    assert len(ready(client)) == 1
+
+
+def test_what_was_moved_is_forgotten_in_time_and_in_number(client: Any) -> None:
+    join(client, rows(20), Bounds(remember=5))
+    kept = client.zrange(KEYS.joined, 0, -1)
+    eventually(
+        lambda: join(client, [], Bounds(remember_ms=1)) == [0] * 5 and client.zcard(KEYS.joined) == 0,
+        what="moved pairs are forgotten",
+    )
+
+    assert len(kept) == 5
+
+
+@ON_A_SHARED_SERVER
+@given(
+    arms=st.sampled_from([2, 3]),
+    pairs=st.integers(1, 8),
+    seed=st.randoms(use_true_random=False),
+    data=st.data(),
+)
+def test_any_order_any_batches_sent_any_number_of_times_give_the_same_pairs(
+    client: Any, arms: int, pairs: int, seed: random.Random, data: st.DataObject
+) -> None:
+    client.flushall()
+    wanted = rows(pairs, arms)
+    sent = wanted + data.draw(st.lists(st.sampled_from(wanted), max_size=10))
+    seed.shuffle(sent)
+    told: Counter[str] = Counter()
+    while sent:
+        size = data.draw(st.integers(1, 6))
+        batch, sent = sent[:size], sent[size:]
+        for _ in range(data.draw(st.integers(1, 2))):  # some batches are sent twice
+            reply = join(client, batch)
+            assert sum(reply) == len(batch)
+            told.update(dict(zip(("received", "duplicate", "late"), reply, strict=False)))
+
+    found = ready(client)
+    assert {
+        (pair, name.decode(), arms, value)
+        for pair, entry in found.items()
+        for name, value in entry.items()
+        if b":" in name
+    } == set(wanted)
+    assert told["received"] == len(wanted)
+    counted = stats(client)
+    assert counted["joined"] == pairs
+    assert counted["bytes"] == sum(len(row[3]) for row in wanted)
+    assert (counted["received"], counted.get("duplicate", 0)) == (len(wanted), told["duplicate"])
+    assert counted.get("late", 0) == told["late"]
+
+
+@ON_A_SHARED_SERVER
+@given(order=st.permutations(rows(12)), most=st.integers(1, 6))
+def test_pairs_are_bounded_and_what_is_refused_is_counted(client: Any, order: list[Row], most: int) -> None:
+    client.flushall()
+    refused = 0
+    for row in order:
+        refused += join(client, [row], Bounds(pairs=most))[3]
+
+        assert client.zcard(KEYS.due) <= most
+        assert client.xlen(KEYS.ready) <= most
+    counted = stats(client)
+    assert refused == counted.get("shed_pairs", 0)
+    assert refused + counted["received"] == len(order)
+    held = client.xlen(KEYS.ready) * 2 + sum(client.hlen(key) for key in client.scan_iter(KEYS.pair("*")))
+    assert counted["received"] == held
+
+
+@ON_A_SHARED_SERVER
+@given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=20), most=st.integers(1, 1500))
+def test_bytes_are_bounded_and_what_is_refused_is_counted(client: Any, sizes: list[int], most: int) -> None:
+    client.flushall()
+    batch: list[Row] = [(f"p{n // 2}", SLOTS[2][n % 2], 2, bytes(size)) for n, size in enumerate(sizes)]
+    reply = join(client, batch, Bounds(bytes=most))
+
+    counted = stats(client)
+    assert counted.get("bytes", 0) <= most
+    assert reply[0] + reply[4] == len(batch)
+    assert counted.get("shed_bytes", 0) == reply[4]
+
+
+def test_room_that_was_made_is_used_again(client: Any) -> None:
+    bounds = Bounds(pairs=1)
+    full = [join(client, rows(1), bounds), join(client, [("p1", "old:live:1", 1, b"")], bounds)]
+    client.xtrim(KEYS.ready, maxlen=0)  # as the sidecar does when it is done
+
+    assert full == [[2, 0, 0, 0, 0], [0, 0, 0, 1, 0]]
+    assert join(client, rows(2)[2:], bounds) == [2, 0, 0, 0, 0]
+
+
+def test_all_keys_of_a_shard_have_one_hash_tag() -> None:
+    names, _ = join_arguments(KEYS, Bounds(), rows(3))
+
+    assert {name[name.index("{") : name.index("}") + 1] for name in names} == {"{shop/0}"}
+
+
+@given(st.text(), st.integers(1, 64))
+def test_a_pair_has_one_shard(pair: str, shards: int) -> None:
+    assert 0 <= shard_of(pair, shards) < shards
+    assert shard_of(pair, shards) == shard_of(pair, shards)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "{a", "a}"])
+def test_names_that_would_break_the_hash_tag_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="must not be empty nor hold any of"):
+        Keys(name, 0)

@@ -1,0 +1,420 @@
+"""Nothing changes for users: the messages an app sends are the same with the middleware, but for its tags."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+from fastapi import Depends, FastAPI
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
+from starlette.routing import Route
+from starlette.websockets import WebSocket
+
+from abreast.middleware import App, ParallelRunMiddleware
+from abreast.recorder import Message, Receive, Scope, Send
+from support_middleware import call, captures, http_scope, marks, pair_id, untagged
+
+Endpoint = Callable[[Request], Any]
+Make = Callable[[list[Middleware]], App]
+FILE = Path(__file__)
+TAGS = {b"x-abreast-pair", b"x-abreast-version", b"x-abreast-release"}
+ran: list[str] = []
+
+
+class Events(Response):
+    """Server-sent events, as they are sent by hand."""
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream"), (b"x-twice", b"1"), (b"x-twice", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for number in range(3):
+            await send({"type": "http.response.body", "body": b"data: %d\n\n" % number, "more_body": True})
+        await send({"type": "http.response.body"})
+
+
+async def numbers() -> AsyncIterator[str]:
+    for number in range(5):
+        yield f"{number}\n"
+        await asyncio.sleep(0)
+
+
+def sync_numbers() -> Iterator[bytes]:
+    yield from (b"%d\n" % number for number in range(5))
+
+
+async def background() -> None:
+    ran.append("background")
+
+
+async def echo(request: Request) -> Response:
+    chunks = [chunk async for chunk in request.stream()]
+    return PlainTextResponse(b"|".join(chunks))
+
+
+async def broken(_request: Request) -> Response:
+    raise ValueError("broken")
+
+
+async def refused(_request: Request) -> Response:
+    raise HTTPException(409, "refused")
+
+
+async def half(_request: Request) -> Response:
+    async def content() -> AsyncIterator[str]:
+        yield "half"
+        raise ValueError("in the middle")
+
+    return StreamingResponse(content())
+
+
+async def until_left(request: Request) -> Response:
+    async def content() -> AsyncIterator[str]:
+        while not await request.is_disconnected():
+            yield "more"
+
+    return StreamingResponse(content())
+
+
+def answer(make: Callable[[], Response]) -> Endpoint:
+    async def endpoint(_request: Request) -> Response:
+        return make()
+
+    return endpoint
+
+
+ENDPOINTS: dict[str, Endpoint] = {
+    "plain": answer(lambda: Response(b"bytes", headers={"x-own": "1"})),
+    "memoryview": answer(lambda: Response(memoryview(b"bytes"))),
+    "json": answer(lambda: JSONResponse({"a": [1, "ü"]})),
+    "html": answer(lambda: HTMLResponse("<p>")),
+    "redirect": answer(lambda: RedirectResponse("/elsewhere")),
+    "empty": answer(lambda: Response(status_code=204)),
+    "not-modified": answer(lambda: Response(status_code=304, headers={"etag": '"1"'})),
+    "stream": answer(lambda: StreamingResponse(numbers())),
+    "sync-stream": answer(lambda: StreamingResponse(sync_numbers())),
+    "file": answer(lambda: FileResponse(FILE)),
+    "events": answer(Events),
+    "background": answer(lambda: PlainTextResponse("done", background=BackgroundTask(background))),
+    "large": answer(lambda: Response(b"x" * 3_000_000)),
+    "echo": echo,
+    "broken": broken,
+    "refused": refused,
+    "half": half,
+    "until-left": until_left,
+}
+
+
+def starlette(middleware: list[Middleware]) -> App:
+    routes = [Route(f"/{name}", endpoint, methods=["GET", "POST"]) for name, endpoint in ENDPOINTS.items()]
+
+    async def handler(_request: Request, error: Exception) -> Response:
+        return JSONResponse({"handled": str(error)}, status_code=418)
+
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: handler})
+
+
+def fastapi(middleware: list[Middleware]) -> App:
+    app = FastAPI(middleware=middleware)
+    for name, endpoint in ENDPOINTS.items():
+        app.add_route(f"/{name}", endpoint, methods=["GET", "POST", "HEAD"])
+
+    async def dependency() -> AsyncIterator[str]:
+        yield "dependency"
+        ran.append("torn down")
+
+    @app.get("/model/{number}")
+    async def model(number: int, given: Annotated[str, Depends(dependency)]) -> dict[str, Any]:
+        return {"number": number, "given": given}
+
+    @app.post("/body")
+    async def body(payload: dict[str, int]) -> dict[str, int]:
+        return payload
+
+    return app
+
+
+async def both(
+    make: Make, redis_url: str, scope: dict[str, Any], **how: Any
+) -> tuple[list[Message], list[Message]]:
+    """What the app sends without the middleware, and with it for a sampled request; it must raise the same."""
+    own = {name.decode(): value.decode() for name, value in scope.get("headers", ())}
+    with_pair = {**scope, "headers": [*scope["headers"], *_marks()]}
+    middleware = Middleware(ParallelRunMiddleware, service="shop", redis_url=redis_url, release="r1")
+    bare, raised = await call(make([]), dict(scope), **how)
+    unsampled, raised_unsampled = await call(make([middleware]), dict(scope), **how)
+    sampled, raised_sampled = await call(make([middleware]), with_pair, **how)
+
+    assert unsampled == bare, own
+    assert repr(raised_unsampled) == repr(raised)
+    assert repr(raised_sampled) == repr(raised)
+    return bare, sampled
+
+
+def _marks() -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in marks(pair_id()).items()]
+
+
+CASES = [
+    *((f"/{name}", "GET", {}) for name in ENDPOINTS),
+    *((f"/{name}", "HEAD", {}) for name in ("plain", "json", "stream", "file")),
+    ("/file", "GET", {"range": "bytes=2-5"}),
+    ("/file", "GET", {"range": "bytes=2-5,8-9,20-"}),
+    ("/file", "GET", {"range": "bytes=900000-"}),
+    ("/echo", "POST", {}),
+    ("/nowhere", "GET", {}),
+    ("/plain", "DELETE", {}),
+]
+
+
+@pytest.mark.parametrize("make", [starlette, fastapi])
+@pytest.mark.parametrize(("path", "method", "headers"), CASES)
+async def test_messages_are_the_same(
+    make: Make,
+    path: str,
+    method: str,
+    headers: dict[str, str],
+    redis_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("starlette.responses.token_hex", lambda size: "b" * 2 * size)
+    left = 4 if path == "/until-left" else None
+    scope = http_scope(path, method, headers)
+    if path == "/file" and not headers:  # one server offers to send files by itself, another does not
+        bare, sampled = await both(make, redis_url, {**scope, "extensions": {}})
+        assert untagged(sampled) == bare
+    bare, sampled = await both(make, redis_url, dict(scope), body=(b"one", b"two"), left_after=left)
+
+    if left is None:
+        assert untagged(sampled) == bare
+    else:
+        assert untagged(sampled)[:3] == bare[:3]
+
+
+@pytest.mark.parametrize("path", ["/model/7", "/model/x"])
+async def test_dependencies_and_validation_of_fastapi_are_the_same(path: str, redis_url: str) -> None:
+    bare, sampled = await both(fastapi, redis_url, dict(http_scope(path)))
+
+    assert untagged(sampled) == bare
+
+
+async def test_a_body_that_fastapi_parses_arrives_whole(redis_url: str) -> None:
+    scope = dict(http_scope("/body", "POST", {"content-type": "application/json"}))
+    bare, sampled = await both(fastapi, redis_url, scope, body=(b'{"a"', b":1}"))
+
+    assert untagged(sampled) == bare
+    assert bare[1]["body"] == b'{"a":1}'
+
+
+async def test_answers_to_sampled_requests_are_tagged(redis_url: str) -> None:
+    _, sampled = await both(starlette, redis_url, dict(http_scope("/plain")))
+
+    tags = {name: value for name, value in sampled[0]["headers"] if name in TAGS}
+    assert set(tags) == TAGS
+    assert (tags[b"x-abreast-version"], tags[b"x-abreast-release"]) == (b"old", b"r1")
+
+
+async def passing(_request: Request, call_next: Any) -> Response:
+    response: Response = await call_next(_request)
+    response.headers["x-passed"] = "1"
+    return response
+
+
+@pytest.mark.parametrize("outside", [True, False])
+@pytest.mark.parametrize(
+    "other", [Middleware(BaseHTTPMiddleware, dispatch=passing), Middleware(GZipMiddleware)]
+)
+@pytest.mark.parametrize("path", ["/plain", "/large", "/stream", "/events", "/broken", "/refused", "/echo"])
+async def test_other_middleware_above_and_below_works_as_before(
+    path: str, other: Middleware, outside: bool, redis_url: str
+) -> None:
+    def make(ours: list[Middleware]) -> App:
+        return starlette([other, *ours] if outside else [*ours, other])
+
+    scope = dict(http_scope(path, "POST" if path == "/echo" else "GET", {"accept-encoding": "gzip"}))
+    bare, sampled = await both(make, redis_url, scope, body=(b"one", b"two"))
+
+    assert untagged(sampled) == bare
+
+
+async def trailing(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.early_hint", "links": [b"</a>; rel=preload"]})
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": ((b"trailer", b"x"),), "trailers": True}
+    )
+    await send({"type": "http.response.body", "body": b"body"})
+    await send({"type": "http.response.trailers", "headers": [(b"x-one", b"1")], "more_trailers": True})
+    await send({"type": "http.response.trailers", "headers": [(b"x-two", b"2")], "more_trailers": False})
+
+
+async def by_path(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": iter([(b"a", b"b")])})
+    await send({"type": "http.response.pathsend", "path": str(FILE)})
+
+
+async def by_descriptor(_scope: Scope, _receive: Receive, send: Send) -> None:
+    file = os.open(FILE, os.O_RDONLY)
+    os.lseek(file, 10, os.SEEK_SET)
+    try:
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.zerocopysend", "file": file, "more_body": True})
+        await send(
+            {"type": "http.response.zerocopysend", "file": file, "offset": 2, "count": 5, "more_body": True}
+        )
+        await send({"type": "http.response.body", "body": b"end"})
+
+        assert os.lseek(file, 0, os.SEEK_CUR) == 10
+    finally:
+        os.close(file)
+
+
+@pytest.mark.parametrize("app", [trailing, by_path, by_descriptor])
+async def test_extensions_pass_untouched(app: App, redis_url: str) -> None:
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    bare, raised = await call(app, http_scope())
+    sampled, raised_sampled = await call(middleware, http_scope(headers=marks(pair_id())))
+    await middleware.aclose()
+
+    assert (raised, raised_sampled) == (None, None)
+    assert [_comparable(message) for message in untagged(sampled)] == [
+        _comparable(message) for message in bare
+    ]
+
+
+def _comparable(message: Message) -> Message:
+    same = {name: value for name, value in message.items() if name != "file"}  # a number
+    return (
+        {**same, "headers": list(message["headers"])} if message.get("headers") else {**same, "headers": []}
+    )
+
+
+async def test_an_app_keeps_its_own_list_of_headers(redis_url: str) -> None:
+    headers = [(b"a", b"b")]
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body"})
+
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    await call(middleware, http_scope(headers=marks(pair_id())))
+    await middleware.aclose()
+
+    assert headers == [(b"a", b"b")]
+
+
+async def test_websockets_pass_untouched(redis_url: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        socket = WebSocket(scope, receive, send)
+        await socket.accept()
+        await socket.send_text(await socket.receive_text())
+
+    async def talk(target: App) -> list[Message]:
+        sent: list[Message] = []
+        incoming: list[Message] = [
+            {"type": "websocket.connect"},
+            {"type": "websocket.receive", "text": "hello"},
+        ]
+
+        async def receive() -> Message:
+            return incoming.pop(0)
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await target({**http_scope(headers=marks(pair_id())), "type": "websocket"}, receive, send)
+        return sent
+
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+
+    assert await talk(middleware) == await talk(app)
+    assert middleware.backlog.captured == 0
+
+
+async def test_a_scope_may_bring_its_headers_in_any_iterable(redis_url: str) -> None:
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": list(scope["headers"])})
+        await send({"type": "http.response.body"})
+
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    scope = http_scope(headers=marks(pair_id()))
+    sent, _ = await call(middleware, {**scope, "headers": (row for row in scope["headers"])})
+    await middleware.aclose()
+
+    assert sent[0]["headers"][0] == (b"host", b"shop.example")
+    assert middleware.backlog.shipped == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"x-abreast-pair": "not an id"},
+        {"x-abreast-pair": "a" * 65},
+        {"x-abreast-pair": ""},
+        {"x-abreast-version": "newer"},
+        {"x-abreast-role": "spectator"},
+        {"x-abreast-arms": "4"},
+        {"x-abreast-arms": ""},
+    ],
+)
+async def test_marks_that_are_not_understood_are_left_alone(wrong: dict[str, str], redis_url: str) -> None:
+    app = starlette([])
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    sent, _ = await call(middleware, http_scope("/plain", headers={**marks(pair_id()), **wrong}))
+
+    assert sent == (await call(app, http_scope("/plain")))[0]
+    assert middleware.backlog.captured == 0
+
+
+async def test_nothing_is_recorded_when_it_is_switched_off(redis_url: str) -> None:
+    app = starlette([])
+    middleware = ParallelRunMiddleware(app, enabled=False, redis_url=redis_url)
+    sent, _ = await call(middleware, http_scope("/plain", headers=marks(pair_id())))
+
+    assert sent == (await call(app, http_scope("/plain")))[0]
+    assert middleware.backlog.captured == 0
+
+
+async def test_an_app_within_an_app_is_recorded_once(redis_url: str) -> None:
+    inner = ParallelRunMiddleware(starlette([]), service="shop", redis_url=redis_url)
+    outer = ParallelRunMiddleware(inner, service="shop", redis_url=redis_url)
+    sent, _ = await call(outer, http_scope("/plain", headers=marks(pair_id())))
+    await outer.aclose()
+
+    assert [name for name, _ in sent[0]["headers"]].count(b"x-abreast-pair") == 1
+    assert len(await captures(redis_url)) == 1
+
+
+async def test_the_background_task_runs_after_the_answer_was_shipped(redis_url: str) -> None:
+    shipped_before: list[int] = []
+
+    async def task() -> None:
+        shipped_before.append(middleware.backlog.captured)
+
+    async def endpoint(_request: Request) -> Response:
+        return PlainTextResponse("done", background=BackgroundTask(task))
+
+    middleware = ParallelRunMiddleware(
+        Starlette(routes=[Route("/", endpoint)]), service="shop", redis_url=redis_url
+    )
+    await call(middleware, http_scope(headers=marks(pair_id())))
+    await middleware.aclose()
+
+    assert shipped_before == [1]

@@ -1,0 +1,348 @@
+"""What a capture holds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+
+from abreast.capture import digest
+from abreast.middleware import App, ParallelRunMiddleware
+from abreast.recorder import Message, Receive, Scope, Send
+from support_middleware import call, captured, captures, sampled
+
+MEGABYTE = bytes(1024 * 1024)
+
+
+def answering(*messages: Message) -> App:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        for message in messages:
+            await send(message)
+
+    return app
+
+
+def start(status: int = 200, *headers: tuple[bytes, bytes], **more: object) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": list(headers), **more}
+
+
+def body(chunk: bytes = b"", *, more: bool = False) -> Message:
+    return {"type": "http.response.body", "body": chunk, "more_body": more}
+
+
+async def test_the_request_is_in_it(redis_url: str) -> None:
+    async def endpoint(request: Request) -> Response:
+        return PlainTextResponse(await request.body())
+
+    app = Starlette(routes=[Mount("/v1", routes=[Route("/products/{id}", endpoint, methods=["POST"])])])
+    scope = sampled(
+        "/v1/products/a%20b?x=1&y=%20",
+        "POST",
+        headers={
+            "accept": "text/plain",
+            "x-other": "1",
+            "authorization": "Bearer hunter2",
+            "x-envoy-attempt-count": "2",
+        },
+    )
+    scope["path"] = "/v1/products/a b"
+    capture = await captured(app, redis_url, scope, body=(b"one", b"two"))
+
+    request = capture.request
+    assert (request.method, request.path, request.query) == ("POST", "/v1/products/a%20b", "x=1&y=%20")
+    assert request.route == "/v1/products/{id}"
+    assert [name for name, _ in request.headers] == ["host", "accept", "authorization"]
+    assert request.headers[2][1].startswith("hmac:")
+    assert (request.body.held, request.body.length) == (b"onetwo", 6)
+    assert (capture.version, capture.role, capture.attempt, capture.arms) == ("old", "live", 2, 2)
+    assert (capture.service, capture.release) == ("shop", "r1")
+
+
+async def test_the_answer_is_in_it_without_our_tags(redis_url: str) -> None:
+    headers = ((b"X-Twice", b"1"), (b"x-twice", b"2"), (b"x-latin", "ü".encode("latin-1")))
+    capture = await captured(
+        answering(start(201, *headers), body(b"a", more=True), body(b"b")), redis_url, sampled()
+    )
+
+    assert capture.answer.status == 201
+    assert capture.answer.headers == (("x-twice", "1"), ("x-twice", "2"), ("x-latin", "ü"))
+    assert (capture.answer.body.held, capture.answer.body.length) == (b"ab", 2)
+    assert (capture.complete, capture.client_left, capture.raised) == (True, False, "")
+
+
+async def test_times_are_of_the_answer_and_not_of_what_follows(redis_url: str) -> None:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.02)
+        await send(start())
+        await asyncio.sleep(0.02)
+        await send(body())
+        await asyncio.sleep(0.5)
+
+    before = time.time()
+    capture = await captured(app, redis_url, sampled())
+
+    assert capture.first_byte_us is not None
+    assert 20_000 <= capture.first_byte_us <= capture.total_us - 20_000
+    assert capture.total_us < 450_000
+    assert before - 0.01 <= capture.started <= before + 0.2
+
+
+@pytest.mark.parametrize("limit", [0, 10, 100_000])
+@pytest.mark.parametrize("chunk", [1, 1000, 50_000, 3_000_000])
+async def test_of_a_long_body_the_beginning_and_a_digest_are_held(
+    limit: int, chunk: int, redis_url: str
+) -> None:
+    whole = os.urandom(3_000_000 if chunk >= 1000 else 300)
+    parts = [body(whole[at : at + chunk], more=True) for at in range(0, len(whole), chunk)]
+    middleware = ParallelRunMiddleware(
+        answering(start(), *parts, body()), service="shop", redis_url=redis_url, body_limit=limit
+    )
+    await call(middleware, sampled(), body=[part["body"] for part in parts])
+    await middleware.aclose()
+    (capture,) = await captures(redis_url)
+
+    recorded = capture.answer.body
+    assert (recorded.length, recorded.held) == (len(whole), whole[:limit])
+    assert recorded.fingerprint() == digest(whole)
+
+
+async def test_the_body_of_a_request_is_limited_too(redis_url: str) -> None:
+    async def app(_scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await send(start())
+        await send(body())
+
+    capture = await captured(app, redis_url, sampled(method="POST"), body=[MEGABYTE] * 3)
+
+    assert (capture.request.body.length, len(capture.request.body.held)) == (3 * len(MEGABYTE), 256 * 1024)
+    assert capture.request.body.digest == digest(MEGABYTE * 3)
+
+
+async def test_a_buffer_that_the_app_uses_again_is_copied(redis_url: str) -> None:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        buffer = bytearray(b"first")
+        await send(start())
+        await send({"type": "http.response.body", "body": memoryview(buffer), "more_body": True})
+        buffer[:] = b"later"
+        await send(body())
+
+    assert (await captured(app, redis_url, sampled())).answer.body.held == b"first"
+
+
+async def test_head_has_no_body_whatever_the_app_gives(redis_url: str) -> None:
+    capture = await captured(answering(start(), body(b"ignored")), redis_url, sampled(method="HEAD"))
+
+    assert capture.answer.body.length == 0
+
+
+async def test_trailers_are_in_it(redis_url: str) -> None:
+    one: Message = {"type": "http.response.trailers", "headers": [(b"a", b"1")], "more_trailers": True}
+    two: Message = {"type": "http.response.trailers", "headers": [(b"b", b"2")]}
+    capture = await captured(answering(start(trailers=True), body(b"x"), one, two), redis_url, sampled())
+
+    assert capture.answer.trailers == (("a", "1"), ("b", "2"))
+    assert capture.complete
+
+
+async def test_files_are_read_even_if_they_are_gone_at_once(redis_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        file.write_bytes(MEGABYTE + b"end")
+        await send(start())
+        await send({"type": "http.response.pathsend", "path": str(file)})
+        file.unlink()
+
+    recorded = (await captured(app, redis_url, sampled())).answer.body
+
+    assert (recorded.length, recorded.digest) == (len(MEGABYTE) + 3, digest(MEGABYTE + b"end"))
+    assert recorded.held == MEGABYTE[: 256 * 1024]
+
+
+async def test_parts_of_files_are_read_in_order(redis_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"0123456789")
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        with file.open("rb") as opened:
+            os.lseek(opened.fileno(), 7, os.SEEK_SET)
+            await send(start())
+            await send(body(b"<", more=True))
+            await send({"type": "http.response.zerocopysend", "file": opened.fileno(), "more_body": True})
+            part = {"file": opened.fileno(), "offset": 1, "count": 3, "more_body": True}
+            await send({"type": "http.response.zerocopysend", **part})
+            await send(body(b">"))
+
+    assert (await captured(app, redis_url, sampled())).answer.body.held == b"<789123>"
+
+
+async def test_descriptors_are_given_back(redis_url: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"0123456789")
+    app = answering(start(), {"type": "http.response.pathsend", "path": str(file)})
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, queue_count=5)
+    for _ in range(200):
+        await call(middleware, sampled())
+    await middleware.aclose()
+
+    assert file not in _open_files()
+    assert middleware.backlog.captured == 200
+
+
+def _open_files() -> set[Path]:
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that the folder was listed with
+            found.add(link.readlink())
+    return found
+
+
+async def test_what_can_not_be_read_again_is_dropped_and_counted(redis_url: str) -> None:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        reading, writing = os.pipe()
+        try:
+            await send(start())
+            await send({"type": "http.response.zerocopysend", "file": reading})
+        finally:
+            os.close(reading)
+            os.close(writing)
+
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    sent, raised = await call(middleware, sampled())
+    await middleware.aclose()
+
+    assert (len(sent), raised) == (2, None)
+    assert middleware.backlog.dropped == {"capture_error": 1}
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+async def test_an_app_that_raises_is_recorded_and_raises_on(after: int, redis_url: str) -> None:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        for message in (start(), body(b"half", more=True))[:after]:
+            await send(message)
+        raise KeyError("unchanged")
+
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    _, raised = await call(middleware, sampled())
+    await middleware.aclose()
+    (capture,) = await captures(redis_url)
+
+    assert repr(raised) == "KeyError('unchanged')"
+    assert (capture.raised, capture.complete) == ("KeyError", False)
+    assert capture.answer.status == (200 if after else 0)
+    assert (capture.first_byte_us is None) == (after == 0)
+
+
+async def test_a_cancelled_request_is_recorded(redis_url: str) -> None:
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send(start())
+        waiting.set()
+        await asyncio.sleep(60)
+
+    waiting = asyncio.Event()
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    task = asyncio.create_task(call(middleware, sampled()))
+    await waiting.wait()
+    task.cancel()
+    _, raised = await task
+    await middleware.aclose()
+    (capture,) = await captures(redis_url)
+
+    assert isinstance(raised, asyncio.CancelledError)
+    assert (capture.raised, capture.complete) == ("CancelledError", False)
+
+
+async def test_a_client_that_leaves_is_noticed(redis_url: str) -> None:
+    async def endpoint(request: Request) -> Response:
+        async def content() -> AsyncIterator[bytes]:
+            while not await request.is_disconnected():
+                yield b"more"
+
+        return StreamingResponse(content())
+
+    capture = await captured(Starlette(routes=[Route("/", endpoint)]), redis_url, sampled(), left_after=3)
+
+    assert capture.client_left
+
+
+async def test_a_send_that_fails_means_that_the_client_left(redis_url: str) -> None:
+    async def send(_message: Message) -> None:
+        raise BrokenPipeError
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    middleware = ParallelRunMiddleware(answering(start(), body()), service="shop", redis_url=redis_url)
+    with pytest.raises(BrokenPipeError):
+        await middleware(sampled(), receive, send)
+    await middleware.aclose()
+    (capture,) = await captures(redis_url)
+
+    assert (capture.client_left, capture.complete, capture.raised) == (True, False, "BrokenPipeError")
+
+
+async def test_an_app_that_never_answers_is_recorded(redis_url: str) -> None:
+    capture = await captured(answering(), redis_url, sampled())
+
+    assert (capture.answer.status, capture.complete, capture.raised) == (0, False, "")
+
+
+async def test_a_background_task_that_raises_is_not_part_of_the_answer(redis_url: str) -> None:
+    async def task() -> None:
+        raise ValueError("late")
+
+    async def endpoint(_request: Request) -> Response:
+        return PlainTextResponse("done", background=BackgroundTask(task))
+
+    capture = await captured(Starlette(routes=[Route("/", endpoint)]), redis_url, sampled())
+
+    assert (capture.complete, capture.raised) == (True, "")
+
+
+async def test_both_versions_hash_secrets_alike_without_a_key_being_set(redis_url: str) -> None:
+    answer = answering(start(200, (b"set-cookie", b"session=hunter2; Path=/")), body())
+    for version in ("old", "new"):
+        middleware = ParallelRunMiddleware(answer, service="shop", redis_url=redis_url)
+        scope = sampled(version=version, headers={"authorization": "Bearer hunter2"})
+        await call(middleware, scope)
+        await middleware.aclose()
+    one, two = await captures(redis_url)
+
+    assert one.answer.headers == two.answer.headers
+    assert one.request.headers == two.request.headers
+    assert "hunter2" not in str(one)
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        (None, "capture_error"),
+        (7, "capture_error"),
+        ([(b"a",)], "encode_error"),
+        ([("text", "text")], "encode_error"),
+    ],
+)
+async def test_faults_of_ours_are_counted_and_never_reach_the_app(
+    headers: object, reason: str, redis_url: str
+) -> None:
+    """The server may well refuse such headers; that is between the app and the server."""
+    message: Message = {"type": "http.response.start", "status": 200, "headers": headers}
+    middleware = ParallelRunMiddleware(answering(message, body(b"x")), service="shop", redis_url=redis_url)
+    sent, raised = await call(middleware, sampled())
+    await middleware.aclose()
+
+    assert raised is None
+    assert len(sent) == 2
+    assert middleware.backlog.dropped == {reason: 1}
+    assert middleware.rescue.counts.total() == 1

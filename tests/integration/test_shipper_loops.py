@@ -1,0 +1,323 @@
+"""One app, several event loops, processes and ways to end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+import pytest
+import redis
+import redis.asyncio
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from abreast.join import Row, reports
+from abreast.link import Link, Reply
+from abreast.middleware import ParallelRunMiddleware
+from abreast.recorder import Message, Receive, Scope, Send
+from support import eventually_async, free_port
+from support_middleware import call, captures, marks, pair_id, sampled
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it would rather have another httpx
+    from starlette.testclient import TestClient
+
+
+async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body"})
+
+
+def starlette(url: str, **more: object) -> Starlette:
+    async def endpoint(_request: Request) -> Response:
+        return PlainTextResponse("ok")
+
+    application = Starlette(routes=[Route("/", endpoint)], **more)  # type: ignore[arg-type]
+    application.add_middleware(ParallelRunMiddleware, service="shop", redis_url=url)
+    return application
+
+
+def test_each_loop_gets_a_task_of_its_own(redis_url: str) -> None:
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    for _ in range(5):
+        asyncio.run(_ask(middleware))
+
+    assert len(asyncio.run(captures(redis_url))) == 5
+    assert middleware.backlog.shipped == 5
+
+
+async def _ask(middleware: ParallelRunMiddleware) -> None:
+    _, raised = await call(middleware, sampled())
+    assert raised is None
+
+
+def test_the_end_of_a_loop_flushes_even_without_lifespan(redis_url: str) -> None:
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, ship_interval=60)
+    asyncio.run(_ask(middleware))
+
+    assert middleware.backlog.shipped == 1
+
+
+def test_a_cancellation_that_is_swallowed_below_ends_the_loop_all_the_same(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swallowed = []
+
+    async def swallowing(_link: Link, _shard: int, rows: Sequence[Row]) -> Reply:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            swallowed.append(True)
+        return Reply(len(rows), 0, 0, 0, 0)
+
+    async def ask() -> None:
+        await _ask(middleware)
+        while not middleware._loops._shipper._outgoing:  # type: ignore[union-attr]  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    monkeypatch.setattr(Link, "join", swallowing)
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    began = time.monotonic()
+    asyncio.run(ask())
+
+    assert swallowed == [True]
+    assert time.monotonic() - began < 10
+
+
+def test_what_a_loop_could_not_send_the_next_one_does(redis_url: str) -> None:
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, ship_interval=60)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(_ask(middleware))
+    (task,) = asyncio.all_tasks(loop)
+    task.cancel()
+    task._log_destroy_pending = False  # type: ignore[attr-defined]  # thrown away on purpose
+    loop.close()
+    asyncio.run(_ask(middleware))
+
+    assert middleware.backlog.shipped == 2
+
+
+@pytest.mark.parametrize("entered", [True, False])
+def test_starlettes_test_client_works(entered: bool, redis_url: str) -> None:
+    """Without `with` it makes a loop for each request."""
+    client = TestClient(starlette(redis_url))
+    if entered:
+        with client:
+            answers = [client.get("/", headers=marks(pair_id())) for _ in range(3)]
+    else:
+        answers = [client.get("/", headers=marks(pair_id())) for _ in range(3)]
+    gc.collect()  # a task or a socket that was left behind would complain
+
+    assert [answer.text for answer in answers] == ["ok"] * 3
+    assert len(asyncio.run(captures(redis_url))) == 3
+
+
+def test_without_redis_the_test_client_is_not_held_up() -> None:
+    began = time.monotonic()
+    with TestClient(starlette(f"redis://127.0.0.1:{free_port()}/0")) as client:
+        answer = client.get("/", headers=marks(pair_id()))
+
+    assert answer.text == "ok"
+    assert time.monotonic() - began < 5
+
+
+async def lifespan(app: ParallelRunMiddleware) -> list[Message]:
+    sent: list[Message] = []
+    incoming: list[Message] = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+    async def receive() -> Message:
+        if len(incoming) == 1:
+            await call(app, sampled())
+        return incoming.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append({**message, "shipped": app.backlog.shipped})
+
+    await app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, receive, send)
+    return sent
+
+
+async def test_the_shutdown_of_the_lifespan_flushes_before_the_server_is_told(redis_url: str) -> None:
+    middleware = ParallelRunMiddleware(
+        Starlette(routes=[Route("/", app)]), service="shop", redis_url=redis_url, ship_interval=60
+    )
+    sent = await lifespan(middleware)
+
+    assert sent == [
+        {"type": "lifespan.startup.complete", "shipped": 0},
+        {"type": "lifespan.shutdown.complete", "shipped": 1},
+    ]
+
+
+async def test_the_process_is_known_from_its_start(redis_url: str) -> None:
+    middleware = ParallelRunMiddleware(Starlette(), service="shop", redis_url=redis_url)
+    sent: list[Message] = []
+    stop = asyncio.Event()
+    incoming: list[Message] = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+    async def receive() -> Message:
+        if len(incoming) == 1:
+            await stop.wait()
+        return incoming.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    running = asyncio.create_task(middleware({"type": "lifespan"}, receive, send))
+    async with redis.asyncio.Redis.from_url(redis_url) as admin:
+
+        async def known() -> bool:
+            return await admin.hlen(reports("shop")) == 1
+
+        await eventually_async(known, what="the process is known")
+    stop.set()
+    await running
+
+
+async def test_an_app_without_lifespan_refuses_it_as_before(redis_url: str) -> None:
+    async def refusing(scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise NotImplementedError(scope["type"])
+
+    middleware = ParallelRunMiddleware(refusing, service="shop", redis_url=redis_url)
+    _, raised = await call(middleware, {"type": "lifespan"})
+    await middleware.aclose()
+
+    assert repr(raised) == "NotImplementedError('lifespan')"
+
+
+async def test_the_state_of_the_lifespan_arrives(redis_url: str) -> None:
+    seen: list[object] = []
+
+    async def stateful(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        scope["state"]["pool"] = "ready"
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    middleware = ParallelRunMiddleware(stateful, service="shop", redis_url=redis_url)
+    state: dict[str, object] = {}
+    incoming: list[Message] = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+    async def receive() -> Message:
+        return incoming.pop(0)
+
+    async def send(message: Message) -> None:
+        seen.append(message["type"])
+
+    await middleware({"type": "lifespan", "state": state}, receive, send)
+
+    assert state == {"pool": "ready"}
+    assert seen == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
+async def test_it_can_be_closed_twice_and_used_again(redis_url: str) -> None:
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    await middleware.aclose()
+    for _ in range(2):
+        await call(middleware, sampled())
+        await middleware.aclose()
+        await middleware.aclose()
+
+    assert middleware.backlog.shipped == 2
+
+
+PROGRAM = textwrap.dedent(
+    """
+    import asyncio, os, sys
+    sys.path.insert(0, sys.argv[2])
+    from abreast import ParallelRunMiddleware
+    from support_middleware import call, sampled
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=sys.argv[1])
+
+    async def ask(count):
+        for _ in range(count):
+            await call(middleware, sampled())
+    """
+)
+
+
+def run(program: str, url: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-c",
+            PROGRAM + textwrap.dedent(program),
+            url,
+            str(Path(__file__).parents[1]),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_forked_processes_report_apart(redis_url: str) -> None:
+    """As gunicorn does when it loads the app before it forks."""
+    done = run(
+        """
+        asyncio.run(ask(1))
+        children = []
+        for count in (2, 3):
+            child = os.fork()
+            if not child:
+                asyncio.run(ask(count))
+                os._exit(0)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        """,
+        redis_url,
+    )
+    with redis.Redis.from_url(redis_url) as admin:
+        found = admin.hgetall(reports("shop"))
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(orjson.loads(text)["shipped"] for text in found.values()) == [1, 2, 3]
+    assert len({orjson.loads(text)["pid"] for text in found.values()}) == 3
+
+
+def test_a_fork_within_a_running_loop_begins_anew(redis_url: str) -> None:
+    done = run(
+        """
+        async def main():
+            await ask(1)
+            child = os.fork()
+            if not child:
+                asyncio._set_running_loop(None)
+                asyncio.run(ask(2))
+                os._exit(0 if middleware.backlog.shipped == 2 else 1)
+            assert os.waitpid(child, 0)[1] == 0
+
+        asyncio.run(main())
+        assert middleware.backlog.shipped == 1
+        """,
+        redis_url,
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("ending", ["sys.exit(0)", "os.kill(os.getpid(), 2)"])
+def test_a_process_ends_in_time_with_redis_down(ending: str) -> None:
+    began = time.monotonic()
+    run(f"asyncio.run(ask(3)); {ending}", f"redis://127.0.0.1:{free_port()}/0")
+
+    assert time.monotonic() - began < 10

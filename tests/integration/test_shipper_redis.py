@@ -1,0 +1,377 @@
+"""Whatever Redis does, users' answers stay the same, the queue stays bounded, drops are counted, and it recovers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Unpack
+
+import orjson
+import pytest
+import redis
+import redis.asyncio
+
+from abreast.join import SERVICES, Keys, reports, secret
+from abreast.middleware import ParallelRunMiddleware
+from abreast.recorder import Message, Receive, Scope, Send
+from abreast.settings import Options
+from abreast_sidecar.embedded import RedisServer
+from support import eventually_async, free_port
+from support_middleware import call, captures, http_scope, sampled
+
+QUEUE = 50
+KEYS = Keys("shop", 0)
+
+
+async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"a", b"b")]})
+    await send({"type": "http.response.body", "body": b"answer"})
+
+
+@contextmanager
+def server(*options: str, port: int = 0) -> Iterator[RedisServer]:
+    """One that a test may stop, fill or freeze."""
+    binary = os.environ.get("ABREAST_TEST_REDIS")
+    with RedisServer(binary=Path(binary) if binary else None, options=options, port=port) as started:
+        yield started
+
+
+def middleware(url: str, **settings: Unpack[Options]) -> ParallelRunMiddleware:
+    options: Options = {"service": "shop", "redis_url": url, "queue_count": QUEUE, **settings}
+    return ParallelRunMiddleware(app, **options)
+
+
+async def ask(target: ParallelRunMiddleware, count: int) -> float:
+    """Seconds of the slowest request; every answer must be the app's."""
+    slowest = 0.0
+    for _ in range(count):
+        began = time.perf_counter()
+        sent, raised = await call(target, sampled())
+        slowest = max(slowest, time.perf_counter() - began)
+
+        assert raised is None
+        assert [message.get("body") for message in sent] == [None, b"answer"]
+    return slowest
+
+
+def balanced(target: ParallelRunMiddleware, asked: int) -> bool:
+    backlog = target.backlog
+    return backlog.captured == asked == sum(backlog.versions.values()) + len(backlog.recorders)
+
+
+async def shipped(target: ParallelRunMiddleware, count: int) -> None:
+    async def enough() -> bool:
+        return target.backlog.shipped >= count
+
+    await eventually_async(enough, what=f"{count} captures are shipped")
+
+
+async def failing(log: pytest.LogCaptureFixture) -> None:
+    async def said() -> bool:
+        return "captures wait" in log.text
+
+    await eventually_async(said, what="the log says that captures wait")
+
+
+async def test_without_redis_answers_are_the_same_and_drops_are_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    target = middleware(f"redis://127.0.0.1:{free_port()}/0", flush_timeout=0.3)
+    slowest = await ask(target, 3 * QUEUE)
+    await failing(caplog)
+    began = time.monotonic()
+    await target.aclose()
+
+    assert time.monotonic() - began < 2
+    assert slowest < 0.2
+    assert target.backlog.dropped == {"queue_count": 2 * QUEUE, "shutdown": QUEUE}
+    assert balanced(target, 3 * QUEUE)
+
+
+async def test_once_redis_is_there_what_waited_is_sent(caplog: pytest.LogCaptureFixture) -> None:
+    port = free_port()
+    target = middleware(f"redis://127.0.0.1:{port}/0")
+    await ask(target, QUEUE + 10)
+    await failing(caplog)
+    with server(port=port) as started:
+        await shipped(target, QUEUE)
+        await ask(target, 5)
+        await shipped(target, QUEUE + 5)
+        await target.aclose()
+
+        assert len(await captures(started.url)) == QUEUE + 5
+    assert target.backlog.dropped == {"queue_count": 10}
+    assert caplog.text.count("captures wait") == 1
+    assert caplog.text.count("captures go to Redis again") == 1
+
+
+async def test_a_frozen_redis_delays_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    with server() as started:
+        target = middleware(started.url)
+        await ask(target, 1)
+        await shipped(target, 1)
+        assert started.server is not None
+        os.kill(started.server.pid, signal.SIGSTOP)
+        slowest = await ask(target, QUEUE + 20)
+        await failing(caplog)
+        held = target.backlog.count
+        os.kill(started.server.pid, signal.SIGCONT)
+        await shipped(target, QUEUE + 1)
+        await target.aclose()
+
+        assert len(await captures(started.url)) == target.backlog.shipped
+    assert slowest < 0.2
+    assert held <= QUEUE
+    assert balanced(target, QUEUE + 21)
+
+
+async def test_a_frozen_redis_does_not_hold_up_a_shutdown() -> None:
+    with server() as started:
+        target = middleware(started.url, flush_timeout=0.5)
+        await ask(target, 1)
+        await shipped(target, 1)
+        assert started.server is not None
+        os.kill(started.server.pid, signal.SIGSTOP)
+        await ask(target, 5)
+        began = time.monotonic()
+        await target.aclose()
+        took = time.monotonic() - began
+        os.kill(started.server.pid, signal.SIGCONT)
+
+    assert took < 1.5
+    assert target.backlog.dropped == {"shutdown": 5}
+
+
+async def test_a_full_redis_is_left_alone_until_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
+    with server() as started, redis.Redis.from_url(started.url) as admin:
+        target = middleware(started.url)
+        await ask(target, 1)
+        await shipped(target, 1)
+        admin.config_set("maxmemory", 1)
+        await ask(target, QUEUE + 5)
+        await failing(caplog)
+        await ask(target, QUEUE)
+        admin.config_set("maxmemory", 0)
+        await shipped(target, QUEUE + 1)
+        await target.aclose()
+
+        assert len(await captures(started.url)) == target.backlog.shipped
+    assert "OOM" in caplog.text or "maxmemory" in caplog.text
+    assert target.backlog.dropped["queue_count"] > 0
+    assert set(target.backlog.dropped) == {"queue_count"}
+    assert balanced(target, 2 * QUEUE + 6)
+
+
+async def test_a_replica_is_left_alone_until_it_is_a_master(caplog: pytest.LogCaptureFixture) -> None:
+    with server() as started, redis.Redis.from_url(started.url) as admin:
+        target = middleware(started.url)
+        await ask(target, 1)
+        await shipped(target, 1)
+        admin.replicaof("127.0.0.1", free_port())
+        await ask(target, 5)
+        await failing(caplog)
+        admin.replicaof("NO", "ONE")
+        await shipped(target, 6)
+        await target.aclose()
+
+    assert not target.backlog.dropped
+
+
+async def test_a_user_that_may_only_read_is_told_from_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with server() as started, redis.Redis.from_url(started.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "reader", "on", ">secret", "~*", "+@read", "+@connection")
+        url = started.url.replace("//", "//reader:secret@")
+        target = middleware(url, flush_timeout=0.3)
+        await ask(target, 5)
+        await failing(caplog)
+        await target.aclose()
+
+    assert target.backlog.dropped == {"shutdown": 5}
+    assert "secret" not in caplog.text
+
+
+async def test_a_redis_that_is_replaced_gets_what_it_needs(caplog: pytest.LogCaptureFixture) -> None:
+    port = free_port()
+    target = middleware(f"redis://127.0.0.1:{port}/0")
+    with server(port=port):
+        await ask(target, 1)
+        await shipped(target, 1)
+    await ask(target, 3)
+    await failing(caplog)
+    with server(port=port) as started, redis.Redis.from_url(started.url) as admin:
+        await shipped(target, 4)
+        await target.aclose()
+
+        assert admin.hgetall(SERVICES) == {b"shop": b"1"}
+        assert admin.exists(secret("shop")) == 1
+        assert len(await captures(started.url)) == 3
+
+
+async def test_a_flushed_script_cache_loses_nothing(redis_url: str) -> None:
+    target = middleware(redis_url)
+    async with redis.asyncio.Redis.from_url(redis_url) as admin:
+        await ask(target, 2)
+        await shipped(target, 2)
+        await admin.script_flush()
+        await ask(target, 2)
+        await target.aclose()
+
+    assert len(await captures(redis_url)) == 4
+    assert not target.backlog.dropped
+
+
+async def test_bytes_are_bounded_too(redis_url: str) -> None:
+    async def large(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(10_000)})
+
+    target = ParallelRunMiddleware(
+        large, service="shop", redis_url=redis_url, queue_bytes=30_000, ship_interval=60
+    )
+    for _ in range(5):
+        await call(target, sampled())
+
+    assert target.backlog.dropped == {"queue_bytes": 3}
+    assert target.backlog.bytes <= 30_000
+    await target.aclose()
+    assert target.backlog.shipped == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [(Options(redis_pairs=3), "refused_pairs"), (Options(redis_bytes=3000), "refused_bytes")],
+)
+async def test_what_redis_refuses_is_counted(settings: Options, reason: str, redis_url: str) -> None:
+    target = middleware(redis_url, **settings)
+    await ask(target, 20)
+    await target.aclose()
+    kept = len(await captures(redis_url))
+
+    assert target.backlog.dropped == {reason: 20 - kept}
+    assert target.backlog.shipped == kept > 0
+
+
+async def test_a_batch_that_redis_never_takes_is_given_up(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with redis.asyncio.Redis.from_url(redis_url) as admin:
+        await admin.set(KEYS.stats, "not a hash")
+        target = middleware(redis_url)
+        await ask(target, 3)
+
+        async def dropped() -> bool:
+            return target.backlog.dropped["redis_error"] == 3
+
+        await eventually_async(dropped, what="the batch is given up")
+        await admin.delete(KEYS.stats)
+    await ask(target, 2)
+    await target.aclose()
+
+    assert target.backlog.shipped == 2
+    assert caplog.text.count("captures wait") == 1
+
+
+async def test_a_capture_that_can_not_be_encoded_stops_no_other(
+    redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def odd(scope: Scope, _receive: Receive, send: Send) -> None:
+        if scope["path"] == "/odd":
+            scope["route"] = type("Odd", (), {"path_format": "\ud800"})()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    target = ParallelRunMiddleware(odd, service="shop", redis_url=redis_url)
+    for path in ("/a", "/odd", "/b", "/odd"):
+        await call(target, sampled(path))
+    await target.aclose()
+
+    assert (target.backlog.shipped, target.backlog.dropped) == (2, {"encode_error": 2})
+    assert caplog.text.count("recording failed in encoding") == 1
+
+
+async def test_shards_are_told_apart_by_the_pair(redis_url: str) -> None:
+    target = middleware(redis_url, shards=3)
+    await ask(target, 30)
+    await target.aclose()
+    found = [len(await captures(redis_url, shard=shard)) for shard in range(3)]
+
+    assert sum(found) == 30
+    assert all(found)
+
+
+async def test_each_process_reports_what_it_did(redis_url: str) -> None:
+    target = middleware(redis_url, release="r1")
+    await ask(target, 3)
+    await target.aclose()
+    async with redis.asyncio.Redis.from_url(redis_url) as admin:
+        found = await admin.hgetall(reports("shop"))
+    ((process, text),) = found.items()
+    report = orjson.loads(text)
+
+    assert report["id"].encode() == process
+    assert (report["pid"], report["service"], report["release"]) == (os.getpid(), "shop", "r1")
+    assert (report["captured"], report["shipped"], report["versions"]) == (3, 3, {"old": 3})
+    assert (report["dropped"], report["queue"]) == ({}, {"count": 0, "bytes": 0})
+    assert abs(report["seen"] - time.time()) < 5
+
+
+async def test_it_reports_within_a_second_while_it_runs(redis_url: str) -> None:
+    target = middleware(redis_url)
+    await ask(target, 3)
+    async with redis.asyncio.Redis.from_url(redis_url) as admin:
+
+        async def reported() -> bool:
+            found = await admin.hgetall(reports("shop"))
+            return [orjson.loads(text)["shipped"] for text in found.values()] == [3]
+
+        await eventually_async(reported, within=3, what="the report says 3")
+    await target.aclose()
+
+
+async def test_captures_are_there_soon_after_the_answer(redis_url: str) -> None:
+    target = middleware(redis_url)
+    await ask(target, 1)
+    await shipped(target, 1)
+    began = time.monotonic()
+    await ask(target, 1)
+    await shipped(target, 2)
+
+    assert time.monotonic() - began < 0.5
+    await target.aclose()
+
+
+async def test_with_redis_down_requests_are_not_held(caplog: pytest.LogCaptureFixture) -> None:
+    """Their scopes hold whatever the app put there; only the captures wait."""
+    target = middleware(f"redis://127.0.0.1:{free_port()}/0", flush_timeout=0.1)
+    await ask(target, 10)
+    await failing(caplog)
+
+    async def assembled() -> bool:
+        return not target.backlog.recorders
+
+    await eventually_async(assembled, within=2, what="recorders are let go")
+    assert target.backlog.count == 10
+    await target.aclose()
+
+
+async def test_the_log_is_quiet_when_all_is_well(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="abreast")
+    target = middleware(redis_url)
+    await ask(target, 5)
+    await target.aclose()
+
+    assert not [record for record in caplog.records if record.name == "abreast"]
+
+
+async def test_an_unsampled_request_starts_nothing() -> None:
+    target = middleware("redis://127.0.0.1:1/0")
+    sent: list[Message] = (await call(target, http_scope()))[0]
+
+    assert len(sent) == 2
+    assert len(asyncio.all_tasks()) == 1

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import get_args
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast.capture import Answer, Body, Capture, Request, Role, Version, decode, digest, encode
+from abreast.errors import CaptureError
+
+LATIN = st.text(st.characters(max_codepoint=255), max_size=30)
+HEADERS = st.lists(st.tuples(LATIN, LATIN), max_size=5).map(tuple)
+COUNT = st.integers(0, 2**53)
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> Body:
+    held = draw(st.binary(max_size=200))
+    missing = draw(st.integers(0, 10_000))
+    return Body(held, len(held) + missing, digest(held) if missing else "")
+
+
+CAPTURES = st.builds(
+    Capture,
+    pair=LATIN,
+    service=LATIN,
+    version=st.sampled_from(get_args(Version)),
+    role=st.sampled_from(get_args(Role)),
+    request=st.builds(Request, LATIN, LATIN, LATIN, LATIN, HEADERS, bodies()),
+    answer=st.builds(Answer, st.integers(0, 999), HEADERS, bodies(), HEADERS),
+    attempt=COUNT,
+    arms=st.sampled_from([2, 3]),
+    release=LATIN,
+    started=st.floats(0, 1e10),
+    first_byte_us=st.none() | COUNT,
+    total_us=COUNT,
+    client_left=st.booleans(),
+    complete=st.booleans(),
+    raised=LATIN,
+    effects=st.lists(
+        st.dictionaries(LATIN, st.integers(-9, 9) | LATIN | st.none(), max_size=3), max_size=3
+    ).map(tuple),
+)
+
+
+@given(CAPTURES)
+def test_what_is_encoded_decodes_to_the_same(capture: Capture) -> None:
+    assert decode(encode(capture)) == capture
+
+
+@given(st.binary(max_size=300))
+def test_rubbish_is_refused_with_a_capture_error(blob: bytes) -> None:
+    with pytest.raises(CaptureError):
+        decode(blob)
+
+
+@given(CAPTURES, st.data())
+def test_a_damaged_capture_is_refused_or_read_but_nothing_else_is_raised(
+    capture: Capture, data: st.DataObject
+) -> None:
+    blob = bytearray(encode(capture))
+    at = data.draw(st.integers(0, len(blob) - 1))
+    blob[at] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(CaptureError):
+        assert decode(bytes(blob)).version in {"old", "new"}
+
+
+@given(CAPTURES, st.integers(1, 50))
+def test_a_capture_that_was_cut_is_refused(capture: Capture, cut: int) -> None:
+    blob = encode(capture)
+
+    with pytest.raises(CaptureError):
+        decode(blob[: max(0, len(blob) - cut)])
+
+
+@given(CAPTURES)
+def test_heads_with_a_part_missing_are_refused(capture: Capture) -> None:
+    line, _, rest = encode(capture).partition(b"\n")
+    head = orjson.loads(line)
+    for part in head:
+        less = {name: value for name, value in head.items() if name != part}
+
+        with pytest.raises(CaptureError):
+            decode(orjson.dumps(less) + b"\n" + rest)
+
+
+def test_a_newer_format_is_named() -> None:
+    with pytest.raises(CaptureError, match="format 2 can't be read; this code reads format 1"):
+        decode(b'{"v":2}\n')
+
+
+def test_the_slot_names_version_role_and_attempt() -> None:
+    capture = Capture("p", "s", "new", "shadow", Request("GET", "/"), Answer(200), attempt=3)
+
+    assert capture.slot == "new:shadow:3"
+
+
+def test_a_body_is_whole_when_nothing_is_missing() -> None:
+    assert Body(b"abc", 3).whole
+    assert not Body(b"abc", 4, "x").whole
+    assert Body(b"abc", 3).fingerprint() == digest(b"abc")
+    assert dataclasses.replace(Body(b"abc", 3), digest="d").fingerprint() == "d"

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from abreast import ParallelRunMiddleware, SettingError
+from abreast.settings import Options, Settings
+
+MARKS = {
+    "x-abreast-pair": "0d7c1e3a-0000-4000-8000-000000000001",
+    "x-abreast-version": "new",
+    "x-abreast-role": "live",
+    "x-abreast-arms": "2",
+}
+FIELDS = {part.name for part in dataclasses.fields(Settings)}
+
+
+async def app(*_: object) -> None:
+    pass
+
+
+def read(arguments: dict[str, Any] | None = None, /, **environment: str) -> Settings:
+    return Settings.read(environment, {"service": "shop", **(arguments or {})})
+
+
+def test_every_setting_can_be_passed_as_a_keyword_argument() -> None:
+    assert set(Options.__annotations__) == FIELDS
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("ABREAST_REDIS_URL", "rediss://r:1/0", "redis_url", "rediss://r:1/0"),
+        ("ABREAST_RELEASE", "v1.2", "release", "v1.2"),
+        ("ABREAST_ENABLED", "off", "enabled", False),
+        ("ABREAST_BODY_LIMIT", "0", "body_limit", 0),
+        ("ABREAST_REQUEST_HEADERS", "Accept, X-Own", "request_headers", ("accept", "x-own")),
+        ("ABREAST_SECRET_HEADERS", "X-Own", "secret_headers", ("x-own",)),
+        ("ABREAST_PAIR_TIMEOUT", "2.5", "pair_timeout", 2.5),
+        ("ABREAST_SHARDS", "4", "shards", 4),
+    ],
+)
+def test_a_variable_sets_it(variable: str, text: str, name: str, value: object) -> None:
+    assert getattr(Settings.read({"ABREAST_SERVICE": "shop", variable: text}, {}), name) == value
+
+
+def test_an_argument_wins_over_a_variable() -> None:
+    assert read({"body_limit": 1}, ABREAST_BODY_LIMIT="2").body_limit == 1
+
+
+def test_an_empty_variable_is_as_good_as_none() -> None:
+    assert read(ABREAST_BODY_LIMIT="").body_limit == 256 * 1024
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        (
+            "ABREAST_PAIR_TIMEOUT",
+            "30s",
+            "ABREAST_PAIR_TIMEOUT must be a number of seconds above 0, .*, got '30s'",
+        ),
+        ("ABREAST_PAIR_TIMEOUT", "nan", "ABREAST_PAIR_TIMEOUT must be a number of seconds"),
+        (
+            "ABREAST_BODY_LIMIT",
+            "-1",
+            "ABREAST_BODY_LIMIT must be a whole number of bytes, 0 or more, got '-1'",
+        ),
+        ("ABREAST_SHARDS", "0", "ABREAST_SHARDS must be a whole number of shards, 1 or more, got '0'"),
+        ("ABREAST_ENABLED", "perhaps", "ABREAST_ENABLED must be true or false, got 'perhaps'"),
+        ("ABREAST_RELEASE", "a\r\nb", "ABREAST_RELEASE must be a label"),
+        ("ABREAST_REQUEST_HEADERS", "a b", "ABREAST_REQUEST_HEADERS must be header names"),
+    ],
+)
+def test_a_wrong_variable_is_named_with_what_is_wanted(variable: str, text: str, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        Settings.read({"ABREAST_SERVICE": "shop", variable: text}, {})
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "{a}", "a b", "a" * 101, "a\n", 7])
+def test_a_service_needs_a_proper_name(name: object) -> None:
+    with pytest.raises(SettingError, match=r"service (name|must be a name)"):
+        Settings.read({}, {"service": name} if name else {})
+
+
+def test_a_wrong_url_is_not_shown_since_it_may_hold_a_password() -> None:
+    with pytest.raises(SettingError, match=r"redis_url must be a URL .*got something else") as caught:
+        read({"redis_url": "http://user:hunter2@r"})
+
+    assert "hunter2" not in str(caught.value)
+
+
+def test_secrets_are_not_in_the_representation() -> None:
+    shown = repr(read({"redis_url": "redis://:hunter2@r", "redact_key": "hunter3"}))
+
+    assert "hunter" not in shown
+
+
+def test_an_unknown_argument_is_refused() -> None:
+    with pytest.raises(SettingError, match="there is no setting 'servise'"):
+        Settings.read({}, {"servise": "shop"})
+
+
+def test_the_middleware_reads_the_environment_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABREAST_SERVICE", "basket")
+
+    assert ParallelRunMiddleware(app).settings.service == "basket"
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "problem"),
+    [
+        ({}, {}, "the middleware needs a service name; pass service='shop' or set ABREAST_SERVICE"),
+        ({}, {"service": "shop", "servise": "shop"}, "there is no setting 'servise'"),
+        ({"ABREAST_SHARDS": "x"}, {"service": "shop"}, "ABREAST_SHARDS must be a whole number"),
+    ],
+)
+async def test_a_wrong_setting_never_reaches_users(
+    variables: dict[str, str],
+    arguments: dict[str, Any],
+    problem: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Starlette constructs its middleware at the first request: what is raised there is a 500."""
+    monkeypatch.delenv("ABREAST_SERVICE", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    service = Starlette(routes=[Route("/", lambda _: PlainTextResponse("fine"))])
+    service.add_middleware(ParallelRunMiddleware, **arguments)
+    transport = httpx.ASGITransport(service)
+    async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+        answer = await client.get("/", headers=MARKS)
+
+    assert (answer.status_code, answer.text) == (200, "fine")
+    assert "x-abreast-pair" not in answer.headers
+    assert [record.levelname for record in caplog.records if problem in record.getMessage()] == ["ERROR"]
+
+
+def test_switched_off_it_needs_no_name() -> None:
+    assert not Settings.read({"ABREAST_ENABLED": "no"}, {}).enabled
+
+
+def test_bounds_are_in_the_units_of_the_script() -> None:
+    bounds = read({"pair_timeout": 2.5, "redis_pairs": 7, "redis_bytes": 9}).bounds
+
+    assert (bounds.wait_ms, bounds.pairs, bounds.bytes) == (2500, 7, 9)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi import APIRouter, FastAPI
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Host, Mount, Route, Router
+
+from abreast.recorder import Receive, Scope, Send
+from abreast.route import Routes
+from support_middleware import call, http_scope
+
+
+async def endpoint(_request: Request) -> Response:
+    return PlainTextResponse("ok")
+
+
+async def bare(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body"})
+
+
+def routes() -> list[BaseRoute]:
+    return [
+        Route("/products", endpoint),
+        Route("/products/top", endpoint),
+        Route("/products/{id:int}", endpoint),
+        Route("/products/{id:int}", endpoint, methods=["PUT"]),
+    ]
+
+
+def starlette() -> Any:
+    return Starlette(
+        routes=[
+            *routes(),
+            Mount("/static", app=bare),
+            Mount("/v1", routes=[*routes(), Mount("/deep/{area}", app=Router(routes()))]),
+            Mount("/sub", app=Starlette(routes=routes())),
+            Mount("/tenants/{tenant}", app=Starlette(routes=routes())),
+            Mount("/fast", app=fastapi(inner=True)),
+            Host("api.example", app=Router([Route("/hosted/{id}", endpoint)])),
+        ]
+    )
+
+
+def fastapi(*, inner: bool = False) -> Any:
+    app = FastAPI()
+    router, outer = APIRouter(prefix="/items"), APIRouter()
+
+    @router.get("/{item}")
+    async def item(item: str) -> str:
+        return item
+
+    router.add_route("/plain/{name}", endpoint)
+    router.mount("/files", bare)
+    outer.include_router(router, prefix="/v2")
+    app.include_router(router)
+    app.include_router(outer, prefix="/api")
+    app.add_api_route("/direct/{id}", endpoint_of_fastapi)
+    if not inner:
+        app.mount("/sub", fastapi(inner=True))
+        app.mount("/starlette", Starlette(routes=routes()))
+        app.mount("/static", bare)
+    return app
+
+
+async def endpoint_of_fastapi(id: int) -> int:  # noqa: A002  # as in the paths above
+    return id
+
+
+PATHS = [
+    (starlette, "/products", "/products"),
+    (starlette, "/products/top", "/products/top"),
+    (starlette, "/products/7", "/products/{id}"),
+    (starlette, "/static/css/a.css", "/static/{path}"),
+    (starlette, "/v1/products/7", "/v1/products/{id}"),
+    (starlette, "/v1/deep/north/products/7", "/v1/deep/{area}/products/{id}"),
+    (starlette, "/sub/products/7", "/sub/products/{id}"),
+    (starlette, "/tenants/acme/products/7", "/tenants/{tenant}/products/{id}"),
+    (starlette, "/fast/items/7", "/fast/items/{item}"),
+    (starlette, "/fast/api/v2/items/7", "/fast/api/v2/items/{item}"),
+    (starlette, "/nowhere", ""),
+    (starlette, "/products/7/", ""),
+    (fastapi, "/items/7", "/items/{item}"),
+    (fastapi, "/plain/x", "/plain/{name}"),
+    (fastapi, "/files/x/y", "/files/{path}"),
+    (fastapi, "/api/v2/plain/x", "/api/v2/plain/{name}"),
+    (fastapi, "/api/v2/files/x/y", "/api/v2/files/{path}"),
+    (fastapi, "/sub/api/v2/plain/x", "/sub/api/v2/plain/{name}"),
+    (fastapi, "/api/v2/items/7", "/api/v2/items/{item}"),
+    (fastapi, "/direct/7", "/direct/{id}"),
+    (fastapi, "/direct/x", "/direct/{id}"),
+    (fastapi, "/sub/items/7", "/sub/items/{item}"),
+    (fastapi, "/sub/api/v2/items/7", "/sub/api/v2/items/{item}"),
+    (fastapi, "/starlette/products/7", "/starlette/products/{id}"),
+    (fastapi, "/static/a", "/static/{path}"),
+    (fastapi, "/nowhere", ""),
+]
+
+
+@pytest.mark.parametrize(("make", "path", "template"), PATHS)
+async def test_the_router_tells_the_template(make: Any, path: str, template: str) -> None:
+    app = make()
+    scope = http_scope(path)
+    await call(app, scope)
+
+    assert Routes(app).template(scope) == template
+
+
+@pytest.mark.parametrize(("make", "path", "template"), PATHS)
+async def test_it_is_found_where_the_app_got_a_copy_of_the_scope(make: Any, path: str, template: str) -> None:
+    """As with earlier Starlette, and with middleware that hands on a scope of its own."""
+    app = make()
+
+    async def copying(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(dict(scope), receive, send)
+
+    copying.app = app  # type: ignore[attr-defined]
+    scope = http_scope(path)
+    await call(copying, scope)
+
+    assert "route" not in scope
+    assert Routes(copying).template(scope) == template
+
+
+@pytest.mark.parametrize(("method", "status"), [("PUT", 200), ("DELETE", 405)])
+async def test_methods_on_one_path_share_a_template(method: str, status: int) -> None:
+    app = starlette()
+    scope = http_scope("/products/7", method)
+    sent, _ = await call(app, scope)
+
+    assert sent[0]["status"] == status
+    assert Routes(app).template(scope) == "/products/{id}"
+
+
+async def test_a_host_takes_nothing_of_the_path() -> None:
+    app = starlette()
+    scope = {**http_scope("/hosted/7"), "headers": [(b"host", b"api.example")]}
+    await call(app, scope)
+
+    assert Routes(app).template(scope) == "/hosted/{id}"
+
+
+async def test_the_servers_root_path_is_not_part_of_it() -> None:
+    app = starlette()
+    scope = http_scope("/proxy/v1/products/7", root_path="/proxy")
+    await call(app, scope)
+
+    assert Routes(app).template(scope) == "/v1/products/{id}"
+
+
+async def test_an_app_without_routes_has_none() -> None:
+    scope = http_scope("/products/7")
+    await call(bare, scope)
+
+    assert not Routes(bare).template(scope)
+
+
+async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("abreast.route.MOST_CACHED", 10)
+    found = Routes(starlette())
+    for number in range(100):
+        found.template(http_scope(f"/products/{number}"))
+        found.template(
+            {
+                **http_scope(f"/tenants/{number}/products/7"),
+                "app_root_path": "",
+                "root_path": f"/tenants/{number}",
+            }
+        )
+
+    assert len(found._templates) <= 10
+    assert len(found._prefixes) <= 10
