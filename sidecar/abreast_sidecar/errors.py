@@ -5,7 +5,8 @@ SidecarError
 ├── ServerError        an embedded server did not start
 ├── RedisError         Redis can't be reached or refuses
 ├── LedgerError        Postgres can't be reached or refuses
-│   └── SchemaError    the database's schema is newer than this code, or broken
+│   ├── SchemaError    the database's schema is newer than this code, or broken
+│   └── RefusedError   Postgres is well and refuses what it was given
 ├── ArgumentError      a request asks for something impossible
 └── NotFoundError      an id that the ledger doesn't hold
 
@@ -34,6 +35,10 @@ class LedgerError(SidecarError):
 
 
 class SchemaError(LedgerError):
+    pass
+
+
+class RefusedError(LedgerError):
     pass
 
 

@@ -51,7 +51,16 @@ def count(value: str) -> int:
 
 
 def flag(value: str) -> bool:
-    known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    known = {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+    }
     try:
         return known[value.strip().lower()]
     except KeyError:
@@ -96,20 +105,38 @@ class FromEnvironment:
 
 @dataclass(frozen=True)
 class Settings(FromEnvironment):
-    redis_url: str = setting("redis://127.0.0.1:6379/0", text, "Redis or Valkey that services send captures to")
+    redis_url: str = setting(
+        "redis://127.0.0.1:6379/0", text, "Redis or Valkey that services send captures to"
+    )
     postgres_url: str = setting("postgresql://127.0.0.1:5432/abreast", text, "Postgres that holds the ledger")
     grpc_listen: str = setting("127.0.0.1:50051", address, "address of the gRPC API and of Envoy's control")
     http_listen: str = setting("127.0.0.1:8090", address, "address of health, metrics and the page")
-    envoy_admin: tuple[str, ...] = setting((), words, "admin addresses of the Envoys, comma separated, to hold the ledger against their own count")
+    envoy_admin: tuple[str, ...] = setting(
+        (),
+        words,
+        "admin addresses of the Envoys, comma separated, to hold the ledger against their own count",
+    )
     workers: int = setting(0, count, "worker processes; 0 runs the worker inside the main process")
     batch_size: int = setting(500, count, "pairs that a worker reads, compares and commits at once")
-    claim_idle: float = setting(30.0, seconds, "seconds after which the entries of a dead worker are taken over")
+    claim_idle: float = setting(
+        30.0, seconds, "seconds after which the entries of a dead worker are taken over"
+    )
     examples_per_finding: int = setting(5, count, "pairs whose bodies are kept for each finding")
     retention_days: int = setting(14, count, "days that pairs are kept")
-    volatile_headers: tuple[str, ...] = setting((), words, "response headers not to compare, beside the built-in list")
-    new_share: float = setting(0.0, share, "share of users that new answers, until traffic is set for the first time")
-    sample_safe: float = setting(0.1, share, "share of safe requests (GET, HEAD, OPTIONS) that are mirrored, until set")
+    volatile_headers: tuple[str, ...] = setting(
+        (), words, "response headers not to compare, beside the built-in list"
+    )
+    new_share: float = setting(
+        0.0, share, "share of users that new answers, until traffic is set for the first time"
+    )
+    sample_safe: float = setting(
+        0.1, share, "share of safe requests (GET, HEAD, OPTIONS) that are mirrored, until set"
+    )
     sample_unsafe: float = setting(0.0, share, "share of unsafe requests that are mirrored, until set")
-    baseline_share: float = setting(0.1, share, "share of the mirrored safe requests that old gets twice, to learn what is noise, until set")
+    baseline_share: float = setting(
+        0.1,
+        share,
+        "share of the mirrored safe requests that old gets twice, to learn what is noise, until set",
+    )
     shutdown_timeout: float = setting(10.0, seconds, "seconds that SIGTERM gives work under way to finish")
     log_level: str = setting("info", text, "debug, info, warning or error")

@@ -1,40 +1,44 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psycopg
+import pytest
 import redis
-from support import eventually
 
 from abreast_sidecar.embedded import PostgresServer, RedisServer
+from support import eventually
 
 
-def test_postgres_keeps_its_data_over_a_restart(tmp_path_factory: object) -> None:
-    folder = Path("/tmp") / f"abreast-test-{os.getpid()}"
-    try:
-        with PostgresServer(folder) as server, psycopg.connect(server.url()) as connection:
-            connection.execute("create table kept (n int)")
-            connection.execute("insert into kept values (7)")
-        with PostgresServer(folder) as server, psycopg.connect(server.url()) as connection:
-            row = connection.execute("select n from kept").fetchone()
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """Where also the user that runs Postgres for root may go, which pytest's own folders don't allow."""
+    with TemporaryDirectory(prefix="abreast-test-", dir=tempfile.gettempdir()) as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder) / "postgres"
 
-        assert row == (7,)
-    finally:
-        subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+def test_postgres_keeps_its_data_over_a_restart(open_folder: Path) -> None:
+    with PostgresServer(open_folder) as server, psycopg.connect(server.url()) as connection:
+        connection.execute("create table kept (n int)")
+        connection.execute("insert into kept values (7)")
+    with PostgresServer(open_folder) as server, psycopg.connect(server.url()) as connection:
+        row = connection.execute("select n from kept").fetchone()
+
+    assert row == (7,)
 
 
 def test_postgres_wants_a_password_on_loopback(postgres_server: PostgresServer) -> None:
     wrong = postgres_server.url().replace(postgres_server.password, "wrong")
-    try:
-        psycopg.connect(wrong, connect_timeout=5).close()
-    except psycopg.OperationalError as error:
-        assert "password authentication failed" in str(error)
-    else:
-        raise AssertionError("connected with a wrong password")
+
+    with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
+        psycopg.connect(wrong, connect_timeout=5)
 
 
 def test_servers_die_with_the_process_that_started_them() -> None:

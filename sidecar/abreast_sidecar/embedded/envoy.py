@@ -33,7 +33,15 @@ def envoy_binary() -> Path:
 class EnvoyServer:
     """Runs a configuration (YAML text) whose admin address has a port of its own."""
 
-    def __init__(self, config: str, *, folder: Path | None = None, log_level: str = "warning") -> None:
+    def __init__(
+        self,
+        config: str,
+        *,
+        folder: Path | None = None,
+        log_level: str = "warning",
+        keep_open: tuple[int, ...] = (),
+    ) -> None:
+        self.keep_open = keep_open
         self.config = config
         self.log_level = log_level
         self.folder = folder
@@ -62,6 +70,7 @@ class EnvoyServer:
             folder / "envoy.log",
             ready=lambda _pid: answers(self.admin_host, self.admin_port, question, b"200 OK"),
             stop_signal=signal.SIGTERM,
+            keep_open=self.keep_open,
         )
         return self
 
@@ -75,7 +84,11 @@ class EnvoyServer:
     def complaints(self) -> list[str]:
         """What Envoy logged as error or worse."""
         log = (self.folder or self._temporary or Path()) / "envoy.log"
-        return [line for line in log.read_text(errors="replace").splitlines() if re.search(r"\[(error|critical)\]", line)]
+        return [
+            line
+            for line in log.read_text(errors="replace").splitlines()
+            if re.search(r"\[(error|critical)\]", line)
+        ]
 
     def stop(self) -> None:
         if self.server is not None:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from abreast_sidecar.embedded.process import (
+    RUN_AS,
     ServerProcess,
     free_port,
     give_away,
@@ -26,7 +27,9 @@ from abreast_sidecar.embedded.process import (
 )
 from abreast_sidecar.errors import ServerError
 
-CACHE = Path("/var/cache/abreast")  # only used as root, where the wheel's own folder can't be reached by nobody
+CACHE = Path(
+    "/var/cache/abreast"
+)  # only used as root, where the wheel's own folder can't be reached by nobody
 SUPERUSER = "postgres"
 READY_LINE = 7  # of postmaster.pid, counted from 0
 
@@ -72,7 +75,9 @@ class PostgresServer:
         port: int = 0,
         binaries: Path | None = None,
         options: tuple[str, ...] = (),
+        keep_open: tuple[int, ...] = (),
     ) -> None:
+        self.keep_open = keep_open
         self.identity = unprivileged()
         found = binaries or bundled_postgres()
         self.binaries = found if not self.identity or reachable_by_others(found) else _reachable_copy(found)
@@ -109,6 +114,7 @@ class PostgresServer:
             ready=lambda pid: _ready(data / "postmaster.pid", pid),
             stop_signal=signal.SIGINT,  # a fast shutdown
             identity=self.identity,
+            keep_open=self.keep_open,
         )
         return self
 
@@ -119,7 +125,7 @@ class PostgresServer:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.identity and not reachable_by_others(self.folder / "data"):
             raise ServerError(
-                f"postgres does not run as root, and {self.identity['user']} may not pass the folders above "
+                f"postgres does not run as root, and {RUN_AS} may not pass the folders above "
                 f"{self.folder}; choose a data folder outside of root's home, for example /var/lib/abreast"
             )
         return self.folder

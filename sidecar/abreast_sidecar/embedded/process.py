@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -24,6 +26,7 @@ PR_SET_PDEATHSIG = 1
 START_TIMEOUT = 60.0  # seconds
 POLL = 0.01  # seconds
 RUN_AS = "nobody"
+STABLE_PORTS = range(20_000, 32_000)  # below what Linux and macOS use for outgoing connections
 
 
 def free_port() -> int:
@@ -31,6 +34,34 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def stable_port() -> int:
+    """A free port that stays free while its server is away.
+
+    From the system's own range, a client that waits for the server may be given that very port for its connection.
+    """
+    for _ in range(100):
+        port = random.choice(STABLE_PORTS)  # noqa: S311  # not a secret
+        if port_is_free("127.0.0.1", port):
+            return port
+    return free_port()
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether nobody listens there. Envoy and gRPC share a port without a word, so ask before they start."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise ServerError(
+                f"can't listen on {host}:{port}: {(error.strerror or str(error)).lower()}"
+            ) from error
+    return True
 
 
 def reachable_by_others(path: Path) -> bool:
@@ -51,7 +82,9 @@ def private_folder(prefix: str) -> Path:
 
     Short, since a socket's path may have 107 bytes only.
     """
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))  # noqa: S108  # mkdtemp is safe there; TMPDIR may be too long
+    folder = Path(
+        tempfile.mkdtemp(prefix=prefix, dir="/tmp")
+    )  # mkdtemp is safe there; TMPDIR may be too long
     give_away(folder)
     return folder
 
@@ -96,8 +129,12 @@ class ServerProcess:
         environment: Mapping[str, str] | None = None,
         identity: Mapping[str, Any] | None = None,
         timeout: float = START_TIMEOUT,
+        keep_open: Sequence[int] = (),
     ) -> ServerProcess:
-        """Return once `ready(pid)` is true. Raise ServerError with the end of the log otherwise."""
+        """Return once `ready(pid)` is true. Raise ServerError with the end of the log otherwise.
+
+        The process inherits the file descriptors `keep_open`: a lock on one of them lasts as long as the process.
+        """
         with log.open("ab") as output:
             process = subprocess.Popen(
                 [str(part) for part in command],
@@ -108,10 +145,15 @@ class ServerProcess:
                 env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **(environment or {})},
                 preexec_fn=_die_with_parent(os.getpid(), stop_signal),  # noqa: PLW1509  # no threads at work yet
                 start_new_session=True,  # Ctrl-C in the terminal is ours to pass on
+                pass_fds=tuple(keep_open),
                 **(identity or {}),
             )
         server = cls(name, process, log, stop_signal)
-        server._wait(ready, timeout)
+        try:
+            server._wait(ready, timeout)
+        except BaseException:  # an interrupt too: nobody else knows this process yet
+            server.stop()
+            raise
         return server
 
     def _wait(self, ready: Callable[[int], bool], timeout: float) -> None:
@@ -120,8 +162,9 @@ class ServerProcess:
             if self.process.poll() is not None:
                 raise ServerError(f"{self.name} ended at its start; the end of {self.log}:\n{self.tail()}")
             if time.monotonic() > deadline:
-                self.stop()
-                raise ServerError(f"{self.name} was not ready after {timeout:g} s; the end of {self.log}:\n{self.tail()}")
+                raise ServerError(
+                    f"{self.name} was not ready after {timeout:g} s; the end of {self.log}:\n{self.tail()}"
+                )
             time.sleep(POLL)
 
     @property

@@ -39,7 +39,9 @@ class RedisServer:
         port: int = 0,
         binary: Path | None = None,
         options: tuple[str, ...] = (),
+        keep_open: tuple[int, ...] = (),
     ) -> None:
+        self.keep_open = keep_open
         self.binary = binary or bundled_redis()
         self.port = port or free_port()
         self.folder = folder
@@ -54,7 +56,7 @@ class RedisServer:
     def start(self) -> Self:
         folder = self._folder()
         keep = ["--appendonly", "yes", "--appendfsync", "everysec"] if self.folder else ["--appendonly", "no"]
-        command = [
+        command: list[str | Path] = [
             self.binary,
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""),
             *keep,
@@ -65,10 +67,16 @@ class RedisServer:
             "redis",
             command,
             folder / "redis.log",
-            ready=lambda _pid: answers("127.0.0.1", self.port, b"PING\r\n", b"+PONG"),
+            ready=self._ready,
             stop_signal=signal.SIGTERM,
+            keep_open=self.keep_open,
         )
         return self
+
+    def _ready(self, pid: int) -> bool:
+        """The process id tells this server from another one that had the port first."""
+        mine = answers("127.0.0.1", self.port, b"INFO server\r\n", f"process_id:{pid}\r\n".encode())
+        return mine and answers("127.0.0.1", self.port, b"PING\r\n", b"+PONG")  # not while it loads its data
 
     def _folder(self) -> Path:
         if self.folder is not None:

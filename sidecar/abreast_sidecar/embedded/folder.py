@@ -1,0 +1,137 @@
+"""The folder of one run: locked while it lasts; kept for the next run, or thrown away."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from abreast_sidecar.embedded.process import POLL, remove
+from abreast_sidecar.errors import ServerError
+
+TEMPORARY = Path("/tmp")  # noqa: S108  # mkdtemp is safe there, and a server that is not root must pass the way
+PREFIX = "abreast-run-"
+RUN = "lock"  # held by the process that runs the servers; holds its process id
+SERVERS = "servers.lock"  # inherited by the servers: free when the last one has ended
+SERVERS_TIMEOUT = 30.0  # seconds that the servers of a killed run get to end
+FOLDER_MODE = 0o711 if os.geteuid() == 0 else 0o700  # as root, postgres runs as another user and must pass
+
+
+class RunFolder:
+    """Without a path, a new folder that goes when the run ends; those of killed runs are cleared away first.
+
+    The kernel frees the locks of a process that dies, so a killed run stops nobody.
+    """
+
+    def __init__(self, kept: Path | None = None) -> None:
+        self.kept = kept
+        self.path = Path()
+        self._locks: list[int] = []
+
+    @property
+    def servers_lock(self) -> int:
+        """The file descriptor that the servers inherit."""
+        return self._locks[1]
+
+    def part(self, name: str, mode: int = 0o700) -> Path:
+        folder = self.path / name
+        folder.mkdir(mode=mode, exist_ok=True)
+        return folder
+
+    def __enter__(self) -> Self:
+        try:
+            self.path = self._make()
+            self._lock()
+        except OSError as error:
+            raise ServerError(
+                f"can't use {self.kept or TEMPORARY} as data folder: {error.strerror}"
+            ) from error
+        return self
+
+    def _make(self) -> Path:
+        if self.kept is None:
+            clear_killed_runs()
+            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=TEMPORARY))
+            path.chmod(FOLDER_MODE)
+            return path
+        path = self.kept.resolve()
+        path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        return path
+
+    def _lock(self) -> None:
+        run = os.open(self.path / RUN, os.O_RDWR | os.O_CREAT, 0o600)
+        self._locks.append(run)
+        if not _try_lock(run):
+            holder = os.pread(run, 20, 0).decode().strip()
+            self._unlock()
+            raise ServerError(
+                f"{self.path} is in use by another run (process {holder or 'unknown'}); "
+                "stop that one, or choose another folder with --data"
+            )
+        os.ftruncate(run, 0)
+        os.pwrite(run, f"{os.getpid()}\n".encode(), 0)
+        servers = os.open(self.path / SERVERS, os.O_RDWR | os.O_CREAT, 0o600)
+        self._locks.append(servers)
+        self._await_servers(servers)
+
+    def _await_servers(self, lock: int) -> None:
+        deadline = time.monotonic() + SERVERS_TIMEOUT
+        while not _try_lock(lock):
+            if time.monotonic() > deadline:
+                self._unlock()
+                raise ServerError(
+                    f"servers of an earlier run in {self.path} are still running; end them (see: fuser {self.path / SERVERS})"
+                )
+            time.sleep(POLL)
+
+    def _unlock(self) -> None:
+        while self._locks:
+            os.close(self._locks.pop())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.kept is None:
+            remove(self.path)
+        self._unlock()
+
+
+def clear_killed_runs() -> None:
+    """Remove the temporary folders of our runs that nobody holds any more."""
+    for folder in TEMPORARY.glob(f"{PREFIX}*"):
+        if _abandoned(folder):
+            remove(folder)
+
+
+def _abandoned(folder: Path) -> bool:
+    try:
+        if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+            return False
+        # A run that is just beginning has not written its process id yet.
+        return (folder / RUN).stat().st_size > 0 and _is_free(folder / RUN) and _is_free(folder / SERVERS)
+    except OSError:
+        return False
+
+
+def _is_free(path: Path) -> bool:
+    """An absent lock is free: its run was killed before it began a server."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    try:
+        return _try_lock(file)
+    finally:
+        os.close(file)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
