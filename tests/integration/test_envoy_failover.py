@@ -1,0 +1,323 @@
+"""Users first: what they get when new, the sidecar or a copy is in trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import httpx
+import pytest
+
+from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from support import eventually_async, free_port
+from support_envoy import abreast, burst, exchange, started
+from support_upstream import Received, Upstream, failing, ok, respond, slow
+
+
+async def test_no_safe_request_fails_when_new_dies_under_load() -> None:
+    async with abreast(weight=1.0) as running:
+        load = asyncio.create_task(burst(running.port, 2000))
+        await running.arrived(running.new, 100)
+        await running.new.stop()
+        await load
+
+        assert running.old.in_role("live")
+
+
+async def test_new_answers_again_by_itself_once_it_is_back() -> None:
+    async with abreast(weight=1.0) as running:
+        await running.new.stop()
+        await running.healthy("new", 0)
+
+        async def left_alone() -> bool:
+            await running.client.get("/")
+            return running.old.in_role("live")[-1].headers["x-envoy-attempt-count"] == "1"
+
+        await eventually_async(left_alone, what="requests go to old at once")
+        await running.new.start()
+
+        async def back() -> bool:
+            return (await running.client.get("/")).headers["x-abreast-version"] == "new"
+
+        await eventually_async(back, what="new answers")
+
+
+async def test_a_failing_new_is_answered_for_by_old_and_the_attempts_are_told_apart() -> None:
+    async with abreast(weight=1.0, new=Upstream(answer=failing(503))) as running:
+        answers = [await running.client.get("/") for _ in range(3)]
+        await running.settled()
+
+        assert {answer.status_code for answer in answers} == {200}
+        assert {answer.headers["x-abreast-version"] for answer in answers} == {"old"}
+        failed, answered = running.new.in_role("live")[0], running.old.in_role("live")[0]
+        assert failed.pair == answered.pair
+        assert [request.headers["x-envoy-attempt-count"] for request in (failed, answered)] == ["1", "2"]
+        assert [request.headers["x-abreast-version"] for request in (failed, answered)] == ["new", "old"]
+
+
+async def test_many_failures_at_once_are_all_answered_for() -> None:
+    """Envoy's own default is three retries at a time."""
+
+    async def fail_later(_request: Received, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.2)
+        await respond(writer, b"failed", 503)
+
+    async with abreast(weight=1.0, new=Upstream(answer=fail_later)) as running:
+        answers = await asyncio.gather(*[running.client.get("/") for _ in range(60)])
+
+        assert {answer.status_code for answer in answers} == {200}
+
+
+async def test_an_unsafe_request_is_never_sent_again_once_it_was_processed() -> None:
+    async with abreast(weight=1.0, new=Upstream(answer=failing(503))) as running:
+        answer = await running.client.post("/orders", content=b"one")
+
+        assert (answer.status_code, answer.text) == (503, "failed")
+        assert len(running.new.received) == 1
+        assert not running.old.received
+
+
+async def test_a_client_cannot_ask_for_retries_or_timeouts_of_its_own() -> None:
+    asked = {"x-envoy-retry-on": "5xx", "x-envoy-max-retries": "3", "x-envoy-upstream-rq-timeout-ms": "1"}
+    async with abreast(weight=1.0, new=Upstream(answer=failing(503))) as running:
+        answer = await running.client.post("/orders", headers=asked)
+
+        assert answer.status_code == 503
+        assert len(running.new.received) == 1
+
+
+async def test_an_unsafe_request_is_not_sent_again_when_the_connection_breaks_before_an_answer() -> None:
+    async def hang_up(_request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        raise ConnectionResetError
+
+    async with abreast(weight=1.0, new=Upstream(answer=hang_up)) as running:
+        answer = await running.client.post("/orders", content=b"one")
+
+        assert answer.status_code == 503
+        assert len(running.new.received) == 1
+        assert not running.old.received
+
+
+async def test_an_unsafe_request_that_reached_nobody_goes_to_old_with_its_whole_body() -> None:
+    body = b"x" * 5_000_000
+    async with abreast(weight=1.0) as running:
+        await running.new.stop()
+        answer = await running.client.post("/orders", content=body)
+
+        assert answer.status_code == 200
+        assert [request.body == body for request in running.old.in_role("live")] == [True]
+
+
+async def test_a_frozen_new_costs_one_try() -> None:
+    async with abreast(weight=1.0, try_timeout=0.3) as running:
+        running.new.reading.clear()
+        began = time.monotonic()
+        answer = await running.client.get("/")
+
+        assert (answer.status_code, answer.headers["x-abreast-version"]) == (200, "old")
+        assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+async def test_a_slow_answer_is_not_cut_off_by_the_second_try(share: float) -> None:
+    """Both versions need longer than a try may take: the user must get what he would have got without Envoy."""
+    async with abreast(
+        weight=share, try_timeout=0.2, old=Upstream(answer=slow(1.0)), new=Upstream(answer=slow(1.0))
+    ) as running:
+        answer = await running.client.get("/")
+
+        assert (answer.status_code, answer.text) == (200, "ok")
+
+
+async def test_a_version_that_keeps_failing_is_left_alone_though_its_health_check_passes() -> None:
+    async with abreast(weight=1.0, sample_safe=0.0, new=Upstream(answer=failing(500))) as running:
+
+        async def left_alone() -> bool:
+            before = len(running.new.received)
+            await asyncio.gather(*[running.client.get("/") for _ in range(10)])
+            return len(running.new.received) == before
+
+        await eventually_async(left_alone, what="new gets no requests any more")
+        checked = await running.stat("cluster.new.health_check.success")
+
+        async def checked_again() -> bool:
+            return await running.stat("cluster.new.health_check.success") > checked + 1
+
+        await eventually_async(checked_again, what="two more health checks passed")
+        assert await left_alone()
+        assert await running.stat("cluster.new.outlier_detection.ejections_active") == 1
+
+
+async def test_a_version_that_comes_up_after_envoy_is_used_within_seconds() -> None:
+    late = Upstream(port=free_port())
+    async with abreast(weight=1.0, new=Upstream(), old=Upstream()) as running:
+        port = running.new.port
+        await running.new.stop()
+        await running.healthy("new", 0)
+        late.port = port
+        began = time.monotonic()
+        async with late:
+            await running.healthy("new", 1)
+
+            assert time.monotonic() - began < 5
+
+
+async def test_old_is_asked_again_at_once_after_it_could_not_be_reached() -> None:
+    async with abreast(weight=0.5, sample_safe=0.0) as running:
+        await running.new.stop()
+        await running.healthy("new", 0)
+        await running.old.stop()
+        refused = [(await running.client.get("/")).status_code for _ in range(30)]
+        await running.old.start()
+        answers = [(await running.client.get("/")).status_code for _ in range(30)]
+
+        assert set(refused) == {503}
+        assert set(answers) == {200}
+
+
+async def test_a_service_without_the_health_path_is_healthy() -> None:
+    async with abreast() as running:
+        running.new.health_status = 404
+        before = await running.stat("cluster.new.health_check.success")
+
+        async def checked() -> bool:
+            return await running.stat("cluster.new.health_check.success") > before + 1
+
+        await eventually_async(checked, what="two more health checks succeeded")
+        assert await running.stat("cluster.new.membership_healthy") == 1
+
+
+async def test_envoy_starts_without_a_sidecar_and_sends_everyone_to_old() -> None:
+    async with Upstream() as old, Upstream() as new:
+        settings = EnvoySettings(
+            listen=Endpoint("127.0.0.1", free_port()),
+            admin=Endpoint("127.0.0.1", free_port()),
+            sidecar=Endpoint("127.0.0.1", free_port()),
+            old=(Endpoint("127.0.0.1", old.port),),
+            new=(Endpoint("127.0.0.1", new.port),),
+            sample_safe=1.0,
+        )
+        began = time.monotonic()
+        async with (
+            started(settings),
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.listen.port}") as client,
+        ):
+            answers = [await client.get("/") for _ in range(10)]
+
+            assert {answer.headers["x-abreast-version"] for answer in answers} == {"old"}
+            assert time.monotonic() - began < 10
+
+
+async def test_the_last_values_hold_while_the_sidecar_is_away() -> None:
+    async with abreast(weight=1.0) as running:
+        await running.sidecar.__aexit__(None, None, None)
+
+        async def gone() -> bool:
+            return await running.stat("control_plane.connected_state") == 0
+
+        await eventually_async(gone, what="Envoy noticed")
+        answers = [await running.client.get("/") for _ in range(5)]
+
+        assert {answer.headers["x-abreast-version"] for answer in answers} == {"new"}
+
+
+async def test_the_hand_brake_on_the_admin_address_stands_above_the_sidecar() -> None:
+    async with abreast(weight=1.0) as running:
+        values = {"abreast.weight.old": 10000, "abreast.weight.new_or_old": 0}
+        (await running.admin.post("/runtime_modify", params=values)).raise_for_status()
+
+        assert (await running.client.get("/")).headers["x-abreast-version"] == "old"
+        assert await running.stat("runtime.admin_overrides_active") == 1
+
+        (await running.admin.post("/runtime_modify", params=dict.fromkeys(values, ""))).raise_for_status()
+        assert (await running.client.get("/")).headers["x-abreast-version"] == "new"
+        assert await running.stat("runtime.admin_overrides_active") == 0
+
+
+@pytest.mark.parametrize("answer", [failing(500), slow(5.0)])
+async def test_a_copy_that_fails_or_dawdles_changes_nothing(answer: object) -> None:
+    async with abreast(new=Upstream(answer=answer)) as running:  # type: ignore[arg-type]
+        began = time.monotonic()
+        answers = [await running.client.get("/") for _ in range(5)]
+
+        assert {(got.status_code, got.text) for got in answers} == {(200, "ok")}
+        assert time.monotonic() - began < 2
+
+
+async def test_a_dead_new_changes_nothing_for_those_whom_old_answers() -> None:
+    async with abreast() as running:
+        await running.new.stop()
+        answers = [await running.client.get("/") for _ in range(5)]
+
+        assert {got.status_code for got in answers} == {200}
+
+
+async def test_a_copy_is_given_up_after_its_own_timeout() -> None:
+    async with abreast(new=Upstream(answer=slow(60.0)), shadow_timeout=0.3) as running:
+        await running.client.get("/")
+        await running.arrived(running.new, 1)
+        await running.settled()
+
+        assert await running.stat("cluster.new_shadow.upstream_rq_max_duration_reached") == 1
+
+
+async def test_a_stream_lives_longer_than_any_timeout_of_abreast() -> None:
+    async def events(_request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(
+            b"HTTP/1.1 200 X\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        for number in range(8):
+            writer.write(b"8\r\ndata: %d\n\r\n" % number)
+            await writer.drain()
+            await asyncio.sleep(0.2)
+        writer.write(b"0\r\n\r\n")
+
+    async with abreast(
+        old=Upstream(answer=events), try_timeout=0.3, idle_timeout=0.8, shadow_timeout=0.3
+    ) as running:
+        answer = await running.client.get("/")
+
+        assert answer.text == "".join(f"data: {number}\n" for number in range(8))
+
+
+async def test_a_silent_stream_ends_after_the_idle_timeout() -> None:
+    async with abreast(old=Upstream(answer=slow(60.0)), try_timeout=0.0, idle_timeout=0.4) as running:
+        began = time.monotonic()
+        answer = await running.client.get("/")
+
+        assert answer.status_code == 504
+        assert time.monotonic() - began < 5
+
+
+async def test_a_whole_request_may_be_given_a_limit() -> None:
+    async with abreast(old=Upstream(answer=slow(60.0)), try_timeout=0.0, request_timeout=0.4) as running:
+        assert (await running.client.get("/")).status_code == 504
+
+
+async def test_another_endpoint_of_old_is_tried() -> None:
+    async with Upstream() as first:
+        dead = Endpoint("127.0.0.1", free_port())
+        async with abreast(old=Upstream(), sample_safe=0.0, health_path="/healthz") as running:
+            endpoints = (dead, Endpoint("127.0.0.1", first.port))
+            settings = EnvoySettings(
+                listen=Endpoint("127.0.0.1", free_port()),
+                admin=Endpoint("127.0.0.1", free_port()),
+                sidecar=running.settings.sidecar,
+                old=endpoints,
+                new=running.settings.new,
+            )
+            async with started(settings):
+                await burst(settings.listen.port, 80)
+
+        assert len(first.in_role("live")) == 80
+
+
+async def test_an_upload_that_the_client_breaks_off_leaves_nothing_behind() -> None:
+    head = b"POST / HTTP/1.1\r\nhost: shop\r\ncontent-length: 1000\r\n\r\nabc"
+    async with abreast(sample_unsafe=1.0, old=Upstream(answer=ok)) as running:
+        await exchange(running.port, head, until=b"never", within=0.3)
+        await running.settled()
+
+        assert not running.old.received
+        assert (await running.client.get("/")).status_code == 200

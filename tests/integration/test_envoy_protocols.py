@@ -1,0 +1,268 @@
+"""What passes through beside plain requests: websockets, TLS, HTTP/2, gRPC, old HTTP; and who may do what."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import yaml
+
+from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from support import eventually_async, free_port
+from support_certificate import Certificate, self_signed
+from support_envoy import abreast, exchange, started
+from support_upstream import Received, Upstream, respond
+
+HANDSHAKE = (
+    b"GET /ws HTTP/1.1\r\nhost: shop\r\nconnection: Upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+NAME = "shop.internal"
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Certificate:
+    return self_signed(tmp_path, NAME)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+async def test_a_websocket_talks_to_the_version_of_its_user_and_is_never_mirrored(share: float) -> None:
+    async with abreast(weight=share) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(HANDSHAKE)
+        answer = await reader.readuntil(b"\r\n\r\n")
+        frame = b"\x81\x85\x00\x00\x00\x00hello"
+        writer.write(frame)
+        echoed = await reader.readexactly(len(frame))
+        writer.close()
+        speaking, silent = (running.new, running.old) if share else (running.old, running.new)
+
+        assert answer.startswith(b"HTTP/1.1 101")
+        assert b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in answer  # RFC 6455, 1.3
+        assert echoed == frame
+        assert [request.pair for request in speaking.received] == [""]
+        assert not silent.received
+
+
+async def test_the_listener_speaks_tls_and_http2_over_it(certificate: Certificate) -> None:
+    chain, key = str(certificate.certificate), str(certificate.key)
+    async with abreast(tls_certificate=chain, tls_key=key) as running:
+        trusting = ssl.create_default_context(cafile=certificate.certificate)
+        trusting.set_alpn_protocols(["h2", "http/1.1"])
+        _, writer = await asyncio.open_connection(
+            "127.0.0.1", running.port, ssl=trusting, server_hostname=NAME
+        )
+        chosen = writer.get_extra_info("ssl_object").selected_alpn_protocol()
+        writer.close()
+        answer = await running.client.get("/")
+        await running.arrived(running.new, 1)
+
+        assert chosen == "h2"
+        assert answer.status_code == 200
+        assert running.old.received[0].headers["x-forwarded-proto"] == "https"
+        assert running.new.received[0].headers["x-forwarded-proto"] == "https"
+        assert b"HTTP/1.1 200" not in await exchange(running.port, b"GET / HTTP/1.1\r\nhost: shop\r\n\r\n")
+
+
+async def test_a_version_behind_tls_is_checked_by_name(certificate: Certificate) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.certificate, certificate.key)
+    old = Upstream(tls=context)
+    async with abreast(old=old, old_tls=NAME, old_ca=str(certificate.certificate)) as running:
+        assert (await running.client.get("/")).status_code == 200
+        await running.arrived(running.new, 1)
+
+        other = replace(
+            running.settings,
+            listen=Endpoint("127.0.0.1", free_port()),
+            admin=Endpoint("127.0.0.1", free_port()),
+            old_tls="someone.else",
+        )
+        async with started(other), httpx.AsyncClient(timeout=30) as client:
+            assert (await client.get(f"http://127.0.0.1:{other.listen.port}/")).status_code == 503
+
+
+async def test_grpc_passes_with_its_trailers_and_is_mirrored_when_asked() -> None:
+    calls: list[dict[str, str]] = []
+
+    async def say(request: bytes, context: Any) -> bytes:
+        calls.append(dict(context.invocation_metadata()))
+        context.set_trailing_metadata((("x-sum", "7"),))
+        return request * 2
+
+    async def count(request: bytes, _context: Any) -> AsyncIterator[bytes]:
+        for number in range(3):
+            yield request + str(number).encode()
+
+    async def serve() -> tuple[grpc.aio.Server, int]:
+        server = grpc.aio.server()
+        methods: dict[str, Any] = {
+            "Say": grpc.unary_unary_rpc_method_handler(say),
+            "Count": grpc.unary_stream_rpc_method_handler(count),
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("shop.Shop", methods),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        return server, port
+
+    (old, old_port), (new, new_port) = await serve(), await serve()
+    settings = EnvoySettings(
+        listen=Endpoint("127.0.0.1", free_port()),
+        admin=Endpoint("127.0.0.1", free_port()),
+        sidecar=Endpoint("127.0.0.1", free_port()),
+        old=(Endpoint("127.0.0.1", old_port),),
+        new=(Endpoint("127.0.0.1", new_port),),
+        sample_unsafe=1.0,
+        upstream_http2=True,
+        health_path="tcp",
+    )
+    async with started(settings), grpc.aio.insecure_channel(f"127.0.0.1:{settings.listen.port}") as channel:
+        say_it: Any = channel.unary_unary("/shop.Shop/Say")
+        count_it: Any = channel.unary_stream("/shop.Shop/Count")
+        call = say_it(b"ab")
+        answer = await call
+        trailers = dict(await call.trailing_metadata() or ())
+        streamed = [part async for part in count_it(b"n")]
+
+        async def mirrored() -> bool:
+            return len(calls) == 2
+
+        await eventually_async(mirrored, what="the copy arrived")
+
+    await asyncio.gather(old.stop(None), new.stop(None))
+    assert (answer, trailers["x-sum"]) == (b"abab", "7")
+    assert streamed == [b"n0", b"n1", b"n2"]
+    assert {(call["x-abreast-version"], call["x-abreast-role"]) for call in calls} == {
+        ("old", "live"),
+        ("new", "shadow"),
+    }
+
+
+async def test_http_1_0_is_still_answered() -> None:
+    async with abreast() as running:
+        answer = await exchange(running.port, b"GET / HTTP/1.0\r\n\r\n")
+
+        assert answer.startswith(b"HTTP/1.0 200")
+        assert answer.endswith(b"ok")
+
+
+async def test_large_headers_pass() -> None:
+    async with abreast() as running:
+        answer = await running.client.get("/", headers={"cookie": "x" * 80_000})
+        await running.arrived(running.new, 1)
+
+        assert answer.status_code == 200
+        assert running.new.received[0].headers["cookie"] == "x" * 80_000
+
+
+async def test_the_answer_passes_as_the_service_gave_it_but_for_the_version() -> None:
+    async def answer(_request: Received, writer: asyncio.StreamWriter) -> None:
+        headers = "server: shop\r\ndate: today\r\nset-cookie: a=1\r\nset-cookie: b=2\r\netag: W/1\r\n"
+        await respond(writer, b"gone", 410, headers=headers)
+
+    async with abreast(old=Upstream(answer=answer)) as running:
+        got = await exchange(running.port, b"GET / HTTP/1.1\r\nhost: shop\r\n\r\n", until=b"gone")
+
+        assert got.decode() == (
+            "HTTP/1.1 410 Gone\r\ncontent-length: 4\r\nserver: shop\r\ndate: today\r\nset-cookie: a=1\r\nset-cookie: b=2\r\n"
+            "etag: W/1\r\nx-abreast-version: old\r\n\r\ngone"
+        )
+
+
+async def test_names_are_resolved_and_every_address_is_used() -> None:
+    async with abreast() as running:
+        settings = replace(
+            running.settings,
+            listen=Endpoint("127.0.0.1", free_port()),
+            admin=Endpoint("127.0.0.1", free_port()),
+            old=(Endpoint("localhost", running.old.port),),
+            new=(Endpoint("localhost", running.new.port),),
+            sidecar=Endpoint("localhost", running.sidecar.port),
+        )
+        async with started(settings), httpx.AsyncClient(timeout=30) as client:
+            before = len(running.new.received)
+            answer = await client.get(f"http://127.0.0.1:{settings.listen.port}/")
+            await running.arrived(running.new, before + 1)
+
+            assert answer.status_code == 200
+
+
+async def test_an_admin_address_that_others_reach_can_only_be_read() -> None:
+    async with abreast() as running:
+        settings = replace(
+            running.settings,
+            listen=Endpoint("127.0.0.1", free_port()),
+            admin=Endpoint("0.0.0.0", free_port()),
+            sidecar=Endpoint("127.0.0.1", free_port()),
+        )
+        async with (
+            started(settings),
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.admin.port}", timeout=30) as admin,
+        ):
+            read = {
+                path: (await admin.get(path)).status_code
+                for path in ("/ready", "/stats?filter=ingress", "/runtime", "/clusters")
+            }
+            written = {
+                path: (await admin.post(path)).status_code
+                for path in (
+                    "/quitquitquit",
+                    "/runtime_modify?abreast.weight.old=0",
+                    "/drain_listeners",
+                    "/config_dump",
+                    "/logging",
+                    "/reset_counters",
+                    "/healthcheck/fail",
+                )
+            }
+
+            assert set(read.values()) == {200}, read
+            assert set(written.values()) == {403}, written
+
+
+async def test_requests_are_logged_as_json_when_asked_and_without_their_query() -> None:
+    async with abreast(access_log=True) as running:
+        await running.client.get("/search?token=secret", headers={"user-agent": 'a "quoted" agent'})
+        assert running.server.server is not None
+        log = running.server.server.log
+
+        async def written() -> bool:
+            return '"path"' in log.read_text()
+
+        await eventually_async(written, what="the request is in the log")
+        [entry] = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
+
+        assert (entry["method"], entry["path"], entry["status"]) == ("GET", "/search", 200)
+        assert (entry["route"], entry["version"]) == ("safe_sampled", "old")
+        assert entry["pair"] == running.old.received[0].pair
+        assert "secret" not in log.read_text()
+
+
+async def test_envoy_has_nothing_to_complain_about() -> None:
+    async with abreast() as running:
+        await running.client.get("/")
+        assert running.server.server is not None
+
+        assert running.server.server.log.read_text() == ""
+
+
+async def test_the_compose_files_health_check_of_envoy_tells_a_running_one_from_a_dead_one() -> None:
+    services = yaml.safe_load((Path(__file__).parents[2] / "docker-compose.yml").read_text())["services"]
+    _kind, *command = services["envoy"]["healthcheck"]["test"]
+
+    async def check(port: int) -> int:
+        asked = [part.replace("9901", str(port)) for part in command]
+        process = await asyncio.create_subprocess_exec(*asked, stderr=asyncio.subprocess.DEVNULL)
+        return await process.wait()
+
+    async with abreast() as running:
+        assert await check(running.settings.admin.port) == 0
+        assert await check(free_port()) != 0

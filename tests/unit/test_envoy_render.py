@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast_sidecar.cli.envoy import command
+from abreast_sidecar.envoy.render import _text, render, validate
+from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings, Sticky
+from abreast_sidecar.errors import SettingError, SidecarError
+from support_certificate import self_signed
+
+ROOT = Path(__file__).parents[2]
+ROUTES = ["safe_baseline", "safe_sampled", "safe_plain", "unsafe_sampled", "unsafe_plain"]
+CLUSTERS = ["old", "new", "new_or_old", "old_shadow", "new_shadow", "old_baseline", "sidecar"]
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    loaded = yaml.safe_load(render(EnvoySettings(**changes)))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def clusters(loaded: dict[str, Any]) -> dict[str, Any]:
+    return {cluster["name"]: cluster for cluster in loaded["static_resources"]["clusters"]}
+
+
+def manager(loaded: dict[str, Any]) -> Any:
+    [listener] = loaded["static_resources"]["listeners"]
+    return listener["filter_chains"][0]["filters"][0]["typed_config"]
+
+
+def addresses(cluster: dict[str, Any]) -> list[tuple[str, int]]:
+    found = [
+        entry["endpoint"]["address"]["socket_address"]
+        for entry in cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    ]
+    return [(address["address"], address["port_value"]) for address in found]
+
+
+def test_routes_and_clusters_have_the_names_that_others_rely_on() -> None:
+    loaded = config()
+    [host] = manager(loaded)["route_config"]["virtual_hosts"]
+
+    assert host["name"] == "service"
+    assert [route["name"] for route in host["routes"]] == ROUTES
+    assert [route["stat_prefix"] for route in host["routes"]] == ROUTES
+    assert list(clusters(loaded)) == CLUSTERS
+
+
+def test_every_route_has_a_hash_policy() -> None:
+    for sticky in (Sticky(), Sticky("header", "x-user"), Sticky("cookie", "user"), Sticky("source-ip")):
+        [host] = manager(config(sticky=sticky))["route_config"]["virtual_hosts"]
+        policies = [route["route"]["hash_policy"] for route in host["routes"]]
+
+        assert all(policy[-1] == {"header": {"header_name": "x-request-id"}} for policy in policies)
+        assert {len(policy) for policy in policies} == {2 if sticky.kind else 1}
+
+
+def test_no_cluster_mirrors_by_itself() -> None:
+    """Old to new together with new to old makes Envoy mirror its own mirrors until it dies."""
+    assert "request_mirror_policies" not in str(clusters(config()))
+
+
+def test_addresses_are_static_and_names_are_resolved() -> None:
+    old = (Endpoint("10.0.0.7", 8000), Endpoint("::1", 8001))
+    new = (Endpoint("shop.internal", 8000), Endpoint("10.0.0.8", 8000))
+    found = clusters(config(old=old, new=new))
+
+    for name in ("old", "old_shadow", "old_baseline"):
+        assert (found[name]["type"], addresses(found[name])) == ("STATIC", [*old])
+    for name in ("new", "new_shadow"):
+        assert (found[name]["type"], addresses(found[name])) == ("STRICT_DNS", [*new])
+
+
+def test_every_endpoint_says_its_version() -> None:
+    found = clusters(config(old=(Endpoint("10.0.0.7", 8000), Endpoint("10.0.0.8", 8000))))
+    for name in CLUSTERS[:2] + CLUSTERS[3:6]:
+        entries = found[name]["load_assignment"]["endpoints"][0]["lb_endpoints"]
+        versions = {entry["metadata"]["filter_metadata"]["abreast"]["version"] for entry in entries}
+
+        assert versions == {name.partition("_")[0]}
+
+
+def test_the_lowest_layer_sends_everyone_to_old_and_samples_as_set() -> None:
+    base, above, admin = config(sample_safe=0.2, baseline_share=0.05, sample_unsafe=0.000001)[
+        "layered_runtime"
+    ]["layers"]
+
+    assert base["static_layer"]["abreast"]["weight"] == {"old": 10000, "new_or_old": 0}
+    assert base["static_layer"]["abreast"]["sample"] == {
+        "baseline": {"numerator": 10_000, "denominator": "MILLION"},
+        "safe": {"numerator": 200_000, "denominator": "MILLION"},
+        "unsafe": {"numerator": 1, "denominator": "MILLION"},
+    }
+    assert (above["name"], above["rtds_layer"]["name"]) == ("abreast", "abreast")
+    assert "admin_layer" in admin
+
+
+def test_the_admin_interface_is_read_only_unless_it_is_on_loopback() -> None:
+    assert "allow_paths" not in config()["admin"]
+    assert "allow_paths" not in config(admin=Endpoint("::1", 9901))["admin"]
+    assert "allow_paths" in config(admin=Endpoint("0.0.0.0", 9901))["admin"]
+
+
+@given(st.text())
+def test_any_text_is_quoted(text: str) -> None:
+    assert yaml.safe_load(f"[{_text(text)}, after]") == [text, "after"]
+
+
+def test_no_text_leaves_its_place() -> None:
+    text = "a\"\nadmin: {}\n'#%{{x}} \\"
+    loaded = config(node_id=text, tls_certificate=text, tls_key=text, old_ca=text, old_tls=text)
+    chain = loaded["static_resources"]["listeners"][0]["filter_chains"][0]["transport_socket"]
+    [pair] = chain["typed_config"]["common_tls_context"]["tls_certificates"]
+
+    assert loaded["node"]["id"] == text
+    assert loaded["admin"] == config()["admin"]
+    assert (pair["certificate_chain"]["filename"], pair["private_key"]["filename"]) == (text, text)
+    assert clusters(loaded)["old"]["transport_socket"]["typed_config"]["sni"] == text
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {
+        "old": (Endpoint("::1", 8000),),
+        "new": (Endpoint("a.b", 1), Endpoint("1.2.3.4", 2)),
+        "listen": Endpoint("::", 80),
+    },
+    {"sticky": Sticky("header", "x-user"), "request_timeout": 30.0, "access_log": True},
+    {"sticky": Sticky("cookie", "user"), "try_timeout": 0.0, "health_path": "tcp"},
+    {"sticky": Sticky("source-ip"), "upstream_http2": True, "trusted_hops": 2, "idle_timeout": 0.0},
+    {"node_id": 'quote " backslash \\ é 🚲 # : {', "service": "shop-1", "admin": Endpoint("0.0.0.0", 9901)},
+    {
+        "old_tls": "shop.internal",
+        "new_tls": "shop-2.internal",
+        "shadow_concurrency": 1,
+        "mirror_body_limit": 1,
+    },
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(changes) or "defaults")
+def test_envoy_accepts_what_is_rendered(changes: dict[str, Any], tmp_path: Path) -> None:
+    authority = str(self_signed(tmp_path, "shop.internal").certificate)
+
+    validate(render(EnvoySettings(**{"old_ca": authority, "new_ca": authority, **changes})))
+
+
+def test_what_is_rendered_reads_like_a_file() -> None:
+    text = render(EnvoySettings())
+
+    assert text.startswith("# Envoy in front of two versions")
+    assert text.endswith("\n")
+    assert "{%" not in text
+    assert "{{" not in text
+    assert not re.search(r"\n\n\n|[ \t]\n", text)
+
+
+def test_a_refusal_is_one_line_in_envoys_words() -> None:
+    with pytest.raises(SidecarError) as raised:
+        validate("node: {idd: 1}")
+
+    assert str(raised.value).startswith("envoy refuses the configuration: ")
+    assert "no such field" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert "envoy.yaml" not in str(raised.value)
+
+
+def test_render_prints_what_the_flags_say_over_the_variables() -> None:
+    result = CliRunner().invoke(
+        command,
+        ["render", "--new", "10.0.0.8:80", "--access-log"],
+        env={"ABREAST_NEW": "10.0.0.9:80", "ABREAST_SERVICE": "shop"},
+    )
+    settings = EnvoySettings(new=(Endpoint("10.0.0.8", 80),), service="shop", access_log=True)
+
+    assert result.exit_code == 0, result.output
+    assert result.stdout == render(settings)
+
+
+def test_render_writes_a_file_that_validate_accepts(tmp_path: Path) -> None:
+    output = tmp_path / "envoy.yaml"
+    written = CliRunner().invoke(command, ["render", "--output", str(output)])
+    checked = CliRunner().invoke(command, ["validate", str(output)])
+
+    assert (written.exit_code, written.stdout) == (0, "")
+    assert output.read_text() == render(EnvoySettings())
+    assert (checked.exit_code, checked.stdout) == (0, f"{output} is fine\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (
+            ["--old-tls", "a b"],
+            {},
+            "--old-tls must be the name in the version's certificate, such as shop.internal, got 'a b'",
+        ),
+        ([], {"ABREAST_OLD": "x"}, "ABREAST_OLD must be an address such as 10.0.0.7:8000"),
+        (["--tls-key", "k"], {}, "ABREAST_TLS_CERTIFICATE and --tls-key go together"),
+        (["--output", "/nowhere/envoy.yaml"], {}, "--output can't be written: No such file or directory"),
+    ],
+)
+def test_a_bad_setting_is_named_as_it_was_given(
+    arguments: list[str], environment: dict[str, str], message: str
+) -> None:
+    result = CliRunner().invoke(command, ["render", *arguments], env=environment)
+
+    assert isinstance(result.exception, SettingError)
+    assert str(result.exception).startswith(message)
+
+
+def test_render_refuses_what_envoy_refuses_unless_told_not_to_ask() -> None:
+    arguments = ["render", "--tls-certificate", "/nowhere.pem", "--tls-key", "/nowhere.key"]
+    asked = CliRunner().invoke(command, arguments)
+    unasked = CliRunner().invoke(command, [*arguments, "--no-validate"])
+
+    assert isinstance(asked.exception, SidecarError)
+    assert "/nowhere.key" in str(asked.exception)
+    assert unasked.exit_code == 0
+
+
+def test_every_setting_has_a_flag() -> None:
+    flags = {option for parameter in command.commands["render"].params for option in parameter.opts}
+
+    assert {f"--{part.name.replace('_', '-')}" for part in dataclasses.fields(EnvoySettings)} <= flags
+
+
+def test_the_template_at_the_top_is_the_packages_own() -> None:
+    link = ROOT / "envoy" / "envoy.yaml.j2"
+
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / "sidecar" / "abreast_sidecar" / "envoy" / "envoy.yaml.j2"
