@@ -21,9 +21,11 @@ create table abreast.finding (
     baseline_count bigint not null default 0, -- pairs of old and old that show the same path: it is noise
     first_seen timestamptz not null,
     last_seen timestamptz not null,
-    detail jsonb not null default '{}', -- what a kind needs beside: statuses, percentiles
+    -- Of latency: {old_p50_us, new_p50_us, old_p99_us, new_p99_us, ratio, pairs}. Of all else the values that were
+    -- seen first, as JSON text or null: {place, old, new}.
+    detail jsonb not null default '{}',
     unique (endpoint_id, part, path, kind)
-);
+) with (fillfactor = 70); -- counters change all the time: room on the page spares the index
 
 -- One row for every sampled request, however it ended. `day` is the UTC day of the entry in Redis's stream, which
 -- stays the same when an entry is delivered again: the primary key makes such a pair count once.
@@ -45,20 +47,49 @@ create table abreast.pair (
     baseline boolean, -- whether a baseline copy was compared, and if so whether it differed
     noise bigint[] not null default '{}', -- findings' paths that old against old showed too
     reason text not null default '', -- why it was swept, undecodable, …
-    primary key (day, id)
+    primary key (id, day)
 ) partition by range (day);
 
 create index pair_at on abreast.pair (at);
 create index pair_endpoint_at on abreast.pair (endpoint_id, at);
-create index pair_id on abreast.pair (id);
 create index pair_outcome_at on abreast.pair (outcome, at) where outcome <> 'match';
 create index pair_findings on abreast.pair using gin (findings) where findings <> '{}';
+
+-- How many rows `pair` ever got. Written together with them, and kept when a day's pairs are dropped.
+create table abreast.tally (
+    service text not null,
+    day date not null,
+    outcome text not null,
+    pairs bigint not null,
+    primary key (service, day, outcome)
+) with (fillfactor = 70);
+
+-- Partitions are named pair_YYYYMMDD. Attaching, unlike `partition of`, lets readers and writers of other days go on.
+create function abreast.open_day(wanted date) returns void language plpgsql as $$
+declare
+    name text := 'pair_' || to_char(wanted, 'YYYYMMDD');
+begin
+    perform pg_advisory_xact_lock(hashtext('abreast.open_day'));
+    if to_regclass('abreast.' || name) is null then
+        execute format('create table abreast.%I (like abreast.pair including all excluding indexes)', name);
+        execute format('alter table abreast.pair attach partition abreast.%I for values from (%L) to (%L)',
+                       name, wanted, wanted + 1);
+    end if;
+end $$;
+
+-- Waits a second at most for those who use the table, since all others would wait behind it.
+create function abreast.drop_day(wanted date) returns void language plpgsql as $$
+begin
+    perform set_config('lock_timeout', '1s', true);
+    execute format('drop table if exists abreast.%I', 'pair_' || to_char(wanted, 'YYYYMMDD'));
+    delete from abreast.example where day <= wanted;
+end $$;
 
 -- A bounded number of pairs a finding is kept whole.
 create table abreast.example (
     day date not null,
     pair_id text not null,
-    captures bytea not null, -- zstd of length-prefixed captures, as services sent them
+    captures bytea not null, -- zstd of the captures as services sent them, each after its length (4 bytes, big-endian)
     differences jsonb not null, -- [{part, path, place, kind, impact, old, new}]
     primary key (day, pair_id)
 );
@@ -83,7 +114,11 @@ create table abreast.poison (
     unique (service, entry)
 );
 
+create index example_finding on abreast.finding_example (day, pair_id);
+
 -- What service processes and shards last said of themselves: cumulative, so that saying it twice changes nothing.
+-- A shard's: {received, duplicate, late, shed_pairs, shed_bytes, joined, swept: captures or pairs since ever, over
+-- restarts of Redis too; waiting, ready, bytes: now; life, base, last: how the sums are made}.
 create table abreast.process_report (
     id text primary key,
     service text not null,
@@ -99,7 +134,9 @@ create table abreast.shard_report (
     primary key (service, shard)
 );
 
--- What Envoys counted, per node: cumulative over their restarts (`last` is the raw value of the running one).
+-- What Envoys counted, per node (its id and admin address): cumulative over their restarts.
+-- `counted` is {sampled: requests; old_shadow, new_shadow, old_baseline: copies meant for each; not_sent: of those the
+-- ones that never left Envoy}; `last` has the same of the running one since its start, and when it was asked.
 create table abreast.envoy_report (
     node text not null,
     service text not null,

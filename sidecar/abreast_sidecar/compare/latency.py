@@ -1,0 +1,99 @@
+"""Whether the new version is slower, from pairs of times of the same requests. Pure.
+
+The test is a sign test that may be looked at again and again, as a ledger is. The likelihood ratio against "new is
+slower in half of the pairs", mixed over all chances p of being slower,
+
+    E = integral over p of 2^n p^s (1-p)^(n-s) = 2^n B(s+1, n-s+1)      s: pairs in which new was slower, n: without ties
+
+is a test martingale at p = 1/2, so by Ville's inequality it ever exceeds 1/ALPHA with a probability of at most ALPHA,
+however often one looks while pairs arrive (J. Ville, Etude critique de la notion de collectif, 1939; H. Robbins,
+Statistical methods related to the law of the iterated logarithm, Ann. Math. Statist. 41, 1970). Where s > n/2, and only
+there it counts, E is no more than the mixture over p > 1/2, which has the same bound for every p below 1/2. Times need
+no distribution, but pairs should not hang on each other; leaving out first pairs makes the bound an approximate one.
+
+A real but small difference is no finding: median of the ratios and of the differences must be large enough too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+MIN_PAIRS = 30
+MIN_RATIO = 1.3  # of the median pair
+MIN_DIFFERENCE_US = 5000.0  # of the median pair
+ALPHA = 0.001  # for one endpoint, over all its life
+COLD_SHARE = 0.1  # of the first pairs of each release: caches, pools and compilers are cold
+COLD_PAIRS = 5  # at least
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One request answered by both versions, in µs; `release` names the code of both."""
+
+    old_us: int
+    new_us: int
+    release: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Slowdown:
+    """`ratio` is new to old in the median pair, `pairs` is how many were judged."""
+
+    old_p50_us: int
+    new_p50_us: int
+    old_p99_us: int
+    new_p99_us: int
+    ratio: float
+    pairs: int
+
+
+def slowdown(timings: Sequence[Timing]) -> Slowdown | None:
+    """Judge pairs in the order of their arrival; None unless new is surely and noticeably slower."""
+    judged = warm(timings)
+    if len(judged) < MIN_PAIRS:
+        return None
+    ratio = median((one.new_us + 1) / (one.old_us + 1) for one in judged)
+    difference = median(one.new_us - one.old_us for one in judged)
+    if ratio < MIN_RATIO or difference < MIN_DIFFERENCE_US or evidence(judged) < -math.log(ALPHA):
+        return None
+    old, new = sorted(one.old_us for one in judged), sorted(one.new_us for one in judged)
+    return Slowdown(
+        old_p50_us=percentile(old, 0.5),
+        new_p50_us=percentile(new, 0.5),
+        old_p99_us=percentile(old, 0.99),
+        new_p99_us=percentile(new, 0.99),
+        ratio=round(ratio, 3),
+        pairs=len(judged),
+    )
+
+
+def warm(timings: Iterable[Timing]) -> list[Timing]:
+    """Without the first pairs of each release."""
+    by_release: dict[str, list[Timing]] = {}
+    for one in timings:
+        by_release.setdefault(one.release, []).append(one)
+    return [
+        one
+        for group in by_release.values()
+        for one in group[max(COLD_PAIRS, math.ceil(len(group) * COLD_SHARE)) :]
+    ]
+
+
+def evidence(timings: Iterable[Timing]) -> float:
+    """The logarithm of E; below 0 where new was slower in half of the pairs or less."""
+    slower = faster = 0
+    for one in timings:
+        slower += one.new_us > one.old_us
+        faster += one.new_us < one.old_us
+    if slower <= faster:
+        return -math.inf
+    n = slower + faster
+    return n * math.log(2) + math.lgamma(slower + 1) + math.lgamma(faster + 1) - math.lgamma(n + 2)
+
+
+def percentile(ordered: Sequence[int], share: float) -> int:
+    """Nearest rank, of at least one value."""
+    return ordered[max(0, math.ceil(len(ordered) * share) - 1)]

@@ -1,0 +1,5 @@
+"""What has to be done now and then: sweep, reports, Envoy's counts, latency, retention."""
+
+from abreast_sidecar.housekeeping.housekeeping import Housekeeping
+
+__all__ = ["Housekeeping"]

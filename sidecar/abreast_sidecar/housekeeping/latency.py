@@ -1,0 +1,37 @@
+"""Looks for endpoints that the new version answers more slowly, and writes them down as findings."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+
+import orjson
+
+from abreast_sidecar.compare.latency import MIN_PAIRS, Timing, slowdown
+from abreast_sidecar.store.database import Connection, statement
+
+LOCK = 0x616272657005
+WINDOW = 3600  # seconds
+MOST = 1000  # pairs of an endpoint, the newest
+
+
+async def find_slow(connection: Connection) -> int:
+    """Return how many endpoints are slower. A finding that no longer holds stays, with when it was last so."""
+    async with connection.transaction():
+        cursor = await connection.execute(statement("lock_try"), {"lock": LOCK})
+        row = await cursor.fetchone()
+        if not row or not row["locked"]:
+            return 0
+        found = 0
+        parameters = {"window": WINDOW, "most": MOST, "least": MIN_PAIRS}
+        cursor = await connection.execute(statement("timings"), parameters)
+        for row in await cursor.fetchall():
+            times = zip(row["old_us"], row["new_us"], row["release"], strict=True)
+            slower = slowdown([Timing(old, new, release) for old, new, release in times])
+            if slower is not None:
+                detail = orjson.dumps(asdict(slower)).decode()
+                given = {"endpoint": row["id"], "pairs": slower.pairs, "detail": detail}
+                await connection.execute(statement("latency_put"), given)
+                found += 1
+            await asyncio.sleep(0)  # others on the loop have their turn
+        return found

@@ -1,0 +1,33 @@
+"""Opens the days that come and drops those that are over."""
+
+from __future__ import annotations
+
+import structlog
+
+from abreast_sidecar.store.database import Connection, statement
+
+LOCK = 0x616272657004
+
+log = structlog.get_logger()
+
+
+async def open_days(connection: Connection) -> None:
+    """Today and tomorrow, UTC."""
+    await connection.execute(statement("days_open"))
+
+
+async def drop_days(connection: Connection, *, retention_days: int) -> int:
+    """Drop pairs, examples and poison that are older; return how many days went. Tallies and findings stay."""
+    dropped = 0
+    async with connection.transaction():
+        cursor = await connection.execute(statement("lock_try"), {"lock": LOCK})
+        row = await cursor.fetchone()
+        if not row or not row["locked"]:
+            return 0
+        await connection.execute(statement("poison_drop"), {"days": retention_days})
+        cursor = await connection.execute(statement("days_old"), {"days": retention_days})
+        for old in await cursor.fetchall():
+            await connection.execute(statement("day_drop"), {"day": old["day"]})
+            log.info("a day's pairs are dropped", day=old["day"].isoformat(), retention_days=retention_days)
+            dropped += 1
+    return dropped

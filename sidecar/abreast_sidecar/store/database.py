@@ -1,0 +1,98 @@
+"""Connections to the ledger for everything but the worker, and the SQL files."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import AsyncConnectionPool
+
+from abreast_sidecar.errors import LedgerError
+
+POOL_SIZE = 8
+CONNECT_TIMEOUT = 3  # seconds, for one attempt
+WAIT_FOR_CONNECTION = 2.5  # seconds that a call waits while Postgres is away
+STATEMENT_TIMEOUT = 20  # seconds
+OPTIONS = f"-c statement_timeout={STATEMENT_TIMEOUT}s -c jit=off -c timezone=UTC -c application_name=abreast"
+
+Connection = AsyncConnection[DictRow]
+Row = dict[str, Any]
+
+
+@cache
+def statement(name: str) -> bytes:
+    return (resources.files("abreast_sidecar.store") / "sql" / f"{name}.sql").read_bytes()
+
+
+class Database:
+    """Opens at once, also where Postgres is away; calls then raise LedgerError after a few seconds."""
+
+    def __init__(self, conninfo: str) -> None:
+        self.conninfo = conninfo
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            conninfo,
+            min_size=1,
+            max_size=POOL_SIZE,
+            timeout=WAIT_FOR_CONNECTION,
+            reconnect_timeout=WAIT_FOR_CONNECTION,
+            kwargs={
+                "row_factory": dict_row,
+                "autocommit": True,
+                "connect_timeout": CONNECT_TIMEOUT,
+                "options": OPTIONS,
+                "prepare_threshold": None,  # plans must see the filters
+            },
+            check=AsyncConnectionPool.check_connection,
+            open=False,
+        )
+
+    async def open(self) -> None:
+        await self._pool.open(wait=False)
+
+    async def close(self) -> None:
+        await self._pool.close(timeout=2.0)
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection in autocommit. Raise LedgerError in place of the driver's errors."""
+        with translated():
+            async with self._pool.connection() as connection:
+                yield connection
+
+    async def rows(self, name: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
+        """The rows of the statement in sql/NAME.sql."""
+        async with self.connection() as connection:
+            cursor = await connection.execute(statement(name), parameters or {})
+            return await cursor.fetchall()
+
+    async def one(self, name: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
+        rows = await self.rows(name, parameters)
+        return rows[0] if rows else None
+
+
+class translated:  # noqa: N801  # used like a function
+    """Turns psycopg's errors into LedgerError."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, psycopg.Error):
+            raise LedgerError(_message(error)) from error
+
+
+def _message(error: psycopg.Error) -> str:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, psycopg.errors.QueryCanceled):
+        return f"the ledger took more than {STATEMENT_TIMEOUT} s; ask for a shorter window"
+    if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
+        return f"the ledger's tables are missing or old ({said}); run: abreast migrate"
+    if isinstance(error, psycopg.OperationalError):
+        return f"postgres can't be reached, check ABREAST_POSTGRES_URL and the server: {said}"
+    return f"postgres refuses: {said}"

@@ -1,0 +1,90 @@
+"""What the ledger is given: one judged entry of a stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from abreast.capture import Capture
+from abreast_sidecar.compare import Judgement
+from abreast_sidecar.store.clean import clean
+
+DAY = 86_400_000  # ms
+SERVICE_LIMIT = 200  # characters
+METHOD_LIMIT = 32
+ROUTE_LIMIT = 300
+PAIR_LIMIT = 200
+REQUEST_LIMIT = 2000
+RELEASE_LIMIT = 200
+REASON_LIMIT = 500
+LONGEST = 2**31 - 1  # µs; an integer column
+HIGHEST = 2**15 - 1  # a smallint column
+
+EndpointKey = tuple[str, str, str]  # service, method, route
+
+
+@dataclass(slots=True)
+class Judged:
+    """`at` is the entry's time in ms since the epoch, by Redis's clock; `poison` is kept where it can't be read."""
+
+    service: str
+    entry: str
+    at: int
+    pair: str
+    judgement: Judgement
+    blobs: tuple[bytes, ...]
+    poison: bytes | None = None
+    endpoint: EndpointKey = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.service = clean(self.service, SERVICE_LIMIT)
+        self.pair = clean(self.pair, PAIR_LIMIT)
+        method, route = self.judgement.method, self.judgement.route
+        self.endpoint = (self.service, clean(method, METHOD_LIMIT), clean(route, ROUTE_LIMIT))
+
+    @property
+    def day(self) -> int:
+        """Days since the epoch, UTC."""
+        return self.at // DAY
+
+    @property
+    def size(self) -> int:
+        """Bytes of both answers' bodies, as far as they are held."""
+        return sum(
+            len(capture.answer.body.held) for capture in (self.judgement.old, self.judgement.new) if capture
+        )
+
+    def row(self, endpoint: int) -> dict[str, Any]:
+        """The columns of `pair`; what is left out has its default."""
+        judgement = self.judgement
+        row: dict[str, Any] = {
+            "id": self.pair,
+            "ms": self.at,
+            "endpoint_id": endpoint,
+            "outcome": judgement.outcome,
+        }
+        old, new = judgement.old, judgement.new
+        if old is not None:
+            row["old_status"], row["old_us"], row["old_release"] = _side(old)
+        if new is not None:
+            row["new_status"], row["new_us"], row["new_release"] = _side(new)
+        for capture in (old, new, judgement.baseline):
+            if capture is not None and capture.role == "live":
+                row["live"] = capture.version
+        if shown := old or new or judgement.baseline:
+            request = shown.request
+            target = f"{request.path}?{request.query}" if request.query else request.path
+            row["request"] = clean(target, REQUEST_LIMIT)
+        if judgement.baseline_compared:
+            row["baseline"] = bool(judgement.noise)
+        if judgement.reason:
+            row["reason"] = clean(judgement.reason, REASON_LIMIT)
+        return row
+
+
+def _side(capture: Capture) -> tuple[int, int, str]:
+    return (
+        max(0, min(capture.answer.status, HIGHEST)),
+        max(0, min(capture.total_us, LONGEST)),
+        clean(capture.release, RELEASE_LIMIT),
+    )

@@ -1,0 +1,199 @@
+"""Writes judged pairs into the ledger: a batch is one transaction, and a batch that comes twice counts once.
+
+Order of locks, the same in every worker: pairs by id, findings by id, examples, tallies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import TupleRow
+
+from abreast_sidecar.compare import Difference
+from abreast_sidecar.errors import LedgerError, RefusedError
+from abreast_sidecar.store.catalogue import Catalogue, Endpoint
+from abreast_sidecar.store.clean import clean, json_text
+from abreast_sidecar.store.database import statement
+from abreast_sidecar.store.examples import Examples
+from abreast_sidecar.store.judged import REASON_LIMIT, Judged
+from abreast_sidecar.store.rollup import Rollup
+
+CONNECT_TIMEOUT = 5  # seconds
+WRITE_TIMEOUT = 60.0  # seconds for a whole batch; then the connection is given up
+POISON_KEPT = 1000  # entries of one service
+POISON_SIZE = 64 * 1024  # bytes of an entry
+FORGET_AFTER = 600.0  # seconds; retention may have made room for examples
+DATA_CLASSES = ("22", "23", "54")  # SQLSTATE: the data, a constraint, a limit of the program
+KEEPALIVE: dict[str, Any] = {
+    "connect_timeout": CONNECT_TIMEOUT,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 15_000,  # ms
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A judged pair with the ids of what it shows."""
+
+    judged: Judged
+    row: dict[str, Any]
+    differences: dict[int, Difference]
+    noise: dict[int, Difference]
+
+
+class Ledger:
+    """One connection, opened when it is needed. No state of the session is used, so a pooler may stand between."""
+
+    def __init__(self, conninfo: str, *, examples_per_finding: int) -> None:
+        self.conninfo = conninfo
+        self._catalogue = Catalogue()
+        self._examples = Examples(self._catalogue.examples, examples_per_finding)
+        self._days: set[int] = set()
+        self._connection: AsyncConnection[TupleRow] | None = None
+        self._learned = 0.0
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        self._catalogue.clear()
+        self._days.clear()
+        if connection is not None:
+            await connection.close()
+
+    async def write(self, batch: Sequence[Judged]) -> int:
+        """Commit the batch; return how many of it were new.
+
+        Raise RefusedError when Postgres is well and does not take the data, LedgerError for all that may pass by
+        itself; then the batch can be given again, also when it had been committed after all.
+        """
+        async with self._trouble():
+            connection = await self._connected()
+            unique = _unique(batch)
+            await self._open_days(connection, unique)
+            await self._catalogue.learn(connection, unique)
+            records = [self._record(judged) for judged in unique]
+            return await self._commit(connection, records)
+
+    @contextlib.asynccontextmanager
+    async def _trouble(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT):
+                yield
+        except psycopg.Error as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if error.sqlstate and error.sqlstate.startswith(DATA_CLASSES):
+                self._days.clear()  # perhaps only a day's partition is gone
+                raise RefusedError(f"postgres refuses a record: {said}") from error
+            await self.close()
+            raise LedgerError(f"the ledger can't be written: {said}") from error
+        except TimeoutError as error:
+            await self.close()
+            raise LedgerError(f"the ledger took more than {WRITE_TIMEOUT:g} s for a batch") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise RefusedError(f"a record can't be sent to postgres: {error}") from error
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _connected(self) -> AsyncConnection[TupleRow]:
+        now = asyncio.get_running_loop().time()
+        if self._connection is not None and self._connection.closed:
+            await self.close()
+        if self._connection is None:
+            self._connection = await AsyncConnection.connect(
+                make_conninfo(self.conninfo, **KEEPALIVE), autocommit=True, prepare_threshold=None
+            )
+            self._learned = now
+        elif now - self._learned > FORGET_AFTER:
+            self._catalogue.clear()
+            self._learned = now
+        return self._connection
+
+    async def _open_days(self, connection: AsyncConnection[TupleRow], batch: Iterable[Judged]) -> None:
+        for day in sorted({judged.day for judged in batch} - self._days):
+            await connection.execute(statement("day_open"), {"day": day})
+            self._days.add(day)
+
+    def _record(self, judged: Judged) -> Record:
+        endpoint = self._catalogue.endpoint(judged.endpoint)
+        row = judged.row(endpoint.id)
+        differences = self._found(endpoint, judged.judgement.differences)
+        noise = self._found(endpoint, judged.judgement.noise)
+        if differences:
+            row["findings"] = list(differences)
+        if noise:
+            row["noise"] = list(noise)
+        return Record(judged, row, differences, noise)
+
+    def _found(self, endpoint: Endpoint, differences: Iterable[Difference]) -> dict[int, Difference]:
+        """Each finding once, however often the pair shows it."""
+        found: dict[int, Difference] = {}
+        for difference in differences:
+            finding = self._catalogue.finding(endpoint, difference)
+            if finding is not None:
+                found.setdefault(finding, difference)
+        return found
+
+    async def _commit(self, connection: AsyncConnection[TupleRow], records: Sequence[Record]) -> int:
+        async with connection.transaction():
+            new = await _add_pairs(connection, records)
+            rollup = Rollup()
+            for record in new:
+                rollup.add(record.judged, record.differences, record.noise)
+            if rollup.findings:
+                await _count_findings(connection, rollup)
+            chosen = self._examples.choose(
+                [(one.judged, list(one.differences)) for one in new if one.differences]
+            )
+            if chosen:
+                await connection.execute(statement("examples_add"), self._examples.parameters(chosen))
+            await _add_poison(connection, new)
+            if new:
+                given = json_text(rollup.tally()).decode()
+                await connection.execute(statement("tally_add"), {"given": given})
+        self._examples.note(chosen)
+        return len(new)
+
+
+def _unique(batch: Iterable[Judged]) -> list[Judged]:
+    """The first of each pair and day: the ledger would take only one, and must not take another than is counted."""
+    first: dict[tuple[str, int], Judged] = {}
+    for judged in batch:
+        first.setdefault((judged.pair, judged.day), judged)
+    return list(first.values())
+
+
+async def _add_pairs(connection: AsyncConnection[TupleRow], records: Sequence[Record]) -> Sequence[Record]:
+    given = json_text([record.row for record in records]).decode()
+    cursor = await connection.execute(statement("pairs_add"), {"given": given})
+    if cursor.rowcount == len(records):
+        return records
+    added = set(await cursor.fetchall())
+    return [record for record in records if (record.judged.pair, record.judged.day) in added]
+
+
+async def _count_findings(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
+    await connection.execute(statement("findings_lock"), {"ids": list(rollup.findings)})
+    given = json_text(list(rollup.findings.values())).decode()
+    await connection.execute(statement("findings_count"), {"given": given})
+
+
+async def _add_poison(connection: AsyncConnection[TupleRow], records: Iterable[Record]) -> None:
+    for judged in (record.judged for record in records if record.judged.poison is not None):
+        parameters = {
+            "ms": judged.at,
+            "service": judged.service,
+            "entry": judged.entry,
+            "reason": clean(judged.judgement.reason, REASON_LIMIT),
+            "content": (judged.poison or b"")[:POISON_SIZE],
+            "limit": POISON_KEPT,
+        }
+        await connection.execute(statement("poison_add"), parameters)

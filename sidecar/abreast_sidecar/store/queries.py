@@ -1,0 +1,203 @@
+"""Reads of the ledger. All raise LedgerError while Postgres can't be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from abreast_sidecar.errors import NotFoundError
+from abreast_sidecar.store import pages, rows
+from abreast_sidecar.store.database import Database, Row
+from abreast_sidecar.store.pages import Page
+from abreast_sidecar.store.results import (
+    Drop,
+    EndpointSummary,
+    Finding,
+    Paged,
+    Pair,
+    PairDetail,
+    Summary,
+    Window,
+)
+
+T = TypeVar("T")
+
+MAX_EXAMPLES = 20
+ALL_TIME = Window()
+
+
+@dataclass(frozen=True, slots=True)
+class FindingFilter:
+    """Empty text and None mean all."""
+
+    service: str = ""
+    method: str = ""
+    route: str = ""
+    parts: Sequence[str] | None = None
+    kinds: Sequence[str] | None = None
+    impacts: Sequence[str] | None = None
+    include_noise: bool = False
+    window: Window = ALL_TIME
+
+
+@dataclass(frozen=True, slots=True)
+class PairFilter:
+    """Empty text, 0 and None mean all."""
+
+    service: str = ""
+    method: str = ""
+    route: str = ""
+    outcomes: Sequence[str] | None = None
+    finding_id: int = 0
+    window: Window = ALL_TIME
+
+
+class Queries:
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    async def services(self) -> list[str]:
+        """Those that an Envoy or a capture has named."""
+        return [row["service"] for row in await self.database.rows("services")]
+
+    async def tallies(self) -> list[tuple[str, str, int]]:
+        """Service, outcome, and rows ever written: it only grows."""
+        return [(row["service"], row["outcome"], row["pairs"]) for row in await self.database.rows("tallies")]
+
+    async def summary(self, service: str, window: Window) -> Summary:
+        asked = {"service": service, "windowed": window.bounded, **_bounds(window)}
+        outcomes = await self.database.rows("summary_outcomes", asked)
+        (counts,) = await self.database.rows("summary_counts", asked)
+        drops = await self.database.rows("summary_drops", asked)
+        return Summary(
+            service=service,
+            outcomes={row["outcome"]: row["pairs"] for row in outcomes},
+            explained=sum(row["explained"] for row in outcomes),
+            findings=counts["findings"],
+            envoy_sampled=counts["envoy_sampled"],
+            written=counts["written"],
+            drops=tuple(Drop(**row) for row in drops),
+            first=min((row["first"] for row in outcomes), default=None),
+            last=max((row["last"] for row in outcomes), default=None),
+        )
+
+    async def endpoints(self, service: str, window: Window, page: Page) -> Paged[EndpointSummary]:
+        filters = {"service": service, "window": asdict(window)}
+        place = pages.decode("endpoints", filters, page.token) if page.token else [None, None, None]
+        asked = {"service": service, "windowed": window.bounded, **_bounds(window), "limit": page.size + 1}
+        asked |= {"after_service": place[0], "after_route": place[1], "after_method": place[2]}
+        found = await self.database.rows("endpoints", asked)
+        return _paged(
+            found,
+            page,
+            rows.endpoint_summary,
+            lambda last: pages.encode("endpoints", filters, [last["service"], last["route"], last["method"]]),
+        )
+
+    async def findings(self, wanted: FindingFilter, page: Page) -> Paged[Finding]:
+        filters = asdict(wanted)
+        place = pages.decode("findings", filters, page.token) if page.token else None
+        as_of = datetime.fromisoformat(place[0]) if place else await self._now()
+        found = await self._findings(wanted, as_of, page.size + 1, place=place)
+        return _paged(
+            found,
+            page,
+            rows.finding,
+            lambda last: pages.encode(
+                "findings", filters, [as_of.isoformat(), last["rank"], last["count"], last["id"]]
+            ),
+        )
+
+    async def findings_by_id(self, ids: Sequence[int]) -> list[Finding]:
+        """Over all time, noise too, in the order of a listing."""
+        found = await self._findings(FindingFilter(include_noise=True), await self._now(), len(ids), ids=ids)
+        return [rows.finding(row) for row in found]
+
+    async def finding(self, finding_id: int) -> tuple[Finding, list[PairDetail]]:
+        """The finding over all time, and its examples, the smallest first. Raise NotFoundError."""
+        found = await self.findings_by_id([finding_id])
+        if not found:
+            raise NotFoundError(f"the ledger holds no finding {finding_id}; list them with ListFindings")
+        examples = await self.database.rows("finding_examples", {"id": finding_id, "limit": MAX_EXAMPLES})
+        return found[0], [rows.pair_detail(row) for row in examples]
+
+    async def finding_marks(self, service: str) -> dict[int, tuple[Any, ...]]:
+        """Per finding id what changes when the finding grows or becomes noise."""
+        found = await self.database.rows("finding_marks", {"service": service})
+        return {row["id"]: (row["count"], row["baseline_count"], row["last_seen"]) for row in found}
+
+    async def pairs(self, wanted: PairFilter, page: Page) -> Paged[Pair]:
+        """Newest first."""
+        filters = asdict(wanted)
+        place = pages.decode("pairs", filters, page.token) if page.token else [None, None]
+        asked = {
+            **filters,
+            "outcomes": _list(wanted.outcomes),
+            **_bounds(wanted.window),
+            "limit": page.size + 1,
+        }
+        asked |= {"after_at": place[0] and datetime.fromisoformat(place[0]), "after_id": place[1]}
+        del asked["window"]
+        found = await self.database.rows("pairs", asked)
+        return _paged(
+            found,
+            page,
+            rows.pair,
+            lambda last: pages.encode("pairs", filters, [last["at"].isoformat(), last["id"]]),
+        )
+
+    async def pair(self, pair_id: str) -> PairDetail:
+        """Raise NotFoundError for what was not sampled, has not arrived yet, or is no longer kept."""
+        row = await self.database.one("pair", {"id": pair_id})
+        if row is None:
+            raise NotFoundError(
+                f"the ledger holds no pair {pair_id}: it was not sampled, has not arrived yet, or is no longer kept"
+            )
+        return rows.pair_detail(row)
+
+    async def _now(self) -> datetime:
+        row = await self.database.one("now")
+        return row["now"] if row else datetime.now(UTC)
+
+    async def _findings(
+        self,
+        wanted: FindingFilter,
+        as_of: datetime,
+        limit: int,
+        *,
+        place: Sequence[Any] | None = None,
+        ids: Sequence[int] | None = None,
+    ) -> list[Row]:
+        _, after_rank, after_count, after_id = place or (None, None, None, None)
+        asked = {
+            **asdict(wanted),
+            **{name: _list(getattr(wanted, name)) for name in ("parts", "kinds", "impacts")},
+            **_bounds(wanted.window),
+            "windowed": wanted.window.bounded,
+            "as_of": as_of,
+            "ids": _list(ids),
+            "after_rank": after_rank,
+            "after_count": after_count,
+            "after_id": after_id,
+            "limit": limit,
+        }
+        del asked["window"]
+        return await self.database.rows("findings", asked)
+
+
+def _bounds(window: Window) -> dict[str, datetime | None]:
+    return {"start": window.start, "end": window.end}
+
+
+def _list(values: Sequence[Any] | None) -> list[Any] | None:
+    return None if values is None else list(values)
+
+
+def _paged(
+    found: Sequence[Row], page: Page, make: Callable[[Row], T], token: Callable[[Mapping[str, Any]], str]
+) -> Paged[T]:
+    """`found` holds one row more than the page where there is another page."""
+    shown = found[: page.size]
+    return Paged(tuple(make(row) for row in shown), token(shown[-1]) if len(found) > page.size else "")

@@ -1,0 +1,133 @@
+"""What the ledger's reads give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from abreast.capture import Capture
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """From `start` until before `end`; None means no limit on that side."""
+
+    start: datetime | None = None
+    end: datetime | None = None
+
+    @property
+    def bounded(self) -> bool:
+        return self.start is not None or self.end is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    service: str
+    method: str
+    route: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    place: str  # service or redis
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    service: str
+    outcomes: Mapping[str, int]
+    explained: int
+    findings: int
+    envoy_sampled: int | None  # over all time, as `written`: rows that retention dropped count too
+    written: int
+    drops: tuple[Drop, ...]
+    first: datetime | None
+    last: datetime | None
+
+    @property
+    def pairs(self) -> int:
+        return sum(self.outcomes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointSummary:
+    """Times in µs: median and 99th percentile; None where that version was not captured."""
+
+    endpoint: Endpoint
+    outcomes: Mapping[str, int]
+    findings: int
+    old_us: tuple[float, float] | None
+    new_us: tuple[float, float] | None
+
+    @property
+    def pairs(self) -> int:
+        return sum(self.outcomes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    id: int
+    endpoint: Endpoint
+    part: str
+    path: str
+    kind: str
+    impact: str
+    count: int
+    compared: int
+    baseline_count: int  # at this path, whatever the kind
+    first_seen: datetime
+    last_seen: datetime
+    detail: Mapping[str, Any]  # old and new: JSON texts of the first pair; for latency a Slowdown
+
+    @property
+    def noise(self) -> bool:
+        return self.baseline_count > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    id: str
+    endpoint: Endpoint
+    at: datetime
+    outcome: str
+    live: str  # old, new or empty
+    request: str
+    old_status: int
+    new_status: int
+    old_us: int | None
+    new_us: int | None
+    old_release: str
+    new_release: str
+    findings: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    part: str
+    path: str
+    place: str
+    kind: str
+    impact: str
+    old: str | None
+    new: str | None
+    noise: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PairDetail:
+    pair: Pair
+    captures: tuple[Capture, ...] = ()
+    differences: tuple[Difference, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Paged(Generic[T]):
+    rows: tuple[T, ...]
+    next_token: str

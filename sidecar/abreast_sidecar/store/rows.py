@@ -1,0 +1,87 @@
+"""Turns rows of the ledger into results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from abreast_sidecar.store.database import Row
+from abreast_sidecar.store.results import Difference, Endpoint, EndpointSummary, Finding, Pair, PairDetail
+from abreast_sidecar.store.unpack import unpack
+
+
+def endpoint(row: Row) -> Endpoint:
+    return Endpoint(row["service"], row["method"], row["route"])
+
+
+def endpoint_summary(row: Row) -> EndpointSummary:
+    return EndpointSummary(
+        endpoint=endpoint(row),
+        outcomes=row["outcomes"] or {},
+        findings=row["findings"],
+        old_us=_percentiles(row["old_us"]),
+        new_us=_percentiles(row["new_us"]),
+    )
+
+
+def _percentiles(values: Sequence[float | None] | None) -> tuple[float, float] | None:
+    if not values or values[0] is None or values[1] is None:
+        return None
+    return values[0], values[1]
+
+
+def finding(row: Row) -> Finding:
+    return Finding(
+        id=row["id"],
+        endpoint=endpoint(row),
+        part=row["part"],
+        path=row["path"],
+        kind=row["kind"],
+        impact=row["impact"],
+        count=row["count"],
+        compared=row["compared"],
+        baseline_count=row["baseline_count"],
+        first_seen=row["first_seen"],
+        last_seen=row["last_seen"],
+        detail=row["detail"],
+    )
+
+
+def pair(row: Row) -> Pair:
+    return Pair(
+        id=row["id"],
+        endpoint=endpoint(row),
+        at=row["at"],
+        outcome=row["outcome"],
+        live=row["live"] or "",
+        request=row["request"],
+        old_status=row["old_status"] or 0,
+        new_status=row["new_status"] or 0,
+        old_us=row["old_us"],
+        new_us=row["new_us"],
+        old_release=row["old_release"],
+        new_release=row["new_release"],
+        findings=tuple(row["findings"]),
+        reason=row["reason"],
+    )
+
+
+def pair_detail(row: Row) -> PairDetail:
+    noisy = set(row["noisy"])
+    return PairDetail(
+        pair=pair(row),
+        captures=() if row["captures"] is None else unpack(row["captures"]),
+        differences=tuple(difference(found, noisy) for found in row["differences"] or ()),
+    )
+
+
+def difference(found: Row, noisy: set[str]) -> Difference:
+    return Difference(
+        part=found["part"],
+        path=found["path"],
+        place=found["place"],
+        kind=found["kind"],
+        impact=found["impact"],
+        old=found.get("old"),
+        new=found.get("new"),
+        noise=f"{found['part']} {found['path']}" in noisy,
+    )

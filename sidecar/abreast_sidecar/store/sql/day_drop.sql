@@ -1,0 +1,1 @@
+select abreast.drop_day(%(day)s)

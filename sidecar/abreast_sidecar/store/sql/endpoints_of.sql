@@ -1,0 +1,1 @@
+select service, method, route, id from abreast.endpoint where service = any(%(services)s)

@@ -1,0 +1,15 @@
+select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.request, p.old_status, p.new_status,
+       p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason,
+       x.captures, x.differences,
+       array(
+           select distinct n.part || ' ' || n.path
+           from abreast.finding n
+           where n.endpoint_id = p.endpoint_id and n.baseline_count > 0
+       ) as noisy
+from abreast.finding_example fe
+join abreast.example x on x.day = fe.day and x.pair_id = fe.pair_id
+join abreast.pair p on p.day = fe.day and p.id = fe.pair_id
+join abreast.endpoint e on e.id = p.endpoint_id
+where fe.finding_id = %(id)s
+order by fe.size, fe.day, fe.pair_id
+limit %(limit)s

@@ -1,0 +1,1 @@
+select version, name, digest from abreast.migration order by version

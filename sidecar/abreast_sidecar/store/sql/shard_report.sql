@@ -1,0 +1,1 @@
+select report from abreast.shard_report where service = %(service)s and shard = %(shard)s

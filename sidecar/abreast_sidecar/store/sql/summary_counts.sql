@@ -1,0 +1,24 @@
+select
+    (select sum((counted->>'sampled')::bigint)::bigint from abreast.envoy_report where service = %(service)s)
+        as envoy_sampled,
+    (select coalesce(sum(pairs), 0)::bigint from abreast.tally where service = %(service)s) as written,
+    (
+        select count(*)
+        from abreast.finding f join abreast.endpoint e on e.id = f.endpoint_id
+        where e.service = %(service)s and f.impact <> 'additive'
+          and not exists (
+              select from abreast.finding n
+              where n.endpoint_id = f.endpoint_id and n.part = f.part and n.path = f.path and n.baseline_count > 0
+          )
+          and case when f.part = 'latency'
+              then f.count > 0 and f.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
+               and f.first_seen < coalesce(%(end)s::timestamptz, 'infinity')
+              when %(windowed)s
+              then exists (
+                  select from abreast.pair p
+                  where p.findings @> array[f.id]
+                    and (%(start)s::timestamptz is null or p.at >= %(start)s)
+                    and (%(end)s::timestamptz is null or p.at < %(end)s)
+              )
+              else f.count > 0 end
+    ) as findings

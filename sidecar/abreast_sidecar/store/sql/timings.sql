@@ -1,0 +1,17 @@
+-- The last pairs of each endpoint that both versions answered alike, in the order of their arrival.
+select endpoint.id, timing.old_us, timing.new_us, timing.release
+from abreast.endpoint
+cross join lateral (
+    select array_agg(old_us order by at, id) as old_us, array_agg(new_us order by at, id) as new_us,
+           array_agg(release order by at, id) as release
+    from (
+        select at, id, old_us, new_us, old_release || ' ' || new_release as release
+        from abreast.pair
+        where endpoint_id = endpoint.id and at > clock_timestamp() - %(window)s * interval '1 second'
+          and outcome in ('match', 'mismatch') and old_status = new_status
+          and old_us is not null and new_us is not null
+        order by at desc
+        limit %(most)s
+    ) as recent
+) as timing
+where cardinality(timing.old_us) >= %(least)s

@@ -1,0 +1,179 @@
+"""The worker: read, compare, commit, acknowledge. Any number may run, in any number of processes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+
+import structlog
+
+from abreast_sidecar.compare import Rules
+from abreast_sidecar.errors import LedgerError, RedisError, RefusedError
+from abreast_sidecar.outage import Outage, pause
+from abreast_sidecar.read import Entry, Reader
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import Judged, Ledger
+from abreast_sidecar.verdict import judged, undecodable
+
+BREATHER = 0.01  # seconds between small batches: each commit has a cost of its own
+TURN = 0.005  # seconds of comparing before others on the loop have their turn
+STEP = 8  # pairs between two looks at the clock
+
+log = structlog.get_logger()
+
+
+class Worker:
+    """`last_beat` is when it last read or committed (time.monotonic); `alive` is whether it runs."""
+
+    def __init__(self, settings: Settings, *, name: str) -> None:
+        self.name = name
+        self.alive = False
+        self.last_beat = 0.0
+        self._settings = settings
+        self._rules = Rules.ignoring(settings.volatile_headers)
+        self._redis = Outage("redis", worker=name)
+        self._postgres = Outage("postgres", worker=name)
+        self._small = False
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Return once `stop` is set and what was read is committed, or its time is over. Lost servers are waited for."""
+        reader = Reader(
+            self._settings.redis_url,
+            name=self.name,
+            batch_size=self._settings.batch_size,
+            claim_idle=self._settings.claim_idle,
+        )
+        ledger = Ledger(self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding)
+        self.alive = True
+        try:
+            await _until(stop, self._work(reader, ledger, stop), grace=self._settings.shutdown_timeout)
+        finally:
+            self.alive = False
+            await ledger.close()
+            try:
+                await reader.close()
+            except RedisError as error:
+                log.info("redis was away at the end", worker=self.name, error=str(error))
+
+    async def _work(self, reader: Reader, ledger: Ledger, stop: asyncio.Event) -> None:
+        """The next batch is read while this one is compared and committed."""
+        ahead = asyncio.create_task(self._next(reader, stop))
+        try:
+            while entries := await ahead:
+                ahead = asyncio.create_task(self._next(reader, stop))
+                await self._handle(entries, reader, ledger, stop)
+        finally:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
+
+    async def _next(self, reader: Reader, stop: asyncio.Event) -> list[Entry]:
+        """Wait for entries; none when it is time to stop."""
+        if self._small:
+            await pause(stop, BREATHER)
+        while not stop.is_set():
+            try:
+                entries = await reader.read()
+            except RedisError as error:
+                self._redis.begin(error)
+                await self._redis.wait(stop)
+                continue
+            self._redis.end()
+            self.last_beat = time.monotonic()
+            if entries:
+                self._small = len(entries) < self._settings.batch_size // 2
+                return entries
+        return []
+
+    async def _handle(
+        self, entries: Sequence[Entry], reader: Reader, ledger: Ledger, stop: asyncio.Event
+    ) -> None:
+        try:
+            batch = await self._judge(entries)
+            await self._commit(batch, entries, ledger, stop)
+        except Exception:
+            log.exception("a batch failed and will be read again", worker=self.name, pairs=len(entries))
+            reader.recover()
+            await self._postgres.wait(stop)
+            return
+        self.last_beat = time.monotonic()
+        try:
+            await reader.acknowledge(entries)
+        except RedisError as error:  # they come again, and count once
+            self._redis.begin(error)
+            reader.recover()
+
+    async def _judge(self, entries: Sequence[Entry]) -> list[Judged]:
+        batch = []
+        turn = time.perf_counter() + TURN
+        for number, entry in enumerate(entries):
+            one = judged(entry, self._rules)
+            if one.poison is not None:
+                self._put_apart(one)
+            batch.append(one)
+            if number % STEP == 0 and time.perf_counter() > turn:
+                await asyncio.sleep(0)
+                turn = time.perf_counter() + TURN
+        return batch
+
+    async def _commit(
+        self, batch: Sequence[Judged], entries: Sequence[Entry], ledger: Ledger, stop: asyncio.Event
+    ) -> None:
+        """A batch that Postgres refuses is halved until the entry is found that it can't hold."""
+        try:
+            await self._write(batch, ledger, stop)
+        except RefusedError as error:
+            if len(batch) == 1:
+                await self._commit_poison(entries[0], str(error), ledger, stop)
+                return
+            middle = len(batch) // 2
+            await self._commit(batch[:middle], entries[:middle], ledger, stop)
+            await self._commit(batch[middle:], entries[middle:], ledger, stop)
+
+    async def _commit_poison(self, entry: Entry, reason: str, ledger: Ledger, stop: asyncio.Event) -> None:
+        poison = undecodable(entry, reason)
+        self._put_apart(poison)
+        await self._write([poison], ledger, stop)
+
+    async def _write(self, batch: Sequence[Judged], ledger: Ledger, stop: asyncio.Event) -> None:
+        """Try until Postgres takes it or refuses it. What is not committed stays pending in Redis."""
+        while True:
+            try:
+                await ledger.write(batch)
+            except RefusedError:
+                raise
+            except LedgerError as error:
+                self._postgres.begin(error)
+                await self._postgres.wait(stop)
+                if stop.is_set():
+                    await asyncio.sleep(0.1)  # `wait` returns at once now
+            else:
+                self._postgres.end()
+                return
+
+    def _put_apart(self, poison: Judged) -> None:
+        log.warning(
+            "an entry can't be read and is put apart",
+            worker=self.name,
+            service=poison.service,
+            pair=poison.pair,
+            entry=poison.entry,
+            reason=poison.judgement.reason,
+        )
+
+
+async def _until(stop: asyncio.Event, work: Coroutine[None, None, None], *, grace: float) -> None:
+    """Run `work` to its end; when `stop` is set it has `grace` seconds left."""
+    task = asyncio.create_task(work)
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({task}, timeout=grace)
+        if done:
+            task.result()
+        else:
+            log.warning("the time to finish is over; the rest stays in redis", seconds=grace)
+    finally:
+        task.cancel()
+        stopped.cancel()
+        await asyncio.gather(task, stopped, return_exceptions=True)

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+import redis
+
+from abreast.join import SERVICES, reports
+from abreast_sidecar.compare import Judgement
+from abreast_sidecar.embedded import RedisServer
+from abreast_sidecar.housekeeping import Housekeeping
+from abreast_sidecar.housekeeping.envoy import bring_envoy
+from abreast_sidecar.housekeeping.latency import find_slow
+from abreast_sidecar.housekeeping.reports import bring_reports
+from abreast_sidecar.housekeeping.retention import drop_days, open_days
+from abreast_sidecar.read import connect
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import Judged, Ledger, migrate
+from abreast_sidecar.store.database import Connection, Database
+from support import eventually_async
+from support_envoy import abreast
+from support_pairs import SERVICE, difference, judged, one, pair_of, ready, rows, running, send
+from support_upstream import Upstream, respond
+
+DAY = 86_400_000  # ms
+
+
+@pytest.fixture
+async def url(postgres_url: str) -> str:
+    await migrate(postgres_url)
+    return postgres_url
+
+
+@pytest.fixture
+async def connection(url: str) -> AsyncIterator[Connection]:
+    database = Database(url)
+    await database.open()
+    async with database.connection() as made:
+        yield made
+    await database.close()
+
+
+async def test_the_sum_of_a_shard_goes_on_when_redis_lost_its_data(connection: Connection, url: str) -> None:
+    for expected in (4, 8, 12):
+        with RedisServer() as server:
+            client = connect(server.url)
+            send(server.url, [*pair_of(), *pair_of()])
+            await bring_reports(connection, client)
+            await bring_reports(connection, client)
+            await client.aclose()
+
+        report = one(url, "select report from abreast.shard_report")
+        assert (report["received"], report["joined"], report["ready"]) == (expected, expected // 2, 2)
+
+
+async def test_reports_of_processes_are_written_and_leave_when_stale(
+    connection: Connection, redis_url: str, url: str
+) -> None:
+    with redis.Redis.from_url(redis_url) as sync:
+        sync.hset(SERVICES, SERVICE, "1")
+        told = {"fresh": {"dropped": {"queue_bytes": 3}}, "stale": {"note": "a\0b"}}
+        sync.hset(reports(SERVICE), mapping={name: orjson.dumps(report) for name, report in told.items()})
+        sync.hset(reports(SERVICE), "broken", b"{not json")
+        client = connect(redis_url)
+        await bring_reports(connection, client)
+        await connection.execute(
+            "update abreast.process_report set seen = seen - interval '2 hours' where id = 'stale'"
+        )
+        await bring_reports(connection, client)
+        await client.aclose()
+        left = sync.hkeys(reports(SERVICE))
+
+    found = dict(rows(url, "select id, report from abreast.process_report"))
+    assert found["fresh"] == {"dropped": {"queue_bytes": 3}}
+    assert set(found) == {"fresh", "stale"}
+    assert sorted(left) == [b"broken", b"fresh"]
+
+
+async def test_days_ahead_are_open_and_old_ones_go_with_all_that_hangs_on_them(
+    connection: Connection, url: str
+) -> None:
+    ledger = Ledger(url, examples_per_finding=3)
+    now = int(time.time() * 1000)
+    for age in (0, 3, 20):
+        await ledger.write([judged([difference()], at=now - age * DAY)])
+    await ledger.close()
+    await open_days(connection)
+    dropped = await drop_days(connection, retention_days=14)
+
+    assert dropped == 1
+    assert one(url, "select count(*) from abreast.pair") == 2
+    assert one(url, "select count(*) from abreast.finding_example") == 2
+    assert one(url, "select sum(pairs) from abreast.tally") == 3
+    assert one(url, "select count(*) from pg_inherits where inhparent = 'abreast.pair'::regclass") == 3
+
+
+async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Connection, url: str) -> None:
+    ledger = Ledger(url, examples_per_finding=3)
+    await ledger.write(
+        [timed(f"s{n}", "/slow", 20_000, 60_000 + n) for n in range(100)]
+        + [timed(f"e{n}", "/equal", 20_000 + n % 7 * 100, 20_000 + n % 5 * 100) for n in range(100)]
+    )
+    await ledger.close()
+    found = await find_slow(connection)
+    await find_slow(connection)
+
+    assert found == 1
+    query = "select route, part, path, kind, count, detail from abreast.finding join abreast.endpoint on endpoint.id = endpoint_id"
+    [(route, *key, count, detail)] = rows(url, query)
+    assert (route, key, count) == ("/slow", ["latency", "", "slower"], 90)
+    assert detail["old_p50_us"] == 20_000
+    assert detail["ratio"] == pytest.approx(3.0, abs=0.01)
+
+
+def timed(pair: str, route: str, old_us: int, new_us: int) -> Judged:
+    plain = judged(pair=pair, route=route)
+    known: Judgement = plain.judgement
+    assert known.old is not None
+    assert known.new is not None
+    timed_ = replace(known, old=replace(known.old, total_us=old_us), new=replace(known.new, total_us=new_us))
+    return Judged(plain.service, plain.entry, plain.at, plain.pair, timed_, plain.blobs)
+
+
+async def test_envoy_counts_each_sampled_request_once_whatever_becomes_of_it(
+    connection: Connection, url: str
+) -> None:
+    """Retried on old, left by its client, with a copy that nobody takes."""
+
+    async def failing(_request: Any, writer: asyncio.StreamWriter) -> None:
+        await respond(writer, b"bad", 503)
+
+    async def slow(_request: Any, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(1.0)
+        await respond(writer, b"ok")
+
+    async with abreast(new=Upstream(answer=failing), weight=1.0) as running_:
+        for _ in range(4):
+            assert (await running_.client.get("/retried")).status_code == 200
+        await counts_to(connection, url, running_.server.admin_url, 4)
+    async with abreast(old=Upstream(answer=slow)) as running_:
+        for _ in range(3):
+            with pytest.raises(httpx.TimeoutException):
+                await running_.client.get("/left", timeout=0.2)
+        await counts_to(connection, url, running_.server.admin_url, 4 + 3)
+    async with abreast() as running_:
+        await running_.new.stop()
+        for _ in range(5):
+            assert (await running_.client.get("/no-copy")).status_code == 200
+        await counts_to(connection, url, running_.server.admin_url, 4 + 3 + 5)
+
+    assert one(url, "select sum((counted->>'not_sent')::int) from abreast.envoy_report") == 5
+
+
+async def counts_to(connection: Connection, url: str, address: str, expected: int) -> None:
+    async def counted() -> bool:
+        await bring_envoy(connection, address)
+        return bool(one(url, "select sum((counted->>'sampled')::int) from abreast.envoy_report") == expected)
+
+    await eventually_async(counted, what=f"envoy's count is {expected}")
+
+
+async def test_envoys_sum_goes_on_over_its_restart(connection: Connection, url: str) -> None:
+    async with abreast() as running_:
+        for _ in range(5):
+            await running_.client.get("/x")
+        await counts_to(connection, url, running_.server.admin_url, 5)
+        await asyncio.to_thread(running_.server.stop)
+        await asyncio.to_thread(running_.server.start)
+        await running_.healthy("old")
+        for _ in range(3):
+            await running_.client.get("/x")
+        await counts_to(connection, url, running_.server.admin_url, 8)
+        await bring_envoy(connection, running_.server.admin_url)
+
+    assert rows(url, "select (counted->>'sampled')::int from abreast.envoy_report") == [(8,)]
+
+
+async def test_two_housekeepers_at_once_count_nothing_twice(redis_url: str, url: str) -> None:
+    settings = Settings(redis_url=redis_url, postgres_url=url)
+    async with keeping(settings), keeping(settings), running(settings):
+        for _ in range(20):
+            send(redis_url, pair_of())
+        await eventually_async(lambda: reported(url, 20), what="the report is written")
+
+        assert await empty(redis_url)
+
+
+@asynccontextmanager
+async def keeping(settings: Settings) -> AsyncIterator[Housekeeping]:
+    made, stop = Housekeeping(settings), asyncio.Event()
+    task = asyncio.create_task(made.run(stop))
+    try:
+        yield made
+    finally:
+        stop.set()
+        await task
+
+
+async def reported(url: str, joined: int) -> bool:
+    found = rows(url, "select (report->>'joined')::int, (report->>'ready')::int from abreast.shard_report")
+    return found == [(joined, 0)]
+
+
+async def empty(url: str) -> bool:
+    return ready(url) == 0
+
+
+async def test_housekeeping_starts_without_any_server_and_stops() -> None:
+    settings = Settings(
+        redis_url="redis://127.0.0.1:1",
+        postgres_url="postgresql://127.0.0.1:1/x",
+        envoy_admin=("127.0.0.1:1",),
+    )
+    async with keeping(settings) as housekeeping:
+        await asyncio.sleep(0.5)
+        assert housekeeping.alive
+        assert housekeeping.last_beat == 0.0
+
+    assert not housekeeping.alive

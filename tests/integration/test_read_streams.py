@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import redis
+from redis.asyncio import Redis
+
+from abreast.join import GROUP, SERVICES, Keys
+from abreast_sidecar.errors import RedisError
+from abreast_sidecar.read import Entry, Reader, connect, forget_consumers, shards
+from support import eventually_async, free_port
+from support_pairs import SERVICE, add_entry, pair_of, ready, send, stats
+
+KEYS = Keys(SERVICE, 0)
+
+
+@asynccontextmanager
+async def reader(url: str, name: str = "one", **changes: Any) -> AsyncIterator[Reader]:
+    made = Reader(url, name=name, **{"batch_size": 100, "claim_idle": 30.0, **changes})
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+@pytest.fixture
+async def client(redis_url: str) -> AsyncIterator[Redis]:
+    made = connect(redis_url)
+    yield made
+    await made.aclose()
+
+
+async def read_all(one: Reader, count: int) -> list[Entry]:
+    found: list[Entry] = []
+
+    async def enough() -> bool:
+        found.extend(await one.read())
+        return len(found) >= count
+
+    await eventually_async(enough, what=f"{count} entries")
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["", "?protocol=2", "?protocol=3"])
+async def test_entries_are_read_in_either_protocol(redis_url: str, suffix: str) -> None:
+    captures = pair_of()
+    send(redis_url, captures)
+    async with reader(redis_url + suffix) as one:
+        found = await read_all(one, 1)
+        await one.acknowledge(found)
+
+    assert [(entry.pair, entry.why, len(entry.blobs)) for entry in found] == [(captures[0].pair, "joined", 2)]
+    assert ready(redis_url) == 0
+
+
+async def test_readers_share_a_stream(redis_url: str) -> None:
+    async with reader(redis_url, "one", batch_size=3) as one, reader(redis_url, "two", batch_size=3) as two:
+        for _ in range(6):
+            send(redis_url, pair_of())
+        first, second = await read_all(one, 3), await read_all(two, 3)
+        for each, found in ((one, first), (two, second)):
+            await each.acknowledge(found)
+
+    assert not {entry.id for entry in first} & {entry.id for entry in second}
+
+
+async def test_acknowledging_twice_gives_bytes_back_once(redis_url: str) -> None:
+    send(redis_url, pair_of())
+    async with reader(redis_url) as one:
+        found = await read_all(one, 1)
+        send(redis_url, pair_of())
+        held = stats(redis_url)["bytes"]
+        for _ in range(3):
+            await one.acknowledge(found)
+        left = stats(redis_url)["bytes"]
+        await one.acknowledge(await read_all(one, 1))
+
+    assert left == held - found[0].size
+    assert stats(redis_url)["bytes"] == 0
+
+
+async def test_what_another_left_is_taken_over_only_when_it_was_idle_for_long(redis_url: str) -> None:
+    send(redis_url, pair_of())
+    left = Reader(redis_url, name="dead", batch_size=10, claim_idle=30.0)
+    first = await read_all(left, 1)
+    await left._client.aclose()
+    async with reader(redis_url, "patient") as patient:
+        untouched = await patient.read()
+    async with reader(redis_url, "eager", claim_idle=0.1) as eager:
+        taken = await read_all(eager, 1)
+        await eager.acknowledge(taken)
+
+    assert untouched == []
+    assert [entry.id for entry in taken] == [entry.id for entry in first]
+
+
+async def test_an_answer_that_got_lost_is_read_again(redis_url: str) -> None:
+    async with reader(redis_url) as one:
+        send(redis_url, pair_of())
+        first = await read_all(one, 1)
+        one.recover()
+        again = await one.read()
+        await one.acknowledge(again)
+
+    assert again == first
+
+
+async def test_new_services_and_shards_are_found_and_old_shards_are_read_on(client: Redis) -> None:
+    await client.hset(SERVICES, mapping={"shop": "2", "b{ad}": "1", "odd": "many", "pay": "1"})
+    await client.xadd(Keys("shop", 2).ready, {"a": "b"})
+
+    assert await shards(client) == [Keys("pay", 0), Keys("shop", 0), Keys("shop", 1), Keys("shop", 2)]
+
+
+async def test_a_flushed_redis_gets_its_groups_anew(redis_url: str, client: Redis) -> None:
+    async with reader(redis_url) as one:
+        send(redis_url, pair_of())
+        await one.acknowledge(await read_all(one, 1))
+        await client.flushall()
+        send(redis_url, pair_of())
+        await one.acknowledge(await read_all(one, 1))
+
+    assert ready(redis_url) == 0
+
+
+async def test_a_server_that_is_away_is_an_error_of_ours() -> None:
+    one = Reader(f"redis://127.0.0.1:{free_port()}", name="one", batch_size=10, claim_idle=1.0)
+    with pytest.raises(RedisError, match="check ABREAST_REDIS_URL"):
+        await one.read()
+    await one.close()
+
+
+async def test_pending_entries_deleted_by_hand_are_let_go(redis_url: str, client: Redis) -> None:
+    async with reader(redis_url) as one:
+        send(redis_url, pair_of())
+        found = await read_all(one, 1)
+        await client.xdel(KEYS.ready, found[0].id)
+        one.recover()
+        assert await one.read() == []
+
+        pending = await client.xpending(KEYS.ready, GROUP)
+    assert pending["pending"] == 0
+
+
+async def test_huge_entries_come_in_small_batches(redis_url: str) -> None:
+    for _ in range(60):
+        add_entry(redis_url, {"pair": "p", "why": "joined", "old:live:1": b"x" * 4_000_000})
+    async with reader(redis_url, batch_size=1000) as one:
+        await read_all(one, 1)
+        sizes = [sum(entry.size for entry in await one.read()) for _ in range(2)]
+
+    assert 0 < max(sizes) <= 64 * 1024 * 1024
+
+
+async def test_only_idle_consumers_that_owe_nothing_are_forgotten(redis_url: str, client: Redis) -> None:
+    await client.xgroup_create(KEYS.ready, GROUP, id="0", mkstream=True)
+    add_entry(redis_url, {"pair": "p"})
+    await client.xreadgroup(GROUP, "owes", {KEYS.ready: ">"})
+    await client.xreadgroup(GROUP, "done", {KEYS.ready: ">"})
+
+    async def idle() -> bool:
+        consumers = await client.xinfo_consumers(KEYS.ready, GROUP)
+        return all(consumer["idle"] > 10 for consumer in consumers)
+
+    await eventually_async(idle, what="both are idle")
+    too_soon = await forget_consumers(client, KEYS, idle=60)
+    forgotten = await forget_consumers(client, KEYS, idle=0.01)
+
+    assert (too_soon, forgotten) == (0, 1)
+    assert [consumer["name"] for consumer in await client.xinfo_consumers(KEYS.ready, GROUP)] == [b"owes"]
+
+
+async def test_a_reader_that_closes_takes_leave_unless_something_is_pending(redis_url: str) -> None:
+    send(redis_url, pair_of())
+    async with reader(redis_url, "owes") as one, reader(redis_url, "done") as two:
+        await read_all(one, 1)
+        await two.read()
+    with redis.Redis.from_url(redis_url) as sync:
+        names = [consumer["name"] for consumer in sync.xinfo_consumers(KEYS.ready, GROUP)]
+
+    assert names == [b"owes"]

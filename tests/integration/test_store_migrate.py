@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import asyncio
+import re
+from importlib import resources
+
+import psycopg
+import pytest
+
+from abreast_sidecar.errors import LedgerError, SchemaError
+from abreast_sidecar.store.migrate import Migration, migrate, migrations
+from support_pairs import one, rows
+
+FIRST = Migration(1, "first", b"create table abreast.first (n integer)")
+SECOND = Migration(2, "second", b"create table abreast.second (n integer)")
+
+
+def test_migrations_have_no_gaps_and_speaking_names() -> None:
+    folder = resources.files("abreast_sidecar.store") / "migrations"
+    names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".sql"))
+
+    assert [migration.version for migration in migrations()] == list(range(1, len(names) + 1))
+    assert all(re.fullmatch(r"\d{4}_[a-z_]+\.sql", name) for name in names)
+
+
+async def test_a_new_database_gets_all_and_an_up_to_date_one_nothing(postgres_url: str) -> None:
+    first = await migrate(postgres_url)
+    applied = rows(postgres_url, "select * from abreast.migration")
+    again = await migrate(postgres_url)
+
+    assert first == again == len(migrations())
+    assert rows(postgres_url, "select * from abreast.migration") == applied
+
+
+async def test_sidecars_that_start_at_once_apply_each_migration_once(postgres_url: str) -> None:
+    versions = await asyncio.gather(*(migrate(postgres_url) for _ in range(8)))
+
+    assert set(versions) == {len(migrations())}
+    assert one(postgres_url, "select count(*) from abreast.migration") == len(migrations())
+
+
+async def test_only_what_is_missing_is_applied(postgres_url: str) -> None:
+    await migrate(postgres_url, [FIRST])
+    await migrate(postgres_url, [FIRST, SECOND])
+
+    assert rows(postgres_url, "select version, name from abreast.migration order by 1") == [
+        (1, "first"),
+        (2, "second"),
+    ]
+
+
+async def test_a_newer_database_is_refused_in_plain_words(postgres_url: str) -> None:
+    await migrate(postgres_url, [FIRST, SECOND])
+    with pytest.raises(
+        SchemaError, match="has schema version 2, this code knows 1: run the newer abreast"
+    ) as caught:
+        await migrate(postgres_url, [FIRST])
+
+    assert postgres_url.split(":")[2].split("@", maxsplit=1)[0] not in str(caught.value)  # the password
+
+
+async def test_a_changed_migration_is_refused(postgres_url: str) -> None:
+    await migrate(postgres_url, [FIRST])
+
+    with pytest.raises(SchemaError, match=r"another 0001_first\.sql"):
+        await migrate(postgres_url, [Migration(1, "first", b"select 1")])
+
+
+async def test_a_migration_that_fails_leaves_nothing_behind(postgres_url: str) -> None:
+    broken = Migration(2, "broken", b"create table abreast.half (n integer); select 1/0")
+    with pytest.raises(LedgerError, match="division by zero"):
+        await migrate(postgres_url, [FIRST, broken])
+
+    with psycopg.connect(postgres_url) as connection:
+        assert connection.execute("select to_regnamespace('abreast')").fetchone() == (None,)
+
+
+async def test_postgres_that_is_away_is_one_clear_error() -> None:
+    with pytest.raises(LedgerError, match="postgres can't be reached, check ABREAST_POSTGRES_URL"):
+        await migrate("postgresql://postgres@127.0.0.1:1/postgres")
+
+
+async def test_a_day_is_opened_once_however_many_ask(postgres_url: str) -> None:
+    await migrate(postgres_url)
+
+    async def open_day() -> None:
+        async with await psycopg.AsyncConnection.connect(postgres_url, autocommit=True) as connection:
+            await connection.execute(
+                "select abreast.open_day(date '2026-01-31' + n) from generate_series(0, 2) as n"
+            )
+
+    await asyncio.gather(*(open_day() for _ in range(6)))
+
+    found = rows(
+        postgres_url,
+        "select inhrelid::regclass::text from pg_inherits where inhparent = 'abreast.pair'::regclass order by 1",
+    )
+    assert [name for (name,) in found] == [
+        f"abreast.pair_{day}" for day in ("20260131", "20260201", "20260202")
+    ]

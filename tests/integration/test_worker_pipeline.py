@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import sys
+import uuid
+from dataclasses import replace
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+
+from abreast.capture import encode
+from abreast.join import GROUP, Bounds, Keys
+from abreast_sidecar.embedded import PostgresServer, RedisServer
+from abreast_sidecar.housekeeping import Housekeeping
+from abreast_sidecar.read import connect, sweep
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import migrate
+from support import eventually_async
+from support_pairs import (
+    SERVICE,
+    add_entry,
+    capture,
+    one,
+    outcomes,
+    pair_of,
+    ready,
+    rows,
+    running,
+    send,
+    stats,
+)
+
+WORKER = """
+import asyncio, sys
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.worker import Worker
+settings = Settings(redis_url=sys.argv[1], postgres_url=sys.argv[2], batch_size=50, claim_idle=0.5)
+asyncio.run(Worker(settings, name=sys.argv[3]).run(asyncio.Event()))
+"""
+
+
+@pytest.fixture
+async def settings(redis_url: str, postgres_url: str) -> Settings:
+    await migrate(postgres_url)
+    return Settings(redis_url=redis_url, postgres_url=postgres_url, claim_idle=0.5, shutdown_timeout=5.0)
+
+
+async def emptied(settings: Settings, within: float = 30.0) -> None:
+    async def empty() -> bool:
+        return ready(settings.redis_url) == 0
+
+    await eventually_async(empty, within=within, what="the stream is empty")
+
+
+async def test_a_sent_pair_becomes_a_row(settings: Settings) -> None:
+    send(settings.redis_url, pair_of({"price": 1}, {"price": 2}))
+    async with running(settings):
+        await emptied(settings)
+
+    found = rows(
+        settings.postgres_url,
+        "select outcome, live, request, old_status, new_status, old_us, old_release, new_release, cardinality(findings) from abreast.pair",
+    )
+    assert found == [("mismatch", "old", "/products/7?page=1", 200, 200, 2000, "old-1", "new-1", 1)]
+    assert rows(settings.postgres_url, "select method, route from abreast.endpoint") == [
+        ("GET", "/products/{id}")
+    ]
+    assert rows(settings.postgres_url, "select part, path, kind, count from abreast.finding") == [
+        ("body", "$.price", "changed", 1)
+    ]
+
+
+async def test_what_is_committed_gives_its_bytes_back(settings: Settings) -> None:
+    for _ in range(20):
+        send(settings.redis_url, pair_of())
+    held = stats(settings.redis_url)["bytes"]
+    async with running(settings):
+        await emptied(settings)
+
+    assert held > 0
+    assert stats(settings.redis_url)["bytes"] == 0
+
+
+async def test_entries_that_come_twice_count_once(settings: Settings) -> None:
+    captures = pair_of({"price": 1}, {"price": 2})
+    fields: dict[str, bytes | str] = {"pair": captures[0].pair, "why": "joined"}
+    fields |= {each.slot: encode(each) for each in captures}
+    for _ in range(3):
+        add_entry(settings.redis_url, fields)
+    async with running(settings):
+        await emptied(settings)
+        add_entry(settings.redis_url, fields)
+        await emptied(settings)
+
+    assert outcomes(settings.postgres_url) == {"mismatch": 1}
+    assert one(settings.postgres_url, "select count from abreast.finding") == 1
+    assert one(settings.postgres_url, "select sum(pairs) from abreast.tally") == 1
+
+
+async def test_a_killed_workers_entries_are_taken_over_and_none_counts_twice(settings: Settings) -> None:
+    """Both workers are held up in the middle of a batch; one is killed there."""
+    total = 300
+    for number in range(total):
+        send(settings.redis_url, pair_of({"n": 1}, {"n": 2 if number % 10 == 0 else 1}))
+    urls = (settings.redis_url, settings.postgres_url)
+    victim = await asyncio.create_subprocess_exec(sys.executable, "-c", WORKER, *urls, "victim")
+    with psycopg.connect(settings.postgres_url) as gate:
+        gate.execute("lock table abreast.pair in exclusive mode")
+        await eventually_async(lambda: holds(settings, "victim"), what="the victim holds entries")
+        async with running(replace(settings, batch_size=50), "survivor"):
+            await eventually_async(lambda: holds(settings, "survivor"), what="the survivor holds entries")
+            victim.kill()
+            gate.rollback()
+            await emptied(settings)
+    await victim.wait()
+
+    assert outcomes(settings.postgres_url) == {"match": total - total // 10, "mismatch": total // 10}
+    assert one(settings.postgres_url, "select count from abreast.finding") == total // 10
+    assert one(settings.postgres_url, "select sum(pairs) from abreast.tally") == total
+    assert stats(settings.redis_url)["bytes"] == 0
+
+
+async def holds(settings: Settings, name: str) -> bool:
+    with redis.Redis.from_url(settings.redis_url) as client:
+        keys = Keys(SERVICE, 0)
+        if not client.xinfo_groups(keys.ready):
+            return False
+        consumers = client.xinfo_consumers(keys.ready, GROUP)
+        return any(consumer["name"] == name.encode() and consumer["pending"] > 0 for consumer in consumers)
+
+
+async def test_a_worker_of_the_same_name_goes_on_at_once_with_what_was_pending(settings: Settings) -> None:
+    patient = Settings(redis_url=settings.redis_url, postgres_url=settings.postgres_url, claim_idle=600.0)
+    keys = Keys(SERVICE, 0)
+    for _ in range(30):
+        send(settings.redis_url, pair_of())
+    with redis.Redis.from_url(settings.redis_url) as client:
+        client.xgroup_create(keys.ready, GROUP, id="0")
+        client.xreadgroup(GROUP, "worker-1", {keys.ready: ">"}, count=20)
+    async with running(patient, "worker-1"):
+        await emptied(settings, within=10)
+
+    assert outcomes(settings.postgres_url) == {"match": 30}
+
+
+async def test_postgres_may_restart_while_batches_are_written(redis_url: str) -> None:
+    total = 400
+    with PostgresServer(options=("synchronous_commit=on",)) as server:
+        await migrate(server.url())
+        settings = Settings(redis_url=redis_url, postgres_url=server.url(), batch_size=20, claim_idle=0.5)
+        async with running(settings):
+            for number in range(total):
+                send(redis_url, pair_of({"n": 1}, {"n": 2}))
+                if number in (100, 250):
+                    server.server.process.send_signal(signal.SIGQUIT)  # type: ignore[union-attr]  # an immediate end
+                    server.server.process.wait()  # type: ignore[union-attr]
+                    await asyncio.sleep(0.1)
+                    server.start()
+                await asyncio.sleep(0)
+            await emptied(settings)
+
+        assert outcomes(server.url()) == {"mismatch": total}
+        assert one(server.url(), "select count from abreast.finding") == total
+        assert one(server.url(), "select sum(pairs) from abreast.tally") == total
+
+
+async def test_a_worker_waits_for_servers_that_come_later_and_for_the_schema() -> None:
+    redis_server, postgres = RedisServer(), PostgresServer()
+    settings = Settings(
+        redis_url=redis_server.url,
+        postgres_url="postgresql://postgres:x@127.0.0.1:1/postgres",
+        shutdown_timeout=1.0,
+    )
+    async with running(settings) as worker:
+        await asyncio.sleep(0.3)
+        assert worker.alive
+        assert worker.last_beat == 0.0
+    with redis_server, postgres:
+        settings = Settings(redis_url=redis_server.url, postgres_url=postgres.url(), claim_idle=0.5)
+        async with running(settings):
+            send(redis_server.url, pair_of())
+            await asyncio.sleep(0.3)  # long enough to fail on the missing schema
+            await migrate(postgres.url())
+            await emptied(settings)
+
+        assert outcomes(postgres.url()) == {"match": 1}
+
+
+async def test_a_redis_that_comes_back_empty_is_read_on(postgres_url: str) -> None:
+    await migrate(postgres_url)
+    server = RedisServer()
+    with server:
+        settings = Settings(redis_url=server.url, postgres_url=postgres_url, claim_idle=0.5)
+        async with running(settings):
+            send(server.url, pair_of())
+            await emptied(settings)
+            server.stop()
+            await asyncio.sleep(0.2)
+            server.start()
+            send(server.url, pair_of())
+            await emptied(settings)
+
+    assert outcomes(postgres_url) == {"match": 2}
+
+
+async def test_poison_is_put_apart_and_the_rest_goes_on(settings: Settings) -> None:
+    url = settings.redis_url
+    good = pair_of()
+    newer = encode(good[0]).replace(b'"v":1', b'"v":99')
+    add_entry(url, {"pair": "p1", "why": "joined", "old:live:1": b"\x00\xff nonsense", "new:shadow:1": b""})
+    add_entry(url, {"pair": "p2", "why": "joined", "old:live:1": newer, "new:shadow:1": encode(good[1])})
+    add_entry(url, {"something": "else"})
+    add_entry(url, {"pair": "p4\x00\ud800".encode("utf-8", "surrogatepass"), "why": "swept"})
+    send(url, good)
+    async with running(settings):
+        await emptied(settings)
+
+    assert outcomes(settings.postgres_url) == {"undecodable": 4, "match": 1}
+    reasons = [
+        reason for (reason,) in rows(settings.postgres_url, "select reason from abreast.poison order by id")
+    ]
+    assert len(reasons) == 4
+    assert any("format 99" in reason for reason in reasons)
+    route = "select route from abreast.endpoint join abreast.pair on pair.endpoint_id = endpoint.id where pair.id = 'p2'"
+    assert one(settings.postgres_url, route) == "/products/{id}"
+
+
+async def test_a_record_that_postgres_refuses_does_not_stop_the_others(settings: Settings) -> None:
+    with_check = "alter table abreast.endpoint add check (route <> '/refused')"
+    with psycopg.connect(settings.postgres_url) as connection:
+        connection.execute(with_check.encode())
+    for number in range(40):
+        send(settings.redis_url, pair_of(route="/refused" if number in (7, 23) else "/fine"))
+    async with running(settings):
+        await emptied(settings)
+
+    assert outcomes(settings.postgres_url) == {"match": 38, "undecodable": 2}
+    assert (
+        one(settings.postgres_url, "select count(*) from abreast.poison where reason like '%refuses%'") == 2
+    )
+
+
+async def test_zero_bytes_and_lone_surrogates_are_kept_as_something_else(settings: Settings) -> None:
+    send(settings.redis_url, pair_of({"a\0b": "x\0"}, {"a\0b": "y\0", "\ud800": 1}))
+    async with running(settings):
+        await emptied(settings)
+
+    assert sum(outcomes(settings.postgres_url).values()) == 1
+    assert "undecodable" not in outcomes(settings.postgres_url)
+    assert one(settings.postgres_url, "select count(*) from abreast.example") == 1
+
+
+async def test_thousands_of_differing_paths_stay_bounded(settings: Settings) -> None:
+    generator = random.Random(7)
+    for _ in range(30):
+        names = [uuid.UUID(int=generator.getrandbits(128)).hex + "zz" for _ in range(190)]
+        send(settings.redis_url, pair_of({f"k{n}": 1 for n in names}, {f"k{n}": 2 for n in names}))
+    async with running(settings):
+        await emptied(settings)
+
+    assert outcomes(settings.postgres_url) == {"mismatch": 30}
+    assert one(settings.postgres_url, "select count(*) from abreast.finding") <= 1001
+    longest = "select max(octet_length(differences::text)) from abreast.example"
+    assert one(settings.postgres_url, longest) < 200_000
+
+
+async def test_lonely_captures_are_swept_into_outcomes_and_what_comes_late_is_counted(
+    settings: Settings,
+) -> None:
+    soon = Bounds(wait_ms=1)
+    old, new, third = str(uuid.uuid4()), str(uuid.uuid4()), str(uuid.uuid4())
+    send(settings.redis_url, [capture(old, "old"), capture(new, "new", "shadow")], bounds=soon)
+    three = [capture(third, "old", arms=3), capture(third, "new", "shadow", arms=3)]
+    send(settings.redis_url, three, bounds=soon)
+    stop = asyncio.Event()
+    housekeeping = asyncio.create_task(Housekeeping(settings).run(stop))
+    async with running(settings):
+        await eventually_async(lambda: counted(settings, 3), what="three rows")
+    late = send(settings.redis_url, [capture(old, "new", "shadow")])
+    stop.set()
+    await housekeeping
+
+    found = dict(rows(settings.postgres_url, "select id, outcome from abreast.pair"))
+    assert found == {old: "only_old", new: "only_new", third: "match"}
+    assert late == [0, 0, 1, 0, 0]
+    assert stats(settings.redis_url)["bytes"] == 0
+    assert stats(settings.redis_url)["swept"] == 3
+
+
+async def counted(settings: Settings, number: int) -> bool:
+    return sum(outcomes(settings.postgres_url).values()) == number
+
+
+async def test_a_sweep_moves_no_more_than_it_was_told_and_loses_nothing(redis_url: str) -> None:
+    ids = [str(uuid.uuid4()) for _ in range(450)]
+    send(redis_url, [capture(pair, "old") for pair in ids], bounds=Bounds(wait_ms=0))
+    client, keys = connect(redis_url), Keys(SERVICE, 0)
+    first = await sweep(client, keys, most=200)
+    with redis.Redis.from_url(redis_url) as sync:
+        sync.delete(keys.pair(sync.zrange(keys.due, 0, 0)[0].decode()))  # its captures got lost
+        rest = await sweep(client, keys)
+        entries: list[Any] = sync.xrange(keys.ready)
+        left = sync.zcard(keys.due)
+    await client.aclose()
+
+    assert (first, rest, left) == (200, 250, 0)
+    assert {fields[b"pair"].decode() for _, fields in entries} == set(ids)
+
+
+async def test_the_same_pair_in_two_shards_streams_counts_once(settings: Settings) -> None:
+    captures = pair_of()
+    fields: dict[str, bytes | str] = {"pair": captures[0].pair, "why": "joined"}
+    fields |= {each.slot: encode(each) for each in captures}
+    add_entry(settings.redis_url, fields, shard=0)
+    add_entry(settings.redis_url, fields, shard=1)
+    async with running(settings):
+        await eventually_async(lambda: drained(settings, 2), what="both streams are empty")
+
+    assert outcomes(settings.postgres_url) == {"match": 1}
+
+
+async def drained(settings: Settings, shards: int) -> bool:
+    return all(ready(settings.redis_url, shard) == 0 for shard in range(shards))
+
+
+async def test_stopping_commits_what_was_read(settings: Settings) -> None:
+    for _ in range(200):
+        send(settings.redis_url, pair_of())
+    async with running(settings):
+        await eventually_async(lambda: started(settings), what="the first rows")
+    with redis.Redis.from_url(settings.redis_url) as client:
+        pending = client.xpending(Keys(SERVICE, 0).ready, GROUP)
+
+    assert pending["pending"] == 0
+    assert sum(outcomes(settings.postgres_url).values()) + ready(settings.redis_url) == 200
+
+
+async def started(settings: Settings) -> bool:
+    return sum(outcomes(settings.postgres_url).values()) > 0
+
+
+async def test_json_of_any_kind_is_stored(settings: Settings) -> None:
+    odd = [{"n": 1e400}, {"n": 2**70}, [[[[]]]], "x" * 5000, {"": {"": None}}, {"a.b[0]": 1, "…": 2}]
+    for value in odd:
+        send(settings.redis_url, pair_of(json.loads(json.dumps(value)), {"other": 1}))
+    async with running(settings):
+        await emptied(settings)
+
+    assert outcomes(settings.postgres_url) == {"mismatch": len(odd)}

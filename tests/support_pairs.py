@@ -1,0 +1,152 @@
+"""Captures, pairs and what else tests of the way from Redis to Postgres need."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psycopg
+import redis
+
+from abreast.capture import Answer, Body, Capture, Request, Role, Version, encode
+from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
+from abreast_sidecar.compare import Difference, Judgement
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import Judged
+from abreast_sidecar.worker import Worker
+
+SERVICE = "shop"
+
+
+def capture(
+    pair: str,
+    version: Version,
+    role: Role = "live",
+    content: object = None,
+    *,
+    arms: int = 2,
+    attempt: int = 1,
+    total_us: int = 2000,
+    route: str = "/products/{id}",
+    status: int = 200,
+) -> Capture:
+    held = json.dumps({"price": 1} if content is None else content).encode()
+    return Capture(
+        pair,
+        SERVICE,
+        version,
+        role,
+        Request("GET", "/products/7", "page=1", route),
+        Answer(status, (("content-type", "application/json"),), Body(held, len(held))),
+        attempt=attempt,
+        arms=arms,
+        release=f"{version}-1",
+        started=time.time(),
+        total_us=total_us,
+    )
+
+
+def pair_of(old: object = None, new: object = None, **changes: Any) -> list[Capture]:
+    """Both captures of one request."""
+    pair = str(uuid.uuid4())
+    return [capture(pair, "old", "live", old, **changes), capture(pair, "new", "shadow", new, **changes)]
+
+
+def send(url: str, captures: Iterable[Capture], *, bounds: Bounds | None = None, shard: int = 0) -> list[int]:
+    """Hand captures to the services' own script, as a service does."""
+    keys = Keys(SERVICE, shard)
+    rows = [(one.pair, one.slot, one.arms, encode(one)) for one in captures]
+    names, arguments = join_arguments(keys, bounds or Bounds(), rows)
+    with redis.Redis.from_url(url) as client:
+        client.hset(SERVICES, SERVICE, str(shard + 1))
+        answer: list[int] = client.register_script(JOIN)(keys=names, args=arguments)
+        return answer
+
+
+def add_entry(url: str, fields: dict[str, bytes | str], *, shard: int = 0) -> str:
+    """Put an entry into the stream by hand."""
+    with redis.Redis.from_url(url) as client:
+        client.hset(SERVICES, SERVICE, str(shard + 1))
+        raw = client.xadd(Keys(SERVICE, shard).ready, fields)
+        assert isinstance(raw, bytes)
+        return raw.decode()
+
+
+def ready(url: str, shard: int = 0) -> int:
+    with redis.Redis.from_url(url) as client:
+        return int(client.xlen(Keys(SERVICE, shard).ready))
+
+
+def stats(url: str, shard: int = 0) -> dict[str, int]:
+    with redis.Redis.from_url(url) as client:
+        raw = client.hgetall(Keys(SERVICE, shard).stats)
+        return {name.decode(): int(value) for name, value in raw.items() if name != b"life"}
+
+
+def rows(url: str, query: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(url) as connection:
+        return connection.execute(query.encode()).fetchall()
+
+
+def one(url: str, query: str) -> Any:
+    return rows(url, query)[0][0]
+
+
+def outcomes(url: str) -> dict[str, int]:
+    return dict(rows(url, "select outcome, count(*) from abreast.pair group by outcome"))
+
+
+def judged(
+    differences: Sequence[Difference] = (),
+    *,
+    noise: Sequence[Difference] = (),
+    baseline_compared: bool | None = None,
+    pair: str = "",
+    at: int | None = None,
+    outcome: Any = None,
+    route: str = "/products/{id}",
+    blobs: tuple[bytes, ...] = (b"old", b"new"),
+    size: int = 100,
+) -> Judged:
+    pair = pair or str(uuid.uuid4())
+    judgement = Judgement(
+        outcome=outcome or ("mismatch" if differences else "match"),
+        method="GET",
+        route=route,
+        old=capture(pair, "old", "live", "x" * size),
+        new=capture(pair, "new", "shadow", "x" * size),
+        differences=tuple(differences),
+        noise=tuple(noise),
+        baseline_compared=bool(noise) if baseline_compared is None else baseline_compared,
+    )
+    moment = int(time.time() * 1000) if at is None else at
+    return Judged(SERVICE, f"{moment}-0", moment, pair, judgement, blobs)
+
+
+def difference(path: str = "$.price", **changes: Any) -> Difference:
+    known: dict[str, Any] = {
+        "part": "body",
+        "place": path,
+        "kind": "changed",
+        "impact": "value",
+        "old": "1",
+        "new": "2",
+    }
+    return Difference(**{**known, "path": path, **changes})
+
+
+@asynccontextmanager
+async def running(settings: Settings, name: str = "worker") -> AsyncIterator[Worker]:
+    worker = Worker(settings, name=name)
+    stop = asyncio.Event()
+    task = asyncio.create_task(worker.run(stop))
+    try:
+        yield worker
+    finally:
+        stop.set()
+        await task

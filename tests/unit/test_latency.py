@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import math
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast_sidecar.compare.latency import (
+    ALPHA,
+    MIN_PAIRS,
+    Slowdown,
+    Timing,
+    evidence,
+    percentile,
+    slowdown,
+    warm,
+)
+
+times = st.integers(0, 2**31 - 1)
+timings = st.lists(st.builds(Timing, times, times, st.sampled_from(["a", "b"])), max_size=200)
+
+
+def noisy(generator: random.Random, factor: float = 1.0) -> Timing:
+    """A heavy tail on both sides, about 20 ms in the middle."""
+    old, new = (20_000 * math.exp(generator.gauss(0, 0.6)) for _ in range(2))
+    return Timing(int(old), int(new * factor))
+
+
+@given(timings)
+def test_any_times_are_judged_without_an_error(found: list[Timing]) -> None:
+    slower = slowdown(found)
+
+    assert slower is None or (slower.pairs >= MIN_PAIRS and slower.ratio >= 1.3)
+
+
+@given(timings)
+def test_both_versions_are_never_slower_than_each_other(found: list[Timing]) -> None:
+    mirrored = [Timing(one.new_us, one.old_us, one.release) for one in found]
+
+    assert slowdown(found) is None or slowdown(mirrored) is None
+
+
+@given(timings)
+def test_a_version_is_not_slower_than_itself(found: list[Timing]) -> None:
+    assert slowdown([Timing(one.old_us, one.old_us, one.release) for one in found]) is None
+
+
+@given(timings, st.randoms(use_true_random=False))
+def test_evidence_does_not_hang_on_the_order(found: list[Timing], generator: random.Random) -> None:
+    shuffled = generator.sample(found, len(found))
+
+    assert evidence(shuffled) == evidence(found)
+
+
+@given(st.integers(1, 300), st.integers(0, 300))
+def test_one_more_slower_pair_is_more_evidence(slower: int, faster: int) -> None:
+    def of(slow: int, fast: int) -> float:
+        return evidence([Timing(1, 2)] * slow + [Timing(2, 1)] * fast)
+
+    assert of(slower + 1, faster) >= of(slower, faster)
+
+
+@given(st.lists(times, min_size=1), st.floats(0.01, 1.0))
+def test_a_percentile_is_one_of_the_values_with_enough_below_it(values: list[int], share: float) -> None:
+    ordered = sorted(values)
+    found = percentile(ordered, share)
+
+    assert found in ordered
+    assert sum(value <= found for value in ordered) >= share * len(ordered) - 1e-9
+
+
+def test_equal_distributions_raise_no_alarm_however_often_one_looks() -> None:
+    """400 endpoints, looked at after every tenth pair up to 300."""
+    generator = random.Random(20260101)
+    alarms = 0
+    for _ in range(400):
+        seen: list[Timing] = []
+        for _ in range(30):
+            seen += [noisy(generator) for _ in range(10)]
+            alarms += slowdown(seen) is not None
+
+    assert alarms == 0
+
+
+def test_the_bare_test_keeps_its_promise_without_the_help_of_the_limits() -> None:
+    """Ever above 1/alpha in at most alpha of all endpoints, looked at after every pair: here with alpha = 0.05."""
+    generator = random.Random(7)
+    bound, crossed, endpoints = -math.log(0.05), 0, 400
+    for _ in range(endpoints):
+        seen: list[Timing] = []
+        for _ in range(150):
+            seen.append(noisy(generator))
+            if evidence(seen) >= bound:
+                crossed += 1
+                break
+
+    assert crossed / endpoints <= 0.05
+
+
+def test_a_version_that_takes_twice_as_long_is_found_in_time() -> None:
+    generator = random.Random(11)
+    found = sum(
+        isinstance(slowdown([noisy(generator, 2.0) for _ in range(120)]), Slowdown) for _ in range(100)
+    )
+
+    assert found >= 95
+
+
+def test_slower_by_a_little_is_no_finding() -> None:
+    assert slowdown([Timing(100_000, 120_000)] * 500) is None  # 20%
+    assert slowdown([Timing(1_000, 5_000)] * 500) is None  # 4 ms
+    assert slowdown([Timing(100_000, 140_000)] * 500) is not None
+
+
+def test_too_few_pairs_are_no_finding() -> None:
+    assert slowdown([Timing(10_000, 90_000)] * 34) is None  # the first five are cold
+    assert slowdown([Timing(10_000, 90_000)] * 35) is not None
+
+
+def test_the_cold_start_of_each_release_is_left_out() -> None:
+    first = [Timing(n, n, "one") for n in range(100)]
+    second = [Timing(n, n, "two") for n in range(20)]
+
+    assert warm([*first, *second]) == [*first[10:], *second[5:]]
+
+
+def test_what_is_reported_is_of_the_judged_pairs() -> None:
+    cold = [Timing(10_000, 5_000_000)] * 10
+    found = slowdown([*cold, *([Timing(10_000, 20_000)] * 90)])
+
+    assert found == Slowdown(10_000, 20_000, 10_000, 20_000, ratio=2.0, pairs=90)
+    assert ALPHA == 0.001

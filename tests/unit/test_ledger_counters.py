@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast_sidecar.housekeeping.counters import carried_on, fell
+from abreast_sidecar.housekeeping.envoy import Look, counts, sums_of
+
+lives = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=6), min_size=1, max_size=6)
+
+
+@given(lives)
+def test_sums_go_on_over_any_number_of_lives(grown: list[list[int]]) -> None:
+    """Each life counts from 0; each number is what was added until the next look."""
+    base: dict[str, int] = {}
+    last: dict[str, int] = {}
+    sums: dict[str, int] = {}
+    for life in grown:
+        now, fresh = 0, True
+        for more in life:
+            now += more
+            base, sums = carried_on(base, last, {"n": now}, same_life=not fresh)
+            last, fresh = {"n": now}, False
+
+    assert sums["n"] == sum(map(sum, grown))
+
+
+@given(
+    st.dictionaries(st.sampled_from("abc"), st.integers(0, 9)),
+    st.dictionaries(st.sampled_from("abc"), st.integers(0, 9)),
+)
+def test_what_only_grows_never_fell(start: dict[str, int], more: dict[str, int]) -> None:
+    grown = {name: start.get(name, 0) + more.get(name, 0) for name in "abc"}
+
+    assert not fell(start, grown)
+    assert fell(grown, start) == any(more.values())
+
+
+def test_envoys_copies_that_never_left_count_as_sampled() -> None:
+    def stat(cluster: str, name: str, value: int) -> dict[str, object]:
+        return {"name": f"cluster.{cluster}.{name}", "value": value}
+
+    found = counts(
+        [
+            stat("old_shadow", "upstream_rq_total", 3),
+            stat("new_shadow", "upstream_rq_total", 50),
+            stat("new_shadow", "upstream_rq_pending_overflow", 4),
+            stat("new_shadow", "upstream_rq_pending_failure_eject", 2),
+            stat("old_baseline", "upstream_rq_total", 5),
+            stat("old_baseline", "upstream_cx_none_healthy", 1),
+            {"histograms": {}},
+        ]
+    )
+
+    assert found == {"old_shadow": 3, "new_shadow": 56, "old_baseline": 6, "sampled": 59, "not_sent": 7}
+
+
+def test_an_envoy_that_started_after_the_last_look_is_a_new_life_also_when_it_counted_more() -> None:
+    before = {"last": {"sampled": 5, "base": {"sampled": 100}}, "age": 60.0}
+    restarted = sums_of(before, Look("edge", "shop", uptime=50.0, counts={"sampled": 7}))
+    running = sums_of(before, Look("edge", "shop", uptime=900.0, counts={"sampled": 7}))
+
+    assert restarted == ({"sampled": 105}, {"sampled": 112})
+    assert running == ({"sampled": 100}, {"sampled": 107})

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from structlog.testing import capture_logs
+
+from abreast_sidecar.outage import LONGEST, Outage, pause
+
+
+def test_a_long_outage_is_logged_once_when_it_begins_and_once_when_it_ends() -> None:
+    outage = Outage("postgres", worker="w")
+    with capture_logs() as logs:
+        outage.end()
+        for _ in range(1000):
+            outage.begin(ConnectionError("refused"))
+        outage.end()
+        outage.end()
+
+    assert [(entry["event"], entry["server"], entry["worker"]) for entry in logs] == [
+        ("a server is away", "postgres", "w"),
+        ("a server is back", "postgres", "w"),
+    ]
+
+
+def test_a_long_outage_is_brought_to_mind_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000, 2000, 20))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    outage = Outage("redis")
+    with capture_logs() as logs:
+        for _ in range(10):  # 200 s
+            outage.begin(ConnectionError("refused"))
+
+    assert len(logs) == 3
+
+
+async def test_waits_grow_to_a_bound_and_end_at_once_when_stopping() -> None:
+    outage, stop = Outage("redis"), asyncio.Event()
+    stop.set()
+    waits = []
+    for _ in range(12):
+        waits.append(outage._wait)
+        async with asyncio.timeout(1):
+            await outage.wait(stop)
+
+    assert waits == sorted(waits)
+    assert waits[-1] == LONGEST
+
+
+async def test_a_pause_ends_when_its_time_is_over() -> None:
+    async with asyncio.timeout(5):
+        await pause(asyncio.Event(), 0.01)

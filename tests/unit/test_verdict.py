@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast.capture import encode
+from abreast.join import Keys
+from abreast_sidecar.compare import Rules
+from abreast_sidecar.read import Entry
+from abreast_sidecar.read.entry import LATEST, entry
+from abreast_sidecar.verdict import judged
+from support_pairs import SERVICE, capture
+
+KEYS = Keys(SERVICE, 0)
+
+
+def of(*blobs: bytes, why: str = "joined", identifier: str = "1700000000000-0") -> Entry:
+    return Entry(KEYS, identifier, "p", why, blobs, sum(map(len, blobs)))
+
+
+@given(st.lists(st.binary(max_size=80), max_size=4))
+def test_no_content_of_an_entry_raises(blobs: list[bytes]) -> None:
+    found = judged(of(*blobs), Rules())
+
+    assert found.judgement.outcome == "undecodable"
+    assert found.judgement.reason
+    assert found.poison == b"\n".join(blobs)
+
+
+@given(st.integers(0, 2000), st.binary(min_size=1, max_size=3))
+def test_a_damaged_capture_never_raises(place: int, garbage: bytes) -> None:
+    whole = encode(capture("p", "old"))
+    damaged = whole[:place] + garbage + whole[place + len(garbage) :]
+
+    assert judged(of(damaged, encode(capture("p", "new", "shadow"))), Rules()).judgement.outcome
+
+
+def test_half_readable_pairs_keep_what_is_known() -> None:
+    found = judged(of(encode(capture("p", "old")), b"nonsense"), Rules())
+
+    assert found.judgement.outcome == "undecodable"
+    assert found.endpoint == (SERVICE, "GET", "/products/{id}")
+
+
+def test_an_error_while_comparing_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_arguments: object, **_more: object) -> None:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr("abreast_sidecar.verdict.judge", broken)
+    found = judged(of(encode(capture("p", "old"))), Rules())
+
+    assert found.judgement.reason == "comparing it raised RecursionError: too deep"
+
+
+def test_a_swept_pair_without_captures_has_an_outcome() -> None:
+    assert judged(of(why="swept"), Rules()).judgement.reason == "redis had no capture of it any more"
+
+
+def test_strange_ids_of_entries_stay_within_the_calendar() -> None:
+    assert of(identifier="18446744073709551615-1").at == LATEST
+    assert of(identifier="0-1").at == 0
+
+
+def test_an_entry_is_what_stands_in_the_stream() -> None:
+    found = entry(
+        KEYS, b"5-1", {b"pair": b"p", b"why": b"swept", b"old:live:1": b"12", b"new:shadow:1": b"345"}
+    )
+
+    assert found == Entry(KEYS, "5-1", "p", "swept", (b"12", b"345"), 5)
+
+
+def test_an_entry_without_a_pair_is_named_by_its_id() -> None:
+    assert entry(KEYS, b"5-1", {}).pair == "entry 5-1"
