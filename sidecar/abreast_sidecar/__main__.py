@@ -1,0 +1,3 @@
+from abreast.command import main
+
+main()

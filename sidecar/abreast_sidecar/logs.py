@@ -1,0 +1,40 @@
+"""JSON logs on stderr. Only commands that are a process of their own configure logging."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import orjson
+import structlog
+
+from abreast_sidecar.errors import SettingError
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def configure(level: str) -> None:
+    """Raise SettingError for a level that is none."""
+    wanted = LEVELS.get(level.lower())
+    if wanted is None:
+        raise SettingError(f"ABREAST_LOG_LEVEL must be one of {', '.join(LEVELS)}, got {level!r}")
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(serializer=orjson.dumps, default=_text),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(wanted),
+        logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
+        cache_logger_on_first_use=True,
+    )
+    # Libraries log through the standard module: only what is wrong.
+    logging.basicConfig(
+        level=logging.WARNING, format='{"event":"%(message)s","logger":"%(name)s"}', force=True
+    )
+
+
+def _text(value: object) -> str:
+    return repr(value)

@@ -1,0 +1,102 @@
+# ruff: noqa: ARG002, N802  # names and shapes are the API's
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from abreast.v1 import comparison_pb2 as pb
+from abreast.v1 import comparison_pb2_grpc
+from abreast_sidecar.control import Control
+from abreast_sidecar.serve import arguments, messages
+from abreast_sidecar.serve.pending import Pending
+from abreast_sidecar.serve.status import StoppingError
+from abreast_sidecar.store.queries import FindingFilter, PairFilter, Queries
+
+WATCH_EVERY = 1.0  # seconds
+
+
+class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
+    def __init__(self, queries: Queries, control: Control, pending: Pending) -> None:
+        self.queries = queries
+        self.control = control
+        self.pending = pending
+
+    async def GetSummary(self, request: pb.GetSummaryRequest, context: Any) -> pb.GetSummaryResponse:
+        window = arguments.window(request)
+        service = await self.control.resolve(arguments.text("service", request.service))
+        found = await self.queries.summary(service, window)
+        return messages.summary(found, pending=await self.pending.count(service), bounded=window.bounded)
+
+    async def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
+        found = await self.queries.endpoints(
+            arguments.text("service", request.service), arguments.window(request), arguments.page(request)
+        )
+        return pb.ListEndpointsResponse(
+            endpoints=[messages.endpoint_summary(row) for row in found.rows], next_page_token=found.next_token
+        )
+
+    async def ListFindings(self, request: pb.ListFindingsRequest, context: Any) -> pb.ListFindingsResponse:
+        wanted = FindingFilter(
+            service=arguments.text("service", request.service),
+            method=arguments.text("method", request.method).upper(),
+            route=arguments.text("route", request.route),
+            parts=arguments.part_names(request.parts),
+            kinds=arguments.kinds(request.kinds),
+            impacts=arguments.impacts(request.impacts),
+            include_noise=request.include_noise,
+            window=arguments.window(request),
+        )
+        found = await self.queries.findings(wanted, arguments.page(request))
+        return pb.ListFindingsResponse(
+            findings=[messages.finding(row) for row in found.rows], next_page_token=found.next_token
+        )
+
+    async def GetFinding(self, request: pb.GetFindingRequest, context: Any) -> pb.GetFindingResponse:
+        found, examples = await self.queries.finding(arguments.finding_id("id", request.id))
+        return pb.GetFindingResponse(
+            finding=messages.finding(found), examples=[messages.pair_detail(one) for one in examples]
+        )
+
+    async def ListPairs(self, request: pb.ListPairsRequest, context: Any) -> pb.ListPairsResponse:
+        wanted = PairFilter(
+            service=arguments.text("service", request.service),
+            method=arguments.text("method", request.method).upper(),
+            route=arguments.text("route", request.route),
+            outcomes=arguments.outcomes(request.outcomes),
+            finding_id=arguments.finding_id("finding_id", request.finding_id, least=0),
+            window=arguments.window(request),
+        )
+        found = await self.queries.pairs(wanted, arguments.page(request))
+        return pb.ListPairsResponse(
+            pairs=[messages.pair(row) for row in found.rows], next_page_token=found.next_token
+        )
+
+    async def GetPair(self, request: pb.GetPairRequest, context: Any) -> pb.GetPairResponse:
+        found = await self.queries.pair(arguments.pair_id(request.id))
+        return pb.GetPairResponse(pair=messages.pair_detail(found))
+
+    async def WatchFindings(
+        self, request: pb.WatchFindingsRequest, context: Any
+    ) -> AsyncIterator[pb.WatchFindingsResponse]:
+        service = arguments.text("service", request.service)
+        await context.send_initial_metadata(
+            ()
+        )  # the watch has begun, also where there is nothing to tell yet
+        seen: dict[int, tuple[Any, ...]] = {}
+        while not self.control.closing.is_set():
+            marks = await self.queries.finding_marks(service)
+            changed = [number for number, mark in marks.items() if seen.get(number) != mark]
+            for found in await self.queries.findings_by_id(changed) if changed else ():
+                if (found.count and not found.noise) or request.include_noise:
+                    yield pb.WatchFindingsResponse(finding=messages.finding(found))
+            seen = marks
+            await self._pause()
+        raise StoppingError
+
+    async def _pause(self) -> None:
+        try:
+            async with asyncio.timeout(WATCH_EVERY):
+                await self.control.closing.wait()
+        except TimeoutError:
+            return

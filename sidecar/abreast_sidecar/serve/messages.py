@@ -1,0 +1,223 @@
+"""Results of the ledger and of control as messages of the API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from abreast.capture import Capture
+from abreast.v1 import common_pb2, comparison_pb2, traffic_pb2
+from abreast_sidecar.control import MILLION, WEIGHTS, EnvoyState, Event, Traffic
+from abreast_sidecar.serve.phrase import phrase
+from abreast_sidecar.store.results import (
+    Difference,
+    Endpoint,
+    EndpointSummary,
+    Finding,
+    Pair,
+    PairDetail,
+    Summary,
+)
+
+
+def timestamp(moment: datetime | None) -> Timestamp | None:
+    if moment is None:
+        return None
+    message = Timestamp()
+    message.FromDatetime(moment)
+    return message
+
+
+def duration(microseconds: float | None) -> Duration | None:
+    if microseconds is None:
+        return None
+    message = Duration()
+    message.FromMicroseconds(round(microseconds))
+    return message
+
+
+def number(kind: EnumDescriptor, name: str) -> int:
+    """An enum's value by the ledger's name; unspecified for a name that this code does not know."""
+    prefix = kind.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    value = kind.values_by_name.get(prefix + name.upper())
+    return value.number if value else 0
+
+
+OUTCOME = common_pb2.Outcome.DESCRIPTOR
+PART = common_pb2.Part.DESCRIPTOR
+KIND = common_pb2.Kind.DESCRIPTOR
+IMPACT = common_pb2.Impact.DESCRIPTOR
+VERSION = common_pb2.Version.DESCRIPTOR
+ROLE = common_pb2.Role.DESCRIPTOR
+
+
+def outcomes(counts: Mapping[str, int]) -> list[comparison_pb2.OutcomeCount]:
+    most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [
+        comparison_pb2.OutcomeCount(outcome=number(OUTCOME, name), count=count)  # type: ignore[arg-type]  # an int is one
+        for name, count in most_first
+    ]
+
+
+def endpoint(found: Endpoint) -> common_pb2.Endpoint:
+    return common_pb2.Endpoint(service=found.service, method=found.method, route=found.route)
+
+
+def summary(found: Summary, *, pending: int | None, bounded: bool) -> comparison_pb2.GetSummaryResponse:
+    unaccounted = None
+    if found.envoy_sampled is not None and not bounded:
+        unaccounted = found.envoy_sampled - found.written
+    return comparison_pb2.GetSummaryResponse(
+        service=found.service,
+        pairs=found.pairs,
+        outcomes=outcomes(found.outcomes),
+        explained=found.explained,
+        envoy_sampled=found.envoy_sampled,
+        unaccounted=unaccounted,
+        drops=[
+            comparison_pb2.DropCount(place=drop.place, reason=drop.reason, count=drop.count)
+            for drop in found.drops
+        ],
+        pending=pending,
+        findings=found.findings,
+        first=timestamp(found.first),
+        last=timestamp(found.last),
+    )
+
+
+def endpoint_summary(found: EndpointSummary) -> comparison_pb2.EndpointSummary:
+    old_p50, old_p99 = found.old_us or (None, None)
+    new_p50, new_p99 = found.new_us or (None, None)
+    return comparison_pb2.EndpointSummary(
+        endpoint=endpoint(found.endpoint),
+        pairs=found.pairs,
+        outcomes=outcomes(found.outcomes),
+        findings=found.findings,
+        old_p50=duration(old_p50),
+        old_p99=duration(old_p99),
+        new_p50=duration(new_p50),
+        new_p99=duration(new_p99),
+    )
+
+
+def finding(found: Finding) -> comparison_pb2.Finding:
+    return comparison_pb2.Finding(
+        id=found.id,
+        endpoint=endpoint(found.endpoint),
+        part=number(PART, found.part),  # type: ignore[arg-type]  # an int is one
+        path=found.path,
+        kind=number(KIND, found.kind),  # type: ignore[arg-type]  # an int is one
+        impact=number(IMPACT, found.impact),  # type: ignore[arg-type]  # an int is one
+        count=found.count,
+        compared=found.compared,
+        noise=found.noise,
+        baseline_count=found.baseline_count,
+        first_seen=timestamp(found.first_seen),
+        last_seen=timestamp(found.last_seen),
+        summary=phrase(found),
+    )
+
+
+def pair(found: Pair) -> comparison_pb2.Pair:
+    return comparison_pb2.Pair(
+        id=found.id,
+        endpoint=endpoint(found.endpoint),
+        time=timestamp(found.at),
+        outcome=number(OUTCOME, found.outcome),  # type: ignore[arg-type]  # an int is one
+        live=number(VERSION, found.live),  # type: ignore[arg-type]  # an int is one
+        request=found.request,
+        old_status=found.old_status,
+        new_status=found.new_status,
+        old_time=duration(found.old_us),
+        new_time=duration(found.new_us),
+        old_release=found.old_release,
+        new_release=found.new_release,
+        finding_ids=found.findings,
+        reason=found.reason,
+    )
+
+
+def headers(found: tuple[tuple[str, str], ...]) -> list[common_pb2.Header]:
+    return [common_pb2.Header(name=name, value=value) for name, value in found]
+
+
+def capture(found: Capture) -> comparison_pb2.CaptureDetail:
+    return comparison_pb2.CaptureDetail(
+        version=number(VERSION, found.version),  # type: ignore[arg-type]  # an int is one
+        role=number(ROLE, found.role),  # type: ignore[arg-type]  # an int is one
+        attempt=found.attempt,
+        release=found.release,
+        started=timestamp(datetime.fromtimestamp(found.started, UTC)),
+        first_byte=duration(found.first_byte_us),
+        total=duration(found.total_us),
+        status=found.answer.status,
+        headers=headers(found.answer.headers),
+        body=found.answer.body.held,
+        body_length=found.answer.body.length,
+        raised=found.raised,
+        client_left=found.client_left,
+    )
+
+
+def difference(found: Difference) -> common_pb2.Difference:
+    return common_pb2.Difference(
+        part=number(PART, found.part),  # type: ignore[arg-type]  # an int is one
+        path=found.path,
+        place=found.place,
+        kind=number(KIND, found.kind),  # type: ignore[arg-type]  # an int is one
+        impact=number(IMPACT, found.impact),  # type: ignore[arg-type]  # an int is one
+        old=found.old,
+        new=found.new,
+        noise=found.noise,
+    )
+
+
+def pair_detail(found: PairDetail) -> comparison_pb2.PairDetail:
+    request = found.captures[0].request if found.captures else None
+    return comparison_pb2.PairDetail(
+        pair=pair(found.pair),
+        captures=[capture(one) for one in found.captures],
+        differences=[difference(one) for one in found.differences],
+        request_headers=headers(request.headers) if request else (),
+        request_body=request.body.held if request else b"",
+    )
+
+
+def traffic(found: Traffic) -> traffic_pb2.Traffic:
+    shares = found.shares
+    return traffic_pb2.Traffic(
+        service=found.service,
+        new_share=shares.new_share / WEIGHTS,
+        sample_safe=shares.sample_safe / MILLION,
+        sample_unsafe=shares.sample_unsafe / MILLION,
+        baseline_share=shares.baseline_share / MILLION,
+        rolled_back=shares.rolled_back,
+        version=found.version,
+        update_time=timestamp(found.updated_at),
+    )
+
+
+def envoy(found: EnvoyState) -> traffic_pb2.EnvoyState:
+    after = found.acknowledged_after
+    return traffic_pb2.EnvoyState(
+        node=found.node,
+        acknowledged_version=found.acknowledged_version,
+        acknowledged_after=None if after is None else duration(after * 1e6),
+        error=found.error,
+    )
+
+
+def event(found: Event) -> traffic_pb2.TrafficEvent:
+    return traffic_pb2.TrafficEvent(
+        id=found.id,
+        time=timestamp(found.at),
+        actor=found.actor,
+        action=found.action,
+        reason=found.reason,
+        before=None if found.before is None else traffic(found.before),
+        after=traffic(found.after),
+    )

@@ -1,0 +1,31 @@
+"""How many pairs wait in Redis."""
+
+from __future__ import annotations
+
+import redis.asyncio as aioredis
+import structlog
+from redis.exceptions import RedisError
+
+from abreast.join import SERVICES, Keys
+
+log = structlog.get_logger(__name__)
+
+
+class Pending:
+    def __init__(self, client: aioredis.Redis) -> None:
+        self.client = client
+
+    async def count(self, service: str) -> int | None:
+        """Pairs that wait for a copy or for a worker; None while Redis can't be reached."""
+        try:
+            shards = int(await self.client.hget(SERVICES, service) or 0)
+            waiting = 0
+            for shard in range(shards):
+                keys = Keys(service, shard)
+                waiting += await self.client.zcard(keys.due) + await self.client.xlen(keys.ready)
+        except (RedisError, OSError, TimeoutError) as error:
+            log.warning("redis does not tell how many pairs wait", error=str(error))
+            return None
+        except ValueError:  # a name that no service can have
+            return 0
+        return waiting

@@ -1,0 +1,46 @@
+"""A finding in one line for people. Pure."""
+
+from __future__ import annotations
+
+from abreast_sidecar.store.results import Finding
+
+LONGEST = 60  # characters of a value
+NAMES = {"error": "the application failed", "latency": "time"}
+
+
+def place(finding: Finding) -> str:
+    """Where: `$.items[*].price`, `header etag`, `status`, …"""
+    if finding.part == "body":
+        return finding.path or "body"
+    if finding.part == "header":
+        return f"header {finding.path}"
+    return finding.path or NAMES.get(finding.part, finding.part)
+
+
+def phrase(finding: Finding) -> str:
+    """What happened there: `200 became 500`, `removed, was "max-age=60"`, `p50 3.1 ms became 41.0 ms`, …"""
+    if finding.part == "latency":
+        return _slower(finding)
+    old, new = short(finding.detail.get("old")), short(finding.detail.get("new"))
+    if finding.kind == "order":
+        return "same elements in another order"
+    if finding.kind == "added":
+        return f"added {new}".rstrip()
+    if finding.kind == "removed":
+        return f"removed, was {old}" if old else "removed"
+    if old and new:
+        return f"{old} became {new}"
+    return "another type" if finding.kind == "type" else finding.kind
+
+
+def _slower(finding: Finding) -> str:
+    old, new = finding.detail.get("old_p50_us"), finding.detail.get("new_p50_us")
+    if old is None or new is None:
+        return finding.kind
+    return f"p50 {old / 1000:.1f} ms became {new / 1000:.1f} ms"
+
+
+def short(value: str | None) -> str:
+    if value is None:
+        return ""
+    return value if len(value) <= LONGEST else value[: LONGEST - 1] + "…"

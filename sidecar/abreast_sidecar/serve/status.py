@@ -1,0 +1,62 @@
+"""Errors as gRPC statuses: a canonical code, a message that says what to do, and a google.rpc.ErrorInfo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf import any_pb2
+
+from abreast_sidecar.control.xds import wire_pb2 as wire
+from abreast_sidecar.errors import (
+    ArgumentError,
+    LedgerError,
+    NotFoundError,
+    RedisError,
+    SchemaError,
+    SidecarError,
+)
+
+DOMAIN = "abreast"
+ERROR_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
+DETAILS = "grpc-status-details-bin"  # the trailing metadata that holds a google.rpc.Status
+
+CODES: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
+    (ArgumentError, grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT"),
+    (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    (SchemaError, grpc.StatusCode.FAILED_PRECONDITION, "LEDGER_SCHEMA"),
+    (LedgerError, grpc.StatusCode.UNAVAILABLE, "LEDGER_UNAVAILABLE"),
+    (RedisError, grpc.StatusCode.UNAVAILABLE, "REDIS_UNAVAILABLE"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    code: grpc.StatusCode
+    message: str
+    reason: str  # UPPER_SNAKE
+
+    @property
+    def metadata(self) -> Iterable[tuple[str, bytes]]:
+        info = wire.ErrorInfo(reason=self.reason, domain=DOMAIN)
+        detail = any_pb2.Any(type_url=ERROR_INFO, value=info.SerializeToString())
+        status = wire.Status(code=self.code.value[0], message=self.message, details=[detail])
+        return ((DETAILS, status.SerializeToString()),)
+
+
+STOPPING = Refusal(grpc.StatusCode.UNAVAILABLE, "the sidecar is stopping; call again", "STOPPING")
+BUG = Refusal(grpc.StatusCode.INTERNAL, "the sidecar failed; its log says how", "INTERNAL")
+
+
+class StoppingError(SidecarError):
+    """Ends streams while the sidecar drains."""
+
+
+def refusal(error: Exception) -> Refusal:
+    if isinstance(error, StoppingError):
+        return STOPPING
+    for kind, code, reason in CODES:
+        if isinstance(error, kind):
+            return Refusal(code, str(error), reason)
+    return BUG

@@ -1,0 +1,278 @@
+"""The sidecar as a process: `abreast sidecar`, its signals, its workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+import grpc
+import psycopg
+import pytest
+import redis
+
+from abreast.capture import encode
+from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
+from abreast.v1 import comparison_pb2, comparison_pb2_grpc
+from captures import capture
+from support import eventually, free_port
+
+
+@dataclass
+class Process:
+    process: subprocess.Popen[bytes]
+    grpc_port: int
+    http_port: int
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+    def ready(self) -> bool:
+        assert self.process.poll() is None, self.log
+        try:
+            with urlopen(f"http://127.0.0.1:{self.http_port}/readyz", timeout=10) as answer:
+                return bool(answer.status == 200)
+        except (HTTPError, URLError, ConnectionError):
+            return False
+
+    def said(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in self.log if line.get("event") == event]
+
+    def end(self, name: signal.Signals = signal.SIGTERM, timeout: float = 20) -> int:
+        self.process.send_signal(name)
+        return self.process.wait(timeout)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "abreast_sidecar", *arguments]
+
+
+@contextmanager
+def started(redis_url: str, postgres_url: str, *options: str, ready: bool = True) -> Iterator[Process]:
+    grpc_port, http_port = free_port(), free_port()
+    environment = {
+        **os.environ,
+        "ABREAST_REDIS_URL": redis_url,
+        "ABREAST_POSTGRES_URL": postgres_url,
+        "ABREAST_GRPC_LISTEN": f"127.0.0.1:{grpc_port}",
+        "ABREAST_HTTP_LISTEN": f"127.0.0.1:{http_port}",
+        "ABREAST_SHUTDOWN_TIMEOUT": "6",
+    }
+    process = subprocess.Popen(command("sidecar", *options), stderr=subprocess.PIPE, env=environment)
+    found = Process(process, grpc_port, http_port)
+    reading = threading.Thread(target=_read, args=(process, found.log))
+    reading.start()
+    try:
+        if ready:
+            eventually(found.ready, within=40, what="the sidecar is ready")
+        yield found
+    finally:
+        process.kill()
+        process.wait()
+        reading.join()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def _read(process: subprocess.Popen[bytes], log: list[dict[str, Any]]) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        try:
+            log.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.append({"event": line.decode(errors="replace")})
+
+
+def send(redis_url: str, count: int) -> list[str]:
+    """Join so many pairs, as the middleware does."""
+    keys = Keys("shop", 0)
+    pairs = [str(uuid.uuid4()) for _ in range(count)]
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset(SERVICES, "shop", "1")
+        for pair in pairs:
+            both = capture("old", {"n": 1}), capture("new", {"n": 1}, role="shadow")
+            sides = [replace(side, pair=pair) for side in both]
+            sent = [(pair, side.slot, 2, encode(side)) for side in sides]
+            names, arguments = join_arguments(keys, Bounds(), sent)
+            client.eval(JOIN, len(names), *names, *arguments)
+    return pairs
+
+
+def kept(postgres_url: str) -> set[str]:
+    with psycopg.connect(postgres_url) as connection:
+        return {row[0] for row in connection.execute("select id from abreast.pair")}
+
+
+def test_sigterm_drains_and_exits_with_0(redis_url: str, postgres_url: str) -> None:
+    """What was read is committed; streams are ended, not waited for."""
+    with started(redis_url, postgres_url) as sidecar:
+        sent = send(redis_url, 50)
+        eventually(lambda: kept(postgres_url) == set(sent), what="all pairs are in the ledger")
+        with grpc.insecure_channel(f"127.0.0.1:{sidecar.grpc_port}") as channel:
+            stub: Any = comparison_pb2_grpc.ComparisonServiceStub(channel)  # type: ignore[arg-type]  # typed for aio only
+            watch = stub.WatchFindings(comparison_pb2.WatchFindingsRequest())
+            watch.initial_metadata()
+            code = sidecar.end()
+            with pytest.raises(grpc.RpcError) as caught:
+                next(watch)
+
+    assert code == 0
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert sidecar.said("draining")
+    assert sidecar.said("sidecar stopped")
+    assert not [line for line in sidecar.log if line.get("level") == "error"]
+
+
+def test_ctrl_c_drains_too(redis_url: str, postgres_url: str) -> None:
+    with started(redis_url, postgres_url) as sidecar:
+        assert sidecar.end(signal.SIGINT) == 0
+    assert sidecar.said("sidecar stopped")
+
+
+def test_sigterm_while_postgres_is_away_ends_in_time(redis_url: str) -> None:
+    nowhere = f"postgresql://127.0.0.1:{free_port()}/abreast"
+    with started(redis_url, nowhere, ready=False) as sidecar:
+        eventually(lambda: bool(sidecar.said("waiting for postgres")), what="the log says what is waited for")
+        assert not sidecar.ready()
+
+        assert sidecar.end(timeout=10) == 0
+
+
+def test_logs_are_json_with_level_and_time(redis_url: str, postgres_url: str) -> None:
+    with started(redis_url, postgres_url, "--log-level", "debug") as sidecar:
+        sidecar.end()
+
+    assert all({"event", "level", "timestamp"} <= line.keys() for line in sidecar.log)
+
+
+def children(sidecar: Process) -> list[int]:
+    return [line["pid"] for line in sidecar.said("a worker process began")]
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123  # a kernel's file
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_worker_processes_do_the_work(redis_url: str, postgres_url: str) -> None:
+    with started(redis_url, postgres_url, "--workers", "2") as sidecar:
+        sent = send(redis_url, 200)
+        eventually(lambda: kept(postgres_url) == set(sent), what="all pairs are in the ledger")
+        pids = children(sidecar)
+        code = sidecar.end()
+
+    assert code == 0
+    assert len(pids) == 2
+    assert not [pid for pid in pids if alive(pid)]
+
+
+def test_a_worker_process_that_dies_is_started_again(redis_url: str, postgres_url: str) -> None:
+    with started(redis_url, postgres_url, "--workers", "2") as sidecar:
+        first = children(sidecar)
+        os.kill(first[0], signal.SIGKILL)
+        eventually(lambda: len(children(sidecar)) == 3, what="a new worker process")
+        eventually(sidecar.ready, within=30, what="the sidecar is ready again")
+        sent = send(redis_url, 20)
+        eventually(lambda: kept(postgres_url) == set(sent), what="all pairs are in the ledger")
+
+    (ended,) = sidecar.said("a worker process ended")
+    assert (ended["pid"], ended["code"]) == (first[0], -signal.SIGKILL)
+
+
+def test_a_stuck_worker_process_makes_the_sidecar_not_ready(redis_url: str, postgres_url: str) -> None:
+    with started(redis_url, postgres_url, "--workers", "1") as sidecar:
+        (pid,) = children(sidecar)
+        os.kill(pid, signal.SIGSTOP)
+        eventually(lambda: not sidecar.ready(), within=30, what="the stuck worker is noticed")
+        os.kill(pid, signal.SIGCONT)
+        eventually(sidecar.ready, within=30, what="the sidecar is ready again")
+
+
+def test_worker_processes_end_with_a_killed_sidecar(redis_url: str, postgres_url: str) -> None:
+    with started(redis_url, postgres_url, "--workers", "2") as sidecar:
+        pids = children(sidecar)
+        sidecar.end(signal.SIGKILL)
+        eventually(lambda: not [pid for pid in pids if alive(pid)], what="the worker processes are gone")
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_port_in_use_is_one_line(redis_url: str, postgres_url: str) -> None:
+    with started(redis_url, postgres_url) as sidecar:
+        for option, port in (("--grpc-listen", sidecar.grpc_port), ("--http-listen", sidecar.http_port)):
+            others = {"--grpc-listen": free_port(), "--http-listen": free_port(), option: port}
+            options = [part for name, number in others.items() for part in (name, f"127.0.0.1:{number}")]
+            ended = run("sidecar", "--redis-url", redis_url, "--postgres-url", postgres_url, *options)
+
+            assert ended.returncode == 3
+            (line,) = [said for said in ended.stderr.splitlines() if not said.startswith("{")]
+            assert line.startswith(f"abreast: can't listen on 127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ABREAST_WORKERS", "many", "abreast: ABREAST_WORKERS must be a whole number, 0 or more, got 'many'"),
+        (
+            "ABREAST_LOG_LEVEL",
+            "loud",
+            "abreast: ABREAST_LOG_LEVEL must be one of debug, info, warning, error, got 'loud'",
+        ),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_2(name: str, value: str, message: str) -> None:
+    ended = run("sidecar", **{name: value})
+
+    assert (ended.returncode, ended.stderr.strip()) == (2, message)
+
+
+def test_a_bad_option_names_itself() -> None:
+    ended = run("sidecar", "--sample-safe", "120%")
+
+    assert ended.returncode == 2
+    assert "--sample-safe" in ended.stderr
+    assert "from 0% to 100%" in ended.stderr
+
+
+def test_migrate_says_the_version_and_may_be_repeated(postgres_url: str) -> None:
+    for ended in (
+        run("migrate", "--postgres-url", postgres_url),
+        run("migrate", ABREAST_POSTGRES_URL=postgres_url),
+    ):
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout.startswith("the ledger has schema version ")
+
+
+def test_a_ledger_newer_than_the_code_is_refused(redis_url: str, postgres_url: str) -> None:
+    assert run("migrate", "--postgres-url", postgres_url).returncode == 0
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute(
+            "insert into abreast.migration (version, name, digest) values (9999, 'future', '')"
+        )
+
+    addresses = ("--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0")
+    ended = run("sidecar", "--redis-url", redis_url, "--postgres-url", postgres_url, *addresses)
+
+    assert ended.returncode == 3
+    (line,) = [said for said in ended.stderr.splitlines() if not said.startswith("{")]
+    assert "has schema version 9999" in line

@@ -1,0 +1,153 @@
+"""The discovery stream as an Envoy speaks it, where a real Envoy would not misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
+
+from abreast.v1 import traffic_pb2 as pb
+from abreast_sidecar.control.xds import wire_pb2 as wire
+from support import eventually_async
+from support_serve import Running, refused, running
+
+NODE = wire.Node(id="edge-1", cluster="shop")
+FIRST = wire.DiscoveryRequest(node=NODE, resource_names=["abreast"])
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url) as found:
+        yield found
+
+
+@asynccontextmanager
+async def stream(sidecar: Running, first: wire.DiscoveryRequest = FIRST) -> AsyncIterator[Any]:
+    call: Any = sidecar.channel.stream_stream(
+        "/envoy.service.runtime.v3.RuntimeDiscoveryService/StreamRuntime",
+        request_serializer=wire.DiscoveryRequest.SerializeToString,
+        response_deserializer=wire.DiscoveryResponse.FromString,
+    )()
+    await call.write(first)
+    try:
+        async with asyncio.timeout(20):
+            yield call
+    finally:
+        call.cancel()
+
+
+def answer(response: wire.DiscoveryResponse, *, error: str = "", nonce: str = "") -> wire.DiscoveryRequest:
+    request = wire.DiscoveryRequest(
+        version_info=response.version_info, response_nonce=nonce or response.nonce
+    )
+    if error:
+        request.error_detail.message = error
+    return request
+
+
+async def envoys(sidecar: Running) -> list[pb.EnvoyState]:
+    return list((await sidecar.traffic.GetTraffic(pb.GetTrafficRequest())).envoys)
+
+
+async def test_the_layer_is_one_runtime_resource(sidecar: Running) -> None:
+    async with stream(sidecar) as call:
+        response = await call.read()
+
+    (resource,) = response.resources
+    assert response.type_url == resource.type_url == "type.googleapis.com/envoy.service.runtime.v3.Runtime"
+    runtime = wire.Runtime.FromString(resource.value)
+    assert runtime.name == "abreast"
+    assert MessageToDict(runtime.layer) == {
+        "abreast.weight.old": 10_000.0,
+        "abreast.weight.new_or_old": 0.0,
+        "abreast.sample.baseline": {"numerator": 10_000.0, "denominator": "MILLION"},
+        "abreast.sample.safe": {"numerator": 100_000.0, "denominator": "MILLION"},
+        "abreast.sample.unsafe": {"numerator": 0.0, "denominator": "MILLION"},
+    }
+
+
+async def test_a_refusal_is_told_and_not_waited_for(sidecar: Running) -> None:
+    async with stream(sidecar) as call:
+        await call.write(answer(await call.read()))
+        change = sidecar.traffic.UpdateTraffic(
+            pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(seconds=10))
+        )
+        began = time.monotonic()
+        await call.write(answer(await call.read(), error="no such weight"))
+        found = await change
+
+    assert time.monotonic() - began < 5
+    (state,) = found.envoys
+    assert (state.acknowledged_version, state.error) == (1, "no such weight")
+    assert not state.HasField("acknowledged_after")
+
+
+async def test_an_answer_to_something_else_is_no_acknowledgement(sidecar: Running) -> None:
+    async with stream(sidecar) as call:
+        response = await call.read()
+        await call.write(answer(response, nonce="other"))
+        late = await sidecar.traffic.UpdateTraffic(
+            pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(nanos=10**8))
+        )
+        await call.write(answer(response))
+        await call.write(answer(await call.read()))
+
+        async def acknowledged() -> bool:
+            (state,) = await envoys(sidecar)
+            return state.acknowledged_version == 2
+
+        await eventually_async(acknowledged, what="the second state is acknowledged")
+
+    assert [state.acknowledged_version for state in late.envoys] == [0]
+
+
+async def test_an_envoy_that_left_is_not_listed(sidecar: Running) -> None:
+    async with stream(sidecar) as call:
+        await call.read()
+        assert [state.node for state in await envoys(sidecar)] == ["edge-1"]
+
+    async def gone() -> bool:
+        return not await envoys(sidecar)
+
+    await eventually_async(gone, what="the Envoy is not listed")
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (wire.DiscoveryRequest(resource_names=["abreast"]), "node.cluster with the name of its service"),
+        (wire.DiscoveryRequest(node=wire.Node(id="edge-1"), resource_names=["abreast"]), "node.cluster"),
+        (
+            wire.DiscoveryRequest(node=NODE, resource_names=["rtds"]),
+            "must have the name abreast, it asks for rtds",
+        ),
+        (wire.DiscoveryRequest(node=NODE), "it asks for nothing"),
+    ],
+)
+async def test_a_wrong_configuration_is_refused_in_plain_words(
+    sidecar: Running, first: wire.DiscoveryRequest, message: str
+) -> None:
+    async with stream(sidecar, first) as call:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+
+    found = refused(caught.value)
+    assert found.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert message in found.message
+
+
+async def test_streams_end_when_the_sidecar_drains(sidecar: Running) -> None:
+    async with stream(sidecar) as call:
+        await call.read()
+        began = time.monotonic()
+        await sidecar.halt()
+
+        assert await call.read() is grpc.aio.EOF
+    assert time.monotonic() - began < 4

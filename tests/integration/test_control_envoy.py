@@ -1,0 +1,285 @@
+"""TrafficService and a running Envoy: what is set is what Envoy does."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import httpx
+import psycopg
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from abreast.v1 import traffic_pb2 as pb
+from abreast_sidecar.embedded import EnvoyServer, PostgresServer
+from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from support import eventually_async, free_port
+from support_envoy import started
+from support_serve import Running, running
+from support_upstream import Upstream
+
+REQUESTS = 40
+LONG = Duration(seconds=10)
+
+
+@dataclass
+class Edge:
+    """An Envoy with two versions behind it."""
+
+    server: EnvoyServer
+    client: httpx.AsyncClient
+    old: Upstream
+    new: Upstream
+
+    async def runtime(self) -> dict[str, str]:
+        async with httpx.AsyncClient(base_url=self.server.admin_url) as admin:
+            entries = (await admin.get("/runtime")).json()["entries"]
+        return {key: entry["final_value"] for key, entry in entries.items() if key.startswith("abreast.")}
+
+    async def has(self, key: str, value: str) -> None:
+        async def there() -> bool:
+            return (await self.runtime()).get(key) == value
+
+        await eventually_async(there, what=f"{key} is {value}")
+
+    async def ask(self, count: int = REQUESTS) -> tuple[int, int, int]:
+        """Send GETs; how many old and new answered live, and how many were mirrored."""
+        before = len(self.old.in_role("live")), len(self.new.in_role("live")), self.sampled()
+        for _ in range(count):
+            (await self.client.get("/products/7")).raise_for_status()
+        return (
+            len(self.old.in_role("live")) - before[0],
+            len(self.new.in_role("live")) - before[1],
+            self.sampled() - before[2],
+        )
+
+    def sampled(self) -> int:
+        return sum(bool(one.pair) for one in (*self.old.in_role("live"), *self.new.in_role("live")))
+
+
+@asynccontextmanager
+async def edge(port: int, *, service: str = "shop", node: str = "edge-1") -> AsyncIterator[Edge]:
+    async with Upstream() as old, Upstream() as new:
+        settings = EnvoySettings(
+            service=service,
+            node_id=node,
+            listen=Endpoint("127.0.0.1", free_port()),
+            admin=Endpoint("127.0.0.1", free_port()),
+            sidecar=Endpoint("127.0.0.1", port),
+            old=(Endpoint("127.0.0.1", old.port),),
+            new=(Endpoint("127.0.0.1", new.port),),
+        )
+        async with (
+            started(settings) as server,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.listen.port}", timeout=10) as client,
+        ):
+            found = Edge(server, client, old, new)
+            await _healthy(found)
+            yield found
+
+
+async def _healthy(found: Edge) -> None:
+    async def reached() -> bool:
+        async with httpx.AsyncClient(base_url=found.server.admin_url) as admin:
+            text = (await admin.get("/stats", params={"filter": "membership_healthy"})).text
+        return "cluster.old.membership_healthy: 1" in text and "cluster.new.membership_healthy: 1" in text
+
+    await eventually_async(reached, what="both versions are healthy")
+
+
+async def update(sidecar: Running, **changes: Any) -> pb.UpdateTrafficResponse:
+    answer: pb.UpdateTrafficResponse = await sidecar.traffic.UpdateTraffic(
+        pb.UpdateTrafficRequest(service="shop", wait=LONG, actor="ada", reason="a test", **changes)
+    )
+    return answer
+
+
+async def acknowledged(sidecar: Running, *, envoys: int = 1) -> None:
+    async def all_of_them() -> bool:
+        held = sidecar.sidecar.control.held("shop")
+        if held is None:
+            return False
+        states = sidecar.sidecar.control.states(held.traffic)
+        return sum(state.acknowledged_version == held.traffic.version for state in states) == envoys
+
+    await eventually_async(all_of_them, what=f"{envoys} Envoys have acknowledged")
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url, sample_safe=0.5, baseline_share=0.2, new_share=0.0) as found:
+        yield found
+
+
+async def test_the_first_envoy_of_a_service_gets_the_settings_first_values(sidecar: Running) -> None:
+    async with edge(sidecar.port) as envoy:
+        await envoy.has("abreast.weight.old", "10000")
+        values = await envoy.runtime()
+        found = await sidecar.traffic.GetTraffic(pb.GetTrafficRequest())
+
+    assert values["abreast.weight.new_or_old"] == "0"
+    assert "500000" in values["abreast.sample.safe"]
+    assert "100000" in values["abreast.sample.baseline"]
+    assert found.traffic.service == "shop"
+    assert (found.traffic.sample_safe, found.traffic.baseline_share, found.traffic.version) == (0.5, 0.2, 1)
+
+
+async def test_a_change_moves_requests_and_the_answer_names_the_envoy(sidecar: Running) -> None:
+    async with edge(sidecar.port) as envoy:
+        await acknowledged(sidecar)
+        none_new = await update(sidecar, sample_safe=0.0)
+        at_first = await envoy.ask()
+        all_new = await update(sidecar, new_share=1.0, sample_safe=1.0, baseline_share=0.0)
+        then = await envoy.ask()
+        weights = await envoy.runtime()
+
+    assert at_first == (REQUESTS, 0, 0)
+    assert then == (0, REQUESTS, REQUESTS)
+    assert (weights["abreast.weight.old"], weights["abreast.weight.new_or_old"]) == ("0", "10000")
+    assert all_new.traffic.version == none_new.traffic.version + 1
+    (state,) = all_new.envoys
+    assert (state.node, state.acknowledged_version, state.error) == ("edge-1", all_new.traffic.version, "")
+    assert state.HasField("acknowledged_after")
+    assert dt.timedelta(0) < state.acknowledged_after.ToTimedelta() < dt.timedelta(seconds=5)
+
+
+async def test_a_rollback_sends_everyone_to_old_and_a_promotion_to_new(sidecar: Running) -> None:
+    async with edge(sidecar.port) as envoy:
+        await acknowledged(sidecar)
+        promoted = await sidecar.traffic.Promote(pb.PromoteRequest(wait=LONG))
+        on_new = await envoy.ask()
+        back = await sidecar.traffic.Rollback(pb.RollbackRequest(wait=LONG))
+        on_old = await envoy.ask()
+
+    assert (promoted.traffic.new_share, promoted.traffic.rolled_back) == (1.0, False)
+    assert (back.traffic.new_share, back.traffic.rolled_back) == (0.0, True)
+    assert on_new[:2] == (0, REQUESTS)
+    assert on_old[:2] == (REQUESTS, 0)
+
+
+async def test_a_change_at_one_sidecar_reaches_the_envoy_of_another(
+    redis_url: str, postgres_url: str
+) -> None:
+    async with (
+        running(redis_url, postgres_url) as first,
+        running(redis_url, postgres_url) as second,
+        edge(second.port) as envoy,
+    ):
+        await acknowledged(second)
+        changed = await first.traffic.UpdateTraffic(pb.UpdateTrafficRequest(service="shop", new_share=0.25))
+        await envoy.has("abreast.weight.new_or_old", "2500")
+        await acknowledged(second)
+        there = await second.traffic.GetTraffic(pb.GetTrafficRequest())
+
+    assert not changed.envoys
+    assert there.traffic == changed.traffic
+    assert there.envoys[0].acknowledged_after.ToTimedelta() < dt.timedelta(seconds=3)
+
+
+async def test_envoys_that_share_a_node_id_all_get_the_values(sidecar: Running) -> None:
+    async with edge(sidecar.port) as one, edge(sidecar.port) as other:
+        await acknowledged(sidecar, envoys=2)
+        found = await update(sidecar, new_share=0.5)
+        await one.has("abreast.weight.old", "5000")
+        await other.has("abreast.weight.old", "5000")
+
+    assert [envoy.node for envoy in found.envoys] == ["edge-1", "edge-1"]
+    assert {envoy.acknowledged_version for envoy in found.envoys} == {found.traffic.version}
+
+
+async def test_services_have_values_of_their_own(sidecar: Running) -> None:
+    async with edge(sidecar.port) as shop, edge(sidecar.port, service="till", node="till-1") as till:
+        await till.has("abreast.weight.old", "10000")
+        await shop.has("abreast.weight.old", "10000")
+        await update(sidecar, new_share=1.0)
+        await shop.has("abreast.weight.old", "0")
+
+        assert (await till.runtime())["abreast.weight.old"] == "10000"
+        with pytest.raises(grpc.aio.AioRpcError, match="shop, till"):
+            await sidecar.traffic.GetTraffic(pb.GetTrafficRequest())
+
+
+async def test_envoy_keeps_its_values_without_a_sidecar_and_gets_them_anew(
+    redis_url: str, postgres_url: str
+) -> None:
+    port = free_port()
+    async with running(redis_url, postgres_url, grpc_port=port) as sidecar, edge(port) as envoy:
+        await acknowledged(sidecar)
+        await update(sidecar, new_share=1.0)
+        await sidecar.halt()
+        alone = await envoy.ask()
+        with psycopg.connect(postgres_url) as ledger:  # another sidecar's change, meanwhile
+            ledger.execute(
+                "update abreast.traffic set new_share = 7000, version = version + 1, updated_at = clock_timestamp()"
+            )
+        async with running(redis_url, postgres_url, grpc_port=port) as again:
+            await envoy.has("abreast.weight.new_or_old", "7000")
+            await acknowledged(again)
+
+    assert alone[:2] == (0, REQUESTS)
+
+
+async def test_envoy_gets_the_last_values_while_postgres_is_away(redis_url: str) -> None:
+    with PostgresServer() as postgres:
+        async with running(redis_url, postgres.url()) as sidecar:
+            async with edge(sidecar.port):
+                await acknowledged(sidecar)
+                await update(sidecar, new_share=0.75)
+            postgres.stop()
+            async with edge(sidecar.port, node="edge-2") as late:
+                await late.has("abreast.weight.new_or_old", "7500")
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await update(sidecar, new_share=0.5)
+
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "postgres can't be reached" in (caught.value.details() or "")
+
+
+async def test_without_any_known_values_envoy_is_told_nothing(redis_url: str) -> None:
+    with PostgresServer() as postgres:
+        postgres.stop()
+        async with (
+            running(redis_url, postgres.url(), ready=False, new_share=1.0) as sidecar,
+            edge(sidecar.port) as envoy,
+        ):
+            served = await envoy.ask()
+            runtime = await envoy.runtime()
+            postgres.start()
+            await envoy.has("abreast.weight.new_or_old", "10000")
+
+    assert served[:2] == (REQUESTS, 0)
+    assert runtime.get("abreast.weight.new_or_old", "0") == "0"
+
+
+async def test_a_dropped_listener_connects_again_and_misses_nothing(
+    sidecar: Running, postgres_url: str
+) -> None:
+    async with edge(sidecar.port) as envoy:
+        await acknowledged(sidecar)
+        with psycopg.connect(postgres_url, autocommit=True) as ledger:
+            ledger.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'abreast control' "
+                "and datname = current_database()"
+            )
+            ledger.execute(  # nobody listens now
+                "update abreast.traffic set new_share = 4200, version = version + 1, updated_at = clock_timestamp()"
+            )
+        await envoy.has("abreast.weight.new_or_old", "4200")
+
+
+async def test_a_watch_tells_the_present_then_each_change(sidecar: Running) -> None:
+    async with edge(sidecar.port):
+        await acknowledged(sidecar)
+        async with asyncio.timeout(20):
+            watch = aiter(sidecar.traffic.WatchTraffic(pb.WatchTrafficRequest()))
+            told = [(await anext(watch)).traffic]
+            for share in (0.5, 0.0):
+                await update(sidecar, new_share=share)
+                told.append((await anext(watch)).traffic)
+
+    assert [(one.version, one.new_share) for one in told] == [(1, 0.0), (2, 0.5), (3, 0.0)]

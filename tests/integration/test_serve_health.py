@@ -1,0 +1,208 @@
+"""Health, reflection, readiness, metrics and the page."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from abreast.v1 import comparison_pb2 as pb
+from abreast_sidecar.app import Sidecar
+from abreast_sidecar.embedded import PostgresServer, RedisServer
+from abreast_sidecar.errors import ServerError
+from abreast_sidecar.settings import Settings
+from captures import capture
+from support import eventually_async
+from support_serve import Ledger, Running, packed, running
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+NAMES = ("", "abreast.v1.ComparisonService", "abreast.v1.TrafficService")
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url) as found:
+        yield found
+
+
+async def healthy(sidecar: Running) -> set[int]:
+    stub = health_pb2_grpc.HealthStub(sidecar.channel)
+    return {(await stub.Check(health_pb2.HealthCheckRequest(service=name))).status for name in NAMES}
+
+
+async def test_health_is_told_for_the_whole_and_for_each_service(sidecar: Running) -> None:
+    assert await healthy(sidecar) == {SERVING}
+
+
+async def test_health_of_an_unknown_service_is_not_found(sidecar: Running) -> None:
+    stub = health_pb2_grpc.HealthStub(sidecar.channel)
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Check(health_pb2.HealthCheckRequest(service="till"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_lists_the_services_and_gives_their_descriptors(sidecar: Running) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(sidecar.channel)
+    asked = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol="abreast.v1.TrafficService"),
+    ]
+
+    answers = [answer async for answer in stub.ServerReflectionInfo(iter(asked))]
+
+    listed = {service.name for service in answers[0].list_services_response.service}
+    assert set(NAMES[1:]) < listed
+    assert answers[1].file_descriptor_response.file_descriptor_proto
+
+
+async def test_readiness_follows_redis_and_postgres() -> None:
+    with PostgresServer() as postgres, RedisServer() as redis:
+        async with running(redis.url, postgres.url()) as sidecar:
+
+            async def state(part: str, *, ready: bool) -> bool:
+                answer = await sidecar.http.get("/readyz", timeout=20)
+                said = answer.json()
+                assert (answer.status_code == 200) == said["ready"]
+                return bool(said["parts"][part] == "ok") == ready and bool(said["ready"]) == ready
+
+            for server, part in ((redis, "redis"), (postgres, "postgres")):
+                server.stop()
+                await eventually_async(partial(state, part, ready=False), within=30, what=f"{part} is missed")
+                assert await healthy(sidecar) == {NOT_SERVING}
+                assert (await sidecar.http.get("/healthz")).status_code == 200
+                server.start()
+                await eventually_async(partial(state, part, ready=True), within=30, what=f"{part} is back")
+                assert await healthy(sidecar) == {SERVING}
+
+
+async def test_without_postgres_the_ports_are_open_and_nothing_is_served(redis_url: str) -> None:
+    with PostgresServer() as postgres:
+        postgres.stop()
+        async with running(redis_url, postgres.url(), ready=False) as sidecar:
+            assert await healthy(sidecar) == {NOT_SERVING}
+            answer = await sidecar.http.get("/readyz")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await sidecar.comparison.ListPairs(pb.ListPairsRequest())
+            page = await sidecar.http.get("/")
+            postgres.start()
+
+            async def ready() -> bool:
+                return (await sidecar.http.get("/readyz")).status_code == 200
+
+            await eventually_async(ready, within=30, what="the sidecar is ready")
+
+    assert (answer.status_code, answer.json()["ready"]) == (503, False)
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert (page.status_code, "be reached" in page.text) == (503, True)
+
+
+async def test_a_summary_is_told_while_redis_is_away(postgres_url: str) -> None:
+    with RedisServer() as redis:
+        async with running(redis.url, postgres_url) as sidecar:
+            sidecar.ledger().pair(sidecar.ledger().endpoint())
+            redis.stop()
+            found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
+
+    assert found.pairs == 1
+    assert not found.HasField("pending")
+
+
+@pytest.mark.parametrize(
+    ("part", "setting"), [("grpc", "ABREAST_GRPC_LISTEN"), ("http", "ABREAST_HTTP_LISTEN")]
+)
+async def test_a_port_in_use_is_one_clear_error(sidecar: Running, part: str, setting: str) -> None:
+    taken = f"127.0.0.1:{getattr(sidecar.sidecar, part).port}"
+    listen = {"grpc_listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0", f"{part}_listen": taken}
+    settings = Settings(
+        redis_url=sidecar.sidecar.settings.redis_url,
+        postgres_url=sidecar.postgres_url,
+        **listen,  # type: ignore[arg-type]
+    )
+    with pytest.raises(ServerError, match=f"can't listen on {taken}.*{setting}"):
+        await Sidecar(settings).run(asyncio.Event())
+
+
+async def test_metrics_count_calls_pairs_and_parts(sidecar: Running) -> None:
+    ledger = sidecar.ledger()
+    shown = ledger.endpoint()
+    ledger.pair(shown)
+    ledger.pair(shown, outcome="only_old")
+    await sidecar.comparison.ListPairs(pb.ListPairsRequest())
+    with pytest.raises(grpc.aio.AioRpcError):
+        await sidecar.comparison.GetPair(pb.GetPairRequest(id="x"))
+
+    text = (await sidecar.http.get("/metrics")).text
+
+    for line in (
+        'abreast_rpcs_total{code="OK",method="abreast.v1.ComparisonService/ListPairs"} 1.0',
+        'abreast_rpcs_total{code="INVALID_ARGUMENT",method="abreast.v1.ComparisonService/GetPair"} 1.0',
+        'abreast_ledger_pairs_total{outcome="only_old",service="shop"} 1.0',
+        'abreast_ready{part="redis"} 1.0',
+    ):
+        assert line in text
+
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def filled(ledger: Ledger) -> tuple[int, str]:
+    shown = ledger.endpoint(route=f"/{HOSTILE}")
+    finding = ledger.finding(shown, f"$.{HOSTILE}")
+    pair = ledger.pair(shown, finding, request=f"/{HOSTILE}", reason=HOSTILE)
+    difference = {
+        "part": "body",
+        "path": f"$.{HOSTILE}",
+        "place": f"$.{HOSTILE}",
+        "kind": "changed",
+        "impact": "value",
+        "old": HOSTILE,
+        "new": '"b"',
+    }
+    ledger.example(
+        pair, {finding: 1}, packed(capture("old", {"a": HOSTILE}), capture("new", b"\xff\xfe")), [difference]
+    )
+    return finding, pair
+
+
+async def test_pages_show_what_is_there_and_escape_it(sidecar: Running) -> None:
+    finding, pair = filled(sidecar.ledger())
+
+    for path in ("/", "/?noise=1&service=shop", f"/findings/{finding}", f"/pairs/{pair}"):
+        answer = await sidecar.http.get(path)
+
+        assert answer.status_code == 200, path
+        assert "<script" not in answer.text
+        assert "&lt;script&gt;" in answer.text
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_an_empty_ledger_says_what_is_missing(sidecar: Running) -> None:
+    answer = await sidecar.http.get("/")
+
+    assert answer.status_code == 200
+    assert "abreast doctor" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/findings/999999999999999999999999", 404),
+        ("/findings/7", 404),
+        ("/pairs/rubbish", 400),
+        ("/pairs/0d7c1e3a-0000-4000-8000-000000000001", 404),
+        ("/nothing", 404),
+        ("/?service=%00", 400),
+    ],
+)
+async def test_pages_that_are_not_there(sidecar: Running, path: str, status: int) -> None:
+    sidecar.ledger().endpoint()
+
+    assert (await sidecar.http.get(path)).status_code == status

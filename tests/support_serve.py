@@ -1,0 +1,215 @@
+"""A whole sidecar in the test's own event loop, and rows in its ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import httpx
+import psycopg
+import zstandard
+from google.protobuf import any_pb2
+from psycopg.types.json import Jsonb
+
+from abreast.capture import Capture, encode
+from abreast.v1 import comparison_pb2_grpc, traffic_pb2_grpc
+from abreast_sidecar.app import Sidecar
+from abreast_sidecar.control.xds import wire_pb2 as wire
+from abreast_sidecar.settings import Settings
+from support import eventually_async
+
+NOON = dt.datetime(2026, 3, 4, 12, tzinfo=dt.UTC)
+
+
+@dataclass
+class Running:
+    sidecar: Sidecar
+    channel: grpc.aio.Channel
+    http: httpx.AsyncClient
+    postgres_url: str
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+    async def halt(self) -> None:
+        """Stop before the end of the test."""
+        self.stop.set()
+        await self.task
+
+    @property
+    def comparison(self) -> comparison_pb2_grpc.ComparisonServiceStub:
+        return comparison_pb2_grpc.ComparisonServiceStub(self.channel)
+
+    @property
+    def traffic(self) -> traffic_pb2_grpc.TrafficServiceStub:
+        return traffic_pb2_grpc.TrafficServiceStub(self.channel)
+
+    @property
+    def port(self) -> int:
+        return self.sidecar.grpc.port
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.postgres_url)
+
+
+@asynccontextmanager
+async def running(
+    redis_url: str, postgres_url: str, *, ready: bool = True, grpc_port: int = 0, **changes: Any
+) -> AsyncIterator[Running]:
+    settings = Settings(
+        redis_url=redis_url,
+        postgres_url=postgres_url,
+        grpc_listen=f"127.0.0.1:{grpc_port}",
+        http_listen="127.0.0.1:0",
+        **{"shutdown_timeout": 5.0, "retention_days": 36_500, **changes},
+    )
+    stop = asyncio.Event()
+    sidecar = Sidecar(settings)
+    task = asyncio.create_task(sidecar.run(stop))
+
+    async def up() -> bool:
+        if task.done():
+            task.result()
+        return sidecar.readiness.ready if ready else bool(sidecar.grpc.port)
+
+    try:
+        await eventually_async(up, within=30, what="the sidecar is up")
+        async with (
+            grpc.aio.insecure_channel(f"127.0.0.1:{sidecar.grpc.port}") as channel,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{sidecar.http.port}") as http,
+        ):
+            yield Running(sidecar, channel, http, postgres_url, stop, task)
+    finally:
+        stop.set()
+        await task
+
+
+@dataclass
+class Ledger:
+    """Writes rows the plain way, with SQL."""
+
+    url: str
+
+    def execute(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            cursor = connection.execute(sql.encode(), parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    def endpoint(self, service: str = "shop", method: str = "GET", route: str = "/products/{id}") -> int:
+        (row,) = self.execute(
+            "insert into abreast.endpoint (service, method, route) values (%s, %s, %s) "
+            "on conflict (service, method, route) do update set service = excluded.service returning id",
+            service,
+            method,
+            route,
+        )
+        return int(row[0])
+
+    def finding(
+        self,
+        endpoint: int,
+        path: str,
+        *,
+        part: str = "body",
+        kind: str = "changed",
+        impact: str = "value",
+        count: int = 0,
+        baseline_count: int = 0,
+        detail: Mapping[str, Any] | None = None,
+    ) -> int:
+        (row,) = self.execute(
+            "insert into abreast.finding (endpoint_id, part, path, kind, impact, count, baseline_count, "
+            "first_seen, last_seen, detail) values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) returning id",
+            *(endpoint, part, path, kind, impact, count, baseline_count, NOON, NOON, Jsonb(detail or {})),
+        )
+        return int(row[0])
+
+    def pair(
+        self,
+        endpoint: int,
+        *findings: int,
+        at: dt.datetime = NOON,
+        outcome: str | None = None,
+        **columns: Any,
+    ) -> str:
+        """Rolls up like a worker does: findings' counters and the tally."""
+        number = str(uuid.uuid4())
+        day = at.astimezone(dt.UTC).date()
+        values = {
+            "day": day,
+            "id": number,
+            "at": at,
+            "endpoint_id": endpoint,
+            "outcome": outcome or ("mismatch" if findings else "match"),
+            "findings": list(findings),
+            "live": "old",
+            "old_status": 200,
+            "new_status": 200,
+            "old_us": 1500,
+            "new_us": 2500,
+            **columns,
+        }
+        self.execute("select abreast.open_day(%s)", day)
+        names, marks = ", ".join(values), ", ".join(["%s"] * len(values))
+        self.execute(f"insert into abreast.pair ({names}) values ({marks})", *values.values())  # noqa: S608  # our own
+        self.execute(
+            "update abreast.finding set count = count + 1, last_seen = greatest(last_seen, %s) where id = any(%s)",
+            *(at, list(findings)),
+        )
+        self.execute(
+            "insert into abreast.tally (service, day, outcome, pairs) "
+            "select service, %s, %s, 1 from abreast.endpoint where id = %s "
+            "on conflict (service, day, outcome) do update set pairs = tally.pairs + 1",
+            *(day, values["outcome"], endpoint),
+        )
+        return number
+
+    def example(
+        self,
+        pair: str,
+        findings: Mapping[int, int],
+        captures: bytes,
+        differences: list[Any],
+        at: dt.datetime = NOON,
+    ) -> None:
+        """`findings` → the example's size."""
+        self.execute(
+            "insert into abreast.example (day, pair_id, captures, differences) values (%s, %s, %s, %s)",
+            *(at.date(), pair, captures, Jsonb(differences)),
+        )
+        for finding, size in findings.items():
+            self.execute(
+                "insert into abreast.finding_example (finding_id, day, pair_id, size) values (%s, %s, %s, %s)",
+                *(finding, at.date(), pair, size),
+            )
+
+
+def packed(*captures: Capture) -> bytes:
+    blobs = [encode(one) for one in captures]
+    return zstandard.compress(b"".join(len(blob).to_bytes(4, "big") + blob for blob in blobs))
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A call's error as a client sees it."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    domain: str
+
+
+def refused(error: grpc.aio.AioRpcError) -> Refused:
+    metadata = dict(error.trailing_metadata())
+    status = wire.Status.FromString(bytes(metadata["grpc-status-details-bin"]))
+    assert status.code == error.code().value[0]
+    assert status.message == error.details()
+    detail: any_pb2.Any = status.details[0]
+    assert detail.type_url == "type.googleapis.com/google.rpc.ErrorInfo"
+    info = wire.ErrorInfo.FromString(detail.value)
+    return Refused(error.code(), error.details() or "", info.reason, info.domain)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import datetime as dt
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast_sidecar.control.traffic import (
+    MILLION,
+    WEIGHTS,
+    Change,
+    Shares,
+    Traffic,
+    initial,
+    parts,
+    runtime_layer,
+)
+from abreast_sidecar.errors import ArgumentError
+from abreast_sidecar.settings import Settings
+
+SHARES = st.builds(
+    Shares,
+    new_share=st.integers(0, WEIGHTS),
+    sample_safe=st.integers(0, MILLION),
+    sample_unsafe=st.integers(0, MILLION),
+    baseline_share=st.integers(0, MILLION),
+)
+MONDAY = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
+
+
+@given(SHARES)
+def test_weights_sum_to_ten_thousand(shares: Shares) -> None:
+    layer = runtime_layer(shares)
+
+    assert layer["abreast.weight.old"] + layer["abreast.weight.new_or_old"] == 10_000
+    assert layer["abreast.weight.new_or_old"] == shares.new_share
+
+
+@given(SHARES)
+def test_the_baseline_never_takes_more_than_the_sample(shares: Shares) -> None:
+    """Its route matches first, with the same dice."""
+    layer = runtime_layer(shares)
+
+    assert 0 <= layer["abreast.sample.baseline"]["numerator"] <= layer["abreast.sample.safe"]["numerator"]
+
+
+def test_the_layer_is_what_envoy_wants() -> None:
+    shares = Shares(new_share=2500, sample_safe=200_000, sample_unsafe=1, baseline_share=500_000)
+
+    assert runtime_layer(shares) == {
+        "abreast.weight.old": 7500,
+        "abreast.weight.new_or_old": 2500,
+        "abreast.sample.baseline": {"numerator": 100_000, "denominator": "MILLION"},
+        "abreast.sample.safe": {"numerator": 200_000, "denominator": "MILLION"},
+        "abreast.sample.unsafe": {"numerator": 1, "denominator": "MILLION"},
+    }
+
+
+@given(st.floats(0, 1))
+def test_only_zero_becomes_none_and_only_one_becomes_all(share: float) -> None:
+    found = parts("new_share", share, WEIGHTS)
+
+    assert (found == 0) == (share == 0)
+    assert (found == WEIGHTS) == (share == 1)
+    assert abs(found - share * WEIGHTS) <= 1
+
+
+@pytest.mark.parametrize("share", [math.nan, math.inf, -math.inf, -0.0001, 1.0001, 100.0])
+def test_a_share_out_of_range_is_refused_by_name(share: float) -> None:
+    with pytest.raises(ArgumentError, match="sample_safe must be a share from 0 to 1, got"):
+        parts("sample_safe", share, MILLION)
+
+
+@given(st.integers(0, WEIGHTS))
+def test_whole_parts_survive_the_way_over_floats(number: int) -> None:
+    assert parts("new_share", number / WEIGHTS, WEIGHTS) == number
+
+
+def test_settings_give_the_first_state() -> None:
+    found = initial(Settings(new_share=0.25, sample_safe=0.5, sample_unsafe=0.0, baseline_share=1.0))
+
+    assert found == Shares(new_share=2500, sample_safe=500_000, sample_unsafe=0, baseline_share=MILLION)
+
+
+def test_a_rollback_keeps_what_is_sampled() -> None:
+    before = Shares(new_share=9000, sample_safe=500_000, sample_unsafe=7, baseline_share=100_000)
+
+    assert Change.rollback().apply(before) == Shares(0, 500_000, 7, 100_000, rolled_back=True)
+
+
+@pytest.mark.parametrize("change", [Change.promote(), Change("update", new_share=0)])
+def test_setting_the_share_ends_a_rollback(change: Change) -> None:
+    before = Shares(0, 1, 1, 1, rolled_back=True)
+
+    assert not change.apply(before).rolled_back
+
+
+def test_a_change_of_sampling_does_not_end_a_rollback() -> None:
+    before = Shares(0, 1, 1, 1, rolled_back=True)
+
+    assert Change("update", sample_safe=5).apply(before) == Shares(0, 5, 1, 1, rolled_back=True)
+
+
+def test_states_are_ordered_by_time_then_version() -> None:
+    shares = Shares(0, 0, 0, 0)
+    first = Traffic("shop", 7, MONDAY, shares)
+    restored = Traffic("shop", 3, MONDAY + dt.timedelta(seconds=1), shares)
+
+    assert first.newer_than(None)
+    assert not first.newer_than(first)
+    assert restored.newer_than(first)
+    assert not first.newer_than(restored)
