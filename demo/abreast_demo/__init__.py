@@ -1,0 +1,1 @@
+"""A small shop in two versions, to see Abreast at work: `abreast demo`."""

@@ -1,0 +1,118 @@
+"""Both versions of the shop with their databases and their cache, and Abreast around them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psycopg
+
+from abreast_demo.load import USER_HEADER
+from abreast_demo.ports import LOOPBACK
+from abreast_demo.service import SERVICE
+from abreast_sidecar.embedded import RedisServer, ServerProcess, free_port
+from abreast_sidecar.embedded.process import answers
+from abreast_sidecar.embedded.stack import Stack
+from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings, Sticky
+from abreast_sidecar.errors import ServerError
+
+VERSIONS = frozenset({"old", "new"})  # so Envoy's clusters of live traffic are called too
+SAMPLE = 1.0  # all safe requests: 15 seconds are short
+BASELINE = 0.3  # of them go to old twice
+HEALTHY_TIMEOUT = 30.0  # seconds
+HEALTHY_POLL = 0.05
+HEALTHY_STAT = "cluster.{}.membership_healthy"
+HEALTHY_STATS = r"stats?format=json&filter=^cluster\.(old|new)\.membership_healthy$"
+HEALTH = b"GET /healthz HTTP/1.1\r\nhost: shop\r\nconnection: close\r\n\r\n"
+CACHE_LIMITS = ("--maxmemory", "32mb", "--maxmemory-policy", "allkeys-lru")
+
+
+@dataclass(frozen=True)
+class Addresses:
+    listen: Endpoint
+    grpc: Endpoint
+    http: Endpoint
+
+
+@contextmanager
+def deployed(addresses: Addresses, say: Callable[[str], None]) -> Iterator[Stack]:
+    """Everything runs and Envoy knows that both versions are well. Raise ServerError otherwise."""
+    upstreams = {version: Endpoint(LOOPBACK, free_port()) for version in VERSIONS}
+    envoy = EnvoySettings(
+        service=SERVICE,
+        listen=addresses.listen,
+        old=(upstreams["old"],),
+        new=(upstreams["new"],),
+        sticky=Sticky("header", USER_HEADER),
+        sample_safe=SAMPLE,
+        baseline_share=BASELINE,
+    )
+    with (
+        Stack(envoy, grpc=addresses.grpc, http=addresses.http, say=say) as stack,
+        contextlib.ExitStack() as opening,
+    ):
+        say("starting the shop, old and new")
+        cache = RedisServer(
+            stack.folder.part("cache"), options=CACHE_LIMITS, keep_open=(stack.folder.servers_lock,)
+        )
+        opening.callback(cache.stop)
+        cache.start()
+        for version in VERSIONS:
+            opening.callback(_start(version, upstreams[version], stack, cache.url).stop)
+        _await_healthy(stack.admin_url)
+        yield stack
+
+
+def _start(version: str, listen: Endpoint, stack: Stack, cache_url: str) -> ServerProcess:
+    database = f"shop_{version}"
+    with psycopg.connect(stack.postgres.url(), autocommit=True) as connection:
+        connection.execute(f"create database {database}".encode())
+    return ServerProcess.start(
+        f"the {version} shop",
+        [
+            sys.executable,
+            "-m",
+            "abreast_demo.service",
+            "--version",
+            version,
+            "--listen",
+            f"{listen.host}:{listen.port}",
+        ],
+        stack.folder.path / f"shop-{version}.log",
+        ready=lambda _pid: answers(listen.host, listen.port, HEALTH, b" 200 OK"),
+        environment={
+            "DATABASE_URL": stack.postgres.url(database),
+            "CACHE_URL": cache_url,
+            "ABREAST_REDIS_URL": stack.redis_url,
+        },
+        keep_open=(stack.folder.servers_lock,),
+    )
+
+
+def _await_healthy(admin_url: str) -> None:
+    deadline = time.monotonic() + HEALTHY_TIMEOUT
+    while missing := VERSIONS - _healthy(admin_url):
+        if time.monotonic() > deadline:
+            names = " and ".join(sorted(missing))
+            raise ServerError(f"envoy did not find {names} healthy within {HEALTHY_TIMEOUT:g} s")
+        time.sleep(HEALTHY_POLL)
+
+
+def _healthy(admin_url: str) -> set[str]:
+    try:
+        with urllib.request.urlopen(f"{admin_url}/{HEALTHY_STATS}", timeout=5) as answer:  # noqa: S310  # http
+            stats = json.load(answer)["stats"]
+    except OSError:
+        return set()
+    return {
+        version
+        for version in VERSIONS
+        for stat in stats
+        if stat == {"name": HEALTHY_STAT.format(version), "value": 1}
+    }

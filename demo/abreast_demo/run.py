@@ -1,0 +1,109 @@
+"""The demo from one end to the other."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from abreast_demo.client import Client
+from abreast_demo.deploy import Addresses, deployed
+from abreast_demo.load import Load, Tally
+from abreast_demo.ports import LOOPBACK, Ports
+from abreast_demo.service import SERVICE
+from abreast_demo.traffic import Request, requests
+from abreast_demo.verdict import Result
+from abreast_sidecar.embedded.stack import Stack
+from abreast_sidecar.envoy.settings import Endpoint
+
+USERS_PORT, GRPC_PORT, HTTP_PORT = 8080, 50051, 8090
+STEPS = (0.0, 0.1, 0.25)  # share of users that new answers, each for an equal part of the time
+TRICKLE = 3.0  # requests a second, while the shop stays up
+FOR_EVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    seconds: float = 15.0
+    rate: float = 150.0  # requests a second
+    seed: int = 1
+    listen: Endpoint | None = None
+    stay: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The traffic is over and settled; `examples` are ids of pairs by finding."""
+
+    stack: Stack
+    result: Result
+    examples: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What a run tells of itself."""
+
+    say: Callable[[str], None]
+    ready: Callable[[Stack, Options], None]
+    step: Callable[[float], None]
+    progress: Callable[[Tally], None]
+    finished: Callable[[Finished], None]
+
+
+def run(options: Options, listener: Listener) -> Result | None:
+    """Return the result; None when the user ended it before there was one."""
+    results: list[Result] = []
+    _end_as_ctrl_c_does()
+    with Ports() as ports:
+        addresses = Addresses(
+            listen=options.listen or Endpoint(LOOPBACK, ports.prefer(USERS_PORT)),
+            grpc=Endpoint(LOOPBACK, ports.prefer(GRPC_PORT)),
+            http=Endpoint(LOOPBACK, ports.prefer(HTTP_PORT)),
+        )
+        try:
+            with deployed(addresses, listener.say) as stack:
+                listener.ready(stack, options)
+                asyncio.run(_session(stack, options, listener, results))
+        except KeyboardInterrupt:
+            listener.say("stopped")
+    return results[0] if results else None
+
+
+def _end_as_ctrl_c_does() -> None:
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(other) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(other, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+
+
+async def _session(stack: Stack, options: Options, listener: Listener, results: list[Result]) -> None:
+    users = requests(options.seed)
+    async with Client(stack.grpc_address, SERVICE) as client:
+        async with Load(stack.envoy_url, listener.progress) as load:
+            await _traffic(client, load, users, options, listener)
+            listener.say("waiting until everything is in the ledger")
+            finished = await _finished(stack, client, load.tally)
+        results.append(finished.result)
+        listener.finished(finished)
+        if options.stay:
+            async with Load(stack.envoy_url) as trickle:
+                await trickle.send(users, seconds=FOR_EVER, rate=TRICKLE)
+
+
+async def _traffic(
+    client: Client, load: Load, users: Iterator[Request], options: Options, listener: Listener
+) -> None:
+    part = options.seconds / len(STEPS)
+    for share in STEPS:
+        if share:
+            await client.move(share)
+        listener.step(share)
+        await load.send(itertools.islice(users, round(part * options.rate)), seconds=part, rate=options.rate)
+
+
+async def _finished(stack: Stack, client: Client, tally: Tally) -> Finished:
+    result = Result(tally, await client.settled(tally.safe), await client.all_found())
+    examples = {one.id: await client.an_example(one.id) for one in result.regressions[:1]}
+    return Finished(stack, result, examples)

@@ -1,0 +1,57 @@
+"""One version of the shop as a process: python -m abreast_demo.service --version old --listen 127.0.0.1:8001
+
+DATABASE_URL is this version's own Postgres database, CACHE_URL the Redis that both versions share. ABREAST_REDIS_URL
+and ABREAST_RELEASE are read by Abreast's middleware.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from abreast import ParallelRunMiddleware
+from abreast_demo.shop import Shop
+
+SERVICE = "shop"
+RELEASES = {"old": "shop-1.8", "new": "shop-2.0"}
+GRACE = 3  # seconds to finish what is under way
+
+
+def build(version: str, shop: Shop) -> ASGIApp:
+    if version == "old":
+        from abreast_demo import old
+
+        starlette = old.build(shop)
+        starlette.add_middleware(ParallelRunMiddleware, service=SERVICE)
+        return starlette
+    from abreast_demo import new
+
+    fastapi = new.build(shop)
+    fastapi.add_middleware(ParallelRunMiddleware, service=SERVICE)
+    return fastapi
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m abreast_demo.service", description="One version of the shop."
+    )
+    parser.add_argument("--version", choices=("old", "new"), required=True)
+    parser.add_argument("--listen", metavar="HOST:PORT", required=True)
+    arguments = parser.parse_args()
+    host, _, port = arguments.listen.rpartition(":")
+    missing = [name for name in ("DATABASE_URL", "CACHE_URL") if not os.environ.get(name)]
+    if missing or not port.isdigit():
+        sys.exit(f"shop: set {' and '.join(missing)}" if missing else "shop: --listen must be host:port")
+    os.environ.setdefault("ABREAST_RELEASE", RELEASES[arguments.version])
+    app = build(arguments.version, Shop(os.environ["DATABASE_URL"], os.environ["CACHE_URL"]))
+    uvicorn.run(
+        app, host=host, port=int(port), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+select id, name, category, price_cents, stock
+from product
+where id = %(id)s

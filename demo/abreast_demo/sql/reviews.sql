@@ -1,0 +1,4 @@
+select id, stars, words
+from review
+where product_id = %(id)s
+order by id

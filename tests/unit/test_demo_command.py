@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ABREAST = Path(sys.executable).with_name("abreast")
+
+
+def demo(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [str(ABREAST), "demo", "--once", *options]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (("--listen", "nowhere"), "127.0.0.1:8080"),
+        (("--seconds", "1"), "5<=x<=600"),
+        (("--rate", "many"), "not a valid float"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_wrong_option_is_told_before_anything_starts(options: tuple[str, ...], wanted: str) -> None:
+    done = demo(*options)
+
+    assert done.returncode == 2
+    assert wanted in done.stderr
+    assert "starting" not in done.stdout + done.stderr
+
+
+def test_an_address_that_is_asked_for_and_taken_is_an_error_not_another_address() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        done = demo("--json", "--listen", address)
+
+    assert done.returncode == 3
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"abreast: {address}")
+    assert "Traceback" not in done.stderr
