@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.compare import DocumentDiff
+from abreast_sidecar.compare.document import PER_PATH
 from abreast_sidecar.compare.value import NotJsonError, canonical, parse
 
 JSON = st.recursive(
@@ -88,7 +89,17 @@ def test_what_is_no_json_is_refused(body: bytes) -> None:
 
 
 def test_the_number_of_differences_is_bounded() -> None:
-    assert len(diff(list(range(1000)), [n + 5000 for n in range(1000)], limit=50)) == 50
+    old = {f"field_{chr(97 + n // 26)}{chr(97 + n % 26)}": n for n in range(400)} | {"other": "text"}
+
+    assert len(diff(old, {name: [value] for name, value in old.items()}, limit=50)) == 50
+
+
+def test_many_differences_of_one_path_do_not_hide_another() -> None:
+    old = {"list": list(range(1000)), "total": 1}
+    new = {"list": [n + 5000 for n in range(1000)], "total": 2}
+
+    assert diff(old, new, limit=200)[-1] == ("$.total", "changed")
+    assert len(diff(old, new, limit=200)) == PER_PATH + 1
 
 
 def test_values_are_cut() -> None:

@@ -154,11 +154,11 @@ def test_json_of_many_levels_is_compared_by_paths() -> None:
     ]
 
 
-def test_text_is_compared_as_a_whole() -> None:
+def test_text_is_compared_by_lines() -> None:
     text = (("content-type", "text/plain"),)
     judgement = compare(capture("old", b"[1]", headers=text), capture("new", b"[ 1 ]", headers=text))
 
-    assert seen(judgement) == [("body", "", "changed")]
+    assert seen(judgement) == [("body", "lines[*]", "changed")]
 
 
 def test_compressed_json_is_read() -> None:

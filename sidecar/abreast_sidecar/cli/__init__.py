@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from abreast_sidecar.errors import SidecarError
+from abreast_sidecar.cli.exits import EXITS, Exit, ended_by
 
-# name → module in this package that holds a click command called `command`
+# name → (module in this package that holds a click command called `command`, its line in the help)
 COMMANDS = {
-    "up": "up",
-    "demo": "demo",
-    "sidecar": "sidecar",
-    "envoy": "envoy",
-    "migrate": "migrate",
-    "status": "status",
-    "endpoints": "endpoints",
-    "findings": "findings",
-    "finding": "finding",
-    "pair": "pair",
-    "watch": "watch",
-    "traffic": "traffic",
-    "rollback": "rollback",
-    "promote": "promote",
-    "doctor": "doctor",
+    "up": ("up", "Start everything for two versions that already run."),
+    "demo": ("demo", "A shop in two versions, with traffic: see what differs."),
+    "sidecar": ("sidecar", "Run the worker, the API and Envoy's control."),
+    "envoy": ("envoy", "Render and check Envoy's configuration."),
+    "migrate": ("migrate", "Bring the ledger's schema up to date."),
+    "status": ("status", "How the sampled requests ended, held against Envoy's count."),
+    "endpoints": ("endpoints", "The endpoints that were seen, with outcomes and times."),
+    "findings": ("findings", "What differs, one cause a row."),
+    "finding": ("finding", "One finding, with examples to try."),
+    "pair": ("pair", "One request: both answers, what differs, and when."),
+    "watch": ("watch", "Findings as they appear and grow."),
+    "traffic": ("traffic", "Who answers users, and what is mirrored; or change it."),
+    "rollback": ("rollback", "Send all users to the old version, at once."),
+    "promote": ("promote", "Send all users to the new version."),
+    "compare": ("compare", "Two answers in files: what differs."),
+    "doctor": ("doctor", "Why does nothing show up?"),
 }
 
 
@@ -37,9 +38,34 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"abreast_sidecar.cli.{COMMANDS[cmd_name]}")
+        module = importlib.import_module(f"abreast_sidecar.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = module.command
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """From the table, so that help imports no command."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_module, line) in COMMANDS.items()])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(int(code)), meaning) for code, meaning in EXITS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # click would end with 1
+            return ended_by(error)
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Always ends the process, with one line on stderr and an exit code of ours."""
+        extra |= {"standalone_mode": False, "prog_name": "abreast"}
+        try:
+            code = super().main(*args, **extra)
+            sys.stdout.flush()  # a reader that left shows up here
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # what is not foreseen is raised again
+            code = ended_by(error)
+        sys.exit(code if isinstance(code, int) else Exit.OK)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,8 +75,4 @@ def abreast() -> None:
 
 
 def main(*args: Any, **kwargs: Any) -> None:
-    try:
-        abreast(*args, **kwargs)
-    except SidecarError as error:
-        click.echo(f"abreast: {error}", err=True)
-        sys.exit(2)
+    abreast(*args, **kwargs)

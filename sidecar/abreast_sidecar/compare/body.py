@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-import zlib
-from typing import Any
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from abreast.capture import Answer, Body
-from abreast_sidecar.compare.difference import Difference, Kind, Rules
+from abreast_sidecar.compare.coding import Decoded, decoded
+from abreast_sidecar.compare.difference import Difference, Impact, Kind, Rules
 from abreast_sidecar.compare.document import DocumentDiff
+from abreast_sidecar.compare.formats import Plain, UnreadableError, documents, json_of
 from abreast_sidecar.compare.headers import first
-from abreast_sidecar.compare.value import VALUE_LIMIT, NotJsonError, parse, shown
+from abreast_sidecar.compare.media import Format, byte_order_mark, media, sniffed
+from abreast_sidecar.compare.value import read, shown
 
-GZIP_OR_ZLIB = 47  # zlib's wbits: 15, plus 32 to find out which
-PREVIEW = 120  # characters of a body that is no JSON
+PREVIEW = 50  # characters of a body that has no structure
+PARTIAL_CONTENT = 206
+ENCODING = (
+    "(encoding)"  # the path of a byte order mark, or of another encoding than UTF-8 that nothing declares
+)
+
+Keyed = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class BodyResult:
+    differences: list[Difference]
+    note: str = ""  # what is odd about the bodies, for people
+    unreadable: bool = False  # the bytes differ and can't be decoded, so nothing is known
+    too_large: bool = False  # only the bytes as sent were compared
+
+
+def body_differences(old: Answer, new: Answer, rules: Rules) -> list[Difference]:
+    return compare_bodies(old, new, rules).differences
 
 
 def same_bytes(old: Body, new: Body) -> bool:
@@ -23,71 +44,202 @@ def same_bytes(old: Body, new: Body) -> bool:
     return old.fingerprint() == new.fingerprint()
 
 
-def body_differences(old: Answer, new: Answer, rules: Rules) -> list[Difference]:
+def compare_bodies(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None = None) -> BodyResult:
     if same_bytes(old.body, new.body):
-        return []
+        return BodyResult([])
     if not (old.body.whole and new.body.whole):
-        return [_whole("changed", old.body, new.body)]
+        return BodyResult([_whole("changed", old, new)])
     if not old.body.length or not new.body.length:
-        return [_whole("added" if new.body.length else "removed", old.body, new.body)]
-    left, right = _json(old, rules), _json(new, rules)
-    if left is _NOT_JSON and right is _NOT_JSON:
-        same = _decoded(old, rules) == _decoded(new, rules)
-        return [] if same else [_whole("changed", old.body, new.body)]
-    if left is _NOT_JSON or right is _NOT_JSON:
-        return [_whole("type", old.body, new.body)]
+        return BodyResult([_whole("added" if new.body.length else "removed", old, new)])
+    if _is_plain_json(old) and _is_plain_json(new) and (found := _plain_json(old, new, rules, keyed)):
+        return found
+    left, right = _decoded(old, rules), _decoded(new, rules)
+    if left.problem or right.problem:
+        return _undecoded(left, right, old, new)
+    if left.data == right.data:
+        return BodyResult([])
+    sides = (
+        Plain(left.data, media(first(old.headers, "content-type"))),
+        Plain(right.data, media(first(new.headers, "content-type"))),
+    )
+    return _compared(Comparison(old, new, *sides, rules, keyed))
+
+
+def _is_plain_json(answer: Answer) -> bool:
+    """What nearly all answers are: JSON that is not compressed, in UTF-8."""
+    plain = media(first(answer.headers, "content-type")).format == "json"
+    return plain and b"\0" < answer.body.held[:1] < b"\x80" and not first(answer.headers, "content-encoding")
+
+
+def _plain_json(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None) -> BodyResult | None:
+    """Nothing where it is not so simple after all."""
+    if PARTIAL_CONTENT in {old.status, new.status}:
+        return None
     try:
-        return DocumentDiff(rules.max_differences).compare(left, right)
+        (left, text), (right, other) = read(old.body.held), read(new.body.held)
+        if text and text == other:
+            return BodyResult([])
+        return BodyResult(DocumentDiff(rules.max_differences, keyed=keyed).compare(left, right))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _decoded(answer: Answer, rules: Rules) -> Decoded:
+    coding = first(answer.headers, "content-encoding")
+    return decoded(answer.body.held, coding, rules.max_decoded) if coding else Decoded(answer.body.held)
+
+
+def _undecoded(left: Decoded, right: Decoded, old: Answer, new: Answer) -> BodyResult:
+    problems = {left.problem, right.problem}
+    sides = " and ".join(name for name, side in (("old", left), ("new", right)) if side.problem)
+    coding = left.coding or right.coding
+    if "unknown" in problems:
+        return BodyResult([], f"content-encoding {coding} can't be decoded here: {sides}", unreadable=True)
+    if "too large" in problems:
+        note = f"a compressed body is larger than what is decoded: {sides}"
+        return BodyResult([_whole("changed", old, new)], note, too_large=True)
+    kind: Kind = "changed" if left.problem == right.problem else "type"
+    return BodyResult([_whole(kind, old, new)], f"the body is not the {coding} its header says: {sides}")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two bodies that differ, held and decoded."""
+
+    old: Answer
+    new: Answer
+    left: Plain
+    right: Plain
+    rules: Rules
+    keyed: Keyed | None
+
+    def whole(self, kind: Kind) -> Difference:
+        return _whole(kind, self.old, self.new)
+
+    def partial(self) -> bool:
+        return PARTIAL_CONTENT in (self.old.status, self.new.status)
+
+
+def _compared(pair: Comparison) -> BodyResult:
+    left, right = _format(pair.left, pair.right), _format(pair.right, pair.left)
+    if left == right == "json" and not pair.partial():
+        return _json(pair)
+    if pair.partial() and "multipart" not in {left, right}:
+        return BodyResult([pair.whole("changed")], "a part of a body is compared by its bytes")
+    if "json" in {left, right}:
+        kind: Kind = "type" if _is_json(pair.left) != _is_json(pair.right) else "changed"
+        return BodyResult([pair.whole(kind)], "one body is JSON")
+    found = _mislabelled(pair, left) if left == right else None
+    if found is not None:
+        return found
+    if left != right and "bytes" in {left, right}:
+        return BodyResult([pair.whole("type")])
+    return _structured(pair, left if left == right else "text")
+
+
+def _format(side: Plain, other: Plain) -> Format:
+    """What it says it is; else what the other says; else what it begins like."""
+    for said in (side.media, other.media if not side.media.essence else side.media):
+        if said.format != "unknown":
+            return said.format
+    return sniffed(side.data)
+
+
+def _json(pair: Comparison) -> BodyResult:
+    try:
+        (old, text), (new, other) = json_of(pair.left), json_of(pair.right)
+    except (ValueError, RecursionError):
+        return _not_json(pair)
+    if text and text == other:
+        return BodyResult(_encodings(pair))
+    return BodyResult([*_encodings(pair), *_walked(pair, old, new, "$")])
+
+
+def _is_json(side: Plain) -> bool:
+    try:
+        json_of(side)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _not_json(pair: Comparison) -> BodyResult:
+    left, right = _is_json(pair.left), _is_json(pair.right)
+    if left != right:
+        return BodyResult([pair.whole("type")], f"{'old' if right else 'new'}'s body is not valid JSON")
+    found = _structured(pair, "text")
+    return replace(found, note="the content type says JSON, and neither body is valid JSON")
+
+
+def _mislabelled(pair: Comparison, kind: Format) -> BodyResult | None:
+    """JSON under the name of something else is compared by its paths too."""
+    if kind not in {"text", "html", "bytes"} or {sniffed(pair.left.data), sniffed(pair.right.data)} != {
+        "json"
+    }:
+        return None
+    if not (_is_json(pair.left) and _is_json(pair.right)):
+        return None
+    found = _json(pair)
+    if kind == "text" and not found.differences:
+        return None  # then it differs as the text that it says it is
+    return replace(found, note=f"the content type says {pair.left.media.essence}, and the bodies are JSON")
+
+
+def _structured(pair: Comparison, kind: Format) -> BodyResult:
+    try:
+        found = documents(kind, pair.left, pair.right)
+    except UnreadableError as error:
+        if error.old != error.new:
+            side = "old" if error.old else "new"
+            return BodyResult([pair.whole("type")], f"{side}'s body is not the {kind} it claims to be")
+        return BodyResult([pair.whole("changed")]) if kind in {"text", "bytes"} else _structured(pair, "text")
+    differences = _walked(pair, found.old, found.new, found.root)
+    if not differences and not found.alike():
+        differences = [replace(pair.whole("order"), path=found.root, place=found.root)]
+    return BodyResult([*_encodings(pair), *differences])
+
+
+def _walked(pair: Comparison, old: object, new: object, root: str) -> list[Difference]:
+    try:
+        return DocumentDiff(pair.rules.max_differences, root=root, keyed=pair.keyed).compare(old, new)
     except RecursionError:  # deeper than any reader of it goes
-        return [_whole("changed", old.body, new.body)]
+        return [pair.whole("changed")]
 
 
-_NOT_JSON: Any = object()
+def _encodings(pair: Comparison) -> list[Difference]:
+    old, new = _encoding(pair.left.data), _encoding(pair.right.data)
+    if old == new:
+        return []
+    impact: Impact = "breaking" if old == "utf-8" else "value"
+    return [Difference("body", ENCODING, ENCODING, "changed", impact, shown(old), shown(new))]
 
 
-def _json(answer: Answer, rules: Rules) -> Any:
-    body = _decoded(answer, rules)
-    if not _claims_json(answer, body):
-        return _NOT_JSON
-    try:
-        return parse(body)
-    except NotJsonError:
-        return _NOT_JSON
+def _encoding(data: bytes) -> str:
+    mark, name = byte_order_mark(data)
+    if mark:
+        return f"{name} with a byte order mark"
+    return json.detect_encoding(data[:4]) if b"\0" in data[:4] else "utf-8"
 
 
-def _claims_json(answer: Answer, body: bytes) -> bool:
-    kind = first(answer.headers, "content-type").partition(";")[0].strip().lower()
-    if kind:
-        return kind.endswith(("/json", "+json"))
-    return body.lstrip()[:1] in {b"{", b"["}
-
-
-def _decoded(answer: Answer, rules: Rules) -> bytes:
-    """The body without gzip or deflate; as it is where that fails or grows too large."""
-    body = answer.body.held
-    if first(answer.headers, "content-encoding").strip().lower() not in {"gzip", "x-gzip", "deflate"}:
-        return body
-    reader = zlib.decompressobj(GZIP_OR_ZLIB)
-    try:
-        plain = reader.decompress(body, rules.max_decoded)
-    except zlib.error:
-        return body
-    return plain if reader.eof else body
-
-
-def _whole(kind: Kind, old: Body, new: Body) -> Difference:
+def _whole(kind: Kind, old: Answer, new: Answer) -> Difference:
+    impacts: dict[Kind, Impact] = {"added": "additive", "changed": "value", "order": "value"}
     return Difference(
         part="body",
         path="",
         place="",
         kind=kind,
-        impact="additive" if kind == "added" else "value" if kind == "changed" else "breaking",
+        impact=impacts.get(kind, "breaking"),
         old=None if kind == "added" else preview(old),
         new=None if kind == "removed" else preview(new),
     )
 
 
-def preview(body: Body) -> str:
-    """JSON text that says what a person needs: the beginning, the length, the digest."""
-    beginning = body.held[: VALUE_LIMIT // 4].decode("utf-8", "replace")[:PREVIEW]
-    return shown({"length": body.length, "digest": body.fingerprint(), "beginning": beginning})
+def preview(answer: Answer) -> str:
+    """JSON text that says what a person needs: the length, the digest, the type, how a text begins."""
+    body = answer.body
+    kind = sniffed(body.held)
+    said = media(first(answer.headers, "content-type")).essence
+    told = {"length": body.length, "digest": body.fingerprint(), "type": said[:PREVIEW] or kind}
+    if kind != "bytes":
+        told["beginning"] = body.held[: 4 * PREVIEW].decode("utf-8", "replace")[:PREVIEW]
+    return shown(told)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from abreast.capture import Capture
+
+if TYPE_CHECKING:
+    from abreast_sidecar.compare.rules import RuleSet
 
 Part = Literal["status", "header", "body", "error", "latency"]
 Kind = Literal["added", "removed", "changed", "type", "order", "slower"]
@@ -31,14 +34,18 @@ VOLATILE_HEADERS = frozenset(
         "alt-svc",
         "cf-*",
         "connection",
-        "content-length",  # said again, and better, by the body
+        "content-digest",
+        "content-length",  # said again, and better, by the body; so do the digests
+        "content-md5",
         "date",
+        "digest",
         "etag",
         "expires",  # a moment; cache-control is compared
         "keep-alive",
         "last-modified",
         "nel",
         "report-to",
+        "repr-digest",
         "server",
         "server-timing",
         "traceparent",
@@ -75,6 +82,8 @@ class Difference:
     impact: Impact
     old: str | None  # JSON text of at most VALUE_LIMIT characters; None where there is none
     new: str | None
+    explained_by: str = ""  # the rule that covers it
+    hint: str = ""  # a rule that would: `keyed-by id`, `unordered`
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,7 @@ class Rules:
     volatile_headers: frozenset[str] = VOLATILE_HEADERS  # lower case
     max_differences: int = 200  # of one pair; what is beyond says nothing new
     max_decoded: int = 16 * 1024 * 1024  # bytes of a compressed body, decoded
+    declared: RuleSet | None = None  # those of the user that hold today
 
     @classmethod
     def ignoring(cls, headers: tuple[str, ...]) -> Rules:
@@ -101,7 +111,8 @@ class Judgement:
     old: Capture | None = None
     new: Capture | None = None
     baseline: Capture | None = None  # a second answer of old
-    differences: tuple[Difference, ...] = ()  # old against new
+    differences: tuple[Difference, ...] = ()  # old against new, that no rule explains
+    explained: tuple[Difference, ...] = ()  # old against new, each with the rule that explains it
     noise: tuple[Difference, ...] = ()  # old against old
     baseline_compared: bool = False
     reason: str = field(default="")

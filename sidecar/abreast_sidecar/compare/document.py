@@ -1,21 +1,21 @@
-"""Differences between two JSON values, in time linear in their size.
-
-Lists are compared as multisets of canonical texts first: equal elements pair up wherever they stand, so that one
-element inserted at the front is one difference and not as many as the list is long. What is left pairs up in order.
-"""
+"""Differences between two JSON values, in time linear in their size."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+from abreast_sidecar.compare.array import in_order, match
 from abreast_sidecar.compare.difference import Difference, Impact, Kind
-from abreast_sidecar.compare.path import Trail, exact, general
-from abreast_sidecar.compare.value import canonical, shown, type_name
+from abreast_sidecar.compare.found import found_at
+from abreast_sidecar.compare.path import Place
+from abreast_sidecar.compare.value import RepeatedKey, canonical, type_name
 
 MAX_DEPTH = 200  # levels; below them values are only compared as a whole
+MAX_ARRAYS = 8  # arrays in arrays whose elements are looked for elsewhere; below them only in order
+PER_PATH = 20  # differences of one path and kind; further ones must not crowd out others
 
-_SCALARS = (str, int, float, bool, type(None))
+_ABSENT: Any = object()
 _IMPACTS: dict[Kind, Impact] = {
     "added": "additive",
     "removed": "breaking",
@@ -26,105 +26,84 @@ _IMPACTS: dict[Kind, Impact] = {
 
 
 class DocumentDiff:
-    """Collects at most `limit` differences."""
+    """Collects at most `limit` differences.
 
-    def __init__(self, limit: int) -> None:
+    `keyed` tells the field that identifies the elements of the array at a generalised path, or nothing.
+    """
+
+    def __init__(self, limit: int, *, root: str = "$", keyed: Callable[[str], str] | None = None) -> None:
         self.limit = limit
+        self.root = root
+        self.keyed = keyed
         self.found: list[Difference] = []
-        self.trail: Trail = []
+        self.work = 0  # values looked at
+        self._times: dict[tuple[str, Kind], int] = {}
+        self._arrays = 0
 
     def compare(self, old: Any, new: Any) -> list[Difference]:
-        self._value(old, new)
+        self._value(Place(None, self.root, old, new))
         return self.found
 
-    def _value(self, old: Any, new: Any) -> None:
-        if len(self.found) >= self.limit:
-            return
-        if type(old) is dict and type(new) is dict and len(self.trail) < MAX_DEPTH:
-            self._object(old, new)
-        elif type(old) is list and type(new) is list and len(self.trail) < MAX_DEPTH:
-            self._array(old, new)
-        elif type_name(old) != type_name(new):
-            self._report("type", old, new)
-        elif type(old) is not type(new) or (old != new and canonical(old) != canonical(new)):
-            self._report("changed", old, new)
+    def _value(self, place: Place) -> None:
+        old, new = place.old, place.new
+        kind = type(old)
+        self.work += 1
+        if kind is not type(new):
+            self._report("changed" if type_name(old) == type_name(new) else "type", place)
+        elif kind is dict and place.depth < MAX_DEPTH:
+            self._object(place, old, new)
+        elif kind is list and place.depth < MAX_DEPTH:
+            self._array(place, old, new)
+        elif old != new and canonical(old) != canonical(new):
+            self._report("changed", place)
 
-    def _object(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        trail = self.trail
+    def _object(self, place: Place, old: dict[str, Any], new: dict[str, Any]) -> None:
+        self.work += len(old)
+        common = 0
         for key, value in old.items():
-            if key in new:
-                other = new[key]
-                if type(value) is type(other) and isinstance(value, _SCALARS) and value == other:
-                    continue
-                trail.append(key)
-                self._value(value, other)
-            else:
-                trail.append(key)
-                self._report("removed", value, None)
-            trail.pop()
-        for key in new.keys() - old.keys() if new.keys() != old.keys() else ():
-            self._at(key, "added", None, new[key])
+            other = new.get(key, _ABSENT)
+            if other is _ABSENT:
+                self._report("removed", Place(place, key, value, None))
+                continue
+            common += 1
+            if value is other:
+                continue
+            kind = type(value)
+            if kind is type(other) and kind is not dict and kind is not list and value == other:
+                continue
+            if len(self.found) >= self.limit:
+                return
+            self._value(Place(place, key, value, other))
+        if common < len(new):
+            for key, value in new.items():
+                if key not in old:
+                    self._report("added", Place(place, key, None, value))
 
-    def _array(self, old: list[Any], new: list[Any]) -> None:
-        texts, others = [canonical(item) for item in old], [canonical(item) for item in new]
-        if texts == others:
-            return
-        if len(texts) == len(others) and (places := _in_place(texts, others)):
-            self._pairs(old, new, places, places)
-            return
-        common = Counter(texts) & Counter(others)
-        kept, left = _split(texts, common)
-        kept_new, left_new = _split(others, common)
-        if kept != kept_new:
-            self._report("order", old, new)
-        self._pairs(old, new, left, left_new)
-        for index in left[len(left_new) :]:
-            self._at(index, "removed", old[index], None)
-        for index in left_new[len(left) :]:
-            self._at(index, "added", None, new[index])
-
-    def _pairs(self, old: list[Any], new: list[Any], left: list[int], right: list[int]) -> None:
-        for index, other in zip(left, right, strict=False):
-            self.trail.append(index)
-            self._value(old[index], new[other])
-            self.trail.pop()
-
-    def _at(self, step: str | int, kind: Kind, old: Any, new: Any) -> None:
-        self.trail.append(step)
-        self._report(kind, old, new)
-        self.trail.pop()
-
-    def _report(self, kind: Kind, old: Any, new: Any) -> None:
-        if len(self.found) >= self.limit:
-            return
-        self.found.append(
-            Difference(
-                part="body",
-                path=general(self.trail),
-                place=exact(self.trail),
-                kind=kind,
-                impact=_IMPACTS[kind],
-                old=None if kind == "added" else shown(old),
-                new=None if kind == "removed" else shown(new),
-            )
-        )
-
-
-def _in_place(texts: list[bytes], others: list[bytes]) -> list[int]:
-    """The indices that differ, if no element merely moved; else none."""
-    places = [index for index, (text, other) in enumerate(zip(texts, others, strict=True)) if text != other]
-    moved = {texts[index] for index in places} & {others[index] for index in places}
-    return [] if moved else places
-
-
-def _split(texts: list[bytes], common: Counter[bytes]) -> tuple[list[bytes], list[int]]:
-    """The texts that have a partner on the other side, and the indices of those that have none."""
-    free = common.copy()
-    kept, left = [], []
-    for index, text in enumerate(texts):
-        if free[text] > 0:
-            free[text] -= 1
-            kept.append(text)
+    def _array(self, place: Place, old: list[Any], new: list[Any]) -> None:
+        self.work += len(old) + len(new)
+        if self._arrays >= MAX_ARRAYS:
+            found = in_order(old, new)
         else:
-            left.append(index)
-    return kept, left
+            by = self.keyed(place.general()) if self.keyed is not None else ""
+            found = match(old, new, by=by)
+        if found.moved:
+            self._report("order", place, hint=f"keyed-by {found.by}" if found.by else "unordered")
+        self._arrays += 1
+        for index, other in found.pairs:
+            if len(self.found) >= self.limit:
+                break
+            self._value(Place(place, index, old[index], new[other]))
+        self._arrays -= 1
+        for index in found.removed:
+            self._report("removed", Place(place, index, old[index], None))
+        for index in found.added:
+            self._report("added", Place(place, index, None, new[index]))
+
+    def _report(self, kind: Kind, place: Place, *, hint: str = "") -> None:
+        path = place.general()
+        times = self._times.get((path, kind), 0)
+        if times >= PER_PATH or len(self.found) >= self.limit:
+            return
+        self._times[path, kind] = times + 1
+        impact = "breaking" if kind == "added" and type(place.step) is RepeatedKey else _IMPACTS[kind]
+        self.found.append(found_at(place, path, kind, impact, hint))

@@ -1,15 +1,18 @@
-"""Differences between two answers' headers. Order between names means nothing, order within a name does."""
+"""Differences between two answers' headers, by what they mean. Order between names means nothing."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
-from abreast.capture import Headers
+from abreast.capture import Headers, Request
 from abreast_sidecar.compare.difference import Difference, Impact, Kind
+from abreast_sidecar.compare.meaning import LISTS, cookie, location, meaning
+from abreast_sidecar.compare.media import media
 from abreast_sidecar.compare.value import shown
 
-# Attributes of a cookie that are a moment, not a meaning.
-_MOMENTS = ("expires=",)
+_ADDRESSES = frozenset({"location", "content-location"})
+_IMPACTS: dict[Kind, Impact] = {"added": "additive", "removed": "breaking", "changed": "value"}
 
 
 def first(headers: Headers, name: str) -> str:
@@ -25,17 +28,27 @@ def _split(volatile: frozenset[str]) -> tuple[frozenset[str], tuple[str, ...]]:
     return frozenset(name for name in volatile if not name.endswith("*")), prefixes
 
 
-def header_differences(old: Headers, new: Headers, volatile: frozenset[str]) -> list[Difference]:
+def header_differences(
+    old: Headers, new: Headers, volatile: frozenset[str], request: Request | None = None
+) -> list[Difference]:
+    """`request`: what both answered, so that relative and absolute addresses can be told to be the same."""
     if old == new:
         return []
     names, prefixes = _split(volatile)
     left, right = _grouped(old, names, prefixes), _grouped(new, names, prefixes)
+    if left == right:
+        return []
     found = []
     for name in sorted(left.keys() | right.keys()):
         values, others = left.get(name), right.get(name)
-        if values != others:
+        if values != others and _meant(name, values, request) != _meant(name, others, request):
             found.append(_difference(name, values, others))
     return found
+
+
+def trailer_differences(old: Headers, new: Headers, volatile: frozenset[str]) -> list[Difference]:
+    found = header_differences(old, new, volatile)
+    return [replace(one, path=f"trailer {one.path}", place=f"trailer {one.place}") for one in found]
 
 
 def _grouped(headers: Headers, volatile: frozenset[str], prefixes: tuple[str, ...]) -> dict[str, list[str]]:
@@ -44,30 +57,34 @@ def _grouped(headers: Headers, volatile: frozenset[str], prefixes: tuple[str, ..
         if name in volatile or name.startswith(prefixes):
             continue
         if name == "set-cookie":
-            cookie, _, attributes = value.partition(";")
-            # The value itself is one session's; that the cookie is set, and how, is the version's.
-            grouped.setdefault(f"set-cookie[{cookie.partition('=')[0].strip()}]", []).append(
-                _attributes(attributes)
-            )
+            known, attributes = cookie(value)
+            grouped.setdefault(f"set-cookie[{known}]", []).append(attributes)
         else:
             grouped.setdefault(name, []).append(value.strip())
     return grouped
 
 
-def _attributes(text: str) -> str:
-    parts = {part.strip().lower() for part in text.split(";") if part.strip()}
-    return "; ".join(sorted(part for part in parts if not part.startswith(_MOMENTS)))
+def _meant(name: str, values: list[str] | None, request: Request | None) -> list[str] | None:
+    if values is None:
+        return None
+    if name in LISTS:
+        return [meaning(name, ",".join(values))]
+    if name in _ADDRESSES and request is not None and (host := first(request.headers, "host")):
+        return [location(value, host, request.path) for value in values]
+    return [meaning(name, value) for value in values]
 
 
 def _difference(name: str, values: list[str] | None, others: list[str] | None) -> Difference:
     kind: Kind = "added" if values is None else "removed" if others is None else "changed"
-    impacts: dict[Kind, Impact] = {"added": "additive", "removed": "breaking", "changed": "value"}
+    impact = _IMPACTS[kind]
+    if name == "content-type" and values and others and media(values[0]).essence != media(others[0]).essence:
+        impact = "breaking"
     return Difference(
         part="header",
         path=name,
         place=name,
         kind=kind,
-        impact=impacts[kind],
+        impact=impact,
         old=None if values is None else shown(values[0] if len(values) == 1 else values),
         new=None if others is None else shown(others[0] if len(others) == 1 else others),
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from abreast.capture import Capture
-from abreast_sidecar.compare.body import body_differences
-from abreast_sidecar.compare.difference import Difference, Judgement, Outcome, Rules
-from abreast_sidecar.compare.headers import first, header_differences
+from abreast_sidecar.compare.body import BodyResult, compare_bodies
+from abreast_sidecar.compare.difference import Difference, Judgement, Kind, Outcome, Rules
+from abreast_sidecar.compare.headers import first, header_differences, trailer_differences
 from abreast_sidecar.compare.path import route_of
+from abreast_sidecar.compare.rules import RuleSet, Subject
+from abreast_sidecar.compare.value import shown
 
 ERROR = 500
 TOO_MANY_REQUESTS = 429
@@ -36,24 +38,42 @@ def judge(captures: Sequence[Capture], rules: Rules, *, swept: bool = False) -> 
     """
     sides = choose(captures)
     method, route = endpoint(sides)
-    noise, compared = _noise(sides, rules)
-    outcome, reason, differences = _verdict(sides, rules, swept=swept)
+    declared = rules.declared.of(subject(sides, f"{method} {route}")) if rules.declared else None
+    noise, compared = _noise(sides, rules, declared)
+    verdict = _verdict(sides, rules, declared, swept=swept)
     return Judgement(
-        outcome=outcome,
+        outcome=verdict.outcome,
         method=method,
         route=route,
         old=sides.old,
         new=sides.new,
         baseline=sides.baseline,
-        differences=tuple(differences),
+        differences=tuple(verdict.differences),
+        explained=tuple(verdict.explained),
         noise=tuple(noise),
         baseline_compared=compared,
-        reason=reason,
+        reason=verdict.reason,
+    )
+
+
+def subject(sides: Sides, endpoint: str) -> Subject:
+    """What rules may be limited to."""
+    old, new = sides.old, sides.new
+    known = new or old or sides.baseline
+    return Subject(
+        service=known.service if known else "",
+        endpoint=endpoint,
+        old_release=old.release if old else "",
+        new_release=new.release if new else "",
+        statuses=(status(old) if old else 0, status(new) if new else 0),
     )
 
 
 def choose(captures: Sequence[Capture]) -> Sides:
     """The first answers of each version, live before shadow; a further one of old is baseline."""
+    if len(captures) == 2 and captures[0].version != captures[1].version:
+        old, new = captures if captures[0].version == "old" else (captures[1], captures[0])
+        return Sides(old, new, None)
     ordered = sorted(captures, key=lambda capture: (capture.attempt, _LIVE_FIRST[capture.role]))
     olds = [capture for capture in ordered if capture.version == "old"]
     news = [capture for capture in ordered if capture.version == "new"]
@@ -73,38 +93,58 @@ def endpoint(sides: Sides) -> tuple[str, str]:
     return named.request.method, route_of(named.request.route, named.request.path)
 
 
-def _noise(sides: Sides, rules: Rules) -> tuple[list[Difference], bool]:
+def _noise(sides: Sides, rules: Rules, declared: RuleSet | None) -> tuple[list[Difference], bool]:
     old, again = sides.old, sides.baseline
     if old is None or again is None or not _comparable(old, again):
         return [], False
-    return _differences(old, again, rules), True
+    return _differences(old, again, rules, declared).differences, True
 
 
-def _verdict(sides: Sides, rules: Rules, *, swept: bool) -> tuple[Outcome, str, list[Difference]]:
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    outcome: Outcome
+    reason: str = ""
+    differences: list[Difference] = field(default_factory=list)
+    explained: list[Difference] = field(default_factory=list)
+
+
+def _verdict(sides: Sides, rules: Rules, declared: RuleSet | None, *, swept: bool) -> Verdict:
     old, new = sides.old, sides.new
     if old is None:
-        return "only_new", "no capture of old arrived in time", []
+        return Verdict("only_new", "no capture of old arrived in time")
     if new is None:
         return _without_new(sides, swept=swept)
     if (old.client_left and not old.complete) or (new.client_left and not new.complete):
-        return "aborted", "the client left before the answer was whole", []
+        return Verdict("aborted", "the client left before the answer was whole")
     if _sheds(old) != _sheds(new):
-        return "shed", f"{'old' if _sheds(old) else 'new'} was shedding load", []
+        return Verdict("shed", f"{'old' if _sheds(old) else 'new'} was shedding load")
     if _conditional(old) and NOT_MODIFIED in {status(old), status(new)} and status(old) != status(new):
-        return "not_compared", "a conditional request: validators belong to one build", []
-    found = _differences(old, new, rules)
-    if any(difference.part == "body" for difference in found) and not _held(old, new):
-        return "oversize", "a body is longer than what is captured; only its digest was compared", found
-    return ("mismatch" if found else "match"), "", found
+        return Verdict("not_compared", "a conditional request: validators belong to one build")
+    return _weighed(old, new, _differences(old, new, rules, declared), declared)
 
 
-def _without_new(sides: Sides, *, swept: bool) -> tuple[Outcome, str, list[Difference]]:
+def _weighed(old: Capture, new: Capture, found: BodyResult, declared: RuleSet | None) -> Verdict:
+    differences, explained = found.differences, []
+    if declared and differences:
+        told = declared.explain(differences)
+        differences = [difference for difference in told if not difference.explained_by]
+        explained = [difference for difference in told if difference.explained_by]
+    cut = found.too_large or not (old.answer.body.whole and new.answer.body.whole)
+    if cut and any(difference.part == "body" for difference in differences):
+        reason = found.note or "a body is longer than what is captured; only its digest was compared"
+        return Verdict("oversize", reason, differences, explained)
+    if found.unreadable and not differences:
+        return Verdict("not_compared", found.note, differences, explained)
+    return Verdict("mismatch" if differences else "match", found.note, differences, explained)
+
+
+def _without_new(sides: Sides, *, swept: bool) -> Verdict:
     """Joined without new: it was out and old answered both, or an attempt at it left no capture."""
     if not swept and sides.old is not None and sides.baseline is not None:
         if max(sides.old.attempt, sides.baseline.attempt) == 1:
-            return "baseline_only", "new was out: old got all copies", []
-        return "only_old", "new did not answer, and the request was tried again on old", []
-    return "only_old", "no capture of new arrived in time", []
+            return Verdict("baseline_only", "new was out: old got all copies")
+        return Verdict("only_old", "new did not answer, and the request was tried again on old")
+    return Verdict("only_old", "no capture of new arrived in time")
 
 
 def _comparable(one: Capture, other: Capture) -> bool:
@@ -128,22 +168,37 @@ def _conditional(capture: Capture) -> bool:
     return any(name in CONDITIONS for name, _ in capture.request.headers)
 
 
-def _held(old: Capture, new: Capture) -> bool:
-    return old.answer.body.whole and new.answer.body.whole
-
-
-def _differences(old: Capture, new: Capture, rules: Rules) -> list[Difference]:
+def _differences(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -> BodyResult:
     found = []
     if status(old) != status(new):
         found.append(_status(old, new))
         if status(old) // 100 != status(new) // 100:
-            return found  # the rest follows from it: one cause, one finding
-    if old.complete != new.complete:
-        return [*found, _unfinished(old, new)]
-    found += header_differences(old.answer.headers, new.answer.headers, rules.volatile_headers)
-    if old.request.method != "HEAD":
-        found += body_differences(old.answer, new.answer, rules)
-    return found[: rules.max_differences]
+            return BodyResult(found)  # the rest follows from it: one cause, one finding
+    if _broken_off(old) != _broken_off(new):
+        return BodyResult([*found, _unfinished(old, new)])
+    if old.raised != new.raised:
+        found.append(_raised(old, new))
+    before, after = old.answer, new.answer
+    found += header_differences(before.headers, after.headers, rules.volatile_headers, old.request)
+    if before.trailers or after.trailers:
+        found += trailer_differences(before.trailers, after.trailers, rules.volatile_headers)
+    if old.request.method == "HEAD" or _broken_off(old):
+        return BodyResult(found[: rules.max_differences])
+    keyed = declared.identity if declared and declared.keyed else None
+    bodies = compare_bodies(before, after, rules, keyed)
+    if not found:
+        return bodies
+    return replace(bodies, differences=[*found, *bodies.differences][: rules.max_differences])
+
+
+def _broken_off(capture: Capture) -> bool:
+    """Less came than was promised."""
+    if not capture.complete:
+        return True
+    if capture.request.method == "HEAD" or capture.answer.status in {204, NOT_MODIFIED}:
+        return False
+    promised = first(capture.answer.headers, "content-length")
+    return promised.isdecimal() and promised.isascii() and int(promised[:18]) > capture.answer.body.length
 
 
 def _status(old: Capture, new: Capture) -> Difference:
@@ -161,18 +216,33 @@ def _status(old: Capture, new: Capture) -> Difference:
 
 def _unfinished(old: Capture, new: Capture) -> Difference:
     """One side's answer broke off in the middle."""
+    new_only = _broken_off(new)
     return Difference(
         part="error",
         path="unfinished",
         place="",
-        kind="removed" if old.complete else "added",
-        impact="breaking" if old.complete else "value",
+        kind="removed" if new_only else "added",
+        impact="breaking" if new_only else "value",
         old=_state(old),
         new=_state(new),
     )
 
 
 def _state(capture: Capture) -> str:
-    if capture.complete:
+    if not _broken_off(capture):
         return '"complete"'
-    return f'"broken off by {capture.raised or "the application"}"'
+    return shown(f"broken off by {capture.raised or 'the application'}")
+
+
+def _raised(old: Capture, new: Capture) -> Difference:
+    """An application raised, whatever the client was told."""
+    kind: Kind = "changed" if old.raised and new.raised else "removed" if old.raised else "added"
+    return Difference(
+        part="error",
+        path="raised",
+        place="",
+        kind=kind,
+        impact="value",
+        old=shown(old.raised) if old.raised else None,
+        new=shown(new.raised) if new.raised else None,
+    )

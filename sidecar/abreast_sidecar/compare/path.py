@@ -1,12 +1,13 @@
-"""Paths into JSON documents, and endpoints for requests without a route template."""
+"""Paths into documents, and endpoints for requests without a route template."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from functools import lru_cache
-
-Trail = list[str | int]  # keys and indices from the root
+from itertools import chain
+from typing import Any
 
 # The end of a longer word is no id; a key or segment that is one as a whole is.
 _ID = re.compile(
@@ -15,20 +16,81 @@ _ID = re.compile(
     r"|(?=[^\d]*\d)[0-9a-fA-F]{16,}"
     r"|(?=[^\d]*\d)[0-9A-Za-z_-]{24,}"
 )
+# These are ids, or moments, only where all keys of an object look so.
+_LIKE_ID = re.compile(
+    r"\d{4}-\d\d(-\d\d)?([T ]\d\d:\d\d(:\d\d)?\S{0,16})?"
+    r"|[A-Za-z]{1,16}[-_:/#.]?\d+"
+    r"|[A-Za-z]{1,16}[-_:/#][0-9A-Za-z]*\d[0-9A-Za-z]*"
+    r"|[^@\s]{1,64}@[^@\s]{1,255}"
+    r"|\d{1,3}(\.\d{1,3}){3}(:\d+)?"
+)
 _KEYS = 4096  # of documents, that are remembered as they are written
+LIKE_IDS, SAME_SHAPES, SAME_TYPES = 3, 8, 50  # entries that make a map
 
-_PLAIN = re.compile(r"[A-Za-z_][\w-]*", re.ASCII)
+_PLAIN = re.compile(r"[A-Za-z_@#][\w-]*", re.ASCII)
 _CONVERTOR = re.compile(r"\{(\w+):\w+\}")
 
 
-def exact(trail: Trail) -> str:
-    """`$.items[3].price`"""
-    return "$" + "".join(f"[{step}]" if isinstance(step, int) else _key(step) for step in trail)
+class Place:
+    """Where a walk through two documents is: a step below another place. Paths are only written when asked for."""
+
+    __slots__ = ("_general", "_map", "above", "depth", "new", "old", "step")
+
+    def __init__(self, above: Place | None, step: str | int, old: Any, new: Any) -> None:
+        self.above = above
+        self.step = step
+        self.old = old
+        self.new = new
+        self.depth: int = 0 if above is None else above.depth + 1
+        self._general: str | None = None
+        self._map: bool | None = None
+
+    def general(self) -> str:
+        """`$.items[*].price`: one cause, one path, whatever the index or id."""
+        if self._general is None:
+            above, step = self.above, self.step
+            if above is None:
+                self._general = str(step)
+            elif type(step) is int:
+                self._general = above.general() + "[*]"
+            else:
+                self._general = above.general() + (".*" if above.is_map() else _general_key(step))
+        return self._general
+
+    def exact(self) -> str:
+        """`$.items[3].price`"""
+        steps = []
+        place: Place = self
+        while place.above is not None:
+            steps.append(f"[{place.step}]" if isinstance(place.step, int) else _key(place.step))
+            place = place.above
+        return str(place.step) + "".join(reversed(steps))
+
+    def is_map(self) -> bool:
+        """Whether the keys here are ids, so that what differs below them is one cause."""
+        if self._map is None:
+            self._map = is_map(self.old, self.new)
+        return self._map
 
 
-def general(trail: Trail) -> str:
-    """`$.items[*].price`: one cause, one path, whatever the index or id."""
-    return "$" + "".join("[*]" if isinstance(step, int) else _general_key(step) for step in trail)
+def is_map(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Ids as keys; many values of one shape; or very many plain values of one type."""
+    if all(map(_like_id, old)) and all(map(_like_id, new)):
+        return len(old.keys() | new.keys()) >= LIKE_IDS
+    if len(old) + len(new) < SAME_SHAPES or len(keys := old.keys() | new.keys()) < SAME_SHAPES:
+        return False
+    values = list(chain(old.values(), new.values()))
+    kinds = {type(value) for value in values} - {type(None)}
+    if kinds == {dict}:
+        shapes = Counter(frozenset(value) for value in values if value is not None)
+        shape, times = shapes.most_common(1)[0]
+        return len(shape) > 1 and times * 5 >= len(values) * 4
+    return len(keys) >= SAME_TYPES and (len(kinds) == 1 or kinds == {int, float})
+
+
+@lru_cache(maxsize=_KEYS)
+def _like_id(key: str) -> bool:
+    return bool(_ID.fullmatch(key) or _LIKE_ID.fullmatch(key))
 
 
 @lru_cache(maxsize=_KEYS)
@@ -36,6 +98,7 @@ def _general_key(key: str) -> str:
     return ".*" if _ID.fullmatch(key) else _key(key)
 
 
+@lru_cache(maxsize=_KEYS)
 def _key(key: str) -> str:
     return f".{key}" if _PLAIN.fullmatch(key) else f"[{json.dumps(key)}]"
 

@@ -1,0 +1,168 @@
+"""Is Envoy there, does it reach both versions, and does it mirror?"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from abreast_sidecar.cli.checks.check import Check, Part, UnreachableError
+from abreast_sidecar.cli.humane import count, counted, percent
+
+ENVOY = Part("Envoy")
+TIMEOUT = 3.0  # seconds
+MILLION = 1_000_000
+STATS = r"^(cluster\.(old|new)(_shadow|_baseline)?\.(membership_|upstream_)|vhost\.service\.route\.|runtime\.control_plane)"
+SAMPLED = ("safe_baseline", "safe_sampled", "unsafe_sampled")
+PLAIN = ("safe_plain", "unsafe_plain")
+NUMERATOR = re.compile(r'"numerator"\s+value \{\s+number_value: ([0-9.e+]+)')
+
+
+@dataclass(frozen=True)
+class EnvoyFacts:
+    """`routes` counts requests by route; `sampling` is the share of safe and unsafe requests that are mirrored."""
+
+    url: str
+    version: str
+    service: str
+    state: str
+    stats: Mapping[str, int] = field(default_factory=dict)
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+    def routed(self, *routes: str) -> int:
+        return sum(self.stats.get(f"vhost.service.route.{route}.upstream_rq_total", 0) for route in routes)
+
+    @property
+    def mirrored(self) -> int:
+        return self.routed(*SAMPLED)
+
+    def sent(self, cluster: str) -> int:
+        return self.stats.get(f"cluster.{cluster}.upstream_rq_total", 0)
+
+    def sampled_to(self, version: str) -> int:
+        """Roughly: every sampled request reaches each version once."""
+        return self.mirrored if self.sent(version) + self.sent(f"{version}_shadow") else 0
+
+
+def look(url: str) -> EnvoyFacts:
+    info = _get(url, "/server_info")
+    stats = _get(url, f"/stats?format=json&filter={urllib.request.quote(STATS)}")  # type: ignore[attr-defined]
+    entries = _get(url, "/runtime").get("entries", {})
+    version = str(info.get("version", "")).split("/")
+    return EnvoyFacts(
+        url=url,
+        version=version[1] if len(version) > 1 else "?",
+        service=str(info.get("node", {}).get("cluster", "")),
+        state=str(info.get("state", "")),
+        stats={s["name"]: s["value"] for s in stats.get("stats", []) if isinstance(s.get("value"), int)},
+        sampling={kind: _share(entries.get(f"abreast.sample.{kind}", {})) for kind in ("safe", "unsafe")},
+    )
+
+
+def _get(url: str, path: str) -> Any:
+    base = url if "://" in url else f"http://{url}"
+    try:
+        with urllib.request.urlopen(base.rstrip("/") + path, timeout=TIMEOUT) as answer:  # noqa: S310  # the user's address
+            return json.load(answer)
+    except urllib.error.URLError as error:
+        raise UnreachableError(str(error.reason).lower()) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UnreachableError(f"no answer of an Envoy's admin ({type(error).__name__})") from error
+
+
+def _share(entry: Mapping[str, Any]) -> float:
+    """Of a fraction with the denominator MILLION, as the runtime shows it."""
+    value = str(entry.get("final_value", ""))
+    found = NUMERATOR.search(value)
+    return float(found[1]) / MILLION if found and "MILLION" in value else 0.0
+
+
+def judge(facts: EnvoyFacts) -> Iterator[Check]:
+    where = f"Envoy {facts.version} at {facts.url}, for the service {facts.service}"
+    if facts.state == "LIVE":
+        yield ENVOY.ok("admin", where)
+    else:
+        yield ENVOY.warn("admin", f"{where}, is {facts.state}", "wait, or look into Envoy's log")
+    yield _control(facts)
+    yield _healthy(facts, "old")
+    yield _healthy(facts, "new")
+    yield _sampling(facts)
+    yield _requests(facts)
+    if facts.mirrored:
+        yield _copies(facts)
+
+
+def _control(facts: EnvoyFacts) -> Check:
+    if facts.stats.get("runtime.control_plane.connected_state"):
+        return ENVOY.ok("control", "gets weights and sampling from a sidecar")
+    return ENVOY.fail(
+        "control",
+        "is not connected to a sidecar, so weights and sampling stay as they are",
+        "start the sidecar, or check its address in envoy.yaml (cluster `sidecar`)",
+    )
+
+
+def _healthy(facts: EnvoyFacts, version: str) -> Check:
+    healthy, total = (
+        facts.stats.get(f"cluster.{version}.membership_{what}", 0) for what in ("healthy", "total")
+    )
+    found = f"{healthy} of {counted(total, 'endpoint')} healthy"
+    if healthy and healthy == total:
+        return ENVOY.ok(version, found)
+    advice = "is it running, and does its health path answer with a status below 500 within a second?"
+    return ENVOY.warn(version, found, advice) if healthy else ENVOY.fail(version, found, advice)
+
+
+def _sampling(facts: EnvoyFacts) -> Check:
+    safe, unsafe = facts.sampling.get("safe", 0.0), facts.sampling.get("unsafe", 0.0)
+    found = (
+        f"{percent(safe)} of safe requests (GET, HEAD, OPTIONS) and {percent(unsafe)} of others are mirrored"
+    )
+    if safe or unsafe:
+        return ENVOY.ok("sampling", found)
+    advice = 'abreast traffic set --sample-safe 10% --reason "compare"'
+    return ENVOY.fail("sampling", f"{found}: nothing is compared", advice)
+
+
+def _requests(facts: EnvoyFacts) -> Check:
+    total = facts.routed(*SAMPLED, *PLAIN)
+    found = f"{counted(total, 'request')}, {count(facts.mirrored)} of them mirrored"
+    if not total:
+        return ENVOY.warn(
+            "requests",
+            "no request has come through Envoy since it started",
+            "send requests to Envoy's listener, not to the versions themselves",
+        )
+    if facts.mirrored:
+        return ENVOY.ok("requests", found)
+    if not facts.routed("safe_plain") and not facts.sampling.get("unsafe"):
+        return ENVOY.warn(
+            "requests",
+            f"{found}: all change something (POST, PUT, …), and such are not mirrored unless asked",
+            "send GET requests, or think about: abreast traffic set --sample-unsafe",
+        )
+    return ENVOY.warn(
+        "requests", found, "send more requests, or raise the sampling: abreast traffic set --sample-safe"
+    )
+
+
+def _copies(facts: EnvoyFacts) -> Check:
+    clusters = ("old_shadow", "new_shadow", "old_baseline")
+    sent = sum(facts.sent(cluster) for cluster in clusters)
+    lost = {
+        f"{cluster} {what}": facts.stats.get(f"cluster.{cluster}.upstream_{stat}", 0)
+        for cluster in clusters
+        for what, stat in (("too many at once", "rq_pending_overflow"), ("not connected", "cx_connect_fail"))
+    }
+    found = f"{counted(sent, 'copy', 'copies')} sent"
+    if not any(lost.values()):
+        return ENVOY.ok("copies", found)
+    why = ", ".join(f"{name} {count(number)}" for name, number in lost.items() if number)
+    return ENVOY.warn(
+        "copies", f"{found}; lost since Envoy started: {why}", "is that version up, and fast enough?"
+    )

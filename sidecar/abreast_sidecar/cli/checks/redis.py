@@ -1,0 +1,209 @@
+"""Is Redis fit, do captures arrive there, and do they join?"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from abreast import join
+from abreast_sidecar.cli.checks.check import Check, Part, UnreachableError, without_password
+from abreast_sidecar.cli.humane import count, counted, part_of, size
+
+REDIS = Part("Redis")
+JOIN = Part("join")
+TIMEOUT = 3.0  # seconds
+OLDEST = (7, 0)
+FULL = 0.9  # share of the memory that is allowed
+LONELY = 0.05  # share of pairs with a missing capture that is worth a word
+MANY = 5000  # pairs that wait for a worker
+KINDS = {"redis_version": "Redis", "valkey_version": "Valkey"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Counters since the keys were made; `waiting` pairs lack a copy, `ready` ones wait for a worker."""
+
+    stats: Mapping[str, int]
+    waiting: int
+    ready: int
+
+
+@dataclass(frozen=True)
+class RedisFacts:
+    """`now` is Redis's clock in seconds, `ahead` of this machine's; `shards` and `reports` by service."""
+
+    url: str
+    info: Mapping[str, Any]
+    now: float
+    ahead: float
+    policy: str | None  # None where the server doesn't tell
+    shards: Mapping[str, list[Shard]] = field(default_factory=dict)
+    reports: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def total(self, service: str, name: str) -> int:
+        return sum(shard.stats.get(name, 0) for shard in self.shards.get(service, []))
+
+
+def look(url: str) -> RedisFacts:
+    try:
+        with redis.Redis.from_url(
+            url,
+            socket_timeout=TIMEOUT,
+            socket_connect_timeout=TIMEOUT,
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=True,
+        ) as client:
+            return _read(client, without_password(url))
+    except (redis.RedisError, ValueError, OSError) as error:
+        raise UnreachableError(str(error).lower() or type(error).__name__) from error
+
+
+def _read(client: Any, url: str) -> RedisFacts:
+    client.ping()  # connecting takes its time, and must not count
+    seconds, micros = client.time()
+    now = seconds + micros / 1e6
+    ahead = now - time.time()
+    services = {name: int(shards) for name, shards in client.hgetall(join.SERVICES).items()}
+    return RedisFacts(
+        url=url,
+        info=client.info(),
+        now=now,
+        ahead=ahead,
+        policy=_policy(client),
+        shards={
+            name: [_shard(client, join.Keys(name, n)) for n in range(shards)]
+            for name, shards in services.items()
+        },
+        reports={
+            name: [parse_report(text) for text in client.hvals(join.reports(name))] for name in services
+        },
+    )
+
+
+def _policy(client: Any) -> str | None:
+    try:
+        return str(client.config_get("maxmemory-policy").get("maxmemory-policy", "")) or None
+    except redis.RedisError:  # managed servers refuse CONFIG
+        return None
+
+
+def _shard(client: Any, keys: join.Keys) -> Shard:
+    stats = {
+        name: int(value) for name, value in client.hgetall(keys.stats).items() if value.lstrip("-").isdigit()
+    }
+    return Shard(stats, client.zcard(keys.due), client.xlen(keys.ready))
+
+
+def parse_report(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def judge(facts: RedisFacts) -> Iterator[Check]:
+    yield _version(facts)
+    yield _eviction(facts)
+    yield _memory(facts)
+    yield _persistence(facts)
+
+
+def _version(facts: RedisFacts) -> Check:
+    kind = "valkey_version" if "valkey_version" in facts.info else "redis_version"
+    version = str(facts.info.get(kind, "?"))
+    found = f"{KINDS[kind]} {version} at {facts.url}"
+    numbers = str(facts.info.get("redis_version", "")).split(".")
+    if tuple(int(n) for n in numbers[:2] if n.isdigit()) < OLDEST:
+        return REDIS.fail("version", found, "Abreast needs Redis 7.0 or newer, or Valkey")
+    return REDIS.ok("version", found)
+
+
+def _eviction(facts: RedisFacts) -> Check:
+    if facts.policy is None:
+        return REDIS.warn(
+            "eviction", "the server does not tell its maxmemory-policy", "make sure it is noeviction"
+        )
+    if facts.policy == "noeviction":
+        return REDIS.ok("eviction", "maxmemory-policy is noeviction")
+    found = f"maxmemory-policy is {facts.policy}: when memory is short, captures vanish uncounted"
+    return REDIS.warn(
+        "eviction", found, "set maxmemory-policy noeviction, or give Abreast a Redis of its own"
+    )
+
+
+def _memory(facts: RedisFacts) -> Check:
+    used, limit = int(facts.info.get("used_memory", 0)), int(facts.info.get("maxmemory", 0))
+    if not limit:
+        return REDIS.ok("memory", f"{size(used)} used, no limit set")
+    found = f"{size(used)} of {size(limit)} used"
+    if used < limit * FULL:
+        return REDIS.ok("memory", found)
+    return REDIS.fail(
+        "memory", found, "give it more memory, or lower the sampling: Redis refuses captures when it is full"
+    )
+
+
+def _persistence(facts: RedisFacts) -> Check:
+    bad = [
+        name
+        for name in ("rdb_last_bgsave_status", "aof_last_write_status")
+        if facts.info.get(name, "ok") != "ok"
+    ]
+    if bad:
+        advice = "look into its log: is the disk full? Redis refuses writes then"
+        return REDIS.fail("persistence", f"saving to disk fails ({', '.join(bad)})", advice)
+    kept = (
+        "append-only file"
+        if facts.info.get("aof_enabled")
+        else "no append-only file: a crash loses what waits there"
+    )
+    return REDIS.ok("persistence", kept)
+
+
+def judge_join(facts: RedisFacts, service: str, mirrored: int | None) -> Iterator[Check]:
+    """`mirrored`: requests that Envoy says it mirrored, None for unknown."""
+    joined, swept = facts.total(service, join.JOINED), facts.total(service, join.SWEPT)
+    if not facts.total(service, join.RECEIVED):
+        make = JOIN.warn if mirrored == 0 else JOIN.fail
+        yield make(
+            "captures", f"no capture of {service} has ever arrived", "see what is said of the services above"
+        )
+        return
+    yield JOIN.ok("captures", f"{counted(facts.total(service, join.RECEIVED), 'capture')} arrived")
+    yield _joined(joined, swept)
+    yield from _refused(facts, service)
+    yield _depth(facts, service)
+
+
+def _joined(joined: int, swept: int) -> Check:
+    found = f"{counted(joined, 'pair')} joined, {count(swept)} with a missing capture ({part_of(swept, joined + swept) or '0%'})"
+    if swept <= (joined + swept) * LONELY:
+        return JOIN.ok("pairs", found)
+    advice = "one version's captures are missing, or come later than the middleware's pair_timeout"
+    return JOIN.warn("pairs", found, advice) if joined else JOIN.fail("pairs", found, advice)
+
+
+def _refused(facts: RedisFacts, service: str) -> Iterator[Check]:
+    refused = facts.total(service, join.SHED_PAIRS) + facts.total(service, join.SHED_BYTES)
+    if refused:
+        found = f"{counted(refused, 'capture')} refused so far, since as much waited as may wait"
+        yield JOIN.warn(
+            "refused", found, "is the sidecar's worker running and fast enough? or lower the sampling"
+        )
+
+
+def _depth(facts: RedisFacts, service: str) -> Check:
+    shards = facts.shards.get(service, [])
+    waiting, ready = sum(shard.waiting for shard in shards), sum(shard.ready for shard in shards)
+    found = f"{counted(waiting, 'pair')} wait for a copy, {count(ready)} for a worker ({size(max(0, facts.total(service, 'bytes')))})"
+    if ready < MANY:
+        return JOIN.ok("queues", found)
+    return JOIN.warn("queues", found, "is the sidecar's worker running and fast enough? (ABREAST_WORKERS)")

@@ -1,0 +1,67 @@
+"""Does the sidecar answer, and is it ready?"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from abreast_sidecar.cli.checks.check import Check, Part
+from abreast_sidecar.cli.humane import printable
+
+SIDECAR = Part("sidecar")
+TIMEOUT = 3.0  # seconds
+LONGEST = 4096  # bytes of an answer that are read
+
+
+def judge(address: str, http_url: str) -> Iterator[Check]:
+    yield asyncio.run(_health(address))
+    yield _readiness(http_url)
+
+
+async def _health(address: str) -> Check:
+    import grpc.aio
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    async with grpc.aio.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=TIMEOUT
+            )
+        except grpc.aio.AioRpcError as error:
+            advice = (
+                "start it (abreast up, abreast sidecar), or say where it is with --address or ABREAST_SIDECAR"
+            )
+            return SIDECAR.fail("gRPC", f"no answer at {address} ({error.code().name.lower()})", advice)
+    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+        return SIDECAR.ok("gRPC", f"serving at {address}")
+    status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status).lower().replace("_", " ")
+    return SIDECAR.fail(
+        "gRPC", f"{status} at {address}", "see what is said of Redis and Postgres, and the sidecar's log"
+    )
+
+
+def _readiness(url: str) -> Check:
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=TIMEOUT) as answer:  # noqa: S310  # the user's address
+            return SIDECAR.ok("ready", _parts(answer.read(LONGEST)) or "yes")
+    except urllib.error.HTTPError as error:
+        advice = "see what is said of Redis and Postgres, and the sidecar's log"
+        return SIDECAR.fail("ready", f"not ready: {_parts(error.read(LONGEST)) or error.code}", advice)
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(getattr(error, "reason", error)).lower()
+        return SIDECAR.warn(
+            "ready", f"no answer at {url}/readyz ({reason})", "say where its HTTP is with --http"
+        )
+
+
+def _parts(body: bytes) -> str:
+    """`redis ok, workers ok` from {"parts": {…}}; empty for anything else."""
+    try:
+        parts = json.loads(body)["parts"]
+        return printable(", ".join(f"{name} {state}" for name, state in parts.items()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ""

@@ -1,0 +1,120 @@
+"""`abreast finding ID`: one cause, with examples to try."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import click
+from rich.table import Table
+
+from abreast.v1 import comparison_pb2 as api
+from abreast_sidecar.cli.connection import Link, connected, json_option, print_json
+from abreast_sidecar.cli.curl import curl
+from abreast_sidecar.cli.findings import difference
+from abreast_sidecar.cli.humane import ago, count, duration, part_of, printable
+from abreast_sidecar.cli.tables import (
+    Console,
+    console,
+    differences,
+    endpoint_name,
+    impact_name,
+    kind_name,
+    styled,
+    version_name,
+    where,
+)
+
+
+@click.command()
+@click.argument("id", type=click.IntRange(min=1))
+@click.option(
+    "--examples", type=click.IntRange(min=0), default=3, show_default=True, help="At most so many examples."
+)
+@click.option(
+    "--url", default="", help="For the curl lines: where to send the request, such as http://127.0.0.1:8002."
+)
+@json_option
+@connected
+def command(link: Link, id: int, examples: int, url: str, as_json: bool) -> None:  # noqa: A002  # the argument's name
+    """One finding, with examples to try.
+
+    The curl lines ask "$URL": set it to old's or new's address, or name it with --url.
+    """
+    request = api.GetFindingRequest(id=id)
+    found = link.run(lambda calls: calls.comparison.GetFinding(request, timeout=calls.timeout))
+    if as_json:
+        print_json(found)
+    else:
+        show(console(), found, dt.datetime.now(dt.UTC), examples=examples, url=url)
+
+
+def show(
+    out: Console, found: api.GetFindingResponse, now: dt.datetime, *, examples: int = 3, url: str = ""
+) -> None:
+    finding = found.finding
+    head = styled(f"#{finding.id}  ", "bold")
+    head.append(styled(impact_name(finding.impact)))
+    head.append(f"  {endpoint_name(finding.endpoint)}  {where(finding.part, finding.path)}")
+    out.print(head)
+    out.print(facts(finding, now))
+    shown = found.examples[:examples]
+    for number, example in enumerate(shown, 1):
+        out.print()
+        out.print(styled(f"example {number} of {len(found.examples)}", "bold"))
+        show_example(out, example, finding, url)
+    if not found.examples:
+        out.print("\nno example is kept of it any more")
+
+
+def facts(finding: api.Finding, now: dt.datetime) -> Table:
+    made = Table.grid(padding=(0, 2, 0, 0))
+    made.add_row("service", printable(finding.endpoint.service))
+    made.add_row(
+        "difference",
+        f"{difference(finding)} ({kind_name(finding.kind)})" if finding.summary else kind_name(finding.kind),
+    )
+    share = part_of(finding.count, finding.compared)
+    of = f" of {count(finding.compared)} compared ({share})" if share else ""
+    made.add_row("requests", f"{count(finding.count)}{of}")
+    made.add_row("seen", f"first {ago(finding.first_seen, now)}, last {ago(finding.last_seen, now)}")
+    if finding.noise:
+        noise = f"yes: old against old differs here too ({count(finding.baseline_count)} times)"
+    else:
+        noise = "no: old against old has never differed here"
+    made.add_row("noise", noise)
+    return made
+
+
+def show_example(out: Console, example: api.PairDetail, finding: api.Finding, url: str) -> None:
+    pair = example.pair
+    line, lacks = curl(example, url)
+    out.print(f"  {printable(line)}", soft_wrap=True)  # one line, to be copied
+    for lack in lacks:
+        out.print(styled(f"  without {lack}", "dim"))
+    made = Table.grid(padding=(0, 2, 0, 0))
+    made.add_row(
+        "  answers",
+        f"old {_answer(pair, 'old')}, new {_answer(pair, 'new')}; the user got {version_name(pair.live)}'s",
+    )
+    made.add_row("  all of it", f"abreast pair {printable(pair.id)}")
+    out.print(made)
+    mine = [
+        d
+        for d in example.differences
+        if (d.part, d.path, d.kind) == (finding.part, finding.path, finding.kind)
+    ]
+    if mine:
+        out.print(differences(mine))
+    if others := len(example.differences) - len(mine):
+        out.print(
+            styled(
+                f"  and {others} other {'difference' if others == 1 else 'differences'} in this pair", "dim"
+            )
+        )
+
+
+def _answer(pair: api.Pair, version: str) -> str:
+    status = pair.old_status if version == "old" else pair.new_status
+    time = f"{version}_time"
+    took = f" in {duration(getattr(pair, time))}" if pair.HasField(time) else ""  # type: ignore[arg-type]  # a field's name
+    return f"{status or 'nothing'}{took}"

@@ -1,0 +1,95 @@
+"""Types of options: shares, moments, addresses, and the names of enums."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from abreast_sidecar import settings
+
+UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}  # seconds
+SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)")
+
+
+class Parsed(click.ParamType[Any]):
+    """An option whose text a function turns into a value; its ValueError says what is wanted."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self.parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self.parse(value)
+        except ValueError as error:
+            self.fail(f"must be {error}, got {value!r}", param, ctx)
+
+
+def moment(value: str) -> dt.datetime:
+    """`15m` is so long ago; a date and time without a zone is local."""
+    text = value.strip()
+    span = SPAN.fullmatch(text)
+    now = dt.datetime.now(dt.UTC)
+    try:
+        if span:
+            return now - dt.timedelta(seconds=float(span[1]) * UNITS[span[2]])
+        return now if text == "now" else dt.datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError) as error:
+        raise ValueError("a span such as 90s, 15m, 1h or 2d, or a time such as 2026-01-31T09:30") from error
+
+
+def target(value: str) -> str:
+    """host:port of a sidecar."""
+    text = value.strip()
+    host, colon, port = text.rpartition(":")
+    if "/" in text or not host or not colon or not port.isdigit() or not 0 < int(port) <= 65535:
+        raise ValueError("the host:port of a sidecar's gRPC, such as 127.0.0.1:50051")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError("an address such as [::1]:50051")
+    return text
+
+
+class Names(click.ParamType[int]):
+    """Values of an enum of the API by their short names, such as `breaking` for IMPACT_BREAKING."""
+
+    def __init__(self, enum: str) -> None:
+        self.enum = enum
+        self.name = enum.lower()
+
+    def _values(self) -> dict[str, int]:
+        from abreast.v1 import common_pb2
+
+        known = getattr(common_pb2, self.enum.capitalize()).items()
+        return {name.partition("_")[2].lower(): number for name, number in known if number}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        values = self._values()
+        found = values.get(str(value).lower())
+        if found is None:
+            self.fail(f"must be one of {', '.join(values)}, got {value!r}", param, ctx)
+        return found
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002  # click's signature
+        return "[" + "|".join(self._values()) + "]"
+
+
+SHARE = Parsed("share", settings.share)
+MOMENT = Parsed("when", moment)
+TARGET = Parsed("host:port", target)
+SECONDS = Parsed("seconds", settings.seconds)
+
+since_option = click.option(
+    "--since",
+    type=MOMENT,
+    help="Only requests since then: 15m, 1h, 2d, or a time such as 2026-01-31T09:30.",
+)
+until_option = click.option("--until", type=MOMENT, help="Only requests before then.")
+limit_option = click.option(
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many."
+)

@@ -1,0 +1,135 @@
+"""What header values mean, as texts that are equal where two values mean the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from urllib.parse import urljoin, urlsplit
+
+from abreast_sidecar.compare.media import media
+
+# JSON is UTF-8 whatever is said, and so are event streams.
+_ALWAYS_UTF8 = frozenset({"json", "ndjson", "events"})
+_NONCE = re.compile(r"'nonce-[^']*'")
+
+
+def directives(value: str, separator: str = ",") -> str:
+    """A set of `name` or `name=value`; names in any case."""
+    found = set()
+    for part in _split(value, separator):
+        name, equals, rest = part.partition("=")
+        found.add(name.strip().lower() + (equals and "=" + rest.strip().strip('"')))
+    return ", ".join(sorted(found))
+
+
+def names(value: str) -> str:
+    """A set of names in any case."""
+    return ", ".join(sorted({part.lower() for part in _split(value, ",")}))
+
+
+def methods(value: str) -> str:
+    return ", ".join(sorted(set(_split(value, ","))))
+
+
+def content_type(value: str) -> str:
+    kind = media(value)
+    parameters = {
+        name: text.lower() if name == "charset" else text
+        for name, text in kind.parameters
+        if name != "boundary"
+    }
+    if kind.format in _ALWAYS_UTF8 and parameters.get("charset") in {"utf-8", "utf8"}:
+        del parameters["charset"]
+    return "; ".join([kind.essence, *(f"{name}={text}" for name, text in parameters.items())])
+
+
+def policy(value: str) -> str:
+    """Content-Security-Policy: each directive is a set of sources, and a nonce is fresh in every answer."""
+    found = []
+    for part in _split(_NONCE.sub("'nonce-*'", value), ";"):
+        name, *sources = part.split()
+        found.append(" ".join([name.lower(), *sorted(set(sources))]))
+    return "; ".join(sorted(found))
+
+
+def strict_transport(value: str) -> str:
+    return directives(value, ";")
+
+
+def _split(value: str, separator: str) -> list[str]:
+    return [stripped for part in value.split(separator) if (stripped := part.strip())]
+
+
+Meaning = Callable[[str], str]
+_MEANINGS: dict[str, Meaning] = {
+    "accept-patch": names,
+    "accept-post": names,
+    "accept-ranges": names,
+    "access-control-allow-headers": names,
+    "access-control-allow-methods": methods,
+    "access-control-expose-headers": names,
+    "allow": methods,
+    "cache-control": directives,
+    "cdn-cache-control": directives,
+    "clear-site-data": names,
+    "content-encoding": names,
+    "content-security-policy": policy,
+    "content-security-policy-report-only": policy,
+    "content-type": content_type,
+    "pragma": directives,
+    "strict-transport-security": strict_transport,
+    "surrogate-control": directives,
+    "vary": names,
+}
+LISTS = frozenset(_MEANINGS) - {
+    "content-type",
+    "content-security-policy",
+    "content-security-policy-report-only",
+    "strict-transport-security",
+}  # several lines of these are one list
+
+
+@lru_cache(maxsize=2048)
+def meaning(name: str, value: str) -> str:
+    known = _MEANINGS.get(name)
+    return known(value) if known is not None else value.strip()
+
+
+# Attributes of a cookie whose values have no case.
+_NO_CASE = frozenset({"samesite", "domain", "priority"})
+
+
+@lru_cache(maxsize=2048)
+def cookie(value: str) -> tuple[str, str]:
+    """The cookie's name, and its attributes in any order. Its value is one session's; that it is set, and how, is not.
+
+    When it expires is a moment; that it does is not, nor that it is being deleted.
+    """
+    pair, _, rest = value.partition(";")
+    found = set()
+    for part in _split(rest, ";"):
+        name, _, text = part.partition("=")
+        key, text = name.strip().lower(), text.strip().strip('"')
+        if key == "expires":
+            text = "past" if re.search(r"\b19[67]\d\b", text) else "set"
+        elif key == "domain":
+            text = text.lower().removeprefix(".")
+        elif key in _NO_CASE:
+            text = text.lower()
+        found.add(f"{key}={text}" if text else key)
+    return pair.partition("=")[0].strip(), "; ".join(sorted(found))
+
+
+def location(value: str, host: str, path: str) -> str:
+    """Where it leads, seen from the request: a path if it is the same host, else the whole address."""
+    value = value.strip()
+    try:
+        target = urlsplit(urljoin(f"//{host}{path}", value))
+    except ValueError:
+        return value
+    if target.netloc.lower() != host.lower():
+        return value
+    query = f"?{target.query}" if target.query else ""
+    fragment = f"#{target.fragment}" if target.fragment else ""
+    return f"{target.path or '/'}{query}{fragment}"

@@ -1,0 +1,117 @@
+"""What a body is: by its content type, or by its beginning where that is missing or plainly wrong."""
+
+from __future__ import annotations
+
+import codecs
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+Format = Literal["json", "ndjson", "events", "form", "multipart", "html", "xml", "text", "bytes", "unknown"]
+
+_FORMATS: dict[str, Format] = {
+    "application/json": "json",
+    "text/json": "json",
+    "application/x-json": "json",
+    "application/x-ndjson": "ndjson",
+    "application/ndjson": "ndjson",
+    "application/jsonl": "ndjson",
+    "application/x-jsonlines": "ndjson",
+    "application/jsonlines": "ndjson",
+    "application/json-seq": "ndjson",
+    "application/stream+json": "ndjson",
+    "text/event-stream": "events",
+    "application/x-www-form-urlencoded": "form",
+    "text/html": "html",
+    "application/xml": "xml",
+    "text/xml": "xml",
+    "application/javascript": "text",
+    "application/yaml": "text",
+    "application/toml": "text",
+    "application/graphql": "text",
+    "application/octet-stream": "unknown",
+}
+_BINARY = ("image/", "audio/", "video/", "font/", "application/pdf", "application/zip", "application/grpc")
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Python knows codecs that are no charsets, and some of them are slow on purpose-made input.
+_CHARSETS = ("utf", "iso8859", "cp", "ascii", "gb", "big5", "shift_jis", "euc_", "koi8", "iso2022", "mac-")
+_CONTROLS = frozenset(range(32)) - frozenset(b"\t\n\r\f\x1b")
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    essence: str  # "text/html", lower case; empty where none was said
+    parameters: tuple[tuple[str, str], ...]  # names in lower case, sorted
+    format: Format
+
+    def parameter(self, name: str) -> str:
+        return next((value for known, value in self.parameters if known == name), "")
+
+
+@lru_cache(maxsize=512)
+def media(content_type: str) -> Media:
+    essence, _, rest = content_type.partition(";")
+    essence = essence.strip().lower()
+    return Media(essence, _parameters(rest), _format(essence))
+
+
+def _parameters(text: str) -> tuple[tuple[str, str], ...]:
+    found = {}
+    for part in text.split(";"):
+        name, equals, value = part.partition("=")
+        if equals and name.strip():
+            found[name.strip().lower()] = value.strip().strip('"')
+    return tuple(sorted(found.items()))
+
+
+def _format(essence: str) -> Format:
+    known = _FORMATS.get(essence)
+    if known:
+        return known
+    if essence.endswith("+json"):
+        return "json"
+    if essence == "application/xhtml+xml" or essence.endswith("+xml"):
+        return "xml"
+    if essence.startswith("multipart/"):
+        return "multipart"
+    if essence.startswith("text/"):
+        return "text"
+    return "bytes" if essence.startswith(_BINARY) else "unknown"
+
+
+def sniffed(body: bytes) -> Format:
+    """What the body begins like."""
+    head = body[:512].lstrip(codecs.BOM_UTF8).lstrip()[:64].lower()
+    if head[:1] in {b"{", b"["}:
+        return "json"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "html"
+    if head.startswith(b"<?xml"):
+        return "xml"
+    return "bytes" if _CONTROLS.intersection(body[:512]) else "text"
+
+
+def byte_order_mark(body: bytes) -> tuple[bytes, str]:
+    """The mark and the encoding that it says, or nothing."""
+    return next(((mark, name) for mark, name in _MARKS if body.startswith(mark)), (b"", ""))
+
+
+def text(body: bytes, charset: str) -> str | None:
+    """The body's characters without a byte order mark; nothing where it is no text of that charset."""
+    mark, marked = byte_order_mark(body)
+    for name in (marked, charset, "utf-8"):
+        if not name:
+            continue
+        try:
+            if not codecs.lookup(name).name.startswith(_CHARSETS):
+                continue
+            return body[len(mark) if name == marked == "utf-8" else 0 :].decode(name)
+        except (UnicodeDecodeError, LookupError, ValueError):
+            continue
+    return None

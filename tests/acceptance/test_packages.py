@@ -1,0 +1,80 @@
+"""The wheel, with no more than what each extra brings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BARE = ("redis", "hiredis", "orjson")
+CLIENT = (*BARE, "grpc", "google", "typing_extensions.py")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    return next(folder.glob("abreast-*.whl"))
+
+
+def site(wheel: Path, folder: Path, packages: tuple[str, ...]) -> Path:
+    """A folder of packages: the wheel's, and these of the environment's."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)  # built a moment ago
+    for package in packages:
+        (folder / package).symlink_to(Path(sysconfig.get_path("platlib")) / package)
+    return folder
+
+
+def run(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
+    start = f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", start + program], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_bare_package_holds_the_middleware(wheel: Path, tmp_path: Path) -> None:
+    program = "from abreast import ParallelRunMiddleware; ParallelRunMiddleware(None, service='shop'); print(sorted(sys.modules))"
+    done = run(site(wheel, tmp_path, BARE), program)
+
+    assert done.returncode == 0, done.stderr
+    for heavy in ("grpc", "google.protobuf", "psycopg", "structlog", "starlette", "click"):
+        assert f"'{heavy}'" not in done.stdout
+
+
+def test_the_command_of_the_bare_package_says_what_to_install(wheel: Path, tmp_path: Path) -> None:
+    done = run(site(wheel, tmp_path, BARE), "from abreast.command import main; main()")
+
+    assert done.returncode != 0
+    assert done.stderr == "abreast: the command line needs more parts; run: pip install 'abreast[sidecar]'\n"
+
+
+def test_the_client_extra_is_enough_for_a_client(wheel: Path, tmp_path: Path) -> None:
+    program = "from abreast.v1 import comparison_pb2, comparison_pb2_grpc, traffic_pb2_grpc; print('ok')"
+    done = run(site(wheel, tmp_path, CLIENT), program)
+
+    assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
+
+
+def test_the_wheel_holds_what_is_no_python(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+
+    assert {
+        "abreast/py.typed",
+        "abreast/join.lua",
+        "abreast_sidecar/py.typed",
+        "abreast_sidecar/envoy/envoy.yaml.j2",
+        "abreast_sidecar/store/migrations/0001_ledger.sql",
+        "abreast_demo/service.py",
+    } <= names
+    assert not [name for name in names if name.startswith(("tests/", "bench/"))]

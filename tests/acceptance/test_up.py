@@ -1,0 +1,348 @@
+"""`abreast up` as a person runs it: a process of its own, real servers, two small services."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from click.testing import CliRunner
+
+from abreast_sidecar.cli import abreast
+from abreast_sidecar.embedded import stable_port
+from support import eventually
+
+SERVICE = Path(__file__).parent.parent / "small_service.py"
+START = 90.0  # seconds, on a busy machine
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("ABREAST_")}
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@dataclass
+class Up:
+    """A running `abreast up`. Use as a context manager."""
+
+    old: int
+    new: int
+    options: tuple[str, ...] = ()
+    listen: int = field(default_factory=stable_port)
+    grpc: int = field(default_factory=stable_port)
+    http: int = field(default_factory=stable_port)
+
+    def __post_init__(self) -> None:
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  # closed by __exit__
+        self.process: subprocess.Popen[str] | None = None
+
+    @property
+    def text(self) -> str:
+        return Path(self.log.name).read_text()
+
+    @property
+    def redis_url(self) -> str:
+        found = re.search(r"ABREAST_REDIS_URL=(\S+)", self.text)
+        assert found is not None, self.text
+        return found[1]
+
+    def start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "abreast_sidecar", "up"]
+        command += ["--old", f"http://127.0.0.1:{self.old}", "--new", f"http://127.0.0.1:{self.new}"]
+        command += ["--service", "shop", "--listen", f"127.0.0.1:{self.listen}"]
+        command += ["--grpc", f"127.0.0.1:{self.grpc}", "--http", f"127.0.0.1:{self.http}", *self.options]
+        environment = {**CLEAN, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, text=True
+        )
+        return self.process
+
+    def __enter__(self) -> Self:
+        process = self.start()
+        eventually(
+            lambda: "Ctrl-C" in self.text or process.poll() is not None, within=START, what="abreast up runs"
+        )
+        assert process.poll() is None, self.text
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop(signal.SIGTERM)
+        self.log.close()
+
+    def stop(self, number: signal.Signals) -> int:
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout=40)
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Any `abreast` command, told nothing but the sidecar's address."""
+        environment = {**CLEAN, "ABREAST_SIDECAR": f"127.0.0.1:{self.grpc}"}
+        return subprocess.run(
+            [sys.executable, "-m", "abreast_sidecar", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def json(self, *words: str) -> Any:
+        """The same in this process, which is faster."""
+        environment: dict[str, str | None] = {
+            name: None for name in os.environ if name.startswith("ABREAST_")
+        }
+        environment["ABREAST_SIDECAR"] = f"127.0.0.1:{self.grpc}"
+        done = CliRunner().invoke(abreast, [*words, "--json"], env=environment)
+        assert done.stdout, done.stderr
+        return json.loads(done.stdout)
+
+    def failures(self) -> set[tuple[str, str]]:
+        checks = self.json("doctor")["checks"]
+        return {(check["part"], check["name"]) for check in checks if check["state"] == "fail"}
+
+    def ask(self, path: str = "/products/7") -> dict[str, str]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.listen}{path}", timeout=10) as answer:
+            return dict(answer.headers)
+
+    def healthy(self) -> None:
+        """Until Envoy has found both versions."""
+        eventually(
+            lambda: not self.failures() & {("Envoy", "old"), ("Envoy", "new")},
+            within=30,
+            what="both are healthy",
+        )
+
+    def compared(self, pairs: int) -> None:
+        eventually(
+            lambda: int(self.json("status")["summary"]["pairs"]) >= pairs, within=30, what=f"{pairs} pairs"
+        )
+
+
+@contextlib.contextmanager
+def service(version: str, port: int, redis_url: str, *options: str) -> Iterator[None]:
+    environment = {**CLEAN, "ABREAST_REDIS_URL": redis_url}
+    with subprocess.Popen(
+        [sys.executable, str(SERVICE), version, str(port), *options], env=environment
+    ) as process:
+        try:
+            eventually(lambda: answers(port), within=30, what=f"{version} answers")
+            yield
+        finally:
+            process.terminate()
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def running(*options: str, bare: str = "") -> Iterator[Up]:
+    """Everything, with both versions; `bare` names one without the middleware."""
+    with Up(stable_port(), stable_port(), options) as up, contextlib.ExitStack() as opening:
+        for version, port in (("old", up.old), ("new", up.new)):
+            words = ["bare"] if version == bare else []
+            opening.enter_context(service(version, port, up.redis_url, *words))
+        up.healthy()
+        yield up
+
+
+@pytest.fixture
+def data() -> Iterator[Path]:
+    """Not pytest's own folder: as root, Postgres runs as another user and must pass the way."""
+    folder = Path(tempfile.mkdtemp(prefix="abreast-test-", dir="/tmp"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_what_differs_is_found_and_the_doctor_finds_all_well() -> None:
+    with running() as up:
+        for number in range(12):
+            up.ask(f"/products/{number}")
+        up.compared(12)
+        found = up.json("findings")["findings"]
+        doctor = up.command("doctor")
+
+        assert [(f["endpoint"]["route"], f["path"], f["kind"]) for f in found] == [
+            ("/products/{id}", "$.price", "KIND_TYPE")
+        ]
+        assert doctor.returncode == 0, doctor.stdout
+        assert "release old-1" in doctor.stdout
+        eventually(
+            lambda: "old is captured" in up.text and "new is captured" in up.text, what="both are announced"
+        )
+
+
+def test_a_pair_can_be_looked_at_by_the_id_of_its_answer() -> None:
+    with running() as up:
+        pair = up.ask()["x-abreast-pair"]
+        up.compared(1)
+        shown = up.command("pair", pair)
+
+        assert shown.returncode == 0, shown.stderr
+        assert '"price": "7.5"' in shown.stdout
+
+
+def test_ctrl_c_stops_everything_it_started_and_nothing_else() -> None:
+    old, new = stable_port(), stable_port()
+    with Up(old, new) as up, service("old", old, up.redis_url), service("new", new, up.redis_url):
+        assert up.process is not None
+        mine = descendants(up.process.pid)
+        code = up.stop(signal.SIGINT)
+
+        assert (code, len(mine) >= 4) == (0, True)
+        assert not [pid for pid in mine if Path(f"/proc/{pid}").exists()]
+        assert answers(old)
+        assert answers(new)
+
+
+def descendants(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def test_a_killed_run_is_taken_up_by_the_next_one(data: Path) -> None:
+    with running("--data", str(data)) as first:
+        first.ask()
+        first.compared(1)
+        first.stop(signal.SIGKILL)
+        redis_url = first.redis_url
+        with Up(
+            first.old, first.new, ("--data", str(data)), listen=first.listen, grpc=first.grpc, http=first.http
+        ) as second:
+            assert second.redis_url == redis_url
+            assert len(second.json("findings")["findings"]) == 1
+
+
+def test_two_at_once_on_one_folder_are_refused_in_one_line(data: Path) -> None:
+    with Up(stable_port(), stable_port(), ("--data", str(data))):
+        second = Up(stable_port(), stable_port(), ("--data", str(data)))
+        second.start()
+        code = second.stop(signal.SIGCONT)  # it ends by itself
+
+        assert (code, second.text.count("\n")) == (3, 1)
+        assert f"{data} is in use by another run" in second.text
+
+
+def test_a_taken_address_is_refused_in_one_line() -> None:
+    taken = stable_port()
+    with subprocess.Popen(
+        [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(taken)], stderr=subprocess.DEVNULL
+    ) as other:
+        eventually(lambda: listening(taken), what="the other program listens")
+        up = Up(stable_port(), stable_port(), listen=taken)
+        up.start()
+        code = up.stop(signal.SIGCONT)
+        other.terminate()
+
+    assert (code, up.text.count("\n")) == (3, 1)
+    assert f"127.0.0.1:{taken}, the address for users' requests (--listen), is taken" in up.text
+
+
+def listening(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def test_the_doctor_names_the_version_without_the_middleware() -> None:
+    with running(bare="new") as up:
+        for _ in range(3):
+            up.ask()
+        eventually(lambda: captured(up) == {"old": "ok", "new": "fail"}, within=30, what="new alone is named")
+
+
+def captured(up: Up) -> dict[str, str]:
+    checks = up.json("doctor")["checks"]
+    return {c["name"]: c["state"] for c in checks if c["part"] == "services" and c["name"] in {"old", "new"}}
+
+
+def test_the_doctor_names_sampling_that_is_off() -> None:
+    with running("--sample", "0%") as up:
+        up.ask()
+
+        assert up.failures() == {("Envoy", "sampling")}
+        assert up.command("doctor").returncode == 1
+
+
+def test_the_doctor_names_a_version_that_is_down() -> None:
+    old, new = stable_port(), stable_port()
+    with Up(old, new) as up, service("old", old, up.redis_url):
+        eventually(lambda: "Envoy finds new unhealthy: GET /healthz" in up.text, within=30, what="up says so")
+        failures = up.failures()
+
+        assert ("Envoy", "new") in failures
+        assert f"new does not answer at 127.0.0.1:{new} yet" in up.text
+
+
+def test_the_doctor_names_a_redis_that_stands_still() -> None:
+    with Up(stable_port(), stable_port()) as up:
+        assert up.process is not None
+        redis = next(
+            pid for pid in descendants(up.process.pid) if "valkey" in Path(f"/proc/{pid}/comm").read_text()
+        )
+        os.kill(redis, signal.SIGSTOP)
+        try:
+            failures = up.failures()
+        finally:
+            os.kill(redis, signal.SIGCONT)
+
+        assert ("Redis", "reachable") in failures
+        assert not [name for part, name in failures if part == "Postgres"]
+
+
+def test_an_interrupt_while_it_starts_leaves_nothing_behind() -> None:
+    up = Up(stable_port(), stable_port())
+    process = up.start()
+    eventually(lambda: "starting postgres" in up.text, within=START, what="it starts")
+    mine = descendants(process.pid)
+    code = up.stop(signal.SIGINT)
+
+    assert (code, "Traceback" in up.text, bool(mine)) == (0, False, True)
+    assert not [pid for pid in mine if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_server_that_ends_is_started_again_and_keeps_its_data() -> None:
+    with running() as up:
+        assert up.process is not None
+        up.ask()
+        up.compared(1)
+        redis = next(
+            pid for pid in descendants(up.process.pid) if "valkey" in Path(f"/proc/{pid}/comm").read_text()
+        )
+        os.kill(redis, signal.SIGKILL)
+        eventually(lambda: "redis ended (exit code -9), and is started again" in up.text, what="up says so")
+        up.ask()
+        up.compared(2)
+
+
+def test_shares_on_the_command_line_win_over_what_the_folder_remembers(data: Path) -> None:
+    with Up(stable_port(), stable_port(), ("--data", str(data))) as first:
+        assert first.json("traffic")["traffic"]["sample_safe"] == 1.0
+    with Up(stable_port(), stable_port(), ("--data", str(data), "--sample", "20%")) as second:
+        assert second.json("traffic")["traffic"]["sample_safe"] == 0.2
+    with Up(stable_port(), stable_port(), ("--data", str(data))) as third:
+        assert third.json("traffic")["traffic"]["sample_safe"] == 0.2

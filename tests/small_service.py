@@ -1,0 +1,30 @@
+"""A service in two versions, run by tests: small_service.py VERSION PORT [bare]. `bare` is without the middleware."""
+
+from __future__ import annotations
+
+import sys
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from abreast import ParallelRunMiddleware
+
+VERSION, PORT, *OPTIONS = sys.argv[1:]
+
+
+async def product(request: Request) -> JSONResponse:
+    price = int(request.path_params["id"]) + 0.5
+    return JSONResponse({"name": "Tea", "price": str(price) if VERSION == "new" else price})
+
+
+async def healthy(_request: Request) -> JSONResponse:
+    return JSONResponse({"ok": True})
+
+
+app = Starlette(routes=[Route("/products/{id}", product), Route("/healthz", healthy)])
+if "bare" not in OPTIONS:
+    app.add_middleware(ParallelRunMiddleware, service="shop", release=f"{VERSION}-1")
+uvicorn.run(app, host="127.0.0.1", port=int(PORT), log_level="warning")

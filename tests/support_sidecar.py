@@ -1,0 +1,226 @@
+"""A gRPC server with prepared answers, for tests of how the command line shows them. Never for what they mean."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from abreast.v1 import common_pb2 as common
+from abreast.v1 import comparison_pb2 as api
+from abreast.v1 import traffic_pb2
+
+NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
+SERVICES = {
+    "abreast.v1.ComparisonService": api.DESCRIPTOR.services_by_name["ComparisonService"],
+    "abreast.v1.TrafficService": traffic_pb2.DESCRIPTOR.services_by_name["TrafficService"],
+}
+
+
+def endpoint(route: str = "/products/{id}", method: str = "GET") -> common.Endpoint:
+    return common.Endpoint(service="shop", method=method, route=route)
+
+
+def finding(number: int = 12, **fields: Any) -> api.Finding:
+    """A price that became a text; `fields` say what is different."""
+    made = api.Finding(
+        id=number,
+        endpoint=endpoint(),
+        part=common.PART_BODY,
+        path="$.items[*].price",
+        kind=common.KIND_TYPE,
+        impact=common.IMPACT_BREAKING,
+        count=83,
+        compared=1204,
+        summary='19.99 became "19.99"',
+    )
+    made.first_seen.FromDatetime(NOW - timedelta(minutes=5))
+    made.last_seen.FromDatetime(NOW - timedelta(seconds=2))
+    made.MergeFrom(api.Finding(**fields))
+    return made
+
+
+def capture(
+    version: common.Version.ValueType, body: bytes, *, role: common.Role.ValueType, after: float = 0.0
+) -> api.CaptureDetail:
+    """`after` is the arrival in seconds after NOW."""
+    made = api.CaptureDetail(
+        version=version,
+        role=role,
+        attempt=1,
+        release="1.4.0",
+        status=200,
+        headers=[common.Header(name="content-type", value="application/json")],
+        body=body,
+        body_length=len(body),
+    )
+    made.started.FromDatetime(NOW + timedelta(seconds=after))
+    made.first_byte.FromMicroseconds(2100)
+    made.total.FromMicroseconds(3100)
+    return made
+
+
+OLD_BODY = b'{"id":7,"name":"Tea","items":[{"sku":"a1","price":19.99},{"sku":"b2","price":4.50}],"stock":3}'
+NEW_BODY = b'{"id":7,"name":"Tea","items":[{"sku":"a1","price":"19.99"},{"sku":"b2","price":4.50}],"stock":3}'
+
+
+def pair_detail() -> api.PairDetail:
+    pair = api.Pair(
+        id="0194b8a2-5f3e-4b7a-9a52-3c1f0d9e7b11",
+        endpoint=endpoint(),
+        outcome=common.OUTCOME_MISMATCH,
+        live=common.VERSION_OLD,
+        request="/products/7?currency=EUR&q=it's",
+        old_status=200,
+        new_status=200,
+        old_release="1.4.0",
+        new_release="2.0.0",
+        finding_ids=[12],
+    )
+    pair.time.FromDatetime(NOW)
+    pair.old_time.FromMicroseconds(3100)
+    pair.new_time.FromMicroseconds(41_000)
+    difference = common.Difference(
+        part=common.PART_BODY,
+        path="$.items[*].price",
+        place="$.items[0].price",
+        kind=common.KIND_TYPE,
+        impact=common.IMPACT_BREAKING,
+        old="19.99",
+        new='"19.99"',
+    )
+    return api.PairDetail(
+        pair=pair,
+        captures=[
+            capture(common.VERSION_OLD, OLD_BODY, role=common.ROLE_LIVE),
+            capture(common.VERSION_NEW, NEW_BODY, role=common.ROLE_SHADOW, after=0.0004),
+            capture(common.VERSION_OLD, OLD_BODY, role=common.ROLE_BASELINE, after=0.0006),
+        ],
+        differences=[difference],
+        request_headers=[
+            common.Header(name="accept", value="application/json"),
+            common.Header(name="authorization", value="hmac:0123456789abcdef"),
+        ],
+    )
+
+
+def summary() -> api.GetSummaryResponse:
+    made = api.GetSummaryResponse(
+        service="shop",
+        pairs=1293,
+        outcomes=[
+            api.OutcomeCount(outcome=common.OUTCOME_MATCH, count=1204),
+            api.OutcomeCount(outcome=common.OUTCOME_MISMATCH, count=83),
+            api.OutcomeCount(outcome=common.OUTCOME_ONLY_OLD, count=6),
+        ],
+        explained=12,
+        envoy_sampled=1295,
+        unaccounted=2,
+        drops=[api.DropCount(place="service", reason="queue_bytes", count=3)],
+        pending=2,
+        findings=7,
+    )
+    made.first.FromDatetime(NOW - timedelta(minutes=12))
+    made.last.FromDatetime(NOW - timedelta(seconds=2))
+    return made
+
+
+def traffic(version: int = 7, *, new_share: float = 0.25) -> traffic_pb2.Traffic:
+    made = traffic_pb2.Traffic(
+        service="shop", new_share=new_share, sample_safe=0.1, baseline_share=0.1, version=version
+    )
+    made.update_time.FromDatetime(NOW - timedelta(minutes=3))
+    return made
+
+
+def envoy(version: int = 7, **fields: Any) -> traffic_pb2.EnvoyState:
+    made = traffic_pb2.EnvoyState(node="edge-1", acknowledged_version=version, **fields)
+    made.acknowledged_after.FromMicroseconds(2600)
+    return made
+
+
+def answers() -> dict[str, Message | list[Message] | grpc.StatusCode]:
+    """The answer to each call; a list is a stream."""
+    change: dict[str, Any] = {"traffic": traffic(8, new_share=0.0), "envoys": [envoy(8)]}
+    event = traffic_pb2.TrafficEvent(
+        id=2,
+        actor="ann@desk",
+        action="update",
+        reason="first users",
+        before=traffic(6, new_share=0.1),
+        after=traffic(7),
+    )
+    event.time.FromDatetime(NOW)
+    summary_row = api.EndpointSummary(
+        endpoint=endpoint(), pairs=1204, findings=2, outcomes=summary().outcomes[:2]
+    )
+    summary_row.old_p50.FromMicroseconds(3100)
+    summary_row.old_p99.FromMicroseconds(12_400)
+    return {
+        "GetSummary": summary(),
+        "ListEndpoints": api.ListEndpointsResponse(endpoints=[summary_row]),
+        "ListFindings": api.ListFindingsResponse(findings=[finding()]),
+        "GetFinding": api.GetFindingResponse(finding=finding(), examples=[pair_detail()]),
+        "GetPair": api.GetPairResponse(pair=pair_detail()),
+        "WatchFindings": [
+            api.WatchFindingsResponse(finding=finding()),
+            api.WatchFindingsResponse(finding=finding(13)),
+        ],
+        "GetTraffic": traffic_pb2.GetTrafficResponse(traffic=traffic(), envoys=[envoy()]),
+        "UpdateTraffic": traffic_pb2.UpdateTrafficResponse(**change),
+        "Rollback": traffic_pb2.RollbackResponse(**change),
+        "Promote": traffic_pb2.PromoteResponse(**change),
+        "ListTrafficEvents": traffic_pb2.ListTrafficEventsResponse(events=[event]),
+    }
+
+
+class Prepared(grpc.GenericRpcHandler):
+    """Answers every call from a table and keeps what was asked."""
+
+    def __init__(self, table: dict[str, Any]) -> None:
+        self.table = table
+        self.asked: list[Any] = []
+
+    def service(self, details: Any) -> Any:
+        service, _, name = details.method.strip("/").partition("/")
+        if service not in SERVICES or name not in self.table:
+            return None
+        method = SERVICES[service].methods_by_name[name]
+        module = api if service.endswith("ComparisonService") else traffic_pb2
+        parse = getattr(module, method.input_type.name).FromString
+        kind = (
+            grpc.unary_stream_rpc_method_handler
+            if method.server_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        return kind(
+            lambda request, context: self._answer(name, request, context),
+            request_deserializer=parse,
+            response_serializer=lambda message: message.SerializeToString(),
+        )
+
+    def _answer(self, name: str, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        answer = self.table[name]
+        if isinstance(answer, tuple):
+            context.abort(*answer)
+        return iter(answer) if isinstance(answer, list) else answer
+
+
+@contextlib.contextmanager
+def serving(**changed: Any) -> Iterator[tuple[str, Prepared]]:
+    """The address, and what was asked. `changed` replaces answers by name; (code, text) is an error."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    handler = Prepared({**answers(), **changed})
+    server = grpc.server(ThreadPoolExecutor(4), handlers=[handler], options=[("grpc.so_reuseport", 0)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}", handler
+    finally:
+        server.stop(None).wait()

@@ -1,0 +1,179 @@
+"""What doctor makes of the facts it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from abreast_sidecar.cli.checks import Check, clocks, envoy, postgres, redis, services
+from abreast_sidecar.cli.checks.check import without_password
+
+
+def states(checks: Iterable[Check]) -> dict[str, str]:
+    return {check.name: check.state for check in checks}
+
+
+def envoy_facts(*, safe: float = 0.1, **stats: int) -> envoy.EnvoyFacts:
+    healthy = {f"cluster.{v}.membership_{what}": 1 for v in ("old", "new") for what in ("healthy", "total")}
+    known = {
+        "runtime.control_plane.connected_state": 1,
+        "vhost.service.route.safe_sampled.upstream_rq_total": 10,
+        "vhost.service.route.safe_plain.upstream_rq_total": 90,
+        "cluster.new_shadow.upstream_rq_total": 10,
+    }
+    given = {name.replace("__", "."): value for name, value in stats.items()}
+    return envoy.EnvoyFacts(
+        url="http://127.0.0.1:9901",
+        version="1.40.0",
+        service="shop",
+        state="LIVE",
+        stats={**healthy, **known, **given},
+        sampling={"safe": safe, "unsafe": 0.0},
+    )
+
+
+def test_a_mirroring_envoy_is_well() -> None:
+    assert set(states(envoy.judge(envoy_facts())).values()) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("facts", "name", "state"),
+    [
+        (envoy_facts(safe=0.0), "sampling", "fail"),
+        (envoy_facts(cluster__new__membership_healthy=0), "new", "fail"),
+        (envoy_facts(cluster__old__membership_total=2), "old", "warn"),
+        (envoy_facts(runtime__control_plane__connected_state=0), "control", "fail"),
+        (envoy_facts(cluster__new_shadow__upstream_rq_pending_overflow=3), "copies", "warn"),
+    ],
+)
+def test_envoy_is_not_well(facts: envoy.EnvoyFacts, name: str, state: str) -> None:
+    assert states(envoy.judge(facts))[name] == state
+
+
+def test_requests_that_change_something_are_told_from_none_at_all() -> None:
+    none = envoy_facts(
+        vhost__service__route__safe_sampled__upstream_rq_total=0,
+        vhost__service__route__safe_plain__upstream_rq_total=0,
+    )
+    posts = envoy_facts(
+        vhost__service__route__safe_sampled__upstream_rq_total=0,
+        vhost__service__route__safe_plain__upstream_rq_total=0,
+        vhost__service__route__unsafe_plain__upstream_rq_total=5,
+    )
+    found = [next(c for c in envoy.judge(facts) if c.name == "requests").found for facts in (none, posts)]
+
+    assert "no request has come through Envoy" in found[0]
+    assert "all change something" in found[1]
+
+
+def process(**report: Any) -> services.Process:
+    return services.Process.of({"host": "a", "pid": 1, "seen": 99.0, **report}, now=100.0)
+
+
+def test_both_versions_captured_is_well() -> None:
+    both = [process(versions={"old": 5}, release="1.4"), process(versions={"new": 5})]
+    checks = list(services.judge("shop", both, 5, []))
+
+    assert set(states(checks).values()) == {"ok"}
+    assert "release 1.4" in next(c for c in checks if c.name == "old").found
+
+
+def test_one_version_without_the_middleware_is_named() -> None:
+    checks = states(services.judge("shop", [process(versions={"old": 5})], 5, []))
+
+    assert (checks["old"], checks["new"]) == ("ok", "fail")
+
+
+def test_nothing_captured_is_no_failure_while_nothing_is_mirrored() -> None:
+    checks = states(services.judge("shop", [process(versions={})], 0, []))
+
+    assert (checks["old"], checks["new"]) == ("warn", "warn")
+
+
+def test_another_name_for_the_service_is_pointed_out() -> None:
+    (check,) = services.judge("shop", [], 5, ["shopp"])
+
+    assert check.state == "fail"
+    assert "but of shopp" in check.found
+
+
+def test_processes_that_fell_silent_are_a_failure() -> None:
+    silent = services.Process.of({"seen": 1.0, "versions": {"old": 1, "new": 1}}, now=100.0)
+
+    assert states(services.judge("shop", [silent], 1, []))["middleware"] == "fail"
+
+
+def test_dropped_captures_are_counted_by_reason() -> None:
+    checks = services.judge(
+        "shop", [process(dropped={"queue_bytes": 2}), process(dropped={"queue_bytes": 3})], 5, []
+    )
+
+    assert "queue_bytes 5" in next(c for c in checks if c.name == "drops").found
+
+
+def redis_facts(**changed: Any) -> redis.RedisFacts:
+    shard = redis.Shard({"received": 20, "joined": 10, "swept": 0, "bytes": 100}, waiting=0, ready=0)
+    facts: dict[str, Any] = {
+        "url": "redis://127.0.0.1:6379/0",
+        "info": {"redis_version": "7.0.15", "used_memory": 1000, "aof_enabled": 1},
+        "now": 100.0,
+        "ahead": 0.0,
+        "policy": "noeviction",
+        "shards": {"shop": [shard]},
+        "reports": {"shop": []},
+    }
+    return redis.RedisFacts(**{**facts, **changed})
+
+
+def test_a_fit_redis_with_joining_pairs_is_well() -> None:
+    assert set(states(redis.judge(redis_facts())).values()) == {"ok"}
+    assert set(states(redis.judge_join(redis_facts(), "shop", 10)).values()) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "name", "state"),
+    [
+        ({"policy": "allkeys-lru"}, "eviction", "warn"),
+        ({"policy": None}, "eviction", "warn"),
+        ({"info": {"redis_version": "6.2.1"}}, "version", "fail"),
+        ({"info": {"redis_version": "7.2.4", "used_memory": 95, "maxmemory": 100}}, "memory", "fail"),
+        ({"info": {"redis_version": "7.2.4", "aof_last_write_status": "err"}}, "persistence", "fail"),
+    ],
+)
+def test_redis_is_not_fit(changed: dict[str, Any], name: str, state: str) -> None:
+    assert states(redis.judge(redis_facts(**changed)))[name] == state
+
+
+@pytest.mark.parametrize(
+    ("stats", "waiting", "ready", "name", "state"),
+    [
+        ({}, 0, 0, "captures", "fail"),
+        ({"received": 10, "joined": 0, "swept": 10}, 0, 0, "pairs", "fail"),
+        ({"received": 10, "joined": 8, "swept": 2}, 0, 0, "pairs", "warn"),
+        ({"received": 10, "joined": 5, "shed_pairs": 1}, 0, 0, "refused", "warn"),
+        ({"received": 10, "joined": 5}, 0, 90_000, "queues", "warn"),
+    ],
+)
+def test_pairs_do_not_join(stats: dict[str, int], waiting: int, ready: int, name: str, state: str) -> None:
+    facts = redis_facts(shards={"shop": [redis.Shard(stats, waiting, ready)]})
+
+    assert states(redis.judge_join(facts, "shop", 10))[name] == state
+
+
+@pytest.mark.parametrize(("schema", "state"), [(0, "fail"), (1, "fail"), (2, "ok"), (3, "fail")])
+def test_the_schema_must_be_this_code_s(schema: int, state: str) -> None:
+    facts = postgres.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, schema)
+
+    assert states(postgres.judge(facts, 2))["schema"] == state
+
+
+def test_a_clock_that_is_off_is_named() -> None:
+    assert states(clocks.judge({"Redis": 0.1, "Postgres": 0.2})) == {"agree": "ok"}
+    assert states(clocks.judge({"Redis": -30.0, "Postgres": 0.2})) == {"Redis": "warn"}
+
+
+def test_addresses_are_shown_without_passwords() -> None:
+    assert without_password("postgresql://u:secret@db:5432/abreast") == "postgresql://db:5432/abreast"
+    assert "secret" not in without_password("host=db password=secret")

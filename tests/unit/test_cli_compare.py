@@ -1,0 +1,204 @@
+"""`abreast compare`, from files to exit codes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from abreast_sidecar.cli import abreast
+from abreast_sidecar.cli.compare_files import http_answer
+from abreast_sidecar.errors import ArgumentError
+
+DOC = Path(__file__).parents[2] / "docs/compare.md"
+
+
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(abreast, ["compare", *arguments], input=stdin)
+
+
+def files(folder: Path, old: Any, new: Any) -> tuple[str, str]:
+    for name, content in (("old", old), ("new", new)):
+        (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return str(folder / "old"), str(folder / "new")
+
+
+def test_equal_files_end_with_0(tmp_path: Path) -> None:
+    result = run(*files(tmp_path, b'{"a": 1}', b'{"a":1}\n'))
+
+    assert (result.exit_code, result.stdout) == (0, "nothing differs\n")
+
+
+def test_different_files_end_with_1_and_say_where(tmp_path: Path) -> None:
+    result = run(*files(tmp_path, {"a": [{"b": 1}]}, {"a": [{"b": "1"}]}))
+
+    assert result.exit_code == 1
+    assert result.stdout == 'body $.a[0].b  type, breaking\n  - 1\n  + "1"\n1 difference\n'
+
+
+def test_json_output(tmp_path: Path) -> None:
+    result = run("--json", *files(tmp_path, {"a": 1}, {"a": 2}))
+
+    assert json.loads(result.stdout) == {
+        "outcome": "mismatch",
+        "differences": [
+            {
+                "part": "body",
+                "path": "$.a",
+                "place": "$.a",
+                "kind": "changed",
+                "old": "1",
+                "new": "2",
+                "impact": "value",
+                "explained_by": None,
+                "hint": None,
+            }
+        ],
+    }
+
+
+def test_one_side_can_be_stdin(tmp_path: Path) -> None:
+    old, _ = files(tmp_path, {"a": 1}, {})
+
+    assert run(old, "-", stdin='{"a":1}').exit_code == 0
+    assert run("-", old, stdin='{"a":2}').exit_code == 1
+    assert run("-", "-", stdin="{}").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "nowhere"], "nowhere can't be read: No such file or directory"),
+        (["text", "text"], "text is not valid JSON"),
+        (["--http", "text", "text"], "text must begin with a status line"),
+        (["--rules", "text", "json", "json"], "text:1: the file must be a mapping"),
+        (["--rules", "nowhere", "json", "json"], "nowhere can't be read"),
+    ],
+)
+def test_what_cannot_be_compared_ends_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("hello")
+    Path("json").write_text("{}")
+    result = run(*arguments)
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"abreast: {message}")
+
+
+def test_any_text_can_be_compared_by_its_type(tmp_path: Path) -> None:
+    result = run("--type", "text/plain", *files(tmp_path, b"a\nb\n", b"a\nc\n"))
+
+    assert result.exit_code == 1
+    assert "lines[1]" in result.stdout
+
+
+def test_what_rules_explain_ends_with_0_and_is_still_said(tmp_path: Path) -> None:
+    (tmp_path / "rules").write_text("rules:\n- {name: clock, action: ignore, path: $.at}\n")
+    names = files(tmp_path, {"at": 1, "a": 1}, {"at": 2, "a": 1})
+    result = run("--rules", str(tmp_path / "rules"), *names)
+
+    assert result.exit_code == 0
+    assert "explained by clock" in result.stdout
+    assert result.stdout.endswith("nothing unexplained differs, 1 difference explained\n")
+    found = json.loads(run("--json", "--rules", str(tmp_path / "rules"), *names).stdout)
+    assert [one["explained_by"] for one in found["differences"]] == ["clock"]
+
+
+def test_a_rule_for_another_endpoint_explains_nothing(tmp_path: Path) -> None:
+    (tmp_path / "rules").write_text("rules:\n- {action: ignore, path: $.a, endpoint: GET /other}\n")
+    names = ("--rules", str(tmp_path / "rules"), *files(tmp_path, {"a": 1}, {"a": 2}))
+
+    assert run(*names, "--endpoint", "GET /this").exit_code == 1
+    assert run(*names, "--endpoint", "GET /other").exit_code == 0
+
+
+def test_whole_responses(tmp_path: Path) -> None:
+    old = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncache-control: no-store\r\n\r\n{"a":1}'
+    new = b'HTTP/2 200\ncontent-type: application/json\ndate: now\n\n{"a":1}\n'
+    result = run("--http", *files(tmp_path, old, new))
+
+    assert result.exit_code == 1
+    assert result.stdout.startswith("header cache-control  removed, breaking\n")
+    assert run("--http", *files(tmp_path, old, old)).exit_code == 0
+
+
+def test_a_response_that_says_nothing_about_the_version_is_not_compared(tmp_path: Path) -> None:
+    result = run("--http", *files(tmp_path, b"HTTP/1.1 200 OK\n\n1", b"HTTP/1.1 429 Too Many Requests\n\n"))
+
+    assert (result.exit_code, result.stdout) == (2, "not compared (new was shedding load)\n")
+
+
+def test_what_comes_from_files_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    result = run(*files(tmp_path, {"a\x1b[31m": "\x1b[2J"}, {}))
+
+    assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "headers", "body"),
+    [
+        (b"HTTP/1.1 204 No Content\r\n\r\n", 204, (), b""),
+        (b"HTTP/1.1 200 OK\r\na: 1\r\nA:2\r\n\r\nx\r\n\r\ny", 200, (("a", "1"), ("a", "2")), b"x\r\n\r\ny"),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\nx", 200, (), b"x"),
+        (b"HTTP/1.1 200 OK\ncontent-length: 1\n\nx\n", 200, (("content-length", "1"),), b"x"),
+        (
+            b"HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n",
+            200,
+            (("transfer-encoding", "chunked"),),
+            b"abcde",
+        ),
+        (
+            b"HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\nabc",
+            200,
+            (("transfer-encoding", "chunked"),),
+            b"abc",
+        ),
+    ],
+)
+def test_responses_are_read(data: bytes, status: int, headers: Any, body: bytes) -> None:
+    answer = http_answer(data, "file")
+
+    assert (answer.status, answer.headers, answer.body.held) == (status, headers, body)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"200 OK", b"HTTP/1.1 999 x\r\n\r\n", b"HTTP/1.1 200 OK\nno colon\n\n"]
+)
+def test_what_is_no_response_is_refused(data: bytes) -> None:
+    with pytest.raises(ArgumentError):
+        http_answer(data, "file")
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", DOC.read_text(), re.DOTALL)
+
+
+def test_the_examples_of_the_page_say_what_the_command_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content in blocks("json"):
+        name, _, text = content.partition("\n")
+        Path(name.removeprefix("// ")).write_text(text)
+    for content in blocks("yaml"):
+        Path(content.partition("\n")[0].removeprefix("# ")).write_text(content)
+    sessions = [block.partition("\n") for block in blocks("console")]
+
+    assert len(sessions) >= 2
+    for command, _, expected in sessions:
+        assert run(*command.removeprefix("$ abreast compare ").split()).stdout == expected
+
+
+def test_every_rule_of_the_page_is_valid() -> None:
+    from abreast_sidecar.compare.rules import ACTIONS
+    from abreast_sidecar.compare.rules_file import load
+
+    rules = [rule for content in blocks("yaml") for rule in load(content).rules]
+
+    assert {rule.action for rule in rules} == set(ACTIONS)

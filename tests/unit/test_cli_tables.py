@@ -1,0 +1,269 @@
+"""What the commands print, from messages alone, at the width of a narrow terminal and of a wide one."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+
+import support_sidecar as prepared
+from abreast.v1 import common_pb2 as common
+from abreast.v1 import comparison_pb2 as api
+from abreast.v1 import traffic_pb2
+from abreast_sidecar.cli import (
+    answers,
+    curl,
+    endpoints,
+    finding,
+    findings,
+    pair,
+    shift,
+    status,
+    timeline,
+    traffic,
+)
+from abreast_sidecar.cli.tables import Console
+from support_sidecar import NOW
+
+
+def printed(show: Any, *arguments: Any, width: int = 80, **options: Any) -> str:
+    """With trailing blanks removed."""
+    out = Console(file=io.StringIO(), width=width, markup=False, highlight=False, emoji=False)
+    show(out, *arguments, **options)
+    assert isinstance(out.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in out.file.getvalue().splitlines())
+
+
+def rendered(renderable: Any, width: int = 80) -> str:
+    return printed(lambda out: out.print(renderable), width=width)
+
+
+def test_status_says_how_requests_ended_and_what_is_missing() -> None:
+    text = printed(
+        status.show, prepared.summary(), traffic_pb2.GetTrafficResponse(traffic=prepared.traffic()), NOW
+    )
+
+    assert text == (
+        "shop\n"
+        "users: 75% old, 25% new · mirrored: 10% of safe requests, 0% of others\n"
+        "\n"
+        "outcome   requests  share\n"
+        "match        1,204  93.1%\n"
+        "mismatch        83   6.4%  12 of them noise or additive only\n"
+        "only old         6   0.5%\n"
+        "\n"
+        "1,293 requests in 11 min 58 s, the last 2 s ago\n"
+        "\n"
+        "sampled by Envoy  1,295  2 of them are on their way, or lost\n"
+        "pending           2      wait for a copy or a worker\n"
+        "dropped           3      service queue_bytes 3\n"
+        "findings          7      see: abreast findings"
+    )
+
+
+def test_status_of_an_empty_ledger_points_to_the_doctor() -> None:
+    text = printed(status.show, api.GetSummaryResponse(service="shop"), None, NOW)
+
+    assert "nothing has been compared yet" in text
+    assert "abreast doctor" in text
+    assert "no Envoy's admin address is known" in " ".join(text.split())
+
+
+def test_status_says_what_is_not_known() -> None:
+    summary = prepared.summary()
+    for name in ("pending", "envoy_sampled", "unaccounted"):
+        summary.ClearField(name)
+    text = printed(status.show, summary, None, NOW)
+
+    assert "pending           ?" in text
+    assert "sampled by Envoy  ?" in text
+
+
+def test_endpoints_fit_a_narrow_terminal() -> None:
+    text = rendered(endpoints.rows(prepared.answers()["ListEndpoints"]))  # type: ignore[arg-type]
+
+    assert "GET /products/{id}     1,204   100%         2  3.1 ms    -  12 ms    -" in text
+
+
+def test_findings_stack_endpoint_and_place_in_a_narrow_terminal() -> None:
+    text = printed(findings.show, api.ListFindingsResponse(findings=[prepared.finding()]))
+
+    assert text.splitlines() == [
+        "id  impact       requests  where               difference",
+        '12  breaking  83   (6.9%)  GET /products/{id}  19.99 became "19.99"',
+        "                             $.items[*].price",
+    ]
+
+
+def test_findings_are_one_row_each_when_piped() -> None:
+    text = printed(findings.show, api.ListFindingsResponse(findings=[prepared.finding()]), width=400)
+
+    assert text.splitlines()[1:] == [
+        '12  breaking  83   (6.9%)  GET /products/{id}  $.items[*].price  19.99 became "19.99"'
+    ]
+
+
+def test_noise_is_marked_and_services_are_named_where_there_are_several() -> None:
+    other = prepared.finding(13, noise=True)
+    other.endpoint.service = "cart"
+    text = printed(findings.show, api.ListFindingsResponse(findings=[prepared.finding(), other]), width=400)
+
+    assert "noise" in text.splitlines()[2]
+    assert "cart: GET /products/{id}" in text
+
+
+def test_long_paths_are_folded_never_cut() -> None:
+    long = prepared.finding()
+    long.path = "$." + ".".join(f"part{n}" for n in range(20))
+    text = printed(findings.show, api.ListFindingsResponse(findings=[long]))
+
+    assert max(map(len, text.splitlines())) <= 80
+    assert "part19" in "".join(text.split())
+
+
+def test_a_finding_shows_an_example_to_try() -> None:
+    found = api.GetFindingResponse(finding=prepared.finding(), examples=[prepared.pair_detail()])
+    text = printed(finding.show, found, NOW, url="http://127.0.0.1:8002", width=120)
+
+    assert text.splitlines()[:6] == [
+        "#12  breaking  GET /products/{id}  $.items[*].price",
+        "service     shop",
+        'difference  19.99 became "19.99" (type)',
+        "requests    83 of 1,204 compared (6.9%)",
+        "seen        first 5 min ago, last 2 s ago",
+        "noise       no: old against old has never differed here",
+    ]
+    assert "without its authorization (a secret, kept as a hash only)" in text
+    assert "old 200 in 3.1 ms, new 200 in 41 ms; the user got old's" in text
+    assert '$.items[0].price  type  breaking  19.99  "19.99"' in text
+
+
+def test_curl_quotes_for_the_shell() -> None:
+    import shlex
+
+    line, _lacks = curl.curl(prepared.pair_detail(), "http://127.0.0.1:8002/")
+
+    assert shlex.split(line)[-1] == "http://127.0.0.1:8002/products/7?currency=EUR&q=it's"
+    assert "hmac:" not in line
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "words"),
+    [("GET", b"", []), ("HEAD", b"", ["--head"]), ("POST", b"{}", []), ("DELETE", b"", ["-X", "DELETE"])],
+)
+def test_curl_repeats_the_method(method: str, body: bytes, words: list[str]) -> None:
+    detail = api.PairDetail(request_body=body)
+    detail.pair.endpoint.method = method
+    line, _lacks = curl.curl(detail)
+
+    expected = ["curl", "-i", *words, *(["--data-raw", "'{}'"] if body else []), "\"$URL\"''"]
+    assert line.split() == expected
+
+
+def test_curl_says_when_it_lacks_a_body_that_is_no_text() -> None:
+    line, lacks = curl.curl(api.PairDetail(request_body=b"\x00\xff"))
+
+    assert "--data-raw" not in line
+    assert lacks == ["its body (2 bytes; see --json)"]
+
+
+def test_a_pair_shows_both_answers_below_each_other_in_a_narrow_terminal() -> None:
+    text = printed(pair.show, prepared.pair_detail())
+
+    assert '-       "price": 19.99\n+       "price": "19.99"' in text
+    assert max(len(line) for line in text.splitlines() if not line.startswith("curl")) <= 80
+
+
+def test_a_pair_shows_both_answers_side_by_side_in_a_wide_terminal() -> None:
+    text = printed(pair.show, prepared.pair_detail(), width=120)
+    line = next(line for line in text.splitlines() if '"price": "19.99"' in line)
+
+    assert line.split() == ['"price":', "19.99", "≠", '"price":', '"19.99"']
+
+
+def test_a_pair_that_is_not_kept_says_so() -> None:
+    text = printed(pair.show, api.PairDetail(pair=prepared.pair_detail().pair))
+
+    assert "the answers are not kept" in text
+
+
+def test_headers_are_aligned_by_name_with_duplicates() -> None:
+    old = api.CaptureDetail(
+        headers=[common.Header(name="vary", value="a"), common.Header(name="vary", value="b")]
+    )
+    new = api.CaptureDetail(
+        headers=[common.Header(name="etag", value="x"), common.Header(name="vary", value="a")]
+    )
+
+    assert answers.header_rows(old, new) == [
+        answers.Row(None, "etag: x"),
+        answers.Row("vary: a", "vary: a"),
+        answers.Row("vary: b", None),
+    ]
+
+
+def test_a_body_that_was_cut_says_how_much_is_missing() -> None:
+    capture = api.CaptureDetail(body=b"abc", body_length=2003)
+
+    assert answers.body(capture) == ["abc", "… 2.0 KB more were not captured"]
+
+
+def test_the_retry_and_the_baseline_copy_are_not_what_was_compared() -> None:
+    first = api.CaptureDetail(version=common.VERSION_OLD, role=common.ROLE_SHADOW, attempt=1)
+    retry = api.CaptureDetail(version=common.VERSION_OLD, role=common.ROLE_LIVE, attempt=2)
+    copy = api.CaptureDetail(version=common.VERSION_OLD, role=common.ROLE_BASELINE, attempt=1)
+
+    assert answers.compared([copy, retry, first], common.VERSION_OLD) is first
+    assert answers.compared([copy], common.VERSION_OLD) is None
+
+
+def test_the_timeline_has_a_row_for_each_copy_by_arrival() -> None:
+    captures = prepared.pair_detail().captures
+    text = rendered(timeline.timeline([*reversed(captures)], 80))
+
+    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
+        "old live",
+        "new shadow",
+        "old baseline",
+    ]
+    assert "+400 µs" in text
+
+
+def test_bars_are_never_invisible() -> None:
+    span = timeline.Span("new", "", arrival=1.0, first_byte=None, end=1.0)
+
+    assert timeline.bar(span, 1.0, 20).plain.strip() == timeline.WAITING
+    assert len(timeline.bar(span, 1.0, 20).plain) == 20
+
+
+def test_a_change_shows_before_and_after_and_who_has_it() -> None:
+    text = rendered(shift.changes(prepared.traffic(7), prepared.traffic(8, new_share=0.0)))
+
+    assert "users on new                    25%     0%" in text
+
+
+def test_an_envoy_that_refuses_is_named_with_its_reason() -> None:
+    text = printed(
+        shift.show_envoys, prepared.traffic(8), [prepared.envoy(7, error="no such key"), prepared.envoy(7)]
+    )
+
+    assert "refused: no such key" in text
+    assert "not yet (has version 7 of 8)" in text
+
+
+def test_traffic_says_that_users_were_sent_back() -> None:
+    rolled_back = prepared.traffic()
+    rolled_back.rolled_back = True
+    text = printed(traffic.show, traffic_pb2.GetTrafficResponse(traffic=rolled_back), NOW)
+
+    assert "rolled back: all users get old" in text
+    assert "no Envoy is connected" in text
+
+
+def test_control_characters_in_captured_values_stay_visible() -> None:
+    evil = prepared.finding()
+    evil.summary = "\x1b[2Jgone"
+    text = printed(findings.show, api.ListFindingsResponse(findings=[evil]), width=200)
+
+    assert "\\x1b[2Jgone" in text

@@ -1,0 +1,338 @@
+"""Bodies that are compressed, damaged, or made to hurt."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast.capture import Headers
+from abreast_sidecar.compare import DocumentDiff, Judgement, Rules, judge
+from abreast_sidecar.compare.array import match
+from abreast_sidecar.compare.coding import decoded
+from abreast_sidecar.compare.document import MAX_ARRAYS
+from abreast_sidecar.compare.markup import NotMarkupError, read_html, read_xml
+from abreast_sidecar.compare.media import media
+from abreast_sidecar.compare.path import is_map
+from captures import capture
+
+LIMIT = 1_000_000
+KINDS = [
+    "application/json",
+    "application/x-ndjson",
+    "text/event-stream",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=b",
+    "text/html",
+    "application/xml",
+    "text/plain; charset=latin-1",
+    "image/png",
+    "application/octet-stream",
+    "",
+    "rubbish/;;",
+]
+
+
+def compare(old: bytes, new: bytes, kind: str = "application/json", coding: str = "") -> Judgement:
+    headers: Headers = (("content-type", kind),) if kind else ()
+    if coding:
+        headers = (*headers, ("content-encoding", coding))
+    return judge([capture("old", old, headers=headers), capture("new", new, headers=headers)], Rules())
+
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(data) + packer.flush()
+
+
+def streamed_zstd(data: bytes) -> bytes:
+    """Without the size in its head."""
+    packer = zstandard.ZstdCompressor().compressobj()
+    return bytes(packer.compress(data) + packer.flush())
+
+
+PACKED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "gzip": ("gzip", gzip.compress),
+    "two gzip members": ("gzip", lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:])),
+    "zlib": ("deflate", zlib.compress),
+    "raw deflate": ("deflate", raw_deflate),
+    "zstd": ("zstd", zstandard.compress),
+    "streamed zstd": ("zstd", streamed_zstd),
+    "one over another": ("gzip, zstd", lambda data: zstandard.compress(gzip.compress(data))),
+}
+
+
+@pytest.mark.parametrize(("coding", "pack"), PACKED.values(), ids=PACKED)
+def test_codings_are_undone(coding: str, pack: Callable[[bytes], bytes]) -> None:
+    data = random.Random(1).randbytes(300_000) + bytes(300_000)
+
+    assert decoded(pack(data), coding, LIMIT).data == data
+
+
+@pytest.mark.parametrize(("coding", "pack"), PACKED.values(), ids=PACKED)
+def test_a_bomb_is_not_expanded(coding: str, pack: Callable[[bytes], bytes]) -> None:
+    body = pack(bytes(5_000_000))
+    found = decoded(body, coding, 100_000)
+
+    assert (found.problem, found.data) == ("too large", body)
+
+
+@pytest.mark.parametrize(("coding", "pack"), PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_cut_stream_is_corrupt(coding: str, pack: Callable[[bytes], bytes], share: float) -> None:
+    body = pack(random.Random(1).randbytes(300_000))
+
+    assert decoded(body[: int(len(body) * share)], coding, LIMIT).problem == "corrupt"
+
+
+@given(
+    st.binary(max_size=300), st.sampled_from(["gzip", "deflate", "zstd", "br", "gzip, gzip", "x" * 50, ",,"])
+)
+def test_any_bytes_can_be_decoded_or_not(body: bytes, coding: str) -> None:
+    found = decoded(body, coding, LIMIT)
+
+    assert found.data == body or not found.problem
+
+
+def test_brotli_without_its_package_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "brotli", None)
+    judgement = compare(b"one", b"two", coding="br")
+
+    assert judgement.outcome == "not_compared"
+    assert judgement.reason == "content-encoding br can't be decoded here: old and new"
+
+
+def test_a_bomb_is_an_outcome() -> None:
+    old, new = (gzip.compress(byte * 20_000_000) for byte in (b"a", b"b"))
+    judgement = compare(old, new, coding="gzip")
+
+    assert judgement.outcome == "oversize"
+    assert judgement.reason == "a compressed body is larger than what is decoded: old and new"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(old=st.binary(max_size=200), new=st.binary(max_size=200))
+def test_any_bytes_of_any_type_can_be_compared(kind: str, old: bytes, new: bytes) -> None:
+    judgement = compare(old, new, kind)
+
+    assert judgement.outcome == "mismatch" or (judgement.outcome == "match" and not judgement.differences)
+    assert compare(old, old, kind).outcome == "match"
+    assert {found.path for found in compare(new, old, kind).differences} == {
+        found.path for found in judgement.differences
+    }
+
+
+PIECES = ["<p>", "</p>", "<a href='x'>", '<b c="', ">", "<!--", "-->", "<script>", "</script>", "&amp;", "&#9", "x", "<", "\0", "<!", "</", "<x/>", "'"]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=60), st.lists(st.sampled_from(PIECES), max_size=60))
+def test_any_soup_of_tags_can_be_compared(old: list[str], new: list[str]) -> None:
+    there = compare("".join(old).encode(), "".join(new).encode(), "text/html")
+    back = compare("".join(new).encode(), "".join(old).encode(), "text/html")
+
+    assert {found.path for found in there.differences} == {found.path for found in back.differences}
+
+
+@pytest.mark.parametrize("piece", [*PIECES, "<a ", "<a b='", "<p><a>", "&#99999999999", "<title>", "<td>"])
+def test_html_made_to_hurt_is_read_in_linear_time(piece: str) -> None:
+    """Counted in calls, which a quadratic reader makes, or in a bound that it refuses at."""
+    text = piece * 20_000
+    calls = 0
+
+    def count(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    sys.setprofile(count)
+    try:
+        read_html(text)
+    except (NotMarkupError, ValueError):
+        pass
+    finally:
+        sys.setprofile(None)
+
+    assert calls < 40 * 20_000
+
+
+def test_entities_of_xml_are_not_expanded() -> None:
+    bomb = '<!DOCTYPE a [<!ENTITY b "bbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;">]><a>&c;</a>'
+
+    with pytest.raises(NotMarkupError):
+        read_xml(bomb)
+
+
+def test_files_are_not_read_for_xml(tmp_path: Any) -> None:
+    (tmp_path / "secret").write_text("secret")
+    text = f'<!DOCTYPE a SYSTEM "{(tmp_path / "secret").as_uri()}"><a>1</a>'
+
+    assert read_xml(text).text == ["1"]
+
+
+@pytest.mark.parametrize("reader", [read_html, read_xml])
+def test_markup_that_is_nested_too_deeply_is_refused(reader: Callable[[str], Any]) -> None:
+    with pytest.raises(NotMarkupError):
+        reader("<a>" * 10_000 + "</a>" * 10_000)
+
+
+def work(old: Any, new: Any) -> int:
+    diff = DocumentDiff(200)
+    diff.compare(old, new)
+    return diff.work
+
+
+def rows(count: int, seed: int) -> list[dict[str, Any]]:
+    made = [{"id": n, "v": n % 7, "t": f"text {n}"} for n in range(count)]
+    random.Random(seed).shuffle(made)
+    return made
+
+
+def nested(levels: int, width: int, leaf: int) -> Any:
+    value: Any = leaf
+    for _ in range(levels):
+        value = [*range(width), value]
+    return value
+
+
+SHAPES: dict[str, Callable[[int], tuple[Any, Any]]] = {
+    "a shuffled list of objects": lambda n: (rows(n, 1), rows(n, 2)),
+    "a shuffled list whose objects all differ": lambda n: (
+        rows(n, 1),
+        [{**row, "v": 9} for row in rows(n, 2)],
+    ),
+    "a list of nothing in common": lambda n: (list(range(n)), list(range(n, 2 * n))),
+    "a list against half of it": lambda n: (list(range(n)), list(range(0, n, 2))),
+    "equal elements": lambda n: ([1] * n, [1] * (n // 2)),
+    "objects without names": lambda n: ([{"v": k} for k in range(n)], [{"v": -k} for k in range(n)]),
+    "a large map": lambda n: ({f"k{k}": k for k in range(n)}, {f"k{k}": -k for k in range(n)}),
+    "keys of nothing in common": lambda n: ({f"k{k}": k for k in range(n)}, {f"q{k}": k for k in range(n)}),
+    "lists in lists": lambda n: (nested(150, n // 150, 1), nested(150, n // 150, 2)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_work_grows_linearly(shape: Callable[[int], tuple[Any, Any]]) -> None:
+    small, large = work(*shape(3000)), work(*shape(24_000))
+
+    assert large <= 8.5 * small + 100
+
+
+def serialised(monkeypatch: pytest.MonkeyPatch, old: Any, new: Any) -> int:
+    """Bytes that were written to tell elements apart."""
+    total = 0
+
+    def counted(*arguments: Any) -> bytes:
+        nonlocal total
+        made = orjson.dumps(*arguments)
+        total += len(made)
+        return made
+
+    monkeypatch.setattr("abreast_sidecar.compare.array.dumps", counted)
+    DocumentDiff(200).compare(old, new)
+    return total
+
+
+def test_elements_are_written_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = nested(150, 200, 1), nested(150, 200, 2)
+
+    assert 0 < serialised(monkeypatch, old, new) <= MAX_ARRAYS * 2 * len(json.dumps(old))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "pairs", "removed", "added", "moved", "by"),
+    [
+        ([1, 2], [1, 2], [], [], [], False, ""),
+        ([{"id": 1, "v": 1}], [{"id": 1, "v": 2}], [(0, 0)], [], [], False, ""),
+        ([{"id": 1}, {"id": 2}], [{"id": 2}, {"id": 1}], [], [], [], True, "id"),
+        ([{"id": 1, "v": 1}, {"id": 2, "v": 1}], [{"id": 2, "v": 9}, {"id": 1, "v": 9}], [(0, 1), (1, 0)], [], [], True, "id"),
+        ([{"id": 1, "v": 1}, {"id": 2, "v": 1}], [{"id": 2, "v": 9}], [(1, 0)], [0], [], False, ""),
+        ([{"id": 1, "v": 1}, {"id": 2, "v": 1}], [{"id": 3, "v": 1}, {"id": 4, "v": 1}], [(0, 0), (1, 1)], [], [], False, ""),
+        ([{"x": 1}, {"x": 2}], [{"x": 2}, {"x": 1}], [], [], [], True, ""),
+        ([{"order_id": 1, "v": 1}, {"order_id": 2, "v": 1}], [{"order_id": 2, "v": 0}, {"order_id": 1, "v": 0}], [(0, 1), (1, 0)], [], [], True, "order_id"),
+        ([{"name": "x", "v": 1}, {"name": "x", "v": 2}], [{"name": "x", "v": 2}, {"name": "x", "v": 1}], [], [], [], True, ""),
+    ],
+)  # fmt: skip
+def test_what_belongs_together(
+    old: Any, new: Any, pairs: Any, removed: Any, added: Any, moved: Any, by: Any
+) -> None:
+    found = match(old, new)
+
+    assert (sorted(found.pairs), list(found.removed), list(found.added), found.moved, found.by) == (
+        pairs,
+        removed,
+        added,
+        moved,
+        by,
+    )
+
+
+def test_a_shuffled_list_is_proposed_to_be_keyed() -> None:
+    found = DocumentDiff(10).compare([{"sku": "a"}, {"sku": "b"}], [{"sku": "b"}, {"sku": "a"}])
+
+    assert [(one.kind, one.hint) for one in found] == [("order", "keyed-by sku")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ({"1": 0, "2": 0}, {"1": 0}, False),
+        ({"x": {"a": 1, "b": 2}}, {"x": {"a": 1, "b": 2}}, False),
+        ({f"name {n}": {"a": n, "b": 2} for n in range(8)}, {"name 1": {"a": 1, "b": 2}}, True),
+        ({chr(97 + n): {"a": n, "b": 2} for n in range(7)}, {}, False),
+        ({chr(97 + n): {"a": n, "b": 2} for n in range(8)}, {}, True),
+        ({chr(97 + n): {chr(97 + n): n} for n in range(20)}, {}, False),
+        ({chr(97 + n): n for n in range(26)}, {}, False),
+        ({f"w{chr(97 + n % 26)}{chr(97 + n // 26)}": n for n in range(60)}, {}, True),
+        ({"2031-01-01": 1, "2031-01-02": 1, "2031-01-03": 1}, {"2031-01-01": 1}, True),
+        ({"user:1": 1, "user:2": 1, "total": 2}, {}, False),
+    ],
+)
+def test_objects_that_are_maps(old: Any, new: Any, expected: bool) -> None:
+    assert is_map(old, new) == (expected and not all(key.startswith("name") for key in old)) or is_map(
+        old, new
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "essence", "kind"),
+    [
+        ("", "", "unknown"),
+        ("Application/JSON ; charset=x", "application/json", "json"),
+        ("application/problem+json", "application/problem+json", "json"),
+        ("image/svg+xml", "image/svg+xml", "xml"),
+        ("text/css", "text/css", "text"),
+        ("video/mp4", "video/mp4", "bytes"),
+        (";;;", "", "unknown"),
+    ],
+)
+def test_content_types(text: str, essence: str, kind: str) -> None:
+    assert (media(text).essence, media(text).format) == (essence, kind)
+
+
+def test_a_difference_can_be_copied_and_compared() -> None:
+    import copy
+    import pickle
+    from dataclasses import asdict
+
+    found = DocumentDiff(10).compare({"a": [1]}, {"a": [2]})[0]
+
+    assert pickle.loads(pickle.dumps(found)) == found  # noqa: S301  # made here
+    assert copy.deepcopy(found) == found
+    assert hash(found) == hash(copy.copy(found))
+    assert asdict(found)["place"] == "$.a[0]"
+
+
+def test_random_bytes_of_a_megabyte_are_compared_by_their_digest() -> None:
+    judgement = compare(os.urandom(1_000_000), os.urandom(1_000_000), "application/octet-stream")
+
+    assert json.loads(judgement.differences[0].old or "")["length"] == 1_000_000

@@ -1,0 +1,60 @@
+"""Every labelled pair: all that differs is found, and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from support_corpus import Pair, found, pairs
+
+PAIRS = pairs()
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
+def test_exactly_what_is_labelled_is_found(pair: Pair) -> None:
+    judgement = pair.judged()
+
+    assert found(judgement) == {_deep(text) for text in pair.expected}
+    assert judgement.outcome == pair.outcome
+
+
+def _deep(text: str) -> str:
+    return text.replace("$*", "$" + "[*]" * 150)
+
+
+def test_the_corpus_is_large_and_its_names_are_unique() -> None:
+    labels = Counter(pair.label for pair in PAIRS)
+
+    assert len(PAIRS) >= 200
+    assert len({pair.name for pair in PAIRS}) > 0.95 * len(PAIRS)
+    assert labels["harmless"] >= 40
+    assert labels["regression"] >= 100
+
+
+def test_what_is_labelled_harmless_expects_nothing_in_the_body() -> None:
+    wrong = [
+        pair.name
+        for pair in PAIRS
+        if pair.label == "harmless" and any("body" in one for one in pair.expected)
+    ]
+
+    assert not wrong
+
+
+def test_swapped_sides_differ_where_the_pair_does() -> None:
+    for pair in PAIRS:
+        there = pair.judged()
+        back = type(pair)(
+            pair.name,
+            pair.label,
+            replace(pair.new, version="old"),
+            replace(pair.old, version="new"),
+            pair.expected,
+            "",
+        ).judged()
+
+        assert {one.path for one in there.differences if one.part != "status"} == {
+            one.path for one in back.differences if one.part != "status"
+        }, pair.name

@@ -1,0 +1,276 @@
+"""What people declare about differences, and what it explains."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from dataclasses import replace
+from importlib.resources import files
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import pytest
+import yaml
+
+from abreast_sidecar.compare import Judgement, Rules, judge
+from abreast_sidecar.compare.rules import RuleSet, path_pattern, status_matches
+from abreast_sidecar.compare.rules_file import RuleError, load
+from captures import capture
+
+SCHEMA = json.loads((files("abreast_sidecar.compare") / "rules.schema.json").read_text())
+
+
+def declared(*rules: dict[str, Any]) -> RuleSet:
+    return load(json.dumps({"rules": rules}))
+
+
+def compare(rules: RuleSet, old: Any, new: Any) -> Judgement:
+    return judge([capture("old", old), capture("new", new)], Rules(declared=rules))
+
+
+def left(judgement: Judgement) -> list[str]:
+    return [f"{one.path} {one.kind}" for one in judgement.differences]
+
+
+def explained(judgement: Judgement) -> list[tuple[str, str]]:
+    return [(one.path, one.explained_by) for one in judgement.explained]
+
+
+def test_without_rules_nothing_is_explained() -> None:
+    judgement = compare(RuleSet(), {"a": 1}, {"a": 2})
+
+    assert (judgement.outcome, explained(judgement)) == ("mismatch", [])
+
+
+def test_what_is_ignored_stays_visible_with_the_rule() -> None:
+    rules = declared({"name": "ids", "action": "ignore", "path": "$.meta.id"})
+    judgement = compare(rules, {"meta": {"id": 1}, "a": 1}, {"meta": {"id": 2}, "a": 1})
+
+    assert (judgement.outcome, left(judgement), explained(judgement)) == ("match", [], [("$.meta.id", "ids")])
+
+
+def test_the_rest_is_still_a_mismatch() -> None:
+    rules = declared({"action": "ignore", "path": "$.meta"})
+    judgement = compare(rules, {"meta": {"id": 1}, "a": 1}, {"meta": {"id": 2}, "a": 2})
+
+    assert (judgement.outcome, left(judgement)) == ("mismatch", ["$.a changed"])
+    assert explained(judgement) == [("$.meta.id", "rule 1")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "below", "matches"),
+    [
+        ("$.a", "$.a", True, True),
+        ("$.a", "$.ab", True, False),
+        ("$.a", "$.a.b[*].c", True, True),
+        ("$.a", "$.a.b", False, False),
+        ("$.items[*].price", "$.items[*].price", True, True),
+        ("$.items[0].price", "$.items[*].price", True, True),
+        ("$.items[].price", "$.items[*].price", True, True),
+        ("$.*.price", "$.*.price", True, True),
+        ("$.*.price", "$.tea.price", True, True),
+        ("$.*.price", "$.tea.cup.price", True, False),
+        ("$.**.price", "$.tea[*].cup.price", True, True),
+        ("$.**.price", "$.price", True, True),
+        ("$.**", "$.a", True, True),
+        ('$["a.b"]', '$["a.b"].c', True, True),
+        ("$.a+", "$.aa", True, False),
+        ("lines[*]", "lines[*]", True, True),
+        ("events[*].data", "events[*].data.eur", True, True),
+    ],
+)
+def test_path_patterns(pattern: str, path: str, below: bool, matches: bool) -> None:
+    assert bool(path_pattern(pattern, below=below).fullmatch(path)) == matches
+
+
+@pytest.mark.parametrize(
+    ("rule", "old", "new", "expected"),
+    [
+        ({"absolute": 0.01}, 1.0, 1.01, "match"),
+        ({"absolute": 0.01}, 1.0, 1.02, "mismatch"),
+        ({"relative": "1%"}, 200, 202, "match"),
+        ({"relative": 0.01}, 200, 203, "mismatch"),
+        ({"relative": 0.01}, -200, -202, "match"),
+        ({"absolute": 0.01}, "12.50", "12.5", "match"),
+        ({"absolute": 5}, "2031-01-01T00:00:00Z", "2031-01-01T01:00:04+01:00", "match"),
+        ({"absolute": 5}, "2031-01-01T00:00:00Z", "2031-01-01T00:00:06Z", "mismatch"),
+        ({"absolute": 5}, 1, "1", "mismatch"),
+        ({"absolute": 5}, 1, None, "mismatch"),
+        ({"absolute": 5}, True, False, "mismatch"),
+        ({"absolute": 5}, "a", "b", "mismatch"),
+        ({"absolute": 5}, "x" * 600, "y" * 600, "mismatch"),
+    ],
+)
+def test_tolerance(rule: dict[str, Any], old: Any, new: Any, expected: str) -> None:
+    rules = declared({"action": "tolerate", "path": "$.v", **rule})
+
+    assert compare(rules, {"v": old}, {"v": new}).outcome == expected
+
+
+def test_an_unordered_array_is_a_set() -> None:
+    rules = declared({"action": "unordered", "path": "$.tags"})
+
+    assert compare(rules, {"tags": [1, 2, 3]}, {"tags": [3, 1, 2]}).outcome == "match"
+    assert left(compare(rules, {"tags": [1, 2, 3]}, {"tags": [3, 1]})) == ["$.tags[*] removed"]
+    assert left(compare(rules, {"other": [1, 2]}, {"other": [2, 1]})) == ["$.other order"]
+
+
+def test_elements_are_told_by_the_field_of_a_rule() -> None:
+    rules = declared({"action": "keyed-by", "path": "$.rows", "by": "nr"})
+    old = {"rows": [{"nr": 1, "v": 1}, {"nr": 2, "v": 2}, {"nr": 3, "v": 3}]}
+    new = {"rows": [{"nr": 3, "v": 9}, {"nr": 1, "v": 1}, {"nr": 4, "v": 4}]}
+    judgement = compare(rules, old, new)
+
+    assert sorted(left(judgement)) == ["$.rows[*] added", "$.rows[*] removed", "$.rows[*].v changed"]
+    assert explained(judgement) == [("$.rows", "rule 1")]
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"path": "$.a"}, "match"),
+        ({"path": "$.a", "kind": "changed"}, "match"),
+        ({"path": "$.a", "kind": "removed"}, "mismatch"),
+        ({"path": "$.a", "old": 1, "new": 2}, "match"),
+        ({"path": "$.a", "new": 3}, "mismatch"),
+        ({"path": "$.a", "new": 2.0}, "mismatch"),
+        ({"path": "$.a", "release": "2.*"}, "match"),
+        ({"path": "$.a", "release": "3.*"}, "mismatch"),
+        ({"path": "$.a", "endpoint": "GET /products/{id}"}, "match"),
+        ({"path": "$.a", "endpoint": "* /products/*"}, "match"),
+        ({"path": "$.a", "endpoint": "POST /products/*"}, "mismatch"),
+        ({"path": "$.a", "service": "shop"}, "match"),
+        ({"path": "$.a", "service": "billing"}, "mismatch"),
+        ({"path": "$.a", "status": 200}, "match"),
+        ({"path": "$.a", "status": "2xx"}, "match"),
+        ({"path": "$.a", "status": 404}, "mismatch"),
+        ({"part": "body"}, "match"),
+        ({"header": "x-*"}, "mismatch"),
+    ],
+)
+def test_what_a_rule_is_limited_to(rule: dict[str, Any], expected: str) -> None:
+    rules = declared({"action": "expect", **rule})
+    old, new = capture("old", {"a": 1}), replace(capture("new", {"a": 2}), release="2.1")
+
+    assert judge([old, new], Rules(declared=rules)).outcome == expected
+
+
+def test_headers_and_statuses_are_explained_too() -> None:
+    rules = declared(
+        {"name": "gone", "action": "expect", "header": "X-Old", "kind": "removed"},
+        {"name": "made", "action": "expect", "status": "200->201", "part": "status"},
+    )
+    old = capture("old", headers=(("x-old", "1"), ("x-b", "1")))
+    judgement = judge([old, capture("new", status=201, headers=())], Rules(declared=rules))
+
+    assert explained(judgement) == [("200->201", "made"), ("x-old", "gone")]
+    assert left(judgement) == ["x-b removed"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "statuses", "matches"),
+    [
+        ("404", (404, 404), True),
+        ("404", (404, 200), False),
+        ("404->200", (404, 200), True),
+        ("4xx->*", (410, 500), True),
+        ("4xx", (200, 200), False),
+        ("*", (200, 500), True),
+    ],
+)
+def test_status_patterns(pattern: str, statuses: tuple[int, int], matches: bool) -> None:
+    assert status_matches(pattern, statuses) == matches
+
+
+def test_a_rule_ends_on_its_day() -> None:
+    quoted = declared({"action": "ignore", "path": "$.a", "expires": "2031-01-31"})
+    rules = load("rules:\n- {action: ignore, path: $.a, expires: 2031-01-31}\n")
+
+    assert rules == quoted
+    assert len(rules.on(dt.date(2031, 1, 30)).rules) == 1
+    assert not rules.on(dt.date(2031, 1, 31))
+
+
+BROKEN = [
+    ("rules: 1", "rules.yaml:1: rules must be a list"),
+    ("- a", "rules.yaml:1: the file must be a mapping"),
+    ("rulez: []", "rules.yaml:1: the file has no field 'rulez'"),
+    ("rules:\n- action: hide\n  path: $.a", "rules.yaml:2: action must be one of ignore, tolerate"),
+    ("rules:\n- path: $.a", "rules.yaml:2: rule 'rule 1' needs an action"),
+    ("rules:\n- action: ignore", "rules.yaml:2: rule 'rule 1' covers everything"),
+    ("rules:\n- action: ignore\n  paths: $.a", "rules.yaml:3: rule 1 has no field 'paths'"),
+    ("rules:\n- action: tolerate\n  path: $.a", "rules.yaml:2: rule 'rule 1' needs absolute or relative"),
+    (
+        "rules:\n- action: ignore\n  path: $.a\n  absolute: 1",
+        "rules.yaml:2: rule 'rule 1' has absolute, which",
+    ),
+    ("rules:\n- action: tolerate\n  path: $.a\n  absolute: x", "rules.yaml:4: absolute must be a number"),
+    (
+        "rules:\n- action: tolerate\n  path: $.a\n  relative: 1x",
+        "rules.yaml:4: relative must be a share such as",
+    ),
+    ("rules:\n- action: keyed-by\n  path: $.a", "rules.yaml:2: rule 'rule 1' needs by"),
+    ("rules:\n- action: unordered\n  part: body", "rules.yaml:2: rule 'rule 1' needs a path"),
+    ("rules:\n- action: ignore\n  status: abc", "rules.yaml:3: status must be a status such as 404"),
+    (
+        "rules:\n- action: ignore\n  path: $.a\n  header: b",
+        "rules.yaml:2: rule 'rule 1' has a header and a path",
+    ),
+    ("rules:\n- action: ignore\n  path: [a]", "rules.yaml:3: path must be a single value"),
+    (
+        "rules:\n- {name: a, action: ignore, path: $}\n- {name: a, action: ignore, path: $}",
+        "rules.yaml:3: two rules",
+    ),
+    ("rules:\n- action: ignore\n  path: $.a\n  path: $.b", "rules.yaml:4: rule 1 has a key twice"),
+    ("rules:\n- action: ignore\n  path: $.a\n  expires: soon", "rules.yaml:4: expires must be a day"),
+    ("rules:\n- action: expect\n  path: $.a\n  new: 2031-01-01", "rules.yaml:4: new must be a JSON value"),
+    ("rules: [", "rules.yaml:1: not valid YAML"),
+    ("a: &a [*a]\nrules: *b", "rules.yaml:2: not valid YAML"),
+    ("[" * 2000, "rules.yaml: not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN)
+def test_what_is_wrong_is_said_with_its_line(text: str, message: str) -> None:
+    with pytest.raises(RuleError) as caught:
+        load(text, "rules.yaml")
+
+    assert str(caught.value).startswith(message)
+
+
+def test_an_empty_file_has_no_rules() -> None:
+    assert not load("")
+    assert not load("rules: []")
+
+
+ACCEPTED: list[dict[str, Any]] = [
+    {"action": "ignore", "path": "$.a"},
+    {"action": "ignore", "header": "x-*", "service": "shop", "release": 2.1},
+    {"action": "tolerate", "path": "$.a", "relative": "0.5 %", "reason": "r", "owner": "o"},
+    {"action": "keyed-by", "path": "$.a", "by": "id"},
+    {"action": "unordered", "path": "$.a", "status": "404->2xx", "endpoint": "GET /"},
+    {"action": "expect", "part": "status", "status": 404, "kind": "changed"},
+    {"action": "expect", "path": "$.a", "old": None, "new": True},
+]
+
+
+@pytest.mark.parametrize("rule", ACCEPTED)
+def test_the_schema_takes_what_the_reader_takes(rule: dict[str, Any]) -> None:
+    jsonschema.validate({"rules": [rule]}, SCHEMA)
+
+    assert len(declared(rule).rules) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [case for case in BROKEN if "two rules" not in case[1] and "twice" not in case[1]]
+)
+def test_the_schema_refuses_what_the_reader_refuses(text: str, message: str) -> None:
+    try:
+        document = json.loads(json.dumps(yaml.safe_load(text), default=str))
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return  # not YAML at all
+    if any(word in message for word in ("status must", "expires must", "JSON value")):
+        return  # formats that a schema leaves to the reader
+
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, SCHEMA)
