@@ -1,0 +1,85 @@
+"""Rules of the repository that no linter knows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = ROOT / "middleware/abreast/v1"
+
+
+def test_generated_code_is_fresh(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "protos/generate.py", tmp_path], check=True, capture_output=True)
+    made = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*_pb2*.py*")}
+
+    assert made
+    stale = [str(name) for name, text in made.items() if (_committed(name)).read_text() != text]
+    assert not stale, "run make protos"
+
+
+def _committed(name: Path) -> Path:
+    return next(place / name for place in (ROOT / "middleware", ROOT / "sidecar") if (place / name).exists())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_docs_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
+
+    assert not missing
+
+
+def _known_variables() -> set[str]:
+    import dataclasses
+
+    from abreast.settings import Settings as ServiceSettings
+    from abreast_sidecar.envoy.settings import EnvoySettings
+    from abreast_sidecar.settings import Settings
+
+    parts = [
+        part.name for kind in (Settings, EnvoySettings, ServiceSettings) for part in dataclasses.fields(kind)
+    ]
+    others = {"ABREAST_SIDECAR", "ABREAST_TEST_REDIS", "ABREAST_TEST_POSTGRES"}
+    return {f"ABREAST_{name.upper()}" for name in parts} | others
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "docker-compose.yml"], ids=lambda page: page.name)
+def test_docs_name_only_variables_that_exist(page: Path) -> None:
+    named = set(re.findall(r"\bABREAST_[A-Z_]+[A-Z]\b", page.read_text()))
+
+    assert named <= _known_variables()
+
+
+def test_the_bare_package_brings_redis_and_one_json_library() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    assert [re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]] == ["orjson", "redis"]
+
+
+def test_the_lock_names_no_place_to_download_from() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+
+    assert "--hash=sha256:" in lock
+    assert not re.search(r"https?://|--(extra-)?index-url|--find-links", lock)
+    assert not (ROOT / "uv.lock").exists()
+
+
+def test_the_lock_holds_every_requirement() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = list(project["dependency-groups"]["dev"])
+    for extra in project["project"]["optional-dependencies"].values():
+        wanted += extra
+    names = {re.split(r"[\[<>=;! ]", line)[0].lower().replace("_", "-") for line in wanted}
+    lock = (ROOT / "requirements.lock").read_text().lower()
+    missing = {
+        name for name in names - {"abreast"} if not re.search(rf"^{re.escape(name)}==", lock, re.MULTILINE)
+    }
+
+    assert not missing, "run make lock"
