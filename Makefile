@@ -27,7 +27,7 @@ check: setup ## lint, types, architecture, protos
 
 test: setup ## all tests, on servers they start themselves
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
-	@sh tests/other_servers.sh $(BIN)
+	@sh tests/other_servers.sh $(BIN) $(JOBS)
 
 demo: setup ## a shop in two versions behind Envoy, and what differs
 	@$(BIN)/abreast demo $(ARGS)

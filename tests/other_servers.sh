@@ -1,15 +1,15 @@
 #!/bin/sh
 # Runs the tests that depend on the kind of server again, on Redis 7 and Postgres 15 where they are installed.
-# tests/other_servers.sh BIN
+# tests/other_servers.sh BIN JOBS
 set -eu
 redis=/usr/bin/redis-server
 postgres=/usr/lib/postgresql/15/bin
 
 if [ -x "$redis" ] && "$redis" --version | grep -q 'v=7'; then
     echo "again on $($redis --version | cut -d' ' -f1-3):"
-    ABREAST_TEST_REDIS=$redis "$1/pytest" -q -m redis
+    ABREAST_TEST_REDIS=$redis "$1/pytest" -q -n "$2" -m redis
 fi
 if [ -x "$postgres/initdb" ]; then
     echo "again on $("$postgres/postgres" --version):"
-    ABREAST_TEST_POSTGRES=$postgres "$1/pytest" -q -m postgres
+    ABREAST_TEST_POSTGRES=$postgres "$1/pytest" -q -n "$2" -m postgres
 fi

@@ -159,7 +159,8 @@ def _of_bodies(case: dict[str, Any]) -> Pair:
 def _bytes(case: dict[str, Any], side: str) -> bytes:
     if "nest" in case:
         inner = b"1" if side == "old" else b" 1" if case.get("same") else b"2"
-        return b"[" * case["nest"] + inner + b"]" * case["nest"]
+        levels: int = case["nest"]
+        return b"[" * levels + inner + b"]" * levels
     if f"{side}_bytes" in case:
         return bytes.fromhex(str(case[f"{side}_bytes"]))
     text: str = case[side]

@@ -10,11 +10,11 @@ import structlog
 
 from abreast_sidecar.compare import Rules
 from abreast_sidecar.errors import LedgerError, RedisError, RefusedError
+from abreast_sidecar.judging import judged, undecodable
 from abreast_sidecar.outage import Outage, pause
 from abreast_sidecar.read import Entry, Reader
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import Judged, Ledger
-from abreast_sidecar.verdict import judged, undecodable
 
 BREATHER = 0.01  # seconds between small batches: each commit has a cost of its own
 TURN = 0.005  # seconds of comparing before others on the loop have their turn

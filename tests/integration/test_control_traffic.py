@@ -15,6 +15,8 @@ from google.protobuf.duration_pb2 import Duration
 from abreast.v1 import traffic_pb2 as pb
 from support_serve import Ledger, Refused, Running, refused, running
 
+pytestmark = pytest.mark.postgres
+
 NOW = Duration()
 
 

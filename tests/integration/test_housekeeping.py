@@ -29,6 +29,8 @@ from support_envoy import abreast
 from support_pairs import SERVICE, difference, judged, one, pair_of, ready, rows, running, send
 from support_upstream import Upstream, respond
 
+pytestmark = pytest.mark.postgres
+
 DAY = 86_400_000  # ms
 
 

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from abreast.join import JOIN, Bounds, Keys, join_arguments, shard_of
 from support import eventually
 
+pytestmark = pytest.mark.redis
+
 KEYS = Keys("shop", 0)
 Row = tuple[str, str, int, bytes]
 SLOTS = {2: ("old:live:1", "new:shadow:1"), 3: ("old:live:1", "new:shadow:1", "old:baseline:1")}

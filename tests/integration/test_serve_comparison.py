@@ -18,6 +18,8 @@ from abreast.v1 import comparison_pb2 as pb
 from captures import capture
 from support_serve import NOON, Ledger, Refused, Running, packed, refused, running
 
+pytestmark = pytest.mark.postgres
+
 HOUR = dt.timedelta(hours=1)
 
 

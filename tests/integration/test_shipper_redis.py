@@ -25,6 +25,8 @@ from abreast_sidecar.embedded import RedisServer
 from support import eventually_async, free_port
 from support_middleware import call, captures, http_scope, sampled
 
+pytestmark = pytest.mark.redis
+
 QUEUE = 50
 KEYS = Keys("shop", 0)
 

@@ -15,6 +15,8 @@ from abreast_sidecar.store import Ledger, migrate
 from abreast_sidecar.store.unpack import unpack
 from support_pairs import capture, difference, judged, one, rows
 
+pytestmark = pytest.mark.postgres
+
 DAY = 86_400_000  # ms
 
 

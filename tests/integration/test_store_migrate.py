@@ -11,6 +11,8 @@ from abreast_sidecar.errors import LedgerError, SchemaError
 from abreast_sidecar.store.migrate import Migration, migrate, migrations
 from support_pairs import one, rows
 
+pytestmark = pytest.mark.postgres
+
 FIRST = Migration(1, "first", b"create table abreast.first (n integer)")
 SECOND = Migration(2, "second", b"create table abreast.second (n integer)")
 

@@ -120,15 +120,16 @@ def _as_multisets(old: list[Any], new: list[Any], here: Sequence[int], there: Se
 
 def _keep_names(old: list[Any], new: list[Any], places: list[int]) -> bool:
     """Whether the elements at these places are named, differently, and alike on both sides: then none moved."""
-    name = _candidates(old[places[0]])[:1] if type(old[places[0]]) is dict else ()
-    if not name:
+    element = old[places[0]]
+    names = _candidates(element) if type(element) is dict else ()
+    if not names:
         return False
-    here = [_name(old[place], name[0]) for place in places]
-    return (
-        None not in here
-        and here == [_name(new[place], name[0]) for place in places]
-        and len({*here}) == len(here)
-    )
+    name = names[0]
+    try:
+        here = [old[place][name] for place in places]
+        return here == [new[place][name] for place in places] and len({*here}) == len(here)
+    except (KeyError, TypeError, IndexError):  # not all are objects, or named by something plain
+        return False
 
 
 def _leftover(old: list[Any], new: list[Any], here: list[int], there: list[int], same: Pairs) -> Matching:

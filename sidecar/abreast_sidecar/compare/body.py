@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from abreast.capture import Answer, Body
 from abreast_sidecar.compare.coding import Decoded, decoded
@@ -24,8 +25,7 @@ ENCODING = (
 Keyed = Callable[[str], str]
 
 
-@dataclass(frozen=True, slots=True)
-class BodyResult:
+class BodyResult(NamedTuple):
     differences: list[Difference]
     note: str = ""  # what is odd about the bodies, for people
     unreadable: bool = False  # the bytes differ and can't be decoded, so nothing is known
@@ -168,7 +168,7 @@ def _not_json(pair: Comparison) -> BodyResult:
     if left != right:
         return BodyResult([pair.whole("type")], f"{'old' if right else 'new'}'s body is not valid JSON")
     found = _structured(pair, "text")
-    return replace(found, note="the content type says JSON, and neither body is valid JSON")
+    return found._replace(note="the content type says JSON, and neither body is valid JSON")
 
 
 def _mislabelled(pair: Comparison, kind: Format) -> BodyResult | None:
@@ -182,7 +182,7 @@ def _mislabelled(pair: Comparison, kind: Format) -> BodyResult | None:
     found = _json(pair)
     if kind == "text" and not found.differences:
         return None  # then it differs as the text that it says it is
-    return replace(found, note=f"the content type says {pair.left.media.essence}, and the bodies are JSON")
+    return found._replace(note=f"the content type says {pair.left.media.essence}, and the bodies are JSON")
 
 
 def _structured(pair: Comparison, kind: Format) -> BodyResult:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 GZIP_OR_ZLIB = 47  # zlib's wbits: 15, plus 32 to find out which
 RAW_DEFLATE = -15  # what some servers send as deflate
@@ -16,8 +15,7 @@ MAX_MEMBERS = 1000  # gzip allows several, one after another
 Problem = Literal["", "corrupt", "too large", "unknown"]
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
+class Decoded(NamedTuple):
     """`data` is the body as it came where there is a problem."""
 
     data: bytes

@@ -59,25 +59,26 @@ class DocumentDiff:
 
     def _object(self, place: Place, old: dict[str, Any], new: dict[str, Any]) -> None:
         self.work += len(old)
-        common = 0
+        gone = 0
         for key, value in old.items():
             other = new.get(key, _ABSENT)
-            if other is _ABSENT:
-                self._report("removed", Place(place, key, value, None))
-                continue
-            common += 1
-            if value is other:
-                continue
             kind = type(value)
-            if kind is type(other) and kind is not dict and kind is not list and value == other:
+            if value is other or (
+                kind is not dict and kind is not list and kind is type(other) and value == other
+            ):
                 continue
-            if len(self.found) >= self.limit:
-                return
-            self._value(Place(place, key, value, other))
-        if common < len(new):
-            for key, value in new.items():
-                if key not in old:
-                    self._report("added", Place(place, key, None, value))
+            if other is _ABSENT:
+                gone += 1
+                self._report("removed", Place(place, key, value, None))
+            elif len(self.found) < self.limit:
+                self._value(Place(place, key, value, other))
+        if len(new) > len(old) - gone:
+            self._added(place, old, new)
+
+    def _added(self, place: Place, old: dict[str, Any], new: dict[str, Any]) -> None:
+        for key, value in new.items():
+            if key not in old:
+                self._report("added", Place(place, key, None, value))
 
     def _array(self, place: Place, old: list[Any], new: list[Any]) -> None:
         self.work += len(old) + len(new)

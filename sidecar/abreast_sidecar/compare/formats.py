@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from abreast_sidecar.compare import items, markup
 from abreast_sidecar.compare.media import Format, Media, byte_order_mark
@@ -12,8 +12,7 @@ from abreast_sidecar.compare.media import text as text_of
 from abreast_sidecar.compare.value import read
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(NamedTuple):
     """A body without content coding."""
 
     data: bytes

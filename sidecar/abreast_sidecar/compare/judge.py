@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from abreast.capture import Capture
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
@@ -24,8 +24,7 @@ NO_ROUTE = "(no route)"  # unknown paths are one endpoint, however many a scanne
 _LIVE_FIRST = {"live": 0, "shadow": 1, "baseline": 2}
 
 
-@dataclass(frozen=True, slots=True)
-class Sides:
+class Sides(NamedTuple):
     old: Capture | None
     new: Capture | None
     baseline: Capture | None
@@ -100,12 +99,11 @@ def _noise(sides: Sides, rules: Rules, declared: RuleSet | None) -> tuple[list[D
     return _differences(old, again, rules, declared).differences, True
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     outcome: Outcome
     reason: str = ""
-    differences: list[Difference] = field(default_factory=list)
-    explained: list[Difference] = field(default_factory=list)
+    differences: Sequence[Difference] = ()
+    explained: Sequence[Difference] = ()
 
 
 def _verdict(sides: Sides, rules: Rules, declared: RuleSet | None, *, swept: bool) -> Verdict:
@@ -188,7 +186,7 @@ def _differences(old: Capture, new: Capture, rules: Rules, declared: RuleSet | N
     bodies = compare_bodies(before, after, rules, keyed)
     if not found:
         return bodies
-    return replace(bodies, differences=[*found, *bodies.differences][: rules.max_differences])
+    return bodies._replace(differences=[*found, *bodies.differences][: rules.max_differences])
 
 
 def _broken_off(capture: Capture) -> bool:

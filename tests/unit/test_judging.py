@@ -9,7 +9,7 @@ from abreast.join import Keys
 from abreast_sidecar.compare import Rules
 from abreast_sidecar.read import Entry
 from abreast_sidecar.read.entry import LATEST, entry
-from abreast_sidecar.verdict import judged
+from abreast_sidecar.judging import judged
 from support_pairs import SERVICE, capture
 
 KEYS = Keys(SERVICE, 0)
@@ -47,7 +47,7 @@ def test_an_error_while_comparing_is_an_outcome(monkeypatch: pytest.MonkeyPatch)
     def broken(*_arguments: object, **_more: object) -> None:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr("abreast_sidecar.verdict.judge", broken)
+    monkeypatch.setattr("abreast_sidecar.judging.judge", broken)
     found = judged(of(encode(capture("p", "old"))), Rules())
 
     assert found.judgement.reason == "comparing it raised RecursionError: too deep"
