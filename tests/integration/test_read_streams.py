@@ -161,7 +161,9 @@ async def test_only_idle_consumers_that_owe_nothing_are_forgotten(redis_url: str
     await client.xgroup_create(KEYS.ready, GROUP, id="0", mkstream=True)
     add_entry(redis_url, {"pair": "p"})
     await client.xreadgroup(GROUP, "owes", {KEYS.ready: ">"})
-    await client.xgroup_createconsumer(KEYS.ready, GROUP, "done")  # reading nothing makes none before Redis 7.2
+    await client.xgroup_createconsumer(
+        KEYS.ready, GROUP, "done"
+    )  # reading nothing makes none before Redis 7.2
 
     async def idle() -> bool:
         consumers = await client.xinfo_consumers(KEYS.ready, GROUP)

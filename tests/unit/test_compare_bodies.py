@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import os
 import random
@@ -103,6 +104,17 @@ def test_any_bytes_can_be_decoded_or_not(body: bytes, coding: str) -> None:
     found = decoded(body, coding, LIMIT)
 
     assert found.data == body or not found.problem
+
+
+def test_brotli_is_decoded_with_a_bound() -> None:
+    pack = importlib.import_module("brotli").compress
+    one, other, bomb = (pack(body) for body in (b'{"a": 1}', b'{"a": 2}', b"a" * 20_000_000))
+
+    assert [found.path for found in compare(one, other, "application/json", coding="br").differences] == [
+        "$.a"
+    ]
+    assert compare(bomb, one, coding="br").outcome == "oversize"
+    assert decoded(one[:-2], "br", LIMIT).problem
 
 
 def test_brotli_without_its_package_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from abreast.capture import encode
 from abreast.join import Keys
 from abreast_sidecar.compare import Rules
+from abreast_sidecar.judging import judged
 from abreast_sidecar.read import Entry
 from abreast_sidecar.read.entry import LATEST, entry
-from abreast_sidecar.judging import judged
 from support_pairs import SERVICE, capture
 
 KEYS = Keys(SERVICE, 0)
