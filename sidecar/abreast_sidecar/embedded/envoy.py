@@ -8,12 +8,11 @@ import re
 import shutil
 import signal
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import yaml
 
-from abreast_sidecar.embedded.process import ServerProcess, answers, private_folder, remove
+from abreast_sidecar.embedded.process import Server, ServerProcess, answers, private_folder
 from abreast_sidecar.errors import ServerError
 
 
@@ -30,7 +29,7 @@ def envoy_binary() -> Path:
     return Path(on_path)
 
 
-class EnvoyServer:
+class EnvoyServer(Server):
     """Runs a configuration (YAML text) whose admin address has a port of its own."""
 
     def __init__(
@@ -45,8 +44,7 @@ class EnvoyServer:
         self.config = config
         self.log_level = log_level
         self.folder = folder
-        self._temporary: Path | None = None
-        self.server: ServerProcess | None = None
+        super().__init__()
         admin = yaml.safe_load(config)["admin"]["address"]["socket_address"]
         self.admin_host: str = admin["address"]
         self.admin_port: int = admin["port_value"]
@@ -89,17 +87,3 @@ class EnvoyServer:
             for line in log.read_text(errors="replace").splitlines()
             if re.search(r"\[(error|critical)\]", line)
         ]
-
-    def stop(self) -> None:
-        if self.server is not None:
-            self.server.stop()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-        if self._temporary is not None:
-            remove(self._temporary)

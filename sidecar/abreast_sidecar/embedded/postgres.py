@@ -12,11 +12,11 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from abreast_sidecar.embedded.process import (
     RUN_AS,
+    Server,
     ServerProcess,
     free_port,
     give_away,
@@ -62,7 +62,7 @@ def _reachable_copy(binaries: Path) -> Path:
     return target / package.name / "pginstall" / "bin"
 
 
-class PostgresServer:
+class PostgresServer(Server):
     """Listens on a socket in a private folder and on loopback, with a password made at the first start.
 
     `folder` keeps the data over restarts; without it nothing is kept and nothing is synced to disk.
@@ -85,8 +85,7 @@ class PostgresServer:
         self.folder = folder
         self.options = options
         self.password = ""
-        self._temporary: Path | None = None
-        self.server: ServerProcess | None = None
+        super().__init__()
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://{SUPERUSER}:{self.password}@127.0.0.1:{self.port}/{database}"
@@ -152,20 +151,6 @@ class PostgresServer:
         )
         if done.returncode != 0:
             raise ServerError(f"initdb failed in {data}:\n{done.stdout.decode(errors='replace')}")
-
-    def stop(self) -> None:
-        if self.server is not None:
-            self.server.stop()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-        if self._temporary is not None:
-            remove(self._temporary)
 
 
 def _ready(pid_file: Path, pid: int) -> bool:

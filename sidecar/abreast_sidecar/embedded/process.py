@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from abreast_sidecar.errors import ServerError
 
@@ -205,3 +206,31 @@ def answers(host: str, port: int, question: bytes, wanted: bytes) -> bool:
 
 def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
+
+
+class Server:
+    """The life of a server of ours: `start` once, `stop` as often as one likes; a context manager of both."""
+
+    def __init__(self) -> None:
+        self.server: ServerProcess | None = None
+        self._temporary: Path | None = (
+            None  # where its files are, and removed with it, unless it has a folder
+        )
+
+    def start(self) -> Self:
+        """Return once it answers. Raise ServerError otherwise."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.stop()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        if self._temporary is not None:
+            remove(self._temporary)

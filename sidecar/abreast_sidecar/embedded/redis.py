@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib.util
 import signal
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from abreast_sidecar.embedded.process import (
+    Server,
     ServerProcess,
     answers,
     free_port,
     private_folder,
-    remove,
 )
 from abreast_sidecar.errors import ServerError
 
@@ -29,7 +28,7 @@ def bundled_redis() -> Path:
     return found[0]
 
 
-class RedisServer:
+class RedisServer(Server):
     """`folder` keeps its data over restarts (append-only file); without it nothing is kept."""
 
     def __init__(
@@ -46,8 +45,7 @@ class RedisServer:
         self.port = port or free_port()
         self.folder = folder
         self.options = options
-        self._temporary: Path | None = None
-        self.server: ServerProcess | None = None
+        super().__init__()
 
     @property
     def url(self) -> str:
@@ -85,17 +83,3 @@ class RedisServer:
         if self._temporary is None:
             self._temporary = private_folder("abreast-redis-")
         return self._temporary
-
-    def stop(self) -> None:
-        if self.server is not None:
-            self.server.stop()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-        if self._temporary is not None:
-            remove(self._temporary)
