@@ -29,18 +29,38 @@ local function move(pair, hash)
   count.joined = count.joined + 1
 end
 
+-- What waits for the pair: how many captures, and how many of them are first attempts. A failed-over request has a
+-- second attempt beside its copies; it must not take the place of a copy that is still on its way.
+local function waits(hash)
+  local slots = redis.pcall('HKEYS', hash)
+  if slots.err then -- not a hash: nothing of ours
+    redis.call('DEL', hash)
+    return 0, 0
+  end
+  local first = 0
+  for _, slot in ipairs(slots) do
+    if string.sub(slot, -2) == ':1' then
+      first = first + 1
+    end
+  end
+  return #slots, first
+end
+
 local function take(hash, pair, slot, arms, capture)
   if redis.call('ZSCORE', joined, pair) then
     return 'late'
   end
-  local there = redis.call('HLEN', hash)
+  local there, first = waits(hash)
   if there > 0 and redis.call('HEXISTS', hash, slot) == 1 then
     return 'duplicate'
   end
   if held + #capture > max_bytes then
     return 'shed_bytes'
   end
-  local completes = there + 1 >= arms
+  if string.sub(slot, -2) == ':1' then
+    first = first + 1
+  end
+  local completes = first >= arms
   if (completes and queued >= max_pairs) or (there == 0 and waiting >= max_pairs) then
     return 'shed_pairs'
   end

@@ -87,7 +87,7 @@ class Link:
     async def open(self) -> bytes:
         """Make the service known and return the key that secrets are hashed with, the same for all processes."""
         settings = self._settings
-        await self._call("HSET", SERVICES, settings.service, settings.shards)
+        await self._register()
         if settings.redact_key:
             return settings.redact_key.encode()
         key = secret(settings.service)
@@ -109,7 +109,12 @@ class Link:
         return Reply(*reply)
 
     async def report(self, process: str, report: dict[str, Any]) -> None:
+        """Registers the service too: a Redis that was emptied must not stay without it."""
+        await self._register()
         await self._call("HSET", reports(self._settings.service), process, orjson.dumps(report))
+
+    async def _register(self) -> None:
+        await self._call("HSET", SERVICES, self._settings.service, self._settings.shards)
 
     async def close(self) -> None:
         """Close the sockets at once, answered or not."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypedDict
+from urllib.parse import urlsplit
 
 from abreast.errors import SettingError
 from abreast.join import Bounds, Keys
@@ -79,6 +80,10 @@ def name(value: object) -> str:
 def url(value: object) -> str:
     if not isinstance(value, str) or not value.startswith(SCHEMES):
         raise ValueError("a URL that begins with redis://, rediss:// or unix://")
+    try:
+        _ = urlsplit(value).port
+    except ValueError:
+        raise ValueError("a URL such as redis://redis:6379/0") from None
     return value
 
 

@@ -27,7 +27,7 @@ from abreast.backlog import (
 )
 from abreast.capture import encode
 from abreast.join import Row, shard_of
-from abreast.link import Link, LinkError, Reply
+from abreast.link import TIMEOUT, Link, LinkError, Reply
 from abreast.redact import Redactor
 from abreast.rescue import Rescue
 from abreast.route import Routes
@@ -78,7 +78,10 @@ class Shipper:
         """Send what waits, for `flush_timeout` at most; the rest is dropped and counted."""
         self._closing = True
         self.work.set()
-        await asyncio.wait([self._task])
+        _, late = await asyncio.wait([self._task], timeout=self._settings.flush_timeout)
+        if late:  # in the middle of a turn with a slow Redis
+            self._task.cancel()
+            await asyncio.wait([self._task], timeout=TIMEOUT)
 
     async def _run(self) -> None:
         try:
@@ -89,9 +92,12 @@ class Shipper:
             await self._flush()
             self._abandon()
             await self._last_report()
-        except asyncio.CancelledError:  # the loop comes to its end
-            await self._flush()
-            await self._last_report()
+        except asyncio.CancelledError:
+            if self._closing:  # the time is over
+                self._abandon()
+            else:  # the loop comes to its end
+                await self._flush()
+                await self._last_report()
             raise
         finally:
             self.ended = True

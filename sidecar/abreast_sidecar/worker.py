@@ -17,8 +17,6 @@ from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import Judged, Ledger
 
 BREATHER = 0.01  # seconds between small batches: each commit has a cost of its own
-TURN = 0.005  # seconds of comparing before others on the loop have their turn
-STEP = 8  # pairs between two looks at the clock
 
 log = structlog.get_logger()
 
@@ -104,16 +102,11 @@ class Worker:
             reader.recover()
 
     async def _judge(self, entries: Sequence[Entry]) -> list[Judged]:
-        batch = []
-        turn = time.perf_counter() + TURN
-        for number, entry in enumerate(entries):
-            one = judged(entry, self._rules)
+        """In a thread: a large body takes its time, and others on the loop must have theirs."""
+        batch = await asyncio.to_thread(lambda: [judged(entry, self._rules) for entry in entries])
+        for one in batch:
             if one.poison is not None:
                 self._put_apart(one)
-            batch.append(one)
-            if number % STEP == 0 and time.perf_counter() > turn:
-                await asyncio.sleep(0)
-                turn = time.perf_counter() + TURN
         return batch
 
     async def _commit(

@@ -18,6 +18,7 @@ from abreast_sidecar.embedded import RedisServer
 from abreast_sidecar.housekeeping import Housekeeping
 from abreast_sidecar.housekeeping.envoy import bring_envoy
 from abreast_sidecar.housekeeping.latency import find_slow
+from abreast_sidecar.housekeeping.missing import find_missing
 from abreast_sidecar.housekeeping.reports import bring_reports
 from abreast_sidecar.housekeeping.retention import drop_days, open_days
 from abreast_sidecar.read import connect
@@ -119,6 +120,22 @@ async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Con
     assert (route, key, count) == ("/slow", ["latency", "", "slower"], 90)
     assert detail["old_p50_us"] == 20_000
     assert detail["ratio"] == pytest.approx(3.0, abs=0.01)
+
+
+async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Connection, url: str) -> None:
+    ledger = Ledger(url, examples_per_finding=1)
+    hanging = [judged(route="/hangs", outcome="only_old") for _ in range(12)]
+    lossy = [
+        judged(route="/lossy", outcome=outcome) for outcome in ("only_old", "only_new") for _ in range(12)
+    ]
+    rare = [judged(route="/rare", outcome="only_old" if n < 12 else "match") for n in range(400)]
+    await ledger.write([*hanging, *lossy, *rare])
+    await ledger.close()
+
+    assert await find_missing(connection) == 1
+    assert await find_missing(connection) == 1
+    query = "select route, part, path, impact, count from abreast.finding join abreast.endpoint on endpoint.id = endpoint_id"
+    assert rows(url, query) == [("/hangs", "error", "no capture", "breaking", 12)]
 
 
 def timed(pair: str, route: str, old_us: int, new_us: int) -> Judged:

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -110,6 +111,23 @@ def test_a_third_capture_after_a_failover_is_late_and_opens_nothing(client: Any)
     assert join(client, [("p", "old:live:2", 2, b"answer")]) == [0, 0, 1, 0, 0]
     assert not client.exists(KEYS.pair("p"))
     assert len(ready(client)) == 1
+
+
+@pytest.mark.parametrize("order", list(permutations(["new:live:1", "old:shadow:1", "old:live:2"])))
+def test_a_second_attempt_takes_no_copys_place(client: Any, order: tuple[str, ...]) -> None:
+    """Whatever comes first after a failover, the pair is what both versions answered to the first attempt."""
+    for slot in order:
+        join(client, [("p", slot, 2, slot.encode())])
+
+    assert {b"new:live:1", b"old:shadow:1"} <= ready(client)["p"].keys()
+    assert not client.exists(KEYS.pair("p"))
+
+
+def test_a_key_that_is_no_pair_stops_no_batch(client: Any) -> None:
+    client.set(KEYS.pair("p0"), "rubbish")
+
+    assert join(client, rows(2)) == [4, 0, 0, 0, 0]
+    assert sorted(ready(client)) == ["p0", "p1"]
 
 
 def test_what_was_moved_is_forgotten_in_time_and_in_number(client: Any) -> None:

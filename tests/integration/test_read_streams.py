@@ -8,9 +8,9 @@ import pytest
 import redis
 from redis.asyncio import Redis
 
-from abreast.join import GROUP, SERVICES, Keys
+from abreast.join import GROUP, SERVICES, Bounds, Keys
 from abreast_sidecar.errors import RedisError
-from abreast_sidecar.read import Entry, Reader, connect, forget_consumers, shards
+from abreast_sidecar.read import Entry, Reader, connect, forget_consumers, shards, sweep
 from support import eventually_async, free_port
 from support_pairs import SERVICE, add_entry, pair_of, ready, send, stats
 
@@ -186,3 +186,17 @@ async def test_a_reader_that_closes_takes_leave_unless_something_is_pending(redi
         names = [consumer["name"] for consumer in sync.xinfo_consumers(KEYS.ready, GROUP)]
 
     assert names == [b"owes"]
+
+
+async def test_rubbish_among_the_pairs_does_not_hold_up_the_sweep(redis_url: str, client: Redis) -> None:
+    send(redis_url, pair_of()[:1], bounds=Bounds(wait_ms=1))
+    await client.set(KEYS.pair("wrong"), "type")
+    await client.hset(KEYS.pair("large"), mapping={str(n): "x" for n in range(5000)})
+    await client.zadd(KEYS.due, {"wrong": 1, "large": 2})
+
+    async def swept() -> bool:
+        await sweep(client, KEYS)
+        return await client.zcard(KEYS.due) == 0
+
+    await eventually_async(swept, what="all three are swept")
+    assert await client.xlen(KEYS.ready) == 3

@@ -7,10 +7,10 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import orjson
 import pytest
@@ -18,6 +18,7 @@ import redis
 import redis.asyncio
 
 from abreast.join import SERVICES, Keys, reports, secret
+from abreast.link import Link, Reply
 from abreast.middleware import ParallelRunMiddleware
 from abreast.recorder import Message, Receive, Scope, Send
 from abreast.settings import Options
@@ -148,6 +149,45 @@ async def test_a_frozen_redis_does_not_hold_up_a_shutdown() -> None:
 
     assert took < 1.5
     assert target.backlog.dropped == {"shutdown": 5}
+
+
+async def test_a_slow_redis_does_not_hold_up_a_shutdown(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reply comes in time, but there is more to send than the time allows."""
+    target = middleware(redis_url, flush_timeout=0.3, ship_batch=1)
+    slow = Link.join
+
+    async def late(self: Link, shard: int, batch: Any) -> Reply:
+        await asyncio.sleep(0.1)
+        return await slow(self, shard, batch)
+
+    monkeypatch.setattr(Link, "join", late)
+    await ask(target, 50)
+    began = time.monotonic()
+    await target.aclose()
+
+    assert time.monotonic() - began < 2
+    assert target.backlog.dropped["shutdown"] > 0
+    assert target.backlog.count == 0
+
+
+async def test_an_emptied_redis_knows_the_service_again(redis_url: str) -> None:
+    target = middleware(redis_url)
+    await ask(target, 1)
+    await shipped(target, 1)
+    with redis.Redis.from_url(redis_url) as client:
+        client.flushall()
+        await ask(target, 1)
+        await eventually_async(registered(client), what="the service is registered")
+    await target.aclose()
+
+
+def registered(client: Any) -> Callable[[], Awaitable[bool]]:
+    async def known() -> bool:
+        return bool(client.hexists(SERVICES, "shop"))
+
+    return known
 
 
 async def test_a_full_redis_is_left_alone_until_there_is_room(caplog: pytest.LogCaptureFixture) -> None:

@@ -125,6 +125,12 @@ def test_brotli_without_its_package_is_not_compared(monkeypatch: pytest.MonkeyPa
     assert judgement.reason == "content-encoding br can't be decoded here: old and new"
 
 
+def test_a_stream_of_very_many_members_is_too_large_to_compare() -> None:
+    member = gzip.compress(b"a")
+
+    assert compare(member * 2000, member * 2000 + gzip.compress(b"b"), coding="gzip").outcome == "oversize"
+
+
 def test_a_bomb_is_an_outcome() -> None:
     old, new = (gzip.compress(byte * 20_000_000) for byte in (b"a", b"b"))
     judgement = compare(old, new, coding="gzip")

@@ -96,6 +96,12 @@ def test_a_wrong_url_is_not_shown_since_it_may_hold_a_password() -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("url", ["redis://host:port", "redis://[::"])
+def test_a_url_that_can_not_be_read_is_refused(url: str) -> None:
+    with pytest.raises(SettingError, match="redis_url must be a URL"):
+        read({"redis_url": url})
+
+
 def test_secrets_are_not_in_the_representation() -> None:
     shown = repr(read({"redis_url": "redis://:hunter2@r", "redact_key": "hunter3"}))
 

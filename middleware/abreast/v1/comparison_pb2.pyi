@@ -30,7 +30,7 @@ class GetSummaryRequest(_message.Message):
     SERVICE_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where the ledger holds only one."""
+    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
     @_builtins.property
     def window(self) -> _common_pb2.TimeWindow:
         """Only requests in this window. Unset: all that are kept."""

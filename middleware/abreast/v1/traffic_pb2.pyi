@@ -118,7 +118,7 @@ class GetTrafficRequest(_message.Message):
 
     SERVICE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one."""
+    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
     def __init__(
         self,
         *,
@@ -177,7 +177,7 @@ class UpdateTrafficRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one."""
+    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
     new_share: _builtins.float
     """Share of users that the new version answers, 0 to 1."""
     sample_safe: _builtins.float
@@ -270,7 +270,7 @@ class RollbackRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one."""
+    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
     actor: _builtins.str
     """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
     reason: _builtins.str
@@ -336,7 +336,7 @@ class PromoteRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one."""
+    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
     actor: _builtins.str
     """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
     reason: _builtins.str
@@ -399,7 +399,7 @@ class WatchTrafficRequest(_message.Message):
 
     SERVICE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one."""
+    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
     def __init__(
         self,
         *,
@@ -453,7 +453,7 @@ class ListTrafficEventsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one."""
+    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
     page_size: _builtins.int
     """At most so many, 1 to 1000; 0 means 100."""
     page_token: _builtins.str

@@ -65,8 +65,8 @@ def _gzip(body: bytes, limit: int) -> bytes:
             raise ValueError("the stream ends early")
         body = reader.unused_data
         if not body.strip(b"\0"):
-            break
-    return b"".join(pieces)
+            return b"".join(pieces)
+    raise _TooLargeError
 
 
 def _deflate(body: bytes, limit: int) -> bytes:

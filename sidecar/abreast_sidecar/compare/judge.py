@@ -112,11 +112,11 @@ def _verdict(sides: Sides, rules: Rules, declared: RuleSet | None, *, swept: boo
         return Verdict("only_new", "no capture of old arrived in time")
     if new is None:
         return _without_new(sides, swept=swept)
-    if (old.client_left and not old.complete) or (new.client_left and not new.complete):
+    if _left(old) or _left(new):
         return Verdict("aborted", "the client left before the answer was whole")
     if _sheds(old) != _sheds(new):
         return Verdict("shed", f"{'old' if _sheds(old) else 'new'} was shedding load")
-    if _conditional(old) and NOT_MODIFIED in {status(old), status(new)} and status(old) != status(new):
+    if _conditional(old) and _validated(status(old), status(new)):
         return Verdict("not_compared", "a conditional request: validators belong to one build")
     return _weighed(old, new, _differences(old, new, rules, declared), declared)
 
@@ -137,17 +137,27 @@ def _weighed(old: Capture, new: Capture, found: BodyResult, declared: RuleSet | 
 
 
 def _without_new(sides: Sides, *, swept: bool) -> Verdict:
-    """Joined without new: it was out and old answered both, or an attempt at it left no capture."""
-    if not swept and sides.old is not None and sides.baseline is not None:
-        if max(sides.old.attempt, sides.baseline.attempt) == 1:
-            return Verdict("baseline_only", "new was out: old got all copies")
+    """New was out and old answered all copies, or an attempt at new left no capture."""
+    known = [side for side in (sides.old, sides.baseline) if side is not None]
+    if any(side.attempt > 1 for side in known):
         return Verdict("only_old", "new did not answer, and the request was tried again on old")
+    if not swept and len(known) > 1:
+        return Verdict("baseline_only", "new was out: old got all copies")
     return Verdict("only_old", "no capture of new arrived in time")
 
 
+def _left(capture: Capture) -> bool:
+    """The user left. Where a copy was cut short, it was Envoy that had waited long enough."""
+    return capture.role == "live" and capture.client_left and not capture.complete
+
+
+def _validated(one: int, other: int) -> bool:
+    """304 on one side, success on the other."""
+    return sorted((one // 100, other // 100)) == [2, 3] and NOT_MODIFIED in {one, other}
+
+
 def _comparable(one: Capture, other: Capture) -> bool:
-    cut = any(side.client_left and not side.complete for side in (one, other))
-    return not cut and _sheds(one) == _sheds(other)
+    return not (_left(one) or _left(other)) and _sheds(one) == _sheds(other)
 
 
 def status(capture: Capture) -> int:
@@ -168,6 +178,8 @@ def _conditional(capture: Capture) -> bool:
 
 def _differences(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -> BodyResult:
     found = []
+    if _silent(old) != _silent(new):
+        return BodyResult([_unanswered(old, new)])
     if status(old) != status(new):
         found.append(_status(old, new))
         if status(old) // 100 != status(new) // 100:
@@ -187,6 +199,24 @@ def _differences(old: Capture, new: Capture, rules: Rules, declared: RuleSet | N
     if not found:
         return bodies
     return bodies._replace(differences=[*found, *bodies.differences][: rules.max_differences])
+
+
+def _silent(capture: Capture) -> bool:
+    """It had not begun to answer when Envoy cut it off."""
+    return capture.answer.status == 0 and capture.client_left
+
+
+def _unanswered(old: Capture, new: Capture) -> Difference:
+    new_only = _silent(new)
+    return Difference(
+        part="error",
+        path="no answer",
+        place="",
+        kind="removed" if new_only else "added",
+        impact="breaking" if new_only else "value",
+        old=None if _silent(old) else str(status(old)),
+        new=None if new_only else str(status(new)),
+    )
 
 
 def _broken_off(capture: Capture) -> bool:

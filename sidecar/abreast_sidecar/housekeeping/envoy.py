@@ -27,7 +27,12 @@ TIMEOUT = 2.0  # seconds for one question
 SHADOWS = ("old_shadow", "new_shadow")
 COPIES = (*SHADOWS, "old_baseline")
 SENT = "upstream_rq_total"
-NOT_SENT = ("upstream_rq_pending_overflow", "upstream_rq_pending_failure_eject", "upstream_cx_none_healthy")
+NOT_SENT = (
+    "upstream_rq_pending_overflow",
+    "upstream_rq_active_overflow",
+    "upstream_rq_pending_failure_eject",
+    "upstream_cx_none_healthy",
+)
 FILTER = rf"^cluster\.({'|'.join(COPIES)})\.({'|'.join((SENT, *NOT_SENT))})$"
 NAME_LIMIT = 200  # characters
 

@@ -12,6 +12,7 @@ import structlog
 from abreast_sidecar.errors import LedgerError, RedisError
 from abreast_sidecar.housekeeping.envoy import EnvoyError, bring_envoy
 from abreast_sidecar.housekeeping.latency import find_slow
+from abreast_sidecar.housekeeping.missing import find_missing
 from abreast_sidecar.housekeeping.reports import bring_reports
 from abreast_sidecar.housekeeping.retention import drop_days, open_days
 from abreast_sidecar.outage import Outage, pause
@@ -74,6 +75,7 @@ class Housekeeping:
             Chore("sweep", SWEEP, ("redis",), self._sweep),
             Chore("reports", REPORTS, ("redis", "postgres"), self._bring_reports),
             Chore("latency", SLOW, ("postgres",), self._find_slow),
+            Chore("missing", SLOW, ("postgres",), self._find_missing),
             Chore("consumers", CONSUMERS, ("redis",), self._forget_consumers),
             Chore("days", DAYS, ("postgres",), self._turn_days),
             *envoys,
@@ -122,6 +124,10 @@ class Housekeeping:
     async def _find_slow(self) -> None:
         async with self._database.connection() as connection:
             await find_slow(connection)
+
+    async def _find_missing(self) -> None:
+        async with self._database.connection() as connection:
+            await find_missing(connection)
 
     async def _forget_consumers(self) -> None:
         with translated():

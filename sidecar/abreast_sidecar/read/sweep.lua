@@ -1,6 +1,7 @@
 -- Moves pairs whose time is over to the stream, with what there is of them, atomically.
 -- KEYS: due, ready, joined, stats. ARGV: prefix of the pairs' hashes, how many at most. Returns how many were moved.
--- A pair whose hash is gone is moved too, empty: it was sampled, so it has an outcome.
+-- A pair whose hash is gone, or is no pair, is moved too, empty: it was sampled, so it has an outcome.
+local MOST = 64 -- fields and values; a pair has a few
 local due, ready, joined, stats = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -8,8 +9,11 @@ local over = redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, ARGV[2])
 for _, pair in ipairs(over) do
   local hash = ARGV[1] .. pair
   local entry = {'pair', pair, 'why', 'swept'}
-  for _, part in ipairs(redis.call('HGETALL', hash)) do
-    entry[#entry + 1] = part
+  local parts = redis.pcall('HGETALL', hash)
+  if not parts.err and #parts <= MOST then -- anything else is none of ours, and must not hold up the others
+    for _, part in ipairs(parts) do
+      entry[#entry + 1] = part
+    end
   end
   redis.call('XADD', ready, '*', unpack(entry))
   redis.call('DEL', hash)

@@ -21,6 +21,8 @@ def phrase(finding: Finding) -> str:
     """What happened there: `200 became 500`, `removed, was "max-age=60"`, `p50 3.1 ms became 41.0 ms`, …"""
     if finding.part == "latency":
         return _slower(finding)
+    if (finding.part, finding.path) == ("error", "no capture"):
+        return "old answered, new left no capture in time"
     old, new = short(finding.detail.get("old")), short(finding.detail.get("new"))
     if finding.kind == "order":
         return "same elements in another order"

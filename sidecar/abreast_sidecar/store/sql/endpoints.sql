@@ -43,7 +43,7 @@ cross join lateral (
           select from abreast.finding n
           where n.endpoint_id = g.endpoint_id and n.part = g.part and n.path = g.path and n.baseline_count > 0
       )
-      and case when g.part = 'latency'
+      and case when g.part = 'latency' or g.path = 'no capture'
               then g.count > 0 and g.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                and g.first_seen < coalesce(%(end)s::timestamptz, 'infinity')
               when %(windowed)s

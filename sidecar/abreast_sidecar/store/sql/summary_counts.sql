@@ -10,7 +10,7 @@ select
               select from abreast.finding n
               where n.endpoint_id = f.endpoint_id and n.part = f.part and n.path = f.path and n.baseline_count > 0
           )
-          and case when f.part = 'latency'
+          and case when f.part = 'latency' or f.path = 'no capture'
               then f.count > 0 and f.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                and f.first_seen < coalesce(%(end)s::timestamptz, 'infinity')
               when %(windowed)s

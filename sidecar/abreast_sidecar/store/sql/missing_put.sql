@@ -1,0 +1,23 @@
+-- Endpoints of which old has a capture and new has none, clearly more often than the other way round: new does not answer
+-- in time there, or does not capture. Among the last pairs of each endpoint.
+insert into abreast.finding (endpoint_id, part, path, kind, impact, count, first_seen, last_seen)
+select endpoint.id, 'error', 'no capture', 'removed', 'breaking', recent.only_old, recent.first, recent.last
+from abreast.endpoint
+cross join lateral (
+    select count(*) as pairs,
+           count(*) filter (where outcome = 'only_old') as only_old,
+           count(*) filter (where outcome = 'only_new') as only_new,
+           min(at) filter (where outcome = 'only_old') as first,
+           max(at) filter (where outcome = 'only_old') as last
+    from (
+        select at, outcome
+        from abreast.pair
+        where endpoint_id = endpoint.id and at > clock_timestamp() - %(window)s * interval '1 second'
+        order by at desc
+        limit %(most)s
+    ) as newest
+) as recent
+where recent.only_old >= %(least)s and recent.only_old >= 3 * (recent.only_new + 1)
+  and recent.only_old >= recent.pairs * %(share)s
+on conflict (endpoint_id, part, path, kind)
+do update set count = excluded.count, last_seen = excluded.last_seen
