@@ -9,9 +9,14 @@ import httpx
 import pytest
 
 from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
-from support import eventually_async, free_port
+from support import eventually_async, free_port, free_ports
 from support_envoy import abreast, burst, exchange, started
 from support_upstream import Received, Upstream, failing, ok, respond, slow
+
+
+async def hang_up(_request: Received, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    raise ConnectionResetError
 
 
 async def test_no_safe_request_fails_when_new_dies_under_load() -> None:
@@ -55,6 +60,79 @@ async def test_a_failing_new_is_answered_for_by_old_and_the_attempts_are_told_ap
         assert [request.headers["x-abreast-version"] for request in (failed, answered)] == ["new", "old"]
 
 
+@pytest.mark.parametrize(("baseline_share", "copies"), [(0.0, 0), (1.0, 1)])
+async def test_an_error_of_old_is_the_answer_and_old_is_not_asked_again(
+    baseline_share: float, copies: int
+) -> None:
+    async with abreast(old=Upstream(answer=failing(500)), baseline_share=baseline_share) as running:
+        answers = [await running.client.get("/") for _ in range(5)]
+        await running.settled()
+
+        assert {(answer.status_code, answer.text) for answer in answers} == {(500, "failed")}
+        assert {answer.headers["x-abreast-version"] for answer in answers} == {"old"}
+        assert len(running.old.in_role("live")) == 5
+        assert len(running.old.in_role("baseline")) == 5 * copies
+        assert len({request.pair for request in running.old.in_role("live")}) == 5
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+async def test_a_failed_copy_is_not_sent_again(weight: float) -> None:
+    failed = "old" if weight else "new"
+    async with abreast(weight=weight, **{failed: Upstream(answer=failing(503))}) as running:
+        answers = [await running.client.get("/") for _ in range(3)]
+        await running.arrived(getattr(running, failed), 3)
+        await running.settled()
+
+        assert {answer.status_code for answer in answers} == {200}
+        assert [request.role for request in getattr(running, failed).received] == ["shadow"] * 3
+
+
+async def test_an_error_of_new_costs_old_one_live_request() -> None:
+    async with abreast(weight=1.0, new=Upstream(answer=failing(500))) as running:
+        answer = await running.client.get("/")
+        await running.settled()
+
+        assert (answer.status_code, answer.text) == (200, "ok")
+        assert len(running.new.in_role("live")) == len(running.old.in_role("live")) == 1
+
+
+async def test_an_error_of_both_is_answered_by_old_after_one_try_of_each() -> None:
+    both = {"old": Upstream(answer=failing(502)), "new": Upstream(answer=failing(500))}
+    async with abreast(weight=1.0, sample_safe=0.0, **both) as running:
+        answer = await running.client.get("/")
+
+        assert (answer.status_code, answer.headers["x-abreast-version"]) == (502, "old")
+        assert len(running.new.received) == len(running.old.received) == 1
+
+
+async def test_old_is_not_asked_again_where_it_stands_in_for_a_new_that_is_out() -> None:
+    async with abreast(weight=1.0, sample_safe=0.0, old=Upstream(answer=failing(500))) as running:
+        await running.new.stop()
+        await running.healthy("new", 0)
+        before = len(running.old.received)
+        answers = [await running.client.get("/") for _ in range(5)]
+
+        assert {answer.status_code for answer in answers} == {500}
+        assert len(running.old.received) - before == 5
+
+
+async def test_old_is_not_asked_again_when_the_connection_breaks_before_an_answer() -> None:
+    async with abreast(sample_safe=0.0, old=Upstream(answer=hang_up)) as running:
+        answer = await running.client.get("/")
+
+        assert answer.status_code == 503
+        assert len(running.old.received) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+async def test_what_a_retry_is_decided_by_is_not_shown_to_users(weight: float, method: str) -> None:
+    async with abreast(weight=weight) as running:
+        answer = await running.client.request(method, "/")
+
+        assert {name for name in answer.headers if name.startswith("x-abreast-")} == {"x-abreast-version"}
+
+
 async def test_many_failures_at_once_are_all_answered_for() -> None:
     """Envoy's own default is three retries at a time."""
 
@@ -87,10 +165,6 @@ async def test_a_client_cannot_ask_for_retries_or_timeouts_of_its_own() -> None:
 
 
 async def test_an_unsafe_request_is_not_sent_again_when_the_connection_breaks_before_an_answer() -> None:
-    async def hang_up(_request: Received, writer: asyncio.StreamWriter) -> None:
-        writer.close()
-        raise ConnectionResetError
-
     async with abreast(weight=1.0, new=Upstream(answer=hang_up)) as running:
         answer = await running.client.post("/orders", content=b"one")
 
@@ -190,10 +264,11 @@ async def test_a_service_without_the_health_path_is_healthy() -> None:
 
 async def test_envoy_starts_without_a_sidecar_and_sends_everyone_to_old() -> None:
     async with Upstream() as old, Upstream() as new:
+        listen, admin_port, nobody = free_ports(3)
         settings = EnvoySettings(
-            listen=Endpoint("127.0.0.1", free_port()),
-            admin=Endpoint("127.0.0.1", free_port()),
-            sidecar=Endpoint("127.0.0.1", free_port()),
+            listen=Endpoint("127.0.0.1", listen),
+            admin=Endpoint("127.0.0.1", admin_port),
+            sidecar=Endpoint("127.0.0.1", nobody),
             old=(Endpoint("127.0.0.1", old.port),),
             new=(Endpoint("127.0.0.1", new.port),),
             sample_safe=1.0,
@@ -297,12 +372,13 @@ async def test_a_whole_request_may_be_given_a_limit() -> None:
 
 async def test_another_endpoint_of_old_is_tried() -> None:
     async with Upstream() as first:
-        dead = Endpoint("127.0.0.1", free_port())
+        closed, listen, admin_port = free_ports(3)
+        dead = Endpoint("127.0.0.1", closed)
         async with abreast(old=Upstream(), sample_safe=0.0, health_path="/healthz") as running:
             endpoints = (dead, Endpoint("127.0.0.1", first.port))
             settings = EnvoySettings(
-                listen=Endpoint("127.0.0.1", free_port()),
-                admin=Endpoint("127.0.0.1", free_port()),
+                listen=Endpoint("127.0.0.1", listen),
+                admin=Endpoint("127.0.0.1", admin_port),
                 sidecar=running.settings.sidecar,
                 old=endpoints,
                 new=running.settings.new,
