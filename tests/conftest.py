@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from abreast_sidecar.embedded import PostgresServer, RedisServer
 
 # Servers are started while gRPC's threads run; its handlers for forks then crash the new process.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
+# In the background of a script SIGINT is ignored, and so it would be in every process that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

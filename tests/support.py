@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 from collections.abc import Awaitable, Callable
 
 from abreast_sidecar.embedded import free_port
 
-__all__ = ["eventually", "eventually_async", "free_port"]
+__all__ = ["eventually", "eventually_async", "free_port", "free_ports"]
+
+
+def free_ports(number: int) -> tuple[int, ...]:
+    """All different: each is held until the last is taken."""
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return tuple(probe.getsockname()[1] for probe in probes)
 
 
 def eventually(condition: Callable[[], bool], *, within: float = 15.0, what: str = "the condition") -> None:

@@ -13,7 +13,7 @@ import httpx
 from abreast_sidecar.embedded import EnvoyServer
 from abreast_sidecar.envoy.render import render
 from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
-from support import eventually_async, free_port
+from support import eventually_async, free_ports
 from support_rtds import RuntimeServer
 from support_upstream import Upstream
 
@@ -78,11 +78,12 @@ async def abreast(
 ) -> AsyncIterator[Abreast]:
     """By default every safe request is mirrored, nothing else is, and old answers."""
     async with old or Upstream() as first, new or Upstream() as second:
+        listen, admin_port, sidecar_port = free_ports(3)
         settings = EnvoySettings(
             **{
-                "listen": Endpoint("127.0.0.1", free_port()),
-                "admin": Endpoint("127.0.0.1", free_port()),
-                "sidecar": Endpoint("127.0.0.1", free_port()),
+                "listen": Endpoint("127.0.0.1", listen),
+                "admin": Endpoint("127.0.0.1", admin_port),
+                "sidecar": Endpoint("127.0.0.1", sidecar_port),
                 "old": (Endpoint("127.0.0.1", first.port),),
                 "new": (Endpoint("127.0.0.1", second.port),),
                 "sample_safe": 1.0,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -143,11 +147,20 @@ def _verdict(ledger: Ledger) -> str:
 def _next_commands(console: Console, finished: Finished) -> None:
     address = finished.stack.grpc_address
     flag = "" if address == f"{LOOPBACK}:{GRPC_PORT}" else f" --address {address}"
-    rows = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    console.print()
+    console.print("What to try next, in another terminal", style="bold")
     for command, why in _commands(finished):
-        rows.add_row(styled(f"abreast {command}{flag}", "bold"), why)
-    _titled(console, "What to try next, in another terminal", rows)
-    console.print(f"or open {finished.stack.http_url}")
+        console.print(f"# {why}", style="dim", soft_wrap=True)
+        console.print(f"{program()} {command}{flag}", soft_wrap=True)  # one line, to be copied
+    console.print(f"or open {finished.stack.http_url}", soft_wrap=True)
+
+
+def program() -> str:
+    """The word or words that start this program again, for a shell in the same folder."""
+    called, found = sys.argv[0], shutil.which("abreast")
+    if Path(called).name != "abreast":
+        return shlex.join([sys.executable, "-m", "abreast_sidecar"])
+    return "abreast" if found and Path(found).samefile(called) else shlex.quote(called)
 
 
 def _commands(finished: Finished) -> Iterable[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from datetime import UTC, datetime
 
 import orjson
 import structlog
@@ -31,9 +32,25 @@ def configure(level: str) -> None:
         cache_logger_on_first_use=True,
     )
     # Libraries log through the standard module: only what is wrong.
-    logging.basicConfig(
-        level=logging.WARNING, format='{"event":"%(message)s","logger":"%(name)s"}', force=True
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Json())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # warns of each try; the sidecar says it once
+
+
+class Json(logging.Formatter):
+    """The same fields as ours, whatever a library writes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "event": record.getMessage(),
+            "logger": record.name,
+            "level": record.levelname.lower(),
+            "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=_text).decode()
 
 
 def _text(value: object) -> str:

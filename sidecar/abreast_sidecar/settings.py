@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -10,6 +12,7 @@ from typing import Any, Self
 from abreast_sidecar.errors import SettingError
 
 PREFIX = "ABREAST_"
+SECRETS = re.compile(r"(?<=://).*@|(?<=password=)('[^']*'|[^&\s]*)")  # in URLs and connection strings
 
 
 def setting(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
@@ -29,6 +32,35 @@ def optional(value: str) -> str:
 
 def words(value: str) -> tuple[str, ...]:
     return tuple(word for word in (part.strip() for part in value.split(",")) if word)
+
+
+def redis_url(value: str) -> str:
+    from redis.connection import parse_url
+
+    try:
+        parse_url(value.strip())  # type: ignore[no-untyped-call]  # redis-py's
+    except ValueError:
+        raise ValueError("a URL such as redis://127.0.0.1:6379/0, rediss://… or unix://…") from None
+    return value.strip()
+
+
+def postgres_url(value: str) -> str:
+    """A URL, or libpq's own form: host=… dbname=…"""
+    import psycopg
+    from psycopg.conninfo import conninfo_to_dict
+
+    try:
+        known = conninfo_to_dict(text(value))
+        for port in str(known.get("port") or "5432").split(","):
+            address(f":{port or 5432}")
+    except (psycopg.Error, ValueError):
+        raise ValueError("a URL such as postgresql://127.0.0.1:5432/abreast") from None
+    return value.strip()
+
+
+def shown(value: str) -> str:
+    """A setting's value without the passwords in it."""
+    return SECRETS.sub(lambda found: "…@" if found[0].endswith("@") else "…", value)
 
 
 def seconds(value: str) -> float:
@@ -82,7 +114,7 @@ def _number(
         number = float(value)
     except ValueError:
         raise ValueError(wanted) from None
-    if not low <= number <= high or (exclusive and number == low):
+    if not math.isfinite(number) or not low <= number <= high or (exclusive and number == low):
         raise ValueError(wanted)
     return number
 
@@ -99,16 +131,18 @@ class FromEnvironment:
             try:
                 values[part.name] = part.metadata["parse"](environment[name])
             except ValueError as error:
-                raise SettingError(f"{name} must be {error}, got {environment[name]!r}") from error
+                raise SettingError(f"{name} must be {error}, got {shown(environment[name])!r}") from error
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class Settings(FromEnvironment):
     redis_url: str = setting(
-        "redis://127.0.0.1:6379/0", text, "Redis or Valkey that services send captures to"
+        "redis://127.0.0.1:6379/0", redis_url, "Redis or Valkey that services send captures to"
     )
-    postgres_url: str = setting("postgresql://127.0.0.1:5432/abreast", text, "Postgres that holds the ledger")
+    postgres_url: str = setting(
+        "postgresql://127.0.0.1:5432/abreast", postgres_url, "Postgres that holds the ledger"
+    )
     grpc_listen: str = setting("127.0.0.1:50051", address, "address of the gRPC API and of Envoy's control")
     http_listen: str = setting("127.0.0.1:8090", address, "address of health, metrics and the page")
     envoy_admin: tuple[str, ...] = setting(

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BARE = ("redis", "hiredis", "orjson")
+OLDER_PYTHON = ("async_timeout",)  # redis needs it below 3.11.3
 CLIENT = (*BARE, "grpc", "google", "typing_extensions.py")
 
 
@@ -30,7 +31,8 @@ def site(wheel: Path, folder: Path, packages: tuple[str, ...]) -> Path:
     """A folder of packages: the wheel's, and these of the environment's."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)  # built a moment ago
-    for package in packages:
+    present = [name for name in OLDER_PYTHON if (Path(sysconfig.get_path("platlib")) / name).is_dir()]
+    for package in (*packages, *present):
         (folder / package).symlink_to(Path(sysconfig.get_path("platlib")) / package)
     return folder
 

@@ -20,7 +20,7 @@ from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
 from abreast.v1 import comparison_pb2, comparison_pb2_grpc
 from abreast_sidecar.embedded import RedisServer
 from captures import capture
-from support import eventually, free_port
+from support import eventually, free_ports
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -40,7 +40,7 @@ def commands(name: str) -> list[str]:
 @pytest.fixture
 def sidecar(postgres_url: str) -> Iterator[str]:
     """The address of a sidecar that has compared one pair."""
-    ports = free_port(), free_port()
+    ports = free_ports(2)
     with RedisServer() as server:
         environment = {
             **os.environ,

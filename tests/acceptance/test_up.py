@@ -21,15 +21,23 @@ from typing import Any, Self
 import pytest
 from click.testing import CliRunner
 
+from abreast_sidecar import embedded
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.embedded import stable_port
 from support import eventually
 
 SERVICE = Path(__file__).parent.parent / "small_service.py"
 START = 90.0  # seconds, on a busy machine
+TAKEN: set[int] = set()  # in this process: no port is given twice
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("ABREAST_")}
 
 pytestmark = pytest.mark.timeout(240)
+
+
+def stable_port() -> int:
+    while (port := embedded.stable_port()) in TAKEN:
+        continue
+    TAKEN.add(port)
+    return port
 
 
 @dataclass
@@ -42,6 +50,7 @@ class Up:
     listen: int = field(default_factory=stable_port)
     grpc: int = field(default_factory=stable_port)
     http: int = field(default_factory=stable_port)
+    before: tuple[str, ...] = ()  # words of a command that starts it
 
     def __post_init__(self) -> None:
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  # closed by __exit__
@@ -58,7 +67,7 @@ class Up:
         return found[1]
 
     def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "abreast_sidecar", "up"]
+        command = [*self.before, sys.executable, "-m", "abreast_sidecar", "up"]
         command += ["--old", f"http://127.0.0.1:{self.old}", "--new", f"http://127.0.0.1:{self.new}"]
         command += ["--service", "shop", "--listen", f"127.0.0.1:{self.listen}"]
         command += ["--grpc", f"127.0.0.1:{self.grpc}", "--http", f"127.0.0.1:{self.http}", *self.options]
@@ -200,8 +209,14 @@ def test_a_pair_can_be_looked_at_by_the_id_of_its_answer() -> None:
 
 
 def test_ctrl_c_stops_everything_it_started_and_nothing_else() -> None:
+    """Also where a script started it with `&`, which has the signal ignored."""
     old, new = stable_port(), stable_port()
-    with Up(old, new) as up, service("old", old, up.redis_url), service("new", new, up.redis_url):
+    ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
+    with (
+        Up(old, new, before=ignoring) as up,
+        service("old", old, up.redis_url),
+        service("new", new, up.redis_url),
+    ):
         assert up.process is not None
         mine = descendants(up.process.pid)
         code = up.stop(signal.SIGINT)
@@ -290,12 +305,17 @@ def test_the_doctor_names_sampling_that_is_off() -> None:
 
 def test_the_doctor_names_a_version_that_is_down() -> None:
     old, new = stable_port(), stable_port()
-    with Up(old, new) as up, service("old", old, up.redis_url):
-        eventually(lambda: "Envoy finds new unhealthy: GET /healthz" in up.text, within=30, what="up says so")
-        failures = up.failures()
+    with Up(old, new) as up:
+        eventually(lambda: f"old can't be reached: 127.0.0.1:{old}" in up.text, within=30, what="up says so")
+        assert {("Envoy", "old"), ("Envoy", "new")} <= up.failures()
+        with service("old", old, up.redis_url):
+            eventually(lambda: "old is healthy" in up.text, within=30, what="up says so of old")
+            failures = up.failures()
 
-        assert ("Envoy", "new") in failures
+        assert "Envoy finds new unhealthy: GET /healthz" in up.text
+        assert (("Envoy", "old") in failures, ("Envoy", "new") in failures) == (False, True)
         assert f"new does not answer at 127.0.0.1:{new} yet" in up.text
+        assert f"http://127.0.0.1:{up.http}" in up.text
 
 
 def test_the_doctor_names_a_redis_that_stands_still() -> None:

@@ -25,7 +25,7 @@ from abreast.capture import encode
 from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
 from abreast.v1 import comparison_pb2, comparison_pb2_grpc
 from captures import capture
-from support import eventually, free_port
+from support import eventually, free_port, free_ports
 
 
 @dataclass
@@ -57,7 +57,7 @@ def command(*arguments: str) -> list[str]:
 
 @contextmanager
 def started(redis_url: str, postgres_url: str, *options: str, ready: bool = True) -> Iterator[Process]:
-    grpc_port, http_port = free_port(), free_port()
+    grpc_port, http_port = free_ports(2)
     environment = {
         **os.environ,
         "ABREAST_REDIS_URL": redis_url,
@@ -220,7 +220,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_a_port_in_use_is_one_line(redis_url: str, postgres_url: str) -> None:
     with started(redis_url, postgres_url) as sidecar:
         for option, port in (("--grpc-listen", sidecar.grpc_port), ("--http-listen", sidecar.http_port)):
-            others = {"--grpc-listen": free_port(), "--http-listen": free_port(), option: port}
+            others = dict(zip(("--grpc-listen", "--http-listen"), free_ports(2), strict=True)) | {
+                option: port
+            }
             options = [part for name, number in others.items() for part in (name, f"127.0.0.1:{number}")]
             ended = run("sidecar", "--redis-url", redis_url, "--postgres-url", postgres_url, *options)
 

@@ -15,10 +15,11 @@ import psycopg
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from abreast.v1 import comparison_pb2
 from abreast.v1 import traffic_pb2 as pb
 from abreast_sidecar.embedded import EnvoyServer, PostgresServer
 from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
-from support import eventually_async, free_port
+from support import eventually_async, free_port, free_ports
 from support_envoy import started
 from support_serve import Running, running
 from support_upstream import Upstream
@@ -65,11 +66,12 @@ class Edge:
 @asynccontextmanager
 async def edge(port: int, *, service: str = "shop", node: str = "edge-1") -> AsyncIterator[Edge]:
     async with Upstream() as old, Upstream() as new:
+        listen, admin_port = free_ports(2)
         settings = EnvoySettings(
             service=service,
             node_id=node,
-            listen=Endpoint("127.0.0.1", free_port()),
-            admin=Endpoint("127.0.0.1", free_port()),
+            listen=Endpoint("127.0.0.1", listen),
+            admin=Endpoint("127.0.0.1", admin_port),
             sidecar=Endpoint("127.0.0.1", port),
             old=(Endpoint("127.0.0.1", old.port),),
             new=(Endpoint("127.0.0.1", new.port),),
@@ -114,6 +116,17 @@ async def acknowledged(sidecar: Running, *, envoys: int = 1) -> None:
 async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
     async with running(redis_url, postgres_url, sample_safe=0.5, baseline_share=0.2, new_share=0.0) as found:
         yield found
+
+
+async def test_a_misspelt_name_does_not_stand_in_the_way_of_a_rollback(sidecar: Running) -> None:
+    sidecar.ledger().endpoint("a-typo")
+    async with edge(sidecar.port):
+        await acknowledged(sidecar)
+        summary = await sidecar.comparison.GetSummary(comparison_pb2.GetSummaryRequest())
+        found = await sidecar.traffic.Rollback(pb.RollbackRequest(wait=LONG))
+
+    assert (summary.service, found.traffic.service, found.traffic.rolled_back) == ("shop", "shop", True)
+    assert found.envoys[0].acknowledged_version == found.traffic.version
 
 
 async def test_the_first_envoy_of_a_service_gets_the_settings_first_values(sidecar: Running) -> None:

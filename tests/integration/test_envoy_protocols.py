@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
-from support import eventually_async, free_port
+from support import eventually_async, free_port, free_ports
 from support_certificate import Certificate, self_signed
 from support_envoy import abreast, exchange, started
 from support_upstream import Received, Upstream, respond
@@ -80,10 +80,11 @@ async def test_a_version_behind_tls_is_checked_by_name(certificate: Certificate)
         assert (await running.client.get("/")).status_code == 200
         await running.arrived(running.new, 1)
 
+        listen, admin_port = free_ports(2)
         other = replace(
             running.settings,
-            listen=Endpoint("127.0.0.1", free_port()),
-            admin=Endpoint("127.0.0.1", free_port()),
+            listen=Endpoint("127.0.0.1", listen),
+            admin=Endpoint("127.0.0.1", admin_port),
             old_tls="someone.else",
         )
         async with started(other), httpx.AsyncClient(timeout=30) as client:
@@ -114,10 +115,11 @@ async def test_grpc_passes_with_its_trailers_and_is_mirrored_when_asked() -> Non
         return server, port
 
     (old, old_port), (new, new_port) = await serve(), await serve()
+    listen, admin_port, nobody = free_ports(3)
     settings = EnvoySettings(
-        listen=Endpoint("127.0.0.1", free_port()),
-        admin=Endpoint("127.0.0.1", free_port()),
-        sidecar=Endpoint("127.0.0.1", free_port()),
+        listen=Endpoint("127.0.0.1", listen),
+        admin=Endpoint("127.0.0.1", admin_port),
+        sidecar=Endpoint("127.0.0.1", nobody),
         old=(Endpoint("127.0.0.1", old_port),),
         new=(Endpoint("127.0.0.1", new_port),),
         sample_unsafe=1.0,
@@ -179,10 +181,11 @@ async def test_the_answer_passes_as_the_service_gave_it_but_for_the_version() ->
 
 async def test_names_are_resolved_and_every_address_is_used() -> None:
     async with abreast() as running:
+        listen, admin_port = free_ports(2)
         settings = replace(
             running.settings,
-            listen=Endpoint("127.0.0.1", free_port()),
-            admin=Endpoint("127.0.0.1", free_port()),
+            listen=Endpoint("127.0.0.1", listen),
+            admin=Endpoint("127.0.0.1", admin_port),
             old=(Endpoint("localhost", running.old.port),),
             new=(Endpoint("localhost", running.new.port),),
             sidecar=Endpoint("localhost", running.sidecar.port),
@@ -197,11 +200,12 @@ async def test_names_are_resolved_and_every_address_is_used() -> None:
 
 async def test_an_admin_address_that_others_reach_can_only_be_read() -> None:
     async with abreast() as running:
+        listen, admin_port, nobody = free_ports(3)
         settings = replace(
             running.settings,
-            listen=Endpoint("127.0.0.1", free_port()),
-            admin=Endpoint("0.0.0.0", free_port()),
-            sidecar=Endpoint("127.0.0.1", free_port()),
+            listen=Endpoint("127.0.0.1", listen),
+            admin=Endpoint("0.0.0.0", admin_port),
+            sidecar=Endpoint("127.0.0.1", nobody),
         )
         async with (
             started(settings),

@@ -535,6 +535,7 @@ async def test_an_empty_service_is_ambiguous_where_there_are_several(
 
     assert found.code is grpc.StatusCode.INVALID_ARGUMENT
     assert "shop, till" in found.message
+    assert "--service" in found.message
 
 
 async def test_a_watch_tells_present_findings_then_new_and_grown_ones(

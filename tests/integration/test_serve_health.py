@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 
 import grpc
@@ -182,6 +183,21 @@ async def test_pages_show_what_is_there_and_escape_it(sidecar: Running) -> None:
         assert "&lt;script&gt;" in answer.text
         assert "default-src 'none'" in answer.headers["content-security-policy"]
         assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_the_page_of_a_pair_shows_old_first_and_what_new_raised(sidecar: Running) -> None:
+    ledger = sidecar.ledger()
+    finding = ledger.finding(ledger.endpoint(), "raised", part="error")
+    pair = ledger.pair(ledger.endpoint(), finding)
+    new = replace(capture("new", b""), raised="RuntimeError", release="2.0.0")
+    old = replace(capture("old", b"{}"), release="1.4.0")
+    ledger.example(pair, {finding: 1}, packed(new, replace(old, role="baseline"), old), [])
+
+    text = (await sidecar.http.get(f"/pairs/{pair}")).text
+
+    titles = [title.partition(" <")[0] for title in text.split("<h2>")[1:]]
+    assert titles == ["old", "new", "old"]
+    assert text.index("1.4.0") < text.index("2.0.0") < text.index("RuntimeError") < text.index("baseline")
 
 
 async def test_an_empty_ledger_says_what_is_missing(sidecar: Running) -> None:

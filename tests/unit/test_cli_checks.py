@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.cli.checks import Check, clocks, envoy, postgres, redis, services
+from abreast_sidecar.cli.checks import Check, clocks, envoy, postgres, reach, redis, services
 from abreast_sidecar.cli.checks.check import without_password
 
 
@@ -15,8 +15,15 @@ def states(checks: Iterable[Check]) -> dict[str, str]:
     return {check.name: check.state for check in checks}
 
 
-def envoy_facts(*, safe: float = 0.1, **stats: int) -> envoy.EnvoyFacts:
-    healthy = {f"cluster.{v}.membership_{what}": 1 for v in ("old", "new") for what in ("healthy", "total")}
+UP = reach.Endpoint("10.0.0.1:80")
+DOWN = reach.Endpoint("10.0.0.2:80", "connection refused")
+UNSURE = reach.Endpoint("10.0.0.3:80", "timed out", sure=False)
+
+
+def envoy_facts(
+    *, safe: float = 0.1, old: tuple[reach.Endpoint, ...] = (UP,), **stats: int
+) -> envoy.EnvoyFacts:
+    healthy = {f"cluster.new.membership_{what}": 1 for what in ("healthy", "total")}
     known = {
         "runtime.control_plane.connected_state": 1,
         "vhost.service.route.safe_sampled.upstream_rq_total": 10,
@@ -31,6 +38,7 @@ def envoy_facts(*, safe: float = 0.1, **stats: int) -> envoy.EnvoyFacts:
         state="LIVE",
         stats={**healthy, **known, **given},
         sampling={"safe": safe, "unsafe": 0.0},
+        old=old,
     )
 
 
@@ -43,7 +51,13 @@ def test_a_mirroring_envoy_is_well() -> None:
     [
         (envoy_facts(safe=0.0), "sampling", "fail"),
         (envoy_facts(cluster__new__membership_healthy=0), "new", "fail"),
-        (envoy_facts(cluster__old__membership_total=2), "old", "warn"),
+        (envoy_facts(cluster__new__membership_total=2), "new", "warn"),
+        (envoy_facts(old=(DOWN,)), "old", "fail"),
+        (envoy_facts(old=(UP, DOWN)), "old", "warn"),
+        (envoy_facts(old=(UNSURE,)), "old", "warn"),
+        (envoy_facts(old=()), "old", "fail"),
+        (envoy_facts(runtime__admin_overrides_active=1), "override", "warn"),
+        (envoy_facts(cluster__new_shadow__upstream_rq_pending_failure_eject=3), "copies", "warn"),
         (envoy_facts(runtime__control_plane__connected_state=0), "control", "fail"),
         (envoy_facts(cluster__new_shadow__upstream_rq_pending_overflow=3), "copies", "warn"),
     ],
@@ -52,13 +66,92 @@ def test_envoy_is_not_well(facts: envoy.EnvoyFacts, name: str, state: str) -> No
     assert states(envoy.judge(facts))[name] == state
 
 
+def test_retries_are_not_counted_as_mirrored() -> None:
+    facts = envoy_facts(
+        vhost__service__route__safe_sampled__upstream_rq_total=20,
+        cluster__new_shadow__upstream_rq_total=7,
+        cluster__old_shadow__upstream_rq_total=2,
+        cluster__old_shadow__upstream_cx_none_healthy=1,
+        cluster__old_baseline__upstream_rq_total=5,
+    )
+
+    assert facts.mirrored == 10
+    assert (
+        "100 requests, 10 of them mirrored"
+        in next(c for c in envoy.judge(facts) if c.name == "requests").found
+    )
+
+
+def hosts(cluster: str, *, ejected: bool = False, **stats: int) -> dict[str, Any]:
+    """As Envoy's /clusters writes it: numbers are texts, and zeros are left out."""
+    host: dict[str, Any] = {
+        "address": {"socket_address": {"address": "127.0.0.1", "port_value": 8001}},
+        "stats": [{"name": name, **({"value": str(n)} if n else {})} for name, n in stats.items()],
+        "health_status": {
+            "eds_health_status": "HEALTHY",
+            **({"failed_outlier_check": True} if ejected else {}),
+        },
+    }
+    return {"name": cluster, "host_statuses": [host]}
+
+
+def test_an_endpoint_s_counts_are_summed_over_the_pools_of_old() -> None:
+    clusters = [
+        hosts("old", cx_connect_fail=2, cx_active=0, rq_success=5, rq_total=9),
+        hosts("old_shadow", cx_connect_fail=1, ejected=True),
+        hosts("new", cx_connect_fail=8),
+    ]
+
+    assert reach.counts({"cluster_statuses": clusters}) == {
+        ("127.0.0.1", 8001): reach.Counts(failed=3, active=0, answered=5, ejected=True)
+    }
+
+
+REFUSED = "connection refused"
+
+
+@pytest.mark.parametrize(
+    ("where", "refused", "after", "near", "reached", "sure"),
+    [
+        ("127.0.0.1", "", reach.Counts(failed=1), True, True, True),
+        ("127.0.0.1", "", reach.Counts(failed=2), True, False, True),
+        ("127.0.0.1", "", reach.Counts(failed=1, ejected=True), True, False, True),
+        ("10.0.0.1", "timed out", reach.Counts(failed=1, answered=1), False, True, True),
+        ("10.0.0.1", "timed out", reach.Counts(failed=1), False, False, True),
+    ],
+)
+def test_what_envoy_sees_counts_for_more_than_what_this_machine_sees(
+    where: str, refused: str, after: reach.Counts, near: bool, reached: bool, sure: bool
+) -> None:
+    found = reach.judged((where, 8001), refused, reach.Counts(failed=1), after, near=near)
+
+    assert (not found.trouble, found.sure) == (reached, sure)
+
+
+@pytest.mark.parametrize(
+    ("where", "refused", "near", "sure"),
+    [
+        ("127.0.0.1", REFUSED, True, True),
+        ("127.0.0.1", REFUSED, False, False),
+        ("10.0.0.1", REFUSED, True, True),
+        ("10.0.0.1", "timed out", True, False),
+    ],
+)
+def test_without_traffic_only_this_machine_can_tell(where: str, refused: str, near: bool, sure: bool) -> None:
+    idle = reach.Counts()
+
+    assert reach.judged((where, 8001), refused, idle, idle, near=near) == reach.Endpoint(
+        f"{where}:8001", refused, sure=sure
+    )
+
+
 def test_requests_that_change_something_are_told_from_none_at_all() -> None:
     none = envoy_facts(
-        vhost__service__route__safe_sampled__upstream_rq_total=0,
+        cluster__new_shadow__upstream_rq_total=0,
         vhost__service__route__safe_plain__upstream_rq_total=0,
     )
     posts = envoy_facts(
-        vhost__service__route__safe_sampled__upstream_rq_total=0,
+        cluster__new_shadow__upstream_rq_total=0,
         vhost__service__route__safe_plain__upstream_rq_total=0,
         vhost__service__route__unsafe_plain__upstream_rq_total=5,
     )
@@ -103,6 +196,32 @@ def test_processes_that_fell_silent_are_a_failure() -> None:
     silent = services.Process.of({"seen": 1.0, "versions": {"old": 1, "new": 1}}, now=100.0)
 
     assert states(services.judge("shop", [silent], 1, []))["middleware"] == "fail"
+
+
+def silent(version: str) -> services.Process:
+    return services.Process.of({"seen": 60.0, "versions": {version: 9}}, now=100.0)
+
+
+def test_a_version_whose_captures_stopped_is_named_whatever_it_sent_before() -> None:
+    checks = {c.name: c for c in services.judge("shop", [process(versions={"old": 5}), silent("new")], 5, [])}
+
+    assert (checks["old"].state, checks["new"].state) == ("ok", "fail")
+    assert checks["new"].found == "no process of new has reported for 40 s"
+
+
+@pytest.mark.parametrize(("fresh", "mirrored"), [([process(versions={})], 5), ([], 0)])
+def test_a_version_that_fell_silent_may_have_been_started_again(
+    fresh: list[services.Process], mirrored: int
+) -> None:
+    both = [process(versions={"old": 5}), silent("new"), *fresh]
+
+    assert states(services.judge("shop", both, mirrored, []))["new"] == "warn"
+
+
+def test_a_version_that_was_started_again_is_well() -> None:
+    both = [process(versions={"old": 5}), silent("new"), process(versions={"new": 1})]
+
+    assert states(services.judge("shop", both, 5, []))["new"] == "ok"
 
 
 def test_dropped_captures_are_counted_by_reason() -> None:
@@ -160,6 +279,13 @@ def test_pairs_do_not_join(stats: dict[str, int], waiting: int, ready: int, name
     facts = redis_facts(shards={"shop": [redis.Shard(stats, waiting, ready)]})
 
     assert states(redis.judge_join(facts, "shop", 10))[name] == state
+
+
+@pytest.mark.parametrize(("overdue", "state"), [(20.0, None), (31.0, "fail")])
+def test_a_sweep_that_is_stuck_is_a_failure(overdue: float, state: str | None) -> None:
+    shards = [redis.Shard({"received": 20, "joined": 10}, waiting=1, ready=0, overdue=overdue)]
+
+    assert states(redis.judge_join(redis_facts(shards={"shop": shards}), "shop", 10)).get("sweep") == state
 
 
 @pytest.mark.parametrize(("schema", "state"), [(0, "fail"), (1, "fail"), (2, "ok"), (3, "fail")])

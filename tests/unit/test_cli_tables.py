@@ -55,11 +55,30 @@ def test_status_says_how_requests_ended_and_what_is_missing() -> None:
         "\n"
         "1,293 requests in 11 min 58 s, the last 2 s ago\n"
         "\n"
-        "sampled by Envoy  1,295  2 of them are on their way, or lost\n"
+        "sampled by Envoy  1,295  2 on their way\n"
         "pending           2      wait for a copy or a worker\n"
         "dropped           3      service queue_bytes 3\n"
         "findings          7      see: abreast findings"
     )
+
+
+@pytest.mark.parametrize(
+    ("sampled", "unaccounted", "told"),
+    [
+        (1_000, 0, "all of them are in the ledger"),
+        (1_000, 20, "20 on their way"),
+        (1_000, 21, "21 of them are on their way, or lost"),
+        (9_000, 90, "90 on their way"),
+        (1_000, -3, "3 more on their way from Envoy"),
+        (1_000, -300, "300 fewer than in the ledger: an Envoy's count is missing or late"),
+    ],
+)
+def test_status_raises_no_alarm_over_a_moment_of_traffic(sampled: int, unaccounted: int, told: str) -> None:
+    summary = prepared.summary()
+    summary.envoy_sampled, summary.unaccounted = sampled, unaccounted
+    text = printed(status.show, summary, None, NOW, width=120)
+
+    assert f"sampled by Envoy  {sampled:,}  {told}\n" in text
 
 
 def test_status_of_an_empty_ledger_points_to_the_doctor() -> None:
@@ -132,11 +151,58 @@ def test_a_finding_shows_an_example_to_try() -> None:
         'difference  19.99 became "19.99" (type)',
         "requests    83 of 1,204 compared (6.9%)",
         "seen        first 5 min ago, last 2 s ago",
-        "noise       no: old against old has never differed here",
+        "noise       none seen: no baseline copy has differed here",
     ]
     assert "without its authorization (a secret, kept as a hash only)" in text
     assert "old 200 in 3.1 ms, new 200 in 41 ms; the user got old's" in text
     assert '$.items[0].price  type  breaking  19.99  "19.99"' in text
+
+
+def test_noise_of_a_method_without_baseline_copies_is_not_known() -> None:
+    found = api.GetFindingResponse(finding=prepared.finding())
+    found.finding.endpoint.method = "POST"
+
+    assert "noise       not known: POST requests get no baseline copy\n" in printed(finding.show, found, NOW)
+
+
+def failed() -> api.PairDetail:
+    """New raised before it answered."""
+    detail = prepared.pair_detail()
+    detail.pair.new_status = 0
+    new = detail.captures[1]
+    new.status, new.raised, new.body, new.body_length = 0, "RuntimeError", b"", 0
+    new.ClearField("headers")
+    new.ClearField("first_byte")
+    return detail
+
+
+def test_an_exception_is_told_by_name() -> None:
+    found = api.GetFindingResponse(finding=prepared.finding(), examples=[failed()])
+
+    assert "new       raised RuntimeError in 41 ms, release 2.0.0\n" in printed(
+        pair.show, failed(), width=120
+    )
+    assert "new raised RuntimeError in 41 ms; the user" in printed(finding.show, found, NOW, width=120)
+
+
+def test_how_a_version_ended_as_far_as_it_is_kept() -> None:
+    detail = failed()
+    late = failed()
+    late.pair.new_status = 200
+    bare = api.PairDetail(pair=detail.pair)
+
+    assert answers.ended(late, common.VERSION_NEW) == "200 in 41 ms, then raised RuntimeError"
+    assert answers.ended(bare, common.VERSION_NEW) == "no answer in 41 ms"
+    assert answers.ended(api.PairDetail(), common.VERSION_NEW) == "no capture"
+
+
+@pytest.mark.parametrize("width", [100, 104, 110, 120])
+def test_the_timeline_keeps_a_note_beside_its_bar(width: int) -> None:
+    detail = failed()
+    text = rendered(timeline.timeline(detail.captures, width), width)
+
+    assert len(text.splitlines()) == 1 + len(detail.captures)
+    assert "raised RuntimeError" in text
 
 
 def test_curl_quotes_for_the_shell() -> None:

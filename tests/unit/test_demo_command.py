@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from abreast_demo.show import program
+
 ABREAST = Path(sys.executable).with_name("abreast")
 
 
@@ -43,3 +45,22 @@ def test_an_address_that_is_asked_for_and_taken_is_an_error_not_another_address(
     assert done.stdout == ""
     assert done.stderr.startswith(f"abreast: {address}")
     assert "Traceback" not in done.stderr
+
+
+def test_proposals_begin_with_the_program_as_it_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = tmp_path / "a venv" / "bin" / "abreast"
+    called.parent.mkdir(parents=True)
+    called.touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+
+    monkeypatch.setattr(sys, "argv", ["a venv/bin/abreast"])
+    assert program() == "'a venv/bin/abreast'"
+    monkeypatch.setenv("PATH", str(called.parent))
+    assert program() == "abreast"
+    monkeypatch.setattr(sys, "argv", [str(ABREAST)])
+    assert program() == str(ABREAST)  # what is on the PATH is another one
+    monkeypatch.setattr(sys, "argv", ["/lib/abreast_sidecar/__main__.py"])
+    assert program() == f"{sys.executable} -m abreast_sidecar"

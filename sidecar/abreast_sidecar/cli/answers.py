@@ -14,11 +14,12 @@ from rich.text import Text
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.humane import counted, printable, size
+from abreast_sidecar.cli.humane import counted, duration, printable, size
 from abreast_sidecar.cli.json_lines import json_lines
 from abreast_sidecar.cli.tables import role_name, table
 
 SIDE_BY_SIDE_FROM = 100  # columns
+LONGEST_NAME = 80  # characters of an exception's name
 CONTEXT = 3  # equal lines around a difference
 LONGEST = 3000  # lines a side that are aligned; difflib would take seconds for more
 OLD, NEW = "blue", "magenta"
@@ -60,7 +61,27 @@ def answers(captures: Sequence[api.CaptureDetail], width: int, *, full: bool = F
 def status(capture: api.CaptureDetail | None) -> str:
     if capture is None:
         return "(no capture)"
-    return f"status {capture.status}" if capture.status else "no answer"
+    if capture.status:
+        return f"status {capture.status}"
+    return raised(capture) or "no answer"
+
+
+def raised(capture: api.CaptureDetail | None) -> str:
+    return f"raised {printable(capture.raised, LONGEST_NAME)}" if capture and capture.raised else ""
+
+
+def ended(detail: api.PairDetail, version: common.Version.ValueType) -> str:
+    """How a version answered, as far as is kept: `200 in 3.1 ms`, `raised KeyError in 2.0 ms`, `no capture`."""
+    pair, old = detail.pair, version == common.VERSION_OLD
+    time = "old_time" if old else "new_time"
+    if not pair.HasField(time):  # type: ignore[arg-type]  # a field's name
+        return "no capture"
+    failed = raised(compared(detail.captures, version))
+    code = pair.old_status if old else pair.new_status
+    took = f" in {duration(getattr(pair, time))}"
+    if code:
+        return f"{code}{took}" + (f", then {failed}" if failed else "")
+    return f"{failed or 'no answer'}{took}"
 
 
 def header_rows(old: api.CaptureDetail | None, new: api.CaptureDetail | None) -> list[Row]:

@@ -76,7 +76,7 @@ def in_plain_words(error: grpc.aio.AioRpcError, address: str, timeout: float) ->
     if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE}:
         return ArgumentError(said)
     if code is grpc.StatusCode.NOT_FOUND:
-        return NotFoundError(said)
+        return NotFoundError(said.replace("ListFindings", "`abreast findings`"))
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ServerError(f"the sidecar at {address} did not answer within {timeout:g} s (--timeout)")
     if code is grpc.StatusCode.UNAVAILABLE:
@@ -145,7 +145,7 @@ def page_sizes(limit: int) -> Iterator[int]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 service_option = click.option(
-    "--service", default="", help="The service; may be left out where there is only one."
+    "--service", default="", help="The service; may be left out where only one has an Envoy, or is known."
 )
 
 

@@ -23,7 +23,9 @@ MARKS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
 
 
 @click.command()
-@click.option("--service", default="", help="The service; may be left out where there is only one.")
+@click.option(
+    "--service", default="", help="The service; may be left out where one has an Envoy, or is the only one."
+)
 @click.option(
     "--envoy-admin",
     multiple=True,

@@ -7,11 +7,13 @@ import datetime as dt
 import click
 from rich.table import Table
 
+from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
+from abreast_sidecar.cli.answers import ended
 from abreast_sidecar.cli.connection import Link, connected, json_option, print_json
 from abreast_sidecar.cli.curl import curl
 from abreast_sidecar.cli.findings import difference
-from abreast_sidecar.cli.humane import ago, count, duration, part_of, printable
+from abreast_sidecar.cli.humane import ago, count, part_of, printable
 from abreast_sidecar.cli.tables import (
     Console,
     console,
@@ -23,6 +25,8 @@ from abreast_sidecar.cli.tables import (
     version_name,
     where,
 )
+
+MIRRORED_TWICE = ("GET", "HEAD", "OPTIONS")  # methods of which old may get a baseline copy
 
 
 @click.command()
@@ -77,12 +81,16 @@ def facts(finding: api.Finding, now: dt.datetime) -> Table:
     of = f" of {count(finding.compared)} compared ({share})" if share else ""
     made.add_row("requests", f"{count(finding.count)}{of}")
     made.add_row("seen", f"first {ago(finding.first_seen, now)}, last {ago(finding.last_seen, now)}")
-    if finding.noise:
-        noise = f"yes: old against old differs here too ({count(finding.baseline_count)} times)"
-    else:
-        noise = "no: old against old has never differed here"
-    made.add_row("noise", noise)
+    made.add_row("noise", _noise(finding))
     return made
+
+
+def _noise(finding: api.Finding) -> str:
+    if finding.noise:
+        return f"yes: old against old differs here too ({count(finding.baseline_count)} times)"
+    if finding.endpoint.method not in MIRRORED_TWICE:
+        return f"not known: {printable(finding.endpoint.method)} requests get no baseline copy"
+    return "none seen: no baseline copy has differed here"
 
 
 def show_example(out: Console, example: api.PairDetail, finding: api.Finding, url: str) -> None:
@@ -94,7 +102,7 @@ def show_example(out: Console, example: api.PairDetail, finding: api.Finding, ur
     made = Table.grid(padding=(0, 2, 0, 0))
     made.add_row(
         "  answers",
-        f"old {_answer(pair, 'old')}, new {_answer(pair, 'new')}; the user got {version_name(pair.live)}'s",
+        f"old {ended(example, common.VERSION_OLD)}, new {ended(example, common.VERSION_NEW)}; the user got {version_name(pair.live)}'s",
     )
     made.add_row("  all of it", f"abreast pair {printable(pair.id)}")
     out.print(made)
@@ -111,10 +119,3 @@ def show_example(out: Console, example: api.PairDetail, finding: api.Finding, ur
                 f"  and {others} other {'difference' if others == 1 else 'differences'} in this pair", "dim"
             )
         )
-
-
-def _answer(pair: api.Pair, version: str) -> str:
-    status = pair.old_status if version == "old" else pair.new_status
-    time = f"{version}_time"
-    took = f" in {duration(getattr(pair, time))}" if pair.HasField(time) else ""  # type: ignore[arg-type]  # a field's name
-    return f"{status or 'nothing'}{took}"

@@ -19,6 +19,7 @@ everything runs for the service {service}
   users' requests  {envoy}   send them here, not to the versions
   old              {old}
   new              {new}
+  page             {page}   what differs, in a browser
   mirrored         {safe} of GET, HEAD and OPTIONS requests, {unsafe} of others
 
 In both versions, after `pip install abreast`:
@@ -56,6 +57,7 @@ def guide(stack: Stack, data: Path | None) -> str:
         safe=percent(settings.sample_safe),
         unsafe=percent(settings.sample_unsafe),
         redis=stack.redis_url,
+        page=stack.http_url,
         address=address,
         kept=f"Data is kept in {data}." if data else "Nothing is kept; to keep it: --data DIR.",
     )

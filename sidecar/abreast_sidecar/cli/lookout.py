@@ -23,7 +23,7 @@ from abreast_sidecar.errors import ServerError
 if TYPE_CHECKING:
     from abreast_sidecar.embedded.stack import Stack
 
-INTERVAL = 0.5  # seconds
+INTERVAL = 1.0  # seconds; old gets a connection as often, as new gets a health check
 GRACE = 4.0  # seconds: Envoy's first health checks
 SILENT = 15.0  # seconds that mirrored requests may bring no capture before that is said
 MOST_ENDS, MINUTE = 5, 60.0  # servers that may end in so many seconds
@@ -70,15 +70,17 @@ class Lookout:
     def _tell_health(self, facts: envoy_checks.EnvoyFacts) -> None:
         path = self.stack.envoy_settings.health_path
         asked = "no connection" if path == "tcp" else f"GET {path} gets no answer below 500 within a second"
-        for version, was in self.healthy.items():
-            healthy = facts.stats.get(f"cluster.{version}.membership_healthy", 0) > 0
-            if healthy != was:
-                self.healthy[version] = healthy
-                say(
-                    f"{version} is healthy"
-                    if healthy
-                    else f"Envoy finds {version} unhealthy: {asked} (--health-path)"
-                )
+        troubles = [f"{one.address}: {one.trouble}" for one in facts.old if one.trouble]
+        now = {
+            "old": "" if len(troubles) < len(facts.old) else f"old can't be reached: {', '.join(troubles)}",
+            "new": ""
+            if facts.stats.get("cluster.new.membership_healthy")
+            else f"Envoy finds new unhealthy: {asked} (--health-path)",
+        }
+        for version, trouble in now.items():
+            if self.healthy[version] == bool(trouble):
+                self.healthy[version] = not trouble
+                say(trouble or f"{version} is healthy")
 
     def _tell_captures(self, facts: envoy_checks.EnvoyFacts) -> None:
         missing = {"old", "new"} - self.captured

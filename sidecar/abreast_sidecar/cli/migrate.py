@@ -5,14 +5,20 @@ import os
 
 import click
 
-from abreast_sidecar.settings import Settings, text
+from abreast_sidecar.cli.parameters import Parsed
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.settings import postgres_url as parsed
 
 
 @click.command
-@click.option("--postgres-url", help="The ledger's Postgres, in place of ABREAST_POSTGRES_URL.")
+@click.option(
+    "--postgres-url",
+    type=Parsed("postgres_url", parsed),
+    help="The ledger's Postgres, in place of ABREAST_POSTGRES_URL.",
+)
 def command(postgres_url: str | None) -> None:
     """Bring the ledger's tables up to this version. The sidecar does so itself when it starts."""
     from abreast_sidecar.store import migrate
 
-    url = text(postgres_url) if postgres_url else Settings.from_environment(os.environ).postgres_url
+    url = postgres_url or Settings.from_environment(os.environ).postgres_url
     click.echo(f"the ledger has schema version {asyncio.run(migrate(url))}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import click
 from rich.table import Table
 
+from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.answers import answers
+from abreast_sidecar.cli.answers import answers, ended
 from abreast_sidecar.cli.connection import Link, connected, json_option, print_json
 from abreast_sidecar.cli.curl import curl
-from abreast_sidecar.cli.humane import clock, duration, printable
+from abreast_sidecar.cli.humane import clock, printable
 from abreast_sidecar.cli.tables import (
     Console,
     console,
@@ -51,7 +52,7 @@ def show(out: Console, detail: api.PairDetail, *, full: bool = False, url: str =
     head = styled(f"{outcome_name(pair.outcome)}", outcome_name(pair.outcome))
     head.append(f"  {endpoint_name(pair.endpoint)}")
     out.print(head)
-    out.print(_facts(pair))
+    out.print(_facts(detail))
     if not detail.captures:
         out.print("\nthe answers are not kept: only some examples of each finding are (abreast findings)")
         return
@@ -68,14 +69,15 @@ def show(out: Console, detail: api.PairDetail, *, full: bool = False, url: str =
     out.print(timeline(detail.captures, out.width))
 
 
-def _facts(pair: api.Pair) -> Table:
+def _facts(detail: api.PairDetail) -> Table:
+    pair = detail.pair
     made = Table.grid(padding=(0, 2, 0, 0))
     made.add_row("pair", printable(pair.id))
     made.add_row("service", printable(pair.endpoint.service))
     made.add_row("request", printable(f"{pair.endpoint.method} {pair.request}"))
     made.add_row("time", clock(pair.time))
-    made.add_row("old", _side(pair, "old"))
-    made.add_row("new", _side(pair, "new"))
+    made.add_row("old", _side(ended(detail, common.VERSION_OLD), pair.old_release))
+    made.add_row("new", _side(ended(detail, common.VERSION_NEW), pair.new_release))
     made.add_row(
         "user got", f"{version_name(pair.live)}'s answer" if pair.live else "unknown: that capture is missing"
     )
@@ -86,8 +88,5 @@ def _facts(pair: api.Pair) -> Table:
     return made
 
 
-def _side(pair: api.Pair, version: str) -> str:
-    status, time = (pair.old_status, "old_time") if version == "old" else (pair.new_status, "new_time")
-    release = pair.old_release if version == "old" else pair.new_release
-    took = f" in {duration(getattr(pair, time))}" if pair.HasField(time) else ""  # type: ignore[arg-type]  # a field's name
-    return f"{status or 'no capture'}{took}" + (f", release {printable(release)}" if release else "")
+def _side(how: str, release: str) -> str:
+    return how + (f", release {printable(release)}" if release else "")

@@ -28,7 +28,7 @@ class Parsed(click.ParamType[Any]):
         try:
             return self.parse(value)
         except ValueError as error:
-            self.fail(f"must be {error}, got {value!r}", param, ctx)
+            self.fail(f"must be {error}, got {settings.shown(value)!r}", param, ctx)
 
 
 def moment(value: str) -> dt.datetime:

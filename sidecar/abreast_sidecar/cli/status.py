@@ -8,6 +8,7 @@ import json
 import click
 import grpc.aio
 from rich.table import Table
+from rich.text import Text
 
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import traffic_pb2
@@ -25,6 +26,11 @@ from abreast_sidecar.cli.parameters import since_option, until_option
 from abreast_sidecar.cli.tables import Console, console, outcome_name, styled, table
 
 EMPTY = "nothing has been compared yet; send requests through Envoy, and if this stays so: abreast doctor"
+
+CALM, CALM_SHARE = (
+    20,
+    0.01,
+)  # requests, and a share of them, that are on their way at any moment: the counts are read in turn
 
 
 @click.command()
@@ -125,11 +131,16 @@ def _accounts(summary: api.GetSummaryResponse) -> Table:
     return made
 
 
-def _unaccounted(summary: api.GetSummaryResponse) -> str:
+def _unaccounted(summary: api.GetSummaryResponse) -> str | Text:
     if not summary.HasField("unaccounted"):
         return "over all time"
+    number = abs(summary.unaccounted)
+    if not number:
+        return "all of them are in the ledger"
+    if number <= max(CALM, CALM_SHARE * summary.envoy_sampled):
+        return (
+            f"{count(number)} {'on their way' if summary.unaccounted > 0 else 'more on their way from Envoy'}"
+        )
     if summary.unaccounted > 0:
-        return f"{count(summary.unaccounted)} of them are on their way, or lost"
-    if summary.unaccounted < 0:
-        return f"{count(-summary.unaccounted)} fewer than in the ledger: an Envoy's count is missing or late"
-    return "all of them are in the ledger"
+        return styled(f"{count(number)} of them are on their way, or lost", "warn")
+    return styled(f"{count(number)} fewer than in the ledger: an Envoy's count is missing or late", "warn")

@@ -9,11 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.humane import seconds
+from abreast_sidecar.cli.humane import printable, seconds
 from abreast_sidecar.cli.tables import STYLES, role_name, table, version_name
 
 NARROWEST, WIDEST = 16, 60  # columns of the bars
-TEXTS = 60  # columns beside the bars
+TEXTS = 52  # columns beside the bars and the notes
+BARS = 4  # the column they are in
 WAITING, SENDING = "─", "█"
 
 
@@ -58,10 +59,12 @@ def timeline(captures: Sequence[api.CaptureDetail], width: int) -> Table:
     """One row a capture: arrival, first byte and end, and a bar of both."""
     found = spans(captures)
     whole = max((span.end for span in found), default=0.0)
-    columns = max(NARROWEST, min(WIDEST, width - TEXTS))
+    noted = max((len(span.note) for span in found), default=0)
+    columns = max(NARROWEST, min(WIDEST, width - TEXTS - noted))
     made = table(
         "", "arrived", "first byte", "end", "", "", right=frozenset({"arrived", "first byte", "end"})
     )
+    made.columns[BARS].no_wrap = True  # notes wrap, where all is too narrow
     for span in found:
         began = "-" if span.first_byte is None else seconds(span.first_byte)
         made.add_row(
@@ -70,7 +73,7 @@ def timeline(captures: Sequence[api.CaptureDetail], width: int) -> Table:
             began,
             seconds(span.end),
             bar(span, whole, columns),
-            span.note,
+            printable(span.note),
         )
     return made
 

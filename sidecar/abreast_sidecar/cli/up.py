@@ -99,7 +99,7 @@ Upstreams = tuple[tuple[envoy.Endpoint, str], ...]
     type=Parsed("path", envoy.health),
     default="/healthz",
     show_default=True,
-    help="Asked once a second; any answer below 500 is healthy. tcp: only connect.",
+    help="What Envoy asks new once a second; any answer below 500 is healthy. tcp: only connect.",
 )
 @click.option(
     "--sticky",
@@ -167,10 +167,10 @@ def command(
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM, and a terminal that closes, do what Ctrl-C does."""
+    """Let SIGTERM, and a terminal that closes, do what Ctrl-C does. A shell's `&` has SIGINT ignored, which is undone."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
-    for number in ENDING:
-        if before[number] is not signal.SIG_IGN:  # as nohup wants it
+    for number, handler in before.items():
+        if number != signal.SIGHUP or handler is not signal.SIG_IGN:  # ignored as nohup wants it
             signal.signal(number, signal.default_int_handler)
     try:
         yield

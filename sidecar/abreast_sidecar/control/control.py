@@ -62,7 +62,9 @@ class Control:
         self.news.ring()
 
     async def resolve(self, service: str) -> str:
-        """The service that a call means; an empty name means the only one there is."""
+        """The service that a call means. An empty name means the only one with an Envoy here, else the only one known:
+        a misspelt name, which is known from then on, must not stand in the way of a rollback.
+        """
         if service in self._held:
             return service
         if service:
@@ -72,13 +74,18 @@ class Control:
                     "a service is named by node.cluster in its Envoy's configuration"
                 )
             return service
+        connected = self.envoys.counts()
+        if len(connected) == 1:
+            return next(iter(connected))
         known = await self.journal.services()
         if not known:
             raise NotFoundError(
                 "no Envoy and no capture has named a service yet; start Envoy with the sidecar's address"
             )
         if len(known) > 1:
-            raise ArgumentError(f"service must be one of {', '.join(known)}, since there are several")
+            raise ArgumentError(
+                f"service must be one of {', '.join(known)}, since there are several (on the command line: --service)"
+            )
         return known[0]
 
     async def read(self, service: str) -> Traffic:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import orjson
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from abreast.capture import Body
+from abreast.capture import Body, Capture
 from abreast_sidecar.control import MILLION, WEIGHTS
 from abreast_sidecar.serve.phrase import phrase, place
 
@@ -39,6 +40,7 @@ def _environment() -> Environment:
         phrase=phrase,
         place=place,
         words=words,
+        in_order=in_order,
     )
     environment.globals.update(WEIGHTS=WEIGHTS, MILLION=MILLION)
     return environment
@@ -76,6 +78,11 @@ def moment(value: datetime | None) -> str:
 def words(name: str) -> str:
     """The ledger's names as words: only_old is `only old`."""
     return name.replace("_", " ")
+
+
+def in_order(captures: Iterable[Capture]) -> list[Capture]:
+    """Old, new, then baseline copies."""
+    return sorted(captures, key=lambda one: (one.role == "baseline", one.version != "old", one.attempt))
 
 
 def body(found: Body) -> str:

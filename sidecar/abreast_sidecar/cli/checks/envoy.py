@@ -7,25 +7,31 @@ import json
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from abreast_sidecar.cli.checks import reach
 from abreast_sidecar.cli.checks.check import Check, Part, UnreachableError
 from abreast_sidecar.cli.humane import count, counted, percent
+from abreast_sidecar.housekeeping.envoy import COPIES, counts
 
 ENVOY = Part("Envoy")
 TIMEOUT = 3.0  # seconds
 MILLION = 1_000_000
-STATS = r"^(cluster\.(old|new)(_shadow|_baseline)?\.(membership_|upstream_)|vhost\.service\.route\.|runtime\.control_plane)"
-SAMPLED = ("safe_baseline", "safe_sampled", "unsafe_sampled")
+STATS = r"^(cluster\.(old|new)(_shadow|_baseline)?\.(membership_|upstream_)|vhost\.service\.route\.|runtime\.(control_plane|admin_overrides_active))"
+LOST = {
+    "too many at once": "rq_pending_overflow",
+    "not connected": "rq_pending_failure_eject",
+    "no endpoint": "cx_none_healthy",
+}
 PLAIN = ("safe_plain", "unsafe_plain")
 NUMERATOR = re.compile(r'"numerator"\s+value \{\s+number_value: ([0-9.e+]+)')
 
 
 @dataclass(frozen=True)
 class EnvoyFacts:
-    """`routes` counts requests by route; `sampling` is the share of safe and unsafe requests that are mirrored."""
+    """`old` are its endpoints; `sampling` is the share of safe and unsafe requests that are mirrored."""
 
     url: str
     version: str
@@ -33,23 +39,23 @@ class EnvoyFacts:
     state: str
     stats: Mapping[str, int] = field(default_factory=dict)
     sampling: Mapping[str, float] = field(default_factory=dict)
+    old: Sequence[reach.Endpoint] = ()
 
     def routed(self, *routes: str) -> int:
         return sum(self.stats.get(f"vhost.service.route.{route}.upstream_rq_total", 0) for route in routes)
 
     @property
+    def copies(self) -> Mapping[str, int]:
+        return counts({"name": name, "value": value} for name, value in self.stats.items())
+
+    @property
     def mirrored(self) -> int:
-        return self.routed(*SAMPLED)
-
-    def sent(self, cluster: str) -> int:
-        return self.stats.get(f"cluster.{cluster}.upstream_rq_total", 0)
-
-    def sampled_to(self, version: str) -> int:
-        """Roughly: every sampled request reaches each version once."""
-        return self.mirrored if self.sent(version) + self.sent(f"{version}_shadow") else 0
+        """As the ledger counts them: the routes' own counts hold retries too."""
+        return self.copies["sampled"]
 
 
 def look(url: str) -> EnvoyFacts:
+    """Takes a second where old is in doubt."""
     info = _get(url, "/server_info")
     stats = _get(url, f"/stats?format=json&filter={urllib.request.quote(STATS)}")  # type: ignore[attr-defined]
     entries = _get(url, "/runtime").get("entries", {})
@@ -61,6 +67,7 @@ def look(url: str) -> EnvoyFacts:
         state=str(info.get("state", "")),
         stats={s["name"]: s["value"] for s in stats.get("stats", []) if isinstance(s.get("value"), int)},
         sampling={kind: _share(entries.get(f"abreast.sample.{kind}", {})) for kind in ("safe", "unsafe")},
+        old=tuple(reach.look(url, lambda: _get(url, "/clusters?format=json"))),
     )
 
 
@@ -89,8 +96,9 @@ def judge(facts: EnvoyFacts) -> Iterator[Check]:
     else:
         yield ENVOY.warn("admin", f"{where}, is {facts.state}", "wait, or look into Envoy's log")
     yield _control(facts)
-    yield _healthy(facts, "old")
-    yield _healthy(facts, "new")
+    yield from _overridden(facts)
+    yield _old(facts.old)
+    yield _new(facts)
     yield _sampling(facts)
     yield _requests(facts)
     if facts.mirrored:
@@ -107,15 +115,36 @@ def _control(facts: EnvoyFacts) -> Check:
     )
 
 
-def _healthy(facts: EnvoyFacts, version: str) -> Check:
-    healthy, total = (
-        facts.stats.get(f"cluster.{version}.membership_{what}", 0) for what in ("healthy", "total")
-    )
+def _overridden(facts: EnvoyFacts) -> Iterator[Check]:
+    if facts.stats.get("runtime.admin_overrides_active"):
+        yield ENVOY.warn(
+            "override",
+            "values set on its admin address stand above the sidecar's weights and sampling",
+            "release them with POST /runtime_modify?KEY= for each key that /runtime shows in the layer admin",
+        )
+
+
+def _old(endpoints: Sequence[reach.Endpoint]) -> Check:
+    down = [endpoint for endpoint in endpoints if endpoint.trouble]
+    if endpoints and not down:
+        return ENVOY.ok("old", f"{counted(len(endpoints), 'endpoint')} reached")
+    found = f"{len(endpoints) - len(down)} of {counted(len(endpoints), 'endpoint')} reached"
+    found = "; ".join([found, *(f"{one.address}: {one.trouble}" for one in down)])
+    if down and not any(endpoint.sure for endpoint in down):
+        return ENVOY.warn(
+            "old", f"{found} (from this machine)", "can Envoy reach it? run doctor where Envoy runs"
+        )
+    make = ENVOY.fail if len(down) == len(endpoints) else ENVOY.warn
+    return make("old", found, "start it: while it is down, nothing answers users when new does not")
+
+
+def _new(facts: EnvoyFacts) -> Check:
+    healthy, total = (facts.stats.get(f"cluster.new.membership_{what}", 0) for what in ("healthy", "total"))
     found = f"{healthy} of {counted(total, 'endpoint')} healthy"
     if healthy and healthy == total:
-        return ENVOY.ok(version, found)
+        return ENVOY.ok("new", found)
     advice = "is it running, and does its health path answer with a status below 500 within a second?"
-    return ENVOY.warn(version, found, advice) if healthy else ENVOY.fail(version, found, advice)
+    return ENVOY.warn("new", found, advice) if healthy else ENVOY.fail("new", found, advice)
 
 
 def _sampling(facts: EnvoyFacts) -> Check:
@@ -130,7 +159,7 @@ def _sampling(facts: EnvoyFacts) -> Check:
 
 
 def _requests(facts: EnvoyFacts) -> Check:
-    total = facts.routed(*SAMPLED, *PLAIN)
+    total = facts.mirrored + facts.routed(*PLAIN)
     found = f"{counted(total, 'request')}, {count(facts.mirrored)} of them mirrored"
     if not total:
         return ENVOY.warn(
@@ -152,12 +181,11 @@ def _requests(facts: EnvoyFacts) -> Check:
 
 
 def _copies(facts: EnvoyFacts) -> Check:
-    clusters = ("old_shadow", "new_shadow", "old_baseline")
-    sent = sum(facts.sent(cluster) for cluster in clusters)
+    sent = sum(facts.copies[cluster] for cluster in COPIES) - facts.copies["not_sent"]
     lost = {
         f"{cluster} {what}": facts.stats.get(f"cluster.{cluster}.upstream_{stat}", 0)
-        for cluster in clusters
-        for what, stat in (("too many at once", "rq_pending_overflow"), ("not connected", "cx_connect_fail"))
+        for cluster in COPIES
+        for what, stat in LOST.items()
     }
     found = f"{counted(sent, 'copy', 'copies')} sent"
     if not any(lost.values()):

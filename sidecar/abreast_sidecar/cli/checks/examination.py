@@ -52,7 +52,7 @@ class Examination:
     def _captures(self) -> None:
         found = self._look(
             redis.REDIS,
-            functools.partial(redis.look, self.where.redis_url),
+            functools.partial(redis.look, self.where.redis_url, self._named()),
             "--redis-url or ABREAST_REDIS_URL",
         )
         if found is None:
@@ -61,19 +61,20 @@ class Examination:
         service = self._service(found)
         processes = [services.Process.of(report, found.now) for report in found.reports.get(service, [])]
         mirrored = sum(one.mirrored for one in self.envoys) if self.envoys else None
-        self.checks += services.judge(service, processes, mirrored, sorted(set(found.reports) - {service}))
-        self.checks += redis.judge(found)
-        if processes:
+        if processes or service not in found.unregistered:
+            others = sorted(set(found.reports) - {service})
+            self.checks += services.judge(service, processes, mirrored, others)
+        self.checks += [*redis.judge_registration(found, service), *redis.judge(found)]
+        if processes or service in found.unregistered:
             self.checks += redis.judge_join(found, service, mirrored)
 
     def _service(self, found: redis.RedisFacts) -> str:
         """The one that is asked for, or that Envoy serves, or the only one."""
-        named = [
-            self.where.service,
-            *(one.service for one in self.envoys),
-            *(found.reports if len(found.reports) == 1 else ()),
-        ]
-        return next((name for name in named if name), "")
+        return next(iter([*self._named(), *(found.reports if len(found.reports) == 1 else ())]), "")
+
+    def _named(self) -> list[str]:
+        names = (self.where.service, *(one.service for one in self.envoys))
+        return [name for name in names if name]
 
     def _ledger(self) -> None:
         look = functools.partial(postgres.look, self.where.postgres_url)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from redis.retry import Retry
 
 from abreast import join
 from abreast_sidecar.cli.checks.check import Check, Part, UnreachableError, without_password
-from abreast_sidecar.cli.humane import count, counted, part_of, size
+from abreast_sidecar.cli.humane import count, counted, part_of, seconds, size
 
 REDIS = Part("Redis")
 JOIN = Part("join")
@@ -23,21 +24,31 @@ OLDEST = (7, 0)
 FULL = 0.9  # share of the memory that is allowed
 LONELY = 0.05  # share of pairs with a missing capture that is worth a word
 MANY = 5000  # pairs that wait for a worker
+STUCK = 30.0  # seconds past its deadline that no pair should wait
+STATS = re.compile(r"abreast:\{([^{}/]+)/(\d+)\}:stats")
+SCANS, SCANNED = 20, 1000  # calls, and keys a call, that are looked through for services
 KINDS = {"redis_version": "Redis", "valkey_version": "Valkey"}
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Counters since the keys were made; `waiting` pairs lack a copy, `ready` ones wait for a worker."""
+    """Counters since the keys were made; `waiting` pairs lack a copy, `ready` ones wait for a worker.
+
+    `overdue` is how many seconds the oldest waiting pair is past its deadline.
+    """
 
     stats: Mapping[str, int]
     waiting: int
     ready: int
+    overdue: float = 0.0
 
 
 @dataclass(frozen=True)
 class RedisFacts:
-    """`now` is Redis's clock in seconds, `ahead` of this machine's; `shards` and `reports` by service."""
+    """`now` is Redis's clock in seconds, `ahead` of this machine's; `shards` and `reports` by service.
+
+    `unregistered` services have captures here and no entry in abreast:services.
+    """
 
     url: str
     info: Mapping[str, Any]
@@ -46,12 +57,14 @@ class RedisFacts:
     policy: str | None  # None where the server doesn't tell
     shards: Mapping[str, list[Shard]] = field(default_factory=dict)
     reports: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    unregistered: Mapping[str, int] = field(default_factory=dict)
 
     def total(self, service: str, name: str) -> int:
         return sum(shard.stats.get(name, 0) for shard in self.shards.get(service, []))
 
 
-def look(url: str) -> RedisFacts:
+def look(url: str, hints: Iterable[str] = ()) -> RedisFacts:
+    """`hints` are names of services that should be there."""
     try:
         with redis.Redis.from_url(
             url,
@@ -60,17 +73,19 @@ def look(url: str) -> RedisFacts:
             retry=Retry(NoBackoff(), 0),
             decode_responses=True,
         ) as client:
-            return _read(client, without_password(url))
+            return _read(client, without_password(url), hints)
     except (redis.RedisError, ValueError, OSError) as error:
         raise UnreachableError(str(error).lower() or type(error).__name__) from error
 
 
-def _read(client: Any, url: str) -> RedisFacts:
+def _read(client: Any, url: str, hints: Iterable[str]) -> RedisFacts:
     client.ping()  # connecting takes its time, and must not count
-    seconds, micros = client.time()
-    now = seconds + micros / 1e6
+    whole, micros = client.time()
+    now = whole + micros / 1e6
     ahead = now - time.time()
-    services = {name: int(shards) for name, shards in client.hgetall(join.SERVICES).items()}
+    registered = {name: int(shards) for name, shards in client.hgetall(join.SERVICES).items()}
+    unregistered = _unregistered(client, registered, hints)
+    services = {**unregistered, **registered}
     return RedisFacts(
         url=url,
         info=client.info(),
@@ -78,13 +93,31 @@ def _read(client: Any, url: str) -> RedisFacts:
         ahead=ahead,
         policy=_policy(client),
         shards={
-            name: [_shard(client, join.Keys(name, n)) for n in range(shards)]
+            name: [_shard(client, join.Keys(name, n), now) for n in range(shards)]
             for name, shards in services.items()
         },
         reports={
             name: [parse_report(text) for text in client.hvals(join.reports(name))] for name in services
         },
+        unregistered=unregistered,
     )
+
+
+def _unregistered(client: Any, registered: Mapping[str, int], hints: Iterable[str]) -> dict[str, int]:
+    """Shards, by service, of captures that no sidecar looks for; nameless ones only where nothing is registered."""
+    keys = [f"abreast:{{{name}/0}}:stats" for name in hints]
+    keys = [key for key in keys if client.exists(key)]
+    cursor: int | None = None
+    for _ in range(0 if registered else SCANS):
+        cursor, some = client.scan(cursor or 0, match="abreast:{*}:stats", count=SCANNED)
+        keys += some
+        if not cursor:
+            break
+    found: dict[str, int] = {}
+    for name, shard in (match.groups() for match in map(STATS.fullmatch, keys) if match):
+        if name not in registered:
+            found[name] = max(found.get(name, 0), int(shard) + 1)
+    return found
 
 
 def _policy(client: Any) -> str | None:
@@ -94,11 +127,13 @@ def _policy(client: Any) -> str | None:
         return None
 
 
-def _shard(client: Any, keys: join.Keys) -> Shard:
+def _shard(client: Any, keys: join.Keys, now: float) -> Shard:
     stats = {
         name: int(value) for name, value in client.hgetall(keys.stats).items() if value.lstrip("-").isdigit()
     }
-    return Shard(stats, client.zcard(keys.due), client.xlen(keys.ready))
+    oldest = client.zrange(keys.due, 0, 0, withscores=True)
+    overdue = max(0.0, now - oldest[0][1] / 1000) if oldest else 0.0
+    return Shard(stats, client.zcard(keys.due), client.xlen(keys.ready), overdue)
 
 
 def parse_report(text: str) -> dict[str, Any]:
@@ -168,6 +203,15 @@ def _persistence(facts: RedisFacts) -> Check:
     return REDIS.ok("persistence", kept)
 
 
+def judge_registration(facts: RedisFacts, service: str) -> Iterator[Check]:
+    if service in facts.unregistered:
+        yield REDIS.fail(
+            "registration",
+            f"registration missing: captures of {service} lie here, but {join.SERVICES} does not name it, so no sidecar reads them",
+            "a running service registers itself every few seconds: start it, or see its log; was a part of Redis deleted?",
+        )
+
+
 def judge_join(facts: RedisFacts, service: str, mirrored: int | None) -> Iterator[Check]:
     """`mirrored`: requests that Envoy says it mirrored, None for unknown."""
     joined, swept = facts.total(service, join.JOINED), facts.total(service, join.SWEPT)
@@ -181,6 +225,7 @@ def judge_join(facts: RedisFacts, service: str, mirrored: int | None) -> Iterato
     yield _joined(joined, swept)
     yield from _refused(facts, service)
     yield _depth(facts, service)
+    yield from _overdue(facts, service)
 
 
 def _joined(joined: int, swept: int) -> Check:
@@ -207,3 +252,12 @@ def _depth(facts: RedisFacts, service: str) -> Check:
     if ready < MANY:
         return JOIN.ok("queues", found)
     return JOIN.warn("queues", found, "is the sidecar's worker running and fast enough? (ABREAST_WORKERS)")
+
+
+def _overdue(facts: RedisFacts, service: str) -> Iterator[Check]:
+    overdue = max((shard.overdue for shard in facts.shards.get(service, [])), default=0.0)
+    if overdue > STUCK:
+        found = f"a pair waits for a copy since {seconds(overdue)} past its deadline: nothing sweeps"
+        yield JOIN.fail(
+            "sweep", found, "is the sidecar running, and does it use this Redis? see its log (worker)"
+        )

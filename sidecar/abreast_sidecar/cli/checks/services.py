@@ -77,12 +77,15 @@ def _running(processes: Sequence[Process], alive: Sequence[Process]) -> Check:
 
 
 def _captured(version: str, processes: Sequence[Process], service: str, mirrored: int | None) -> Check:
-    mine = [process for process in processes if process.versions.get(version)]
-    captures = sum(process.versions[version] for process in mine)
+    ever = [process for process in processes if process.versions.get(version)]
+    mine = [process for process in ever if process.ago < ALIVE]
+    captures = sum(process.versions[version] for process in ever)
     releases = sorted({process.release or "(no release said)" for process in mine})
     if mine:
         who = f"release {', '.join(map(printable, releases))}, {counted(len(mine), 'process', 'processes')}"
         return SERVICE.ok(version, f"{counted(captures, 'capture')} from {who}")
+    if ever:
+        return _silent(version, ever, processes, mirrored)
     if mirrored == 0:
         return SERVICE.warn(
             version, "nothing captured yet, since nothing was mirrored yet", "see what is said of Envoy above"
@@ -93,6 +96,23 @@ def _captured(version: str, processes: Sequence[Process], service: str, mirrored
         found = "nothing captured"
     advice = f"is the middleware in {version}, with the same service and redis_url? {LINE.format(service)}"
     return SERVICE.fail(version, found, advice)
+
+
+def _silent(
+    version: str, ever: Sequence[Process], processes: Sequence[Process], mirrored: int | None
+) -> Check:
+    found = f"no process of {version} has reported for {seconds(min(process.ago for process in ever))}"
+    if mirrored == 0:
+        return SERVICE.warn(
+            version, found, "nothing was mirrored since Envoy started: is the version running?"
+        )
+    if any(process.ago < ALIVE and not process.versions for process in processes):
+        return SERVICE.warn(
+            version,
+            f"{found}; processes that have captured nothing yet may be it",
+            "send requests through Envoy, and look again",
+        )
+    return SERVICE.fail(version, found, "is the middleware in it, and does it use this Redis?")
 
 
 def _drops(processes: Sequence[Process]) -> Iterator[Check]:
