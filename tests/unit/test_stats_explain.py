@@ -1,0 +1,218 @@
+"""What a shape may explain, what it never may, and what a noisy place still has to keep."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import random
+import uuid
+from datetime import UTC, datetime, timedelta
+from functools import reduce
+from typing import Any
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from abreast_sidecar.compare.explain import explains
+from abreast_sidecar.compare.profile import Profile, misfit
+
+NOW = 1_714_564_805.0  # 2024-05-01T12:00:05Z
+U1, U2, U7 = (
+    "9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d",
+    "1b9d6bcd-bbfd-4b2d-9b5d-ab8dfbbd4bed",
+    "017f22e2-79b0-7cc3-98c4-dc0c0c07398f",
+)
+NIL = str(uuid.UUID(int=0))
+SIGNED = "https://cdn.example.com/a.png?w=10&X-Amz-Signature={}&Expires={}"
+
+EXPLAINED: list[tuple[Any, Any, str]] = [
+    (U1, U2, "uuid"),
+    ("01ARZ3NDEKTSV4RRFFQ69G5FAV", "01HX5ZZKBKACTAV9WEVGEMMVRZ", "ulid"),
+    ("507f1f77bcf86cd799439011", "65e4a7f3b2c91d0811223344", "hex"),
+    (hashlib.sha256(b"a").hexdigest(), hashlib.sha256(b"b").hexdigest(), "hash"),
+    ("8xLOxBtZp8dU3kQ1v7Wm2c", "V1StGXR8Z5jdHi6Bmy4T2q", "token"),
+    ("q83vEjRWeJCrze8SNFZ4kA==", "EnFm3QljCzT4VyQqNL1+Ag==", "base64"),
+    ("eyJhbGciOiJIUzI1NiJ9.eyJhIjoxfQ.x1", "eyJhbGciOiJIUzI1NiJ9.eyJhIjoyMn0.y2", "jwt"),
+    ("2024-05-01T12:00:05Z", "2024-05-01T12:00:06Z", "timestamp"),
+    ("2024-05-01T12:00:05.9Z", "2024-05-01T12:00:06.012Z", "timestamp"),
+    ("2024-05-01 12:00:05", "2024-05-01 12:00:09", "timestamp"),
+    ("Wed, 01 May 2024 12:00:05 GMT", "Wed, 01 May 2024 12:00:06 GMT", "timestamp"),
+    ("2024-05-01T11:58:05Z", "2024-05-01T12:00:06Z", "timestamp"),
+    (1714564805, 1714564806, "unix time"),
+    (1714564805123, 1714564806123, "unix time"),
+    ("1714564805", "1714564806", "unix time"),
+    (SIGNED.format("abc", "1714"), SIGNED.format("xyz", "1719"), "signed url"),
+    (f"order {U1} was made", f"order {U2} was made", "uuid inside"),
+    ("seen 2024-05-01T12:00:05Z by Anna", "seen 2024-05-01T12:00:06Z by Anna", "timestamp inside"),
+    (f"https://x.example/{U1}?a=1", f"https://x.example/{U1}?a=1&b=2", ""),
+]
+
+NEVER: list[tuple[Any, Any]] = [
+    (U1, ""), (U1, None), (U1, "not found"), (U1, NIL), (NIL, U1), (U1, U7), (U1, U1.upper()), (U1, U1.replace("-", "")),
+    (U1, 42), (U1, [U1]), ("8xLOxBtZp8dU3kQ1v7Wm2c", "8xLOxBtZp8dU3kQ1v7Wm"), (hashlib.sha256(b"a").hexdigest(), "a" * 64),
+    ("507f1f77bcf86cd799439011", "4bf92f3577b34da6"), ("2024-05-01T12:00:05Z", "2024-05-02T12:00:05Z"),
+    ("2024-05-01T12:00:05Z", "2024-05-01T13:00:05Z"), ("2024-05-01T12:00:05Z", "2024-05-01T12:00:05+00:00"),
+    ("2024-05-01T12:00:05Z", "2024-05-01T12:00:05"), ("2024-05-01T12:00:05Z", "2024-05-01"),
+    ("2024-05-01T12:00:05+00:00", "2024-05-01T14:00:05+02:00"), ("2024-02-31T12:00:05Z", "2024-02-31T12:00:06Z"),
+    ("2024-05-01T12:00:05Z", 1714564805), ("2024-05-01", "2024-05-02"), ("12:00:05", "12:00:06"),
+    (1714564805, 1714564805123), (1714564805, 1814564805), (1500000000, 1500000001), ("1500000000", "1500000001"),
+    (19.99, 19.98), (1999, 1998), (19, 19.0), ("19.99", "19.98"), ("1999", "1998"), (0.1, 0.2), (1, 2), (10, 11),
+    ("EUR", "JPY"), ("Anna", "Otto"), ("in_stock", "out_stock"), ("red shoes", "blue shoes"), ("/a/1", "/a/2"),
+    ("SKU-2024-RED-XL-0001", "SKU-2024-RED-XL-0002"), ("4111111111111111", "4111111111111112"),
+    ("DE89370400440532013000", "DE89370400440532013001"), ("a@b.co", "c@b.co"), ("10.0.0.1", "10.0.0.2"),
+    ("cus_9s6XKzkNRiz8i3", "cus_9s6XKzkNRiz8i4"), (True, False), (None, ""), (None, 0), ("", " "), ([], {}), ([1], [2]),
+    ({"a": 1}, {"a": 2}), ("iphone-15-pro-max-256gb", "iphone-15-pro-max-512gb"),
+    (SIGNED.format("abc", "1714"), SIGNED.format("", "1714")), (SIGNED.format("abc", "1"), SIGNED.format("abcd", "1")),
+    (SIGNED.format("abc", "1"), SIGNED.format("xyz", "1").replace("w=10", "w=20")),
+    (SIGNED.format("abc", "1"), SIGNED.format("xyz", "1").replace("a.png", "b.png")),
+    (SIGNED.format("abc", "1"), SIGNED.format("abc", "1").partition("?")[0]),
+    (f"order {U1} was made", f"order {U2} was lost"), (f"order {U1} was made", f"order {NIL} was made"),
+    ("due 2024-05-01T12:00:05Z", "due 2024-06-01T12:00:05Z"), ("https://a.example/1", "https://a.example/2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), EXPLAINED)
+def test_values_that_always_differ_are_explained(old: Any, new: Any, reason: str) -> None:
+    assert (explains(old, new, NOW) or "") == reason
+    assert (explains(new, old, NOW) or "") == reason
+
+
+@pytest.mark.parametrize(("old", "new"), NEVER)
+def test_values_that_mean_something_are_not(old: Any, new: Any) -> None:
+    assert explains(old, new, NOW) is None
+    assert explains(new, old, NOW) is None
+
+
+@pytest.mark.parametrize(("old", "new"), [(1714564805, 1714564806), (1714564805123, 1714564805124)])
+def test_a_number_is_no_time_unless_it_is_known_when_the_request_came(old: int, new: int) -> None:
+    assert explains(old, new) is None
+    assert explains(old, new, NOW + 3600) is None
+
+
+@given(st.floats(), st.floats())
+def test_no_float_explains_a_float(old: float, new: float) -> None:
+    assert explains(old, new, NOW) is None
+
+
+@given(st.integers(), st.integers())
+def test_no_integer_explains_an_integer_that_is_not_the_time(old: int, new: int) -> None:
+    near = all(abs(one / scale - NOW) <= 300 for one in (old,) for scale in (1, 1000))
+
+    assume(not near)
+    assert explains(old, new, NOW) is None
+
+
+@given(
+    st.text(alphabet="abcdefghijklmnopqrstuvwxyz ", max_size=40),
+    st.text(alphabet="abcdefghijklmnop ", max_size=40),
+)
+def test_no_words_explain_other_words(old: str, new: str) -> None:
+    assert explains(old, new, NOW) is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.uuids().map(str),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(JSON, JSON)
+def test_it_is_symmetric_and_takes_any_json(old: Any, new: Any) -> None:
+    assert explains(old, new, NOW) == explains(new, old, NOW)
+
+
+@given(st.datetimes(datetime(2001, 1, 1), datetime(2090, 1, 1)), st.integers(0, 9))  # noqa: DTZ001 - the zone is added below
+def test_times_of_one_moment_explain_each_other(moment: datetime, seconds: int) -> None:
+    one = moment.replace(tzinfo=UTC, microsecond=0)
+
+    assert explains(one.isoformat(), (one + timedelta(seconds=seconds)).isoformat()) == "timestamp"
+
+
+def learned(values: list[Any]) -> Profile:
+    return reduce(Profile.add, values, Profile())
+
+
+UUIDS = [str(uuid.uuid5(uuid.NAMESPACE_DNS, str(number))) for number in range(30)]
+
+
+class TestProfile:
+    @pytest.mark.parametrize(
+        "value", ["", None, "not found", NIL, 0, [], {}, UUIDS[0].upper(), UUIDS[0][:35]]
+    )
+    def test_a_fresh_id_that_becomes_something_else_does_not_fit(self, value: Any) -> None:
+        assert misfit(learned(UUIDS), value) is not None
+
+    def test_another_fresh_id_fits(self) -> None:
+        assert misfit(learned(UUIDS), str(uuid.uuid5(uuid.NAMESPACE_DNS, "new"))) is None
+
+    def test_null_fits_where_old_has_null_too(self) -> None:
+        assert misfit(learned([*UUIDS, None]), None) is None
+
+    def test_numbers_far_beyond_what_old_has_do_not_fit(self) -> None:
+        profile = learned(list(range(100, 150)))
+
+        assert misfit(profile, 180) is None
+        assert misfit(profile, 10_000) is not None
+        assert misfit(profile, -1) == "-1 where old has 100 to 149"
+        assert misfit(profile, 120.5) is not None
+
+    def test_a_time_that_goes_on_fits(self) -> None:
+        assert misfit(learned(list(range(1714564805, 1714564905))), 1714599999) is None
+
+    def test_few_values_have_a_form_and_no_range(self) -> None:
+        profile = learned([1, 2, 3])
+
+        assert misfit(profile, 1000) is None
+        assert misfit(profile, "x") is not None
+
+    def test_a_text_much_longer_than_old_has_ever_been_does_not_fit(self) -> None:
+        profile = learned([f"item {number} of many" for number in range(30)])
+
+        assert misfit(profile, "another item of a few more") is None
+        assert misfit(profile, "Traceback " * 100) is not None
+
+    def test_a_list_that_becomes_empty_does_not_fit(self) -> None:
+        assert misfit(learned([[1], [2, 3]]), []) is not None
+
+    def test_random_tokens_of_which_some_look_like_words_still_exclude_null_and_empty(self) -> None:
+        dice = random.Random(1)
+        profile = learned([base64.urlsafe_b64encode(dice.randbytes(16)).decode()[:22] for _ in range(2000)])
+
+        assert misfit(profile, None) is not None
+        assert misfit(profile, "") is not None
+        assert len(profile.forms) < 20
+
+    def test_a_place_of_many_formats_takes_any_of_them_and_stays_small(self) -> None:
+        profile = learned([f"2024-05-01T12:00:05+{hour:02}:00" for hour in range(12)])
+
+        assert misfit(profile, "2024-05-01 12:00:05Z") is None
+        assert misfit(profile, "") is not None
+        assert len(profile.forms) == 1
+
+    def test_a_number_that_was_never_negative_is_not_now(self) -> None:
+        assert misfit(learned(list(range(50))), -1) is not None
+        assert misfit(learned(list(range(-5, 50))), -6) is None
+
+    def test_nothing_known_nothing_wrong(self) -> None:
+        assert misfit(Profile(), None) is None
+
+
+@given(st.lists(JSON, min_size=1, max_size=12))
+def test_what_old_had_fits(values: list[Any]) -> None:
+    profile = learned(values)
+
+    assert all(misfit(profile, value) is None for value in values)
+
+
+SAMPLE = st.lists(
+    st.none() | st.integers() | st.floats() | st.text(max_size=40) | st.uuids().map(str), max_size=6
+)
+
+
+@given(SAMPLE, SAMPLE, SAMPLE)
+def test_profiles_are_merged_in_any_order(one: list[Any], two: list[Any], three: list[Any]) -> None:
+    a, b, c = learned(one), learned(two), learned(three)
+
+    assert a.merge(b).merge(c) == a.merge(b.merge(c)) == c.merge(b).merge(a)

@@ -1,0 +1,266 @@
+"""Real or noise: what counts of new and of baseline copies say."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from math import comb, exp, inf, sqrt
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast_sidecar.compare.noise import Counts, Decision, copies_needed, decide, evidence
+
+ALPHA = 0.05
+NOISY = [0.002, 0.003, 0.005, 0.01, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.49]  # of comparisons
+ALWAYS = 3  # places that differ in each comparison
+
+
+def one(*counts: int) -> Decision:
+    return decide([Counts(*counts)], ALPHA)[0]
+
+
+def state(*counts: int) -> str:
+    return one(*counts).state
+
+
+@dataclass
+class Place:
+    """A value that is odd now and then, on either side: a comparison differs where one of two answers is odd."""
+
+    rate: float
+    differs: int = 0
+    baseline: int = 0
+
+    def odd(self) -> float:
+        return (1 - sqrt(1 - 2 * self.rate)) / 2
+
+    def go(self, requests: int, copies: int, dice: random.Random) -> None:
+        """The copies are compared with the same answers of old that new's are: both counts depend on each other."""
+        odd = self.odd()
+        for request in range(requests):
+            old = dice.random() < odd
+            self.differs += old != (dice.random() < odd)
+            if request < copies:
+                self.baseline += old != (dice.random() < odd)
+
+
+@dataclass
+class Run:
+    places: list[Place]
+    compared: int = 0
+    copies: int = 0
+
+    def counts(self) -> list[Counts]:
+        noisy = [Counts(self.compared, one.differs, self.copies, one.baseline) for one in self.places]
+        return noisy + [Counts(self.compared, self.compared, self.copies, self.copies)] * ALWAYS
+
+    def go(self, requests: int, share: float, dice: random.Random) -> None:
+        copies = sum(dice.random() < share for _ in range(requests))
+        for place in self.places:
+            place.go(requests, copies, dice)
+        self.compared += requests
+        self.copies += copies
+
+
+def ever_real(share: float, dice: random.Random, *, requests: int = 20_000, looks: int = 20) -> bool:
+    run = Run([Place(rate) for rate in NOISY])
+    for _ in range(looks):
+        run.go(requests // looks, share, dice)
+        if any(decision.state == "real" for decision in decide(run.counts(), ALPHA)):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("share", [0.1, 0.01])
+def test_old_against_old_has_no_false_finding_at_any_of_many_looks(share: float) -> None:
+    """6 runs of 20,000 requests and 15 noisy places; two false ones or more have a probability of 0.03."""
+    dice = random.Random(5)
+
+    assert sum(ever_real(share, dice) for _ in range(6)) <= 1
+
+
+def test_few_copies_and_many_short_runs_have_no_more_false_findings_than_stated() -> None:
+    dice = random.Random(8)
+    runs = 40
+    wrong = sum(ever_real(0.03, dice, requests=400, looks=10) for _ in range(runs))
+
+    assert wrong <= runs * ALPHA + 3.1 * sqrt(runs * ALPHA * (1 - ALPHA))
+
+
+def test_after_20_000_requests_noise_is_known_as_noise() -> None:
+    run = Run([Place(rate) for rate in NOISY])
+    run.go(20_000, 0.1, random.Random(3))
+
+    assert {decision.state for decision in decide(run.counts(), ALPHA)} == {"noise"}
+
+
+@pytest.mark.parametrize("copies", [2000, 1000, 200])
+def test_one_in_2_000_is_found_among_noisy_places(copies: int) -> None:
+    noisy = [Counts(20_000, 20_000, copies, copies)] * 40 + [Counts(20_000, 400, copies, copies // 50)] * 40
+    found = decide([Counts(20_000, 10, copies, 0), *noisy], ALPHA)
+
+    assert found[0].state == "real"
+    assert {one.state for one in found[1:]} == {"noise"}
+
+
+def test_a_planted_defect_on_a_noisy_place_is_found() -> None:
+    assert state(20_000, 1000, 2000, 20) == "real"
+    assert state(20_000, 20_000, 2000, 1000) == "real"
+
+
+def test_what_suffices_alone_does_not_among_a_hundred_noisy_places() -> None:
+    place, noisy = Counts(20_000, 1000, 2000, 50), [Counts(20_000, 400, 2000, 40)] * 100
+
+    assert decide([place], ALPHA)[0].state == "real"
+    assert decide([place, *noisy], ALPHA)[0].state == "undecided"
+
+
+def test_some_evidence_on_a_noisy_place_is_doubt() -> None:
+    assert state(20_000, 850, 2000, 50) == "noise"
+    assert state(20_000, 950, 2000, 50) == "undecided"
+    assert state(20_000, 1000, 2000, 50) == "real"
+
+
+def test_rare_noise_and_few_copies_are_undecided_and_say_how_many_it_takes() -> None:
+    found = one(20_000, 200, 100, 0)
+
+    assert found.state == "undecided"
+    assert found.copies_needed is not None
+    assert "more baseline copies" in found.reason
+    assert state(20_000, 200, 100 + found.copies_needed, 0) == "real"
+    assert state(20_000, 200, 100 + found.copies_needed, 9) == "noise"
+
+
+def test_a_copy_that_shows_it_too_turns_a_rare_finding_into_noise_or_doubt() -> None:
+    assert state(20_000, 10, 2000, 0) == "real"
+    assert state(20_000, 10, 2000, 1) == "noise"
+
+
+def test_a_single_odd_copy_does_not_hide_what_always_differs() -> None:
+    assert state(2000, 2000, 200, 1) == "real"
+
+
+def test_always_noisy_is_noise_and_never_differing_is_too() -> None:
+    assert state(20_000, 20_000, 2000, 2000) == "noise"
+    assert state(20_000, 0, 2000, 3) == "noise"
+    assert state(20_000, 0, 2000, 0) == "noise"
+
+
+def test_a_place_that_new_differs_in_more_rarely_is_noise() -> None:
+    assert state(20_000, 100, 2000, 100) == "noise"
+
+
+def test_a_deterministic_place_needs_few_copies() -> None:
+    assert state(40, 40, 4, 0) == "real"
+    assert state(100, 30, 10, 0) == "undecided"
+    assert state(300, 90, 30, 0) == "real"
+
+
+class TestWithoutCopies:
+    def test_differences_that_all_lean_one_way_are_real(self) -> None:
+        assert state(100, 12, 0, 0, 0, 12, 0) == "real"
+        assert state(100, 12, 0, 0, 0, 0, 12) == "real"
+
+    def test_differences_that_lean_nowhere_are_undecided_and_say_what_would_help(self) -> None:
+        found = one(100, 60, 0, 0, 0, 31, 29)
+
+        assert found.state == "undecided"
+        assert "send a share of the requests to old twice" in found.reason
+
+    def test_they_never_become_noise_unless_their_shape_explains_them(self) -> None:
+        assert state(100, 100, 0, 0, 0, 50, 50) == "undecided"
+        assert state(100, 100, 0, 0, 100, 100, 0) == "noise"
+
+    def test_what_is_rarer_than_any_noise_is_real(self) -> None:
+        assert state(20_000, 8, 0, 0) == "real"
+
+    def test_a_fair_coin_is_no_lean_at_any_look(self) -> None:
+        dice = random.Random(2)
+        wrong = sum(self.ever_leaning(dice) for _ in range(60))
+
+        assert wrong <= 60 * ALPHA + 3.1 * sqrt(60 * ALPHA * (1 - ALPHA))
+
+    def ever_leaning(self, dice: random.Random) -> bool:
+        greater = 0
+        for many in range(1, 151):
+            greater += dice.random() < 0.5
+            if state(2 * many, many, 0, 0, 0, greater, many - greater) == "real":
+                return True
+        return False
+
+
+class TestExplainedByShape:
+    def test_it_is_noise_as_long_as_the_baseline_says_nothing_else(self) -> None:
+        found = one(10, 10, 1, 0, 10)
+
+        assert found.state == "noise"
+        assert "shape" in found.reason
+
+    def test_a_place_that_never_differs_by_itself_is_real_all_the_same(self) -> None:
+        """Another product's UUID has the shape of a fresh one."""
+        assert state(1000, 1000, 100, 0, 1000) == "real"
+
+    def test_a_difference_that_no_shape_explains_is_not_carried_by_the_others(self) -> None:
+        assert state(10, 10, 0, 0, 9) == "undecided"
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**5), st.integers(0, 10**5)
+        ).map(lambda t: Counts(t[0] + t[1], t[1], t[2] + t[3], t[3])),
+        max_size=8,
+    )
+)
+def test_any_counts_have_a_decision_with_a_p_value(places: list[Counts]) -> None:
+    found = decide(places, ALPHA)
+
+    assert len(found) == len(places)
+    assert all(0 <= one.p_value <= 1 and one.reason for one in found)
+
+
+@given(st.integers(1, 500), st.integers(0, 500), st.integers(0, 300))
+def test_more_differences_of_new_are_more_evidence(differs: int, quiet: int, copies: int) -> None:
+    compared = differs + quiet + 1
+    fewer = Counts(compared, differs, copies + 1, 0)
+    more = Counts(compared, differs + 1, copies + 1, 0)
+
+    if differs > 0.05 * compared and evidence(fewer) > 0:
+        assert evidence(more) >= evidence(fewer) - 1e-9
+
+
+@given(st.integers(1, 400), st.integers(0, 400), st.integers(1, 40))
+def test_a_difference_among_the_copies_is_less_evidence(differs: int, quiet: int, copies: int) -> None:
+    without = evidence(Counts(differs + quiet, differs, copies, 0))
+    with_one = evidence(Counts(differs + quiet, differs, copies, 1))
+
+    assert with_one <= max(without, 0.0) + 1e-9
+
+
+@given(st.integers(1, 12), st.integers(1, 6), st.floats(0.002, 0.998))
+def test_under_any_one_rate_the_mean_of_the_e_value_is_at_most_one(
+    compared: int, copies: int, rate: float
+) -> None:
+    mean = sum(
+        chance(differs, compared, rate)
+        * chance(odd, copies, rate)
+        * (0.0 if (log_e := evidence(Counts(compared, differs, copies, odd))) == -inf else exp(log_e))
+        for differs in range(compared + 1)
+        for odd in range(copies + 1)
+    )
+
+    assert mean <= 1 + 1e-9
+
+
+def chance(hits: int, n: int, rate: float) -> float:
+    return comb(n, hits) * rate**hits * (1 - rate) ** (n - hits)
+
+
+def test_copies_needed_is_none_where_no_number_would_do() -> None:
+    assert copies_needed(Counts(10, 0, 5, 0), bar=3.0) is None
+
+
+def test_no_places_no_decisions() -> None:
+    assert decide([], ALPHA) == []

@@ -1,0 +1,286 @@
+"""The verdict from plain counts."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from math import log, sqrt
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast_sidecar.compare.verdict import Budget, Counts, Ledger, Reason, Verdict, decide
+
+ALL = Ledger(1000, 1000)
+BUDGET = Budget()
+TIGHT = Budget(max_mismatch=0.0001)
+
+
+def pairs(n: int, endpoint: str = "GET /", **given: Any) -> Counts:
+    """Pairs in which nothing is wrong, but for what is given."""
+    clean = Counts(
+        endpoint=endpoint,
+        old_requests=n,
+        new_requests=n,
+        compared=n,
+        mismatches=0,
+        undecided=0,
+        new_errors=0,
+        old_errors=0,
+        timed=n,
+        slower=n // 4,
+    )
+    return replace(clean, **given)
+
+
+def reason(verdict: Verdict, subject: str, endpoint: str = "") -> Reason:
+    return next(one for one in verdict.reasons if one.subject == subject and one.endpoint == endpoint)
+
+
+def judged(*endpoints: Counts, budget: Budget = BUDGET, ledger: Ledger = ALL) -> Verdict:
+    return decide(endpoints, ledger, budget)
+
+
+class TestPass:
+    def test_equal_versions_pass_with_enough_pairs(self) -> None:
+        verdict = judged(pairs(10_000, "a"), pairs(10_000, "b"))
+
+        assert (verdict.state, verdict.exit_code, verdict.more) == ("PASS", 0, 0)
+
+    def test_a_rare_endpoint_keeps_nothing_from_passing(self) -> None:
+        verdict = judged(pairs(20_000, "a"), pairs(5, "b"))
+
+        assert verdict.state == "PASS"
+        assert {one.endpoint: one.state for one in verdict.endpoints} == {"a": "PASS", "b": "INCONCLUSIVE"}
+
+    @pytest.mark.parametrize("n", [0, 1, 10, 100, 1000])
+    def test_too_little_data_never_passes(self, n: int) -> None:
+        verdict = judged(pairs(n))
+
+        assert (verdict.state, verdict.exit_code) == ("INCONCLUSIVE", 2)
+
+    def test_no_endpoint_never_passes(self) -> None:
+        assert judged(ledger=Ledger(0, 0)).state == "INCONCLUSIVE"
+
+    def test_what_is_undecided_counts_against_passing_and_not_for_failing(self) -> None:
+        verdict = judged(pairs(20_000, undecided=20_000))
+
+        assert verdict.state == "INCONCLUSIVE"
+        assert "20,000 more not yet told from noise" in reason(verdict, "mismatches").text
+
+
+class TestFail:
+    def test_one_in_2_000_is_over_a_budget_of_one_in_10_000_after_20_000_requests(self) -> None:
+        verdict = judged(pairs(20_000, mismatches=10), budget=TIGHT)
+
+        assert (verdict.state, verdict.exit_code) == ("FAIL", 1)
+        assert verdict.reasons[0].subject == "mismatches"
+        assert "10 of 20,000 pairs" in verdict.reasons[0].text
+
+    @pytest.mark.parametrize("n", [20_000, 40_000, 100_000])
+    def test_so_it_is_in_one_of_20_endpoints_and_at_more_requests(self, n: int) -> None:
+        quiet = [pairs(n // 20, str(number)) for number in range(19)]
+        verdict = judged(pairs(n // 20, "broken", mismatches=n // 2000), *quiet, budget=TIGHT)
+
+        assert verdict.state == "FAIL"
+        assert verdict.endpoints[0].endpoint == "broken"
+        assert all(one.state != "FAIL" for one in verdict.endpoints[1:])
+
+    @pytest.mark.parametrize(("budget", "state"), [(0.01, "PASS"), (0.001, "INCONCLUSIVE"), (0.0001, "FAIL")])
+    def test_the_same_data_at_other_budgets(self, budget: float, state: str) -> None:
+        verdict = judged(pairs(20_000, mismatches=10), budget=Budget(max_mismatch=budget))
+
+        assert verdict.state == state
+
+    def test_an_endpoint_that_is_plainly_broken_fails_the_whole_that_is_within_its_budget(self) -> None:
+        verdict = judged(pairs(100_000, "big"), pairs(6, "small", mismatches=6))
+
+        assert verdict.state == "FAIL"
+        assert reason(verdict, "mismatches").state == "PASS"
+        assert reason(verdict, "mismatches", "small").state == "FAIL"
+
+    def test_what_suffices_for_one_of_two_endpoints_does_not_for_one_of_a_hundred(self) -> None:
+        odd = pairs(1000, "odd", mismatches=7)
+        many = [pairs(1000, str(number)) for number in range(99)]
+
+        assert judged(odd, pairs(99_000)).state == "FAIL"
+        assert judged(odd, *many).state == "PASS"
+
+    def test_errors_of_new_alone(self) -> None:
+        verdict = judged(pairs(20_000, new_errors=100))
+
+        assert verdict.state == "FAIL"
+        assert verdict.reasons[0].subject == "errors"
+
+    def test_two_versions_that_both_err_now_and_then_are_no_regression(self) -> None:
+        verdict = judged(pairs(20_000, new_errors=100, old_errors=95))
+
+        assert verdict.state == "INCONCLUSIVE"
+        assert "95 the other way" in reason(verdict, "errors").text
+
+    def test_slower_answers(self) -> None:
+        verdict = judged(pairs(1000, slower=700))
+
+        assert verdict.state == "FAIL"
+        assert "by more than 10%" in verdict.reasons[0].text
+
+    def test_holes_in_the_ledger_do_not_undo_it(self) -> None:
+        verdict = judged(pairs(20_000, mismatches=10), budget=TIGHT, ledger=Ledger(40_000, 20_000))
+
+        assert verdict.state == "FAIL"
+        assert [one.state for one in verdict.reasons[:3]] == ["FAIL", "FAIL", "INCONCLUSIVE"]
+
+
+class TestInconclusive:
+    def test_it_says_how_many_more_pairs_it_takes_and_they_are_enough(self) -> None:
+        verdict = judged(pairs(1000))
+
+        assert verdict.more is not None
+        assert f"about {verdict.more:,} more pairs to pass" in reason(verdict, "mismatches").text
+        assert judged(pairs(1000 + verdict.more)).state == "PASS"
+        assert judged(pairs(990 + verdict.more)).state == "INCONCLUSIVE"
+
+    def test_it_says_how_many_more_pairs_would_fail(self) -> None:
+        verdict = judged(pairs(1000, mismatches=2), budget=BUDGET)
+        more = reason(verdict, "mismatches").needed.to_fail
+
+        assert verdict.more is None
+        assert more is not None
+        factor = (1000 + more) / 1000
+        assert judged(pairs(1000 + more, mismatches=round(2 * factor))).state == "FAIL"
+
+    def test_an_endpoint_that_new_never_answered(self) -> None:
+        verdict = judged(pairs(20_000, "a"), pairs(0, "gone", old_requests=50))
+
+        assert verdict.state == "INCONCLUSIVE"
+        assert "old answered 50 requests, new none" in verdict.reasons[0].text
+        assert verdict.more is None
+
+    @pytest.mark.parametrize("ledger", [Ledger(20_000, 19_000), Ledger(0, 0)])
+    def test_a_ledger_with_holes(self, ledger: Ledger) -> None:
+        verdict = judged(pairs(20_000), ledger=ledger)
+
+        assert verdict.state == "INCONCLUSIVE"
+        assert verdict.reasons[0].subject == "completeness"
+
+    def test_a_lost_request_of_a_million_is_not_shown_as_all(self) -> None:
+        verdict = judged(pairs(20_000), ledger=Ledger(1_000_000, 999_999))
+
+        assert "99.9999%" in reason(verdict, "completeness").text
+
+
+RUNS = 25
+LOOKS = 12
+
+
+def ever_fails(dice: random.Random, rate: float) -> bool:
+    """Two endpoints, whose mismatches and errors are exactly at the budget and whose medians are equal."""
+    limits = Budget(max_mismatch=rate, max_error=rate, max_slower=0.0)
+    totals = [[0, 0, 0, 0] for _ in range(2)]
+    for _ in range(LOOKS):
+        for one in totals:
+            one[0] += 50
+            for place, chance in ((1, rate), (2, rate), (3, 0.5)):
+                one[place] += sum(dice.random() < chance for _ in range(50))
+        counts = [
+            pairs(one[0], str(name), mismatches=one[1], new_errors=one[2], slower=one[3])
+            for name, one in enumerate(totals)
+        ]
+        if decide(counts, ALL, limits).state == "FAIL":
+            return True
+    return False
+
+
+def test_what_is_within_the_budget_fails_no_more_often_than_stated_at_any_of_many_looks() -> None:
+    dice = random.Random(11)
+    wrong = sum(ever_fails(dice, 0.02) for _ in range(RUNS))
+
+    assert wrong <= RUNS * 0.05 + 3.1 * sqrt(RUNS * 0.05 * 0.95)
+
+
+def ever_passes(dice: random.Random, rate: float) -> bool:
+    """Mismatches slightly over the budget, and nothing else wrong."""
+    hits = n = 0
+    while n < 3000:
+        n += 150
+        hits += sum(dice.random() < rate * 1.01 for _ in range(150))
+        if decide([pairs(n, mismatches=hits)], ALL, Budget(max_mismatch=rate, max_error=0.5)).state == "PASS":
+            return True
+    return False
+
+
+def test_what_is_over_the_budget_passes_no_more_often_than_stated_at_any_of_many_looks() -> None:
+    dice = random.Random(12)
+    wrong = sum(ever_passes(dice, 0.02) for _ in range(RUNS))
+
+    assert wrong <= RUNS * 0.05 + 3.1 * sqrt(RUNS * 0.05 * 0.95)
+
+
+@st.composite
+def endpoints(draw: st.DrawFn) -> Counts:
+    n = draw(st.integers(0, 50_000))
+    part = st.integers(0, n)
+    mismatches = draw(part)
+    return pairs(
+        n,
+        draw(st.sampled_from("abc")),
+        new_requests=draw(part),
+        mismatches=mismatches,
+        undecided=draw(st.integers(0, n - mismatches)),
+        new_errors=draw(part),
+        slower=draw(part),
+    )
+
+
+@given(
+    st.lists(endpoints(), max_size=4),
+    st.tuples(st.integers(0, 1000), st.integers(0, 1000)),
+    st.sampled_from([0.0, 0.0001, 0.01, 1.0]),
+)
+def test_any_counts_have_a_verdict_with_reasons(
+    counts: list[Counts], ledger: tuple[int, int], limit: float
+) -> None:
+    verdict = decide(counts, Ledger(*ledger), Budget(max_mismatch=limit, max_error=limit))
+    order = [("FAIL", "INCONCLUSIVE", "PASS").index(one.state) for one in verdict.reasons]
+
+    assert order == sorted(order)
+    assert verdict.state == verdict.reasons[0].state
+    assert (verdict.more == 0) <= (verdict.state == "PASS")
+    assert verdict.exit_code == {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}[verdict.state]
+
+
+@given(st.integers(0, 20_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_a_larger_budget_is_never_worse(case: tuple[int, int]) -> None:
+    hits, n = case
+    order = ("FAIL", "INCONCLUSIVE", "PASS")
+    states = [
+        judged(pairs(n, mismatches=hits), budget=Budget(max_mismatch=limit)).state
+        for limit in (0.0001, 0.001, 0.01, 0.1)
+    ]
+    found = [order.index(state) for state in states]
+
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize(
+    "given_values",
+    [
+        {"max_mismatch": -0.1},
+        {"max_error": 1.1},
+        {"confidence": 1.0},
+        {"confidence": 0.0},
+        {"max_slower": -1.0},
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(given_values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(given_values))):
+        Budget(**given_values)
+
+
+def test_passing_without_a_mismatch_takes_little_more_than_by_one_look() -> None:
+    more = judged(pairs(1, slower=0)).more
+
+    assert more is not None
+    assert more < 1.2 * log(20) / 0.001
