@@ -120,12 +120,18 @@ class Ledger:
         impact: str = "value",
         count: int = 0,
         baseline_count: int = 0,
+        state: str = "",
+        reason: str = "because",
         detail: Mapping[str, Any] | None = None,
     ) -> int:
+        """Its state stays: counters of endpoints, from which it would be decided, are not written."""
+        state = state or ("noise" if baseline_count else "real")
         (row,) = self.execute(
             "insert into abreast.finding (endpoint_id, part, path, kind, impact, count, baseline_count, "
-            "first_seen, last_seen, detail) values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s) returning id",
-            *(endpoint, part, path, kind, impact, count, baseline_count, NOON, NOON, Jsonb(detail or {})),
+            "first_seen, last_seen, state, reason, detail) "
+            "values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) returning id",
+            *(endpoint, part, path, kind, impact, count, baseline_count, NOON, NOON),
+            *(state, reason, Jsonb(detail or {})),
         )
         return int(row[0])
 

@@ -72,20 +72,30 @@ async def test_a_summary_counts_outcomes_and_what_explains_them(sidecar: Running
     assert found.last.ToDatetime(dt.UTC) == NOON + HOUR
 
 
-async def test_noise_is_of_the_path_whatever_the_kind(sidecar: Running, ledger: Ledger) -> None:
+async def test_a_field_that_is_noise_can_break_in_another_way(sidecar: Running, ledger: Ledger) -> None:
     shown = ledger.endpoint()
-    changed = ledger.finding(shown, "$.id")
-    ledger.finding(shown, "$.id", kind="type", baseline_count=2)
+    changed = ledger.finding(shown, "$.id", baseline_count=2)
+    emptied = ledger.finding(shown, "$.id", kind="type")
     ledger.pair(shown, changed)
+    ledger.pair(shown, emptied)
 
     found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(service="shop"))
     listed = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(include_noise=True))
 
-    assert (found.findings, found.explained) == (0, 1)
-    assert {(one.kind, one.noise, one.baseline_count) for one in listed.findings} == {
-        (common.KIND_CHANGED, True, 2),
-        (common.KIND_TYPE, True, 2),
+    assert (found.findings, found.explained) == (1, 1)
+    assert {(one.kind, one.noise, one.state) for one in listed.findings} == {
+        (common.KIND_CHANGED, True, pb.FINDING_STATE_NOISE),
+        (common.KIND_TYPE, False, pb.FINDING_STATE_REAL),
     }
+
+
+async def test_what_is_undecided_is_listed_with_the_reason(sidecar: Running, ledger: Ledger) -> None:
+    shown = ledger.endpoint()
+    ledger.pair(shown, ledger.finding(shown, "$.id", state="undecided", reason="too few"))
+
+    (found,) = (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
+
+    assert (found.state, found.reason, found.noise) == (pb.FINDING_STATE_UNDECIDED, "too few", False)
 
 
 async def test_a_summary_of_a_window_counts_only_what_is_inside(sidecar: Running, ledger: Ledger) -> None:
@@ -299,7 +309,7 @@ async def test_a_pair_that_is_an_example_has_captures_and_differences(
     sidecar: Running, ledger: Ledger
 ) -> None:
     shown = ledger.endpoint()
-    noise = ledger.finding(shown, "$.id", baseline_count=1)
+    noise = ledger.finding(shown, "$.id", kind="added", impact="additive", baseline_count=1)
     number = ledger.pair(shown, noise, request="/products/7?full=1", reason="because")
     differences = [
         {

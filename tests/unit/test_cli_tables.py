@@ -132,6 +132,14 @@ def test_noise_is_marked_and_services_are_named_where_there_are_several() -> Non
     assert "cart: GET /products/{id}" in text
 
 
+def test_what_is_undecided_says_so() -> None:
+    undecided = prepared.finding(state=api.FINDING_STATE_UNDECIDED)
+    text = printed(findings.show, api.ListFindingsResponse(findings=[undecided]), width=400)
+
+    assert '19.99 became "19.99" (not yet told from noise)' in text
+    assert finding.noise(undecided).startswith("not decided yet: new differs in 83")
+
+
 def test_long_paths_are_folded_never_cut() -> None:
     long = prepared.finding()
     long.path = "$." + ".".join(f"part{n}" for n in range(20))
@@ -151,18 +159,11 @@ def test_a_finding_shows_an_example_to_try() -> None:
         'difference  19.99 became "19.99" (type)',
         "requests    83 of 1,204 compared (6.9%)",
         "seen        first 5 min ago, last 2 s ago",
-        "noise       none seen: no baseline copy has differed here",
+        "noise       no: new differs in 83 of 1204, old from itself in 0 of 120: more than chance",
     ]
     assert "without its authorization (a secret, kept as a hash only)" in text
     assert "old 200 in 3.1 ms, new 200 in 41 ms; the user got old's" in text
     assert '$.items[0].price  type  breaking  19.99  "19.99"' in text
-
-
-def test_noise_of_a_method_without_baseline_copies_is_not_known() -> None:
-    found = api.GetFindingResponse(finding=prepared.finding())
-    found.finding.endpoint.method = "POST"
-
-    assert "noise       not known: POST requests get no baseline copy\n" in printed(finding.show, found, NOW)
 
 
 def failed() -> api.PairDetail:

@@ -345,7 +345,7 @@ class Difference(_message.Message):
     new: _builtins.str
     """The new version's value, as JSON text; unset where it has none."""
     noise: _builtins.bool
-    """Whether old against old differs at this path too."""
+    """Whether the finding that it belongs to is noise."""
     def __init__(
         self,
         *,

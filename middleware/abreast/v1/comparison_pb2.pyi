@@ -10,6 +10,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,6 +21,34 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _FindingState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FindingStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINDING_STATE_UNSPECIFIED: _FindingState.ValueType  # 0
+    """Not said."""
+    FINDING_STATE_REAL: _FindingState.ValueType  # 1
+    """New differs more often than old from itself; it is not chance."""
+    FINDING_STATE_NOISE: _FindingState.ValueType  # 2
+    """Old differs from itself as often, or the shapes of all values explain it."""
+    FINDING_STATE_UNDECIDED: _FindingState.ValueType  # 3
+    """Too little was seen to say. Listed as a finding, and keeps a verdict from PASS."""
+
+class FindingState(_FindingState, metaclass=_FindingStateEnumTypeWrapper):
+    """Whether a finding is told from what differs between two answers of the old version by itself."""
+
+FINDING_STATE_UNSPECIFIED: FindingState.ValueType  # 0
+"""Not said."""
+FINDING_STATE_REAL: FindingState.ValueType  # 1
+"""New differs more often than old from itself; it is not chance."""
+FINDING_STATE_NOISE: FindingState.ValueType  # 2
+"""Old differs from itself as often, or the shapes of all values explain it."""
+FINDING_STATE_UNDECIDED: FindingState.ValueType  # 3
+"""Too little was seen to say. Listed as a finding, and keeps a verdict from PASS."""
+Global___FindingState: _TypeAlias = FindingState  # noqa: Y015
 
 @_typing.final
 class GetSummaryRequest(_message.Message):
@@ -331,6 +360,8 @@ class Finding(_message.Message):
     FIRST_SEEN_FIELD_NUMBER: _builtins.int
     LAST_SEEN_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Identifies the finding, for ever."""
     part: _common_pb2.Part.ValueType
@@ -346,11 +377,15 @@ class Finding(_message.Message):
     compared: _builtins.int
     """Pairs of the endpoint in the window that were compared and are kept."""
     noise: _builtins.bool
-    """Whether old against old differs at this path too, so that it says nothing about the new version."""
+    """Whether `state` is FINDING_STATE_NOISE: it says nothing about the new version."""
     baseline_count: _builtins.int
-    """Pairs of old and old that differ at this path, over all time."""
+    """Pairs of old and old that show it, over all time."""
     summary: _builtins.str
     """One line for people, such as `200 became 500` or `p50 3.1 ms became 41.0 ms`."""
+    state: Global___FindingState.ValueType
+    """Whether it is told from noise, as decided at most about a second ago."""
+    reason: _builtins.str
+    """Why the state is what it is, with the counts, for people. Empty until it was decided for the first time."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
         """The endpoint."""
@@ -379,10 +414,12 @@ class Finding(_message.Message):
         first_seen: _timestamp_pb2.Timestamp | None = ...,
         last_seen: _timestamp_pb2.Timestamp | None = ...,
         summary: _builtins.str = ...,
+        state: Global___FindingState.ValueType = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "first_seen", b"first_seen", "last_seen", b"last_seen"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_count", b"baseline_count", "compared", b"compared", "count", b"count", "endpoint", b"endpoint", "first_seen", b"first_seen", "id", b"id", "impact", b"impact", "kind", b"kind", "last_seen", b"last_seen", "noise", b"noise", "part", b"part", "path", b"path", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_count", b"baseline_count", "compared", b"compared", "count", b"count", "endpoint", b"endpoint", "first_seen", b"first_seen", "id", b"id", "impact", b"impact", "kind", b"kind", "last_seen", b"last_seen", "noise", b"noise", "part", b"part", "path", b"path", "reason", b"reason", "state", b"state", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

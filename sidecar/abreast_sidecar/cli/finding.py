@@ -26,8 +26,6 @@ from abreast_sidecar.cli.tables import (
     where,
 )
 
-MIRRORED_TWICE = ("GET", "HEAD", "OPTIONS")  # methods of which old may get a baseline copy
-
 
 @click.command()
 @click.argument("id", type=click.IntRange(min=1))
@@ -81,16 +79,15 @@ def facts(finding: api.Finding, now: dt.datetime) -> Table:
     of = f" of {count(finding.compared)} compared ({share})" if share else ""
     made.add_row("requests", f"{count(finding.count)}{of}")
     made.add_row("seen", f"first {ago(finding.first_seen, now)}, last {ago(finding.last_seen, now)}")
-    made.add_row("noise", _noise(finding))
+    made.add_row("noise", noise(finding))
     return made
 
 
-def _noise(finding: api.Finding) -> str:
-    if finding.noise:
-        return f"yes: old against old differs here too ({count(finding.baseline_count)} times)"
-    if finding.endpoint.method not in MIRRORED_TWICE:
-        return f"not known: {printable(finding.endpoint.method)} requests get no baseline copy"
-    return "none seen: no baseline copy has differed here"
+def noise(finding: api.Finding) -> str:
+    said = {api.FINDING_STATE_REAL: "no", api.FINDING_STATE_NOISE: "yes"}.get(
+        finding.state, "not decided yet"
+    )
+    return f"{said}: {printable(finding.reason)}" if finding.reason else said
 
 
 def show_example(out: Console, example: api.PairDetail, finding: api.Finding, url: str) -> None:

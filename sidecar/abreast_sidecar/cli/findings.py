@@ -45,7 +45,7 @@ STACKED_BELOW = 110  # columns of a terminal in which endpoint and place share a
 @click.option(
     "--impact", "impacts", multiple=True, type=Names("IMPACT"), help="Only this impact; may be repeated."
 )
-@click.option("--noise", is_flag=True, help="Also what differs between old and old.")
+@click.option("--noise", is_flag=True, help="Also what is noise: what old differs from itself in.")
 @since_option
 @until_option
 @limit_option
@@ -124,9 +124,14 @@ def rows(found: api.ListFindingsResponse, *, stacked: bool) -> Table:
             styled("noise" if finding.noise else impact_name(finding.impact)),
             _requests(finding),
             *((f"{endpoint}\n  {place}",) if stacked else (endpoint, place)),
-            difference(finding),
+            told(finding),
         )
     return made
+
+
+def told(finding: api.Finding) -> str:
+    undecided = finding.state == api.FINDING_STATE_UNDECIDED
+    return f"{difference(finding)} (not yet told from noise)" if undecided else difference(finding)
 
 
 def difference(finding: api.Finding) -> str:

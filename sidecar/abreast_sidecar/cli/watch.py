@@ -15,7 +15,7 @@ from abreast_sidecar.cli.tables import Console, console, endpoint_name, impact_n
 
 @click.command()
 @service_option
-@click.option("--noise", is_flag=True, help="Also what differs between old and old.")
+@click.option("--noise", is_flag=True, help="Also what is noise: what old differs from itself in.")
 @json_option
 @connected
 def command(link: Link, service: str, noise: bool, as_json: bool) -> None:

@@ -43,6 +43,10 @@ class Found(Difference):
     def __reduce__(self) -> tuple[Any, ...]:
         return Difference, tuple(getattr(self, name) for name in Difference.__dataclass_fields__)
 
+    def place_of(self) -> Place:
+        """With both values as they were, not as text."""
+        return self._at
+
     def plain(self) -> Difference:
         return Difference(*(getattr(self, name) for name in Difference.__dataclass_fields__))
 

@@ -1,4 +1,4 @@
-"""What has to be done now and then: sweep, reports, Envoy's counts, latency, retention."""
+"""What has to be done now and then: sweep, reports, Envoy's counts, noise, latency, retention."""
 
 from abreast_sidecar.housekeeping.housekeeping import Housekeeping
 

@@ -13,6 +13,7 @@ from abreast_sidecar.errors import LedgerError, RedisError
 from abreast_sidecar.housekeeping.envoy import EnvoyError, bring_envoy
 from abreast_sidecar.housekeeping.latency import find_slow
 from abreast_sidecar.housekeeping.missing import find_missing
+from abreast_sidecar.housekeeping.noise import decide_noise
 from abreast_sidecar.housekeeping.reports import bring_reports
 from abreast_sidecar.housekeeping.retention import drop_days, open_days
 from abreast_sidecar.outage import Outage, pause
@@ -23,6 +24,7 @@ from abreast_sidecar.store.database import Database
 SWEEP = 0.5  # seconds between two turns of a chore
 REPORTS = 1.0
 ENVOYS = 1.0
+NOISE = 1.0
 SLOW = 5.0
 CONSUMERS = 60.0
 DAYS = 600.0
@@ -74,6 +76,7 @@ class Housekeeping:
         return [
             Chore("sweep", SWEEP, ("redis",), self._sweep),
             Chore("reports", REPORTS, ("redis", "postgres"), self._bring_reports),
+            Chore("noise", NOISE, ("postgres",), self._decide_noise),
             Chore("latency", SLOW, ("postgres",), self._find_slow),
             Chore("missing", SLOW, ("postgres",), self._find_missing),
             Chore("consumers", CONSUMERS, ("redis",), self._forget_consumers),
@@ -120,6 +123,10 @@ class Housekeeping:
                 await bring_envoy(connection, address)
 
         return turn
+
+    async def _decide_noise(self) -> None:
+        async with self._database.connection() as connection:
+            await decide_noise(connection)
 
     async def _find_slow(self) -> None:
         async with self._database.connection() as connection:

@@ -7,12 +7,18 @@ from dataclasses import asdict
 
 import orjson
 
-from abreast_sidecar.compare.latency import MIN_PAIRS, Timing, slowdown
+from abreast_sidecar.compare.latency import MIN_PAIRS, Slowdown, Timing, slowdown
 from abreast_sidecar.store.database import Connection, statement
 
 LOCK = 0x616272657005
 WINDOW = 3600  # seconds
 MOST = 1000  # pairs of an endpoint, the newest
+
+
+def reason(slower: Slowdown) -> str:
+    return (
+        f"new takes {slower.ratio:.1f} times as long in the median of {slower.pairs} pairs: more than chance"
+    )
 
 
 async def find_slow(connection: Connection) -> int:
@@ -30,7 +36,12 @@ async def find_slow(connection: Connection) -> int:
             slower = slowdown([Timing(old, new, release) for old, new, release in times])
             if slower is not None:
                 detail = orjson.dumps(asdict(slower)).decode()
-                given = {"endpoint": row["id"], "pairs": slower.pairs, "detail": detail}
+                given = {
+                    "endpoint": row["id"],
+                    "pairs": slower.pairs,
+                    "detail": detail,
+                    "reason": reason(slower),
+                }
                 await connection.execute(statement("latency_put"), given)
                 found += 1
             await asyncio.sleep(0)  # others on the loop have their turn

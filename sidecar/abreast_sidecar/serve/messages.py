@@ -51,6 +51,7 @@ OUTCOME = common_pb2.Outcome.DESCRIPTOR
 PART = common_pb2.Part.DESCRIPTOR
 KIND = common_pb2.Kind.DESCRIPTOR
 IMPACT = common_pb2.Impact.DESCRIPTOR
+STATE = comparison_pb2.FindingState.DESCRIPTOR
 VERSION = common_pb2.Version.DESCRIPTOR
 ROLE = common_pb2.Role.DESCRIPTOR
 
@@ -119,6 +120,8 @@ def finding(found: Finding) -> comparison_pb2.Finding:
         first_seen=timestamp(found.first_seen),
         last_seen=timestamp(found.last_seen),
         summary=phrase(found),
+        state=number(STATE, found.state),  # type: ignore[arg-type]  # an int is one
+        reason=found.reason,
     )
 
 

@@ -1,6 +1,6 @@
 """Writes judged pairs into the ledger: a batch is one transaction, and a batch that comes twice counts once.
 
-Order of locks, the same in every worker: pairs by id, findings by id, examples, tallies.
+Order of locks, the same in every worker: pairs by id, findings by id, examples, tallies, endpoints by id.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Record:
 
     judged: Judged
     row: dict[str, Any]
-    differences: dict[int, Difference]
-    noise: dict[int, Difference]
+    differences: dict[int, list[Difference]]
+    noise: dict[int, list[Difference]]
 
 
 class Ledger:
@@ -133,13 +133,13 @@ class Ledger:
             row["noise"] = list(noise)
         return Record(judged, row, differences, noise)
 
-    def _found(self, endpoint: Endpoint, differences: Iterable[Difference]) -> dict[int, Difference]:
-        """Each finding once, however often the pair shows it."""
-        found: dict[int, Difference] = {}
+    def _found(self, endpoint: Endpoint, differences: Iterable[Difference]) -> dict[int, list[Difference]]:
+        """By finding."""
+        found: dict[int, list[Difference]] = {}
         for difference in differences:
             finding = self._catalogue.finding(endpoint, difference)
             if finding is not None:
-                found.setdefault(finding, difference)
+                found.setdefault(finding, []).append(difference)
         return found
 
     async def _commit(self, connection: AsyncConnection[TupleRow], records: Sequence[Record]) -> int:
@@ -147,7 +147,7 @@ class Ledger:
             new = await _add_pairs(connection, records)
             rollup = Rollup()
             for record in new:
-                rollup.add(record.judged, record.differences, record.noise)
+                rollup.add(record.judged, record.row["endpoint_id"], record.differences, record.noise)
             if rollup.findings:
                 await _count_findings(connection, rollup)
             chosen = self._examples.choose(
@@ -159,6 +159,8 @@ class Ledger:
             if new:
                 given = json_text(rollup.tally()).decode()
                 await connection.execute(statement("tally_add"), {"given": given})
+            if rollup.endpoints:
+                await _count_endpoints(connection, rollup)
         self._examples.note(chosen)
         return len(new)
 
@@ -184,6 +186,12 @@ async def _count_findings(connection: AsyncConnection[TupleRow], rollup: Rollup)
     await connection.execute(statement("findings_lock"), {"ids": list(rollup.findings)})
     given = json_text(list(rollup.findings.values())).decode()
     await connection.execute(statement("findings_count"), {"given": given})
+
+
+async def _count_endpoints(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
+    await connection.execute(statement("endpoints_lock"), {"ids": list(rollup.endpoints)})
+    given = json_text(list(rollup.endpoints.values())).decode()
+    await connection.execute(statement("endpoints_count"), {"given": given})
 
 
 async def _add_poison(connection: AsyncConnection[TupleRow], records: Iterable[Record]) -> None:

@@ -124,9 +124,9 @@ class Queries:
         return found[0], [rows.pair_detail(row) for row in examples]
 
     async def finding_marks(self, service: str) -> dict[int, tuple[Any, ...]]:
-        """Per finding id what changes when the finding grows or becomes noise."""
+        """Per finding id what changes when the finding grows or is told from noise. Those not decided yet are left out."""
         found = await self.database.rows("finding_marks", {"service": service})
-        return {row["id"]: (row["count"], row["baseline_count"], row["last_seen"]) for row in found}
+        return {row["id"]: tuple(row.values())[1:] for row in found}
 
     async def pairs(self, wanted: PairFilter, page: Page) -> Paged[Pair]:
         """Newest first."""

@@ -80,14 +80,16 @@ class Finding:
     impact: str
     count: int
     compared: int
-    baseline_count: int  # at this path, whatever the kind
+    baseline_count: int
+    state: str  # real, noise, undecided
+    reason: str  # empty until it was decided for the first time
     first_seen: datetime
     last_seen: datetime
     detail: Mapping[str, Any]  # old and new: JSON texts of the first pair; for latency a Slowdown
 
     @property
     def noise(self) -> bool:
-        return self.baseline_count > 0
+        return self.state == "noise"
 
 
 @dataclass(frozen=True, slots=True)

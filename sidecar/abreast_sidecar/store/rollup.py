@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from abreast_sidecar.compare import Difference
+from abreast_sidecar.compare import Difference, Judgement
+from abreast_sidecar.compare.evidence import explained, lean
 from abreast_sidecar.store.judged import Judged
 
 SEVERITY = {"additive": 0, "value": 1, "breaking": 2}
+COMPARED = frozenset({"match", "mismatch", "oversize"})  # outcomes of pairs that could show a finding
+
+Found = Mapping[int, Sequence[Difference]]  # by finding
 
 
 @dataclass(slots=True)
 class Rollup:
-    """`findings` has parameters of findings_count.sql by finding, `outcomes` pairs by service, day and outcome."""
+    """Parameters of findings_count.sql by finding, of endpoints_count.sql by endpoint, and pairs by service, day and
+    outcome.
+    """
 
     findings: dict[int, dict[str, Any]] = field(default_factory=dict)
+    endpoints: dict[int, dict[str, int]] = field(default_factory=dict)
     outcomes: dict[tuple[str, int, str], int] = field(default_factory=dict)
 
-    def add(self, judged: Judged, differences: dict[int, Difference], noise: dict[int, Difference]) -> None:
+    def add(self, judged: Judged, endpoint: int, differences: Found, noise: Found) -> None:
+        self._count_endpoint(endpoint, judged.judgement)
         key = (judged.service, judged.day, judged.judgement.outcome)
         self.outcomes[key] = self.outcomes.get(key, 0) + 1
-        for finding, difference in differences.items():
-            self._count(finding, difference, judged.at)["count"] += 1
-        for finding, difference in noise.items():
-            self._count(finding, difference, judged.at)["baseline_count"] += 1
+        for finding, shown in differences.items():
+            counts = self._count(finding, shown[0], judged.at)
+            counts["count"] += 1
+            leaning = lean(shown[0])
+            counts["new_greater"] += leaning > 0
+            counts["new_smaller"] += leaning < 0
+            counts["explained"] += explained(shown, judged.at / 1000)
+        for finding, shown in noise.items():
+            self._count(finding, shown[0], judged.at)["baseline_count"] += 1
+
+    def _count_endpoint(self, endpoint: int, judgement: Judgement) -> None:
+        compared = judgement.outcome in COMPARED
+        if compared or judgement.baseline_compared:
+            counts = self.endpoints.setdefault(
+                endpoint, {"id": endpoint, "compared": 0, "baseline_compared": 0}
+            )
+            counts["compared"] += compared
+            counts["baseline_compared"] += judgement.baseline_compared
 
     def _count(self, finding: int, difference: Difference, at: int) -> dict[str, Any]:
         found = self.findings.get(finding)
@@ -33,6 +56,9 @@ class Rollup:
                 "id": finding,
                 "count": 0,
                 "baseline_count": 0,
+                "explained": 0,
+                "new_greater": 0,
+                "new_smaller": 0,
                 "impact": difference.impact,
                 "first_ms": at,
                 "last_ms": at,

@@ -40,6 +40,8 @@ def finding(row: Row) -> Finding:
         count=row["count"],
         compared=row["compared"],
         baseline_count=row["baseline_count"],
+        state=row["state"],
+        reason=row["reason"],
         first_seen=row["first_seen"],
         last_seen=row["last_seen"],
         detail=row["detail"],
@@ -83,5 +85,5 @@ def difference(found: Row, noisy: set[str]) -> Difference:
         impact=found["impact"],
         old=found.get("old"),
         new=found.get("new"),
-        noise=f"{found['part']} {found['path']}" in noisy,
+        noise=f"{found['part']} {found['kind']} {found['path']}" in noisy,
     )

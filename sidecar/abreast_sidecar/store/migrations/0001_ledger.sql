@@ -1,13 +1,18 @@
 create schema if not exists abreast;
 
--- An endpoint is a method and a route template of one service.
+-- An endpoint is a method and a route template of one service. The counters are what its findings' are held against;
+-- `judged_*` is what they were when `state` of its findings was last decided.
 create table abreast.endpoint (
     id integer generated always as identity primary key,
     service text not null,
     method text not null,
     route text not null,
+    compared bigint not null default 0, -- pairs of old and new
+    baseline_compared bigint not null default 0, -- pairs of old and old
+    judged_compared bigint not null default 0,
+    judged_baseline bigint not null default 0,
     unique (service, method, route)
-);
+) with (fillfactor = 70);
 
 -- All differences with one cause. Counters are only for ordering and for `state`; windows are answered from pairs.
 create table abreast.finding (
@@ -18,7 +23,12 @@ create table abreast.finding (
     kind text not null, -- added, removed, changed, type, order, ...
     impact text not null, -- breaking, value, additive
     count bigint not null default 0, -- pairs of old and new that show it
-    baseline_count bigint not null default 0, -- pairs of old and old that show the same path: it is noise
+    baseline_count bigint not null default 0, -- pairs of old and old that show it
+    explained bigint not null default 0, -- of `count`, those in which the shapes of all its values explain it
+    new_greater bigint not null default 0, -- of `count`, by the first value; absent and null are the least
+    new_smaller bigint not null default 0,
+    state text not null default 'undecided', -- real, noise, undecided: decided from the counters, now and then
+    reason text not null default '', -- why; empty until it was decided for the first time
     first_seen timestamptz not null,
     last_seen timestamptz not null,
     -- Of latency: {old_p50_us, new_p50_us, old_p99_us, new_p99_us, ratio, pairs}. Of all else the values that were

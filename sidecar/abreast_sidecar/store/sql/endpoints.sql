@@ -38,11 +38,7 @@ cross join lateral (
 cross join lateral (
     select count(*) as findings
     from abreast.finding g
-    where g.endpoint_id = e.id and g.impact <> 'additive'
-      and not exists (
-          select from abreast.finding n
-          where n.endpoint_id = g.endpoint_id and n.part = g.part and n.path = g.path and n.baseline_count > 0
-      )
+    where g.endpoint_id = e.id and g.impact <> 'additive' and g.state <> 'noise'
       and case when g.part = 'latency' or g.path = 'no capture'
               then g.count > 0 and g.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                and g.first_seen < coalesce(%(end)s::timestamptz, 'infinity')

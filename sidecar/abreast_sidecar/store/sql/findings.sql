@@ -1,15 +1,10 @@
 -- Counts are those of the moment `as_of`, when the first page was asked for, so that the pages of one listing fit
 -- together while traffic goes on: all time is the counter without what came since; a window is counted from rows.
 with candidate as (
-    select f.*, e.service, e.method, e.route, n.noise_count,
+    select f.*, e.service, e.method, e.route,
            case f.impact when 'breaking' then 0 when 'value' then 1 else 2 end as rank
     from abreast.finding f
     join abreast.endpoint e on e.id = f.endpoint_id
-    cross join lateral (
-        select max(s.baseline_count) as noise_count
-        from abreast.finding s
-        where s.endpoint_id = f.endpoint_id and s.part = f.part and s.path = f.path
-    ) n
     where (%(ids)s::bigint[] is null or f.id = any(%(ids)s))
       and (%(service)s = '' or e.service = %(service)s)
       and (%(method)s = '' or e.method = %(method)s)
@@ -17,7 +12,7 @@ with candidate as (
       and (%(parts)s::text[] is null or f.part = any(%(parts)s))
       and (%(kinds)s::text[] is null or f.kind = any(%(kinds)s))
       and (%(impacts)s::text[] is null or f.impact = any(%(impacts)s))
-      and (%(include_noise)s or n.noise_count = 0)
+      and (%(include_noise)s or f.state <> 'noise')
 ),
 counted as (
     select c.*,
@@ -49,7 +44,7 @@ page as (
     limit %(limit)s
 )
 select p.id, p.service, p.method, p.route, p.part, p.path, p.kind, p.impact, p.shown as count, p.rank,
-       p.noise_count as baseline_count, p.first_seen, p.last_seen, p.detail, c.compared
+       p.baseline_count, p.state, p.reason, p.first_seen, p.last_seen, p.detail, c.compared
 from page p
 cross join lateral (
     select count(*) as compared

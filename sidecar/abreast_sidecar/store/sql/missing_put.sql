@@ -1,7 +1,8 @@
 -- Endpoints of which old has a capture and new has none, clearly more often than the other way round: new does not answer
 -- in time there, or does not capture. Among the last pairs of each endpoint.
-insert into abreast.finding (endpoint_id, part, path, kind, impact, count, first_seen, last_seen)
-select endpoint.id, 'error', 'no capture', 'removed', 'breaking', recent.only_old, recent.first, recent.last
+insert into abreast.finding (endpoint_id, part, path, kind, impact, count, first_seen, last_seen, state, reason)
+select endpoint.id, 'error', 'no capture', 'removed', 'breaking', recent.only_old, recent.first, recent.last, 'real',
+       format('of the last %%s requests, %%s have no capture of new and %%s none of old', recent.pairs, recent.only_old, recent.only_new)
 from abreast.endpoint
 cross join lateral (
     select count(*) as pairs,
@@ -20,4 +21,4 @@ cross join lateral (
 where recent.only_old >= %(least)s and recent.only_old >= 3 * (recent.only_new + 1)
   and recent.only_old >= recent.pairs * %(share)s
 on conflict (endpoint_id, part, path, kind)
-do update set count = excluded.count, last_seen = excluded.last_seen
+do update set count = excluded.count, last_seen = excluded.last_seen, reason = excluded.reason

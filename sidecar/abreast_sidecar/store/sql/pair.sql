@@ -2,9 +2,9 @@ select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.req
        p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason,
        x.captures, x.differences,
        array(
-           select distinct n.part || ' ' || n.path
+           select n.part || ' ' || n.kind || ' ' || n.path
            from abreast.finding n
-           where n.endpoint_id = p.endpoint_id and n.baseline_count > 0
+           where n.endpoint_id = p.endpoint_id and n.state = 'noise'
        ) as noisy
 from abreast.pair p
 join abreast.endpoint e on e.id = p.endpoint_id

@@ -4,11 +4,7 @@ with chosen as (
 regression as (
     select f.id
     from abreast.finding f
-    where f.endpoint_id in (select id from chosen) and f.impact <> 'additive'
-      and not exists (
-          select from abreast.finding n
-          where n.endpoint_id = f.endpoint_id and n.part = f.part and n.path = f.path and n.baseline_count > 0
-      )
+    where f.endpoint_id in (select id from chosen) and f.impact <> 'additive' and f.state <> 'noise'
 )
 select outcome, count(*) as pairs,
        count(*) filter (

@@ -1,0 +1,56 @@
+"""What one pair's differences of one finding say, beyond that they are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+
+from abreast_sidecar.compare.difference import Difference
+from abreast_sidecar.compare.explain import explains
+from abreast_sidecar.compare.found import Found
+
+_RANKS = {type(None): 0, bool: 1, int: 2, float: 2, str: 3, list: 4, dict: 5}
+_NOTHING = (None, None)
+
+
+def explained(differences: Iterable[Difference], at: float) -> bool:
+    """Whether the shapes of all values explain them. `at`: when the request came, in seconds of Unix time."""
+    return all(
+        difference.kind == "changed"
+        and difference.part != "status"
+        and explains(*values(difference), at) is not None
+        for difference in differences
+    )
+
+
+def lean(difference: Difference) -> int:
+    """1 where new has the greater value, -1 where old has, 0 where that can't be said. Absent is the least."""
+    if difference.kind in {"added", "removed"}:
+        return 1 if difference.kind == "added" else -1
+    if difference.kind == "order":
+        return 0
+    old, new = values(difference)
+    before, after = _rank(old), _rank(new)
+    if before != after:
+        return 1 if after > before else -1
+    if before not in {2, 3} or old == new:
+        return 0
+    return 1 if new > old else -1
+
+
+def values(difference: Difference) -> tuple[Any, Any]:
+    """Both values; None and None where the texts of them were cut."""
+    if isinstance(difference, Found):
+        at = difference.place_of()
+        return at.old, at.new
+    try:
+        old, new = (orjson.loads(text or "null") for text in (difference.old, difference.new))
+    except orjson.JSONDecodeError:
+        return _NOTHING
+    return old, new
+
+
+def _rank(value: Any) -> int:
+    return _RANKS.get(type(value), 2)

@@ -1,0 +1,205 @@
+"""Findings are told from noise by the counters that batches leave."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from abreast_sidecar.compare import Difference
+from abreast_sidecar.housekeeping.noise import decide_noise
+from abreast_sidecar.store import Judged, Ledger, migrate
+from abreast_sidecar.store.database import Connection, Database
+from support_pairs import difference, judged, one, rows
+
+pytestmark = pytest.mark.postgres
+
+PRICE = difference("$.price", old="1.5", new="1.6")
+COPIES = 10  # of so many safe requests one has a baseline copy
+
+
+@pytest.fixture
+async def url(postgres_url: str) -> str:
+    await migrate(postgres_url)
+    return postgres_url
+
+
+@pytest.fixture
+async def ledger(url: str) -> AsyncIterator[Ledger]:
+    made = Ledger(url, examples_per_finding=3)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def connection(url: str) -> AsyncIterator[Connection]:
+    database = Database(url)
+    await database.open()
+    async with database.connection() as made:
+        yield made
+    await database.close()
+
+
+def fresh(path: str = "$.id") -> Difference:
+    return difference(path, old=f'"{uuid.uuid4()}"', new=f'"{uuid.uuid4()}"')
+
+
+def pairs(
+    many: int,
+    shown: Sequence[Difference] = (),
+    *,
+    noise: Sequence[Difference] = (),
+    copies: bool = True,
+    route: str = "/",
+) -> list[Judged]:
+    """`noise` is what every tenth of them, which has a copy, shows of old against old."""
+    return [
+        judged(shown, noise=noise if has_copy else (), baseline_compared=has_copy, route=route)
+        for has_copy in (copies and number % COPIES == 0 for number in range(many))
+    ]
+
+
+def states(url: str) -> dict[str, str]:
+    return dict(rows(url, "select path, state from abreast.finding"))
+
+
+def reason(url: str, path: str) -> str:
+    return str(one(url, f"select reason from abreast.finding where path = '{path}'"))  # noqa: S608  # our own
+
+
+async def test_a_batch_leaves_what_it_takes_to_decide(ledger: Ledger, url: str) -> None:
+    batch = [
+        judged([fresh(), PRICE], baseline_compared=True),
+        judged([fresh(), fresh()]),
+        judged([fresh(), difference("$.id", old='"a"', new='"b"')]),
+        judged(noise=[fresh()]),
+        judged([PRICE], outcome="oversize"),
+        judged(outcome="only_old"),
+    ]
+    for _ in range(2):  # the second time none is new
+        await ledger.write(batch)
+
+    assert rows(url, "select compared, baseline_compared from abreast.endpoint") == [(5, 2)]
+    found = rows(url, "select path, count, baseline_count, explained from abreast.finding order by path")
+    assert found == [("$.id", 3, 1, 2), ("$.price", 2, 0, 0)]
+    assert rows(url, "select new_greater, new_smaller from abreast.finding where path = '$.price'") == [
+        (2, 0)
+    ]
+
+
+async def test_what_new_does_and_old_never_is_real(ledger: Ledger, connection: Connection, url: str) -> None:
+    await ledger.write([*pairs(300), *pairs(300, [PRICE])])
+    assert states(url) == {"$.price": "undecided"}
+
+    assert await decide_noise(connection) == 1
+    assert states(url) == {"$.price": "real"}
+    assert reason(url, "$.price") == "new differs in 300 of 600, old from itself in 0 of 60: more than chance"
+
+
+async def test_one_accidental_difference_of_old_hides_no_frequent_regression(
+    ledger: Ledger, connection: Connection, url: str
+) -> None:
+    await ledger.write([judged(noise=[PRICE], route="/"), *pairs(400), *pairs(400, [PRICE])])
+    await decide_noise(connection)
+
+    assert rows(url, "select baseline_count from abreast.finding") == [(1,)]
+    assert states(url) == {"$.price": "real"}
+
+
+async def test_what_differs_as_often_within_old_is_noise(
+    ledger: Ledger, connection: Connection, url: str
+) -> None:
+    counter = difference("$.views", old="7", new="8")
+    await ledger.write([*pairs(100, [fresh()], noise=[fresh()]), *pairs(100, [counter], noise=[counter])])
+    await decide_noise(connection)
+
+    assert states(url) == {"$.id": "noise", "$.views": "noise"}
+
+
+async def test_values_whose_shapes_explain_them_are_noise_without_copies(
+    ledger: Ledger, connection: Connection, url: str
+) -> None:
+    await ledger.write([judged([fresh(), PRICE]) for _ in range(3)])
+    await decide_noise(connection)
+
+    assert states(url) == {"$.id": "noise", "$.price": "undecided"}
+    assert "old was never compared with itself" in reason(url, "$.price")
+
+
+async def test_a_field_that_is_always_noise_and_is_now_empty_is_real(
+    ledger: Ledger, connection: Connection, url: str
+) -> None:
+    emptied = difference("$.id", kind="type", impact="breaking", old='"a"', new="null")
+    await ledger.write(pairs(300, [fresh()], noise=[fresh()]))
+    await ledger.write(pairs(100, [emptied], noise=[fresh()]))
+    await decide_noise(connection)
+
+    found = rows(url, "select kind, state from abreast.finding order by kind")
+    assert found == [("changed", "noise"), ("type", "real")]
+
+
+async def test_without_copies_a_lean_to_one_side_is_real_and_chance_is_not(
+    ledger: Ledger, connection: Connection, url: str
+) -> None:
+    lost = difference("$.stock", kind="removed", impact="breaking", old="0", new=None)
+    gone, come = (
+        difference("$.badge", kind="removed", old="1", new=None),
+        difference("$.badge", kind="added", old=None, new="1"),
+    )
+    await ledger.write(
+        [
+            *pairs(30, [lost], copies=False),
+            *pairs(30, [gone], copies=False),
+            *pairs(30, [come], copies=False),
+        ]
+    )
+    await decide_noise(connection)
+
+    assert states(url) == {"$.stock": "real", "$.badge": "undecided"}
+
+
+async def test_only_endpoints_whose_counts_changed_are_decided(
+    ledger: Ledger, connection: Connection
+) -> None:
+    await ledger.write([*pairs(200, [PRICE]), *pairs(200, [PRICE], route="/quiet")])
+    assert await decide_noise(connection) == 2
+    assert await decide_noise(connection) == 0
+
+    await ledger.write(pairs(1, route="/"))
+    assert await decide_noise(connection) == 1  # the reason has the new counts
+
+
+async def test_deciders_and_writers_at_once_get_on(ledger: Ledger, url: str) -> None:
+    other = Ledger(url, examples_per_finding=3)
+    databases = [Database(url) for _ in range(2)]
+    paths = [f"$.field{number}" for number in range(20)]
+
+    async def decide(database: Database) -> None:
+        for _ in range(20):
+            async with database.connection() as connection:
+                await decide_noise(connection)
+
+    async def write(to: Ledger) -> None:
+        for _ in range(10):
+            await to.write(
+                [judged([difference(path) for path in paths], route=f"/{n % 3}") for n in range(30)]
+            )
+
+    for database in databases:
+        await database.open()
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        for database in databases:
+            group.create_task(decide(database))
+        for to in (ledger, other):
+            group.create_task(write(to))
+    async with databases[0].connection() as connection:
+        await decide_noise(connection)
+        assert await decide_noise(connection) == 0
+    for database in databases:
+        await database.close()
+    await other.close()
+
+    assert one(url, "select sum(compared)::int from abreast.endpoint") == 600
+    assert one(url, "select count(*) from abreast.finding where reason = ''") == 0

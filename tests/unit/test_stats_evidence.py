@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import time
+import uuid
+
+import pytest
+
+from abreast_sidecar.compare import DocumentDiff
+from abreast_sidecar.compare.evidence import explained, lean, values
+from support_pairs import difference
+
+AT = time.time()
+
+
+def test_fresh_ids_are_explained_and_prices_are_not() -> None:
+    one, other = uuid.uuid4(), uuid.uuid4()
+
+    assert explained([difference(old=f'"{one}"', new=f'"{other}"')], AT)
+    assert not explained([difference(old="1.5", new="1.6")], AT)
+    assert not explained([difference(kind="removed", old=f'"{one}"', new=None)], AT)
+
+
+def test_one_value_that_is_not_explained_is_enough() -> None:
+    fresh = difference(old=f'"{uuid.uuid4()}"', new=f'"{uuid.uuid4()}"')
+
+    assert explained([fresh, fresh], AT)
+    assert not explained([fresh, difference(old='"a"', new='"b"')], AT)
+
+
+def test_a_status_is_no_number_of_seconds() -> None:
+    now = str(int(AT))
+
+    assert not explained([difference("200->500", part="status", old=now, new=now)], AT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "side"),
+    [
+        ("added", None, "1", 1),
+        ("removed", "1", None, -1),
+        ("changed", "1.5", "1.6", 1),
+        ("changed", '"b"', '"a"', -1),
+        ("changed", "true", "false", 0),
+        ("type", "null", "1", 1),
+        ("type", '"1"', "1", -1),
+        ("order", "[1,2]", "[2,1]", 0),
+        ("changed", '"cut…', '"cut…', 0),
+    ],
+)
+def test_the_lean_is_to_the_greater_value(kind: str, old: str | None, new: str | None, side: int) -> None:
+    assert lean(difference(kind=kind, old=old, new=new)) == side
+
+
+def test_values_of_a_document_are_as_they_were_however_long() -> None:
+    old, new = "a" * 2000, "a" * 1999 + "b"
+    (found,) = DocumentDiff(200).compare({"text": old}, {"text": new})
+
+    assert values(found) == (old, new)
+    assert lean(found) == 1
