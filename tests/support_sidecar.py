@@ -131,6 +131,37 @@ def summary() -> api.GetSummaryResponse:
     return made
 
 
+def verdict() -> api.GetVerdictResponse:
+    text = "0 of 1,000 pairs have unexplained mismatches: 0% (0% to 0.4%), 0.1% allowed"
+    rate = api.VerdictReason(
+        subject=api.VERDICT_SUBJECT_MISMATCHES,
+        state=api.VERDICT_STATE_INCONCLUSIVE,
+        text=text,
+        more_to_pass=2500,
+    )
+    unseen = api.VerdictReason(
+        subject=api.VERDICT_SUBJECT_COVERAGE,
+        endpoint=endpoint(),
+        state=api.VERDICT_STATE_INCONCLUSIVE,
+        text="old answered 7 requests, new none",
+    )
+    return api.GetVerdictResponse(
+        service="shop",
+        state=api.VERDICT_STATE_INCONCLUSIVE,
+        reasons=[unseen, rate],
+        endpoints=[
+            api.EndpointVerdict(
+                endpoint=endpoint(), state=api.VERDICT_STATE_INCONCLUSIVE, reasons=[unseen, rate]
+            ),
+            api.EndpointVerdict(
+                endpoint=common.Endpoint(service="shop", method="GET", route="/"),
+                state=api.VERDICT_STATE_PASS,
+            ),
+        ],
+        more=2500,
+    )
+
+
 def traffic(version: int = 7, *, new_share: float = 0.25) -> traffic_pb2.Traffic:
     made = traffic_pb2.Traffic(
         service="shop", new_share=new_share, sample_safe=0.1, baseline_share=0.1, version=version
@@ -164,6 +195,7 @@ def answers() -> dict[str, Message | list[Message] | grpc.StatusCode]:
     summary_row.old_p99.FromMicroseconds(12_400)
     return {
         "GetSummary": summary(),
+        "GetVerdict": verdict(),
         "ListEndpoints": api.ListEndpointsResponse(endpoints=[summary_row]),
         "ListFindings": api.ListFindingsResponse(findings=[finding()]),
         "GetFinding": api.GetFindingResponse(finding=finding(), examples=[pair_detail()]),

@@ -64,6 +64,18 @@ def test_every_command_prints_json(words: list[str], sidecar: tuple[str, Prepare
     assert (result.exit_code, result.stderr) == (0, "")
 
 
+def test_a_verdict_is_an_exit_code_and_its_budget_reaches_the_sidecar(sidecar: tuple[str, Prepared]) -> None:
+    words = "verdict --max-mismatch 0.1% --max-error 0.002 --confidence 99%"
+    text, json_text = (run(*words.split(), "--address", sidecar[0], *extra) for extra in ([], ["--json"]))
+    asked = sidecar[1].asked[0].budget
+
+    assert (text.exit_code, json_text.exit_code) == (2, 2)
+    assert (asked.max_mismatch, asked.max_error, asked.confidence) == (0.001, 0.002, 0.99)
+    assert not asked.HasField("max_slower")
+    assert text.stdout.startswith("INCONCLUSIVE  shop")
+    assert json.loads(json_text.stdout)["state"] == "VERDICT_STATE_INCONCLUSIVE"
+
+
 def test_json_has_the_protos_names_and_zeros(sidecar: tuple[str, Prepared]) -> None:
     (found,) = json.loads(run("findings", "--address", sidecar[0], "--json").stdout)["findings"]
 

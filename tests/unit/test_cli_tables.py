@@ -22,6 +22,7 @@ from abreast_sidecar.cli import (
     status,
     timeline,
     traffic,
+    verdict,
 )
 from abreast_sidecar.cli.tables import Console
 from support_sidecar import NOW
@@ -138,6 +139,33 @@ def test_what_is_undecided_says_so() -> None:
 
     assert '19.99 became "19.99" (not yet told from noise)' in text
     assert finding.noise(undecided).startswith("not decided yet: new differs in 83")
+
+
+def test_a_verdict_gives_its_reasons_and_what_it_takes() -> None:
+    assert printed(verdict.show, prepared.verdict(), width=160).splitlines() == [
+        "INCONCLUSIVE  shop  about 2,500 more pairs to pass, at the present rates",
+        "INCONCLUSIVE  coverage    GET /products/{id}: old answered 7 requests, new none",
+        "INCONCLUSIVE  mismatches  0 of 1,000 pairs have unexplained mismatches: 0% (0% to 0.4%), 0.1% allowed",
+        "",
+        "by themselves, 1 of 2 endpoints pass",
+        "endpoint            verdict       why",
+        "GET /products/{id}  INCONCLUSIVE  old answered 7 requests, new none",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("state", "more", "said"),
+    [
+        (api.VERDICT_STATE_PASS, 0, ""),
+        (api.VERDICT_STATE_FAIL, None, ""),
+        (api.VERDICT_STATE_INCONCLUSIVE, 0, ""),
+        (api.VERDICT_STATE_INCONCLUSIVE, None, "more of the same would not make it pass"),
+    ],
+)
+def test_how_many_more_are_said_where_it_helps(
+    state: api.VerdictState.ValueType, more: int | None, said: str
+) -> None:
+    assert verdict.to_pass(api.GetVerdictResponse(state=state, more=more)) == said
 
 
 def test_long_paths_are_folded_never_cut() -> None:

@@ -1,13 +1,10 @@
-"""What a shape may explain, what it never may, and what a noisy place still has to keep."""
+"""What a shape may explain, and what it never may."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import random
 import uuid
 from datetime import UTC, datetime, timedelta
-from functools import reduce
 from typing import Any
 
 import pytest
@@ -15,7 +12,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from abreast_sidecar.compare.explain import explains
-from abreast_sidecar.compare.profile import Profile, misfit
 
 NOW = 1_714_564_805.0  # 2024-05-01T12:00:05Z
 U1, U2, U7 = (
@@ -128,91 +124,3 @@ def test_times_of_one_moment_explain_each_other(moment: datetime, seconds: int) 
     one = moment.replace(tzinfo=UTC, microsecond=0)
 
     assert explains(one.isoformat(), (one + timedelta(seconds=seconds)).isoformat()) == "timestamp"
-
-
-def learned(values: list[Any]) -> Profile:
-    return reduce(Profile.add, values, Profile())
-
-
-UUIDS = [str(uuid.uuid5(uuid.NAMESPACE_DNS, str(number))) for number in range(30)]
-
-
-class TestProfile:
-    @pytest.mark.parametrize(
-        "value", ["", None, "not found", NIL, 0, [], {}, UUIDS[0].upper(), UUIDS[0][:35]]
-    )
-    def test_a_fresh_id_that_becomes_something_else_does_not_fit(self, value: Any) -> None:
-        assert misfit(learned(UUIDS), value) is not None
-
-    def test_another_fresh_id_fits(self) -> None:
-        assert misfit(learned(UUIDS), str(uuid.uuid5(uuid.NAMESPACE_DNS, "new"))) is None
-
-    def test_null_fits_where_old_has_null_too(self) -> None:
-        assert misfit(learned([*UUIDS, None]), None) is None
-
-    def test_numbers_far_beyond_what_old_has_do_not_fit(self) -> None:
-        profile = learned(list(range(100, 150)))
-
-        assert misfit(profile, 180) is None
-        assert misfit(profile, 10_000) is not None
-        assert misfit(profile, -1) == "-1 where old has 100 to 149"
-        assert misfit(profile, 120.5) is not None
-
-    def test_a_time_that_goes_on_fits(self) -> None:
-        assert misfit(learned(list(range(1714564805, 1714564905))), 1714599999) is None
-
-    def test_few_values_have_a_form_and_no_range(self) -> None:
-        profile = learned([1, 2, 3])
-
-        assert misfit(profile, 1000) is None
-        assert misfit(profile, "x") is not None
-
-    def test_a_text_much_longer_than_old_has_ever_been_does_not_fit(self) -> None:
-        profile = learned([f"item {number} of many" for number in range(30)])
-
-        assert misfit(profile, "another item of a few more") is None
-        assert misfit(profile, "Traceback " * 100) is not None
-
-    def test_a_list_that_becomes_empty_does_not_fit(self) -> None:
-        assert misfit(learned([[1], [2, 3]]), []) is not None
-
-    def test_random_tokens_of_which_some_look_like_words_still_exclude_null_and_empty(self) -> None:
-        dice = random.Random(1)
-        profile = learned([base64.urlsafe_b64encode(dice.randbytes(16)).decode()[:22] for _ in range(2000)])
-
-        assert misfit(profile, None) is not None
-        assert misfit(profile, "") is not None
-        assert len(profile.forms) < 20
-
-    def test_a_place_of_many_formats_takes_any_of_them_and_stays_small(self) -> None:
-        profile = learned([f"2024-05-01T12:00:05+{hour:02}:00" for hour in range(12)])
-
-        assert misfit(profile, "2024-05-01 12:00:05Z") is None
-        assert misfit(profile, "") is not None
-        assert len(profile.forms) == 1
-
-    def test_a_number_that_was_never_negative_is_not_now(self) -> None:
-        assert misfit(learned(list(range(50))), -1) is not None
-        assert misfit(learned(list(range(-5, 50))), -6) is None
-
-    def test_nothing_known_nothing_wrong(self) -> None:
-        assert misfit(Profile(), None) is None
-
-
-@given(st.lists(JSON, min_size=1, max_size=12))
-def test_what_old_had_fits(values: list[Any]) -> None:
-    profile = learned(values)
-
-    assert all(misfit(profile, value) is None for value in values)
-
-
-SAMPLE = st.lists(
-    st.none() | st.integers() | st.floats() | st.text(max_size=40) | st.uuids().map(str), max_size=6
-)
-
-
-@given(SAMPLE, SAMPLE, SAMPLE)
-def test_profiles_are_merged_in_any_order(one: list[Any], two: list[Any], three: list[Any]) -> None:
-    a, b, c = learned(one), learned(two), learned(three)
-
-    assert a.merge(b).merge(c) == a.merge(b.merge(c)) == c.merge(b).merge(a)

@@ -22,6 +22,70 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _VerdictState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerdictStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VerdictState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERDICT_STATE_UNSPECIFIED: _VerdictState.ValueType  # 0
+    """Not said."""
+    VERDICT_STATE_PASS: _VerdictState.ValueType  # 1
+    """All that is tested is surely within the budget."""
+    VERDICT_STATE_FAIL: _VerdictState.ValueType  # 2
+    """Something is surely beyond the budget."""
+    VERDICT_STATE_INCONCLUSIVE: _VerdictState.ValueType  # 3
+    """Too little is known for either."""
+
+class VerdictState(_VerdictState, metaclass=_VerdictStateEnumTypeWrapper):
+    """What a verdict says."""
+
+VERDICT_STATE_UNSPECIFIED: VerdictState.ValueType  # 0
+"""Not said."""
+VERDICT_STATE_PASS: VerdictState.ValueType  # 1
+"""All that is tested is surely within the budget."""
+VERDICT_STATE_FAIL: VerdictState.ValueType  # 2
+"""Something is surely beyond the budget."""
+VERDICT_STATE_INCONCLUSIVE: VerdictState.ValueType  # 3
+"""Too little is known for either."""
+Global___VerdictState: _TypeAlias = VerdictState  # noqa: Y015
+
+class _VerdictSubject:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerdictSubjectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VerdictSubject.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERDICT_SUBJECT_UNSPECIFIED: _VerdictSubject.ValueType  # 0
+    """Not said."""
+    VERDICT_SUBJECT_MISMATCHES: _VerdictSubject.ValueType  # 1
+    """Pairs with at least one real finding that is no addition."""
+    VERDICT_SUBJECT_ERRORS: _VerdictSubject.ValueType  # 2
+    """Pairs with a server error of the new version alone."""
+    VERDICT_SUBJECT_SLOWER: _VerdictSubject.ValueType  # 3
+    """Pairs in which the new version took longer than is allowed."""
+    VERDICT_SUBJECT_COVERAGE: _VerdictSubject.ValueType  # 4
+    """Endpoints that the old version answered and the new one never did."""
+    VERDICT_SUBJECT_COMPLETENESS: _VerdictSubject.ValueType  # 5
+    """Sampled requests whose outcome is evidence."""
+
+class VerdictSubject(_VerdictSubject, metaclass=_VerdictSubjectEnumTypeWrapper):
+    """What a verdict tests."""
+
+VERDICT_SUBJECT_UNSPECIFIED: VerdictSubject.ValueType  # 0
+"""Not said."""
+VERDICT_SUBJECT_MISMATCHES: VerdictSubject.ValueType  # 1
+"""Pairs with at least one real finding that is no addition."""
+VERDICT_SUBJECT_ERRORS: VerdictSubject.ValueType  # 2
+"""Pairs with a server error of the new version alone."""
+VERDICT_SUBJECT_SLOWER: VerdictSubject.ValueType  # 3
+"""Pairs in which the new version took longer than is allowed."""
+VERDICT_SUBJECT_COVERAGE: VerdictSubject.ValueType  # 4
+"""Endpoints that the old version answered and the new one never did."""
+VERDICT_SUBJECT_COMPLETENESS: VerdictSubject.ValueType  # 5
+"""Sampled requests whose outcome is evidence."""
+Global___VerdictSubject: _TypeAlias = VerdictSubject  # noqa: Y015
+
 class _FindingState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -214,6 +278,232 @@ class GetSummaryResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__unaccounted) -> _WhichOneofReturnType__unaccounted | None: ...
 
 Global___GetSummaryResponse: _TypeAlias = GetSummaryResponse  # noqa: Y015
+
+@_typing.final
+class GetVerdictRequest(_message.Message):
+    """A request for GetVerdict."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    """The service. May be empty where the ledger holds only one."""
+    @_builtins.property
+    def window(self) -> _common_pb2.TimeWindow:
+        """Only requests in this window. Unset: all that are kept."""
+
+    @_builtins.property
+    def budget(self) -> Global___Budget:
+        """What is still acceptable. Unset: all defaults."""
+
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+        window: _common_pb2.TimeWindow | None = ...,
+        budget: Global___Budget | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "service", b"service", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetVerdictRequest: _TypeAlias = GetVerdictRequest  # noqa: Y015
+
+@_typing.final
+class Budget(_message.Message):
+    """What is still acceptable. All are fractions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_MISMATCH_FIELD_NUMBER: _builtins.int
+    MAX_ERROR_FIELD_NUMBER: _builtins.int
+    MAX_SLOWER_FIELD_NUMBER: _builtins.int
+    MIN_COMPLETENESS_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_FIELD_NUMBER: _builtins.int
+    max_mismatch: _builtins.float
+    """Of the compared pairs, those with unexplained mismatches, 0 to 1. Unset: 0.001."""
+    max_error: _builtins.float
+    """Of the compared pairs, those with a server error of the new version alone, 0 to 1. Unset: 0.001."""
+    max_slower: _builtins.float
+    """How much longer than the old version the new one may take in the median pair, of old's time. Unset: 0.1."""
+    min_completeness: _builtins.float
+    """Of the sampled requests by Envoy's count, those whose outcome is evidence, 0 to 1. Unset: 0.99."""
+    confidence: _builtins.float
+    """One minus the probability of a wrong PASS, and of a wrong FAIL, over all looks; above 0, below 1. Unset: 0.95."""
+    def __init__(
+        self,
+        *,
+        max_mismatch: _builtins.float | None = ...,
+        max_error: _builtins.float | None = ...,
+        max_slower: _builtins.float | None = ...,
+        min_completeness: _builtins.float | None = ...,
+        confidence: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_max_error", b"_max_error", "_max_mismatch", b"_max_mismatch", "_max_slower", b"_max_slower", "_min_completeness", b"_min_completeness", "confidence", b"confidence", "max_error", b"max_error", "max_mismatch", b"max_mismatch", "max_slower", b"max_slower", "min_completeness", b"min_completeness"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_max_error", b"_max_error", "_max_mismatch", b"_max_mismatch", "_max_slower", b"_max_slower", "_min_completeness", b"_min_completeness", "confidence", b"confidence", "max_error", b"max_error", "max_mismatch", b"max_mismatch", "max_slower", b"max_slower", "min_completeness", b"min_completeness"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__confidence: _TypeAlias = _typing.Literal["confidence"]  # noqa: Y015
+    _WhichOneofArgType__confidence: _TypeAlias = _typing.Literal["_confidence", b"_confidence"]  # noqa: Y015
+    _WhichOneofReturnType__max_error: _TypeAlias = _typing.Literal["max_error"]  # noqa: Y015
+    _WhichOneofArgType__max_error: _TypeAlias = _typing.Literal["_max_error", b"_max_error"]  # noqa: Y015
+    _WhichOneofReturnType__max_mismatch: _TypeAlias = _typing.Literal["max_mismatch"]  # noqa: Y015
+    _WhichOneofArgType__max_mismatch: _TypeAlias = _typing.Literal["_max_mismatch", b"_max_mismatch"]  # noqa: Y015
+    _WhichOneofReturnType__max_slower: _TypeAlias = _typing.Literal["max_slower"]  # noqa: Y015
+    _WhichOneofArgType__max_slower: _TypeAlias = _typing.Literal["_max_slower", b"_max_slower"]  # noqa: Y015
+    _WhichOneofReturnType__min_completeness: _TypeAlias = _typing.Literal["min_completeness"]  # noqa: Y015
+    _WhichOneofArgType__min_completeness: _TypeAlias = _typing.Literal["_min_completeness", b"_min_completeness"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__confidence) -> _WhichOneofReturnType__confidence | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_error) -> _WhichOneofReturnType__max_error | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_mismatch) -> _WhichOneofReturnType__max_mismatch | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_slower) -> _WhichOneofReturnType__max_slower | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_completeness) -> _WhichOneofReturnType__min_completeness | None: ...
+
+Global___Budget: _TypeAlias = Budget  # noqa: Y015
+
+@_typing.final
+class VerdictReason(_message.Message):
+    """What one test says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    MORE_TO_PASS_FIELD_NUMBER: _builtins.int
+    MORE_TO_FAIL_FIELD_NUMBER: _builtins.int
+    subject: Global___VerdictSubject.ValueType
+    """What is tested."""
+    state: Global___VerdictState.ValueType
+    """What it says by itself."""
+    text: _builtins.str
+    """The evidence in one line for people, with counts, an interval and what is allowed."""
+    more_to_pass: _builtins.int
+    """About how many more pairs it takes to pass at the present rate; 0: none. Unset: it would not pass at this rate."""
+    more_to_fail: _builtins.int
+    """The same to fail. Unset: it would not fail at this rate."""
+    @_builtins.property
+    def endpoint(self) -> _common_pb2.Endpoint:
+        """Of which endpoint. Unset: of the whole service."""
+
+    def __init__(
+        self,
+        *,
+        subject: Global___VerdictSubject.ValueType = ...,
+        endpoint: _common_pb2.Endpoint | None = ...,
+        state: Global___VerdictState.ValueType = ...,
+        text: _builtins.str = ...,
+        more_to_pass: _builtins.int | None = ...,
+        more_to_fail: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_more_to_fail", b"_more_to_fail", "_more_to_pass", b"_more_to_pass", "endpoint", b"endpoint", "more_to_fail", b"more_to_fail", "more_to_pass", b"more_to_pass"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_more_to_fail", b"_more_to_fail", "_more_to_pass", b"_more_to_pass", "endpoint", b"endpoint", "more_to_fail", b"more_to_fail", "more_to_pass", b"more_to_pass", "state", b"state", "subject", b"subject", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__more_to_fail: _TypeAlias = _typing.Literal["more_to_fail"]  # noqa: Y015
+    _WhichOneofArgType__more_to_fail: _TypeAlias = _typing.Literal["_more_to_fail", b"_more_to_fail"]  # noqa: Y015
+    _WhichOneofReturnType__more_to_pass: _TypeAlias = _typing.Literal["more_to_pass"]  # noqa: Y015
+    _WhichOneofArgType__more_to_pass: _TypeAlias = _typing.Literal["_more_to_pass", b"_more_to_pass"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__more_to_fail) -> _WhichOneofReturnType__more_to_fail | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__more_to_pass) -> _WhichOneofReturnType__more_to_pass | None: ...
+
+Global___VerdictReason: _TypeAlias = VerdictReason  # noqa: Y015
+
+@_typing.final
+class EndpointVerdict(_message.Message):
+    """The verdict of one endpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    state: Global___VerdictState.ValueType
+    """What it says."""
+    @_builtins.property
+    def endpoint(self) -> _common_pb2.Endpoint:
+        """The endpoint."""
+
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerdictReason]:
+        """All of its tests, the weightiest first."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: _common_pb2.Endpoint | None = ...,
+        state: Global___VerdictState.ValueType = ...,
+        reasons: _abc.Iterable[Global___VerdictReason] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "reasons", b"reasons", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndpointVerdict: _TypeAlias = EndpointVerdict  # noqa: Y015
+
+@_typing.final
+class GetVerdictResponse(_message.Message):
+    """An answer to GetVerdict."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    """The service."""
+    state: Global___VerdictState.ValueType
+    """What it says of the whole service."""
+    more: _builtins.int
+    """About how many more pairs it takes to pass at the present rates; 0: none. Unset: it would not pass at these rates."""
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerdictReason]:
+        """The weightiest first: all tests of the whole, and those of endpoints that matter for it."""
+
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndpointVerdict]:
+        """The worst first."""
+
+    @_builtins.property
+    def budget(self) -> Global___Budget:
+        """The budget that was used, with its defaults."""
+
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+        state: Global___VerdictState.ValueType = ...,
+        reasons: _abc.Iterable[Global___VerdictReason] | None = ...,
+        endpoints: _abc.Iterable[Global___EndpointVerdict] | None = ...,
+        more: _builtins.int | None = ...,
+        budget: Global___Budget | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_more", b"_more", "budget", b"budget", "more", b"more"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_more", b"_more", "budget", b"budget", "endpoints", b"endpoints", "more", b"more", "reasons", b"reasons", "service", b"service", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__more: _TypeAlias = _typing.Literal["more"]  # noqa: Y015
+    _WhichOneofArgType__more: _TypeAlias = _typing.Literal["_more", b"_more"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__more) -> _WhichOneofReturnType__more | None: ...
+
+Global___GetVerdictResponse: _TypeAlias = GetVerdictResponse  # noqa: Y015
 
 @_typing.final
 class ListEndpointsRequest(_message.Message):

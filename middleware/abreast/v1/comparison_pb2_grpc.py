@@ -43,6 +43,11 @@ class ComparisonServiceStub(object):
                 request_serializer=abreast_dot_v1_dot_comparison__pb2.GetSummaryRequest.SerializeToString,
                 response_deserializer=abreast_dot_v1_dot_comparison__pb2.GetSummaryResponse.FromString,
                 _registered_method=True)
+        self.GetVerdict = channel.unary_unary(
+                '/abreast.v1.ComparisonService/GetVerdict',
+                request_serializer=abreast_dot_v1_dot_comparison__pb2.GetVerdictRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_comparison__pb2.GetVerdictResponse.FromString,
+                _registered_method=True)
         self.ListEndpoints = channel.unary_unary(
                 '/abreast.v1.ComparisonService/ListEndpoints',
                 request_serializer=abreast_dot_v1_dot_comparison__pb2.ListEndpointsRequest.SerializeToString,
@@ -84,6 +89,13 @@ class ComparisonServiceServicer(object):
 
     def GetSummary(self, request, context):
         """How the sampled requests ended, held against Envoy's own count.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetVerdict(self, request, context):
+        """Whether the new version may take over, with the evidence for it. Valid however often it is asked for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,6 +150,11 @@ def add_ComparisonServiceServicer_to_server(servicer, server):
                     servicer.GetSummary,
                     request_deserializer=abreast_dot_v1_dot_comparison__pb2.GetSummaryRequest.FromString,
                     response_serializer=abreast_dot_v1_dot_comparison__pb2.GetSummaryResponse.SerializeToString,
+            ),
+            'GetVerdict': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetVerdict,
+                    request_deserializer=abreast_dot_v1_dot_comparison__pb2.GetVerdictRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_comparison__pb2.GetVerdictResponse.SerializeToString,
             ),
             'ListEndpoints': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEndpoints,
@@ -201,6 +218,33 @@ class ComparisonService(object):
             '/abreast.v1.ComparisonService/GetSummary',
             abreast_dot_v1_dot_comparison__pb2.GetSummaryRequest.SerializeToString,
             abreast_dot_v1_dot_comparison__pb2.GetSummaryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVerdict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/abreast.v1.ComparisonService/GetVerdict',
+            abreast_dot_v1_dot_comparison__pb2.GetVerdictRequest.SerializeToString,
+            abreast_dot_v1_dot_comparison__pb2.GetVerdictResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,6 +22,8 @@ class ComparisonServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetSummary: _aio.UnaryUnaryMultiCallable[_comparison_pb2.GetSummaryRequest, _comparison_pb2.GetSummaryResponse]
     """How the sampled requests ended, held against Envoy's own count."""
+    GetVerdict: _aio.UnaryUnaryMultiCallable[_comparison_pb2.GetVerdictRequest, _comparison_pb2.GetVerdictResponse]
+    """Whether the new version may take over, with the evidence for it. Valid however often it is asked for."""
     ListEndpoints: _aio.UnaryUnaryMultiCallable[_comparison_pb2.ListEndpointsRequest, _comparison_pb2.ListEndpointsResponse]
     """The endpoints that were seen, with their outcomes and times."""
     ListFindings: _aio.UnaryUnaryMultiCallable[_comparison_pb2.ListFindingsRequest, _comparison_pb2.ListFindingsResponse]
@@ -49,6 +51,14 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_comparison_pb2.GetSummaryRequest, _abc.Awaitable[_comparison_pb2.GetSummaryResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.GetSummaryResponse]:
         """How the sampled requests ended, held against Envoy's own count."""
+
+    @_abc_1.abstractmethod
+    def GetVerdict(
+        self,
+        request: _comparison_pb2.GetVerdictRequest,
+        context: _aio.ServicerContext[_comparison_pb2.GetVerdictRequest, _abc.Awaitable[_comparison_pb2.GetVerdictResponse]],
+    ) -> _abc.Awaitable[_comparison_pb2.GetVerdictResponse]:
+        """Whether the new version may take over, with the evidence for it. Valid however often it is asked for."""
 
     @_abc_1.abstractmethod
     def ListEndpoints(

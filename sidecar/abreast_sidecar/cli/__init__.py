@@ -18,6 +18,7 @@ COMMANDS = {
     "envoy": ("envoy", "Render and check Envoy's configuration."),
     "migrate": ("migrate", "Bring the ledger's schema up to date."),
     "status": ("status", "How the sampled requests ended, held against Envoy's count."),
+    "verdict": ("verdict", "May the new version take over? PASS, FAIL or INCONCLUSIVE."),
     "endpoints": ("endpoints", "The endpoints that were seen, with outcomes and times."),
     "findings": ("findings", "What differs, one cause a row."),
     "finding": ("finding", "One finding, with examples to try."),

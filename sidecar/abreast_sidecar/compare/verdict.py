@@ -79,7 +79,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    sampled: int  # requests, by Envoy's count
+    sampled: int | None  # requests, by Envoy's count; None where there is none
     accounted: int  # with an outcome that is evidence
 
 
@@ -248,6 +248,9 @@ def _coverage(counts: Counts) -> list[Reason]:
 
 def _completeness(ledger: Ledger, budget: Budget) -> Reason:
     """Of a count there is nothing to estimate: it is complete or it is not."""
+    if ledger.sampled is None:
+        text = f"no Envoy's count to hold the {_number(ledger.accounted)} requests in the ledger against"
+        return Reason("completeness", "", "INCONCLUSIVE", text, Needed(None, None))
     share = ledger.accounted / ledger.sampled if ledger.sampled else 0.0
     enough = bool(ledger.sampled) and share >= budget.min_completeness
     lost = max(ledger.sampled - ledger.accounted, 0)

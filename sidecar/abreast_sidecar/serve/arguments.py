@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,6 +12,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from google.protobuf.descriptor import EnumDescriptor
 
 from abreast.v1 import common_pb2
+from abreast_sidecar.compare.verdict import Budget
 from abreast_sidecar.control import MILLION, WEIGHTS, Change, Note, parts
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.store.pages import Page
@@ -100,6 +102,15 @@ def finding_id(field: str, value: int, *, least: int = 1) -> int:
     if value < least:
         raise ArgumentError(f"{field} must be a finding's id from ListFindings, got {value}")
     return value
+
+
+def budget(message: Any) -> Budget:
+    """Of a request with a field `budget`."""
+    names = [field.name for field in fields(Budget) if message.budget.HasField(field.name)]
+    try:
+        return Budget(**{name: getattr(message.budget, name) for name in names})
+    except ValueError as error:
+        raise ArgumentError(f"budget.{error}") from error
 
 
 def wait(message: Any) -> float:

@@ -7,10 +7,12 @@ from typing import Any
 
 from abreast.v1 import comparison_pb2 as pb
 from abreast.v1 import comparison_pb2_grpc
+from abreast_sidecar.compare.verdict import decide
 from abreast_sidecar.control import Control
-from abreast_sidecar.serve import arguments, messages
+from abreast_sidecar.serve import arguments, messages, verdicts
 from abreast_sidecar.serve.pending import Pending
 from abreast_sidecar.serve.status import StoppingError
+from abreast_sidecar.serve.verdicts import ledger
 from abreast_sidecar.store.queries import FindingFilter, PairFilter, Queries
 
 WATCH_EVERY = 1.0  # seconds
@@ -27,6 +29,14 @@ class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
         service = await self.control.resolve(arguments.text("service", request.service))
         found = await self.queries.summary(service, window)
         return messages.summary(found, pending=await self.pending.count(service), bounded=window.bounded)
+
+    async def GetVerdict(self, request: pb.GetVerdictRequest, context: Any) -> pb.GetVerdictResponse:
+        window, budget = arguments.window(request), arguments.budget(request)
+        service = await self.control.resolve(arguments.text("service", request.service))
+        pending = await self.pending.count(service)  # first: what arrives meanwhile is no hole
+        found = await self.queries.evidence(service, window, budget.max_slower)
+        verdict = decide(found.endpoints, ledger(found, pending or 0), budget)
+        return verdicts.response(service, verdict, budget)
 
     async def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
         found = await self.queries.endpoints(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from abreast_sidecar.compare.latency import COLD_SHARE
 from abreast_sidecar.errors import NotFoundError
 from abreast_sidecar.store import pages, rows
 from abreast_sidecar.store.database import Database, Row
@@ -14,6 +15,7 @@ from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.results import (
     Drop,
     EndpointSummary,
+    Evidence,
     Finding,
     Paged,
     Pair,
@@ -25,6 +27,13 @@ from abreast_sidecar.store.results import (
 T = TypeVar("T")
 
 MAX_EXAMPLES = 20
+EVIDENCE = (
+    "match",
+    "mismatch",
+    "oversize",
+    "aborted",
+    "not_compared",
+)  # outcomes of requests that were not lost
 ALL_TIME = Window()
 
 
@@ -82,6 +91,14 @@ class Queries:
             first=min((row["first"] for row in outcomes), default=None),
             last=max((row["last"] for row in outcomes), default=None),
         )
+
+    async def evidence(self, service: str, window: Window, max_slower: float) -> Evidence:
+        """`max_slower`: the part of old's time by which new may be slower."""
+        asked = {"service": service, "windowed": window.bounded, **_bounds(window)}
+        cold = {"cold_share": COLD_SHARE, "max_slower": max_slower}
+        counts = await self.database.rows("verdict_counts", {**asked, **cold})
+        (ledger,) = await self.database.rows("verdict_ledger", {**asked, "evidence": list(EVIDENCE)})
+        return Evidence(endpoints=tuple(rows.counts(row) for row in counts), **ledger)
 
     async def endpoints(self, service: str, window: Window, page: Page) -> Paged[EndpointSummary]:
         filters = {"service": service, "window": asdict(window)}

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from abreast.capture import Capture
+from abreast_sidecar.compare.verdict import Counts
 
 T = TypeVar("T")
 
@@ -53,6 +54,17 @@ class Summary:
     @property
     def pairs(self) -> int:
         return sum(self.outcomes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a verdict is made of. `written` is over all time, `rows` and `accounted` are of the window."""
+
+    endpoints: tuple[Counts, ...]
+    envoy_sampled: int | None
+    written: int
+    rows: int
+    accounted: int  # of `rows`, those whose outcome is evidence
 
 
 @dataclass(frozen=True, slots=True)

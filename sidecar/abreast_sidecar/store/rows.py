@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from abreast_sidecar.compare.verdict import Counts
 from abreast_sidecar.store.database import Row
 from abreast_sidecar.store.results import Difference, Endpoint, EndpointSummary, Finding, Pair, PairDetail
 from abreast_sidecar.store.unpack import unpack
@@ -11,6 +12,11 @@ from abreast_sidecar.store.unpack import unpack
 
 def endpoint(row: Row) -> Endpoint:
     return Endpoint(row["service"], row["method"], row["route"])
+
+
+def counts(row: Row) -> Counts:
+    numbers = {name: value for name, value in row.items() if name not in {"method", "route"}}
+    return Counts(endpoint=f"{row['method']} {row['route']}", **numbers)
 
 
 def endpoint_summary(row: Row) -> EndpointSummary:

@@ -1,0 +1,60 @@
+"""Verdicts as messages of the API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from abreast.v1 import common_pb2
+from abreast.v1 import comparison_pb2 as pb
+from abreast_sidecar.compare.verdict import Budget, Ledger, Reason, Verdict
+from abreast_sidecar.serve.messages import number
+from abreast_sidecar.store.results import Evidence
+
+STATE = pb.VerdictState.DESCRIPTOR
+SUBJECT = pb.VerdictSubject.DESCRIPTOR
+
+
+def ledger(found: Evidence, pending: int) -> Ledger:
+    """What Envoy counted and the ledger never got may all belong to the window; what still waits in Redis is not lost."""
+    if found.envoy_sampled is None:
+        return Ledger(None, found.accounted)
+    lost = max(0, found.envoy_sampled - found.written - pending)
+    return Ledger(found.rows + lost, found.accounted)
+
+
+def response(service: str, verdict: Verdict, budget: Budget) -> pb.GetVerdictResponse:
+    return pb.GetVerdictResponse(
+        service=service,
+        state=number(STATE, verdict.state),  # type: ignore[arg-type]  # an int is one
+        reasons=_reasons(service, verdict.reasons),
+        endpoints=[
+            pb.EndpointVerdict(
+                endpoint=_endpoint(service, one.endpoint),
+                state=number(STATE, one.state),  # type: ignore[arg-type]  # an int is one
+                reasons=_reasons(service, one.reasons),
+            )
+            for one in verdict.endpoints
+        ],
+        more=verdict.more,
+        budget=pb.Budget(**asdict(budget)),
+    )
+
+
+def _reasons(service: str, reasons: Iterable[Reason]) -> list[pb.VerdictReason]:
+    return [
+        pb.VerdictReason(
+            subject=number(SUBJECT, one.subject),  # type: ignore[arg-type]  # an int is one
+            endpoint=_endpoint(service, one.endpoint) if one.endpoint else None,
+            state=number(STATE, one.state),  # type: ignore[arg-type]  # an int is one
+            text=one.text,
+            more_to_pass=one.needed.to_pass,
+            more_to_fail=one.needed.to_fail,
+        )
+        for one in reasons
+    ]
+
+
+def _endpoint(service: str, name: str) -> common_pb2.Endpoint:
+    method, _, route = name.partition(" ")
+    return common_pb2.Endpoint(service=service, method=method, route=route)

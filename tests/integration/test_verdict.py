@@ -1,0 +1,294 @@
+"""GetVerdict over gRPC, from a ledger with many rows."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from click.testing import CliRunner
+from psycopg.types.json import Jsonb
+
+from abreast.v1 import common_pb2 as common
+from abreast.v1 import comparison_pb2 as pb
+from abreast_sidecar.cli import abreast
+from support_serve import NOON, Ledger, Running, refused, running
+
+pytestmark = pytest.mark.postgres
+
+ROWS = """
+insert into abreast.pair (day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us, findings)
+select %s, 'pair ' || %s || ' ' || n, %s + n * interval '1 ms', %s, %s, 'old', %s, %s, 10000, 9000 + (n * 7919) %% 2000, %s
+from generate_series(1, %s) as n
+"""
+TALLY = """
+insert into abreast.tally (service, day, outcome, pairs)
+values ('shop', %s, %s, %s)
+on conflict (service, day, outcome) do update set pairs = tally.pairs + excluded.pairs
+"""
+ENVOY = """
+insert into abreast.envoy_report (node, service, seen, counted, last)
+values ('envoy', 'shop', now(), %s, '{}')
+on conflict (node, service) do update set counted = excluded.counted
+"""
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url) as found:
+        yield found
+
+
+@pytest.fixture
+def ledger(sidecar: Running) -> Ledger:
+    return sidecar.ledger()
+
+
+def add(ledger: Ledger, many: int, *findings: int, at: dt.datetime = NOON, **given: Any) -> None:
+    """Pairs of equal times, but for chance; `endpoint`, `outcome` and both statuses may be given."""
+    outcome = given.get("outcome", "mismatch" if findings else "match")
+    endpoint = given.get("endpoint") or ledger.endpoint()
+    statuses = given.get("statuses", (200, 200))
+    before = ledger.execute("select count(*) from abreast.pair")[0][0]
+    ledger.execute("select abreast.open_day(%s)", at.date())
+    ledger.execute(ROWS, at.date(), str(before), at, endpoint, outcome, *statuses, list(findings), many)
+    ledger.execute("update abreast.finding set count = count + %s where id = any(%s)", many, list(findings))
+    ledger.execute(TALLY, at.date(), outcome, many)
+
+
+def sampled(ledger: Ledger, many: int | None = None) -> None:
+    """By Envoy's count; as many as the ledger has unless said."""
+    written = ledger.execute("select coalesce(sum(pairs), 0)::int from abreast.tally")[0][0]
+    ledger.execute(ENVOY, Jsonb({"sampled": written if many is None else many}))
+
+
+async def verdict(
+    sidecar: Running, window: common.TimeWindow | None = None, **budget: Any
+) -> pb.GetVerdictResponse:
+    asked = pb.GetVerdictRequest(service="shop", window=window, budget=pb.Budget(**budget))
+    found: pb.GetVerdictResponse = await sidecar.comparison.GetVerdict(asked)
+    return found
+
+
+def state(found: pb.GetVerdictResponse | pb.EndpointVerdict | pb.VerdictReason) -> str:
+    return pb.VerdictState.Name(found.state).removeprefix("VERDICT_STATE_")
+
+
+def reason(found: pb.GetVerdictResponse, subject: str) -> pb.VerdictReason:
+    wanted = pb.VerdictSubject.Value(f"VERDICT_SUBJECT_{subject}")
+    return next(one for one in found.reasons if one.subject == wanted)
+
+
+async def test_equal_versions_pass_with_enough_pairs(sidecar: Running, ledger: Ledger) -> None:
+    noise = ledger.finding(ledger.endpoint(), "$.id", baseline_count=9)
+    additive = ledger.finding(ledger.endpoint(), "$.colour", kind="added", impact="additive")
+    add(ledger, 2000)
+    add(ledger, 2000, noise)
+    add(ledger, 1000, additive, noise)
+    sampled(ledger)
+
+    found = await verdict(sidecar)
+
+    assert (state(found), found.more, found.service) == ("PASS", 0, "shop")
+    assert [state(one) for one in found.endpoints] == ["PASS"]
+    assert found.endpoints[0].endpoint.route == "/products/{id}"
+    assert {state(one) for one in found.reasons} == {"PASS"}
+    assert (found.budget.max_mismatch, found.budget.confidence) == (0.001, 0.95)
+
+
+async def test_one_broken_in_two_thousand_fails_at_a_hundredth_of_a_percent(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    broken = ledger.finding(ledger.endpoint(), "$.price")
+    add(ledger, 19_990)
+    add(ledger, 10, broken)
+    sampled(ledger)
+
+    strict, lenient = await verdict(sidecar, max_mismatch=0.0001), await verdict(sidecar, max_mismatch=0.002)
+    (listed,) = (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
+
+    assert (state(strict), state(lenient)) == ("FAIL", "PASS")
+    assert strict.reasons[0].subject == pb.VERDICT_SUBJECT_MISMATCHES
+    assert strict.reasons[0].text.startswith("10 of 20,000 pairs have unexplained mismatches: 0.05%")
+    assert listed.id == broken
+
+
+@pytest.mark.parametrize("many", [0, 1, 100, 2500])
+async def test_too_little_is_never_a_pass(sidecar: Running, ledger: Ledger, many: int) -> None:
+    add(ledger, many)
+    sampled(ledger)
+
+    found = await verdict(sidecar)
+
+    assert state(found) == "INCONCLUSIVE"
+    if many:
+        assert 500 < found.more < 4000
+
+
+async def test_an_undecided_finding_keeps_from_pass_and_does_not_fail(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    doubtful = ledger.finding(ledger.endpoint(), "$.price", state="undecided")
+    add(ledger, 5000)
+    add(ledger, 100, doubtful)
+    sampled(ledger)
+
+    found = await verdict(sidecar)
+
+    assert state(found) == "INCONCLUSIVE"
+    assert "100 more not yet told from noise" in reason(found, "MISMATCHES").text
+
+
+@pytest.mark.parametrize("outcome", ["only_old", "undecodable", "shed", "baseline_only"])
+async def test_outcomes_that_are_no_evidence_are_holes(
+    sidecar: Running, ledger: Ledger, outcome: str
+) -> None:
+    add(ledger, 5000)
+    add(ledger, 200, outcome=outcome)
+    sampled(ledger)
+
+    found = await verdict(sidecar)
+
+    assert (state(found), state(reason(found, "COMPLETENESS"))) == ("INCONCLUSIVE", "INCONCLUSIVE")
+    assert "200 are missing" in found.reasons[0].text
+
+
+async def test_what_envoy_counted_and_the_ledger_never_got_is_a_hole(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    add(ledger, 5000)
+    sampled(ledger, 6000)
+    window = common.TimeWindow()
+    window.start.FromDatetime(NOON - dt.timedelta(hours=1))
+
+    for found in (await verdict(sidecar), await verdict(sidecar, window)):
+        assert (state(found), found.reasons[0].subject) == ("INCONCLUSIVE", pb.VERDICT_SUBJECT_COMPLETENESS)
+        assert "5,000 of 6,000 sampled requests" in found.reasons[0].text
+
+
+async def test_without_envoys_count_nothing_passes(sidecar: Running, ledger: Ledger) -> None:
+    add(ledger, 5000)
+
+    found = await verdict(sidecar)
+
+    assert state(found) == "INCONCLUSIVE"
+    assert "no Envoy's count" in found.reasons[0].text
+
+
+async def test_holes_undo_no_fail(sidecar: Running, ledger: Ledger) -> None:
+    add(ledger, 900)
+    add(ledger, 100, ledger.finding(ledger.endpoint(), "$.price"))
+    sampled(ledger, 9000)
+
+    assert state(await verdict(sidecar)) == "FAIL"
+
+
+async def test_errors_of_new_alone_fail(sidecar: Running, ledger: Ledger) -> None:
+    broken = ledger.finding(ledger.endpoint(), "200->500", part="status", impact="breaking")
+    add(ledger, 3000)
+    add(ledger, 40, broken, statuses=(200, 500))
+    add(ledger, 40, outcome="match", statuses=(503, 503))
+    sampled(ledger)
+
+    found = await verdict(sidecar, max_mismatch=0.5)
+
+    assert (state(found), found.reasons[0].subject) == ("FAIL", pb.VERDICT_SUBJECT_ERRORS)
+    assert found.reasons[0].text.startswith("40 of 3,080 pairs have errors of new")
+
+
+async def test_a_slower_version_fails(sidecar: Running, ledger: Ledger) -> None:
+    add(ledger, 5000)
+    ledger.execute("update abreast.pair set new_us = old_us * 1.2")
+    sampled(ledger)
+
+    allowed, found = await verdict(sidecar, max_slower=0.3), await verdict(sidecar)
+
+    assert (state(allowed), state(found)) == ("PASS", "FAIL")
+    assert found.reasons[0].subject == pb.VERDICT_SUBJECT_SLOWER
+    assert "4,500 of 4,500 pairs" in found.reasons[0].text  # a tenth is cold
+
+
+async def test_an_endpoint_that_new_never_answered_keeps_from_pass(sidecar: Running, ledger: Ledger) -> None:
+    add(ledger, 9000)
+    add(ledger, 5, endpoint=ledger.endpoint(route="/gone"), outcome="only_old", statuses=(200, None))
+    sampled(ledger)
+
+    found = await verdict(sidecar)
+
+    assert state(found) == "INCONCLUSIVE"
+    assert (found.reasons[0].subject, found.reasons[0].endpoint.route) == (
+        pb.VERDICT_SUBJECT_COVERAGE,
+        "/gone",
+    )
+    assert {one.endpoint.route: state(one) for one in found.endpoints} == {
+        "/products/{id}": "PASS",
+        "/gone": "INCONCLUSIVE",
+    }
+
+
+async def test_one_bad_endpoint_fails_the_whole(sidecar: Running, ledger: Ledger) -> None:
+    rare = ledger.endpoint(route="/rare")
+    add(ledger, 50_000)
+    add(ledger, 20, ledger.finding(rare, "$.price"), endpoint=rare)
+    sampled(ledger)
+
+    found = await verdict(sidecar)
+
+    assert (state(found), found.reasons[0].endpoint.route) == ("FAIL", "/rare")
+    assert [(one.endpoint.route, state(one)) for one in found.endpoints] == [
+        ("/rare", "FAIL"),
+        ("/products/{id}", "PASS"),
+    ]
+
+
+async def test_a_window_is_judged_by_its_own_rows(sidecar: Running, ledger: Ledger) -> None:
+    add(ledger, 1000, ledger.finding(ledger.endpoint(), "$.price"))
+    add(ledger, 5000, at=NOON + dt.timedelta(hours=2))
+    sampled(ledger)
+    window = common.TimeWindow()
+    window.start.FromDatetime(NOON + dt.timedelta(hours=1))
+
+    assert (state(await verdict(sidecar)), state(await verdict(sidecar, window))) == ("FAIL", "PASS")
+
+
+@pytest.mark.parametrize(
+    "budget", [{"max_mismatch": 1.5}, {"confidence": 1.0}, {"max_slower": -1.0}, {"max_error": float("nan")}]
+)
+async def test_a_budget_that_says_nothing_is_refused(sidecar: Running, budget: dict[str, Any]) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await verdict(sidecar, **budget)
+    found = refused(caught.value)
+
+    assert found.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert next(iter(budget)) in found.message
+
+
+@pytest.mark.parametrize(
+    ("many", "broken", "code", "word"),
+    [(5000, 0, 0, "PASS"), (5000, 500, 1, "FAIL"), (50, 0, 2, "INCONCLUSIVE")],
+)
+async def test_the_command_exits_with_the_verdict(
+    sidecar: Running, ledger: Ledger, many: int, broken: int, code: int, word: str
+) -> None:
+    add(ledger, many)
+    add(ledger, broken, ledger.finding(ledger.endpoint(), "$.price"))
+    sampled(ledger)
+    words = [
+        "verdict",
+        "--max-mismatch",
+        "0.1%",
+        "--confidence",
+        "95%",
+        "--address",
+        f"127.0.0.1:{sidecar.port}",
+    ]
+
+    result = await asyncio.to_thread(CliRunner().invoke, abreast, words)
+
+    assert result.exit_code == code
+    assert f"{word}  shop" in result.stdout
+    assert "pairs have unexplained mismatches" in result.stdout
+    assert ("more pairs to pass" in result.stdout) is (code == 2)
