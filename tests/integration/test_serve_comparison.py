@@ -341,6 +341,23 @@ async def test_a_pair_that_is_an_example_has_captures_and_differences(
     assert difference.noise
 
 
+async def test_a_finding_says_which_requests_show_it(sidecar: Running, ledger: Ledger) -> None:
+    shown = ledger.endpoint()
+    yen, spread = ledger.finding(shown, "$.price"), ledger.finding(shown, "$.stock")
+    for number in range(20):
+        findings = [yen] if number % 2 else []
+        findings += [spread] if number % 4 < 2 else []
+        currency = "JPY" if number % 2 else "EUR"
+        ledger.pair(shown, *findings, request=f"/products/{number}?page={number}&currency={currency}")
+
+    told, untold = [
+        await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=finding)) for finding in (yen, spread)
+    ]
+
+    assert (told.feature.text, told.feature.coverage, told.feature.precision) == ("query.currency=JPY", 1, 1)
+    assert not untold.HasField("feature")
+
+
 async def test_a_pair_without_example_is_its_row(sidecar: Running, ledger: Ledger) -> None:
     number = ledger.pair(ledger.endpoint(), outcome="only_old", new_status=None, new_us=None, live=None)
 

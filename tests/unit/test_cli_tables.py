@@ -133,6 +133,16 @@ def test_noise_is_marked_and_services_are_named_where_there_are_several() -> Non
     assert "cart: GET /products/{id}" in text
 
 
+def test_a_finding_says_what_its_requests_have_in_common() -> None:
+    feature = api.RequestFeature(text="query.currency=JPY", coverage=1.0, precision=0.5)
+    text = printed(
+        finding.show, api.GetFindingResponse(finding=prepared.finding(), feature=feature), NOW, width=160
+    )
+
+    said = "query.currency=JPY: 100% of the requests that show it, and 50.0% of those with it show it"
+    assert f"only with   {said}" in text
+
+
 def test_what_is_undecided_says_so() -> None:
     undecided = prepared.finding(state=api.FINDING_STATE_UNDECIDED)
     text = printed(findings.show, api.ListFindingsResponse(findings=[undecided]), width=400)

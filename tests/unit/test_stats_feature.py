@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.feature import LEAST, MOST_LEAVES, Feature, features, fisher, separating
+from abreast_sidecar.compare.feature import (
+    LEAST,
+    MOST_LEAVES,
+    Feature,
+    features,
+    fisher,
+    of_target,
+    separating,
+)
 
 CURRENCIES = ["EUR", "USD", "JPY", "GBP"]
 AGENTS = ["curl/8", "Mozilla/5.0", "okhttp/4", "python-httpx/0.28"]
@@ -197,3 +205,17 @@ def test_any_samples_have_a_feature_that_keeps_its_bounds_or_none(
         assert 0.7 <= found.coverage <= 1
         assert 0 < found.precision <= 1
         assert found.p_value <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("target", "route", "found"),
+    [
+        ("/prices/7?currency=JPY", "/prices/{id}", {"path.id": ["7"], "query.currency": ["JPY"]}),
+        ("/a%20b?x=&x=1", "/{name:path}", {"path.name": ["a b"], "query.x": ["", "1"]}),
+        ("/files/a/b", "/files/{name}", {}),
+        ("/", "(no route)", {}),
+        ("", "", {}),
+    ],
+)
+def test_features_of_a_target(target: str, route: str, found: dict[str, list[str]]) -> None:
+    assert of_target(target, route) == found

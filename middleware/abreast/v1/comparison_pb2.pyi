@@ -839,6 +839,7 @@ class GetFindingResponse(_message.Message):
 
     FINDING_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
+    FEATURE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def finding(self) -> Global___Finding:
         """The finding, over all time."""
@@ -847,19 +848,54 @@ class GetFindingResponse(_message.Message):
     def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___PairDetail]:
         """Kept pairs that show it, the smallest first."""
 
+    @_builtins.property
+    def feature(self) -> Global___RequestFeature:
+        """What tells the requests that show it from others of the endpoint. Unset: nothing does, or too few were seen."""
+
     def __init__(
         self,
         *,
         finding: Global___Finding | None = ...,
         examples: _abc.Iterable[Global___PairDetail] | None = ...,
+        feature: Global___RequestFeature | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "finding", b"finding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "finding", b"finding"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "feature", b"feature", "finding", b"finding"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetFindingResponse: _TypeAlias = GetFindingResponse  # noqa: Y015
+
+@_typing.final
+class RequestFeature(_message.Message):
+    """What requests have in common: a parameter of the path or the query, its value, or that it is missing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Such as `query.currency=JPY`, `query.page` for any value, `no query.page`, or `path.id=7`."""
+    coverage: _builtins.float
+    """Part of the requests with the finding that have the feature."""
+    precision: _builtins.float
+    """Part of the requests with the feature that show the finding."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        coverage: _builtins.float = ...,
+        precision: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coverage", b"coverage", "precision", b"precision", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestFeature: _TypeAlias = RequestFeature  # noqa: Y015
 
 @_typing.final
 class ListPairsRequest(_message.Message):

@@ -58,7 +58,10 @@ def show(
     head.append(styled(impact_name(finding.impact)))
     head.append(f"  {endpoint_name(finding.endpoint)}  {where(finding.part, finding.path)}")
     out.print(head)
-    out.print(facts(finding, now))
+    made = facts(finding, now)
+    if found.HasField("feature"):
+        made.add_row("only with", feature(found.feature))
+    out.print(made)
     shown = found.examples[:examples]
     for number, example in enumerate(shown, 1):
         out.print()
@@ -81,6 +84,13 @@ def facts(finding: api.Finding, now: dt.datetime) -> Table:
     made.add_row("seen", f"first {ago(finding.first_seen, now)}, last {ago(finding.last_seen, now)}")
     made.add_row("noise", noise(finding))
     return made
+
+
+def feature(found: api.RequestFeature) -> str:
+    has, shows = (part_of(round(1000 * share), 1000) for share in (found.coverage, found.precision))
+    return (
+        f"{printable(found.text)}: {has} of the requests that show it, and {shows} of those with it show it"
+    )
 
 
 def noise(finding: api.Finding) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from math import exp, lgamma
 from typing import Any, Literal
+from urllib.parse import parse_qsl, unquote
 
 ERROR = 0.01  # that any feature is named where there is none
 LEAST = 5  # requests with the finding, and without it
@@ -63,6 +64,18 @@ def features(
         for name, value in islice(_leaves(body, "body", MOST_DEPTH), MOST_LEAVES):
             _put(found, name, value)
     return found
+
+
+def of_target(target: str, route: str) -> dict[str, list[str]]:
+    """The features of a path and query: `/prices/7?currency=JPY` by the template `/prices/{id}`."""
+    path, _, query = target.partition("?")
+    steps, names = path.split("/"), route.split("/")
+    parameters = {
+        name[1:-1].partition(":")[0]: unquote(step)
+        for name, step in zip(names, steps, strict=False)
+        if name.startswith("{") and name.endswith("}") and len(steps) == len(names)
+    }
+    return features(parse_qsl(query, keep_blank_values=True, max_num_fields=None), parameters)
 
 
 def separating(

@@ -65,7 +65,9 @@ class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
     async def GetFinding(self, request: pb.GetFindingRequest, context: Any) -> pb.GetFindingResponse:
         found, examples = await self.queries.finding(arguments.finding_id("id", request.id))
         return pb.GetFindingResponse(
-            finding=messages.finding(found), examples=[messages.pair_detail(one) for one in examples]
+            finding=messages.finding(found),
+            examples=[messages.pair_detail(one) for one in examples],
+            feature=messages.feature(await self.queries.separating(found)),
         )
 
     async def ListPairs(self, request: pb.ListPairsRequest, context: Any) -> pb.ListPairsResponse:

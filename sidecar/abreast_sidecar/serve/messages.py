@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from abreast.capture import Capture
 from abreast.v1 import common_pb2, comparison_pb2, traffic_pb2
+from abreast_sidecar.compare.feature import Feature
 from abreast_sidecar.control import MILLION, WEIGHTS, EnvoyState, Event, Traffic
 from abreast_sidecar.serve.phrase import phrase
 from abreast_sidecar.store.results import (
@@ -123,6 +124,12 @@ def finding(found: Finding) -> comparison_pb2.Finding:
         state=number(STATE, found.state),  # type: ignore[arg-type]  # an int is one
         reason=found.reason,
     )
+
+
+def feature(found: Feature | None) -> comparison_pb2.RequestFeature | None:
+    if found is None:
+        return None
+    return comparison_pb2.RequestFeature(text=str(found), coverage=found.coverage, precision=found.precision)
 
 
 def pair(found: Pair) -> comparison_pb2.Pair:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from abreast_sidecar.compare.feature import Feature, Features, of_target, separating
 from abreast_sidecar.compare.latency import COLD_SHARE
 from abreast_sidecar.errors import NotFoundError
 from abreast_sidecar.store import pages, rows
@@ -27,6 +28,7 @@ from abreast_sidecar.store.results import (
 T = TypeVar("T")
 
 MAX_EXAMPLES = 20
+MAX_REQUESTS = 300  # of those that show a finding and of the others, to find what tells them apart
 EVIDENCE = (
     "match",
     "mismatch",
@@ -140,6 +142,16 @@ class Queries:
         examples = await self.database.rows("finding_examples", {"id": finding_id, "limit": MAX_EXAMPLES})
         return found[0], [rows.pair_detail(row) for row in examples]
 
+    async def separating(self, found: Finding) -> Feature | None:
+        """What the requests that show the finding have in common, and others of its endpoint don't."""
+        if found.part == "latency":
+            return None
+        asked = {"id": found.id, "limit": MAX_REQUESTS}
+        shows = await self._features("requests_showing", asked, found.endpoint.route)
+        others = await self._features("requests_without", asked, found.endpoint.route)
+        without = found.compared - found.count
+        return separating(shows, others, shows_in_all=found.count, others_in_all=without)
+
     async def finding_marks(self, service: str) -> dict[int, tuple[Any, ...]]:
         """Per finding id what changes when the finding grows or is told from noise. Those not decided yet are left out."""
         found = await self.database.rows("finding_marks", {"service": service})
@@ -173,6 +185,9 @@ class Queries:
                 f"the ledger holds no pair {pair_id}: it was not sampled, has not arrived yet, or is no longer kept"
             )
         return rows.pair_detail(row)
+
+    async def _features(self, name: str, asked: Mapping[str, Any], route: str) -> list[Features]:
+        return [of_target(row["request"], route) for row in await self.database.rows(name, asked)]
 
     async def _now(self) -> datetime:
         row = await self.database.one("now")
