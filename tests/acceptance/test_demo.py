@@ -140,7 +140,7 @@ def test_a_run_finds_what_was_planted_and_nothing_else_and_leaves_nothing() -> N
 def assert_summed(result: dict[str, Any]) -> None:
     assert sum(result["outcomes"].values()) == result["sampled"] == result["ledger"]["envoy"]
     assert result["ledger"]["pending"] == result["ledger"]["unaccounted"] == 0
-    assert 200 <= result["sampled"] <= result["requests"]
+    assert 0 < result["sampled"] <= result["requests"]
 
 
 @pytest.mark.timeout(200)
