@@ -26,10 +26,6 @@ def text(value: str) -> str:
     return value.strip()
 
 
-def optional(value: str) -> str:
-    return value.strip()
-
-
 def words(value: str) -> tuple[str, ...]:
     return tuple(word for word in (part.strip() for part in value.split(",")) if word)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -78,12 +77,3 @@ class EnvoyServer(Server):
             return self.folder
         self._temporary = self._temporary or private_folder("abreast-envoy-")
         return self._temporary
-
-    def complaints(self) -> list[str]:
-        """What Envoy logged as error or worse."""
-        log = (self.folder or self._temporary or Path()) / "envoy.log"
-        return [
-            line
-            for line in log.read_text(errors="replace").splitlines()
-            if re.search(r"\[(error|critical)\]", line)
-        ]
