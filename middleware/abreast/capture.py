@@ -7,11 +7,10 @@ of the answer's body. Services write it and the sidecar reads it, both with this
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any, Literal
 
-import orjson
+from msgspec import DecodeError, Struct, ValidationError
+from msgspec.json import Decoder, Encoder
 
 from abreast.errors import CaptureError
 
@@ -26,8 +25,7 @@ VERSIONS = ("old", "new")
 ROLES = ("live", "shadow", "baseline")
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(Struct, frozen=True, gc=False):
     """The first `len(held)` bytes of a body of `length` bytes.
 
     `digest` (hex) is of the whole body, and is there whenever bytes are missing; a body that was not captured at all
@@ -47,28 +45,28 @@ class Body:
         return self.digest or digest(self.held)
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+NOTHING = Body()
+
+
+class Request(Struct, frozen=True, gc=False):
     method: str
     path: str  # raw, as sent, percent-encoding kept
     query: str = ""  # raw, without the question mark
     route: str = ""  # template such as /products/{id}; empty when the framework tells none
     headers: Headers = ()  # only chosen ones; secrets as keyed hashes
-    body: Body = field(default_factory=Body)
+    body: Body = NOTHING
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(Struct, frozen=True, gc=False):
     """`status` is 0 when the app never started an answer."""
 
     status: int
     headers: Headers = ()
-    body: Body = field(default_factory=Body)
+    body: Body = NOTHING
     trailers: Headers = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Capture:
+class Capture(Struct, frozen=True, gc=False):
     pair: str
     service: str
     version: Version
@@ -96,128 +94,143 @@ def digest(body: bytes) -> str:
     return hashlib.blake2b(body, digest_size=DIGEST_SIZE).hexdigest()
 
 
+class _RequestHead(Struct, gc=False):
+    """These heads are the line of JSON; a body's is (bytes held, bytes in all, digest)."""
+
+    method: str
+    path: str
+    query: str
+    route: str
+    headers: Headers
+    body: tuple[int, int, str]
+
+
+class _AnswerHead(Struct, gc=False):
+    status: int
+    headers: Headers
+    trailers: Headers
+    body: tuple[int, int, str]
+
+
+class _Head(Struct, gc=False):
+    v: int
+    pair: str
+    service: str
+    version: Version
+    role: Role
+    attempt: int
+    arms: int
+    release: str
+    started: float
+    first_byte_us: int | None
+    total_us: int
+    client_left: bool
+    complete: bool
+    raised: str
+    effects: tuple[dict[str, Any], ...]
+    request: _RequestHead
+    answer: _AnswerHead
+
+
+class _Format(Struct):
+    v: Any = None
+
+
+_encoder = Encoder()
+_heads = Decoder(_Head)
+_formats = Decoder(_Format)
+
+
 def encode(capture: Capture) -> bytes:
     request, answer = capture.request, capture.answer
-    head = {
-        "v": FORMAT,
-        "pair": capture.pair,
-        "service": capture.service,
-        "version": capture.version,
-        "role": capture.role,
-        "attempt": capture.attempt,
-        "arms": capture.arms,
-        "release": capture.release,
-        "started": capture.started,
-        "first_byte_us": capture.first_byte_us,
-        "total_us": capture.total_us,
-        "client_left": capture.client_left,
-        "complete": capture.complete,
-        "raised": capture.raised,
-        "effects": capture.effects,
-        "request": {
-            "method": request.method,
-            "path": request.path,
-            "query": request.query,
-            "route": request.route,
-            "headers": request.headers,
-            "body": _body_head(request.body),
-        },
-        "answer": {
-            "status": answer.status,
-            "headers": answer.headers,
-            "trailers": answer.trailers,
-            "body": _body_head(answer.body),
-        },
-    }
-    return b"".join((orjson.dumps(head), b"\n", request.body.held, answer.body.held))
+    head = _Head(
+        FORMAT,
+        capture.pair,
+        capture.service,
+        capture.version,
+        capture.role,
+        capture.attempt,
+        capture.arms,
+        capture.release,
+        capture.started,
+        capture.first_byte_us,
+        capture.total_us,
+        capture.client_left,
+        capture.complete,
+        capture.raised,
+        capture.effects,
+        _RequestHead(
+            request.method,
+            request.path,
+            request.query,
+            request.route,
+            request.headers,
+            _body_head(request.body),
+        ),
+        _AnswerHead(answer.status, answer.headers, answer.trailers, _body_head(answer.body)),
+    )
+    return b"".join((_encoder.encode(head), b"\n", request.body.held, answer.body.held))
 
 
-def _body_head(body: Body) -> list[int | str]:
-    return [len(body.held), body.length, body.digest]
+def _body_head(body: Body) -> tuple[int, int, str]:
+    return len(body.held), body.length, body.digest
 
 
 def decode(blob: bytes) -> Capture:
     """Raise CaptureError for what is no capture, damaged, or of a newer format."""
     line, newline, bodies = blob.partition(b"\n")
     try:
-        head = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise CaptureError(f"a capture must begin with a line of JSON: {error}") from error
-    if not isinstance(head, dict) or not newline:
-        raise CaptureError("a capture must begin with a JSON object on a line of its own")
-    if head.get("v") != FORMAT:
-        raise CaptureError(
-            f"a capture of format {head.get('v')!r} can't be read; this code reads format {FORMAT}"
-        )
-    try:
-        return _capture(head, bodies)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CaptureError(
-            f"a capture lacks something or is damaged: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _capture(head: dict[str, Any], bodies: bytes) -> Capture:
-    request, answer = head["request"], head["answer"]
-    asked, answered = _int(request["body"][0]), _int(answer["body"][0])
+        head = _heads.decode(line)
+    except (DecodeError, UnicodeDecodeError) as error:  # of which ValidationError is one
+        raise _unreadable(line, error) from error
+    if head.v != FORMAT or not newline:
+        raise _unreadable(line, None)
+    asked, answered = head.request.body[0], head.answer.body[0]
     if asked < 0 or answered < 0 or len(bodies) != asked + answered:
-        raise ValueError(f"{asked + answered} bytes of bodies are promised, {len(bodies)} are there")
-    if head["version"] not in VERSIONS or head["role"] not in ROLES:
-        raise ValueError(f"version {head['version']!r}, role {head['role']!r}")
-    first_byte_us = head["first_byte_us"]
-    texts = (head["pair"], head["service"], head["release"], head["raised"])
-    pair, service, release, raised = _texts(texts)
+        raise CaptureError(
+            f"a capture is damaged: {asked + answered} bytes of bodies are promised, {len(bodies)} are there"
+        )
+    return _capture(head, bodies[:asked], bodies[asked:])
+
+
+def _unreadable(line: bytes, error: Exception | None) -> CaptureError:
+    try:
+        version = _formats.decode(line).v
+    except (DecodeError, UnicodeDecodeError) as problem:
+        return CaptureError(f"a capture must begin with a line of JSON, an object: {problem}")
+    if version != FORMAT:
+        return CaptureError(f"a capture of format {version!r} can't be read; this code reads format {FORMAT}")
+    if isinstance(error, ValidationError):
+        return CaptureError(f"a capture lacks something or is damaged: {error}")
+    return CaptureError("a capture must begin with a JSON object on a line of its own")
+
+
+def _capture(head: _Head, asked: bytes, answered: bytes) -> Capture:
+    request, answer = head.request, head.answer
     return Capture(
-        pair,
-        service,
-        head["version"],
-        head["role"],
-        _request(request, bodies[:asked]),
-        _answer(answer, bodies[asked:]),
-        _int(head["attempt"]),
-        _int(head["arms"]),
-        release,
-        float(head["started"]),
-        None if first_byte_us is None else _int(first_byte_us),
-        _int(head["total_us"]),
-        bool(head["client_left"]),
-        bool(head["complete"]),
-        raised,
-        tuple(head["effects"]),
+        head.pair,
+        head.service,
+        head.version,
+        head.role,
+        Request(
+            request.method,
+            request.path,
+            request.query,
+            request.route,
+            request.headers,
+            Body(asked, request.body[1], request.body[2]),
+        ),
+        Answer(
+            answer.status, answer.headers, Body(answered, answer.body[1], answer.body[2]), answer.trailers
+        ),
+        head.attempt,
+        head.arms,
+        head.release,
+        head.started,
+        head.first_byte_us,
+        head.total_us,
+        head.client_left,
+        head.complete,
+        head.raised,
+        head.effects,
     )
-
-
-def _request(head: dict[str, Any], held: bytes) -> Request:
-    texts = (head["method"], head["path"], head["query"], head["route"])
-    method, path, query, route = _texts(texts)
-    return Request(method, path, query, route, _headers(head["headers"]), _body(head["body"], held))
-
-
-def _answer(head: dict[str, Any], held: bytes) -> Answer:
-    trailers = head["trailers"]
-    return Answer(
-        _int(head["status"]),
-        _headers(head["headers"]),
-        _body(head["body"], held),
-        _headers(trailers) if trailers else (),
-    )
-
-
-def _int(value: Any) -> int:
-    return value if value.__class__ is int else int(value)
-
-
-def _texts(values: tuple[Any, ...]) -> tuple[str, ...]:
-    "".join(values)  # the quickest way to refuse what is no text
-    return values
-
-
-def _headers(rows: Any) -> Headers:
-    headers = [(name, value) for name, value in rows]
-    "".join(chain.from_iterable(headers))
-    return tuple(headers)
-
-
-def _body(row: Any, held: bytes) -> Body:
-    _, length, digest_ = row
-    return Body(held, _int(length), _texts((digest_,))[0])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
+from msgspec import json
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -111,7 +111,7 @@ class Link:
     async def report(self, process: str, report: dict[str, Any]) -> None:
         """Registers the service too: a Redis that was emptied must not stay without it."""
         await self._register()
-        await self._call("HSET", reports(self._settings.service), process, orjson.dumps(report))
+        await self._call("HSET", reports(self._settings.service), process, json.encode(report))
 
     async def _register(self) -> None:
         await self._call("HSET", SERVICES, self._settings.service, self._settings.shards)

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from abreast_sidecar import logs
+from abreast_sidecar import logs, runtime
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.worker import Worker
 from abreast_sidecar.workers import well, worker_name
@@ -30,7 +30,7 @@ def main() -> None:
     settings = Settings(**given)
     logs.configure(settings.log_level)
     _die_with_parent()
-    asyncio.run(work(settings))
+    runtime.run(work(settings))
 
 
 def _die_with_parent() -> None:

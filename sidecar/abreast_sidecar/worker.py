@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -19,6 +20,12 @@ from abreast_sidecar.store import Judged, Ledger
 BREATHER = 0.01  # seconds between small batches: each commit has a cost of its own
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    entries: Sequence[Entry]
+    judged: Sequence[Judged]
 
 
 class Worker:
@@ -55,15 +62,33 @@ class Worker:
                 log.info("redis was away at the end", worker=self.name, error=str(error))
 
     async def _work(self, reader: Reader, ledger: Ledger, stop: asyncio.Event) -> None:
-        """The next batch is read while this one is compared and committed."""
-        ahead = asyncio.create_task(self._next(reader, stop))
+        """The next batch is read and compared while this one is committed."""
+        ahead = asyncio.create_task(self._judged(reader, stop))
         try:
-            while entries := await ahead:
-                ahead = asyncio.create_task(self._next(reader, stop))
-                await self._handle(entries, reader, ledger, stop)
+            while batch := await ahead:
+                ahead = asyncio.create_task(self._judged(reader, stop))
+                await self._settle(batch, reader, ledger, stop)
         finally:
             ahead.cancel()
             await asyncio.gather(ahead, return_exceptions=True)
+
+    async def _judged(self, reader: Reader, stop: asyncio.Event) -> Batch | None:
+        """The next batch; none when it is time to stop."""
+        while entries := await self._next(reader, stop):
+            try:
+                return Batch(entries, await self._judge(entries))
+            except Exception as error:  # noqa: BLE001  # logged with its traceback
+                await self._read_again(entries, error, reader, stop)
+        return None
+
+    async def _read_again(
+        self, entries: Sequence[Entry], error: Exception, reader: Reader, stop: asyncio.Event
+    ) -> None:
+        log.error(
+            "a batch failed and will be read again", worker=self.name, pairs=len(entries), exc_info=error
+        )
+        reader.recover()
+        await self._postgres.wait(stop)
 
     async def _next(self, reader: Reader, stop: asyncio.Event) -> list[Entry]:
         """Wait for entries; none when it is time to stop."""
@@ -83,20 +108,15 @@ class Worker:
                 return entries
         return []
 
-    async def _handle(
-        self, entries: Sequence[Entry], reader: Reader, ledger: Ledger, stop: asyncio.Event
-    ) -> None:
+    async def _settle(self, batch: Batch, reader: Reader, ledger: Ledger, stop: asyncio.Event) -> None:
         try:
-            batch = await self._judge(entries)
-            await self._commit(batch, entries, ledger, stop)
-        except Exception:
-            log.exception("a batch failed and will be read again", worker=self.name, pairs=len(entries))
-            reader.recover()
-            await self._postgres.wait(stop)
+            await self._commit(batch.judged, batch.entries, ledger, stop)
+        except Exception as error:  # noqa: BLE001  # logged with its traceback
+            await self._read_again(batch.entries, error, reader, stop)
             return
         self.last_beat = time.monotonic()
         try:
-            await reader.acknowledge(entries)
+            await reader.acknowledge(batch.entries)
         except RedisError as error:  # they come again, and count once
             self._redis.begin(error)
             reader.recover()

@@ -11,6 +11,7 @@ import httpx
 import orjson
 import pytest
 import redis
+from msgspec import structs
 
 from abreast.join import SERVICES, reports
 from abreast_sidecar.compare import Judgement
@@ -143,7 +144,8 @@ def timed(pair: str, route: str, old_us: int, new_us: int) -> Judged:
     known: Judgement = plain.judgement
     assert known.old is not None
     assert known.new is not None
-    timed_ = replace(known, old=replace(known.old, total_us=old_us), new=replace(known.new, total_us=new_us))
+    old, new = structs.replace(known.old, total_us=old_us), structs.replace(known.new, total_us=new_us)
+    timed_ = replace(known, old=old, new=new)
     return Judged(plain.service, plain.entry, plain.at, plain.pair, timed_, plain.blobs)
 
 

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import get_args
 
+import msgspec.structs
 import orjson
 import pytest
 from hypothesis import given
@@ -103,4 +103,4 @@ def test_a_body_is_whole_when_nothing_is_missing() -> None:
     assert Body(b"abc", 3).whole
     assert not Body(b"abc", 4, "x").whole
     assert Body(b"abc", 3).fingerprint() == digest(b"abc")
-    assert dataclasses.replace(Body(b"abc", 3), digest="d").fingerprint() == "d"
+    assert msgspec.structs.replace(Body(b"abc", 3), digest="d").fingerprint() == "d"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from msgspec.structs import replace
 
 from abreast_sidecar.compare import Judgement, Rules, judge
 from abreast_sidecar.compare.rules import RuleSet, path_pattern, status_matches

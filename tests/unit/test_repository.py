@@ -60,7 +60,7 @@ def test_docs_name_only_variables_that_exist(page: Path) -> None:
 def test_the_bare_package_brings_redis_and_one_json_library() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-    assert [re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]] == ["orjson", "redis"]
+    assert [re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]] == ["msgspec", "redis"]
 
 
 def test_the_lock_names_no_place_to_download_from() -> None:

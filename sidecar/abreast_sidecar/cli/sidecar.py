@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from abreast_sidecar import runtime
 from abreast_sidecar.cli.parameters import Parsed
 from abreast_sidecar.settings import PREFIX, Settings
 
@@ -58,13 +59,4 @@ def run(part: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
             loop.add_signal_handler(name, asked, name)
         await part(stop)
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(until_signal())
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
+    runtime.run(until_signal())
