@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
@@ -20,6 +20,7 @@ import grpc
 import psycopg
 import pytest
 import redis
+from msgspec.structs import replace
 
 from abreast.capture import encode
 from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
