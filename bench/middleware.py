@@ -8,11 +8,12 @@ the background is measured apart, as time of the event loop per capture.
 from __future__ import annotations
 
 import asyncio
-import statistics
 import sys
 import time
 from collections.abc import Callable, MutableMapping
 from typing import Any
+
+from rows import Row, row
 
 from abreast.middleware import App, ParallelRunMiddleware
 from abreast.recorder import Message, Scope
@@ -38,8 +39,6 @@ REQUEST_HEADERS = [
     (b"x-request-id", b"7b0bbbd0-8d3c-4a53-9d3d-6f8f5a5c5f7b"),
     (b"x-envoy-attempt-count", b"1"),
 ]
-
-Row = dict[str, Any]
 
 
 async def app(_scope: Scope, _receive: object, send: Callable[[Message], Any]) -> None:
@@ -111,25 +110,14 @@ async def measure(redis_url: str, runs: int) -> dict[str, list[float]]:
     return found
 
 
-def row(name: str, values: list[float], runs: int) -> Row:
-    return {
-        "name": name,
-        "value": round(statistics.median(values), 3),
-        "unit": "us/request",
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-        "runs": runs,
-    }
-
-
 def rows(runs: int = RUNS) -> list[Row]:
     with RedisServer() as server:
         found = asyncio.run(measure(server.url, runs))
     return [
-        row("middleware_bare_app_us", found["bare"], runs),
-        row("middleware_unsampled_us", found["unsampled"], runs),
-        row("middleware_sampled_us", found["sampled"], runs),
-        row("middleware_background_us", found["background"], runs),
+        row("middleware_bare_app_us", "us", found["bare"]),
+        row("middleware_unsampled_us", "us", found["unsampled"]),
+        row("middleware_sampled_us", "us", found["sampled"]),
+        row("middleware_background_us", "us", found["background"]),
     ]
 
 

@@ -11,15 +11,15 @@ import cProfile
 import json
 import pstats
 import resource
-import statistics
 import time
 import uuid
 from collections.abc import Coroutine, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import psycopg
 import redis
+from rows import Row, row
 
 from abreast.capture import Answer, Body, Capture, Request, Role, Version, encode
 from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
@@ -35,15 +35,6 @@ SEND = 200  # pairs that are sent at once
 ITEMS = 22  # of a body: 2 KB
 WITHIN = 120.0  # seconds for a run
 LOOK = 0.1  # seconds; looking costs the worker's process time
-
-
-class Row(TypedDict):
-    name: str
-    value: float
-    unit: str
-    min: float
-    max: float
-    runs: int
 
 
 @dataclass(frozen=True)
@@ -172,27 +163,17 @@ def _check(url: str, each: int) -> None:
 
 
 def bench(runs: int = 3, count: int = 20_000) -> list[Row]:
-    """`pipeline_pairs_per_s` by wall clock, `pipeline_worker_us` of the worker's CPU a pair; one of each by share."""
+    """`pipeline_pairs_per_s` by wall clock, `pipeline_worker_us` of the worker's CPU a pair; of equal pairs, and by share."""
     rows: list[Row] = []
     for name, measured in measure(count, runs).items():
+        ending = "" if name == "equal" else f"_{name}"
         rate = [run.pairs / run.seconds for run in measured]
         cost = [run.cpu / run.pairs * 1e6 for run in measured]
         rows += [
-            _row(f"pipeline_pairs_per_s_{name}", "1/s", rate),
-            _row(f"pipeline_worker_us_{name}", "us", cost),
+            row(f"pipeline_pairs_per_s{ending}", "1/s", rate),
+            row(f"pipeline_worker_us{ending}", "us", cost),
         ]
     return rows
-
-
-def _row(name: str, unit: str, values: list[float]) -> Row:
-    return {
-        "name": name,
-        "value": round(statistics.median(values), 1),
-        "unit": unit,
-        "min": round(min(values), 1),
-        "max": round(max(values), 1),
-        "runs": len(values),
-    }
 
 
 def main() -> None:
@@ -206,8 +187,8 @@ def main() -> None:
         measure(arguments.pairs, 1, profile)
         pstats.Stats(profile).sort_stats("tottime").print_stats(35)
         return
-    for row in bench(arguments.runs, arguments.pairs):
-        print(json.dumps(row))
+    for each in bench(arguments.runs, arguments.pairs):
+        print(json.dumps(each))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Measures what there is to measure: python bench/run.py [--quick]. Prints a table and writes bench/results.json.
 
-Part by part: the middleware in-process, Redis → compare → Postgres, and comparing bodies.
+Part by part: the middleware in-process and behind uvicorn, users' times through Envoy and how soon a pair can be
+queried, Redis → compare → Postgres, and comparing bodies. The first rows tell the machine and the versions.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import asgi
 import compare
+import machine
 import middleware
+import mirror
 import pipeline
 
 RESULTS = Path(__file__).parent / "results.json"
 
 
 def measured(quick: bool) -> list[dict[str, Any]]:
-    found: list[Any] = [*middleware.rows(*([5] if quick else []))]
+    found: list[Any] = [*machine.rows(), *middleware.rows(*([5] if quick else []))]
+    found += asgi.rows(quick=quick)
+    found += mirror.rows(quick=quick)
     found += pipeline.bench(runs=1 if quick else 3, count=5_000 if quick else 20_000)
     found += compare.rows()
     return [dict(row) for row in found]

@@ -1,0 +1,149 @@
+"""What a middleware costs a uvicorn worker: python bench/asgi.py [--quick].
+
+One Starlette service (2 KB of JSON) bare, with Abreast's middleware (all requests sampled, and none), with
+OpenTelemetry's, and with a BaseHTTPMiddleware that does nothing. Each is saturated in turn, so that a busy machine slows
+all alike. A ratio is to the bare service of the same round; `otel_us` and `basehttp_us` are what those two add to a
+request in the process, by the same clock as `middleware_sampled_us`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import middleware
+import redis
+from load import Users
+from rows import Row, row
+from service import wrapped
+
+from abreast_sidecar.embedded import RedisServer, ServerProcess, free_port
+from abreast_sidecar.embedded.process import answers
+
+SERVICE = Path(__file__).with_name("service.py")
+USERS = 16
+HEALTH = b"GET /healthz HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n"
+TURNS = 40  # in the process, of each
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    kind: str  # of bench/service.py
+    sampled: bool = False
+
+
+VARIANTS = (
+    Variant("bare", "bare"),
+    Variant("middleware", "abreast", sampled=True),
+    Variant("middleware_unsampled", "abreast"),
+    Variant("otel", "otel"),
+    Variant("basehttp", "basehttp"),
+)
+
+
+def request(*, sampled: bool, number: int) -> bytes:
+    headers = {
+        "host": "bench",
+        "user-agent": "bench/1.0",
+        "accept": "application/json",
+        "x-request-id": "7b0bbbd0-8d3c-4a53-9d3d-6f8f5a5c5f7b",
+    }
+    if sampled:
+        headers |= {
+            "x-abreast-pair": f"{number:036d}",
+            "x-abreast-arms": "2",
+            "x-abreast-version": "old",
+            "x-abreast-role": "live",
+        }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"GET /products HTTP/1.1\r\n{lines}\r\n".encode()
+
+
+@contextlib.contextmanager
+def service(kind: str, port: int, folder: Path, redis_url: str) -> Iterator[int]:
+    server = ServerProcess.start(
+        kind,
+        [sys.executable, SERVICE, str(port), kind],
+        folder / f"{kind}-{port}.log",
+        ready=lambda _pid: answers("127.0.0.1", port, HEALTH, b" 200 OK"),
+        environment={"ABREAST_REDIS_URL": redis_url},
+    )
+    try:
+        yield port
+    finally:
+        server.stop()
+
+
+def throughput(runs: int, seconds: float) -> dict[str, list[float]]:
+    """Requests a second of each variant, by round."""
+    found: dict[str, list[float]] = {variant.name: [] for variant in VARIANTS}
+    with RedisServer() as server, TemporaryDirectory() as folder, contextlib.ExitStack() as opening:
+        kinds = dict.fromkeys(variant.kind for variant in VARIANTS)
+        ports = {
+            kind: opening.enter_context(service(kind, free_port(), Path(folder), server.url))
+            for kind in kinds
+        }
+        with redis.Redis.from_url(server.url) as client:
+            for number in range(runs + 1):
+                for variant in VARIANTS:
+                    rate = asyncio.run(saturated(ports[variant.kind], variant, seconds))
+                    client.flushall()  # no sidecar empties it
+                    if number:  # the first round warms up
+                        found[variant.name].append(rate)
+    return found
+
+
+async def saturated(port: int, variant: Variant, seconds: float) -> float:
+    def one(number: int) -> bytes:
+        return request(sampled=variant.sampled, number=number)
+
+    async with Users(port, one, count=USERS) as users:
+        return await users.saturate(seconds)
+
+
+async def added(kind: str, turns: int) -> list[float]:
+    """µs that a middleware adds to a request in the process, of each turn."""
+    target = wrapped(middleware.app, kind)
+    found = []
+    for number in range(turns + 1):
+        bare = await middleware.turn(middleware.app, sampled=False, first=0)
+        took = await middleware.turn(target, sampled=False, first=0)
+        if number:
+            found.append(took - bare)
+    return found
+
+
+def rows(*, quick: bool = False) -> list[Row]:
+    runs, seconds = (2, 0.5) if quick else (7, 1.5)
+    found = throughput(runs, seconds)
+    rates = [row(f"uvicorn_{name}_per_s", "1/s", rates) for name, rates in found.items()]
+    ratios = [
+        row(
+            f"{name}_throughput_ratio",
+            "",
+            [one / bare for one, bare in zip(rates, found["bare"], strict=True)],
+        )
+        for name, rates in found.items()
+        if name != "bare"
+    ]
+    costs = [row(f"{kind}_us", "us", asyncio.run(added(kind, TURNS))) for kind in ("otel", "basehttp")]
+    return [*ratios, *costs, *rates]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    for each in rows(quick=parser.parse_args().quick):
+        print(json.dumps(each))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What mirroring costs users, and how soon a pair can be queried: python bench/mirror.py [--quick].
+
+The whole stack on one machine: Envoy, both versions (bench/service.py, one uvicorn worker each), Redis, Postgres and a
+sidecar. Rounds with no request mirrored and with all of them take turns. `mirror_p50_ratio` and `mirror_p99_ratio` are
+the percentiles of users' times at a steady rate, mirrored to not mirrored, of the same round. Here the new version and
+the sidecar share two cores with the users' path, which in production they do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import time
+import urllib.request
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import grpc
+import psycopg
+from asgi import request, service
+from load import Answers, Users
+from rows import Row, percentile, row
+
+from abreast.v1 import traffic_pb2, traffic_pb2_grpc
+from abreast_sidecar.embedded import free_port
+from abreast_sidecar.embedded.stack import Stack
+from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+
+USERS = 32
+RATE = 250.0  # requests a second; four processes share two cores
+LOOK = 0.01  # seconds between two looks: `visible` is as exact
+ARRIVE = 20.0  # seconds that the ledger gets for the last pairs
+ROWS = b"select id from abreast.pair where at >= %s"
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of users' times and requests a second, not mirrored and mirrored; seconds until pairs were visible."""
+
+    plain: list[float]
+    mirrored: list[float]
+    plain_rate: float
+    mirrored_rate: float
+    visible: list[float]
+
+
+@contextlib.contextmanager
+def deployed() -> Iterator[Stack]:
+    old, new = (Endpoint("127.0.0.1", free_port()) for _ in range(2))
+    listen = Endpoint("127.0.0.1", 0)
+    envoy = EnvoySettings(service="bench", listen=listen, old=(old,), new=(new,), sample_safe=0.0)
+    with TemporaryDirectory() as folder, Stack(envoy) as stack, contextlib.ExitStack() as opening:
+        for version in (old, new):
+            opening.enter_context(service("abreast", version.port, Path(folder), stack.redis_url))
+        _await_healthy(stack.admin_url)
+        yield stack
+
+
+def _await_healthy(admin: str) -> None:
+    wanted = f"{admin}/stats?format=json&filter=^cluster.(old|new).membership_healthy$"
+    until = time.monotonic() + ARRIVE
+    while time.monotonic() < until:
+        with urllib.request.urlopen(wanted, timeout=5) as answer:  # noqa: S310  # http
+            if [one["value"] for one in json.load(answer)["stats"]] == [1, 1]:
+                return
+        time.sleep(LOOK)
+    raise RuntimeError(f"envoy did not find both versions well within {ARRIVE:g} s")
+
+
+async def sample(stack: Stack, share: float) -> None:
+    async with grpc.aio.insecure_channel(stack.grpc_address) as channel:
+        asked = traffic_pb2.UpdateTrafficRequest(
+            service="bench", sample_safe=share, baseline_share=0.0, actor="bench", reason="a measurement"
+        )
+        await traffic_pb2_grpc.TrafficServiceStub(channel).UpdateTraffic(asked)
+
+
+async def measured(stack: Stack, seconds: float) -> Round:
+    async with Users(stack.envoy_settings.listen.port, _request, count=USERS) as users:
+        await sample(stack, 0.0)
+        plain = await users.pace(RATE, seconds)
+        plain_rate = await users.saturate(seconds)
+        await sample(stack, 1.0)
+        mirrored, visible = await _seen(stack, users.pace(RATE, seconds))
+        mirrored_rate = await users.saturate(seconds)
+    if plain.errors or mirrored.errors:
+        raise RuntimeError(f"users saw {plain.errors + mirrored.errors} errors")
+    return Round(plain.seconds, mirrored.seconds, plain_rate, mirrored_rate, visible)
+
+
+def _request(number: int) -> bytes:
+    return request(sampled=False, number=number)
+
+
+async def _seen(stack: Stack, asking: Coroutine[Any, Any, Answers]) -> tuple[Answers, list[float]]:
+    """Look for the rows while users ask, until all are there; seconds from each answer to its row."""
+    came: dict[str, float] = {}
+    task = asyncio.ensure_future(asking)
+    connection = await psycopg.AsyncConnection.connect(stack.postgres_url, autocommit=True)
+    async with connection:
+        began, until = await _now(connection), None
+        while until is None or time.monotonic() < until:
+            rows = await (await connection.execute(ROWS, [began])).fetchall()
+            seen = time.monotonic()
+            for (pair,) in rows:
+                came.setdefault(pair, seen)
+            if task.done():
+                if all(pair in came for pair, _ in task.result().pairs):
+                    break
+                until = until or time.monotonic() + ARRIVE
+            await asyncio.sleep(LOOK)
+    answered = await task
+    return answered, [came[pair] - at for pair, at in answered.pairs]
+
+
+async def _now(connection: psycopg.AsyncConnection[Any]) -> Any:
+    row = await (await connection.execute("select now()")).fetchone()
+    assert row is not None
+    return row[0]
+
+
+async def _rounds(stack: Stack, count: int, seconds: float) -> list[Round]:
+    found = [await measured(stack, seconds) for _ in range(count + 1)]
+    return found[1:]  # the first warms up
+
+
+def rows(*, quick: bool = False) -> list[Row]:
+    with deployed() as stack:
+        found = asyncio.run(_rounds(stack, *((2, 1.5) if quick else (5, 4.0))))
+    per_mille = {"p50": 0.5, "p99": 0.99}
+    times = [
+        row(f"{kind}_{name}_ms", "ms", [percentile(getattr(each, kind), share) * 1000 for each in found])
+        for kind in ("plain", "mirrored")
+        for name, share in per_mille.items()
+    ]
+    ratios = [
+        row(
+            f"mirror_{name}_ratio",
+            "",
+            [percentile(each.mirrored, share) / percentile(each.plain, share) for each in found],
+        )
+        for name, share in per_mille.items()
+    ]
+    rate = row("mirror_throughput_ratio", "", [each.mirrored_rate / each.plain_rate for each in found])
+    visible = [
+        row(f"visible_{name}_ms", "ms", [percentile(each.visible, share) * 1000 for each in found])
+        for name, share in per_mille.items()
+    ]
+    return [*ratios, rate, *visible, *times]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    for each in rows(quick=parser.parse_args().quick):
+        print(json.dumps(each))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A service to measure, as users write them: service.py PORT bare|abreast|otel|basehttp."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from abreast import ParallelRunMiddleware
+
+ITEMS = [
+    {"id": n, "name": f"article {n}", "price": 9.99 + n, "currency": "EUR", "tags": ["new", "sale"]}
+    for n in range(22)
+]
+
+
+class Nothing(BaseHTTPMiddleware):
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
+
+
+async def products(_request: Request) -> JSONResponse:
+    return JSONResponse({"page": 1, "total": len(ITEMS), "items": ITEMS})
+
+
+async def healthy(_request: Request) -> JSONResponse:
+    return JSONResponse({"ok": True})
+
+
+def wrapped(app: Any, kind: str) -> Any:
+    """What is measured, around any ASGI application."""
+    if kind == "abreast":
+        return ParallelRunMiddleware(app, service="bench")
+    if kind == "basehttp":
+        return Nothing(app)
+    if kind == "otel":
+        return traced(app)
+    return app
+
+
+def traced(app: Any) -> Any:
+    """OpenTelemetry's middleware with a real tracer, whose spans go nowhere."""
+    from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
+    from opentelemetry.sdk.trace import TracerProvider
+
+    return OpenTelemetryMiddleware(app, tracer_provider=TracerProvider())
+
+
+def main() -> None:
+    port, kind = int(sys.argv[1]), sys.argv[2]
+    app = Starlette(routes=[Route("/products", products), Route("/healthz", healthy)])
+    uvicorn.run(wrapped(app, kind), host="127.0.0.1", port=port, log_level="warning", access_log=False)
+
+
+if __name__ == "__main__":
+    main()
