@@ -84,7 +84,8 @@ class Capture:
     client_left: bool = False
     complete: bool = True  # the answer was sent to its end
     raised: str = ""  # class name of the exception that left the app
-    effects: tuple[dict[str, Any], ...] = ()
+    effects: tuple[dict[str, Any], ...] = ()  # as abreast.journal writes them
+    effects_dropped: int = 0  # more than may be recorded
 
     @property
     def slot(self) -> str:
@@ -114,6 +115,7 @@ def encode(capture: Capture) -> bytes:
         "complete": capture.complete,
         "raised": capture.raised,
         "effects": capture.effects,
+        "effects_dropped": capture.effects_dropped,
         "request": {
             "method": request.method,
             "path": request.path,
@@ -184,6 +186,7 @@ def _capture(head: dict[str, Any], bodies: bytes) -> Capture:
         bool(head["complete"]),
         raised,
         tuple(head["effects"]),
+        _int(head.get("effects_dropped", 0)),  # captures written before there were effects lack it
     )
 
 

@@ -2,9 +2,10 @@
 
 AbreastError
 ├── SettingError   a setting has a value that can't be used; the middleware logs it and stays off
-└── CaptureError   a capture can't be read
+├── CaptureError   a capture can't be read
+└── EffectError    an effect is declared in a way that can't hold it back; raised where it is written down wrong
 
-Messages are lower case and say what, where and what to do. None is ever raised into a request.
+Messages are lower case and say what, where and what to do. But for EffectError, none is ever raised into a request.
 """
 
 
@@ -17,4 +18,8 @@ class SettingError(AbreastError):
 
 
 class CaptureError(AbreastError):
+    pass
+
+
+class EffectError(AbreastError):
     pass
