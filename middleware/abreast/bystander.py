@@ -17,14 +17,14 @@ class Bystander:
         receive: Callable[[], Awaitable[Message]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
-        self._now = now
+        self.now = now
         self._send = send
         self.receive = receive
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            self._now.answered = True
+            self.now.answered = True
         await self._send(message)
 
     def left(self, _raised: str) -> None:
-        self._now.answered = True
+        self.now.answered = True

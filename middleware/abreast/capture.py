@@ -20,6 +20,7 @@ DIGEST_SIZE = 16  # bytes
 
 Version = Literal["old", "new"]
 Role = Literal["live", "shadow", "baseline"]
+HopRow = tuple[str, str, int, int, str]  # kind, name, µs since the arrival, µs taken, note
 Headers = tuple[tuple[str, str], ...]  # latin-1 text, in order, duplicates kept, names in lower case
 
 VERSIONS = ("old", "new")
@@ -86,6 +87,8 @@ class Capture:
     raised: str = ""  # class name of the exception that left the app
     effects: tuple[dict[str, Any], ...] = ()  # as abreast.journal writes them
     effects_dropped: int = 0  # more than may be recorded
+    hops: tuple[HopRow, ...] = ()
+    cache: tuple[int, int] | None = None  # hits and misses; None where no cache was asked
 
     @property
     def slot(self) -> str:
@@ -131,6 +134,10 @@ def encode(capture: Capture) -> bytes:
             "body": _body_head(answer.body),
         },
     }
+    if capture.hops:
+        head["hops"] = capture.hops
+    if capture.cache is not None:
+        head["cache"] = capture.cache
     return b"".join((orjson.dumps(head), b"\n", request.body.held, answer.body.held))
 
 
@@ -187,6 +194,8 @@ def _capture(head: dict[str, Any], bodies: bytes) -> Capture:
         raised,
         tuple(head["effects"]),
         _int(head.get("effects_dropped", 0)),  # captures written before there were effects lack it
+        _hops(head.get("hops", ())),
+        _cache(head.get("cache")),
     )
 
 
@@ -204,6 +213,19 @@ def _answer(head: dict[str, Any], held: bytes) -> Answer:
         _body(head["body"], held),
         _headers(trailers) if trailers else (),
     )
+
+
+def _hops(rows: Any) -> tuple[HopRow, ...]:
+    hops = [(kind, name, _int(at), _int(took), note) for kind, name, at, took, note in rows]
+    "".join(chain.from_iterable((kind, name, note) for kind, name, _, _, note in hops))
+    return tuple(hops)
+
+
+def _cache(row: Any) -> tuple[int, int] | None:
+    if row is None:
+        return None
+    hits, misses = row
+    return _int(hits), _int(misses)
 
 
 def _int(value: Any) -> int:

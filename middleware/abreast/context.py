@@ -7,11 +7,18 @@ request is live.
 from __future__ import annotations
 
 import threading
+from collections.abc import Awaitable, Callable
+from collections.abc import Set as AbstractSet
 from contextvars import ContextVar
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from abreast.capture import Role, Version
-from abreast.journal import Journal
+from abreast.journal import Journal, Redact
+
+if TYPE_CHECKING:
+    from abreast.hops import Hops
+
+NOTHING: frozenset[tuple[int, str]] = frozenset()
 
 
 class Sink(Protocol):
@@ -27,26 +34,22 @@ class Current:
     `version` is None and `pair` is empty outside a sampled request.
     """
 
-    __slots__ = ("_journal", "answered", "began", "pair", "release", "role", "shadow", "sink", "version")
+    # Defaults in the class, since most requests need few of these and setting one takes time.
+    sink: Sink | None = None  # None where nothing is captured
+    began = 0  # perf_counter_ns
+    answered = False  # the answer has been sent
+    held: Journal | None = None  # what was recorded so far
+    hops: Hops | None = None
+    # Of a shadow: what is to be done when the app has returned. None where nobody would do it, or it was done.
+    ends: list[Callable[[], Awaitable[object]]] | None = None
+    forgotten: AbstractSet[tuple[int, str]] = NOTHING  # what a shadow deleted from a cache: (cache, key)
 
-    def __init__(
-        self,
-        version: Version | None,
-        role: Role,
-        pair: str,
-        release: str,
-        sink: Sink | None = None,
-        began: int = 0,
-    ) -> None:
+    def __init__(self, version: Version | None, role: Role, pair: str, release: str) -> None:
         self.version = version
         self.role = role
         self.pair = pair
         self.release = release
         self.shadow = role != "live"
-        self.sink = sink  # None where nothing is captured
-        self.began = began  # perf_counter_ns
-        self.answered = False  # the answer has been sent
-        self._journal: Journal | None = None
 
     def __repr__(self) -> str:
         return f"Current(version={self.version!r}, role={self.role!r}, pair={self.pair!r})"
@@ -56,20 +59,23 @@ class Current:
         """Whether what is recorded now travels with a capture."""
         return self.sink is not None
 
-    @property
-    def held(self) -> Journal | None:
-        """What was recorded so far; None when it is nothing."""
-        return self._journal
-
     def journal(self) -> Journal:
-        if self._journal is None:
+        held = self.held
+        if held is None:
             with MAKING:  # threads of one request may come at once
-                if self._journal is None:
-                    self._journal = Journal(self.began)
-        return self._journal
+                held = self.held = self.held or Journal(self.began)
+        return held
+
+    def close(self, redact: Redact) -> tuple[tuple[dict[str, Any], ...], int]:
+        """What was recorded, for the capture, and how many more there were. What comes later is late."""
+        with MAKING:
+            held = self.held = self.held or LATE
+        return held.close(redact), held.dropped
 
 
 MAKING = threading.Lock()
+LATE = Journal(0)  # of all requests that recorded nothing in time
+LATE.closed = True
 OUTSIDE = Current(None, "live", "", "")  # what is no sampled request
 CURRENT: ContextVar[Current] = ContextVar("abreast", default=OUTSIDE)
 

@@ -13,6 +13,7 @@ from abreast.backlog import Backlog
 from abreast.bystander import Bystander
 from abreast.capture import Role, Version
 from abreast.context import CURRENT, OUTSIDE, Current
+from abreast.ending import end
 from abreast.errors import SettingError
 from abreast.loops import Loops
 from abreast.recorder import PAIR, Marks, Message, Receive, Recorder, Scope, Send
@@ -51,6 +52,7 @@ class ParallelRunMiddleware:
         self.backlog = Backlog(self.settings)
         self._loops = Loops(self.settings, self.backlog, Routes(app), self.rescue)
         self._enabled = self.settings.enabled
+        self._release = self.settings.release
         self._marks = self._all_marks()
 
     def _read(self, settings: Options) -> Settings:
@@ -99,8 +101,10 @@ class ParallelRunMiddleware:
                     await self.app(scope, recorder.receive, recorder.send)
                 except BaseException as error:  # the context stays, for handlers further out
                     recorder.left(type(error).__name__)
+                    end(recorder.now)
                     raise
                 recorder.left("")
+                end(recorder.now)
                 CURRENT.set(before)
                 return
             if stray:
@@ -136,9 +140,11 @@ class ParallelRunMiddleware:
             or scope["type"] != "http"
         ):
             return self._bystander(found, receive, send)
-        now = Current(
-            marks[0], marks[1], pair.decode(), self.settings.release, self.backlog, perf_counter_ns()
-        )
+        now = Current(marks[0], marks[1], pair.decode(), self._release)
+        now.sink = self.backlog
+        now.began = perf_counter_ns()
+        if now.shadow:
+            now.ends = []
         CURRENT.set(now)
         scope[SEEN] = now
         return Recorder(self._loops, scope, receive, send, pair, marks, now)
@@ -147,7 +153,8 @@ class ParallelRunMiddleware:
         """For what is not captured: a shadow is one also where capturing is off, or the marks are not understood."""
         role: Role = ROLES.get(found.get(ROLE, b"live"), "shadow")
         pair = found[PAIR].decode("latin-1")
-        now = Current(VERSIONS.get(found.get(VERSION)), role, pair, self.settings.release)
+        now = Current(VERSIONS.get(found.get(VERSION)), role, pair, self._release)
+        now.ends = [] if now.shadow else None
         CURRENT.set(now)
         return Bystander(now, receive, send)
 
