@@ -51,6 +51,7 @@ class Backlog:
         self.started = time.time()
         self.recorders: deque[tuple[Recorder, int]] = deque()
         self.settled: deque[Held] = deque()
+        self.running: list[Held] = []  # settled, but background tasks may still record effects
         self.count = 0
         self.bytes = 0
         self.shipped = 0
@@ -73,6 +74,14 @@ class Backlog:
     @property
     def captured(self) -> int:
         return self.shipped + self.dropped.total() + self.count
+
+    def grown(self, held: Held) -> None:
+        """Count the effects that were recorded since it came."""
+        recorder = held.recorder
+        if recorder is not None and recorder.now.held is not None:
+            more = recorder.now.held.bytes - recorder.journaled
+            held.size += more
+            self.bytes += more
 
     def drop(self, reason: str, size: int, count: int = 1) -> None:
         self.dropped[reason] += count

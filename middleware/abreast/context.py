@@ -35,8 +35,6 @@ class Current:
     """
 
     # Defaults in the class, since most requests need few of these and setting one takes time.
-    sink: Sink | None = None  # None where nothing is captured
-    began = 0  # perf_counter_ns
     answered = False  # the answer has been sent
     held: Journal | None = None  # what was recorded so far
     hops: Hops | None = None
@@ -44,12 +42,22 @@ class Current:
     ends: list[Callable[[], Awaitable[object]]] | None = None
     forgotten: AbstractSet[tuple[int, str]] = NOTHING  # what a shadow deleted from a cache: (cache, key)
 
-    def __init__(self, version: Version | None, role: Role, pair: str, release: str) -> None:
+    def __init__(
+        self,
+        version: Version | None,
+        role: Role,
+        pair: str,
+        release: str,
+        sink: Sink | None = None,
+        began: int = 0,
+    ) -> None:
         self.version = version
         self.role = role
         self.pair = pair
         self.release = release
         self.shadow = role != "live"
+        self.sink = sink  # None where nothing is captured
+        self.began = began  # perf_counter_ns
 
     def __repr__(self) -> str:
         return f"Current(version={self.version!r}, role={self.role!r}, pair={self.pair!r})"

@@ -140,9 +140,7 @@ class ParallelRunMiddleware:
             or scope["type"] != "http"
         ):
             return self._bystander(found, receive, send)
-        now = Current(marks[0], marks[1], pair.decode(), self._release)
-        now.sink = self.backlog
-        now.began = perf_counter_ns()
+        now = Current(marks[0], marks[1], pair.decode(), self._release, self.backlog, perf_counter_ns())
         if now.shadow:
             now.ends = []
         CURRENT.set(now)
