@@ -6,22 +6,19 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import redis
 
-from abreast.backlog import Backlog
 from abreast.cache import PAUSE, Cache
-from abreast.capture import Role, Version
-from abreast.context import CURRENT, Current
+from abreast.capture import Role
 from abreast.errors import SettingError
-from abreast.settings import Settings
 from abreast_sidecar.embedded import RedisServer
 from support import eventually_async, free_port
+from support_guards import inside
 
 pytestmark = pytest.mark.redis
 
@@ -45,18 +42,6 @@ class Source:
         if isinstance(self.value, Exception):
             raise self.value
         return self.value
-
-
-@contextmanager
-def inside(version: Version = "new", role: Role = "shadow") -> Iterator[Current]:
-    """As in a captured request."""
-    sink = Backlog(Settings(service="shop"))
-    request = Current(version, role, "pair", "", sink, time.perf_counter_ns())
-    token = CURRENT.set(request)
-    try:
-        yield request
-    finally:
-        CURRENT.reset(token)
 
 
 def make(url: str, **changes: Any) -> Cache:
@@ -257,7 +242,7 @@ async def test_a_shadow_reads_what_users_read(cache: Cache) -> None:
 async def test_a_shadow_changes_nothing_that_users_read(cache: Cache, redis_url: str, role: Role) -> None:
     await cache.get("product:7", Source("a user's"))
     before = kept(redis_url)
-    with inside(role=role):
+    with inside(role):
         await cache.get("product:8", Source("a shadow's"))
         await cache.delete("product:7")
 
@@ -308,7 +293,7 @@ async def test_a_deletion_is_an_effect_of_both_roles(cache: Cache) -> None:
     noted = []
     roles: tuple[Role, ...] = ("live", "shadow")
     for role in roles:
-        with inside(role=role) as request:
+        with inside(role) as request:
             await cache.delete("product:7")
             records, _ = request.close(lambda payload: payload)
             noted += [(one["kind"], one["key"], one["payload"]) for one in records]
@@ -317,7 +302,7 @@ async def test_a_deletion_is_an_effect_of_both_roles(cache: Cache) -> None:
 
 
 async def test_hits_and_misses_are_noted(cache: Cache) -> None:
-    with inside("old", "live") as request:
+    with inside("live", "old") as request:
         for key in ("product:7", "product:7", "price:7"):
             await cache.get(key, Source())
 
