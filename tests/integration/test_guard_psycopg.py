@@ -43,7 +43,7 @@ async def test_a_user_writes_and_it_stays_and_is_recorded(pool: AsyncConnectionP
     assert rows(table) == [1]
     shape = "insert into placed (id, quantity) values (?, ?)"
     assert effects(made) == [
-        ("db.insert", "placed", {"statement": shape, "values": {"id": 1, "quantity": 10}})
+        ("db.insert.placed", "", {"statement": shape, "values": {"id": 1, "quantity": 10}})
     ]
 
 
@@ -60,7 +60,7 @@ async def test_a_shadow_reads_what_it_wrote_and_nothing_stays(pool: AsyncConnect
 
     assert seen == (2,)
     assert rows(table) == []
-    assert [kind for kind, _, _ in effects(made)] == ["db.insert"] * 2
+    assert [kind for kind, _, _ in effects(made)] == ["db.insert.placed"] * 2
     assert nothing_is_held(table)
 
 
@@ -210,7 +210,7 @@ async def test_many_rows_copies_and_tables_are_gone_too(pool: AsyncConnectionPoo
     assert seen == [(0,), (1,), (2,), (8,)]
     assert rows(table) == []
     found = effects(made)
-    assert [kind for kind, _, _ in found] == ["db.insert", "db.copy", "db.create"]
+    assert [kind for kind, _, _ in found] == ["db.insert.placed", "db.copy.placed", "db.create"]
     assert found[0][2]["rows"] == 3
     assert found[1][2]["rows"] == 1
     assert rows(table, b"select count(*) from pg_tables where tablename = 'another'") == [0]
@@ -359,7 +359,7 @@ async def test_a_database_of_its_own_keeps_what_a_shadow_writes(
                 await connection_.execute(INSERT, (1, 10))
 
         assert (rows(table), rows(other)) == ([], [1])
-        assert [kind for kind, _, _ in effects(made)] == ["db.insert"]
+        assert [kind for kind, _, _ in effects(made)] == ["db.insert.placed"]
     finally:
         with psycopg.connect(table, autocommit=True) as admin:
             admin.execute(f"drop database {own} with (force)".encode())
@@ -383,7 +383,7 @@ async def test_without_asyncio_it_is_the_same(table: str) -> None:
 
         assert rows(table) == [9]
         assert nothing_is_held(table)
-    assert [kind for kind, _, _ in effects(made)] == ["db.insert"] * 2
+    assert [kind for kind, _, _ in effects(made)] == ["db.insert.placed"] * 2
     with inside(), Connection.connect(table) as alone:
         alone.execute(INSERT, (4, 10))
     assert rows(table) == [9]

@@ -76,7 +76,7 @@ async def test_a_user_writes_and_it_stays_and_is_recorded(engine: AsyncEngine, t
     assert rows(table) == [1]
     shape = "insert into placed (id, quantity) values (?, ?)"
     assert effects(made) == [
-        ("db.insert", "placed", {"statement": shape, "values": {"id": 1, "quantity": 10}})
+        ("db.insert.placed", "", {"statement": shape, "values": {"id": 1, "quantity": 10}})
     ]
 
 
@@ -90,7 +90,7 @@ async def test_a_shadow_reads_what_it_wrote_in_another_session_and_nothing_stays
 
     assert seen == 2
     assert rows(table) == []
-    assert [key for _, key, _ in effects(made)] == ["placed", "placed"]
+    assert [kind for kind, _, _ in effects(made)] == ["db.insert.placed"] * 2
     assert nothing_is_held(table)
     async with handled():
         await place(engine, 1)  # the next one sees nothing of it
@@ -200,7 +200,7 @@ async def test_without_asyncio_it_is_the_same(plain: Engine, table: str) -> None
     async with handled() as made:
         assert await asyncio.to_thread(endpoint) == 1
     assert rows(table) == []
-    assert [kind for kind, _, _ in effects(made)] == ["db.insert"]
+    assert [kind for kind, _, _ in effects(made)] == ["db.insert.placed"]
     assert nothing_is_held(table)
     with inside("live"):
         endpoint()

@@ -34,7 +34,7 @@ class Writes:
         for request, known, payload in waiting:
             token = CURRENT.set(request)
             try:
-                record(f"db.{known.word}", payload, key=known.table)
+                record(f"db.{known.said}".replace(" ", "."), payload)  # so that a finding names the table
             finally:
                 CURRENT.reset(token)
 
