@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from abreast.errors import AbreastError, CaptureError, SettingError
+from abreast.context import Current, current, is_shadow
+from abreast.effects import Effect, effect, record
+from abreast.errors import AbreastError, CaptureError, EffectError, SettingError
 
 if TYPE_CHECKING:
     from abreast.middleware import ParallelRunMiddleware
 
-__all__ = ["AbreastError", "CaptureError", "ParallelRunMiddleware", "SettingError"]
+__all__ = [
+    "AbreastError",
+    "CaptureError",
+    "Current",
+    "Effect",
+    "EffectError",
+    "ParallelRunMiddleware",
+    "SettingError",
+    "current",
+    "effect",
+    "is_shadow",
+    "record",
+]
 
 
 def __getattr__(name: str) -> Any:

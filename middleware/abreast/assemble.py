@@ -32,7 +32,8 @@ def settle(recorder: Recorder, route: str) -> None:
 def assemble(recorder: Recorder, settings: Settings, chosen: frozenset[bytes], redactor: Redactor) -> Capture:
     """A capture whose secrets are hashed, of what was settled."""
     version, role, arms, _ = recorder.marks
-    began, scope = recorder.began, recorder.scope
+    began, scope, hops = recorder.began, recorder.scope, recorder.now.hops
+    effects, effects_dropped = recorder.now.close(redactor.payload)
     return Capture(
         pair=recorder.pair.decode("ascii"),
         service=settings.service,
@@ -47,6 +48,10 @@ def assemble(recorder: Recorder, settings: Settings, chosen: frozenset[bytes], r
         client_left=recorder.client_left,
         complete=recorder.complete,
         raised=recorder.raised,
+        effects=effects,
+        effects_dropped=effects_dropped,
+        hops=tuple(hops.kept) if hops else (),
+        cache=(hops.hits, hops.misses) if hops and hops.hits + hops.misses else None,
         request=Request(
             method=scope["method"],
             path=_path(scope),

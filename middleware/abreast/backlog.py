@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 import uuid
 from collections import Counter, deque
@@ -25,6 +26,8 @@ REFUSED_PAIRS = "refused_pairs"  # Redis holds as many pairs as it may
 REFUSED_BYTES = "refused_bytes"  # Redis holds as many bytes as it may
 REDIS_ERROR = "redis_error"  # Redis refused a batch again and again
 SHUTDOWN = "shutdown"  # there was no time left to send it
+
+LATE = threading.Lock()  # they come from any thread
 
 
 @dataclass(slots=True)
@@ -48,11 +51,18 @@ class Backlog:
         self.started = time.time()
         self.recorders: deque[tuple[Recorder, int]] = deque()
         self.settled: deque[Held] = deque()
+        self.running: list[Held] = []  # settled, but background tasks may still record effects
         self.count = 0
         self.bytes = 0
         self.shipped = 0
         self.versions: Counter[str] = Counter()  # captured; those that wait for the thread come later
         self.dropped: Counter[str] = Counter()
+        self.late_effects = 0
+
+    def late(self) -> None:
+        """An effect came after its capture had left."""
+        with LATE:
+            self.late_effects += 1
 
     def refuse(self, recorder: Recorder) -> None:
         """Drop what can't be trusted or doesn't fit."""
@@ -64,6 +74,14 @@ class Backlog:
     @property
     def captured(self) -> int:
         return self.shipped + self.dropped.total() + self.count
+
+    def grown(self, held: Held) -> None:
+        """Count the effects that were recorded since it came."""
+        recorder = held.recorder
+        if recorder is not None and recorder.now.held is not None:
+            more = recorder.now.held.bytes - recorder.journaled
+            held.size += more
+            self.bytes += more
 
     def drop(self, reason: str, size: int, count: int = 1) -> None:
         self.dropped[reason] += count
@@ -90,5 +108,6 @@ class Backlog:
             "captured": self.captured,
             "shipped": self.shipped,
             "dropped": dict(self.dropped),
+            "late_effects": self.late_effects,
             "queue": {"count": self.count, "bytes": self.bytes},
         }

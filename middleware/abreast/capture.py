@@ -19,6 +19,7 @@ DIGEST_SIZE = 16  # bytes
 
 Version = Literal["old", "new"]
 Role = Literal["live", "shadow", "baseline"]
+HopRow = tuple[str, str, int, int, str]  # kind, name, µs since the arrival, µs taken, note
 Headers = tuple[tuple[str, str], ...]  # latin-1 text, in order, duplicates kept, names in lower case
 
 VERSIONS = ("old", "new")
@@ -82,7 +83,10 @@ class Capture(Struct, frozen=True, gc=False):
     client_left: bool = False
     complete: bool = True  # the answer was sent to its end
     raised: str = ""  # class name of the exception that left the app
-    effects: tuple[dict[str, Any], ...] = ()
+    effects: tuple[dict[str, Any], ...] = ()  # as abreast.journal writes them
+    effects_dropped: int = 0  # more than may be recorded
+    hops: tuple[HopRow, ...] = ()
+    cache: tuple[int, int] | None = None  # hits and misses; None where no cache was asked
 
     @property
     def slot(self) -> str:
@@ -112,7 +116,7 @@ class _AnswerHead(Struct, gc=False):
     body: tuple[int, int, str]
 
 
-class _Head(Struct, gc=False):
+class _Head(Struct, gc=False, omit_defaults=True):
     v: int
     pair: str
     service: str
@@ -130,6 +134,9 @@ class _Head(Struct, gc=False):
     effects: tuple[dict[str, Any], ...]
     request: _RequestHead
     answer: _AnswerHead
+    effects_dropped: int = 0
+    hops: tuple[HopRow, ...] = ()
+    cache: tuple[int, int] | None = None
 
 
 class _Format(Struct):
@@ -168,6 +175,9 @@ def encode(capture: Capture) -> bytes:
             _body_head(request.body),
         ),
         _AnswerHead(answer.status, answer.headers, answer.trailers, _body_head(answer.body)),
+        capture.effects_dropped,
+        capture.hops,
+        capture.cache,
     )
     return b"".join((_encoder.encode(head), b"\n", request.body.held, answer.body.held))
 
@@ -233,4 +243,7 @@ def _capture(head: _Head, asked: bytes, answered: bytes) -> Capture:
         head.complete,
         head.raised,
         head.effects,
+        head.effects_dropped,
+        head.hops,
+        head.cache,
     )

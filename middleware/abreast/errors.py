@@ -2,9 +2,12 @@
 
 AbreastError
 ├── SettingError   a setting has a value that can't be used; the middleware logs it and stays off
-└── CaptureError   a capture can't be read
+├── ShadowError    a shadow request asks for what could not be taken back; raised into it, and only into it
+├── CaptureError   a capture can't be read
+└── EffectError    an effect is declared in a way that can't hold it back; raised where it is written down wrong
 
-Messages are lower case and say what, where and what to do. None is ever raised into a request.
+Messages are lower case and say what, where and what to do. But for EffectError and ShadowError, none is ever raised
+into a request.
 """
 
 
@@ -17,4 +20,12 @@ class SettingError(AbreastError):
 
 
 class CaptureError(AbreastError):
+    pass
+
+
+class EffectError(AbreastError):
+    pass
+
+
+class ShadowError(AbreastError):
     pass

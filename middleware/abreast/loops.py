@@ -44,6 +44,9 @@ class Loops:
             shipper = self.start()  # asking for the running loop takes longer
         backlog = self._backlog
         size = OVERHEAD + (len(recorder.only) if recorder.plain else recorder.held)
+        if recorder.now.held is not None:
+            recorder.journaled = recorder.now.held.bytes
+            size += recorder.journaled
         if recorder.fault or backlog.count >= self._most or backlog.bytes + size > self._most_bytes:
             backlog.refuse(recorder)
             return

@@ -6,10 +6,14 @@ import logging
 import os
 import string
 from collections.abc import Awaitable, Callable
+from time import perf_counter_ns
 from typing import Unpack, get_args
 
 from abreast.backlog import Backlog
+from abreast.bystander import Bystander
 from abreast.capture import Role, Version
+from abreast.context import CURRENT, OUTSIDE, Current
+from abreast.ending import end
 from abreast.errors import SettingError
 from abreast.loops import Loops
 from abreast.recorder import PAIR, Marks, Message, Receive, Recorder, Scope, Send
@@ -24,7 +28,9 @@ logger = logging.getLogger("abreast")
 VERSION = b"x-abreast-version"
 ROLE = b"x-abreast-role"
 ARMS = b"x-abreast-arms"
-SEEN = "abreast.pair"  # in the scope: an outer middleware records this request already
+SEEN = "abreast.current"  # in the scope: an outer middleware records this request already
+VERSIONS: dict[bytes | None, Version] = {each.encode(): each for each in get_args(Version)}
+ROLES: dict[bytes, Role] = {each.encode(): each for each in get_args(Role)}
 TAIL = 8  # headers at the end, where ours are as a rule
 ID = (string.digits + string.ascii_letters + "-").encode()  # what a pair id may hold
 ID_LENGTH = 64
@@ -46,6 +52,7 @@ class ParallelRunMiddleware:
         self.backlog = Backlog(self.settings)
         self._loops = Loops(self.settings, self.backlog, Routes(app), self.rescue)
         self._enabled = self.settings.enabled
+        self._release = self.settings.release
         self._marks = self._all_marks()
 
     def _read(self, settings: Options) -> Settings:
@@ -75,8 +82,8 @@ class ParallelRunMiddleware:
         self, scope: Scope, receive: Receive, send: Send
     ) -> None:  # one function: it is in every request
         kind = scope["type"]
-        if kind == "http":
-            recorder = None
+        if kind == "http" or kind == "websocket":  # noqa: PLR1714  # faster
+            before, recorder, stray = CURRENT.get(), None, False
             try:
                 headers = scope["headers"]
                 if headers.__class__ is not list:
@@ -85,24 +92,37 @@ class ParallelRunMiddleware:
                     if name == PAIR:
                         recorder = self._recorder(scope, receive, send)
                         break
+                else:
+                    stray = before.answered  # a server took another request's context along to this one
             except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
                 self.rescue("request", error)
             if recorder is not None:
                 try:
                     await self.app(scope, recorder.receive, recorder.send)
-                except BaseException as error:
+                except BaseException as error:  # the context stays, for handlers further out
                     recorder.left(type(error).__name__)
+                    end(recorder.now)
                     raise
-                if not recorder.finished:
-                    recorder.left("")
+                recorder.left("")
+                end(recorder.now)
+                CURRENT.set(before)
+                return
+            if stray:
+                CURRENT.set(OUTSIDE)
+                await self.app(scope, receive, send)
+                CURRENT.set(before)
                 return
         elif kind == "lifespan" and self._enabled:
             await self._lifespan(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
-    def _recorder(self, scope: Scope, receive: Receive, send: Send) -> Recorder | None:
-        """None for what Envoy did not mark, or marked in a way that is not understood."""
+    def _recorder(self, scope: Scope, receive: Receive, send: Send) -> Recorder | Bystander | None:
+        """What watches a marked request; None where an outer middleware does. Tells the code which role it has."""
+        if SEEN in scope:
+            if CURRENT.get().pair != scope[SEEN].pair:  # something in between began a new context
+                CURRENT.set(scope[SEEN])
+            return None
         headers = scope["headers"]
         try:
             found = dict(headers[-TAIL:])
@@ -116,12 +136,25 @@ class ParallelRunMiddleware:
             marks is None
             or pair.translate(None, ID)
             or not 0 < len(pair) <= ID_LENGTH
-            or SEEN in scope
             or not self._enabled
+            or scope["type"] != "http"
         ):
-            return None
-        scope[SEEN] = pair
-        return Recorder(self._loops, scope, receive, send, pair, marks)
+            return self._bystander(found, receive, send)
+        now = Current(marks[0], marks[1], pair.decode(), self._release, self.backlog, perf_counter_ns())
+        if now.shadow:
+            now.ends = []
+        CURRENT.set(now)
+        scope[SEEN] = now
+        return Recorder(self._loops, scope, receive, send, pair, marks, now)
+
+    def _bystander(self, found: dict[bytes, bytes], receive: Receive, send: Send) -> Bystander:
+        """For what is not captured: a shadow is one also where capturing is off, or the marks are not understood."""
+        role: Role = ROLES.get(found.get(ROLE, b"live"), "shadow")
+        pair = found[PAIR].decode("latin-1")
+        now = Current(VERSIONS.get(found.get(VERSION)), role, pair, self._release)
+        now.ends = [] if now.shadow else None
+        CURRENT.set(now)
+        return Bystander(now, receive, send)
 
     async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Connect at the start, and send what waits before the server is told that the app has stopped."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from abreast.body import HOLD, BodyRecorder, FilePart
 from abreast.capture import Role, Version
+from abreast.context import Current
 from abreast.rescue import Rescue
 
 Scope = MutableMapping[str, Any]
@@ -49,6 +50,8 @@ class Recorder:
     fault = ""  # why this capture can't be trusted, and is dropped
     first_byte = 0
     finished = 0
+    returned = False  # the app has, and so have its background tasks
+    journaled = 0  # bytes of effects that the backlog counts
     started = 0.0  # these two are set in the background
     route = ""
 
@@ -60,6 +63,7 @@ class Recorder:
         send: Send,
         pair: bytes,
         marks: Marks,
+        now: Current,
     ) -> None:
         self._host = host
         self._receive = receive
@@ -67,7 +71,8 @@ class Recorder:
         self.scope = scope
         self.pair = pair
         self.marks = marks
-        self.began = perf_counter_ns()
+        self.now = now
+        self.began = now.began
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -101,7 +106,7 @@ class Recorder:
                     else:
                         self.only = chunk
                 if not message.get("more_body") and self.trailers is None:
-                    self.ended = True
+                    self.ended = self.now.answered = True  # before the server begins with the next request
             elif kind == "http.response.start":
                 self.first_byte = perf_counter_ns()
                 self.status = message["status"]
@@ -123,7 +128,8 @@ class Recorder:
             self._ship()
 
     def left(self, raised: str) -> None:
-        """The app is done, by returning or by raising. What it did after its answer is not ours."""
+        """The app is done, by returning or by raising. Of what it did after its answer, effects are ours alone."""
+        self.returned = True
         if not self.finished:
             self.raised = raised
             self._ship()
@@ -149,6 +155,7 @@ class Recorder:
             self.ended = not message.get("more_body", False) and self.trailers is None
             offset, count = message.get("offset"), message.get("count")
             self._file(FilePart.of_descriptor(message["file"], offset, count))
+        self.now.answered = self.ended
 
     def _file(self, part: FilePart) -> None:
         if self.scope["method"] == "HEAD":  # the server sends none of it
@@ -157,6 +164,7 @@ class Recorder:
             self._body().add_file(part)
 
     def _ship(self) -> None:
+        self.now.answered = True
         self.finished = perf_counter_ns()
         try:
             self._host.recorded(self)

@@ -60,6 +60,7 @@ class Options(TypedDict, total=False):
     redis_bytes: int
     shards: int
     flush_timeout: float
+    effect_wait: float
 
 
 def setting(default: Any, parse: Callable[[Any], Any], doc: str, *, secret: bool = False) -> Any:
@@ -183,6 +184,11 @@ class Settings:
     shards: int = setting(1, count(1, "shards"), "streams per service; the same for both versions")
     flush_timeout: float = setting(
         2.0, seconds, "seconds that a shutdown waits for what has not been sent yet"
+    )
+    effect_wait: float = setting(
+        2.0,
+        seconds,
+        "seconds that a capture waits for background tasks after its answer, and for the effects they record",
     )
 
     def __post_init__(self) -> None:

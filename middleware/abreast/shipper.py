@@ -12,7 +12,7 @@ import logging
 import random
 import threading
 from collections import deque
-from time import perf_counter
+from time import perf_counter, perf_counter_ns
 
 from abreast.assemble import assemble, settle
 from abreast.backlog import (
@@ -62,6 +62,7 @@ class Shipper:
         self._routes = routes
         self._rescue = rescue
         self._chosen = frozenset(name.encode("ascii") for name in settings.request_headers)
+        self._effect_wait = round(min(settings.effect_wait, settings.pair_timeout / 2) * 1e9)  # ns
         self._link = Link(settings)
         self._redactor: Redactor | None = None  # there while the connection is believed to work
         self._outgoing: deque[tuple[int, list[Held]]] = deque()  # batches by shard, encoded
@@ -71,6 +72,7 @@ class Shipper:
         self._reported_at = 0.0
         self._reported: tuple[int, ...] = ()
         self._closing = False
+        self._ending = False  # nothing is waited for any more
         # A context of its own, or the request that started the task would live in it for ever.
         self._task = loop.create_task(self._run(), name="abreast", context=contextvars.Context())
 
@@ -119,6 +121,8 @@ class Shipper:
             await self._sleep(self._settings.ship_interval)
         elif self._failures:
             await self._sleep(self._retry_at - now)
+        elif backlog.running:
+            await self._sleep(min(self._settings.ship_interval, self._next_report() - now))
         elif await self._sleep(self._next_report() - now):
             await self._sleep(self._settings.ship_interval)  # others may come
 
@@ -164,10 +168,24 @@ class Shipper:
                 backlog.drop(CAPTURE_ERROR, size)
                 self._rescue("settling", error)
             else:
-                backlog.settled.append(Held(size, recorder))
+                backlog.running.append(Held(size, recorder))
             if perf_counter() > until:
                 await asyncio.sleep(0)
                 until = perf_counter() + SLICE
+        self._release()
+
+    def _release(self) -> None:
+        """Let go what no background task adds to any more, or has had its time."""
+        backlog, running = self._backlog, []
+        over = perf_counter_ns() - self._effect_wait
+        for held in backlog.running:
+            recorder = held.recorder
+            if recorder is None or recorder.returned or recorder.finished < over or self._ending:
+                backlog.grown(held)
+                backlog.settled.append(held)
+            else:
+                running.append(held)
+        backlog.running = running
 
     async def _ship(self) -> None:
         if self._redactor is None:
@@ -271,6 +289,7 @@ class Shipper:
 
     async def _flush(self) -> None:
         """Until nothing waits, Redis fails or the time is over."""
+        self._ending = True
         with contextlib.suppress(TimeoutError, LinkError):
             async with asyncio.timeout(self._settings.flush_timeout):
                 while self._backlog.count:
@@ -288,9 +307,10 @@ class Shipper:
             backlog.versions[recorder.marks[0]] += 1
             recorder.close()
             backlog.drop(SHUTDOWN, size)
-        for held in backlog.settled:
+        for held in (*backlog.running, *backlog.settled):
             backlog.drop(SHUTDOWN, held.size)
         backlog.recorders.clear()
+        backlog.running.clear()
         backlog.settled.clear()
 
     async def _last_report(self) -> None:

@@ -136,7 +136,7 @@ async def test_drops_are_told_by_place_and_reason(sidecar: Running, ledger: Ledg
     for process, dropped in (("a", {"queue_bytes": 3, "redis": 0}), ("b", {"queue_bytes": 4})):
         ledger.execute(
             "insert into abreast.process_report (id, service, seen, report) values (%s, 'shop', now(), %s)",
-            *(process, Jsonb({"dropped": dropped, "sent": 9})),
+            *(process, Jsonb({"dropped": dropped, "sent": 9, "late_effects": 1})),
         )
     ledger.execute(
         "insert into abreast.shard_report (service, shard, seen, report) values ('shop', 0, now(), %s)",
@@ -147,6 +147,7 @@ async def test_drops_are_told_by_place_and_reason(sidecar: Running, ledger: Ledg
 
     assert [(drop.place, drop.reason, drop.count) for drop in found.drops] == [
         ("redis", "shed_pairs", 2),
+        ("service", "late_effects", 2),
         ("service", "queue_bytes", 7),
     ]
 

@@ -75,6 +75,21 @@ async def test_a_sent_pair_becomes_a_row(settings: Settings) -> None:
     ]
 
 
+async def test_what_was_done_beside_an_answer_becomes_a_finding(settings: Settings) -> None:
+    mail = {"kind": "email.send", "payload": {"to": "a@b"}, "at_us": 9}
+    old, new = pair_of({"price": 1}, {"price": 1})
+    changed = {**mail, "payload": {"to": "c@d"}}
+    send(settings.redis_url, [replace(old, effects=(mail, mail)), replace(new, effects=(changed,))])
+    async with running(settings):
+        await emptied(settings)
+
+    found = "select part, path, kind, impact from abreast.finding order by path"
+    assert rows(settings.postgres_url, found) == [
+        ("effect", "email.send", "removed", "breaking"),
+        ("effect", "email.send.$.to", "changed", "value"),
+    ]
+
+
 async def test_what_is_committed_gives_its_bytes_back(settings: Settings) -> None:
     for _ in range(20):
         send(settings.redis_url, pair_of())

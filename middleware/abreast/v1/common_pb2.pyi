@@ -144,6 +144,8 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     """The application raised, or did not finish its answer."""
     PART_LATENCY: _Part.ValueType  # 5
     """The time to answer."""
+    PART_EFFECT: _Part.ValueType  # 6
+    """What the version did beside its answer, such as sending a mail."""
 
 class Part(_Part, metaclass=_PartEnumTypeWrapper):
     """Where in an answer a difference lies."""
@@ -160,6 +162,8 @@ PART_ERROR: Part.ValueType  # 4
 """The application raised, or did not finish its answer."""
 PART_LATENCY: Part.ValueType  # 5
 """The time to answer."""
+PART_EFFECT: Part.ValueType  # 6
+"""What the version did beside its answer, such as sending a mail."""
 Global___Part: _TypeAlias = Part  # noqa: Y015
 
 class _Kind:

@@ -235,7 +235,7 @@ class GetSummaryResponse(_message.Message):
 
     @_builtins.property
     def drops(self) -> _containers.RepeatedCompositeFieldContainer[Global___DropCount]:
-        """Captures that were dropped, by place and reason, over all time."""
+        """Captures that were dropped, by place and reason, over all time. `late_effects` are effects without a capture."""
 
     @_builtins.property
     def first(self) -> _timestamp_pb2.Timestamp:

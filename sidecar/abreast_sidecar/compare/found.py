@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from abreast_sidecar.compare.difference import Difference, Impact, Kind
+from abreast_sidecar.compare.difference import Difference, Impact, Kind, Part
 from abreast_sidecar.compare.path import Place
 from abreast_sidecar.compare.value import shown
 
@@ -68,4 +68,10 @@ def found_at(at: Place, path: str, kind: Kind, impact: Impact, hint: str) -> Dif
     _set_explained(found, "")
     _set_hint(found, hint)
     _set_at(found, at)
+    return found
+
+
+def as_part(found: Difference, part: Part) -> Difference:
+    """The same difference, of a document that stands elsewhere than in the body. Nobody may have seen it yet."""
+    _set_part(found, part)
     return found

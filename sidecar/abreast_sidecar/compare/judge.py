@@ -8,6 +8,7 @@ from typing import NamedTuple
 from abreast.capture import Capture
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
 from abreast_sidecar.compare.difference import Difference, Judgement, Kind, Outcome, Rules
+from abreast_sidecar.compare.effects import TOO_MANY, effect_differences
 from abreast_sidecar.compare.headers import first, header_differences, trailer_differences
 from abreast_sidecar.compare.path import route_of
 from abreast_sidecar.compare.rules import RuleSet, Subject
@@ -192,10 +193,13 @@ def _differences(old: Capture, new: Capture, rules: Rules, declared: RuleSet | N
     found += header_differences(before.headers, after.headers, rules.volatile_headers, old.request)
     if before.trailers or after.trailers:
         found += trailer_differences(before.trailers, after.trailers, rules.volatile_headers)
+    keyed = declared.identity if declared and declared.keyed else None
+    found += effect_differences(old, new, rules.max_differences, keyed)
     if old.request.method == "HEAD" or _broken_off(old):
         return BodyResult(found[: rules.max_differences])
-    keyed = declared.identity if declared and declared.keyed else None
     bodies = compare_bodies(before, after, rules, keyed)
+    if old.effects_dropped or new.effects_dropped:
+        bodies = bodies._replace(note=TOO_MANY, unreadable=True)
     if not found:
         return bodies
     return bodies._replace(differences=[*found, *bodies.differences][: rules.max_differences])

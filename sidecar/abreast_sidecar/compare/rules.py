@@ -133,7 +133,7 @@ class RuleSet:
         return difference if rule is None else replace(difference, explained_by=rule.name)
 
 
-_STEP = r"(?:\.\*|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"
+_STEP = r"(?:\.\*|\.\$|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"
 _TOKENS = re.compile(
     r"(?P<any>\.\*\*|\*\*)|(?P<key>\.\*)|(?P<index>\[\*?\])|(?P<exact>\[\d+\])|(?P<part>[^*\[.]+|.)",
     re.DOTALL,

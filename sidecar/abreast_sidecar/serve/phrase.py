@@ -12,8 +12,8 @@ def place(finding: Finding) -> str:
     """Where: `$.items[*].price`, `header etag`, `status`, …"""
     if finding.part == "body":
         return finding.path or "body"
-    if finding.part == "header":
-        return f"header {finding.path}"
+    if finding.part in {"header", "effect"}:
+        return f"{finding.part} {finding.path}"
     return finding.path or NAMES.get(finding.part, finding.part)
 
 

@@ -1,0 +1,154 @@
+"""psycopg's pools for a service that is shadowed.
+
+    from abreast.guards.psycopg_pool import AsyncConnectionPool  # instead of psycopg_pool's
+
+Shadow requests get their connections from a small pool of their own: users never wait for one that a shadow holds, and
+no session changes sides. Within a shadow request a connection that was given back is given out again, still in the
+same transaction, so that it reads what it has written. All is rolled back when the request is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import Context
+from typing import Any
+
+import psycopg_pool
+
+from abreast.context import CURRENT
+from abreast.errors import SettingError
+from abreast.guards.pins import Pins
+from abreast.guards.psycopg_async import AsyncConnection, AsyncOwnConnection, AsyncShadowConnection
+from abreast.guards.psycopg_sync import Connection, OwnConnection, ShadowConnection
+
+SHADOWS = 4  # connections
+
+
+class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]):
+    """`shadow_conninfo` names a database for shadows alone, in which they commit. Other arguments are psycopg_pool's."""
+
+    def __init__(
+        self, conninfo: str = "", *, shadow_conninfo: str = "", shadow_max_size: int = SHADOWS, **how: Any
+    ) -> None:
+        _no_class(how)
+        kind: type[AsyncConnection[Any]] = AsyncOwnConnection if shadow_conninfo else AsyncShadowConnection
+        small = {**how, "min_size": 0, "max_size": shadow_max_size, "open": False, "name": None}
+        self.shadows = psycopg_pool.AsyncConnectionPool(
+            shadow_conninfo or conninfo, connection_class=kind, **small
+        )
+        self._pins: Pins[AsyncConnection[Any]] = Pins(self._end)
+        super().__init__(conninfo, connection_class=AsyncConnection, **how)
+
+    async def getconn(self, timeout: float | None = None) -> AsyncConnection[Any]:
+        request = CURRENT.get()
+        if not request.shadow:
+            return await super().getconn(timeout)
+        connection = self._pins.take(request)
+        if connection is None:
+            if self.shadows.closed:  # in a context of its own: the pool's tasks live longer than this request
+                await asyncio.get_running_loop().create_task(self.shadows.open(), context=Context())
+            connection = await self.shadows.getconn(timeout)
+            connection.request = request
+            if connection.mode == "rolled back":
+                await self._held(connection)
+        return connection
+
+    async def _held(self, connection: AsyncConnection[Any]) -> None:
+        try:
+            await connection.hold()
+        except BaseException:
+            await self._give_back(connection)
+            raise
+
+    async def putconn(self, conn: AsyncConnection[Any]) -> None:
+        if conn.mode == "live":
+            await super().putconn(conn)
+            return
+        if conn.held and not conn.closed:
+            try:
+                await conn.rollback()  # what was not committed
+            except Exception:  # noqa: BLE001  # it is in no state to go on with
+                conn.pgconn.finish()
+        if not (conn.held and not conn.closed and self._pins.keep(conn.request, conn)):
+            await self._give_back(conn)
+
+    async def _give_back(self, connection: AsyncConnection[Any]) -> None:
+        try:
+            await connection.give_up()
+        finally:
+            await self.shadows.putconn(connection)
+
+    async def _end(self, connections: list[AsyncConnection[Any]]) -> None:
+        for connection in connections:
+            await self._give_back(connection)
+
+    async def close(self, timeout: float = 5.0) -> None:
+        await self.shadows.close(timeout)
+        await super().close(timeout)
+
+
+class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
+    """The same without asyncio, for endpoints that are plain functions."""
+
+    def __init__(
+        self, conninfo: str = "", *, shadow_conninfo: str = "", shadow_max_size: int = SHADOWS, **how: Any
+    ) -> None:
+        _no_class(how)
+        kind: type[Connection[Any]] = OwnConnection if shadow_conninfo else ShadowConnection
+        small = {**how, "min_size": 0, "max_size": shadow_max_size, "open": False, "name": None}
+        self.shadows = psycopg_pool.ConnectionPool(
+            shadow_conninfo or conninfo, connection_class=kind, **small
+        )
+        self._pins: Pins[Connection[Any]] = Pins(lambda left: asyncio.to_thread(self._end, left))
+        super().__init__(conninfo, connection_class=Connection, **how)
+
+    def getconn(self, timeout: float | None = None) -> Connection[Any]:
+        request = CURRENT.get()
+        if not request.shadow:
+            return super().getconn(timeout)
+        connection = self._pins.take(request)
+        if connection is None:
+            self.shadows.open()
+            connection = self.shadows.getconn(timeout)
+            connection.request = request
+            if connection.mode == "rolled back":
+                self._held(connection)
+        return connection
+
+    def _held(self, connection: Connection[Any]) -> None:
+        try:
+            connection.hold()
+        except BaseException:
+            self._give_back(connection)
+            raise
+
+    def putconn(self, conn: Connection[Any]) -> None:
+        if conn.mode == "live":
+            super().putconn(conn)
+            return
+        if conn.held and not conn.closed:
+            try:
+                conn.rollback()  # what was not committed
+            except Exception:  # noqa: BLE001  # it is in no state to go on with
+                conn.pgconn.finish()
+        if not (conn.held and not conn.closed and self._pins.keep(conn.request, conn)):
+            self._give_back(conn)
+
+    def _give_back(self, connection: Connection[Any]) -> None:
+        try:
+            connection.give_up()
+        finally:
+            self.shadows.putconn(connection)
+
+    def _end(self, connections: list[Connection[Any]]) -> None:
+        for connection in connections:
+            self._give_back(connection)
+
+    def close(self, timeout: float = 5.0) -> None:
+        self.shadows.close(timeout)
+        super().close(timeout)
+
+
+def _no_class(how: dict[str, Any]) -> None:
+    if "connection_class" in how:
+        raise SettingError("connection_class can't be set: a shadow's writes are held by abreast's own")

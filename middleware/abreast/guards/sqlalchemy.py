@@ -1,0 +1,188 @@
+"""SQLAlchemy 2 on psycopg 3 for a service that is shadowed: what a shadow request writes is recorded and rolled back.
+
+    engine = create_async_engine("postgresql+psycopg://...")
+    protect(engine)
+
+Sessions and connections are used as before. Those of shadow requests come from a small pool of their own, and stay in
+one transaction until the request is over. See docs/database.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from sqlalchemy import URL, Engine, event, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, PoolProxiedConnection, QueuePool
+from sqlalchemy.util import await_only
+
+from abreast.context import CURRENT
+from abreast.errors import SettingError, ShadowError
+from abreast.guards.pins import Pins
+from abreast.guards.psycopg_async import AsyncConnection, AsyncOwnConnection, AsyncShadowConnection, Mode
+from abreast.guards.psycopg_sync import Connection, OwnConnection, ShadowConnection
+
+SHADOWS = 4  # connections
+TIMEOUT = 5.0  # seconds that a shadow waits for one of them
+MAKING: ContextVar[Mode] = ContextVar("abreast connection", default="live")
+ASYNC: dict[Mode, type[AsyncConnection[Any]]] = {
+    "live": AsyncConnection,
+    "rolled back": AsyncShadowConnection,
+    "own": AsyncOwnConnection,
+}
+SYNC: dict[Mode, type[Connection[Any]]] = {
+    "live": Connection,
+    "rolled back": ShadowConnection,
+    "own": OwnConnection,
+}
+
+
+def protect(
+    engine: Engine | AsyncEngine, *, shadow_url: str | URL | None = None, shadow_pool_size: int = SHADOWS
+) -> None:
+    """Call it once, before the engine is used. `shadow_url` names a database for shadows alone, in which they commit."""
+    target = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
+    if (target.dialect.name, target.dialect.driver) not in {
+        ("postgresql", "psycopg"),
+        ("postgresql", "psycopg_async"),
+    }:
+        raise SettingError(
+            f"abreast.guards.sqlalchemy protects postgresql+psycopg:// (psycopg 3), not {target.dialect.name}+"
+            f"{target.dialect.driver}://"
+        )
+    mode: Mode = "rolled back" if shadow_url is None else "own"
+    event.listen(target, "do_connect", _connector(None if shadow_url is None else make_url(shadow_url)))
+    _route(target, mode, shadow_pool_size)
+    event.listen(target, "engine_disposed", lambda disposed: _route(disposed, mode, shadow_pool_size))
+
+
+def _connector(own: URL | None) -> Callable[..., Any]:
+    def connect(dialect: Any, _record: Any, cargs: list[Any], cparams: dict[str, Any]) -> Any:
+        mode = MAKING.get()
+        if mode == "own" and own is not None:
+            more, changed = dialect.create_connect_args(own)
+            cargs[:] = more
+            cparams.update(changed)
+        if not dialect.is_async:
+            return SYNC[mode].connect(*cargs, **cparams)
+        cparams["async_creator_fn"] = ASYNC[mode].connect
+        return None  # SQLAlchemy goes on with it
+
+    return connect
+
+
+def _route(engine: Engine, mode: Mode, size: int) -> None:
+    """Shadows' connections from a pool of their own, whoever asks the engine's pool: sessions, options, raw ones."""
+    pool = engine.pool
+    kind = AsyncShadows if engine.dialect.is_async else Shadows
+    shadows = kind(
+        pool._creator,  # noqa: SLF001  # as Pool.recreate does
+        pool_size=size,
+        max_overflow=0,
+        timeout=TIMEOUT,
+        dialect=engine.dialect,
+        _dispatch=pool.dispatch,
+    )
+    shadows.mode = mode
+    users = pool.connect
+
+    def connect() -> PoolProxiedConnection:
+        return shadows.held() if CURRENT.get().shadow else users()
+
+    def dispose() -> None:
+        shadows.dispose()
+        Pool.dispose(pool) if type(pool).dispose is Pool.dispose else type(pool).dispose(pool)
+
+    pool.connect = connect  # type: ignore[method-assign]  # of this pool
+    pool.dispose = dispose  # type: ignore[method-assign]
+
+
+@contextmanager
+def _making(mode: Mode) -> Iterator[None]:
+    token = MAKING.set(mode)
+    try:
+        yield
+    finally:
+        MAKING.reset(token)
+
+
+class Shadows(QueuePool):
+    mode: Mode = "rolled back"
+
+    def __init__(self, *given: Any, **how: Any) -> None:
+        super().__init__(*given, **how)
+        self._pins: Pins[ConnectionPoolEntry] = Pins(self._end)
+
+    def held(self) -> PoolProxiedConnection:
+        """A connection that this request writes to, rolled back at its end."""
+        made = self.connect()
+        driver = made.driver_connection
+        if not isinstance(driver, Connection | AsyncConnection) or driver.mode != self.mode:
+            made.invalidate()
+            raise ShadowError("an engine with a creator of its own can't be protected")
+        if self.mode == "rolled back" and not driver.held:
+            try:
+                self._hold(driver)
+            except BaseException:
+                made.invalidate()
+                raise
+            driver.request = CURRENT.get()
+        return made
+
+    def _hold(self, driver: Any) -> None:
+        driver.hold()
+
+    def _give_up(self, driver: Any) -> None:
+        driver.give_up()
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        record = self._pins.take(CURRENT.get())
+        if record is None:
+            with _making(self.mode):
+                record = super()._do_get()
+        driver: Any = record.driver_connection
+        if driver is not None and driver.closed:
+            record.invalidate()
+        return record
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        driver: Any = record.driver_connection
+        if driver is not None and driver.held and not driver.closed:
+            if self._pins.keep(driver.request, record):
+                return
+            try:
+                self._give_up(driver)
+            except BaseException:  # noqa: BLE001  # outside a greenlet, or it can't be rolled back: the server does it
+                driver.pgconn.finish()
+        super()._do_return_conn(record)
+
+    async def _end(self, records: list[ConnectionPoolEntry]) -> None:
+        for record in records:
+            with contextlib.suppress(Exception):  # then it is closed, and rolled back by the server
+                await self._ended(record)
+            super()._do_return_conn(record)
+
+    async def _ended(self, record: ConnectionPoolEntry) -> None:
+        driver: Any = record.driver_connection
+        await asyncio.to_thread(driver.give_up)
+
+
+class AsyncShadows(Shadows, AsyncAdaptedQueuePool):
+    def _hold(self, driver: Any) -> None:
+        await_only(driver.hold())
+
+    def _give_up(self, driver: Any) -> None:
+        rolling_back = driver.give_up()
+        try:
+            await_only(rolling_back)
+        finally:
+            rolling_back.close()  # where it was not awaited
+
+    async def _ended(self, record: ConnectionPoolEntry) -> None:
+        driver: Any = record.driver_connection
+        await driver.give_up()

@@ -1,0 +1,360 @@
+"""The cache against a real Redis: what users read, and what a shadow may do beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import redis
+
+from abreast.cache import PAUSE, Cache
+from abreast.capture import Role
+from abreast.errors import SettingError
+from abreast_sidecar.embedded import RedisServer
+from support import eventually_async, free_port
+from support_guards import inside
+
+pytestmark = pytest.mark.redis
+
+
+@dataclass(frozen=True)
+class Product:
+    id: int
+    name: str
+
+
+class Source:
+    """Counts how often it is asked."""
+
+    def __init__(self, value: Any = "from the database") -> None:
+        self.value = value
+        self.asked = 0
+
+    async def __call__(self) -> Any:
+        self.asked += 1
+        await asyncio.sleep(0)
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+def make(url: str, **changes: Any) -> Cache:
+    return Cache(url, **{"namespace": "shop", "form": "1", "timeout": 2.0, **changes})
+
+
+@pytest.fixture
+async def cache(redis_url: str) -> AsyncIterator[Cache]:
+    async with make(redis_url) as made:
+        yield made
+
+
+def kept(url: str) -> dict[str, dict[bytes, bytes]]:
+    with redis.Redis.from_url(url) as client:
+        return {name.decode(): client.hgetall(name) for name in client.scan_iter("shop:*")}
+
+
+async def test_what_was_loaded_once_is_read_from_then_on(cache: Cache) -> None:
+    source = Source({"id": 7})
+
+    assert [await cache.get("product:7", source) for _ in range(3)] == [{"id": 7}] * 3
+    assert source.asked == 1
+
+
+async def test_both_versions_read_what_the_other_kept_in_the_same_form(redis_url: str) -> None:
+    async with make(redis_url) as old, make(redis_url) as new:
+        await old.get("product:7", Source("by old"))
+
+        assert await new.get("product:7", Source("by new")) == "by old"
+
+
+async def test_versions_with_other_forms_neither_read_nor_replace_each_other(redis_url: str) -> None:
+    async with make(redis_url, form="1") as old, make(redis_url, form="2") as new:
+        again = Source()
+        for _ in range(2):
+            assert await old.get("product:7", Source("by old")) == "by old"
+            assert await new.get("product:7", Source("by new")) == "by new"
+        assert await old.get("product:7", again) == "by old"
+
+    assert again.asked == 0
+
+
+async def test_one_deletion_is_for_all_forms(redis_url: str) -> None:
+    async with make(redis_url, form="1") as old, make(redis_url, form="2") as new:
+        await new.get("product:7", Source("stale"))
+        await old.delete("product:7")
+
+        assert await new.get("product:7", Source("fresh")) == "fresh"
+
+
+async def test_the_form_is_the_release_by_default(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABREAST_RELEASE", "shop-2.0")
+    async with make(redis_url, form=None) as cache:
+        await cache.get("product:7", Source())
+
+    assert list(kept(redis_url)["shop:product:7"]) == [b"shop-2.0"]
+
+
+@pytest.mark.parametrize("held", [b"", b"short", b"\xff" * 8 + b"no json", b"\xff" * 8 + b'{"id":7}'])
+async def test_what_cant_be_read_is_a_miss_and_no_error(cache: Cache, redis_url: str, held: bytes) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        client.hset("shop:product:7", "1", held)
+    found = await cache.get(
+        "product:7", Source(Product(7, "Tea")), parse=lambda value: Product(value["id"], value["name"])
+    )
+
+    assert found == Product(7, "Tea")
+
+
+async def test_a_kept_value_is_what_was_loaded_through_parse(cache: Cache) -> None:
+    def parse(value: Any) -> Product:
+        return Product(**value)
+
+    source = Source(Product(7, "Tea"))
+
+    assert [await cache.get("product:7", source, parse=parse) for _ in range(2)] == [Product(7, "Tea")] * 2
+    assert source.asked == 1
+
+
+async def test_a_value_is_kept_for_its_time_and_a_little_less(redis_url: str) -> None:
+    async with make(redis_url, ttl=100, jitter=0.2) as cache:
+        for number in range(20):
+            await cache.get(f"product:{number}", Source())
+    with redis.Redis.from_url(redis_url) as client:
+        times = [int(client.pttl(f"shop:product:{number}")) / 1000 for number in range(20)]
+
+    assert all(75 < each <= 100 for each in times)
+    assert max(times) - min(times) > 1
+
+
+async def test_a_field_that_is_over_is_a_miss_though_another_form_keeps_the_key(redis_url: str) -> None:
+    async with make(redis_url, form="1", ttl=0.01, jitter=0) as old, make(redis_url, form="2") as new:
+        await old.get("product:7", Source("long ago"))
+        await new.get("product:7", Source())
+        await asyncio.sleep(0.02)  # what is tested is that time passes
+
+        assert await old.get("product:7", Source("now")) == "now"
+
+
+async def test_errors_none_and_what_is_too_large_are_not_kept(redis_url: str) -> None:
+    async with make(redis_url, max_bytes=100) as cache:
+        with pytest.raises(LookupError):
+            await cache.get("error", Source(LookupError("gone")))
+        await cache.get("none", Source(None))
+        await cache.get("large", Source("x" * 101))
+        await cache.get("object", Source(object()))
+
+    assert kept(redis_url) == {}
+
+
+# One load for all
+
+
+async def waiting(cache: Cache, source: Callable[[], Awaitable[Any]], number: int) -> list[asyncio.Task[Any]]:
+    tasks = [asyncio.create_task(cache.get("product:7", source)) for _ in range(number)]
+    await eventually_async(lambda: _led(cache), what="the load is under way")
+    return tasks
+
+
+async def _led(cache: Cache) -> bool:
+    return bool(cache._flights._waiting)
+
+
+async def test_those_who_ask_at_the_same_time_share_one_load(cache: Cache) -> None:
+    gate, asked = asyncio.Event(), 0
+
+    async def load() -> str:
+        nonlocal asked
+        asked += 1
+        await gate.wait()
+        return "loaded"
+
+    tasks = await waiting(cache, load, 50)
+    gate.set()
+
+    assert await asyncio.gather(*tasks) == ["loaded"] * 50
+    assert asked == 1
+
+
+async def test_an_error_reaches_all_who_wait(cache: Cache) -> None:
+    gate = asyncio.Event()
+
+    async def load() -> str:
+        await gate.wait()
+        raise LookupError("gone")
+
+    tasks = await waiting(cache, load, 5)
+    gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [type(result) for result in results] == [LookupError] * 5
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+async def test_one_who_leaves_takes_nobody_along(cache: Cache, victim: int) -> None:
+    """0 is the one that loads."""
+    gate = asyncio.Event()
+
+    async def load() -> str:
+        await gate.wait()
+        return "loaded"
+
+    tasks = await waiting(cache, load, 5)
+    tasks[victim].cancel()
+    await asyncio.wait([tasks[victim]])
+    gate.set()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [type(result) for result in results].count(asyncio.CancelledError) == 1
+    assert results.count("loaded") == 4
+
+
+async def test_what_was_deleted_while_it_was_loaded_is_not_kept(cache: Cache) -> None:
+    gate = asyncio.Event()
+
+    async def load() -> str:
+        await gate.wait()
+        return "from before"
+
+    (task,) = await waiting(cache, load, 1)
+    await cache.delete("product:7")
+    gate.set()
+
+    assert await task == "from before"
+    assert await cache.get("product:7", Source("from after")) == "from after"
+
+
+# Shadows
+
+
+async def test_a_shadow_reads_what_users_read(cache: Cache) -> None:
+    await cache.get("product:7", Source("a user's"))
+    with inside():
+        assert await cache.get("product:7", Source("a shadow's")) == "a user's"
+
+
+@pytest.mark.parametrize("role", ["shadow", "baseline"])
+async def test_a_shadow_changes_nothing_that_users_read(cache: Cache, redis_url: str, role: Role) -> None:
+    await cache.get("product:7", Source("a user's"))
+    before = kept(redis_url)
+    with inside(role):
+        await cache.get("product:8", Source("a shadow's"))
+        await cache.delete("product:7")
+
+    assert kept(redis_url) == before
+    assert await cache.get("product:8", Source("a user's too")) == "a user's too"
+
+
+async def test_what_a_shadow_deleted_it_finds_no_more_itself(cache: Cache) -> None:
+    await cache.get("product:7", Source("a user's"))
+    with inside():
+        await cache.delete("product:7")
+        assert await cache.get("product:7", Source("as it wrote it")) == "as it wrote it"
+    with inside():
+        assert await cache.get("product:7", Source("another's")) == "a user's"
+
+
+async def test_a_shadow_may_keep_its_own_apart(redis_url: str) -> None:
+    async with make(redis_url, shadow_writes="apart") as cache:
+        with inside():
+            source = Source("a shadow's")
+            assert [await cache.get("product:7", source) for _ in range(2)] == ["a shadow's"] * 2
+        assert source.asked == 1
+        assert await cache.get("product:7", Source("a user's")) == "a user's"
+        with inside():
+            assert await cache.get("product:7", Source()) == "a user's"
+            await cache.delete("product:7")
+
+    assert list(kept(redis_url)) == ["shop:product:7"]
+
+
+async def test_no_user_waits_for_a_shadows_load_or_gets_what_it_loaded(cache: Cache) -> None:
+    gate = asyncio.Event()
+
+    async def load() -> str:
+        await gate.wait()
+        return "not committed"
+
+    with inside():
+        tasks = await waiting(cache, load, 1)
+    found = await asyncio.wait_for(cache.get("product:7", Source("a user's")), 5)
+    gate.set()
+
+    assert found == "a user's"
+    assert await asyncio.gather(*tasks) == ["not committed"]
+
+
+async def test_a_deletion_is_an_effect_of_both_roles(cache: Cache) -> None:
+    noted = []
+    roles: tuple[Role, ...] = ("live", "shadow")
+    for role in roles:
+        with inside(role) as request:
+            await cache.delete("product:7")
+            records, _ = request.close(lambda payload: payload)
+            noted += [(one["kind"], one["key"], one["payload"]) for one in records]
+
+    assert noted == [("cache.delete", "product:7", {"namespace": "shop", "key": "product:7"})] * 2
+
+
+async def test_hits_and_misses_are_noted(cache: Cache) -> None:
+    with inside("live", "old") as request:
+        for key in ("product:7", "product:7", "price:7"):
+            await cache.get(key, Source())
+
+    assert request.hops is not None
+    assert (request.hops.hits, request.hops.misses) == (1, 2)
+    assert [(kind, name, note) for kind, name, _, _, note in request.hops.kept] == [
+        ("cache", "product", "miss"),
+        ("cache", "product", "hit"),
+        ("cache", "price", "miss"),
+    ]
+
+
+# Redis is away
+
+
+async def test_without_redis_values_are_loaded() -> None:
+    async with make(f"redis://127.0.0.1:{free_port()}/0") as cache:
+        assert await cache.get("product:7", Source("loaded")) == "loaded"
+        await cache.delete("product:7")
+
+
+async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_while() -> None:
+    with RedisServer() as server:
+        async with make(server.url, timeout=0.1) as cache:
+            await cache.get("product:7", Source("kept"))
+            assert server.server is not None
+            os.kill(server.server.pid, signal.SIGSTOP)
+            try:
+                began = time.monotonic()
+                found = [await cache.get("product:7", Source("loaded")) for _ in range(50)]
+                took = time.monotonic() - began
+            finally:
+                os.kill(server.server.pid, signal.SIGCONT)
+
+            assert found == ["loaded"] * 50
+            assert took < 50 * 0.1 / 2
+
+            async def back() -> bool:
+                return bool(await cache.get("product:7", Source("loaded")) == "kept")
+
+            await eventually_async(back, within=PAUSE + 10, what="the cache is asked again")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"namespace": ""}, "namespace='shop'"),
+        ({"ttl": 0}, "ttl"),
+        ({"jitter": 1}, "jitter"),
+        ({"shadow_writes": "somewhere"}, "'apart' or 'nowhere', got 'somewhere'"),
+    ],
+)
+def test_a_slip_in_a_setting_is_told_at_once(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        make("redis://127.0.0.1/0", **changes)

@@ -1,0 +1,356 @@
+"""Code can tell whether its answer is thrown away: everywhere in the request, and nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask, BackgroundTasks
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import abreast
+from abreast import ParallelRunMiddleware
+from abreast.capture import Role
+from abreast.context import CURRENT, OUTSIDE
+from support import eventually_async
+from support_middleware import call, http_scope, marks, pair_id, raw, sampled, serving
+
+NOBODY = "redis://127.0.0.1:1/0"
+Settings = dict[str, Any]
+
+
+def wrapped(app: ASGIApp, **settings: Any) -> ParallelRunMiddleware:
+    return ParallelRunMiddleware(app, **{"service": "shop", "redis_url": NOBODY, **settings})
+
+
+async def asked(app: ASGIApp, scope: Any) -> tuple[abreast.Current, abreast.Current]:
+    """What the code of a request is told, and what its caller is told afterwards."""
+    seen: list[abreast.Current] = []
+
+    async def looking(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(abreast.current())
+        await app(scope, receive, send)
+
+    middleware = wrapped(looking)
+    await call(middleware, scope)
+    await middleware.aclose()
+    return seen[0], abreast.current()
+
+
+async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.mark.parametrize(("role", "shadow"), [("live", False), ("shadow", True), ("baseline", True)])
+async def test_a_request_knows_its_version_role_pair_and_release(role: Role, shadow: bool) -> None:
+    seen: list[abreast.Current] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(abreast.current())
+        assert abreast.is_shadow() is shadow
+        await answer(scope, receive, send)
+
+    middleware = wrapped(app, release="r7")
+    await call(middleware, http_scope(headers=marks("pair-1", version="new", role=role)))
+    await middleware.aclose()
+
+    (now,) = seen
+    assert (now.version, now.role, now.pair, now.release) == ("new", role, "pair-1", "r7")
+    assert (now.shadow, now.recorded) == (shadow, True)
+
+
+async def test_outside_a_sampled_request_it_is_live() -> None:
+    inside, after = await asked(answer, http_scope())
+
+    assert (inside, after, abreast.is_shadow()) == (OUTSIDE, OUTSIDE, False)
+
+
+async def test_what_comes_after_a_shadow_request_in_the_same_task_is_live() -> None:
+    inside, after = await asked(answer, sampled(role="shadow"))
+
+    assert (inside.shadow, after) == (True, OUTSIDE)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"enabled": False},
+        {"body_limit": "nonsense"},  # a mistake switches the middleware off
+        {"service": ""},
+        {"queue_count": 1},  # full after the first
+    ],
+)
+async def test_a_shadow_is_one_also_where_nothing_is_captured(settings: Settings) -> None:
+    roles: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        roles.append(abreast.current().role)
+        abreast.record("mail", {})
+        await answer(scope, receive, send)
+
+    middleware = wrapped(app, **settings)
+    for role in ("shadow", "baseline", "live", "shadow"):
+        await call(middleware, sampled(role=role))
+    await middleware.aclose()
+
+    assert roles == ["shadow", "baseline", "live", "shadow"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shadow"),
+    [
+        ({"x-abreast-role": "shadow", "x-abreast-arms": "9"}, True),
+        ({"x-abreast-role": "shadow", "x-abreast-version": "newer"}, True),
+        ({"x-abreast-role": "something later"}, True),
+        ({"x-abreast-role": "shadow", "x-abreast-pair": "no, pair"}, True),
+        ({"x-abreast-role": "live", "x-abreast-arms": "9"}, False),
+    ],
+)
+async def test_marks_that_are_not_understood_err_on_the_safe_side(
+    wrong: dict[str, str], shadow: bool
+) -> None:
+    inside, _ = await asked(answer, http_scope(headers={**marks(pair_id()), **wrong}))
+
+    assert (inside.shadow, inside.recorded) == (shadow, False)
+
+
+async def test_a_websocket_knows_its_role() -> None:
+    scope = {**sampled(role="shadow"), "type": "websocket"}
+
+    inside, _ = await asked(answer, scope)
+
+    assert inside.shadow
+
+
+def endpoints() -> FastAPI:
+    app = FastAPI()
+    sub = FastAPI()
+
+    @app.get("/sync")
+    def sync() -> bool:
+        return abreast.is_shadow()
+
+    @app.get("/pool")
+    async def pool() -> bool:
+        return await run_in_threadpool(abreast.is_shadow)
+
+    @app.get("/task")
+    async def task() -> bool:
+        async def inner() -> bool:
+            await asyncio.sleep(0)
+            return abreast.is_shadow()
+
+        return await asyncio.create_task(inner())
+
+    @app.get("/to_thread")
+    async def to_thread() -> bool:
+        return await asyncio.to_thread(abreast.is_shadow)
+
+    @sub.get("/below")
+    async def below() -> bool:
+        return abreast.is_shadow()
+
+    app.mount("/sub", sub)
+    failing(app)
+    return app
+
+
+class BrokenError(Exception):
+    pass
+
+
+def failing(app: FastAPI) -> None:
+    @app.get("/handled")
+    async def handled() -> None:
+        raise BrokenError
+
+    @app.get("/crash")
+    async def crash() -> None:
+        raise ValueError
+
+    @app.exception_handler(BrokenError)
+    async def on_broken(_request: Request, _error: Exception) -> Response:
+        return JSONResponse(abreast.is_shadow())
+
+    @app.exception_handler(Exception)  # runs further out than any middleware that was added
+    async def on_crash(_request: Request, _error: Exception) -> Response:
+        return JSONResponse(abreast.is_shadow(), 500)
+
+
+async def passing_on(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    return await call_next(request)
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize(
+    "path", ["/sync", "/pool", "/task", "/to_thread", "/handled", "/crash", "/sub/below"]
+)
+async def test_it_reaches_tasks_threads_handlers_and_what_is_mounted(path: str, between: bool) -> None:
+    app = endpoints()
+    if between:
+        app.add_middleware(BaseHTTPMiddleware, dispatch=passing_on)
+    app.add_middleware(ParallelRunMiddleware, service="shop", redis_url=NOBODY)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+        for role, told in (("shadow", True), ("live", False), ("baseline", True)):
+            task = asyncio.create_task(client.get(path, headers=marks(pair_id(), role=role)))
+
+            assert (await task).json() is told
+
+
+async def test_background_work_of_a_shadow_stays_shadow_also_after_the_request() -> None:
+    seen: dict[str, bool] = {}
+    done = asyncio.Event()
+
+    async def later() -> None:
+        await done.wait()
+        seen["task"] = abreast.is_shadow()
+
+    def in_thread() -> None:
+        seen["thread"] = abreast.is_shadow()
+
+    async def in_loop() -> None:
+        seen["background"] = abreast.is_shadow()
+
+    tasks = []
+
+    async def home(_request: Request) -> Response:
+        tasks.append(asyncio.create_task(later()))
+        return PlainTextResponse(
+            "", background=BackgroundTasks([BackgroundTask(in_loop), BackgroundTask(in_thread)])
+        )
+
+    middleware = wrapped(Starlette(routes=[Route("/", home)]))
+    await call(middleware, sampled(role="shadow"))
+    done.set()
+    await tasks[0]
+    await middleware.aclose()
+
+    assert seen == {"background": True, "thread": True, "task": True}
+
+
+async def test_a_call_within_the_process_stays_what_its_caller_is() -> None:
+    """Such as one through httpx.ASGITransport: it carries no marks, and is no request of a user."""
+    inner: list[bool] = []
+
+    async def other(scope: Scope, receive: Receive, send: Send) -> None:
+        inner.append(abreast.is_shadow())
+        await answer(scope, receive, send)
+
+    behind = wrapped(other)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await call(behind, http_scope())
+        await answer(scope, receive, send)
+
+    middleware = wrapped(app)
+    await call(middleware, sampled(role="shadow"))
+    await middleware.aclose()
+
+    assert inner == [True]
+
+
+async def test_a_second_middleware_further_in_changes_nothing() -> None:
+    seen: list[abreast.Current] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(abreast.current())
+        await answer(scope, receive, send)
+
+    inner = wrapped(app, service="other")
+
+    async def afresh(scope: Scope, receive: Receive, send: Send) -> None:
+        before = abreast.current()
+        await inner(scope, receive, send)
+        assert abreast.current() is before
+        CURRENT.set(OUTSIDE)  # as if in a context of its own
+        await inner(scope, receive, send)
+
+    outer = wrapped(afresh)
+    await call(outer, sampled(role="shadow"))
+    await outer.aclose()
+
+    first, second = seen
+    assert first is second
+    assert first.recorded
+
+
+class Recording:
+    """Answers with the role, and reads the body first, as uvicorn resumes reading then."""
+
+    def __init__(self) -> None:
+        self.roles: list[str] = []
+        self.lifespan: list[bool] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            while True:
+                message = await receive()
+                self.lifespan.append(abreast.is_shadow())
+                await send({"type": f"{message['type']}.complete"})
+                if message["type"] == "lifespan.shutdown":
+                    return
+        while (await receive()).get("more_body"):
+            pass
+        self.roles.append(abreast.current().role)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+
+def request(headers: dict[str, str], body: bytes = b"") -> bytes:
+    lines = [b"POST / HTTP/1.1", b"host: shop", b"content-length: %d" % len(body)]
+    lines += [name + b": " + value for name, value in raw(headers)]
+    return b"\r\n".join([*lines, b"", b""]) + body
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+@pytest.mark.parametrize("settings", [{}, {"enabled": False}], ids=["on", "off"])
+@pytest.mark.parametrize("pipelined", [True, False])
+async def test_no_request_inherits_what_another_one_on_its_connection_was(
+    http: str, settings: Settings, pipelined: bool
+) -> None:
+    """uvicorn begins a pipelined request in the context of the one before, and reads on in that of who resumed it."""
+    app = Recording()
+    large = b"x" * 1_000_000  # more than uvicorn holds before it pauses
+    shadow = request(marks(pair_id(), role="shadow"), large)
+    async with serving(wrapped(app, **settings), http=http) as (url, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+        for number in range(2):
+            writer.write(shadow + request({}) if pipelined else shadow)
+            if not pipelined:
+                await eventually_async(_count(app, 2 * number + 1), what="the shadow is answered")
+                writer.write(request({}))
+            await eventually_async(_count(app, 2 * number + 2), what="both are answered")
+        writer.close()
+        assert await reader.read(15) == b"HTTP/1.1 200 OK"
+
+    assert app.roles == ["shadow", "live"] * 2
+    assert app.lifespan == [False, False]
+
+
+def _count(app: Recording, count: int) -> Callable[[], Awaitable[bool]]:
+    async def reached() -> bool:
+        return len(app.roles) == count
+
+    return reached
+
+
+async def test_a_mounted_application_has_the_same_answer() -> None:
+    async def home(_request: Request) -> Response:
+        return JSONResponse(abreast.is_shadow())
+
+    app = Starlette(routes=[Mount("/shop", Starlette(routes=[Route("/home", home)]))])
+    sent, _ = await call(wrapped(app), sampled("/shop/home", role="shadow"))
+
+    assert sent[1]["body"] == b"true"

@@ -1,0 +1,149 @@
+"""Recorded effects in the capture that arrives in Redis, also those of background tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import orjson
+import redis.asyncio
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+import abreast
+from abreast import ParallelRunMiddleware
+from abreast.capture import Capture
+from abreast.join import reports
+from abreast.redact import MARK
+from support import eventually_async
+from support_middleware import call, captured, captures, sampled
+
+
+def shop(background: Any) -> Starlette:
+    async def order(_request: Request) -> Response:
+        abreast.record("order.placed", {"id": 7, "card": {"cvv": "123"}}, key="7")
+        abreast.record("cache.miss", "products", note=True)
+        return PlainTextResponse("ok", background=BackgroundTask(background))
+
+    return Starlette(routes=[Route("/", order)])
+
+
+def kinds(capture: Capture) -> list[str]:
+    return [effect["kind"] for effect in capture.effects]
+
+
+async def test_effects_travel_with_their_capture_and_without_secrets(redis_url: str) -> None:
+    async def later() -> None:
+        await asyncio.sleep(0.1)
+        abreast.record("email.send", {"to": "a@b"})
+
+    capture = await captured(shop(later), redis_url, sampled())
+    placed, miss, mail = capture.effects
+
+    assert placed.pop("at_us") <= miss.pop("at_us") <= mail.pop("at_us") - 90_000
+    assert placed["payload"]["card"].pop("cvv").startswith(MARK)
+    assert placed == {"kind": "order.placed", "key": "7", "payload": {"id": 7, "card": {}}}
+    assert miss == {"kind": "cache.miss", "payload": "products", "note": True}
+    assert mail == {"kind": "email.send", "payload": {"to": "a@b"}}
+    assert capture.total_us < 90_000, "the answer's time is its own"
+
+
+async def test_a_capture_waits_for_background_tasks_but_not_for_ever(redis_url: str) -> None:
+    """While the process lives on, so that nothing hurries."""
+    go, gone = asyncio.Event(), asyncio.Event()
+
+    async def later() -> None:
+        abreast.record("email.send", 1)
+        await go.wait()
+        abreast.record("email.send", 2)
+        gone.set()
+
+    middleware = ParallelRunMiddleware(shop(later), service="shop", redis_url=redis_url, effect_wait=0.3)
+    began = time.monotonic()
+    request = asyncio.create_task(call(middleware, sampled()))
+    await eventually_async(lambda: there(redis_url), what="the capture is sent")
+    waited = time.monotonic() - began
+    go.set()
+    await gone.wait()
+    await request
+    await middleware.aclose()
+    (capture,) = await captures(redis_url)
+
+    assert waited >= 0.3
+    assert kinds(capture) == ["order.placed", "cache.miss", "email.send"]
+    assert middleware.backlog.late_effects == 1
+    assert (await report(redis_url))["late_effects"] == 1
+
+
+async def test_a_capture_waits_for_no_more_than_the_background_tasks(redis_url: str) -> None:
+    async def later() -> None:
+        await asyncio.sleep(0.1)
+        abreast.record("email.send", 1)
+
+    middleware = ParallelRunMiddleware(
+        shop(later), service="shop", redis_url=redis_url, effect_wait=20, pair_timeout=60
+    )
+    await call(middleware, sampled())
+    await eventually_async(lambda: there(redis_url), within=5, what="the capture is sent")
+    (capture,) = await captures(redis_url)
+    await middleware.aclose()
+
+    assert kinds(capture) == ["order.placed", "cache.miss", "email.send"]
+
+
+async def test_a_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> None:
+    async def later() -> None:
+        await asyncio.Event().wait()
+
+    middleware = ParallelRunMiddleware(shop(later), service="shop", redis_url=redis_url)
+    request = asyncio.create_task(call(middleware, sampled()))
+    await eventually_async(lambda: held(middleware), what="the answer is complete")
+    await middleware.aclose()
+    (capture,) = await captures(redis_url)
+    request.cancel()
+
+    assert kinds(capture) == ["order.placed", "cache.miss"]
+    assert not middleware.backlog.dropped
+
+
+async def test_the_bytes_of_effects_count_for_the_queue() -> None:
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        abreast.record("mail", "x" * 10_000)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+        abreast.record("mail", "x" * 20_000)
+
+    middleware = ParallelRunMiddleware(
+        app, service="shop", redis_url="redis://127.0.0.1:1/0", queue_bytes=40_000
+    )
+    await call(middleware, sampled())
+    first = middleware.backlog.bytes
+    await eventually_async(lambda: held(middleware), what="it is settled")
+    settled = middleware.backlog.bytes
+    await call(middleware, sampled())
+    await middleware.aclose()
+
+    assert 12_000 < first < 13_000
+    assert 32_000 < settled < 33_000
+    assert middleware.backlog.dropped == {"queue_bytes": 1, "shutdown": 1}
+    assert middleware.backlog.bytes == 0
+
+
+async def there(url: str) -> bool:
+    return len(await captures(url)) == 1
+
+
+async def held(middleware: ParallelRunMiddleware) -> bool:
+    return bool(middleware.backlog.settled or middleware.backlog.running)
+
+
+async def report(url: str) -> dict[str, Any]:
+    async with redis.asyncio.Redis.from_url(url) as client:
+        connection: Any = client
+        (found,) = (await connection.hgetall(reports("shop"))).values()
+    told: dict[str, Any] = orjson.loads(found)
+    return told
