@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import (
     AskError,
     ClusterDownError,
@@ -28,6 +25,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from abreast.errors import AbreastError
 from abreast.join import JOIN, SERVICES, Keys, Row, join_arguments, reports, secret
+from abreast.redis_url import connect, disconnect
 from abreast.settings import Settings
 
 TIMEOUT = 0.25  # seconds that Redis may take for a reply
@@ -77,12 +75,8 @@ class Reply:
 class Link:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._client: Redis = Redis.from_url(
-            settings.redis_url,
-            socket_timeout=TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
-            retry=Retry(NoBackoff(), 0),  # a batch is sent again by the shipper, which knows the bounds
-        )
+        # A batch is sent again by the shipper, which knows the bounds.
+        self._client = connect(settings.redis_url, timeout=TIMEOUT, connect_timeout=CONNECT_TIMEOUT)
 
     async def open(self) -> bytes:
         """Make the service known and return the key that secrets are hashed with, the same for all processes."""
@@ -118,7 +112,7 @@ class Link:
 
     async def close(self) -> None:
         """Close the sockets at once, answered or not."""
-        await self._client.connection_pool.disconnect(inuse_connections=True)
+        await disconnect(self._client)
 
     async def _call(self, name: str, *arguments: str | int | bytes) -> Any:
         try:

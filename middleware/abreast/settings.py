@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypedDict
-from urllib.parse import urlsplit
 
 from abreast.errors import SettingError
 from abreast.join import Bounds, Keys
+from abreast.redis_url import WANTED, parse
 
 PREFIX = "ABREAST_"
-SCHEMES = ("redis://", "rediss://", "unix://")
 FLAGS = {
     "1": True,
     "true": True,
@@ -78,13 +77,10 @@ def name(value: object) -> str:
 
 
 def url(value: object) -> str:
-    if not isinstance(value, str) or not value.startswith(SCHEMES):
-        raise ValueError("a URL that begins with redis://, rediss:// or unix://")
-    try:
-        _ = urlsplit(value).port
-    except ValueError:
-        raise ValueError("a URL such as redis://redis:6379/0") from None
-    return value
+    if not isinstance(value, str):
+        raise ValueError(WANTED)  # noqa: TRY004  # becomes a SettingError
+    parse(value)
+    return value.strip()
 
 
 def label(value: object) -> str:
