@@ -105,6 +105,19 @@ class Cluster(RedisCluster):
             raise
 
 
+class Primary(Redis):
+    """What the Sentinels name. Closing it closes the connections to them too."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await super().aclose(close_connection_pool)
+        await self.forget()
+
+    async def forget(self) -> None:
+        pool: Any = self.connection_pool
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.connection_pool.disconnect(inuse_connections=True)
+
+
 def connect(url: str, *, timeout: float, connect_timeout: float) -> Redis:
     """Opens nothing yet, and tries nothing again by itself. A cluster's client has the same commands."""
     where = parse(url)
@@ -115,16 +128,44 @@ def connect(url: str, *, timeout: float, connect_timeout: float) -> Redis:
     }
     if where.kind == "server":
         return Redis.from_url(url.strip(), **options)
-    options |= dict(parse_url(where.server))
-    options["ssl"] = options.pop("connection_class", None) is SSLConnection
-    for name in ("host", "port"):
-        options.pop(name, None)
+    options |= _options(where)
     if where.kind == "cluster":
-        options.pop("db", None)
         nodes = [ClusterNode(host, port) for host, port in where.nodes]
         return cast("Redis", Cluster(startup_nodes=nodes, **options))
-    asking = {**options, "db": 0, "username": None, "password": None, **where.sentinel}
-    return Sentinel(list(where.nodes), sentinel_kwargs=asking, **options).master_for(where.name)  # type: ignore[no-untyped-call,no-any-return]  # redis-py's
+    sentinels = Sentinel(list(where.nodes), sentinel_kwargs=_asking(where, options), **options)  # type: ignore[no-untyped-call]  # redis-py's
+    return cast("Redis", sentinels.master_for(where.name, redis_class=Primary))
+
+
+def _options(where: Address) -> dict[str, Any]:
+    """What the URL says, but for the place."""
+    options: dict[str, Any] = dict(parse_url(where.server))
+    options["ssl"] = options.pop("connection_class", None) is SSLConnection
+    for name in ("host", "port", *(["db"] if where.kind == "cluster" else [])):
+        options.pop(name, None)
+    return options
+
+
+def _asking(where: Address, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How the Sentinels are asked: they have no databases, and users of their own."""
+    return {**options, "db": 0, "username": None, "password": None, **where.sentinel}
+
+
+def blocking(url: str, *, timeout: float) -> Any:
+    """The same for programs without an event loop; answers are text."""
+    import redis
+
+    where = parse(url)
+    retry = redis.retry.Retry(NoBackoff(), 0)
+    options: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry}
+    options["decode_responses"] = True
+    if where.kind == "server":
+        return redis.Redis.from_url(url.strip(), **options)
+    options |= _options(where)
+    if where.kind == "cluster":
+        nodes = [redis.cluster.ClusterNode(host, port) for host, port in where.nodes]  # type: ignore[no-untyped-call]  # redis-py's
+        return redis.RedisCluster(startup_nodes=nodes, **options)
+    sentinels = redis.sentinel.Sentinel(list(where.nodes), sentinel_kwargs=_asking(where, options), **options)  # type: ignore[no-untyped-call]  # redis-py's
+    return sentinels.master_for(where.name)  # type: ignore[no-untyped-call]  # redis-py's
 
 
 async def disconnect(client: Redis) -> None:
@@ -133,6 +174,8 @@ async def disconnect(client: Redis) -> None:
         await client.aclose()
     else:
         await client.connection_pool.disconnect(inuse_connections=True)
+    if isinstance(client, Primary):
+        await client.forget()
 
 
 def is_cluster(client: Redis) -> bool:
