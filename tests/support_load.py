@@ -49,7 +49,7 @@ class Load:
     async def run(self, count: int) -> None:
         settings = self.service or ServiceSettings(service=SERVICE, redis_url=self.url)
         link = Link(settings)
-        await self._until(link.open)
+        await self._until(link, link.open)
         for _ in range(count):
             pair, differs = str(uuid.uuid4()), (len(self.pairs) + self.refused) % DIFFERS == 0
             sent = [
@@ -57,7 +57,7 @@ class Load:
                 capture(pair, "new", "shadow", {"n": 2 if differs else 1}),
             ]
             batch = [(each.pair, each.slot, each.arms, encode(each)) for each in sent]
-            reply = await self._until(partial(link.join, shard_of(pair, settings.shards), batch))
+            reply = await self._until(link, partial(link.join, shard_of(pair, settings.shards), batch))
             if reply.refused_pairs + reply.refused_bytes == len(batch):
                 self.refused += 1
             else:
@@ -65,7 +65,7 @@ class Load:
             await asyncio.sleep(self.pace)
         await link.close()
 
-    async def _until(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _until(self, link: Link, call: Callable[[], Awaitable[T]]) -> T:
         while True:
             try:
                 return await call()
@@ -74,6 +74,8 @@ class Load:
                     raise
                 self.errors += 1
                 await asyncio.sleep(0.05)
+                with contextlib.suppress(LinkError):
+                    await link.open()  # Redis may have lost that the service is there
 
 
 @asynccontextmanager

@@ -173,7 +173,7 @@ class Settings:
         10.0, seconds, "seconds that a pair waits in Redis for its missing captures"
     )
     redis_pairs: int = setting(
-        100_000, count(1, "pairs"), "pairs per shard that may wait in Redis, and as many that are ready"
+        100_000, count(1, "pairs"), "pairs per shard that may wait in Redis, for a copy or for a worker"
     )
     redis_bytes: int = setting(256 * 1024 * 1024, count(1, "bytes"), "bytes per shard that Redis may hold")
     shards: int = setting(1, count(1, "shards"), "streams per service; the same for both versions")
