@@ -1,5 +1,6 @@
 #!/bin/sh
-# Runs the tests that depend on the kind of server again, on Redis 7 and Postgres 15 where they are installed.
+# Runs the tests that depend on the kind of server again, on Redis 7 and Postgres 15 where they are installed, and those
+# of a pooler before Postgres.
 # tests/other_servers.sh BIN JOBS
 set -eu
 redis=/usr/bin/redis-server
@@ -12,4 +13,10 @@ fi
 if [ -x "$postgres/initdb" ]; then
     echo "again on $("$postgres/postgres" --version):"
     ABREAST_TEST_POSTGRES=$postgres "$1/pytest" -q -n "$2" -m postgres
+fi
+if PATH=$PATH:/usr/sbin command -v pgbouncer >/dev/null; then
+    echo "through $(PATH=$PATH:/usr/sbin pgbouncer --version | head -n 1):"
+    "$1/pytest" -q -n "$2" -m pooler
+else
+    echo "not run: the tests of a pooler before Postgres, for which pgbouncer must be installed"
 fi

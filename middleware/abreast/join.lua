@@ -5,6 +5,8 @@
 local due, ready, joined, stats = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local wait_ms, max_pairs, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local remember, remember_ms = tonumber(ARGV[4]), tonumber(ARGV[5])
+local REFUSED = '!' -- before the id of a pair of which a copy was refused; among those that were moved
+local FIRST = 7 / 8 -- of the bytes, for first copies
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
@@ -46,6 +48,15 @@ local function waits(hash)
   return #slots, first
 end
 
+local function refused(pair, size)
+  if waiting + queued >= max_pairs or redis.call('ZSCORE', joined, REFUSED .. pair) then
+    return 'shed_pairs'
+  end
+  if held + size > max_bytes * FIRST then
+    return 'shed_bytes'
+  end
+end
+
 local function take(hash, pair, slot, arms, capture)
   if redis.call('ZSCORE', joined, pair) then
     return 'late'
@@ -54,16 +65,21 @@ local function take(hash, pair, slot, arms, capture)
   if there > 0 and redis.call('HEXISTS', hash, slot) == 1 then
     return 'duplicate'
   end
-  if held + #capture > max_bytes then
+  -- A pair is taken as a whole or not at all: half of one would look as if a version had not answered. So there is
+  -- always a place for a further copy, and some bytes are kept for it.
+  if there == 0 then
+    local why = refused(pair, #capture)
+    if why then
+      redis.call('ZADD', joined, now, REFUSED .. pair)
+      return why
+    end
+  elseif held + #capture > max_bytes then
     return 'shed_bytes'
   end
   if string.sub(slot, -2) == ':1' then
     first = first + 1
   end
   local completes = first >= arms
-  if (completes and queued >= max_pairs) or (there == 0 and waiting >= max_pairs) then
-    return 'shed_pairs'
-  end
   redis.call('HSET', hash, slot, capture)
   held = held + #capture
   if completes then

@@ -5,7 +5,7 @@ Per service and shard, all keys share the hash tag `{service/shard}`, so that th
     abreast:{shop/0}:pair:ID   hash    slot (version:role:attempt) → capture, while copies are missing
     abreast:{shop/0}:due       zset    pair id → when to give up waiting (ms, Redis's clock)
     abreast:{shop/0}:ready     stream  one entry a pair: `pair`, `why` (joined|swept), then slot → capture
-    abreast:{shop/0}:joined    zset    pair id → when it was moved (ms): what comes later is late, not new
+    abreast:{shop/0}:joined    zset    pair id → when it was moved (ms): what comes later is late, not new; !ID was refused
     abreast:{shop/0}:stats     hash    counters, and `bytes`: what the hashes and the stream hold
 
 Beside them, without a shard:
@@ -33,7 +33,7 @@ JOIN = resources.files("abreast").joinpath("join.lua").read_text()
 RECEIVED = "received"  # kept: it waits, or completed its pair
 DUPLICATE = "duplicate"  # its slot was taken: a batch was sent twice
 LATE = "late"  # its pair had been moved already: an answer after a failover, or after the deadline
-SHED_PAIRS = "shed_pairs"  # refused: as many pairs wait, or are ready, as are allowed
+SHED_PAIRS = "shed_pairs"  # refused: as many pairs wait as are allowed, or a copy of its pair was refused
 SHED_BYTES = "shed_bytes"  # refused: as many bytes are held as are allowed
 JOINED = "joined"  # pairs moved with all their copies
 SWEPT = "swept"  # pairs moved when their time was over
@@ -94,7 +94,7 @@ class Bounds:
     """What one shard may hold. Above it the script refuses and counts."""
 
     wait_ms: int = 10_000  # how long a pair waits for its missing copies
-    pairs: int = 100_000  # that wait, and as many again that are ready
+    pairs: int = 100_000  # that wait for a copy, or for a worker
     bytes: int = 256 * 1024 * 1024  # waiting and ready together
     remember: int = 200_000  # ids of moved pairs that are remembered, to know a late capture
     remember_ms: int = 300_000

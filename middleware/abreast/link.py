@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msgspec import json
-from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.connection import HiredisRespSerializer
 from redis.exceptions import (
     AskError,
@@ -30,6 +27,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from abreast.errors import AbreastError
 from abreast.join import JOIN, SERVICES, Keys, Row, join_arguments, reports, secret
+from abreast.redis_url import connect, disconnect, is_cluster
 from abreast.settings import Settings
 
 TIMEOUT = 0.25  # seconds that Redis may take for a reply
@@ -93,14 +91,11 @@ def _packed(connection: type[AbstractConnection]) -> type[AbstractConnection]:
 class Link:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._client: Redis = Redis.from_url(
-            settings.redis_url,
-            socket_timeout=TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
-            retry=Retry(NoBackoff(), 0),  # a batch is sent again by the shipper, which knows the bounds
-        )
-        pool = self._client.connection_pool
-        pool.connection_class = _packed(pool.connection_class)
+        # A batch is sent again by the shipper, which knows the bounds.
+        self._client = connect(settings.redis_url, timeout=TIMEOUT, connect_timeout=CONNECT_TIMEOUT)
+        if not is_cluster(self._client):
+            pool = self._client.connection_pool
+            pool.connection_class = _packed(pool.connection_class)
 
     async def open(self) -> bytes:
         """Make the service known and return the key that secrets are hashed with, the same for all processes."""
@@ -136,7 +131,7 @@ class Link:
 
     async def close(self) -> None:
         """Close the sockets at once, answered or not."""
-        await self._client.connection_pool.disconnect(inuse_connections=True)
+        await disconnect(self._client)
 
     async def _call(self, name: str, *arguments: str | int | bytes) -> Any:
         try:

@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypedDict
-from urllib.parse import urlsplit
 
 from abreast.errors import SettingError
 from abreast.join import Bounds, Keys
+from abreast.redis_url import WANTED, parse
 
 PREFIX = "ABREAST_"
-SCHEMES = ("redis://", "rediss://", "unix://")
 FLAGS = {
     "1": True,
     "true": True,
@@ -79,13 +78,10 @@ def name(value: object) -> str:
 
 
 def url(value: object) -> str:
-    if not isinstance(value, str) or not value.startswith(SCHEMES):
-        raise ValueError("a URL that begins with redis://, rediss:// or unix://")
-    try:
-        _ = urlsplit(value).port
-    except ValueError:
-        raise ValueError("a URL such as redis://redis:6379/0") from None
-    return value
+    if not isinstance(value, str):
+        raise ValueError(WANTED)  # noqa: TRY004  # becomes a SettingError
+    parse(value)
+    return value.strip()
 
 
 def label(value: object) -> str:
@@ -178,7 +174,7 @@ class Settings:
         10.0, seconds, "seconds that a pair waits in Redis for its missing captures"
     )
     redis_pairs: int = setting(
-        100_000, count(1, "pairs"), "pairs per shard that may wait in Redis, and as many that are ready"
+        100_000, count(1, "pairs"), "pairs per shard that may wait in Redis, for a copy or for a worker"
     )
     redis_bytes: int = setting(256 * 1024 * 1024, count(1, "bytes"), "bytes per shard that Redis may hold")
     shards: int = setting(1, count(1, "shards"), "streams per service; the same for both versions")

@@ -31,16 +31,13 @@ def words(value: str) -> tuple[str, ...]:
 
 
 def redis_url(value: str) -> str:
-    from redis.connection import parse_url
+    from abreast.redis_url import parse
 
-    try:
-        parse_url(value.strip())  # type: ignore[no-untyped-call]  # redis-py's
-    except ValueError:
-        raise ValueError("a URL such as redis://127.0.0.1:6379/0, rediss://… or unix://…") from None
+    parse(value)
     return value.strip()
 
 
-def postgres_url(value: str) -> str:
+def database_url(value: str) -> str:
     """A URL, or libpq's own form: host=… dbname=…"""
     import psycopg
     from psycopg.conninfo import conninfo_to_dict
@@ -137,7 +134,12 @@ class Settings(FromEnvironment):
         "redis://127.0.0.1:6379/0", redis_url, "Redis or Valkey that services send captures to"
     )
     postgres_url: str = setting(
-        "postgresql://127.0.0.1:5432/abreast", postgres_url, "Postgres that holds the ledger"
+        "postgresql://127.0.0.1:5432/abreast", database_url, "Postgres that holds the ledger"
+    )
+    postgres_session_url: str = setting(
+        "",
+        database_url,
+        "Postgres without the pooler, where ABREAST_POSTGRES_URL is a pooler's in transaction mode: to hear of changes at once",
     )
     grpc_listen: str = setting("127.0.0.1:50051", address, "address of the gRPC API and of Envoy's control")
     http_listen: str = setting("127.0.0.1:8090", address, "address of health, metrics and the page")
@@ -151,8 +153,18 @@ class Settings(FromEnvironment):
     claim_idle: float = setting(
         30.0, seconds, "seconds after which the entries of a dead worker are taken over"
     )
+    batch_bytes: int = setting(
+        64 * 1024 * 1024,
+        count,
+        "bytes of captures that a worker aims to hold in a batch; it holds two at a time",
+    )
     examples_per_finding: int = setting(5, count, "pairs whose bodies are kept for each finding")
     retention_days: int = setting(14, count, "days that pairs are kept")
+    retention_bytes: int = setting(
+        0,
+        count,
+        "bytes that the days' pairs may take in Postgres; above it the oldest day goes, never today; 0 for no limit",
+    )
     volatile_headers: tuple[str, ...] = setting(
         (), words, "response headers not to compare, beside the built-in list"
     )

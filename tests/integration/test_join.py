@@ -188,7 +188,7 @@ def test_pairs_are_bounded_and_what_is_refused_is_counted(client: Any, order: li
         refused += join(client, [row], Bounds(pairs=most))[3]
 
         assert client.zcard(KEYS.due) <= most
-        assert client.xlen(KEYS.ready) <= most
+        assert client.zcard(KEYS.due) + client.xlen(KEYS.ready) <= most
     counted = stats(client)
     assert refused == counted.get("shed_pairs", 0)
     assert refused + counted["received"] == len(order)
@@ -205,7 +205,7 @@ def test_bytes_are_bounded_and_what_is_refused_is_counted(client: Any, sizes: li
 
     counted = stats(client)
     assert counted.get("bytes", 0) <= most
-    assert reply[0] + reply[4] == len(batch)
+    assert reply[0] + reply[3] + reply[4] == len(batch)
     assert counted.get("shed_bytes", 0) == reply[4]
 
 
@@ -215,7 +215,28 @@ def test_room_that_was_made_is_used_again(client: Any) -> None:
     client.xtrim(KEYS.ready, maxlen=0)  # as the sidecar does when it is done
 
     assert full == [[2, 0, 0, 0, 0], [0, 0, 0, 1, 0]]
-    assert join(client, rows(2)[2:], bounds) == [2, 0, 0, 0, 0]
+    assert join(client, rows(3)[4:], bounds) == [2, 0, 0, 0, 0]
+
+
+def test_of_a_refused_pair_no_copy_is_taken_also_when_there_is_room_again(client: Any) -> None:
+    bounds = Bounds(pairs=1)
+    join(client, rows(1), bounds)
+    replies = [join(client, rows(2)[2:3], bounds)]
+    client.xtrim(KEYS.ready, maxlen=0)
+    replies.append(join(client, rows(2)[3:], bounds))
+
+    assert replies == [[0, 0, 0, 1, 0]] * 2
+    assert client.zcard(KEYS.due) == 0
+
+
+def test_a_pair_that_was_taken_has_room_for_its_other_copy(client: Any) -> None:
+    first, second = rows(1)
+    other = ("other", *first[1:])
+    bounds = Bounds(pairs=2, bytes=40)  # for three captures, roughly
+    replies = [join(client, [row], bounds) for row in (first, other, second)]
+
+    assert [reply[0] for reply in replies] == [1, 1, 1]
+    assert join(client, [("third", *first[1:])], bounds)[3:] == [1, 0]
 
 
 def test_all_keys_of_a_shard_have_one_hash_tag() -> None:

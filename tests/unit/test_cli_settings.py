@@ -40,8 +40,8 @@ def test_what_can_not_work_is_refused(name: str, value: str) -> None:
         (settings.redis_url, "redis://user:secret@h/1"),
         (settings.redis_url, "rediss://h:6380"),
         (settings.redis_url, "unix:///run/redis.sock?db=1"),
-        (settings.postgres_url, "postgres://a:1,b:2/x"),
-        (settings.postgres_url, "host=/run/postgresql dbname=x"),
+        (settings.database_url, "postgres://a:1,b:2/x"),
+        (settings.database_url, "host=/run/postgresql dbname=x"),
     ],
 )
 def test_every_form_that_the_drivers_take_is_taken(parse: object, value: str) -> None:

@@ -7,7 +7,7 @@ import click
 
 from abreast_sidecar.cli.parameters import Parsed
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.settings import postgres_url as parsed
+from abreast_sidecar.settings import database_url as parsed
 
 
 @click.command

@@ -39,7 +39,7 @@ class Control:
         self.envoys = Envoys()
         self.news = Bell()  # a state changed
         self.closing = asyncio.Event()
-        self._conninfo = database.conninfo
+        self._conninfo = settings.postgres_session_url or settings.postgres_url
         self._initial = initial(settings)
         self._held: dict[str, Held] = {}
 

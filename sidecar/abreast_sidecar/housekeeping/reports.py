@@ -32,6 +32,7 @@ LIFE = "life"  # field of `stats` that names the life of its counters: a Redis t
 STALE = 3600  # seconds after which the report of a dead process leaves Redis
 ID_LIMIT = 200  # characters
 LEAVE = script("leave")
+LOOK = script("look")
 
 
 class ShardReport(TypedDict, total=False):
@@ -71,13 +72,9 @@ async def _bring_shards(connection: Connection, client: Redis, known: list[Keys]
 
 async def _look(client: Redis, keys: Keys) -> dict[str, Any]:
     with translated():
-        async with client.pipeline(transaction=True) as pipe:
-            pipe.hsetnx(keys.stats, LIFE, uuid.uuid4().hex)
-            pipe.hgetall(keys.stats)
-            pipe.zcard(keys.due)
-            pipe.xlen(keys.ready)
-            _, raw, waiting, ready = await pipe.execute()
-    stats = {name.decode(): value.decode() for name, value in raw.items()}
+        raw, waiting, ready = await LOOK.run(client, [keys.stats, keys.due, keys.ready], [uuid.uuid4().hex])
+    texts = [one.decode() for one in raw]
+    stats = dict(zip(texts[::2], texts[1::2], strict=True))
     return {**stats, "waiting": waiting, "ready": ready}
 
 
@@ -117,6 +114,5 @@ def _is_object(report: bytes) -> bool:
 async def _leave(client: Redis, service: str, stale: Mapping[str, bytes]) -> None:
     """Only what is still as it was written: a process may have come back to life."""
     with translated():
-        leave = client.register_script(LEAVE)
         for process, report in stale.items():
-            await leave(keys=[reports(service)], args=[process, report])
+            await LEAVE.run(client, [reports(service)], [process, report])

@@ -1,16 +1,18 @@
-"""Connections to Redis, and its errors in our words."""
+"""Connections to Redis, its scripts, and its errors in our words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import redis
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
+from abreast import redis_url
 from abreast_sidecar.errors import RedisError
 
 BLOCK = 1000  # ms that a read waits for entries
@@ -20,17 +22,29 @@ CONNECT_TIMEOUT = 2.0  # seconds
 
 def connect(url: str) -> Redis:
     """Opens nothing yet. Nothing is tried again by the client: the callers know what may be."""
-    return Redis.from_url(
-        url,
-        socket_timeout=SOCKET_TIMEOUT,
-        socket_connect_timeout=CONNECT_TIMEOUT,
-        retry=Retry(NoBackoff(), 0),
-        health_check_interval=0,
-    )
+    return redis_url.connect(url, timeout=SOCKET_TIMEOUT, connect_timeout=CONNECT_TIMEOUT)
 
 
-def script(name: str) -> str:
-    return (resources.files("abreast_sidecar.read") / f"{name}.lua").read_text()
+@dataclass(frozen=True, slots=True)
+class Script:
+    """All keys of a call are of one shard, so that it runs on any node of a cluster that has them."""
+
+    text: str
+    sha: str
+
+    async def run(
+        self, client: Redis, keys: Sequence[str], arguments: Sequence[str | int | float | bytes]
+    ) -> Any:
+        """By its digest; in full where Redis does not know it, or has forgotten."""
+        try:
+            return await client.evalsha(self.sha, len(keys), *keys, *arguments)
+        except redis.exceptions.NoScriptError:
+            return await client.eval(self.text, len(keys), *keys, *arguments)
+
+
+def script(name: str) -> Script:
+    text = (resources.files("abreast_sidecar.read") / f"{name}.lua").read_text()
+    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 @contextmanager

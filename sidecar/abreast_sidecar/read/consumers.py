@@ -12,9 +12,8 @@ FORGET = script("forget")
 
 async def forget_consumers(client: Redis, keys: Keys, *, idle: float) -> int:
     """Those that did nothing for `idle` seconds and owe nothing; return how many."""
-    forget = client.register_script(FORGET)
     forgotten = 0
     for consumer in await client.xinfo_consumers(keys.ready, GROUP):
         if consumer["pending"] == 0 and consumer["idle"] > idle * 1000:
-            forgotten += int(await forget(keys=[keys.ready], args=[GROUP, consumer["name"]]))
+            forgotten += int(await FORGET.run(client, [keys.ready], [GROUP, consumer["name"]]))
     return forgotten

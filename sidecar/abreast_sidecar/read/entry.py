@@ -21,6 +21,9 @@ class Entry:
     why: str
     blobs: tuple[bytes, ...]
     size: int
+    deliveries: int = (
+        1  # how often workers were given it, this time included; only known of what another left
+    )
 
     @property
     def at(self) -> int:
@@ -28,7 +31,7 @@ class Entry:
         return min(max(int(self.id.partition("-")[0]), EARLIEST), LATEST)
 
 
-def entry(keys: Keys, identifier: bytes, fields: Mapping[bytes, bytes]) -> Entry:
+def entry(keys: Keys, identifier: bytes, fields: Mapping[bytes, bytes], deliveries: int = 1) -> Entry:
     """Takes whatever stands in the stream; an entry without a pair's id is named by its own."""
     pair = why = b""
     blobs = []
@@ -47,4 +50,5 @@ def entry(keys: Keys, identifier: bytes, fields: Mapping[bytes, bytes]) -> Entry
         why=why.decode(errors="replace"),
         blobs=tuple(blobs),
         size=sum(map(len, blobs)),
+        deliveries=deliveries,
     )

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Removes a consumer that owes nothing; in one step, since removing one with entries would lose them.
 -- KEYS: ready. ARGV: group, consumer. Returns whether it was removed.
 if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then

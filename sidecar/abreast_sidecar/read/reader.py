@@ -4,32 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import redis
 
 from abreast.join import GROUP, Keys
+from abreast.redis_url import is_cluster
 from abreast_sidecar.read.client import BLOCK, connect, script, translated
 from abreast_sidecar.read.entry import Entry, entry
 from abreast_sidecar.read.shards import shards
 
 DISCOVER = 1.0  # seconds between looks for new services
+POLL, LONGEST_POLL = 0.01, 0.1  # seconds between two looks into a cluster's streams, while they are empty
 IDLE = 0.25  # seconds to wait where no service has sent anything yet: there is nothing to block on
-BATCH_BYTES = 64 * 1024 * 1024  # aimed at; a batch of huge bodies has fewer pairs
+BATCH_BYTES = 64 * 1024 * 1024
 FIRST_SIZE = 4 * 1024 * 1024  # bytes of an entry, until some were seen
 ACKNOWLEDGE = script("acknowledge")
 FORGET = script("forget")
+GROUPED = script("group")
+
+Raw = tuple[bytes, bytes, Mapping[bytes, bytes]]  # stream, id, fields
 
 
 class Reader:
-    """One consumer. `read` returns entries of its own former life first, then left ones, then new ones."""
+    """One consumer. `read` returns entries of its own former life first, then left ones, then new ones.
 
-    def __init__(self, url: str, *, name: str, batch_size: int, claim_idle: float) -> None:
+    `batch_bytes` is aimed at: a batch of huge bodies has fewer pairs.
+    """
+
+    def __init__(
+        self, url: str, *, name: str, batch_size: int, claim_idle: float, batch_bytes: int = BATCH_BYTES
+    ) -> None:
         self.name = name
         self.batch_size = max(1, batch_size)
+        self.batch_bytes = batch_bytes
         self.claim_idle = claim_idle
         self._client = connect(url)
+        self._polls = is_cluster(self._client)
         self._shards: dict[Keys, str] = {}  # → where to go on among the own entries; > when there are no more
         self._claim_from: dict[Keys, bytes | str] = {}
         self._discovered = self._claimed = -float("inf")
@@ -61,17 +73,15 @@ class Reader:
         for one in entries:
             by_shard.setdefault(one.keys, []).extend((one.id, one.size))
         with translated():
-            acknowledge = self._client.register_script(ACKNOWLEDGE)
             for keys, pairs in by_shard.items():
-                await acknowledge(keys=[keys.ready, keys.stats], args=[GROUP, *pairs])
+                await ACKNOWLEDGE.run(self._client, [keys.ready, keys.stats, keys.due], [GROUP, *pairs])
 
     async def close(self) -> None:
         """Take leave of the groups, unless something is pending, and disconnect."""
         try:
             with translated():
-                forget = self._client.register_script(FORGET)
                 for keys in self._shards:
-                    await forget(keys=[keys.ready], args=[GROUP, self.name])
+                    await FORGET.run(self._client, [keys.ready], [GROUP, self.name])
         finally:
             await self._client.aclose()
 
@@ -88,14 +98,9 @@ class Reader:
 
     async def _discover(self) -> None:
         for keys in await shards(self._client):
-            if keys in self._shards:
-                continue
-            try:
-                await self._client.xgroup_create(keys.ready, GROUP, id="0", mkstream=True)
-            except redis.ResponseError as error:
-                if "BUSYGROUP" not in str(error):
-                    raise
-            self._shards[keys] = "0"
+            if keys not in self._shards:
+                await GROUPED.run(self._client, [keys.ready], [GROUP])
+                self._shards[keys] = "0"
 
     async def _own(self) -> list[Entry]:
         """What was given to this consumer before, and is not acknowledged."""
@@ -124,33 +129,61 @@ class Reader:
                 keys.ready, GROUP, self.name, idle, after, count=self._count(1)
             )
             self._claim_from[keys] = raw[0]
-            found += [entry(keys, identifier, fields) for identifier, fields in raw[1] if fields]
+            claimed = [(identifier, fields) for identifier, fields in raw[1] if fields]
+            if claimed:
+                times = await self._deliveries(keys, claimed[0][0], claimed[-1][0], len(raw[1]))
+                found += [entry(keys, one, fields, times.get(one, 1)) for one, fields in claimed]
             if len(found) >= self.batch_size:
                 break
         return found
+
+    async def _deliveries(self, keys: Keys, first: bytes, last: bytes, count: int) -> dict[bytes, int]:
+        """How often each of the entries was given to a worker: many times where that ends the worker."""
+        raw: Any = await self._client.xpending_range(keys.ready, GROUP, first, last, count, self.name)
+        return {one["message_id"]: one["times_delivered"] for one in raw}
 
     async def _new(self) -> list[Entry]:
         if not self._shards:
             await asyncio.sleep(IDLE)
             return []
         names = {keys.ready.encode(): keys for keys in self._shards}
-        streams: dict[Any, Any] = dict.fromkeys(names, ">")
-        raw = await self._client.xreadgroup(
-            GROUP, self.name, streams, count=self._count(self._busy), block=BLOCK
-        )
-        found = [
-            entry(names[stream], identifier, fields) for stream, identifier, fields in _flat(raw) if fields
-        ]
+        raw = await (self._polled(list(names)) if self._polls else self._blocking(list(names)))
+        found = [entry(names[stream], identifier, fields) for stream, identifier, fields in raw if fields]
         if found:
             self._busy = len({one.keys for one in found})
             self._size = max(sum(one.size for one in found) / len(found), self._size * 0.8, 1.0)
         return found
 
+    async def _blocking(self, streams: Sequence[bytes]) -> list[Raw]:
+        asked: dict[Any, Any] = dict.fromkeys(streams, ">")
+        count = self._count(self._busy)
+        return _flat(await self._client.xreadgroup(GROUP, self.name, asked, count=count, block=BLOCK))
+
+    async def _polled(self, streams: Sequence[bytes]) -> list[Raw]:
+        """In a cluster a call reads one shard, and who waits at one does not see the others."""
+        until, pause = time.monotonic() + BLOCK / 1000, POLL
+        while True:
+            found = [one for part in await self._all(streams) for one in _flat(part)]
+            if found or time.monotonic() >= until:
+                return found
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_POLL)
+
+    async def _all(self, streams: Sequence[bytes]) -> list[Any]:
+        """All answers are waited for also when one fails: what the others had been given is then read again."""
+        count = self._count(self._busy)
+        calls = [self._client.xreadgroup(GROUP, self.name, {one: ">"}, count=count) for one in streams]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
     def _count(self, streams: int) -> int:
-        return max(1, min(self.batch_size, int(BATCH_BYTES / self._size)) // streams)
+        return max(1, min(self.batch_size, int(self.batch_bytes / self._size)) // streams)
 
 
-def _flat(raw: Any) -> list[tuple[bytes, bytes, Mapping[bytes, bytes]]]:
+def _flat(raw: Any) -> list[Raw]:
     """(stream, id, fields) from an answer to XREADGROUP: RESP2 has a list of streams, RESP3 a map with one level more."""
     if isinstance(raw, dict):
         raw = [(stream, [one for page in pages for one in page]) for stream, pages in raw.items()]

@@ -1,5 +1,7 @@
+#!lua flags=allow-oom
 -- Moves pairs whose time is over to the stream, with what there is of them, atomically.
 -- KEYS: due, ready, joined, stats. ARGV: prefix of the pairs' hashes, how many at most. Returns how many were moved.
+-- Also where Redis is at its maxmemory: nothing else would ever let go of what waits there.
 -- A pair whose hash is gone, or is no pair, is moved too, empty: it was sampled, so it has an outcome.
 local MOST = 64 -- fields and values; a pair has a few
 local due, ready, joined, stats = KEYS[1], KEYS[2], KEYS[3], KEYS[4]

@@ -14,9 +14,10 @@ SWEEP = script("sweep")
 async def sweep(client: Redis, keys: Keys, *, most: int = 20_000) -> int:
     """Return how many were moved, which is `most` or a little more where others may still be due."""
     moved = 0
-    run = client.register_script(SWEEP)
     while moved < most:
-        now = await run(keys=[keys.due, keys.ready, keys.joined, keys.stats], args=[keys.pair(""), AT_ONCE])
+        now = await SWEEP.run(
+            client, [keys.due, keys.ready, keys.joined, keys.stats], [keys.pair(""), AT_ONCE]
+        )
         moved += int(now)
         if now < AT_ONCE:
             break

@@ -6,7 +6,7 @@ import redis.asyncio as aioredis
 import structlog
 from redis.exceptions import RedisError
 
-from abreast.join import SERVICES, Keys
+from abreast_sidecar.read import shards
 
 log = structlog.get_logger(__name__)
 
@@ -18,14 +18,10 @@ class Pending:
     async def count(self, service: str) -> int | None:
         """Pairs that wait for a copy or for a worker; None while Redis can't be reached."""
         try:
-            shards = int(await self.client.hget(SERVICES, service) or 0)
             waiting = 0
-            for shard in range(shards):
-                keys = Keys(service, shard)
+            for keys in [keys for keys in await shards(self.client) if keys.service == service]:
                 waiting += await self.client.zcard(keys.due) + await self.client.xlen(keys.ready)
         except (RedisError, OSError, TimeoutError) as error:
             log.warning("redis does not tell how many pairs wait", error=str(error))
             return None
-        except ValueError:  # a name that no service can have
-            return 0
         return waiting

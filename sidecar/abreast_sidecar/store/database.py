@@ -9,7 +9,9 @@ from importlib import resources
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction
+from psycopg.abc import Params
+from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
@@ -19,7 +21,9 @@ POOL_SIZE = 8
 CONNECT_TIMEOUT = 3  # seconds, for one attempt
 WAIT_FOR_CONNECTION = 2.5  # seconds that a call waits while Postgres is away
 STATEMENT_TIMEOUT = 20  # seconds
-OPTIONS = f"-c statement_timeout={STATEMENT_TIMEOUT}s -c jit=off -c timezone=UTC -c application_name=abreast"
+LIMITS = (
+    f"set local statement_timeout = '{STATEMENT_TIMEOUT}s'; set local jit = off; set local timezone = 'UTC'"
+)
 
 Connection = AsyncConnection[DictRow]
 Row = dict[str, Any]
@@ -30,12 +34,43 @@ def statement(name: str) -> bytes:
     return (resources.files("abreast_sidecar.store") / "sql" / f"{name}.sql").read_bytes()
 
 
+class Limited(AsyncConnection[DictRow]):
+    """Sets limits in each transaction: a pooler in transaction mode takes no options, and gives the next transaction
+    another session. A single statement is a transaction of its own.
+    """
+
+    @asynccontextmanager
+    async def transaction(
+        self, savepoint_name: str | None = None, force_rollback: bool = False
+    ) -> AsyncIterator[AsyncTransaction]:
+        outermost = self._idle
+        async with super().transaction(savepoint_name, force_rollback) as transaction:
+            if outermost:
+                await super().execute(LIMITS.encode())
+            yield transaction
+
+    async def execute(self, query: Any, params: Params | None = None, **options: Any) -> AsyncCursor[DictRow]:
+        if not self._idle:
+            return await super().execute(query, params, **options)
+        async with self.transaction():
+            return await super().execute(query, params, **options)
+
+    @staticmethod
+    async def check(connection: Limited) -> None:
+        """Whether it still works. Raise otherwise."""
+        await AsyncConnection.execute(connection, "")
+
+    @property
+    def _idle(self) -> bool:
+        return self.info.transaction_status == TransactionStatus.IDLE
+
+
 class Database:
     """Opens at once, also where Postgres is away; calls then raise LedgerError after a few seconds."""
 
     def __init__(self, conninfo: str) -> None:
         self.conninfo = conninfo
-        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+        self._pool: AsyncConnectionPool[Limited] = AsyncConnectionPool(
             conninfo,
             min_size=1,
             max_size=POOL_SIZE,
@@ -45,10 +80,11 @@ class Database:
                 "row_factory": dict_row,
                 "autocommit": True,
                 "connect_timeout": CONNECT_TIMEOUT,
-                "options": OPTIONS,
+                "application_name": "abreast",
                 "prepare_threshold": None,  # plans must see the filters
             },
-            check=AsyncConnectionPool.check_connection,
+            connection_class=Limited,
+            check=Limited.check,
             open=False,
         )
 

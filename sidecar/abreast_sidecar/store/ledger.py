@@ -40,6 +40,10 @@ KEEPALIVE: dict[str, Any] = {
 }
 
 
+class DayGoneError(LedgerError):
+    """No partition takes the record's day any more. Trying again opens it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """A judged pair with the ids of what it shows."""
@@ -74,6 +78,12 @@ class Ledger:
         Raise RefusedError when Postgres is well and does not take the data, LedgerError for all that may pass by
         itself; then the batch can be given again, also when it had been committed after all.
         """
+        try:
+            return await self._write(batch)
+        except DayGoneError:  # retention dropped it meanwhile
+            return await self._write(batch)
+
+    async def _write(self, batch: Sequence[Judged]) -> int:
         async with self._trouble():
             connection = await self._connected()
             unique = _unique(batch)
@@ -89,8 +99,10 @@ class Ledger:
                 yield
         except psycopg.Error as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if isinstance(error, psycopg.errors.CheckViolation) and not error.diag.constraint_name:
+                self._days.clear()
+                raise DayGoneError(f"a day's partition is gone: {said}") from error
             if error.sqlstate and error.sqlstate.startswith(DATA_CLASSES):
-                self._days.clear()  # perhaps only a day's partition is gone
                 raise RefusedError(f"postgres refuses a record: {said}") from error
             await self.close()
             raise LedgerError(f"the ledger can't be written: {said}") from error

@@ -41,9 +41,10 @@ class PostgresFacts:
 
 def look(url: str) -> PostgresFacts:
     try:
-        with psycopg.connect(
-            url, connect_timeout=TIMEOUT, options=f"-c statement_timeout={TIMEOUT}s"
-        ) as connection:
+        with psycopg.connect(url, connect_timeout=TIMEOUT, prepare_threshold=None) as connection:
+            connection.execute(
+                f"set local statement_timeout = '{TIMEOUT}s'".encode()
+            )  # poolers take no options
             number, version, now, held, migrated = connection.execute(FACTS).fetchone() or (
                 0,
                 "",

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from abreast import join
+from abreast.redis_url import blocking
 from abreast_sidecar.cli.checks.check import Check, Part, UnreachableError, without_password
 from abreast_sidecar.cli.humane import count, counted, part_of, seconds, size
 
@@ -66,32 +65,35 @@ class RedisFacts:
 def look(url: str, hints: Iterable[str] = ()) -> RedisFacts:
     """`hints` are names of services that should be there."""
     try:
-        with redis.Redis.from_url(
-            url,
-            socket_timeout=TIMEOUT,
-            socket_connect_timeout=TIMEOUT,
-            retry=Retry(NoBackoff(), 0),
-            decode_responses=True,
-        ) as client:
+        with blocking(url, timeout=TIMEOUT) as client:
             return _read(client, without_password(url), hints)
-    except (redis.RedisError, ValueError, OSError) as error:
+    except (redis.RedisError, redis.exceptions.RedisClusterException, ValueError, OSError) as error:
         raise UnreachableError(str(error).lower() or type(error).__name__) from error
 
 
+def _servers(client: Any) -> list[Any]:
+    """The one server, or a cluster's primaries, the fullest first."""
+    if not isinstance(client, redis.RedisCluster):
+        return [client]
+    found = [client.get_redis_connection(node) for node in client.get_primaries()]  # type: ignore[no-untyped-call]  # redis-py's
+    return sorted(found, key=lambda one: -int(one.info("memory")["used_memory"]))
+
+
 def _read(client: Any, url: str, hints: Iterable[str]) -> RedisFacts:
-    client.ping()  # connecting takes its time, and must not count
-    whole, micros = client.time()
+    servers = _servers(client)
+    servers[0].ping()  # connecting takes its time, and must not count
+    whole, micros = servers[0].time()
     now = whole + micros / 1e6
     ahead = now - time.time()
     registered = {name: int(shards) for name, shards in client.hgetall(join.SERVICES).items()}
-    unregistered = _unregistered(client, registered, hints)
+    unregistered = _unregistered(client, servers, registered, hints)
     services = {**unregistered, **registered}
     return RedisFacts(
         url=url,
-        info=client.info(),
+        info=servers[0].info(),
         now=now,
         ahead=ahead,
-        policy=_policy(client),
+        policy=_policy(servers[0]),
         shards={
             name: [_shard(client, join.Keys(name, n), now) for n in range(shards)]
             for name, shards in services.items()
@@ -103,21 +105,29 @@ def _read(client: Any, url: str, hints: Iterable[str]) -> RedisFacts:
     )
 
 
-def _unregistered(client: Any, registered: Mapping[str, int], hints: Iterable[str]) -> dict[str, int]:
+def _unregistered(
+    client: Any, servers: Iterable[Any], registered: Mapping[str, int], hints: Iterable[str]
+) -> dict[str, int]:
     """Shards, by service, of captures that no sidecar looks for; nameless ones only where nothing is registered."""
     keys = [f"abreast:{{{name}/0}}:stats" for name in hints]
     keys = [key for key in keys if client.exists(key)]
-    cursor: int | None = None
-    for _ in range(0 if registered else SCANS):
-        cursor, some = client.scan(cursor or 0, match="abreast:{*}:stats", count=SCANNED)
-        keys += some
-        if not cursor:
-            break
+    for server in () if registered else servers:
+        keys += _scanned(server)
     found: dict[str, int] = {}
     for name, shard in (match.groups() for match in map(STATS.fullmatch, keys) if match):
         if name not in registered:
             found[name] = max(found.get(name, 0), int(shard) + 1)
     return found
+
+
+def _scanned(server: Any) -> list[str]:
+    keys, cursor = [], 0
+    for _ in range(SCANS):
+        cursor, some = server.scan(cursor, match="abreast:{*}:stats", count=SCANNED)
+        keys += some
+        if not cursor:
+            break
+    return keys
 
 
 def _policy(client: Any) -> str | None:

@@ -1,0 +1,182 @@
+"""Clients of Redis by URL: of one server, of a cluster, or of the primary that Sentinels name.
+
+    redis://user:password@host:6379/0                                rediss:// with TLS, unix:// for a socket
+    redis+cluster://user:password@host:7000,host2:7000               rediss+cluster://
+    redis+sentinel://user:password@host:26379,host2:26379/name/0     rediss+sentinel://
+
+User and password are those of the servers; the Sentinels' own are `?sentinel_username=…&sentinel_password=…`. Further
+options, such as `ssl_ca_certs`, are redis-py's. Of a cluster and of Sentinels one address is enough to find the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.connection import SSLConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisClusterException, RedisError
+
+Kind = Literal["server", "cluster", "sentinel"]
+KINDS: Mapping[str, Kind] = {"": "server", "cluster": "cluster", "sentinel": "sentinel"}
+PORTS = {"cluster": 6379, "sentinel": 26379}
+SENTINEL = "sentinel_"  # options that are for the Sentinels
+WANTED = (
+    "a URL such as redis://127.0.0.1:6379/0, rediss://…, unix://…, redis+cluster://host:7000,host2:7000 "
+    "or redis+sentinel://host:26379,host2:26379/name/0"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """`server` is what redis-py takes: of the one server, or with the first of `nodes` in its place."""
+
+    kind: Kind
+    server: str = field(repr=False)  # may hold a password
+    nodes: tuple[tuple[str, int], ...] = ()
+    name: str = ""  # of the primary, by which the Sentinels know it
+    sentinel: Mapping[str, str] = field(default_factory=dict, repr=False)  # their own username and password
+
+
+def parse(url: str) -> Address:
+    """Raise ValueError, saying what is wanted."""
+    scheme, _, rest = url.strip().partition("://")
+    base, _, kind = scheme.partition("+")
+    if kind and (base not in {"redis", "rediss"} or kind not in PORTS):
+        raise ValueError(WANTED)
+    try:
+        if kind:
+            return _several(base, kind, rest)
+        parse_url(url.strip())
+        return Address("server", url.strip())
+    except ValueError:
+        raise ValueError(WANTED) from None
+
+
+def _several(base: str, kind: str, rest: str) -> Address:
+    parts = urlsplit(f"//{rest}")
+    credentials, at, hosts = parts.netloc.rpartition("@")
+    nodes = tuple(_node(host, PORTS[kind]) for host in hosts.split(",") if host)
+    path = [unquote(part) for part in parts.path.split("/") if part]
+    name, database = ("", path) if kind == "cluster" else (path[0] if path else "", path[1:])
+    number = database[0] if database else "0"
+    if not nodes or len(database) > 1 or not number.isdigit():
+        raise ValueError(rest)
+    if (kind == "sentinel") != bool(name) or (kind == "cluster" and number != "0"):
+        raise ValueError(rest)
+    given = dict(parse_qsl(parts.query))
+    sentinel = {key.removeprefix(SENTINEL): given.pop(key) for key in list(given) if key.startswith(SENTINEL)}
+    host, port = nodes[0]
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    server = f"{base}://{credentials}{at}{place}/{number}" + (f"?{urlencode(given)}" if given else "")
+    parse_url(server)
+    return Address(KINDS[kind], server, nodes, name, sentinel)
+
+
+def _node(place: str, port: int) -> tuple[str, int]:
+    parts = urlsplit(f"//{place}")
+    if not parts.hostname:
+        raise ValueError(place)
+    return parts.hostname, parts.port or port
+
+
+class Cluster(RedisCluster):
+    """Asks anew who holds what after a failure. Trying again is up to the callers, who know what may be."""
+
+    async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await super().execute_command(*args, **kwargs)
+        except (RedisConnectionError, OSError):
+            await self.aclose()
+            raise
+        except RedisClusterException as error:  # redis-py has it beside its other errors
+            await self.aclose()
+            raise RedisConnectionError(str(error)) from error
+        except RedisError as error:
+            if str(error).startswith(("CLUSTERDOWN", "MASTERDOWN", "Command ")):
+                await self.aclose()
+            raise
+
+
+class Primary(Redis):
+    """What the Sentinels name. Closing it closes the connections to them too."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await super().aclose(close_connection_pool)
+        await self.forget()
+
+    async def forget(self) -> None:
+        pool: Any = self.connection_pool
+        for sentinel in pool.sentinel_manager.sentinels:
+            await sentinel.connection_pool.disconnect(inuse_connections=True)
+
+
+def connect(url: str, *, timeout: float, connect_timeout: float) -> Redis:
+    """Opens nothing yet, and tries nothing again by itself. A cluster's client has the same commands."""
+    where = parse(url)
+    options: dict[str, Any] = {
+        "socket_timeout": timeout,
+        "socket_connect_timeout": connect_timeout,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    if where.kind == "server":
+        return Redis.from_url(url.strip(), **options)
+    options |= _options(where)
+    if where.kind == "cluster":
+        nodes = [ClusterNode(host, port) for host, port in where.nodes]
+        return cast("Redis", Cluster(startup_nodes=nodes, **options))
+    sentinels = Sentinel(list(where.nodes), sentinel_kwargs=_asking(where, options), **options)  # type: ignore[no-untyped-call]  # redis-py's
+    return cast("Redis", sentinels.master_for(where.name, redis_class=Primary))
+
+
+def _options(where: Address) -> dict[str, Any]:
+    """What the URL says, but for the place."""
+    options: dict[str, Any] = dict(parse_url(where.server))
+    options["ssl"] = options.pop("connection_class", None) is SSLConnection
+    for name in ("host", "port", *(["db"] if where.kind == "cluster" else [])):
+        options.pop(name, None)
+    return options
+
+
+def _asking(where: Address, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How the Sentinels are asked: they have no databases, and users of their own."""
+    return {**options, "db": 0, "username": None, "password": None, **where.sentinel}
+
+
+def blocking(url: str, *, timeout: float) -> Any:
+    """The same for programs without an event loop; answers are text."""
+    import redis
+
+    where = parse(url)
+    retry = redis.retry.Retry(NoBackoff(), 0)
+    options: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry}
+    options["decode_responses"] = True
+    if where.kind == "server":
+        return redis.Redis.from_url(url.strip(), **options)
+    options |= _options(where)
+    if where.kind == "cluster":
+        nodes = [redis.cluster.ClusterNode(host, port) for host, port in where.nodes]  # type: ignore[no-untyped-call]  # redis-py's
+        return redis.RedisCluster(startup_nodes=nodes, **options)
+    sentinels = redis.sentinel.Sentinel(list(where.nodes), sentinel_kwargs=_asking(where, options), **options)  # type: ignore[no-untyped-call]  # redis-py's
+    return sentinels.master_for(where.name)  # type: ignore[no-untyped-call]  # redis-py's
+
+
+async def disconnect(client: Redis) -> None:
+    """Close the sockets at once, answered or not; the client may be used again."""
+    if isinstance(client, RedisCluster):
+        await client.aclose()
+    else:
+        await client.connection_pool.disconnect(inuse_connections=True)
+    if isinstance(client, Primary):
+        await client.forget()
+
+
+def is_cluster(client: Redis) -> bool:
+    return isinstance(client, RedisCluster)

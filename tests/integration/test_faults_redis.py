@@ -1,0 +1,188 @@
+"""Whatever Redis does under load: what it took has one row in the end, and none counts twice."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from abreast.join import Keys
+from abreast.settings import Settings as ServiceSettings
+from abreast_sidecar.embedded import RedisServer
+from abreast_sidecar.housekeeping import Housekeeping
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import migrate
+from support import eventually_async, free_port
+from support_load import Load, agrees, complete, empty, loading, stopped
+from support_pairs import SERVICE, one, ready, rows, running, stats
+from support_redis import admin, server
+
+pytestmark = pytest.mark.redis
+
+PAIRS = 400
+READY = Keys(SERVICE, 0).ready
+
+
+def settings(redis: RedisServer, postgres_url: str) -> Settings:
+    return Settings(redis_url=redis.url, postgres_url=postgres_url, claim_idle=0.5, batch_size=20)
+
+
+async def reach(url: str, count: int) -> None:
+    async def there() -> bool:
+        return int(one(url, "select count(*) from abreast.pair")) >= count
+
+    await eventually_async(there, what=f"{count} rows")
+
+
+async def test_it_may_be_full_read_only_or_without_its_scripts(postgres_url: str) -> None:
+    await migrate(postgres_url)
+    with server() as started, admin(started) as client:
+        load = Load(started.url)
+        async with running(settings(started, postgres_url)), loading(load, PAIRS):
+            await reach(postgres_url, 20)
+            client.config_set("maxmemory", 1)
+            await refused(load)
+            client.config_set("maxmemory", 0)
+            client.script_flush()
+            await reach(postgres_url, 100)
+            client.replicaof("127.0.0.1", free_port())
+            await refused(load)
+            client.replicaof("NO", "ONE")
+            client.script_flush()
+        async with running(settings(started, postgres_url)):
+            await complete(postgres_url, load)
+            await empty(started.url)
+
+
+async def refused(load: Load) -> None:
+    before = load.errors
+
+    async def more() -> bool:
+        return load.errors > before + 1
+
+    await eventually_async(more, what="services are refused")
+
+
+async def test_at_its_memory_limit_it_can_still_be_read_empty(postgres_url: str) -> None:
+    """Nothing has read it before, so that even the group has to be made there; lonely captures are swept."""
+    await migrate(postgres_url)
+    with server() as started, admin(started) as client:
+        load = Load(started.url, pace=0)
+        await load.run(200)
+        client.config_set("maxmemory", 1)
+        client.script_flush()
+        async with running(settings(started, postgres_url)):
+            await complete(postgres_url, load)
+            await empty(started.url)
+
+
+async def test_it_may_stop_for_a_while(postgres_url: str) -> None:
+    await migrate(postgres_url)
+    with server() as started:
+        load = Load(started.url)
+        async with running(settings(started, postgres_url)), loading(load, PAIRS):
+            await reach(postgres_url, 50)
+            assert started.server is not None
+            with stopped(started.server.pid):
+                await asyncio.sleep(2)  # the fault itself
+        async with running(settings(started, postgres_url)):
+            await complete(postgres_url, load)
+            await empty(started.url)
+
+
+@contextmanager
+def killed(started: RedisServer) -> Iterator[Thread]:
+    """In the block it is gone; the thread brings it back."""
+    assert started.server is not None
+    started.server.process.send_signal(signal.SIGKILL)
+    started.server.process.wait()
+    yield Thread(target=started.start)
+
+
+async def test_killed_with_an_append_only_file_it_loses_nothing(postgres_url: str, tmp_path: Path) -> None:
+    """While it loads its data it answers LOADING, to services and sidecars."""
+    await migrate(postgres_url)
+    with server("--key-load-delay", "1000", folder=tmp_path) as started:
+        load = Load(started.url)
+        async with running(settings(started, postgres_url)), loading(load, PAIRS):
+            await reach(postgres_url, 50)
+            with admin(started) as client:
+                client.hset("ballast", mapping={str(n): "x" for n in range(20)})
+                for number in range(30):
+                    client.set(f"ballast:{number}", number)
+            await asyncio.to_thread(bring_back, started)
+        async with running(settings(started, postgres_url)):
+            await complete(postgres_url, load)
+            await empty(started.url)
+    assert load.errors > 0
+
+
+def bring_back(started: RedisServer) -> None:
+    with killed(started):
+        started.start()
+
+
+async def test_killed_without_persistence_it_loses_what_it_held_and_no_more(postgres_url: str) -> None:
+    """What is lost is known by number: the rest of what was sampled."""
+    await migrate(postgres_url)
+    with server() as started:
+        load = Load(started.url)
+        async with running(settings(started, postgres_url)), loading(load, PAIRS):
+            await reach(postgres_url, 100)
+            before = set(load.pairs)
+            await asyncio.to_thread(bring_back, started)
+        async with running(settings(started, postgres_url)):
+            await eventually_async(lambda: all_after(postgres_url, load, before), what="the rest arrives")
+            await empty(started.url)
+    found = {pair for (pair,) in rows(postgres_url, "select id from abreast.pair")}
+
+    assert found <= set(load.pairs)
+    assert len(found) >= PAIRS - 60
+    agrees(postgres_url)
+
+
+async def all_after(url: str, load: Load, before: set[str]) -> bool:
+    found = {pair for (pair,) in rows(url, "select id from abreast.pair")}
+    return set(load.pairs) - before <= found
+
+
+async def test_with_the_sidecar_away_for_long_all_stay_within_their_bounds_and_go_on(
+    postgres_url: str,
+) -> None:
+    """Redis takes what it may, refuses and counts the rest; once the sidecar is back, the backlog comes first."""
+    await migrate(postgres_url)
+    with server() as started:
+        service = ServiceSettings(
+            service=SERVICE, redis_url=started.url, redis_pairs=150, redis_bytes=10_000_000
+        )
+        load = Load(started.url, pace=0, service=service)
+        await load.run(600)
+        full = ready(started.url)
+        shed = stats(started.url)
+        backlog = set(load.pairs)
+        stop = asyncio.Event()
+        housekeeping = asyncio.create_task(Housekeeping(settings(started, postgres_url)).run(stop))
+        async with running(settings(started, postgres_url)):
+            await reach(postgres_url, 20)
+            await load.run(100)
+            await complete(postgres_url, load)
+            await empty(started.url)
+            await eventually_async(lambda: told(postgres_url, shed["shed_pairs"]), what="refusals are told")
+        stop.set()
+        await housekeeping
+
+    order = [pair for (pair,) in rows(postgres_url, "select id from abreast.pair order by at")]
+    assert full == 150
+    assert len(backlog) == 150
+    assert shed["shed_pairs"] == 2 * load.refused == 2 * 450
+    assert set(order[:150]) == backlog
+
+
+async def told(url: str, shed: int) -> bool:
+    found = one(url, "select coalesce(max((report->>'shed_pairs')::int), 0) from abreast.shard_report")
+    return bool(found == shed)

@@ -1,0 +1,159 @@
+"""Workers that are killed under load: every pair has one row in the end, and none counts twice."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import redis
+
+from abreast.join import GROUP, Keys
+from abreast_sidecar.apart import Apart
+from abreast_sidecar.compare import Rules
+from abreast_sidecar.read import Reader
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import migrate
+from support import eventually_async
+from support_load import Load, complete, empty, loading, worker_process
+from support_pairs import SERVICE, outcomes, pair_of, rows, running, send
+
+KILLS = 6
+SEED = 4
+KILLER = """
+import os, signal
+import abreast_sidecar.judging as judging
+judge = judging.judge
+def deadly(captures, *rest, **more):
+    if b"deadly" in captures[0].answer.body.held:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return judge(captures, *rest, **more)
+judging.judge = deadly
+"""
+
+
+@pytest.fixture
+async def settings(redis_url: str, postgres_url: str) -> Settings:
+    await migrate(postgres_url)
+    return Settings(redis_url=redis_url, postgres_url=postgres_url, claim_idle=0.3, batch_size=50)
+
+
+def pending(url: str) -> int:
+    with redis.Redis.from_url(url) as client:
+        if not client.exists(Keys(SERVICE, 0).ready) or not client.xinfo_groups(Keys(SERVICE, 0).ready):
+            return 0
+        return int(client.xpending(Keys(SERVICE, 0).ready, GROUP)["pending"])
+
+
+async def test_one_of_two_is_killed_again_and_again_in_the_middle_of_a_batch(settings: Settings) -> None:
+    generator = random.Random(SEED)
+    load = Load(settings.redis_url)
+    patient = replace(settings, batch_size=10)
+    async with running(patient, "survivor"), loading(load, 2000):
+        for _ in range(KILLS):
+            victim = await worker_process(settings)
+            await eventually_async(
+                lambda: holds_many(settings.redis_url), what="something is being worked on"
+            )
+            await asyncio.sleep(generator.uniform(0.3, 0.7))  # it starts, reads, compares or commits
+            victim.kill()
+            await victim.wait()
+    async with running(settings):
+        await complete(settings.postgres_url, load)
+        await empty(settings.redis_url)
+
+
+async def holds_many(url: str) -> bool:
+    return pending(url) > 0
+
+
+async def test_all_are_killed_and_those_that_come_later_take_over(settings: Settings) -> None:
+    generator = random.Random(SEED)
+    load = Load(settings.redis_url, pace=0.0005)
+    async with loading(load, 1500):
+        for _ in range(KILLS // 2):
+            both = [await worker_process(settings) for _ in range(2)]
+            await eventually_async(
+                lambda: holds_many(settings.redis_url), what="something is being worked on"
+            )
+            await asyncio.sleep(generator.uniform(0, 0.05))
+            for victim in both:
+                victim.kill()
+                await victim.wait()
+    async with running(settings):
+        await complete(settings.postgres_url, load)
+        await empty(settings.redis_url)
+
+
+async def test_a_new_worker_takes_its_part(settings: Settings) -> None:
+    load = Load(settings.redis_url)
+    small = replace(settings, batch_size=5)
+    seen = set()
+
+    async def both() -> bool:
+        with redis.Redis.from_url(settings.redis_url) as client:
+            for consumer in client.xinfo_consumers(Keys(SERVICE, 0).ready, GROUP):
+                if consumer["pending"]:
+                    seen.add(consumer["name"])
+        return {b"first", b"later"} <= seen
+
+    async with running(small, "first"), loading(load, 1000):
+        await eventually_async(lambda: holds_many(settings.redis_url), what="the first works")
+        async with running(small, "later"):
+            await eventually_async(both, what="both work")
+    async with running(settings):
+        await complete(settings.postgres_url, load)
+
+
+async def test_an_entry_that_kills_whoever_compares_it_is_put_apart_and_the_rest_goes_on(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(KILLER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for number in range(40):
+        send(settings.redis_url, pair_of("deadly" if number == 17 else number, number))
+
+    deaths = 0
+    while pending(settings.redis_url) or sum(outcomes(settings.postgres_url).values()) < 40:
+        worker = await worker_process(settings)
+        done = asyncio.create_task(empty(settings.redis_url))
+        died = asyncio.create_task(worker.wait())
+        await asyncio.wait({done, died}, return_when=asyncio.FIRST_COMPLETED)
+        deaths += died.done()
+        done.cancel()
+        if worker.returncode is None:
+            worker.kill()
+        await asyncio.gather(done, died, return_exceptions=True)
+
+    assert deaths == 2
+    assert outcomes(settings.postgres_url)["undecodable"] == 1
+    ((reason,),) = rows(settings.postgres_url, "select reason from abreast.poison")
+    assert reason == "comparing it ends the process (SIGSEGV); it was given to workers 3 times"
+
+
+async def test_an_entry_that_hangs_is_given_up(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        KILLER.replace("os.kill(os.getpid(), signal.SIGSEGV)", "signal.pause()")
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    send(settings.redis_url, pair_of("deadly", 1))
+    send(settings.redis_url, pair_of(1, 1))
+    reader = Reader(settings.redis_url, name="one", batch_size=10, claim_idle=30)
+    entries = []
+
+    async def two() -> bool:
+        entries.extend(await reader.read())
+        return len(entries) == 2
+
+    await eventually_async(two, what="both entries")
+    apart, rules = Apart(longest=2.0), Rules.ignoring(())
+    found = [await apart.judged(entry, rules) for entry in entries]
+    await apart.close()
+    await reader.close()
+
+    assert [one.judgement.outcome for one in found] == ["undecodable", "match"]
+    assert "more than 2 s" in found[0].judgement.reason

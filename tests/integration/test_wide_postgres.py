@@ -1,0 +1,130 @@
+"""The whole sidecar on Postgres through a pooler in transaction mode. Runs where PgBouncer is installed; see other_servers.sh."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+import grpc
+import psycopg
+import pytest
+
+from abreast.v1 import comparison_pb2, comparison_pb2_grpc, traffic_pb2, traffic_pb2_grpc
+from abreast_sidecar.app import serve
+from abreast_sidecar.cli.checks import postgres as checks
+from abreast_sidecar.control import Control
+from abreast_sidecar.errors import LedgerError
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import database, migrate
+from abreast_sidecar.store.database import Database
+from support import eventually_async, free_ports
+from support_load import Load, agrees, complete, loading
+from support_pairs import one, running
+from support_pooler import pooled
+
+pytestmark = pytest.mark.pooler
+
+
+@pytest.fixture
+def through(postgres_url: str) -> Iterator[str]:
+    with pooled(postgres_url) as url:
+        yield url
+
+
+async def test_a_sidecar_with_three_workers_and_its_api(
+    redis_url: str, postgres_url: str, through: str
+) -> None:
+    rpc, web = free_ports(2)
+    settings = Settings(
+        redis_url=redis_url,
+        postgres_url=through,
+        postgres_session_url=postgres_url,
+        grpc_listen=f"127.0.0.1:{rpc}",
+        http_listen=f"127.0.0.1:{web}",
+        batch_size=20,
+    )
+    stop, load = asyncio.Event(), Load(redis_url)
+    sidecar = asyncio.create_task(serve(settings, stop))
+    try:
+        async with grpc.aio.insecure_channel(settings.grpc_listen) as channel:
+            await asyncio.wait_for(channel.channel_ready(), 15)
+            async with running(settings, "two"), running(settings, "three"), loading(load, 300):
+                pass
+            await complete(postgres_url, load)
+            asked = comparison_pb2.GetSummaryRequest(service="shop")
+            summary = await comparison_pb2_grpc.ComparisonServiceStub(channel).GetSummary(asked)
+            change = traffic_pb2.RollbackRequest(service="shop", reason="a test")
+            await traffic_pb2_grpc.TrafficServiceStub(channel).Rollback(change)
+            facts = await asyncio.to_thread(checks.look, through)
+    finally:
+        stop.set()
+        await sidecar
+
+    assert summary.pairs == 300
+    assert facts.pairs == 300
+    agrees(postgres_url)
+    assert one(postgres_url, "select count(*) from abreast.traffic_event where action = 'rollback'") == 1
+
+
+async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(
+    redis_url: str, postgres_url: str, through: str
+) -> None:
+    """LISTEN needs a session of its own; through the pooler it would hear nothing, and look every five seconds."""
+    settings = Settings(redis_url=redis_url, postgres_url=through, postgres_session_url=postgres_url)
+    await migrate(through)
+    stop, opened = asyncio.Event(), Database(through)
+    await opened.open()
+    control, other = Control(opened, settings), Control(opened, settings)
+    task = asyncio.create_task(control.run(stop))
+    with psycopg.connect(postgres_url, autocommit=True) as look:
+
+        async def listens() -> bool:
+            row = look.execute("select count(*) from pg_stat_activity where query like 'listen %'").fetchone()
+            return row == (1,)
+
+        await eventually_async(listens, what="it listens")
+    await other.read("shop")  # makes its first state
+
+    async def heard() -> bool:
+        return control.held("shop") is not None
+
+    await eventually_async(heard, within=3, what="the other has heard, before it looks again by itself")
+    stop.set()
+    await task
+    await opened.close()
+
+
+async def test_limits_hold_in_every_session_that_the_pooler_gives(
+    through: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "LIMITS", database.LIMITS.replace("'20s'", "'200ms'"))
+    opened = Database(through)
+    await opened.open()
+    try:
+        async with opened.connection() as connection:
+            zone = await (await connection.execute("show timezone")).fetchone()
+        with pytest.raises(LedgerError, match="took more than"):
+            async with opened.connection() as connection:
+                await connection.execute("select pg_sleep(5)")
+    finally:
+        await opened.close()
+
+    assert zone == {"TimeZone": "UTC"}
+
+
+async def test_killed_workers_leave_nothing_behind_in_the_pooler(
+    redis_url: str, postgres_url: str, through: str
+) -> None:
+    await migrate(through)
+    settings = Settings(redis_url=redis_url, postgres_url=through, claim_idle=0.3, batch_size=20)
+    load = Load(redis_url)
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
+        async with running(settings), loading(load, 300):
+            for _ in range(5):
+                await asyncio.sleep(0.1)  # at some point of a batch
+                admin.execute(
+                    "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and datname = current_database()"
+                )
+    async with running(replace(settings, batch_size=100)):
+        await complete(postgres_url, load)

@@ -1,0 +1,147 @@
+"""Services and sidecars on Redis in its larger forms, and with no more rights than they need."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abreast.settings import Settings as ServiceSettings
+from abreast_sidecar.cli.checks import redis as checks
+from abreast_sidecar.embedded import RedisServer
+from abreast_sidecar.housekeeping import Housekeeping
+from abreast_sidecar.read import connect
+from abreast_sidecar.serve.pending import Pending
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import migrate
+from support import eventually_async
+from support_certificate import self_signed
+from support_load import Load, agrees, complete, loading
+from support_pairs import SERVICE, one, rows, running
+from support_redis import admin, behind_tls, cluster, server, watched
+
+pytestmark = pytest.mark.redis
+
+PAIRS = 300
+DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
+
+
+async def test_on_a_cluster_of_three(postgres_url: str) -> None:
+    """Six shards, which lie on all nodes; two sidecars share them."""
+    await migrate(postgres_url)
+    with cluster() as servers:
+        settings = Settings(redis_url=servers.url, postgres_url=postgres_url, claim_idle=0.5, batch_size=20)
+        load = Load(servers.url, service=ServiceSettings(service=SERVICE, redis_url=servers.url, shards=6))
+        stop = asyncio.Event()
+        housekeeping = asyncio.create_task(Housekeeping(settings).run(stop))
+        async with running(settings, "one"), running(settings, "two"), loading(load, PAIRS):
+            pass
+        async with running(settings):
+            await complete(postgres_url, load)
+        await eventually_async(lambda: reported(postgres_url, 2 * PAIRS), what="the shards' reports")
+        stop.set()
+        await housekeeping
+        client = connect(servers.url)
+        waiting = await Pending(client).count(SERVICE)
+        await client.aclose()
+        used = [keys for node in servers.nodes for keys in stats_of(node)]
+        facts = await asyncio.to_thread(checks.look, servers.url)
+
+    assert waiting == 0
+    assert len(used) == 6
+    assert facts.total(SERVICE, "received") == 2 * PAIRS
+    assert len(facts.shards[SERVICE]) == 6
+
+
+async def reported(url: str, captures: int) -> bool:
+    return bool(one(url, "select sum((report->>'received')::int) from abreast.shard_report") == captures)
+
+
+def stats_of(node: Any) -> list[str]:
+    with admin(node) as client:
+        found = client.keys("abreast:*:stats")
+        assert found, "each node holds some shard"
+        return list(found)
+
+
+async def test_failing_over_to_a_replica_that_sentinel_chose(postgres_url: str) -> None:
+    """What the replica had not got yet is lost, as it always is; it is missing by number, and nothing counts twice."""
+    await migrate(postgres_url)
+    with watched() as servers:
+        settings = Settings(redis_url=servers.url, postgres_url=postgres_url, claim_idle=0.5, batch_size=20)
+        load = Load(servers.url, pace=0.005)
+        async with running(settings):
+            async with loading(load, 2 * PAIRS):
+                await eventually_async(lambda: some(postgres_url, PAIRS // 2), what="the first rows")
+                assert servers.primary.server is not None
+                servers.primary.server.process.kill()
+                before = set(load.pairs)
+            await eventually_async(lambda: all_after(postgres_url, load, before), what="the rest arrives")
+        facts = await asyncio.to_thread(checks.look, servers.url)
+
+    found = {pair for (pair,) in rows(postgres_url, "select id from abreast.pair")}
+    agrees(postgres_url)
+    assert found <= set(load.pairs)
+    assert len(set(load.pairs) - found) <= 5
+    assert load.errors > 0
+    assert facts.shards[SERVICE]
+
+
+async def some(url: str, count: int) -> bool:
+    return int(one(url, "select count(*) from abreast.pair")) >= count
+
+
+async def all_after(url: str, load: Load, before: set[str]) -> bool:
+    found = {pair for (pair,) in rows(url, "select id from abreast.pair")}
+    return set(load.pairs) - before <= found
+
+
+def documented() -> dict[str, list[str]]:
+    """The ACL rules of the docs, by user."""
+    found = re.findall(r"^ACL SETUSER (\S+) (.*)$", DOCS.read_text(), re.MULTILINE)
+    return {user: rules.split() for user, rules in found}
+
+
+async def test_users_with_no_more_rights_than_the_docs_say(postgres_url: str) -> None:
+    await migrate(postgres_url)
+    with server() as started, admin(started) as client:
+        for user, rules in documented().items():
+            client.execute_command("ACL", "SETUSER", user, *(rule.replace(">…", ">secret") for rule in rules))
+        service, sidecar = (started.url.replace("//", f"//{user}:secret@") for user in ("service", "sidecar"))
+        settings = Settings(redis_url=sidecar, postgres_url=postgres_url, claim_idle=0.5)
+        load = Load(service)
+        stop = asyncio.Event()
+        housekeeping = asyncio.create_task(Housekeeping(settings).run(stop))
+        async with running(settings), loading(load, 50):
+            pass
+        async with running(settings):
+            await complete(postgres_url, load)
+        await eventually_async(lambda: reported(postgres_url, 100), what="the shard's report")
+        stop.set()
+        await housekeeping
+        facts = await asyncio.to_thread(checks.look, sidecar)
+        denied = client.acl_log()
+
+    assert [entry["object"] for entry in denied if entry["username"] in {"service", "sidecar"}] == [
+        "config|get"
+    ]
+    assert facts.total(SERVICE, "received") == 100
+
+
+async def test_with_tls(postgres_url: str, redis_server: RedisServer, redis_url: str, tmp_path: Path) -> None:
+    assert redis_url == redis_server.url  # and empty
+    certificate = self_signed(tmp_path, "localhost")
+    await migrate(postgres_url)
+    async with behind_tls(redis_server, certificate) as port:
+        url = f"rediss://localhost:{port}/0?ssl_ca_certs={certificate.certificate}"
+        load = Load(url)
+        async with running(Settings(redis_url=url, postgres_url=postgres_url)), loading(load, 20):
+            pass
+        async with running(Settings(redis_url=url, postgres_url=postgres_url)):
+            await complete(postgres_url, load)
+        facts = await asyncio.to_thread(checks.look, url)
+
+    assert facts.total(SERVICE, "received") == 40

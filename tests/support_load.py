@@ -1,0 +1,162 @@
+"""Load from several service processes, and what must be true of the ledger after it, whatever happened meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import psycopg
+import redis
+
+from abreast.capture import encode
+from abreast.join import Keys, shard_of
+from abreast.link import Link, LinkError
+from abreast.settings import Settings as ServiceSettings
+from abreast_sidecar.settings import Settings
+from support import eventually_async
+from support_pairs import SERVICE, capture, one, rows
+
+T = TypeVar("T")
+
+PACE = 0.002  # seconds between two pairs
+DIFFERS = 5  # each fifth pair shows the finding
+
+
+@dataclass
+class Load:
+    """Sends both captures of each pair as services do: the same batch again until Redis has answered.
+
+    `pairs` were taken by Redis; those refused by its bounds are counted by the replies, as a service counts them.
+    """
+
+    url: str
+    pace: float = PACE
+    service: ServiceSettings | None = None
+    pairs: dict[str, bool] = field(default_factory=dict)  # → whether its answers differ
+    refused: int = 0
+    errors: int = 0
+
+    async def run(self, count: int) -> None:
+        settings = self.service or ServiceSettings(service=SERVICE, redis_url=self.url)
+        link = Link(settings)
+        await self._until(link, link.open)
+        for _ in range(count):
+            pair, differs = str(uuid.uuid4()), (len(self.pairs) + self.refused) % DIFFERS == 0
+            sent = [
+                capture(pair, "old", content={"n": 1}),
+                capture(pair, "new", "shadow", {"n": 2 if differs else 1}),
+            ]
+            batch = [(each.pair, each.slot, each.arms, encode(each)) for each in sent]
+            reply = await self._until(link, partial(link.join, shard_of(pair, settings.shards), batch))
+            if reply.refused_pairs + reply.refused_bytes == len(batch):
+                self.refused += 1
+            else:
+                self.pairs[pair] = differs
+            await asyncio.sleep(self.pace)
+        await link.close()
+
+    async def _until(self, link: Link, call: Callable[[], Awaitable[T]]) -> T:
+        while True:
+            try:
+                return await call()
+            except LinkError as error:
+                if not error.passing:
+                    raise
+                self.errors += 1
+                await asyncio.sleep(0.05)
+                with contextlib.suppress(LinkError):
+                    await link.open()  # Redis may have lost that the service is there
+
+
+@asynccontextmanager
+async def loading(load: Load, count: int) -> AsyncIterator[asyncio.Task[None]]:
+    """The load goes on while the block does what it does, and is over when it ends."""
+    task = asyncio.create_task(load.run(count))
+    try:
+        yield task
+        await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def complete(postgres_url: str, load: Load, *, within: float = 30.0) -> None:
+    """Each pair that Redis took has exactly one row, and no counter knows more or less than the rows."""
+    await eventually_async(
+        lambda: _arrived(postgres_url, len(load.pairs)), within=within, what=f"{len(load.pairs)} rows"
+    )
+    found = rows(postgres_url, "select id, outcome from abreast.pair")
+    assert len(found) == len(load.pairs)
+    assert dict(found) == {pair: "mismatch" if differs else "match" for pair, differs in load.pairs.items()}
+    agrees(postgres_url)
+
+
+async def _arrived(postgres_url: str, count: int) -> bool:
+    with contextlib.suppress(psycopg.Error):
+        return int(one(postgres_url, "select count(*) from abreast.pair")) >= count
+    return False
+
+
+def agrees(postgres_url: str) -> None:
+    """Rows, tallies, and the counters of findings and endpoints were written together."""
+    queries = (
+        "select sum(pairs)::bigint from abreast.tally",
+        "select count(*) from abreast.pair",
+        "select sum(count)::bigint from abreast.finding where part <> 'latency' and path <> 'no capture'",
+        "select coalesce(sum(cardinality(findings)), 0)::bigint from abreast.pair",
+        "select sum(compared)::bigint from abreast.endpoint",
+        "select count(*) from abreast.pair where outcome in ('match', 'mismatch', 'oversize')",
+    )
+    tally, pairs, counted, shown, compared, comparable = (one(postgres_url, query) or 0 for query in queries)
+    assert (tally, counted, compared) == (pairs, shown, comparable)
+
+
+async def empty(redis_url: str, *, shards: int = 1, within: float = 30.0) -> None:
+    """Nothing waits and nothing is held."""
+
+    async def nothing() -> bool:
+        with contextlib.suppress(redis.RedisError), redis.Redis.from_url(redis_url) as client:
+            every = [Keys(SERVICE, shard) for shard in range(shards)]
+            return all(
+                client.xlen(keys.ready)
+                == client.zcard(keys.due)
+                == int(client.hget(keys.stats, "bytes") or 0)
+                == 0
+                for keys in every
+            )
+        return False
+
+    await eventually_async(nothing, within=within, what="nothing waits in redis")
+
+
+WORKER = """
+import asyncio, json, sys
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.worker import Worker
+from abreast_sidecar.workers import worker_name
+asyncio.run(Worker(Settings(**json.loads(sys.argv[1])), name=worker_name()).run(asyncio.Event()))
+"""
+
+
+async def worker_process(settings: Settings) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(sys.executable, "-c", WORKER, json.dumps(asdict(settings)))
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process is there and does nothing."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)

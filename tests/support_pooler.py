@@ -1,0 +1,65 @@
+"""PgBouncer in transaction mode before a Postgres of the tests."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import psycopg
+
+from abreast_sidecar.embedded.process import ServerProcess, give_away, private_folder, remove, unprivileged
+from support import free_ports
+
+CONFIG = """[databases]
+* = host=127.0.0.1 port={upstream}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {port}
+unix_socket_dir =
+auth_type = plain
+auth_file = {folder}/users.txt
+pool_mode = transaction
+default_pool_size = 4
+max_client_conn = 100
+"""
+
+
+def pgbouncer() -> str | None:
+    return shutil.which("pgbouncer", path="/usr/sbin:/usr/bin:/usr/local/bin")
+
+
+@contextmanager
+def pooled(url: str) -> Iterator[str]:
+    """The same database through the pooler. It hands out another session for each transaction."""
+    program = pgbouncer()
+    assert program, "pgbouncer is needed: apt-get install pgbouncer"
+    place = urlsplit(url)
+    (port,) = free_ports(1)
+    folder = private_folder("abreast-pooler-")
+    (folder / "users.txt").write_text(f'"{place.username}" "{place.password}"\n')
+    (folder / "pgbouncer.ini").write_text(CONFIG.format(upstream=place.port, port=port, folder=folder))
+    give_away(folder / "users.txt")
+    give_away(folder / "pgbouncer.ini")
+    through = place._replace(netloc=f"{place.username}:{place.password}@127.0.0.1:{port}").geturl()
+    server = ServerProcess.start(
+        "pgbouncer",
+        [program, folder / "pgbouncer.ini"],
+        folder / "pgbouncer.log",
+        ready=lambda _: _answers(through),
+        identity=unprivileged(),
+    )
+    try:
+        yield through
+    finally:
+        server.stop()
+        remove(folder)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with psycopg.connect(url, connect_timeout=1, prepare_threshold=None) as connection:
+            return connection.execute("select 1").fetchone() == (1,)
+    except psycopg.OperationalError:
+        return False
