@@ -23,6 +23,7 @@ from abreast_sidecar.store.clean import clean, json_text
 from abreast_sidecar.store.database import statement
 from abreast_sidecar.store.examples import Examples
 from abreast_sidecar.store.judged import REASON_LIMIT, Judged
+from abreast_sidecar.store.releases import Releases
 from abreast_sidecar.store.rollup import Rollup
 
 CONNECT_TIMEOUT = 5  # seconds
@@ -56,6 +57,7 @@ class Ledger:
     def __init__(self, conninfo: str, *, examples_per_finding: int) -> None:
         self.conninfo = conninfo
         self._catalogue = Catalogue()
+        self._releases = Releases()
         self._examples = Examples(self._catalogue.examples, examples_per_finding)
         self._days: set[int] = set()
         self._connection: AsyncConnection[TupleRow] | None = None
@@ -64,6 +66,7 @@ class Ledger:
     async def close(self) -> None:
         connection, self._connection = self._connection, None
         self._catalogue.clear()
+        self._releases.clear()
         self._days.clear()
         if connection is not None:
             await connection.close()
@@ -78,6 +81,7 @@ class Ledger:
             connection = await self._connected()
             unique = _unique(batch)
             await self._open_days(connection, unique)
+            await self._releases.learn(connection, unique)
             await self._catalogue.learn(connection, unique)
             records = [self._record(judged) for judged in unique]
             return await self._commit(connection, records)
@@ -147,7 +151,10 @@ class Ledger:
             new = await _add_pairs(connection, records)
             rollup = Rollup()
             for record in new:
-                rollup.add(record.judged, record.row["endpoint_id"], record.differences, record.noise)
+                releases = self._releases.of(record.judged)
+                rollup.add(
+                    record.judged, record.row["endpoint_id"], releases, record.differences, record.noise
+                )
             if rollup.findings:
                 await _count_findings(connection, rollup)
             chosen = self._examples.choose(
@@ -183,13 +190,17 @@ async def _add_pairs(connection: AsyncConnection[TupleRow], records: Sequence[Re
 
 
 async def _count_findings(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
-    await connection.execute(statement("findings_lock"), {"ids": list(rollup.findings)})
+    await connection.execute(
+        statement("findings_lock"), {"ids": list({finding for finding, *_ in rollup.findings})}
+    )
     given = json_text(list(rollup.findings.values())).decode()
     await connection.execute(statement("findings_count"), {"given": given})
 
 
 async def _count_endpoints(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
-    await connection.execute(statement("endpoints_lock"), {"ids": list(rollup.endpoints)})
+    await connection.execute(
+        statement("endpoints_lock"), {"ids": list({endpoint for endpoint, *_ in rollup.endpoints})}
+    )
     given = json_text(list(rollup.endpoints.values())).decode()
     await connection.execute(statement("endpoints_count"), {"given": given})
 

@@ -69,3 +69,10 @@ create table abreast.request_sample (
     features jsonb not null, -- {name: [values]}
     primary key (endpoint_id, finding_id, slot)
 ) with (fillfactor = 70);
+
+-- What a person who decides about the new version has to look at: neither noise nor an addition, unless somebody
+-- confirmed it, and not said to be expected or fixed.
+create function abreast.open_regression(f abreast.finding) returns boolean language sql immutable as $$
+    select (f.status = 'confirmed' or (f.impact <> 'additive' and f.state <> 'noise'))
+       and f.status not in ('expected', 'fixed')
+$$;
