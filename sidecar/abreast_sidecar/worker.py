@@ -9,10 +9,11 @@ from collections.abc import Coroutine, Sequence
 import structlog
 
 from abreast_sidecar.compare import Rules
-from abreast_sidecar.errors import LedgerError, RedisError, RefusedError
+from abreast_sidecar.errors import LedgerError, RedisError, RefusedError, StaleRulesError
 from abreast_sidecar.judging import judged, undecodable
 from abreast_sidecar.outage import Outage, pause
 from abreast_sidecar.read import Entry, Reader
+from abreast_sidecar.rulebook import Rulebook
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import Judged, Ledger
 
@@ -29,7 +30,7 @@ class Worker:
         self.alive = False
         self.last_beat = 0.0
         self._settings = settings
-        self._rules = Rules.ignoring(settings.volatile_headers)
+        self._book = Rulebook(settings.postgres_url, Rules.ignoring(settings.volatile_headers))
         self._redis = Outage("redis", worker=name)
         self._postgres = Outage("postgres", worker=name)
         self._small = False
@@ -45,17 +46,21 @@ class Worker:
         ledger = Ledger(self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding)
         self.alive = True
         try:
+            await self._book.open()
             await _until(stop, self._work(reader, ledger, stop), grace=self._settings.shutdown_timeout)
         finally:
             self.alive = False
             await ledger.close()
+            await self._book.close()
             try:
                 await reader.close()
             except RedisError as error:
                 log.info("redis was away at the end", worker=self.name, error=str(error))
 
     async def _work(self, reader: Reader, ledger: Ledger, stop: asyncio.Event) -> None:
-        """The next batch is read while this one is compared and committed."""
+        """The next batch is read while this one is compared and committed. Nothing is judged by unknown rules."""
+        if not await self._book.known(stop):
+            return
         ahead = asyncio.create_task(self._next(reader, stop))
         try:
             while entries := await ahead:
@@ -87,8 +92,7 @@ class Worker:
         self, entries: Sequence[Entry], reader: Reader, ledger: Ledger, stop: asyncio.Event
     ) -> None:
         try:
-            batch = await self._judge(entries)
-            await self._commit(batch, entries, ledger, stop)
+            await self._judge_and_commit(entries, ledger, stop)
         except Exception:
             log.exception("a batch failed and will be read again", worker=self.name, pairs=len(entries))
             reader.recover()
@@ -101,38 +105,59 @@ class Worker:
             self._redis.begin(error)
             reader.recover()
 
-    async def _judge(self, entries: Sequence[Entry]) -> list[Judged]:
+    async def _judge_and_commit(self, entries: Sequence[Entry], ledger: Ledger, stop: asyncio.Event) -> None:
+        """Again where the rules changed in between; what was committed of it already counts once."""
+        while True:
+            rules, version = self._book.rules, self._book.version
+            batch = await self._judge(entries, rules)
+            try:
+                await self._commit(batch, entries, version, ledger, stop)
+            except StaleRulesError:
+                await self._book.refresh()
+            else:
+                return
+
+    async def _judge(self, entries: Sequence[Entry], rules: Rules) -> list[Judged]:
         """In a thread: a large body takes its time, and others on the loop must have theirs."""
-        batch = await asyncio.to_thread(lambda: [judged(entry, self._rules) for entry in entries])
+        batch = await asyncio.to_thread(lambda: [judged(entry, rules) for entry in entries])
         for one in batch:
             if one.poison is not None:
                 self._put_apart(one)
         return batch
 
     async def _commit(
-        self, batch: Sequence[Judged], entries: Sequence[Entry], ledger: Ledger, stop: asyncio.Event
+        self,
+        batch: Sequence[Judged],
+        entries: Sequence[Entry],
+        version: int,
+        ledger: Ledger,
+        stop: asyncio.Event,
     ) -> None:
         """A batch that Postgres refuses is halved until the entry is found that it can't hold."""
         try:
-            await self._write(batch, ledger, stop)
+            await self._write(batch, version, ledger, stop)
         except RefusedError as error:
             if len(batch) == 1:
-                await self._commit_poison(entries[0], str(error), ledger, stop)
+                await self._commit_poison(entries[0], str(error), version, ledger, stop)
                 return
             middle = len(batch) // 2
-            await self._commit(batch[:middle], entries[:middle], ledger, stop)
-            await self._commit(batch[middle:], entries[middle:], ledger, stop)
+            await self._commit(batch[:middle], entries[:middle], version, ledger, stop)
+            await self._commit(batch[middle:], entries[middle:], version, ledger, stop)
 
-    async def _commit_poison(self, entry: Entry, reason: str, ledger: Ledger, stop: asyncio.Event) -> None:
+    async def _commit_poison(
+        self, entry: Entry, reason: str, version: int, ledger: Ledger, stop: asyncio.Event
+    ) -> None:
         poison = undecodable(entry, reason)
         self._put_apart(poison)
-        await self._write([poison], ledger, stop)
+        await self._write([poison], version, ledger, stop)
 
-    async def _write(self, batch: Sequence[Judged], ledger: Ledger, stop: asyncio.Event) -> None:
+    async def _write(
+        self, batch: Sequence[Judged], version: int, ledger: Ledger, stop: asyncio.Event
+    ) -> None:
         """Try until Postgres takes it or refuses it. What is not committed stays pending in Redis."""
         while True:
             try:
-                await ledger.write(batch)
+                await ledger.write(batch, rules=version)
             except RefusedError:
                 raise
             except LedgerError as error:

@@ -107,7 +107,7 @@ class Catalogue:
         unknown: dict[tuple[int, FindingKey], dict[str, Any]] = {}
         room: dict[int, int] = {}  # endpoint → findings that it may still get
         for judged in batch:
-            differences = judged.judgement.differences + judged.judgement.noise
+            differences = judged.judgement.shown
             endpoint = self.endpoint(judged.endpoint) if differences else None
             for difference in differences:
                 if endpoint is None or self.finding(endpoint, difference) is not None:

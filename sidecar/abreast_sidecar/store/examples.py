@@ -81,7 +81,7 @@ class Examples:
 
 
 def _differences(judged: Judged) -> str:
-    records = [asdict(difference) for difference in judged.judgement.differences]
+    records = [asdict(difference) for difference in judged.judgement.differences + judged.judgement.explained]
     for record in records:
         record["place"] = clean(record["place"], PLACE_LIMIT)
         record["path"] = clean(record["path"], PLACE_LIMIT)

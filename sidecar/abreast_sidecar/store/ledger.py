@@ -1,13 +1,13 @@
 """Writes judged pairs into the ledger: a batch is one transaction, and a batch that comes twice counts once.
 
-Order of locks, the same in every worker: pairs by id, findings by id, examples, tallies, endpoints by id.
+Order of locks, the same in every worker: the rules (shared), pairs by id, findings by id, examples, tallies, endpoints by id.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,14 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow
 
 from abreast_sidecar.compare import Difference
-from abreast_sidecar.errors import LedgerError, RefusedError
+from abreast_sidecar.errors import LedgerError, RefusedError, StaleRulesError
 from abreast_sidecar.store.catalogue import Catalogue, Endpoint
 from abreast_sidecar.store.clean import clean, json_text
 from abreast_sidecar.store.database import statement
 from abreast_sidecar.store.examples import Examples
 from abreast_sidecar.store.judged import REASON_LIMIT, Judged
 from abreast_sidecar.store.releases import Releases
-from abreast_sidecar.store.rollup import Rollup
+from abreast_sidecar.store.rollup import Hidden, Rollup
 
 CONNECT_TIMEOUT = 5  # seconds
 WRITE_TIMEOUT = 60.0  # seconds for a whole batch; then the connection is given up
@@ -49,6 +49,13 @@ class Record:
     row: dict[str, Any]
     differences: dict[int, list[Difference]]
     noise: dict[int, list[Difference]]
+    hidden: Hidden
+    hidden_noise: Hidden
+
+    @property
+    def findings(self) -> list[int]:
+        """All that it is an example of."""
+        return [*self.differences, *self.hidden]
 
 
 class Ledger:
@@ -71,10 +78,10 @@ class Ledger:
         if connection is not None:
             await connection.close()
 
-    async def write(self, batch: Sequence[Judged]) -> int:
-        """Commit the batch; return how many of it were new.
+    async def write(self, batch: Sequence[Judged], *, rules: int | None = None) -> int:
+        """Commit the batch; return how many of it were new. `rules`: the version of the rules that it was judged by.
 
-        Raise RefusedError when Postgres is well and does not take the data, LedgerError for all that may pass by
+        Raise StaleRulesError when that is not the one that holds, and nothing was committed. Raise RefusedError when Postgres is well and does not take the data, LedgerError for all that may pass by
         itself; then the batch can be given again, also when it had been committed after all.
         """
         async with self._trouble():
@@ -84,7 +91,7 @@ class Ledger:
             await self._releases.learn(connection, unique)
             await self._catalogue.learn(connection, unique)
             records = [self._record(judged) for judged in unique]
-            return await self._commit(connection, records)
+            return await self._commit(connection, records, rules)
 
     @contextlib.asynccontextmanager
     async def _trouble(self) -> AsyncIterator[None]:
@@ -135,7 +142,19 @@ class Ledger:
             row["findings"] = list(differences)
         if noise:
             row["noise"] = list(noise)
-        return Record(judged, row, differences, noise)
+        hidden = self._hidden(endpoint, judged.judgement.explained, differences)
+        hidden_noise = self._hidden(endpoint, judged.judgement.noise_explained, noise)
+        row |= hidden_columns(hidden, hidden_noise)
+        return Record(judged, row, differences, noise, hidden, hidden_noise)
+
+    def _hidden(self, endpoint: Endpoint, explained: Iterable[Difference], left: Container[int]) -> Hidden:
+        """By finding; without those of which something is left that no rule explains."""
+        found = self._found(endpoint, explained)
+        return {
+            finding: (int(shown[0].explained_by), shown)
+            for finding, shown in found.items()
+            if finding not in left
+        }
 
     def _found(self, endpoint: Endpoint, differences: Iterable[Difference]) -> dict[int, list[Difference]]:
         """By finding."""
@@ -146,8 +165,12 @@ class Ledger:
                 found.setdefault(finding, []).append(difference)
         return found
 
-    async def _commit(self, connection: AsyncConnection[TupleRow], records: Sequence[Record]) -> int:
+    async def _commit(
+        self, connection: AsyncConnection[TupleRow], records: Sequence[Record], rules: int | None
+    ) -> int:
         async with connection.transaction():
+            if rules is not None:
+                await _hold_rules(connection, rules, records)
             new = await _add_pairs(connection, records)
             rollup = Rollup()
             for record in new:
@@ -155,11 +178,10 @@ class Ledger:
                 rollup.add(
                     record.judged, record.row["endpoint_id"], releases, record.differences, record.noise
                 )
-            if rollup.findings:
+                rollup.hide(record.judged, releases, record.hidden, record.hidden_noise)
+            if rollup.findings or rollup.rules:
                 await _count_findings(connection, rollup)
-            chosen = self._examples.choose(
-                [(one.judged, list(one.differences)) for one in new if one.differences]
-            )
+            chosen = self._examples.choose([(one.judged, one.findings) for one in new if one.findings])
             if chosen:
                 await connection.execute(statement("examples_add"), self._examples.parameters(chosen))
             await _add_poison(connection, new)
@@ -172,12 +194,31 @@ class Ledger:
         return len(new)
 
 
+def hidden_columns(hidden: Hidden, noise: Hidden) -> dict[str, list[int]]:
+    """Columns of `pair` for what rules explain, where they explain anything."""
+    row: dict[str, list[int]] = {}
+    if hidden:
+        row |= {"explained": list(hidden), "explained_by": [rule for rule, _ in hidden.values()]}
+    if noise:
+        row |= {"noise_explained": list(noise), "noise_explained_by": [rule for rule, _ in noise.values()]}
+    return row
+
+
 def _unique(batch: Iterable[Judged]) -> list[Judged]:
     """The first of each pair and day: the ledger would take only one, and must not take another than is counted."""
     first: dict[tuple[str, int], Judged] = {}
     for judged in batch:
         first.setdefault((judged.pair, judged.day), judged)
     return list(first.values())
+
+
+async def _hold_rules(connection: AsyncConnection[TupleRow], rules: int, records: Sequence[Record]) -> None:
+    row = await (await connection.execute(statement("rules_hold"))).fetchone()
+    if row is None or row[0] != rules:
+        raise StaleRulesError(f"the rules are at version {row and row[0]}, the batch was judged by {rules}")
+    if rules:
+        for record in records:
+            record.row["rules"] = rules
 
 
 async def _add_pairs(connection: AsyncConnection[TupleRow], records: Sequence[Record]) -> Sequence[Record]:
@@ -190,11 +231,14 @@ async def _add_pairs(connection: AsyncConnection[TupleRow], records: Sequence[Re
 
 
 async def _count_findings(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
-    await connection.execute(
-        statement("findings_lock"), {"ids": list({finding for finding, *_ in rollup.findings})}
-    )
-    given = json_text(list(rollup.findings.values())).decode()
-    await connection.execute(statement("findings_count"), {"given": given})
+    ids = {finding for finding, *_ in rollup.findings} | {finding for _, finding, *_ in rollup.rules}
+    await connection.execute(statement("findings_lock"), {"ids": list(ids)})
+    if rollup.findings:
+        given = json_text(list(rollup.findings.values())).decode()
+        await connection.execute(statement("findings_count"), {"given": given})
+    if rollup.rules:
+        given = json_text(list(rollup.rules.values())).decode()
+        await connection.execute(statement("rule_findings_count"), {"given": given})
 
 
 async def _count_endpoints(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:

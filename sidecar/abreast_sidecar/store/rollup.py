@@ -16,6 +16,8 @@ COMPARED = frozenset({"match", "mismatch", "oversize"})  # outcomes of pairs tha
 Key = tuple[int, int, int]  # finding or endpoint, release of old, release of new
 Releases = tuple[int, int]
 Found = Mapping[int, Sequence[Difference]]  # by finding
+Hidden = Mapping[int, tuple[int, Sequence[Difference]]]  # by finding, with the rule that explains it
+COUNTERS = ("count", "baseline_count", "explained", "new_greater", "new_smaller")
 
 
 @dataclass(slots=True)
@@ -27,12 +29,13 @@ class Rollup:
     findings: dict[Key, dict[str, Any]] = field(default_factory=dict)
     endpoints: dict[Key, dict[str, int]] = field(default_factory=dict)
     outcomes: dict[tuple[str, int, str], int] = field(default_factory=dict)
+    rules: dict[tuple[int, ...], dict[str, int]] = field(default_factory=dict)  # of rule_findings_count.sql
 
     def add(
         self, judged: Judged, endpoint: int, releases: Releases, differences: Found, noise: Found
     ) -> None:
         self._count_endpoint((endpoint, *releases), judged.judgement)
-        key = (judged.service, judged.day, judged.judgement.outcome)
+        key = (judged.service, judged.day, judged.outcome)
         self.outcomes[key] = self.outcomes.get(key, 0) + 1
         for finding, shown in differences.items():
             counts = self._count((finding, *releases), shown[0], judged.at)
@@ -43,6 +46,23 @@ class Rollup:
             counts["explained"] += explained(shown, judged.at / 1000)
         for finding, shown in noise.items():
             self._count((finding, *releases), shown[0], judged.at)["baseline_count"] += 1
+
+    def hide(self, judged: Judged, releases: Releases, hidden: Hidden, noise: Hidden) -> None:
+        """What rules explain counts for the rule, and not for the finding."""
+        for finding, (rule, shown) in hidden.items():
+            counts = self._hidden(rule, (finding, *releases))
+            leaning = lean(shown[0])
+            counts["count"] += 1
+            counts["new_greater"] += leaning > 0
+            counts["new_smaller"] += leaning < 0
+            counts["explained"] += explained(shown, judged.at / 1000)
+        for finding, (rule, _) in noise.items():
+            self._hidden(rule, (finding, *releases))["baseline_count"] += 1
+
+    def _hidden(self, rule: int, key: Key) -> dict[str, int]:
+        return self.rules.setdefault(
+            (rule, *key), {"rule_id": rule, **_named(key), **dict.fromkeys(COUNTERS, 0)}
+        )
 
     def _count_endpoint(self, key: Key, judgement: Judgement) -> None:
         compared = judgement.outcome in COMPARED
