@@ -22,6 +22,7 @@ COMMANDS = {
     "endpoints": ("endpoints", "The endpoints that were seen, with outcomes and times."),
     "findings": ("findings", "What differs, one cause a row."),
     "finding": ("finding", "One finding, with examples to try."),
+    "pairs": ("pairs", "Compared requests, newest first."),
     "pair": ("pair", "One request: both answers, what differs, and when."),
     "watch": ("watch", "Findings as they appear and grow."),
     "traffic": ("traffic", "Who answers users, and what is mirrored; or change it."),

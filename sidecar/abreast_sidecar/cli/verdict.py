@@ -31,6 +31,8 @@ EXIT = {
     "--min-completeness", type=SHARE, help="Share of the sampled requests that must be accounted for; 99%."
 )
 @click.option("--confidence", type=SHARE, help="How sure to be; 95%.")
+@click.option("--release", default="", help="The release of new to judge.  [default: the newest]")
+@click.option("--all-releases", is_flag=True, help="Judge all releases of new together.")
 @since_option
 @until_option
 @json_option
@@ -38,6 +40,8 @@ EXIT = {
 def command(
     link: Link,
     service: str,
+    release: str,
+    all_releases: bool,
     since: dt.datetime | None,
     until: dt.datetime | None,
     as_json: bool,
@@ -45,10 +49,18 @@ def command(
 ) -> int:
     """May the new version take over? Exits with 0 for PASS, 1 for FAIL, 2 for INCONCLUSIVE.
 
+    Judged are the pairs of new's newest release.
+
     Ask as often as you like: the error probability is that of all looks together.
     """
     given = {name: value for name, value in budget.items() if value is not None}
-    request = api.GetVerdictRequest(service=service, window=window(since, until), budget=api.Budget(**given))
+    request = api.GetVerdictRequest(
+        service=service,
+        window=window(since, until),
+        budget=api.Budget(**given),
+        release=release,
+        all_releases=all_releases,
+    )
     found = link.run(lambda calls: calls.comparison.GetVerdict(request, timeout=calls.timeout))
     if as_json:
         print_json(found)
@@ -60,6 +72,8 @@ def command(
 def show(out: Console, found: api.GetVerdictResponse) -> None:
     head = state(found.state)
     head.append(f"  {printable(found.service)}", "bold")
+    if found.release:
+        head.append(f"  release {printable(found.release)}")
     if more := to_pass(found):
         head.append(f"  {more}")
     out.print(head)

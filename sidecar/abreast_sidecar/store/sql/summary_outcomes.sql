@@ -4,7 +4,7 @@ with chosen as (
 regression as (
     select f.id
     from abreast.finding f
-    where f.endpoint_id in (select id from chosen) and f.impact <> 'additive' and f.state <> 'noise'
+    where f.endpoint_id in (select id from chosen) and abreast.open_regression(f)
 )
 select outcome, count(*) as pairs,
        count(*) filter (
