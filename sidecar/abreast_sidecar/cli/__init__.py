@@ -20,6 +20,7 @@ COMMANDS = {
     "status": ("status", "How the sampled requests ended, held against Envoy's count."),
     "verdict": ("verdict", "May the new version take over? PASS, FAIL or INCONCLUSIVE."),
     "endpoints": ("endpoints", "The endpoints that were seen, with outcomes and times."),
+    "endpoint": ("endpoint", "How fast both versions answer the same requests of one."),
     "findings": ("findings", "What differs, one cause a row."),
     "finding": ("finding", "One finding, with examples to try."),
     "pairs": ("pairs", "Compared requests, newest first."),
