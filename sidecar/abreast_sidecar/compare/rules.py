@@ -58,11 +58,16 @@ class Rule:
 
     def applies(self, subject: Subject) -> bool:
         return (
-            _matches(self.service, subject.service)
-            and _matches(self.endpoint, subject.endpoint)
-            and _matches(self.release, subject.new_release)
+            self.applies_to(subject.service, subject.endpoint)
+            and self.applies_to_release(subject.new_release)
             and status_matches(self.status, subject.statuses)
         )
+
+    def applies_to(self, service: str, endpoint: str) -> bool:
+        return _matches(self.service, service) and _matches(self.endpoint, endpoint)
+
+    def applies_to_release(self, release: str) -> bool:
+        return _matches(self.release, release)
 
     @property
     def by_place(self) -> bool:

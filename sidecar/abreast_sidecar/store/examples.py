@@ -70,7 +70,7 @@ class Examples:
             "days": [one.judged.day for one in examples],
             "pairs": [one.judged.pair for one in examples],
             "captures": [self.pack(one.judged.blobs) for one in examples],
-            "differences": [_differences(one.judged) for one in examples],
+            "differences": [differences_json(one.judged) for one in examples],
         }
 
     def pack(self, blobs: Sequence[bytes]) -> bytes:
@@ -80,7 +80,7 @@ class Examples:
         return max(0, self.limit - self.kept.get(finding, 0))
 
 
-def _differences(judged: Judged) -> str:
+def differences_json(judged: Judged) -> str:
     records = [asdict(difference) for difference in judged.judgement.differences + judged.judgement.explained]
     for record in records:
         record["place"] = clean(record["place"], PLACE_LIMIT)

@@ -8,7 +8,7 @@ regression as (
 )
 select outcome, count(*) as pairs,
        count(*) filter (
-           where outcome = 'mismatch' and findings <> '{}' and not findings && array(select id from regression)
+           where outcome = 'mismatch' and (findings <> '{}' or explained is not null) and not findings && array(select id from regression)
        ) as explained,
        min(at) as first, max(at) as last
 from abreast.pair
