@@ -1106,7 +1106,9 @@ Global___GetFindingResponse: _TypeAlias = GetFindingResponse  # noqa: Y015
 
 @_typing.final
 class RequestFeature(_message.Message):
-    """What requests have in common: a parameter of the path or the query, its value, or that it is missing."""
+    """What requests have in common: a parameter of the path or the query, a header, a cookie, a field of a JSON or form body;
+    its value, or that it is missing. Found in a bounded sample of requests; values of secrets are not kept.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1114,7 +1116,7 @@ class RequestFeature(_message.Message):
     COVERAGE_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Such as `query.currency=JPY`, `query.page` for any value, `no query.page`, or `path.id=7`."""
+    """Such as `query.currency=JPY`, `query.page` for any value, `no query.page`, `path.id=7`, `body.items[*].sku=a1`."""
     coverage: _builtins.float
     """Part of the requests with the finding that have the feature."""
     precision: _builtins.float

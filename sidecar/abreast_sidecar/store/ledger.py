@@ -1,6 +1,7 @@
 """Writes judged pairs into the ledger: a batch is one transaction, and a batch that comes twice counts once.
 
-Order of locks, the same in every worker: the rules (shared), pairs by id, findings by id, examples, tallies, endpoints by id.
+Order of locks, the same in every worker: the rules (shared), pairs by id, findings by id, examples, tallies, endpoints by id,
+samples.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from abreast_sidecar.store.examples import Examples
 from abreast_sidecar.store.judged import REASON_LIMIT, Judged
 from abreast_sidecar.store.releases import Releases
 from abreast_sidecar.store.rollup import Hidden, Rollup
+from abreast_sidecar.store.samples import Samples, parameters
 
 CONNECT_TIMEOUT = 5  # seconds
 WRITE_TIMEOUT = 60.0  # seconds for a whole batch; then the connection is given up
@@ -66,6 +68,7 @@ class Ledger:
         self._catalogue = Catalogue()
         self._releases = Releases()
         self._examples = Examples(self._catalogue.examples, examples_per_finding)
+        self._samples = Samples()
         self._days: set[int] = set()
         self._connection: AsyncConnection[TupleRow] | None = None
         self._learned = 0.0
@@ -74,6 +77,7 @@ class Ledger:
         connection, self._connection = self._connection, None
         self._catalogue.clear()
         self._releases.clear()
+        self._samples.clear()
         self._days.clear()
         if connection is not None:
             await connection.close()
@@ -190,6 +194,11 @@ class Ledger:
                 await connection.execute(statement("tally_add"), {"given": given})
             if rollup.endpoints:
                 await _count_endpoints(connection, rollup)
+            sampled = self._samples.choose(
+                (one.judged, one.row["endpoint_id"], list(one.differences)) for one in new
+            )
+            if sampled:
+                await connection.execute(statement("samples_add"), parameters(sampled))
         self._examples.note(chosen)
         return len(new)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from abreast_sidecar.compare.feature import Feature, Features, of_target, separating
+from abreast_sidecar.compare.feature import LEAST, Feature, Features, of_target, separating
 from abreast_sidecar.compare.latency import COLD_SHARE
 from abreast_sidecar.errors import NotFoundError
 from abreast_sidecar.store import pages, rows
@@ -171,9 +171,12 @@ class Queries:
         """What the requests that show the finding have in common, and others of its endpoint don't."""
         if found.part == "latency":
             return None
-        asked = {"id": found.id, "limit": MAX_REQUESTS}
-        shows = await self._features("requests_showing", asked, found.endpoint.route)
-        others = await self._features("requests_without", asked, found.endpoint.route)
+        shows = await self._sampled("samples_showing", found.id)
+        others = await self._sampled("samples_without", found.id)
+        if min(len(shows), len(others)) < LEAST:  # a finding that most requests show has few others at random
+            asked = {"id": found.id, "limit": MAX_REQUESTS}
+            shows = await self._features("requests_showing", asked, found.endpoint.route)
+            others = await self._features("requests_without", asked, found.endpoint.route)
         without = found.compared - found.count
         return separating(shows, others, shows_in_all=found.count, others_in_all=without)
 
@@ -210,6 +213,9 @@ class Queries:
                 f"the ledger holds no pair {pair_id}: it was not sampled, has not arrived yet, or is no longer kept"
             )
         return rows.pair_detail(row)
+
+    async def _sampled(self, name: str, finding_id: int) -> list[Features]:
+        return [row["features"] for row in await self.database.rows(name, {"id": finding_id})]
 
     async def _features(self, name: str, asked: Mapping[str, Any], route: str) -> list[Features]:
         return [of_target(row["request"], route) for row in await self.database.rows(name, asked)]
