@@ -19,6 +19,7 @@ COMMANDS = {
     "migrate": ("migrate", "Bring the ledger's schema up to date."),
     "status": ("status", "How the sampled requests ended, held against Envoy's count."),
     "verdict": ("verdict", "May the new version take over? PASS, FAIL or INCONCLUSIVE."),
+    "report": ("report", "The verdict with its evidence as two files, for a change ticket."),
     "endpoints": ("endpoints", "The endpoints that were seen, with outcomes and times."),
     "endpoint": ("endpoint", "How fast both versions answer the same requests of one."),
     "findings": ("findings", "What differs, one cause a row."),
