@@ -152,6 +152,11 @@ class Settings(FromEnvironment):
         30.0, seconds, "seconds after which the entries of a dead worker are taken over"
     )
     examples_per_finding: int = setting(5, count, "pairs whose bodies are kept for each finding")
+    examples_bytes: int = setting(
+        1024 * 1024 * 1024,
+        count,
+        "bytes of all kept pairs together, compressed; the largest are dropped, but one of each open finding",
+    )
     retention_days: int = setting(14, count, "days that pairs are kept")
     volatile_headers: tuple[str, ...] = setting(
         (), words, "response headers not to compare, beside the built-in list"

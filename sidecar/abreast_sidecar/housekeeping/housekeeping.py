@@ -12,6 +12,7 @@ import structlog
 from abreast_sidecar.compare import Rules
 from abreast_sidecar.errors import LedgerError, RedisError
 from abreast_sidecar.housekeeping.envoy import EnvoyError, bring_envoy
+from abreast_sidecar.housekeeping.examples import trim_examples
 from abreast_sidecar.housekeeping.latency import find_slow
 from abreast_sidecar.housekeeping.missing import find_missing
 from abreast_sidecar.housekeeping.noise import decide_noise
@@ -31,6 +32,7 @@ NOISE = 1.0
 RULES = 0.5
 RULES_STEPS = 200  # of judging again in one turn
 SLOW = 5.0
+EXAMPLES = 60.0
 CONSUMERS = 60.0
 DAYS = 600.0
 CONSUMER_IDLE = 600.0  # seconds after which a consumer without entries is taken for dead
@@ -86,6 +88,7 @@ class Housekeeping:
             Chore("rules", RULES, ("postgres",), self._rejudge),
             Chore("latency", SLOW, ("postgres",), self._find_slow),
             Chore("missing", SLOW, ("postgres",), self._find_missing),
+            Chore("examples", EXAMPLES, ("postgres",), self._trim_examples),
             Chore("consumers", CONSUMERS, ("redis",), self._forget_consumers),
             Chore("days", DAYS, ("postgres",), self._turn_days),
             *envoys,
@@ -150,6 +153,10 @@ class Housekeeping:
     async def _find_missing(self) -> None:
         async with self._database.connection() as connection:
             await find_missing(connection)
+
+    async def _trim_examples(self) -> None:
+        async with self._database.connection() as connection:
+            await trim_examples(connection, most=self._settings.examples_bytes)
 
     async def _forget_consumers(self) -> None:
         with translated():

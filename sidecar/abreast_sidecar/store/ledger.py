@@ -185,7 +185,11 @@ class Ledger:
                 rollup.hide(record.judged, releases, record.hidden, record.hidden_noise)
             if rollup.findings or rollup.rules:
                 await _count_findings(connection, rollup)
-            chosen = self._examples.choose([(one.judged, one.findings) for one in new if one.findings])
+            showing = [(one.judged, one.findings) for one in new if one.findings]
+            chosen, smaller = self._examples.choose(showing), self._examples.smaller(showing)
+            if smaller:
+                await self._examples.make_room(connection, smaller)
+                chosen = [*chosen, *smaller]
             if chosen:
                 await connection.execute(statement("examples_add"), self._examples.parameters(chosen))
             await _add_poison(connection, new)
@@ -200,6 +204,8 @@ class Ledger:
             if sampled:
                 await connection.execute(statement("samples_add"), parameters(sampled))
         self._examples.note(chosen)
+        if smaller:
+            await self._examples.look_again(connection, smaller)
         return len(new)
 
 
