@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import psycopg
@@ -112,14 +113,15 @@ def judged(
     route: str = "/products/{id}",
     blobs: tuple[bytes, ...] = (b"old", b"new"),
     size: int = 100,
+    releases: tuple[str, str] = ("old-1", "new-1"),
 ) -> Judged:
     pair = pair or str(uuid.uuid4())
     judgement = Judgement(
         outcome=outcome or ("mismatch" if differences else "match"),
         method="GET",
         route=route,
-        old=capture(pair, "old", "live", "x" * size),
-        new=capture(pair, "new", "shadow", "x" * size),
+        old=replace(capture(pair, "old", "live", "x" * size), release=releases[0]),
+        new=replace(capture(pair, "new", "shadow", "x" * size), release=releases[1]),
         differences=tuple(differences),
         noise=tuple(noise),
         baseline_compared=bool(noise) if baseline_compared is None else baseline_compared,

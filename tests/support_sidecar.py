@@ -207,6 +207,8 @@ def answers() -> dict[str, Message | list[Message] | grpc.StatusCode]:
         "GetTraffic": traffic_pb2.GetTrafficResponse(traffic=traffic(), envoys=[envoy()]),
         "UpdateTraffic": traffic_pb2.UpdateTrafficResponse(**change),
         "Rollback": traffic_pb2.RollbackResponse(**change),
+        "ListPairs": api.ListPairsResponse(pairs=[pair_detail().pair]),
+        "SetFindingStatus": api.SetFindingStatusResponse(finding=finding()),
         "Promote": traffic_pb2.PromoteResponse(**change),
         "ListTrafficEvents": traffic_pb2.ListTrafficEventsResponse(events=[event]),
     }

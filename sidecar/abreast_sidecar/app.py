@@ -17,6 +17,7 @@ from abreast_sidecar.serve import (
     GrpcServer,
     HttpServer,
     Interceptor,
+    Latency,
     Metrics,
     NotReadyError,
     Pending,
@@ -60,6 +61,7 @@ class Sidecar:
             settings.grpc_listen,
             comparison=Comparison(queries, self.control, pending),
             traffic=TrafficControl(self.control),
+            latency=Latency(self.database, self.control),
             discovery=RuntimeDiscovery(self.control),
             interceptor=Interceptor(metrics),
         )

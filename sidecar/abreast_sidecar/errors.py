@@ -7,7 +7,9 @@ SidecarError
 ├── LedgerError        Postgres can't be reached or refuses
 │   ├── SchemaError    the database's schema is newer than this code, or broken
 │   └── RefusedError   Postgres is well and refuses what it was given
+├── StaleRulesError    the rules changed since a batch was judged; judge it again
 ├── ArgumentError      a request asks for something impossible
+├── BroadRuleError     a rule would hide more than it was made for
 └── NotFoundError      an id that the ledger doesn't hold
 
 Messages are lower case and say what, where and what to do.
@@ -42,7 +44,15 @@ class RefusedError(LedgerError):
     pass
 
 
+class StaleRulesError(SidecarError):
+    pass
+
+
 class ArgumentError(SidecarError):
+    pass
+
+
+class BroadRuleError(SidecarError):
     pass
 
 

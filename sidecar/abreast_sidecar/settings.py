@@ -159,6 +159,11 @@ class Settings(FromEnvironment):
         "bytes of captures that a worker aims to hold in a batch; it holds two at a time",
     )
     examples_per_finding: int = setting(5, count, "pairs whose bodies are kept for each finding")
+    examples_bytes: int = setting(
+        1024 * 1024 * 1024,
+        count,
+        "bytes of all kept pairs together, compressed; the largest are dropped, but one of each open finding",
+    )
     retention_days: int = setting(14, count, "days that pairs are kept")
     retention_bytes: int = setting(
         0,

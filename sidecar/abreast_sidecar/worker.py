@@ -11,10 +11,11 @@ import structlog
 
 from abreast_sidecar.apart import SUSPECT, Apart
 from abreast_sidecar.compare import Rules
-from abreast_sidecar.errors import LedgerError, RedisError, RefusedError
+from abreast_sidecar.errors import LedgerError, RedisError, RefusedError, StaleRulesError
 from abreast_sidecar.judging import judged, undecodable
 from abreast_sidecar.outage import Outage, pause
 from abreast_sidecar.read import Entry, Reader
+from abreast_sidecar.rulebook import Rulebook
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import Judged, Ledger
 
@@ -27,6 +28,7 @@ log = structlog.get_logger()
 class Batch:
     entries: Sequence[Entry]
     judged: Sequence[Judged]
+    rules: int  # their version
 
 
 class Worker:
@@ -37,7 +39,7 @@ class Worker:
         self.alive = False
         self.last_beat = 0.0
         self._settings = settings
-        self._rules = Rules.ignoring(settings.volatile_headers)
+        self._book = Rulebook(settings.postgres_url, Rules.ignoring(settings.volatile_headers))
         self._redis = Outage("redis", worker=name)
         self._postgres = Outage("postgres", worker=name)
         self._apart = Apart()
@@ -55,18 +57,22 @@ class Worker:
         ledger = Ledger(self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding)
         self.alive = True
         try:
+            await self._book.open()
             await _until(stop, self._work(reader, ledger, stop), grace=self._settings.shutdown_timeout)
         finally:
             self.alive = False
             await ledger.close()
             await self._apart.close()
+            await self._book.close()
             try:
                 await reader.close()
             except RedisError as error:
                 log.info("redis was away at the end", worker=self.name, error=str(error))
 
     async def _work(self, reader: Reader, ledger: Ledger, stop: asyncio.Event) -> None:
-        """The next batch is read and compared while this one is committed."""
+        """The next batch is read and compared while this one is committed. Nothing is judged by unknown rules."""
+        if not await self._book.known(stop):
+            return
         ahead = asyncio.create_task(self._judged(reader, stop))
         try:
             while batch := await ahead:
@@ -80,7 +86,7 @@ class Worker:
         """The next batch; none when it is time to stop."""
         while entries := await self._next(reader, stop):
             try:
-                return Batch(entries, await self._judge(entries))
+                return await self._judge(entries)
             except Exception as error:  # noqa: BLE001  # logged with its traceback
                 await self._read_again(entries, error, reader, stop)
         return None
@@ -114,7 +120,7 @@ class Worker:
 
     async def _settle(self, batch: Batch, reader: Reader, ledger: Ledger, stop: asyncio.Event) -> None:
         try:
-            await self._commit(batch.judged, batch.entries, ledger, stop)
+            await self._commit_by_the_rules(batch, ledger, stop)
         except Exception as error:  # noqa: BLE001  # logged with its traceback
             await self._read_again(batch.entries, error, reader, stop)
             return
@@ -125,12 +131,24 @@ class Worker:
             self._redis.begin(error)
             reader.recover()
 
-    async def _judge(self, entries: Sequence[Entry]) -> list[Judged]:
+    async def _commit_by_the_rules(self, batch: Batch, ledger: Ledger, stop: asyncio.Event) -> None:
+        """Judge again where the rules changed in between; what was committed of it already counts once."""
+        while True:
+            try:
+                await self._commit(batch.judged, batch.entries, batch.rules, ledger, stop)
+            except StaleRulesError:
+                await self._book.refresh()
+                batch = await self._judge(batch.entries)
+            else:
+                return
+
+    async def _judge(self, entries: Sequence[Entry]) -> Batch:
         """In a thread: a large body takes its time, and others on the loop must have theirs."""
+        rules, version = self._book.rules, self._book.version
         sound = [entry for entry in entries if entry.deliveries < SUSPECT]
-        known = iter(await asyncio.to_thread(lambda: [judged(entry, self._rules) for entry in sound]))
+        known = iter(await asyncio.to_thread(lambda: [judged(entry, rules) for entry in sound]))
         batch = [
-            next(known) if entry.deliveries < SUSPECT else await self._apart.judged(entry, self._rules)
+            next(known) if entry.deliveries < SUSPECT else await self._apart.judged(entry, rules)
             for entry in entries
         ]
         if len(sound) < len(entries):
@@ -138,32 +156,39 @@ class Worker:
         for one in batch:
             if one.poison is not None:
                 self._put_apart(one)
-        return batch
+        return Batch(entries, batch, version)
 
     async def _commit(
-        self, batch: Sequence[Judged], entries: Sequence[Entry], ledger: Ledger, stop: asyncio.Event
+        self,
+        batch: Sequence[Judged],
+        entries: Sequence[Entry],
+        rules: int,
+        ledger: Ledger,
+        stop: asyncio.Event,
     ) -> None:
         """A batch that Postgres refuses is halved until the entry is found that it can't hold."""
         try:
-            await self._write(batch, ledger, stop)
+            await self._write(batch, rules, ledger, stop)
         except RefusedError as error:
             if len(batch) == 1:
-                await self._commit_poison(entries[0], str(error), ledger, stop)
+                await self._commit_poison(entries[0], str(error), rules, ledger, stop)
                 return
             middle = len(batch) // 2
-            await self._commit(batch[:middle], entries[:middle], ledger, stop)
-            await self._commit(batch[middle:], entries[middle:], ledger, stop)
+            await self._commit(batch[:middle], entries[:middle], rules, ledger, stop)
+            await self._commit(batch[middle:], entries[middle:], rules, ledger, stop)
 
-    async def _commit_poison(self, entry: Entry, reason: str, ledger: Ledger, stop: asyncio.Event) -> None:
+    async def _commit_poison(
+        self, entry: Entry, reason: str, rules: int, ledger: Ledger, stop: asyncio.Event
+    ) -> None:
         poison = undecodable(entry, reason)
         self._put_apart(poison)
-        await self._write([poison], ledger, stop)
+        await self._write([poison], rules, ledger, stop)
 
-    async def _write(self, batch: Sequence[Judged], ledger: Ledger, stop: asyncio.Event) -> None:
+    async def _write(self, batch: Sequence[Judged], rules: int, ledger: Ledger, stop: asyncio.Event) -> None:
         """Try until Postgres takes it or refuses it. What is not committed stays pending in Redis."""
         while True:
             try:
-                await ledger.write(batch)
+                await ledger.write(batch, rules=rules)
             except RefusedError:
                 raise
             except LedgerError as error:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import orjson
+import psycopg
 import pytest
 import redis
 from msgspec import structs
@@ -18,6 +20,7 @@ from abreast_sidecar.compare import Judgement
 from abreast_sidecar.embedded import RedisServer
 from abreast_sidecar.housekeeping import Housekeeping
 from abreast_sidecar.housekeeping.envoy import bring_envoy
+from abreast_sidecar.housekeeping.examples import trim_examples
 from abreast_sidecar.housekeeping.latency import find_slow
 from abreast_sidecar.housekeeping.missing import find_missing
 from abreast_sidecar.housekeeping.reports import bring_reports
@@ -103,6 +106,41 @@ async def test_days_ahead_are_open_and_old_ones_go_with_all_that_hangs_on_them(
     assert one(url, "select count(*) from abreast.finding_example") == 2
     assert one(url, "select sum(pairs) from abreast.tally") == 3
     assert one(url, "select count(*) from pg_inherits where inhparent = 'abreast.pair'::regclass") == 3
+
+
+async def test_examples_together_stay_below_a_size_and_open_findings_keep_one(
+    connection: Connection, url: str
+) -> None:
+    ledger = Ledger(url, examples_per_finding=3)
+    for path in ("$.a", "$.b", "$.gone"):
+        await ledger.write(
+            [
+                judged([difference(path)], size=100 * (n + 1), blobs=(os.urandom(1000 * (n + 1)),))
+                for n in range(3)
+            ]
+        )
+    await ledger.close()
+    with psycopg.connect(url) as made:
+        made.execute("update abreast.finding set status = 'expected' where path = '$.gone'")
+
+    assert await trim_examples(connection, most=100_000) == 0
+    assert await trim_examples(connection, most=12_000) == 3  # three of 3,000 bytes
+    sizes = "select octet_length(captures) / 1000 from abreast.example order by 1"
+    assert [size for (size,) in rows(url, sizes)] == [1, 1, 1, 2, 2, 2]
+    await asyncio.gather(*(trimmed(url, 0) for _ in range(2)))
+
+    kept = (
+        "select path, size from abreast.finding join abreast.finding_example on finding_id = id order by path"
+    )
+    assert rows(url, kept) == [("$.a", 2 * 102), ("$.b", 2 * 102)]
+
+
+async def trimmed(url: str, most: int) -> None:
+    database = Database(url)
+    await database.open()
+    async with database.connection() as connection:
+        await trim_examples(connection, most=most)
+    await database.close()
 
 
 async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Connection, url: str) -> None:

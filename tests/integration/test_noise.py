@@ -53,10 +53,17 @@ def pairs(
     noise: Sequence[Difference] = (),
     copies: bool = True,
     route: str = "/",
+    releases: tuple[str, str] = ("old-1", "new-1"),
 ) -> list[Judged]:
     """`noise` is what every tenth of them, which has a copy, shows of old against old."""
     return [
-        judged(shown, noise=noise if has_copy else (), baseline_compared=has_copy, route=route)
+        judged(
+            shown,
+            noise=noise if has_copy else (),
+            baseline_compared=has_copy,
+            route=route,
+            releases=releases,
+        )
         for has_copy in (copies and number % COPIES == 0 for number in range(many))
     ]
 
@@ -158,6 +165,62 @@ async def test_without_copies_a_lean_to_one_side_is_real_and_chance_is_not(
     await decide_noise(connection)
 
     assert states(url) == {"$.stock": "real", "$.badge": "undecided"}
+
+
+VIEWS = difference("$.views", old="7", new="8")
+
+
+async def test_what_begins_in_one_release_is_not_diluted_by_those_before(
+    ledger: Ledger, connection: Connection, url: str
+) -> None:
+    for release in ("1", "2"):
+        await ledger.write(pairs(900, releases=("a", release)))
+        await ledger.write(pairs(300, [VIEWS], noise=[VIEWS], releases=("a", release)))
+    await decide_noise(connection)
+    assert states(url) == {"$.views": "noise"}
+
+    await ledger.write(pairs(100, [VIEWS], releases=("a", "3")))
+    await decide_noise(connection)
+    assert states(url) == {"$.views": "real"}
+    assert reason(url, "$.views").startswith("new differs in 100 of 100, old from itself in 60 of 250")
+    assert reason(url, "$.views").endswith("in release 3")
+
+
+async def test_noise_that_a_release_of_old_ended_hides_nothing(
+    ledger: Ledger, connection: Connection, url: str
+) -> None:
+    await ledger.write(pairs(400, [VIEWS], noise=[VIEWS], releases=("a", "1")))
+    await ledger.write(pairs(400, releases=("a", "1")))
+    await decide_noise(connection)
+    assert states(url) == {"$.views": "noise"}
+
+    calm = [
+        judged([VIEWS] * (n % 2), baseline_compared=True, route="/", releases=("b", "1")) for n in range(500)
+    ]
+    await ledger.write(calm[:20])
+    await decide_noise(connection)
+    assert states(url) == {"$.views": "noise"}  # too few copies of this release to go by
+
+    await ledger.write(calm[20:])
+    await decide_noise(connection)
+    assert states(url) == {"$.views": "real"}
+
+
+async def test_a_regression_that_is_noise_in_a_later_release_is_noise_again(
+    ledger: Ledger, connection: Connection, url: str
+) -> None:
+    await ledger.write([*pairs(400, [VIEWS]), *pairs(50, noise=[VIEWS])])
+    await decide_noise(connection)
+    assert states(url) == {"$.views": "real"}
+
+    await ledger.write([judged([VIEWS], route="/", releases=("old-1", "new-2"))])
+    await decide_noise(connection)
+    assert states(url) == {"$.views": "real"}  # one pair settles nothing
+
+    await ledger.write(pairs(100, [VIEWS], noise=[VIEWS], releases=("old-1", "new-2")))
+    await ledger.write(pairs(500, releases=("old-1", "new-2")))
+    await decide_noise(connection)
+    assert states(url) == {"$.views": "noise"}
 
 
 async def test_only_endpoints_whose_counts_changed_are_decided(

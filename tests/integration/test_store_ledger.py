@@ -73,11 +73,48 @@ async def test_the_day_and_time_are_those_of_the_stream_in_utc(ledger: Ledger, u
 
 async def test_examples_are_bounded_and_the_smallest_of_a_batch(ledger: Ledger, url: str) -> None:
     await ledger.write([judged([difference()], size=1000 - 10 * n) for n in range(20)])
-    await ledger.write([judged([difference()]) for _ in range(20)])
+    await ledger.write([judged([difference()], size=800) for _ in range(20)])  # hardly smaller
 
     kept = rows(url, "select size from abreast.finding_example order by size")
     assert [size for (size,) in kept] == [2 * (1000 - 10 * n + 2) for n in (19, 18, 17)]
     assert one(url, "select count(*) from abreast.example") == 3
+
+
+async def test_clearly_smaller_examples_take_the_place_of_larger_ones(ledger: Ledger, url: str) -> None:
+    await ledger.write([judged([difference()], size=10_000 + n, pair=f"large {n}") for n in range(3)])
+    await ledger.write([judged([difference()], size=9_000)])
+    assert one(url, "select min(size) from abreast.finding_example") == 2 * 10_002
+
+    for size in (4_000, 3_000, 500, 400):
+        await ledger.write([judged([difference()], size=size), judged([difference()], size=size + 9)])
+
+    kept = rows(url, "select size from abreast.finding_example order by size")
+    assert [size for (size,) in kept] == [2 * (size + 2) for size in (400, 500, 3_000)]
+    assert one(url, "select count(*) from abreast.example") == 3
+    assert one(url, "select replaced from abreast.finding") == 4
+
+
+async def test_examples_give_way_only_so_often(
+    ledger: Ledger, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("abreast_sidecar.store.examples.REPLACED", 2)
+    await ledger.write([judged([difference()], size=100_000) for _ in range(3)])
+    for turn in range(10):
+        await ledger.write([judged([difference()], size=1_000 // (turn + 1))])
+
+    assert one(url, "select replaced from abreast.finding") == 2
+    assert one(url, "select count(*) from abreast.finding_example where size < 3000") == 2
+
+
+async def test_a_pair_that_is_an_example_of_two_findings_stays_for_the_other(
+    ledger: Ledger, url: str
+) -> None:
+    both = [judged([difference("$.a"), difference("$.b")], size=1000, pair=f"both {n}") for n in range(3)]
+    await ledger.write(both)
+    await ledger.write([judged([difference("$.a")], size=10)])
+
+    assert one(url, "select count(*) from abreast.example") == 4
+    assert rows(url, "select count(*) from abreast.finding_example group by finding_id") == [(3,), (3,)]
 
 
 async def test_examples_stay_bounded_with_many_workers(url: str) -> None:

@@ -264,3 +264,36 @@ def test_copies_needed_is_none_where_no_number_would_do() -> None:
 
 def test_no_places_no_decisions() -> None:
     assert decide([], ALPHA) == []
+
+
+def test_few_differences_that_all_lean_one_way_are_no_chance() -> None:
+    """10 of 4,000, none among 1,200 copies: chance would have set some the other way."""
+    leaning, balanced = Counts(4000, 10, 1200, 0, 0, 0, 10), Counts(4000, 10, 1200, 0, 0, 5, 5)
+
+    assert decide([leaning], 0.01)[0].state == "real"
+    assert decide([balanced], 0.01)[0].state == "undecided"
+    assert decide([Counts(4000, 10, 1200, 2, 0, 0, 10)], 0.01)[0].state == "noise"
+
+
+def test_a_lean_of_very_many_is_no_trouble() -> None:
+    assert decide([Counts(10**6, 10**5, 10**5, 0, 0, 10**5, 0)], 0.01)[0].state == "real"
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.004, 0.008])
+def test_rare_noise_without_a_lean_is_never_called_real(rate: float) -> None:
+    dice = random.Random(11)
+    assert not any(_ever_real_leaning(rate, dice) for _ in range(20))
+
+
+def _ever_real_leaning(rate: float, dice: random.Random) -> bool:
+    compared = differs = copies = baseline = greater = 0
+    for _ in range(20):
+        for _ in range(500):
+            differ, copy = dice.random() < rate, dice.random() < 0.1
+            compared, differs, copies = compared + 1, differs + differ, copies + copy
+            greater += differ and dice.random() < 0.5
+            baseline += copy and dice.random() < rate
+        place = Counts(compared, differs, copies, baseline, 0, greater, differs - greater)
+        if decide([place], 0.01)[0].state == "real":
+            return True
+    return False

@@ -86,6 +86,42 @@ VERDICT_SUBJECT_COMPLETENESS: VerdictSubject.ValueType  # 5
 """Sampled requests whose outcome is evidence."""
 Global___VerdictSubject: _TypeAlias = VerdictSubject  # noqa: Y015
 
+class _FindingStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FindingStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINDING_STATUS_UNSPECIFIED: _FindingStatus.ValueType  # 0
+    """Not said."""
+    FINDING_STATUS_OPEN: _FindingStatus.ValueType  # 1
+    """Nobody said anything, or that it is open."""
+    FINDING_STATUS_CONFIRMED: _FindingStatus.ValueType  # 2
+    """Somebody confirmed that it is a regression. It counts against a verdict, also where the counts call it noise."""
+    FINDING_STATUS_EXPECTED: _FindingStatus.ValueType  # 3
+    """The change is meant. It counts as explained."""
+    FINDING_STATUS_FIXED: _FindingStatus.ValueType  # 4
+    """It is believed fixed. It reopens by itself when a later release shows it."""
+    FINDING_STATUS_REOPENED: _FindingStatus.ValueType  # 5
+    """It was fixed, and a later release showed it again. Counts like open."""
+
+class FindingStatus(_FindingStatus, metaclass=_FindingStatusEnumTypeWrapper):
+    """What people said of a finding. It is kept apart from its state: whether it is noise is told by counts alone."""
+
+FINDING_STATUS_UNSPECIFIED: FindingStatus.ValueType  # 0
+"""Not said."""
+FINDING_STATUS_OPEN: FindingStatus.ValueType  # 1
+"""Nobody said anything, or that it is open."""
+FINDING_STATUS_CONFIRMED: FindingStatus.ValueType  # 2
+"""Somebody confirmed that it is a regression. It counts against a verdict, also where the counts call it noise."""
+FINDING_STATUS_EXPECTED: FindingStatus.ValueType  # 3
+"""The change is meant. It counts as explained."""
+FINDING_STATUS_FIXED: FindingStatus.ValueType  # 4
+"""It is believed fixed. It reopens by itself when a later release shows it."""
+FINDING_STATUS_REOPENED: FindingStatus.ValueType  # 5
+"""It was fixed, and a later release showed it again. Counts like open."""
+Global___FindingStatus: _TypeAlias = FindingStatus  # noqa: Y015
+
 class _FindingState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -288,8 +324,14 @@ class GetVerdictRequest(_message.Message):
     SERVICE_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    ALL_RELEASES_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service. May be empty where the ledger holds only one."""
+    release: _builtins.str
+    """Only pairs with this release of the new version. Empty: the one that the ledger saw first latest."""
+    all_releases: _builtins.bool
+    """Pairs of all releases together; `release` is not heard then."""
     @_builtins.property
     def window(self) -> _common_pb2.TimeWindow:
         """Only requests in this window. Unset: all that are kept."""
@@ -304,10 +346,12 @@ class GetVerdictRequest(_message.Message):
         service: _builtins.str = ...,
         window: _common_pb2.TimeWindow | None = ...,
         budget: Global___Budget | None = ...,
+        release: _builtins.str = ...,
+        all_releases: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "service", b"service", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_releases", b"all_releases", "budget", b"budget", "release", b"release", "service", b"service", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -467,12 +511,15 @@ class GetVerdictResponse(_message.Message):
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service."""
     state: Global___VerdictState.ValueType
     """What it says of the whole service."""
     more: _builtins.int
     """About how many more pairs it takes to pass at the present rates; 0: none. Unset: it would not pass at these rates."""
+    release: _builtins.str
+    """The release of the new version that is judged. Unset: all of them, or none has a pair."""
     @_builtins.property
     def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerdictReason]:
         """The weightiest first: all tests of the whole, and those of endpoints that matter for it."""
@@ -494,14 +541,20 @@ class GetVerdictResponse(_message.Message):
         endpoints: _abc.Iterable[Global___EndpointVerdict] | None = ...,
         more: _builtins.int | None = ...,
         budget: Global___Budget | None = ...,
+        release: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_more", b"_more", "budget", b"budget", "more", b"more"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_more", b"_more", "_release", b"_release", "budget", b"budget", "more", b"more", "release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_more", b"_more", "budget", b"budget", "endpoints", b"endpoints", "more", b"more", "reasons", b"reasons", "service", b"service", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_more", b"_more", "_release", b"_release", "budget", b"budget", "endpoints", b"endpoints", "more", b"more", "reasons", b"reasons", "release", b"release", "service", b"service", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__more: _TypeAlias = _typing.Literal["more"]  # noqa: Y015
     _WhichOneofArgType__more: _TypeAlias = _typing.Literal["_more", b"_more"]  # noqa: Y015
+    _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
+    _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__more) -> _WhichOneofReturnType__more | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
 
 Global___GetVerdictResponse: _TypeAlias = GetVerdictResponse  # noqa: Y015
 
@@ -652,6 +705,11 @@ class Finding(_message.Message):
     SUMMARY_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    OLD_RELEASES_FIELD_NUMBER: _builtins.int
+    NEW_RELEASES_FIELD_NUMBER: _builtins.int
+    STATUS_REASON_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Identifies the finding, for ever."""
     part: _common_pb2.Part.ValueType
@@ -665,7 +723,7 @@ class Finding(_message.Message):
     count: _builtins.int
     """Pairs in the window that show it; without a window, over all time. Of part LATENCY always over all time."""
     compared: _builtins.int
-    """Pairs of the endpoint in the window that were compared and are kept."""
+    """Pairs of the endpoint in the window that were compared; without a window, over all time."""
     noise: _builtins.bool
     """Whether `state` is FINDING_STATE_NOISE: it says nothing about the new version."""
     baseline_count: _builtins.int
@@ -676,6 +734,10 @@ class Finding(_message.Message):
     """Whether it is told from noise, as decided at most about a second ago."""
     reason: _builtins.str
     """Why the state is what it is, with the counts, for people. Empty until it was decided for the first time."""
+    status: Global___FindingStatus.ValueType
+    """What people said of it, beside what the counts say."""
+    status_reason: _builtins.str
+    """Why the status is what it is, as it was said last. Empty while nobody said anything."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
         """The endpoint."""
@@ -687,6 +749,20 @@ class Finding(_message.Message):
     @_builtins.property
     def last_seen(self) -> _timestamp_pb2.Timestamp:
         """The last pair that showed it."""
+
+    @_builtins.property
+    def rate(self) -> Global___Rate:
+        """`count` of `compared`, with an interval that holds with a confidence of 95% however often one looks. Unset where the
+        finding is of no single pairs, such as one of part LATENCY.
+        """
+
+    @_builtins.property
+    def old_releases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Releases of the old version in which it was seen, the latest first; at most 10."""
+
+    @_builtins.property
+    def new_releases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Releases of the new version in which it was seen, the latest first; at most 10."""
 
     def __init__(
         self,
@@ -706,14 +782,157 @@ class Finding(_message.Message):
         summary: _builtins.str = ...,
         state: Global___FindingState.ValueType = ...,
         reason: _builtins.str = ...,
+        status: Global___FindingStatus.ValueType = ...,
+        rate: Global___Rate | None = ...,
+        old_releases: _abc.Iterable[_builtins.str] | None = ...,
+        new_releases: _abc.Iterable[_builtins.str] | None = ...,
+        status_reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "first_seen", b"first_seen", "last_seen", b"last_seen"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "first_seen", b"first_seen", "last_seen", b"last_seen", "rate", b"rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_count", b"baseline_count", "compared", b"compared", "count", b"count", "endpoint", b"endpoint", "first_seen", b"first_seen", "id", b"id", "impact", b"impact", "kind", b"kind", "last_seen", b"last_seen", "noise", b"noise", "part", b"part", "path", b"path", "reason", b"reason", "state", b"state", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_count", b"baseline_count", "compared", b"compared", "count", b"count", "endpoint", b"endpoint", "first_seen", b"first_seen", "id", b"id", "impact", b"impact", "kind", b"kind", "last_seen", b"last_seen", "new_releases", b"new_releases", "noise", b"noise", "old_releases", b"old_releases", "part", b"part", "path", b"path", "rate", b"rate", "reason", b"reason", "state", b"state", "status", b"status", "status_reason", b"status_reason", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finding: _TypeAlias = Finding  # noqa: Y015
+
+@_typing.final
+class Rate(_message.Message):
+    """A share of pairs. All are fractions, 0 to 1."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    value: _builtins.float
+    """As counted."""
+    low: _builtins.float
+    """The interval's lower end."""
+    high: _builtins.float
+    """The interval's upper end."""
+    def __init__(
+        self,
+        *,
+        value: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rate: _TypeAlias = Rate  # noqa: Y015
+
+@_typing.final
+class FindingEvent(_message.Message):
+    """Somebody said something of a finding, or it reopened by itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    actor: _builtins.str
+    """Who; `abreast` where it reopened by itself."""
+    before: Global___FindingStatus.ValueType
+    """Its status before."""
+    after: Global___FindingStatus.ValueType
+    """Its status after."""
+    release: _builtins.str
+    """The release of the new version in which it is fixed, or came back. Empty: none was named."""
+    reason: _builtins.str
+    """Why."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        actor: _builtins.str = ...,
+        before: Global___FindingStatus.ValueType = ...,
+        after: Global___FindingStatus.ValueType = ...,
+        release: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "after", b"after", "before", b"before", "reason", b"reason", "release", b"release", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindingEvent: _TypeAlias = FindingEvent  # noqa: Y015
+
+@_typing.final
+class SetFindingStatusRequest(_message.Message):
+    """A request for SetFindingStatus."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """From ListFindings."""
+    status: Global___FindingStatus.ValueType
+    """OPEN, CONFIRMED, EXPECTED or FIXED."""
+    reason: _builtins.str
+    """Why. Required, at most 2000 characters."""
+    actor: _builtins.str
+    """Who, at most 200 characters. Empty: the caller's address."""
+    release: _builtins.str
+    """Only with FIXED: the release of the new version that has the fix. Empty, or one that was not seen yet: the next one
+    after those that were seen. INVALID_ARGUMENT where that release, or a later one, has shown the finding.
+    """
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        status: Global___FindingStatus.ValueType = ...,
+        reason: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        release: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "id", b"id", "reason", b"reason", "release", b"release", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetFindingStatusRequest: _TypeAlias = SetFindingStatusRequest  # noqa: Y015
+
+@_typing.final
+class SetFindingStatusResponse(_message.Message):
+    """An answer to SetFindingStatus."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINDING_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def finding(self) -> Global___Finding:
+        """The finding, over all time."""
+
+    def __init__(
+        self,
+        *,
+        finding: Global___Finding | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetFindingStatusResponse: _TypeAlias = SetFindingStatusResponse  # noqa: Y015
 
 @_typing.final
 class ListFindingsRequest(_message.Message):
@@ -731,6 +950,9 @@ class ListFindingsRequest(_message.Message):
     WINDOW_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    INCLUDE_SETTLED_FIELD_NUMBER: _builtins.int
+    ONLY_EXPLAINED_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service. Empty: all."""
     method: _builtins.str
@@ -743,6 +965,12 @@ class ListFindingsRequest(_message.Message):
     """At most so many, 1 to 1000; 0 means 100."""
     page_token: _builtins.str
     """From the last answer's next_page_token; the other fields must not change meanwhile."""
+    include_settled: _builtins.bool
+    """Also findings that people said are expected or fixed."""
+    only_explained: _builtins.bool
+    """Only what was explained: noise, expected and fixed."""
+    release: _builtins.str
+    """Only pairs with this release of the new version are counted; findings without any are left out. Empty: all."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Part.ValueType]:
         """Only findings of these parts. Empty: all."""
@@ -772,10 +1000,13 @@ class ListFindingsRequest(_message.Message):
         window: _common_pb2.TimeWindow | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        include_settled: _builtins.bool = ...,
+        only_explained: _builtins.bool = ...,
+        release: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["impacts", b"impacts", "include_noise", b"include_noise", "kinds", b"kinds", "method", b"method", "page_size", b"page_size", "page_token", b"page_token", "parts", b"parts", "route", b"route", "service", b"service", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["impacts", b"impacts", "include_noise", b"include_noise", "include_settled", b"include_settled", "kinds", b"kinds", "method", b"method", "only_explained", b"only_explained", "page_size", b"page_size", "page_token", b"page_token", "parts", b"parts", "release", b"release", "route", b"route", "service", b"service", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -840,6 +1071,7 @@ class GetFindingResponse(_message.Message):
     FINDING_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     FEATURE_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def finding(self) -> Global___Finding:
         """The finding, over all time."""
@@ -852,16 +1084,21 @@ class GetFindingResponse(_message.Message):
     def feature(self) -> Global___RequestFeature:
         """What tells the requests that show it from others of the endpoint. Unset: nothing does, or too few were seen."""
 
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingEvent]:
+        """What people said of it, the latest first; at most 50."""
+
     def __init__(
         self,
         *,
         finding: Global___Finding | None = ...,
         examples: _abc.Iterable[Global___PairDetail] | None = ...,
         feature: Global___RequestFeature | None = ...,
+        events: _abc.Iterable[Global___FindingEvent] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "finding", b"finding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["examples", b"examples", "feature", b"feature", "finding", b"finding"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "examples", b"examples", "feature", b"feature", "finding", b"finding"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -869,7 +1106,9 @@ Global___GetFindingResponse: _TypeAlias = GetFindingResponse  # noqa: Y015
 
 @_typing.final
 class RequestFeature(_message.Message):
-    """What requests have in common: a parameter of the path or the query, its value, or that it is missing."""
+    """What requests have in common: a parameter of the path or the query, a header, a cookie, a field of a JSON or form body;
+    its value, or that it is missing. Found in a bounded sample of requests; values of secrets are not kept.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -877,7 +1116,7 @@ class RequestFeature(_message.Message):
     COVERAGE_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Such as `query.currency=JPY`, `query.page` for any value, `no query.page`, or `path.id=7`."""
+    """Such as `query.currency=JPY`, `query.page` for any value, `no query.page`, `path.id=7`, `body.items[*].sku=a1`."""
     coverage: _builtins.float
     """Part of the requests with the finding that have the feature."""
     precision: _builtins.float

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ComparisonServiceStub(object):
-    """Reads what was compared. All calls are safe to repeat.
+    """Reads what was compared, and takes what people say of it. All calls are safe to repeat.
 
     Errors: INVALID_ARGUMENT for a filter, window, page size or token that can't be used; NOT_FOUND for an unknown id;
     UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
@@ -63,6 +63,11 @@ class ComparisonServiceStub(object):
                 request_serializer=abreast_dot_v1_dot_comparison__pb2.GetFindingRequest.SerializeToString,
                 response_deserializer=abreast_dot_v1_dot_comparison__pb2.GetFindingResponse.FromString,
                 _registered_method=True)
+        self.SetFindingStatus = channel.unary_unary(
+                '/abreast.v1.ComparisonService/SetFindingStatus',
+                request_serializer=abreast_dot_v1_dot_comparison__pb2.SetFindingStatusRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_comparison__pb2.SetFindingStatusResponse.FromString,
+                _registered_method=True)
         self.ListPairs = channel.unary_unary(
                 '/abreast.v1.ComparisonService/ListPairs',
                 request_serializer=abreast_dot_v1_dot_comparison__pb2.ListPairsRequest.SerializeToString,
@@ -81,7 +86,7 @@ class ComparisonServiceStub(object):
 
 
 class ComparisonServiceServicer(object):
-    """Reads what was compared. All calls are safe to repeat.
+    """Reads what was compared, and takes what people say of it. All calls are safe to repeat.
 
     Errors: INVALID_ARGUMENT for a filter, window, page size or token that can't be used; NOT_FOUND for an unknown id;
     UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
@@ -117,6 +122,13 @@ class ComparisonServiceServicer(object):
 
     def GetFinding(self, request, context):
         """One finding with its examples.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetFindingStatus(self, request, context):
+        """Say of a finding that it is confirmed, expected, fixed or open. Repeated, it is said twice in its history.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,6 +183,11 @@ def add_ComparisonServiceServicer_to_server(servicer, server):
                     request_deserializer=abreast_dot_v1_dot_comparison__pb2.GetFindingRequest.FromString,
                     response_serializer=abreast_dot_v1_dot_comparison__pb2.GetFindingResponse.SerializeToString,
             ),
+            'SetFindingStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetFindingStatus,
+                    request_deserializer=abreast_dot_v1_dot_comparison__pb2.SetFindingStatusRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_comparison__pb2.SetFindingStatusResponse.SerializeToString,
+            ),
             'ListPairs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPairs,
                     request_deserializer=abreast_dot_v1_dot_comparison__pb2.ListPairsRequest.FromString,
@@ -195,7 +212,7 @@ def add_ComparisonServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ComparisonService(object):
-    """Reads what was compared. All calls are safe to repeat.
+    """Reads what was compared, and takes what people say of it. All calls are safe to repeat.
 
     Errors: INVALID_ARGUMENT for a filter, window, page size or token that can't be used; NOT_FOUND for an unknown id;
     UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
@@ -326,6 +343,33 @@ class ComparisonService(object):
             '/abreast.v1.ComparisonService/GetFinding',
             abreast_dot_v1_dot_comparison__pb2.GetFindingRequest.SerializeToString,
             abreast_dot_v1_dot_comparison__pb2.GetFindingResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetFindingStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/abreast.v1.ComparisonService/SetFindingStatus',
+            abreast_dot_v1_dot_comparison__pb2.SetFindingStatusRequest.SerializeToString,
+            abreast_dot_v1_dot_comparison__pb2.SetFindingStatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,7 +13,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ComparisonServiceStub:
-    """Reads what was compared. All calls are safe to repeat.
+    """Reads what was compared, and takes what people say of it. All calls are safe to repeat.
 
     Errors: INVALID_ARGUMENT for a filter, window, page size or token that can't be used; NOT_FOUND for an unknown id;
     UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
@@ -30,6 +30,8 @@ class ComparisonServiceStub:
     """What differs, one cause a row, the most frequent first."""
     GetFinding: _aio.UnaryUnaryMultiCallable[_comparison_pb2.GetFindingRequest, _comparison_pb2.GetFindingResponse]
     """One finding with its examples."""
+    SetFindingStatus: _aio.UnaryUnaryMultiCallable[_comparison_pb2.SetFindingStatusRequest, _comparison_pb2.SetFindingStatusResponse]
+    """Say of a finding that it is confirmed, expected, fixed or open. Repeated, it is said twice in its history."""
     ListPairs: _aio.UnaryUnaryMultiCallable[_comparison_pb2.ListPairsRequest, _comparison_pb2.ListPairsResponse]
     """Compared requests, newest first."""
     GetPair: _aio.UnaryUnaryMultiCallable[_comparison_pb2.GetPairRequest, _comparison_pb2.GetPairResponse]
@@ -38,7 +40,7 @@ class ComparisonServiceStub:
     """Findings as they appear and grow. First the present ones, then changes, about once a second, until cancelled."""
 
 class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Reads what was compared. All calls are safe to repeat.
+    """Reads what was compared, and takes what people say of it. All calls are safe to repeat.
 
     Errors: INVALID_ARGUMENT for a filter, window, page size or token that can't be used; NOT_FOUND for an unknown id;
     UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
@@ -83,6 +85,14 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_comparison_pb2.GetFindingRequest, _abc.Awaitable[_comparison_pb2.GetFindingResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.GetFindingResponse]:
         """One finding with its examples."""
+
+    @_abc_1.abstractmethod
+    def SetFindingStatus(
+        self,
+        request: _comparison_pb2.SetFindingStatusRequest,
+        context: _aio.ServicerContext[_comparison_pb2.SetFindingStatusRequest, _abc.Awaitable[_comparison_pb2.SetFindingStatusResponse]],
+    ) -> _abc.Awaitable[_comparison_pb2.SetFindingStatusResponse]:
+        """Say of a finding that it is confirmed, expected, fixed or open. Repeated, it is said twice in its history."""
 
     @_abc_1.abstractmethod
     def ListPairs(

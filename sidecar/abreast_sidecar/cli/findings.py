@@ -6,6 +6,7 @@ import datetime as dt
 
 import click
 from rich.table import Table
+from rich.text import Text
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
@@ -22,6 +23,7 @@ from abreast_sidecar.cli.connection import (
 from abreast_sidecar.cli.exits import Exit
 from abreast_sidecar.cli.humane import count, counted, part_of, printable
 from abreast_sidecar.cli.parameters import Names, limit_option, since_option, until_option
+from abreast_sidecar.cli.statuses import status_name
 from abreast_sidecar.cli.tables import (
     Console,
     console,
@@ -46,6 +48,11 @@ STACKED_BELOW = 110  # columns of a terminal in which endpoint and place share a
     "--impact", "impacts", multiple=True, type=Names("IMPACT"), help="Only this impact; may be repeated."
 )
 @click.option("--noise", is_flag=True, help="Also what is noise: what old differs from itself in.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Also noise, and what was said to be expected or fixed."
+)
+@click.option("--explained", is_flag=True, help="Only what was explained, with the reason.")
+@click.option("--release", default="", help="Only pairs with this release of new.")
 @since_option
 @until_option
 @limit_option
@@ -61,6 +68,9 @@ def command(
     kinds: tuple[common.Kind.ValueType, ...],
     impacts: tuple[common.Impact.ValueType, ...],
     noise: bool,
+    everything: bool,
+    explained: bool,
+    release: str,
     since: dt.datetime | None,
     until: dt.datetime | None,
     limit: int,
@@ -72,7 +82,14 @@ def command(
     Look at one with `abreast finding ID`.
     """
     request = api.ListFindingsRequest(
-        service=service, method=method.upper(), route=route, include_noise=noise, window=window(since, until)
+        service=service,
+        method=method.upper(),
+        route=route,
+        include_noise=noise or everything,
+        include_settled=everything,
+        only_explained=explained,
+        release=release,
+        window=window(since, until),
     )
     request.parts.extend(parts)
     request.kinds.extend(kinds)
@@ -121,7 +138,7 @@ def rows(found: api.ListFindingsResponse, *, stacked: bool) -> Table:
         place = where(finding.part, finding.path)
         made.add_row(
             str(finding.id),
-            styled("noise" if finding.noise else impact_name(finding.impact)),
+            label(finding),
             _requests(finding),
             *((f"{endpoint}\n  {place}",) if stacked else (endpoint, place)),
             told(finding),
@@ -129,7 +146,25 @@ def rows(found: api.ListFindingsResponse, *, stacked: bool) -> Table:
     return made
 
 
+def label(finding: api.Finding) -> Text:
+    """Why it is of no concern, or what it means to a client."""
+    status = status_name(finding.status)
+    if status in {"expected", "fixed"}:
+        return styled(status, "dim")
+    noise = finding.noise and status != "confirmed"
+    return styled("noise" if noise else impact_name(finding.impact))
+
+
 def told(finding: api.Finding) -> str:
+    """The difference, with what was said of it, or why it is noise."""
+    status = status_name(finding.status)
+    if status in {"confirmed", "reopened"}:
+        return f"{difference(finding)} ({status})"
+    why = (
+        finding.status_reason if status in {"expected", "fixed"} else finding.reason if finding.noise else ""
+    )
+    if why:
+        return f"{difference(finding)} ({printable(why)})"
     undecided = finding.state == api.FINDING_STATE_UNDECIDED
     return f"{difference(finding)} (not yet told from noise)" if undecided else difference(finding)
 

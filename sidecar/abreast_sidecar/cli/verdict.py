@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import click
 from rich.table import Table
@@ -15,6 +18,7 @@ from abreast_sidecar.cli.humane import count, printable
 from abreast_sidecar.cli.parameters import SHARE, since_option, until_option
 from abreast_sidecar.cli.tables import Console, console, endpoint_name, styled, table
 
+BUDGET = tuple(api.Budget.DESCRIPTOR.fields_by_name)
 EXIT = {
     api.VERDICT_STATE_PASS: Exit.OK,
     api.VERDICT_STATE_FAIL: Exit.NO,
@@ -22,33 +26,66 @@ EXIT = {
 }
 
 
-@click.command()
-@service_option
-@click.option("--max-mismatch", type=SHARE, help="Share of pairs that may have unexplained mismatches; 0.1%.")
-@click.option("--max-error", type=SHARE, help="Share of pairs in which only new may fail; 0.1%.")
-@click.option("--max-slower", type=SHARE, help="How much slower new may be in the median pair; 10%.")
-@click.option(
-    "--min-completeness", type=SHARE, help="Share of the sampled requests that must be accounted for; 99%."
+Command = Callable[..., Any]
+_OPTIONS = (
+    service_option,
+    click.option(
+        "--max-mismatch", type=SHARE, help="Share of pairs that may have unexplained mismatches; 0.1%."
+    ),
+    click.option("--max-error", type=SHARE, help="Share of pairs in which only new may fail; 0.1%."),
+    click.option("--max-slower", type=SHARE, help="How much slower new may be in the median pair; 10%."),
+    click.option(
+        "--min-completeness",
+        type=SHARE,
+        help="Share of the sampled requests that must be accounted for; 99%.",
+    ),
+    click.option("--confidence", type=SHARE, help="How sure to be; 95%."),
+    click.option("--release", default="", help="The release of new to judge.  [default: the newest]"),
+    click.option("--all-releases", is_flag=True, help="Judge all releases of new together."),
+    since_option,
+    until_option,
 )
-@click.option("--confidence", type=SHARE, help="How sure to be; 95%.")
-@since_option
-@until_option
+
+
+def asking(command: Command) -> Command:
+    """Options that say what is judged, handed to the command as one `request`."""
+
+    @functools.wraps(command)
+    def with_request(
+        *args: Any,
+        service: str,
+        release: str,
+        all_releases: bool,
+        since: dt.datetime | None,
+        until: dt.datetime | None,
+        **rest: Any,
+    ) -> Any:
+        given = {name: rest.pop(name) for name in BUDGET}
+        request = api.GetVerdictRequest(
+            service=service,
+            window=window(since, until),
+            budget=api.Budget(**{name: value for name, value in given.items() if value is not None}),
+            release=release,
+            all_releases=all_releases,
+        )
+        return command(*args, request=request, **rest)
+
+    for option in reversed(_OPTIONS):
+        option(with_request)
+    return with_request
+
+
+@click.command()
+@asking
 @json_option
 @connected
-def command(
-    link: Link,
-    service: str,
-    since: dt.datetime | None,
-    until: dt.datetime | None,
-    as_json: bool,
-    **budget: float | None,
-) -> int:
+def command(link: Link, request: api.GetVerdictRequest, as_json: bool) -> int:
     """May the new version take over? Exits with 0 for PASS, 1 for FAIL, 2 for INCONCLUSIVE.
+
+    Judged are the pairs of new's newest release.
 
     Ask as often as you like: the error probability is that of all looks together.
     """
-    given = {name: value for name, value in budget.items() if value is not None}
-    request = api.GetVerdictRequest(service=service, window=window(since, until), budget=api.Budget(**given))
     found = link.run(lambda calls: calls.comparison.GetVerdict(request, timeout=calls.timeout))
     if as_json:
         print_json(found)
@@ -60,6 +97,8 @@ def command(
 def show(out: Console, found: api.GetVerdictResponse) -> None:
     head = state(found.state)
     head.append(f"  {printable(found.service)}", "bold")
+    if found.release:
+        head.append(f"  release {printable(found.release)}")
     if more := to_pass(found):
         head.append(f"  {more}")
     out.print(head)

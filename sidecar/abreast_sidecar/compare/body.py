@@ -11,6 +11,7 @@ from abreast.capture import Answer, Body
 from abreast_sidecar.compare.coding import Decoded, decoded
 from abreast_sidecar.compare.difference import Difference, Impact, Kind, Rules
 from abreast_sidecar.compare.document import DocumentDiff
+from abreast_sidecar.compare.effort import reading
 from abreast_sidecar.compare.formats import Plain, UnreadableError, documents, json_of
 from abreast_sidecar.compare.headers import first
 from abreast_sidecar.compare.media import Format, byte_order_mark, media, sniffed
@@ -21,6 +22,9 @@ PARTIAL_CONTENT = 206
 ENCODING = (
     "(encoding)"  # the path of a byte order mark, or of another encoding than UTF-8 that nothing declares
 )
+
+COARSE = "parts of the bodies are too much work to be compared in detail, and are compared as a whole"
+TOO_MUCH = "the bodies are too much work to be read, and are compared by their bytes"
 
 Keyed = Callable[[str], str]
 
@@ -73,13 +77,15 @@ def _is_plain_json(answer: Answer) -> bool:
 
 def _plain_json(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None) -> BodyResult | None:
     """Nothing where it is not so simple after all."""
-    if PARTIAL_CONTENT in {old.status, new.status}:
+    spent = reading("json", old.body.held, new.body.held)
+    if PARTIAL_CONTENT in {old.status, new.status} or spent > rules.max_work:
         return None
     try:
         (left, text), (right, other) = read(old.body.held), read(new.body.held)
         if text and text == other:
             return BodyResult([])
-        return BodyResult(DocumentDiff(rules.max_differences, keyed=keyed).compare(left, right))
+        walk = DocumentDiff(rules.max_differences, keyed=keyed, max_work=rules.max_work - spent)
+        return BodyResult(walk.compare(left, right), COARSE if walk.coarse else "")
     except (ValueError, RecursionError):
         return None
 
@@ -113,6 +119,13 @@ class Comparison:
     rules: Rules
     keyed: Keyed | None
 
+    def spent(self, kind: Format) -> int:
+        """Steps that reading both takes."""
+        return reading(kind, self.left.data, self.right.data)
+
+    def too_much(self, kind: Format) -> bool:
+        return self.spent(kind) > self.rules.max_work
+
     def whole(self, kind: Kind) -> Difference:
         return _whole(kind, self.old, self.new)
 
@@ -122,6 +135,8 @@ class Comparison:
 
 def _compared(pair: Comparison) -> BodyResult:
     left, right = _format(pair.left, pair.right), _format(pair.right, pair.left)
+    if "json" in {left, right} and pair.too_much("json"):
+        return BodyResult([pair.whole("changed")], TOO_MUCH, too_large=True)
     if left == right == "json" and not pair.partial():
         return _json(pair)
     if pair.partial() and "multipart" not in {left, right}:
@@ -152,7 +167,8 @@ def _json(pair: Comparison) -> BodyResult:
         return _not_json(pair)
     if text and text == other:
         return BodyResult(_encodings(pair))
-    return BodyResult([*_encodings(pair), *_walked(pair, old, new, "$")])
+    found, note = _walked(pair, old, new, "$", pair.spent("json"))
+    return BodyResult([*_encodings(pair), *found], note)
 
 
 def _is_json(side: Plain) -> bool:
@@ -168,7 +184,9 @@ def _not_json(pair: Comparison) -> BodyResult:
     if left != right:
         return BodyResult([pair.whole("type")], f"{'old' if right else 'new'}'s body is not valid JSON")
     found = _structured(pair, "text")
-    return found._replace(note="the content type says JSON, and neither body is valid JSON")
+    return found._replace(
+        note=_both("the content type says JSON, and neither body is valid JSON", found.note)
+    )
 
 
 def _mislabelled(pair: Comparison, kind: Format) -> BodyResult | None:
@@ -177,15 +195,22 @@ def _mislabelled(pair: Comparison, kind: Format) -> BodyResult | None:
         "json"
     }:
         return None
-    if not (_is_json(pair.left) and _is_json(pair.right)):
+    if pair.too_much("json") or not (_is_json(pair.left) and _is_json(pair.right)):
         return None
     found = _json(pair)
     if kind == "text" and not found.differences:
         return None  # then it differs as the text that it says it is
-    return found._replace(note=f"the content type says {pair.left.media.essence}, and the bodies are JSON")
+    said = f"the content type says {pair.left.media.essence}, and the bodies are JSON"
+    return found._replace(note=_both(said, found.note))
+
+
+def _both(*notes: str) -> str:
+    return "; ".join(note for note in notes if note)
 
 
 def _structured(pair: Comparison, kind: Format) -> BodyResult:
+    if pair.too_much(kind):
+        return _unread(pair, kind)
     try:
         found = documents(kind, pair.left, pair.right)
     except UnreadableError as error:
@@ -193,17 +218,29 @@ def _structured(pair: Comparison, kind: Format) -> BodyResult:
             side = "old" if error.old else "new"
             return BodyResult([pair.whole("type")], f"{side}'s body is not the {kind} it claims to be")
         return BodyResult([pair.whole("changed")]) if kind in {"text", "bytes"} else _structured(pair, "text")
-    differences = _walked(pair, found.old, found.new, found.root)
+    differences, note = _walked(pair, found.old, found.new, found.root, pair.spent(kind))
     if not differences and not found.alike():
         differences = [replace(pair.whole("order"), path=found.root, place=found.root)]
-    return BodyResult([*_encodings(pair), *differences])
+    return BodyResult([*_encodings(pair), *differences], note)
 
 
-def _walked(pair: Comparison, old: object, new: object, root: str) -> list[Difference]:
+def _unread(pair: Comparison, kind: Format) -> BodyResult:
+    """Markup is compared by its lines, all else and what has too many of these by its bytes."""
+    if kind in {"html", "xml"} and not pair.too_much("text"):
+        return _structured(pair, "text")._replace(note=f"too much {kind} to be read: compared by its lines")
+    return BodyResult([pair.whole("changed")], TOO_MUCH, too_large=True)
+
+
+def _walked(
+    pair: Comparison, old: object, new: object, root: str, spent: int
+) -> tuple[list[Difference], str]:
+    """The differences and a note."""
+    left = pair.rules.max_work - spent
+    walk = DocumentDiff(pair.rules.max_differences, root=root, keyed=pair.keyed, max_work=left)
     try:
-        return DocumentDiff(pair.rules.max_differences, root=root, keyed=pair.keyed).compare(old, new)
+        return walk.compare(old, new), COARSE if walk.coarse else ""
     except RecursionError:  # deeper than any reader of it goes
-        return [pair.whole("changed")]
+        return [pair.whole("changed")], ""
 
 
 def _encodings(pair: Comparison) -> list[Difference]:

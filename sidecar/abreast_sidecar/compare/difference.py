@@ -93,6 +93,7 @@ class Rules:
     volatile_headers: frozenset[str] = VOLATILE_HEADERS  # lower case
     max_differences: int = 200  # of one pair; what is beyond says nothing new
     max_decoded: int = 16 * 1024 * 1024  # bytes of a compressed body, decoded
+    max_work: int = 400_000  # steps (compare.effort): what is beyond is compared as a whole
     declared: RuleSet | None = None  # those of the user that hold today
 
     @classmethod
@@ -113,6 +114,12 @@ class Judgement:
     baseline: Capture | None = None  # a second answer of old
     differences: tuple[Difference, ...] = ()  # old against new, that no rule explains
     explained: tuple[Difference, ...] = ()  # old against new, each with the rule that explains it
-    noise: tuple[Difference, ...] = ()  # old against old
+    noise: tuple[Difference, ...] = ()  # old against old, that no rule explains
+    noise_explained: tuple[Difference, ...] = ()  # old against old, each with the rule that explains it
     baseline_compared: bool = False
     reason: str = field(default="")
+
+    @property
+    def shown(self) -> tuple[Difference, ...]:
+        """All that was found, explained or not."""
+        return self.differences + self.explained + self.noise + self.noise_explained

@@ -13,6 +13,7 @@ from abreast_sidecar.compare.value import RepeatedKey, canonical, type_name
 
 MAX_DEPTH = 200  # levels; below them values are only compared as a whole
 MAX_ARRAYS = 8  # arrays in arrays whose elements are looked for elsewhere; below them only in order
+MAX_WORK = 600_000  # values that are looked at; beyond it objects and arrays are compared as a whole
 PER_PATH = 20  # differences of one path and kind; further ones must not crowd out others
 
 _ABSENT: Any = object()
@@ -28,11 +29,21 @@ _IMPACTS: dict[Kind, Impact] = {
 class DocumentDiff:
     """Collects at most `limit` differences.
 
-    `keyed` tells the field that identifies the elements of the array at a generalised path, or nothing.
+    `keyed` tells the field that identifies the elements of the array at a generalised path, or nothing. Objects and
+    arrays that would take more than `max_work` steps are compared as a whole.
     """
 
-    def __init__(self, limit: int, *, root: str = "$", keyed: Callable[[str], str] | None = None) -> None:
+    def __init__(
+        self,
+        limit: int,
+        *,
+        root: str = "$",
+        keyed: Callable[[str], str] | None = None,
+        max_work: int = MAX_WORK,
+    ) -> None:
         self.limit = limit
+        self.max_work = max_work
+        self.coarse = False  # whether anything was compared as a whole for the work that it would have been
         self.root = root
         self.keyed = keyed
         self.found: list[Difference] = []
@@ -48,7 +59,9 @@ class DocumentDiff:
         old, new = place.old, place.new
         kind = type(old)
         self.work += 1
-        if kind is not type(new):
+        if (kind is dict or kind is list) and kind is type(new) and self._too_much(old, new):
+            self._whole(place)
+        elif kind is not type(new):
             self._report("changed" if type_name(old) == type_name(new) else "type", place)
         elif kind is dict and place.depth < MAX_DEPTH:
             self._object(place, old, new)
@@ -57,8 +70,16 @@ class DocumentDiff:
         elif old != new and canonical(old) != canonical(new):
             self._report("changed", place)
 
+    def _too_much(self, old: Any, new: Any) -> bool:
+        return self.work + len(old) + len(new) > self.max_work
+
+    def _whole(self, place: Place) -> None:
+        if canonical(place.old) != canonical(place.new):
+            self.coarse = True
+            self._report("changed", place)
+
     def _object(self, place: Place, old: dict[str, Any], new: dict[str, Any]) -> None:
-        self.work += len(old)
+        self.work += len(old) + len(new)
         gone = 0
         for key, value in old.items():
             other = new.get(key, _ABSENT)

@@ -31,7 +31,7 @@ Features = Mapping[str, Sequence[str]]  # every name with all of its values
 Kind = Literal["value", "present", "absent"]
 
 _KINDS: dict[Kind, int] = {"value": 0, "present": 1, "absent": 2}
-_PLACES = {"query": 0, "path": 1, "header": 2, "body": 3}
+_PLACES = {"query": 0, "path": 1, "header": 2, "cookie": 3, "body": 4}
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,8 @@ def judge(captures: Sequence[Capture], rules: Rules, *, swept: bool = False) -> 
         baseline=sides.baseline,
         differences=tuple(verdict.differences),
         explained=tuple(verdict.explained),
-        noise=tuple(noise),
+        noise=tuple(one for one in noise if not one.explained_by),
+        noise_explained=tuple(one for one in noise if one.explained_by),
         baseline_compared=compared,
         reason=verdict.reason,
     )
@@ -97,7 +98,8 @@ def _noise(sides: Sides, rules: Rules, declared: RuleSet | None) -> tuple[list[D
     old, again = sides.old, sides.baseline
     if old is None or again is None or not _comparable(old, again):
         return [], False
-    return _differences(old, again, rules, declared).differences, True
+    found = _differences(old, again, rules, declared).differences
+    return declared.explain(found) if declared else found, True
 
 
 class Verdict(NamedTuple):

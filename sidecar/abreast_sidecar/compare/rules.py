@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import lru_cache
 from typing import Any, Literal
@@ -18,6 +18,7 @@ Action = Literal["ignore", "tolerate", "unordered", "keyed-by", "expect"]
 ACTIONS: tuple[Action, ...] = ("ignore", "tolerate", "unordered", "keyed-by", "expect")
 MAX_PATTERN = 500  # characters
 MAX_ANY_DEPTH = 4  # `**` in a pattern
+MAX_SUBJECTS = 4096  # kinds of answers for which is remembered which rules apply
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,33 @@ class Rule:
 
     def applies(self, subject: Subject) -> bool:
         return (
-            _matches(self.service, subject.service)
-            and _matches(self.endpoint, subject.endpoint)
-            and _matches(self.release, subject.new_release)
+            self.applies_to(subject.service, subject.endpoint)
+            and self.applies_to_release(subject.new_release)
             and status_matches(self.status, subject.statuses)
         )
+
+    def applies_to(self, service: str, endpoint: str) -> bool:
+        return _matches(self.service, service) and _matches(self.endpoint, endpoint)
+
+    def applies_to_release(self, release: str) -> bool:
+        return _matches(self.release, release)
+
+    @property
+    def by_place(self) -> bool:
+        """Whether part, path and kind decide alone, so that it can be applied where the values are not known any more."""
+        return self.action == "ignore" or (self.action == "expect" and not (self.has_old or self.has_new))
+
+    def touches(self, part: str, path: str, kind: str) -> bool:
+        """Whether there are values of such a difference that it explains; for keyed-by, also that it makes vanish."""
+        if (self.part is not None and self.part != part) or (self.kind is not None and self.kind != kind):
+            return False
+        if self.action == "keyed-by":
+            return path_pattern(self.path, below=True).fullmatch(path) is not None
+        if (self.action == "tolerate" and kind != "changed") or (
+            self.action == "unordered" and kind != "order"
+        ):
+            return False
+        return not self.path or self._covers(part, path)
 
     def explains(self, difference: Difference) -> bool:
         """Whether the rule covers a difference in an answer that it applies to."""
@@ -69,7 +92,7 @@ class Rule:
             self.kind is not None and self.kind != difference.kind
         ):
             return False
-        if self.path and not self._covers(difference):
+        if self.path and not self._covers(difference.part, difference.path):
             return False
         if self.action == "tolerate":
             return difference.kind == "changed" and self._tolerates(difference)
@@ -77,11 +100,11 @@ class Rule:
             return difference.kind == "order"
         return self.action == "ignore" or self._expected(difference)
 
-    def _covers(self, difference: Difference) -> bool:
-        if difference.part == "header":
-            return _matches(self.path.lower(), difference.path.lower())
+    def _covers(self, part: str, path: str) -> bool:
+        if part == "header":
+            return _matches(self.path.lower(), path.lower())
         exactly = self.action in {"unordered", "keyed-by"}
-        return path_pattern(self.path, below=not exactly).fullmatch(difference.path) is not None
+        return path_pattern(self.path, below=not exactly).fullmatch(path) is not None
 
     def _tolerates(self, difference: Difference) -> bool:
         old, new = _number(difference.old), _number(difference.new)
@@ -102,6 +125,9 @@ class Rule:
 class RuleSet:
     rules: tuple[Rule, ...] = ()
     keyed: tuple[Rule, ...] = field(init=False, default=())
+    _applying: dict[tuple[object, ...], RuleSet] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keyed", tuple(rule for rule in self.rules if rule.action == "keyed-by"))
@@ -110,8 +136,15 @@ class RuleSet:
         return bool(self.rules)
 
     def of(self, subject: Subject) -> RuleSet:
-        """Only those that apply."""
-        return RuleSet(tuple(rule for rule in self.rules if rule.applies(subject)))
+        """Only those that apply. Remembered: few endpoints, releases and statuses make most of the traffic."""
+        key = (subject.service, subject.endpoint, subject.new_release, subject.statuses)
+        found = self._applying.get(key)
+        if found is None:
+            if len(self._applying) >= MAX_SUBJECTS:
+                self._applying.clear()
+            found = RuleSet(tuple(rule for rule in self.rules if rule.applies(subject)))
+            self._applying[key] = found
+        return found
 
     def on(self, day: dt.date) -> RuleSet:
         """Only those that hold on a day."""
@@ -130,7 +163,12 @@ class RuleSet:
 
     def _explained(self, difference: Difference) -> Difference:
         rule = next((rule for rule in self.rules if rule.explains(difference)), None)
-        return difference if rule is None else replace(difference, explained_by=rule.name)
+        if rule is None:
+            return difference
+        known = {name: getattr(difference, name) for name in Difference.__dataclass_fields__}
+        return Difference(
+            **{**known, "explained_by": rule.name}
+        )  # with its texts, also where they were not made yet
 
 
 _STEP = r"(?:\.\*|\.\$|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"

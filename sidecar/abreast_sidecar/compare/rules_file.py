@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -43,6 +43,46 @@ def load(text: str, name: str = "rules") -> RuleSet:
     if len(listed[1].value) > MAX_RULES:
         raise reader.error(listed[1], f"at most {MAX_RULES} rules, got {len(listed[1].value)}")
     return RuleSet(tuple(reader.rule(node, place) for place, node in enumerate(listed[1].value)))
+
+
+def from_fields(fields: Mapping[str, Any]) -> Rule:
+    """A rule from the fields that it would have in a file. Raise RuleError, which names the field."""
+    said = {}
+    for name, value in fields.items():
+        if name not in {*_FIELDS, "header"}:
+            raise RuleError(
+                f"a rule has no field {name!r}; known are {', '.join(sorted({*_FIELDS, 'header'}))}"
+            )
+        said[name] = _field(name, value)
+    said.setdefault("name", "")
+    try:
+        return _made(said)
+    except RuleError as error:
+        raise RuleError(f"the rule {error}") from None
+
+
+def fields_of(rule: Rule) -> dict[str, Any]:
+    """What a file would say of it, without what is not set; `from_fields` makes the same rule of it."""
+    header = rule.part == "header" and rule.path
+    said: dict[str, Any] = {
+        "name": rule.name,
+        "action": rule.action,
+        "part": None if header or (rule.part == "body" and rule.path) else rule.part,
+        "header" if header else "path": rule.path,
+        **{name: getattr(rule, name) for name in ("kind", "service", "endpoint", "status", "release", "by")},
+        **{name: getattr(rule, name) for name in ("absolute", "relative", "reason", "owner")},
+        "expires": rule.expires and rule.expires.isoformat(),
+    }
+    said = {name: value for name, value in said.items() if value is not None and value != ""}
+    said |= {"old": rule.old} if rule.has_old else {}
+    return said | ({"new": rule.new} if rule.has_new else {})
+
+
+def _field(name: str, value: Any) -> Any:
+    try:
+        return _FIELDS["path" if name == "header" else name](value)
+    except RuleError as error:
+        raise RuleError(f"{name} must be {error}, got {value!r}") from None
 
 
 Entry = tuple[yaml.Node, yaml.Node]  # a key and its value

@@ -6,20 +6,17 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-import psycopg
 import structlog
-from psycopg import AsyncConnection
 
 from abreast_sidecar.control.bell import Bell
 from abreast_sidecar.control.envoys import Envoys, EnvoyState
 from abreast_sidecar.control.journal import CHANNEL, Journal, Known
 from abreast_sidecar.control.traffic import Change, Note, Traffic, initial
-from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError, SidecarError
+from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store.database import CONNECT_TIMEOUT, Database
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.follow import follow
 
-POLL = 5.0  # seconds; should a notification ever be missed
-ANSWER = 10.0  # seconds that Postgres gets for one read
 RETRY = 0.5  # seconds
 
 log = structlog.get_logger(__name__)
@@ -116,7 +113,9 @@ class Control:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Follow the changes that others make."""
-        following = asyncio.create_task(self._follow())
+        following = asyncio.create_task(
+            follow(self._conninfo, CHANNEL, self._refresh, name="abreast control")
+        )
         await stop.wait()
         self.close()
         following.cancel()
@@ -128,32 +127,6 @@ class Control:
         self.news.ring()
         self.envoys.bell.ring()
 
-    async def _follow(self) -> None:
-        lost = False
-        while True:
-            try:
-                await self._listen()
-            except (psycopg.Error, SidecarError, OSError, TimeoutError) as error:
-                if not lost:
-                    log.warning("changes by other sidecars are not seen now", error=str(error))
-                lost = True
-            await asyncio.sleep(RETRY)
-
-    async def _listen(self) -> None:
-        connection = await AsyncConnection.connect(
-            self._conninfo,
-            autocommit=True,
-            connect_timeout=CONNECT_TIMEOUT,
-            application_name="abreast control",
-        )
-        async with connection:
-            await connection.execute(f"listen {CHANNEL}".encode())
-            while True:
-                await self._refresh()
-                async for _ in connection.notifies(timeout=POLL, stop_after=1):
-                    pass
-
     async def _refresh(self) -> None:
-        async with asyncio.timeout(ANSWER):
-            for known in await self.journal.read():
-                self.learn(known)
+        for known in await self.journal.read():
+            self.learn(known)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import structlog
 
+from abreast_sidecar.compare import Rules
 from abreast_sidecar.errors import LedgerError, RedisError
 from abreast_sidecar.housekeeping.envoy import EnvoyError, bring_envoy
+from abreast_sidecar.housekeeping.examples import trim_examples
 from abreast_sidecar.housekeeping.latency import find_slow
 from abreast_sidecar.housekeeping.missing import find_missing
 from abreast_sidecar.housekeeping.noise import decide_noise
@@ -18,14 +20,19 @@ from abreast_sidecar.housekeeping.reports import bring_reports
 from abreast_sidecar.housekeeping.retention import drop_days, open_days
 from abreast_sidecar.outage import Outage, pause
 from abreast_sidecar.read import connect, forget_consumers, shards, sweep, translated
+from abreast_sidecar.rejudge import Learning, rejudge
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.rules import end_expired
 
 SWEEP = 0.5  # seconds between two turns of a chore
 REPORTS = 1.0
 ENVOYS = 1.0
 NOISE = 1.0
+RULES = 0.5
+RULES_STEPS = 200  # of judging again in one turn
 SLOW = 5.0
+EXAMPLES = 60.0
 CONSUMERS = 60.0
 DAYS = 600.0
 CONSUMER_IDLE = 600.0  # seconds after which a consumer without entries is taken for dead
@@ -49,6 +56,7 @@ class Housekeeping:
         self.alive = False
         self.last_beat = 0.0
         self._settings = settings
+        self._rules = Rules.ignoring(settings.volatile_headers)
         self._redis = connect(settings.redis_url)
         self._database = Database(settings.postgres_url)
         self._outages = {
@@ -77,8 +85,10 @@ class Housekeeping:
             Chore("sweep", SWEEP, ("redis",), self._sweep),
             Chore("reports", REPORTS, ("redis", "postgres"), self._bring_reports),
             Chore("noise", NOISE, ("postgres",), self._decide_noise),
+            Chore("rules", RULES, ("postgres",), self._rejudge),
             Chore("latency", SLOW, ("postgres",), self._find_slow),
             Chore("missing", SLOW, ("postgres",), self._find_missing),
+            Chore("examples", EXAMPLES, ("postgres",), self._trim_examples),
             Chore("consumers", CONSUMERS, ("redis",), self._forget_consumers),
             Chore("days", DAYS, ("postgres",), self._turn_days),
             *envoys,
@@ -128,6 +138,14 @@ class Housekeeping:
         async with self._database.connection() as connection:
             await decide_noise(connection)
 
+    async def _rejudge(self) -> None:
+        async with self._database.connection() as connection:
+            await end_expired(connection)
+            learning = Learning(self._settings.postgres_url)
+            for _ in range(RULES_STEPS):
+                if not await rejudge(connection, learning, self._rules):
+                    return
+
     async def _find_slow(self) -> None:
         async with self._database.connection() as connection:
             await find_slow(connection)
@@ -135,6 +153,10 @@ class Housekeeping:
     async def _find_missing(self) -> None:
         async with self._database.connection() as connection:
             await find_missing(connection)
+
+    async def _trim_examples(self) -> None:
+        async with self._database.connection() as connection:
+            await trim_examples(connection, most=self._settings.examples_bytes)
 
     async def _forget_consumers(self) -> None:
         with translated():

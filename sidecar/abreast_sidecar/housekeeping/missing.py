@@ -13,5 +13,7 @@ SHARE = 0.05  # of the endpoint's pairs
 async def find_missing(connection: Connection) -> int:
     """Return how many endpoints it is so for. The finding stays when it is no longer so, with when it was last."""
     parameters = {"window": WINDOW, "most": MOST, "least": LEAST, "share": SHARE}
-    cursor = await connection.execute(statement("missing_put"), parameters)
+    async with connection.transaction():
+        cursor = await connection.execute(statement("missing_put"), parameters)
+        await connection.execute(statement("findings_back"))
     return cursor.rowcount

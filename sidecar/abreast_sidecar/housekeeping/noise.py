@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from abreast_sidecar.compare.noise import Counts, Decision, decide
@@ -14,6 +15,17 @@ from abreast_sidecar.store.database import Connection, Row, statement
 LOCK = 0x616272657006
 ALPHA = 0.01  # of one endpoint, over all its life: any false finding
 REASON_LIMIT = 300  # characters
+ENOUGH = 500  # pairs, or copies to old, of one release to go by them alone
+GRAVITY = {"noise": 0, "undecided": 1, "real": 2}
+COUNTS = (
+    "compared",
+    "count",
+    "baseline_compared",
+    "baseline_count",
+    "explained",
+    "new_greater",
+    "new_smaller",
+)
 
 
 async def decide_noise(connection: Connection) -> int:
@@ -48,7 +60,7 @@ async def _write(
 
 def changes(rows: Sequence[Row]) -> list[dict[str, object]]:
     """What one endpoint's findings have to be told."""
-    decided = zip(rows, decide(counts(rows), ALPHA), strict=True)
+    decided = zip(rows, decisions(rows), strict=True)
     return [
         {"id": row["id"], "state": decision.state, "reason": _reason(decision)}
         for row, decision in decided
@@ -56,13 +68,49 @@ def changes(rows: Sequence[Row]) -> list[dict[str, object]]:
     ]
 
 
+def decisions(rows: Sequence[Row]) -> list[Decision]:
+    """Each finding is looked at twice, over all releases and in the newest that shows it: what begins in one release is
+    not diluted by those before, and what took many small releases to show is seen as well. Both looks of all findings
+    share the error probability.
+    """
+    again = [row for row in rows if _has_former(row)]
+    decided = decide([*counts(rows), *counts([_newest(row) for row in again])], ALPHA)
+    latest = dict(zip((row["id"] for row in again), decided[len(rows) :], strict=True))
+    return [
+        _together(decision, latest[row["id"]], row) if row["id"] in latest else decision
+        for row, decision in zip(rows, decided, strict=False)
+    ]
+
+
+def _has_former(row: Row) -> bool:
+    """Whether the newest release's counts are not simply all of them."""
+    return row["newest_count"] is not None and any(row[name] != _newest(row)[name] for name in COUNTS)
+
+
+def _newest(row: Row) -> Row:
+    """The same finding in its newest release. Old's former releases stand in until there are enough copies to this one."""
+    known = {name: row[f"newest_{name}"] for name in COUNTS}
+    if known["baseline_compared"] < ENOUGH:
+        known |= {name: row[name] for name in ("baseline_compared", "baseline_count")}
+    return {**row, **known, "releases": (row["old_release"], row["new_release"])}
+
+
+def _together(whole: Decision, newest: Decision, row: Row) -> Decision:
+    """The graver of both looks holds, unless the newest release has enough pairs to show that it is no more than noise."""
+    settled = newest.state == "noise" and row["newest_compared"] >= ENOUGH
+    if GRAVITY[whole.state] > GRAVITY[newest.state] and not settled:
+        return whole
+    label = f" in release {row['newest_label']}" if row["newest_label"] else " in the newest release"
+    return replace(newest, reason=f"{newest.reason}{label}")
+
+
 def counts(rows: Iterable[Row]) -> list[Counts]:
     """Of one endpoint's findings. The lean is that of all that chance might have drawn instead: a field is as often
     added as removed, a status as often the one as the other.
     """
     rows = list(rows)
-    greater: Counter[tuple[str, ...]] = Counter()
-    smaller: Counter[tuple[str, ...]] = Counter()
+    greater: Counter[tuple[object, ...]] = Counter()
+    smaller: Counter[tuple[object, ...]] = Counter()
     for row in rows:
         greater[_drawn(row)] += row["new_greater"]
         smaller[_drawn(row)] += row["new_smaller"]
@@ -80,10 +128,12 @@ def counts(rows: Iterable[Row]) -> list[Counts]:
     ]
 
 
-def _drawn(row: Row) -> tuple[str, ...]:
+def _drawn(row: Row) -> tuple[object, ...]:
+    releases = row.get("releases", ())
     if row["part"] == "status":
-        return ("status", *sorted(row["path"].split("->")))
-    return (row["part"], row["path"], "presence" if row["kind"] in {"added", "removed"} else row["kind"])
+        return (releases, "status", *sorted(row["path"].split("->")))
+    kind = "presence" if row["kind"] in {"added", "removed"} else row["kind"]
+    return (releases, row["part"], row["path"], kind)
 
 
 def _reason(decision: Decision) -> str:

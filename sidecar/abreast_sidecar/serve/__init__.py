@@ -4,6 +4,7 @@ from abreast_sidecar.serve.comparison import Comparison
 from abreast_sidecar.serve.grpc_server import GrpcServer
 from abreast_sidecar.serve.http_server import HttpServer
 from abreast_sidecar.serve.interceptor import Interceptor
+from abreast_sidecar.serve.latency import Latency
 from abreast_sidecar.serve.metrics import Metrics
 from abreast_sidecar.serve.pending import Pending
 from abreast_sidecar.serve.readiness import NotReadyError, Readiness
@@ -15,6 +16,7 @@ __all__ = [
     "GrpcServer",
     "HttpServer",
     "Interceptor",
+    "Latency",
     "Metrics",
     "NotReadyError",
     "Pending",

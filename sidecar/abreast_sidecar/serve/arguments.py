@@ -12,11 +12,13 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from google.protobuf.descriptor import EnumDescriptor
 
 from abreast.v1 import common_pb2
+from abreast.v1.comparison_pb2 import FindingStatus
 from abreast_sidecar.compare.verdict import Budget
 from abreast_sidecar.control import MILLION, WEIGHTS, Change, Note, parts
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.results import Window
+from abreast_sidecar.store.statuses import SETTABLE, Said
 
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 NAME_LIMIT = 300  # characters
@@ -128,6 +130,21 @@ def note(message: Any, peer: str) -> Note:
     """Of a request with the fields `actor` and `reason`."""
     actor = text("actor", message.actor.strip(), ACTOR_LIMIT)
     return Note(actor or f"someone at {peer}", text("reason", message.reason.strip(), REASON_LIMIT))
+
+
+def said(message: Any, peer: str) -> Said:
+    """Of a SetFindingStatusRequest."""
+    by = note(message, peer)
+    found = names("status", FindingStatus.DESCRIPTOR, "FINDING_STATUS_", [message.status])
+    status = found[0] if found else ""
+    if status not in SETTABLE:
+        raise ArgumentError(f"status must be one of {', '.join(SETTABLE)}, got {status}")
+    if not by.reason:
+        raise ArgumentError("reason must say why: it is kept with the finding")
+    release = text("release", message.release.strip())
+    if release and status != "fixed":
+        raise ArgumentError(f"release is only said of what is fixed, got status {status}")
+    return Said(status, by.actor, by.reason, release)
 
 
 def change(message: Any) -> Change:

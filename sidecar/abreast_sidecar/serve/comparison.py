@@ -14,6 +14,7 @@ from abreast_sidecar.serve.pending import Pending
 from abreast_sidecar.serve.status import StoppingError
 from abreast_sidecar.serve.verdicts import ledger
 from abreast_sidecar.store.queries import FindingFilter, PairFilter, Queries
+from abreast_sidecar.store.statuses import set_status
 
 WATCH_EVERY = 1.0  # seconds
 
@@ -34,9 +35,12 @@ class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
         window, budget = arguments.window(request), arguments.budget(request)
         service = await self.control.resolve(arguments.text("service", request.service))
         pending = await self.pending.count(service)  # first: what arrives meanwhile is no hole
-        found = await self.queries.evidence(service, window, budget.max_slower)
+        release = arguments.text("release", request.release)
+        found = await self.queries.evidence(
+            service, window, budget.max_slower, release=release, all_releases=request.all_releases
+        )
         verdict = decide(found.endpoints, ledger(found, pending or 0), budget)
-        return verdicts.response(service, verdict, budget)
+        return verdicts.response(service, verdict, budget, found.release)
 
     async def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
         found = await self.queries.endpoints(
@@ -55,6 +59,9 @@ class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
             kinds=arguments.kinds(request.kinds),
             impacts=arguments.impacts(request.impacts),
             include_noise=request.include_noise,
+            include_settled=request.include_settled,
+            only_explained=request.only_explained,
+            release=arguments.text("release", request.release),
             window=arguments.window(request),
         )
         found = await self.queries.findings(wanted, arguments.page(request))
@@ -68,7 +75,16 @@ class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
             finding=messages.finding(found),
             examples=[messages.pair_detail(one) for one in examples],
             feature=messages.feature(await self.queries.separating(found)),
+            events=[messages.finding_event(one) for one in await self.queries.finding_events(found.id)],
         )
+
+    async def SetFindingStatus(
+        self, request: pb.SetFindingStatusRequest, context: Any
+    ) -> pb.SetFindingStatusResponse:
+        finding_id, said = arguments.finding_id("id", request.id), arguments.said(request, context.peer())
+        await set_status(self.queries.database, finding_id, said)
+        (found,) = await self.queries.findings_by_id([finding_id])
+        return pb.SetFindingStatusResponse(finding=messages.finding(found))
 
     async def ListPairs(self, request: pb.ListPairsRequest, context: Any) -> pb.ListPairsResponse:
         wanted = PairFilter(

@@ -19,6 +19,7 @@ from abreast_sidecar.store.results import (
     Endpoint,
     EndpointSummary,
     Finding,
+    FindingEvent,
     Pair,
     PairDetail,
     Summary,
@@ -53,6 +54,7 @@ PART = common_pb2.Part.DESCRIPTOR
 KIND = common_pb2.Kind.DESCRIPTOR
 IMPACT = common_pb2.Impact.DESCRIPTOR
 STATE = comparison_pb2.FindingState.DESCRIPTOR
+STATUS = comparison_pb2.FindingStatus.DESCRIPTOR
 VERSION = common_pb2.Version.DESCRIPTOR
 ROLE = common_pb2.Role.DESCRIPTOR
 
@@ -122,6 +124,30 @@ def finding(found: Finding) -> comparison_pb2.Finding:
         last_seen=timestamp(found.last_seen),
         summary=phrase(found),
         state=number(STATE, found.state),  # type: ignore[arg-type]  # an int is one
+        reason=found.reason,
+        status=number(STATUS, found.status),  # type: ignore[arg-type]  # an int is one
+        rate=rate(found),
+        old_releases=found.old_releases,
+        new_releases=found.new_releases,
+        status_reason=found.status_reason,
+    )
+
+
+def rate(found: Finding) -> comparison_pb2.Rate | None:
+    between = found.rate
+    if between is None:
+        return None
+    value = min(found.count, found.compared) / found.compared
+    return comparison_pb2.Rate(value=value, low=between.low, high=between.high)
+
+
+def finding_event(found: FindingEvent) -> comparison_pb2.FindingEvent:
+    return comparison_pb2.FindingEvent(
+        time=timestamp(found.at),
+        actor=found.actor,
+        before=number(STATUS, found.before),  # type: ignore[arg-type]  # an int is one
+        after=number(STATUS, found.after),  # type: ignore[arg-type]  # an int is one
+        release=found.release,
         reason=found.reason,
     )
 

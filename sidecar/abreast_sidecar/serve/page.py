@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from abreast.capture import Body, Capture
 from abreast_sidecar.control import MILLION, WEIGHTS
 from abreast_sidecar.serve.phrase import phrase, place
+from abreast_sidecar.store.results import Finding
 
 BODY_LIMIT = 20_000  # characters shown
 REPLACEMENTS = 0.1  # the share of unreadable characters above which a body is not shown as text
@@ -40,6 +41,7 @@ def _environment() -> Environment:
         phrase=phrase,
         place=place,
         words=words,
+        rate=rate,
         in_order=in_order,
     )
     environment.globals.update(WEIGHTS=WEIGHTS, MILLION=MILLION)
@@ -61,6 +63,15 @@ def share(part: float, whole: float) -> str:
     if part < whole and float(text) >= 100:
         return ">99.9%"
     return text.rstrip("0").rstrip(".") + "%"
+
+
+def rate(finding: Finding) -> str:
+    """`6.9% (5.1% to 9.2%)`: the interval holds with 95% however often one looks. A dash where it is of no single pairs."""
+    between = finding.rate
+    if between is None:
+        return "–"
+    shown = share(min(finding.count, finding.compared), finding.compared)
+    return f"{shown} ({share(between.low, 1)} to {share(between.high, 1)})"
 
 
 def time(microseconds: float | None) -> str:

@@ -23,7 +23,10 @@ def ledger(found: Evidence, pending: int) -> Ledger:
     return Ledger(found.rows + lost, found.accounted)
 
 
-def response(service: str, verdict: Verdict, budget: Budget) -> pb.GetVerdictResponse:
+def response(
+    service: str, verdict: Verdict, budget: Budget, release: str | None = None
+) -> pb.GetVerdictResponse:
+    """`release`: of new, that was judged; None for all."""
     return pb.GetVerdictResponse(
         service=service,
         state=number(STATE, verdict.state),  # type: ignore[arg-type]  # an int is one
@@ -38,6 +41,7 @@ def response(service: str, verdict: Verdict, budget: Budget) -> pb.GetVerdictRes
         ],
         more=verdict.more,
         budget=pb.Budget(**asdict(budget)),
+        release=release,
     )
 
 

@@ -106,8 +106,12 @@ class Web:
         findings = await self.queries.findings(
             FindingFilter(service=service, include_noise=noise), Page(FINDINGS)
         )
+        explained = await self.queries.findings(
+            FindingFilter(service=service, only_explained=True), Page(FINDINGS)
+        )
         return page.render(
             "overview",
+            explained=explained,
             services=services,
             service=service,
             noise=noise,
@@ -126,7 +130,13 @@ class Web:
         found, examples = await self.queries.finding(number)
         pairs = await self.queries.pairs(PairFilter(finding_id=number), Page(PAIRS))
         return page.render(
-            "finding", service=found.endpoint.service, finding=found, examples=examples, pairs=pairs
+            "finding",
+            service=found.endpoint.service,
+            finding=found,
+            examples=examples,
+            pairs=pairs,
+            feature=await self.queries.separating(found),
+            events=await self.queries.finding_events(found.id),
         )
 
     async def pair(self, request: Request) -> str:

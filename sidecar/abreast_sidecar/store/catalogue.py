@@ -16,6 +16,7 @@ from psycopg.rows import TupleRow
 from abreast_sidecar.compare import Difference
 from abreast_sidecar.store.clean import clean, json_text
 from abreast_sidecar.store.database import statement
+from abreast_sidecar.store.examples import Kept
 from abreast_sidecar.store.judged import EndpointKey, Judged
 
 MAX_ENDPOINTS = 2000  # of one service; then all further routes are one
@@ -36,7 +37,7 @@ class Endpoint:
 class Catalogue:
     def __init__(self) -> None:
         self.services: dict[str, dict[EndpointKey, Endpoint]] = {}
-        self.examples: dict[int, int] = {}  # finding → how many are kept, as far as this process knows
+        self.examples: dict[int, Kept] = {}  # by finding, as far as this process knows
 
     def clear(self) -> None:
         self.services.clear()
@@ -99,15 +100,16 @@ class Catalogue:
         self, connection: AsyncConnection[TupleRow], endpoints: dict[int, Endpoint]
     ) -> None:
         cursor = await connection.execute(statement("findings_of"), {"endpoints": list(endpoints)})
-        for endpoint, part, path, kind, number, examples in await cursor.fetchall():
+        for endpoint, part, path, kind, number, *kept in await cursor.fetchall():
             endpoints[endpoint].findings[part, path, kind] = number
-            self.examples[number] = max(examples, self.examples.get(number, 0))
+            if number not in self.examples or kept[0] > self.examples[number].count:
+                self.examples[number] = Kept(*kept)
 
     def _unknown_findings(self, batch: Iterable[Judged]) -> dict[tuple[int, FindingKey], dict[str, Any]]:
         unknown: dict[tuple[int, FindingKey], dict[str, Any]] = {}
         room: dict[int, int] = {}  # endpoint → findings that it may still get
         for judged in batch:
-            differences = judged.judgement.differences + judged.judgement.noise
+            differences = judged.judgement.shown
             endpoint = self.endpoint(judged.endpoint) if differences else None
             for difference in differences:
                 if endpoint is None or self.finding(endpoint, difference) is not None:

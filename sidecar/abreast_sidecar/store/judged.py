@@ -48,6 +48,12 @@ class Judged:
         return self.at // DAY
 
     @property
+    def outcome(self) -> str:
+        """What rules explain differs all the same, and stays visible."""
+        judgement = self.judgement
+        return "mismatch" if judgement.outcome == "match" and judgement.explained else judgement.outcome
+
+    @property
     def size(self) -> int:
         """Bytes of both answers' bodies, as far as they are held."""
         return sum(
@@ -61,7 +67,7 @@ class Judged:
             "id": self.pair,
             "ms": self.at,
             "endpoint_id": endpoint,
-            "outcome": judgement.outcome,
+            "outcome": self.outcome,
         }
         old, new = judgement.old, judgement.new
         if old is not None:

@@ -1,13 +1,14 @@
 """Writes judged pairs into the ledger: a batch is one transaction, and a batch that comes twice counts once.
 
-Order of locks, the same in every worker: pairs by id, findings by id, examples, tallies, endpoints by id.
+Order of locks, the same in every worker: the rules (shared), pairs by id, findings by id, examples, tallies, endpoints by id,
+samples.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,15 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow
 
 from abreast_sidecar.compare import Difference
-from abreast_sidecar.errors import LedgerError, RefusedError
+from abreast_sidecar.errors import LedgerError, RefusedError, StaleRulesError
 from abreast_sidecar.store.catalogue import Catalogue, Endpoint
 from abreast_sidecar.store.clean import clean, json_text
 from abreast_sidecar.store.database import statement
 from abreast_sidecar.store.examples import Examples
 from abreast_sidecar.store.judged import REASON_LIMIT, Judged
-from abreast_sidecar.store.rollup import Rollup
+from abreast_sidecar.store.releases import Releases
+from abreast_sidecar.store.rollup import Hidden, Rollup
+from abreast_sidecar.store.samples import Samples, parameters
 
 CONNECT_TIMEOUT = 5  # seconds
 WRITE_TIMEOUT = 60.0  # seconds for a whole batch; then the connection is given up
@@ -52,6 +55,13 @@ class Record:
     row: dict[str, Any]
     differences: dict[int, list[Difference]]
     noise: dict[int, list[Difference]]
+    hidden: Hidden
+    hidden_noise: Hidden
+
+    @property
+    def findings(self) -> list[int]:
+        """All that it is an example of."""
+        return [*self.differences, *self.hidden]
 
 
 class Ledger:
@@ -60,7 +70,9 @@ class Ledger:
     def __init__(self, conninfo: str, *, examples_per_finding: int) -> None:
         self.conninfo = conninfo
         self._catalogue = Catalogue()
+        self._releases = Releases()
         self._examples = Examples(self._catalogue.examples, examples_per_finding)
+        self._samples = Samples()
         self._days: set[int] = set()
         self._connection: AsyncConnection[TupleRow] | None = None
         self._learned = 0.0
@@ -68,29 +80,33 @@ class Ledger:
     async def close(self) -> None:
         connection, self._connection = self._connection, None
         self._catalogue.clear()
+        self._releases.clear()
+        self._samples.clear()
         self._days.clear()
         if connection is not None:
             await connection.close()
 
-    async def write(self, batch: Sequence[Judged]) -> int:
-        """Commit the batch; return how many of it were new.
+    async def write(self, batch: Sequence[Judged], *, rules: int | None = None) -> int:
+        """Commit the batch; return how many of it were new. `rules`: the version of the rules that it was judged by.
 
-        Raise RefusedError when Postgres is well and does not take the data, LedgerError for all that may pass by
-        itself; then the batch can be given again, also when it had been committed after all.
+        Raise StaleRulesError when that is not the one that holds, and nothing was committed. Raise RefusedError when
+        Postgres is well and does not take the data, LedgerError for all that may pass by itself; then the batch can be
+        given again, also when it had been committed after all.
         """
         try:
-            return await self._write(batch)
+            return await self._write(batch, rules)
         except DayGoneError:  # retention dropped it meanwhile
-            return await self._write(batch)
+            return await self._write(batch, rules)
 
-    async def _write(self, batch: Sequence[Judged]) -> int:
+    async def _write(self, batch: Sequence[Judged], rules: int | None) -> int:
         async with self._trouble():
             connection = await self._connected()
             unique = _unique(batch)
             await self._open_days(connection, unique)
+            await self._releases.learn(connection, unique)
             await self._catalogue.learn(connection, unique)
             records = [self._record(judged) for judged in unique]
-            return await self._commit(connection, records)
+            return await self._commit(connection, records, rules)
 
     @contextlib.asynccontextmanager
     async def _trouble(self) -> AsyncIterator[None]:
@@ -143,7 +159,19 @@ class Ledger:
             row["findings"] = list(differences)
         if noise:
             row["noise"] = list(noise)
-        return Record(judged, row, differences, noise)
+        hidden = self._hidden(endpoint, judged.judgement.explained, differences)
+        hidden_noise = self._hidden(endpoint, judged.judgement.noise_explained, noise)
+        row |= hidden_columns(hidden, hidden_noise)
+        return Record(judged, row, differences, noise, hidden, hidden_noise)
+
+    def _hidden(self, endpoint: Endpoint, explained: Iterable[Difference], left: Container[int]) -> Hidden:
+        """By finding; without those of which something is left that no rule explains."""
+        found = self._found(endpoint, explained)
+        return {
+            finding: (int(shown[0].explained_by), shown)
+            for finding, shown in found.items()
+            if finding not in left
+        }
 
     def _found(self, endpoint: Endpoint, differences: Iterable[Difference]) -> dict[int, list[Difference]]:
         """By finding."""
@@ -154,17 +182,27 @@ class Ledger:
                 found.setdefault(finding, []).append(difference)
         return found
 
-    async def _commit(self, connection: AsyncConnection[TupleRow], records: Sequence[Record]) -> int:
+    async def _commit(
+        self, connection: AsyncConnection[TupleRow], records: Sequence[Record], rules: int | None
+    ) -> int:
         async with connection.transaction():
+            if rules is not None:
+                await _hold_rules(connection, rules, records)
             new = await _add_pairs(connection, records)
             rollup = Rollup()
             for record in new:
-                rollup.add(record.judged, record.row["endpoint_id"], record.differences, record.noise)
-            if rollup.findings:
+                releases = self._releases.of(record.judged)
+                rollup.add(
+                    record.judged, record.row["endpoint_id"], releases, record.differences, record.noise
+                )
+                rollup.hide(record.judged, releases, record.hidden, record.hidden_noise)
+            if rollup.findings or rollup.rules:
                 await _count_findings(connection, rollup)
-            chosen = self._examples.choose(
-                [(one.judged, list(one.differences)) for one in new if one.differences]
-            )
+            showing = [(one.judged, one.findings) for one in new if one.findings]
+            chosen, smaller = self._examples.choose(showing), self._examples.smaller(showing)
+            if smaller:
+                await self._examples.make_room(connection, smaller)
+                chosen = [*chosen, *smaller]
             if chosen:
                 await connection.execute(statement("examples_add"), self._examples.parameters(chosen))
             await _add_poison(connection, new)
@@ -173,8 +211,25 @@ class Ledger:
                 await connection.execute(statement("tally_add"), {"given": given})
             if rollup.endpoints:
                 await _count_endpoints(connection, rollup)
+            sampled = self._samples.choose(
+                (one.judged, one.row["endpoint_id"], list(one.differences)) for one in new
+            )
+            if sampled:
+                await connection.execute(statement("samples_add"), parameters(sampled))
         self._examples.note(chosen)
+        if smaller:
+            await self._examples.look_again(connection, smaller)
         return len(new)
+
+
+def hidden_columns(hidden: Hidden, noise: Hidden) -> dict[str, list[int]]:
+    """Columns of `pair` for what rules explain, where they explain anything."""
+    row: dict[str, list[int]] = {}
+    if hidden:
+        row |= {"explained": list(hidden), "explained_by": [rule for rule, _ in hidden.values()]}
+    if noise:
+        row |= {"noise_explained": list(noise), "noise_explained_by": [rule for rule, _ in noise.values()]}
+    return row
 
 
 def _unique(batch: Iterable[Judged]) -> list[Judged]:
@@ -183,6 +238,15 @@ def _unique(batch: Iterable[Judged]) -> list[Judged]:
     for judged in batch:
         first.setdefault((judged.pair, judged.day), judged)
     return list(first.values())
+
+
+async def _hold_rules(connection: AsyncConnection[TupleRow], rules: int, records: Sequence[Record]) -> None:
+    row = await (await connection.execute(statement("rules_hold"))).fetchone()
+    if row is None or row[0] != rules:
+        raise StaleRulesError(f"the rules are at version {row and row[0]}, the batch was judged by {rules}")
+    if rules:
+        for record in records:
+            record.row["rules"] = rules
 
 
 async def _add_pairs(connection: AsyncConnection[TupleRow], records: Sequence[Record]) -> Sequence[Record]:
@@ -195,13 +259,20 @@ async def _add_pairs(connection: AsyncConnection[TupleRow], records: Sequence[Re
 
 
 async def _count_findings(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
-    await connection.execute(statement("findings_lock"), {"ids": list(rollup.findings)})
-    given = json_text(list(rollup.findings.values())).decode()
-    await connection.execute(statement("findings_count"), {"given": given})
+    ids = {finding for finding, *_ in rollup.findings} | {finding for _, finding, *_ in rollup.rules}
+    await connection.execute(statement("findings_lock"), {"ids": list(ids)})
+    if rollup.findings:
+        given = json_text(list(rollup.findings.values())).decode()
+        await connection.execute(statement("findings_count"), {"given": given})
+    if rollup.rules:
+        given = json_text(list(rollup.rules.values())).decode()
+        await connection.execute(statement("rule_findings_count"), {"given": given})
 
 
 async def _count_endpoints(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
-    await connection.execute(statement("endpoints_lock"), {"ids": list(rollup.endpoints)})
+    await connection.execute(
+        statement("endpoints_lock"), {"ids": list({endpoint for endpoint, *_ in rollup.endpoints})}
+    )
     given = json_text(list(rollup.endpoints.values())).decode()
     await connection.execute(statement("endpoints_count"), {"given": given})
 

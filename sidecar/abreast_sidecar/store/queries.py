@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from abreast_sidecar.compare.feature import Feature, Features, of_target, separating
+from abreast_sidecar.compare.feature import LEAST, Feature, Features, of_target, separating
 from abreast_sidecar.compare.latency import COLD_SHARE
 from abreast_sidecar.errors import NotFoundError
 from abreast_sidecar.store import pages, rows
@@ -18,6 +18,7 @@ from abreast_sidecar.store.results import (
     EndpointSummary,
     Evidence,
     Finding,
+    FindingEvent,
     Paged,
     Pair,
     PairDetail,
@@ -28,6 +29,8 @@ from abreast_sidecar.store.results import (
 T = TypeVar("T")
 
 MAX_EXAMPLES = 20
+MAX_EVENTS = 50
+MAX_LISTED = 10  # releases of a finding
 MAX_REQUESTS = 300  # of those that show a finding and of the others, to find what tells them apart
 EVIDENCE = (
     "match",
@@ -50,6 +53,9 @@ class FindingFilter:
     kinds: Sequence[str] | None = None
     impacts: Sequence[str] | None = None
     include_noise: bool = False
+    include_settled: bool = False  # expected and fixed
+    only_explained: bool = False  # noise, expected and fixed
+    release: str = ""  # of new
     window: Window = ALL_TIME
 
 
@@ -94,13 +100,26 @@ class Queries:
             last=max((row["last"] for row in outcomes), default=None),
         )
 
-    async def evidence(self, service: str, window: Window, max_slower: float) -> Evidence:
-        """`max_slower`: the part of old's time by which new may be slower."""
-        asked = {"service": service, "windowed": window.bounded, **_bounds(window)}
+    async def evidence(
+        self,
+        service: str,
+        window: Window,
+        max_slower: float,
+        *,
+        release: str = "",
+        all_releases: bool = False,
+    ) -> Evidence:
+        """`max_slower`: the part of old's time by which new may be slower. `release`: of new; the newest unless given."""
+        label = None if all_releases else release or await self._newest(service, window)
+        asked = {"service": service, "windowed": window.bounded, **_bounds(window), "release": label}
         cold = {"cold_share": COLD_SHARE, "max_slower": max_slower}
         counts = await self.database.rows("verdict_counts", {**asked, **cold})
         (ledger,) = await self.database.rows("verdict_ledger", {**asked, "evidence": list(EVIDENCE)})
-        return Evidence(endpoints=tuple(rows.counts(row) for row in counts), **ledger)
+        return Evidence(endpoints=tuple(rows.counts(row) for row in counts), release=label, **ledger)
+
+    async def _newest(self, service: str, window: Window) -> str | None:
+        found = await self.database.one("release_newest", {"service": service, "end": window.end})
+        return found["label"] if found else None
 
     async def endpoints(self, service: str, window: Window, page: Page) -> Paged[EndpointSummary]:
         filters = {"service": service, "window": asdict(window)}
@@ -130,8 +149,9 @@ class Queries:
         )
 
     async def findings_by_id(self, ids: Sequence[int]) -> list[Finding]:
-        """Over all time, noise too, in the order of a listing."""
-        found = await self._findings(FindingFilter(include_noise=True), await self._now(), len(ids), ids=ids)
+        """Over all time, noise and settled ones too, in the order of a listing."""
+        everything = FindingFilter(include_noise=True, include_settled=True)
+        found = await self._findings(everything, await self._now(), len(ids), ids=ids)
         return [rows.finding(row) for row in found]
 
     async def finding(self, finding_id: int) -> tuple[Finding, list[PairDetail]]:
@@ -142,13 +162,21 @@ class Queries:
         examples = await self.database.rows("finding_examples", {"id": finding_id, "limit": MAX_EXAMPLES})
         return found[0], [rows.pair_detail(row) for row in examples]
 
+    async def finding_events(self, finding_id: int) -> list[FindingEvent]:
+        """What people said of it, the latest first."""
+        found = await self.database.rows("finding_events", {"id": finding_id, "limit": MAX_EVENTS})
+        return [FindingEvent(**row) for row in found]
+
     async def separating(self, found: Finding) -> Feature | None:
         """What the requests that show the finding have in common, and others of its endpoint don't."""
         if found.part == "latency":
             return None
-        asked = {"id": found.id, "limit": MAX_REQUESTS}
-        shows = await self._features("requests_showing", asked, found.endpoint.route)
-        others = await self._features("requests_without", asked, found.endpoint.route)
+        shows = await self._sampled("samples_showing", found.id)
+        others = await self._sampled("samples_without", found.id)
+        if min(len(shows), len(others)) < LEAST:  # a finding that most requests show has few others at random
+            asked = {"id": found.id, "limit": MAX_REQUESTS}
+            shows = await self._features("requests_showing", asked, found.endpoint.route)
+            others = await self._features("requests_without", asked, found.endpoint.route)
         without = found.compared - found.count
         return separating(shows, others, shows_in_all=found.count, others_in_all=without)
 
@@ -186,6 +214,9 @@ class Queries:
             )
         return rows.pair_detail(row)
 
+    async def _sampled(self, name: str, finding_id: int) -> list[Features]:
+        return [row["features"] for row in await self.database.rows(name, {"id": finding_id})]
+
     async def _features(self, name: str, asked: Mapping[str, Any], route: str) -> list[Features]:
         return [of_target(row["request"], route) for row in await self.database.rows(name, asked)]
 
@@ -207,7 +238,8 @@ class Queries:
             **asdict(wanted),
             **{name: _list(getattr(wanted, name)) for name in ("parts", "kinds", "impacts")},
             **_bounds(wanted.window),
-            "windowed": wanted.window.bounded,
+            "windowed": wanted.window.bounded or bool(wanted.release),
+            "most_releases": MAX_LISTED,
             "as_of": as_of,
             "ids": _list(ids),
             "after_rank": after_rank,

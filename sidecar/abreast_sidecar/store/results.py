@@ -8,7 +8,10 @@ from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from abreast.capture import Capture
+from abreast_sidecar.compare.sequence import Interval, interval
 from abreast_sidecar.compare.verdict import Counts
+
+CONFIDENCE = 0.95  # of the interval of a finding's rate
 
 T = TypeVar("T")
 
@@ -65,6 +68,7 @@ class Evidence:
     written: int
     rows: int
     accounted: int  # of `rows`, those whose outcome is evidence
+    release: str | None = None  # of new, that `endpoints` are of; None: of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +102,40 @@ class Finding:
     first_seen: datetime
     last_seen: datetime
     detail: Mapping[str, Any]  # old and new: JSON texts of the first pair; for latency a Slowdown
+    status: str = "open"  # open, confirmed, expected, fixed, reopened: what people said
+    status_reason: str = ""  # of who said it last
+    old_releases: tuple[str, ...] = ()  # in which it was seen, the latest first
+    new_releases: tuple[str, ...] = ()
 
     @property
     def noise(self) -> bool:
         return self.state == "noise"
+
+    @property
+    def explained(self) -> bool:
+        return self.status in {"expected", "fixed"} or (self.noise and self.status != "confirmed")
+
+    @property
+    def why(self) -> str:
+        """Why it is explained, or counts."""
+        return self.status_reason if self.status in {"expected", "fixed"} else self.reason
+
+    @property
+    def rate(self) -> Interval | None:
+        """Of the compared pairs, those that show it, however often one looks. None: it is of no single pairs."""
+        if self.part == "latency" or self.path == "no capture" or not self.compared:
+            return None
+        return interval(min(self.count, self.compared), self.compared, 1 - CONFIDENCE)
+
+
+@dataclass(frozen=True, slots=True)
+class FindingEvent:
+    at: datetime
+    actor: str
+    before: str  # statuses
+    after: str
+    release: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,47 +13,69 @@ from abreast_sidecar.store.judged import Judged
 SEVERITY = {"additive": 0, "value": 1, "breaking": 2}
 COMPARED = frozenset({"match", "mismatch", "oversize"})  # outcomes of pairs that could show a finding
 
+Key = tuple[int, int, int]  # finding or endpoint, release of old, release of new
+Releases = tuple[int, int]
 Found = Mapping[int, Sequence[Difference]]  # by finding
+Hidden = Mapping[int, tuple[int, Sequence[Difference]]]  # by finding, with the rule that explains it
+COUNTERS = ("count", "baseline_count", "explained", "new_greater", "new_smaller")
 
 
 @dataclass(slots=True)
 class Rollup:
-    """Parameters of findings_count.sql by finding, of endpoints_count.sql by endpoint, and pairs by service, day and
-    outcome.
+    """Parameters of findings_count.sql by finding and releases, of endpoints_count.sql by endpoint and releases, and
+    pairs by service, day and outcome.
     """
 
-    findings: dict[int, dict[str, Any]] = field(default_factory=dict)
-    endpoints: dict[int, dict[str, int]] = field(default_factory=dict)
+    findings: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    endpoints: dict[Key, dict[str, int]] = field(default_factory=dict)
     outcomes: dict[tuple[str, int, str], int] = field(default_factory=dict)
+    rules: dict[tuple[int, ...], dict[str, int]] = field(default_factory=dict)  # of rule_findings_count.sql
 
-    def add(self, judged: Judged, endpoint: int, differences: Found, noise: Found) -> None:
-        self._count_endpoint(endpoint, judged.judgement)
-        key = (judged.service, judged.day, judged.judgement.outcome)
+    def add(
+        self, judged: Judged, endpoint: int, releases: Releases, differences: Found, noise: Found
+    ) -> None:
+        self._count_endpoint((endpoint, *releases), judged.judgement)
+        key = (judged.service, judged.day, judged.outcome)
         self.outcomes[key] = self.outcomes.get(key, 0) + 1
         for finding, shown in differences.items():
-            counts = self._count(finding, shown[0], judged.at)
+            counts = self._count((finding, *releases), shown[0], judged.at)
             counts["count"] += 1
             leaning = lean(shown[0])
             counts["new_greater"] += leaning > 0
             counts["new_smaller"] += leaning < 0
             counts["explained"] += explained(shown, judged.at / 1000)
         for finding, shown in noise.items():
-            self._count(finding, shown[0], judged.at)["baseline_count"] += 1
+            self._count((finding, *releases), shown[0], judged.at)["baseline_count"] += 1
 
-    def _count_endpoint(self, endpoint: int, judgement: Judgement) -> None:
+    def hide(self, judged: Judged, releases: Releases, hidden: Hidden, noise: Hidden) -> None:
+        """What rules explain counts for the rule, and not for the finding."""
+        for finding, (rule, shown) in hidden.items():
+            counts = self._hidden(rule, (finding, *releases))
+            leaning = lean(shown[0])
+            counts["count"] += 1
+            counts["new_greater"] += leaning > 0
+            counts["new_smaller"] += leaning < 0
+            counts["explained"] += explained(shown, judged.at / 1000)
+        for finding, (rule, _) in noise.items():
+            self._hidden(rule, (finding, *releases))["baseline_count"] += 1
+
+    def _hidden(self, rule: int, key: Key) -> dict[str, int]:
+        return self.rules.setdefault(
+            (rule, *key), {"rule_id": rule, **_named(key), **dict.fromkeys(COUNTERS, 0)}
+        )
+
+    def _count_endpoint(self, key: Key, judgement: Judgement) -> None:
         compared = judgement.outcome in COMPARED
         if compared or judgement.baseline_compared:
-            counts = self.endpoints.setdefault(
-                endpoint, {"id": endpoint, "compared": 0, "baseline_compared": 0}
-            )
+            counts = self.endpoints.setdefault(key, {**_named(key), "compared": 0, "baseline_compared": 0})
             counts["compared"] += compared
             counts["baseline_compared"] += judgement.baseline_compared
 
-    def _count(self, finding: int, difference: Difference, at: int) -> dict[str, Any]:
-        found = self.findings.get(finding)
+    def _count(self, key: Key, difference: Difference, at: int) -> dict[str, Any]:
+        found = self.findings.get(key)
         if found is None:
-            found = self.findings[finding] = {
-                "id": finding,
+            found = self.findings[key] = {
+                **_named(key),
                 "count": 0,
                 "baseline_count": 0,
                 "explained": 0,
@@ -74,3 +96,7 @@ class Rollup:
             {"service": service, "day": day, "outcome": outcome, "pairs": pairs}
             for (service, day, outcome), pairs in self.outcomes.items()
         ]
+
+
+def _named(key: Key) -> dict[str, int]:
+    return {"id": key[0], "old_release": key[1], "new_release": key[2]}

@@ -51,6 +51,10 @@ def finding(row: Row) -> Finding:
         first_seen=row["first_seen"],
         last_seen=row["last_seen"],
         detail=row["detail"],
+        status=row["status"],
+        status_reason=row["status_reason"],
+        old_releases=tuple(row["old_releases"]),
+        new_releases=tuple(row["new_releases"]),
     )
 
 

@@ -1,22 +1,65 @@
-update abreast.finding
-set count = finding.count + given.count,
-    baseline_count = finding.baseline_count + given.baseline_count,
-    explained = finding.explained + given.explained,
-    new_greater = finding.new_greater + given.new_greater,
-    new_smaller = finding.new_smaller + given.new_smaller,
-    first_seen = case when finding.count = 0 and given.count > 0 then given.first
-                      else least(finding.first_seen, given.first) end,
-    last_seen = greatest(finding.last_seen, given.last),
-    impact = case when array_position(array['additive', 'value', 'breaking'], given.impact)
-                     > array_position(array['additive', 'value', 'breaking'], finding.impact)
-                  then given.impact else finding.impact end
-from (
-    select id, count, baseline_count, explained, new_greater, new_smaller, impact,
+-- A finding that was said to be fixed and shows up in a later release is open again, and says so; its row is locked, so
+-- that this happens once. Without labels, what arrived after it was said to be fixed is later.
+with given as (
+    select id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller,
+           array_position(array['additive', 'value', 'breaking'], impact) as severity,
            timestamptz 'epoch' + first_ms * interval '1 ms' as first,
            timestamptz 'epoch' + last_ms * interval '1 ms' as last
     from json_to_recordset(%(given)s::json) as given (
-        id bigint, count bigint, baseline_count bigint, explained bigint, new_greater bigint, new_smaller bigint,
-        impact text, first_ms bigint, last_ms bigint
+        id bigint, old_release integer, new_release integer, count bigint, baseline_count bigint, explained bigint,
+        new_greater bigint, new_smaller bigint, impact text, first_ms bigint, last_ms bigint
     )
-) as given
-where finding.id = given.id
+),
+total as (
+    select id, sum(count) as count, sum(baseline_count) as baseline_count, sum(explained) as explained,
+           sum(new_greater) as new_greater, sum(new_smaller) as new_smaller, max(severity) as severity,
+           min(first) as first, max(last) as last
+    from given
+    group by id
+),
+back as (
+    select distinct on (f.id) f.id, r.label
+    from given g
+    join abreast.finding f on f.id = g.id
+    join abreast.release r on r.id = g.new_release
+    where f.status = 'fixed' and g.count > 0
+      and (r.id > f.fixed_after or (r.label = '' and g.last > f.status_since))
+    order by f.id, r.id desc
+),
+told as (
+    insert into abreast.finding_event (finding_id, actor, before, after, release, reason)
+    select id, 'abreast', 'fixed', 'reopened', label, 'seen again'
+    from back
+),
+by_release as (
+    insert into abreast.finding_release as known (
+        finding_id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller, first_seen,
+        last_seen
+    )
+    select id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller, first, last
+    from given
+    order by id, old_release, new_release
+    on conflict (finding_id, old_release, new_release) do update
+    set count = known.count + excluded.count,
+        baseline_count = known.baseline_count + excluded.baseline_count,
+        explained = known.explained + excluded.explained,
+        new_greater = known.new_greater + excluded.new_greater,
+        new_smaller = known.new_smaller + excluded.new_smaller,
+        first_seen = least(known.first_seen, excluded.first_seen),
+        last_seen = greatest(known.last_seen, excluded.last_seen)
+)
+update abreast.finding
+set count = finding.count + total.count,
+    baseline_count = finding.baseline_count + total.baseline_count,
+    explained = finding.explained + total.explained,
+    new_greater = finding.new_greater + total.new_greater,
+    new_smaller = finding.new_smaller + total.new_smaller,
+    first_seen = case when finding.count = 0 and total.count > 0 then total.first
+                      else least(finding.first_seen, total.first) end,
+    last_seen = greatest(finding.last_seen, total.last),
+    impact = case when total.severity > array_position(array['additive', 'value', 'breaking'], finding.impact)
+                  then (array['additive', 'value', 'breaking'])[total.severity] else finding.impact end,
+    status = case when back.id is null then finding.status else 'reopened' end,
+    status_since = case when back.id is null then finding.status_since else clock_timestamp() end
+from total left join back using (id)
+where finding.id = total.id

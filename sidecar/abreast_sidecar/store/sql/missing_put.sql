@@ -1,9 +1,17 @@
 -- Endpoints of which old has a capture and new has none, clearly more often than the other way round: new does not answer
--- in time there, or does not capture. Among the last pairs of each endpoint.
+-- in time there, or does not capture. Among the last pairs of each endpoint since the latest release of new came.
 insert into abreast.finding (endpoint_id, part, path, kind, impact, count, first_seen, last_seen, state, reason)
 select endpoint.id, 'error', 'no capture', 'removed', 'breaking', recent.only_old, recent.first, recent.last, 'real',
        format('of the last %%s requests, %%s have no capture of new and %%s none of old', recent.pairs, recent.only_old, recent.only_new)
 from abreast.endpoint
+left join lateral (
+    select first_seen
+    from abreast.release r
+    where service = endpoint.service and version = 'new'
+      and exists (select from abreast.release f where f.service = r.service and f.version = 'new' and f.id < r.id)
+    order by id desc
+    limit 1
+) as latest on true
 cross join lateral (
     select count(*) as pairs,
            count(*) filter (where outcome = 'only_old') as only_old,
@@ -13,7 +21,8 @@ cross join lateral (
     from (
         select at, outcome
         from abreast.pair
-        where endpoint_id = endpoint.id and at > clock_timestamp() - %(window)s * interval '1 second'
+        where endpoint_id = endpoint.id
+          and at > greatest(clock_timestamp() - %(window)s * interval '1 second', latest.first_seen)
         order by at desc
         limit %(most)s
     ) as newest

@@ -4,11 +4,11 @@ with chosen as (
 regression as (
     select f.id
     from abreast.finding f
-    where f.endpoint_id in (select id from chosen) and f.impact <> 'additive' and f.state <> 'noise'
+    where f.endpoint_id in (select id from chosen) and abreast.open_regression(f)
 )
 select outcome, count(*) as pairs,
        count(*) filter (
-           where outcome = 'mismatch' and findings <> '{}' and not findings && array(select id from regression)
+           where outcome = 'mismatch' and (findings <> '{}' or explained is not null) and not findings && array(select id from regression)
        ) as explained,
        min(at) as first, max(at) as last
 from abreast.pair

@@ -1,6 +1,14 @@
--- The last pairs of each endpoint that both versions answered alike, in the order of their arrival.
+-- The last pairs of each endpoint that both versions answered alike, in the order of their arrival, with the latest
+-- release of new alone: what one release did is not said of the next.
 select endpoint.id, timing.old_us, timing.new_us, timing.release
 from abreast.endpoint
+left join lateral (
+    select label
+    from abreast.release
+    where service = endpoint.service and version = 'new'
+    order by id desc
+    limit 1
+) as latest on true
 cross join lateral (
     select array_agg(old_us order by at, id) as old_us, array_agg(new_us order by at, id) as new_us,
            array_agg(release order by at, id) as release
@@ -10,6 +18,7 @@ cross join lateral (
         where endpoint_id = endpoint.id and at > clock_timestamp() - %(window)s * interval '1 second'
           and outcome in ('match', 'mismatch') and old_status = new_status
           and old_us is not null and new_us is not null
+          and new_release = coalesce(latest.label, new_release)
         order by at desc
         limit %(most)s
     ) as recent

@@ -1,6 +1,14 @@
--- Of each endpoint, over the rows of the window. Findings of part latency are of no single pairs, and no row has them.
+-- Of each endpoint, over the rows of the window with the release that is judged. A row without an answer of new names no
+-- release of it: it belongs to those that came once that release had. Findings of part latency are of no single pairs,
+-- and no row has them.
 with chosen as (
     select id, method, route from abreast.endpoint where service = %(service)s
+),
+judged as (
+    select coalesce(max(first_seen), '-infinity') as first_seen
+    from abreast.release r
+    where service = %(service)s and version = 'new' and label = %(release)s::text
+      and exists (select from abreast.release f where f.service = r.service and f.version = 'new' and f.id < r.id)
 ),
 -- Caches, pools and compilers are cold at first: `warm` is when a share of each release's time is over.
 release as (
@@ -8,15 +16,21 @@ release as (
            min(p.at) + (max(p.at) - min(p.at)) * %(cold_share)s::float8 as warm
     from abreast.pair p
     where p.endpoint_id in (select id from chosen)
+      and (%(release)s::text is null or p.new_release = %(release)s
+           or (p.new_status is null and p.at >= (select first_seen from judged)))
       and (%(start)s::timestamptz is null or p.at >= %(start)s)
       and (%(end)s::timestamptz is null or p.at < %(end)s)
     group by p.endpoint_id, p.old_release, p.new_release
 ),
 shown as (
-    select coalesce(array_agg(f.id) filter (where f.state = 'real'), '{}') as real,
-           coalesce(array_agg(f.id) filter (where f.state = 'undecided'), '{}') as undecided
+    select coalesce(array_agg(f.id) filter (where f.state = 'real' or f.status = 'confirmed'), '{}') as real,
+           coalesce(array_agg(f.id) filter (where f.state = 'undecided' and f.status <> 'confirmed'), '{}') as undecided
     from abreast.finding f
-    where f.endpoint_id in (select id from chosen) and f.impact <> 'additive' and f.state <> 'noise'
+    where f.endpoint_id in (select id from chosen)
+      and (abreast.open_regression(f)
+           -- What was said to be fixed counts on in the release that showed it, where releases have names and one is
+           -- judged; else that it does not come back is all there is.
+           or (f.status = 'fixed' and f.impact <> 'additive' and f.state <> 'noise' and %(release)s::text <> ''))
 ),
 counted as (
     select p.endpoint_id,
@@ -40,7 +54,9 @@ counted as (
                p.outcome in ('match', 'mismatch') and p.old_status = p.new_status and p.at > r.warm
                    and p.old_us is not null and p.new_us is not null as timed
     ) as said
-    where (%(start)s::timestamptz is null or p.at >= %(start)s)
+    where (%(release)s::text is null or p.new_release = %(release)s
+           or (p.new_status is null and p.at >= (select first_seen from judged)))
+      and (%(start)s::timestamptz is null or p.at >= %(start)s)
       and (%(end)s::timestamptz is null or p.at < %(end)s)
     group by p.endpoint_id
 )

@@ -1,0 +1,203 @@
+"""When the rules change, every stored pair that the change may concern is judged again.
+
+What is to be done stands in the ledger: a list of pairs, made in one transaction with the version that it is for, then
+taken off in small batches, each in one transaction with all that it corrects. So it goes on after a crash where it
+stopped, and nothing is done twice. One process does it at a time. Workers that commit meanwhile have judged by the
+rules that hold: those are held while a batch is corrected.
+
+Order of locks, as in the workers: the rules (shared), findings by id, endpoints by id; nobody else changes pairs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from abreast_sidecar.compare import Rules, RuleSet
+from abreast_sidecar.rejudge import evidence, places
+from abreast_sidecar.rejudge.counters import Counters, Slot
+from abreast_sidecar.rejudge.evidence import Learning
+from abreast_sidecar.rejudge.places import Known, Places
+from abreast_sidecar.rejudge.settle import settle
+from abreast_sidecar.rejudge.write import known_findings, one_of, rows_of, write_counters
+from abreast_sidecar.store.clean import json_text
+from abreast_sidecar.store.database import Connection, Row, statement
+from abreast_sidecar.store.examples import differences_json
+from abreast_sidecar.store.judged import DAY, Judged
+from abreast_sidecar.store.releases import OTHER as OTHER_RELEASE
+from abreast_sidecar.store.rules import named, of_rows
+
+LOCK = 0x616272657007
+BATCH = 100  # pairs
+LIST_TIMEOUT = 600  # seconds for listing all pairs that a change concerns
+BEFORE = "judged before rule "  # the reason of a pair whose answers are not kept
+
+ReleaseIds = Mapping[tuple[str, str, str], int]
+
+
+class InForce(NamedTuple):
+    version: int
+    rules: Rules
+    began: Mapping[int, int]  # rule → version
+
+    @property
+    def declared(self) -> RuleSet:
+        return self.rules.declared or RuleSet()
+
+
+async def rejudge(connection: Connection, learning: Learning, rules: Rules, *, limit: int = BATCH) -> bool:
+    """Do one step; return whether one was done. `rules`: what is set apart from what people declared."""
+    async with connection.transaction():
+        if not (await one_of(connection, "lock_try", {"lock": LOCK}))["locked"]:
+            return False
+        state = await one_of(connection, "rejudge_state")
+        held = await in_force(connection, rules, state["version"])
+        if state["pending"]:
+            await _batch(connection, learning, held, limit)
+        elif state["listed"] > state["judged"]:
+            await settle(connection, held.declared, held.began, state["listed"])
+            await connection.execute(statement("rejudge_judged"))
+        elif state["version"] > state["listed"]:
+            await _list(connection, state)
+        else:
+            return False
+    return True
+
+
+async def in_force(connection: Connection, rules: Rules, version: int) -> InForce:
+    rows = await rows_of(connection, "rules_in_force")
+    declared = of_rows(rows).rules
+    began = {row["id"]: row["began"] for row in rows if row["id"] is not None}
+    return InForce(version, replace(rules, declared=declared), began)
+
+
+async def _list(connection: Connection, state: Row) -> None:
+    changed = await rows_of(connection, "rejudge_changed", {"after": state["listed"]})
+    rules = [(named(row["id"], row["definition"]), row["ended"]) for row in changed]
+    # One that paired elements leaves no trace where nothing was left for it to explain.
+    asked = [rule for rule, ended in rules if ended is None or rule.action == "keyed-by"]
+    findings = await known_findings(connection) if asked else {}
+    concerned = [
+        known.id
+        for known in findings.values()
+        if any(
+            rule.applies_to(known.service, known.endpoint)
+            and rule.touches(known.part, known.path, known.kind)
+            for rule in asked
+        )
+    ]
+    gone = [int(rule.name) for rule, ended in rules if ended is not None]
+    await connection.execute(f"set local statement_timeout = '{LIST_TIMEOUT}s'".encode())
+    await connection.execute(statement("rejudge_list"), {"findings": concerned, "rules": gone})
+    await connection.execute(statement("rejudge_listed"), {"version": state["version"]})
+
+
+async def _batch(connection: Connection, learning: Learning, held: InForce, limit: int) -> None:
+    rows = await rows_of(connection, "rejudge_take", {"limit": limit})
+    again = await asyncio.to_thread(evidence.all_judged, rows, held.rules)
+    await learning.learn([one for one in again if one is not None])
+    found = await known_findings(connection, {one for row in rows for one in _ids(row)})
+    after = [
+        places.told(row, held.declared, held.began, found)
+        if judged is None
+        else evidence.places(judged, learning.catalogue)
+        for row, judged in zip(rows, again, strict=True)
+    ]
+    found |= await known_findings(connection, {f for one in after for f in (*one.findings, *one.noise)})
+    await _correct(connection, rows, after, found)
+    await _write_pairs(connection, rows, again, after, held)
+
+
+def _ids(row: Row) -> Iterable[int]:
+    before = places.stored(row)
+    return (*before.findings, *before.noise)
+
+
+async def _correct(
+    connection: Connection,
+    rows: Sequence[Row],
+    after: Sequence[Places],
+    found: Mapping[int, Known],
+) -> None:
+    """The counters of findings and of rules."""
+    await connection.execute(statement("findings_lock"), {"ids": list(found)})
+    counters = Counters.of(await rows_of(connection, "rejudge_counters", {"ids": list(found)}))
+    labels = await rows_of(
+        connection, "rejudge_releases", {"services": list({row["service"] for row in rows})}
+    )
+    ids = {(row["service"], row["version"], row["label"]): row["id"] for row in labels}
+    unknown: dict[Slot, int] = {}
+    for row, now in zip(rows, after, strict=True):
+        releases = _releases(row, ids)
+        before = places.stored(row)
+        for name, was, will in (
+            ("count", before.findings, now.findings),
+            ("baseline_count", before.noise, now.noise),
+        ):
+            for finding in was.keys() | will.keys():
+                counters.note(finding, row["at"])
+                origin, target = was.get(finding), will.get(finding)
+                if origin != target:
+                    counters.move(name, _slot(origin, finding, releases), _slot(target, finding, releases))
+        for finding, rule in now.unknown.items():
+            if not row["reason"]:
+                slot = (rule, finding, *releases)
+                unknown[slot] = unknown.get(slot, 0) + 1
+    await write_counters(connection, counters, found, unknown)
+
+
+def _slot(rule: int | None, finding: int, releases: tuple[int, int]) -> Slot | None:
+    return None if rule is None else (rule, finding, *releases)
+
+
+def _releases(row: Row, ids: ReleaseIds) -> tuple[int, int]:
+    def of(version: str) -> int:
+        if row[f"{version}_us"] is None:
+            return 0
+        key = (row["service"], version, row[f"{version}_release"])
+        return ids.get(key) or ids.get((row["service"], version, OTHER_RELEASE), 0)
+
+    return of("old"), of("new")
+
+
+async def _write_pairs(
+    connection: Connection,
+    rows: Sequence[Row],
+    again: Sequence[Judged | None],
+    after: Sequence[Places],
+    held: InForce,
+) -> None:
+    pairs, examples = [], []
+    tally: Counter[tuple[str, int, str]] = Counter()
+    for row, judged, now in zip(rows, again, after, strict=True):
+        outcome = row["outcome"] if judged is None else judged.outcome
+        key = {"day": row["day"].isoformat(), "id": row["id"]}
+        columns = {**key, **places.columns(now), "outcome": outcome, "reason": _reason(row, now, held)}
+        pairs.append({**columns, "rules": row["rules"] if judged is None else held.version})
+        if judged is not None:
+            examples.append({**key, "differences": differences_json(judged)})
+        if outcome != row["outcome"]:
+            day = round(row["at"].timestamp() * 1000) // DAY
+            tally[row["service"], day, row["outcome"]] -= 1
+            tally[row["service"], day, outcome] += 1
+    await connection.execute(statement("rejudge_pairs"), {"given": json_text(pairs).decode()})
+    if examples:
+        await connection.execute(statement("rejudge_examples"), {"given": json_text(examples).decode()})
+    if tally:
+        names = ("service", "day", "outcome")
+        given = [{**dict(zip(names, key, strict=True)), "pairs": pairs} for key, pairs in tally.items()]
+        await connection.execute(statement("tally_add"), {"given": json_text(given).decode()})
+
+
+def _reason(row: Row, now: Places, held: InForce) -> str:
+    """A pair says which rule came too late for it, as long as that rule holds."""
+    reason: str = row["reason"]
+    if reason.startswith(BEFORE):
+        rule = reason.removeprefix(BEFORE)
+        reason = reason if rule.isdecimal() and int(rule) in held.began else ""
+    if not reason and now.unknown:
+        return f"{BEFORE}{next(iter(now.unknown.values()))}"
+    return reason

@@ -1,0 +1,28 @@
+"""Times of pairs, as the ledger has them."""
+
+from __future__ import annotations
+
+from abreast_sidecar.compare.latency import Timing
+from abreast_sidecar.errors import NotFoundError
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.results import Endpoint, Window
+
+MOST = 20_000  # pairs of an endpoint, the newest
+
+
+async def timings(database: Database, endpoint: Endpoint, window: Window) -> tuple[list[Timing], bool]:
+    """In the order of their arrival, and whether there are more. Raise NotFoundError where there is none."""
+    asked = {
+        "service": endpoint.service,
+        "method": endpoint.method,
+        "route": endpoint.route,
+        "start": window.start,
+        "end": window.end,
+        "limit": MOST + 1,
+    }
+    rows = await database.rows("latency", asked)
+    if not rows:
+        raise NotFoundError(
+            f"the ledger has no pair with both times of {endpoint.method} {endpoint.route} of {endpoint.service}"
+        )
+    return [Timing(row["old_us"], row["new_us"], row["release"]) for row in rows[-MOST:]], len(rows) > MOST

@@ -1,0 +1,1 @@
+update abreast.rule_state set listed = %(version)s

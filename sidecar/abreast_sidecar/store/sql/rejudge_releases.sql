@@ -1,0 +1,1 @@
+select service, version, label, id from abreast.release where service = any(%(services)s)

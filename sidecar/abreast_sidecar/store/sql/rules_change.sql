@@ -1,0 +1,1 @@
+select abreast.change_rules() as version

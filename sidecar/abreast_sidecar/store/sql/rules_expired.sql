@@ -1,0 +1,1 @@
+select id from abreast.rule where ended is null and expires <= clock_timestamp()

@@ -1,0 +1,1 @@
+select abreast.hold_rules() as version

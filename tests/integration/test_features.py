@@ -1,0 +1,146 @@
+"""What the requests of a finding have in common: planted in a ledger that a worker's own code wrote, then asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import psycopg
+import pytest
+
+from abreast.capture import Body, Capture, Request
+from abreast_sidecar.compare.feature import Feature
+from abreast_sidecar.store import Judged, Ledger, migrate
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.queries import Queries
+from abreast_sidecar.store.samples import RAREST, SLOTS, Samples
+from support_pairs import difference, judged, one
+
+pytestmark = pytest.mark.postgres
+
+PRICE = difference("$.price")
+Plant = Callable[[Request], bool]
+
+
+@pytest.fixture
+async def url(postgres_url: str) -> str:
+    await migrate(postgres_url)
+    return postgres_url
+
+
+@pytest.fixture
+async def queries(url: str) -> AsyncIterator[Queries]:
+    database = Database(url)
+    await database.open()
+    yield Queries(database)
+    await database.close()
+
+
+def requests(many: int, seed: int = 1) -> list[Request]:
+    dice = random.Random(seed)
+    return [
+        Request(
+            "POST",
+            f"/orders/{dice.randrange(5)}",
+            f"currency={dice.choice(['EUR', 'USD', 'JPY'])}&page={dice.randrange(9)}",
+            "/orders/{id}",
+            (("content-type", "application/json"), ("accept-language", dice.choice(["de", "en", "fr"]))),
+            _body({"size": dice.choice(["S", "M", "L"]), "lines": [{"sku": str(dice.randrange(99))}]}),
+        )
+        for _ in range(many)
+    ]
+
+
+def _body(content: object) -> Body:
+    held = json.dumps(content).encode()
+    return Body(held, len(held))
+
+
+def asked(request: Request, *, shows: bool) -> Judged:
+    plain = judged([PRICE] if shows else [], route="/orders/{id}")
+    old, new = plain.judgement.old, plain.judgement.new
+    assert isinstance(old, Capture)
+    assert isinstance(new, Capture)
+    sides = {"old": replace(old, request=request), "new": replace(new, request=request)}
+    return Judged(plain.service, plain.entry, plain.at, plain.pair, replace(plain.judgement, **sides), ())  # type: ignore[arg-type]
+
+
+async def found(url: str, queries: Queries, shows: Plant, many: int = 300) -> Feature | None:
+    ledger = Ledger(url, examples_per_finding=1)
+    await ledger.write([asked(request, shows=shows(request)) for request in requests(many)])
+    await ledger.close()
+    number = one(url, "select id from abreast.finding")
+    (finding,) = await queries.findings_by_id([number])
+    return await queries.separating(finding)
+
+
+@pytest.mark.parametrize(
+    ("name", "shows"),
+    [
+        ("query.currency=JPY", lambda r: "currency=JPY" in r.query),
+        ("path.id=3", lambda r: r.path.endswith("/3")),
+        ("header.accept-language=fr", lambda r: ("accept-language", "fr") in r.headers),
+        ("body.size=L", lambda r: b'"L"' in r.body.held),
+    ],
+)
+async def test_a_planted_feature_is_found(url: str, queries: Queries, name: str, shows: Plant) -> None:
+    feature = await found(url, queries, shows)
+
+    assert str(feature) == name
+    assert feature is not None
+    assert feature.coverage == 1.0
+    assert feature.precision == pytest.approx(1.0, abs=0.05)
+
+
+async def test_where_chance_decides_there_is_none(url: str, queries: Queries) -> None:
+    dice = random.Random(7)
+
+    assert await found(url, queries, lambda _: dice.random() < 0.3) is None
+
+
+async def test_without_enough_samples_the_rows_say_what_they_can(url: str, queries: Queries) -> None:
+    await found(url, queries, lambda r: "currency=JPY" in r.query)
+    with psycopg.connect(url) as connection:
+        connection.execute("delete from abreast.request_sample where finding_id = 0")
+    (finding,) = await queries.findings_by_id([one(url, "select id from abreast.finding")])
+
+    assert str(await queries.separating(finding)) == "query.currency=JPY"
+
+
+async def test_secrets_and_bodies_stay_out_of_the_samples(url: str) -> None:
+    secret = Request(
+        "POST",
+        "/login",
+        "",
+        "/login",
+        (("content-type", "application/json"), ("authorization", "hmac:0011")),
+        _body({"user": "ann", "password": "hunter2", "note": "x" * 200}),
+    )
+    ledger = Ledger(url, examples_per_finding=0)
+    await ledger.write([asked(secret, shows=True)])
+    await ledger.close()
+    kept = one(url, "select string_agg(features::text, '') from abreast.request_sample")
+
+    assert "ann" in kept
+    assert not any(text in kept for text in ("hunter2", "hmac", "xxx"))
+
+
+def test_the_samples_are_bounded_and_written_ever_more_rarely() -> None:
+    samples = Samples(seed=1)
+    plain = judged([PRICE])
+    written = [len(samples.choose([(plain, 1, [2])])) for _ in range(SLOTS * 100)]
+
+    assert sum(written[:SLOTS]) == 2 * SLOTS
+    assert sum(written[-10_000:]) < 2 * 10_000 / RAREST * 1.5
+    assert sum(written[-10_000:]) > 2 * 10_000 / RAREST / 1.5
+
+
+async def test_the_table_has_a_bound(url: str) -> None:
+    ledger = Ledger(url, examples_per_finding=0)
+    for _ in range(3):
+        await ledger.write([judged([PRICE]) for _ in range(SLOTS)])
+    await ledger.close()
+
+    assert one(url, "select count(*) from abreast.request_sample") == 2 * SLOTS

@@ -1,0 +1,328 @@
+"""What people say of findings, and findings that come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from click.testing import CliRunner
+
+from abreast.v1 import comparison_pb2 as pb
+from abreast_sidecar.cli import abreast
+from abreast_sidecar.housekeeping.missing import find_missing
+from abreast_sidecar.housekeeping.noise import decide_noise
+from abreast_sidecar.store import Judged, Ledger
+from abreast_sidecar.store.statuses import Said, set_status
+from support_pairs import difference, judged, one, rows
+from support_serve import Running, refused, running
+
+pytestmark = pytest.mark.postgres
+
+PRICE = difference("$.price")
+FIXED, EXPECTED = pb.FINDING_STATUS_FIXED, pb.FINDING_STATUS_EXPECTED
+CONFIRMED, OPEN, REOPENED = (
+    pb.FINDING_STATUS_CONFIRMED,
+    pb.FINDING_STATUS_OPEN,
+    pb.FINDING_STATUS_REOPENED,
+)
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url) as found:
+        yield found
+
+
+@pytest.fixture
+async def ledger(sidecar: Running) -> AsyncIterator[Ledger]:
+    made = Ledger(sidecar.postgres_url, examples_per_finding=3)
+    yield made
+    await made.close()
+
+
+def shown(release: str, many: int = 20, *, old: str = "a") -> list[Judged]:
+    return [judged([PRICE], releases=(old, release)) for _ in range(many)]
+
+
+def clean(release: str, many: int = 20) -> list[Judged]:
+    return [judged(releases=("a", release)) for _ in range(many)]
+
+
+async def the_finding(sidecar: Running) -> pb.GetFindingResponse:
+    number = one(sidecar.postgres_url, "select id from abreast.finding")
+    found: pb.GetFindingResponse = await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=number))
+    return found
+
+
+async def say(sidecar: Running, status: pb.FindingStatus.ValueType, release: str = "") -> pb.Finding:
+    number = one(sidecar.postgres_url, "select id from abreast.finding")
+    request = pb.SetFindingStatusRequest(
+        id=number, status=status, reason="so it is", actor="ann", release=release
+    )
+    answer: pb.SetFindingStatusResponse = await sidecar.comparison.SetFindingStatus(request)
+    return answer.finding
+
+
+async def verdict(sidecar: Running, **asked: object) -> tuple[int, int, str]:
+    """Mismatches and compared pairs of the release that was judged, and which it was."""
+    await decide(sidecar)
+    request = pb.GetVerdictRequest(service="shop", **asked)  # type: ignore[arg-type]  # each test's own
+    found = await sidecar.comparison.GetVerdict(request)
+    text = next(one.text for one in found.reasons if one.subject == pb.VERDICT_SUBJECT_MISMATCHES)
+    words = text.replace(",", "").split()
+    return int(words[0]), int(words[2]), found.release
+
+
+async def decide(sidecar: Running) -> None:
+    async with sidecar.sidecar.database.connection() as connection:
+        await decide_noise(connection)
+
+
+async def missing(sidecar: Running) -> int:
+    async with sidecar.sidecar.database.connection() as connection:
+        return await find_missing(connection)
+
+
+async def test_a_finding_says_its_rate_with_an_interval_and_its_releases(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    await ledger.write([*shown("1", 30), *clean("1", 170), *shown("2", 10, old="b")])
+
+    found = (await the_finding(sidecar)).finding
+
+    assert (found.count, found.compared) == (40, 210)
+    assert found.rate.value == pytest.approx(40 / 210)
+    assert 0.1 < found.rate.low < found.rate.value < found.rate.high < 0.35
+    assert (list(found.new_releases), list(found.old_releases)) == (["2", "1"], ["b", "a"])
+    assert found.status == OPEN
+
+
+async def test_what_is_said_is_kept_with_who_and_why(sidecar: Running, ledger: Ledger) -> None:
+    await ledger.write(shown("1"))
+    confirmed = await say(sidecar, CONFIRMED)
+    await say(sidecar, EXPECTED)
+
+    found = await the_finding(sidecar)
+
+    assert confirmed.status == CONFIRMED
+    assert found.finding.status == EXPECTED
+    assert [(e.before, e.after, e.actor, e.reason) for e in found.events] == [
+        (CONFIRMED, EXPECTED, "ann", "so it is"),
+        (OPEN, CONFIRMED, "ann", "so it is"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"status": REOPENED, "reason": "x"}, "status must be one of open, confirmed, expected, fixed"),
+        ({"status": 0, "reason": "x"}, "status must hold only"),
+        ({"status": EXPECTED}, "reason must say why"),
+        ({"status": EXPECTED, "reason": "x", "release": "2"}, "release is only said of what is fixed"),
+        ({"status": FIXED, "reason": "x", "release": "1"}, "can't be fixed in release '1'"),
+    ],
+)
+async def test_what_makes_no_sense_is_refused(
+    sidecar: Running, ledger: Ledger, asked: dict[str, object], message: str
+) -> None:
+    await ledger.write(shown("1"))
+    number = one(sidecar.postgres_url, "select id from abreast.finding")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await sidecar.comparison.SetFindingStatus(pb.SetFindingStatusRequest(id=number, **asked))  # type: ignore[arg-type]
+
+    assert refused(caught.value).code is grpc.StatusCode.INVALID_ARGUMENT
+    assert message in refused(caught.value).message
+    assert one(sidecar.postgres_url, "select status from abreast.finding") == "open"
+
+
+async def test_an_unknown_finding_is_not_found(sidecar: Running) -> None:
+    request = pb.SetFindingStatusRequest(id=7, status=EXPECTED, reason="x")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await sidecar.comparison.SetFindingStatus(request)
+
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_fixed_reopens_once_when_a_later_release_shows_it(sidecar: Running, ledger: Ledger) -> None:
+    """Four workers at once, each with pairs that show it."""
+    await ledger.write([*clean("0"), *shown("1")])
+    await say(sidecar, FIXED)
+    await ledger.write([*shown("1"), *shown("0"), *clean("2")])  # late ones of what is known to have it
+    assert (await the_finding(sidecar)).finding.status == FIXED
+
+    ledgers = [Ledger(sidecar.postgres_url, examples_per_finding=1) for _ in range(4)]
+    await asyncio.gather(*(each.write(shown("2", 5)) for each in ledgers for _ in range(1)))
+    for each in ledgers:
+        await each.close()
+
+    found = await the_finding(sidecar)
+    assert found.finding.status == REOPENED
+    assert [(e.actor, e.after, e.release) for e in found.events] == [
+        ("abreast", REOPENED, "2"),
+        ("ann", FIXED, ""),
+    ]
+
+
+async def test_the_release_that_has_the_fix_may_be_named(sidecar: Running, ledger: Ledger) -> None:
+    await ledger.write([*shown("1"), *clean("2")])
+    await say(sidecar, FIXED, release="2")
+    await ledger.write(shown("1"))
+    assert (await the_finding(sidecar)).finding.status == FIXED
+
+    await ledger.write(shown("2", 1))
+    assert (await the_finding(sidecar)).finding.status == REOPENED
+
+
+async def test_without_names_of_releases_what_arrives_later_reopens(sidecar: Running, ledger: Ledger) -> None:
+    await ledger.write(shown(""))
+    before = shown("", 1)
+    await say(sidecar, FIXED)
+    await ledger.write(before)
+    assert (await the_finding(sidecar)).finding.status == FIXED
+
+    await ledger.write(shown("", 1))
+    assert (await the_finding(sidecar)).finding.status == REOPENED
+
+
+async def test_said_while_workers_write_nothing_is_lost_or_locked_out(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    """Whichever comes first, it ends reopened: release 2 shows it after every word."""
+    await ledger.write(shown("1"))
+    number = one(sidecar.postgres_url, "select id from abreast.finding")
+    other = Ledger(sidecar.postgres_url, examples_per_finding=1)
+
+    async def speak() -> None:
+        for turn in range(10):
+            await set_status(sidecar.sidecar.database, number, Said("fixed", "ann", f"turn {turn}"))
+
+    async def write(to: Ledger) -> None:
+        for _ in range(10):
+            await to.write(shown("1", 3))
+
+    await asyncio.gather(speak(), write(ledger), write(other))
+    assert (await the_finding(sidecar)).finding.status == FIXED
+    await asyncio.gather(*(to.write(shown("2", 3)) for to in (ledger, other)))
+    await other.close()
+
+    events = rows(
+        sidecar.postgres_url, "select actor, count(*) from abreast.finding_event group by 1 order by 1"
+    )
+    assert events == [("abreast", 1), ("ann", 10)]
+    assert one(sidecar.postgres_url, "select count from abreast.finding") == 20 + 60 + 6
+    assert (
+        one(
+            sidecar.postgres_url,
+            "select deadlocks from pg_stat_database where datname = current_database()",
+        )
+        == 0
+    )
+
+
+async def test_a_hang_that_was_fixed_reopens_in_a_later_release(sidecar: Running, ledger: Ledger) -> None:
+    def hanging(release: str) -> list[Judged]:
+        return [judged(route="/hangs", outcome="only_old", releases=("a", release)) for _ in range(12)]
+
+    await ledger.write([*clean("1"), *hanging("1")])
+    assert await missing(sidecar) == 1
+    await say(sidecar, FIXED)
+    await ledger.write(clean("2"))
+    assert await missing(sidecar) == 0  # what release 1 did is not said of release 2
+    assert (await the_finding(sidecar)).finding.status == FIXED
+
+    await ledger.write(hanging("2"))
+    await asyncio.gather(missing(sidecar), missing(sidecar))
+
+    found = await the_finding(sidecar)
+    assert found.finding.status == REOPENED
+    assert len(found.events) == 2
+
+
+async def test_what_is_expected_counts_as_explained(sidecar: Running, ledger: Ledger) -> None:
+    await ledger.write([*shown("1", 30), *clean("1", 70)])
+    assert await verdict(sidecar) == (30, 100, "1")
+
+    await say(sidecar, EXPECTED)
+
+    assert await verdict(sidecar) == (0, 100, "1")
+    summary = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(service="shop"))
+    assert (summary.findings, summary.explained) == (0, 30)
+
+
+async def test_what_somebody_confirmed_counts_also_where_it_looks_like_noise(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    noisy = [judged([PRICE], noise=[PRICE], releases=("a", "1")) for _ in range(50)]
+    await ledger.write([*noisy, *clean("1", 50)])
+    assert await verdict(sidecar) == (0, 100, "1")
+    assert not (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
+
+    await say(sidecar, CONFIRMED)
+
+    assert await verdict(sidecar) == (50, 100, "1")
+    assert len((await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings) == 1
+
+
+async def test_a_verdict_is_about_the_newest_release_unless_another_is_named(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    await ledger.write(shown("1", 40))
+    await say(sidecar, FIXED)
+    assert await verdict(sidecar) == (40, 40, "1")  # saying so makes nothing pass
+
+    await ledger.write(clean("2", 60))
+    assert await verdict(sidecar) == (0, 60, "2")
+    assert await verdict(sidecar, release="1") == (40, 40, "1")
+    assert await verdict(sidecar, all_releases=True) == (0, 100, "")
+
+    await ledger.write(shown("2", 20))
+    assert await verdict(sidecar) == (20, 80, "2")
+
+
+async def test_what_was_settled_is_listed_apart(sidecar: Running, ledger: Ledger) -> None:
+    await ledger.write(
+        [judged([PRICE, difference("$.stock"), difference("$.name")], releases=("a", "1")) for _ in range(30)]
+    )
+    ids = dict(rows(sidecar.postgres_url, "select path, id from abreast.finding"))
+    await set_status(sidecar.sidecar.database, ids["$.stock"], Said("expected", "ann", "counted anew"))
+    await set_status(sidecar.sidecar.database, ids["$.name"], Said("fixed", "ann", "done"))
+
+    async def listed(**asked: object) -> set[str]:
+        answer = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(**asked))  # type: ignore[arg-type]
+        return {found.path for found in answer.findings}
+
+    assert await listed() == {"$.price"}
+    assert await listed(include_settled=True) == {"$.price", "$.stock", "$.name"}
+    assert await listed(only_explained=True) == {"$.stock", "$.name"}
+    assert await listed(release="1") == {"$.price"}
+    assert await listed(release="2") == set()
+    page = (await sidecar.http.get("/")).text
+    assert page.index("Explained") < page.index("counted anew")
+
+
+async def test_the_commands(sidecar: Running, ledger: Ledger) -> None:
+    await ledger.write(shown("1.4"))
+    address = ["--address", f"127.0.0.1:{sidecar.port}"]
+
+    async def run(*words: str) -> tuple[int, str]:
+        done = await asyncio.to_thread(CliRunner().invoke, abreast, [*words, *address])
+        return done.exit_code, done.output
+
+    number = str(one(sidecar.postgres_url, "select id from abreast.finding"))
+    code, text = await run("finding", number, "--fixed", "--release", "1.5", "--reason", "rounds again")
+    assert (code, "fixed in release 1.5: rounds again" in text) == (0, True)
+    assert "20 of 20 compared (100%; with 95% confidence" in text
+    assert "new 1.4; old a" in text
+    assert "nothing differs" in (await run("findings"))[1]
+    assert "fixed" in (await run("findings", "--explained"))[1]
+    assert "fixed" in (await run("findings", "--all"))[1]
+    await run("finding", number, "--open", "--reason", "wrong one")
+    assert "said before" in (await run("finding", number))[1]
+    assert (await run("finding", number, "--expected"))[0] == 2
+    assert (await run("finding", number, "--reason", "x"))[0] == 2
+    code, text = await run("pairs", "--finding", number, "--outcome", "mismatch", "--limit", "3")
+    assert (code, text.count("GET /products/7?page=1")) == (0, 3)
+    assert "no such pair" in (await run("pairs", "--outcome", "shed"))[1]
+    assert "release 1.4" in (await run("verdict"))[1]

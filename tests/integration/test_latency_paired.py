@@ -1,0 +1,111 @@
+"""Paired times of an endpoint, over gRPC and on the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import json
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from click.testing import CliRunner, Result
+
+from abreast.v1 import common_pb2, latency_pb2_grpc
+from abreast.v1 import latency_pb2 as pb
+from abreast_sidecar.cli import abreast
+from support_serve import NOON, Ledger, Running, refused, running
+
+pytestmark = pytest.mark.postgres
+
+ROWS = """
+insert into abreast.pair (day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us, new_release)
+select %s, 'pair ' || %s || n, %s + n * interval '1 second', %s, 'match', 'old', 200, %s, %s, %s + n, %s
+from generate_series(1, %s) as n
+"""
+ROUTE = "/products/{id}"
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url) as found:
+        yield found
+
+
+def add(ledger: Ledger, many: int, old: int, new: int, *, release: str = "2", status: int = 200) -> None:
+    ledger.execute("select abreast.open_day(%s)", NOON.date())
+    endpoint = ledger.endpoint(route=ROUTE)
+    given = (NOON.date(), f"{release} {status} ", NOON, endpoint, status, old, new, release, many)
+    ledger.execute(ROWS, *given)
+
+
+async def ask(sidecar: Running, route: str = ROUTE, **given: object) -> pb.GetLatencyResponse:
+    stub = latency_pb2_grpc.LatencyServiceStub(sidecar.channel)
+    asked = pb.GetLatencyRequest(service="shop", method="get", route=route, **given)  # type: ignore[arg-type]
+    found: pb.GetLatencyResponse = await stub.GetLatency(asked)
+    return found
+
+
+async def test_each_release_begins_cold_and_pairs_are_held_against_each_other(sidecar: Running) -> None:
+    ledger = sidecar.ledger()
+    add(ledger, 500, 10_000, 20_000, release="2")
+    add(ledger, 300, 10_000, 30_000, release="3")
+    add(ledger, 50, 10_000, 90_000, status=500)
+    found = await ask(sidecar)
+    middle = next(one for one in found.warm.differences if one.share == 0.5)
+    ratio = next(one for one in found.warm.ratios if one.share == 0.5)
+
+    assert (found.cold.pairs, found.warm.pairs, found.cut) == (50 + 30, 450 + 270, False)
+    assert found.warm.percentiles[0].old.ToMilliseconds() == 10
+    assert found.warm.percentiles[-1].new.ToMilliseconds() == 30
+    assert middle.low.ToMicroseconds() < middle.value.ToMicroseconds() < middle.high.ToMicroseconds()
+    assert 10_000 < middle.value.ToMicroseconds() < 11_000
+    assert 2 < ratio.low < ratio.value < ratio.high < 3.1
+
+
+async def test_a_window_and_a_confidence_narrow_it(sidecar: Running) -> None:
+    add(sidecar.ledger(), 400, 10_000, 20_000)
+    window = common_pb2.TimeWindow()
+    window.end.FromDatetime(NOON + dt.timedelta(seconds=101))
+    some, sure = await ask(sidecar, window=window), await ask(sidecar, confidence=0.999)
+    usual = await ask(sidecar)
+
+    assert some.cold.pairs + some.warm.pairs == 100
+    assert sure.warm.differences[1].low.ToMicroseconds() < usual.warm.differences[1].low.ToMicroseconds()
+
+
+async def test_what_is_not_there_and_what_can_t_be_is_refused(sidecar: Running) -> None:
+    add(sidecar.ledger(), 10, 10_000, 20_000)
+    with pytest.raises(grpc.aio.AioRpcError) as nothing:
+        await ask(sidecar, "/elsewhere")
+    with pytest.raises(grpc.aio.AioRpcError) as wrong:
+        await ask(sidecar, confidence=2.0)
+
+    assert refused(nothing.value).code is grpc.StatusCode.NOT_FOUND
+    assert refused(wrong.value).message == "confidence must lie above 0 and below 1, got 2"
+
+
+async def test_the_command_shows_both_sides_and_the_pairs(sidecar: Running) -> None:
+    add(sidecar.ledger(), 400, 10_000, 20_000)
+
+    async def run(*arguments: str) -> Result:
+        words = [
+            "endpoint",
+            "GET",
+            ROUTE,
+            "--service",
+            "shop",
+            "--address",
+            f"127.0.0.1:{sidecar.port}",
+            *arguments,
+        ]
+        return await asyncio.to_thread(CliRunner().invoke, abreast, words)
+
+    shown, machine = await run(), await run("--json")
+
+    assert shown.exit_code == machine.exit_code == 0, shown.output
+    assert "GET /products/{id}: 360 warm pairs" in shown.output
+    assert "50% at most" in shown.output
+    assert "the first 40 pairs" in shown.output
+    printed = machine.output[machine.output.index("{\n") :]  # the sidecar logs to the same stdout
+    assert json.JSONDecoder().raw_decode(printed)[0]["warm"]["pairs"] == "360"

@@ -1,0 +1,85 @@
+"""What the product promises of its verdict: 20,000 requests of the demo's real old shop, through comparison, ledger and verdict.
+
+Envoy and Redis are left out here, since they are tested by themselves and 20,000 requests through them take minutes;
+`make bench` measures the same with everything (bench/quality.py).
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+
+import orjson
+import psycopg
+import pytest
+
+from abreast.capture import Body, Capture
+from abreast_demo.traffic import PRODUCTS, Request
+from abreast_sidecar.compare.verdict import Budget
+from abreast_sidecar.embedded import PostgresServer
+from abreast_sidecar.store import migrate
+from support_quality import envoy_counted, fill, named, pairs, safe_requests, verdict
+
+pytestmark = pytest.mark.postgres
+
+REQUESTS = 20_000
+ONE_IN = 2000
+PRODUCT = "GET /products/{product_id}"
+
+
+@pytest.fixture
+def shop_url(postgres_server: PostgresServer) -> Iterator[str]:
+    name = f"shop_{uuid.uuid4().hex}"
+    with psycopg.connect(postgres_server.url(), autocommit=True) as admin:
+        admin.execute(f"create database {name}".encode())
+        yield postgres_server.url(name)
+        admin.execute(f"drop database {name} with (force)".encode())
+
+
+async def test_old_against_old_raises_no_false_finding_and_passes(postgres_url: str, shop_url: str) -> None:
+    await migrate(postgres_url)
+    seen = await fill(postgres_url, await pairs(shop_url, safe_requests(REQUESTS)))
+    envoy_counted(postgres_url, REQUESTS)
+
+    found = await verdict(postgres_url, Budget())
+
+    assert (seen.ever, seen.findings) == (set(), [])
+    assert (found.state, found.more) == ("PASS", 0), found.reasons
+
+
+def one_in_2_000(asked: list[Request]) -> set[int]:
+    """Requests for a product: as many as one in 2,000 of all, spread over the run."""
+    known = {f"/products/{number}" for number in range(1, PRODUCTS + 1)}
+    products = [number for number, one in enumerate(asked) if one.path in known]
+    many = REQUESTS // ONE_IN
+    return {products[(2 * part + 1) * len(products) // (2 * many)] for part in range(many)}
+
+
+def without_price(new: Capture) -> Capture:
+    held = orjson.dumps({**orjson.loads(new.answer.body.held), "price": 0.0})
+    headers = tuple(
+        (name, str(len(held)) if name == "content-length" else value) for name, value in new.answer.headers
+    )
+    return replace(new, answer=replace(new.answer, headers=headers, body=Body(held, len(held))))
+
+
+async def test_one_broken_request_in_2_000_is_found_and_fails(postgres_url: str, shop_url: str) -> None:
+    asked = safe_requests(REQUESTS)
+    chosen = one_in_2_000(asked)
+
+    def broken(number: int, new: Capture) -> Capture:
+        return without_price(new) if number in chosen else new
+
+    await migrate(postgres_url)
+    seen = await fill(postgres_url, await pairs(shop_url, asked, broken))
+    envoy_counted(postgres_url, REQUESTS)
+
+    strict = await verdict(postgres_url, Budget(max_mismatch=0.0001))
+    lenient = await verdict(postgres_url, Budget(max_mismatch=0.002))
+
+    assert seen.ever == {f"{PRODUCT} body $.price changed"}
+    assert [named(one) for one in seen.findings] == [f"{PRODUCT} body $.price changed"]
+    assert seen.findings[0].count == REQUESTS // ONE_IN
+    assert (strict.state, strict.reasons[0].subject) == ("FAIL", "mismatches"), strict.reasons
+    assert (lenient.state, lenient.more) == ("PASS", 0), lenient.reasons

@@ -1,0 +1,382 @@
+"""Rules on the real way: Redis, worker, ledger; and what is stored is judged again when they change."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import random
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import psycopg
+import pytest
+
+from abreast_sidecar.compare import Difference, Rules
+from abreast_sidecar.compare.rules_file import from_fields
+from abreast_sidecar.errors import StaleRulesError
+from abreast_sidecar.housekeeping.noise import decide_noise
+from abreast_sidecar.rejudge import Learning, rejudge
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import Judged, Ledger, migrate
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.queries import ALL_TIME, Queries
+from abreast_sidecar.store.rules import Draft, RuleStore, end_expired
+from support import eventually_async
+from support_pairs import SERVICE, difference, judged, one, pair_of, ready, rows, running, send
+
+pytestmark = pytest.mark.postgres
+
+SOON = dt.datetime(2099, 1, 1, tzinfo=dt.UTC)
+NAME = difference("$.name", old='"a"', new='"b"')
+PRICE = difference("$.price")
+STATUS = difference("200->404", part="status", impact="breaking")
+
+
+class Place:
+    """A ledger, its rules, and judging again."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.database = Database(url)
+        self.rules = RuleStore(self.database)
+        self.ledger = Ledger(url, examples_per_finding=3)
+
+    async def begin(self, expires: dt.datetime = SOON, **fields: Any) -> int:
+        draft = Draft(from_fields({"name": str(fields), **fields}), "me", "known", expires)
+        (number,) = await self.rules.change([draft], [], "me")
+        return number
+
+    async def end(self, *numbers: int) -> None:
+        await self.rules.change([], numbers, "me")
+
+    async def rejudged(self, limit: int = 100) -> int:
+        """How many steps it took."""
+        steps = 0
+        async with self.database.connection() as connection:
+            while await rejudge(connection, Learning(self.url), Rules(), limit=limit):
+                steps += 1
+        return steps
+
+    def pairs(self) -> list[tuple[Any, ...]]:
+        """Per pair the paths that count, and those that rules explain with the rule."""
+        return rows(
+            self.url,
+            "select array(select path from abreast.finding where id = any(p.findings) order by path), "
+            "array(select path from abreast.finding where id = any(p.explained) order by path), "
+            "coalesce(p.explained_by, '{}'), count(*)::int from abreast.pair p group by 1, 2, 3 order by 1, 2, 3",
+        )
+
+    def counts(self) -> dict[str, tuple[int, ...]]:
+        columns = "count, baseline_count, explained, new_greater, new_smaller"
+        return {
+            path: tuple(found)
+            for path, *found in rows(self.url, f"select path, {columns} from abreast.finding")
+        }
+
+    def by_release(self) -> list[tuple[Any, ...]]:
+        return rows(
+            self.url,
+            "select f.path, r.label, s.count, s.baseline_count, s.explained, s.new_greater, s.new_smaller "
+            "from abreast.finding_release s join abreast.finding f on f.id = s.finding_id "
+            "join abreast.release r on r.id = s.new_release where s.count > 0 or s.baseline_count > 0 order by 1, 2",
+        )
+
+    def hidden(self) -> dict[tuple[int, str], int]:
+        found = rows(
+            self.url,
+            "select s.rule_id, f.path, sum(s.count)::int from abreast.rule_finding s "
+            "join abreast.finding f on f.id = s.finding_id group by 1, 2 having sum(s.count) <> 0",
+        )
+        return {(rule, path): count for rule, path, count in found}
+
+
+@pytest.fixture
+async def place(postgres_url: str) -> AsyncIterator[Place]:
+    await migrate(postgres_url)
+    found = Place(postgres_url)
+    await found.database.open()
+    yield found
+    await found.ledger.close()
+    await found.database.close()
+
+
+def blind(differences: Sequence[Difference], many: int = 1, **changes: Any) -> list[Judged]:
+    """Pairs whose answers are not kept: what is kept of them can't be read."""
+    return [judged(differences, **changes) for _ in range(many)]
+
+
+async def test_a_rule_hides_what_is_stored_and_gives_it_back(place: Place) -> None:
+    await place.ledger.write([*blind([PRICE, NAME], 5), *blind([PRICE], 5, noise=[PRICE]), *blind([], 10)])
+    before = place.pairs(), place.counts(), place.by_release()
+    rule = await place.begin(action="ignore", path="$.price")
+    await place.rejudged(limit=3)
+
+    assert place.pairs() == [
+        ([], [], [], 10),
+        ([], ["$.price"], [rule], 5),
+        (["$.name"], ["$.price"], [rule], 5),
+    ]
+    assert place.counts() == {"$.name": (5, 0, 0, 5, 0), "$.price": (0, 0, 0, 0, 0)}
+    assert [row[0] for row in place.by_release()] == ["$.name"]
+    assert place.hidden() == {(rule, "$.price"): 10}
+
+    await place.end(rule)
+    await place.rejudged(limit=3)
+
+    assert (place.pairs(), place.counts(), place.by_release()) == before
+    assert place.hidden() == {}
+
+
+async def test_what_rules_explain_is_no_mismatch_in_summary_and_verdict(place: Place) -> None:
+    await place.ledger.write([*blind([PRICE], 40), *blind([NAME], 2), *blind([], 30)])
+    async with place.database.connection() as connection:
+        await decide_noise(connection)
+    queries = Queries(place.database)
+    assert (await queries.summary(SERVICE, ALL_TIME)).explained == 0
+    await place.begin(action="expect", path="$.price", kind="changed")
+    await place.rejudged()
+    async with place.database.connection() as connection:
+        await decide_noise(connection)
+    summary = await queries.summary(SERVICE, ALL_TIME)
+    (counts,) = (await queries.evidence(SERVICE, ALL_TIME, 0.1)).endpoints
+
+    assert summary.explained == 40
+    assert summary.outcomes == {"mismatch": 42, "match": 30}
+    assert counts.mismatches + counts.undecided == 2
+    assert counts.compared == 72
+
+
+@pytest.mark.parametrize(
+    ("limits", "hidden"),
+    [
+        ({"release": "2"}, 3),
+        ({"release": "*"}, 7),
+        ({"endpoint": "GET /products/{id}"}, 7),
+        ({"endpoint": "POST *"}, 0),
+        ({"status": "200"}, 7),
+        ({"status": "404->200"}, 0),
+        ({"service": "other"}, 0),
+        ({"kind": "removed"}, 0),
+    ],
+)
+async def test_a_rule_hides_only_what_it_is_limited_to(
+    place: Place, limits: dict[str, str], hidden: int
+) -> None:
+    await place.ledger.write(blind([PRICE], 4, releases=("1", "1")) + blind([PRICE], 3, releases=("1", "2")))
+    rule = await place.begin(action="ignore", path="$.price", **limits)
+    await place.rejudged()
+
+    assert place.hidden().get((rule, "$.price"), 0) == hidden
+    assert place.counts()["$.price"][0] == 7 - hidden
+
+
+async def test_the_first_rule_explains_and_the_next_takes_over(place: Place) -> None:
+    await place.ledger.write(blind([PRICE], 4))
+    first = await place.begin(action="ignore", path="$.price")
+    second = await place.begin(action="ignore", part="body")
+    await place.rejudged()
+    assert place.hidden() == {(first, "$.price"): 4}
+
+    await place.end(first)
+    await place.rejudged()
+    assert place.hidden() == {(second, "$.price"): 4}
+
+
+async def test_an_expired_rule_stops_applying_and_says_so(place: Place) -> None:
+    await place.ledger.write(blind([PRICE], 4))
+    rule = await place.begin(
+        action="ignore", path="$.price", expires=dt.datetime.now(dt.UTC) + dt.timedelta(seconds=0.3)
+    )
+    await place.rejudged()
+    assert place.hidden() == {(rule, "$.price"): 4}
+
+    async def ended() -> bool:
+        async with place.database.connection() as connection:
+            return await end_expired(connection) == 1
+
+    await eventually_async(ended, what="the rule expired")
+    await place.rejudged()
+    (listed,) = await place.rules.listed(limit=10)
+
+    assert place.counts()["$.price"][0] == 4
+    assert (listed.id, listed.expired, listed.ended_by) == (rule, True, "abreast")
+
+
+async def test_values_that_are_not_kept_are_not_guessed(place: Place) -> None:
+    """A tolerance can't be applied to a row: it says so, and still counts."""
+    await place.ledger.write(blind([PRICE], 4))
+    rule = await place.begin(action="tolerate", path="$.price", absolute=5)
+    await place.rejudged()
+    (listed,) = await place.rules.listed(limit=10)
+
+    assert place.pairs() == [(["$.price"], [], [], 4)]
+    assert (listed.pairs, listed.unknown) == (0, 4)
+    assert one(place.url, "select distinct reason from abreast.pair") == f"judged before rule {rule}"
+
+    await place.end(rule)
+    await place.rejudged()
+    assert one(place.url, "select distinct reason from abreast.pair") == ""
+
+
+async def test_counts_whose_pairs_are_gone_follow_too(place: Place) -> None:
+    await place.ledger.write(blind([PRICE], 4))
+    with psycopg.connect(place.url, autocommit=True) as connection:
+        connection.execute("delete from abreast.pair")
+    rule = await place.begin(action="ignore", path="$.price")
+    await place.rejudged()
+    assert (place.counts()["$.price"], place.hidden()) == ((0, 0, 0, 0, 0), {(rule, "$.price"): 4})
+
+    await place.end(rule)
+    await place.rejudged()
+    assert (place.counts()["$.price"], place.hidden()) == ((4, 0, 0, 4, 0), {})
+
+
+async def test_a_batch_judged_by_other_rules_is_refused(place: Place) -> None:
+    await place.begin(action="ignore", path="$.price")
+    with pytest.raises(StaleRulesError):
+        await place.ledger.write(blind([PRICE]), rules=0)
+
+    assert rows(place.url, "select from abreast.pair") == []
+    assert await place.ledger.write(blind([PRICE]), rules=1) == 1
+
+
+async def test_many_judge_at_once_and_each_pair_is_counted_once(place: Place) -> None:
+    await place.ledger.write(blind([PRICE, NAME], 60))
+    rule = await place.begin(action="ignore", path="$.price")
+    others = [Place(place.url) for _ in range(3)]
+    for other in others:
+        await other.database.open()
+    while rows(place.url, "select from abreast.rule_state where judged < version"):
+        await asyncio.gather(*(other.rejudged(limit=7) for other in others))
+    for other in others:
+        await other.database.close()
+
+    assert place.hidden() == {(rule, "$.price"): 60}
+    assert place.counts()["$.name"][0] == 60
+
+
+REJUDGE = """
+import asyncio, sys
+from abreast_sidecar.compare import Rules
+from abreast_sidecar.rejudge import Learning, rejudge
+from abreast_sidecar.store.database import Database
+async def main():
+    database = Database(sys.argv[1])
+    await database.open()
+    async with database.connection() as connection:
+        while await rejudge(connection, Learning(sys.argv[1]), Rules(), limit=2):
+            print("step", flush=True)
+asyncio.run(main())
+"""
+
+
+async def test_a_crash_in_the_middle_loses_and_doubles_nothing(place: Place) -> None:
+    await place.ledger.write(blind([PRICE, NAME], 80))
+    before = place.pairs(), place.counts(), place.by_release()
+    rule = await place.begin(action="ignore", path="$.price")
+    for _ in range(3):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", REJUDGE, place.url, stdout=asyncio.subprocess.PIPE
+        )
+        assert process.stdout is not None
+        for _ in range(random.randint(3, 6)):
+            assert await process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    left = one(place.url, "select count(*) from abreast.rejudge")
+    assert 0 < left < 80
+
+    await place.rejudged()
+    assert place.hidden() == {(rule, "$.price"): 80}
+    assert place.pairs() == [(["$.name"], ["$.price"], [rule], 80)]
+
+    await place.end(rule)
+    await place.rejudged()
+    assert (place.pairs(), place.counts(), place.by_release()) == before
+
+
+async def emptied(settings: Settings) -> None:
+    async def empty() -> bool:
+        return ready(settings.redis_url) == 0
+
+    await eventually_async(empty, within=30, what="the stream is empty")
+
+
+async def test_a_worker_judges_by_the_rules_and_stored_answers_are_judged_again(
+    place: Place, redis_url: str
+) -> None:
+    settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
+    tolerated = await place.begin(action="tolerate", path="$.price", absolute=0.5)
+    async with running(settings):
+        for new in (1.2, 1.4, 9.0):
+            send(redis_url, pair_of({"price": 1.0, "tags": [1, 2]}, {"price": new, "tags": [2, 1]}))
+        await emptied(settings)
+        assert place.pairs() == [
+            (["$.price", "$.tags"], [], [], 1),
+            (["$.tags"], ["$.price"], [tolerated], 2),
+        ]
+
+        unordered = await place.begin(action="unordered", path="$.tags")
+        send(redis_url, pair_of({"price": 1.0, "tags": [1, 2]}, {"price": 1.0, "tags": [2, 1]}))
+        await emptied(settings)
+    assert ([], ["$.tags"], [unordered], 1) in place.pairs()
+
+    await place.rejudged()
+    assert place.pairs() == [
+        ([], ["$.price", "$.tags"], [tolerated, unordered], 2),
+        ([], ["$.tags"], [unordered], 1),
+        (["$.price"], ["$.tags"], [unordered], 1),
+    ]
+
+    await place.end(tolerated)
+    await place.rejudged()
+    assert place.pairs() == [
+        ([], ["$.tags"], [unordered], 1),
+        (["$.price"], ["$.tags"], [unordered], 3),
+    ]
+    assert place.counts()["$.price"] == (3, 0, 0, 3, 0)
+
+
+async def test_elements_that_a_rule_pairs_anew_get_findings_of_their_own(
+    place: Place, redis_url: str
+) -> None:
+    settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
+    old = [{"nr": 1, "v": 1}, {"nr": 2, "v": 2}]
+    async with running(settings):
+        send(redis_url, pair_of({"rows": old}, {"rows": [{"nr": 2, "v": 3}, {"nr": 3, "v": 1}]}))
+        await emptied(settings)
+    assert "$.rows[*].nr" in place.counts()
+
+    rule = await place.begin(action="keyed-by", path="$.rows", by="nr")
+    await place.rejudged()
+
+    (pair,) = place.pairs()
+    assert pair[0] == ["$.rows[*]", "$.rows[*]", "$.rows[*].v"]
+    assert place.counts()["$.rows[*].nr"][0] == 0
+
+    await place.end(rule)
+    await place.rejudged()
+    assert "$.rows[*].nr" in place.pairs()[0][0]
+
+
+async def test_a_worker_waits_for_rules_that_it_can_not_read(place: Place, redis_url: str) -> None:
+    settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
+    rule = await place.begin(action="ignore", path="$.price")
+    send(redis_url, pair_of({"price": 1}, {"price": 2}))
+    with psycopg.connect(place.url) as gate:
+        gate.execute("lock table abreast.rule in access exclusive mode")
+        async with running(settings) as worker:
+            waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and application_name = 'abreast'"
+
+            async def waiting() -> bool:
+                return bool(one(place.url, waits))
+
+            await eventually_async(waiting, what="the worker waits for the rules")
+            assert (ready(redis_url), worker.last_beat) == (1, 0.0)
+
+            gate.rollback()
+            await emptied(settings)
+
+    assert place.pairs() == [([], ["$.price"], [rule], 1)]

@@ -1,0 +1,122 @@
+"""`abreast report` from a ledger with hostile content and more rows than a page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from abreast.v1 import comparison_pb2 as api
+from abreast.v1 import traffic_pb2
+from abreast_sidecar.cli import abreast
+from abreast_sidecar.cli.connection import LARGEST_PAGE
+from captures import capture
+from support_serve import NOON, Running, packed, running
+
+pytestmark = pytest.mark.postgres
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>\u202e{{ 7*7 }}"
+MANY = LARGEST_PAGE + 5
+ROWS = """
+insert into abreast.finding (endpoint_id, part, path, kind, impact, count, first_seen, last_seen, state, reason)
+select %s, 'body', '$.field' || n, 'changed', 'value', 1, %s, %s, 'real', 'counted' from generate_series(1, %s) as n
+"""
+
+
+class Page(HTMLParser):
+    """The tags and attributes that a browser would see."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url) as found:
+        yield found
+
+
+async def run(sidecar: Running, output: Path, *options: str) -> Result:
+    words = ["report", "--output", str(output), "--address", f"127.0.0.1:{sidecar.port}", *options]
+    return await asyncio.to_thread(CliRunner().invoke, abreast, words)
+
+
+async def hostile(sidecar: Running) -> None:
+    """Content of users and of people, all of it hostile."""
+    ledger = sidecar.ledger()
+    endpoint = ledger.endpoint(route=f"/{EVIL}")
+    finding = ledger.finding(endpoint, f"$[{EVIL!r}]", reason=EVIL, detail={"old": EVIL, "new": EVIL})
+    ledger.finding(endpoint, f"$.noise{EVIL}", state="noise", count=3, reason=EVIL)
+    difference = {
+        "part": "body", "path": EVIL, "place": EVIL, "kind": "changed", "impact": "value",
+        "old": json.dumps(EVIL), "new": EVIL,
+    }  # fmt: skip
+    pair = ledger.pair(endpoint, finding, request=f"/{EVIL}", reason=EVIL)
+    ledger.example(pair, {finding: 10}, packed(capture("old"), capture("new", role="shadow")), [difference])
+    changed = traffic_pb2.UpdateTrafficRequest(service="shop", new_share=0.1, actor=EVIL, reason=EVIL)
+    await sidecar.traffic.UpdateTraffic(changed)
+
+
+async def test_hostile_content_is_text_in_the_page(sidecar: Running, tmp_path: Path) -> None:
+    await hostile(sidecar)
+    result = await run(sidecar, tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "r.html").read_text()
+    page = Page(text)
+
+    assert page.tags.isdisjoint({"script", "img", "link", "iframe", "a", "svg", "object", "form"})
+    assert not {name for name in page.attributes if name.startswith("on") or name in {"src", "href", "style"}}
+    assert page.text.count("<script>alert(1)</script>") >= 6
+    assert "49" not in page.text.split("Findings")[1].split("Waived")[0].replace("alert", "")
+    assert "\u202e" not in text
+    assert "http://" not in text
+    assert "https://" not in text
+
+
+async def test_a_report_has_all_pages_of_a_large_ledger(sidecar: Running, tmp_path: Path) -> None:
+    ledger = sidecar.ledger()
+    endpoint = ledger.endpoint()
+    ledger.execute(ROWS, endpoint, NOON, NOON, MANY)
+    expected = ledger.finding(endpoint, "$.meant", count=2)
+    ledger.pair(endpoint, expected)
+    said = api.SetFindingStatusRequest(
+        id=expected, status=api.FINDING_STATUS_EXPECTED, reason="told in May", actor="ann"
+    )
+    await sidecar.comparison.SetFindingStatus(said)
+    ledger.pair(endpoint)
+    result = await run(sidecar, tmp_path / "r", "--examples", "0", "--max-mismatch", "0.5%")
+    made: dict[str, Any] = json.loads((tmp_path / "r.json").read_text())
+    text = (tmp_path / "r.html").read_text()
+
+    assert result.exit_code == 0, result.output
+    assert (len(made["findings"]), len(made["waived"])) == (MANY, 1)
+    assert made["verdict"]["state"] == "VERDICT_STATE_INCONCLUSIVE"
+    assert made["verdict"]["budget"]["max_mismatch"] == 0.005
+    assert text.count("<section>") == MANY
+    assert "expected: told in May" in text
+
+
+async def test_what_can_t_be_written_is_said_and_leaves_nothing(sidecar: Running, tmp_path: Path) -> None:
+    sidecar.ledger().pair(sidecar.ledger().endpoint())
+    result = await run(sidecar, tmp_path / "missing" / "r")
+
+    assert result.exit_code == 2
+    assert "choose another --output" in result.output
+    assert not any(tmp_path.glob("*"))  # noqa: ASYNC240  # an empty folder

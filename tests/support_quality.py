@@ -1,0 +1,202 @@
+"""Captures of the demo's real old shop, made by calling it in this process, and what the ledger says of them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from starlette.types import ASGIApp
+
+from abreast.capture import Answer, Body, Capture, Role, Version
+from abreast.capture import Request as Asked
+from abreast.route import Routes
+from abreast_demo import old
+from abreast_demo.shop import Shop
+from abreast_demo.traffic import Request, requests
+from abreast_sidecar.compare import Rules, judge
+from abreast_sidecar.compare.verdict import Budget, Verdict, decide
+from abreast_sidecar.housekeeping.latency import find_slow
+from abreast_sidecar.housekeeping.noise import decide_noise
+from abreast_sidecar.serve.verdicts import ledger as held_against
+from abreast_sidecar.store import Judged, Ledger
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.pages import Page
+from abreast_sidecar.store.queries import FindingFilter, Queries
+from abreast_sidecar.store.results import Finding, Window
+
+SERVICE = "shop"
+BATCH = 500
+BASELINE = 0.3  # as in the demo
+ENVOY = (
+    "insert into abreast.envoy_report (node, service, seen, counted, last) values ('e', %s, now(), %s, '{}')"
+)
+
+Break = Callable[[int, Capture], Capture]
+
+
+class ReadOnce(Shop):
+    """The shop, whose rows are read from the database once: 20,000 requests ask for a few hundred things."""
+
+    def __init__(self, database_url: str) -> None:
+        super().__init__(database_url, "redis://127.0.0.1:1/0")
+        self.cache = _Kept()  # type: ignore[assignment]  # has the one method that is called
+        self._found: dict[str, list[Any]] = {}
+
+    async def search(self, statement: str, pattern: str) -> list[Any]:
+        if pattern not in self._found:
+            self._found[pattern] = await super().search(statement, pattern)
+        return self._found[pattern]
+
+
+class _Kept:
+    def __init__(self) -> None:
+        self._rows: dict[str, Any] = {}
+
+    async def through(self, key: str, load: Callable[[], Any]) -> Any:
+        if key not in self._rows:
+            self._rows[key] = await load()
+        return self._rows[key]
+
+    async def close(self) -> None:
+        return
+
+
+@asynccontextmanager
+async def shop(database_url: str) -> AsyncIterator[ASGIApp]:
+    serving = ReadOnce(database_url)
+    await serving.open()
+    app = old.build(serving)
+    app.state.shop = serving
+    try:
+        yield app
+    finally:
+        await serving.close()
+
+
+@dataclass
+class Service:
+    """Answers as the middleware would have captured them."""
+
+    app: ASGIApp
+    routes: Routes
+
+    async def capture(self, pair: str, request: Request, version: Version, role: Role, arms: int) -> Capture:
+        path, _, query = request.path.partition("?")
+        scope: dict[str, Any] = {
+            "type": "http",
+            "method": request.method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "headers": [(b"host", b"shop")],
+            "http_version": "1.1",
+            "scheme": "http",
+            "root_path": "",
+        }
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        began = time.perf_counter_ns()
+        await self.app(scope, _nothing, send)
+        taken = (time.perf_counter_ns() - began) // 1000
+        held = b"".join(message.get("body", b"") for message in sent[1:])
+        headers = tuple((name.decode(), value.decode()) for name, value in sent[0]["headers"])
+        return Capture(
+            pair,
+            SERVICE,
+            version,
+            role,
+            Asked(request.method, path, query, self.routes.template(scope)),
+            Answer(sent[0]["status"], headers, Body(held, len(held))),
+            arms=arms,
+            release="shop-1.8",
+            started=time.time(),
+            total_us=taken,
+        )
+
+
+async def _nothing() -> Any:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+def safe_requests(many: int, seed: int = 1) -> list[Request]:
+    """What the demo's users ask for, without orders: those are not mirrored."""
+    return list(itertools.islice((one for one in requests(seed) if one.safe), many))
+
+
+async def pairs(database_url: str, asked: Sequence[Request], broken: Break | None = None) -> list[Judged]:
+    """Old against old, judged; a share has a baseline copy. `broken` changes what stands for new."""
+    dice, rules = random.Random(7), Rules()
+    found = []
+    async with shop(database_url) as app:
+        service = Service(app, Routes(app))
+        for number, request in enumerate(asked):
+            pair, arms = f"pair-{number:06}", 3 if dice.random() < BASELINE else 2
+            taken = [
+                await service.capture(pair, request, "old", "live", arms),
+                await service.capture(pair, request, "new", "shadow", arms),
+            ]
+            if broken is not None:
+                taken[1] = broken(number, taken[1])
+            if arms == 3:
+                taken.append(await service.capture(pair, request, "old", "baseline", arms))
+            moment = int(time.time() * 1000)
+            found.append(Judged(SERVICE, f"{moment}-{number}", moment, pair, judge(taken, rules), ()))
+    return found
+
+
+@dataclass
+class Looks:
+    """What was seen while the ledger filled: findings that were ever called real, and what they are at the end."""
+
+    ever: set[str]
+    findings: list[Finding]
+
+
+def named(found: Finding) -> str:
+    return f"{found.endpoint.method} {found.endpoint.route} {found.part} {found.path} {found.kind}"
+
+
+async def fill(url: str, batch: Sequence[Judged]) -> Looks:
+    """Write as a worker does, and let housekeeping look after each batch."""
+    ledger, database = Ledger(url, examples_per_finding=3), Database(url)
+    await database.open()
+    queries, ever = Queries(database), set()
+    try:
+        for at in range(0, len(batch), BATCH):
+            await ledger.write(batch[at : at + BATCH])
+            async with database.connection() as connection:
+                await decide_noise(connection)
+                await find_slow(connection)
+            ever |= {named(one) for one in await _listed(queries) if one.state == "real"}
+        return Looks(ever, await _listed(queries))
+    finally:
+        await ledger.close()
+        await database.close()
+
+
+async def _listed(queries: Queries) -> list[Finding]:
+    return list((await queries.findings(FindingFilter(service=SERVICE), Page(1000))).rows)
+
+
+async def verdict(url: str, budget: Budget) -> Verdict:
+    database = Database(url)
+    await database.open()
+    try:
+        found = await Queries(database).evidence(SERVICE, Window(), budget.max_slower)
+        return decide(found.endpoints, held_against(found, 0), budget)
+    finally:
+        await database.close()
+
+
+def envoy_counted(url: str, sampled: int) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(ENVOY.encode(), (SERVICE, f'{{"sampled": {sampled}}}'))

@@ -1,0 +1,233 @@
+"""What a comparison costs, in counted steps: linear in the body's size, and bounded whatever the body is."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import string
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import pytest
+
+from abreast.capture import Answer, Body, Headers
+from abreast_sidecar.compare import Rules
+from abreast_sidecar.compare.body import BodyResult, compare_bodies
+from abreast_sidecar.compare.document import DocumentDiff
+
+SMALL, LARGE = 500, 1000  # items of a body
+LINEAR = 1.3  # times as many steps as twice the items should take
+CALLS_A_BYTE = 6  # calls of functions, for both bodies
+Make = Callable[[random.Random, int], str]
+
+
+def word(dice: random.Random, length: int = 6) -> str:
+    return "".join(dice.choices(string.ascii_lowercase, k=length))
+
+
+def shuffled(dice: random.Random, many: int) -> str:
+    rows = [{"id": number, "value": number} for number in range(many)]
+    dice.shuffle(rows)
+    return json.dumps(rows)
+
+
+def shuffled_plain(dice: random.Random, many: int) -> str:
+    return json.dumps(dice.sample(range(many), many))
+
+
+def shuffled_lists(dice: random.Random, many: int) -> str:
+    return json.dumps([dice.sample(range(10), 10) for _ in range(many)])
+
+
+def other_objects(dice: random.Random, many: int) -> str:
+    return json.dumps([{"id": word(dice), "value": dice.random()} for _ in range(many)])
+
+
+def other_keys(dice: random.Random, many: int) -> str:
+    return json.dumps({word(dice): {word(dice, 2): 1, "b": 2} for _ in range(many)})
+
+
+def one_key(dice: random.Random, many: int) -> str:
+    return "{" + ",".join(f'"a": {dice.random()}' for _ in range(many)) + "}"
+
+
+def deep(dice: random.Random, many: int) -> str:
+    return "[" * 150 + ",".join(str(dice.random()) for _ in range(many)) + "]" * 150
+
+
+def arrays_in_arrays(dice: random.Random, many: int) -> str:
+    def made(depth: int) -> object:
+        return [made(depth - 1), made(depth - 1)] if depth else dice.random()
+
+    return json.dumps([made(10) for _ in range(many // 250)])
+
+
+def divisions(dice: random.Random, many: int) -> str:
+    return (
+        "<html>"
+        + "".join(f"<div class='{word(dice)}'><p>{word(dice)}</div>" for _ in range(many))
+        + "</html>"
+    )
+
+
+def never_closed(dice: random.Random, many: int) -> str:
+    return "".join(f"<i a='{word(dice)}'>" for _ in range(140)) + "".join(
+        f"<p>{word(dice)}" for _ in range(many)
+    )
+
+
+def closed_too_often(dice: random.Random, many: int) -> str:
+    return "<html>" + "<i>" * 140 + "".join(f"</{word(dice)}>a" for _ in range(many)) + word(dice)
+
+
+def broken_tags(dice: random.Random, many: int) -> str:
+    return f"<p>{word(dice)}</p>" + "<a x='" * many + word(dice)
+
+
+def elements(dice: random.Random, many: int) -> str:
+    return "<r>" + "".join(f"<k a='{word(dice)}'>{word(dice)}</k>" for _ in range(many)) + "</r>"
+
+
+def lines(dice: random.Random, many: int) -> str:
+    return "\n".join(word(dice) for _ in range(many))
+
+
+def two_lines(dice: random.Random, many: int) -> str:
+    return "\n".join(dice.choices("ab", k=many))
+
+
+def json_lines(dice: random.Random, many: int) -> str:
+    return "\n".join(json.dumps({"id": word(dice), "value": dice.random()}) for _ in range(many))
+
+
+def events(dice: random.Random, many: int) -> str:
+    return "".join(f'id: {word(dice)}\ndata: {{"a": "{word(dice)}"}}\n\n' for _ in range(many))
+
+
+def fields(dice: random.Random, many: int) -> str:
+    return "&".join(f"{word(dice)}={word(dice)}" for _ in range(many))
+
+
+def parts(dice: random.Random, many: int) -> str:
+    head = "--b\r\ncontent-disposition: form-data; name="
+    return "".join(f"{head}{word(dice)}\r\n\r\n{word(dice)}\r\n" for _ in range(min(many, 990))) + "--b--"
+
+
+BODIES: list[tuple[Make, str]] = [
+    *(
+        (make, "application/json")
+        for make in (shuffled, shuffled_plain, shuffled_lists, other_objects, other_keys)
+    ),
+    *((make, "application/json") for make in (one_key, deep, arrays_in_arrays)),
+    *((make, "text/html") for make in (divisions, never_closed, closed_too_often, broken_tags)),
+    *((make, "text/plain") for make in (lines, two_lines)),
+    (elements, "application/xml"),
+    (json_lines, "application/x-ndjson"),
+    (events, "text/event-stream"),
+    (fields, "application/x-www-form-urlencoded"),
+    (parts, "multipart/form-data; boundary=b"),
+]
+each = pytest.mark.parametrize(("make", "kind"), BODIES, ids=[make.__name__ for make, _ in BODIES])
+
+
+def answer(body: str, kind: str) -> Answer:
+    return Answer(200, (("content-type", kind),), Body(body.encode(), len(body.encode())))
+
+
+def two(make: Make, kind: str, many: int) -> tuple[Answer, Answer]:
+    dice = random.Random(many)
+    return answer(make(dice, many), kind), answer(make(dice, many), kind)
+
+
+def counted(old: Answer, new: Answer, rules: Rules | None = None) -> tuple[int, BodyResult]:
+    """Calls of functions, of Python's and of C's alike: the same on every machine."""
+    calls = 0
+
+    def count(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    compare_bodies(old, new, rules or Rules())  # caches are full
+    sys.setprofile(count)
+    try:
+        found = compare_bodies(old, new, rules or Rules())
+    finally:
+        sys.setprofile(None)
+    return calls, found
+
+
+@each
+def test_twice_the_size_takes_twice_the_steps(make: Make, kind: str) -> None:
+    few, _ = counted(*two(make, kind, SMALL))
+    many, found = counted(*two(make, kind, LARGE))
+
+    assert found.differences
+    assert many <= 2 * LINEAR * few
+
+
+@each
+def test_what_is_too_much_work_has_a_coarser_outcome(make: Make, kind: str) -> None:
+    old, new = two(make, kind, LARGE)
+    exact, _ = counted(old, new)
+    calls, found = counted(old, new, Rules(max_work=300))
+
+    assert found.differences
+    assert calls < exact
+    assert calls < 3000
+    if not found.note:  # it was little work after all
+        assert exact < 3000
+
+
+@each
+def test_no_body_takes_more_than_its_bytes_allow(make: Make, kind: str) -> None:
+    old, new = two(make, kind, LARGE)
+    calls, _ = counted(old, new)
+
+    assert calls <= CALLS_A_BYTE * (old.body.length + new.body.length)
+
+
+def test_beyond_the_bound_places_are_compared_as_a_whole_and_said_to_be() -> None:
+    rows = [{"id": number, "tags": list(range(20))} for number in range(50)]
+    other = [{"id": number, "tags": list(range(1, 21))} for number in range(50)]
+    walk = DocumentDiff(1000, max_work=300)
+    found = walk.compare(rows, other)
+
+    assert walk.coarse
+    assert walk.work <= 300 + 100  # what was begun is ended
+    assert {one.path for one in found} == {"$[*].tags[*]", "$[*].tags", "$[*]"}
+
+
+def test_what_is_equal_as_a_whole_is_no_difference_beyond_the_bound() -> None:
+    rows = {"rows": list(range(1000)), "name": "a"}
+    other = {"name": "b", "rows": list(range(1000))}
+    result = compare_bodies(
+        answer(json.dumps(rows), "application/json"),
+        answer(json.dumps(other), "application/json"),
+        Rules(max_work=500),
+    )
+
+    assert [one.path for one in result.differences] == ["$.name"]
+    assert result.note == ""
+
+
+def test_a_small_body_that_decodes_to_millions_of_values_is_compared_by_its_bytes() -> None:
+    def packed(last: int) -> Answer:
+        body = gzip.compress(b"[" + b"1," * 4_000_000 + b"%d]" % last)
+        headers: Headers = (("content-type", "application/json"), ("content-encoding", "gzip"))
+        return Answer(200, headers, Body(body, len(body)))
+
+    calls, found = counted(packed(1), packed(2))
+
+    assert found.too_large
+    assert "too much work" in found.note
+    assert calls < 1000
+
+
+def test_html_that_is_too_much_is_compared_by_lines() -> None:
+    page = "<html>" + "<p>same</p>\n" * 30_000 + "<b>{}</b></html>"
+    found = compare_bodies(answer(page.format(1), "text/html"), answer(page.format(2), "text/html"), Rules())
+
+    assert [one.path for one in found.differences] == ["lines[*]"]
+    assert found.note == "too much html to be read: compared by its lines"

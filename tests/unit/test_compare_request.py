@@ -1,0 +1,113 @@
+"""What is kept of a request to find features in, and what never is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast.capture import Body, Request
+from abreast_sidecar.compare.request import MOST_BODY, MOST_NAMES, of_request
+
+JSON = (("content-type", "application/json"),)
+FORM = (("content-type", "application/x-www-form-urlencoded"),)
+
+
+def request(
+    body: bytes = b"", headers: tuple[tuple[str, str], ...] = JSON, query: str = "", path: str = "/orders/7"
+) -> Request:
+    return Request("POST", path, query, "/orders/{id}", headers, Body(body, len(body)))
+
+
+def test_query_path_headers_and_body_have_their_places() -> None:
+    found = of_request(
+        request(
+            b'{"currency": "JPY", "items": [{"sku": "a"}, {"sku": "b"}], "gift": true}',
+            (*JSON, ("accept-language", "de")),
+            "page=2",
+        ),
+        "/orders/{id}",
+    )
+
+    assert found == {
+        "query.page": ["2"],
+        "path.id": ["7"],
+        "header.accept-language": ["de"],
+        "header.content-type": ["application/json"],
+        "body.currency": ["JPY"],
+        "body.items[*].sku": ["a", "b"],
+        "body.gift": ["true"],
+    }
+
+
+def test_a_forms_fields_are_fields() -> None:
+    found = of_request(request(b"size=L&size=M&size=S&note=", FORM), "/orders/{id}")
+
+    assert found["body.size[*]"] == ["L", "M", "S"]
+    assert found["body.note"] == [""]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "password",
+        "userPasswd",
+        "pass",
+        "access_token",
+        "apiKey",
+        "api-key",
+        "client_secret",
+        "authToken",
+        "session_id",
+        "card_number",
+        "cvv",
+        "iban",
+        "user.pin",
+    ],
+)
+def test_of_a_secret_only_its_name_is_kept(name: str) -> None:
+    found = of_request(
+        request(json.dumps({name: "hunter2"}).encode(), query=f"{name}=hunter2"), "/orders/{id}"
+    )
+
+    assert found[f"body.{name}"] == found[f"query.{name}"] == []
+
+
+@pytest.mark.parametrize("name", ["author", "discard", "spin", "passenger", "shipping"])
+def test_names_that_only_look_so_keep_their_values(name: str) -> None:
+    found = of_request(request(json.dumps({name: "x"}).encode()), "/orders/{id}")
+
+    assert found[f"body.{name}"] == ["x"]
+
+
+def test_hashed_and_long_values_and_passing_headers_are_left_out() -> None:
+    headers = (
+        ("authorization", "hmac:0011223344556677"),
+        ("cookie", "variant=hmac:0011223344556677; theme=hmac:8899aabbccddeeff"),
+        ("x-request-id", "7"),
+        ("user-agent", "x" * 500),
+    )
+
+    assert of_request(request(headers=headers, path="/orders"), "/orders") == {
+        "header.authorization": [],
+        "header.user-agent": [],
+        "cookie.variant": [],
+        "cookie.theme": [],
+    }
+
+
+def test_what_is_kept_has_a_bound() -> None:
+    wide = json.dumps({f"f{n}": n for n in range(1000)}).encode()
+    long = json.dumps({"text": "x" * MOST_BODY}).encode()
+
+    assert len(of_request(request(wide), "/orders/{id}")) == MOST_NAMES
+    assert not any(name.startswith("body") for name in of_request(request(long), "/orders/{id}"))
+
+
+@given(st.binary(max_size=200), st.sampled_from([JSON, FORM, ()]), st.text(max_size=40))
+def test_any_request_is_taken(body: bytes, headers: tuple[tuple[str, str], ...], query: str) -> None:
+    found = of_request(request(body, headers, query), "/orders/{id}")
+
+    assert all(isinstance(value, str) for values in found.values() for value in values)
