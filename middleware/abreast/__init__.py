@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from abreast.carry import adopt, carry
 from abreast.context import Current, current, is_shadow
 from abreast.effects import Effect, effect, record
 from abreast.errors import AbreastError, CaptureError, EffectError, SettingError
@@ -19,6 +20,8 @@ __all__ = [
     "EffectError",
     "ParallelRunMiddleware",
     "SettingError",
+    "adopt",
+    "carry",
     "current",
     "effect",
     "is_shadow",

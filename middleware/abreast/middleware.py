@@ -120,8 +120,7 @@ class ParallelRunMiddleware:
     def _recorder(self, scope: Scope, receive: Receive, send: Send) -> Recorder | Bystander | None:
         """What watches a marked request; None where an outer middleware does. Tells the code which role it has."""
         if SEEN in scope:
-            if CURRENT.get().pair != scope[SEEN].pair:  # something in between began a new context
-                CURRENT.set(scope[SEEN])
+            CURRENT.set(scope[SEEN])  # something in between may have begun a new context
             return None
         headers = scope["headers"]
         try:
