@@ -372,3 +372,19 @@ def test_control_characters_in_captured_values_stay_visible() -> None:
     text = printed(findings.show, api.ListFindingsResponse(findings=[evil]), width=200)
 
     assert "\\x1b[2Jgone" in text
+
+
+def test_the_timeline_shows_what_each_version_asked_of_others() -> None:
+    captures = prepared.pair_detail().captures
+    for name, start, note in (("database", 1500, ""), ("cache", 400, "miss")):
+        hop = captures[1].hops.add(kind=name, name="product", note=note)
+        hop.start.FromMicroseconds(start)
+        hop.duration.FromMicroseconds(800)
+    lines = rendered(timeline.timeline(captures, 120), 120).splitlines()
+    new = next(number for number, line in enumerate(lines) if line.strip().startswith("new shadow"))
+
+    assert "dropped by Envoy" in lines[new]
+    assert lines[new + 1].strip().startswith("→ cache product")
+    assert lines[new + 1].endswith("miss")
+    assert lines[new + 2].strip().startswith("→ database product")
+    assert lines[new + 1].index("─") < lines[new + 2].index("─")

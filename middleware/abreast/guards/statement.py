@@ -79,13 +79,14 @@ VERB = re.compile(
     r"(?P<table>[^\s(;]+)",
     re.IGNORECASE,
 )
+READ = re.compile(r"\bfrom (?:only )?(?P<table>[^\s(;,)]+)")
 INSERT = re.compile(r"insert into \S+ \((?P<columns>[^()]*)\) values \((?P<holders>[?, ]*)\)")
 PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """`word` is its first, but for `with`: there it is what is done to a table. `table` is empty where none is named."""
+    """`word` is its first, but for `with`: there it is what is done to a table. `table` is the first that is named."""
 
     word: str
     table: str
@@ -132,7 +133,7 @@ def statement(text: str) -> Statement:
     columns = _columns(inserted) if inserted else ()
     return Statement(
         word=word,
-        table=doing["table"].strip('"') if doing is not None and (hidden or word in WRITES) else "",
+        table=_table(doing if hidden or word in WRITES else READ.search(shape)),
         shape=shape[:MOST_SHAPE],
         writes=hidden or word in WRITES,
         control=(word in CONTROL and not to_savepoint) or prepared,
@@ -166,6 +167,10 @@ def _shape(text: str) -> tuple[str, tuple[str, ...]]:
 
 def _spaced(found: re.Match[str]) -> str:
     return {"(": " (", ")": ") ", ",": ", ", ";": "; "}[found[1]]
+
+
+def _table(found: re.Match[str] | None) -> str:
+    return found["table"].strip('"') if found is not None else ""
 
 
 def _columns(inserted: re.Match[str]) -> tuple[str, ...]:

@@ -1082,6 +1082,7 @@ class CaptureDetail(_message.Message):
     BODY_LENGTH_FIELD_NUMBER: _builtins.int
     RAISED_FIELD_NUMBER: _builtins.int
     CLIENT_LEFT_FIELD_NUMBER: _builtins.int
+    HOPS_FIELD_NUMBER: _builtins.int
     version: _common_pb2.Version.ValueType
     """The version."""
     role: _common_pb2.Role.ValueType
@@ -1116,6 +1117,10 @@ class CaptureDetail(_message.Message):
     def headers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Header]:
         """The answer's headers, in order."""
 
+    @_builtins.property
+    def hops(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hop]:
+        """What the application asked of others, in the order of their ends; the first 100."""
+
     def __init__(
         self,
         *,
@@ -1132,14 +1137,57 @@ class CaptureDetail(_message.Message):
         body_length: _builtins.int = ...,
         raised: _builtins.str = ...,
         client_left: _builtins.bool = ...,
+        hops: _abc.Iterable[Global___Hop] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_byte", b"first_byte", "started", b"started", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "body", b"body", "body_length", b"body_length", "client_left", b"client_left", "first_byte", b"first_byte", "headers", b"headers", "raised", b"raised", "release", b"release", "role", b"role", "started", b"started", "status", b"status", "total", b"total", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "body", b"body", "body_length", b"body_length", "client_left", b"client_left", "first_byte", b"first_byte", "headers", b"headers", "hops", b"hops", "raised", b"raised", "release", b"release", "role", b"role", "started", b"started", "status", b"status", "total", b"total", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CaptureDetail: _TypeAlias = CaptureDetail  # noqa: Y015
+
+@_typing.final
+class Hop(_message.Message):
+    """What the application asked of something else while it made its answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """What was asked: `cache`, `database`, or what the application calls it."""
+    name: _builtins.str
+    """What for, such as a statement's verb and table, or the first part of a cache's key."""
+    note: _builtins.str
+    """`hit` or `miss` of a cache, or the class of what was raised; empty for nothing to say."""
+    @_builtins.property
+    def start(self) -> _duration_pb2.Duration:
+        """When it was asked, since the request arrived."""
+
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Until it answered."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        name: _builtins.str = ...,
+        start: _duration_pb2.Duration | None = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "kind", b"kind", "name", b"name", "note", b"note", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hop: _TypeAlias = Hop  # noqa: Y015
 
 @_typing.final
 class PairDetail(_message.Message):

@@ -170,6 +170,12 @@ def capture(found: Capture) -> comparison_pb2.CaptureDetail:
         body_length=found.answer.body.length,
         raised=found.raised,
         client_left=found.client_left,
+        hops=[
+            comparison_pb2.Hop(
+                kind=kind, name=name, start=duration(at_us), duration=duration(took_us), note=note
+            )
+            for kind, name, at_us, took_us, note in found.hops
+        ],
     )
 
 
