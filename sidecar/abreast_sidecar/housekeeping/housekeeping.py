@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from abreast_sidecar.errors import LedgerError, RedisError
+from abreast_sidecar.housekeeping.cache import find_misses
 from abreast_sidecar.housekeeping.envoy import EnvoyError, bring_envoy
 from abreast_sidecar.housekeeping.latency import find_slow
 from abreast_sidecar.housekeeping.missing import find_missing
@@ -78,6 +79,7 @@ class Housekeeping:
             Chore("reports", REPORTS, ("redis", "postgres"), self._bring_reports),
             Chore("noise", NOISE, ("postgres",), self._decide_noise),
             Chore("latency", SLOW, ("postgres",), self._find_slow),
+            Chore("cache", SLOW, ("postgres",), self._find_misses),
             Chore("missing", SLOW, ("postgres",), self._find_missing),
             Chore("consumers", CONSUMERS, ("redis",), self._forget_consumers),
             Chore("days", DAYS, ("postgres",), self._turn_days),
@@ -131,6 +133,10 @@ class Housekeeping:
     async def _find_slow(self) -> None:
         async with self._database.connection() as connection:
             await find_slow(connection)
+
+    async def _find_misses(self) -> None:
+        async with self._database.connection() as connection:
+            await find_misses(connection)
 
     async def _find_missing(self) -> None:
         async with self._database.connection() as connection:

@@ -144,7 +144,7 @@ class Queries:
 
     async def separating(self, found: Finding) -> Feature | None:
         """What the requests that show the finding have in common, and others of its endpoint don't."""
-        if found.part == "latency":
+        if found.part in {"latency", "cache"}:
             return None
         asked = {"id": found.id, "limit": MAX_REQUESTS}
         shows = await self._features("requests_showing", asked, found.endpoint.route)

@@ -3,6 +3,6 @@
 select e.id as endpoint, e.compared, e.baseline_compared, f.id, f.part, f.path, f.kind, f.count, f.baseline_count,
        f.explained, f.new_greater, f.new_smaller, f.state, f.reason
 from abreast.endpoint e
-left join abreast.finding f on f.endpoint_id = e.id and f.part <> 'latency' and f.path <> 'no capture'
+left join abreast.finding f on f.endpoint_id = e.id and f.part not in ('latency', 'cache') and f.path <> 'no capture'
 where (e.compared, e.baseline_compared) <> (e.judged_compared, e.judged_baseline)
 order by e.id, f.id
