@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import replace
+from time import perf_counter_ns
 
 import pytest
 
+import abreast
 from abreast.cache import Cache
+from abreast.hops import HIT, MOST, went
 from abreast.recorder import Receive, Scope, Send
 from abreast_sidecar.housekeeping.cache import find_misses
 from abreast_sidecar.serve.phrase import phrase, place
@@ -18,6 +22,7 @@ from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.queries import FindingFilter, Queries
 from abreast_sidecar.store.results import Finding
 from support import eventually_async
+from support_guards import inside
 from support_middleware import captured, sampled
 from support_pairs import outcomes, pair_of, running, send
 
@@ -95,3 +100,29 @@ async def test_a_version_that_misses_twice_as_often_is_a_finding(redis_url: str,
 @pytest.mark.parametrize(("old", "new"), [(0.3, 0.3), (0.5, 0.25), (0.0, 0.0)])
 async def test_one_that_does_not_is_none(redis_url: str, postgres_url: str, old: float, new: float) -> None:
     assert await compared(redis_url, postgres_url, old, new) == []
+
+
+async def test_users_add_hops_of_their_own(redis_url: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001  # ASGI's signature
+        with abreast.hop("parts", "search"), contextlib.suppress(LookupError), abreast.hop("prices"):
+            raise LookupError
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    capture = await captured(app, redis_url, sampled())
+
+    assert [(kind, name, note) for kind, name, _, _, note in capture.hops] == [
+        ("call", "prices", "LookupError"),
+        ("search", "parts", ""),
+    ]
+    assert capture.cache is None
+
+
+def test_hops_are_bounded_and_hits_are_counted_beyond() -> None:
+    with inside("live") as request:
+        for _ in range(MOST + 50):
+            went(request, "cache", "product", perf_counter_ns(), HIT)
+
+    assert request.hops is not None
+    assert len(request.hops.kept) == MOST
+    assert request.hops.hits == MOST + 50
