@@ -10,6 +10,7 @@ same transaction, so that it reads what it has written. All is rolled back when 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from contextvars import Context
 from typing import Any
 
@@ -67,8 +68,10 @@ class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]
         if conn.held and not conn.closed:
             try:
                 await conn.rollback()  # what was not committed
-            except Exception:  # noqa: BLE001  # it is in no state to go on with
-                conn.pgconn.finish()
+            except BaseException:
+                conn.pgconn.finish()  # it is in no state to go on with
+                await self._give_back(conn)
+                raise
         if not (conn.held and not conn.closed and self._pins.keep(conn.request, conn)):
             await self._give_back(conn)
 
@@ -80,7 +83,8 @@ class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]
 
     async def _end(self, connections: list[AsyncConnection[Any]]) -> None:
         for connection in connections:
-            await self._give_back(connection)
+            with contextlib.suppress(Exception):  # then it is closed, and rolled back by the server
+                await self._give_back(connection)
 
     async def close(self, timeout: float = 5.0) -> None:
         await self.shadows.close(timeout)
@@ -129,8 +133,10 @@ class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
         if conn.held and not conn.closed:
             try:
                 conn.rollback()  # what was not committed
-            except Exception:  # noqa: BLE001  # it is in no state to go on with
-                conn.pgconn.finish()
+            except BaseException:
+                conn.pgconn.finish()  # it is in no state to go on with
+                self._give_back(conn)
+                raise
         if not (conn.held and not conn.closed and self._pins.keep(conn.request, conn)):
             self._give_back(conn)
 
@@ -142,7 +148,8 @@ class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
 
     def _end(self, connections: list[Connection[Any]]) -> None:
         for connection in connections:
-            self._give_back(connection)
+            with contextlib.suppress(Exception):  # then it is closed, and rolled back by the server
+                self._give_back(connection)
 
     def close(self, timeout: float = 5.0) -> None:
         self.shadows.close(timeout)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+MOST_TEXT = 16_384  # characters that are read
 MOST_SHAPE = 2000  # characters
 CONTROL = frozenset({"abort", "begin", "commit", "end", "rollback", "start"})
 READS = frozenset(
@@ -118,8 +119,12 @@ class Statement:
         return list(given)
 
 
-@lru_cache(maxsize=1024)
 def statement(text: str) -> Statement:
+    return _statement(text[:MOST_TEXT])
+
+
+@lru_cache(maxsize=512)
+def _statement(text: str) -> Statement:
     shape, names = _shape(text)
     first, _, rest = shape.lstrip("(; ").partition(" ")
     word = re.split(r"[^a-z]", first, maxsplit=1)[0]
@@ -176,3 +181,6 @@ def _table(found: re.Match[str] | None) -> str:
 def _columns(inserted: re.Match[str]) -> tuple[str, ...]:
     columns = tuple(column.strip() for column in inserted["columns"].split(","))
     return columns if inserted["holders"].count("?") == len(columns) else ()
+
+
+UNREAD = Statement("", "", "", writes=False, control=False, known=True, names=(), columns=())
