@@ -451,3 +451,16 @@ async def test_a_request_that_is_cancelled_leaves_nothing(table: str) -> None:
 
         assert rows(table) == []
         assert nothing_is_held(table)
+
+
+async def test_a_pool_that_a_shadow_opened_serves_users(table: str) -> None:
+    pool = AsyncConnectionPool(table, min_size=1, open=False)
+    async with handled():
+        await pool.open(wait=True)
+        async with pool.connection() as connection:
+            await connection.execute(INSERT, (1, 10))
+    async with pool.connection() as connection:
+        await connection.execute(INSERT, (2, 10))
+    await pool.close()
+
+    assert rows(table) == [2]

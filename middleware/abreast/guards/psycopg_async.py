@@ -295,6 +295,10 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
             raise ShadowError(f"a shadow request can't {what}: it could not be taken back")
 
 
+class AsyncUserConnection(AsyncConnection[Row]):
+    """For users' requests, whoever has it opened: a pool may grow while a shadow request waits."""
+
+
 class AsyncShadowConnection(AsyncConnection[Row]):
     """For shadow requests: rolled back when it is given up or closed."""
 

@@ -295,6 +295,10 @@ class Connection(psycopg.Connection[Row]):
             raise ShadowError(f"a shadow request can't {what}: it could not be taken back")
 
 
+class UserConnection(Connection[Row]):
+    """For users' requests, whoever has it opened: a pool may grow while a shadow request waits."""
+
+
 class ShadowConnection(Connection[Row]):
     """For shadow requests: rolled back when it is given up or closed."""
 
