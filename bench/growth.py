@@ -127,7 +127,7 @@ async def ask(url: str) -> dict[str, list[float]]:
                 return await queries.summary(SERVICE, window)
 
             async def findings(window: Window = window) -> object:
-                return await queries.findings(FindingFilter(service=SERVICE, window=window), Page(100, None))
+                return await queries.findings(FindingFilter(service=SERVICE, window=window), Page(100, ""))
 
             found[f"get_summary_{name}_ms"] = await timed(summary)
             found[f"list_findings_{name}_ms"] = await timed(findings)

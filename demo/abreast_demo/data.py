@@ -7,7 +7,8 @@ from importlib import resources
 from typing import Any
 
 from psycopg.rows import dict_row
-from psycopg_pool import AsyncConnectionPool
+
+from abreast.guards.psycopg_pool import AsyncConnectionPool
 
 SEED_LOCK = 5_270_116  # several processes of one version may start at once
 CONNECTIONS = 8
@@ -21,6 +22,8 @@ def statement(name: str) -> bytes:
 
 
 class Database:
+    """What a shadow request writes is rolled back at its end."""
+
     def __init__(self, url: str) -> None:
         self.pool = AsyncConnectionPool(
             url,
@@ -43,7 +46,7 @@ class Database:
     async def rows(self, name: str, **values: Any) -> list[Row]:
         async with self.pool.connection() as connection:
             found = await connection.execute(statement(name), values)
-            return await found.fetchall()  # type: ignore[return-value]  # the pool's rows are dicts by its row_factory
+            return await found.fetchall()
 
     async def write(self, name: str, **values: Any) -> None:
         async with self.pool.connection() as connection:

@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 
@@ -41,17 +42,20 @@ class Addresses:
 
 
 @contextmanager
-def deployed(addresses: Addresses, say: Callable[[str], None]) -> Iterator[Stack]:
-    """Everything runs and Envoy knows that both versions are well. Raise ServerError otherwise."""
+def deployed(addresses: Addresses, say: Callable[[str], None], **more: Any) -> Iterator[Stack]:
+    """Everything runs and Envoy knows that both versions are well. Raise ServerError otherwise.
+
+    `more` are settings of Envoy, over the demo's.
+    """
     upstreams = {version: Endpoint(LOOPBACK, free_port()) for version in VERSIONS}
+    shares: dict[str, Any] = {"sample_safe": SAMPLE, "baseline_share": BASELINE, **more}
     envoy = EnvoySettings(
         service=SERVICE,
         listen=addresses.listen,
         old=(upstreams["old"],),
         new=(upstreams["new"],),
         sticky=Sticky("header", USER_HEADER),
-        sample_safe=SAMPLE,
-        baseline_share=BASELINE,
+        **shares,
     )
     with (
         Stack(envoy, grpc=addresses.grpc, http=addresses.http, say=say) as stack,

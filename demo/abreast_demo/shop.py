@@ -6,12 +6,13 @@ import uuid
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
-from abreast_demo.cache import Cache
+from abreast.cache import Cache
 from abreast_demo.data import Database, Row
 
 RATES = {"EUR": Decimal(1), "USD": Decimal("1.0847"), "GBP": Decimal("0.8553"), "JPY": Decimal("163.27")}
 WHOLE = frozenset({"JPY"})  # currencies without a smaller unit
 CENT = Decimal("0.01")
+KEPT = 20.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,43 +49,35 @@ class Shop:
 
     def __init__(self, database_url: str, cache_url: str) -> None:
         self.database = Database(database_url)
-        self.cache = Cache(cache_url)
+        self.cache = Cache(cache_url, namespace="shop", form="1", ttl=KEPT)  # rows, which both read alike
 
     async def open(self) -> None:
         await self.database.open()
 
     async def close(self) -> None:
-        await self.cache.close()
+        await self.cache.aclose()
         await self.database.close()
 
     async def categories(self) -> list[Row]:
-        return await self.cache.through("shop:categories", lambda: self.database.rows("categories"))
+        return await self.cache.get("categories", lambda: self.database.rows("categories"))
 
     async def category(self, slug: str) -> list[Product]:
-        rows = await self.cache.through(
-            f"shop:category:{slug}", lambda: self.database.rows("category", slug=slug)
-        )
+        rows = await self.cache.get(f"category:{slug}", lambda: self.database.rows("category", slug=slug))
         return [Product(**row) for row in rows]
 
     async def product(self, product: int) -> Product | None:
-        rows = await self.cache.through(
-            f"shop:product:{product}", lambda: self.database.rows("product", id=product)
-        )
+        rows = await self.cache.get(f"product:{product}", lambda: self.database.rows("product", id=product))
         return Product(**rows[0]) if rows else None
 
     async def reviews(self, product: int) -> list[Row]:
-        return await self.cache.through(
-            f"shop:reviews:{product}", lambda: self.database.rows("reviews", id=product)
-        )
+        return await self.cache.get(f"reviews:{product}", lambda: self.database.rows("reviews", id=product))
 
     async def related(self, product: int) -> set[int]:
-        rows = await self.cache.through(
-            f"shop:related:{product}", lambda: self.database.rows("related", id=product)
-        )
+        rows = await self.cache.get(f"related:{product}", lambda: self.database.rows("related", id=product))
         return {row["id"] for row in rows}
 
     async def stats(self) -> Stats:
-        rows = await self.cache.through("shop:stats", lambda: self.database.rows("stats"))
+        rows = await self.cache.get("stats", lambda: self.database.rows("stats"))
         return Stats(**rows[0])
 
     async def search(self, statement: str, pattern: str) -> list[Product]:

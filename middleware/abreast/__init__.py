@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from abreast.carry import adopt, carry
 from abreast.context import Current, current, is_shadow
 from abreast.effects import Effect, effect, record
-from abreast.errors import AbreastError, CaptureError, EffectError, SettingError
+from abreast.errors import AbreastError, CaptureError, EffectError, SettingError, ShadowError
+from abreast.hops import hop
 
 if TYPE_CHECKING:
     from abreast.middleware import ParallelRunMiddleware
@@ -19,8 +21,12 @@ __all__ = [
     "EffectError",
     "ParallelRunMiddleware",
     "SettingError",
+    "ShadowError",
+    "adopt",
+    "carry",
     "current",
     "effect",
+    "hop",
     "is_shadow",
     "record",
 ]

@@ -26,13 +26,13 @@ def settle(recorder: Recorder, route: str) -> None:
     scope = recorder.scope
     recorder.scope = {name: scope[name] for name in KEPT if name in scope}
     recorder.route = route
-    recorder.started = time.time() - (perf_counter_ns() - recorder.began) / 1e9
+    recorder.started = time.time() - (perf_counter_ns() - recorder.now.began) / 1e9
 
 
 def assemble(recorder: Recorder, settings: Settings, chosen: frozenset[bytes], redactor: Redactor) -> Capture:
     """A capture whose secrets are hashed, of what was settled."""
-    version, role, arms, _ = recorder.marks
-    began, scope, hops = recorder.began, recorder.scope, recorder.now.hops
+    version, role, arms, *_ = recorder.marks
+    began, scope, hops = recorder.now.began, recorder.scope, recorder.now.hops
     effects, effects_dropped = recorder.now.close(redactor.payload)
     return Capture(
         pair=recorder.pair.decode("ascii"),

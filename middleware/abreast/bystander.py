@@ -11,6 +11,9 @@ Message = MutableMapping[str, Any]
 
 
 class Bystander:
+    returned = False
+    finished = 0  # as a recorder's, so that it is always told when the app has left
+
     def __init__(
         self,
         now: Current,

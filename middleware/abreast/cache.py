@@ -35,7 +35,7 @@ logger = logging.getLogger("abreast")
 
 PAUSE = 1.0  # seconds without a question to a Redis that did not answer
 STAMP = 8  # bytes before a value: when it is over, ms since the epoch, big-endian
-APART = "shadow"  # in the keys of what shadows keep
+OURS = "abreast:"  # what shadows keep begins so, and no namespace does
 KIND = "cache"
 MISSING = object()
 
@@ -194,11 +194,8 @@ class Cache:
         return held if len(held) <= self._max_bytes else None
 
     def _name(self, key: str, shadow: Current | None = None) -> str:
-        return (
-            f"{self._namespace}:{key}"
-            if shadow is None
-            else f"{self._namespace}:{APART}:{shadow.version}:{key}"
-        )
+        name = f"{self._namespace}:{key}"
+        return name if shadow is None else f"{OURS}shadow:{shadow.version}:{name}"
 
     async def _ask(self, question: Callable[[], Awaitable[Any]]) -> Any:
         """Redis's answer; None when it has none in time, and while it is left alone."""
@@ -256,7 +253,7 @@ def _client(url: str, timeout: float) -> Redis:
 
 
 def _check(namespace: str, ttl: float, jitter: float, timeout: float, shadow_writes: str) -> None:
-    if not namespace:
+    if not namespace or namespace.startswith(OURS):
         raise SettingError("a cache needs a namespace of its own in Redis, such as namespace='shop'")
     if not (ttl > 0 and timeout > 0 and 0 <= jitter < 1):
         raise SettingError("a cache's ttl and timeout must be seconds above 0, and its jitter below 1")

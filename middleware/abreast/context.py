@@ -81,6 +81,20 @@ class Current:
         return held.close(redact), held.dropped
 
 
+def maker(version: Version, role: Role, release: str, sink: Sink) -> Callable[[str, int], Current]:
+    """What makes a captured request of its pair and its start. What all of them share is in a class of their own."""
+
+    class Marked(Current):
+        def __init__(self, pair: str, began: int) -> None:
+            self.pair = pair
+            self.began = began
+
+    shared = Current(version, role, "", release, sink)
+    for name, value in vars(shared).items():
+        setattr(Marked, name, value)
+    return Marked
+
+
 MAKING = threading.Lock()
 LATE = Journal(0)  # of all requests that recorded nothing in time
 LATE.closed = True

@@ -12,7 +12,7 @@ from typing import Unpack, get_args
 from abreast.backlog import Backlog
 from abreast.bystander import Bystander
 from abreast.capture import Role, Version
-from abreast.context import CURRENT, OUTSIDE, Current
+from abreast.context import CURRENT, OUTSIDE, Current, maker
 from abreast.ending import end
 from abreast.errors import SettingError
 from abreast.loops import Loops
@@ -72,15 +72,16 @@ class ParallelRunMiddleware:
                 role,
                 arms,
                 [(VERSION, version.encode()), *tags],
+                maker(version, role, self._release, self.backlog),
             )
             for version in get_args(Version)
             for role in get_args(Role)
             for arms in (2, 3)
         }
 
-    async def __call__(
+    async def __call__(  # noqa: C901  # one function: it is in every request
         self, scope: Scope, receive: Receive, send: Send
-    ) -> None:  # one function: it is in every request
+    ) -> None:
         kind = scope["type"]
         if kind == "http" or kind == "websocket":  # noqa: PLR1714  # faster
             before, recorder, stray = CURRENT.get(), None, False
@@ -103,8 +104,11 @@ class ParallelRunMiddleware:
                     recorder.left(type(error).__name__)
                     end(recorder.now)
                     raise
-                recorder.left("")
-                end(recorder.now)
+                recorder.returned = True
+                if not recorder.finished:
+                    recorder.left("")
+                if recorder.now.shadow:
+                    end(recorder.now)
                 CURRENT.set(before)
                 return
             if stray:
@@ -120,8 +124,7 @@ class ParallelRunMiddleware:
     def _recorder(self, scope: Scope, receive: Receive, send: Send) -> Recorder | Bystander | None:
         """What watches a marked request; None where an outer middleware does. Tells the code which role it has."""
         if SEEN in scope:
-            if CURRENT.get().pair != scope[SEEN].pair:  # something in between began a new context
-                CURRENT.set(scope[SEEN])
+            CURRENT.set(scope[SEEN])  # something in between may have begun a new context
             return None
         headers = scope["headers"]
         try:
@@ -140,7 +143,7 @@ class ParallelRunMiddleware:
             or scope["type"] != "http"
         ):
             return self._bystander(found, receive, send)
-        now = Current(marks[0], marks[1], pair.decode(), self._release, self.backlog, perf_counter_ns())
+        now = marks[4](pair.decode(), perf_counter_ns())
         if now.shadow:
             now.ends = []
         CURRENT.set(now)

@@ -20,7 +20,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 RawHeaders = list[tuple[bytes, bytes]]
-Marks = tuple[Version, Role, int, RawHeaders]  # with the number of copies, and what the answer is tagged with
+# With the number of copies, what the answer is tagged with, and what makes the request as its code sees it.
+Marks = tuple[Version, Role, int, RawHeaders, Callable[[str, int], Current]]
 
 PAIR = b"x-abreast-pair"
 
@@ -72,7 +73,6 @@ class Recorder:
         self.pair = pair
         self.marks = marks
         self.now = now
-        self.began = now.began
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -130,6 +130,7 @@ class Recorder:
     def left(self, raised: str) -> None:
         """The app is done, by returning or by raising. Of what it did after its answer, effects are ours alone."""
         self.returned = True
+        self.now.answered = True
         if not self.finished:
             self.raised = raised
             self._ship()
@@ -164,7 +165,6 @@ class Recorder:
             self._body().add_file(part)
 
     def _ship(self) -> None:
-        self.now.answered = True
         self.finished = perf_counter_ns()
         try:
             self._host.recorded(self)

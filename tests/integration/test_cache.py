@@ -56,7 +56,7 @@ async def cache(redis_url: str) -> AsyncIterator[Cache]:
 
 def kept(url: str) -> dict[str, dict[bytes, bytes]]:
     with redis.Redis.from_url(url) as client:
-        return {name.decode(): client.hgetall(name) for name in client.scan_iter("shop:*")}
+        return {name.decode(): client.hgetall(name) for name in client.scan_iter()}
 
 
 async def test_what_was_loaded_once_is_read_from_then_on(cache: Cache) -> None:
@@ -265,6 +265,7 @@ async def test_a_shadow_may_keep_its_own_apart(redis_url: str) -> None:
             source = Source("a shadow's")
             assert [await cache.get("product:7", source) for _ in range(2)] == ["a shadow's"] * 2
         assert source.asked == 1
+        assert list(kept(redis_url)) == ["abreast:shadow:new:shop:product:7"]
         assert await cache.get("product:7", Source("a user's")) == "a user's"
         with inside():
             assert await cache.get("product:7", Source()) == "a user's"
@@ -350,6 +351,7 @@ async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_w
     ("changes", "said"),
     [
         ({"namespace": ""}, "namespace='shop'"),
+        ({"namespace": "abreast:mine"}, "namespace='shop'"),
         ({"ttl": 0}, "ttl"),
         ({"jitter": 1}, "jitter"),
         ({"shadow_writes": "somewhere"}, "'apart' or 'nowhere', got 'somewhere'"),

@@ -10,12 +10,18 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg_pool import PoolTimeout
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from abreast.ending import UNDER_WAY, end
 from abreast.errors import SettingError, ShadowError
 from abreast.guards.psycopg import AsyncConnection, Connection
 from abreast.guards.psycopg_pool import AsyncConnectionPool, ConnectionPool
 from support_guards import effects, handled, inside, nothing_is_held, rows
+from support_middleware import captured, sampled
 
 pytestmark = pytest.mark.postgres
 
@@ -127,38 +133,37 @@ async def test_an_error_in_autocommit_takes_nothing_along(table: str) -> None:
     assert rows(table) == []
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "commit",
-        " ; COMMIT",
-        "-- well\rcommit",
-        "-- well\ncommit",
-        "/* a */ commit",
-        "/* a /* b */ select */ commit",
-        "/* a /* b */ */ end",
-        "end",
-        "commit and chain",
-        "rollback",
-        "abort",
-        "begin",
-        "start transaction",
-        "prepare transaction 'x'",
-        "commit prepared 'x'",
-        "listen orders",
-        "gibberish",
-        b"commit",
-        psycopg.sql.SQL("commit"),
-    ],
+ENDINGS: tuple[Any, ...] = (
+    "commit",
+    " ; COMMIT",
+    "-- well\rcommit",
+    "-- well\ncommit",
+    "/* a */ commit",
+    "/* a /* b */ select */ commit",
+    "/* a /* b */ */ end",
+    "end",
+    "commit and chain",
+    "rollback",
+    "abort",
+    "begin",
+    "start transaction",
+    "prepare transaction 'x'",
+    "commit prepared 'x'",
+    "listen orders",
+    "gibberish",
+    b"commit",
+    psycopg.sql.SQL("commit"),
 )
-async def test_what_would_end_the_transaction_is_refused(table: str, statement: Any) -> None:
+
+
+async def test_what_would_end_the_transaction_is_refused(table: str) -> None:
     async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
         async with handled(), pool.connection() as connection:
             await connection.execute(INSERT, (1, 10))
-            with pytest.raises(ShadowError):
-                await connection.execute(statement)
-
-    assert rows(table) == []
+            for statement in ENDINGS:
+                with pytest.raises(ShadowError):
+                    await connection.execute(statement)
+                assert rows(table) == [], statement
 
 
 @pytest.mark.parametrize("way", ["execute", "stream", "copy", "many", "server", "pipeline", "block", "tpc"])
@@ -397,3 +402,64 @@ async def test_a_class_of_the_users_own_cant_take_the_guards_place(table: str) -
         async with made:
             with pytest.raises(ShadowError, match="cursor"):
                 made.cursor()
+
+
+async def test_background_tasks_are_in_the_transaction_and_undone_with_it(table: str, redis_url: str) -> None:
+    """Through the middleware, as a request of a real service."""
+    seen: list[Any] = []
+    async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
+
+        async def order(_request: Request) -> Response:
+            async with pool.connection() as connection:
+                await connection.execute(INSERT, (1, 10))
+            return Response(background=BackgroundTask(later))
+
+        async def later() -> None:
+            async with pool.connection() as connection:
+                await connection.execute(INSERT, (2, 10))
+                cursor = await connection.execute("select id from placed order by id")
+                seen.extend(await cursor.fetchall())
+
+        app = Starlette(routes=[Route("/", order, methods=["POST"])])
+        capture = await captured(app, redis_url, sampled("/", "POST", version="new", role="shadow"))
+        await asyncio.gather(*UNDER_WAY)
+
+        assert seen == [(1,), (2,)]
+        assert rows(table) == []
+        assert nothing_is_held(table)
+    assert [one["kind"] for one in capture.effects] == ["db.insert.placed"] * 2
+
+
+async def test_a_request_that_is_cancelled_leaves_nothing(table: str) -> None:
+    async with AsyncConnectionPool(table, min_size=1, shadow_max_size=1, open=False, timeout=5) as pool:
+        writing = asyncio.Event()
+
+        async def endpoint() -> None:
+            async with pool.connection() as connection:
+                await connection.execute(INSERT, (1, 10))
+                writing.set()
+                await connection.execute("select pg_sleep(60)")
+
+        async with handled():
+            task = asyncio.create_task(endpoint())
+            await writing.wait()
+            task.cancel()
+            await asyncio.wait([task])
+        async with handled(), pool.connection() as connection:  # there is a connection again
+            await connection.execute(INSERT, (1, 10))
+
+        assert rows(table) == []
+        assert nothing_is_held(table)
+
+
+async def test_a_pool_that_a_shadow_opened_serves_users(table: str) -> None:
+    pool = AsyncConnectionPool(table, min_size=1, open=False)
+    async with handled():
+        await pool.open(wait=True)
+        async with pool.connection() as connection:
+            await connection.execute(INSERT, (1, 10))
+    async with pool.connection() as connection:
+        await connection.execute(INSERT, (2, 10))
+    await pool.close()
+
+    assert rows(table) == [2]

@@ -229,3 +229,15 @@ async def test_what_is_not_known_is_not_protected_and_says_so(table: str) -> Non
     with inside(), pytest.raises(ShadowError, match="creator"):
         engine.connect()
     engine.dispose()
+
+
+async def test_an_engine_that_a_shadow_used_first_serves_users(table: str) -> None:
+    engine = create_async_engine(dialect(table), pool_pre_ping=True)
+    protect(engine)
+    async with handled():
+        await place(engine, 1)
+        assert await count(engine) == 1
+    await place(engine, 2)
+    await engine.dispose()
+
+    assert rows(table) == [2]

@@ -32,7 +32,6 @@ from support_guards import nothing_is_held
 from support_middleware import SERVICE, call, http_scope, marks
 from support_pairs import outcomes, rows, running
 
-ORDERS = 1000
 AT_ONCE = 20
 MOST = 10  # the planted difference: new writes no more than these
 TABLE = b"create table orders (id bigint primary key, quantity integer not null)"
@@ -105,7 +104,7 @@ def new_service(engine: Any, urls: Urls) -> ParallelRunMiddleware:
     return service(order, urls)
 
 
-async def send(old: App, new: App) -> None:
+async def send(old: App, new: App, orders: int) -> None:
     """As Envoy does: old answers, new gets a copy. Every tenth order is a large one."""
     bounded = asyncio.Semaphore(AT_ONCE)
 
@@ -123,35 +122,37 @@ async def send(old: App, new: App) -> None:
             assert (messages[0]["status"], raised) == (201, None)
             assert orjson.loads(messages[1]["body"]) == {"order": number}, "it reads what it has written"
 
-    await asyncio.gather(*[one(number) for number in range(ORDERS)])
+    await asyncio.gather(*[one(number) for number in range(orders)])
     await asyncio.gather(*UNDER_WAY)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["rolled back", "a database of its own"])
-async def test_a_thousand_shadowed_orders(urls: Urls, own: bool) -> None:
+@pytest.mark.parametrize(
+    ("orders", "own"), [(1000, False), (200, True)], ids=["rolled back", "a database of its own"]
+)
+async def test_shadowed_orders_are_where_the_setting_says(urls: Urls, orders: int, own: bool) -> None:
     engine = create_async_engine(urls.new.replace("postgresql:", "postgresql+psycopg:"))
     spare = urls.spare.replace("postgresql:", "postgresql+psycopg:")
     protect(engine, shadow_url=spare if own else None, shadow_pool_size=8)
     settings = Settings(redis_url=urls.redis, postgres_url=urls.ledger, claim_idle=0.5, shutdown_timeout=5.0)
     async with AsyncConnectionPool(urls.old, min_size=8, open=False) as pool, running(settings):
         old, new = old_service(pool, urls), new_service(engine, urls)
-        await send(old, new)
+        await send(old, new, orders)
         await old.aclose()
         await new.aclose()
 
         async def judged() -> bool:
-            return sum(outcomes(urls.ledger).values()) == ORDERS
+            return sum(outcomes(urls.ledger).values()) == orders
 
         await eventually_async(judged, within=60, what="all pairs are in the ledger")
         held = nothing_is_held(urls.new)
     await engine.dispose()
 
-    assert rows(urls.old, "select count(*), sum(quantity) from orders") == [(ORDERS, 900 + 100 * 50)]
+    assert rows(urls.old, "select count(*), sum(quantity) from orders") == [(orders, orders // 10 * (9 + 50))]
     assert rows(urls.new, "select count(*) from orders") == [(0,)]
-    assert rows(urls.spare, "select count(*) from orders") == [(ORDERS if own else 0,)]
+    assert rows(urls.spare, "select count(*) from orders") == [(orders if own else 0,)]
     assert held
-    assert outcomes(urls.ledger) == {"match": 900, "mismatch": 100}
+    assert outcomes(urls.ledger) == {"match": orders // 10 * 9, "mismatch": orders // 10}
     assert rows(
         urls.ledger,
         "select part, path, kind, count, detail->>'old', detail->>'new' from abreast.finding",
-    ) == [("effect", "db.insert.orders.$.values.quantity", "changed", 100, "50", "10")]
+    ) == [("effect", "db.insert.orders.$.values.quantity", "changed", orders // 10, "50", "10")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -323,7 +324,11 @@ async def test_a_pair_that_is_an_example_has_captures_and_differences(
             "new": "1",
         }
     ]
-    kept = packed(capture("old", {}), capture("new", {"id": 1}, role="shadow", status=201))
+    mail = {"kind": "email.send", "key": "a", "payload": {"to": "b"}, "at_us": 7, "error": "OSError"}
+    old = replace(
+        capture("old", {}), effects=(mail, {"digest": "ab", "length": 9, "note": True}), effects_dropped=3
+    )
+    kept = packed(old, capture("new", {"id": 1}, role="shadow", status=201))
     ledger.example(number, {noise: 5}, kept, differences)
 
     found = (await sidecar.comparison.GetPair(pb.GetPairRequest(id=number.upper()))).pair
@@ -335,6 +340,13 @@ async def test_a_pair_that_is_an_example_has_captures_and_differences(
     assert [(one.role, one.status) for one in found.captures] == [
         (common.ROLE_LIVE, 200),
         (common.ROLE_SHADOW, 201),
+    ]
+    assert found.captures[0].effects_dropped == 3
+    assert list(found.captures[0].effects) == [
+        pb.Effect(
+            kind="email.send", key="a", payload='{"to":"b"}', start=Duration(nanos=7000), error="OSError"
+        ),
+        pb.Effect(payload='{"digest":"ab","length":9}', start=Duration(), note=True),
     ]
     (difference,) = found.differences
     assert not difference.HasField("old")

@@ -166,9 +166,9 @@ def filled(ledger: Ledger) -> tuple[int, str]:
         "old": HOSTILE,
         "new": '"b"',
     }
-    ledger.example(
-        pair, {finding: 1}, packed(capture("old", {"a": HOSTILE}), capture("new", b"\xff\xfe")), [difference]
-    )
+    effect = {"kind": HOSTILE, "key": HOSTILE, "payload": {HOSTILE: HOSTILE}, "error": HOSTILE}
+    old = replace(capture("old", {"a": HOSTILE}), effects=(effect,), effects_dropped=2)
+    ledger.example(pair, {finding: 1}, packed(old, capture("new", b"\xff\xfe")), [difference])
     return finding, pair
 
 

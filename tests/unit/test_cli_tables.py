@@ -287,6 +287,25 @@ def test_a_pair_shows_both_answers_side_by_side_in_a_wide_terminal() -> None:
     assert line.split() == ['"price":', "19.99", "≠", '"price":', '"19.99"']
 
 
+def test_a_pair_shows_what_both_did_beside_their_answers() -> None:
+    detail = prepared.pair_detail()
+    live, shadow, _ = detail.captures
+    mail = api.Effect(kind="email.send", key="7", payload='{"to":"a\x1b[2J"}', error="OSError")
+    mail.start.FromMicroseconds(1500)
+    live.effects.append(mail)
+    live.effects_dropped = 3
+    shadow.effects.extend([api.Effect(kind="email.send", payload="1"), api.Effect(kind="seen", note=True)])
+    rows = [" ".join(line.split()) for line in printed(pair.show, detail, width=140).splitlines()]
+    first = next(row for row in rows if row.startswith("old live email.send"))
+
+    assert "\x1b" not in "".join(rows)
+    assert first.startswith("old live email.send[7] +1.5 ms")
+    assert first.endswith("raised OSError")
+    assert "old live and 3 more not recorded" in rows
+    assert "new shadow email.send +0 s 1 held back" in rows
+    assert "new shadow seen +0 s note" in rows
+
+
 def test_a_pair_that_is_not_kept_says_so() -> None:
     text = printed(pair.show, api.PairDetail(pair=prepared.pair_detail().pair))
 
@@ -372,3 +391,19 @@ def test_control_characters_in_captured_values_stay_visible() -> None:
     text = printed(findings.show, api.ListFindingsResponse(findings=[evil]), width=200)
 
     assert "\\x1b[2Jgone" in text
+
+
+def test_the_timeline_shows_what_each_version_asked_of_others() -> None:
+    captures = prepared.pair_detail().captures
+    for name, start, note in (("database", 1500, ""), ("cache", 400, "miss")):
+        hop = captures[1].hops.add(kind=name, name="product", note=note)
+        hop.start.FromMicroseconds(start)
+        hop.duration.FromMicroseconds(800)
+    lines = rendered(timeline.timeline(captures, 120), 120).splitlines()
+    new = next(number for number, line in enumerate(lines) if line.strip().startswith("new shadow"))
+
+    assert "dropped by Envoy" in lines[new]
+    assert lines[new + 1].strip().startswith("→ cache product")
+    assert lines[new + 1].endswith("miss")
+    assert lines[new + 2].strip().startswith("→ database product")
+    assert lines[new + 1].index("─") < lines[new + 2].index("─")

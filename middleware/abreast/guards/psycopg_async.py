@@ -25,7 +25,7 @@ from psycopg.rows import Row
 
 from abreast.context import CURRENT, Current
 from abreast.errors import ShadowError
-from abreast.guards.statement import Statement, statement
+from abreast.guards.statement import UNREAD, Statement, statement
 from abreast.guards.writes import Writes, of_many, of_one
 from abreast.hops import went
 
@@ -133,7 +133,10 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
 
     def look(self, query: Any) -> Statement:
         """Raise ShadowError for what could last though a shadow asks for it."""
-        shadow = CURRENT.get().shadow
+        request = CURRENT.get()
+        shadow = request.shadow
+        if self.mode == "live" and not shadow and not request.recorded:
+            return UNREAD  # nothing is to be held or recorded
         known = statement(_text(self, query))
         if self.mode == "live":
             if shadow:
@@ -290,6 +293,10 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
     def _only_live(self, what: str) -> None:
         if self.held or (self.mode == "live" and CURRENT.get().shadow):
             raise ShadowError(f"a shadow request can't {what}: it could not be taken back")
+
+
+class AsyncUserConnection(AsyncConnection[Row]):
+    """For users' requests, whoever has it opened: a pool may grow while a shadow request waits."""
 
 
 class AsyncShadowConnection(AsyncConnection[Row]):

@@ -10,6 +10,8 @@ same transaction, so that it reads what it has written. All is rolled back when 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Coroutine
 from contextvars import Context
 from typing import Any
 
@@ -18,8 +20,13 @@ import psycopg_pool
 from abreast.context import CURRENT
 from abreast.errors import SettingError
 from abreast.guards.pins import Pins
-from abreast.guards.psycopg_async import AsyncConnection, AsyncOwnConnection, AsyncShadowConnection
-from abreast.guards.psycopg_sync import Connection, OwnConnection, ShadowConnection
+from abreast.guards.psycopg_async import (
+    AsyncConnection,
+    AsyncOwnConnection,
+    AsyncShadowConnection,
+    AsyncUserConnection,
+)
+from abreast.guards.psycopg_sync import Connection, OwnConnection, ShadowConnection, UserConnection
 
 SHADOWS = 4  # connections
 
@@ -37,7 +44,10 @@ class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]
             shadow_conninfo or conninfo, connection_class=kind, **small
         )
         self._pins: Pins[AsyncConnection[Any]] = Pins(self._end)
-        super().__init__(conninfo, connection_class=AsyncConnection, **how)
+        super().__init__(conninfo, connection_class=AsyncUserConnection, **how)
+
+    async def open(self, wait: bool = False, timeout: float = 30.0) -> None:
+        await _apart(super().open(wait, timeout))
 
     async def getconn(self, timeout: float | None = None) -> AsyncConnection[Any]:
         request = CURRENT.get()
@@ -45,8 +55,8 @@ class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]
             return await super().getconn(timeout)
         connection = self._pins.take(request)
         if connection is None:
-            if self.shadows.closed:  # in a context of its own: the pool's tasks live longer than this request
-                await asyncio.get_running_loop().create_task(self.shadows.open(), context=Context())
+            if self.shadows.closed:
+                await _apart(self.shadows.open())
             connection = await self.shadows.getconn(timeout)
             connection.request = request
             if connection.mode == "rolled back":
@@ -67,8 +77,10 @@ class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]
         if conn.held and not conn.closed:
             try:
                 await conn.rollback()  # what was not committed
-            except Exception:  # noqa: BLE001  # it is in no state to go on with
-                conn.pgconn.finish()
+            except BaseException:
+                conn.pgconn.finish()  # it is in no state to go on with
+                await self._give_back(conn)
+                raise
         if not (conn.held and not conn.closed and self._pins.keep(conn.request, conn)):
             await self._give_back(conn)
 
@@ -80,7 +92,8 @@ class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]
 
     async def _end(self, connections: list[AsyncConnection[Any]]) -> None:
         for connection in connections:
-            await self._give_back(connection)
+            with contextlib.suppress(Exception):  # then it is closed, and rolled back by the server
+                await self._give_back(connection)
 
     async def close(self, timeout: float = 5.0) -> None:
         await self.shadows.close(timeout)
@@ -100,7 +113,7 @@ class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
             shadow_conninfo or conninfo, connection_class=kind, **small
         )
         self._pins: Pins[Connection[Any]] = Pins(lambda left: asyncio.to_thread(self._end, left))
-        super().__init__(conninfo, connection_class=Connection, **how)
+        super().__init__(conninfo, connection_class=UserConnection, **how)
 
     def getconn(self, timeout: float | None = None) -> Connection[Any]:
         request = CURRENT.get()
@@ -129,8 +142,10 @@ class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
         if conn.held and not conn.closed:
             try:
                 conn.rollback()  # what was not committed
-            except Exception:  # noqa: BLE001  # it is in no state to go on with
-                conn.pgconn.finish()
+            except BaseException:
+                conn.pgconn.finish()  # it is in no state to go on with
+                self._give_back(conn)
+                raise
         if not (conn.held and not conn.closed and self._pins.keep(conn.request, conn)):
             self._give_back(conn)
 
@@ -142,11 +157,17 @@ class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
 
     def _end(self, connections: list[Connection[Any]]) -> None:
         for connection in connections:
-            self._give_back(connection)
+            with contextlib.suppress(Exception):  # then it is closed, and rolled back by the server
+                self._give_back(connection)
 
     def close(self, timeout: float = 5.0) -> None:
         self.shadows.close(timeout)
         super().close(timeout)
+
+
+async def _apart(opening: Coroutine[Any, Any, None]) -> None:
+    """In a context of its own: a pool's tasks live longer than the request that opened it, and are no shadow's."""
+    await asyncio.get_running_loop().create_task(opening, context=Context())
 
 
 def _no_class(how: dict[str, Any]) -> None:

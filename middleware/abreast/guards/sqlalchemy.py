@@ -18,25 +18,31 @@ from typing import Any
 
 from sqlalchemy import URL, Engine, event, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool, PoolProxiedConnection, QueuePool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.util import await_only
 
 from abreast.context import CURRENT
 from abreast.errors import SettingError, ShadowError
 from abreast.guards.pins import Pins
-from abreast.guards.psycopg_async import AsyncConnection, AsyncOwnConnection, AsyncShadowConnection, Mode
-from abreast.guards.psycopg_sync import Connection, OwnConnection, ShadowConnection
+from abreast.guards.psycopg_async import (
+    AsyncConnection,
+    AsyncOwnConnection,
+    AsyncShadowConnection,
+    AsyncUserConnection,
+    Mode,
+)
+from abreast.guards.psycopg_sync import Connection, OwnConnection, ShadowConnection, UserConnection
 
 SHADOWS = 4  # connections
 TIMEOUT = 5.0  # seconds that a shadow waits for one of them
 MAKING: ContextVar[Mode] = ContextVar("abreast connection", default="live")
 ASYNC: dict[Mode, type[AsyncConnection[Any]]] = {
-    "live": AsyncConnection,
+    "live": AsyncUserConnection,
     "rolled back": AsyncShadowConnection,
     "own": AsyncOwnConnection,
 }
 SYNC: dict[Mode, type[Connection[Any]]] = {
-    "live": Connection,
+    "live": UserConnection,
     "rolled back": ShadowConnection,
     "own": OwnConnection,
 }
@@ -85,6 +91,7 @@ def _route(engine: Engine, mode: Mode, size: int) -> None:
         pool_size=size,
         max_overflow=0,
         timeout=TIMEOUT,
+        pre_ping=pool._pre_ping,  # noqa: SLF001
         dialect=engine.dialect,
         _dispatch=pool.dispatch,
     )
@@ -96,7 +103,7 @@ def _route(engine: Engine, mode: Mode, size: int) -> None:
 
     def dispose() -> None:
         shadows.dispose()
-        Pool.dispose(pool) if type(pool).dispose is Pool.dispose else type(pool).dispose(pool)
+        type(pool).dispose(pool)
 
     pool.connect = connect  # type: ignore[method-assign]  # of this pool
     pool.dispose = dispose  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+MOST_TEXT = 16_384  # characters that are read
 MOST_SHAPE = 2000  # characters
 CONTROL = frozenset({"abort", "begin", "commit", "end", "rollback", "start"})
 READS = frozenset(
@@ -79,13 +80,14 @@ VERB = re.compile(
     r"(?P<table>[^\s(;]+)",
     re.IGNORECASE,
 )
+READ = re.compile(r"\bfrom (?:only )?(?P<table>[^\s(;,)]+)")
 INSERT = re.compile(r"insert into \S+ \((?P<columns>[^()]*)\) values \((?P<holders>[?, ]*)\)")
 PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """`word` is its first, but for `with`: there it is what is done to a table. `table` is empty where none is named."""
+    """`word` is its first, but for `with`: there it is what is done to a table. `table` is the first that is named."""
 
     word: str
     table: str
@@ -117,8 +119,12 @@ class Statement:
         return list(given)
 
 
-@lru_cache(maxsize=1024)
 def statement(text: str) -> Statement:
+    return _statement(text[:MOST_TEXT])
+
+
+@lru_cache(maxsize=512)
+def _statement(text: str) -> Statement:
     shape, names = _shape(text)
     first, _, rest = shape.lstrip("(; ").partition(" ")
     word = re.split(r"[^a-z]", first, maxsplit=1)[0]
@@ -132,7 +138,7 @@ def statement(text: str) -> Statement:
     columns = _columns(inserted) if inserted else ()
     return Statement(
         word=word,
-        table=doing["table"].strip('"') if doing is not None and (hidden or word in WRITES) else "",
+        table=_table(doing if hidden or word in WRITES else READ.search(shape)),
         shape=shape[:MOST_SHAPE],
         writes=hidden or word in WRITES,
         control=(word in CONTROL and not to_savepoint) or prepared,
@@ -168,6 +174,13 @@ def _spaced(found: re.Match[str]) -> str:
     return {"(": " (", ")": ") ", ",": ", ", ";": "; "}[found[1]]
 
 
+def _table(found: re.Match[str] | None) -> str:
+    return found["table"].strip('"') if found is not None else ""
+
+
 def _columns(inserted: re.Match[str]) -> tuple[str, ...]:
     columns = tuple(column.strip() for column in inserted["columns"].split(","))
     return columns if inserted["holders"].count("?") == len(columns) else ()
+
+
+UNREAD = Statement("", "", "", writes=False, control=False, known=True, names=(), columns=())

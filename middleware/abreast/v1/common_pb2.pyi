@@ -146,6 +146,8 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     """The time to answer."""
     PART_EFFECT: _Part.ValueType  # 6
     """What the version did beside its answer, such as sending a mail."""
+    PART_CACHE: _Part.ValueType  # 7
+    """How often a cache had what was asked for."""
 
 class Part(_Part, metaclass=_PartEnumTypeWrapper):
     """Where in an answer a difference lies."""
@@ -164,6 +166,8 @@ PART_LATENCY: Part.ValueType  # 5
 """The time to answer."""
 PART_EFFECT: Part.ValueType  # 6
 """What the version did beside its answer, such as sending a mail."""
+PART_CACHE: Part.ValueType  # 7
+"""How often a cache had what was asked for."""
 Global___Part: _TypeAlias = Part  # noqa: Y015
 
 class _Kind:

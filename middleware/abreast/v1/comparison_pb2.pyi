@@ -1321,6 +1321,9 @@ class CaptureDetail(_message.Message):
     BODY_LENGTH_FIELD_NUMBER: _builtins.int
     RAISED_FIELD_NUMBER: _builtins.int
     CLIENT_LEFT_FIELD_NUMBER: _builtins.int
+    HOPS_FIELD_NUMBER: _builtins.int
+    EFFECTS_FIELD_NUMBER: _builtins.int
+    EFFECTS_DROPPED_FIELD_NUMBER: _builtins.int
     version: _common_pb2.Version.ValueType
     """The version."""
     role: _common_pb2.Role.ValueType
@@ -1339,6 +1342,8 @@ class CaptureDetail(_message.Message):
     """Class of the exception that left the application; empty for none."""
     client_left: _builtins.bool
     """Whether the client left before the end."""
+    effects_dropped: _builtins.int
+    """How many more there were."""
     @_builtins.property
     def started(self) -> _timestamp_pb2.Timestamp:
         """When the request arrived, by the service's clock."""
@@ -1354,6 +1359,14 @@ class CaptureDetail(_message.Message):
     @_builtins.property
     def headers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Header]:
         """The answer's headers, in order."""
+
+    @_builtins.property
+    def hops(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hop]:
+        """What the application asked of others, in the order of their ends; the first 100."""
+
+    @_builtins.property
+    def effects(self) -> _containers.RepeatedCompositeFieldContainer[Global___Effect]:
+        """What the application did beside its answer, or held back in a shadow, in order; the first 200."""
 
     def __init__(
         self,
@@ -1371,14 +1384,103 @@ class CaptureDetail(_message.Message):
         body_length: _builtins.int = ...,
         raised: _builtins.str = ...,
         client_left: _builtins.bool = ...,
+        hops: _abc.Iterable[Global___Hop] | None = ...,
+        effects: _abc.Iterable[Global___Effect] | None = ...,
+        effects_dropped: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_byte", b"first_byte", "started", b"started", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "body", b"body", "body_length", b"body_length", "client_left", b"client_left", "first_byte", b"first_byte", "headers", b"headers", "raised", b"raised", "release", b"release", "role", b"role", "started", b"started", "status", b"status", "total", b"total", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "body", b"body", "body_length", b"body_length", "client_left", b"client_left", "effects", b"effects", "effects_dropped", b"effects_dropped", "first_byte", b"first_byte", "headers", b"headers", "hops", b"hops", "raised", b"raised", "release", b"release", "role", b"role", "started", b"started", "status", b"status", "total", b"total", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CaptureDetail: _TypeAlias = CaptureDetail  # noqa: Y015
+
+@_typing.final
+class Effect(_message.Message):
+    """Something that the application did beside its answer, such as sending a mail; in a shadow, would have done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    PAYLOAD_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """What, such as `email.send`."""
+    key: _builtins.str
+    """Who or what it is about; may be empty."""
+    payload: _builtins.str
+    """What it says, as JSON text; its length and digest where it was too long. Secrets are keyed hashes."""
+    error: _builtins.str
+    """Class of what it raised; empty for nothing."""
+    note: _builtins.bool
+    """Whether it is a note, which is not compared."""
+    @_builtins.property
+    def start(self) -> _duration_pb2.Duration:
+        """When, since the request arrived."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        key: _builtins.str = ...,
+        payload: _builtins.str = ...,
+        start: _duration_pb2.Duration | None = ...,
+        error: _builtins.str = ...,
+        note: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "key", b"key", "kind", b"kind", "note", b"note", "payload", b"payload", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Effect: _TypeAlias = Effect  # noqa: Y015
+
+@_typing.final
+class Hop(_message.Message):
+    """What the application asked of something else while it made its answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """What was asked: `cache`, `database`, or what the application calls it."""
+    name: _builtins.str
+    """What for, such as a statement's verb and table, or the first part of a cache's key."""
+    note: _builtins.str
+    """`hit` or `miss` of a cache, or the class of what was raised; empty for nothing to say."""
+    @_builtins.property
+    def start(self) -> _duration_pb2.Duration:
+        """When it was asked, since the request arrived."""
+
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Until it answered."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        name: _builtins.str = ...,
+        start: _duration_pb2.Duration | None = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "kind", b"kind", "name", b"name", "note", b"note", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hop: _TypeAlias = Hop  # noqa: Y015
 
 @_typing.final
 class PairDetail(_message.Message):

@@ -10,6 +10,7 @@ from abreast.v1 import comparison_pb2 as api
 from abreast_sidecar.cli.answers import answers, ended
 from abreast_sidecar.cli.connection import Link, connected, json_option, print_json
 from abreast_sidecar.cli.curl import curl
+from abreast_sidecar.cli.effects import effects
 from abreast_sidecar.cli.humane import clock, printable
 from abreast_sidecar.cli.tables import (
     Console,
@@ -66,6 +67,10 @@ def show(out: Console, detail: api.PairDetail, *, full: bool = False, url: str =
     out.print()
     out.print(answers(detail.captures, out.width, full=full))
     out.print()
+    done = effects(detail.captures)
+    if done is not None:
+        out.print(done)
+        out.print()
     out.print(timeline(detail.captures, out.width))
 
 

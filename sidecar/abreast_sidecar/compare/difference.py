@@ -10,7 +10,7 @@ from abreast.capture import Capture
 if TYPE_CHECKING:
     from abreast_sidecar.compare.rules import RuleSet
 
-Part = Literal["status", "header", "body", "error", "latency", "effect"]
+Part = Literal["status", "header", "body", "error", "latency", "effect", "cache"]
 Kind = Literal["added", "removed", "changed", "type", "order", "slower"]
 Impact = Literal["breaking", "value", "additive"]
 Outcome = Literal[

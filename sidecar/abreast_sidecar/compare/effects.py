@@ -42,11 +42,11 @@ def _by_name(capture: Capture) -> dict[Name, list[Any]]:
     for effect in capture.effects:
         if not effect.get("note"):
             name = str(effect.get("kind", "")), str(effect.get("key", ""))
-            named.setdefault(name, []).append(_said(effect))
+            named.setdefault(name, []).append(said(effect))
     return named
 
 
-def _said(effect: Effect) -> Any:
+def said(effect: Effect) -> Any:
     """The payload; of one that was too long what is known. That it failed is no difference: a shadow does not try."""
     if "digest" in effect:
         return {"digest": effect["digest"], "length": effect.get("length", 0)}

@@ -11,6 +11,7 @@ import structlog
 
 from abreast_sidecar.compare import Rules
 from abreast_sidecar.errors import LedgerError, RedisError
+from abreast_sidecar.housekeeping.cache import find_misses
 from abreast_sidecar.housekeeping.envoy import EnvoyError, bring_envoy
 from abreast_sidecar.housekeeping.examples import trim_examples
 from abreast_sidecar.housekeeping.latency import find_slow
@@ -87,6 +88,7 @@ class Housekeeping:
             Chore("noise", NOISE, ("postgres",), self._decide_noise),
             Chore("rules", RULES, ("postgres",), self._rejudge),
             Chore("latency", SLOW, ("postgres",), self._find_slow),
+            Chore("cache", SLOW, ("postgres",), self._find_misses),
             Chore("missing", SLOW, ("postgres",), self._find_missing),
             Chore("examples", EXAMPLES, ("postgres",), self._trim_examples),
             Chore("consumers", CONSUMERS, ("redis",), self._forget_consumers),
@@ -149,6 +151,10 @@ class Housekeeping:
     async def _find_slow(self) -> None:
         async with self._database.connection() as connection:
             await find_slow(connection)
+
+    async def _find_misses(self) -> None:
+        async with self._database.connection() as connection:
+            await find_misses(connection)
 
     async def _find_missing(self) -> None:
         async with self._database.connection() as connection:

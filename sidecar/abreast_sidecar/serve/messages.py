@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.duration_pb2 import Duration
@@ -11,7 +12,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from abreast.capture import Capture
 from abreast.v1 import common_pb2, comparison_pb2, traffic_pb2
+from abreast_sidecar.compare.effects import said
 from abreast_sidecar.compare.feature import Feature
+from abreast_sidecar.compare.value import shown
 from abreast_sidecar.control import MILLION, WEIGHTS, EnvoyState, Event, Traffic
 from abreast_sidecar.serve.phrase import phrase
 from abreast_sidecar.store.results import (
@@ -196,6 +199,25 @@ def capture(found: Capture) -> comparison_pb2.CaptureDetail:
         body_length=found.answer.body.length,
         raised=found.raised,
         client_left=found.client_left,
+        hops=[
+            comparison_pb2.Hop(
+                kind=kind, name=name, start=duration(at_us), duration=duration(took_us), note=note
+            )
+            for kind, name, at_us, took_us, note in found.hops
+        ],
+        effects=[effect(one) for one in found.effects],
+        effects_dropped=found.effects_dropped,
+    )
+
+
+def effect(found: Mapping[str, Any]) -> comparison_pb2.Effect:
+    return comparison_pb2.Effect(
+        kind=str(found.get("kind", "")),
+        key=str(found.get("key", "")),
+        payload=shown(said(found)),
+        start=duration(found.get("at_us", 0)),
+        error=str(found.get("error", "")),
+        note=bool(found.get("note")),
     )
 
 

@@ -11,6 +11,8 @@ import orjson
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from abreast.capture import Body, Capture
+from abreast_sidecar.compare.effects import said
+from abreast_sidecar.compare.value import shown
 from abreast_sidecar.control import MILLION, WEIGHTS
 from abreast_sidecar.serve.phrase import phrase, place
 from abreast_sidecar.store.results import Finding
@@ -43,6 +45,7 @@ def _environment() -> Environment:
         words=words,
         rate=rate,
         in_order=in_order,
+        said=lambda effect: shown(said(effect)),
     )
     environment.globals.update(WEIGHTS=WEIGHTS, MILLION=MILLION)
     return environment

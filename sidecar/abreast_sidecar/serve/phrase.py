@@ -12,7 +12,7 @@ def place(finding: Finding) -> str:
     """Where: `$.items[*].price`, `header etag`, `status`, …"""
     if finding.part == "body":
         return finding.path or "body"
-    if finding.part in {"header", "effect"}:
+    if finding.part in {"header", "effect", "cache"}:
         return f"{finding.part} {finding.path}"
     return finding.path or NAMES.get(finding.part, finding.part)
 
@@ -21,6 +21,8 @@ def phrase(finding: Finding) -> str:
     """What happened there: `200 became 500`, `removed, was "max-age=60"`, `p50 3.1 ms became 41.0 ms`, …"""
     if finding.part == "latency":
         return _slower(finding)
+    if finding.part == "cache":
+        return _missing(finding)
     if (finding.part, finding.path) == ("error", "no capture"):
         return "old answered, new left no capture in time"
     old, new = short(finding.detail.get("old")), short(finding.detail.get("new"))
@@ -40,6 +42,11 @@ def _slower(finding: Finding) -> str:
     if old is None or new is None:
         return finding.kind
     return f"p50 {old / 1000:.1f} ms became {new / 1000:.1f} ms"
+
+
+def _missing(finding: Finding) -> str:
+    old, new = finding.detail.get("old"), finding.detail.get("new")
+    return f"{old:g} misses a request became {new:g}" if old is not None and new is not None else finding.kind
 
 
 def short(value: str | None) -> str:

@@ -72,8 +72,10 @@ class Judged:
         old, new = judgement.old, judgement.new
         if old is not None:
             row["old_status"], row["old_us"], row["old_release"] = _side(old)
+            row["old_hits"], row["old_misses"] = _lookups(old)
         if new is not None:
             row["new_status"], row["new_us"], row["new_release"] = _side(new)
+            row["new_hits"], row["new_misses"] = _lookups(new)
         for capture in (old, new, judgement.baseline):
             if capture is not None and capture.role == "live":
                 row["live"] = capture.version
@@ -86,6 +88,13 @@ class Judged:
         if judgement.reason:
             row["reason"] = clean(judgement.reason, REASON_LIMIT)
         return row
+
+
+def _lookups(capture: Capture) -> tuple[int | None, int | None]:
+    if capture.cache is None:
+        return None, None
+    hits, misses = capture.cache
+    return max(0, min(hits, LONGEST)), max(0, min(misses, LONGEST))
 
 
 def _side(capture: Capture) -> tuple[int, int, str]:

@@ -169,7 +169,7 @@ class Queries:
 
     async def separating(self, found: Finding) -> Feature | None:
         """What the requests that show the finding have in common, and others of its endpoint don't."""
-        if found.part == "latency":
+        if found.part in {"latency", "cache"}:
             return None
         shows = await self._sampled("samples_showing", found.id)
         others = await self._sampled("samples_without", found.id)

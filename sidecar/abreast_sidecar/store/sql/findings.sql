@@ -19,7 +19,7 @@ with candidate as (
 counted as (
     select c.*,
            case
-               when c.part = 'latency' or c.path = 'no capture' then case  -- of no single pairs
+               when c.part in ('latency', 'cache') or c.path = 'no capture' then case  -- of no single pairs
                    when c.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                     and c.first_seen < coalesce(%(end)s::timestamptz, 'infinity') then c.count
                    else 0 end

@@ -1,0 +1,110 @@
+"""Requests that a service makes with httpx: unsafe ones are held back in a shadow, and recorded in both versions.
+
+client = httpx.AsyncClient(transport=GuardedAsyncTransport())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import orjson
+
+from abreast.effects import Effect, effect
+
+SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+HELD = "x-abreast-held"  # header of the stand-in
+
+StandIn = Callable[[httpx.Request], httpx.Response]
+
+
+def empty(_request: httpx.Request) -> httpx.Response:
+    """A 200 with an empty JSON object."""
+    return httpx.Response(200, json={}, headers={HELD: "1"})
+
+
+class _Guard:
+    def __init__(self, stand_in: StandIn, *, hold_safe: bool) -> None:
+        self._stand_in = stand_in
+        self._hold_safe = hold_safe
+
+    def effect(self, request: httpx.Request) -> Effect[httpx.Response] | None:
+        """None for what passes."""
+        if request.method in SAFE and not self._hold_safe:
+            return None
+        kind = f"http.{request.method.lower()}"
+        return effect(kind, said, key=request.url.host, stand_in=self._stand_in)
+
+
+class GuardedAsyncTransport(httpx.AsyncBaseTransport):
+    """`hold_safe`: hold back GET, HEAD, OPTIONS and TRACE too. `stand_in` makes the answer that a shadow gets."""
+
+    def __init__(
+        self,
+        transport: httpx.AsyncBaseTransport | None = None,
+        *,
+        stand_in: StandIn = empty,
+        hold_safe: bool = False,
+    ) -> None:
+        self._transport = transport or httpx.AsyncHTTPTransport()
+        self._guard = _Guard(stand_in, hold_safe=hold_safe)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        held = self._guard.effect(request)
+        if held is None:
+            return await self._transport.handle_async_request(request)
+        return await held.run(self._transport.handle_async_request, request)
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+
+class GuardedTransport(httpx.BaseTransport):
+    """The same for httpx.Client."""
+
+    def __init__(
+        self,
+        transport: httpx.BaseTransport | None = None,
+        *,
+        stand_in: StandIn = empty,
+        hold_safe: bool = False,
+    ) -> None:
+        self._transport = transport or httpx.HTTPTransport()
+        self._guard = _Guard(stand_in, hold_safe=hold_safe)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        held = self._guard.effect(request)
+        if held is None:
+            return self._transport.handle_request(request)
+        return held.call(self._transport.handle_request, request)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+def said(request: httpx.Request) -> dict[str, Any]:
+    """Where to and what. Headers are left out but for the content type: many differ each time, many are secret."""
+    url = request.url
+    found: dict[str, Any] = {"url": f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"}
+    if url.query:
+        found["query"] = {name: url.params.get_list(name) for name in url.params}
+    if content_type := request.headers.get("content-type", "").partition(";")[0]:
+        found["content_type"] = content_type
+    try:
+        content = request.content
+    except httpx.RequestNotRead:  # reading it here would use it up
+        return {**found, "body": "<streamed>"}
+    if content:
+        found["body"] = _body(content, content_type)
+    return found
+
+
+def _body(content: bytes, content_type: str) -> Any:
+    if content_type == "application/x-www-form-urlencoded":
+        fields = httpx.QueryParams(content.decode("utf-8", "backslashreplace"))
+        return {name: fields.get_list(name) for name in fields}
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return content.decode("utf-8", "backslashreplace")

@@ -1,0 +1,128 @@
+"""Hits and misses travel with the capture, and a version that misses more is a finding."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import replace
+from time import perf_counter_ns
+
+import pytest
+
+import abreast
+from abreast.cache import Cache
+from abreast.hops import HIT, MOST, went
+from abreast.recorder import Receive, Scope, Send
+from abreast_sidecar.housekeeping.cache import find_misses
+from abreast_sidecar.serve.phrase import phrase, place
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import migrate
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.pages import Page
+from abreast_sidecar.store.queries import FindingFilter, Queries
+from abreast_sidecar.store.results import Finding
+from support import eventually_async
+from support_guards import inside
+from support_middleware import captured, sampled
+from support_pairs import outcomes, pair_of, running, send
+
+PAIRS = 400
+
+
+async def test_what_a_request_asked_of_its_cache_is_in_its_capture(redis_url: str) -> None:
+    async def load() -> str:
+        return "loaded"
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001  # ASGI's signature
+        async with Cache(redis_url, namespace="rows", form="1", timeout=2.0) as cache:
+            for key in ("product:1", "product:1", "price:1"):
+                await cache.get(key, load)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    capture = await captured(app, redis_url, sampled())
+
+    assert capture.cache == (1, 2)
+    assert [(kind, name, note) for kind, name, _, _, note in capture.hops] == [
+        ("cache", "product", "miss"),
+        ("cache", "product", "hit"),
+        ("cache", "price", "miss"),
+    ]
+    assert all(0 <= at <= at + took <= capture.total_us for _, _, at, took, _ in capture.hops)
+
+
+async def test_a_request_that_asks_nothing_carries_nothing(redis_url: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001  # ASGI's signature
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    capture = await captured(app, redis_url, sampled())
+
+    assert (capture.cache, capture.hops) == (None, ())
+
+
+async def compared(redis_url: str, postgres_url: str, old: float, new: float) -> list[Finding]:
+    """The findings after requests of one lookup each, that miss this often."""
+    await migrate(postgres_url)
+    dice = random.Random(1)
+    for _ in range(PAIRS):
+        ours, theirs = pair_of()
+        missed = [dice.random() < share for share in (old, new)]
+        counted = [
+            replace(one, cache=(int(not miss), int(miss)))
+            for one, miss in zip((ours, theirs), missed, strict=True)
+        ]
+        send(redis_url, counted)
+    async with running(Settings(redis_url=redis_url, postgres_url=postgres_url, shutdown_timeout=5.0)):
+
+        async def judged() -> bool:
+            return sum(outcomes(postgres_url).values()) == PAIRS
+
+        await eventually_async(judged, within=30, what="all pairs are in the ledger")
+    database = Database(postgres_url)
+    await database.open()
+    async with database.connection() as connection:
+        await find_misses(connection)
+    found = await Queries(database).findings(FindingFilter(), Page(10))
+    await database.close()
+    return list(found.rows)
+
+
+async def test_a_version_that_misses_twice_as_often_is_a_finding(redis_url: str, postgres_url: str) -> None:
+    (found,) = await compared(redis_url, postgres_url, 0.25, 0.5)
+
+    assert (place(found), found.kind, found.state) == ("cache misses", "changed", "real")
+    assert found.reason.startswith("new misses the cache 0.")
+    assert "misses a request became" in phrase(found)
+    assert found.detail["new"] > 1.5 * found.detail["old"]
+
+
+@pytest.mark.parametrize(("old", "new"), [(0.3, 0.3), (0.5, 0.25), (0.0, 0.0)])
+async def test_one_that_does_not_is_none(redis_url: str, postgres_url: str, old: float, new: float) -> None:
+    assert await compared(redis_url, postgres_url, old, new) == []
+
+
+async def test_users_add_hops_of_their_own(redis_url: str) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001  # ASGI's signature
+        with abreast.hop("parts", "search"), contextlib.suppress(LookupError), abreast.hop("prices"):
+            raise LookupError
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    capture = await captured(app, redis_url, sampled())
+
+    assert [(kind, name, note) for kind, name, _, _, note in capture.hops] == [
+        ("call", "prices", "LookupError"),
+        ("search", "parts", ""),
+    ]
+    assert capture.cache is None
+
+
+def test_hops_are_bounded_and_hits_are_counted_beyond() -> None:
+    with inside("live") as request:
+        for _ in range(MOST + 50):
+            went(request, "cache", "product", perf_counter_ns(), HIT)
+
+    assert request.hops is not None
+    assert len(request.hops.kept) == MOST
+    assert request.hops.hits == MOST + 50
