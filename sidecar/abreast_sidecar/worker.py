@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Sequence
 
 import structlog
 
+from abreast_sidecar.again import Again, AgainSettings
 from abreast_sidecar.compare import Rules
 from abreast_sidecar.errors import LedgerError, RedisError, RefusedError, StaleRulesError
 from abreast_sidecar.judging import judged, undecodable
@@ -31,6 +32,9 @@ class Worker:
         self.last_beat = 0.0
         self._settings = settings
         self._book = Rulebook(settings.postgres_url, Rules.ignoring(settings.volatile_headers))
+        again = AgainSettings.of(settings)
+        rules = Rules.ignoring(settings.volatile_headers)
+        self._again = Again(again, rules, settings.postgres_url) if again else None
         self._redis = Outage("redis", worker=name)
         self._postgres = Outage("postgres", worker=name)
         self._small = False
@@ -43,6 +47,7 @@ class Worker:
             batch_size=self._settings.batch_size,
             claim_idle=self._settings.claim_idle,
         )
+        asking = self._begin_asking(stop)
         ledger = Ledger(self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding)
         self.alive = True
         try:
@@ -50,12 +55,27 @@ class Worker:
             await _until(stop, self._work(reader, ledger, stop), grace=self._settings.shutdown_timeout)
         finally:
             self.alive = False
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
             await ledger.close()
             await self._book.close()
             try:
                 await reader.close()
             except RedisError as error:
                 log.info("redis was away at the end", worker=self.name, error=str(error))
+
+    def _begin_asking(self, stop: asyncio.Event) -> asyncio.Task[None]:
+        """Beside the work, which does not wait for it."""
+
+        async def asking() -> None:
+            if self._again is None:
+                return
+            try:
+                await self._again.run(stop)
+            except Exception:
+                log.exception("pairs are not asked again any more", worker=self.name)
+
+        return asyncio.create_task(asking())
 
     async def _work(self, reader: Reader, ledger: Ledger, stop: asyncio.Event) -> None:
         """The next batch is read while this one is compared and committed. Nothing is judged by unknown rules."""
@@ -115,6 +135,8 @@ class Worker:
             except StaleRulesError:
                 await self._book.refresh()
             else:
+                if self._again is not None:
+                    self._again.offer(batch)
                 return
 
     async def _judge(self, entries: Sequence[Entry], rules: Rules) -> list[Judged]:

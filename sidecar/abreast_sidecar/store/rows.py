@@ -47,7 +47,7 @@ def finding(row: Row) -> Finding:
         compared=row["compared"],
         baseline_count=row["baseline_count"],
         state=row["state"],
-        reason=row["reason"],
+        reason=row["reason"] + _drift(row["drift"]),
         first_seen=row["first_seen"],
         last_seen=row["last_seen"],
         detail=row["detail"],
@@ -55,6 +55,15 @@ def finding(row: Row) -> Finding:
         status_reason=row["status_reason"],
         old_releases=tuple(row["old_releases"]),
         new_releases=tuple(row["new_releases"]),
+    )
+
+
+def _drift(pairs: int) -> str:
+    """What was told by asking again, and counts apart."""
+    return (
+        f"; {pairs} more {'was' if pairs == 1 else 'were'} drift of state: asked again, both agreed"
+        if pairs
+        else ""
     )
 
 
