@@ -302,6 +302,21 @@ async def test_what_was_settled_is_listed_apart(sidecar: Running, ledger: Ledger
     assert page.index("Explained") < page.index("counted anew")
 
 
+async def test_a_watcher_hears_that_it_came_back(sidecar: Running, ledger: Ledger) -> None:
+    await ledger.write(shown("1"))
+    await decide(sidecar)
+    await say(sidecar, FIXED)
+    watching = sidecar.comparison.WatchFindings(pb.WatchFindingsRequest(service="shop"))
+    await watching.initial_metadata()
+    await ledger.write(shown("2", 1))
+    async with asyncio.timeout(20):
+        async for told in watching:
+            break
+    watching.cancel()
+
+    assert told.finding.status == REOPENED
+
+
 async def test_the_commands(sidecar: Running, ledger: Ledger) -> None:
     await ledger.write(shown("1.4"))
     address = ["--address", f"127.0.0.1:{sidecar.port}"]
