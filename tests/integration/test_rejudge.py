@@ -43,7 +43,7 @@ class Place:
         self.rules = RuleStore(self.database)
         self.ledger = Ledger(url, examples_per_finding=3)
 
-    async def begin(self, expires: dt.datetime = SOON, **fields: Any) -> int:
+    async def begin(self, *, expires: dt.datetime = SOON, **fields: Any) -> int:
         draft = Draft(from_fields({"name": str(fields), **fields}), "me", "known", expires)
         (number,) = await self.rules.change([draft], [], "me")
         return number
@@ -72,7 +72,7 @@ class Place:
         columns = "count, baseline_count, explained, new_greater, new_smaller"
         return {
             path: tuple(found)
-            for path, *found in rows(self.url, f"select path, {columns} from abreast.finding")
+            for path, *found in rows(self.url, f"select path, {columns} from abreast.finding")  # noqa: S608  # our own
         }
 
     def by_release(self) -> list[tuple[Any, ...]]:
@@ -162,7 +162,7 @@ async def test_what_rules_explain_is_no_mismatch_in_summary_and_verdict(place: P
     ],
 )
 async def test_a_rule_hides_only_what_it_is_limited_to(
-    place: Place, limits: dict[str, str], hidden: int
+    place: Place, limits: dict[str, Any], hidden: int
 ) -> None:
     await place.ledger.write(blind([PRICE], 4, releases=("1", "1")) + blind([PRICE], 3, releases=("1", "2")))
     rule = await place.begin(action="ignore", path="$.price", **limits)

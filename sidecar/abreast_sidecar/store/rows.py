@@ -83,6 +83,7 @@ def pair(row: Row) -> Pair:
         new_release=row["new_release"],
         findings=tuple(row["findings"]),
         reason=row["reason"],
+        explained=tuple(zip(row["explained"] or (), row["explained_by"] or (), strict=True)),
     )
 
 
@@ -105,4 +106,5 @@ def difference(found: Row, noisy: set[str]) -> Difference:
         old=found.get("old"),
         new=found.get("new"),
         noise=f"{found['part']} {found['kind']} {found['path']}" in noisy,
+        rule=int(found.get("explained_by") or 0),
     )
