@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
 from math import isfinite
@@ -98,7 +98,10 @@ def _float(text: str) -> float | LongNumber:
 
 def _exact(text: str) -> str:
     """Equal where two numbers are, however they are written."""
-    sign, digits, exponent = Decimal(text).as_tuple()
+    try:
+        sign, digits, exponent = Decimal(text).as_tuple()
+    except InvalidOperation:  # an exponent of more than 18 digits
+        return text.lower()
     significant = "".join(map(str, digits)).lstrip("0")
     short = significant.rstrip("0")
     if not short:
