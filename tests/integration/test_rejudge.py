@@ -361,6 +361,22 @@ async def test_elements_that_a_rule_pairs_anew_get_findings_of_their_own(
     assert "$.rows[*].nr" in place.pairs()[0][0]
 
 
+async def test_what_was_drift_stays_drift(place: Place, redis_url: str) -> None:
+    settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
+    async with running(settings):
+        send(redis_url, pair_of({"price": 1, "name": "a"}, {"price": 2, "name": "b"}))
+        await emptied(settings)
+    with psycopg.connect(place.url, autocommit=True) as connection:
+        connection.execute(
+            "update abreast.pair p set drift = array[f.id], findings = array_remove(findings, f.id) "
+            "from abreast.finding f where f.path = '$.price'"
+        )
+    rule = await place.begin(action="ignore", part="body")
+    await place.rejudged()
+
+    assert place.pairs() == [([], ["$.name"], [rule], 1)]
+
+
 async def test_a_worker_waits_for_rules_that_it_can_not_read(place: Place, redis_url: str) -> None:
     settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
     rule = await place.begin(action="ignore", path="$.price")

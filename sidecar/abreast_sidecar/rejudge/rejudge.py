@@ -105,7 +105,7 @@ async def _batch(connection: Connection, learning: Learning, held: InForce, limi
     after = [
         places.told(row, held.declared, held.began, found)
         if judged is None
-        else evidence.places(judged, learning.catalogue)
+        else evidence.places(judged, learning.catalogue, row["drift"] or ())
         for row, judged in zip(rows, again, strict=True)
     ]
     found |= await known_findings(connection, {f for one in after for f in (*one.findings, *one.noise)})
