@@ -17,7 +17,14 @@ from jsonschema import Draft202012Validator
 
 from abreast_sidecar import rule_messages
 from abreast_sidecar.compare import Judgement, Rules, judge
-from abreast_sidecar.compare.rules import ACTIONS, RuleSet, path_pattern, status_matches
+from abreast_sidecar.compare.rules import (
+    ACTIONS,
+    MAX_SUBJECTS,
+    RuleSet,
+    Subject,
+    path_pattern,
+    status_matches,
+)
 from abreast_sidecar.compare.rules_file import RuleError, fields_of, from_fields, load
 from captures import capture
 
@@ -157,6 +164,20 @@ def test_what_a_rule_is_limited_to(rule: dict[str, Any], expected: str) -> None:
     old, new = capture("old", {"a": 1}), replace(capture("new", {"a": 2}), release="2.1")
 
     assert judge([old, new], Rules(declared=rules)).outcome == expected
+
+
+def test_which_rules_apply_is_found_once_for_each_kind_of_answer() -> None:
+    rules = declared(
+        {"action": "ignore", "path": "$.a", "endpoint": "GET /a*"}, {"action": "ignore", "path": "$.b"}
+    )
+    first, again = (rules.of(Subject("shop", "GET /a", "1", "2", (200, 200))) for _ in range(2))
+    other = rules.of(Subject("shop", "GET /b", "1", "2", (200, 200)))
+
+    assert first is again
+    assert (len(first.rules), len(other.rules)) == (2, 1)
+    for number in range(MAX_SUBJECTS + 10):
+        rules.of(Subject("shop", f"GET /{number}"))
+    assert len(rules._applying) <= MAX_SUBJECTS
 
 
 def test_headers_and_statuses_are_explained_too() -> None:

@@ -48,8 +48,10 @@ def midnight(day: dt.date) -> dt.datetime:
 
 def as_yaml(rules: Iterable[api.Rule]) -> str:
     """A moment within a day becomes the next day: a file knows days only."""
-    listed = []
+    listed: list[dict[str, object]] = []
     for rule in rules:
+        if any(one["name"] == rule.name for one in listed):  # of another source
+            rule.name = f"{rule.name} ({rule.id})"
         expires = rule.expire_time.ToDatetime(dt.UTC)
         day = expires.date() + dt.timedelta(days=expires > midnight(expires.date()))
         listed.append({**said_by(rule), "expires": day})
