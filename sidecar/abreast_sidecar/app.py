@@ -8,6 +8,7 @@ from typing import Any
 
 import structlog
 
+from abreast_sidecar.compare import Rules
 from abreast_sidecar.control import Control, RuntimeDiscovery
 from abreast_sidecar.errors import LedgerError, SchemaError
 from abreast_sidecar.housekeeping import Housekeeping
@@ -22,6 +23,7 @@ from abreast_sidecar.serve import (
     NotReadyError,
     Pending,
     Readiness,
+    RuleControl,
     TrafficControl,
     Web,
 )
@@ -29,6 +31,7 @@ from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.queries import Queries
+from abreast_sidecar.store.rules import RuleStore
 from abreast_sidecar.workers import workers
 
 MIGRATE_AGAIN = 0.5  # seconds
@@ -62,6 +65,7 @@ class Sidecar:
             comparison=Comparison(queries, self.control, pending),
             traffic=TrafficControl(self.control),
             latency=Latency(self.database, self.control),
+            rules=RuleControl(RuleStore(self.database), Rules.ignoring(settings.volatile_headers)),
             discovery=RuntimeDiscovery(self.control),
             interceptor=Interceptor(metrics),
         )

@@ -56,6 +56,12 @@ def shown(value: str) -> str:
     return SECRETS.sub(lambda found: "…@" if found[0].endswith("@") else "…", value)
 
 
+def http_url(value: str) -> str:
+    if not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", value.strip()):
+        raise ValueError("a URL such as http://127.0.0.1:8001")
+    return value.strip()
+
+
 def seconds(value: str) -> float:
     return _number(value, "a number of seconds above 0", low=0.0, exclusive=True)
 
@@ -173,6 +179,12 @@ class Settings(FromEnvironment):
     volatile_headers: tuple[str, ...] = setting(
         (), words, "response headers not to compare, beside the built-in list"
     )
+    ask_again: int = setting(
+        0, count, "pairs a minute that are asked again on both versions, to tell drift of state; 0 is off"
+    )
+    ask_again_after: float = setting(2.0, seconds, "seconds to wait before a pair is asked again")
+    ask_again_old: str = setting("", http_url, "where old is asked again: a URL that does not lead through Envoy")
+    ask_again_new: str = setting("", http_url, "where new is asked again")
     new_share: float = setting(
         0.0, share, "share of users that new answers, until traffic is set for the first time"
     )

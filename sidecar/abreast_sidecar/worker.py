@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from abreast_sidecar.again import Again, AgainSettings
 from abreast_sidecar.apart import SUSPECT, Apart
 from abreast_sidecar.compare import Rules
 from abreast_sidecar.errors import LedgerError, RedisError, RefusedError, StaleRulesError
@@ -40,6 +41,9 @@ class Worker:
         self.last_beat = 0.0
         self._settings = settings
         self._book = Rulebook(settings.postgres_url, Rules.ignoring(settings.volatile_headers))
+        again = AgainSettings.of(settings)
+        rules = Rules.ignoring(settings.volatile_headers)
+        self._again = Again(again, rules, settings.postgres_url) if again else None
         self._redis = Outage("redis", worker=name)
         self._postgres = Outage("postgres", worker=name)
         self._apart = Apart()
@@ -54,6 +58,7 @@ class Worker:
             claim_idle=self._settings.claim_idle,
             batch_bytes=self._settings.batch_bytes,
         )
+        asking = self._begin_asking(stop)
         ledger = Ledger(self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding)
         self.alive = True
         try:
@@ -61,6 +66,8 @@ class Worker:
             await _until(stop, self._work(reader, ledger, stop), grace=self._settings.shutdown_timeout)
         finally:
             self.alive = False
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
             await ledger.close()
             await self._apart.close()
             await self._book.close()
@@ -68,6 +75,19 @@ class Worker:
                 await reader.close()
             except RedisError as error:
                 log.info("redis was away at the end", worker=self.name, error=str(error))
+
+    def _begin_asking(self, stop: asyncio.Event) -> asyncio.Task[None]:
+        """Beside the work, which does not wait for it."""
+
+        async def asking() -> None:
+            if self._again is None:
+                return
+            try:
+                await self._again.run(stop)
+            except Exception:
+                log.exception("pairs are not asked again any more", worker=self.name)
+
+        return asyncio.create_task(asking())
 
     async def _work(self, reader: Reader, ledger: Ledger, stop: asyncio.Event) -> None:
         """The next batch is read and compared while this one is committed. Nothing is judged by unknown rules."""
@@ -140,6 +160,8 @@ class Worker:
                 await self._book.refresh()
                 batch = await self._judge(batch.entries)
             else:
+                if self._again is not None:
+                    self._again.offer(batch.judged)
                 return
 
     async def _judge(self, entries: Sequence[Entry]) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -14,6 +15,8 @@ from abreast_sidecar.cli import abreast
 from abreast_sidecar.housekeeping.missing import find_missing
 from abreast_sidecar.housekeeping.noise import decide_noise
 from abreast_sidecar.store import Judged, Ledger
+from abreast_sidecar.store.queries import Queries
+from abreast_sidecar.store.results import Window
 from abreast_sidecar.store.statuses import Said, set_status
 from support_pairs import difference, judged, one, rows
 from support_serve import Running, refused, running
@@ -281,6 +284,31 @@ async def test_a_verdict_is_about_the_newest_release_unless_another_is_named(
     assert await verdict(sidecar) == (20, 80, "2")
 
 
+async def test_requests_without_an_answer_count_for_the_newest_release_of_their_time(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    def unanswered(many: int) -> list[Judged]:
+        made = [judged(outcome="only_old", releases=("a", "")) for _ in range(many)]
+        for one_ in made:
+            one_.judgement = replace(one_.judgement, new=None)
+        return made
+
+    await ledger.write([*clean("1", 10), *unanswered(3)])
+    await ledger.write(clean("2", 10))
+    await ledger.write(unanswered(5))
+
+    counts = {
+        release: [
+            (one_.old_requests, one_.new_requests)
+            for one_ in (
+                await Queries(sidecar.sidecar.database).evidence("shop", Window(), 0.1, release=release)
+            ).endpoints
+        ]
+        for release in ("1", "2")
+    }
+    assert counts == {"1": [(13, 10)], "2": [(15, 10)]}
+
+
 async def test_what_was_settled_is_listed_apart(sidecar: Running, ledger: Ledger) -> None:
     await ledger.write(
         [judged([PRICE, difference("$.stock"), difference("$.name")], releases=("a", "1")) for _ in range(30)]
@@ -300,6 +328,20 @@ async def test_what_was_settled_is_listed_apart(sidecar: Running, ledger: Ledger
     assert await listed(release="2") == set()
     page = (await sidecar.http.get("/")).text
     assert page.index("Explained") < page.index("counted anew")
+
+
+async def test_a_watcher_hears_that_it_came_back(sidecar: Running, ledger: Ledger) -> None:
+    await ledger.write(shown("1"))
+    await decide(sidecar)
+    await say(sidecar, FIXED)
+    watching = sidecar.comparison.WatchFindings(pb.WatchFindingsRequest(service="shop"))
+    await watching.initial_metadata()
+    await ledger.write(shown("2", 1))
+    async with asyncio.timeout(20):
+        told = await anext(aiter(watching))
+    watching.cancel()
+
+    assert told.finding.status == REOPENED
 
 
 async def test_the_commands(sidecar: Running, ledger: Ledger) -> None:

@@ -104,6 +104,7 @@ async def test_days_ahead_are_open_and_old_ones_go_with_all_that_hangs_on_them(
     assert dropped == 1
     assert one(url, "select count(*) from abreast.pair") == 2
     assert one(url, "select count(*) from abreast.finding_example") == 2
+    assert one(url, "select count(*) from abreast.request_sample") == 4
     assert one(url, "select sum(pairs) from abreast.tally") == 3
     assert one(url, "select count(*) from pg_inherits where inhparent = 'abreast.pair'::regclass") == 3
 
@@ -161,6 +162,18 @@ async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Con
     assert detail["ratio"] == pytest.approx(3.0, abs=0.01)
 
 
+async def test_what_one_release_was_slower_in_is_not_said_of_the_next(
+    connection: Connection, url: str
+) -> None:
+    ledger = Ledger(url, examples_per_finding=3)
+    await ledger.write([timed(f"s{n}", "/", 20_000, 60_000 + n, release="1") for n in range(100)])
+    assert await find_slow(connection) == 1
+
+    await ledger.write([timed(f"f{n}", "/", 20_000 + n, 20_000 + n, release="2") for n in range(100)])
+    await ledger.close()
+    assert await find_slow(connection) == 0
+
+
 async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Connection, url: str) -> None:
     ledger = Ledger(url, examples_per_finding=1)
     hanging = [judged(route="/hangs", outcome="only_old") for _ in range(12)]
@@ -177,8 +190,8 @@ async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Conne
     assert rows(url, query) == [("/hangs", "error", "no capture", "breaking", 12)]
 
 
-def timed(pair: str, route: str, old_us: int, new_us: int) -> Judged:
-    plain = judged(pair=pair, route=route)
+def timed(pair: str, route: str, old_us: int, new_us: int, *, release: str = "new-1") -> Judged:
+    plain = judged(pair=pair, route=route, releases=("old-1", release))
     known: Judgement = plain.judgement
     assert known.old is not None
     assert known.new is not None

@@ -43,7 +43,7 @@ class Place:
         self.rules = RuleStore(self.database)
         self.ledger = Ledger(url, examples_per_finding=3)
 
-    async def begin(self, expires: dt.datetime = SOON, **fields: Any) -> int:
+    async def begin(self, *, expires: dt.datetime = SOON, **fields: Any) -> int:
         draft = Draft(from_fields({"name": str(fields), **fields}), "me", "known", expires)
         (number,) = await self.rules.change([draft], [], "me")
         return number
@@ -72,7 +72,7 @@ class Place:
         columns = "count, baseline_count, explained, new_greater, new_smaller"
         return {
             path: tuple(found)
-            for path, *found in rows(self.url, f"select path, {columns} from abreast.finding")
+            for path, *found in rows(self.url, f"select path, {columns} from abreast.finding")  # noqa: S608  # our own
         }
 
     def by_release(self) -> list[tuple[Any, ...]]:
@@ -162,7 +162,7 @@ async def test_what_rules_explain_is_no_mismatch_in_summary_and_verdict(place: P
     ],
 )
 async def test_a_rule_hides_only_what_it_is_limited_to(
-    place: Place, limits: dict[str, str], hidden: int
+    place: Place, limits: dict[str, Any], hidden: int
 ) -> None:
     await place.ledger.write(blind([PRICE], 4, releases=("1", "1")) + blind([PRICE], 3, releases=("1", "2")))
     rule = await place.begin(action="ignore", path="$.price", **limits)
@@ -359,6 +359,22 @@ async def test_elements_that_a_rule_pairs_anew_get_findings_of_their_own(
     await place.end(rule)
     await place.rejudged()
     assert "$.rows[*].nr" in place.pairs()[0][0]
+
+
+async def test_what_was_drift_stays_drift(place: Place, redis_url: str) -> None:
+    settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
+    async with running(settings):
+        send(redis_url, pair_of({"price": 1, "name": "a"}, {"price": 2, "name": "b"}))
+        await emptied(settings)
+    with psycopg.connect(place.url, autocommit=True) as connection:
+        connection.execute(
+            "update abreast.pair p set drift = array[f.id], findings = array_remove(findings, f.id) "
+            "from abreast.finding f where f.path = '$.price'"
+        )
+    rule = await place.begin(action="ignore", part="body")
+    await place.rejudged()
+
+    assert place.pairs() == [([], ["$.name"], [rule], 1)]
 
 
 async def test_a_worker_waits_for_rules_that_it_can_not_read(place: Place, redis_url: str) -> None:

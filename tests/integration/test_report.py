@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from abreast.v1 import comparison_pb2 as api
-from abreast.v1 import traffic_pb2
+from abreast.v1 import rule_pb2, rule_pb2_grpc, traffic_pb2
 from abreast_sidecar.cli import abreast
 from abreast_sidecar.cli.connection import LARGEST_PAGE
 from captures import capture
@@ -70,6 +70,12 @@ async def hostile(sidecar: Running) -> None:
     }  # fmt: skip
     pair = ledger.pair(endpoint, finding, request=f"/{EVIL}", reason=EVIL)
     ledger.example(pair, {finding: 10}, packed(capture("old"), capture("new", role="shadow")), [difference])
+    rule = rule_pb2.Rule(
+        action=rule_pb2.RULE_ACTION_IGNORE, path="$.other", name=EVIL[:60], owner=EVIL, reason=EVIL
+    )
+    rule.expire_time.FromDatetime(NOON.replace(year=2099))
+    rules = rule_pb2_grpc.RuleServiceStub(sidecar.channel)
+    await rules.CreateRule(rule_pb2.CreateRuleRequest(rule=rule, actor="ann"))
     changed = traffic_pb2.UpdateTrafficRequest(service="shop", new_share=0.1, actor=EVIL, reason=EVIL)
     await sidecar.traffic.UpdateTraffic(changed)
 
@@ -83,7 +89,8 @@ async def test_hostile_content_is_text_in_the_page(sidecar: Running, tmp_path: P
 
     assert page.tags.isdisjoint({"script", "img", "link", "iframe", "a", "svg", "object", "form"})
     assert not {name for name in page.attributes if name.startswith("on") or name in {"src", "href", "style"}}
-    assert page.text.count("<script>alert(1)</script>") >= 6
+    assert page.text.count("<script>alert(1)</script>") >= 8
+    assert "ignore path $.other" in page.text
     assert "49" not in page.text.split("Findings")[1].split("Waived")[0].replace("alert", "")
     assert "\u202e" not in text
     assert "http://" not in text

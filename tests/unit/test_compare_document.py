@@ -129,3 +129,36 @@ def test_swapping_the_sides_swaps_added_and_removed(old: Any, new: Any) -> None:
     )
 
     assert forth == back
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"0.123456789012345678", b"0.123456789012345679"),
+        (b"100000000000000000000.01", b"100000000000000000000.02"),
+        (b"1e400", b"1e401"),
+        (b"-1e400", b"1e400"),
+        (b"1e99999999999999999999999", b"1e99999999999999999999998"),
+        (b"0.1", b"0.1000000000000000055511151231257827"),
+        (b"123456789012345678901234567890", b"123456789012345678901234567891"),
+    ],
+)
+def test_numbers_that_no_float_holds_are_told_apart(old: bytes, new: bytes) -> None:
+    for form in (b"%b", b'{"a": %b}', b"[[%b], 1]", b'[{"id": 1, "v": %b}, {"id": 2}]'):
+        found = DocumentDiff(10).compare(parse(form % old), parse(form % new))
+
+        assert [(one.kind, one.impact) for one in found] == [("changed", "value")]
+        assert DocumentDiff(10).compare(parse(form % old), parse(form % old)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"1.50000000000000000000", b"1.5"),
+        (b"0.00012345678901234567", b"1.2345678901234567e-4"),
+        (b"1.2345678901234567890e400", b"12.345678901234567890e399"),
+        (b"-0.00000000000000000000", b"-0.0"),
+    ],
+)
+def test_equal_numbers_are_equal_however_they_are_written(old: bytes, new: bytes) -> None:
+    assert DocumentDiff(10).compare(parse(b"[%b]" % old), parse(b"[%b]" % new)) == []

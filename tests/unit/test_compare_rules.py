@@ -10,11 +10,22 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from msgspec.structs import replace
 
+from abreast_sidecar import rule_messages
 from abreast_sidecar.compare import Judgement, Rules, judge
-from abreast_sidecar.compare.rules import RuleSet, path_pattern, status_matches
-from abreast_sidecar.compare.rules_file import RuleError, load
+from abreast_sidecar.compare.rules import (
+    ACTIONS,
+    MAX_SUBJECTS,
+    RuleSet,
+    Subject,
+    path_pattern,
+    status_matches,
+)
+from abreast_sidecar.compare.rules_file import RuleError, fields_of, from_fields, load
 from captures import capture
 
 SCHEMA = json.loads((files("abreast_sidecar.compare") / "rules.schema.json").read_text())
@@ -155,6 +166,20 @@ def test_what_a_rule_is_limited_to(rule: dict[str, Any], expected: str) -> None:
     assert judge([old, new], Rules(declared=rules)).outcome == expected
 
 
+def test_which_rules_apply_is_found_once_for_each_kind_of_answer() -> None:
+    rules = declared(
+        {"action": "ignore", "path": "$.a", "endpoint": "GET /a*"}, {"action": "ignore", "path": "$.b"}
+    )
+    first, again = (rules.of(Subject("shop", "GET /a", "1", "2", (200, 200))) for _ in range(2))
+    other = rules.of(Subject("shop", "GET /b", "1", "2", (200, 200)))
+
+    assert first is again
+    assert (len(first.rules), len(other.rules)) == (2, 1)
+    for number in range(MAX_SUBJECTS + 10):
+        rules.of(Subject("shop", f"GET /{number}"))
+    assert len(rules._applying) <= MAX_SUBJECTS
+
+
 def test_headers_and_statuses_are_explained_too() -> None:
     rules = declared(
         {"name": "gone", "action": "expect", "header": "X-Old", "kind": "removed"},
@@ -241,6 +266,55 @@ def test_what_is_wrong_is_said_with_its_line(text: str, message: str) -> None:
 def test_an_empty_file_has_no_rules() -> None:
     assert not load("")
     assert not load("rules: []")
+
+
+FIELDS: dict[str, list[Any]] = {
+    "name": ["a", 7, "", None],
+    "action": [*ACTIONS, "hide", 1],
+    "part": ["status", "header", "body", "nowhere"],
+    "path": ["$.a", "$.a[*].b", "", [], "x" * 501],
+    "header": ["x-a", "x-*", ""],
+    "kind": ["added", "order", "slower", "gone"],
+    "service": ["shop", ""],
+    "endpoint": ["GET /a", 1],
+    "status": ["404", 404],
+    "release": ["2.*", 2.1, True],
+    "by": ["id", ""],
+    "absolute": [0, 0.5, -1, "1"],
+    "relative": [0.1, "1%", "0.5 %", "1", -1],
+    "old": [None, 1, "a", [1], {}],
+    "new": [True, 1.5, {"a": 1}],
+    "reason": ["r", ""],
+    "owner": ["o", []],
+    "expires": ["2031-01-31"],
+    "other": [1],
+}
+
+
+@given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in FIELDS.items()}))
+@settings(max_examples=400, deadline=None)
+def test_the_schema_and_the_reader_agree(rule: dict[str, Any]) -> None:
+    try:
+        declared(rule)
+        read = True
+    except RuleError:
+        read = False
+
+    assert Draft202012Validator(SCHEMA).is_valid({"rules": [rule]}) == read
+
+
+@given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in FIELDS.items()}))
+@settings(max_examples=300, deadline=None)
+def test_a_rule_is_the_same_after_files_and_messages(rule: dict[str, Any]) -> None:
+    try:
+        made = from_fields({**rule, "expires": "2031-01-31"})
+    except RuleError:
+        return
+    fields = fields_of(made)
+
+    assert from_fields(fields) == made
+    sent = rule_messages.fields_of(rule_messages.message_of(fields))
+    assert from_fields({**sent, "expires": fields["expires"]}) == made
 
 
 ACCEPTED: list[dict[str, Any]] = [

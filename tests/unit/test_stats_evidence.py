@@ -7,6 +7,7 @@ import pytest
 
 from abreast_sidecar.compare import DocumentDiff
 from abreast_sidecar.compare.evidence import explained, lean, values
+from abreast_sidecar.compare.value import parse
 from support_pairs import difference
 
 AT = time.time()
@@ -57,3 +58,14 @@ def test_values_of_a_document_are_as_they_were_however_long() -> None:
 
     assert values(found) == (old, new)
     assert lean(found) == 1
+
+
+def test_numbers_that_no_float_holds_lean_too() -> None:
+    old, new = (
+        b'{"a": 0.123456789012345678, "b": 1, "c": 1e999}',
+        b'{"a": 0.5, "b": 1e400, "c": 1e99999999999999999999999}',
+    )
+    found = DocumentDiff(10).compare(parse(old), parse(new))
+
+    assert [lean(one) for one in found] == [1, 1, 0]
+    assert not explained(found, time.time())

@@ -338,6 +338,7 @@ class Difference(_message.Message):
     OLD_FIELD_NUMBER: _builtins.int
     NEW_FIELD_NUMBER: _builtins.int
     NOISE_FIELD_NUMBER: _builtins.int
+    EXPLAINED_BY_FIELD_NUMBER: _builtins.int
     part: Global___Part.ValueType
     """Where in the answer."""
     path: _builtins.str
@@ -354,6 +355,8 @@ class Difference(_message.Message):
     """The new version's value, as JSON text; unset where it has none."""
     noise: _builtins.bool
     """Whether the finding that it belongs to is noise."""
+    explained_by: _builtins.int
+    """The rule that explains it, as in ListRules. 0: none."""
     def __init__(
         self,
         *,
@@ -365,10 +368,11 @@ class Difference(_message.Message):
         old: _builtins.str | None = ...,
         new: _builtins.str | None = ...,
         noise: _builtins.bool = ...,
+        explained_by: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_new", b"_new", "_old", b"_old", "new", b"new", "old", b"old"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_new", b"_new", "_old", b"_old", "impact", b"impact", "kind", b"kind", "new", b"new", "noise", b"noise", "old", b"old", "part", b"part", "path", b"path", "place", b"place"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_new", b"_new", "_old", b"_old", "explained_by", b"explained_by", "impact", b"impact", "kind", b"kind", "new", b"new", "noise", b"noise", "old", b"old", "part", b"part", "path", b"path", "place", b"place"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__new: _TypeAlias = _typing.Literal["new"]  # noqa: Y015
     _WhichOneofArgType__new: _TypeAlias = _typing.Literal["_new", b"_new"]  # noqa: Y015

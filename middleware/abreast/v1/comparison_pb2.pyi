@@ -4,6 +4,7 @@ isort:skip_file
 """
 
 from abreast.v1 import common_pb2 as _common_pb2
+from abreast.v1 import rule_pb2 as _rule_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -1072,6 +1073,7 @@ class GetFindingResponse(_message.Message):
     EXAMPLES_FIELD_NUMBER: _builtins.int
     FEATURE_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    EXPLAINED_BY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def finding(self) -> Global___Finding:
         """The finding, over all time."""
@@ -1088,6 +1090,10 @@ class GetFindingResponse(_message.Message):
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingEvent]:
         """What people said of it, the latest first; at most 50."""
 
+    @_builtins.property
+    def explained_by(self) -> _containers.RepeatedCompositeFieldContainer[_rule_pb2.Rule]:
+        """The rules that explain pairs of it. Those pairs are not among its count; each rule says how many they are."""
+
     def __init__(
         self,
         *,
@@ -1095,10 +1101,11 @@ class GetFindingResponse(_message.Message):
         examples: _abc.Iterable[Global___PairDetail] | None = ...,
         feature: Global___RequestFeature | None = ...,
         events: _abc.Iterable[Global___FindingEvent] | None = ...,
+        explained_by: _abc.Iterable[_rule_pb2.Rule] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["feature", b"feature", "finding", b"finding"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "examples", b"examples", "feature", b"feature", "finding", b"finding"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "examples", b"examples", "explained_by", b"explained_by", "feature", b"feature", "finding", b"finding"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1238,6 +1245,7 @@ class Pair(_message.Message):
     NEW_RELEASE_FIELD_NUMBER: _builtins.int
     FINDING_IDS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    EXPLAINED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id that Envoy gave it, as in the answer's header x-abreast-pair."""
     outcome: _common_pb2.Outcome.ValueType
@@ -1276,6 +1284,10 @@ class Pair(_message.Message):
     def finding_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The findings that it shows."""
 
+    @_builtins.property
+    def explained(self) -> _containers.RepeatedCompositeFieldContainer[Global___Explanation]:
+        """The findings that rules explain in it; they are not among finding_ids."""
+
     def __init__(
         self,
         *,
@@ -1293,14 +1305,41 @@ class Pair(_message.Message):
         new_release: _builtins.str = ...,
         finding_ids: _abc.Iterable[_builtins.int] | None = ...,
         reason: _builtins.str = ...,
+        explained: _abc.Iterable[Global___Explanation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "new_time", b"new_time", "old_time", b"old_time", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "finding_ids", b"finding_ids", "id", b"id", "live", b"live", "new_release", b"new_release", "new_status", b"new_status", "new_time", b"new_time", "old_release", b"old_release", "old_status", b"old_status", "old_time", b"old_time", "outcome", b"outcome", "reason", b"reason", "request", b"request", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "explained", b"explained", "finding_ids", b"finding_ids", "id", b"id", "live", b"live", "new_release", b"new_release", "new_status", b"new_status", "new_time", b"new_time", "old_release", b"old_release", "old_status", b"old_status", "old_time", b"old_time", "outcome", b"outcome", "reason", b"reason", "request", b"request", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Pair: _TypeAlias = Pair  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    """A finding that a rule explains."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINDING_ID_FIELD_NUMBER: _builtins.int
+    RULE_ID_FIELD_NUMBER: _builtins.int
+    finding_id: _builtins.int
+    """The finding."""
+    rule_id: _builtins.int
+    """The rule, as in ListRules."""
+    def __init__(
+        self,
+        *,
+        finding_id: _builtins.int = ...,
+        rule_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding_id", b"finding_id", "rule_id", b"rule_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
 
 @_typing.final
 class CaptureDetail(_message.Message):
@@ -1585,7 +1624,7 @@ class WatchFindingsRequest(_message.Message):
     service: _builtins.str
     """The service. Empty: all."""
     include_noise: _builtins.bool
-    """Also findings that are noise, marked as such."""
+    """Also findings that are noise, expected or fixed, marked as such."""
     def __init__(
         self,
         *,

@@ -30,6 +30,7 @@ COMMANDS = {
     "traffic": ("traffic", "Who answers users, and what is mirrored; or change it."),
     "rollback": ("rollback", "Send all users to the old version, at once."),
     "promote": ("promote", "Send all users to the new version."),
+    "rules": ("rules", "What is known about differences: ignored, tolerated, expected."),
     "compare": ("compare", "Two answers in files: what differs."),
     "doctor": ("doctor", "Why does nothing show up?"),
 }

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     import grpc
     from google.protobuf.message import Message
 
-    from abreast.v1 import common_pb2, comparison_pb2_grpc, latency_pb2_grpc, traffic_pb2_grpc
+    from abreast.v1 import (
+        common_pb2,
+        comparison_pb2_grpc,
+        latency_pb2_grpc,
+        rule_pb2_grpc,
+        traffic_pb2_grpc,
+    )
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 LARGEST_MESSAGE = 64 * 1024 * 1024  # bytes; examples carry bodies
@@ -40,6 +46,7 @@ class Calls:
     comparison: comparison_pb2_grpc.ComparisonServiceStub
     traffic: traffic_pb2_grpc.TrafficServiceStub
     latency: latency_pb2_grpc.LatencyServiceStub
+    rules: rule_pb2_grpc.RuleServiceStub
     timeout: float
 
 
@@ -55,13 +62,14 @@ class Link:
     async def _run(self, ask: Callable[[Calls], Awaitable[T]]) -> T:
         import grpc.aio
 
-        from abreast.v1 import comparison_pb2_grpc, latency_pb2_grpc, traffic_pb2_grpc
+        from abreast.v1 import comparison_pb2_grpc, latency_pb2_grpc, rule_pb2_grpc, traffic_pb2_grpc
 
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             calls = Calls(
                 comparison_pb2_grpc.ComparisonServiceStub(channel),
                 traffic_pb2_grpc.TrafficServiceStub(channel),
                 latency_pb2_grpc.LatencyServiceStub(channel),
+                rule_pb2_grpc.RuleServiceStub(channel),
                 self.timeout,
             )
             try:

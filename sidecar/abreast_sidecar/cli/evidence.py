@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from abreast.v1 import comparison_pb2 as api
-from abreast.v1 import traffic_pb2
+from abreast.v1 import rule_pb2, traffic_pb2
 from abreast_sidecar.cli.connection import LARGEST_PAGE, Calls
 
 
 @dataclass(frozen=True)
 class Collected:
-    """`findings` count, `waived` don't: noise, and what people said is expected or fixed."""
+    """`findings` count, `waived` don't: noise, and what people said is expected or fixed. `rules` hold for the service."""
 
     request: api.GetVerdictRequest
     verdict: api.GetVerdictResponse
@@ -22,6 +22,7 @@ class Collected:
     endpoints: list[api.EndpointSummary]
     findings: list[api.Finding]
     waived: list[api.Finding]
+    rules: list[rule_pb2.Rule]
     examples: dict[int, api.PairDetail]
     events: list[traffic_pb2.TrafficEvent]
 
@@ -46,6 +47,11 @@ async def collect(calls: Calls, request: api.GetVerdictRequest, examples: int) -
         ),
         findings=findings,
         waived=await _all(comparison.ListFindings, explained, "findings", timeout),
+        rules=[
+            one
+            for one in await _all(calls.rules.ListRules, rule_pb2.ListRulesRequest(), "rules", timeout)
+            if one.service in {"", service} or "*" in one.service
+        ],
         examples=await _examples(calls, findings[:examples]),
         events=await _all(
             traffic.ListTrafficEvents,

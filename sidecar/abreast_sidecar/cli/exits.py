@@ -32,7 +32,7 @@ class Exit(enum.IntEnum):
 
 EXITS = {
     Exit.OK: "done",
-    Exit.NO: "done, and the answer is no: doctor found a failure, verdict says FAIL, compare or findings --exit-code found something, or not every Envoy has a change yet",
+    Exit.NO: "done, and the answer is no: doctor found a failure, verdict says FAIL, compare or findings --exit-code found something, rules preview or import --dry-run found what speaks against a rule, or not every Envoy has a change yet",
     Exit.USAGE: "a wrong option, argument or setting; or verdict says INCONCLUSIVE",
     Exit.UNREACHABLE: "the sidecar, or a server it needs, can't be reached or started, or took too long",
     Exit.NOT_FOUND: "no such finding, pair or service",

@@ -9,11 +9,13 @@ from rich.table import Table
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
+from abreast.v1.rule_pb2 import ExplainedFinding, Rule
 from abreast_sidecar.cli.answers import ended
 from abreast_sidecar.cli.connection import Link, connected, json_option, print_json
 from abreast_sidecar.cli.curl import curl
 from abreast_sidecar.cli.findings import difference
-from abreast_sidecar.cli.humane import ago, count, part_of, percent, printable
+from abreast_sidecar.cli.humane import ago, count, counted, part_of, percent, printable
+from abreast_sidecar.cli.rule_tables import title
 from abreast_sidecar.cli.shift import actor_option
 from abreast_sidecar.cli.statuses import history, said, say, told, word_options
 from abreast_sidecar.cli.tables import (
@@ -83,6 +85,8 @@ def show(
     made.add_row("status", told(finding, found.events, now))
     if found.HasField("feature"):
         made.add_row("only with", feature(found.feature))
+    for rule in found.explained_by:
+        made.add_row("explained by", explained(rule, finding.id))
     out.print(made)
     shown = found.examples[:examples]
     for number, example in enumerate(shown, 1):
@@ -124,6 +128,13 @@ def releases(finding: api.Finding) -> str:
     sides = (("new", finding.new_releases), ("old", finding.old_releases))
     named = [(side, [printable(label) for label in labels if label]) for side, labels in sides]
     return "; ".join(f"{side} {', '.join(labels)}" for side, labels in named if labels)
+
+
+def explained(rule: Rule, finding_id: int) -> str:
+    """`rule 7 (cents): rounding, 1,204 pairs`."""
+    mine = next((one for one in rule.findings if one.finding_id == finding_id), ExplainedFinding())
+    before = f"; {count(mine.unknown)} were judged before it" if mine.unknown else ""
+    return f"{title(rule)}: {printable(rule.reason)}, {counted(mine.pairs, 'pair')}{before}"
 
 
 def feature(found: api.RequestFeature) -> str:

@@ -88,6 +88,9 @@ def _facts(detail: api.PairDetail) -> Table:
     )
     if pair.finding_ids:
         made.add_row("findings", ", ".join(map(str, pair.finding_ids)))
+    if pair.explained:
+        said = ", ".join(f"{one.finding_id} by rule {one.rule_id}" for one in pair.explained)
+        made.add_row("explained", f"{said} (abreast rules list)")
     if pair.reason:
         made.add_row("reason", printable(pair.reason))
     return made

@@ -75,6 +75,7 @@ def for_machines(found: Collected, now: dt.datetime) -> dict[str, Any]:
         "endpoints": [plain(one) for one in found.endpoints],
         "findings": [plain(one) for one in found.findings],
         "waived": [plain(one) for one in found.waived],
+        "rules": [plain(one) for one in found.rules],
         "examples": {str(number): plain(one) for number, one in found.examples.items()},
         "traffic_events": [plain(one) for one in found.events],
     }

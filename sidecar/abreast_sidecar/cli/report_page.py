@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
+from abreast.v1 import rule_pb2
 from abreast_sidecar.cli.curl import curl
 from abreast_sidecar.cli.evidence import Collected
 from abreast_sidecar.cli.humane import count, duration, percent, printable
@@ -60,6 +61,7 @@ def _environment() -> Environment:
         differences=lambda one: one.differences[:MOST_DIFFERENCES],
         value=lambda text: printable(text, LONGEST_VALUE),
         taken=_taken,
+        covers=_covers,
     )
     return environment
 
@@ -84,6 +86,14 @@ def _place(one: api.Finding | common.Difference) -> str:
 def _why_waived(one: api.Finding) -> str:
     said = one.status_reason if status_name(one.status) in {"expected", "fixed"} else ""
     return printable(said or one.reason)
+
+
+def _covers(one: rule_pb2.Rule) -> str:
+    """What the rule says, as a person would write it."""
+    action = rule_pb2.RuleAction.Name(one.action).removeprefix("RULE_ACTION_").lower().replace("_", "-")
+    fields = ("path", "header", "status", "endpoint", "release", "by")
+    said = [f"{name} {getattr(one, name)}" for name in fields if getattr(one, name)]
+    return printable(" ".join([action, *said]))
 
 
 def _taken(one: api.EndpointSummary, field: str) -> str:

@@ -98,6 +98,12 @@ def where(part: common.Part.ValueType, path: str) -> str:
     return printable(f"{name} {path}" if path else name)
 
 
+def _remark(row: common.Difference) -> str:
+    if row.explained_by:
+        return f"explained by rule {row.explained_by}"
+    return "noise" if row.noise else impact_name(row.impact)
+
+
 def differences(found: Iterable[common.Difference]) -> Table:
     """One row a place, with both values."""
     made = table("place", "kind", "impact", "old", "new")
@@ -105,7 +111,7 @@ def differences(found: Iterable[common.Difference]) -> Table:
         made.add_row(
             where(row.part, row.place or row.path),
             kind_name(row.kind),
-            styled("noise" if row.noise else impact_name(row.impact)),
+            styled(_remark(row)),
             styled(printable(row.old, LONGEST_VALUE), "old") if row.HasField("old") else styled("-", "dim"),
             styled(printable(row.new, LONGEST_VALUE), "new") if row.HasField("new") else styled("-", "dim"),
         )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from abreast.capture import Capture
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
+from abreast_sidecar.compare.causes import causes
 from abreast_sidecar.compare.difference import Difference, Judgement, Kind, Outcome, Rules
 from abreast_sidecar.compare.effects import TOO_MANY, effect_differences
 from abreast_sidecar.compare.headers import first, header_differences, trailer_differences
@@ -204,7 +205,8 @@ def _differences(old: Capture, new: Capture, rules: Rules, declared: RuleSet | N
         bodies = bodies._replace(note=TOO_MANY, unreadable=True)
     if not found:
         return bodies
-    return bodies._replace(differences=[*found, *bodies.differences][: rules.max_differences])
+    told = causes([*found, *bodies.differences], status(old), status(new))
+    return bodies._replace(differences=told[: rules.max_differences])
 
 
 def _silent(capture: Capture) -> bool:

@@ -171,7 +171,7 @@ def _amount(value: Any) -> float:
     return float(value)
 
 
-def _share(value: Any) -> float:
+def share(value: Any) -> float:
     percent = _PERCENT.fullmatch(value) if isinstance(value, str) else None
     if percent:
         return float(percent[1]) / 100
@@ -209,7 +209,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "release": _text,
     "by": _text,
     "absolute": _amount,
-    "relative": _share,
+    "relative": share,
     "old": _any,
     "new": _any,
     "reason": _text,

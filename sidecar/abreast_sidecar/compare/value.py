@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from decimal import Decimal, InvalidOperation
 from itertools import islice
 from json.encoder import encode_basestring_ascii as quoted
 from math import isfinite
@@ -13,11 +14,14 @@ import orjson
 
 VALUE_LIMIT = 500  # characters of a value that are kept in a difference
 
-# orjson turns integers beyond 64 bits into floats, so that two different ids look equal. Bodies with so long a row of
-# digits are read by the slower reader; looking at every third byte first finds out that there is none.
+# orjson turns integers beyond 64 bits into floats, and cuts fractions, so that two different ids or amounts look equal.
+# Bodies with so long a row of digits are read by the slower reader; looking at every third byte first finds out that
+# there is none. 18 digits in a row are the fewest that no float has to have.
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
-_LONG_NUMBER = b"0" * 19
-_MAYBE_LONG = b"0" * (19 // 3)
+_LONG_NUMBER = b"0" * 18
+_MAYBE_LONG = b"0" * (18 // 3)
+
+FEW_DIGITS = 16  # characters of a number that a float holds for certain
 
 _ascii = json.JSONEncoder(separators=(",", ":"))
 _NAMES = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
@@ -29,6 +33,16 @@ class NotJsonError(ValueError):
 
 class Constant(float):
     """NaN or an infinity. orjson would write it as null, and refuses a subclass: so `canonical` tells them apart."""
+
+
+class LongNumber(str):
+    """A number that no 64-bit float holds exactly: its digits and exponent, after a word that no number begins with."""
+
+    __slots__ = ()
+    WORD = "number "
+
+    def shown(self) -> str:
+        return self.removeprefix(self.WORD)
 
 
 class RepeatedKey(str):
@@ -54,7 +68,9 @@ def read(body: bytes) -> tuple[Any, bytes]:
         return slowly(body), b""  # it may still be what only the lenient reader takes
     if text == body:
         return value, text
-    if text.count(b":") != body.count(b":") or _may_hold_long_numbers(body):
+    if text.count(b":") != body.count(b":") or text.count(b"null") != body.count(b"null"):
+        return slowly(body), b""
+    if _may_hold_long_numbers(body):
         return slowly(body), b""
     return value, text
 
@@ -70,9 +86,27 @@ def _may_hold_long_numbers(body: bytes) -> bool:
     return _MAYBE_LONG in body[::3].translate(_DIGITS) and _LONG_NUMBER in body.translate(_DIGITS)
 
 
-def _float(text: str) -> float:
+def _float(text: str) -> float | LongNumber:
     number = float(text)
-    return number if isfinite(number) else Constant(number)
+    if len(text) < FEW_DIGITS and isfinite(number):
+        return number
+    exact = _exact(text)
+    return (
+        number if isfinite(number) and exact == _exact(repr(number)) else LongNumber(LongNumber.WORD + exact)
+    )
+
+
+def _exact(text: str) -> str:
+    """Equal where two numbers are, however they are written."""
+    try:
+        sign, digits, exponent = Decimal(text).as_tuple()
+    except InvalidOperation:  # an exponent of more than 18 digits
+        return text.lower()
+    significant = "".join(map(str, digits)).lstrip("0")
+    short = significant.rstrip("0")
+    if not short:
+        return "0"
+    return f"{'-' * sign}{short}e{int(exponent) + len(significant) - len(short)}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -108,6 +142,8 @@ def shown(value: Any) -> str:
         text = quoted(value[:VALUE_LIMIT])
     elif kind is list or kind is dict:
         text = _beginning(value)
+    elif kind is LongNumber:
+        text = value.shown()
     else:
         text = _ascii.encode(value)
     return text if len(text) <= VALUE_LIMIT else text[: VALUE_LIMIT - 1] + "…"

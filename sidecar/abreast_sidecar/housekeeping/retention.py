@@ -17,7 +17,7 @@ async def open_days(connection: Connection) -> None:
 
 
 async def drop_days(connection: Connection, *, retention_days: int) -> int:
-    """Drop pairs, examples and poison that are older; return how many days went. Tallies and findings stay."""
+    """Drop pairs, examples, samples and poison that are older; return how many days went. Tallies and findings stay."""
     dropped = 0
     async with connection.transaction():
         cursor = await connection.execute(statement("lock_try"), {"lock": LOCK})
@@ -25,6 +25,7 @@ async def drop_days(connection: Connection, *, retention_days: int) -> int:
         if not row or not row["locked"]:
             return 0
         await connection.execute(statement("poison_drop"), {"days": retention_days})
+        await connection.execute(statement("samples_drop"), {"days": retention_days})
         cursor = await connection.execute(statement("days_old"), {"days": retention_days})
         for old in await cursor.fetchall():
             await connection.execute(statement("day_drop"), {"day": old["day"]})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import structlog
 from psycopg import AsyncConnection
@@ -55,15 +55,15 @@ def again(captures: bytes | None, rules: Rules) -> Judgement | None:
     return judgement if judgement is not None and judgement.outcome in COMPARED else None
 
 
-def places(judged: Judged, catalogue: Catalogue) -> Places:
-    """Of a pair whose findings the catalogue has learned."""
+def places(judged: Judged, catalogue: Catalogue, drift: Collection[int] = ()) -> Places:
+    """Of a pair whose findings the catalogue has learned; without those that asking again told to be drift."""
     endpoint = catalogue.endpoint(judged.endpoint)
 
     def of(left: Iterable[Difference], explained: Iterable[Difference]) -> dict[int, int]:
         found: dict[int, int] = {}
         for one in [*left, *explained]:
             finding = catalogue.finding(endpoint, one)
-            if finding is not None:
+            if finding is not None and finding not in drift:
                 found.setdefault(finding, int(one.explained_by) if one.explained_by else NOBODY)
         return found
 

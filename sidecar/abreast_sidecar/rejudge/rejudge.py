@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import orjson
+
 from abreast_sidecar.compare import Rules, RuleSet
 from abreast_sidecar.rejudge import evidence, places
 from abreast_sidecar.rejudge.counters import Counters, Slot
@@ -103,7 +105,7 @@ async def _batch(connection: Connection, learning: Learning, held: InForce, limi
     after = [
         places.told(row, held.declared, held.began, found)
         if judged is None
-        else evidence.places(judged, learning.catalogue)
+        else evidence.places(judged, learning.catalogue, row["drift"] or ())
         for row, judged in zip(rows, again, strict=True)
     ]
     found |= await known_findings(connection, {f for one in after for f in (*one.findings, *one.noise)})
@@ -178,7 +180,7 @@ async def _write_pairs(
         columns = {**key, **places.columns(now), "outcome": outcome, "reason": _reason(row, now, held)}
         pairs.append({**columns, "rules": row["rules"] if judged is None else held.version})
         if judged is not None:
-            examples.append({**key, "differences": differences_json(judged)})
+            examples.append({**key, "differences": orjson.loads(differences_json(judged))})
         if outcome != row["outcome"]:
             day = round(row["at"].timestamp() * 1000) // DAY
             tally[row["service"], day, row["outcome"]] -= 1

@@ -8,6 +8,7 @@ from abreast_sidecar.serve.latency import Latency
 from abreast_sidecar.serve.metrics import Metrics
 from abreast_sidecar.serve.pending import Pending
 from abreast_sidecar.serve.readiness import NotReadyError, Readiness
+from abreast_sidecar.serve.rules import RuleControl
 from abreast_sidecar.serve.traffic import TrafficControl
 from abreast_sidecar.serve.web import Web
 
@@ -21,6 +22,7 @@ __all__ = [
     "NotReadyError",
     "Pending",
     "Readiness",
+    "RuleControl",
     "TrafficControl",
     "Web",
 ]

@@ -11,17 +11,21 @@ from abreast_sidecar.compare.verdict import decide
 from abreast_sidecar.control import Control
 from abreast_sidecar.serve import arguments, messages, verdicts
 from abreast_sidecar.serve.pending import Pending
+from abreast_sidecar.serve.rule_arguments import message
 from abreast_sidecar.serve.status import StoppingError
 from abreast_sidecar.serve.verdicts import ledger
 from abreast_sidecar.store.queries import FindingFilter, PairFilter, Queries
+from abreast_sidecar.store.rules import RuleFilter, RuleStore
 from abreast_sidecar.store.statuses import set_status
 
+MOST_RULES = 20  # that are named with a finding
 WATCH_EVERY = 1.0  # seconds
 
 
 class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
     def __init__(self, queries: Queries, control: Control, pending: Pending) -> None:
         self.queries = queries
+        self.rules = RuleStore(queries.database)
         self.control = control
         self.pending = pending
 
@@ -71,11 +75,13 @@ class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
 
     async def GetFinding(self, request: pb.GetFindingRequest, context: Any) -> pb.GetFindingResponse:
         found, examples = await self.queries.finding(arguments.finding_id("id", request.id))
+        explains = RuleFilter(finding_id=found.id, include_expired=False)
         return pb.GetFindingResponse(
             finding=messages.finding(found),
             examples=[messages.pair_detail(one) for one in examples],
             feature=messages.feature(await self.queries.separating(found)),
             events=[messages.finding_event(one) for one in await self.queries.finding_events(found.id)],
+            explained_by=[message(one) for one in await self.rules.listed(explains, limit=MOST_RULES)],
         )
 
     async def SetFindingStatus(
@@ -116,7 +122,7 @@ class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
             marks = await self.queries.finding_marks(service)
             changed = [number for number, mark in marks.items() if seen.get(number) != mark]
             for found in await self.queries.findings_by_id(changed) if changed else ():
-                if (found.count and not found.noise) or request.include_noise:
+                if (found.count and not found.explained) or request.include_noise:
                     yield pb.WatchFindingsResponse(finding=messages.finding(found))
             seen = marks
             await self._pause()

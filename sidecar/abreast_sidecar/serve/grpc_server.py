@@ -11,6 +11,8 @@ from abreast.v1 import (
     comparison_pb2_grpc,
     latency_pb2,
     latency_pb2_grpc,
+    rule_pb2,
+    rule_pb2_grpc,
     traffic_pb2,
     traffic_pb2_grpc,
 )
@@ -20,11 +22,13 @@ from abreast_sidecar.serve.comparison import Comparison
 from abreast_sidecar.serve.interceptor import Interceptor
 from abreast_sidecar.serve.latency import Latency
 from abreast_sidecar.serve.listen import listening
+from abreast_sidecar.serve.rules import RuleControl
 from abreast_sidecar.serve.traffic import TrafficControl
 
 NAMES = (
     comparison_pb2.DESCRIPTOR.services_by_name["ComparisonService"].full_name,
     latency_pb2.DESCRIPTOR.services_by_name["LatencyService"].full_name,
+    rule_pb2.DESCRIPTOR.services_by_name["RuleService"].full_name,
     traffic_pb2.DESCRIPTOR.services_by_name["TrafficService"].full_name,
 )
 OPTIONS = (
@@ -44,6 +48,7 @@ class GrpcServer:
         comparison: Comparison,
         traffic: TrafficControl,
         latency: Latency,
+        rules: RuleControl,
         discovery: RuntimeDiscovery,
         interceptor: Interceptor,
     ) -> None:
@@ -54,6 +59,7 @@ class GrpcServer:
         comparison_pb2_grpc.add_ComparisonServiceServicer_to_server(comparison, self._server)
         traffic_pb2_grpc.add_TrafficServiceServicer_to_server(traffic, self._server)
         latency_pb2_grpc.add_LatencyServiceServicer_to_server(latency, self._server)
+        rule_pb2_grpc.add_RuleServiceServicer_to_server(rules, self._server)
         self._server.add_generic_rpc_handlers((discovery.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection(

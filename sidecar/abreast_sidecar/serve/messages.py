@@ -177,6 +177,9 @@ def pair(found: Pair) -> comparison_pb2.Pair:
         new_release=found.new_release,
         finding_ids=found.findings,
         reason=found.reason,
+        explained=[
+            comparison_pb2.Explanation(finding_id=finding, rule_id=rule) for finding, rule in found.explained
+        ],
     )
 
 
@@ -231,6 +234,7 @@ def difference(found: Difference) -> common_pb2.Difference:
         old=found.old,
         new=found.new,
         noise=found.noise,
+        explained_by=found.rule,
     )
 
 

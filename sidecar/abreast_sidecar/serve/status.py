@@ -11,6 +11,7 @@ from google.protobuf import any_pb2
 from abreast_sidecar.control.xds import wire_pb2 as wire
 from abreast_sidecar.errors import (
     ArgumentError,
+    BroadRuleError,
     LedgerError,
     NotFoundError,
     RedisError,
@@ -24,6 +25,7 @@ DETAILS = "grpc-status-details-bin"  # the trailing metadata that holds a google
 
 CODES: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
     (ArgumentError, grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT"),
+    (BroadRuleError, grpc.StatusCode.FAILED_PRECONDITION, "RULE_TOO_BROAD"),
     (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     (SchemaError, grpc.StatusCode.FAILED_PRECONDITION, "LEDGER_SCHEMA"),
     (LedgerError, grpc.StatusCode.UNAVAILABLE, "LEDGER_UNAVAILABLE"),

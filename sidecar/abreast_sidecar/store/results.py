@@ -154,6 +154,7 @@ class Pair:
     new_release: str
     findings: tuple[int, ...]
     reason: str
+    explained: tuple[tuple[int, int], ...] = ()  # finding and the rule that explains it
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,7 @@ class Difference:
     old: str | None
     new: str | None
     noise: bool
+    rule: int = 0  # that explains it
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def finding(row: Row) -> Finding:
         compared=row["compared"],
         baseline_count=row["baseline_count"],
         state=row["state"],
-        reason=row["reason"],
+        reason=row["reason"] + _drift(row["drift"]),
         first_seen=row["first_seen"],
         last_seen=row["last_seen"],
         detail=row["detail"],
@@ -55,6 +55,15 @@ def finding(row: Row) -> Finding:
         status_reason=row["status_reason"],
         old_releases=tuple(row["old_releases"]),
         new_releases=tuple(row["new_releases"]),
+    )
+
+
+def _drift(pairs: int) -> str:
+    """What was told by asking again, and counts apart."""
+    return (
+        f"; {pairs} more {'was' if pairs == 1 else 'were'} drift of state: asked again, both agreed"
+        if pairs
+        else ""
     )
 
 
@@ -74,6 +83,7 @@ def pair(row: Row) -> Pair:
         new_release=row["new_release"],
         findings=tuple(row["findings"]),
         reason=row["reason"],
+        explained=tuple(zip(row["explained"] or (), row["explained_by"] or (), strict=True)),
     )
 
 
@@ -96,4 +106,5 @@ def difference(found: Row, noisy: set[str]) -> Difference:
         old=found.get("old"),
         new=found.get("new"),
         noise=f"{found['part']} {found['kind']} {found['path']}" in noisy,
+        rule=int(found.get("explained_by") or 0),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import psycopg
 from psycopg.types.json import Jsonb
 
 from abreast_sidecar.compare import Rule, RuleSet
@@ -167,7 +168,12 @@ async def _add(connection: Connection, draft: Draft, version: int, actor: str) -
         "actor": actor,
         "version": version,
     }
-    row = await (await connection.execute(statement("rule_add"), given)).fetchone()
+    try:
+        row = await (await connection.execute(statement("rule_add"), given)).fetchone()
+    except psycopg.errors.UniqueViolation:
+        raise ArgumentError(
+            f"a rule named {draft.rule.name!r} holds already; delete it first, or choose another name"
+        ) from None
     assert row is not None
     return int(row["id"])
 

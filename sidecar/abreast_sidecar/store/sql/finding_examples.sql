@@ -1,5 +1,5 @@
 select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.request, p.old_status, p.new_status,
-       p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason,
+       p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by,
        x.captures, x.differences,
        array(
            select n.part || ' ' || n.kind || ' ' || n.path

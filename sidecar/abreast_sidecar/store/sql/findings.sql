@@ -47,13 +47,14 @@ page as (
     from counted
     where (%(ids)s::bigint[] is not null
            or shown > 0
+           or (%(only_explained)s and not %(windowed)s and drift > 0)
            or ((%(include_noise)s or %(only_explained)s) and not %(windowed)s and baseline_count > 0))
       and (%(after_id)s::bigint is null or (rank, -shown, id) > (%(after_rank)s, -%(after_count)s::bigint, %(after_id)s))
     order by rank, shown desc, id
     limit %(limit)s
 )
 select p.id, p.service, p.method, p.route, p.part, p.path, p.kind, p.impact, p.shown as count, p.rank,
-       p.baseline_count, p.state, p.reason, p.first_seen, p.last_seen, p.detail,
+       p.baseline_count, p.state, p.reason, p.drift, p.first_seen, p.last_seen, p.detail,
        p.status, greatest(c.compared, p.counted) as compared, r.old_releases, r.new_releases,
        coalesce(
            (select reason from abreast.finding_event where finding_id = p.id order by id desc limit 1), ''

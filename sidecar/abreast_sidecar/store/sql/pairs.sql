@@ -1,5 +1,5 @@
 select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.request, p.old_status, p.new_status,
-       p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason
+       p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by
 from abreast.pair p
 join abreast.endpoint e on e.id = p.endpoint_id
 where (%(service)s = '' or e.service = %(service)s)

@@ -1,26 +1,24 @@
 -- The last pairs of each endpoint that both versions answered alike, in the order of their arrival, with the latest
--- release of new alone: what one release did is not said of the next.
+-- release of new among them alone: what one release did is not said of the next.
 select endpoint.id, timing.old_us, timing.new_us, timing.release
 from abreast.endpoint
-left join lateral (
-    select label
-    from abreast.release
-    where service = endpoint.service and version = 'new'
-    order by id desc
-    limit 1
-) as latest on true
 cross join lateral (
     select array_agg(old_us order by at, id) as old_us, array_agg(new_us order by at, id) as new_us,
            array_agg(release order by at, id) as release
     from (
-        select at, id, old_us, new_us, old_release || ' ' || new_release as release
-        from abreast.pair
-        where endpoint_id = endpoint.id and at > clock_timestamp() - %(window)s * interval '1 second'
-          and outcome in ('match', 'mismatch') and old_status = new_status
-          and old_us is not null and new_us is not null
-          and new_release = coalesce(latest.label, new_release)
-        order by at desc
-        limit %(most)s
+        select newest.*, release.id as number, max(release.id) over () as latest
+        from (
+            select at, id, old_us, new_us, old_release || ' ' || new_release as release, new_release
+            from abreast.pair
+            where endpoint_id = endpoint.id and at > clock_timestamp() - %(window)s * interval '1 second'
+              and outcome in ('match', 'mismatch') and old_status = new_status
+              and old_us is not null and new_us is not null
+            order by at desc
+            limit %(most)s
+        ) as newest
+        left join abreast.release
+            on release.service = endpoint.service and release.version = 'new' and release.label = newest.new_release
     ) as recent
+    where number is not distinct from latest
 ) as timing
 where cardinality(timing.old_us) >= %(least)s

@@ -1,14 +1,19 @@
 -- Of each endpoint, over the rows of the window with the release that is judged. A row without an answer of new names no
--- release of it: it belongs to those that came once that release had. Findings of part latency are of no single pairs,
+-- release of it: it belongs to the latest that had come. Findings of part latency are of no single pairs,
 -- and no row has them.
 with chosen as (
     select id, method, route from abreast.endpoint where service = %(service)s
 ),
 judged as (
-    select coalesce(max(first_seen), '-infinity') as first_seen
+    select case when exists (
+               select from abreast.release f where f.service = r.service and f.version = 'new' and f.id < r.id
+           ) then first_seen else '-infinity' end as first_seen,
+           coalesce((
+               select min(first_seen) from abreast.release f
+               where f.service = r.service and f.version = 'new' and f.id > r.id
+           ), 'infinity') as over
     from abreast.release r
     where service = %(service)s and version = 'new' and label = %(release)s::text
-      and exists (select from abreast.release f where f.service = r.service and f.version = 'new' and f.id < r.id)
 ),
 -- Caches, pools and compilers are cold at first: `warm` is when a share of each release's time is over.
 release as (
@@ -17,7 +22,7 @@ release as (
     from abreast.pair p
     where p.endpoint_id in (select id from chosen)
       and (%(release)s::text is null or p.new_release = %(release)s
-           or (p.new_status is null and p.at >= (select first_seen from judged)))
+           or (p.new_status is null and p.at >= (select first_seen from judged) and p.at < (select over from judged)))
       and (%(start)s::timestamptz is null or p.at >= %(start)s)
       and (%(end)s::timestamptz is null or p.at < %(end)s)
     group by p.endpoint_id, p.old_release, p.new_release
@@ -55,7 +60,7 @@ counted as (
                    and p.old_us is not null and p.new_us is not null as timed
     ) as said
     where (%(release)s::text is null or p.new_release = %(release)s
-           or (p.new_status is null and p.at >= (select first_seen from judged)))
+           or (p.new_status is null and p.at >= (select first_seen from judged) and p.at < (select over from judged)))
       and (%(start)s::timestamptz is null or p.at >= %(start)s)
       and (%(end)s::timestamptz is null or p.at < %(end)s)
     group by p.endpoint_id

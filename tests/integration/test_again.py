@@ -1,0 +1,223 @@
+"""A worker asks both versions again: real services over HTTP, real Redis, real Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from abreast import ParallelRunMiddleware
+from abreast.capture import Capture
+from abreast_sidecar.again import AgainSettings
+from abreast_sidecar.errors import SettingError
+from abreast_sidecar.housekeeping.noise import decide_noise
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import migrate
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.pages import Page
+from abreast_sidecar.store.queries import FindingFilter, Queries
+from support import eventually_async, free_port
+from support_pairs import one, pair_of, rows, running, send, stats
+
+pytestmark = pytest.mark.postgres
+
+AFTER = 0.2  # seconds
+
+
+@dataclass
+class Version:
+    """A version of a service, whose state the test moves."""
+
+    redis_url: str
+    stock: int = 5
+    slow: float = 0.0
+    seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    url: str = ""
+
+    async def product(self, request: Request) -> JSONResponse:
+        self.seen.append((request.method, str(request.url.path), dict(request.headers)))
+        await asyncio.sleep(self.slow)
+        return JSONResponse({"stock": self.stock}, headers={"x-noise": str(uuid.uuid4())})
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        app = Starlette(routes=[Route("/products/{id}", self.product, methods=["GET", "POST"])])
+        app.add_middleware(ParallelRunMiddleware, service="shop", redis_url=self.redis_url)
+        port = free_port()
+        server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+        task = asyncio.create_task(server.serve())
+        self.url = f"http://127.0.0.1:{port}"
+
+        async def started() -> bool:
+            return server.started
+
+        await eventually_async(started, what="the version listens")
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await task
+
+
+@dataclass
+class Bench:
+    settings: Settings
+    old: Version
+    new: Version
+
+    def send(self, old: Any, new: Any, **changes: Any) -> str:
+        """A pair whose answers were these; returns its id."""
+        captures = [self._like_theirs(capture, **changes) for capture in pair_of(old, new)]
+        send(self.settings.redis_url, captures)
+        return captures[0].pair
+
+    def _like_theirs(self, capture: Capture, **changes: Any) -> Capture:
+        headers = (*capture.answer.headers, ("x-noise", str(uuid.uuid4())))
+        asked = replace(capture.request, **changes)
+        return replace(capture, request=asked, answer=replace(capture.answer, headers=headers))
+
+    async def asked(self, many: int) -> None:
+        async def enough() -> bool:
+            return len(self.old.seen) >= many and len(self.new.seen) >= many
+
+        await eventually_async(enough, what=f"{many} pairs are asked again")
+
+    async def committed(self, many: int) -> None:
+        async def there() -> bool:
+            return bool(one(self.settings.postgres_url, "select count(*) from abreast.pair") >= many)
+
+        await eventually_async(there, what=f"{many} pairs are in the ledger")
+
+    def stock(self, pair: str) -> tuple[bool, bool]:
+        """Whether the stock is a finding of the pair, and whether it is drift."""
+        query = f"select f.id = any(p.findings), f.id = any(coalesce(p.drift, '{{}}')) from abreast.pair p, abreast.finding f where p.id = '{pair}' and f.path = '$.stock'"  # noqa: S608  # our own
+        return rows(self.settings.postgres_url, query)[0]
+
+
+@asynccontextmanager
+async def bench(redis_url: str, postgres_url: str, **changes: Any) -> AsyncIterator[Bench]:
+    await migrate(postgres_url)
+    old, new = Version(redis_url), Version(redis_url)
+    async with old.serving(), new.serving():
+        settings = Settings(
+            redis_url=redis_url,
+            postgres_url=postgres_url,
+            ask_again_after=AFTER,
+            ask_again_old=old.url,
+            ask_again_new=new.url,
+            **{"ask_again": 60, **changes},
+        )
+        async with running(settings):
+            yield Bench(settings, old, new)
+
+
+async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str) -> None:
+    async with bench(redis_url, postgres_url) as found:
+        found.old.stock = found.new.stock = 4
+        pair = found.send({"stock": 5}, {"stock": 4})
+
+        async def told() -> bool:
+            return bool(one(postgres_url, "select coalesce(sum(drift), 0) from abreast.finding"))
+
+        await eventually_async(told, what="it is told")
+        method, path, headers = found.old.seen[0]
+        captures = stats(redis_url)["received"]
+
+    database = Database(postgres_url)
+    await database.open()
+    async with database.connection() as connection:
+        await decide_noise(connection)
+    listed = (await Queries(database).findings(FindingFilter(only_explained=True), Page(10))).rows
+    counted = (await Queries(database).findings(FindingFilter(), Page(10))).rows
+    await database.close()
+
+    assert found.stock(pair) == (False, True)
+    assert one(postgres_url, "select count from abreast.finding where path = '$.stock'") == 0
+    assert "drift of state" in one(postgres_url, "select reason from abreast.pair")
+    assert [one.path for one in counted if one.path == "$.stock"] == []
+    assert ["1 more was drift" in one.reason for one in listed if one.path == "$.stock"] == [True]
+    assert (method, path, headers["x-abreast-again"]) == ("GET", "/products/7", "1")
+    assert captures == 2  # those that were sent; the services' middleware sent none
+
+
+async def test_a_version_that_is_wrong_now_and_then_stays_a_finding(
+    redis_url: str, postgres_url: str
+) -> None:
+    """Asked again it is right each time, whether or not the state moved meanwhile."""
+    async with bench(redis_url, postgres_url) as found:
+        still = [found.send({"stock": 5}, {"stock": 0}) for _ in range(5)]
+        await found.asked(5)
+        found.old.stock = found.new.stock = 4
+        moved = [found.send({"stock": 5}, {"stock": 0}) for _ in range(5)]
+        await found.asked(10)
+        drifting = found.send({"stock": 5}, {"stock": 4})
+
+        async def told() -> bool:
+            return found.stock(drifting) == (False, True)
+
+        await found.committed(11)
+        await eventually_async(told, what="the drift among them is told")
+
+    assert [found.stock(pair) for pair in (*still, *moved)] == [(True, False)] * 10
+    assert one(postgres_url, "select count from abreast.finding where path = '$.stock'") == 10
+
+
+async def test_what_is_unsafe_or_can_t_be_repeated_is_not_asked(redis_url: str, postgres_url: str) -> None:
+    secret = (("authorization", "hmac:0123456789abcdef"),)
+    async with bench(redis_url, postgres_url) as found:
+        found.send({"stock": 5}, {"stock": 4}, method="POST")
+        found.send({"stock": 5}, {"stock": 4}, headers=secret)
+        found.send({"stock": 5}, {"stock": 4}, headers=(("if-none-match", "a"),))
+        await found.committed(3)
+        found.send({"stock": 5}, {"stock": 4}, headers=(("accept-language", "de"),))
+        await found.asked(1)
+
+    assert [headers["accept-language"] for _, _, headers in found.old.seen] == ["de"]
+
+
+async def test_no_more_are_asked_than_the_budget(redis_url: str, postgres_url: str) -> None:
+    async with bench(redis_url, postgres_url, ask_again=2) as found:
+        for _ in range(20):
+            found.send({"stock": 5}, {"stock": 4})
+        await found.asked(2)
+        await found.committed(20)
+        await asyncio.wait_for(asyncio.shield(asyncio.create_task(_turns(5))), 10)
+
+    assert len(found.old.seen) == len(found.new.seen) == 2
+
+
+async def _turns(many: int) -> None:
+    for _ in range(many):
+        await asyncio.sleep(AFTER / 4)  # turns of its loop, in which a third could begin
+
+
+async def test_a_version_that_hangs_holds_up_no_worker(redis_url: str, postgres_url: str) -> None:
+    async with bench(redis_url, postgres_url) as found:
+        found.old.slow = 2.0
+        found.send({"stock": 5}, {"stock": 4})
+
+        async def hanging() -> bool:
+            return bool(found.old.seen)
+
+        await eventually_async(hanging, what="old is asked")
+        for _ in range(50):
+            found.send({"stock": 5}, {"stock": 5})
+        await found.committed(51)
+
+        assert not found.new.seen  # old has not answered yet
+
+
+def test_without_addresses_it_is_refused() -> None:
+    with pytest.raises(SettingError, match="ABREAST_ASK_AGAIN_OLD and ABREAST_ASK_AGAIN_NEW"):
+        AgainSettings.of(Settings(ask_again=10))
+    assert AgainSettings.of(Settings()) is None

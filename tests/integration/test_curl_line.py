@@ -1,0 +1,134 @@
+"""The line that `abreast finding` prints, given to a real shell and a real curl: the same request arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from abreast.v1 import common_pb2 as common
+from abreast.v1 import comparison_pb2 as api
+from abreast_sidecar.cli.curl import curl
+from abreast_sidecar.cli.humane import printable
+
+
+@asynccontextmanager
+async def listening() -> AsyncIterator[tuple[str, asyncio.Future[bytes]]]:
+    """An address, and the bytes of the one request that arrives there."""
+    arrived: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        lengths = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+        body = await reader.readexactly(int(lengths[0].split(b":")[1])) if lengths else b""
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+        arrived.set_result(head + body)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", arrived
+
+
+async def sent(detail: api.PairDetail) -> tuple[str, list[str], bytes]:
+    """The request's line, its header lines and its body, as a server gets them when the line is pasted."""
+    async with listening() as (address, arrived):
+        line, lacks = curl(detail)
+        assert not lacks
+        # what a person copies is what was printed
+        process = await asyncio.create_subprocess_exec(
+            *("bash", "-c", printable(line)),
+            env={**os.environ, "URL": address, "LC_ALL": "C", "no_proxy": "*"},
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, errors = await asyncio.wait_for(process.communicate(), 20)
+        assert process.returncode == 0, errors.decode()
+        head, _, body = (await asyncio.wait_for(arrived, 5)).partition(b"\r\n\r\n")
+    first, *headers = head.decode("latin-1").split("\r\n")
+    return first, headers, body
+
+
+def detail(
+    method: str = "GET", target: str = "/", body: bytes = b"", headers: tuple[tuple[str, str], ...] = ()
+) -> api.PairDetail:
+    made = api.PairDetail(
+        request_body=body, request_headers=[common.Header(name=name, value=value) for name, value in headers]
+    )
+    made.pair.endpoint.method = method
+    made.pair.request = target
+    return made
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PURGE"])
+async def test_each_method(method: str) -> None:
+    assert (await sent(detail(method)))[0] == f"{method} / HTTP/1.1"
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/products/7?currency=EUR&q=it's",
+        "/$HOME/`id`/$(id)/!x",
+        "/a%20b?q=%22%27%00&r=*",
+        "/items/[1-3]/{a,b}?filter[price]=7",
+        "/a/../b/./c//d",
+        "/back\\slash;semi|pipe?a=1&b=2&amp;c",
+        "/~user/caf%C3%A9",
+        "/?q=%s%d",
+    ],
+)
+async def test_each_target(target: str) -> None:
+    assert (await sent(detail(target=target)))[0] == f"GET {target} HTTP/1.1"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"name": "it\'s $HOME `id` \\" \\\\ !"}',
+        '{"city": "Zürich ☃", "nbsp": "\u00a0\u200b"}'.encode(),
+        b'{\n\t"a": 1,\r\n  "b": "x"\n}\n',
+        b"@/etc/hostname",
+        b"a=1&b=2",
+        b"\xff\xfe'\\\x1b[31m\x01",
+        b"-d",
+        b"\n",
+    ],
+)
+async def test_each_body(body: bytes) -> None:
+    made = detail("PUT", "/x", body, (("content-type", "application/json"),))
+    first, headers, arrived = await sent(made)
+
+    assert (first, arrived) == ("PUT /x HTTP/1.1", body)
+    assert "content-type: application/json" in headers
+
+
+async def test_headers_arrive_as_they_were_and_none_is_made_up() -> None:
+    given = (("accept", 'text/*; q="0.5", $HOME'), ("if-none-match", '"it\'s"'), ("x-empty", ""))
+    _, headers, _ = await sent(detail("POST", "/", b"{}", given))
+
+    assert {'accept: text/*; q="0.5", $HOME', 'if-none-match: "it\'s"', "x-empty:"} <= {
+        line.strip() for line in headers
+    }
+    assert not any(line.lower().startswith("content-type") for line in headers)
+
+
+@pytest.mark.parametrize(
+    ("made", "lack"),
+    [
+        (
+            detail(headers=(("authorization", "hmac:00"),)),
+            "its authorization (a secret, kept as a hash only)",
+        ),
+        (detail(headers=(("x-name", "Zoë"),)), "its x-name (characters that a line can't hold; see --json)"),
+        (detail("POST", body=b"\0"), "its body (1 bytes; see --json)"),
+        (detail("POST", body=b"x" * 5000), "its body (5000 bytes; see --json)"),
+        (detail("HEAD", body=b"{}"), "its body (2 bytes; see --json)"),
+    ],
+)
+def test_what_can_not_be_said_is_said_to_be_missing(made: api.PairDetail, lack: str) -> None:
+    assert curl(made)[1] == [lack]

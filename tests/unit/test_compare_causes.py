@@ -1,0 +1,87 @@
+"""One cause, one finding: pairs as they are judged, with what has to be said of them and no more."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from typing import Any
+
+import pytest
+
+from abreast.capture import Answer, Body, Capture, Request, Version
+from abreast_sidecar.compare import Rules, judge
+
+JSON, HTML, TEXT = (("content-type", kind) for kind in ("application/json", "text/html", "text/plain"))
+PAGE = b"<html><body><h1>Oops</h1></body></html>"
+
+
+def body(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def capture(
+    version: Version, status: int, content: bytes, headers: tuple[tuple[str, str], ...], **given: Any
+) -> Capture:
+    answer = Answer(status, headers, Body(content, len(content)))
+    return Capture("p", "shop", version, "live", Request("GET", "/x", "", "/x"), answer, **given)
+
+
+OLD = capture("old", 200, body({"a": {"b": 1, "c": {"d": 2}}}), (JSON,))
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        (capture("new", 200, PAGE, (HTML,)), [("body", "", "type", "breaking")]),
+        (capture("new", 200, b"oops", (TEXT,)), [("body", "", "type", "breaking")]),
+        (capture("new", 200, b"", ()), [("body", "", "removed", "breaking")]),
+        (capture("new", 204, b"", ()), [("status", "200->204", "changed", "breaking")]),
+        (
+            capture("new", 200, OLD.answer.body.held, (TEXT,)),
+            [("header", "content-type", "changed", "breaking")],
+        ),
+        (capture("new", 200, body({}), (JSON,)), [("body", "$.a", "removed", "breaking")]),
+        (capture("new", 200, body({"a": None}), (JSON,)), [("body", "$.a", "type", "breaking")]),
+        (capture("new", 404, PAGE, (HTML,)), [("status", "200->404", "changed", "breaking")]),
+        (
+            capture("new", 500, b"Internal", (TEXT,), raised="KeyError"),
+            [("status", "200->500", "changed", "breaking")],
+        ),
+        (
+            capture("new", 200, b'{"a', (JSON,), raised="KeyError", complete=False),
+            [("error", "unfinished", "removed", "breaking")],
+        ),
+        (
+            capture("new", 200, gzip.compress(OLD.answer.body.held), (JSON, ("content-encoding", "gzip"))),
+            [("header", "content-encoding", "added", "additive")],
+        ),
+    ],
+    ids=[
+        "page",
+        "text",
+        "empty",
+        "no-content",
+        "wrong-type",
+        "parent",
+        "null",
+        "missing",
+        "raised",
+        "cut",
+        "gzip",
+    ],
+)
+def test_one_cause_is_said_once(new: Capture, said: list[tuple[str, str, str, str]]) -> None:
+    found = judge([OLD, new], Rules()).differences
+
+    assert [(one.part, one.path, one.kind, one.impact) for one in found] == said
+
+
+def test_two_causes_are_two() -> None:
+    new = capture("new", 201, body({"a": {"b": "1", "c": {"d": 2}}}), (JSON, ("vary", "accept")))
+    found = judge([OLD, new], Rules()).differences
+
+    assert [(one.part, one.path) for one in found] == [
+        ("status", "200->201"),
+        ("header", "vary"),
+        ("body", "$.a.b"),
+    ]
