@@ -8,11 +8,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import psycopg
 import redis
+from msgspec.structs import replace
 
 from abreast.capture import Answer, Body, Capture, Request, Role, Version, encode
 from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments

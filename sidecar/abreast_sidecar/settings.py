@@ -183,7 +183,9 @@ class Settings(FromEnvironment):
         0, count, "pairs a minute that are asked again on both versions, to tell drift of state; 0 is off"
     )
     ask_again_after: float = setting(2.0, seconds, "seconds to wait before a pair is asked again")
-    ask_again_old: str = setting("", http_url, "where old is asked again: a URL that does not lead through Envoy")
+    ask_again_old: str = setting(
+        "", http_url, "where old is asked again: a URL that does not lead through Envoy"
+    )
     ask_again_new: str = setting("", http_url, "where new is asked again")
     new_share: float = setting(
         0.0, share, "share of users that new answers, until traffic is set for the first time"

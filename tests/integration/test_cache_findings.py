@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
-from dataclasses import replace
 from time import perf_counter_ns
 
 import pytest
+from msgspec.structs import replace
 
 import abreast
 from abreast.cache import Cache

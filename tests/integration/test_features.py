@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import psycopg
 import pytest
+from msgspec import structs
 
 from abreast.capture import Body, Capture, Request
 from abreast_sidecar.compare.feature import Feature
@@ -63,7 +64,7 @@ def asked(request: Request, *, shows: bool) -> Judged:
     old, new = plain.judgement.old, plain.judgement.new
     assert isinstance(old, Capture)
     assert isinstance(new, Capture)
-    sides = {"old": replace(old, request=request), "new": replace(new, request=request)}
+    sides = {"old": structs.replace(old, request=request), "new": structs.replace(new, request=request)}
     return Judged(plain.service, plain.entry, plain.at, plain.pair, replace(plain.judgement, **sides), ())  # type: ignore[arg-type]
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 
 import orjson
 import psycopg
 import pytest
+from msgspec.structs import replace
 
 from abreast.capture import Body, Capture
 from abreast_demo.traffic import PRODUCTS, Request

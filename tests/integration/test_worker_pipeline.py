@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 import redis
+from msgspec import structs
 
 from abreast.capture import encode
 from abreast.join import GROUP, Bounds, Keys
@@ -79,7 +80,10 @@ async def test_what_was_done_beside_an_answer_becomes_a_finding(settings: Settin
     mail = {"kind": "email.send", "payload": {"to": "a@b"}, "at_us": 9}
     old, new = pair_of({"price": 1}, {"price": 1})
     changed = {**mail, "payload": {"to": "c@d"}}
-    send(settings.redis_url, [replace(old, effects=(mail, mail)), replace(new, effects=(changed,))])
+    send(
+        settings.redis_url,
+        [structs.replace(old, effects=(mail, mail)), structs.replace(new, effects=(changed,))],
+    )
     async with running(settings):
         await emptied(settings)
 

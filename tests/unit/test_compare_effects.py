@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from abreast.capture import Capture, Version
 from abreast_sidecar.compare import Difference, Judgement, Rule, Rules, RuleSet, judge

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 import httpx
+from msgspec.structs import replace
 
 from abreast.capture import Answer, Body, Capture
 from abreast_sidecar.errors import SidecarError
