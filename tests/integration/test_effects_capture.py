@@ -99,7 +99,9 @@ async def test_a_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> 
     async def later() -> None:
         await asyncio.Event().wait()
 
-    middleware = ParallelRunMiddleware(shop(later), service="shop", redis_url=redis_url)
+    middleware = ParallelRunMiddleware(
+        shop(later), service="shop", redis_url=redis_url, effect_wait=60, pair_timeout=200
+    )
     request = asyncio.create_task(call(middleware, sampled()))
     await eventually_async(lambda: held(middleware), what="the answer is complete")
     await middleware.aclose()
