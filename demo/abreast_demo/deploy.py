@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings, Sticky
 from abreast_sidecar.errors import ServerError
 
 VERSIONS = frozenset({"old", "new"})  # so Envoy's clusters of live traffic are called too
+CODES = {"old": "old", "new": "new"}
 SAMPLE = 1.0  # all safe requests: 15 seconds are short
 BASELINE = 0.3  # of them go to old twice
 HEALTHY_TIMEOUT = 30.0  # seconds
@@ -42,10 +43,13 @@ class Addresses:
 
 
 @contextmanager
-def deployed(addresses: Addresses, say: Callable[[str], None], **more: Any) -> Iterator[Stack]:
+def deployed(
+    addresses: Addresses, say: Callable[[str], None], *, codes: Mapping[str, str] = CODES, **more: Any
+) -> Iterator[Stack]:
     """Everything runs and Envoy knows that both versions are well. Raise ServerError otherwise.
 
-    `more` are settings of Envoy, over the demo's.
+    `codes`: which code runs as each version; the old one as both is how a run without a regression looks. `more` are
+    settings of Envoy, over the demo's.
     """
     upstreams = {version: Endpoint(LOOPBACK, free_port()) for version in VERSIONS}
     shares: dict[str, Any] = {"sample_safe": SAMPLE, "baseline_share": BASELINE, **more}
@@ -68,12 +72,12 @@ def deployed(addresses: Addresses, say: Callable[[str], None], **more: Any) -> I
         opening.callback(cache.stop)
         cache.start()
         for version in VERSIONS:
-            opening.callback(_start(version, upstreams[version], stack, cache.url).stop)
+            opening.callback(_start(version, codes[version], upstreams[version], stack, cache.url).stop)
         _await_healthy(stack.admin_url)
         yield stack
 
 
-def _start(version: str, listen: Endpoint, stack: Stack, cache_url: str) -> ServerProcess:
+def _start(version: str, code: str, listen: Endpoint, stack: Stack, cache_url: str) -> ServerProcess:
     database = f"shop_{version}"
     with psycopg.connect(stack.postgres.url(), autocommit=True) as connection:
         connection.execute(f"create database {database}".encode())
@@ -84,7 +88,7 @@ def _start(version: str, listen: Endpoint, stack: Stack, cache_url: str) -> Serv
             "-m",
             "abreast_demo.service",
             "--version",
-            version,
+            code,
             "--listen",
             f"{listen.host}:{listen.port}",
         ],

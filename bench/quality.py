@@ -1,0 +1,100 @@
+"""What the verdict is worth, with everything in between: the demo's shop behind Envoy, through Redis, comparison and ledger.
+
+Old against old has to raise no finding and to pass; old against new has to fail with every planted regression, no more.
+`python bench/quality.py [--requests 20000] [--rate 250]` takes a few minutes; precision and recall of single comparisons
+are in bench/compare.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+from typing import Any
+
+import grpc
+
+from abreast.v1 import common_pb2 as common
+from abreast.v1 import comparison_pb2 as api
+from abreast.v1 import comparison_pb2_grpc
+from abreast_demo.deploy import CODES, Addresses, deployed
+from abreast_demo.load import Load
+from abreast_demo.plants import REGRESSIONS
+from abreast_demo.ports import LOOPBACK
+from abreast_demo.traffic import requests
+from abreast_sidecar.embedded import free_port
+from abreast_sidecar.envoy.settings import Endpoint
+
+REQUESTS = 20_000
+RATE = 250.0  # a second
+SETTLE = 60  # seconds at most until all is in the ledger; what is not shows in the verdict
+SAME = {"old": "old", "new": "old"}
+Row = dict[str, Any]
+
+
+def run(codes: dict[str, str], many: int, rate: float) -> tuple[api.GetVerdictResponse, list[api.Finding]]:
+    """The verdict, and the findings that are told to be real."""
+    ports = [Endpoint(LOOPBACK, free_port()) for _ in range(3)]
+    with deployed(Addresses(*ports), lambda _: None, codes=codes):
+        return asyncio.run(_measure(ports, many, rate))
+
+
+async def _measure(
+    ports: list[Endpoint], many: int, rate: float
+) -> tuple[api.GetVerdictResponse, list[api.Finding]]:
+    listen, address, _ = (f"{one.host}:{one.port}" for one in ports)
+    safe = (one for one in requests(1) if one.safe)
+    async with Load(f"http://{listen}") as load:
+        await load.send(itertools.islice(safe, many), seconds=float("inf"), rate=rate)
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = comparison_pb2_grpc.ComparisonServiceStub(channel)
+        for _ in range(SETTLE):
+            if (await stub.GetSummary(api.GetSummaryRequest(service="shop"))).pairs >= many:
+                break
+            await asyncio.sleep(1)
+        await asyncio.sleep(2 * 5)  # two turns of each chore that decides
+        verdict = await stub.GetVerdict(api.GetVerdictRequest(service="shop"))
+        listed = await stub.ListFindings(api.ListFindingsRequest(service="shop", page_size=1000))
+    return verdict, [
+        one
+        for one in listed.findings
+        if one.state == api.FINDING_STATE_REAL and one.impact != common.IMPACT_ADDITIVE
+    ]
+
+
+def rows(many: int = REQUESTS, rate: float = RATE) -> list[Row]:
+    same, false = run(SAME, many, rate)
+    other, real = run(CODES, many, rate)
+    planted = {(one.place.endpoint, one.place.path) for one in REGRESSIONS}
+    found = {(f"{one.endpoint.method} {one.endpoint.route}", one.path) for one in real}
+    return [
+        _row("same_code_false_findings", len(false), "findings"),
+        _row("same_code_passes", same.state == api.VERDICT_STATE_PASS, "share"),
+        _row("new_code_fails", other.state == api.VERDICT_STATE_FAIL, "share"),
+        _row("planted_precision", len(found & planted) / max(1, len(found)), "share"),
+        _row("planted_recall", len(found & planted) / len(planted), "share"),
+    ]
+
+
+def _row(name: str, value: float, unit: str) -> Row:
+    return {
+        "name": name,
+        "value": float(value),
+        "unit": unit,
+        "min": float(value),
+        "max": float(value),
+        "runs": 1,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=REQUESTS)
+    parser.add_argument("--rate", type=float, default=RATE)
+    given = parser.parse_args()
+    for one in rows(given.requests, given.rate):
+        print(f"{one['name']:28} {one['value']:>8.3f} {one['unit']}")
+
+
+if __name__ == "__main__":
+    main()
