@@ -49,7 +49,7 @@ class Sidecar:
         self.settings = settings
         self.database = Database(settings.postgres_url)
         self.redis = connect(settings.redis_url)
-        self.control = Control(self.database, settings)
+        self.control = Control(self.database, self.redis, settings)
         self.workers = workers(settings)
         self.housekeeping = Housekeeping(settings)
         self.schema = 0  # the ledger's version, once it is known
@@ -93,17 +93,18 @@ class Sidecar:
         """A part that ends by itself ends all: better started anew than half at work."""
         http = asyncio.create_task(self.http.run())
         watching = asyncio.create_task(self.readiness.run())
+        braking = asyncio.create_task(self.control.brake())
         work = asyncio.create_task(self._work())
         asked = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({http, watching, asked, work}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({http, watching, braking, asked, work}, return_when=asyncio.FIRST_COMPLETED)
             async with asyncio.timeout(self.settings.shutdown_timeout):
                 await self._drain(http, work)
         except TimeoutError:
             log.warning("the time to stop is over; what is under way is given up")
         finally:
-            await _cancel(http, watching, asked, work)
-        for part in (http, watching, work):
+            await _cancel(http, watching, braking, asked, work)
+        for part in (http, watching, braking, work):
             if not part.cancelled():
                 part.result()
 

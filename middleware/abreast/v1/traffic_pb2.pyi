@@ -82,12 +82,15 @@ class EnvoyState(_message.Message):
     ACKNOWLEDGED_VERSION_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_AFTER_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Its node id."""
     acknowledged_version: _builtins.int
     """The version of the settings that it acknowledged last; 0 for none yet."""
     error: _builtins.str
     """Why it refused the settings; empty for none."""
+    peer: _builtins.str
+    """Where its connection comes from, as gRPC writes it: tells Envoys apart that share a node id."""
     @_builtins.property
     def acknowledged_after(self) -> _duration_pb2.Duration:
         """From the change, or from this Envoy's connection where that came later, until it acknowledged the settings. Unset
@@ -101,10 +104,11 @@ class EnvoyState(_message.Message):
         acknowledged_version: _builtins.int = ...,
         acknowledged_after: _duration_pb2.Duration | None = ...,
         error: _builtins.str = ...,
+        peer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledged_after", b"acknowledged_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_after", b"acknowledged_after", "acknowledged_version", b"acknowledged_version", "error", b"error", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_after", b"acknowledged_after", "acknowledged_version", b"acknowledged_version", "error", b"error", "node", b"node", "peer", b"peer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -303,6 +307,12 @@ class RollbackResponse(_message.Message):
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    NOT_RECORDED_FIELD_NUMBER: _builtins.int
+    not_recorded: _builtins.str
+    """Why the ledger does not know of the rollback yet, and what that means for the Envoys of other sidecars; empty where
+    it knows. The rollback is in force all the same, and is recorded as soon as the ledger can be reached.
+    """
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings after the change."""
@@ -311,15 +321,21 @@ class RollbackResponse(_message.Message):
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
         """The Envoys connected to this sidecar, and whether they have it."""
 
+    @_builtins.property
+    def previous(self) -> Global___Traffic:
+        """The settings before. Unset where this sidecar has never known them."""
+
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
         envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
+        previous: Global___Traffic | None = ...,
+        not_recorded: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["previous", b"previous", "traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "not_recorded", b"not_recorded", "previous", b"previous", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -47,8 +47,8 @@ def actor_or_user(actor: str | None) -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def report(before: api.Traffic, changed: Changed, *, as_json: bool) -> Exit:
-    """Print what changed. Exit.NO where an Envoy does not have it, or where there is none."""
+def report(before: api.Traffic, changed: Changed, *, as_json: bool, not_recorded: str = "") -> Exit:
+    """Print what changed. Exit.NO where an Envoy or the ledger does not have it, or where there is no Envoy."""
     if as_json:
         assert isinstance(changed, Message)
         print_json(changed)
@@ -59,11 +59,16 @@ def report(before: api.Traffic, changed: Changed, *, as_json: bool) -> Exit:
         show_envoys(out, changed.traffic, changed.envoys)
     envoys = list(changed.envoys)
     missing = [envoy for envoy in envoys if not has_it(envoy, changed.traffic)]
-    if envoys and not missing:
-        return Exit.OK
-    what = f"{len(missing)} of {len(envoys)} Envoys do not have it yet" if envoys else "no Envoy is connected"
-    click.echo(f"abreast: the change is stored, but {what}", err=True)
-    return Exit.NO
+    if not_recorded:
+        click.echo(f"abreast: in force, but {not_recorded}", err=True)
+    if missing or not envoys:
+        what = (
+            f"{len(missing)} of {len(envoys)} Envoys do not have it yet"
+            if envoys
+            else "no Envoy is connected"
+        )
+        click.echo(f"abreast: {'' if not_recorded else 'the change is stored, but '}{what}", err=True)
+    return Exit.OK if envoys and not missing and not not_recorded else Exit.NO
 
 
 def has_it(envoy: api.EnvoyState, traffic: api.Traffic) -> bool:

@@ -69,12 +69,22 @@ class Journal:
             shares = change.apply(before.traffic.shares)
             if shares == before.traffic.shares:
                 return before
-            cursor = await connection.execute(
-                statement("traffic_change"), {"service": service, **asdict(shares)}
-            )
-            (row,) = await cursor.fetchall()
-            after = _known(row)
+            after = await _changed(connection, service, shares)
             await _record(connection, change.action, note, before.traffic, after.traffic)
+        return after
+
+    async def record_rollback(self, service: str, note: Note, call: str, *, always: bool) -> Known:
+        """Once for each `call`, by however many sidecars. What changes nothing leaves an event where it `always` does."""
+        async with self.database.connection() as connection, connection.transaction():
+            before = await _locked(connection, service)
+            cursor = await connection.execute(
+                statement("traffic_recorded"), {"service": service, "call": call}
+            )
+            shares = Change.rollback().apply(before.traffic.shares)
+            if await cursor.fetchone() or (shares == before.traffic.shares and not always):
+                return before
+            after = await _changed(connection, service, shares)
+            await _record(connection, "rollback", note, before.traffic, after.traffic, call=call)
         return after
 
     async def events(self, service: str, *, before_id: int | None, limit: int) -> list[Event]:
@@ -93,8 +103,20 @@ async def _locked(connection: Connection, service: str) -> Known:
     return _known(row)
 
 
+async def _changed(connection: Connection, service: str, shares: Shares) -> Known:
+    cursor = await connection.execute(statement("traffic_change"), {"service": service, **asdict(shares)})
+    (row,) = await cursor.fetchall()
+    return _known(row)
+
+
 async def _record(
-    connection: Connection, action: str, note: Note, before: Traffic | None, after: Traffic
+    connection: Connection,
+    action: str,
+    note: Note,
+    before: Traffic | None,
+    after: Traffic,
+    *,
+    call: str = "",
 ) -> None:
     values = {
         "service": after.service,
@@ -103,7 +125,7 @@ async def _record(
         "action": action,
         "reason": note.reason,
         "before": None if before is None else Jsonb(_document(before)),
-        "after": Jsonb(_document(after)),
+        "after": Jsonb(_document(after) | ({"call": call} if call else {})),
     }
     await connection.execute(statement("traffic_event"), values)
 

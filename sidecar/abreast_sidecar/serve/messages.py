@@ -218,6 +218,7 @@ def envoy(found: EnvoyState) -> traffic_pb2.EnvoyState:
         acknowledged_version=found.acknowledged_version,
         acknowledged_after=None if after is None else duration(after * 1e6),
         error=found.error,
+        peer=found.peer,
     )
 
 
