@@ -15,7 +15,7 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")  # beside the interpreter, which need not be on PATH
-API = tuple(f"abreast/v1/{name}.proto" for name in ("common", "comparison", "traffic"))
+API = tuple(f"abreast/v1/{name}.proto" for name in ("common", "comparison", "steering", "traffic"))
 WIRE = ("abreast_sidecar/control/xds/wire.proto",)  # messages only: its services are Envoy's
 STUBS = ("--grpc_python_out={draft}", "--mypy_grpc_out=only_async:{draft}")
 

@@ -9,6 +9,8 @@ from typing import Any
 import structlog
 
 from abreast_sidecar.control import Control, RuntimeDiscovery
+from abreast_sidecar.control.steerers import Steerers
+from abreast_sidecar.control.steering import Steering
 from abreast_sidecar.errors import LedgerError, SchemaError
 from abreast_sidecar.housekeeping import Housekeeping
 from abreast_sidecar.read.client import connect
@@ -21,6 +23,7 @@ from abreast_sidecar.serve import (
     NotReadyError,
     Pending,
     Readiness,
+    SteeringControl,
     TrafficControl,
     Web,
 )
@@ -53,13 +56,16 @@ class Sidecar:
         self.workers = workers(settings)
         self.housekeeping = Housekeeping(settings)
         self.schema = 0  # the ledger's version, once it is known
-        metrics = Metrics(self.control)
         queries = Queries(self.database)
         pending = Pending(self.redis)
+        steerers = Steerers(self.database, self.control)
+        self.steering = Steering(settings, self.control, pending.count)
+        metrics = Metrics(self.control, self.steering)
         self.grpc = GrpcServer(
             settings.grpc_listen,
             comparison=Comparison(queries, self.control, pending),
             traffic=TrafficControl(self.control),
+            steering=SteeringControl(self.control, steerers),
             discovery=RuntimeDiscovery(self.control),
             interceptor=Interceptor(metrics),
         )
@@ -70,7 +76,12 @@ class Sidecar:
         }
         self.readiness = Readiness(checks, self.grpc.set_ready)
         web = Web(
-            queries=queries, control=self.control, pending=pending, readiness=self.readiness, metrics=metrics
+            queries=queries,
+            control=self.control,
+            steerers=steerers,
+            pending=pending,
+            readiness=self.readiness,
+            metrics=metrics,
         )
         self.http = HttpServer(settings.http_listen, web.app())
         self._working = asyncio.Event()  # set: workers and housekeeping finish
@@ -114,7 +125,7 @@ class Sidecar:
             return
         log.info("the ledger is ready", schema=self.schema)
         async with asyncio.TaskGroup() as group:
-            for part in (self.control, self.workers, self.housekeeping):
+            for part in (self.control, self.workers, self.housekeeping, self.steering):
                 group.create_task(part.run(self._working))
 
     async def _migrate(self) -> None:

@@ -8,6 +8,7 @@ SidecarError
 │   ├── SchemaError    the database's schema is newer than this code, or broken
 │   └── RefusedError   Postgres is well and refuses what it was given
 ├── ArgumentError      a request asks for something impossible
+├── ConflictError      a request does not fit what is under way
 └── NotFoundError      an id that the ledger doesn't hold
 
 Messages are lower case and say what, where and what to do.
@@ -43,6 +44,10 @@ class RefusedError(LedgerError):
 
 
 class ArgumentError(SidecarError):
+    pass
+
+
+class ConflictError(SidecarError):
     pass
 
 

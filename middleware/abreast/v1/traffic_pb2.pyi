@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from abreast.v1 import steering_pb2 as _steering_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -502,12 +503,19 @@ class TrafficEvent(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     BEFORE_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
+    GUARD_BEFORE_FIELD_NUMBER: _builtins.int
+    GUARD_AFTER_FIELD_NUMBER: _builtins.int
+    RAMP_BEFORE_FIELD_NUMBER: _builtins.int
+    RAMP_AFTER_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Identifies the event, and orders events."""
     actor: _builtins.str
     """Who."""
     action: _builtins.str
-    """`create`, `update`, `rollback` or `promote`."""
+    """`create`, `update`, `rollback` or `promote`; of a ramp `ramp_start`, `ramp_step`, `ramp_pause`, `ramp_resume`,
+    `ramp_abort`, `ramp_succeed` or `ramp_end` (somebody else set the traffic); of the guard `guard_set` or
+    `guard_would_roll_back`. What guard and ramp do by themselves has them as its actor.
+    """
     reason: _builtins.str
     """Why."""
     @_builtins.property
@@ -520,7 +528,23 @@ class TrafficEvent(_message.Message):
 
     @_builtins.property
     def after(self) -> Global___Traffic:
-        """The settings after."""
+        """The settings after. Those before, where only a guard or a ramp was changed."""
+
+    @_builtins.property
+    def guard_before(self) -> _steering_pb2.GuardPolicy:
+        """The guard's policy before; set for `guard_set`."""
+
+    @_builtins.property
+    def guard_after(self) -> _steering_pb2.GuardPolicy:
+        """The guard's policy after, or that it acted by."""
+
+    @_builtins.property
+    def ramp_before(self) -> _steering_pb2.RampState:
+        """The ramp before; set for what happened to one."""
+
+    @_builtins.property
+    def ramp_after(self) -> _steering_pb2.RampState:
+        """The ramp after."""
 
     def __init__(
         self,
@@ -532,10 +556,14 @@ class TrafficEvent(_message.Message):
         reason: _builtins.str = ...,
         before: Global___Traffic | None = ...,
         after: Global___Traffic | None = ...,
+        guard_before: _steering_pb2.GuardPolicy | None = ...,
+        guard_after: _steering_pb2.GuardPolicy | None = ...,
+        ramp_before: _steering_pb2.RampState | None = ...,
+        ramp_after: _steering_pb2.RampState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "guard_after", b"guard_after", "guard_before", b"guard_before", "ramp_after", b"ramp_after", "ramp_before", b"ramp_before", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "after", b"after", "before", b"before", "id", b"id", "reason", b"reason", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "after", b"after", "before", b"before", "guard_after", b"guard_after", "guard_before", b"guard_before", "id", b"id", "ramp_after", b"ramp_after", "ramp_before", b"ramp_before", "reason", b"reason", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

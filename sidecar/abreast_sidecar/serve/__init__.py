@@ -7,6 +7,7 @@ from abreast_sidecar.serve.interceptor import Interceptor
 from abreast_sidecar.serve.metrics import Metrics
 from abreast_sidecar.serve.pending import Pending
 from abreast_sidecar.serve.readiness import NotReadyError, Readiness
+from abreast_sidecar.serve.steering import SteeringControl
 from abreast_sidecar.serve.traffic import TrafficControl
 from abreast_sidecar.serve.web import Web
 
@@ -19,6 +20,7 @@ __all__ = [
     "NotReadyError",
     "Pending",
     "Readiness",
+    "SteeringControl",
     "TrafficControl",
     "Web",
 ]

@@ -6,17 +6,26 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from abreast.v1 import comparison_pb2, comparison_pb2_grpc, traffic_pb2, traffic_pb2_grpc
+from abreast.v1 import (
+    comparison_pb2,
+    comparison_pb2_grpc,
+    steering_pb2,
+    steering_pb2_grpc,
+    traffic_pb2,
+    traffic_pb2_grpc,
+)
 from abreast_sidecar.control import RuntimeDiscovery
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.serve.comparison import Comparison
 from abreast_sidecar.serve.interceptor import Interceptor
 from abreast_sidecar.serve.listen import listening
+from abreast_sidecar.serve.steering import SteeringControl
 from abreast_sidecar.serve.traffic import TrafficControl
 
 NAMES = (
     comparison_pb2.DESCRIPTOR.services_by_name["ComparisonService"].full_name,
     traffic_pb2.DESCRIPTOR.services_by_name["TrafficService"].full_name,
+    steering_pb2.DESCRIPTOR.services_by_name["SteeringService"].full_name,
 )
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use must fail
@@ -34,6 +43,7 @@ class GrpcServer:
         *,
         comparison: Comparison,
         traffic: TrafficControl,
+        steering: SteeringControl,
         discovery: RuntimeDiscovery,
         interceptor: Interceptor,
     ) -> None:
@@ -43,6 +53,7 @@ class GrpcServer:
         self._server = grpc.aio.server(interceptors=(interceptor,), options=OPTIONS)
         comparison_pb2_grpc.add_ComparisonServiceServicer_to_server(comparison, self._server)
         traffic_pb2_grpc.add_TrafficServiceServicer_to_server(traffic, self._server)
+        steering_pb2_grpc.add_SteeringServiceServicer_to_server(steering, self._server)
         self._server.add_generic_rpc_handlers((discovery.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection(

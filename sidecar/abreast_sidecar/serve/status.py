@@ -11,6 +11,7 @@ from google.protobuf import any_pb2
 from abreast_sidecar.control.xds import wire_pb2 as wire
 from abreast_sidecar.errors import (
     ArgumentError,
+    ConflictError,
     LedgerError,
     NotFoundError,
     RedisError,
@@ -25,6 +26,7 @@ DETAILS = "grpc-status-details-bin"  # the trailing metadata that holds a google
 CODES: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
     (ArgumentError, grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT"),
     (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    (ConflictError, grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT"),
     (SchemaError, grpc.StatusCode.FAILED_PRECONDITION, "LEDGER_SCHEMA"),
     (LedgerError, grpc.StatusCode.UNAVAILABLE, "LEDGER_UNAVAILABLE"),
     (RedisError, grpc.StatusCode.UNAVAILABLE, "REDIS_UNAVAILABLE"),

@@ -71,6 +71,8 @@ class Judged:
         for capture in (old, new, judgement.baseline):
             if capture is not None and capture.role == "live":
                 row["live"] = capture.version
+        if failed_over(judgement):
+            row["failed_over"] = True
         if shown := old or new or judgement.baseline:
             request = shown.request
             target = f"{request.path}?{request.query}" if request.query else request.path
@@ -80,6 +82,14 @@ class Judged:
         if judgement.reason:
             row["reason"] = clean(judgement.reason, REASON_LIMIT)
         return row
+
+
+def failed_over(judgement: Judgement) -> bool:
+    """Whether the user's request went to new first, and old answered it in the end. Old has a copy of such a request."""
+    olds = [one for one in (judgement.old, judgement.baseline) if one is not None]
+    new = judgement.new
+    meant_for_new = any(one.role == "shadow" for one in olds) and (new is None or new.role == "live")
+    return meant_for_new and any(one.role == "live" and one.attempt > 1 for one in olds)
 
 
 def _side(capture: Capture) -> tuple[int, int, str]:
