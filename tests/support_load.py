@@ -29,6 +29,7 @@ class Seen:
 @dataclass
 class Users:
     port: int
+    paths: tuple[str, ...] = PATHS
     seen: list[Seen] = field(default_factory=list)
 
     def by(self, method: str) -> list[Seen]:
@@ -51,8 +52,13 @@ class Users:
         link: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         try:
             for number in itertools.count():
-                link = link or await asyncio.open_connection("127.0.0.1", self.port)
-                path = PATHS[number % len(PATHS)].format(number)
+                try:
+                    link = link or await asyncio.open_connection("127.0.0.1", self.port)
+                except ConnectionError:
+                    self.seen.append(Seen(method, "no answer", "", 0.0))
+                    await asyncio.sleep(PAUSE)
+                    continue
+                path = self.paths[number % len(self.paths)].format(number)
                 began = time.monotonic()
                 trouble, version = await ask(*link, method, path)
                 self.seen.append(Seen(method, trouble, version, time.monotonic() - began))
@@ -87,8 +93,10 @@ async def ask(
 
 
 @asynccontextmanager
-async def users(port: int, *, readers: int = 3, writers: int = 2) -> AsyncIterator[Users]:
-    found = Users(port)
+async def users(
+    port: int, *, readers: int = 3, writers: int = 2, paths: tuple[str, ...] = PATHS
+) -> AsyncIterator[Users]:
+    found = Users(port, paths)
     methods = ["GET"] * readers + ["POST"] * writers
     tasks = [asyncio.create_task(found.user(method)) for method in methods]
     try:
