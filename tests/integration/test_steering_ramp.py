@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -64,8 +65,8 @@ async def looked(sidecar: Running) -> pb.Ramp:
     for _ in range(2):
         since = moment()
 
-        async def there(since: Any = since) -> bool:
-            return (await ramp(sidecar)).look_time.ToDatetime(since.tzinfo) > since
+        async def there(since: dt.datetime = since) -> bool:
+            return bool((await ramp(sidecar)).look_time.ToDatetime(dt.UTC) > since)
 
         await eventually_async(there, what="the ramp is looked at")
     return await ramp(sidecar)

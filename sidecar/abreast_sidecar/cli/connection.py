@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import grpc
     from google.protobuf.message import Message
 
-    from abreast.v1 import common_pb2, comparison_pb2_grpc, traffic_pb2_grpc
+    from abreast.v1 import common_pb2, comparison_pb2_grpc, steering_pb2_grpc, traffic_pb2_grpc
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 LARGEST_MESSAGE = 64 * 1024 * 1024  # bytes; examples carry bodies
@@ -39,6 +39,7 @@ class Calls:
 
     comparison: comparison_pb2_grpc.ComparisonServiceStub
     traffic: traffic_pb2_grpc.TrafficServiceStub
+    steering: steering_pb2_grpc.SteeringServiceStub
     timeout: float
 
 
@@ -54,12 +55,13 @@ class Link:
     async def _run(self, ask: Callable[[Calls], Awaitable[T]]) -> T:
         import grpc.aio
 
-        from abreast.v1 import comparison_pb2_grpc, traffic_pb2_grpc
+        from abreast.v1 import comparison_pb2_grpc, steering_pb2_grpc, traffic_pb2_grpc
 
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             calls = Calls(
                 comparison_pb2_grpc.ComparisonServiceStub(channel),
                 traffic_pb2_grpc.TrafficServiceStub(channel),
+                steering_pb2_grpc.SteeringServiceStub(channel),
                 self.timeout,
             )
             try:
@@ -77,6 +79,8 @@ def in_plain_words(error: grpc.aio.AioRpcError, address: str, timeout: float) ->
         return ArgumentError(said)
     if code is grpc.StatusCode.NOT_FOUND:
         return NotFoundError(said.replace("ListFindings", "`abreast findings`"))
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        return RefusedError(said)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ServerError(f"the sidecar at {address} did not answer within {timeout:g} s (--timeout)")
     if code is grpc.StatusCode.UNAVAILABLE:

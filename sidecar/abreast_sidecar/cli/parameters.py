@@ -44,6 +44,14 @@ def moment(value: str) -> dt.datetime:
         raise ValueError("a span such as 90s, 15m, 1h or 2d, or a time such as 2026-01-31T09:30") from error
 
 
+def span(value: str) -> float:
+    """Seconds."""
+    found = SPAN.fullmatch(value.strip())
+    if not found:
+        raise ValueError("a span such as 30s, 10m or 1h")
+    return float(found[1]) * UNITS[found[2]]
+
+
 def target(value: str) -> str:
     """host:port of a sidecar."""
     text = value.strip()
@@ -83,6 +91,7 @@ SHARE = Parsed("share", settings.share)
 MOMENT = Parsed("when", moment)
 TARGET = Parsed("host:port", target)
 SECONDS = Parsed("seconds", settings.seconds)
+SPAN_OF_TIME = Parsed("span", span)
 
 since_option = click.option(
     "--since",

@@ -1,4 +1,6 @@
-"""Tells receivers about events: what is in the outbox, until it is delivered or too old. At least once, oldest first."""
+"""Tells receivers about events: what is in the outbox, until it is delivered or too old. At least once; tried again
+later, a message may come after a newer one.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from abreast_sidecar.store.database import Database, Row
 
 TIMEOUT = 5.0  # seconds that a receiver gets
 MOST = 1000  # messages that wait for one receiver; the oldest are dropped
+TRIM = 5.0  # seconds between two looks at the bounds
 OLDEST = 3 * 86_400.0  # seconds after which a message is given up
 BATCH = 20
 SHORTEST, LONGEST = 1.0, 600.0  # seconds between two attempts
@@ -50,7 +53,7 @@ class Webhooks:
         self._registered = True
 
     async def _trim(self) -> None:
-        if time.monotonic() - self._trimmed < TIMEOUT:
+        if time.monotonic() - self._trimmed < TRIM:
             return
         self._trimmed = time.monotonic()
         for row in await self._database.rows("webhooks_trim", {"most": MOST, "oldest": OLDEST}):
