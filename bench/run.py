@@ -1,6 +1,6 @@
 """Measures what there is to measure: python bench/run.py [--quick]. Prints a table and writes bench/results.json.
 
-Part by part: the middleware in-process, Redis → compare → Postgres, and comparing bodies.
+Part by part: the middleware in-process, Redis → compare → Postgres, comparing bodies, a rollback, and a flood of copies.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import compare
 import middleware
 import pipeline
+import traffic
 
 RESULTS = Path(__file__).parent / "results.json"
 
@@ -22,6 +23,7 @@ def measured(quick: bool) -> list[dict[str, Any]]:
     found: list[Any] = [*middleware.rows(*([5] if quick else []))]
     found += pipeline.bench(runs=1 if quick else 3, count=5_000 if quick else 20_000)
     found += compare.rows()
+    found += traffic.bench(quick=quick)
     return [dict(row) for row in found]
 
 
