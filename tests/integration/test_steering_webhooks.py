@@ -144,7 +144,7 @@ async def test_a_receiver_that_refuses_gets_it_again_with_the_same_id(
 
 
 async def test_what_is_not_delivered_outlives_a_restart(redis_url: str, postgres_url: str) -> None:
-    settings = {"webhook_secret": SECRET}
+    settings: dict[str, Any] = {"webhook_secret": SECRET}
     with receiver() as hook:
         hook.refuse = 10_000
         async with running(redis_url, postgres_url, webhook_urls=(hook.url,), **settings) as first:
