@@ -12,7 +12,7 @@ from abreast.v1 import steering_pb2 as api
 from abreast_sidecar.cli.connection import Link, connected, json_option, print_json, service_option
 from abreast_sidecar.cli.exits import Exit
 from abreast_sidecar.cli.humane import ago, count, duration, percent, printable
-from abreast_sidecar.cli.parameters import SHARE, SPAN_OF_TIME
+from abreast_sidecar.cli.parameters import EXCESS, SHARE, SPAN_OF_TIME
 from abreast_sidecar.cli.shift import actor_option, actor_or_user, reason_option
 from abreast_sidecar.cli.tables import Console, console, styled, table
 
@@ -40,7 +40,7 @@ def command(ctx: click.Context, link: Link, service: str, as_json: bool) -> None
 )
 @click.option("--max-error", type=SHARE, help="Share of users' requests in which only new may fail; 0.1%.")
 @click.option("--max-mismatch", type=SHARE, help="Share of pairs that may have unexplained mismatches; 1%.")
-@click.option("--max-slower", type=SHARE, help="How much slower new may be in the median pair; 100%.")
+@click.option("--max-slower", type=EXCESS, help="How much slower new may be in the median pair; 100%.")
 @click.option(
     "--rule",
     "rules",

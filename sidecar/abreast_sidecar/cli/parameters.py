@@ -52,6 +52,18 @@ def span(value: str) -> float:
     return float(found[1]) * UNITS[found[2]]
 
 
+def excess(value: str) -> float:
+    """How much more, as a share; 250% is 2.5."""
+    text = value.strip()
+    try:
+        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise ValueError("a share such as 25% or 0.25, and may be above 100%")
+    return found
+
+
 def target(value: str) -> str:
     """host:port of a sidecar."""
     text = value.strip()
@@ -91,6 +103,7 @@ SHARE = Parsed("share", settings.share)
 MOMENT = Parsed("when", moment)
 TARGET = Parsed("host:port", target)
 SECONDS = Parsed("seconds", settings.seconds)
+EXCESS = Parsed("share", excess)
 SPAN_OF_TIME = Parsed("span", span)
 
 since_option = click.option(

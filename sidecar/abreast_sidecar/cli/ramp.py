@@ -22,7 +22,7 @@ from abreast_sidecar.cli.connection import (
 )
 from abreast_sidecar.cli.exits import Exit
 from abreast_sidecar.cli.humane import ago, count, duration, percent, printable
-from abreast_sidecar.cli.parameters import SHARE, SPAN_OF_TIME, Parsed
+from abreast_sidecar.cli.parameters import EXCESS, SHARE, SPAN_OF_TIME, Parsed
 from abreast_sidecar.cli.shift import actor_option, actor_or_user, reason_option
 from abreast_sidecar.cli.tables import Console, console, styled
 from abreast_sidecar.settings import share
@@ -53,7 +53,7 @@ def command() -> None:
 )
 @click.option("--max-mismatch", type=SHARE, help="Share of pairs that may have unexplained mismatches; 0.1%.")
 @click.option("--max-error", type=SHARE, help="Share of pairs in which only new may fail; 0.1%.")
-@click.option("--max-slower", type=SHARE, help="How much slower new may be in the median pair; 10%.")
+@click.option("--max-slower", type=EXCESS, help="How much slower new may be in the median pair; 10%.")
 @click.option(
     "--min-completeness", type=SHARE, help="Share of the sampled requests that must be accounted for; 99%."
 )
