@@ -58,7 +58,10 @@ class Edge:
 
 
 @asynccontextmanager
-async def edge(port: int, *, service: str = "shop", node: str = "edge-1") -> AsyncIterator[Edge]:
+async def edge(
+    port: int, *, service: str = "shop", node: str = "edge-1", option: str = ""
+) -> AsyncIterator[Edge]:
+    """`node` stands in the file, `option` is what Envoy is started with."""
     async with Upstream() as old, Upstream() as new:
         listen, admin_port = free_ports(2)
         settings = EnvoySettings(
@@ -71,7 +74,7 @@ async def edge(port: int, *, service: str = "shop", node: str = "edge-1") -> Asy
             new=(Endpoint("127.0.0.1", new.port),),
         )
         async with (
-            started(settings) as server,
+            started(settings, option) as server,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.listen.port}", timeout=10) as client,
         ):
             found = Edge(server, client, old, new)

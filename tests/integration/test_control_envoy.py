@@ -108,7 +108,42 @@ async def test_envoys_that_share_a_node_id_all_get_the_values(sidecar: Running) 
         await other.has("abreast.weight.old", "5000")
 
     assert [envoy.node for envoy in found.envoys] == ["edge-1", "edge-1"]
+    assert len({envoy.peer for envoy in found.envoys}) == 2
     assert {envoy.acknowledged_version for envoy in found.envoys} == {found.traffic.version}
+
+
+async def test_envoys_of_one_file_are_told_apart_by_the_name_they_are_started_with(sidecar: Running) -> None:
+    async with edge(sidecar.port, option="edge-a"), edge(sidecar.port, option="edge-b"):
+        await acknowledged(sidecar, envoys=2)
+        found = await update(sidecar, new_share=0.5)
+
+    assert [envoy.node for envoy in found.envoys] == ["edge-a", "edge-b"]
+
+
+async def test_two_envoys_of_each_of_two_sidecars_all_get_a_change_and_each_answers_to_its_own(
+    redis_url: str, postgres_url: str
+) -> None:
+    async with (
+        running(redis_url, postgres_url) as first,
+        running(redis_url, postgres_url) as second,
+        edge(first.port, option="a1") as a1,
+        edge(first.port, option="a2") as a2,
+        edge(second.port, option="b1") as b1,
+        edge(second.port, option="b2") as b2,
+    ):
+        await acknowledged(first, envoys=2)
+        await acknowledged(second, envoys=2)
+        changed = await update(first, new_share=0.25)
+        for envoy in (a1, a2, b1, b2):
+            await envoy.has("abreast.weight.new_or_old", "2500")
+        await acknowledged(second, envoys=2)
+        there = await second.traffic.GetTraffic(pb.GetTrafficRequest(service="shop"))
+
+    for nodes, answer in ((["a1", "a2"], changed), (["b1", "b2"], there)):
+        assert [envoy.node for envoy in answer.envoys] == nodes
+        assert {envoy.acknowledged_version for envoy in answer.envoys} == {changed.traffic.version}
+        for state in answer.envoys:
+            assert dt.timedelta(0) < state.acknowledged_after.ToTimedelta() < dt.timedelta(seconds=3)
 
 
 async def test_services_have_values_of_their_own(sidecar: Running) -> None:

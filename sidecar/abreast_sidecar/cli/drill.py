@@ -86,6 +86,7 @@ def rows(reports: list[Report]) -> Table:
         "all on old",
         "new is back",
         "sampled",
+        "pending",
         "lost",
     )
     made = tables.table("drill", "", *heads, right=frozenset(heads))

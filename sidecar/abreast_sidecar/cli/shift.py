@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -85,7 +86,9 @@ def changes(before: api.Traffic, after: api.Traffic) -> Table:
 
 def show_envoys(out: Console, traffic: api.Traffic, envoys: Iterable[api.EnvoyState]) -> None:
     made = table("Envoy", "has the settings", "after", right=frozenset({"after"}))
-    for envoy in envoys:
+    found = list(envoys)
+    shared = Counter(envoy.node for envoy in found)
+    for envoy in found:
         if envoy.error:
             state = styled(f"refused: {envoy.error}", "fail")
         elif has_it(envoy, traffic):
@@ -93,7 +96,8 @@ def show_envoys(out: Console, traffic: api.Traffic, envoys: Iterable[api.EnvoySt
         else:
             state = styled(f"not yet (has version {envoy.acknowledged_version} of {traffic.version})", "warn")
         after = duration(envoy.acknowledged_after) if envoy.HasField("acknowledged_after") else ""
-        made.add_row(printable(envoy.node), state, after)
+        node = f"{envoy.node} ({envoy.peer})" if shared[envoy.node] > 1 else envoy.node
+        made.add_row(printable(node), state, after)
     if made.row_count:
         out.print(made)
     else:
