@@ -160,6 +160,7 @@ async def test_it_goes_back_on_fail(sidecar: Running, ledger: Ledger) -> None:
     assert "the verdict since the ramp began is FAIL: 100 of 100 pairs have errors of new" in event.reason
     assert await share(sidecar) == 0
     assert ended.state.said.startswith("rolled back from 25%")
+    assert ended.verdict == comparison_pb2.VERDICT_STATE_FAIL
 
 
 async def test_a_defect_of_the_last_step_does_not_drown_in_what_was_before(

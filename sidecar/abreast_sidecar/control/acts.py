@@ -45,6 +45,7 @@ class Turn:
     step: int | None = None
     shares: Shares | None = None
     restart: bool = False  # the step's time begins anew
+    verdict: str | None = None
 
 
 async def lock_traffic(connection: Connection, service: str) -> Traffic:
@@ -124,6 +125,7 @@ async def turn(connection: Connection, before: Traffic, known: Ramp, wanted: Tur
         "step": known.step if wanted.step is None else wanted.step,
         "version": after.version if _is_of(known, before) else known.version,
         "said": wanted.said,
+        "verdict": wanted.verdict,
         "restart": wanted.restart,
         "gap": (await gap(connection, known.service)).missing if wanted.restart else None,
     }

@@ -98,7 +98,7 @@ class Brakes:
         if await self._keep(brake):
             others = "other sidecars find it in Redis within seconds, and it outlives a restart of this one"
         else:
-            others = "Redis is away too, so Envoys of other sidecars are not told, and a restart of this one forgets it"
+            others = "Redis does not keep it either, so Envoys of other sidecars are not told, and a restart of this one forgets it"
         return f"the ledger does not know of it yet: {trouble}; it is recorded as soon as Postgres is back; {others}"
 
     async def settle(self, service: str) -> None:
@@ -133,7 +133,7 @@ class Brakes:
 
     def _record_soon(self, brake: Brake, *, late: bool) -> asyncio.Task[None]:
         task = self._recording.get(brake.call)
-        if task is None or (task.done() and brake.call not in self._recorded):
+        if task is None or task.done():
             task = self._recording[brake.call] = asyncio.create_task(self._record(brake, late=late))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is tried again
         return task
@@ -150,6 +150,7 @@ class Brakes:
         self._recorded.add(brake.call)
         self._learn(known)
         self._pulled.pop(brake.call, None)
+        self._recording.pop(brake.call, None)
         self._changed()
         if late:
             log.info("a rollback is recorded now", service=brake.service, version=known.traffic.version)
@@ -188,7 +189,6 @@ class Brakes:
             except RedisError:
                 return
             self._kept.discard(call)
-            self._recording.pop(call, None)
 
     async def _ask(self, question: Any) -> Any:
         with translated():

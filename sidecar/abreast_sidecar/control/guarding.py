@@ -20,7 +20,7 @@ from abreast_sidecar.steer.flow import Gap, Report
 from abreast_sidecar.steer.guard import RULES, WINDOWS, Breach, Subject, Tally, breaches, starts
 from abreast_sidecar.store.database import Database
 
-MOST = 50_000  # of the newest pairs, in one look
+MOST = 20_000  # of the newest pairs, in one look
 TELL = 2.0  # seconds between two notes of how things stand
 RECENT = 60.0  # seconds of which the ledger has to be whole
 LAG = 5.0  # seconds that a request may take to the ledger

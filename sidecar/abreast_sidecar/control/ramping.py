@@ -77,15 +77,14 @@ class Ramping:
         )
 
     async def _move(self, seen: Ramp, traffic: Traffic, move: Move) -> None:
-        """Only where nothing has changed since the look."""
-        if self._control.brakes.on(seen.service):
-            return
+        """Only where nothing has changed since the look, and no rollback waits to be recorded."""
         async with self._seat.transaction() as connection:
             before = await acts.lock_traffic(connection, seen.service)
             ramp = await acts.lock_ramp(connection, seen.service)
-            if before.version != traffic.version or ramp is None or not _same(ramp, seen):
+            braked = self._control.brakes.on(seen.service) is not None
+            if braked or before.version != traffic.version or ramp is None or not _same(ramp, seen):
                 return
-            wanted = turn(ramp, before, move)
+            wanted = replace(turn(ramp, before, move), verdict=move.verdict)
             await acts.turn(connection, before, ramp, wanted, Note(RAMP, move.reason))
         log.info(
             "the ramp moves", service=seen.service, action=wanted.action, said=wanted.said, reason=move.reason

@@ -15,12 +15,14 @@ newest as (
     from abreast.pair p
     where p.endpoint_id in (select id from chosen)
       and p.at >= (select min(start) from unnest(%(starts)s::timestamptz[]) as start)
-      and p.at >= clock_timestamp() - interval '2 days'
     order by p.at desc
     limit %(most)s
 ),
+threshold as (
+    select array_agg(distinct start order by start) as starts from unnest(%(starts)s::timestamptz[]) as start
+),
 said as (
-    select n.at,
+    select width_bucket(n.at, (select starts from threshold)) as part, -- between two starts
            n.compared as compared,
            n.compared and n.findings <> '{}' and n.findings && (select real from shown) as mismatch,
            n.live and (n.compared or n.failed_over) as live,
@@ -30,16 +32,28 @@ said as (
                and n.new_us is not null as timed,
            n.new_us > n.old_us * (1 + %(slower)s::float8) as slower
     from newest n
+),
+counted as (
+    select part,
+           count(*) filter (where live) as live,
+           count(*) filter (where live and new_error and not old_error) as new_errors,
+           count(*) filter (where live and old_error and not new_error) as old_errors,
+           count(*) filter (where compared) as compared,
+           count(*) filter (where mismatch) as mismatches,
+           count(*) filter (where timed) as timed,
+           count(*) filter (where timed and slower) as slower
+    from said
+    group by part
 )
 select w.number,
-       count(*) filter (where s.live) as live,
-       count(*) filter (where s.live and s.new_error and not s.old_error) as new_errors,
-       count(*) filter (where s.live and s.old_error and not s.new_error) as old_errors,
-       count(*) filter (where s.compared) as compared,
-       count(*) filter (where s.mismatch) as mismatches,
-       count(*) filter (where s.timed) as timed,
-       count(*) filter (where s.timed and s.slower) as slower
+       coalesce(sum(c.live), 0)::bigint as live,
+       coalesce(sum(c.new_errors), 0)::bigint as new_errors,
+       coalesce(sum(c.old_errors), 0)::bigint as old_errors,
+       coalesce(sum(c.compared), 0)::bigint as compared,
+       coalesce(sum(c.mismatches), 0)::bigint as mismatches,
+       coalesce(sum(c.timed), 0)::bigint as timed,
+       coalesce(sum(c.slower), 0)::bigint as slower
 from unnest(%(starts)s::timestamptz[]) with ordinality as w (start, number)
-left join said s on s.at >= w.start
+left join counted c on c.part >= width_bucket(w.start, (select starts from threshold))
 group by w.number
 order by w.number
