@@ -205,11 +205,20 @@ async def test_no_evidence_is_no_good_evidence(
     await until(sidecar, "PROGRESSING", 1)
 
 
-async def test_without_an_envoys_count_it_never_climbs(sidecar: Running, ledger: Ledger) -> None:
+async def test_without_an_envoys_count_it_does_not_climb_until_there_is_one(
+    sidecar: Running, ledger: Ledger
+) -> None:
     await start(sidecar, 0.01, 1.0)
     add(ledger, 300, live="new", new_us=900)
+    blind = await looked(sidecar)
+    sampled(ledger)
+    counted = await looked(sidecar)
+    good(ledger)
+    await until(sidecar, "PROGRESSING", 1)
 
-    assert "no Envoy's count is known" in (await looked(sidecar)).state.said
+    assert "no Envoy's count is known" in blind.state.said
+    assert counted.state.step == 0
+    assert counted.step_time.ToDatetime() > blind.step_time.ToDatetime()
 
 
 async def test_pause_and_resume(sidecar: Running, ledger: Ledger) -> None:

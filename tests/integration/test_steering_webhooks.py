@@ -182,7 +182,11 @@ async def test_one_that_is_away_holds_up_neither_acts_nor_others(
         await set_share(sidecar, 0.5)
         await hook.has("rollback", "update")
 
-        assert ledger.execute("select url, count(*) from abreast.webhook group by url") == [(away, 2)]
+        async def only_those() -> bool:
+            waiting = ledger.execute("select url, count(*) from abreast.webhook group by url")
+            return waiting == [(away, 2)]
+
+        await eventually_async(only_those, what="only what can't be delivered waits")
 
 
 async def test_the_queue_is_bounded_and_drops_the_oldest(

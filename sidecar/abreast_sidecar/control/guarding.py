@@ -15,6 +15,7 @@ from abreast_sidecar.control.acts import Guard
 from abreast_sidecar.control.control import Control
 from abreast_sidecar.control.seat import Seat
 from abreast_sidecar.control.traffic import Traffic
+from abreast_sidecar.errors import SidecarError
 from abreast_sidecar.steer import flow
 from abreast_sidecar.steer.flow import Gap, Report
 from abreast_sidecar.steer.guard import RULES, WINDOWS, Breach, Subject, Tally, breaches, starts
@@ -49,10 +50,16 @@ class Guarding:
     async def look(self) -> None:
         known = {one.traffic.service: one.traffic for one in await self._control.journal.read()}
         for row in await self._database.rows("guard_read", {"service": None}):
-            guard = acts.guard(row)
-            traffic = known.get(guard.service)
-            if guard.policy.mode != "off" and traffic is not None:
-                await self._tell(guard, await self._watch(guard, traffic))
+            try:
+                await self._one(acts.guard(row), known.get(row["service"]))
+            except SidecarError:
+                raise
+            except Exception:  # one service's must not blind the others'
+                log.exception("a guard failed", service=row["service"])
+
+    async def _one(self, guard: Guard, traffic: Traffic | None) -> None:
+        if guard.policy.mode != "off" and traffic is not None:
+            await self._tell(guard, await self._watch(guard, traffic))
 
     async def _watch(self, guard: Guard, traffic: Traffic) -> Sight | None:
         """None where it has acted, and said so."""

@@ -16,6 +16,7 @@ from abreast_sidecar.control.acts import RAMP, Turn
 from abreast_sidecar.control.control import Control
 from abreast_sidecar.control.seat import Seat
 from abreast_sidecar.control.traffic import Note, Traffic
+from abreast_sidecar.errors import LedgerError
 from abreast_sidecar.steer import flow
 from abreast_sidecar.steer.flow import Gap, Report
 from abreast_sidecar.steer.ramp import Look, Move, Ramp, Seen, decide, percent
@@ -46,19 +47,32 @@ class Ramping:
 
     async def look(self) -> None:
         rows = await self._database.rows("ramps_active")
-        await asyncio.gather(*(self._one(acts.ramp(row), row["now"]) for row in rows))
+        for ended in await asyncio.gather(
+            *(self._one(acts.ramp(row), row["now"]) for row in rows), return_exceptions=True
+        ):
+            if ended is not None:  # only now that the others had their turn
+                raise ended
 
     async def _one(self, ramp: Ramp, now: datetime) -> None:
         (known,) = await self._control.journal.read(ramp.service)
         if acts.superseded(ramp, known.traffic):
             await self._end(ramp)
             return
-        move = decide(ramp, await self._look(ramp, now))
-        if move.action == "wait":
-            values = {"id": ramp.id, "verdict": move.verdict, "said": move.reason}
-            await self._database.execute("ramp_said", values)
-        else:
+        try:
+            move = decide(ramp, await self._look(ramp, now))
+        except LedgerError as error:  # such as more rows than can be read in time
+            await self._say(ramp, Move("wait", f"the evidence can't be read: {error}", "INCONCLUSIVE"))
+            raise
+        if move.action != "wait":
             await self._move(ramp, known.traffic, move)
+            return
+        await self._say(ramp, move)
+        if ramp.started_gap is None or ramp.step_gap is None:
+            await self._database.execute("ramp_counted", {"id": ramp.id, "service": ramp.service})
+
+    async def _say(self, ramp: Ramp, move: Move) -> None:
+        values = {"id": ramp.id, "verdict": move.verdict, "said": move.reason}
+        await self._database.execute("ramp_said", values)
 
     async def _look(self, ramp: Ramp, now: datetime) -> Look:
         """Both windows end now: a look is about one moment."""

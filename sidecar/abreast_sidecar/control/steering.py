@@ -20,6 +20,7 @@ from abreast_sidecar.store.database import Database
 LOOK = 0.5  # seconds between two looks at the evidence
 DELIVER = 0.5  # seconds between two looks at what is to be told
 BUSY = 4.0  # a look is followed by so many times its own length of rest: the database has other work
+BUSIER = 10.0  # a ramp looks at all since it began
 
 log = structlog.get_logger(__name__)
 
@@ -30,7 +31,7 @@ class Steering:
         self._database = Database(settings.postgres_url)
         self._guarding = Guarding(self._database, self.seat, control, settings.envoy_admin)
         self._ramping = Ramping(self._database, self.seat, control, pending, settings.envoy_admin)
-        self._webhooks = Webhooks(self._database, settings.webhook_urls, settings.webhook_secret)
+        self._settings = settings
         self._outage = Outage("postgres", by="steering")
 
     @property
@@ -57,13 +58,14 @@ class Steering:
     async def _serve(self, stop: asyncio.Event) -> None:
         """Until the seat is lost."""
         log.info("this sidecar acts for guard, ramps and webhooks")
+        webhooks = Webhooks(self._database, self._settings.webhook_urls, self._settings.webhook_secret)
         parts = [
             asyncio.create_task(part)
             for part in (
                 self._beat(stop),
-                self._repeat("guard", self._guarding.look, LOOK, stop),
-                self._repeat("ramp", self._ramping.look, LOOK, stop),
-                self._repeat("webhooks", self._webhooks.deliver, DELIVER, stop),
+                self._repeat("guard", self._guarding.look, LOOK, BUSY, stop),
+                self._repeat("ramp", self._ramping.look, LOOK, BUSIER, stop),
+                self._repeat("webhooks", webhooks.deliver, DELIVER, 0.0, stop),
             )
         ]
         try:
@@ -83,7 +85,7 @@ class Steering:
             await pause(stop, BEAT)
 
     async def _repeat(
-        self, name: str, turn: Callable[[], Awaitable[None]], period: float, stop: asyncio.Event
+        self, name: str, turn: Callable[[], Awaitable[None]], period: float, rest: float, stop: asyncio.Event
     ) -> None:
         outage = Outage("postgres", by=name)
         clock = asyncio.get_running_loop().time
@@ -101,4 +103,4 @@ class Steering:
                 await pause(stop, period)
             else:
                 outage.end()
-                await pause(stop, max(period, BUSY * (clock() - began)))
+                await pause(stop, max(period, rest * (clock() - began)))

@@ -43,11 +43,14 @@ class Webhooks:
         if not self._urls:
             return
         await self._trim()
+        due = [await self._database.rows("webhooks_due", {"url": url, "most": BATCH}) for url in self._urls]
+        if not any(due):
+            return
         async with httpx.AsyncClient(timeout=TIMEOUT, trust_env=False) as client:
-            await asyncio.gather(*(self._deliver_to(client, url) for url in self._urls))
+            await asyncio.gather(*(self._deliver_all(client, rows) for rows in due))
 
     async def _register(self) -> None:
-        """From now on every event is also written for these receivers, by whichever sidecar writes it."""
+        """Once in each term of the acting sidecar. From now on every event is also written for these receivers, by whichever sidecar writes it."""
         await self._database.execute("webhook_receivers_drop", {"urls": list(self._urls)})
         await self._database.execute("webhook_receivers_add", {"urls": list(self._urls)})
         self._registered = True
@@ -59,9 +62,9 @@ class Webhooks:
         for row in await self._database.rows("webhooks_trim", {"most": MOST, "oldest": OLDEST}):
             log.error("webhooks are given up", receiver=place(row["url"]), messages=row["many"])
 
-    async def _deliver_to(self, client: httpx.AsyncClient, url: str) -> None:
-        """One receiver that is away holds up no other; and is asked once, not for each message."""
-        for row in await self._database.rows("webhooks_due", {"url": url, "most": BATCH}):
+    async def _deliver_all(self, client: httpx.AsyncClient, rows: Sequence[Row]) -> None:
+        """Of one receiver. One that is away holds up no other; and is asked once, not for each message."""
+        for row in rows:
             trouble = await self._post(client, row)
             if not trouble:
                 await self._database.execute("webhook_done", {"id": row["id"]})
@@ -69,7 +72,9 @@ class Webhooks:
             wait = backoff(row["attempts"])
             await self._database.execute("webhook_again", {"id": row["id"], "wait": wait})
             attempt = row["attempts"] + 1
-            log.warning("a webhook is not delivered", receiver=place(url), error=trouble, attempt=attempt)
+            log.warning(
+                "a webhook is not delivered", receiver=place(row["url"]), error=trouble, attempt=attempt
+            )
             return
 
     async def _post(self, client: httpx.AsyncClient, row: Row) -> str:
