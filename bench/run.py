@@ -1,7 +1,8 @@
 """Measures what there is to measure: python bench/run.py [--quick]. Prints a table and writes bench/results.json.
 
 Part by part: the middleware in-process and behind uvicorn, users' times through Envoy and how soon a pair can be
-queried, Redis → compare → Postgres, and comparing bodies. The first rows tell the machine and the versions.
+queried, Redis → compare → Postgres, comparing bodies, a rollback, and a flood of copies. The first rows tell the machine
+and the versions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import machine
 import middleware
 import mirror
 import pipeline
+import traffic
 
 RESULTS = Path(__file__).parent / "results.json"
 
@@ -28,6 +30,7 @@ def measured(quick: bool) -> list[dict[str, Any]]:
     found += mirror.rows(quick=quick)
     found += pipeline.bench(runs=1 if quick else 3, count=5_000 if quick else 20_000)
     found += compare.rows()
+    found += traffic.bench(quick=quick)
     return [dict(row) for row in found]
 
 

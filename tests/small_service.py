@@ -1,7 +1,11 @@
-"""A service in two versions, run by tests: small_service.py VERSION PORT [bare]. `bare` is without the middleware."""
+"""A service in two versions, run by tests: small_service.py VERSION PORT [bare]. `bare` is without the middleware.
+
+From SIGUSR1 on it answers 500.
+"""
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import uvicorn
@@ -15,7 +19,13 @@ from abreast import ParallelRunMiddleware
 VERSION, PORT, *OPTIONS = sys.argv[1:]
 
 
+failing: list[int] = []
+signal.signal(signal.SIGUSR1, lambda number, _frame: failing.append(number))
+
+
 async def product(request: Request) -> JSONResponse:
+    if failing:
+        return JSONResponse({"error": "broken"}, 500)
     price = int(request.path_params["id"]) + 0.5
     return JSONResponse({"name": "Tea", "price": str(price) if VERSION == "new" else price})
 

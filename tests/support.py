@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 
 from abreast_sidecar.embedded import free_port
 
-__all__ = ["eventually", "eventually_async", "free_port", "free_ports"]
+__all__ = ["eventually", "eventually_async", "free_port", "free_ports", "frozen"]
 
 
 def free_ports(number: int) -> tuple[int, ...]:
@@ -39,3 +42,21 @@ async def eventually_async(
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not come true within {within:g} s")
         await asyncio.sleep(0.02)
+
+
+@contextlib.contextmanager
+def frozen(pid: int) -> Iterator[Callable[[], None]]:
+    """Stop a process and its children (Postgres has one for each connection) until the end, or until they are thawed."""
+    family = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+    def thaw() -> None:
+        for one in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGCONT)
+
+    for one in family:
+        os.kill(one, signal.SIGSTOP)
+    try:
+        yield thaw
+    finally:
+        thaw()

@@ -110,9 +110,9 @@ async def abreast(
 
 
 @asynccontextmanager
-async def started(settings: EnvoySettings) -> AsyncIterator[EnvoyServer]:
+async def started(settings: EnvoySettings, node: str = "") -> AsyncIterator[EnvoyServer]:
     """Start in a thread: Envoy asks the versions, which live in this one, for their health."""
-    server = EnvoyServer(render(settings))
+    server = EnvoyServer(render(settings), node=node)
     await asyncio.to_thread(server.__enter__)
     try:
         yield server

@@ -18,7 +18,7 @@ from google.protobuf import any_pb2
 from psycopg.types.json import Jsonb
 
 from abreast.capture import Capture, encode
-from abreast.v1 import comparison_pb2_grpc, traffic_pb2_grpc
+from abreast.v1 import comparison_pb2_grpc, steering_pb2_grpc, traffic_pb2_grpc
 from abreast_sidecar.app import Sidecar
 from abreast_sidecar.control.xds import wire_pb2 as wire
 from abreast_sidecar.settings import Settings
@@ -48,6 +48,10 @@ class Running:
     @property
     def traffic(self) -> traffic_pb2_grpc.TrafficServiceStub:
         return traffic_pb2_grpc.TrafficServiceStub(self.channel)
+
+    @property
+    def steering(self) -> steering_pb2_grpc.SteeringServiceStub:
+        return steering_pb2_grpc.SteeringServiceStub(self.channel)
 
     @property
     def port(self) -> int:

@@ -41,9 +41,9 @@ class Client:
         if isinstance(error, grpc.aio.AioRpcError):
             raise in_plain_words(error, self.address, CALL_TIMEOUT) from error
 
-    async def move(self, new_share: float) -> None:
+    async def move(self, new_share: float, actor: str = "demo") -> None:
         request = traffic_pb2.UpdateTrafficRequest(
-            service=self.service, new_share=new_share, actor="demo", reason="a step of the demo"
+            service=self.service, new_share=new_share, actor=actor, reason=f"a step of the {actor}"
         )
         await self.traffic.UpdateTraffic(request, timeout=CALL_TIMEOUT)
 

@@ -17,8 +17,8 @@ import psycopg
 from abreast_demo.load import USER_HEADER
 from abreast_demo.ports import LOOPBACK
 from abreast_demo.service import SERVICE
-from abreast_sidecar.embedded import RedisServer, ServerProcess, free_port
-from abreast_sidecar.embedded.process import answers
+from abreast_sidecar.embedded import PostgresServer, RedisServer, ServerProcess
+from abreast_sidecar.embedded.process import answers, stable_port
 from abreast_sidecar.embedded.stack import Stack
 from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings, Sticky
 from abreast_sidecar.errors import ServerError
@@ -42,6 +42,25 @@ class Addresses:
     http: Endpoint
 
 
+@dataclass
+class Deployed:
+    """The stack, and what the shop is made of. `database` is the shop's: the stack's own, or one beside it."""
+
+    stack: Stack
+    database: PostgresServer
+    cache_url: str
+    upstreams: dict[str, Endpoint]
+    codes: Mapping[str, str]
+    shops: dict[str, ServerProcess]
+
+    def start(self, version: str) -> None:
+        self.shops[version] = _start(version, self)
+
+    def stop(self) -> None:
+        for shop in self.shops.values():
+            shop.stop()
+
+
 @contextmanager
 def deployed(
     addresses: Addresses, say: Callable[[str], None], *, codes: Mapping[str, str] = CODES, **more: Any
@@ -51,7 +70,21 @@ def deployed(
     `codes`: which code runs as each version; the old one as both is how a run without a regression looks. `more` are
     settings of Envoy, over the demo's.
     """
-    upstreams = {version: Endpoint(LOOPBACK, free_port()) for version in VERSIONS}
+    with opened(addresses, say, codes=codes, **more) as found:
+        yield found.stack
+
+
+@contextmanager
+def opened(
+    addresses: Addresses,
+    say: Callable[[str], None],
+    *,
+    own_database: bool = False,
+    codes: Mapping[str, str] = CODES,
+    **more: Any,
+) -> Iterator[Deployed]:
+    """The same, with what it takes to break it. With a database of its own the shop outlives the ledger's."""
+    upstreams = {version: Endpoint(LOOPBACK, stable_port()) for version in VERSIONS}
     shares: dict[str, Any] = {"sample_safe": SAMPLE, "baseline_share": BASELINE, **more}
     envoy = EnvoySettings(
         service=SERVICE,
@@ -66,21 +99,34 @@ def deployed(
         contextlib.ExitStack() as opening,
     ):
         say("starting the shop, old and new")
-        cache = RedisServer(
-            stack.folder.part("cache"), options=CACHE_LIMITS, keep_open=(stack.folder.servers_lock,)
-        )
+        keep_open = (stack.folder.servers_lock,)
+        cache = RedisServer(stack.folder.part("cache"), options=CACHE_LIMITS, keep_open=keep_open)
         opening.callback(cache.stop)
         cache.start()
-        for version in VERSIONS:
-            opening.callback(_start(version, codes[version], upstreams[version], stack, cache.url).stop)
-        _await_healthy(stack.admin_url)
-        yield stack
+        database = (
+            opening.enter_context(PostgresServer(keep_open=keep_open)) if own_database else stack.postgres
+        )
+        found = Deployed(stack, database, cache.url, upstreams, codes, {})
+        opening.callback(found.stop)
+        for version in sorted(VERSIONS):
+            _create_database(version, database)
+            found.start(version)
+        await_healthy(stack.admin_url)
+        yield found
 
 
-def _start(version: str, code: str, listen: Endpoint, stack: Stack, cache_url: str) -> ServerProcess:
-    database = f"shop_{version}"
-    with psycopg.connect(stack.postgres.url(), autocommit=True) as connection:
-        connection.execute(f"create database {database}".encode())
+def _create_database(version: str, server: PostgresServer) -> None:
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute(f"create database {_database(version)}".encode())
+
+
+def _database(version: str) -> str:
+    return f"shop_{version}"
+
+
+def _start(version: str, deployed: Deployed) -> ServerProcess:
+    stack, listen = deployed.stack, deployed.upstreams[version]
+    address = f"{listen.host}:{listen.port}"
     return ServerProcess.start(
         f"the {version} shop",
         [
@@ -88,22 +134,22 @@ def _start(version: str, code: str, listen: Endpoint, stack: Stack, cache_url: s
             "-m",
             "abreast_demo.service",
             "--version",
-            code,
+            deployed.codes[version],
             "--listen",
-            f"{listen.host}:{listen.port}",
+            address,
         ],
         stack.folder.path / f"shop-{version}.log",
         ready=lambda _pid: answers(listen.host, listen.port, HEALTH, b" 200 OK"),
         environment={
-            "DATABASE_URL": stack.postgres.url(database),
-            "CACHE_URL": cache_url,
+            "DATABASE_URL": deployed.database.url(_database(version)),
+            "CACHE_URL": deployed.cache_url,
             "ABREAST_REDIS_URL": stack.redis_url,
         },
         keep_open=(stack.folder.servers_lock,),
     )
 
 
-def _await_healthy(admin_url: str) -> None:
+def await_healthy(admin_url: str) -> None:
     deadline = time.monotonic() + HEALTHY_TIMEOUT
     while missing := VERSIONS - _healthy(admin_url):
         if time.monotonic() > deadline:

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from abreast import ParallelRunMiddleware
+from abreast_demo.fault import Fault
 from abreast_demo.shop import Shop
 
 SERVICE = "shop"
@@ -26,11 +27,13 @@ def build(version: str, shop: Shop) -> ASGIApp:
         from abreast_demo import old
 
         starlette = old.build(shop)
+        starlette.add_middleware(Fault)
         starlette.add_middleware(ParallelRunMiddleware, service=SERVICE)
         return starlette
     from abreast_demo import new
 
     fastapi = new.build(shop)
+    fastapi.add_middleware(Fault)
     fastapi.add_middleware(ParallelRunMiddleware, service=SERVICE)
     return fastapi
 
@@ -47,6 +50,7 @@ def main() -> None:
     if missing or not port.isdigit():
         sys.exit(f"shop: set {' and '.join(missing)}" if missing else "shop: --listen must be host:port")
     os.environ.setdefault("ABREAST_RELEASE", RELEASES[arguments.version])
+    Fault.obey_signals()
     app = build(arguments.version, Shop(os.environ["DATABASE_URL"], os.environ["CACHE_URL"]))
     uvicorn.run(
         app, host=host, port=int(port), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE

@@ -10,6 +10,8 @@ import structlog
 
 from abreast_sidecar.compare import Rules
 from abreast_sidecar.control import Control, RuntimeDiscovery
+from abreast_sidecar.control.steerers import Steerers
+from abreast_sidecar.control.steering import Steering
 from abreast_sidecar.errors import LedgerError, SchemaError
 from abreast_sidecar.housekeeping import Housekeeping
 from abreast_sidecar.read.client import connect
@@ -24,6 +26,7 @@ from abreast_sidecar.serve import (
     Pending,
     Readiness,
     RuleControl,
+    SteeringControl,
     TrafficControl,
     Web,
 )
@@ -53,19 +56,22 @@ class Sidecar:
         self.settings = settings
         self.database = Database(settings.postgres_url)
         self.redis = connect(settings.redis_url)
-        self.control = Control(self.database, settings)
+        self.control = Control(self.database, self.redis, settings)
         self.workers = workers(settings)
         self.housekeeping = Housekeeping(settings)
         self.schema = 0  # the ledger's version, once it is known
-        metrics = Metrics(self.control)
         queries = Queries(self.database)
         pending = Pending(self.redis)
+        steerers = Steerers(self.database, self.control)
+        self.steering = Steering(settings, self.control, pending.count)
+        metrics = Metrics(self.control, self.steering)
         self.grpc = GrpcServer(
             settings.grpc_listen,
             comparison=Comparison(queries, self.control, pending),
             traffic=TrafficControl(self.control),
             latency=Latency(self.database, self.control),
             rules=RuleControl(RuleStore(self.database), Rules.ignoring(settings.volatile_headers)),
+            steering=SteeringControl(self.control, steerers),
             discovery=RuntimeDiscovery(self.control),
             interceptor=Interceptor(metrics),
         )
@@ -76,7 +82,12 @@ class Sidecar:
         }
         self.readiness = Readiness(checks, self.grpc.set_ready)
         web = Web(
-            queries=queries, control=self.control, pending=pending, readiness=self.readiness, metrics=metrics
+            queries=queries,
+            control=self.control,
+            steerers=steerers,
+            pending=pending,
+            readiness=self.readiness,
+            metrics=metrics,
         )
         self.http = HttpServer(settings.http_listen, web.app())
         self._working = asyncio.Event()  # set: workers and housekeeping finish
@@ -99,17 +110,18 @@ class Sidecar:
         """A part that ends by itself ends all: better started anew than half at work."""
         http = asyncio.create_task(self.http.run())
         watching = asyncio.create_task(self.readiness.run())
+        braking = asyncio.create_task(self.control.brake())
         work = asyncio.create_task(self._work())
         asked = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({http, watching, asked, work}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({http, watching, braking, asked, work}, return_when=asyncio.FIRST_COMPLETED)
             async with asyncio.timeout(self.settings.shutdown_timeout):
                 await self._drain(http, work)
         except TimeoutError:
             log.warning("the time to stop is over; what is under way is given up")
         finally:
-            await _cancel(http, watching, asked, work)
-        for part in (http, watching, work):
+            await _cancel(http, watching, braking, asked, work)
+        for part in (http, watching, braking, work):
             if not part.cancelled():
                 part.result()
 
@@ -119,7 +131,7 @@ class Sidecar:
             return
         log.info("the ledger is ready", schema=self.schema)
         async with asyncio.TaskGroup() as group:
-            for part in (self.control, self.workers, self.housekeeping):
+            for part in (self.control, self.workers, self.housekeeping, self.steering):
                 group.create_task(part.run(self._working))
 
     async def _migrate(self) -> None:

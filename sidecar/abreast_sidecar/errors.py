@@ -10,6 +10,7 @@ SidecarError
 ├── StaleRulesError    the rules changed since a batch was judged; judge it again
 ├── ArgumentError      a request asks for something impossible
 ├── BroadRuleError     a rule would hide more than it was made for
+├── ConflictError      a request does not fit what is under way
 └── NotFoundError      an id that the ledger doesn't hold
 
 Messages are lower case and say what, where and what to do.
@@ -53,6 +54,10 @@ class ArgumentError(SidecarError):
 
 
 class BroadRuleError(SidecarError):
+    pass
+
+
+class ConflictError(SidecarError):
     pass
 
 

@@ -15,9 +15,9 @@ PREFIX = "ABREAST_"
 SECRETS = re.compile(r"(?<=://).*@|(?<=password=)('[^']*'|[^&\s]*)")  # in URLs and connection strings
 
 
-def setting(default: Any, parse: Callable[[str], Any], doc: str) -> Any:
-    """A dataclass field that is also the variable ABREAST_<NAME>."""
-    return field(default=default, metadata={"parse": parse, "doc": doc})
+def setting(default: Any, parse: Callable[[str], Any], doc: str, *, secret: bool = False) -> Any:
+    """A dataclass field that is also the variable ABREAST_<NAME>. What is secret is never shown, and no option."""
+    return field(default=default, repr=not secret, metadata={"parse": parse, "doc": doc, "secret": secret})
 
 
 def text(value: str) -> str:
@@ -59,6 +59,24 @@ def shown(value: str) -> str:
 def http_url(value: str) -> str:
     if not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", value.strip()):
         raise ValueError("a URL such as http://127.0.0.1:8001")
+    return value.strip()
+
+
+def webhook_urls(value: str) -> tuple[str, ...]:
+    from urllib.parse import urlsplit
+
+    found = words(value)
+    for url in found:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("URLs such as https://hooks.example.com/abreast, comma separated")
+    return found
+
+
+def webhook_secret(value: str) -> str:
+    from abreast_sidecar.steer.signing import key_of
+
+    key_of(value.strip())
     return value.strip()
 
 
@@ -130,6 +148,8 @@ class FromEnvironment:
             try:
                 values[part.name] = part.metadata["parse"](environment[name])
             except ValueError as error:
+                if part.metadata.get("secret"):
+                    raise SettingError(f"{name} must be {error}; what it is now is not shown") from None
                 raise SettingError(f"{name} must be {error}, got {shown(environment[name])!r}") from error
         return cls(**values)
 
@@ -200,4 +220,14 @@ class Settings(FromEnvironment):
         "share of the mirrored safe requests that old gets twice, to learn what is noise, until set",
     )
     shutdown_timeout: float = setting(10.0, seconds, "seconds that SIGTERM gives work under way to finish")
+    webhook_urls: tuple[str, ...] = setting(
+        (), webhook_urls, "URLs that are told of every change of traffic, comma separated", secret=True
+    )
+    webhook_secret: str = setting(
+        "", webhook_secret, "what webhooks are signed with: whsec_ and 24 to 64 bytes in base64", secret=True
+    )
     log_level: str = setting("info", text, "debug, info, warning or error")
+
+    def __post_init__(self) -> None:
+        if self.webhook_urls and not self.webhook_secret:
+            raise SettingError("ABREAST_WEBHOOK_SECRET must be set where ABREAST_WEBHOOK_URLS is")

@@ -210,6 +210,36 @@ def test_a_rollback_that_no_envoy_has_is_no_success(envoys: list[Any], said: str
     assert said in result.stderr
 
 
+def test_a_rollback_needs_no_reason_and_asks_the_sidecar_nothing_else() -> None:
+    answer = traffic_pb2.RollbackResponse(traffic=traffic(8, new_share=0.0), envoys=[envoy(8)])
+    with serving(Rollback=answer) as (address, handler):
+        result = run("rollback", "--address", address)
+
+    assert result.exit_code == 0
+    assert [type(asked).__name__ for asked in handler.asked] == ["RollbackRequest"]
+
+
+def test_a_rollback_that_the_ledger_does_not_know_of_is_no_success_and_says_why() -> None:
+    answer = traffic_pb2.RollbackResponse(
+        traffic=traffic(8, new_share=0.0),
+        envoys=[envoy(8)],
+        not_recorded="the ledger does not know of it yet: x",
+    )
+    with serving(Rollback=answer) as (address, _handler):
+        result = run("rollback", "--address", address)
+
+    assert result.exit_code == 1
+    assert "in force, but the ledger does not know of it yet: x" in result.stderr
+    assert "stored" not in result.stderr
+
+
+def test_a_rollback_without_a_sidecar_names_the_brake_in_envoy() -> None:
+    result = run("rollback", "--address", "127.0.0.1:1", "--timeout", "2")
+
+    assert result.exit_code == 3
+    assert "runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0" in result.stderr
+
+
 def test_status_does_without_traffic_that_is_not_known() -> None:
     with serving(GetTraffic=(grpc.StatusCode.NOT_FOUND, "none")) as (address, _handler):
         result = run("status", "--json", "--address", address)

@@ -5,111 +5,17 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import grpc
-import httpx
 import psycopg
 import pytest
-from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import comparison_pb2
 from abreast.v1 import traffic_pb2 as pb
-from abreast_sidecar.embedded import EnvoyServer, PostgresServer
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
-from support import eventually_async, free_port, free_ports
-from support_envoy import started
+from abreast_sidecar.embedded import PostgresServer
+from support import free_port
+from support_edge import LONG, REQUESTS, acknowledged, edge, update
 from support_serve import Running, running
-from support_upstream import Upstream
-
-REQUESTS = 40
-LONG = Duration(seconds=10)
-
-
-@dataclass
-class Edge:
-    """An Envoy with two versions behind it."""
-
-    server: EnvoyServer
-    client: httpx.AsyncClient
-    old: Upstream
-    new: Upstream
-
-    async def runtime(self) -> dict[str, str]:
-        async with httpx.AsyncClient(base_url=self.server.admin_url) as admin:
-            entries = (await admin.get("/runtime")).json()["entries"]
-        return {key: entry["final_value"] for key, entry in entries.items() if key.startswith("abreast.")}
-
-    async def has(self, key: str, value: str) -> None:
-        async def there() -> bool:
-            return (await self.runtime()).get(key) == value
-
-        await eventually_async(there, what=f"{key} is {value}")
-
-    async def ask(self, count: int = REQUESTS) -> tuple[int, int, int]:
-        """Send GETs; how many old and new answered live, and how many were mirrored."""
-        before = len(self.old.in_role("live")), len(self.new.in_role("live")), self.sampled()
-        for _ in range(count):
-            (await self.client.get("/products/7")).raise_for_status()
-        return (
-            len(self.old.in_role("live")) - before[0],
-            len(self.new.in_role("live")) - before[1],
-            self.sampled() - before[2],
-        )
-
-    def sampled(self) -> int:
-        return sum(bool(one.pair) for one in (*self.old.in_role("live"), *self.new.in_role("live")))
-
-
-@asynccontextmanager
-async def edge(port: int, *, service: str = "shop", node: str = "edge-1") -> AsyncIterator[Edge]:
-    async with Upstream() as old, Upstream() as new:
-        listen, admin_port = free_ports(2)
-        settings = EnvoySettings(
-            service=service,
-            node_id=node,
-            listen=Endpoint("127.0.0.1", listen),
-            admin=Endpoint("127.0.0.1", admin_port),
-            sidecar=Endpoint("127.0.0.1", port),
-            old=(Endpoint("127.0.0.1", old.port),),
-            new=(Endpoint("127.0.0.1", new.port),),
-        )
-        async with (
-            started(settings) as server,
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.listen.port}", timeout=10) as client,
-        ):
-            found = Edge(server, client, old, new)
-            await _healthy(found)
-            yield found
-
-
-async def _healthy(found: Edge) -> None:
-    async def reached() -> bool:
-        async with httpx.AsyncClient(base_url=found.server.admin_url) as admin:
-            text = (await admin.get("/stats", params={"filter": "membership_healthy"})).text
-        return "cluster.old.membership_healthy: 1" in text and "cluster.new.membership_healthy: 1" in text
-
-    await eventually_async(reached, what="both versions are healthy")
-
-
-async def update(sidecar: Running, **changes: Any) -> pb.UpdateTrafficResponse:
-    answer: pb.UpdateTrafficResponse = await sidecar.traffic.UpdateTraffic(
-        pb.UpdateTrafficRequest(service="shop", wait=LONG, actor="ada", reason="a test", **changes)
-    )
-    return answer
-
-
-async def acknowledged(sidecar: Running, *, envoys: int = 1) -> None:
-    async def all_of_them() -> bool:
-        held = sidecar.sidecar.control.held("shop")
-        if held is None:
-            return False
-        states = sidecar.sidecar.control.states(held.traffic)
-        return sum(state.acknowledged_version == held.traffic.version for state in states) == envoys
-
-    await eventually_async(all_of_them, what=f"{envoys} Envoys have acknowledged")
 
 
 @pytest.fixture
@@ -202,7 +108,42 @@ async def test_envoys_that_share_a_node_id_all_get_the_values(sidecar: Running) 
         await other.has("abreast.weight.old", "5000")
 
     assert [envoy.node for envoy in found.envoys] == ["edge-1", "edge-1"]
+    assert len({envoy.peer for envoy in found.envoys}) == 2
     assert {envoy.acknowledged_version for envoy in found.envoys} == {found.traffic.version}
+
+
+async def test_envoys_of_one_file_are_told_apart_by_the_name_they_are_started_with(sidecar: Running) -> None:
+    async with edge(sidecar.port, option="edge-a"), edge(sidecar.port, option="edge-b"):
+        await acknowledged(sidecar, envoys=2)
+        found = await update(sidecar, new_share=0.5)
+
+    assert [envoy.node for envoy in found.envoys] == ["edge-a", "edge-b"]
+
+
+async def test_two_envoys_of_each_of_two_sidecars_all_get_a_change_and_each_answers_to_its_own(
+    redis_url: str, postgres_url: str
+) -> None:
+    async with (
+        running(redis_url, postgres_url) as first,
+        running(redis_url, postgres_url) as second,
+        edge(first.port, option="a1") as a1,
+        edge(first.port, option="a2") as a2,
+        edge(second.port, option="b1") as b1,
+        edge(second.port, option="b2") as b2,
+    ):
+        await acknowledged(first, envoys=2)
+        await acknowledged(second, envoys=2)
+        changed = await update(first, new_share=0.25)
+        for envoy in (a1, a2, b1, b2):
+            await envoy.has("abreast.weight.new_or_old", "2500")
+        await acknowledged(second, envoys=2)
+        there = await second.traffic.GetTraffic(pb.GetTrafficRequest(service="shop"))
+
+    for nodes, answer in ((["a1", "a2"], changed), (["b1", "b2"], there)):
+        assert [envoy.node for envoy in answer.envoys] == nodes
+        assert {envoy.acknowledged_version for envoy in answer.envoys} == {changed.traffic.version}
+        for state in answer.envoys:
+            assert dt.timedelta(0) < state.acknowledged_after.ToTimedelta() < dt.timedelta(seconds=3)
 
 
 async def test_services_have_values_of_their_own(sidecar: Running) -> None:

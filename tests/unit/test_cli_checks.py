@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.cli.checks import Check, clocks, envoy, postgres, reach, redis, services
+from abreast_sidecar.cli.checks import Check, clocks, envoy, postgres, reach, redis, services, sidecar
 from abreast_sidecar.cli.checks.check import without_password
 
 
@@ -303,3 +303,12 @@ def test_a_clock_that_is_off_is_named() -> None:
 def test_addresses_are_shown_without_passwords() -> None:
     assert without_password("postgresql://u:secret@db:5432/abreast") == "postgresql://db:5432/abreast"
     assert "secret" not in without_password("host=db password=secret")
+
+
+def test_envoys_that_share_a_node_id_are_a_warning() -> None:
+    (warning,) = sidecar.shared_ids(["abreast", "edge-1", "abreast"])
+
+    assert warning.state == "warn"
+    assert "2 Envoys have the node id abreast" in warning.found
+    assert "--service-node" in warning.advice
+    assert not list(sidecar.shared_ids(["abreast", "edge-1"]))

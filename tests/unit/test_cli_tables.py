@@ -376,6 +376,15 @@ def test_an_envoy_that_refuses_is_named_with_its_reason() -> None:
     assert "not yet (has version 7 of 8)" in text
 
 
+def test_envoys_that_share_a_node_id_are_told_apart_by_their_connections() -> None:
+    envoys = [prepared.envoy(8, peer="ipv4:10.0.0.1:5000"), prepared.envoy(8, peer="ipv4:10.0.0.2:5000")]
+    text = printed(shift.show_envoys, prepared.traffic(8), envoys)
+
+    assert "edge-1 (ipv4:10.0.0.1:5000)" in text
+    assert "edge-1 (ipv4:10.0.0.2:5000)" in text
+    assert "ipv4" not in printed(shift.show_envoys, prepared.traffic(8), envoys[:1])
+
+
 def test_traffic_says_that_users_were_sent_back() -> None:
     rolled_back = prepared.traffic()
     rolled_back.rolled_back = True

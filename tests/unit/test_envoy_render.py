@@ -55,6 +55,19 @@ def test_routes_and_clusters_have_the_names_that_others_rely_on() -> None:
     assert list(clusters(loaded)) == CLUSTERS
 
 
+def test_testers_have_routes_of_their_own_where_there_is_a_secret() -> None:
+    text = render(EnvoySettings(testers="0123456789abcdef"))
+    [host] = manager(yaml.safe_load(text))["route_config"]["virtual_hosts"]
+    kinds = ("safe_sampled", "safe_plain", "unsafe_sampled", "unsafe_plain")
+
+    assert [one["name"] for one in host["routes"]] == [
+        *(f"tester_{use}_{kind}" for use in ("old", "new") for kind in kinds),
+        *ROUTES,
+    ]
+    assert "tester" not in render(EnvoySettings())
+    validate(text)
+
+
 def test_every_route_has_a_hash_policy() -> None:
     for sticky in (Sticky(), Sticky("header", "x-user"), Sticky("cookie", "user"), Sticky("source-ip")):
         [host] = manager(config(sticky=sticky))["route_config"]["virtual_hosts"]

@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from abreast.v1 import steering_pb2 as _steering_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -82,12 +83,15 @@ class EnvoyState(_message.Message):
     ACKNOWLEDGED_VERSION_FIELD_NUMBER: _builtins.int
     ACKNOWLEDGED_AFTER_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Its node id."""
     acknowledged_version: _builtins.int
     """The version of the settings that it acknowledged last; 0 for none yet."""
     error: _builtins.str
     """Why it refused the settings; empty for none."""
+    peer: _builtins.str
+    """Where its connection comes from, as gRPC writes it: tells Envoys apart that share a node id."""
     @_builtins.property
     def acknowledged_after(self) -> _duration_pb2.Duration:
         """From the change, or from this Envoy's connection where that came later, until it acknowledged the settings. Unset
@@ -101,10 +105,11 @@ class EnvoyState(_message.Message):
         acknowledged_version: _builtins.int = ...,
         acknowledged_after: _duration_pb2.Duration | None = ...,
         error: _builtins.str = ...,
+        peer: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledged_after", b"acknowledged_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_after", b"acknowledged_after", "acknowledged_version", b"acknowledged_version", "error", b"error", "node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_after", b"acknowledged_after", "acknowledged_version", b"acknowledged_version", "error", b"error", "node", b"node", "peer", b"peer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -303,6 +308,12 @@ class RollbackResponse(_message.Message):
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    NOT_RECORDED_FIELD_NUMBER: _builtins.int
+    not_recorded: _builtins.str
+    """Why the ledger does not know of the rollback yet, and what that means for the Envoys of other sidecars; empty where
+    it knows. The rollback is in force all the same, and is recorded as soon as the ledger can be reached.
+    """
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings after the change."""
@@ -311,15 +322,21 @@ class RollbackResponse(_message.Message):
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
         """The Envoys connected to this sidecar, and whether they have it."""
 
+    @_builtins.property
+    def previous(self) -> Global___Traffic:
+        """The settings before. Unset where this sidecar has never known them."""
+
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
         envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
+        previous: Global___Traffic | None = ...,
+        not_recorded: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["previous", b"previous", "traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "not_recorded", b"not_recorded", "previous", b"previous", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -486,12 +503,19 @@ class TrafficEvent(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     BEFORE_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
+    GUARD_BEFORE_FIELD_NUMBER: _builtins.int
+    GUARD_AFTER_FIELD_NUMBER: _builtins.int
+    RAMP_BEFORE_FIELD_NUMBER: _builtins.int
+    RAMP_AFTER_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Identifies the event, and orders events."""
     actor: _builtins.str
     """Who."""
     action: _builtins.str
-    """`create`, `update`, `rollback` or `promote`."""
+    """`create`, `update`, `rollback` or `promote`; of a ramp `ramp_start`, `ramp_step`, `ramp_pause`, `ramp_resume`,
+    `ramp_abort`, `ramp_succeed` or `ramp_end` (somebody else set the traffic); of the guard `guard_set` or
+    `guard_would_roll_back`. What guard and ramp do by themselves has them as its actor.
+    """
     reason: _builtins.str
     """Why."""
     @_builtins.property
@@ -504,7 +528,23 @@ class TrafficEvent(_message.Message):
 
     @_builtins.property
     def after(self) -> Global___Traffic:
-        """The settings after."""
+        """The settings after. Those before, where only a guard or a ramp was changed."""
+
+    @_builtins.property
+    def guard_before(self) -> _steering_pb2.GuardPolicy:
+        """The guard's policy before; set for `guard_set`."""
+
+    @_builtins.property
+    def guard_after(self) -> _steering_pb2.GuardPolicy:
+        """The guard's policy after, or that it acted by."""
+
+    @_builtins.property
+    def ramp_before(self) -> _steering_pb2.RampState:
+        """The ramp before; set for what happened to one."""
+
+    @_builtins.property
+    def ramp_after(self) -> _steering_pb2.RampState:
+        """The ramp after."""
 
     def __init__(
         self,
@@ -516,10 +556,14 @@ class TrafficEvent(_message.Message):
         reason: _builtins.str = ...,
         before: Global___Traffic | None = ...,
         after: Global___Traffic | None = ...,
+        guard_before: _steering_pb2.GuardPolicy | None = ...,
+        guard_after: _steering_pb2.GuardPolicy | None = ...,
+        ramp_before: _steering_pb2.RampState | None = ...,
+        ramp_after: _steering_pb2.RampState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "time", b"time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "guard_after", b"guard_after", "guard_before", b"guard_before", "ramp_after", b"ramp_after", "ramp_before", b"ramp_before", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "after", b"after", "before", b"before", "id", b"id", "reason", b"reason", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "after", b"after", "before", b"before", "guard_after", b"guard_after", "guard_before", b"guard_before", "id", b"id", "ramp_after", b"ramp_after", "ramp_before", b"ramp_before", "reason", b"reason", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

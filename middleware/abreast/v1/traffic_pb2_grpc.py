@@ -93,6 +93,7 @@ class TrafficServiceServicer(object):
 
     def Rollback(self, request, context):
         """Sends all users to the old version at once, and keeps them there until Promote or UpdateTraffic. Safe to repeat.
+        Works while the ledger can't be reached too: see RollbackResponse.not_recorded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

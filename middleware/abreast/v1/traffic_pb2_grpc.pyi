@@ -25,7 +25,9 @@ class TrafficServiceStub:
     UpdateTraffic: _aio.UnaryUnaryMultiCallable[_traffic_pb2.UpdateTrafficRequest, _traffic_pb2.UpdateTrafficResponse]
     """Changes what is set in the request, together and at once. Safe to repeat."""
     Rollback: _aio.UnaryUnaryMultiCallable[_traffic_pb2.RollbackRequest, _traffic_pb2.RollbackResponse]
-    """Sends all users to the old version at once, and keeps them there until Promote or UpdateTraffic. Safe to repeat."""
+    """Sends all users to the old version at once, and keeps them there until Promote or UpdateTraffic. Safe to repeat.
+    Works while the ledger can't be reached too: see RollbackResponse.not_recorded.
+    """
     Promote: _aio.UnaryUnaryMultiCallable[_traffic_pb2.PromoteRequest, _traffic_pb2.PromoteResponse]
     """Sends all users to the new version. Safe to repeat."""
     WatchTraffic: _aio.UnaryStreamMultiCallable[_traffic_pb2.WatchTrafficRequest, _traffic_pb2.WatchTrafficResponse]
@@ -62,7 +64,9 @@ class TrafficServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _traffic_pb2.RollbackRequest,
         context: _aio.ServicerContext[_traffic_pb2.RollbackRequest, _abc.Awaitable[_traffic_pb2.RollbackResponse]],
     ) -> _abc.Awaitable[_traffic_pb2.RollbackResponse]:
-        """Sends all users to the old version at once, and keeps them there until Promote or UpdateTraffic. Safe to repeat."""
+        """Sends all users to the old version at once, and keeps them there until Promote or UpdateTraffic. Safe to repeat.
+        Works while the ledger can't be reached too: see RollbackResponse.not_recorded.
+        """
 
     @_abc_1.abstractmethod
     def Promote(

@@ -29,8 +29,11 @@ COMMANDS = {
     "watch": ("watch", "Findings as they appear and grow."),
     "traffic": ("traffic", "Who answers users, and what is mirrored; or change it."),
     "rollback": ("rollback", "Send all users to the old version, at once."),
+    "ramp": ("ramp", "Move users to the new version step by step, on evidence."),
+    "guard": ("guard", "Send users back by itself when the new version fails them."),
     "promote": ("promote", "Send all users to the new version."),
     "rules": ("rules", "What is known about differences: ignored, tolerated, expected."),
+    "drill": ("drill", "Break a part on purpose, and see what users notice."),
     "compare": ("compare", "Two answers in files: what differs."),
     "doctor": ("doctor", "Why does nothing show up?"),
 }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         comparison_pb2_grpc,
         latency_pb2_grpc,
         rule_pb2_grpc,
+        steering_pb2_grpc,
         traffic_pb2_grpc,
     )
 
@@ -47,6 +48,7 @@ class Calls:
     traffic: traffic_pb2_grpc.TrafficServiceStub
     latency: latency_pb2_grpc.LatencyServiceStub
     rules: rule_pb2_grpc.RuleServiceStub
+    steering: steering_pb2_grpc.SteeringServiceStub
     timeout: float
 
 
@@ -62,7 +64,13 @@ class Link:
     async def _run(self, ask: Callable[[Calls], Awaitable[T]]) -> T:
         import grpc.aio
 
-        from abreast.v1 import comparison_pb2_grpc, latency_pb2_grpc, rule_pb2_grpc, traffic_pb2_grpc
+        from abreast.v1 import (
+            comparison_pb2_grpc,
+            latency_pb2_grpc,
+            rule_pb2_grpc,
+            steering_pb2_grpc,
+            traffic_pb2_grpc,
+        )
 
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             calls = Calls(
@@ -70,6 +78,7 @@ class Link:
                 traffic_pb2_grpc.TrafficServiceStub(channel),
                 latency_pb2_grpc.LatencyServiceStub(channel),
                 rule_pb2_grpc.RuleServiceStub(channel),
+                steering_pb2_grpc.SteeringServiceStub(channel),
                 self.timeout,
             )
             try:
@@ -87,6 +96,8 @@ def in_plain_words(error: grpc.aio.AioRpcError, address: str, timeout: float) ->
         return ArgumentError(said)
     if code is grpc.StatusCode.NOT_FOUND:
         return NotFoundError(said.replace("ListFindings", "`abreast findings`"))
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        return RefusedError(said)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return ServerError(f"the sidecar at {address} did not answer within {timeout:g} s (--timeout)")
     if code is grpc.StatusCode.UNAVAILABLE:

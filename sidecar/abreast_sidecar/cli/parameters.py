@@ -44,6 +44,26 @@ def moment(value: str) -> dt.datetime:
         raise ValueError("a span such as 90s, 15m, 1h or 2d, or a time such as 2026-01-31T09:30") from error
 
 
+def span(value: str) -> float:
+    """Seconds."""
+    found = SPAN.fullmatch(value.strip())
+    if not found:
+        raise ValueError("a span such as 30s, 10m or 1h")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def excess(value: str) -> float:
+    """How much more, as a share; 250% is 2.5."""
+    text = value.strip()
+    try:
+        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise ValueError("a share such as 25% or 0.25, and may be above 100%")
+    return found
+
+
 def target(value: str) -> str:
     """host:port of a sidecar."""
     text = value.strip()
@@ -83,6 +103,8 @@ SHARE = Parsed("share", settings.share)
 MOMENT = Parsed("when", moment)
 TARGET = Parsed("host:port", target)
 SECONDS = Parsed("seconds", settings.seconds)
+EXCESS = Parsed("share", excess)
+SPAN_OF_TIME = Parsed("span", span)
 
 since_option = click.option(
     "--since",

@@ -5,12 +5,19 @@ from __future__ import annotations
 import click
 
 from abreast.v1 import traffic_pb2 as api
-from abreast_sidecar.cli.connection import Calls, Link, connected, json_option, service_option
-from abreast_sidecar.cli.shift import actor_option, actor_or_user, reason_option, report
+from abreast_sidecar.cli.connection import Link, connected, json_option, service_option
+from abreast_sidecar.cli.shift import actor_option, actor_or_user, report
+from abreast_sidecar.embedded.record import find_run
+from abreast_sidecar.errors import ServerError
+
+HAND_BRAKE = "curl -X POST 'http://{}/runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0'"
+ADMIN = "ENVOYS_ADMIN_ADDRESS"
 
 
 @click.command()
-@reason_option
+@click.option(
+    "--reason", default="", help="Why, for the record; may be given, need not: nothing is to hold this up."
+)
 @actor_option
 @service_option
 @json_option
@@ -18,15 +25,12 @@ from abreast_sidecar.cli.shift import actor_option, actor_or_user, reason_option
 def command(link: Link, reason: str, actor: str | None, service: str, as_json: bool) -> int:
     """Send all users to the old version, at once, until promote or traffic set.
 
-    Exits with 1 where the change is stored and an Envoy does not have it yet.
+    Exits with 1 where an Envoy does not have it yet, or the ledger does not know of it yet.
     """
     request = api.RollbackRequest(service=service, actor=actor_or_user(actor), reason=reason)
-    before, changed = link.run(lambda calls: _ask(calls, request))
-    return report(before, changed, as_json=as_json)
-
-
-async def _ask(calls: Calls, request: api.RollbackRequest) -> tuple[api.Traffic, api.RollbackResponse]:
-    before = await calls.traffic.GetTraffic(
-        api.GetTrafficRequest(service=request.service), timeout=calls.timeout
-    )
-    return before.traffic, await calls.traffic.Rollback(request, timeout=calls.timeout)
+    try:
+        changed = link.run(lambda calls: calls.traffic.Rollback(request, timeout=calls.timeout))
+    except ServerError as error:
+        admin = find_run(link.address).get("ABREAST_ENVOY_ADMIN", ADMIN).removeprefix("http://")
+        raise ServerError(f"{error}; or pull the brake in each Envoy: {HAND_BRAKE.format(admin)}") from error
+    return report(changed.previous, changed, as_json=as_json, not_recorded=changed.not_recorded)

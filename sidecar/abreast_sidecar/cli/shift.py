@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -47,8 +48,8 @@ def actor_or_user(actor: str | None) -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def report(before: api.Traffic, changed: Changed, *, as_json: bool) -> Exit:
-    """Print what changed. Exit.NO where an Envoy does not have it, or where there is none."""
+def report(before: api.Traffic, changed: Changed, *, as_json: bool, not_recorded: str = "") -> Exit:
+    """Print what changed. Exit.NO where an Envoy or the ledger does not have it, or where there is no Envoy."""
     if as_json:
         assert isinstance(changed, Message)
         print_json(changed)
@@ -59,11 +60,16 @@ def report(before: api.Traffic, changed: Changed, *, as_json: bool) -> Exit:
         show_envoys(out, changed.traffic, changed.envoys)
     envoys = list(changed.envoys)
     missing = [envoy for envoy in envoys if not has_it(envoy, changed.traffic)]
-    if envoys and not missing:
-        return Exit.OK
-    what = f"{len(missing)} of {len(envoys)} Envoys do not have it yet" if envoys else "no Envoy is connected"
-    click.echo(f"abreast: the change is stored, but {what}", err=True)
-    return Exit.NO
+    if not_recorded:
+        click.echo(f"abreast: in force, but {not_recorded}", err=True)
+    if missing or not envoys:
+        what = (
+            f"{len(missing)} of {len(envoys)} Envoys do not have it yet"
+            if envoys
+            else "no Envoy is connected"
+        )
+        click.echo(f"abreast: {'' if not_recorded else 'the change is stored, but '}{what}", err=True)
+    return Exit.OK if envoys and not missing and not not_recorded else Exit.NO
 
 
 def has_it(envoy: api.EnvoyState, traffic: api.Traffic) -> bool:
@@ -80,7 +86,9 @@ def changes(before: api.Traffic, after: api.Traffic) -> Table:
 
 def show_envoys(out: Console, traffic: api.Traffic, envoys: Iterable[api.EnvoyState]) -> None:
     made = table("Envoy", "has the settings", "after", right=frozenset({"after"}))
-    for envoy in envoys:
+    found = list(envoys)
+    shared = Counter(envoy.node for envoy in found)
+    for envoy in found:
         if envoy.error:
             state = styled(f"refused: {envoy.error}", "fail")
         elif has_it(envoy, traffic):
@@ -88,7 +96,8 @@ def show_envoys(out: Console, traffic: api.Traffic, envoys: Iterable[api.EnvoySt
         else:
             state = styled(f"not yet (has version {envoy.acknowledged_version} of {traffic.version})", "warn")
         after = duration(envoy.acknowledged_after) if envoy.HasField("acknowledged_after") else ""
-        made.add_row(printable(envoy.node), state, after)
+        node = f"{envoy.node} ({envoy.peer})" if shared[envoy.node] > 1 else envoy.node
+        made.add_row(printable(node), state, after)
     if made.row_count:
         out.print(made)
     else:

@@ -17,8 +17,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def every_setting(command: Command) -> Command:
-    """An option for each setting: --batch-size stands above ABREAST_BATCH_SIZE."""
+    """An option for each setting: --batch-size stands above ABREAST_BATCH_SIZE. None for a secret, which `ps` would show."""
     for part in reversed(dataclasses.fields(Settings)):
+        if part.metadata["secret"]:
+            continue
         shown = ", ".join(part.default) if isinstance(part.default, tuple) else part.default
         click.option(
             "--" + part.name.replace("_", "-"),

@@ -23,6 +23,7 @@ from abreast_sidecar.cli.connection import (
 )
 from abreast_sidecar.cli.humane import ago, count, counted, part_of, percent, printable, seconds
 from abreast_sidecar.cli.parameters import since_option, until_option
+from abreast_sidecar.cli.steering import Steering, ask_steering, steering_lines
 from abreast_sidecar.cli.tables import Console, console, outcome_name, styled, table
 
 EMPTY = "nothing has been compared yet; send requests through Envoy, and if this stays so: abreast doctor"
@@ -44,27 +45,28 @@ def command(
 ) -> None:
     """How the sampled requests ended, held against Envoy's own count."""
     request = api.GetSummaryRequest(service=service, window=window(since, until))
-    summary, traffic = link.run(lambda calls: _ask(calls, request))
+    summary, traffic, steering = link.run(lambda calls: _ask(calls, request))
     if as_json:
         parts = {"summary": summary, "traffic": traffic}
         texts = {name: part and json.loads(as_text(part)) for name, part in parts.items()}
         click.echo(json.dumps(texts, indent=2, ensure_ascii=False))
         return
-    show(console(), summary, traffic, dt.datetime.now(dt.UTC))
+    show(console(), summary, traffic, dt.datetime.now(dt.UTC), steering)
 
 
 async def _ask(
     calls: Calls, request: api.GetSummaryRequest
-) -> tuple[api.GetSummaryResponse, traffic_pb2.GetTrafficResponse | None]:
+) -> tuple[api.GetSummaryResponse, traffic_pb2.GetTrafficResponse | None, Steering | None]:
     """Traffic may not be known yet where captures are, and the other way round."""
     summary = await calls.comparison.GetSummary(request, timeout=calls.timeout)
     question = traffic_pb2.GetTrafficRequest(service=summary.service)
     try:
-        return summary, await calls.traffic.GetTraffic(question, timeout=calls.timeout)
+        traffic = await calls.traffic.GetTraffic(question, timeout=calls.timeout)
+        return summary, traffic, await ask_steering(calls, traffic.traffic.service)
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.NOT_FOUND:
             raise
-        return summary, None
+        return summary, None, None
 
 
 def show(
@@ -72,10 +74,13 @@ def show(
     summary: api.GetSummaryResponse,
     traffic: traffic_pb2.GetTrafficResponse | None,
     now: dt.datetime,
+    steering: Steering | None = None,
 ) -> None:
     out.print(styled(summary.service or "(no service yet)", "bold"))
     if traffic is not None:
         out.print(traffic_line(traffic.traffic))
+    for line in steering_lines(steering, now):
+        out.print(line)
     out.print()
     if summary.pairs:
         out.print(_outcomes(summary))

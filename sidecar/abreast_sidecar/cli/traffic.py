@@ -18,6 +18,7 @@ from abreast_sidecar.cli.connection import (
     service_option,
 )
 from abreast_sidecar.cli.exits import Exit
+from abreast_sidecar.cli.guard import guard_changes
 from abreast_sidecar.cli.humane import ago, clock, percent, printable
 from abreast_sidecar.cli.parameters import SHARE, limit_option
 from abreast_sidecar.cli.shift import (
@@ -28,7 +29,10 @@ from abreast_sidecar.cli.shift import (
     report,
     show_envoys,
 )
+from abreast_sidecar.cli.steering import Steering, ask_steering, steering_lines
 from abreast_sidecar.cli.tables import Console, console, styled, table
+
+BACK = {"rollback", "ramp_abort", "guard_would_roll_back"}
 
 
 @click.group(invoke_without_command=True)
@@ -41,11 +45,21 @@ def command(ctx: click.Context, link: Link, service: str, as_json: bool) -> None
     if ctx.invoked_subcommand is not None:
         return
     request = api.GetTrafficRequest(service=service)
-    found = link.run(lambda calls: calls.traffic.GetTraffic(request, timeout=calls.timeout))
     if as_json:
-        print_json(found)
-    else:
-        show(console(), found, dt.datetime.now(dt.UTC))
+        print_json(link.run(lambda calls: calls.traffic.GetTraffic(request, timeout=calls.timeout)))
+        return
+    found, steering = link.run(lambda calls: _ask(calls, request))
+    out, now = console(), dt.datetime.now(dt.UTC)
+    show(out, found, now)
+    for line in steering_lines(steering, now):
+        out.print(line)
+
+
+async def _ask(
+    calls: Calls, request: api.GetTrafficRequest
+) -> tuple[api.GetTrafficResponse, Steering | None]:
+    found = await calls.traffic.GetTraffic(request, timeout=calls.timeout)
+    return found, await ask_steering(calls, found.traffic.service)
 
 
 def show(out: Console, found: api.GetTrafficResponse, now: dt.datetime) -> None:
@@ -137,7 +151,7 @@ def rows(found: api.ListTrafficEventsResponse) -> Table:
     for event in found.events:
         made.add_row(
             clock(event.time),
-            styled(event.action, "warn" if event.action == "rollback" else ""),
+            styled(event.action, "warn" if event.action in BACK else ""),
             what_changed(event),
             printable(event.reason),
             printable(event.actor),
@@ -153,4 +167,8 @@ def what_changed(event: api.TrafficEvent) -> str:
         before = percent(getattr(event.before, field)) if event.HasField("before") else ""
         if before != after:
             made.append(f"{name} {before} → {after}" if before else f"{name} {after}")
+    if event.HasField("guard_before"):
+        made += guard_changes(event.guard_before, event.guard_after)
+    if event.HasField("ramp_after") and not made:
+        made.append(printable(event.ramp_after.said))
     return "\n".join(made) or "nothing"

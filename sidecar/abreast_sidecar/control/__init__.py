@@ -1,6 +1,6 @@
 """Steers Envoys: the settings of a service's traffic, and Envoy's runtime over gRPC."""
 
-from abreast_sidecar.control.control import Control
+from abreast_sidecar.control.control import Control, RolledBack
 from abreast_sidecar.control.discovery import RuntimeDiscovery
 from abreast_sidecar.control.envoys import EnvoyState
 from abreast_sidecar.control.journal import Event
@@ -14,6 +14,7 @@ __all__ = [
     "EnvoyState",
     "Event",
     "Note",
+    "RolledBack",
     "RuntimeDiscovery",
     "Shares",
     "Traffic",

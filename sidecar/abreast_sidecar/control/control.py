@@ -5,19 +5,25 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import structlog
+from redis.asyncio import Redis
 
 from abreast_sidecar.control.bell import Bell
+from abreast_sidecar.control.brakes import Brakes
 from abreast_sidecar.control.envoys import Envoys, EnvoyState
 from abreast_sidecar.control.journal import CHANNEL, Journal, Known
-from abreast_sidecar.control.traffic import Change, Note, Traffic, initial
+from abreast_sidecar.control.traffic import Change, Note, Shares, Traffic, initial
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.follow import follow
 
 RETRY = 0.5  # seconds
+
+NOTHING_MIRRORED = Shares(new_share=0, sample_safe=0, sample_unsafe=0, baseline_share=0)
+NEVER = datetime.fromtimestamp(0, UTC)
 
 log = structlog.get_logger(__name__)
 
@@ -28,10 +34,17 @@ class Held:
     changed: float  # monotonic
 
 
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    traffic: Traffic
+    before: Traffic | None  # None where it was not known
+    not_recorded: str  # why the ledger does not have it yet, and what follows from that; empty where it has
+
+
 class Control:
     """What is known stays in force while Postgres is away. What was never known is not made up."""
 
-    def __init__(self, database: Database, settings: Settings) -> None:
+    def __init__(self, database: Database, redis: Redis, settings: Settings) -> None:
         self.journal = Journal(database)
         self.envoys = Envoys()
         self.news = Bell()  # a state changed
@@ -39,19 +52,27 @@ class Control:
         self._conninfo = settings.postgres_session_url or settings.postgres_url
         self._initial = initial(settings)
         self._held: dict[str, Held] = {}
+        self.brakes = Brakes(self.journal, redis, self._initial, learn=self.learn, changed=self.news.ring)
 
     def held(self, service: str) -> Held | None:
-        return self._held.get(service)
+        """What is in force: what the ledger said last, under a rollback that it has not recorded yet."""
+        held = self._held.get(service)
+        brake = self.brakes.on(service)
+        if brake is None or (held and held.traffic.on_old):
+            return held
+        unknown = Traffic(service, 0, NEVER, NOTHING_MIRRORED)  # what was never known is not made up
+        return Held((held.traffic if held else unknown).rolled_back(), brake.pulled)
 
     def all_held(self) -> list[Traffic]:
-        return [held.traffic for held in self._held.values()]
+        services = self._held.keys() | self.brakes.services()
+        return [held.traffic for service in sorted(services) if (held := self.held(service))]
 
     def states(self, traffic: Traffic) -> list[EnvoyState]:
         return [envoy.state(traffic) for envoy in self.envoys.of(traffic.service)]
 
     def learn(self, known: Known) -> None:
         traffic = known.traffic
-        held = self.held(traffic.service)
+        held = self._held.get(traffic.service)
         if not traffic.newer_than(held.traffic if held else None):
             return
         self._held[traffic.service] = Held(traffic, time.monotonic() - known.age)
@@ -62,7 +83,7 @@ class Control:
         """The service that a call means. An empty name means the only one with an Envoy here, else the only one known:
         a misspelt name, which is known from then on, must not stand in the way of a rollback.
         """
-        if service in self._held:
+        if service in self._held or service in self.envoys.counts():
             return service
         if service:
             if not await self.journal.named(service):
@@ -91,9 +112,14 @@ class Control:
             await self.journal.seed(service, self._initial, Note("sidecar", "captures named this service"))
         ]
         self.learn(known[0])
-        return known[0].traffic
+        return self._in_force(known[0])
+
+    def _in_force(self, known: Known) -> Traffic:
+        traffic = known.traffic
+        return traffic.rolled_back() if self.brakes.on(traffic.service) and not traffic.on_old else traffic
 
     async def change(self, service: str, change: Change, note: Note) -> Traffic:
+        await self.brakes.settle(service)
         began = time.monotonic()
         if self.held(service) is None:
             await self.read(service)
@@ -101,15 +127,37 @@ class Control:
         self.learn(Known(known.traffic, time.monotonic() - began))
         return known.traffic
 
+    async def rollback(self, service: str, note: Note) -> RolledBack:
+        """Everyone to old, from any state: Envoys here are told before Postgres is asked for anything.
+
+        An empty name means what it means to `resolve`, and while Postgres is away the only service that is held.
+        """
+        if not service and not self.envoys.counts() and len(self._held) == 1:
+            (service,) = self._held
+        service = await self.resolve(service)
+        before = self.held(service)
+        if before is None and service not in self.envoys.counts():
+            await self.read(service)
+            before = self.held(service)
+        not_recorded = await self.brakes.pull(service, note)
+        after = self.held(service)
+        assert after is not None
+        return RolledBack(after.traffic, before.traffic if before else None, not_recorded)
+
     async def welcome(self, service: str) -> None:
         """Return once the service's state is known, however long Postgres is away."""
         note = Note("sidecar", "an Envoy of this service connected")
+        await self.brakes.looked.wait()
         while self.held(service) is None:
             try:
                 self.learn(await self.journal.seed(service, self._initial, note))
             except LedgerError as error:
                 log.warning("no traffic settings for an envoy yet", service=service, error=str(error))
                 await asyncio.sleep(RETRY)
+
+    async def brake(self) -> None:
+        """Follow rollbacks that the ledger does not know yet. Works while Postgres has never been reached."""
+        await self.brakes.run()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Follow the changes that others make."""

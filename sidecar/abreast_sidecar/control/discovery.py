@@ -51,7 +51,7 @@ class RuntimeDiscovery:
             first = await anext(requests)
         except StopAsyncIteration:
             return
-        envoy = _connected(first)
+        envoy = _connected(first, context.peer())
         self.control.envoys.add(envoy)
         log.info("envoy connected", node=envoy.node, service=envoy.service, has_version=first.version_info)
         parts = [
@@ -89,7 +89,7 @@ class RuntimeDiscovery:
                 log.error("envoy refuses the traffic settings", node=envoy.node, error=error)
 
 
-def _connected(first: wire.DiscoveryRequest) -> Connected:
+def _connected(first: wire.DiscoveryRequest, peer: str) -> Connected:
     if not first.node.cluster or not first.node.id:
         raise ArgumentError("an Envoy must have node.id, and node.cluster with the name of its service")
     if LAYER not in first.resource_names:
@@ -97,4 +97,4 @@ def _connected(first: wire.DiscoveryRequest) -> Connected:
         raise ArgumentError(
             f"the rtds_layer in Envoy's configuration must have the name {LAYER}, it asks for {asked}"
         )
-    return Connected(node=first.node.id, service=first.node.cluster)
+    return Connected(node=first.node.id, service=first.node.cluster, peer=peer)

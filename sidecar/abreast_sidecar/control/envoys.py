@@ -21,6 +21,7 @@ class EnvoyState:
     acknowledged_version: int  # 0 for none yet
     acknowledged_after: float | None  # seconds from the change, or from the connection where that came later
     error: str = ""  # why it refused the last settings that it was sent
+    peer: str = ""
 
 
 @dataclass
@@ -29,21 +30,23 @@ class Connected:
 
     node: str
     service: str
+    peer: str = ""
     number: int = field(default_factory=lambda: next(_numbers))
     since: float = field(default_factory=time.monotonic)
     sent: Traffic | None = None
     sent_from: float = 0.0  # monotonic: when that state was set
+    sendings: int = 0
     acknowledged: Traffic | None = None
     acknowledged_after: float | None = None
     error: str = ""
 
     @property
     def nonce(self) -> str:
-        assert self.sent is not None
-        return f"{self.number}.{self.sent.version}"
+        return f"{self.number}.{self.sendings}"
 
     def sending(self, traffic: Traffic, changed: float) -> None:
         self.sent = traffic
+        self.sendings += 1
         self.sent_from = max(changed, self.since)
 
     def answered(self, nonce: str, error: str) -> bool:
@@ -68,6 +71,7 @@ class Connected:
             acknowledged_version=self.acknowledged.version if self.acknowledged else 0,
             acknowledged_after=self.acknowledged_after if current else None,
             error=self.error,
+            peer=self.peer,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -29,10 +30,13 @@ class Event:
     id: int
     at: datetime
     actor: str
-    action: str  # create, update, rollback or promote
+    action: str  # create, update, rollback, promote; ramp_… and guard_…
     reason: str
     before: Traffic | None
     after: Traffic
+    detail: Mapping[
+        str, Any
+    ]  # of guard and ramp: {guard_before, guard_after, ramp_before, ramp_after}, where there are
 
 
 class Journal:
@@ -57,7 +61,7 @@ class Journal:
             values = {"service": service, **asdict(shares)}
             cursor = await connection.execute(statement("traffic_seed"), values)
             created = await cursor.fetchone() is not None
-            known = await _locked(connection, service)
+            known = await locked(connection, service)
             if created:
                 await _record(connection, CREATE, note, None, known.traffic)
         return known
@@ -65,16 +69,26 @@ class Journal:
     async def change(self, service: str, change: Change, note: Note) -> Known:
         """Raise NotFoundError for a service without settings. What changes nothing leaves no event."""
         async with self.database.connection() as connection, connection.transaction():
-            before = await _locked(connection, service)
+            before = await locked(connection, service)
             shares = change.apply(before.traffic.shares)
             if shares == before.traffic.shares:
                 return before
-            cursor = await connection.execute(
-                statement("traffic_change"), {"service": service, **asdict(shares)}
-            )
-            (row,) = await cursor.fetchall()
-            after = _known(row)
+            after = await changed(connection, service, shares)
             await _record(connection, change.action, note, before.traffic, after.traffic)
+        return after
+
+    async def record_rollback(self, service: str, note: Note, call: str, *, always: bool) -> Known:
+        """Once for each `call`, by however many sidecars. What changes nothing leaves an event where it `always` does."""
+        async with self.database.connection() as connection, connection.transaction():
+            before = await locked(connection, service)
+            cursor = await connection.execute(
+                statement("traffic_recorded"), {"service": service, "call": call}
+            )
+            shares = Change.rollback().apply(before.traffic.shares)
+            if await cursor.fetchone() or (shares == before.traffic.shares and not always):
+                return before
+            after = await changed(connection, service, shares)
+            await _record(connection, "rollback", note, before.traffic, after.traffic, call=call)
         return after
 
     async def events(self, service: str, *, before_id: int | None, limit: int) -> list[Event]:
@@ -85,7 +99,7 @@ class Journal:
         return [_event(service, row) for row in rows]
 
 
-async def _locked(connection: Connection, service: str) -> Known:
+async def locked(connection: Connection, service: str) -> Known:
     cursor = await connection.execute(statement("traffic_lock"), {"service": service})
     row = await cursor.fetchone()
     if row is None:
@@ -93,8 +107,20 @@ async def _locked(connection: Connection, service: str) -> Known:
     return _known(row)
 
 
+async def changed(connection: Connection, service: str, shares: Shares) -> Known:
+    cursor = await connection.execute(statement("traffic_change"), {"service": service, **asdict(shares)})
+    (row,) = await cursor.fetchall()
+    return _known(row)
+
+
 async def _record(
-    connection: Connection, action: str, note: Note, before: Traffic | None, after: Traffic
+    connection: Connection,
+    action: str,
+    note: Note,
+    before: Traffic | None,
+    after: Traffic,
+    *,
+    call: str = "",
 ) -> None:
     values = {
         "service": after.service,
@@ -102,13 +128,13 @@ async def _record(
         "actor": note.actor,
         "action": action,
         "reason": note.reason,
-        "before": None if before is None else Jsonb(_document(before)),
-        "after": Jsonb(_document(after)),
+        "before": None if before is None else Jsonb(document(before)),
+        "after": Jsonb(document(after) | ({"call": call} if call else {})),
     }
     await connection.execute(statement("traffic_event"), values)
 
 
-def _document(traffic: Traffic) -> dict[str, Any]:
+def document(traffic: Traffic) -> dict[str, Any]:
     return {
         "version": traffic.version,
         "updated_at": traffic.updated_at.isoformat(),
@@ -139,6 +165,5 @@ def _event(service: str, row: Row) -> Event:
 
     after = state(row["after"])
     assert after is not None
-    return Event(
-        row["id"], row["at"], row["actor"], row["action"], row["reason"], state(row["before"]), after
-    )
+    told = {name: row[name] for name in ("id", "at", "actor", "action", "reason", "detail")}
+    return Event(before=state(row["before"]), after=after, **told)

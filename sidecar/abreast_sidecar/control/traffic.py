@@ -29,6 +29,17 @@ class Traffic:
     version: int
     updated_at: datetime  # by Postgres's clock; orders the states of a service
     shares: Shares
+    braked: bool = False  # rolled back by a call that the ledger has not recorded yet
+
+    @property
+    def on_old(self) -> bool:
+        """Whether a rollback would change nothing."""
+        return self.shares == Change.rollback().apply(self.shares)
+
+    def rolled_back(self) -> Traffic:
+        """What the ledger will hold, if nothing else changes, once it has recorded a rollback."""
+        shares = Change.rollback().apply(self.shares)
+        return replace(self, shares=shares, version=self.version + 1, braked=True)
 
     def newer_than(self, other: Traffic | None) -> bool:
         return other is None or (self.updated_at, self.version) > (other.updated_at, other.version)

@@ -29,7 +29,7 @@ def envoy_binary() -> Path:
 
 
 class EnvoyServer(Server):
-    """Runs a configuration (YAML text) whose admin address has a port of its own."""
+    """Runs a configuration (YAML text) whose admin address has a port of its own. `node` stands above its node id."""
 
     def __init__(
         self,
@@ -38,8 +38,10 @@ class EnvoyServer(Server):
         folder: Path | None = None,
         log_level: str = "warning",
         keep_open: tuple[int, ...] = (),
+        node: str = "",
     ) -> None:
         self.keep_open = keep_open
+        self.node = node
         self.config = config
         self.log_level = log_level
         self.folder = folder
@@ -63,6 +65,7 @@ class EnvoyServer(Server):
                 envoy_binary(),
                 *("--config-path", path, "--use-dynamic-base-id", "--concurrency", "2"),
                 *("--log-level", self.log_level, "--drain-time-s", "1"),
+                *(("--service-node", self.node) if self.node else ()),
             ],
             folder / "envoy.log",
             ready=lambda _pid: answers(self.admin_host, self.admin_port, question, b"200 OK"),

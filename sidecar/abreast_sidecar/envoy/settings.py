@@ -111,6 +111,14 @@ def sticky(value: str) -> Sticky:
     raise ValueError("header:NAME, cookie:NAME or source-ip")
 
 
+def secret(value: str) -> str:
+    if not re.fullmatch(r"[!-~]{16,200}", value.strip()):
+        raise ValueError(
+            "16 to 200 printable ASCII characters without spaces, such as `openssl rand -hex 16` prints"
+        )
+    return value.strip()
+
+
 def positive(value: str) -> int:
     number = count(value)
     if not 0 < number < 2**32:
@@ -177,6 +185,11 @@ class EnvoySettings(FromEnvironment):
         Sticky(),
         sticky,
         "what keeps a user on one version: header:NAME, cookie:NAME or source-ip; empty: each request by itself",
+    )
+    testers: str = setting(
+        "",
+        secret,
+        "secret of testers, who choose a version with the header x-abreast-use: new SECRET (or old SECRET); empty: nobody may",
     )
     sidecar: Endpoint = setting(  # noqa: RUF009  # same
         Endpoint("127.0.0.1", 50051), endpoint, "gRPC address of the sidecar, which sets weights and sampling"

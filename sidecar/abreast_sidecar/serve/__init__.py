@@ -9,6 +9,7 @@ from abreast_sidecar.serve.metrics import Metrics
 from abreast_sidecar.serve.pending import Pending
 from abreast_sidecar.serve.readiness import NotReadyError, Readiness
 from abreast_sidecar.serve.rules import RuleControl
+from abreast_sidecar.serve.steering import SteeringControl
 from abreast_sidecar.serve.traffic import TrafficControl
 from abreast_sidecar.serve.web import Web
 
@@ -23,6 +24,7 @@ __all__ = [
     "Pending",
     "Readiness",
     "RuleControl",
+    "SteeringControl",
     "TrafficControl",
     "Web",
 ]

@@ -13,6 +13,8 @@ from abreast.v1 import (
     latency_pb2_grpc,
     rule_pb2,
     rule_pb2_grpc,
+    steering_pb2,
+    steering_pb2_grpc,
     traffic_pb2,
     traffic_pb2_grpc,
 )
@@ -23,6 +25,7 @@ from abreast_sidecar.serve.interceptor import Interceptor
 from abreast_sidecar.serve.latency import Latency
 from abreast_sidecar.serve.listen import listening
 from abreast_sidecar.serve.rules import RuleControl
+from abreast_sidecar.serve.steering import SteeringControl
 from abreast_sidecar.serve.traffic import TrafficControl
 
 NAMES = (
@@ -30,6 +33,7 @@ NAMES = (
     latency_pb2.DESCRIPTOR.services_by_name["LatencyService"].full_name,
     rule_pb2.DESCRIPTOR.services_by_name["RuleService"].full_name,
     traffic_pb2.DESCRIPTOR.services_by_name["TrafficService"].full_name,
+    steering_pb2.DESCRIPTOR.services_by_name["SteeringService"].full_name,
 )
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use must fail
@@ -49,6 +53,7 @@ class GrpcServer:
         traffic: TrafficControl,
         latency: Latency,
         rules: RuleControl,
+        steering: SteeringControl,
         discovery: RuntimeDiscovery,
         interceptor: Interceptor,
     ) -> None:
@@ -60,6 +65,7 @@ class GrpcServer:
         traffic_pb2_grpc.add_TrafficServiceServicer_to_server(traffic, self._server)
         latency_pb2_grpc.add_LatencyServiceServicer_to_server(latency, self._server)
         rule_pb2_grpc.add_RuleServiceServicer_to_server(rules, self._server)
+        steering_pb2_grpc.add_SteeringServiceServicer_to_server(steering, self._server)
         self._server.add_generic_rpc_handlers((discovery.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection(

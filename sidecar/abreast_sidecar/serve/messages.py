@@ -6,17 +6,15 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from google.protobuf.descriptor import EnumDescriptor
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from abreast.capture import Capture
 from abreast.v1 import common_pb2, comparison_pb2, traffic_pb2
 from abreast_sidecar.compare.effects import said
 from abreast_sidecar.compare.feature import Feature
 from abreast_sidecar.compare.value import shown
 from abreast_sidecar.control import MILLION, WEIGHTS, EnvoyState, Event, Traffic
+from abreast_sidecar.serve import steering_messages
 from abreast_sidecar.serve.phrase import phrase
+from abreast_sidecar.serve.values import duration, number, timestamp
 from abreast_sidecar.store.results import (
     Difference,
     Endpoint,
@@ -28,30 +26,6 @@ from abreast_sidecar.store.results import (
     Summary,
 )
 
-
-def timestamp(moment: datetime | None) -> Timestamp | None:
-    if moment is None:
-        return None
-    message = Timestamp()
-    message.FromDatetime(moment)
-    return message
-
-
-def duration(microseconds: float | None) -> Duration | None:
-    if microseconds is None:
-        return None
-    message = Duration()
-    message.FromMicroseconds(round(microseconds))
-    return message
-
-
-def number(kind: EnumDescriptor, name: str) -> int:
-    """An enum's value by the ledger's name; unspecified for a name that this code does not know."""
-    prefix = kind.values_by_number[0].name.removesuffix("UNSPECIFIED")
-    value = kind.values_by_name.get(prefix + name.upper())
-    return value.number if value else 0
-
-
 OUTCOME = common_pb2.Outcome.DESCRIPTOR
 PART = common_pb2.Part.DESCRIPTOR
 KIND = common_pb2.Kind.DESCRIPTOR
@@ -60,6 +34,8 @@ STATE = comparison_pb2.FindingState.DESCRIPTOR
 STATUS = comparison_pb2.FindingStatus.DESCRIPTOR
 VERSION = common_pb2.Version.DESCRIPTOR
 ROLE = common_pb2.Role.DESCRIPTOR
+GUARDS = ("guard_before", "guard_after")
+RAMPS = ("ramp_before", "ramp_after")
 
 
 def outcomes(counts: Mapping[str, int]) -> list[comparison_pb2.OutcomeCount]:
@@ -270,10 +246,17 @@ def envoy(found: EnvoyState) -> traffic_pb2.EnvoyState:
         acknowledged_version=found.acknowledged_version,
         acknowledged_after=None if after is None else duration(after * 1e6),
         error=found.error,
+        peer=found.peer,
     )
 
 
 def event(found: Event) -> traffic_pb2.TrafficEvent:
+    told: dict[str, Any] = {
+        name: show(found.detail[name])
+        for names, show in ((GUARDS, steering_messages.policy), (RAMPS, steering_messages.ramp_state))
+        for name in names
+        if name in found.detail
+    }
     return traffic_pb2.TrafficEvent(
         id=found.id,
         time=timestamp(found.at),
@@ -282,4 +265,5 @@ def event(found: Event) -> traffic_pb2.TrafficEvent:
         reason=found.reason,
         before=None if found.before is None else traffic(found.before),
         after=traffic(found.after),
+        **told,
     )

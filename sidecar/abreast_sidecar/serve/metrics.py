@@ -9,12 +9,16 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from abreast_sidecar.control import MILLION, WEIGHTS, Control
+from abreast_sidecar.control.acts import Guard
+from abreast_sidecar.control.steering import Steering
+from abreast_sidecar.steer.guard import MODES
+from abreast_sidecar.steer.ramp import Ramp
 
 BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)  # seconds
 
 
 class Metrics:
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, steering: Steering) -> None:
         self.registry = CollectorRegistry()
         self.calls = Counter(
             "abreast_rpcs", "gRPC calls that ended", ["method", "code"], registry=self.registry
@@ -26,6 +30,8 @@ class Metrics:
         self.ledger = LedgerCounts()
         self.registry.register(self.ledger)
         self.registry.register(TrafficValues(control))
+        self.steering = SteeringValues(steering)
+        self.registry.register(self.steering)
 
     def call(self, method: str, code: str, seconds: float) -> None:
         name = method.lstrip("/")
@@ -87,3 +93,51 @@ class TrafficValues(Collector):
             for name, count in (("connected", len(states)), ("acknowledged", current), ("refused", refused)):
                 envoys.add_metric([traffic.service, name], count)
         return envoys
+
+
+class SteeringValues(Collector):
+    """From the ledger, and so the same at every sidecar, but for which of them acts."""
+
+    def __init__(self, steering: Steering) -> None:
+        self.steering = steering
+        self.guards: list[Guard] = []
+        self.ramps: list[Ramp] = []
+        self.webhooks: dict[str, int] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        yield GaugeMetricFamily(
+            "abreast_acting",
+            "whether this sidecar is the one that acts for guard, ramps and webhooks",
+            value=self.steering.acting,
+        )
+        yield from self._guards()
+        yield from self._ramps()
+        messages = GaugeMetricFamily("abreast_webhooks_waiting", "webhooks that are still to be delivered")
+        messages.add_metric([], self.webhooks.get("waiting", 0))
+        yield messages
+        ended = CounterMetricFamily("abreast_webhooks", "webhooks, and failed attempts", labels=["result"])
+        for result in ("delivered", "failed", "dropped"):
+            ended.add_metric([result], self.webhooks.get(result, 0))
+        yield ended
+
+    def _guards(self) -> Iterable[Metric]:
+        mode = GaugeMetricFamily("abreast_guard_mode", "1 for the guard's mode", labels=["service", "mode"])
+        breached = GaugeMetricFamily(
+            "abreast_guard_breached", "whether a rule was broken", labels=["service"]
+        )
+        blind = GaugeMetricFamily("abreast_guard_blind", "whether the guard can't see", labels=["service"])
+        for guard in self.guards:
+            for name in MODES:
+                mode.add_metric([guard.service, name], guard.policy.mode == name)
+            looks = guard.policy.mode != "off"
+            breached.add_metric([guard.service], looks and guard.state == "breached")
+            blind.add_metric([guard.service], looks and guard.state == "blind")
+        yield from (mode, breached, blind)
+
+    def _ramps(self) -> Iterable[Metric]:
+        step = GaugeMetricFamily("abreast_ramp_step", "step of a ramp under way, from 1", labels=["service"])
+        paused = GaugeMetricFamily("abreast_ramp_paused", "whether it is paused", labels=["service"])
+        for ramp in self.ramps:
+            step.add_metric([ramp.service], ramp.step + 1)
+            paused.add_metric([ramp.service], ramp.state == "paused")
+        yield from (step, paused)

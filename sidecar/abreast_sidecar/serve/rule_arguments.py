@@ -16,7 +16,7 @@ from abreast_sidecar.rejudge.places import Known
 from abreast_sidecar.rejudge.preview import Hides, fitted
 from abreast_sidecar.rule_messages import fields_of as said_by
 from abreast_sidecar.rule_messages import message_of
-from abreast_sidecar.serve import arguments, messages
+from abreast_sidecar.serve import arguments, messages, values
 from abreast_sidecar.store.rules import Draft, StoredRule
 
 WIDE = ("part", "path", "header", "status")
@@ -127,9 +127,9 @@ def hidden(found: Hides) -> pb.HiddenFinding:
     return pb.HiddenFinding(
         finding_id=known.id,
         endpoint=common_pb2.Endpoint(service=known.service, method=known.method, route=known.route),
-        part=messages.number(messages.PART, known.part),  # type: ignore[arg-type]  # an int is one
+        part=values.number(messages.PART, known.part),  # type: ignore[arg-type]  # an int is one
         path=known.path,
-        kind=messages.number(messages.KIND, known.kind),  # type: ignore[arg-type]  # an int is one
+        kind=values.number(messages.KIND, known.kind),  # type: ignore[arg-type]  # an int is one
         confirmed=known.status == "confirmed",
         pairs=found.pairs,
         exact=found.exact,

@@ -12,6 +12,7 @@ from abreast_sidecar.control.xds import wire_pb2 as wire
 from abreast_sidecar.errors import (
     ArgumentError,
     BroadRuleError,
+    ConflictError,
     LedgerError,
     NotFoundError,
     RedisError,
@@ -27,6 +28,7 @@ CODES: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
     (ArgumentError, grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT"),
     (BroadRuleError, grpc.StatusCode.FAILED_PRECONDITION, "RULE_TOO_BROAD"),
     (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    (ConflictError, grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT"),
     (SchemaError, grpc.StatusCode.FAILED_PRECONDITION, "LEDGER_SCHEMA"),
     (LedgerError, grpc.StatusCode.UNAVAILABLE, "LEDGER_UNAVAILABLE"),
     (RedisError, grpc.StatusCode.UNAVAILABLE, "REDIS_UNAVAILABLE"),

@@ -25,8 +25,16 @@ class TrafficControl(traffic_pb2_grpc.TrafficServiceServicer):
         return pb.UpdateTrafficResponse(traffic=messages.traffic(traffic), envoys=self._envoys(traffic))
 
     async def Rollback(self, request: pb.RollbackRequest, context: Any) -> pb.RollbackResponse:
-        traffic = await self._change(request, Change.rollback(), context)
-        return pb.RollbackResponse(traffic=messages.traffic(traffic), envoys=self._envoys(traffic))
+        wait = arguments.wait(request)
+        note = arguments.note(request, context.peer())
+        done = await self.control.rollback(arguments.text("service", request.service), note)
+        await self.control.envoys.wait_settled(done.traffic, wait)
+        return pb.RollbackResponse(
+            traffic=messages.traffic(done.traffic),
+            envoys=self._envoys(done.traffic),
+            previous=messages.traffic(done.before) if done.before else None,
+            not_recorded=done.not_recorded,
+        )
 
     async def Promote(self, request: pb.PromoteRequest, context: Any) -> pb.PromoteResponse:
         traffic = await self._change(request, Change.promote(), context)

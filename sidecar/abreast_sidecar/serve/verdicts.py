@@ -8,7 +8,7 @@ from dataclasses import asdict
 from abreast.v1 import common_pb2
 from abreast.v1 import comparison_pb2 as pb
 from abreast_sidecar.compare.verdict import Budget, Ledger, Reason, Verdict
-from abreast_sidecar.serve.messages import number
+from abreast_sidecar.serve.values import number
 from abreast_sidecar.store.results import Evidence
 
 STATE = pb.VerdictState.DESCRIPTOR

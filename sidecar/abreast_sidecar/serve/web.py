@@ -13,6 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from abreast_sidecar.control import Control
+from abreast_sidecar.control.steerers import Steerers
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError, SidecarError
 from abreast_sidecar.serve import arguments, page
 from abreast_sidecar.serve.metrics import Metrics
@@ -41,10 +42,18 @@ Show = Callable[["Web", Request], Awaitable[str]]
 
 class Web:
     def __init__(
-        self, *, queries: Queries, control: Control, pending: Pending, readiness: Readiness, metrics: Metrics
+        self,
+        *,
+        queries: Queries,
+        control: Control,
+        steerers: Steerers,
+        pending: Pending,
+        readiness: Readiness,
+        metrics: Metrics,
     ) -> None:
         self.queries = queries
         self.control = control
+        self.steerers = steerers
         self.pending = pending
         self.readiness = readiness
         self.metrics = metrics
@@ -76,6 +85,9 @@ class Web:
             self.metrics.ready.labels(part).set(part not in self.readiness.wrong)
         try:
             self.metrics.ledger.tallies = await self.queries.tallies()
+            self.metrics.steering.guards = await self.steerers.guards()
+            self.metrics.steering.ramps = await self.steerers.ramps()
+            self.metrics.steering.webhooks = await self.queries.webhooks()
         except LedgerError as error:
             log.warning("metrics show the last counts of the ledger", error=str(error))
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -121,6 +133,8 @@ class Web:
             endpoints=await self.queries.endpoints(service, Window(), Page(FINDINGS)),
             traffic=traffic,
             envoys=self.control.states(traffic),
+            guard=await self.steerers.guard(service),
+            ramp=await self.steerers.ramp(service),
             events=await self.control.journal.events(service, before_id=None, limit=EVENTS),
             parts=self.readiness.states(),
         )

@@ -107,6 +107,11 @@ class Database:
             cursor = await connection.execute(statement(name), parameters or {})
             return await cursor.fetchall()
 
+    async def execute(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """For statements without rows."""
+        async with self.connection() as connection:
+            await connection.execute(statement(name), parameters)
+
     async def one(self, name: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
         rows = await self.rows(name, parameters)
         return rows[0] if rows else None

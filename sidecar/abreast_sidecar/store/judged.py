@@ -79,6 +79,8 @@ class Judged:
         for capture in (old, new, judgement.baseline):
             if capture is not None and capture.role == "live":
                 row["live"] = capture.version
+        if failed_over(judgement):
+            row["failed_over"] = True
         if shown := old or new or judgement.baseline:
             request = shown.request
             target = f"{request.path}?{request.query}" if request.query else request.path
@@ -95,6 +97,14 @@ def _lookups(capture: Capture) -> tuple[int | None, int | None]:
         return None, None
     hits, misses = capture.cache
     return max(0, min(hits, LONGEST)), max(0, min(misses, LONGEST))
+
+
+def failed_over(judgement: Judgement) -> bool:
+    """Whether the user's request went to new first, and old answered it in the end. Old has a copy of such a request."""
+    olds = [one for one in (judgement.old, judgement.baseline) if one is not None]
+    new = judgement.new
+    meant_for_new = any(one.role == "shadow" for one in olds) and (new is None or new.role == "live")
+    return meant_for_new and any(one.role == "live" and one.attempt > 1 for one in olds)
 
 
 def _side(capture: Capture) -> tuple[int, int, str]:

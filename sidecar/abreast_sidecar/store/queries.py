@@ -83,6 +83,11 @@ class Queries:
         """Service, outcome, and rows ever written: it only grows."""
         return [(row["service"], row["outcome"], row["pairs"]) for row in await self.database.rows("tallies")]
 
+    async def webhooks(self) -> dict[str, int]:
+        """Messages delivered, failed (attempts), dropped and waiting."""
+        (row,) = await self.database.rows("webhook_counts")
+        return dict(row)
+
     async def summary(self, service: str, window: Window) -> Summary:
         asked = {"service": service, "windowed": window.bounded, **_bounds(window)}
         outcomes = await self.database.rows("summary_outcomes", asked)

@@ -7,7 +7,8 @@ import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from abreast_sidecar.cli.checks.check import Check, Part
 from abreast_sidecar.cli.humane import printable
@@ -20,6 +21,32 @@ LONGEST = 4096  # bytes of an answer that are read
 def judge(address: str, http_url: str) -> Iterator[Check]:
     yield asyncio.run(_health(address))
     yield _readiness(http_url)
+    yield from shared_ids(asyncio.run(_nodes(address)))
+
+
+async def _nodes(address: str) -> list[str]:
+    """Ids of the Envoys that are connected; none where the sidecar does not say."""
+    import grpc.aio
+
+    from abreast.v1 import traffic_pb2, traffic_pb2_grpc
+
+    async with grpc.aio.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        call = traffic_pb2_grpc.TrafficServiceStub(channel).GetTraffic
+        try:
+            found = await call(traffic_pb2.GetTrafficRequest(), timeout=TIMEOUT)
+        except grpc.aio.AioRpcError:
+            return []
+    return [envoy.node for envoy in found.envoys]
+
+
+def shared_ids(nodes: Sequence[str]) -> Iterator[Check]:
+    for node, number in Counter(nodes).items():
+        if number > 1:
+            yield SIDECAR.warn(
+                "envoys",
+                f"{number} Envoys have the node id {printable(node)}, so who has which settings can't be told",
+                "start each as `envoy --service-node NAME`, or render its file with --node-id NAME",
+            )
 
 
 async def _health(address: str) -> Check:

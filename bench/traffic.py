@@ -1,0 +1,208 @@
+"""How fast a rollback is, and what a flood of copies at a hanging new costs: real servers, constant load.
+
+python bench/traffic.py [--quick]
+
+rollback_ms          from the call of the RPC to the last request that new answered; the budget is 100
+flood_p99_ratio      users' 99th percentile while every request is copied to a new that never answers, by that without copies
+flood_envoy_mb       Envoy's memory at the end of that, requests with bodies of 64 KB
+flood_errors         users of the flood who got anything but 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from rows import Row, row
+
+from abreast.v1 import traffic_pb2, traffic_pb2_grpc
+from abreast_sidecar.embedded.process import answers, stable_port
+from abreast_sidecar.embedded.stack import ANY_PORT, Stack
+from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+
+SERVICE = "shop"
+USERS = 8  # each with a connection, one request after another
+BODY = b"x" * 65536
+ANSWER = b"HTTP/1.1 200 X\r\ncontent-length: 2\r\n\r\nok"
+HEALTH = b"GET /healthz HTTP/1.1\r\nhost: shop\r\ncontent-length: 0\r\n\r\n"
+
+
+@dataclass
+class Load:
+    """Answers as (arrived, seconds, version, status)."""
+
+    port: int
+    body: bytes = b""
+    seen: list[tuple[float, float, str, str]] = field(default_factory=list)
+
+    async def user(self) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        method = "POST" if self.body else "GET"
+        head = f"{method} / HTTP/1.1\r\nhost: shop\r\ncontent-length: {len(self.body)}\r\n\r\n".encode()
+        try:
+            while True:
+                began = time.monotonic()
+                writer.write(head + self.body)
+                answer = (await reader.readuntil(b"\r\n\r\n")).decode()
+                await reader.readexactly(int(_header(answer, "content-length")))
+                now = time.monotonic()
+                version = _header(answer, "x-abreast-version")
+                self.seen.append((now, now - began, version, answer.split(" ", 2)[1]))
+        finally:
+            writer.close()
+
+
+def _header(answer: str, name: str) -> str:
+    return answer.partition(f"{name}: ")[2].partition("\r\n")[0]
+
+
+@asynccontextmanager
+async def users(port: int, body: bytes = b"") -> AsyncIterator[Load]:
+    load = Load(port, body)
+    tasks = [asyncio.create_task(load.user()) for _ in range(USERS)]
+    try:
+        yield load
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextmanager
+def version(name: str, port: int) -> Iterator[None]:
+    process = subprocess.Popen([sys.executable, __file__, "--serve", str(port), name])
+    try:
+        while not answers("127.0.0.1", port, HEALTH, b" 200 "):
+            time.sleep(0.05)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def serve(port: int, name: str) -> None:
+    """A version that answers at once; copies to new hang."""
+
+    async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                await reader.readexactly(int(_header(head, "content-length") or 0))
+                if name == "new" and "x-abreast-role: shadow" in head:
+                    await asyncio.sleep(3600)
+                writer.write(ANSWER)
+        except (EOFError, ConnectionError):
+            writer.close()
+
+    async with await asyncio.start_server(connection, "127.0.0.1", port) as server:
+        await server.serve_forever()
+
+
+@contextmanager
+def deployed() -> Iterator[Stack]:
+    old, new = Endpoint("127.0.0.1", stable_port()), Endpoint("127.0.0.1", stable_port())
+    settings = EnvoySettings(service=SERVICE, listen=ANY_PORT, old=(old,), new=(new,), sample_safe=0.0)
+    with version("old", old.port), version("new", new.port), Stack(settings) as stack:
+        yield stack
+
+
+class Client:
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.channel = grpc.aio.insecure_channel(stack.grpc_address)
+        self.traffic = traffic_pb2_grpc.TrafficServiceStub(self.channel)
+
+    async def set(self, **shares: float) -> None:
+        await self.traffic.UpdateTraffic(
+            traffic_pb2.UpdateTrafficRequest(
+                service=SERVICE,
+                wait=Duration(seconds=5),
+                **shares,  # type: ignore[arg-type]  # names of fields
+            )
+        )
+
+
+async def rollbacks(stack: Stack, runs: int) -> list[float]:
+    client, found = Client(stack), []
+    async with users(stack.envoy_settings.listen.port) as load:
+        for _ in range(runs):
+            await client.set(new_share=1.0)
+            await asyncio.sleep(0.5)
+            if load.seen[-1][2] != "new":
+                raise RuntimeError("new does not answer users half a second after it was given all of them")
+            called = time.monotonic()
+            await client.traffic.Rollback(traffic_pb2.RollbackRequest(service=SERVICE, reason="bench"))
+            await asyncio.sleep(0.3)
+            last = max((at for at, _took, name, _status in load.seen if name == "new"), default=called)
+            found.append(max(last - called, 0.0) * 1000)
+            load.seen.clear()
+    await client.channel.close()
+    return found
+
+
+async def p99(stack: Stack, seconds: float) -> tuple[float, int]:
+    """Milliseconds, and how many got anything but 200."""
+    async with users(stack.envoy_settings.listen.port, BODY) as load:
+        await asyncio.sleep(seconds)
+    times = sorted(took for _at, took, _name, _status in load.seen)
+    errors = sum(status != "200" for _at, _took, _name, status in load.seen)
+    return times[int(len(times) * 0.99)] * 1000, errors
+
+
+def resident(pid: int) -> float:
+    """MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+async def floods(stack: Stack, runs: int, seconds: float) -> dict[str, list[float]]:
+    client = Client(stack)
+    found: dict[str, list[float]] = {"flood_p99_ratio": [], "flood_envoy_mb": [], "flood_errors": []}
+    assert stack.envoy.server is not None
+    for _ in range(runs):
+        await client.set(new_share=0.0, sample_unsafe=0.0)
+        alone, _none = await p99(stack, seconds)
+        await client.set(sample_unsafe=1.0)
+        flooded, errors = await p99(stack, seconds)
+        found["flood_p99_ratio"].append(flooded / alone)
+        found["flood_envoy_mb"].append(resident(stack.envoy.server.pid))
+        found["flood_errors"].append(errors)
+    await client.channel.close()
+    return found
+
+
+UNITS = {"flood_p99_ratio": "x", "flood_envoy_mb": "MB", "flood_errors": "requests"}
+
+
+def bench(*, quick: bool = False) -> list[Row]:
+    with deployed() as stack:
+        took = asyncio.run(rollbacks(stack, 3 if quick else 10))
+        flooded = asyncio.run(floods(stack, 1 if quick else 3, 1.5 if quick else 4.0))
+    return [row("rollback_ms", "ms", took), *[row(name, UNITS[name], flooded[name]) for name in UNITS]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--serve", nargs=2, metavar=("PORT", "VERSION"), help=argparse.SUPPRESS)
+    arguments: Any = parser.parse_args()
+    if arguments.serve:
+        asyncio.run(serve(int(arguments.serve[0]), arguments.serve[1]))
+        return
+    for row in bench(quick=arguments.quick):
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

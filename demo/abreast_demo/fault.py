@@ -1,0 +1,31 @@
+"""A fault that can be switched on from outside, for `abreast drill`: SIGUSR1 makes a version answer 500, SIGUSR2 well."""
+
+from __future__ import annotations
+
+import signal
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+HEALTH = "/healthz"
+
+
+class Fault:
+    failing = False
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.failing and scope["type"] == "http" and scope["path"] != HEALTH:
+            await JSONResponse({"detail": "out of order"}, 500)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    @classmethod
+    def obey_signals(cls) -> None:
+        def switch(number: int, _frame: object) -> None:
+            cls.failing = number == signal.SIGUSR1
+
+        signal.signal(signal.SIGUSR1, switch)
+        signal.signal(signal.SIGUSR2, switch)

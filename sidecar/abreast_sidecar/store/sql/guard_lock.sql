@@ -1,0 +1,4 @@
+select service, policy, since, fired, state, said, looked_at, clock_timestamp() as now
+from abreast.guard
+where service = %(service)s
+for update

@@ -1,0 +1,1 @@
+delete from abreast.webhook_receiver where url <> all (%(urls)s::text[])

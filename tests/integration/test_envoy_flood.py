@@ -1,0 +1,51 @@
+"""A flood of copies at a new that hangs: users do not notice, and Envoy keeps no more of them than it may."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from support import eventually_async
+from support_envoy import Abreast, abreast
+
+COPIES = 8  # under way at once
+BODY = b"x" * 200_000
+REQUESTS = 400  # 80 MB of bodies
+HEAD_ROOM = (
+    25_000_000  # bytes: what 8 copies hold, the upload under way, and what an allocator does not give back
+)
+
+
+async def allocated(running: Abreast) -> int:
+    answer = (await running.admin.get("/memory")).json()
+    return int(answer["allocated"])
+
+
+async def test_users_are_neither_slowed_nor_failed_and_memory_stays_bounded() -> None:
+    async with abreast(sample_unsafe=1.0, shadow_concurrency=COPIES, shadow_timeout=60.0) as running:
+        running.new.reading.clear()
+        await running.client.post("/", content=BODY)
+        before = await allocated(running)
+        began, most = time.monotonic(), 0
+        for _ in range(REQUESTS // 20):
+            answers = await asyncio.gather(*[running.client.post("/", content=BODY) for _ in range(20)])
+            most = max(most, await allocated(running))
+            assert {answer.status_code for answer in answers} == {200}
+        took = time.monotonic() - began
+
+        assert most - before < HEAD_ROOM
+        assert took < 30, "a copy that is waited for takes 60 s"
+        await counted(running)
+        assert len(running.old.in_role("live")) == REQUESTS + 1
+
+
+async def counted(running: Abreast) -> None:
+    """Each was sent, waits for a connection, or is counted as dropped."""
+    names = ("upstream_rq_total", "upstream_rq_pending_active", "upstream_rq_pending_overflow")
+
+    async def all_of_them() -> bool:
+        return sum([await running.stat(f"cluster.new_shadow.{name}") for name in names]) == REQUESTS + 1
+
+    await eventually_async(all_of_them, what="every copy is accounted for")
+    for name in ("upstream_rq_active", "upstream_rq_pending_active"):
+        assert 0 < await running.stat(f"cluster.new_shadow.{name}") <= COPIES

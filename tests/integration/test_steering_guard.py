@@ -1,0 +1,247 @@
+"""The guard of a running sidecar, on evidence that is written into its ledger."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from abreast.v1 import steering_pb2 as pb
+from abreast.v1 import traffic_pb2
+from support import eventually_async
+from support_serve import Ledger, Running, refused, running
+from support_steering import add, events, set_guard, set_share
+
+pytestmark = pytest.mark.postgres
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url, sample_safe=1.0) as found:
+        found.ledger().endpoint("shop")
+        yield found
+
+
+@pytest.fixture
+def ledger(sidecar: Running) -> Ledger:
+    return sidecar.ledger()
+
+
+async def guard(sidecar: Running) -> pb.Guard:
+    return (await sidecar.steering.GetGuard(pb.GetGuardRequest())).guard
+
+
+async def saw(sidecar: Running, *states: str) -> pb.Guard:
+    """Wait until the guard has looked at what is there now."""
+    since = dt.datetime.now(dt.UTC)
+    wanted = {pb.GuardState.Value(f"GUARD_STATE_{state}") for state in states}
+
+    async def looked() -> bool:
+        found = await guard(sidecar)
+        return found.look_time.ToDatetime(dt.UTC) > since and found.state in wanted
+
+    await eventually_async(looked, what=f"the guard looks, and is {states}")
+    return await guard(sidecar)
+
+
+async def rolled_back(sidecar: Running) -> traffic_pb2.Traffic:
+    async def back() -> bool:
+        found = await sidecar.traffic.GetTraffic(traffic_pb2.GetTrafficRequest())
+        return found.traffic.rolled_back
+
+    await eventually_async(back, within=10, what="the guard rolls back")
+    return (await sidecar.traffic.GetTraffic(traffic_pb2.GetTrafficRequest())).traffic
+
+
+async def test_it_is_off_until_it_is_set(sidecar: Running, ledger: Ledger) -> None:
+    await set_share(sidecar, 0.5)
+    add(ledger, 100, live="new", new_status=500)
+
+    found = await guard(sidecar)
+
+    assert (found.policy.mode, found.state, found.said) == (pb.GUARD_MODE_OFF, pb.GUARD_STATE_IDLE, "off")
+    assert (found.policy.errors.limit, found.policy.errors.min_pairs) == (0.001, 10)
+    assert not found.HasField("set_time")
+
+
+async def test_errors_of_users_whom_new_answers_roll_back_at_once(sidecar: Running, ledger: Ledger) -> None:
+    """Within two seconds of the evidence; the bound here is for a loaded machine."""
+    await set_guard(sidecar, "ACTING")
+    await set_share(sidecar, 0.5)
+    add(ledger, 200)
+    await saw(sidecar, "CLEAR", "BLIND")
+
+    add(ledger, 20, live="new", new_status=500, outcome="mismatch")
+    written = time.monotonic()
+    traffic = await rolled_back(sidecar)
+    took = time.monotonic() - written
+
+    event = (await events(sidecar))[0]
+    assert took < 5, f"{took:.2f} s"
+    assert traffic.new_share == 0
+    assert (event.action, event.actor) == ("rollback", "guard")
+    assert event.reason.startswith("errors: new failed 20 of 20 users' requests that old answered (100%")
+    assert (event.before.new_share, event.after.new_share, event.after.rolled_back) == (0.5, 0.0, True)
+    assert event.guard_after.mode == pb.GUARD_MODE_ACTING
+    assert (await saw(sidecar, "IDLE")).said == "all users are on old"
+
+
+async def test_it_counts_requests_that_old_had_to_answer_for_new(sidecar: Running, ledger: Ledger) -> None:
+    """A failing-over hides errors of new from users, not from the guard."""
+    await set_guard(sidecar, "ACTING")
+    await set_share(sidecar, 0.5)
+
+    add(ledger, 20, live="old", failed_over=True, new_status=None, outcome="only_old")
+    await rolled_back(sidecar)
+
+    assert "new failed 20 of 20" in (await events(sidecar))[0].reason
+
+
+async def test_errors_of_copies_and_of_both_versions_are_none_of_users(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    await set_guard(sidecar, "ACTING")
+    await set_share(sidecar, 0.5)
+
+    add(ledger, 50, live="old", new_status=500)  # a copy
+    add(ledger, 50, live="new", old_status=500, new_status=500)
+    add(ledger, 30, live="new", old_status=500, new_status=200)
+    add(ledger, 30, live="new", old_status=200, new_status=500)
+    found = await saw(sidecar, "CLEAR", "BLIND")
+
+    assert [one.action for one in await events(sidecar)] == ["update", "guard_set", "create"]
+    assert found.state != pb.GUARD_STATE_BREACHED
+
+
+@pytest.mark.parametrize("state", ["real", "undecided", "noise"])
+async def test_only_what_is_surely_a_mismatch_counts(sidecar: Running, ledger: Ledger, state: str) -> None:
+    finding = ledger.finding(ledger.endpoint(), "$.price", state=state)
+    await set_guard(sidecar, "ACTING")
+    await set_share(sidecar, 0.5)
+
+    add(ledger, 100, findings=[finding], outcome="mismatch")
+    if state == "real":
+        await rolled_back(sidecar)
+        assert "100 of 100 pairs have unexplained mismatches" in (await events(sidecar))[0].reason
+    else:
+        await saw(sidecar, "CLEAR", "BLIND")
+        assert (await events(sidecar))[0].action == "update"
+
+
+async def test_slower_answers_roll_back_beyond_the_limit(sidecar: Running, ledger: Ledger) -> None:
+    await set_guard(sidecar, "ACTING", slower=pb.GuardRule(limit=0.5))
+    await set_share(sidecar, 0.5)
+    add(ledger, 150, old_us=1000, new_us=1400)
+    await saw(sidecar, "CLEAR", "BLIND")
+
+    add(ledger, 600, old_us=1000, new_us=1600)
+    await rolled_back(sidecar)
+
+    assert "slower than old's by more than 50%" in (await events(sidecar))[0].reason
+
+
+async def test_watching_only_says_what_it_would_have_done(sidecar: Running, ledger: Ledger) -> None:
+    await set_guard(sidecar, "WATCHING")
+    await set_share(sidecar, 0.5)
+
+    add(ledger, 20, live="new", new_status=500)
+    found = await saw(sidecar, "BREACHED")
+    await saw(sidecar, "BREACHED")  # it has looked again, and cools down
+
+    told = [(one.action, one.actor) for one in await events(sidecar)]
+    assert told == [
+        ("guard_would_roll_back", "guard"),
+        ("update", "ada"),
+        ("guard_set", "ada"),
+        ("create", "sidecar"),
+    ]
+    event = (await events(sidecar))[0]
+    assert event.before == event.after
+    assert event.after.new_share == 0.5
+    assert found.state == pb.GUARD_STATE_BREACHED
+
+
+async def test_what_was_before_users_were_let_onto_new_again_does_not_count(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    """Who fixed new and tries again is not sent back for what was."""
+    await set_guard(sidecar, "ACTING", errors=pb.GuardRule(cooldown=Duration()))
+    await set_share(sidecar, 0.5)
+    add(ledger, 20, live="new", new_status=500)
+    await rolled_back(sidecar)
+
+    await set_share(sidecar, 0.1)
+    await saw(sidecar, "CLEAR", "BLIND")
+    kept = (await events(sidecar))[0]
+    add(ledger, 20, live="new", new_status=500)
+    await rolled_back(sidecar)
+
+    assert (kept.action, kept.after.new_share) == ("update", 0.1)
+    assert [one.actor for one in await events(sidecar)][:3] == ["guard", "ada", "guard"]
+
+
+async def test_it_rests_for_its_cool_down(sidecar: Running, ledger: Ledger) -> None:
+    """Who overrides a guard that has just acted has the last word for a while."""
+    await set_guard(sidecar, "ACTING")
+    await set_share(sidecar, 0.5)
+    add(ledger, 20, live="new", new_status=500)
+    await rolled_back(sidecar)
+
+    await set_share(sidecar, 0.1)
+    add(ledger, 50, live="new", new_status=500)
+    found = await saw(sidecar, "BREACHED")
+
+    assert (await events(sidecar))[0].action == "update"
+    assert found.said == "cooling down after: errors"
+
+
+async def test_a_ledger_without_an_envoys_count_makes_it_blind(sidecar: Running, ledger: Ledger) -> None:
+    await set_guard(sidecar, "ACTING")
+    await set_share(sidecar, 0.5)
+    add(ledger, 20)
+
+    found = await saw(sidecar, "BLIND")
+
+    assert found.said == "no Envoy's count is known (ABREAST_ENVOY_ADMIN)"
+    metrics = (await sidecar.http.get("/metrics")).text
+    assert 'abreast_guard_blind{service="shop"} 1.0' in metrics
+    assert "abreast_acting 1.0" in metrics
+
+
+async def test_a_change_of_the_policy_has_who_why_before_and_after(sidecar: Running) -> None:
+    await set_guard(sidecar, "WATCHING", errors=pb.GuardRule(limit=0.02, window=Duration(seconds=60)))
+    await set_guard(sidecar, "WATCHING", errors=pb.GuardRule(limit=0.02))  # nothing new
+
+    (event, _) = await events(sidecar)
+    assert (event.action, event.actor, event.reason) == ("guard_set", "ada", "because")
+    assert (event.guard_before.errors.limit, event.guard_after.errors.limit) == (0.001, 0.02)
+    assert (event.guard_before.mode, event.guard_after.mode) == (pb.GUARD_MODE_OFF, pb.GUARD_MODE_WATCHING)
+    assert event.guard_after.errors.window.seconds == 60
+    assert event.guard_after.errors.min_pairs == 10
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (pb.GuardPolicy(), "set at least one field of policy"),
+        (pb.GuardPolicy(errors=pb.GuardRule(limit=1.5)), "policy.errors.limit must be a share from 0 to 1"),
+        (pb.GuardPolicy(slower=pb.GuardRule(min_pairs=0)), "policy.slower.min_pairs must be 1 to"),
+        (
+            pb.GuardPolicy(mismatches=pb.GuardRule(window=Duration(seconds=1))),
+            "policy.mismatches.window must be",
+        ),
+        (pb.GuardPolicy(confidence=1.0), "policy.confidence must be above 0 and below 1"),
+    ],
+)
+async def test_policies_that_make_no_sense_are_refused(sidecar: Running, policy: Any, said: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await sidecar.steering.SetGuard(pb.SetGuardRequest(policy=policy))
+
+    found = refused(caught.value)
+    assert found.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert said in found.message

@@ -1,0 +1,368 @@
+"""Ramps of a running sidecar, on evidence that is written into its ledger."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import psycopg
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from abreast.v1 import comparison_pb2, traffic_pb2
+from abreast.v1 import steering_pb2 as pb
+from support import eventually_async
+from support_serve import Ledger, Refused, Running, refused, running
+from support_steering import NOW, add, events, moment, sampled, set_guard, set_share
+
+pytestmark = pytest.mark.postgres
+
+WAITING = "select pid from pg_stat_activity where application_name = 'abreast steering' and wait_event_type = 'Lock'"
+EASY = comparison_pb2.Budget(max_mismatch=0.05, max_error=0.05, max_slower=1.0)
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url, sample_safe=1.0) as found:
+        found.ledger().endpoint("shop")
+        yield found
+
+
+@pytest.fixture
+def ledger(sidecar: Running) -> Ledger:
+    return sidecar.ledger()
+
+
+async def start(sidecar: Running, *steps: float, hold: float = 0.0, **changes: Any) -> pb.Ramp:
+    plan = pb.RampPlan(
+        steps=steps,
+        hold=Duration(nanos=round(hold * 1e9)),
+        min_pairs=changes.pop("min_pairs", 20),
+        budget=changes.pop("budget", EASY),
+    )
+    asked = pb.StartRampRequest(plan=plan, actor="ada", reason="release 2")
+    return (await sidecar.steering.StartRamp(asked)).ramp
+
+
+async def ramp(sidecar: Running) -> pb.Ramp:
+    return (await sidecar.steering.GetRamp(pb.GetRampRequest())).ramp
+
+
+async def until(sidecar: Running, phase: str, step: int | None = None) -> pb.Ramp:
+    async def there() -> bool:
+        found = (await ramp(sidecar)).state
+        wanted = pb.RampPhase.Value(f"RAMP_PHASE_{phase}")
+        return bool(found.phase == wanted and step in {None, found.step})
+
+    await eventually_async(there, what=f"the ramp is {phase} at step {step}")
+    return await ramp(sidecar)
+
+
+async def looked(sidecar: Running) -> pb.Ramp:
+    """Wait until it has looked twice at what is there now: the first may have begun before."""
+    for _ in range(2):
+        since = moment()
+
+        async def there(since: dt.datetime = since) -> bool:
+            return bool((await ramp(sidecar)).look_time.ToDatetime(dt.UTC) > since)
+
+        await eventually_async(there, what="the ramp is looked at")
+    return await ramp(sidecar)
+
+
+async def share(sidecar: Running) -> float:
+    return (await sidecar.traffic.GetTraffic(traffic_pb2.GetTrafficRequest())).traffic.new_share
+
+
+def good(ledger: Ledger, many: int = 300) -> None:
+    add(ledger, many, live="new", new_us=900)
+    sampled(ledger)
+
+
+async def refusal(call: Any) -> Refused:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return refused(caught.value)
+
+
+async def test_it_climbs_on_pass_to_the_end(sidecar: Running, ledger: Ledger) -> None:
+    sampled(ledger)
+    begun = await start(sidecar, 0.01, 0.5, 1.0)
+    assert (begun.state.step, await share(sidecar)) == (0, 0.01)
+
+    for step in (1, 2):
+        good(ledger)
+        await until(sidecar, "PROGRESSING", step)
+    good(ledger)
+    ended = await until(sidecar, "SUCCEEDED")
+
+    told = [(one.action, one.actor, one.after.new_share) for one in await events(sidecar)]
+    assert told == [
+        ("ramp_succeed", "ramp", 1.0),
+        ("ramp_step", "ramp", 1.0),
+        ("ramp_step", "ramp", 0.5),
+        ("ramp_start", "ada", 0.01),
+        ("create", "sidecar", 0.0),
+    ]
+    climbed = (await events(sidecar))[1]
+    assert climbed.reason.startswith("the verdict is PASS after 600 pairs, 300 in this step")
+    assert (climbed.before.new_share, climbed.ramp_before.step, climbed.ramp_after.step) == (0.5, 1, 2)
+    assert ended.HasField("end_time")
+
+
+async def test_it_waits_while_too_little_is_known(sidecar: Running, ledger: Ledger) -> None:
+    sampled(ledger)
+    await start(sidecar, 0.01, 1.0)
+    good(ledger, 25)
+
+    found = await looked(sidecar)
+
+    assert found.state.step == 0
+    assert found.verdict == comparison_pb2.VERDICT_STATE_INCONCLUSIVE
+    assert "the verdict is INCONCLUSIVE: " in found.state.said
+
+
+async def test_each_step_needs_pairs_and_time_of_its_own(sidecar: Running, ledger: Ledger) -> None:
+    sampled(ledger)
+    await start(sidecar, 0.01, 0.5, 1.0)
+    good(ledger)
+    await until(sidecar, "PROGRESSING", 1)
+    good(ledger, 19)
+    few = await looked(sidecar)
+    good(ledger, 1)
+    await until(sidecar, "PROGRESSING", 2)
+
+    assert few.state.said == "19 of 20 pairs were compared in this step"
+    assert few.verdict == comparison_pb2.VERDICT_STATE_PASS
+
+    await sidecar.steering.AbortRamp(pb.AbortRampRequest())
+    await start(sidecar, 0.01, 0.5, hold=0.9, min_pairs=1)
+    good(ledger)
+    assert (
+        "holds 1% for another 1 s" in (await looked(sidecar)).state.said or (await ramp(sidecar)).state.step
+    )
+    good(ledger)
+    await until(sidecar, "PROGRESSING", 1)
+
+
+async def test_it_goes_back_on_fail(sidecar: Running, ledger: Ledger) -> None:
+    sampled(ledger)
+    await start(sidecar, 0.25, 1.0)
+
+    add(ledger, 100, live="new", new_status=500, outcome="mismatch")
+    sampled(ledger)
+    ended = await until(sidecar, "FAILED")
+
+    event = (await events(sidecar))[0]
+    assert (event.action, event.actor, event.after.rolled_back) == ("rollback", "ramp", True)
+    assert "the verdict since the ramp began is FAIL: 100 of 100 pairs have errors of new" in event.reason
+    assert await share(sidecar) == 0
+    assert ended.state.said.startswith("rolled back from 25%")
+    assert ended.verdict == comparison_pb2.VERDICT_STATE_FAIL
+
+
+async def test_a_defect_of_the_last_step_does_not_drown_in_what_was_before(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    sampled(ledger)
+    await start(sidecar, 0.01, 1.0)
+    good(ledger, 5000)
+    await until(sidecar, "PROGRESSING", 1)
+
+    add(ledger, 40, live="new", new_status=500, outcome="mismatch")
+    sampled(ledger)
+    await until(sidecar, "FAILED")
+
+    assert "the verdict since 100% is FAIL" in (await events(sidecar))[0].reason
+
+
+@pytest.mark.parametrize(
+    ("beyond", "age", "said"),
+    [
+        (100, 0.0, "the ledger has 300 of 400 requests sampled in this step, 99% are asked for"),
+        (0, 60.0, "the Envoy edge@127.0.0.1:1 has not told its count for 6"),
+        (0, 7200.0, "no Envoy tells its count any more"),
+    ],
+)
+async def test_no_evidence_is_no_good_evidence(
+    sidecar: Running, ledger: Ledger, beyond: int, age: float, said: str
+) -> None:
+    """Captures stop while Envoy counts on; or Envoy is not heard of."""
+    sampled(ledger)
+    await start(sidecar, 0.01, 1.0)
+    add(ledger, 300, live="new", new_us=900)
+    sampled(ledger, beyond, age=age)
+
+    found = await looked(sidecar)
+
+    assert found.state.step == 0
+    assert said in found.state.said
+
+    sampled(ledger)
+    good(ledger)
+    await until(sidecar, "PROGRESSING", 1)
+
+
+async def test_without_an_envoys_count_it_does_not_climb_until_there_is_one(
+    sidecar: Running, ledger: Ledger
+) -> None:
+    await start(sidecar, 0.01, 1.0)
+    add(ledger, 300, live="new", new_us=900)
+    blind = await looked(sidecar)
+    sampled(ledger)
+    counted = await looked(sidecar)
+    good(ledger)
+    await until(sidecar, "PROGRESSING", 1)
+
+    assert "no Envoy's count is known" in blind.state.said
+    assert counted.state.step == 0
+    assert counted.step_time.ToDatetime() > blind.step_time.ToDatetime()
+
+
+async def test_pause_and_resume(sidecar: Running, ledger: Ledger) -> None:
+    sampled(ledger)
+    await start(sidecar, 0.01, 1.0)
+    paused = (await sidecar.steering.PauseRamp(pb.PauseRampRequest(actor="grace", reason="lunch"))).ramp
+    good(ledger)
+    found = await looked(sidecar)
+    resumed = (await sidecar.steering.ResumeRamp(pb.ResumeRampRequest(actor="grace"))).ramp
+    good(ledger)
+    await until(sidecar, "PROGRESSING", 1)
+
+    assert (paused.state.phase, found.state.said, found.state.step) == (pb.RAMP_PHASE_PAUSED, "paused", 0)
+    assert resumed.step_time.ToDatetime() > paused.step_time.ToDatetime()
+    told = [(one.action, one.actor, one.reason) for one in await events(sidecar)][1:3]
+    assert told == [("ramp_resume", "grace", ""), ("ramp_pause", "grace", "lunch")]
+
+
+async def test_a_paused_ramp_still_goes_back(sidecar: Running, ledger: Ledger) -> None:
+    sampled(ledger)
+    await start(sidecar, 0.25, 1.0)
+    await sidecar.steering.PauseRamp(pb.PauseRampRequest())
+
+    add(ledger, 100, live="new", new_status=500, outcome="mismatch")
+    sampled(ledger)
+
+    await until(sidecar, "FAILED")
+
+
+async def test_abort_sends_all_users_to_old_and_stays(sidecar: Running, ledger: Ledger) -> None:
+    sampled(ledger)
+    await start(sidecar, 0.25, 1.0)
+    ended = (await sidecar.steering.AbortRamp(pb.AbortRampRequest(actor="grace", reason="no"))).ramp
+    again = await refusal(sidecar.steering.AbortRamp(pb.AbortRampRequest()))
+
+    event = (await events(sidecar))[0]
+    assert (ended.state.phase, ended.state.said) == (pb.RAMP_PHASE_ABORTED, "aborted at 25%")
+    assert (event.action, event.actor, event.reason) == ("ramp_abort", "grace", "no")
+    assert (event.after.new_share, event.after.rolled_back) == (0.0, True)
+    assert (again.code, again.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT")
+    assert "shop has no ramp under way" in again.message
+
+
+@pytest.mark.parametrize("what", ["rollback", "promote", "update"])
+async def test_who_sets_the_traffic_ends_the_ramp(sidecar: Running, ledger: Ledger, what: str) -> None:
+    sampled(ledger)
+    await start(sidecar, 0.25, 1.0)
+    by: dict[str, Any] = {"actor": "grace", "reason": "stop", "wait": NOW}
+    if what == "rollback":
+        await sidecar.traffic.Rollback(traffic_pb2.RollbackRequest(**by))
+    elif what == "promote":
+        await sidecar.traffic.Promote(traffic_pb2.PromoteRequest(**by))
+    else:
+        await set_share(sidecar, 0.1, actor="grace")
+    good(ledger)
+    ended = await until(sidecar, "SUPERSEDED")
+
+    assert ended.state.said.startswith(f"ended at 25%: {what} by grace")
+    assert await share(sidecar) == {"rollback": 0.0, "promote": 1.0, "update": 0.1}[what]
+    assert [one.action for one in await events(sidecar)][:2] == ["ramp_end", what]
+
+
+async def test_who_changes_only_what_is_mirrored_leaves_it_alone(sidecar: Running, ledger: Ledger) -> None:
+    sampled(ledger)
+    await start(sidecar, 0.25, 1.0)
+    await sidecar.traffic.UpdateTraffic(traffic_pb2.UpdateTrafficRequest(sample_safe=0.5, wait=NOW))
+    good(ledger)
+    await until(sidecar, "PROGRESSING", 1)
+
+    found = await sidecar.traffic.GetTraffic(traffic_pb2.GetTrafficRequest())
+    assert (found.traffic.new_share, found.traffic.sample_safe) == (1.0, 0.5)
+
+
+async def test_the_guard_ends_it(sidecar: Running, ledger: Ledger) -> None:
+    sampled(ledger)
+    await set_guard(sidecar, "ACTING")
+    await start(sidecar, 0.25, 1.0, budget=comparison_pb2.Budget(max_error=1.0, max_mismatch=1.0))
+    add(ledger, 20, live="new", new_status=500, outcome="mismatch")
+
+    ended = await until(sidecar, "SUPERSEDED")
+
+    assert "rollback by guard: errors: new failed 20 of 20" in ended.state.said
+
+
+async def test_a_rollback_always_wins_over_a_step(sidecar: Running, ledger: Ledger) -> None:
+    """In the very moment in which the ramp steps: it has looked, and waits for the row that a rollback holds."""
+    sampled(ledger)
+    await start(sidecar, 0.25, 1.0)
+    async with await psycopg.AsyncConnection.connect(sidecar.postgres_url) as rollback:
+        await rollback.execute("select from abreast.traffic for update")
+        good(ledger)
+
+        async def steps() -> bool:
+            return bool(ledger.execute(WAITING))
+
+        await eventually_async(steps, what="the ramp is about to step")
+        await rollback.execute(
+            "update abreast.traffic set new_share = 0, rolled_back = true, version = version + 1, "
+            "updated_at = clock_timestamp()"
+        )
+    await until(sidecar, "SUPERSEDED")
+
+    assert await share(sidecar) == 0
+    assert [one.action for one in await events(sidecar)][:2] == ["ramp_end", "ramp_start"]
+
+
+async def test_it_goes_on_where_another_sidecar_left_it(redis_url: str, postgres_url: str) -> None:
+    async with running(redis_url, postgres_url) as first:
+        ledger = first.ledger()
+        ledger.endpoint("shop")
+        sampled(ledger)
+        begun = await start(first, 0.01, 0.5)
+    async with running(redis_url, postgres_url) as second:
+        good(ledger)
+        found = await until(second, "PROGRESSING", 1)
+
+        assert found.state.id == begun.state.id
+        assert found.start_time == begun.start_time
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (pb.RampPlan(), "plan.steps must be 1 to 100 shares of users, got 0"),
+        (pb.RampPlan(steps=[0.5, 0.25]), "plan.steps must rise, above 0% and up to 100%, got 50%, 25%"),
+        (pb.RampPlan(steps=[0.0, 0.25]), "plan.steps must rise"),
+        (pb.RampPlan(steps=[1.5]), "plan.steps must be a share from 0 to 1"),
+        (pb.RampPlan(steps=[0.5], hold=Duration(seconds=-1)), "plan.hold must be 0 to"),
+        (pb.RampPlan(steps=[0.5], min_pairs=0), "plan.min_pairs must be 1 to"),
+        (pb.RampPlan(steps=[0.5], budget=comparison_pb2.Budget(confidence=2)), "budget.confidence must be"),
+    ],
+)
+async def test_plans_that_make_no_sense_are_refused(sidecar: Running, plan: Any, said: str) -> None:
+    found = await refusal(sidecar.steering.StartRamp(pb.StartRampRequest(plan=plan)))
+
+    assert found.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert said in found.message
+
+
+async def test_a_second_ramp_is_refused(sidecar: Running) -> None:
+    assert not (await sidecar.steering.GetRamp(pb.GetRampRequest())).HasField("ramp")
+    await start(sidecar, 0.25, 1.0)
+
+    found = await refusal(sidecar.steering.StartRamp(pb.StartRampRequest(plan=pb.RampPlan(steps=[1.0]))))
+
+    assert found.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "a ramp is under way already, progressing at 25%; abort it first" in found.message

@@ -1,0 +1,183 @@
+"""One of several sidecars acts, as processes of their own; another takes over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from abreast_sidecar.control.seat import LOCK, Seat, SeatLostError
+from abreast_sidecar.embedded.sidecar import SidecarServer
+from abreast_sidecar.store.migrate import migrate
+from support import eventually, free_ports
+from support_serve import Ledger
+from support_steering import add
+
+pytestmark = pytest.mark.postgres
+
+ACTING_GUARD = '{"mode": "acting"}'
+HOLDER = "select pid from pg_locks where locktype = 'advisory' and granted and classid::bigint << 32 | objid::bigint = %s"
+
+
+@dataclass
+class Replica:
+    server: SidecarServer
+
+    @property
+    def pid(self) -> int:
+        assert self.server.server is not None
+        return self.server.server.process.pid
+
+    def acting(self) -> bool:
+        host, port = self.server.http
+        with urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+            return "abreast_acting 1.0" in answer.read().decode()
+
+
+@pytest.fixture
+def replicas(redis_url: str, postgres_url: str, tmp_path: Path) -> Iterator[list[Replica]]:
+    with ExitStack() as stack:
+        found = []
+        for number in range(2):
+            grpc_port, http_port = free_ports(2)
+            settings = {
+                "ABREAST_REDIS_URL": redis_url,
+                "ABREAST_POSTGRES_URL": postgres_url,
+                "ABREAST_GRPC_LISTEN": f"127.0.0.1:{grpc_port}",
+                "ABREAST_HTTP_LISTEN": f"127.0.0.1:{http_port}",
+            }
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            server = SidecarServer(settings, ("127.0.0.1", http_port), folder=folder)
+            stack.callback(server.stop)
+            server.start()
+            found.append(Replica(server))
+        yield found
+
+
+def one_acts(replicas: list[Replica]) -> Replica:
+    eventually(lambda: any(one.acting() for one in replicas), what="one sidecar acts")
+    (found,) = [one for one in replicas if one.acting()]
+    return found
+
+
+def exposed(ledger: Ledger) -> None:
+    """Users are on new, and a guard acts."""
+    ledger.endpoint("shop")
+    ledger.execute(
+        "insert into abreast.traffic (service, new_share, sample_safe, sample_unsafe, baseline_share) "
+        "values ('shop', 5000, 1000000, 0, 0)"
+    )
+    ledger.execute("insert into abreast.guard (service, policy) values ('shop', %s)", ACTING_GUARD)
+
+
+def cut(ledger: Ledger) -> None:
+    """End the connection of whoever has the seat."""
+    for (pid,) in ledger.execute(HOLDER, LOCK):
+        ledger.execute("select pg_terminate_backend(%s)", pid)
+
+
+def rollbacks(ledger: Ledger) -> int:
+    (found,) = ledger.execute("select count(*) from abreast.traffic_event where action = 'rollback'")
+    return int(found[0])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_another_takes_over_when_the_acting_one_is_killed_or_frozen(
+    replicas: list[Replica], postgres_url: str, how: signal.Signals
+) -> None:
+    """Within a few seconds; the bound here is for a loaded machine. One that thaws does not act on what it thought."""
+    first = one_acts(replicas)
+    (second,) = [one for one in replicas if one is not first]
+    ledger = Ledger(postgres_url)
+    exposed(ledger)
+
+    os.kill(first.pid, how)
+    stopped = time.monotonic()
+    add(ledger, 20, live="new", new_status=500)
+    eventually(lambda: rollbacks(ledger) == 1, within=20, what="the other sidecar rolls back")
+    took = time.monotonic() - stopped
+
+    assert second.acting()
+    assert took < 15, f"{took:.1f} s"
+    if how is signal.SIGSTOP:
+        os.kill(first.pid, signal.SIGCONT)
+        eventually(lambda: not first.acting(), what="the one that was frozen knows that it lost the seat")
+        assert second.acting()
+    assert rollbacks(ledger) == 1
+
+
+async def test_who_has_lost_its_connection_can_not_act(postgres_url: str) -> None:
+    await migrate(postgres_url)
+    seat, other = Seat(postgres_url), Seat(postgres_url)
+    ledger = Ledger(postgres_url)
+    assert await seat.take()
+    assert not await other.take()
+
+    cut(ledger)
+    eventually(lambda: not ledger.execute(HOLDER, LOCK), what="the lock is free")
+    assert await other.take()
+    with pytest.raises(SeatLostError, match="the seat of the acting sidecar is lost"):
+        await seat.beat()
+
+    assert not seat.held
+    assert not await seat.take()
+    await other.leave()
+    await seat.leave()
+
+
+async def test_one_that_says_nothing_for_seconds_loses_the_seat(postgres_url: str) -> None:
+    """Postgres itself ends the session, whatever the other side believes."""
+    await migrate(postgres_url)
+    seat = Seat(postgres_url)
+    ledger = Ledger(postgres_url)
+    assert await seat.take()
+
+    eventually(lambda: not ledger.execute(HOLDER, LOCK), what="postgres has ended the silent session")
+    with pytest.raises(SeatLostError):
+        await seat.beat()
+
+
+async def test_an_act_that_is_under_way_when_the_connection_is_lost_does_nothing(postgres_url: str) -> None:
+    await migrate(postgres_url)
+    seat = Seat(postgres_url)
+    ledger = Ledger(postgres_url)
+    exposed(ledger)
+    assert await seat.take()
+
+    async def act() -> None:
+        async with seat.transaction() as connection:
+            await connection.execute("update abreast.traffic set new_share = 10000")
+            cut(ledger)
+
+    with pytest.raises(SeatLostError):
+        await act()
+
+    assert ledger.execute("select new_share from abreast.traffic") == [(5000,)]
+
+
+async def test_a_connection_that_does_not_hold_the_lock_itself_is_refused(postgres_url: str) -> None:
+    """As behind a pooler that lends connections for one transaction each."""
+    await migrate(postgres_url)
+    seat = Seat(postgres_url)
+    assert await seat.take()
+    assert seat._connection is not None
+    await seat._connection.execute("select pg_advisory_unlock_all()")
+
+    with pytest.raises(SeatLostError, match="must not lead through a pooler of transactions"):
+        await seat.beat()
+
+
+def test_the_lock_is_nobody_elses() -> None:
+    others = ("housekeeping.envoy", "housekeeping.noise", "housekeeping.reports", "store.migrate")
+    locks = [LOCK, *(import_module(f"abreast_sidecar.{name}").LOCK for name in others)]
+
+    assert len(set(locks)) == len(locks)

@@ -1,0 +1,251 @@
+"""Webhooks of a running sidecar, to receivers that are servers of their own."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abreast.v1 import steering_pb2 as pb
+from abreast.v1 import traffic_pb2
+from abreast_sidecar.control import webhooks
+from abreast_sidecar.steer.signing import verified
+from support import eventually_async
+from support_serve import Running, running
+from support_steering import NOW, add, set_guard, set_share
+
+pytestmark = pytest.mark.postgres
+
+SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+PAGE = (Path(__file__).parents[2] / "docs" / "steering.md").read_text()
+
+
+@dataclass
+class Receiver:
+    url: str = ""
+    refuse: int = 0  # so many of the next messages
+    got: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
+
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        return [json.loads(body) for _, body in self.got]
+
+    async def has(self, *actions: str) -> list[dict[str, Any]]:
+        async def there() -> bool:
+            return [one["data"]["action"] for one in self.told] == list(actions)
+
+        await eventually_async(there, what=f"{actions} were told, so far {self.told}")
+        return self.told
+
+
+@contextmanager
+def receiver() -> Iterator[Receiver]:
+    found = Receiver()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # the server's name for it
+            body = self.rfile.read(int(self.headers["content-length"]))
+            refused = found.refuse > 0
+            found.refuse -= refused
+            if not refused:
+                found.got.append(({name.lower(): value for name, value in self.headers.items()}, body))
+            self.send_response(503 if refused else 204)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        found.url = f"http://127.0.0.1:{server.server_address[1]}/hook?token=t0k3n"
+        yield found
+        server.shutdown()
+
+
+@pytest.fixture
+def hook() -> Iterator[Receiver]:
+    with receiver() as found:
+        yield found
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str, hook: Receiver) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url, webhook_urls=(hook.url,), webhook_secret=SECRET) as found:
+        ledger = found.ledger()
+        ledger.endpoint("shop")
+
+        async def registered() -> bool:
+            return bool(ledger.execute("select url from abreast.webhook_receiver"))
+
+        await eventually_async(registered, what="the receiver is known")
+        yield found
+
+
+async def rollback(sidecar: Running) -> None:
+    await sidecar.traffic.Rollback(traffic_pb2.RollbackRequest(actor="ada", reason="500s", wait=NOW))
+
+
+async def metric(sidecar: Running, name: str) -> float:
+    text = (await sidecar.http.get("/metrics")).text
+    (line,) = [line for line in text.splitlines() if line.startswith(name + " ")]
+    return float(line.split(" ")[1])
+
+
+async def test_every_change_is_told_signed_and_once(sidecar: Running, hook: Receiver) -> None:
+    await set_share(sidecar, 0.25)
+    await rollback(sidecar)
+    plan = pb.RampPlan(steps=[0.01, 1.0])
+    await sidecar.steering.StartRamp(pb.StartRampRequest(plan=plan, actor="ada", reason="again"))
+    found = await hook.has("update", "rollback", "ramp_start")
+
+    headers, body = hook.got[1]
+    assert found[1]["type"] == "traffic.rollback"
+    assert found[1]["data"]["before"]["new_share"] == 0.25
+    assert (found[1]["data"]["actor"], found[1]["data"]["reason"]) == ("ada", "500s")
+    assert found[1]["data"]["after"]["rolled_back"]
+    assert found[2]["data"]["detail"]["ramp_after"]["steps"] == [100, 10_000]
+    assert all(verified(SECRET, headers, body, time.time()) for headers, body in hook.got)
+    assert not verified(SECRET, headers, body + b" ", time.time())
+    assert len({headers["webhook-id"] for headers, _ in hook.got}) == 3
+    assert headers["content-type"] == "application/json"
+
+
+async def test_what_the_guard_would_have_done_is_told(sidecar: Running, hook: Receiver) -> None:
+    await set_guard(sidecar, "WATCHING")
+    await set_share(sidecar, 0.5)
+    add(sidecar.ledger(), 20, live="new", new_status=500)
+
+    (*_, told) = await hook.has("guard_set", "update", "guard_would_roll_back")
+
+    assert (told["data"]["actor"], told["data"]["detail"]["rule"]) == ("guard", "errors")
+
+
+async def test_a_receiver_that_refuses_gets_it_again_with_the_same_id(
+    sidecar: Running, hook: Receiver
+) -> None:
+    hook.refuse = 1
+    await rollback(sidecar)
+
+    await hook.has("rollback")
+
+    assert await metric(sidecar, 'abreast_webhooks_total{result="failed"}') == 1
+    assert await metric(sidecar, 'abreast_webhooks_total{result="delivered"}') == 1
+    assert await metric(sidecar, "abreast_webhooks_waiting") == 0
+
+
+async def test_what_is_not_delivered_outlives_a_restart(redis_url: str, postgres_url: str) -> None:
+    settings: dict[str, Any] = {"webhook_secret": SECRET}
+    with receiver() as hook:
+        hook.refuse = 10_000
+        async with running(redis_url, postgres_url, webhook_urls=(hook.url,), **settings) as first:
+            ledger = first.ledger()
+            ledger.endpoint("shop")
+
+            async def registered() -> bool:
+                return bool(ledger.execute("select url from abreast.webhook_receiver"))
+
+            await eventually_async(registered, what="the receiver is known")
+            await rollback(first)
+        (waiting,) = ledger.execute("select count(*) from abreast.webhook")
+        hook.refuse = 0
+        async with running(redis_url, postgres_url, webhook_urls=(hook.url,), **settings):
+            await hook.has("rollback")
+
+    assert waiting == (1,)
+
+
+async def test_one_that_is_away_holds_up_neither_acts_nor_others(
+    redis_url: str, postgres_url: str, hook: Receiver
+) -> None:
+    away = "http://127.0.0.1:1/"
+    async with running(
+        redis_url, postgres_url, webhook_urls=(away, hook.url), webhook_secret=SECRET
+    ) as sidecar:
+        ledger = sidecar.ledger()
+        ledger.endpoint("shop")
+
+        async def registered() -> bool:
+            return len(ledger.execute("select url from abreast.webhook_receiver")) == 2
+
+        await eventually_async(registered, what="the receivers are known")
+        await rollback(sidecar)
+        await set_share(sidecar, 0.5)
+        await hook.has("rollback", "update")
+
+        async def only_those() -> bool:
+            waiting = ledger.execute("select url, count(*) from abreast.webhook group by url")
+            return waiting == [(away, 2)]
+
+        await eventually_async(only_those, what="only what can't be delivered waits")
+
+
+async def test_the_queue_is_bounded_and_drops_the_oldest(
+    sidecar: Running, hook: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "MOST", 2)
+    monkeypatch.setattr(webhooks, "TRIM", 0.1)
+    hook.refuse = 10_000
+    for step in range(5):
+        await set_share(sidecar, 0.1 + step / 10)
+
+    async def dropped() -> bool:
+        return await metric(sidecar, 'abreast_webhooks_total{result="dropped"}') == 3
+
+    await eventually_async(dropped, what="the oldest three are dropped")
+    hook.refuse = 0
+    found = await hook.has("update", "update")
+
+    assert {one["data"]["after"]["new_share"] for one in found} == {0.4, 0.5}
+
+
+async def test_neither_the_secret_nor_the_token_in_a_url_is_logged(
+    sidecar: Running, hook: Receiver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook.refuse = 1
+    await rollback(sidecar)
+    await hook.has("rollback")
+
+    shown = "".join(capsys.readouterr()) + repr(sidecar.sidecar.settings) + (await sidecar.http.get("/")).text
+    assert "a webhook is not delivered" in shown
+    assert SECRET not in shown
+    assert "t0k3n" not in shown
+
+
+async def test_the_example_in_the_documentation_verifies_what_is_sent(
+    sidecar: Running, hook: Receiver
+) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(example, scope)  # noqa: S102  # our own page
+    await rollback(sidecar)
+    await hook.has("rollback")
+    headers, body = hook.got[0]
+
+    assert scope["verified"](SECRET, headers, body)
+    assert not scope["verified"](SECRET, headers, body.replace(b"500s", b"5OOs"))
+    assert not scope["verified"](SECRET, headers | {"webhook-timestamp": "1"}, body)
+
+
+async def test_the_message_in_the_documentation_has_the_fields_that_are_sent(
+    sidecar: Running, hook: Receiver
+) -> None:
+    (example,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    await set_share(sidecar, 0.25)
+    await rollback(sidecar)
+    (_, told) = await hook.has("update", "rollback")
+
+    assert shape(json.loads(example)) == shape(told)
+
+
+def shape(value: Any) -> Any:
+    return {name: shape(one) for name, one in value.items()} if isinstance(value, dict) else type(value)

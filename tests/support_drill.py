@@ -1,0 +1,147 @@
+"""Two versions as processes that can be broken, and two Envoys before them: all users on new, and half of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from abreast_sidecar.embedded import EnvoyServer
+from abreast_sidecar.embedded.process import answers
+from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from support import eventually_async, free_ports
+from support_envoy import started, weights
+from support_rtds import RuntimeServer
+from support_users import Users, users
+
+SERVICE = Path(__file__).parent / "drill_service.py"
+TRY_TIMEOUT = 0.5  # seconds: the longest that a user may wait for a version that does not answer
+HEALTH = b"GET /healthz HTTP/1.1\r\nhost: shop\r\n\r\n"
+
+
+@dataclass
+class Version:
+    name: str
+    port: int
+    orders: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def spawn(self) -> None:
+        self.process = subprocess.Popen([sys.executable, SERVICE, str(self.port), self.name, self.orders])
+
+    async def start(self) -> None:
+        self.spawn()
+
+        async def up() -> bool:
+            return await asyncio.to_thread(answers, "127.0.0.1", self.port, HEALTH, b"HTTP/1.1 200")
+
+        await eventually_async(up, what=f"{self.name} answers")
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        os.kill(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+    async def be(self, mode: str) -> None:
+        await asyncio.to_thread(urllib.request.urlopen, f"http://127.0.0.1:{self.port}/be/{mode}", timeout=10)
+
+    def end(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@dataclass
+class Front:
+    """One Envoy with its users."""
+
+    share: float
+    users: Users
+    sidecar: RuntimeServer
+    envoy: EnvoyServer
+
+    async def stat(self, name: str) -> int:
+        url = f"{self.envoy.admin_url}/stats?filter=^{name}$"
+        text = await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read().decode())  # noqa: S310  # ours
+        return int(text.rpartition(":")[2] or 0)
+
+    async def new_is(self, count: int) -> None:
+        """Wait until Envoy finds so many endpoints of new healthy."""
+
+        async def reached() -> bool:
+            return await self.stat("cluster.new.membership_healthy") == count
+
+        await eventually_async(reached, within=30, what=f"{count} endpoints of new are healthy")
+
+    async def new_is_left_alone(self) -> None:
+        await self.new_is(0)
+
+        async def left_alone() -> bool:
+            return {one.version for one in await self.users.more(20)} == {"old"}
+
+        await eventually_async(left_alone, what="old answers everyone")
+
+    async def new_answers(self) -> None:
+        async def back() -> bool:
+            return any(one.version == "new" for one in await self.users.more(5))
+
+        await eventually_async(back, within=30, what="new answers users")
+
+
+@dataclass
+class Drill:
+    old: Version
+    new: Version
+    fronts: list[Front]
+
+    def executions(self) -> Counter[str]:
+        """How often each order was carried out, by either version."""
+        return Counter(self.new.orders.read_text().split())
+
+
+@asynccontextmanager
+async def drill(folder: Path, *, new_runs: bool = True) -> AsyncIterator[Drill]:
+    ports = free_ports(8)
+    orders = folder / "orders"
+    orders.touch()
+    old, new = Version("old", ports[0], orders), Version("new", ports[1], orders)
+    async with AsyncExitStack() as opening:
+        opening.callback(old.end)
+        opening.callback(new.end)
+        await asyncio.gather(old.start(), *([new.start()] if new_runs else []))
+        fronts = await asyncio.gather(
+            opening.enter_async_context(front(old, new, 1.0, ports[2:5])),
+            opening.enter_async_context(front(old, new, 0.5, ports[5:8])),
+        )
+        if new_runs:
+            await asyncio.gather(*[one.new_answers() for one in fronts])
+        yield Drill(old, new, list(fronts))
+
+
+@asynccontextmanager
+async def front(old: Version, new: Version, share: float, ports: tuple[int, ...]) -> AsyncIterator[Front]:
+    listen, admin, sidecar = (Endpoint("127.0.0.1", port) for port in ports)
+    settings = EnvoySettings(
+        listen=listen,
+        admin=admin,
+        sidecar=sidecar,
+        old=(Endpoint("127.0.0.1", old.port),),
+        new=(Endpoint("127.0.0.1", new.port),),
+        try_timeout=TRY_TIMEOUT,
+        sample_safe=0.2,
+    )
+    async with (
+        RuntimeServer(sidecar.port, weights(share)) as server,
+        started(settings) as envoy,
+        users(listen.port) as load,
+    ):
+        yield Front(share, load, server, envoy)

@@ -1,0 +1,74 @@
+"""Evidence in a ledger, and what guard and ramp make of it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+from psycopg.types.json import Jsonb
+
+from abreast.v1 import steering_pb2 as pb
+from abreast.v1 import traffic_pb2
+from support_serve import Ledger, Running
+
+NOW = Duration()
+ROWS = """
+insert into abreast.pair (day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us, findings, failed_over)
+select (clock_timestamp() at time zone 'utc')::date, gen_random_uuid()::text, clock_timestamp(), %s, %s, %s, %s, %s, %s, %s, %s, %s
+from generate_series(1, %s)
+"""
+TALLY = """
+insert into abreast.tally (service, day, outcome, pairs) values ('shop', current_date, %s, %s)
+on conflict (service, day, outcome) do update set pairs = tally.pairs + excluded.pairs
+"""
+ENVOY = """
+insert into abreast.envoy_report (node, service, seen, counted, last)
+values ('edge@127.0.0.1:1', 'shop', clock_timestamp() - %s * interval '1 second', %s, '{}')
+on conflict (node, service) do update set counted = excluded.counted, seen = excluded.seen
+"""
+
+
+def add(ledger: Ledger, many: int, **given: Any) -> None:
+    """Pairs of this moment, alike unless said."""
+    row = {
+        "outcome": "match",
+        "live": "old",
+        "old_status": 200,
+        "new_status": 200,
+        "old_us": 1000,
+        "new_us": 1000,
+        "findings": [],
+        "failed_over": False,
+        **given,
+    }
+    ledger.execute("select abreast.open_day((clock_timestamp() at time zone 'utc')::date)")
+    ledger.execute(ROWS, ledger.endpoint(), *row.values(), many)
+    ledger.execute(TALLY, row["outcome"], many)
+
+
+def sampled(ledger: Ledger, beyond: int = 0, *, age: float = 0.0) -> None:
+    """Envoy has counted what the ledger has, and so many more."""
+    (written,) = ledger.execute("select coalesce(sum(pairs), 0)::int from abreast.tally")[0]
+    ledger.execute(ENVOY, age, Jsonb({"sampled": written + beyond}))
+
+
+async def set_share(sidecar: Running, share: float, actor: str = "ada") -> None:
+    await sidecar.traffic.UpdateTraffic(
+        traffic_pb2.UpdateTrafficRequest(new_share=share, actor=actor, reason="because", wait=NOW)
+    )
+
+
+async def set_guard(sidecar: Running, mode: str, **rules: Any) -> None:
+    policy = pb.GuardPolicy(mode=pb.GuardMode.Value(f"GUARD_MODE_{mode}"), **rules)
+    await sidecar.steering.SetGuard(pb.SetGuardRequest(policy=policy, actor="ada", reason="because"))
+
+
+async def events(sidecar: Running) -> list[traffic_pb2.TrafficEvent]:
+    """Newest first."""
+    asked = traffic_pb2.ListTrafficEventsRequest()
+    return list((await sidecar.traffic.ListTrafficEvents(asked)).events)
+
+
+def moment() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)

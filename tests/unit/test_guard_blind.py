@@ -1,0 +1,56 @@
+"""Whether the guard sees enough of what Envoy sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from abreast_sidecar.control.acts import Guard
+from abreast_sidecar.control.guarding import Guarding
+from abreast_sidecar.steer.flow import Gap
+from abreast_sidecar.steer.guard import Policy
+
+GUARD = Guard("shop", Policy("acting", min_completeness=0.9), None, {}, "clear", "", None, None)
+
+
+@pytest.fixture
+def look(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], str]:
+    """One look a second: requests that Envoy has counted, and that the ledger has."""
+    now = [1000.0]
+    monkeypatch.setattr("abreast_sidecar.control.guarding.time.monotonic", lambda: now[0])
+    made = Guarding(None, None, None, ())  # type: ignore[arg-type]  # only its memory is used
+
+    def one(sampled: int, arrived: int) -> str:
+        now[0] += 1
+        return made._holes(GUARD, Gap(sampled, arrived))
+
+    return one
+
+
+def test_a_whole_ledger_is_seen_whole_also_where_it_lags(look: Callable[[int, int], str]) -> None:
+    assert not any(look(100 * second, 100 * (second - 3)) for second in range(3, 200))
+
+
+def test_captures_that_stop_while_traffic_flows_are_told_within_seconds(
+    look: Callable[[int, int], str],
+) -> None:
+    for second in range(30):
+        assert not look(100 * second, 100 * second)
+
+    said = [look(3000 + 100 * second, 3000) for second in range(20)]
+
+    assert said[-1].startswith("of the last ")
+    assert said.index(next(one for one in said if one)) <= 12
+
+
+def test_it_sees_again_a_minute_after_the_hole(look: Callable[[int, int], str]) -> None:
+    told = [look(100 * second, 100 * min(second, 30)) for second in range(60)]
+    after = [look(6000 + 100 * second, 3000 + 100 * second) for second in range(90)]
+
+    assert told[-1]
+    assert not any(after[70:])
+
+
+def test_few_requests_say_nothing(look: Callable[[int, int], str]) -> None:
+    assert not any(look(second, 0) for second in range(40))
