@@ -144,4 +144,8 @@ class Housekeeping:
     async def _turn_days(self) -> None:
         async with self._database.connection() as connection:
             await open_days(connection)
-            await drop_days(connection, retention_days=self._settings.retention_days)
+            await drop_days(
+                connection,
+                retention_days=self._settings.retention_days,
+                retention_bytes=self._settings.retention_bytes,
+            )

@@ -75,7 +75,7 @@ class Web:
         for part in self.readiness.checks:
             self.metrics.ready.labels(part).set(part not in self.readiness.wrong)
         try:
-            self.metrics.ledger.tallies = await self.queries.tallies()
+            await self.metrics.ledger.read(self.queries)
         except LedgerError as error:
             log.warning("metrics show the last counts of the ledger", error=str(error))
         return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)

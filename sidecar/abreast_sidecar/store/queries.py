@@ -14,6 +14,7 @@ from abreast_sidecar.store import pages, rows
 from abreast_sidecar.store.database import Database, Row
 from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.results import (
+    Accounts,
     Drop,
     EndpointSummary,
     Evidence,
@@ -21,6 +22,7 @@ from abreast_sidecar.store.results import (
     Paged,
     Pair,
     PairDetail,
+    Poison,
     Summary,
     Window,
 )
@@ -28,6 +30,7 @@ from abreast_sidecar.store.results import (
 T = TypeVar("T")
 
 MAX_EXAMPLES = 20
+MAX_REASONS = 10  # for which entries were put apart
 MAX_REQUESTS = 300  # of those that show a finding and of the others, to find what tells them apart
 EVIDENCE = (
     "match",
@@ -77,19 +80,27 @@ class Queries:
         """Service, outcome, and rows ever written: it only grows."""
         return [(row["service"], row["outcome"], row["pairs"]) for row in await self.database.rows("tallies")]
 
+    async def accounts(self, service: str | None = None) -> list[Accounts]:
+        """Of one service, which may be unknown, or of all."""
+        return [Accounts(**row) for row in await self.database.rows("accounts", {"service": service})]
+
+    async def drops(self, service: str | None = None) -> list[Drop]:
+        return [Drop(**row) for row in await self.database.rows("drops", {"service": service})]
+
     async def summary(self, service: str, window: Window) -> Summary:
         asked = {"service": service, "windowed": window.bounded, **_bounds(window)}
         outcomes = await self.database.rows("summary_outcomes", asked)
         (counts,) = await self.database.rows("summary_counts", asked)
-        drops = await self.database.rows("summary_drops", asked)
+        (accounts,) = await self.accounts(service)
+        poison = await self.database.rows("poison_reasons", {"service": service, "limit": MAX_REASONS})
         return Summary(
             service=service,
             outcomes={row["outcome"]: row["pairs"] for row in outcomes},
             explained=sum(row["explained"] for row in outcomes),
             findings=counts["findings"],
-            envoy_sampled=counts["envoy_sampled"],
-            written=counts["written"],
-            drops=tuple(Drop(**row) for row in drops),
+            accounts=accounts,
+            drops=tuple(await self.drops(service)),
+            poison=tuple(Poison(**row) for row in poison),
             first=min((row["first"] for row in outcomes), default=None),
             last=max((row["last"] for row in outcomes), default=None),
         )
