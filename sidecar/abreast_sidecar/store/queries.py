@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from abreast_sidecar.compare.feature import Feature, Features, of_target, separating
@@ -30,6 +30,7 @@ from abreast_sidecar.store.results import (
 T = TypeVar("T")
 
 MAX_EXAMPLES = 20
+HOUR = timedelta(hours=1)
 MAX_REASONS = 10  # for which entries were put apart
 MAX_REQUESTS = 300  # of those that show a finding and of the others, to find what tells them apart
 EVIDENCE = (
@@ -89,7 +90,7 @@ class Queries:
 
     async def summary(self, service: str, window: Window) -> Summary:
         asked = {"service": service, "windowed": window.bounded, **_bounds(window)}
-        outcomes = await self.database.rows("summary_outcomes", asked)
+        outcomes = await self.database.rows("summary_outcomes", {**asked, **_hours(window)})
         (counts,) = await self.database.rows("summary_counts", asked)
         (accounts,) = await self.accounts(service)
         poison = await self.database.rows("poison_reasons", {"service": service, "limit": MAX_REASONS})
@@ -232,6 +233,22 @@ class Queries:
 
 def _bounds(window: Window) -> dict[str, datetime | None]:
     return {"start": window.start, "end": window.end}
+
+
+def _hours(window: Window) -> dict[str, datetime | None]:
+    """The whole hours of the window, and what it has of those at its two ends; all of it, where it is within one hour."""
+    first = end = head = tail = None
+    if window.start is not None:
+        first = _hour(window.start + HOUR - timedelta(microseconds=1))
+        head = first if window.end is None else min(first, window.end)
+    if window.end is not None:
+        end = _hour(window.end)
+        tail = end if first is None else max(end, first)
+    return {"first_hour": first, "end_hour": end, "head_end": head, "tail_start": tail}
+
+
+def _hour(moment: datetime) -> datetime:
+    return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
 
 
 def _list(values: Sequence[Any] | None) -> list[Any] | None:
