@@ -200,8 +200,8 @@ def main() -> None:
     if arguments.serve:
         asyncio.run(serve(int(arguments.serve[0]), arguments.serve[1]))
         return
-    for row in bench(quick=arguments.quick):
-        print(json.dumps(row))
+    for each in bench(quick=arguments.quick):
+        print(json.dumps(each))
 
 
 if __name__ == "__main__":

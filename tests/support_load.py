@@ -116,9 +116,12 @@ def agrees(postgres_url: str) -> None:
         "select coalesce(sum(cardinality(findings)), 0)::bigint from abreast.pair",
         "select sum(compared)::bigint from abreast.endpoint",
         "select count(*) from abreast.pair where outcome in ('match', 'mismatch', 'oversize')",
+        "select sum(pairs)::bigint from abreast.hour",
     )
-    tally, pairs, counted, shown, compared, comparable = (one(postgres_url, query) or 0 for query in queries)
-    assert (tally, counted, compared) == (pairs, shown, comparable)
+    tally, pairs, counted, shown, compared, comparable, hours = (
+        one(postgres_url, query) or 0 for query in queries
+    )
+    assert (tally, counted, compared, hours) == (pairs, shown, comparable, pairs)
 
 
 async def empty(redis_url: str, *, shards: int = 1, within: float = 30.0) -> None:

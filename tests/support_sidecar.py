@@ -125,6 +125,9 @@ def summary() -> api.GetSummaryResponse:
         drops=[api.DropCount(place="service", reason="queue_bytes", count=3)],
         pending=2,
         findings=7,
+        written=1293,
+        captures=api.CaptureCounts(received=2583, late=3, joined=1287, swept=6),
+        poison=[api.PoisonCount(reason="a capture of format 2 can't be read", count=4)],
     )
     made.first.FromDatetime(NOW - timedelta(minutes=12))
     made.last.FromDatetime(NOW - timedelta(seconds=2))

@@ -6,7 +6,6 @@ local due, ready, joined, stats = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local wait_ms, max_pairs, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local remember, remember_ms = tonumber(ARGV[4]), tonumber(ARGV[5])
 local REFUSED = '!' -- before the id of a pair of which a copy was refused; among those that were moved
-local FIRST = 7 / 8 -- of the bytes, for first copies
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
@@ -48,11 +47,12 @@ local function waits(hash)
   return #slots, first
 end
 
-local function refused(pair, size)
+-- Pairs that wait have a claim on bytes for their other copies, which are taken to be as large as this one.
+local function refused(pair, size, others)
   if waiting + queued >= max_pairs or redis.call('ZSCORE', joined, REFUSED .. pair) then
     return 'shed_pairs'
   end
-  if held + size > max_bytes * FIRST then
+  if held + size + (waiting + 1) * others * size > max_bytes then
     return 'shed_bytes'
   end
 end
@@ -66,9 +66,9 @@ local function take(hash, pair, slot, arms, capture)
     return 'duplicate'
   end
   -- A pair is taken as a whole or not at all: half of one would look as if a version had not answered. So there is
-  -- always a place for a further copy, and some bytes are kept for it.
+  -- always a place for a further copy, and bytes are kept for it.
   if there == 0 then
-    local why = refused(pair, #capture)
+    local why = refused(pair, #capture, arms - 1)
     if why then
       redis.call('ZADD', joined, now, REFUSED .. pair)
       return why

@@ -16,34 +16,42 @@ log = structlog.get_logger()
 
 
 class Outage:
+    """Several may share one, each by a name: it is over when all who met it have been answered again. Each waits in its
+    own time.
+    """
+
     def __init__(self, what: str, **fields: str) -> None:
         self.what = what
         self.fields = fields
-        self._wait = SHORTEST
+        self._waits: dict[str, float] = {}  # who meets it → how long to wait next
         self._since = self._logged = 0.0
 
     @property
     def on(self) -> bool:
         return self._since > 0
 
-    def begin(self, error: Exception) -> None:
+    def begin(self, error: Exception, who: str = "") -> None:
         now = time.monotonic()
         self._since = self._since or now
+        self._waits.setdefault(who, SHORTEST)
         if not self._logged or now - self._logged > REMIND:
             self._logged = now
             away = round(now - self._since, 1)
             log.warning("a server is away", server=self.what, error=str(error), seconds=away, **self.fields)
 
-    def end(self) -> None:
+    def end(self, who: str = "") -> None:
+        self._waits.pop(who, None)
+        if self._waits:
+            return
         if self.on:
             away = round(time.monotonic() - self._since, 1)
             log.info("a server is back", server=self.what, seconds=away, **self.fields)
         self._since = self._logged = 0.0
-        self._wait = SHORTEST
 
-    async def wait(self, stop: asyncio.Event) -> None:
+    async def wait(self, stop: asyncio.Event, who: str = "") -> None:
         """Longer each time, and never in step with others; ends when `stop` is set."""
-        wait, self._wait = self._wait, min(self._wait * 2, LONGEST)
+        wait = self._waits.get(who, SHORTEST)
+        self._waits[who] = min(wait * 2, LONGEST)
         await pause(stop, wait * random.uniform(0.5, 1.0))  # noqa: S311  # not a secret
 
 

@@ -16,8 +16,9 @@ log = structlog.get_logger(__name__)
 
 
 class Rulebook:
-    def __init__(self, conninfo: str, rules: Rules) -> None:
-        """`rules`: what is set apart from what people declared."""
+    def __init__(self, conninfo: str, rules: Rules, *, session: str = "") -> None:
+        """`rules`: what is set apart from what people declared. `session`: Postgres without a pooler, to be told."""
+        self._session = session or conninfo
         self._database = Database(conninfo)
         self._store = RuleStore(self._database)
         self._rules = rules
@@ -32,7 +33,7 @@ class Rulebook:
     async def open(self) -> None:
         await self._database.open()
         self._following = asyncio.create_task(
-            follow(self._database.conninfo, CHANNEL, self.refresh, name="abreast rules")
+            follow(self._session, CHANNEL, self.refresh, name="abreast rules")
         )
 
     async def close(self) -> None:

@@ -165,7 +165,7 @@ class Settings(FromEnvironment):
     postgres_session_url: str = setting(
         "",
         database_url,
-        "Postgres without the pooler, where ABREAST_POSTGRES_URL is a pooler's in transaction mode: to hear of changes at once",
+        "Postgres without the pooler, where ABREAST_POSTGRES_URL is a pooler's in transaction mode: to hear of changes at once, and to agree which sidecar steers",
     )
     grpc_listen: str = setting("127.0.0.1:50051", address, "address of the gRPC API and of Envoy's control")
     http_listen: str = setting("127.0.0.1:8090", address, "address of health, metrics and the page")

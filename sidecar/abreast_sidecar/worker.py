@@ -40,9 +40,9 @@ class Worker:
         self.alive = False
         self.last_beat = 0.0
         self._settings = settings
-        self._book = Rulebook(settings.postgres_url, Rules.ignoring(settings.volatile_headers))
-        again = AgainSettings.of(settings)
         rules = Rules.ignoring(settings.volatile_headers)
+        self._book = Rulebook(settings.postgres_url, rules, session=settings.postgres_session_url)
+        again = AgainSettings.of(settings)
         self._again = Again(again, rules, settings.postgres_url) if again else None
         self._redis = Outage("redis", worker=name)
         self._postgres = Outage("postgres", worker=name)

@@ -144,6 +144,32 @@ async def trimmed(url: str, most: int) -> None:
     await database.close()
 
 
+async def test_days_that_take_too_much_go_the_oldest_first_and_never_today(
+    connection: Connection, url: str
+) -> None:
+    ledger = Ledger(url, examples_per_finding=3)
+    now = int(time.time() * 1000)
+    for age in (0, 1, 2, 3):
+        await ledger.write([judged(at=now - age * DAY) for _ in range(50)])
+    await ledger.close()
+    await open_days(connection)
+    sizes = (
+        "select pg_total_relation_size(inhrelid) from pg_inherits where inhparent = 'abreast.pair'::regclass"
+    )
+    total = sum(size for (size,) in rows(url, sizes))
+    kept = [
+        await drop_days(connection, retention_days=14, retention_bytes=limit) for limit in (total, total - 1)
+    ]
+    left = one(
+        url, "select array_agg(distinct current_date - day order by current_date - day) from abreast.pair"
+    )
+    rest = await drop_days(connection, retention_days=14, retention_bytes=1)
+
+    assert (kept, left, rest) == ([0, 1], [0, 1, 2], 2)
+    assert one(url, "select count(*) from abreast.pair") == 50
+    assert one(url, "select sum(pairs) from abreast.tally") == 200
+
+
 async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Connection, url: str) -> None:
     ledger = Ledger(url, examples_per_finding=3)
     await ledger.write(

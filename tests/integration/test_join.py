@@ -232,7 +232,7 @@ def test_of_a_refused_pair_no_copy_is_taken_also_when_there_is_room_again(client
 def test_a_pair_that_was_taken_has_room_for_its_other_copy(client: Any) -> None:
     first, second = rows(1)
     other = ("other", *first[1:])
-    bounds = Bounds(pairs=2, bytes=40)  # for three captures, roughly
+    bounds = Bounds(pairs=2, bytes=60)  # for four captures, roughly
     replies = [join(client, [row], bounds) for row in (first, other, second)]
 
     assert [reply[0] for reply in replies] == [1, 1, 1]

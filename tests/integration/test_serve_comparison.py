@@ -151,6 +151,41 @@ async def test_drops_are_told_by_place_and_reason(sidecar: Running, ledger: Ledg
         ("service", "late_effects", 2),
         ("service", "queue_bytes", 7),
     ]
+    assert (found.captures.received, found.captures.late, found.captures.duplicate) == (100, 5, 1)
+
+
+async def test_what_redis_refused_is_told_once(sidecar: Running, ledger: Ledger) -> None:
+    """The process that had sent it counts it too. Of a Redis that lost its data the processes know more."""
+    ledger.endpoint()
+    odd = {"refused_pairs": 6, "refused_bytes": 1, "shutdown": "many"}
+    ledger.execute(
+        "insert into abreast.process_report (id, service, seen, report) values ('a', 'shop', now(), %s), ('b', 'shop', now(), %s)",
+        *(Jsonb({"dropped": odd}), Jsonb({"dropped": "none"})),
+    )
+    ledger.execute(
+        "insert into abreast.shard_report (service, shard, seen, report) values ('shop', 0, now(), %s)",
+        Jsonb({"shed_pairs": 2, "shed_bytes": 3}),
+    )
+
+    found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
+
+    assert [(drop.place, drop.reason, drop.count) for drop in found.drops] == [
+        ("redis", "shed_bytes", 3),
+        ("redis", "shed_pairs", 6),
+    ]
+
+
+async def test_what_was_put_apart_is_told_with_the_reason(sidecar: Running, ledger: Ledger) -> None:
+    ledger.endpoint()
+    for entry, reason in (("1-1", "format 2"), ("1-2", "format 2"), ("1-3", "it ends the process")):
+        ledger.execute(
+            "insert into abreast.poison (at, service, entry, reason, content) values (now(), 'shop', %s, %s, '')",
+            *(entry, reason),
+        )
+
+    found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
+
+    assert [(one.reason, one.count) for one in found.poison] == [("format 2", 2), ("it ends the process", 1)]
 
 
 async def test_endpoints_have_outcomes_and_percentiles(sidecar: Running, ledger: Ledger) -> None:

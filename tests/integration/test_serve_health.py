@@ -11,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from msgspec.structs import replace
+from psycopg.types.json import Jsonb
 
 from abreast.v1 import comparison_pb2 as pb
 from abreast_sidecar.app import Sidecar
@@ -130,11 +131,27 @@ async def test_a_port_in_use_is_one_clear_error(sidecar: Running, part: str, set
         await Sidecar(settings).run(asyncio.Event())
 
 
+def accounts(ledger: Ledger) -> None:
+    """Two rows are there, of nine requests that Envoy sampled."""
+    ledger.execute(
+        "insert into abreast.envoy_report (node, service, seen, counted, last) values ('edge', 'shop', now(), %s, '{}')",
+        Jsonb({"sampled": 9, "not_sent": 1}),
+    )
+    ledger.execute(
+        "insert into abreast.shard_report (service, shard, seen, report) values ('shop', 0, now(), %s)",
+        Jsonb({"received": 4, "late": 3, "shed_pairs": 4}),
+    )
+    ledger.execute(
+        "insert into abreast.poison (at, service, entry, reason, content) values (now(), 'shop', '1-1', 'a capture of format 2', '')"
+    )
+
+
 async def test_metrics_count_calls_pairs_and_parts(sidecar: Running) -> None:
     ledger = sidecar.ledger()
     shown = ledger.endpoint()
     ledger.pair(shown)
     ledger.pair(shown, outcome="only_old")
+    accounts(ledger)
     await sidecar.comparison.ListPairs(pb.ListPairsRequest())
     with pytest.raises(grpc.aio.AioRpcError):
         await sidecar.comparison.GetPair(pb.GetPairRequest(id="x"))
@@ -142,6 +159,11 @@ async def test_metrics_count_calls_pairs_and_parts(sidecar: Running) -> None:
     text = (await sidecar.http.get("/metrics")).text
 
     for line in (
+        'abreast_envoy_sampled_total{service="shop"} 9.0',
+        'abreast_unaccounted{service="shop"} 7.0',
+        'abreast_captures_total{fate="late",service="shop"} 3.0',
+        'abreast_dropped_captures_total{place="redis",reason="shed_pairs",service="shop"} 4.0',
+        'abreast_poison{service="shop"} 1.0',
         'abreast_rpcs_total{code="OK",method="abreast.v1.ComparisonService/ListPairs"} 1.0',
         'abreast_rpcs_total{code="INVALID_ARGUMENT",method="abreast.v1.ComparisonService/GetPair"} 1.0',
         'abreast_ledger_pairs_total{outcome="only_old",service="shop"} 1.0',

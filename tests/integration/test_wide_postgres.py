@@ -15,6 +15,7 @@ from abreast_sidecar.app import serve
 from abreast_sidecar.cli.checks import postgres as checks
 from abreast_sidecar.control import Control
 from abreast_sidecar.errors import LedgerError
+from abreast_sidecar.read.client import connect
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import database, migrate
 from abreast_sidecar.store.database import Database
@@ -75,7 +76,8 @@ async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(
     await migrate(through)
     stop, opened = asyncio.Event(), Database(through)
     await opened.open()
-    control, other = Control(opened, settings), Control(opened, settings)
+    redis = connect(redis_url)
+    control, other = Control(opened, redis, settings), Control(opened, redis, settings)
     task = asyncio.create_task(control.run(stop))
     with psycopg.connect(postgres_url, autocommit=True) as look:
 
@@ -93,6 +95,7 @@ async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(
     stop.set()
     await task
     await opened.close()
+    await redis.aclose()
 
 
 async def test_limits_hold_in_every_session_that_the_pooler_gives(

@@ -59,6 +59,8 @@ def test_status_says_how_requests_ended_and_what_is_missing() -> None:
         "sampled by Envoy  1,295  2 on their way\n"
         "pending           2      wait for a copy or a worker\n"
         "dropped           3      service queue_bytes 3\n"
+        "late              3      captures that came after their pair had been compared\n"
+        "put apart         4      a capture of format 2 can't be read\n"
         "findings          7      see: abreast findings"
     )
 

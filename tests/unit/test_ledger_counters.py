@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import time
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abreast_sidecar.housekeeping import envoy
 from abreast_sidecar.housekeeping.counters import carried_on, fell
 from abreast_sidecar.housekeeping.envoy import Look, counts, sums_of
 
@@ -62,3 +66,27 @@ def test_an_envoy_that_started_after_the_last_look_is_a_new_life_also_when_it_co
 
     assert restarted == ({"sampled": 105}, {"sampled": 112})
     assert running == ({"sampled": 100}, {"sampled": 107})
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 0.0, 3600.0])
+def test_a_jump_of_postgress_clock_counts_nothing_twice(jump: float) -> None:
+    """`age` is by that clock. This process has watched the Envoy by one that nobody sets."""
+    before = {"last": {"sampled": 5, "base": {"sampled": 100}}, "age": 1.0 + jump}
+    seen = Look("edge", "shop", uptime=900.0, counts={"sampled": 7})
+
+    assert sums_of(before, seen, sure=True) == ({"sampled": 100}, {"sampled": 107})
+
+
+def test_whose_count_fell_began_anew_however_sure_one_is() -> None:
+    before = {"last": {"sampled": 5, "base": {}}, "age": 0.5}
+
+    assert sums_of(before, Look("edge", "shop", 1.0, {"sampled": 1}), sure=True)[1] == {"sampled": 6}
+
+
+def test_an_envoy_is_known_to_have_run_on_by_this_processs_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter((1000.0, 1010.0, 1020.0, 1030.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(envoy, "WATCHED", {})
+    known = [envoy._watched(Look("edge", "shop", uptime, {})) for uptime in (50.0, 60.0, 69.0, 3.0)]
+
+    assert known == [False, True, True, False]

@@ -6,7 +6,7 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
-from abreast_sidecar.outage import LONGEST, Outage, pause
+from abreast_sidecar.outage import LONGEST, SHORTEST, Outage, pause
 
 
 def test_a_long_outage_is_logged_once_when_it_begins_and_once_when_it_ends() -> None:
@@ -35,12 +35,27 @@ def test_a_long_outage_is_brought_to_mind_now_and_then(monkeypatch: pytest.Monke
     assert len(logs) == 3
 
 
+def test_what_several_share_is_over_when_all_are_answered_again() -> None:
+    """One that gets on, while another does not, must not fill the log with goings and comings."""
+    outage = Outage("postgres")
+    with capture_logs() as logs:
+        for _ in range(5):
+            outage.begin(ConnectionError("too slow"), "one")
+            outage.end("two")
+        outage.begin(ConnectionError("too slow"), "two")
+        outage.end("one")
+        assert outage.on
+        outage.end("two")
+
+    assert [entry["event"] for entry in logs] == ["a server is away", "a server is back"]
+
+
 async def test_waits_grow_to_a_bound_and_end_at_once_when_stopping() -> None:
     outage, stop = Outage("redis"), asyncio.Event()
     stop.set()
     waits = []
     for _ in range(12):
-        waits.append(outage._wait)
+        waits.append(outage._waits.get("", SHORTEST))
         async with asyncio.timeout(1):
             await outage.wait(stop)
 

@@ -236,6 +236,78 @@ class DropCount(_message.Message):
 Global___DropCount: _TypeAlias = DropCount  # noqa: Y015
 
 @_typing.final
+class CaptureCounts(_message.Message):
+    """What became of captures in Redis, over all time and over its restarts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    DUPLICATE_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    JOINED_FIELD_NUMBER: _builtins.int
+    SWEPT_FIELD_NUMBER: _builtins.int
+    received: _builtins.int
+    """Captures that were kept."""
+    duplicate: _builtins.int
+    """Captures that came again, since a service had no answer for their batch."""
+    late: _builtins.int
+    """Captures that came after their pair had been moved: the answer of a retry, or one beyond the deadline. Their pair is in
+    the ledger without them.
+    """
+    joined: _builtins.int
+    """Pairs that were moved with all their copies."""
+    swept: _builtins.int
+    """Pairs that were moved when their time was over."""
+    def __init__(
+        self,
+        *,
+        received: _builtins.int = ...,
+        duplicate: _builtins.int = ...,
+        late: _builtins.int = ...,
+        joined: _builtins.int = ...,
+        swept: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duplicate", b"duplicate", "joined", b"joined", "late", b"late", "received", b"received", "swept", b"swept"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CaptureCounts: _TypeAlias = CaptureCounts  # noqa: Y015
+
+@_typing.final
+class PoisonCount(_message.Message):
+    """Entries that could not be compared and were put apart, for one reason. Each is an `undecodable` request of the ledger."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """The reason."""
+    count: _builtins.int
+    """Entries that are kept: up to a thousand of a service, and as long as pairs are."""
+    @_builtins.property
+    def last(self) -> _timestamp_pb2.Timestamp:
+        """When the last one came."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        count: _builtins.int = ...,
+        last: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last", b"last"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "last", b"last", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoisonCount: _TypeAlias = PoisonCount  # noqa: Y015
+
+@_typing.final
 class GetSummaryResponse(_message.Message):
     """An answer to GetSummary."""
 
@@ -252,6 +324,10 @@ class GetSummaryResponse(_message.Message):
     FINDINGS_FIELD_NUMBER: _builtins.int
     FIRST_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    WRITTEN_FIELD_NUMBER: _builtins.int
+    NOT_SENT_FIELD_NUMBER: _builtins.int
+    CAPTURES_FIELD_NUMBER: _builtins.int
+    POISON_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service."""
     pairs: _builtins.int
@@ -266,13 +342,19 @@ class GetSummaryResponse(_message.Message):
     """Pairs that wait in Redis for a copy or for a worker, now. Unset while Redis can't be reached."""
     findings: _builtins.int
     """Findings that are neither noise nor additive."""
+    written: _builtins.int
+    """Rows ever written, over all time; those that retention dropped too."""
+    not_sent: _builtins.int
+    """Copies that never left Envoy, over all time: too many were under way, or nobody was there."""
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutcomeCount]:
         """The same by outcome; outcomes without a row are left out."""
 
     @_builtins.property
     def drops(self) -> _containers.RepeatedCompositeFieldContainer[Global___DropCount]:
-        """Captures that were dropped, by place and reason, over all time. `late_effects` are effects without a capture."""
+        """Captures that were dropped, by place and reason, over all time. What Redis refused is named once, as of `redis`.
+        `late_effects` are effects without a capture.
+        """
 
     @_builtins.property
     def first(self) -> _timestamp_pb2.Timestamp:
@@ -281,6 +363,14 @@ class GetSummaryResponse(_message.Message):
     @_builtins.property
     def last(self) -> _timestamp_pb2.Timestamp:
         """The newest row in the window."""
+
+    @_builtins.property
+    def captures(self) -> Global___CaptureCounts:
+        """What became of captures in Redis, over all time."""
+
+    @_builtins.property
+    def poison(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoisonCount]:
+        """Entries that were put apart, the most frequent reasons first, at most ten."""
 
     def __init__(
         self,
@@ -296,10 +386,14 @@ class GetSummaryResponse(_message.Message):
         findings: _builtins.int = ...,
         first: _timestamp_pb2.Timestamp | None = ...,
         last: _timestamp_pb2.Timestamp | None = ...,
+        written: _builtins.int = ...,
+        not_sent: _builtins.int = ...,
+        captures: Global___CaptureCounts | None = ...,
+        poison: _abc.Iterable[Global___PoisonCount] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "envoy_sampled", b"envoy_sampled", "first", b"first", "last", b"last", "pending", b"pending", "unaccounted", b"unaccounted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "envoy_sampled", b"envoy_sampled", "first", b"first", "last", b"last", "pending", b"pending", "unaccounted", b"unaccounted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "drops", b"drops", "envoy_sampled", b"envoy_sampled", "explained", b"explained", "findings", b"findings", "first", b"first", "last", b"last", "outcomes", b"outcomes", "pairs", b"pairs", "pending", b"pending", "service", b"service", "unaccounted", b"unaccounted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "drops", b"drops", "envoy_sampled", b"envoy_sampled", "explained", b"explained", "findings", b"findings", "first", b"first", "last", b"last", "not_sent", b"not_sent", "outcomes", b"outcomes", "pairs", b"pairs", "pending", b"pending", "poison", b"poison", "service", b"service", "unaccounted", b"unaccounted", "written", b"written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__envoy_sampled: _TypeAlias = _typing.Literal["envoy_sampled"]  # noqa: Y015
     _WhichOneofArgType__envoy_sampled: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled"]  # noqa: Y015

@@ -28,6 +28,7 @@ from abreast_sidecar.cli.tables import Console, console, outcome_name, styled, t
 
 EMPTY = "nothing has been compared yet; send requests through Envoy, and if this stays so: abreast doctor"
 
+LONGEST_REASON = 120  # characters
 CALM, CALM_SHARE = (
     20,
     0.01,
@@ -132,6 +133,13 @@ def _accounts(summary: api.GetSummaryResponse) -> Table:
         f"{printable(d.place)} {printable(d.reason)} {count(d.count)}" for d in summary.drops if d.count
     )
     made.add_row("dropped", styled(count(drops), "fail" if drops else ""), by_reason)
+    late = summary.captures.late
+    if late:
+        made.add_row("late", count(late), "captures that came after their pair had been compared")
+    if summary.not_sent:
+        made.add_row("not sent", count(summary.not_sent), "copies that never left Envoy")
+    for one in summary.poison:
+        made.add_row("put apart", styled(count(one.count), "fail"), printable(one.reason, LONGEST_REASON))
     made.add_row("findings", count(summary.findings), "see: abreast findings" if summary.findings else "")
     return made
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import time
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,7 @@ from abreast_sidecar.housekeeping.counters import carried_on, fell
 from abreast_sidecar.store.clean import clean, json_text
 from abreast_sidecar.store.database import Connection, statement
 
-LOCK = 0x616272657003
+LOCK = 0x61627265 << 32  # and the address, so that of several Envoys none waits for another
 TIMEOUT = 2.0  # seconds for one question
 SHADOWS = ("old_shadow", "new_shadow")
 COPIES = (*SHADOWS, "old_baseline")
@@ -35,6 +37,10 @@ NOT_SENT = (
 )
 FILTER = rf"^cluster\.({'|'.join(COPIES)})\.({'|'.join((SENT, *NOT_SENT))})$"
 NAME_LIMIT = 200  # characters
+SLACK = 1.0  # seconds: Envoy says whole ones
+WATCHED: dict[
+    str, tuple[float, float]
+] = {}  # node → when this process looked last (monotonic), and its uptime then
 
 
 class EnvoyError(SidecarError):
@@ -105,7 +111,9 @@ def counts(stats: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 async def bring_envoy(connection: Connection, address: str) -> None:
     """Write an Envoy's counts, cumulative over its restarts. Any number of sidecars may do it at once; one does."""
     async with connection.transaction():
-        cursor = await connection.execute(statement("lock_try"), {"lock": LOCK})
+        cursor = await connection.execute(
+            statement("lock_try"), {"lock": LOCK | zlib.crc32(address.encode())}
+        )
         row = await cursor.fetchone()
         if not row or not row["locked"]:
             return
@@ -113,17 +121,28 @@ async def bring_envoy(connection: Connection, address: str) -> None:
         key = {"node": seen.node, "service": seen.service}
         cursor = await connection.execute(statement("envoy_report"), key)
         before = await cursor.fetchone()
-        base, sums = sums_of(before, seen)
+        base, sums = sums_of(before, seen, sure=_watched(seen))
         last = {**seen.counts, "base": base}
         reports = {"counted": json_text(sums).decode(), "last": json_text(last).decode()}
         await connection.execute(statement("envoy_report_put"), {**key, **reports})
 
 
-def sums_of(before: Mapping[str, Any] | None, seen: Look) -> tuple[dict[str, int], dict[str, int]]:
+def _watched(seen: Look) -> bool:
+    """Whether it has run since this process looked last, by a clock that nobody sets."""
+    now = time.monotonic()
+    before, up = WATCHED.get(seen.node, (now, float("inf")))
+    WATCHED[seen.node] = (now, seen.uptime)
+    return seen.uptime + SLACK >= up + (now - before)
+
+
+def sums_of(
+    before: Mapping[str, Any] | None, seen: Look, *, sure: bool = False
+) -> tuple[dict[str, int], dict[str, int]]:
+    """`sure`: it is known to be the same life, also where Postgres's clock, which may be set, says otherwise."""
     if before is None:
         return carried_on({}, {}, seen.counts, same_life=True)
     last = {name: value for name, value in before["last"].items() if name != "base"}
     # Envoy says whole seconds: of a restart within one, only what had counted more than the new life shows it.
     started_since = seen.uptime + 1 < before["age"]
-    same_life = not started_since and not fell(last, seen.counts)
+    same_life = (sure or not started_since) and not fell(last, seen.counts)
     return carried_on(before["last"].get("base", {}), last, seen.counts, same_life=same_life)

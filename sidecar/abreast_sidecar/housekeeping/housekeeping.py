@@ -102,21 +102,21 @@ class Housekeeping:
             try:
                 await chore.turn()
             except RedisError as error:
-                outage = self._away("redis", error)
+                outage = self._away("redis", error, chore)
             except LedgerError as error:
-                outage = self._away("postgres", error)
+                outage = self._away("postgres", error, chore)
             except EnvoyError as error:
-                outage = self._away(chore.servers[-1], error)
+                outage = self._away(chore.servers[-1], error, chore)
             except Exception:
                 log.exception("a chore failed", chore=chore.name)
             else:
                 for server in chore.servers:
-                    self._outages[server].end()
-            await (outage.wait(stop) if outage else pause(stop, chore.period))
+                    self._outages[server].end(chore.name)
+            await (outage.wait(stop, chore.name) if outage else pause(stop, chore.period))
 
-    def _away(self, server: str, error: Exception) -> Outage:
+    def _away(self, server: str, error: Exception, chore: Chore) -> Outage:
         outage = self._outages[server]
-        outage.begin(error)
+        outage.begin(error, chore.name)
         return outage
 
     async def _sweep(self) -> None:
@@ -172,4 +172,8 @@ class Housekeeping:
     async def _turn_days(self) -> None:
         async with self._database.connection() as connection:
             await open_days(connection)
-            await drop_days(connection, retention_days=self._settings.retention_days)
+            await drop_days(
+                connection,
+                retention_days=self._settings.retention_days,
+                retention_bytes=self._settings.retention_bytes,
+            )

@@ -16,8 +16,10 @@ async def open_days(connection: Connection) -> None:
     await connection.execute(statement("days_open"))
 
 
-async def drop_days(connection: Connection, *, retention_days: int) -> int:
-    """Drop pairs, examples, samples and poison that are older; return how many days went. Tallies and findings stay."""
+async def drop_days(connection: Connection, *, retention_days: int, retention_bytes: int = 0) -> int:
+    """Drop pairs, examples, samples and poison that are older, then the oldest days while all take more than `retention_bytes`
+    (0: no limit); never today. Return how many days went. Tallies and findings stay.
+    """
     dropped = 0
     async with connection.transaction():
         cursor = await connection.execute(statement("lock_try"), {"lock": LOCK})
@@ -26,9 +28,16 @@ async def drop_days(connection: Connection, *, retention_days: int) -> int:
             return 0
         await connection.execute(statement("poison_drop"), {"days": retention_days})
         await connection.execute(statement("samples_drop"), {"days": retention_days})
-        cursor = await connection.execute(statement("days_old"), {"days": retention_days})
+        asked = {"days": retention_days, "bytes": retention_bytes}
+        cursor = await connection.execute(statement("days_old"), asked)
         for old in await cursor.fetchall():
             await connection.execute(statement("day_drop"), {"day": old["day"]})
-            log.info("a day's pairs are dropped", day=old["day"].isoformat(), retention_days=retention_days)
+            log.info(
+                "a day's pairs are dropped",
+                day=old["day"].isoformat(),
+                bytes=old["bytes"],
+                retention_days=retention_days,
+                retention_bytes=retention_bytes,
+            )
             dropped += 1
     return dropped

@@ -51,16 +51,14 @@ def endpoint(found: Endpoint) -> common_pb2.Endpoint:
 
 
 def summary(found: Summary, *, pending: int | None, bounded: bool) -> comparison_pb2.GetSummaryResponse:
-    unaccounted = None
-    if found.envoy_sampled is not None and not bounded:
-        unaccounted = found.envoy_sampled - found.written
+    accounts = found.accounts
     return comparison_pb2.GetSummaryResponse(
         service=found.service,
         pairs=found.pairs,
         outcomes=outcomes(found.outcomes),
         explained=found.explained,
-        envoy_sampled=found.envoy_sampled,
-        unaccounted=unaccounted,
+        envoy_sampled=accounts.envoy_sampled,
+        unaccounted=None if bounded else accounts.unaccounted,
         drops=[
             comparison_pb2.DropCount(place=drop.place, reason=drop.reason, count=drop.count)
             for drop in found.drops
@@ -69,6 +67,19 @@ def summary(found: Summary, *, pending: int | None, bounded: bool) -> comparison
         findings=found.findings,
         first=timestamp(found.first),
         last=timestamp(found.last),
+        written=accounts.written,
+        not_sent=accounts.not_sent,
+        captures=comparison_pb2.CaptureCounts(
+            received=accounts.received,
+            duplicate=accounts.duplicate,
+            late=accounts.late,
+            joined=accounts.joined,
+            swept=accounts.swept,
+        ),
+        poison=[
+            comparison_pb2.PoisonCount(reason=one.reason, count=one.count, last=timestamp(one.last))
+            for one in found.poison
+        ],
     )
 
 

@@ -13,6 +13,8 @@ from abreast_sidecar.control.acts import Guard
 from abreast_sidecar.control.steering import Steering
 from abreast_sidecar.steer.guard import MODES
 from abreast_sidecar.steer.ramp import Ramp
+from abreast_sidecar.store.queries import Queries
+from abreast_sidecar.store.results import Accounts, Drop
 
 BUCKETS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)  # seconds
 
@@ -48,6 +50,13 @@ class LedgerCounts(Collector):
 
     def __init__(self) -> None:
         self.tallies: list[tuple[str, str, int]] = []
+        self.accounts: list[Accounts] = []
+        self.drops: list[Drop] = []
+
+    async def read(self, queries: Queries) -> None:
+        """Raise LedgerError; then the last counts stay."""
+        self.tallies = await queries.tallies()
+        self.accounts, self.drops = await queries.accounts(), await queries.drops()
 
     def collect(self) -> Iterable[Metric]:
         pairs = CounterMetricFamily(
@@ -58,6 +67,47 @@ class LedgerCounts(Collector):
         for service, outcome, count in self.tallies:
             pairs.add_metric([service, outcome], count)
         yield pairs
+        yield from self._held_against_envoy()
+        yield self._captures()
+        yield self._dropped()
+
+    def _held_against_envoy(self) -> Iterable[Metric]:
+        sampled = CounterMetricFamily(
+            "abreast_envoy_sampled", "sampled requests by Envoy's own count", labels=["service"]
+        )
+        unaccounted = GaugeMetricFamily(
+            "abreast_unaccounted", "sampled requests without a row: on their way, or lost", labels=["service"]
+        )
+        poison = GaugeMetricFamily(
+            "abreast_poison", "entries that could not be compared and are kept apart", labels=["service"]
+        )
+        for one in self.accounts:
+            poison.add_metric([one.service], one.poison)
+            if one.envoy_sampled is not None and one.unaccounted is not None:
+                sampled.add_metric([one.service], one.envoy_sampled)
+                unaccounted.add_metric([one.service], one.unaccounted)
+        return sampled, unaccounted, poison
+
+    def _captures(self) -> Metric:
+        captures = CounterMetricFamily(
+            "abreast_captures",
+            "captures that came to Redis, by what became of them",
+            labels=["service", "fate"],
+        )
+        for one in self.accounts:
+            for fate, count in (("received", one.received), ("duplicate", one.duplicate), ("late", one.late)):
+                captures.add_metric([one.service, fate], count)
+        return captures
+
+    def _dropped(self) -> Metric:
+        dropped = CounterMetricFamily(
+            "abreast_dropped_captures",
+            "captures that were lost, by where and why",
+            labels=["service", "place", "reason"],
+        )
+        for one in self.drops:
+            dropped.add_metric([one.service, one.place, one.reason], one.count)
+        return dropped
 
 
 class TrafficValues(Collector):

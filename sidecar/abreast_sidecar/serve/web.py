@@ -84,7 +84,7 @@ class Web:
         for part in self.readiness.checks:
             self.metrics.ready.labels(part).set(part not in self.readiness.wrong)
         try:
-            self.metrics.ledger.tallies = await self.queries.tallies()
+            await self.metrics.ledger.read(self.queries)
             self.metrics.steering.guards = await self.steerers.guards()
             self.metrics.steering.ramps = await self.steerers.ramps()
             self.metrics.steering.webhooks = await self.queries.webhooks()

@@ -1,7 +1,7 @@
 """Writes judged pairs into the ledger: a batch is one transaction, and a batch that comes twice counts once.
 
-Order of locks, the same in every worker: the rules (shared), pairs by id, findings by id, examples, tallies, endpoints by id,
-samples.
+Order of locks, the same in every worker: the rules (shared), pairs by id, findings by id, examples, tallies, hours,
+endpoints by id, samples.
 """
 
 from __future__ import annotations
@@ -209,6 +209,8 @@ class Ledger:
             if new:
                 given = json_text(rollup.tally()).decode()
                 await connection.execute(statement("tally_add"), {"given": given})
+                given = json_text(list(rollup.hours.values())).decode()
+                await connection.execute(statement("hours_add"), {"given": given})
             if rollup.endpoints:
                 await _count_endpoints(connection, rollup)
             sampled = self._samples.choose(

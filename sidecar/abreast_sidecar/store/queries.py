@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from abreast_sidecar.compare.feature import LEAST, Feature, Features, of_target, separating
@@ -14,6 +14,7 @@ from abreast_sidecar.store import pages, rows
 from abreast_sidecar.store.database import Database, Row
 from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.results import (
+    Accounts,
     Drop,
     EndpointSummary,
     Evidence,
@@ -22,6 +23,7 @@ from abreast_sidecar.store.results import (
     Paged,
     Pair,
     PairDetail,
+    Poison,
     Summary,
     Window,
 )
@@ -31,6 +33,8 @@ T = TypeVar("T")
 MAX_EXAMPLES = 20
 MAX_EVENTS = 50
 MAX_LISTED = 10  # releases of a finding
+HOUR = timedelta(hours=1)
+MAX_REASONS = 10  # for which entries were put apart
 MAX_REQUESTS = 300  # of those that show a finding and of the others, to find what tells them apart
 EVIDENCE = (
     "match",
@@ -88,19 +92,27 @@ class Queries:
         (row,) = await self.database.rows("webhook_counts")
         return dict(row)
 
+    async def accounts(self, service: str | None = None) -> list[Accounts]:
+        """Of one service, which may be unknown, or of all."""
+        return [Accounts(**row) for row in await self.database.rows("accounts", {"service": service})]
+
+    async def drops(self, service: str | None = None) -> list[Drop]:
+        return [Drop(**row) for row in await self.database.rows("drops", {"service": service})]
+
     async def summary(self, service: str, window: Window) -> Summary:
         asked = {"service": service, "windowed": window.bounded, **_bounds(window)}
-        outcomes = await self.database.rows("summary_outcomes", asked)
+        outcomes = await self.database.rows("summary_outcomes", {**asked, **_hours(window)})
         (counts,) = await self.database.rows("summary_counts", asked)
-        drops = await self.database.rows("summary_drops", asked)
+        (accounts,) = await self.accounts(service)
+        poison = await self.database.rows("poison_reasons", {"service": service, "limit": MAX_REASONS})
         return Summary(
             service=service,
             outcomes={row["outcome"]: row["pairs"] for row in outcomes},
             explained=sum(row["explained"] for row in outcomes),
             findings=counts["findings"],
-            envoy_sampled=counts["envoy_sampled"],
-            written=counts["written"],
-            drops=tuple(Drop(**row) for row in drops),
+            accounts=accounts,
+            drops=tuple(await self.drops(service)),
+            poison=tuple(Poison(**row) for row in poison),
             first=min((row["first"] for row in outcomes), default=None),
             last=max((row["last"] for row in outcomes), default=None),
         )
@@ -258,6 +270,22 @@ class Queries:
 
 def _bounds(window: Window) -> dict[str, datetime | None]:
     return {"start": window.start, "end": window.end}
+
+
+def _hours(window: Window) -> dict[str, datetime | None]:
+    """The whole hours of the window, and what it has of those at its two ends; all of it, where it is within one hour."""
+    first = end = head = tail = None
+    if window.start is not None:
+        first = _hour(window.start + HOUR - timedelta(microseconds=1))
+        head = first if window.end is None else min(first, window.end)
+    if window.end is not None:
+        end = _hour(window.end)
+        tail = end if first is None else max(end, first)
+    return {"first_hour": first, "end_hour": end, "head_end": head, "tail_start": tail}
+
+
+def _hour(moment: datetime) -> datetime:
+    return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
 
 
 def _list(values: Sequence[Any] | None) -> list[Any] | None:

@@ -37,9 +37,40 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
+    service: str
     place: str  # service or redis
     reason: str
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Poison:
+    """Entries that could not be compared and were put apart."""
+
+    reason: str
+    count: int
+    last: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """Of a service over all time: rows that retention dropped count too. `received` to `late` are captures."""
+
+    service: str
+    envoy_sampled: int | None
+    not_sent: int  # copies that never left Envoy
+    written: int
+    received: int
+    duplicate: int
+    late: int
+    joined: int
+    swept: int
+    poison: int  # entries that are kept apart
+
+    @property
+    def unaccounted(self) -> int | None:
+        """Sampled requests without a row: on their way, or lost."""
+        return None if self.envoy_sampled is None else self.envoy_sampled - self.written
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +79,9 @@ class Summary:
     outcomes: Mapping[str, int]
     explained: int
     findings: int
-    envoy_sampled: int | None  # over all time, as `written`: rows that retention dropped count too
-    written: int
+    accounts: Accounts
     drops: tuple[Drop, ...]
+    poison: tuple[Poison, ...]
     first: datetime | None
     last: datetime | None
 

@@ -1,7 +1,4 @@
 select
-    (select sum((counted->>'sampled')::bigint)::bigint from abreast.envoy_report where service = %(service)s)
-        as envoy_sampled,
-    (select coalesce(sum(pairs), 0)::bigint from abreast.tally where service = %(service)s) as written,
     (
         select count(*)
         from abreast.finding f join abreast.endpoint e on e.id = f.endpoint_id

@@ -1,0 +1,181 @@
+"""Services under load, and killed: users notice nothing, and each sampled request is in the account by some name."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from time import perf_counter
+
+import psycopg
+import pytest
+from psycopg.types.json import Jsonb
+
+from abreast.middleware import ParallelRunMiddleware
+from abreast.recorder import Receive, Scope, Send
+from abreast_sidecar.housekeeping import Housekeeping
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import migrate
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.queries import ALL_TIME, Queries
+from abreast_sidecar.store.results import Summary
+from support import eventually_async
+from support_load import agrees
+from support_middleware import call, http_scope, marks
+from support_pairs import SERVICE, outcomes, running
+
+TESTS = Path(__file__).parents[1]
+PROCESS = """
+import asyncio, sys
+from abreast.middleware import ParallelRunMiddleware
+from support_middleware import call, http_scope, marks
+
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"answer"})
+
+async def main(url, version, role, interval, *pairs):
+    target = ParallelRunMiddleware(
+        app, service="shop", redis_url=url, ship_interval=float(interval), pair_timeout=1.0
+    )
+    for pair in pairs:
+        await call(target, http_scope("/", headers=marks(pair, version=version, role=role)))
+    print("asked", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"answer"})
+
+
+@asynccontextmanager
+async def sidecar(settings: Settings) -> AsyncIterator[None]:
+    stop = asyncio.Event()
+    housekeeping = asyncio.create_task(Housekeeping(settings).run(stop))
+    async with running(settings):
+        yield
+    stop.set()
+    await housekeeping
+
+
+async def summary(settings: Settings) -> Summary:
+    database = Database(settings.postgres_url)
+    await database.open()
+    try:
+        return await Queries(database).summary(SERVICE, ALL_TIME)
+    finally:
+        await database.close()
+
+
+def envoy_counted(url: str, sampled: int) -> None:
+    with psycopg.connect(url) as connection:
+        connection.execute(
+            "insert into abreast.envoy_report (node, service, seen, counted, last) values ('edge', 'shop', now(), %s, '{}')",
+            (Jsonb({"sampled": sampled}),),
+        )
+
+
+@asynccontextmanager
+async def service(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A process that has answered its requests, and holds or has sent their captures. It is killed at the end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", PROCESS, *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+    )
+    assert process.stdout is not None
+    try:
+        assert await process.stdout.readline() == b"asked\n"
+        yield process
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_what_a_killed_service_held_is_known_by_envoys_count(redis_url: str, postgres_url: str) -> None:
+    """Of 45 requests 15 lack the copy that the process held, and of 5 it held both."""
+    await migrate(postgres_url)
+    settings = Settings(redis_url=redis_url, postgres_url=postgres_url)
+    whole, half, gone = ([str(uuid.uuid4()) for _ in range(number)] for number in (25, 15, 5))
+    envoy_counted(postgres_url, 45)
+    async with (
+        sidecar(settings),
+        service(redis_url, "old", "live", "0.01", *whole, *half),
+        service(redis_url, "new", "shadow", "0.01", *whole),
+    ):
+        async with (
+            service(redis_url, "new", "shadow", "50", *half, *gone),
+            service(redis_url, "old", "live", "50", *gone),
+        ):
+            pass  # killed here
+
+        async def all_there() -> bool:
+            return sum(outcomes(postgres_url).values()) == 40
+
+        await eventually_async(all_there, what="40 rows")
+    found = await summary(settings)
+
+    assert found.outcomes == {"match": 25, "only_old": 15}
+    assert found.accounts.unaccounted == 5
+    assert sum(found.outcomes.values()) + found.accounts.unaccounted == found.accounts.envoy_sampled
+    agrees(postgres_url)
+
+
+@pytest.mark.parametrize("bound", [{"redis_pairs": 60}, {"redis_bytes": 60_000}])
+async def test_with_the_sidecar_away_users_notice_nothing_and_the_account_is_whole(
+    redis_url: str, postgres_url: str, bound: dict[str, int]
+) -> None:
+    await migrate(postgres_url)
+    settings = Settings(redis_url=redis_url, postgres_url=postgres_url)
+    old, new = (
+        ParallelRunMiddleware(app, service="shop", redis_url=redis_url, pair_timeout=1.0, **bound)  # type: ignore[arg-type]  # a bound
+        for _ in range(2)
+    )
+    slowest, asked = 0.0, 300
+    for _ in range(asked):
+        pair = str(uuid.uuid4())
+        for target, version, role in ((old, "old", "live"), (new, "new", "shadow")):
+            began = perf_counter()
+            sent, raised = await call(
+                target, http_scope("/", headers=marks(pair, version=version, role=role))
+            )
+            slowest = max(slowest, perf_counter() - began)
+            assert raised is None
+            assert sent[1]["body"] == b"answer"
+    await old.aclose()
+    await new.aclose()
+    envoy_counted(postgres_url, asked)
+    refused = old.backlog.dropped.total() + new.backlog.dropped.total()
+    async with sidecar(settings):
+
+        async def told() -> bool:
+            found = await summary(settings)
+            return found.accounts.received > 0 and sum(drop.count for drop in found.drops) == refused
+
+        await eventually_async(told, what="refusals are told")
+
+        async def all_there() -> bool:
+            return 2 * outcomes(postgres_url).get("match", 0) + lonely(postgres_url) + refused == 2 * asked
+
+        await eventually_async(all_there, what="what was taken has its rows")
+    found = await summary(settings)
+
+    assert slowest < 0.2
+    assert refused > asked
+    assert found.accounts.unaccounted == asked - sum(found.outcomes.values())
+    assert lonely(postgres_url) <= 5
+    agrees(postgres_url)
+
+
+def lonely(url: str) -> int:
+    found = outcomes(url)
+    return found.get("only_old", 0) + found.get("only_new", 0)

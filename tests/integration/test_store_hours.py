@@ -1,0 +1,77 @@
+"""What is counted by hours is what counting the rows would give, in any window."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+
+from abreast_sidecar.store import Ledger, migrate
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.queries import Queries
+from abreast_sidecar.store.results import Window
+from support_pairs import SERVICE, difference, judged, one, rows
+
+pytestmark = pytest.mark.postgres
+
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+SPAN = 40 * 3600  # seconds
+OUTCOMES = ("match", "mismatch", "only_old")
+WINDOWS = 40
+
+
+def made(generator: random.Random) -> list[tuple[datetime, str]]:
+    """Some on the very hour, where windows begin and end too."""
+    moments = [
+        NOON
+        + timedelta(seconds=generator.choice((generator.randrange(SPAN), 3600 * generator.randrange(40))))
+        for _ in range(300)
+    ]
+    return [(moment, generator.choice(OUTCOMES)) for moment in moments]
+
+
+async def test_a_summary_of_any_window_counts_what_is_inside(postgres_url: str) -> None:
+    await migrate(postgres_url)
+    generator = random.Random(5)
+    pairs = made(generator)
+    ledger = Ledger(postgres_url, examples_per_finding=1)
+    batch = [
+        judged(
+            [difference()] if outcome == "mismatch" else [], outcome=outcome, at=round(at.timestamp() * 1000)
+        )
+        for at, outcome in pairs
+    ]
+    for _ in range(2):  # a batch that comes twice counts once
+        await ledger.write(batch)
+    await ledger.close()
+    database = Database(postgres_url)
+    await database.open()
+    edges = [None, *(at for at, _ in pairs), *(NOON + timedelta(hours=hour) for hour in range(40))]
+    windows = [Window(), *(Window(generator.choice(edges), generator.choice(edges)) for _ in range(WINDOWS))]
+    for window in windows:
+        found = await Queries(database).summary(SERVICE, window)
+        inside = [
+            (at, outcome)
+            for at, outcome in pairs
+            if (window.start is None or at >= window.start) and (window.end is None or at < window.end)
+        ]
+
+        assert found.outcomes == Counter(outcome for _, outcome in inside)
+        assert (found.first, found.last) == ((min(inside)[0], max(inside)[0]) if inside else (None, None))
+    await database.close()
+
+
+async def test_hours_go_with_their_day(postgres_url: str) -> None:
+    await migrate(postgres_url)
+    ledger = Ledger(postgres_url, examples_per_finding=1)
+    for hours in (0, 11, 12, 30):
+        await ledger.write([judged(at=round((NOON + timedelta(hours=hours)).timestamp() * 1000))])
+    await ledger.close()
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("select abreast.drop_day('2026-01-31')")
+
+    assert one(postgres_url, "select sum(pairs) from abreast.hour") == 2
+    assert rows(postgres_url, "select count(*) from abreast.pair") == [(2,)]

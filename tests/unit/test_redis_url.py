@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+from redis.asyncio import Redis, RedisCluster
+
+from abreast.redis_url import WANTED, Address, connect, parse
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "nodes", "name", "server"),
+    [
+        ("redis://u:p@h:1/2", "server", (), "", "redis://u:p@h:1/2"),
+        ("redis+cluster://h", "cluster", (("h", 6379),), "", "redis://h:6379/0"),
+        ("rediss+cluster://u:p@a:7000,b", "cluster", (("a", 7000), ("b", 6379)), "", "rediss://u:p@a:7000/0"),
+        ("redis+sentinel://a,[::1]:5/main", "sentinel", (("a", 26379), ("::1", 5)), "main", "redis://a:26379/0"),
+        ("redis+sentinel://a/main/3?health_check_interval=2", "sentinel", (("a", 26379),), "main", "redis://a:26379/3?health_check_interval=2"),
+    ],
+)  # fmt: skip
+def test_every_form_is_read(
+    url: str, kind: str, nodes: tuple[tuple[str, int], ...], name: str, server: str
+) -> None:
+    found = parse(url)
+
+    assert (found.kind, found.nodes, found.name, found.server) == (kind, nodes, name, server)
+
+
+def test_the_sentinels_have_a_user_of_their_own_and_no_password_is_shown() -> None:
+    found = parse("redis+sentinel://u:hunter1@h/main?sentinel_username=s&sentinel_password=hunter2")
+
+    assert found.sentinel == {"username": "s", "password": "hunter2"}
+    assert found.server == "redis://u:hunter1@h:26379/0"
+    assert "hunter" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://h",
+        "redis+ring://h",
+        "unix+cluster://h",
+        "redis+cluster://",
+        "redis+cluster://h/1",
+        "redis+cluster://h:port",
+        "redis+sentinel://h",
+        "redis+sentinel://h/main/x",
+        "redis+sentinel://h/main/0/more",
+    ],
+)
+def test_anything_else_is_refused_with_what_is_wanted(url: str) -> None:
+    with pytest.raises(ValueError, match=r"^a URL such as") as caught:
+        parse(url)
+
+    assert str(caught.value) == WANTED
+
+
+async def test_clients_open_nothing_before_they_are_used() -> None:
+    urls = ("redis://127.0.0.1:1", "redis+cluster://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/main")
+    made = [connect(url, timeout=1, connect_timeout=1) for url in urls]
+    for client in made:
+        await client.aclose()
+
+    assert [isinstance(client, RedisCluster) for client in made] == [False, True, False]
+    assert isinstance(made[2], Redis)
+    assert isinstance(parse(urls[0]), Address)
