@@ -68,7 +68,7 @@ def request(*, sampled: bool, number: int) -> bytes:
 
 
 @contextlib.contextmanager
-def service(kind: str, port: int, folder: Path, redis_url: str) -> Iterator[int]:
+def service(kind: str, port: int, folder: Path, redis_url: str) -> Iterator[ServerProcess]:
     server = ServerProcess.start(
         kind,
         [sys.executable, SERVICE, str(port), kind],
@@ -77,7 +77,7 @@ def service(kind: str, port: int, folder: Path, redis_url: str) -> Iterator[int]
         environment={"ABREAST_REDIS_URL": redis_url},
     )
     try:
-        yield port
+        yield server
     finally:
         server.stop()
 
@@ -86,11 +86,9 @@ def throughput(runs: int, seconds: float) -> dict[str, list[float]]:
     """Requests a second of each variant, by round."""
     found: dict[str, list[float]] = {variant.name: [] for variant in VARIANTS}
     with RedisServer() as server, TemporaryDirectory() as folder, contextlib.ExitStack() as opening:
-        kinds = dict.fromkeys(variant.kind for variant in VARIANTS)
-        ports = {
-            kind: opening.enter_context(service(kind, free_port(), Path(folder), server.url))
-            for kind in kinds
-        }
+        ports = {variant.kind: free_port() for variant in VARIANTS}
+        for kind, port in ports.items():
+            opening.enter_context(service(kind, port, Path(folder), server.url))
         with redis.Redis.from_url(server.url) as client:
             for number in range(runs + 1):
                 for variant in VARIANTS:

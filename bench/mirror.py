@@ -50,15 +50,18 @@ class Round:
 
 
 @contextlib.contextmanager
-def deployed() -> Iterator[Stack]:
+def deployed() -> Iterator[tuple[Stack, dict[str, int]]]:
+    """The stack, and the processes of both versions."""
     old, new = (Endpoint("127.0.0.1", free_port()) for _ in range(2))
     listen = Endpoint("127.0.0.1", 0)
     envoy = EnvoySettings(service="bench", listen=listen, old=(old,), new=(new,), sample_safe=0.0)
     with TemporaryDirectory() as folder, Stack(envoy) as stack, contextlib.ExitStack() as opening:
-        for version in (old, new):
-            opening.enter_context(service("abreast", version.port, Path(folder), stack.redis_url))
+        pids = {
+            name: opening.enter_context(service("abreast", at.port, Path(folder), stack.redis_url)).pid
+            for name, at in (("old", old), ("new", new))
+        }
         _await_healthy(stack.admin_url)
-        yield stack
+        yield stack, pids
 
 
 def _await_healthy(admin: str) -> None:
@@ -130,7 +133,7 @@ async def _rounds(stack: Stack, count: int, seconds: float) -> list[Round]:
 
 
 def rows(*, quick: bool = False) -> list[Row]:
-    with deployed() as stack:
+    with deployed() as (stack, _pids):
         found = asyncio.run(_rounds(stack, *((2, 1.5) if quick else (5, 4.0))))
     per_mille = {"p50": 0.5, "p99": 0.99}
     times = [

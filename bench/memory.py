@@ -1,0 +1,149 @@
+"""Memory of every process under load: python bench/memory.py [--minutes 10] [--rate 150].
+
+The stack of bench/mirror.py with every request mirrored, at a steady rate; what each process holds (resident, with its
+children's, in MiB) is read once a second, and drawn into bench/memory.svg. `memory_NAME_mib` is the median of the last
+tenth of the time (min and max of the whole), `memory_NAME_growth` how much more that is than the median of the second
+tenth, as a share: near 0 where memory is bounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from asgi import request
+from load import Users
+from mirror import deployed, sample
+from rows import Row
+
+from abreast_sidecar.embedded.stack import Stack
+
+USERS = 8
+PLOT = Path(__file__).with_name("memory.svg")
+COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#555555")
+WIDTH, HEIGHT, LEFT, BELOW, LEGEND = 760, 300, 60, 40, 130
+MIB = 2**20
+
+
+def children() -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:  # it has ended meanwhile
+                continue
+            found.setdefault(parent, []).append(int(entry.name))
+    return found
+
+
+def resident(pid: int, below: Mapping[int, Sequence[int]]) -> float:
+    """MiB. What processes share is counted once: by their proportional set size."""
+    held = 0.0
+    for one in (pid, *below.get(pid, ())):
+        try:
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        held += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / MIB
+    return held
+
+
+async def watch(stack: Stack, pids: Mapping[str, int], minutes: float, rate: float) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in pids}
+    await sample(stack, 1.0)
+    async with Users(
+        stack.envoy_settings.listen.port, lambda number: request(sampled=False, number=number), count=USERS
+    ) as users:
+        load = asyncio.create_task(users.pace(rate, minutes * 60))
+        until = time.monotonic() + minutes * 60
+        while time.monotonic() < until and not load.done():
+            below = children()
+            for name, pid in pids.items():
+                found[name].append(resident(pid, below))
+            await asyncio.sleep(1.0)
+        answers = await load
+    if answers.errors:
+        raise RuntimeError(f"users saw {answers.errors} errors")
+    return found
+
+
+def processes(stack: Stack, versions: Mapping[str, int]) -> dict[str, int]:
+    found = {name: server.server.pid for name, server in stack.servers.items() if server.server is not None}
+    return {**found, **versions}
+
+
+def row(name: str, values: Sequence[float]) -> list[Row]:
+    tenth = max(1, len(values) // 10)
+    early, late = statistics.median(values[tenth : 2 * tenth] or values), statistics.median(values[-tenth:])
+    return [
+        {
+            "name": f"memory_{name}_mib",
+            "value": round(late, 1),
+            "unit": "MiB",
+            "min": round(min(values), 1),
+            "max": round(max(values), 1),
+            "runs": 1,
+        },
+        {
+            "name": f"memory_{name}_growth",
+            "value": round(late / early - 1, 3),
+            "unit": "",
+            "min": round(late / early - 1, 3),
+            "max": round(late / early - 1, 3),
+            "runs": 1,
+        },
+    ]
+
+
+def plot(found: Mapping[str, Sequence[float]], minutes: float) -> str:
+    """Lines over time, as SVG."""
+    most = max(max(values) for values in found.values()) * 1.1
+    across, up = WIDTH - LEFT - LEGEND, HEIGHT - BELOW
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="11">',
+        f'<path d="M{LEFT} 0V{up}H{LEFT + across}" fill="none" stroke="#999"/>',
+    ]
+    for step in range(5):
+        y = up - up * step / 5
+        parts.append(f'<text x="{LEFT - 6}" y="{y:.0f}" text-anchor="end">{most * step / 5:.0f} MiB</text>')
+        parts.append(
+            f'<text x="{LEFT + across * step / 5:.0f}" y="{up + 16}">{minutes * step / 5:.1f} min</text>'
+        )
+    for number, (name, values) in enumerate(found.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        points = " ".join(
+            f"{LEFT + across * n / max(1, len(values) - 1):.1f},{up - up * value / most:.1f}"
+            for n, value in enumerate(values)
+        )
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
+        y = 14 + 16 * number
+        parts.append(
+            f'<text x="{WIDTH - LEGEND + 8}" y="{y}" fill="{colour}">{name} {values[-1]:.0f} MiB</text>'
+        )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def rows(minutes: float = 10.0, rate: float = 150.0) -> list[Row]:
+    with deployed() as (stack, versions):
+        found = asyncio.run(watch(stack, processes(stack, versions), minutes, rate))
+    PLOT.write_text(plot(found, minutes))
+    return [one for name, values in found.items() for one in row(name, values)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--rate", type=float, default=150.0)
+    arguments = parser.parse_args()
+    for each in rows(arguments.minutes, arguments.rate):
+        print(json.dumps(each))
+
+
+if __name__ == "__main__":
+    main()
