@@ -45,7 +45,7 @@ class ReadOnce(Shop):
 
     def __init__(self, database_url: str) -> None:
         super().__init__(database_url, "redis://127.0.0.1:1/0")
-        self.cache = _Kept()  # type: ignore[assignment]  # has the one method that is called
+        self.cache = _Kept()  # type: ignore[assignment]  # has the two methods that are called
         self._found: dict[str, list[Any]] = {}
 
     async def search(self, statement: str, pattern: str) -> list[Any]:
@@ -58,12 +58,12 @@ class _Kept:
     def __init__(self) -> None:
         self._rows: dict[str, Any] = {}
 
-    async def through(self, key: str, load: Callable[[], Any]) -> Any:
+    async def get(self, key: str, load: Callable[[], Any]) -> Any:
         if key not in self._rows:
             self._rows[key] = await load()
         return self._rows[key]
 
-    async def close(self) -> None:
+    async def aclose(self) -> None:
         return
 
 

@@ -57,6 +57,18 @@ def test_docs_name_only_variables_that_exist(page: Path) -> None:
     assert named <= _known_variables()
 
 
+def test_no_two_parts_share_an_advisory_lock() -> None:
+    """They would wait for each other, or one of them would never have its turn."""
+    locks = [
+        number
+        for module in (ROOT / "sidecar").rglob("*.py")
+        for number in re.findall(r"^LOCK = (0x[0-9a-f]+)", module.read_text(), re.MULTILINE)
+    ]
+
+    assert len(locks) >= 9
+    assert len(set(locks)) == len(locks)
+
+
 def test_the_bare_package_brings_redis_and_one_json_library() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

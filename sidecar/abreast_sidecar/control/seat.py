@@ -19,7 +19,7 @@ from psycopg.rows import dict_row
 from abreast_sidecar.errors import LedgerError
 from abreast_sidecar.store.database import CONNECT_TIMEOUT, Connection, statement, translated
 
-LOCK = 0x616272657007
+LOCK = 0x616272657010
 BEAT = 0.5  # seconds between two signs of life
 IDLE = 4  # seconds without one, after which Postgres ends the session
 ANSWER = 3.0  # seconds that Postgres gets for anything that is asked here

@@ -30,6 +30,7 @@ from abreast_sidecar.store.database import Connection, Row, statement
 from abreast_sidecar.store.examples import differences_json
 from abreast_sidecar.store.judged import DAY, Judged
 from abreast_sidecar.store.releases import OTHER as OTHER_RELEASE
+from abreast_sidecar.store.rollup import HOUR
 from abreast_sidecar.store.rules import named, of_rows
 
 LOCK = 0x616272657007
@@ -173,7 +174,7 @@ async def _write_pairs(
     held: InForce,
 ) -> None:
     pairs, examples = [], []
-    tally: Counter[tuple[str, int, str]] = Counter()
+    recounted: list[tuple[Row, str]] = []  # with the outcome that it has now
     for row, judged, now in zip(rows, again, after, strict=True):
         outcome = row["outcome"] if judged is None else judged.outcome
         key = {"day": row["day"].isoformat(), "id": row["id"]}
@@ -182,16 +183,36 @@ async def _write_pairs(
         if judged is not None:
             examples.append({**key, "differences": orjson.loads(differences_json(judged))})
         if outcome != row["outcome"]:
-            day = round(row["at"].timestamp() * 1000) // DAY
-            tally[row["service"], day, row["outcome"]] -= 1
-            tally[row["service"], day, outcome] += 1
+            recounted.append((row, outcome))
     await connection.execute(statement("rejudge_pairs"), {"given": json_text(pairs).decode()})
     if examples:
         await connection.execute(statement("rejudge_examples"), {"given": json_text(examples).decode()})
-    if tally:
-        names = ("service", "day", "outcome")
-        given = [{**dict(zip(names, key, strict=True)), "pairs": pairs} for key, pairs in tally.items()]
-        await connection.execute(statement("tally_add"), {"given": json_text(given).decode()})
+    if recounted:
+        await _recount(connection, recounted)
+
+
+async def _recount(connection: Connection, changed: Sequence[tuple[Row, str]]) -> None:
+    """Move pairs between outcomes in what is counted by them."""
+    tally: Counter[tuple[str, int, str]] = Counter()
+    hours = []
+    for row, outcome in changed:
+        at = round(row["at"].timestamp() * 1000)
+        for name, pairs in ((row["outcome"], -1), (outcome, 1)):
+            tally[row["service"], at // DAY, name] += pairs
+            hours.append(
+                {
+                    "endpoint_id": row["endpoint_id"],
+                    "hour": at // HOUR,
+                    "outcome": name,
+                    "pairs": pairs,
+                    "first_ms": at,
+                    "last_ms": at,
+                }
+            )
+    names = ("service", "day", "outcome")
+    days = [{**dict(zip(names, key, strict=True)), "pairs": pairs} for key, pairs in tally.items()]
+    await connection.execute(statement("tally_add"), {"given": json_text(days).decode()})
+    await connection.execute(statement("hours_add"), {"given": json_text(hours).decode()})
 
 
 def _reason(row: Row, now: Places, held: InForce) -> str:
