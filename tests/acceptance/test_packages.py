@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BARE = ("redis", "hiredis", "msgspec")
+BARE = ("redis", "hiredis", "msgspec", "orjson")
 OLDER_PYTHON = ("async_timeout",)  # redis needs it below 3.11.3
 CLIENT = (*BARE, "grpc", "google", "typing_extensions.py")
 

@@ -69,10 +69,10 @@ def test_no_two_parts_share_an_advisory_lock() -> None:
     assert len(set(locks)) == len(locks)
 
 
-def test_the_bare_package_brings_redis_and_one_json_library() -> None:
+def test_the_bare_package_brings_redis_and_what_writes_json() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-    assert [re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]] == ["msgspec", "redis"]
+    assert [re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]] == ["msgspec", "orjson", "redis"]
 
 
 def test_the_lock_names_no_place_to_download_from() -> None:

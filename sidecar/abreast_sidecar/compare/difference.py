@@ -93,7 +93,7 @@ class Rules:
     volatile_headers: frozenset[str] = VOLATILE_HEADERS  # lower case
     max_differences: int = 200  # of one pair; what is beyond says nothing new
     max_decoded: int = 16 * 1024 * 1024  # bytes of a compressed body, decoded
-    max_work: int = 400_000  # steps (compare.effort): what is beyond is compared as a whole
+    max_work: int = 600_000  # steps (compare.effort): what is beyond is compared as a whole
     declared: RuleSet | None = None  # those of the user that hold today
 
     @classmethod
