@@ -73,6 +73,9 @@ def run(options: Options, listener: Listener) -> Result | None:
 
 
 def _end_as_ctrl_c_does() -> None:
+    """Let SIGTERM, and a terminal that closes, do what Ctrl-C does. A script's `&` has SIGINT ignored, which is undone."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for other in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(other) is not signal.SIG_IGN:  # as under nohup
             signal.signal(other, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
