@@ -72,7 +72,11 @@ def test_no_two_parts_share_an_advisory_lock() -> None:
 def test_the_bare_package_brings_redis_and_what_writes_json() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-    assert [re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]] == ["msgspec", "orjson", "redis"]
+    assert [re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]] == [
+        "msgspec",
+        "orjson",
+        "redis",
+    ]
 
 
 def test_the_lock_names_no_place_to_download_from() -> None:
