@@ -251,11 +251,13 @@ class Queries:
         ids: Sequence[int] | None = None,
     ) -> list[Row]:
         _, after_rank, after_count, after_id = place or (None, None, None, None)
+        windowed = wanted.window.bounded or bool(wanted.release)
         asked = {
             **asdict(wanted),
             **{name: _list(getattr(wanted, name)) for name in ("parts", "kinds", "impacts")},
             **_bounds(wanted.window),
-            "windowed": wanted.window.bounded or bool(wanted.release),
+            **_counted(wanted.window, as_of, windowed),
+            "windowed": windowed,
             "most_releases": MAX_LISTED,
             "as_of": as_of,
             "ids": _list(ids),
@@ -270,6 +272,14 @@ class Queries:
 
 def _bounds(window: Window) -> dict[str, datetime | None]:
     return {"start": window.start, "end": window.end}
+
+
+def _counted(window: Window, as_of: datetime, windowed: bool) -> dict[str, Any]:
+    """Where a listing of that moment counts: what was compared until then; what shows in the window, or else since then."""
+    until = as_of if window.end is None else min(window.end, as_of)
+    shown = (window.start or "-infinity", until) if windowed else (as_of, "infinity")
+    hours = _hours(Window(window.start, until))
+    return {**hours, "until": until, "shown_from": shown[0], "shown_until": shown[1]}
 
 
 def _hours(window: Window) -> dict[str, datetime | None]:

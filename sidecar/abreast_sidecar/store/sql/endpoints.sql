@@ -43,9 +43,10 @@ cross join lateral (
               then g.count > 0 and g.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                and g.first_seen < coalesce(%(end)s::timestamptz, 'infinity')
               when %(windowed)s
-          then exists (
-              select from abreast.pair p
-              where p.findings @> array[g.id]
+          then g.id in (
+              select unnest(p.findings)
+              from abreast.pair p
+              where p.findings <> '{}'
                 and (%(start)s::timestamptz is null or p.at >= %(start)s)
                 and (%(end)s::timestamptz is null or p.at < %(end)s)
           )

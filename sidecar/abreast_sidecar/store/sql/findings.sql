@@ -1,5 +1,6 @@
 -- Counts are those of the moment `as_of`, when the first page was asked for, so that the pages of one listing fit
--- together while traffic goes on: all time is the counter without what came since; a window is counted from rows.
+-- together while traffic goes on: all time is the counter without what came since; a window is counted from rows,
+-- once for all findings. What was compared is summed from whole hours, and from rows at the two ends.
 with candidate as (
     select f.*, e.service, e.method, e.route, e.compared as compared_ever,
            case f.impact when 'breaking' then 0 when 'value' then 1 else 2 end as rank
@@ -16,6 +17,21 @@ with candidate as (
       and (%(include_settled)s or %(only_explained)s or f.status not in ('expected', 'fixed'))
       and (not %(only_explained)s or f.status in ('expected', 'fixed') or (f.state = 'noise' and f.status <> 'confirmed'))
 ),
+showing as materialized (
+    select shown.id, count(*) as pairs
+    from abreast.pair p
+    cross join lateral (select distinct unnest(p.findings) as id) shown
+    where p.findings <> '{}' and p.at >= %(shown_from)s and p.at < %(shown_until)s
+      and (%(release)s = '' or p.new_release = %(release)s)
+      and (%(ids)s::bigint[] is null or p.findings && %(ids)s::bigint[])
+    group by shown.id
+),
+since as materialized (
+    select endpoint_id, count(*) as pairs
+    from abreast.pair
+    where at >= %(as_of)s and outcome in ('match', 'mismatch', 'oversize') and not %(windowed)s
+    group by endpoint_id
+),
 counted as (
     select c.*,
            case
@@ -23,24 +39,14 @@ counted as (
                    when c.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                     and c.first_seen < coalesce(%(end)s::timestamptz, 'infinity') then c.count
                    else 0 end
-               when %(windowed)s then (
-                   select count(*) from abreast.pair p
-                   where p.findings @> array[c.id] and p.at < %(as_of)s
-                     and (%(release)s = '' or p.new_release = %(release)s)
-                     and (%(start)s::timestamptz is null or p.at >= %(start)s)
-                     and (%(end)s::timestamptz is null or p.at < %(end)s)
-               )
-               else c.count - (
-                   select count(*) from abreast.pair p where p.findings @> array[c.id] and p.at >= %(as_of)s
-               )
+               when %(windowed)s then coalesce(s.pairs, 0)
+               else c.count - coalesce(s.pairs, 0)
            end as shown,
            -- Of all time; rows may have been dropped since.
-           case when %(windowed)s then 0 else c.compared_ever - (
-               select count(*) from abreast.pair p
-               where p.endpoint_id = c.endpoint_id and p.outcome in ('match', 'mismatch', 'oversize')
-                 and p.at >= %(as_of)s
-           ) end as counted
+           case when %(windowed)s then 0 else c.compared_ever - coalesce(e.pairs, 0) end as counted
     from candidate c
+    left join showing s on s.id = c.id
+    left join since e on e.endpoint_id = c.endpoint_id
 ),
 page as (
     select *
@@ -52,22 +58,46 @@ page as (
       and (%(after_id)s::bigint is null or (rank, -shown, id) > (%(after_rank)s, -%(after_count)s::bigint, %(after_id)s))
     order by rank, shown desc, id
     limit %(limit)s
+),
+compared as materialized (
+    select endpoint_id, sum(pairs)::bigint as pairs
+    from (
+        select endpoint_id, pairs
+        from abreast.hour
+        where %(release)s = '' and endpoint_id in (select endpoint_id from page)
+          and outcome in ('match', 'mismatch', 'oversize')
+          and (%(first_hour)s::timestamptz is null or hour >= %(first_hour)s)
+          and hour < %(end_hour)s
+        union all
+        select endpoint_id, 1
+        from abreast.pair
+        where %(release)s = '' and endpoint_id in (select endpoint_id from page)
+          and outcome in ('match', 'mismatch', 'oversize')
+          and at >= %(start)s::timestamptz and at < %(head_end)s::timestamptz
+        union all
+        select endpoint_id, 1
+        from abreast.pair
+        where %(release)s = '' and endpoint_id in (select endpoint_id from page)
+          and outcome in ('match', 'mismatch', 'oversize')
+          and at >= %(tail_start)s::timestamptz and at < %(until)s::timestamptz
+        union all
+        select endpoint_id, 1
+        from abreast.pair
+        where %(release)s <> '' and endpoint_id in (select endpoint_id from page) and new_release = %(release)s
+          and outcome in ('match', 'mismatch', 'oversize')
+          and (%(start)s::timestamptz is null or at >= %(start)s)
+          and at < %(until)s::timestamptz
+    ) every
+    group by endpoint_id
 )
 select p.id, p.service, p.method, p.route, p.part, p.path, p.kind, p.impact, p.shown as count, p.rank,
        p.baseline_count, p.state, p.reason, p.drift, p.first_seen, p.last_seen, p.detail,
-       p.status, greatest(c.compared, p.counted) as compared, r.old_releases, r.new_releases,
+       p.status, greatest(coalesce(c.pairs, 0), p.counted) as compared, r.old_releases, r.new_releases,
        coalesce(
            (select reason from abreast.finding_event where finding_id = p.id order by id desc limit 1), ''
        ) as status_reason
 from page p
-cross join lateral (
-    select count(*) as compared
-    from abreast.pair q
-    where q.endpoint_id = p.endpoint_id and q.outcome in ('match', 'mismatch', 'oversize') and q.at < %(as_of)s
-      and (%(release)s = '' or q.new_release = %(release)s)
-      and (%(start)s::timestamptz is null or q.at >= %(start)s)
-      and (%(end)s::timestamptz is null or q.at < %(end)s)
-) c
+left join compared c on c.endpoint_id = p.endpoint_id
 cross join lateral (
     select array(
                select label from abreast.release

@@ -7,9 +7,10 @@ select
               then f.count > 0 and f.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                and f.first_seen < coalesce(%(end)s::timestamptz, 'infinity')
               when %(windowed)s
-              then exists (
-                  select from abreast.pair p
-                  where p.findings @> array[f.id]
+              then f.id in (
+                  select unnest(p.findings)
+                  from abreast.pair p
+                  where p.findings <> '{}'
                     and (%(start)s::timestamptz is null or p.at >= %(start)s)
                     and (%(end)s::timestamptz is null or p.at < %(end)s)
               )
