@@ -23,7 +23,7 @@ MOST_ENTRIES = 200  # of a request; those beyond are counted
 MOST_BYTES = 64 * 1024  # of a request's payloads; of those beyond a digest is kept
 MOST_NAME = 200  # characters of a kind and of a key
 MOST_DEPTH = 50  # of a payload that orjson does not take
-OPTIONS = orjson.OPT_NON_STR_KEYS
+OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS  # sorted: of long payloads only a digest is compared
 
 Redact = Callable[[Any], Any]
 
@@ -102,7 +102,7 @@ def written(payload: Any) -> bytes:
     try:
         return orjson.dumps(payload, default=_plain, option=OPTIONS)
     except (TypeError, ValueError, RecursionError):  # integers beyond 64 bits, lone surrogates, circles
-        return orjson.dumps(_readable(payload, 0))
+        return orjson.dumps(_readable(payload, 0), option=orjson.OPT_SORT_KEYS)
 
 
 def _plain(value: Any) -> Any:
@@ -119,10 +119,18 @@ def _plain(value: Any) -> Any:
         return sorted(value, key=repr)
     if isinstance(value, tuple | list):
         return list(value)
-    dump = getattr(value, "model_dump", None)  # pydantic's
-    return (
-        dump(mode="json") if callable(dump) else f"<{type(value).__qualname__}>"
-    )  # never an address in memory
+    return _dumped(value)
+
+
+def _dumped(value: Any) -> Any:
+    """A pydantic model's own form; of all else the type, never an address in memory."""
+    try:
+        dump = getattr(value, "model_dump", None)
+        if callable(dump):
+            return dump(mode="json")
+    except Exception:  # noqa: BLE001, S110  # users' code; the effect is recorded all the same
+        pass
+    return f"<{type(value).__qualname__}>"
 
 
 def _readable(value: Any, depth: int) -> Any:

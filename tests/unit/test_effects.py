@@ -454,3 +454,18 @@ async def test_effects_of_concurrent_requests_stay_apart() -> None:
     requests = await asyncio.gather(*(asyncio.create_task(request(name)) for name in "abc"))
 
     assert [[record["payload"] for record in records(now)] for now in requests] == [["a"], ["b"], ["c"]]
+
+
+def test_the_order_in_which_a_payload_was_filled_says_nothing() -> None:
+    """Of long payloads only a digest is compared."""
+    assert written({"a": 1, "b": {1, 2}}) == written({"b": {2, 1}, "a": 1})
+    assert written({"b": 2**70, "a": 1}) == written({"a": 1, "b": 2**70})
+
+
+def test_a_payload_whose_own_form_fails_is_recorded_by_its_type() -> None:
+    class Order:
+        def model_dump(self, **_options: object) -> object:
+            raise KeyError("id")
+
+    assert written({"order": Order()}).startswith(b'{"order":"<')
+    assert written([2**70, Order()]).startswith(b'["1180591620717411303424","<')
