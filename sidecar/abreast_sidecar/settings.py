@@ -231,3 +231,8 @@ class Settings(FromEnvironment):
     def __post_init__(self) -> None:
         if self.webhook_urls and not self.webhook_secret:
             raise SettingError("ABREAST_WEBHOOK_SECRET must be set where ABREAST_WEBHOOK_URLS is")
+
+    @property
+    def session_url(self) -> str:
+        """Postgres for what needs a session of its own: to listen, and to hold a lock."""
+        return self.postgres_session_url or self.postgres_url

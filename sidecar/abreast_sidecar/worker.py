@@ -41,7 +41,7 @@ class Worker:
         self.last_beat = 0.0
         self._settings = settings
         rules = Rules.ignoring(settings.volatile_headers)
-        self._book = Rulebook(settings.postgres_url, rules, session=settings.postgres_session_url)
+        self._book = Rulebook(settings.postgres_url, rules, session=settings.session_url)
         again = AgainSettings.of(settings)
         self._again = Again(again, rules, settings.postgres_url) if again else None
         self._redis = Outage("redis", worker=name)

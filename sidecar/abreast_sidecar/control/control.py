@@ -49,7 +49,7 @@ class Control:
         self.envoys = Envoys()
         self.news = Bell()  # a state changed
         self.closing = asyncio.Event()
-        self._conninfo = settings.postgres_session_url or settings.postgres_url
+        self._conninfo = settings.session_url
         self._initial = initial(settings)
         self._held: dict[str, Held] = {}
         self.brakes = Brakes(self.journal, redis, self._initial, learn=self.learn, changed=self.news.ring)

@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 class Steering:
     def __init__(self, settings: Settings, control: Control, pending: Pending) -> None:
-        self.seat = Seat(settings.postgres_session_url or settings.postgres_url)
+        self.seat = Seat(settings.session_url)
         self._database = Database(settings.postgres_url)
         self._guarding = Guarding(self._database, self.seat, control, settings.envoy_admin)
         self._ramping = Ramping(self._database, self.seat, control, pending, settings.envoy_admin)

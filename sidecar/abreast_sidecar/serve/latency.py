@@ -4,14 +4,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
-
 from abreast.v1 import common_pb2, latency_pb2_grpc
 from abreast.v1 import latency_pb2 as pb
 from abreast_sidecar.compare.paired import Paired, paired, split
 from abreast_sidecar.control import Control
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.serve import arguments
+from abreast_sidecar.serve.values import duration
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.latencies import timings
 from abreast_sidecar.store.results import Endpoint
@@ -50,12 +49,12 @@ def _message(found: Paired) -> pb.PairedLatency:
     return pb.PairedLatency(
         pairs=found.pairs,
         percentiles=[
-            pb.LatencyPercentile(share=one.share, old=_time(one.old_us), new=_time(one.new_us))
+            pb.LatencyPercentile(share=one.share, old=duration(one.old_us), new=duration(one.new_us))
             for one in found.sides
         ],
         differences=[
             pb.LatencyDifference(
-                share=one.share, value=_time(one.value), low=_time(one.low), high=_time(one.high)
+                share=one.share, value=duration(one.value), low=duration(one.low), high=duration(one.high)
             )
             for one in found.differences_us
         ],
@@ -64,11 +63,3 @@ def _message(found: Paired) -> pb.PairedLatency:
             for one in found.ratios
         ],
     )
-
-
-def _time(us: float | None) -> Duration | None:
-    if us is None:
-        return None
-    made = Duration()
-    made.FromMicroseconds(round(us))
-    return made
