@@ -13,6 +13,8 @@ from pathlib import Path
 
 from abreast_sidecar.embedded import free_port
 
+WITHIN = 30.0  # seconds that a condition gets unless said otherwise: only a test that fails waits so long
+
 __all__ = ["eventually", "eventually_async", "free_port", "free_ports", "frozen"]
 
 
@@ -25,7 +27,7 @@ def free_ports(number: int) -> tuple[int, ...]:
         return tuple(probe.getsockname()[1] for probe in probes)
 
 
-def eventually(condition: Callable[[], bool], *, within: float = 15.0, what: str = "the condition") -> None:
+def eventually(condition: Callable[[], bool], *, within: float = WITHIN, what: str = "the condition") -> None:
     """Wait for a condition; fail with its name when it does not come true in time."""
     deadline = time.monotonic() + within
     while not condition():
@@ -35,7 +37,7 @@ def eventually(condition: Callable[[], bool], *, within: float = 15.0, what: str
 
 
 async def eventually_async(
-    condition: Callable[[], Awaitable[bool]], *, within: float = 15.0, what: str = "the condition"
+    condition: Callable[[], Awaitable[bool]], *, within: float = WITHIN, what: str = "the condition"
 ) -> None:
     deadline = time.monotonic() + within
     while not await condition():

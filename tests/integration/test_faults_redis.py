@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
@@ -95,13 +92,10 @@ async def test_it_may_stop_for_a_while(postgres_url: str) -> None:
             await empty(started.url)
 
 
-@contextmanager
-def killed(started: RedisServer) -> Iterator[Thread]:
-    """In the block it is gone; the thread brings it back."""
+def kill(started: RedisServer) -> None:
     assert started.server is not None
     started.server.process.send_signal(signal.SIGKILL)
     started.server.process.wait()
-    yield Thread(target=started.start)
 
 
 async def test_killed_with_an_append_only_file_it_loses_nothing(postgres_url: str, tmp_path: Path) -> None:
@@ -123,8 +117,8 @@ async def test_killed_with_an_append_only_file_it_loses_nothing(postgres_url: st
 
 
 def bring_back(started: RedisServer) -> None:
-    with killed(started):
-        started.start()
+    kill(started)
+    started.start()
 
 
 async def test_killed_without_persistence_it_loses_what_it_held_and_no_more(postgres_url: str) -> None:
@@ -134,8 +128,10 @@ async def test_killed_without_persistence_it_loses_what_it_held_and_no_more(post
         load = Load(started.url)
         async with running(settings(started, postgres_url)), loading(load, PAIRS):
             await reach(postgres_url, 100)
+            kill(started)
+            await refused(load)  # so that all that it has ever taken is known
             before = set(load.pairs)
-            await asyncio.to_thread(bring_back, started)
+            await asyncio.to_thread(started.start)
         async with running(settings(started, postgres_url)):
             await eventually_async(lambda: all_after(postgres_url, load, before), what="the rest arrives")
             await empty(started.url)
