@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.queries import FindingFilter, Queries
+from abreast_sidecar.store.results import Window
 from support import eventually_async, free_port
 from support_pairs import one, pair_of, rows, running, send, stats
 
@@ -140,13 +142,22 @@ async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str)
         await decide_noise(connection)
     listed = (await Queries(database).findings(FindingFilter(only_explained=True), Page(10))).rows
     counted = (await Queries(database).findings(FindingFilter(), Page(10))).rows
+    today = FindingFilter(only_explained=True, window=Window(datetime.now(UTC) - timedelta(hours=1)))
+    in_window = (await Queries(database).findings(today, Page(10))).rows
+    shown = await Queries(database).pair(pair)
     await database.close()
 
     assert found.stock(pair) == (False, True)
     assert one(postgres_url, "select count from abreast.finding where path = '$.stock'") == 0
     assert "drift of state" in one(postgres_url, "select reason from abreast.pair")
     assert [one.path for one in counted if one.path == "$.stock"] == []
-    assert ["1 more was drift" in one.reason for one in listed if one.path == "$.stock"] == [True]
+    (stock,) = (one for one in listed if one.path == "$.stock")
+    assert [(why.cause, why.pairs) for why in stock.explanations] == [("drift", 1)]
+    assert "$.stock" in {one.path for one in in_window}
+    assert (shown.pair.drift, [one.drift for one in shown.differences if one.path == "$.stock"]) == (
+        (stock.id,),
+        [True],
+    )
     assert (method, path, headers["x-abreast-again"]) == ("GET", "/products/7", "1")
     assert captures == 2  # those that were sent; the services' middleware sent none
 

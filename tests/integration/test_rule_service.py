@@ -254,6 +254,7 @@ async def test_a_rule_works_at_once_and_its_pairs_stay_visible(sidecar: Running,
     assert {row.explained_by for row in shown.examples[0].differences if row.path == "$.id"} == {made.rule.id}
     summary = await sidecar.comparison.GetSummary(comparison_pb2.GetSummaryRequest(service="shop"))
     assert summary.explained == 1
+    await stays_listed(sidecar, finding, made.rule)
 
     await calls(sidecar).DeleteRule(pb.DeleteRuleRequest(id=made.rule.id))
 
@@ -262,6 +263,31 @@ async def test_a_rule_works_at_once_and_its_pairs_stay_visible(sidecar: Running,
         return bool(found.finding.count == 4 and not found.explained_by)
 
     await eventually_async(back, what="the finding is back")
+
+
+async def stays_listed(sidecar: Running, finding: int, made: pb.Rule) -> None:
+    """Apart, with the reason; in a window too."""
+    day = common.TimeWindow()
+    day.start.FromDatetime(dt.datetime.now(dt.UTC) - dt.timedelta(days=1))
+    for window in (None, day):
+        asked = comparison_pb2.ListFindingsRequest(only_explained=True, window=window)
+        listed = [one for one in (await sidecar.comparison.ListFindings(asked)).findings if one.id == finding]
+        everything = comparison_pb2.ListFindingsRequest(include_settled=True, window=window)
+        open_ones = comparison_pb2.ListFindingsRequest(include_noise=True, window=window)
+
+        ((why,),) = ([*one.explanations] for one in listed)
+        assert (why.cause, why.pairs) == (comparison_pb2.EXPLANATION_CAUSE_RULE, 4)
+        assert (why.rule_id, why.rule_name, why.owner, why.reason) == (
+            *(made.id, made.name, made.owner, made.reason),
+        )
+        assert finding in {one.id for one in (await sidecar.comparison.ListFindings(everything)).findings}
+        assert finding not in {one.id for one in (await sidecar.comparison.ListFindings(open_ones)).findings}
+    pairs = await sidecar.comparison.ListPairs(comparison_pb2.ListPairsRequest(finding_id=finding))
+    assert len(pairs.pairs) == 4
+    _, shown, _ = await abreast(sidecar, "findings", "--explained")
+    assert re.search(rf"\b{finding}  rule +4 .*{re.escape(made.reason)}", shown)
+    page = (await sidecar.http.get("/")).text
+    assert page.index("Explained") < page.index(f"rule {made.id} (")
 
 
 FILE = """

@@ -127,7 +127,8 @@ def test_findings_are_one_row_each_when_piped() -> None:
 
 
 def test_noise_is_marked_and_services_are_named_where_there_are_several() -> None:
-    other = prepared.finding(13, noise=True)
+    noise = api.FindingExplanation(cause=api.EXPLANATION_CAUSE_NOISE, pairs=83)
+    other = prepared.finding(13, noise=True, explanations=[noise])
     other.endpoint.service = "cart"
     text = printed(findings.show, api.ListFindingsResponse(findings=[prepared.finding(), other]), width=400)
 

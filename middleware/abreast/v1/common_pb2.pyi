@@ -339,6 +339,7 @@ class Difference(_message.Message):
     NEW_FIELD_NUMBER: _builtins.int
     NOISE_FIELD_NUMBER: _builtins.int
     EXPLAINED_BY_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
     part: Global___Part.ValueType
     """Where in the answer."""
     path: _builtins.str
@@ -357,6 +358,8 @@ class Difference(_message.Message):
     """Whether the finding that it belongs to is noise."""
     explained_by: _builtins.int
     """The rule that explains it, as in ListRules. 0: none."""
+    drift: _builtins.bool
+    """Whether it was drift of state, as asking again told."""
     def __init__(
         self,
         *,
@@ -369,10 +372,11 @@ class Difference(_message.Message):
         new: _builtins.str | None = ...,
         noise: _builtins.bool = ...,
         explained_by: _builtins.int = ...,
+        drift: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_new", b"_new", "_old", b"_old", "new", b"new", "old", b"old"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_new", b"_new", "_old", b"_old", "explained_by", b"explained_by", "impact", b"impact", "kind", b"kind", "new", b"new", "noise", b"noise", "old", b"old", "part", b"part", "path", b"path", "place", b"place"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_new", b"_new", "_old", b"_old", "drift", b"drift", "explained_by", b"explained_by", "impact", b"impact", "kind", b"kind", "new", b"new", "noise", b"noise", "old", b"old", "part", b"part", "path", b"path", "place", b"place"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__new: _TypeAlias = _typing.Literal["new"]  # noqa: Y015
     _WhichOneofArgType__new: _TypeAlias = _typing.Literal["_new", b"_new"]  # noqa: Y015

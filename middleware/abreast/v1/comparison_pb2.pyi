@@ -87,6 +87,46 @@ VERDICT_SUBJECT_COMPLETENESS: VerdictSubject.ValueType  # 5
 """Sampled requests whose outcome is evidence."""
 Global___VerdictSubject: _TypeAlias = VerdictSubject  # noqa: Y015
 
+class _ExplanationCause:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExplanationCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExplanationCause.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXPLANATION_CAUSE_UNSPECIFIED: _ExplanationCause.ValueType  # 0
+    """Not said."""
+    EXPLANATION_CAUSE_NOISE: _ExplanationCause.ValueType  # 1
+    """Old differs from itself as often."""
+    EXPLANATION_CAUSE_SHAPE: _ExplanationCause.ValueType  # 2
+    """Such values always differ: fresh ids, tokens, times of the moment. No baseline copy was needed to tell."""
+    EXPLANATION_CAUSE_RULE: _ExplanationCause.ValueType  # 3
+    """A rule."""
+    EXPLANATION_CAUSE_DRIFT: _ExplanationCause.ValueType  # 4
+    """Drift of state: asked again, both versions agreed."""
+    EXPLANATION_CAUSE_EXPECTED: _ExplanationCause.ValueType  # 5
+    """Somebody said that it is expected."""
+    EXPLANATION_CAUSE_FIXED: _ExplanationCause.ValueType  # 6
+    """Somebody said that it is fixed."""
+
+class ExplanationCause(_ExplanationCause, metaclass=_ExplanationCauseEnumTypeWrapper):
+    """Why pairs that show a finding count against no verdict."""
+
+EXPLANATION_CAUSE_UNSPECIFIED: ExplanationCause.ValueType  # 0
+"""Not said."""
+EXPLANATION_CAUSE_NOISE: ExplanationCause.ValueType  # 1
+"""Old differs from itself as often."""
+EXPLANATION_CAUSE_SHAPE: ExplanationCause.ValueType  # 2
+"""Such values always differ: fresh ids, tokens, times of the moment. No baseline copy was needed to tell."""
+EXPLANATION_CAUSE_RULE: ExplanationCause.ValueType  # 3
+"""A rule."""
+EXPLANATION_CAUSE_DRIFT: ExplanationCause.ValueType  # 4
+"""Drift of state: asked again, both versions agreed."""
+EXPLANATION_CAUSE_EXPECTED: ExplanationCause.ValueType  # 5
+"""Somebody said that it is expected."""
+EXPLANATION_CAUSE_FIXED: ExplanationCause.ValueType  # 6
+"""Somebody said that it is fixed."""
+Global___ExplanationCause: _TypeAlias = ExplanationCause  # noqa: Y015
+
 class _FindingStatus:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -805,6 +845,7 @@ class Finding(_message.Message):
     OLD_RELEASES_FIELD_NUMBER: _builtins.int
     NEW_RELEASES_FIELD_NUMBER: _builtins.int
     STATUS_REASON_FIELD_NUMBER: _builtins.int
+    EXPLANATIONS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Identifies the finding, for ever."""
     part: _common_pb2.Part.ValueType
@@ -859,6 +900,10 @@ class Finding(_message.Message):
     def new_releases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Releases of the new version in which it was seen, the latest first; at most 10."""
 
+    @_builtins.property
+    def explanations(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingExplanation]:
+        """What explains it, or some of its pairs; at most 10. Empty: nothing does."""
+
     def __init__(
         self,
         *,
@@ -882,14 +927,59 @@ class Finding(_message.Message):
         old_releases: _abc.Iterable[_builtins.str] | None = ...,
         new_releases: _abc.Iterable[_builtins.str] | None = ...,
         status_reason: _builtins.str = ...,
+        explanations: _abc.Iterable[Global___FindingExplanation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "first_seen", b"first_seen", "last_seen", b"last_seen", "rate", b"rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_count", b"baseline_count", "compared", b"compared", "count", b"count", "endpoint", b"endpoint", "first_seen", b"first_seen", "id", b"id", "impact", b"impact", "kind", b"kind", "last_seen", b"last_seen", "new_releases", b"new_releases", "noise", b"noise", "old_releases", b"old_releases", "part", b"part", "path", b"path", "rate", b"rate", "reason", b"reason", "state", b"state", "status", b"status", "status_reason", b"status_reason", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_count", b"baseline_count", "compared", b"compared", "count", b"count", "endpoint", b"endpoint", "explanations", b"explanations", "first_seen", b"first_seen", "id", b"id", "impact", b"impact", "kind", b"kind", "last_seen", b"last_seen", "new_releases", b"new_releases", "noise", b"noise", "old_releases", b"old_releases", "part", b"part", "path", b"path", "rate", b"rate", "reason", b"reason", "state", b"state", "status", b"status", "status_reason", b"status_reason", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Finding: _TypeAlias = Finding  # noqa: Y015
+
+@_typing.final
+class FindingExplanation(_message.Message):
+    """What explains pairs that show a finding."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAUSE_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RULE_ID_FIELD_NUMBER: _builtins.int
+    RULE_NAME_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    cause: Global___ExplanationCause.ValueType
+    """What it is."""
+    pairs: _builtins.int
+    """Pairs that it explains, in the window; without one, over all time. Those of RULE and DRIFT are not among the finding's
+    count, those of the other causes are all of it.
+    """
+    reason: _builtins.str
+    """Why, for people; of RULE what the rule's owner wrote."""
+    rule_id: _builtins.int
+    """Of RULE: the rule, as in ListRules. 0: none."""
+    rule_name: _builtins.str
+    """Of RULE: its name."""
+    owner: _builtins.str
+    """Of RULE: who answers for it."""
+    def __init__(
+        self,
+        *,
+        cause: Global___ExplanationCause.ValueType = ...,
+        pairs: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        rule_id: _builtins.int = ...,
+        rule_name: _builtins.str = ...,
+        owner: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "owner", b"owner", "pairs", b"pairs", "reason", b"reason", "rule_id", b"rule_id", "rule_name", b"rule_name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindingExplanation: _TypeAlias = FindingExplanation  # noqa: Y015
 
 @_typing.final
 class Rate(_message.Message):
@@ -1061,9 +1151,9 @@ class ListFindingsRequest(_message.Message):
     page_token: _builtins.str
     """From the last answer's next_page_token; the other fields must not change meanwhile."""
     include_settled: _builtins.bool
-    """Also findings that people said are expected or fixed."""
+    """Also findings that people said are expected or fixed, and those of which rules or drift of state explain all pairs."""
     only_explained: _builtins.bool
-    """Only what was explained: noise, expected and fixed."""
+    """Only what was explained: noise, expected and fixed, and whatever rules or drift of state explain pairs of."""
     release: _builtins.str
     """Only pairs with this release of the new version are counted; findings without any are left out. Empty: all."""
     @_builtins.property
@@ -1258,7 +1348,7 @@ class ListPairsRequest(_message.Message):
     route: _builtins.str
     """Only this route template, exactly."""
     finding_id: _builtins.int
-    """Only pairs that show this finding. 0: all."""
+    """Only pairs that show this finding, also those in which it is explained. 0: all."""
     page_size: _builtins.int
     """At most so many, 1 to 1000; 0 means 100."""
     page_token: _builtins.str
@@ -1340,6 +1430,7 @@ class Pair(_message.Message):
     FINDING_IDS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     EXPLAINED_FIELD_NUMBER: _builtins.int
+    DRIFT_FINDING_IDS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id that Envoy gave it, as in the answer's header x-abreast-pair."""
     outcome: _common_pb2.Outcome.ValueType
@@ -1382,6 +1473,10 @@ class Pair(_message.Message):
     def explained(self) -> _containers.RepeatedCompositeFieldContainer[Global___Explanation]:
         """The findings that rules explain in it; they are not among finding_ids."""
 
+    @_builtins.property
+    def drift_finding_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The findings that were drift of state in it, as asking again told; they are not among finding_ids."""
+
     def __init__(
         self,
         *,
@@ -1400,10 +1495,11 @@ class Pair(_message.Message):
         finding_ids: _abc.Iterable[_builtins.int] | None = ...,
         reason: _builtins.str = ...,
         explained: _abc.Iterable[Global___Explanation] | None = ...,
+        drift_finding_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "new_time", b"new_time", "old_time", b"old_time", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "explained", b"explained", "finding_ids", b"finding_ids", "id", b"id", "live", b"live", "new_release", b"new_release", "new_status", b"new_status", "new_time", b"new_time", "old_release", b"old_release", "old_status", b"old_status", "old_time", b"old_time", "outcome", b"outcome", "reason", b"reason", "request", b"request", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drift_finding_ids", b"drift_finding_ids", "endpoint", b"endpoint", "explained", b"explained", "finding_ids", b"finding_ids", "id", b"id", "live", b"live", "new_release", b"new_release", "new_status", b"new_status", "new_time", b"new_time", "old_release", b"old_release", "old_status", b"old_status", "old_time", b"old_time", "outcome", b"outcome", "reason", b"reason", "request", b"request", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,6 +13,7 @@ from abreast.v1.rule_pb2 import ExplainedFinding, Rule
 from abreast_sidecar.cli.answers import ended
 from abreast_sidecar.cli.connection import Link, connected, json_option, print_json
 from abreast_sidecar.cli.curl import curl
+from abreast_sidecar.cli.explanations import why
 from abreast_sidecar.cli.findings import difference
 from abreast_sidecar.cli.humane import ago, count, counted, part_of, percent, printable
 from abreast_sidecar.cli.rule_tables import title
@@ -87,6 +88,9 @@ def show(
         made.add_row("only with", feature(found.feature))
     for rule in found.explained_by:
         made.add_row("explained by", explained(rule, finding.id))
+    for one in finding.explanations:
+        if one.cause == api.EXPLANATION_CAUSE_DRIFT:
+            made.add_row("drift", f"{counted(one.pairs, 'pair')} more: {why(one)}")
     out.print(made)
     shown = found.examples[:examples]
     for number, example in enumerate(shown, 1):

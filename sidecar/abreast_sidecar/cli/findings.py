@@ -21,6 +21,7 @@ from abreast_sidecar.cli.connection import (
     window,
 )
 from abreast_sidecar.cli.exits import Exit
+from abreast_sidecar.cli.explanations import beside, cause, listing, why
 from abreast_sidecar.cli.humane import count, counted, part_of, printable
 from abreast_sidecar.cli.parameters import Names, limit_option, since_option, until_option
 from abreast_sidecar.cli.statuses import status_name
@@ -49,7 +50,10 @@ STACKED_BELOW = 110  # columns of a terminal in which endpoint and place share a
 )
 @click.option("--noise", is_flag=True, help="Also what is noise: what old differs from itself in.")
 @click.option(
-    "--all", "everything", is_flag=True, help="Also noise, and what was said to be expected or fixed."
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Also noise, what was said to be expected or fixed, and what rules or drift explain.",
 )
 @click.option("--explained", is_flag=True, help="Only what was explained, with the reason.")
 @click.option("--release", default="", help="Only pairs with this release of new.")
@@ -98,7 +102,7 @@ def command(
     if as_json:
         print_json(found)
     else:
-        show(console(), found)
+        show(console(), found, explained=explained)
     return Exit.NO if exit_code and found.findings else Exit.OK
 
 
@@ -113,11 +117,12 @@ async def _ask(calls: Calls, request: api.ListFindingsRequest, limit: int) -> ap
     return found
 
 
-def show(out: Console, found: api.ListFindingsResponse) -> None:
+def show(out: Console, found: api.ListFindingsResponse, *, explained: bool = False) -> None:
     if not found.findings:
-        out.print("nothing differs in what was compared (abreast status says how much that is)")
+        nothing = "nothing was explained" if explained else "nothing differs in what was compared"
+        out.print(f"{nothing} (abreast status says how much that is)")
         return
-    out.print(rows(found, stacked=out.width < STACKED_BELOW))
+    out.print(listing(found.findings) if explained else rows(found, stacked=out.width < STACKED_BELOW))
     more = "; there are more: raise --limit, or filter" if found.next_page_token else ""
     if out.is_terminal:
         first = found.findings[0].id
@@ -148,25 +153,26 @@ def rows(found: api.ListFindingsResponse, *, stacked: bool) -> Table:
 
 def label(finding: api.Finding) -> Text:
     """Why it is of no concern, or what it means to a client."""
-    status = status_name(finding.status)
-    if status in {"expected", "fixed"}:
-        return styled(status, "dim")
-    noise = finding.noise and status != "confirmed"
-    return styled("noise" if noise else impact_name(finding.impact))
+    if finding.explanations and (
+        not finding.count or cause(finding.explanations[0]) not in {"rule", "drift"}
+    ):
+        return styled(cause(finding.explanations[0]), "dim")
+    return styled(impact_name(finding.impact))
 
 
 def told(finding: api.Finding) -> str:
-    """The difference, with what was said of it, or why it is noise."""
-    status = status_name(finding.status)
-    if status in {"confirmed", "reopened"}:
-        return f"{difference(finding)} ({status})"
-    why = (
-        finding.status_reason if status in {"expected", "fixed"} else finding.reason if finding.noise else ""
-    )
-    if why:
-        return f"{difference(finding)} ({printable(why)})"
-    undecided = finding.state == api.FINDING_STATE_UNDECIDED
-    return f"{difference(finding)} (not yet told from noise)" if undecided else difference(finding)
+    """The difference, with what was said of it, or what explains it."""
+    remarks = []
+    if (status := status_name(finding.status)) in {"confirmed", "reopened"}:
+        remarks.append(status)
+    elif finding.state == api.FINDING_STATE_UNDECIDED and finding.count:
+        remarks.append("not yet told from noise")
+    if label(finding).plain == impact_name(finding.impact):
+        if explained := beside(finding):
+            remarks.append(f"{count(explained)} more explained")
+    else:
+        remarks += map(why, finding.explanations)
+    return f"{difference(finding)} ({'; '.join(remarks)})" if any(remarks) else difference(finding)
 
 
 def difference(finding: api.Finding) -> str:

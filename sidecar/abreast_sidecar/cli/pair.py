@@ -91,6 +91,8 @@ def _facts(detail: api.PairDetail) -> Table:
     if pair.explained:
         said = ", ".join(f"{one.finding_id} by rule {one.rule_id}" for one in pair.explained)
         made.add_row("explained", f"{said} (abreast rules list)")
+    if pair.drift_finding_ids:
+        made.add_row("drift", ", ".join(map(str, pair.drift_finding_ids)))
     if pair.reason:
         made.add_row("reason", printable(pair.reason))
     return made

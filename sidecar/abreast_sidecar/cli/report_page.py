@@ -14,6 +14,7 @@ from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import rule_pb2
 from abreast_sidecar.cli.curl import curl
 from abreast_sidecar.cli.evidence import Collected
+from abreast_sidecar.cli.explanations import cause, why
 from abreast_sidecar.cli.humane import count, duration, percent, printable
 from abreast_sidecar.cli.statuses import status_name
 from abreast_sidecar.cli.tables import (
@@ -56,7 +57,8 @@ def _environment() -> Environment:
         kind=lambda one: kind_name(one.kind),
         place=_place,
         status=lambda one: status_name(one.status),
-        why_waived=_why_waived,
+        cause=cause,
+        why=why,
         command=lambda one: curl(one)[0],
         differences=lambda one: one.differences[:MOST_DIFFERENCES],
         value=lambda text: printable(text, LONGEST_VALUE),
@@ -81,11 +83,6 @@ def _subject(one: api.VerdictReason) -> str:
 def _place(one: api.Finding | common.Difference) -> str:
     exact = one.place if isinstance(one, common.Difference) else ""
     return where(one.part, exact or one.path)
-
-
-def _why_waived(one: api.Finding) -> str:
-    said = one.status_reason if status_name(one.status) in {"expected", "fixed"} else ""
-    return printable(said or one.reason)
 
 
 def _covers(one: rule_pb2.Rule) -> str:

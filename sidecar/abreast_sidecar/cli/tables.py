@@ -101,6 +101,8 @@ def where(part: common.Part.ValueType, path: str) -> str:
 def _remark(row: common.Difference) -> str:
     if row.explained_by:
         return f"explained by rule {row.explained_by}"
+    if row.drift:
+        return "drift"
     return "noise" if row.noise else impact_name(row.impact)
 
 

@@ -19,6 +19,7 @@ from abreast_sidecar.store.results import (
     Difference,
     Endpoint,
     EndpointSummary,
+    Explanation,
     Finding,
     FindingEvent,
     Pair,
@@ -32,6 +33,7 @@ KIND = common_pb2.Kind.DESCRIPTOR
 IMPACT = common_pb2.Impact.DESCRIPTOR
 STATE = comparison_pb2.FindingState.DESCRIPTOR
 STATUS = comparison_pb2.FindingStatus.DESCRIPTOR
+CAUSE = comparison_pb2.ExplanationCause.DESCRIPTOR
 VERSION = common_pb2.Version.DESCRIPTOR
 ROLE = common_pb2.Role.DESCRIPTOR
 GUARDS = ("guard_before", "guard_after")
@@ -120,6 +122,18 @@ def finding(found: Finding) -> comparison_pb2.Finding:
         old_releases=found.old_releases,
         new_releases=found.new_releases,
         status_reason=found.status_reason,
+        explanations=[explanation(one) for one in found.explanations],
+    )
+
+
+def explanation(found: Explanation) -> comparison_pb2.FindingExplanation:
+    return comparison_pb2.FindingExplanation(
+        cause=number(CAUSE, found.cause),  # type: ignore[arg-type]  # an int is one
+        pairs=found.pairs,
+        reason=found.reason,
+        rule_id=found.rule,
+        rule_name=found.name,
+        owner=found.owner,
     )
 
 
@@ -167,6 +181,7 @@ def pair(found: Pair) -> comparison_pb2.Pair:
         explained=[
             comparison_pb2.Explanation(finding_id=finding, rule_id=rule) for finding, rule in found.explained
         ],
+        drift_finding_ids=found.drift,
     )
 
 
@@ -222,6 +237,7 @@ def difference(found: Difference) -> common_pb2.Difference:
         new=found.new,
         noise=found.noise,
         explained_by=found.rule,
+        drift=found.drift,
     )
 
 

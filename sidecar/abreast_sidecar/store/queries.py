@@ -57,8 +57,8 @@ class FindingFilter:
     kinds: Sequence[str] | None = None
     impacts: Sequence[str] | None = None
     include_noise: bool = False
-    include_settled: bool = False  # expected and fixed
-    only_explained: bool = False  # noise, expected and fixed
+    include_settled: bool = False  # expected and fixed, and what rules or drift explain all of
+    only_explained: bool = False  # noise, expected and fixed, and what rules or drift explain some of
     release: str = ""  # of new
     window: Window = ALL_TIME
 

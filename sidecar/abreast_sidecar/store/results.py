@@ -118,6 +118,23 @@ class EndpointSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why pairs that show a finding count against no verdict."""
+
+    cause: str  # noise, shape, expected, fixed: of all its pairs; rule, drift: of pairs that are not among its count
+    pairs: int
+    reason: str
+    rule: int = 0
+    name: str = ""  # of the rule
+    owner: str = ""
+
+    def __str__(self) -> str:
+        if self.cause == "rule":
+            return f"rule {self.rule} ({self.name}): {self.reason}"
+        return f"drift of state: {self.reason}" if self.cause == "drift" else self.reason
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     id: int
     endpoint: Endpoint
@@ -137,6 +154,7 @@ class Finding:
     status_reason: str = ""  # of who said it last
     old_releases: tuple[str, ...] = ()  # in which it was seen, the latest first
     new_releases: tuple[str, ...] = ()
+    explanations: tuple[Explanation, ...] = ()
 
     @property
     def noise(self) -> bool:
@@ -144,12 +162,8 @@ class Finding:
 
     @property
     def explained(self) -> bool:
+        """Whether nothing of it is left that counts."""
         return self.status in {"expected", "fixed"} or (self.noise and self.status != "confirmed")
-
-    @property
-    def why(self) -> str:
-        """Why it is explained, or counts."""
-        return self.status_reason if self.status in {"expected", "fixed"} else self.reason
 
     @property
     def rate(self) -> Interval | None:
@@ -186,6 +200,7 @@ class Pair:
     findings: tuple[int, ...]
     reason: str
     explained: tuple[tuple[int, int], ...] = ()  # finding and the rule that explains it
+    drift: tuple[int, ...] = ()  # findings that were drift of state
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +214,7 @@ class Difference:
     new: str | None
     noise: bool
     rule: int = 0  # that explains it
+    drift: bool = False
 
 
 @dataclass(frozen=True, slots=True)

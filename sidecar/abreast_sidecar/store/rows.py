@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from abreast_sidecar.compare.verdict import Counts
 from abreast_sidecar.store.database import Row
-from abreast_sidecar.store.results import Difference, Endpoint, EndpointSummary, Finding, Pair, PairDetail
+from abreast_sidecar.store.results import (
+    Difference,
+    Endpoint,
+    EndpointSummary,
+    Explanation,
+    Finding,
+    Pair,
+    PairDetail,
+)
 from abreast_sidecar.store.unpack import unpack
+
+MAX_EXPLANATIONS = 10
 
 
 def endpoint(row: Row) -> Endpoint:
@@ -47,7 +57,7 @@ def finding(row: Row) -> Finding:
         compared=row["compared"],
         baseline_count=row["baseline_count"],
         state=row["state"],
-        reason=row["reason"] + _drift(row["drift"]),
+        reason=row["reason"],
         first_seen=row["first_seen"],
         last_seen=row["last_seen"],
         detail=row["detail"],
@@ -55,16 +65,20 @@ def finding(row: Row) -> Finding:
         status_reason=row["status_reason"],
         old_releases=tuple(row["old_releases"]),
         new_releases=tuple(row["new_releases"]),
+        explanations=tuple(_explanations(row))[:MAX_EXPLANATIONS],
     )
 
 
-def _drift(pairs: int) -> str:
-    """What was told by asking again, and counts apart."""
-    return (
-        f"; {pairs} more {'was' if pairs == 1 else 'were'} drift of state: asked again, both agreed"
-        if pairs
-        else ""
-    )
+def _explanations(row: Row) -> Iterator[Explanation]:
+    if row["status"] in {"expected", "fixed"}:
+        yield Explanation(row["status"], row["count"], row["status_reason"])
+    elif row["state"] == "noise" and row["status"] != "confirmed" and row["count"] + row["baseline_count"]:
+        cause = "shape" if row["shaped"] and not row["baseline_count"] else "noise"
+        yield Explanation(cause, row["count"], row["reason"])
+    for rule in row["rules"] or ():
+        yield Explanation("rule", **rule)
+    if row["drifts"]:
+        yield Explanation("drift", row["drifts"], "asked again, both versions agreed")
 
 
 def pair(row: Row) -> Pair:
@@ -84,19 +98,21 @@ def pair(row: Row) -> Pair:
         findings=tuple(row["findings"]),
         reason=row["reason"],
         explained=tuple(zip(row["explained"] or (), row["explained_by"] or (), strict=True)),
+        drift=tuple(row["drift"] or ()),
     )
 
 
 def pair_detail(row: Row) -> PairDetail:
-    noisy = set(row["noisy"])
+    noisy, drifted = set(row["noisy"]), set(row["drifted"])
     return PairDetail(
         pair=pair(row),
         captures=() if row["captures"] is None else unpack(row["captures"]),
-        differences=tuple(difference(found, noisy) for found in row["differences"] or ()),
+        differences=tuple(difference(found, noisy, drifted) for found in row["differences"] or ()),
     )
 
 
-def difference(found: Row, noisy: set[str]) -> Difference:
+def difference(found: Row, noisy: set[str], drifted: set[str]) -> Difference:
+    finding = f"{found['part']} {found['kind']} {found['path']}"
     return Difference(
         part=found["part"],
         path=found["path"],
@@ -105,6 +121,7 @@ def difference(found: Row, noisy: set[str]) -> Difference:
         impact=found["impact"],
         old=found.get("old"),
         new=found.get("new"),
-        noise=f"{found['part']} {found['kind']} {found['path']}" in noisy,
+        noise=finding in noisy,
         rule=int(found.get("explained_by") or 0),
+        drift=finding in drifted,
     )

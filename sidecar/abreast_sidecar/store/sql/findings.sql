@@ -13,9 +13,9 @@ with candidate as (
       and (%(parts)s::text[] is null or f.part = any(%(parts)s))
       and (%(kinds)s::text[] is null or f.kind = any(%(kinds)s))
       and (%(impacts)s::text[] is null or f.impact = any(%(impacts)s))
-      and (%(include_noise)s or %(only_explained)s or f.state <> 'noise' or f.status = 'confirmed')
+      and (%(include_noise)s or %(only_explained)s or f.state <> 'noise' or f.status = 'confirmed'
+           or f.count + f.baseline_count = 0) -- all is explained by something else
       and (%(include_settled)s or %(only_explained)s or f.status not in ('expected', 'fixed'))
-      and (not %(only_explained)s or f.status in ('expected', 'fixed') or (f.state = 'noise' and f.status <> 'confirmed'))
 ),
 showing as materialized (
     select shown.id, count(*) as pairs
@@ -24,6 +24,28 @@ showing as materialized (
     where p.findings <> '{}' and p.at >= %(shown_from)s and p.at < %(shown_until)s
       and (%(release)s = '' or p.new_release = %(release)s)
       and (%(ids)s::bigint[] is null or p.findings && %(ids)s::bigint[])
+    group by shown.id
+),
+-- What rules explain, and what was drift of state: both stand beside a pair's findings.
+by_rule as materialized (
+    select one.finding_id, one.rule_id, sum(one.pairs)::bigint as pairs
+    from (
+        select finding_id, rule_id, count as pairs from abreast.rule_finding where not %(windowed)s and count > 0
+        union all
+        select shown.finding_id, shown.rule_id, 1
+        from abreast.pair p
+        cross join lateral unnest(p.explained, p.explained_by) as shown (finding_id, rule_id)
+        where p.explained is not null and %(windowed)s and p.at >= %(shown_from)s and p.at < %(shown_until)s
+          and (%(release)s = '' or p.new_release = %(release)s)
+    ) one
+    group by one.finding_id, one.rule_id
+),
+drifted as materialized (
+    select shown.id, count(*) as pairs
+    from abreast.pair p
+    cross join lateral unnest(p.drift) as shown (id)
+    where p.drift is not null and %(windowed)s and p.at >= %(shown_from)s and p.at < %(shown_until)s
+      and (%(release)s = '' or p.new_release = %(release)s)
     group by shown.id
 ),
 since as materialized (
@@ -43,8 +65,12 @@ counted as (
                else c.count - coalesce(s.pairs, 0)
            end as shown,
            -- Of all time; rows may have been dropped since.
-           case when %(windowed)s then 0 else c.compared_ever - coalesce(e.pairs, 0) end as counted
+           case when %(windowed)s then 0 else c.compared_ever - coalesce(e.pairs, 0) end as counted,
+           exists (select from by_rule b where b.finding_id = c.id) as ruled,
+           case when %(windowed)s then coalesce(d.pairs, 0) else c.drift end as drifts,
+           c.status in ('expected', 'fixed') or (c.state = 'noise' and c.status <> 'confirmed') as waived
     from candidate c
+    left join drifted d on d.id = c.id
     left join showing s on s.id = c.id
     left join since e on e.endpoint_id = c.endpoint_id
 ),
@@ -52,9 +78,10 @@ page as (
     select *
     from counted
     where (%(ids)s::bigint[] is not null
-           or shown > 0
-           or (%(only_explained)s and not %(windowed)s and drift > 0)
-           or ((%(include_noise)s or %(only_explained)s) and not %(windowed)s and baseline_count > 0))
+           or (shown > 0 and (waived or not %(only_explained)s))
+           or ((ruled or drifts > 0) and (%(include_settled)s or %(only_explained)s))
+           or (not %(windowed)s and baseline_count > 0
+               and (%(include_noise)s or %(only_explained)s) and (waived or not %(only_explained)s)))
       and (%(after_id)s::bigint is null or (rank, -shown, id) > (%(after_rank)s, -%(after_count)s::bigint, %(after_id)s))
     order by rank, shown desc, id
     limit %(limit)s
@@ -91,11 +118,19 @@ compared as materialized (
     group by endpoint_id
 )
 select p.id, p.service, p.method, p.route, p.part, p.path, p.kind, p.impact, p.shown as count, p.rank,
-       p.baseline_count, p.state, p.reason, p.drift, p.first_seen, p.last_seen, p.detail,
+       p.baseline_count, p.state, p.reason, p.drifts, p.explained as shaped, p.first_seen, p.last_seen, p.detail,
        p.status, greatest(coalesce(c.pairs, 0), p.counted) as compared, r.old_releases, r.new_releases,
        coalesce(
            (select reason from abreast.finding_event where finding_id = p.id order by id desc limit 1), ''
-       ) as status_reason
+       ) as status_reason,
+       (
+           select jsonb_agg(
+               jsonb_build_object('rule', r.id, 'name', r.name, 'owner', r.owner, 'reason', r.reason, 'pairs', b.pairs)
+               order by b.pairs desc, r.id
+           )
+           from by_rule b join abreast.rule r on r.id = b.rule_id
+           where b.finding_id = p.id
+       ) as rules
 from page p
 left join compared c on c.endpoint_id = p.endpoint_id
 cross join lateral (
