@@ -93,7 +93,7 @@ async def _healthy(found: Edge) -> None:
 
 async def update(sidecar: Running, **changes: Any) -> pb.UpdateTrafficResponse:
     answer: pb.UpdateTrafficResponse = await sidecar.traffic.UpdateTraffic(
-        pb.UpdateTrafficRequest(service="shop", wait=LONG, actor="ada", reason="a test", **changes)
+        pb.UpdateTrafficRequest(service="shop", actor="ada", reason="a test", **{"wait": LONG, **changes})
     )
     return answer
 
@@ -103,7 +103,7 @@ async def acknowledged(sidecar: Running, *, envoys: int = 1) -> None:
         held = sidecar.sidecar.control.held("shop")
         if held is None:
             return False
-        states = sidecar.sidecar.control.states(held.traffic)
+        states = sidecar.sidecar.control.envoys.states(held.traffic)
         return sum(state.acknowledged_version == held.traffic.version for state in states) == envoys
 
     await eventually_async(all_of_them, what=f"{envoys} Envoys have acknowledged")

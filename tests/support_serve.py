@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,13 @@ class Ledger:
         with psycopg.connect(self.url, autocommit=True) as connection:
             cursor = connection.execute(sql.encode(), parameters)
             return cursor.fetchall() if cursor.description else []
+
+    @contextmanager
+    def locked(self, table: str) -> Iterator[None]:
+        """Nobody else gets at the table."""
+        with psycopg.connect(self.url) as connection:
+            connection.execute(f"lock table {table}".encode())
+            yield
 
     def endpoint(self, service: str = "shop", method: str = "GET", route: str = "/products/{id}") -> int:
         (row,) = self.execute(

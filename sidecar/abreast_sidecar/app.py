@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Coroutine
 from typing import Any
 
@@ -96,6 +97,7 @@ class Sidecar:
         try:
             self.http.bind()
             await self.grpc.start()
+            self.control.envoys.sidecar = f"{socket.gethostname()}:{self.grpc.port}"
             await self.database.open()
             log.info("sidecar started", grpc=self.settings.grpc_listen, http=self.settings.http_listen)
             await self._run(stop)

@@ -33,7 +33,7 @@ class Rulebook:
     async def open(self) -> None:
         await self._database.open()
         self._following = asyncio.create_task(
-            follow(self._session, CHANNEL, self.refresh, name="abreast rules")
+            follow(self._session, {CHANNEL: self.refresh}, name="abreast rules")
         )
 
     async def close(self) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
 
 import grpc
 import pytest
@@ -16,40 +13,14 @@ from google.protobuf.json_format import MessageToDict
 from abreast.v1 import traffic_pb2 as pb
 from abreast_sidecar.control.xds import wire_pb2 as wire
 from support import eventually_async
+from support_discovery import NODE, answer, stream
 from support_serve import Running, refused, running
-
-NODE = wire.Node(id="edge-1", cluster="shop")
-FIRST = wire.DiscoveryRequest(node=NODE, resource_names=["abreast"])
 
 
 @pytest.fixture
 async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
     async with running(redis_url, postgres_url) as found:
         yield found
-
-
-@asynccontextmanager
-async def stream(sidecar: Running, first: wire.DiscoveryRequest = FIRST) -> AsyncIterator[Any]:
-    call: Any = sidecar.channel.stream_stream(
-        "/envoy.service.runtime.v3.RuntimeDiscoveryService/StreamRuntime",
-        request_serializer=wire.DiscoveryRequest.SerializeToString,
-        response_deserializer=wire.DiscoveryResponse.FromString,
-    )()
-    await call.write(first)
-    try:
-        async with asyncio.timeout(20):
-            yield call
-    finally:
-        call.cancel()
-
-
-def answer(response: wire.DiscoveryResponse, *, error: str = "", nonce: str = "") -> wire.DiscoveryRequest:
-    request = wire.DiscoveryRequest(
-        version_info=response.version_info, response_nonce=nonce or response.nonce
-    )
-    if error:
-        request.error_detail.message = error
-    return request
 
 
 async def envoys(sidecar: Running) -> list[pb.EnvoyState]:

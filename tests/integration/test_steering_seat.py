@@ -6,18 +6,15 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from urllib.request import urlopen
 
 import pytest
 
 from abreast_sidecar.control.seat import LOCK, Seat, SeatLostError
-from abreast_sidecar.embedded.sidecar import SidecarServer
 from abreast_sidecar.store.migrate import migrate
-from support import eventually, free_ports
+from support import eventually
+from support_replica import Replica, replica
 from support_serve import Ledger
 from support_steering import add
 
@@ -27,40 +24,13 @@ ACTING_GUARD = '{"mode": "acting"}'
 HOLDER = "select pid from pg_locks where locktype = 'advisory' and granted and classid::bigint << 32 | objid::bigint = %s"
 
 
-@dataclass
-class Replica:
-    server: SidecarServer
-
-    @property
-    def pid(self) -> int:
-        assert self.server.server is not None
-        return self.server.server.process.pid
-
-    def acting(self) -> bool:
-        host, port = self.server.http
-        with urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
-            return "abreast_acting 1.0" in answer.read().decode()
-
-
 @pytest.fixture
 def replicas(redis_url: str, postgres_url: str, tmp_path: Path) -> Iterator[list[Replica]]:
-    with ExitStack() as stack:
-        found = []
-        for number in range(2):
-            grpc_port, http_port = free_ports(2)
-            settings = {
-                "ABREAST_REDIS_URL": redis_url,
-                "ABREAST_POSTGRES_URL": postgres_url,
-                "ABREAST_GRPC_LISTEN": f"127.0.0.1:{grpc_port}",
-                "ABREAST_HTTP_LISTEN": f"127.0.0.1:{http_port}",
-            }
-            folder = tmp_path / str(number)
-            folder.mkdir()
-            server = SidecarServer(settings, ("127.0.0.1", http_port), folder=folder)
-            stack.callback(server.stop)
-            server.start()
-            found.append(Replica(server))
-        yield found
+    with (
+        replica(redis_url, postgres_url, tmp_path / "first") as first,
+        replica(redis_url, postgres_url, tmp_path / "second") as second,
+    ):
+        yield [first, second]
 
 
 def one_acts(replicas: list[Replica]) -> Replica:

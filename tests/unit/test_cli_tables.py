@@ -370,10 +370,13 @@ def test_a_change_shows_before_and_after_and_who_has_it() -> None:
     assert "users on new                    25%     0%" in text
 
 
+def shown(*envoys: traffic_pb2.EnvoyState, **fields: Any) -> str:
+    found = traffic_pb2.GetTrafficResponse(traffic=prepared.traffic(8), envoys=envoys, **fields)
+    return printed(shift.show_envoys, found)
+
+
 def test_an_envoy_that_refuses_is_named_with_its_reason() -> None:
-    text = printed(
-        shift.show_envoys, prepared.traffic(8), [prepared.envoy(7, error="no such key"), prepared.envoy(7)]
-    )
+    text = shown(prepared.envoy(7, error="no such key"), prepared.envoy(7))
 
     assert "refused: no such key" in text
     assert "not yet (has version 7 of 8)" in text
@@ -381,11 +384,24 @@ def test_an_envoy_that_refuses_is_named_with_its_reason() -> None:
 
 def test_envoys_that_share_a_node_id_are_told_apart_by_their_connections() -> None:
     envoys = [prepared.envoy(8, peer="ipv4:10.0.0.1:5000"), prepared.envoy(8, peer="ipv4:10.0.0.2:5000")]
-    text = printed(shift.show_envoys, prepared.traffic(8), envoys)
+    text = shown(*envoys)
 
     assert "edge-1 (ipv4:10.0.0.1:5000)" in text
     assert "edge-1 (ipv4:10.0.0.2:5000)" in text
-    assert "ipv4" not in printed(shift.show_envoys, prepared.traffic(8), envoys[:1])
+    assert "ipv4" not in shown(*envoys[:1])
+
+
+def test_envoys_of_several_sidecars_are_shown_with_the_name_of_theirs() -> None:
+    here, there = prepared.envoy(8, sidecar="a:50051"), prepared.envoy(8, sidecar="b:50051")
+
+    assert "b:50051" in shown(here, there)
+    assert "sidecar" not in shown(here, here)
+
+
+def test_that_other_sidecars_could_not_be_asked_is_said() -> None:
+    text = shown(prepared.envoy(8), others_unknown="postgres is away")
+
+    assert "Envoys of other sidecars are not known: postgres is away" in text
 
 
 def test_traffic_says_that_users_were_sent_back() -> None:

@@ -75,7 +75,10 @@ Global___Traffic: _TypeAlias = Traffic  # noqa: Y015
 
 @_typing.final
 class EnvoyState(_message.Message):
-    """What one Envoy knows. Envoys that share a node id are told one by one."""
+    """What one Envoy knows, whichever sidecar it is connected to. Envoys that share a node id are told one by one. Those of a
+    sidecar that stops are gone at once, those of one that dies within seconds; until then they are named with what was last
+    heard of them.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -84,6 +87,7 @@ class EnvoyState(_message.Message):
     ACKNOWLEDGED_AFTER_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     PEER_FIELD_NUMBER: _builtins.int
+    SIDECAR_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Its node id."""
     acknowledged_version: _builtins.int
@@ -92,6 +96,8 @@ class EnvoyState(_message.Message):
     """Why it refused the settings; empty for none."""
     peer: _builtins.str
     """Where its connection comes from, as gRPC writes it: tells Envoys apart that share a node id."""
+    sidecar: _builtins.str
+    """Which sidecar it is connected to: its host, and the port of its gRPC."""
     @_builtins.property
     def acknowledged_after(self) -> _duration_pb2.Duration:
         """From the change, or from this Envoy's connection where that came later, until it acknowledged the settings. Unset
@@ -106,10 +112,11 @@ class EnvoyState(_message.Message):
         acknowledged_after: _duration_pb2.Duration | None = ...,
         error: _builtins.str = ...,
         peer: _builtins.str = ...,
+        sidecar: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["acknowledged_after", b"acknowledged_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_after", b"acknowledged_after", "acknowledged_version", b"acknowledged_version", "error", b"error", "node", b"node", "peer", b"peer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_after", b"acknowledged_after", "acknowledged_version", b"acknowledged_version", "error", b"error", "node", b"node", "peer", b"peer", "sidecar", b"sidecar"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -145,23 +152,27 @@ class GetTrafficResponse(_message.Message):
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
+    OTHERS_UNKNOWN_FIELD_NUMBER: _builtins.int
+    others_unknown: _builtins.str
+    """Why the Envoys of other sidecars are not named; empty where they are."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
-        """The Envoys connected to this sidecar."""
+        """The Envoys connected to any sidecar."""
 
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
         envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
+        others_unknown: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "others_unknown", b"others_unknown", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -197,7 +208,7 @@ class UpdateTrafficRequest(_message.Message):
     """Why, for the record, at most 2000 characters."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """How long to wait for the Envoys' acknowledgements, at most 10 s; unset means 1 s."""
+        """How long to wait for the acknowledgements of all Envoys, at most 10 s; unset means 1 s."""
 
     def __init__(
         self,
@@ -242,23 +253,27 @@ class UpdateTrafficResponse(_message.Message):
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
+    OTHERS_UNKNOWN_FIELD_NUMBER: _builtins.int
+    others_unknown: _builtins.str
+    """Why the Envoys of other sidecars are not named; empty where they are."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings after the change."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
-        """The Envoys connected to this sidecar, and whether they have it."""
+        """The Envoys connected to any sidecar, and whether they have it."""
 
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
         envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
+        others_unknown: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "others_unknown", b"others_unknown", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -282,7 +297,7 @@ class RollbackRequest(_message.Message):
     """Why, for the record, at most 2000 characters."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """How long to wait for the Envoys' acknowledgements, at most 10 s; unset means 1 s."""
+        """How long to wait for the acknowledgements of all Envoys, at most 10 s; unset means 1 s."""
 
     def __init__(
         self,
@@ -310,17 +325,20 @@ class RollbackResponse(_message.Message):
     ENVOYS_FIELD_NUMBER: _builtins.int
     PREVIOUS_FIELD_NUMBER: _builtins.int
     NOT_RECORDED_FIELD_NUMBER: _builtins.int
+    OTHERS_UNKNOWN_FIELD_NUMBER: _builtins.int
     not_recorded: _builtins.str
     """Why the ledger does not know of the rollback yet, and what that means for the Envoys of other sidecars; empty where
     it knows. The rollback is in force all the same, and is recorded as soon as the ledger can be reached.
     """
+    others_unknown: _builtins.str
+    """Why the Envoys of other sidecars are not named; empty where they are."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings after the change."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
-        """The Envoys connected to this sidecar, and whether they have it."""
+        """The Envoys connected to any sidecar, and whether they have it."""
 
     @_builtins.property
     def previous(self) -> Global___Traffic:
@@ -333,10 +351,11 @@ class RollbackResponse(_message.Message):
         envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
         previous: Global___Traffic | None = ...,
         not_recorded: _builtins.str = ...,
+        others_unknown: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["previous", b"previous", "traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "not_recorded", b"not_recorded", "previous", b"previous", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "not_recorded", b"not_recorded", "others_unknown", b"others_unknown", "previous", b"previous", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,7 +379,7 @@ class PromoteRequest(_message.Message):
     """Why, for the record, at most 2000 characters."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """How long to wait for the Envoys' acknowledgements, at most 10 s; unset means 1 s."""
+        """How long to wait for the acknowledgements of all Envoys, at most 10 s; unset means 1 s."""
 
     def __init__(
         self,
@@ -386,23 +405,27 @@ class PromoteResponse(_message.Message):
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
+    OTHERS_UNKNOWN_FIELD_NUMBER: _builtins.int
+    others_unknown: _builtins.str
+    """Why the Envoys of other sidecars are not named; empty where they are."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings after the change."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
-        """The Envoys connected to this sidecar, and whether they have it."""
+        """The Envoys connected to any sidecar, and whether they have it."""
 
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
         envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
+        others_unknown: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "others_unknown", b"others_unknown", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -438,23 +461,27 @@ class WatchTrafficResponse(_message.Message):
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
+    OTHERS_UNKNOWN_FIELD_NUMBER: _builtins.int
+    others_unknown: _builtins.str
+    """Why the Envoys of other sidecars are not named; empty where they are."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
-        """The Envoys connected to this sidecar."""
+        """The Envoys connected to any sidecar."""
 
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
         envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
+        others_unknown: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "others_unknown", b"others_unknown", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import socket
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import click
@@ -30,12 +30,14 @@ actor_option = click.option("--actor", default=None, help="Who, for the record. 
 
 
 class Changed(Protocol):
-    """UpdateTrafficResponse, RollbackResponse and PromoteResponse alike."""
+    """GetTrafficResponse, UpdateTrafficResponse, RollbackResponse and PromoteResponse alike."""
 
     @property
     def traffic(self) -> api.Traffic: ...
     @property
     def envoys(self) -> Iterable[api.EnvoyState]: ...
+    @property
+    def others_unknown(self) -> str: ...
 
 
 def actor_or_user(actor: str | None) -> str:
@@ -49,7 +51,7 @@ def actor_or_user(actor: str | None) -> str:
 
 
 def report(before: api.Traffic, changed: Changed, *, as_json: bool, not_recorded: str = "") -> Exit:
-    """Print what changed. Exit.NO where an Envoy or the ledger does not have it, or where there is no Envoy."""
+    """Print what changed. Exit.NO where an Envoy or the ledger does not have it, or where that is not known."""
     if as_json:
         assert isinstance(changed, Message)
         print_json(changed)
@@ -57,19 +59,24 @@ def report(before: api.Traffic, changed: Changed, *, as_json: bool, not_recorded
         out = console()
         out.print(changes(before, changed.traffic))
         out.print()
-        show_envoys(out, changed.traffic, changed.envoys)
-    envoys = list(changed.envoys)
-    missing = [envoy for envoy in envoys if not has_it(envoy, changed.traffic)]
+        show_envoys(out, changed)
     if not_recorded:
         click.echo(f"abreast: in force, but {not_recorded}", err=True)
-    if missing or not envoys:
-        what = (
-            f"{len(missing)} of {len(envoys)} Envoys do not have it yet"
-            if envoys
-            else "no Envoy is connected"
-        )
-        click.echo(f"abreast: {'' if not_recorded else 'the change is stored, but '}{what}", err=True)
-    return Exit.OK if envoys and not missing and not not_recorded else Exit.NO
+    missing = without(changed)
+    if missing:
+        click.echo(f"abreast: {'' if not_recorded else 'the change is stored, but '}{missing}", err=True)
+    return Exit.NO if not_recorded or missing else Exit.OK
+
+
+def without(changed: Changed) -> str:
+    """Who does not have it; empty where all have."""
+    envoys = list(changed.envoys)
+    missing = [envoy for envoy in envoys if not has_it(envoy, changed.traffic)]
+    if missing:
+        return f"{len(missing)} of {len(envoys)} Envoys do not have it yet"
+    if changed.others_unknown:
+        return "whether Envoys of other sidecars have it is not known"
+    return "" if envoys else "no Envoy is connected"
 
 
 def has_it(envoy: api.EnvoyState, traffic: api.Traffic) -> bool:
@@ -84,11 +91,25 @@ def changes(before: api.Traffic, after: api.Traffic) -> Table:
     return made
 
 
-def show_envoys(out: Console, traffic: api.Traffic, envoys: Iterable[api.EnvoyState]) -> None:
-    made = table("Envoy", "has the settings", "after", right=frozenset({"after"}))
-    found = list(envoys)
-    shared = Counter(envoy.node for envoy in found)
-    for envoy in found:
+def show_envoys(out: Console, found: Changed) -> None:
+    envoys, traffic = list(found.envoys), found.traffic
+    if envoys:
+        out.print(_rows(envoys, traffic))
+    else:
+        out.print(styled("no Envoy is connected (abreast doctor)", "warn"))
+    if found.others_unknown:
+        out.print(
+            styled(f"Envoys of other sidecars are not known: {printable(found.others_unknown)}", "warn")
+        )
+
+
+def _rows(envoys: Sequence[api.EnvoyState], traffic: api.Traffic) -> Table:
+    several = len({envoy.sidecar for envoy in envoys}) > 1
+    made = table(
+        "Envoy", *(["sidecar"] if several else []), "has the settings", "after", right=frozenset({"after"})
+    )
+    shared = Counter(envoy.node for envoy in envoys)
+    for envoy in envoys:
         if envoy.error:
             state = styled(f"refused: {envoy.error}", "fail")
         elif has_it(envoy, traffic):
@@ -97,8 +118,5 @@ def show_envoys(out: Console, traffic: api.Traffic, envoys: Iterable[api.EnvoySt
             state = styled(f"not yet (has version {envoy.acknowledged_version} of {traffic.version})", "warn")
         after = duration(envoy.acknowledged_after) if envoy.HasField("acknowledged_after") else ""
         node = f"{envoy.node} ({envoy.peer})" if shared[envoy.node] > 1 else envoy.node
-        made.add_row(printable(node), state, after)
-    if made.row_count:
-        out.print(made)
-    else:
-        out.print(styled("no Envoy is connected to this sidecar (abreast doctor)", "warn"))
+        made.add_row(printable(node), *([printable(envoy.sidecar)] if several else []), state, after)
+    return made

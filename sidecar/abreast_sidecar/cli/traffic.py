@@ -74,7 +74,7 @@ def show(out: Console, found: api.GetTrafficResponse, now: dt.datetime) -> None:
         made.add_row(name, percent(getattr(traffic, field)))
     out.print(made)
     out.print()
-    show_envoys(out, traffic, found.envoys)
+    show_envoys(out, found)
 
 
 @command.command("set")

@@ -20,15 +20,13 @@ import structlog
 from redis.asyncio import Redis
 
 from abreast_sidecar.control.journal import Journal, Known
+from abreast_sidecar.control.patience import PATIENCE, trouble
 from abreast_sidecar.control.traffic import Note, Shares
 from abreast_sidecar.errors import LedgerError, NotFoundError, RedisError
 from abreast_sidecar.read import translated
 
 HASH = "abreast:rollbacks"  # in Redis: call → JSON
 PERIOD = 1.0  # seconds between two looks
-PATIENCE = (
-    1.0  # seconds that Postgres gets before a caller is told that it does not know yet, and Redis to keep it
-)
 
 log = structlog.get_logger(__name__)
 
@@ -123,13 +121,7 @@ class Brakes:
         self._changed()
 
     async def _try(self, brake: Brake, *, late: bool) -> str:
-        """Never cancelled: a driver that waits for a frozen Postgres would not let go, and goes on once it thaws."""
-        task = self._record_soon(brake, late=late)
-        await asyncio.wait({task}, timeout=PATIENCE)
-        if not task.done():
-            return f"postgres has not answered for {PATIENCE:g} s"
-        error = task.exception()
-        return str(error) if error else ""
+        return await trouble(self._record_soon(brake, late=late))
 
     def _record_soon(self, brake: Brake, *, late: bool) -> asyncio.Task[None]:
         task = self._recording.get(brake.call)

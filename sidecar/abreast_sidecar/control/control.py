@@ -12,8 +12,10 @@ from redis.asyncio import Redis
 
 from abreast_sidecar.control.bell import Bell
 from abreast_sidecar.control.brakes import Brakes
-from abreast_sidecar.control.envoys import Envoys, EnvoyState
+from abreast_sidecar.control.envoys import Envoys
 from abreast_sidecar.control.journal import CHANNEL, Journal, Known
+from abreast_sidecar.control.roster import CHANNEL as ENVOYS
+from abreast_sidecar.control.roster import Roster
 from abreast_sidecar.control.traffic import Change, Note, Shares, Traffic, initial
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
 from abreast_sidecar.settings import Settings
@@ -47,6 +49,7 @@ class Control:
     def __init__(self, database: Database, redis: Redis, settings: Settings) -> None:
         self.journal = Journal(database)
         self.envoys = Envoys()
+        self.roster = Roster(database, self.envoys)
         self.news = Bell()  # a state changed
         self.closing = asyncio.Event()
         self._conninfo = settings.session_url
@@ -66,9 +69,6 @@ class Control:
     def all_held(self) -> list[Traffic]:
         services = self._held.keys() | self.brakes.services()
         return [held.traffic for service in sorted(services) if (held := self.held(service))]
-
-    def states(self, traffic: Traffic) -> list[EnvoyState]:
-        return [envoy.state(traffic) for envoy in self.envoys.of(traffic.service)]
 
     def learn(self, known: Known) -> None:
         traffic = known.traffic
@@ -160,14 +160,15 @@ class Control:
         await self.brakes.run()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Follow the changes that others make."""
-        following = asyncio.create_task(
-            follow(self._conninfo, CHANNEL, self._refresh, name="abreast control")
-        )
+        """Follow the changes that others make, and tell them which Envoys are here."""
+        refreshes = {CHANNEL: self._refresh, ENVOYS: self.roster.hear}
+        following = asyncio.create_task(follow(self._conninfo, refreshes, name="abreast control"))
+        telling = asyncio.create_task(self.roster.run(stop))
         await stop.wait()
         self.close()
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
+        await telling
 
     def close(self) -> None:
         """End the streams: Envoys keep their values and connect again."""

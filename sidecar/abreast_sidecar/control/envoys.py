@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from abreast_sidecar.control.bell import Bell
-from abreast_sidecar.control.traffic import Traffic
+from abreast_sidecar.control.traffic import Moment, Traffic
 
 _numbers = itertools.count(1)
 
@@ -22,6 +22,36 @@ class EnvoyState:
     acknowledged_after: float | None  # seconds from the change, or from the connection where that came later
     error: str = ""  # why it refused the last settings that it was sent
     peer: str = ""
+    sidecar: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where one Envoy stands, whichever sidecar it is connected to."""
+
+    service: str
+    node: str
+    peer: str
+    number: int  # in the order of connecting
+    acknowledged: Moment | None
+    answered: Moment | None  # what it acknowledged or refused last
+    after: float | None  # seconds, of what it acknowledged
+    error: str
+    sidecar: str = ""
+
+    def settled(self, traffic: Traffic) -> bool:
+        """Whether this Envoy has the state or a later one, or has refused it."""
+        return self.answered is not None and self.answered >= traffic.moment
+
+    def state(self, traffic: Traffic) -> EnvoyState:
+        return EnvoyState(
+            node=self.node,
+            acknowledged_version=self.acknowledged[1] if self.acknowledged else 0,
+            acknowledged_after=self.after if self.acknowledged == traffic.moment else None,
+            error=self.error,
+            peer=self.peer,
+            sidecar=self.sidecar,
+        )
 
 
 @dataclass
@@ -59,19 +89,18 @@ class Connected:
             self.acknowledged_after = time.monotonic() - self.sent_from
         return True
 
-    def settled(self, traffic: Traffic) -> bool:
-        """Whether this Envoy has the state or a later one, or has refused it."""
+    def standing(self, sidecar: str) -> Standing:
         answered = self.sent if self.error else self.acknowledged
-        return answered is not None and not traffic.newer_than(answered)
-
-    def state(self, traffic: Traffic | None) -> EnvoyState:
-        current = self.acknowledged is not None and self.acknowledged == traffic
-        return EnvoyState(
+        return Standing(
+            service=self.service,
             node=self.node,
-            acknowledged_version=self.acknowledged.version if self.acknowledged else 0,
-            acknowledged_after=self.acknowledged_after if current else None,
-            error=self.error,
             peer=self.peer,
+            number=self.number,
+            acknowledged=self.acknowledged.moment if self.acknowledged else None,
+            answered=answered.moment if answered else None,
+            after=self.acknowledged_after,
+            error=self.error,
+            sidecar=sidecar,
         )
 
 
@@ -81,8 +110,9 @@ class Envoys:
     """
 
     def __init__(self) -> None:
-        self._streams: dict[int, Connected] = {}
+        self.sidecar = ""  # what this one is called
         self.bell = Bell()  # an Envoy came, went or answered
+        self._streams: dict[int, Connected] = {}
 
     def add(self, envoy: Connected) -> None:
         self._streams[envoy.number] = envoy
@@ -92,15 +122,20 @@ class Envoys:
         self._streams.pop(envoy.number, None)
         self.bell.ring()
 
-    def of(self, service: str) -> list[Connected]:
-        found = (envoy for envoy in self._streams.values() if envoy.service == service)
-        return sorted(found, key=lambda envoy: (envoy.node, envoy.number))
+    def all(self) -> list[Standing]:
+        return [envoy.standing(self.sidecar) for envoy in self._streams.values()]
+
+    def of(self, service: str) -> list[Standing]:
+        return [envoy for envoy in self.all() if envoy.service == service]
+
+    def states(self, traffic: Traffic) -> list[EnvoyState]:
+        return [envoy.state(traffic) for envoy in self.of(traffic.service)]
 
     def counts(self) -> dict[str, int]:
         return Counter(envoy.service for envoy in self._streams.values())
 
     async def wait_settled(self, traffic: Traffic, timeout: float) -> None:
-        """Until every Envoy of the service has answered, or the time (seconds) is over."""
+        """Until every Envoy of the service here has answered, or the time (seconds) is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while not all(envoy.settled(traffic) for envoy in self.of(traffic.service)):

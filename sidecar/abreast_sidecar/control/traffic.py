@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.settings import Settings
 
 WEIGHTS = 10_000  # the sum of Envoy's weights: new_share in hundredths of a percent
 MILLION = 1_000_000  # the unit of the other shares
+
+Moment: TypeAlias = tuple[
+    datetime, int
+]  # by Postgres's clock, and the version: orders the states of a service
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +31,13 @@ class Shares:
 class Traffic:
     service: str
     version: int
-    updated_at: datetime  # by Postgres's clock; orders the states of a service
+    updated_at: datetime
     shares: Shares
     braked: bool = False  # rolled back by a call that the ledger has not recorded yet
+
+    @property
+    def moment(self) -> Moment:
+        return self.updated_at, self.version
 
     @property
     def on_old(self) -> bool:
@@ -42,7 +50,7 @@ class Traffic:
         return replace(self, shares=shares, version=self.version + 1, braked=True)
 
     def newer_than(self, other: Traffic | None) -> bool:
-        return other is None or (self.updated_at, self.version) > (other.updated_at, other.version)
+        return other is None or self.moment > other.moment
 
 
 @dataclass(frozen=True, slots=True)

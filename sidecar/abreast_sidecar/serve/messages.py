@@ -11,7 +11,7 @@ from abreast.v1 import common_pb2, comparison_pb2, traffic_pb2
 from abreast_sidecar.compare.effects import said
 from abreast_sidecar.compare.feature import Feature
 from abreast_sidecar.compare.value import shown
-from abreast_sidecar.control import MILLION, WEIGHTS, EnvoyState, Event, Traffic
+from abreast_sidecar.control import MILLION, WEIGHTS, EnvoyState, Event, Roll, Traffic
 from abreast_sidecar.serve import steering_messages
 from abreast_sidecar.serve.phrase import phrase
 from abreast_sidecar.serve.values import duration, number, timestamp
@@ -266,6 +266,15 @@ def traffic(found: Traffic) -> traffic_pb2.Traffic:
     )
 
 
+def roll(found: Roll, about: Traffic) -> dict[str, Any]:
+    """What answers about traffic have in common."""
+    return {
+        "traffic": traffic(about),
+        "envoys": [envoy(state) for state in found.states(about)],
+        "others_unknown": found.unknown,
+    }
+
+
 def envoy(found: EnvoyState) -> traffic_pb2.EnvoyState:
     after = found.acknowledged_after
     return traffic_pb2.EnvoyState(
@@ -274,6 +283,7 @@ def envoy(found: EnvoyState) -> traffic_pb2.EnvoyState:
         acknowledged_after=None if after is None else duration(after * 1e6),
         error=found.error,
         peer=found.peer,
+        sidecar=found.sidecar,
     )
 
 

@@ -137,7 +137,7 @@ class TrafficValues(Collector):
             "abreast_envoys", "Envoys connected to this sidecar", labels=["service", "state"]
         )
         for traffic in self.control.all_held():
-            states = self.control.states(traffic)
+            states = self.control.envoys.states(traffic)
             current = sum(state.acknowledged_version == traffic.version for state in states)
             refused = sum(bool(state.error) for state in states)
             for name, count in (("connected", len(states)), ("acknowledged", current), ("refused", refused)):

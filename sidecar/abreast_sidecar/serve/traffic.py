@@ -6,7 +6,7 @@ from typing import Any
 
 from abreast.v1 import traffic_pb2 as pb
 from abreast.v1 import traffic_pb2_grpc
-from abreast_sidecar.control import Change, Control, Traffic
+from abreast_sidecar.control import Change, Control
 from abreast_sidecar.serve import arguments, messages
 from abreast_sidecar.serve.status import StoppingError
 from abreast_sidecar.store import pages
@@ -18,27 +18,29 @@ class TrafficControl(traffic_pb2_grpc.TrafficServiceServicer):
 
     async def GetTraffic(self, request: pb.GetTrafficRequest, context: Any) -> pb.GetTrafficResponse:
         traffic = await self.control.read(await self._service(request))
-        return pb.GetTrafficResponse(traffic=messages.traffic(traffic), envoys=self._envoys(traffic))
+        roll = await self.control.roster.all(traffic.service)
+        return pb.GetTrafficResponse(**messages.roll(roll, traffic))
 
     async def UpdateTraffic(self, request: pb.UpdateTrafficRequest, context: Any) -> pb.UpdateTrafficResponse:
-        traffic = await self._change(request, arguments.change(request), context)
-        return pb.UpdateTrafficResponse(traffic=messages.traffic(traffic), envoys=self._envoys(traffic))
+        return pb.UpdateTrafficResponse(**await self._change(request, arguments.change(request), context))
 
     async def Rollback(self, request: pb.RollbackRequest, context: Any) -> pb.RollbackResponse:
         wait = arguments.wait(request)
         note = arguments.note(request, context.peer())
         done = await self.control.rollback(arguments.text("service", request.service), note)
-        await self.control.envoys.wait_settled(done.traffic, wait)
+        if done.not_recorded:
+            await self.control.envoys.wait_settled(done.traffic, wait)
+            roll = self.control.roster.here(done.traffic.service, "the ledger, where they are kept, is away")
+        else:
+            roll = await self.control.roster.settled(done.traffic, wait)
         return pb.RollbackResponse(
-            traffic=messages.traffic(done.traffic),
-            envoys=self._envoys(done.traffic),
+            **messages.roll(roll, done.traffic),
             previous=messages.traffic(done.before) if done.before else None,
             not_recorded=done.not_recorded,
         )
 
     async def Promote(self, request: pb.PromoteRequest, context: Any) -> pb.PromoteResponse:
-        traffic = await self._change(request, Change.promote(), context)
-        return pb.PromoteResponse(traffic=messages.traffic(traffic), envoys=self._envoys(traffic))
+        return pb.PromoteResponse(**await self._change(request, Change.promote(), context))
 
     async def WatchTraffic(
         self,
@@ -54,7 +56,7 @@ class TrafficControl(traffic_pb2_grpc.TrafficServiceServicer):
                 await self.control.news.wait()
                 continue
             last = held.traffic
-            yield pb.WatchTrafficResponse(traffic=messages.traffic(last), envoys=self._envoys(last))
+            yield pb.WatchTrafficResponse(**messages.roll(await self.control.roster.all(service), last))
         raise StoppingError
 
     async def ListTrafficEvents(
@@ -76,13 +78,9 @@ class TrafficControl(traffic_pb2_grpc.TrafficServiceServicer):
     async def _service(self, request: Any) -> str:
         return await self.control.resolve(arguments.text("service", request.service))
 
-    async def _change(self, request: Any, change: Change, context: Any) -> Traffic:
+    async def _change(self, request: Any, change: Change, context: Any) -> dict[str, Any]:
         """All arguments are checked before anything is changed."""
         wait = arguments.wait(request)
         note = arguments.note(request, context.peer())
         traffic = await self.control.change(await self._service(request), change, note)
-        await self.control.envoys.wait_settled(traffic, wait)
-        return traffic
-
-    def _envoys(self, traffic: Traffic) -> list[pb.EnvoyState]:
-        return [messages.envoy(state) for state in self.control.states(traffic)]
+        return messages.roll(await self.control.roster.settled(traffic, wait), traffic)

@@ -132,7 +132,7 @@ class Web:
             findings=findings,
             endpoints=await self.queries.endpoints(service, Window(), Page(FINDINGS)),
             traffic=traffic,
-            envoys=self.control.states(traffic),
+            roll=await self.control.roster.all(service),
             guard=await self.steerers.guard(service),
             ramp=await self.steerers.ramp(service),
             events=await self.control.journal.events(service, before_id=None, limit=EVENTS),

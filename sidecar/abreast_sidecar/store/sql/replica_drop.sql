@@ -1,0 +1,4 @@
+with dropped as (
+    delete from abreast.replica where id = %(id)s returning id
+)
+select pg_notify('abreast_envoys', '') from dropped

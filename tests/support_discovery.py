@@ -1,0 +1,38 @@
+"""The discovery stream as an Envoy speaks it, by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from abreast_sidecar.control.xds import wire_pb2 as wire
+from support_serve import Running
+
+NODE = wire.Node(id="edge-1", cluster="shop")
+FIRST = wire.DiscoveryRequest(node=NODE, resource_names=["abreast"])
+
+
+@asynccontextmanager
+async def stream(sidecar: Running, first: wire.DiscoveryRequest = FIRST) -> AsyncIterator[Any]:
+    call: Any = sidecar.channel.stream_stream(
+        "/envoy.service.runtime.v3.RuntimeDiscoveryService/StreamRuntime",
+        request_serializer=wire.DiscoveryRequest.SerializeToString,
+        response_deserializer=wire.DiscoveryResponse.FromString,
+    )()
+    await call.write(first)
+    try:
+        async with asyncio.timeout(20):
+            yield call
+    finally:
+        call.cancel()
+
+
+def answer(response: wire.DiscoveryResponse, *, error: str = "", nonce: str = "") -> wire.DiscoveryRequest:
+    request = wire.DiscoveryRequest(
+        version_info=response.version_info, response_nonce=nonce or response.nonce
+    )
+    if error:
+        request.error_detail.message = error
+    return request

@@ -1,0 +1,46 @@
+"""A sidecar as a process of its own, that may be killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import urlopen
+
+from abreast_sidecar.embedded.sidecar import SidecarServer
+from support import free_ports
+
+
+@dataclass
+class Replica:
+    server: SidecarServer
+    port: int  # of gRPC
+
+    @property
+    def pid(self) -> int:
+        assert self.server.server is not None
+        return self.server.server.process.pid
+
+    def acting(self) -> bool:
+        host, port = self.server.http
+        with urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+            return "abreast_acting 1.0" in answer.read().decode()
+
+
+@contextmanager
+def replica(redis_url: str, postgres_url: str, folder: Path) -> Iterator[Replica]:
+    grpc_port, http_port = free_ports(2)
+    settings = {
+        "ABREAST_REDIS_URL": redis_url,
+        "ABREAST_POSTGRES_URL": postgres_url,
+        "ABREAST_GRPC_LISTEN": f"127.0.0.1:{grpc_port}",
+        "ABREAST_HTTP_LISTEN": f"127.0.0.1:{http_port}",
+    }
+    folder.mkdir()
+    server = SidecarServer(settings, ("127.0.0.1", http_port), folder=folder)
+    try:
+        server.start()
+        yield Replica(server, grpc_port)
+    finally:
+        server.stop()
