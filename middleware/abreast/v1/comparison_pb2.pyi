@@ -375,9 +375,13 @@ class GetSummaryResponse(_message.Message):
     explained: _builtins.int
     """Of the mismatches: those whose every difference is noise or additive."""
     envoy_sampled: _builtins.int
-    """Sampled requests by Envoy's own count, over all its life. Unset where no Envoy's admin address is known."""
+    """Sampled requests by Envoy's own count: of the window, or over all its life. Unset where no Envoy's admin address is
+    known. Envoy is asked once a second, so the edges of a window are not sharp.
+    """
     unaccounted: _builtins.int
-    """envoy_sampled minus all rows ever written: requests on their way, or lost. Only without a window."""
+    """envoy_sampled minus the rows of the window, or without one minus all rows ever written: requests on their way, or
+    lost. For a window at most what is missing over all time.
+    """
     pending: _builtins.int
     """Pairs that wait in Redis for a copy or for a worker, now. Unset while Redis can't be reached."""
     findings: _builtins.int

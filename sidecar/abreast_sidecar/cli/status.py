@@ -145,8 +145,6 @@ def _accounts(summary: api.GetSummaryResponse) -> Table:
 
 
 def _unaccounted(summary: api.GetSummaryResponse) -> str | Text:
-    if not summary.HasField("unaccounted"):
-        return "over all time"
     number = abs(summary.unaccounted)
     if not number:
         return "all of them are in the ledger"

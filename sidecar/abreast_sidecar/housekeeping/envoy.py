@@ -38,6 +38,8 @@ NOT_SENT = (
 FILTER = rf"^cluster\.({'|'.join(COPIES)})\.({'|'.join((SENT, *NOT_SENT))})$"
 NAME_LIMIT = 200  # characters
 SLACK = 1.0  # seconds: Envoy says whole ones
+LONGEST = 14 * 86_400.0  # seconds over which a count is spread
+SHORTEST = 0.001
 WATCHED: dict[
     str, tuple[float, float]
 ] = {}  # node → when this process looked last (monotonic), and its uptime then
@@ -125,6 +127,19 @@ async def bring_envoy(connection: Connection, address: str) -> None:
         last = {**seen.counts, "base": base}
         reports = {"counted": json_text(sums).decode(), "last": json_text(last).decode()}
         await connection.execute(statement("envoy_report_put"), {**key, **reports})
+        await connection.execute(statement("envoy_count_add"), _counted_since(before, seen, sums))
+
+
+def _counted_since(before: Mapping[str, Any] | None, seen: Look, sums: Mapping[str, int]) -> dict[str, Any]:
+    """What is new since the last look, or since its start where this is the first."""
+    known, seconds = (
+        (before["counted"].get("sampled", 0), before["age"]) if before else (0, seen.uptime + SLACK)
+    )
+    return {
+        "service": seen.service,
+        "sampled": sums["sampled"] - known,
+        "seconds": min(max(seconds, SHORTEST), LONGEST),
+    }
 
 
 def _watched(seen: Look) -> bool:

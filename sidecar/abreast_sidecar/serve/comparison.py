@@ -33,7 +33,7 @@ class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
         window = arguments.window(request)
         service = await self.control.resolve(arguments.text("service", request.service))
         found = await self.queries.summary(service, window)
-        return messages.summary(found, pending=await self.pending.count(service), bounded=window.bounded)
+        return messages.summary(found, pending=await self.pending.count(service))
 
     async def GetVerdict(self, request: pb.GetVerdictRequest, context: Any) -> pb.GetVerdictResponse:
         window, budget = arguments.window(request), arguments.budget(request)

@@ -52,15 +52,15 @@ def endpoint(found: Endpoint) -> common_pb2.Endpoint:
     return common_pb2.Endpoint(service=found.service, method=found.method, route=found.route)
 
 
-def summary(found: Summary, *, pending: int | None, bounded: bool) -> comparison_pb2.GetSummaryResponse:
+def summary(found: Summary, *, pending: int | None) -> comparison_pb2.GetSummaryResponse:
     accounts = found.accounts
     return comparison_pb2.GetSummaryResponse(
         service=found.service,
         pairs=found.pairs,
         outcomes=outcomes(found.outcomes),
         explained=found.explained,
-        envoy_sampled=accounts.envoy_sampled,
-        unaccounted=None if bounded else accounts.unaccounted,
+        envoy_sampled=found.sampled,
+        unaccounted=found.unaccounted,
         drops=[
             comparison_pb2.DropCount(place=drop.place, reason=drop.reason, count=drop.count)
             for drop in found.drops

@@ -16,11 +16,9 @@ SUBJECT = pb.VerdictSubject.DESCRIPTOR
 
 
 def ledger(found: Evidence, pending: int) -> Ledger:
-    """What Envoy counted and the ledger never got may all belong to the window; what still waits in Redis is not lost."""
-    if found.envoy_sampled is None:
-        return Ledger(None, found.accounted)
-    lost = max(0, found.envoy_sampled - found.written - pending)
-    return Ledger(found.rows + lost, found.accounted)
+    """Of the window; what still waits in Redis is not lost."""
+    lost = found.lost(pending)
+    return Ledger(None if lost is None else found.rows + lost, found.accounted)
 
 
 def response(

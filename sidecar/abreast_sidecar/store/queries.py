@@ -26,6 +26,7 @@ from abreast_sidecar.store.results import (
     Poison,
     Summary,
     Window,
+    missing,
 )
 
 T = TypeVar("T")
@@ -104,6 +105,9 @@ class Queries:
         outcomes = await self.database.rows("summary_outcomes", {**asked, **_hours(window)})
         (counts,) = await self.database.rows("summary_counts", asked)
         (accounts,) = await self.accounts(service)
+        (held,) = await self.database.rows("envoy_sampled", {"service": service, **_bounds(window)})
+        pairs = sum(row["pairs"] for row in outcomes) if window.bounded else accounts.written
+        unaccounted = missing(held["sampled"], pairs, accounts.envoy_sampled, accounts.written)
         poison = await self.database.rows("poison_reasons", {"service": service, "limit": MAX_REASONS})
         return Summary(
             service=service,
@@ -115,6 +119,8 @@ class Queries:
             poison=tuple(Poison(**row) for row in poison),
             first=min((row["first"] for row in outcomes), default=None),
             last=max((row["last"] for row in outcomes), default=None),
+            sampled=None if unaccounted is None else pairs + unaccounted,
+            unaccounted=unaccounted,
         )
 
     async def evidence(
@@ -132,7 +138,10 @@ class Queries:
         cold = {"cold_share": COLD_SHARE, "max_slower": max_slower}
         counts = await self.database.rows("verdict_counts", {**asked, **cold})
         (ledger,) = await self.database.rows("verdict_ledger", {**asked, "evidence": list(EVIDENCE)})
-        return Evidence(endpoints=tuple(rows.counts(row) for row in counts), release=label, **ledger)
+        over = window.end is not None and window.end < datetime.now(UTC)
+        return Evidence(
+            endpoints=tuple(rows.counts(row) for row in counts), release=label, over=over, **ledger
+        )
 
     async def _newest(self, service: str, window: Window) -> str | None:
         found = await self.database.one("release_newest", {"service": service, "end": window.end})
@@ -186,7 +195,7 @@ class Queries:
 
     async def separating(self, found: Finding) -> Feature | None:
         """What the requests that show the finding have in common, and others of its endpoint don't."""
-        if found.part in {"latency", "cache"}:
+        if found.of_no_pair:
             return None
         shows = await self._sampled("samples_showing", found.id)
         others = await self._sampled("samples_without", found.id)

@@ -84,6 +84,8 @@ class Summary:
     poison: tuple[Poison, ...]
     first: datetime | None
     last: datetime | None
+    sampled: int | None  # requests of the window, by Envoy's count
+    unaccounted: int | None  # of `sampled`, those without a row
 
     @property
     def pairs(self) -> int:
@@ -92,14 +94,34 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a verdict is made of. `written` is over all time, `rows` and `accounted` are of the window."""
+    """What a verdict is made of. `envoy_sampled` and `written` are over all time, the rest is of the window."""
 
     endpoints: tuple[Counts, ...]
     envoy_sampled: int | None
     written: int
+    sampled: int | None
     rows: int
     accounted: int  # of `rows`, those whose outcome is evidence
     release: str | None = None  # of new, that `endpoints` are of; None: of all
+    over: bool = False  # whether the window ended before now
+
+    def lost(self, pending: int) -> int | None:
+        """Requests of the window without a row, of which `pending` are on their way. None: Envoy's count is not known."""
+        if self.sampled is None or self.envoy_sampled is None:
+            return None
+        late = 0 if self.over else pending  # those are of the present
+        return max(
+            0, min(self.sampled - self.rows - late, max(0, self.envoy_sampled - self.written) - pending)
+        )
+
+
+def missing(sampled: int | None, rows: int, ever_sampled: int | None, ever_written: int) -> int | None:
+    """Requests of a window without a row. Its edges are not sharp, since a request is counted by Envoy a little before
+    its row is made; but no window misses more than is missing over all time.
+    """
+    if sampled is None or ever_sampled is None:
+        return None
+    return min(sampled - rows, max(0, ever_sampled - ever_written))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +188,14 @@ class Finding:
         return self.status in {"expected", "fixed"} or (self.noise and self.status != "confirmed")
 
     @property
+    def of_no_pair(self) -> bool:
+        """Whether a test of its own found it, over many pairs: no single one shows it."""
+        return self.part in {"latency", "cache"} or self.path == "no capture"
+
+    @property
     def rate(self) -> Interval | None:
         """Of the compared pairs, those that show it, however often one looks. None: it is of no single pairs."""
-        if self.part == "latency" or self.path == "no capture" or not self.compared:
+        if self.of_no_pair or not self.compared:
             return None
         return interval(min(self.count, self.compared), self.compared, 1 - CONFIDENCE)
 

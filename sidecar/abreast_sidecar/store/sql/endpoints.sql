@@ -39,7 +39,7 @@ cross join lateral (
     select count(*) as findings
     from abreast.finding g
     where g.endpoint_id = e.id and abreast.open_regression(g)
-      and case when g.part in ('latency', 'cache') or g.path = 'no capture'
+      and case when abreast.of_no_pair(g)
               then g.count > 0 and g.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                and g.first_seen < coalesce(%(end)s::timestamptz, 'infinity')
               when %(windowed)s

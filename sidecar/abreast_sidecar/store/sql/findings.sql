@@ -2,7 +2,7 @@
 -- together while traffic goes on: all time is the counter without what came since; a window is counted from rows,
 -- once for all findings. What was compared is summed from whole hours, and from rows at the two ends.
 with candidate as (
-    select f.*, e.service, e.method, e.route, e.compared as compared_ever,
+    select f.*, abreast.of_no_pair(f) as of_no_pair, e.service, e.method, e.route, e.compared as compared_ever,
            case f.impact when 'breaking' then 0 when 'value' then 1 else 2 end as rank
     from abreast.finding f
     join abreast.endpoint e on e.id = f.endpoint_id
@@ -57,7 +57,7 @@ since as materialized (
 counted as (
     select c.*,
            case
-               when c.part in ('latency', 'cache') or c.path = 'no capture' then case  -- of no single pairs
+               when c.of_no_pair then case
                    when c.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                     and c.first_seen < coalesce(%(end)s::timestamptz, 'infinity') then c.count
                    else 0 end

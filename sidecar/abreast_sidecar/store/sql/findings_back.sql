@@ -10,7 +10,7 @@ with found as (
         order by id desc
         limit 1
     ) as newest
-    where f.status = 'fixed' and (f.part in ('latency', 'cache') or f.path = 'no capture')
+    where f.status = 'fixed' and abreast.of_no_pair(f)
       and (
           (newest.id > f.fixed_after and f.last_seen > newest.first_seen)
           or (newest.label = '' and f.last_seen > f.status_since)

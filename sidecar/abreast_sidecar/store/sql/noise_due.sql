@@ -8,7 +8,7 @@ select e.id as endpoint, e.compared, e.baseline_compared, f.id, f.part, f.path, 
        newest.new_smaller as newest_new_smaller,
        copies.baseline_count as newest_baseline_count, copies.baseline_compared as newest_baseline_compared
 from abreast.endpoint e
-left join abreast.finding f on f.endpoint_id = e.id and f.part not in ('latency', 'cache') and f.path <> 'no capture'
+left join abreast.finding f on f.endpoint_id = e.id and not abreast.of_no_pair(f)
 left join lateral (
     select s.*, c.compared, r.label
     from abreast.finding_release s

@@ -3,7 +3,7 @@ select
         select count(*)
         from abreast.finding f join abreast.endpoint e on e.id = f.endpoint_id
         where e.service = %(service)s and abreast.open_regression(f)
-          and case when f.part in ('latency', 'cache') or f.path = 'no capture'
+          and case when abreast.of_no_pair(f)
               then f.count > 0 and f.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                and f.first_seen < coalesce(%(end)s::timestamptz, 'infinity')
               when %(windowed)s

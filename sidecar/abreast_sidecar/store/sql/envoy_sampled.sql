@@ -1,0 +1,1 @@
+select abreast.envoy_sampled(%(service)s, %(start)s::timestamptz, %(end)s::timestamptz) as sampled
