@@ -200,6 +200,35 @@ async def test_what_one_release_was_slower_in_is_not_said_of_the_next(
     assert await find_slow(connection) == 0
 
 
+async def test_what_copies_of_old_take_longer_too_is_not_said_of_new(
+    connection: Connection, url: str
+) -> None:
+    """An endpoint that has too few copies is judged by those of its service."""
+    ledger = Ledger(url, examples_per_finding=3)
+    await ledger.write(
+        [timed(f"s{n}", "/guarded", 20_000, 60_000 + n, copy_us=60_000 - n) for n in range(100)]
+        + [timed(f"f{n}", "/few", 20_000, 60_000 + n) for n in range(100)]
+        + [timed(f"w{n}", "/slow", 20_000, 190_000 + n, copy_us=60_000) for n in range(100)]
+    )
+    await ledger.close()
+
+    assert await find_slow(connection) == 1
+    assert rows(
+        url,
+        "select route, detail->'ratio' from abreast.finding join abreast.endpoint on endpoint.id = endpoint_id",
+    ) == [("/slow", pytest.approx(3.17, abs=0.01))]
+
+
+async def test_a_few_copies_say_nothing(connection: Connection, url: str) -> None:
+    ledger = Ledger(url, examples_per_finding=3)
+    await ledger.write(
+        [timed(f"{n}", "/", 20_000, 60_000 + n, copy_us=60_000 if n < 49 else None) for n in range(100)]
+    )
+    await ledger.close()
+
+    assert await find_slow(connection) == 1
+
+
 async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Connection, url: str) -> None:
     ledger = Ledger(url, examples_per_finding=1)
     hanging = [judged(route="/hangs", outcome="only_old") for _ in range(12)]
@@ -216,13 +245,17 @@ async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Conne
     assert rows(url, query) == [("/hangs", "error", "no capture", "breaking", 12)]
 
 
-def timed(pair: str, route: str, old_us: int, new_us: int, *, release: str = "new-1") -> Judged:
-    plain = judged(pair=pair, route=route, releases=("old-1", release))
+def timed(
+    pair: str, route: str, old_us: int, new_us: int, *, release: str = "new-1", copy_us: int | None = None
+) -> Judged:
+    plain = judged(pair=pair, route=route, releases=("old-1", release), baseline_compared=copy_us is not None)
     known: Judgement = plain.judgement
     assert known.old is not None
     assert known.new is not None
     old, new = structs.replace(known.old, total_us=old_us), structs.replace(known.new, total_us=new_us)
     timed_ = replace(known, old=old, new=new)
+    if copy_us is not None:
+        timed_ = replace(timed_, baseline=structs.replace(old, role="baseline", total_us=copy_us))
     return Judged(plain.service, plain.entry, plain.at, plain.pair, timed_, plain.blobs)
 
 

@@ -63,6 +63,19 @@ async def test_each_release_begins_cold_and_pairs_are_held_against_each_other(si
     assert 2 < ratio.low < ratio.value < ratio.high < 3.1
 
 
+async def test_what_a_copy_costs_is_told_and_taken_off(sidecar: Running) -> None:
+    ledger = sidecar.ledger()
+    add(ledger, 400, 10_000, 30_000)
+    unknown = await ask(sidecar)
+    ledger.execute("insert into abreast.copy_cost values (%s, 1.5, 80)", ledger.endpoint(route=ROUTE))
+    found = await ask(sidecar)
+
+    assert (unknown.HasField("copy_ratio"), found.copy_ratio) == (False, 1.5)
+    assert found.warm.percentiles == unknown.warm.percentiles
+    assert next(one.value for one in unknown.warm.ratios if one.share == 0.5) == pytest.approx(3, abs=0.1)
+    assert next(one.value for one in found.warm.ratios if one.share == 0.5) == pytest.approx(2, abs=0.1)
+
+
 async def test_a_window_and_a_confidence_narrow_it(sidecar: Running) -> None:
     add(sidecar.ledger(), 400, 10_000, 20_000)
     window = common_pb2.TimeWindow()

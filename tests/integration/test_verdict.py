@@ -211,6 +211,22 @@ async def test_a_slower_version_fails(sidecar: Running, ledger: Ledger) -> None:
     assert "4,500 of 4,500 pairs" in found.reasons[0].text  # a tenth is cold
 
 
+@pytest.mark.parametrize(
+    ("live", "times", "expected"),
+    [("old", 1.2, "PASS"), ("old", 1.5, "FAIL"), ("new", 1.0, "FAIL"), ("new", 0.8, "PASS")],
+)
+async def test_what_a_copy_takes_longer_makes_no_version_slower(
+    sidecar: Running, ledger: Ledger, live: str, times: float, expected: str
+) -> None:
+    """Copies take a fifth longer: new's, where old answers the user, and old's, where new does."""
+    add(ledger, 5000)
+    ledger.execute("update abreast.pair set live = %s, new_us = old_us * %s::float8", live, times)
+    ledger.execute("insert into abreast.copy_cost select id, 1.2, 100 from abreast.endpoint")
+    sampled(ledger)
+
+    assert state(await verdict(sidecar)) == expected
+
+
 async def test_an_endpoint_that_new_never_answered_keeps_from_pass(sidecar: Running, ledger: Ledger) -> None:
     add(ledger, 9000)
     add(ledger, 5, endpoint=ledger.endpoint(route="/gone"), outcome="only_old", statuses=(200, None))

@@ -12,6 +12,9 @@ there it counts, E is no more than the mixture over p > 1/2, which has the same 
 no distribution, but pairs should not hang on each other; leaving out first pairs makes the bound an approximate one.
 
 A real but small difference is no finding: median of the ratios and of the differences must be large enough too.
+
+Of two answers to one request one is a copy's, which may take longer or less by that alone. What is judged is the time of
+new as it would be if both were copies or neither, by what old alone tells of it.
 """
 
 from __future__ import annotations
@@ -31,11 +34,20 @@ COLD_PAIRS = 5  # at least
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One request answered by both versions, in µs; `release` names the code of both."""
+    """One request answered by both versions, in µs; `release` names the code of both.
+
+    `handicap` is how many times as long new would take by its role alone: above 1 where copies take longer and new's is
+    one, below 1 where old's is.
+    """
 
     old_us: int
     new_us: int
     release: str = ""
+    handicap: float = 1.0
+
+    @property
+    def fair_us(self) -> float:
+        return self.new_us / self.handicap
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +67,8 @@ def slowdown(timings: Sequence[Timing]) -> Slowdown | None:
     judged = warm(timings)
     if len(judged) < MIN_PAIRS:
         return None
-    ratio = median((one.new_us + 1) / (one.old_us + 1) for one in judged)
-    difference = median(one.new_us - one.old_us for one in judged)
+    ratio = median((one.fair_us + 1) / (one.old_us + 1) for one in judged)
+    difference = median(one.fair_us - one.old_us for one in judged)
     if ratio < MIN_RATIO or difference < MIN_DIFFERENCE_US or evidence(judged) < -math.log(ALPHA):
         return None
     old, new = sorted(one.old_us for one in judged), sorted(one.new_us for one in judged)
@@ -86,8 +98,8 @@ def evidence(timings: Iterable[Timing]) -> float:
     """The logarithm of E; below 0 where new was slower in half of the pairs or less."""
     slower = faster = 0
     for one in timings:
-        slower += one.new_us > one.old_us
-        faster += one.new_us < one.old_us
+        slower += one.fair_us > one.old_us
+        faster += one.fair_us < one.old_us
     if slower <= faster:
         return -math.inf
     n = slower + faster

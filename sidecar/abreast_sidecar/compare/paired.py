@@ -3,7 +3,8 @@
 An interval of a quantile is between two of the ordered values. At most `share` of the pairs lie below the true quantile, so
 the number below it is a sum of draws at that rate, and the ranks at which the mixture of `sequence` does not refute the
 rate hold the quantile: at any number of looks, whatever the distribution, with an error of at most 1 - confidence.
-Percentiles of two versions can't be subtracted from each other; differences and ratios are of pairs.
+Percentiles of two versions can't be subtracted from each other; differences and ratios are of pairs, without what one of
+the two took longer by being a copy.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def paired(timings: Sequence[Timing], confidence: float) -> Paired:
     if not timings:
         return Paired(0)
     old, new = sorted(one.old_us for one in timings), sorted(one.new_us for one in timings)
-    differences = sorted(float(one.new_us - one.old_us) for one in timings)
-    ratios = sorted((one.new_us + 1) / (one.old_us + 1) for one in timings)
+    differences = sorted(one.fair_us - one.old_us for one in timings)
+    ratios = sorted((one.fair_us + 1) / (one.old_us + 1) for one in timings)
     bounds = {share: ranks(len(timings), share, 1 - confidence) for share in SHARES}
     return Paired(
         pairs=len(timings),

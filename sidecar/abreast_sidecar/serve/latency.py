@@ -32,8 +32,8 @@ class Latency(latency_pb2_grpc.LatencyServiceServicer):
             arguments.text("method", request.method).upper(),
             arguments.text("route", request.route),
         )
-        found, cut = await timings(self.database, endpoint, window)
-        cold, warm = split(found)
+        found = await timings(self.database, endpoint, window)
+        cold, warm = split(found.pairs)
         return pb.GetLatencyResponse(
             endpoint=common_pb2.Endpoint(
                 service=endpoint.service, method=endpoint.method, route=endpoint.route
@@ -41,7 +41,8 @@ class Latency(latency_pb2_grpc.LatencyServiceServicer):
             warm=_message(await asyncio.to_thread(paired, warm, confidence)),
             cold=_message(await asyncio.to_thread(paired, cold, confidence)),
             confidence=confidence,
-            cut=cut,
+            cut=found.cut,
+            copy_ratio=found.copy_ratio,
         )
 
 

@@ -79,6 +79,9 @@ class Judged:
         for capture in (old, new, judgement.baseline):
             if capture is not None and capture.role == "live":
                 row["live"] = capture.version
+        again = judgement.baseline
+        if old and old.role == "live" and again and again.role == "baseline" and judgement.baseline_compared:
+            row["copy_us"] = _time(again)
         if failed_over(judgement):
             row["failed_over"] = True
         if shown := old or new or judgement.baseline:
@@ -110,6 +113,10 @@ def failed_over(judgement: Judgement) -> bool:
 def _side(capture: Capture) -> tuple[int, int, str]:
     return (
         max(0, min(capture.answer.status, HIGHEST)),
-        max(0, min(capture.total_us, LONGEST)),
+        _time(capture),
         clean(capture.release, RELEASE_LIMIT),
     )
+
+
+def _time(capture: Capture) -> int:
+    return max(0, min(capture.total_us, LONGEST))

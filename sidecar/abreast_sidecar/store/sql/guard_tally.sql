@@ -11,8 +11,10 @@ shown as (
 newest as (
     select p.at, p.findings, p.old_us, p.new_us, p.outcome, p.old_status, p.new_status, p.failed_over,
            p.outcome in ('match', 'mismatch', 'oversize') as compared,
-           p.live = 'new' or p.failed_over as live
+           p.live = 'new' or p.failed_over as live,
+           abreast.handicap(p.live, c.ratio) as handicap
     from abreast.pair p
+    left join abreast.copy_cost c using (endpoint_id)
     where p.endpoint_id in (select id from chosen)
       and p.at >= (select min(start) from unnest(%(starts)s::timestamptz[]) as start)
     order by p.at desc
@@ -30,7 +32,7 @@ said as (
            coalesce(n.old_status, 0) not between 1 and 499 as old_error,
            n.outcome in ('match', 'mismatch') and n.old_status = n.new_status and n.old_us is not null
                and n.new_us is not null as timed,
-           n.new_us > n.old_us * (1 + %(slower)s::float8) as slower
+           n.new_us > n.old_us * (1 + %(slower)s::float8) * n.handicap as slower
     from newest n
 ),
 counted as (

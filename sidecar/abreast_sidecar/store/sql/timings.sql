@@ -1,15 +1,17 @@
 -- The last pairs of each endpoint that both versions answered alike, in the order of their arrival, with the latest
 -- release of new among them alone: what one release did is not said of the next.
-select endpoint.id, timing.old_us, timing.new_us, timing.release
+select endpoint.id, timing.old_us, timing.new_us, timing.release, timing.handicap
 from abreast.endpoint
 cross join lateral (
     select array_agg(old_us order by at, id) as old_us, array_agg(new_us order by at, id) as new_us,
-           array_agg(release order by at, id) as release
+           array_agg(release order by at, id) as release, array_agg(handicap order by at, id) as handicap
     from (
         select newest.*, release.id as number, max(release.id) over () as latest
         from (
-            select at, id, old_us, new_us, old_release || ' ' || new_release as release, new_release
+            select at, id, old_us, new_us, old_release || ' ' || new_release as release, new_release,
+                   abreast.handicap(live, copy_cost.ratio) as handicap
             from abreast.pair
+            left join abreast.copy_cost using (endpoint_id)
             where endpoint_id = endpoint.id and at > clock_timestamp() - %(window)s * interval '1 second'
               and outcome in ('match', 'mismatch') and old_status = new_status
               and old_us is not null and new_us is not null

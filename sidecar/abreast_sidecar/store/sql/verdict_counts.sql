@@ -47,9 +47,11 @@ counted as (
            count(*) filter (where said.compared and said.new_error and not said.old_error) as new_errors,
            count(*) filter (where said.compared and said.old_error and not said.new_error) as old_errors,
            count(*) filter (where said.timed) as timed,
-           count(*) filter (where said.timed and p.new_us > p.old_us * (1 + %(max_slower)s::float8)) as slower
+           count(*) filter (where said.timed and p.new_us > p.old_us * (1 + %(max_slower)s::float8)
+                                       * abreast.handicap(p.live, c.ratio)) as slower
     from abreast.pair p
     join release r using (endpoint_id, old_release, new_release)
+    left join abreast.copy_cost c using (endpoint_id)
     cross join lateral (
         select p.outcome in ('match', 'mismatch', 'oversize') as compared,
                p.findings <> '{}' and p.findings && (select real from shown) as real,
