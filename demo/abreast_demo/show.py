@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from abreast_demo.load import Tally
-from abreast_demo.plants import ADDITIVE, NOISE, REGRESSIONS
+from abreast_demo.plants import ADDITIVE, HEAVIER, NOISE, REGRESSIONS
 from abreast_demo.ports import LOOPBACK
 from abreast_demo.run import GRPC_PORT, Finished, Options
 from abreast_demo.verdict import Ledger, Result, Seen
@@ -109,6 +109,8 @@ def _harmless(console: Console, result: Result) -> None:
             pairs = [one.count for one in seen if one.place == plant.place]
             lines = _two_lines(plant.what, str(plant.place))
             rows.add_row(styled(word) if pairs else styled("not seen", "warn"), count(sum(pairs)), lines)
+    for one in result.heavier:
+        rows.add_row(styled("slower"), count(one.count), _two_lines(HEAVIER, _place(one)))
     _titled(console, "Differs too, and is no regression", rows)
 
 

@@ -73,9 +73,17 @@ class Result:
     @property
     def unexpected(self) -> list[Seen]:
         """Reported, and nobody planted it; among them what is harmless and was not recognised as such."""
+        heavier = self.heavier
         return [
-            *(one for one in self.regressions if not _planted(one, REGRESSIONS)),
+            *(one for one in self.regressions if one not in heavier and not _planted(one, REGRESSIONS)),
             *(one for one in self.additive if not _planted(one, ADDITIVE)),
+        ]
+
+    @property
+    def heavier(self) -> list[Seen]:
+        """Slower without having been made so: see `plants.HEAVIER`."""
+        return [
+            one for one in self.regressions if one.place.part == "latency" and not _planted(one, REGRESSIONS)
         ]
 
     @property
@@ -100,6 +108,7 @@ class Result:
                 "missed": [plant.name for plant in self.missed],
                 "unexpected": [str(one.place) for one in self.unexpected],
             },
+            "heavier": [one.place.endpoint for one in self.heavier],
             "harmless": {plant.name: covered(plant, self._harmless(plant)) for plant in (*NOISE, *ADDITIVE)},
             "ledger": {
                 "rows": ledger.rows,

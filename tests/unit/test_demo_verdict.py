@@ -67,6 +67,15 @@ def test_an_addition_that_nobody_planted_is_unexpected() -> None:
     assert result.unexpected == [added]
 
 
+def test_an_endpoint_that_is_slower_by_itself_is_told_apart() -> None:
+    slower = Seen(9, Place("GET /stats", "latency", "", "slower"), "value", False, 40, 0, "")
+    result = Result(QUIET, SUMMED, (*EXPECTED, slower))
+
+    assert (result.heavier, result.unexpected) == ([slower], [])
+    assert result.for_machines()["heavier"] == ["GET /stats"]
+    assert result.as_planted
+
+
 @pytest.mark.parametrize(
     "ledger",
     [
