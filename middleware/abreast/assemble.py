@@ -51,6 +51,7 @@ def assemble(recorder: Recorder, settings: Settings, chosen: frozenset[bytes], r
         effects=effects,
         effects_dropped=effects_dropped,
         hops=tuple(hops.kept) if hops else (),
+        disturbed=recorder.now.disturbed,
         cache=(hops.hits, hops.misses) if hops and hops.hits + hops.misses else None,
         request=Request(
             method=scope["method"],

@@ -87,6 +87,7 @@ class Capture(Struct, frozen=True, gc=False):
     effects_dropped: int = 0  # more than may be recorded
     hops: tuple[HopRow, ...] = ()
     cache: tuple[int, int] | None = None  # hits and misses; None where no cache was asked
+    disturbed: str = ""  # why it says nothing of the code; only of copies
 
     @property
     def slot(self) -> str:
@@ -137,6 +138,7 @@ class _Head(Struct, gc=False, omit_defaults=True):
     effects_dropped: int = 0
     hops: tuple[HopRow, ...] = ()
     cache: tuple[int, int] | None = None
+    disturbed: str = ""
 
 
 class _Format(Struct):
@@ -178,6 +180,7 @@ def encode(capture: Capture) -> bytes:
         capture.effects_dropped,
         capture.hops,
         capture.cache,
+        capture.disturbed,
     )
     return b"".join((_encoder.encode(head), b"\n", request.body.held, answer.body.held))
 
@@ -246,4 +249,5 @@ def _capture(head: _Head, asked: bytes, answered: bytes) -> Capture:
         head.effects_dropped,
         head.hops,
         head.cache,
+        head.disturbed,
     )

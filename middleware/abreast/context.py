@@ -40,6 +40,7 @@ class Current:
     hops: Hops | None = None
     # Of a shadow: what is to be done when the app has returned. None where nobody would do it, or it was done.
     ends: list[Callable[[], Awaitable[object]]] | None = None
+    disturbed = ""  # why what comes of a shadow says nothing of its code
     forgotten: AbstractSet[tuple[int, str]] = NOTHING  # what a shadow deleted from a cache: (cache, key)
 
     def __init__(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,6 +78,18 @@ def test_shedding_load_is_an_outcome_of_its_own(status: int, headers: Headers) -
     judgement = compare(capture("old", {}), capture("new", {}, status=status, headers=headers))
 
     assert (judgement.outcome, judgement.differences) == ("shed", ())
+
+
+def test_a_copy_that_was_disturbed_says_nothing() -> None:
+    """Also a second copy that old got."""
+    reason = "a copy was disturbed in its database: LockNotAvailable"
+    failed = capture("new", b"oops", status=500, role="shadow")
+    judgement = compare(capture("old", {"a": 1}), msgspec.structs.replace(failed, disturbed=reason))
+    noisy = msgspec.structs.replace(capture("old", {"a": 2}, role="baseline"), disturbed=reason)
+    calm = judge([capture("old", {"a": 1}), capture("new", {"a": 1}, role="shadow"), noisy], RULES)
+
+    assert (judgement.outcome, judgement.reason, judgement.differences) == ("not_compared", reason, ())
+    assert (calm.outcome, calm.noise) == ("match", ())
 
 
 def test_a_plain_503_is_an_error_and_not_shedding() -> None:

@@ -10,6 +10,10 @@ from abreast.context import Current
 
 C = TypeVar("C")
 
+SHADOWS = 4  # connections of a pool for shadows
+TIMEOUT = 5.0  # seconds that a shadow waits for one of them
+WAITING = 2  # shadows for each connection that may wait in threads: users need threads too
+
 
 class Pins(Generic[C]):
     """Of one pool. Requests' threads may come at once."""

@@ -19,7 +19,7 @@ import psycopg_pool
 
 from abreast.context import CURRENT
 from abreast.errors import SettingError
-from abreast.guards.pins import Pins
+from abreast.guards.pins import SHADOWS, TIMEOUT, WAITING, Pins
 from abreast.guards.psycopg_async import (
     AsyncConnection,
     AsyncOwnConnection,
@@ -27,8 +27,7 @@ from abreast.guards.psycopg_async import (
     AsyncUserConnection,
 )
 from abreast.guards.psycopg_sync import Connection, OwnConnection, ShadowConnection, UserConnection
-
-SHADOWS = 4  # connections
+from abreast.guards.watch import disturb
 
 
 class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]):
@@ -39,9 +38,8 @@ class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]
     ) -> None:
         _no_class(how)
         kind: type[AsyncConnection[Any]] = AsyncOwnConnection if shadow_conninfo else AsyncShadowConnection
-        small = {**how, "min_size": 0, "max_size": shadow_max_size, "open": False, "name": None}
         self.shadows = psycopg_pool.AsyncConnectionPool(
-            shadow_conninfo or conninfo, connection_class=kind, **small
+            shadow_conninfo or conninfo, connection_class=kind, **_small(how, shadow_max_size)
         )
         self._pins: Pins[AsyncConnection[Any]] = Pins(self._end)
         super().__init__(conninfo, connection_class=AsyncUserConnection, **how)
@@ -57,7 +55,11 @@ class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]
         if connection is None:
             if self.shadows.closed:
                 await _apart(self.shadows.open())
-            connection = await self.shadows.getconn(timeout)
+            try:
+                connection = await self.shadows.getconn(timeout)
+            except psycopg_pool.PoolTimeout as error:
+                disturb(error)
+                raise
             connection.request = request
             if connection.mode == "rolled back":
                 await self._held(connection)
@@ -108,7 +110,7 @@ class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
     ) -> None:
         _no_class(how)
         kind: type[Connection[Any]] = OwnConnection if shadow_conninfo else ShadowConnection
-        small = {**how, "min_size": 0, "max_size": shadow_max_size, "open": False, "name": None}
+        small = _small(how, shadow_max_size) | {"max_waiting": shadow_max_size * WAITING}
         self.shadows = psycopg_pool.ConnectionPool(
             shadow_conninfo or conninfo, connection_class=kind, **small
         )
@@ -122,7 +124,11 @@ class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
         connection = self._pins.take(request)
         if connection is None:
             self.shadows.open()
-            connection = self.shadows.getconn(timeout)
+            try:
+                connection = self.shadows.getconn(timeout)
+            except (psycopg_pool.PoolTimeout, psycopg_pool.TooManyRequests) as error:
+                disturb(error)
+                raise
             connection.request = request
             if connection.mode == "rolled back":
                 self._held(connection)
@@ -168,6 +174,10 @@ class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
 async def _apart(opening: Coroutine[Any, Any, None]) -> None:
     """In a context of its own: a pool's tasks live longer than the request that opened it, and are no shadow's."""
     await asyncio.get_running_loop().create_task(opening, context=Context())
+
+
+def _small(how: dict[str, Any], size: int) -> dict[str, Any]:
+    return {**how, "min_size": 0, "max_size": size, "open": False, "name": None, "timeout": TIMEOUT}
 
 
 def _no_class(how: dict[str, Any]) -> None:

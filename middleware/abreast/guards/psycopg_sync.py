@@ -26,6 +26,7 @@ from psycopg.rows import Row
 from abreast.context import CURRENT, Current
 from abreast.errors import ShadowError
 from abreast.guards.statement import UNREAD, Statement, statement
+from abreast.guards.watch import SHADOW, Watch, disturbed, watch
 from abreast.guards.writes import Writes, of_many, of_one
 from abreast.hops import went
 
@@ -33,10 +34,11 @@ Mode = Literal["live", "rolled back", "own"]
 
 UNIT = "savepoint abreast_unit"
 LIMITS = (
-    "select set_config('lock_timeout', %s, true), set_config('idle_in_transaction_session_timeout', %s, true)"
+    "select set_config('lock_timeout', %s, true), set_config('idle_in_transaction_session_timeout', %s, true), "
+    "set_config('application_name', %s, true)"
 )
 LOCK_TIMEOUT = "2s"  # what a shadow waits for a row that a user's transaction holds
-IDLE_TIMEOUT = "60s"  # what users may have to wait for a row that a forgotten shadow holds
+IDLE_TIMEOUT = "10s"  # what users may have to wait for a forgotten shadow's row where nobody can watch
 UNLOCK = "select pg_advisory_unlock_all()"
 IDLE, INTRANS, INERROR = TransactionStatus.IDLE, TransactionStatus.INTRANS, TransactionStatus.INERROR
 
@@ -58,6 +60,7 @@ class Connection(psycopg.Connection[Row]):
         self.writes = Writes()
         self.request: Current | None = None  # that of the pool's user
         self.held = False  # by a shadow request, which is rolled back
+        self.watch: Watch | None = None  # while it is held
         self._asked_autocommit = False
         self._given_autocommit = False
         self._unit = False  # for the code, a transaction is open
@@ -85,11 +88,15 @@ class Connection(psycopg.Connection[Row]):
         else:
             raise ShadowError("a connection must be idle when a shadow request gets it")
         self.held = True
+        self.watch = watch(self)
+        self.watch.begin(self)
 
     def give_up(self) -> None:
         """Roll back for good. What can't be is closed, and rolled back by the server."""
         self.writes.cut()
         self.request = None
+        if self.watch is not None:
+            self.watch.over(self)
         if not self.held or self.closed:
             return
         try:
@@ -114,11 +121,15 @@ class Connection(psycopg.Connection[Row]):
         self._unit = self._unit or not self._asked_autocommit
 
     def _begin(self) -> None:
-        self._plain(LIMITS, (LOCK_TIMEOUT, IDLE_TIMEOUT))  # psycopg begins the transaction
+        self._plain(LIMITS, (LOCK_TIMEOUT, IDLE_TIMEOUT, SHADOW))  # psycopg begins the transaction
         self._plain(UNIT)
 
     def _plain(self, text: str, values: tuple[str, ...] | None = None) -> None:
-        psycopg.Cursor(self).execute(text.encode(), values)
+        try:
+            psycopg.Cursor(self).execute(text.encode(), values)
+        except psycopg.Error as error:
+            disturbed(self, error)
+            raise
 
     if not TYPE_CHECKING:  # psycopg's many signatures stay
 
@@ -179,6 +190,7 @@ class Connection(psycopg.Connection[Row]):
             raise
         except BaseException as error:
             note = type(error).__name__
+            disturbed(self, error)
             raise
         finally:
             went(request, "database", known.said, since, note)

@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 from sqlalchemy import URL, Engine, event, make_url
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.util import await_only
 
 from abreast.context import CURRENT
 from abreast.errors import SettingError, ShadowError
-from abreast.guards.pins import Pins
+from abreast.guards.pins import SHADOWS, TIMEOUT, WAITING, Pins
 from abreast.guards.psycopg_async import (
     AsyncConnection,
     AsyncOwnConnection,
@@ -32,9 +34,8 @@ from abreast.guards.psycopg_async import (
     Mode,
 )
 from abreast.guards.psycopg_sync import Connection, OwnConnection, ShadowConnection, UserConnection
+from abreast.guards.watch import disturb
 
-SHADOWS = 4  # connections
-TIMEOUT = 5.0  # seconds that a shadow waits for one of them
 MAKING: ContextVar[Mode] = ContextVar("abreast connection", default="live")
 ASYNC: dict[Mode, type[AsyncConnection[Any]]] = {
     "live": AsyncUserConnection,
@@ -96,7 +97,12 @@ def _route(engine: Engine, mode: Mode, size: int) -> None:
         _dispatch=pool.dispatch,
     )
     shadows.mode = mode
-    users = pool.connect
+    users, users_lost, shadows_lost = pool.connect, pool._invalidate, shadows._invalidate  # noqa: SLF001
+
+    def invalidate(connection: Any, *given: Any, **how: Any) -> None:
+        """Where a shadow has lost its session, users keep theirs."""
+        lost = shadows_lost if getattr(connection, "_pool", None) is shadows else users_lost
+        lost(connection, *given, **how)
 
     def connect() -> PoolProxiedConnection:
         return shadows.held() if CURRENT.get().shadow else users()
@@ -107,6 +113,7 @@ def _route(engine: Engine, mode: Mode, size: int) -> None:
 
     pool.connect = connect  # type: ignore[method-assign]  # of this pool
     pool.dispose = dispose  # type: ignore[method-assign]
+    pool._invalidate = invalidate  # type: ignore[method-assign]  # noqa: SLF001
 
 
 @contextmanager
@@ -120,14 +127,17 @@ def _making(mode: Mode) -> Iterator[None]:
 
 class Shadows(QueuePool):
     mode: Mode = "rolled back"
+    waiting = WAITING
 
     def __init__(self, *given: Any, **how: Any) -> None:
         super().__init__(*given, **how)
         self._pins: Pins[ConnectionPoolEntry] = Pins(self._end)
+        self._asking = threading.BoundedSemaphore(self.size() * self.waiting)
 
     def held(self) -> PoolProxiedConnection:
         """A connection that this request writes to, rolled back at its end."""
-        made = self.connect()
+        with _making(self.mode):
+            made = self.connect()
         driver = made.driver_connection
         if not isinstance(driver, Connection | AsyncConnection) or driver.mode != self.mode:
             made.invalidate()
@@ -150,12 +160,31 @@ class Shadows(QueuePool):
     def _do_get(self) -> ConnectionPoolEntry:
         record = self._pins.take(CURRENT.get())
         if record is None:
-            with _making(self.mode):
-                record = super()._do_get()
+            try:
+                record = self._get()
+            except PoolTimeout as error:
+                disturb(error)
+                raise
         driver: Any = record.driver_connection
         if driver is not None and driver.closed:
             record.invalidate()
         return record
+
+    def _get(self) -> ConnectionPoolEntry:
+        """Where threads wait, not in all of them: users need some."""
+        if not self._asking.acquire(blocking=False):
+            raise PoolTimeout("too many shadow requests wait for a connection")
+        try:
+            return super()._do_get()
+        finally:
+            self._asking.release()
+
+    def _invalidate(
+        self, connection: PoolProxiedConnection, exception: BaseException | None = None, _checkin: bool = True
+    ) -> None:
+        """Only this one: the others are in the middle of their requests."""
+        if _checkin and getattr(connection, "is_valid", False):
+            connection.invalidate(exception)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         driver: Any = record.driver_connection
@@ -180,6 +209,8 @@ class Shadows(QueuePool):
 
 
 class AsyncShadows(Shadows, AsyncAdaptedQueuePool):
+    waiting = 1000  # tasks that wait take nothing from users
+
     def _hold(self, driver: Any) -> None:
         await_only(driver.hold())
 

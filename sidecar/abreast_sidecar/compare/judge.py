@@ -118,6 +118,8 @@ def _verdict(sides: Sides, rules: Rules, declared: RuleSet | None, *, swept: boo
         return _without_new(sides, swept=swept)
     if _left(old) or _left(new):
         return Verdict("aborted", "the client left before the answer was whole")
+    if disturbed := old.disturbed or new.disturbed:
+        return Verdict("not_compared", disturbed)
     if _sheds(old) != _sheds(new):
         return Verdict("shed", f"{'old' if _sheds(old) else 'new'} was shedding load")
     if _conditional(old) and _validated(status(old), status(new)):
@@ -161,6 +163,8 @@ def _validated(one: int, other: int) -> bool:
 
 
 def _comparable(one: Capture, other: Capture) -> bool:
+    if one.disturbed or other.disturbed:
+        return False
     return not (_left(one) or _left(other)) and _sheds(one) == _sheds(other)
 
 

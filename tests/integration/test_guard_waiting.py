@@ -1,0 +1,216 @@
+"""What a shadow has locked in Postgres holds up no user for long, and fails none."""
+
+# ruff: noqa: SIM117  # first the pool, then the request
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg_pool import TooManyRequests
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from abreast.guards import psycopg_async, watch
+from abreast.guards.psycopg_pool import AsyncConnectionPool, ConnectionPool
+from abreast.guards.sqlalchemy import protect
+from support import eventually, eventually_async
+from support_guards import handled, inside, nothing_is_held, rows
+
+pytestmark = pytest.mark.postgres
+
+CHANGE = "update placed set quantity = quantity + 1 where id = "
+LONG = 0.9  # seconds: Postgres looks for deadlocks after one
+
+
+@pytest.fixture
+def table(postgres_url: str) -> str:
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("create table placed (id integer primary key, quantity integer not null)")
+        connection.execute("insert into placed values (1, 0), (2, 0)")
+    return postgres_url
+
+
+def dialect(url: str) -> str:
+    return url.replace("postgresql://", "postgresql+psycopg://")
+
+
+async def waited(doing: Any) -> float:
+    since = time.monotonic()
+    await doing
+    return time.monotonic() - since
+
+
+def somebody_waits(url: str) -> bool:
+    return rows(url, b"select count(*) from pg_locks where not granted") != [0]
+
+
+async def test_a_user_does_not_wait_for_a_shadow_that_goes_on(table: str) -> None:
+    async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
+        async with handled() as shadow:
+            async with pool.connection() as connection:
+                await connection.execute(CHANGE + "1")
+
+            async def user() -> None:
+                with inside("live"):
+                    async with pool.connection() as connection:
+                        await connection.execute(CHANGE + "1")
+
+            took = await asyncio.wait_for(waited(user()), LONG)
+            with pytest.raises(psycopg.errors.AdminShutdown):
+                async with pool.connection() as connection:
+                    await connection.execute(CHANGE + "2")
+
+    assert took < LONG
+    assert rows(table, b"select quantity from placed order by id") == [1, 0]
+    assert shadow.disturbed == "a copy was disturbed in its database: AdminShutdown"
+    assert nothing_is_held(table)
+
+
+async def test_in_a_deadlock_it_is_never_the_user_who_fails(table: str) -> None:
+    async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
+
+        async def copy() -> None:
+            async with handled(), pool.connection() as connection:
+                await connection.execute(CHANGE + "1")
+                await eventually_async(waits, within=5, what="the user waits")
+                await connection.execute(CHANGE + "2")
+
+        async def waits() -> bool:
+            return await asyncio.to_thread(somebody_waits, table)
+
+        async def user() -> None:
+            with inside("live"):
+                async with pool.connection() as connection:
+                    await connection.execute(CHANGE + "2")
+                    await asyncio.sleep(0.05)
+                    await connection.execute(CHANGE + "1")
+
+        shadow = asyncio.create_task(copy())
+        await user()
+        await asyncio.wait([shadow])
+
+    assert isinstance(shadow.exception(), psycopg.errors.AdminShutdown)
+    assert rows(table, b"select quantity from placed order by id") == [1, 1]
+
+
+async def test_a_shadow_that_is_ended_takes_no_session_of_users_along(table: str) -> None:
+    engine = create_async_engine(dialect(table), pool_size=1)
+    protect(engine)
+
+    async def user(statement: str) -> int:
+        with inside("live"):
+            async with engine.begin() as connection:
+                await connection.execute(text(statement))
+                return int(await connection.scalar(text("select pg_backend_pid()")) or 0)
+
+    async with handled() as shadow:
+        before = await user("select 1")
+        async with engine.begin() as connection:
+            await connection.execute(text(CHANGE + "1"))
+        after = await asyncio.wait_for(user(CHANGE + "1"), LONG)
+        with pytest.raises(OperationalError):
+            async with engine.begin() as connection:
+                await connection.execute(text(CHANGE + "2"))
+        async with engine.begin() as connection:  # a new transaction
+            await connection.execute(text(CHANGE + "2"))
+        with inside("live"):
+            again = await user("select 1")
+    await engine.dispose()
+
+    assert before == after == again
+    assert shadow.disturbed
+    assert rows(table, b"select quantity from placed order by id") == [1, 0]
+
+
+@contextmanager
+def no_end() -> Iterator[None]:
+    """A shadow request whose connections are given back at once."""
+    with inside() as made:
+        made.ends = None
+        yield
+
+
+@contextmanager
+def crowd(number: int, take: Callable[[], Any]) -> Iterator[list[BaseException]]:
+    """Shadow requests in threads, each of which wants a connection. Their errors."""
+    failed: list[BaseException] = []
+
+    def one() -> None:
+        with no_end():
+            try:
+                take()
+            except Exception as error:  # noqa: BLE001  # whatever they get is what is tested
+                failed.append(error)
+
+    threads = [threading.Thread(target=one) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    yield failed
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("kind", ["psycopg", "sqlalchemy"])
+async def test_shadows_that_wait_for_a_connection_take_few_threads(table: str, kind: str) -> None:
+    """Of 40 that serve an application's plain functions; users need some."""
+    pool = ConnectionPool(table, min_size=1, shadow_max_size=1, timeout=LONG, open=True)
+    engine = create_engine(dialect(table))
+    protect(engine, shadow_pool_size=1)
+
+    def take() -> None:
+        if kind == "psycopg":
+            with pool.connection():
+                pass
+        else:
+            with engine.connect():
+                pass
+
+    with no_end(), pool.connection(), engine.connect(), crowd(10, take) as failed:
+        eventually(lambda: len(failed) >= 8, within=2, what="all but two are sent away")
+    pool.close()
+    engine.dispose()
+
+    assert all(isinstance(error, TooManyRequests | PoolTimeout) for error in failed[:8])
+
+
+async def test_where_nobody_can_look_users_wait_for_a_bounded_time_only(
+    table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "END", b"select 1")
+    monkeypatch.setattr(psycopg_async, "IDLE_TIMEOUT", "300ms")
+    async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
+        async with handled(), pool.connection() as connection:
+            await connection.execute(CHANGE + "1")
+            with inside("live"):
+                async with pool.connection() as users:
+                    await asyncio.wait_for(users.execute(CHANGE + "1"), 5)
+            with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):
+                await connection.execute(CHANGE + "1")
+
+    assert rows(table, b"select quantity from placed order by id") == [1, 0]
+
+
+async def test_a_database_that_cannot_be_watched_is_told_once(
+    table: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watch, "END", b"select pg_terminate_backend(pid) from no_such_table")
+    monkeypatch.setattr(watch, "PAUSE", 0.0)
+    async with AsyncConnectionPool(table, min_size=1, open=False) as pool, handled():
+        async with pool.connection() as connection:
+            await connection.execute("select 1")
+
+        async def told() -> bool:
+            return bool(caplog.records)
+
+        await eventually_async(told, within=5, what="it is told")
+        await asyncio.sleep(3 * watch.PATIENCE)
+
+    assert len([each for each in caplog.records if "whether users wait" in each.getMessage()]) == 1
