@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import sys
 from typing import Any
 
 import grpc
@@ -64,7 +65,9 @@ async def _measure(
 
 def rows(many: int = REQUESTS, rate: float = RATE) -> list[Row]:
     same, false = run(SAME, many, rate)
+    _tell("same code", same, false)
     other, real = run(CODES, many, rate)
+    _tell("new code", other, real)
     planted = {(one.place.endpoint, one.place.path) for one in REGRESSIONS}
     found = {(f"{one.endpoint.method} {one.endpoint.route}", one.path) for one in real}
     return [
@@ -74,6 +77,18 @@ def rows(many: int = REQUESTS, rate: float = RATE) -> list[Row]:
         _row("planted_precision", len(found & planted) / max(1, len(found)), "share"),
         _row("planted_recall", len(found & planted) / len(planted), "share"),
     ]
+
+
+def _tell(what: str, verdict: api.GetVerdictResponse, real: list[api.Finding]) -> None:
+    """What is behind the figures, on stderr."""
+    print(f"{what}: {api.VerdictState.Name(verdict.state)}", file=sys.stderr)
+    for reason in verdict.reasons:
+        print(f"  {api.VerdictState.Name(reason.state)} {reason.text}", file=sys.stderr)
+    for one in real:
+        print(
+            f"  {one.endpoint.method} {one.endpoint.route} {one.path} {one.summary}; {one.reason}",
+            file=sys.stderr,
+        )
 
 
 def _row(name: str, value: float, unit: str) -> Row:

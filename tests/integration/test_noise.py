@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from abreast_sidecar.compare import Difference
+from abreast_sidecar.compare import Difference, Rules, judge
 from abreast_sidecar.housekeeping.noise import decide_noise
 from abreast_sidecar.store import Judged, Ledger, migrate
 from abreast_sidecar.store.database import Connection, Database
+from captures import capture
 from support_pairs import difference, judged, one, rows
 
 pytestmark = pytest.mark.postgres
@@ -145,6 +146,45 @@ async def test_a_field_that_is_always_noise_and_is_now_empty_is_real(
 
     found = rows(url, "select kind, state from abreast.finding order by kind")
     assert found == [("changed", "noise"), ("type", "real")]
+
+
+async def test_an_id_that_is_always_noise_and_now_and_then_empty_text_is_found(
+    ledger: Ledger, connection: Connection, url: str
+) -> None:
+    """From the answers on: what is compared, counted and decided."""
+
+    def answers(number: int) -> Judged:
+        old, new, again = (str(uuid.uuid4()) for _ in range(3))
+        taken = [
+            capture("old", {"id": old}),
+            capture("new", {"id": new if number % 4 else ""}, role="shadow"),
+            *([capture("old", {"id": again}, role="baseline")] if number % 10 == 0 else []),
+        ]
+        pair = str(uuid.uuid4())
+        return Judged("shop", f"{number + 1}-0", 1_767_225_600_000 + number, pair, judge(taken, Rules()), ())
+
+    await ledger.write([answers(number) for number in range(1000)])
+    await decide_noise(connection)
+
+    assert rows(url, "select path, kind, state, count from abreast.finding order by kind") == [
+        ("$.id", "changed", "noise", 750),
+        ("$.id", "format", "real", 250),
+    ]
+
+
+async def test_a_token_that_is_the_same_for_all_is_real_and_a_host_name_is_not(
+    ledger: Ledger, connection: Connection, url: str
+) -> None:
+    def shown(number: int) -> list[Difference]:
+        token = difference("$.token", old=f'"{uuid.uuid4()}"', new=f'"{uuid.UUID(int=7 << 64)}"')
+        return [token, difference("$.host", old=f'"shop-{number % 5}"', new='"shop-new"'), fresh()]
+
+    noise = [fresh("$.token"), difference("$.host", old='"shop-1"', new='"shop-2"'), fresh()]
+    await ledger.write([judged(shown(n), noise=noise, baseline_compared=True, route="/") for n in range(40)])
+    await decide_noise(connection)
+
+    assert states(url) == {"$.token": "real", "$.host": "noise", "$.id": "noise"}
+    assert reason(url, "$.token") == "new says the same again in 39 of 39 turns, old in 0: more than chance"
 
 
 async def test_without_copies_a_lean_to_one_side_is_real_and_chance_is_not(

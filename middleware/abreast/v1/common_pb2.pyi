@@ -190,6 +190,10 @@ class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Kind.ValueType],
     """A list with the same elements in another order."""
     KIND_SLOWER: _Kind.ValueType  # 6
     """The new version is slower."""
+    KIND_FORMAT: _Kind.ValueType  # 7
+    """Both have it, with values of one type that look different: a UUID and empty text, times of two zones."""
+    KIND_RANGE: _Kind.ValueType  # 8
+    """Both have it, with values that look alike and are far apart: the present and the past, one and a thousand."""
 
 class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
     """What a difference is, seen from the old version."""
@@ -208,6 +212,10 @@ KIND_ORDER: Kind.ValueType  # 5
 """A list with the same elements in another order."""
 KIND_SLOWER: Kind.ValueType  # 6
 """The new version is slower."""
+KIND_FORMAT: Kind.ValueType  # 7
+"""Both have it, with values of one type that look different: a UUID and empty text, times of two zones."""
+KIND_RANGE: Kind.ValueType  # 8
+"""Both have it, with values that look alike and are far apart: the present and the past, one and a thousand."""
 Global___Kind: _TypeAlias = Kind  # noqa: Y015
 
 class _Impact:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from abreast_sidecar.compare.rules import RuleSet
 
 Part = Literal["status", "header", "body", "error", "latency", "effect", "cache"]
-Kind = Literal["added", "removed", "changed", "type", "order", "slower"]
+Kind = Literal["added", "removed", "changed", "type", "format", "range", "order", "slower"]
 Impact = Literal["breaking", "value", "additive"]
 Outcome = Literal[
     "match",

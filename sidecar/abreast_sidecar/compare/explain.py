@@ -56,11 +56,11 @@ def explains(old: Any, new: Any, at: float | None = None) -> str | None:
     if before.kind in OPAQUE:
         return before.kind if _fresh(old, new) else None
     if before.kind == "timestamp":
-        return "timestamp" if _near(_moment(old, before), _moment(new, after), at) else None
+        return "timestamp" if _near(moment(old, before), moment(new, after), at) else None
     if before.kind in {"unix", "unix text"}:
         return (
             "unix time"
-            if at is not None and _now(_seconds(old, before), at) and _now(_seconds(new, after), at)
+            if at is not None and _now(moment(old, before), at) and _now(moment(new, after), at)
             else None
         )
     if before.kind == "url":
@@ -73,12 +73,8 @@ def _fresh(old: str, new: str) -> bool:
     return old.casefold() != new.casefold()
 
 
-def _now(seconds: float, at: float) -> bool:
-    return abs(seconds - at) <= MOMENT
-
-
-def _seconds(value: Any, found: Shape) -> float:
-    return int(value) / (1 if found.format == "s" else 1000)
+def _now(seconds: float | None, at: float) -> bool:
+    return seconds is not None and abs(seconds - at) <= MOMENT
 
 
 def _near(old: float | None, new: float | None, at: float | None) -> bool:
@@ -87,15 +83,17 @@ def _near(old: float | None, new: float | None, at: float | None) -> bool:
     return abs(old - new) <= NEAR or (at is not None and _now(old, at) and _now(new, at))
 
 
-def _moment(value: str, found: Shape) -> float | None:
-    """Unix time; a time without a zone is read as UTC, on both sides alike."""
+def moment(value: Any, found: Shape) -> float | None:
+    """Unix time of a timestamp or a number that may be one; a time without a zone is read as UTC, on both sides alike."""
+    if found.kind != "timestamp":
+        return int(value) / (1 if found.format == "s" else 1000)
     try:
         if found.format == "http":
             return parsedate_to_datetime(value).timestamp()
-        moment = datetime.fromisoformat(value.replace(",", "."))
+        found_at = datetime.fromisoformat(value.replace(",", "."))
     except ValueError:  # the 31st of February
         return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return (found_at if found_at.tzinfo else found_at.replace(tzinfo=UTC)).timestamp()
 
 
 def _signed(old: str, new: str) -> str | None:

@@ -71,6 +71,13 @@ def found_at(at: Place, path: str, kind: Kind, impact: Impact, hint: str) -> Dif
     return found
 
 
+def as_kind(found: Found, kind: Kind, impact: Impact) -> Difference:
+    """The same difference, told more exactly. Nobody may have seen it yet."""
+    _set_kind(found, kind)
+    _set_impact(found, impact)
+    return found
+
+
 def as_part(found: Difference, part: Part) -> Difference:
     """The same difference, of a document that stands elsewhere than in the body. Nobody may have seen it yet."""
     _set_part(found, part)

@@ -10,6 +10,7 @@ from abreast_sidecar.compare.body import BodyResult, compare_bodies
 from abreast_sidecar.compare.causes import causes
 from abreast_sidecar.compare.difference import Difference, Judgement, Kind, Outcome, Rules
 from abreast_sidecar.compare.effects import TOO_MANY, effect_differences
+from abreast_sidecar.compare.form import told as told_by_form
 from abreast_sidecar.compare.headers import first, header_differences, trailer_differences
 from abreast_sidecar.compare.path import route_of
 from abreast_sidecar.compare.rules import RuleSet, Subject
@@ -185,6 +186,13 @@ def _conditional(capture: Capture) -> bool:
 
 
 def _differences(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -> BodyResult:
+    found = _found(old, new, rules, declared)
+    if not found.differences:
+        return found
+    return found._replace(differences=told_by_form(found.differences, (old.started, new.started)))
+
+
+def _found(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -> BodyResult:
     found = []
     if _silent(old) != _silent(new):
         return BodyResult([_unanswered(old, new)])

@@ -18,6 +18,7 @@ Action = Literal["ignore", "tolerate", "unordered", "keyed-by", "expect"]
 ACTIONS: tuple[Action, ...] = ("ignore", "tolerate", "unordered", "keyed-by", "expect")
 MAX_PATTERN = 500  # characters
 MAX_ANY_DEPTH = 4  # `**` in a pattern
+TOLERATED = frozenset({"changed", "format", "range"})  # kinds of two values that may be close
 MAX_SUBJECTS = 4096  # kinds of answers for which is remembered which rules apply
 
 
@@ -80,7 +81,7 @@ class Rule:
             return False
         if self.action == "keyed-by":
             return path_pattern(self.path, below=True).fullmatch(path) is not None
-        if (self.action == "tolerate" and kind != "changed") or (
+        if (self.action == "tolerate" and kind not in TOLERATED) or (
             self.action == "unordered" and kind != "order"
         ):
             return False
@@ -95,7 +96,7 @@ class Rule:
         if self.path and not self._covers(difference.part, difference.path):
             return False
         if self.action == "tolerate":
-            return difference.kind == "changed" and self._tolerates(difference)
+            return difference.kind in TOLERATED and self._tolerates(difference)
         if self.action in {"unordered", "keyed-by"}:
             return difference.kind == "order"
         return self.action == "ignore" or self._expected(difference)

@@ -25,7 +25,11 @@ COUNTS = (
     "explained",
     "new_greater",
     "new_smaller",
+    "turns",
+    "old_again",
+    "new_again",
 )
+FRESH = 0.02  # of old's turns: where old says the same again more often, its values are not fresh
 
 
 async def decide_noise(connection: Connection) -> int:
@@ -74,12 +78,35 @@ def decisions(rows: Sequence[Row]) -> list[Decision]:
     share the error probability.
     """
     again = [row for row in rows if _has_former(row)]
-    decided = decide([*counts(rows), *counts([_newest(row) for row in again])], ALPHA)
-    latest = dict(zip((row["id"] for row in again), decided[len(rows) :], strict=True))
+    looks = [*rows, *map(_newest, again)]
+    decided = decide([*counts(rows), *counts(looks[len(rows) :]), *map(_turns, looks)], ALPHA)
+    both = [
+        _graver(row, one, stale)
+        for row, one, stale in zip(looks, decided, decided[len(looks) :], strict=False)
+    ]
+    latest = dict(zip((row["id"] for row in again), both[len(rows) :], strict=True))
     return [
         _together(decision, latest[row["id"]], row) if row["id"] in latest else decision
-        for row, decision in zip(rows, decided, strict=False)
+        for row, decision in zip(rows, both, strict=False)
     ]
+
+
+def _turns(row: Row) -> Counts:
+    """Whether new says the same again more often than old does."""
+    return Counts(
+        compared=row["turns"],
+        differs=row["new_again"],
+        baseline_compared=row["turns"],
+        baseline_differs=row["old_again"],
+    )
+
+
+def _graver(row: Row, decision: Decision, stale: Decision) -> Decision:
+    """What differs as often as noise is none where new says the same over and over, and old never does."""
+    if decision.state == "real" or stale.state != "real" or row["old_again"] > FRESH * row["turns"]:
+        return decision
+    said = f"new says the same again in {row['new_again']} of {row['turns']} turns, old in {row['old_again']}"
+    return replace(stale, reason=f"{said}: more than chance")
 
 
 def _has_former(row: Row) -> bool:

@@ -25,6 +25,7 @@ from abreast_sidecar.store.database import statement
 from abreast_sidecar.store.examples import Examples
 from abreast_sidecar.store.judged import REASON_LIMIT, Judged
 from abreast_sidecar.store.releases import Releases
+from abreast_sidecar.store.repeats import Repeats
 from abreast_sidecar.store.rollup import Hidden, Rollup
 from abreast_sidecar.store.samples import Samples, parameters
 
@@ -73,6 +74,7 @@ class Ledger:
         self._releases = Releases()
         self._examples = Examples(self._catalogue.examples, examples_per_finding)
         self._samples = Samples()
+        self._repeats = Repeats()
         self._days: set[int] = set()
         self._connection: AsyncConnection[TupleRow] | None = None
         self._learned = 0.0
@@ -82,6 +84,7 @@ class Ledger:
         self._catalogue.clear()
         self._releases.clear()
         self._samples.clear()
+        self._repeats.clear()
         self._days.clear()
         if connection is not None:
             await connection.close()
@@ -189,7 +192,7 @@ class Ledger:
             if rules is not None:
                 await _hold_rules(connection, rules, records)
             new = await _add_pairs(connection, records)
-            rollup = Rollup()
+            rollup = Rollup(repeats=self._repeats)
             for record in new:
                 releases = self._releases.of(record.judged)
                 rollup.add(

@@ -9,6 +9,7 @@ from typing import Any
 from abreast_sidecar.compare import Difference, Judgement
 from abreast_sidecar.compare.evidence import explained, lean
 from abreast_sidecar.store.judged import Judged
+from abreast_sidecar.store.repeats import Repeats
 
 SEVERITY = {"additive": 0, "value": 1, "breaking": 2}
 HOUR = 3_600_000  # ms
@@ -32,6 +33,7 @@ class Rollup:
     outcomes: dict[tuple[str, int, str], int] = field(default_factory=dict)
     rules: dict[tuple[int, ...], dict[str, int]] = field(default_factory=dict)  # of rule_findings_count.sql
     hours: dict[tuple[int, int, str], dict[str, Any]] = field(default_factory=dict)
+    repeats: Repeats = field(default_factory=Repeats)
 
     def add(
         self, judged: Judged, endpoint: int, releases: Releases, differences: Found, noise: Found
@@ -47,6 +49,8 @@ class Rollup:
             counts["new_greater"] += leaning > 0
             counts["new_smaller"] += leaning < 0
             counts["explained"] += explained(shown, judged.at / 1000)
+            for name, value in self.repeats.turn(finding, shown[0])._asdict().items():
+                counts[name] += value
         for finding, shown in noise.items():
             self._count((finding, *releases), shown[0], judged.at)["baseline_count"] += 1
 
@@ -100,6 +104,9 @@ class Rollup:
                 "explained": 0,
                 "new_greater": 0,
                 "new_smaller": 0,
+                "turns": 0,
+                "old_again": 0,
+                "new_again": 0,
                 "impact": difference.impact,
                 "first_ms": at,
                 "last_ms": at,

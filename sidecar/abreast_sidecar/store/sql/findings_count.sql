@@ -2,17 +2,19 @@
 -- that this happens once. Without labels, what arrived after it was said to be fixed is later.
 with given as (
     select id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller,
+           coalesce(turns, 0) as turns, coalesce(old_again, 0) as old_again, coalesce(new_again, 0) as new_again,
            array_position(array['additive', 'value', 'breaking'], impact) as severity,
            timestamptz 'epoch' + first_ms * interval '1 ms' as first,
            timestamptz 'epoch' + last_ms * interval '1 ms' as last
     from json_to_recordset(%(given)s::json) as given (
         id bigint, old_release integer, new_release integer, count bigint, baseline_count bigint, explained bigint,
-        new_greater bigint, new_smaller bigint, impact text, first_ms bigint, last_ms bigint
+        new_greater bigint, new_smaller bigint, turns bigint, old_again bigint, new_again bigint, impact text, first_ms bigint, last_ms bigint
     )
 ),
 total as (
     select id, sum(count) as count, sum(baseline_count) as baseline_count, sum(explained) as explained,
-           sum(new_greater) as new_greater, sum(new_smaller) as new_smaller, max(severity) as severity,
+           sum(new_greater) as new_greater, sum(new_smaller) as new_smaller,
+           sum(turns) as turns, sum(old_again) as old_again, sum(new_again) as new_again, max(severity) as severity,
            min(first) as first, max(last) as last
     from given
     group by id
@@ -33,10 +35,11 @@ told as (
 ),
 by_release as (
     insert into abreast.finding_release as known (
-        finding_id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller, first_seen,
-        last_seen
+        finding_id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller, turns, old_again,
+        new_again, first_seen, last_seen
     )
-    select id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller, first, last
+    select id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller, turns, old_again,
+           new_again, first, last
     from given
     order by id, old_release, new_release
     on conflict (finding_id, old_release, new_release) do update
@@ -45,6 +48,9 @@ by_release as (
         explained = known.explained + excluded.explained,
         new_greater = known.new_greater + excluded.new_greater,
         new_smaller = known.new_smaller + excluded.new_smaller,
+        turns = known.turns + excluded.turns,
+        old_again = known.old_again + excluded.old_again,
+        new_again = known.new_again + excluded.new_again,
         first_seen = least(known.first_seen, excluded.first_seen),
         last_seen = greatest(known.last_seen, excluded.last_seen)
 )
@@ -54,6 +60,9 @@ set count = finding.count + total.count,
     explained = finding.explained + total.explained,
     new_greater = finding.new_greater + total.new_greater,
     new_smaller = finding.new_smaller + total.new_smaller,
+    turns = finding.turns + total.turns,
+    old_again = finding.old_again + total.old_again,
+    new_again = finding.new_again + total.new_again,
     first_seen = case when finding.count = 0 and total.count > 0 then total.first
                       else least(finding.first_seen, total.first) end,
     last_seen = greatest(finding.last_seen, total.last),

@@ -2,10 +2,11 @@
 -- own found. Those that begin with `newest` are of the latest release in which the finding was seen, copies of all pairs
 -- with that release of old.
 select e.id as endpoint, e.compared, e.baseline_compared, f.id, f.part, f.path, f.kind, f.count, f.baseline_count,
-       f.explained, f.new_greater, f.new_smaller, f.state, f.reason,
+       f.explained, f.new_greater, f.new_smaller, f.turns, f.old_again, f.new_again, f.state, f.reason,
        newest.old_release, newest.new_release, newest.label as newest_label, newest.compared as newest_compared,
        newest.count as newest_count, newest.explained as newest_explained, newest.new_greater as newest_new_greater,
-       newest.new_smaller as newest_new_smaller,
+       newest.new_smaller as newest_new_smaller, newest.turns as newest_turns, newest.old_again as newest_old_again,
+       newest.new_again as newest_new_again,
        copies.baseline_count as newest_baseline_count, copies.baseline_compared as newest_baseline_compared
 from abreast.endpoint e
 left join abreast.finding f on f.endpoint_id = e.id and not abreast.of_no_pair(f)
