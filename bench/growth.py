@@ -59,12 +59,6 @@ select 1 + n %% %(endpoints)s, 'body', '$.field' || n, 'changed', 'value', 1, 'r
 from generate_series(1, %(findings)s) as n
 where (select count(*) from made) > 0
 """
-HOURS = b"""
-insert into abreast.hour (endpoint_id, hour, outcome, pairs, first, last)
-select endpoint_id, date_trunc('hour', at, 'UTC'), outcome, count(*), min(at), max(at)
-from abreast.pair
-group by 1, 2, 3
-"""
 OPEN = b"select abreast.open_day((now() at time zone 'UTC')::date - n) from generate_series(-1, %s + 1) as n"
 
 
@@ -87,8 +81,6 @@ def fill(connection: psycopg.Connection, first: int, millions: int) -> None:
             "findings": FINDINGS,
         }
         connection.execute(FILL, given)
-    connection.execute("delete from abreast.hour")  # the pairs that were measured are among the rows, too
-    connection.execute(HOURS)
     connection.execute("vacuum (analyze) abreast.pair")
     connection.execute("vacuum (analyze) abreast.hour")
 

@@ -24,7 +24,7 @@ from abreast.link import Link, LinkError
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.settings import Settings
 from support import eventually_async
-from support_pairs import SERVICE, capture, one, rows
+from support_pairs import SERVICE, capture, one, rows, sums_are_those_of_rows
 
 T = TypeVar("T")
 
@@ -116,12 +116,10 @@ def agrees(postgres_url: str) -> None:
         "select coalesce(sum(cardinality(findings)), 0)::bigint from abreast.pair",
         "select sum(compared)::bigint from abreast.endpoint",
         "select count(*) from abreast.pair where outcome in ('match', 'mismatch', 'oversize')",
-        "select sum(pairs)::bigint from abreast.hour",
     )
-    tally, pairs, counted, shown, compared, comparable, hours = (
-        one(postgres_url, query) or 0 for query in queries
-    )
-    assert (tally, counted, compared, hours) == (pairs, shown, comparable, pairs)
+    tally, pairs, counted, shown, compared, comparable = (one(postgres_url, query) or 0 for query in queries)
+    assert (tally, counted, compared) == (pairs, shown, comparable)
+    sums_are_those_of_rows(postgres_url)
 
 
 async def empty(redis_url: str, *, shards: int = 1, within: float = 30.0) -> None:

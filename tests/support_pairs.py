@@ -102,6 +102,20 @@ def outcomes(url: str) -> dict[str, int]:
     return dict(rows(url, "select outcome, count(*) from abreast.pair group by outcome"))
 
 
+def sums_are_those_of_rows(url: str) -> None:
+    """By all that questions are answered by; what is zero was judged again."""
+    found = rows(
+        url, "select endpoint_id, hour, outcome, old_release, new_release, old_status, new_status, findings, explained,"
+        " explained_by, drift, pairs from abreast.hour where pairs <> 0"
+    )  # fmt: skip
+    wanted = rows(
+        url, "select endpoint_id, date_trunc('hour', at, 'UTC'), outcome, old_release, new_release, old_status,"
+        " new_status, array(select unnest(findings) order by 1), explained, explained_by, drift, count(*)"
+        " from abreast.pair group by 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
+    )  # fmt: skip
+    assert sorted(map(str, found)) == sorted(map(str, wanted))
+
+
 def judged(
     differences: Sequence[Difference] = (),
     *,

@@ -184,12 +184,6 @@ class Ledger:
             "on conflict (service, day, outcome) do update set pairs = tally.pairs + 1",
             *(day, values["outcome"], endpoint),
         )
-        self.execute(
-            "insert into abreast.hour values (%s, date_trunc('hour', %s, 'UTC'), %s, 1, %s, %s) "
-            "on conflict (endpoint_id, hour, outcome) do update set pairs = hour.pairs + 1, "
-            "first = least(hour.first, excluded.first), last = greatest(hour.last, excluded.last)",
-            *(endpoint, at, values["outcome"], at, at),
-        )
         return number
 
     def example(

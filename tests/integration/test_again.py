@@ -30,7 +30,7 @@ from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.queries import FindingFilter, Queries
 from abreast_sidecar.store.results import Window
 from support import eventually_async, free_port
-from support_pairs import one, pair_of, rows, running, send, stats
+from support_pairs import one, pair_of, rows, running, send, stats, sums_are_those_of_rows
 
 pytestmark = pytest.mark.postgres
 
@@ -147,6 +147,7 @@ async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str)
     shown = await Queries(database).pair(pair)
     await database.close()
 
+    sums_are_those_of_rows(postgres_url)
     assert found.stock(pair) == (False, True)
     assert one(postgres_url, "select count from abreast.finding where path = '$.stock'") == 0
     assert "drift of state" in one(postgres_url, "select reason from abreast.pair")

@@ -24,7 +24,18 @@ from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.queries import ALL_TIME, Queries
 from abreast_sidecar.store.rules import Draft, RuleStore, end_expired
 from support import eventually_async
-from support_pairs import SERVICE, difference, judged, one, pair_of, ready, rows, running, send
+from support_pairs import (
+    SERVICE,
+    difference,
+    judged,
+    one,
+    pair_of,
+    ready,
+    rows,
+    running,
+    send,
+    sums_are_those_of_rows,
+)
 
 pytestmark = pytest.mark.postgres
 
@@ -68,16 +79,6 @@ class Place:
             "coalesce(p.explained_by, '{}'), count(*)::int from abreast.pair p group by 1, 2, 3 order by 1, 2, 3",
         )
 
-    def by_hour(self) -> list[tuple[Any, ...]]:
-        counted = "select endpoint_id, hour, outcome, pairs::int from abreast.hour where pairs <> 0 order by 1, 2, 3"
-        return rows(self.url, counted)
-
-    def from_rows(self) -> list[tuple[Any, ...]]:
-        counted = (
-            "select endpoint_id, date_trunc('hour', at, 'UTC'), outcome, count(*)::int from abreast.pair"
-        )
-        return rows(self.url, f"{counted} group by 1, 2, 3 order by 1, 2, 3")
-
     def counts(self) -> dict[str, tuple[int, ...]]:
         columns = "count, baseline_count, explained, new_greater, new_smaller"
         return {
@@ -110,7 +111,7 @@ async def place(postgres_url: str) -> AsyncIterator[Place]:
     yield found
     await found.ledger.close()
     await found.database.close()
-    assert found.by_hour() == found.from_rows(), "the hours must say what the rows say"
+    sums_are_those_of_rows(found.url)
 
 
 def blind(differences: Sequence[Difference], many: int = 1, **changes: Any) -> list[Judged]:

@@ -761,7 +761,7 @@ class EndpointSummary(_message.Message):
 
     @_builtins.property
     def old_p50(self) -> _duration_pb2.Duration:
-        """Median time of the old version."""
+        """Median time of the old version, in the newest 2,000 pairs of the window, as the next three."""
 
     @_builtins.property
     def old_p99(self) -> _duration_pb2.Duration:

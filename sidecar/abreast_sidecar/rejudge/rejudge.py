@@ -5,7 +5,8 @@ taken off in small batches, each in one transaction with all that it corrects. S
 stopped, and nothing is done twice. One process does it at a time. Workers that commit meanwhile have judged by the
 rules that hold: those are held while a batch is corrected.
 
-Order of locks, as in the workers: the rules (shared), findings by id, endpoints by id; nobody else changes pairs.
+Order of locks, as in the workers: the rules (shared), pairs and their sums, findings by id, examples, tallies, endpoints
+by id.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from abreast_sidecar.rejudge.counters import Counters, Slot
 from abreast_sidecar.rejudge.evidence import Learning
 from abreast_sidecar.rejudge.places import Known, Places
 from abreast_sidecar.rejudge.settle import settle
-from abreast_sidecar.rejudge.write import known_findings, one_of, rows_of, write_counters
+from abreast_sidecar.rejudge.write import known_findings, mark_due, one_of, rows_of, write_counters
 from abreast_sidecar.store.clean import json_text
 from abreast_sidecar.store.database import Connection, Row, statement
 from abreast_sidecar.store.examples import differences_json
 from abreast_sidecar.store.judged import DAY, Judged
 from abreast_sidecar.store.releases import OTHER as OTHER_RELEASE
-from abreast_sidecar.store.rollup import HOUR
 from abreast_sidecar.store.rules import named, of_rows
 
 LOCK = 0x616272657007
@@ -110,8 +110,11 @@ async def _batch(connection: Connection, learning: Learning, held: InForce, limi
         for row, judged in zip(rows, again, strict=True)
     ]
     found |= await known_findings(connection, {f for one in after for f in (*one.findings, *one.noise)})
-    await _correct(connection, rows, after, found)
     await _write_pairs(connection, rows, again, after, held)
+    changed = await _correct(connection, rows, after, found)
+    await _write_examples(connection, rows, again)
+    await _recount(connection, rows, again)
+    await mark_due(connection, changed)
 
 
 def _ids(row: Row) -> Iterable[int]:
@@ -124,8 +127,8 @@ async def _correct(
     rows: Sequence[Row],
     after: Sequence[Places],
     found: Mapping[int, Known],
-) -> None:
-    """The counters of findings and of rules."""
+) -> set[int]:
+    """The counters of findings and of rules. Return the endpoints of those."""
     await connection.execute(statement("findings_lock"), {"ids": list(found)})
     counters = Counters.of(await rows_of(connection, "rejudge_counters", {"ids": list(found)}))
     labels = await rows_of(
@@ -149,7 +152,7 @@ async def _correct(
             if not row["reason"]:
                 slot = (rule, finding, *releases)
                 unknown[slot] = unknown.get(slot, 0) + 1
-    await write_counters(connection, counters, found, unknown)
+    return await write_counters(connection, counters, found, unknown)
 
 
 def _slot(rule: int | None, finding: int, releases: tuple[int, int]) -> Slot | None:
@@ -173,46 +176,45 @@ async def _write_pairs(
     after: Sequence[Places],
     held: InForce,
 ) -> None:
-    pairs, examples = [], []
-    recounted: list[tuple[Row, str]] = []  # with the outcome that it has now
+    pairs = []
     for row, judged, now in zip(rows, again, after, strict=True):
-        outcome = row["outcome"] if judged is None else judged.outcome
-        key = {"day": row["day"].isoformat(), "id": row["id"]}
-        columns = {**key, **places.columns(now), "outcome": outcome, "reason": _reason(row, now, held)}
-        pairs.append({**columns, "rules": row["rules"] if judged is None else held.version})
-        if judged is not None:
-            examples.append({**key, "differences": orjson.loads(differences_json(judged))})
-        if outcome != row["outcome"]:
-            recounted.append((row, outcome))
+        columns = {**places.columns(now), "outcome": _outcome(row, judged), "reason": _reason(row, now, held)}
+        pairs.append({**_key(row), **columns, "rules": row["rules"] if judged is None else held.version})
     await connection.execute(statement("rejudge_pairs"), {"given": json_text(pairs).decode()})
+
+
+async def _write_examples(
+    connection: Connection, rows: Sequence[Row], again: Sequence[Judged | None]
+) -> None:
+    examples = [
+        {**_key(row), "differences": orjson.loads(differences_json(judged))}
+        for row, judged in zip(rows, again, strict=True)
+        if judged is not None
+    ]
     if examples:
         await connection.execute(statement("rejudge_examples"), {"given": json_text(examples).decode()})
-    if recounted:
-        await _recount(connection, recounted)
 
 
-async def _recount(connection: Connection, changed: Sequence[tuple[Row, str]]) -> None:
-    """Move pairs between outcomes in what is counted by them."""
+async def _recount(connection: Connection, rows: Sequence[Row], again: Sequence[Judged | None]) -> None:
+    """Move pairs between outcomes in the tally."""
     tally: Counter[tuple[str, int, str]] = Counter()
-    hours = []
-    for row, outcome in changed:
-        at = round(row["at"].timestamp() * 1000)
-        for name, pairs in ((row["outcome"], -1), (outcome, 1)):
-            tally[row["service"], at // DAY, name] += pairs
-            hours.append(
-                {
-                    "endpoint_id": row["endpoint_id"],
-                    "hour": at // HOUR,
-                    "outcome": name,
-                    "pairs": pairs,
-                    "first_ms": at,
-                    "last_ms": at,
-                }
-            )
+    for row, judged in zip(rows, again, strict=True):
+        day = round(row["at"].timestamp() * 1000) // DAY
+        tally[row["service"], day, row["outcome"]] -= 1
+        tally[row["service"], day, _outcome(row, judged)] += 1
     names = ("service", "day", "outcome")
-    days = [{**dict(zip(names, key, strict=True)), "pairs": pairs} for key, pairs in tally.items()]
-    await connection.execute(statement("tally_add"), {"given": json_text(days).decode()})
-    await connection.execute(statement("hours_add"), {"given": json_text(hours).decode()})
+    given = [{**dict(zip(names, key, strict=True)), "pairs": pairs} for key, pairs in tally.items() if pairs]
+    if given:
+        await connection.execute(statement("tally_add"), {"given": json_text(given).decode()})
+
+
+def _key(row: Row) -> dict[str, str]:
+    return {"day": row["day"].isoformat(), "id": row["id"]}
+
+
+def _outcome(row: Row, judged: Judged | None) -> str:
+    outcome: str = row["outcome"] if judged is None else judged.outcome
+    return outcome
 
 
 def _reason(row: Row, now: Places, held: InForce) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from abreast_sidecar.compare import Rule, RuleSet
 from abreast_sidecar.rejudge.counters import COUNTERS, Counters
 from abreast_sidecar.rejudge.places import Known, by_place
-from abreast_sidecar.rejudge.write import known_findings, rows_of, write_counters
+from abreast_sidecar.rejudge.write import known_findings, mark_due, rows_of, write_counters
 from abreast_sidecar.store.database import Connection, Row, statement
 
 
@@ -27,7 +27,7 @@ async def settle(connection: Connection, rules: RuleSet, began: Mapping[int, int
     for row in rows:
         if row["finding_id"] in findings:
             _settle(row, findings[row["finding_id"]], holding, counters)
-    await write_counters(connection, counters, findings, {})
+    await mark_due(connection, await write_counters(connection, counters, findings, {}))
 
 
 def _settle(row: Row, known: Known, holding: Sequence[Rule], counters: Counters) -> None:

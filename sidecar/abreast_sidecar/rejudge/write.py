@@ -29,12 +29,17 @@ async def known_findings(connection: Connection, ids: Iterable[int] | None = Non
 
 async def write_counters(
     connection: Connection, counters: Counters, found: Mapping[int, Known], unknown: Mapping[Slot, int]
-) -> None:
-    """The findings are locked."""
+) -> set[int]:
+    """The findings are locked. Return the endpoints of those that changed."""
     if given := counters.of_findings(found):
         await connection.execute(statement("findings_count"), {"given": json_text(given).decode()})
     if given := counters.of_rules(unknown):
         await connection.execute(statement("rule_findings_count"), {"given": json_text(given).decode()})
-    endpoints = sorted({found[slot[1]].endpoint_id for slot in counters.changes if slot[1] in found})
-    await connection.execute(statement("endpoints_lock"), {"ids": endpoints})
-    await connection.execute(statement("rejudge_due"), {"ids": endpoints})
+    return {found[slot[1]].endpoint_id for slot in counters.changes if slot[1] in found}
+
+
+async def mark_due(connection: Connection, endpoints: Iterable[int]) -> None:
+    """Their findings are told from noise anew."""
+    ids = sorted(endpoints)
+    await connection.execute(statement("endpoints_lock"), {"ids": ids})
+    await connection.execute(statement("rejudge_due"), {"ids": ids})

@@ -41,12 +41,13 @@ async def write(database: Database, judged: Judged, keys: Sequence[Key]) -> bool
 
 
 async def _take_off(connection: Connection, judged: Judged, found: Sequence[Row]) -> None:
-    """Locks in the order of the ledger's writers: findings by id, endpoints by id."""
+    """Locks in the order of the ledger's writers: pairs and their sums, findings by id, endpoints by id."""
     ids = sorted(row["id"] for row in found)
+    await connection.execute(statement("drift_put"), {**_named(judged), "ids": ids, "reason": REASON})
     await connection.execute(statement("findings_lock"), {"ids": ids})
     given = json_text([_counters(judged, row) for row in found]).decode()
     await connection.execute(statement("findings_count"), {"given": given})
-    await connection.execute(statement("drift_put"), {**_named(judged), "ids": ids, "reason": REASON})
+    await connection.execute(statement("drift_count"), {"ids": ids})
     endpoints = [found[0]["endpoint_id"]]
     await connection.execute(statement("endpoints_lock"), {"ids": endpoints})
     await connection.execute(statement("rejudge_due"), {"ids": endpoints})

@@ -1,6 +1,6 @@
 """Writes judged pairs into the ledger: a batch is one transaction, and a batch that comes twice counts once.
 
-Order of locks, the same in every worker: the rules (shared), pairs by id, findings by id, examples, tallies, hours,
+Order of locks, the same for all who write: the rules (shared), pairs by id, their sums, findings by id, examples, tallies,
 endpoints by id, samples.
 """
 
@@ -212,8 +212,6 @@ class Ledger:
             if new:
                 given = json_text(rollup.tally()).decode()
                 await connection.execute(statement("tally_add"), {"given": given})
-                given = json_text(list(rollup.hours.values())).decode()
-                await connection.execute(statement("hours_add"), {"given": given})
             if rollup.endpoints:
                 await _count_endpoints(connection, rollup)
             sampled = self._samples.choose(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from abreast_sidecar.compare.feature import LEAST, Feature, Features, of_target, separating
@@ -34,7 +34,8 @@ T = TypeVar("T")
 MAX_EXAMPLES = 20
 MAX_EVENTS = 50
 MAX_LISTED = 10  # releases of a finding
-HOUR = timedelta(hours=1)
+NEWEST = 10_000  # pairs of an endpoint whose times a verdict is made of
+NEWEST_LISTED = 2_000  # and those that a listing's percentiles are of
 MAX_REASONS = 10  # for which entries were put apart
 MAX_REQUESTS = 300  # of those that show a finding and of the others, to find what tells them apart
 EVIDENCE = (
@@ -45,6 +46,7 @@ EVIDENCE = (
     "not_compared",
 )  # outcomes of requests that were not lost
 ALL_TIME = Window()
+EPOCH = datetime.fromtimestamp(0, UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,8 @@ class Queries:
         return [Drop(**row) for row in await self.database.rows("drops", {"service": service})]
 
     async def summary(self, service: str, window: Window) -> Summary:
-        asked = {"service": service, "windowed": window.bounded, **_bounds(window)}
-        outcomes = await self.database.rows("summary_outcomes", {**asked, **_hours(window)})
+        asked = {"endpoints": await self._endpoints(service), "windowed": window.bounded, **_bounds(window)}
+        outcomes = await self.database.rows("summary_outcomes", asked)
         (counts,) = await self.database.rows("summary_counts", asked)
         (accounts,) = await self.accounts(service)
         (held,) = await self.database.rows("envoy_sampled", {"service": service, **_bounds(window)})
@@ -134,9 +136,11 @@ class Queries:
     ) -> Evidence:
         """`max_slower`: the part of old's time by which new may be slower. `release`: of new; the newest unless given."""
         label = None if all_releases else release or await self._newest(service, window)
-        asked = {"service": service, "windowed": window.bounded, **_bounds(window), "release": label}
-        cold = {"cold_share": COLD_SHARE, "max_slower": max_slower}
-        counts = await self.database.rows("verdict_counts", {**asked, **cold})
+        asked: dict[str, Any] = {"service": service, "endpoints": await self._endpoints(service)}
+        asked |= {"windowed": window.bounded, **_bounds(window), "release": label}
+        times = {"cold_share": COLD_SHARE, "max_slower": max_slower, "newest": NEWEST}
+        lone = await self._lone(service, label, window)
+        counts = await self.database.rows("verdict_counts", {**asked, **times, **lone})
         (ledger,) = await self.database.rows("verdict_ledger", {**asked, "evidence": list(EVIDENCE)})
         over = window.end is not None and window.end < datetime.now(UTC)
         return Evidence(
@@ -147,10 +151,26 @@ class Queries:
         found = await self.database.one("release_newest", {"service": service, "end": window.end})
         return found["label"] if found else None
 
+    async def _lone(self, service: str, label: str | None, window: Window) -> dict[str, datetime | None]:
+        """The part of the window in which pairs without an answer of new belong to the release."""
+        span = await self.database.one("release_span", {"service": service, "release": label})
+        if span is None:
+            return {"lone_start": EPOCH, "lone_end": EPOCH}
+        starts = [one for one in (span["start"], window.start) if one is not None]
+        ends = [one for one in (span["over"], window.end) if one is not None]
+        return {"lone_start": max(starts, default=None), "lone_end": min(ends, default=None)}
+
+    async def _endpoints(self, service: str, findings: Sequence[int] | None = None) -> list[int]:
+        """Of one service, all for empty text; of those findings, where they are given."""
+        asked = {"service": service, "findings": _list(findings)}
+        return [row["id"] for row in await self.database.rows("endpoint_ids", asked)]
+
     async def endpoints(self, service: str, window: Window, page: Page) -> Paged[EndpointSummary]:
         filters = {"service": service, "window": asdict(window)}
         place = pages.decode("endpoints", filters, page.token) if page.token else [None, None, None]
-        asked = {"service": service, "windowed": window.bounded, **_bounds(window), "limit": page.size + 1}
+        asked: dict[str, Any] = {"endpoints": await self._endpoints(service)}
+        asked |= {"windowed": window.bounded, **_bounds(window)}
+        asked |= {"limit": page.size + 1, "newest": NEWEST_LISTED}
         asked |= {"after_service": place[0], "after_route": place[1], "after_method": place[2]}
         found = await self.database.rows("endpoints", asked)
         return _paged(
@@ -265,7 +285,8 @@ class Queries:
             **asdict(wanted),
             **{name: _list(getattr(wanted, name)) for name in ("parts", "kinds", "impacts")},
             **_bounds(wanted.window),
-            **_counted(wanted.window, as_of, windowed),
+            "since": as_of if wanted.window.start is None else max(as_of, wanted.window.start),
+            "endpoints": await self._endpoints(wanted.service, ids),
             "windowed": windowed,
             "most_releases": MAX_LISTED,
             "as_of": as_of,
@@ -281,30 +302,6 @@ class Queries:
 
 def _bounds(window: Window) -> dict[str, datetime | None]:
     return {"start": window.start, "end": window.end}
-
-
-def _counted(window: Window, as_of: datetime, windowed: bool) -> dict[str, Any]:
-    """Where a listing of that moment counts: what was compared until then; what shows in the window, or else since then."""
-    until = as_of if window.end is None else min(window.end, as_of)
-    shown = (window.start or "-infinity", until) if windowed else (as_of, "infinity")
-    hours = _hours(Window(window.start, until))
-    return {**hours, "until": until, "shown_from": shown[0], "shown_until": shown[1]}
-
-
-def _hours(window: Window) -> dict[str, datetime | None]:
-    """The whole hours of the window, and what it has of those at its two ends; all of it, where it is within one hour."""
-    first = end = head = tail = None
-    if window.start is not None:
-        first = _hour(window.start + HOUR - timedelta(microseconds=1))
-        head = first if window.end is None else min(first, window.end)
-    if window.end is not None:
-        end = _hour(window.end)
-        tail = end if first is None else max(end, first)
-    return {"first_hour": first, "end_hour": end, "head_end": head, "tail_start": tail}
-
-
-def _hour(moment: datetime) -> datetime:
-    return moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
 
 
 def _list(values: Sequence[Any] | None) -> list[Any] | None:

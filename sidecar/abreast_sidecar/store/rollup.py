@@ -12,7 +12,6 @@ from abreast_sidecar.store.judged import Judged
 from abreast_sidecar.store.repeats import Repeats
 
 SEVERITY = {"additive": 0, "value": 1, "breaking": 2}
-HOUR = 3_600_000  # ms
 COMPARED = frozenset({"match", "mismatch", "oversize"})  # outcomes of pairs that could show a finding
 
 Key = tuple[int, int, int]  # finding or endpoint, release of old, release of new
@@ -24,15 +23,14 @@ COUNTERS = ("count", "baseline_count", "explained", "new_greater", "new_smaller"
 
 @dataclass(slots=True)
 class Rollup:
-    """Parameters of findings_count.sql by finding and releases, of endpoints_count.sql by endpoint and releases, of
-    hours_add.sql by endpoint, hour and outcome, and pairs by service, day and outcome.
+    """Parameters of findings_count.sql by finding and releases, of endpoints_count.sql by endpoint and releases, and
+    pairs by service, day and outcome.
     """
 
     findings: dict[Key, dict[str, Any]] = field(default_factory=dict)
     endpoints: dict[Key, dict[str, int]] = field(default_factory=dict)
     outcomes: dict[tuple[str, int, str], int] = field(default_factory=dict)
     rules: dict[tuple[int, ...], dict[str, int]] = field(default_factory=dict)  # of rule_findings_count.sql
-    hours: dict[tuple[int, int, str], dict[str, Any]] = field(default_factory=dict)
     repeats: Repeats = field(default_factory=Repeats)
 
     def add(
@@ -41,7 +39,6 @@ class Rollup:
         self._count_endpoint((endpoint, *releases), judged.judgement)
         key = (judged.service, judged.day, judged.outcome)
         self.outcomes[key] = self.outcomes.get(key, 0) + 1
-        self._count_hour(endpoint, judged)
         for finding, shown in differences.items():
             counts = self._count((finding, *releases), shown[0], judged.at)
             counts["count"] += 1
@@ -77,22 +74,6 @@ class Rollup:
             counts = self.endpoints.setdefault(key, {**_named(key), "compared": 0, "baseline_compared": 0})
             counts["compared"] += compared
             counts["baseline_compared"] += judgement.baseline_compared
-
-    def _count_hour(self, endpoint: int, judged: Judged) -> None:
-        hour, outcome, at = judged.at // HOUR, judged.outcome, judged.at
-        found = self.hours.get((endpoint, hour, outcome))
-        if found is None:
-            found = self.hours[endpoint, hour, outcome] = {
-                "endpoint_id": endpoint,
-                "hour": hour,
-                "outcome": outcome,
-                "pairs": 0,
-                "first_ms": at,
-                "last_ms": at,
-            }
-        found["pairs"] += 1
-        found["first_ms"] = min(found["first_ms"], at)
-        found["last_ms"] = max(found["last_ms"], at)
 
     def _count(self, key: Key, difference: Difference, at: int) -> dict[str, Any]:
         found = self.findings.get(key)

@@ -1,8 +1,5 @@
-with pairs as (
-    update abreast.pair
-    set drift = %(ids)s, reason = %(reason)s,
-        findings = array(select one from unnest(findings) with ordinality as f (one, place)
-                         where one <> all(%(ids)s) order by place)
-    where id = %(pair)s and day = %(day)s::date
-)
-update abreast.finding set drift = drift + 1 where id = any(%(ids)s)
+update abreast.pair
+set drift = %(ids)s, reason = %(reason)s,
+    findings = array(select one from unnest(findings) with ordinality as f (one, place)
+                     where one <> all(%(ids)s) order by place)
+where id = %(pair)s and day = %(day)s::date

@@ -1,6 +1,5 @@
 -- Counts are those of the moment `as_of`, when the first page was asked for, so that the pages of one listing fit
--- together while traffic goes on: all time is the counter without what came since; a window is counted from rows,
--- once for all findings. What was compared is summed from whole hours, and from rows at the two ends.
+-- together while traffic goes on: all time is the counter without what came since, a window its sums without that.
 with candidate as (
     select f.*, abreast.of_no_pair(f) as of_no_pair, e.service, e.method, e.route, e.compared as compared_ever,
            case f.impact when 'breaking' then 0 when 'value' then 1 else 2 end as rank
@@ -17,13 +16,28 @@ with candidate as (
            or f.count + f.baseline_count = 0) -- all is explained by something else
       and (%(include_settled)s or %(only_explained)s or f.status not in ('expected', 'fixed'))
 ),
+-- What came after `as_of`, and the window without it.
+since as materialized (
+    select *
+    from abreast.sums(%(endpoints)s::integer[], %(since)s::timestamptz, %(end)s::timestamptz)
+    where %(release)s = '' or new_release = %(release)s
+),
+inside as materialized (
+    select endpoint_id, outcome, findings, explained, explained_by, drift, pairs
+    from abreast.sums(%(endpoints)s::integer[], %(start)s::timestamptz, %(end)s::timestamptz)
+    where %(release)s = '' or new_release = %(release)s
+    union all
+    select endpoint_id, outcome, findings, explained, explained_by, drift, -pairs from since
+),
 showing as materialized (
-    select shown.id, count(*) as pairs
-    from abreast.pair p
-    cross join lateral (select distinct unnest(p.findings) as id) shown
-    where p.findings <> '{}' and p.at >= %(shown_from)s and p.at < %(shown_until)s
-      and (%(release)s = '' or p.new_release = %(release)s)
-      and (%(ids)s::bigint[] is null or p.findings && %(ids)s::bigint[])
+    select shown.id, sum(s.pairs)::bigint as pairs
+    from (
+        select findings, pairs from inside where %(windowed)s
+        union all
+        select findings, pairs from since where not %(windowed)s
+    ) as s
+    cross join lateral unnest(s.findings) as shown (id)
+    where s.findings <> '{}'
     group by shown.id
 ),
 -- What rules explain, and what was drift of state: both stand beside a pair's findings.
@@ -32,26 +46,31 @@ by_rule as materialized (
     from (
         select finding_id, rule_id, count as pairs from abreast.rule_finding where not %(windowed)s and count > 0
         union all
-        select shown.finding_id, shown.rule_id, 1
-        from abreast.pair p
-        cross join lateral unnest(p.explained, p.explained_by) as shown (finding_id, rule_id)
-        where p.explained is not null and %(windowed)s and p.at >= %(shown_from)s and p.at < %(shown_until)s
-          and (%(release)s = '' or p.new_release = %(release)s)
+        select shown.finding_id, shown.rule_id, s.pairs
+        from inside s
+        cross join lateral unnest(s.explained, s.explained_by) as shown (finding_id, rule_id)
+        where s.explained is not null and %(windowed)s
     ) one
     group by one.finding_id, one.rule_id
+    having sum(one.pairs) > 0
 ),
 drifted as materialized (
-    select shown.id, count(*) as pairs
-    from abreast.pair p
-    cross join lateral unnest(p.drift) as shown (id)
-    where p.drift is not null and %(windowed)s and p.at >= %(shown_from)s and p.at < %(shown_until)s
-      and (%(release)s = '' or p.new_release = %(release)s)
+    select shown.id, sum(s.pairs)::bigint as pairs
+    from inside s
+    cross join lateral unnest(s.drift) as shown (id)
+    where s.drift is not null and %(windowed)s
     group by shown.id
 ),
-since as materialized (
-    select endpoint_id, count(*) as pairs
-    from abreast.pair
-    where at >= %(as_of)s and outcome in ('match', 'mismatch', 'oversize') and not %(windowed)s
+compared as materialized (
+    select endpoint_id, sum(pairs)::bigint as pairs
+    from inside
+    where outcome in ('match', 'mismatch', 'oversize')
+    group by endpoint_id
+),
+compared_since as materialized (
+    select endpoint_id, sum(pairs)::bigint as pairs
+    from since
+    where outcome in ('match', 'mismatch', 'oversize')
     group by endpoint_id
 ),
 counted as (
@@ -72,7 +91,7 @@ counted as (
     from candidate c
     left join drifted d on d.id = c.id
     left join showing s on s.id = c.id
-    left join since e on e.endpoint_id = c.endpoint_id
+    left join compared_since e on e.endpoint_id = c.endpoint_id
 ),
 page as (
     select *
@@ -85,37 +104,6 @@ page as (
       and (%(after_id)s::bigint is null or (rank, -shown, id) > (%(after_rank)s, -%(after_count)s::bigint, %(after_id)s))
     order by rank, shown desc, id
     limit %(limit)s
-),
-compared as materialized (
-    select endpoint_id, sum(pairs)::bigint as pairs
-    from (
-        select endpoint_id, pairs
-        from abreast.hour
-        where %(release)s = '' and endpoint_id in (select endpoint_id from page)
-          and outcome in ('match', 'mismatch', 'oversize')
-          and (%(first_hour)s::timestamptz is null or hour >= %(first_hour)s)
-          and hour < %(end_hour)s
-        union all
-        select endpoint_id, 1
-        from abreast.pair
-        where %(release)s = '' and endpoint_id in (select endpoint_id from page)
-          and outcome in ('match', 'mismatch', 'oversize')
-          and at >= %(start)s::timestamptz and at < %(head_end)s::timestamptz
-        union all
-        select endpoint_id, 1
-        from abreast.pair
-        where %(release)s = '' and endpoint_id in (select endpoint_id from page)
-          and outcome in ('match', 'mismatch', 'oversize')
-          and at >= %(tail_start)s::timestamptz and at < %(until)s::timestamptz
-        union all
-        select endpoint_id, 1
-        from abreast.pair
-        where %(release)s <> '' and endpoint_id in (select endpoint_id from page) and new_release = %(release)s
-          and outcome in ('match', 'mismatch', 'oversize')
-          and (%(start)s::timestamptz is null or at >= %(start)s)
-          and at < %(until)s::timestamptz
-    ) every
-    group by endpoint_id
 )
 select p.id, p.service, p.method, p.route, p.part, p.path, p.kind, p.impact, p.shown as count, p.rank,
        p.baseline_count, p.state, p.reason, p.drifts, p.explained as shaped, p.first_seen, p.last_seen, p.detail,

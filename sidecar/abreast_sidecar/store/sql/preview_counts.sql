@@ -1,5 +1,7 @@
-select shown.finding, p.old_release, p.new_release, p.old_status, p.new_status, count(*) as pairs
-from abreast.pair p
-cross join lateral unnest(p.findings) as shown (finding)
-where p.findings <> '{}' and p.findings && %(findings)s::bigint[] and shown.finding = any(%(findings)s::bigint[])
+select shown.finding, s.old_release, s.new_release, s.old_status, s.new_status, sum(s.pairs)::bigint as pairs
+from abreast.hour s
+cross join lateral unnest(s.findings) as shown (finding)
+where s.endpoint_id in (select endpoint_id from abreast.finding where id = any(%(findings)s::bigint[]))
+  and s.findings && %(findings)s::bigint[] and shown.finding = any(%(findings)s::bigint[])
 group by 1, 2, 3, 4, 5
+having sum(s.pairs) > 0

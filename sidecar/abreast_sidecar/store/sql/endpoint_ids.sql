@@ -1,0 +1,6 @@
+select id
+from abreast.endpoint
+where (%(service)s = '' or service = %(service)s)
+  and (%(findings)s::bigint[] is null
+       or id in (select endpoint_id from abreast.finding where id = any(%(findings)s::bigint[])))
+order by id
