@@ -18,6 +18,7 @@ from time import perf_counter_ns
 from typing import Any, Literal, Self, TypeVar, cast
 
 import orjson
+from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -33,7 +34,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger("abreast")
 
+PLACES = 20  # questions at a time: more connections answer no sooner
 PAUSE = 1.0  # seconds without a question to a Redis that did not answer
+TOO_MANY: Any = getattr(exceptions, "MaxConnectionsError", ())  # an older redis-py has none
 STAMP = 8  # bytes before a value: when it is over, ms since the epoch, big-endian
 OURS = "abreast:"  # what shadows keep begins so, and no namespace does
 KIND = "cache"
@@ -76,6 +79,7 @@ class Cache:
         self._max_bytes = max_bytes
         self._shadow_writes = shadow_writes
         self._flights = Flights()
+        self._places = asyncio.Semaphore(PLACES)
         self._failed = False
         self._again_at = 0.0
 
@@ -199,14 +203,31 @@ class Cache:
 
     async def _ask(self, question: Callable[[], Awaitable[Any]]) -> Any:
         """Redis's answer; None when it has none in time, and while it is left alone."""
+        failed = self._failed
         if not self._open():
             return None
         try:
             async with asyncio.timeout(self._timeout):
+                await self._places.acquire()
+        except (
+            TimeoutError,
+            RuntimeError,
+        ):  # too many ask at once, or in another event loop; Redis may be well
+            return None
+        try:
+            return await self._answer(question) if self._failed == failed else None
+        finally:
+            self._places.release()
+
+    async def _answer(self, question: Callable[[], Awaitable[Any]]) -> Any:
+        try:
+            async with asyncio.timeout(self._timeout):
                 answer = await question()
-        except (RedisError, OSError, TimeoutError) as error:
+        except TOO_MANY:  # of a client that was given
+            return None
+        except (RedisError, OSError, TimeoutError, RuntimeError) as error:
             if not self._failed:
-                logger.warning("the cache does not answer, values are loaded: %s", error or "too slow")
+                logger.warning("the cache does not answer, values are loaded: %s", str(error) or "too slow")
             self._failed = True
             self._again_at = time.monotonic() + PAUSE
             return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
@@ -74,6 +76,11 @@ def effect(kind: str, payload: Any = MISSING, *, key: str = "", stand_in: Any = 
         @effect("email.send", stand_in=Receipt("none"))
         async def send(to: str, text: str) -> Receipt: ...
     """
+    for given in (payload, stand_in):
+        if inspect.iscoroutinefunction(given):
+            raise EffectError(
+                f"{given.__qualname__} must be awaited; use a plain function for effect {kind!r}"
+            )
     return Effect(kind, payload, key, stand_in)
 
 
@@ -120,18 +127,26 @@ class Effect(Generic[S]):
         return call
 
     def __enter__(self) -> Attempt[S]:
-        attempt = Attempt(self)
+        attempt = Attempt(self, _here())
         self._blocks.append(attempt)
         return attempt
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        attempt = self._blocks.pop()
+        attempt = self._left()
         if kind is not None:
             attempt.failed(kind)
         elif not attempt.asked:
             _forgotten(self.kind)
+
+    def _left(self) -> Attempt[S]:
+        """The last block that began here: one effect may be shared by tasks and threads, which end in any order."""
+        here = _here()
+        blocks = self._blocks[::-1]
+        attempt = next((each for each in blocks if each.here is here), blocks[0])
+        self._blocks.remove(attempt)
+        return attempt
 
     async def __aenter__(self) -> Attempt[S]:
         return self.__enter__()
@@ -145,7 +160,8 @@ class Effect(Generic[S]):
 class Attempt(Generic[S]):
     """One time that an effect is done or held back. It is recorded once, when it is first asked."""
 
-    def __init__(self, effect: Effect[S]) -> None:
+    def __init__(self, effect: Effect[S], here: object = None) -> None:
+        self.here = here  # task or thread
         self._effect = effect
         self._entry: Entry | None = None
         self._live = False
@@ -194,6 +210,13 @@ class Attempt(Generic[S]):
     def _stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> S:
         stand_in = self._effect.stand_in
         return cast("S", stand_in(*args, **kwargs) if callable(stand_in) else stand_in)
+
+
+def _here() -> object:
+    try:
+        return asyncio.current_task() or threading.current_thread()
+    except RuntimeError:  # no loop runs in this thread
+        return threading.current_thread()
 
 
 def _payload(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import redis
+import redis.asyncio
 
 from abreast.cache import PAUSE, Cache
 from abreast.capture import Role
@@ -44,7 +45,7 @@ class Source:
         return self.value
 
 
-def make(url: str, **changes: Any) -> Cache:
+def make(url: str | redis.asyncio.Redis, **changes: Any) -> Cache:
     return Cache(url, **{"namespace": "shop", "form": "1", "timeout": 2.0, **changes})
 
 
@@ -323,6 +324,32 @@ async def test_without_redis_values_are_loaded() -> None:
     async with make(f"redis://127.0.0.1:{free_port()}/0") as cache:
         assert await cache.get("product:7", Source("loaded")) == "loaded"
         await cache.delete("product:7")
+
+
+@pytest.mark.parametrize("most", [None, 5])
+async def test_many_who_ask_at_once_are_no_reason_to_leave_redis_alone(
+    redis_url: str, most: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is a client of the service's own with few connections."""
+    given = redis.asyncio.Redis.from_url(redis_url, max_connections=most)
+    async with given, make(given if most else redis_url) as cache:
+        await cache.get("product:7", Source("kept"))
+        found = await asyncio.gather(*[cache.get("product:7", Source("loaded")) for _ in range(300)])
+        again = await cache.get("product:7", Source("loaded"))
+
+    assert (again, caplog.records) == ("kept", [])
+    assert most or set(found) == {"kept"}
+
+
+async def test_in_another_event_loop_nothing_is_raised(cache: Cache) -> None:
+    """There its connections can't wait for what Redis says a little later."""
+
+    async def ask() -> list[Any]:
+        return await asyncio.gather(*[cache.get(f"product:{one}", Source(one)) for one in range(60)])
+
+    assert await ask() == list(range(60))
+    await cache.redis.client_pause(100)
+    assert await asyncio.to_thread(asyncio.run, ask()) == list(range(60))
 
 
 async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_while() -> None:

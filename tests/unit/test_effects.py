@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import functools
 import threading
@@ -249,6 +250,32 @@ async def test_in_production_a_forgotten_question_is_logged_and_users_go_on(
     assert "asked neither" in caplog.text
 
 
+async def test_an_effect_that_requests_share_ends_for_each_by_itself() -> None:
+    """The one that began first ends first, and fails."""
+    shared, failed = abreast.effect("email.send"), asyncio.Event()
+    made = {role: Current("new", role, "pair", "", Sink(), 0) for role in ("live", "shadow")}
+
+    async def first() -> None:
+        CURRENT.set(made["live"])
+        with contextlib.suppress(OSError):
+            async with shared as held:
+                await asyncio.sleep(0)
+                assert held.live
+                raise OSError
+        failed.set()
+
+    async def second() -> None:
+        CURRENT.set(made["shadow"])
+        with shared as held:
+            assert not held.live
+            await failed.wait()
+
+    await asyncio.gather(first(), second())
+
+    assert [record.get("error") for record in records(made["live"])] == ["OSError"]
+    assert [record.get("error") for record in records(made["shadow"])] == [None]
+
+
 async def test_the_error_of_a_block_is_not_hidden_by_ours(enter: Any) -> None:
     enter("live")
     with pytest.raises(KeyError):
@@ -264,6 +291,17 @@ async def test_what_can_t_be_held_back_is_refused_where_it_is_written() -> None:
         abreast.effect("x")(numbers)
     with pytest.raises(EffectError, match="must be awaited"):
         abreast.effect("x").call(Post().send, "a@b")
+
+
+async def _later(*_given: object) -> None: ...
+
+
+@pytest.mark.parametrize("wrong", [{"payload": _later}, {"stand_in": _later}])
+def test_what_would_have_to_be_awaited_is_refused_where_it_is_written(wrong: dict[str, Any]) -> None:
+    with pytest.raises(
+        EffectError, match=r"_later must be awaited; use a plain function for effect 'email.send'"
+    ):
+        abreast.effect("email.send", **wrong)
 
 
 def test_a_decorated_function_keeps_its_name() -> None:

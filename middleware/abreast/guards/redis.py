@@ -5,11 +5,11 @@ Other commands pass: keys that a shadow writes are for `abreast.cache`, or a dat
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, ClassVar
 
-import orjson
 import redis.asyncio
 from redis.asyncio import ConnectionPool
 from redis.asyncio.client import Pipeline
@@ -127,8 +127,10 @@ def _value(value: Any) -> Any:
     if not isinstance(value, str | bytes | bytearray | memoryview):
         return value
     try:
-        return orjson.loads(value)
-    except orjson.JSONDecodeError:
+        return json.loads(
+            bytes(value) if isinstance(value, memoryview) else value
+        )  # exact, also of large integers
+    except (ValueError, RecursionError):
         return _text(value)
 
 
