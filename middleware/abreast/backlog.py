@@ -80,6 +80,7 @@ class Backlog:
         recorder = held.recorder
         if recorder is not None and recorder.now.held is not None:
             more = recorder.now.held.bytes - recorder.journaled
+            recorder.journaled += more
             held.size += more
             self.bytes += more
 

@@ -92,32 +92,39 @@ class Capture(Struct, frozen=True, gc=False):
     @property
     def slot(self) -> str:
         """Names this capture within its pair: a batch that is sent twice changes nothing."""
-        return f"{self.version}:{self.role}:{self.attempt}"
+        return slot(self.version, self.role, self.attempt)
+
+
+def slot(version: Version, role: Role, attempt: int) -> str:
+    return f"{version}:{role}:{attempt}"
 
 
 def digest(body: bytes) -> str:
     return hashlib.blake2b(body, digest_size=DIGEST_SIZE).hexdigest()
 
 
-class _RequestHead(Struct, gc=False):
-    """These heads are the line of JSON; a body's is (bytes held, bytes in all, digest)."""
+BodyHead = tuple[int, int, str]  # bytes held, bytes in all, digest
+
+
+class RequestHead(Struct, gc=False):
+    """These heads are the line of JSON."""
 
     method: str
     path: str
     query: str
     route: str
     headers: Headers
-    body: tuple[int, int, str]
+    body: BodyHead
 
 
-class _AnswerHead(Struct, gc=False):
+class AnswerHead(Struct, gc=False):
     status: int
     headers: Headers
     trailers: Headers
-    body: tuple[int, int, str]
+    body: BodyHead
 
 
-class _Head(Struct, gc=False, omit_defaults=True):
+class Head(Struct, gc=False, omit_defaults=True):
     v: int
     pair: str
     service: str
@@ -133,8 +140,8 @@ class _Head(Struct, gc=False, omit_defaults=True):
     complete: bool
     raised: str
     effects: tuple[dict[str, Any], ...]
-    request: _RequestHead
-    answer: _AnswerHead
+    request: RequestHead
+    answer: AnswerHead
     effects_dropped: int = 0
     hops: tuple[HopRow, ...] = ()
     cache: tuple[int, int] | None = None
@@ -146,13 +153,13 @@ class _Format(Struct):
 
 
 _encoder = Encoder()
-_heads = Decoder(_Head)
+_heads = Decoder(Head)
 _formats = Decoder(_Format)
 
 
 def encode(capture: Capture) -> bytes:
     request, answer = capture.request, capture.answer
-    head = _Head(
+    head = Head(
         FORMAT,
         capture.pair,
         capture.service,
@@ -168,24 +175,29 @@ def encode(capture: Capture) -> bytes:
         capture.complete,
         capture.raised,
         capture.effects,
-        _RequestHead(
+        RequestHead(
             request.method,
             request.path,
             request.query,
             request.route,
             request.headers,
-            _body_head(request.body),
+            body_head(request.body),
         ),
-        _AnswerHead(answer.status, answer.headers, answer.trailers, _body_head(answer.body)),
+        AnswerHead(answer.status, answer.headers, answer.trailers, body_head(answer.body)),
         capture.effects_dropped,
         capture.hops,
         capture.cache,
         capture.disturbed,
     )
-    return b"".join((_encoder.encode(head), b"\n", request.body.held, answer.body.held))
+    return written(head, request.body.held, answer.body.held)
 
 
-def _body_head(body: Body) -> tuple[int, int, str]:
+def written(head: Head, asked: bytes, answered: bytes) -> bytes:
+    """A capture as it travels: what `encode` gives, for who has no Capture."""
+    return b"".join((_encoder.encode(head), b"\n", asked, answered))
+
+
+def body_head(body: Body) -> BodyHead:
     return len(body.held), body.length, body.digest
 
 
@@ -218,7 +230,7 @@ def _unreadable(line: bytes, error: Exception | None) -> CaptureError:
     return CaptureError("a capture must begin with a JSON object on a line of its own")
 
 
-def _capture(head: _Head, asked: bytes, answered: bytes) -> Capture:
+def _capture(head: Head, asked: bytes, answered: bytes) -> Capture:
     request, answer = head.request, head.answer
     return Capture(
         head.pair,

@@ -79,7 +79,7 @@ class Current:
         """What was recorded, for the capture, and how many more there were. What comes later is late."""
         with MAKING:
             held = self.held = self.held or LATE
-        return held.close(redact), held.dropped
+        return ((), 0) if held is LATE else (held.close(redact), held.dropped)
 
 
 def maker(version: Version, role: Role, release: str, sink: Sink) -> Callable[[str, int], Current]:

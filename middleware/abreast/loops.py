@@ -57,7 +57,7 @@ class Loops:
             waiting.append((recorder, size))
             count = len(waiting)
             if count == 1 or count == self._batch:  # noqa: PLR1714  # faster
-                shipper.work.set()
+                shipper.work.ring()
         else:
             WORKER.submit(lambda: self._finish(recorder, size, shipper))
 
@@ -94,7 +94,7 @@ class Loops:
         recorder.finish()
         self._backlog.recorders.append((recorder, size))
         with contextlib.suppress(RuntimeError):  # the loop is closed; the next one will take it
-            shipper.loop.call_soon_threadsafe(shipper.work.set)
+            shipper.loop.call_soon_threadsafe(shipper.work.ring)
 
 
 def _forked() -> None:

@@ -53,8 +53,7 @@ class Recorder:
     finished = 0
     returned = False  # the app has, and so have its background tasks
     journaled = 0  # bytes of effects that the backlog counts
-    started = 0.0  # these two are set in the background
-    route = ""
+    route = ""  # found in the background
 
     def __init__(
         self,

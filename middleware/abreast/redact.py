@@ -123,7 +123,7 @@ class Redactor:
 
     def headers(self, headers: Headers) -> Headers:
         """The same headers with secret values hashed; the same object when there is none."""
-        if self.names.isdisjoint(name for name, _ in headers):
+        if self.names.isdisjoint([name for name, _ in headers]):
             return headers
         return tuple(
             (name, self._value(name, value) if name in self.names else value) for name, value in headers

@@ -14,7 +14,8 @@ import threading
 from collections import deque
 from time import perf_counter, perf_counter_ns
 
-from abreast.assemble import assemble, settle
+from abreast.alarm import Alarm
+from abreast.assemble import Assembler, settle
 from abreast.backlog import (
     CAPTURE_ERROR,
     ENCODE_ERROR,
@@ -25,9 +26,9 @@ from abreast.backlog import (
     Backlog,
     Held,
 )
-from abreast.capture import encode
 from abreast.join import Row, shard_of
 from abreast.link import TIMEOUT, Link, LinkError, Reply
+from abreast.recorder import Recorder
 from abreast.redact import Redactor
 from abreast.rescue import Rescue
 from abreast.route import Routes
@@ -56,15 +57,14 @@ class Shipper:
         self.loop = loop
         self.ended = False
         self.thread = threading.get_ident()
-        self.work = asyncio.Event()
+        self.work = Alarm(loop)
         self._settings = settings
         self._backlog = backlog
         self._routes = routes
         self._rescue = rescue
-        self._chosen = frozenset(name.encode("ascii") for name in settings.request_headers)
         self._effect_wait = round(min(settings.effect_wait, settings.pair_timeout / 2) * 1e9)  # ns
         self._link = Link(settings)
-        self._redactor: Redactor | None = None  # there while the connection is believed to work
+        self._assembler: Assembler | None = None  # there while the connection is believed to work
         self._outgoing: deque[tuple[int, list[Held]]] = deque()  # batches by shard, encoded
         self._refusals = 0
         self._failures = 0  # in a row
@@ -79,7 +79,7 @@ class Shipper:
     async def aclose(self) -> None:
         """Send what waits, for `flush_timeout` at most; the rest is dropped and counted."""
         self._closing = True
-        self.work.set()
+        self.work.ring()
         _, late = await asyncio.wait([self._task], timeout=self._settings.flush_timeout)
         if late:  # in the middle of a turn with a slow Redis
             self._task.cancel()
@@ -114,28 +114,17 @@ class Shipper:
             raise asyncio.CancelledError
 
     async def _wait(self) -> None:
-        self.work.clear()
+        self.work.silence()
         backlog = self._backlog
         now = self.loop.time()
         if backlog.recorders:
-            await self._sleep(self._settings.ship_interval)
+            await self.work.wait(self._settings.ship_interval)
         elif self._failures:
-            await self._sleep(self._retry_at - now)
+            await self.work.wait(self._retry_at - now)
         elif backlog.running:
-            await self._sleep(min(self._settings.ship_interval, self._next_report() - now))
-        elif await self._sleep(self._next_report() - now):
-            await self._sleep(self._settings.ship_interval)  # others may come
-
-    async def _sleep(self, seconds: float) -> bool:
-        """Whether there is work before the time is over."""
-        if seconds <= 0:
-            return False
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.work.wait()
-        worked = self.work.is_set()
-        self.work.clear()
-        return worked
+            await self.work.wait(min(self._settings.ship_interval, self._next_report() - now))
+        elif await self.work.wait(self._next_report() - now):
+            await self.work.wait(self._settings.ship_interval)  # others may come
 
     async def _turn(self) -> None:
         try:
@@ -159,20 +148,30 @@ class Shipper:
         while backlog.recorders:
             recorder, size = backlog.recorders.popleft()
             backlog.versions[recorder.marks[0]] += 1
-            try:
-                if recorder.fault:
-                    backlog.drop(CAPTURE_ERROR, size)
-                    continue
-                settle(recorder, self._routes.template(recorder.scope))
-            except Exception as error:  # noqa: BLE001  # a capture that can't be made must not stop the others
+            if recorder.fault:
                 backlog.drop(CAPTURE_ERROR, size)
-                self._rescue("settling", error)
             else:
-                backlog.running.append(Held(size, recorder))
+                self._take(recorder, size)
             if perf_counter() > until:
                 await asyncio.sleep(0)
                 until = perf_counter() + SLICE
         self._release()
+
+    def _take(self, recorder: Recorder, size: int) -> None:
+        """Encode it where nothing more comes; otherwise keep only what is needed of it."""
+        backlog, held, assembler = self._backlog, Held(size, recorder), self._assembler
+        try:
+            recorder.route = self._routes.template(recorder.scope)
+            if assembler is None or not recorder.returned:
+                settle(recorder)
+        except Exception as error:  # noqa: BLE001  # a capture that can't be made must not stop the others
+            backlog.drop(CAPTURE_ERROR, size)
+            self._rescue("settling", error)
+            return
+        if assembler is None or not recorder.returned:
+            backlog.running.append(held)
+        elif self._encoded(held, assembler):
+            backlog.settled.append(held)
 
     def _release(self) -> None:
         """Let go what no background task adds to any more, or has had its time."""
@@ -188,11 +187,12 @@ class Shipper:
         backlog.running = running
 
     async def _ship(self) -> None:
-        if self._redactor is None:
-            self._redactor = Redactor(await self._link.open(), self._settings.secret_headers)
+        if self._assembler is None:
+            redactor = Redactor(await self._link.open(), self._settings.secret_headers)
+            self._assembler = Assembler(self._settings, redactor)
         while self._outgoing or self._backlog.settled:
             if not self._outgoing:
-                await self._pack(self._redactor)
+                await self._pack(self._assembler)
                 continue
             shard, batch = self._outgoing[0]
             try:
@@ -204,31 +204,33 @@ class Shipper:
             else:
                 self._done(batch, reply)
 
-    async def _pack(self, redactor: Redactor) -> None:
-        """Encode the next batch, and sort it by shard."""
-        shards: dict[int, list[Held]] = {}
+    async def _pack(self, assembler: Assembler) -> None:
+        """The next batch, by shard."""
+        settled, shards = self._backlog.settled, self._settings.shards
+        found: dict[int, list[Held]] = {}
         count, size, until = 0, 0, perf_counter() + SLICE
         try:
-            while self._backlog.settled and count < self._settings.ship_batch and size < BATCH_BYTES:
-                held = self._backlog.settled.popleft()
-                row = self._encoded(held, redactor)
+            while settled and count < self._settings.ship_batch and size < BATCH_BYTES:
+                held = settled.popleft()
+                row = held.row or self._encoded(held, assembler)
                 if row is None:
                     continue
-                shards.setdefault(shard_of(row[0], self._settings.shards), []).append(held)
+                found.setdefault(shard_of(row[0], shards) if shards > 1 else 0, []).append(held)
                 count, size = count + 1, size + len(row[3])
                 if perf_counter() > until:
                     await asyncio.sleep(0)
                     until = perf_counter() + SLICE
         finally:
-            self._outgoing.extend(shards.items())
+            self._outgoing.extend(found.items())
 
-    def _encoded(self, held: Held, redactor: Redactor) -> Row | None:
+    def _encoded(self, held: Held, assembler: Assembler) -> Row | None:
         """None when it can't be encoded, and was dropped."""
-        if held.recorder is None:  # done before, by a loop that ended
+        recorder = held.recorder
+        if recorder is None:  # done before
             return held.row
         try:
-            capture = assemble(held.recorder, self._settings, self._chosen, redactor)
-            held.row = (capture.pair, capture.slot, capture.arms, encode(capture))
+            self._backlog.grown(held)
+            held.row = assembler.row(recorder)
         except Exception as error:  # noqa: BLE001  # one bad capture must not stop the others
             self._backlog.drop(ENCODE_ERROR, held.size)
             self._rescue("encoding", error)
@@ -280,7 +282,7 @@ class Shipper:
     async def _down(self, error: LinkError) -> None:
         if not self._failures:
             logger.warning("captures wait: %s", error)
-        self._redactor = None
+        self._assembler = None
         delay = min(BACKOFF_CAP, BACKOFF * 2 ** min(self._failures, 10))
         self._failures += 1
         self._retry_at = self.loop.time() + delay * random.uniform(0.5, 1)  # noqa: S311  # not a secret
@@ -314,6 +316,6 @@ class Shipper:
         backlog.settled.clear()
 
     async def _last_report(self) -> None:
-        if self._redactor is not None:
+        if self._assembler is not None:
             with contextlib.suppress(LinkError, Exception):
                 await self._report()
