@@ -118,6 +118,7 @@ async def test_a_report_has_all_pages_of_a_large_ledger(sidecar: Running, tmp_pa
     assert made["verdict"]["budget"]["max_mismatch"] == 0.005
     assert text.count("<section>") == MANY
     assert "<td>expected</td><td>told in May</td>" in text
+    assert "May the new version take over? Too little is known" in text
 
 
 async def test_what_can_t_be_written_is_said_and_leaves_nothing(sidecar: Running, tmp_path: Path) -> None:

@@ -245,6 +245,40 @@ async def test_an_endpoint_that_new_never_answered_keeps_from_pass(sidecar: Runn
     }
 
 
+@pytest.mark.parametrize(
+    ("outcome", "shows", "expected"),
+    [
+        ("not_compared", "", "INCONCLUSIVE"),
+        ("aborted", "", "INCONCLUSIVE"),
+        ("oversize", "noise", "INCONCLUSIVE"),
+        ("oversize", "real", "FAIL"),
+    ],
+)
+async def test_an_endpoint_of_which_nothing_was_compared_keeps_from_pass(
+    sidecar: Running, ledger: Ledger, outcome: str, shows: str, expected: str
+) -> None:
+    large = ledger.endpoint(route="/large")
+    shown = [ledger.finding(large, "$", state=shows)] if shows else []
+    add(ledger, 9000)
+    add(ledger, 50, *shown, endpoint=large, outcome=outcome)
+    sampled(ledger)
+
+    found = await verdict(sidecar)
+
+    assert (state(found), found.reasons[0].endpoint.route) == (expected, "/large")
+
+
+async def test_what_rules_explain_passes_and_is_said(sidecar: Running, ledger: Ledger) -> None:
+    add(ledger, 9000)
+    ledger.execute("update abreast.pair set outcome = 'mismatch', explained = '{1}', explained_by = '{1}'")
+    sampled(ledger)
+
+    found = await verdict(sidecar)
+
+    assert state(found) == "PASS"
+    assert "9,000 explained by rules" in reason(found, "MISMATCHES").text
+
+
 async def test_one_bad_endpoint_fails_the_whole(sidecar: Running, ledger: Ledger) -> None:
     rare = ledger.endpoint(route="/rare")
     add(ledger, 50_000)

@@ -61,6 +61,18 @@ class TestPass:
 
         assert (verdict.state, verdict.exit_code) == ("INCONCLUSIVE", 2)
 
+    def test_an_endpoint_of_which_nothing_was_compared_keeps_from_passing(self) -> None:
+        verdict = judged(pairs(20_000, "a"), pairs(500, "b", compared=0, timed=0, slower=0))
+
+        assert (verdict.state, verdict.more) == ("INCONCLUSIVE", None)
+        assert reason(verdict, "coverage", "b").text.startswith("of 500 requests none could be compared")
+
+    def test_what_rules_explain_is_said(self) -> None:
+        verdict = judged(pairs(20_000, by_rules=20_000))
+
+        assert verdict.state == "PASS"
+        assert "20,000 explained by rules" in reason(verdict, "mismatches").text
+
     def test_no_endpoint_never_passes(self) -> None:
         assert judged(ledger=Ledger(0, 0)).state == "INCONCLUSIVE"
 

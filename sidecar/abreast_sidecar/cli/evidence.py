@@ -23,7 +23,7 @@ class Collected:
     findings: list[api.Finding]
     waived: list[api.Finding]
     rules: list[rule_pb2.Rule]
-    examples: dict[int, api.PairDetail]
+    details: dict[int, api.GetFindingResponse]  # by finding, each with its smallest example at most
     events: list[traffic_pb2.TrafficEvent]
 
 
@@ -52,7 +52,7 @@ async def collect(calls: Calls, request: api.GetVerdictRequest, examples: int) -
             for one in await _all(calls.rules.ListRules, rule_pb2.ListRulesRequest(), "rules", timeout)
             if one.service in {"", service} or "*" in one.service
         ],
-        examples=await _examples(calls, findings[:examples]),
+        details=await _details(calls, findings[:examples]),
         events=await _all(
             traffic.ListTrafficEvents,
             traffic_pb2.ListTrafficEventsRequest(service=service),
@@ -78,13 +78,13 @@ async def _traffic(calls: Calls, service: str) -> traffic_pb2.Traffic:
     return (await calls.traffic.GetTraffic(request, timeout=calls.timeout)).traffic
 
 
-async def _examples(calls: Calls, findings: Iterable[api.Finding]) -> dict[int, api.PairDetail]:
-    """The smallest of each, without its bodies: differences say what matters."""
+async def _details(calls: Calls, findings: Iterable[api.Finding]) -> dict[int, api.GetFindingResponse]:
+    """Without bodies: differences say what matters."""
     found = {}
     for finding in findings:
         request = api.GetFindingRequest(id=finding.id)
-        detail = await calls.comparison.GetFinding(request, timeout=calls.timeout)
-        if detail.examples:
-            del detail.examples[0].captures[:]
-            found[finding.id] = detail.examples[0]
+        found[finding.id] = detail = await calls.comparison.GetFinding(request, timeout=calls.timeout)
+        del detail.examples[1:]
+        for example in detail.examples:
+            del example.captures[:]
     return found

@@ -115,7 +115,8 @@ def facts(finding: api.Finding, now: dt.datetime) -> Table:
     made.add_row("seen", f"first {ago(finding.first_seen, now)}, last {ago(finding.last_seen, now)}")
     if labels := releases(finding):
         made.add_row("releases", labels)
-    made.add_row("noise", noise(finding))
+    if finding.count or finding.baseline_count:
+        made.add_row("noise", noise(finding))
     return made
 
 

@@ -76,6 +76,13 @@ def for_machines(found: Collected, now: dt.datetime) -> dict[str, Any]:
         "findings": [plain(one) for one in found.findings],
         "waived": [plain(one) for one in found.waived],
         "rules": [plain(one) for one in found.rules],
-        "examples": {str(number): plain(one) for number, one in found.examples.items()},
+        "examples": {
+            str(number): plain(one.examples[0]) for number, one in found.details.items() if one.examples
+        },
+        "features": {
+            str(number): plain(one.feature)
+            for number, one in found.details.items()
+            if one.HasField("feature")
+        },
         "traffic_events": [plain(one) for one in found.events],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -15,6 +16,8 @@ from abreast.v1 import rule_pb2
 from abreast_sidecar.cli.curl import curl
 from abreast_sidecar.cli.evidence import Collected
 from abreast_sidecar.cli.explanations import cause, why
+from abreast_sidecar.cli.finding import feature, releases
+from abreast_sidecar.cli.findings import difference
 from abreast_sidecar.cli.humane import count, duration, percent, printable
 from abreast_sidecar.cli.statuses import status_name
 from abreast_sidecar.cli.tables import (
@@ -25,14 +28,31 @@ from abreast_sidecar.cli.tables import (
     outcome_name,
     where,
 )
+from abreast_sidecar.cli.verdict import to_pass
 
 MOST_WAIVED = 1000  # rows shown; the JSON file has all
-MOST_DIFFERENCES = 20  # of an example
+MOST_PLACES = 5  # of a finding, in its example
+MEANING = {
+    "PASS": "All that was tested is surely within the budget.",
+    "FAIL": "Something is surely beyond the budget.",
+    "INCONCLUSIVE": "Too little is known to let the new version take over, or to say that it must not.",
+}
 
 
 def page(found: Collected, now: dt.datetime) -> str:
     template = _environment().get_template("report.html.j2")
-    return template.render(found=found, now=now, most_waived=MOST_WAIVED)
+    doubtful = [one for one in found.verdict.endpoints if one.state != api.VERDICT_STATE_PASS]
+    by_endpoint = {endpoint_name(one.endpoint): one for one in found.verdict.endpoints}
+    return template.render(
+        found=found,
+        now=now,
+        version=version("abreast"),
+        meaning=MEANING,
+        doubtful=doubtful,
+        by_endpoint=by_endpoint,
+        most_waived=MOST_WAIVED,
+        most_places=MOST_PLACES,
+    )
 
 
 @cache
@@ -60,7 +80,11 @@ def _environment() -> Environment:
         cause=cause,
         why=why,
         command=lambda one: curl(one)[0],
-        differences=lambda one: one.differences[:MOST_DIFFERENCES],
+        shown_by=_shown_by,
+        said=difference,
+        releases=releases,
+        feature=feature,
+        to_pass=to_pass,
         value=lambda text: printable(text, LONGEST_VALUE),
         taken=_taken,
         covers=_covers,
@@ -83,6 +107,12 @@ def _subject(one: api.VerdictReason) -> str:
 def _place(one: api.Finding | common.Difference) -> str:
     exact = one.place if isinstance(one, common.Difference) else ""
     return where(one.part, exact or one.path)
+
+
+def _shown_by(example: api.PairDetail, finding: api.Finding) -> list[common.Difference]:
+    """Where the example shows the finding."""
+    mine = (finding.part, finding.path, finding.kind)
+    return [one for one in example.differences if (one.part, one.path, one.kind) == mine]
 
 
 def _covers(one: rule_pb2.Rule) -> str:

@@ -68,13 +68,14 @@ class Counts:
     endpoint: str
     old_requests: int  # sampled requests that old answered, in any role but baseline
     new_requests: int
-    compared: int  # match or mismatch
+    compared: int  # of these nothing kept a difference from being seen
     mismatches: int  # with at least one real finding that is not additive
     undecided: int  # with undecided findings only
     new_errors: int  # new answered 5xx, raised or broke off, and old did not; live and shadow
     old_errors: int  # the other way
     timed: int  # with both times, without cold starts
     slower: int  # of `timed`: new took longer than (1 + max_slower) times old's time
+    by_rules: int = 0  # of `compared`, those of which rules explain something, and that are no mismatches
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,8 @@ def _mismatches(counts: Counts, budget: Budget, alpha: _Alpha) -> Reason:
     said = _said(counts.mismatches, counts.compared, "unexplained mismatches", budget.max_mismatch, alpha)
     if counts.undecided:
         said += f"; {_number(counts.undecided)} more not yet told from noise"
+    if counts.by_rules:
+        said += f"; {_number(counts.by_rules)} explained by rules"
     return _rate(
         "mismatches",
         counts,
@@ -236,9 +239,12 @@ def _more_to_fail(rate: float, n: int, limit: float, bar: float) -> int | None:
 
 
 def _coverage(counts: Counts) -> list[Reason]:
-    if not counts.old_requests or counts.new_requests:
+    """What new never answered, or of which nothing could be compared, may be broken however much passes beside it."""
+    if not counts.old_requests or (counts.new_requests and counts.compared):
         return []
     text = f"old answered {_number(counts.old_requests)} requests, new none"
+    if counts.new_requests:
+        text = f"of {_number(counts.old_requests)} requests none could be compared; abreast pairs says why"
     return [
         Reason(
             "coverage", counts.endpoint, "INCONCLUSIVE", text, Needed(None, None), float(counts.old_requests)

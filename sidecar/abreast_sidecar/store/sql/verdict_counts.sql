@@ -34,23 +34,29 @@ counted as (
            coalesce(sum(i.pairs) filter (where said.compared), 0)::bigint as compared,
            coalesce(sum(i.pairs) filter (where said.compared and said.real), 0)::bigint as mismatches,
            coalesce(sum(i.pairs) filter (where said.compared and said.undecided and not said.real), 0)::bigint as undecided,
+           coalesce(sum(i.pairs) filter (where said.compared and i.explained is not null and not said.real), 0)::bigint
+               as by_rules,
            coalesce(sum(i.pairs) filter (where said.compared and said.new_error and not said.old_error), 0)::bigint
                as new_errors,
            coalesce(sum(i.pairs) filter (where said.compared and said.old_error and not said.new_error), 0)::bigint
                as old_errors
     from inside i
     cross join lateral (
-        select i.outcome in ('match', 'mismatch', 'oversize') as compared,
-               i.findings <> '{}' and i.findings && (select real from shown) as real,
-               i.findings <> '{}' and i.findings && (select undecided from shown) as undecided,
+        select i.findings <> '{}' and i.findings && (select real from shown) as real,
+               i.findings <> '{}' and i.findings && (select undecided from shown) as undecided
+    ) as told
+    cross join lateral (
+        -- Of bodies that are too large only a digest is known: where that is noise, nothing was compared.
+        select i.outcome in ('match', 'mismatch') or (i.outcome = 'oversize' and (told.real or told.undecided)) as compared,
+               told.real, told.undecided,
                coalesce(i.old_status, 0) not between 1 and 499 as old_error,
                coalesce(i.new_status, 0) not between 1 and 499 as new_error
     ) as said
     group by i.endpoint_id
     having sum(i.pairs) > 0
 )
-select e.method, e.route, c.old_requests, c.new_requests, c.compared, c.mismatches, c.undecided, c.new_errors,
-       c.old_errors, times.timed, times.slower
+select e.method, e.route, c.old_requests, c.new_requests, c.compared, c.mismatches, c.undecided, c.by_rules,
+       c.new_errors, c.old_errors, times.timed, times.slower
 from counted c
 join abreast.endpoint e on e.id = c.endpoint_id
 left join abreast.copy_cost k on k.endpoint_id = c.endpoint_id
