@@ -43,13 +43,14 @@ class Version:
 
     redis_url: str
     stock: int = 5
-    slow: float = 0.0
+    held: asyncio.Event | None = None  # it answers once this is set
     seen: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
 
     async def product(self, request: Request) -> JSONResponse:
         self.seen.append((request.method, str(request.url.path), dict(request.headers)))
-        await asyncio.sleep(self.slow)
+        if self.held is not None:
+            await self.held.wait()
         return JSONResponse({"stock": self.stock}, headers={"x-noise": str(uuid.uuid4())})
 
     @asynccontextmanager
@@ -216,7 +217,7 @@ async def _turns(many: int) -> None:
 
 async def test_a_version_that_hangs_holds_up_no_worker(redis_url: str, postgres_url: str) -> None:
     async with bench(redis_url, postgres_url) as found:
-        found.old.slow = 2.0
+        found.old.held = asyncio.Event()
         found.send({"stock": 5}, {"stock": 4})
 
         async def hanging() -> bool:
@@ -228,6 +229,7 @@ async def test_a_version_that_hangs_holds_up_no_worker(redis_url: str, postgres_
         await found.committed(51)
 
         assert not found.new.seen  # old has not answered yet
+        found.old.held.set()
 
 
 def test_without_addresses_it_is_refused() -> None:
