@@ -8,8 +8,12 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 
 from abreast_sidecar.embedded import PostgresServer, RedisServer
+
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 # Servers are started while gRPC's threads run; its handlers for forks then crash the new process.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"

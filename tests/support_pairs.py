@@ -153,7 +153,7 @@ def difference(path: str = "$.price", **changes: Any) -> Difference:
         "old": "1",
         "new": "2",
     }
-    return Difference(**{**known, "path": path, **changes})
+    return Difference.told(**{**known, "path": path, **changes})
 
 
 @asynccontextmanager

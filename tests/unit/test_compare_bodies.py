@@ -22,7 +22,7 @@ from abreast.capture import Headers
 from abreast_sidecar.compare import DocumentDiff, Judgement, Rules, judge
 from abreast_sidecar.compare.array import match
 from abreast_sidecar.compare.coding import decoded
-from abreast_sidecar.compare.document import MAX_ARRAYS
+from abreast_sidecar.compare.document import MAX_ARRAYS, MAX_EAGER
 from abreast_sidecar.compare.markup import NotMarkupError, read_html, read_xml
 from abreast_sidecar.compare.media import media
 from abreast_sidecar.compare.path import is_map
@@ -222,6 +222,13 @@ def nested(levels: int, width: int, leaf: int) -> Any:
     return value
 
 
+def objects(levels: int, width: int, leaf: float) -> Any:
+    value: Any = leaf
+    for _ in range(levels):
+        value = {"many": list(range(width)), "next": value}
+    return value
+
+
 SHAPES: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "a shuffled list of objects": lambda n: (rows(n, 1), rows(n, 2)),
     "a shuffled list whose objects all differ": lambda n: (
@@ -255,7 +262,8 @@ def serialised(monkeypatch: pytest.MonkeyPatch, old: Any, new: Any) -> int:
         total += len(made)
         return made
 
-    monkeypatch.setattr("abreast_sidecar.compare.array.dumps", counted)
+    for module in ("array", "value"):
+        monkeypatch.setattr(f"abreast_sidecar.compare.{module}.dumps", counted)
     DocumentDiff(200).compare(old, new)
     return total
 
@@ -264,6 +272,12 @@ def test_elements_are_written_a_bounded_number_of_times(monkeypatch: pytest.Monk
     old, new = nested(150, 200, 1), nested(150, 200, 2)
 
     assert 0 < serialised(monkeypatch, old, new) <= MAX_ARRAYS * 2 * len(json.dumps(old))
+
+
+def test_members_are_written_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = objects(150, 200, 1), objects(150, 200, 1.0)  # equal to Python, and not in JSON
+
+    assert 0 < serialised(monkeypatch, old, new) <= MAX_EAGER * 4 * len(json.dumps(old))
 
 
 @pytest.mark.parametrize(
@@ -340,14 +354,13 @@ def test_content_types(text: str, essence: str, kind: str) -> None:
 def test_a_difference_can_be_copied_and_compared() -> None:
     import copy
     import pickle
-    from dataclasses import asdict
 
     found = DocumentDiff(10).compare({"a": [1]}, {"a": [2]})[0]
 
     assert pickle.loads(pickle.dumps(found)) == found  # noqa: S301  # made here
     assert copy.deepcopy(found) == found
     assert hash(found) == hash(copy.copy(found))
-    assert asdict(found)["place"] == "$.a[0]"
+    assert found.record()["place"] == "$.a[0]"
 
 
 def test_random_bytes_of_a_megabyte_are_compared_by_their_digest() -> None:

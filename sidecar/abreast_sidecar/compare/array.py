@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import chain, islice, repeat
+from itertools import chain, compress, islice, repeat
+from operator import eq
 from typing import Any
 
+from msgspec import Struct
 from orjson import OPT_SORT_KEYS, dumps
 
-from abreast_sidecar.compare.value import canonical
+from abreast_sidecar.compare.value import canonical, same
 
 # Fields that name an element, the likelier first; then those that end like one.
 IDENTITIES = (
@@ -41,11 +42,10 @@ MAX_CANDIDATES = 12
 MAX_FIELDS = 100  # of an element; larger objects have no such field
 
 
-@dataclass(slots=True)
-class Matching:
+class Matching(Struct):
     """Indices: of elements that belong together and differ, and of those on one side only."""
 
-    pairs: list[tuple[int, int]] = field(default_factory=list)
+    pairs: list[tuple[int, int]]
     removed: Sequence[int] = ()
     added: Sequence[int] = ()
     moved: bool = False
@@ -58,7 +58,11 @@ def match(old: list[Any], new: list[Any], *, by: str = "") -> Matching:
         return _by_field(old, new, range(len(old)), range(len(new)), by, [])
     if len(old) != len(new):
         return _between_common_ends(old, new)
-    places = _differing(old, new)
+    return match_at(old, new, _differing(old, new))
+
+
+def match_at(old: list[Any], new: list[Any], places: list[int]) -> Matching:
+    """Of two arrays of one length, that differ at these places."""
     if len(places) < 2 or _keep_names(old, new, places):
         return Matching([(place, place) for place in places])
     return _as_multisets(old, new, places, places)
@@ -72,7 +76,18 @@ def in_order(old: list[Any], new: list[Any]) -> Matching:
 
 
 def _differing(old: list[Any], new: list[Any]) -> list[int]:
-    """The indices at which two arrays differ. No text is kept: that would cost more than to write it."""
+    """The indices at which two arrays differ."""
+    alike = list(map(eq, old, new))
+    if same(list(compress(old, alike)), list(compress(new, alike))):
+        return [place for place, equal in enumerate(alike) if not equal]
+    return _differing_texts(old, new)
+
+
+def _differing_texts(old: list[Any], new: list[Any]) -> list[int]:
+    """For elements that are equal to Python and not in JSON, as 1 and true are.
+
+    No text is kept: that would cost more than to write it.
+    """
     try:
         texts = zip(map(dumps, old, _NONE, _SORTED), map(dumps, new, _NONE, _SORTED), strict=False)
         return [place for place, (text, other) in enumerate(texts) if text != other]
@@ -125,11 +140,16 @@ def _keep_names(old: list[Any], new: list[Any], places: list[int]) -> bool:
     if not names:
         return False
     name = names[0]
+    seen = set()
     try:
-        here = [old[place][name] for place in places]
-        return here == [new[place][name] for place in places] and len({*here}) == len(here)
+        for place in places:
+            named = old[place][name]
+            if named != new[place][name] or named in seen:
+                return False
+            seen.add(named)
     except (KeyError, TypeError, IndexError):  # not all are objects, or named by something plain
         return False
+    return True
 
 
 def _leftover(old: list[Any], new: list[Any], here: list[int], there: list[int], same: Pairs) -> Matching:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from abreast.capture import Answer, Body
@@ -12,10 +12,11 @@ from abreast_sidecar.compare.coding import Decoded, decoded
 from abreast_sidecar.compare.difference import Difference, Impact, Kind, Rules
 from abreast_sidecar.compare.document import DocumentDiff
 from abreast_sidecar.compare.effort import reading
-from abreast_sidecar.compare.formats import Plain, UnreadableError, documents, json_of
+from abreast_sidecar.compare.formats import Plain, UnreadableError, documents, json_text
 from abreast_sidecar.compare.headers import first
 from abreast_sidecar.compare.media import Format, byte_order_mark, media, sniffed
-from abreast_sidecar.compare.value import read, shown
+from abreast_sidecar.compare.texts import TextDiff
+from abreast_sidecar.compare.value import parse, shown
 
 PREVIEW = 50  # characters of a body that has no structure
 PARTIAL_CONTENT = 206
@@ -71,21 +72,24 @@ def compare_bodies(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None =
 
 def _is_plain_json(answer: Answer) -> bool:
     """What nearly all answers are: JSON that is not compressed, in UTF-8."""
-    plain = media(first(answer.headers, "content-type")).format == "json"
-    return plain and b"\0" < answer.body.held[:1] < b"\x80" and not first(answer.headers, "content-encoding")
+    said = ""
+    for name, value in answer.headers:
+        if name == "content-type":
+            said = said or value
+        elif name == "content-encoding":
+            return False
+    return media(said).format == "json" and b"\0" < answer.body.held[:1] < b"\x80"
 
 
 def _plain_json(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None) -> BodyResult | None:
     """Nothing where it is not so simple after all."""
-    spent = reading("json", old.body.held, new.body.held)
-    if PARTIAL_CONTENT in {old.status, new.status} or spent > rules.max_work:
+    length = old.body.length + new.body.length
+    spent = reading("json", old.body.held, new.body.held) if length > rules.max_work // 2 else 0
+    if PARTIAL_CONTENT in (old.status, new.status) or spent > rules.max_work:
         return None
     try:
-        (left, text), (right, other) = read(old.body.held), read(new.body.held)
-        if text and text == other:
-            return BodyResult([])
-        walk = DocumentDiff(rules.max_differences, keyed=keyed, max_work=rules.max_work - spent)
-        return BodyResult(walk.compare(left, right), COARSE if walk.coarse else "")
+        walk = TextDiff(rules.max_differences, keyed=keyed, max_work=rules.max_work - spent)
+        return BodyResult(walk.compare_texts(old.body.held, new.body.held), COARSE if walk.coarse else "")
     except (ValueError, RecursionError):
         return None
 
@@ -161,19 +165,21 @@ def _format(side: Plain, other: Plain) -> Format:
 
 
 def _json(pair: Comparison) -> BodyResult:
+    walk = TextDiff(
+        pair.rules.max_differences, keyed=pair.keyed, max_work=pair.rules.max_work - pair.spent("json")
+    )
     try:
-        (old, text), (new, other) = json_of(pair.left), json_of(pair.right)
-    except (ValueError, RecursionError):
+        found = walk.compare_texts(json_text(pair.left.data), json_text(pair.right.data))
+    except ValueError:
         return _not_json(pair)
-    if text and text == other:
-        return BodyResult(_encodings(pair))
-    found, note = _walked(pair, old, new, "$", pair.spent("json"))
-    return BodyResult([*_encodings(pair), *found], note)
+    except RecursionError:  # deeper than any reader of it goes
+        found = [pair.whole("changed")]
+    return BodyResult([*_encodings(pair), *found], COARSE if walk.coarse else "")
 
 
 def _is_json(side: Plain) -> bool:
     try:
-        json_of(side)
+        parse(json_text(side.data))
     except (ValueError, RecursionError):
         return False
     return True
@@ -220,7 +226,7 @@ def _structured(pair: Comparison, kind: Format) -> BodyResult:
         return BodyResult([pair.whole("changed")]) if kind in {"text", "bytes"} else _structured(pair, "text")
     differences, note = _walked(pair, found.old, found.new, found.root, pair.spent(kind))
     if not differences and not found.alike():
-        differences = [replace(pair.whole("order"), path=found.root, place=found.root)]
+        differences = [_whole("order", pair.old, pair.new, found.root)]
     return BodyResult([*_encodings(pair), *differences], note)
 
 
@@ -248,7 +254,7 @@ def _encodings(pair: Comparison) -> list[Difference]:
     if old == new:
         return []
     impact: Impact = "breaking" if old == "utf-8" else "value"
-    return [Difference("body", ENCODING, ENCODING, "changed", impact, shown(old), shown(new))]
+    return [Difference.told("body", ENCODING, ENCODING, "changed", impact, shown(old), shown(new))]
 
 
 def _encoding(data: bytes) -> str:
@@ -258,12 +264,12 @@ def _encoding(data: bytes) -> str:
     return json.detect_encoding(data[:4]) if b"\0" in data[:4] else "utf-8"
 
 
-def _whole(kind: Kind, old: Answer, new: Answer) -> Difference:
+def _whole(kind: Kind, old: Answer, new: Answer, path: str = "") -> Difference:
     impacts: dict[Kind, Impact] = {"added": "additive", "changed": "value", "order": "value"}
-    return Difference(
+    return Difference.told(
         part="body",
-        path="",
-        place="",
+        path=path,
+        place=path,
         kind=kind,
         impact=impacts.get(kind, "breaking"),
         old=None if kind == "added" else preview(old),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from msgspec import Struct
 
 from abreast.capture import Capture
+from abreast_sidecar.compare.path import Place
+from abreast_sidecar.compare.value import shown
 
 if TYPE_CHECKING:
     from abreast_sidecar.compare.rules import RuleSet
@@ -71,19 +75,72 @@ VOLATILE_HEADERS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Told(NamedTuple):
+    place: str
+    old: str | None
+    new: str | None
+
+
+class Difference(Struct, frozen=True, eq=False):
     """One place where two answers differ, seen from the old one."""
 
     part: Part
     path: str  # generalised: `$.items[*].price`, a header's name, `200->500`; empty for the whole part
-    place: str  # exact: `$.items[3].price`
     kind: Kind
     impact: Impact
-    old: str | None  # JSON text of at most VALUE_LIMIT characters; None where there is none
-    new: str | None
+    at: (
+        Place | Told
+    )  # texts of a Place are written when someone reads them: most only count for what is known already
     explained_by: str = ""  # the rule that covers it
     hint: str = ""  # a rule that would: `keyed-by id`, `unordered`
+
+    @staticmethod
+    def told(
+        part: Part,
+        path: str,
+        place: str,
+        kind: Kind,
+        impact: Impact,
+        old: str | None,
+        new: str | None,
+        explained_by: str = "",
+        hint: str = "",
+    ) -> Difference:
+        """One whose texts are known."""
+        return Difference(part, path, kind, impact, Told(place, old, new), explained_by, hint)
+
+    @property
+    def place(self) -> str:
+        """Exact: `$.items[3].price`"""
+        return self.at.exact() if isinstance(self.at, Place) else self.at.place
+
+    @property
+    def old(self) -> str | None:
+        """JSON text of at most VALUE_LIMIT characters; None where there is none."""
+        if isinstance(self.at, Place):
+            return None if self.kind == "added" else shown(self.at.old)
+        return self.at.old
+
+    @property
+    def new(self) -> str | None:
+        if isinstance(self.at, Place):
+            return None if self.kind == "removed" else shown(self.at.new)
+        return self.at.new
+
+    def record(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _RECORDED}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Difference) and self.record() == other.record()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.record().values()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Difference.told, tuple(self.record().values())
+
+
+_RECORDED = ("part", "path", "place", "kind", "impact", "old", "new", "explained_by", "hint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +159,7 @@ class Rules:
         return cls(volatile_headers=VOLATILE_HEADERS | {name.lower() for name in headers})
 
 
-@dataclass(frozen=True, slots=True)
-class Judgement:
+class Judgement(Struct, frozen=True):
     """What became of one sampled request."""
 
     outcome: Outcome
@@ -117,7 +173,7 @@ class Judgement:
     noise: tuple[Difference, ...] = ()  # old against old, that no rule explains
     noise_explained: tuple[Difference, ...] = ()  # old against old, each with the rule that explains it
     baseline_compared: bool = False
-    reason: str = field(default="")
+    reason: str = ""
 
     @property
     def shown(self) -> tuple[Difference, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from abreast_sidecar.compare.array import in_order, match
+from abreast_sidecar.compare.array import Matching, in_order, match
 from abreast_sidecar.compare.difference import Difference, Impact, Kind
-from abreast_sidecar.compare.found import found_at
 from abreast_sidecar.compare.path import Place
-from abreast_sidecar.compare.value import RepeatedKey, canonical, type_name
+from abreast_sidecar.compare.value import RepeatedKey, canonical, same, type_name
 
 MAX_DEPTH = 200  # levels; below them values are only compared as a whole
+MAX_EAGER = 8  # levels on which equal values are told by their texts; below them by walking through them
 MAX_ARRAYS = 8  # arrays in arrays whose elements are looked for elsewhere; below them only in order
 MAX_WORK = 600_000  # values that are looked at; beyond it objects and arrays are compared as a whole
 PER_PATH = 20  # differences of one path and kind; further ones must not crowd out others
@@ -43,13 +43,16 @@ class DocumentDiff:
     ) -> None:
         self.limit = limit
         self.max_work = max_work
-        self.coarse = False  # whether anything was compared as a whole for the work that it would have been
         self.root = root
         self.keyed = keyed
+        self.begin()
+
+    def begin(self) -> None:
+        self.coarse = False  # whether anything was compared as a whole for the work that it would have been
         self.found: list[Difference] = []
         self.work = 0  # values looked at
         self._times: dict[tuple[str, Kind], int] = {}
-        self._arrays = 0
+        self._depth = self._arrays = 0
 
     def compare(self, old: Any, new: Any) -> list[Difference]:
         self._value(Place(None, self.root, old, new))
@@ -59,24 +62,29 @@ class DocumentDiff:
         old, new = place.old, place.new
         kind = type(old)
         self.work += 1
-        if (kind is dict or kind is list) and kind is type(new) and self._too_much(old, new):
-            self._whole(place)
-        elif kind is not type(new):
+        if kind is not type(new):
             self._report("changed" if type_name(old) == type_name(new) else "type", place)
-        elif kind is dict and place.depth < MAX_DEPTH:
-            self._object(place, old, new)
-        elif kind is list and place.depth < MAX_DEPTH:
-            self._array(place, old, new)
-        elif old != new and canonical(old) != canonical(new):
-            self._report("changed", place)
+        elif kind is not dict and kind is not list:
+            if old != new:
+                self._report("changed", place)
+        elif self.work + len(old) + len(new) > self.max_work:
+            self.coarse = self._as_a_whole(place) or self.coarse
+        elif self._depth >= MAX_DEPTH:
+            self._as_a_whole(place)
+        else:
+            self._depth += 1
+            if kind is dict:
+                self._object(place, old, new)
+            else:
+                self._array(place, old, new)
+            self._depth -= 1
 
-    def _too_much(self, old: Any, new: Any) -> bool:
-        return self.work + len(old) + len(new) > self.max_work
-
-    def _whole(self, place: Place) -> None:
-        if canonical(place.old) != canonical(place.new):
-            self.coarse = True
+    def _as_a_whole(self, place: Place) -> bool:
+        """Whether they differ."""
+        differ = canonical(place.old) != canonical(place.new)
+        if differ:
             self._report("changed", place)
+        return differ
 
     def _object(self, place: Place, old: dict[str, Any], new: dict[str, Any]) -> None:
         self.work += len(old) + len(new)
@@ -84,14 +92,16 @@ class DocumentDiff:
         for key, value in old.items():
             other = new.get(key, _ABSENT)
             kind = type(value)
-            if value is other or (
-                kind is not dict and kind is not list and kind is type(other) and value == other
-            ):
-                continue
-            if other is _ABSENT:
+            if kind is type(other):
+                if kind is not dict and kind is not list:
+                    if value != other:
+                        self._report("changed", Place(place, key, value, other))
+                elif not (self._depth <= MAX_EAGER and same(value, other)):
+                    self._value(Place(place, key, value, other))
+            elif other is _ABSENT:
                 gone += 1
                 self._report("removed", Place(place, key, value, None))
-            elif len(self.found) < self.limit:
+            else:
                 self._value(Place(place, key, value, other))
         if len(new) > len(old) - gone:
             self._added(place, old, new)
@@ -108,6 +118,10 @@ class DocumentDiff:
         else:
             by = self.keyed(place.general()) if self.keyed is not None else ""
             found = match(old, new, by=by)
+        self._elements(place, found)
+
+    def _elements(self, place: Place, found: Matching) -> None:
+        old, new = place.old, place.new
         if found.moved:
             self._report("order", place, hint=f"keyed-by {found.by}" if found.by else "unordered")
         self._arrays += 1
@@ -128,4 +142,4 @@ class DocumentDiff:
             return
         self._times[path, kind] = times + 1
         impact = "breaking" if kind == "added" and type(place.step) is RepeatedKey else _IMPACTS[kind]
-        self.found.append(found_at(place, path, kind, impact, hint))
+        self.found.append(Difference("body", path, kind, impact, place, "", hint))

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from msgspec.structs import replace
+
 from abreast.capture import Capture
 from abreast_sidecar.compare.array import match
 from abreast_sidecar.compare.difference import Difference, Kind
 from abreast_sidecar.compare.document import PER_PATH, DocumentDiff
-from abreast_sidecar.compare.found import as_part
 from abreast_sidecar.compare.value import shown
 
 Effect = Mapping[str, Any]
@@ -65,13 +66,13 @@ def _named(
     documents = DocumentDiff(limit, root=f"{kind}.$", keyed=keyed)
     for place, other in matching.pairs:
         documents.compare(old[place], new[other])
-    return found + [as_part(difference, "effect") for difference in documents.found]
+    return found + [replace(difference, part="effect") for difference in documents.found]
 
 
 def _whole(name: Name, kind: Kind, old: Any, new: Any) -> Difference:
     """An effect that is gone may be a mail that nobody gets; one more is seen by others than this client."""
     path, key = name
-    return Difference(
+    return Difference.told(
         part="effect",
         path=path,
         place=f"{path}[{key}]" if key else path,

@@ -9,7 +9,7 @@ import orjson
 
 from abreast_sidecar.compare.difference import Difference
 from abreast_sidecar.compare.explain import explains
-from abreast_sidecar.compare.found import Found
+from abreast_sidecar.compare.path import Place
 from abreast_sidecar.compare.value import LongNumber
 
 _RANKS = {type(None): 0, bool: 1, int: 2, float: 2, str: 3, list: 4, dict: 5}
@@ -43,8 +43,8 @@ def lean(difference: Difference) -> int:
 
 def values(difference: Difference) -> tuple[Any, Any]:
     """Both values; None and None where the texts of them were cut."""
-    if isinstance(difference, Found):
-        at = difference.place_of()
+    at = difference.at
+    if type(at) is Place:
         return _plain(at.old), _plain(at.new)
     try:
         old, new = (orjson.loads(text or "null") for text in (difference.old, difference.new))

@@ -13,13 +13,13 @@ Whether that is a defect is not said here: random texts may be of any length, an
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Literal
+
+from msgspec.structs import replace
 
 from abreast_sidecar.compare.difference import Difference, Impact
 from abreast_sidecar.compare.evidence import values
 from abreast_sidecar.compare.explain import moment
-from abreast_sidecar.compare.found import Found, as_kind
 from abreast_sidecar.compare.shape import Shape, shape
 
 NOW = 300.0  # s around the start of a request: caches, and time that passes meanwhile
@@ -44,7 +44,7 @@ Starts = tuple[float, float]  # when both versions began, each by its own clock,
 
 
 def told(differences: Iterable[Difference], starts: Starts) -> list[Difference]:
-    """The same differences, those of another format or range as such. Nobody may have seen them yet."""
+    """The same differences, those of another format or range as such."""
     return [_told(one, starts) if one.kind == "changed" else one for one in differences]
 
 
@@ -56,7 +56,7 @@ def _told(one: Difference, starts: Starts) -> Difference:
     if found is None:
         return one
     kind, impact = found
-    return as_kind(one, kind, impact) if isinstance(one, Found) else replace(one, kind=kind, impact=impact)
+    return replace(one, kind=kind, impact=impact)
 
 
 def form(old: Any, new: Any, starts: Starts) -> tuple[Form, Impact] | None:

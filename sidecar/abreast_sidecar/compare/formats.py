@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from abreast_sidecar.compare import items, markup
 from abreast_sidecar.compare.media import Format, Media, byte_order_mark
 from abreast_sidecar.compare.media import text as text_of
-from abreast_sidecar.compare.value import read
 
 
 class Plain(NamedTuple):
@@ -62,13 +61,12 @@ def _tried(reader: Callable[[Plain], Any], side: Plain) -> Any:
         return _FAILED
 
 
-def json_of(side: Plain) -> tuple[Any, bytes]:
-    """As value.read, and a byte order mark or another encoding than UTF-8 is no hindrance."""
-    data = side.data
+def json_text(data: bytes) -> bytes:
+    """Without a byte order mark, and in UTF-8 where the mark says another encoding. Raise ValueError."""
     mark, name = byte_order_mark(data)
-    if mark:
-        data = data[len(mark) :] if name == "utf-8" else data.decode(name).encode()
-    return read(data)
+    if not mark:
+        return data
+    return data[len(mark) :] if name == "utf-8" else data.decode(name).encode()
 
 
 def _text(side: Plain) -> str:
@@ -84,7 +82,6 @@ def _xml(side: Plain) -> markup.Element:
 
 
 _READERS: dict[Format, tuple[str, Callable[[Plain], Any]]] = {
-    "json": ("$", lambda side: json_of(side)[0]),
     "ndjson": ("$", lambda side: items.ndjson(side.data)),
     "events": ("events", lambda side: items.events(_text(side))),
     "form": ("form", lambda side: items.form(_text(side))),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
+from msgspec.structs import replace
+
 from abreast.capture import Headers, Request
-from abreast_sidecar.compare.difference import Difference, Impact, Kind
+from abreast_sidecar.compare.difference import Difference, Impact, Kind, Told
 from abreast_sidecar.compare.meaning import LISTS, cookie, location, meaning
 from abreast_sidecar.compare.media import media
 from abreast_sidecar.compare.value import shown
@@ -48,7 +49,10 @@ def header_differences(
 
 def trailer_differences(old: Headers, new: Headers, volatile: frozenset[str]) -> list[Difference]:
     found = header_differences(old, new, volatile)
-    return [replace(one, path=f"trailer {one.path}", place=f"trailer {one.place}") for one in found]
+    return [
+        replace(one, path=f"trailer {one.path}", at=Told(f"trailer {one.place}", one.old, one.new))
+        for one in found
+    ]
 
 
 def _grouped(headers: Headers, volatile: frozenset[str], prefixes: tuple[str, ...]) -> dict[str, list[str]]:
@@ -79,7 +83,7 @@ def _difference(name: str, values: list[str] | None, others: list[str] | None) -
     impact = _IMPACTS[kind]
     if name == "content-type" and values and others and media(values[0]).essence != media(others[0]).essence:
         impact = "breaking"
-    return Difference(
+    return Difference.told(
         part="header",
         path=name,
         place=name,

@@ -52,8 +52,8 @@ def judge(captures: Sequence[Capture], rules: Rules, *, swept: bool = False) -> 
         baseline=sides.baseline,
         differences=tuple(verdict.differences),
         explained=tuple(verdict.explained),
-        noise=tuple(one for one in noise if not one.explained_by),
-        noise_explained=tuple(one for one in noise if one.explained_by),
+        noise=tuple([one for one in noise if not one.explained_by]),
+        noise_explained=tuple([one for one in noise if one.explained_by]),
         baseline_compared=compared,
         reason=verdict.reason,
     )
@@ -90,10 +90,13 @@ def choose(captures: Sequence[Capture]) -> Sides:
 def endpoint(sides: Sides) -> tuple[str, str]:
     """Method and route; old's name for it, so that a renamed parameter is no new endpoint."""
     known = [side for side in (sides.old, sides.new) if side is not None]
-    named = next((side for side in known if side.request.route), known[0])
-    if not named.request.route and all(side.answer.status == NOT_FOUND for side in known):
-        return named.request.method, NO_ROUTE
-    return named.request.method, route_of(named.request.route, named.request.path)
+    for side in known:
+        if side.request.route:
+            return side.request.method, route_of(side.request.route, side.request.path)
+    asked = known[0].request
+    if all(side.answer.status == NOT_FOUND for side in known):
+        return asked.method, NO_ROUTE
+    return asked.method, route_of("", asked.path)
 
 
 def _noise(sides: Sides, rules: Rules, declared: RuleSet | None) -> tuple[list[Difference], bool]:
@@ -123,13 +126,15 @@ def _verdict(sides: Sides, rules: Rules, declared: RuleSet | None, *, swept: boo
         return Verdict("not_compared", disturbed)
     if _sheds(old) != _sheds(new):
         return Verdict("shed", f"{'old' if _sheds(old) else 'new'} was shedding load")
-    if _conditional(old) and _validated(status(old), status(new)):
+    if _validated(status(old), status(new)) and _conditional(old):
         return Verdict("not_compared", "a conditional request: validators belong to one build")
     return _weighed(old, new, _differences(old, new, rules, declared), declared)
 
 
 def _weighed(old: Capture, new: Capture, found: BodyResult, declared: RuleSet | None) -> Verdict:
     differences, explained = found.differences, []
+    if not differences and not found.unreadable:
+        return Verdict("match", found.note)
     if declared and differences:
         told = declared.explain(differences)
         differences = [difference for difference in told if not difference.explained_by]
@@ -160,7 +165,7 @@ def _left(capture: Capture) -> bool:
 
 def _validated(one: int, other: int) -> bool:
     """304 on one side, success on the other."""
-    return sorted((one // 100, other // 100)) == [2, 3] and NOT_MODIFIED in {one, other}
+    return NOT_MODIFIED in (one, other) and {one // 100, other // 100} == {2, 3}
 
 
 def _comparable(one: Capture, other: Capture) -> bool:
@@ -193,14 +198,15 @@ def _differences(old: Capture, new: Capture, rules: Rules, declared: RuleSet | N
 
 
 def _found(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -> BodyResult:
-    found = []
+    found, was, now = [], status(old), status(new)
     if _silent(old) != _silent(new):
         return BodyResult([_unanswered(old, new)])
-    if status(old) != status(new):
+    if was != now:
         found.append(_status(old, new))
-        if status(old) // 100 != status(new) // 100:
+        if was // 100 != now // 100:
             return BodyResult(found)  # the rest follows from it: one cause, one finding
-    if _broken_off(old) != _broken_off(new):
+    broken = _broken_off(old)
+    if broken != _broken_off(new):
         return BodyResult([*found, _unfinished(old, new)])
     if old.raised != new.raised:
         found.append(_raised(old, new))
@@ -210,14 +216,14 @@ def _found(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -
         found += trailer_differences(before.trailers, after.trailers, rules.volatile_headers)
     keyed = declared.identity if declared and declared.keyed else None
     found += effect_differences(old, new, rules.max_differences, keyed)
-    if old.request.method == "HEAD" or _broken_off(old):
+    if broken or old.request.method == "HEAD":
         return BodyResult(found[: rules.max_differences])
     bodies = compare_bodies(before, after, rules, keyed)
     if old.effects_dropped or new.effects_dropped:
         bodies = bodies._replace(note=TOO_MANY, unreadable=True)
     if not found:
         return bodies
-    told = causes([*found, *bodies.differences], status(old), status(new))
+    told = causes([*found, *bodies.differences], was, now)
     return bodies._replace(differences=told[: rules.max_differences])
 
 
@@ -228,7 +234,7 @@ def _silent(capture: Capture) -> bool:
 
 def _unanswered(old: Capture, new: Capture) -> Difference:
     new_only = _silent(new)
-    return Difference(
+    return Difference.told(
         part="error",
         path="no answer",
         place="",
@@ -251,7 +257,7 @@ def _broken_off(capture: Capture) -> bool:
 
 def _status(old: Capture, new: Capture) -> Difference:
     before, after = status(old), status(new)
-    return Difference(
+    return Difference.told(
         part="status",
         path=f"{before}->{after}",
         place="",
@@ -265,7 +271,7 @@ def _status(old: Capture, new: Capture) -> Difference:
 def _unfinished(old: Capture, new: Capture) -> Difference:
     """One side's answer broke off in the middle."""
     new_only = _broken_off(new)
-    return Difference(
+    return Difference.told(
         part="error",
         path="unfinished",
         place="",
@@ -285,7 +291,7 @@ def _state(capture: Capture) -> str:
 def _raised(old: Capture, new: Capture) -> Difference:
     """An application raised, whatever the client was told."""
     kind: Kind = "changed" if old.raised and new.raised else "removed" if old.raised else "added"
-    return Difference(
+    return Difference.told(
         part="error",
         path="raised",
         place="",

@@ -9,6 +9,10 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
+from msgspec import Raw, Struct
+
+from abreast_sidecar.compare.value import whole
+
 # The end of a longer word is no id; a key or segment that is one as a whole is.
 _ID = re.compile(
     r"\d+"
@@ -25,37 +29,36 @@ _LIKE_ID = re.compile(
     r"|\d{1,3}(\.\d{1,3}){3}(:\d+)?"
 )
 _KEYS = 4096  # of documents, that are remembered as they are written
+_TYPES = {b"{": dict, b"[": list, b'"': str, b"t": bool, b"f": bool, b"n": type(None)}  # by how a text begins
 LIKE_IDS, SAME_SHAPES, SAME_TYPES = 3, 8, 50  # entries that make a map
 
 _PLAIN = re.compile(r"[A-Za-z_@#][\w-]*", re.ASCII)
 _CONVERTOR = re.compile(r"\{(\w+):\w+\}")
 
 
-class Place:
+class Place(Struct):
     """Where a walk through two documents is: a step below another place. Paths are only written when asked for."""
 
-    __slots__ = ("_general", "_map", "above", "depth", "new", "old", "step")
-
-    def __init__(self, above: Place | None, step: str | int, old: Any, new: Any) -> None:
-        self.above = above
-        self.step = step
-        self.old = old
-        self.new = new
-        self.depth: int = 0 if above is None else above.depth + 1
-        self._general: str | None = None
-        self._map: bool | None = None
+    above: Place | None
+    step: str | int
+    old: Any
+    new: Any
+    _general: str | None = None
+    _map: bool | None = None
 
     def general(self) -> str:
         """`$.items[*].price`: one cause, one path, whatever the index or id."""
-        if self._general is None:
+        path = self._general
+        if path is None:
             above, step = self.above, self.step
             if above is None:
-                self._general = str(step)
+                path = str(step)
             elif type(step) is int:
-                self._general = above.general() + "[*]"
+                path = above.general() + "[*]"
             else:
-                self._general = above.general() + (".*" if above.is_map() else _general_key(step))
-        return self._general
+                path = above.general() + (".*" if above.is_map() else _general_key(step))
+            self._general = path
+        return path
 
     def exact(self) -> str:
         """`$.items[3].price`"""
@@ -75,17 +78,25 @@ class Place:
 
 def is_map(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Ids as keys; many values of one shape; or very many plain values of one type."""
-    if all(map(_like_id, old)) and all(map(_like_id, new)):
-        return len(old.keys() | new.keys()) >= LIKE_IDS
-    if len(old) + len(new) < SAME_SHAPES or len(keys := old.keys() | new.keys()) < SAME_SHAPES:
+    keys = old.keys() | new.keys()
+    if len(keys) < LIKE_IDS or all(map(_like_id, keys)):
+        return len(keys) >= LIKE_IDS
+    if len(keys) < SAME_SHAPES:
         return False
     values = list(chain(old.values(), new.values()))
-    kinds = {type(value) for value in values} - {type(None)}
+    kinds = {*map(_type, values)} - {type(None)}
     if kinds == {dict}:
-        shapes = Counter(frozenset(value) for value in values if value is not None)
+        shapes = Counter(frozenset(value) for value in map(whole, values) if value is not None)
         shape, times = shapes.most_common(1)[0]
         return len(shape) > 1 and times * 5 >= len(values) * 4
     return len(keys) >= SAME_TYPES and (len(kinds) == 1 or kinds == {int, float})
+
+
+def _type(value: Any) -> type:
+    """Also of what was not parsed."""
+    if type(value) is not Raw:
+        return type(value)
+    return _TYPES.get(bytes(value)[:1]) or type(whole(value))
 
 
 @lru_cache(maxsize=_KEYS)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import orjson
+from msgspec.structs import replace
 
 from abreast_sidecar.compare.difference import Difference, Kind, Part
 
@@ -166,10 +167,7 @@ class RuleSet:
         rule = next((rule for rule in self.rules if rule.explains(difference)), None)
         if rule is None:
             return difference
-        known = {name: getattr(difference, name) for name in Difference.__dataclass_fields__}
-        return Difference(
-            **{**known, "explained_by": rule.name}
-        )  # with its texts, also where they were not made yet
+        return replace(difference, explained_by=rule.name)
 
 
 _STEP = r"(?:\.\*|\.\$|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"

@@ -11,6 +11,8 @@ from math import isfinite
 from typing import Any
 
 import orjson
+from msgspec import Raw
+from orjson import dumps, loads
 
 VALUE_LIMIT = 500  # characters of a value that are kept in a difference
 
@@ -32,7 +34,19 @@ class NotJsonError(ValueError):
 
 
 class Constant(float):
-    """NaN or an infinity. orjson would write it as null, and refuses a subclass: so `canonical` tells them apart."""
+    """NaN or an infinity. orjson would write it as null, and refuses a subclass: so `canonical` tells them apart.
+
+    NaN equals itself, since it is no change.
+    """
+
+    __slots__ = ()
+    __hash__ = float.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is Constant and repr(self) == repr(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
 
 class LongNumber(str):
@@ -52,6 +66,13 @@ class RepeatedKey(str):
 
 
 def parse(body: bytes) -> Any:
+    """As `read`."""
+    try:
+        value = loads(body)
+        if dumps(value) == body:
+            return value
+    except (orjson.JSONDecodeError, TypeError):
+        pass
     return read(body)[0]
 
 
@@ -62,8 +83,8 @@ def read(body: bytes) -> tuple[Any, bytes]:
     read as they are.
     """
     try:
-        value = orjson.loads(body)
-        text = orjson.dumps(value)
+        value = loads(body)
+        text = dumps(value)
     except (orjson.JSONDecodeError, TypeError):
         return slowly(body), b""  # it may still be what only the lenient reader takes
     if text == body:
@@ -73,6 +94,11 @@ def read(body: bytes) -> tuple[Any, bytes]:
     if _may_hold_long_numbers(body):
         return slowly(body), b""
     return value, text
+
+
+def whole(value: Any) -> Any:
+    """The value of what was not parsed, since both sides have the same text."""
+    return parse(bytes(value)) if type(value) is Raw else value
 
 
 def slowly(body: bytes) -> Any:
@@ -128,9 +154,21 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def canonical(value: Any) -> bytes:
     """Text that is equal exactly where two values are equal as JSON: 1, 1.0, true and "1" all differ."""
     try:
-        return orjson.dumps(value, None, orjson.OPT_SORT_KEYS)
+        return dumps(value, None, orjson.OPT_SORT_KEYS)
     except TypeError:  # an integer of more than 64 bits, a lone surrogate, or deeper than orjson goes
         return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are equal as JSON. To Python, so are 1 and true."""
+    if one != other:
+        return False
+    try:
+        if dumps(one) == dumps(other):
+            return True
+    except TypeError:
+        pass
+    return canonical(one) == canonical(other)
 
 
 def shown(value: Any) -> str:
@@ -174,6 +212,8 @@ def _pieces(value: Any) -> Iterator[str]:
                 yield ","
             yield from _pieces(inner)
         yield "]"
+    elif type(value) is Raw:
+        yield from _pieces(whole(value))
     else:
         yield quoted(value[:VALUE_LIMIT]) if isinstance(value, str) else _ascii.encode(value)
 

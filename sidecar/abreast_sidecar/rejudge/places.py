@@ -34,7 +34,7 @@ class Known:
 
     @property
     def difference(self) -> Difference:
-        return Difference(self.part, self.path, "", self.kind, self.impact, None, None)  # type: ignore[arg-type]  # the ledger's words
+        return Difference.told(self.part, self.path, "", self.kind, self.impact, None, None)  # type: ignore[arg-type]  # the ledger's words
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import zstandard
@@ -132,7 +132,9 @@ def _links(examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 
 def differences_json(judged: Judged) -> str:
-    records = [asdict(difference) for difference in judged.judgement.differences + judged.judgement.explained]
+    records = [
+        difference.record() for difference in judged.judgement.differences + judged.judgement.explained
+    ]
     for record in records:
         record["place"] = clean(record["place"], PLACE_LIMIT)
         record["path"] = clean(record["path"], PLACE_LIMIT)

@@ -1,0 +1,187 @@
+"""Two JSON texts: what is equal byte for byte is not parsed, and nothing is found otherwise than by parsing all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from typing import Any
+from unittest.mock import patch
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast_sidecar.compare import DocumentDiff
+from abreast_sidecar.compare.texts import TextDiff
+from abreast_sidecar.compare.value import NotJsonError, parse
+
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: number + 0.0)
+PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | NUMBERS | st.text(max_size=5)
+KEYS = st.sampled_from(["id", "name", "a", "1", "2", "3", "ü"]) | st.text(max_size=3)
+JSON = st.recursive(
+    PLAIN,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(KEYS, inner, max_size=5),
+    max_leaves=30,
+)
+Said = tuple[str, str, str, str | None, str | None, str]
+
+
+def said(found: Any) -> list[Said]:
+    return sorted(
+        ((one.path, one.place, one.kind, one.old, one.new, one.hint) for one in found),
+        key=lambda one: one[:3],
+    )
+
+
+def by_texts(old: bytes, new: bytes) -> list[Said]:
+    """However short they are."""
+    with patch("abreast_sidecar.compare.texts.SMALL", 0):
+        return said(TextDiff(10_000).compare_texts(old, new))
+
+
+def by_values(old: bytes, new: bytes) -> list[Said]:
+    return said(DocumentDiff(10_000).compare(parse(old), parse(new)))
+
+
+def changed(value: Any, dice: random.Random) -> Any:
+    """Another value at one place, or one more, one less, or another order."""
+    if isinstance(value, list) and value and dice.random() < 0.8:
+        made: Any = list(value)
+        place = dice.randrange(len(made))
+        match dice.randrange(5):
+            case 0:
+                del made[place]
+            case 1:
+                made.insert(place, dice.choice([1, {"id": 1}, None]))
+            case 2:
+                dice.shuffle(made)
+            case _:
+                made[place] = changed(made[place], dice)
+        return made
+    if isinstance(value, dict) and value and dice.random() < 0.8:
+        made = dict(value)
+        key = dice.choice(sorted(made))
+        match dice.randrange(4):
+            case 0:
+                del made[key]
+            case 1:
+                made[f"{key}+"] = made[key]
+            case _:
+                made[key] = changed(made[key], dice)
+        return made
+    return dice.choice(
+        [0, 1, 1.0, True, "1", None, [], {}, [1], {"id": 1}, float(value) if type(value) is int else 2]
+    )
+
+
+def written(value: Any, how: int) -> bytes:
+    separators = [(",", ":"), (", ", ": ")][how % 2]
+    return json.dumps(value, separators=separators, ensure_ascii=how > 1).encode()
+
+
+@given(JSON, JSON, st.integers(0, 3), st.integers(0, 3))
+def test_nothing_is_found_otherwise_than_by_values(old: Any, new: Any, how: int, other: int) -> None:
+    texts = written(old, how), written(new, other)
+
+    assert by_texts(*texts) == by_values(*texts)
+
+
+@given(JSON, st.integers(1, 4), st.randoms(use_true_random=False))
+def test_one_change_is_found_as_by_values(old: Any, times: int, dice: random.Random) -> None:
+    new = copy.deepcopy(old)
+    for _ in range(times):
+        new = changed(new, dice)
+    texts = written({"rest": [old, 1], "it": old}, 0), written({"rest": [old, 1], "it": new}, 0)
+
+    assert by_texts(*texts) == by_values(*texts)
+
+
+ROWS = [{"id": number, "title": f"a title {number}", "tags": ["a", "b"]} for number in range(200)]
+
+
+def parsed_bytes(old: bytes, new: bytes) -> int:
+    """How much was parsed of both."""
+    total = 0
+
+    def counted(body: bytes) -> Any:
+        nonlocal total
+        total += len(body)
+        return parse(body)
+
+    with patch("abreast_sidecar.compare.texts.parse", counted):
+        TextDiff(200).compare_texts(old, new)
+    return total
+
+
+@pytest.mark.parametrize("envelope", [False, True])
+def test_only_what_differs_is_parsed(envelope: bool) -> None:
+    other = copy.deepcopy(ROWS)
+    other[7]["title"], other[99]["id"] = "new", 7
+    documents = (
+        (ROWS, other)
+        if not envelope
+        else ({"data": {"items": rows}, "at": rows[7]} for rows in (ROWS, other))
+    )
+    old, new = (orjson.dumps(one) for one in documents)
+
+    assert parsed_bytes(old, new) < 600
+    assert by_texts(old, new) == by_values(old, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (b'{"a":1,"b":2}', b'{"a":1,"a":1,"b":2}', [('$["a (repeated)"]', "added")]),
+        (
+            b'{"x":{"a":1,"b":2}}',
+            b'{"x":{"a":1,"a":2,"b":2}}',
+            [("$.x.a", "changed"), ('$.x["a (repeated)"]', "added")],
+        ),
+        (b'[{"n":[{"a":1}]},1]', b'[{"n":[{"a":1,"a":1}]},1]', [('$[*].n[*]["a (repeated)"]', "added")]),
+        (b'{"id":18446744073709551617}', b'{"id":18446744073709551618}', [("$.id", "changed")]),
+        (
+            b'[1,{"id":0.12345678901234567890}]',
+            b'[1,{"id":0.12345678901234567891}]',
+            [("$[*].id", "changed")],
+        ),
+        (b'{"a":NaN,"b":1}', b'{"a":NaN,"b":2}', [("$.b", "changed")]),
+        (b'{"a":"\\ud800","b":1}', b'{"a":"\\ud800","b":2}', [("$.b", "changed")]),
+        (b'{"a":1,"\\u0062":1}', b'{"a":1,"b":2}', [("$.b", "changed")]),
+        (b'{"a":1,"b":{"c":1}}', b' {"b":{"c":1.0},"a":1}\r\n', [("$.b.c", "changed")]),
+        (b'{"a":[1,true]}', b'{"a":[true,1]}', [("$.a", "order")]),
+        (b'{"a":{}}', b'{"a":[]}', [("$.a", "type")]),
+        (b"{}", b'{"a":1}', [("$.a", "added")]),
+        (b"[]", b"[1]", [("$[*]", "added")]),
+        (b'"a"', b'"b"', [("$", "changed")]),
+    ],
+)
+def test_what_parsers_lose_is_seen(old: bytes, new: bytes, expected: list[tuple[str, str]]) -> None:
+    assert [(path, kind) for path, _, kind, *_ in by_texts(old, new)] == expected
+    assert by_texts(old, old) == by_texts(new, new) == []
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [b'{"a":"\xff","b":%d}', b'{"a":tru,"b":%d}', b'{"a":1,"b":%d', b'{"a":1 "b":%d}', b'{"a":01,"b":%d}'],
+)
+def test_what_is_no_json_in_a_part_that_is_equal_is_no_json(cut: bytes) -> None:
+    with pytest.raises(NotJsonError):
+        by_texts(cut % 1, cut % 2)
+
+
+def test_a_new_order_shows_the_equal_elements_too() -> None:
+    (found,) = by_texts(b"[1,2,[3],4,5]", b"[1,2,[3],5,4]")
+
+    assert found[2:5] == ("order", "[1,2,[3],4,5]", "[1,2,[3],5,4]")
+
+
+@pytest.mark.parametrize("value", ["1", '"text"', "null", '{"n":1,"m":2}', "[1]", "true", "1.5"])
+def test_maps_are_told_by_members_that_were_not_parsed(value: str) -> None:
+    members = ",".join(
+        f'"name {chr(97 + number // 26)}{chr(97 + number % 26)}":{value}' for number in range(60)
+    )
+    old, new = (f'{{{members},"name zz":{last}}}'.encode() for last in ('{"n":1,"m":2}', '{"n":2,"m":2}'))
+
+    assert by_texts(old, new) == by_values(old, new)
