@@ -16,12 +16,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from abreast import ParallelRunMiddleware
 from abreast.ending import UNDER_WAY, end
 from abreast.errors import SettingError, ShadowError
 from abreast.guards.psycopg import AsyncConnection, Connection
 from abreast.guards.psycopg_pool import AsyncConnectionPool, ConnectionPool
 from support_guards import effects, handled, inside, nothing_is_held, rows
-from support_middleware import captured, sampled
+from support_middleware import call, captured, sampled
 
 pytestmark = pytest.mark.postgres
 
@@ -428,6 +429,25 @@ async def test_background_tasks_are_in_the_transaction_and_undone_with_it(table:
         assert rows(table) == []
         assert nothing_is_held(table)
     assert [one["kind"] for one in capture.effects] == ["db.insert.placed"] * 2
+
+
+async def test_a_request_that_raises_leaves_nothing(table: str, redis_url: str) -> None:
+    async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
+
+        async def order(_request: Request) -> Response:
+            async with pool.connection() as connection:
+                await connection.execute(INSERT, (1, 10))
+            raise KeyError
+
+        app = ParallelRunMiddleware(
+            Starlette(routes=[Route("/", order)]), service="shop", redis_url=redis_url
+        )
+        _, raised = await call(app, sampled("/", version="new", role="shadow"))
+        await asyncio.gather(*UNDER_WAY)
+        await app.aclose()
+
+        assert isinstance(raised, KeyError)
+        assert nothing_is_held(table)
 
 
 async def test_a_request_that_is_cancelled_leaves_nothing(table: str) -> None:

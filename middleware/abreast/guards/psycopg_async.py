@@ -171,7 +171,7 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
             raise ShadowError(
                 f"a shadow request can't send {known.shape[:40]!r} by itself: use commit(), rollback() or transaction()"
             )
-        if not known.known or known.word == "listen":
+        if not known.known:
             raise ShadowError(
                 f"a shadow request can't send {known.shape[:40]!r}: nobody knows how to take it back"
             )

@@ -19,7 +19,7 @@ from abreast.context import CURRENT
 from abreast.rescue import Rescue
 
 SHADOW = "abreast shadow"  # application_name of a session while a shadow has it
-PATIENCE = 0.1  # seconds that a shadow is left alone, and between two looks
+PATIENCE = 0.05  # seconds that a shadow is left alone, and between two looks
 LINGER = 5.0  # seconds without shadows until the session is closed
 PAUSE = 1.0  # seconds after a look that failed
 END = b"""
@@ -82,7 +82,7 @@ class Watch:
 
     def _look(self, session: psycopg.Connection[Any] | None) -> psycopg.Connection[Any] | None:
         try:
-            session = session or psycopg.connect(**self.where, autocommit=True)
+            session = session or psycopg.connect(**self.where, autocommit=True, prepare_threshold=None)
             session.execute(END, {"shadow": SHADOW})
         except psycopg.Error as error:
             self._rescue("looking whether users wait for a shadow", error)
