@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import os
@@ -213,6 +212,8 @@ class Attempt(Generic[S]):
 
 
 def _here() -> object:
+    import asyncio  # late: the command line starts faster without it
+
     try:
         return asyncio.current_task() or threading.current_thread()
     except RuntimeError:  # no loop runs in this thread

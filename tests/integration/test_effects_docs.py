@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from taskiq.receiver import Receiver
 
 import abreast
 from abreast import guards, journal, redact
+from abreast.capture import Role
 from support import eventually_async
+from support_guards import effects, inside
 from support_middleware import captures, marks, pair_id
 
 PAGE = (Path(__file__).parents[2] / "docs" / "effects.md").read_text()
@@ -60,6 +63,41 @@ async def test_the_shortest_example_sends_one_mail_and_records_two(
     for capture in await captures(redis_url):
         (effect,) = capture.effects
         assert (effect["kind"], effect["payload"]) == ("email.send", {"to": "a@b", "text": "thank you"})
+
+
+@dataclass
+class Receipt:
+    text: str
+
+
+class Card:
+    def __init__(self) -> None:
+        self.charged: list[int] = []
+
+    async def charge(self, amount: int) -> Receipt:
+        return self.charge_now(amount)
+
+    def charge_now(self, amount: int) -> Receipt:
+        self.charged.append(amount)
+        return Receipt(str(amount))
+
+
+@pytest.mark.parametrize(
+    ("role", "charged", "receipts"), [("live", [5, 6, 7, 8], ["5", "6"]), ("shadow", [], ["none", "none"])]
+)
+async def test_all_forms_charge_a_user_and_no_shadow(
+    redis_url: str, role: Role, charged: list[int], receipts: list[str]
+) -> None:
+    known = {"Card": Card, "Receipt": Receipt, "charge": Card.charge, "charge_now": Card.charge_now}
+    made, card = run("forms", redis_url, abreast=abreast, **known), Card()
+    with inside(role) as request:
+        await made["pay"](card)
+        last = await made["charge_it"](card, 8)
+
+    assert card.charged == charged
+    assert last.text == ("8" if charged else "none")
+    payloads = [payload for _, _, payload in effects(request)]
+    assert payloads == [{"amount": 5}, {"amount": 6}, {"amount": 7}, {"receipts": receipts}, {"amount": 8}]
 
 
 async def test_the_ready_made_ones_are_made_as_shown(redis_url: str) -> None:

@@ -348,6 +348,20 @@ def test_recording_never_raises(enter: Any, caplog: pytest.LogCaptureFixture) ->
     assert second == "<no payload: ZeroDivisionError>"
 
 
+def test_a_fault_of_ours_reaches_no_code(
+    enter: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_given: Any, **_how: Any) -> None:
+        raise KeyError
+
+    now = enter("live")
+    monkeypatch.setattr(now.journal(), "add", broken)
+    abreast.record("email.send")
+
+    assert abreast.effect("email.send").call(len, "abc") == 3
+    assert "recording an effect" in caplog.text
+
+
 def test_a_payload_is_what_it_was_when_it_was_recorded(enter: Any) -> None:
     now, payload = enter("live"), {"to": ["a"]}
     abreast.record("mail", payload)

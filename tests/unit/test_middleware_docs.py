@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
-from abreast import backlog
+from fastapi import FastAPI
+from starlette.applications import Starlette
+
+from abreast import ParallelRunMiddleware, backlog
 from abreast.settings import PREFIX, REQUEST_HEADERS, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "middleware.md").read_text()
@@ -34,6 +38,20 @@ def test_every_setting_is_in_the_table_with_its_default() -> None:
     assert rows("Settings") == [
         [name, variable, special.get(name, value), doc] for name, variable, value, doc in wanted
     ]
+
+
+def test_it_is_added_as_shown() -> None:
+    """To FastAPI, and to any application."""
+    added, around = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    names: dict[str, Any] = {"app": FastAPI()}
+    exec(added, names)  # noqa: S102  # our own page
+    outermost = names["app"].user_middleware[0]
+    names |= {"app": Starlette(), "ParallelRunMiddleware": ParallelRunMiddleware}
+    exec(around, names)  # noqa: S102
+
+    assert outermost.cls is ParallelRunMiddleware
+    for made in (ParallelRunMiddleware(Starlette(), **outermost.kwargs), names["app"]):
+        assert (made.problem, made.settings.service) == ("", "shop")
 
 
 def test_the_default_request_headers_are_listed() -> None:
