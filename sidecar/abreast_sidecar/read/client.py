@@ -11,6 +11,8 @@ from typing import Any
 
 import redis
 from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.connection import HiredisRespSerializer
 
 from abreast import redis_url
 from abreast_sidecar.errors import RedisError
@@ -22,7 +24,25 @@ CONNECT_TIMEOUT = 2.0  # seconds
 
 def connect(url: str) -> Redis:
     """Opens nothing yet. Nothing is tried again by the client: the callers know what may be."""
-    return redis_url.connect(url, timeout=SOCKET_TIMEOUT, connect_timeout=CONNECT_TIMEOUT)
+    client = redis_url.connect(url, timeout=SOCKET_TIMEOUT, connect_timeout=CONNECT_TIMEOUT)
+    if not redis_url.is_cluster(client):
+        pool = client.connection_pool
+        pool.connection_class = _packed(pool.connection_class)
+    return client
+
+
+def _packed(connection: type[AbstractConnection]) -> type[AbstractConnection]:
+    """The kind of connection, but its commands are written by hiredis, as redis-py's blocking client has it: to
+    acknowledge a batch takes a fifth of the time.
+    """
+
+    class Packed(connection):  # type: ignore[misc, valid-type]
+        _packer = HiredisRespSerializer()
+
+        def pack_command(self, *args: Any) -> list[bytes]:
+            return self._packer.pack(*args)  # type: ignore[no-any-return]
+
+    return Packed
 
 
 @dataclass(frozen=True, slots=True)

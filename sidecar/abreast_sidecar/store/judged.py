@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from abreast.capture import Capture
@@ -76,10 +77,10 @@ class Judged:
         if new is not None:
             row["new_status"], row["new_us"], row["new_release"] = _side(new)
             row["new_hits"], row["new_misses"] = _lookups(new)
-        for capture in (old, new, judgement.baseline):
+        again = judgement.baseline
+        for capture in (old, new, again):
             if capture is not None and capture.role == "live":
                 row["live"] = capture.version
-        again = judgement.baseline
         if old and old.role == "live" and again and again.role == "baseline" and judgement.baseline_compared:
             row["copy_us"] = _time(again)
         if failed_over(judgement):
@@ -105,6 +106,8 @@ def _lookups(capture: Capture) -> tuple[int | None, int | None]:
 def failed_over(judgement: Judgement) -> bool:
     """Whether the user's request went to new first, and old answered it in the end. Old has a copy of such a request."""
     olds = [one for one in (judgement.old, judgement.baseline) if one is not None]
+    if all(one.attempt == 1 for one in olds):  # as nearly all
+        return False
     new = judgement.new
     meant_for_new = any(one.role == "shadow" for one in olds) and (new is None or new.role == "live")
     return meant_for_new and any(one.role == "live" and one.attempt > 1 for one in olds)
@@ -114,8 +117,14 @@ def _side(capture: Capture) -> tuple[int, int, str]:
     return (
         max(0, min(capture.answer.status, HIGHEST)),
         _time(capture),
-        clean(capture.release, RELEASE_LIMIT),
+        release_label(capture.release),
     )
+
+
+@lru_cache(maxsize=1024)
+def release_label(release: str) -> str:
+    """As it stands in the ledger. Next to all pairs have one of a few."""
+    return clean(release, RELEASE_LIMIT)
 
 
 def _time(capture: Capture) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Container, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import psycopg
+from msgspec import Struct
 from psycopg import AsyncConnection
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import TupleRow
@@ -48,8 +48,7 @@ class DayGoneError(LedgerError):
     """No partition takes the record's day any more. Trying again opens it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(Struct, frozen=True, gc=False):
     """A judged pair with the ids of what it shows."""
 
     judged: Judged
@@ -156,6 +155,8 @@ class Ledger:
     def _record(self, judged: Judged) -> Record:
         endpoint = self._catalogue.endpoint(judged.endpoint)
         row = judged.row(endpoint.id)
+        if not judged.judgement.shown:  # as nearly all
+            return Record(judged, row, {}, {}, {}, {})
         differences = self._found(endpoint, judged.judgement.differences)
         noise = self._found(endpoint, judged.judgement.noise)
         if differences:

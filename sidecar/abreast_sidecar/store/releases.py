@@ -12,9 +12,8 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
 from abreast.capture import Capture
-from abreast_sidecar.store.clean import clean
 from abreast_sidecar.store.database import statement
-from abreast_sidecar.store.judged import RELEASE_LIMIT, Judged
+from abreast_sidecar.store.judged import Judged, release_label
 
 MAX_RELEASES = 10_000  # of one service; then all further labels are one
 OTHER = "(other)"
@@ -76,4 +75,4 @@ def _keys(batch: Iterable[Judged]) -> Iterable[Key]:
 
 def _key(judged: Judged, capture: Capture) -> Key:
     version = "new" if capture is judged.judgement.new else "old"
-    return judged.service, version, clean(capture.release, RELEASE_LIMIT)
+    return judged.service, version, release_label(capture.release)

@@ -71,7 +71,9 @@ class Rollup:
     def _count_endpoint(self, key: Key, judgement: Judgement) -> None:
         compared = judgement.outcome in COMPARED
         if compared or judgement.baseline_compared:
-            counts = self.endpoints.setdefault(key, {**_named(key), "compared": 0, "baseline_compared": 0})
+            counts = self.endpoints.get(key)
+            if counts is None:
+                counts = self.endpoints[key] = {**_named(key), "compared": 0, "baseline_compared": 0}
             counts["compared"] += compared
             counts["baseline_compared"] += judgement.baseline_compared
 

@@ -35,8 +35,11 @@ class Samples:
         for judged, endpoint, findings in batch:
             if judged.judgement.outcome not in COMPARED:
                 continue
-            slots = [(endpoint, finding, self._slot(endpoint, finding)) for finding in (ANY, *findings)]
-            kept = [(endpoint, finding, slot) for endpoint, finding, slot in slots if slot is not None]
+            kept = [
+                (endpoint, finding, slot)
+                for finding in (ANY, *findings)
+                if (slot := self._slot(endpoint, finding)) is not None
+            ]
             if kept:
                 known = {"ms": judged.at, "findings": findings, "features": _features(judged)}
                 rows |= {
@@ -50,7 +53,9 @@ class Samples:
         self._seen[endpoint, finding] = seen + 1
         if seen < SLOTS:
             return seen
-        chosen = self._random.randrange(min(seen + 1, SLOTS * RAREST))
+        chosen = int(
+            self._random.random() * min(seen + 1, SLOTS * RAREST)
+        )  # randrange takes ten times as long
         return chosen if chosen < SLOTS else None
 
 
