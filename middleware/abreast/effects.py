@@ -14,6 +14,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 from abreast.context import CURRENT, Current
 from abreast.errors import EffectError
 from abreast.journal import Entry
+from abreast.outlived import outlived
 from abreast.rescue import Rescue
 
 P = ParamSpec("P")
@@ -200,6 +201,8 @@ class Attempt(Generic[S]):
             self.asked = True
             now = CURRENT.get()
             self._live = not now.shadow
+            if not self._live:
+                outlived(now, f"effect {self._effect.kind!r}")
             if now.sink is not None:
                 effect = self._effect
                 payload = _payload(effect.payload, func, args, kwargs)

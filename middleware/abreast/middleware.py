@@ -154,7 +154,7 @@ class ParallelRunMiddleware:
         """For what is not captured: a shadow is one also where capturing is off, or the marks are not understood."""
         role: Role = ROLES.get(found.get(ROLE, b"live"), "shadow")
         pair = found[PAIR].decode("latin-1")
-        now = Current(VERSIONS.get(found.get(VERSION)), role, pair, self._release)
+        now = Current(VERSIONS.get(found.get(VERSION)), role, pair, self._release, None, perf_counter_ns())
         now.ends = [] if now.shadow else None
         CURRENT.set(now)
         return Bystander(now, receive, send)

@@ -7,6 +7,7 @@ import contextlib
 import datetime as dt
 import functools
 import threading
+import time
 import uuid
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import abreast
+from abreast import outlived
 from abreast.capture import Role
 from abreast.context import CURRENT, OUTSIDE, Current
 from abreast.effects import RESCUE
@@ -175,6 +177,27 @@ async def test_a_copy_that_is_not_captured_does_it_no_more(enter: Any) -> None:
 
     assert await by_run(post) == Receipt("none")
     assert post.sent == []
+
+
+def test_work_that_long_outlives_a_shadow_is_told_once(
+    enter: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be a consumer that the first request started for all."""
+    monkeypatch.setattr(outlived, "TOLD", set())
+    held = abreast.effect("email.send")
+    for role, answered, seconds in (
+        ("shadow", True, 1),
+        ("shadow", False, 90),
+        ("live", True, 90),
+        ("shadow", True, 90),
+        ("shadow", True, 91),
+    ):
+        now = enter(role)
+        now.answered, now.began = answered, time.perf_counter_ns() - seconds * 10**9
+        held.call(len, "abc")
+
+    told = "effect 'email.send' is held back 90 s after its shadow request"
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [told]
 
 
 async def test_what_it_raises_passes_and_is_recorded(enter: Any) -> None:

@@ -29,6 +29,7 @@ from abreast.guards.statement import UNREAD, Statement, statement
 from abreast.guards.watch import SHADOW, Watch, disturbed, watch
 from abreast.guards.writes import Writes, of_many, of_one
 from abreast.hops import went
+from abreast.outlived import outlived
 
 Mode = Literal["live", "rolled back", "own"]
 
@@ -90,6 +91,7 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
         self.held = True
         self.watch = watch(self)
         self.watch.begin(self)
+        outlived(CURRENT.get(), "what is written to Postgres")
 
     async def give_up(self) -> None:
         """Roll back for good. What can't be is closed, and rolled back by the server."""
