@@ -202,6 +202,31 @@ async def around(connection: AsyncConnection[Any], way: str, hidden: str) -> Non
         await connection.tpc_begin("mine")
 
 
+async def test_what_could_not_be_taken_back_is_refused(pool: AsyncConnectionPool) -> None:
+    """Before anything else was asked, when Postgres would allow it."""
+    async with handled(), pool.connection() as connection:
+        for way in (
+            lambda: connection.tpc_begin("mine"),
+            lambda: connection.tpc_commit("mine"),
+            lambda: connection.tpc_rollback("mine"),
+            lambda: anext(connection.notifies(timeout=0)),
+        ):
+            with pytest.raises(ShadowError, match="it could not be taken back"):
+                await way()
+
+
+async def test_the_transaction_stays_as_it_began(pool: AsyncConnectionPool) -> None:
+    async with handled(), pool.connection() as connection:
+        await connection.execute(INSERT, (1, 10))
+        await connection.commit()
+        await connection.set_isolation_level(psycopg.IsolationLevel.SERIALIZABLE)
+        await connection.set_read_only(True)
+        await connection.set_deferrable(True)
+        await connection.execute(INSERT, (2, 10))
+
+        assert (connection.isolation_level, connection.read_only, connection.deferrable) == (None, None, None)
+
+
 async def test_many_rows_copies_and_tables_are_gone_too(pool: AsyncConnectionPool, table: str) -> None:
     async with handled() as made, pool.connection() as connection, connection.transaction():
         cursor = connection.cursor()

@@ -198,6 +198,21 @@ async def test_where_nobody_can_look_users_wait_for_a_bounded_time_only(
     assert rows(table, b"select quantity from placed order by id") == [1, 0]
 
 
+def test_of_several_hosts_it_is_the_one_of_the_shadow_that_is_watched(table: str) -> None:
+    parts = psycopg.conninfo.conninfo_to_dict(table)
+    hosts = {"host": "127.0.0.1,localhost", "hostaddr": "127.0.0.1,127.0.0.1", "port": f"1,{parts['port']}"}
+    with psycopg.connect(psycopg.conninfo.make_conninfo(table, **hosts)) as connection:
+        where = watch.watch(connection).where
+    with psycopg.connect(**where) as session:
+        found = session.info
+
+        assert (found.host, str(found.port)) == ("localhost", parts["port"])
+        assert (found.dbname, found.get_parameters()["application_name"]) == (
+            parts["dbname"],
+            "abreast watch",
+        )
+
+
 async def test_a_database_that_cannot_be_watched_is_told_once(
     table: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -103,7 +103,8 @@ def watch(connection: AnyConnection) -> Watch:
     with MAKING:
         found = WATCHES.setdefault((info.host, info.port, info.dbname, info.user), Watch())
     given = {option.keyword.decode(): (option.val or b"").decode() for option in connection.pgconn.info}
-    given |= {"host": info.host, "port": str(info.port), "application_name": "abreast watch"}
+    given |= {"host": info.host, "hostaddr": info.hostaddr, "port": str(info.port)}  # of several the one
+    given["application_name"] = "abreast watch"
     found.where = {name: value for name, value in given.items() if value}
     return found
 
