@@ -18,7 +18,7 @@ ALWAYS = 3  # places that differ in each comparison
 
 
 def one(*counts: int) -> Decision:
-    return decide([Counts(*counts)], ALPHA)[0]
+    return decide([Counts(*counts, rare=False)], ALPHA)[0]
 
 
 def state(*counts: int) -> str:
@@ -297,3 +297,12 @@ def _ever_real_leaning(rate: float, dice: random.Random) -> bool:
         if decide([place], 0.01)[0].state == "real":
             return True
     return False
+
+
+def test_rare_noise_of_a_kind_with_long_tails_waits_for_copies() -> None:
+    """One of a thousand, in both directions, and the copies have not shown one yet."""
+    found = decide([Counts(20_000, 20, 1000, 0, 0, 10, 10, rare=True)], ALPHA)[0]
+
+    assert found.state == "undecided"
+    assert decide([Counts(20_000, 20, 1000, 0, 0, 10, 10)], ALPHA)[0].state == "real"
+    assert decide([Counts(20_000, 2000, 1000, 0, 0, 1000, 1000, rare=True)], ALPHA)[0].state == "real"

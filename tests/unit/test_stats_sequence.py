@@ -11,26 +11,33 @@ from hypothesis import strategies as st
 
 from abreast_sidecar.compare.sequence import (
     ANYWHERE,
-    Needed,
     Prior,
     evidence_above,
     evidence_below,
-    exceeds,
     interval,
     least,
     log_ratio,
-    more_needed,
+    more_above,
+    more_below,
     prior_above,
     prior_below,
-    stays_under,
 )
 
 ALPHA = 0.05
+BAR = -log(ALPHA)
 RUNS = 400
 LOOKS = 1000
 
 counts = st.integers(0, 10**7).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 rates = st.floats(1e-6, 0.999)
+
+
+def exceeds(successes: float, n: float, budget: float, alpha: float) -> bool:
+    return evidence_above(successes, n, budget) >= -log(alpha)
+
+
+def stays_under(successes: float, n: float, budget: float, alpha: float) -> bool:
+    return evidence_below(successes, n, budget) >= -log(alpha)
 
 
 def ever_above(rate: float, prior: Prior, bar: float, dice: random.Random) -> bool:
@@ -169,7 +176,7 @@ def test_a_budget_of_everything_cannot_be_exceeded() -> None:
 
 
 def test_no_mismatch_at_all_passes_a_sixth_later_than_by_one_look() -> None:
-    needed = more_needed(0, 0, 0.001, ALPHA).to_pass
+    needed = more_below(0.0, 0, 0.001, BAR)
 
     assert needed is not None
     assert needed < 1.2 * log(1 / ALPHA) / 0.001
@@ -181,8 +188,8 @@ def test_no_mismatch_at_all_passes_a_sixth_later_than_by_one_look() -> None:
 )
 def test_so_many_more_requests_are_just_enough(case: tuple[int, int], budget: float) -> None:
     successes, n = case
-    more = more_needed(successes, n, budget, ALPHA).to_pass
     rate = successes / n if n else 0.0
+    more = more_below(rate, n, budget, BAR)
 
     if more:
         assert stays_under(rate * (n + more), n + more, budget, ALPHA * (1 + 1e-9))
@@ -190,8 +197,8 @@ def test_so_many_more_requests_are_just_enough(case: tuple[int, int], budget: fl
 
 
 def test_what_is_decided_needs_no_more_and_what_leans_the_other_way_never_comes() -> None:
-    assert more_needed(10, 20_000, 0.0001, ALPHA) == Needed(to_pass=None, to_fail=0)
-    assert more_needed(0, 20_000, 0.001, ALPHA) == Needed(to_pass=0, to_fail=None)
+    assert (more_below(0.0005, 20_000, 0.0001, BAR), more_above(0.0005, 20_000, 0.0001, BAR)) == (None, 0)
+    assert (more_below(0.0, 20_000, 0.001, BAR), more_above(0.0, 20_000, 0.001, BAR)) == (0, None)
 
 
 def test_the_least_number_is_none_beyond_the_bound() -> None:

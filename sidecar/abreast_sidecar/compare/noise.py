@@ -61,6 +61,9 @@ class Counts:
     explained: int = 0  # of `differs`, those whose values' shapes explain them
     new_greater: int = 0  # of `differs`: the lean. Absent and null are the least, then numbers, then text
     new_smaller: int = 0
+    rare: bool = (
+        False  # noise of this kind may come in fewer than FLOOR of the requests: values with long tails
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ def evidence(place: Counts, floor: float = FLOOR) -> float:
     """The logarithm of the e-value against "old differs from itself as often"; -inf where new does so more rarely."""
     if not place.differs:
         return -inf
+    if place.rare:
+        floor = 0.0
     if not place.baseline_compared:
         return -inf if place.explained else _mean(_lean(place), _apart(place) - _together(place, floor))
     if place.differs * place.baseline_compared <= place.baseline_differs * place.compared:

@@ -80,16 +80,6 @@ def evidence_below(successes: float, n: float, budget: float) -> float:
     return log_ratio(successes, n, budget, prior_below(budget))
 
 
-def exceeds(successes: float, n: float, budget: float, alpha: float) -> bool:
-    """Whether the rate is above the budget; wrong, at any look at all, with a probability of at most `alpha`."""
-    return evidence_above(successes, n, budget) >= -log(alpha)
-
-
-def stays_under(successes: float, n: float, budget: float, alpha: float) -> bool:
-    """Whether the rate is below the budget; wrong, at any look at all, with a probability of at most `alpha`."""
-    return evidence_below(successes, n, budget) >= -log(alpha)
-
-
 def log_ratio(successes: float, n: float, rate: float, prior: Prior) -> float:
     """The logarithm of the mixture's likelihood over that of `rate`: a martingale where `rate` is the truth."""
     failures = n - successes
@@ -112,20 +102,13 @@ def prior_below(budget: float) -> Prior:
     return Prior(((0.5, max(2.0 / budget, 0.5)),)) if budget > 0 else ANYWHERE
 
 
-def more_needed(
-    successes: int, n: int, budget: float, alpha: float, fail_alpha: float | None = None
-) -> Needed:
-    """How many more requests it takes at the current rate to say that it is within the budget, or that it is not.
+def more_above(rate: float, n: int, budget: float, bar: float) -> int | None:
+    """How many more requests it takes until the evidence is `bar`, if the rate stays; what is expected, not a promise."""
+    return least(lambda more: evidence_above(rate * (n + more), n + more, budget) >= bar)
 
-    `fail_alpha`: the error probability of the latter where it is another. Before the first request the rate is taken
-    to be zero. The numbers are what is expected, not a promise: the rate may turn out another.
-    """
-    rate = successes / n if n else 0.0
-    other = alpha if fail_alpha is None else fail_alpha
-    return Needed(
-        to_pass=least(lambda more: stays_under(successes + rate * more, n + more, budget, alpha)),
-        to_fail=least(lambda more: exceeds(successes + rate * more, n + more, budget, other)),
-    )
+
+def more_below(rate: float, n: int, budget: float, bar: float) -> int | None:
+    return least(lambda more: evidence_below(rate * (n + more), n + more, budget) >= bar)
 
 
 def least(enough: Callable[[int], bool], most: int = MOST) -> int | None:

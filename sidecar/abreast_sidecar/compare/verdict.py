@@ -27,7 +27,14 @@ from dataclasses import dataclass, fields
 from math import inf, log
 from typing import Literal
 
-from abreast_sidecar.compare.sequence import Needed, evidence_above, evidence_below, interval, least
+from abreast_sidecar.compare.sequence import (
+    Needed,
+    evidence_above,
+    evidence_below,
+    interval,
+    more_above,
+    more_below,
+)
 
 State = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 Subject = Literal["mismatches", "errors", "slower", "coverage", "completeness"]
@@ -223,19 +230,11 @@ def _rate(
     if below >= to_pass:
         return Reason(subject, counts.endpoint, "PASS", said, Needed(0, None), below)
     needed = Needed(
-        to_pass=_more_to_pass((hits + doubtful) / n if n else 0.0, n, limit, to_pass),
-        to_fail=_more_to_fail(hits / n if n else 0.0, n, limit, to_fail),
+        to_pass=more_below((hits + doubtful) / n if n else 0.0, n, limit, to_pass),
+        to_fail=more_above(hits / n if n else 0.0, n, limit, to_fail)
+        or None,  # 0: something else keeps it from FAIL
     )
     return Reason(subject, counts.endpoint, "INCONCLUSIVE", said + _missing(needed), needed, max(above, 0.0))
-
-
-def _more_to_pass(rate: float, n: int, limit: float, bar: float) -> int | None:
-    return least(lambda more: evidence_below(rate * (n + more), n + more, limit) >= bar)
-
-
-def _more_to_fail(rate: float, n: int, limit: float, bar: float) -> int | None:
-    """None too where it would be now: something else keeps it from FAIL."""
-    return least(lambda more: evidence_above(rate * (n + more), n + more, limit) >= bar) or None
 
 
 def _coverage(counts: Counts) -> list[Reason]:
