@@ -18,7 +18,7 @@ ALWAYS = 3  # places that differ in each comparison
 
 
 def one(*counts: int) -> Decision:
-    return decide([Counts(*counts, rare=False)], ALPHA)[0]
+    return decide([Counts(*counts)], ALPHA)[0]
 
 
 def state(*counts: int) -> str:
