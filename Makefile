@@ -22,6 +22,7 @@ check: setup ## lint, types, architecture, protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tests/doc_examples.py .mypy_cache/examples && $(BIN)/mypy .mypy_cache/examples
 	$(BIN)/lint-imports
 	cd protos && ../$(BIN)/buf lint
 

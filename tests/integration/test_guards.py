@@ -297,6 +297,24 @@ async def test_publishing_and_queueing_is_held_back_and_the_rest_passes(queue: G
     )
 
 
+@pytest.mark.parametrize("name", ["PUBLISH", "SPUBLISH", "XADD", "LPUSH", "LPUSHX", "RPUSH", "RPUSHX"])
+async def test_each_command_that_tells_others_something_is_held_back(queue: GuardedRedis, name: str) -> None:
+    """Seen by one who listens, and by what is there."""
+    await queue.rpush("list", "first")
+    async with queue.pubsub() as listener:
+        await (listener.ssubscribe if name == "SPUBLISH" else listener.subscribe)("channel")
+        await listener.get_message(timeout=5)
+        target = {"XADD": "stream"}.get(name, "channel" if name.endswith("PUBLISH") else "list")
+        what = ("*", "a", "b") if name == "XADD" else ("said",)
+        with being("shadow") as found:
+            await queue.execute_command(name, target, *what)
+        heard = await listener.get_message(timeout=0.05)
+
+    assert heard is None
+    assert (await queue.llen("list"), await queue.exists("stream")) == (1, 0)
+    assert [effect["kind"] for effect in found] == [f"redis.{name.lower()}"]
+
+
 @pytest.mark.parametrize("transaction", [True, False])
 async def test_a_pipeline_keeps_its_answers_in_place(queue: GuardedRedis, transaction: bool) -> None:
     async def work() -> list[Any]:
