@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 import grpc
+from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import common_pb2, comparison_pb2, comparison_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_demo.plants import Place
@@ -17,6 +18,8 @@ from abreast_sidecar.cli.connection import CHANNEL_OPTIONS, in_plain_words
 PAGE = 1000
 SETTLE_TIMEOUT = 30.0  # seconds; a pair waits at most 10 for a copy that never comes
 SETTLE_POLL = 0.2
+JOINED = 12.0  # seconds after which no pair waits for a copy any more
+UNCHANGED = 2.5  # seconds; Envoy is asked for its count once a second
 FIND_TIMEOUT = 12.0  # the sidecar looks for slower endpoints every 5 seconds
 CALL_TIMEOUT = 10.0
 
@@ -47,6 +50,20 @@ class Client:
         )
         await self.traffic.UpdateTraffic(request, timeout=CALL_TIMEOUT)
 
+    async def present(self) -> traffic_pb2.Traffic:
+        request = traffic_pb2.GetTrafficRequest(service=self.service)
+        return (await self.traffic.GetTraffic(request, timeout=CALL_TIMEOUT)).traffic
+
+    async def restore(self, before: traffic_pb2.Traffic, actor: str = "drill") -> None:
+        """Users are where they were."""
+        if not before.rolled_back:
+            await self.move(before.new_share, actor)
+            return
+        request = traffic_pb2.RollbackRequest(
+            service=self.service, actor=actor, reason="as before", wait=Duration(seconds=1)
+        )
+        await self.traffic.Rollback(request, timeout=CALL_TIMEOUT)
+
     async def ledger(self) -> Ledger:
         request = comparison_pb2.GetSummaryRequest(service=self.service)
         summary = await self.comparison.GetSummary(request, timeout=CALL_TIMEOUT)
@@ -65,6 +82,27 @@ class Client:
         while True:
             ledger = await self.ledger()
             if ledger.settled(sent) or time.monotonic() > deadline:
+                return ledger
+            await asyncio.sleep(SETTLE_POLL)
+
+    async def quiet(self) -> Ledger:
+        """The ledger once it sums up, or does not change any more: something may be missing from before."""
+        last, since, began = await self.ledger(), time.monotonic(), time.monotonic()
+        while not last.settled(0) and time.monotonic() - began < JOINED:
+            await asyncio.sleep(SETTLE_POLL)
+            ledger = await self.ledger()
+            if ledger != last:
+                last, since = ledger, time.monotonic()
+            elif not ledger.pending and time.monotonic() - since > UNCHANGED:
+                break
+        return last
+
+    async def arrived(self, before: Ledger) -> Ledger:
+        """The ledger once all that Envoy has counted since is in it, or as it is when that takes too long."""
+        deadline = time.monotonic() + SETTLE_TIMEOUT
+        while True:
+            ledger = await self.ledger()
+            if ledger.complete_since(before) or time.monotonic() > deadline:
                 return ledger
             await asyncio.sleep(SETTLE_POLL)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import sys
 import time
 import urllib.request
@@ -18,6 +20,8 @@ from abreast_demo.load import USER_HEADER
 from abreast_demo.ports import LOOPBACK
 from abreast_demo.service import SERVICE
 from abreast_sidecar.embedded import PostgresServer, RedisServer, ServerProcess
+from abreast_sidecar.embedded.faults import Fault, hangs, killed, of_stack
+from abreast_sidecar.embedded.folder import FOLDER_MODE
 from abreast_sidecar.embedded.process import answers, stable_port
 from abreast_sidecar.embedded.stack import Stack
 from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings, Sticky
@@ -44,7 +48,7 @@ class Addresses:
 
 @dataclass
 class Deployed:
-    """The stack, and what the shop is made of. `database` is the shop's: the stack's own, or one beside it."""
+    """The stack, and what the shop is made of. Its database is not the ledger's: it outlives that in a drill."""
 
     stack: Stack
     database: PostgresServer
@@ -55,6 +59,24 @@ class Deployed:
 
     def start(self, version: str) -> None:
         self.shops[version] = _start(version, self)
+
+    def faults(self) -> dict[str, Fault]:
+        """All drills."""
+        new = self.shops["new"]
+        return {
+            "new-killed": Fault(killed(new.pid).breaks, lambda: self.start("new")),
+            "new-hangs": hangs(new.pid),
+            "new-errors": Fault(
+                lambda: os.kill(new.pid, signal.SIGUSR1), lambda: os.kill(new.pid, signal.SIGUSR2)
+            ),
+            **of_stack(self.stack),
+        }
+
+    def fault(self, name: str) -> Fault:
+        try:
+            return self.faults()[name]
+        except KeyError:
+            raise ServerError(f"there is no drill {name}") from None
 
     def stop(self) -> None:
         for shop in self.shops.values():
@@ -79,11 +101,10 @@ def opened(
     addresses: Addresses,
     say: Callable[[str], None],
     *,
-    own_database: bool = False,
     codes: Mapping[str, str] = CODES,
     **more: Any,
 ) -> Iterator[Deployed]:
-    """The same, with what it takes to break it. With a database of its own the shop outlives the ledger's."""
+    """The same, with what it takes to break it."""
     upstreams = {version: Endpoint(LOOPBACK, stable_port()) for version in VERSIONS}
     shares: dict[str, Any] = {"sample_safe": SAMPLE, "baseline_share": BASELINE, **more}
     envoy = EnvoySettings(
@@ -103,9 +124,9 @@ def opened(
         cache = RedisServer(stack.folder.part("cache"), options=CACHE_LIMITS, keep_open=keep_open)
         opening.callback(cache.stop)
         cache.start()
-        database = (
-            opening.enter_context(PostgresServer(keep_open=keep_open)) if own_database else stack.postgres
-        )
+        database = PostgresServer(stack.folder.part("shop-postgres", FOLDER_MODE), keep_open=keep_open)
+        opening.callback(database.stop)
+        database.start()
         found = Deployed(stack, database, cache.url, upstreams, codes, {})
         opening.callback(found.stop)
         for version in sorted(VERSIONS):

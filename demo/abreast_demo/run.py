@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from abreast_demo.client import Client
-from abreast_demo.deploy import Addresses, deployed
+from abreast_demo.deploy import Addresses, Deployed, opened
 from abreast_demo.load import Load, Tally
 from abreast_demo.ports import LOOPBACK, Ports
 from abreast_demo.service import SERVICE
 from abreast_demo.traffic import Request, requests
 from abreast_demo.verdict import Result
+from abreast_sidecar.embedded.breaking import Breaker
 from abreast_sidecar.embedded.stack import Stack
 from abreast_sidecar.envoy.settings import Endpoint
 
@@ -64,9 +65,9 @@ def run(options: Options, listener: Listener) -> Result | None:
             http=Endpoint(LOOPBACK, ports.prefer(HTTP_PORT)),
         )
         try:
-            with deployed(addresses, listener.say) as stack:
-                listener.ready(stack, options)
-                asyncio.run(_session(stack, options, listener, results))
+            with opened(addresses, listener.say) as shop:
+                listener.ready(shop.stack, options)
+                asyncio.run(_session(shop, options, listener, results))
         except KeyboardInterrupt:
             listener.say("stopped")
     return results[0] if results else None
@@ -81,18 +82,32 @@ def _end_as_ctrl_c_does() -> None:
             signal.signal(other, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
 
 
-async def _session(stack: Stack, options: Options, listener: Listener, results: list[Result]) -> None:
-    users = requests(options.seed)
-    async with Client(stack.grpc_address, SERVICE) as client:
-        async with Load(stack.envoy_url, listener.progress) as load:
-            await _traffic(client, load, users, options, listener)
-            listener.say("waiting until everything is in the ledger")
-            finished = await _finished(stack, client, load.tally)
-        results.append(finished.result)
-        listener.finished(finished)
-        if options.stay:
-            async with Load(stack.envoy_url) as trickle:
-                await trickle.send(users, seconds=FOR_EVER, rate=TRICKLE)
+async def _session(shop: Deployed, options: Options, listener: Listener, results: list[Result]) -> None:
+    users, stack = requests(options.seed), shop.stack
+    async with (
+        Client(stack.grpc_address, SERVICE) as client,
+        Load(stack.envoy_url, listener.progress) as load,
+    ):
+        await _traffic(client, load, users, options, listener)
+        listener.say("waiting until everything is in the ledger")
+        finished = await _finished(stack, client, load.tally)
+    results.append(finished.result)
+    listener.finished(finished)
+    if options.stay:
+        await _stay(shop, users, listener)
+
+
+async def _stay(shop: Deployed, users: Iterator[Request], listener: Listener) -> None:
+    """With a little traffic, but while a drill counts its own."""
+    stack = shop.stack
+    facts = {"url": stack.envoy_url, "service": SERVICE, "shop": True, "drills": sorted(shop.faults())}
+    with Breaker(stack.grpc_address, facts, lambda name, _pid: shop.fault(name), listener.say) as drills:
+        async with Load(stack.envoy_url) as trickle:
+            while True:
+                drills.serve(0)
+                if not drills.busy:
+                    await trickle.send(itertools.islice(users, 1), seconds=FOR_EVER, rate=TRICKLE)
+                await asyncio.sleep(1 / TRICKLE)
 
 
 async def _traffic(

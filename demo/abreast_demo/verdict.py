@@ -43,6 +43,11 @@ class Ledger:
         summed = self.envoy is not None and self.rows == self.envoy >= sent
         return summed and self.pending == 0 and self.unaccounted == 0
 
+    def complete_since(self, before: Ledger) -> bool:
+        if self.envoy is None or before.envoy is None or self.pending or self.envoy == before.envoy:
+            return False
+        return self.envoy - before.envoy == self.rows - before.rows
+
 
 @dataclass(frozen=True, slots=True)
 class Result:

@@ -15,7 +15,7 @@ import httpx
 import psycopg
 import pytest
 
-from abreast_demo.deploy import Addresses, deployed
+from abreast_demo.deploy import Addresses, Deployed, opened
 from abreast_demo.load import USER_HEADER
 from abreast_demo.ports import LOOPBACK
 from abreast_sidecar.embedded.stack import Stack
@@ -27,7 +27,7 @@ ABREAST = Path(sys.executable).with_name("abreast")
 
 @dataclass(frozen=True)
 class Order:
-    stack: Stack
+    shop: Deployed
     answer: httpx.Response
     pair: dict[str, Any]
     shown: str  # what `abreast pair` prints
@@ -44,7 +44,7 @@ class Order:
         return dict(found)
 
     def orders(self, version: str) -> int:
-        with psycopg.connect(self.stack.postgres.url(f"shop_{version}")) as database:
+        with psycopg.connect(self.shop.database.url(f"shop_{version}")) as database:
             row = database.execute("select count(*) from placed_order").fetchone()
         assert row is not None
         return int(row[0])
@@ -52,16 +52,18 @@ class Order:
     def copies(self) -> int:
         """Answers of new that Envoy got for copies."""
         name = "cluster.new_shadow.upstream_rq_201"
-        with urllib.request.urlopen(f"{self.stack.admin_url}/stats?filter=^{name}$", timeout=5) as answer:  # noqa: S310  # http
+        url = f"{self.shop.stack.admin_url}/stats?filter=^{name}$"
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  # http
             return int(answer.read().decode().rpartition(":")[2] or 0)
 
 
 @pytest.fixture(scope="module")
 def order() -> Iterator[Order]:
     addresses = Addresses(*(Endpoint(LOOPBACK, port) for port in free_ports(3)))
-    with deployed(
+    with opened(
         addresses, lambda _said: None, sample_unsafe=1.0, baseline_share=0.0, access_log=True
-    ) as stack:
+    ) as shop:
+        stack = shop.stack
         answer = httpx.post(
             f"{stack.envoy_url}/orders",
             json={"product": 3, "quantity": 2},
@@ -83,7 +85,7 @@ def order() -> Iterator[Order]:
             return [line for line in map(json.loads, lines) if line["path"] == "/orders"]
 
         eventually(lambda: bool(logged()), what="Envoy writes its log")
-        yield Order(stack, answer, pair, run(stack, pair["pair"]["id"]), logged())
+        yield Order(shop, answer, pair, run(stack, pair["pair"]["id"]), logged())
 
 
 def run(stack: Stack, pair: str, *options: str) -> str:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from abreast_sidecar.cli import tables
+from abreast_sidecar.cli import drill_running, tables
 from abreast_sidecar.cli.exits import Exit
 from abreast_sidecar.cli.humane import count
 from abreast_sidecar.cli.parameters import SHARE
 from abreast_sidecar.errors import SettingError
 
 if TYPE_CHECKING:
-    from abreast_demo.drill import Report
+    from abreast_demo.noticed import Report
 
 NAMES = ("new-killed", "new-hangs", "new-errors", "sidecar-killed", "redis-down", "postgres-down")
 PARTS = {"fastapi", "httpx", "pydantic"}
+ALL_NEW = 1.0
 
 
 @click.command()
 @click.argument("names", metavar="[DRILL]...", nargs=-1, type=click.Choice(NAMES))
-@click.option("--all", "every", is_flag=True, help="All drills, one after another.")
+@click.option(
+    "--all",
+    "every",
+    is_flag=True,
+    help="All drills, one after another; with --running all that can be repaired.",
+)
 @click.option(
     "--seconds", type=click.FloatRange(4, 60), default=6.0, show_default=True, help="How long it is broken."
 )
@@ -32,22 +38,39 @@ PARTS = {"fastapi", "httpx", "pydantic"}
     "--rate", type=click.FloatRange(10, 500), default=60.0, show_default=True, help="Requests a second."
 )
 @click.option(
-    "--new", "share", type=SHARE, default="100%", show_default=True, help="Share of users on new before."
+    "--new",
+    "share",
+    type=SHARE,
+    default=None,
+    help="Share of users on new before.  [default: 100%; with --running it stays as it is]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines; the rest goes to stderr.")
+@drill_running.running_options
+@click.pass_context
 def command(
-    *, names: tuple[str, ...], every: bool, seconds: float, rate: float, share: float, as_json: bool
+    ctx: click.Context,
+    /,
+    *,
+    names: tuple[str, ...],
+    every: bool,
+    seconds: float,
+    rate: float,
+    share: float | None,
+    as_json: bool,
+    **of_running: Any,
 ) -> int:
     """Break one part of a parallel run while users come, and measure what they notice.
 
     Drills are new-killed, new-hangs, new-errors, sidecar-killed, redis-down and postgres-down. They run against the
-    demo's shop in a stack of their own, on free ports: nothing that runs already is touched. Exits with 1 where users
-    saw an error that they should not have seen, or new did not come back.
+    demo's shop in a stack of their own, on free ports, and touch nothing that runs already; but for --running. Exits
+    with 1 where users saw an error that they should not have seen, or new did not come back.
     """
     if every == bool(names):
         raise click.UsageError(f"name a drill ({', '.join(NAMES)}), or say --all")
-    if not share:
+    if share == 0:
         raise click.UsageError("--new must be more than 0%: a drill begins with users on new")
+    running = drill_running.Running(**of_running)
+    drill_running.check(ctx, running)
     try:
         from abreast_demo import drill
     except ModuleNotFoundError as error:
@@ -58,11 +81,18 @@ def command(
     from abreast_sidecar.cli.up import ended_by_signals
 
     console = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    options = drill.Options(tuple(NAMES) if every else names, seconds=seconds, rate=rate, share=share)
+
+    def say(line: str) -> None:
+        console.print(f"  {line}")
+
+    if share is None and not running.running:
+        share = ALL_NEW
+    options = drill.Options(NAMES if every else names, seconds=seconds, rate=rate, share=share)
     with ended_by_signals():
-        reports = drill.drill(
-            options, say=lambda line: console.print(f"  {line}"), finished=lambda _report: None
-        )
+        if running.running:
+            reports = drill_running.drill(running, options, every=every, say=say)
+        else:
+            reports = drill.drill(options, say=say)
     if as_json:
         print(json.dumps([report.for_machines() for report in reports], indent=2))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,10 @@ MOST_ENDS, MINUTE = 5, 60.0  # servers that may end in so many seconds
 
 
 class Lookout:
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, pause: Callable[[float], None] = time.sleep) -> None:
+        """`pause` lasts so many seconds."""
         self.stack = stack
+        self.pause = pause
         self.service = stack.envoy_settings.service
         self.began = time.monotonic()
         self.healthy: dict[str, bool] = {"old": True, "new": True}
@@ -51,7 +54,7 @@ class Lookout:
         """For ever; ended by KeyboardInterrupt. Raise ServerError where a server keeps ending."""
         while True:
             self.look()
-            time.sleep(INTERVAL)
+            self.pause(INTERVAL)
 
     def look(self) -> None:
         for line in self.stack.revive():

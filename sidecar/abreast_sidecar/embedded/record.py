@@ -65,6 +65,11 @@ def find_run(grpc_address: str) -> dict[str, str]:
     return {}
 
 
+def drill_socket(grpc_address: str) -> Path:
+    """Where the run with this gRPC address takes drills."""
+    return _path(grpc_address).with_suffix(".drill")
+
+
 def _parse(text: bytes) -> dict[str, str]:
     try:
         found = json.loads(text)

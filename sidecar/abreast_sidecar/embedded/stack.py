@@ -65,6 +65,7 @@ class Stack:
         )
         self.folder = RunFolder(data)
         self.servers: dict[str, Server] = {}
+        self.down: set[str] = set()  # taken down on purpose
         self._redis_port = redis_port
         self._settings = dict(settings or {})
         self._say = say
@@ -178,13 +179,27 @@ class Stack:
         """Start again what has ended by itself; what it was, with the end of its log. Raise ServerError where that fails."""
         found = []
         for name, server in self.servers.items():
-            if server.server is not None and not server.server.alive:
+            if name not in self.down and server.server is not None and not server.server.alive:
                 code = server.server.process.returncode
                 found.append(
                     f"{name} ended (exit code {code}), and is started again; the end of its log:\n{server.server.tail(5)}"
                 )
                 server.start()
         return found
+
+    def take_down(self, name: str, *, kill: bool) -> None:
+        """Until `bring_back`."""
+        self.down.add(name)
+        server = self.servers[name]
+        if kill and server.server is not None:
+            server.server.process.kill()
+            server.server.process.wait()
+        server.stop()
+
+    def bring_back(self, name: str) -> None:
+        """Raise ServerError where it does not start."""
+        self.down.discard(name)
+        self.servers[name].start()
 
     def _ports(self) -> dict[str, int]:
         """The ports of the last run in this folder where they are still free."""
