@@ -17,12 +17,18 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import create_async_engine
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from abreast.ending import UNDER_WAY
 from abreast.guards import psycopg_async, watch
 from abreast.guards.psycopg_pool import AsyncConnectionPool, ConnectionPool
 from abreast.guards.sqlalchemy import protect
 from support import eventually, eventually_async
 from support_guards import handled, inside, nothing_is_held, rows
+from support_middleware import captured, sampled
 
 pytestmark = pytest.mark.postgres
 
@@ -99,6 +105,31 @@ async def test_in_a_deadlock_it_is_never_the_user_who_fails(table: str) -> None:
 
     assert isinstance(shadow.exception(), psycopg.errors.AdminShutdown)
     assert rows(table, b"select quantity from placed order by id") == [1, 1]
+
+
+async def test_its_capture_says_that_it_was_disturbed(
+    table: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its pair is not compared: what it answered is not what its code does."""
+    monkeypatch.setattr(psycopg_async, "LOCK_TIMEOUT", "50ms")
+    async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
+
+        async def change(_request: Request) -> Response:
+            try:
+                async with pool.connection() as connection:
+                    await connection.execute(CHANGE + "1")
+            except psycopg.errors.LockNotAvailable:
+                return Response(status_code=409)
+            return Response()
+
+        app = Starlette(routes=[Route("/", change)])
+        with psycopg.connect(table) as user:
+            user.execute(CHANGE.encode() + b"1")
+            capture = await captured(app, redis_url, sampled("/", version="new", role="shadow"))
+        await asyncio.gather(*UNDER_WAY)
+
+    assert capture.answer.status == 409
+    assert capture.disturbed == "a copy was disturbed in its database: LockNotAvailable"
 
 
 async def test_a_shadow_that_is_ended_takes_no_session_of_users_along(table: str) -> None:
