@@ -33,7 +33,7 @@ is why it weighs in full only where there are no copies.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import exp, inf, log, log1p
 from typing import Literal
 
