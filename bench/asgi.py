@@ -2,26 +2,26 @@
 
 One Starlette service (2 KB of JSON) bare, with Abreast's middleware (all requests sampled, and none), with
 OpenTelemetry's, and with a BaseHTTPMiddleware that does nothing. Each is saturated in turn, so that a busy machine slows
-all alike. A ratio is to the bare service of the same round; `otel_us` and `basehttp_us` are what those two add to a
+all alike. A ratio is to the bare service of the same round; `uvicorn_NAME_cpu_us` is the CPU time that the worker takes for
+a request, background included, which who else uses the machine changes less; `otel_us` and `basehttp_us` are what those two add to a
 request in the process, by the same clock as `middleware_sampled_us`.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import middleware
+import processes
 import redis
 from load import Users
-from rows import Row, row
+from rows import Row, main, row
 from service import wrapped
 
 from abreast_sidecar.embedded import RedisServer, ServerProcess, free_port
@@ -82,20 +82,32 @@ def service(kind: str, port: int, folder: Path, redis_url: str) -> Iterator[Serv
         server.stop()
 
 
-def throughput(runs: int, seconds: float) -> dict[str, list[float]]:
-    """Requests a second of each variant, by round."""
-    found: dict[str, list[float]] = {variant.name: [] for variant in VARIANTS}
+@dataclass
+class Found:
+    """Of one variant, by round."""
+
+    rates: list[float] = field(default_factory=list)  # requests a second
+    cpu: list[float] = field(default_factory=list)  # µs of the worker a request
+
+
+def throughput(runs: int, seconds: float) -> dict[str, Found]:
+    found = {variant.name: Found() for variant in VARIANTS}
     with RedisServer() as server, TemporaryDirectory() as folder, contextlib.ExitStack() as opening:
-        ports = {variant.kind: free_port() for variant in VARIANTS}
-        for kind, port in ports.items():
-            opening.enter_context(service(kind, port, Path(folder), server.url))
+        workers = {}
+        for kind in {variant.kind for variant in VARIANTS}:
+            port = free_port()
+            workers[kind] = port, opening.enter_context(service(kind, port, Path(folder), server.url)).pid
         with redis.Redis.from_url(server.url) as client:
             for number in range(runs + 1):
                 for variant in VARIANTS:
-                    rate = asyncio.run(saturated(ports[variant.kind], variant, seconds))
+                    port, pid = workers[variant.kind]
+                    before = processes.cpu(pid)
+                    rate = asyncio.run(saturated(port, variant, seconds))
+                    took = processes.cpu(pid) - before
                     client.flushall()  # no sidecar empties it
                     if number:  # the first round warms up
-                        found[variant.name].append(rate)
+                        found[variant.name].rates.append(rate)
+                        found[variant.name].cpu.append(took / (rate * seconds) * 1e6)
     return found
 
 
@@ -120,28 +132,21 @@ async def added(kind: str, turns: int) -> list[float]:
 
 
 def rows(*, quick: bool = False) -> list[Row]:
-    runs, seconds = (2, 0.5) if quick else (7, 1.5)
+    runs, seconds = (2, 0.5) if quick else (9, 1.5)
     found = throughput(runs, seconds)
-    rates = [row(f"uvicorn_{name}_per_s", "1/s", rates) for name, rates in found.items()]
+    bare = found["bare"].rates
     ratios = [
         row(
-            f"{name}_throughput_ratio",
-            "",
-            [one / bare for one, bare in zip(rates, found["bare"], strict=True)],
+            f"{name}_throughput_ratio", "", [one / other for one, other in zip(each.rates, bare, strict=True)]
         )
-        for name, rates in found.items()
+        for name, each in found.items()
         if name != "bare"
     ]
     costs = [row(f"{kind}_us", "us", asyncio.run(added(kind, TURNS))) for kind in ("otel", "basehttp")]
-    return [*ratios, *costs, *rates]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    for each in rows(quick=parser.parse_args().quick):
-        print(json.dumps(each))
+    rates = [row(f"uvicorn_{name}_per_s", "1/s", each.rates) for name, each in found.items()]
+    cpu = [row(f"uvicorn_{name}_cpu_us", "us", each.cpu) for name, each in found.items()]
+    return [*ratios, *costs, *rates, *cpu]
 
 
 if __name__ == "__main__":
-    main()
+    main(rows)

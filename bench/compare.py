@@ -1,4 +1,4 @@
-"""What a comparison costs, and how well it tells regressions from harmless changes."""
+"""What a comparison costs, and how well it tells regressions from harmless changes: python bench/compare.py [--quick]."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from time import perf_counter_ns
 from typing import Any
 
 import orjson
+from rows import Row, main, row
 
 from abreast.capture import Answer, Body
 from abreast_sidecar.compare import Rules, body_differences
@@ -21,9 +21,8 @@ from abreast_sidecar.compare.value import canonical
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-RUNS = 60  # rounds, in each of which everything is measured once
+RUNS, QUICK_RUNS = 60, 15  # rounds, in each of which everything is measured once
 SLOW_RUNS = 8  # rounds with deepdiff
-Row = dict[str, Any]  # name, value (median), unit, min, max, runs
 
 
 def order(lines: int) -> dict[str, Any]:
@@ -76,17 +75,6 @@ def measured(works: dict[str, Callable[[], Any]], *, number: int, runs: int) -> 
     return taken
 
 
-def row(name: str, values: list[float], unit: str) -> Row:
-    return {
-        "name": name,
-        "value": round(median(values), 3),
-        "unit": unit,
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-        "runs": len(values),
-    }
-
-
 def walked(old: Any, new: Any) -> list[tuple[Any, Any]]:
     """The reference: no paths, no order, nothing kept; skips what has the same canonical text."""
     if type(old) is type(new) and canonical(old) == canonical(new):
@@ -98,12 +86,12 @@ def walked(old: Any, new: Any) -> list[tuple[Any, Any]]:
     return [(old, new)]
 
 
-def speed() -> list[Row]:
+def speed(runs: int) -> list[Row]:
     rows = []
     for size, lines, number in (("2kb", 9, 100), ("50kb", 230, 5)):
         old, new = (orjson.dumps(one) for one in (order(lines), changed(order(lines))))
-        taken = measured(_works(old, new), number=number, runs=RUNS)
-        rows += [row(f"{name}_{size}_us", values, "µs") for name, values in taken.items()]
+        taken = measured(_works(old, new), number=number, runs=runs)
+        rows += [row(f"{name}_{size}_us", "us", values) for name, values in taken.items()]
     return rows
 
 
@@ -135,7 +123,7 @@ def against_deepdiff() -> list[Row]:
     }
     taken = measured(works, number=20, runs=SLOW_RUNS)
     ratios = [slow / fast for slow, fast in zip(taken["deepdiff"], taken["diff"], strict=True)]
-    return [row("deepdiff_us", taken["deepdiff"], "µs"), row("deepdiff_ratio", ratios, "times")]
+    return [row("deepdiff_us", "us", taken["deepdiff"]), row("deepdiff_ratio", "times", ratios)]
 
 
 def quality() -> list[Row]:
@@ -153,18 +141,15 @@ def quality() -> list[Row]:
         wrong += len(got - expected)
         missed += len(expected - got)
     return [
-        row("corpus_precision", [right / (right + wrong)], "share"),
-        row("corpus_recall", [right / (right + missed)], "share"),
-        row("corpus_pairs", [float(len(known))], "pairs"),
+        row("corpus_precision", "share", [right / (right + wrong)]),
+        row("corpus_recall", "share", [right / (right + missed)]),
+        row("corpus_pairs", "pairs", [float(len(known))]),
     ]
 
 
-def rows() -> list[Row]:
-    return [*speed(), *against_deepdiff(), *quality()]
+def rows(*, quick: bool = False) -> list[Row]:
+    return [*speed(QUICK_RUNS if quick else RUNS), *against_deepdiff(), *quality()]
 
 
 if __name__ == "__main__":
-    for one in rows():
-        print(
-            f"{one['name']:24} {one['value']:>12,.3f} {one['unit']:6} {one['min']:,.3f} … {one['max']:,.3f} ({one['runs']} runs)"
-        )
+    main(rows)

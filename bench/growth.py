@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 import psycopg
@@ -34,6 +34,7 @@ DAYS = 10
 ENDPOINTS, FINDINGS = 20, 50
 SHOWN = 100  # every so many-th pair shows a finding
 MILLION = 1_000_000
+QUICK = (0.1,)  # millions
 BATCH, BATCHES = 500, 20
 ASKED = 3  # times
 
@@ -46,7 +47,7 @@ select (at at time zone 'UTC')::date, id, at, 1 + n %% %(endpoints)s, case when 
 from (
     select n, gen_random_uuid()::text as id, n %% %(each)s = 0 as shown,
            %(end)s::timestamptz - (random() * %(days)s * interval '1 day') as at
-    from generate_series(%(first)s::bigint, %(first)s::bigint + 999999) as n
+    from generate_series(%(first)s::bigint, %(first)s::bigint + %(many)s - 1) as n
 ) as made
 """
 NAMES = b"""
@@ -69,11 +70,13 @@ def names(connection: psycopg.Connection) -> None:
     connection.execute(OPEN, [DAYS])
 
 
-def fill(connection: psycopg.Connection, first: int, millions: int) -> None:
+def fill(connection: psycopg.Connection, first: int, over: int) -> None:
+    """Pairs number `first` up to `over`."""
     end = datetime.now(UTC)
-    for number in range(first, first + millions):
+    for number in range(first, over, MILLION):
         given = {
-            "first": number * MILLION,
+            "first": number,
+            "many": min(MILLION, over - number),
             "end": end,
             "days": DAYS,
             "each": SHOWN,
@@ -146,18 +149,18 @@ async def timed(question: Callable[[], Awaitable[object]]) -> list[float]:
     return took
 
 
-def rows(millions: tuple[int, ...] = (1,)) -> list[Row]:
+def rows(millions: Sequence[float] = (1,), *, quick: bool = False) -> list[Row]:
     found: list[Row] = []
     with PostgresServer() as server, psycopg.connect(server.url(), autocommit=True) as connection:
         asyncio.run(migrate(server.url()))
         names(connection)
         filled = 0
-        for wanted in millions:
-            fill(connection, filled, wanted - filled)
-            filled = wanted
-            found.append(row(f"growth_{wanted}m_write_us", "us", asyncio.run(write(server.url()))))
+        for wanted in QUICK if quick else millions:
+            fill(connection, filled, round(wanted * MILLION))
+            filled = round(wanted * MILLION)
+            found.append(row(f"growth_{wanted:g}m_write_us", "us", asyncio.run(write(server.url()))))
             found += [
-                row(f"growth_{wanted}m_{name}", "ms", took)
+                row(f"growth_{wanted:g}m_{name}", "ms", took)
                 for name, took in asyncio.run(ask(server.url())).items()
             ]
     return found
@@ -165,8 +168,8 @@ def rows(millions: tuple[int, ...] = (1,)) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--millions", type=int, nargs="+", default=[1])
-    for each in rows(tuple(parser.parse_args().millions)):
+    parser.add_argument("--millions", type=float, nargs="+", default=[1])
+    for each in rows(parser.parse_args().millions):
         print(json.dumps(each), flush=True)
 
 

@@ -16,10 +16,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import processes
 from asgi import request
 from load import Users
 from mirror import deployed, sample
-from rows import Row
+from rows import Row, end_in_order
 
 from abreast_sidecar.embedded.stack import Stack
 
@@ -27,31 +28,6 @@ USERS = 8
 PLOT = Path(__file__).with_name("memory.svg")
 COLOURS = ("#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#555555")
 WIDTH, HEIGHT, LEFT, BELOW, LEGEND = 760, 300, 60, 40, 130
-MIB = 2**20
-
-
-def children() -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:  # it has ended meanwhile
-                continue
-            found.setdefault(parent, []).append(int(entry.name))
-    return found
-
-
-def resident(pid: int, below: Mapping[int, Sequence[int]]) -> float:
-    """MiB. What processes share is counted once: by their proportional set size."""
-    held = 0.0
-    for one in (pid, *below.get(pid, ())):
-        try:
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        held += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / MIB
-    return held
 
 
 async def watch(stack: Stack, pids: Mapping[str, int], minutes: float, rate: float) -> dict[str, list[float]]:
@@ -63,9 +39,9 @@ async def watch(stack: Stack, pids: Mapping[str, int], minutes: float, rate: flo
         load = asyncio.create_task(users.pace(rate, minutes * 60))
         until = time.monotonic() + minutes * 60
         while time.monotonic() < until and not load.done():
-            below = children()
+            below = processes.children()
             for name, pid in pids.items():
-                found[name].append(resident(pid, below))
+                found[name].append(processes.resident(pid, below))
             await asyncio.sleep(1.0)
         answers = await load
     if answers.errors:
@@ -73,7 +49,7 @@ async def watch(stack: Stack, pids: Mapping[str, int], minutes: float, rate: flo
     return found
 
 
-def processes(stack: Stack, versions: Mapping[str, int]) -> dict[str, int]:
+def watched(stack: Stack, versions: Mapping[str, int]) -> dict[str, int]:
     found = {name: server.server.pid for name, server in stack.servers.items() if server.server is not None}
     return {**found, **versions}
 
@@ -131,7 +107,7 @@ def plot(found: Mapping[str, Sequence[float]], minutes: float) -> str:
 
 def rows(minutes: float = 10.0, rate: float = 150.0) -> list[Row]:
     with deployed() as (stack, versions):
-        found = asyncio.run(watch(stack, processes(stack, versions), minutes, rate))
+        found = asyncio.run(watch(stack, watched(stack, versions), minutes, rate))
     PLOT.write_text(plot(found, minutes))
     return [one for name, values in found.items() for one in row(name, values)]
 
@@ -141,6 +117,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--rate", type=float, default=150.0)
     arguments = parser.parse_args()
+    end_in_order()
     for each in rows(arguments.minutes, arguments.rate):
         print(json.dumps(each))
 

@@ -20,7 +20,7 @@ from abreast.recorder import Message, Scope
 from abreast_sidecar.embedded import RedisServer
 
 REQUESTS = 200  # a turn: as many as are sent at once
-RUNS = 200
+RUNS, QUICK_RUNS = 200, 30
 BODY = b'{"id":17,"name":"a product","tags":["one","two"]}'.ljust(2048)
 HEADERS = [
     (b"content-type", b"application/json"),
@@ -110,7 +110,8 @@ async def measure(redis_url: str, runs: int) -> dict[str, list[float]]:
     return found
 
 
-def rows(runs: int = RUNS) -> list[Row]:
+def rows(*, quick: bool = False, runs: int = 0) -> list[Row]:
+    runs = runs or (QUICK_RUNS if quick else RUNS)
     with RedisServer() as server:
         found = asyncio.run(measure(server.url, runs))
     return [
@@ -123,7 +124,7 @@ def rows(runs: int = RUNS) -> list[Row]:
 
 def main() -> None:
     print(f"{'':28}{'median':>10}{'min':>10}{'max':>10}")
-    for each in rows(int(sys.argv[1]) if len(sys.argv) > 1 else RUNS):
+    for each in rows(runs=int(sys.argv[1]) if len(sys.argv) > 1 else RUNS):
         print(f"{each['name']:28}{each['value']:10.2f}{each['min']:10.2f}{each['max']:10.2f}  {each['unit']}")
 
 

@@ -1,14 +1,15 @@
-"""What mirroring costs users, and how soon a pair can be queried: python bench/mirror.py [--quick].
+"""What mirroring costs users through Envoy, and how soon a pair can be queried: python bench/mirror.py [--quick].
 
 The whole stack on one machine: Envoy, both versions (bench/service.py, one uvicorn worker each), Redis, Postgres and a
 sidecar. Rounds with no request mirrored and with all of them take turns. `mirror_p50_ratio` and `mirror_p99_ratio` are
-the percentiles of users' times at a steady rate, mirrored to not mirrored, of the same round. Here the new version and
-the sidecar share two cores with the users' path, which in production they do not.
+the percentiles of users' times at a steady rate, mirrored to not mirrored, of the same round; `mirror_throughput_ratio`
+is of as many requests as they can. `visible_p50_ms` and `visible_p99_ms` are from an answer to its pair's row, at as many
+pairs a second as `visible_rate_per_s` says. Here the new version and the sidecar share two cores with the users' path,
+which in production they do not.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -16,6 +17,7 @@ import time
 import urllib.request
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +26,7 @@ import grpc
 import psycopg
 from asgi import request, service
 from load import Answers, Users
-from rows import Row, percentile, row
+from rows import Row, main, percentile, row
 
 from abreast.v1 import traffic_pb2, traffic_pb2_grpc
 from abreast_sidecar.embedded import free_port
@@ -33,20 +35,26 @@ from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
 
 USERS = 32
 RATE = 250.0  # requests a second; four processes share two cores
+PAIRS = 1000.0  # a second, while it is measured how soon they are visible
 LOOK = 0.01  # seconds between two looks: `visible` is as exact
+SETTLE = 1.0  # seconds after as many requests as can be
 ARRIVE = 20.0  # seconds that the ledger gets for the last pairs
-ROWS = b"select id from abreast.pair where at >= %s"
+ROWS = b"select id, at from abreast.pair where at >= %s"
+OVERLAP = timedelta(seconds=1)  # a pair may be committed after a later one
 
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds of users' times and requests a second, not mirrored and mirrored; seconds until pairs were visible."""
+    """Seconds of users' times and requests a second, not mirrored and mirrored; seconds until pairs were visible, and how
+    many a second there were.
+    """
 
     plain: list[float]
     mirrored: list[float]
     plain_rate: float
     mirrored_rate: float
     visible: list[float]
+    visible_rate: float
 
 
 @contextlib.contextmanager
@@ -89,11 +97,15 @@ async def measured(stack: Stack, seconds: float) -> Round:
         plain = await users.pace(RATE, seconds)
         plain_rate = await users.saturate(seconds)
         await sample(stack, 1.0)
-        mirrored, visible = await _seen(stack, users.pace(RATE, seconds))
+        mirrored = await users.pace(RATE, seconds)
         mirrored_rate = await users.saturate(seconds)
-    if plain.errors or mirrored.errors:
-        raise RuntimeError(f"users saw {plain.errors + mirrored.errors} errors")
-    return Round(plain.seconds, mirrored.seconds, plain_rate, mirrored_rate, visible)
+        await asyncio.sleep(SETTLE)
+        began = time.monotonic()
+        asked, visible = await _seen(stack, users.pace(PAIRS, seconds))
+        took = asked.pairs[-1][1] - began
+    if errors := plain.errors + mirrored.errors + asked.errors:
+        raise RuntimeError(f"users saw {errors} errors")
+    return Round(plain.seconds, mirrored.seconds, plain_rate, mirrored_rate, visible, len(visible) / took)
 
 
 def _request(number: int) -> bytes:
@@ -106,12 +118,13 @@ async def _seen(stack: Stack, asking: Coroutine[Any, Any, Answers]) -> tuple[Ans
     task = asyncio.ensure_future(asking)
     connection = await psycopg.AsyncConnection.connect(stack.postgres_url, autocommit=True)
     async with connection:
-        began, until = await _now(connection), None
+        since, until = await _now(connection), None
         while until is None or time.monotonic() < until:
-            rows = await (await connection.execute(ROWS, [began])).fetchall()
+            rows = await (await connection.execute(ROWS, [since])).fetchall()
             seen = time.monotonic()
-            for (pair,) in rows:
+            for pair, at in rows:
                 came.setdefault(pair, seen)
+                since = max(since, at - OVERLAP)
             if task.done():
                 if all(pair in came for pair, _ in task.result().pairs):
                     break
@@ -134,7 +147,7 @@ async def _rounds(stack: Stack, count: int, seconds: float) -> list[Round]:
 
 def rows(*, quick: bool = False) -> list[Row]:
     with deployed() as (stack, _pids):
-        found = asyncio.run(_rounds(stack, *((2, 1.5) if quick else (5, 4.0))))
+        found = asyncio.run(_rounds(stack, *((1, 1.5) if quick else (5, 4.0))))
     per_mille = {"p50": 0.5, "p99": 0.99}
     times = [
         row(f"{kind}_{name}_ms", "ms", [percentile(getattr(each, kind), share) * 1000 for each in found])
@@ -150,19 +163,17 @@ def rows(*, quick: bool = False) -> list[Row]:
         for name, share in per_mille.items()
     ]
     rate = row("mirror_throughput_ratio", "", [each.mirrored_rate / each.plain_rate for each in found])
+    rates = [
+        row("plain_per_s", "1/s", [each.plain_rate for each in found]),
+        row("mirrored_per_s", "1/s", [each.mirrored_rate for each in found]),
+        row("visible_rate_per_s", "1/s", [each.visible_rate for each in found]),
+    ]
     visible = [
         row(f"visible_{name}_ms", "ms", [percentile(each.visible, share) * 1000 for each in found])
         for name, share in per_mille.items()
     ]
-    return [*ratios, rate, *visible, *times]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true")
-    for each in rows(quick=parser.parse_args().quick):
-        print(json.dumps(each))
+    return [*ratios, rate, *visible, *times, *rates]
 
 
 if __name__ == "__main__":
-    main()
+    main(rows)

@@ -1,50 +1,91 @@
-"""Pairs a second from Redis through one worker into Postgres: real servers, 2 KB JSON bodies.
+"""Pairs a second from Redis through workers into Postgres: python bench/pipeline.py [--quick] [--runs N] [--pairs N].
 
-python bench/pipeline.py [--runs N] [--pairs N] [--profile]
+Real servers, JSON bodies of 2 and 50 KB of which none, one in a hundred or all differ, one worker and two, each in a
+process of its own that waits until the stream is full. `pipeline_pairs_per_s` is by wall clock, with everything on this
+machine; `pipeline_worker_us`, `pipeline_redis_us` (the join included) and `pipeline_postgres_us` are CPU time a pair. A
+name without an ending is of equal bodies of 2 KB and one worker.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import cProfile
+import contextlib
+import itertools
 import json
-import pstats
-import resource
+import signal
+import sys
 import time
 import uuid
-from collections.abc import Coroutine, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import processes
 import psycopg
 import redis
-from rows import Row, row
+from rows import Row, end_in_order, row
 
 from abreast.capture import Answer, Body, Capture, Request, Role, Version, encode
 from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
 from abreast_sidecar import runtime
-from abreast_sidecar.embedded import PostgresServer, RedisServer
+from abreast_sidecar.embedded import PostgresServer, RedisServer, ServerProcess
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import migrate
 from abreast_sidecar.worker import Worker
 
 SERVICE = "shop"
-SHARES: dict[str, float] = {"equal": 0.0, "1pct": 0.01, "all": 1.0}  # of the pairs that differ
-SEND = 200  # pairs that are sent at once
-ITEMS = 22  # of a body: 2 KB
+SEND = 200  # pairs that are sent at once; a tenth of that where they are large
+ITEMS = {"2kb": 22, "50kb": 575}  # of a body
 WITHIN = 120.0  # seconds for a run
-LOOK = 0.1  # seconds; looking costs the worker's process time
+LOOK = 0.01  # seconds between two looks whether the stream is empty
+READY, GO = "bench:ready", "bench:go"  # lists: workers that wait, and what lets one of them begin
+RUNS, PAIRS = 3, 20_000
+QUICK_RUNS, QUICK_PAIRS = 1, 3_000
 
 
 @dataclass(frozen=True)
-class Run:
-    seconds: float
-    cpu: float  # seconds of the worker's process
-    pairs: int
+class Case:
+    differs: str  # equal, 1pct, all
+    size: str = "2kb"
+    workers: int = 1
+
+    @property
+    def share(self) -> float:
+        return {"equal": 0.0, "1pct": 0.01, "all": 1.0}[self.differs]
+
+    @property
+    def ending(self) -> str:
+        parts = (
+            self.differs * (self.differs != "equal"),
+            self.size * (self.size != "2kb"),
+            f"{self.workers}workers" * (self.workers > 1),
+        )
+        return "".join(f"_{part}" for part in parts if part)
+
+    def pairs(self, most: int) -> int:
+        """Fewer of what takes longer."""
+        return max(100, most // (10 if self.size == "50kb" else 1) // (3 if self.differs == "all" else 1))
 
 
-def body(price: float) -> bytes:
+CASES = [
+    Case(differs, size, workers)
+    for size, differs, workers in itertools.product(ITEMS, ("equal", "1pct", "all"), (1, 2))
+]
+
+
+@dataclass
+class Found:
+    """Of one case, by run: pairs a second, and µs of CPU a pair."""
+
+    rate: list[float] = field(default_factory=list)
+    worker: list[float] = field(default_factory=list)
+    redis: list[float] = field(default_factory=list)
+    postgres: list[float] = field(default_factory=list)
+
+
+def body(price: float, many: int = ITEMS["2kb"]) -> bytes:
     items = [
         {
             "id": number,
@@ -53,10 +94,10 @@ def body(price: float) -> bytes:
             "currency": "EUR",
             "tags": ["new", "sale"],
         }
-        for number in range(ITEMS)
+        for number in range(many)
     ]
     items[3]["price"] = price
-    return json.dumps({"page": 1, "total": ITEMS, "items": items}, separators=(",", ":")).encode()
+    return json.dumps({"page": 1, "total": many, "items": items}, separators=(",", ":")).encode()
 
 
 def capture(pair: str, version: Version, role: Role, held: bytes) -> Capture:
@@ -83,9 +124,9 @@ def capture(pair: str, version: Version, role: Role, held: bytes) -> Capture:
     )
 
 
-def pairs(count: int, share: float) -> Iterator[tuple[str, str, int, bytes]]:
+def pairs(count: int, share: float, many: int = ITEMS["2kb"]) -> Iterator[tuple[str, str, int, bytes]]:
     """Captures for the join: of every 1/share pairs one differs."""
-    old, changed = body(1.0), body(2.0)
+    old, changed = body(1.0, many), body(2.0, many)
     for number in range(count):
         differs = share > 0 and number % round(1 / share) == 0
         pair = str(uuid.uuid4())
@@ -96,99 +137,135 @@ def pairs(count: int, share: float) -> Iterator[tuple[str, str, int, bytes]]:
             yield pair, one.slot, one.arms, encode(one)
 
 
-def send(client: redis.Redis, captures: Iterable[tuple[str, str, int, bytes]]) -> None:
+def send(
+    client: redis.Redis, captures: Iterable[tuple[str, str, int, bytes]], at_once: int = 2 * SEND
+) -> None:
     """Fill the stream, with the services' own script."""
     keys = Keys(SERVICE, 0)
     bounds = Bounds(bytes=2**40, pairs=10**7)
     join = client.register_script(JOIN)
     client.hset(SERVICES, SERVICE, 1)
-    batch: list[tuple[str, str, int, bytes]] = []
-    for one in captures:
-        batch.append(one)
-        if len(batch) == 2 * SEND:
-            names, arguments = join_arguments(keys, bounds, batch)
-            join(keys=names, args=arguments)
-            batch.clear()
-    if batch:
+    source = iter(captures)
+    while batch := list(itertools.islice(source, at_once)):
         names, arguments = join_arguments(keys, bounds, batch)
         join(keys=names, args=arguments)
 
 
-async def drain(settings: Settings, client: redis.Redis, count: int) -> Run:
-    """Run one worker until the stream is empty."""
-    stop = asyncio.Event()
-    worker = Worker(settings, name="bench")
-    before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
-    task = asyncio.create_task(worker.run(stop))
-    while client.xlen(Keys(SERVICE, 0).ready):
-        await asyncio.sleep(LOOK)
-        if time.monotonic() - began > WITHIN or task.done():
-            raise RuntimeError(f"the worker did not empty the stream within {WITHIN:g} s")
-    seconds = worker.last_beat - began
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    stop.set()
-    await task
-    return Run(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, count)
+def work(redis_url: str, postgres_url: str, name: str) -> None:
+    """A worker's process: wait, then work until SIGTERM."""
+    with redis.Redis.from_url(redis_url) as client:
+        client.rpush(READY, name)
+        client.blpop([GO], timeout=WITHIN)
+
+    async def running() -> None:
+        stop = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        await Worker(Settings(redis_url=redis_url, postgres_url=postgres_url), name=name).run(stop)
+
+    runtime.run(running())
 
 
-async def _noted(draining: Coroutine[Any, Any, Run], runs: list[Run]) -> None:
-    runs.append(await draining)
+class Bench:
+    def __init__(self, valkey: RedisServer, postgres: PostgresServer, folder: Path) -> None:
+        self._valkey, self._postgres, self._folder = valkey, postgres, folder
+        self._client = redis.Redis.from_url(valkey.url)
+        self.sent = self.differing = 0
+
+    def run(self, case: Case, most: int, found: Found) -> None:
+        count, large = case.pairs(most), case.size != "2kb"
+        with contextlib.ExitStack() as opening:
+            workers = [opening.enter_context(self._worker(f"bench-{n}")) for n in range(case.workers)]
+            parts = {"redis": self._pid(self._valkey), "postgres": self._pid(self._postgres)}
+            before = {name: processes.cpu(pid) for name, pid in parts.items()}
+            send(
+                self._client,
+                pairs(count, case.share, ITEMS[case.size]),
+                2 * SEND // 10 if large else 2 * SEND,
+            )
+            idle = sum(map(processes.cpu, workers))
+            seconds = self._drained(case.workers)
+            found.rate.append(count / seconds)
+            found.worker.append((sum(map(processes.cpu, workers)) - idle) / count * 1e6)
+            for name, pid in parts.items():
+                getattr(found, name).append((processes.cpu(pid) - before[name]) / count * 1e6)
+        self.sent += count
+        self.differing += len(range(0, count, round(1 / case.share))) if case.share else 0
+
+    @contextlib.contextmanager
+    def _worker(self, name: str) -> Iterator[int]:
+        """Its process's id, once it waits."""
+        before = self._client.llen(READY)
+        command = [sys.executable, __file__, "--work", self._valkey.url, self._postgres.url(), name]
+        server = ServerProcess.start(
+            name, command, self._folder / f"{name}.log", ready=lambda _pid: self._client.llen(READY) > before
+        )
+        try:
+            yield server.pid
+        finally:
+            server.stop()
+
+    def _drained(self, workers: int) -> float:
+        """Seconds from the start until the stream is empty."""
+        began = time.monotonic()
+        self._client.rpush(GO, *range(workers))
+        while self._client.xlen(Keys(SERVICE, 0).ready):
+            time.sleep(LOOK)
+            if time.monotonic() - began > WITHIN:
+                raise RuntimeError(f"the stream was not empty after {WITHIN:g} s")
+        return time.monotonic() - began
+
+    def _pid(self, server: RedisServer | PostgresServer) -> int:
+        assert server.server is not None
+        return server.server.pid
+
+    def check(self) -> None:
+        with psycopg.connect(self._postgres.url()) as connection:
+            rows: dict[str, int] = dict(
+                connection.execute("select outcome, count(*) from abreast.pair group by 1").fetchall()
+            )
+        if rows.get("mismatch", 0) != self.differing or sum(rows.values()) != self.sent:
+            raise RuntimeError(f"the ledger does not hold what was sent: {rows}")
 
 
-def measure(count: int, runs: int, profile: cProfile.Profile | None = None) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {name: [] for name in SHARES}
-    with RedisServer() as valkey, PostgresServer() as postgres, redis.Redis.from_url(valkey.url) as client:
-        settings = Settings(redis_url=valkey.url, postgres_url=postgres.url())
+def measure(most: int, runs: int) -> dict[Case, Found]:
+    found = {case: Found() for case in CASES}
+    with RedisServer() as valkey, PostgresServer() as postgres, TemporaryDirectory() as folder:
         asyncio.run(migrate(postgres.url()))
+        bench = Bench(valkey, postgres, Path(folder))
         for _ in range(runs):
-            for name, share in SHARES.items():
-                send(client, pairs(count, share))
-                if profile is not None:
-                    profile.enable()
-                runtime.run(_noted(drain(settings, client, count), found[name]))
-                if profile is not None:
-                    profile.disable()
-        _check(postgres.url(), count * runs)
+            for case, kept in found.items():
+                bench.run(case, most, kept)
+        bench.check()
     return found
 
 
-def _check(url: str, each: int) -> None:
-    with psycopg.connect(url) as connection:
-        rows: dict[str, int] = dict(
-            connection.execute("select outcome, count(*) from abreast.pair group by 1").fetchall()
+def rows(*, quick: bool = False, runs: int | None = None, most: int | None = None) -> list[Row]:
+    measured = measure(most or (QUICK_PAIRS if quick else PAIRS), runs or (QUICK_RUNS if quick else RUNS))
+    return [
+        row(f"pipeline_{name}{case.ending}", unit, values)
+        for case, found in measured.items()
+        for name, unit, values in (
+            ("pairs_per_s", "1/s", found.rate),
+            ("worker_us", "us", found.worker),
+            ("redis_us", "us", found.redis),
+            ("postgres_us", "us", found.postgres),
         )
-    differing = each + len([n for n in range(each) if n % 100 == 0])
-    if abs(rows.get("mismatch", 0) - differing) > each * 0.001 + 100 or sum(rows.values()) != 3 * each:
-        raise RuntimeError(f"the ledger does not hold what was sent: {rows}")
-
-
-def bench(runs: int = 3, count: int = 20_000) -> list[Row]:
-    """`pipeline_pairs_per_s` by wall clock, `pipeline_worker_us` of the worker's CPU a pair; of equal pairs, and by share."""
-    rows: list[Row] = []
-    for name, measured in measure(count, runs).items():
-        ending = "" if name == "equal" else f"_{name}"
-        rate = [run.pairs / run.seconds for run in measured]
-        cost = [run.cpu / run.pairs * 1e6 for run in measured]
-        rows += [
-            row(f"pipeline_pairs_per_s{ending}", "1/s", rate),
-            row(f"pipeline_worker_us{ending}", "us", cost),
-        ]
-    return rows
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=20_000)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--runs", type=int)
+    parser.add_argument("--pairs", type=int)
+    parser.add_argument("--work", nargs=3, metavar=("REDIS", "POSTGRES", "NAME"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.profile:
-        profile = cProfile.Profile()
-        measure(arguments.pairs, 1, profile)
-        pstats.Stats(profile).sort_stats("tottime").print_stats(35)
+    if arguments.work:
+        work(*arguments.work)
         return
-    for each in bench(arguments.runs, arguments.pairs):
-        print(json.dumps(each))
+    end_in_order()
+    for each in rows(quick=arguments.quick, runs=arguments.runs, most=arguments.pairs):
+        print(json.dumps(each), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Measures what there is to measure: python bench/run.py [--quick]. Prints a table and writes bench/results.json.
+"""Measures what there is to measure: python bench/run.py [--quick] [--minutes N]. Prints a table; writes bench/results.json.
 
 Part by part: the middleware in-process and behind uvicorn, users' times through Envoy and how soon a pair can be
-queried, Redis → compare → Postgres, comparing bodies, a rollback, and a flood of copies. The first rows tell the machine
-and the versions.
+queried, Redis → compare → Postgres, comparing bodies, a rollback and a flood of copies, the cost of a large ledger, and
+the memory of every process (drawn into bench/memory.svg). What is compared takes turns within its part. The first rows
+tell the machine and the versions.
 """
 
 from __future__ import annotations
@@ -10,38 +11,79 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import asgi
 import compare
+import growth
 import machine
+import memory
 import middleware
 import mirror
 import pipeline
 import traffic
+from rows import Row, end_in_order
 
 RESULTS = Path(__file__).parent / "results.json"
+MINUTES, QUICK_MINUTES = 10.0, 0.1  # of load, while memory is watched
+STABLE = {
+    "basehttp_us",
+    "deepdiff_ratio",
+    "diff_2kb_us",
+    "diff_50kb_us",
+    "middleware_sampled_us",
+    "middleware_throughput_ratio",
+    "middleware_unsampled_us",
+    "mirror_p50_ratio",
+    "mirror_p99_ratio",
+    "otel_us",
+    "pipeline_pairs_per_s",
+    "pipeline_worker_us",
+    "rollback_ms",
+    "visible_p99_ms",
+}  # names that others read
 
 
-def measured(quick: bool) -> list[dict[str, Any]]:
-    found: list[Any] = [*machine.rows(), *middleware.rows(*([5] if quick else []))]
-    found += asgi.rows(quick=quick)
-    found += mirror.rows(quick=quick)
-    found += pipeline.bench(runs=1 if quick else 3, count=5_000 if quick else 20_000)
-    found += compare.rows()
-    found += traffic.bench(quick=quick)
-    return [dict(row) for row in found]
+def parts(quick: bool, minutes: float) -> dict[str, Callable[[], Sequence[Row]]]:
+    return {
+        "machine": machine.rows,
+        "middleware": lambda: middleware.rows(quick=quick),
+        "asgi": lambda: asgi.rows(quick=quick),
+        "mirror": lambda: mirror.rows(quick=quick),
+        "pipeline": lambda: pipeline.rows(quick=quick),
+        "compare": lambda: compare.rows(quick=quick),
+        "traffic": lambda: traffic.rows(quick=quick),
+        "growth": lambda: growth.rows(quick=quick),
+        "memory": lambda: memory.rows(minutes),
+    }
+
+
+def measured(quick: bool, minutes: float) -> Iterator[Row]:
+    for name, part in parts(quick, minutes).items():
+        began = time.monotonic()
+        yield from part()
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
-    rows = measured(parser.parse_args().quick)
-    for row in rows:
+    parser.add_argument("--minutes", type=float, help="of load, while memory is watched")
+    given = parser.parse_args()
+    end_in_order()
+    minutes = given.minutes or (QUICK_MINUTES if given.quick else MINUTES)
+    rows = []
+    for row in measured(given.quick, minutes):
+        rows.append(row)
         print(
-            f"{row['name']:32} {row['value']:>12,.2f} {row['unit']:8} {row['min']:,.2f} … {row['max']:,.2f} ({row['runs']} runs)"
+            f"{row['name']:38} {row['value']:>12,.2f} {row['unit']:8} {row['min']:,.2f} … {row['max']:,.2f} ({row['runs']} runs)",
+            flush=True,
         )
+    if missing := STABLE - {row["name"] for row in rows}:
+        print(f"not measured: {', '.join(sorted(missing))}", file=sys.stderr)
+        return 1
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 

@@ -13,20 +13,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
+import processes
 from google.protobuf.duration_pb2 import Duration
-from rows import Row, row
+from rows import Row, end_in_order, row
 
 from abreast.v1 import traffic_pb2, traffic_pb2_grpc
+from abreast_sidecar.embedded import ServerProcess
 from abreast_sidecar.embedded.process import answers, stable_port
 from abreast_sidecar.embedded.stack import ANY_PORT, Stack
 from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
@@ -81,14 +83,17 @@ async def users(port: int, body: bytes = b"") -> AsyncIterator[Load]:
 
 @contextmanager
 def version(name: str, port: int) -> Iterator[None]:
-    process = subprocess.Popen([sys.executable, __file__, "--serve", str(port), name])
-    try:
-        while not answers("127.0.0.1", port, HEALTH, b" 200 "):
-            time.sleep(0.05)
-        yield
-    finally:
-        process.kill()
-        process.wait()
+    with TemporaryDirectory() as folder:
+        server = ServerProcess.start(
+            name,
+            [sys.executable, __file__, "--serve", str(port), name],
+            Path(folder) / "log",
+            ready=lambda _pid: answers("127.0.0.1", port, HEALTH, b" 200 "),
+        )
+        try:
+            yield
+        finally:
+            server.stop()
 
 
 async def serve(port: int, name: str) -> None:
@@ -160,12 +165,6 @@ async def p99(stack: Stack, seconds: float) -> tuple[float, int]:
     return times[int(len(times) * 0.99)] * 1000, errors
 
 
-def resident(pid: int) -> float:
-    """MB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
-
-
 async def floods(stack: Stack, runs: int, seconds: float) -> dict[str, list[float]]:
     client = Client(stack)
     found: dict[str, list[float]] = {"flood_p99_ratio": [], "flood_envoy_mb": [], "flood_errors": []}
@@ -176,7 +175,7 @@ async def floods(stack: Stack, runs: int, seconds: float) -> dict[str, list[floa
         await client.set(sample_unsafe=1.0)
         flooded, errors = await p99(stack, seconds)
         found["flood_p99_ratio"].append(flooded / alone)
-        found["flood_envoy_mb"].append(resident(stack.envoy.server.pid))
+        found["flood_envoy_mb"].append(processes.resident(stack.envoy.server.pid, {}))
         found["flood_errors"].append(errors)
     await client.channel.close()
     return found
@@ -185,7 +184,7 @@ async def floods(stack: Stack, runs: int, seconds: float) -> dict[str, list[floa
 UNITS = {"flood_p99_ratio": "x", "flood_envoy_mb": "MB", "flood_errors": "requests"}
 
 
-def bench(*, quick: bool = False) -> list[Row]:
+def rows(*, quick: bool = False) -> list[Row]:
     with deployed() as stack:
         took = asyncio.run(rollbacks(stack, 3 if quick else 10))
         flooded = asyncio.run(floods(stack, 1 if quick else 3, 1.5 if quick else 4.0))
@@ -200,7 +199,8 @@ def main() -> None:
     if arguments.serve:
         asyncio.run(serve(int(arguments.serve[0]), arguments.serve[1]))
         return
-    for each in bench(quick=arguments.quick):
+    end_in_order()
+    for each in rows(quick=arguments.quick):
         print(json.dumps(each))
 
 
