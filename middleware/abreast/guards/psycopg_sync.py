@@ -61,7 +61,7 @@ class Connection(psycopg.Connection[Row]):
         self.writes = Writes()
         self.request: Current | None = None  # that of the pool's user
         self.held = False  # by a shadow request, which is rolled back
-        self.watch: Watch | None = None  # while it is held
+        self.watch: Watch | None = None  # since it was first held
         self._asked_autocommit = False
         self._given_autocommit = False
         self._unit = False  # for the code, a transaction is open
@@ -89,7 +89,7 @@ class Connection(psycopg.Connection[Row]):
         else:
             raise ShadowError("a connection must be idle when a shadow request gets it")
         self.held = True
-        self.watch = watch(self)
+        self.watch = self.watch or watch(self)
         self.watch.begin(self)
         outlived(CURRENT.get(), "what is written to Postgres")
 
