@@ -7,10 +7,12 @@ import gzip
 import json
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import brotli  # type: ignore[import-untyped]  # it has no types
 import yaml
 import zstandard
 
@@ -173,10 +175,11 @@ def _of_answers(case: dict[str, Any]) -> Pair:
 
 
 def _whole(side: dict[str, Any]) -> Answer:
-    body, headers = side.get("body", "").encode(), _headers(side.get("headers", {}))
+    body = side["body"].encode() if "body" in side else b"1" * side.get("repeat", 0)
+    headers = _headers(side.get("headers", {}))
     if "encode" in side:
         body = _encoded(body, side)
-        headers = (*headers, ("content-encoding", side["encode"]))
+        headers = (*headers, *(("content-encoding", coding) for coding in side["encode"].split(",")))
     return _answer(
         body,
         side.get("type", "application/json"),
@@ -187,11 +190,12 @@ def _whole(side: dict[str, Any]) -> Answer:
 
 
 def _encoded(body: bytes, side: dict[str, Any]) -> bytes:
-    if side["encode"] == "zstd":
-        packed: bytes = zstandard.compress(body)
-        return packed
-    return (
-        gzip.compress(body, side.get("level", 6), mtime=0)
-        if side["encode"] == "gzip"
-        else zlib.compress(body)
-    )
+    codings: dict[str, Callable[[bytes], bytes]] = {
+        "br": brotli.compress,
+        "deflate": zlib.compress,
+        "gzip": lambda plain: gzip.compress(plain, side.get("level", 6), mtime=0),
+        "zstd": zstandard.compress,
+    }
+    for coding in side["encode"].split(","):
+        body = codings[coding](body)
+    return body

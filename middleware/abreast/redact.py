@@ -138,8 +138,9 @@ class Redactor:
         return self.hash(value)
 
     def _cookie(self, cookie: str) -> str:
-        """Hash the value and keep the name. A quoted value may hold a semicolon; what follows it is hashed too."""
+        """Hash the value and keep the name, and that there is no value. What follows a semicolon in quotes is hashed too."""
         name, equals, value = cookie.partition("=")
         if not equals:
             return self.hash(cookie)
-        return f"{name}={self.hash(value.strip())}"
+        held = value.strip()
+        return f"{name}={held and self.hash(held)}"

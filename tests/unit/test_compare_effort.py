@@ -16,6 +16,7 @@ from abreast.capture import Answer, Body, Headers
 from abreast_sidecar.compare import Rules
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
 from abreast_sidecar.compare.document import DocumentDiff
+from abreast_sidecar.compare.media import media
 
 SMALL, LARGE = 500, 1000  # items of a body
 LINEAR = 1.3  # times as many steps as twice the items should take
@@ -223,6 +224,12 @@ def test_a_small_body_that_decodes_to_millions_of_values_is_compared_by_its_byte
     assert found.too_large
     assert "too much work" in found.note
     assert calls < 1000
+
+
+@pytest.mark.parametrize("parameters", ["x" * 100_000, 'x="' * 50_000, ';x="a"b' * 20_000, '"' * 100_000])
+def test_a_long_content_type_is_no_work(parameters: str) -> None:
+    """It takes minutes where it is looked at again from every character."""
+    assert media(f"text/html;{parameters}").format == "html"
 
 
 def test_html_that_is_too_much_is_compared_by_lines() -> None:

@@ -67,7 +67,8 @@ def compare_bodies(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None =
         Plain(left.data, media(first(old.headers, "content-type"))),
         Plain(right.data, media(first(new.headers, "content-type"))),
     )
-    return _compared(Comparison(old, new, *sides, rules, keyed))
+    found = _compared(Comparison(old, new, *sides, rules, keyed))
+    return found._replace(note=_both(_untyped(*sides), found.note))
 
 
 def _is_plain_json(answer: Answer) -> bool:
@@ -95,7 +96,7 @@ def _plain_json(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None) -> 
 
 
 def _decoded(answer: Answer, rules: Rules) -> Decoded:
-    coding = first(answer.headers, "content-encoding")
+    coding = ",".join([value for name, value in answer.headers if name == "content-encoding"])
     return decoded(answer.body.held, coding, rules.max_decoded) if coding else Decoded(answer.body.held)
 
 
@@ -156,6 +157,12 @@ def _compared(pair: Comparison) -> BodyResult:
     return _structured(pair, left if left == right else "text")
 
 
+def _untyped(old: Plain, new: Plain) -> str:
+    """Nobody says what it is."""
+    without = [name for name, side in (("old", old), ("new", new)) if not side.media.essence]
+    return f"no content type: {' and '.join(without)}" if without else ""
+
+
 def _format(side: Plain, other: Plain) -> Format:
     """What it says it is; else what the other says; else what it begins like."""
     for said in (side.media, other.media if not side.media.essence else side.media):
@@ -197,9 +204,10 @@ def _not_json(pair: Comparison) -> BodyResult:
 
 def _mislabelled(pair: Comparison, kind: Format) -> BodyResult | None:
     """JSON under the name of something else is compared by its paths too."""
-    if kind not in {"text", "html", "bytes"} or {sniffed(pair.left.data), sniffed(pair.right.data)} != {
-        "json"
-    }:
+    if kind not in {"text", "html", "xml", "form", "multipart", "bytes"} or {
+        sniffed(pair.left.data),
+        sniffed(pair.right.data),
+    } != {"json"}:
         return None
     if pair.too_much("json") or not (_is_json(pair.left) and _is_json(pair.right)):
         return None
@@ -223,7 +231,10 @@ def _structured(pair: Comparison, kind: Format) -> BodyResult:
         if error.old != error.new:
             side = "old" if error.old else "new"
             return BodyResult([pair.whole("type")], f"{side}'s body is not the {kind} it claims to be")
-        return BodyResult([pair.whole("changed")]) if kind in {"text", "bytes"} else _structured(pair, "text")
+        if kind in {"text", "bytes", "unknown"}:
+            return BodyResult([pair.whole("changed")])
+        coarse = _structured(pair, "text")
+        return coarse._replace(note=_both(f"neither body is the {kind} it claims to be", coarse.note))
     differences, note = _walked(pair, found.old, found.new, found.root, pair.spent(kind))
     if not differences and not found.alike():
         differences = [_whole("order", pair.old, pair.new, found.root)]

@@ -8,11 +8,12 @@ from msgspec.structs import replace
 
 from abreast.capture import Headers, Request
 from abreast_sidecar.compare.difference import Difference, Impact, Kind, Told
-from abreast_sidecar.compare.meaning import LISTS, cookie, location, meaning
+from abreast_sidecar.compare.meaning import APART, LISTS, cookie, location, meaning, scheme
 from abreast_sidecar.compare.media import media
 from abreast_sidecar.compare.value import shown
 
 _ADDRESSES = frozenset({"location", "content-location"})
+_SCHEMES = frozenset({"http", "https"})
 _IMPACTS: dict[Kind, Impact] = {"added": "additive", "removed": "breaking", "changed": "value"}
 
 
@@ -42,7 +43,7 @@ def header_differences(
     found = []
     for name in sorted(left.keys() | right.keys()):
         values, others = left.get(name), right.get(name)
-        if values != others and _meant(name, values, request) != _meant(name, others, request):
+        if values != others and not _same(name, values, others, request):
             found.append(_difference(name, values, others))
     return found
 
@@ -68,6 +69,12 @@ def _grouped(headers: Headers, volatile: frozenset[str], prefixes: tuple[str, ..
     return grouped
 
 
+def _same(name: str, values: list[str] | None, others: list[str] | None, request: Request | None) -> bool:
+    if name in _ADDRESSES and {*map(scheme, values or ()), *map(scheme, others or ())} >= _SCHEMES:
+        return False
+    return _meant(name, values, request) == _meant(name, others, request)
+
+
 def _meant(name: str, values: list[str] | None, request: Request | None) -> list[str] | None:
     if values is None:
         return None
@@ -75,7 +82,9 @@ def _meant(name: str, values: list[str] | None, request: Request | None) -> list
         return [meaning(name, ",".join(values))]
     if name in _ADDRESSES and request is not None and (host := first(request.headers, "host")):
         return [location(value, host, request.path) for value in values]
-    return [meaning(name, value) for value in values]
+    if name in APART or name.startswith("set-cookie["):
+        return [meaning(name, value) for value in values]
+    return [meaning(name, ", ".join(values))]
 
 
 def _difference(name: str, values: list[str] | None, others: list[str] | None) -> Difference:

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from abreast.capture import digest
+from abreast_sidecar.compare.meaning import said
 from abreast_sidecar.compare.media import Media, media, sniffed
 from abreast_sidecar.compare.media import text as text_of
 from abreast_sidecar.compare.value import NotJsonError, parse
@@ -70,7 +71,10 @@ def form(text: str) -> dict[str, Any]:
 
 
 def multipart(body: bytes, kind: Media) -> dict[str, Any] | list[Any]:
-    """Parts by their names; in order where they have none. Raise NotItemsError for what is cut or has no boundary."""
+    """Parts by their names; in order where they have none. What stands before and after them means nothing.
+
+    Raise NotItemsError for what is cut or has no boundary.
+    """
     boundary = kind.parameter("boundary").encode("latin-1", "replace")
     pieces = (b"\r\n" + body).split(b"\r\n--" + boundary, MAX_PARTS + 2) if boundary else []
     if len(pieces) < 2 or len(pieces) > MAX_PARTS + 1 or not pieces[-1].startswith(b"--"):
@@ -82,22 +86,32 @@ def multipart(body: bytes, kind: Media) -> dict[str, Any] | list[Any]:
 
 
 def _part(piece: bytes) -> tuple[str, Any]:
-    head, _, content = piece.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-    headers = {}
+    padding, begins, rest = piece.partition(b"\r\n")
+    if padding.strip(b" \t") or not begins:
+        raise NotItemsError("a boundary has more in its line")
+    head, _, content = (begins + rest).partition(b"\r\n\r\n")
+    headers = _headers(head)
+    disposition, kind = media(headers.pop("content-disposition", "")), media(headers.pop("content-type", ""))
+    headers.pop("content-length", None)  # said again, and better, by the content
+    made: dict[str, Any] = {}
+    if kind.essence:
+        made["type"] = said(kind)
+    if disposition.essence not in {"", "form-data"}:
+        made["disposition"] = disposition.essence
+    made |= {name: value for name, value in disposition.parameters if name != "name"}
+    made |= headers
+    made["content"] = _content(content, kind)
+    return disposition.parameter("name"), made if len(made) > 1 else made["content"]
+
+
+def _headers(head: bytes) -> dict[str, str]:
+    headers: dict[str, str] = {}
     for line in head.decode("latin-1").split("\r\n"):
         name, _, value = line.partition(":")
-        headers[name.strip().lower()] = value.strip()
-    disposition = media(headers.get("content-disposition", ""))
-    kind = headers.get("content-type", "")
-    made: dict[str, Any] = {}
-    if kind:
-        made["type"] = media(kind).essence
-    if "content-range" in headers:
-        made["range"] = headers["content-range"]
-    if disposition.parameter("filename"):
-        made["filename"] = disposition.parameter("filename")
-    made["content"] = _content(content, media(kind))
-    return disposition.parameter("name"), made if len(made) > 1 else made["content"]
+        if line:
+            known = headers.get(name.strip().lower())
+            headers[name.strip().lower()] = value.strip() if known is None else f"{known}, {value.strip()}"
+    return headers
 
 
 def _content(content: bytes, kind: Media) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from abreast.capture import Capture
-from abreast_sidecar.compare.body import BodyResult, compare_bodies
+from abreast_sidecar.compare.body import BodyResult, compare_bodies, same_bytes
 from abreast_sidecar.compare.causes import causes
 from abreast_sidecar.compare.difference import Difference, Judgement, Kind, Outcome, Rules
 from abreast_sidecar.compare.effects import TOO_MANY, effect_differences
@@ -19,10 +19,16 @@ from abreast_sidecar.compare.value import shown
 ERROR = 500
 TOO_MANY_REQUESTS = 429
 UNAVAILABLE = 503
+OK = 200
+PARTIAL_CONTENT = 206
 NOT_MODIFIED = 304
+PRECONDITION_FAILED = 412
 NOT_FOUND = 404
 CONDITIONS = frozenset({"if-none-match", "if-modified-since", "if-match", "if-unmodified-since", "if-range"})
+RANGE_CONDITIONS = frozenset({"if-range"})
 NO_ROUTE = "(no route)"  # unknown paths are one endpoint, however many a scanner tries
+
+BROKEN = "both answers broke off, so their bodies were not compared"
 
 _LIVE_FIRST = {"live": 0, "shadow": 1, "baseline": 2}
 
@@ -126,7 +132,7 @@ def _verdict(sides: Sides, rules: Rules, declared: RuleSet | None, *, swept: boo
         return Verdict("not_compared", disturbed)
     if _sheds(old) != _sheds(new):
         return Verdict("shed", f"{'old' if _sheds(old) else 'new'} was shedding load")
-    if _validated(status(old), status(new)) and _conditional(old):
+    if (settles := _conditions(status(old), status(new))) and _asks(old, settles):
         return Verdict("not_compared", "a conditional request: validators belong to one build")
     return _weighed(old, new, _differences(old, new, rules, declared), declared)
 
@@ -163,9 +169,15 @@ def _left(capture: Capture) -> bool:
     return capture.role == "live" and capture.client_left and not capture.complete
 
 
-def _validated(one: int, other: int) -> bool:
-    """304 on one side, success on the other."""
-    return NOT_MODIFIED in (one, other) and {one // 100, other // 100} == {2, 3}
+def _conditions(one: int, other: int) -> frozenset[str]:
+    """The request headers that make such a pair of statuses say nothing but whether a validator was known."""
+    if one == other:
+        return frozenset()
+    if {one // 100, other // 100} == {2, 3} and NOT_MODIFIED in (one, other):
+        return CONDITIONS
+    if {one // 100, other // 100} <= {2, 3, 4} and PRECONDITION_FAILED in (one, other):
+        return CONDITIONS
+    return RANGE_CONDITIONS if {one, other} == {OK, PARTIAL_CONTENT} else frozenset()
 
 
 def _comparable(one: Capture, other: Capture) -> bool:
@@ -186,8 +198,8 @@ def _sheds(capture: Capture) -> bool:
     )
 
 
-def _conditional(capture: Capture) -> bool:
-    return any(name in CONDITIONS for name, _ in capture.request.headers)
+def _asks(capture: Capture, conditions: frozenset[str]) -> bool:
+    return any(name in conditions for name, _ in capture.request.headers)
 
 
 def _differences(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -> BodyResult:
@@ -197,33 +209,43 @@ def _differences(old: Capture, new: Capture, rules: Rules, declared: RuleSet | N
     return found._replace(differences=told_by_form(found.differences, (old.started, new.started)))
 
 
-def _found(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -> BodyResult:
-    found, was, now = [], status(old), status(new)
+def _beginning(old: Capture, new: Capture) -> tuple[list[Difference], bool]:
+    """How both answered, and whether the rest follows from it: one cause, one finding."""
     if _silent(old) != _silent(new):
-        return BodyResult([_unanswered(old, new)])
+        return [_unanswered(old, new)], True
+    found, was, now = [], status(old), status(new)
     if was != now:
         found.append(_status(old, new))
         if was // 100 != now // 100:
-            return BodyResult(found)  # the rest follows from it: one cause, one finding
-    broken = _broken_off(old)
-    if broken != _broken_off(new):
-        return BodyResult([*found, _unfinished(old, new)])
+            return found, True
+    if _broken_off(old) != _broken_off(new):
+        return [*found, _unfinished(old, new)], True
     if old.raised != new.raised:
         found.append(_raised(old, new))
+    return found, False
+
+
+def _found(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -> BodyResult:
+    found, is_all = _beginning(old, new)
+    if is_all:
+        return BodyResult(found)
     before, after = old.answer, new.answer
     found += header_differences(before.headers, after.headers, rules.volatile_headers, old.request)
     if before.trailers or after.trailers:
         found += trailer_differences(before.trailers, after.trailers, rules.volatile_headers)
     keyed = declared.identity if declared and declared.keyed else None
     found += effect_differences(old, new, rules.max_differences, keyed)
-    if broken or old.request.method == "HEAD":
+    if old.request.method == "HEAD":
         return BodyResult(found[: rules.max_differences])
+    if _broken_off(old):
+        differ = not same_bytes(before.body, after.body)
+        return BodyResult(found[: rules.max_differences], BROKEN if differ else "", unreadable=differ)
     bodies = compare_bodies(before, after, rules, keyed)
     if old.effects_dropped or new.effects_dropped:
         bodies = bodies._replace(note=TOO_MANY, unreadable=True)
     if not found:
         return bodies
-    told = causes([*found, *bodies.differences], was, now)
+    told = causes([*found, *bodies.differences], status(old), status(new))
     return bodies._replace(differences=told[: rules.max_differences])
 
 

@@ -22,6 +22,7 @@ _VOID = frozenset(
     ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"]
 )
 _RAW = frozenset({"script", "style", "textarea", "title"})
+_EXACT = frozenset({"pre", "script", "style", "textarea"})
 # An element of the first kind is over when one of the second begins.
 _ENDED_BY = {
     "li": frozenset({"li"}),
@@ -63,7 +64,6 @@ _ENDED_BY = {
 }
 _TAG = re.compile(r"<(/?)([A-Za-z][^\s/>]*)((?:[^>\"']|\"[^\"]*\"|'[^']*')*)>")
 _ATTRIBUTE = re.compile(r"([^\s=/\"'>]+)(?:\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+)))?")
-_SPACE = re.compile(r"\s+")
 
 
 class NotMarkupError(ValueError):
@@ -75,7 +75,13 @@ class Element:
     tag: str
     attributes: dict[str, str] = field(default_factory=dict)
     text: list[str] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)  # of each text: how many children stand before it
     children: list[Element] = field(default_factory=list)
+    exact: bool = True  # whether spaces within the text mean something
+
+    def add(self, text: str) -> None:
+        self.text.append(text)
+        self.places.append(len(self.children))
 
 
 def documents(old: Element, new: Element) -> tuple[Any, Any]:
@@ -103,7 +109,7 @@ def _document(element: Element, path: tuple[str, ...], repeated: set[tuple[str, 
             made.setdefault(child.tag, []).append(inner)
         else:
             made[child.tag] = inner
-    text = "".join(element.text).strip()
+    text = _squeezed("".join(element.text), exact=element.exact)
     if element.tag == "script" and "json" in element.attributes.get("type", ""):
         made["#json"] = _data(text)
         return made
@@ -122,11 +128,25 @@ def _data(text: str) -> Any:
         return text
 
 
+def _squeezed(text: str, *, exact: bool) -> str:
+    return text.strip() if exact else " ".join(text.split())
+
+
 def same_order(old: Element, new: Element) -> bool:
-    """Whether two elements that have equal documents also have their children in the same order."""
+    """Whether two elements that have equal documents also have their children, and the text between them, in one order."""
     if [child.tag for child in old.children] != [child.tag for child in new.children]:
         return False
+    if old.children and _between(old) != _between(new):
+        return False
     return all(same_order(one, other) for one, other in zip(old.children, new.children, strict=True))
+
+
+def _between(element: Element) -> dict[int, str]:
+    """Texts by the number of children before them."""
+    found: dict[int, str] = {}
+    for place, text in zip(element.places, element.text, strict=True):
+        found[place] = found.get(place, "") + text
+    return {place: held for place, text in found.items() if (held := _squeezed(text, exact=False))}
 
 
 def read_html(text: str) -> Element:
@@ -137,9 +157,10 @@ def read_html(text: str) -> Element:
 class _HtmlReader:
     def __init__(self, text: str) -> None:
         self.text = text
-        self.root = Element("html")
+        self.root = Element("html", exact=False)
         self.stack = [self.root]
         self.broken = 0
+        self.doctype = ""
         self.closing: dict[str, bool] = {}  # whether a text that ends something comes again
 
     def read(self) -> Element:
@@ -153,6 +174,8 @@ class _HtmlReader:
         if not self.root.children:
             raise NotMarkupError("there are no tags")
         whole = self.root.children[0]
+        if self.doctype:
+            whole.attributes["!doctype"] = self.doctype
         alone = len(self.root.children) == 1 and whole.tag == "html" and not "".join(self.root.text).strip()
         return whole if alone else self.root
 
@@ -161,7 +184,9 @@ class _HtmlReader:
         if text.startswith("<!--", start):
             return self._after("-->", start + 4)
         if text.startswith(("<!", "<?"), start):
-            return self._after(">", start + 2)
+            end = self._after(">", start + 2)
+            self._doctype(text[start + 2 : min(end - 1, start + MAX_TAG)])
+            return end
         found = _TAG.match(text, start, start + MAX_TAG)
         if found is None:
             self._characters("<")
@@ -175,6 +200,11 @@ class _HtmlReader:
             return found.end()
         self._begin(name, found[3])
         return self._raw(name, found.end()) if name in _RAW and self.stack[-1].tag == name else found.end()
+
+    def _doctype(self, text: str) -> None:
+        """Without it browsers lay a page out in another way."""
+        if text[:7].lower() == "doctype" and not self.root.children:
+            self.doctype = " ".join(text.lower().split())
 
     def _after(self, ending: str, start: int) -> int:
         """Once it was looked for in vain it is not looked for again."""
@@ -198,7 +228,7 @@ class _HtmlReader:
             self._end(self.stack[-1].tag)
             if name == "tr" and self.stack[-1].tag == "tr":
                 self._end("tr")
-        element = Element(name, _attributes(rest))
+        element = Element(name, _attributes(rest), exact=self.stack[-1].exact or name in _EXACT)
         self.stack[-1].children.append(element)
         if name in _VOID or rest.endswith("/"):
             return
@@ -214,7 +244,7 @@ class _HtmlReader:
 
     def _characters(self, text: str) -> None:
         if text:
-            self.stack[-1].text.append(_SPACE.sub(" ", text))
+            self.stack[-1].add(text)
 
 
 def _attributes(text: str) -> dict[str, str]:
@@ -268,7 +298,7 @@ class _XmlReader:
         self.stack.pop()
 
     def _characters(self, text: str) -> None:
-        self.stack[-1].text.append(text)
+        self.stack[-1].add(text)
 
 
 def _refuse(*_: object) -> None:

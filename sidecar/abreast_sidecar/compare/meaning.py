@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from urllib.parse import urljoin, urlsplit
 
-from abreast_sidecar.compare.media import media
+from abreast_sidecar.compare.media import Media, media
 
 # JSON is UTF-8 whatever is said, and so are event streams.
 _ALWAYS_UTF8 = frozenset({"json", "ndjson", "events"})
@@ -33,15 +33,22 @@ def methods(value: str) -> str:
 
 
 def content_type(value: str) -> str:
-    kind = media(value)
+    return said(media(value))
+
+
+def said(kind: Media) -> str:
     parameters = {
-        name: text.lower() if name == "charset" else text
+        name: _charset(text) if name == "charset" else text
         for name, text in kind.parameters
         if name != "boundary"
     }
-    if kind.format in _ALWAYS_UTF8 and parameters.get("charset") in {"utf-8", "utf8"}:
+    if kind.format in _ALWAYS_UTF8 and parameters.get("charset") == "utf-8":
         del parameters["charset"]
     return "; ".join([kind.essence, *(f"{name}={text}" for name, text in parameters.items())])
+
+
+def _charset(name: str) -> str:
+    return "utf-8" if name.lower() == "utf8" else name.lower()
 
 
 def policy(value: str) -> str:
@@ -87,7 +94,10 @@ LISTS = frozenset(_MEANINGS) - {
     "content-security-policy",
     "content-security-policy-report-only",
     "strict-transport-security",
-}  # several lines of these are one list
+}  # several lines of these are one list, in any order
+APART = frozenset(
+    {"content-security-policy", "content-security-policy-report-only", "content-type"}
+)  # each line of these stands for itself; several lines of all others are one list
 
 
 @lru_cache(maxsize=2048)
@@ -102,12 +112,13 @@ _NO_CASE = frozenset({"samesite", "domain", "priority"})
 
 @lru_cache(maxsize=2048)
 def cookie(value: str) -> tuple[str, str]:
-    """The cookie's name, and its attributes in any order. Its value is one session's; that it is set, and how, is not.
+    """The cookie's name, and its attributes in any order. Its value is one session's; that it has one, and how, is not.
 
     When it expires is a moment; that it does is not, nor that it is being deleted.
     """
     pair, _, rest = value.partition(";")
-    found = set()
+    named, _, content = pair.partition("=")
+    found = set() if content.strip().strip('"') else {"(empty)"}
     for part in _split(rest, ";"):
         name, _, text = part.partition("=")
         key, text = name.strip().lower(), text.strip().strip('"')
@@ -118,7 +129,7 @@ def cookie(value: str) -> tuple[str, str]:
         elif key in _NO_CASE:
             text = text.lower()
         found.add(f"{key}={text}" if text else key)
-    return pair.partition("=")[0].strip(), "; ".join(sorted(found))
+    return named.strip(), "; ".join(sorted(found))
 
 
 def location(value: str, host: str, path: str) -> str:
@@ -133,3 +144,9 @@ def location(value: str, host: str, path: str) -> str:
     query = f"?{target.query}" if target.query else ""
     fragment = f"#{target.fragment}" if target.fragment else ""
     return f"{target.path or '/'}{query}{fragment}"
+
+
+def scheme(address: str) -> str:
+    """In lower case; empty where the address has none."""
+    found, colon, _ = address.strip().partition("://")
+    return found.lower() if colon and found.isalpha() else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -41,6 +42,7 @@ _MARKS = (
 )
 # Python knows codecs that are no charsets, and some of them are slow on purpose-made input.
 _CHARSETS = ("utf", "iso8859", "cp", "ascii", "gb", "big5", "shift_jis", "euc_", "koi8", "iso2022", "mac-")
+_PARAMETER = re.compile(r';([^;="]*)=\s*(?:"((?:[^"\\]|\\.)*)"\s*(?=;|$)|([^;]*))')
 _CONTROLS = frozenset(range(32)) - frozenset(b"\t\n\r\f\x1b")
 
 
@@ -62,12 +64,11 @@ def media(content_type: str) -> Media:
 
 
 def _parameters(text: str) -> tuple[tuple[str, str], ...]:
-    found = {}
-    for part in text.split(";"):
-        name, equals, value = part.partition("=")
-        if equals and name.strip():
-            found[name.strip().lower()] = value.strip().strip('"')
-    return tuple(sorted(found.items()))
+    found = {
+        name.strip().lower(): quoted or value.strip()
+        for name, quoted, value in _PARAMETER.findall(f";{text}")
+    }
+    return tuple(sorted((name, value) for name, value in found.items() if name))
 
 
 def _format(essence: str) -> Format:
