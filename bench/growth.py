@@ -1,16 +1,19 @@
 """What a large ledger costs: python bench/growth.py [--millions 1 10 100].
 
 Fills `pair` by one statement a million rows, over DAYS days, as a service of ENDPOINTS endpoints with FINDINGS findings
-that a hundredth of the pairs show; then measures what a further pair costs (batches of 500, in CPU time of the server
-and by the clock) and how long it takes to list findings and to sum up, for the last hour, the last day and all that is
-kept. 100 million rows take about 45 GB and the better part of an hour to make: they are not part of `make bench`.
+that a hundredth of the pairs show; then measures what a further pair costs (batches of 500, by the clock) and how long it
+takes to sum up, to list findings and endpoints, and to judge, for the last hour, the last day and all that is kept.
+Rows are put into tables without indexes and triggers, which are made again afterwards. 100 million rows take about 40 GB
+and the better part of an hour: they are not part of `make bench`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -36,7 +39,7 @@ SHOWN = 100  # every so many-th pair shows a finding
 MILLION = 1_000_000
 QUICK = (0.1,)  # millions
 BATCH, BATCHES = 500, 20
-ASKED = 3  # times
+ASKED = 5  # times
 
 FILL = b"""
 insert into abreast.pair (day, id, at, endpoint_id, outcome, live, request, old_status, new_status, old_us, new_us,
@@ -46,7 +49,7 @@ select (at at time zone 'UTC')::date, id, at, 1 + n %% %(endpoints)s, case when 
        case when shown then array[1 + n / %(each)s %% %(findings)s] else '{}' end
 from (
     select n, gen_random_uuid()::text as id, n %% %(each)s = 0 as shown,
-           %(end)s::timestamptz - (random() * %(days)s * interval '1 day') as at
+           %(end)s::timestamptz - (1 - %(place)s - random() * %(part)s) * %(days)s * interval '1 day' as at
     from generate_series(%(first)s::bigint, %(first)s::bigint + %(many)s - 1) as n
 ) as made
 """
@@ -60,6 +63,24 @@ select 1 + n %% %(endpoints)s, 'body', '$.field' || n, 'changed', 'value', 1, 'r
 from generate_series(1, %(findings)s) as n
 where (select count(*) from made) > 0
 """
+INDEXES = b"""
+select c.relname, pg_get_indexdef(i.indexrelid)
+from pg_index i join pg_class c on c.oid = i.indexrelid
+where i.indrelid = 'abreast.pair'::regclass and not i.indisprimary
+"""
+CONSTRAINTS = b"""
+select conname, pg_get_constraintdef(oid) from pg_constraint where conrelid = 'abreast.pair'::regclass and contype = 'p'
+"""
+SUMS = b"do $$ begin execute abreast.summing('select 1 as sign, * from abreast.pair'); end $$"
+LOADING = (
+    "max_wal_size=4GB",
+    "maintenance_work_mem=1GB",
+    "shared_buffers=512MB",
+    "autovacuum=off",
+    "wal_level=minimal",
+    "max_wal_senders=0",
+)
+SIZE = b"select sum(pg_total_relation_size(relid)) from pg_partition_tree('abreast.pair')"
 OPEN = b"select abreast.open_day((now() at time zone 'UTC')::date - n) from generate_series(-1, %s + 1) as n"
 
 
@@ -71,21 +92,46 @@ def names(connection: psycopg.Connection) -> None:
 
 
 def fill(connection: psycopg.Connection, first: int, over: int) -> None:
-    """Pairs number `first` up to `over`."""
+    """Pairs number `first` up to `over`, in the order of time, as they come."""
     end = datetime.now(UTC)
-    for number in range(first, over, MILLION):
-        given = {
-            "first": number,
-            "many": min(MILLION, over - number),
-            "end": end,
-            "days": DAYS,
-            "each": SHOWN,
-            "endpoints": ENDPOINTS,
-            "findings": FINDINGS,
-        }
-        connection.execute(FILL, given)
+    with bare(connection):
+        for number in range(first, over, MILLION):
+            many = min(MILLION, over - number)
+            given = {
+                "first": number,
+                "many": many,
+                "end": end,
+                "place": (number - first) / (over - first),
+                "part": many / (over - first),
+                "days": DAYS,
+                "each": SHOWN,
+                "endpoints": ENDPOINTS,
+                "findings": FINDINGS,
+            }
+            connection.execute(FILL, given)
+            print(f"{number + many:,} rows", file=sys.stderr, flush=True)
     connection.execute("vacuum (analyze) abreast.pair")
     connection.execute("vacuum (analyze) abreast.hour")
+
+
+@contextlib.contextmanager
+def bare(connection: psycopg.Connection) -> Iterator[None]:
+    """Without what is kept up with every row; it is made anew at the end."""
+    indexes = connection.execute(INDEXES).fetchall()
+    constraints = connection.execute(CONSTRAINTS).fetchall()
+    connection.execute("alter table abreast.pair disable trigger user")
+    for name, _ in constraints:
+        connection.execute(f"alter table abreast.pair drop constraint {name}")
+    for name, _ in indexes:
+        connection.execute(f"drop index abreast.{name}")
+    yield
+    for _, made in indexes:
+        connection.execute(made.replace(" ON ONLY ", " ON "))
+    for name, made in constraints:
+        connection.execute(f"alter table abreast.pair add constraint {name} {made}")
+    connection.execute("truncate abreast.hour")
+    connection.execute(SUMS)
+    connection.execute("alter table abreast.pair enable trigger user")
 
 
 def batches() -> Iterator[list[Judged]]:
@@ -133,8 +179,16 @@ async def ask(url: str) -> dict[str, list[float]]:
             async def findings(window: Window = window) -> object:
                 return await queries.findings(FindingFilter(service=SERVICE, window=window), Page(100, ""))
 
+            async def endpoints(window: Window = window) -> object:
+                return await queries.endpoints(SERVICE, window, Page(100, ""))
+
+            async def verdict(window: Window = window) -> object:
+                return await queries.evidence(SERVICE, window, 0.1, all_releases=True)
+
             found[f"get_summary_{name}_ms"] = await timed(summary)
             found[f"list_findings_{name}_ms"] = await timed(findings)
+            found[f"list_endpoints_{name}_ms"] = await timed(endpoints)
+            found[f"get_verdict_{name}_ms"] = await timed(verdict)
     finally:
         await database.close()
     return found
@@ -151,19 +205,27 @@ async def timed(question: Callable[[], Awaitable[object]]) -> list[float]:
 
 def rows(millions: Sequence[float] = (1,), *, quick: bool = False) -> list[Row]:
     found: list[Row] = []
-    with PostgresServer() as server, psycopg.connect(server.url(), autocommit=True) as connection:
+    with (
+        PostgresServer(options=LOADING) as server,
+        psycopg.connect(server.url(), autocommit=True) as connection,
+    ):
         asyncio.run(migrate(server.url()))
         names(connection)
         filled = 0
         for wanted in QUICK if quick else millions:
             fill(connection, filled, round(wanted * MILLION))
             filled = round(wanted * MILLION)
-            found.append(row(f"growth_{wanted:g}m_write_us", "us", asyncio.run(write(server.url()))))
-            found += [
-                row(f"growth_{wanted:g}m_{name}", "ms", took)
-                for name, took in asyncio.run(ask(server.url())).items()
-            ]
+            found += measured(server.url(), wanted)
     return found
+
+
+def measured(url: str, millions: float) -> Iterator[Row]:
+    yield row(f"growth_{millions:g}m_write_us", "us", asyncio.run(write(url)))
+    for name, took in asyncio.run(ask(url)).items():
+        yield row(f"growth_{millions:g}m_{name}", "ms", took)
+    with psycopg.connect(url) as connection:
+        (size,) = connection.execute(SIZE).fetchone() or (0,)
+    yield row(f"growth_{millions:g}m_pair_bytes", "B", [float(size) / millions / MILLION])
 
 
 def main() -> None:

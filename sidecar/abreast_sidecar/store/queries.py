@@ -34,7 +34,7 @@ T = TypeVar("T")
 MAX_EXAMPLES = 20
 MAX_EVENTS = 50
 MAX_LISTED = 10  # releases of a finding
-NEWEST = 10_000  # pairs of an endpoint whose times a verdict is made of
+NEWEST = 5_000  # pairs of an endpoint whose times a verdict is made of
 NEWEST_LISTED = 2_000  # and those that a listing's percentiles are of
 MAX_REASONS = 10  # for which entries were put apart
 MAX_REQUESTS = 300  # of those that show a finding and of the others, to find what tells them apart
@@ -139,8 +139,8 @@ class Queries:
         asked: dict[str, Any] = {"service": service, "endpoints": await self._endpoints(service)}
         asked |= {"windowed": window.bounded, **_bounds(window), "release": label}
         times = {"cold_share": COLD_SHARE, "max_slower": max_slower, "newest": NEWEST}
-        lone = await self._lone(service, label, window)
-        counts = await self.database.rows("verdict_counts", {**asked, **times, **lone})
+        span = await self.database.one("release_span", asked)
+        counts = await self.database.rows("verdict_counts", {**asked, **times, **_of_release(span, window)})
         (ledger,) = await self.database.rows("verdict_ledger", {**asked, "evidence": list(EVIDENCE)})
         over = window.end is not None and window.end < datetime.now(UTC)
         return Evidence(
@@ -150,15 +150,6 @@ class Queries:
     async def _newest(self, service: str, window: Window) -> str | None:
         found = await self.database.one("release_newest", {"service": service, "end": window.end})
         return found["label"] if found else None
-
-    async def _lone(self, service: str, label: str | None, window: Window) -> dict[str, datetime | None]:
-        """The part of the window in which pairs without an answer of new belong to the release."""
-        span = await self.database.one("release_span", {"service": service, "release": label})
-        if span is None:
-            return {"lone_start": EPOCH, "lone_end": EPOCH}
-        starts = [one for one in (span["start"], window.start) if one is not None]
-        ends = [one for one in (span["over"], window.end) if one is not None]
-        return {"lone_start": max(starts, default=None), "lone_end": min(ends, default=None)}
 
     async def _endpoints(self, service: str, findings: Sequence[int] | None = None) -> list[int]:
         """Of one service, all for empty text; of those findings, where they are given."""
@@ -298,6 +289,19 @@ class Queries:
         }
         del asked["window"]
         return await self.database.rows("findings", asked)
+
+
+def _of_release(span: Row | None, window: Window) -> dict[str, datetime | None]:
+    """The part of the window in which pairs without an answer of new belong to the release, and when its last pair came."""
+    if span is None:
+        return {"lone_start": EPOCH, "lone_end": EPOCH, "last": None}
+    starts = [one for one in (span["start"], window.start) if one is not None]
+    ends = [one for one in (span["over"], window.end) if one is not None]
+    return {
+        "lone_start": max(starts, default=None),
+        "lone_end": min(ends, default=None),
+        "last": span["last"],
+    }
 
 
 def _bounds(window: Window) -> dict[str, datetime | None]:

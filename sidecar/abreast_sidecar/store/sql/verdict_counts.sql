@@ -64,19 +64,19 @@ cross join lateral (
     select count(*) as timed,
            count(*) filter (where new_us > old_us * (1 + %(max_slower)s::float8) * abreast.handicap(live, k.ratio)) as slower
     from (
-        select p.old_us, p.new_us, p.live
+        select p.at, p.old_release, p.new_release, p.outcome, p.old_status, p.new_status, p.old_us, p.new_us, p.live
         from abreast.pair p
-        join release r on r.endpoint_id = p.endpoint_id and r.old_release = p.old_release
-            and r.new_release = p.new_release
-        where p.endpoint_id = c.endpoint_id and p.at > r.warm
-          and p.at > (select min(warm) from release where endpoint_id = c.endpoint_id)
-          and p.at <= (select max(last) from release where endpoint_id = c.endpoint_id)
+        where p.endpoint_id = c.endpoint_id
           and (%(release)s::text is null or p.new_release = %(release)s)
+          and (%(start)s::timestamptz is null or p.at >= %(start)s)
           and (%(end)s::timestamptz is null or p.at < %(end)s)
-          and p.outcome in ('match', 'mismatch') and p.old_status = p.new_status
-          and p.old_us is not null and p.new_us is not null
+          and (%(last)s::timestamptz is null or p.at <= %(last)s)
         order by p.at desc
         limit %(newest)s
     ) as newest
+    join release r on r.endpoint_id = c.endpoint_id and r.old_release = newest.old_release
+        and r.new_release = newest.new_release and newest.at > r.warm
+    where newest.outcome in ('match', 'mismatch') and newest.old_status = newest.new_status
+      and newest.old_us is not null and newest.new_us is not null
 ) as times
 order by e.route, e.method
