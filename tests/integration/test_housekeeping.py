@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,6 +13,7 @@ import psycopg
 import pytest
 import redis
 from msgspec import structs
+from psycopg.types.json import Jsonb
 
 from abreast.join import SERVICES, reports
 from abreast_sidecar.compare import Judgement
@@ -29,6 +29,7 @@ from abreast_sidecar.read import connect
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import Judged, Ledger, migrate
 from abreast_sidecar.store.database import Connection, Database
+from abreast_sidecar.store.queries import Queries
 from support import eventually_async
 from support_envoy import abreast
 from support_pairs import SERVICE, difference, judged, one, pair_of, ready, rows, running, send
@@ -88,6 +89,61 @@ async def test_reports_of_processes_are_written_and_leave_when_stale(
     assert found["fresh"] == {"dropped": {"queue_bytes": 3}}
     assert set(found) == {"fresh", "stale"}
     assert sorted(left) == [b"broken", b"fresh"]
+
+
+async def test_reports_of_what_is_no_more_become_one_and_their_sum_stays(
+    connection: Connection, url: str
+) -> None:
+    database = Database(url)
+    await database.open()
+    for number in range(5):
+        report = {"dropped": {"queue_bytes": 2, "odd": "x"}, "late_effects": 1}
+        await connection.execute(
+            "insert into abreast.process_report (id, service, seen, report) values (%s, %s, now() - %s * interval '1 day', %s)",
+            (f"process {number}", SERVICE, number * 10, Jsonb(report)),
+        )
+        await connection.execute(
+            "insert into abreast.envoy_report (node, service, seen, counted, last)"
+            " values (%s, %s, now() - %s * interval '1 day', %s, '{}')",
+            (f"edge {number}", SERVICE, number * 10, Jsonb({"sampled": 7, "not_sent": 1})),
+        )
+    found = []
+    for days in (36, 14, 14):
+        await drop_days(connection, retention_days=days)
+        (accounts,) = await Queries(database).accounts(SERVICE)
+        drops = {one.reason: one.count for one in await Queries(database).drops(SERVICE)}
+        found.append((drops, accounts.envoy_sampled, accounts.not_sent))
+    await database.close()
+
+    assert found == [({"queue_bytes": 10, "late_effects": 5}, 35, 5)] * 3
+    assert one(url, "select count(*) from abreast.process_report") == 3
+    assert one(url, "select count(*) from abreast.envoy_report") == 3
+
+
+async def test_releases_of_which_no_pair_is_kept_become_one_and_their_sum_stays(
+    connection: Connection, url: str
+) -> None:
+    now = int(time.time() * 1000)
+    ledger = Ledger(url, examples_per_finding=1)
+    for age in (30, 29, 20, 1, 0):
+        releases = ("old-1", f"new-{age}")
+        await ledger.write(
+            [judged([difference()], noise=[difference()], at=now - age * DAY, releases=releases)] * 2
+        )
+        await ledger.write([judged(at=now - age * DAY, releases=releases)])
+    await ledger.close()
+    findings = "select sum(count)::int, sum(baseline_count)::int from abreast.finding_release"
+    endpoints = "select sum(compared)::int, sum(baseline_compared)::int from abreast.endpoint_release"
+    before = rows(url, findings), rows(url, endpoints)
+    await open_days(connection)
+    for days in (25, 14):
+        await drop_days(connection, retention_days=days)
+
+        assert (rows(url, findings), rows(url, endpoints)) == before
+    labels = "select label from abreast.finding_release join abreast.release on release.id = new_release order by 1"
+    assert rows(url, labels) == [("new-0",), ("new-1",)]
+    assert one(url, "select count(*) from abreast.finding_release") == 3
+    assert one(url, "select count(*) from abreast.endpoint_release") == 3
 
 
 async def test_days_ahead_are_open_and_old_ones_go_with_all_that_hangs_on_them(

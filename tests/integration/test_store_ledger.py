@@ -12,6 +12,8 @@ import pytest
 from abreast.capture import encode
 from abreast_sidecar.errors import LedgerError, RefusedError
 from abreast_sidecar.store import Ledger, migrate
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.queries import Queries
 from abreast_sidecar.store.unpack import unpack
 from support_pairs import capture, difference, judged, one, rows
 
@@ -192,13 +194,36 @@ async def test_what_postgres_refuses_is_told_apart_from_a_lost_server(ledger: Le
     assert not isinstance(caught.value, RefusedError)
 
 
-async def test_a_day_that_was_dropped_under_a_live_worker_is_opened_again(ledger: Ledger, url: str) -> None:
-    at = 20_000 * DAY
-    await ledger.write([judged(at=at)])
+async def test_a_day_that_was_dropped_takes_nothing_more_and_what_comes_for_it_is_told(
+    ledger: Ledger, url: str
+) -> None:
+    """A pair that is delivered again must not count twice, and nobody knows any more which pairs it had."""
+    again = judged(at=20_000 * DAY)
+    await ledger.write([again])
     with psycopg.connect(url) as connection:
         connection.execute("select abreast.drop_day(date '1970-01-01' + 20000)")
+    fresh = Ledger(url, examples_per_finding=1)
+    written = [
+        await one.write([again, judged(at=19_990 * DAY), judged(at=20_001 * DAY)]) for one in (ledger, fresh)
+    ]
+    await fresh.close()
+    database = Database(url)
+    await database.open()
+    drops = await Queries(database).drops("shop")
+    await database.close()
 
-    assert await ledger.write([judged(at=at)]) == 1
+    assert written == [1, 1]
+    assert one(url, "select sum(pairs)::int from abreast.tally") == 3
+    assert [(drop.place, drop.reason, drop.count) for drop in drops] == [("ledger", "day_dropped", 4)]
+
+
+async def test_a_second_entry_of_a_pair_after_midnight_counts_once(ledger: Ledger, url: str) -> None:
+    midnight = 20_000 * DAY
+    first = judged(pair="p", at=midnight - 60_000)
+    written = [await ledger.write([one]) for one in (first, judged(pair="p", at=midnight + 60_000))]
+
+    assert written == [1, 0]
+    assert one(url, "select sum(pairs)::int from abreast.tally") == 1
 
 
 async def test_a_connection_lost_during_the_commit_doubles_nothing(url: str) -> None:

@@ -255,11 +255,13 @@ class DropCount(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     place: _builtins.str
-    """Where it was counted: `service` or `redis`."""
+    """Where it was counted: `service`, `redis` or `ledger`."""
     reason: _builtins.str
-    """The reason, such as `queue_bytes`."""
+    """The reason, such as `queue_bytes`. Of the ledger `day_dropped`: retention had dropped the entry's day, so that nobody
+    knows whether it had been counted.
+    """
     count: _builtins.int
-    """Captures (not pairs)."""
+    """Captures; of the ledger entries of the stream."""
     def __init__(
         self,
         *,

@@ -18,7 +18,7 @@ async def open_days(connection: Connection) -> None:
 
 async def drop_days(connection: Connection, *, retention_days: int, retention_bytes: int = 0) -> int:
     """Drop pairs, examples, samples and poison that are older, then the oldest days while all take more than `retention_bytes`
-    (0: no limit); never today. Return how many days went. Tallies and findings stay.
+    (0: no limit); never today. Return how many days went. Findings stay; sums of what is gone stay as one row each.
     """
     dropped = 0
     async with connection.transaction():
@@ -28,6 +28,7 @@ async def drop_days(connection: Connection, *, retention_days: int, retention_by
             return 0
         await connection.execute(statement("poison_drop"), {"days": retention_days})
         await connection.execute(statement("samples_drop"), {"days": retention_days})
+        await connection.execute(statement("reports_fold"), {"days": retention_days})
         asked = {"days": retention_days, "bytes": retention_bytes}
         cursor = await connection.execute(statement("days_old"), asked)
         for old in await cursor.fetchall():
@@ -40,4 +41,7 @@ async def drop_days(connection: Connection, *, retention_days: int, retention_by
                 retention_bytes=retention_bytes,
             )
             dropped += 1
+    if dropped:
+        async with connection.transaction():
+            await connection.execute(statement("releases_fold"))
     return dropped

@@ -1,13 +1,14 @@
 """Writes judged pairs into the ledger: a batch is one transaction, and a batch that comes twice counts once.
 
-Order of locks, the same for all who write: the rules (shared), pairs by id, their sums, findings by id, examples, tallies,
-endpoints by id, samples.
+Order of locks, the same for all who write: the rules (shared), pairs by id, their sums, findings by id, examples, late
+entries, tallies, endpoints by id, samples.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncIterator, Container, Iterable, Sequence
 from typing import Any
 
@@ -148,6 +149,7 @@ class Ledger:
         return self._connection
 
     async def _open_days(self, connection: AsyncConnection[TupleRow], batch: Iterable[Judged]) -> None:
+        """Those that were dropped stay closed, and take nothing."""
         for day in sorted({judged.day for judged in batch} - self._days):
             await connection.execute(statement("day_open"), {"day": day})
             self._days.add(day)
@@ -210,6 +212,7 @@ class Ledger:
             if chosen:
                 await connection.execute(statement("examples_add"), self._examples.parameters(chosen))
             await _add_poison(connection, new)
+            await _count_late(connection, records, new)
             if new:
                 given = json_text(rollup.tally()).decode()
                 await connection.execute(statement("tally_add"), {"given": given})
@@ -260,6 +263,22 @@ async def _add_pairs(connection: AsyncConnection[TupleRow], records: Sequence[Re
         return records
     added = set(await cursor.fetchall())
     return [record for record in records if (record.judged.pair, record.judged.day) in added]
+
+
+async def _count_late(
+    connection: AsyncConnection[TupleRow], records: Sequence[Record], new: Sequence[Record]
+) -> None:
+    """Those of days that were dropped."""
+    if len(new) == len(records):
+        return
+    added = {(record.judged.pair, record.judged.day) for record in new}
+    counts = Counter(
+        (record.judged.service, record.judged.day)
+        for record in records
+        if (record.judged.pair, record.judged.day) not in added
+    )
+    given = [{"service": service, "day": day, "entries": many} for (service, day), many in counts.items()]
+    await connection.execute(statement("late_add"), {"given": json_text(given).decode()})
 
 
 async def _count_findings(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:

@@ -12,6 +12,8 @@ with told as (
     select r.service, c.key, c.value
     from abreast.shard_report r cross join lateral jsonb_each_text(r.report) as c
     where c.key like 'shed\_%%'
+    union all
+    select service, 'day_dropped', entries::text from abreast.late
 ),
 counted as (
     select service, key, sum(value::bigint)::bigint as count
@@ -19,7 +21,7 @@ counted as (
     where value ~ '^[0-9]{1,15}$' and (%(service)s::text is null or service = %(service)s)
     group by service, key
 )
-select service, case when key ~ '^(shed|refused)_' then 'redis' else 'service' end as place,
+select service, case when key ~ '^(shed|refused)_' then 'redis' when key = 'day_dropped' then 'ledger' else 'service' end as place,
        replace(key, 'refused_', 'shed_') as reason, max(count) as count
 from counted
 where count > 0

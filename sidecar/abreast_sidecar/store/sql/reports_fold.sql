@@ -1,0 +1,1 @@
+select abreast.fold_reports(%(days)s)
