@@ -25,6 +25,7 @@ from support_pairs import one, pair_of, rows, running, send
 pytestmark = pytest.mark.postgres
 
 PAIRS = 300
+AWAY = 10  # seconds
 
 
 @contextmanager
@@ -69,7 +70,7 @@ async def test_it_may_stop_for_a_while(redis_url: str) -> None:
             with ExitStack() as stack:
                 for pid in processes(postgres):
                     stack.enter_context(stopped(pid))
-                await asyncio.sleep(2)  # the fault itself
+                await asyncio.sleep(AWAY)  # the fault itself
         async with running(settings(redis_url, postgres)):
             await complete(postgres.url(), load)
             await empty(redis_url)

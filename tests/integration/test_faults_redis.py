@@ -22,6 +22,7 @@ from support_redis import admin, server
 pytestmark = pytest.mark.redis
 
 PAIRS = 400
+AWAY = 10  # seconds
 READY = Keys(SERVICE, 0).ready
 
 
@@ -86,7 +87,7 @@ async def test_it_may_stop_for_a_while(postgres_url: str) -> None:
             await reach(postgres_url, 50)
             assert started.server is not None
             with stopped(started.server.pid):
-                await asyncio.sleep(2)  # the fault itself
+                await asyncio.sleep(AWAY)  # the fault itself
         async with running(settings(started, postgres_url)):
             await complete(postgres_url, load)
             await empty(started.url)

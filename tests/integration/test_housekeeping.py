@@ -309,7 +309,7 @@ def timed(
     assert known.old is not None
     assert known.new is not None
     old, new = structs.replace(known.old, total_us=old_us), structs.replace(known.new, total_us=new_us)
-    timed_ = replace(known, old=old, new=new)
+    timed_ = structs.replace(known, old=old, new=new)
     if copy_us is not None:
         timed_ = replace(timed_, baseline=structs.replace(old, role="baseline", total_us=copy_us))
     return Judged(plain.service, plain.entry, plain.at, plain.pair, timed_, plain.blobs)
