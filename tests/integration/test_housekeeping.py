@@ -311,7 +311,7 @@ def timed(
     old, new = structs.replace(known.old, total_us=old_us), structs.replace(known.new, total_us=new_us)
     timed_ = structs.replace(known, old=old, new=new)
     if copy_us is not None:
-        timed_ = replace(timed_, baseline=structs.replace(old, role="baseline", total_us=copy_us))
+        timed_ = structs.replace(timed_, baseline=structs.replace(old, role="baseline", total_us=copy_us))
     return Judged(plain.service, plain.entry, plain.at, plain.pair, timed_, plain.blobs)
 
 
