@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import json
 import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -187,6 +189,59 @@ async def test_one_that_is_away_holds_up_neither_acts_nor_others(
             return waiting == [(away, 2)]
 
         await eventually_async(only_those, what="only what can't be delivered waits")
+
+
+@asynccontextmanager
+async def dripping(answer: bytes) -> AsyncIterator[str]:
+    """A receiver that begins with this, and then never comes to an end. Its URL."""
+
+    async def drip(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            writer.write(answer)
+            while not writer.is_closing():
+                writer.write(b"x")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+
+    server = await asyncio.start_server(drip, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+
+
+@pytest.mark.parametrize(
+    ("answer", "waiting"),
+    [(b"HTTP/1.1 200 OK\r\nx-", 2), (b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n", 0)],
+    ids=["its headers have no end", "its body has no end"],
+)
+async def test_a_receiver_whose_answer_never_ends_holds_up_no_other(
+    redis_url: str,
+    postgres_url: str,
+    hook: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: bytes,
+    waiting: int,
+) -> None:
+    monkeypatch.setattr(webhooks, "TIMEOUT", 0.5)
+    async with (
+        dripping(answer) as url,
+        running(redis_url, postgres_url, webhook_urls=(url, hook.url), webhook_secret=SECRET) as sidecar,
+    ):
+        ledger = sidecar.ledger()
+        ledger.endpoint("shop")
+
+        async def registered() -> bool:
+            return len(ledger.execute("select url from abreast.webhook_receiver")) == 2
+
+        await eventually_async(registered, what="the receivers are known")
+        await rollback(sidecar)
+        await hook.has("rollback")
+        await set_share(sidecar, 0.5)
+        await hook.has("rollback", "update")
+
+        async def left() -> bool:
+            return ledger.execute("select count(*) from abreast.webhook") == [(waiting,)]
+
+        await eventually_async(left, what=f"{waiting} messages wait")
 
 
 async def test_the_queue_is_bounded_and_drops_the_oldest(

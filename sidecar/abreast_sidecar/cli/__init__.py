@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any, NoReturn
 
 import click
 
 from abreast_sidecar.cli.exits import EXITS, Exit, ended_by
+
+# `up`, `demo` and `drill` start servers while gRPC's threads run; its handlers for forks can crash the new process.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # name → (module in this package that holds a click command called `command`, its line in the help)
 COMMANDS = {

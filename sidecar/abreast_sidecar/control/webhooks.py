@@ -83,10 +83,13 @@ class Webhooks:
         signed = signing.headers(self._secret, f"msg_{row['uid']}", int(time.time()), body)
         headers = {"content-type": "application/json", "user-agent": "abreast", **signed}
         try:
-            answer = await client.post(row["url"], content=body, headers=headers)
+            async with (
+                asyncio.timeout(TIMEOUT),  # of all: a receiver may answer byte by byte
+                client.stream("POST", row["url"], content=body, headers=headers) as answer,
+            ):
+                return "" if answer.is_success else f"it answers {answer.status_code}"  # its body is not read
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             return type(error).__name__  # its text may hold the URL, and that a token
-        return "" if answer.is_success else f"it answers {answer.status_code}"
 
 
 def backoff(attempts: int) -> float:
