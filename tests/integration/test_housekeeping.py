@@ -30,6 +30,7 @@ from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import Judged, Ledger, migrate
 from abreast_sidecar.store.database import Connection, Database
 from abreast_sidecar.store.queries import Queries
+from abreast_sidecar.store.results import Window
 from support import eventually_async
 from support_envoy import abreast
 from support_pairs import SERVICE, difference, judged, one, pair_of, ready, rows, running, send
@@ -273,6 +274,37 @@ async def test_what_copies_of_old_take_longer_too_is_not_said_of_new(
         url,
         "select route, detail->'ratio' from abreast.finding join abreast.endpoint on endpoint.id = endpoint_id",
     ) == [("/slow", pytest.approx(3.17, abs=0.01))]
+
+
+async def test_nothing_is_said_of_times_while_copies_are_to_come(connection: Connection, url: str) -> None:
+    """Their cost is that of this endpoint: those of others, which are as fast, would not tell."""
+    await connection.execute(
+        b"insert into abreast.traffic (service, new_share, sample_safe, sample_unsafe, baseline_share) "
+        b"values ('shop', 0, 1000000, 0, 100000)"
+    )
+    ledger = Ledger(url, examples_per_finding=3)
+    await ledger.write(
+        [timed(f"f{n}", "/few", 20_000, 60_000 + n, copy_us=60_000 if n < 49 else None) for n in range(100)]
+        + [timed(f"e{n}", "/fast", 20_000, 20_000 + n, copy_us=20_000) for n in range(100)]
+    )
+    assert await find_slow(connection) == 0
+    assert (await counted(url))["GET /few"] == 0
+
+    await ledger.write([timed(f"g{n}", "/few", 20_000, 200_000 + n, copy_us=60_000) for n in range(100)])
+    await ledger.close()
+    assert await find_slow(connection) == 1
+    assert (await counted(url))["GET /few"] > 0
+
+
+async def counted(url: str) -> dict[str, int]:
+    """Pairs whose times a verdict counts."""
+    database = Database(url)
+    await database.open()
+    try:
+        found = await Queries(database).evidence("shop", Window(), 0.1, all_releases=True)
+        return {one.endpoint: one.timed for one in found.endpoints}
+    finally:
+        await database.close()
 
 
 async def test_a_few_copies_say_nothing(connection: Connection, url: str) -> None:

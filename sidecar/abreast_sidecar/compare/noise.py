@@ -33,7 +33,7 @@ is why it weighs in full only where there are no copies.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import exp, inf, log, log1p
 from typing import Literal
 
@@ -61,9 +61,8 @@ class Counts:
     explained: int = 0  # of `differs`, those whose values' shapes explain them
     new_greater: int = 0  # of `differs`: the lean. Absent and null are the least, then numbers, then text
     new_smaller: int = 0
-    rare: bool = (
-        False  # noise of this kind may come in fewer than FLOOR of the requests: values with long tails
-    )
+    # Noise of this kind may come in fewer than FLOOR of the requests: values with long tails.
+    rare: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

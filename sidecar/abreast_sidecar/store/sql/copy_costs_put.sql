@@ -23,14 +23,15 @@ every as (
 chosen as (
     select endpoint.id,
            case when own.copies >= %(least)s then own.ratio else every.ratio end as ratio,
-           case when own.copies >= %(least)s then own.copies else every.copies end as copies
+           case when own.copies >= %(least)s then own.copies else every.copies end as copies,
+           coalesce(own.copies >= %(least)s, false) as own
     from abreast.endpoint
     join every using (service)
     left join own using (id)
 )
-insert into abreast.copy_cost (endpoint_id, ratio, copies)
-select id, ratio, copies
+insert into abreast.copy_cost (endpoint_id, ratio, copies, own)
+select id, ratio, copies, own
 from chosen
 where copies >= %(least)s
 order by id
-on conflict (endpoint_id) do update set ratio = excluded.ratio, copies = excluded.copies
+on conflict (endpoint_id) do update set ratio = excluded.ratio, copies = excluded.copies, own = excluded.own

@@ -1,5 +1,6 @@
 -- The last pairs of each endpoint that both versions answered alike, in the order of their arrival, with the latest
--- release of new among them alone: what one release did is not said of the next.
+-- release of new among them alone: what one release did is not said of the next. Where copies of old are still to come, what
+-- a copy costs here is not known, and nothing is said yet.
 select endpoint.id, timing.old_us, timing.new_us, timing.release, timing.handicap
 from abreast.endpoint
 cross join lateral (
@@ -24,3 +25,4 @@ cross join lateral (
     where number is not distinct from latest
 ) as timing
 where cardinality(timing.old_us) >= %(least)s
+  and not abreast.copies_to_come(endpoint, cardinality(timing.old_us))

@@ -61,8 +61,10 @@ from counted c
 join abreast.endpoint e on e.id = c.endpoint_id
 left join abreast.copy_cost k on k.endpoint_id = c.endpoint_id
 cross join lateral (
-    select count(*) as timed,
-           count(*) filter (where new_us > old_us * (1 + %(max_slower)s::float8) * abreast.handicap(live, k.ratio)) as slower
+    select case when abreast.copies_to_come(e, count(*)) then 0 else count(*) end as timed,
+           case when abreast.copies_to_come(e, count(*)) then 0 else count(*) filter (
+               where new_us > old_us * (1 + %(max_slower)s::float8) * abreast.handicap(live, k.ratio)
+           ) end as slower
     from (
         select p.at, p.old_release, p.new_release, p.outcome, p.old_status, p.new_status, p.old_us, p.new_us, p.live
         from abreast.pair p
