@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -153,7 +153,7 @@ def send(
 
 def work(redis_url: str, postgres_url: str, name: str) -> None:
     """A worker's process: wait, then work until SIGTERM."""
-    with redis.Redis.from_url(redis_url) as client:
+    with redis.Redis.from_url(redis_url, socket_timeout=2 * WITHIN) as client:
         client.rpush(READY, name)
         client.blpop([GO], timeout=WITHIN)
 
@@ -182,34 +182,38 @@ class Bench:
                 pairs(count, case.share, ITEMS[case.size]),
                 2 * SEND // 10 if large else 2 * SEND,
             )
-            idle = sum(map(processes.cpu, workers))
-            seconds = self._drained(case.workers)
+            idle = sum(processes.cpu(worker.pid) for worker in workers)
+            seconds = self._drained(workers)
             found.rate.append(count / seconds)
-            found.worker.append((sum(map(processes.cpu, workers)) - idle) / count * 1e6)
+            took = sum(processes.cpu(worker.pid) for worker in workers) - idle
+            found.worker.append(took / count * 1e6)
             for name, pid in parts.items():
                 getattr(found, name).append((processes.cpu(pid) - before[name]) / count * 1e6)
         self.sent += count
         self.differing += len(range(0, count, round(1 / case.share))) if case.share else 0
 
     @contextlib.contextmanager
-    def _worker(self, name: str) -> Iterator[int]:
-        """Its process's id, once it waits."""
+    def _worker(self, name: str) -> Iterator[ServerProcess]:
+        """Its process, once it waits."""
         before = self._client.llen(READY)
         command = [sys.executable, __file__, "--work", self._valkey.url, self._postgres.url(), name]
         server = ServerProcess.start(
             name, command, self._folder / f"{name}.log", ready=lambda _pid: self._client.llen(READY) > before
         )
         try:
-            yield server.pid
+            yield server
         finally:
             server.stop()
 
-    def _drained(self, workers: int) -> float:
+    def _drained(self, workers: Sequence[ServerProcess]) -> float:
         """Seconds from the start until the stream is empty."""
         began = time.monotonic()
-        self._client.rpush(GO, *range(workers))
+        self._client.rpush(GO, *range(len(workers)))
         while self._client.xlen(Keys(SERVICE, 0).ready):
             time.sleep(LOOK)
+            for worker in workers:
+                if not worker.alive:
+                    raise RuntimeError(f"a worker has ended:\n{worker.tail()}")
             if time.monotonic() - began > WITHIN:
                 raise RuntimeError(f"the stream was not empty after {WITHIN:g} s")
         return time.monotonic() - began

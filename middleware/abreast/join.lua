@@ -15,8 +15,9 @@ local queued = redis.call('XLEN', ready)
 local count = {received = 0, duplicate = 0, late = 0, shed_pairs = 0, shed_bytes = 0, joined = 0}
 local before = held
 
-local function move(pair, hash)
-  local entry = {'pair', pair, 'why', 'joined'}
+-- The last copy goes to the stream with those that wait, and needs no place among them.
+local function move(pair, hash, slot, capture)
+  local entry = {'pair', pair, 'why', 'joined', slot, capture}
   for _, part in ipairs(redis.call('HGETALL', hash)) do
     entry[#entry + 1] = part
   end
@@ -30,21 +31,22 @@ local function move(pair, hash)
   count.joined = count.joined + 1
 end
 
--- What waits for the pair: how many captures, and how many of them are first attempts. A failed-over request has a
--- second attempt beside its copies; it must not take the place of a copy that is still on its way.
-local function waits(hash)
+-- What waits for the pair: how many captures, how many of them are first attempts, and whether this one is there. A
+-- failed-over request has a second attempt beside its copies; it must not take the place of a copy that is still on its way.
+local function waits(hash, wanted)
   local slots = redis.pcall('HKEYS', hash)
   if slots.err then -- not a hash: nothing of ours
     redis.call('DEL', hash)
-    return 0, 0
+    return 0, 0, false
   end
-  local first = 0
+  local first, found = 0, false
   for _, slot in ipairs(slots) do
     if string.sub(slot, -2) == ':1' then
       first = first + 1
     end
+    found = found or slot == wanted
   end
-  return #slots, first
+  return #slots, first, found
 end
 
 -- Pairs that wait have a claim on bytes for their other copies, which are taken to be as large as this one.
@@ -61,8 +63,8 @@ local function take(hash, pair, slot, arms, capture)
   if redis.call('ZSCORE', joined, pair) then
     return 'late'
   end
-  local there, first = waits(hash)
-  if there > 0 and redis.call('HEXISTS', hash, slot) == 1 then
+  local there, first, found = waits(hash, slot)
+  if found then
     return 'duplicate'
   end
   -- A pair is taken as a whole or not at all: half of one would look as if a version had not answered. So there is
@@ -79,12 +81,13 @@ local function take(hash, pair, slot, arms, capture)
   if string.sub(slot, -2) == ':1' then
     first = first + 1
   end
-  local completes = first >= arms
-  redis.call('HSET', hash, slot, capture)
   held = held + #capture
-  if completes then
-    move(pair, hash)
-  elseif there == 0 then
+  if first >= arms then
+    move(pair, hash, slot, capture)
+    return 'received'
+  end
+  redis.call('HSET', hash, slot, capture)
+  if there == 0 then
     redis.call('ZADD', due, now + wait_ms, pair)
     waiting = waiting + 1
   end
