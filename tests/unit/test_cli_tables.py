@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import io
 from typing import Any
 
@@ -82,6 +83,23 @@ def test_status_raises_no_alarm_over_a_moment_of_traffic(sampled: int, unaccount
     text = printed(status.show, summary, None, NOW, width=120)
 
     assert f"sampled by Envoy  {sampled:,}  {told}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("pending", "age", "told"),
+    [
+        (0, 31, "2 of them did not come, and nothing is on its way"),
+        (1, 31, "2 on their way"),
+        (0, 29, "2 on their way"),
+    ],
+)
+def test_status_calls_nothing_on_its_way_when_all_is_quiet(pending: int, age: int, told: str) -> None:
+    summary = prepared.summary()
+    summary.envoy_sampled, summary.unaccounted, summary.pending = 1_000, 2, pending
+    summary.last.FromDatetime(NOW - dt.timedelta(seconds=age))
+    text = printed(status.show, summary, None, NOW, width=120)
+
+    assert f"sampled by Envoy  1,000  {told}\n" in text
 
 
 def test_status_of_an_empty_ledger_points_to_the_doctor() -> None:

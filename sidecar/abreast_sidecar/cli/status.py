@@ -29,6 +29,7 @@ from abreast_sidecar.cli.tables import Console, console, outcome_name, styled, t
 EMPTY = "nothing has been compared yet; send requests through Envoy, and if this stays so: abreast doctor"
 
 LONGEST_REASON = 120  # characters
+SETTLED = 30.0  # seconds without a row
 CALM, CALM_SHARE = (
     20,
     0.01,
@@ -89,7 +90,7 @@ def show(
         out.print(f"\n{counted(summary.pairs, 'request')} {span}")
     else:
         out.print(EMPTY)
-    out.print(_accounts(summary))
+    out.print(_accounts(summary, now))
 
 
 def since_first(summary: api.GetSummaryResponse, now: dt.datetime) -> str:
@@ -116,10 +117,10 @@ def _outcomes(summary: api.GetSummaryResponse) -> Table:
     return made
 
 
-def _accounts(summary: api.GetSummaryResponse) -> Table:
+def _accounts(summary: api.GetSummaryResponse, now: dt.datetime) -> Table:
     made = table("", "", "")
     if summary.HasField("envoy_sampled"):
-        made.add_row("sampled by Envoy", count(summary.envoy_sampled), _unaccounted(summary))
+        made.add_row("sampled by Envoy", count(summary.envoy_sampled), _unaccounted(summary, now))
     else:
         made.add_row("sampled by Envoy", "?", "no Envoy's admin address is known (ABREAST_ENVOY_ADMIN)")
     if summary.HasField("pending"):
@@ -144,10 +145,18 @@ def _accounts(summary: api.GetSummaryResponse) -> Table:
     return made
 
 
-def _unaccounted(summary: api.GetSummaryResponse) -> str | Text:
+def _settled(summary: api.GetSummaryResponse, now: dt.datetime) -> bool:
+    """Whether nothing has come for long, and nothing waits."""
+    known = summary.HasField("pending") and not summary.pending and summary.HasField("last")
+    return known and (now - summary.last.ToDatetime(dt.UTC)).total_seconds() > SETTLED
+
+
+def _unaccounted(summary: api.GetSummaryResponse, now: dt.datetime) -> str | Text:
     number = abs(summary.unaccounted)
     if not number:
         return "all of them are in the ledger"
+    if summary.unaccounted > 0 and _settled(summary, now):
+        return styled(f"{count(number)} of them did not come, and nothing is on its way", "warn")
     if number <= max(CALM, CALM_SHARE * summary.envoy_sampled):
         return (
             f"{count(number)} {'on their way' if summary.unaccounted > 0 else 'more on their way from Envoy'}"
