@@ -100,3 +100,15 @@ async def test_a_day_is_opened_once_however_many_ask(postgres_url: str) -> None:
     assert [name for (name,) in found] == [
         f"abreast.pair_{day}" for day in ("20260131", "20260201", "20260202")
     ]
+
+
+async def test_a_database_of_another_encoding_is_refused(postgres_url: str) -> None:
+    base, _, _ = postgres_url.rpartition("/")
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("drop database if exists latin")
+        connection.execute("create database latin encoding 'LATIN1' locale 'C' template template0")
+
+    with pytest.raises(SchemaError, match="has the encoding LATIN1: name one"):
+        await migrate(f"{base}/latin")
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("drop database latin")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import structlog
 
 from abreast_sidecar.store.database import Connection, statement
@@ -16,9 +18,12 @@ async def open_days(connection: Connection) -> None:
     await connection.execute(statement("days_open"))
 
 
-async def drop_days(connection: Connection, *, retention_days: int, retention_bytes: int = 0) -> int:
+async def drop_days(
+    connection: Connection, *, retention_days: int, retention_bytes: int = 0, now: datetime | None = None
+) -> int:
     """Drop pairs, examples, samples and poison that are older, then the oldest days while all take more than `retention_bytes`
-    (0: no limit); never today. Return how many days went. Findings stay; sums of what is gone stay as one row each.
+    (0: no limit); never today, nor yesterday before one o'clock. `now` is by Postgres's clock unless given. Return how many
+    days went. Findings stay; sums of what is gone stay as one row each.
     """
     dropped = 0
     async with connection.transaction():
@@ -29,7 +34,7 @@ async def drop_days(connection: Connection, *, retention_days: int, retention_by
         await connection.execute(statement("poison_drop"), {"days": retention_days})
         await connection.execute(statement("samples_drop"), {"days": retention_days})
         await connection.execute(statement("reports_fold"), {"days": retention_days})
-        asked = {"days": retention_days, "bytes": retention_bytes}
+        asked = {"days": retention_days, "bytes": retention_bytes, "now": now}
         cursor = await connection.execute(statement("days_old"), asked)
         for old in await cursor.fetchall():
             await connection.execute(statement("day_drop"), {"day": old["day"]})

@@ -56,9 +56,11 @@ async def migrate(conninfo: str, wanted: Sequence[Migration] | None = None) -> i
         async with await AsyncConnection.connect(
             conninfo, connect_timeout=CONNECT_TIMEOUT, prepare_threshold=None
         ) as connection:
+            where = f"{connection.info.host}:{connection.info.port}/{connection.info.dbname}"
+            _check_encoding(connection.info.parameter_status("server_encoding") or "", where)
             await connection.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
             done = await _done(connection)
-            _check(done, wanted, f"{connection.info.host}:{connection.info.port}/{connection.info.dbname}")
+            _check(done, wanted, where)
             for migration in wanted[len(done) :]:
                 await _apply(connection, migration)
     except psycopg.OperationalError as error:
@@ -73,6 +75,15 @@ async def migrate(conninfo: str, wanted: Sequence[Migration] | None = None) -> i
 async def _done(connection: AsyncConnection[TupleRow]) -> list[TupleRow]:
     await connection.execute(statement("migration_table"))
     return await (await connection.execute(statement("migrations_done"))).fetchall()
+
+
+def _check_encoding(encoding: str, where: str) -> None:
+    """What people send is Unicode: another encoding would refuse some of it."""
+    if encoding != "UTF8":
+        raise SchemaError(
+            f"the database at {where} has the encoding {encoding}: name one in ABREAST_POSTGRES_URL that was made with "
+            "encoding 'UTF8'"
+        )
 
 
 def _check(done: Sequence[TupleRow], wanted: Sequence[Migration], where: str) -> None:

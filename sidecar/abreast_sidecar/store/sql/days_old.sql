@@ -1,4 +1,5 @@
--- Days that are over, the oldest first: older than is kept, or with all younger ones too large together. Never today.
+-- Days that are over, the oldest first: older than is kept, or with all younger ones too large together. Never today, and
+-- in the first hour never yesterday: entries of its last minutes may be on their way.
 select day, bytes
 from (
     select day, bytes, sum(bytes) over (order by day desc) as together
@@ -10,7 +11,7 @@ from (
         where pg_inherits.inhparent = 'abreast.pair'::regclass
     ) as sized
 ) as days
-where day < (clock_timestamp() at time zone 'UTC')::date - %(days)s::integer
+where day < ((coalesce(%(now)s::timestamptz, clock_timestamp()) - interval '1 hour') at time zone 'UTC')::date - %(days)s::integer
    or (%(bytes)s::bigint > 0 and together > %(bytes)s::bigint
-       and day < (clock_timestamp() at time zone 'UTC')::date)
+       and day < ((coalesce(%(now)s::timestamptz, clock_timestamp()) - interval '1 hour') at time zone 'UTC')::date)
 order by day
