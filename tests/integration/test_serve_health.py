@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -205,6 +206,16 @@ async def test_pages_show_what_is_there_and_escape_it(sidecar: Running) -> None:
         assert "&lt;script&gt;" in answer.text
         assert "default-src 'none'" in answer.headers["content-security-policy"]
         assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+async def test_the_page_says_what_the_verdict_is_and_why(sidecar: Running) -> None:
+    filled(sidecar.ledger())
+    text = (await sidecar.http.get("/")).text
+
+    said = text[text.index('title="abreast verdict"') : text.index('class="figures"')]
+    assert re.search(
+        '<span class="tag breaking">FAIL</span>.*1 of 1 pairs have unexplained', said, re.DOTALL
+    ), said
 
 
 async def test_the_page_of_a_pair_shows_old_first_and_what_new_raised(sidecar: Running) -> None:

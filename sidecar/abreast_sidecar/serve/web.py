@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from abreast_sidecar.compare.verdict import Budget, Verdict, decide
 from abreast_sidecar.control import Control
 from abreast_sidecar.control.steerers import Steerers
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError, SidecarError
@@ -19,6 +20,7 @@ from abreast_sidecar.serve import arguments, page
 from abreast_sidecar.serve.metrics import Metrics
 from abreast_sidecar.serve.pending import Pending
 from abreast_sidecar.serve.readiness import Readiness
+from abreast_sidecar.serve.verdicts import ledger
 from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.queries import FindingFilter, PairFilter, Queries
 from abreast_sidecar.store.results import Window
@@ -114,6 +116,7 @@ class Web:
         asked = arguments.text("service", request.query_params.get("service", ""))
         service = await self.control.resolve(asked or services[0])
         traffic = await self.control.read(service)
+        pending = await self.pending.count(service)
         noise = request.query_params.get("noise") == "1"
         findings = await self.queries.findings(
             FindingFilter(service=service, include_noise=noise), Page(FINDINGS)
@@ -128,7 +131,8 @@ class Web:
             service=service,
             noise=noise,
             summary=await self.queries.summary(service, Window()),
-            pending=await self.pending.count(service),
+            pending=pending,
+            verdict=await self._verdict(service, pending or 0),
             findings=findings,
             endpoints=await self.queries.endpoints(service, Window(), Page(FINDINGS)),
             traffic=traffic,
@@ -138,6 +142,12 @@ class Web:
             events=await self.control.journal.events(service, before_id=None, limit=EVENTS),
             parts=self.readiness.states(),
         )
+
+    async def _verdict(self, service: str, pending: int) -> Verdict:
+        """By the budget that `abreast verdict` has unless told otherwise."""
+        budget = Budget()
+        found = await self.queries.evidence(service, Window(), budget.max_slower)
+        return decide(found.endpoints, ledger(found, pending), budget)
 
     async def finding(self, request: Request) -> str:
         number = min(request.path_params["id"], arguments.MAX_ID)
