@@ -134,10 +134,10 @@ async def test_a_value_is_kept_for_its_time_and_a_little_less(redis_url: str) ->
 
 
 async def test_a_field_that_is_over_is_a_miss_though_another_form_keeps_the_key(redis_url: str) -> None:
-    async with make(redis_url, form="1", ttl=0.01, jitter=0) as old, make(redis_url, form="2") as new:
+    async with make(redis_url, form="1", ttl=0.3, jitter=0) as old, make(redis_url, form="2") as new:
         await old.get("product:7", Source("long ago"))
         await new.get("product:7", Source())
-        await asyncio.sleep(0.02)  # what is tested is that time passes
+        await asyncio.sleep(0.35)  # what is tested is that time passes
 
         assert await old.get("product:7", Source("now")) == "now"
 
@@ -158,12 +158,13 @@ async def test_errors_none_and_what_is_too_large_are_not_kept(redis_url: str) ->
 
 async def waiting(cache: Cache, source: Callable[[], Awaitable[Any]], number: int) -> list[asyncio.Task[Any]]:
     tasks = [asyncio.create_task(cache.get("product:7", source)) for _ in range(number)]
-    await eventually_async(lambda: _led(cache), what="the load is under way")
+
+    async def all_wait() -> bool:
+        flights: list[Any] = list(cache._flights._waiting.values())
+        return [len(each._callbacks or ()) for each in flights] == [number - 1]
+
+    await eventually_async(all_wait, what="all but the first wait for its load")
     return tasks
-
-
-async def _led(cache: Cache) -> bool:
-    return bool(cache._flights._waiting)
 
 
 async def test_those_who_ask_at_the_same_time_share_one_load(cache: Cache) -> None:
@@ -185,7 +186,10 @@ async def test_those_who_ask_at_the_same_time_share_one_load(cache: Cache) -> No
 async def test_an_error_reaches_all_who_wait(cache: Cache) -> None:
     gate = asyncio.Event()
 
+    loads = []
+
     async def load() -> str:
+        loads.append("once")
         await gate.wait()
         raise LookupError("gone")
 
@@ -193,6 +197,7 @@ async def test_an_error_reaches_all_who_wait(cache: Cache) -> None:
     gate.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
 
+    assert loads == ["once"]
     assert [type(result) for result in results] == [LookupError] * 5
 
 
@@ -352,10 +357,16 @@ async def test_in_another_event_loop_nothing_is_raised(cache: Cache) -> None:
     assert await asyncio.to_thread(asyncio.run, ask()) == list(range(60))
 
 
-async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_while() -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["own client", "a client without timeouts"])
+async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_while(given: bool) -> None:
     with RedisServer() as server:
-        async with make(server.url, timeout=0.1) as cache:
-            await cache.get("product:7", Source("kept"))
+        client = redis.asyncio.Redis.from_url(server.url, socket_timeout=None)
+        async with (
+            client,
+            make(server.url) as patient,
+            make(client if given else server.url, timeout=0.1) as cache,
+        ):
+            await patient.get("product:7", Source("kept"))
             assert server.server is not None
             os.kill(server.server.pid, signal.SIGSTOP)
             try:
@@ -369,7 +380,7 @@ async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_w
             assert took < 50 * 0.1 / 2
 
             async def back() -> bool:
-                return bool(await cache.get("product:7", Source("loaded")) == "kept")
+                return bool(await cache.get("product:7", Source(None)) == "kept")
 
             await eventually_async(back, within=PAUSE + 10, what="the cache is asked again")
 

@@ -104,6 +104,16 @@ async def test_a_rollback_undoes_what_was_not_committed_and_no_more(pool: AsyncC
     assert [payload["values"]["id"] for _, _, payload in effects(made)] == [1]
 
 
+async def test_what_was_not_committed_is_undone_when_the_connection_is_given_back(table: str) -> None:
+    async with AsyncConnectionPool(table, min_size=1, open=False) as pool, handled():
+        connection = await pool.getconn()
+        await connection.execute(INSERT, (1, 10))
+        await pool.putconn(connection)
+        async with pool.connection() as another:
+            cursor = await another.execute("select id from placed")
+            assert await cursor.fetchall() == []
+
+
 async def test_a_block_that_fails_is_undone_alone(pool: AsyncConnectionPool, table: str) -> None:
     async with handled() as made, pool.connection() as connection:
         async with connection.transaction():
@@ -319,11 +329,12 @@ async def test_a_task_that_goes_on_after_the_end_is_undone_as_well(table: str) -
 
 
 async def test_when_all_shadow_connections_are_taken_only_shadows_fail(table: str) -> None:
-    async with AsyncConnectionPool(table, min_size=1, shadow_max_size=1, open=False, timeout=0.1) as pool:
+    async with AsyncConnectionPool(table, min_size=1, shadow_max_size=1, open=False) as pool:
         async with handled(), pool.connection():
-            async with handled():
+            async with handled() as second:
                 with pytest.raises(PoolTimeout):
-                    await pool.getconn()
+                    await pool.getconn(timeout=0.1)
+                assert second.disturbed
             with inside("live"):
                 async with pool.connection() as connection:
                     await connection.execute(INSERT, (1, 10))
@@ -351,6 +362,11 @@ async def test_a_users_connection_takes_nothing_from_a_shadow(table: str) -> Non
                 await connection.execute(INSERT, (1, 10))
             with pytest.raises(ShadowError):
                 await connection.tpc_begin("mine")
+            with pytest.raises(ShadowError, match="opened for users"):
+                _ = [row async for row in connection.cursor().stream(f"{INSERT} returning id", (1, 10))]
+            async with connection.cursor("mine") as server:
+                with pytest.raises(ShadowError, match="opened for users"):
+                    await server.execute("select 1")
 
     assert rows(table) == []
 
@@ -498,7 +514,13 @@ async def test_a_request_that_is_cancelled_leaves_nothing(table: str) -> None:
 
 
 async def test_a_pool_that_a_shadow_opened_serves_users(table: str) -> None:
-    pool = AsyncConnectionPool(table, min_size=1, open=False)
+    """Whose connections are made, and made ready, by tasks that the pool began then."""
+
+    async def ready(connection: psycopg.AsyncConnection[Any]) -> None:
+        await connection.execute("set search_path = public")
+        await connection.commit()
+
+    pool = AsyncConnectionPool(table, min_size=1, open=False, configure=ready)
     async with handled():
         await pool.open(wait=True)
         async with pool.connection() as connection:

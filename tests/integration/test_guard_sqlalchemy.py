@@ -148,9 +148,10 @@ async def test_users_have_connections_though_shadows_hold_all_of_theirs(
     engine = create_async_engine(dialect(table), pool_size=1, max_overflow=0)
     protect(engine, shadow_pool_size=1)
     async with handled(), engine.connect():
-        async with handled():
+        async with handled() as second:
             with pytest.raises(PoolTimeout):
                 await engine.connect()
+            assert second.disturbed
         with inside("live"):
             await place(engine, 1)
     await engine.dispose()
