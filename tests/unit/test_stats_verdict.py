@@ -67,6 +67,13 @@ class TestPass:
         assert (verdict.state, verdict.more) == ("INCONCLUSIVE", None)
         assert reason(verdict, "coverage", "b").text.startswith("of 500 requests none could be compared")
 
+    @pytest.mark.parametrize(("waiting", "state"), [(199, "PASS"), (201, "INCONCLUSIVE")])
+    def test_what_waits_to_be_compared_may_be_what_is_broken(self, waiting: int, state: str) -> None:
+        verdict = judged(pairs(20_000), ledger=Ledger(20_000, 20_000, waiting))
+
+        assert verdict.state == state
+        assert ("still wait" in reason(verdict, "completeness").text) == (state != "PASS")
+
     def test_what_rules_explain_is_said(self) -> None:
         verdict = judged(pairs(20_000, by_rules=20_000))
 

@@ -89,6 +89,7 @@ class Counts:
 class Ledger:
     sampled: int | None  # requests, by Envoy's count; None where there is none
     accounted: int  # with an outcome that is evidence
+    waiting: int = 0  # not compared yet, beside `sampled`
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,10 +258,13 @@ def _completeness(ledger: Ledger, budget: Budget) -> Reason:
         text = f"no Envoy's count to hold the {_number(ledger.accounted)} requests in the ledger against"
         return Reason("completeness", "", "INCONCLUSIVE", text, Needed(None, None))
     share = ledger.accounted / ledger.sampled if ledger.sampled else 0.0
-    enough = bool(ledger.sampled) and share >= budget.min_completeness
+    waiting = ledger.waiting if ledger.waiting > (1 - budget.min_completeness) * ledger.sampled else 0
+    enough = bool(ledger.sampled) and share >= budget.min_completeness and not waiting
     lost = max(ledger.sampled - ledger.accounted, 0)
     text = f"the ledger has {_number(ledger.accounted)} of {_number(ledger.sampled)} sampled requests ({_percent(share)})"
-    if not enough:
+    if waiting:
+        text += f"; {_number(waiting)} more still wait to be compared"
+    elif not enough:
         text += f"; {_percent(budget.min_completeness)} are asked for, {_number(lost)} are missing"
     return Reason(
         "completeness", "", "PASS" if enough else "INCONCLUSIVE", text, Needed(0 if enough else None, None)

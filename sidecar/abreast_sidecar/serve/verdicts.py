@@ -16,9 +16,10 @@ SUBJECT = pb.VerdictSubject.DESCRIPTOR
 
 
 def ledger(found: Evidence, pending: int) -> Ledger:
-    """Of the window; what still waits in Redis is not lost."""
+    """Of the window; what still waits in Redis is not lost, and not known either."""
     lost = found.lost(pending)
-    return Ledger(None if lost is None else found.rows + lost, found.accounted)
+    sampled = None if lost is None else found.rows + lost
+    return Ledger(sampled, found.accounted, waiting=0 if found.over else pending)
 
 
 def response(
