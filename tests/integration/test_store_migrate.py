@@ -9,7 +9,7 @@ import pytest
 
 from abreast_sidecar.errors import LedgerError, SchemaError
 from abreast_sidecar.store.migrate import Migration, migrate, migrations
-from support_pairs import one, rows
+from support_pairs import one, rows, sums_are_those_of_rows
 
 pytestmark = pytest.mark.postgres
 
@@ -100,6 +100,25 @@ async def test_a_day_is_opened_once_however_many_ask(postgres_url: str) -> None:
     assert [name for (name,) in found] == [
         f"abreast.pair_{day}" for day in ("20260131", "20260201", "20260202")
     ]
+
+
+async def test_what_an_old_ledger_holds_is_counted_as_if_it_had_always_been(postgres_url: str) -> None:
+    await migrate(postgres_url, migrations()[:8])
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(
+            "insert into abreast.endpoint (service, method, route) values ('shop', 'GET', '/')"
+        )
+        connection.execute("select abreast.open_day('2026-01-31')")
+        connection.execute(
+            "insert into abreast.pair (day, id, at, endpoint_id, outcome, old_status, new_status, new_release, findings)"
+            " select '2026-01-31', n, '2026-01-31T00:00:00Z'::timestamptz + n * interval '7 minutes', 1,"
+            " (array['match', 'mismatch'])[1 + n % 2], 200, nullif(200 + n % 3 * 100, 400), 'v' || n % 2,"
+            " case n % 2 when 1 then '{5, 3}'::bigint[] else '{}' end from generate_series(1, 200) as n"
+        )
+    await migrate(postgres_url)
+
+    sums_are_those_of_rows(postgres_url)
+    assert one(postgres_url, "select sum(pairs)::int from abreast.hour") == 200
 
 
 async def test_a_database_of_another_encoding_is_refused(postgres_url: str) -> None:
