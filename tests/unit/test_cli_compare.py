@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,10 @@ def test_one_side_can_be_stdin(tmp_path: Path) -> None:
         (["--http", "text", "text"], "text must begin with a status line"),
         (["--rules", "text", "json", "json"], "text:1: the file must be a mapping"),
         (["--rules", "nowhere", "json", "json"], "nowhere can't be read"),
+        (["--rules", "bytes", "json", "json"], "bytes is not UTF-8"),
+        (["--rules", "-", "json", "-"], "only one of the files can be stdin"),
+        (["--url", "http://[shop", "json", "json"], "--url must be an address"),
+        ([".", "json"], ". can't be read: Is a directory"),
     ],
 )
 def test_what_cannot_be_compared_ends_with_2(
@@ -84,11 +90,29 @@ def test_what_cannot_be_compared_ends_with_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text").write_text("hello")
+    Path("bytes").write_bytes(b"\xff")
     Path("json").write_text("{}")
     result = run(*arguments)
 
     assert result.exit_code == 2
     assert result.stderr.startswith(f"abreast: {message}")
+
+
+def test_empty_bodies_can_be_compared(tmp_path: Path) -> None:
+    assert run(*files(tmp_path, b"", b"")).exit_code == 0
+    assert run(*files(tmp_path, b"{}", b"")).stdout.startswith("body  removed, breaking\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_answer_that_can_not_be_written_is_none(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("abreast")), "compare", *files(tmp_path, {}, {})]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (
+        2,
+        "abreast: the output can't be written: No space left on device\n",
+    )
 
 
 def test_any_text_can_be_compared_by_its_type(tmp_path: Path) -> None:
@@ -138,6 +162,8 @@ def test_what_comes_from_files_cannot_steer_the_terminal(tmp_path: Path) -> None
     result = run(*files(tmp_path, {"a\x1b[31m": "\x1b[2J"}, {}))
 
     assert "\x1b" not in result.stdout
+    assert "\x1b" not in run("--type", "text/x;\x1b[2J", *files(tmp_path, {"a": 1}, {"a": 2})).stdout
+    assert "\x1b" not in run("--type", "text/\x1b[2J", *files(tmp_path, {"a": 1}, {"a": 2})).stdout
 
 
 @pytest.mark.parametrize(
@@ -146,6 +172,8 @@ def test_what_comes_from_files_cannot_steer_the_terminal(tmp_path: Path) -> None
         (b"HTTP/1.1 204 No Content\r\n\r\n", 204, (), b""),
         (b"HTTP/1.1 200 OK\r\na: 1\r\nA:2\r\n\r\nx\r\n\r\ny", 200, (("a", "1"), ("a", "2")), b"x\r\n\r\ny"),
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\nx", 200, (), b"x"),
+        (b"HTTP/1.1 302 Found\r\nlocation: /b\r\n\r\nHTTP/1.1 200 OK\r\n\r\nx", 200, (), b"x"),
+        (b"HTTP/1.1 200 Connection established\n\n" * 5000 + b"HTTP/2 404 \n\nx", 404, (), b"x"),
         (b"HTTP/1.1 200 OK\ncontent-length: 1\n\nx\n", 200, (("content-length", "1"),), b"x"),
         (
             b"HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\n3\r\nabc\r\n2;x=y\r\nde\r\n0\r\n\r\n",

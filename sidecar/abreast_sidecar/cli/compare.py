@@ -53,7 +53,7 @@ def command(
 
     Exits with 0 where nothing differs that no rule explains, 1 where something does, 2 where they can't be compared.
     """
-    if old == new == compare_files.STDIN:
+    if (old, new, rules_file).count(compare_files.STDIN) > 1:
         raise ArgumentError("only one of the files can be stdin")
     rules = _rules(rules_file)
     answers = [
@@ -82,13 +82,20 @@ def _rules(name: str | None) -> Rules:
     try:
         text = compare_files.read(name).decode()
         return Rules(declared=load(text, name).on(dt.datetime.now(dt.UTC).date()))
-    except (RuleError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{name} is not UTF-8: {error}") from error
+    except RuleError as error:
         raise ArgumentError(str(error)) from error
 
 
 def _request(endpoint: str, url: str) -> Request:
     method, _, route = endpoint.strip().partition(" ")
-    address = urlsplit(url)
+    try:
+        address = urlsplit(url)
+    except ValueError as error:
+        raise ArgumentError(
+            f"--url must be an address such as https://shop.example/products/7, got {url!r}"
+        ) from error
     headers: Headers = (("host", address.netloc),) if address.netloc else ()
     return Request(
         method=method.upper(), path=address.path or "/", route=route.strip() or "/", headers=headers
@@ -155,7 +162,7 @@ def _advice(one: Difference) -> str:
 
 
 def _summary(judgement: Judgement) -> str:
-    reason = f" ({judgement.reason})" if judgement.reason else ""
+    reason = f" ({printable(judgement.reason)})" if judgement.reason else ""
     if not judgement.differences and judgement.outcome != "match":
         return f"not compared{reason}"
     explained = (

@@ -25,8 +25,8 @@ def read(name: str) -> bytes:
 
 
 def body_answer(data: bytes, name: str, kind: str) -> Answer:
-    """Raise ArgumentError where it is to be JSON and is not."""
-    if kind == JSON:
+    """Raise ArgumentError where it is to be JSON and is not. An empty body is that of no answer."""
+    if kind == JSON and data:
         _check_json(data, name)
     return _answer(200, (("content-type", kind),) if kind else (), data)
 
@@ -41,15 +41,19 @@ def _check_json(data: bytes, name: str) -> None:
 
 
 def http_answer(data: bytes, name: str) -> Answer:
-    """The last response in the file: `curl -i` prints 100 Continue before it. Raise ArgumentError."""
+    """The last response in the file: curl prints 100 Continue, a proxy's answer and redirects before it.
+
+    Raise ArgumentError.
+    """
     found = _STATUS_LINE.match(data)
     if found is None:
         raise ArgumentError(
             f"{name} must begin with a status line such as HTTP/1.1 200 OK, as curl -i prints it"
         )
     head, blank, rest = _parted(data[found.end() :])
-    if found[1].startswith(b"1") and _STATUS_LINE.match(rest):
-        return http_answer(rest, name)
+    while following := _STATUS_LINE.match(rest):
+        found = following
+        head, blank, rest = _parted(rest[found.end() :])
     headers = tuple(_header(line, name) for line in head.splitlines() if line.strip())
     if not blank and rest:
         raise ArgumentError(f"{name} has no empty line between headers and body")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import sys
 
@@ -30,10 +31,11 @@ class Exit(enum.IntEnum):
     PIPE_CLOSED = 141
 
 
+UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 EXITS = {
     Exit.OK: "done",
     Exit.NO: "done, and the answer is no: doctor found a failure, verdict says FAIL, compare or findings --exit-code found something, rules preview or import --dry-run found what speaks against a rule, or not every Envoy has a change yet",
-    Exit.USAGE: "a wrong option, argument or setting; or verdict says INCONCLUSIVE",
+    Exit.USAGE: "a wrong option, argument or setting; files that can't be compared; verdict says INCONCLUSIVE; or the output can't be written",
     Exit.UNREACHABLE: "the sidecar, or a server it needs, can't be reached or started, or took too long",
     Exit.NOT_FOUND: "no such finding, pair or service",
     Exit.REFUSED: "the sidecar refused, or failed",
@@ -64,6 +66,10 @@ def ended_by(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         _silence_stdout()
         return Exit.PIPE_CLOSED
+    if isinstance(error, OSError) and error.errno in UNWRITTEN:
+        _silence_stdout()
+        click.echo(f"abreast: the output can't be written: {error.strerror}", err=True)
+        return Exit.USAGE
     if isinstance(error, click.ClickException):
         error.show()
         return error.exit_code
