@@ -1,0 +1,119 @@
+"""What holds of every format: nothing differs from itself, sides can be swapped, nothing raises, and no value is overlooked."""
+
+from __future__ import annotations
+
+import gzip
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abreast.capture import Answer, Body
+from abreast_sidecar.compare import Rules
+from abreast_sidecar.compare.body import BodyResult, compare_bodies
+
+# Each with a place for a word; what is written around it is the format's.
+PLACES: dict[str, list[str]] = {
+    "application/json": [
+        '{"a":%s}',
+        '["%s"]',
+        '[{"id":1,"v":["x","%s"]},2]',
+        '{"%s":1}',
+        '{"a":1,"a":"%s","a":2}',
+    ],
+    "application/problem+json": ['{"detail":"%s"}'],
+    "application/x-ndjson": ['{"a":1}\n{"a":"%s"}\n', '"%s"'],
+    "text/event-stream": ["data: %s\n\n", "event: %s\n\n", "id: %s\ndata: 1\n\n", 'data: {"a":"%s"}\n\n'],
+    "application/x-www-form-urlencoded": ["a=1&b=%s", "%s=1", "a=1&a=%s"],
+    "multipart/form-data; boundary=b": [
+        '--b\r\ncontent-disposition: form-data; name="a"\r\n\r\n%s\r\n--b--',
+        '--b\r\ncontent-disposition: form-data; name="%s"\r\n\r\n1\r\n--b--',
+        '--b\r\ncontent-disposition: form-data; name="a"; filename="%s"\r\n\r\n1\r\n--b--',
+        '--b\r\ncontent-disposition: form-data; name="a"\r\ncontent-type: text/%s\r\n\r\n1\r\n--b--',
+        '--b\r\ncontent-disposition: form-data; name="a"\r\nx-more: %s\r\n\r\n1\r\n--b--',
+    ],
+    "text/html": [
+        "<p>%s</p>",
+        "<p>a <b>%s</b> c</p>",
+        '<a href="%s">x</a>',
+        "<%s>x</%s>",
+        "<a %s=1>x</a>",
+        "<script>%s</script><p>x</p>",
+        "<pre>a\n  %s</pre>",
+        "<ul><li>1<li>%s</ul>",
+    ],
+    "application/xml": [
+        "<r>%s</r>",
+        "<r a='%s'/>",
+        "<r><%s/></r>",
+        "<r %s='1'/>",
+        "<r xmlns='%s'/>",
+        "<r><![CDATA[%s]]></r>",
+        "<r>1<b/>%s</r>",
+    ],
+    "text/plain": ["%s", "one\n%s\nthree\n"],
+    "text/csv": ["a,b\n1,%s\n"],
+    "application/octet-stream": ["\x00%s"],
+    "image/png": ["\x89PNG%s"],
+    "": ['{"a":"%s"}', "<html><p>%s</p></html>", "%s"],
+}
+each = pytest.mark.parametrize(
+    ("kind", "place"), [(kind, place) for kind, places in PLACES.items() for place in places]
+)
+WORDS = ("anna", "otto", "77", "78", "anna2")
+SWAPPED = {"added": "removed", "removed": "added"}
+
+
+def answer(body: bytes, kind: str, coding: str = "") -> Answer:
+    headers = [("content-type", kind)] if kind else []
+    if coding:
+        headers.append(("content-encoding", coding))
+    return Answer(200, tuple(headers), Body(body, len(body)))
+
+
+def compared(old: bytes, new: bytes, kind: str) -> BodyResult:
+    return compare_bodies(answer(old, kind), answer(new, kind), Rules())
+
+
+def filled(place: str, word: str) -> bytes:
+    return place.replace("%s", word).encode("latin-1")
+
+
+@each
+def test_no_word_is_overlooked(kind: str, place: str) -> None:
+    words = [word for word in WORDS if not word.isdigit() or ("<%s" not in place and "<r %s" not in place)]
+    for old, new in pairwise(words):
+        assert compared(filled(place, old), filled(place, new), kind).differences, (old, new)
+
+
+@each
+@settings(max_examples=25)
+@given(st.data())
+def test_sides_can_be_swapped_and_nothing_raises(kind: str, place: str, data: st.DataObject) -> None:
+    old, new = (damaged(filled(place, "anna"), data) for _ in range(2))
+    there, back = compared(old, new, kind), compared(new, old, kind)
+
+    assert compared(old, bytes(bytearray(old)), kind).differences == []
+    assert (there.unreadable, there.too_large) == (back.unreadable, back.too_large)
+    assert sorted((one.path, one.kind) for one in there.differences) == sorted(
+        (one.path, SWAPPED.get(one.kind, one.kind)) for one in back.differences
+    )
+
+
+def damaged(body: bytes, data: st.DataObject) -> bytes:
+    """With up to three bytes put in, taken out or changed."""
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(body)))
+        put = data.draw(st.binary(max_size=2))
+        body = body[:at] + put + body[at + data.draw(st.integers(0, 2)) :]
+    return body
+
+
+@each
+def test_what_is_compressed_is_compared_alike(kind: str, place: str) -> None:
+    plain = [filled(place, word) for word in WORDS[:2]]
+    old, new = (answer(gzip.compress(body), kind, "gzip") for body in plain)
+    found, expected = compare_bodies(old, new, Rules()), compared(plain[0], plain[1], kind)
+
+    assert [one.path for one in found.differences] == [one.path for one in expected.differences]
