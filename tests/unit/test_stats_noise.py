@@ -306,3 +306,4 @@ def test_rare_noise_of_a_kind_with_long_tails_waits_for_copies() -> None:
     assert found.state == "undecided"
     assert decide([Counts(20_000, 20, 1000, 0, 0, 10, 10)], ALPHA)[0].state == "real"
     assert decide([Counts(20_000, 2000, 1000, 0, 0, 1000, 1000, rare=True)], ALPHA)[0].state == "real"
+    assert decide([Counts(20_000, 14, 2000, 0, 0, 0, 14, rare=True)], ALPHA)[0].state == "real"  # one way

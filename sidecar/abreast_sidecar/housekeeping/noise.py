@@ -148,7 +148,7 @@ def counts(rows: Iterable[Row]) -> list[Counts]:
             baseline_compared=max(row["baseline_compared"], row["baseline_count"]),
             baseline_differs=row["baseline_count"],
             explained=row["explained"],
-            rare=row["kind"] == "range",
+            rare=row["kind"] in {"format", "range"},
             new_greater=greater[_drawn(row)],
             new_smaller=smaller[_drawn(row)],
         )
