@@ -89,8 +89,17 @@ class Connected:
             self.acknowledged_after = time.monotonic() - self.sent_from
         return True
 
+    @property
+    def last_answered(self) -> Traffic | None:
+        return self.sent if self.error else self.acknowledged
+
+    def settled(self, traffic: Traffic) -> bool:
+        """As `Standing.settled`, for many Envoys at each of their answers."""
+        answered = self.last_answered
+        return answered is not None and not traffic.newer_than(answered)
+
     def standing(self, sidecar: str) -> Standing:
-        answered = self.sent if self.error else self.acknowledged
+        answered = self.last_answered
         return Standing(
             service=self.service,
             node=self.node,
@@ -138,5 +147,10 @@ class Envoys:
         """Until every Envoy of the service here has answered, or the time (seconds) is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while not all(envoy.settled(traffic) for envoy in self.of(traffic.service)):
+                while not self._settled(traffic):
                     await self.bell.wait()
+
+    def _settled(self, traffic: Traffic) -> bool:
+        return all(
+            envoy.settled(traffic) for envoy in self._streams.values() if envoy.service == traffic.service
+        )
