@@ -44,9 +44,10 @@ class Ledger:
         return summed and self.pending == 0 and self.unaccounted == 0
 
     def complete_since(self, before: Ledger) -> bool:
+        """Whether what Envoy counted since is in the ledger too, beside what was still on its way then."""
         if self.envoy is None or before.envoy is None or self.pending or self.envoy == before.envoy:
             return False
-        return self.envoy - before.envoy == self.rows - before.rows
+        return self.envoy - before.envoy == self.rows - before.rows - (before.pending or 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,18 @@ def test_a_drill_must_be_named_and_needs_users_on_new() -> None:
         assert CliRunner().invoke(abreast, ["drill", *words]).exit_code == 2
 
 
+def test_what_was_on_its_way_before_does_not_stand_for_what_is_missing_now() -> None:
+    def ledger(rows: int, envoy: int, pending: int) -> Ledger:
+        return Ledger(outcomes={"match": rows}, envoy=envoy, unaccounted=0, pending=pending, drops={})
+
+    before = ledger(9, 10, 1)
+
+    assert ledger(15, 15, 0).complete_since(before)
+    assert not ledger(14, 15, 0).complete_since(before)
+    assert not ledger(14, 15, 1).complete_since(before)
+    assert not ledger(10, 10, 0).complete_since(before)
+
+
 def test_what_does_not_run_is_not_drilled() -> None:
     done = CliRunner().invoke(
         abreast, ["drill", "redis-down", "--running", "--address", f"127.0.0.1:{free_port()}"]

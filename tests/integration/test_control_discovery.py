@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 from collections.abc import AsyncIterator
 
@@ -112,6 +113,27 @@ async def test_a_wrong_configuration_is_refused_in_plain_words(
     found = refused(caught.value)
     assert found.code is grpc.StatusCode.INVALID_ARGUMENT
     assert message in found.message
+
+
+async def test_a_clock_that_was_set_back_makes_no_answer_early(sidecar: Running) -> None:
+    """The state is of a time that Postgres's clock has not reached again."""
+    async with stream(sidecar) as call:
+        await call.write(answer(await call.read()))
+        ledger = sidecar.ledger()
+        ledger.execute(
+            "update abreast.traffic set version = version + 1, new_share = 2500, updated_at = updated_at + interval '1 hour'"
+        )
+        ledger.execute("notify abreast_traffic")
+        await call.write(answer(await call.read()))
+
+        async def acknowledged() -> bool:
+            (state,) = await envoys(sidecar)
+            return state.acknowledged_version == 2
+
+        await eventually_async(acknowledged, what="the second state is acknowledged")
+        (state,) = await envoys(sidecar)
+
+    assert dt.timedelta(0) <= state.acknowledged_after.ToTimedelta() < dt.timedelta(seconds=20)
 
 
 async def test_streams_end_when_the_sidecar_drains(sidecar: Running) -> None:
