@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import random
 import signal
@@ -267,6 +268,32 @@ async def test_many_judge_at_once_and_each_pair_is_counted_once(place: Place) ->
 
     assert place.hidden() == {(rule, "$.price"): 60}
     assert place.counts()["$.name"][0] == 60
+
+
+async def test_workers_and_judging_again_never_wait_for_each_other_in_a_circle(place: Place) -> None:
+    await place.ledger.write(blind([PRICE, NAME], 200))
+    over = asyncio.Event()
+
+    async def work(ledger: Ledger) -> int:
+        written = 0
+        while not over.is_set():
+            held = one(place.url, "select version from abreast.rule_state")
+            with contextlib.suppress(StaleRulesError):
+                written += await ledger.write(blind([PRICE, NAME], 5), rules=held)
+        await ledger.close()
+        return written
+
+    workers = [asyncio.create_task(work(Ledger(place.url, examples_per_finding=3))) for _ in range(2)]
+    rule = await place.begin(action="ignore", path="$.price")
+    await place.rejudged(limit=20)
+    over.set()
+    written = sum(await asyncio.gather(*workers)) + 200
+
+    assert one(place.url, "select deadlocks from pg_stat_database where datname = current_database()") == 0
+    assert one(place.url, "select sum(pairs)::int from abreast.tally") == written
+    # These workers say that they have judged by the rule and do not: what they write after it began counts on.
+    assert place.counts()["$.price"][0] + place.hidden()[rule, "$.price"] == written
+    assert place.counts()["$.name"][0] == written
 
 
 REJUDGE = """
