@@ -1,8 +1,8 @@
 """What the verdict is worth, with everything in between: the demo's shop behind Envoy, through Redis, comparison and ledger.
 
 Old against old has to raise no finding and to pass; old against new has to fail with every planted regression, no more.
-`python bench/quality.py [--requests 20000] [--rate 250]` takes a few minutes; precision and recall of single comparisons
-are in bench/compare.py.
+`python bench/quality.py [--requests 20000] [--rate 250]` takes four minutes, and three times as long at most; precision
+and recall of single comparisons are in bench/compare.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import argparse
 import asyncio
 import itertools
 import sys
-from typing import Any
 
 import grpc
+from rows import Row, row
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
@@ -27,10 +27,11 @@ from abreast_sidecar.embedded import free_port
 from abreast_sidecar.envoy.settings import Endpoint
 
 REQUESTS = 20_000
+QUICK = 2000
 RATE = 250.0  # a second
+LONGEST = 3.0  # times as long as the rate asks for; a slow machine sends fewer requests
 SETTLE = 60  # seconds at most until all is in the ledger; what is not shows in the verdict
 SAME = {"old": "old", "new": "old"}
-Row = dict[str, Any]
 
 
 def run(codes: dict[str, str], many: int, rate: float) -> tuple[api.GetVerdictResponse, list[api.Finding]]:
@@ -46,11 +47,11 @@ async def _measure(
     listen, address, _ = (f"{one.host}:{one.port}" for one in ports)
     safe = (one for one in requests(1) if one.safe)
     async with Load(f"http://{listen}") as load:
-        await load.send(itertools.islice(safe, many), seconds=float("inf"), rate=rate)
+        await load.send(itertools.islice(safe, many), seconds=LONGEST * many / rate, rate=rate)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = comparison_pb2_grpc.ComparisonServiceStub(channel)
         for _ in range(SETTLE):
-            if (await stub.GetSummary(api.GetSummaryRequest(service="shop"))).pairs >= many:
+            if (await stub.GetSummary(api.GetSummaryRequest(service="shop"))).pairs >= load.tally.requests:
                 break
             await asyncio.sleep(1)
         await asyncio.sleep(2 * 5)  # two turns of each chore that decides
@@ -63,7 +64,8 @@ async def _measure(
     ]
 
 
-def rows(many: int = REQUESTS, rate: float = RATE) -> list[Row]:
+def rows(many: int = REQUESTS, rate: float = RATE, *, quick: bool = False) -> list[Row]:
+    many = min(many, QUICK) if quick else many
     same, false = run(SAME, many, rate)
     _tell("same code", same, false)
     other, real = run(CODES, many, rate)
@@ -71,11 +73,11 @@ def rows(many: int = REQUESTS, rate: float = RATE) -> list[Row]:
     planted = {(one.place.endpoint, one.place.path) for one in REGRESSIONS}
     found = {(f"{one.endpoint.method} {one.endpoint.route}", one.path) for one in real}
     return [
-        _row("same_code_false_findings", len(false), "findings"),
-        _row("same_code_passes", same.state == api.VERDICT_STATE_PASS, "share"),
-        _row("new_code_fails", other.state == api.VERDICT_STATE_FAIL, "share"),
-        _row("planted_precision", len(found & planted) / max(1, len(found)), "share"),
-        _row("planted_recall", len(found & planted) / len(planted), "share"),
+        row("same_code_false_findings", "findings", [len(false)]),
+        row("same_code_passes", "share", [same.state == api.VERDICT_STATE_PASS]),
+        row("new_code_fails", "share", [other.state == api.VERDICT_STATE_FAIL]),
+        row("planted_precision", "share", [len(found & planted) / max(1, len(found))]),
+        row("planted_recall", "share", [len(found & planted) / len(planted)]),
     ]
 
 
@@ -89,17 +91,6 @@ def _tell(what: str, verdict: api.GetVerdictResponse, real: list[api.Finding]) -
             f"  {one.endpoint.method} {one.endpoint.route} {one.path} {one.summary}; {one.reason}",
             file=sys.stderr,
         )
-
-
-def _row(name: str, value: float, unit: str) -> Row:
-    return {
-        "name": name,
-        "value": float(value),
-        "unit": unit,
-        "min": float(value),
-        "max": float(value),
-        "runs": 1,
-    }
 
 
 def main() -> None:

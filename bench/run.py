@@ -1,9 +1,9 @@
 """Measures what there is to measure: python bench/run.py [--quick] [--minutes N]. Prints a table; writes bench/results.json.
 
 Part by part: the middleware in-process and behind uvicorn, users' times through Envoy and how soon a pair can be
-queried, Redis → compare → Postgres, comparing bodies, a rollback and a flood of copies, the cost of a large ledger, and
-the memory of every process (drawn into bench/memory.svg). What is compared takes turns within its part. The first rows
-tell the machine and the versions.
+queried, Redis → compare → Postgres, comparing bodies, what a verdict is worth, a rollback and a flood of copies, the
+cost of a large ledger, and the memory of every process (drawn into bench/memory.svg). What is compared takes turns
+within its part. The first rows tell the machine and the versions.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import memory
 import middleware
 import mirror
 import pipeline
+import quality
 import traffic
 from rows import Row, end_in_order
 
@@ -54,6 +55,7 @@ def parts(quick: bool, minutes: float) -> dict[str, Callable[[], Sequence[Row]]]
         "mirror": lambda: mirror.rows(quick=quick),
         "pipeline": lambda: pipeline.rows(quick=quick),
         "compare": lambda: compare.rows(quick=quick),
+        "quality": lambda: quality.rows(quick=quick),
         "traffic": lambda: traffic.rows(quick=quick),
         "growth": lambda: growth.rows(quick=quick),
         "memory": lambda: memory.rows(minutes),

@@ -206,6 +206,8 @@ def _slower(counts: Counts, budget: Budget, alpha: _Alpha) -> Reason:
         f" by more than {_percent(budget.max_slower)} of its time" if budget.max_slower else ""
     )
     said = _said(counts.slower, counts.timed, what, HALF, alpha)
+    if counts.compared and not counts.timed:
+        said = "no times yet: versions are cold, or what a copy costs is not known"
     return _rate("slower", counts, counts.slower, counts.timed, HALF, alpha, said)
 
 
