@@ -63,14 +63,14 @@ async def test_each_release_begins_cold_and_pairs_are_held_against_each_other(si
     assert 2 < ratio.low < ratio.value < ratio.high < 3.1
 
 
-async def test_what_a_copy_costs_is_told_and_taken_off(sidecar: Running) -> None:
+async def test_two_copies_are_held_against_each_other_where_there_are_enough(sidecar: Running) -> None:
     ledger = sidecar.ledger()
     add(ledger, 400, 10_000, 30_000)
     unknown = await ask(sidecar)
-    ledger.execute("insert into abreast.copy_cost values (%s, 1.5, 80)", ledger.endpoint(route=ROUTE))
+    ledger.execute("update abreast.pair set copy_us = 15000 where extract(second from at)::int %% 2 = 0")
     found = await ask(sidecar)
 
-    assert (unknown.HasField("copy_ratio"), found.copy_ratio) == (False, 1.5)
+    assert (unknown.warm.copies, found.warm.copies) == (0, 180)
     assert found.warm.percentiles == unknown.warm.percentiles
     assert next(one.value for one in unknown.warm.ratios if one.share == 0.5) == pytest.approx(3, abs=0.1)
     assert next(one.value for one in found.warm.ratios if one.share == 0.5) == pytest.approx(2, abs=0.1)

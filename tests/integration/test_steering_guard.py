@@ -148,12 +148,12 @@ async def test_slower_answers_roll_back_beyond_the_limit(sidecar: Running, ledge
 async def test_what_a_copy_takes_longer_rolls_nobody_back(sidecar: Running, ledger: Ledger) -> None:
     await set_guard(sidecar, "ACTING", slower=pb.GuardRule(limit=0.5))
     await set_share(sidecar, 0.5)
-    ledger.execute("insert into abreast.copy_cost values (%s, 2.0, 100)", ledger.endpoint())
     add(ledger, 600, live="old", old_us=1000, new_us=2000)
+    ledger.execute("update abreast.pair set copy_us = 2000")
     await saw(sidecar, "CLEAR", "BLIND")
     assert (await events(sidecar))[0].action != "rollback"
 
-    add(ledger, 2000, live="new", old_us=1000, new_us=1000)
+    ledger.execute("update abreast.pair set copy_us = 1000")
     await rolled_back(sidecar)
 
 

@@ -185,19 +185,24 @@ class PairedLatency(_message.Message):
     PERCENTILES_FIELD_NUMBER: _builtins.int
     DIFFERENCES_FIELD_NUMBER: _builtins.int
     RATIOS_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
     pairs: _builtins.int
     """So many pairs."""
+    copies: _builtins.int
+    """So many pairs the differences and ratios are of: those in which old answered a copy too, beside which new's copy is held.
+    0: there are fewer than 20, so that they are of all pairs, of whose answers one is a copy's.
+    """
     @_builtins.property
     def percentiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___LatencyPercentile]:
         """Each version by itself: 50, 90, 95 and 99 percent."""
 
     @_builtins.property
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___LatencyDifference]:
-        """New's time without old's of the same request, what being a copy costs taken off: at 10, 50, 90 and 99 percent."""
+        """New's time without old's of the same request: at 10, 50, 90 and 99 percent."""
 
     @_builtins.property
     def ratios(self) -> _containers.RepeatedCompositeFieldContainer[Global___LatencyRatio]:
-        """New's time by old's of the same request, what being a copy costs taken off: at 10, 50, 90 and 99 percent."""
+        """New's time by old's of the same request: at 10, 50, 90 and 99 percent."""
 
     def __init__(
         self,
@@ -206,10 +211,11 @@ class PairedLatency(_message.Message):
         percentiles: _abc.Iterable[Global___LatencyPercentile] | None = ...,
         differences: _abc.Iterable[Global___LatencyDifference] | None = ...,
         ratios: _abc.Iterable[Global___LatencyRatio] | None = ...,
+        copies: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["differences", b"differences", "pairs", b"pairs", "percentiles", b"percentiles", "ratios", b"ratios"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "differences", b"differences", "pairs", b"pairs", "percentiles", b"percentiles", "ratios", b"ratios"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -226,15 +232,10 @@ class GetLatencyResponse(_message.Message):
     COLD_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FIELD_NUMBER: _builtins.int
     CUT_FIELD_NUMBER: _builtins.int
-    COPY_RATIO_FIELD_NUMBER: _builtins.int
     confidence: _builtins.float
     """How sure the intervals are, for all looks together."""
     cut: _builtins.bool
     """Whether there are more pairs than were taken: the newest 20,000."""
-    copy_ratio: _builtins.float
-    """How many times as long old takes for a copy as for the request itself, in the median of its latest baseline copies.
-    Unset: there are too few copies, so that copies are taken to cost nothing.
-    """
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
         """The endpoint."""
@@ -255,14 +256,11 @@ class GetLatencyResponse(_message.Message):
         cold: Global___PairedLatency | None = ...,
         confidence: _builtins.float = ...,
         cut: _builtins.bool = ...,
-        copy_ratio: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_copy_ratio", b"_copy_ratio", "cold", b"cold", "copy_ratio", b"copy_ratio", "endpoint", b"endpoint", "warm", b"warm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cold", b"cold", "endpoint", b"endpoint", "warm", b"warm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_copy_ratio", b"_copy_ratio", "cold", b"cold", "confidence", b"confidence", "copy_ratio", b"copy_ratio", "cut", b"cut", "endpoint", b"endpoint", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cold", b"cold", "confidence", b"confidence", "cut", b"cut", "endpoint", b"endpoint", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__copy_ratio: _TypeAlias = _typing.Literal["copy_ratio"]  # noqa: Y015
-    _WhichOneofArgType__copy_ratio: _TypeAlias = _typing.Literal["_copy_ratio", b"_copy_ratio"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__copy_ratio) -> _WhichOneofReturnType__copy_ratio | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetLatencyResponse: _TypeAlias = GetLatencyResponse  # noqa: Y015

@@ -57,18 +57,17 @@ def show(out: Console, found: api.GetLatencyResponse) -> None:
         out.print()
         out.print(spread(found.warm))
         out.print(f"intervals hold at any number of looks, at {percent(found.confidence)}", style="dim")
-        out.print(copies(found), style="dim")
+        out.print(copies(found.warm), style="dim")
     out.print(f"\nthe first {counted(found.cold.pairs, 'pair')} of the releases, when caches were cold")
     if found.cold.pairs:
         out.print(sides(found.cold))
 
 
-def copies(found: api.GetLatencyResponse) -> str:
-    if not found.HasField("copy_ratio"):
-        return "what a copy takes longer than the request itself is not known: too few baseline copies"
+def copies(found: api.PairedLatency) -> str:
+    if found.copies:
+        return f"new - old and new / old are of {counted(found.copies, 'pair')} of which both answers are copies'"
     return (
-        f"a copy takes old {found.copy_ratio:.2f} times as long as the request itself; that is taken off in "
-        "new - old and new / old"
+        "new - old and new / old are of all pairs: of two answers one is a copy's, which may tell by itself"
     )
 
 

@@ -13,8 +13,8 @@ no distribution, but pairs should not hang on each other; leaving out first pair
 
 A real but small difference is no finding: median of the ratios and of the differences must be large enough too.
 
-Of two answers to one request one is a copy's, which may take longer or less by that alone. What is judged is the time of
-new as it would be if both were copies or neither, by what old alone tells of it.
+Of two answers to one request one is a copy's, which may take longer or less by that alone: guards hold its writes back, the
+request itself has warmed its caches. Where old has got a copy too, new's copy is judged beside that one.
 """
 
 from __future__ import annotations
@@ -30,24 +30,20 @@ MIN_DIFFERENCE_US = 5000.0  # of the median pair
 ALPHA = 0.001  # for one endpoint, over all its life
 COLD_SHARE = 0.1  # of the first pairs of each release: caches, pools and compilers are cold
 COLD_PAIRS = 5  # at least
+LEAST_COPIES = 20  # of old, or pairs are judged whatever their roles
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
     """One request answered by both versions, in µs; `release` names the code of both.
 
-    `handicap` is how many times as long new would take by its role alone: above 1 where copies take longer and new's is
-    one, below 1 where old's is.
+    `copy_us` is what old took for a copy of it as well, beside answering the user.
     """
 
     old_us: int
     new_us: int
     release: str = ""
-    handicap: float = 1.0
-
-    @property
-    def fair_us(self) -> float:
-        return self.new_us / self.handicap
+    copy_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +58,16 @@ class Slowdown:
     pairs: int
 
 
-def slowdown(timings: Sequence[Timing]) -> Slowdown | None:
-    """Judge pairs in the order of their arrival; None unless new is surely and noticeably slower."""
-    judged = warm(timings)
-    if len(judged) < MIN_PAIRS:
+def slowdown(timings: Sequence[Timing], *, copies_to_come: bool = False) -> Slowdown | None:
+    """Judge pairs in the order of their arrival; None unless new is surely and noticeably slower, and while there are too
+    few copies that are still to come.
+    """
+    known = warm(timings)
+    judged = fair(known)
+    if len(known) < MIN_PAIRS or (copies_to_come and judged is known):
         return None
-    ratio = median((one.fair_us + 1) / (one.old_us + 1) for one in judged)
-    difference = median(one.fair_us - one.old_us for one in judged)
+    ratio = median((one.new_us + 1) / (one.old_us + 1) for one in judged)
+    difference = median(one.new_us - one.old_us for one in judged)
     if ratio < MIN_RATIO or difference < MIN_DIFFERENCE_US or evidence(judged) < -math.log(ALPHA):
         return None
     old, new = sorted(one.old_us for one in judged), sorted(one.new_us for one in judged)
@@ -94,12 +93,22 @@ def warm(timings: Iterable[Timing]) -> list[Timing]:
     ]
 
 
+def fair(timings: Sequence[Timing]) -> Sequence[Timing]:
+    """Two copies beside each other, where enough pairs have them; else all pairs as they are."""
+    copies = [
+        Timing(one.copy_us, one.new_us, one.release, one.copy_us)
+        for one in timings
+        if one.copy_us is not None
+    ]
+    return copies if len(copies) >= LEAST_COPIES else timings
+
+
 def evidence(timings: Iterable[Timing]) -> float:
     """The logarithm of E; below 0 where new was slower in half of the pairs or less."""
     slower = faster = 0
     for one in timings:
-        slower += one.fair_us > one.old_us
-        faster += one.fair_us < one.old_us
+        slower += one.new_us > one.old_us
+        faster += one.new_us < one.old_us
     if slower <= faster:
         return -math.inf
     n = slower + faster

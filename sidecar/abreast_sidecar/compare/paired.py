@@ -3,8 +3,8 @@
 An interval of a quantile is between two of the ordered values. At most `share` of the pairs lie below the true quantile, so
 the number below it is a sum of draws at that rate, and the ranks at which the mixture of `sequence` does not refute the
 rate hold the quantile: at any number of looks, whatever the distribution, with an error of at most 1 - confidence.
-Percentiles of two versions can't be subtracted from each other; differences and ratios are of pairs, without what one of
-the two took longer by being a copy.
+Percentiles of two versions can't be subtracted from each other; differences and ratios are of pairs, and of
+two copies where there are enough.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
-from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, Timing, percentile
+from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, Timing, fair, percentile
 from abreast_sidecar.compare.sequence import ANYWHERE, least, log_ratio
 
 SIDES = (0.5, 0.9, 0.95, 0.99)
@@ -39,10 +39,13 @@ class Quantile:
 
 @dataclass(frozen=True, slots=True)
 class Paired:
+    """`copies`: so many pairs the differences and ratios are of, both answers being copies; 0 where they are of all pairs."""
+
     pairs: int
     sides: tuple[Side, ...] = ()
     differences_us: tuple[Quantile, ...] = ()
     ratios: tuple[Quantile, ...] = ()
+    copies: int = 0
 
 
 def split(timings: Sequence[Timing]) -> tuple[list[Timing], list[Timing]]:
@@ -63,14 +66,16 @@ def paired(timings: Sequence[Timing], confidence: float) -> Paired:
     if not timings:
         return Paired(0)
     old, new = sorted(one.old_us for one in timings), sorted(one.new_us for one in timings)
-    differences = sorted(one.fair_us - one.old_us for one in timings)
-    ratios = sorted((one.fair_us + 1) / (one.old_us + 1) for one in timings)
-    bounds = {share: ranks(len(timings), share, 1 - confidence) for share in SHARES}
+    beside = fair(timings)
+    differences = sorted(float(one.new_us - one.old_us) for one in beside)
+    ratios = sorted((one.new_us + 1) / (one.old_us + 1) for one in beside)
+    bounds = {share: ranks(len(beside), share, 1 - confidence) for share in SHARES}
     return Paired(
         pairs=len(timings),
         sides=tuple(Side(share, percentile(old, share), percentile(new, share)) for share in SIDES),
         differences_us=tuple(_quantile(differences, share, *bounds[share]) for share in SHARES),
         ratios=tuple(_quantile(ratios, share, *bounds[share]) for share in SHARES),
+        copies=0 if beside is timings else len(beside),
     )
 
 

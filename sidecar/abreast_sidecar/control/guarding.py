@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 
 import structlog
 
+from abreast_sidecar.compare.latency import LEAST_COPIES
 from abreast_sidecar.control import acts
 from abreast_sidecar.control.acts import Guard
 from abreast_sidecar.control.control import Control
@@ -89,6 +90,7 @@ class Guarding:
                 start for rule in rules for start in starts(guard.policy.rule(rule), guard.now, since)
             ],
             "slower": guard.policy.slower.limit,
+            "least_copies": LEAST_COPIES,
             "most": MOST,
         }
         rows = await self._database.rows("guard_tally", asked)

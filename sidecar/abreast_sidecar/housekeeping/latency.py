@@ -13,8 +13,6 @@ from abreast_sidecar.store.database import Connection, statement
 LOCK = 0x616272657005
 WINDOW = 3600  # seconds
 MOST = 1000  # pairs of an endpoint, the newest
-COPIES = 2000  # the newest pairs of an endpoint, of which some have a baseline copy
-LEAST_COPIES = 50  # for a median
 
 
 def reason(slower: Slowdown) -> str:
@@ -31,13 +29,12 @@ async def find_slow(connection: Connection) -> int:
         if not row or not row["locked"]:
             return 0
         found = 0
-        copies = {"window": WINDOW, "most": COPIES, "least": LEAST_COPIES}
-        await connection.execute(statement("copy_costs_put"), copies)
         parameters = {"window": WINDOW, "most": MOST, "least": MIN_PAIRS}
         cursor = await connection.execute(statement("timings"), parameters)
         for row in await cursor.fetchall():
-            columns = (row[name] for name in ("old_us", "new_us", "release", "handicap"))
-            slower = slowdown([Timing(*one) for one in zip(*columns, strict=True)])
+            columns = (row[name] for name in ("old_us", "new_us", "release", "copy_us"))
+            pairs = [Timing(*one) for one in zip(*columns, strict=True)]
+            slower = slowdown(pairs, copies_to_come=row["copies_to_come"])
             if slower is not None:
                 detail = orjson.dumps(asdict(slower)).decode()
                 given = {

@@ -32,8 +32,8 @@ class Latency(latency_pb2_grpc.LatencyServiceServicer):
             arguments.text("method", request.method).upper(),
             arguments.text("route", request.route),
         )
-        found = await timings(self.database, endpoint, window)
-        cold, warm = split(found.pairs)
+        found, cut = await timings(self.database, endpoint, window)
+        cold, warm = split(found)
         return pb.GetLatencyResponse(
             endpoint=common_pb2.Endpoint(
                 service=endpoint.service, method=endpoint.method, route=endpoint.route
@@ -41,8 +41,7 @@ class Latency(latency_pb2_grpc.LatencyServiceServicer):
             warm=_message(await asyncio.to_thread(paired, warm, confidence)),
             cold=_message(await asyncio.to_thread(paired, cold, confidence)),
             confidence=confidence,
-            cut=found.cut,
-            copy_ratio=found.copy_ratio,
+            cut=cut,
         )
 
 
@@ -63,4 +62,5 @@ def _message(found: Paired) -> pb.PairedLatency:
             pb.LatencyRatio(share=one.share, value=one.value, low=one.low, high=one.high)
             for one in found.ratios
         ],
+        copies=found.copies,
     )

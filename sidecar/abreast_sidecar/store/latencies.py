@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from abreast_sidecar.compare.latency import Timing
 from abreast_sidecar.errors import NotFoundError
 from abreast_sidecar.store.database import Database
@@ -12,17 +10,8 @@ from abreast_sidecar.store.results import Endpoint, Window
 MOST = 20_000  # pairs of an endpoint, the newest
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """In the order of their arrival. `copy_ratio` is None where too few copies of old are known to say."""
-
-    pairs: list[Timing]
-    cut: bool  # whether there are more
-    copy_ratio: float | None
-
-
-async def timings(database: Database, endpoint: Endpoint, window: Window) -> Timings:
-    """Raise NotFoundError where there is none."""
+async def timings(database: Database, endpoint: Endpoint, window: Window) -> tuple[list[Timing], bool]:
+    """In the order of their arrival, and whether there are more. Raise NotFoundError where there is none."""
     asked = {
         "service": endpoint.service,
         "method": endpoint.method,
@@ -36,6 +25,4 @@ async def timings(database: Database, endpoint: Endpoint, window: Window) -> Tim
         raise NotFoundError(
             f"the ledger has no pair with both times of {endpoint.method} {endpoint.route} of {endpoint.service}"
         )
-    names = ("old_us", "new_us", "release", "handicap")
-    pairs = [Timing(*(row[name] for name in names)) for row in rows[-MOST:]]
-    return Timings(pairs, len(rows) > MOST, rows[0]["copy_ratio"])
+    return [Timing(**row) for row in rows[-MOST:]], len(rows) > MOST

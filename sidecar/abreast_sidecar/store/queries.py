@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from abreast_sidecar.compare.feature import LEAST, Feature, Features, of_target, separating
-from abreast_sidecar.compare.latency import COLD_SHARE
+from abreast_sidecar.compare.latency import COLD_SHARE, LEAST_COPIES
 from abreast_sidecar.errors import NotFoundError
 from abreast_sidecar.store import pages, rows
 from abreast_sidecar.store.database import Database, Row
@@ -138,7 +138,12 @@ class Queries:
         label = None if all_releases else release or await self._newest(service, window)
         asked: dict[str, Any] = {"service": service, "endpoints": await self._endpoints(service)}
         asked |= {"windowed": window.bounded, **_bounds(window), "release": label}
-        times = {"cold_share": COLD_SHARE, "max_slower": max_slower, "newest": NEWEST}
+        times = {
+            "cold_share": COLD_SHARE,
+            "max_slower": max_slower,
+            "newest": NEWEST,
+            "least_copies": LEAST_COPIES,
+        }
         span = await self.database.one("release_span", asked)
         counts = await self.database.rows("verdict_counts", {**asked, **times, **_of_release(span, window)})
         (ledger,) = await self.database.rows("verdict_ledger", {**asked, "evidence": list(EVIDENCE)})

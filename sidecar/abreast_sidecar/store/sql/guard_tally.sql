@@ -11,10 +11,8 @@ shown as (
 newest as (
     select p.at, p.findings, p.old_us, p.new_us, p.outcome, p.old_status, p.new_status, p.failed_over,
            p.outcome in ('match', 'mismatch', 'oversize') as compared,
-           p.live = 'new' or p.failed_over as live,
-           abreast.handicap(p.live, c.ratio) as handicap
+           p.live = 'new' or p.failed_over as live, p.copy_us
     from abreast.pair p
-    left join abreast.copy_cost c using (endpoint_id)
     where p.endpoint_id in (select id from chosen)
       and p.at >= (select min(start) from unnest(%(starts)s::timestamptz[]) as start)
     order by p.at desc
@@ -32,7 +30,9 @@ said as (
            coalesce(n.old_status, 0) not between 1 and 499 as old_error,
            n.outcome in ('match', 'mismatch') and n.old_status = n.new_status and n.old_us is not null
                and n.new_us is not null as timed,
-           n.new_us > n.old_us * (1 + %(slower)s::float8) * n.handicap as slower
+           n.new_us > n.old_us * (1 + %(slower)s::float8) as slower,
+           n.copy_us is not null as copied,
+           n.new_us > n.copy_us * (1 + %(slower)s::float8) as slower_copy
     from newest n
 ),
 counted as (
@@ -43,7 +43,9 @@ counted as (
            count(*) filter (where compared) as compared,
            count(*) filter (where mismatch) as mismatches,
            count(*) filter (where timed) as timed,
-           count(*) filter (where timed and slower) as slower
+           count(*) filter (where timed and slower) as slower,
+           count(*) filter (where timed and copied) as copies,
+           count(*) filter (where timed and slower_copy) as slower_copies
     from said
     group by part
 )
@@ -53,8 +55,9 @@ select w.number,
        coalesce(sum(c.old_errors), 0)::bigint as old_errors,
        coalesce(sum(c.compared), 0)::bigint as compared,
        coalesce(sum(c.mismatches), 0)::bigint as mismatches,
-       coalesce(sum(c.timed), 0)::bigint as timed,
-       coalesce(sum(c.slower), 0)::bigint as slower
+       coalesce(case when sum(c.copies) >= %(least_copies)s then sum(c.copies) else sum(c.timed) end, 0)::bigint as timed,
+       coalesce(case when sum(c.copies) >= %(least_copies)s then sum(c.slower_copies) else sum(c.slower) end, 0)::bigint
+           as slower
 from unnest(%(starts)s::timestamptz[]) with ordinality as w (start, number)
 left join counted c on c.part >= width_bucket(w.start, (select starts from threshold))
 group by w.number

@@ -1,10 +1,8 @@
 -- The newest pairs of one endpoint that both versions answered alike, in the order of their arrival.
-select old_us, new_us, release, handicap, copy_ratio
+select old_us, new_us, release, copy_us
 from (
-    select p.at, p.id, p.old_us, p.new_us, p.old_release || ' ' || p.new_release as release,
-           abreast.handicap(p.live, c.ratio) as handicap, c.ratio as copy_ratio
+    select p.at, p.id, p.old_us, p.new_us, p.old_release || ' ' || p.new_release as release, p.copy_us
     from abreast.pair p
-    left join abreast.copy_cost c using (endpoint_id)
     where p.endpoint_id = (
               select id from abreast.endpoint
               where service = %(service)s and method = %(method)s and route = %(route)s

@@ -1,18 +1,16 @@
 -- The last pairs of each endpoint that both versions answered alike, in the order of their arrival, with the latest
--- release of new among them alone: what one release did is not said of the next. Where copies of old are still to come, what
--- a copy costs here is not known, and nothing is said yet.
-select endpoint.id, timing.old_us, timing.new_us, timing.release, timing.handicap
+-- release of new among them alone: what one release did is not said of the next.
+select endpoint.id, timing.old_us, timing.new_us, timing.release, timing.copy_us,
+       abreast.copies_to_come(endpoint, cardinality(timing.old_us)) as copies_to_come
 from abreast.endpoint
 cross join lateral (
     select array_agg(old_us order by at, id) as old_us, array_agg(new_us order by at, id) as new_us,
-           array_agg(release order by at, id) as release, array_agg(handicap order by at, id) as handicap
+           array_agg(release order by at, id) as release, array_agg(copy_us order by at, id) as copy_us
     from (
         select newest.*, release.id as number, max(release.id) over () as latest
         from (
-            select at, id, old_us, new_us, old_release || ' ' || new_release as release, new_release,
-                   abreast.handicap(live, copy_cost.ratio) as handicap
+            select at, id, old_us, new_us, old_release || ' ' || new_release as release, new_release, copy_us
             from abreast.pair
-            left join abreast.copy_cost using (endpoint_id)
             where endpoint_id = endpoint.id and at > clock_timestamp() - %(window)s * interval '1 second'
               and outcome in ('match', 'mismatch') and old_status = new_status
               and old_us is not null and new_us is not null
@@ -25,4 +23,3 @@ cross join lateral (
     where number is not distinct from latest
 ) as timing
 where cardinality(timing.old_us) >= %(least)s
-  and not abreast.copies_to_come(endpoint, cardinality(timing.old_us))

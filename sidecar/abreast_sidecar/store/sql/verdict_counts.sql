@@ -1,6 +1,6 @@
 -- Of each endpoint, over what the window has of the release that is judged: pairs that name it, and of pairs without an
 -- answer of new those of its time. Findings of part latency are of no single pairs, and no row has them. Times are
--- those of the newest pairs.
+-- those of the newest pairs: of two copies, where there are enough.
 with inside as materialized (
     select *
     from abreast.sums(%(endpoints)s::integer[], %(start)s::timestamptz, %(end)s::timestamptz)
@@ -59,26 +59,28 @@ select e.method, e.route, c.old_requests, c.new_requests, c.compared, c.mismatch
        c.new_errors, c.old_errors, times.timed, times.slower
 from counted c
 join abreast.endpoint e on e.id = c.endpoint_id
-left join abreast.copy_cost k on k.endpoint_id = c.endpoint_id
 cross join lateral (
-    select case when abreast.copies_to_come(e, count(*)) then 0 else count(*) end as timed,
-           case when abreast.copies_to_come(e, count(*)) then 0 else count(*) filter (
-               where new_us > old_us * (1 + %(max_slower)s::float8) * abreast.handicap(live, k.ratio)
-           ) end as slower
+    select case when enough then copies when abreast.copies_to_come(e, every) then 0 else every end as timed,
+           case when enough then slower_copies when abreast.copies_to_come(e, every) then 0 else slower end as slower
     from (
-        select p.at, p.old_release, p.new_release, p.outcome, p.old_status, p.new_status, p.old_us, p.new_us, p.live
-        from abreast.pair p
-        where p.endpoint_id = c.endpoint_id
-          and (%(release)s::text is null or p.new_release = %(release)s)
-          and (%(start)s::timestamptz is null or p.at >= %(start)s)
-          and (%(end)s::timestamptz is null or p.at < %(end)s)
-          and (%(last)s::timestamptz is null or p.at <= %(last)s)
-        order by p.at desc
-        limit %(newest)s
-    ) as newest
-    join release r on r.endpoint_id = c.endpoint_id and r.old_release = newest.old_release
-        and r.new_release = newest.new_release and newest.at > r.warm
-    where newest.outcome in ('match', 'mismatch') and newest.old_status = newest.new_status
-      and newest.old_us is not null and newest.new_us is not null
+        select count(*) as every, count(copy_us) as copies, count(copy_us) >= %(least_copies)s as enough,
+               count(*) filter (where new_us > old_us * (1 + %(max_slower)s::float8)) as slower,
+               count(*) filter (where new_us > copy_us * (1 + %(max_slower)s::float8)) as slower_copies
+        from (
+            select p.at, p.old_release, p.new_release, p.outcome, p.old_status, p.new_status, p.old_us, p.new_us, p.copy_us
+            from abreast.pair p
+            where p.endpoint_id = c.endpoint_id
+              and (%(release)s::text is null or p.new_release = %(release)s)
+              and (%(start)s::timestamptz is null or p.at >= %(start)s)
+              and (%(end)s::timestamptz is null or p.at < %(end)s)
+              and (%(last)s::timestamptz is null or p.at <= %(last)s)
+            order by p.at desc
+            limit %(newest)s
+        ) as newest
+        join release r on r.endpoint_id = c.endpoint_id and r.old_release = newest.old_release
+            and r.new_release = newest.new_release and newest.at > r.warm
+        where newest.outcome in ('match', 'mismatch') and newest.old_status = newest.new_status
+          and newest.old_us is not null and newest.new_us is not null
+    ) as found
 ) as times
 order by e.route, e.method
