@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -18,7 +19,7 @@ from abreast.v1 import traffic_pb2 as pb
 from abreast_sidecar.control import roster
 from abreast_sidecar.control.xds import wire_pb2 as wire
 from abreast_sidecar.embedded import PostgresServer
-from support import eventually_async, frozen
+from support import eventually_async, free_port, frozen
 from support_discovery import answer, stream
 from support_edge import LONG, acknowledged, edge, update
 from support_replica import replica
@@ -169,6 +170,26 @@ async def test_the_envoys_of_a_sidecar_that_stops_are_gone_at_once(redis_url: st
         await there.halt()
 
         assert not (await traffic(here)).envoys
+
+
+async def test_a_sidecar_that_is_started_again_takes_the_place_of_the_one_that_was_killed(
+    redis_url: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roster, "EXPIRES", 60.0)
+    port = free_port()
+    async with running(redis_url, postgres_url) as here:
+        ledger = here.ledger()
+        ledger.endpoint("shop")
+        ledger.execute(
+            "insert into abreast.replica values (gen_random_uuid(), %s, now(), "
+            """'[{"service": "shop", "node": "edge-1", "peer": "", "number": 1, "error": ""}]')""",
+            f"{socket.gethostname()}:{port}",
+        )
+        before = await traffic(here)
+        async with running(redis_url, postgres_url, grpc_port=port):
+            await names(here)
+
+    assert told(before.envoys) == [("edge-1", port)]
 
 
 async def test_a_clock_that_is_set_back_keeps_no_dead_sidecar_alive(

@@ -108,7 +108,11 @@ class Roster:
         while not stop.is_set():
             present = self._envoys.all()
             values = {"id": self._id, "sidecar": self._envoys.sidecar, "expires": EXPIRES}
-            told = {"envoys": json_text(list(map(document, present))).decode(), "news": present != kept}
+            told = {
+                "envoys": json_text(list(map(document, present))).decode(),
+                "news": present != kept,
+                "begins": kept is None,
+            }
             await self._writing.execute("replica_put", values | told)
             kept = present
             with contextlib.suppress(TimeoutError):

@@ -1,5 +1,7 @@
+-- One that begins takes the place of the one that was killed at its address.
 with expired as (
-    select id from abreast.replica where id <> %(id)s and not abreast.is_alive(seen, %(expires)s)
+    select id from abreast.replica
+    where id <> %(id)s and (not abreast.is_alive(seen, %(expires)s) or %(begins)s and sidecar = %(sidecar)s)
     for update skip locked
 ), dropped as (
     delete from abreast.replica where id in (select id from expired) returning id
