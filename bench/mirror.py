@@ -147,7 +147,7 @@ async def _rounds(stack: Stack, count: int, seconds: float) -> list[Round]:
 
 def rows(*, quick: bool = False) -> list[Row]:
     with deployed() as (stack, _pids):
-        found = asyncio.run(_rounds(stack, *((1, 1.5) if quick else (5, 4.0))))
+        found = asyncio.run(_rounds(stack, *((1, 1.0) if quick else (5, 4.0))))
     per_mille = {"p50": 0.5, "p99": 0.99}
     times = [
         row(f"{kind}_{name}_ms", "ms", [percentile(getattr(each, kind), share) * 1000 for each in found])

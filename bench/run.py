@@ -28,7 +28,7 @@ import traffic
 from rows import Row, end_in_order
 
 RESULTS = Path(__file__).parent / "results.json"
-MINUTES, QUICK_MINUTES = 10.0, 0.1  # of load, while memory is watched
+MINUTES, QUICK_MINUTES = 10.0, 0.05  # of load, while memory is watched
 STABLE = {
     "basehttp_us",
     "deepdiff_ratio",
