@@ -50,9 +50,10 @@ def same_bytes(old: Body, new: Body) -> bool:
 
 
 def compare_bodies(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None = None) -> BodyResult:
-    if same_bytes(old.body, new.body):
+    whole = old.body.whole and new.body.whole
+    if old.body.held == new.body.held if whole else same_bytes(old.body, new.body):
         return BodyResult([])
-    if not (old.body.whole and new.body.whole):
+    if not whole:
         return BodyResult([_whole("changed", old, new)])
     if not old.body.length or not new.body.length:
         return BodyResult([_whole("added" if new.body.length else "removed", old, new)])

@@ -137,9 +137,10 @@ class DocumentDiff:
 
     def _report(self, kind: Kind, place: Place, *, hint: str = "") -> None:
         path = place.general()
-        times = self._times.get((path, kind), 0)
+        key = path, kind
+        times = self._times.get(key, 0)
         if times >= PER_PATH or len(self.found) >= self.limit:
             return
-        self._times[path, kind] = times + 1
+        self._times[key] = times + 1
         impact = "breaking" if kind == "added" and type(place.step) is RepeatedKey else _IMPACTS[kind]
         self.found.append(Difference("body", path, kind, impact, place, "", hint))

@@ -79,7 +79,10 @@ class Place(Struct):
 def is_map(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Ids as keys; many values of one shape; or very many plain values of one type."""
     keys = old.keys() | new.keys()
-    if len(keys) < LIKE_IDS or all(map(_like_id, keys)):
+    for key in keys:
+        if not _like_id(key):
+            break
+    else:
         return len(keys) >= LIKE_IDS
     if len(keys) < SAME_SHAPES:
         return False

@@ -28,7 +28,7 @@ _array = Decoder(list[Raw]).decode
 class TextDiff(DocumentDiff):
     def compare_texts(self, old: bytes, new: bytes) -> list[Difference]:
         """Raise NotJsonError where a text is no JSON."""
-        if _is_text(old) and _is_text(new):
+        if (old.isascii() or _is_text(old)) and (new.isascii() or _is_text(new)):
             try:
                 self._texts(None, self.root, old.strip(WHITESPACE), new.strip(WHITESPACE), LEVELS)
             except (DecodeError, RecursionError):  # the lenient reader may take it
@@ -49,7 +49,7 @@ class TextDiff(DocumentDiff):
     def _members(self, above: Place | None, step: str | int, old: bytes, new: bytes, levels: int) -> bool:
         """Nothing is done and False returned where it is better to parse them."""
         left, right = _object(old), _object(new)
-        if not (_is_plain(left, old) and _is_plain(right, new)):
+        if not (_is_plain(left, len(old)) and _is_plain(right, len(new))):
             return False
         differ = [key for key, value in left.items() if value != right.get(key)]
         if self._too_many(differ, left, right):
@@ -96,8 +96,6 @@ class TextDiff(DocumentDiff):
 
 def _is_text(body: bytes) -> bool:
     """Whether it is UTF-8: what is not parsed was not looked into."""
-    if body.isascii():
-        return True
     try:
         return bool(body.decode())
     except UnicodeDecodeError:
@@ -110,7 +108,6 @@ def _parse_at(elements: list[Any], places: list[int]) -> None:
         elements[place] = value
 
 
-def _is_plain(members: dict[str, Raw], text: bytes) -> bool:
+def _is_plain(members: dict[str, Raw], length: int) -> bool:
     """Whether nothing is in the text but these members: no spaces, no escapes in keys, and no key that comes again."""
-    held = len("".join(members).encode()) + sum(map(len, members.values()))
-    return held + 4 * len(members) + 1 == len(text)
+    return len("".join(members).encode()) + sum(map(len, members.values())) + 4 * len(members) + 1 == length
