@@ -27,7 +27,7 @@ import os, signal
 import abreast_sidecar.judging as judging
 judge = judging.judge
 def deadly(captures, *rest, **more):
-    if b"deadly" in captures[0].answer.body.held:
+    if any(b"deadly" in one.answer.body.held for one in captures):
         os.kill(os.getpid(), signal.SIGSEGV)
     return judge(captures, *rest, **more)
 judging.judge = deadly
