@@ -169,6 +169,15 @@ def test_twice_the_size_takes_twice_the_steps(make: Make, kind: str) -> None:
 
 
 @each
+def test_equal_bytes_are_not_read(make: Make, kind: str) -> None:
+    old, same = answer(make(random.Random(1), LARGE), kind), answer(make(random.Random(1), LARGE), kind)
+    calls, found = counted(old, same)
+
+    assert found == BodyResult([])
+    assert calls <= 10
+
+
+@each
 def test_what_is_too_much_work_has_a_coarser_outcome(make: Make, kind: str) -> None:
     old, new = two(make, kind, LARGE)
     exact, _ = counted(old, new)
