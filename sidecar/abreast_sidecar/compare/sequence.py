@@ -22,13 +22,16 @@ from math import exp, inf, lgamma, log, log1p
 FAR = 60.0  # logits: a rate of 1e-26, or as near to one
 STEPS = 60  # halvings of an edge: to 1e-16 logits
 MOST = 10**12  # requests: more is never
+BESIDE = 200.0  # as sure of a rate beside the budget as by so many requests
+
+Parts = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Prior:
     """A mixture of Beta distributions of equal weight, as (a, b)."""
 
-    parts: tuple[tuple[float, float], ...]
+    parts: Parts
 
     def log_marginal(self, successes: float, failures: float) -> float:
         """The logarithm of the probability of one order of these results."""
@@ -94,12 +97,17 @@ def log_ratio(successes: float, n: float, rate: float, prior: Prior) -> float:
 def prior_above(budget: float) -> Prior:
     """Half near five times the budget, where a miss is dear, and half anywhere, for what is plainly broken."""
     near = (0.5, max(0.1 / budget, 0.5)) if budget > 0 else (0.5, 0.5)
-    return Prior((near, (0.5, 0.5)))
+    return Prior((near, (0.5, 0.5), *_beside(budget)))
 
 
 def prior_below(budget: float) -> Prior:
     """Mostly below the budget and dense at zero: no mismatch at all is said 17% later than by one look alone."""
-    return Prior(((0.5, max(2.0 / budget, 0.5)),)) if budget > 0 else ANYWHERE
+    return Prior(((0.5, max(2.0 / budget, 0.5)), *_beside(budget))) if budget > 0 else ANYWHERE
+
+
+def _beside(budget: float) -> Parts:
+    """Rates a few percent beside a budget that is no small one: of two equal versions the one is slower in nearly half."""
+    return ((BESIDE * budget, BESIDE * (1 - budget)),) if 0.1 <= budget <= 0.9 else ()
 
 
 def more_above(rate: float, n: int, budget: float, bar: float) -> int | None:
