@@ -1,8 +1,9 @@
-"""How fast a rollback is, and what a flood of copies at a hanging new costs: real servers, constant load.
+"""How fast a rollback is, by hand and by the guard, and what a flood of copies at a hanging new costs: real servers, constant load.
 
 python bench/traffic.py [--quick]
 
 rollback_ms          from the call of the RPC to the last request that new answered; the budget is 100
+guard_ms             from evidence in the ledger, twenty users' requests that new alone failed, to the guard's rollback; the budget is 2,000
 flood_p99_ratio      users' 99th percentile while every request is copied to a new that never answers, by that without copies
 flood_envoy_mb       Envoy's memory at the end of that, requests with bodies of 64 KB
 flood_errors         users of the flood who got anything but 200
@@ -24,10 +25,11 @@ from typing import Any
 
 import grpc
 import processes
+import psycopg
 from google.protobuf.duration_pb2 import Duration
 from rows import Row, end_in_order, row
 
-from abreast.v1 import traffic_pb2, traffic_pb2_grpc
+from abreast.v1 import steering_pb2, steering_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_sidecar.embedded import ServerProcess
 from abreast_sidecar.embedded.process import answers, stable_port
 from abreast_sidecar.embedded.stack import ANY_PORT, Stack
@@ -37,6 +39,17 @@ SERVICE = "shop"
 USERS = 8  # each with a connection, one request after another
 BODY = b"x" * 65536
 ANSWER = b"HTTP/1.1 200 X\r\ncontent-length: 2\r\n\r\nok"
+FAILURES = """
+with endpoint as (
+    insert into abreast.endpoint (service, method, route) values (%s, 'GET', '/') on conflict do nothing returning id
+)
+insert into abreast.pair (day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us)
+select (clock_timestamp() at time zone 'utc')::date, gen_random_uuid()::text, clock_timestamp(),
+       (select id from endpoint union all select id from abreast.endpoint where method = 'GET' and route = '/' limit 1),
+       'mismatch', 'new', 200, 500, 1000, 1000
+from generate_series(1, 20)
+"""
+ROLLED_BACK = "select at from abreast.traffic_event where actor = 'guard' and action = 'rollback' and at > %s"
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: shop\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -127,6 +140,7 @@ class Client:
         self.stack = stack
         self.channel = grpc.aio.insecure_channel(stack.grpc_address)
         self.traffic = traffic_pb2_grpc.TrafficServiceStub(self.channel)
+        self.steering = steering_pb2_grpc.SteeringServiceStub(self.channel)
 
     async def set(self, **shares: float) -> None:
         await self.traffic.UpdateTraffic(
@@ -154,6 +168,38 @@ async def rollbacks(stack: Stack, runs: int) -> list[float]:
             load.seen.clear()
     await client.channel.close()
     return found
+
+
+async def guarded(stack: Stack, runs: int) -> list[float]:
+    """The guard looks twice a second, so each run begins at another moment between two looks."""
+    client, found = Client(stack), []
+    acting = steering_pb2.GuardPolicy(
+        mode=steering_pb2.GUARD_MODE_ACTING, errors=steering_pb2.GuardRule(cooldown=Duration(seconds=1))
+    )
+    ledger = await psycopg.AsyncConnection.connect(stack.postgres_url, autocommit=True)
+    async with ledger:
+        await ledger.execute("select abreast.open_day((clock_timestamp() at time zone 'utc')::date)")
+        for run in range(runs):
+            await client.set(new_share=0.5)
+            await client.steering.SetGuard(
+                steering_pb2.SetGuardRequest(service=SERVICE, policy=acting, reason=f"bench {run}")
+            )
+            await asyncio.sleep(2.0 + run / runs)
+            await ledger.execute(FAILURES, (SERVICE,))
+            found.append(await _rolled_back(ledger))
+    await client.channel.close()
+    return found
+
+
+async def _rolled_back(ledger: psycopg.AsyncConnection[Any]) -> float:
+    """Milliseconds, by Postgres's clock."""
+    since = (await (await ledger.execute("select clock_timestamp()")).fetchall())[0][0]
+    for _ in range(1000):
+        if seen := await (await ledger.execute(ROLLED_BACK, (since,))).fetchone():
+            took: float = (seen[0] - since).total_seconds() * 1000
+            return took
+        await asyncio.sleep(0.01)
+    raise RuntimeError("the guard has not rolled back within ten seconds")
 
 
 async def p99(stack: Stack, seconds: float) -> tuple[float, int]:
@@ -187,8 +233,10 @@ UNITS = {"flood_p99_ratio": "x", "flood_envoy_mb": "MB", "flood_errors": "reques
 def rows(*, quick: bool = False) -> list[Row]:
     with deployed() as stack:
         took = asyncio.run(rollbacks(stack, 3 if quick else 10))
+        guards = asyncio.run(guarded(stack, 2 if quick else 10))
         flooded = asyncio.run(floods(stack, 1 if quick else 3, 1.5 if quick else 4.0))
-    return [row("rollback_ms", "ms", took), *[row(name, UNITS[name], flooded[name]) for name in UNITS]]
+    rolled = [row("rollback_ms", "ms", took), row("guard_ms", "ms", guards)]
+    return [*rolled, *[row(name, UNITS[name], flooded[name]) for name in UNITS]]
 
 
 def main() -> None:
