@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from abreast.context import CURRENT
 from abreast.ending import UNDER_WAY
 from abreast.guards import pins, psycopg_async, watch
 from abreast.guards.psycopg_pool import AsyncConnectionPool, ConnectionPool
@@ -155,6 +157,33 @@ async def test_a_shadow_that_is_ended_takes_no_session_of_users_along(table: str
 
     assert before == after == again
     assert shadow.disturbed
+    assert rows(table, b"select quantity from placed order by id") == [1, 0]
+
+
+async def test_a_shadow_that_is_ended_takes_no_other_shadow_along(table: str) -> None:
+    """SQLAlchemy would renew the whole pool, and the other would go on in a transaction without its own writes."""
+    engine = create_async_engine(dialect(table), pool_size=1)
+    protect(engine)
+
+    async def change(number: int) -> None:
+        async with engine.begin() as connection:
+            await connection.execute(text(CHANGE + str(number)))
+
+    async with handled() as one, handled():
+        await change(2)
+        others = contextvars.copy_context()
+        CURRENT.set(one)
+        await change(1)
+        with inside("live"):
+            await asyncio.wait_for(change(1), LONG)
+        with pytest.raises(OperationalError):
+            await change(1)
+        CURRENT.set(others[CURRENT])
+        async with engine.begin() as connection:
+            seen = await connection.scalar(text("select quantity from placed where id = 2"))
+    await engine.dispose()
+
+    assert seen == 1
     assert rows(table, b"select quantity from placed order by id") == [1, 0]
 
 
