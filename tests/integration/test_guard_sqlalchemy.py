@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
 
 import psycopg
 import pytest
@@ -11,7 +14,7 @@ from sqlalchemy import Engine, create_engine, func, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from abreast.errors import SettingError, ShadowError
 from abreast.guards.sqlalchemy import protect
@@ -240,5 +243,56 @@ async def test_an_engine_that_a_shadow_used_first_serves_users(table: str) -> No
         assert await count(engine) == 1
     await place(engine, 2)
     await engine.dispose()
+
+    assert rows(table) == [2]
+
+
+async def test_a_session_that_a_shadow_leaves_open_is_a_users_again(engine: AsyncEngine, table: str) -> None:
+    session = AsyncSession(engine)
+    async with handled():
+        session.add(Placed(id=1, quantity=10))
+        await session.flush()
+    with inside("live"):
+        session.add(Placed(id=2, quantity=10))
+        await session.commit()
+    await session.close()
+
+    assert rows(table) == [2]
+
+
+async def test_a_sessions_thread_serves_a_shadow_and_then_a_user(plain: Engine, table: str) -> None:
+    """It is never removed, as with a framework that does it for others."""
+    sessions = scoped_session(sessionmaker(plain))
+    with ThreadPoolExecutor(1) as thread:
+
+        def place_in_thread(number: int) -> None:
+            sessions.add(Placed(id=number, quantity=10))
+            sessions.flush()
+
+        def run(call: Callable[[], None]) -> Awaitable[None]:
+            return asyncio.get_running_loop().run_in_executor(thread, copy_context().run, call)
+
+        async with handled():
+            await run(partial(place_in_thread, 1))
+        with inside("live"):
+            await run(partial(place_in_thread, 2))
+            await run(sessions.commit)
+        await run(sessions.remove)
+
+    assert rows(table) == [2]
+
+
+async def test_what_a_user_has_begun_on_the_session_of_a_shadow_goes_on(
+    engine: AsyncEngine, table: str
+) -> None:
+    async with AsyncSession(engine) as session:
+        async with handled():
+            session.add(Placed(id=1, quantity=10))
+            await session.commit()
+            with inside("live"):
+                session.add(Placed(id=2, quantity=10))
+                await session.flush()
+        with inside("live"):
+            await session.commit()
 
     assert rows(table) == [2]

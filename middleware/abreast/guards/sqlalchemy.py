@@ -15,13 +15,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
+import sqlalchemy
 from sqlalchemy import URL, Engine, event, make_url
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProxiedConnection, QueuePool
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from abreast.context import CURRENT
 from abreast.errors import SettingError, ShadowError
@@ -114,6 +117,26 @@ def _route(engine: Engine, mode: Mode, size: int) -> None:
     pool.connect = connect  # type: ignore[method-assign]  # of this pool
     pool.dispose = dispose  # type: ignore[method-assign]
     pool._invalidate = invalidate  # type: ignore[method-assign]  # noqa: SLF001
+
+
+@event.listens_for(Session, "after_begin")
+def _began(session: Session, transaction: SessionTransaction, connection: sqlalchemy.Connection) -> None:
+    """A session that a shadow leaves open may be a user's next: a global one, or of a thread. It ends with the shadow."""
+    ends = CURRENT.get().ends
+    driver = connection.connection.driver_connection
+    if ends is not None and getattr(driver, "mode", "live") != "live":
+        ends.insert(0, partial(_close, session, _root(transaction), isinstance(driver, AsyncConnection)))
+
+
+def _root(transaction: SessionTransaction) -> SessionTransaction:
+    while transaction.parent is not None:
+        transaction = transaction.parent
+    return transaction
+
+
+async def _close(session: Session, left: SessionTransaction, in_greenlet: bool) -> None:
+    if session.get_transaction() is left:  # and not one that somebody else has begun
+        await (greenlet_spawn(session.close) if in_greenlet else asyncio.to_thread(session.close))
 
 
 @contextmanager
