@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 
 import psycopg
 import pytest
@@ -65,7 +64,9 @@ def asked(request: Request, *, shows: bool) -> Judged:
     assert isinstance(old, Capture)
     assert isinstance(new, Capture)
     sides = {"old": structs.replace(old, request=request), "new": structs.replace(new, request=request)}
-    return Judged(plain.service, plain.entry, plain.at, plain.pair, replace(plain.judgement, **sides), ())  # type: ignore[arg-type]
+    return Judged(
+        plain.service, plain.entry, plain.at, plain.pair, structs.replace(plain.judgement, **sides), ()
+    )
 
 
 async def found(url: str, queries: Queries, shows: Plant, many: int = 300) -> Feature | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import replace
 
 import grpc
 import pytest
 from click.testing import CliRunner
+from msgspec import structs
 
 from abreast.v1 import comparison_pb2 as pb
 from abreast_sidecar.cli import abreast
@@ -290,7 +290,7 @@ async def test_requests_without_an_answer_count_for_the_newest_release_of_their_
     def unanswered(many: int) -> list[Judged]:
         made = [judged(outcome="only_old", releases=("a", "")) for _ in range(many)]
         for one_ in made:
-            one_.judgement = replace(one_.judgement, new=None)
+            one_.judgement = structs.replace(one_.judgement, new=None)
         return made
 
     await ledger.write([*clean("1", 10), *unanswered(3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -11,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from abreast_sidecar.compare.latency import COLD_SHARE
+from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE
 from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.pages import Page
@@ -32,6 +33,7 @@ COMPARED = {"match", "mismatch", "oversize"}
 
 @dataclass(frozen=True)
 class Row:
+    id: str
     at: datetime
     endpoint: int
     outcome: str
@@ -63,6 +65,7 @@ def made(generator: random.Random) -> list[Row]:
         release = "new-2" if second > SPAN / 2 and generator.random() < 0.8 else "new-1"
         found.append(
             Row(
+                f"{generator.getrandbits(128):032x}",
                 NOON + timedelta(seconds=second),
                 generator.choice((1, 2)),
                 outcome,
@@ -123,7 +126,7 @@ def put(url: str, pairs: Iterable[Row]) -> None:
         with connection.cursor() as cursor:
             cursor.executemany(
                 "insert into abreast.pair (day, id, at, endpoint_id, outcome, new_release, old_status, new_status, old_us,"
-                " new_us, findings) values ((%(at)s at time zone 'UTC')::date, gen_random_uuid(), %(at)s, %(endpoint)s,"
+                " new_us, findings) values ((%(at)s at time zone 'UTC')::date, %(id)s, %(at)s, %(endpoint)s,"
                 " %(outcome)s, %(new_release)s, %(old_status)s, %(new_status)s, %(old_us)s, %(new_us)s, %(findings)s)",
                 [{**vars(one), "findings": list(one.findings)} for one in pairs],
             )
@@ -231,15 +234,13 @@ def of_release(rows: Iterable[Row], window: Window, release: str | None) -> list
 
 
 def timed(rows: Iterable[Row]) -> tuple[int, int]:
-    """Of each release without the first part of its time."""
+    """Of each release without its first pairs."""
     every, slower = 0, 0
     for release in {one.new_release for one in rows}:
-        of_it = [one for one in rows if one.new_release == release]
-        first, last = min(one.at for one in of_it), max(one.at for one in of_it)
-        for one in of_it:
+        of_it = sorted((one for one in rows if one.new_release == release), key=lambda one: (one.at, one.id))
+        for one in of_it[max(COLD_PAIRS, math.ceil(len(of_it) * COLD_SHARE)) :]:
             if one.old_us is None or one.new_us is None or one.old_status != one.new_status:
                 continue
-            if one.at > first + (last - first) * COLD_SHARE:
-                every += 1
-                slower += one.new_us > one.old_us * (1 + SLOWER)
+            every += 1
+            slower += one.new_us > one.old_us * (1 + SLOWER)
     return every, slower

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from abreast_sidecar.compare.feature import LEAST, Feature, Features, of_target, separating
-from abreast_sidecar.compare.latency import COLD_SHARE, LEAST_COPIES
+from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, LEAST_COPIES
 from abreast_sidecar.errors import NotFoundError
 from abreast_sidecar.store import pages, rows
 from abreast_sidecar.store.database import Database, Row
@@ -140,6 +140,7 @@ class Queries:
         asked |= {"windowed": window.bounded, **_bounds(window), "release": label}
         times = {
             "cold_share": COLD_SHARE,
+            "cold_pairs": COLD_PAIRS,
             "max_slower": max_slower,
             "newest": NEWEST,
             "least_copies": LEAST_COPIES,

@@ -10,10 +10,10 @@ with inside as materialized (
     from abreast.sums(%(endpoints)s::integer[], %(lone_start)s::timestamptz, %(lone_end)s::timestamptz)
     where new_release <> %(release)s::text and new_status is null
 ),
--- Caches, pools and compilers are cold at first: `warm` is when a share of each release's time is over.
+-- Caches, pools and compilers are cold at first: of each release's pairs, all but the first are `warm`.
 release as (
-    select endpoint_id, old_release, new_release, max(last) as last,
-           min(first) + (max(last) - min(first)) * %(cold_share)s::float8 as warm
+    select endpoint_id, old_release, new_release,
+           sum(pairs) - greatest(%(cold_pairs)s, ceil(sum(pairs) * %(cold_share)s::float8)) as warm
     from inside
     group by endpoint_id, old_release, new_release
 ),
@@ -67,18 +67,22 @@ cross join lateral (
                count(*) filter (where new_us > old_us * (1 + %(max_slower)s::float8)) as slower,
                count(*) filter (where new_us > copy_us * (1 + %(max_slower)s::float8)) as slower_copies
         from (
-            select p.at, p.old_release, p.new_release, p.outcome, p.old_status, p.new_status, p.old_us, p.new_us, p.copy_us
-            from abreast.pair p
-            where p.endpoint_id = c.endpoint_id
-              and (%(release)s::text is null or p.new_release = %(release)s)
-              and (%(start)s::timestamptz is null or p.at >= %(start)s)
-              and (%(end)s::timestamptz is null or p.at < %(end)s)
-              and (%(last)s::timestamptz is null or p.at <= %(last)s)
-            order by p.at desc
-            limit %(newest)s
+            select latest.*, row_number() over (partition by old_release, new_release order by at desc, id desc) as newer
+            from (
+                select p.at, p.id, p.old_release, p.new_release, p.outcome, p.old_status, p.new_status, p.old_us, p.new_us,
+                       p.copy_us
+                from abreast.pair p
+                where p.endpoint_id = c.endpoint_id
+                  and (%(release)s::text is null or p.new_release = %(release)s)
+                  and (%(start)s::timestamptz is null or p.at >= %(start)s)
+                  and (%(end)s::timestamptz is null or p.at < %(end)s)
+                  and (%(last)s::timestamptz is null or p.at <= %(last)s)
+                order by p.at desc, p.id desc
+                limit %(newest)s
+            ) as latest
         ) as newest
         join release r on r.endpoint_id = c.endpoint_id and r.old_release = newest.old_release
-            and r.new_release = newest.new_release and newest.at > r.warm
+            and r.new_release = newest.new_release and newest.newer <= r.warm
         where newest.outcome in ('match', 'mismatch') and newest.old_status = newest.new_status
           and newest.old_us is not null and newest.new_us is not null
     ) as found
