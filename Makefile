@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# Half of their time the tests wait for the servers that they start: one more at a time than there are cores, four at most.
-JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -gt 3 ] && echo 4 || echo $$((n + 1)))
+# Half of their time the tests wait for the servers that they start: two at a time for each core, four at most.
+JOBS ?= $(shell [ $$(getconf _NPROCESSORS_ONLN) -gt 1 ] && echo 4 || echo 2)
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'

@@ -13,6 +13,7 @@ from abreast_sidecar.compare import Rules
 from abreast_sidecar.control import Control, RuntimeDiscovery
 from abreast_sidecar.control.steerers import Steerers
 from abreast_sidecar.control.steering import Steering
+from abreast_sidecar.ending import ended
 from abreast_sidecar.errors import LedgerError, SchemaError
 from abreast_sidecar.housekeeping import Housekeeping
 from abreast_sidecar.read.client import connect
@@ -122,7 +123,7 @@ class Sidecar:
         except TimeoutError:
             log.warning("the time to stop is over; what is under way is given up")
         finally:
-            await _cancel(http, watching, braking, asked, work)
+            await ended(http, watching, braking, asked, work)
         for part in (http, watching, braking, work):
             if not part.cancelled():
                 part.result()
@@ -173,9 +174,3 @@ class Sidecar:
         await asyncio.sleep(0)
         if trouble := self.workers.trouble():
             raise NotReadyError(trouble)
-
-
-async def _cancel(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

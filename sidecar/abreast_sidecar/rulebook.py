@@ -8,6 +8,7 @@ from dataclasses import replace
 import structlog
 
 from abreast_sidecar.compare import Rules
+from abreast_sidecar.ending import ended
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.follow import follow
 from abreast_sidecar.store.rules import CHANNEL, InForce, RuleStore
@@ -38,8 +39,7 @@ class Rulebook:
 
     async def close(self) -> None:
         if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+            await ended(self._following)
         await self._database.close()
 
     async def known(self, stop: asyncio.Event) -> bool:
@@ -48,9 +48,7 @@ class Rulebook:
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for wait in waits:
-                wait.cancel()
-            await asyncio.gather(*waits, return_exceptions=True)
+            await ended(*waits)
         return self._known.is_set()
 
     async def refresh(self) -> None:

@@ -12,6 +12,7 @@ import structlog
 from abreast_sidecar.again import Again, AgainSettings
 from abreast_sidecar.apart import SUSPECT, Apart
 from abreast_sidecar.compare import Rules
+from abreast_sidecar.ending import ended
 from abreast_sidecar.errors import LedgerError, RedisError, RefusedError, StaleRulesError
 from abreast_sidecar.judging import judged, undecodable
 from abreast_sidecar.outage import Outage, pause
@@ -66,8 +67,7 @@ class Worker:
             await _until(stop, self._work(reader, ledger, stop), grace=self._settings.shutdown_timeout)
         finally:
             self.alive = False
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
+            await ended(asking)
             await ledger.close()
             await self._apart.close()
             await self._book.close()
@@ -99,8 +99,7 @@ class Worker:
                 ahead = asyncio.create_task(self._judged(reader, stop))
                 await self._settle(batch, reader, ledger, stop)
         finally:
-            ahead.cancel()
-            await asyncio.gather(ahead, return_exceptions=True)
+            await ended(ahead)
 
     async def _judged(self, reader: Reader, stop: asyncio.Event) -> Batch | None:
         """The next batch; none when it is time to stop."""
@@ -245,6 +244,4 @@ async def _until(stop: asyncio.Event, work: Coroutine[None, None, None], *, grac
         else:
             log.warning("the time to finish is over; the rest stays in redis", seconds=grace)
     finally:
-        task.cancel()
-        stopped.cancel()
-        await asyncio.gather(task, stopped, return_exceptions=True)
+        await ended(task, stopped)

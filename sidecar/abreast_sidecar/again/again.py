@@ -22,6 +22,7 @@ from abreast_sidecar.compare import Judgement, Rules, judge
 from abreast_sidecar.compare.drift import Key, drifted
 from abreast_sidecar.compare.evidence import explained
 from abreast_sidecar.compare.judge import CONDITIONS, ERROR, status
+from abreast_sidecar.ending import ended
 from abreast_sidecar.errors import LedgerError, SettingError
 from abreast_sidecar.outage import pause
 from abreast_sidecar.settings import Settings
@@ -96,9 +97,7 @@ class Again:
                 self._begin_due()
                 await pause(stop, min(0.2, self._settings.after / 4))
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await ended(*self._tasks)
             await self._asker.aclose()
             await self._database.close()
 

@@ -17,6 +17,7 @@ from abreast_sidecar.control.journal import CHANNEL, Journal, Known
 from abreast_sidecar.control.roster import CHANNEL as ENVOYS
 from abreast_sidecar.control.roster import Roster
 from abreast_sidecar.control.traffic import Change, Note, Shares, Traffic, initial
+from abreast_sidecar.ending import ended
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
@@ -166,8 +167,7 @@ class Control:
         telling = asyncio.create_task(self.roster.run(stop))
         await stop.wait()
         self.close()
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
+        await ended(following)
         await telling
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from abreast_sidecar.control.control import Control, Held
 from abreast_sidecar.control.envoys import Connected
 from abreast_sidecar.control.traffic import runtime_layer
 from abreast_sidecar.control.xds import wire_pb2 as wire
+from abreast_sidecar.ending import ended
 from abreast_sidecar.errors import ArgumentError
 
 SERVICE = "envoy.service.runtime.v3.RuntimeDiscoveryService"
@@ -64,9 +65,7 @@ class RuntimeDiscovery:
                 part.result()
         finally:
             self.control.envoys.remove(envoy)
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+            await ended(*parts)
             log.info("envoy left", node=envoy.node, service=envoy.service)
 
     async def _tell(self, envoy: Connected, context: Context) -> None:

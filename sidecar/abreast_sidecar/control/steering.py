@@ -12,6 +12,7 @@ from abreast_sidecar.control.guarding import Guarding
 from abreast_sidecar.control.ramping import Pending, Ramping
 from abreast_sidecar.control.seat import BEAT, Seat, SeatLostError
 from abreast_sidecar.control.webhooks import Webhooks
+from abreast_sidecar.ending import ended
 from abreast_sidecar.errors import LedgerError
 from abreast_sidecar.outage import Outage, pause
 from abreast_sidecar.settings import Settings
@@ -75,9 +76,7 @@ class Steering:
         except SeatLostError as error:
             log.warning("this sidecar does not act any more", error=str(error))
         finally:
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+            await ended(*parts)
 
     async def _beat(self, stop: asyncio.Event) -> None:
         while not stop.is_set():

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from abreast_sidecar import ending
+from abreast_sidecar.ending import ended
+
+
+async def swallowing(times: int) -> None:
+    """Goes on where it was cancelled, as a loop does whose driver swallows it."""
+    while times >= 0:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            times -= 1
+
+
+async def failing() -> None:
+    raise ValueError("on its way")
+
+
+async def test_what_goes_on_though_it_was_cancelled_is_cancelled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ending, "AGAIN", 0.01)
+    tasks = [asyncio.create_task(swallowing(times)) for times in (0, 2)]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await ended(*tasks)
+
+    assert all(task.done() for task in tasks)
+
+
+async def test_what_has_failed_or_ended_before_is_over() -> None:
+    tasks = [asyncio.create_task(failing()), asyncio.create_task(asyncio.sleep(0))]
+    await asyncio.wait(tasks)
+
+    await ended(*tasks)
+    await ended()
