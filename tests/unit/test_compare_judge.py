@@ -153,6 +153,34 @@ def test_bodies_that_are_no_json_on_both_sides(old: bytes, new: bytes, kind: str
     assert [found[2] for found in seen(judgement)] == [expected]
 
 
+XML: Headers = (("content-type", "application/xml"),)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ((b'{"a": 1}', ()), (b'{"a": 2}', ()), "no content type: old and new"),
+        ((b'{"a": 1}', JSON), (b'{"a": 2}', ()), "no content type: new"),
+        (
+            (b'{"a": 1}', XML),
+            (b'{"a": 2}', XML),
+            "the content type says application/xml, and the bodies are JSON",
+        ),
+        ((b"a", JSON), (b"b", JSON), "the content type says JSON, and neither body is valid JSON"),
+        ((b'{"a": 1}', JSON), (b'{"a": ', JSON), "new's body is not valid JSON"),
+        ((b'{"a": 1}', JSON), (b'{"a": 2}', JSON), ""),
+    ],
+)
+def test_a_content_type_that_is_missing_or_wrong_is_reported(
+    old: tuple[bytes, Headers], new: tuple[bytes, Headers], reason: str
+) -> None:
+    (before, said), (after, says) = old, new
+    judgement = compare(capture("old", before, headers=said), capture("new", after, headers=says))
+
+    assert judgement.outcome == "mismatch"
+    assert judgement.reason == reason
+
+
 def test_json_deeper_than_any_reader_goes_is_compared_as_a_whole() -> None:
     deep, other = [b"[" * 900 + n + b"]" * 900 for n in (b"1", b"2")]
 
