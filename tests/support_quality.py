@@ -139,15 +139,17 @@ async def pairs(database_url: str, asked: Sequence[Request], broken: Break | Non
     async with shop(database_url) as app:
         service = Service(app, Routes(app))
         for number, request in enumerate(asked):
-            pair, arms = f"pair-{number:06}", 3 if dice.random() < BASELINE else 2
+            copies: list[tuple[Version, Role]] = [("new", "shadow")]
+            if dice.random() < BASELINE:
+                # Copies are sent together, so that either may be the first, which warms what the other needs.
+                copies.insert(dice.randrange(2), ("old", "baseline"))
+            pair, arms = f"pair-{number:06}", 1 + len(copies)
             taken = [
-                await service.capture(pair, request, "old", "live", arms),
-                await service.capture(pair, request, "new", "shadow", arms),
+                await service.capture(pair, request, version, role, arms)
+                for version, role in [("old", "live"), *copies]
             ]
             if broken is not None:
-                taken[1] = broken(number, taken[1])
-            if arms == 3:
-                taken.append(await service.capture(pair, request, "old", "baseline", arms))
+                taken = [broken(number, one) if one.version == "new" else one for one in taken]
             moment = int(time.time() * 1000)
             found.append(Judged(SERVICE, f"{moment}-{number}", moment, pair, judge(taken, rules), ()))
     return found

@@ -12,6 +12,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 
 from abreast.v1 import traffic_pb2 as pb
+from abreast_sidecar.control.envoys import Connected
+from abreast_sidecar.control.traffic import Traffic
 from abreast_sidecar.control.xds import wire_pb2 as wire
 from support import eventually_async
 from support_discovery import NODE, answer, stream
@@ -144,3 +146,20 @@ async def test_streams_end_when_the_sidecar_drains(sidecar: Running) -> None:
 
         assert await call.read() is grpc.aio.EOF
     assert time.monotonic() - began < 4
+
+
+async def test_a_stream_that_is_being_written_to_ends_with_its_status(
+    sidecar: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After half a write, grpcio can't end a stream: whoever reads it would wait until all calls are cancelled."""
+    sending = Connected.sending
+
+    def closing(self: Connected, traffic: Traffic, changed: float) -> None:
+        sending(self, traffic, changed)
+        sidecar.sidecar.control.close()
+
+    monkeypatch.setattr(Connected, "sending", closing)
+    async with stream(sidecar) as call:
+        assert (await call.read()).nonce
+        assert await call.read() is grpc.aio.EOF
+        assert await call.code() == grpc.StatusCode.OK

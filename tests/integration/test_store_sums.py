@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE
+from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, MIN_SLOWER_US
 from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.pages import Page
@@ -242,5 +242,5 @@ def timed(rows: Iterable[Row]) -> tuple[int, int]:
             if one.old_us is None or one.new_us is None or one.old_status != one.new_status:
                 continue
             every += 1
-            slower += one.new_us > one.old_us * (1 + SLOWER)
+            slower += one.new_us - one.old_us > max(one.old_us * SLOWER, MIN_SLOWER_US)
     return every, slower

@@ -211,6 +211,17 @@ async def test_a_slower_version_fails(sidecar: Running, ledger: Ledger) -> None:
     assert "4,500 of 4,500 pairs" in found.reasons[0].text  # a tenth is cold
 
 
+@pytest.mark.parametrize(("old_us", "new_us", "expected"), [(100, 590, "PASS"), (1000, 1600, "FAIL")])
+async def test_what_no_user_could_notice_is_not_slower(
+    sidecar: Running, ledger: Ledger, old_us: int, new_us: int, expected: str
+) -> None:
+    add(ledger, 5000)
+    ledger.execute("update abreast.pair set old_us = %s, new_us = %s", old_us, new_us)
+    sampled(ledger)
+
+    assert state(await verdict(sidecar)) == expected
+
+
 @pytest.mark.parametrize(("copies", "expected"), [(19, "FAIL"), (5000, "PASS")])
 async def test_what_a_copy_takes_longer_makes_no_version_slower(
     sidecar: Running, ledger: Ledger, copies: int, expected: str

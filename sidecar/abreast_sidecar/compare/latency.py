@@ -30,6 +30,7 @@ MIN_DIFFERENCE_US = 5000.0  # of the median pair
 ALPHA = 0.001  # for one endpoint, over all its life
 COLD_SHARE = 0.1  # of the first pairs of each release: caches, pools and compilers are cold
 COLD_PAIRS = 5  # at least
+MIN_SLOWER_US = 500  # of a pair that a verdict or the guard counts as slower: less is the event loop's, or a warmer cache's
 LEAST_COPIES = 20  # of old, or pairs are judged whatever their roles
 
 

@@ -52,7 +52,7 @@ class Budget:
 
     max_mismatch: float = 0.001  # of pairs
     max_error: float = 0.001  # of pairs
-    max_slower: float = 0.1  # of old's time; whoever counts `slower` uses it
+    max_slower: float = 0.1  # of old's time, and half a millisecond at least; whoever counts `slower` uses it
     min_completeness: float = 0.99  # of the sampled requests
     confidence: float = 0.95
 
@@ -81,7 +81,7 @@ class Counts:
     new_errors: int  # new answered 5xx, raised or broke off, and old did not; live and shadow
     old_errors: int  # the other way
     timed: int  # with both times, without cold starts
-    slower: int  # of `timed`: new took longer than (1 + max_slower) times old's time
+    slower: int  # of `timed`: new took longer than old by more than max_slower of its time, and than half a millisecond
     by_rules: int = 0  # of `compared`, those of which rules explain something, and that are no mismatches
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import TypeAlias
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
@@ -55,25 +55,26 @@ class RuntimeDiscovery:
         envoy = _connected(first, context.peer())
         self.control.envoys.add(envoy)
         log.info("envoy connected", node=envoy.node, service=envoy.service, has_version=first.version_info)
-        parts = [
-            asyncio.create_task(part)
-            for part in (self._hear(envoy, requests), self._tell(envoy, context), self.control.closing.wait())
+        ends = [
+            asyncio.create_task(part) for part in (self._hear(envoy, requests), self.control.closing.wait())
         ]
         try:
-            done, _ = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-            for part in done:
-                part.result()
+            if await _unless(ends, self.control.welcome(envoy.service)):
+                await self._tell(envoy, context, ends)
+            for part in ends:
+                if part.done():
+                    part.result()
         finally:
             self.control.envoys.remove(envoy)
-            await ended(*parts)
+            await ended(*ends)
             log.info("envoy left", node=envoy.node, service=envoy.service)
 
-    async def _tell(self, envoy: Connected, context: Context) -> None:
-        await self.control.welcome(envoy.service)
-        while True:
+    async def _tell(self, envoy: Connected, context: Context, ends: list[asyncio.Task[Any]]) -> None:
+        """Writing is never cancelled: after half a write, grpcio can't end the stream with its status."""
+        while not any(part.done() for part in ends):
             held = self.control.held(envoy.service)
             if held is None or held.traffic == envoy.sent:
-                await self.control.news.wait()
+                await _unless(ends, self.control.news.wait())
                 continue
             envoy.sending(held.traffic, held.changed)
             await context.write(response(held, envoy.nonce))
@@ -86,6 +87,19 @@ class RuntimeDiscovery:
             self.control.envoys.bell.ring()
             if error:
                 log.error("envoy refuses the traffic settings", node=envoy.node, error=error)
+
+
+async def _unless(ends: list[asyncio.Task[Any]], work: Coroutine[Any, Any, Any]) -> bool:
+    """Work until one of `ends` is over; whether the work was done before."""
+    working = asyncio.create_task(work)
+    try:
+        await asyncio.wait([*ends, working], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            return False
+        working.result()
+        return True
+    finally:
+        await ended(working)
 
 
 def _connected(first: wire.DiscoveryRequest, peer: str) -> Connected:

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 import structlog
 
-from abreast_sidecar.compare.latency import LEAST_COPIES
+from abreast_sidecar.compare.latency import LEAST_COPIES, MIN_SLOWER_US
 from abreast_sidecar.control import acts
 from abreast_sidecar.control.acts import Guard
 from abreast_sidecar.control.control import Control
@@ -91,6 +91,7 @@ class Guarding:
             ],
             "slower": guard.policy.slower.limit,
             "least_copies": LEAST_COPIES,
+            "min_slower_us": MIN_SLOWER_US,
             "most": MOST,
         }
         rows = await self._database.rows("guard_tally", asked)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from abreast_sidecar.compare.feature import LEAST, Feature, Features, of_target, separating
-from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, LEAST_COPIES
+from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, LEAST_COPIES, MIN_SLOWER_US
 from abreast_sidecar.errors import NotFoundError
 from abreast_sidecar.store import pages, rows
 from abreast_sidecar.store.database import Database, Row
@@ -144,6 +144,7 @@ class Queries:
             "max_slower": max_slower,
             "newest": NEWEST,
             "least_copies": LEAST_COPIES,
+            "min_slower_us": MIN_SLOWER_US,
         }
         span = await self.database.one("release_span", asked)
         counts = await self.database.rows("verdict_counts", {**asked, **times, **_of_release(span, window)})

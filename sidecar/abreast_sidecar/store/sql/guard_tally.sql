@@ -30,9 +30,9 @@ said as (
            coalesce(n.old_status, 0) not between 1 and 499 as old_error,
            n.outcome in ('match', 'mismatch') and n.old_status = n.new_status and n.old_us is not null
                and n.new_us is not null as timed,
-           n.new_us > n.old_us * (1 + %(slower)s::float8) as slower,
+           n.new_us - n.old_us > greatest(n.old_us * %(slower)s::float8, %(min_slower_us)s) as slower,
            n.copy_us is not null as copied,
-           n.new_us > n.copy_us * (1 + %(slower)s::float8) as slower_copy
+           n.new_us - n.copy_us > greatest(n.copy_us * %(slower)s::float8, %(min_slower_us)s) as slower_copy
     from newest n
 ),
 counted as (

@@ -64,8 +64,8 @@ cross join lateral (
            case when enough then slower_copies when abreast.copies_to_come(e, every) then 0 else slower end as slower
     from (
         select count(*) as every, count(copy_us) as copies, count(copy_us) >= %(least_copies)s as enough,
-               count(*) filter (where new_us > old_us * (1 + %(max_slower)s::float8)) as slower,
-               count(*) filter (where new_us > copy_us * (1 + %(max_slower)s::float8)) as slower_copies
+               count(*) filter (where new_us - old_us > greatest(old_us * %(max_slower)s::float8, %(min_slower_us)s)) as slower,
+               count(*) filter (where new_us - copy_us > greatest(copy_us * %(max_slower)s::float8, %(min_slower_us)s)) as slower_copies
         from (
             select latest.*, row_number() over (partition by old_release, new_release order by at desc, id desc) as newer
             from (
