@@ -33,6 +33,19 @@ class DocumentDiff:
     arrays that would take more than `max_work` steps are compared as a whole.
     """
 
+    __slots__ = (
+        "_arrays",
+        "_depth",
+        "_times",
+        "coarse",
+        "found",
+        "keyed",
+        "limit",
+        "max_work",
+        "root",
+        "work",
+    )
+
     def __init__(
         self,
         limit: int,

@@ -78,13 +78,13 @@ class Place(Struct):
 
 def is_map(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Ids as keys; many values of one shape; or very many plain values of one type."""
-    keys = old.keys() | new.keys()
-    for key in keys:
+    for key in chain(old, new):
         if not _like_id(key):
             break
     else:
-        return len(keys) >= LIKE_IDS
-    if len(keys) < SAME_SHAPES:
+        return len(old.keys() | new.keys()) >= LIKE_IDS
+    many = len(old) if old.keys() == new.keys() else len(old.keys() | new.keys())
+    if many < SAME_SHAPES:
         return False
     values = list(chain(old.values(), new.values()))
     kinds = {*map(_type, values)} - {type(None)}
@@ -92,7 +92,7 @@ def is_map(old: dict[str, Any], new: dict[str, Any]) -> bool:
         shapes = Counter(frozenset(value) for value in map(whole, values) if value is not None)
         shape, times = shapes.most_common(1)[0]
         return len(shape) > 1 and times * 5 >= len(values) * 4
-    return len(keys) >= SAME_TYPES and (len(kinds) == 1 or kinds == {int, float})
+    return many >= SAME_TYPES and (len(kinds) == 1 or kinds == {int, float})
 
 
 def _type(value: Any) -> type:
