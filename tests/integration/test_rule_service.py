@@ -322,7 +322,7 @@ async def test_the_examples_of_the_docs_work(sidecar: Running, tmp_path: Path) -
     (file,) = re.findall(r"```yaml\n# rules.yaml\n(.+?)```", text, re.DOTALL)
     (tmp_path / "rules.yaml").write_text(file)
 
-    assert len(examples) == 3
+    assert len(examples) == 4
     for line, printed in examples.items():
         words = shlex.split(line.replace("--for 12", f"--for {finding}"))
         if "check" in words:

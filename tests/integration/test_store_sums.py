@@ -28,7 +28,7 @@ PAIRS = 400
 WINDOWS = 12
 SLOWER = 0.1
 PRICE, COLOUR, NAME = 1, 2, 3  # findings: one that counts, one that only adds, one that is not decided
-COMPARED = {"match", "mismatch", "oversize"}
+COMPARED = {"match", "mismatch", "partial", "oversize"}
 
 
 @dataclass(frozen=True)

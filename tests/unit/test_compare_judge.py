@@ -63,12 +63,6 @@ def test_an_answer_that_broke_off_is_an_error() -> None:
     assert seen(compare(capture("old", {"a": 1}), new)) == [("error", "unfinished", "removed")]
 
 
-def test_a_client_that_left_says_nothing_about_the_versions() -> None:
-    new = capture("new", b'{"a"', complete=False, client_left=True)
-
-    assert compare(capture("old", {"a": 1}), new).outcome == "aborted"
-
-
 @pytest.mark.parametrize(
     ("status", "headers"),
     [(429, JSON), (503, (*JSON, ("retry-after", "1")))],

@@ -236,6 +236,12 @@ BROKEN = [
     ),
     ("rules:\n- action: keyed-by\n  path: $.a", "rules.yaml:2: rule 'rule 1' needs by"),
     ("rules:\n- action: unordered\n  part: body", "rules.yaml:2: rule 'rule 1' needs a path"),
+    ("rules:\n- action: waive-coverage", "rules.yaml:2: rule 'rule 1' needs an endpoint"),
+    ("rules:\n- action: waive-coverage\n  endpoint: GET /*", "rules.yaml:2: rule 'rule 1' needs an endpoint"),
+    (
+        "rules:\n- action: waive-coverage\n  endpoint: GET /\n  kind: changed",
+        "rules.yaml:2: rule 'rule 1' has kind, which does not belong to waive-coverage",
+    ),
     ("rules:\n- action: ignore\n  status: abc", "rules.yaml:3: status must be a status such as 404"),
     (
         "rules:\n- action: ignore\n  path: $.a\n  header: b",
@@ -323,6 +329,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"action": "tolerate", "path": "$.a", "relative": "0.5 %", "reason": "r", "owner": "o"},
     {"action": "keyed-by", "path": "$.a", "by": "id"},
     {"action": "unordered", "path": "$.a", "status": "404->2xx", "endpoint": "GET /"},
+    {"action": "waive-coverage", "endpoint": "GET /events", "service": "shop", "release": "2.*"},
     {"action": "expect", "part": "status", "status": 404, "kind": "changed"},
     {"action": "expect", "path": "$.a", "old": None, "new": True},
 ]

@@ -67,6 +67,34 @@ class TestPass:
         assert (verdict.state, verdict.more) == ("INCONCLUSIVE", None)
         assert reason(verdict, "coverage", "b").text.startswith("of 500 requests none could be compared")
 
+    def test_that_beginnings_are_equal_says_nothing_for_new(self) -> None:
+        """An endpoint of answers that are never whole is not covered, and its pairs make no rate pass."""
+        quiet = judged(pairs(20_000, "a"), pairs(500, "b", partial=500, timed=0, slower=0))
+        alone = judged(pairs(20_000, partial=19_000))
+
+        assert (quiet.state, quiet.more) == ("INCONCLUSIVE", None)
+        assert "none could be compared as a whole, 500 in part" in reason(quiet, "coverage", "b").text
+        assert reason(quiet, "mismatches").state == "PASS"
+        assert reason(alone, "mismatches").state == "INCONCLUSIVE"
+        assert reason(alone, "mismatches").text.endswith(
+            "of 19,000 only the beginnings; about 2,500 more pairs to pass at this rate"
+        )
+
+    def test_whose_coverage_is_waived_keeps_nothing_from_passing_and_is_named(self) -> None:
+        waived = "waived by rule 7 of shop until 2099-01-01: streams never end"
+        verdict = judged(pairs(20_000, "a"), pairs(500, "b", partial=500, timed=0, slower=0, waived=waived))
+        gone = judged(pairs(20_000, "a"), pairs(5, "b", new_requests=0, compared=0, timed=0, waived=waived))
+
+        assert (verdict.state, verdict.more, reason(verdict, "coverage", "b").state) == ("PASS", 0, "PASS")
+        assert reason(verdict, "coverage", "b").text.endswith(
+            f"500 in part; abreast pairs says why; {waived}"
+        )
+        assert {one.endpoint: one.state for one in verdict.endpoints} == {"a": "PASS", "b": "INCONCLUSIVE"}
+        assert reason(gone, "coverage", "b").text == f"old answered 5 requests, new none; {waived}"
+        assert not [
+            one for one in judged(pairs(20_000, "a", waived=waived)).reasons if one.subject == "coverage"
+        ]
+
     @pytest.mark.parametrize(("waiting", "state"), [(199, "PASS"), (201, "INCONCLUSIVE")])
     def test_what_waits_to_be_compared_may_be_what_is_broken(self, waiting: int, state: str) -> None:
         verdict = judged(pairs(20_000), ledger=Ledger(20_000, 20_000, waiting))
@@ -101,6 +129,14 @@ class TestFail:
         assert (verdict.state, verdict.exit_code) == ("FAIL", 1)
         assert verdict.reasons[0].subject == "mismatches"
         assert "10 of 20,000 pairs" in verdict.reasons[0].text
+
+    def test_a_waiver_and_beginnings_hide_no_mismatch(self) -> None:
+        """Beginnings that are equal are pairs of which some differ, not none: a few that do are no rate of one."""
+        many = pairs(500, "b", partial=500, mismatches=50, timed=0, slower=0, waived="waived")
+        few = pairs(20_000, "b", partial=20_000, mismatches=5, timed=0, slower=0, waived="waived")
+
+        assert judged(pairs(20_000, "a"), many).state == "FAIL"
+        assert judged(pairs(20_000, "a"), few).state == "PASS"
 
     @pytest.mark.parametrize("n", [20_000, 40_000, 100_000])
     def test_so_it_is_in_one_of_20_endpoints_and_at_more_requests(self, n: int) -> None:

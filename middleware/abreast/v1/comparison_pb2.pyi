@@ -514,7 +514,7 @@ class Budget(_message.Message):
     max_error: _builtins.float
     """Of the compared pairs, those with a server error of the new version alone, 0 to 1. Unset: 0.001."""
     max_slower: _builtins.float
-    """How much longer than the old version the new one may take in the median pair, of old's time. Unset: 0.1."""
+    """How much longer than the old version the new one may take in the median pair, of old's time; half a millisecond never counts. Unset: 0.1."""
     min_completeness: _builtins.float
     """Of the sampled requests by Envoy's count, those whose outcome is evidence, 0 to 1. Unset: 0.99."""
     confidence: _builtins.float

@@ -39,6 +39,8 @@ class _RuleActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RuleAction
     """A field names the elements of an array."""
     RULE_ACTION_EXPECT: _RuleAction.ValueType  # 5
     """The change is meant."""
+    RULE_ACTION_WAIVE_COVERAGE: _RuleAction.ValueType  # 6
+    """That an endpoint was not compared, or not as a whole, keeps no verdict from PASS. It explains no difference."""
 
 class RuleAction(_RuleAction, metaclass=_RuleActionEnumTypeWrapper):
     """What a rule does."""
@@ -55,6 +57,8 @@ RULE_ACTION_KEYED_BY: RuleAction.ValueType  # 4
 """A field names the elements of an array."""
 RULE_ACTION_EXPECT: RuleAction.ValueType  # 5
 """The change is meant."""
+RULE_ACTION_WAIVE_COVERAGE: RuleAction.ValueType  # 6
+"""That an endpoint was not compared, or not as a whole, keeps no verdict from PASS. It explains no difference."""
 Global___RuleAction: _TypeAlias = RuleAction  # noqa: Y015
 
 class _RuleState:
@@ -87,7 +91,9 @@ Global___RuleState: _TypeAlias = RuleState  # noqa: Y015
 
 @_typing.final
 class Rule(_message.Message):
-    """Each field that is set narrows the rule; at least one of part, path, header and status must be."""
+    """Each field that is set narrows the rule; at least one of part, path, header and status must be. One that waives coverage
+    has none of them, and an endpoint without wildcards.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

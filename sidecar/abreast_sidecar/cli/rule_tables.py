@@ -51,6 +51,8 @@ def explains(rule: api.Rule) -> str:
     """`12 pairs, 3 were judged before`."""
     if rule.state != api.RULE_STATE_IN_FORCE:
         return ""
+    if rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
+        return "coverage, no pair"
     before = f", {count(rule.unknown)} judged before it" if rule.unknown else ""
     return f"{counted(rule.pairs, 'pair')}{before}"
 

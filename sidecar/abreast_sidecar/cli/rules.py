@@ -114,6 +114,8 @@ def preview(link: Link, finding_id: int | None, as_json: bool, **fields: Any) ->
         _objections(found.objections)
         if found.findings:
             console().print(hidden(found.findings))
+        elif found.rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
+            click.echo("it hides no difference; a verdict that it keeps from INCONCLUSIVE names it")
         else:
             click.echo("it would hide nothing that is stored")
     return Exit.NO if found.objections else Exit.OK

@@ -35,6 +35,7 @@ class BodyResult(NamedTuple):
     note: str = ""  # what is odd about the bodies, for people
     unreadable: bool = False  # the bytes differ and can't be decoded, so nothing is known
     too_large: bool = False  # only the bytes as sent were compared
+    partial: bool = False  # only what came before an answer was cut
 
 
 def body_differences(old: Answer, new: Answer, rules: Rules) -> list[Difference]:
@@ -54,9 +55,9 @@ def compare_bodies(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None =
     if old.body.held == new.body.held if whole else same_bytes(old.body, new.body):
         return BodyResult([])
     if not whole:
-        return BodyResult([_whole("changed", old, new)])
+        return BodyResult([as_a_whole("changed", old, new)])
     if not old.body.length or not new.body.length:
-        return BodyResult([_whole("added" if new.body.length else "removed", old, new)])
+        return BodyResult([as_a_whole("added" if new.body.length else "removed", old, new)])
     if _is_plain_json(old) and _is_plain_json(new) and (found := _plain_json(old, new, rules, keyed)):
         return found
     left, right = _decoded(old, rules), _decoded(new, rules)
@@ -109,9 +110,9 @@ def _undecoded(left: Decoded, right: Decoded, old: Answer, new: Answer) -> BodyR
         return BodyResult([], f"content-encoding {coding} can't be decoded here: {sides}", unreadable=True)
     if "too large" in problems:
         note = f"a compressed body is larger than what is decoded: {sides}"
-        return BodyResult([_whole("changed", old, new)], note, too_large=True)
+        return BodyResult([as_a_whole("changed", old, new)], note, too_large=True)
     kind: Kind = "changed" if left.problem == right.problem else "type"
-    return BodyResult([_whole(kind, old, new)], f"the body is not the {coding} its header says: {sides}")
+    return BodyResult([as_a_whole(kind, old, new)], f"the body is not the {coding} its header says: {sides}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +134,14 @@ class Comparison:
         return self.spent(kind) > self.rules.max_work
 
     def whole(self, kind: Kind) -> Difference:
-        return _whole(kind, self.old, self.new)
+        return as_a_whole(kind, self.old, self.new)
 
     def partial(self) -> bool:
         return PARTIAL_CONTENT in (self.old.status, self.new.status)
 
 
 def _compared(pair: Comparison) -> BodyResult:
-    left, right = _format(pair.left, pair.right), _format(pair.right, pair.left)
+    left, right = body_format(pair.left, pair.right), body_format(pair.right, pair.left)
     if "json" in {left, right} and pair.too_much("json"):
         return BodyResult([pair.whole("changed")], TOO_MUCH, too_large=True)
     if left == right == "json" and not pair.partial():
@@ -164,7 +165,7 @@ def _untyped(old: Plain, new: Plain) -> str:
     return f"no content type: {' and '.join(without)}" if without else ""
 
 
-def _format(side: Plain, other: Plain) -> Format:
+def body_format(side: Plain, other: Plain) -> Format:
     """What it says it is; else what the other says; else what it begins like."""
     for said in (side.media, other.media if not side.media.essence else side.media):
         if said.format != "unknown":
@@ -238,7 +239,7 @@ def _structured(pair: Comparison, kind: Format) -> BodyResult:
         return coarse._replace(note=_both(f"neither body is the {kind} it claims to be", coarse.note))
     differences, note = _walked(pair, found.old, found.new, found.root, pair.spent(kind))
     if not differences and not found.alike():
-        differences = [_whole("order", pair.old, pair.new, found.root)]
+        differences = [as_a_whole("order", pair.old, pair.new, found.root)]
     return BodyResult([*_encodings(pair), *differences], note)
 
 
@@ -276,7 +277,7 @@ def _encoding(data: bytes) -> str:
     return json.detect_encoding(data[:4]) if b"\0" in data[:4] else "utf-8"
 
 
-def _whole(kind: Kind, old: Answer, new: Answer, path: str = "") -> Difference:
+def as_a_whole(kind: Kind, old: Answer, new: Answer, path: str = "") -> Difference:
     impacts: dict[Kind, Impact] = {"added": "additive", "changed": "value", "order": "value"}
     return Difference.told(
         part="body",

@@ -20,6 +20,7 @@ Impact = Literal["breaking", "value", "additive"]
 Outcome = Literal[
     "match",
     "mismatch",
+    "partial",
     "only_old",
     "only_new",
     "baseline_only",

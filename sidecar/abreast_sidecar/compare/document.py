@@ -71,6 +71,11 @@ class DocumentDiff:
         self._value(Place(None, self.root, old, new))
         return self.found
 
+    def compare_in_order(self, old: list[Any], new: list[Any]) -> list[Difference]:
+        """Elements by their places: where lists go on beyond these, nothing can be looked for elsewhere."""
+        self._elements(Place(None, self.root, old, new), in_order(old, new))
+        return self.found
+
     def _value(self, place: Place) -> None:
         old, new = place.old, place.new
         kind = type(old)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from abreast.capture import Capture
-from abreast_sidecar.compare.body import BodyResult, compare_bodies, same_bytes
+from abreast_sidecar.compare.beginning import compare_beginnings
+from abreast_sidecar.compare.body import BodyResult, Keyed, compare_bodies, same_bytes
 from abreast_sidecar.compare.causes import causes
 from abreast_sidecar.compare.difference import Difference, Judgement, Kind, Outcome, Rules
 from abreast_sidecar.compare.effects import TOO_MANY, effect_differences
@@ -28,7 +29,8 @@ CONDITIONS = frozenset({"if-none-match", "if-modified-since", "if-match", "if-un
 RANGE_CONDITIONS = frozenset({"if-range"})
 NO_ROUTE = "(no route)"  # unknown paths are one endpoint, however many a scanner tries
 
-BROKEN = "both answers broke off, so their bodies were not compared"
+LEFT = "the client left before the answer was whole"
+BROKEN = "both answers broke off"
 
 _LIVE_FIRST = {"live": 0, "shadow": 1, "baseline": 2}
 
@@ -126,8 +128,8 @@ def _verdict(sides: Sides, rules: Rules, declared: RuleSet | None, *, swept: boo
         return Verdict("only_new", "no capture of old arrived in time")
     if new is None:
         return _without_new(sides, swept=swept)
-    if _left(old) or _left(new):
-        return Verdict("aborted", "the client left before the answer was whole")
+    if _parted(old, new) and (_silent(old) or _silent(new)):
+        return Verdict("aborted", LEFT)
     if disturbed := old.disturbed or new.disturbed:
         return Verdict("not_compared", disturbed)
     if _sheds(old) != _sheds(new):
@@ -139,12 +141,14 @@ def _verdict(sides: Sides, rules: Rules, declared: RuleSet | None, *, swept: boo
 
 def _weighed(old: Capture, new: Capture, found: BodyResult, declared: RuleSet | None) -> Verdict:
     differences, explained = found.differences, []
-    if not differences and not found.unreadable:
+    if not differences and not (found.unreadable or found.partial):
         return Verdict("match", found.note)
     if declared and differences:
         told = declared.explain(differences)
         differences = [difference for difference in told if not difference.explained_by]
         explained = [difference for difference in told if difference.explained_by]
+    if found.partial:
+        return Verdict("partial", found.note, differences, explained)
     cut = found.too_large or not (old.answer.body.whole and new.answer.body.whole)
     if cut and any(difference.part == "body" for difference in differences):
         reason = found.note or "a body is longer than what is captured; only its digest was compared"
@@ -169,6 +173,11 @@ def _left(capture: Capture) -> bool:
     return capture.role == "live" and capture.client_left and not capture.complete
 
 
+def _parted(one: Capture, other: Capture) -> bool:
+    """Where the user left before the end, the other version's answer is longer for no reason of its own."""
+    return _left(one) or _left(other)
+
+
 def _conditions(one: int, other: int) -> frozenset[str]:
     """The request headers that make such a pair of statuses say nothing but whether a validator was known."""
     if one == other:
@@ -183,7 +192,9 @@ def _conditions(one: int, other: int) -> frozenset[str]:
 def _comparable(one: Capture, other: Capture) -> bool:
     if one.disturbed or other.disturbed:
         return False
-    return not (_left(one) or _left(other)) and _sheds(one) == _sheds(other)
+    if _parted(one, other) and (_silent(one) or _silent(other)):
+        return False
+    return _sheds(one) == _sheds(other)
 
 
 def status(capture: Capture) -> int:
@@ -214,13 +225,14 @@ def _beginning(old: Capture, new: Capture) -> tuple[list[Difference], bool]:
     if _silent(old) != _silent(new):
         return [_unanswered(old, new)], True
     found, was, now = [], status(old), status(new)
+    parted = _parted(old, new)
     if was != now:
         found.append(_status(old, new))
         if was // 100 != now // 100:
             return found, True
-    if _broken_off(old) != _broken_off(new):
+    if _broken_off(old) != _broken_off(new) and not parted:
         return [*found, _unfinished(old, new)], True
-    if old.raised != new.raised:
+    if old.raised != new.raised and not parted:
         found.append(_raised(old, new))
     return found, False
 
@@ -231,22 +243,36 @@ def _found(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -
         return BodyResult(found)
     before, after = old.answer, new.answer
     found += header_differences(before.headers, after.headers, rules.volatile_headers, old.request)
-    if before.trailers or after.trailers:
-        found += trailer_differences(before.trailers, after.trailers, rules.volatile_headers)
     keyed = declared.identity if declared and declared.keyed else None
-    found += effect_differences(old, new, rules.max_differences, keyed)
+    parted = _parted(old, new)
+    if not parted:
+        if before.trailers or after.trailers:
+            found += trailer_differences(before.trailers, after.trailers, rules.volatile_headers)
+        found += effect_differences(old, new, rules.max_differences, keyed)
     if old.request.method == "HEAD":
         return BodyResult(found[: rules.max_differences])
-    if _broken_off(old):
-        differ = not same_bytes(before.body, after.body)
-        return BodyResult(found[: rules.max_differences], BROKEN if differ else "", unreadable=differ)
-    bodies = compare_bodies(before, after, rules, keyed)
-    if old.effects_dropped or new.effects_dropped:
+    if _broken_off(old) or _broken_off(new):
+        bodies = _begun(old, new, rules, keyed)
+    else:
+        bodies = compare_bodies(before, after, rules, keyed)
+    if (old.effects_dropped or new.effects_dropped) and not parted:
         bodies = bodies._replace(note=TOO_MANY, unreadable=True)
     if not found:
         return bodies
     told = causes([*found, *bodies.differences], status(old), status(new))
     return bodies._replace(differences=told[: rules.max_differences])
+
+
+def _begun(old: Capture, new: Capture, rules: Rules, keyed: Keyed | None) -> BodyResult:
+    """At least one was cut; both at the same place only where no client had anything to do with it."""
+    before, after = old.answer, new.answer
+    if not (old.client_left or new.client_left) and same_bytes(before.body, after.body):
+        return BodyResult([])
+    cut = (_broken_off(old), _broken_off(new))
+    bodies = compare_beginnings(before, after, cut, rules, keyed)
+    why = LEFT if _parted(old, new) else BROKEN
+    said = f"{why}: compared were status, headers, {bodies.said}"
+    return BodyResult(bodies.differences, said, partial=True)
 
 
 def _silent(capture: Capture) -> bool:

@@ -15,8 +15,8 @@ from msgspec.structs import replace
 
 from abreast_sidecar.compare.difference import Difference, Kind, Part
 
-Action = Literal["ignore", "tolerate", "unordered", "keyed-by", "expect"]
-ACTIONS: tuple[Action, ...] = ("ignore", "tolerate", "unordered", "keyed-by", "expect")
+Action = Literal["ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage"]
+ACTIONS: tuple[Action, ...] = ("ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage")
 MAX_PATTERN = 500  # characters
 MAX_ANY_DEPTH = 4  # `**` in a pattern
 TOLERATED = frozenset({"changed", "format", "range"})  # kinds of two values that may be close
@@ -76,8 +76,15 @@ class Rule:
         """Whether part, path and kind decide alone, so that it can be applied where the values are not known any more."""
         return self.action == "ignore" or (self.action == "expect" and not (self.has_old or self.has_new))
 
+    @property
+    def of_answers(self) -> bool:
+        """Whether it says something of differences; else it is the verdict's alone."""
+        return self.action != "waive-coverage"
+
     def touches(self, part: str, path: str, kind: str) -> bool:
         """Whether there are values of such a difference that it explains; for keyed-by, also that it makes vanish."""
+        if not self.of_answers:
+            return False
         if (self.part is not None and self.part != part) or (self.kind is not None and self.kind != kind):
             return False
         if self.action == "keyed-by":
@@ -90,6 +97,8 @@ class Rule:
 
     def explains(self, difference: Difference) -> bool:
         """Whether the rule covers a difference in an answer that it applies to."""
+        if not self.of_answers:
+            return False
         if (self.part is not None and self.part != difference.part) or (
             self.kind is not None and self.kind != difference.kind
         ):

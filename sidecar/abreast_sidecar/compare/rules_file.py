@@ -18,6 +18,8 @@ MAX_TEXT = 500  # characters of a field
 _STATUS = re.compile(r"([1-5x][0-9x]{2}|\*)(->([1-5x][0-9x]{2}|\*))?", re.IGNORECASE)
 _PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 _COVERS = ("path", "header", "status", "part")
+_WILD = frozenset("*?[")
+_OF_WAIVERS = frozenset({"name", "action", "endpoint", "service", "release", "reason", "owner", "expires"})
 
 
 class RuleError(ValueError):
@@ -222,6 +224,8 @@ def _made(said: dict[str, Any]) -> Rule:
     action = said.get("action")
     if action is None:
         raise RuleError(f"needs an action: one of {', '.join(ACTIONS)}")
+    if action == "waive-coverage":
+        return _waiver(said)
     if not any(name in said for name in _COVERS):
         raise RuleError(f"covers everything: give it at least one of {', '.join(_COVERS)}")
     if "header" in said and ("path" in said or said.get("part", "header") != "header"):
@@ -232,6 +236,18 @@ def _made(said: dict[str, Any]) -> Rule:
     elif "path" in said:
         said.setdefault("part", "body")
     return Rule(has_old="old" in said, has_new="new" in said, **said)
+
+
+def _waiver(said: dict[str, Any]) -> Rule:
+    """Of one endpoint: what may come later has to be looked at first."""
+    endpoint = said.get("endpoint", "")
+    if not endpoint or _WILD.intersection(endpoint):
+        raise RuleError(
+            "needs an endpoint without *, ? and [, such as GET /events: it waives coverage of that one"
+        )
+    if wrong := sorted(said.keys() - _OF_WAIVERS):
+        raise RuleError(f"has {wrong[0]}, which does not belong to waive-coverage")
+    return Rule(**said)
 
 
 # Fields that belong to one action only, and those of which it needs one.

@@ -16,8 +16,11 @@ own evidence is in its own verdict, and fails the whole where it is over the bud
 Endpoints are counted as they appear: while new ones still come, the shares of earlier looks were a little too large.
 What is a real finding is decided elsewhere, with an error probability of its own.
 
+A pair whose answers were cut shows a mismatch in what came of them and no match: it counts for FAIL only.
+
 What is undecided (`noise`) counts as a mismatch against PASS, and not at all for FAIL. Too little data, an endpoint that
-new never answered and a ledger with holes keep a verdict from PASS; none of them undoes a FAIL.
+new never answered and a ledger with holes keep a verdict from PASS; none of them undoes a FAIL. An endpoint's coverage may
+be waived, and then the verdict says so.
 """
 
 from __future__ import annotations
@@ -82,6 +85,10 @@ class Counts:
     old_errors: int  # the other way
     timed: int  # with both times, without cold starts
     slower: int  # of `timed`: new took longer than old by more than max_slower of its time, and than half a millisecond
+    # Of `compared`, those of which only the beginnings were: what differs in them counts against new, and that nothing
+    # does says nothing for it.
+    partial: int = 0
+    waived: str = ""  # who says that its coverage is not to be judged, and why
     by_rules: int = 0  # of `compared`, those of which rules explain something, and that are no mismatches
 
 
@@ -140,11 +147,12 @@ def decide(endpoints: Sequence[Counts], ledger: Ledger, budget: Budget) -> Verdi
     single = [_endpoint(counts, budget, each) for counts in endpoints]
     whole = [*_rates(_total(endpoints), budget, _Alpha(alpha, alpha / part)), _completeness(ledger, budget)]
     failed = [reason for one in single for reason in one.reasons if reason.state == "FAIL"]
-    unseen = [reason for one in single for reason in one.reasons if reason.subject == "coverage"]
-    state = _state([*whole, *failed, *unseen])
+    uncovered = [reason for one in single for reason in one.reasons if reason.subject == "coverage"]
+    unseen = [reason for reason in uncovered if reason.state != "PASS"]
+    state = _state([*whole, *failed, *uncovered])
     return Verdict(
         state=state,
-        reasons=_ordered([*whole, *failed, *unseen]),
+        reasons=_ordered([*whole, *failed, *uncovered]),
         endpoints=tuple(sorted(single, key=lambda one: (_WEIGHT[one.state], -_strength(one), one.endpoint))),
         more=_more(whole, blocked=bool(failed or unseen)),
     )
@@ -169,6 +177,8 @@ def _mismatches(counts: Counts, budget: Budget, alpha: _Alpha) -> Reason:
         said += f"; {_number(counts.undecided)} more not yet told from noise"
     if counts.by_rules:
         said += f"; {_number(counts.by_rules)} explained by rules"
+    if counts.partial:
+        said += f"; of {_number(counts.partial)} only the beginnings"
     return _rate(
         "mismatches",
         counts,
@@ -178,6 +188,7 @@ def _mismatches(counts: Counts, budget: Budget, alpha: _Alpha) -> Reason:
         alpha,
         said,
         counts.undecided,
+        unseen=counts.partial,
     )
 
 
@@ -221,19 +232,23 @@ def _rate(
     said: str,
     doubtful: int = 0,
     least_evidence: float | None = None,
+    unseen: int = 0,
 ) -> Reason:
-    """`doubtful` count against PASS only. `least_evidence` has to be enough for FAIL as well, if given."""
+    """`doubtful` count against PASS only, and so do `unseen` of `n`, which could have been hits. `least_evidence` has to
+    be enough for FAIL as well, if given.
+    """
     above = evidence_above(hits, n, limit)
     if least_evidence is not None and hits:
         above = min(above, least_evidence)
-    below = evidence_below(hits + doubtful, n, limit)
+    seen = max(n - unseen, hits + doubtful)
+    below = evidence_below(hits + doubtful, seen, limit)
     to_pass, to_fail = alpha.bars(subject)
     if above >= to_fail:
         return Reason(subject, counts.endpoint, "FAIL", said, Needed(None, 0), above)
     if below >= to_pass:
         return Reason(subject, counts.endpoint, "PASS", said, Needed(0, None), below)
     needed = Needed(
-        to_pass=more_below((hits + doubtful) / n if n else 0.0, n, limit, to_pass),
+        to_pass=more_below((hits + doubtful) / seen if seen else 0.0, seen, limit, to_pass),
         to_fail=more_above(hits / n if n else 0.0, n, limit, to_fail)
         or None,  # 0: something else keeps it from FAIL
     )
@@ -242,16 +257,19 @@ def _rate(
 
 def _coverage(counts: Counts) -> list[Reason]:
     """What new never answered, or of which nothing could be compared, may be broken however much passes beside it."""
-    if not counts.old_requests or (counts.new_requests and counts.compared):
+    if not counts.old_requests or (counts.new_requests and counts.compared > counts.partial):
         return []
     text = f"old answered {_number(counts.old_requests)} requests, new none"
     if counts.new_requests:
-        text = f"of {_number(counts.old_requests)} requests none could be compared; abreast pairs says why"
-    return [
-        Reason(
-            "coverage", counts.endpoint, "INCONCLUSIVE", text, Needed(None, None), float(counts.old_requests)
-        )
-    ]
+        text = f"of {_number(counts.old_requests)} requests none could be compared"
+        text += f" as a whole, {_number(counts.partial)} in part" if counts.partial else ""
+        text += "; abreast pairs says why"
+    weight = float(counts.old_requests)
+    if counts.waived:
+        return [
+            Reason("coverage", counts.endpoint, "PASS", f"{text}; {counts.waived}", Needed(0, None), weight)
+        ]
+    return [Reason("coverage", counts.endpoint, "INCONCLUSIVE", text, Needed(None, None), weight)]
 
 
 def _completeness(ledger: Ledger, budget: Budget) -> Reason:
@@ -278,7 +296,7 @@ def _total(endpoints: Iterable[Counts]) -> Counts:
     sums = {
         field.name: sum(getattr(one, field.name) for one in known)
         for field in fields(Counts)
-        if field.name != "endpoint"
+        if field.name not in {"endpoint", "waived"}
     }
     return Counts(endpoint="", **sums)
 

@@ -92,6 +92,8 @@ class RuleControl(rule_pb2_grpc.RuleServiceServicer):
         number = arguments.finding_id("finding_id", request.finding_id, least=0)
         if not number:
             return rule_arguments.rule(request.rule), None
+        if request.rule.action == pb.RULE_ACTION_WAIVE_COVERAGE:
+            raise ArgumentError("finding_id must be left out: what waives coverage explains no finding")
         async with self.store.database.connection() as connection:
             known = (await known_findings(connection, [number])).get(number)
         if known is None:

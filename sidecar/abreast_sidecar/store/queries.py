@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from abreast_sidecar.compare.feature import LEAST, Feature, Features, of_target, separating
 from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, LEAST_COPIES, MIN_SLOWER_US
+from abreast_sidecar.compare.verdict import Counts
 from abreast_sidecar.errors import NotFoundError
 from abreast_sidecar.store import pages, rows
 from abreast_sidecar.store.database import Database, Row
@@ -28,6 +29,7 @@ from abreast_sidecar.store.results import (
     Window,
     missing,
 )
+from abreast_sidecar.store.rules import waived
 
 T = TypeVar("T")
 
@@ -41,6 +43,7 @@ MAX_REQUESTS = 300  # of those that show a finding and of the others, to find wh
 EVIDENCE = (
     "match",
     "mismatch",
+    "partial",
     "oversize",
     "aborted",
     "not_compared",
@@ -150,8 +153,12 @@ class Queries:
         counts = await self.database.rows("verdict_counts", {**asked, **times, **_of_release(span, window)})
         (ledger,) = await self.database.rows("verdict_ledger", {**asked, "evidence": list(EVIDENCE)})
         over = window.end is not None and window.end < datetime.now(UTC)
+        waivers = await self.database.rows("waivers")
         return Evidence(
-            endpoints=tuple(rows.counts(row) for row in counts), release=label, over=over, **ledger
+            endpoints=tuple(_counts(row, waivers, service, label or "") for row in counts),
+            release=label,
+            over=over,
+            **ledger,
         )
 
     async def _newest(self, service: str, window: Window) -> str | None:
@@ -296,6 +303,11 @@ class Queries:
         }
         del asked["window"]
         return await self.database.rows("findings", asked)
+
+
+def _counts(row: Row, waivers: Sequence[Row], service: str, release: str) -> Counts:
+    found = rows.counts(row)
+    return replace(found, waived=waived(waivers, service, found.endpoint, release)) if waivers else found
 
 
 def _of_release(span: Row | None, window: Window) -> dict[str, datetime | None]:

@@ -12,7 +12,9 @@ from abreast_sidecar.store.judged import Judged
 from abreast_sidecar.store.repeats import Repeats
 
 SEVERITY = {"additive": 0, "value": 1, "breaking": 2}
-COMPARED = frozenset({"match", "mismatch", "oversize"})  # outcomes of pairs that could show a finding
+COMPARED = frozenset(
+    {"match", "mismatch", "partial", "oversize"}
+)  # outcomes of pairs that could show a finding
 
 Key = tuple[int, int, int]  # finding or endpoint, release of old, release of new
 Releases = tuple[int, int]

@@ -191,6 +191,15 @@ def named(number: int, definition: Mapping[str, Any]) -> Rule:
         raise LedgerError(f"rule {number} can't be read by this version of abreast: {error}") from error
 
 
+def waived(rows: Sequence[Row], service: str, endpoint: str, release: str) -> str:
+    """Who waives the coverage of an endpoint, and why; empty where nobody does."""
+    for row in rows:
+        rule = named(row["id"], row["definition"])
+        if rule.applies_to(service, endpoint) and rule.applies_to_release(release):
+            return f"waived by rule {row['id']} of {row['owner']} until {row['expires']:%Y-%m-%d}: {row['reason']}"
+    return ""
+
+
 def stored(row: Row) -> StoredRule:
     rule = replace(named(row["id"], row["definition"]), name=row["name"])
     return StoredRule(

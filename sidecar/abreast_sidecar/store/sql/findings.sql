@@ -64,13 +64,13 @@ drifted as materialized (
 compared as materialized (
     select endpoint_id, sum(pairs)::bigint as pairs
     from inside
-    where outcome in ('match', 'mismatch', 'oversize')
+    where outcome in ('match', 'mismatch', 'partial', 'oversize')
     group by endpoint_id
 ),
 compared_since as materialized (
     select endpoint_id, sum(pairs)::bigint as pairs
     from since
-    where outcome in ('match', 'mismatch', 'oversize')
+    where outcome in ('match', 'mismatch', 'partial', 'oversize')
     group by endpoint_id
 ),
 counted as (

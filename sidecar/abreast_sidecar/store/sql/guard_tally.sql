@@ -10,7 +10,7 @@ shown as (
 ),
 newest as (
     select p.at, p.findings, p.old_us, p.new_us, p.outcome, p.old_status, p.new_status, p.failed_over,
-           p.outcome in ('match', 'mismatch', 'oversize') as compared,
+           p.outcome in ('match', 'mismatch', 'partial', 'oversize') as compared,
            p.live = 'new' or p.failed_over as live, p.copy_us
     from abreast.pair p
     where p.endpoint_id in (select id from chosen)

@@ -32,6 +32,7 @@ counted as (
            coalesce(sum(i.pairs) filter (where i.old_status is not null), 0)::bigint as old_requests,
            coalesce(sum(i.pairs) filter (where i.new_status is not null), 0)::bigint as new_requests,
            coalesce(sum(i.pairs) filter (where said.compared), 0)::bigint as compared,
+           coalesce(sum(i.pairs) filter (where i.outcome = 'partial'), 0)::bigint as partial,
            coalesce(sum(i.pairs) filter (where said.compared and said.real), 0)::bigint as mismatches,
            coalesce(sum(i.pairs) filter (where said.compared and said.undecided and not said.real), 0)::bigint as undecided,
            coalesce(sum(i.pairs) filter (where said.compared and i.explained is not null and not said.real), 0)::bigint
@@ -47,7 +48,7 @@ counted as (
     ) as told
     cross join lateral (
         -- Of bodies that are too large only a digest is known: where that is noise, nothing was compared.
-        select i.outcome in ('match', 'mismatch') or (i.outcome = 'oversize' and (told.real or told.undecided)) as compared,
+        select i.outcome in ('match', 'mismatch', 'partial') or (i.outcome = 'oversize' and (told.real or told.undecided)) as compared,
                told.real, told.undecided,
                coalesce(i.old_status, 0) not between 1 and 499 as old_error,
                coalesce(i.new_status, 0) not between 1 and 499 as new_error
@@ -55,7 +56,7 @@ counted as (
     group by i.endpoint_id
     having sum(i.pairs) > 0
 )
-select e.method, e.route, c.old_requests, c.new_requests, c.compared, c.mismatches, c.undecided, c.by_rules,
+select e.method, e.route, c.old_requests, c.new_requests, c.compared, c.partial, c.mismatches, c.undecided, c.by_rules,
        c.new_errors, c.old_errors, times.timed, times.slower
 from counted c
 join abreast.endpoint e on e.id = c.endpoint_id

@@ -1,0 +1,146 @@
+"""An endpoint of which no answer is ever whole, from Redis to the verdict and the report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from msgspec.structs import replace
+
+from abreast.capture import Answer, Body, Capture
+from abreast.v1 import common_pb2 as common
+from abreast.v1 import comparison_pb2 as pb
+from abreast_sidecar.cli import abreast
+from support import eventually_async
+from support_pairs import outcomes, pair_of, send
+from support_serve import Running, running
+from support_verdict import add, reason, sampled, state, verdict
+
+pytestmark = pytest.mark.postgres
+
+WAIVE = (
+    "rules add waive-coverage --endpoint",
+    "GET /events",
+    "--owner shop --expires 2099-01-31 --reason",
+    "clients leave streams",
+)
+
+
+@pytest.fixture
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
+    async with running(redis_url, postgres_url) as found:
+        yield found
+
+
+def streamed(seen: Sequence[object], said: Sequence[object]) -> list[Capture]:
+    """The user has seen some of old's events and left; the copy to new went on for a while."""
+    old, new = pair_of(route="/events")
+    leaving = replace(old, answer=_events(seen), complete=False, client_left=True)
+    return [leaving, replace(new, answer=_events(said))]
+
+
+def _events(values: Sequence[object]) -> Answer:
+    held = b"".join(b"data: %b\n\n" % json.dumps(value).encode() for value in values)
+    return Answer(200, (("content-type", "text/event-stream"),), Body(held, len(held)))
+
+
+async def arrived(sidecar: Running, pairs: Sequence[list[Capture]], redis_url: str) -> None:
+    send(redis_url, [one for pair in pairs for one in pair])
+    await eventually_async(
+        lambda: _is(sum(outcomes(sidecar.postgres_url).values()) >= len(pairs)), what="the pairs are judged"
+    )
+
+
+async def _is(value: bool) -> bool:  # a condition
+    return value
+
+
+async def run(sidecar: Running, *words: str) -> Result:
+    split = [
+        part for word in words for part in (word.split() if word.startswith(("rules", "--")) else [word])
+    ]
+    return await asyncio.to_thread(
+        CliRunner().invoke, abreast, [*split, "--address", f"127.0.0.1:{sidecar.port}"]
+    )
+
+
+async def test_what_differs_before_a_user_leaves_is_a_finding_and_fails(
+    sidecar: Running, redis_url: str
+) -> None:
+    pairs = [
+        streamed([{"n": n}, {"price": 1}], [{"n": n}, {"price": n % 4 or 1}, {"n": 3}]) for n in range(60)
+    ]
+    await arrived(sidecar, pairs, redis_url)
+    sampled(sidecar.ledger())
+
+    assert outcomes(sidecar.postgres_url) == {"partial": 60}
+    (found,) = (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
+    assert (found.path, found.kind, found.count) == ("events[*].data.price", common.KIND_CHANGED, 30)
+    detail = await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=found.id))
+    assert detail.examples[0].pair.outcome == common.OUTCOME_PARTIAL
+    await eventually_async(lambda: _fails(sidecar), what="the finding is told from noise")
+
+
+async def _fails(sidecar: Running) -> bool:
+    found = await verdict(sidecar, max_mismatch=0.01)
+    return state(found) == "FAIL" and "of 60 only the beginnings" in reason(found, "MISMATCHES").text
+
+
+async def test_coverage_is_waived_by_name_and_never_silently(
+    sidecar: Running, redis_url: str, tmp_path: Path
+) -> None:
+    ledger = sidecar.ledger()
+    await arrived(sidecar, [streamed([1, 2], [1, 2, 3]) for _ in range(20)], redis_url)
+    add(ledger, 9000)
+    ledger.execute("update abreast.pair set new_release = 'new-1'")
+    sampled(ledger)
+    before = await verdict(sidecar)
+    made = await run(sidecar, *WAIVE)
+    after, listed = await verdict(sidecar), await run(sidecar, "rules list")
+    told = await run(sidecar, "verdict")
+    await run(sidecar, "report", "--output", str(tmp_path / "r"))
+    await run(sidecar, "rules delete 1")
+
+    assert (state(before), before.reasons[0].endpoint.route) == ("INCONCLUSIVE", "/events")
+    assert before.reasons[0].text.startswith("of 20 requests none could be compared as a whole, 20 in part")
+    assert made.exit_code == 0, made.output
+    assert state(after) == "PASS"
+    assert (reason(after, "COVERAGE").endpoint.route, state(reason(after, "COVERAGE"))) == ("/events", "PASS")
+    waived = "waived by rule 1 of shop until 2099-01-31: clients leave streams"
+    assert reason(after, "COVERAGE").text.endswith(waived)
+    assert "coverage, no pair" in listed.stdout
+    assert (told.exit_code, waived in " ".join(told.stdout.split())) == (0, True)
+    page, record = (tmp_path / "r.html").read_text(), json.loads((tmp_path / "r.json").read_text())
+    assert waived in page
+    assert "waive-coverage endpoint GET /events" in page
+    assert [one["action"] for one in record["rules"]] == ["RULE_ACTION_WAIVE_COVERAGE"]
+    assert state(await verdict(sidecar)) == "INCONCLUSIVE"
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [("--service shop", "PASS"), ("--service other", "INCONCLUSIVE"), ("--release 7", "INCONCLUSIVE")],
+)
+async def test_a_waiver_holds_within_its_limits(sidecar: Running, limits: str, expected: str) -> None:
+    ledger = sidecar.ledger()
+    add(ledger, 9000)
+    add(ledger, 5, endpoint=ledger.endpoint(route="/events"), outcome="aborted")
+    sampled(ledger)
+    made = await run(sidecar, *WAIVE, limits)
+
+    assert (made.exit_code, state(await verdict(sidecar))) == (0, expected)
+
+
+async def test_a_waiver_is_of_one_endpoint_and_of_no_finding(sidecar: Running) -> None:
+    finding = sidecar.ledger().finding(sidecar.ledger().endpoint(), "$.price")
+    many = await run(sidecar, WAIVE[0], "GET /*", *WAIVE[2:])
+    made_for = await run(sidecar, *WAIVE, f"--for {finding}")
+    shown = await run(sidecar, "rules preview waive-coverage --endpoint", "GET /events")
+
+    assert (many.exit_code, "needs an endpoint without *" in many.output) == (2, True)
+    assert (made_for.exit_code, "explains no finding" in made_for.output) == (2, True)
+    assert (shown.exit_code, "it hides no difference" in shown.output) == (0, True)
