@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import uuid
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
+from msgspec.structs import replace
 
 from abreast_sidecar.compare import Difference, Rules, judge
 from abreast_sidecar.housekeeping.noise import decide_noise
@@ -170,6 +172,39 @@ async def test_an_id_that_is_always_noise_and_now_and_then_empty_text_is_found(
         ("$.id", "changed", "noise", 750),
         ("$.id", "format", "real", 250),
     ]
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1, "noise"), (10, "real")])
+async def test_a_number_that_is_always_noise_and_is_ten_times_as_large_is_found(
+    ledger: Ledger, connection: Connection, url: str, factor: int, expected: str
+) -> None:
+    """From the answers on, in two releases of new of which the second is judged by its own pairs."""
+    rng = random.Random(factor)
+
+    def took() -> dict[str, float]:
+        return {"took_ms": rng.expovariate(0.02)}
+
+    def answers(number: int, factor: int, release: str) -> Judged:
+        new = {"took_ms": took()["took_ms"] * factor}
+        taken = [
+            capture("old", took()),
+            replace(capture("new", new, role="shadow"), release=release),
+            *([capture("old", took(), role="baseline")] if number % 10 == 0 else []),
+        ]
+        pair = str(uuid.uuid4())
+        return Judged("shop", f"{number + 1}-0", 1_767_225_600_000 + number, pair, judge(taken, Rules()), ())
+
+    await ledger.write([answers(number, 1, "1") for number in range(600)])
+    await ledger.write([answers(number, factor, "2") for number in range(600)])
+    await decide_noise(connection)
+
+    found = rows(url, "select path, kind, state from abreast.finding where kind = 'changed'")
+    assert found == [("$.took_ms", "changed", expected)]
+    said = reason(url, "$.took_ms")
+    assert said.startswith("new is more than twice old in ") is (expected == "real")
+    assert one(
+        url, "select far_more + far_less > 0 and copies_far_more + copies_far_less > 0 from abreast.finding"
+    )
 
 
 async def test_a_token_that_is_the_same_for_all_is_real_and_a_host_name_is_not(

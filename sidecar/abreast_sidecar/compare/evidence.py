@@ -12,6 +12,10 @@ from abreast_sidecar.compare.explain import explains
 from abreast_sidecar.compare.path import Place
 from abreast_sidecar.compare.value import LongNumber
 
+TWICE = 2.0  # times as much, or more: far apart
+LONGEST = 24  # characters of a text that is a number
+
+_BEGINNINGS = frozenset("-0123456789")
 _RANKS = {type(None): 0, bool: 1, int: 2, float: 2, str: 3, list: 4, dict: 5}
 _NOTHING = (None, None)
 
@@ -39,6 +43,29 @@ def lean(difference: Difference) -> int:
     if before not in {2, 3} or old == new:
         return 0
     return 1 if new > old else -1
+
+
+def far(difference: Difference) -> int:
+    """1 where new's number is more than twice old's, whatever their signs are, -1 where it is less than half, else 0."""
+    if difference.kind != "changed":
+        return 0
+    old, new = map(_magnitude, values(difference))
+    if old is None or new is None:
+        return 0
+    return (new > TWICE * old) - (old > TWICE * new)
+
+
+def _magnitude(value: Any) -> float | None:
+    """Of a number, or of the text of one, such as an amount of money."""
+    kind = type(value)
+    if kind is str and (len(value) > LONGEST or value[:1] not in _BEGINNINGS):
+        return None
+    if kind not in {int, float, str}:
+        return None
+    try:
+        return abs(float(value))
+    except (ValueError, OverflowError):
+        return None
 
 
 def values(difference: Difference) -> tuple[Any, Any]:

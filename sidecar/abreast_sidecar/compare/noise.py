@@ -28,6 +28,12 @@ one is as often the greater as the other. A place where new always lacks a value
 after about a dozen differences. One without such a lean stays undecided: it is listed, it keeps a verdict from PASS,
 and the reason says what would settle it. State that drifts between the live request and its copy leans as well, which
 is why it weighs in full only where there are no copies.
+
+A number that always differs may still be ten times what it was. Where both versions draw alike, of the pairs in which the one
+number is more than twice the other new's is the greater in one half, whatever they draw from, heavy tails and counters among
+it (a sign test of these pairs; Dixon and Mood 1946, "The statistical sign test", JASA 41). They are held against that half,
+and against the copies of old that are as far away: the smaller of both e-values is one against "new draws as old does, or as
+its copies do", which come later, as new's copy of a request does.
 """
 
 from __future__ import annotations
@@ -37,10 +43,11 @@ from dataclasses import dataclass, field, replace
 from math import exp, inf, log, log1p
 from typing import Literal
 
-from abreast_sidecar.compare.sequence import ANYWHERE, Prior, least, log_ratio
+from abreast_sidecar.compare.sequence import ANYWHERE, Prior, evidence_above, least, log_ratio
 
 FLOOR = 0.002  # of the requests: rarer noise is taken for a finding
 LEANING_FLOOR = 0.01  # the same for noise in which new is always the greater, or always the smaller
+HALF = 0.5
 DOUBT = 5.0  # an e-value above which a path that old shows too is not called noise any more
 
 State = Literal["real", "noise", "undecided"]
@@ -66,6 +73,18 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class Far:
+    """Of one place with numbers: pairs of which the second is more than twice the first, and less than half of it."""
+
+    compared: int
+    more: int
+    less: int
+    baseline_compared: int
+    baseline_more: int
+    baseline_less: int
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     state: State
     reason: str
@@ -77,11 +96,37 @@ class Decision:
     )  # further baseline copies until it is expected to be decided; None: decided, or no number
 
 
-def decide(places: Sequence[Counts], alpha: float, floor: float = FLOOR) -> list[Decision]:
+def decide(places: Sequence[Counts | Far], alpha: float, floor: float = FLOOR) -> list[Decision]:
     """Decide about all places of one endpoint together, or of a service; any false finding at most at `alpha`."""
-    logs = [evidence(place, floor) for place in places]
+    logs = [evidence_far(place) if isinstance(place, Far) else evidence(place, floor) for place in places]
     bar = _bar(logs, alpha)
-    return [_decision(place, one, bar, floor) for place, one in zip(places, logs, strict=True)]
+    return [
+        _decision_far(place, one, bar) if isinstance(place, Far) else _decision(place, one, bar, floor)
+        for place, one in zip(places, logs, strict=True)
+    ]
+
+
+def evidence_far(place: Far) -> float:
+    """The logarithm of the e-value against "new is no more often far above than far below, or its copies are as often"."""
+    new, copies = (place.more, place.less), (place.baseline_more, place.baseline_less)
+    sides = _one_way(place, new, copies), _one_way(place, new[::-1], copies[::-1])
+    return _mean(*sides)
+
+
+def _one_way(place: Far, new: tuple[int, int], copies: tuple[int, int]) -> float:
+    """Both counts begin with those of this side."""
+    lopsided = evidence_above(new[0], sum(new), HALF)
+    if not place.baseline_compared:
+        return lopsided
+    often = Counts(place.compared, new[0], place.baseline_compared, copies[0])
+    mostly = Counts(sum(new), new[0], sum(copies), copies[0])
+    return min(lopsided, _mean(_more_often(often), _more_often(mostly)))
+
+
+def _more_often(place: Counts) -> float:
+    if place.differs * place.baseline_compared <= place.baseline_differs * place.compared:
+        return -inf
+    return _apart(place) - _together(place, 0.0)
 
 
 def evidence(place: Counts, floor: float = FLOOR) -> float:
@@ -141,6 +186,8 @@ def _leaning(place: Counts) -> float:
 def _weighed(one: float, other: float) -> float:
     """The logarithm of the sum."""
     top = max(one, other)
+    if top == -inf:
+        return top
     return top + log1p(exp(min(one, other) - top))
 
 
@@ -165,6 +212,14 @@ def _decision(place: Counts, one: float, bar: float, floor: float) -> Decision:
     if not place.differs:
         return Decision("noise", _said(place), p_value, None)
     return _undecided(place, bar, p_value, floor)
+
+
+def _decision_far(place: Far, one: float, bar: float) -> Decision:
+    said = f"new is more than twice old in {place.more} of {place.compared}, less than half in {place.less}"
+    p_value = exp(-one) if one > 0 else 1.0
+    if one >= bar:
+        return Decision("real", f"{said}: more than chance", p_value, None)
+    return Decision("noise", said, p_value, None)
 
 
 def _undecided(place: Counts, bar: float, p_value: float, floor: float) -> Decision:

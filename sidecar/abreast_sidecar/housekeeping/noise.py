@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from abreast_sidecar.compare.noise import Counts, Decision, decide
+from abreast_sidecar.compare.noise import Counts, Decision, Far, decide
 from abreast_sidecar.store.clean import json_text
 from abreast_sidecar.store.database import Connection, Row, statement
 
@@ -28,7 +28,12 @@ COUNTS = (
     "turns",
     "old_again",
     "new_again",
+    "far_more",
+    "far_less",
+    "copies_far_more",
+    "copies_far_less",
 )
+COPIES = ("baseline_compared", "baseline_count", "copies_far_more", "copies_far_less")
 FRESH = 0.02  # of old's turns: where old says the same again more often, its values are not fresh
 
 
@@ -79,11 +84,12 @@ def decisions(rows: Sequence[Row]) -> list[Decision]:
     """
     again = [row for row in rows if _has_former(row)]
     looks = [*rows, *map(_newest, again)]
-    decided = decide([*counts(rows), *counts(looks[len(rows) :]), *map(_turns, looks)], ALPHA)
-    both = [
-        _graver(row, one, stale)
-        for row, one, stale in zip(looks, decided, decided[len(looks) :], strict=False)
-    ]
+    places = [*counts(rows), *counts(looks[len(rows) :]), *map(_turns, looks)]
+    numbers = {place: _far(row) for place, row in enumerate(looks) if row["far_more"] or row["far_less"]}
+    decided, many = decide([*places, *numbers.values()], ALPHA), len(looks)
+    far = dict(zip(numbers, decided[2 * many :], strict=True))
+    each = zip(looks, decided[:many], decided[many : 2 * many], strict=True)
+    both = [_graver(row, one, stale, far.get(place)) for place, (row, one, stale) in enumerate(each)]
     latest = dict(zip((row["id"] for row in again), both[len(rows) :], strict=True))
     return [
         _together(decision, latest[row["id"]], row) if row["id"] in latest else decision
@@ -101,9 +107,27 @@ def _turns(row: Row) -> Counts:
     )
 
 
-def _graver(row: Row, decision: Decision, stale: Decision) -> Decision:
-    """What differs as often as noise is none where new says the same over and over, and old never does."""
-    if decision.state == "real" or stale.state != "real" or row["old_again"] > FRESH * row["turns"]:
+def _far(row: Row) -> Far:
+    """Whether new's number is another one by much, and mostly to one side."""
+    return Far(
+        compared=max(row["compared"], row["count"]),
+        more=min(row["far_more"], row["count"]),
+        less=min(row["far_less"], row["count"]),
+        baseline_compared=max(row["baseline_compared"], row["baseline_count"]),
+        baseline_more=row["copies_far_more"],
+        baseline_less=row["copies_far_less"],
+    )
+
+
+def _graver(row: Row, decision: Decision, stale: Decision, far: Decision | None) -> Decision:
+    """What differs as often as noise is none where new's number is far from old's to one side, or where new says the same
+    over and over, and old never does.
+    """
+    if decision.state == "real":
+        return decision
+    if far is not None and far.state == "real":
+        return far
+    if stale.state != "real" or row["old_again"] > FRESH * row["turns"]:
         return decision
     said = f"new says the same again in {row['new_again']} of {row['turns']} turns, old in {row['old_again']}"
     return replace(stale, reason=f"{said}: more than chance")
@@ -118,7 +142,7 @@ def _newest(row: Row) -> Row:
     """The same finding in its newest release. Old's former releases stand in until there are enough copies to this one."""
     known = {name: row[f"newest_{name}"] for name in COUNTS}
     if known["baseline_compared"] < ENOUGH:
-        known |= {name: row[name] for name in ("baseline_compared", "baseline_count")}
+        known |= {name: row[name] for name in COPIES}
     return {**row, **known, "releases": (row["old_release"], row["new_release"])}
 
 

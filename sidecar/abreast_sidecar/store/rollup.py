@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abreast_sidecar.compare import Difference, Judgement
-from abreast_sidecar.compare.evidence import explained, lean
+from abreast_sidecar.compare.evidence import explained, far, lean
 from abreast_sidecar.store.judged import Judged
 from abreast_sidecar.store.repeats import Repeats
 
@@ -48,10 +48,17 @@ class Rollup:
             counts["new_greater"] += leaning > 0
             counts["new_smaller"] += leaning < 0
             counts["explained"] += explained(shown, judged.at / 1000)
+            apart = far(shown[0])
+            counts["far_more"] += apart > 0
+            counts["far_less"] += apart < 0
             for name, value in self.repeats.turn(finding, shown[0])._asdict().items():
                 counts[name] += value
         for finding, shown in noise.items():
-            self._count((finding, *releases), shown[0], judged.at)["baseline_count"] += 1
+            counts = self._count((finding, *releases), shown[0], judged.at)
+            counts["baseline_count"] += 1
+            apart = far(shown[0])
+            counts["copies_far_more"] += apart > 0
+            counts["copies_far_less"] += apart < 0
 
     def hide(self, judged: Judged, releases: Releases, hidden: Hidden, noise: Hidden) -> None:
         """What rules explain counts for the rule, and not for the finding."""
@@ -92,6 +99,10 @@ class Rollup:
                 "turns": 0,
                 "old_again": 0,
                 "new_again": 0,
+                "far_more": 0,
+                "far_less": 0,
+                "copies_far_more": 0,
+                "copies_far_less": 0,
                 "impact": difference.impact,
                 "first_ms": at,
                 "last_ms": at,

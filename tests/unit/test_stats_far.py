@@ -1,0 +1,170 @@
+"""Numbers that always differ by themselves, and are elsewhere all the same: found, and never in old against old."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import exp, inf, sin
+from typing import Any
+
+import pytest
+
+from abreast_sidecar.compare.difference import Difference
+from abreast_sidecar.compare.evidence import far, lean
+from abreast_sidecar.compare.form import form
+from abreast_sidecar.compare.noise import Far, evidence_far
+from abreast_sidecar.compare.path import Place as At
+from abreast_sidecar.compare.value import LongNumber
+from abreast_sidecar.housekeeping.noise import COUNTS, decisions
+from support_pairs import difference
+
+Broken = Callable[[Any], Any]
+Draw = Callable[[random.Random, int, bool], Any]  # the number of a request, of the live answer or of a copy
+RUNS = 8
+PAIRS = 1500
+LOOKS = 150  # pairs from one to the next
+COPIES = 10  # of so many pairs one has a copy to old
+
+
+def text(value: float) -> str:
+    return f"{value:.2f}"
+
+
+# What old says of itself: without what a copy does to it, so that copies are not needed to know it.
+ALIKE: dict[str, Draw] = {
+    "prices": lambda rng, _n, _copy: round(rng.lognormvariate(3, 1), 2),
+    "prices as text": lambda rng, _n, _copy: text(rng.lognormvariate(3, 1)),
+    "heavy tails": lambda rng, _n, _copy: rng.lognormvariate(0, 3),
+    "no mean": lambda rng, _n, _copy: rng.paretovariate(0.8),
+    "both signs": lambda rng, _n, _copy: rng.gauss(0, 5),
+    "no mean, both signs": lambda rng, _n, _copy: rng.gauss(0, 1) / (rng.gauss(0, 1) or 1),
+    "random integers": lambda rng, _n, _copy: rng.getrandbits(63),
+    "few": lambda rng, _n, _copy: rng.choice((0, 0, 0, 1, 2, 5)),
+    "durations": lambda rng, _n, _copy: rng.expovariate(0.05) * rng.choice((1,) * 50 + (100,)),
+    "hits and misses": lambda rng, _n, _copy: rng.choice((1, 1, 500)) + rng.random(),
+    "day and night": lambda rng, n, _copy: rng.expovariate(1) * exp(3 * sin(n / 100)),
+}
+# What is later, behind or ahead in every copy.
+LATER: dict[str, Draw] = {
+    "times": lambda rng, n, copy: 1_767_225_600 + n + copy * rng.randrange(3),
+    "times in ms, as text": lambda rng, n, copy: str(1_767_225_600_000 + 1000 * n + copy * rng.randrange(40)),
+    "a counter": lambda rng, n, copy: 3 * n + copy * rng.randrange(1, 4),
+    "a counter that begins again": lambda rng, n, copy: (7 * n) % 100 + copy * rng.randrange(1, 4),
+    "a counter of each item": lambda rng, _n, copy: rng.randrange(3) + copy * rng.randrange(1, 4),
+    "what doubles": lambda _rng, n, copy: int(1.02**n) + copy,
+    "stock": lambda rng, _n, copy: max(0, rng.randrange(6) - copy),
+    "slow copies": lambda rng, _n, copy: rng.expovariate(0.05) * (4 if copy else 1),
+    "warm copies": lambda rng, _n, copy: rng.choice((1, 1, 1, 500) if copy else (1, 500)) + rng.random(),
+}
+# How many pairs it takes, a tenth of them with a copy.
+FOUND = {
+    **dict.fromkeys(("prices", "prices as text", "no mean", "random integers", "day and night"), 450),
+    "durations": 900,
+    "both signs": 1500,
+}
+
+
+@dataclass
+class Place:
+    """What the ledger would have of the place `$.n`."""
+
+    row: dict[str, Any] = field(
+        default_factory=lambda: {
+            "id": 1, "part": "body", "path": "$.n", "kind": "changed", "newest_count": None, **dict.fromkeys(COUNTS, 0),
+        }
+    )  # fmt: skip
+
+    def pair(self, old: Any, new: Any, copy: Any | None) -> None:
+        self.row["compared"] += 1
+        if (found := between(old, new)) is not None:
+            self.row["count"] += 1
+            self.row["new_greater"] += lean(found) > 0
+            self.row["new_smaller"] += lean(found) < 0
+            self.row["far_more"] += far(found) > 0
+            self.row["far_less"] += far(found) < 0
+        if copy is not None:
+            self.row["baseline_compared"] += 1
+            if (found := between(old, copy)) is not None:
+                self.row["baseline_count"] += 1
+                self.row["copies_far_more"] += far(found) > 0
+                self.row["copies_far_less"] += far(found) < 0
+
+    def decided(self) -> str:
+        (found,) = decisions([self.row])
+        return found.reason if found.state == "real" else ""
+
+
+def between(old: Any, new: Any) -> Difference | None:
+    """Of kind `changed` only: those of another range are counted apart."""
+    if old == new or form(old, new, (0.0, 0.0)) is not None:
+        return None
+    return Difference("body", "$.n", "changed", "value", At(None, "$.n", old, new))
+
+
+def run(
+    draw: Draw, seed: int, pairs: int = PAIRS, *, copies: bool = True, broken: Broken = lambda value: value
+) -> list[str]:
+    """What is said at each look."""
+    rng, place, said = random.Random(seed), Place(), []
+    for n in range(pairs):
+        copy = draw(rng, n, True) if copies and n % COPIES == 0 else None  # a Draw
+        place.pair(draw(rng, n, False), broken(draw(rng, n, True)), copy)  # a Draw
+        if n % LOOKS == LOOKS - 1:
+            said.append(place.decided())
+    return said
+
+
+@pytest.mark.parametrize("name", [*ALIKE, *LATER])
+def test_old_against_old_says_nothing(name: str) -> None:
+    draw = {**ALIKE, **LATER}[name]
+
+    for seed in range(RUNS):
+        assert not any(run(draw, seed))
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_without_copies_what_leans_to_no_side_says_nothing_either(name: str) -> None:
+    for seed in range(RUNS):
+        assert not any(run(ALIKE[name], seed, copies=False))
+
+
+def times(factor: float) -> Broken:
+    def broken(value: Any) -> Any:
+        return text(float(value) * factor) if isinstance(value, str) else value * factor
+
+    return broken
+
+
+@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize(("factor", "share"), [(10, 1), (0.1, 1), (0, 0.5)])
+def test_what_is_ten_times_as_much_a_tenth_or_nothing_is_found(
+    name: str, factor: float, share: float
+) -> None:
+    pairs = int(FOUND[name] * share)
+    found = [run(ALIKE[name], seed, pairs, broken=times(factor))[-1] for seed in range(RUNS)]
+
+    assert all(found)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (1, 3, 1), (3, 1, -1), (1, 2, 0), (1, -3, 1), (0, 1, 1), (1, 0, -1), (0, 0.0, 0), ("1.50", "9.99", 1),
+        ("7", "7.1", 0), (1, "3", 1), ("a", "b", 0), ("12 of 13", "1 of 13", 0), (True, 3, 0), (None, 3, 0), ("-", 3, 0),
+        (10**400, 1, 0), (LongNumber("number 1e30"), 1, -1),
+    ],
+)  # fmt: skip
+def test_how_far_two_numbers_are_apart(old: Any, new: Any, expected: int) -> None:
+    assert far(Difference("body", "$.n", "changed", "value", At(None, "$.n", old, new))) == expected
+    assert far(difference("$.n", kind="range", old="1", new="9000")) == 0
+
+
+def test_a_place_with_copies_waits_for_them_and_one_without_does_not() -> None:
+    far_one_way = Far(compared=100, more=60, less=2, baseline_compared=0, baseline_more=0, baseline_less=0)
+
+    assert evidence_far(far_one_way) > 10
+    assert evidence_far(replace(far_one_way, baseline_compared=10, baseline_more=1)) < 5
+    assert evidence_far(replace(far_one_way, baseline_compared=100, baseline_more=2)) > 10
+    assert evidence_far(replace(far_one_way, baseline_compared=100, baseline_more=70)) == -inf
+    assert evidence_far(replace(far_one_way, less=60)) == -inf
