@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs the tests that depend on the kind of server again, on Redis 7 and Postgres 15 where they are installed, and those
-# of a pooler before Postgres.
+# of a pooler before Postgres and of clocks that jump.
 # tests/other_servers.sh BIN JOBS
 set -eu
 redis=/usr/bin/redis-server
@@ -19,4 +19,10 @@ if PATH=$PATH:/usr/sbin command -v pgbouncer >/dev/null; then
     "$1/pytest" -q -n "$2" -m pooler
 else
     echo "not run: the tests of a pooler before Postgres, for which pgbouncer must be installed"
+fi
+if ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1; then
+    echo "with clocks that jump:"
+    "$1/pytest" -q -n "$2" -m clocks
+else
+    echo "not run: the tests of clocks that jump, for which libfaketime must be installed"
 fi

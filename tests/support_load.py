@@ -45,12 +45,15 @@ class Load:
     pairs: dict[str, bool] = field(default_factory=dict)  # → whether its answers differ
     refused: int = 0
     errors: int = 0
+    over: bool = False  # ends it before all were sent
 
     async def run(self, count: int) -> None:
         settings = self.service or ServiceSettings(service=SERVICE, redis_url=self.url)
         link = Link(settings)
         await self._until(link, link.open)
         for _ in range(count):
+            if self.over:
+                break
             pair, differs = str(uuid.uuid4()), (len(self.pairs) + self.refused) % DIFFERS == 0
             sent = [
                 capture(pair, "old", content={"n": 1}),

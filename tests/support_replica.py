@@ -10,6 +10,7 @@ from urllib.request import urlopen
 
 from abreast_sidecar.embedded.sidecar import SidecarServer
 from support import free_ports
+from support_clock import Clock
 
 
 @dataclass
@@ -29,7 +30,9 @@ class Replica:
 
 
 @contextmanager
-def replica(redis_url: str, postgres_url: str, folder: Path) -> Iterator[Replica]:
+def replica(
+    redis_url: str, postgres_url: str, folder: Path, *, clock: Clock | None = None
+) -> Iterator[Replica]:
     grpc_port, http_port = free_ports(2)
     settings = {
         "ABREAST_REDIS_URL": redis_url,
@@ -39,6 +42,7 @@ def replica(redis_url: str, postgres_url: str, folder: Path) -> Iterator[Replica
     }
     folder.mkdir()
     server = SidecarServer(settings, ("127.0.0.1", http_port), folder=folder)
+    server.settings |= clock.environment if clock else {}
     try:
         server.start()
         yield Replica(server, grpc_port)

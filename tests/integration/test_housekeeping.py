@@ -15,11 +15,13 @@ import pytest
 import redis
 from msgspec import structs
 from psycopg.types.json import Jsonb
+from structlog.testing import capture_logs
 
 from abreast.join import SERVICES, reports
 from abreast_sidecar.compare import Judgement
 from abreast_sidecar.embedded import RedisServer
-from abreast_sidecar.housekeeping import Housekeeping
+from abreast_sidecar.housekeeping import Housekeeping, envoy
+from abreast_sidecar.housekeeping.clocks import surely
 from abreast_sidecar.housekeeping.envoy import bring_envoy
 from abreast_sidecar.housekeeping.examples import trim_examples
 from abreast_sidecar.housekeeping.latency import find_slow
@@ -165,6 +167,19 @@ async def test_days_ahead_are_open_and_old_ones_go_with_all_that_hangs_on_them(
     assert one(url, "select count(*) from abreast.request_sample") == 4
     assert one(url, "select sum(pairs) from abreast.tally") == 3
     assert one(url, "select count(*) from pg_inherits where inhparent = 'abreast.pair'::regclass") == 3
+
+
+@pytest.mark.parametrize("apart", [dt.timedelta(days=400), -dt.timedelta(days=400)])
+async def test_what_time_it_is_says_the_clock_that_is_behind(
+    connection: Connection, apart: dt.timedelta
+) -> None:
+    now = dt.datetime.now(dt.UTC)
+    with capture_logs() as logs:
+        found = await surely(connection, now + apart)
+        await surely(connection)
+
+    assert abs(found - min(now, now + apart)) < dt.timedelta(minutes=1)
+    assert [one["log_level"] for one in logs] == ["warning"]
 
 
 async def test_examples_together_stay_below_a_size_and_open_findings_keep_one(
@@ -413,6 +428,26 @@ async def test_envoys_sum_goes_on_over_its_restart(connection: Connection, url: 
         await bring_envoy(connection, running_.server.admin_url)
 
     assert rows(url, "select (counted->>'sampled')::int from abreast.envoy_report") == [(8,)]
+
+
+@pytest.mark.parametrize(
+    "jump",
+    [
+        b"update abreast.envoy_report set seen = seen - interval '400 days'",
+        b"update abreast.envoy_report set asked = asked - interval '400 days'",
+    ],
+)
+async def test_a_sidecar_that_begins_after_a_jump_of_one_clock_counts_nothing_of_an_envoy_twice(
+    connection: Connection, url: str, monkeypatch: pytest.MonkeyPatch, jump: bytes
+) -> None:
+    async with abreast() as running_:
+        await running_.client.get("/x")
+        await counts_to(connection, url, running_.server.admin_url, 1)
+        await connection.execute(jump)
+        monkeypatch.setattr(envoy, "WATCHED", {})
+        await bring_envoy(connection, running_.server.admin_url)
+
+    assert rows(url, "select (counted->>'sampled')::int from abreast.envoy_report") == [(1,)]
 
 
 async def test_two_housekeepers_at_once_count_nothing_twice(redis_url: str, url: str) -> None:

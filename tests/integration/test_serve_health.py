@@ -171,6 +171,7 @@ async def test_metrics_count_calls_pairs_and_parts(sidecar: Running) -> None:
         'abreast_ready{part="redis"} 1.0',
     ):
         assert line in text
+    assert re.search(r"^abreast_ledger_clock_ahead_seconds -?[0-9.e-]+$", text, re.MULTILINE)
 
 
 HOSTILE = "<script>alert(1)</script>"

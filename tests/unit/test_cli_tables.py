@@ -102,6 +102,22 @@ def test_status_calls_nothing_on_its_way_when_all_is_quiet(pending: int, age: in
     assert f"sampled by Envoy  1,000  {told}\n" in text
 
 
+@pytest.mark.parametrize(
+    ("ahead", "told"),
+    [
+        (34_560_000, "Postgres's is 400 d ahead of the sidecar's: synchronise them"),
+        (-3600, "Postgres's is 1 h behind the sidecar's: synchronise them"),
+        (299, ""),
+    ],
+)
+def test_status_says_that_clocks_are_apart(ahead: int, told: str) -> None:
+    summary = prepared.summary()
+    summary.ledger_clock_ahead.FromSeconds(ahead)
+    text = printed(status.show, summary, None, NOW, width=120)
+
+    assert (f"clocks            !      {told}\n" in text) if told else ("clocks" not in text)
+
+
 def test_status_of_an_empty_ledger_points_to_the_doctor() -> None:
     text = printed(status.show, api.GetSummaryResponse(service="shop"), None, NOW)
 

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from abreast.capture import encode
 from abreast.join import Keys
@@ -55,6 +58,19 @@ def test_an_error_while_comparing_is_an_outcome(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_swept_pair_without_captures_has_an_outcome() -> None:
     assert judged(of(why="swept"), Rules()).judgement.reason == "redis had no capture of it any more"
+
+
+@pytest.mark.parametrize("service", [0, 3600, -3600, 400 * 86_400, float("inf")])
+@pytest.mark.parametrize("redis", [0, 240, 3600, -3600, 400 * 86_400])
+def test_a_time_to_come_is_that_of_redis_only_where_the_services_have_it_too(
+    redis: int, service: float
+) -> None:
+    now = int(time.time())
+    copies = [replace(capture("p", version), started=now + service) for version in ("old", "new")]
+    found = judged(of(*map(encode, copies), identifier=f"{(now + redis) * 1000}-0"), Rules())
+
+    believed = redis <= 300 or service >= redis
+    assert found.at == (now + (redis if believed else int(service))) * 1000
 
 
 def test_strange_ids_of_entries_stay_within_the_calendar() -> None:

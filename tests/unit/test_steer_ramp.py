@@ -124,6 +124,7 @@ def test_without_a_fail_at_all_it_never_goes_back(found: Look) -> None:
         (ramp(state="paused"), look(GOOD), "paused"),
         (ramp(), look(GOOD, silent="no Envoy tells"), "no Envoy tells"),
         (ramp(), look(GOOD, newest=None), "no pair was compared within the last 30 s"),
+        (ramp(), look(GOOD, newest=-3600.0), "Postgres's clock is 60 min behind that of the pairs"),
         (ramp(), look(GOOD, newest=31.0), "no pair was compared within the last 30 s"),
         (ramp(), look(GOOD, seen(980, lost=20)), "the ledger has 980 of 1,000 requests sampled in this step"),
         (ramp(step_at=LATER), look(GOOD), "holds 1% for another 10 min"),

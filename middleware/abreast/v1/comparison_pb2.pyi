@@ -370,6 +370,7 @@ class GetSummaryResponse(_message.Message):
     NOT_SENT_FIELD_NUMBER: _builtins.int
     CAPTURES_FIELD_NUMBER: _builtins.int
     POISON_FIELD_NUMBER: _builtins.int
+    LEDGER_CLOCK_AHEAD_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service."""
     pairs: _builtins.int
@@ -418,6 +419,12 @@ class GetSummaryResponse(_message.Message):
     def poison(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoisonCount]:
         """Entries that were put apart, the most frequent reasons first, at most ten."""
 
+    @_builtins.property
+    def ledger_clock_ahead(self) -> _duration_pb2.Duration:
+        """By how much Postgres's clock is ahead of this sidecar's, now; negative where it is behind. Retention and the expiry of
+        rules go by the one that is behind.
+        """
+
     def __init__(
         self,
         *,
@@ -436,10 +443,11 @@ class GetSummaryResponse(_message.Message):
         not_sent: _builtins.int = ...,
         captures: Global___CaptureCounts | None = ...,
         poison: _abc.Iterable[Global___PoisonCount] | None = ...,
+        ledger_clock_ahead: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "envoy_sampled", b"envoy_sampled", "first", b"first", "last", b"last", "pending", b"pending", "unaccounted", b"unaccounted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "envoy_sampled", b"envoy_sampled", "first", b"first", "last", b"last", "ledger_clock_ahead", b"ledger_clock_ahead", "pending", b"pending", "unaccounted", b"unaccounted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "drops", b"drops", "envoy_sampled", b"envoy_sampled", "explained", b"explained", "findings", b"findings", "first", b"first", "last", b"last", "not_sent", b"not_sent", "outcomes", b"outcomes", "pairs", b"pairs", "pending", b"pending", "poison", b"poison", "service", b"service", "unaccounted", b"unaccounted", "written", b"written"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "drops", b"drops", "envoy_sampled", b"envoy_sampled", "explained", b"explained", "findings", b"findings", "first", b"first", "last", b"last", "ledger_clock_ahead", b"ledger_clock_ahead", "not_sent", b"not_sent", "outcomes", b"outcomes", "pairs", b"pairs", "pending", b"pending", "poison", b"poison", "service", b"service", "unaccounted", b"unaccounted", "written", b"written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__envoy_sampled: _TypeAlias = _typing.Literal["envoy_sampled"]  # noqa: Y015
     _WhichOneofArgType__envoy_sampled: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled"]  # noqa: Y015

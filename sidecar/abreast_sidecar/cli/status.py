@@ -30,6 +30,7 @@ EMPTY = "nothing has been compared yet; send requests through Envoy, and if this
 
 LONGEST_REASON = 120  # characters
 SETTLED = 30.0  # seconds without a row
+CLOCKS = 300.0  # seconds that they may be apart
 CALM, CALM_SHARE = (
     20,
     0.01,
@@ -141,6 +142,9 @@ def _accounts(summary: api.GetSummaryResponse, now: dt.datetime) -> Table:
         made.add_row("not sent", count(summary.not_sent), "copies that never left Envoy")
     for one in summary.poison:
         made.add_row("put apart", styled(count(one.count), "fail"), printable(one.reason, LONGEST_REASON))
+    if abs(ahead := summary.ledger_clock_ahead.ToTimedelta().total_seconds()) > CLOCKS:
+        text = f"Postgres's is {seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} the sidecar's: synchronise them"
+        made.add_row("clocks", styled("!", "warn"), text)
     made.add_row("findings", count(summary.findings), "see: abreast findings" if summary.findings else "")
     return made
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import structlog
 
@@ -84,11 +84,11 @@ class Guarding:
         assert guard.now is not None
         assert guard.since is not None
         since = max(guard.since, await self._since(traffic))
+        now = guard.now + timedelta(seconds=await self._behind(guard))
         asked = {
             "service": guard.service,
-            "starts": [
-                start for rule in rules for start in starts(guard.policy.rule(rule), guard.now, since)
-            ],
+            "now": now,
+            "starts": [start for rule in rules for start in starts(guard.policy.rule(rule), now, since)],
             "slower": guard.policy.slower.limit,
             "least_copies": LEAST_COPIES,
             "min_slower_us": MIN_SLOWER_US,
@@ -97,6 +97,13 @@ class Guarding:
         rows = await self._database.rows("guard_tally", asked)
         tallies = [Tally(**{name: row[name] for name in COUNTS}) for row in rows]
         return {rule: tallies[at * WINDOWS : (at + 1) * WINDOWS] for at, rule in enumerate(rules)}
+
+    async def _behind(self, guard: Guard) -> float:
+        """Seconds by which Postgres's clock is behind the pairs', by this machine's clock too: windows would hold what is
+        long ago.
+        """
+        newest = await self._database.one("pair_newest", {"service": guard.service, "own": datetime.now(UTC)})
+        return flow.behind(newest["age"] if newest else None)
 
     async def _since(self, traffic: Traffic) -> datetime:
         """When users were let onto new."""

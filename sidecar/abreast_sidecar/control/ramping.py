@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TypeAlias
 
 import structlog
@@ -81,7 +81,7 @@ class Ramping:
         whole = await self._queries.evidence(ramp.service, Window(ramp.started_at), slower)
         step = await self._queries.evidence(ramp.service, Window(ramp.step_at), slower)
         reports = await self._database.rows("envoy_reports", {"service": ramp.service})
-        newest = await self._database.one("pair_newest", {"service": ramp.service})
+        newest = await self._database.one("pair_newest", {"service": ramp.service, "own": datetime.now(UTC)})
         return Look(
             now=now,
             whole=_seen(whole, ramp.started_gap, pending),

@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -120,7 +121,7 @@ async def bring_envoy(connection: Connection, address: str) -> None:
         if not row or not row["locked"]:
             return
         seen = await look(address)
-        key = {"node": seen.node, "service": seen.service}
+        key = {"node": seen.node, "service": seen.service, "own": datetime.now(UTC)}
         cursor = await connection.execute(statement("envoy_report"), key)
         before = await cursor.fetchone()
         base, sums = sums_of(before, seen, sure=_watched(seen))
@@ -153,7 +154,7 @@ def _watched(seen: Look) -> bool:
 def sums_of(
     before: Mapping[str, Any] | None, seen: Look, *, sure: bool = False
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """`sure`: it is known to be the same life, also where Postgres's clock, which may be set, says otherwise."""
+    """`sure`: it is known to be the same life, whatever the clocks say."""
     if before is None:
         return carried_on({}, {}, seen.counts, same_life=True)
     last = {name: value for name, value in before["last"].items() if name != "base"}

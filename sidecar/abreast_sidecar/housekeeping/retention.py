@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 
 import structlog
 
+from abreast_sidecar.housekeeping.clocks import surely
 from abreast_sidecar.store.database import Connection, statement
 
 LOCK = 0x616272657004
@@ -22,8 +23,8 @@ async def drop_days(
     connection: Connection, *, retention_days: int, retention_bytes: int = 0, now: datetime | None = None
 ) -> int:
     """Drop pairs, examples, samples and poison that are older, then the oldest days while all take more than `retention_bytes`
-    (0: no limit); never today, nor yesterday before one o'clock. `now` is by Postgres's clock unless given. Return how many
-    days went. Findings stay; sums of what is gone stay as one row each.
+    (0: no limit); never today, nor yesterday before one o'clock. `now` is by the clock that is behind unless given. Return
+    how many days went. Findings stay; sums of what is gone stay as one row each.
     """
     dropped = 0
     async with connection.transaction():
@@ -31,9 +32,10 @@ async def drop_days(
         row = await cursor.fetchone()
         if not row or not row["locked"]:
             return 0
-        await connection.execute(statement("poison_drop"), {"days": retention_days})
-        await connection.execute(statement("samples_drop"), {"days": retention_days})
-        await connection.execute(statement("reports_fold"), {"days": retention_days})
+        now = now or await surely(connection)
+        oldest = {"oldest": now - timedelta(days=retention_days)}
+        for name in ("poison_drop", "samples_drop", "reports_fold"):
+            await connection.execute(statement(name), oldest)
         asked = {"days": retention_days, "bytes": retention_bytes, "now": now}
         cursor = await connection.execute(statement("days_old"), asked)
         for old in await cursor.fetchall():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from redis.asyncio import Redis
 
-from abreast.join import Keys
+from abreast.join import GROUP, Keys
 from abreast_sidecar.read.client import script
 
 AT_ONCE = 200  # pairs: Redis does nothing else meanwhile
@@ -16,7 +16,7 @@ async def sweep(client: Redis, keys: Keys, *, most: int = 20_000) -> int:
     moved = 0
     while moved < most:
         now = await SWEEP.run(
-            client, [keys.due, keys.ready, keys.joined, keys.stats], [keys.pair(""), AT_ONCE]
+            client, [keys.due, keys.ready, keys.joined, keys.stats], [keys.pair(""), AT_ONCE, GROUP]
         )
         moved += int(now)
         if now < AT_ONCE:

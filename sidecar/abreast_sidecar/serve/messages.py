@@ -82,6 +82,7 @@ def summary(found: Summary, *, pending: int | None) -> comparison_pb2.GetSummary
             comparison_pb2.PoisonCount(reason=one.reason, count=one.count, last=timestamp(one.last))
             for one in found.poison
         ],
+        ledger_clock_ahead=duration(found.clock_ahead * 1e6),
     )
 
 

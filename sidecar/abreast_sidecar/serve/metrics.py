@@ -52,11 +52,13 @@ class LedgerCounts(Collector):
         self.tallies: list[tuple[str, str, int]] = []
         self.accounts: list[Accounts] = []
         self.drops: list[Drop] = []
+        self.clock_ahead = 0.0  # seconds
 
     async def read(self, queries: Queries) -> None:
         """Raise LedgerError; then the last counts stay."""
         self.tallies = await queries.tallies()
         self.accounts, self.drops = await queries.accounts(), await queries.drops()
+        self.clock_ahead = await queries.clock_ahead()
 
     def collect(self) -> Iterable[Metric]:
         pairs = CounterMetricFamily(
@@ -70,6 +72,11 @@ class LedgerCounts(Collector):
         yield from self._held_against_envoy()
         yield self._captures()
         yield self._dropped()
+        yield GaugeMetricFamily(
+            "abreast_ledger_clock_ahead_seconds",
+            "by how much Postgres's clock is ahead of this sidecar's",
+            value=self.clock_ahead,
+        )
 
     def _held_against_envoy(self) -> Iterable[Metric]:
         sampled = CounterMetricFamily(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 FRESH = 15.0  # seconds; an Envoy's count is brought once a second
 GONE = 600.0  # seconds after which an Envoy that nobody asks any more is taken to be no more
 QUIET = 30.0  # seconds without a pair
+AHEAD = 60.0  # seconds: pairs are of Redis's clock, all else of Postgres's
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,11 @@ def silent(reports: Iterable[Report], asked: Iterable[str]) -> str:
     if all(one.age > FRESH for one in known):
         return "no Envoy tells its count any more (ABREAST_ENVOY_ADMIN)"
     return ""
+
+
+def behind(newest: float | None) -> float:
+    """Seconds by which Postgres's clock is behind the pairs'. `newest`: seconds since the last one, by that clock."""
+    return -newest if newest is not None and newest < -AHEAD else 0.0
 
 
 def lost(before: int | None, now: Gap) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from abreast_sidecar.compare import verdict as judging
 from abreast_sidecar.compare.verdict import Budget, Counts, Ledger, Verdict
-from abreast_sidecar.steer.flow import QUIET
+from abreast_sidecar.steer.flow import QUIET, behind
 
 State = Literal["progressing", "paused", "succeeded", "failed", "aborted", "superseded"]
 ActionName = Literal["wait", "step", "succeed", "roll back"]
@@ -143,6 +143,8 @@ def _why_not(ramp: Ramp, look: Look) -> str:
         return look.silent
     if look.newest is None or look.newest > QUIET:
         return f"no pair was compared within the last {QUIET:g} s"
+    if late := behind(look.newest):
+        return f"Postgres's clock is {_span(late)} behind that of the pairs"
     if hole := _hole(look.step.ledger, ramp.plan.budget):
         return hole
     left = ramp.plan.hold - (look.now - ramp.step_at).total_seconds()

@@ -126,7 +126,12 @@ class Queries:
             last=max((row["last"] for row in outcomes), default=None),
             sampled=None if unaccounted is None else pairs + unaccounted,
             unaccounted=unaccounted,
+            clock_ahead=await self.clock_ahead(),
         )
+
+    async def clock_ahead(self) -> float:
+        """Seconds by which Postgres's clock is ahead of this machine's."""
+        return (await self._now() - datetime.now(UTC)).total_seconds()
 
     async def evidence(
         self,

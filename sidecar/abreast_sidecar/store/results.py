@@ -86,6 +86,7 @@ class Summary:
     last: datetime | None
     sampled: int | None  # requests of the window, by Envoy's count
     unaccounted: int | None  # of `sampled`, those without a row
+    clock_ahead: float = 0.0  # seconds by which Postgres's clock is ahead of this machine's
 
     @property
     def pairs(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import psycopg
@@ -135,7 +135,8 @@ async def next_version(connection: Connection) -> int:
 
 async def end_expired(connection: Connection) -> int:
     """Return how many rules ended now."""
-    due = await (await connection.execute(statement("rules_expired"))).fetchall()
+    own = {"own": datetime.now(UTC)}
+    due = await (await connection.execute(statement("rules_expired"), own)).fetchall()
     if not due:
         return 0
     async with connection.transaction():

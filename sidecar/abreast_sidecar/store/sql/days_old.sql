@@ -11,7 +11,7 @@ from (
         where pg_inherits.inhparent = 'abreast.pair'::regclass
     ) as sized
 ) as days
-where day < ((coalesce(%(now)s::timestamptz, clock_timestamp()) - interval '1 hour') at time zone 'UTC')::date - %(days)s::integer
+where day < ((%(now)s::timestamptz - interval '1 hour') at time zone 'UTC')::date - %(days)s::integer
    or (%(bytes)s::bigint > 0 and together > %(bytes)s::bigint
-       and day < ((coalesce(%(now)s::timestamptz, clock_timestamp()) - interval '1 hour') at time zone 'UTC')::date)
+       and day < ((%(now)s::timestamptz - interval '1 hour') at time zone 'UTC')::date)
 order by day

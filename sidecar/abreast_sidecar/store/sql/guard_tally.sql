@@ -15,6 +15,7 @@ newest as (
     from abreast.pair p
     where p.endpoint_id in (select id from chosen)
       and p.at >= (select min(start) from unnest(%(starts)s::timestamptz[]) as start)
+      and p.at < %(now)s::timestamptz + interval '1 minute'
     order by p.at desc
     limit %(most)s
 ),

@@ -1,1 +1,1 @@
-delete from abreast.poison where at < clock_timestamp() - %(days)s * interval '1 day'
+delete from abreast.poison where at < %(oldest)s

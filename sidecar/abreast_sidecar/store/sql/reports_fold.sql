@@ -1,1 +1,1 @@
-select abreast.fold_reports(%(days)s)
+select abreast.fold_reports(%(oldest)s)

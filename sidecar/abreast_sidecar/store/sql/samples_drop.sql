@@ -1,1 +1,1 @@
-delete from abreast.request_sample where at < clock_timestamp() - %(days)s * interval '1 day'
+delete from abreast.request_sample where at < %(oldest)s

@@ -1,0 +1,318 @@
+"""Clocks that jump under load, and come back: every pair has one row in the end, none counts twice, and nobody acts on it."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import os
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from abreast.join import Bounds
+from abreast.v1 import steering_pb2 as pb
+from abreast.v1 import steering_pb2_grpc, traffic_pb2, traffic_pb2_grpc
+from abreast_sidecar.embedded import PostgresServer, RedisServer
+from abreast_sidecar.read import Reader, connect, shards, sweep
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store import Ledger, migrate
+from support import eventually_async
+from support_clock import Clock, postgres_by, redis_by
+from support_load import Load, complete, empty, loading
+from support_pairs import capture, judged, one, outcomes, pair_of, running, send, stats
+from support_replica import Replica, replica
+
+pytestmark = pytest.mark.clocks
+
+TESTS = Path(__file__).parents[1]
+JUMPS = ("+1h", "+400d", "-1h")
+DAY = 86_400_000  # ms
+AGES = (1, 5, 13)  # days of what is kept
+SOME = 40  # pairs that come meanwhile
+MOST = 100_000
+
+SERVICE_PROCESS = """
+import asyncio, sys
+from abreast.middleware import ParallelRunMiddleware
+from support_middleware import call, http_scope, marks
+
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"answer"})
+
+async def main(url):
+    service = ParallelRunMiddleware(app, service="shop", redis_url=url)
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    while pair := (await lines.readline()).decode().strip():
+        for version, role in (("old", "live"), ("new", "shadow")):
+            await call(service, http_scope("/", headers=marks(pair, version=version, role=role)))
+    await asyncio.sleep(60)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+ERRORS = """
+insert into abreast.pair (day, id, at, endpoint_id, outcome, live, failed_over, old_status)
+select (at at time zone 'utc')::date, gen_random_uuid()::text, at, (select min(id) from abreast.endpoint), 'only_old', 'old', true, 200
+from generate_series(1, 20), (select %s::timestamptz as at) as moment
+"""
+
+
+@dataclass
+class Parts:
+    redis: RedisServer
+    postgres: PostgresServer
+
+    @property
+    def url(self) -> str:
+        return self.postgres.url()
+
+    async def more(self) -> None:
+        """Pairs came to the ledger meanwhile."""
+        before = self.pairs()
+
+        async def came() -> bool:
+            return self.pairs() >= before + SOME
+
+        await eventually_async(came, what=f"{SOME} more pairs")
+
+    def pairs(self) -> int:
+        return int(one(self.url, "select count(*) from abreast.pair"))
+
+
+@contextmanager
+def parts(*, redis: Clock | None = None, postgres: Clock | None = None) -> Iterator[Parts]:
+    with ExitStack() as stack:
+        yield Parts(
+            stack.enter_context(redis_by(redis) if redis else RedisServer()),
+            stack.enter_context(postgres_by(postgres) if postgres else PostgresServer()),
+        )
+
+
+async def seed(url: str, load: Load) -> None:
+    """Days that retention keeps."""
+    await migrate(url)
+    ledger = Ledger(url, examples_per_finding=3)
+    for age in AGES:
+        pair = str(uuid.uuid4())
+        await ledger.write([judged(pair=pair, at=int(time.time() * 1000) - age * DAY)])
+        load.pairs[pair] = False
+    await ledger.close()
+
+
+async def jumps(clock: Clock, at: Parts, folder: Path, load: Load, *, sidecar: Clock | None = None) -> None:
+    """During each, and after it, pairs come. A sidecar begins in the widest: its first act is to look for days that are over."""
+    for offset in JUMPS:
+        clock.jump(offset)
+        await at.more()
+        if offset == "+400d":
+            with replica(at.redis.url, at.url, folder / "another", clock=sidecar):
+                await at.more()
+        clock.jump("+0")
+        await at.more()
+    load.over = True
+
+
+def of_now(url: str) -> None:
+    """No pair is of a time to come, where windows would not find it."""
+    late = "select count(*) from abreast.pair where at > now() + interval '6 minutes'"
+    assert one(url, late) == 0
+
+
+async def test_of_redis(tmp_path: Path) -> None:
+    with Clock() as clock, parts(redis=clock) as at:
+        load = Load(at.redis.url)
+        await seed(at.url, load)
+        with replica(at.redis.url, at.url, tmp_path / "all"):
+            async with loading(load, MOST):
+                await jumps(clock, at, tmp_path, load)
+            await complete(at.url, load)
+            await empty(at.redis.url)
+        of_now(at.url)
+
+
+async def test_of_postgres(tmp_path: Path) -> None:
+    with Clock() as clock, parts(postgres=clock) as at:
+        load = Load(at.redis.url)
+        await seed(at.url, load)
+        with replica(at.redis.url, at.url, tmp_path / "all"):
+            async with loading(load, MOST):
+                await jumps(clock, at, tmp_path, load)
+            await complete(at.url, load)
+            await empty(at.redis.url)
+        of_now(at.url)
+
+
+async def test_of_a_sidecar(tmp_path: Path) -> None:
+    with Clock() as clock, parts() as at:
+        load = Load(at.redis.url)
+        await seed(at.url, load)
+        with replica(at.redis.url, at.url, tmp_path / "all", clock=clock):
+            async with loading(load, MOST):
+                await jumps(clock, at, tmp_path, load, sidecar=clock)
+            await complete(at.url, load)
+            await empty(at.redis.url)
+        of_now(at.url)
+
+
+async def test_of_a_service(tmp_path: Path) -> None:
+    with Clock() as clock, parts() as at:
+        load = Load(at.redis.url)
+        await seed(at.url, load)
+        with replica(at.redis.url, at.url, tmp_path / "all"):
+            async with service(at.redis.url, clock) as process, asking(process, load):
+                await jumps(clock, at, tmp_path, load)
+                await complete(at.url, load)
+            await empty(at.redis.url)
+        of_now(at.url)
+
+
+@asynccontextmanager
+async def service(redis_url: str, clock: Clock) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", SERVICE_PROCESS, redis_url),
+        stdin=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(TESTS), **clock.environment},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@asynccontextmanager
+async def asking(process: asyncio.subprocess.Process, load: Load) -> AsyncIterator[None]:
+    """Requests to both versions, until the load is over."""
+    requests = process.stdin
+    assert requests is not None
+
+    async def ask() -> None:
+        while not load.over:
+            pair = str(uuid.uuid4())
+            load.pairs[pair] = False
+            requests.write(f"{pair}\n".encode())
+            await asyncio.sleep(load.pace)
+
+    task = asyncio.create_task(ask())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_pair_that_waits_is_swept_in_time_where_rediss_clock_is_set_back(tmp_path: Path) -> None:
+    with Clock() as clock, parts(redis=clock) as at:
+        await migrate(at.url)
+        with replica(at.redis.url, at.url, tmp_path / "all"):
+            clock.jump("+400d")
+            send(at.redis.url, [capture("alone", "old")], bounds=Bounds(wait_ms=1500))
+            looked = stats(at.redis.url).get("looked", 0)
+
+            async def swept() -> bool:
+                return stats(at.redis.url).get("looked", 0) > looked + DAY
+
+            await eventually_async(swept, what="a sweep by the wrong clock")
+            clock.jump("+0")
+            await eventually_async(lambda: lone(at.url), what="the pair is swept")
+
+
+async def lone(url: str) -> bool:
+    return outcomes(url) == {"only_old": 1}
+
+
+async def test_what_a_dead_worker_had_is_taken_over_where_rediss_clock_is_set_back() -> None:
+    with Clock() as clock, parts(redis=clock) as at:
+        await migrate(at.url)
+        clock.jump("+400d")
+        send(at.redis.url, pair_of())
+        dead = Reader(at.redis.url, name="dead", batch_size=10, claim_idle=60)
+        assert len(await dead.read()) == 1
+        client = connect(at.redis.url)
+        (keys,) = await shards(client)
+        await sweep(client, keys)
+        clock.jump("+0")
+        await sweep(client, keys)
+        settings = Settings(redis_url=at.redis.url, postgres_url=at.url, claim_idle=0.5)
+        async with running(settings):
+            await eventually_async(lambda: matched(at.url), what="the pair is in the ledger")
+        await client.aclose()
+        await dead.close()
+
+
+async def matched(url: str) -> bool:
+    return outcomes(url) == {"match": 1}
+
+
+async def test_a_guard_acts_on_nothing_that_is_long_ago_where_postgress_clock_is_behind(
+    tmp_path: Path,
+) -> None:
+    with Clock() as clock, parts(postgres=clock) as at:
+        await seed(at.url, Load(at.redis.url))
+        with replica(at.redis.url, at.url, tmp_path / "all") as found:
+            await guarded(found, at)
+            wrong(at, dt.timedelta(minutes=30))
+            clock.jump("-1h")
+            await ledger_goes_on(at)
+            await looked(at)
+            assert one(at.url, "select new_share from abreast.traffic") == 5000
+
+            wrong(at, dt.timedelta())
+            await eventually_async(lambda: back(at), what="the guard rolls back")
+
+
+async def guarded(found: Replica, at: Parts) -> None:
+    """Half of the users have been on new for two hours."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{found.port}") as channel:
+        half = traffic_pb2.UpdateTrafficRequest(new_share=0.5, actor="ada", reason="x", wait=Duration())
+        await traffic_pb2_grpc.TrafficServiceStub(channel).UpdateTraffic(half)
+        policy = pb.GuardPolicy(mode=pb.GUARD_MODE_ACTING)
+        asked = pb.SetGuardRequest(policy=policy, actor="ada", reason="x")
+        await steering_pb2_grpc.SteeringServiceStub(channel).SetGuard(asked)
+    with psycopg.connect(at.url) as admin:
+        admin.execute("update abreast.guard set since = since - interval '2 hours'")
+        admin.execute("update abreast.traffic_event set at = at - interval '2 hours'")
+        admin.execute("update abreast.traffic set version = version + 1")  # so that it is read again
+
+
+def wrong(at: Parts, ago: dt.timedelta) -> None:
+    """Users' requests that old had to answer for new."""
+    with psycopg.connect(at.url) as admin:
+        admin.execute(ERRORS.encode(), (dt.datetime.now(dt.UTC) - ago,))
+
+
+async def ledger_goes_on(at: Parts) -> None:
+    before = at.pairs()
+    send(at.redis.url, pair_of())
+
+    async def came() -> bool:
+        return at.pairs() > before
+
+    await eventually_async(came, what="one more pair")
+
+
+async def looked(at: Parts) -> None:
+    """The guard has looked, and looked again."""
+    for _ in range(2):
+        before = one(at.url, "select looked_at from abreast.guard")
+
+        async def again(before: object = before) -> bool:
+            return bool(one(at.url, "select looked_at from abreast.guard") != before)
+
+        await eventually_async(again, what="the guard looks")
+
+
+async def back(at: Parts) -> bool:
+    return bool(one(at.url, "select rolled_back from abreast.traffic"))

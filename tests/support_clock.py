@@ -1,0 +1,81 @@
+"""Servers and processes whose clock a test sets while they run: what the wall shows, never how fast time goes by."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+from abreast_sidecar.embedded import PostgresServer, RedisServer
+from abreast_sidecar.embedded.process import give_away, private_folder, remove
+from abreast_sidecar.embedded.redis import bundled_redis
+
+LIBRARY = "faketime/libfaketimeMT.so.1"
+
+
+def library() -> Path | None:
+    return next(Path("/usr/lib").glob(f"*/{LIBRARY}"), None)
+
+
+class Clock:
+    """Use as a context manager. `environment` is for the processes that go by it."""
+
+    def __init__(self) -> None:
+        found = library()
+        assert found, "libfaketime is needed: apt-get install libfaketime"
+        self.folder = private_folder("abreast-clock-")
+        self.environment = {
+            "LD_PRELOAD": str(found),
+            "FAKETIME_TIMESTAMP_FILE": str(self.folder / "offset"),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DISABLE_SHM": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+        }
+        self.jump("+0")
+
+    def jump(self, offset: str) -> None:
+        """Show the time as much before or after the machine's, such as -1h or +400d."""
+        draft = self.folder / "draft"
+        draft.write_text(f"{offset}\n")
+        give_away(draft)
+        draft.rename(self.folder / "offset")
+
+    def program(self, path: Path) -> Path:
+        """A program that runs another by this clock, and has its name."""
+        made = self.folder / path.name
+        lines = [f"export {name}='{value}'" for name, value in self.environment.items()]
+        made.write_text("\n".join(("#!/bin/sh", *lines, f'exec {path} "$@"\n')))
+        made.chmod(0o755)
+        give_away(made)
+        return made
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        remove(self.folder)
+
+
+@contextmanager
+def redis_by(clock: Clock) -> Iterator[RedisServer]:
+    chosen = os.environ.get("ABREAST_TEST_REDIS")
+    with RedisServer(binary=clock.program(Path(chosen) if chosen else bundled_redis())) as server:
+        yield server
+
+
+@contextmanager
+def postgres_by(clock: Clock) -> Iterator[PostgresServer]:
+    chosen = os.environ.get("ABREAST_TEST_POSTGRES")
+    real = PostgresServer(binaries=Path(chosen) if chosen else None).binaries
+    for name in ("initdb", "postgres"):
+        clock.program(real / name)
+    with PostgresServer(binaries=clock.folder, options=("max_connections=100",)) as server:
+        yield server
+
+
+def python_by(clock: Clock) -> Path:
+    return clock.program(Path(sys.executable))
