@@ -169,7 +169,9 @@ async def test_with_the_sidecar_away_for_long_all_stay_within_their_bounds_and_g
             await load.run(100)
             await complete(postgres_url, load)
             await empty(started.url)
-            await eventually_async(lambda: told(postgres_url, shed["shed_pairs"]), what="refusals are told")
+            await eventually_async(
+                lambda: told(postgres_url, stats(started.url)["shed_pairs"]), what="refusals are told"
+            )
         stop.set()
         await housekeeping
 
