@@ -21,12 +21,16 @@ from abreast_sidecar.compare import Judgement, Rules, judge
 
 CORPUS = Path(__file__).parent / "corpus"
 REMOVED = {"$removed": True}
-Label = Literal["regression", "additive", "harmless", "noise"]
+Label = Literal["regression", "additive", "harmless", "unknown", "noise"]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """`expected`: part, path, kind and impact of every difference. Noise differs, and only learning tells it."""
+    """`expected`: part, path, kind and impact of every difference that whoever owns the API would want to be told, or not;
+    `got`: what is told instead, where that is known to be wrong. `label`: a regression is what they would want to know
+    before users meet it; of what is unknown nothing can be said, which the outcome says; noise differs, and only learning
+    tells it.
+    """
 
     name: str
     label: Label
@@ -34,6 +38,7 @@ class Pair:
     new: Capture
     expected: frozenset[str]
     outcome: str
+    got: frozenset[str] | None = None
 
     def judged(self) -> Judgement:
         return judge([self.old, self.new], Rules())
@@ -47,7 +52,7 @@ def pairs() -> list[Pair]:
     shapes = _yaml("shapes")
     made = [_of_shape(case, shapes) for case in _yaml("apis")]
     made += [_of_bodies(case) for case in _yaml("bodies")]
-    return made + [_of_answers(case) for case in _yaml("answers")]
+    return made + [_of_answers(case) for name in ("answers", "services") for case in _yaml(name)]
 
 
 def _yaml(name: str) -> Any:
@@ -63,7 +68,8 @@ def _pair(case: dict[str, Any], old: Answer, new: Answer) -> Pair:
         old=_capture("old", case, old, sides.get("old", {})),
         new=_capture("new", case, new, sides.get("new", {})),
         expected=expected,
-        outcome=case.get("outcome", "mismatch" if expected else "match"),
+        outcome=case.get("outcome", "mismatch" if expected or "got" in case else "match"),
+        got=frozenset(case["got"]) if "got" in case else None,
     )
 
 
@@ -176,6 +182,7 @@ def _of_answers(case: dict[str, Any]) -> Pair:
 
 def _whole(side: dict[str, Any]) -> Answer:
     body = side["body"].encode() if "body" in side else b"1" * side.get("repeat", 0)
+    body = bytes.fromhex(str(side["bytes"])) if "bytes" in side else body
     headers = _headers(side.get("headers", {}))
     if "encode" in side:
         body = _encoded(body, side)

@@ -278,7 +278,7 @@ def _encoding(data: bytes) -> str:
 
 
 def as_a_whole(kind: Kind, old: Answer, new: Answer, path: str = "") -> Difference:
-    impacts: dict[Kind, Impact] = {"added": "additive", "changed": "value", "order": "value"}
+    impacts: dict[Kind, Impact] = {"added": "value", "changed": "value", "order": "value"}
     return Difference.told(
         part="body",
         path=path,

@@ -16,9 +16,15 @@ MAX_ARRAYS = 8  # arrays in arrays whose elements are looked for elsewhere; belo
 MAX_WORK = 600_000  # values that are looked at; beyond it objects and arrays are compared as a whole
 PER_PATH = 20  # differences of one path and kind; further ones must not crowd out others
 
+# Where JSON says beside what there is that something failed: GraphQL, JSON:API, and many an API's own.
+FAILURES = frozenset({"$.error", "$.errors", "$.errors[*]"})
+_ELEMENTS = (
+    "[*]",
+    ".*",
+)  # how the paths of elements end, of lists and maps; what is more there is no new field
+
 _ABSENT: Any = object()
 _IMPACTS: dict[Kind, Impact] = {
-    "added": "additive",
     "removed": "breaking",
     "changed": "value",
     "type": "breaking",
@@ -160,5 +166,11 @@ class DocumentDiff:
         if times >= PER_PATH or len(self.found) >= self.limit:
             return
         self._times[key] = times + 1
-        impact = "breaking" if kind == "added" and type(place.step) is RepeatedKey else _IMPACTS[kind]
+        impact = self._impact_added(path, place) if kind == "added" else _IMPACTS[kind]
         self.found.append(Difference("body", path, kind, impact, place, "", hint))
+
+    def _impact_added(self, path: str, place: Place) -> Impact:
+        """A field more is an addition. A row more is another answer, and a page has no fields."""
+        if type(place.step) is RepeatedKey or (path in FAILURES and place.new):
+            return "breaking"
+        return "value" if path.endswith(_ELEMENTS) or self.root == "html" else "additive"

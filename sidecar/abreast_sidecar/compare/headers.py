@@ -14,6 +14,20 @@ from abreast_sidecar.compare.value import shown
 
 _ADDRESSES = frozenset({"location", "content-location"})
 _SCHEMES = frozenset({"http", "https"})
+# What a client does with an answer differs where one of these is there and was not before.
+_TELLING = (
+    "access-control-allow-",
+    "cache-control",
+    "clear-site-data",
+    "content-disposition",
+    "content-security-policy",
+    "location",
+    "refresh",
+    "set-cookie[",
+)
+_VALIDATORS = frozenset(
+    {"etag", "last-modified"}
+)  # their values belong to a build, that there is one does not
 _IMPACTS: dict[Kind, Impact] = {"added": "additive", "removed": "breaking", "changed": "value"}
 
 
@@ -46,6 +60,21 @@ def header_differences(
         if values != others and not _same(name, values, others, request):
             found.append(_difference(name, values, others))
     return found
+
+
+def validator_differences(old: Headers, new: Headers) -> list[Difference]:
+    """Whether clients can ask if what they have is still valid. Any validator will do."""
+    before, after = _validator(old), _validator(new)
+    if bool(before) == bool(after):
+        return []
+    name, value = before or after
+    if before:
+        return [Difference.told("header", name, name, "removed", "value", shown(value), None)]
+    return [Difference.told("header", name, name, "added", "additive", None, shown(value))]
+
+
+def _validator(headers: Headers) -> tuple[str, ...]:
+    return next(((name, value) for name, value in headers if name in _VALIDATORS), ())
 
 
 def trailer_differences(old: Headers, new: Headers, volatile: frozenset[str]) -> list[Difference]:
@@ -92,6 +121,8 @@ def _difference(name: str, values: list[str] | None, others: list[str] | None) -
     impact = _IMPACTS[kind]
     if name == "content-type" and values and others and media(values[0]).essence != media(others[0]).essence:
         impact = "breaking"
+    if kind == "added" and name.startswith(_TELLING):
+        impact = "value"
     return Difference.told(
         part="header",
         path=name,

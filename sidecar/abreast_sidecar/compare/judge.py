@@ -12,7 +12,12 @@ from abreast_sidecar.compare.causes import causes
 from abreast_sidecar.compare.difference import Difference, Judgement, Kind, Outcome, Rules
 from abreast_sidecar.compare.effects import TOO_MANY, effect_differences
 from abreast_sidecar.compare.form import told as told_by_form
-from abreast_sidecar.compare.headers import first, header_differences, trailer_differences
+from abreast_sidecar.compare.headers import (
+    first,
+    header_differences,
+    trailer_differences,
+    validator_differences,
+)
 from abreast_sidecar.compare.path import route_of
 from abreast_sidecar.compare.rules import RuleSet, Subject
 from abreast_sidecar.compare.value import shown
@@ -243,6 +248,8 @@ def _found(old: Capture, new: Capture, rules: Rules, declared: RuleSet | None) -
         return BodyResult(found)
     before, after = old.answer, new.answer
     found += header_differences(before.headers, after.headers, rules.volatile_headers, old.request)
+    if status(old) == status(new):
+        found += validator_differences(before.headers, after.headers)
     keyed = declared.identity if declared and declared.keyed else None
     parted = _parted(old, new)
     if not parted:

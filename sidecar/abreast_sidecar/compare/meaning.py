@@ -12,6 +12,8 @@ from abreast_sidecar.compare.media import Media, media
 # JSON is UTF-8 whatever is said, and so are event streams.
 _ALWAYS_UTF8 = frozenset({"json", "ndjson", "events"})
 _NONCE = re.compile(r"'nonce-[^']*'")
+_TOKENS = re.compile(r'<[^>]*>?|"(?:[^"\\]|\\.)*"?|[^,;<"]+|.', re.DOTALL)
+_NEEDLESS_QUOTES = re.compile(r'="([\w.~-]+)"')
 
 
 def directives(value: str, separator: str = ",") -> str:
@@ -64,6 +66,31 @@ def strict_transport(value: str) -> str:
     return directives(value, ";")
 
 
+def links(value: str) -> str:
+    """Link: addresses in their order, each with its parameters in any."""
+    found = []
+    for link in _apart(value, ","):
+        parts = _apart(link, ";")
+        found.append("; ".join([*parts[:1], *sorted(directives(one, ";") for one in parts[1:])]))
+    return ", ".join(found)
+
+
+def _apart(value: str, separator: str) -> list[str]:
+    """As `_split`, but for what stands in quotes or is an address."""
+    found = [""]
+    for token in _TOKENS.findall(value):
+        if token == separator:
+            found.append("")
+        else:
+            found[-1] += token
+    return [stripped for part in found if (stripped := part.strip())]
+
+
+def challenge(value: str) -> str:
+    """WWW-Authenticate: quotes that a word does not need mean nothing."""
+    return _NEEDLESS_QUOTES.sub(r"=\1", value.strip())
+
+
 def _split(value: str, separator: str) -> list[str]:
     return [stripped for part in value.split(separator) if (stripped := part.strip())]
 
@@ -80,20 +107,29 @@ _MEANINGS: dict[str, Meaning] = {
     "cache-control": directives,
     "cdn-cache-control": directives,
     "clear-site-data": names,
+    "content-disposition": content_type,
     "content-encoding": names,
+    "content-language": names,
     "content-security-policy": policy,
     "content-security-policy-report-only": policy,
     "content-type": content_type,
+    "link": links,
     "pragma": directives,
+    "proxy-authenticate": challenge,
     "strict-transport-security": strict_transport,
     "surrogate-control": directives,
     "vary": names,
+    "www-authenticate": challenge,
 }
 LISTS = frozenset(_MEANINGS) - {
+    "content-disposition",
     "content-type",
     "content-security-policy",
     "content-security-policy-report-only",
+    "link",
+    "proxy-authenticate",
     "strict-transport-security",
+    "www-authenticate",
 }  # several lines of these are one list, in any order
 APART = frozenset(
     {"content-security-policy", "content-security-policy-report-only", "content-type"}
@@ -105,6 +141,8 @@ def meaning(name: str, value: str) -> str:
     known = _MEANINGS.get(name)
     return known(value) if known is not None else value.strip()
 
+
+_ESCAPE = re.compile("%[0-9a-fA-F]{2}")  # their letters have no case
 
 # Attributes of a cookie whose values have no case.
 _NO_CASE = frozenset({"samesite", "domain", "priority"})
@@ -134,13 +172,13 @@ def cookie(value: str) -> tuple[str, str]:
 
 def location(value: str, host: str, path: str) -> str:
     """Where it leads, seen from the request: a path if it is the same host, else the whole address."""
-    value = value.strip()
+    value = _ESCAPE.sub(lambda found: found[0].upper(), value.strip())
     try:
         target = urlsplit(urljoin(f"//{host}{path}", value))
     except ValueError:
         return value
     if target.netloc.lower() != host.lower():
-        return value
+        return target._replace(netloc=target.netloc.lower()).geturl() if "@" not in target.netloc else value
     query = f"?{target.query}" if target.query else ""
     fragment = f"#{target.fragment}" if target.fragment else ""
     return f"{target.path or '/'}{query}{fragment}"
