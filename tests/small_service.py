@@ -1,17 +1,22 @@
 """A service in two versions, run by tests: small_service.py VERSION PORT [bare]. `bare` is without the middleware.
 
+Its events never end, and in new the third is another.
+
 From SIGUSR1 on it answers 500.
 """
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
+from collections.abc import AsyncIterator
+from itertools import count
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from abreast import ParallelRunMiddleware
@@ -30,11 +35,23 @@ async def product(request: Request) -> JSONResponse:
     return JSONResponse({"name": "Tea", "price": str(price) if VERSION == "new" else price})
 
 
+async def events(_request: Request) -> StreamingResponse:
+    async def endless() -> AsyncIterator[str]:
+        for number in count(1):
+            name = VERSION if number == 3 else "any"
+            yield f'id: {number}\ndata: {{"name": "{name}"}}\n\n'
+            await asyncio.sleep(0.05)
+
+    return StreamingResponse(endless(), media_type="text/event-stream")
+
+
 async def healthy(_request: Request) -> JSONResponse:
     return JSONResponse({"ok": True})
 
 
-app = Starlette(routes=[Route("/products/{id}", product), Route("/healthz", healthy)])
+app = Starlette(
+    routes=[Route("/products/{id}", product), Route("/events", events), Route("/healthz", healthy)]
+)
 if "bare" not in OPTIONS:
     app.add_middleware(ParallelRunMiddleware, service="shop", release=f"{VERSION}-1")
 uvicorn.run(app, host="127.0.0.1", port=int(PORT), log_level="warning")

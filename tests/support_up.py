@@ -25,6 +25,7 @@ from support import eventually
 
 SERVICE = Path(__file__).parent / "small_service.py"
 START = 90.0  # seconds, on a busy machine
+PAIR_TIMEOUT = "5"  # seconds; an answer that goes on is captured when four of them are over
 TAKEN: set[int] = set()  # in this process: no port is given twice
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("ABREAST_")}
 
@@ -122,6 +123,11 @@ class Up:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.listen}{path}", timeout=10) as answer:
             return dict(answer.headers)
 
+    def watch(self, path: str, lines: int) -> list[bytes]:
+        """The first lines of an answer that does not end; then its user leaves."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.listen}{path}", timeout=10) as answer:
+            return [answer.readline() for _ in range(lines)]
+
     def healthy(self) -> None:
         """Until Envoy has found both versions."""
         eventually(
@@ -139,7 +145,7 @@ class Up:
 @contextlib.contextmanager
 def service(version: str, port: int, redis_url: str, *options: str) -> Iterator[int]:
     """Its process."""
-    environment = {**CLEAN, "ABREAST_REDIS_URL": redis_url}
+    environment = {**CLEAN, "ABREAST_REDIS_URL": redis_url, "ABREAST_PAIR_TIMEOUT": PAIR_TIMEOUT}
     with subprocess.Popen(
         [sys.executable, str(SERVICE), version, str(port), *options], env=environment
     ) as process:

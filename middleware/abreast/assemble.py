@@ -76,6 +76,7 @@ class Assembler:
             tuple(hops.kept) if hops else (),
             (hops.hits, hops.misses) if hops and hops.hits + hops.misses else None,
             now.disturbed,
+            recorder.going_on,
         )
         return pair, slot(version, role, attempt), arms, written(head, asked.held, answered.held)
 

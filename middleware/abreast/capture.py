@@ -88,6 +88,7 @@ class Capture(Struct, frozen=True, gc=False):
     hops: tuple[HopRow, ...] = ()
     cache: tuple[int, int] | None = None  # hits and misses; None where no cache was asked
     disturbed: str = ""  # why it says nothing of the code; only of copies
+    going_on: bool = False  # not complete yet: only what had come of a long answer when a pair had to be made
 
     @property
     def slot(self) -> str:
@@ -146,6 +147,7 @@ class Head(Struct, gc=False, omit_defaults=True):
     hops: tuple[HopRow, ...] = ()
     cache: tuple[int, int] | None = None
     disturbed: str = ""
+    going_on: bool = False
 
 
 class _Format(Struct):
@@ -188,6 +190,7 @@ def encode(capture: Capture) -> bytes:
         capture.hops,
         capture.cache,
         capture.disturbed,
+        capture.going_on,
     )
     return written(head, request.body.held, answer.body.held)
 
@@ -262,4 +265,5 @@ def _capture(head: Head, asked: bytes, answered: bytes) -> Capture:
         head.hops,
         head.cache,
         head.disturbed,
+        head.going_on,
     )

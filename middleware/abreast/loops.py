@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from asyncio import get_running_loop
+from asyncio import TimerHandle, get_running_loop
 from threading import get_ident
 
 from abreast.backlog import OVERHEAD, Backlog
@@ -19,6 +19,9 @@ from abreast.settings import Settings
 from abreast.shipper import Shipper
 from abreast.worker import WORKER
 
+# Parts of the time that a pair waits for its copies, within which an answer that goes on has to be captured.
+LONGEST = 0.8
+LEAST = 0.1  # from its first chunk on
 ALL: weakref.WeakSet[Loops] = weakref.WeakSet()
 
 
@@ -60,6 +63,12 @@ class Loops:
                 shipper.work.ring()
         else:
             WORKER.submit(lambda: self._finish(recorder, size, shipper))
+
+    def goes_on(self, recorder: Recorder) -> TimerHandle:
+        """Have it leave in time to be joined, however long its answer goes on. In the path of answers in several chunks."""
+        since = (recorder.first_byte - recorder.now.began) / 1e9
+        wait = max(LONGEST * self._settings.pair_timeout - since, LEAST * self._settings.pair_timeout)
+        return get_running_loop().call_later(wait, recorder.leave)
 
     def start(self) -> Shipper:
         """The shipper of the running loop."""

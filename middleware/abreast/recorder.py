@@ -6,6 +6,7 @@ in every sampled request, so it is written for speed.
 
 from __future__ import annotations
 
+from asyncio import TimerHandle
 from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter_ns
 from typing import Any, Protocol
@@ -34,6 +35,8 @@ class Host(Protocol):
 
     def recorded(self, recorder: Recorder) -> None: ...
 
+    def goes_on(self, recorder: Recorder) -> TimerHandle: ...
+
 
 class Recorder:
     # Defaults in the class, since most requests need few of these and setting one takes time.
@@ -47,6 +50,8 @@ class Recorder:
     ended = False  # the app has given the last message
     complete = False  # and the server has taken it
     client_left = False
+    going_on = False  # its capture has left before it ended
+    timer: TimerHandle | None = None  # once the answer comes in several chunks
     raised = ""
     fault = ""  # why this capture can't be trusted, and is dropped
     first_byte = 0
@@ -78,7 +83,7 @@ class Recorder:
         try:
             if message["type"] == "http.request":
                 chunk = message.get("body")
-                if chunk:
+                if chunk and not self.going_on:
                     if self.asked is None:
                         self.asked = BodyRecorder(self._host.body_limit)
                         self.plain = False
@@ -89,12 +94,12 @@ class Recorder:
             self._failed("receive", error)
         return message
 
-    async def send(self, message: Message) -> None:
+    async def send(self, message: Message) -> None:  # noqa: C901  # calls would take time in every request
         try:
             kind = message["type"]
             if kind == "http.response.body":
                 chunk = message.get("body")
-                if chunk:
+                if chunk and not self.going_on:
                     if (
                         self.only
                         or self.answer is not None
@@ -106,6 +111,8 @@ class Recorder:
                         self.only = chunk
                 if not message.get("more_body") and self.trailers is None:
                     self.ended = self.now.answered = True  # before the server begins with the next request
+                elif self.timer is None:
+                    self.timer = self._host.goes_on(self)
             elif kind == "http.response.start":
                 self.first_byte = perf_counter_ns()
                 self.status = message["status"]
@@ -134,6 +141,12 @@ class Recorder:
             self.raised = raised
             self._ship()
 
+    def leave(self) -> None:
+        """Its time is over: what has come so far is all that is captured."""
+        if not self.finished:
+            self.going_on = self.returned = True
+            self._ship()
+
     def _body(self) -> BodyRecorder:
         """The answer's body, once it is more than one small chunk."""
         if self.answer is None:
@@ -158,13 +171,17 @@ class Recorder:
         self.now.answered = self.ended
 
     def _file(self, part: FilePart) -> None:
-        if self.scope["method"] == "HEAD":  # the server sends none of it
+        if (
+            self.scope["method"] == "HEAD" or self.going_on
+        ):  # the server sends none of it, or it comes too late
             part.close()
         else:
             self._body().add_file(part)
 
     def _ship(self) -> None:
         self.finished = perf_counter_ns()
+        if self.timer is not None:
+            self.timer.cancel()
         try:
             self._host.recorded(self)
         except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app

@@ -49,6 +49,19 @@ def test_what_differs_is_found_and_the_doctor_finds_all_well() -> None:
         )
 
 
+def test_streams_that_never_end_are_compared_whether_their_users_leave_or_stay() -> None:
+    with running() as up:
+        seen = up.watch("/events", lines=12)
+        up.watch("/events", lines=300)  # five seconds, and the capture has left
+        up.compared(2)
+        pairs = up.json("pairs")["pairs"]
+        (found,) = up.json("findings")["findings"]
+
+        assert seen[-2:] == [b'data: {"name": "any"}\n', b"\n"]
+        assert [one["outcome"] for one in pairs] == ["OUTCOME_PARTIAL"] * 2
+        assert (found["path"], found["kind"], found["count"]) == ("events[*].data.name", "KIND_CHANGED", "2")
+
+
 def test_a_pair_can_be_looked_at_by_the_id_of_its_answer() -> None:
     with running() as up:
         pair = up.ask()["x-abreast-pair"]

@@ -276,6 +276,52 @@ async def test_a_client_that_leaves_is_noticed(redis_url: str) -> None:
     assert capture.client_left
 
 
+async def test_an_answer_that_goes_on_is_captured_in_time_and_reaches_its_client_to_the_end(
+    redis_url: str,
+) -> None:
+    """What comes later, effects and faults among it, is not waited for."""
+    chunks = [body(b"%d\n" % n, more=True) for n in range(30)]
+
+    async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send(start())
+        for chunk in chunks:
+            await asyncio.sleep(0.02)
+            await send(chunk)
+        await send(body(b""))
+        raise KeyError("late")
+
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, pair_timeout=0.25)
+    sent, raised = await call(middleware, sampled())
+    await middleware.aclose()
+    (capture,) = await captures(redis_url)
+
+    assert [one.get("body") for one in sent[1:]] == [one["body"] for one in chunks] + [b""]
+    assert isinstance(raised, KeyError)
+    assert (capture.going_on, capture.complete, capture.client_left, capture.raised) == (
+        True,
+        False,
+        False,
+        "",
+    )
+    assert capture.answer.body.held.startswith(b"0\n1\n")
+    assert capture.answer.body.whole
+    assert 0.15e6 < capture.total_us < 0.6e6
+    assert len(capture.answer.body.held) < len(b"".join(one["body"] for one in chunks))
+
+
+async def test_an_answer_of_several_chunks_that_ends_in_time_is_captured_once_and_whole(
+    redis_url: str,
+) -> None:
+    app = answering(start(), body(b"a", more=True), body(b"b"))
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, pair_timeout=0.05)
+    await call(middleware, sampled())
+    await asyncio.sleep(0.1)  # longer than it may go on
+    await middleware.aclose()
+    (capture,) = await captures(redis_url)
+
+    assert (capture.going_on, capture.complete, capture.answer.body.held) == (False, True, b"ab")
+
+
 async def test_a_send_that_fails_means_that_the_client_left(redis_url: str) -> None:
     async def send(_message: Message) -> None:
         raise BrokenPipeError

@@ -173,6 +173,33 @@ def test_two_answers_that_broke_off_by_themselves_are_compared_in_part_unless_th
     assert changed.reason.startswith("both answers broke off: ")
 
 
+def going_on(found: Capture, total_us: int = 8_000_000) -> Capture:
+    return msgspec.structs.replace(found, complete=False, going_on=True, total_us=total_us)
+
+
+def test_streams_that_go_on_are_compared_in_what_came() -> None:
+    old, new = going_on(copy(stream(80))), going_on(copy(stream(2, price=1)))
+    judgement = compared(msgspec.structs.replace(old, version="old", role="live"), new)
+
+    assert judgement.outcome == "partial"
+    assert seen(judgement) == ["body events[*].data.price added"] * 2
+    assert judgement.reason.startswith("the answer still went on when it was captured: ")
+
+
+def test_an_answer_that_goes_on_beside_one_that_its_user_left_says_nothing_of_its_end() -> None:
+    judgement = compared(left("old", stream(3)), going_on(copy(stream(80))))
+
+    assert (judgement.outcome, seen(judgement)) == ("partial", [])
+
+
+@pytest.mark.parametrize(("took", "expected"), [(1_000_000, ["error unfinished removed"]), (7_900_000, [])])
+def test_one_that_hangs_within_its_answer_is_unfinished(took: int, expected: list[str]) -> None:
+    """Not one that merely takes as long as there is time to capture it."""
+    old = msgspec.structs.replace(capture("old", stream(3), headers=EVENTS), total_us=took)
+
+    assert seen(compared(old, going_on(copy(stream(2))))) == expected
+
+
 def test_of_a_body_beyond_the_limit_only_what_is_held_is_compared() -> None:
     def beyond(found: Capture) -> Capture:
         body = msgspec.structs.replace(found.answer.body, length=10_000, digest="0" * 32)

@@ -99,7 +99,7 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     OUTCOME_NOT_COMPARED: _Outcome.ValueType  # 10
     """The answers can't be held against each other, such as a 304 of one build and a 200 of the other."""
     OUTCOME_PARTIAL: _Outcome.ValueType  # 11
-    """An answer was cut, by its user or by itself: what both have of it was compared, and the rest was not seen."""
+    """An answer was cut, by its user or by itself, or still goes on: what both have of it was compared, and the rest was not seen."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
     """How a sampled request ended in the ledger: exactly one each."""
@@ -127,7 +127,7 @@ OUTCOME_ABORTED: Outcome.ValueType  # 9
 OUTCOME_NOT_COMPARED: Outcome.ValueType  # 10
 """The answers can't be held against each other, such as a 304 of one build and a 200 of the other."""
 OUTCOME_PARTIAL: Outcome.ValueType  # 11
-"""An answer was cut, by its user or by itself: what both have of it was compared, and the rest was not seen."""
+"""An answer was cut, by its user or by itself, or still goes on: what both have of it was compared, and the rest was not seen."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 class _Part:

@@ -35,6 +35,7 @@ RANGE_CONDITIONS = frozenset({"if-range"})
 NO_ROUTE = "(no route)"  # unknown paths are one endpoint, however many a scanner tries
 
 LEFT = "the client left before the answer was whole"
+GOES_ON = "the answer still went on when it was captured"
 BROKEN = "both answers broke off"
 
 _LIVE_FIRST = {"live": 0, "shadow": 1, "baseline": 2}
@@ -179,8 +180,8 @@ def _left(capture: Capture) -> bool:
 
 
 def _parted(one: Capture, other: Capture) -> bool:
-    """Where the user left before the end, the other version's answer is longer for no reason of its own."""
-    return _left(one) or _left(other)
+    """Where the user left before the end, or was still there, the other answer is longer for no reason of its own."""
+    return _left(one) or _left(other) or one.going_on or other.going_on
 
 
 def _conditions(one: int, other: int) -> frozenset[str]:
@@ -235,7 +236,7 @@ def _beginning(old: Capture, new: Capture) -> tuple[list[Difference], bool]:
         found.append(_status(old, new))
         if was // 100 != now // 100:
             return found, True
-    if _broken_off(old) != _broken_off(new) and not parted:
+    if _broken_off(old) != _broken_off(new) and (not parted or _hangs(old, new)):
         return [*found, _unfinished(old, new)], True
     if old.raised != new.raised and not parted:
         found.append(_raised(old, new))
@@ -277,7 +278,7 @@ def _begun(old: Capture, new: Capture, rules: Rules, keyed: Keyed | None) -> Bod
         return BodyResult([])
     cut = (_broken_off(old), _broken_off(new))
     bodies = compare_beginnings(before, after, cut, rules, keyed)
-    why = LEFT if _parted(old, new) else BROKEN
+    why = LEFT if _left(old) or _left(new) else GOES_ON if _parted(old, new) else BROKEN
     said = f"{why}: compared were status, headers, {bodies.said}"
     return BodyResult(bodies.differences, said, partial=True)
 
@@ -310,6 +311,12 @@ def _broken_off(capture: Capture) -> bool:
     return promised.isdecimal() and promised.isascii() and int(promised[:18]) > capture.answer.body.length
 
 
+def _hangs(old: Capture, new: Capture) -> bool:
+    """One goes on for more than twice as long as the other took in all: it is no stream that merely ends a little later."""
+    going, other = (old, new) if old.going_on else (new, old)
+    return going.going_on and other.complete and going.total_us > 2 * other.total_us
+
+
 def _status(old: Capture, new: Capture) -> Difference:
     before, after = status(old), status(new)
     return Difference.told(
@@ -340,6 +347,8 @@ def _unfinished(old: Capture, new: Capture) -> Difference:
 def _state(capture: Capture) -> str:
     if not _broken_off(capture):
         return '"complete"'
+    if capture.going_on:
+        return shown("still going on")
     return shown(f"broken off by {capture.raised or 'the application'}")
 
 
