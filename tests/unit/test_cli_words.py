@@ -80,6 +80,24 @@ def test_moments_can_be_times() -> None:
     assert parameters.moment("2026-01-31T09:30Z") == dt.datetime(2026, 1, 31, 9, 30, tzinfo=dt.UTC)
 
 
+@pytest.mark.parametrize("text", ["6h", "2d"])
+def test_long_spans_begin_with_a_full_hour(text: str) -> None:
+    asked, found = parameters.moment(text), parameters.beginning(text)
+
+    assert found == asked.replace(minute=0, second=0, microsecond=0)
+
+
+@pytest.mark.parametrize(("text", "ago"), [("90s", 90), ("5h", 18_000)])
+def test_short_spans_begin_when_they_say(text: str, ago: float) -> None:
+    passed = dt.datetime.now(dt.UTC) - parameters.beginning(text)
+
+    assert passed.total_seconds() == pytest.approx(ago, abs=5)
+
+
+def test_times_begin_when_they_say() -> None:
+    assert parameters.beginning("2026-01-31T09:30Z") == dt.datetime(2026, 1, 31, 9, 30, tzinfo=dt.UTC)
+
+
 @pytest.mark.parametrize("text", ["", "soon", "3q", "1h2m", "99999999999d"])
 def test_other_moments_are_refused_with_examples(text: str) -> None:
     with pytest.raises(ValueError, match="such as 90s, 15m"):

@@ -12,6 +12,7 @@ import click
 from abreast_sidecar import settings
 
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}  # seconds
+LONG = dt.timedelta(hours=6)
 SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)")
 
 
@@ -42,6 +43,14 @@ def moment(value: str) -> dt.datetime:
         return now if text == "now" else dt.datetime.fromisoformat(text).astimezone()
     except (ValueError, OverflowError) as error:
         raise ValueError("a span such as 90s, 15m, 1h or 2d, or a time such as 2026-01-31T09:30") from error
+
+
+def beginning(value: str) -> dt.datetime:
+    """As `moment`. So long ago, six hours or more, is rounded down to the full hour: whole hours are summed up already."""
+    found = moment(value)
+    if SPAN.fullmatch(value.strip()) and dt.datetime.now(dt.UTC) - found >= LONG:
+        return found.replace(minute=0, second=0, microsecond=0)
+    return found
 
 
 def span(value: str) -> float:
@@ -101,6 +110,7 @@ class Names(click.ParamType[int]):
 
 SHARE = Parsed("share", settings.share)
 MOMENT = Parsed("when", moment)
+BEGINNING = Parsed("when", beginning)
 TARGET = Parsed("host:port", target)
 SECONDS = Parsed("seconds", settings.seconds)
 EXCESS = Parsed("share", excess)
@@ -108,8 +118,8 @@ SPAN_OF_TIME = Parsed("span", span)
 
 since_option = click.option(
     "--since",
-    type=MOMENT,
-    help="Only requests since then: 15m, 1h, 2d, or a time such as 2026-01-31T09:30.",
+    type=BEGINNING,
+    help="Only requests since then: 15m, 1h, 2d (6h or more: from the full hour), or a time such as 2026-01-31T09:30.",
 )
 until_option = click.option("--until", type=MOMENT, help="Only requests before then.")
 limit_option = click.option(

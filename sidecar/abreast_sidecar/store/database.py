@@ -131,7 +131,7 @@ class translated:  # noqa: N801  # used like a function
 def _message(error: psycopg.Error) -> str:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, psycopg.errors.QueryCanceled):
-        return f"the ledger took more than {STATEMENT_TIMEOUT} s; ask for a shorter window"
+        return f"the ledger took more than {STATEMENT_TIMEOUT} s; ask for a shorter window, or one that begins with a full hour"
     if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
         return f"the ledger's tables are missing or old ({said}); run: abreast migrate"
     if isinstance(error, psycopg.OperationalError):

@@ -11,18 +11,19 @@ MOST = 20_000  # pairs of an endpoint, the newest
 
 
 async def timings(database: Database, endpoint: Endpoint, window: Window) -> tuple[list[Timing], bool]:
-    """In the order of their arrival, and whether there are more. Raise NotFoundError where there is none."""
+    """In the order of their arrival, and whether there are older pairs. Raise NotFoundError where there is none."""
     asked = {
         "service": endpoint.service,
         "method": endpoint.method,
         "route": endpoint.route,
         "start": window.start,
         "end": window.end,
-        "limit": MOST + 1,
+        "most": MOST,
     }
     rows = await database.rows("latency", asked)
     if not rows:
         raise NotFoundError(
             f"the ledger has no pair with both times of {endpoint.method} {endpoint.route} of {endpoint.service}"
         )
-    return [Timing(**row) for row in rows[-MOST:]], len(rows) > MOST
+    more = [row.pop("more") for row in rows]
+    return [Timing(**row) for row in rows], more[0]

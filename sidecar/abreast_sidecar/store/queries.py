@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any, TypeVar
 
 from abreast_sidecar.compare.feature import LEAST, Feature, Features, of_target, separating
@@ -170,9 +170,11 @@ class Queries:
         found = await self.database.one("release_newest", {"service": service, "end": window.end})
         return found["label"] if found else None
 
-    async def _endpoints(self, service: str, findings: Sequence[int] | None = None) -> list[int]:
+    async def _endpoints(
+        self, service: str, findings: Sequence[int] | None = None, *, method: str = "", route: str = ""
+    ) -> list[int]:
         """Of one service, all for empty text; of those findings, where they are given."""
-        asked = {"service": service, "findings": _list(findings)}
+        asked = {"service": service, "method": method, "route": route, "findings": _list(findings)}
         return [row["id"] for row in await self.database.rows("endpoint_ids", asked)]
 
     async def endpoints(self, service: str, window: Window, page: Page) -> Paged[EndpointSummary]:
@@ -244,22 +246,41 @@ class Queries:
     async def pairs(self, wanted: PairFilter, page: Page) -> Paged[Pair]:
         """Newest first."""
         filters = asdict(wanted)
-        place = pages.decode("pairs", filters, page.token) if page.token else [None, None]
-        asked = {
-            **filters,
+        before, after_id = pages.decode("pairs", filters, page.token) if page.token else [None, None]
+        after = datetime.fromisoformat(before) if before else None
+        finding = [wanted.finding_id] if wanted.finding_id else None
+        asked: dict[str, Any] = {
+            "endpoints": await self._endpoints(
+                wanted.service, finding, method=wanted.method, route=wanted.route
+            ),
             "outcomes": _list(wanted.outcomes),
+            "finding_id": wanted.finding_id,
             **_bounds(wanted.window),
-            "limit": page.size + 1,
+            "after_at": after,
+            "after_id": after_id,
         }
-        asked |= {"after_at": place[0] and datetime.fromisoformat(place[0]), "after_id": place[1]}
-        del asked["window"]
-        found = await self.database.rows("pairs", asked)
+        found: list[Row] = []
+        for day in await self._days(wanted.window, after) if asked["endpoints"] else ():
+            more = page.size + 1 - len(found)
+            found += await self.database.rows("pairs", {**asked, "day": day, "limit": more})
+            if len(found) > page.size:
+                break
         return _paged(
             found,
             page,
             rows.pair,
             lambda last: pages.encode("pairs", filters, [last["at"].isoformat(), last["id"]]),
         )
+
+    async def _days(self, window: Window, before: datetime | None) -> list[date]:
+        """Those that may have pairs of a window, from the one of a moment, the newest first."""
+        last = min((moment for moment in (window.end, before) if moment), default=None)
+        return [
+            day
+            for (day,) in (row.values() for row in await self.database.rows("days"))
+            if (window.start is None or day >= window.start.astimezone(UTC).date())
+            and (last is None or day <= last.astimezone(UTC).date())
+        ]
 
     async def pair(self, pair_id: str) -> PairDetail:
         """Raise NotFoundError for what was not sampled, has not arrived yet, or is no longer kept."""

@@ -1,0 +1,150 @@
+"""What is asked of an endpoint reads about as many rows as it gives, however many pairs other endpoints have."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+
+import psycopg
+import pytest
+
+from abreast_sidecar.housekeeping.cache import find_misses
+from abreast_sidecar.housekeeping.latency import find_slow
+from abreast_sidecar.housekeeping.missing import find_missing
+from abreast_sidecar.store import migrate
+from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.latencies import timings
+from abreast_sidecar.store.pages import Page
+from abreast_sidecar.store.queries import PairFilter, Queries
+from abreast_sidecar.store.results import Endpoint, Window
+from support import eventually
+
+pytestmark = pytest.mark.postgres
+
+MANY = 60_000
+RARE = 30
+FEW = 20_000  # rows: what reading the newest of both endpoints may take, several times over
+ENDPOINTS = "insert into abreast.endpoint (service, method, route) values ('shop', 'GET', '/often'), ('shop', 'GET', '/rare')"
+FINDING = """
+insert into abreast.finding (endpoint_id, part, path, kind, impact, count, state, first_seen, last_seen)
+select id, 'body', '$.price', 'changed', 'value', 5, 'real', now(), now() from abreast.endpoint where route = '/rare'
+"""
+PAIRS = """
+insert into abreast.pair (day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us, findings)
+select (at at time zone 'UTC')::date, route || n, at, (select id from abreast.endpoint e where e.route = made.route), 'match',
+       'old', 200, 200, 2000, 2100,
+       case when route = '/rare' and n <= 5 then array(select id from abreast.finding) else '{}' end
+from (
+    select '/often' as route, n, %(now)s - n * interval '40 ms' as at from generate_series(1, %(many)s) as n
+    union all
+    select '/rare', n, %(now)s - interval '41 minutes' - n * interval '1 second' from generate_series(1, %(rare)s) as n
+) as made
+order by at
+"""
+READ = """
+select coalesce(sum(seq_tup_read + coalesce(idx_tup_fetch, 0)), 0)::bigint
+from pg_stat_user_tables where relname like 'pair\\_2%'
+"""
+OTHERS = (
+    "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+)
+
+
+@pytest.fixture
+async def read(postgres_url: str) -> AsyncIterator[Callable[[], int]]:
+    """How many rows of pairs were read since."""
+    await migrate(postgres_url)
+    now = datetime.now(UTC)
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(ENDPOINTS)
+        connection.execute(FINDING)
+        for day in {now.date(), (now - timedelta(hours=1)).date()}:
+            connection.execute("select abreast.open_day(%s)", [day])
+        connection.execute(PAIRS, {"now": now, "many": MANY, "rare": RARE})
+        connection.execute("vacuum analyze abreast.pair")
+        connection.execute("select pg_stat_force_next_flush()")
+        (before,) = connection.execute(READ).fetchone() or (0,)
+
+        def since() -> int:
+            eventually(lambda: connection.execute(OTHERS).fetchone() == (0,), what="all sessions have ended")
+            (found,) = connection.execute(READ).fetchone() or (0,)
+            return int(found - before)
+
+        yield since
+
+
+async def latency(database: Database) -> None:
+    await timings(database, Endpoint("shop", "GET", "/rare"), Window())
+
+
+async def pairs_of_an_endpoint(database: Database) -> None:
+    found = await Queries(database).pairs(PairFilter(service="shop", method="GET", route="/rare"), Page(100))
+    assert len(found.rows) == RARE
+
+
+async def pairs_of_a_finding(database: Database) -> None:
+    found = await Queries(database).pairs(PairFilter(service="shop", finding_id=1), Page(100))
+    assert len(found.rows) == 5
+
+
+async def separating(database: Database) -> None:
+    queries = Queries(database)
+    found, _ = await queries.finding(1)
+    await queries.separating(found)
+
+
+async def endpoints(database: Database) -> None:
+    found = await Queries(database).endpoints("shop", Window(), Page(100))
+    assert len(found.rows) == 2
+
+
+async def a_verdict(database: Database) -> None:
+    found = await Queries(database).evidence("shop", Window(), 0.1)
+    assert {one.timed for one in found.endpoints} == {25, 5000}
+
+
+async def slow_endpoints(database: Database) -> None:
+    async with database.connection() as connection:
+        await find_slow(connection)
+
+
+async def cache_misses(database: Database) -> None:
+    async with database.connection() as connection:
+        await find_misses(connection)
+
+
+async def what_is_missing(database: Database) -> None:
+    async with database.connection() as connection:
+        await find_missing(connection)
+
+
+async def the_newest_pair(database: Database) -> None:
+    assert await database.one("pair_newest", {"service": "shop", "own": datetime.now(UTC)})
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        latency,
+        pairs_of_an_endpoint,
+        pairs_of_a_finding,
+        separating,
+        endpoints,
+        a_verdict,
+        slow_endpoints,
+        cache_misses,
+        what_is_missing,
+        the_newest_pair,
+    ],
+)
+async def test_a_rare_endpoint_is_found_without_reading_the_others(
+    postgres_url: str, read: Callable[[], int], ask: Callable[[Database], Awaitable[None]]
+) -> None:
+    database = Database(postgres_url)
+    await database.open()
+    try:
+        await ask(database)
+    finally:
+        await database.close()
+
+    assert read() < FEW
