@@ -2,9 +2,10 @@
 
 Fills `pair` by one statement a million rows, over DAYS days, as a service of ENDPOINTS endpoints with FINDINGS findings
 that a hundredth of the pairs show; then measures what a further pair costs (batches of 500, by the clock) and how long it
-takes to sum up, to list findings and endpoints, and to judge, for the last hour, the last day and all that is kept.
-Rows are put into tables without indexes and triggers, which are made again afterwards. 100 million rows take about 40 GB
-and the better part of an hour: they are not part of `make bench`.
+takes to sum up, to list findings and endpoints, and to judge, for the last hour, the last day and all that is kept;
+and to find what few pairs have: a finding's pairs, those of a rare endpoint, times, slow endpoints.
+Rows are put into tables without indexes and triggers, which are made again afterwards. 100 million rows take 28 GB
+and 40 minutes: they are not part of `make bench`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from rows import Row, row
 from abreast.join import Keys
 from abreast_sidecar.compare import Rules
 from abreast_sidecar.embedded import PostgresServer
+from abreast_sidecar.housekeeping.latency import find_slow
 from abreast_sidecar.judging import judged
 from abreast_sidecar.read import Entry
 from abreast_sidecar.store import Judged, Ledger, migrate
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.pages import Page
-from abreast_sidecar.store.queries import FindingFilter, Queries
-from abreast_sidecar.store.results import Window
+from abreast_sidecar.store.latencies import timings
+from abreast_sidecar.store.queries import FindingFilter, PairFilter, Queries
+from abreast_sidecar.store.results import Endpoint, Window
 
 DAYS = 10
 ENDPOINTS, FINDINGS = 20, 50
@@ -81,6 +84,15 @@ LOADING = (
     "max_wal_senders=0",
 )
 SIZE = b"select sum(pg_total_relation_size(relid)) from pg_partition_tree('abreast.pair')"
+RARE = "/rare"  # the route of an endpoint with a single pair, on the first day
+RARE_PAIR = b"""
+with made as (
+    insert into abreast.endpoint (service, method, route) values (%(service)s, 'GET', %(route)s) returning id
+)
+insert into abreast.pair (day, id, at, endpoint_id, outcome)
+select (at at time zone 'UTC')::date, 'rare', at, id, 'match'
+from made cross join (select now() - (%(days)s - 1) * interval '1 day' as at) as first
+"""
 OPEN = b"select abreast.open_day((now() at time zone 'UTC')::date - n) from generate_series(-1, %s + 1) as n"
 
 
@@ -89,6 +101,7 @@ def names(connection: psycopg.Connection) -> None:
     given = {"service": SERVICE, "endpoints": ENDPOINTS, "findings": FINDINGS}
     connection.execute(NAMES, given)
     connection.execute(OPEN, [DAYS])
+    connection.execute(RARE_PAIR, {"service": SERVICE, "route": RARE, "days": DAYS})
 
 
 def fill(connection: psycopg.Connection, first: int, over: int) -> None:
@@ -189,9 +202,37 @@ async def ask(url: str) -> dict[str, list[float]]:
             found[f"list_findings_{name}_ms"] = await timed(findings)
             found[f"list_endpoints_{name}_ms"] = await timed(endpoints)
             found[f"get_verdict_{name}_ms"] = await timed(verdict)
+        found |= await ask_for_few(database)
     finally:
         await database.close()
     return found
+
+
+async def ask_for_few(database: Database) -> dict[str, list[float]]:
+    """ms of each question about what few pairs have."""
+    queries = Queries(database)
+
+    async def pairs_of_a_finding() -> object:
+        return await queries.pairs(PairFilter(service=SERVICE, finding_id=FINDINGS), Page(100, ""))
+
+    async def pairs_of_a_rare_endpoint() -> object:
+        found = await queries.pairs(PairFilter(service=SERVICE, route=RARE), Page(100, ""))
+        assert len(found.rows) == 1
+        return found
+
+    async def times() -> object:
+        return await timings(database, Endpoint(SERVICE, "GET", "/route/1"), Window())
+
+    async def slow_endpoints() -> object:
+        async with database.connection() as connection:
+            return await find_slow(connection)
+
+    return {
+        "list_pairs_of_finding_ms": await timed(pairs_of_a_finding),
+        "list_pairs_of_rare_endpoint_ms": await timed(pairs_of_a_rare_endpoint),
+        "get_latency_ms": await timed(times),
+        "find_slow_ms": await timed(slow_endpoints),
+    }
 
 
 async def timed(question: Callable[[], Awaitable[object]]) -> list[float]:
