@@ -4,7 +4,8 @@ Fills `pair` by one statement a million rows, over DAYS days, as a service of EN
 that a hundredth of the pairs show; then measures what a further pair costs (batches of 500, by the clock) and how long it
 takes to sum up, to list findings and endpoints, and to judge, for the last hour, the last day and all that is kept;
 and to find what few pairs have: a finding's pairs, those of a rare endpoint, times, slow endpoints.
-Rows are put into tables without indexes and triggers, which are made again afterwards. 100 million rows take 28 GB
+`growth_wal_bytes` is what Postgres's log gets for each of the first 5,000 pairs after a checkpoint, of a day that is full, whole
+pages included. Rows are put into tables without indexes and triggers, which are made again afterwards. 100 million rows take 28 GB
 and 40 minutes: they are not part of `make bench`.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -40,7 +42,8 @@ DAYS = 10
 ENDPOINTS, FINDINGS = 20, 50
 SHOWN = 100  # every so many-th pair shows a finding
 MILLION = 1_000_000
-QUICK = (0.1,)  # millions
+DAY = 86_400  # seconds
+FILLED, QUICK = 1.0, 0.1  # millions, unless said
 BATCH, BATCHES = 500, 20
 ASKED = 5  # times
 
@@ -82,7 +85,9 @@ LOADING = (
     "autovacuum=off",
     "wal_level=minimal",
     "max_wal_senders=0",
+    "full_page_writes=on",
 )
+WRITTEN = b"select pg_current_wal_insert_lsn() - '0/0'"
 SIZE = b"select sum(pg_total_relation_size(relid)) from pg_partition_tree('abreast.pair')"
 RARE = "/rare"  # the route of an endpoint with a single pair, on the first day
 RARE_PAIR = b"""
@@ -147,24 +152,26 @@ def bare(connection: psycopg.Connection) -> Iterator[None]:
     connection.execute("alter table abreast.pair enable trigger user")
 
 
-def batches() -> Iterator[list[Judged]]:
+def batches(at: float) -> Iterator[list[Judged]]:
+    """Pairs of that moment."""
     rules = Rules.ignoring(())
-    at = int(time.time() * 1000)
     made = pairs(BATCH * BATCHES, 1 / SHOWN)
     for number in range(BATCHES):
         batch = []
         for one in range(BATCH):
             (pair, _, _, old), (_, _, _, new) = next(made), next(made)
-            entry = Entry(Keys(SERVICE, 0), f"{at}-{number * BATCH + one}", pair, "joined", (old, new), 0)
+            entry = Entry(
+                Keys(SERVICE, 0), f"{round(at * 1000)}-{number * BATCH + one}", pair, "joined", (old, new), 0
+            )
             batch.append(judged(entry, rules))
         yield batch
 
 
-async def write(url: str) -> list[float]:
+async def write(url: str, at: float, many: int = BATCHES) -> list[float]:
     """µs a pair by the clock, of each batch."""
     ledger = Ledger(url, examples_per_finding=3)
     took = []
-    for batch in batches():
+    for batch in itertools.islice(batches(at), many):
         began = time.perf_counter()
         await ledger.write(batch)
         took.append((time.perf_counter() - began) / BATCH * 1e6)
@@ -244,7 +251,8 @@ async def timed(question: Callable[[], Awaitable[object]]) -> list[float]:
     return took
 
 
-def rows(millions: Sequence[float] = (1,), *, quick: bool = False) -> list[Row]:
+def rows(millions: Sequence[float] = (), *, quick: bool = False) -> list[Row]:
+    """`growth_rows` says of how many pairs the others are; where sizes are given, the names do."""
     found: list[Row] = []
     with (
         PostgresServer(options=LOADING) as server,
@@ -253,25 +261,41 @@ def rows(millions: Sequence[float] = (1,), *, quick: bool = False) -> list[Row]:
         asyncio.run(migrate(server.url()))
         names(connection)
         filled = 0
-        for wanted in QUICK if quick else millions:
+        for wanted in millions or (QUICK if quick else FILLED,):
             fill(connection, filled, round(wanted * MILLION))
             filled = round(wanted * MILLION)
-            found += measured(server.url(), wanted)
+            label = f"growth_{wanted:g}m" if millions else "growth"
+            found.append(row(f"{label}_rows", "pairs", [filled]))
+            found += measured(server.url(), label, filled)
     return found
 
 
-def measured(url: str, millions: float) -> Iterator[Row]:
-    yield row(f"growth_{millions:g}m_write_us", "us", asyncio.run(write(url)))
+def logged(url: str) -> float:
+    """Bytes of the log for a pair of a day that is full, just after a checkpoint: each page is written whole when it is changed
+    for the first time.
+    """
+    yesterday = time.time() // DAY * DAY - 1
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(b"checkpoint")
+        before = connection.execute(WRITTEN).fetchone() or (0,)
+        asyncio.run(write(url, yesterday, BATCHES // 2))
+        after = connection.execute(WRITTEN).fetchone() or (0,)
+    return float(after[0] - before[0]) / BATCH / (BATCHES // 2)
+
+
+def measured(url: str, label: str, filled: int) -> Iterator[Row]:
+    yield row(f"{label}_write_us", "us", asyncio.run(write(url, time.time())))
+    yield row(f"{label}_wal_bytes", "B", [logged(url)])
     for name, took in asyncio.run(ask(url)).items():
-        yield row(f"growth_{millions:g}m_{name}", "ms", took)
+        yield row(f"{label}_{name}", "ms", took)
     with psycopg.connect(url) as connection:
         (size,) = connection.execute(SIZE).fetchone() or (0,)
-    yield row(f"growth_{millions:g}m_pair_bytes", "B", [float(size) / millions / MILLION])
+    yield row(f"{label}_pair_bytes", "B", [float(size) / filled])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--millions", type=float, nargs="+", default=[1])
+    parser.add_argument("--millions", type=float, nargs="+", default=[])
     for each in rows(parser.parse_args().millions):
         print(json.dumps(each), flush=True)
 

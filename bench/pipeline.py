@@ -2,8 +2,10 @@
 
 Real servers, JSON bodies of 2 and 50 KB of which none, one in a hundred or all differ, one worker and two, each in a
 process of its own that waits until the stream is full. `pipeline_pairs_per_s` is by wall clock, with everything on this
-machine; `pipeline_worker_us`, `pipeline_redis_us` (the join included) and `pipeline_postgres_us` are CPU time a pair. A
-name without an ending is of equal bodies of 2 KB and one worker.
+machine; `pipeline_worker_us`, `pipeline_redis_us` (the join included) and `pipeline_postgres_us` are CPU time a pair.
+`pipeline_wal_bytes` is what Postgres's log gets for a pair, without the whole pages that follow a checkpoint (those are in
+bench/growth.py). `pipeline_worker_mib` is the most that a worker's process was resident with, `pipeline_worker_idle_mib`
+before its first entry. A name without an ending is of equal bodies of 2 KB and one worker.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import asyncio
 import contextlib
 import itertools
 import json
-import signal
+import multiprocessing
+import os
 import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +34,7 @@ from rows import Row, end_in_order, row
 from abreast.capture import Answer, Body, Capture, Request, Role, Version, encode
 from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
 from abreast_sidecar import runtime
-from abreast_sidecar.embedded import PostgresServer, RedisServer, ServerProcess
+from abreast_sidecar.embedded import PostgresServer, RedisServer
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import migrate
 from abreast_sidecar.worker import Worker
@@ -42,7 +46,9 @@ WITHIN = 120.0  # seconds for a run
 LOOK = 0.01  # seconds between two looks whether the stream is empty
 READY, GO = "bench:ready", "bench:go"  # lists: workers that wait, and what lets one of them begin
 RUNS, PAIRS = 3, 20_000
-QUICK_RUNS, QUICK_PAIRS = 1, 3_000
+QUICK_RUNS, QUICK_PAIRS = 1, 2_000
+FORKED = multiprocessing.get_context("forkserver")  # a worker is there at once: what it needs is imported
+FORKED.set_forkserver_preload(["abreast_sidecar.worker", "abreast_sidecar.embedded"])
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,9 @@ class Found:
     worker: list[float] = field(default_factory=list)
     redis: list[float] = field(default_factory=list)
     postgres: list[float] = field(default_factory=list)
+    wal: list[float] = field(default_factory=list)  # bytes a pair
+    memory: list[float] = field(default_factory=list)  # MiB, the most of any worker
+    idle: list[float] = field(default_factory=list)
 
 
 def body(price: float, many: int = ITEMS["2kb"]) -> bytes:
@@ -151,18 +160,16 @@ def send(
         join(keys=names, args=arguments)
 
 
-def work(redis_url: str, postgres_url: str, name: str) -> None:
-    """A worker's process: wait, then work until SIGTERM."""
+def work(redis_url: str, postgres_url: str, name: str, log: str) -> None:
+    """A worker's process: wait, then work until it is killed."""
+    with Path(log).open("ab") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
     with redis.Redis.from_url(redis_url, socket_timeout=2 * WITHIN) as client:
         client.rpush(READY, name)
         client.blpop([GO], timeout=WITHIN)
-
-    async def running() -> None:
-        stop = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-        await Worker(Settings(redis_url=redis_url, postgres_url=postgres_url), name=name).run(stop)
-
-    runtime.run(running())
+    settings = Settings(redis_url=redis_url, postgres_url=postgres_url)
+    runtime.run(Worker(settings, name=name).run(asyncio.Event()))
 
 
 class Bench:
@@ -173,8 +180,7 @@ class Bench:
 
     def run(self, case: Case, most: int, found: Found) -> None:
         count, large = case.pairs(most), case.size != "2kb"
-        with contextlib.ExitStack() as opening:
-            workers = [opening.enter_context(self._worker(f"bench-{n}")) for n in range(case.workers)]
+        with self._workers(case.workers) as workers:
             parts = {"redis": self._pid(self._valkey), "postgres": self._pid(self._postgres)}
             before = {name: processes.cpu(pid) for name, pid in parts.items()}
             send(
@@ -182,41 +188,66 @@ class Bench:
                 pairs(count, case.share, ITEMS[case.size]),
                 2 * SEND // 10 if large else 2 * SEND,
             )
-            idle = sum(processes.cpu(worker.pid) for worker in workers)
+            self._ready(workers)
+            idle, log = sum(processes.cpu(_pid(worker)) for worker in workers), self._written()
+            found.idle.append(max(processes.highest(_pid(worker)) for worker in workers))
             seconds = self._drained(workers)
             found.rate.append(count / seconds)
-            took = sum(processes.cpu(worker.pid) for worker in workers) - idle
+            took = sum(processes.cpu(_pid(worker)) for worker in workers) - idle
             found.worker.append(took / count * 1e6)
+            found.wal.append((self._written() - log) / count)
+            found.memory.append(max(processes.highest(_pid(worker)) for worker in workers))
             for name, pid in parts.items():
                 getattr(found, name).append((processes.cpu(pid) - before[name]) / count * 1e6)
         self.sent += count
         self.differing += len(range(0, count, round(1 / case.share))) if case.share else 0
 
     @contextlib.contextmanager
-    def _worker(self, name: str) -> Iterator[ServerProcess]:
-        """Its process, once it waits."""
-        before = self._client.llen(READY)
-        command = [sys.executable, __file__, "--work", self._valkey.url, self._postgres.url(), name]
-        server = ServerProcess.start(
-            name, command, self._folder / f"{name}.log", ready=lambda _pid: self._client.llen(READY) > before
-        )
+    def _workers(self, many: int) -> Iterator[list[BaseProcess]]:
+        """Their processes, which begin while the stream is filled."""
+        self._client.delete(READY)
+        urls = self._valkey.url, self._postgres.url()
+        workers: list[BaseProcess] = [
+            FORKED.Process(target=work, args=(*urls, f"bench-{n}", str(self._folder / f"{n}.log")))
+            for n in range(many)
+        ]
+        for worker in workers:
+            worker.start()
         try:
-            yield server
+            yield workers
         finally:
-            server.stop()
+            for worker in workers:
+                worker.kill()  # all is acknowledged, and an end in order would wait for entries first
+            for worker in workers:
+                worker.join()
 
-    def _drained(self, workers: Sequence[ServerProcess]) -> float:
+    def _ready(self, workers: Sequence[BaseProcess]) -> None:
+        began = time.monotonic()
+        while self._client.llen(READY) < len(workers):
+            self._look(workers, began)
+
+    def _drained(self, workers: Sequence[BaseProcess]) -> float:
         """Seconds from the start until the stream is empty."""
         began = time.monotonic()
         self._client.rpush(GO, *range(len(workers)))
         while self._client.xlen(Keys(SERVICE, 0).ready):
-            time.sleep(LOOK)
-            for worker in workers:
-                if not worker.alive:
-                    raise RuntimeError(f"a worker has ended:\n{worker.tail()}")
-            if time.monotonic() - began > WITHIN:
-                raise RuntimeError(f"the stream was not empty after {WITHIN:g} s")
+            self._look(workers, began)
         return time.monotonic() - began
+
+    def _look(self, workers: Sequence[BaseProcess], began: float) -> None:
+        time.sleep(LOOK)
+        if not all(worker.is_alive() for worker in workers):
+            logs = (one.read_text(errors="replace")[-2000:] for one in self._folder.glob("*.log"))
+            raise RuntimeError("a worker has ended:\n" + "\n".join(logs))
+        if time.monotonic() - began > WITHIN:
+            raise RuntimeError(f"the workers have not done their work after {WITHIN:g} s")
+
+    def _written(self) -> int:
+        """Bytes of Postgres's log since ever."""
+        with psycopg.connect(self._postgres.url()) as connection:
+            row = connection.execute("select pg_current_wal_insert_lsn() - '0/0'").fetchone()
+        assert row is not None
+        return int(row[0])
 
     def _pid(self, server: RedisServer | PostgresServer) -> int:
         assert server.server is not None
@@ -229,6 +260,11 @@ class Bench:
             )
         if rows.get("mismatch", 0) != self.differing or sum(rows.values()) != self.sent:
             raise RuntimeError(f"the ledger does not hold what was sent: {rows}")
+
+
+def _pid(worker: BaseProcess) -> int:
+    assert worker.pid is not None
+    return worker.pid
 
 
 def measure(most: int, runs: int) -> dict[Case, Found]:
@@ -245,16 +281,20 @@ def measure(most: int, runs: int) -> dict[Case, Found]:
 
 def rows(*, quick: bool = False, runs: int | None = None, most: int | None = None) -> list[Row]:
     measured = measure(most or (QUICK_PAIRS if quick else PAIRS), runs or (QUICK_RUNS if quick else RUNS))
-    return [
+    idle = [one for each in measured.values() for one in each.idle]
+    found = [
         row(f"pipeline_{name}{case.ending}", unit, values)
-        for case, found in measured.items()
+        for case, each in measured.items()
         for name, unit, values in (
-            ("pairs_per_s", "1/s", found.rate),
-            ("worker_us", "us", found.worker),
-            ("redis_us", "us", found.redis),
-            ("postgres_us", "us", found.postgres),
+            ("pairs_per_s", "1/s", each.rate),
+            ("worker_us", "us", each.worker),
+            ("redis_us", "us", each.redis),
+            ("postgres_us", "us", each.postgres),
+            ("wal_bytes", "B", each.wal),
+            ("worker_mib", "MiB", each.memory),
         )
     ]
+    return [*found, row("pipeline_worker_idle_mib", "MiB", idle)]
 
 
 def main() -> None:
@@ -262,11 +302,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--runs", type=int)
     parser.add_argument("--pairs", type=int)
-    parser.add_argument("--work", nargs=3, metavar=("REDIS", "POSTGRES", "NAME"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.work:
-        work(*arguments.work)
-        return
     end_in_order()
     for each in rows(quick=arguments.quick, runs=arguments.runs, most=arguments.pairs):
         print(json.dumps(each), flush=True)

@@ -45,3 +45,9 @@ def resident(pid: int, below: dict[int, list[int]]) -> float:
             continue
         held += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / MIB
     return held
+
+
+def highest(pid: int) -> float:
+    """MiB that it was resident with at most."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / MIB
