@@ -132,7 +132,7 @@ async def added(kind: str, turns: int) -> list[float]:
 
 
 def rows(*, quick: bool = False) -> list[Row]:
-    runs, seconds = (2, 0.5) if quick else (9, 1.5)
+    runs, seconds, turns = (2, 0.3, 10) if quick else (9, 1.5, TURNS)
     found = throughput(runs, seconds)
     bare = found["bare"].rates
     ratios = [
@@ -142,7 +142,7 @@ def rows(*, quick: bool = False) -> list[Row]:
         for name, each in found.items()
         if name != "bare"
     ]
-    costs = [row(f"{kind}_us", "us", asyncio.run(added(kind, TURNS))) for kind in ("otel", "basehttp")]
+    costs = [row(f"{kind}_us", "us", asyncio.run(added(kind, turns))) for kind in ("otel", "basehttp")]
     rates = [row(f"uvicorn_{name}_per_s", "1/s", each.rates) for name, each in found.items()]
     cpu = [row(f"uvicorn_{name}_cpu_us", "us", each.cpu) for name, each in found.items()]
     return [*ratios, *costs, *rates, *cpu]

@@ -141,13 +141,13 @@ async def _now(connection: psycopg.AsyncConnection[Any]) -> Any:
 
 
 async def _rounds(stack: Stack, count: int, seconds: float) -> list[Round]:
-    found = [await measured(stack, seconds) for _ in range(count + 1)]
-    return found[1:]  # the first warms up
+    await measured(stack, seconds / 2)  # warms up
+    return [await measured(stack, seconds) for _ in range(count)]
 
 
 def rows(*, quick: bool = False) -> list[Row]:
     with deployed() as (stack, _pids):
-        found = asyncio.run(_rounds(stack, *((1, 1.0) if quick else (5, 4.0))))
+        found = asyncio.run(_rounds(stack, *((1, 0.7) if quick else (5, 4.0))))
     per_mille = {"p50": 0.5, "p99": 0.99}
     times = [
         row(f"{kind}_{name}_ms", "ms", [percentile(getattr(each, kind), share) * 1000 for each in found])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import sys
 
@@ -27,23 +28,30 @@ from abreast_sidecar.embedded import free_port
 from abreast_sidecar.envoy.settings import Endpoint
 
 REQUESTS = 20_000
-QUICK = 2000
+QUICK = 600  # too few for a verdict
 RATE = 250.0  # a second
 LONGEST = 3.0  # times as long as the rate asks for; a slow machine sends fewer requests
+TURN = 5.0  # seconds between two turns of a chore that decides
 SETTLE = 60  # seconds at most until all is in the ledger; what is not shows in the verdict
+Found = tuple[api.GetVerdictResponse, list[api.Finding]]  # the verdict, and findings that are told to be real
 SAME = {"old": "old", "new": "old"}
 
 
-def run(codes: dict[str, str], many: int, rate: float) -> tuple[api.GetVerdictResponse, list[api.Finding]]:
-    """The verdict, and the findings that are told to be real."""
-    ports = [Endpoint(LOOPBACK, free_port()) for _ in range(3)]
-    with deployed(Addresses(*ports), lambda _: None, codes=codes):
-        return asyncio.run(_measure(ports, many, rate))
+def run(*codes: dict[str, str], many: int, rate: float, turns: int = 2) -> list[Found]:
+    """Of each, all at the same time."""
+    with contextlib.ExitStack() as opening:
+        ports = []
+        for each in codes:
+            ports.append([Endpoint(LOOPBACK, free_port()) for _ in range(3)])
+            opening.enter_context(deployed(Addresses(*ports[-1]), lambda _: None, codes=each))
+        return asyncio.run(_all(ports, many, rate, turns))
 
 
-async def _measure(
-    ports: list[Endpoint], many: int, rate: float
-) -> tuple[api.GetVerdictResponse, list[api.Finding]]:
+async def _all(ports: list[list[Endpoint]], many: int, rate: float, turns: int) -> list[Found]:
+    return await asyncio.gather(*(_measure(each, many, rate, turns) for each in ports))
+
+
+async def _measure(ports: list[Endpoint], many: int, rate: float, turns: int) -> Found:
     listen, address, _ = (f"{one.host}:{one.port}" for one in ports)
     safe = (one for one in requests(1) if one.safe)
     async with Load(f"http://{listen}") as load:
@@ -54,7 +62,7 @@ async def _measure(
             if (await stub.GetSummary(api.GetSummaryRequest(service="shop"))).pairs >= load.tally.requests:
                 break
             await asyncio.sleep(1)
-        await asyncio.sleep(2 * 5)  # two turns of each chore that decides
+        await asyncio.sleep(turns * TURN)
         verdict = await stub.GetVerdict(api.GetVerdictRequest(service="shop"))
         listed = await stub.ListFindings(api.ListFindingsRequest(service="shop", page_size=1000))
     return verdict, [
@@ -65,10 +73,11 @@ async def _measure(
 
 
 def rows(many: int = REQUESTS, rate: float = RATE, *, quick: bool = False) -> list[Row]:
-    many = min(many, QUICK) if quick else many
-    same, false = run(SAME, many, rate)
+    if quick:
+        (same, false), (other, real) = run(SAME, CODES, many=QUICK, rate=rate, turns=1)
+    else:
+        (same, false), (other, real) = (run(each, many=many, rate=rate)[0] for each in (SAME, CODES))
     _tell("same code", same, false)
-    other, real = run(CODES, many, rate)
     _tell("new code", other, real)
     planted = {(one.place.endpoint, one.place.path) for one in REGRESSIONS}
     found = {(f"{one.endpoint.method} {one.endpoint.route}", one.path) for one in real}

@@ -71,7 +71,7 @@ def measured(quick: bool, minutes: float) -> Iterator[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
+    parser.add_argument("--quick", action="store_true", help="the same names, fewer and shorter runs")
     parser.add_argument("--minutes", type=float, help="of load, while memory is watched")
     given = parser.parse_args()
     end_in_order()

@@ -233,8 +233,8 @@ UNITS = {"flood_p99_ratio": "x", "flood_envoy_mb": "MB", "flood_errors": "reques
 def rows(*, quick: bool = False) -> list[Row]:
     with deployed() as stack:
         took = asyncio.run(rollbacks(stack, 3 if quick else 10))
-        guards = asyncio.run(guarded(stack, 2 if quick else 10))
-        flooded = asyncio.run(floods(stack, 1 if quick else 3, 1.5 if quick else 4.0))
+        guards = asyncio.run(guarded(stack, 1 if quick else 10))
+        flooded = asyncio.run(floods(stack, 1 if quick else 3, 1.0 if quick else 4.0))
     rolled = [row("rollback_ms", "ms", took), row("guard_ms", "ms", guards)]
     return [*rolled, *[row(name, UNITS[name], flooded[name]) for name in UNITS]]
 
