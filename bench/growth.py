@@ -33,8 +33,8 @@ from abreast_sidecar.judging import judged
 from abreast_sidecar.read import Entry
 from abreast_sidecar.store import Judged, Ledger, migrate
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.latencies import timings
+from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.queries import FindingFilter, PairFilter, Queries
 from abreast_sidecar.store.results import Endpoint, Window
 
