@@ -12,7 +12,7 @@ with inside as materialized (
     where new_release <> %(release)s::text and new_status is null
 ),
 -- Caches, pools and compilers are cold at first: of each release's pairs, all but the first are `warm`.
-release as (
+release as materialized ( -- once, not for each endpoint
     select endpoint_id, old_release, new_release,
            sum(pairs) - greatest(%(cold_pairs)s, ceil(sum(pairs) * %(cold_share)s::float8)) as warm
     from inside
