@@ -30,9 +30,11 @@ insert into abreast.finding (endpoint_id, part, path, kind, impact, count, state
 select id, 'body', '$.price', 'changed', 'value', 5, 'real', now(), now() from abreast.endpoint where route = '/rare'
 """
 PAIRS = """
-insert into abreast.pair (day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us, findings)
+insert into abreast.pair (
+    day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us, new_release, findings
+)
 select (at at time zone 'UTC')::date, route || n, at, (select id from abreast.endpoint e where e.route = made.route), 'match',
-       'old', 200, 200, 2000, 2100,
+       'old', 200, 200, 2000, 2100, case when route = '/often' and n > %(many)s - 100 then 'v1' else 'v2' end,
        case when route = '/rare' and n <= 5 then array(select id from abreast.finding) else '{}' end
 from (
     select '/often' as route, n, %(now)s - n * interval '40 ms' as at from generate_series(1, %(many)s) as n
@@ -103,6 +105,11 @@ async def a_verdict(database: Database) -> None:
     assert {one.timed for one in found.endpoints} == {25, 5000}
 
 
+async def a_verdict_of_a_release(database: Database) -> None:
+    found = await Queries(database).evidence("shop", Window(), 0.1, release="v1")
+    assert [one.timed for one in found.endpoints] == [90]
+
+
 async def slow_endpoints(database: Database) -> None:
     async with database.connection() as connection:
         await find_slow(connection)
@@ -131,6 +138,7 @@ async def the_newest_pair(database: Database) -> None:
         separating,
         endpoints,
         a_verdict,
+        a_verdict_of_a_release,
         slow_endpoints,
         cache_misses,
         what_is_missing,

@@ -30,6 +30,8 @@ shown as (
 ),
 counted as (
     select i.endpoint_id,
+           min(i.first) filter (where i.new_status is not null) as first,
+           max(i.last) filter (where i.new_status is not null) as last,
            coalesce(sum(i.pairs) filter (where i.old_status is not null), 0)::bigint as old_requests,
            coalesce(sum(i.pairs) filter (where i.new_status is not null), 0)::bigint as new_requests,
            coalesce(sum(i.pairs) filter (where said.compared), 0)::bigint as compared,
@@ -79,6 +81,7 @@ cross join lateral (
                   and (%(start)s::timestamptz is null or p.at >= %(start)s)
                   and (%(end)s::timestamptz is null or p.at < %(end)s)
                   and (%(last)s::timestamptz is null or p.at <= %(last)s)
+                  and p.at >= c.first and p.at <= c.last -- no looking for a release where it was not
                 order by p.endpoint_id desc, p.at desc, p.id desc
                 limit %(newest)s
             ) as latest
