@@ -179,7 +179,7 @@ def test_a_running_stack_is_drilled_and_is_afterwards_as_it_was() -> None:
         no_way = up.command("drill", "new-errors", "--running", "--new-pid", str(new))
         unasked = up.command("drill", "new-killed", "--running", "--new-pid", str(new))
         words = ["new-hangs", "redis-down", "--running", "--new-pid", str(new), "--new", "80%"]
-        done = up.command("drill", *words, "--seconds", "4", "--path", "/products/3", "--json")
+        done = up.command("drill", *words, "--seconds", "7", "--path", "/products/3", "--json")
         share = up.json("traffic")["traffic"]["new_share"]
         said = up.text
 

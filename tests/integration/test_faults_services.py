@@ -47,6 +47,8 @@ async def main(url, version, role, interval, *pairs):
     print("asked", flush=True)
     await asyncio.sleep(60)
 
+print("ready", flush=True)
+sys.stdin.readline()
 asyncio.run(main(*sys.argv[1:]))
 """
 
@@ -85,20 +87,31 @@ def envoy_counted(url: str, sampled: int) -> None:
 
 @asynccontextmanager
 async def service(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process that has answered its requests, and holds or has sent their captures. It is killed at the end."""
+    """A process that will answer requests when it is asked. It is killed at the end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-c", PROCESS, *arguments),
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(TESTS)},
     )
     assert process.stdout is not None
     try:
-        assert await process.stdout.readline() == b"asked\n"
+        assert await process.stdout.readline() == b"ready\n"
         yield process
     finally:
         process.kill()
         await process.wait()
+
+
+async def asked(*processes: asyncio.subprocess.Process) -> None:
+    """They have answered, and hold or have sent their captures. Together, for a pair does not wait while one starts."""
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"\n")
+    for process in processes:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"asked\n"
 
 
 async def test_what_a_killed_service_held_is_known_by_envoys_count(redis_url: str, postgres_url: str) -> None:
@@ -109,14 +122,15 @@ async def test_what_a_killed_service_held_is_known_by_envoys_count(redis_url: st
     envoy_counted(postgres_url, 45)
     async with (
         sidecar(settings),
-        service(redis_url, "old", "live", "0.01", *whole, *half),
-        service(redis_url, "new", "shadow", "0.01", *whole),
+        service(redis_url, "old", "live", "0.01", *whole, *half) as old,
+        service(redis_url, "new", "shadow", "0.01", *whole) as new,
     ):
+        await asked(old, new)
         async with (
-            service(redis_url, "new", "shadow", "50", *half, *gone),
-            service(redis_url, "old", "live", "50", *gone),
+            service(redis_url, "new", "shadow", "50", *half, *gone) as held,
+            service(redis_url, "old", "live", "50", *gone) as also_held,
         ):
-            pass  # killed here
+            await asked(held, also_held)  # and killed here
 
         async def all_there() -> bool:
             return sum(outcomes(postgres_url).values()) == 40
