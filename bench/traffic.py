@@ -31,7 +31,7 @@ from rows import Row, end_in_order, row
 
 from abreast.v1 import steering_pb2, steering_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_sidecar.embedded import ServerProcess
-from abreast_sidecar.embedded.process import answers, stable_port
+from abreast_sidecar.embedded.process import answers, free_port
 from abreast_sidecar.embedded.stack import ANY_PORT, Stack
 from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
 
@@ -129,7 +129,7 @@ async def serve(port: int, name: str) -> None:
 
 @contextmanager
 def deployed() -> Iterator[Stack]:
-    old, new = Endpoint("127.0.0.1", stable_port()), Endpoint("127.0.0.1", stable_port())
+    old, new = Endpoint("127.0.0.1", free_port()), Endpoint("127.0.0.1", free_port())
     settings = EnvoySettings(service=SERVICE, listen=ANY_PORT, old=(old,), new=(new,), sample_safe=0.0)
     with version("old", old.port), version("new", new.port), Stack(settings) as stack:
         yield stack

@@ -30,8 +30,8 @@ TAKEN: set[int] = set()  # in this process: no port is given twice
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("ABREAST_")}
 
 
-def stable_port() -> int:
-    while (port := embedded.stable_port()) in TAKEN:
+def free_port() -> int:
+    while (port := embedded.free_port()) in TAKEN:
         continue
     TAKEN.add(port)
     return port
@@ -44,9 +44,9 @@ class Up:
     old: int
     new: int
     options: tuple[str, ...] = ()
-    listen: int = field(default_factory=stable_port)
-    grpc: int = field(default_factory=stable_port)
-    http: int = field(default_factory=stable_port)
+    listen: int = field(default_factory=free_port)
+    grpc: int = field(default_factory=free_port)
+    http: int = field(default_factory=free_port)
     before: tuple[str, ...] = ()  # words of a command that starts it
     pids: dict[str, int] = field(default_factory=dict)  # of the versions
 
@@ -167,7 +167,7 @@ def answers(port: int) -> bool:
 @contextlib.contextmanager
 def running(*options: str, bare: str = "") -> Iterator[Up]:
     """Everything, with both versions; `bare` names one without the middleware."""
-    with Up(stable_port(), stable_port(), options) as up, contextlib.ExitStack() as opening:
+    with Up(free_port(), free_port(), options) as up, contextlib.ExitStack() as opening:
         for version, port in (("old", up.old), ("new", up.new)):
             words = ["bare"] if version == bare else []
             up.pids[version] = opening.enter_context(service(version, port, up.redis_url, *words))

@@ -22,7 +22,7 @@ from abreast_demo.service import SERVICE
 from abreast_sidecar.embedded import PostgresServer, RedisServer, ServerProcess
 from abreast_sidecar.embedded.faults import Fault, hangs, killed, of_stack
 from abreast_sidecar.embedded.folder import FOLDER_MODE
-from abreast_sidecar.embedded.process import answers, stable_port
+from abreast_sidecar.embedded.process import answers, free_port
 from abreast_sidecar.embedded.stack import Stack
 from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings, Sticky
 from abreast_sidecar.errors import ServerError
@@ -105,7 +105,7 @@ def opened(
     **more: Any,
 ) -> Iterator[Deployed]:
     """The same, with what it takes to break it."""
-    upstreams = {version: Endpoint(LOOPBACK, stable_port()) for version in VERSIONS}
+    upstreams = {version: Endpoint(LOOPBACK, free_port()) for version in VERSIONS}
     shares: dict[str, Any] = {"sample_safe": SAMPLE, "baseline_share": BASELINE, **more}
     envoy = EnvoySettings(
         service=SERVICE,

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from support import eventually
-from support_up import START, Up, answers, running, service, stable_port
+from support_up import START, Up, answers, free_port, running, service
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -74,7 +74,7 @@ def test_a_pair_can_be_looked_at_by_the_id_of_its_answer() -> None:
 
 def test_ctrl_c_stops_everything_it_started_and_nothing_else() -> None:
     """Also where a script started it with `&`, which has the signal ignored."""
-    old, new = stable_port(), stable_port()
+    old, new = free_port(), free_port()
     ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
     with (
         Up(old, new, before=ignoring) as up,
@@ -113,8 +113,8 @@ def test_a_killed_run_is_taken_up_by_the_next_one(data: Path) -> None:
 
 
 def test_two_at_once_on_one_folder_are_refused_in_one_line(data: Path) -> None:
-    with Up(stable_port(), stable_port(), ("--data", str(data))):
-        second = Up(stable_port(), stable_port(), ("--data", str(data)))
+    with Up(free_port(), free_port(), ("--data", str(data))):
+        second = Up(free_port(), free_port(), ("--data", str(data)))
         second.start()
         code = second.stop(signal.SIGCONT)  # it ends by itself
 
@@ -123,12 +123,12 @@ def test_two_at_once_on_one_folder_are_refused_in_one_line(data: Path) -> None:
 
 
 def test_a_taken_address_is_refused_in_one_line() -> None:
-    taken = stable_port()
+    taken = free_port()
     with subprocess.Popen(
         [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(taken)], stderr=subprocess.DEVNULL
     ) as other:
         eventually(lambda: listening(taken), what="the other program listens")
-        up = Up(stable_port(), stable_port(), listen=taken)
+        up = Up(free_port(), free_port(), listen=taken)
         up.start()
         code = up.stop(signal.SIGCONT)
         other.terminate()
@@ -168,7 +168,7 @@ def test_the_doctor_names_sampling_that_is_off() -> None:
 
 
 def test_the_doctor_names_a_version_that_is_down() -> None:
-    old, new = stable_port(), stable_port()
+    old, new = free_port(), free_port()
     with Up(old, new) as up:
         eventually(lambda: f"old can't be reached: 127.0.0.1:{old}" in up.text, within=30, what="up says so")
         assert {("Envoy", "old"), ("Envoy", "new")} <= up.failures()
@@ -183,7 +183,7 @@ def test_the_doctor_names_a_version_that_is_down() -> None:
 
 
 def test_the_doctor_names_a_redis_that_stands_still() -> None:
-    with Up(stable_port(), stable_port()) as up:
+    with Up(free_port(), free_port()) as up:
         assert up.process is not None
         redis = next(
             pid for pid in descendants(up.process.pid) if "valkey" in Path(f"/proc/{pid}/comm").read_text()
@@ -199,7 +199,7 @@ def test_the_doctor_names_a_redis_that_stands_still() -> None:
 
 
 def test_an_interrupt_while_it_starts_leaves_nothing_behind() -> None:
-    up = Up(stable_port(), stable_port())
+    up = Up(free_port(), free_port())
     with closing(up.log):
         process = up.start()
         eventually(lambda: "starting postgres" in up.text, within=START, what="it starts")
@@ -233,9 +233,9 @@ def test_a_server_that_ends_is_started_again_and_keeps_its_data() -> None:
 
 
 def test_shares_on_the_command_line_win_over_what_the_folder_remembers(data: Path) -> None:
-    with Up(stable_port(), stable_port(), ("--data", str(data))) as first:
+    with Up(free_port(), free_port(), ("--data", str(data))) as first:
         assert first.json("traffic")["traffic"]["sample_safe"] == 1.0
-    with Up(stable_port(), stable_port(), ("--data", str(data), "--sample", "20%")) as second:
+    with Up(free_port(), free_port(), ("--data", str(data), "--sample", "20%")) as second:
         assert second.json("traffic")["traffic"]["sample_safe"] == 0.2
-    with Up(stable_port(), stable_port(), ("--data", str(data))) as third:
+    with Up(free_port(), free_port(), ("--data", str(data))) as third:
         assert third.json("traffic")["traffic"]["sample_safe"] == 0.2

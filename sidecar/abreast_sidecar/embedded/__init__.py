@@ -2,7 +2,7 @@
 
 from abreast_sidecar.embedded.envoy import EnvoyServer, envoy_binary
 from abreast_sidecar.embedded.postgres import PostgresServer
-from abreast_sidecar.embedded.process import ServerProcess, free_port, stable_port
+from abreast_sidecar.embedded.process import ServerProcess, free_port
 from abreast_sidecar.embedded.redis import RedisServer
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     "ServerProcess",
     "envoy_binary",
     "free_port",
-    "stable_port",
 ]

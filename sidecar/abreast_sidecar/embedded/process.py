@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import pwd
-import random
+import secrets
 import shutil
 import signal
 import socket
@@ -31,22 +31,18 @@ STABLE_PORTS = range(20_000, 32_000)  # below what Linux and macOS use for outgo
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that is likely to stay free until its server listens, and while it is away.
 
-
-def stable_port() -> int:
-    """A free port that stays free while its server is away.
-
-    From the system's own range, a client that waits for the server may be given that very port for its connection.
+    From the system's own range, any client's connection may be given that very port.
     """
     for _ in range(100):
-        port = random.choice(STABLE_PORTS)  # noqa: S311  # not a secret
+        port = secrets.choice(STABLE_PORTS)
         if port_is_free("127.0.0.1", port):
             return port
-    return free_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        found: int = probe.getsockname()[1]
+        return found
 
 
 def port_is_free(host: str, port: int) -> bool:

@@ -15,7 +15,7 @@ import psycopg
 from abreast_sidecar.embedded.envoy import EnvoyServer
 from abreast_sidecar.embedded.folder import FOLDER_MODE, RunFolder
 from abreast_sidecar.embedded.postgres import PostgresServer
-from abreast_sidecar.embedded.process import ServerProcess, port_is_free, stable_port
+from abreast_sidecar.embedded.process import ServerProcess, free_port, port_is_free
 from abreast_sidecar.embedded.record import RunRecord
 from abreast_sidecar.embedded.redis import RedisServer
 from abreast_sidecar.embedded.sidecar import SidecarServer
@@ -61,7 +61,7 @@ class Stack:
             envoy,
             listen=_with_port(envoy.listen),
             sidecar=_reachable(self.grpc),
-            admin=Endpoint(LOOPBACK, stable_port()),
+            admin=Endpoint(LOOPBACK, free_port()),
         )
         self.folder = RunFolder(data)
         self.servers: dict[str, Server] = {}
@@ -134,7 +134,7 @@ class Stack:
         except ServerError:
             if port_is_free(LOOPBACK, self.redis.port):
                 raise
-            self.redis.port = ports["redis"] = stable_port()  # another program was faster
+            self.redis.port = ports["redis"] = free_port()  # another program was faster
             self._start("redis", self.redis, opening)
         folder = self.folder.part("postgres", FOLDER_MODE)
         self.postgres = PostgresServer(folder, port=ports["postgres"], keep_open=keep_open)
@@ -227,11 +227,11 @@ def _make_database(server: PostgresServer) -> None:
 
 
 def _with_port(address: Endpoint) -> Endpoint:
-    return address if address.port else Endpoint(address.host, stable_port())
+    return address if address.port else Endpoint(address.host, free_port())
 
 
 def _free_or_other(port: int) -> int:
-    return port if port and port_is_free(LOOPBACK, port) else stable_port()
+    return port if port and port_is_free(LOOPBACK, port) else free_port()
 
 
 def _reachable(address: Endpoint) -> Endpoint:
