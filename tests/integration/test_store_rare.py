@@ -21,9 +21,9 @@ from support import eventually
 
 pytestmark = pytest.mark.postgres
 
-MANY = 30_000
+MANY = 60_000
 RARE = 30
-FEW = 12_000  # rows: what reading the newest of both endpoints may take, several times over
+FEW = 20_000  # rows: what reading the newest of both endpoints may take, several times over
 ENDPOINTS = "insert into abreast.endpoint (service, method, route) values ('shop', 'GET', '/often'), ('shop', 'GET', '/rare')"
 FINDING = """
 insert into abreast.finding (endpoint_id, part, path, kind, impact, count, state, first_seen, last_seen)
