@@ -337,15 +337,14 @@ def _counts(row: Row, waivers: Sequence[Row], service: str, release: str) -> Cou
 
 
 def _of_release(span: Row | None, window: Window) -> dict[str, datetime | None]:
-    """The part of the window in which pairs without an answer of new belong to the release, and when its last pair came."""
+    """The part of the window in which pairs without an answer of new belong to the release."""
     if span is None:
-        return {"lone_start": EPOCH, "lone_end": EPOCH, "last": None}
+        return {"lone_start": EPOCH, "lone_end": EPOCH}
     starts = [one for one in (span["start"], window.start) if one is not None]
     ends = [one for one in (span["over"], window.end) if one is not None]
     return {
         "lone_start": max(starts, default=None),
         "lone_end": min(ends, default=None),
-        "last": span["last"],
     }
 
 

@@ -1,18 +1,11 @@
 -- From when until when a pair without an answer of new belongs to the release: it names none, so that it is of the latest
--- that had come. `last` is when the last pair of one came that is not the newest.
+-- that had come.
 select case when exists (
            select from abreast.release f where f.service = r.service and f.version = 'new' and f.id < r.id
        ) then first_seen end as start,
        (
            select min(first_seen) from abreast.release f
            where f.service = r.service and f.version = 'new' and f.id > r.id
-       ) as over,
-       (
-           select max(last) from abreast.hour
-           where endpoint_id = any(%(endpoints)s::integer[]) and new_release = r.label
-             and exists (
-                 select from abreast.release f where f.service = r.service and f.version = 'new' and f.id > r.id
-             )
-       ) as last
+       ) as over
 from abreast.release r
 where service = %(service)s and version = 'new' and label = %(release)s::text

@@ -1,7 +1,8 @@
 -- Of each endpoint, over what the window has of the release that is judged: pairs that name it, and of pairs without an
 -- answer of new those of its time. Findings of part latency are of no single pairs, and no row has them. Times are
 -- those of the newest pairs: of two copies, where there are enough.
--- `between`: by an equal sign the planner may go through the pairs of all endpoints, back to an endpoint that is rare.
+-- Places in the index, from where a release began to where it ended: by an equal sign the planner may go through the pairs of
+-- all endpoints, back to an endpoint that is rare, or to a release of long ago; by two ranges it expects few and sorts all.
 with inside as materialized (
     select *
     from abreast.sums(%(endpoints)s::integer[], %(start)s::timestamptz, %(end)s::timestamptz)
@@ -76,15 +77,11 @@ cross join lateral (
                 select p.at, p.id, p.old_release, p.new_release, p.outcome, p.old_status, p.new_status, p.old_us, p.new_us,
                        p.copy_us
                 from abreast.pair p
-                where p.endpoint_id between c.endpoint_id and c.endpoint_id
-                  and (%(release)s::text is null or p.new_release = %(release)s)
-                  and (%(start)s::timestamptz is null or p.at >= %(start)s)
-                  and (%(end)s::timestamptz is null or p.at < %(end)s)
-                  and (%(last)s::timestamptz is null or p.at <= %(last)s)
-                  and p.at >= c.first and p.at <= c.last -- no looking for a release where it was not
+                where (p.endpoint_id, p.at) >= (c.endpoint_id, c.first) and (p.endpoint_id, p.at) <= (c.endpoint_id, c.last)
                 order by p.endpoint_id desc, p.at desc, p.id desc
                 limit %(newest)s
             ) as latest
+            where %(release)s::text is null or new_release = %(release)s
         ) as newest
         join release r on r.endpoint_id = c.endpoint_id and r.old_release = newest.old_release
             and r.new_release = newest.new_release and newest.newer <= r.warm
