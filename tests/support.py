@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -19,12 +18,11 @@ __all__ = ["eventually", "eventually_async", "free_port", "free_ports", "frozen"
 
 
 def free_ports(number: int) -> tuple[int, ...]:
-    """All different: each is held until the last is taken."""
-    with contextlib.ExitStack() as held:
-        probes = [held.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return tuple(probe.getsockname()[1] for probe in probes)
+    """All different."""
+    ports: set[int] = set()
+    while len(ports) < number:
+        ports.add(free_port())
+    return tuple(ports)
 
 
 def eventually(condition: Callable[[], bool], *, within: float = WITHIN, what: str = "the condition") -> None:

@@ -21,10 +21,10 @@ async def events(sidecar: Running) -> list[tuple[str, str, str]]:
     return [(one.action, one.actor, one.reason) for one in found.events]
 
 
-async def recorded(sidecar: Running) -> None:
+async def recorded(sidecar: Running, times: int = 1) -> None:
     async def there() -> bool:
         try:
-            return [one[0] for one in await events(sidecar)][:1] == ["rollback"]
+            return [one[0] for one in await events(sidecar)][:times] == ["rollback"] * times
         except grpc.aio.AioRpcError:
             return False
 
@@ -169,7 +169,7 @@ async def test_two_calls_while_postgres_is_away_are_two_events(redis_url: str) -
             postgres.stop()
             first, second = await roll_back(sidecar, "one"), await roll_back(sidecar, "two")
             postgres.start()
-            await recorded(sidecar)
+            await recorded(sidecar, times=2)
             await sidecars_have_settled(sidecar)
             told = await events(sidecar)
 
