@@ -177,3 +177,21 @@ async def test_two_calls_while_postgres_is_away_are_two_events(redis_url: str) -
     assert second.traffic.rolled_back
     assert [action for action, _actor, _reason in told] == ["rollback", "rollback", "update", "create"]
     assert {reason.split()[0] for action, _actor, reason in told if action == "rollback"} == {"one", "two"}
+
+
+async def test_two_calls_while_postgres_stands_still_are_two_events(redis_url: str) -> None:
+    """Both were told that they will be recorded. When it goes on, the second changes nothing any more."""
+    with PostgresServer() as postgres:
+        async with running(redis_url, postgres.url()) as sidecar:
+            sidecar.ledger().endpoint("shop")
+            await update(sidecar, new_share=1.0)
+            assert postgres.server is not None
+            with frozen(postgres.server.pid):
+                answers = [await roll_back(sidecar, "one"), await roll_back(sidecar, "two")]
+            await recorded(sidecar, times=2)
+            await sidecars_have_settled(sidecar)
+            told = await events(sidecar)
+
+    assert all("recorded as soon as Postgres is back" in one.not_recorded for one in answers)
+    assert [action for action, _actor, _reason in told] == ["rollback", "rollback", "update", "create"]
+    assert {reason.split()[0] for action, _actor, reason in told if action == "rollback"} == {"one", "two"}

@@ -76,6 +76,7 @@ class Brakes:
         self._pulled: dict[str, Brake] = {}
         self._recording: dict[str, asyncio.Task[None]] = {}
         self._recorded: set[str] = set()
+        self._owed: set[str] = set()  # calls that were told that an event of them will be there
         self._kept: set[str] = set()  # in Redis, and to be removed there
 
     def on(self, service: str) -> Brake | None:
@@ -90,8 +91,9 @@ class Brakes:
         brake = Brake(service, note)
         self._pull(brake)
         trouble = await self._try(brake, late=False)
-        if not trouble:
+        if not trouble or brake.call in self._recorded:
             return ""
+        self._owed.add(brake.call)
         log.warning("a rollback is in force and not recorded", service=service, error=trouble)
         if await self._keep(brake):
             others = "other sidecars find it in Redis within seconds, and it outlives a restart of this one"
@@ -139,6 +141,13 @@ class Brakes:
                 brake.service, self._first, Note("sidecar", "a rollback named this service")
             )
             known = await self._journal.record_rollback(brake.service, note, brake.call, always=late)
+        if (
+            not late and brake.call in self._owed
+        ):  # it had begun before; where it changed nothing, it left no event
+            known = await self._journal.record_rollback(
+                brake.service, brake.late_note, brake.call, always=True
+            )
+        self._owed.discard(brake.call)
         self._recorded.add(brake.call)
         self._learn(known)
         self._pulled.pop(brake.call, None)
