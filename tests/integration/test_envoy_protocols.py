@@ -91,8 +91,8 @@ async def test_a_version_behind_tls_is_checked_by_name(certificate: Certificate)
             assert (await client.get(f"http://127.0.0.1:{other.listen.port}/")).status_code == 503
 
 
-async def test_grpc_passes_with_its_trailers_and_is_mirrored_when_asked() -> None:
-    calls: list[dict[str, str]] = []
+async def grpc_shop(calls: list[dict[str, str]]) -> tuple[grpc.aio.Server, int]:
+    """A gRPC service that notes what it was called with, and its port."""
 
     async def say(request: bytes, context: Any) -> bytes:
         calls.append(dict(context.invocation_metadata()))
@@ -103,18 +103,20 @@ async def test_grpc_passes_with_its_trailers_and_is_mirrored_when_asked() -> Non
         for number in range(3):
             yield request + str(number).encode()
 
-    async def serve() -> tuple[grpc.aio.Server, int]:
-        server = grpc.aio.server()
-        methods: dict[str, Any] = {
-            "Say": grpc.unary_unary_rpc_method_handler(say),
-            "Count": grpc.unary_stream_rpc_method_handler(count),
-        }
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("shop.Shop", methods),))
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        return server, port
+    server = grpc.aio.server()
+    methods: dict[str, Any] = {
+        "Say": grpc.unary_unary_rpc_method_handler(say),
+        "Count": grpc.unary_stream_rpc_method_handler(count),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("shop.Shop", methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    return server, port
 
-    (old, old_port), (new, new_port) = await serve(), await serve()
+
+async def test_grpc_passes_with_its_trailers_and_is_mirrored_when_asked() -> None:
+    calls: list[dict[str, str]] = []
+    (old, old_port), (new, new_port) = await grpc_shop(calls), await grpc_shop(calls)
     listen, admin_port, nobody = free_ports(3)
     settings = EnvoySettings(
         listen=Endpoint("127.0.0.1", listen),

@@ -129,20 +129,9 @@ def of_now(url: str) -> None:
     assert one(url, late) == 0
 
 
-async def test_of_redis(tmp_path: Path) -> None:
-    with Clock() as clock, parts(redis=clock) as at:
-        load = Load(at.redis.url)
-        await seed(at.url, load)
-        with replica(at.redis.url, at.url, tmp_path / "all"):
-            async with loading(load, MOST):
-                await jumps(clock, at, tmp_path, load)
-            await complete(at.url, load)
-            await empty(at.redis.url)
-        of_now(at.url)
-
-
-async def test_of_postgres(tmp_path: Path) -> None:
-    with Clock() as clock, parts(postgres=clock) as at:
+@pytest.mark.parametrize("server", ["redis", "postgres"])
+async def test_of_a_server(tmp_path: Path, server: str) -> None:
+    with Clock() as clock, parts(**{server: clock}) as at:
         load = Load(at.redis.url)
         await seed(at.url, load)
         with replica(at.redis.url, at.url, tmp_path / "all"):
