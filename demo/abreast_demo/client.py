@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Self
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import common_pb2, comparison_pb2, comparison_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_demo.plants import Place
@@ -53,16 +52,6 @@ class Client:
     async def present(self) -> traffic_pb2.Traffic:
         request = traffic_pb2.GetTrafficRequest(service=self.service)
         return (await self.traffic.GetTraffic(request, timeout=CALL_TIMEOUT)).traffic
-
-    async def restore(self, before: traffic_pb2.Traffic, actor: str = "drill") -> None:
-        """Users are where they were."""
-        if not before.rolled_back:
-            await self.move(before.new_share, actor)
-            return
-        request = traffic_pb2.RollbackRequest(
-            service=self.service, actor=actor, reason="as before", wait=Duration(seconds=1)
-        )
-        await self.traffic.Rollback(request, timeout=CALL_TIMEOUT)
 
     async def ledger(self) -> Ledger:
         request = comparison_pb2.GetSummaryRequest(service=self.service)

@@ -20,7 +20,7 @@ from abreast_demo.load import USER_HEADER
 from abreast_demo.ports import LOOPBACK
 from abreast_demo.service import SERVICE
 from abreast_sidecar.embedded import PostgresServer, RedisServer, ServerProcess
-from abreast_sidecar.embedded.faults import Fault, hangs, killed, of_stack
+from abreast_sidecar.embedded.faults import Fault, kill_tree, pause_fault, stack_faults
 from abreast_sidecar.embedded.folder import FOLDER_MODE
 from abreast_sidecar.embedded.process import answers, free_port
 from abreast_sidecar.embedded.stack import Stack
@@ -64,12 +64,12 @@ class Deployed:
         """All drills."""
         new = self.shops["new"]
         return {
-            "new-killed": Fault(killed(new.pid).breaks, lambda: self.start("new")),
-            "new-hangs": hangs(new.pid),
+            "new-killed": Fault(lambda: kill_tree(new.pid), lambda: self.start("new")),
+            "new-hangs": pause_fault(new.pid),
             "new-errors": Fault(
                 lambda: os.kill(new.pid, signal.SIGUSR1), lambda: os.kill(new.pid, signal.SIGUSR2)
             ),
-            **of_stack(self.stack),
+            **stack_faults(self.stack),
         }
 
     def fault(self, name: str) -> Fault:

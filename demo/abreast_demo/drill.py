@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from abreast.v1.traffic_pb2 import Traffic
 from abreast_demo.client import Client
 from abreast_demo.deploy import Addresses, opened
-from abreast_demo.noticed import KILLED, RECOVERY, Report, Run, Users
+from abreast_demo.noticed import RECOVERY, Report, Run, Users
 from abreast_demo.ports import LOOPBACK
 from abreast_demo.service import SERVICE
-from abreast_demo.traffic import USERS, Request, requests
+from abreast_demo.traffic import Request, requests
 from abreast_demo.verdict import Ledger
-from abreast_sidecar.cli.humane import percent
-from abreast_sidecar.embedded.breaking import Broken
 from abreast_sidecar.envoy.settings import Endpoint
 from abreast_sidecar.errors import ServerError
 
@@ -35,7 +31,7 @@ class Options:
     names: tuple[str, ...]
     seconds: float = 6.0  # for how long the part is broken
     rate: float = 60.0  # requests a second
-    share: float | None = 1.0  # of users on new; None: as it is
+    share: float = 1.0  # of users on new
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,6 @@ class Target:
     requests: Iterator[Request]
     breaks: Callable[[str], None]
     repairs: Callable[[str], None]
-    new_is_ours: bool = True  # and started again by what repairs it
 
 
 class Crowd:
@@ -77,18 +72,6 @@ class Drills:
     options: Options
     say: Say
 
-    @contextlib.contextmanager
-    def traffic_kept(self) -> Iterator[None]:
-        if self.options.share is None:
-            yield
-            return
-        before = asyncio.run(self._traffic())
-        try:
-            yield
-        finally:
-            asyncio.run(self._restored(before))
-            self.say(f"users on new are {percent(before.new_share)} again")
-
     def run(self) -> list[Report]:
         return [self._one(name) for name in self.options.names]
 
@@ -102,21 +85,12 @@ class Drills:
 
     async def _prepared(self) -> Ledger:
         async with self._client() as client:
-            if self.options.share is not None:
-                await client.move(self.options.share, "drill")
+            await client.move(self.options.share, "drill")
             return await client.quiet()
 
     async def _arrived(self, before: Ledger) -> Ledger:
         async with self._client() as client:
             return await client.arrived(before)
-
-    async def _traffic(self) -> Traffic:
-        async with self._client() as client:
-            return await client.present()
-
-    async def _restored(self, before: Traffic) -> None:
-        async with self._client() as client:
-            await client.restore(before)
 
     def _client(self) -> Client:
         return Client(self.target.grpc_address, self.target.service)
@@ -138,10 +112,6 @@ class Drills:
         finally:
             run.repaired = time.monotonic()
             self.target.repairs(run.name)
-        if run.name == KILLED and not self.target.new_is_ours:
-            back = run.new_answered_anew()
-            run.repaired = back or run.repaired
-            self.say(f"{run.name}: {'new is back' if back else 'start new again'}")
         deadline = time.monotonic() + RECOVERY
         while not run.is_back() and time.monotonic() < deadline:
             time.sleep(POLL)
@@ -158,32 +128,7 @@ def drill(options: Options, *, say: Say) -> list[Report]:
             stack.grpc_address,
             SERVICE,
             requests(1),
-            lambda name: deployed.fault(name).breaks(),
-            lambda name: deployed.fault(name).repairs(),
+            lambda name: deployed.fault(name).inject(),
+            lambda name: deployed.fault(name).repair(),
         )
         return Drills(target, options, say).run()
-
-
-def drill_running(
-    broken: Broken, address: str, options: Options, *, new_pid: int, paths: tuple[str, ...], say: Say
-) -> list[Report]:
-    """In the stack at the other end of `broken`. Its share of users on new is in the end what it was."""
-    shop = bool(broken.facts["shop"])
-    target = Target(
-        broken.facts["url"],
-        address,
-        broken.facts["service"],
-        requests(1) if shop else visits(paths),
-        lambda name: broken.breaks(name, new_pid),
-        lambda _name: broken.repairs(),
-        new_is_ours=shop,
-    )
-    drills = Drills(target, options, say)
-    with drills.traffic_kept():
-        return drills.run()
-
-
-def visits(paths: tuple[str, ...]) -> Iterator[Request]:
-    """To services that nothing is known of but these paths."""
-    for number, path in enumerate(itertools.cycle(paths)):
-        yield Request("GET", path, f"drill-{number % USERS}")

@@ -111,12 +111,6 @@ class Run:
     def is_back(self) -> bool:
         return bool(self._back)
 
-    def new_answered_anew(self) -> float | None:
-        """When the first request was sent that a killed new answered all the same: somebody has started it again."""
-        return min(
-            (one.sent for one in self.seen if one.version == "new" and one.sent > self.gone), default=None
-        )
-
     @property
     def until_old(self) -> float | None:
         """None too where new still answered when it was repaired, or nobody noticed in time."""

@@ -15,7 +15,6 @@ from abreast_demo.ports import LOOPBACK, Ports
 from abreast_demo.service import SERVICE
 from abreast_demo.traffic import Request, requests
 from abreast_demo.verdict import Result
-from abreast_sidecar.embedded.breaking import Breaker
 from abreast_sidecar.embedded.stack import Stack
 from abreast_sidecar.envoy.settings import Endpoint
 
@@ -94,20 +93,8 @@ async def _session(shop: Deployed, options: Options, listener: Listener, results
     results.append(finished.result)
     listener.finished(finished)
     if options.stay:
-        await _stay(shop, users, listener)
-
-
-async def _stay(shop: Deployed, users: Iterator[Request], listener: Listener) -> None:
-    """With a little traffic, but while a drill counts its own."""
-    stack = shop.stack
-    facts = {"url": stack.envoy_url, "service": SERVICE, "shop": True, "drills": sorted(shop.faults())}
-    with Breaker(stack.grpc_address, facts, lambda name, _pid: shop.fault(name), listener.say) as drills:
         async with Load(stack.envoy_url) as trickle:
-            while True:
-                drills.serve(0)
-                if not drills.busy:
-                    await trickle.send(itertools.islice(users, 1), seconds=FOR_EVER, rate=TRICKLE)
-                await asyncio.sleep(1 / TRICKLE)
+            await trickle.send(users, seconds=FOR_EVER, rate=TRICKLE)
 
 
 async def _traffic(

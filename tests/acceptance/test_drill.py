@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from click.testing import CliRunner
 
-from abreast_demo.drill import visits
 from abreast_demo.noticed import Answered, Report, Run, Users
 from abreast_demo.verdict import Ledger
 from abreast_sidecar.cli import abreast
 from abreast_sidecar.cli.drill import rows
 from abreast_sidecar.cli.tables import console
-from support import free_port
-from support_up import running
 
 ABREAST = Path(sys.executable).with_name("abreast")
 EMPTY = Ledger(outcomes={}, envoy=0, unaccounted=0, pending=0, drops={})
@@ -80,15 +74,6 @@ def test_what_fails_a_drill() -> None:
         assert run(*seen).report(EMPTY, AFTER).trouble == trouble
 
 
-def test_a_killed_version_that_somebody_starts_again_at_once_was_left_alone_until_then() -> None:
-    seen = (answered(10.25, "new", took=0.1), answered(10.6, "old"), answered(11.5, "new"))
-    made = run(*seen)
-
-    assert made.new_answered_anew() == 11.4
-    made.repaired = 11.4
-    assert (made.until_old, made.is_back()) == (0.25, False)
-
-
 def test_where_no_user_was_on_new_any_good_answer_will_do() -> None:
     made = run(answered(21, "old", error=True), answered(22, "old"), name="redis-down")
 
@@ -96,12 +81,6 @@ def test_where_no_user_was_on_new_any_good_answer_will_do() -> None:
     made.with_new = False
     assert made.is_back()
     assert made.report(EMPTY, AFTER).trouble == "1 users of safe methods saw an error"
-
-
-def test_users_of_services_that_are_not_the_shop_get_the_paths_in_turn() -> None:
-    asked = [one.path for one in itertools.islice(visits(("/a", "/b")), 4)]
-
-    assert asked == ["/a", "/b", "/a", "/b"]
 
 
 def test_an_unsafe_request_may_fail_with_new_and_with_nothing_else() -> None:
@@ -139,10 +118,6 @@ def test_a_drill_must_be_named_and_needs_users_on_new() -> None:
         ["new-hangs", "--all"],
         ["old-killed"],
         ["new-hangs", "--new", "0%"],
-        ["new-hangs", "--new-pid", "1234"],
-        ["new-hangs", "--path", "/a"],
-        ["new-hangs", "--running", "--path", "a"],
-        ["new-hangs", "--running", "--new-pid", "1"],
     )
     for words in wrong:
         assert CliRunner().invoke(abreast, ["drill", *words]).exit_code == 2
@@ -158,44 +133,3 @@ def test_what_was_on_its_way_before_does_not_stand_for_what_is_missing_now() -> 
     assert not ledger(14, 15, 0).complete_since(before)
     assert not ledger(14, 15, 1).complete_since(before)
     assert not ledger(10, 10, 0).complete_since(before)
-
-
-def test_what_does_not_run_is_not_drilled() -> None:
-    done = CliRunner().invoke(
-        abreast, ["drill", "redis-down", "--running", "--address", f"127.0.0.1:{free_port()}"]
-    )
-
-    assert done.exit_code == 3
-    assert "no abreast up or abreast demo" in done.stderr
-
-
-@pytest.mark.timeout(240)
-def test_a_running_stack_is_drilled_and_is_afterwards_as_it_was() -> None:
-    with running() as up:
-        new = up.pids["new"]
-        refused = up.command("drill", "new-hangs", "--running")
-        idle = up.command("drill", "new-hangs", "--running", "--new-pid", str(new))
-        whole = up.command("drill", "new-hangs", "--running", "--new-pid", str(os.getpid()))
-        no_way = up.command("drill", "new-errors", "--running", "--new-pid", str(new))
-        unasked = up.command("drill", "new-killed", "--running", "--new-pid", str(new))
-        words = ["new-hangs", "redis-down", "--running", "--new-pid", str(new), "--new", "80%"]
-        done = up.command("drill", *words, "--seconds", "7", "--path", "/products/3", "--json")
-        share = up.json("traffic")["traffic"]["new_share"]
-        said = up.text
-
-    assert (
-        "abreast up knows where new listens and not which process it is; name that with --new-pid"
-        in refused.stderr
-    )
-    assert "new answered none of" in idle.stderr
-    assert "runs Abreast itself" in whole.stderr
-    assert "nothing here can make a service of yours fail so" in no_way.stderr
-    assert f"process {new} (" in unasked.stderr
-    assert "nothing here can start it again" in unasked.stderr
-    assert unasked.returncode == 130
-    assert done.returncode == 0, done.stderr + done.stdout
-    hangs, redis = json.loads(done.stdout)
-    assert (hangs["passed"], hangs["lost"], redis["passed"], redis["lost"]) == (True, 0, True, 0)
-    assert hangs["until_old"] < 4
-    assert share == 0
-    assert said.count("a drill: ") == said.count("the drill is over: ") == 2, said

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from abreast_sidecar.cli import drill_running, tables
+from abreast_sidecar.cli import tables
 from abreast_sidecar.cli.exits import Exit
 from abreast_sidecar.cli.humane import count
 from abreast_sidecar.cli.parameters import SHARE
@@ -20,17 +20,11 @@ if TYPE_CHECKING:
 
 NAMES = ("new-killed", "new-hangs", "new-errors", "sidecar-killed", "redis-down", "postgres-down")
 PARTS = {"fastapi", "httpx", "pydantic"}
-ALL_NEW = 1.0
 
 
 @click.command()
 @click.argument("names", metavar="[DRILL]...", nargs=-1, type=click.Choice(NAMES))
-@click.option(
-    "--all",
-    "every",
-    is_flag=True,
-    help="All drills, one after another; with --running all that can be repaired.",
-)
+@click.option("--all", "every", is_flag=True, help="Run all drills, one after another.")
 @click.option(
     "--seconds", type=click.FloatRange(4, 60), default=6.0, show_default=True, help="How long it is broken."
 )
@@ -41,36 +35,28 @@ ALL_NEW = 1.0
     "--new",
     "share",
     type=SHARE,
-    default=None,
-    help="Share of users on new before.  [default: 100%; with --running it stays as it is]",
+    default=1.0,
+    help="Share of users on new before the fault.  [default: 100%]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines; the rest goes to stderr.")
-@drill_running.running_options
-@click.pass_context
 def command(
-    ctx: click.Context,
-    /,
-    *,
     names: tuple[str, ...],
     every: bool,
     seconds: float,
     rate: float,
-    share: float | None,
+    share: float,
     as_json: bool,
-    **of_running: Any,
 ) -> int:
-    """Break one part of a parallel run while users come, and measure what they notice.
+    """Break one part of a parallel run under traffic, and measure what users notice.
 
     Drills are new-killed, new-hangs, new-errors, sidecar-killed, redis-down and postgres-down. They run against the
-    demo's shop in a stack of their own, on free ports, and touch nothing that runs already; but for --running. Exits
-    with 1 where users saw an error that they should not have seen, or new did not come back.
+    demo's shop in a separate stack on free ports, and touch nothing that already runs. The exit code is 1 if users
+    saw an error that they should not have seen, or if new did not come back.
     """
     if every == bool(names):
         raise click.UsageError(f"name a drill ({', '.join(NAMES)}), or say --all")
     if share == 0:
         raise click.UsageError("--new must be more than 0%: a drill begins with users on new")
-    running = drill_running.Running(**of_running)
-    drill_running.check(ctx, running)
     try:
         from abreast_demo import drill
     except ModuleNotFoundError as error:
@@ -85,14 +71,9 @@ def command(
     def say(line: str) -> None:
         console.print(f"  {line}")
 
-    if share is None and not running.running:
-        share = ALL_NEW
     options = drill.Options(NAMES if every else names, seconds=seconds, rate=rate, share=share)
     with ended_by_signals():
-        if running.running:
-            reports = drill_running.drill(running, options, every=every, say=say)
-        else:
-            reports = drill.drill(options, say=say)
+        reports = drill.drill(options, say=say)
     if as_json:
         print(json.dumps([report.for_machines() for report in reports], indent=2))
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import signal
 import socket
@@ -22,7 +21,6 @@ from abreast_sidecar.errors import SettingError
 from abreast_sidecar.settings import PREFIX, text
 
 if TYPE_CHECKING:
-    from abreast_sidecar.embedded.breaking import Breaker
     from abreast_sidecar.embedded.stack import Stack
 
 REDIS_PORT = 16379  # where it is free, so that services find Redis again in the next run
@@ -161,26 +159,10 @@ def command(
             set_shares(ctx, stack)
             click.echo(guide(stack, data))
             warn_of_silent({"old": old, "new": new})
-            with breaker(stack) as drills:
-                Lookout(stack, drills.serve).watch()
+            Lookout(stack).watch()
         finally:
             ignore_signals()  # stopping takes a moment, and must not be cut short
             click.echo("\nstopping")
-
-
-def breaker(stack: Stack) -> Breaker:
-    """Takes `abreast drill --running`."""
-    from abreast_sidecar.cli.lookout import say
-    from abreast_sidecar.embedded import faults
-    from abreast_sidecar.embedded.breaking import Breaker
-
-    facts = {
-        "url": stack.envoy_url,
-        "service": stack.envoy_settings.service,
-        "shop": False,
-        "drills": sorted(faults.of_stack(stack)),
-    }
-    return Breaker(stack.grpc_address, facts, functools.partial(faults.of_run, stack), say)
 
 
 @contextlib.contextmanager
