@@ -1,0 +1,1 @@
+select version, name, digest from abreast.schema_version order by version
