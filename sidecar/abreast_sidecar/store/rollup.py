@@ -25,14 +25,14 @@ COUNTERS = ("count", "baseline_count", "explained", "new_greater", "new_smaller"
 
 @dataclass(slots=True)
 class Rollup:
-    """Parameters of findings_count.sql by finding and releases, of endpoints_count.sql by endpoint and releases, and
+    """Parameters of the query findings_count by finding and releases, of endpoints_count by endpoint and releases, and
     pairs by service, day and outcome.
     """
 
     findings: dict[Key, dict[str, Any]] = field(default_factory=dict)
     endpoints: dict[Key, dict[str, int]] = field(default_factory=dict)
     outcomes: dict[tuple[str, int, str], int] = field(default_factory=dict)
-    rules: dict[tuple[int, ...], dict[str, int]] = field(default_factory=dict)  # of rule_findings_count.sql
+    rules: dict[tuple[int, ...], dict[str, int]] = field(default_factory=dict)  # of rule_findings_count
     repeats: Repeats = field(default_factory=Repeats)
 
     def add(

@@ -1,1 +1,0 @@
-select version, name, digest from abreast.schema_version order by version
