@@ -13,7 +13,7 @@ from datetime import datetime
 from abreast_sidecar.rejudge.places import NOBODY, Known
 from abreast_sidecar.store.database import Row
 
-VALUES = ("explained", "new_greater", "new_smaller")
+VALUES = ("shape_explained", "new_greater", "new_smaller")
 COUNTERS = ("count", "baseline_count", *VALUES)
 
 Slot = tuple[int, int, int, int]  # rule or NOBODY, finding, release of old, release of new

@@ -86,7 +86,7 @@ def _check_encoding(encoding: str, where: str) -> None:
 
 async def _done(connection: AsyncConnection[TupleRow], where: str) -> list[TupleRow]:
     """Return the applied migrations. Refuse a database that this code did not create."""
-    ((versioned, outdated, tables),) = await (await connection.execute(statement("schema_found"))).fetchall()
+    ((versioned, outdated, tables),) = await (await connection.execute(statement("schema_state"))).fetchall()
     if versioned:
         return await (await connection.execute(statement("schema_versions"))).fetchall()
     if outdated:

@@ -21,7 +21,7 @@ FACTS = (
 )
 LEDGER = (
     "select coalesce(max(version), 0)::int, (select count(*)::bigint from abreast.finding),"
-    " (select coalesce(sum(pairs), 0)::bigint from abreast.tally) from abreast.schema_version"
+    " (select coalesce(sum(pairs), 0)::bigint from abreast.outcome_count) from abreast.schema_version"
 )
 
 

@@ -8,11 +8,11 @@ order by service
 -- name: endpoints_add
 insert into abreast.endpoint (service, method, route)
 select service, method, route
-from json_to_recordset(%(given)s::json) as given (service text, method text, route text)
+from json_to_recordset(%(rows)s::json) as input (service text, method text, route text)
 order by service, method, route
 on conflict do nothing
 
--- name: endpoints_of
+-- name: endpoints_read
 select service, method, route, id from abreast.endpoint where service = any(%(services)s)
 
 -- name: endpoint_ids
@@ -30,35 +30,35 @@ order by id
 select from abreast.endpoint where id = any(%(ids)s) order by id for no key update
 
 -- name: endpoints_count
-with given as (
+with input as (
     select id, old_release, new_release, compared, baseline_compared
-    from json_to_recordset(%(given)s::json) as given (
+    from json_to_recordset(%(rows)s::json) as input (
         id integer, old_release integer, new_release integer, compared bigint, baseline_compared bigint
     )
 ),
 by_release as (
-    insert into abreast.endpoint_release as known (endpoint_id, old_release, new_release, compared, baseline_compared)
+    insert into abreast.endpoint_release as stored (endpoint_id, old_release, new_release, compared, baseline_compared)
     select id, old_release, new_release, compared, baseline_compared
-    from given
+    from input
     order by id, old_release, new_release
     on conflict (endpoint_id, old_release, new_release) do update
-    set compared = known.compared + excluded.compared,
-        baseline_compared = known.baseline_compared + excluded.baseline_compared
+    set compared = stored.compared + excluded.compared,
+        baseline_compared = stored.baseline_compared + excluded.baseline_compared
 )
 update abreast.endpoint
 set compared = endpoint.compared + total.compared,
     baseline_compared = endpoint.baseline_compared + total.baseline_compared
 from (
-    select id, sum(compared) as compared, sum(baseline_compared) as baseline_compared from given group by id
+    select id, sum(compared) as compared, sum(baseline_compared) as baseline_compared from input group by id
 ) as total
 where endpoint.id = total.id
 
--- name: endpoints
+-- name: endpoints_list
 -- Percentiles come from the newest pairs of each endpoint.
 -- `between` keeps the planner on pair_endpoint_at; with `=` it may scan the pairs of all endpoints.
 with inside as materialized (
     select endpoint_id, outcome, findings, sum(pairs)::bigint as pairs
-    from abreast.sums(%(endpoints)s::integer[], %(start)s::timestamptz, %(end)s::timestamptz)
+    from abreast.pair_counts(%(endpoints)s::integer[], %(start)s::timestamptz, %(end)s::timestamptz)
     group by endpoint_id, outcome, findings
     having sum(pairs) > 0
 ),
@@ -94,8 +94,8 @@ cross join lateral (
 cross join lateral (
     select count(*) as findings
     from abreast.finding g
-    where g.endpoint_id = e.id and abreast.open_regression(g)
-      and case when abreast.of_no_pair(g)
+    where g.endpoint_id = e.id and abreast.is_open_regression(g)
+      and case when abreast.is_aggregate(g)
           then g.count > 0 and g.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
            and g.first_seen < coalesce(%(end)s::timestamptz, 'infinity')
           when %(windowed)s
@@ -109,17 +109,17 @@ order by e.service, e.route, e.method
 -- harm.
 insert into abreast.release (service, version, label)
 select %(service)s, %(version)s, %(label)s
-where (select count(*) from abreast.release where service = %(service)s) < %(most)s
+where (select count(*) from abreast.release where service = %(service)s) < %(limit)s
    or %(label)s = %(other)s
 on conflict do nothing
 
--- name: releases_of
+-- name: release_ids
 select service, version, label, id
 from abreast.release
-join unnest(%(services)s::text[], %(versions)s::text[], %(labels)s::text[]) as wanted (service, version, label)
+join unnest(%(services)s::text[], %(versions)s::text[], %(labels)s::text[]) as requested (service, version, label)
     using (service, version, label)
 
--- name: rejudge_releases
+-- name: releases_read
 select service, version, label, id from abreast.release where service = any(%(services)s)
 
 -- name: release_newest
@@ -138,6 +138,6 @@ select case when exists (
        (
            select min(first_seen) from abreast.release f
            where f.service = r.service and f.version = 'new' and f.id > r.id
-       ) as over
+       ) as stop
 from abreast.release r
 where service = %(service)s and version = 'new' and label = %(release)s::text

@@ -1,21 +1,21 @@
 -- name: findings_add
 insert into abreast.finding (endpoint_id, part, path, kind, impact, first_seen, last_seen, detail)
 select endpoint_id, part, path, kind, impact, at, at, detail
-from json_to_recordset(%(given)s::json) as given (
+from json_to_recordset(%(rows)s::json) as input (
     endpoint_id integer, part text, path text, kind text, impact text, ms bigint, detail jsonb
 ), lateral (select timestamptz 'epoch' + ms * interval '1 ms') as moment (at)
 order by endpoint_id, part, path, kind
 on conflict do nothing
 
--- name: findings_of
-select finding.endpoint_id, finding.part, finding.path, finding.kind, finding.id, kept.examples, kept.largest,
-       finding.replaced
+-- name: finding_ids
+select finding.endpoint_id, finding.part, finding.path, finding.kind, finding.id, existing.examples, existing.largest,
+       finding.examples_replaced
 from abreast.finding
 cross join lateral (
-    select count(*) as examples, coalesce(max(size), 0) as largest
+    select count(*) as examples, coalesce(max(body_bytes), 0) as largest
     from abreast.finding_example
     where finding_id = finding.id
-) as kept
+) as existing
 where finding.endpoint_id = any(%(endpoints)s)
 
 -- name: findings_lock
@@ -23,103 +23,107 @@ where finding.endpoint_id = any(%(endpoints)s)
 select from abreast.finding where id = any(%(ids)s) order by id for no key update
 
 -- name: findings_count
--- Add to the counters. A fixed finding reopens if a later release shows it; without labels, if a later pair shows it. The
--- row is locked, so it reopens once.
-with given as (
-    select id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller,
-           coalesce(turns, 0) as turns, coalesce(old_again, 0) as old_again, coalesce(new_again, 0) as new_again,
-           coalesce(far_more, 0) as far_more, coalesce(far_less, 0) as far_less,
-           coalesce(copies_far_more, 0) as copies_far_more, coalesce(copies_far_less, 0) as copies_far_less,
+-- Add to the counters. A fixed finding reopens if a later release shows it; without labels, if a later pair shows it.
+-- The row is locked, so it reopens once.
+with input as (
+    select id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
+           coalesce(repeat_checks, 0) as repeat_checks, coalesce(old_repeats, 0) as old_repeats,
+           coalesce(new_repeats, 0) as new_repeats,
+           coalesce(magnitude_up, 0) as magnitude_up, coalesce(magnitude_down, 0) as magnitude_down,
+           coalesce(baseline_magnitude_up, 0) as baseline_magnitude_up,
+           coalesce(baseline_magnitude_down, 0) as baseline_magnitude_down,
            array_position(array['additive', 'value', 'breaking'], impact) as severity,
            timestamptz 'epoch' + first_ms * interval '1 ms' as first,
            timestamptz 'epoch' + last_ms * interval '1 ms' as last
-    from json_to_recordset(%(given)s::json) as given (
-        id bigint, old_release integer, new_release integer, count bigint, baseline_count bigint, explained bigint,
-        new_greater bigint, new_smaller bigint, turns bigint, old_again bigint, new_again bigint,
-        far_more bigint, far_less bigint, copies_far_more bigint, copies_far_less bigint, impact text, first_ms bigint,
+    from json_to_recordset(%(rows)s::json) as input (
+        id bigint, old_release integer, new_release integer, count bigint, baseline_count bigint, shape_explained bigint,
+        new_greater bigint, new_smaller bigint, repeat_checks bigint, old_repeats bigint, new_repeats bigint,
+        magnitude_up bigint, magnitude_down bigint, baseline_magnitude_up bigint, baseline_magnitude_down bigint,
+        impact text, first_ms bigint,
         last_ms bigint
     )
 ),
 total as (
-    select id, sum(count) as count, sum(baseline_count) as baseline_count, sum(explained) as explained,
+    select id, sum(count) as count, sum(baseline_count) as baseline_count, sum(shape_explained) as shape_explained,
            sum(new_greater) as new_greater, sum(new_smaller) as new_smaller,
-           sum(turns) as turns, sum(old_again) as old_again, sum(new_again) as new_again,
-           sum(far_more) as far_more, sum(far_less) as far_less, sum(copies_far_more) as copies_far_more,
-           sum(copies_far_less) as copies_far_less, max(severity) as severity,
+           sum(repeat_checks) as repeat_checks, sum(old_repeats) as old_repeats, sum(new_repeats) as new_repeats,
+           sum(magnitude_up) as magnitude_up, sum(magnitude_down) as magnitude_down,
+           sum(baseline_magnitude_up) as baseline_magnitude_up,
+           sum(baseline_magnitude_down) as baseline_magnitude_down, max(severity) as severity,
            min(first) as first, max(last) as last
-    from given
+    from input
     group by id
 ),
-back as (
+reopened as (
     select distinct on (f.id) f.id, r.label
-    from given g
+    from input g
     join abreast.finding f on f.id = g.id
     join abreast.release r on r.id = g.new_release
     where f.status = 'fixed' and g.count > 0
       and (r.id > f.fixed_after or (r.label = '' and g.last > f.status_since))
     order by f.id, r.id desc
 ),
-told as (
+event as (
     insert into abreast.finding_event (finding_id, actor, before, after, release, reason)
     select id, 'abreast', 'fixed', 'reopened', label, 'seen again'
-    from back
+    from reopened
 ),
 by_release as (
-    insert into abreast.finding_release as known (
-        finding_id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller, turns, old_again,
-        new_again, far_more, far_less, copies_far_more, copies_far_less, first_seen, last_seen
+    insert into abreast.finding_release as stored (
+        finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
+        repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down, first_seen, last_seen
     )
-    select id, old_release, new_release, count, baseline_count, explained, new_greater, new_smaller, turns, old_again,
-           new_again, far_more, far_less, copies_far_more, copies_far_less, first, last
-    from given
+    select id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller, repeat_checks,
+           old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down, first, last
+    from input
     order by id, old_release, new_release
     on conflict (finding_id, old_release, new_release) do update
-    set count = known.count + excluded.count,
-        baseline_count = known.baseline_count + excluded.baseline_count,
-        explained = known.explained + excluded.explained,
-        new_greater = known.new_greater + excluded.new_greater,
-        new_smaller = known.new_smaller + excluded.new_smaller,
-        turns = known.turns + excluded.turns,
-        old_again = known.old_again + excluded.old_again,
-        new_again = known.new_again + excluded.new_again,
-        far_more = known.far_more + excluded.far_more,
-        far_less = known.far_less + excluded.far_less,
-        copies_far_more = known.copies_far_more + excluded.copies_far_more,
-        copies_far_less = known.copies_far_less + excluded.copies_far_less,
-        first_seen = least(known.first_seen, excluded.first_seen),
-        last_seen = greatest(known.last_seen, excluded.last_seen)
+    set count = stored.count + excluded.count,
+        baseline_count = stored.baseline_count + excluded.baseline_count,
+        shape_explained = stored.shape_explained + excluded.shape_explained,
+        new_greater = stored.new_greater + excluded.new_greater,
+        new_smaller = stored.new_smaller + excluded.new_smaller,
+        repeat_checks = stored.repeat_checks + excluded.repeat_checks,
+        old_repeats = stored.old_repeats + excluded.old_repeats,
+        new_repeats = stored.new_repeats + excluded.new_repeats,
+        magnitude_up = stored.magnitude_up + excluded.magnitude_up,
+        magnitude_down = stored.magnitude_down + excluded.magnitude_down,
+        baseline_magnitude_up = stored.baseline_magnitude_up + excluded.baseline_magnitude_up,
+        baseline_magnitude_down = stored.baseline_magnitude_down + excluded.baseline_magnitude_down,
+        first_seen = least(stored.first_seen, excluded.first_seen),
+        last_seen = greatest(stored.last_seen, excluded.last_seen)
 )
 update abreast.finding
 set count = finding.count + total.count,
     baseline_count = finding.baseline_count + total.baseline_count,
-    explained = finding.explained + total.explained,
+    shape_explained = finding.shape_explained + total.shape_explained,
     new_greater = finding.new_greater + total.new_greater,
     new_smaller = finding.new_smaller + total.new_smaller,
-    turns = finding.turns + total.turns,
-    old_again = finding.old_again + total.old_again,
-    new_again = finding.new_again + total.new_again,
-    far_more = finding.far_more + total.far_more,
-    far_less = finding.far_less + total.far_less,
-    copies_far_more = finding.copies_far_more + total.copies_far_more,
-    copies_far_less = finding.copies_far_less + total.copies_far_less,
+    repeat_checks = finding.repeat_checks + total.repeat_checks,
+    old_repeats = finding.old_repeats + total.old_repeats,
+    new_repeats = finding.new_repeats + total.new_repeats,
+    magnitude_up = finding.magnitude_up + total.magnitude_up,
+    magnitude_down = finding.magnitude_down + total.magnitude_down,
+    baseline_magnitude_up = finding.baseline_magnitude_up + total.baseline_magnitude_up,
+    baseline_magnitude_down = finding.baseline_magnitude_down + total.baseline_magnitude_down,
     first_seen = case when finding.count = 0 and total.count > 0 then total.first
                       else least(finding.first_seen, total.first) end,
     last_seen = greatest(finding.last_seen, total.last),
     impact = case when total.severity > array_position(array['additive', 'value', 'breaking'], finding.impact)
                   then (array['additive', 'value', 'breaking'])[total.severity] else finding.impact end,
-    status = case when back.id is null then finding.status else 'reopened' end,
-    status_since = case when back.id is null then finding.status_since else clock_timestamp() end
-from total left join back using (id)
+    status = case when reopened.id is null then finding.status else 'reopened' end,
+    status_since = case when reopened.id is null then finding.status_since else clock_timestamp() end
+from total left join reopened using (id)
 where finding.id = total.id
 
--- name: drift_count
-update abreast.finding set drift = drift + 1 where id = any(%(ids)s)
+-- name: finding_drift_add
+update abreast.finding set drift_count = drift_count + 1 where id = any(%(ids)s)
 
--- name: findings
+-- name: findings_list
 -- Counts are those at `as_of`, the time of the first page, so that all pages agree. All time: the counter without later
 -- pairs. A window: its counts without later pairs.
 with candidate as (
-    select f.*, abreast.of_no_pair(f) as of_no_pair, e.service, e.method, e.route, e.compared as compared_ever,
+    select f.*, abreast.is_aggregate(f) as is_aggregate, e.service, e.method, e.route, e.compared as compared_ever,
            case f.impact when 'breaking' then 0 when 'value' then 1 else 2 end as rank
     from abreast.finding f
     join abreast.endpoint e on e.id = f.endpoint_id
@@ -131,18 +135,18 @@ with candidate as (
       and (%(kinds)s::text[] is null or f.kind = any(%(kinds)s))
       and (%(impacts)s::text[] is null or f.impact = any(%(impacts)s))
       and (%(include_noise)s or %(only_explained)s or f.state <> 'noise' or f.status = 'confirmed'
-           or f.count + f.baseline_count = 0) -- all is explained by something else
+           or f.count + f.baseline_count = 0) -- something else explains all of it
       and (%(include_settled)s or %(only_explained)s or f.status not in ('expected', 'fixed'))
 ),
--- What came after `as_of`, and the window without it.
+-- `since` has the pairs after `as_of`; `inside` has the window without them.
 since as materialized (
     select *
-    from abreast.sums(%(endpoints)s::integer[], %(since)s::timestamptz, %(end)s::timestamptz)
+    from abreast.pair_counts(%(endpoints)s::integer[], %(since)s::timestamptz, %(end)s::timestamptz)
     where %(release)s = '' or new_release = %(release)s
 ),
 inside as materialized (
     select endpoint_id, outcome, findings, explained, explained_by, drift, pairs
-    from abreast.sums(%(endpoints)s::integer[], %(start)s::timestamptz, %(end)s::timestamptz)
+    from abreast.pair_counts(%(endpoints)s::integer[], %(start)s::timestamptz, %(end)s::timestamptz)
     where %(release)s = '' or new_release = %(release)s
     union all
     select endpoint_id, outcome, findings, explained, explained_by, drift, -pairs from since
@@ -158,9 +162,9 @@ showing as materialized (
     where s.findings <> '{}'
     group by shown.id
 ),
--- What rules explain, and what was drift of state: both stand beside a pair's findings.
+-- Findings that rules explain, and drift of state, are separate columns of a pair.
 by_rule as materialized (
-    select one.finding_id, one.rule_id, sum(one.pairs)::bigint as pairs
+    select explaining.finding_id, explaining.rule_id, sum(explaining.pairs)::bigint as pairs
     from (
         select finding_id, rule_id, count as pairs from abreast.rule_finding where not %(windowed)s and count > 0
         union all
@@ -168,9 +172,9 @@ by_rule as materialized (
         from inside s
         cross join lateral unnest(s.explained, s.explained_by) as shown (finding_id, rule_id)
         where s.explained is not null and %(windowed)s
-    ) one
-    group by one.finding_id, one.rule_id
-    having sum(one.pairs) > 0
+    ) as explaining
+    group by explaining.finding_id, explaining.rule_id
+    having sum(explaining.pairs) > 0
 ),
 drifted as materialized (
     select shown.id, sum(s.pairs)::bigint as pairs
@@ -191,20 +195,20 @@ compared_since as materialized (
     where outcome in ('match', 'mismatch', 'partial', 'oversize')
     group by endpoint_id
 ),
-counted as (
+measured as (
     select c.*,
            case
-               when c.of_no_pair then case
+               when c.is_aggregate then case
                    when c.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
                     and c.first_seen < coalesce(%(end)s::timestamptz, 'infinity') then c.count
                    else 0 end
                when %(windowed)s then coalesce(s.pairs, 0)
                else c.count - coalesce(s.pairs, 0)
-           end as shown,
-           -- Of all time; rows may have been dropped since.
-           case when %(windowed)s then 0 else c.compared_ever - coalesce(e.pairs, 0) end as counted,
+           end as shown_pairs,
+           -- All time; retention may have dropped rows since.
+           case when %(windowed)s then 0 else c.compared_ever - coalesce(e.pairs, 0) end as compared_total,
            exists (select from by_rule b where b.finding_id = c.id) as ruled,
-           case when %(windowed)s then coalesce(d.pairs, 0) else c.drift end as drifts,
+           case when %(windowed)s then coalesce(d.pairs, 0) else c.drift_count end as drift_pairs,
            c.status in ('expected', 'fixed') or (c.state = 'noise' and c.status <> 'confirmed') as waived
     from candidate c
     left join drifted d on d.id = c.id
@@ -213,19 +217,20 @@ counted as (
 ),
 page as (
     select *
-    from counted
+    from measured
     where (%(ids)s::bigint[] is not null
-           or (shown > 0 and (waived or not %(only_explained)s))
-           or ((ruled or drifts > 0) and (%(include_settled)s or %(only_explained)s))
+           or (shown_pairs > 0 and (waived or not %(only_explained)s))
+           or ((ruled or drift_pairs > 0) and (%(include_settled)s or %(only_explained)s))
            or (not %(windowed)s and baseline_count > 0
                and (%(include_noise)s or %(only_explained)s) and (waived or not %(only_explained)s)))
-      and (%(after_id)s::bigint is null or (rank, -shown, id) > (%(after_rank)s, -%(after_count)s::bigint, %(after_id)s))
-    order by rank, shown desc, id
+      and (%(after_id)s::bigint is null or (rank, -shown_pairs, id) > (
+          %(after_rank)s, -%(after_count)s::bigint, %(after_id)s))
+    order by rank, shown_pairs desc, id
     limit %(limit)s
 )
-select p.id, p.service, p.method, p.route, p.part, p.path, p.kind, p.impact, p.shown as count, p.rank,
-       p.baseline_count, p.state, p.reason, p.drifts, p.explained as shaped, p.first_seen, p.last_seen, p.detail,
-       p.status, greatest(coalesce(c.pairs, 0), p.counted) as compared, r.old_releases, r.new_releases,
+select p.id, p.service, p.method, p.route, p.part, p.path, p.kind, p.impact, p.shown_pairs as count, p.rank,
+       p.baseline_count, p.state, p.reason, p.drift_pairs, p.shape_explained, p.first_seen, p.last_seen, p.detail,
+       p.status, greatest(coalesce(c.pairs, 0), p.compared_total) as compared, r.old_releases, r.new_releases,
        coalesce(
            (select reason from abreast.finding_event where finding_id = p.id order by id desc limit 1), ''
        ) as status_reason,
@@ -253,7 +258,7 @@ cross join lateral (
                limit %(most_releases)s
            ) as new_releases
 ) r
-order by p.rank, p.shown desc, p.id
+order by p.rank, p.shown_pairs desc, p.id
 
 -- name: finding_examples
 select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.request, p.old_status, p.new_status,
@@ -272,7 +277,7 @@ join abreast.example x on x.day = fe.day and x.pair_id = fe.pair_id
 join abreast.pair p on p.day = fe.day and p.id = fe.pair_id
 join abreast.endpoint e on e.id = p.endpoint_id
 where fe.finding_id = %(id)s
-order by fe.size, fe.day, fe.pair_id
+order by fe.body_bytes, fe.day, fe.pair_id
 limit %(limit)s
 
 -- name: finding_events
@@ -288,44 +293,44 @@ select f.id, f.count, f.baseline_count, f.last_seen, f.state, f.status
 from abreast.finding f join abreast.endpoint e on e.id = f.endpoint_id
 where (%(service)s = '' or e.service = %(service)s) and (f.reason <> '' or f.state <> 'undecided')
 
--- name: finding_status
+-- name: finding_status_set
 -- Set a status. The row is locked already, so this reads the last committed counters. No row is returned if the named
--- release or a later one has shown the finding.
-with found as (
+-- release release or a later one has shown the finding.
+with target as (
     select f.id, f.status, e.service,
            (
                select id from abreast.release
                where service = e.service and version = 'new' and label = %(release)s and %(release)s <> ''
-           ) as named,
+           ) as named_release,
            (
                select coalesce(max(id), 0) from abreast.release where service = e.service and version = 'new'
-           ) as newest
+           ) as newest_release
     from abreast.finding f join abreast.endpoint e on e.id = f.endpoint_id
     where f.id = %(id)s
 ),
 allowed as (
     select *
-    from found
-    where %(status)s <> 'fixed' or named is null
+    from target
+    where %(status)s <> 'fixed' or named_release is null
        or not exists (
            select from abreast.finding_release
-           where finding_id = found.id and count > 0 and new_release >= named
+           where finding_id = target.id and count > 0 and new_release >= named_release
        )
 ),
-told as (
+event as (
     insert into abreast.finding_event (finding_id, actor, before, after, release, reason)
     select id, %(actor)s, status, %(status)s, %(release)s, %(reason)s from allowed
 )
 update abreast.finding
 set status = %(status)s, status_since = clock_timestamp(),
-    fixed_after = case when %(status)s = 'fixed' then coalesce(allowed.named - 1, allowed.newest) end
+    fixed_after = case when %(status)s = 'fixed' then coalesce(allowed.named_release - 1, allowed.newest_release) end
 from allowed
 where finding.id = allowed.id
 returning finding.id
 
--- name: findings_back
+-- name: findings_reopen
 -- Reopen fixed findings of detectors if they hold in a later release.
-with found as (
+with reopened as (
     select f.id, newest.label
     from abreast.finding f
     join abreast.endpoint e on e.id = f.endpoint_id
@@ -336,7 +341,7 @@ with found as (
         order by id desc
         limit 1
     ) as newest
-    where f.status = 'fixed' and abreast.of_no_pair(f)
+    where f.status = 'fixed' and abreast.is_aggregate(f)
       and (
           (newest.id > f.fixed_after and f.last_seen > newest.first_seen)
           or (newest.label = '' and f.last_seen > f.status_since)
@@ -344,11 +349,11 @@ with found as (
     order by f.id
     for no key update of f
 ),
-told as (
+event as (
     insert into abreast.finding_event (finding_id, actor, before, after, release, reason)
-    select id, 'abreast', 'fixed', 'reopened', label, 'seen again' from found
+    select id, 'abreast', 'fixed', 'reopened', label, 'seen again' from reopened
 )
 update abreast.finding
 set status = 'reopened', status_since = clock_timestamp()
-from found
-where finding.id = found.id
+from reopened
+where finding.id = reopened.id

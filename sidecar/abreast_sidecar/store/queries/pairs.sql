@@ -18,55 +18,60 @@ order by day desc
 -- before is checked. The fixed order prevents deadlocks between workers.
 insert into abreast.pair (
     day, id, at, endpoint_id, outcome, live, request, old_status, new_status, old_us, new_us, old_release, new_release,
-    findings, baseline, noise, reason, explained, explained_by, noise_explained, noise_explained_by, rules,
-    old_hits, old_misses, new_hits, new_misses, failed_over, copy_us
+    findings, baseline_differs, baseline_findings, reason, explained, explained_by, baseline_explained,
+    baseline_explained_by, rules_version,
+    old_hits, old_misses, new_hits, new_misses, failed_over, baseline_us
 )
 select (at at time zone 'UTC')::date, id, at, endpoint_id, outcome, live, coalesce(request, ''), old_status, new_status,
-       old_us, new_us, coalesce(old_release, ''), coalesce(new_release, ''), coalesce(findings, '{}'), baseline,
-       coalesce(noise, '{}'), coalesce(reason, ''), explained, explained_by, noise_explained, noise_explained_by, rules,
-       old_hits, old_misses, new_hits, new_misses, coalesce(failed_over, false), copy_us
-from json_to_recordset(%(given)s::json) as given (
+       old_us, new_us, coalesce(old_release, ''), coalesce(new_release, ''), coalesce(findings, '{}'), baseline_differs,
+       coalesce(baseline_findings, '{}'), coalesce(reason, ''), explained, explained_by, baseline_explained,
+       baseline_explained_by, rules_version,
+       old_hits, old_misses, new_hits, new_misses, coalesce(failed_over, false), baseline_us
+from json_to_recordset(%(rows)s::json) as input (
     id text, ms bigint, endpoint_id integer, outcome text, live text, request text, old_status smallint,
     new_status smallint, old_us integer, new_us integer, old_release text, new_release text, findings bigint[],
-    baseline boolean, noise bigint[], reason text, explained bigint[], explained_by integer[],
-    noise_explained bigint[], noise_explained_by integer[], rules bigint, old_hits integer,
-    old_misses integer, new_hits integer, new_misses integer, failed_over boolean, copy_us integer
+    baseline_differs boolean, baseline_findings bigint[], reason text, explained bigint[], explained_by integer[],
+    baseline_explained bigint[], baseline_explained_by integer[], rules_version bigint, old_hits integer,
+    old_misses integer, new_hits integer, new_misses integer, failed_over boolean, baseline_us integer
 ), lateral (select timestamptz 'epoch' + ms * interval '1 ms') as moment (at)
-where (at at time zone 'UTC')::date > (select until from abreast.dropped)
+where (at at time zone 'UTC')::date > (select dropped_until from abreast.retention_state)
   and not (
       at < date_trunc('day', at, 'UTC') + interval '1 hour'
-      and exists (select from abreast.pair p where p.id = given.id and p.day = (moment.at at time zone 'UTC')::date - 1)
+      and exists (select from abreast.pair p where p.id = input.id and p.day = (moment.at at time zone 'UTC')::date - 1)
   )
 order by id, ms
 on conflict do nothing
 returning id, (at at time zone 'UTC')::date - date '1970-01-01'
 
--- name: late_add
-insert into abreast.late as known (service, entries)
+-- name: late_entries_add
+insert into abreast.late_entry as stored (service, entries)
 select service, sum(entries)
-from json_to_recordset(%(given)s::json) as given (service text, day integer, entries bigint)
-where date '1970-01-01' + day <= (select until from abreast.dropped)
+from json_to_recordset(%(rows)s::json) as input (service text, day integer, entries bigint)
+where date '1970-01-01' + day <= (select dropped_until from abreast.retention_state)
 group by service
 order by service
-on conflict (service) do update set entries = known.entries + excluded.entries
+on conflict (service) do update set entries = stored.entries + excluded.entries
 
--- name: poison_add
-insert into abreast.poison (at, service, entry, reason, content)
+-- name: dead_letter_add
+insert into abreast.dead_letter (at, service, entry, reason, content)
 select timestamptz 'epoch' + %(ms)s * interval '1 ms', %(service)s, %(entry)s, %(reason)s, %(content)s
-where (select count(*) from abreast.poison where service = %(service)s) < %(limit)s
+where (select count(*) from abreast.dead_letter where service = %(service)s) < %(limit)s
 on conflict do nothing
 
--- name: tally_add
-insert into abreast.tally (service, day, outcome, pairs)
+-- name: outcome_counts_add
+insert into abreast.outcome_count (service, day, outcome, pairs)
 select service, date '1970-01-01' + day, outcome, pairs
-from json_to_recordset(%(given)s::json) as given (service text, day integer, outcome text, pairs bigint)
+from json_to_recordset(%(rows)s::json) as input (service text, day integer, outcome text, pairs bigint)
 order by service, day, outcome
-on conflict (service, day, outcome) do update set pairs = tally.pairs + excluded.pairs
+on conflict (service, day, outcome) do update set pairs = outcome_count.pairs + excluded.pairs
 
--- name: tallies
-select service, outcome, sum(pairs)::bigint as pairs from abreast.tally group by service, outcome order by service, outcome
+-- name: outcome_counts
+select service, outcome, sum(pairs)::bigint as pairs
+from abreast.outcome_count
+group by service, outcome
+order by service, outcome
 
--- name: pairs
+-- name: pairs_list
 -- List pairs of one day: the planner reads one partition, and never looks for the newest pairs in older days.
 select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.request, p.old_status, p.new_status,
        p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by, p.drift
@@ -82,7 +87,7 @@ where p.day = %(day)s and p.endpoint_id = any(%(endpoints)s::integer[])
 order by p.at desc, p.id desc
 limit %(limit)s
 
--- name: pair
+-- name: pair_get
 select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.request, p.old_status, p.new_status,
        p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by, p.drift,
        x.captures, x.differences,
@@ -101,7 +106,7 @@ where p.id = %(id)s
 order by p.day desc
 limit 1
 
--- name: pair_newest
+-- name: pair_newest_age
 -- Return the age in seconds of the newest compared pair; negative if this clock is behind. Pairs in the future by both
 -- clocks don't count.
 -- `between` keeps the planner on pair_endpoint_at; with `=` it may scan the pairs of all endpoints.
@@ -110,29 +115,30 @@ from abreast.endpoint e
 cross join lateral (
     select p.at from abreast.pair p
     where p.endpoint_id between e.id and e.id and p.outcome in ('match', 'mismatch', 'partial', 'oversize')
-      and p.at < greatest(clock_timestamp(), %(own)s) + interval '1 minute'
+      and p.at < greatest(clock_timestamp(), %(sidecar_time)s) + interval '1 minute'
     order by p.endpoint_id desc, p.at desc limit 1
 ) as newest
 where e.service = %(service)s
 
--- name: latency
--- Return times of the newest pairs of one endpoint with equal statuses, in order of arrival, and whether older pairs exist.
+-- name: pair_times
+-- Return times of the newest pairs of one endpoint with equal statuses, in order of arrival, and whether older pairs
+-- exist.
 -- `between` keeps the planner on pair_endpoint_at; with `=` it may scan the pairs of all endpoints.
 with endpoint as (
     select id from abreast.endpoint where service = %(service)s and method = %(method)s and route = %(route)s
 ),
 newest as materialized (
     select p.at, p.id, p.outcome, p.old_status, p.new_status, p.old_us, p.new_us,
-           p.old_release || ' ' || p.new_release as release, p.copy_us
+           p.old_release || ' ' || p.new_release as release, p.baseline_us
     from abreast.pair p
     where p.endpoint_id between (select id from endpoint) and (select id from endpoint)
       and (%(start)s::timestamptz is null or p.at >= %(start)s)
       and (%(end)s::timestamptz is null or p.at < %(end)s)
     order by p.endpoint_id desc, p.at desc, p.id desc
-    limit %(most)s + 1
+    limit %(limit)s + 1
 )
-select old_us, new_us, release, copy_us, (select count(*) > %(most)s from newest) as more
-from (select * from newest order by at desc, id desc limit %(most)s) as taken
+select old_us, new_us, release, baseline_us, (select count(*) > %(limit)s from newest) as more
+from (select * from newest order by at desc, id desc limit %(limit)s) as taken
 where outcome in ('match', 'mismatch') and old_status = new_status and old_us is not null and new_us is not null
 order by at, id
 
@@ -155,14 +161,14 @@ where p.endpoint_id between (select endpoint_id from abreast.finding where id = 
 order by p.endpoint_id desc, p.at desc
 limit %(limit)s
 
--- name: drift_wanted
+-- name: recheck_needed
 -- Check that the pair shows a finding that is not noise.
 select exists (
     select from abreast.pair p join abreast.finding f on f.id = any(p.findings)
     where p.id = %(pair)s and p.day = %(day)s::date and f.state <> 'noise' and p.drift is null
-) as wanted
+) as needed
 
--- name: drift_pair
+-- name: recheck_lock
 -- Lock the pair, and return its findings with its release ids.
 select f.id, f.endpoint_id, f.part, f.path, f.kind, f.impact, old.id as old_release, new.id as new_release
 from (select * from abreast.pair where id = %(pair)s and day = %(day)s::date and drift is null for update) as p
@@ -171,9 +177,9 @@ join abreast.finding f on f.id = any(p.findings)
 join abreast.release old on old.service = e.service and old.version = 'old' and old.label = p.old_release
 join abreast.release new on new.service = e.service and new.version = 'new' and new.label = p.new_release
 
--- name: drift_put
+-- name: recheck_set
 update abreast.pair
 set drift = %(ids)s, reason = %(reason)s,
-    findings = array(select one from unnest(findings) with ordinality as f (one, place)
-                     where one <> all(%(ids)s) order by place)
+    findings = array(select id from unnest(findings) with ordinality as f (id, number)
+                     where id <> all(%(ids)s) order by number)
 where id = %(pair)s and day = %(day)s::date

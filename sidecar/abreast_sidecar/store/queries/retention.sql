@@ -1,4 +1,4 @@
--- name: days_old
+-- name: days_expired
 -- List finished days to drop, oldest first: expired ones, and those above the size limit. Today is never listed, and
 -- yesterday not in the first hour, because late entries may arrive.
 select day, bytes
@@ -20,10 +20,10 @@ order by day
 -- name: day_drop
 select abreast.drop_day(%(day)s)
 
--- name: poison_drop
-delete from abreast.poison where at < %(oldest)s
+-- name: dead_letters_expire
+delete from abreast.dead_letter where at < %(oldest)s
 
--- name: samples_drop
+-- name: samples_expire
 delete from abreast.request_sample where at < %(oldest)s
 
 -- name: examples_trim
@@ -35,17 +35,17 @@ staying as (
     select distinct on (l.finding_id) l.day, l.pair_id
     from abreast.finding_example l join abreast.finding f on f.id = l.finding_id
     where f.status not in ('expected', 'fixed') and (f.state <> 'noise' or f.status = 'confirmed')
-    order by l.finding_id, l.size, l.day, l.pair_id
+    order by l.finding_id, l.body_bytes, l.day, l.pair_id
 ),
 leaving as (
     select day, pair_id, sum(bytes) over (order by bytes desc, day, pair_id) - bytes as before
     from whole
     where (day, pair_id) not in (select day, pair_id from staying)
 )
-delete from abreast.example as gone
+delete from abreast.example as deleted
 using leaving
-where (gone.day, gone.pair_id) = (leaving.day, leaving.pair_id)
-  and leaving.before < (select coalesce(sum(bytes), 0) from whole) - %(most)s::bigint
+where (deleted.day, deleted.pair_id) = (leaving.day, leaving.pair_id)
+  and leaving.before < (select coalesce(sum(bytes), 0) from whole) - %(max_bytes)s::bigint
 
 -- name: reports_fold
 select abreast.fold_reports(%(oldest)s)

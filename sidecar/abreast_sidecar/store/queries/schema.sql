@@ -1,4 +1,4 @@
--- name: schema_found
+-- name: schema_state
 -- Tell a new database from a ledger of this code, a ledger of older code, and foreign tables.
 select to_regclass('abreast.schema_version') is not null as versioned,
        to_regclass('abreast.migration') is not null as outdated,

@@ -6,14 +6,14 @@ from abreast.traffic
 where %(service)s::text is null or service = %(service)s
 order by service
 
--- name: traffic_named
+-- name: service_exists
 -- Check that an Envoy or a capture has named the service.
 select exists (select from abreast.traffic where service = %(service)s)
     or exists (select from abreast.endpoint where service = %(service)s)
     or exists (select from abreast.process_report where service = %(service)s)
     or exists (select from abreast.envoy_report where service = %(service)s) as named
 
--- name: traffic_seed
+-- name: traffic_create
 with seeded as (
     insert into abreast.traffic (service, new_share, sample_safe, sample_unsafe, baseline_share, updated_at)
     values (%(service)s, %(new_share)s, %(sample_safe)s, %(sample_unsafe)s, %(baseline_share)s, clock_timestamp())
@@ -29,7 +29,7 @@ from abreast.traffic
 where service = %(service)s
 for update
 
--- name: traffic_change
+-- name: traffic_update
 -- Times of a service stay in order even if the clock was set back.
 update abreast.traffic
 set version = version + 1,
@@ -43,7 +43,7 @@ where service = %(service)s
 returning service, version, updated_at, new_share, sample_safe, sample_unsafe, baseline_share, rolled_back,
           0::float8 as age
 
--- name: traffic_event
+-- name: traffic_event_add
 select abreast.record_event(%(service)s, %(at)s, %(actor)s, %(action)s, %(reason)s, %(before)s, %(after)s, '{}')
 
 -- name: traffic_events
@@ -53,7 +53,7 @@ where service = %(service)s and (%(before_id)s::bigint is null or id < %(before_
 order by id desc
 limit %(limit)s
 
--- name: traffic_recorded
+-- name: rollback_recorded
 -- Check that this or another sidecar has recorded the call.
 select id
 from abreast.traffic_event
