@@ -77,7 +77,7 @@ where i.indrelid = 'abreast.pair'::regclass and not i.indisprimary
 CONSTRAINTS = b"""
 select conname, pg_get_constraintdef(oid) from pg_constraint where conrelid = 'abreast.pair'::regclass and contype = 'p'
 """
-SUMS = b"do $$ begin execute abreast.summing('select 1 as sign, * from abreast.pair'); end $$"
+SUMS = b"do $$ begin execute abreast.hourly_count_statement('select 1 as sign, * from abreast.pair'); end $$"
 LOADING = (
     "max_wal_size=4GB",
     "maintenance_work_mem=1GB",
@@ -129,7 +129,7 @@ def fill(connection: psycopg.Connection, first: int, over: int) -> None:
             connection.execute(FILL, given)
             print(f"{number + many:,} rows", file=sys.stderr, flush=True)
     connection.execute("vacuum (analyze) abreast.pair")
-    connection.execute("vacuum (analyze) abreast.hour")
+    connection.execute("vacuum (analyze) abreast.hourly_count")
 
 
 @contextlib.contextmanager
@@ -147,7 +147,7 @@ def bare(connection: psycopg.Connection) -> Iterator[None]:
         connection.execute(made.replace(" ON ONLY ", " ON "))
     for name, made in constraints:
         connection.execute(f"alter table abreast.pair add constraint {name} {made}")
-    connection.execute("truncate abreast.hour")
+    connection.execute("truncate abreast.hourly_count")
     connection.execute(SUMS)
     connection.execute("alter table abreast.pair enable trigger user")
 

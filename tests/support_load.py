@@ -113,7 +113,7 @@ async def _arrived(postgres_url: str, count: int) -> bool:
 def agrees(postgres_url: str) -> None:
     """Rows, tallies, and the counters of findings and endpoints were written together."""
     queries = (
-        "select sum(pairs)::bigint from abreast.tally",
+        "select sum(pairs)::bigint from abreast.outcome_count",
         "select count(*) from abreast.pair",
         "select sum(count)::bigint from abreast.finding where part <> 'latency' and path <> 'no capture'",
         "select coalesce(sum(cardinality(findings)), 0)::bigint from abreast.pair",

@@ -106,7 +106,7 @@ def sums_are_those_of_rows(url: str) -> None:
     """By all that questions are answered by; what is zero was judged again."""
     found = rows(
         url, "select endpoint_id, hour, outcome, old_release, new_release, old_status, new_status, findings, explained,"
-        " explained_by, drift, pairs from abreast.hour where pairs <> 0"
+        " explained_by, drift, pairs from abreast.hourly_count where pairs <> 0"
     )  # fmt: skip
     wanted = rows(
         url, "select endpoint_id, date_trunc('hour', at, 'UTC'), outcome, old_release, new_release, old_status,"

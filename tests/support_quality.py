@@ -33,9 +33,7 @@ from abreast_sidecar.store.results import Finding, Window
 SERVICE = "shop"
 BATCH = 500
 BASELINE = 0.3  # as in the demo
-ENVOY = (
-    "insert into abreast.envoy_report (node, service, seen, counted, last) values ('e', %s, now(), %s, '{}')"
-)
+ENVOY = "insert into abreast.envoy_report (node, service, seen, totals, last_reading) values ('e', %s, now(), %s, '{}')"
 
 Break = Callable[[int, Capture], Capture]
 

@@ -179,9 +179,9 @@ class Ledger:
             *(at, list(findings)),
         )
         self.execute(
-            "insert into abreast.tally (service, day, outcome, pairs) "
+            "insert into abreast.outcome_count (service, day, outcome, pairs) "
             "select service, %s, %s, 1 from abreast.endpoint where id = %s "
-            "on conflict (service, day, outcome) do update set pairs = tally.pairs + 1",
+            "on conflict (service, day, outcome) do update set pairs = outcome_count.pairs + 1",
             *(day, values["outcome"], endpoint),
         )
         return number
@@ -201,7 +201,7 @@ class Ledger:
         )
         for finding, size in findings.items():
             self.execute(
-                "insert into abreast.finding_example (finding_id, day, pair_id, size) values (%s, %s, %s, %s)",
+                "insert into abreast.finding_example (finding_id, day, pair_id, body_bytes) values (%s, %s, %s, %s)",
                 *(finding, at.date(), pair, size),
             )
 

@@ -19,13 +19,13 @@ select (clock_timestamp() at time zone 'utc')::date, gen_random_uuid()::text, cl
 from generate_series(1, %s)
 """
 TALLY = """
-insert into abreast.tally (service, day, outcome, pairs) values ('shop', current_date, %s, %s)
-on conflict (service, day, outcome) do update set pairs = tally.pairs + excluded.pairs
+insert into abreast.outcome_count (service, day, outcome, pairs) values ('shop', current_date, %s, %s)
+on conflict (service, day, outcome) do update set pairs = outcome_count.pairs + excluded.pairs
 """
 ENVOY = """
-insert into abreast.envoy_report (node, service, seen, counted, last)
+insert into abreast.envoy_report (node, service, seen, totals, last_reading)
 values ('edge@127.0.0.1:1', 'shop', clock_timestamp() - %s * interval '1 second', %s, '{}')
-on conflict (node, service) do update set counted = excluded.counted, seen = excluded.seen
+on conflict (node, service) do update set totals = excluded.totals, seen = excluded.seen
 """
 
 
@@ -49,7 +49,7 @@ def add(ledger: Ledger, many: int, **given: Any) -> None:
 
 def sampled(ledger: Ledger, beyond: int = 0, *, age: float = 0.0) -> None:
     """Envoy has counted what the ledger has, and so many more."""
-    (written,) = ledger.execute("select coalesce(sum(pairs), 0)::int from abreast.tally")[0]
+    (written,) = ledger.execute("select coalesce(sum(pairs), 0)::int from abreast.outcome_count")[0]
     ledger.execute(ENVOY, age, Jsonb({"sampled": written + beyond}))
 
 

@@ -17,14 +17,14 @@ select %s, 'pair ' || %s || ' ' || n, %s + n * interval '1 ms', %s, %s, 'old', %
 from generate_series(1, %s) as n
 """
 TALLY = """
-insert into abreast.tally (service, day, outcome, pairs)
+insert into abreast.outcome_count (service, day, outcome, pairs)
 values ('shop', %s, %s, %s)
-on conflict (service, day, outcome) do update set pairs = tally.pairs + excluded.pairs
+on conflict (service, day, outcome) do update set pairs = outcome_count.pairs + excluded.pairs
 """
 ENVOY = """
-insert into abreast.envoy_report (node, service, seen, counted, last)
+insert into abreast.envoy_report (node, service, seen, totals, last_reading)
 values ('envoy', 'shop', now(), %s, '{}')
-on conflict (node, service) do update set counted = excluded.counted
+on conflict (node, service) do update set totals = excluded.totals
 """
 
 
@@ -42,7 +42,7 @@ def add(ledger: Ledger, many: int, *findings: int, at: dt.datetime = NOON, **giv
 
 def sampled(ledger: Ledger, many: int | None = None) -> None:
     """By Envoy's count; as many as the ledger has unless said."""
-    written = ledger.execute("select coalesce(sum(pairs), 0)::int from abreast.tally")[0][0]
+    written = ledger.execute("select coalesce(sum(pairs), 0)::int from abreast.outcome_count")[0][0]
     ledger.execute(ENVOY, Jsonb({"sampled": written if many is None else many}))
 
 

@@ -163,7 +163,7 @@ class Sidecar:
         await self.http.stop(http)
 
     async def _check_postgres(self) -> None:
-        await self.database.rows("now")
+        await self.database.rows("clock")
         if not self.schema:
             raise NotReadyError("the ledger's schema is not ready yet")
 

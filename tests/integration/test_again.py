@@ -131,7 +131,7 @@ async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str)
         pair = found.send({"stock": 5}, {"stock": 4})
 
         async def told() -> bool:
-            return bool(one(postgres_url, "select coalesce(sum(drift), 0) from abreast.finding"))
+            return bool(one(postgres_url, "select coalesce(sum(drift_count), 0) from abreast.finding"))
 
         await eventually_async(told, what="it is told")
         method, path, headers = found.old.seen[0]

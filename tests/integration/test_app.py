@@ -270,7 +270,7 @@ def test_a_ledger_newer_than_the_code_is_refused(redis_url: str, postgres_url: s
     assert run("migrate", "--postgres-url", postgres_url).returncode == 0
     with psycopg.connect(postgres_url) as connection:
         connection.execute(
-            "insert into abreast.migration (version, name, digest) values (9999, 'future', '')"
+            "insert into abreast.schema_version (version, name, digest) values (9999, 'future', '')"
         )
 
     addresses = ("--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0")
@@ -279,3 +279,17 @@ def test_a_ledger_newer_than_the_code_is_refused(redis_url: str, postgres_url: s
     assert ended.returncode == 3
     (line,) = [said for said in ended.stderr.splitlines() if not said.startswith("{")]
     assert "has schema version 9999" in line
+
+
+def test_sidecar_refuses_a_ledger_of_the_old_code(redis_url: str, postgres_url: str) -> None:
+    with psycopg.connect(postgres_url) as connection:
+        connection.execute("create schema abreast; create table abreast.migration (version integer)")
+
+    addresses = ("--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0")
+    for ended in (
+        run("migrate", "--postgres-url", postgres_url),
+        run("sidecar", "--redis-url", redis_url, "--postgres-url", postgres_url, *addresses),
+    ):
+        assert ended.returncode == 3
+        (line,) = [said for said in ended.stderr.splitlines() if not said.startswith("{")]
+        assert "can't upgrade: create a new database" in line

@@ -52,10 +52,10 @@ async def counted(connection: Connection, sampled: int, seconds: float, before: 
         (before,),
     )
     await connection.execute(
-        b"insert into abreast.envoy_report (node, service, seen, counted, last)"
+        b"insert into abreast.envoy_report (node, service, seen, totals, last_reading)"
         b" select 'edge', service, now(), jsonb_build_object('sampled', sum(sampled)), '{}'"
         b" from abreast.envoy_count group by service"
-        b" on conflict (node, service) do update set counted = excluded.counted"
+        b" on conflict (node, service) do update set totals = excluded.totals"
     )
 
 

@@ -295,10 +295,10 @@ async def ledger_goes_on(at: Parts) -> None:
 async def looked(at: Parts) -> None:
     """The guard has looked, and looked again."""
     for _ in range(2):
-        before = one(at.url, "select looked_at from abreast.guard")
+        before = one(at.url, "select checked_at from abreast.guard")
 
         async def again(before: object = before) -> bool:
-            return bool(one(at.url, "select looked_at from abreast.guard") != before)
+            return bool(one(at.url, "select checked_at from abreast.guard") != before)
 
         await eventually_async(again, what="the guard looks")
 

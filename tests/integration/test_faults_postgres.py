@@ -210,4 +210,4 @@ async def test_transactions_may_fail_to_serialise(redis_url: str) -> None:
             await empty(redis_url)
 
         assert one(postgres.url(), "select count(*) from abreast.pair") == PAIRS + 60
-        assert one(postgres.url(), "select sum(pairs) from abreast.tally") == PAIRS + 60
+        assert one(postgres.url(), "select sum(pairs) from abreast.outcome_count") == PAIRS + 60

@@ -80,7 +80,7 @@ async def summary(settings: Settings) -> Summary:
 def envoy_counted(url: str, sampled: int) -> None:
     with psycopg.connect(url) as connection:
         connection.execute(
-            "insert into abreast.envoy_report (node, service, seen, counted, last) values ('edge', 'shop', now(), %s, '{}')",
+            "insert into abreast.envoy_report (node, service, seen, totals, last_reading) values ('edge', 'shop', now(), %s, '{}')",
             (Jsonb({"sampled": sampled}),),
         )
 

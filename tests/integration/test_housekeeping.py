@@ -107,7 +107,7 @@ async def test_reports_of_what_is_no_more_become_one_and_their_sum_stays(
             (f"process {number}", SERVICE, number * 10, Jsonb(report)),
         )
         await connection.execute(
-            "insert into abreast.envoy_report (node, service, seen, counted, last)"
+            "insert into abreast.envoy_report (node, service, seen, totals, last_reading)"
             " values (%s, %s, now() - %s * interval '1 day', %s, '{}')",
             (f"edge {number}", SERVICE, number * 10, Jsonb({"sampled": 7, "not_sent": 1})),
         )
@@ -165,7 +165,7 @@ async def test_days_ahead_are_open_and_old_ones_go_with_all_that_hangs_on_them(
     assert one(url, "select count(*) from abreast.pair") == 2
     assert one(url, "select count(*) from abreast.finding_example") == 2
     assert one(url, "select count(*) from abreast.request_sample") == 4
-    assert one(url, "select sum(pairs) from abreast.tally") == 3
+    assert one(url, "select sum(pairs) from abreast.outcome_count") == 3
     assert one(url, "select count(*) from pg_inherits where inhparent = 'abreast.pair'::regclass") == 3
 
 
@@ -203,9 +203,7 @@ async def test_examples_together_stay_below_a_size_and_open_findings_keep_one(
     assert [size for (size,) in rows(url, sizes)] == [1, 1, 1, 2, 2, 2]
     await asyncio.gather(*(trimmed(url, 0) for _ in range(2)))
 
-    kept = (
-        "select path, size from abreast.finding join abreast.finding_example on finding_id = id order by path"
-    )
+    kept = "select path, body_bytes from abreast.finding join abreast.finding_example on finding_id = id order by path"
     assert rows(url, kept) == [("$.a", 2 * 102), ("$.b", 2 * 102)]
 
 
@@ -250,7 +248,7 @@ async def test_days_that_take_too_much_go_the_oldest_first_and_never_today(
         [1, 1],
     )  # the last minutes of yesterday may be on their way
     assert one(url, "select count(*) from abreast.pair") == 50
-    assert one(url, "select sum(pairs) from abreast.tally") == 200
+    assert one(url, "select sum(pairs) from abreast.outcome_count") == 200
 
 
 async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Connection, url: str) -> None:
@@ -289,19 +287,19 @@ async def test_new_is_held_against_copies_of_old_where_there_are_enough(
     """Of two kinds of requests, those that a cache answers are quick in copies, and others as slow as ever."""
     ledger = Ledger(url, examples_per_finding=3)
     await ledger.write(
-        [timed(f"c{n}", "/copies", 20_000, 60_000 + n, copy_us=60_000 + n % 7) for n in range(100)]
+        [timed(f"c{n}", "/copies", 20_000, 60_000 + n, baseline_us=60_000 + n % 7) for n in range(100)]
         + [
-            timed(f"f{n}", "/few", 20_000, 60_000 + n, copy_us=60_000 if n >= 81 else None)
+            timed(f"f{n}", "/few", 20_000, 60_000 + n, baseline_us=60_000 if n >= 81 else None)
             for n in range(100)
         ]
-        + [timed(f"s{n}", "/slow", 20_000, 190_000 + n, copy_us=60_000) for n in range(100)]
+        + [timed(f"s{n}", "/slow", 20_000, 190_000 + n, baseline_us=60_000) for n in range(100)]
         + [
             timed(
                 f"k{n}",
                 "/kinds",
                 40_000,
                 1_000 + n if n % 3 else 40_000 + n,
-                copy_us=1_000 + n if n % 3 else 40_000 + n,
+                baseline_us=1_000 + n if n % 3 else 40_000 + n,
             )
             for n in range(300)
         ]
@@ -323,13 +321,16 @@ async def test_nothing_is_said_of_times_while_copies_are_to_come(connection: Con
     )
     ledger = Ledger(url, examples_per_finding=3)
     await ledger.write(
-        [timed(f"f{n}", "/few", 20_000, 60_000 + n, copy_us=60_000 if n >= 90 else None) for n in range(100)]
-        + [timed(f"e{n}", "/fast", 20_000, 20_000 + n, copy_us=20_000) for n in range(100)]
+        [
+            timed(f"f{n}", "/few", 20_000, 60_000 + n, baseline_us=60_000 if n >= 90 else None)
+            for n in range(100)
+        ]
+        + [timed(f"e{n}", "/fast", 20_000, 20_000 + n, baseline_us=20_000) for n in range(100)]
     )
     assert await find_slow(connection) == 0
     assert (await counted(url))["GET /few"] == 0
 
-    await ledger.write([timed(f"g{n}", "/few", 20_000, 200_000 + n, copy_us=60_000) for n in range(100)])
+    await ledger.write([timed(f"g{n}", "/few", 20_000, 200_000 + n, baseline_us=60_000) for n in range(100)])
     await ledger.close()
     assert await find_slow(connection) == 1
     assert (await counted(url))["GET /few"] > 0
@@ -363,16 +364,18 @@ async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Conne
 
 
 def timed(
-    pair: str, route: str, old_us: int, new_us: int, *, release: str = "new-1", copy_us: int | None = None
+    pair: str, route: str, old_us: int, new_us: int, *, release: str = "new-1", baseline_us: int | None = None
 ) -> Judged:
-    plain = judged(pair=pair, route=route, releases=("old-1", release), baseline_compared=copy_us is not None)
+    plain = judged(
+        pair=pair, route=route, releases=("old-1", release), baseline_compared=baseline_us is not None
+    )
     known: Judgement = plain.judgement
     assert known.old is not None
     assert known.new is not None
     old, new = structs.replace(known.old, total_us=old_us), structs.replace(known.new, total_us=new_us)
     timed_ = structs.replace(known, old=old, new=new)
-    if copy_us is not None:
-        timed_ = structs.replace(timed_, baseline=structs.replace(old, role="baseline", total_us=copy_us))
+    if baseline_us is not None:
+        timed_ = structs.replace(timed_, baseline=structs.replace(old, role="baseline", total_us=baseline_us))
     return Judged(plain.service, plain.entry, plain.at, plain.pair, timed_, plain.blobs)
 
 
@@ -403,13 +406,13 @@ async def test_envoy_counts_each_sampled_request_once_whatever_becomes_of_it(
             assert (await running_.client.get("/no-copy")).status_code == 200
         await counts_to(connection, url, running_.server.admin_url, 4 + 3 + 5)
 
-    assert one(url, "select sum((counted->>'not_sent')::int) from abreast.envoy_report") == 5
+    assert one(url, "select sum((totals->>'not_sent')::int) from abreast.envoy_report") == 5
 
 
 async def counts_to(connection: Connection, url: str, address: str, expected: int) -> None:
     async def counted() -> bool:
         await bring_envoy(connection, address)
-        return bool(one(url, "select sum((counted->>'sampled')::int) from abreast.envoy_report") == expected)
+        return bool(one(url, "select sum((totals->>'sampled')::int) from abreast.envoy_report") == expected)
 
     await eventually_async(counted, what=f"envoy's count is {expected}")
 
@@ -427,14 +430,14 @@ async def test_envoys_sum_goes_on_over_its_restart(connection: Connection, url: 
         await counts_to(connection, url, running_.server.admin_url, 8)
         await bring_envoy(connection, running_.server.admin_url)
 
-    assert rows(url, "select (counted->>'sampled')::int from abreast.envoy_report") == [(8,)]
+    assert rows(url, "select (totals->>'sampled')::int from abreast.envoy_report") == [(8,)]
 
 
 @pytest.mark.parametrize(
     "jump",
     [
         b"update abreast.envoy_report set seen = seen - interval '400 days'",
-        b"update abreast.envoy_report set asked = asked - interval '400 days'",
+        b"update abreast.envoy_report set sidecar_seen = sidecar_seen - interval '400 days'",
     ],
 )
 async def test_a_sidecar_that_begins_after_a_jump_of_one_clock_counts_nothing_of_an_envoy_twice(
@@ -447,7 +450,7 @@ async def test_a_sidecar_that_begins_after_a_jump_of_one_clock_counts_nothing_of
         monkeypatch.setattr(envoy, "WATCHED", {})
         await bring_envoy(connection, running_.server.admin_url)
 
-    assert rows(url, "select (counted->>'sampled')::int from abreast.envoy_report") == [(1,)]
+    assert rows(url, "select (totals->>'sampled')::int from abreast.envoy_report") == [(1,)]
 
 
 async def test_two_housekeepers_at_once_count_nothing_twice(redis_url: str, url: str) -> None:

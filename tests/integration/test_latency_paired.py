@@ -67,7 +67,7 @@ async def test_two_copies_are_held_against_each_other_where_there_are_enough(sid
     ledger = sidecar.ledger()
     add(ledger, 400, 10_000, 30_000)
     unknown = await ask(sidecar)
-    ledger.execute("update abreast.pair set copy_us = 15000 where extract(second from at)::int %% 2 = 0")
+    ledger.execute("update abreast.pair set baseline_us = 15000 where extract(second from at)::int %% 2 = 0")
     found = await ask(sidecar)
 
     assert (unknown.warm.copies, found.warm.copies) == (0, 180)

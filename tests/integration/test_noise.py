@@ -92,7 +92,9 @@ async def test_a_batch_leaves_what_it_takes_to_decide(ledger: Ledger, url: str) 
         await ledger.write(batch)
 
     assert rows(url, "select compared, baseline_compared from abreast.endpoint") == [(5, 2)]
-    found = rows(url, "select path, count, baseline_count, explained from abreast.finding order by path")
+    found = rows(
+        url, "select path, count, baseline_count, shape_explained from abreast.finding order by path"
+    )
     assert found == [("$.id", 3, 1, 2), ("$.price", 2, 0, 0)]
     assert rows(url, "select new_greater, new_smaller from abreast.finding where path = '$.price'") == [
         (2, 0)
@@ -203,7 +205,8 @@ async def test_a_number_that_is_always_noise_and_is_ten_times_as_large_is_found(
     said = reason(url, "$.took_ms")
     assert said.startswith("new is more than twice old in ") is (expected == "real")
     assert one(
-        url, "select far_more + far_less > 0 and copies_far_more + copies_far_less > 0 from abreast.finding"
+        url,
+        "select magnitude_up + magnitude_down > 0 and baseline_magnitude_up + baseline_magnitude_down > 0 from abreast.finding",
     )
 
 

@@ -81,7 +81,7 @@ class Place:
         )
 
     def counts(self) -> dict[str, tuple[int, ...]]:
-        columns = "count, baseline_count, explained, new_greater, new_smaller"
+        columns = "count, baseline_count, shape_explained, new_greater, new_smaller"
         return {
             path: tuple(found)
             for path, *found in rows(self.url, f"select path, {columns} from abreast.finding")  # noqa: S608  # our own
@@ -90,7 +90,7 @@ class Place:
     def by_release(self) -> list[tuple[Any, ...]]:
         return rows(
             self.url,
-            "select f.path, r.label, s.count, s.baseline_count, s.explained, s.new_greater, s.new_smaller "
+            "select f.path, r.label, s.count, s.baseline_count, s.shape_explained, s.new_greater, s.new_smaller "
             "from abreast.finding_release s join abreast.finding f on f.id = s.finding_id "
             "join abreast.release r on r.id = s.new_release where s.count > 0 or s.baseline_count > 0 order by 1, 2",
         )
@@ -261,7 +261,7 @@ async def test_many_judge_at_once_and_each_pair_is_counted_once(place: Place) ->
     others = [Place(place.url) for _ in range(3)]
     for other in others:
         await other.database.open()
-    while rows(place.url, "select from abreast.rule_state where judged < version"):
+    while rows(place.url, "select from abreast.rule_state where applied_version < version"):
         await asyncio.gather(*(other.rejudged(limit=7) for other in others))
     for other in others:
         await other.database.close()
@@ -290,7 +290,7 @@ async def test_workers_and_judging_again_never_wait_for_each_other_in_a_circle(p
     written = sum(await asyncio.gather(*workers)) + 200
 
     assert one(place.url, "select deadlocks from pg_stat_database where datname = current_database()") == 0
-    assert one(place.url, "select sum(pairs)::int from abreast.tally") == written
+    assert one(place.url, "select sum(pairs)::int from abreast.outcome_count") == written
     # These workers say that they have judged by the rule and do not: what they write after it began counts on.
     assert place.counts()["$.price"][0] + place.hidden()[rule, "$.price"] == written
     assert place.counts()["$.name"][0] == written
@@ -324,7 +324,7 @@ async def test_a_crash_in_the_middle_loses_and_doubles_nothing(place: Place) -> 
             assert await process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         await process.wait()
-    left = one(place.url, "select count(*) from abreast.rejudge")
+    left = one(place.url, "select count(*) from abreast.reapply_queue")
     assert 0 < left < 80
 
     await place.rejudged()

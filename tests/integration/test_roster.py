@@ -154,7 +154,7 @@ async def test_the_envoys_of_a_killed_sidecar_go_within_seconds(
                 await names(here, "edge-1")
 
         async def dropped() -> bool:
-            return here.ledger().execute("select count(*) from abreast.replica") == [(1,)]
+            return here.ledger().execute("select count(*) from abreast.sidecar") == [(1,)]
 
         await eventually_async(dropped, what="its row is dropped")
 
@@ -178,7 +178,7 @@ async def test_a_sidecar_that_is_started_again_takes_the_place_of_the_one_that_w
         ledger = here.ledger()
         ledger.endpoint("shop")
         ledger.execute(
-            "insert into abreast.replica values (gen_random_uuid(), %s, now(), "
+            "insert into abreast.sidecar values (gen_random_uuid(), %s, now(), "
             """'[{"service": "shop", "node": "edge-1", "peer": "", "number": 1, "error": ""}]')""",
             f"{socket.gethostname()}:{port}",
         )
@@ -197,13 +197,13 @@ async def test_a_clock_that_is_set_back_keeps_no_dead_sidecar_alive(
         ledger = here.ledger()
         ledger.endpoint("shop")
         ledger.execute(
-            "insert into abreast.replica values (gen_random_uuid(), 'dead', now() + interval '1 hour', "
+            "insert into abreast.sidecar values (gen_random_uuid(), 'dead', now() + interval '1 hour', "
             """'[{"service": "shop", "node": "gone", "peer": "", "number": 1, "error": ""}]')"""
         )
         found = await traffic(here)
 
         async def dropped() -> bool:
-            return not ledger.execute("select from abreast.replica where sidecar = 'dead'")
+            return not ledger.execute("select from abreast.sidecar where address = 'dead'")
 
         await eventually_async(dropped, what="its row is dropped")
 
@@ -227,7 +227,7 @@ async def test_a_rollback_that_postgres_can_not_record_names_its_own_envoys_and_
 async def test_a_postgres_that_goes_while_others_are_asked_is_said(redis_url: str, postgres_url: str) -> None:
     async with running(redis_url, postgres_url) as here, stream(here):
         await names(here, "edge-1")
-        with here.ledger().locked("abreast.replica"):
+        with here.ledger().locked("abreast.sidecar"):
             began = time.monotonic()
             found = await traffic(here)
             took = time.monotonic() - began
@@ -242,7 +242,7 @@ async def test_a_sidecar_tells_of_its_envoys_again_once_postgres_is_back(redis_u
     with PostgresServer() as postgres:
         async with two(redis_url, postgres.url()) as (here, there), stream(there):
             await names(here, "edge-1")
-            here.ledger().execute("truncate abreast.replica")
+            here.ledger().execute("truncate abreast.sidecar")
             await names(here, "edge-1")
             postgres.stop()
             postgres.start()

@@ -121,7 +121,7 @@ async def test_the_ledger_is_held_against_envoys_count(sidecar: Running, ledger:
     ledger.pair(shown)
     for node, sampled in (("edge-1", 5), ("edge-2", 2)):
         ledger.execute(
-            "insert into abreast.envoy_report (node, service, seen, counted, last) values (%s, 'shop', now(), %s, %s)",
+            "insert into abreast.envoy_report (node, service, seen, totals, last_reading) values (%s, 'shop', now(), %s, %s)",
             *(node, Jsonb({"sampled": sampled}), Jsonb({})),
         )
 
@@ -179,7 +179,7 @@ async def test_what_was_put_apart_is_told_with_the_reason(sidecar: Running, ledg
     ledger.endpoint()
     for entry, reason in (("1-1", "format 2"), ("1-2", "format 2"), ("1-3", "it ends the process")):
         ledger.execute(
-            "insert into abreast.poison (at, service, entry, reason, content) values (now(), 'shop', %s, %s, '')",
+            "insert into abreast.dead_letter (at, service, entry, reason, content) values (now(), 'shop', %s, %s, '')",
             *(entry, reason),
         )
 

@@ -135,7 +135,7 @@ async def test_a_port_in_use_is_one_clear_error(sidecar: Running, part: str, set
 def accounts(ledger: Ledger) -> None:
     """Two rows are there, of nine requests that Envoy sampled."""
     ledger.execute(
-        "insert into abreast.envoy_report (node, service, seen, counted, last) values ('edge', 'shop', now(), %s, '{}')",
+        "insert into abreast.envoy_report (node, service, seen, totals, last_reading) values ('edge', 'shop', now(), %s, '{}')",
         Jsonb({"sampled": 9, "not_sent": 1}),
     )
     ledger.execute(
@@ -143,7 +143,7 @@ def accounts(ledger: Ledger) -> None:
         Jsonb({"received": 4, "late": 3, "shed_pairs": 4}),
     )
     ledger.execute(
-        "insert into abreast.poison (at, service, entry, reason, content) values (now(), 'shop', '1-1', 'a capture of format 2', '')"
+        "insert into abreast.dead_letter (at, service, entry, reason, content) values (now(), 'shop', '1-1', 'a capture of format 2', '')"
     )
 
 

@@ -149,11 +149,11 @@ async def test_what_a_copy_takes_longer_rolls_nobody_back(sidecar: Running, ledg
     await set_guard(sidecar, "ACTING", slower=pb.GuardRule(limit=0.5))
     await set_share(sidecar, 0.5)
     add(ledger, 600, live="old", old_us=1000, new_us=2000)
-    ledger.execute("update abreast.pair set copy_us = 2000")
+    ledger.execute("update abreast.pair set baseline_us = 2000")
     await saw(sidecar, "CLEAR", "BLIND")
     assert (await events(sidecar))[0].action != "rollback"
 
-    ledger.execute("update abreast.pair set copy_us = 1000")
+    ledger.execute("update abreast.pair set baseline_us = 1000")
     await rolled_back(sidecar)
 
 

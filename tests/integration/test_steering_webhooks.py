@@ -158,7 +158,7 @@ async def test_what_is_not_delivered_outlives_a_restart(redis_url: str, postgres
 
             await eventually_async(registered, what="the receiver is known")
             await rollback(first)
-        (waiting,) = ledger.execute("select count(*) from abreast.webhook")
+        (waiting,) = ledger.execute("select count(*) from abreast.webhook_delivery")
         hook.refuse = 0
         async with running(redis_url, postgres_url, webhook_urls=(hook.url,), **settings):
             await hook.has("rollback")
@@ -185,7 +185,7 @@ async def test_one_that_is_away_holds_up_neither_acts_nor_others(
         await hook.has("rollback", "update")
 
         async def only_those() -> bool:
-            waiting = ledger.execute("select url, count(*) from abreast.webhook group by url")
+            waiting = ledger.execute("select url, count(*) from abreast.webhook_delivery group by url")
             return waiting == [(away, 2)]
 
         await eventually_async(only_those, what="only what can't be delivered waits")
@@ -239,7 +239,7 @@ async def test_a_receiver_whose_answer_never_ends_holds_up_no_other(
         await hook.has("rollback", "update")
 
         async def left() -> bool:
-            return ledger.execute("select count(*) from abreast.webhook") == [(waiting,)]
+            return ledger.execute("select count(*) from abreast.webhook_delivery") == [(waiting,)]
 
         await eventually_async(left, what=f"{waiting} messages wait")
 

@@ -73,5 +73,5 @@ async def test_hours_go_with_their_day(postgres_url: str) -> None:
     with psycopg.connect(postgres_url) as connection:
         connection.execute("select abreast.drop_day('2026-01-31')")
 
-    assert one(postgres_url, "select sum(pairs) from abreast.hour") == 2
+    assert one(postgres_url, "select sum(pairs) from abreast.hourly_count") == 2
     assert rows(postgres_url, "select count(*) from abreast.pair") == [(2,)]

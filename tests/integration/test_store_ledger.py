@@ -42,7 +42,7 @@ async def test_the_same_batch_counts_once(ledger: Ledger, url: str) -> None:
     assert (first, again) == (3, 0)
     found = rows(url, "select path, count, baseline_count from abreast.finding order by path")
     assert found == [("$.id", 0, 1), ("$.price", 1, 0)]
-    assert one(url, "select sum(pairs) from abreast.tally") == 3
+    assert one(url, "select sum(pairs) from abreast.outcome_count") == 3
 
 
 async def test_of_a_half_known_batch_only_the_new_half_counts(ledger: Ledger, url: str) -> None:
@@ -77,7 +77,7 @@ async def test_examples_are_bounded_and_the_smallest_of_a_batch(ledger: Ledger, 
     await ledger.write([judged([difference()], size=1000 - 10 * n) for n in range(20)])
     await ledger.write([judged([difference()], size=800) for _ in range(20)])  # hardly smaller
 
-    kept = rows(url, "select size from abreast.finding_example order by size")
+    kept = rows(url, "select body_bytes from abreast.finding_example order by body_bytes")
     assert [size for (size,) in kept] == [2 * (1000 - 10 * n + 2) for n in (19, 18, 17)]
     assert one(url, "select count(*) from abreast.example") == 3
 
@@ -85,15 +85,15 @@ async def test_examples_are_bounded_and_the_smallest_of_a_batch(ledger: Ledger, 
 async def test_clearly_smaller_examples_take_the_place_of_larger_ones(ledger: Ledger, url: str) -> None:
     await ledger.write([judged([difference()], size=10_000 + n, pair=f"large {n}") for n in range(3)])
     await ledger.write([judged([difference()], size=9_000)])
-    assert one(url, "select min(size) from abreast.finding_example") == 2 * 10_002
+    assert one(url, "select min(body_bytes) from abreast.finding_example") == 2 * 10_002
 
     for size in (4_000, 3_000, 500, 400):
         await ledger.write([judged([difference()], size=size), judged([difference()], size=size + 9)])
 
-    kept = rows(url, "select size from abreast.finding_example order by size")
+    kept = rows(url, "select body_bytes from abreast.finding_example order by body_bytes")
     assert [size for (size,) in kept] == [2 * (size + 2) for size in (400, 500, 3_000)]
     assert one(url, "select count(*) from abreast.example") == 3
-    assert one(url, "select replaced from abreast.finding") == 4
+    assert one(url, "select examples_replaced from abreast.finding") == 4
 
 
 async def test_examples_give_way_only_so_often(
@@ -104,8 +104,8 @@ async def test_examples_give_way_only_so_often(
     for turn in range(10):
         await ledger.write([judged([difference()], size=1_000 // (turn + 1))])
 
-    assert one(url, "select replaced from abreast.finding") == 2
-    assert one(url, "select count(*) from abreast.finding_example where size < 3000") == 2
+    assert one(url, "select examples_replaced from abreast.finding") == 2
+    assert one(url, "select count(*) from abreast.finding_example where body_bytes < 3000") == 2
 
 
 async def test_a_pair_that_is_an_example_of_two_findings_stays_for_the_other(
@@ -213,7 +213,7 @@ async def test_a_day_that_was_dropped_takes_nothing_more_and_what_comes_for_it_i
     await database.close()
 
     assert written == [1, 1]
-    assert one(url, "select sum(pairs)::int from abreast.tally") == 3
+    assert one(url, "select sum(pairs)::int from abreast.outcome_count") == 3
     assert [(drop.place, drop.reason, drop.count) for drop in drops] == [("ledger", "day_dropped", 4)]
 
 
@@ -223,7 +223,7 @@ async def test_a_second_entry_of_a_pair_after_midnight_counts_once(ledger: Ledge
     written = [await ledger.write([one]) for one in (first, judged(pair="p", at=midnight + 60_000))]
 
     assert written == [1, 0]
-    assert one(url, "select sum(pairs)::int from abreast.tally") == 1
+    assert one(url, "select sum(pairs)::int from abreast.outcome_count") == 1
 
 
 async def test_a_connection_lost_during_the_commit_doubles_nothing(url: str) -> None:

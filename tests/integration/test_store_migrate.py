@@ -2,87 +2,122 @@ from __future__ import annotations
 
 import asyncio
 import re
-from importlib import resources
 
 import psycopg
 import pytest
 
 from abreast_sidecar.errors import LedgerError, SchemaError
 from abreast_sidecar.store.migrate import Migration, migrate, migrations
-from support_pairs import one, rows, sums_are_those_of_rows
+from support_pairs import one, rows
 
 pytestmark = pytest.mark.postgres
 
-FIRST = Migration(1, "first", b"create table abreast.first (n integer)")
 SECOND = Migration(2, "second", b"create table abreast.second (n integer)")
 
 
-def test_migrations_have_no_gaps_and_speaking_names() -> None:
-    folder = resources.files("abreast_sidecar.store") / "migrations"
-    names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".sql"))
+def test_migrations_have_no_gaps_and_clear_names() -> None:
+    versions = [migration.version for migration in migrations()]
 
-    assert [migration.version for migration in migrations()] == list(range(1, len(names) + 1))
-    assert all(re.fullmatch(r"\d{4}_[a-z_]+\.sql", name) for name in names)
+    assert versions == list(range(1, len(versions) + 1))
+    assert all(re.fullmatch(r"[a-z][a-z_]+", migration.name) for migration in migrations())
 
 
-async def test_a_new_database_gets_all_and_an_up_to_date_one_nothing(postgres_url: str) -> None:
+async def test_migrate_creates_a_new_ledger_once(postgres_url: str) -> None:
     first = await migrate(postgres_url)
-    applied = rows(postgres_url, "select * from abreast.migration")
+    applied = rows(postgres_url, "select * from abreast.schema_version")
     again = await migrate(postgres_url)
 
     assert first == again == len(migrations())
-    assert rows(postgres_url, "select * from abreast.migration") == applied
+    assert rows(postgres_url, "select * from abreast.schema_version") == applied
 
 
-async def test_sidecars_that_start_at_once_apply_each_migration_once(postgres_url: str) -> None:
+async def test_migrate_accepts_an_empty_schema_and_tables_beside_it(postgres_url: str) -> None:
+    execute(postgres_url, "create schema abreast; create table public.orders (n integer)")
+
+    assert await migrate(postgres_url) == len(migrations())
+
+
+async def test_migrate_runs_once_for_several_sidecars(postgres_url: str) -> None:
     versions = await asyncio.gather(*(migrate(postgres_url) for _ in range(8)))
 
     assert set(versions) == {len(migrations())}
-    assert one(postgres_url, "select count(*) from abreast.migration") == len(migrations())
+    assert one(postgres_url, "select count(*) from abreast.schema_version") == len(migrations())
 
 
-async def test_only_what_is_missing_is_applied(postgres_url: str) -> None:
-    await migrate(postgres_url, [FIRST])
-    await migrate(postgres_url, [FIRST, SECOND])
+async def test_migrate_applies_only_missing_versions(postgres_url: str) -> None:
+    await migrate(postgres_url, migrations()[:1])
+    versions = await asyncio.gather(*(migrate(postgres_url, with_second()) for _ in range(4)))
 
-    assert rows(postgres_url, "select version, name from abreast.migration order by 1") == [
-        (1, "first"),
+    assert set(versions) == {2}
+    assert rows(postgres_url, "select version, name from abreast.schema_version order by 1") == [
+        (1, "schema"),
         (2, "second"),
     ]
+    assert one(postgres_url, "select count(*) from abreast.second") == 0
 
 
-async def test_a_newer_database_is_refused_in_plain_words(postgres_url: str) -> None:
-    await migrate(postgres_url, [FIRST, SECOND])
+async def test_migrate_refuses_a_newer_version(postgres_url: str) -> None:
+    await migrate(postgres_url, with_second())
     with pytest.raises(
-        SchemaError, match="has schema version 2, this code knows 1: run the newer abreast"
+        SchemaError, match="has schema version 2, this abreast knows 1: run the newer abreast"
     ) as caught:
-        await migrate(postgres_url, [FIRST])
+        await migrate(postgres_url, migrations()[:1])
 
     assert postgres_url.split(":")[2].split("@", maxsplit=1)[0] not in str(caught.value)  # the password
 
 
-async def test_a_changed_migration_is_refused(postgres_url: str) -> None:
-    await migrate(postgres_url, [FIRST])
+async def test_migrate_refuses_a_changed_file(postgres_url: str) -> None:
+    await migrate(postgres_url, with_second())
 
-    with pytest.raises(SchemaError, match=r"another 0001_first\.sql"):
-        await migrate(postgres_url, [Migration(1, "first", b"select 1")])
+    with pytest.raises(SchemaError, match=r"another 0002_second\.sql .* create a new database"):
+        await migrate(postgres_url, (*migrations()[:1], Migration(2, "second", b"select 1")))
+    with pytest.raises(SchemaError, match=r"another schema\.sql .* create a new database"):
+        await migrate(postgres_url, [Migration(1, "schema", b"select 1"), SECOND])
 
 
-async def test_a_migration_that_fails_leaves_nothing_behind(postgres_url: str) -> None:
+async def test_migrate_refuses_a_ledger_of_the_old_code(postgres_url: str) -> None:
+    execute(
+        postgres_url,
+        "create schema abreast; create table abreast.migration (version integer); create table abreast.pair (id text)",
+    )
+    with pytest.raises(
+        SchemaError, match=r"abreast\.migration\), which this abreast can't upgrade: create a new database"
+    ):
+        await migrate(postgres_url)
+
+    assert rows(postgres_url, "select relname from pg_class where relname = 'endpoint'") == []
+
+
+async def test_migrate_refuses_foreign_tables_in_its_schema(postgres_url: str) -> None:
+    execute(postgres_url, "create schema abreast; create table abreast.orders (n integer)")
+
+    with pytest.raises(SchemaError, match=r"no ledger \(orders, \.\.\.\): create a new database"):
+        await migrate(postgres_url)
+
+
+async def test_failed_migration_leaves_nothing_behind(postgres_url: str) -> None:
     broken = Migration(2, "broken", b"create table abreast.half (n integer); select 1/0")
     with pytest.raises(LedgerError, match="division by zero"):
-        await migrate(postgres_url, [FIRST, broken])
+        await migrate(postgres_url, (*migrations()[:1], broken))
 
-    with psycopg.connect(postgres_url) as connection:
-        assert connection.execute("select to_regnamespace('abreast')").fetchone() == (None,)
+    assert one(postgres_url, "select to_regnamespace('abreast')") is None
 
 
-async def test_postgres_that_is_away_is_one_clear_error() -> None:
+def with_second() -> tuple[Migration, ...]:
+    return (*migrations()[:1], SECOND)
+
+
+def execute(url: str, sql: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(sql.encode())
+
+
+async def test_migrate_reports_an_unreachable_postgres() -> None:
     with pytest.raises(LedgerError, match="postgres can't be reached, check ABREAST_POSTGRES_URL"):
         await migrate("postgresql://postgres@127.0.0.1:1/postgres")
 
 
-async def test_a_day_is_opened_once_however_many_ask(postgres_url: str) -> None:
+async def test_open_day_creates_a_day_once(postgres_url: str) -> None:
     await migrate(postgres_url)
 
     async def open_day() -> None:
@@ -102,26 +137,7 @@ async def test_a_day_is_opened_once_however_many_ask(postgres_url: str) -> None:
     ]
 
 
-async def test_what_an_old_ledger_holds_is_counted_as_if_it_had_always_been(postgres_url: str) -> None:
-    await migrate(postgres_url, migrations()[:8])
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(
-            "insert into abreast.endpoint (service, method, route) values ('shop', 'GET', '/')"
-        )
-        connection.execute("select abreast.open_day('2026-01-31')")
-        connection.execute(
-            "insert into abreast.pair (day, id, at, endpoint_id, outcome, old_status, new_status, new_release, findings)"
-            " select '2026-01-31', n, '2026-01-31T00:00:00Z'::timestamptz + n * interval '7 minutes', 1,"
-            " (array['match', 'mismatch'])[1 + n % 2], 200, nullif(200 + n % 3 * 100, 400), 'v' || n % 2,"
-            " case n % 2 when 1 then '{5, 3}'::bigint[] else '{}' end from generate_series(1, 200) as n"
-        )
-    await migrate(postgres_url)
-
-    sums_are_those_of_rows(postgres_url)
-    assert one(postgres_url, "select sum(pairs)::int from abreast.hour") == 200
-
-
-async def test_a_database_of_another_encoding_is_refused(postgres_url: str) -> None:
+async def test_migrate_refuses_another_encoding(postgres_url: str) -> None:
     base, _, _ = postgres_url.rpartition("/")
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute("drop database if exists latin")

@@ -126,7 +126,7 @@ async def what_is_missing(database: Database) -> None:
 
 
 async def the_newest_pair(database: Database) -> None:
-    assert await database.one("pair_newest", {"service": "shop", "own": datetime.now(UTC)})
+    assert await database.one("pair_newest_age", {"service": "shop", "sidecar_time": datetime.now(UTC)})
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ async def test_what_a_copy_takes_longer_makes_no_version_slower(
     add(ledger, 5000)
     ledger.execute("update abreast.pair set new_us = old_us * 2")
     ledger.execute(
-        "update abreast.pair set copy_us = new_us where id in (select id from abreast.pair order by at desc limit %s)",
+        "update abreast.pair set baseline_us = new_us where id in (select id from abreast.pair order by at desc limit %s)",
         copies,
     )
     sampled(ledger)
@@ -191,7 +191,7 @@ async def test_what_is_slower_than_copies_of_old_fails(sidecar: Running, ledger:
     """The request has warmed the caches of both."""
     add(ledger, 5000)
     ledger.execute(
-        "update abreast.pair set new_us = old_us / 2, copy_us = case when old_us %% 2 = 0 then old_us / 4 end"
+        "update abreast.pair set new_us = old_us / 2, baseline_us = case when old_us %% 2 = 0 then old_us / 4 end"
     )
     sampled(ledger)
 

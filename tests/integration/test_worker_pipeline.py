@@ -118,7 +118,7 @@ async def test_entries_that_come_twice_count_once(settings: Settings) -> None:
 
     assert outcomes(settings.postgres_url) == {"mismatch": 1}
     assert one(settings.postgres_url, "select count from abreast.finding") == 1
-    assert one(settings.postgres_url, "select sum(pairs) from abreast.tally") == 1
+    assert one(settings.postgres_url, "select sum(pairs) from abreast.outcome_count") == 1
 
 
 async def test_a_killed_workers_entries_are_taken_over_and_none_counts_twice(settings: Settings) -> None:
@@ -140,7 +140,7 @@ async def test_a_killed_workers_entries_are_taken_over_and_none_counts_twice(set
 
     assert outcomes(settings.postgres_url) == {"match": total - total // 10, "mismatch": total // 10}
     assert one(settings.postgres_url, "select count from abreast.finding") == total // 10
-    assert one(settings.postgres_url, "select sum(pairs) from abreast.tally") == total
+    assert one(settings.postgres_url, "select sum(pairs) from abreast.outcome_count") == total
     assert stats(settings.redis_url)["bytes"] == 0
 
 
@@ -185,7 +185,7 @@ async def test_postgres_may_restart_while_batches_are_written(redis_url: str) ->
 
         assert outcomes(server.url()) == {"mismatch": total}
         assert one(server.url(), "select count from abreast.finding") == total
-        assert one(server.url(), "select sum(pairs) from abreast.tally") == total
+        assert one(server.url(), "select sum(pairs) from abreast.outcome_count") == total
 
 
 async def test_a_worker_waits_for_servers_that_come_later_and_for_the_schema() -> None:
@@ -241,7 +241,8 @@ async def test_poison_is_put_apart_and_the_rest_goes_on(settings: Settings) -> N
 
     assert outcomes(settings.postgres_url) == {"undecodable": 4, "match": 1}
     reasons = [
-        reason for (reason,) in rows(settings.postgres_url, "select reason from abreast.poison order by id")
+        reason
+        for (reason,) in rows(settings.postgres_url, "select reason from abreast.dead_letter order by id")
     ]
     assert len(reasons) == 4
     assert any("format 99" in reason for reason in reasons)
@@ -260,7 +261,8 @@ async def test_a_record_that_postgres_refuses_does_not_stop_the_others(settings:
 
     assert outcomes(settings.postgres_url) == {"match": 38, "undecodable": 2}
     assert (
-        one(settings.postgres_url, "select count(*) from abreast.poison where reason like '%refuses%'") == 2
+        one(settings.postgres_url, "select count(*) from abreast.dead_letter where reason like '%refuses%'")
+        == 2
     )
 
 

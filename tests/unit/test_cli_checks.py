@@ -295,6 +295,12 @@ def test_the_schema_must_be_this_code_s(schema: int, state: str) -> None:
     assert states(postgres.judge(facts, 2))["schema"] == state
 
 
+def test_doctor_postgres_fails_for_a_ledger_of_the_old_code() -> None:
+    facts = postgres.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, outdated=True)
+
+    assert states(postgres.judge(facts, 2))["schema"] == "fail"
+
+
 def test_a_clock_that_is_off_is_named() -> None:
     assert states(clocks.judge({"Redis": 0.1, "Postgres": 0.2})) == {"agree": "ok"}
     assert states(clocks.judge({"Redis": -30.0, "Postgres": 0.2})) == {"Redis": "warn"}

@@ -81,14 +81,14 @@ class Place:
             self.row["count"] += 1
             self.row["new_greater"] += lean(found) > 0
             self.row["new_smaller"] += lean(found) < 0
-            self.row["far_more"] += far(found) > 0
-            self.row["far_less"] += far(found) < 0
+            self.row["magnitude_up"] += far(found) > 0
+            self.row["magnitude_down"] += far(found) < 0
         if copy is not None:
             self.row["baseline_compared"] += 1
             if (found := between(old, copy)) is not None:
                 self.row["baseline_count"] += 1
-                self.row["copies_far_more"] += far(found) > 0
-                self.row["copies_far_less"] += far(found) < 0
+                self.row["baseline_magnitude_up"] += far(found) > 0
+                self.row["baseline_magnitude_down"] += far(found) < 0
 
     def decided(self) -> str:
         (found,) = decisions([self.row])

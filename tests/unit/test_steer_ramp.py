@@ -37,8 +37,8 @@ def ramp(**changes: Any) -> Ramp:
         "started_gap": 0,
         "step_gap": 0,
         "verdict": "",
-        "said": "",
-        "looked_at": None,
+        "message": "",
+        "checked_at": None,
     }
     return Ramp(**{**known, **changes})
 

@@ -38,13 +38,13 @@ LEAST_COPIES = 20  # of old, or pairs are judged whatever their roles
 class Timing:
     """One request answered by both versions, in µs; `release` names the code of both.
 
-    `copy_us` is what old took for a copy of it as well, beside answering the user.
+    `baseline_us` is what old took for a copy of it as well, beside answering the user.
     """
 
     old_us: int
     new_us: int
     release: str = ""
-    copy_us: int | None = None
+    baseline_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +97,9 @@ def warm(timings: Iterable[Timing]) -> list[Timing]:
 def fair(timings: Sequence[Timing]) -> Sequence[Timing]:
     """Two copies beside each other, where enough pairs have them; else all pairs as they are."""
     copies = [
-        Timing(one.copy_us, one.new_us, one.release, one.copy_us)
+        Timing(one.baseline_us, one.new_us, one.release, one.baseline_us)
         for one in timings
-        if one.copy_us is not None
+        if one.baseline_us is not None
     ]
     return copies if len(copies) >= LEAST_COPIES else timings
 

@@ -30,8 +30,8 @@ class Guard:
     since: datetime | None  # None: never set
     fired: Mapping[str, datetime]
     state: str
-    said: str
-    looked_at: datetime | None
+    message: str
+    checked_at: datetime | None
     now: datetime | None
 
 
@@ -65,7 +65,7 @@ async def set_guard(
     if row and before == policy:
         return guard(row)
     values = {"service": service, "policy": Jsonb(asdict(policy))}
-    cursor = await connection.execute(statement("guard_put"), values)
+    cursor = await connection.execute(statement("guard_set"), values)
     (made,) = await cursor.fetchall()
     detail = {"guard_before": asdict(before), "guard_after": asdict(policy)}
     await _record(connection, "guard_set", note, traffic, traffic, detail)
@@ -83,7 +83,9 @@ async def guard_acts(connection: Connection, seen: Guard, version: int, rule: Su
     if seen.policy.mode == "acting":
         action = "rollback"
         after = await _moved(connection, before, rolled_back(before.shares))
-    await connection.execute(statement("guard_fired"), {"service": seen.service, "rule": rule, "said": said})
+    await connection.execute(
+        statement("guard_fire"), {"service": seen.service, "rule": rule, "message": said}
+    )
     detail = {"rule": rule, "guard_after": asdict(seen.policy)}
     await _record(connection, action, Note(GUARD, f"{rule}: {said}"), before, after, detail)
     return True
@@ -101,7 +103,7 @@ async def start_ramp(connection: Connection, service: str, plan: Plan, note: Not
     values = {
         "service": service,
         "steps": list(plan.steps),
-        "hold": plan.hold,
+        "step_seconds": plan.hold,
         "min_pairs": plan.min_pairs,
         "budget": Jsonb(asdict(plan.budget)),
         "actor": note.actor,
@@ -124,12 +126,12 @@ async def turn(connection: Connection, before: Traffic, known: Ramp, wanted: Tur
         "state": wanted.state or known.state,
         "step": known.step if wanted.step is None else wanted.step,
         "version": after.version if _is_of(known, before) else known.version,
-        "said": wanted.said,
+        "message": wanted.said,
         "verdict": wanted.verdict,
         "restart": wanted.restart,
         "gap": (await gap(connection, known.service)).missing if wanted.restart else None,
     }
-    cursor = await connection.execute(statement("ramp_put"), values)
+    cursor = await connection.execute(statement("ramp_update"), values)
     (row,) = await cursor.fetchall()
     made = ramp(row)
     detail = {"ramp_before": described(known), "ramp_after": described(made)}
@@ -188,18 +190,18 @@ async def _record(
         "after": Jsonb(journal.document(after)),
         "detail": Jsonb(dict(detail)),
     }
-    await connection.execute(statement("steering_event"), values)
+    await connection.execute(statement("rollout_event_add"), values)
 
 
 def guard(row: Row) -> Guard:
-    fired = {rule: datetime.fromisoformat(at) for rule, at in row["fired"].items()}
-    known = {name: row[name] for name in ("service", "since", "state", "said", "looked_at", "now")}
+    fired = {rule: datetime.fromisoformat(at) for rule, at in row["fired_at"].items()}
+    known = {name: row[name] for name in ("service", "since", "state", "message", "checked_at", "now")}
     return Guard(**known, policy=Policy.of(row["policy"]), fired=fired)
 
 
 def ramp(row: Row) -> Ramp:
-    plan = Plan(tuple(row["steps"]), row["hold"], row["min_pairs"], ramps.budget_of(row["budget"]))
-    left_out = {"steps", "hold", "min_pairs", "budget", "now"}
+    plan = Plan(tuple(row["steps"]), row["step_seconds"], row["min_pairs"], ramps.budget_of(row["budget"]))
+    left_out = {"steps", "step_seconds", "min_pairs", "budget", "now"}
     return Ramp(plan=plan, **{name: value for name, value in row.items() if name not in left_out})
 
 
@@ -213,5 +215,5 @@ def described(known: Ramp) -> dict[str, Any]:
         "hold": known.plan.hold,
         "min_pairs": known.plan.min_pairs,
         "budget": asdict(known.plan.budget),
-        "said": known.said,
+        "message": known.message,
     }

@@ -92,9 +92,9 @@ class Guarding:
             "slower": guard.policy.slower.limit,
             "least_copies": LEAST_COPIES,
             "min_slower_us": MIN_SLOWER_US,
-            "most": MOST,
+            "limit": MOST,
         }
-        rows = await self._database.rows("guard_tally", asked)
+        rows = await self._database.rows("guard_counts", asked)
         tallies = [Tally(**{name: row[name] for name in COUNTS}) for row in rows]
         return {rule: tallies[at * WINDOWS : (at + 1) * WINDOWS] for at, rule in enumerate(rules)}
 
@@ -102,14 +102,16 @@ class Guarding:
         """Seconds by which Postgres's clock is behind the pairs', by this machine's clock too: windows would hold what is
         long ago.
         """
-        newest = await self._database.one("pair_newest", {"service": guard.service, "own": datetime.now(UTC)})
+        newest = await self._database.one(
+            "pair_newest_age", {"service": guard.service, "sidecar_time": datetime.now(UTC)}
+        )
         return flow.behind(newest["age"] if newest else None)
 
     async def _since(self, traffic: Traffic) -> datetime:
         """When users were let onto new."""
         key = (traffic.service, traffic.version)
         if key not in self._exposed:
-            row = await self._database.one("guard_exposed", {"service": traffic.service})
+            row = await self._database.one("guard_exposed_since", {"service": traffic.service})
             exposed = row["exposed"] if row and row["exposed"] else traffic.updated_at
             self._exposed = {one: at for one, at in self._exposed.items() if one[0] != key[0]} | {
                 key: exposed
@@ -156,8 +158,8 @@ class Guarding:
             return
         if changed and sight.state == "blind":
             log.warning("the guard is blind", service=guard.service, reason=sight.said)
-        values = {"service": guard.service, "since": guard.since, "state": sight.state, "said": sight.said}
-        await self._database.execute("guard_said", values)
+        values = {"service": guard.service, "since": guard.since, "state": sight.state, "message": sight.said}
+        await self._database.execute("guard_status_set", values)
         self._told[guard.service] = (time.monotonic(), sight)
 
 

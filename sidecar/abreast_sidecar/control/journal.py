@@ -49,7 +49,7 @@ class Journal:
 
     async def named(self, service: str) -> bool:
         """Whether an Envoy or a capture has ever named the service."""
-        row = await self.database.one("traffic_named", {"service": service})
+        row = await self.database.one("service_exists", {"service": service})
         return row is not None and bool(row["named"])
 
     async def services(self) -> list[str]:
@@ -59,7 +59,7 @@ class Journal:
         """The state of a service; what is given becomes its first."""
         async with self.database.connection() as connection, connection.transaction():
             values = {"service": service, **asdict(shares)}
-            cursor = await connection.execute(statement("traffic_seed"), values)
+            cursor = await connection.execute(statement("traffic_create"), values)
             created = await cursor.fetchone() is not None
             known = await locked(connection, service)
             if created:
@@ -82,7 +82,7 @@ class Journal:
         async with self.database.connection() as connection, connection.transaction():
             before = await locked(connection, service)
             cursor = await connection.execute(
-                statement("traffic_recorded"), {"service": service, "call": call}
+                statement("rollback_recorded"), {"service": service, "call": call}
             )
             shares = Change.rollback().apply(before.traffic.shares)
             if await cursor.fetchone() or (shares == before.traffic.shares and not always):
@@ -108,7 +108,7 @@ async def locked(connection: Connection, service: str) -> Known:
 
 
 async def changed(connection: Connection, service: str, shares: Shares) -> Known:
-    cursor = await connection.execute(statement("traffic_change"), {"service": service, **asdict(shares)})
+    cursor = await connection.execute(statement("traffic_update"), {"service": service, **asdict(shares)})
     (row,) = await cursor.fetchall()
     return _known(row)
 
@@ -131,7 +131,7 @@ async def _record(
         "before": None if before is None else Jsonb(document(before)),
         "after": Jsonb(document(after) | ({"call": call} if call else {})),
     }
-    await connection.execute(statement("traffic_event"), values)
+    await connection.execute(statement("traffic_event_add"), values)
 
 
 def document(traffic: Traffic) -> dict[str, Any]:

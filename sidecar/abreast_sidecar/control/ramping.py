@@ -68,11 +68,11 @@ class Ramping:
             return
         await self._say(ramp, move)
         if ramp.started_gap is None or ramp.step_gap is None:
-            await self._database.execute("ramp_counted", {"id": ramp.id, "service": ramp.service})
+            await self._database.execute("ramp_gap_set", {"id": ramp.id, "service": ramp.service})
 
     async def _say(self, ramp: Ramp, move: Move) -> None:
-        values = {"id": ramp.id, "verdict": move.verdict, "said": move.reason}
-        await self._database.execute("ramp_said", values)
+        values = {"id": ramp.id, "verdict": move.verdict, "message": move.reason}
+        await self._database.execute("ramp_status_set", values)
 
     async def _look(self, ramp: Ramp, now: datetime) -> Look:
         """Both windows end now: a look is about one moment."""
@@ -81,7 +81,9 @@ class Ramping:
         whole = await self._queries.evidence(ramp.service, Window(ramp.started_at), slower)
         step = await self._queries.evidence(ramp.service, Window(ramp.step_at), slower)
         reports = await self._database.rows("envoy_reports", {"service": ramp.service})
-        newest = await self._database.one("pair_newest", {"service": ramp.service, "own": datetime.now(UTC)})
+        newest = await self._database.one(
+            "pair_newest_age", {"service": ramp.service, "sidecar_time": datetime.now(UTC)}
+        )
         return Look(
             now=now,
             whole=_seen(whole, ramp.started_gap, pending),

@@ -107,13 +107,13 @@ class Roster:
         kept: list[Standing] | None = None
         while not stop.is_set():
             present = self._envoys.all()
-            values = {"id": self._id, "sidecar": self._envoys.sidecar, "expires": EXPIRES}
+            values = {"id": self._id, "address": self._envoys.sidecar, "expires": EXPIRES}
             told = {
                 "envoys": json_text(list(map(document, present))).decode(),
-                "news": present != kept,
-                "begins": kept is None,
+                "changed": present != kept,
+                "starts": kept is None,
             }
-            await self._writing.execute("replica_put", values | told)
+            await self._writing.execute("sidecar_set", values | told)
             kept = present
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BEAT):
@@ -121,12 +121,12 @@ class Roster:
                         await self._envoys.bell.wait()
 
     async def _leave(self) -> None:
-        leaving = asyncio.create_task(self._writing.execute("replica_drop", {"id": self._id}))
+        leaving = asyncio.create_task(self._writing.execute("sidecar_delete", {"id": self._id}))
         await trouble(leaving)
 
     async def _others(self, service: str) -> list[Standing]:
         asked = {"id": self._id, "service": service, "expires": EXPIRES}
-        return [standing(row) for row in await self._reading.rows("replica_envoys", asked)]
+        return [standing(row) for row in await self._reading.rows("sidecar_envoys", asked)]
 
 
 def document(envoy: Standing) -> dict[str, Any]:

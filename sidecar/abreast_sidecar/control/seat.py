@@ -43,9 +43,9 @@ class Seat:
     async def take(self) -> bool:
         """Whether it is held now. Raise LedgerError while Postgres can't be reached."""
         async with self._answering() as connection:
-            cursor = await connection.execute(statement("seat_take"), {"lock": LOCK})
+            cursor = await connection.execute(statement("leader_acquire"), {"lock": LOCK})
             row = await cursor.fetchone()
-            self.held = bool(row and row["taken"])
+            self.held = bool(row and row["acquired"])
         return self.held
 
     async def beat(self) -> None:
@@ -101,9 +101,9 @@ class Seat:
         return self._connection
 
     async def _check(self, connection: Connection) -> None:
-        cursor = await connection.execute(statement("seat_held"), {"lock": LOCK})
+        cursor = await connection.execute(statement("leader_check"), {"lock": LOCK})
         row = await cursor.fetchone()
-        if not row or not row["held"]:
+        if not row or not row["is_leader"]:
             raise LedgerError(
                 "the lock is not this connection's; ABREAST_POSTGRES_URL must not lead through a pooler of transactions"
             )

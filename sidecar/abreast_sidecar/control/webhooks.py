@@ -43,7 +43,7 @@ class Webhooks:
         if not self._urls:
             return
         await self._trim()
-        due = [await self._database.rows("webhooks_due", {"url": url, "most": BATCH}) for url in self._urls]
+        due = [await self._database.rows("webhooks_due", {"url": url, "limit": BATCH}) for url in self._urls]
         if not any(due):
             return
         async with httpx.AsyncClient(timeout=TIMEOUT, trust_env=False) as client:
@@ -51,7 +51,7 @@ class Webhooks:
 
     async def _register(self) -> None:
         """Once in each term of the acting sidecar. From now on every event is also written for these receivers, by whichever sidecar writes it."""
-        await self._database.execute("webhook_receivers_drop", {"urls": list(self._urls)})
+        await self._database.execute("webhook_receivers_delete", {"urls": list(self._urls)})
         await self._database.execute("webhook_receivers_add", {"urls": list(self._urls)})
         self._registered = True
 
@@ -59,8 +59,8 @@ class Webhooks:
         if time.monotonic() - self._trimmed < TRIM:
             return
         self._trimmed = time.monotonic()
-        for row in await self._database.rows("webhooks_trim", {"most": MOST, "oldest": OLDEST}):
-            log.error("webhooks are given up", receiver=place(row["url"]), messages=row["many"])
+        for row in await self._database.rows("webhooks_trim", {"limit": MOST, "oldest": OLDEST}):
+            log.error("webhooks are given up", receiver=place(row["url"]), messages=row["messages"])
 
     async def _deliver_all(self, client: httpx.AsyncClient, rows: Sequence[Row]) -> None:
         """Of one receiver. One that is away holds up no other; and is asked once, not for each message."""
@@ -70,7 +70,7 @@ class Webhooks:
                 await self._database.execute("webhook_done", {"id": row["id"]})
                 continue
             wait = backoff(row["attempts"])
-            await self._database.execute("webhook_again", {"id": row["id"], "wait": wait})
+            await self._database.execute("webhook_retry", {"id": row["id"], "wait": wait})
             attempt = row["attempts"] + 1
             log.warning(
                 "a webhook is not delivered", receiver=place(row["url"]), error=trouble, attempt=attempt

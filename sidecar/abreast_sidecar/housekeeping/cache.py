@@ -30,8 +30,8 @@ async def find_misses(connection: Connection) -> int:
         if not row or not row["locked"]:
             return 0
         found = 0
-        parameters = {"window": WINDOW, "most": MOST, "least": MIN_PAIRS}
-        cursor = await connection.execute(statement("cache_counts"), parameters)
+        parameters = {"window": WINDOW, "limit": MOST, "min_pairs": MIN_PAIRS}
+        cursor = await connection.execute(statement("endpoint_cache_counts"), parameters)
         for row in await cursor.fetchall():
             names = ("old_hits", "old_misses", "new_hits", "new_misses", "release")
             counts = [Counts(*one) for one in zip(*(row[name] for name in names), strict=True)]
@@ -43,7 +43,7 @@ async def find_misses(connection: Connection) -> int:
                     "detail": orjson.dumps(asdict(more)).decode(),
                     "reason": reason(more),
                 }
-                await connection.execute(statement("cache_put"), given)
+                await connection.execute(statement("cache_finding_set"), given)
                 found += 1
             await asyncio.sleep(0)  # others on the loop have their turn
         return found

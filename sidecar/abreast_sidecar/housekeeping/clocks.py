@@ -18,7 +18,7 @@ async def surely(connection: Connection, own: datetime | None = None) -> datetim
     of the other. `own` is this machine's.
     """
     own = own or datetime.now(UTC)
-    row = await (await connection.execute(statement("now"))).fetchone()
+    row = await (await connection.execute(statement("clock"))).fetchone()
     theirs: datetime = row["now"] if row else own
     ahead = (theirs - own).total_seconds()
     if abs(ahead) > APART:

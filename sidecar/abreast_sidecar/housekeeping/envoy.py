@@ -121,20 +121,20 @@ async def bring_envoy(connection: Connection, address: str) -> None:
         if not row or not row["locked"]:
             return
         seen = await look(address)
-        key = {"node": seen.node, "service": seen.service, "own": datetime.now(UTC)}
+        key = {"node": seen.node, "service": seen.service, "sidecar_time": datetime.now(UTC)}
         cursor = await connection.execute(statement("envoy_report"), key)
         before = await cursor.fetchone()
         base, sums = sums_of(before, seen, sure=_watched(seen))
         last = {**seen.counts, "base": base}
-        reports = {"counted": json_text(sums).decode(), "last": json_text(last).decode()}
-        await connection.execute(statement("envoy_report_put"), {**key, **reports})
+        reports = {"totals": json_text(sums).decode(), "last_reading": json_text(last).decode()}
+        await connection.execute(statement("envoy_report_set"), {**key, **reports})
         await connection.execute(statement("envoy_count_add"), _counted_since(before, seen, sums))
 
 
 def _counted_since(before: Mapping[str, Any] | None, seen: Look, sums: Mapping[str, int]) -> dict[str, Any]:
     """What is new since the last look, or since its start where this is the first."""
     known, seconds = (
-        (before["counted"].get("sampled", 0), before["age"]) if before else (0, seen.uptime + SLACK)
+        (before["totals"].get("sampled", 0), before["age"]) if before else (0, seen.uptime + SLACK)
     )
     return {
         "service": seen.service,
@@ -157,8 +157,8 @@ def sums_of(
     """`sure`: it is known to be the same life, whatever the clocks say."""
     if before is None:
         return carried_on({}, {}, seen.counts, same_life=True)
-    last = {name: value for name, value in before["last"].items() if name != "base"}
+    last = {name: value for name, value in before["last_reading"].items() if name != "base"}
     # Envoy says whole seconds: of a restart within one, only what had counted more than the new life shows it.
     started_since = seen.uptime + 1 < before["age"]
     same_life = (sure or not started_since) and not fell(last, seen.counts)
-    return carried_on(before["last"].get("base", {}), last, seen.counts, same_life=same_life)
+    return carried_on(before["last_reading"].get("base", {}), last, seen.counts, same_life=same_life)

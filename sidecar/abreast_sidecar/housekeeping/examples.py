@@ -18,7 +18,7 @@ async def trim_examples(connection: Connection, *, most: int) -> int:
         row = await cursor.fetchone()
         if not row or not row["locked"]:
             return 0
-        cursor = await connection.execute(statement("examples_trim"), {"most": most})
+        cursor = await connection.execute(statement("examples_trim"), {"max_bytes": most})
     if cursor.rowcount:
         log.info("examples are dropped, the largest first", examples=cursor.rowcount, bytes=most)
     return cursor.rowcount

@@ -29,12 +29,12 @@ async def find_slow(connection: Connection) -> int:
         if not row or not row["locked"]:
             return 0
         found = 0
-        parameters = {"window": WINDOW, "most": MOST, "least": MIN_PAIRS}
-        cursor = await connection.execute(statement("timings"), parameters)
+        parameters = {"window": WINDOW, "limit": MOST, "min_pairs": MIN_PAIRS}
+        cursor = await connection.execute(statement("endpoint_times"), parameters)
         for row in await cursor.fetchall():
-            columns = (row[name] for name in ("old_us", "new_us", "release", "copy_us"))
+            columns = (row[name] for name in ("old_us", "new_us", "release", "baseline_us"))
             pairs = [Timing(*one) for one in zip(*columns, strict=True)]
-            slower = slowdown(pairs, copies_to_come=row["copies_to_come"])
+            slower = slowdown(pairs, copies_to_come=row["expects_baseline"])
             if slower is not None:
                 detail = orjson.dumps(asdict(slower)).decode()
                 given = {
@@ -43,8 +43,8 @@ async def find_slow(connection: Connection) -> int:
                     "detail": detail,
                     "reason": reason(slower),
                 }
-                await connection.execute(statement("latency_put"), given)
+                await connection.execute(statement("latency_finding_set"), given)
                 found += 1
             await asyncio.sleep(0)  # others on the loop have their turn
-        await connection.execute(statement("findings_back"))
+        await connection.execute(statement("findings_reopen"))
         return found

@@ -12,8 +12,8 @@ SHARE = 0.05  # of the endpoint's pairs
 
 async def find_missing(connection: Connection) -> int:
     """Return how many endpoints it is so for. The finding stays when it is no longer so, with when it was last."""
-    parameters = {"window": WINDOW, "most": MOST, "least": LEAST, "share": SHARE}
+    parameters = {"window": WINDOW, "limit": MOST, "min_pairs": LEAST, "share": SHARE}
     async with connection.transaction():
-        cursor = await connection.execute(statement("missing_put"), parameters)
-        await connection.execute(statement("findings_back"))
+        cursor = await connection.execute(statement("missing_findings_set"), parameters)
+        await connection.execute(statement("findings_reopen"))
     return cursor.rowcount

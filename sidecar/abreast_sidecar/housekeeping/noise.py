@@ -22,18 +22,18 @@ COUNTS = (
     "count",
     "baseline_compared",
     "baseline_count",
-    "explained",
+    "shape_explained",
     "new_greater",
     "new_smaller",
-    "turns",
-    "old_again",
-    "new_again",
-    "far_more",
-    "far_less",
-    "copies_far_more",
-    "copies_far_less",
+    "repeat_checks",
+    "old_repeats",
+    "new_repeats",
+    "magnitude_up",
+    "magnitude_down",
+    "baseline_magnitude_up",
+    "baseline_magnitude_down",
 )
-COPIES = ("baseline_compared", "baseline_count", "copies_far_more", "copies_far_less")
+COPIES = ("baseline_compared", "baseline_count", "baseline_magnitude_up", "baseline_magnitude_down")
 FRESH = 0.02  # of old's turns: where old says the same again more often, its values are not fresh
 
 
@@ -61,10 +61,10 @@ async def _write(
     """Locks in the order of the ledger's writers: findings by id, endpoints by id."""
     if changed:
         await connection.execute(statement("findings_lock"), {"ids": [one["id"] for one in changed]})
-        await connection.execute(statement("noise_put"), {"given": json_text(changed).decode()})
+        await connection.execute(statement("noise_set"), {"rows": json_text(changed).decode()})
     if done:
         await connection.execute(statement("endpoints_lock"), {"ids": [one["id"] for one in done]})
-        await connection.execute(statement("noise_done"), {"given": json_text(done).decode()})
+        await connection.execute(statement("noise_done"), {"rows": json_text(done).decode()})
 
 
 def changes(rows: Sequence[Row]) -> list[dict[str, object]]:
@@ -85,7 +85,9 @@ def decisions(rows: Sequence[Row]) -> list[Decision]:
     again = [row for row in rows if _has_former(row)]
     looks = [*rows, *map(_newest, again)]
     places = [*counts(rows), *counts(looks[len(rows) :]), *map(_turns, looks)]
-    numbers = {place: _far(row) for place, row in enumerate(looks) if row["far_more"] or row["far_less"]}
+    numbers = {
+        place: _far(row) for place, row in enumerate(looks) if row["magnitude_up"] or row["magnitude_down"]
+    }
     decided, many = decide([*places, *numbers.values()], ALPHA), len(looks)
     far = dict(zip(numbers, decided[2 * many :], strict=True))
     each = zip(looks, decided[:many], decided[many : 2 * many], strict=True)
@@ -100,10 +102,10 @@ def decisions(rows: Sequence[Row]) -> list[Decision]:
 def _turns(row: Row) -> Counts:
     """Whether new says the same again more often than old does."""
     return Counts(
-        compared=row["turns"],
-        differs=row["new_again"],
-        baseline_compared=row["turns"],
-        baseline_differs=row["old_again"],
+        compared=row["repeat_checks"],
+        differs=row["new_repeats"],
+        baseline_compared=row["repeat_checks"],
+        baseline_differs=row["old_repeats"],
     )
 
 
@@ -111,11 +113,11 @@ def _far(row: Row) -> Far:
     """Whether new's number is another one by much, and mostly to one side."""
     return Far(
         compared=max(row["compared"], row["count"]),
-        more=min(row["far_more"], row["count"]),
-        less=min(row["far_less"], row["count"]),
+        more=min(row["magnitude_up"], row["count"]),
+        less=min(row["magnitude_down"], row["count"]),
         baseline_compared=max(row["baseline_compared"], row["baseline_count"]),
-        baseline_more=row["copies_far_more"],
-        baseline_less=row["copies_far_less"],
+        baseline_more=row["baseline_magnitude_up"],
+        baseline_less=row["baseline_magnitude_down"],
     )
 
 
@@ -127,9 +129,9 @@ def _graver(row: Row, decision: Decision, stale: Decision, far: Decision | None)
         return decision
     if far is not None and far.state == "real":
         return far
-    if stale.state != "real" or row["old_again"] > FRESH * row["turns"]:
+    if stale.state != "real" or row["old_repeats"] > FRESH * row["repeat_checks"]:
         return decision
-    said = f"new says the same again in {row['new_again']} of {row['turns']} turns, old in {row['old_again']}"
+    said = f"new says the same again in {row['new_repeats']} of {row['repeat_checks']} turns, old in {row['old_repeats']}"
     return replace(stale, reason=f"{said}: more than chance")
 
 
@@ -171,7 +173,7 @@ def counts(rows: Iterable[Row]) -> list[Counts]:
             differs=row["count"],
             baseline_compared=max(row["baseline_compared"], row["baseline_count"]),
             baseline_differs=row["baseline_count"],
-            explained=row["explained"],
+            explained=row["shape_explained"],
             rare=row["kind"] in {"format", "range"},
             new_greater=greater[_drawn(row)],
             new_smaller=smaller[_drawn(row)],

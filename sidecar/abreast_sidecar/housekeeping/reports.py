@@ -67,7 +67,7 @@ async def _bring_shards(connection: Connection, client: Redis, known: list[Keys]
         row = await cursor.fetchone()
         report = _shard_report(row["report"] if row else {}, await _look(client, keys))
         parameters = {"service": keys.service, "shard": keys.shard, "report": json_text(report).decode()}
-        await connection.execute(statement("shard_report_put"), parameters)
+        await connection.execute(statement("shard_report_set"), parameters)
 
 
 async def _look(client: Redis, keys: Keys) -> dict[str, Any]:
@@ -98,8 +98,8 @@ async def _bring_processes(connection: Connection, client: Redis, service: str) 
     text = orjson.dumps(given)
     if b"\\u0000" in text:
         text = json_text([{"id": id_, "report": orjson.loads(told[name])} for id_, name in ids.items()])
-    parameters = {"service": service, "given": text.decode(errors="replace"), "stale": STALE}
-    cursor = await connection.execute(statement("process_reports_put"), parameters)
+    parameters = {"service": service, "rows": text.decode(errors="replace"), "stale": STALE}
+    cursor = await connection.execute(statement("process_reports_set"), parameters)
     stale = {row["id"] for row in await cursor.fetchall()}
     return {ids[id_].decode(errors="replace"): told[ids[id_]] for id_ in stale if id_ in ids}
 

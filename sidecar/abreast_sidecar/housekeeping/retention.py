@@ -34,10 +34,10 @@ async def drop_days(
             return 0
         now = now or await surely(connection)
         oldest = {"oldest": now - timedelta(days=retention_days)}
-        for name in ("poison_drop", "samples_drop", "reports_fold"):
+        for name in ("dead_letters_expire", "samples_expire", "reports_fold"):
             await connection.execute(statement(name), oldest)
         asked = {"days": retention_days, "bytes": retention_bytes, "now": now}
-        cursor = await connection.execute(statement("days_old"), asked)
+        cursor = await connection.execute(statement("days_expired"), asked)
         for old in await cursor.fetchall():
             await connection.execute(statement("day_drop"), {"day": old["day"]})
             log.info(

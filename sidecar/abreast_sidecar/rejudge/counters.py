@@ -13,7 +13,7 @@ from datetime import datetime
 from abreast_sidecar.rejudge.places import NOBODY, Known
 from abreast_sidecar.store.database import Row
 
-VALUES = ("explained", "new_greater", "new_smaller")
+VALUES = ("shape_explained", "new_greater", "new_smaller")
 COUNTERS = ("count", "baseline_count", *VALUES)
 
 Slot = tuple[int, int, int, int]  # rule or NOBODY, finding, release of old, release of new
@@ -67,7 +67,7 @@ class Counters:
             changed[name] += value
 
     def of_findings(self, findings: Mapping[int, Known]) -> list[dict[str, object]]:
-        """Parameters of findings_count.sql."""
+        """Parameters of the query findings_count."""
         made = []
         for (rule, finding, old, new), changed in self.changes.items():
             if rule == NOBODY and finding in findings and any(changed.values()):
@@ -77,7 +77,7 @@ class Counters:
         return made
 
     def of_rules(self, unknown: Mapping[Slot, int]) -> list[dict[str, object]]:
-        """Parameters of rule_findings_count.sql."""
+        """Parameters of the query rule_findings_count."""
         slots = {slot for slot in self.changes if slot[0] != NOBODY} | unknown.keys()
         empty = dict.fromkeys(COUNTERS, 0)
         return [

@@ -49,7 +49,7 @@ class Places:
 def stored(row: Row) -> Places:
     return Places(
         _joined(row["findings"], row["explained"], row["explained_by"]),
-        _joined(row["noise"], row["noise_explained"], row["noise_explained_by"]),
+        _joined(row["baseline_findings"], row["baseline_explained"], row["baseline_explained_by"]),
     )
 
 
@@ -66,9 +66,9 @@ def columns(places: Places) -> dict[str, list[int] | None]:
         "findings": [finding for finding, rule in places.findings.items() if not rule],
         "explained": list(hidden) or None,
         "explained_by": list(hidden.values()) or None,
-        "noise": [finding for finding, rule in places.noise.items() if not rule],
-        "noise_explained": list(noise) or None,
-        "noise_explained_by": list(noise.values()) or None,
+        "baseline_findings": [finding for finding, rule in places.noise.items() if not rule],
+        "baseline_explained": list(noise) or None,
+        "baseline_explained_by": list(noise.values()) or None,
     }
 
 
@@ -100,7 +100,7 @@ def told(row: Row, rules: RuleSet, began: Mapping[int, int], findings: Mapping[i
     """What the row alone tells. What a rule explained whose values are not kept stays so while the rule holds."""
     before = stored(row)
     applying = rules.of(subject(row)).rules
-    judged_by = row["rules"] or 0
+    judged_by = row["rules_version"] or 0
     unknown = {}
     made = []
     for places in (before.findings, before.noise):

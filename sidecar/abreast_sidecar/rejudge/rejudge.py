@@ -56,14 +56,14 @@ async def rejudge(connection: Connection, learning: Learning, rules: Rules, *, l
     async with connection.transaction():
         if not (await one_of(connection, "lock_try", {"lock": LOCK}))["locked"]:
             return False
-        state = await one_of(connection, "rejudge_state")
+        state = await one_of(connection, "reapply_state")
         held = await in_force(connection, rules, state["version"])
         if state["pending"]:
             await _batch(connection, learning, held, limit)
-        elif state["listed"] > state["judged"]:
-            await settle(connection, held.declared, held.began, state["listed"])
-            await connection.execute(statement("rejudge_judged"))
-        elif state["version"] > state["listed"]:
+        elif state["queued_version"] > state["applied_version"]:
+            await settle(connection, held.declared, held.began, state["queued_version"])
+            await connection.execute(statement("reapply_finish"))
+        elif state["version"] > state["queued_version"]:
             await _list(connection, state)
         else:
             return False
@@ -73,13 +73,13 @@ async def rejudge(connection: Connection, learning: Learning, rules: Rules, *, l
 async def in_force(connection: Connection, rules: Rules, version: int) -> InForce:
     rows = await rows_of(connection, "rules_in_force")
     declared = of_rows(rows).rules
-    began = {row["id"]: row["began"] for row in rows if row["id"] is not None}
+    began = {row["id"]: row["begin_version"] for row in rows if row["id"] is not None}
     return InForce(version, replace(rules, declared=declared), began)
 
 
 async def _list(connection: Connection, state: Row) -> None:
-    changed = await rows_of(connection, "rejudge_changed", {"after": state["listed"]})
-    rules = [(named(row["id"], row["definition"]), row["ended"]) for row in changed]
+    changed = await rows_of(connection, "reapply_changed_rules", {"after": state["queued_version"]})
+    rules = [(named(row["id"], row["definition"]), row["end_version"]) for row in changed]
     # One that paired elements leaves no trace where nothing was left for it to explain.
     asked = [rule for rule, ended in rules if ended is None or rule.action == "keyed-by"]
     findings = await known_findings(connection) if asked else {}
@@ -94,12 +94,12 @@ async def _list(connection: Connection, state: Row) -> None:
     ]
     gone = [int(rule.name) for rule, ended in rules if ended is not None]
     await connection.execute(f"set local statement_timeout = '{LIST_TIMEOUT}s'".encode())
-    await connection.execute(statement("rejudge_list"), {"findings": concerned, "rules": gone})
-    await connection.execute(statement("rejudge_listed"), {"version": state["version"]})
+    await connection.execute(statement("reapply_enqueue"), {"findings": concerned, "rules": gone})
+    await connection.execute(statement("reapply_enqueued"), {"version": state["version"]})
 
 
 async def _batch(connection: Connection, learning: Learning, held: InForce, limit: int) -> None:
-    rows = await rows_of(connection, "rejudge_take", {"limit": limit})
+    rows = await rows_of(connection, "reapply_take", {"limit": limit})
     again = await asyncio.to_thread(evidence.all_judged, rows, held.rules)
     await learning.learn([one for one in again if one is not None])
     found = await known_findings(connection, {one for row in rows for one in _ids(row)})
@@ -130,10 +130,8 @@ async def _correct(
 ) -> set[int]:
     """The counters of findings and of rules. Return the endpoints of those."""
     await connection.execute(statement("findings_lock"), {"ids": list(found)})
-    counters = Counters.of(await rows_of(connection, "rejudge_counters", {"ids": list(found)}))
-    labels = await rows_of(
-        connection, "rejudge_releases", {"services": list({row["service"] for row in rows})}
-    )
+    counters = Counters.of(await rows_of(connection, "reapply_counters", {"ids": list(found)}))
+    labels = await rows_of(connection, "releases_read", {"services": list({row["service"] for row in rows})})
     ids = {(row["service"], row["version"], row["label"]): row["id"] for row in labels}
     unknown: dict[Slot, int] = {}
     for row, now in zip(rows, after, strict=True):
@@ -179,8 +177,14 @@ async def _write_pairs(
     pairs = []
     for row, judged, now in zip(rows, again, after, strict=True):
         columns = {**places.columns(now), "outcome": _outcome(row, judged), "reason": _reason(row, now, held)}
-        pairs.append({**_key(row), **columns, "rules": row["rules"] if judged is None else held.version})
-    await connection.execute(statement("rejudge_pairs"), {"given": json_text(pairs).decode()})
+        pairs.append(
+            {
+                **_key(row),
+                **columns,
+                "rules_version": row["rules_version"] if judged is None else held.version,
+            }
+        )
+    await connection.execute(statement("reapply_pairs_set"), {"rows": json_text(pairs).decode()})
 
 
 async def _write_examples(
@@ -192,7 +196,7 @@ async def _write_examples(
         if judged is not None
     ]
     if examples:
-        await connection.execute(statement("rejudge_examples"), {"given": json_text(examples).decode()})
+        await connection.execute(statement("reapply_examples_set"), {"rows": json_text(examples).decode()})
 
 
 async def _recount(connection: Connection, rows: Sequence[Row], again: Sequence[Judged | None]) -> None:
@@ -205,7 +209,7 @@ async def _recount(connection: Connection, rows: Sequence[Row], again: Sequence[
     names = ("service", "day", "outcome")
     given = [{**dict(zip(names, key, strict=True)), "pairs": pairs} for key, pairs in tally.items() if pairs]
     if given:
-        await connection.execute(statement("tally_add"), {"given": json_text(given).decode()})
+        await connection.execute(statement("outcome_counts_add"), {"rows": json_text(given).decode()})
 
 
 def _key(row: Row) -> dict[str, str]:

@@ -16,13 +16,13 @@ async def settle(connection: Connection, rules: RuleSet, began: Mapping[int, int
     holding = [rule for rule in rules.rules if began[int(rule.name)] <= listed and not rule.status]
     findings = await known_findings(connection)
     concerned = [known.id for known in findings.values() if _first(holding, known)]
-    rows = await rows_of(connection, "rejudge_spread", {"findings": concerned, "listed": listed})
+    rows = await rows_of(connection, "reapply_totals", {"findings": concerned, "version": listed})
     ids = sorted({row["finding_id"] for row in rows})
     if not ids:
         return
     await connection.execute(statement("findings_lock"), {"ids": ids})
     # Read again under the locks: workers may have counted since.
-    rows = await rows_of(connection, "rejudge_spread", {"findings": concerned, "listed": listed})
+    rows = await rows_of(connection, "reapply_totals", {"findings": concerned, "version": listed})
     counters = Counters.of(rows)
     for row in rows:
         if row["finding_id"] in findings:

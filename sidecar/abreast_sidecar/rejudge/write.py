@@ -23,7 +23,7 @@ async def one_of(connection: Connection, name: str, parameters: Mapping[str, Any
 
 
 async def known_findings(connection: Connection, ids: Iterable[int] | None = None) -> dict[int, Known]:
-    rows = await rows_of(connection, "rejudge_findings", {"ids": None if ids is None else list(ids)})
+    rows = await rows_of(connection, "reapply_findings", {"ids": None if ids is None else list(ids)})
     return {row["id"]: Known(**row) for row in rows}
 
 
@@ -32,9 +32,9 @@ async def write_counters(
 ) -> set[int]:
     """The findings are locked. Return the endpoints of those that changed."""
     if given := counters.of_findings(found):
-        await connection.execute(statement("findings_count"), {"given": json_text(given).decode()})
+        await connection.execute(statement("findings_count"), {"rows": json_text(given).decode()})
     if given := counters.of_rules(unknown):
-        await connection.execute(statement("rule_findings_count"), {"given": json_text(given).decode()})
+        await connection.execute(statement("rule_findings_count"), {"rows": json_text(given).decode()})
     return {found[slot[1]].endpoint_id for slot in counters.changes if slot[1] in found}
 
 
@@ -42,4 +42,4 @@ async def mark_due(connection: Connection, endpoints: Iterable[int]) -> None:
     """Their findings are told from noise anew."""
     ids = sorted(endpoints)
     await connection.execute(statement("endpoints_lock"), {"ids": ids})
-    await connection.execute(statement("rejudge_due"), {"ids": ids})
+    await connection.execute(statement("noise_reset"), {"ids": ids})

@@ -76,7 +76,7 @@ def summary(found: Summary, *, pending: int | None) -> comparison_pb2.GetSummary
             duplicate=accounts.duplicate,
             late=accounts.late,
             joined=accounts.joined,
-            swept=accounts.swept,
+            swept=accounts.timed_out,
         ),
         poison=[
             comparison_pb2.PoisonCount(reason=one.reason, count=one.count, last=timestamp(one.last))

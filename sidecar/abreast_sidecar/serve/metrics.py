@@ -89,7 +89,7 @@ class LedgerCounts(Collector):
             "abreast_poison", "entries that could not be compared and are kept apart", labels=["service"]
         )
         for one in self.accounts:
-            poison.add_metric([one.service], one.poison)
+            poison.add_metric([one.service], one.dead_letters)
             if one.envoy_sampled is not None and one.unaccounted is not None:
                 sampled.add_metric([one.service], one.envoy_sampled)
                 unaccounted.add_metric([one.service], one.unaccounted)

@@ -32,8 +32,8 @@ def guard(found: Guard) -> pb.Guard:
         policy=policy(asdict(found.policy)),
         set_time=timestamp(found.since),
         state=number(GUARD_STATE, state),  # type: ignore[arg-type]  # an int is one
-        said="off" if found.policy.mode == "off" else found.said,
-        look_time=timestamp(found.looked_at),
+        said="off" if found.policy.mode == "off" else found.message,
+        look_time=timestamp(found.checked_at),
     )
 
 
@@ -102,20 +102,20 @@ def plan(asked: pb.RampPlan) -> Plan:
 def ramp(found: Ramp) -> pb.Ramp:
     return pb.Ramp(
         service=found.service,
-        state=_state(found.id, found.state, found.step, found.said, shown_plan(asdict(found.plan))),
+        state=_state(found.id, found.state, found.step, found.message, shown_plan(asdict(found.plan))),
         actor=found.actor,
         reason=found.reason,
         start_time=timestamp(found.started_at),
         step_time=timestamp(found.step_at),
         end_time=timestamp(found.ended_at),
         verdict=number(VERDICT, found.verdict) if found.verdict else 0,  # type: ignore[arg-type]  # an int is one
-        look_time=timestamp(found.looked_at),
+        look_time=timestamp(found.checked_at),
     )
 
 
 def ramp_state(found: Mapping[str, Any]) -> pb.RampState:
     """Of a ramp as an event's record has it."""
-    return _state(found["id"], found["state"], found["step"], found["said"], shown_plan(found))
+    return _state(found["id"], found["state"], found["step"], found["message"], shown_plan(found))
 
 
 def shown_plan(found: Mapping[str, Any]) -> pb.RampPlan:

@@ -64,8 +64,8 @@ class Ramp:
     started_gap: int | None  # what Envoy had sampled and the ledger did not have; None: unknown
     step_gap: int | None
     verdict: str  # of the last look; empty before the first
-    said: str
-    looked_at: dt.datetime | None
+    message: str
+    checked_at: dt.datetime | None
 
     @property
     def share(self) -> int:

@@ -81,11 +81,11 @@ class Catalogue:
             for place, key in enumerate(sorted(missing))
         }
         given = [dict(zip(("service", "method", "route"), key, strict=True)) for key in wanted]
-        await connection.execute(statement("endpoints_add"), {"given": json_text(given).decode()})
+        await connection.execute(statement("endpoints_add"), {"rows": json_text(given).decode()})
         await self._read_endpoints(connection, {key[0] for key in wanted})
 
     async def _read_endpoints(self, connection: AsyncConnection[TupleRow], services: set[str]) -> None:
-        cursor = await connection.execute(statement("endpoints_of"), {"services": list(services)})
+        cursor = await connection.execute(statement("endpoints_read"), {"services": list(services)})
         fresh = {}
         for service in services:
             self.services.setdefault(service, {})
@@ -99,7 +99,7 @@ class Catalogue:
     async def _read_findings(
         self, connection: AsyncConnection[TupleRow], endpoints: dict[int, Endpoint]
     ) -> None:
-        cursor = await connection.execute(statement("findings_of"), {"endpoints": list(endpoints)})
+        cursor = await connection.execute(statement("finding_ids"), {"endpoints": list(endpoints)})
         for endpoint, part, path, kind, number, *kept in await cursor.fetchall():
             endpoints[endpoint].findings[part, path, kind] = number
             if number not in self.examples or kept[0] > self.examples[number].count:
@@ -125,7 +125,7 @@ class Catalogue:
         self, connection: AsyncConnection[TupleRow], unknown: dict[tuple[int, FindingKey], dict[str, Any]]
     ) -> None:
         given = json_text(list(unknown.values())).decode()
-        await connection.execute(statement("findings_add"), {"given": given})
+        await connection.execute(statement("findings_add"), {"rows": given})
         wanted = {endpoint for endpoint, _ in unknown}
         endpoints = {
             endpoint.id: endpoint

@@ -1,7 +1,8 @@
-"""Connections to the ledger for everything but the worker, and the SQL files."""
+"""Connections to the ledger for everything but the worker, and the named queries in queries/*.sql."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import cache
@@ -25,13 +26,36 @@ LIMITS = (
     f"set local statement_timeout = '{STATEMENT_TIMEOUT}s'; set local jit = off; set local timezone = 'UTC'"
 )
 
+QUERY_NAME = re.compile(rb"^-- name: (\w+)\n", re.MULTILINE)
+
 Connection = AsyncConnection[DictRow]
 Row = dict[str, Any]
 
 
 @cache
+def statements() -> Mapping[str, bytes]:
+    """Read all named queries."""
+    folder = resources.files("abreast_sidecar.store") / "queries"
+    return parse_queries(
+        {file.name: file.read_bytes() for file in folder.iterdir() if file.name.endswith(".sql")}
+    )
+
+
+def parse_queries(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Split files into queries: each begins with a line `-- name: NAME`. Raise ValueError for a duplicate name."""
+    queries: dict[str, bytes] = {}
+    for file, text in sorted(files.items()):
+        _, *parts = QUERY_NAME.split(text)
+        for name, query in zip(parts[::2], parts[1::2], strict=True):
+            if name.decode() in queries:
+                raise ValueError(f"{file}: another query is named {name.decode()}")
+            queries[name.decode()] = query.strip()
+    return queries
+
+
 def statement(name: str) -> bytes:
-    return (resources.files("abreast_sidecar.store") / "sql" / f"{name}.sql").read_bytes()
+    """Return a query for psycopg. Raise KeyError for an unknown name."""
+    return statements()[name]
 
 
 class Limited(AsyncConnection[DictRow]):
@@ -102,7 +126,7 @@ class Database:
                 yield connection
 
     async def rows(self, name: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
-        """The rows of the statement in sql/NAME.sql."""
+        """Return the rows of a named query."""
         async with self.connection() as connection:
             cursor = await connection.execute(statement(name), parameters or {})
             return await cursor.fetchall()

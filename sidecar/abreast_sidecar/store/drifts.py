@@ -21,8 +21,8 @@ Key = tuple[str, str, str]
 
 async def wanted(database: Database, judged: Judged) -> bool:
     """Whether the pair shows something that may be a finding. Raise LedgerError."""
-    row = await database.one("drift_wanted", _named(judged))
-    return bool(row and row["wanted"])
+    row = await database.one("recheck_needed", _named(judged))
+    return bool(row and row["needed"])
 
 
 async def write(database: Database, judged: Judged, keys: Sequence[Key]) -> bool:
@@ -32,7 +32,7 @@ async def write(database: Database, judged: Judged, keys: Sequence[Key]) -> bool
         row = await cursor.fetchone()
         if not row or not row["locked"]:
             return False
-        cursor = await connection.execute(statement("drift_pair"), _named(judged))
+        cursor = await connection.execute(statement("recheck_lock"), _named(judged))
         names = {(part, clean(path, PATH_LIMIT), kind) for part, path, kind in keys}
         found = [row for row in await cursor.fetchall() if (row["part"], row["path"], row["kind"]) in names]
         if found:
@@ -43,14 +43,14 @@ async def write(database: Database, judged: Judged, keys: Sequence[Key]) -> bool
 async def _take_off(connection: Connection, judged: Judged, found: Sequence[Row]) -> None:
     """Locks in the order of the ledger's writers: pairs and their sums, findings by id, endpoints by id."""
     ids = sorted(row["id"] for row in found)
-    await connection.execute(statement("drift_put"), {**_named(judged), "ids": ids, "reason": REASON})
+    await connection.execute(statement("recheck_set"), {**_named(judged), "ids": ids, "reason": REASON})
     await connection.execute(statement("findings_lock"), {"ids": ids})
     given = json_text([_counters(judged, row) for row in found]).decode()
-    await connection.execute(statement("findings_count"), {"given": given})
-    await connection.execute(statement("drift_count"), {"ids": ids})
+    await connection.execute(statement("findings_count"), {"rows": given})
+    await connection.execute(statement("finding_drift_add"), {"ids": ids})
     endpoints = [found[0]["endpoint_id"]]
     await connection.execute(statement("endpoints_lock"), {"ids": endpoints})
-    await connection.execute(statement("rejudge_due"), {"ids": endpoints})
+    await connection.execute(statement("noise_reset"), {"ids": endpoints})
 
 
 def _counters(judged: Judged, row: Row) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _counters(judged: Judged, row: Row) -> dict[str, Any]:
         "new_release": row["new_release"],
         "count": -1,
         "baseline_count": 0,
-        "explained": -int(explained(shown, judged.at / 1000)),
+        "shape_explained": -int(explained(shown, judged.at / 1000)),
         "new_greater": -int(leaning > 0),
         "new_smaller": -int(leaning < 0),
         "impact": row["impact"],

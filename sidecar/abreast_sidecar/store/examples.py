@@ -103,16 +103,16 @@ class Examples:
 
     async def make_room(self, connection: AsyncConnection[TupleRow], smaller: Sequence[Example]) -> None:
         """Drop the largest of those findings, where others have not done so meanwhile."""
-        given = {"given": json_text(_links(smaller)).decode(), "limit": self.limit, "most": REPLACED}
-        cursor = await connection.execute(statement("examples_make_room"), given)
+        given = {"rows": json_text(_links(smaller)).decode(), "limit": self.limit, "max_replaced": REPLACED}
+        cursor = await connection.execute(statement("examples_evict"), given)
         gone = await cursor.fetchall()
         days, pairs = [day for day, _ in gone], [pair for _, pair in gone]
-        await connection.execute(statement("examples_unused"), {"days": days, "pairs": pairs})
+        await connection.execute(statement("examples_delete_unused"), {"days": days, "pairs": pairs})
 
     async def look_again(self, connection: AsyncConnection[TupleRow], smaller: Sequence[Example]) -> None:
         """What there is now of those findings."""
         ids = [finding for one in smaller for finding in one.findings]
-        cursor = await connection.execute(statement("examples_known"), {"ids": ids})
+        cursor = await connection.execute(statement("example_counts"), {"ids": ids})
         for finding, count, largest, replaced in await cursor.fetchall():
             self.kept[finding] = Kept(count, largest, replaced)
 
@@ -125,7 +125,12 @@ class Examples:
 
 def _links(examples: Sequence[Example]) -> list[dict[str, Any]]:
     return [
-        {"finding_id": finding, "day": one.judged.day, "pair_id": one.judged.pair, "size": one.judged.size}
+        {
+            "finding_id": finding,
+            "day": one.judged.day,
+            "pair_id": one.judged.pair,
+            "body_bytes": one.judged.size,
+        }
         for one in examples
         for finding in one.findings
     ]

@@ -82,7 +82,7 @@ class Judged:
             if capture is not None and capture.role == "live":
                 row["live"] = capture.version
         if old and old.role == "live" and again and again.role == "baseline" and judgement.baseline_compared:
-            row["copy_us"] = _time(again)
+            row["baseline_us"] = _time(again)
         if failed_over(judgement):
             row["failed_over"] = True
         if shown := old or new or judgement.baseline:
@@ -90,7 +90,7 @@ class Judged:
             target = f"{request.path}?{request.query}" if request.query else request.path
             row["request"] = clean(target, REQUEST_LIMIT)
         if judgement.baseline_compared:
-            row["baseline"] = bool(judgement.noise)
+            row["baseline_differs"] = bool(judgement.noise)
         if judgement.reason:
             row["reason"] = clean(judgement.reason, REASON_LIMIT)
         return row

@@ -18,9 +18,9 @@ async def timings(database: Database, endpoint: Endpoint, window: Window) -> tup
         "route": endpoint.route,
         "start": window.start,
         "end": window.end,
-        "most": MOST,
+        "limit": MOST,
     }
-    rows = await database.rows("latency", asked)
+    rows = await database.rows("pair_times", asked)
     if not rows:
         raise NotFoundError(
             f"the ledger has no pair with both times of {endpoint.method} {endpoint.route} of {endpoint.service}"

@@ -164,7 +164,7 @@ class Ledger:
         if differences:
             row["findings"] = list(differences)
         if noise:
-            row["noise"] = list(noise)
+            row["baseline_findings"] = list(noise)
         hidden = self._hidden(endpoint, judged.judgement.explained, differences)
         hidden_noise = self._hidden(endpoint, judged.judgement.noise_explained, noise)
         row |= hidden_columns(hidden, hidden_noise)
@@ -215,7 +215,7 @@ class Ledger:
             await _count_late(connection, records, new)
             if new:
                 given = json_text(rollup.tally()).decode()
-                await connection.execute(statement("tally_add"), {"given": given})
+                await connection.execute(statement("outcome_counts_add"), {"rows": given})
             if rollup.endpoints:
                 await _count_endpoints(connection, rollup)
             sampled = self._samples.choose(
@@ -235,7 +235,10 @@ def hidden_columns(hidden: Hidden, noise: Hidden) -> dict[str, list[int]]:
     if hidden:
         row |= {"explained": list(hidden), "explained_by": [rule for rule, _ in hidden.values()]}
     if noise:
-        row |= {"noise_explained": list(noise), "noise_explained_by": [rule for rule, _ in noise.values()]}
+        row |= {
+            "baseline_explained": list(noise),
+            "baseline_explained_by": [rule for rule, _ in noise.values()],
+        }
     return row
 
 
@@ -248,17 +251,17 @@ def _unique(batch: Iterable[Judged]) -> list[Judged]:
 
 
 async def _hold_rules(connection: AsyncConnection[TupleRow], rules: int, records: Sequence[Record]) -> None:
-    row = await (await connection.execute(statement("rules_hold"))).fetchone()
+    row = await (await connection.execute(statement("rules_version_hold"))).fetchone()
     if row is None or row[0] != rules:
         raise StaleRulesError(f"the rules are at version {row and row[0]}, the batch was judged by {rules}")
     if rules:
         for record in records:
-            record.row["rules"] = rules
+            record.row["rules_version"] = rules
 
 
 async def _add_pairs(connection: AsyncConnection[TupleRow], records: Sequence[Record]) -> Sequence[Record]:
     given = json_text([record.row for record in records]).decode()
-    cursor = await connection.execute(statement("pairs_add"), {"given": given})
+    cursor = await connection.execute(statement("pairs_add"), {"rows": given})
     if cursor.rowcount == len(records):
         return records
     added = set(await cursor.fetchall())
@@ -278,7 +281,7 @@ async def _count_late(
         if (record.judged.pair, record.judged.day) not in added
     )
     given = [{"service": service, "day": day, "entries": many} for (service, day), many in counts.items()]
-    await connection.execute(statement("late_add"), {"given": json_text(given).decode()})
+    await connection.execute(statement("late_entries_add"), {"rows": json_text(given).decode()})
 
 
 async def _count_findings(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
@@ -286,10 +289,10 @@ async def _count_findings(connection: AsyncConnection[TupleRow], rollup: Rollup)
     await connection.execute(statement("findings_lock"), {"ids": list(ids)})
     if rollup.findings:
         given = json_text(list(rollup.findings.values())).decode()
-        await connection.execute(statement("findings_count"), {"given": given})
+        await connection.execute(statement("findings_count"), {"rows": given})
     if rollup.rules:
         given = json_text(list(rollup.rules.values())).decode()
-        await connection.execute(statement("rule_findings_count"), {"given": given})
+        await connection.execute(statement("rule_findings_count"), {"rows": given})
 
 
 async def _count_endpoints(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
@@ -297,7 +300,7 @@ async def _count_endpoints(connection: AsyncConnection[TupleRow], rollup: Rollup
         statement("endpoints_lock"), {"ids": list({endpoint for endpoint, *_ in rollup.endpoints})}
     )
     given = json_text(list(rollup.endpoints.values())).decode()
-    await connection.execute(statement("endpoints_count"), {"given": given})
+    await connection.execute(statement("endpoints_count"), {"rows": given})
 
 
 async def _add_poison(connection: AsyncConnection[TupleRow], records: Iterable[Record]) -> None:
@@ -310,4 +313,4 @@ async def _add_poison(connection: AsyncConnection[TupleRow], records: Iterable[R
             "content": (judged.poison or b"")[:POISON_SIZE],
             "limit": POISON_KEPT,
         }
-        await connection.execute(statement("poison_add"), parameters)
+        await connection.execute(statement("dead_letter_add"), parameters)

@@ -1,4 +1,4 @@
-"""Brings the ledger's schema up to this code: migrations/NNNN_name.sql, forward only."""
+"""Creates and upgrades the ledger's schema: schema.sql is version 1, migrations/NNNN_name.sql are later ones, forward only."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from abreast_sidecar.store.database import statement
 LOCK = 0x616272656173  # any number that others don't use for pg_advisory_xact_lock
 CONNECT_TIMEOUT = 5  # seconds
 FILE = re.compile(r"(\d{4})_(\w+)\.sql")
+NEW_DATABASE = "create a new database and name it in ABREAST_POSTGRES_URL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +32,24 @@ class Migration:
     def digest(self) -> str:
         return hashlib.sha256(self.sql).hexdigest()
 
+    @property
+    def file(self) -> str:
+        return "schema.sql" if self.version == 1 else f"{self.version:04d}_{self.name}.sql"
+
 
 @cache
 def migrations() -> tuple[Migration, ...]:
-    """All that this code has, in order."""
-    folder = resources.files("abreast_sidecar.store") / "migrations"
-    found = [(FILE.fullmatch(file.name), file) for file in folder.iterdir()]
-    return tuple(
-        sorted(
-            (Migration(int(match[1]), match[2], file.read_bytes()) for match, file in found if match),
-            key=lambda migration: migration.version,
-        )
-    )
+    """Return schema.sql and all later migrations, in order."""
+    folder = resources.files("abreast_sidecar.store")
+    schema = Migration(1, "schema", (folder / "schema.sql").read_bytes())
+    later = folder / "migrations"
+    files = [(FILE.fullmatch(file.name), file) for file in later.iterdir()] if later.is_dir() else []
+    found = [Migration(int(match[1]), match[2], file.read_bytes()) for match, file in files if match]
+    return (schema, *sorted(found, key=lambda migration: migration.version))
 
 
 async def migrate(conninfo: str, wanted: Sequence[Migration] | None = None) -> int:
-    """Return the schema's version. Any number may run at once.
+    """Apply missing migrations in one transaction and return the schema's version. Several processes may run it at once.
 
     Raise SchemaError for a database that this code must not touch, LedgerError when Postgres can't be reached or
     refuses.
@@ -59,7 +62,7 @@ async def migrate(conninfo: str, wanted: Sequence[Migration] | None = None) -> i
             where = f"{connection.info.host}:{connection.info.port}/{connection.info.dbname}"
             _check_encoding(connection.info.parameter_status("server_encoding") or "", where)
             await connection.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
-            done = await _done(connection)
+            done = await _done(connection, where)
             _check(done, wanted, where)
             for migration in wanted[len(done) :]:
                 await _apply(connection, migration)
@@ -72,13 +75,8 @@ async def migrate(conninfo: str, wanted: Sequence[Migration] | None = None) -> i
     return wanted[-1].version if wanted else 0
 
 
-async def _done(connection: AsyncConnection[TupleRow]) -> list[TupleRow]:
-    await connection.execute(statement("migration_table"))
-    return await (await connection.execute(statement("migrations_done"))).fetchall()
-
-
 def _check_encoding(encoding: str, where: str) -> None:
-    """What people send is Unicode: another encoding would refuse some of it."""
+    """Refuse encodings that can't hold all of Unicode."""
     if encoding != "UTF8":
         raise SchemaError(
             f"the database at {where} has the encoding {encoding}: name one in ABREAST_POSTGRES_URL that was made with "
@@ -86,21 +84,39 @@ def _check_encoding(encoding: str, where: str) -> None:
         )
 
 
+async def _done(connection: AsyncConnection[TupleRow], where: str) -> list[TupleRow]:
+    """Return the applied migrations. Refuse a database that this code did not create."""
+    ((versioned, outdated, tables),) = await (await connection.execute(statement("schema_state"))).fetchall()
+    if versioned:
+        return await (await connection.execute(statement("schema_versions"))).fetchall()
+    if outdated:
+        raise SchemaError(
+            f"the database at {where} holds a ledger from before schema.sql (it has a table abreast.migration), "
+            f"which this abreast can't upgrade: {NEW_DATABASE}"
+        )
+    if tables:
+        raise SchemaError(
+            f"the schema abreast of the database at {where} holds tables that are no ledger "
+            f"({', '.join(tables)}, ...): {NEW_DATABASE}"
+        )
+    return []
+
+
 def _check(done: Sequence[TupleRow], wanted: Sequence[Migration], where: str) -> None:
     if len(done) > len(wanted):
         raise SchemaError(
-            f"the ledger at {where} has schema version {done[-1][0]}, this code knows {len(wanted)}: "
-            "run the newer abreast, or name another database in ABREAST_POSTGRES_URL"
+            f"the ledger at {where} has schema version {done[-1][0]}, this abreast knows {len(wanted)}: "
+            f"run the newer abreast that made it, or {NEW_DATABASE}"
         )
-    for (version, name, digest), migration in zip(done, wanted, strict=False):
+    for (version, _, digest), migration in zip(done, wanted, strict=False):
         if version != migration.version or digest != migration.digest:
             raise SchemaError(
-                f"the ledger at {where} was made with another {version:04d}_{name}.sql than this code has: "
-                "run the abreast that made it, or name another database in ABREAST_POSTGRES_URL"
+                f"the ledger at {where} was made with another {migration.file} than this abreast has: "
+                f"run the abreast that made it, or {NEW_DATABASE}"
             )
 
 
 async def _apply(connection: AsyncConnection[TupleRow], migration: Migration) -> None:
     await connection.execute(migration.sql)
     added = {"version": migration.version, "name": migration.name, "digest": migration.digest}
-    await connection.execute(statement("migration_add"), added)
+    await connection.execute(statement("schema_version_add"), added)

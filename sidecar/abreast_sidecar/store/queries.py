@@ -91,7 +91,10 @@ class Queries:
 
     async def tallies(self) -> list[tuple[str, str, int]]:
         """Service, outcome, and rows ever written: it only grows."""
-        return [(row["service"], row["outcome"], row["pairs"]) for row in await self.database.rows("tallies")]
+        return [
+            (row["service"], row["outcome"], row["pairs"])
+            for row in await self.database.rows("outcome_counts")
+        ]
 
     async def webhooks(self) -> dict[str, int]:
         """Messages delivered, failed (attempts), dropped and waiting."""
@@ -113,7 +116,7 @@ class Queries:
         (held,) = await self.database.rows("envoy_sampled", {"service": service, **_bounds(window)})
         pairs = sum(row["pairs"] for row in outcomes) if window.bounded else accounts.written
         unaccounted = missing(held["sampled"], pairs, accounts.envoy_sampled, accounts.written)
-        poison = await self.database.rows("poison_reasons", {"service": service, "limit": MAX_REASONS})
+        poison = await self.database.rows("dead_letter_reasons", {"service": service, "limit": MAX_REASONS})
         return Summary(
             service=service,
             outcomes={row["outcome"]: row["pairs"] for row in outcomes},
@@ -156,7 +159,7 @@ class Queries:
         }
         span = await self.database.one("release_span", asked)
         counts = await self.database.rows("verdict_counts", {**asked, **times, **_of_release(span, window)})
-        (ledger,) = await self.database.rows("verdict_ledger", {**asked, "evidence": list(EVIDENCE)})
+        (ledger,) = await self.database.rows("verdict_completeness", {**asked, "evidence": list(EVIDENCE)})
         over = window.end is not None and window.end < datetime.now(UTC)
         waivers = await self.database.rows("waivers")
         return Evidence(
@@ -184,7 +187,7 @@ class Queries:
         asked |= {"windowed": window.bounded, **_bounds(window)}
         asked |= {"limit": page.size + 1, "newest": NEWEST_LISTED}
         asked |= {"after_service": place[0], "after_route": place[1], "after_method": place[2]}
-        found = await self.database.rows("endpoints", asked)
+        found = await self.database.rows("endpoints_list", asked)
         return _paged(
             found,
             page,
@@ -262,7 +265,7 @@ class Queries:
         found: list[Row] = []
         for day in await self._days(wanted.window, after) if asked["endpoints"] else ():
             more = page.size + 1 - len(found)
-            found += await self.database.rows("pairs", {**asked, "day": day, "limit": more})
+            found += await self.database.rows("pairs_list", {**asked, "day": day, "limit": more})
             if len(found) > page.size:
                 break
         return _paged(
@@ -284,7 +287,7 @@ class Queries:
 
     async def pair(self, pair_id: str) -> PairDetail:
         """Raise NotFoundError for what was not sampled, has not arrived yet, or is no longer kept."""
-        row = await self.database.one("pair", {"id": pair_id})
+        row = await self.database.one("pair_get", {"id": pair_id})
         if row is None:
             raise NotFoundError(
                 f"the ledger holds no pair {pair_id}: it was not sampled, has not arrived yet, or is no longer kept"
@@ -298,7 +301,7 @@ class Queries:
         return [of_target(row["request"], route) for row in await self.database.rows(name, asked)]
 
     async def _now(self) -> datetime:
-        row = await self.database.one("now")
+        row = await self.database.one("clock")
         return row["now"] if row else datetime.now(UTC)
 
     async def _findings(
@@ -328,7 +331,7 @@ class Queries:
             "limit": limit,
         }
         del asked["window"]
-        return await self.database.rows("findings", asked)
+        return await self.database.rows("findings_list", asked)
 
 
 def _counts(row: Row, waivers: Sequence[Row], service: str, release: str) -> Counts:
@@ -341,7 +344,7 @@ def _of_release(span: Row | None, window: Window) -> dict[str, datetime | None]:
     if span is None:
         return {"lone_start": EPOCH, "lone_end": EPOCH}
     starts = [one for one in (span["start"], window.start) if one is not None]
-    ends = [one for one in (span["over"], window.end) if one is not None]
+    ends = [one for one in (span["stop"], window.end) if one is not None]
     return {
         "lone_start": max(starts, default=None),
         "lone_end": min(ends, default=None),

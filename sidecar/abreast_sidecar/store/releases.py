@@ -51,7 +51,7 @@ class Releases:
         for label in (key[2], OTHER):
             wanted = (key[0], key[1], label)
             parameters = {"service": key[0], "version": key[1], "label": label}
-            limits = {"most": MAX_RELEASES, "other": OTHER}
+            limits = {"limit": MAX_RELEASES, "other": OTHER}
             await connection.execute(statement("release_add"), {**parameters, **limits})
             await self._read(connection, [wanted])
             if wanted in self._known:
@@ -61,7 +61,7 @@ class Releases:
     async def _read(self, connection: AsyncConnection[TupleRow], wanted: list[Key]) -> None:
         services, versions, labels = (list(column) for column in zip(*wanted, strict=True))
         parameters = {"services": services, "versions": versions, "labels": labels}
-        cursor = await connection.execute(statement("releases_of"), parameters)
+        cursor = await connection.execute(statement("release_ids"), parameters)
         for service, version, label, number in await cursor.fetchall():
             self._known[service, version, label] = number
 

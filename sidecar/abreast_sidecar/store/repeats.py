@@ -19,11 +19,11 @@ LAST = 32  # values of each version
 
 
 class Turn(NamedTuple):
-    """0 or 1: whether there was a pair before, and which versions say what they have said."""
+    """Add 0 or 1 to each counter: there was a pair before, and a version repeated a recent value."""
 
-    turns: int
-    old_again: int
-    new_again: int
+    repeat_checks: int
+    old_repeats: int
+    new_repeats: int
 
 
 NONE = Turn(0, 0, 0)

@@ -64,8 +64,8 @@ class Accounts:
     duplicate: int
     late: int
     joined: int
-    swept: int
-    poison: int  # entries that are kept apart
+    timed_out: int
+    dead_letters: int
 
     @property
     def unaccounted(self) -> int | None:

@@ -20,19 +20,19 @@ Key = tuple[int, int, int]  # finding or endpoint, release of old, release of ne
 Releases = tuple[int, int]
 Found = Mapping[int, Sequence[Difference]]  # by finding
 Hidden = Mapping[int, tuple[int, Sequence[Difference]]]  # by finding, with the rule that explains it
-COUNTERS = ("count", "baseline_count", "explained", "new_greater", "new_smaller")
+COUNTERS = ("count", "baseline_count", "shape_explained", "new_greater", "new_smaller")
 
 
 @dataclass(slots=True)
 class Rollup:
-    """Parameters of findings_count.sql by finding and releases, of endpoints_count.sql by endpoint and releases, and
+    """Parameters of the query findings_count by finding and releases, of endpoints_count by endpoint and releases, and
     pairs by service, day and outcome.
     """
 
     findings: dict[Key, dict[str, Any]] = field(default_factory=dict)
     endpoints: dict[Key, dict[str, int]] = field(default_factory=dict)
     outcomes: dict[tuple[str, int, str], int] = field(default_factory=dict)
-    rules: dict[tuple[int, ...], dict[str, int]] = field(default_factory=dict)  # of rule_findings_count.sql
+    rules: dict[tuple[int, ...], dict[str, int]] = field(default_factory=dict)  # of rule_findings_count
     repeats: Repeats = field(default_factory=Repeats)
 
     def add(
@@ -47,18 +47,18 @@ class Rollup:
             leaning = lean(shown[0])
             counts["new_greater"] += leaning > 0
             counts["new_smaller"] += leaning < 0
-            counts["explained"] += explained(shown, judged.at / 1000)
+            counts["shape_explained"] += explained(shown, judged.at / 1000)
             apart = far(shown[0])
-            counts["far_more"] += apart > 0
-            counts["far_less"] += apart < 0
+            counts["magnitude_up"] += apart > 0
+            counts["magnitude_down"] += apart < 0
             for name, value in self.repeats.turn(finding, shown[0])._asdict().items():
                 counts[name] += value
         for finding, shown in noise.items():
             counts = self._count((finding, *releases), shown[0], judged.at)
             counts["baseline_count"] += 1
             apart = far(shown[0])
-            counts["copies_far_more"] += apart > 0
-            counts["copies_far_less"] += apart < 0
+            counts["baseline_magnitude_up"] += apart > 0
+            counts["baseline_magnitude_down"] += apart < 0
 
     def hide(self, judged: Judged, releases: Releases, hidden: Hidden, noise: Hidden) -> None:
         """What rules explain counts for the rule, and not for the finding."""
@@ -68,7 +68,7 @@ class Rollup:
             counts["count"] += 1
             counts["new_greater"] += leaning > 0
             counts["new_smaller"] += leaning < 0
-            counts["explained"] += explained(shown, judged.at / 1000)
+            counts["shape_explained"] += explained(shown, judged.at / 1000)
         for finding, (rule, _) in noise.items():
             self._hidden(rule, (finding, *releases))["baseline_count"] += 1
 
@@ -93,16 +93,16 @@ class Rollup:
                 **_named(key),
                 "count": 0,
                 "baseline_count": 0,
-                "explained": 0,
+                "shape_explained": 0,
                 "new_greater": 0,
                 "new_smaller": 0,
-                "turns": 0,
-                "old_again": 0,
-                "new_again": 0,
-                "far_more": 0,
-                "far_less": 0,
-                "copies_far_more": 0,
-                "copies_far_less": 0,
+                "repeat_checks": 0,
+                "old_repeats": 0,
+                "new_repeats": 0,
+                "magnitude_up": 0,
+                "magnitude_down": 0,
+                "baseline_magnitude_up": 0,
+                "baseline_magnitude_down": 0,
                 "impact": difference.impact,
                 "first_ms": at,
                 "last_ms": at,

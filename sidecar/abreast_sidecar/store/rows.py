@@ -73,12 +73,12 @@ def _explanations(row: Row) -> Iterator[Explanation]:
     if row["status"] in {"expected", "fixed"}:
         yield Explanation(row["status"], row["count"], row["status_reason"])
     elif row["state"] == "noise" and row["status"] != "confirmed" and row["count"] + row["baseline_count"]:
-        cause = "shape" if row["shaped"] and not row["baseline_count"] else "noise"
+        cause = "shape" if row["shape_explained"] and not row["baseline_count"] else "noise"
         yield Explanation(cause, row["count"], row["reason"])
     for rule in row["rules"] or ():
         yield Explanation("rule", **rule)
-    if row["drifts"]:
-        yield Explanation("drift", row["drifts"], "asked again, both versions agreed")
+    if row["drift_pairs"]:
+        yield Explanation("drift", row["drift_pairs"], "asked again, both versions agreed")
 
 
 def pair(row: Row) -> Pair:

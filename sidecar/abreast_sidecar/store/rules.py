@@ -100,9 +100,9 @@ class RuleStore:
             "include_ended": wanted.include_ended or ids is not None,
             "after_id": after,
             "limit": limit,
-            "most": MOST_FINDINGS,
+            "max_findings": MOST_FINDINGS,
         }
-        return [stored(row) for row in await self.database.rows("rules", asked)]
+        return [stored(row) for row in await self.database.rows("rules_list", asked)]
 
     async def get(self, number: int) -> StoredRule:
         found = await self.listed(ids=[number], limit=1)
@@ -128,14 +128,14 @@ class RuleStore:
 
 
 async def next_version(connection: Connection) -> int:
-    row = await (await connection.execute(statement("rules_change"))).fetchone()
+    row = await (await connection.execute(statement("rules_version_next"))).fetchone()
     assert row is not None
     return int(row["version"])
 
 
 async def end_expired(connection: Connection) -> int:
     """Return how many rules ended now."""
-    own = {"own": datetime.now(UTC)}
+    own = {"sidecar_time": datetime.now(UTC)}
     due = await (await connection.execute(statement("rules_expired"), own)).fetchall()
     if not due:
         return 0
@@ -211,7 +211,7 @@ def stored(row: Row) -> StoredRule:
         ended_at=row["ended_at"],
         ended_by=row["ended_by"] or "",
         expired=row["expired"],
-        rejudged=row["rejudged"],
+        rejudged=row["reapplied"],
         pairs=row["pairs"],
         unknown=row["unknown"],
         findings=tuple(Hidden(*found) for found in row["findings"]),

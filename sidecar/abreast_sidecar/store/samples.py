@@ -60,7 +60,7 @@ class Samples:
 
 
 def parameters(rows: list[dict[str, Any]]) -> dict[str, str]:
-    return {"given": json_text(rows).decode()}
+    return {"rows": json_text(rows).decode()}
 
 
 def _features(judged: Judged) -> dict[str, list[str]]:

@@ -27,7 +27,7 @@ async def set_status(database: Database, finding_id: int, said: Said) -> None:
         cursor = await connection.execute(statement("findings_lock"), {"ids": [finding_id]})
         if not await cursor.fetchall():
             raise NotFoundError(f"the ledger holds no finding {finding_id}; list them with ListFindings")
-        cursor = await connection.execute(statement("finding_status"), {"id": finding_id, **asdict(said)})
+        cursor = await connection.execute(statement("finding_status_set"), {"id": finding_id, **asdict(said)})
         if not await cursor.fetchall():
             raise ArgumentError(
                 f"finding {finding_id} can't be fixed in release {said.release!r}: that release or a later one has "

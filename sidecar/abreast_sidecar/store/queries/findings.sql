@@ -1,0 +1,359 @@
+-- name: findings_add
+insert into abreast.finding (endpoint_id, part, path, kind, impact, first_seen, last_seen, detail)
+select endpoint_id, part, path, kind, impact, at, at, detail
+from json_to_recordset(%(rows)s::json) as input (
+    endpoint_id integer, part text, path text, kind text, impact text, ms bigint, detail jsonb
+), lateral (select timestamptz 'epoch' + ms * interval '1 ms') as moment (at)
+order by endpoint_id, part, path, kind
+on conflict do nothing
+
+-- name: finding_ids
+select finding.endpoint_id, finding.part, finding.path, finding.kind, finding.id, existing.examples, existing.largest,
+       finding.examples_replaced
+from abreast.finding
+cross join lateral (
+    select count(*) as examples, coalesce(max(body_bytes), 0) as largest
+    from abreast.finding_example
+    where finding_id = finding.id
+) as existing
+where finding.endpoint_id = any(%(endpoints)s)
+
+-- name: findings_lock
+-- The fixed order prevents deadlocks between workers.
+select from abreast.finding where id = any(%(ids)s) order by id for no key update
+
+-- name: findings_count
+-- Add to the counters. A fixed finding reopens if a later release shows it; without labels, if a later pair shows it.
+-- The row is locked, so it reopens once.
+with input as (
+    select id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
+           coalesce(repeat_checks, 0) as repeat_checks, coalesce(old_repeats, 0) as old_repeats,
+           coalesce(new_repeats, 0) as new_repeats,
+           coalesce(magnitude_up, 0) as magnitude_up, coalesce(magnitude_down, 0) as magnitude_down,
+           coalesce(baseline_magnitude_up, 0) as baseline_magnitude_up,
+           coalesce(baseline_magnitude_down, 0) as baseline_magnitude_down,
+           array_position(array['additive', 'value', 'breaking'], impact) as severity,
+           timestamptz 'epoch' + first_ms * interval '1 ms' as first,
+           timestamptz 'epoch' + last_ms * interval '1 ms' as last
+    from json_to_recordset(%(rows)s::json) as input (
+        id bigint, old_release integer, new_release integer, count bigint, baseline_count bigint, shape_explained bigint,
+        new_greater bigint, new_smaller bigint, repeat_checks bigint, old_repeats bigint, new_repeats bigint,
+        magnitude_up bigint, magnitude_down bigint, baseline_magnitude_up bigint, baseline_magnitude_down bigint,
+        impact text, first_ms bigint,
+        last_ms bigint
+    )
+),
+total as (
+    select id, sum(count) as count, sum(baseline_count) as baseline_count, sum(shape_explained) as shape_explained,
+           sum(new_greater) as new_greater, sum(new_smaller) as new_smaller,
+           sum(repeat_checks) as repeat_checks, sum(old_repeats) as old_repeats, sum(new_repeats) as new_repeats,
+           sum(magnitude_up) as magnitude_up, sum(magnitude_down) as magnitude_down,
+           sum(baseline_magnitude_up) as baseline_magnitude_up,
+           sum(baseline_magnitude_down) as baseline_magnitude_down, max(severity) as severity,
+           min(first) as first, max(last) as last
+    from input
+    group by id
+),
+reopened as (
+    select distinct on (f.id) f.id, r.label
+    from input g
+    join abreast.finding f on f.id = g.id
+    join abreast.release r on r.id = g.new_release
+    where f.status = 'fixed' and g.count > 0
+      and (r.id > f.fixed_after or (r.label = '' and g.last > f.status_since))
+    order by f.id, r.id desc
+),
+event as (
+    insert into abreast.finding_event (finding_id, actor, before, after, release, reason)
+    select id, 'abreast', 'fixed', 'reopened', label, 'seen again'
+    from reopened
+),
+by_release as (
+    insert into abreast.finding_release as stored (
+        finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
+        repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down, first_seen, last_seen
+    )
+    select id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller, repeat_checks,
+           old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down, first, last
+    from input
+    order by id, old_release, new_release
+    on conflict (finding_id, old_release, new_release) do update
+    set count = stored.count + excluded.count,
+        baseline_count = stored.baseline_count + excluded.baseline_count,
+        shape_explained = stored.shape_explained + excluded.shape_explained,
+        new_greater = stored.new_greater + excluded.new_greater,
+        new_smaller = stored.new_smaller + excluded.new_smaller,
+        repeat_checks = stored.repeat_checks + excluded.repeat_checks,
+        old_repeats = stored.old_repeats + excluded.old_repeats,
+        new_repeats = stored.new_repeats + excluded.new_repeats,
+        magnitude_up = stored.magnitude_up + excluded.magnitude_up,
+        magnitude_down = stored.magnitude_down + excluded.magnitude_down,
+        baseline_magnitude_up = stored.baseline_magnitude_up + excluded.baseline_magnitude_up,
+        baseline_magnitude_down = stored.baseline_magnitude_down + excluded.baseline_magnitude_down,
+        first_seen = least(stored.first_seen, excluded.first_seen),
+        last_seen = greatest(stored.last_seen, excluded.last_seen)
+)
+update abreast.finding
+set count = finding.count + total.count,
+    baseline_count = finding.baseline_count + total.baseline_count,
+    shape_explained = finding.shape_explained + total.shape_explained,
+    new_greater = finding.new_greater + total.new_greater,
+    new_smaller = finding.new_smaller + total.new_smaller,
+    repeat_checks = finding.repeat_checks + total.repeat_checks,
+    old_repeats = finding.old_repeats + total.old_repeats,
+    new_repeats = finding.new_repeats + total.new_repeats,
+    magnitude_up = finding.magnitude_up + total.magnitude_up,
+    magnitude_down = finding.magnitude_down + total.magnitude_down,
+    baseline_magnitude_up = finding.baseline_magnitude_up + total.baseline_magnitude_up,
+    baseline_magnitude_down = finding.baseline_magnitude_down + total.baseline_magnitude_down,
+    first_seen = case when finding.count = 0 and total.count > 0 then total.first
+                      else least(finding.first_seen, total.first) end,
+    last_seen = greatest(finding.last_seen, total.last),
+    impact = case when total.severity > array_position(array['additive', 'value', 'breaking'], finding.impact)
+                  then (array['additive', 'value', 'breaking'])[total.severity] else finding.impact end,
+    status = case when reopened.id is null then finding.status else 'reopened' end,
+    status_since = case when reopened.id is null then finding.status_since else clock_timestamp() end
+from total left join reopened using (id)
+where finding.id = total.id
+
+-- name: finding_drift_add
+update abreast.finding set drift_count = drift_count + 1 where id = any(%(ids)s)
+
+-- name: findings_list
+-- Counts are those at `as_of`, the time of the first page, so that all pages agree. All time: the counter without later
+-- pairs. A window: its counts without later pairs.
+with candidate as (
+    select f.*, abreast.is_aggregate(f) as is_aggregate, e.service, e.method, e.route, e.compared as compared_ever,
+           case f.impact when 'breaking' then 0 when 'value' then 1 else 2 end as rank
+    from abreast.finding f
+    join abreast.endpoint e on e.id = f.endpoint_id
+    where (%(ids)s::bigint[] is null or f.id = any(%(ids)s))
+      and (%(service)s = '' or e.service = %(service)s)
+      and (%(method)s = '' or e.method = %(method)s)
+      and (%(route)s = '' or e.route = %(route)s)
+      and (%(parts)s::text[] is null or f.part = any(%(parts)s))
+      and (%(kinds)s::text[] is null or f.kind = any(%(kinds)s))
+      and (%(impacts)s::text[] is null or f.impact = any(%(impacts)s))
+      and (%(include_noise)s or %(only_explained)s or f.state <> 'noise' or f.status = 'confirmed'
+           or f.count + f.baseline_count = 0) -- something else explains all of it
+      and (%(include_settled)s or %(only_explained)s or f.status not in ('expected', 'fixed'))
+),
+-- `since` has the pairs after `as_of`; `inside` has the window without them.
+since as materialized (
+    select *
+    from abreast.pair_counts(%(endpoints)s::integer[], %(since)s::timestamptz, %(end)s::timestamptz)
+    where %(release)s = '' or new_release = %(release)s
+),
+inside as materialized (
+    select endpoint_id, outcome, findings, explained, explained_by, drift, pairs
+    from abreast.pair_counts(%(endpoints)s::integer[], %(start)s::timestamptz, %(end)s::timestamptz)
+    where %(release)s = '' or new_release = %(release)s
+    union all
+    select endpoint_id, outcome, findings, explained, explained_by, drift, -pairs from since
+),
+showing as materialized (
+    select shown.id, sum(s.pairs)::bigint as pairs
+    from (
+        select findings, pairs from inside where %(windowed)s
+        union all
+        select findings, pairs from since where not %(windowed)s
+    ) as s
+    cross join lateral unnest(s.findings) as shown (id)
+    where s.findings <> '{}'
+    group by shown.id
+),
+-- Findings that rules explain, and drift of state, are separate columns of a pair.
+by_rule as materialized (
+    select explaining.finding_id, explaining.rule_id, sum(explaining.pairs)::bigint as pairs
+    from (
+        select finding_id, rule_id, count as pairs from abreast.rule_finding where not %(windowed)s and count > 0
+        union all
+        select shown.finding_id, shown.rule_id, s.pairs
+        from inside s
+        cross join lateral unnest(s.explained, s.explained_by) as shown (finding_id, rule_id)
+        where s.explained is not null and %(windowed)s
+    ) as explaining
+    group by explaining.finding_id, explaining.rule_id
+    having sum(explaining.pairs) > 0
+),
+drifted as materialized (
+    select shown.id, sum(s.pairs)::bigint as pairs
+    from inside s
+    cross join lateral unnest(s.drift) as shown (id)
+    where s.drift is not null and %(windowed)s
+    group by shown.id
+),
+compared as materialized (
+    select endpoint_id, sum(pairs)::bigint as pairs
+    from inside
+    where outcome in ('match', 'mismatch', 'partial', 'oversize')
+    group by endpoint_id
+),
+compared_since as materialized (
+    select endpoint_id, sum(pairs)::bigint as pairs
+    from since
+    where outcome in ('match', 'mismatch', 'partial', 'oversize')
+    group by endpoint_id
+),
+measured as (
+    select c.*,
+           case
+               when c.is_aggregate then case
+                   when c.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
+                    and c.first_seen < coalesce(%(end)s::timestamptz, 'infinity') then c.count
+                   else 0 end
+               when %(windowed)s then coalesce(s.pairs, 0)
+               else c.count - coalesce(s.pairs, 0)
+           end as shown_pairs,
+           -- All time; retention may have dropped rows since.
+           case when %(windowed)s then 0 else c.compared_ever - coalesce(e.pairs, 0) end as compared_total,
+           exists (select from by_rule b where b.finding_id = c.id) as ruled,
+           case when %(windowed)s then coalesce(d.pairs, 0) else c.drift_count end as drift_pairs,
+           c.status in ('expected', 'fixed') or (c.state = 'noise' and c.status <> 'confirmed') as waived
+    from candidate c
+    left join drifted d on d.id = c.id
+    left join showing s on s.id = c.id
+    left join compared_since e on e.endpoint_id = c.endpoint_id
+),
+page as (
+    select *
+    from measured
+    where (%(ids)s::bigint[] is not null
+           or (shown_pairs > 0 and (waived or not %(only_explained)s))
+           or ((ruled or drift_pairs > 0) and (%(include_settled)s or %(only_explained)s))
+           or (not %(windowed)s and baseline_count > 0
+               and (%(include_noise)s or %(only_explained)s) and (waived or not %(only_explained)s)))
+      and (%(after_id)s::bigint is null or (rank, -shown_pairs, id) > (
+          %(after_rank)s, -%(after_count)s::bigint, %(after_id)s))
+    order by rank, shown_pairs desc, id
+    limit %(limit)s
+)
+select p.id, p.service, p.method, p.route, p.part, p.path, p.kind, p.impact, p.shown_pairs as count, p.rank,
+       p.baseline_count, p.state, p.reason, p.drift_pairs, p.shape_explained, p.first_seen, p.last_seen, p.detail,
+       p.status, greatest(coalesce(c.pairs, 0), p.compared_total) as compared, r.old_releases, r.new_releases,
+       coalesce(
+           (select reason from abreast.finding_event where finding_id = p.id order by id desc limit 1), ''
+       ) as status_reason,
+       (
+           select jsonb_agg(
+               jsonb_build_object('rule', r.id, 'name', r.name, 'owner', r.owner, 'reason', r.reason, 'pairs', b.pairs)
+               order by b.pairs desc, r.id
+           )
+           from by_rule b join abreast.rule r on r.id = b.rule_id
+           where b.finding_id = p.id
+       ) as rules
+from page p
+left join compared c on c.endpoint_id = p.endpoint_id
+cross join lateral (
+    select array(
+               select label from abreast.release
+               where id in (select old_release from abreast.finding_release where finding_id = p.id and count > 0)
+               order by id desc
+               limit %(most_releases)s
+           ) as old_releases,
+           array(
+               select label from abreast.release
+               where id in (select new_release from abreast.finding_release where finding_id = p.id and count > 0)
+               order by id desc
+               limit %(most_releases)s
+           ) as new_releases
+) r
+order by p.rank, p.shown_pairs desc, p.id
+
+-- name: finding_examples
+select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.request, p.old_status, p.new_status,
+       p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by, p.drift,
+       x.captures, x.differences,
+       array(
+           select n.part || ' ' || n.kind || ' ' || n.path
+           from abreast.finding n
+           where n.endpoint_id = p.endpoint_id and n.state = 'noise'
+       ) as noisy,
+       array(
+           select n.part || ' ' || n.kind || ' ' || n.path from abreast.finding n where n.id = any(p.drift)
+       ) as drifted
+from abreast.finding_example fe
+join abreast.example x on x.day = fe.day and x.pair_id = fe.pair_id
+join abreast.pair p on p.day = fe.day and p.id = fe.pair_id
+join abreast.endpoint e on e.id = p.endpoint_id
+where fe.finding_id = %(id)s
+order by fe.body_bytes, fe.day, fe.pair_id
+limit %(limit)s
+
+-- name: finding_events
+select at, actor, before, after, release, reason
+from abreast.finding_event
+where finding_id = %(id)s
+order by id desc
+limit %(limit)s
+
+-- name: finding_marks
+-- Return the columns that change when a finding appears or grows.
+select f.id, f.count, f.baseline_count, f.last_seen, f.state, f.status
+from abreast.finding f join abreast.endpoint e on e.id = f.endpoint_id
+where (%(service)s = '' or e.service = %(service)s) and (f.reason <> '' or f.state <> 'undecided')
+
+-- name: finding_status_set
+-- Set a status. The row is locked already, so this reads the last committed counters. No row is returned if the named
+-- release release or a later one has shown the finding.
+with target as (
+    select f.id, f.status, e.service,
+           (
+               select id from abreast.release
+               where service = e.service and version = 'new' and label = %(release)s and %(release)s <> ''
+           ) as named_release,
+           (
+               select coalesce(max(id), 0) from abreast.release where service = e.service and version = 'new'
+           ) as newest_release
+    from abreast.finding f join abreast.endpoint e on e.id = f.endpoint_id
+    where f.id = %(id)s
+),
+allowed as (
+    select *
+    from target
+    where %(status)s <> 'fixed' or named_release is null
+       or not exists (
+           select from abreast.finding_release
+           where finding_id = target.id and count > 0 and new_release >= named_release
+       )
+),
+event as (
+    insert into abreast.finding_event (finding_id, actor, before, after, release, reason)
+    select id, %(actor)s, status, %(status)s, %(release)s, %(reason)s from allowed
+)
+update abreast.finding
+set status = %(status)s, status_since = clock_timestamp(),
+    fixed_after = case when %(status)s = 'fixed' then coalesce(allowed.named_release - 1, allowed.newest_release) end
+from allowed
+where finding.id = allowed.id
+returning finding.id
+
+-- name: findings_reopen
+-- Reopen fixed findings of detectors if they hold in a later release.
+with reopened as (
+    select f.id, newest.label
+    from abreast.finding f
+    join abreast.endpoint e on e.id = f.endpoint_id
+    cross join lateral (
+        select id, label, first_seen
+        from abreast.release
+        where service = e.service and version = 'new'
+        order by id desc
+        limit 1
+    ) as newest
+    where f.status = 'fixed' and abreast.is_aggregate(f)
+      and (
+          (newest.id > f.fixed_after and f.last_seen > newest.first_seen)
+          or (newest.label = '' and f.last_seen > f.status_since)
+      )
+    order by f.id
+    for no key update of f
+),
+event as (
+    insert into abreast.finding_event (finding_id, actor, before, after, release, reason)
+    select id, 'abreast', 'fixed', 'reopened', label, 'seen again' from reopened
+)
+update abreast.finding
+set status = 'reopened', status_since = clock_timestamp()
+from reopened
+where finding.id = reopened.id

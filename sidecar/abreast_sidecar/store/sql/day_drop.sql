@@ -1,1 +1,0 @@
-select abreast.drop_day(%(day)s)

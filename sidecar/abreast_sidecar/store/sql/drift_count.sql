@@ -1,1 +1,0 @@
-update abreast.finding set drift = drift + 1 where id = any(%(ids)s)

@@ -1,1 +1,0 @@
-insert into abreast.migration (version, name, digest) values (%(version)s, %(name)s, %(digest)s)

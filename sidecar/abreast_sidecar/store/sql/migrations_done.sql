@@ -1,1 +1,0 @@
-select version, name, digest from abreast.migration order by version

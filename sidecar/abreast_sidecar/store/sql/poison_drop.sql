@@ -1,1 +1,0 @@
-delete from abreast.poison where at < %(oldest)s

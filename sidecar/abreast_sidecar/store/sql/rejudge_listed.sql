@@ -1,1 +1,0 @@
-update abreast.rule_state set listed = %(version)s

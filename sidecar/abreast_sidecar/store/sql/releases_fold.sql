@@ -1,1 +1,0 @@
-select abreast.fold_releases()

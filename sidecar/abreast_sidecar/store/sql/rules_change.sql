@@ -1,1 +1,0 @@
-select abreast.change_rules() as version

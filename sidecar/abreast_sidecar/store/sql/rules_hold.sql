@@ -1,1 +1,0 @@
-select abreast.hold_rules() as version

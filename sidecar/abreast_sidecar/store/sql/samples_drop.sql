@@ -1,1 +1,0 @@
-delete from abreast.request_sample where at < %(oldest)s

@@ -1,1 +1,0 @@
-select report from abreast.shard_report where service = %(service)s and shard = %(shard)s

@@ -1,1 +1,0 @@
-delete from abreast.webhook_receiver where url <> all (%(urls)s::text[])
