@@ -12,7 +12,9 @@ from pathlib import Path
 
 from abreast_sidecar.embedded import free_port
 
-WITHIN = 30.0  # seconds that a condition gets unless said otherwise: only a test that fails waits so long
+WITHIN = 60.0  # seconds that a condition gets unless said otherwise: only a test that fails waits so long
+POLLS = (0.01, 0.02, 0.03, 0.05, 0.07)  # seconds between the first looks
+POLL = 0.1  # and between all others: a look costs CPU, which what it waits for needs too
 
 __all__ = ["eventually", "eventually_async", "free_port", "free_ports", "frozen"]
 
@@ -27,21 +29,21 @@ def free_ports(number: int) -> tuple[int, ...]:
 
 def eventually(condition: Callable[[], bool], *, within: float = WITHIN, what: str = "the condition") -> None:
     """Wait for a condition; fail with its name when it does not come true in time."""
-    deadline = time.monotonic() + within
+    deadline, polls = time.monotonic() + within, iter(POLLS)
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not come true within {within:g} s")
-        time.sleep(0.02)
+        time.sleep(next(polls, POLL))
 
 
 async def eventually_async(
     condition: Callable[[], Awaitable[bool]], *, within: float = WITHIN, what: str = "the condition"
 ) -> None:
-    deadline = time.monotonic() + within
+    deadline, polls = time.monotonic() + within, iter(POLLS)
     while not await condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"{what} did not come true within {within:g} s")
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(next(polls, POLL))
 
 
 @contextlib.contextmanager

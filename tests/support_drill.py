@@ -80,7 +80,7 @@ class Front:
         async def reached() -> bool:
             return await self.stat("cluster.new.membership_healthy") == count
 
-        await eventually_async(reached, within=30, what=f"{count} endpoints of new are healthy")
+        await eventually_async(reached, what=f"{count} endpoints of new are healthy")
 
     async def new_is_left_alone(self) -> None:
         await self.new_is(0)
@@ -94,7 +94,7 @@ class Front:
         async def back() -> bool:
             return any(one.version == "new" for one in await self.users.more(5))
 
-        await eventually_async(back, within=30, what="new answers users")
+        await eventually_async(back, what="new answers users")
 
 
 @dataclass

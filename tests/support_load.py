@@ -23,7 +23,7 @@ from abreast.join import Keys, shard_of
 from abreast.link import Link, LinkError
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.settings import Settings
-from support import eventually_async
+from support import WITHIN, eventually_async
 from support_pairs import SERVICE, capture, one, rows, sums_are_those_of_rows
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ async def loading(load: Load, count: int) -> AsyncIterator[asyncio.Task[None]]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def complete(postgres_url: str, load: Load, *, within: float = 30.0) -> None:
+async def complete(postgres_url: str, load: Load, *, within: float = WITHIN) -> None:
     """Each pair that Redis took has exactly one row, and no counter knows more or less than the rows."""
     await eventually_async(
         lambda: _arrived(postgres_url, len(load.pairs)), within=within, what=f"{len(load.pairs)} rows"
@@ -125,7 +125,7 @@ def agrees(postgres_url: str) -> None:
     sums_are_those_of_rows(postgres_url)
 
 
-async def empty(redis_url: str, *, shards: int = 1, within: float = 30.0) -> None:
+async def empty(redis_url: str, *, shards: int = 1, within: float = WITHIN) -> None:
     """Nothing waits and nothing is held."""
 
     async def nothing() -> bool:

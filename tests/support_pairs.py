@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import psycopg
 import redis
 from msgspec.structs import replace
 
@@ -20,6 +19,7 @@ from abreast_sidecar.compare import Difference, Judgement
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import Judged
 from abreast_sidecar.worker import Worker
+from support_postgres import execute
 
 SERVICE = "shop"
 
@@ -90,8 +90,7 @@ def stats(url: str, shard: int = 0) -> dict[str, int]:
 
 
 def rows(url: str, query: str) -> list[tuple[Any, ...]]:
-    with psycopg.connect(url) as connection:
-        return connection.execute(query.encode()).fetchall()
+    return execute(url, query)
 
 
 def one(url: str, query: str) -> Any:

@@ -35,8 +35,6 @@ BATCH = 500
 BASELINE = 0.3  # as in the demo
 ENVOY = "insert into abreast.envoy_report (node, service, seen, totals, last_reading) values ('e', %s, now(), %s, '{}')"
 
-Break = Callable[[int, Capture], Capture]
-
 
 class ReadOnce(Shop):
     """The shop, whose rows are read from the database once: 20,000 requests ask for a few hundred things."""
@@ -130,10 +128,9 @@ def safe_requests(many: int, seed: int = 1) -> list[Request]:
     return list(itertools.islice((one for one in requests(seed) if one.safe), many))
 
 
-async def pairs(database_url: str, asked: Sequence[Request], broken: Break | None = None) -> list[Judged]:
-    """Old against old, judged; a share has a baseline copy. `broken` changes what stands for new."""
-    dice, rules = random.Random(7), Rules()
-    found = []
+async def taken(database_url: str, asked: Sequence[Request]) -> list[list[Capture]]:
+    """Old against old: what both answered, and for a share a baseline copy."""
+    dice, found = random.Random(7), []
     async with shop(database_url) as app:
         service = Service(app, Routes(app))
         for number, request in enumerate(asked):
@@ -142,15 +139,18 @@ async def pairs(database_url: str, asked: Sequence[Request], broken: Break | Non
                 # Copies are sent together, so that either may be the first, which warms what the other needs.
                 copies.insert(dice.randrange(2), ("old", "baseline"))
             pair, arms = f"pair-{number:06}", 1 + len(copies)
-            taken = [
-                await service.capture(pair, request, version, role, arms)
-                for version, role in [("old", "live"), *copies]
-            ]
-            if broken is not None:
-                taken = [broken(number, one) if one.version == "new" else one for one in taken]
-            moment = int(time.time() * 1000)
-            found.append(Judged(SERVICE, f"{moment}-{number}", moment, pair, judge(taken, rules), ()))
+            found.append(
+                [
+                    await service.capture(pair, request, version, role, arms)
+                    for version, role in [("old", "live"), *copies]
+                ]
+            )
     return found
+
+
+def compared(number: int, captures: Sequence[Capture]) -> Judged:
+    moment = int(time.time() * 1000)
+    return Judged(SERVICE, f"{moment}-{number}", moment, captures[0].pair, judge(list(captures), Rules()), ())
 
 
 @dataclass

@@ -23,6 +23,7 @@ from abreast_sidecar.app import Sidecar
 from abreast_sidecar.control.xds import wire_pb2 as wire
 from abreast_sidecar.settings import Settings
 from support import eventually_async
+from support_postgres import execute
 
 NOON = dt.datetime(2026, 3, 4, 12, tzinfo=dt.UTC)
 
@@ -82,7 +83,7 @@ async def running(
         return sidecar.readiness.ready if ready else bool(sidecar.grpc.port)
 
     try:
-        await eventually_async(up, within=30, what="the sidecar is up")
+        await eventually_async(up, what="the sidecar is up")
         async with (
             grpc.aio.insecure_channel(f"127.0.0.1:{sidecar.grpc.port}") as channel,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{sidecar.http.port}") as http,
@@ -100,9 +101,7 @@ class Ledger:
     url: str
 
     def execute(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        with psycopg.connect(self.url, autocommit=True) as connection:
-            cursor = connection.execute(sql.encode(), parameters)
-            return cursor.fetchall() if cursor.description else []
+        return execute(self.url, sql, parameters)
 
     @contextmanager
     def locked(self, table: str) -> Iterator[None]:

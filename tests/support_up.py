@@ -132,14 +132,11 @@ class Up:
         """Until Envoy has found both versions."""
         eventually(
             lambda: not self.failures() & {("Envoy", "old"), ("Envoy", "new")},
-            within=30,
             what="both are healthy",
         )
 
     def compared(self, pairs: int) -> None:
-        eventually(
-            lambda: int(self.json("status")["summary"]["pairs"]) >= pairs, within=30, what=f"{pairs} pairs"
-        )
+        eventually(lambda: int(self.json("status")["summary"]["pairs"]) >= pairs, what=f"{pairs} pairs")
 
 
 @contextlib.contextmanager
@@ -150,7 +147,7 @@ def service(version: str, port: int, redis_url: str, *options: str) -> Iterator[
         [sys.executable, str(SERVICE), version, str(port), *options], env=environment
     ) as process:
         try:
-            eventually(lambda: answers(port), within=30, what=f"{version} answers")
+            eventually(lambda: answers(port), what=f"{version} answers")
             yield process.pid
         finally:
             process.terminate()

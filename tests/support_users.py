@@ -45,7 +45,7 @@ class Users:
         async def enough() -> bool:
             return len(self.by(method)) >= before + count
 
-        await eventually_async(enough, within=30, what=f"{count} more answers to {method}")
+        await eventually_async(enough, what=f"{count} more answers to {method}")
         return self.by(method)[before:]
 
     async def user(self, method: str) -> None:

@@ -77,7 +77,7 @@ def order() -> Iterator[Order]:
             pair.update(json.loads(done)["pair"] if done else {})
             return len(pair.get("captures", ())) == 2
 
-        eventually(kept, within=30, what="the pair is in the ledger")
+        eventually(kept, what="the pair is in the ledger")
         log = stack.folder.path / "envoy" / "envoy.log"
 
         def logged() -> list[dict[str, Any]]:

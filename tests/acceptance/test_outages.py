@@ -29,7 +29,7 @@ def version(name: str, port: int, stack: Stack) -> Iterator[None]:
     environment = {"ABREAST_REDIS_URL": stack.redis_url, "PATH": "/usr/bin:/bin"}
     process = subprocess.Popen([sys.executable, SERVICE, name, str(port)], env=environment)
     try:
-        eventually(lambda: answers("127.0.0.1", port, HEALTH, b" 200 OK"), within=30, what=f"{name} answers")
+        eventually(lambda: answers("127.0.0.1", port, HEALTH, b" 200 OK"), what=f"{name} answers")
         yield
     finally:
         process.kill()
@@ -59,7 +59,7 @@ async def load(stack: Stack) -> AsyncIterator[Users]:
         async def both() -> bool:
             return {one.version for one in await found.more(20)} == {"old", "new"}
 
-        await eventually_async(both, within=30, what="both versions answer")
+        await eventually_async(both, what="both versions answer")
         yield found
 
 
@@ -75,7 +75,7 @@ async def evidence_goes_on(stack: Stack) -> None:
     async def more() -> bool:
         return await asyncio.to_thread(pairs, stack) > before + 20
 
-    await eventually_async(more, within=30, what="new pairs arrive in the ledger")
+    await eventually_async(more, what="new pairs arrive in the ledger")
 
 
 async def test_users_see_nothing_of_redis_postgres_or_the_sidecar_stopped_killed_or_restarted(
@@ -112,10 +112,10 @@ async def test_an_envoy_that_restarts_while_the_sidecar_is_away_serves_from_old(
     async def served() -> bool:
         return all(not one.trouble and one.version == "old" for one in await load.more(SOME))
 
-    await eventually_async(served, within=30, what="old answers everyone")
+    await eventually_async(served, what="old answers everyone")
     await asyncio.to_thread(stack.sidecar.start)
 
     async def again() -> bool:
         return any(one.version == "new" for one in await load.more(20))
 
-    await eventually_async(again, within=30, what="new answers its share again")
+    await eventually_async(again, what="new answers its share again")

@@ -53,7 +53,7 @@ def sidecar(postgres_url: str) -> Iterator[str]:
         try:
             send_a_pair(server.url)
             address = f"127.0.0.1:{ports[0]}"
-            eventually(lambda: findings(address) == 1, within=30, what="the finding")
+            eventually(lambda: findings(address) == 1, what="the finding")
             yield address
         finally:
             process.terminate()

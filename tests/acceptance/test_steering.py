@@ -33,7 +33,7 @@ def start(name: str, port: int, stack: Stack, opening: ExitStack) -> subprocess.
     process = subprocess.Popen([sys.executable, SERVICE, name, str(port)], env=environment)
     opening.callback(process.wait)
     opening.callback(process.kill)
-    eventually(lambda: answers("127.0.0.1", port, HEALTH, b" 200 OK"), within=30, what=f"{name} answers")
+    eventually(lambda: answers("127.0.0.1", port, HEALTH, b" 200 OK"), what=f"{name} answers")
     return process
 
 
@@ -80,7 +80,7 @@ async def test_a_ramp_climbs_on_real_traffic_and_the_guard_goes_back_when_new_fa
         old, new = (one[0].port for one in (stack.envoy_settings.old, stack.envoy_settings.new))
         start("old", old, stack, opening)
         process = start("old", new, stack, opening)  # an equal version
-        await eventually_async(partial(captured, stack), within=30, what="pairs are compared")
+        await eventually_async(partial(captured, stack), what="pairs are compared")
 
         steps = ("--steps", "25,100", "--hold", "1s", "--min-pairs", "50")
         begun = abreast(stack, "ramp", "start", *steps, *LENIENT, "--reason", "release 2")
@@ -92,9 +92,7 @@ async def test_a_ramp_climbs_on_real_traffic_and_the_guard_goes_back_when_new_fa
         await load.more(50)
 
         process.send_signal(signal.SIGUSR1)
-        await eventually_async(
-            partial(is_in, stack, ("succeeded", 1, 0)), within=30, what="the guard rolls back"
-        )
+        await eventually_async(partial(is_in, stack, ("succeeded", 1, 0)), what="the guard rolls back")
         await load.more(20)  # on their way
         after = await load.more(200)
 

@@ -24,7 +24,6 @@ from abreast_sidecar.again import AgainSettings
 from abreast_sidecar.errors import SettingError
 from abreast_sidecar.housekeeping.noise import decide_noise
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.queries import FindingFilter, Queries
@@ -110,7 +109,6 @@ class Bench:
 
 @asynccontextmanager
 async def bench(redis_url: str, postgres_url: str, **changes: Any) -> AsyncIterator[Bench]:
-    await migrate(postgres_url)
     old, new = Version(redis_url), Version(redis_url)
     async with old.serving(), new.serving():
         settings = Settings(

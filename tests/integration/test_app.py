@@ -73,7 +73,7 @@ def started(redis_url: str, postgres_url: str, *options: str, ready: bool = True
     reading.start()
     try:
         if ready:
-            eventually(found.ready, within=40, what="the sidecar is ready")
+            eventually(found.ready, what="the sidecar is ready")
         yield found
     finally:
         process.kill()
@@ -183,7 +183,7 @@ def test_a_worker_process_that_dies_is_started_again(redis_url: str, postgres_ur
         first = children(sidecar)
         os.kill(first[0], signal.SIGKILL)
         eventually(lambda: len(children(sidecar)) == 3, what="a new worker process")
-        eventually(sidecar.ready, within=30, what="the sidecar is ready again")
+        eventually(sidecar.ready, what="the sidecar is ready again")
         sent = send(redis_url, 20)
         eventually(lambda: kept(postgres_url) == set(sent), what="all pairs are in the ledger")
 
@@ -195,9 +195,9 @@ def test_a_stuck_worker_process_makes_the_sidecar_not_ready(redis_url: str, post
     with started(redis_url, postgres_url, "--workers", "1") as sidecar:
         (pid,) = children(sidecar)
         os.kill(pid, signal.SIGSTOP)
-        eventually(lambda: not sidecar.ready(), within=30, what="the stuck worker is noticed")
+        eventually(lambda: not sidecar.ready(), what="the stuck worker is noticed")
         os.kill(pid, signal.SIGCONT)
-        eventually(sidecar.ready, within=30, what="the sidecar is ready again")
+        eventually(sidecar.ready, what="the sidecar is ready again")
 
 
 def test_worker_processes_end_with_a_killed_sidecar(redis_url: str, postgres_url: str) -> None:
@@ -257,17 +257,16 @@ def test_a_bad_option_names_itself() -> None:
     assert "from 0% to 100%" in ended.stderr
 
 
-def test_migrate_says_the_version_and_may_be_repeated(postgres_url: str) -> None:
+def test_migrate_says_the_version_and_may_be_repeated(empty_postgres_url: str) -> None:
     for ended in (
-        run("migrate", "--postgres-url", postgres_url),
-        run("migrate", ABREAST_POSTGRES_URL=postgres_url),
+        run("migrate", "--postgres-url", empty_postgres_url),
+        run("migrate", ABREAST_POSTGRES_URL=empty_postgres_url),
     ):
         assert (ended.returncode, ended.stderr) == (0, "")
         assert ended.stdout.startswith("the ledger has schema version ")
 
 
 def test_a_ledger_newer_than_the_code_is_refused(redis_url: str, postgres_url: str) -> None:
-    assert run("migrate", "--postgres-url", postgres_url).returncode == 0
     with psycopg.connect(postgres_url) as connection:
         connection.execute(
             "insert into abreast.schema_version (version, name, digest) values (9999, 'future', '')"

@@ -20,7 +20,7 @@ def test_its_servers_end_with_it(ending: signal.Signals, tmp_path: Path) -> None
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     bench = subprocess.Popen([sys.executable, BENCH, "--quick"], env=environment, stdout=subprocess.DEVNULL)
     try:
-        eventually(lambda: bool(_children(bench.pid)), within=30, what="a server was started")
+        eventually(lambda: bool(_children(bench.pid)), what="a server was started")
         servers = _children(bench.pid)
         bench.send_signal(ending)
         code = bench.wait(30)

@@ -16,7 +16,6 @@ from abreast.recorder import Receive, Scope, Send
 from abreast_sidecar.housekeeping.cache import find_misses
 from abreast_sidecar.serve.phrase import phrase, place
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.queries import FindingFilter, Queries
@@ -63,7 +62,6 @@ async def test_a_request_that_asks_nothing_carries_nothing(redis_url: str) -> No
 
 async def compared(redis_url: str, postgres_url: str, old: float, new: float) -> list[Finding]:
     """The findings after requests of one lookup each, that miss this often."""
-    await migrate(postgres_url)
     dice = random.Random(1)
     for _ in range(PAIRS):
         ours, theirs = pair_of()
@@ -78,7 +76,7 @@ async def compared(redis_url: str, postgres_url: str, old: float, new: float) ->
         async def judged() -> bool:
             return sum(outcomes(postgres_url).values()) == PAIRS
 
-        await eventually_async(judged, within=30, what="all pairs are in the ledger")
+        await eventually_async(judged, what="all pairs are in the ledger")
     database = Database(postgres_url)
     await database.open()
     async with database.connection() as connection:

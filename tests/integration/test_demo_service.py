@@ -27,7 +27,7 @@ from abreast_sidecar.embedded import PostgresServer, RedisServer, ServerProcess
 from abreast_sidecar.embedded.process import answers
 from support import eventually, free_port
 
-REQUESTS = 1000
+REQUESTS = 400  # four decks of traffic, which hold every kind of request
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: shop\r\nconnection: close\r\n\r\n"
 VERSIONS: tuple[Version, ...] = ("old", "new")
 
@@ -97,9 +97,9 @@ def capture(version: Version, path: str, answer: httpx.Response) -> Capture:
 
 
 def test_the_versions_differ_where_it_was_planted_and_nowhere_else(shops: Shops) -> None:
-    asked = [request.path for request in itertools.islice(requests(7), REQUESTS) if request.safe]
+    asked = {request.path for request in itertools.islice(requests(7), REQUESTS) if request.safe}
     places = set()
-    for path in asked:
+    for path in sorted(asked):
         pair = [capture(version, path, shops.get(version, path)) for version in VERSIONS]
         judged = judge(pair, Rules())
         endpoint = f"{judged.method} {judged.route}"
@@ -111,7 +111,7 @@ def test_the_versions_differ_where_it_was_planted_and_nowhere_else(shops: Shops)
 
 def test_what_is_noise_differs_within_old_too_and_nothing_else_does(shops: Shops) -> None:
     places = set()
-    for request in itertools.islice((one for one in requests(8) if one.safe), 300):
+    for request in itertools.islice((one for one in requests(8) if one.safe), 100):
         first, again = (capture("old", request.path, shops.get("old", request.path)) for _ in range(2))
         judged = judge([first, again], Rules())
         places |= {Place(f"GET {judged.route}", one.part, one.path, one.kind) for one in judged.noise}
@@ -121,7 +121,7 @@ def test_what_is_noise_differs_within_old_too_and_nothing_else_does(shops: Shops
 
 def test_yen_and_only_yen_are_cut(shops: Shops) -> None:
     different = set()
-    for product, currency in itertools.product(range(1, 121), ("EUR", "USD", "GBP", "JPY")):
+    for product, currency in itertools.product(range(1, 121, 3), ("EUR", "USD", "GBP", "JPY")):
         path = f"/products/{product}/price?currency={currency}"
         old, new = (shops.get(version, path).json()["amount"] for version in VERSIONS)
         if old != new:
@@ -129,7 +129,7 @@ def test_yen_and_only_yen_are_cut(shops: Shops) -> None:
             different.add((product, currency))
 
     assert {currency for _, currency in different} == {"JPY"}
-    assert 40 <= len(different) <= 80
+    assert 12 <= len(different) <= 28
 
 
 def test_new_takes_longer_to_search(shops: Shops) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from abreast_sidecar.housekeeping.envoy import bring_envoy
 from abreast_sidecar.housekeeping.retention import drop_days
-from abreast_sidecar.store import Ledger, migrate
+from abreast_sidecar.store import Ledger
 from abreast_sidecar.store.database import Connection, Database, statement
 from abreast_sidecar.store.queries import Queries
 from abreast_sidecar.store.results import Summary, Window
@@ -26,7 +26,6 @@ DAY = 24 * HOUR
 
 @pytest.fixture
 async def database(postgres_url: str) -> AsyncIterator[Database]:
-    await migrate(postgres_url)
     made = Database(postgres_url)
     await made.open()
     yield made

@@ -13,7 +13,6 @@ from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.embedded import RedisServer
 from abreast_sidecar.housekeeping import Housekeeping
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import migrate
 from support import eventually_async, free_port
 from support_load import Load, agrees, complete, empty, loading, stopped
 from support_pairs import SERVICE, one, ready, rows, running, stats
@@ -38,7 +37,6 @@ async def reach(url: str, count: int) -> None:
 
 
 async def test_it_may_be_full_read_only_or_without_its_scripts(postgres_url: str) -> None:
-    await migrate(postgres_url)
     with server() as started, admin(started) as client:
         load = Load(started.url)
         async with running(settings(started, postgres_url)), loading(load, PAIRS):
@@ -68,7 +66,6 @@ async def refused(load: Load) -> None:
 
 async def test_at_its_memory_limit_it_can_still_be_read_empty(postgres_url: str) -> None:
     """Nothing has read it before, so that even the group has to be made there; lonely captures are swept."""
-    await migrate(postgres_url)
     with server() as started, admin(started) as client:
         load = Load(started.url, pace=0)
         await load.run(200)
@@ -80,7 +77,6 @@ async def test_at_its_memory_limit_it_can_still_be_read_empty(postgres_url: str)
 
 
 async def test_it_may_stop_for_a_while(postgres_url: str) -> None:
-    await migrate(postgres_url)
     with server() as started:
         load = Load(started.url)
         async with running(settings(started, postgres_url)), loading(load, PAIRS):
@@ -101,8 +97,13 @@ def kill(started: RedisServer) -> None:
 
 async def test_killed_with_an_append_only_file_it_loses_nothing(postgres_url: str, tmp_path: Path) -> None:
     """While it loads its data it answers LOADING, to services and sidecars."""
-    await migrate(postgres_url)
-    with server("--key-load-delay", "1000", folder=tmp_path) as started:
+    options = (
+        "--key-load-delay",
+        "1000",
+        "--appendfsync",
+        "always",
+    )  # everysec may answer before it has written
+    with server(*options, folder=tmp_path) as started:
         load = Load(started.url)
         async with running(settings(started, postgres_url)), loading(load, PAIRS):
             await reach(postgres_url, 50)
@@ -124,7 +125,6 @@ def bring_back(started: RedisServer) -> None:
 
 async def test_killed_without_persistence_it_loses_what_it_held_and_no_more(postgres_url: str) -> None:
     """What is lost is known by number: the rest of what was sampled."""
-    await migrate(postgres_url)
     with server() as started:
         load = Load(started.url)
         async with running(settings(started, postgres_url)), loading(load, PAIRS):
@@ -152,7 +152,6 @@ async def test_with_the_sidecar_away_for_long_all_stay_within_their_bounds_and_g
     postgres_url: str,
 ) -> None:
     """Redis takes what it may, refuses and counts the rest; once the sidecar is back, the backlog comes first."""
-    await migrate(postgres_url)
     with server() as started:
         service = ServiceSettings(
             service=SERVICE, redis_url=started.url, redis_pairs=150, redis_bytes=10_000_000

@@ -19,7 +19,6 @@ from abreast.middleware import ParallelRunMiddleware
 from abreast.recorder import Receive, Scope, Send
 from abreast_sidecar.housekeeping import Housekeeping
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.queries import ALL_TIME, Queries
 from abreast_sidecar.store.results import Summary
@@ -116,7 +115,6 @@ async def asked(*processes: asyncio.subprocess.Process) -> None:
 
 async def test_what_a_killed_service_held_is_known_by_envoys_count(redis_url: str, postgres_url: str) -> None:
     """Of 45 requests 15 lack the copy that the process held, and of 5 it held both."""
-    await migrate(postgres_url)
     settings = Settings(redis_url=redis_url, postgres_url=postgres_url)
     whole, half, gone = ([str(uuid.uuid4()) for _ in range(number)] for number in (25, 15, 5))
     envoy_counted(postgres_url, 45)
@@ -148,7 +146,6 @@ async def test_what_a_killed_service_held_is_known_by_envoys_count(redis_url: st
 async def test_with_the_sidecar_away_users_notice_nothing_and_the_account_is_whole(
     redis_url: str, postgres_url: str, bound: dict[str, int]
 ) -> None:
-    await migrate(postgres_url)
     settings = Settings(redis_url=redis_url, postgres_url=postgres_url)
     old, new = (
         ParallelRunMiddleware(app, service="shop", redis_url=redis_url, pair_timeout=1.0, **bound)  # type: ignore[arg-type]  # a bound

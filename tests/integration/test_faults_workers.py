@@ -15,7 +15,6 @@ from abreast_sidecar.apart import Apart
 from abreast_sidecar.compare import Rules
 from abreast_sidecar.read import Reader
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import migrate
 from support import eventually_async
 from support_load import Load, complete, empty, loading, worker_process
 from support_pairs import SERVICE, outcomes, pair_of, rows, running, send
@@ -36,7 +35,6 @@ judging.judge = deadly
 
 @pytest.fixture
 async def settings(redis_url: str, postgres_url: str) -> Settings:
-    await migrate(postgres_url)
     return Settings(redis_url=redis_url, postgres_url=postgres_url, claim_idle=0.3, batch_size=50)
 
 

@@ -12,7 +12,7 @@ from msgspec import structs
 
 from abreast.capture import Body, Capture, Request
 from abreast_sidecar.compare.feature import Feature
-from abreast_sidecar.store import Judged, Ledger, migrate
+from abreast_sidecar.store import Judged, Ledger
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.queries import Queries
 from abreast_sidecar.store.samples import RAREST, SLOTS, Samples
@@ -25,8 +25,7 @@ Plant = Callable[[Request], bool]
 
 
 @pytest.fixture
-async def url(postgres_url: str) -> str:
-    await migrate(postgres_url)
+def url(postgres_url: str) -> str:
     return postgres_url
 
 

@@ -30,7 +30,7 @@ from abreast_sidecar.housekeeping.reports import bring_reports
 from abreast_sidecar.housekeeping.retention import drop_days, open_days
 from abreast_sidecar.read import connect
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import Judged, Ledger, migrate
+from abreast_sidecar.store import Judged, Ledger
 from abreast_sidecar.store.database import Connection, Database
 from abreast_sidecar.store.queries import Queries
 from abreast_sidecar.store.results import Window
@@ -45,8 +45,7 @@ DAY = 86_400_000  # ms
 
 
 @pytest.fixture
-async def url(postgres_url: str) -> str:
-    await migrate(postgres_url)
+def url(postgres_url: str) -> str:
     return postgres_url
 
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from abreast_sidecar.compare import Difference, Rules, judge
 from abreast_sidecar.housekeeping.noise import decide_noise
-from abreast_sidecar.store import Judged, Ledger, migrate
+from abreast_sidecar.store import Judged, Ledger
 from abreast_sidecar.store.database import Connection, Database
 from captures import capture
 from support_pairs import difference, judged, one, rows
@@ -24,8 +24,7 @@ COPIES = 10  # of so many safe requests one has a baseline copy
 
 
 @pytest.fixture
-async def url(postgres_url: str) -> str:
-    await migrate(postgres_url)
+def url(postgres_url: str) -> str:
     return postgres_url
 
 

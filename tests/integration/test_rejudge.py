@@ -20,7 +20,7 @@ from abreast_sidecar.errors import StaleRulesError
 from abreast_sidecar.housekeeping.noise import decide_noise
 from abreast_sidecar.rejudge import Learning, rejudge
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import Judged, Ledger, migrate
+from abreast_sidecar.store import Judged, Ledger
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.queries import ALL_TIME, Queries
 from abreast_sidecar.store.rules import Draft, RuleStore, end_expired
@@ -106,7 +106,6 @@ class Place:
 
 @pytest.fixture
 async def place(postgres_url: str) -> AsyncIterator[Place]:
-    await migrate(postgres_url)
     found = Place(postgres_url)
     await found.database.open()
     yield found
@@ -340,7 +339,7 @@ async def emptied(settings: Settings) -> None:
     async def empty() -> bool:
         return ready(settings.redis_url) == 0
 
-    await eventually_async(empty, within=30, what="the stream is empty")
+    await eventually_async(empty, what="the stream is empty")
 
 
 async def test_a_worker_judges_by_the_rules_and_stored_answers_are_judged_again(

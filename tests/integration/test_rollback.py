@@ -28,7 +28,7 @@ async def recorded(sidecar: Running, times: int = 1) -> None:
         except grpc.aio.AioRpcError:
             return False
 
-    await eventually_async(there, within=30, what="the rollback is in the ledger")
+    await eventually_async(there, what="the rollback is in the ledger")
 
 
 async def roll_back(sidecar: Running, reason: str = "on fire") -> pb.RollbackResponse:

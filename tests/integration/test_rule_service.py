@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import re
 import shlex
@@ -14,10 +15,12 @@ from typing import Any
 import grpc
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2, rule_pb2_grpc
 from abreast.v1 import rule_pb2 as pb
+from abreast_sidecar.cli import abreast as command
 from support import eventually_async
 from support_pairs import one, pair_of, ready, send
 from support_serve import Refused, Running, packed, refused, running
@@ -297,16 +300,15 @@ rules:
 """
 
 
+LOG = re.compile(r"^\d{4}-\d\d-\d\d \d.*\n", re.MULTILINE)  # of the sidecar, which runs in this process
+
+
 async def abreast(sidecar: Running, *words: str, cwd: Path | None = None) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "abreast_sidecar", *words, "--address", f"127.0.0.1:{sidecar.port}"),
-        cwd=cwd,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
+    with contextlib.chdir(cwd or Path.cwd()):
+        done = await asyncio.to_thread(
+            CliRunner().invoke, command, [*words, "--address", f"127.0.0.1:{sidecar.port}"]
+        )
+    return int(done.exit_code), LOG.sub("", done.stdout), done.stderr
 
 
 DOC = Path(__file__).parents[2] / "docs/rules.md"

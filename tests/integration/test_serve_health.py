@@ -77,11 +77,11 @@ async def test_readiness_follows_redis_and_postgres() -> None:
 
             for server, part in ((redis, "redis"), (postgres, "postgres")):
                 server.stop()
-                await eventually_async(partial(state, part, ready=False), within=30, what=f"{part} is missed")
+                await eventually_async(partial(state, part, ready=False), what=f"{part} is missed")
                 assert await healthy(sidecar) == {NOT_SERVING}
                 assert (await sidecar.http.get("/healthz")).status_code == 200
                 server.start()
-                await eventually_async(partial(state, part, ready=True), within=30, what=f"{part} is back")
+                await eventually_async(partial(state, part, ready=True), what=f"{part} is back")
                 assert await healthy(sidecar) == {SERVING}
 
 
@@ -99,7 +99,7 @@ async def test_without_postgres_the_ports_are_open_and_nothing_is_served(redis_u
             async def ready() -> bool:
                 return (await sidecar.http.get("/readyz")).status_code == 200
 
-            await eventually_async(ready, within=30, what="the sidecar is ready")
+            await eventually_async(ready, what="the sidecar is ready")
 
     assert (answer.status_code, answer.json()["ready"]) == (503, False)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

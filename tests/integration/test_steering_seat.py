@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from abreast_sidecar.control.seat import LOCK, Seat, SeatLostError
-from abreast_sidecar.store.migrate import migrate
 from support import eventually
 from support_replica import Replica, replica
 from support_serve import Ledger
@@ -86,7 +85,6 @@ def test_another_takes_over_when_the_acting_one_is_killed_or_frozen(
 
 
 async def test_who_has_lost_its_connection_can_not_act(postgres_url: str) -> None:
-    await migrate(postgres_url)
     seat, other = Seat(postgres_url), Seat(postgres_url)
     ledger = Ledger(postgres_url)
     assert await seat.take()
@@ -106,7 +104,6 @@ async def test_who_has_lost_its_connection_can_not_act(postgres_url: str) -> Non
 
 async def test_one_that_says_nothing_for_seconds_loses_the_seat(postgres_url: str) -> None:
     """Postgres itself ends the session, whatever the other side believes."""
-    await migrate(postgres_url)
     seat = Seat(postgres_url)
     ledger = Ledger(postgres_url)
     assert await seat.take()
@@ -117,7 +114,6 @@ async def test_one_that_says_nothing_for_seconds_loses_the_seat(postgres_url: st
 
 
 async def test_an_act_that_is_under_way_when_the_connection_is_lost_does_nothing(postgres_url: str) -> None:
-    await migrate(postgres_url)
     seat = Seat(postgres_url)
     ledger = Ledger(postgres_url)
     exposed(ledger)
@@ -136,7 +132,6 @@ async def test_an_act_that_is_under_way_when_the_connection_is_lost_does_nothing
 
 async def test_a_connection_that_does_not_hold_the_lock_itself_is_refused(postgres_url: str) -> None:
     """As behind a pooler that lends connections for one transaction each."""
-    await migrate(postgres_url)
     seat = Seat(postgres_url)
     assert await seat.take()
     assert seat._connection is not None

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from abreast_sidecar.store import Ledger, migrate
+from abreast_sidecar.store import Ledger
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.queries import Queries
 from abreast_sidecar.store.results import Window
@@ -34,7 +34,6 @@ def made(generator: random.Random) -> list[tuple[datetime, str]]:
 
 
 async def test_a_summary_of_any_window_counts_what_is_inside(postgres_url: str) -> None:
-    await migrate(postgres_url)
     generator = random.Random(5)
     pairs = made(generator)
     ledger = Ledger(postgres_url, examples_per_finding=1)
@@ -65,7 +64,6 @@ async def test_a_summary_of_any_window_counts_what_is_inside(postgres_url: str) 
 
 
 async def test_hours_go_with_their_day(postgres_url: str) -> None:
-    await migrate(postgres_url)
     ledger = Ledger(postgres_url, examples_per_finding=1)
     for hours in (0, 11, 12, 30):
         await ledger.write([judged(at=round((NOON + timedelta(hours=hours)).timestamp() * 1000))])

@@ -11,7 +11,7 @@ import pytest
 
 from abreast.capture import encode
 from abreast_sidecar.errors import LedgerError, RefusedError
-from abreast_sidecar.store import Ledger, migrate
+from abreast_sidecar.store import Ledger
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.queries import Queries
 from abreast_sidecar.store.unpack import unpack
@@ -23,8 +23,7 @@ DAY = 86_400_000  # ms
 
 
 @pytest.fixture
-async def url(postgres_url: str) -> str:
-    await migrate(postgres_url)
+def url(postgres_url: str) -> str:
     return postgres_url
 
 

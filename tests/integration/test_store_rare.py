@@ -11,7 +11,6 @@ import pytest
 from abreast_sidecar.housekeeping.cache import find_misses
 from abreast_sidecar.housekeeping.latency import find_slow
 from abreast_sidecar.housekeeping.missing import find_missing
-from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.latencies import timings
 from abreast_sidecar.store.pages import Page
@@ -55,7 +54,6 @@ OTHERS = (
 @pytest.fixture
 async def read(postgres_url: str) -> AsyncIterator[Callable[[], int]]:
     """How many rows of pairs were read since."""
-    await migrate(postgres_url)
     now = datetime.now(UTC)
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(ENDPOINTS)

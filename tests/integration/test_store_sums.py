@@ -13,7 +13,6 @@ import psycopg
 import pytest
 
 from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, MIN_SLOWER_US
-from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.pages import Page
 from abreast_sidecar.store.queries import FindingFilter, Queries
@@ -90,7 +89,6 @@ class Place:
 
 @pytest.fixture
 async def place(postgres_url: str) -> AsyncIterator[Place]:
-    await migrate(postgres_url)
     generator = random.Random(5)
     pairs = made(generator)
     put(postgres_url, pairs)

@@ -28,19 +28,19 @@ pytestmark = pytest.mark.pooler
 
 
 @pytest.fixture
-def through(postgres_url: str) -> Iterator[str]:
-    with pooled(postgres_url) as url:
+def through(empty_postgres_url: str) -> Iterator[str]:
+    with pooled(empty_postgres_url) as url:
         yield url
 
 
 async def test_a_sidecar_with_three_workers_and_its_api(
-    redis_url: str, postgres_url: str, through: str
+    redis_url: str, empty_postgres_url: str, through: str
 ) -> None:
     rpc, web = free_ports(2)
     settings = Settings(
         redis_url=redis_url,
         postgres_url=through,
-        postgres_session_url=postgres_url,
+        postgres_session_url=empty_postgres_url,
         grpc_listen=f"127.0.0.1:{rpc}",
         http_listen=f"127.0.0.1:{web}",
         batch_size=20,
@@ -52,7 +52,7 @@ async def test_a_sidecar_with_three_workers_and_its_api(
             await asyncio.wait_for(channel.channel_ready(), 15)
             async with running(settings, "two"), running(settings, "three"), loading(load, 300):
                 pass
-            await complete(postgres_url, load)
+            await complete(empty_postgres_url, load)
             asked = comparison_pb2.GetSummaryRequest(service="shop")
             summary = await comparison_pb2_grpc.ComparisonServiceStub(channel).GetSummary(asked)
             change = traffic_pb2.RollbackRequest(service="shop", reason="a test")
@@ -64,22 +64,24 @@ async def test_a_sidecar_with_three_workers_and_its_api(
 
     assert summary.pairs == 300
     assert facts.pairs == 300
-    agrees(postgres_url)
-    assert one(postgres_url, "select count(*) from abreast.traffic_event where action = 'rollback'") == 1
+    agrees(empty_postgres_url)
+    assert (
+        one(empty_postgres_url, "select count(*) from abreast.traffic_event where action = 'rollback'") == 1
+    )
 
 
 async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(
-    redis_url: str, postgres_url: str, through: str
+    redis_url: str, empty_postgres_url: str, through: str
 ) -> None:
     """LISTEN needs a session of its own; through the pooler it would hear nothing, and look every five seconds."""
-    settings = Settings(redis_url=redis_url, postgres_url=through, postgres_session_url=postgres_url)
+    settings = Settings(redis_url=redis_url, postgres_url=through, postgres_session_url=empty_postgres_url)
     await migrate(through)
     stop, opened = asyncio.Event(), Database(through)
     await opened.open()
     redis = connect(redis_url)
     control, other = Control(opened, redis, settings), Control(opened, redis, settings)
     task = asyncio.create_task(control.run(stop))
-    with psycopg.connect(postgres_url, autocommit=True) as look:
+    with psycopg.connect(empty_postgres_url, autocommit=True) as look:
 
         async def listens() -> bool:
             row = look.execute("select count(*) from pg_stat_activity where query like 'listen %'").fetchone()
@@ -117,12 +119,12 @@ async def test_limits_hold_in_every_session_that_the_pooler_gives(
 
 
 async def test_killed_workers_leave_nothing_behind_in_the_pooler(
-    redis_url: str, postgres_url: str, through: str
+    redis_url: str, empty_postgres_url: str, through: str
 ) -> None:
     await migrate(through)
     settings = Settings(redis_url=redis_url, postgres_url=through, claim_idle=0.3, batch_size=20)
     load = Load(redis_url)
-    with psycopg.connect(postgres_url, autocommit=True) as admin:
+    with psycopg.connect(empty_postgres_url, autocommit=True) as admin:
         async with running(settings), loading(load, 300):
             for _ in range(5):
                 await asyncio.sleep(0.1)  # at some point of a batch
@@ -130,4 +132,4 @@ async def test_killed_workers_leave_nothing_behind_in_the_pooler(
                     "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and datname = current_database()"
                 )
     async with running(replace(settings, batch_size=100)):
-        await complete(postgres_url, load)
+        await complete(empty_postgres_url, load)

@@ -16,7 +16,6 @@ from abreast_sidecar.housekeeping import Housekeeping
 from abreast_sidecar.read import connect
 from abreast_sidecar.serve.pending import Pending
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import migrate
 from support import eventually_async
 from support_certificate import self_signed
 from support_load import Load, agrees, complete, loading
@@ -31,7 +30,6 @@ DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
 
 async def test_on_a_cluster_of_three(postgres_url: str) -> None:
     """Six shards, which lie on all nodes; two sidecars share them."""
-    await migrate(postgres_url)
     with cluster() as servers:
         settings = Settings(redis_url=servers.url, postgres_url=postgres_url, claim_idle=0.5, batch_size=20)
         load = Load(servers.url, service=ServiceSettings(service=SERVICE, redis_url=servers.url, shards=6))
@@ -69,7 +67,6 @@ def stats_of(node: Any) -> list[str]:
 
 async def test_failing_over_to_a_replica_that_sentinel_chose(postgres_url: str) -> None:
     """What the replica had not got yet is lost, as it always is; it is missing by number, and nothing counts twice."""
-    await migrate(postgres_url)
     with watched() as servers:
         settings = Settings(redis_url=servers.url, postgres_url=postgres_url, claim_idle=0.5, batch_size=20)
         load = Load(servers.url, pace=0.005)
@@ -106,7 +103,6 @@ def documented() -> dict[str, list[str]]:
 
 
 async def test_users_with_no_more_rights_than_the_docs_say(postgres_url: str) -> None:
-    await migrate(postgres_url)
     with server() as started, admin(started) as client:
         for user, rules in documented().items():
             client.execute_command("ACL", "SETUSER", user, *(rule.replace(">…", ">secret") for rule in rules))
@@ -133,7 +129,6 @@ async def test_users_with_no_more_rights_than_the_docs_say(postgres_url: str) ->
 async def test_with_tls(postgres_url: str, redis_server: RedisServer, redis_url: str, tmp_path: Path) -> None:
     assert redis_url == redis_server.url  # and empty
     certificate = self_signed(tmp_path, "localhost")
-    await migrate(postgres_url)
     async with behind_tls(redis_server, certificate) as port:
         url = f"rediss://localhost:{port}/0?ssl_ca_certs={certificate.certificate}"
         load = Load(url)

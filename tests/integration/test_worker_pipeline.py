@@ -21,7 +21,7 @@ from abreast_sidecar.housekeeping import Housekeeping
 from abreast_sidecar.read import connect, sweep
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import migrate
-from support import eventually_async
+from support import WITHIN, eventually_async
 from support_pairs import (
     SERVICE,
     add_entry,
@@ -47,11 +47,10 @@ asyncio.run(Worker(settings, name=sys.argv[3]).run(asyncio.Event()))
 
 @pytest.fixture
 async def settings(redis_url: str, postgres_url: str) -> Settings:
-    await migrate(postgres_url)
     return Settings(redis_url=redis_url, postgres_url=postgres_url, claim_idle=0.5, shutdown_timeout=5.0)
 
 
-async def emptied(settings: Settings, within: float = 30.0) -> None:
+async def emptied(settings: Settings, within: float = WITHIN) -> None:
     async def empty() -> bool:
         return ready(settings.redis_url) == 0
 
@@ -211,7 +210,6 @@ async def test_a_worker_waits_for_servers_that_come_later_and_for_the_schema() -
 
 
 async def test_a_redis_that_comes_back_empty_is_read_on(postgres_url: str) -> None:
-    await migrate(postgres_url)
     server = RedisServer()
     with server:
         settings = Settings(redis_url=server.url, postgres_url=postgres_url, claim_idle=0.5)

@@ -1,0 +1,149 @@
+"""A ledger's database that the tests of one worker use in turn. To empty it costs a tenth of a new one with its schema."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+import psycopg
+
+from abreast_sidecar.embedded import PostgresServer
+from abreast_sidecar.store import migrate
+from support import eventually
+from support_postgres import disconnect
+
+LARGE = 1_000_000  # bytes: a table from here on is truncated, a smaller one is cheaper to delete from
+RELATIONS = """
+select relation.oid::regclass::text, relkind::text from pg_class as relation
+where relnamespace::regnamespace::text in ('abreast', 'public') and relkind in ('r', 'p', 'v', 'm', 'S') and not relispartition
+"""
+PARTITIONS = "select oid::regclass::text from pg_class where relispartition and relkind = 'r'"
+SCHEMAS = "select nspname::text from pg_namespace where nspname !~ '^pg_' and nspname not in ('abreast', 'information_schema', 'public')"
+DEFINITIONS = """
+select md5(string_agg(line, ' ' order by line)) from (
+    select concat(attrelid::regclass, attname, atttypid, attnotnull) from pg_attribute join pg_class on attrelid = pg_class.oid
+    where relnamespace = 'abreast'::regnamespace and not relispartition and attnum > 0
+    union all select concat(proname, prosrc, proargtypes) from pg_proc where pronamespace = 'abreast'::regnamespace
+    union all select concat(conrelid::regclass, conname) from pg_constraint join pg_class on conrelid = pg_class.oid
+    where connamespace = 'abreast'::regnamespace and not relispartition
+    union all select concat(tgrelid::regclass, tgname) from pg_trigger join pg_class on tgrelid = pg_class.oid
+    where relnamespace = 'abreast'::regnamespace and not relispartition and not tgisinternal
+) as definition (line)
+"""
+OTHERS = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid() and backend_type = 'client backend'"
+SEQUENCES = "select setval(format('%I.%I', schemaname, sequencename), start_value, false) from pg_sequences where last_value is not null"
+
+
+class LedgerDatabase:
+    """One that can be brought back to what it had when it was made."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        self.server = server
+        self.name = f"test_{uuid.uuid4().hex}"
+        with psycopg.connect(server.url(), autocommit=True) as admin:
+            admin.execute(f"create database {self.name}".encode())
+        asyncio.run(migrate(self.url))
+        self._session = psycopg.connect(self.url, autocommit=True, prepare_threshold=None)
+        self._session.execute(
+            "set session_replication_role = replica"
+        )  # no triggers, no order of foreign keys
+        self._relations = dict(self._rows(RELATIONS))
+        self._tables = [name for name, kind in self._relations.items() if kind in {"r", "p"}]
+        self._definitions = self._rows(DEFINITIONS)
+        self._seeds = {name: self._content(name) for name in self._filled()}
+
+    @property
+    def url(self) -> str:
+        return self.server.url(self.name)
+
+    def _rows(self, query: str) -> list[tuple[str, ...]]:
+        return self._session.execute(query.encode()).fetchall()
+
+    def _filled(self) -> list[str]:
+        queries = [
+            f"select '{name}', pg_total_relation_size('{name}')::text where exists (select from {name})"  # noqa: S608  # ours
+            for name in self._tables
+        ]
+        found = self._rows(" union all ".join(queries))
+        self._large = {name for name, size in found if int(size) > LARGE}
+        return [name for name, _ in found]
+
+    def _content(self, table: str) -> bytes:
+        with self._session.cursor().copy(f"copy {table} to stdout".encode()) as copy:
+            return b"".join(bytes(part) for part in copy)
+
+    def reset(self) -> bool:
+        """Leave what a new ledger has; False where it can't be brought back to that."""
+        disconnect(self.url)
+        self._rows(f"select pg_terminate_backend(pid) {OTHERS}")  # ours
+        eventually(lambda: not self._rows(f"select {OTHERS}"), what="all sessions have ended")  # ours
+        self._drop_what_was_added()
+        if dict(self._rows(RELATIONS)) != self._relations or self._rows(DEFINITIONS) != self._definitions:
+            return False
+        for name in self._filled():
+            if name not in self._seeds or self._content(name) != self._seeds[name]:
+                self._empty(name)
+        for name in self._seeds.keys() - set(self._filled()):
+            self._seed(name)
+        self._rows(SEQUENCES)
+        return True
+
+    def _drop_what_was_added(self) -> None:
+        for (name,) in self._rows(PARTITIONS):
+            self._session.execute(f"drop table if exists {name} cascade".encode())
+        for (name,) in self._rows(SCHEMAS):
+            self._session.execute(f"drop schema {name} cascade".encode())
+        for name, kind in self._rows(RELATIONS):
+            if name not in self._relations and kind in {"r", "p"}:
+                self._session.execute(f"drop table if exists {name} cascade".encode())
+
+    def _empty(self, name: str) -> None:
+        change = f"truncate {name} cascade" if name in self._large else f"delete from {name}"  # noqa: S608  # ours
+        self._session.execute(change.encode())
+
+    def _seed(self, name: str) -> None:
+        with self._session.cursor().copy(f"copy {name} from stdin".encode()) as copy:
+            copy.write(self._seeds[name])
+
+    def drop(self) -> None:
+        self._session.close()
+        with psycopg.connect(self.server.url(), autocommit=True) as admin:
+            admin.execute(f"drop database if exists {self.name} with (force)".encode())
+
+
+class LedgerDatabases:
+    """Lend one database to each test in turn. Use as a context manager."""
+
+    def __init__(self, server: PostgresServer) -> None:
+        self.server = server
+        self._free: LedgerDatabase | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._free is not None:
+            self._free.drop()
+
+    @contextmanager
+    def lend(self) -> Iterator[str]:
+        database, self._free = self._free or LedgerDatabase(self.server), None
+        yield database.url
+        if database.reset():
+            self._free = database
+        else:
+            database.drop()
+
+
+@contextmanager
+def empty_database(server: PostgresServer) -> Iterator[str]:
+    """A database without a schema."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(server.url(), autocommit=True) as admin:
+        admin.execute(f"create database {name}".encode())
+        yield server.url(name)
+        disconnect(server.url(name))
+        admin.execute(f"drop database {name} with (force)".encode())
