@@ -1,6 +1,6 @@
 """Generates the Python code of the protos: python protos/generate.py [FOLDER]
 
-Into the tree (or all into FOLDER), with the exact grpcio-tools of requirements.lock: code made by a newer one refuses
+Into the tree (or all into FOLDER), with the exact grpcio-tools of requirements-dev.lock: code made by a newer one refuses
 to be imported under the older protobuf that a user may have.
 """
 

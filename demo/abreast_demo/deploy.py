@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -57,8 +58,12 @@ class Deployed:
     codes: Mapping[str, str]
     shops: dict[str, ServerProcess]
 
-    def start(self, version: str) -> None:
-        self.shops[version] = _start(version, self)
+    def start(self, *versions: str) -> None:
+        """Start the versions at the same time, then wait for each."""
+        for version in versions:
+            self.shops[version] = _start(version, self)
+        for version in versions:
+            self.shops[version].wait_until(partial(_is_ready, self.upstreams[version]))
 
     def faults(self) -> dict[str, Fault]:
         """All drills."""
@@ -131,7 +136,7 @@ def opened(
         opening.callback(found.stop)
         for version in sorted(VERSIONS):
             _create_database(version, database)
-            found.start(version)
+        found.start(*sorted(VERSIONS))
         await_healthy(stack.admin_url)
         yield found
 
@@ -160,7 +165,7 @@ def _start(version: str, deployed: Deployed) -> ServerProcess:
             address,
         ],
         stack.folder.path / f"shop-{version}.log",
-        ready=lambda _pid: answers(listen.host, listen.port, HEALTH, b" 200 OK"),
+        ready=lambda _pid: True,  # the caller waits
         environment={
             "DATABASE_URL": deployed.database.url(_database(version)),
             "CACHE_URL": deployed.cache_url,
@@ -168,6 +173,10 @@ def _start(version: str, deployed: Deployed) -> ServerProcess:
         },
         keep_open=(stack.folder.servers_lock,),
     )
+
+
+def _is_ready(listen: Endpoint, _pid: int) -> bool:
+    return answers(listen.host, listen.port, HEALTH, b" 200 OK")
 
 
 def await_healthy(admin_url: str) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import grpc
+
 from abreast_demo.client import Client
 from abreast_demo.deploy import Addresses, Deployed, opened
 from abreast_demo.load import Load, Tally
+from abreast_demo.plants import REGRESSIONS
 from abreast_demo.ports import LOOPBACK, Ports
 from abreast_demo.service import SERVICE
 from abreast_demo.traffic import Request, requests
-from abreast_demo.verdict import Result
+from abreast_demo.verdict import Result, Seen, regressions
 from abreast_sidecar.embedded.stack import Stack
 from abreast_sidecar.envoy.settings import Endpoint
 
@@ -22,6 +26,7 @@ USERS_PORT, GRPC_PORT, HTTP_PORT = 8080, 50051, 8090
 STEPS = (0.0, 0.1, 0.25)  # share of users that new answers, each for an equal part of the time
 TRICKLE = 3.0  # requests a second, while the shop stays up
 FOR_EVER = float("inf")
+FINDINGS_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +52,11 @@ class Listener:
     """What a run tells of itself."""
 
     say: Callable[[str], None]
+    wait: Callable[[str], None]
     ready: Callable[[Stack, Options], None]
     step: Callable[[float], None]
     progress: Callable[[Tally], None]
+    regression: Callable[[Seen], None]
     finished: Callable[[Finished], None]
 
 
@@ -64,7 +71,7 @@ def run(options: Options, listener: Listener) -> Result | None:
             http=Endpoint(LOOPBACK, ports.prefer(HTTP_PORT)),
         )
         try:
-            with opened(addresses, listener.say) as shop:
+            with opened(addresses, listener.wait) as shop:
                 listener.ready(shop.stack, options)
                 asyncio.run(_session(shop, options, listener, results))
         except KeyboardInterrupt:
@@ -87,8 +94,12 @@ async def _session(shop: Deployed, options: Options, listener: Listener, results
         Client(stack.grpc_address, SERVICE) as client,
         Load(stack.envoy_url, listener.progress) as load,
     ):
-        await _traffic(client, load, users, options, listener)
-        listener.say("waiting until everything is in the ledger")
+        announcing = asyncio.create_task(_announce(client, listener))
+        try:
+            await _traffic(client, load, users, options, listener)
+        finally:
+            announcing.cancel()
+        listener.wait("waiting until everything is in the ledger")
         finished = await _finished(stack, client, load.tally)
     results.append(finished.result)
     listener.finished(finished)
@@ -106,6 +117,18 @@ async def _traffic(
             await client.move(share)
         listener.step(share)
         await load.send(itertools.islice(users, round(part * options.rate)), seconds=part, rate=options.rate)
+
+
+async def _announce(client: Client, listener: Listener) -> None:
+    """Report each planted regression as soon as the sidecar has it."""
+    unseen = {plant.place for plant in REGRESSIONS}
+    with contextlib.suppress(grpc.aio.AioRpcError):  # the run itself meets the error too, and reports it
+        while unseen:
+            for seen in regressions(await client.findings()):
+                if seen.place in unseen:
+                    unseen.remove(seen.place)
+                    listener.regression(seen)
+            await asyncio.sleep(FINDINGS_POLL_S)
 
 
 async def _finished(stack: Stack, client: Client, tally: Tally) -> Finished:

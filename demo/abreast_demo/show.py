@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -46,7 +47,22 @@ class Show:
         self._end_progress()
         self.console.print(text, style="dim", soft_wrap=True)
 
+    def wait(self, text: str) -> None:
+        """Print a step, on a terminal with the seconds it takes until the next output."""
+        if not self.console.is_terminal:
+            self.say(text)
+            return
+        self._end_progress()
+        columns = (TextColumn("{task.description}", style="dim"), TimeElapsedColumn())
+        # A timer signal instead of a thread: servers are forked meanwhile.
+        self._progress = progress = Progress(*columns, console=self.console, auto_refresh=False)
+        progress.add_task(text, total=None)
+        progress.start()
+        signal.signal(signal.SIGALRM, lambda _number, _frame: progress.refresh())
+        signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+
     def ready(self, stack: Stack, options: Options) -> None:
+        self._end_progress()
         self.console.print(f"the shop: {stack.envoy_url}/catalogue/categories", soft_wrap=True)
         self.console.print(f"abreast:  {stack.http_url}", soft_wrap=True)
         if self.console.is_terminal:
@@ -74,6 +90,9 @@ class Show:
                 self._bar, completed=passed, requests=tally.requests, errors=tally.user_errors
             )
 
+    def regression(self, seen: Seen) -> None:
+        self.console.print(styled("found", "ok"), "", _place(seen), soft_wrap=True)
+
     def finished(self, finished: Finished) -> None:
         self._end_progress()
         if self.results:
@@ -82,6 +101,7 @@ class Show:
             _next_commands(self.console, finished)
 
     def _end_progress(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,23 +81,57 @@ def test_the_bare_package_brings_redis_and_what_writes_json() -> None:
     ]
 
 
-def test_the_lock_names_no_place_to_download_from() -> None:
-    lock = (ROOT / "requirements.lock").read_text()
+RUNTIME_LOCK, DEV_LOCK = ROOT / "requirements.lock", ROOT / "requirements-dev.lock"
 
-    assert "--hash=sha256:" in lock
-    assert not re.search(r"https?://|--(extra-)?index-url|--find-links", lock)
+
+@pytest.mark.parametrize("lock", [RUNTIME_LOCK, DEV_LOCK], ids=lambda lock: lock.name)
+def test_lock_is_hashed_and_names_no_index(lock: Path) -> None:
+    text = lock.read_text()
+
+    assert all(hashes for _, hashes in _locked(lock).values())
+    assert not re.search(r"https?://|--(extra-)?index-url|--find-links", text)
     assert not (ROOT / "uv.lock").exists()
 
 
-def test_the_lock_holds_every_requirement() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    wanted = list(project["dependency-groups"]["dev"])
+def test_runtime_lock_holds_every_extra_and_the_build_backend() -> None:
+    project = _project()
+    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["build"]]
     for extra in project["project"]["optional-dependencies"].values():
         wanted += extra
-    names = {re.split(r"[\[<>=;! ]", line)[0].lower().replace("_", "-") for line in wanted}
-    lock = (ROOT / "requirements.lock").read_text().lower()
-    missing = {
-        name for name in names - {"abreast"} if not re.search(rf"^{re.escape(name)}==", lock, re.MULTILINE)
-    }
 
-    assert not missing, "run make lock"
+    assert _names(wanted) <= _locked(RUNTIME_LOCK).keys(), "run make lock"
+
+
+def test_dev_lock_holds_the_dev_group_and_not_mutation() -> None:
+    groups = _project()["dependency-groups"]
+    locked = _locked(DEV_LOCK).keys()
+
+    assert _names(line for line in groups["dev"] if isinstance(line, str)) <= locked, "run make lock"
+    assert not _names(groups["mutation"]) & locked
+
+
+def test_dev_lock_agrees_with_the_runtime_lock() -> None:
+    """`make setup` installs one on top of the other."""
+    runtime, dev = _locked(RUNTIME_LOCK), _locked(DEV_LOCK)
+
+    assert {name: dev.get(name) for name in runtime} == runtime, "run make lock"
+
+
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def _names(requirements: Iterable[str]) -> set[str]:
+    names = {re.split(r"[\[<>=;! ]", line)[0].lower().replace("_", "-") for line in requirements}
+    return names - {"abreast"}
+
+
+def _locked(lock: Path) -> dict[str, tuple[str, frozenset[str]]]:
+    """Return each package's version, with its marker, and its hashes."""
+    packages = re.split(r"^(?=\S)", lock.read_text(), flags=re.MULTILINE)
+    pins = [re.match(r"([^=]+)==(.+?) *\\\n", package) for package in packages if package]
+    return {
+        pin[1]: (pin[2], frozenset(re.findall(r"--hash=(\S+)", pin.string)))
+        for pin in pins
+        if pin is not None
+    }

@@ -68,7 +68,15 @@ def command(
     quiet = Console(stderr=True, markup=False, highlight=False, emoji=False)
     console = quiet if as_json else tables.console()
     with show.Show(console, results=not as_json) as shown:
-        listener = run.Listener(shown.say, shown.ready, shown.step, shown.progress, finished)
+        listener = run.Listener(
+            say=shown.say,
+            wait=shown.wait,
+            ready=shown.ready,
+            step=shown.step,
+            progress=shown.progress,
+            regression=shown.regression,
+            finished=finished,
+        )
         options = run.Options(seconds=seconds, rate=rate, seed=seed, listen=listen, stay=not once)
         result = run.run(options, listener)
     sys.stdout.flush()

@@ -147,13 +147,14 @@ class ServerProcess:
             )
         server = cls(name, process, log, stop_signal)
         try:
-            server._wait(ready, timeout)
+            server.wait_until(ready, timeout)
         except BaseException:  # an interrupt too: nobody else knows this process yet
             server.stop()
             raise
         return server
 
-    def _wait(self, ready: Callable[[int], bool], timeout: float) -> None:
+    def wait_until(self, ready: Callable[[int], bool], timeout: float = START_TIMEOUT) -> None:
+        """Raise ServerError if the process ends first, or after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not ready(self.process.pid):
             if self.process.poll() is not None:
