@@ -24,8 +24,8 @@ from load import Users
 from rows import Row, main, row
 from service import wrapped
 
-from abreast_sidecar.embedded import RedisServer, ServerProcess, free_port
-from abreast_sidecar.embedded.process import answers
+from abreast_sidecar.embedded import RedisServer, ServerProcess, find_free_port
+from abreast_sidecar.embedded.process import is_answering
 
 SERVICE = Path(__file__).with_name("service.py")
 USERS = 16
@@ -73,7 +73,7 @@ def service(kind: str, port: int, folder: Path, redis_url: str) -> Iterator[Serv
         kind,
         [sys.executable, SERVICE, str(port), kind],
         folder / f"{kind}-{port}.log",
-        ready=lambda _pid: answers("127.0.0.1", port, HEALTH, b" 200 OK"),
+        is_ready=lambda _pid: is_answering("127.0.0.1", port, HEALTH, b" 200 OK"),
         environment={"ABREAST_REDIS_URL": redis_url},
     )
     try:
@@ -95,7 +95,7 @@ def throughput(runs: int, seconds: float) -> dict[str, Found]:
     with RedisServer() as server, TemporaryDirectory() as folder, contextlib.ExitStack() as opening:
         workers = {}
         for kind in {variant.kind for variant in VARIANTS}:
-            port = free_port()
+            port = find_free_port()
             workers[kind] = port, opening.enter_context(service(kind, port, Path(folder), server.url)).pid
         with redis.Redis.from_url(server.url) as client:
             for number in range(runs + 1):

@@ -16,8 +16,8 @@ import orjson
 from rows import Row, main, row
 
 from abreast.capture import Answer, Body
-from abreast_sidecar.compare import Rules, body_differences
-from abreast_sidecar.compare.value import canonical
+from abreast_sidecar.compare import CompareOptions, diff_bodies
+from abreast_sidecar.compare.value import encode_canonical
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -77,7 +77,7 @@ def measured(works: dict[str, Callable[[], Any]], *, number: int, runs: int) -> 
 
 def walked(old: Any, new: Any) -> list[tuple[Any, Any]]:
     """The reference: no paths, no order, nothing kept; skips what has the same canonical text."""
-    if type(old) is type(new) and canonical(old) == canonical(new):
+    if type(old) is type(new) and encode_canonical(old) == encode_canonical(new):
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         return [found for key in old.keys() & new.keys() for found in walked(old[key], new[key])]
@@ -96,15 +96,15 @@ def speed(runs: int) -> list[Row]:
 
 
 def _works(old: bytes, new: bytes) -> dict[str, Callable[[], Any]]:
-    rules = Rules()
+    rules = CompareOptions()
     headers = (("content-type", "application/json"),)
     before, after, same = (
         Answer(200, headers, Body(body, len(body))) for body in (old, new, bytes(bytearray(old)))
     )
-    assert len(body_differences(before, after, rules)) == 3
+    assert len(diff_bodies(before, after, rules)) == 3
     return {
-        "diff": lambda: body_differences(before, after, rules),
-        "equal_bytes": lambda: body_differences(before, same, rules),
+        "diff": lambda: diff_bodies(before, after, rules),
+        "equal_bytes": lambda: diff_bodies(before, same, rules),
         "parse_and_equals": lambda: orjson.loads(old) == orjson.loads(new),
         "parse_and_walk": lambda: walked(orjson.loads(old), orjson.loads(new)),
     }

@@ -26,16 +26,16 @@ from pipeline import SERVICE, pairs
 from rows import Row, row
 
 from abreast.join import Keys
-from abreast_sidecar.compare import Rules
+from abreast_sidecar.compare import CompareOptions
 from abreast_sidecar.embedded import PostgresServer
-from abreast_sidecar.housekeeping.latency import find_slow
-from abreast_sidecar.judging import judged
-from abreast_sidecar.read import Entry
-from abreast_sidecar.store import Judged, Ledger, migrate
+from abreast_sidecar.housekeeping.latency import detect_slowdowns
+from abreast_sidecar.judging import evaluate_entry
+from abreast_sidecar.read import StreamEntry
+from abreast_sidecar.store import PairRecord, PairWriter, migrate
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.latencies import timings
-from abreast_sidecar.store.pages import Page
-from abreast_sidecar.store.queries import FindingFilter, PairFilter, Queries
+from abreast_sidecar.store.latencies import read_timings
+from abreast_sidecar.store.pages import PageRequest
+from abreast_sidecar.store.queries import FindingFilter, LedgerReader, PairFilter
 from abreast_sidecar.store.results import Endpoint, Window
 
 DAYS = 10
@@ -152,24 +152,24 @@ def bare(connection: psycopg.Connection) -> Iterator[None]:
     connection.execute("alter table abreast.pair enable trigger user")
 
 
-def batches(at: float) -> Iterator[list[Judged]]:
+def batches(at: float) -> Iterator[list[PairRecord]]:
     """Pairs of that moment."""
-    rules = Rules.ignoring(())
+    rules = CompareOptions.with_ignored_headers(())
     made = pairs(BATCH * BATCHES, 1 / SHOWN)
     for number in range(BATCHES):
         batch = []
         for one in range(BATCH):
             (pair, _, _, old), (_, _, _, new) = next(made), next(made)
-            entry = Entry(
+            entry = StreamEntry(
                 Keys(SERVICE, 0), f"{round(at * 1000)}-{number * BATCH + one}", pair, "joined", (old, new), 0
             )
-            batch.append(judged(entry, rules))
+            batch.append(evaluate_entry(entry, rules))
         yield batch
 
 
 async def write(url: str, at: float, many: int = BATCHES) -> list[float]:
     """µs a pair by the clock, of each batch."""
-    ledger = Ledger(url, examples_per_finding=3)
+    ledger = PairWriter(url, examples_per_finding=3)
     took = []
     for batch in itertools.islice(batches(at), many):
         began = time.perf_counter()
@@ -183,7 +183,7 @@ async def ask(url: str) -> dict[str, list[float]]:
     """ms of each question."""
     database = Database(url)
     await database.open()
-    queries, now = Queries(database), datetime.now(UTC)
+    queries, now = LedgerReader(database), datetime.now(UTC)
     windows = {
         "hour": Window(now - timedelta(hours=1), None),
         "day": Window(now - timedelta(days=1), None),
@@ -194,16 +194,18 @@ async def ask(url: str) -> dict[str, list[float]]:
         for name, window in windows.items():
 
             async def summary(window: Window = window) -> object:
-                return await queries.summary(SERVICE, window)
+                return await queries.read_summary(SERVICE, window)
 
             async def findings(window: Window = window) -> object:
-                return await queries.findings(FindingFilter(service=SERVICE, window=window), Page(100, ""))
+                return await queries.list_findings(
+                    FindingFilter(service=SERVICE, window=window), PageRequest(100, "")
+                )
 
             async def endpoints(window: Window = window) -> object:
-                return await queries.endpoints(SERVICE, window, Page(100, ""))
+                return await queries.list_endpoints(SERVICE, window, PageRequest(100, ""))
 
             async def verdict(window: Window = window) -> object:
-                return await queries.evidence(SERVICE, window, 0.1, all_releases=True)
+                return await queries.read_evidence(SERVICE, window, 0.1, all_releases=True)
 
             found[f"get_summary_{name}_ms"] = await timed(summary)
             found[f"list_findings_{name}_ms"] = await timed(findings)
@@ -217,22 +219,24 @@ async def ask(url: str) -> dict[str, list[float]]:
 
 async def ask_for_few(database: Database) -> dict[str, list[float]]:
     """ms of each question about what few pairs have."""
-    queries = Queries(database)
+    queries = LedgerReader(database)
 
     async def pairs_of_a_finding() -> object:
-        return await queries.pairs(PairFilter(service=SERVICE, finding_id=FINDINGS), Page(100, ""))
+        return await queries.list_pairs(
+            PairFilter(service=SERVICE, finding_id=FINDINGS), PageRequest(100, "")
+        )
 
     async def pairs_of_a_rare_endpoint() -> object:
-        found = await queries.pairs(PairFilter(service=SERVICE, route=RARE), Page(100, ""))
+        found = await queries.list_pairs(PairFilter(service=SERVICE, route=RARE), PageRequest(100, ""))
         assert len(found.rows) == 1
         return found
 
     async def times() -> object:
-        return await timings(database, Endpoint(SERVICE, "GET", "/route/1"), Window())
+        return await read_timings(database, Endpoint(SERVICE, "GET", "/route/1"), Window())
 
     async def slow_endpoints() -> object:
         async with database.connection() as connection:
-            return await find_slow(connection)
+            return await detect_slowdowns(connection)
 
     return {
         "list_pairs_of_finding_ms": await timed(pairs_of_a_finding),

@@ -50,7 +50,7 @@ async def watch(stack: Stack, pids: Mapping[str, int], minutes: float, rate: flo
 
 
 def watched(stack: Stack, versions: Mapping[str, int]) -> dict[str, int]:
-    found = {name: server.server.pid for name, server in stack.servers.items() if server.server is not None}
+    found = {name: server.process.pid for name, server in stack.servers.items() if server.process is not None}
     return {**found, **versions}
 
 

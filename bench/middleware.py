@@ -87,7 +87,7 @@ async def turn(target: App, *, sampled: bool, first: int) -> float:
 async def drain(middleware: ParallelRunMiddleware) -> float:
     """µs of work a capture until Redis has all of them."""
     began = time.thread_time()
-    while middleware.backlog.count:  # noqa: ASYNC110  # nothing tells when it is empty
+    while middleware.queue.count:  # noqa: ASYNC110  # nothing tells when it is empty
         await asyncio.sleep(0.01)
     return (time.thread_time() - began) / REQUESTS * 1e6
 
@@ -106,7 +106,7 @@ async def measure(redis_url: str, runs: int) -> dict[str, list[float]]:
             found["sampled"].append(sampled - bare)
             found["background"].append(background)
     await middleware.aclose()
-    assert middleware.backlog.shipped == (runs + 1) * REQUESTS, middleware.backlog.report()
+    assert middleware.queue.shipped_count == (runs + 1) * REQUESTS, middleware.queue.build_report()
     return found
 
 

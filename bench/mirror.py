@@ -29,9 +29,9 @@ from load import Answers, Users
 from rows import Row, main, percentile, row
 
 from abreast.v1 import traffic_pb2, traffic_pb2_grpc
-from abreast_sidecar.embedded import free_port
+from abreast_sidecar.embedded import find_free_port
 from abreast_sidecar.embedded.stack import Stack
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 
 USERS = 32
 RATE = 250.0  # requests a second; four processes share two cores
@@ -60,8 +60,8 @@ class Round:
 @contextlib.contextmanager
 def deployed() -> Iterator[tuple[Stack, dict[str, int]]]:
     """The stack, and the processes of both versions."""
-    old, new = (Endpoint("127.0.0.1", free_port()) for _ in range(2))
-    listen = Endpoint("127.0.0.1", 0)
+    old, new = (SocketAddress("127.0.0.1", find_free_port()) for _ in range(2))
+    listen = SocketAddress("127.0.0.1", 0)
     envoy = EnvoySettings(service="bench", listen=listen, old=(old,), new=(new,), sample_safe=0.0)
     with TemporaryDirectory() as folder, Stack(envoy) as stack, contextlib.ExitStack() as opening:
         pids = {

@@ -32,7 +32,7 @@ import redis
 from rows import Row, end_in_order, row
 
 from abreast.capture import Answer, Body, Capture, Request, Role, Version, encode
-from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
+from abreast.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
 from abreast_sidecar import runtime
 from abreast_sidecar.embedded import PostgresServer, RedisServer
 from abreast_sidecar.settings import Settings
@@ -127,7 +127,7 @@ def capture(pair: str, version: Version, role: Role, held: bytes) -> Capture:
         request,
         answer,
         release="v1",
-        started=time.time(),
+        started_at=time.time(),
         first_byte_us=1900,
         total_us=2000,
     )
@@ -143,7 +143,7 @@ def pairs(count: int, share: float, many: int = ITEMS["2kb"]) -> Iterator[tuple[
             capture(pair, "old", "live", old),
             capture(pair, "new", "shadow", changed if differs else old),
         ):
-            yield pair, one.slot, one.arms, encode(one)
+            yield pair, one.slot, one.expected_captures, encode(one)
 
 
 def send(
@@ -151,9 +151,9 @@ def send(
 ) -> None:
     """Fill the stream, with the services' own script."""
     keys = Keys(SERVICE, 0)
-    bounds = Bounds(bytes=2**40, pairs=10**7)
-    join = client.register_script(JOIN)
-    client.hset(SERVICES, SERVICE, 1)
+    bounds = Limits(max_bytes=2**40, max_pairs=10**7)
+    join = client.register_script(JOIN_SCRIPT)
+    client.hset(SERVICES_KEY, SERVICE, 1)
     source = iter(captures)
     while batch := list(itertools.islice(source, at_once)):
         names, arguments = join_arguments(keys, bounds, batch)
@@ -250,8 +250,8 @@ class Bench:
         return int(row[0])
 
     def _pid(self, server: RedisServer | PostgresServer) -> int:
-        assert server.server is not None
-        return server.server.pid
+        assert server.process is not None
+        return server.process.pid
 
     def check(self) -> None:
         with psycopg.connect(self._postgres.url()) as connection:

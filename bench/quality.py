@@ -19,13 +19,13 @@ from rows import Row, row
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import comparison_pb2_grpc
-from abreast_demo.deploy import CODES, Addresses, deployed
-from abreast_demo.load import Load
-from abreast_demo.plants import REGRESSIONS
+from abreast_demo.deploy import DEFAULT_CODE_BY_VERSION, StackAddresses, deploy_stack
+from abreast_demo.load import LoadGenerator
+from abreast_demo.plants import PLANTED_REGRESSIONS
 from abreast_demo.ports import LOOPBACK
-from abreast_demo.traffic import requests
-from abreast_sidecar.embedded import free_port
-from abreast_sidecar.envoy.settings import Endpoint
+from abreast_demo.traffic import generate_requests
+from abreast_sidecar.embedded import find_free_port
+from abreast_sidecar.envoy.settings import SocketAddress
 
 REQUESTS = 20_000
 QUICK = 600  # too few for a verdict
@@ -42,19 +42,21 @@ def run(*codes: dict[str, str], many: int, rate: float, turns: int = 2) -> list[
     with contextlib.ExitStack() as opening:
         ports = []
         for each in codes:
-            ports.append([Endpoint(LOOPBACK, free_port()) for _ in range(3)])
-            opening.enter_context(deployed(Addresses(*ports[-1]), lambda _: None, codes=each))
+            ports.append([SocketAddress(LOOPBACK, find_free_port()) for _ in range(3)])
+            opening.enter_context(
+                deploy_stack(StackAddresses(*ports[-1]), lambda _: None, code_by_version=each)
+            )
         return asyncio.run(_all(ports, many, rate, turns))
 
 
-async def _all(ports: list[list[Endpoint]], many: int, rate: float, turns: int) -> list[Found]:
+async def _all(ports: list[list[SocketAddress]], many: int, rate: float, turns: int) -> list[Found]:
     return await asyncio.gather(*(_measure(each, many, rate, turns) for each in ports))
 
 
-async def _measure(ports: list[Endpoint], many: int, rate: float, turns: int) -> Found:
+async def _measure(ports: list[SocketAddress], many: int, rate: float, turns: int) -> Found:
     listen, address, _ = (f"{one.host}:{one.port}" for one in ports)
-    safe = (one for one in requests(1) if one.safe)
-    async with Load(f"http://{listen}") as load:
+    safe = (one for one in generate_requests(1) if one.is_safe)
+    async with LoadGenerator(f"http://{listen}") as load:
         await load.send(itertools.islice(safe, many), seconds=LONGEST * many / rate, rate=rate)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = comparison_pb2_grpc.ComparisonServiceStub(channel)
@@ -74,12 +76,14 @@ async def _measure(ports: list[Endpoint], many: int, rate: float, turns: int) ->
 
 def rows(many: int = REQUESTS, rate: float = RATE, *, quick: bool = False) -> list[Row]:
     if quick:
-        (same, false), (other, real) = run(SAME, CODES, many=QUICK, rate=rate, turns=1)
+        (same, false), (other, real) = run(SAME, DEFAULT_CODE_BY_VERSION, many=QUICK, rate=rate, turns=1)
     else:
-        (same, false), (other, real) = (run(each, many=many, rate=rate)[0] for each in (SAME, CODES))
+        (same, false), (other, real) = (
+            run(each, many=many, rate=rate)[0] for each in (SAME, DEFAULT_CODE_BY_VERSION)
+        )
     _tell("same code", same, false)
     _tell("new code", other, real)
-    planted = {(one.place.endpoint, one.place.path) for one in REGRESSIONS}
+    planted = {(one.location.endpoint, one.location.path) for one in PLANTED_REGRESSIONS}
     found = {(f"{one.endpoint.method} {one.endpoint.route}", one.path) for one in real}
     return [
         row("same_code_false_findings", "findings", [len(false)]),

@@ -31,9 +31,9 @@ from rows import Row, end_in_order, row
 
 from abreast.v1 import steering_pb2, steering_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_sidecar.embedded import ServerProcess
-from abreast_sidecar.embedded.process import answers, free_port
-from abreast_sidecar.embedded.stack import ANY_PORT, Stack
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from abreast_sidecar.embedded.process import find_free_port, is_answering
+from abreast_sidecar.embedded.stack import ANY_PORT_ADDRESS, Stack
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 
 SERVICE = "shop"
 USERS = 8  # each with a connection, one request after another
@@ -101,7 +101,7 @@ def version(name: str, port: int) -> Iterator[None]:
             name,
             [sys.executable, __file__, "--serve", str(port), name],
             Path(folder) / "log",
-            ready=lambda _pid: answers("127.0.0.1", port, HEALTH, b" 200 "),
+            is_ready=lambda _pid: is_answering("127.0.0.1", port, HEALTH, b" 200 "),
         )
         try:
             yield
@@ -129,8 +129,10 @@ async def serve(port: int, name: str) -> None:
 
 @contextmanager
 def deployed() -> Iterator[Stack]:
-    old, new = Endpoint("127.0.0.1", free_port()), Endpoint("127.0.0.1", free_port())
-    settings = EnvoySettings(service=SERVICE, listen=ANY_PORT, old=(old,), new=(new,), sample_safe=0.0)
+    old, new = SocketAddress("127.0.0.1", find_free_port()), SocketAddress("127.0.0.1", find_free_port())
+    settings = EnvoySettings(
+        service=SERVICE, listen=ANY_PORT_ADDRESS, old=(old,), new=(new,), sample_safe=0.0
+    )
     with version("old", old.port), version("new", new.port), Stack(settings) as stack:
         yield stack
 
@@ -214,14 +216,14 @@ async def p99(stack: Stack, seconds: float) -> tuple[float, int]:
 async def floods(stack: Stack, runs: int, seconds: float) -> dict[str, list[float]]:
     client = Client(stack)
     found: dict[str, list[float]] = {"flood_p99_ratio": [], "flood_envoy_mb": [], "flood_errors": []}
-    assert stack.envoy.server is not None
+    assert stack.envoy.process is not None
     for _ in range(runs):
         await client.set(new_share=0.0, sample_unsafe=0.0)
         alone, _none = await p99(stack, seconds)
         await client.set(sample_unsafe=1.0)
         flooded, errors = await p99(stack, seconds)
         found["flood_p99_ratio"].append(flooded / alone)
-        found["flood_envoy_mb"].append(processes.resident(stack.envoy.server.pid, {}))
+        found["flood_envoy_mb"].append(processes.resident(stack.envoy.process.pid, {}))
         found["flood_errors"].append(errors)
     await client.channel.close()
     return found

@@ -34,9 +34,9 @@ def capture(
         role=role,
         attempt=attempt,
         request=Request(method=method, path=path, route=route, headers=asked),
-        answer=Answer(status=status, headers=headers, body=Body(held=held, length=len(held))),
+        answer=Answer(status=status, headers=headers, body=Body(content=held, length=len(held))),
         total_us=1500,
         complete=complete,
         client_left=client_left,
-        raised=raised,
+        exception=raised,
     )

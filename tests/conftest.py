@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from abreast_sidecar.embedded import PostgresServer, RedisServer
-from abreast_sidecar.embedded.postgres import SUPERUSER
+from abreast_sidecar.embedded.postgres import POSTGRES_SUPERUSER
 from support_certificate import self_signed
 from support_database import LedgerDatabases, empty_database
 from support_postgres import disconnect
@@ -55,7 +55,7 @@ def _hash_password_once(server: PostgresServer) -> None:
     with psycopg.connect(server.url(), autocommit=True) as admin:
         if admin.info.server_version >= SCRAM_ITERATIONS_SINCE:
             admin.execute("set scram_iterations = 1")
-            admin.execute(f"alter role {SUPERUSER} password '{server.password}'".encode())
+            admin.execute(f"alter role {POSTGRES_SUPERUSER} password '{server.password}'".encode())
 
 
 @pytest.fixture(scope="session")

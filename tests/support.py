@@ -10,20 +10,20 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-from abreast_sidecar.embedded import free_port
+from abreast_sidecar.embedded import find_free_port
 
 WITHIN = 60.0  # seconds that a condition gets unless said otherwise: only a test that fails waits so long
 POLLS = (0.01, 0.02, 0.03, 0.05, 0.07)  # seconds between the first looks
 POLL = 0.1  # and between all others: a look costs CPU, which what it waits for needs too
 
-__all__ = ["eventually", "eventually_async", "free_port", "free_ports", "frozen"]
+__all__ = ["eventually", "eventually_async", "find_free_port", "free_ports", "frozen"]
 
 
 def free_ports(number: int) -> tuple[int, ...]:
     """All different."""
     ports: set[int] = set()
     while len(ports) < number:
-        ports.add(free_port())
+        ports.add(find_free_port())
     return tuple(ports)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Self
 
 from abreast_sidecar.embedded import PostgresServer, RedisServer
-from abreast_sidecar.embedded.process import give_away, private_folder, remove
-from abreast_sidecar.embedded.redis import bundled_redis
+from abreast_sidecar.embedded.process import chown_to_server_user, create_private_folder, remove_folder
+from abreast_sidecar.embedded.redis import find_bundled_redis
 
 LIBRARY = "faketime/libfaketimeMT.so.1"
 
@@ -26,7 +26,7 @@ class Clock:
     def __init__(self) -> None:
         found = library()
         assert found, "libfaketime is needed: apt-get install libfaketime"
-        self.folder = private_folder("abreast-clock-")
+        self.folder = create_private_folder("abreast-clock-")
         self.environment = {
             "LD_PRELOAD": str(found),
             "FAKETIME_TIMESTAMP_FILE": str(self.folder / "offset"),
@@ -41,7 +41,7 @@ class Clock:
         """Show the time as much before or after the machine's, such as -1h or +400d."""
         draft = self.folder / "draft"
         draft.write_text(f"{offset}\n")
-        give_away(draft)
+        chown_to_server_user(draft)
         draft.rename(self.folder / "offset")
 
     def program(self, path: Path) -> Path:
@@ -50,20 +50,20 @@ class Clock:
         lines = [f"export {name}='{value}'" for name, value in self.environment.items()]
         made.write_text("\n".join(("#!/bin/sh", *lines, f'exec {path} "$@"\n')))
         made.chmod(0o755)
-        give_away(made)
+        chown_to_server_user(made)
         return made
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        remove(self.folder)
+        remove_folder(self.folder)
 
 
 @contextmanager
 def redis_by(clock: Clock) -> Iterator[RedisServer]:
     """The bundled one: jemalloc, which others are built with, asks for the time before the library is ready."""
-    with RedisServer(binary=clock.program(bundled_redis())) as server:
+    with RedisServer(binary=clock.program(find_bundled_redis())) as server:
         yield server
 
 

@@ -17,7 +17,7 @@ import yaml
 import zstandard
 
 from abreast.capture import Answer, Body, Capture, Headers, Request, Version
-from abreast_sidecar.compare import Judgement, Rules, judge
+from abreast_sidecar.compare import CompareOptions, ComparisonResult, compare_pair
 
 CORPUS = Path(__file__).parent / "corpus"
 REMOVED = {"$removed": True}
@@ -40,11 +40,11 @@ class Pair:
     outcome: str
     got: frozenset[str] | None = None
 
-    def judged(self) -> Judgement:
-        return judge([self.old, self.new], Rules())
+    def judged(self) -> ComparisonResult:
+        return compare_pair([self.old, self.new], CompareOptions())
 
 
-def found(judgement: Judgement) -> frozenset[str]:
+def found(judgement: ComparisonResult) -> frozenset[str]:
     return frozenset(f"{one.part} {one.path or '-'} {one.kind} {one.impact}" for one in judgement.differences)
 
 
@@ -87,7 +87,7 @@ def _capture(version: Version, case: dict[str, Any], answer: Answer, side: dict[
         ),
         answer=answer,
         complete=side.get("complete", True),
-        raised=side.get("raised", ""),
+        exception=side.get("raised", ""),
     )
 
 

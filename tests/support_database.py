@@ -50,7 +50,7 @@ class LedgerDatabase:
         self._session.execute(
             "set session_replication_role = replica"
         )  # no triggers, no order of foreign keys
-        self._relations = dict(self._rows(RELATIONS))
+        self._relations = {row[0]: row[1] for row in self._rows(RELATIONS)}
         self._tables = [name for name, kind in self._relations.items() if kind in {"r", "p"}]
         self._definitions = self._rows(DEFINITIONS)
         self._seeds = {name: self._content(name) for name in self._filled()}
@@ -81,7 +81,9 @@ class LedgerDatabase:
         self._rows(f"select pg_terminate_backend(pid) {OTHERS}")  # ours
         eventually(lambda: not self._rows(f"select {OTHERS}"), what="all sessions have ended")  # ours
         self._drop_what_was_added()
-        if dict(self._rows(RELATIONS)) != self._relations or self._rows(DEFINITIONS) != self._definitions:
+        if {row[0]: row[1] for row in self._rows(RELATIONS)} != self._relations or self._rows(
+            DEFINITIONS
+        ) != self._definitions:
             return False
         for name in self._filled():
             if name not in self._seeds or self._content(name) != self._seeds[name]:

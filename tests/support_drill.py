@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abreast_sidecar.embedded import EnvoyServer
-from abreast_sidecar.embedded.process import answers
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from abreast_sidecar.embedded.process import is_answering
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from support import eventually_async, free_ports
 from support_envoy import started, weights
 from support_rtds import RuntimeServer
@@ -41,7 +41,7 @@ class Version:
         self.spawn()
 
         async def up() -> bool:
-            return await asyncio.to_thread(answers, "127.0.0.1", self.port, HEALTH, b"HTTP/1.1 200")
+            return await asyncio.to_thread(is_answering, "127.0.0.1", self.port, HEALTH, b"HTTP/1.1 200")
 
         await eventually_async(up, what=f"{self.name} answers")
 
@@ -129,13 +129,13 @@ async def drill(folder: Path, *, new_runs: bool = True) -> AsyncIterator[Drill]:
 
 @asynccontextmanager
 async def front(old: Version, new: Version, share: float, ports: tuple[int, ...]) -> AsyncIterator[Front]:
-    listen, admin, sidecar = (Endpoint("127.0.0.1", port) for port in ports)
+    listen, admin, sidecar = (SocketAddress("127.0.0.1", port) for port in ports)
     settings = EnvoySettings(
         listen=listen,
         admin=admin,
         sidecar=sidecar,
-        old=(Endpoint("127.0.0.1", old.port),),
-        new=(Endpoint("127.0.0.1", new.port),),
+        old=(SocketAddress("127.0.0.1", old.port),),
+        new=(SocketAddress("127.0.0.1", new.port),),
         try_timeout=TRY_TIMEOUT,
         sample_safe=0.2,
     )

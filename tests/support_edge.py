@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import traffic_pb2 as pb
 from abreast_sidecar.embedded import EnvoyServer
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from support import eventually_async, free_ports
 from support_envoy import started
 from support_serve import Running
@@ -67,11 +67,11 @@ async def edge(
         settings = EnvoySettings(
             service=service,
             node_id=node,
-            listen=Endpoint("127.0.0.1", listen),
-            admin=Endpoint("127.0.0.1", admin_port),
-            sidecar=Endpoint("127.0.0.1", port),
-            old=(Endpoint("127.0.0.1", old.port),),
-            new=(Endpoint("127.0.0.1", new.port),),
+            listen=SocketAddress("127.0.0.1", listen),
+            admin=SocketAddress("127.0.0.1", admin_port),
+            sidecar=SocketAddress("127.0.0.1", port),
+            old=(SocketAddress("127.0.0.1", old.port),),
+            new=(SocketAddress("127.0.0.1", new.port),),
         )
         async with (
             started(settings, option) as server,
@@ -100,10 +100,10 @@ async def update(sidecar: Running, **changes: Any) -> pb.UpdateTrafficResponse:
 
 async def acknowledged(sidecar: Running, *, envoys: int = 1) -> None:
     async def all_of_them() -> bool:
-        held = sidecar.sidecar.control.held("shop")
+        held = sidecar.sidecar.control.current("shop")
         if held is None:
             return False
-        states = sidecar.sidecar.control.envoys.states(held.traffic)
+        states = sidecar.sidecar.control.connections.list_states(held.traffic)
         return sum(state.acknowledged_version == held.traffic.version for state in states) == envoys
 
     await eventually_async(all_of_them, what=f"{envoys} Envoys have acknowledged")

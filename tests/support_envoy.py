@@ -12,7 +12,7 @@ import httpx
 
 from abreast_sidecar.embedded import EnvoyServer
 from abreast_sidecar.envoy.render import render
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from support import eventually_async, free_ports
 from support_rtds import RuntimeServer
 from support_upstream import Upstream
@@ -81,11 +81,11 @@ async def abreast(
         listen, admin_port, sidecar_port = free_ports(3)
         settings = EnvoySettings(
             **{
-                "listen": Endpoint("127.0.0.1", listen),
-                "admin": Endpoint("127.0.0.1", admin_port),
-                "sidecar": Endpoint("127.0.0.1", sidecar_port),
-                "old": (Endpoint("127.0.0.1", first.port),),
-                "new": (Endpoint("127.0.0.1", second.port),),
+                "listen": SocketAddress("127.0.0.1", listen),
+                "admin": SocketAddress("127.0.0.1", admin_port),
+                "sidecar": SocketAddress("127.0.0.1", sidecar_port),
+                "old": (SocketAddress("127.0.0.1", first.port),),
+                "new": (SocketAddress("127.0.0.1", second.port),),
                 "sample_safe": 1.0,
                 "baseline_share": 0.0,
                 **changes,
@@ -105,8 +105,8 @@ async def abreast(
                 await running.healthy("old")
                 await running.healthy("new")
                 yield running
-                assert server.server is not None
-                assert server.server.alive, server.server.tail()
+                assert server.process is not None
+                assert server.process.is_alive, server.process.read_log_tail()
 
 
 @asynccontextmanager

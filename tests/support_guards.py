@@ -10,37 +10,37 @@ from typing import Any
 
 import psycopg
 
-from abreast.backlog import Backlog
+from abreast.backlog import CaptureQueue
 from abreast.capture import Role, Version
-from abreast.context import CURRENT, Current
-from abreast.ending import UNDER_WAY, end
+from abreast.context import CURRENT_CONTEXT, RequestContext
+from abreast.ending import CLEANUP_TASKS, run_cleanups
 from abreast.settings import Settings
 
 
 @contextmanager
-def inside(role: Role = "shadow", version: Version = "new") -> Iterator[Current]:
+def inside(role: Role = "shadow", version: Version = "new") -> Iterator[RequestContext]:
     """What it leaves to be done is left."""
-    sink = Backlog(Settings(service="shop"))
-    made = Current(version, role, "pair", "", sink, time.perf_counter_ns())
-    made.ends = [] if made.shadow else None
-    token = CURRENT.set(made)
+    sink = CaptureQueue(Settings(service="shop"))
+    made = RequestContext(version, role, "pair", "", sink, time.perf_counter_ns())
+    made.cleanups = [] if made.is_shadow else None
+    token = CURRENT_CONTEXT.set(made)
     try:
         yield made
     finally:
-        CURRENT.reset(token)
+        CURRENT_CONTEXT.reset(token)
 
 
 @asynccontextmanager
-async def handled(role: Role = "shadow") -> AsyncIterator[Current]:
+async def handled(role: Role = "shadow") -> AsyncIterator[RequestContext]:
     """What it leaves to be done is done at its end."""
     with inside(role) as made:
         yield made
-    end(made)
-    await asyncio.gather(*UNDER_WAY)
+    run_cleanups(made)
+    await asyncio.gather(*CLEANUP_TASKS)
 
 
-def effects(made: Current) -> list[tuple[str, str, Any]]:
-    records, _ = made.close(lambda payload: payload)
+def effects(made: RequestContext) -> list[tuple[str, str, Any]]:
+    records, _ = made.close_effect_log(lambda payload: payload)
     return [(one["kind"], one.get("key", ""), one["payload"]) for one in records]
 
 

@@ -20,7 +20,7 @@ import redis
 
 from abreast.capture import encode
 from abreast.join import Keys, shard_of
-from abreast.link import Link, LinkError
+from abreast.link import RedisTransport, TransportError
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.settings import Settings
 from support import WITHIN, eventually_async
@@ -49,7 +49,7 @@ class Load:
 
     async def run(self, count: int) -> None:
         settings = self.service or ServiceSettings(service=SERVICE, redis_url=self.url)
-        link = Link(settings)
+        link = RedisTransport(settings)
         await self._until(link, link.open)
         for _ in range(count):
             if self.over:
@@ -59,25 +59,25 @@ class Load:
                 capture(pair, "old", content={"n": 1}),
                 capture(pair, "new", "shadow", {"n": 2 if differs else 1}),
             ]
-            batch = [(each.pair, each.slot, each.arms, encode(each)) for each in sent]
+            batch = [(each.pair, each.slot, each.expected_captures, encode(each)) for each in sent]
             reply = await self._until(link, partial(link.join, shard_of(pair, settings.shards), batch))
-            if reply.refused_pairs + reply.refused_bytes == len(batch):
+            if reply.rejected_pairs + reply.rejected_bytes == len(batch):
                 self.refused += 1
             else:
                 self.pairs[pair] = differs
             await asyncio.sleep(self.pace)
         await link.close()
 
-    async def _until(self, link: Link, call: Callable[[], Awaitable[T]]) -> T:
+    async def _until(self, link: RedisTransport, call: Callable[[], Awaitable[T]]) -> T:
         while True:
             try:
                 return await call()
-            except LinkError as error:
-                if not error.passing:
+            except TransportError as error:
+                if not error.is_transient:
                     raise
                 self.errors += 1
                 await asyncio.sleep(0.05)
-                with contextlib.suppress(LinkError):
+                with contextlib.suppress(TransportError):
                     await link.open()  # Redis may have lost that the service is there
 
 

@@ -15,7 +15,7 @@ from abreast.capture import Capture, Role, Version, decode
 from abreast.join import Keys
 from abreast.middleware import App, ParallelRunMiddleware
 from abreast.recorder import Message, Scope
-from support import eventually_async, free_port
+from support import eventually_async, find_free_port
 
 SERVICE = "shop"
 NUMBERS = itertools.count(1)
@@ -141,7 +141,7 @@ def sampled(
 @asynccontextmanager
 async def serving(app: Any, **options: Any) -> AsyncIterator[tuple[str, uvicorn.Server]]:
     """A real uvicorn on a free port."""
-    port = free_port()
+    port = find_free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, access_log=False, **options))
     task = asyncio.create_task(server._serve())
 

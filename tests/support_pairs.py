@@ -14,10 +14,10 @@ import redis
 from msgspec.structs import replace
 
 from abreast.capture import Answer, Body, Capture, Request, Role, Version, encode
-from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
-from abreast_sidecar.compare import Difference, Judgement
+from abreast.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
+from abreast_sidecar.compare import ComparisonResult, Difference
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import Judged
+from abreast_sidecar.store import PairRecord
 from abreast_sidecar.worker import Worker
 from support_postgres import execute
 
@@ -45,9 +45,9 @@ def capture(
         Request("GET", "/products/7", "page=1", route),
         Answer(status, (("content-type", "application/json"),), Body(held, len(held))),
         attempt=attempt,
-        arms=arms,
+        expected_captures=arms,
         release=f"{version}-1",
-        started=time.time(),
+        started_at=time.time(),
         total_us=total_us,
     )
 
@@ -58,21 +58,21 @@ def pair_of(old: object = None, new: object = None, **changes: Any) -> list[Capt
     return [capture(pair, "old", "live", old, **changes), capture(pair, "new", "shadow", new, **changes)]
 
 
-def send(url: str, captures: Iterable[Capture], *, bounds: Bounds | None = None, shard: int = 0) -> list[int]:
+def send(url: str, captures: Iterable[Capture], *, bounds: Limits | None = None, shard: int = 0) -> list[int]:
     """Hand captures to the services' own script, as a service does."""
     keys = Keys(SERVICE, shard)
-    rows = [(one.pair, one.slot, one.arms, encode(one)) for one in captures]
-    names, arguments = join_arguments(keys, bounds or Bounds(), rows)
+    rows = [(one.pair, one.slot, one.expected_captures, encode(one)) for one in captures]
+    names, arguments = join_arguments(keys, bounds or Limits(), rows)
     with redis.Redis.from_url(url) as client:
-        client.hset(SERVICES, SERVICE, str(shard + 1))
-        answer: list[int] = client.register_script(JOIN)(keys=names, args=arguments)
+        client.hset(SERVICES_KEY, SERVICE, str(shard + 1))
+        answer: list[int] = client.register_script(JOIN_SCRIPT)(keys=names, args=arguments)
         return answer
 
 
 def add_entry(url: str, fields: dict[str, bytes | str], *, shard: int = 0) -> str:
     """Put an entry into the stream by hand."""
     with redis.Redis.from_url(url) as client:
-        client.hset(SERVICES, SERVICE, str(shard + 1))
+        client.hset(SERVICES_KEY, SERVICE, str(shard + 1))
         raw = client.xadd(Keys(SERVICE, shard).ready, fields)
         assert isinstance(raw, bytes)
         return raw.decode()
@@ -127,9 +127,9 @@ def judged(
     blobs: tuple[bytes, ...] = (b"old", b"new"),
     size: int = 100,
     releases: tuple[str, str] = ("old-1", "new-1"),
-) -> Judged:
+) -> PairRecord:
     pair = pair or str(uuid.uuid4())
-    judgement = Judgement(
+    judgement = ComparisonResult(
         outcome=outcome or ("mismatch" if differences else "match"),
         method="GET",
         route=route,
@@ -140,7 +140,7 @@ def judged(
         baseline_compared=bool(noise) if baseline_compared is None else baseline_compared,
     )
     moment = int(time.time() * 1000) if at is None else at
-    return Judged(SERVICE, f"{moment}-0", moment, pair, judgement, blobs)
+    return PairRecord(SERVICE, f"{moment}-0", moment, pair, judgement, blobs)
 
 
 def difference(path: str = "$.price", **changes: Any) -> Difference:
@@ -152,7 +152,7 @@ def difference(path: str = "$.price", **changes: Any) -> Difference:
         "old": "1",
         "new": "2",
     }
-    return Difference.told(**{**known, "path": path, **changes})
+    return Difference.from_text(**{**known, "path": path, **changes})
 
 
 @asynccontextmanager

@@ -9,7 +9,13 @@ from urllib.parse import urlsplit
 
 import psycopg
 
-from abreast_sidecar.embedded.process import ServerProcess, give_away, private_folder, remove, unprivileged
+from abreast_sidecar.embedded.process import (
+    ServerProcess,
+    chown_to_server_user,
+    create_private_folder,
+    get_unprivileged_identity,
+    remove_folder,
+)
 from support import free_ports
 
 CONFIG = """[databases]
@@ -37,24 +43,24 @@ def pooled(url: str) -> Iterator[str]:
     assert program, "pgbouncer is needed: apt-get install pgbouncer"
     place = urlsplit(url)
     (port,) = free_ports(1)
-    folder = private_folder("abreast-pooler-")
+    folder = create_private_folder("abreast-pooler-")
     (folder / "users.txt").write_text(f'"{place.username}" "{place.password}"\n')
     (folder / "pgbouncer.ini").write_text(CONFIG.format(upstream=place.port, port=port, folder=folder))
-    give_away(folder / "users.txt")
-    give_away(folder / "pgbouncer.ini")
+    chown_to_server_user(folder / "users.txt")
+    chown_to_server_user(folder / "pgbouncer.ini")
     through = place._replace(netloc=f"{place.username}:{place.password}@127.0.0.1:{port}").geturl()
     server = ServerProcess.start(
         "pgbouncer",
         [program, folder / "pgbouncer.ini"],
         folder / "pgbouncer.log",
-        ready=lambda _: _answers(through),
-        identity=unprivileged(),
+        is_ready=lambda _: _answers(through),
+        identity=get_unprivileged_identity(),
     )
     try:
         yield through
     finally:
         server.stop()
-        remove(folder)
+        remove_folder(folder)
 
 
 def _answers(url: str) -> bool:

@@ -15,19 +15,19 @@ from starlette.types import ASGIApp
 
 from abreast.capture import Answer, Body, Capture, Role, Version
 from abreast.capture import Request as Asked
-from abreast.route import Routes
+from abreast.route import RouteResolver
 from abreast_demo import old
 from abreast_demo.shop import Shop
-from abreast_demo.traffic import Request, requests
-from abreast_sidecar.compare import Rules, judge
-from abreast_sidecar.compare.verdict import Budget, Verdict, decide
-from abreast_sidecar.housekeeping.latency import find_slow
-from abreast_sidecar.housekeeping.noise import decide_noise
-from abreast_sidecar.serve.verdicts import ledger as held_against
-from abreast_sidecar.store import Judged, Ledger
+from abreast_demo.traffic import UserRequest, generate_requests
+from abreast_sidecar.compare import CompareOptions, compare_pair
+from abreast_sidecar.compare.verdict import Budget, Verdict, decide_verdict
+from abreast_sidecar.housekeeping.latency import detect_slowdowns
+from abreast_sidecar.housekeeping.noise import classify_findings
+from abreast_sidecar.serve.verdicts import to_completeness as held_against
+from abreast_sidecar.store import PairRecord, PairWriter
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.pages import Page
-from abreast_sidecar.store.queries import FindingFilter, Queries
+from abreast_sidecar.store.pages import PageRequest
+from abreast_sidecar.store.queries import FindingFilter, LedgerReader
 from abreast_sidecar.store.results import Finding, Window
 
 SERVICE = "shop"
@@ -46,7 +46,7 @@ class ReadOnce(Shop):
 
     async def search(self, statement: str, pattern: str) -> list[Any]:
         if pattern not in self._found:
-            self._found[pattern] = await super().search(statement, pattern)
+            self._found[pattern] = await super().search_products(statement, pattern)
         return self._found[pattern]
 
 
@@ -67,7 +67,7 @@ class _Kept:
 async def shop(database_url: str) -> AsyncIterator[ASGIApp]:
     serving = ReadOnce(database_url)
     await serving.open()
-    app = old.build(serving)
+    app = old.build_starlette_app(serving)
     app.state.shop = serving
     try:
         yield app
@@ -80,9 +80,11 @@ class Service:
     """Answers as the middleware would have captured them."""
 
     app: ASGIApp
-    routes: Routes
+    routes: RouteResolver
 
-    async def capture(self, pair: str, request: Request, version: Version, role: Role, arms: int) -> Capture:
+    async def capture(
+        self, pair: str, request: UserRequest, version: Version, role: Role, arms: int
+    ) -> Capture:
         path, _, query = request.path.partition("?")
         scope: dict[str, Any] = {
             "type": "http",
@@ -110,11 +112,11 @@ class Service:
             SERVICE,
             version,
             role,
-            Asked(request.method, path, query, self.routes.template(scope)),
+            Asked(request.method, path, query, self.routes.resolve(scope)),
             Answer(sent[0]["status"], headers, Body(held, len(held))),
-            arms=arms,
+            expected_captures=arms,
             release="shop-1.8",
-            started=time.time(),
+            started_at=time.time(),
             total_us=taken,
         )
 
@@ -123,16 +125,16 @@ async def _nothing() -> Any:
     return {"type": "http.request", "body": b"", "more_body": False}
 
 
-def safe_requests(many: int, seed: int = 1) -> list[Request]:
+def safe_requests(many: int, seed: int = 1) -> list[UserRequest]:
     """What the demo's users ask for, without orders: those are not mirrored."""
-    return list(itertools.islice((one for one in requests(seed) if one.safe), many))
+    return list(itertools.islice((one for one in generate_requests(seed) if one.is_safe), many))
 
 
-async def taken(database_url: str, asked: Sequence[Request]) -> list[list[Capture]]:
+async def taken(database_url: str, asked: Sequence[UserRequest]) -> list[list[Capture]]:
     """Old against old: what both answered, and for a share a baseline copy."""
     dice, found = random.Random(7), []
     async with shop(database_url) as app:
-        service = Service(app, Routes(app))
+        service = Service(app, RouteResolver(app))
         for number, request in enumerate(asked):
             copies: list[tuple[Version, Role]] = [("new", "shadow")]
             if dice.random() < BASELINE:
@@ -148,9 +150,16 @@ async def taken(database_url: str, asked: Sequence[Request]) -> list[list[Captur
     return found
 
 
-def compared(number: int, captures: Sequence[Capture]) -> Judged:
+def compared(number: int, captures: Sequence[Capture]) -> PairRecord:
     moment = int(time.time() * 1000)
-    return Judged(SERVICE, f"{moment}-{number}", moment, captures[0].pair, judge(list(captures), Rules()), ())
+    return PairRecord(
+        SERVICE,
+        f"{moment}-{number}",
+        moment,
+        captures[0].pair,
+        compare_pair(list(captures), CompareOptions()),
+        (),
+    )
 
 
 @dataclass
@@ -165,17 +174,17 @@ def named(found: Finding) -> str:
     return f"{found.endpoint.method} {found.endpoint.route} {found.part} {found.path} {found.kind}"
 
 
-async def fill(url: str, batch: Sequence[Judged]) -> Looks:
+async def fill(url: str, batch: Sequence[PairRecord]) -> Looks:
     """Write as a worker does, and let housekeeping look after each batch."""
-    ledger, database = Ledger(url, examples_per_finding=3), Database(url)
+    ledger, database = PairWriter(url, examples_per_finding=3), Database(url)
     await database.open()
-    queries, ever = Queries(database), set()
+    queries, ever = LedgerReader(database), set()
     try:
         for at in range(0, len(batch), BATCH):
             await ledger.write(batch[at : at + BATCH])
             async with database.connection() as connection:
-                await decide_noise(connection)
-                await find_slow(connection)
+                await classify_findings(connection)
+                await detect_slowdowns(connection)
             ever |= {named(one) for one in await _listed(queries) if one.state == "real"}
         return Looks(ever, await _listed(queries))
     finally:
@@ -183,16 +192,16 @@ async def fill(url: str, batch: Sequence[Judged]) -> Looks:
         await database.close()
 
 
-async def _listed(queries: Queries) -> list[Finding]:
-    return list((await queries.findings(FindingFilter(service=SERVICE), Page(1000))).rows)
+async def _listed(queries: LedgerReader) -> list[Finding]:
+    return list((await queries.list_findings(FindingFilter(service=SERVICE), PageRequest(1000))).rows)
 
 
 async def verdict(url: str, budget: Budget) -> Verdict:
     database = Database(url)
     await database.open()
     try:
-        found = await Queries(database).evidence(SERVICE, Window(), budget.max_slower)
-        return decide(found.endpoints, held_against(found, 0), budget)
+        found = await LedgerReader(database).read_evidence(SERVICE, Window(), budget.max_slower)
+        return decide_verdict(found.endpoints, held_against(found, 0), budget)
     finally:
         await database.close()
 

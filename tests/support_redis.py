@@ -113,7 +113,7 @@ class Sentinel(RedisServer):
     primary = 0
 
     def start(self) -> Sentinel:
-        folder = self._folder()
+        folder = self._prepare_folder()
         config = folder / "sentinel.conf"
         config.write_text(
             f"port {self.port}\nbind 127.0.0.1\ndir {folder}\n"
@@ -121,8 +121,8 @@ class Sentinel(RedisServer):
             "sentinel down-after-milliseconds abreast 400\nsentinel failover-timeout abreast 3000\n"
         )
         binary = os.environ.get("ABREAST_TEST_REDIS") or self.binary
-        self.server = ServerProcess.start(
-            "sentinel", [binary, config, "--sentinel"], folder / "sentinel.log", ready=self._ready
+        self.process = ServerProcess.start(
+            "sentinel", [binary, config, "--sentinel"], folder / "sentinel.log", is_ready=self._is_ready
         )
         return self
 

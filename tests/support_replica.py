@@ -20,11 +20,11 @@ class Replica:
 
     @property
     def pid(self) -> int:
-        assert self.server.server is not None
-        return self.server.server.process.pid
+        assert self.server.process is not None
+        return self.server.process.popen.pid
 
     def acting(self) -> bool:
-        host, port = self.server.http
+        host, port = self.server.http_address
         with urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
             return "abreast_acting 1.0" in answer.read().decode()
 

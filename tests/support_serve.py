@@ -80,7 +80,7 @@ async def running(
     async def up() -> bool:
         if task.done():
             task.result()
-        return sidecar.readiness.ready if ready else bool(sidecar.grpc.port)
+        return sidecar.readiness.is_ready if ready else bool(sidecar.grpc.port)
 
     try:
         await eventually_async(up, what="the sidecar is up")

@@ -31,7 +31,7 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 
 
 def free_port() -> int:
-    while (port := embedded.free_port()) in TAKEN:
+    while (port := embedded.find_free_port()) in TAKEN:
         continue
     TAKEN.add(port)
     return port

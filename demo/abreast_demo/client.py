@@ -10,20 +10,20 @@ from typing import Self
 import grpc
 
 from abreast.v1 import common_pb2, comparison_pb2, comparison_pb2_grpc, traffic_pb2, traffic_pb2_grpc
-from abreast_demo.plants import Place
-from abreast_demo.verdict import Ledger, Seen, missing
-from abreast_sidecar.cli.connection import CHANNEL_OPTIONS, in_plain_words
+from abreast_demo.plants import FindingLocation
+from abreast_demo.verdict import LedgerCounts, ReportedFinding, find_missed_changes
+from abreast_sidecar.cli.connection import CHANNEL_OPTIONS, to_cli_error
 
-PAGE = 1000
-SETTLE_TIMEOUT = 30.0  # seconds; a pair waits at most 10 for a copy that never comes
-SETTLE_POLL = 0.2
-JOINED = 12.0  # seconds after which no pair waits for a copy any more
-UNCHANGED = 2.5  # seconds; Envoy is asked for its count once a second
-FIND_TIMEOUT = 12.0  # the sidecar looks for slower endpoints every 5 seconds
-CALL_TIMEOUT = 10.0
+MAX_DEMO_PAGE_ROWS = 1000
+SETTLE_TIMEOUT_S = 30.0  # seconds; a pair waits at most 10 for a copy that never comes
+SETTLE_POLL_S = 0.2
+MAX_JOIN_WAIT_S = 12.0  # seconds after which no pair waits for a copy any more
+QUIESCENT_AFTER_S = 2.5  # seconds; Envoy is asked for its count once a second
+FIND_TIMEOUT_S = 12.0  # the sidecar looks for slower endpoints every 5 seconds
+DEMO_CALL_TIMEOUT_S = 10.0
 
 
-class Client:
+class DemoClient:
     """Use as an async context manager."""
 
     def __init__(self, address: str, service: str) -> None:
@@ -41,91 +41,99 @@ class Client:
     ) -> None:
         await self.channel.close()
         if isinstance(error, grpc.aio.AioRpcError):
-            raise in_plain_words(error, self.address, CALL_TIMEOUT) from error
+            raise to_cli_error(error, self.address, DEMO_CALL_TIMEOUT_S) from error
 
-    async def move(self, new_share: float, actor: str = "demo") -> None:
+    async def set_new_share(self, new_share: float, actor: str = "demo") -> None:
         request = traffic_pb2.UpdateTrafficRequest(
             service=self.service, new_share=new_share, actor=actor, reason=f"a step of the {actor}"
         )
-        await self.traffic.UpdateTraffic(request, timeout=CALL_TIMEOUT)
+        await self.traffic.UpdateTraffic(request, timeout=DEMO_CALL_TIMEOUT_S)
 
-    async def present(self) -> traffic_pb2.Traffic:
+    async def get_traffic(self) -> traffic_pb2.Traffic:
         request = traffic_pb2.GetTrafficRequest(service=self.service)
-        return (await self.traffic.GetTraffic(request, timeout=CALL_TIMEOUT)).traffic
+        return (await self.traffic.GetTraffic(request, timeout=DEMO_CALL_TIMEOUT_S)).traffic
 
-    async def ledger(self) -> Ledger:
+    async def get_ledger_counts(self) -> LedgerCounts:
         request = comparison_pb2.GetSummaryRequest(service=self.service)
-        summary = await self.comparison.GetSummary(request, timeout=CALL_TIMEOUT)
-        return Ledger(
-            outcomes={_word(common_pb2.Outcome.Name(row.outcome)): row.count for row in summary.outcomes},
-            envoy=summary.envoy_sampled if summary.HasField("envoy_sampled") else None,
+        summary = await self.comparison.GetSummary(request, timeout=DEMO_CALL_TIMEOUT_S)
+        return LedgerCounts(
+            outcomes={
+                _short_name(common_pb2.Outcome.Name(row.outcome)): row.count for row in summary.outcomes
+            },
+            envoy_sampled=summary.envoy_sampled if summary.HasField("envoy_sampled") else None,
             unaccounted=summary.unaccounted if summary.HasField("unaccounted") else None,
             pending=summary.pending if summary.HasField("pending") else None,
-            explained=summary.explained,
+            explained_pairs=summary.explained,
             drops={f"{row.place} {row.reason}": row.count for row in summary.drops},
         )
 
-    async def settled(self, sent: int) -> Ledger:
+    async def wait_until_settled(self, sent_requests: int) -> LedgerCounts:
         """The ledger once it sums up to what Envoy counted, or as it is when that takes too long."""
-        deadline = time.monotonic() + SETTLE_TIMEOUT
+        deadline = time.monotonic() + SETTLE_TIMEOUT_S
         while True:
-            ledger = await self.ledger()
-            if ledger.settled(sent) or time.monotonic() > deadline:
-                return ledger
-            await asyncio.sleep(SETTLE_POLL)
+            counts = await self.get_ledger_counts()
+            if counts.is_settled(sent_requests) or time.monotonic() > deadline:
+                return counts
+            await asyncio.sleep(SETTLE_POLL_S)
 
-    async def quiet(self) -> Ledger:
+    async def wait_until_quiescent(self) -> LedgerCounts:
         """The ledger once it sums up, or does not change any more: something may be missing from before."""
-        last, since, began = await self.ledger(), time.monotonic(), time.monotonic()
-        while not last.settled(0) and time.monotonic() - began < JOINED:
-            await asyncio.sleep(SETTLE_POLL)
-            ledger = await self.ledger()
-            if ledger != last:
-                last, since = ledger, time.monotonic()
-            elif not ledger.pending and time.monotonic() - since > UNCHANGED:
+        counts, unchanged_since, started_at = (
+            await self.get_ledger_counts(),
+            time.monotonic(),
+            time.monotonic(),
+        )
+        while not counts.is_settled(0) and time.monotonic() - started_at < MAX_JOIN_WAIT_S:
+            await asyncio.sleep(SETTLE_POLL_S)
+            new_counts = await self.get_ledger_counts()
+            if new_counts != counts:
+                counts, unchanged_since = new_counts, time.monotonic()
+            elif not new_counts.pending and time.monotonic() - unchanged_since > QUIESCENT_AFTER_S:
                 break
-        return last
+        return counts
 
-    async def arrived(self, before: Ledger) -> Ledger:
+    async def wait_until_complete(self, before: LedgerCounts) -> LedgerCounts:
         """The ledger once all that Envoy has counted since is in it, or as it is when that takes too long."""
-        deadline = time.monotonic() + SETTLE_TIMEOUT
+        deadline = time.monotonic() + SETTLE_TIMEOUT_S
         while True:
-            ledger = await self.ledger()
-            if ledger.complete_since(before) or time.monotonic() > deadline:
-                return ledger
-            await asyncio.sleep(SETTLE_POLL)
+            counts = await self.get_ledger_counts()
+            if counts.is_complete_since(before) or time.monotonic() > deadline:
+                return counts
+            await asyncio.sleep(SETTLE_POLL_S)
 
-    async def all_found(self) -> tuple[Seen, ...]:
+    async def wait_for_planted_findings(self) -> tuple[ReportedFinding, ...]:
         """The findings once all that was planted is among them, or as they are when that takes too long."""
-        deadline = time.monotonic() + FIND_TIMEOUT
+        deadline = time.monotonic() + FIND_TIMEOUT_S
         while True:
-            seen = await self.findings()
-            if not missing(seen) or time.monotonic() > deadline:
-                return seen
-            await asyncio.sleep(SETTLE_POLL)
+            findings = await self.list_findings()
+            if not find_missed_changes(findings) or time.monotonic() > deadline:
+                return findings
+            await asyncio.sleep(SETTLE_POLL_S)
 
-    async def findings(self) -> tuple[Seen, ...]:
-        request = comparison_pb2.ListFindingsRequest(service=self.service, include_noise=True, page_size=PAGE)
-        answer = await self.comparison.ListFindings(request, timeout=CALL_TIMEOUT)
-        return tuple(_seen(finding) for finding in answer.findings)
+    async def list_findings(self) -> tuple[ReportedFinding, ...]:
+        request = comparison_pb2.ListFindingsRequest(
+            service=self.service, include_noise=True, page_size=MAX_DEMO_PAGE_ROWS
+        )
+        response = await self.comparison.ListFindings(request, timeout=DEMO_CALL_TIMEOUT_S)
+        return tuple(_to_reported_finding(finding) for finding in response.findings)
 
-    async def an_example(self, finding: int) -> str:
+    async def get_example_pair_id(self, finding_id: int) -> str:
         """The id of a pair that shows the finding and is kept whole; empty for none."""
-        request = comparison_pb2.GetFindingRequest(id=finding)
-        answer = await self.comparison.GetFinding(request, timeout=CALL_TIMEOUT)
-        return answer.examples[0].pair.id if answer.examples else ""
+        request = comparison_pb2.GetFindingRequest(id=finding_id)
+        response = await self.comparison.GetFinding(request, timeout=DEMO_CALL_TIMEOUT_S)
+        return response.examples[0].pair.id if response.examples else ""
 
 
-def _seen(finding: comparison_pb2.Finding) -> Seen:
-    return Seen(
+def _to_reported_finding(finding: comparison_pb2.Finding) -> ReportedFinding:
+    return ReportedFinding(
         id=finding.id,
-        place=Place(
+        location=FindingLocation(
             endpoint=f"{finding.endpoint.method} {finding.endpoint.route}",
-            part=_word(common_pb2.Part.Name(finding.part)),
+            part=_short_name(common_pb2.Part.Name(finding.part)),
             path=finding.path,
-            kind=_word(common_pb2.Kind.Name(finding.kind)),
+            kind=_short_name(common_pb2.Kind.Name(finding.kind)),
         ),
-        impact=_word(common_pb2.Impact.Name(finding.impact)),
+        impact=_short_name(common_pb2.Impact.Name(finding.impact)),
         noise=finding.noise,
         count=finding.count,
         baseline_count=finding.baseline_count,
@@ -133,6 +141,6 @@ def _seen(finding: comparison_pb2.Finding) -> Seen:
     )
 
 
-def _word(name: str) -> str:
+def _short_name(name: str) -> str:
     """OUTCOME_ONLY_OLD → only_old"""
     return name.partition("_")[2].lower()

@@ -11,24 +11,24 @@ from psycopg.rows import dict_row
 from abreast.guards.psycopg_pool import AsyncConnectionPool
 
 SEED_LOCK = 5_270_116  # several processes of one version may start at once
-CONNECTIONS = 8
+MAX_CONNECTIONS = 8
 
-Row = dict[str, Any]
+ShopRow = dict[str, Any]
 
 
 @cache
-def statement(name: str) -> bytes:
+def load_statement(name: str) -> bytes:
     return (resources.files("abreast_demo") / "sql" / f"{name}.sql").read_bytes()
 
 
-class Database:
+class ShopDatabase:
     """What a shadow request writes is rolled back at its end."""
 
     def __init__(self, url: str) -> None:
         self.pool = AsyncConnectionPool(
             url,
             min_size=2,
-            max_size=CONNECTIONS,
+            max_size=MAX_CONNECTIONS,
             open=False,
             kwargs={"autocommit": True, "row_factory": dict_row},
         )
@@ -38,16 +38,16 @@ class Database:
         await self.pool.open(wait=True)
         async with self.pool.connection() as connection, connection.transaction():
             await connection.execute("select pg_advisory_xact_lock(%s)", (SEED_LOCK,))
-            await connection.execute(statement("schema"))
+            await connection.execute(load_statement("schema"))
 
     async def close(self) -> None:
         await self.pool.close()
 
-    async def rows(self, name: str, **values: Any) -> list[Row]:
+    async def fetch_rows(self, name: str, **values: Any) -> list[ShopRow]:
         async with self.pool.connection() as connection:
-            found = await connection.execute(statement(name), values)
-            return await found.fetchall()
+            cursor = await connection.execute(load_statement(name), values)
+            return await cursor.fetchall()
 
     async def write(self, name: str, **values: Any) -> None:
         async with self.pool.connection() as connection:
-            await connection.execute(statement(name), values)
+            await connection.execute(load_statement(name), values)

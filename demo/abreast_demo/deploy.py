@@ -19,49 +19,49 @@ import psycopg
 
 from abreast_demo.load import USER_HEADER
 from abreast_demo.ports import LOOPBACK
-from abreast_demo.service import SERVICE
+from abreast_demo.service import SHOP_SERVICE
 from abreast_sidecar.embedded import PostgresServer, RedisServer, ServerProcess
 from abreast_sidecar.embedded.faults import Fault, kill_tree, pause_fault, stack_faults
-from abreast_sidecar.embedded.folder import FOLDER_MODE
-from abreast_sidecar.embedded.process import answers, free_port
+from abreast_sidecar.embedded.folder import DATA_DIRECTORY_MODE
+from abreast_sidecar.embedded.process import find_free_port, is_answering
 from abreast_sidecar.embedded.stack import Stack
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings, Sticky
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress, StickyKey
 from abreast_sidecar.errors import ServerError
 
 VERSIONS = frozenset({"old", "new"})  # so Envoy's clusters of live traffic are called too
-CODES = {"old": "old", "new": "new"}
-SAMPLE = 1.0  # all safe requests: 15 seconds are short
-BASELINE = 0.3  # of them go to old twice
-HEALTHY_TIMEOUT = 30.0  # seconds
-HEALTHY_POLL = 0.05
-HEALTHY_STAT = "cluster.{}.membership_healthy"
-HEALTHY_STATS = r"stats?format=json&filter=^cluster\.(old|new)\.membership_healthy$"
-HEALTH = b"GET /healthz HTTP/1.1\r\nhost: shop\r\nconnection: close\r\n\r\n"
-CACHE_LIMITS = ("--maxmemory", "32mb", "--maxmemory-policy", "allkeys-lru")
+DEFAULT_CODE_BY_VERSION = {"old": "old", "new": "new"}
+SAFE_SAMPLE_SHARE = 1.0  # all safe requests: 15 seconds are short
+BASELINE_SHARE = 0.3  # of them go to old twice
+HEALTHY_TIMEOUT_S = 30.0  # seconds
+HEALTHY_POLL_S = 0.05
+HEALTHY_STAT_NAME = "cluster.{}.membership_healthy"
+HEALTHY_STATS_PATH = r"stats?format=json&filter=^cluster\.(old|new)\.membership_healthy$"
+HEALTH_REQUEST = b"GET /healthz HTTP/1.1\r\nhost: shop\r\nconnection: close\r\n\r\n"
+CACHE_REDIS_OPTIONS = ("--maxmemory", "32mb", "--maxmemory-policy", "allkeys-lru")
 
 
 @dataclass(frozen=True)
-class Addresses:
-    listen: Endpoint
-    grpc: Endpoint
-    http: Endpoint
+class StackAddresses:
+    listen: SocketAddress
+    grpc: SocketAddress
+    http: SocketAddress
 
 
 @dataclass
-class Deployed:
+class ShopDeployment:
     """The stack, and what the shop is made of. Its database is not the ledger's: it outlives that in a drill."""
 
     stack: Stack
     database: PostgresServer
     cache_url: str
-    upstreams: dict[str, Endpoint]
-    codes: Mapping[str, str]
+    upstreams: dict[str, SocketAddress]
+    code_by_version: Mapping[str, str]
     shops: dict[str, ServerProcess]
 
     def start(self, *versions: str) -> None:
         """Start the versions at the same time, then wait for each."""
         for version in versions:
-            self.shops[version] = _start(version, self)
+            self.shops[version] = _start_shop(version, self)
         for version in versions:
             self.shops[version].wait_until(partial(_is_ready, self.upstreams[version]))
 
@@ -89,70 +89,82 @@ class Deployed:
 
 
 @contextmanager
-def deployed(
-    addresses: Addresses, say: Callable[[str], None], *, codes: Mapping[str, str] = CODES, **more: Any
+def deploy_stack(
+    addresses: StackAddresses,
+    on_message: Callable[[str], None],
+    *,
+    code_by_version: Mapping[str, str] = DEFAULT_CODE_BY_VERSION,
+    **envoy_options: Any,
 ) -> Iterator[Stack]:
     """Everything runs and Envoy knows that both versions are well. Raise ServerError otherwise.
 
     `codes`: which code runs as each version; the old one as both is how a run without a regression looks. `more` are
     settings of Envoy, over the demo's.
     """
-    with opened(addresses, say, codes=codes, **more) as found:
-        yield found.stack
+    with deploy_shop(addresses, on_message, code_by_version=code_by_version, **envoy_options) as deployment:
+        yield deployment.stack
 
 
 @contextmanager
-def opened(
-    addresses: Addresses,
-    say: Callable[[str], None],
+def deploy_shop(
+    addresses: StackAddresses,
+    on_message: Callable[[str], None],
     *,
-    codes: Mapping[str, str] = CODES,
-    **more: Any,
-) -> Iterator[Deployed]:
+    code_by_version: Mapping[str, str] = DEFAULT_CODE_BY_VERSION,
+    **envoy_options: Any,
+) -> Iterator[ShopDeployment]:
     """The same, with what it takes to break it."""
-    upstreams = {version: Endpoint(LOOPBACK, free_port()) for version in VERSIONS}
-    shares: dict[str, Any] = {"sample_safe": SAMPLE, "baseline_share": BASELINE, **more}
-    envoy = EnvoySettings(
-        service=SERVICE,
+    upstreams = {version: SocketAddress(LOOPBACK, find_free_port()) for version in VERSIONS}
+    shares: dict[str, Any] = {
+        "sample_safe": SAFE_SAMPLE_SHARE,
+        "baseline_share": BASELINE_SHARE,
+        **envoy_options,
+    }
+    envoy_settings = EnvoySettings(
+        service=SHOP_SERVICE,
         listen=addresses.listen,
         old=(upstreams["old"],),
         new=(upstreams["new"],),
-        sticky=Sticky("header", USER_HEADER),
+        sticky=StickyKey("header", USER_HEADER),
         **shares,
     )
     with (
-        Stack(envoy, grpc=addresses.grpc, http=addresses.http, say=say) as stack,
-        contextlib.ExitStack() as opening,
+        Stack(envoy_settings, grpc=addresses.grpc, http=addresses.http, report=on_message) as stack,
+        contextlib.ExitStack() as exit_stack,
     ):
-        say("starting the shop, old and new")
-        keep_open = (stack.folder.servers_lock,)
-        cache = RedisServer(stack.folder.part("cache"), options=CACHE_LIMITS, keep_open=keep_open)
-        opening.callback(cache.stop)
+        on_message("starting the shop, old and new")
+        keep_open = (stack.data_directory.servers_lock,)
+        cache = RedisServer(
+            stack.data_directory.create_part("cache"), options=CACHE_REDIS_OPTIONS, inherited_fds=keep_open
+        )
+        exit_stack.callback(cache.stop)
         cache.start()
-        database = PostgresServer(stack.folder.part("shop-postgres", FOLDER_MODE), keep_open=keep_open)
-        opening.callback(database.stop)
+        database = PostgresServer(
+            stack.data_directory.create_part("shop-postgres", DATA_DIRECTORY_MODE), inherited_fds=keep_open
+        )
+        exit_stack.callback(database.stop)
         database.start()
-        found = Deployed(stack, database, cache.url, upstreams, codes, {})
-        opening.callback(found.stop)
+        deployment = ShopDeployment(stack, database, cache.url, upstreams, code_by_version, {})
+        exit_stack.callback(deployment.stop)
         for version in sorted(VERSIONS):
             _create_database(version, database)
-        found.start(*sorted(VERSIONS))
-        await_healthy(stack.admin_url)
-        yield found
+        deployment.start(*sorted(VERSIONS))
+        wait_until_healthy(stack.admin_url)
+        yield deployment
 
 
 def _create_database(version: str, server: PostgresServer) -> None:
     with psycopg.connect(server.url(), autocommit=True) as connection:
-        connection.execute(f"create database {_database(version)}".encode())
+        connection.execute(f"create database {_database_name(version)}".encode())
 
 
-def _database(version: str) -> str:
+def _database_name(version: str) -> str:
     return f"shop_{version}"
 
 
-def _start(version: str, deployed: Deployed) -> ServerProcess:
-    stack, listen = deployed.stack, deployed.upstreams[version]
-    address = f"{listen.host}:{listen.port}"
+def _start_shop(version: str, deployment: ShopDeployment) -> ServerProcess:
+    stack, listen_endpoint = deployment.stack, deployment.upstreams[version]
+    address = f"{listen_endpoint.host}:{listen_endpoint.port}"
     return ServerProcess.start(
         f"the {version} shop",
         [
@@ -160,43 +172,43 @@ def _start(version: str, deployed: Deployed) -> ServerProcess:
             "-m",
             "abreast_demo.service",
             "--version",
-            deployed.codes[version],
+            deployment.code_by_version[version],
             "--listen",
             address,
         ],
-        stack.folder.path / f"shop-{version}.log",
-        ready=lambda _pid: True,  # the caller waits
+        stack.data_directory.path / f"shop-{version}.log",
+        is_ready=lambda _pid: True,  # the caller waits
         environment={
-            "DATABASE_URL": deployed.database.url(_database(version)),
-            "CACHE_URL": deployed.cache_url,
+            "DATABASE_URL": deployment.database.url(_database_name(version)),
+            "CACHE_URL": deployment.cache_url,
             "ABREAST_REDIS_URL": stack.redis_url,
         },
-        keep_open=(stack.folder.servers_lock,),
+        inherited_fds=(stack.data_directory.servers_lock,),
     )
 
 
-def _is_ready(listen: Endpoint, _pid: int) -> bool:
-    return answers(listen.host, listen.port, HEALTH, b" 200 OK")
+def _is_ready(listen_endpoint: SocketAddress, _pid: int) -> bool:
+    return is_answering(listen_endpoint.host, listen_endpoint.port, HEALTH_REQUEST, b" 200 OK")
 
 
-def await_healthy(admin_url: str) -> None:
-    deadline = time.monotonic() + HEALTHY_TIMEOUT
-    while missing := VERSIONS - _healthy(admin_url):
+def wait_until_healthy(admin_url: str) -> None:
+    deadline = time.monotonic() + HEALTHY_TIMEOUT_S
+    while unhealthy_versions := VERSIONS - _list_healthy_versions(admin_url):
         if time.monotonic() > deadline:
-            names = " and ".join(sorted(missing))
-            raise ServerError(f"envoy did not find {names} healthy within {HEALTHY_TIMEOUT:g} s")
-        time.sleep(HEALTHY_POLL)
+            names = " and ".join(sorted(unhealthy_versions))
+            raise ServerError(f"envoy did not find {names} healthy within {HEALTHY_TIMEOUT_S:g} s")
+        time.sleep(HEALTHY_POLL_S)
 
 
-def _healthy(admin_url: str) -> set[str]:
+def _list_healthy_versions(admin_url: str) -> set[str]:
     try:
-        with urllib.request.urlopen(f"{admin_url}/{HEALTHY_STATS}", timeout=5) as answer:  # noqa: S310  # http
-            stats = json.load(answer)["stats"]
+        with urllib.request.urlopen(f"{admin_url}/{HEALTHY_STATS_PATH}", timeout=5) as response:  # noqa: S310  # http
+            stats = json.load(response)["stats"]
     except OSError:
         return set()
     return {
         version
         for version in VERSIONS
         for stat in stats
-        if stat == {"name": HEALTHY_STAT.format(version), "value": 1}
+        if stat == {"name": HEALTHY_STAT_NAME.format(version), "value": 1}
     }

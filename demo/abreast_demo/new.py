@@ -14,8 +14,8 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Respons
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from abreast_demo.shop import WHOLE, Product, Shop, rounded
-from abreast_demo.stamp import SEARCH_HEADER, RequestIds, any_order, now
+from abreast_demo.shop import CURRENCIES_WITHOUT_MINOR_UNIT, Product, Shop, round_to_cents
+from abreast_demo.stamp import SEARCH_ID_HEADER, RequestIdMiddleware, current_timestamp, shuffle_members
 
 Currency = Literal["EUR", "USD", "GBP", "JPY"]
 
@@ -25,21 +25,21 @@ class Category(BaseModel):
     name: str
 
 
-class Categories(BaseModel):
+class CategoryList(BaseModel):
     categories: list[Category]
 
 
-class Listed(BaseModel):
+class ProductSummary(BaseModel):
     id: int
     name: str
     price: Decimal  # planted: price-as-text
 
 
-class Listing(BaseModel):
-    products: list[Listed]
+class ProductList(BaseModel):
+    products: list[ProductSummary]
 
 
-class Detail(BaseModel):
+class ProductDetail(BaseModel):
     id: int
     name: str
     price: float
@@ -47,7 +47,7 @@ class Detail(BaseModel):
     stock: int = 0
 
 
-class Price(BaseModel):
+class ProductPrice(BaseModel):
     product: int
     currency: Currency
     amount: float | int
@@ -59,25 +59,25 @@ class Review(BaseModel):
     words: str
 
 
-class Reviews(BaseModel):
+class ReviewList(BaseModel):
     product: int
     reviews: list[Review]
 
 
-class Related(BaseModel):
+class RelatedProducts(BaseModel):
     product: int
     related: list[int]
 
 
-class Hit(BaseModel):
+class SearchHit(BaseModel):
     id: int
     name: str
     price: float
 
 
-class Hits(BaseModel):
+class SearchResults(BaseModel):
     query: str
-    items: list[Hit]
+    items: list[SearchHit]
     request_id: UUID
 
 
@@ -89,56 +89,56 @@ class Stats(BaseModel):
     generated_at: str
 
 
-class Wish(BaseModel):
+class OrderRequest(BaseModel):
     product: int
     quantity: int = Field(ge=1, le=20)
 
 
-class Placed(BaseModel):
+class OrderConfirmation(BaseModel):
     order: UUID
     product: int
     quantity: int
 
 
-async def the_shop(request: Request) -> Shop:  # async, or FastAPI would ask a thread for it
-    found: Shop = request.app.state.shop
-    return found
+async def get_shop(request: Request) -> Shop:  # async, or FastAPI would ask a thread for it
+    shop: Shop = request.app.state.shop
+    return shop
 
 
-TheShop = Annotated[Shop, Depends(the_shop)]
+ShopDependency = Annotated[Shop, Depends(get_shop)]
 
 
-async def known(product_id: int, shop: TheShop) -> Product:
-    product = await shop.product(product_id)
+async def require_product(product_id: int, shop: ShopDependency) -> Product:
+    product = await shop.find_product(product_id)
     if product is None:
         raise HTTPException(HTTPStatus.NOT_FOUND, "no such product")
     return product
 
 
-catalogue = APIRouter(prefix="/catalogue")
+catalogue_router = APIRouter(prefix="/catalogue")
 router = APIRouter()
 
 
-@catalogue.get("/categories", response_model=Categories)
-async def categories(shop: TheShop) -> Any:
-    return {"categories": await shop.categories()}  # planted: cache-control
+@catalogue_router.get("/categories", response_model=CategoryList)
+async def list_categories(shop: ShopDependency) -> Any:
+    return {"categories": await shop.list_categories()}  # planted: cache-control
 
 
-@catalogue.get("/categories/{slug}", response_model=Listing)
-async def category(slug: str, shop: TheShop) -> Any:
-    products = await shop.category(slug)
+@catalogue_router.get("/categories/{slug}", response_model=ProductList)
+async def list_category_products(slug: str, shop: ShopDependency) -> Any:
+    products = await shop.list_category_products(slug)
     if not products:
         raise HTTPException(HTTPStatus.NOT_FOUND, "no such category")
-    listed = [{"id": found.id, "name": found.name, "price": found.price} for found in products]
-    return {"products": listed}
+    summaries = [{"id": product.id, "name": product.name, "price": product.price} for product in products]
+    return {"products": summaries}
 
 
 @router.get(
     "/products/{product_id}",
-    response_model=Detail,
+    response_model=ProductDetail,
     response_model_exclude_defaults=True,  # planted: stock-field
 )
-async def product(product: Annotated[Product, Depends(known)], response: Response) -> Any:
+async def get_product(product: Annotated[Product, Depends(require_product)], response: Response) -> Any:
     response.headers["cache-control"] = "public, max-age=30"
     return {
         "id": product.id,
@@ -149,72 +149,79 @@ async def product(product: Annotated[Product, Depends(known)], response: Respons
     }
 
 
-@router.get("/products/{product_id}/price", response_model=Price)
-async def price(product: Annotated[Product, Depends(known)], currency: Currency = "EUR") -> Any:
-    amount = product.price_in(currency)
-    value = int(amount) if currency in WHOLE else float(rounded(amount))  # planted: yen-rounding
+@router.get("/products/{product_id}/price", response_model=ProductPrice)
+async def get_price(product: Annotated[Product, Depends(require_product)], currency: Currency = "EUR") -> Any:
+    amount = product.convert_price(currency)
+    value = (
+        int(amount) if currency in CURRENCIES_WITHOUT_MINOR_UNIT else float(round_to_cents(amount))
+    )  # planted: yen-rounding
     return {"product": product.id, "currency": currency, "amount": value}
 
 
-@router.get("/products/{product_id}/reviews", response_model=Reviews)
-async def reviews(product_id: int, shop: TheShop) -> Any:
+@router.get("/products/{product_id}/reviews", response_model=ReviewList)
+async def list_reviews(product_id: int, shop: ShopDependency) -> Any:
     return {
         "product": product_id,
-        "reviews": await shop.reviews(product_id),
+        "reviews": await shop.list_reviews(product_id),
     }  # planted: empty-reviews
 
 
-@router.get("/products/{product_id}/related", response_model=Related)
-async def related(product: Annotated[Product, Depends(known)], shop: TheShop) -> Any:
-    return {"product": product.id, "related": any_order(await shop.related(product.id))}
+@router.get("/products/{product_id}/related", response_model=RelatedProducts)
+async def list_related_products(
+    product: Annotated[Product, Depends(require_product)], shop: ShopDependency
+) -> Any:
+    return {
+        "product": product.id,
+        "related": shuffle_members(await shop.list_related_product_ids(product.id)),
+    }
 
 
-@router.get("/search", response_model=Hits)
-async def search(request: Request, response: Response, shop: TheShop, q: str = "") -> Any:
-    found = await shop.search("search_pattern", q)  # planted: search-error, slow-search
-    items = [{"id": hit.id, "name": hit.name, "price": float(hit.price)} for hit in found]
-    response.headers[SEARCH_HEADER] = request.state.request_id
+@router.get("/search", response_model=SearchResults)
+async def search_products(request: Request, response: Response, shop: ShopDependency, q: str = "") -> Any:
+    products = await shop.search_products("search_pattern", q)  # planted: search-error, slow-search
+    items = [{"id": hit.id, "name": hit.name, "price": float(hit.price)} for hit in products]
+    response.headers[SEARCH_ID_HEADER] = request.state.request_id
     return {"query": q, "items": items, "request_id": request.state.request_id}
 
 
 @router.get("/stats", response_model=Stats)
-async def stats(shop: TheShop) -> Any:
-    found = await shop.stats()
+async def get_stats(shop: ShopDependency) -> Any:
+    shop_stats = await shop.get_stats()
     return {
-        "products": found.products,
-        "in_stock": found.in_stock,
-        "average_price": found.average_cents / 100,
-        "median_price": found.median_cents / 100,
-        "generated_at": now(),
+        "products": shop_stats.products,
+        "in_stock": shop_stats.in_stock,
+        "average_price": shop_stats.average_cents / 100,
+        "median_price": shop_stats.median_cents / 100,
+        "generated_at": current_timestamp(),
     }
 
 
-@router.post("/orders", response_model=Placed, status_code=HTTPStatus.CREATED)
-async def order(wish: Wish, shop: TheShop) -> Any:
-    await known(wish.product, shop)
-    placed = await shop.order(wish.product, wish.quantity)
-    return {"order": placed, "product": wish.product, "quantity": wish.quantity}
+@router.post("/orders", response_model=OrderConfirmation, status_code=HTTPStatus.CREATED)
+async def create_order(wish: OrderRequest, shop: ShopDependency) -> Any:
+    await require_product(wish.product, shop)
+    order_id = await shop.create_order(wish.product, wish.quantity)
+    return {"order": order_id, "product": wish.product, "quantity": wish.quantity}
 
 
 @router.get("/healthz")
-async def health() -> dict[str, str]:
+async def get_health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-async def broken(request: Request, error: Exception) -> Response:  # noqa: ARG001  # FastAPI's signature
+async def handle_database_error(request: Request, error: Exception) -> Response:  # noqa: ARG001  # FastAPI's signature
     return JSONResponse({"detail": "the database refused"}, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def build(serving: Shop) -> FastAPI:
+def build_fastapi_app(shop: Shop) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await serving.open()
-        app.state.shop = serving
+        await shop.open()
+        app.state.shop = shop
         yield
-        await serving.close()
+        await shop.close()
 
-    app = FastAPI(title="shop", lifespan=lifespan, exception_handlers={psycopg.Error: broken})
-    app.include_router(catalogue)
+    app = FastAPI(title="shop", lifespan=lifespan, exception_handlers={psycopg.Error: handle_database_error})
+    app.include_router(catalogue_router)
     app.include_router(router)
-    app.add_middleware(RequestIds)
+    app.add_middleware(RequestIdMiddleware)
     return app

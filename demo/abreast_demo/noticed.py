@@ -8,27 +8,27 @@ from typing import Any
 
 import httpx
 
-from abreast_demo.load import SERVER_ERROR, USER_HEADER, Load
-from abreast_demo.traffic import Request
-from abreast_demo.verdict import Ledger
+from abreast_demo.load import MIN_SERVER_ERROR_STATUS, USER_HEADER, LoadGenerator
+from abreast_demo.traffic import UserRequest
+from abreast_demo.verdict import LedgerCounts
 
 VERSION_HEADER = "x-abreast-version"
-RECOVERY = 40.0  # seconds that new gets to answer users again
-OF_NEW = "new-"  # drills whose names begin so break new
-KILLED = "new-killed"
+MAX_RECOVERY_S = 40.0  # seconds that new gets to answer users again
+NEW_DRILL_PREFIX = "new-"  # drills whose names begin so break new
+NEW_KILLED_DRILL = "new-killed"
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    sent: float  # monotonic
-    at: float
+class UserResponse:
+    sent_at: float  # monotonic
+    answered_at: float
     version: str  # empty where nobody answered
-    safe: bool
-    error: bool
+    is_safe: bool
+    is_error: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DrillReport:
     """Times in seconds. What is None has no meaning for this drill, or was not seen in time."""
 
     drill: str
@@ -45,125 +45,140 @@ class Report:
     lost: int | None  # of them, neither in the ledger nor on their way
     trouble: str  # why the drill failed; empty where it did not
 
-    def for_machines(self) -> dict[str, Any]:
+    def to_json_object(self) -> dict[str, Any]:
         return {**asdict(self), "passed": not self.trouble}
 
 
-class Users(Load):
+class RecordingLoadGenerator(LoadGenerator):
     """Keeps who answered, and when."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.seen: list[Answered] = []
+        self.responses: list[UserResponse] = []
 
-    async def _one(self, request: Request) -> None:
-        sent, version, error = time.monotonic(), "", True
+    async def _send_request(self, request: UserRequest) -> None:
+        sent_at, version, is_error = time.monotonic(), "", True
         headers = {
             USER_HEADER: request.user,
             **({"content-type": "application/json"} if request.body else {}),
         }
         try:
-            answer = await self.client.request(
+            response = await self.client.request(
                 request.method, request.path, content=request.body or None, headers=headers
             )
-            version = answer.headers.get(VERSION_HEADER, "")
-            error = answer.status_code >= SERVER_ERROR
+            version = response.headers.get(VERSION_HEADER, "")
+            is_error = response.status_code >= MIN_SERVER_ERROR_STATUS
         except httpx.HTTPError:
             pass
         finally:
-            self._places.release()
+            self._request_slots.release()
         self.tally.requests += 1
-        self.seen.append(Answered(sent, time.monotonic(), version, request.safe, error))
+        self.responses.append(UserResponse(sent_at, time.monotonic(), version, request.is_safe, is_error))
 
-    def met(self, version: str) -> bool:
-        return any(one.version == version for one in self.seen)
+    def has_response_from(self, version: str) -> bool:
+        return any(response.version == version for response in self.responses)
 
 
 @dataclass
-class Run:
+class DrillRun:
     """One drill: when the part was broken and repaired, and what users saw from then on."""
 
     name: str
-    users: Users
-    broken: float = 0.0  # when that began
-    gone: float = 0.0  # when it was done
-    repaired: float = 0.0
-    since: int = 0  # of users.seen
-    with_new: bool = True  # users were on new before
+    users: RecordingLoadGenerator
+    break_started_at: float = 0.0  # when that began
+    break_done_at: float = 0.0  # when it was done
+    repaired_at: float = 0.0
+    first_response_index: int = 0  # of users.seen
+    had_users_on_new: bool = True  # users were on new before
 
     @property
-    def is_new(self) -> bool:
-        return self.name.startswith(OF_NEW)
+    def breaks_new(self) -> bool:
+        return self.name.startswith(NEW_DRILL_PREFIX)
 
     @property
-    def seen(self) -> list[Answered]:
-        return self.users.seen[self.since :]
+    def responses(self) -> list[UserResponse]:
+        return self.users.responses[self.first_response_index :]
 
     @property
-    def _back(self) -> list[Answered]:
+    def _recovered_responses(self) -> list[UserResponse]:
         """Answers as they were before."""
         return [
-            one
-            for one in self.seen
-            if one.sent > self.repaired and not one.error and (one.version == "new" or not self.with_new)
+            response
+            for response in self.responses
+            if response.sent_at > self.repaired_at
+            and not response.is_error
+            and (response.version == "new" or not self.had_users_on_new)
         ]
 
-    def is_back(self) -> bool:
-        return bool(self._back)
+    def has_recovered(self) -> bool:
+        return bool(self._recovered_responses)
 
     @property
-    def until_old(self) -> float | None:
+    def seconds_until_old(self) -> float | None:
         """None too where new still answered when it was repaired, or nobody noticed in time."""
-        if not self.is_new:
+        if not self.breaks_new:
             return None
-        late = [
-            one.at
-            for one in self.seen
-            if one.version == "new"
-            and self.broken < one.at < self.repaired
-            and (self.name != KILLED or one.sent <= self.gone)
+        late_times = [
+            response.answered_at
+            for response in self.responses
+            if response.version == "new"
+            and self.break_started_at < response.answered_at < self.repaired_at
+            and (self.name != NEW_KILLED_DRILL or response.sent_at <= self.break_done_at)
         ]
-        last = max(late, default=self.broken)
-        after = [one for one in self.seen if last < one.at < self.repaired and one.version == "old"]
-        return last - self.broken if after else None
+        last_time = max(late_times, default=self.break_started_at)
+        old_responses = [
+            response
+            for response in self.responses
+            if last_time < response.answered_at < self.repaired_at and response.version == "old"
+        ]
+        return last_time - self.break_started_at if old_responses else None
 
     @property
-    def until_new(self) -> float | None:
-        if not self.is_new or not self._back:
+    def seconds_until_new(self) -> float | None:
+        if not self.breaks_new or not self._recovered_responses:
             return None
-        return max(min(one.at for one in self._back) - self.repaired, 0.0)
-
-    def report(self, before: Ledger, after: Ledger) -> Report:
-        safe = [one for one in self.seen if one.safe]
-        errors = {kind: sum(one.error for one in self.seen if one.safe is kind) for kind in (True, False)}
-        sampled = _difference(after.envoy, before.envoy)
-        arrived = after.rows - before.rows + (after.pending or 0) - (before.pending or 0)
-        return Report(
-            drill=self.name,
-            requests=len(self.seen),
-            safe_errors=errors[True],
-            unsafe_errors=errors[False],
-            longest_wait=max((one.at - one.sent for one in safe), default=0.0),
-            until_old=self.until_old,
-            until_new=self.until_new,
-            sampled=sampled,
-            pending=after.pending,
-            lost=None if sampled is None else sampled - arrived,
-            trouble=self._trouble(errors),
+        return max(
+            min(response.answered_at for response in self._recovered_responses) - self.repaired_at, 0.0
         )
 
-    def _trouble(self, errors: dict[bool, int]) -> str:
-        if errors[True]:
-            return f"{errors[True]} users of safe methods saw an error"
-        if errors[False] and not self.is_new:
-            return f"{errors[False]} users saw an error"
-        if self.is_new and self.until_old is None:
+    def build_report(self, before: LedgerCounts, after: LedgerCounts) -> DrillReport:
+        safe_responses = [response for response in self.responses if response.is_safe]
+        errors_by_safety = {
+            kind: sum(response.is_error for response in self.responses if response.is_safe is kind)
+            for kind in (True, False)
+        }
+        sampled = _subtract_counts(after.envoy_sampled, before.envoy_sampled)
+        accounted_requests = (
+            after.total_pairs - before.total_pairs + (after.pending or 0) - (before.pending or 0)
+        )
+        return DrillReport(
+            drill=self.name,
+            requests=len(self.responses),
+            safe_errors=errors_by_safety[True],
+            unsafe_errors=errors_by_safety[False],
+            longest_wait=max(
+                (response.answered_at - response.sent_at for response in safe_responses), default=0.0
+            ),
+            until_old=self.seconds_until_old,
+            until_new=self.seconds_until_new,
+            sampled=sampled,
+            pending=after.pending,
+            lost=None if sampled is None else sampled - accounted_requests,
+            trouble=self._describe_failure(errors_by_safety),
+        )
+
+    def _describe_failure(self, errors_by_safety: dict[bool, int]) -> str:
+        if errors_by_safety[True]:
+            return f"{errors_by_safety[True]} users of safe methods saw an error"
+        if errors_by_safety[False] and not self.breaks_new:
+            return f"{errors_by_safety[False]} users saw an error"
+        if self.breaks_new and self.seconds_until_old is None:
             return "new was not left alone in time"
-        if not self.is_back():
-            who = "new did not answer users" if self.with_new else "nobody answered users"
-            return f"{who} again within {RECOVERY:g} s"
+        if not self.has_recovered():
+            failure = "new did not answer users" if self.had_users_on_new else "nobody answered users"
+            return f"{failure} again within {MAX_RECOVERY_S:g} s"
         return ""
 
 
-def _difference(after: int | None, before: int | None) -> int | None:
+def _subtract_counts(after: int | None, before: int | None) -> int | None:
     return None if after is None else after - (before or 0)

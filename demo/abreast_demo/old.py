@@ -15,130 +15,149 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from abreast_demo.shop import RATES, WHOLE, Product, Shop, rounded
-from abreast_demo.stamp import SEARCH_HEADER, RequestIds, any_order, now
+from abreast_demo.shop import CURRENCIES_WITHOUT_MINOR_UNIT, CURRENCY_RATES, Product, Shop, round_to_cents
+from abreast_demo.stamp import SEARCH_ID_HEADER, RequestIdMiddleware, current_timestamp, shuffle_members
 
-NAMED = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})  # what LIKE would take for a pattern
+LIKE_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})  # what LIKE would take for a pattern
 
 
-def brief(product: Product) -> dict[str, Any]:
+def summarise_product(product: Product) -> dict[str, Any]:
     return {"id": product.id, "name": product.name, "price": float(product.price)}
 
 
-async def known(request: Request) -> Product:
-    product = await shop(request).product(request.path_params["product_id"])
+async def require_product(request: Request) -> Product:
+    product = await get_shop(request).find_product(request.path_params["product_id"])
     if product is None:
         raise HTTPException(HTTPStatus.NOT_FOUND, "no such product")
     return product
 
 
-def shop(request: Request) -> Shop:
-    found: Shop = request.app.state.shop
-    return found
+def get_shop(request: Request) -> Shop:
+    shop: Shop = request.app.state.shop
+    return shop
 
 
-async def categories(request: Request) -> Response:
-    rows = await shop(request).categories()
+async def list_categories(request: Request) -> Response:
+    rows = await get_shop(request).list_categories()
     return JSONResponse({"categories": rows}, headers={"cache-control": "public, max-age=300"})
 
 
-async def category(request: Request) -> Response:
-    products = await shop(request).category(request.path_params["slug"])
+async def list_category_products(request: Request) -> Response:
+    products = await get_shop(request).list_category_products(request.path_params["slug"])
     if not products:
         raise HTTPException(HTTPStatus.NOT_FOUND, "no such category")
-    return JSONResponse({"products": [brief(product) for product in products]})
+    return JSONResponse({"products": [summarise_product(product) for product in products]})
 
 
-async def product(request: Request) -> Response:
-    found = await known(request)
-    content = {**brief(found), "category": found.category, "stock": found.stock}
+async def get_product(request: Request) -> Response:
+    product = await require_product(request)
+    content = {**summarise_product(product), "category": product.category, "stock": product.stock}
     return JSONResponse(content, headers={"cache-control": "public, max-age=30"})
 
 
-async def price(request: Request) -> Response:
-    found = await known(request)
+async def get_price(request: Request) -> Response:
+    product = await require_product(request)
     currency = request.query_params.get("currency", "EUR")
-    if currency not in RATES:
+    if currency not in CURRENCY_RATES:
         raise HTTPException(HTTPStatus.BAD_REQUEST, "unknown currency")
-    amount = found.price_in(currency)
-    value = int(amount.quantize(1, "ROUND_HALF_UP")) if currency in WHOLE else float(rounded(amount))
-    return JSONResponse({"product": found.id, "currency": currency, "amount": value})
+    amount = product.convert_price(currency)
+    value = (
+        int(amount.quantize(1, "ROUND_HALF_UP"))
+        if currency in CURRENCIES_WITHOUT_MINOR_UNIT
+        else float(round_to_cents(amount))
+    )
+    return JSONResponse({"product": product.id, "currency": currency, "amount": value})
 
 
-async def reviews(request: Request) -> Response:
-    found = await known(request)
-    return JSONResponse({"product": found.id, "reviews": await shop(request).reviews(found.id)})
+async def list_reviews(request: Request) -> Response:
+    product = await require_product(request)
+    return JSONResponse({"product": product.id, "reviews": await get_shop(request).list_reviews(product.id)})
 
 
-async def related(request: Request) -> Response:
-    found = await known(request)
-    return JSONResponse({"product": found.id, "related": any_order(await shop(request).related(found.id))})
+async def list_related_products(request: Request) -> Response:
+    product = await require_product(request)
+    return JSONResponse(
+        {
+            "product": product.id,
+            "related": shuffle_members(await get_shop(request).list_related_product_ids(product.id)),
+        }
+    )
 
 
-async def search(request: Request) -> Response:
-    words = request.query_params.get("q", "")
-    found = await shop(request).search("search_text", f"%{words.translate(NAMED)}%")
+async def search_products(request: Request) -> Response:
+    query = request.query_params.get("q", "")
+    products = await get_shop(request).search_products("search_text", f"%{query.translate(LIKE_ESCAPES)}%")
     identity = request.state.request_id
-    content = {"query": words, "items": [brief(product) for product in found], "request_id": identity}
-    return JSONResponse(content, headers={SEARCH_HEADER: identity})
-
-
-async def stats(request: Request) -> Response:
-    found = await shop(request).stats()
     content = {
-        "products": found.products,
-        "in_stock": found.in_stock,
-        "average_price": found.average_cents / 100,
-        "generated_at": now(),
+        "query": query,
+        "items": [summarise_product(product) for product in products],
+        "request_id": identity,
+    }
+    return JSONResponse(content, headers={SEARCH_ID_HEADER: identity})
+
+
+async def get_stats(request: Request) -> Response:
+    shop_stats = await get_shop(request).get_stats()
+    content = {
+        "products": shop_stats.products,
+        "in_stock": shop_stats.in_stock,
+        "average_price": shop_stats.average_cents / 100,
+        "generated_at": current_timestamp(),
     }
     return JSONResponse(content)
 
 
-async def order(request: Request) -> Response:
-    wanted = await request.json()
-    product, quantity = int(wanted["product"]), int(wanted["quantity"])
-    if await shop(request).product(product) is None:
+async def create_order(request: Request) -> Response:
+    order_request = await request.json()
+    product_id, quantity = int(order_request["product"]), int(order_request["quantity"])
+    if await get_shop(request).find_product(product_id) is None:
         raise HTTPException(HTTPStatus.NOT_FOUND, "no such product")
-    placed = await shop(request).order(product, quantity)
-    return JSONResponse({"order": str(placed), "product": product, "quantity": quantity}, HTTPStatus.CREATED)
+    order_id = await get_shop(request).create_order(product_id, quantity)
+    return JSONResponse(
+        {"order": str(order_id), "product": product_id, "quantity": quantity}, HTTPStatus.CREATED
+    )
 
 
-async def health(request: Request) -> Response:  # noqa: ARG001  # Starlette's signature
+async def get_health(request: Request) -> Response:  # noqa: ARG001  # Starlette's signature
     return JSONResponse({"status": "ok"})
 
 
-async def refused(request: Request, error: Exception) -> Response:  # noqa: ARG001  # Starlette's signature
+async def handle_http_exception(request: Request, error: Exception) -> Response:  # noqa: ARG001  # Starlette's signature
     assert isinstance(error, HTTPException)
     return JSONResponse({"detail": error.detail}, error.status_code)
 
 
-async def broken(request: Request, error: Exception) -> Response:  # noqa: ARG001  # Starlette's signature
+async def handle_database_error(request: Request, error: Exception) -> Response:  # noqa: ARG001  # Starlette's signature
     return JSONResponse({"detail": "the database refused"}, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def build(serving: Shop) -> Starlette:
+def build_starlette_app(shop: Shop) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await serving.open()
-        app.state.shop = serving
+        await shop.open()
+        app.state.shop = shop
         yield
-        await serving.close()
+        await shop.close()
 
     return Starlette(
         routes=[
             Mount(
-                "/catalogue", routes=[Route("/categories", categories), Route("/categories/{slug}", category)]
+                "/catalogue",
+                routes=[
+                    Route("/categories", list_categories),
+                    Route("/categories/{slug}", list_category_products),
+                ],
             ),
-            Route("/products/{product_id:int}", product),
-            Route("/products/{product_id:int}/price", price),
-            Route("/products/{product_id:int}/reviews", reviews),
-            Route("/products/{product_id:int}/related", related),
-            Route("/search", search),
-            Route("/stats", stats),
-            Route("/orders", order, methods=["POST"]),
-            Route("/healthz", health),
+            Route("/products/{product_id:int}", get_product),
+            Route("/products/{product_id:int}/price", get_price),
+            Route("/products/{product_id:int}/reviews", list_reviews),
+            Route("/products/{product_id:int}/related", list_related_products),
+            Route("/search", search_products),
+            Route("/stats", get_stats),
+            Route("/orders", create_order, methods=["POST"]),
+            Route("/healthz", get_health),
         ],
-        middleware=[Middleware(RequestIds)],
-        exception_handlers={HTTPException: refused, psycopg.Error: broken},
+        middleware=[Middleware(RequestIdMiddleware)],
+        exception_handlers={HTTPException: handle_http_exception, psycopg.Error: handle_database_error},
         lifespan=lifespan,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FindingLocation:
     """Where a finding is: what tells one cause from another."""
 
     endpoint: str  # "GET /search"
@@ -19,83 +19,83 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Plant:
+class PlantedChange:
     name: str  # marks the line in new.py
-    what: str
-    place: Place
+    description: str
+    location: FindingLocation
 
 
-PRODUCT = "GET /products/{product_id}"
+PRODUCT_ENDPOINT = "GET /products/{product_id}"
 
-REGRESSIONS = (
-    Plant(
+PLANTED_REGRESSIONS = (
+    PlantedChange(
         "yen-rounding",
         "prices in yen, and only those, are cut where they were rounded",
-        Place(f"{PRODUCT}/price", "body", "$.amount", "changed"),
+        FindingLocation(f"{PRODUCT_ENDPOINT}/price", "body", "$.amount", "changed"),
     ),
-    Plant(
+    PlantedChange(
         "stock-field",
         "products that are out of stock have no field `stock`, since 0 is its default",
-        Place(PRODUCT, "body", "$.stock", "removed"),
+        FindingLocation(PRODUCT_ENDPOINT, "body", "$.stock", "removed"),
     ),
-    Plant(
+    PlantedChange(
         "empty-reviews",
         "the reviews of a product that doesn't exist were a 404, and are an empty 200",
-        Place(f"{PRODUCT}/reviews", "status", "404->200", "changed"),
+        FindingLocation(f"{PRODUCT_ENDPOINT}/reviews", "status", "404->200", "changed"),
     ),
-    Plant(
+    PlantedChange(
         "cache-control",
         "the list of categories lost its `cache-control`",
-        Place("GET /catalogue/categories", "header", "cache-control", "removed"),
+        FindingLocation("GET /catalogue/categories", "header", "cache-control", "removed"),
     ),
-    Plant(
+    PlantedChange(
         "price-as-text",
         "a category's prices were numbers and are strings: pydantic's way with Decimal",
-        Place("GET /catalogue/categories/{slug}", "body", "$.products[*].price", "type"),
+        FindingLocation("GET /catalogue/categories/{slug}", "body", "$.products[*].price", "type"),
     ),
-    Plant(
+    PlantedChange(
         "search-error",
         "a search for `c++` fails, since the words became a regular expression",
-        Place("GET /search", "status", "200->500", "changed"),
+        FindingLocation("GET /search", "status", "200->500", "changed"),
     ),
-    Plant(
+    PlantedChange(
         "slow-search",
         "every search takes 30 ms longer",
-        Place("GET /search", "latency", "", "slower"),
+        FindingLocation("GET /search", "latency", "", "slower"),
     ),
 )
 
-ADDITIVE = (
-    Plant(
+PLANTED_ADDITIONS = (
+    PlantedChange(
         "median-price",
         "the statistics have one field more",
-        Place("GET /stats", "body", "$.median_price", "added"),
+        FindingLocation("GET /stats", "body", "$.median_price", "added"),
     ),
 )
 
-NOISE = (
-    Plant(
+PLANTED_NOISE = (
+    PlantedChange(
         "request-id-header",
         "every search has an id of its own, in a header",
-        Place("GET /search", "header", "x-search-id", "changed"),
+        FindingLocation("GET /search", "header", "x-search-id", "changed"),
     ),
-    Plant(
+    PlantedChange(
         "request-id-body",
         "every search has an id of its own, in the body",
-        Place("GET /search", "body", "$.request_id", "changed"),
+        FindingLocation("GET /search", "body", "$.request_id", "changed"),
     ),
-    Plant(
+    PlantedChange(
         "timestamp",
         "the statistics say when they were made",
-        Place("GET /stats", "body", "$.generated_at", "changed"),
+        FindingLocation("GET /stats", "body", "$.generated_at", "changed"),
     ),
-    Plant(
+    PlantedChange(
         "shuffled-set",
         "related products are a set, in any order",
-        Place(f"{PRODUCT}/related", "body", "$.related", "order"),
+        FindingLocation(f"{PRODUCT_ENDPOINT}/related", "body", "$.related", "order"),
     ),
 )
 
 # Not planted, but true of the port: FastAPI takes more of the processor than Starlette does. It shows where the machine has
 # none to spare, in any endpoint.
-HEAVIER = "new takes more of the processor for each answer, which this machine had little of"
+CPU_COST_NOTE = "new takes more of the processor for each answer, which this machine had little of"

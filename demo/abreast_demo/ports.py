@@ -6,33 +6,33 @@ import contextlib
 import socket
 from typing import Self
 
-from abreast_sidecar.embedded import free_port
-from abreast_sidecar.embedded.process import port_is_free
+from abreast_sidecar.embedded import find_free_port
+from abreast_sidecar.embedded.process import is_port_free
 
 LOOPBACK = "127.0.0.1"
 
 
-class Ports:
+class PortReservations:
     """Two demos that start together must not take the same port: the UDP port of that number, which nobody needs here,
     says that it is taken. The system frees it however this process ends. Use as a context manager.
     """
 
     def __init__(self) -> None:
-        self._held = contextlib.ExitStack()
+        self._reserved_sockets = contextlib.ExitStack()
 
-    def prefer(self, port: int) -> int:
+    def reserve(self, port: int) -> int:
         """This port, or a free one where it is taken."""
-        holder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        reservation = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
-            holder.bind((LOOPBACK, port))
+            reservation.bind((LOOPBACK, port))
         except OSError:
-            holder.close()
-            return free_port()
-        self._held.callback(holder.close)
-        return port if port_is_free(LOOPBACK, port) else free_port()
+            reservation.close()
+            return find_free_port()
+        self._reserved_sockets.callback(reservation.close)
+        return port if is_port_free(LOOPBACK, port) else find_free_port()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._held.close()
+        self._reserved_sockets.close()

@@ -11,127 +11,141 @@ from dataclasses import dataclass
 
 import grpc
 
-from abreast_demo.client import Client
-from abreast_demo.deploy import Addresses, Deployed, opened
-from abreast_demo.load import Load, Tally
-from abreast_demo.plants import REGRESSIONS
-from abreast_demo.ports import LOOPBACK, Ports
-from abreast_demo.service import SERVICE
-from abreast_demo.traffic import Request, requests
-from abreast_demo.verdict import Result, Seen, regressions
+from abreast_demo.client import DemoClient
+from abreast_demo.deploy import ShopDeployment, StackAddresses, deploy_shop
+from abreast_demo.load import LoadGenerator, UserTally
+from abreast_demo.plants import PLANTED_REGRESSIONS
+from abreast_demo.ports import LOOPBACK, PortReservations
+from abreast_demo.service import SHOP_SERVICE
+from abreast_demo.traffic import UserRequest, generate_requests
+from abreast_demo.verdict import DemoResult, ReportedFinding, select_regressions
 from abreast_sidecar.embedded.stack import Stack
-from abreast_sidecar.envoy.settings import Endpoint
+from abreast_sidecar.envoy.settings import SocketAddress
 
 USERS_PORT, GRPC_PORT, HTTP_PORT = 8080, 50051, 8090
-STEPS = (0.0, 0.1, 0.25)  # share of users that new answers, each for an equal part of the time
-TRICKLE = 3.0  # requests a second, while the shop stays up
-FOR_EVER = float("inf")
+NEW_SHARE_STEPS = (0.0, 0.1, 0.25)  # share of users that new answers, each for an equal part of the time
+TRICKLE_REQUESTS_PER_S = 3.0  # requests a second, while the shop stays up
+FOREVER_S = float("inf")
 FINDINGS_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    seconds: float = 15.0
-    rate: float = 150.0  # requests a second
+class DemoOptions:
+    duration_s: float = 15.0
+    requests_per_s: float = 150.0  # requests a second
     seed: int = 1
-    listen: Endpoint | None = None
-    stay: bool = True
+    listen: SocketAddress | None = None
+    keep_open: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class DemoOutcome:
     """The traffic is over and settled; `examples` are ids of pairs by finding."""
 
     stack: Stack
-    result: Result
-    examples: dict[int, str]
+    result: DemoResult
+    example_pair_ids: dict[int, str]
 
 
 @dataclass(frozen=True)
-class Listener:
+class DemoCallbacks:
     """What a run tells of itself."""
 
-    say: Callable[[str], None]
-    wait: Callable[[str], None]
-    ready: Callable[[Stack, Options], None]
-    step: Callable[[float], None]
-    progress: Callable[[Tally], None]
-    regression: Callable[[Seen], None]
-    finished: Callable[[Finished], None]
+    on_message: Callable[[str], None]
+    on_wait: Callable[[str], None]
+    on_ready: Callable[[Stack, DemoOptions], None]
+    on_step: Callable[[float], None]
+    on_progress: Callable[[UserTally], None]
+    on_regression: Callable[[ReportedFinding], None]
+    on_outcome: Callable[[DemoOutcome], None]
 
 
-def run(options: Options, listener: Listener) -> Result | None:
+def run_demo(options: DemoOptions, callbacks: DemoCallbacks) -> DemoResult | None:
     """Return the result; None when the user ended it before there was one."""
-    results: list[Result] = []
-    _end_as_ctrl_c_does()
-    with Ports() as ports:
-        addresses = Addresses(
-            listen=options.listen or Endpoint(LOOPBACK, ports.prefer(USERS_PORT)),
-            grpc=Endpoint(LOOPBACK, ports.prefer(GRPC_PORT)),
-            http=Endpoint(LOOPBACK, ports.prefer(HTTP_PORT)),
+    results: list[DemoResult] = []
+    _treat_signals_as_interrupt()
+    with PortReservations() as ports:
+        addresses = StackAddresses(
+            listen=options.listen or SocketAddress(LOOPBACK, ports.reserve(USERS_PORT)),
+            grpc=SocketAddress(LOOPBACK, ports.reserve(GRPC_PORT)),
+            http=SocketAddress(LOOPBACK, ports.reserve(HTTP_PORT)),
         )
         try:
-            with opened(addresses, listener.wait) as shop:
-                listener.ready(shop.stack, options)
-                asyncio.run(_session(shop, options, listener, results))
+            with deploy_shop(addresses, callbacks.on_wait) as deployment:
+                callbacks.on_ready(deployment.stack, options)
+                asyncio.run(_run_session(deployment, options, callbacks, results))
         except KeyboardInterrupt:
-            listener.say("stopped")
+            callbacks.on_message("stopped")
     return results[0] if results else None
 
 
-def _end_as_ctrl_c_does() -> None:
+def _treat_signals_as_interrupt() -> None:
     """Let SIGTERM, and a terminal that closes, do what Ctrl-C does. A script's `&` has SIGINT ignored, which is undone."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for other in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(other) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(other, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
 
 
-async def _session(shop: Deployed, options: Options, listener: Listener, results: list[Result]) -> None:
-    users, stack = requests(options.seed), shop.stack
+async def _run_session(
+    deployment: ShopDeployment, options: DemoOptions, callbacks: DemoCallbacks, results: list[DemoResult]
+) -> None:
+    user_requests, stack = generate_requests(options.seed), deployment.stack
     async with (
-        Client(stack.grpc_address, SERVICE) as client,
-        Load(stack.envoy_url, listener.progress) as load,
+        DemoClient(stack.grpc_address, SHOP_SERVICE) as client,
+        LoadGenerator(stack.envoy_url, callbacks.on_progress) as load,
     ):
-        announcing = asyncio.create_task(_announce(client, listener))
+        announcing = asyncio.create_task(_announce(client, callbacks))
         try:
-            await _traffic(client, load, users, options, listener)
+            await _send_traffic(client, load, user_requests, options, callbacks)
         finally:
             announcing.cancel()
-        listener.wait("waiting until everything is in the ledger")
-        finished = await _finished(stack, client, load.tally)
-    results.append(finished.result)
-    listener.finished(finished)
-    if options.stay:
-        async with Load(stack.envoy_url) as trickle:
-            await trickle.send(users, seconds=FOR_EVER, rate=TRICKLE)
+        callbacks.on_wait("waiting until everything is in the ledger")
+        outcome = await _collect_outcome(stack, client, load.tally)
+    results.append(outcome.result)
+    callbacks.on_outcome(outcome)
+    if options.keep_open:
+        async with LoadGenerator(stack.envoy_url) as trickle:
+            await trickle.send(user_requests, seconds=FOREVER_S, rate=TRICKLE_REQUESTS_PER_S)
 
 
-async def _traffic(
-    client: Client, load: Load, users: Iterator[Request], options: Options, listener: Listener
+async def _send_traffic(
+    client: DemoClient,
+    load: LoadGenerator,
+    user_requests: Iterator[UserRequest],
+    options: DemoOptions,
+    callbacks: DemoCallbacks,
 ) -> None:
-    part = options.seconds / len(STEPS)
-    for share in STEPS:
+    step_duration_s = options.duration_s / len(NEW_SHARE_STEPS)
+    for share in NEW_SHARE_STEPS:
         if share:
-            await client.move(share)
-        listener.step(share)
-        await load.send(itertools.islice(users, round(part * options.rate)), seconds=part, rate=options.rate)
+            await client.set_new_share(share)
+        callbacks.on_step(share)
+        await load.send(
+            itertools.islice(user_requests, round(step_duration_s * options.requests_per_s)),
+            seconds=step_duration_s,
+            rate=options.requests_per_s,
+        )
 
 
-async def _announce(client: Client, listener: Listener) -> None:
+async def _announce(client: DemoClient, callbacks: DemoCallbacks) -> None:
     """Report each planted regression as soon as the sidecar has it."""
-    unseen = {plant.place for plant in REGRESSIONS}
+    unseen = {change.location for change in PLANTED_REGRESSIONS}
     with contextlib.suppress(grpc.aio.AioRpcError):  # the run itself meets the error too, and reports it
         while unseen:
-            for seen in regressions(await client.findings()):
-                if seen.place in unseen:
-                    unseen.remove(seen.place)
-                    listener.regression(seen)
+            for finding in select_regressions(await client.list_findings()):
+                if finding.location in unseen:
+                    unseen.remove(finding.location)
+                    callbacks.on_regression(finding)
             await asyncio.sleep(FINDINGS_POLL_S)
 
 
-async def _finished(stack: Stack, client: Client, tally: Tally) -> Finished:
-    result = Result(tally, await client.settled(tally.safe), await client.all_found())
-    examples = {one.id: await client.an_example(one.id) for one in result.regressions[:1]}
-    return Finished(stack, result, examples)
+async def _collect_outcome(stack: Stack, client: DemoClient, tally: UserTally) -> DemoOutcome:
+    result = DemoResult(
+        tally, await client.wait_until_settled(tally.safe_requests), await client.wait_for_planted_findings()
+    )
+    examples = {
+        finding.id: await client.get_example_pair_id(finding.id) for finding in result.regression_findings[:1]
+    }
+    return DemoOutcome(stack, result, examples)

@@ -14,27 +14,27 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from abreast import ParallelRunMiddleware
-from abreast_demo.fault import Fault
+from abreast_demo.fault import FaultMiddleware
 from abreast_demo.shop import Shop
 
-SERVICE = "shop"
-RELEASES = {"old": "shop-1.8", "new": "shop-2.0"}
-GRACE = 3  # seconds to finish what is under way
+SHOP_SERVICE = "shop"
+RELEASE_BY_VERSION = {"old": "shop-1.8", "new": "shop-2.0"}
+SHUTDOWN_GRACE_S = 3  # seconds to finish what is under way
 
 
-def build(version: str, shop: Shop) -> ASGIApp:
+def build_app(version: str, shop: Shop) -> ASGIApp:
     if version == "old":
         from abreast_demo import old
 
-        starlette = old.build(shop)
-        starlette.add_middleware(Fault)
-        starlette.add_middleware(ParallelRunMiddleware, service=SERVICE)
+        starlette = old.build_starlette_app(shop)
+        starlette.add_middleware(FaultMiddleware)
+        starlette.add_middleware(ParallelRunMiddleware, service=SHOP_SERVICE)
         return starlette
     from abreast_demo import new
 
-    fastapi = new.build(shop)
-    fastapi.add_middleware(Fault)
-    fastapi.add_middleware(ParallelRunMiddleware, service=SERVICE)
+    fastapi = new.build_fastapi_app(shop)
+    fastapi.add_middleware(FaultMiddleware)
+    fastapi.add_middleware(ParallelRunMiddleware, service=SHOP_SERVICE)
     return fastapi
 
 
@@ -46,14 +46,23 @@ def main() -> None:
     parser.add_argument("--listen", metavar="HOST:PORT", required=True)
     arguments = parser.parse_args()
     host, _, port = arguments.listen.rpartition(":")
-    missing = [name for name in ("DATABASE_URL", "CACHE_URL") if not os.environ.get(name)]
-    if missing or not port.isdigit():
-        sys.exit(f"shop: set {' and '.join(missing)}" if missing else "shop: --listen must be host:port")
-    os.environ.setdefault("ABREAST_RELEASE", RELEASES[arguments.version])
-    Fault.obey_signals()
-    app = build(arguments.version, Shop(os.environ["DATABASE_URL"], os.environ["CACHE_URL"]))
+    missing_variables = [name for name in ("DATABASE_URL", "CACHE_URL") if not os.environ.get(name)]
+    if missing_variables or not port.isdigit():
+        sys.exit(
+            f"shop: set {' and '.join(missing_variables)}"
+            if missing_variables
+            else "shop: --listen must be host:port"
+        )
+    os.environ.setdefault("ABREAST_RELEASE", RELEASE_BY_VERSION[arguments.version])
+    FaultMiddleware.install_signal_handlers()
+    app = build_app(arguments.version, Shop(os.environ["DATABASE_URL"], os.environ["CACHE_URL"]))
     uvicorn.run(
-        app, host=host, port=int(port), log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE
+        app,
+        host=host,
+        port=int(port),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
     )
 
 

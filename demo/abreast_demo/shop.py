@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 
 from abreast.cache import Cache
-from abreast_demo.data import Database, Row
+from abreast_demo.data import ShopDatabase, ShopRow
 
-RATES = {"EUR": Decimal(1), "USD": Decimal("1.0847"), "GBP": Decimal("0.8553"), "JPY": Decimal("163.27")}
-WHOLE = frozenset({"JPY"})  # currencies without a smaller unit
-CENT = Decimal("0.01")
-KEPT = 20.0  # seconds
+CURRENCY_RATES = {
+    "EUR": Decimal(1),
+    "USD": Decimal("1.0847"),
+    "GBP": Decimal("0.8553"),
+    "JPY": Decimal("163.27"),
+}
+CURRENCIES_WITHOUT_MINOR_UNIT = frozenset({"JPY"})  # currencies without a smaller unit
+CENT_QUANTUM = Decimal("0.01")
+CACHE_TTL_S = 20.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +32,31 @@ class Product:
     def price(self) -> Decimal:
         return Decimal(self.price_cents) / 100
 
-    def price_in(self, currency: str) -> Decimal:
+    def convert_price(self, currency: str) -> Decimal:
         """The exact price, still to be rounded."""
-        return self.price * RATES[currency]
+        return self.price * CURRENCY_RATES[currency]
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
+class ShopStats:
     products: int
     in_stock: int
     average_cents: int
     median_cents: int
 
 
-def rounded(amount: Decimal) -> Decimal:
-    return amount.quantize(CENT, ROUND_HALF_UP)
+def round_to_cents(amount: Decimal) -> Decimal:
+    return amount.quantize(CENT_QUANTUM, ROUND_HALF_UP)
 
 
 class Shop:
     """Reads go service → cache → service → database → service."""
 
     def __init__(self, database_url: str, cache_url: str) -> None:
-        self.database = Database(database_url)
-        self.cache = Cache(cache_url, namespace="shop", form="1", ttl=KEPT)  # rows, which both read alike
+        self.database = ShopDatabase(database_url)
+        self.cache = Cache(
+            cache_url, namespace="shop", schema_version="1", ttl=CACHE_TTL_S
+        )  # rows, which both read alike
 
     async def open(self) -> None:
         await self.database.open()
@@ -58,33 +65,41 @@ class Shop:
         await self.cache.aclose()
         await self.database.close()
 
-    async def categories(self) -> list[Row]:
-        return await self.cache.get("categories", lambda: self.database.rows("categories"))
+    async def list_categories(self) -> list[ShopRow]:
+        return await self.cache.get("categories", lambda: self.database.fetch_rows("categories"))
 
-    async def category(self, slug: str) -> list[Product]:
-        rows = await self.cache.get(f"category:{slug}", lambda: self.database.rows("category", slug=slug))
+    async def list_category_products(self, slug: str) -> list[Product]:
+        rows = await self.cache.get(
+            f"category:{slug}", lambda: self.database.fetch_rows("category", slug=slug)
+        )
         return [Product(**row) for row in rows]
 
-    async def product(self, product: int) -> Product | None:
-        rows = await self.cache.get(f"product:{product}", lambda: self.database.rows("product", id=product))
+    async def find_product(self, product_id: int) -> Product | None:
+        rows = await self.cache.get(
+            f"product:{product_id}", lambda: self.database.fetch_rows("product", id=product_id)
+        )
         return Product(**rows[0]) if rows else None
 
-    async def reviews(self, product: int) -> list[Row]:
-        return await self.cache.get(f"reviews:{product}", lambda: self.database.rows("reviews", id=product))
+    async def list_reviews(self, product_id: int) -> list[ShopRow]:
+        return await self.cache.get(
+            f"reviews:{product_id}", lambda: self.database.fetch_rows("reviews", id=product_id)
+        )
 
-    async def related(self, product: int) -> set[int]:
-        rows = await self.cache.get(f"related:{product}", lambda: self.database.rows("related", id=product))
+    async def list_related_product_ids(self, product_id: int) -> set[int]:
+        rows = await self.cache.get(
+            f"related:{product_id}", lambda: self.database.fetch_rows("related", id=product_id)
+        )
         return {row["id"] for row in rows}
 
-    async def stats(self) -> Stats:
-        rows = await self.cache.get("stats", lambda: self.database.rows("stats"))
-        return Stats(**rows[0])
+    async def get_stats(self) -> ShopStats:
+        rows = await self.cache.get("stats", lambda: self.database.fetch_rows("stats"))
+        return ShopStats(**rows[0])
 
-    async def search(self, statement: str, pattern: str) -> list[Product]:
+    async def search_products(self, statement: str, pattern: str) -> list[Product]:
         """Not cached: users search for too many things."""
-        return [Product(**row) for row in await self.database.rows(statement, pattern=pattern)]
+        return [Product(**row) for row in await self.database.fetch_rows(statement, pattern=pattern)]
 
-    async def order(self, product: int, quantity: int) -> uuid.UUID:
-        placed = uuid.uuid4()
-        await self.database.write("order", id=placed, product=product, quantity=quantity)
-        return placed
+    async def create_order(self, product_id: int, quantity: int) -> uuid.UUID:
+        order_id = uuid.uuid4()
+        await self.database.write("order", id=order_id, product=product_id, quantity=quantity)
+        return order_id

@@ -16,24 +16,24 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from abreast_demo.load import Tally
-from abreast_demo.plants import ADDITIVE, HEAVIER, NOISE, REGRESSIONS
+from abreast_demo.load import UserTally
+from abreast_demo.plants import CPU_COST_NOTE, PLANTED_ADDITIONS, PLANTED_NOISE, PLANTED_REGRESSIONS
 from abreast_demo.ports import LOOPBACK
-from abreast_demo.run import GRPC_PORT, Finished, Options
-from abreast_demo.verdict import Ledger, Result, Seen
-from abreast_sidecar.cli.humane import count, counted, percent, printable
-from abreast_sidecar.cli.tables import styled, table
+from abreast_demo.run import GRPC_PORT, DemoOptions, DemoOutcome
+from abreast_demo.verdict import DemoResult, LedgerCounts, ReportedFinding
+from abreast_sidecar.cli.humane import format_count, format_percent, format_quantity, to_printable
+from abreast_sidecar.cli.tables import make_table, style_text
 from abreast_sidecar.embedded.stack import Stack
 
 
-class Show:
+class ConsoleOutput:
     """Use as a context manager. Without `results` only what goes on is told."""
 
-    def __init__(self, console: Console, *, results: bool) -> None:
+    def __init__(self, console: Console, *, show_results: bool) -> None:
         self.console = console
-        self.results = results
+        self.show_results = show_results
         self._progress: Progress | None = None
-        self._bar = TaskID(0)
+        self._task_id = TaskID(0)
 
     def __enter__(self) -> Self:
         return self
@@ -43,25 +43,25 @@ class Show:
     ) -> None:
         self._end_progress()
 
-    def say(self, text: str) -> None:
+    def print_message(self, text: str) -> None:
         self._end_progress()
         self.console.print(text, style="dim", soft_wrap=True)
 
-    def wait(self, text: str) -> None:
+    def show_wait(self, text: str) -> None:
         """Print a step, on a terminal with the seconds it takes until the next output."""
         if not self.console.is_terminal:
-            self.say(text)
+            self.print_message(text)
             return
         self._end_progress()
         columns = (TextColumn("{task.description}", style="dim"), TimeElapsedColumn())
         # A timer signal instead of a thread: servers are forked meanwhile.
-        self._progress = progress = Progress(*columns, console=self.console, auto_refresh=False)
-        progress.add_task(text, total=None)
-        progress.start()
-        signal.signal(signal.SIGALRM, lambda _number, _frame: progress.refresh())
+        self._progress = update_progress = Progress(*columns, console=self.console, auto_refresh=False)
+        update_progress.add_task(text, total=None)
+        update_progress.start()
+        signal.signal(signal.SIGALRM, lambda _number, _frame: update_progress.refresh())
         signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
 
-    def ready(self, stack: Stack, options: Options) -> None:
+    def print_ready(self, stack: Stack, options: DemoOptions) -> None:
         self._end_progress()
         self.console.print(f"the shop: {stack.envoy_url}/catalogue/categories", soft_wrap=True)
         self.console.print(f"abreast:  {stack.http_url}", soft_wrap=True)
@@ -73,32 +73,32 @@ class Show:
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self._bar = self._progress.add_task("", total=options.seconds, requests=0, errors=0)
+            self._task_id = self._progress.add_task("", total=options.duration_s, requests=0, errors=0)
             self._progress.start()
 
-    def step(self, share: float) -> None:
-        text = f"new answers {percent(share)} of users" if share else "old answers all users"
+    def show_step(self, share: float) -> None:
+        text = f"new answers {format_percent(share)} of users" if share else "old answers all users"
         if self._progress is None:
             self.console.print(text, style="dim")
         else:
-            self._progress.update(self._bar, description=text)
+            self._progress.update(self._task_id, description=text)
 
-    def progress(self, tally: Tally) -> None:
+    def update_progress(self, tally: UserTally) -> None:
         if self._progress is not None:
-            passed = self._progress.tasks[self._bar].elapsed or 0.0
+            elapsed_s = self._progress.tasks[self._task_id].elapsed or 0.0
             self._progress.update(
-                self._bar, completed=passed, requests=tally.requests, errors=tally.user_errors
+                self._task_id, completed=elapsed_s, requests=tally.requests, errors=tally.user_errors
             )
 
-    def regression(self, seen: Seen) -> None:
-        self.console.print(styled("found", "ok"), "", _place(seen), soft_wrap=True)
+    def print_regression(self, finding: ReportedFinding) -> None:
+        self.console.print(style_text("found", "ok"), "", _format_finding_location(finding), soft_wrap=True)
 
-    def finished(self, finished: Finished) -> None:
+    def print_outcome(self, outcome: DemoOutcome) -> None:
         self._end_progress()
-        if self.results:
-            for part in (_planted, _harmless, _unexpected, _sums):
-                part(self.console, finished.result)
-            _next_commands(self.console, finished)
+        if self.show_results:
+            for print_section in (_print_regressions, _print_harmless, _print_unexpected, _print_ledger):
+                print_section(self.console, outcome.result)
+            _print_next_commands(self.console, outcome)
 
     def _end_progress(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -107,87 +107,130 @@ class Show:
             self._progress = None
 
 
-def _planted(console: Console, result: Result) -> None:
-    rows = table(
-        "", "finding", "pairs", "planted, and what is reported", right=frozenset({"finding", "pairs"})
+def _print_regressions(console: Console, result: DemoResult) -> None:
+    table = make_table(
+        "",
+        "finding",
+        "pairs",
+        "planted, and what is reported",
+        numeric_columns=frozenset({"finding", "pairs"}),
     )
-    for plant in REGRESSIONS:
-        shown = [one for one in result.regressions if one.place == plant.place]
-        for one in shown:
-            rows.add_row(
-                styled("found", "ok"), str(one.id), count(one.count), _two_lines(plant.what, _place(one))
+    for change in PLANTED_REGRESSIONS:
+        matches = [finding for finding in result.regression_findings if finding.location == change.location]
+        for finding in matches:
+            table.add_row(
+                style_text("found", "ok"),
+                str(finding.id),
+                format_count(finding.count),
+                _join_lines(change.description, _format_finding_location(finding)),
             )
-        if not shown:
-            rows.add_row(styled("missed", "fail"), "", "", _two_lines(plant.what, str(plant.place)))
-    _titled(console, f"Regressions: {len(result.found)} of {len(REGRESSIONS)} found", rows)
+        if not matches:
+            table.add_row(
+                style_text("missed", "fail"), "", "", _join_lines(change.description, str(change.location))
+            )
+    _print_titled_table(
+        console, f"Regressions: {len(result.detected_changes)} of {len(PLANTED_REGRESSIONS)} found", table
+    )
 
 
-def _harmless(console: Console, result: Result) -> None:
-    rows = table("", "pairs", "harmless, and where it was seen", right=frozenset({"pairs"}))
-    for plants, seen, word in ((NOISE, result.noise, "noise"), (ADDITIVE, result.additive, "additive")):
-        for plant in plants:
-            pairs = [one.count for one in seen if one.place == plant.place]
-            lines = _two_lines(plant.what, str(plant.place))
-            rows.add_row(styled(word) if pairs else styled("not seen", "warn"), count(sum(pairs)), lines)
-    for one in result.heavier:
-        rows.add_row(styled("slower"), count(one.count), _two_lines(HEAVIER, _place(one)))
-    _titled(console, "Differs too, and is no regression", rows)
-
-
-def _unexpected(console: Console, result: Result) -> None:
-    if result.unexpected:
-        rows = table(
-            "", "reported, but not planted", "pairs", "finding", right=frozenset({"pairs", "finding"})
+def _print_harmless(console: Console, result: DemoResult) -> None:
+    table = make_table("", "pairs", "harmless, and where it was seen", numeric_columns=frozenset({"pairs"}))
+    for changes, findings, word in (
+        (PLANTED_NOISE, result.noise_findings, "noise"),
+        (PLANTED_ADDITIONS, result.additive_findings, "additive"),
+    ):
+        for change in changes:
+            pairs = [finding.count for finding in findings if finding.location == change.location]
+            lines = _join_lines(change.description, str(change.location))
+            table.add_row(
+                style_text(word) if pairs else style_text("not seen", "warn"), format_count(sum(pairs)), lines
+            )
+    for finding in result.unplanted_slowdowns:
+        table.add_row(
+            style_text("slower"),
+            format_count(finding.count),
+            _join_lines(CPU_COST_NOTE, _format_finding_location(finding)),
         )
-        for one in result.unexpected:
-            rows.add_row(styled("unexpected", "fail"), _place(one), count(one.count), str(one.id))
-        _titled(console, f"{counted(len(result.unexpected), 'finding')} that nobody planted", rows)
+    _print_titled_table(console, "Differs too, and is no regression", table)
 
 
-def _sums(console: Console, result: Result) -> None:
+def _print_unexpected(console: Console, result: DemoResult) -> None:
+    if result.unexpected_findings:
+        table = make_table(
+            "",
+            "reported, but not planted",
+            "pairs",
+            "finding",
+            numeric_columns=frozenset({"pairs", "finding"}),
+        )
+        for finding in result.unexpected_findings:
+            table.add_row(
+                style_text("unexpected", "fail"),
+                _format_finding_location(finding),
+                format_count(finding.count),
+                str(finding.id),
+            )
+        _print_titled_table(
+            console,
+            f"{format_quantity(len(result.unexpected_findings), 'finding')} that nobody planted",
+            table,
+        )
+
+
+def _print_ledger(console: Console, result: DemoResult) -> None:
     ledger, tally = result.ledger, result.tally
-    rows = table("outcome", "requests", right=frozenset({"requests"}))
-    for outcome, number in sorted(ledger.outcomes.items(), key=lambda row: -row[1]):
-        rows.add_row(styled(outcome.replace("_", " "), outcome), count(number))
+    table = make_table("outcome", "requests", numeric_columns=frozenset({"requests"}))
+    for outcome, pair_count in sorted(ledger.outcomes.items(), key=lambda row: -row[1]):
+        table.add_row(style_text(outcome.replace("_", " "), outcome), format_count(pair_count))
         if outcome == "mismatch":
-            rows.add_row(styled("  of these only noise or additions", "dim"), count(ledger.explained))
-    rows.add_row("sum", count(ledger.rows))
-    rows.add_row("Envoy's own count", "unknown" if ledger.envoy is None else count(ledger.envoy))
-    _titled(console, "The ledger: " + _verdict(ledger), rows)
-    errors = styled(counted(tally.user_errors, "user error"), "fail" if tally.user_errors else "ok")
-    console.print(f"{counted(tally.requests, 'request')}, ", errors, sep="")
+            table.add_row(
+                style_text("  of these only noise or additions", "dim"), format_count(ledger.explained_pairs)
+            )
+    table.add_row("sum", format_count(ledger.total_pairs))
+    table.add_row(
+        "Envoy's own count", "unknown" if ledger.envoy_sampled is None else format_count(ledger.envoy_sampled)
+    )
+    _print_titled_table(console, "The ledger: " + _format_ledger_state(ledger), table)
+    errors = style_text(
+        format_quantity(tally.user_errors, "user error"), "fail" if tally.user_errors else "ok"
+    )
+    console.print(f"{format_quantity(tally.requests, 'request')}, ", errors, sep="")
 
 
-def _verdict(ledger: Ledger) -> str:
-    if ledger.settled(0):
+def _format_ledger_state(ledger: LedgerCounts) -> str:
+    if ledger.is_settled(0):
         return "it sums up to what Envoy counted"
-    missing = "an unknown number of" if ledger.unaccounted is None else str(ledger.unaccounted)
-    waiting = "an unknown number" if ledger.pending is None else str(ledger.pending)
-    return f"{missing} requests are not in it, {waiting} still wait"
+    missing_text = "an unknown number of" if ledger.unaccounted is None else str(ledger.unaccounted)
+    pending_text = "an unknown number" if ledger.pending is None else str(ledger.pending)
+    return f"{missing_text} requests are not in it, {pending_text} still wait"
 
 
-def _next_commands(console: Console, finished: Finished) -> None:
-    address = finished.stack.grpc_address
+def _print_next_commands(console: Console, outcome: DemoOutcome) -> None:
+    address = outcome.stack.grpc_address
     flag = "" if address == f"{LOOPBACK}:{GRPC_PORT}" else f" --address {address}"
     console.print()
     console.print("What to try next, in another terminal", style="bold")
-    for command, why in _commands(finished):
-        console.print(f"# {why}", style="dim", soft_wrap=True)
-        console.print(f"{program()} {command}{flag}", soft_wrap=True)  # one line, to be copied
-    console.print(f"or open {finished.stack.http_url}", soft_wrap=True)
+    for command, description in _list_next_commands(outcome):
+        console.print(f"# {description}", style="dim", soft_wrap=True)
+        console.print(f"{program_command()} {command}{flag}", soft_wrap=True)  # one line, to be copied
+    console.print(f"or open {outcome.stack.http_url}", soft_wrap=True)
 
 
-def program() -> str:
+def program_command() -> str:
     """The word or words that start this program again, for a shell in the same folder."""
-    called, found = sys.argv[0], shutil.which("abreast")
-    if Path(called).name != "abreast":
+    program_path, installed_path = sys.argv[0], shutil.which("abreast")
+    if Path(program_path).name != "abreast":
         return shlex.join([sys.executable, "-m", "abreast_sidecar"])
-    return "abreast" if found and Path(found).samefile(called) else shlex.quote(called)
+    return (
+        "abreast"
+        if installed_path and Path(installed_path).samefile(program_path)
+        else shlex.quote(program_path)
+    )
 
 
-def _commands(finished: Finished) -> Iterable[tuple[str, str]]:
+def _list_next_commands(outcome: DemoOutcome) -> Iterable[tuple[str, str]]:
     yield "findings", "what differs, one cause a row"
-    for finding, pair in finished.examples.items():
+    for finding, pair in outcome.example_pair_ids.items():
         yield f"finding {finding}", "one of them, with examples"
         if pair:
             yield f"pair {pair}", "one request: both answers side by side"
@@ -196,19 +239,19 @@ def _commands(finished: Finished) -> Iterable[tuple[str, str]]:
     yield "watch", "findings as they grow"
 
 
-def _place(one: Seen) -> str:
-    place = one.place
-    where = {"body": place.path, "header": f"header {place.path}", "latency": "time"}.get(
-        place.part, place.part
+def _format_finding_location(finding: ReportedFinding) -> str:
+    location = finding.location
+    position = {"body": location.path, "header": f"header {location.path}", "latency": "time"}.get(
+        location.part, location.part
     )
-    return printable(f"{place.endpoint}  {where}: {one.summary or place.kind}")
+    return to_printable(f"{location.endpoint}  {position}: {finding.summary or location.kind}")
 
 
-def _two_lines(first: str, second: str) -> Text:
+def _join_lines(first: str, second: str) -> Text:
     return Text.assemble(first, "\n", (second, "dim"))
 
 
-def _titled(console: Console, title: str, rows: Table) -> None:
+def _print_titled_table(console: Console, title: str, titled_table: Table) -> None:
     console.print()
     console.print(title, style="bold")
-    console.print(rows)
+    console.print(titled_table)

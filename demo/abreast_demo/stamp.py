@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-SEARCH_HEADER = "x-search-id"
+SEARCH_ID_HEADER = "x-search-id"
 
 
-class RequestIds:
+class RequestIdMiddleware:
     """An id of the service's own, since that of Envoy is the same for all copies of a request."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -23,23 +23,23 @@ class RequestIds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        identity = str(uuid.uuid4())
-        scope.setdefault("state", {})["request_id"] = identity
+        request_id = str(uuid.uuid4())
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = identity
+                MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
         await self.app(scope, receive, send_with_id)
 
 
-def now() -> str:
+def current_timestamp() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def any_order(members: Iterable[int]) -> list[int]:
+def shuffle_members(members: Iterable[int]) -> list[int]:
     """A set has no order, and here it shows."""
-    found = list(members)
-    random.shuffle(found)
-    return found
+    shuffled_members = list(members)
+    random.shuffle(shuffled_members)
+    return shuffled_members

@@ -9,78 +9,78 @@ from urllib.parse import quote
 
 import orjson
 
-USERS = 200
-PRODUCTS = 120
-OUT_OF_STOCK = range(9, PRODUCTS + 1, 9)
-CATEGORIES = ("books", "garden", "kitchen", "office", "outdoor", "toys")
-WORDS = ("tent", "lamp", "kettle", "sturdy", "atlas", "chair", "kite", "little", "drum", "bicycle")
-RARE_WORDS = ("c++", "c++ primer", "notepad++")
+USER_COUNT = 200
+PRODUCT_COUNT = 120
+OUT_OF_STOCK_IDS = range(9, PRODUCT_COUNT + 1, 9)
+CATEGORY_SLUGS = ("books", "garden", "kitchen", "office", "outdoor", "toys")
+SEARCH_WORDS = ("tent", "lamp", "kettle", "sturdy", "atlas", "chair", "kite", "little", "drum", "bicycle")
+RARE_SEARCH_WORDS = ("c++", "c++ primer", "notepad++")
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class UserRequest:
     method: str
     path: str
     user: str
     body: bytes = b""
 
     @property
-    def safe(self) -> bool:
+    def is_safe(self) -> bool:
         return self.method == "GET"
 
 
 Dice = random.Random
 
 
-def product(dice: Dice) -> str:
-    return f"/products/{dice.choice([n for n in range(1, PRODUCTS + 1) if n not in OUT_OF_STOCK])}"
+def pick_in_stock_path(dice: Dice) -> str:
+    return f"/products/{dice.choice([n for n in range(1, PRODUCT_COUNT + 1) if n not in OUT_OF_STOCK_IDS])}"
 
 
-def sold_out(dice: Dice) -> str:
-    return f"/products/{dice.choice(OUT_OF_STOCK)}"
+def pick_sold_out_path(dice: Dice) -> str:
+    return f"/products/{dice.choice(OUT_OF_STOCK_IDS)}"
 
 
-def unknown(dice: Dice) -> str:
-    return f"/products/{dice.randint(PRODUCTS + 1, PRODUCTS + 50)}"
+def pick_unknown_path(dice: Dice) -> str:
+    return f"/products/{dice.randint(PRODUCT_COUNT + 1, PRODUCT_COUNT + 50)}"
 
 
-def any_product(dice: Dice) -> str:
-    return f"/products/{dice.randint(1, PRODUCTS)}"
+def pick_product_path(dice: Dice) -> str:
+    return f"/products/{dice.randint(1, PRODUCT_COUNT)}"
 
 
 # How often in 100 requests, and what. Each endpoint comes often enough that some of its copies go to old twice.
-MIX: tuple[tuple[int, Callable[[Dice], str]], ...] = (
-    (14, product),
-    (4, sold_out),
-    (2, unknown),
+REQUEST_MIX: tuple[tuple[int, Callable[[Dice], str]], ...] = (
+    (14, pick_in_stock_path),
+    (4, pick_sold_out_path),
+    (2, pick_unknown_path),
     (7, lambda _dice: "/catalogue/categories"),
-    (12, lambda dice: f"/catalogue/categories/{dice.choice(CATEGORIES)}"),
-    (8, lambda dice: f"{any_product(dice)}/price?currency={dice.choice(('EUR', 'USD', 'GBP'))}"),
-    (4, lambda dice: f"{any_product(dice)}/price?currency=JPY"),
-    (10, lambda dice: f"{any_product(dice)}/reviews"),
-    (2, lambda dice: f"{unknown(dice)}/reviews"),
-    (10, lambda dice: f"{any_product(dice)}/related"),
-    (15, lambda dice: f"/search?q={quote(dice.choice(WORDS))}"),
-    (1, lambda dice: f"/search?q={quote(dice.choice(RARE_WORDS))}"),
+    (12, lambda dice: f"/catalogue/categories/{dice.choice(CATEGORY_SLUGS)}"),
+    (8, lambda dice: f"{pick_product_path(dice)}/price?currency={dice.choice(('EUR', 'USD', 'GBP'))}"),
+    (4, lambda dice: f"{pick_product_path(dice)}/price?currency=JPY"),
+    (10, lambda dice: f"{pick_product_path(dice)}/reviews"),
+    (2, lambda dice: f"{pick_unknown_path(dice)}/reviews"),
+    (10, lambda dice: f"{pick_product_path(dice)}/related"),
+    (15, lambda dice: f"/search?q={quote(dice.choice(SEARCH_WORDS))}"),
+    (1, lambda dice: f"/search?q={quote(dice.choice(RARE_SEARCH_WORDS))}"),
     (8, lambda _dice: "/stats"),
     (3, lambda _dice: "/orders"),
 )
-DECK = sum(often for often, _ in MIX)
+DECK_SIZE = sum(often for often, _ in REQUEST_MIX)
 
 
-def requests(seed: int) -> Iterator[Request]:
+def generate_requests(seed: int) -> Iterator[UserRequest]:
     """Endless, and always the same for one seed."""
     dice = random.Random(seed)
     while True:
-        deck = [path for often, path in MIX for _ in range(often)]
+        deck = [pick_path for frequency, pick_path in REQUEST_MIX for _ in range(frequency)]
         dice.shuffle(deck)
-        for path in deck:
-            yield _request(dice, path(dice))
+        for pick_path in deck:
+            yield _build_user_request(dice, pick_path(dice))
 
 
-def _request(dice: Dice, path: str) -> Request:
-    user = f"user-{dice.randint(1, USERS)}"
+def _build_user_request(dice: Dice, path: str) -> UserRequest:
+    user = f"user-{dice.randint(1, USER_COUNT)}"
     if path == "/orders":
-        wish = {"product": dice.randint(1, PRODUCTS), "quantity": dice.randint(1, 5)}
-        return Request("POST", path, user, orjson.dumps(wish))
-    return Request("GET", path, user)
+        wish = {"product": dice.randint(1, PRODUCT_COUNT), "quantity": dice.randint(1, 5)}
+        return UserRequest("POST", path, user, orjson.dumps(wish))
+    return UserRequest("GET", path, user)

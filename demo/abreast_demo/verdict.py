@@ -6,16 +6,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from abreast_demo.load import Tally
-from abreast_demo.plants import ADDITIVE, NOISE, REGRESSIONS, Place, Plant
+from abreast_demo.load import UserTally
+from abreast_demo.plants import (
+    PLANTED_ADDITIONS,
+    PLANTED_NOISE,
+    PLANTED_REGRESSIONS,
+    FindingLocation,
+    PlantedChange,
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ReportedFinding:
     """A finding, as the API gave it."""
 
     id: int
-    place: Place
+    location: FindingLocation
     impact: str
     noise: bool
     count: int
@@ -24,139 +30,157 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class LedgerCounts:
     """How the sampled requests ended, beside Envoy's count of them."""
 
     outcomes: Mapping[str, int]
-    envoy: int | None
+    envoy_sampled: int | None
     unaccounted: int | None
     pending: int | None  # None: not known now
     drops: Mapping[str, int]
-    explained: int = 0  # of the mismatches: all that differs is noise or was added
+    explained_pairs: int = 0  # of the mismatches: all that differs is noise or was added
 
     @property
-    def rows(self) -> int:
+    def total_pairs(self) -> int:
         return sum(self.outcomes.values())
 
-    def settled(self, sent: int) -> bool:
+    def is_settled(self, sent_requests: int) -> bool:
         """Whether all that Envoy counted is in the ledger, and Envoy has counted all that was sent."""
-        summed = self.envoy is not None and self.rows == self.envoy >= sent
-        return summed and self.pending == 0 and self.unaccounted == 0
+        is_complete = (
+            self.envoy_sampled is not None and self.total_pairs == self.envoy_sampled >= sent_requests
+        )
+        return is_complete and self.pending == 0 and self.unaccounted == 0
 
-    def complete_since(self, before: Ledger) -> bool:
+    def is_complete_since(self, before: LedgerCounts) -> bool:
         """Whether what Envoy counted since is in the ledger too, beside what was still on its way then."""
-        if self.envoy is None or before.envoy is None or self.pending or self.envoy == before.envoy:
+        if (
+            self.envoy_sampled is None
+            or before.envoy_sampled is None
+            or self.pending
+            or self.envoy_sampled == before.envoy_sampled
+        ):
             return False
-        return self.envoy - before.envoy == self.rows - before.rows - (before.pending or 0)
+        return self.envoy_sampled - before.envoy_sampled == self.total_pairs - before.total_pairs - (
+            before.pending or 0
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    tally: Tally
-    ledger: Ledger
-    seen: tuple[Seen, ...]
+class DemoResult:
+    tally: UserTally
+    ledger: LedgerCounts
+    findings: tuple[ReportedFinding, ...]
 
     @property
-    def regressions(self) -> list[Seen]:
-        return regressions(self.seen)
+    def regression_findings(self) -> list[ReportedFinding]:
+        return select_regressions(self.findings)
 
     @property
-    def additive(self) -> list[Seen]:
-        return [one for one in self.seen if not one.noise and one.impact == "additive"]
+    def additive_findings(self) -> list[ReportedFinding]:
+        return [finding for finding in self.findings if not finding.noise and finding.impact == "additive"]
 
     @property
-    def noise(self) -> list[Seen]:
-        return [one for one in self.seen if one.noise]
+    def noise_findings(self) -> list[ReportedFinding]:
+        return [finding for finding in self.findings if finding.noise]
 
     @property
-    def found(self) -> list[Plant]:
-        return [plant for plant in REGRESSIONS if covered(plant, self.regressions)]
+    def detected_changes(self) -> list[PlantedChange]:
+        return [change for change in PLANTED_REGRESSIONS if is_reported(change, self.regression_findings)]
 
     @property
-    def missed(self) -> list[Plant]:
-        return missing(self.seen)
+    def missed_changes(self) -> list[PlantedChange]:
+        return find_missed_changes(self.findings)
 
     @property
-    def unexpected(self) -> list[Seen]:
+    def unexpected_findings(self) -> list[ReportedFinding]:
         """Reported, and nobody planted it; among them what is harmless and was not recognised as such."""
-        heavier = self.heavier
+        slowdowns = self.unplanted_slowdowns
         return [
-            *(one for one in self.regressions if one not in heavier and not _planted(one, REGRESSIONS)),
-            *(one for one in self.additive if not _planted(one, ADDITIVE)),
+            *(
+                finding
+                for finding in self.regression_findings
+                if finding not in slowdowns and not _is_planted(finding, PLANTED_REGRESSIONS)
+            ),
+            *(finding for finding in self.additive_findings if not _is_planted(finding, PLANTED_ADDITIONS)),
         ]
 
     @property
-    def heavier(self) -> list[Seen]:
+    def unplanted_slowdowns(self) -> list[ReportedFinding]:
         """Slower without having been made so: see `plants.HEAVIER`."""
         return [
-            one for one in self.regressions if one.place.part == "latency" and not _planted(one, REGRESSIONS)
+            finding
+            for finding in self.regression_findings
+            if finding.location.part == "latency" and not _is_planted(finding, PLANTED_REGRESSIONS)
         ]
 
     @property
-    def as_planted(self) -> bool:
-        return not (self.missed or self.unexpected or self.tally.user_errors) and self.ledger.settled(
-            self.tally.safe
-        )
+    def is_as_planted(self) -> bool:
+        return not (
+            self.missed_changes or self.unexpected_findings or self.tally.user_errors
+        ) and self.ledger.is_settled(self.tally.safe_requests)
 
-    def for_machines(self) -> dict[str, Any]:
+    def to_json_object(self) -> dict[str, Any]:
         ledger = self.ledger
         return {
             "requests": self.tally.requests,
             "user_errors": self.tally.user_errors,
-            "sampled": ledger.envoy,
+            "sampled": ledger.envoy_sampled,
             "outcomes": dict(ledger.outcomes),
-            "findings": [_row(one) for one in self.regressions],
-            "additive": [_row(one) for one in self.additive],
-            "noise": [_row(one) for one in self.noise],
+            "findings": [_to_finding_record(finding) for finding in self.regression_findings],
+            "additive": [_to_finding_record(finding) for finding in self.additive_findings],
+            "noise": [_to_finding_record(finding) for finding in self.noise_findings],
             "planted": {
-                "expected": [plant.name for plant in REGRESSIONS],
-                "found": [plant.name for plant in self.found],
-                "missed": [plant.name for plant in self.missed],
-                "unexpected": [str(one.place) for one in self.unexpected],
+                "expected": [change.name for change in PLANTED_REGRESSIONS],
+                "found": [change.name for change in self.detected_changes],
+                "missed": [change.name for change in self.missed_changes],
+                "unexpected": [str(finding.location) for finding in self.unexpected_findings],
             },
-            "heavier": [one.place.endpoint for one in self.heavier],
-            "harmless": {plant.name: covered(plant, self._harmless(plant)) for plant in (*NOISE, *ADDITIVE)},
+            "heavier": [finding.location.endpoint for finding in self.unplanted_slowdowns],
+            "harmless": {
+                change.name: is_reported(change, self._findings_for(change))
+                for change in (*PLANTED_NOISE, *PLANTED_ADDITIONS)
+            },
             "ledger": {
-                "rows": ledger.rows,
-                "explained": ledger.explained,
-                "envoy": ledger.envoy,
+                "rows": ledger.total_pairs,
+                "explained": ledger.explained_pairs,
+                "envoy": ledger.envoy_sampled,
                 "unaccounted": ledger.unaccounted,
                 "pending": ledger.pending,
                 "drops": dict(ledger.drops),
             },
             "statuses": {str(status): count for status, count in sorted(self.tally.statuses.items())},
-            "as_planted": self.as_planted,
+            "as_planted": self.is_as_planted,
         }
 
-    def _harmless(self, plant: Plant) -> list[Seen]:
-        return self.noise if plant in NOISE else self.additive
+    def _findings_for(self, change: PlantedChange) -> list[ReportedFinding]:
+        return self.noise_findings if change in PLANTED_NOISE else self.additive_findings
 
 
-def regressions(seen: Iterable[Seen]) -> list[Seen]:
-    return [one for one in seen if not one.noise and one.impact != "additive"]
+def select_regressions(findings: Iterable[ReportedFinding]) -> list[ReportedFinding]:
+    return [finding for finding in findings if not finding.noise and finding.impact != "additive"]
 
 
-def missing(seen: Iterable[Seen]) -> list[Plant]:
-    reported = regressions(seen)
-    return [plant for plant in REGRESSIONS if not covered(plant, reported)]
+def find_missed_changes(findings: Iterable[ReportedFinding]) -> list[PlantedChange]:
+    reported_regressions = select_regressions(findings)
+    return [change for change in PLANTED_REGRESSIONS if not is_reported(change, reported_regressions)]
 
 
-def covered(plant: Plant, seen: Iterable[Seen]) -> bool:
-    return any(one.place == plant.place for one in seen)
+def is_reported(change: PlantedChange, findings: Iterable[ReportedFinding]) -> bool:
+    return any(finding.location == change.location for finding in findings)
 
 
-def _planted(one: Seen, plants: Iterable[Plant]) -> bool:
-    return any(one.place == plant.place for plant in plants)
+def _is_planted(finding: ReportedFinding, changes: Iterable[PlantedChange]) -> bool:
+    return any(finding.location == change.location for change in changes)
 
 
-def _row(one: Seen) -> dict[str, Any]:
-    place = one.place
+def _to_finding_record(finding: ReportedFinding) -> dict[str, Any]:
+    location = finding.location
     return {
-        "id": one.id,
-        "endpoint": place.endpoint,
-        "part": place.part,
-        "path": place.path,
-        "kind": place.kind,
-        "count": one.count,
-        "summary": one.summary,
+        "id": finding.id,
+        "endpoint": location.endpoint,
+        "part": location.part,
+        "path": location.path,
+        "kind": location.kind,
+        "count": finding.count,
+        "summary": finding.summary,
     }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from abreast.carry import adopt, carry
-from abreast.context import Current, current, is_shadow
+from abreast.carry import extract, inject
+from abreast.context import RequestContext, current, is_shadow
 from abreast.effects import Effect, effect, record
 from abreast.errors import AbreastError, CaptureError, EffectError, SettingError, ShadowError
-from abreast.hops import hop
+from abreast.hops import span
 
 if TYPE_CHECKING:
     from abreast.middleware import ParallelRunMiddleware
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 __all__ = [
     "AbreastError",
     "CaptureError",
-    "Current",
     "Effect",
     "EffectError",
     "ParallelRunMiddleware",
+    "RequestContext",
     "SettingError",
     "ShadowError",
-    "adopt",
-    "carry",
     "current",
     "effect",
-    "hop",
+    "extract",
+    "inject",
     "is_shadow",
     "record",
+    "span",
 ]
 
 

@@ -5,25 +5,25 @@ from __future__ import annotations
 import asyncio
 
 
-class Alarm:
+class WakeEvent:
     """Of one task, in the thread of its loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._rung = False
+        self._is_set = False
         self._waiter: asyncio.Future[None] | None = None
 
-    def ring(self) -> None:
-        self._rung = True
+    def set(self) -> None:
+        self._is_set = True
         self._wake()
 
-    def silence(self) -> None:
+    def clear(self) -> None:
         """Forget that it rang."""
-        self._rung = False
+        self._is_set = False
 
     async def wait(self, seconds: float) -> bool:
         """Whether it rang within the time, or had before. It is silent then."""
-        if not self._rung and seconds > 0:
+        if not self._is_set and seconds > 0:
             self._waiter = self._loop.create_future()
             timer = self._loop.call_later(seconds, self._wake)
             try:
@@ -31,8 +31,8 @@ class Alarm:
             finally:
                 timer.cancel()
                 self._waiter = None
-        rung, self._rung = self._rung, False
-        return rung
+        was_set, self._is_set = self._is_set, False
+        return was_set
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from abreast.context import Current
+from abreast.context import RequestContext
 
 Message = MutableMapping[str, Any]
 
 
-class Bystander:
-    returned = False
-    finished = 0  # as a recorder's, so that it is always told when the app has left
+class UncapturedRequest:
+    app_returned = False
+    finished_ns = 0  # as a recorder's, so that it is always told when the app has left
 
     def __init__(
         self,
-        now: Current,
+        context: RequestContext,
         receive: Callable[[], Awaitable[Message]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
-        self.now = now
+        self.context = context
         self._send = send
         self.receive = receive
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            self.now.answered = True
+            self.context.response_sent = True
         await self._send(message)
 
-    def left(self, _raised: str) -> None:
-        self.now.answered = True
+    def mark_app_finished(self, _exception: str) -> None:
+        self.context.response_sent = True

@@ -24,23 +24,23 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from abreast.context import CURRENT, Current
+from abreast.context import CURRENT_CONTEXT, RequestContext
 from abreast.effects import record
 from abreast.errors import SettingError
-from abreast.flight import Flights
-from abreast.hops import HIT, MISS, went
+from abreast.flight import SingleFlight
+from abreast.hops import HIT, MISS, add_span
 
 T = TypeVar("T")
 
 logger = logging.getLogger("abreast")
 
-PLACES = 20  # questions at a time: more connections answer no sooner
-PAUSE = 1.0  # seconds without a question to a Redis that did not answer
-TOO_MANY: Any = getattr(exceptions, "MaxConnectionsError", ())  # an older redis-py has none
-STAMP = 8  # bytes before a value: when it is over, ms since the epoch, big-endian
-OURS = "abreast:"  # what shadows keep begins so, and no namespace does
-KIND = "cache"
-MISSING = object()
+MAX_CONCURRENT_CALLS = 20  # questions at a time: more connections answer no sooner
+PROBE_DELAY_S = 1.0  # seconds without a question to a Redis that did not answer
+MAX_CONNECTIONS_ERROR: Any = getattr(exceptions, "MaxConnectionsError", ())  # an older redis-py has none
+EXPIRY_BYTES = 8  # bytes before a value: when it is over, ms since the epoch, big-endian
+RESERVED_PREFIX = "abreast:"  # what shadows keep begins so, and no namespace does
+SPAN_KIND = "cache"
+NOT_CACHED = object()
 
 ShadowWrites = Literal["apart", "nowhere"]
 
@@ -61,27 +61,29 @@ class Cache:
         redis: str | Redis,
         *,
         namespace: str,
-        form: str | None = None,
+        schema_version: str | None = None,
         ttl: float = 60.0,
         jitter: float = 0.1,
         timeout: float = 0.2,
         max_bytes: int = 1024 * 1024,
         shadow_writes: ShadowWrites = "nowhere",
     ) -> None:
-        _check(namespace, ttl, jitter, timeout, shadow_writes)
-        self.redis = _client(redis, timeout) if isinstance(redis, str) else redis
-        self.form = os.environ.get("ABREAST_RELEASE", "") if form is None else form
-        self._owned = isinstance(redis, str)
+        _validate_arguments(namespace, ttl, jitter, timeout, shadow_writes)
+        self.redis = _make_client(redis, timeout) if isinstance(redis, str) else redis
+        self.schema_version = (
+            os.environ.get("ABREAST_RELEASE", "") if schema_version is None else schema_version
+        )
+        self._owns_client = isinstance(redis, str)
         self._namespace = namespace
         self._ttl = ttl
         self._jitter = jitter
         self._timeout = timeout
         self._max_bytes = max_bytes
         self._shadow_writes = shadow_writes
-        self._flights = Flights()
-        self._places = asyncio.Semaphore(PLACES)
-        self._failed = False
-        self._again_at = 0.0
+        self._single_flight = SingleFlight()
+        self._call_slots = asyncio.Semaphore(MAX_CONCURRENT_CALLS)
+        self._is_down = False
+        self._probe_at = 0.0
 
     async def get(
         self,
@@ -97,38 +99,42 @@ class Cache:
         it refuses is a miss. Those who ask at the same time share one load, and what it raises. Nothing is raised for
         Redis's sake.
         """
-        request = CURRENT.get()
-        found = await self._find(request, key, parse)
-        if found is not MISSING:
-            return cast("T", found)
-        if not request.shadow:
-            return cast("T", await self._flights.run(key, lambda: self._loaded(key, load, ttl)))
-        if not self._forgotten(request, key):
-            landed = await self._flights.join(key)  # what users wait for, a shadow may read
-            if landed is not None and landed.error is None and not landed.given_up:
-                return cast("T", landed.value)
+        context = CURRENT_CONTEXT.get()
+        value = await self._look_up(context, key, parse)
+        if value is not NOT_CACHED:
+            return cast("T", value)
+        if not context.is_shadow:
+            return cast("T", await self._single_flight.run(key, lambda: self._load_and_store(key, load, ttl)))
+        if not self._is_deleted(context, key):
+            result = await self._single_flight.join(key)  # what users wait for, a shadow may read
+            if result is not None and result.error is None and not result.is_abandoned:
+                return cast("T", result.value)
         # A load of its own: it may see what this request has written, and nobody else may.
-        own = (id(request), key)
-        return cast("T", await self._flights.run(own, lambda: self._loaded(key, load, ttl)))
+        shadow_key = (id(context), key)
+        return cast(
+            "T", await self._single_flight.run(shadow_key, lambda: self._load_and_store(key, load, ttl))
+        )
 
     async def delete(self, *keys: str) -> None:
         """Remove what is kept, in all forms. A shadow doesn't: it only sees them no more itself."""
-        request = CURRENT.get()
+        context = CURRENT_CONTEXT.get()
         for key in keys:
             record("cache.delete", {"namespace": self._namespace, "key": key}, key=key)
-        if request.shadow:
-            self._forget_for(request, keys)
-            names = [self._name(key, request) for key in keys] if self._shadow_writes == "apart" else []
+        if context.is_shadow:
+            self._mark_deleted(context, keys)
+            redis_keys = (
+                [self._redis_key(key, context) for key in keys] if self._shadow_writes == "apart" else []
+            )
         else:
             for key in keys:
-                self._flights.forget(key)
-            names = [self._name(key) for key in keys]
-        if names:
-            await self._ask(lambda: self.redis.delete(*names))
+                self._single_flight.invalidate(key)
+            redis_keys = [self._redis_key(key) for key in keys]
+        if redis_keys:
+            await self._call_redis(lambda: self.redis.delete(*redis_keys))
 
     async def aclose(self) -> None:
         """Close the connections, unless the client was given."""
-        if self._owned:
+        if self._owns_client:
             await self.redis.aclose()
 
     async def __aenter__(self) -> Self:
@@ -137,126 +143,131 @@ class Cache:
     async def __aexit__(self, *_error: object) -> None:
         await self.aclose()
 
-    async def _find(self, request: Current, key: str, parse: Callable[[Any], Any] | None) -> Any:
-        since = perf_counter_ns()
-        found: Any = MISSING
-        if not self._forgotten(request, key):
-            found = self._read(await self._ask(lambda: self.redis.hget(self._name(key), self.form)), parse)
-        if found is MISSING and request.shadow and self._shadow_writes == "apart":
-            name = self._name(key, request)
-            found = self._read(await self._ask(lambda: self.redis.hget(name, self.form)), parse)
-        went(request, KIND, key.partition(":")[0], since, MISS if found is MISSING else HIT)
-        return found
+    async def _look_up(self, context: RequestContext, key: str, parse: Callable[[Any], Any] | None) -> Any:
+        started_ns = perf_counter_ns()
+        value: Any = NOT_CACHED
+        if not self._is_deleted(context, key):
+            value = self._decode(
+                await self._call_redis(lambda: self.redis.hget(self._redis_key(key), self.schema_version)),
+                parse,
+            )
+        if value is NOT_CACHED and context.is_shadow and self._shadow_writes == "apart":
+            redis_key = self._redis_key(key, context)
+            value = self._decode(
+                await self._call_redis(lambda: self.redis.hget(redis_key, self.schema_version)), parse
+            )
+        add_span(context, SPAN_KIND, key.partition(":")[0], started_ns, MISS if value is NOT_CACHED else HIT)
+        return value
 
-    def _read(self, raw: Any, parse: Callable[[Any], Any] | None) -> Any:
+    def _decode(self, raw: Any, parse: Callable[[Any], Any] | None) -> Any:
         """MISSING for what is over, or can't be read by this code."""
         if not raw:
-            return MISSING
-        held = raw.encode("latin-1") if isinstance(raw, str) else bytes(raw)  # a given client may decode
-        if int.from_bytes(held[:STAMP], "big") <= time.time() * 1000:
-            return MISSING
+            return NOT_CACHED
+        content = raw.encode("latin-1") if isinstance(raw, str) else bytes(raw)  # a given client may decode
+        if int.from_bytes(content[:EXPIRY_BYTES], "big") <= time.time() * 1000:
+            return NOT_CACHED
         try:
-            value = orjson.loads(held[STAMP:])
+            value = orjson.loads(content[EXPIRY_BYTES:])
             return value if parse is None else parse(value)
         except Exception as error:  # noqa: BLE001  # whatever the user's code says of another form
             logger.debug("a kept value can't be read, it is loaded again: %s", error)
-            return MISSING
+            return NOT_CACHED
 
-    async def _loaded(self, key: str, load: Callable[[], Awaitable[T]], ttl: float | None) -> T:
-        flight = self._flights.mark(key)
+    async def _load_and_store(self, key: str, load: Callable[[], Awaitable[T]], ttl: float | None) -> T:
+        version = self._single_flight.get_version(key)
         value = await load()
-        request = CURRENT.get()
-        if value is None or (request.shadow and self._shadow_writes == "nowhere"):
+        context = CURRENT_CONTEXT.get()
+        if value is None or (context.is_shadow and self._shadow_writes == "nowhere"):
             return value
-        if not request.shadow and self._flights.mark(key) is not flight:
+        if not context.is_shadow and self._single_flight.get_version(key) is not version:
             return value  # deleted meanwhile: what was loaded may be older
-        held = self._written(value)
-        if held is not None:
+        content = self._encode(value)
+        if content is not None:
             seconds = (self._ttl if ttl is None else ttl) * random.uniform(1 - self._jitter, 1)  # noqa: S311
-            await self._keep(self._name(key, request if request.shadow else None), held, seconds)
+            await self._store(self._redis_key(key, context if context.is_shadow else None), content, seconds)
         return value
 
-    async def _keep(self, name: str, held: bytes, seconds: float) -> None:
+    async def _store(self, redis_key: str, content: bytes, seconds: float) -> None:
         milliseconds = max(1, math.ceil(seconds * 1000))
-        stamp = (int(time.time() * 1000) + milliseconds).to_bytes(STAMP, "big")
+        expiry = (int(time.time() * 1000) + milliseconds).to_bytes(EXPIRY_BYTES, "big")
 
-        async def keep() -> None:
-            async with self.redis.pipeline(transaction=True) as together:
-                together.hset(name, self.form, stamp + held)
-                together.pexpire(name, milliseconds)
-                await together.execute()
+        async def store() -> None:
+            async with self.redis.pipeline(transaction=True) as pipeline:
+                pipeline.hset(redis_key, self.schema_version, expiry + content)
+                pipeline.pexpire(redis_key, milliseconds)
+                await pipeline.execute()
 
-        await self._ask(keep)
+        await self._call_redis(store)
 
-    def _written(self, value: Any) -> bytes | None:
+    def _encode(self, value: Any) -> bytes | None:
         """None for what is too long or has no form in JSON."""
         try:
-            held = orjson.dumps(value, default=_jsonable)
+            content = orjson.dumps(value, default=_to_jsonable)
         except (TypeError, ValueError) as error:
             logger.warning("a value of type %s can't be kept: %s", type(value).__name__, error)
             return None
-        return held if len(held) <= self._max_bytes else None
+        return content if len(content) <= self._max_bytes else None
 
-    def _name(self, key: str, shadow: Current | None = None) -> str:
+    def _redis_key(self, key: str, shadow: RequestContext | None = None) -> str:
         name = f"{self._namespace}:{key}"
-        return name if shadow is None else f"{OURS}shadow:{shadow.version}:{name}"
+        return name if shadow is None else f"{RESERVED_PREFIX}shadow:{shadow.version}:{name}"
 
-    async def _ask(self, question: Callable[[], Awaitable[Any]]) -> Any:
+    async def _call_redis(self, command: Callable[[], Awaitable[Any]]) -> Any:
         """Redis's answer; None when it has none in time, and while it is left alone."""
-        failed = self._failed
-        if not self._open():
+        was_down = self._is_down
+        if not self._may_call():
             return None
         try:
             async with asyncio.timeout(self._timeout):
-                await self._places.acquire()
+                await self._call_slots.acquire()
         except (
             TimeoutError,
             RuntimeError,
         ):  # too many ask at once, or in another event loop; Redis may be well
             return None
         try:
-            return await self._answer(question) if self._failed == failed else None
+            return await self._run_command(command) if self._is_down == was_down else None
         finally:
-            self._places.release()
+            self._call_slots.release()
 
-    async def _answer(self, question: Callable[[], Awaitable[Any]]) -> Any:
+    async def _run_command(self, command: Callable[[], Awaitable[Any]]) -> Any:
         try:
             async with asyncio.timeout(self._timeout):
-                answer = await question()
-        except TOO_MANY:  # of a client that was given
+                reply = await command()
+        except MAX_CONNECTIONS_ERROR:  # of a client that was given
             return None
         except (RedisError, OSError, TimeoutError, RuntimeError) as error:
-            if not self._failed:
+            if not self._is_down:
                 logger.warning("the cache does not answer, values are loaded: %s", str(error) or "too slow")
-            self._failed = True
-            self._again_at = time.monotonic() + PAUSE
+            self._is_down = True
+            self._probe_at = time.monotonic() + PROBE_DELAY_S
             return None
-        if self._failed:
+        if self._is_down:
             logger.warning("the cache answers again")
-            self._failed = False
-        return answer
+            self._is_down = False
+        return reply
 
-    def _open(self) -> bool:
+    def _may_call(self) -> bool:
         """One question a pause finds out whether Redis is back."""
-        if not self._failed:
+        if not self._is_down:
             return True
         now = time.monotonic()
-        if now < self._again_at:
+        if now < self._probe_at:
             return False
-        self._again_at = now + PAUSE
+        self._probe_at = now + PROBE_DELAY_S
         return True
 
-    def _forgotten(self, request: Current, key: str) -> bool:
+    def _is_deleted(self, context: RequestContext, key: str) -> bool:
         """Whether this shadow deleted it."""
-        return request.shadow and (id(self), key) in request.forgotten
+        return context.is_shadow and (id(self), key) in context.deleted_cache_keys
 
-    def _forget_for(self, request: Current, keys: tuple[str, ...]) -> None:
-        if not request.forgotten:
-            request.forgotten = set()
-        request.forgotten |= {(id(self), key) for key in keys}
+    def _mark_deleted(self, context: RequestContext, keys: tuple[str, ...]) -> None:
+        if not context.deleted_cache_keys:
+            context.deleted_cache_keys = set()
+        context.deleted_cache_keys |= {(id(self), key) for key in keys}
 
 
-def _jsonable(value: Any) -> Any:
+def _to_jsonable(value: Any) -> Any:
     """For orjson: what it doesn't know and people keep."""
     if isinstance(value, Decimal):
         return str(value)
@@ -266,15 +277,17 @@ def _jsonable(value: Any) -> Any:
     return dump(mode="json")
 
 
-def _client(url: str, timeout: float) -> Redis:
+def _make_client(url: str, timeout: float) -> Redis:
     """No retries: a service without its cache is slower, not down."""
     return Redis.from_url(
         url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
     )
 
 
-def _check(namespace: str, ttl: float, jitter: float, timeout: float, shadow_writes: str) -> None:
-    if not namespace or namespace.startswith(OURS):
+def _validate_arguments(
+    namespace: str, ttl: float, jitter: float, timeout: float, shadow_writes: str
+) -> None:
+    if not namespace or namespace.startswith(RESERVED_PREFIX):
         raise SettingError("a cache needs a namespace of its own in Redis, such as namespace='shop'")
     if not (ttl > 0 and timeout > 0 and 0 <= jitter < 1):
         raise SettingError("a cache's ttl and timeout must be seconds above 0, and its jitter below 1")

@@ -14,12 +14,12 @@ from msgspec.json import Decoder, Encoder
 
 from abreast.errors import CaptureError
 
-FORMAT = 1
-DIGEST_SIZE = 16  # bytes
+FORMAT_VERSION = 1
+DIGEST_BYTES = 16  # bytes
 
 Version = Literal["old", "new"]
 Role = Literal["live", "shadow", "baseline"]
-HopRow = tuple[str, str, int, int, str]  # kind, name, µs since the arrival, µs taken, note
+SpanRow = tuple[str, str, int, int, str]  # kind, name, µs since the arrival, µs taken, note
 Headers = tuple[tuple[str, str], ...]  # latin-1 text, in order, duplicates kept, names in lower case
 
 VERSIONS = ("old", "new")
@@ -33,20 +33,20 @@ class Body(Struct, frozen=True, gc=False):
     has a digest too.
     """
 
-    held: bytes = b""
+    content: bytes = b""
     length: int = 0
     digest: str = ""
 
     @property
-    def whole(self) -> bool:
-        return len(self.held) == self.length
+    def is_complete(self) -> bool:
+        return len(self.content) == self.length
 
     def fingerprint(self) -> str:
         """The digest of the whole body, also where it is held."""
-        return self.digest or digest(self.held)
+        return self.digest or digest(self.content)
 
 
-NOTHING = Body()
+EMPTY_BODY = Body()
 
 
 class Request(Struct, frozen=True, gc=False):
@@ -55,7 +55,7 @@ class Request(Struct, frozen=True, gc=False):
     query: str = ""  # raw, without the question mark
     route: str = ""  # template such as /products/{id}; empty when the framework tells none
     headers: Headers = ()  # only chosen ones; secrets as keyed hashes
-    body: Body = NOTHING
+    body: Body = EMPTY_BODY
 
 
 class Answer(Struct, frozen=True, gc=False):
@@ -63,7 +63,7 @@ class Answer(Struct, frozen=True, gc=False):
 
     status: int
     headers: Headers = ()
-    body: Body = NOTHING
+    body: Body = EMPTY_BODY
     trailers: Headers = ()
 
 
@@ -75,36 +75,38 @@ class Capture(Struct, frozen=True, gc=False):
     request: Request
     answer: Answer
     attempt: int = 1
-    arms: int = 2  # copies of the request that Envoy sent, this one included
+    expected_captures: int = 2  # copies of the request that Envoy sent, this one included
     release: str = ""
-    started: float = 0.0  # seconds since the epoch, the service's clock
+    started_at: float = 0.0  # seconds since the epoch, the service's clock
     first_byte_us: int | None = None  # µs from the request's arrival to the answer's start
     total_us: int = 0  # µs from the request's arrival to the answer's end
     client_left: bool = False
     complete: bool = True  # the answer was sent to its end
-    raised: str = ""  # class name of the exception that left the app
+    exception: str = ""  # class name of the exception that left the app
     effects: tuple[dict[str, Any], ...] = ()  # as abreast.journal writes them
     effects_dropped: int = 0  # more than may be recorded
-    hops: tuple[HopRow, ...] = ()
+    spans: tuple[SpanRow, ...] = ()
     cache: tuple[int, int] | None = None  # hits and misses; None where no cache was asked
-    disturbed: str = ""  # why it says nothing of the code; only of copies
-    going_on: bool = False  # not complete yet: only what had come of a long answer when a pair had to be made
+    invalid_reason: str = ""  # why it says nothing of the code; only of copies
+    truncated_by_deadline: bool = (
+        False  # not complete yet: only what had come of a long answer when a pair had to be made
+    )
 
     @property
     def slot(self) -> str:
         """Names this capture within its pair: a batch that is sent twice changes nothing."""
-        return slot(self.version, self.role, self.attempt)
+        return format_slot(self.version, self.role, self.attempt)
 
 
-def slot(version: Version, role: Role, attempt: int) -> str:
+def format_slot(version: Version, role: Role, attempt: int) -> str:
     return f"{version}:{role}:{attempt}"
 
 
 def digest(body: bytes) -> str:
-    return hashlib.blake2b(body, digest_size=DIGEST_SIZE).hexdigest()
+    return hashlib.blake2b(body, digest_size=DIGEST_BYTES).hexdigest()
 
 
-BodyHead = tuple[int, int, str]  # bytes held, bytes in all, digest
+BodyMetadata = tuple[int, int, str]  # bytes held, bytes in all, digest
 
 
 class RequestHead(Struct, gc=False):
@@ -115,17 +117,17 @@ class RequestHead(Struct, gc=False):
     query: str
     route: str
     headers: Headers
-    body: BodyHead
+    body: BodyMetadata
 
 
 class AnswerHead(Struct, gc=False):
     status: int
     headers: Headers
     trailers: Headers
-    body: BodyHead
+    body: BodyMetadata
 
 
-class Head(Struct, gc=False, omit_defaults=True):
+class CaptureHead(Struct, gc=False, omit_defaults=True):
     v: int
     pair: str
     service: str
@@ -144,38 +146,38 @@ class Head(Struct, gc=False, omit_defaults=True):
     request: RequestHead
     answer: AnswerHead
     effects_dropped: int = 0
-    hops: tuple[HopRow, ...] = ()
+    hops: tuple[SpanRow, ...] = ()
     cache: tuple[int, int] | None = None
     disturbed: str = ""
     going_on: bool = False
 
 
-class _Format(Struct):
+class _FormatProbe(Struct):
     v: Any = None
 
 
 _encoder = Encoder()
-_heads = Decoder(Head)
-_formats = Decoder(_Format)
+_head_decoder = Decoder(CaptureHead)
+_format_decoder = Decoder(_FormatProbe)
 
 
 def encode(capture: Capture) -> bytes:
     request, answer = capture.request, capture.answer
-    head = Head(
-        FORMAT,
+    head = CaptureHead(
+        FORMAT_VERSION,
         capture.pair,
         capture.service,
         capture.version,
         capture.role,
         capture.attempt,
-        capture.arms,
+        capture.expected_captures,
         capture.release,
-        capture.started,
+        capture.started_at,
         capture.first_byte_us,
         capture.total_us,
         capture.client_left,
         capture.complete,
-        capture.raised,
+        capture.exception,
         capture.effects,
         RequestHead(
             request.method,
@@ -183,57 +185,59 @@ def encode(capture: Capture) -> bytes:
             request.query,
             request.route,
             request.headers,
-            body_head(request.body),
+            body_metadata(request.body),
         ),
-        AnswerHead(answer.status, answer.headers, answer.trailers, body_head(answer.body)),
+        AnswerHead(answer.status, answer.headers, answer.trailers, body_metadata(answer.body)),
         capture.effects_dropped,
-        capture.hops,
+        capture.spans,
         capture.cache,
-        capture.disturbed,
-        capture.going_on,
+        capture.invalid_reason,
+        capture.truncated_by_deadline,
     )
-    return written(head, request.body.held, answer.body.held)
+    return encode_parts(head, request.body.content, answer.body.content)
 
 
-def written(head: Head, asked: bytes, answered: bytes) -> bytes:
+def encode_parts(head: CaptureHead, request_content: bytes, response_content: bytes) -> bytes:
     """A capture as it travels: what `encode` gives, for who has no Capture."""
-    return b"".join((_encoder.encode(head), b"\n", asked, answered))
+    return b"".join((_encoder.encode(head), b"\n", request_content, response_content))
 
 
-def body_head(body: Body) -> BodyHead:
-    return len(body.held), body.length, body.digest
+def body_metadata(body: Body) -> BodyMetadata:
+    return len(body.content), body.length, body.digest
 
 
 def decode(blob: bytes) -> Capture:
     """Raise CaptureError for what is no capture, damaged, or of a newer format."""
     line, newline, bodies = blob.partition(b"\n")
     try:
-        head = _heads.decode(line)
+        head = _head_decoder.decode(line)
     except (DecodeError, UnicodeDecodeError) as error:  # of which ValidationError is one
-        raise _unreadable(line, error) from error
-    if head.v != FORMAT or not newline:
-        raise _unreadable(line, None)
-    asked, answered = head.request.body[0], head.answer.body[0]
-    if asked < 0 or answered < 0 or len(bodies) != asked + answered:
+        raise _make_unreadable_error(line, error) from error
+    if head.v != FORMAT_VERSION or not newline:
+        raise _make_unreadable_error(line, None)
+    request_size, response_size = head.request.body[0], head.answer.body[0]
+    if request_size < 0 or response_size < 0 or len(bodies) != request_size + response_size:
         raise CaptureError(
-            f"a capture is damaged: {asked + answered} bytes of bodies are promised, {len(bodies)} are there"
+            f"a capture is damaged: {request_size + response_size} bytes of bodies are promised, {len(bodies)} are there"
         )
-    return _capture(head, bodies[:asked], bodies[asked:])
+    return _build_capture(head, bodies[:request_size], bodies[request_size:])
 
 
-def _unreadable(line: bytes, error: Exception | None) -> CaptureError:
+def _make_unreadable_error(line: bytes, error: Exception | None) -> CaptureError:
     try:
-        version = _formats.decode(line).v
+        version = _format_decoder.decode(line).v
     except (DecodeError, UnicodeDecodeError) as problem:
         return CaptureError(f"a capture must begin with a line of JSON, an object: {problem}")
-    if version != FORMAT:
-        return CaptureError(f"a capture of format {version!r} can't be read; this code reads format {FORMAT}")
+    if version != FORMAT_VERSION:
+        return CaptureError(
+            f"a capture of format {version!r} can't be read; this code reads format {FORMAT_VERSION}"
+        )
     if isinstance(error, ValidationError):
         return CaptureError(f"a capture lacks something or is damaged: {error}")
     return CaptureError("a capture must begin with a JSON object on a line of its own")
 
 
-def _capture(head: Head, asked: bytes, answered: bytes) -> Capture:
+def _build_capture(head: CaptureHead, request_content: bytes, response_content: bytes) -> Capture:
     request, answer = head.request, head.answer
     return Capture(
         head.pair,
@@ -246,10 +250,13 @@ def _capture(head: Head, asked: bytes, answered: bytes) -> Capture:
             request.query,
             request.route,
             request.headers,
-            Body(asked, request.body[1], request.body[2]),
+            Body(request_content, request.body[1], request.body[2]),
         ),
         Answer(
-            answer.status, answer.headers, Body(answered, answer.body[1], answer.body[2]), answer.trailers
+            answer.status,
+            answer.headers,
+            Body(response_content, answer.body[1], answer.body[2]),
+            answer.trailers,
         ),
         head.attempt,
         head.arms,

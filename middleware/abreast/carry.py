@@ -8,37 +8,41 @@ from typing import get_args
 import orjson
 
 from abreast.capture import Role, Version
-from abreast.context import CURRENT, OUTSIDE, Current
+from abreast.context import CURRENT_CONTEXT, NO_REQUEST, RequestContext
 
 logger = logging.getLogger("abreast")
 
 
-def carry() -> str:
+def inject() -> str:
     """What to send along, for `adopt`. Empty outside a sampled request."""
-    now = CURRENT.get()
-    if now is OUTSIDE:
+    context = CURRENT_CONTEXT.get()
+    if context is NO_REQUEST:
         return ""
-    return orjson.dumps([now.version, now.role, now.pair, now.release]).decode()
+    return orjson.dumps([context.version, context.role, context.pair, context.release]).decode()
 
 
-def adopt(carried: str) -> None:
+def extract(carrier: str) -> None:
     """Be what the sender was, until the end of this task or thread, or until the next call. Never raises.
 
     Call it before each piece of work, also where nothing was carried: then the work is live. What is recorded here
     travels with no capture.
     """
-    now, here = _read(carried) if carried else OUTSIDE, CURRENT.get()
-    same = now.pair and (here.pair, here.role, here.version) == (now.pair, now.role, now.version)
-    if not same:  # in the process of the request it stays the request's own
-        CURRENT.set(now)
+    context, current_context = _parse_carrier(carrier) if carrier else NO_REQUEST, CURRENT_CONTEXT.get()
+    is_same_request = context.pair and (
+        current_context.pair,
+        current_context.role,
+        current_context.version,
+    ) == (context.pair, context.role, context.version)
+    if not is_same_request:  # in the process of the request it stays the request's own
+        CURRENT_CONTEXT.set(context)
 
 
-def _read(carried: str) -> Current:
+def _parse_carrier(carrier: str) -> RequestContext:
     try:
-        version, role, pair, release = orjson.loads(carried)
+        version, role, pair, release = orjson.loads(carrier)
         if role in get_args(Role) and version in {*get_args(Version), None}:
-            return Current(version, role, str(pair), str(release))
+            return RequestContext(version, role, str(pair), str(release))
     except (ValueError, TypeError):
         pass
-    logger.error("work came with a role that can't be read, and counts as a shadow's: %.200s", carried)
-    return Current(None, "shadow", "", "")
+    logger.error("work came with a role that can't be read, and counts as a shadow's: %.200s", carrier)
+    return RequestContext(None, "shadow", "", "")

@@ -2,7 +2,7 @@
 
 import sys
 
-PARTS = {
+SIDECAR_PACKAGES = {
     "click",
     "grpc",
     "google",
@@ -21,7 +21,7 @@ def main() -> None:
     try:
         from abreast_sidecar.cli import main as run
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in PARTS:
+        if (error.name or "").partition(".")[0] not in SIDECAR_PACKAGES:
             raise
         sys.exit("abreast: the command line needs more parts; run: pip install 'abreast[sidecar]'")
     run()

@@ -13,21 +13,21 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
 from abreast.capture import Role, Version
-from abreast.journal import Journal, Redact
+from abreast.journal import EffectLog, Redact
 
 if TYPE_CHECKING:
-    from abreast.hops import Hops
+    from abreast.hops import Spans
 
-NOTHING: frozenset[tuple[int, str]] = frozenset()
+NO_CACHE_KEYS: frozenset[tuple[int, str]] = frozenset()
 
 
-class Sink(Protocol):
+class EffectSink(Protocol):
     """Counts the effects that come when their capture has left."""
 
-    def late(self) -> None: ...
+    def count_late_effect(self) -> None: ...
 
 
-class Current:
+class RequestContext:
     """One request as its code sees it. Not to be changed.
 
     `role` is `live` for an answer that goes to the user; the answers of `shadow` and `baseline` are thrown away.
@@ -35,13 +35,15 @@ class Current:
     """
 
     # Defaults in the class, since most requests need few of these and setting one takes time.
-    answered = False  # the answer has been sent
-    held: Journal | None = None  # what was recorded so far
-    hops: Hops | None = None
+    response_sent = False  # the answer has been sent
+    effect_log: EffectLog | None = None  # what was recorded so far
+    spans: Spans | None = None
     # Of a shadow: what is to be done when the app has returned. None where nobody would do it, or it was done.
-    ends: list[Callable[[], Awaitable[object]]] | None = None
-    disturbed = ""  # why what comes of a shadow says nothing of its code
-    forgotten: AbstractSet[tuple[int, str]] = NOTHING  # what a shadow deleted from a cache: (cache, key)
+    cleanups: list[Callable[[], Awaitable[object]]] | None = None
+    invalid_reason = ""  # why what comes of a shadow says nothing of its code
+    deleted_cache_keys: AbstractSet[tuple[int, str]] = (
+        NO_CACHE_KEYS  # what a shadow deleted from a cache: (cache, key)
+    )
 
     def __init__(
         self,
@@ -49,65 +51,67 @@ class Current:
         role: Role,
         pair: str,
         release: str,
-        sink: Sink | None = None,
-        began: int = 0,
+        sink: EffectSink | None = None,
+        started_ns: int = 0,
     ) -> None:
         self.version = version
         self.role = role
         self.pair = pair
         self.release = release
-        self.shadow = role != "live"
+        self.is_shadow = role != "live"
         self.sink = sink  # None where nothing is captured
-        self.began = began  # perf_counter_ns
+        self.started_ns = started_ns  # perf_counter_ns
 
     def __repr__(self) -> str:
         return f"Current(version={self.version!r}, role={self.role!r}, pair={self.pair!r})"
 
     @property
-    def recorded(self) -> bool:
+    def is_captured(self) -> bool:
         """Whether what is recorded now travels with a capture."""
         return self.sink is not None
 
-    def journal(self) -> Journal:
-        held = self.held
-        if held is None:
-            with MAKING:  # threads of one request may come at once
-                held = self.held = self.held or Journal(self.began)
-        return held
+    def ensure_effect_log(self) -> EffectLog:
+        effect_log = self.effect_log
+        if effect_log is None:
+            with _lock:  # threads of one request may come at once
+                effect_log = self.effect_log = self.effect_log or EffectLog(self.started_ns)
+        return effect_log
 
-    def close(self, redact: Redact) -> tuple[tuple[dict[str, Any], ...], int]:
+    def close_effect_log(self, redact: Redact) -> tuple[tuple[dict[str, Any], ...], int]:
         """What was recorded, for the capture, and how many more there were. What comes later is late."""
-        with MAKING:
-            held = self.held = self.held or LATE
-        return ((), 0) if held is LATE else (held.close(redact), held.dropped)
+        with _lock:
+            effect_log = self.effect_log = self.effect_log or CLOSED_LOG
+        return ((), 0) if effect_log is CLOSED_LOG else (effect_log.close(redact), effect_log.dropped_count)
 
 
-def maker(version: Version, role: Role, release: str, sink: Sink) -> Callable[[str, int], Current]:
+def make_context_factory(
+    version: Version, role: Role, release: str, sink: EffectSink
+) -> Callable[[str, int], RequestContext]:
     """What makes a captured request of its pair and its start. What all of them share is in a class of their own."""
 
-    class Marked(Current):
+    class CapturedRequestContext(RequestContext):
         def __init__(self, pair: str, began: int) -> None:
             self.pair = pair
-            self.began = began
+            self.started_ns = began
 
-    shared = Current(version, role, "", release, sink)
-    for name, value in vars(shared).items():
-        setattr(Marked, name, value)
-    return Marked
-
-
-MAKING = threading.Lock()
-LATE = Journal(0)  # of all requests that recorded nothing in time
-LATE.closed = True
-OUTSIDE = Current(None, "live", "", "")  # what is no sampled request
-CURRENT: ContextVar[Current] = ContextVar("abreast", default=OUTSIDE)
+    template = RequestContext(version, role, "", release, sink)
+    for name, value in vars(template).items():
+        setattr(CapturedRequestContext, name, value)
+    return CapturedRequestContext
 
 
-def current() -> Current:
+_lock = threading.Lock()
+CLOSED_LOG = EffectLog(0)  # of all requests that recorded nothing in time
+CLOSED_LOG.is_closed = True
+NO_REQUEST = RequestContext(None, "live", "", "")  # what is no sampled request
+CURRENT_CONTEXT: ContextVar[RequestContext] = ContextVar("abreast", default=NO_REQUEST)
+
+
+def current() -> RequestContext:
     """Version, role, pair id and release of the request that is handled."""
-    return CURRENT.get()
+    return CURRENT_CONTEXT.get()
 
 
 def is_shadow() -> bool:
     """Whether the answer is thrown away, so that nothing may happen that lasts."""
-    return CURRENT.get().shadow
+    return CURRENT_CONTEXT.get().is_shadow

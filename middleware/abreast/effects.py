@@ -11,23 +11,23 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
-from abreast.context import CURRENT, Current
+from abreast.context import CURRENT_CONTEXT, RequestContext
 from abreast.errors import EffectError
-from abreast.journal import Entry
-from abreast.outlived import outlived
-from abreast.rescue import Rescue
+from abreast.journal import EffectRecord
+from abreast.outlived import warn_if_request_outlived
+from abreast.rescue import ErrorReporter
 
 P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S")  # of the stand-in
 
 
-class Missing:
+class _Unset:
     """Nothing was given: the payload is the arguments of what runs."""
 
 
-MISSING = Missing()
-RESCUE = Rescue()
+_UNSET = _Unset()
+report_error = ErrorReporter()
 
 
 def record(kind: str, payload: Any = None, *, key: str = "", note: bool = False) -> None:
@@ -35,22 +35,24 @@ def record(kind: str, payload: Any = None, *, key: str = "", note: bool = False)
 
     Effects of one kind and key are compared in their order. A note travels with the capture and is not compared.
     """
-    _record(CURRENT.get(), kind, payload, key, compared=not note)
+    _record(CURRENT_CONTEXT.get(), kind, payload, key, compared=not note)
 
 
-def _record(now: Current, kind: str, payload: Any, key: str, *, compared: bool = True) -> Entry | None:
-    sink = now.sink
+def _record(
+    context: RequestContext, kind: str, payload: Any, key: str, *, compared: bool = True
+) -> EffectRecord | None:
+    sink = context.sink
     if sink is None:
         return None
     try:
-        journal = now.journal()
-        entry = journal.add(kind, payload, key, compared=compared)
-        if entry is None and journal.closed:
-            sink.late()
+        effect_log = context.ensure_effect_log()
+        effect_record = effect_log.add(kind, payload, key, compared=compared)
+        if effect_record is None and effect_log.is_closed:
+            sink.count_late_effect()
     except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
-        RESCUE("recording an effect", error)
+        report_error("recording an effect", error)
         return None
-    return entry
+    return effect_record
 
 
 @overload
@@ -59,7 +61,7 @@ def effect(kind: str, payload: Any = ..., *, key: str = ...) -> Effect[None]: ..
 def effect(kind: str, payload: Any = ..., *, key: str = ..., stand_in: Callable[..., S]) -> Effect[S]: ...
 @overload
 def effect(kind: str, payload: Any = ..., *, key: str = ..., stand_in: S) -> Effect[S]: ...
-def effect(kind: str, payload: Any = MISSING, *, key: str = "", stand_in: Any = None) -> Effect[Any]:
+def effect(kind: str, payload: Any = _UNSET, *, key: str = "", stand_in: Any = None) -> Effect[Any]:
     """Declare something that must happen for users only, such as effect("email.send", {"to": address}).
 
     `payload` is what is compared: anything that has a form in JSON, or a function that makes it of the arguments of
@@ -76,10 +78,10 @@ def effect(kind: str, payload: Any = MISSING, *, key: str = "", stand_in: Any = 
         @effect("email.send", stand_in=Receipt("none"))
         async def send(to: str, text: str) -> Receipt: ...
     """
-    for given in (payload, stand_in):
-        if inspect.iscoroutinefunction(given):
+    for argument in (payload, stand_in):
+        if inspect.iscoroutinefunction(argument):
             raise EffectError(
-                f"{given.__qualname__} must be awaited; use a plain function for effect {kind!r}"
+                f"{argument.__qualname__} must be awaited; use a plain function for effect {kind!r}"
             )
     return Effect(kind, payload, key, stand_in)
 
@@ -90,15 +92,15 @@ class Effect(Generic[S]):
         self.payload = payload
         self.key = key
         self.stand_in = stand_in
-        self._blocks: list[Attempt[S]] = []
+        self._open_scopes: list[EffectScope[S]] = []
 
     async def run(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T | S:
         """Await `func(*args, **kwargs)` for a user; give the stand-in to a shadow."""
-        return await Attempt(self).run(func, *args, **kwargs)
+        return await EffectScope(self).run(func, *args, **kwargs)
 
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | S:
         """The same for what is not awaited."""
-        return Attempt(self).call(func, *args, **kwargs)
+        return EffectScope(self).call(func, *args, **kwargs)
 
     @overload
     def __call__(
@@ -116,39 +118,39 @@ class Effect(Generic[S]):
 
             @functools.wraps(func)
             async def run(*args: Any, **kwargs: Any) -> Any:
-                return await Attempt(self).run(func, *args, **kwargs)
+                return await EffectScope(self).run(func, *args, **kwargs)
 
             return run
 
         @functools.wraps(func)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return Attempt(self).call(func, *args, **kwargs)
+            return EffectScope(self).call(func, *args, **kwargs)
 
         return call
 
-    def __enter__(self) -> Attempt[S]:
-        attempt = Attempt(self, _here())
-        self._blocks.append(attempt)
-        return attempt
+    def __enter__(self) -> EffectScope[S]:
+        scope = EffectScope(self, _get_owner())
+        self._open_scopes.append(scope)
+        return scope
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        attempt = self._left()
+        scope = self._pop_scope()
         if kind is not None:
-            attempt.failed(kind)
-        elif not attempt.asked:
-            _forgotten(self.kind)
+            scope.record_failure(kind)
+        elif not scope.is_recorded:
+            _report_unused_scope(self.kind)
 
-    def _left(self) -> Attempt[S]:
+    def _pop_scope(self) -> EffectScope[S]:
         """The last block that began here: one effect may be shared by tasks and threads, which end in any order."""
-        here = _here()
-        blocks = self._blocks[::-1]
-        attempt = next((each for each in blocks if each.here is here), blocks[0])
-        self._blocks.remove(attempt)
-        return attempt
+        owner = _get_owner()
+        scopes = self._open_scopes[::-1]
+        scope = next((candidate for candidate in scopes if candidate.owner is owner), scopes[0])
+        self._open_scopes.remove(scope)
+        return scope
 
-    async def __aenter__(self) -> Attempt[S]:
+    async def __aenter__(self) -> EffectScope[S]:
         return self.__enter__()
 
     async def __aexit__(
@@ -157,64 +159,66 @@ class Effect(Generic[S]):
         self.__exit__(kind, error, trace)
 
 
-class Attempt(Generic[S]):
+class EffectScope(Generic[S]):
     """One time that an effect is done or held back. It is recorded once, when it is first asked."""
 
-    def __init__(self, effect: Effect[S], here: object = None) -> None:
-        self.here = here  # task or thread
+    def __init__(self, effect: Effect[S], owner: object = None) -> None:
+        self.owner = owner  # task or thread
         self._effect = effect
-        self._entry: Entry | None = None
-        self._live = False
-        self.asked = False
+        self._effect_record: EffectRecord | None = None
+        self._should_execute = False
+        self.is_recorded = False
 
     @property
-    def live(self) -> bool:
+    def should_execute(self) -> bool:
         """Whether to do it."""
-        return self._ask(None, (), {})
+        return self._decide(None, (), {})
 
     async def run(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T | S:
-        if not self._ask(func, args, kwargs):
-            return self._stand_in(args, kwargs)
+        if not self._decide(func, args, kwargs):
+            return self._make_stand_in(args, kwargs)
         try:
             return await func(*args, **kwargs)
         except BaseException as error:
-            self.failed(type(error))
+            self.record_failure(type(error))
             raise
 
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | S:
         if inspect.iscoroutinefunction(func):
             raise EffectError(f"{func.__qualname__} must be awaited; use: await effect(...).run(...)")
-        if not self._ask(func, args, kwargs):
-            return self._stand_in(args, kwargs)
+        if not self._decide(func, args, kwargs):
+            return self._make_stand_in(args, kwargs)
         try:
             return func(*args, **kwargs)
         except BaseException as error:
-            self.failed(type(error))
+            self.record_failure(type(error))
             raise
 
-    def failed(self, kind: type[BaseException]) -> None:
-        if self._entry is not None:
-            self._entry.error = kind.__name__
+    def record_failure(self, error_type: type[BaseException]) -> None:
+        if self._effect_record is not None:
+            self._effect_record.error = error_type.__name__
 
-    def _ask(self, func: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        if not self.asked:
-            self.asked = True
-            now = CURRENT.get()
-            self._live = not now.shadow
-            if not self._live:
-                outlived(now, f"effect {self._effect.kind!r}")
-            if now.sink is not None:
+    def _decide(
+        self, func: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> bool:
+        if not self.is_recorded:
+            self.is_recorded = True
+            context = CURRENT_CONTEXT.get()
+            self._should_execute = not context.is_shadow
+            if not self._should_execute:
+                warn_if_request_outlived(context, f"effect {self._effect.kind!r}")
+            if context.sink is not None:
                 effect = self._effect
-                payload = _payload(effect.payload, func, args, kwargs)
-                self._entry = _record(now, effect.kind, payload, effect.key)
-        return self._live
+                payload = _build_payload(effect.payload, func, args, kwargs)
+                self._effect_record = _record(context, effect.kind, payload, effect.key)
+        return self._should_execute
 
-    def _stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> S:
+    def _make_stand_in(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> S:
         stand_in = self._effect.stand_in
         return cast("S", stand_in(*args, **kwargs) if callable(stand_in) else stand_in)
 
 
-def _here() -> object:
+def _get_owner() -> object:
     import asyncio  # late: the command line starts faster without it
 
     try:
@@ -223,25 +227,27 @@ def _here() -> object:
         return threading.current_thread()
 
 
-def _payload(
+def _build_payload(
     payload: Any, func: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     try:
-        if payload is MISSING:
-            return None if func is None else _arguments(func, args, kwargs)
+        if payload is _UNSET:
+            return None if func is None else _bind_arguments(func, args, kwargs)
         return payload(*args, **kwargs) if callable(payload) else payload
     except Exception as error:  # noqa: BLE001  # the effect goes on
-        RESCUE("making an effect's payload", error)
+        report_error("making an effect's payload", error)
         return f"<no payload: {type(error).__name__}>"
 
 
-def _arguments(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _bind_arguments(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     bound = inspect.signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
     return {name: value for name, value in bound.arguments.items() if name not in {"self", "cls"}}
 
 
-def _forgotten(kind: str) -> None:
+def _report_unused_scope(kind: str) -> None:
     """A body that never asks runs for shadows too. That must be found while the code is written."""
     message = (
         f"the block of effect {kind!r} asked neither .live nor .run() nor .call(), so shadow requests run it too; "
@@ -249,4 +255,4 @@ def _forgotten(kind: str) -> None:
     )
     if sys.flags.dev_mode or "PYTEST_VERSION" in os.environ:
         raise EffectError(message)
-    RESCUE("an effect", EffectError(message))
+    report_error("an effect", EffectError(message))

@@ -6,25 +6,27 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 
-from abreast.context import Current
-from abreast.rescue import Rescue
+from abreast.context import RequestContext
+from abreast.rescue import ErrorReporter
 
-RESCUE = Rescue()
-UNDER_WAY: set[asyncio.Task[None]] = set()  # the loop itself would forget them
+report_error = ErrorReporter()
+CLEANUP_TASKS: set[asyncio.Task[None]] = set()  # the loop itself would forget them
 
 
-def end(request: Current) -> None:
+def run_cleanups(context: RequestContext) -> None:
     """In a task of its own: the request's may be cancelled. What comes after this finds `ends` to be None."""
-    ends, request.ends = request.ends, None
-    if ends:
-        task = asyncio.get_running_loop().create_task(_all(ends), name="abreast end", context=Context())
-        UNDER_WAY.add(task)
-        task.add_done_callback(UNDER_WAY.discard)
+    cleanups, context.cleanups = context.cleanups, None
+    if cleanups:
+        task = asyncio.get_running_loop().create_task(
+            _run_all(cleanups), name="abreast end", context=Context()
+        )
+        CLEANUP_TASKS.add(task)
+        task.add_done_callback(CLEANUP_TASKS.discard)
 
 
-async def _all(ends: list[Callable[[], Awaitable[object]]]) -> None:
-    for each in ends:
+async def _run_all(cleanups: list[Callable[[], Awaitable[object]]]) -> None:
+    for cleanup in cleanups:
         try:
-            await each()
+            await cleanup()
         except Exception as error:  # noqa: BLE001  # the others are done all the same
-            RESCUE("ending a shadow request", error)
+            report_error("ending a shadow request", error)

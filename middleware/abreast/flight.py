@@ -9,15 +9,15 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Landed:
+class LoadResult:
     """How a load ended. Both are None for one that was given up, which somebody else begins anew."""
 
     value: Any = None
     error: Exception | None = None
-    given_up: bool = False
+    is_abandoned: bool = False
 
 
-class Flights:
+class SingleFlight:
     """Loads that are under way in this process.
 
     The first who asks loads, in its own task, so that what it uses (a session, a connection) is its own. The others
@@ -25,45 +25,45 @@ class Flights:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Hashable, asyncio.Future[Landed]] = {}
+        self._loads: dict[Hashable, asyncio.Future[LoadResult]] = {}
 
-    async def join(self, key: Hashable) -> Landed | None:
+    async def join(self, key: Hashable) -> LoadResult | None:
         """What the load that is under way ends with; None when there is none, or none any more."""
-        flight = self._waiting.get(self._of_this_loop(key))
-        return None if flight is None else await asyncio.shield(flight)
+        load_future = self._loads.get(self._key_in_loop(key))
+        return None if load_future is None else await asyncio.shield(load_future)
 
     async def lead(self, key: Hashable, load: Callable[[], Awaitable[Any]]) -> Any:
         """Load for all. To be called without an `await` since `join` found nothing."""
-        key = self._of_this_loop(key)
-        flight = self._waiting[key] = asyncio.get_running_loop().create_future()
-        landed = Landed(given_up=True)
+        key = self._key_in_loop(key)
+        load_future = self._loads[key] = asyncio.get_running_loop().create_future()
+        result = LoadResult(is_abandoned=True)
         try:
-            landed = Landed(await load())
+            result = LoadResult(await load())
         except Exception as error:
-            landed = Landed(error=error)
+            result = LoadResult(error=error)
             raise
         finally:
-            if self._waiting.get(key) is flight:
-                del self._waiting[key]
-            flight.set_result(landed)
-        return landed.value
+            if self._loads.get(key) is load_future:
+                del self._loads[key]
+            load_future.set_result(result)
+        return result.value
 
     async def run(self, key: Hashable, load: Callable[[], Awaitable[Any]]) -> Any:
         """The value, or what the load raised, however many ask."""
-        while (landed := await self.join(key)) is not None:
-            if landed.error is not None:
-                raise landed.error
-            if not landed.given_up:
-                return landed.value
+        while (result := await self.join(key)) is not None:
+            if result.error is not None:
+                raise result.error
+            if not result.is_abandoned:
+                return result.value
         return await self.lead(key, load)
 
-    def forget(self, key: Hashable) -> None:
+    def invalidate(self, key: Hashable) -> None:
         """Who asks from now on doesn't get what is under way."""
-        self._waiting.pop(self._of_this_loop(key), None)
+        self._loads.pop(self._key_in_loop(key), None)
 
-    def mark(self, key: Hashable) -> object:
+    def get_version(self, key: Hashable) -> object:
         """What is under way now: another one, or None, once it was forgotten."""
-        return self._waiting.get(self._of_this_loop(key))
+        return self._loads.get(self._key_in_loop(key))
 
-    def _of_this_loop(self, key: Hashable) -> Hashable:
+    def _key_in_loop(self, key: Hashable) -> Hashable:
         return id(asyncio.get_running_loop()), key

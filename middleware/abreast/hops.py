@@ -9,48 +9,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter_ns
 
-from abreast.capture import HopRow
-from abreast.context import CURRENT, Current
+from abreast.capture import SpanRow
+from abreast.context import CURRENT_CONTEXT, RequestContext
 
-MOST = 100  # of a request; those beyond are not kept
-MOST_NAME = 100  # characters
+MAX_SPANS = 100  # of a request; those beyond are not kept
+MAX_SPAN_NAME_CHARS = 100  # characters
 HIT, MISS = "hit", "miss"
 
 
-class Hops:
+class Spans:
     """Of one request. `hits` and `misses` of a cache are counted beyond the bound too."""
 
-    __slots__ = ("hits", "kept", "misses")
+    __slots__ = ("hits", "misses", "rows")
 
     def __init__(self) -> None:
-        self.kept: list[HopRow] = []
+        self.rows: list[SpanRow] = []
         self.hits = 0
         self.misses = 0
 
 
-def went(request: Current, kind: str, name: str, since: int, note: str = "") -> None:
+def add_span(context: RequestContext, kind: str, name: str, started_ns: int, note: str = "") -> None:
     """Note one that began at `since` (perf_counter_ns) and ends now, if the request is recorded."""
-    if not request.recorded or request.answered:
+    if not context.is_captured or context.response_sent:
         return
-    hops = request.hops
-    if hops is None:
-        hops = request.hops = Hops()
-    hops.hits += note == HIT
-    hops.misses += note == MISS
-    if len(hops.kept) < MOST:
-        at_us = (since - request.began) // 1000
-        took_us = (perf_counter_ns() - since) // 1000
-        hops.kept.append((kind[:MOST_NAME], name[:MOST_NAME], at_us, took_us, note[:MOST_NAME]))
+    spans = context.spans
+    if spans is None:
+        spans = context.spans = Spans()
+    spans.hits += note == HIT
+    spans.misses += note == MISS
+    if len(spans.rows) < MAX_SPANS:
+        start_us = (started_ns - context.started_ns) // 1000
+        duration_us = (perf_counter_ns() - started_ns) // 1000
+        spans.rows.append(
+            (
+                kind[:MAX_SPAN_NAME_CHARS],
+                name[:MAX_SPAN_NAME_CHARS],
+                start_us,
+                duration_us,
+                note[:MAX_SPAN_NAME_CHARS],
+            )
+        )
 
 
 @contextmanager
-def hop(name: str, kind: str = "call") -> Iterator[None]:
+def span(name: str, kind: str = "call") -> Iterator[None]:
     """Time what the block asks of something else: `with abreast.hop("search"): ...`"""
-    request, since, note = CURRENT.get(), perf_counter_ns(), ""
+    context, started_ns, note = CURRENT_CONTEXT.get(), perf_counter_ns(), ""
     try:
         yield
     except BaseException as error:
         note = type(error).__name__
         raise
     finally:
-        went(request, kind, name, since, note)
+        add_span(context, kind, name, started_ns, note)

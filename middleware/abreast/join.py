@@ -24,22 +24,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-SERVICES = "abreast:services"
-GROUP = "abreast"  # the consumer group of the sidecars
+SERVICES_KEY = "abreast:services"
+CONSUMER_GROUP = "abreast"  # the consumer group of the sidecars
 
-JOIN = resources.files("abreast").joinpath("join.lua").read_text()
+JOIN_SCRIPT = resources.files("abreast").joinpath("join.lua").read_text()
 
 # Counters of `stats`. Of every capture that is sent exactly one of the first five is counted.
 RECEIVED = "received"  # kept: it waits, or completed its pair
 DUPLICATE = "duplicate"  # its slot was taken: a batch was sent twice
 LATE = "late"  # its pair had been moved already: an answer after a failover, or after the deadline
-SHED_PAIRS = "shed_pairs"  # refused: as many pairs wait as are allowed, or a copy of its pair was refused
-SHED_BYTES = "shed_bytes"  # refused: as many bytes are held as are allowed
+REJECTED_PAIRS = "shed_pairs"  # refused: as many pairs wait as are allowed, or a copy of its pair was refused
+REJECTED_BYTES = "shed_bytes"  # refused: as many bytes are held as are allowed
 JOINED = "joined"  # pairs moved with all their copies
-SWEPT = "swept"  # pairs moved when their time was over
+TIMED_OUT = "swept"  # pairs moved when their time was over
 
 
-Row = tuple[str, str, int, bytes]  # of a batch: pair, slot, arms, encoded capture
+CaptureRow = tuple[str, str, int, bytes]  # of a batch: pair, slot, arms, encoded capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,11 @@ class Keys:
         return f"{self.prefix}stats"
 
 
-def reports(service: str) -> str:
+def reports_key(service: str) -> str:
     return f"abreast:{{{service}}}:reports"
 
 
-def secret(service: str) -> str:
+def redaction_key(service: str) -> str:
     return f"abreast:{{{service}}}:secret"
 
 
@@ -90,55 +90,71 @@ def shard_of(pair: str, shards: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class Limits:
     """What one shard may hold. Above it the script refuses and counts."""
 
     wait_ms: int = 10_000  # how long a pair waits for its missing copies
-    pairs: int = 100_000  # that wait for a copy, or for a worker
-    bytes: int = 256 * 1024 * 1024  # waiting and ready together
-    remember: int = 200_000  # ids of moved pairs that are remembered, to know a late capture
+    max_pairs: int = 100_000  # that wait for a copy, or for a worker
+    max_bytes: int = 256 * 1024 * 1024  # waiting and ready together
+    max_remembered_ids: int = 200_000  # ids of moved pairs that are remembered, to know a late capture
     remember_ms: int = 300_000
 
 
 def join_arguments(
-    keys: Keys, bounds: Bounds, captures: Sequence[Row]
+    keys: Keys, limits: Limits, rows: Sequence[CaptureRow]
 ) -> tuple[list[str], list[str | int | bytes]]:
     """Keys and arguments of the script for captures, all of this shard."""
     names = [keys.due, keys.ready, keys.joined, keys.stats]
     arguments: list[str | int | bytes] = [
-        bounds.wait_ms,
-        bounds.pairs,
-        bounds.bytes,
-        bounds.remember,
-        bounds.remember_ms,
+        limits.wait_ms,
+        limits.max_pairs,
+        limits.max_bytes,
+        limits.max_remembered_ids,
+        limits.remember_ms,
     ]
-    for pair, slot, arms, blob in captures:
+    for pair, slot, expected_captures, blob in rows:
         names.append(keys.pair(pair))
-        arguments += [pair, slot, arms, blob]
+        arguments += [pair, slot, expected_captures, blob]
     return names, arguments
 
 
-def join_command(sha: str, keys: Keys, bounds: Bounds, captures: Sequence[Row]) -> bytes:
+def join_command(sha: str, keys: Keys, limits: Limits, rows: Sequence[CaptureRow]) -> bytes:
     """EVALSHA with the same keys and arguments, in Redis's protocol: a client takes several times as long to write it."""
     prefix = keys.pair("").encode()
     names: list[bytes] = []
     arguments: list[bytes] = []
-    for pair, slot, arms, blob in captures:
-        name, taken, copies = pair.encode(), slot.encode(), b"%d" % arms
-        names.append(b"$%d\r\n%b%b\r\n" % (len(prefix) + len(name), prefix, name))
+    for pair, slot, expected_captures, blob in rows:
+        pair_bytes, slot_bytes, count_bytes = pair.encode(), slot.encode(), b"%d" % expected_captures
+        names.append(b"$%d\r\n%b%b\r\n" % (len(prefix) + len(pair_bytes), prefix, pair_bytes))
         arguments += (
             b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n"
-            % (len(name), name, len(taken), taken, len(copies), copies, len(blob)),
+            % (
+                len(pair_bytes),
+                pair_bytes,
+                len(slot_bytes),
+                slot_bytes,
+                len(count_bytes),
+                count_bytes,
+                len(blob),
+            ),
             blob,
             b"\r\n",
         )
-    first, limits = join_arguments(keys, bounds, ())
-    begin: list[str | int | bytes] = ["EVALSHA", sha, len(first) + len(names), *first]
-    count = b"*%d\r\n" % (len(begin) + len(names) + len(limits) + 4 * len(captures))
-    return b"".join((count, *_bulk(begin), *names, *_bulk(limits), *arguments))
+    shard_keys, limit_arguments = join_arguments(keys, limits, ())
+    command_head: list[str | int | bytes] = ["EVALSHA", sha, len(shard_keys) + len(names), *shard_keys]
+    count = b"*%d\r\n" % (len(command_head) + len(names) + len(limit_arguments) + 4 * len(rows))
+    return b"".join(
+        (
+            count,
+            *_encode_bulk_strings(command_head),
+            *names,
+            *_encode_bulk_strings(limit_arguments),
+            *arguments,
+        )
+    )
 
 
-def _bulk(values: Sequence[str | int | bytes]) -> Iterator[bytes]:
+def _encode_bulk_strings(values: Sequence[str | int | bytes]) -> Iterator[bytes]:
     for value in values:
         text = value if isinstance(value, bytes) else str(value).encode()
         yield b"$%d\r\n%b\r\n" % (len(text), text)

@@ -19,93 +19,95 @@ import orjson
 
 from abreast.capture import digest
 
-MOST_ENTRIES = 200  # of a request; those beyond are counted
-MOST_BYTES = 64 * 1024  # of a request's payloads; of those beyond a digest is kept
-MOST_NAME = 200  # characters of a kind and of a key
-MOST_DEPTH = 50  # of a payload that orjson does not take
-OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS  # sorted: of long payloads only a digest is compared
+MAX_EFFECTS = 200  # of a request; those beyond are counted
+MAX_PAYLOAD_BYTES = 64 * 1024  # of a request's payloads; of those beyond a digest is kept
+MAX_EFFECT_NAME_CHARS = 200  # characters of a kind and of a key
+MAX_PAYLOAD_DEPTH = 50  # of a payload that orjson does not take
+ORJSON_OPTIONS = (
+    orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS
+)  # sorted: of long payloads only a digest is compared
 
 Redact = Callable[[Any], Any]
 
 
 @dataclass(slots=True)
-class Entry:
+class EffectRecord:
     kind: str
     key: str
-    raw: bytes  # the payload as JSON; empty when it was too long
+    payload_json: bytes  # the payload as JSON; empty when it was too long
     length: int
     digest: str
     at_us: int  # µs since the request arrived
-    compared: bool
+    is_compared: bool
     error: str = ""  # class name of what it raised
 
-    def record(self, redact: Redact) -> dict[str, Any]:
+    def to_dict(self, redact: Redact) -> dict[str, Any]:
         """As it travels in a capture."""
-        record: dict[str, Any] = {"kind": self.kind, "at_us": self.at_us}
+        fields: dict[str, Any] = {"kind": self.kind, "at_us": self.at_us}
         if self.key:
-            record["key"] = self.key
+            fields["key"] = self.key
         if self.digest:
-            record |= {"digest": self.digest, "length": self.length}
+            fields |= {"digest": self.digest, "length": self.length}
         else:
-            record["payload"] = redact(orjson.loads(self.raw))
+            fields["payload"] = redact(orjson.loads(self.payload_json))
         if self.error:
-            record["error"] = self.error
-        if not self.compared:
-            record["note"] = True
-        return record
+            fields["error"] = self.error
+        if not self.is_compared:
+            fields["note"] = True
+        return fields
 
 
-class Journal:
+class EffectLog:
     """Entries may come from several threads."""
 
-    def __init__(self, began: int) -> None:
-        self.entries: list[Entry] = []
-        self.bytes = 0
-        self.dropped = 0
-        self.closed = False  # the capture has been written; what comes now is late
-        self._began = began
+    def __init__(self, started_ns: int) -> None:
+        self.records: list[EffectRecord] = []
+        self.payload_bytes = 0
+        self.dropped_count = 0
+        self.is_closed = False  # the capture has been written; what comes now is late
+        self._started_ns = started_ns
         self._lock = threading.Lock()
 
-    def add(self, kind: str, payload: Any, key: str = "", *, compared: bool = True) -> Entry | None:
+    def add(self, kind: str, payload: Any, key: str = "", *, compared: bool = True) -> EffectRecord | None:
         """None for what is late, or one too many."""
-        at_us = (perf_counter_ns() - self._began) // 1000
-        raw = written(payload)
+        at_us = (perf_counter_ns() - self._started_ns) // 1000
+        payload_json = to_json(payload)
         with self._lock:
-            if self.closed:
+            if self.is_closed:
                 return None
-            if len(self.entries) >= MOST_ENTRIES:
-                self.dropped += 1
+            if len(self.records) >= MAX_EFFECTS:
+                self.dropped_count += 1
                 return None
-            fits = self.bytes + len(raw) <= MOST_BYTES
-            entry = Entry(
-                kind[:MOST_NAME],
-                key[:MOST_NAME],
-                raw if fits else b"",
-                len(raw),
-                "" if fits else digest(raw),
+            fits = self.payload_bytes + len(payload_json) <= MAX_PAYLOAD_BYTES
+            effect_record = EffectRecord(
+                kind[:MAX_EFFECT_NAME_CHARS],
+                key[:MAX_EFFECT_NAME_CHARS],
+                payload_json if fits else b"",
+                len(payload_json),
+                "" if fits else digest(payload_json),
                 at_us,
                 compared,
             )
-            self.entries.append(entry)
-            self.bytes += len(entry.raw)
-        return entry
+            self.records.append(effect_record)
+            self.payload_bytes += len(effect_record.payload_json)
+        return effect_record
 
     def close(self, redact: Redact) -> tuple[dict[str, Any], ...]:
         """The records, for the capture."""
         with self._lock:
-            self.closed = True
-            return tuple([entry.record(redact) for entry in self.entries])
+            self.is_closed = True
+            return tuple([effect_record.to_dict(redact) for effect_record in self.records])
 
 
-def written(payload: Any) -> bytes:
+def to_json(payload: Any) -> bytes:
     """JSON of anything: what has no form in JSON becomes text that is the same in both versions."""
     try:
-        return orjson.dumps(payload, default=_plain, option=OPTIONS)
+        return orjson.dumps(payload, default=_to_plain, option=ORJSON_OPTIONS)
     except (TypeError, ValueError, RecursionError):  # integers beyond 64 bits, lone surrogates, circles
-        return orjson.dumps(_readable(payload, 0), option=orjson.OPT_SORT_KEYS)
+        return orjson.dumps(_to_readable(payload, 0), option=orjson.OPT_SORT_KEYS)
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """For orjson, of what it does not know."""
     if isinstance(value, Decimal):
         return str(value)
@@ -119,10 +121,10 @@ def _plain(value: Any) -> Any:
         return sorted(value, key=repr)
     if isinstance(value, tuple | list):
         return list(value)
-    return _dumped(value)
+    return _dump_model(value)
 
 
-def _dumped(value: Any) -> Any:
+def _dump_model(value: Any) -> Any:
     """A pydantic model's own form; of all else the type, never an address in memory."""
     try:
         dump = getattr(value, "model_dump", None)
@@ -133,9 +135,9 @@ def _dumped(value: Any) -> Any:
     return f"<{type(value).__qualname__}>"
 
 
-def _readable(value: Any, depth: int) -> Any:
+def _to_readable(value: Any, depth: int) -> Any:
     """The same for what orjson refuses to write."""
-    if depth > MOST_DEPTH:
+    if depth > MAX_PAYLOAD_DEPTH:
         return "<too deep>"
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
@@ -146,16 +148,16 @@ def _readable(value: Any, depth: int) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {_readable(str(name), 0): _readable(held, depth + 1) for name, held in value.items()}
+        return {_to_readable(str(name), 0): _to_readable(item, depth + 1) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_readable(held, depth + 1) for held in value]
+        return [_to_readable(item, depth + 1) for item in value]
     if value is None or isinstance(value, bool):
         return value
-    return _known(value, depth)
+    return _convert_with_orjson(value, depth)
 
 
-def _known(value: Any, depth: int) -> Any:
+def _convert_with_orjson(value: Any, depth: int) -> Any:
     try:
         return orjson.loads(orjson.dumps(value))  # dates, UUIDs, enumerations
     except (TypeError, ValueError):
-        return _readable(_plain(value), depth + 1)
+        return _to_readable(_to_plain(value), depth + 1)

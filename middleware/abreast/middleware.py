@@ -9,31 +9,31 @@ from collections.abc import Awaitable, Callable
 from time import perf_counter_ns
 from typing import Unpack, get_args
 
-from abreast.backlog import Backlog
-from abreast.bystander import Bystander
+from abreast.backlog import CaptureQueue
+from abreast.bystander import UncapturedRequest
 from abreast.capture import Role, Version
-from abreast.context import CURRENT, OUTSIDE, Current, maker
-from abreast.ending import end
+from abreast.context import CURRENT_CONTEXT, NO_REQUEST, RequestContext, make_context_factory
+from abreast.ending import run_cleanups
 from abreast.errors import SettingError
-from abreast.loops import Loops
-from abreast.recorder import PAIR, Marks, Message, Receive, Recorder, Scope, Send
-from abreast.rescue import Rescue
-from abreast.route import Routes
-from abreast.settings import Options, Settings
+from abreast.loops import ExporterPool
+from abreast.recorder import PAIR_HEADER, Message, Receive, RequestRecorder, RouteTags, Scope, Send
+from abreast.rescue import ErrorReporter
+from abreast.route import RouteResolver
+from abreast.settings import Settings, SettingsKwargs
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 logger = logging.getLogger("abreast")
 
-VERSION = b"x-abreast-version"
-ROLE = b"x-abreast-role"
-ARMS = b"x-abreast-arms"
-SEEN = "abreast.current"  # in the scope: an outer middleware records this request already
-VERSIONS: dict[bytes | None, Version] = {each.encode(): each for each in get_args(Version)}
-ROLES: dict[bytes, Role] = {each.encode(): each for each in get_args(Role)}
-TAIL = 8  # headers at the end, where ours are as a rule
-ID = (string.digits + string.ascii_letters + "-").encode()  # what a pair id may hold
-ID_LENGTH = 64
+VERSION_HEADER = b"x-abreast-version"
+ROLE_HEADER = b"x-abreast-role"
+COPIES_HEADER = b"x-abreast-arms"
+SCOPE_KEY = "abreast.current"  # in the scope: an outer middleware records this request already
+VERSION_BY_HEADER: dict[bytes | None, Version] = {each.encode(): each for each in get_args(Version)}
+ROLE_BY_HEADER: dict[bytes, Role] = {each.encode(): each for each in get_args(Role)}
+TRAILING_HEADERS = 8  # headers at the end, where ours are as a rule
+PAIR_ID_CHARS = (string.digits + string.ascii_letters + "-").encode()  # what a pair id may hold
+MAX_PAIR_ID_CHARS = 64
 
 
 class ParallelRunMiddleware:
@@ -44,18 +44,18 @@ class ParallelRunMiddleware:
     middleware at the first request, so a slip in a variable would become a 500 for every user. `problem` holds it.
     """
 
-    def __init__(self, app: App, **settings: Unpack[Options]) -> None:
+    def __init__(self, app: App, **settings: Unpack[SettingsKwargs]) -> None:
         self.app = app
         self.problem = ""
-        self.settings = self._read(settings)
-        self.rescue = Rescue()
-        self.backlog = Backlog(self.settings)
-        self._loops = Loops(self.settings, self.backlog, Routes(app), self.rescue)
+        self.settings = self._read_settings(settings)
+        self.report_error = ErrorReporter()
+        self.queue = CaptureQueue(self.settings)
+        self._exporter_pool = ExporterPool(self.settings, self.queue, RouteResolver(app), self.report_error)
         self._enabled = self.settings.enabled
         self._release = self.settings.release
-        self._marks = self._all_marks()
+        self._route_tags = self._build_route_tags()
 
-    def _read(self, settings: Options) -> Settings:
+    def _read_settings(self, settings: SettingsKwargs) -> Settings:
         try:
             return Settings.read(os.environ, settings)
         except SettingError as error:
@@ -63,20 +63,20 @@ class ParallelRunMiddleware:
             logger.error("the middleware is off, requests pass untouched: %s", error)  # noqa: TRY400  # it says all
             return Settings(enabled=False)
 
-    def _all_marks(self) -> dict[tuple[bytes | None, ...], Marks]:
+    def _build_route_tags(self) -> dict[tuple[bytes | None, ...], RouteTags]:
         release = self.settings.release.encode("ascii")
-        tags = [(b"x-abreast-release", release)] if release else []
+        release_headers = [(b"x-abreast-release", release)] if release else []
         return {
-            (version.encode(), role.encode(), b"%d" % arms): (
+            (version.encode(), role.encode(), b"%d" % expected_captures): (
                 version,
                 role,
-                arms,
-                [(VERSION, version.encode()), *tags],
-                maker(version, role, self._release, self.backlog),
+                expected_captures,
+                [(VERSION_HEADER, version.encode()), *release_headers],
+                make_context_factory(version, role, self._release, self.queue),
             )
             for version in get_args(Version)
             for role in get_args(Role)
-            for arms in (2, 3)
+            for expected_captures in (2, 3)
         }
 
     async def __call__(  # noqa: C901  # one function: it is in every request
@@ -84,98 +84,119 @@ class ParallelRunMiddleware:
     ) -> None:
         kind = scope["type"]
         if kind == "http" or kind == "websocket":  # noqa: PLR1714  # faster
-            before, recorder, stray = CURRENT.get(), None, False
+            outer_context, recorder, has_inherited_context = CURRENT_CONTEXT.get(), None, False
             try:
                 headers = scope["headers"]
                 if headers.__class__ is not list:
                     headers = scope["headers"] = list(headers)  # the app must be able to read them too
                 for name, _ in reversed(headers):  # Envoy adds to the end
-                    if name == PAIR:
-                        recorder = self._recorder(scope, receive, send)
+                    if name == PAIR_HEADER:
+                        recorder = self._make_recorder(scope, receive, send)
                         break
                 else:
-                    stray = before.answered  # a server took another request's context along to this one
+                    has_inherited_context = (
+                        outer_context.response_sent
+                    )  # a server took another request's context along to this one
             except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
-                self.rescue("request", error)
+                self.report_error("request", error)
             if recorder is not None:
                 try:
                     await self.app(scope, recorder.receive, recorder.send)
                 except BaseException as error:  # the context stays, for handlers further out
-                    recorder.left(type(error).__name__)
-                    end(recorder.now)
+                    recorder.mark_app_finished(type(error).__name__)
+                    run_cleanups(recorder.context)
                     raise
-                recorder.returned = True
-                if not recorder.finished:
-                    recorder.left("")
-                if recorder.now.shadow:
-                    end(recorder.now)
-                CURRENT.set(before)
+                recorder.app_returned = True
+                if not recorder.finished_ns:
+                    recorder.mark_app_finished("")
+                if recorder.context.is_shadow:
+                    run_cleanups(recorder.context)
+                CURRENT_CONTEXT.set(outer_context)
                 return
-            if stray:
-                CURRENT.set(OUTSIDE)
+            if has_inherited_context:
+                CURRENT_CONTEXT.set(NO_REQUEST)
                 await self.app(scope, receive, send)
-                CURRENT.set(before)
+                CURRENT_CONTEXT.set(outer_context)
                 return
         elif kind == "lifespan" and self._enabled:
-            await self._lifespan(scope, receive, send)
+            await self._handle_lifespan(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
-    def _recorder(self, scope: Scope, receive: Receive, send: Send) -> Recorder | Bystander | None:
+    def _make_recorder(
+        self, scope: Scope, receive: Receive, send: Send
+    ) -> RequestRecorder | UncapturedRequest | None:
         """What watches a marked request; None where an outer middleware does. Tells the code which role it has."""
-        if SEEN in scope:
-            CURRENT.set(scope[SEEN])  # something in between may have begun a new context
+        if SCOPE_KEY in scope:
+            CURRENT_CONTEXT.set(scope[SCOPE_KEY])  # something in between may have begun a new context
             return None
         headers = scope["headers"]
         try:
-            found = dict(headers[-TAIL:])
-            pair = found[PAIR]
-            marks = self._marks.get((found[VERSION], found[ROLE], found[ARMS]))
+            header_values = dict(headers[-TRAILING_HEADERS:])
+            pair = header_values[PAIR_HEADER]
+            route_tags = self._route_tags.get(
+                (header_values[VERSION_HEADER], header_values[ROLE_HEADER], header_values[COPIES_HEADER])
+            )
         except KeyError:
-            found = dict(headers)
-            pair = found[PAIR]
-            marks = self._marks.get((found.get(VERSION), found.get(ROLE), found.get(ARMS)))
+            header_values = dict(headers)
+            pair = header_values[PAIR_HEADER]
+            route_tags = self._route_tags.get(
+                (
+                    header_values.get(VERSION_HEADER),
+                    header_values.get(ROLE_HEADER),
+                    header_values.get(COPIES_HEADER),
+                )
+            )
         if (
-            marks is None
-            or pair.translate(None, ID)
-            or not 0 < len(pair) <= ID_LENGTH
+            route_tags is None
+            or pair.translate(None, PAIR_ID_CHARS)
+            or not 0 < len(pair) <= MAX_PAIR_ID_CHARS
             or not self._enabled
             or scope["type"] != "http"
         ):
-            return self._bystander(found, receive, send)
-        now = marks[4](pair.decode(), perf_counter_ns())
-        if now.shadow:
-            now.ends = []
-        CURRENT.set(now)
-        scope[SEEN] = now
-        return Recorder(self._loops, scope, receive, send, pair, marks, now)
+            return self._wrap_uncaptured(header_values, receive, send)
+        context = route_tags[4](pair.decode(), perf_counter_ns())
+        if context.is_shadow:
+            context.cleanups = []
+        CURRENT_CONTEXT.set(context)
+        scope[SCOPE_KEY] = context
+        return RequestRecorder(self._exporter_pool, scope, receive, send, pair, route_tags, context)
 
-    def _bystander(self, found: dict[bytes, bytes], receive: Receive, send: Send) -> Bystander:
+    def _wrap_uncaptured(
+        self, header_values: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> UncapturedRequest:
         """For what is not captured: a shadow is one also where capturing is off, or the marks are not understood."""
-        role: Role = ROLES.get(found.get(ROLE, b"live"), "shadow")
-        pair = found[PAIR].decode("latin-1")
-        now = Current(VERSIONS.get(found.get(VERSION)), role, pair, self._release, None, perf_counter_ns())
-        now.ends = [] if now.shadow else None
-        CURRENT.set(now)
-        return Bystander(now, receive, send)
+        role: Role = ROLE_BY_HEADER.get(header_values.get(ROLE_HEADER, b"live"), "shadow")
+        pair = header_values[PAIR_HEADER].decode("latin-1")
+        context = RequestContext(
+            VERSION_BY_HEADER.get(header_values.get(VERSION_HEADER)),
+            role,
+            pair,
+            self._release,
+            None,
+            perf_counter_ns(),
+        )
+        context.cleanups = [] if context.is_shadow else None
+        CURRENT_CONTEXT.set(context)
+        return UncapturedRequest(context, receive, send)
 
-    async def _lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Connect at the start, and send what waits before the server is told that the app has stopped."""
 
-        async def flushing(message: Message) -> None:
+        async def send_after_flush(message: Message) -> None:
             if message["type"] in {"lifespan.shutdown.complete", "lifespan.shutdown.failed"}:
                 await self.aclose()
             await send(message)
 
         try:
-            self._loops.start()
+            self._exporter_pool.start()
         except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
-            self.rescue("start", error)
-        await self.app(scope, receive, flushing)
+            self.report_error("start", error)
+        await self.app(scope, receive, send_after_flush)
 
     async def aclose(self) -> None:
         """Send what waits, for `flush_timeout` seconds at most, and close the connection to Redis. Never raises.
 
         Only needed where neither the server's lifespan nor the end of the event loop does it.
         """
-        await self._loops.aclose()
+        await self._exporter_pool.aclose()

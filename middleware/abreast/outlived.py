@@ -8,25 +8,29 @@ from __future__ import annotations
 import logging
 from time import perf_counter_ns
 
-from abreast.context import Current
+from abreast.context import RequestContext
 
 logger = logging.getLogger("abreast")
 
-LONG = 60.0  # seconds since the request came
-MOST = 100  # names that are remembered
-TOLD: set[str] = set()
+MAX_SHADOW_AGE_S = 60.0  # seconds since the request came
+MAX_WARNED_NAMES = 100  # names that are remembered
+WARNED_NAMES: set[str] = set()
 
 
-def outlived(request: Current, what: str) -> None:
+def warn_if_request_outlived(context: RequestContext, name: str) -> None:
     """Once for each name."""
-    if not (request.shadow and request.answered) or what in TOLD or len(TOLD) >= MOST:
+    if (
+        not (context.is_shadow and context.response_sent)
+        or name in WARNED_NAMES
+        or len(WARNED_NAMES) >= MAX_WARNED_NAMES
+    ):
         return
-    seconds = (perf_counter_ns() - request.began) / 1e9
-    if request.began and seconds > LONG:
-        TOLD.add(what)
+    age_s = (perf_counter_ns() - context.started_ns) / 1e9
+    if context.started_ns and age_s > MAX_SHADOW_AGE_S:
+        WARNED_NAMES.add(name)
         logger.warning(
             "%s is held back %d s after its shadow request; what serves users too must be started outside of requests, or "
             "with context=contextvars.Context() (logged once)",
-            what,
-            seconds,
+            name,
+            age_s,
         )

@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from time import perf_counter_ns
 from typing import Any, Protocol
 
-from abreast.body import HOLD, BodyRecorder, FilePart
+from abreast.body import MIN_BUFFER_BYTES, BodyBuffer, FileRange
 from abreast.capture import Role, Version
-from abreast.context import Current
-from abreast.rescue import Rescue
+from abreast.context import RequestContext
+from abreast.rescue import ErrorReporter
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -22,76 +22,76 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 RawHeaders = list[tuple[bytes, bytes]]
 # With the number of copies, what the answer is tagged with, and what makes the request as its code sees it.
-Marks = tuple[Version, Role, int, RawHeaders, Callable[[str, int], Current]]
+RouteTags = tuple[Version, Role, int, RawHeaders, Callable[[str, int], RequestContext]]
 
-PAIR = b"x-abreast-pair"
+PAIR_HEADER = b"x-abreast-pair"
 
 
-class Host(Protocol):
+class RecorderHost(Protocol):
     """What a recorder needs from the middleware."""
 
     body_limit: int
-    rescue: Rescue
+    report_error: ErrorReporter
 
-    def recorded(self, recorder: Recorder) -> None: ...
+    def enqueue(self, recorder: RequestRecorder) -> None: ...
 
-    def goes_on(self, recorder: Recorder) -> TimerHandle: ...
+    def schedule_truncation(self, recorder: RequestRecorder) -> TimerHandle: ...
 
 
-class Recorder:
+class RequestRecorder:
     # Defaults in the class, since most requests need few of these and setting one takes time.
     headers: RawHeaders = []  # noqa: RUF012  # replaced, never changed
     trailers: RawHeaders | None = None  # a list once they are announced
-    asked: BodyRecorder | None = None
-    answer: BodyRecorder | None = None
-    plain = True  # no body but `only`, and no fault
-    only: bytes = b""  # the answer's body while it is one chunk
+    request_body: BodyBuffer | None = None
+    response_body: BodyBuffer | None = None
+    fast_path = True  # no body but `only`, and no fault
+    single_chunk: bytes = b""  # the answer's body while it is one chunk
     status = 0
-    ended = False  # the app has given the last message
-    complete = False  # and the server has taken it
+    response_ended = False  # the app has given the last message
+    is_complete = False  # and the server has taken it
     client_left = False
-    going_on = False  # its capture has left before it ended
-    timer: TimerHandle | None = None  # once the answer comes in several chunks
-    raised = ""
-    fault = ""  # why this capture can't be trusted, and is dropped
-    first_byte = 0
-    finished = 0
-    returned = False  # the app has, and so have its background tasks
-    journaled = 0  # bytes of effects that the backlog counts
+    truncated_by_deadline = False  # its capture has left before it ended
+    truncation_timer: TimerHandle | None = None  # once the answer comes in several chunks
+    exception = ""
+    error = ""  # why this capture can't be trusted, and is dropped
+    first_byte_ns = 0
+    finished_ns = 0
+    app_returned = False  # the app has, and so have its background tasks
+    queued_effect_bytes = 0  # bytes of effects that the backlog counts
     route = ""  # found in the background
 
     def __init__(
         self,
-        host: Host,
+        host: RecorderHost,
         scope: Scope,
         receive: Receive,
         send: Send,
         pair: bytes,
-        marks: Marks,
-        now: Current,
+        route_tags: RouteTags,
+        context: RequestContext,
     ) -> None:
         self._host = host
         self._receive = receive
         self._send = send
         self.scope = scope
         self.pair = pair
-        self.marks = marks
-        self.now = now
+        self.route_tags = route_tags
+        self.context = context
 
     async def receive(self) -> Message:
         message = await self._receive()
         try:
             if message["type"] == "http.request":
                 chunk = message.get("body")
-                if chunk and not self.going_on:
-                    if self.asked is None:
-                        self.asked = BodyRecorder(self._host.body_limit)
-                        self.plain = False
-                    self.asked.add(chunk)
-            elif message["type"] == "http.disconnect" and not self.ended:
+                if chunk and not self.truncated_by_deadline:
+                    if self.request_body is None:
+                        self.request_body = BodyBuffer(self._host.body_limit)
+                        self.fast_path = False
+                    self.request_body.add(chunk)
+            elif message["type"] == "http.disconnect" and not self.response_ended:
                 self.client_left = True
         except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
-            self._failed("receive", error)
+            self._record_failure("receive", error)
         return message
 
     async def send(self, message: Message) -> None:  # noqa: C901  # calls would take time in every request
@@ -99,123 +99,125 @@ class Recorder:
             kind = message["type"]
             if kind == "http.response.body":
                 chunk = message.get("body")
-                if chunk and not self.going_on:
+                if chunk and not self.truncated_by_deadline:
                     if (
-                        self.only
-                        or self.answer is not None
+                        self.single_chunk
+                        or self.response_body is not None
                         or chunk.__class__ is not bytes
-                        or len(chunk) > HOLD
+                        or len(chunk) > MIN_BUFFER_BYTES
                     ):
-                        self._body().add(chunk)
+                        self._ensure_response_body().add(chunk)
                     else:
-                        self.only = chunk
+                        self.single_chunk = chunk
                 if not message.get("more_body") and self.trailers is None:
-                    self.ended = self.now.answered = True  # before the server begins with the next request
-                elif self.timer is None:
-                    self.timer = self._host.goes_on(self)
+                    self.response_ended = self.context.response_sent = (
+                        True  # before the server begins with the next request
+                    )
+                elif self.truncation_timer is None:
+                    self.truncation_timer = self._host.schedule_truncation(self)
             elif kind == "http.response.start":
-                self.first_byte = perf_counter_ns()
+                self.first_byte_ns = perf_counter_ns()
                 self.status = message["status"]
                 headers = self.headers = list(message.get("headers", ()))
                 if message.get("trailers"):
                     self.trailers = []
-                message = {**message, "headers": [*headers, (PAIR, self.pair), *self.marks[3]]}
+                message = {**message, "headers": [*headers, (PAIR_HEADER, self.pair), *self.route_tags[3]]}
             else:
-                self._other(kind, message)
+                self._record_extension(kind, message)
         except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
-            self._failed("send", error)
+            self._record_failure("send", error)
         try:
             await self._send(message)
         except OSError:  # how servers say that the client is gone
             self.client_left = True
             raise
-        if self.ended and not self.finished:
-            self.complete = True
-            self._ship()
+        if self.response_ended and not self.finished_ns:
+            self.is_complete = True
+            self._enqueue()
 
-    def left(self, raised: str) -> None:
+    def mark_app_finished(self, exception: str) -> None:
         """The app is done, by returning or by raising. Of what it did after its answer, effects are ours alone."""
-        self.returned = True
-        self.now.answered = True
-        if not self.finished:
-            self.raised = raised
-            self._ship()
+        self.app_returned = True
+        self.context.response_sent = True
+        if not self.finished_ns:
+            self.exception = exception
+            self._enqueue()
 
-    def leave(self) -> None:
+    def truncate_at_deadline(self) -> None:
         """Its time is over: what has come so far is all that is captured."""
-        if not self.finished:
-            self.going_on = self.returned = True
-            self._ship()
+        if not self.finished_ns:
+            self.truncated_by_deadline = self.app_returned = True
+            self._enqueue()
 
-    def _body(self) -> BodyRecorder:
+    def _ensure_response_body(self) -> BodyBuffer:
         """The answer's body, once it is more than one small chunk."""
-        if self.answer is None:
-            self.answer = BodyRecorder(self._host.body_limit)
-            self.plain = False
-            if self.only:
-                self.answer.add(self.only)
-                self.only = b""
-        return self.answer
+        if self.response_body is None:
+            self.response_body = BodyBuffer(self._host.body_limit)
+            self.fast_path = False
+            if self.single_chunk:
+                self.response_body.add(self.single_chunk)
+                self.single_chunk = b""
+        return self.response_body
 
-    def _other(self, kind: str, message: Message) -> None:
+    def _record_extension(self, kind: str, message: Message) -> None:
         if kind == "http.response.trailers":
             self.trailers = [*(self.trailers or ()), *message.get("headers", ())]
-            self.ended = not message.get("more_trailers", False)
+            self.response_ended = not message.get("more_trailers", False)
         elif kind == "http.response.pathsend":
-            self.ended = self.trailers is None
-            self._file(FilePart.of_path(message["path"]))
+            self.response_ended = self.trailers is None
+            self._record_file(FileRange.from_path(message["path"]))
         elif kind == "http.response.zerocopysend":
-            self.ended = not message.get("more_body", False) and self.trailers is None
+            self.response_ended = not message.get("more_body", False) and self.trailers is None
             offset, count = message.get("offset"), message.get("count")
-            self._file(FilePart.of_descriptor(message["file"], offset, count))
-        self.now.answered = self.ended
+            self._record_file(FileRange.from_descriptor(message["file"], offset, count))
+        self.context.response_sent = self.response_ended
 
-    def _file(self, part: FilePart) -> None:
+    def _record_file(self, part: FileRange) -> None:
         if (
-            self.scope["method"] == "HEAD" or self.going_on
+            self.scope["method"] == "HEAD" or self.truncated_by_deadline
         ):  # the server sends none of it, or it comes too late
             part.close()
         else:
-            self._body().add_file(part)
+            self._ensure_response_body().add_file(part)
 
-    def _ship(self) -> None:
-        self.finished = perf_counter_ns()
-        if self.timer is not None:
-            self.timer.cancel()
+    def _enqueue(self) -> None:
+        self.finished_ns = perf_counter_ns()
+        if self.truncation_timer is not None:
+            self.truncation_timer.cancel()
         try:
-            self._host.recorded(self)
+            self._host.enqueue(self)
         except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
             self.close()
-            self._host.rescue("hand over", error)
+            self._host.report_error("hand over", error)
 
-    def _failed(self, where: str, error: Exception) -> None:
-        self.fault = where
-        self.plain = False
-        self._host.rescue(where, error)
+    def _record_failure(self, operation: str, error: Exception) -> None:
+        self.error = operation
+        self.fast_path = False
+        self._host.report_error(operation, error)
 
     @property
-    def held(self) -> int:
+    def body_bytes(self) -> int:
         """Bytes of bodies."""
-        held = len(self.only) if self.answer is None else self.answer.held
-        return held if self.asked is None else held + self.asked.held
+        size = len(self.single_chunk) if self.response_body is None else self.response_body.buffered_bytes
+        return size if self.request_body is None else size + self.request_body.buffered_bytes
 
     @property
     def needs_thread(self) -> bool:
-        return any(body is not None and body.needs_thread for body in (self.asked, self.answer))
+        return any(body is not None and body.needs_thread for body in (self.request_body, self.response_body))
 
     def finish(self) -> None:
         """What takes time with large bodies and files. Runs in the thread."""
         try:
-            for body in (self.asked, self.answer):
+            for body in (self.request_body, self.response_body):
                 if body is not None:
                     body.finish()
         except Exception as error:  # noqa: BLE001  # this capture is dropped, and counted
-            self._failed("reading a body", error)
+            self._record_failure("reading a body", error)
         finally:
             self.close()
 
     def close(self) -> None:
         """Give back the descriptors of files."""
-        for body in (self.asked, self.answer):
+        for body in (self.request_body, self.response_body):
             if body is not None:
                 body.close()

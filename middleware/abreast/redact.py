@@ -15,14 +15,14 @@ import orjson
 
 from abreast.capture import Headers
 
-MARK = "hmac:"
-DIGEST_SIZE = 8  # bytes
-COOKIES = "cookie"
-SET_COOKIE = "set-cookie"
+HASH_PREFIX = "hmac:"
+SECRET_DIGEST_BYTES = 8  # bytes
+COOKIE_HEADER = "cookie"
+SET_COOKIE_HEADER = "set-cookie"
 SECRET_HEADERS = frozenset(
     {
-        COOKIES,
-        SET_COOKIE,
+        COOKIE_HEADER,
+        SET_COOKIE_HEADER,
         "api-key",
         "apikey",
         "authentication-info",
@@ -88,59 +88,60 @@ SECRET_FIELDS = frozenset(
         "token",
     }
 )
-SEPARATORS = str.maketrans("", "", "_- ")
+NAME_SEPARATORS = str.maketrans("", "", "_- ")
 
 
 @lru_cache(maxsize=4096)
-def squeezed(name: str) -> str:
+def normalise_name(name: str) -> str:
     """access_token, Access-Token and accessToken are one name."""
-    return name.translate(SEPARATORS).lower()
+    return name.translate(NAME_SEPARATORS).lower()
 
 
 class Redactor:
-    def __init__(self, key: bytes, extra: Iterable[str] = ()) -> None:
+    def __init__(self, key: bytes, extra_headers: Iterable[str] = ()) -> None:
         self._key = hashlib.blake2b(key, digest_size=32).digest()  # a key of any length
-        self.names = SECRET_HEADERS | frozenset(extra)
-        self._fields = frozenset(map(squeezed, self.names | SECRET_FIELDS))
+        self.secret_headers = SECRET_HEADERS | frozenset(extra_headers)
+        self._secret_fields = frozenset(map(normalise_name, self.secret_headers | SECRET_FIELDS))
 
     def hash(self, value: str) -> str:
         raw = value.encode("utf-8", "surrogatepass")
-        return MARK + hashlib.blake2b(raw, key=self._key, digest_size=DIGEST_SIZE).hexdigest()
+        return HASH_PREFIX + hashlib.blake2b(raw, key=self._key, digest_size=SECRET_DIGEST_BYTES).hexdigest()
 
-    def payload(self, value: Any) -> Any:
+    def redact_payload(self, value: Any) -> Any:
         """A JSON value without the secrets in it: what stands under the name of one is hashed, whatever it is."""
         if isinstance(value, dict):
-            return {name: self._field(name, held) for name, held in value.items()}
-        return [self.payload(held) for held in value] if isinstance(value, list) else value
+            return {name: self._redact_field(name, item) for name, item in value.items()}
+        return [self.redact_payload(item) for item in value] if isinstance(value, list) else value
 
-    def _field(self, name: str, value: Any) -> Any:
-        if squeezed(name) not in self._fields:
-            return self.payload(value)
+    def _redact_field(self, name: str, value: Any) -> Any:
+        if normalise_name(name) not in self._secret_fields:
+            return self.redact_payload(value)
         if value is None:
             return None
         text = value if isinstance(value, str) else orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()
         return self.hash(text)
 
-    def headers(self, headers: Headers) -> Headers:
+    def redact_headers(self, headers: Headers) -> Headers:
         """The same headers with secret values hashed; the same object when there is none."""
-        if self.names.isdisjoint([name for name, _ in headers]):
+        if self.secret_headers.isdisjoint([name for name, _ in headers]):
             return headers
         return tuple(
-            (name, self._value(name, value) if name in self.names else value) for name, value in headers
+            (name, self._redact_header_value(name, value) if name in self.secret_headers else value)
+            for name, value in headers
         )
 
-    def _value(self, name: str, value: str) -> str:
-        if name == SET_COOKIE:
+    def _redact_header_value(self, name: str, value: str) -> str:
+        if name == SET_COOKIE_HEADER:
             cookie, semicolon, attributes = value.partition(";")
-            return self._cookie(cookie) + semicolon + attributes
-        if name == COOKIES:
-            return ";".join(self._cookie(cookie) for cookie in value.split(";"))
+            return self._redact_cookie(cookie) + semicolon + attributes
+        if name == COOKIE_HEADER:
+            return ";".join(self._redact_cookie(cookie) for cookie in value.split(";"))
         return self.hash(value)
 
-    def _cookie(self, cookie: str) -> str:
+    def _redact_cookie(self, cookie: str) -> str:
         """Hash the value and keep the name, and that there is no value. What follows a semicolon in quotes is hashed too."""
         name, equals, value = cookie.partition("=")
         if not equals:
             return self.hash(cookie)
-        held = value.strip()
-        return f"{name}={held and self.hash(held)}"
+        secret = value.strip()
+        return f"{name}={secret and self.hash(secret)}"

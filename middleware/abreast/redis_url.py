@@ -25,10 +25,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException, RedisError
 
 Kind = Literal["server", "cluster", "sentinel"]
-KINDS: Mapping[str, Kind] = {"": "server", "cluster": "cluster", "sentinel": "sentinel"}
-PORTS = {"cluster": 6379, "sentinel": 26379}
-SENTINEL = "sentinel_"  # options that are for the Sentinels
-WANTED = (
+KIND_BY_SUFFIX: Mapping[str, Kind] = {"": "server", "cluster": "cluster", "sentinel": "sentinel"}
+DEFAULT_PORTS = {"cluster": 6379, "sentinel": 26379}
+SENTINEL_OPTION_PREFIX = "sentinel_"  # options that are for the Sentinels
+URL_FORMATS = (
     "a URL such as redis://127.0.0.1:6379/0, rediss://…, unix://…, redis+cluster://host:7000,host2:7000 "
     "or redis+sentinel://host:26379,host2:26379/name/0"
 )
@@ -42,52 +42,58 @@ class Address:
     server: str = field(repr=False)  # may hold a password
     nodes: tuple[tuple[str, int], ...] = ()
     name: str = ""  # of the primary, by which the Sentinels know it
-    sentinel: Mapping[str, str] = field(default_factory=dict, repr=False)  # their own username and password
+    sentinel_credentials: Mapping[str, str] = field(
+        default_factory=dict, repr=False
+    )  # their own username and password
 
 
-def parse(url: str) -> Address:
+def parse_address(url: str) -> Address:
     """Raise ValueError, saying what is wanted."""
-    scheme, _, rest = url.strip().partition("://")
+    scheme, _, location = url.strip().partition("://")
     base, _, kind = scheme.partition("+")
-    if kind and (base not in {"redis", "rediss"} or kind not in PORTS):
-        raise ValueError(WANTED)
+    if kind and (base not in {"redis", "rediss"} or kind not in DEFAULT_PORTS):
+        raise ValueError(URL_FORMATS)
     try:
         if kind:
-            return _several(base, kind, rest)
+            return _parse_multi_node(base, kind, location)
         parse_url(url.strip())
         return Address("server", url.strip())
     except ValueError:
-        raise ValueError(WANTED) from None
+        raise ValueError(URL_FORMATS) from None
 
 
-def _several(base: str, kind: str, rest: str) -> Address:
-    parts = urlsplit(f"//{rest}")
+def _parse_multi_node(base: str, kind: str, location: str) -> Address:
+    parts = urlsplit(f"//{location}")
     credentials, at, hosts = parts.netloc.rpartition("@")
-    nodes = tuple(_node(host, PORTS[kind]) for host in hosts.split(",") if host)
+    nodes = tuple(_parse_node(host, DEFAULT_PORTS[kind]) for host in hosts.split(",") if host)
     path = [unquote(part) for part in parts.path.split("/") if part]
     name, database = ("", path) if kind == "cluster" else (path[0] if path else "", path[1:])
     number = database[0] if database else "0"
     if not nodes or len(database) > 1 or not number.isdigit():
-        raise ValueError(rest)
+        raise ValueError(location)
     if (kind == "sentinel") != bool(name) or (kind == "cluster" and number != "0"):
-        raise ValueError(rest)
-    given = dict(parse_qsl(parts.query))
-    sentinel = {key.removeprefix(SENTINEL): given.pop(key) for key in list(given) if key.startswith(SENTINEL)}
+        raise ValueError(location)
+    query = dict(parse_qsl(parts.query))
+    sentinel = {
+        key.removeprefix(SENTINEL_OPTION_PREFIX): query.pop(key)
+        for key in list(query)
+        if key.startswith(SENTINEL_OPTION_PREFIX)
+    }
     host, port = nodes[0]
-    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    server = f"{base}://{credentials}{at}{place}/{number}" + (f"?{urlencode(given)}" if given else "")
+    host_port = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    server = f"{base}://{credentials}{at}{host_port}/{number}" + (f"?{urlencode(query)}" if query else "")
     parse_url(server)
-    return Address(KINDS[kind], server, nodes, name, sentinel)
+    return Address(KIND_BY_SUFFIX[kind], server, nodes, name, sentinel)
 
 
-def _node(place: str, port: int) -> tuple[str, int]:
-    parts = urlsplit(f"//{place}")
+def _parse_node(host_port: str, default_port: int) -> tuple[str, int]:
+    parts = urlsplit(f"//{host_port}")
     if not parts.hostname:
-        raise ValueError(place)
-    return parts.hostname, parts.port or port
+        raise ValueError(host_port)
+    return parts.hostname, parts.port or default_port
 
 
-class Cluster(RedisCluster):
+class ClusterClient(RedisCluster):
     """Asks anew who holds what after a failure. Trying again is up to the callers, who know what may be."""
 
     async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
@@ -105,14 +111,14 @@ class Cluster(RedisCluster):
             raise
 
 
-class Primary(Redis):
+class SentinelClient(Redis):
     """What the Sentinels name. Closing it closes the connections to them too."""
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         await super().aclose(close_connection_pool)
-        await self.forget()
+        await self.disconnect_sentinels()
 
-    async def forget(self) -> None:
+    async def disconnect_sentinels(self) -> None:
         pool: Any = self.connection_pool
         for sentinel in pool.sentinel_manager.sentinels:
             await sentinel.connection_pool.disconnect(inuse_connections=True)
@@ -120,52 +126,54 @@ class Primary(Redis):
 
 def connect(url: str, *, timeout: float, connect_timeout: float) -> Redis:
     """Opens nothing yet, and tries nothing again by itself. A cluster's client has the same commands."""
-    where = parse(url)
+    address = parse_address(url)
     options: dict[str, Any] = {
         "socket_timeout": timeout,
         "socket_connect_timeout": connect_timeout,
         "retry": Retry(NoBackoff(), 0),
     }
-    if where.kind == "server":
+    if address.kind == "server":
         return Redis.from_url(url.strip(), **options)
-    options |= _options(where)
-    if where.kind == "cluster":
-        nodes = [ClusterNode(host, port) for host, port in where.nodes]
-        return cast("Redis", Cluster(startup_nodes=nodes, **options))
-    sentinels = Sentinel(list(where.nodes), sentinel_kwargs=_asking(where, options), **options)  # type: ignore[no-untyped-call]  # redis-py's
-    return cast("Redis", sentinels.master_for(where.name, redis_class=Primary))
+    options |= _client_options(address)
+    if address.kind == "cluster":
+        nodes = [ClusterNode(host, port) for host, port in address.nodes]
+        return cast("Redis", ClusterClient(startup_nodes=nodes, **options))
+    sentinels = Sentinel(list(address.nodes), sentinel_kwargs=_sentinel_options(address, options), **options)  # type: ignore[no-untyped-call]  # redis-py's
+    return cast("Redis", sentinels.master_for(address.name, redis_class=SentinelClient))
 
 
-def _options(where: Address) -> dict[str, Any]:
+def _client_options(address: Address) -> dict[str, Any]:
     """What the URL says, but for the place."""
-    options: dict[str, Any] = dict(parse_url(where.server))
+    options: dict[str, Any] = dict(parse_url(address.server))
     options["ssl"] = options.pop("connection_class", None) is SSLConnection
-    for name in ("host", "port", *(["db"] if where.kind == "cluster" else [])):
+    for name in ("host", "port", *(["db"] if address.kind == "cluster" else [])):
         options.pop(name, None)
     return options
 
 
-def _asking(where: Address, options: Mapping[str, Any]) -> dict[str, Any]:
+def _sentinel_options(address: Address, options: Mapping[str, Any]) -> dict[str, Any]:
     """How the Sentinels are asked: they have no databases, and users of their own."""
-    return {**options, "db": 0, "username": None, "password": None, **where.sentinel}
+    return {**options, "db": 0, "username": None, "password": None, **address.sentinel_credentials}
 
 
-def blocking(url: str, *, timeout: float) -> Any:
+def connect_sync(url: str, *, timeout: float) -> Any:
     """The same for programs without an event loop; answers are text."""
     import redis
 
-    where = parse(url)
+    address = parse_address(url)
     retry = redis.retry.Retry(NoBackoff(), 0)
     options: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry}
     options["decode_responses"] = True
-    if where.kind == "server":
+    if address.kind == "server":
         return redis.Redis.from_url(url.strip(), **options)
-    options |= _options(where)
-    if where.kind == "cluster":
-        nodes = [redis.cluster.ClusterNode(host, port) for host, port in where.nodes]  # type: ignore[no-untyped-call]  # redis-py's
+    options |= _client_options(address)
+    if address.kind == "cluster":
+        nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.nodes]  # type: ignore[no-untyped-call]  # redis-py's
         return redis.RedisCluster(startup_nodes=nodes, **options)
-    sentinels = redis.sentinel.Sentinel(list(where.nodes), sentinel_kwargs=_asking(where, options), **options)  # type: ignore[no-untyped-call]  # redis-py's
-    return sentinels.master_for(where.name)  # type: ignore[no-untyped-call]  # redis-py's
+    sentinels = redis.sentinel.Sentinel(
+        list(address.nodes), sentinel_kwargs=_sentinel_options(address, options), **options
+    )  # type: ignore[no-untyped-call]  # redis-py's
+    return sentinels.master_for(address.name)  # type: ignore[no-untyped-call]  # redis-py's
 
 
 async def disconnect(client: Redis) -> None:
@@ -174,8 +182,8 @@ async def disconnect(client: Redis) -> None:
         await client.aclose()
     else:
         await client.connection_pool.disconnect(inuse_connections=True)
-    if isinstance(client, Primary):
-        await client.forget()
+    if isinstance(client, SentinelClient):
+        await client.disconnect_sentinels()
 
 
 def is_cluster(client: Redis) -> bool:

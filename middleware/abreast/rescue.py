@@ -7,17 +7,17 @@ from collections import Counter
 
 logger = logging.getLogger("abreast")
 
-MOST_NAMES = 100
+MAX_LOGGED_ERRORS = 100
 
 
-class Rescue:
+class ErrorReporter:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self._known: set[tuple[str, type[BaseException]]] = set()
+        self._logged: set[tuple[str, type[BaseException]]] = set()
 
-    def __call__(self, name: str, error: BaseException) -> None:
-        self.counts[name] += 1
-        known = (name, type(error))
-        if known not in self._known and len(self._known) < MOST_NAMES:
-            self._known.add(known)
-            logger.warning("recording failed in %s; requests go on (logged once)", name, exc_info=error)
+    def __call__(self, operation: str, error: BaseException) -> None:
+        self.counts[operation] += 1
+        error_key = (operation, type(error))
+        if error_key not in self._logged and len(self._logged) < MAX_LOGGED_ERRORS:
+            self._logged.add(error_key)
+            logger.warning("recording failed in %s; requests go on (logged once)", operation, exc_info=error)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypedDict
 
 from abreast.errors import SettingError
-from abreast.join import Bounds, Keys
-from abreast.redis_url import WANTED, parse
+from abreast.join import Keys, Limits
+from abreast.redis_url import URL_FORMATS, parse_address
 
-PREFIX = "ABREAST_"
-FLAGS = {
+ENV_PREFIX = "ABREAST_"
+FLAG_VALUES = {
     "1": True,
     "true": True,
     "yes": True,
@@ -39,7 +39,7 @@ REQUEST_HEADERS = (
 )
 
 
-class Options(TypedDict, total=False):
+class SettingsKwargs(TypedDict, total=False):
     """The keyword arguments of ParallelRunMiddleware; see Settings."""
 
     service: str
@@ -68,23 +68,23 @@ def setting(default: Any, parse: Callable[[Any], Any], doc: str, *, secret: bool
 
 
 def name(value: object) -> str:
-    wanted = "a name such as shop: printable, without spaces, at most 100 characters, none of { } / in it"
+    expected = "a name such as shop: printable, without spaces, at most 100 characters, none of { } / in it"
     if not isinstance(value, str) or not value.isprintable() or " " in value or len(value) > 100:
-        raise ValueError(wanted)
+        raise ValueError(expected)
     try:
         return Keys(value, 0).service
     except ValueError as error:
-        raise ValueError(wanted) from error
+        raise ValueError(expected) from error
 
 
 def url(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(WANTED)  # noqa: TRY004  # becomes a SettingError
-    parse(value)
+        raise ValueError(URL_FORMATS)  # noqa: TRY004  # becomes a SettingError
+    parse_address(value)
     return value.strip()
 
 
-def label(value: object) -> str:
+def header_text(value: object) -> str:
     """Fit to be sent in a header."""
     if not isinstance(value, str) or not value.isascii() or not value.isprintable() or len(value) > 200:
         raise ValueError("a label of at most 200 printable ASCII characters")
@@ -101,45 +101,45 @@ def flag(value: object) -> bool:
     if isinstance(value, bool):
         return value
     try:
-        return FLAGS[str(value).strip().lower()]
+        return FLAG_VALUES[str(value).strip().lower()]
     except KeyError:
         raise ValueError("true or false") from None
 
 
 def headers(value: object) -> tuple[str, ...]:
     """Header names: a sequence, or text with commas."""
-    wanted = "header names, comma separated"
+    expected = "header names, comma separated"
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(wanted)
+        raise ValueError(expected)
     names = tuple(part.strip().lower() for part in parts if part.strip())
     if not all(part.isascii() and part.isprintable() and " " not in part for part in names):
-        raise ValueError(wanted)
+        raise ValueError(expected)
     return names
 
 
 def count(low: int, unit: str) -> Callable[[object], int]:
     def parse(value: object) -> int:
-        wanted = f"a whole number of {unit}, {low} or more"
+        expected = f"a whole number of {unit}, {low} or more"
         try:
             number = int(str(value))
         except ValueError:
-            raise ValueError(wanted) from None
+            raise ValueError(expected) from None
         if number < low:
-            raise ValueError(wanted)
+            raise ValueError(expected)
         return number
 
     return parse
 
 
 def seconds(value: object) -> float:
-    wanted = "a number of seconds above 0, at most 86400"
+    expected = "a number of seconds above 0, at most 86400"
     try:
         number = float(str(value))
     except ValueError:
-        raise ValueError(wanted) from None
+        raise ValueError(expected) from None
     if not 0 < number <= 86_400:
-        raise ValueError(wanted)
+        raise ValueError(expected)
     return number
 
 
@@ -149,7 +149,7 @@ class Settings:
     redis_url: str = setting(
         "redis://127.0.0.1:6379/0", url, "Redis or Valkey that captures are sent to", secret=True
     )
-    release: str = setting("", label, "label of the code that runs, such as a git sha or an image tag")
+    release: str = setting("", header_text, "label of the code that runs, such as a git sha or an image tag")
     enabled: bool = setting(True, flag, "false passes every request on untouched")
     body_limit: int = setting(
         256 * 1024,
@@ -190,35 +190,37 @@ class Settings:
     def __post_init__(self) -> None:
         if self.enabled and not self.service:
             raise SettingError(
-                f"the middleware needs a service name; pass service='shop' or set {PREFIX}SERVICE"
+                f"the middleware needs a service name; pass service='shop' or set {ENV_PREFIX}SERVICE"
             )
 
     @property
-    def bounds(self) -> Bounds:
-        return Bounds(
-            wait_ms=max(1, round(self.pair_timeout * 1000)), pairs=self.redis_pairs, bytes=self.redis_bytes
+    def join_limits(self) -> Limits:
+        return Limits(
+            wait_ms=max(1, round(self.pair_timeout * 1000)),
+            max_pairs=self.redis_pairs,
+            max_bytes=self.redis_bytes,
         )
 
     @classmethod
     def read(cls, environment: Mapping[str, str], arguments: Mapping[str, Any]) -> Self:
         """Raise SettingError, naming the argument or variable, what is wanted and what was there."""
         fields = {part.name: part for part in dataclasses.fields(cls)}
-        for given in arguments:
-            if given not in fields:
-                raise SettingError(f"there is no setting {given!r}; there are: {', '.join(fields)}")
+        for argument in arguments:
+            if argument not in fields:
+                raise SettingError(f"there is no setting {argument!r}; there are: {', '.join(fields)}")
         values = {}
         for part in fields.values():
-            variable = PREFIX + part.name.upper()
+            variable = ENV_PREFIX + part.name.upper()
             if part.name in arguments:
-                values[part.name] = _value(part, part.name, arguments[part.name])
+                values[part.name] = _parse_value(part, part.name, arguments[part.name])
             elif environment.get(variable, ""):
-                values[part.name] = _value(part, variable, environment[variable])
+                values[part.name] = _parse_value(part, variable, environment[variable])
         return cls(**values)
 
 
-def _value(part: dataclasses.Field[Any], where: str, value: object) -> Any:
+def _parse_value(part: dataclasses.Field[Any], source: str, value: object) -> Any:
     try:
         return part.metadata["parse"](value)
     except ValueError as error:
-        got = "something else" if part.metadata["secret"] else repr(value)
-        raise SettingError(f"{where} must be {error}, got {got}") from error
+        shown_value = "something else" if part.metadata["secret"] else repr(value)
+        raise SettingError(f"{source} must be {error}, got {shown_value}") from error

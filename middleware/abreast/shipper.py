@@ -14,308 +14,316 @@ import threading
 from collections import deque
 from time import perf_counter, perf_counter_ns
 
-from abreast.alarm import Alarm
-from abreast.assemble import Assembler, settle
+from abreast.alarm import WakeEvent
+from abreast.assemble import CaptureSerializer, trim_scope
 from abreast.backlog import (
     CAPTURE_ERROR,
     ENCODE_ERROR,
     REDIS_ERROR,
-    REFUSED_BYTES,
-    REFUSED_PAIRS,
+    REDIS_REJECTED_BYTES,
+    REDIS_REJECTED_PAIRS,
     SHUTDOWN,
-    Backlog,
-    Held,
+    CaptureQueue,
+    QueuedCapture,
 )
-from abreast.join import Row, shard_of
-from abreast.link import TIMEOUT, Link, LinkError, Reply
-from abreast.recorder import Recorder
+from abreast.join import CaptureRow, shard_of
+from abreast.link import REPLY_TIMEOUT_S, JoinResult, RedisTransport, TransportError
+from abreast.recorder import RequestRecorder
 from abreast.redact import Redactor
-from abreast.rescue import Rescue
-from abreast.route import Routes
+from abreast.rescue import ErrorReporter
+from abreast.route import RouteResolver
 from abreast.settings import Settings
 
 logger = logging.getLogger("abreast")
 
-SLICE = 0.001  # seconds of work after which other tasks get their turn
-BATCH_BYTES = 1024 * 1024  # of captures in one call of the script, which holds up Redis
-BACKOFF = 0.1  # seconds before the second attempt; doubled for each one after it
-BACKOFF_CAP = 5.0  # seconds
-MOST_REFUSALS = 3  # of one batch, for reasons that won't pass by themselves
-REPORT_INTERVAL = 1.0  # seconds, when something changed
-REPORT_IDLE = 5.0  # seconds, when nothing did
+WORK_SLICE_S = 0.001  # seconds of work after which other tasks get their turn
+MAX_BATCH_BYTES = 1024 * 1024  # of captures in one call of the script, which holds up Redis
+BACKOFF_S = 0.1  # seconds before the second attempt; doubled for each one after it
+MAX_BACKOFF_S = 5.0  # seconds
+MAX_REJECTIONS = 3  # of one batch, for reasons that won't pass by themselves
+REPORT_INTERVAL_S = 1.0  # seconds, when something changed
+IDLE_REPORT_INTERVAL_S = 5.0  # seconds, when nothing did
 
 
-class Shipper:
+class Exporter:
     def __init__(
         self,
         settings: Settings,
-        backlog: Backlog,
-        routes: Routes,
-        rescue: Rescue,
+        queue: CaptureQueue,
+        route_resolver: RouteResolver,
+        report_error: ErrorReporter,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.loop = loop
-        self.ended = False
-        self.thread = threading.get_ident()
-        self.work = Alarm(loop)
+        self.is_stopped = False
+        self.thread_id = threading.get_ident()
+        self.wake_event = WakeEvent(loop)
         self._settings = settings
-        self._backlog = backlog
-        self._routes = routes
-        self._rescue = rescue
-        self._effect_wait = round(min(settings.effect_wait, settings.pair_timeout / 2) * 1e9)  # ns
-        self._link = Link(settings)
-        self._assembler: Assembler | None = None  # there while the connection is believed to work
-        self._outgoing: deque[tuple[int, list[Held]]] = deque()  # batches by shard, encoded
-        self._refusals = 0
+        self._queue = queue
+        self._route_resolver = route_resolver
+        self._report_error = report_error
+        self._effect_wait_ns = round(min(settings.effect_wait, settings.pair_timeout / 2) * 1e9)  # ns
+        self._transport = RedisTransport(settings)
+        self._serializer: CaptureSerializer | None = None  # there while the connection is believed to work
+        self._batches: deque[tuple[int, list[QueuedCapture]]] = deque()  # batches by shard, encoded
+        self._rejections = 0
         self._failures = 0  # in a row
         self._retry_at = 0.0
-        self._reported_at = 0.0
-        self._reported: tuple[int, ...] = ()
-        self._closing = False
-        self._ending = False  # nothing is waited for any more
+        self._last_report_at = 0.0
+        self._last_report_totals: tuple[int, ...] = ()
+        self._is_closing = False
+        self._is_flushing = False  # nothing is waited for any more
         # A context of its own, or the request that started the task would live in it for ever.
         self._task = loop.create_task(self._run(), name="abreast", context=contextvars.Context())
 
     async def aclose(self) -> None:
         """Send what waits, for `flush_timeout` at most; the rest is dropped and counted."""
-        self._closing = True
-        self.work.ring()
-        _, late = await asyncio.wait([self._task], timeout=self._settings.flush_timeout)
-        if late:  # in the middle of a turn with a slow Redis
+        self._is_closing = True
+        self.wake_event.set()
+        _, unfinished = await asyncio.wait([self._task], timeout=self._settings.flush_timeout)
+        if unfinished:  # in the middle of a turn with a slow Redis
             self._task.cancel()
-            await asyncio.wait([self._task], timeout=TIMEOUT)
+            await asyncio.wait([self._task], timeout=REPLY_TIMEOUT_S)
 
     async def _run(self) -> None:
         try:
-            while not self._closing:
-                self._heed()
-                await self._wait()
-                await self._turn()
+            while not self._is_closing:
+                self._raise_if_cancelled()
+                await self._wait_for_work()
+                await self._run_once()
             await self._flush()
-            self._abandon()
-            await self._last_report()
+            self._drop_all()
+            await self._send_last_report()
         except asyncio.CancelledError:
-            if self._closing:  # the time is over
-                self._abandon()
+            if self._is_closing:  # the time is over
+                self._drop_all()
             else:  # the loop comes to its end
                 await self._flush()
-                await self._last_report()
+                await self._send_last_report()
             raise
         finally:
-            self.ended = True
-            while self._outgoing:
-                self._backlog.settled.extendleft(reversed(self._outgoing.pop()[1]))
+            self.is_stopped = True
+            while self._batches:
+                self._queue.outbox.extendleft(reversed(self._batches.pop()[1]))
             with contextlib.suppress(Exception):
-                await self._link.close()
+                await self._transport.close()
 
-    def _heed(self) -> None:
+    def _raise_if_cancelled(self) -> None:
         """Python 3.11's wait_for, which redis-py uses, may swallow a cancellation; the loop would never end."""
         if self._task.cancelling():
             raise asyncio.CancelledError
 
-    async def _wait(self) -> None:
-        self.work.silence()
-        backlog = self._backlog
+    async def _wait_for_work(self) -> None:
+        self.wake_event.clear()
+        queue = self._queue
         now = self.loop.time()
-        if backlog.recorders:
-            await self.work.wait(self._settings.ship_interval)
+        if queue.recorders:
+            await self.wake_event.wait(self._settings.ship_interval)
         elif self._failures:
-            await self.work.wait(self._retry_at - now)
-        elif backlog.running:
-            await self.work.wait(min(self._settings.ship_interval, self._next_report() - now))
-        elif await self.work.wait(self._next_report() - now):
-            await self.work.wait(self._settings.ship_interval)  # others may come
+            await self.wake_event.wait(self._retry_at - now)
+        elif queue.awaiting_effects:
+            await self.wake_event.wait(min(self._settings.ship_interval, self._next_report_at() - now))
+        elif await self.wake_event.wait(self._next_report_at() - now):
+            await self.wake_event.wait(self._settings.ship_interval)  # others may come
 
-    async def _turn(self) -> None:
+    async def _run_once(self) -> None:
         try:
-            await self._settle()
+            await self._drain()
             if self.loop.time() >= self._retry_at:
-                given_up = self._backlog.dropped[REDIS_ERROR]
-                await self._ship()
-                if given_up == self._backlog.dropped[REDIS_ERROR]:
-                    self._up()
-                if self.loop.time() >= self._next_report():
-                    await self._report()
-        except LinkError as error:
-            await self._down(error)
+                dropped_before = self._queue.drop_counts[REDIS_ERROR]
+                await self._send_batches()
+                if dropped_before == self._queue.drop_counts[REDIS_ERROR]:
+                    self._mark_connected()
+                if self.loop.time() >= self._next_report_at():
+                    await self._send_report()
+        except TransportError as error:
+            await self._mark_disconnected(error)
         except Exception as error:  # noqa: BLE001  # the task must live as long as the loop
-            self._rescue("shipping", error)
-            self._retry_at = self.loop.time() + REPORT_INTERVAL
+            self._report_error("shipping", error)
+            self._retry_at = self.loop.time() + REPORT_INTERVAL_S
 
-    async def _settle(self) -> None:
+    async def _drain(self) -> None:
         """Also while Redis is down, so that no request is held longer than it must be."""
-        backlog, until = self._backlog, perf_counter() + SLICE
-        while backlog.recorders:
-            recorder, size = backlog.recorders.popleft()
-            backlog.versions[recorder.marks[0]] += 1
-            if recorder.fault:
-                backlog.drop(CAPTURE_ERROR, size)
+        queue, slice_end = self._queue, perf_counter() + WORK_SLICE_S
+        while queue.recorders:
+            recorder, size = queue.recorders.popleft()
+            queue.version_counts[recorder.route_tags[0]] += 1
+            if recorder.error:
+                queue.drop(CAPTURE_ERROR, size)
             else:
-                self._take(recorder, size)
-            if perf_counter() > until:
+                self._accept(recorder, size)
+            if perf_counter() > slice_end:
                 await asyncio.sleep(0)
-                until = perf_counter() + SLICE
-        self._release()
+                slice_end = perf_counter() + WORK_SLICE_S
+        self._finalise()
 
-    def _take(self, recorder: Recorder, size: int) -> None:
+    def _accept(self, recorder: RequestRecorder, size: int) -> None:
         """Encode it where nothing more comes; otherwise keep only what is needed of it."""
-        backlog, held, assembler = self._backlog, Held(size, recorder), self._assembler
+        queue, queued, serializer = self._queue, QueuedCapture(size, recorder), self._serializer
         try:
-            recorder.route = self._routes.template(recorder.scope)
-            if assembler is None or not recorder.returned:
-                settle(recorder)
+            recorder.route = self._route_resolver.resolve(recorder.scope)
+            if serializer is None or not recorder.app_returned:
+                trim_scope(recorder)
         except Exception as error:  # noqa: BLE001  # a capture that can't be made must not stop the others
-            backlog.drop(CAPTURE_ERROR, size)
-            self._rescue("settling", error)
+            queue.drop(CAPTURE_ERROR, size)
+            self._report_error("settling", error)
             return
-        if assembler is None or not recorder.returned:
-            backlog.running.append(held)
-        elif self._encoded(held, assembler):
-            backlog.settled.append(held)
+        if serializer is None or not recorder.app_returned:
+            queue.awaiting_effects.append(queued)
+        elif self._encode(queued, serializer):
+            queue.outbox.append(queued)
 
-    def _release(self) -> None:
+    def _finalise(self) -> None:
         """Let go what no background task adds to any more, or has had its time."""
-        backlog, running = self._backlog, []
-        over = perf_counter_ns() - self._effect_wait
-        for held in backlog.running:
-            recorder = held.recorder
-            if recorder is None or recorder.returned or recorder.finished < over or self._ending:
-                backlog.grown(held)
-                backlog.settled.append(held)
+        queue, awaiting_effects = self._queue, []
+        cutoff_ns = perf_counter_ns() - self._effect_wait_ns
+        for queued in queue.awaiting_effects:
+            recorder = queued.recorder
+            if (
+                recorder is None
+                or recorder.app_returned
+                or recorder.finished_ns < cutoff_ns
+                or self._is_flushing
+            ):
+                queue.account_growth(queued)
+                queue.outbox.append(queued)
             else:
-                running.append(held)
-        backlog.running = running
+                awaiting_effects.append(queued)
+        queue.awaiting_effects = awaiting_effects
 
-    async def _ship(self) -> None:
-        if self._assembler is None:
-            redactor = Redactor(await self._link.open(), self._settings.secret_headers)
-            self._assembler = Assembler(self._settings, redactor)
-        while self._outgoing or self._backlog.settled:
-            if not self._outgoing:
-                await self._pack(self._assembler)
+    async def _send_batches(self) -> None:
+        if self._serializer is None:
+            redactor = Redactor(await self._transport.open(), self._settings.secret_headers)
+            self._serializer = CaptureSerializer(self._settings, redactor)
+        while self._batches or self._queue.outbox:
+            if not self._batches:
+                await self._build_batches(self._serializer)
                 continue
-            shard, batch = self._outgoing[0]
+            shard, batch = self._batches[0]
             try:
-                reply = await self._link.join(shard, [held.row for held in batch if held.row])
-            except LinkError as error:
-                if not self._give_up(error):
+                result = await self._transport.join(shard, [queued.row for queued in batch if queued.row])
+            except TransportError as error:
+                if not self._should_drop_batch(error):
                     raise
-                self._done(batch, None)
+                self._finish_batch(batch, None)
             else:
-                self._done(batch, reply)
+                self._finish_batch(batch, result)
 
-    async def _pack(self, assembler: Assembler) -> None:
+    async def _build_batches(self, serializer: CaptureSerializer) -> None:
         """The next batch, by shard."""
-        settled, shards = self._backlog.settled, self._settings.shards
-        found: dict[int, list[Held]] = {}
-        count, size, until = 0, 0, perf_counter() + SLICE
+        outbox, shards = self._queue.outbox, self._settings.shards
+        batches: dict[int, list[QueuedCapture]] = {}
+        count, size, slice_end = 0, 0, perf_counter() + WORK_SLICE_S
         try:
-            while settled and count < self._settings.ship_batch and size < BATCH_BYTES:
-                held = settled.popleft()
-                row = held.row or self._encoded(held, assembler)
+            while outbox and count < self._settings.ship_batch and size < MAX_BATCH_BYTES:
+                queued = outbox.popleft()
+                row = queued.row or self._encode(queued, serializer)
                 if row is None:
                     continue
-                found.setdefault(shard_of(row[0], shards) if shards > 1 else 0, []).append(held)
+                batches.setdefault(shard_of(row[0], shards) if shards > 1 else 0, []).append(queued)
                 count, size = count + 1, size + len(row[3])
-                if perf_counter() > until:
+                if perf_counter() > slice_end:
                     await asyncio.sleep(0)
-                    until = perf_counter() + SLICE
+                    slice_end = perf_counter() + WORK_SLICE_S
         finally:
-            self._outgoing.extend(found.items())
+            self._batches.extend(batches.items())
 
-    def _encoded(self, held: Held, assembler: Assembler) -> Row | None:
+    def _encode(self, queued: QueuedCapture, serializer: CaptureSerializer) -> CaptureRow | None:
         """None when it can't be encoded, and was dropped."""
-        recorder = held.recorder
+        recorder = queued.recorder
         if recorder is None:  # done before
-            return held.row
+            return queued.row
         try:
-            self._backlog.grown(held)
-            held.row = assembler.row(recorder)
+            self._queue.account_growth(queued)
+            queued.row = serializer.serialize(recorder)
         except Exception as error:  # noqa: BLE001  # one bad capture must not stop the others
-            self._backlog.drop(ENCODE_ERROR, held.size)
-            self._rescue("encoding", error)
+            self._queue.drop(ENCODE_ERROR, queued.size)
+            self._report_error("encoding", error)
             return None
-        held.recorder = None
-        return held.row
+        queued.recorder = None
+        return queued.row
 
-    def _done(self, batch: list[Held], reply: Reply | None) -> None:
-        self._outgoing.popleft()
-        self._refusals = 0
-        size = sum(held.size for held in batch)
-        if reply is None:
-            self._backlog.drop(REDIS_ERROR, size, len(batch))
+    def _finish_batch(self, batch: list[QueuedCapture], result: JoinResult | None) -> None:
+        self._batches.popleft()
+        self._rejections = 0
+        size = sum(queued.size for queued in batch)
+        if result is None:
+            self._queue.drop(REDIS_ERROR, size, len(batch))
             return
-        refused = reply.refused_pairs + reply.refused_bytes
-        self._backlog.ship(size, len(batch) - refused)
-        for reason, count in ((REFUSED_PAIRS, reply.refused_pairs), (REFUSED_BYTES, reply.refused_bytes)):
+        rejected_count = result.rejected_pairs + result.rejected_bytes
+        self._queue.mark_shipped(size, len(batch) - rejected_count)
+        for reason, count in (
+            (REDIS_REJECTED_PAIRS, result.rejected_pairs),
+            (REDIS_REJECTED_BYTES, result.rejected_bytes),
+        ):
             if count:
-                self._backlog.drop(reason, 0, count)
+                self._queue.drop(reason, 0, count)
 
-    def _give_up(self, error: LinkError) -> bool:
-        if error.passing:
+    def _should_drop_batch(self, error: TransportError) -> bool:
+        if error.is_transient:
             return False
-        self._refusals += 1
-        if self._refusals >= MOST_REFUSALS:
-            self._rescue("sending a batch", error)
-        return self._refusals >= MOST_REFUSALS
+        self._rejections += 1
+        if self._rejections >= MAX_REJECTIONS:
+            self._report_error("sending a batch", error)
+        return self._rejections >= MAX_REJECTIONS
 
-    def _next_report(self) -> float:
-        changed = self._totals() != self._reported
-        return self._reported_at + (REPORT_INTERVAL if changed else REPORT_IDLE)
+    def _next_report_at(self) -> float:
+        has_changed = self._totals() != self._last_report_totals
+        return self._last_report_at + (REPORT_INTERVAL_S if has_changed else IDLE_REPORT_INTERVAL_S)
 
     def _totals(self) -> tuple[int, ...]:
-        backlog = self._backlog
-        return backlog.captured, backlog.shipped, backlog.dropped.total(), backlog.count
+        queue = self._queue
+        return queue.captured_count, queue.shipped_count, queue.drop_counts.total(), queue.count
 
-    async def _report(self) -> None:
+    async def _send_report(self) -> None:
         totals = self._totals()
-        await self._link.report(self._backlog.id, self._backlog.report())
-        self._reported, self._reported_at = totals, self.loop.time()
+        await self._transport.report(self._queue.id, self._queue.build_report())
+        self._last_report_totals, self._last_report_at = totals, self.loop.time()
 
-    def _up(self) -> None:
+    def _mark_connected(self) -> None:
         if self._failures:
             logger.warning(
-                "captures go to Redis again; dropped so far: %s", dict(self._backlog.dropped) or "none"
+                "captures go to Redis again; dropped so far: %s", dict(self._queue.drop_counts) or "none"
             )
         self._failures = 0
 
-    async def _down(self, error: LinkError) -> None:
+    async def _mark_disconnected(self, error: TransportError) -> None:
         if not self._failures:
             logger.warning("captures wait: %s", error)
-        self._assembler = None
-        delay = min(BACKOFF_CAP, BACKOFF * 2 ** min(self._failures, 10))
+        self._serializer = None
+        delay_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(self._failures, 10))
         self._failures += 1
-        self._retry_at = self.loop.time() + delay * random.uniform(0.5, 1)  # noqa: S311  # not a secret
+        self._retry_at = self.loop.time() + delay_s * random.uniform(0.5, 1)  # noqa: S311  # not a secret
         with contextlib.suppress(Exception):
-            await self._link.close()  # a replica that took over may have the same name
+            await self._transport.close()  # a replica that took over may have the same name
 
     async def _flush(self) -> None:
         """Until nothing waits, Redis fails or the time is over."""
-        self._ending = True
-        with contextlib.suppress(TimeoutError, LinkError):
+        self._is_flushing = True
+        with contextlib.suppress(TimeoutError, TransportError):
             async with asyncio.timeout(self._settings.flush_timeout):
-                while self._backlog.count:
-                    await self._settle()
-                    await self._ship()
-                    if self._backlog.count:  # the thread still reads a body
-                        await asyncio.sleep(SLICE)
+                while self._queue.count:
+                    await self._drain()
+                    await self._send_batches()
+                    if self._queue.count:  # the thread still reads a body
+                        await asyncio.sleep(WORK_SLICE_S)
 
-    def _abandon(self) -> None:
+    def _drop_all(self) -> None:
         """Count what is left as dropped. What the thread still reads comes later, and is counted then."""
-        backlog = self._backlog
-        while self._outgoing:
-            backlog.settled.extend(self._outgoing.popleft()[1])
-        for recorder, size in backlog.recorders:
-            backlog.versions[recorder.marks[0]] += 1
+        queue = self._queue
+        while self._batches:
+            queue.outbox.extend(self._batches.popleft()[1])
+        for recorder, size in queue.recorders:
+            queue.version_counts[recorder.route_tags[0]] += 1
             recorder.close()
-            backlog.drop(SHUTDOWN, size)
-        for held in (*backlog.running, *backlog.settled):
-            backlog.drop(SHUTDOWN, held.size)
-        backlog.recorders.clear()
-        backlog.running.clear()
-        backlog.settled.clear()
+            queue.drop(SHUTDOWN, size)
+        for queued in (*queue.awaiting_effects, *queue.outbox):
+            queue.drop(SHUTDOWN, queued.size)
+        queue.recorders.clear()
+        queue.awaiting_effects.clear()
+        queue.outbox.clear()
 
-    async def _last_report(self) -> None:
-        if self._assembler is not None:
-            with contextlib.suppress(LinkError, Exception):
-                await self._report()
+    async def _send_last_report(self) -> None:
+        if self._serializer is not None:
+            with contextlib.suppress(TransportError, Exception):
+                await self._send_report()

@@ -11,51 +11,53 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-MOST_BYTES = 16 * 1024 * 1024  # that may wait for the thread; beyond that the caller does the work itself
-MOST_FILES = 64  # open at a time
+MAX_WAITING_BYTES = (
+    16 * 1024 * 1024
+)  # that may wait for the thread; beyond that the caller does the work itself
+MAX_OPEN_FILES = 64  # open at a time
 
 Job = Callable[[], None]
 
 
-class Worker:
+class BackgroundThread:
     """Jobs run one after the other, in the order they came."""
 
     def __init__(self) -> None:
-        self.waiting = 0  # bytes
-        self.files = 0
+        self.waiting_bytes = 0  # bytes
+        self.open_files = 0
         self._pid = 0
         self._lock = threading.Lock()
         self._jobs: SimpleQueue[tuple[Job, int]] = SimpleQueue()
 
     @property
     def has_room(self) -> bool:
-        return self.waiting < MOST_BYTES
+        return self.waiting_bytes < MAX_WAITING_BYTES
 
-    def open_file(self) -> bool:
+    def reserve_file(self) -> bool:
         """Whether one more may be opened."""
         with self._lock:
-            self.files += 1
-            if self.files <= MOST_FILES:
+            self.open_files += 1
+            if self.open_files <= MAX_OPEN_FILES:
                 return True
-            self.files -= 1
+            self.open_files -= 1
             return False
 
-    def close_file(self) -> None:
+    def release_file(self) -> None:
         with self._lock:
-            self.files -= 1
+            self.open_files -= 1
 
     def submit(self, job: Job, size: int = 0) -> None:
         if self._pid != os.getpid():
             self._start()
         with self._lock:
-            self.waiting += size
+            self.waiting_bytes += size
         self._jobs.put((job, size))
 
     def _start(self) -> None:
         """Threads don't live through a fork: a child needs one of its own, and a queue nobody holds the lock of."""
         self._lock = threading.Lock()
         self._jobs = SimpleQueue()
-        self.waiting = self.files = 0
+        self.waiting_bytes = self.open_files = 0
         self._pid = os.getpid()
         threading.Thread(target=self._run, args=(self._jobs,), name="abreast", daemon=True).start()
 
@@ -65,7 +67,7 @@ class Worker:
             with contextlib.suppress(Exception):  # jobs report their own faults
                 job()
             with self._lock:
-                self.waiting -= size
+                self.waiting_bytes -= size
 
 
-WORKER = Worker()
+BACKGROUND_THREAD = BackgroundThread()

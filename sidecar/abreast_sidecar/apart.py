@@ -14,35 +14,35 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from typing import Any, BinaryIO
 
-from abreast_sidecar.compare import Rules
-from abreast_sidecar.judging import judged, undecodable
-from abreast_sidecar.read import Entry
-from abreast_sidecar.store import Judged
+from abreast_sidecar.compare import CompareOptions
+from abreast_sidecar.judging import evaluate_entry, undecodable_record
+from abreast_sidecar.read import StreamEntry
+from abreast_sidecar.store import PairRecord
 
-SUSPECT = 3  # deliveries: two workers had it before and did not get it into the ledger
-LONGEST = 30.0  # seconds for one entry
-LENGTH = 8  # bytes
+MIN_SUSPECT_DELIVERIES = 3  # deliveries: two workers had it before and did not get it into the ledger
+COMPARE_TIMEOUT_S = 30.0  # seconds for one entry
+LENGTH_PREFIX_BYTES = 8  # bytes
 
 
-class Apart:
+class IsolatedComparer:
     """Starts the process when it is needed, and anew when it ended."""
 
-    def __init__(self, longest: float = LONGEST) -> None:
-        self._longest = longest
+    def __init__(self, timeout_s: float = COMPARE_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
         self._process: Process | None = None
 
-    async def judged(self, entry: Entry, rules: Rules) -> Judged:
+    async def compare(self, entry: StreamEntry, rules: CompareOptions) -> PairRecord:
         """Never raises for what the entry does: it is put apart then, with the reason."""
-        process = self._process = self._process or await _start()
+        process = self._process = self._process or await _start_process()
         try:
-            async with asyncio.timeout(self._longest):
-                return await _ask(process, (entry, rules))
+            async with asyncio.timeout(self._timeout_s):
+                return await _request(process, (entry, rules))
         except TimeoutError:
-            reason = f"comparing it took more than {self._longest:g} s"
+            reason = f"comparing it took more than {self._timeout_s:g} s"
         except (asyncio.IncompleteReadError, ConnectionError):
-            reason = f"comparing it ends the process ({_end(await process.wait())})"
+            reason = f"comparing it ends the process ({_describe_exit(await process.wait())})"
         await self.close()
-        return undecodable(entry, f"{reason}; it was given to workers {entry.deliveries} times")
+        return undecodable_record(entry, f"{reason}; it was given to workers {entry.delivery_count} times")
 
     async def close(self) -> None:
         process, self._process = self._process, None
@@ -51,24 +51,24 @@ class Apart:
             await process.wait()
 
 
-async def _start() -> Process:
+async def _start_process() -> Process:
     return await asyncio.create_subprocess_exec(
         sys.executable, "-m", "abreast_sidecar.apart", stdin=PIPE, stdout=PIPE, start_new_session=True
     )
 
 
-async def _ask(process: Process, question: Any) -> Judged:
+async def _request(process: Process, payload: Any) -> PairRecord:
     assert process.stdin is not None
     assert process.stdout is not None
-    content = pickle.dumps(question)
-    process.stdin.write(len(content).to_bytes(LENGTH) + content)
+    content = pickle.dumps(payload)
+    process.stdin.write(len(content).to_bytes(LENGTH_PREFIX_BYTES) + content)
     await process.stdin.drain()
-    length = int.from_bytes(await process.stdout.readexactly(LENGTH))
-    answer: Judged = pickle.loads(await process.stdout.readexactly(length))  # noqa: S301  # our own process
-    return answer
+    length = int.from_bytes(await process.stdout.readexactly(LENGTH_PREFIX_BYTES))
+    record: PairRecord = pickle.loads(await process.stdout.readexactly(length))  # noqa: S301  # our own process
+    return record
 
 
-def _end(code: int) -> str:
+def _describe_exit(code: int) -> str:
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
 
 
@@ -78,15 +78,15 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what anyone prints must not get among the answers
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            entry, rules = pickle.loads(_read(sys.stdin.buffer))  # noqa: S301  # our own parent
-            content = pickle.dumps(judged(entry, rules))
-            answers.write(len(content).to_bytes(LENGTH) + content)
+            entry, rules = pickle.loads(_read_message(sys.stdin.buffer))  # noqa: S301  # our own parent
+            content = pickle.dumps(evaluate_entry(entry, rules))
+            answers.write(len(content).to_bytes(LENGTH_PREFIX_BYTES) + content)
             answers.flush()
 
 
-def _read(stream: BinaryIO) -> bytes:
-    length = stream.read(LENGTH)
-    if len(length) < LENGTH:
+def _read_message(stream: BinaryIO) -> bytes:
+    length = stream.read(LENGTH_PREFIX_BYTES)
+    if len(length) < LENGTH_PREFIX_BYTES:
         raise EOFError
     return stream.read(int.from_bytes(length))
 

@@ -9,38 +9,38 @@ from typing import Any
 
 import structlog
 
-from abreast_sidecar.compare import Rules
-from abreast_sidecar.control import Control, RuntimeDiscovery
-from abreast_sidecar.control.steerers import Steerers
-from abreast_sidecar.control.steering import Steering
-from abreast_sidecar.ending import ended
+from abreast_sidecar.compare import CompareOptions
+from abreast_sidecar.control import RtdsServer, TrafficController
+from abreast_sidecar.control.steerers import RolloutService
+from abreast_sidecar.control.steering import LeaderTasks
+from abreast_sidecar.ending import cancel_and_wait
 from abreast_sidecar.errors import LedgerError, SchemaError
-from abreast_sidecar.housekeeping import Housekeeping
-from abreast_sidecar.read.client import connect
+from abreast_sidecar.housekeeping import JobRunner
+from abreast_sidecar.read.client import connect_redis
 from abreast_sidecar.serve import (
-    Comparison,
+    ComparisonServicer,
     GrpcServer,
     HttpServer,
     Interceptor,
-    Latency,
+    LatencyServicer,
     Metrics,
     NotReadyError,
-    Pending,
+    PairBacklog,
     Readiness,
-    RuleControl,
-    SteeringControl,
-    TrafficControl,
-    Web,
+    RolloutServicer,
+    RuleServicer,
+    TrafficServicer,
+    WebApp,
 )
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import Queries
+from abreast_sidecar.store.queries import LedgerReader
 from abreast_sidecar.store.rules import RuleStore
-from abreast_sidecar.workers import workers
+from abreast_sidecar.workers import create_pool
 
-MIGRATE_AGAIN = 0.5  # seconds
-CALLS_GRACE = 0.4  # of the time to stop, for calls under way
+MIGRATE_RETRY_S = 0.5  # seconds
+RPC_DRAIN_SHARE = 0.4  # of the time to stop, for calls under way
 
 log = structlog.get_logger(__name__)
 
@@ -57,24 +57,26 @@ class Sidecar:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.database = Database(settings.postgres_url)
-        self.redis = connect(settings.redis_url)
-        self.control = Control(self.database, self.redis, settings)
-        self.workers = workers(settings)
-        self.housekeeping = Housekeeping(settings)
-        self.schema = 0  # the ledger's version, once it is known
-        queries = Queries(self.database)
-        pending = Pending(self.redis)
-        steerers = Steerers(self.database, self.control)
-        self.steering = Steering(settings, self.control, pending.count)
+        self.redis = connect_redis(settings.redis_url)
+        self.control = TrafficController(self.database, self.redis, settings)
+        self.worker_pool = create_pool(settings)
+        self.job_runner = JobRunner(settings)
+        self.schema_version = 0  # the ledger's version, once it is known
+        reader = LedgerReader(self.database)
+        backlog = PairBacklog(self.redis)
+        rollout_service = RolloutService(self.database, self.control)
+        self.steering = LeaderTasks(settings, self.control, backlog.count)
         metrics = Metrics(self.control, self.steering)
         self.grpc = GrpcServer(
             settings.grpc_listen,
-            comparison=Comparison(queries, self.control, pending),
-            traffic=TrafficControl(self.control),
-            latency=Latency(self.database, self.control),
-            rules=RuleControl(RuleStore(self.database), Rules.ignoring(settings.volatile_headers)),
-            steering=SteeringControl(self.control, steerers),
-            discovery=RuntimeDiscovery(self.control),
+            comparison=ComparisonServicer(reader, self.control, backlog),
+            traffic=TrafficServicer(self.control),
+            latency=LatencyServicer(self.database, self.control),
+            rules=RuleServicer(
+                RuleStore(self.database), CompareOptions.with_ignored_headers(settings.volatile_headers)
+            ),
+            rollout=RolloutServicer(self.control, rollout_service),
+            discovery=RtdsServer(self.control),
             interceptor=Interceptor(metrics),
         )
         checks = {
@@ -83,22 +85,22 @@ class Sidecar:
             "workers": self._check_workers,
         }
         self.readiness = Readiness(checks, self.grpc.set_ready)
-        web = Web(
-            queries=queries,
+        web = WebApp(
+            reader=reader,
             control=self.control,
-            steerers=steerers,
-            pending=pending,
+            rollout=rollout_service,
+            backlog=backlog,
             readiness=self.readiness,
             metrics=metrics,
         )
-        self.http = HttpServer(settings.http_listen, web.app())
-        self._working = asyncio.Event()  # set: workers and housekeeping finish
+        self.http = HttpServer(settings.http_listen, web.create_app())
+        self._drain_started = asyncio.Event()  # set: workers and housekeeping finish
 
     async def run(self, stop: asyncio.Event) -> None:
         try:
             self.http.bind()
             await self.grpc.start()
-            self.control.envoys.sidecar = f"{socket.gethostname()}:{self.grpc.port}"
+            self.control.connections.sidecar_name = f"{socket.gethostname()}:{self.grpc.port}"
             await self.database.open()
             log.info("sidecar started", grpc=self.settings.grpc_listen, http=self.settings.http_listen)
             await self._run(stop)
@@ -111,60 +113,63 @@ class Sidecar:
 
     async def _run(self, stop: asyncio.Event) -> None:
         """A part that ends by itself ends all: better started anew than half at work."""
-        http = asyncio.create_task(self.http.run())
-        watching = asyncio.create_task(self.readiness.run())
-        braking = asyncio.create_task(self.control.brake())
-        work = asyncio.create_task(self._work())
-        asked = asyncio.create_task(stop.wait())
+        http_task = asyncio.create_task(self.http.run())
+        readiness_task = asyncio.create_task(self.readiness.run())
+        rollback_task = asyncio.create_task(self.control.run_rollbacks())
+        components_task = asyncio.create_task(self._run_components())
+        stop_task = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({http, watching, braking, asked, work}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {http_task, readiness_task, rollback_task, stop_task, components_task},
+                return_when=asyncio.FIRST_COMPLETED,
+            )
             async with asyncio.timeout(self.settings.shutdown_timeout):
-                await self._drain(http, work)
+                await self._drain(http_task, components_task)
         except TimeoutError:
             log.warning("the time to stop is over; what is under way is given up")
         finally:
-            await ended(http, watching, braking, asked, work)
-        for part in (http, watching, braking, work):
-            if not part.cancelled():
-                part.result()
+            await cancel_and_wait(http_task, readiness_task, rollback_task, stop_task, components_task)
+        for task in (http_task, readiness_task, rollback_task, components_task):
+            if not task.cancelled():
+                task.result()
 
-    async def _work(self) -> None:
+    async def _run_components(self) -> None:
         await self._migrate()
-        if not self.schema:
+        if not self.schema_version:
             return
-        log.info("the ledger is ready", schema=self.schema)
+        log.info("the ledger is ready", schema=self.schema_version)
         async with asyncio.TaskGroup() as group:
-            for part in (self.control, self.workers, self.housekeeping, self.steering):
-                group.create_task(part.run(self._working))
+            for component in (self.control, self.worker_pool, self.job_runner, self.steering):
+                group.create_task(component.run(self._drain_started))
 
     async def _migrate(self) -> None:
-        waiting = False
-        while not self.schema and not self._working.is_set():
+        is_waiting = False
+        while not self.schema_version and not self._drain_started.is_set():
             try:
-                self.schema = await migrate(self.settings.postgres_url)
+                self.schema_version = await migrate(self.settings.postgres_url)
             except SchemaError:
                 raise
             except LedgerError as error:
-                if not waiting:
+                if not is_waiting:
                     log.warning("waiting for postgres", error=str(error))
-                waiting = True
-                await asyncio.sleep(MIGRATE_AGAIN)
+                is_waiting = True
+                await asyncio.sleep(MIGRATE_RETRY_S)
 
-    async def _drain(self, http: asyncio.Task[None], work: asyncio.Task[None]) -> None:
+    async def _drain(self, http_task: asyncio.Task[None], components_task: asyncio.Task[None]) -> None:
         log.info("draining", seconds=self.settings.shutdown_timeout)
         await self.readiness.drain()
-        self._working.set()
+        self._drain_started.set()
         self.control.close()
-        ends: list[Coroutine[Any, Any, Any]] = [
-            self.grpc.stop(self.settings.shutdown_timeout * CALLS_GRACE),
-            asyncio.wait({work}),
+        shutdowns: list[Coroutine[Any, Any, Any]] = [
+            self.grpc.stop(self.settings.shutdown_timeout * RPC_DRAIN_SHARE),
+            asyncio.wait({components_task}),
         ]
-        await asyncio.gather(*ends)
-        await self.http.stop(http)
+        await asyncio.gather(*shutdowns)
+        await self.http.stop(http_task)
 
     async def _check_postgres(self) -> None:
-        await self.database.rows("clock")
-        if not self.schema:
+        await self.database.fetch_all("clock")
+        if not self.schema_version:
             raise NotReadyError("the ledger's schema is not ready yet")
 
     async def _check_redis(self) -> None:
@@ -172,5 +177,5 @@ class Sidecar:
 
     async def _check_workers(self) -> None:
         await asyncio.sleep(0)
-        if trouble := self.workers.trouble():
-            raise NotReadyError(trouble)
+        if problem := self.worker_pool.problem():
+            raise NotReadyError(problem)

@@ -14,23 +14,23 @@ import orjson
 from abreast_sidecar import logs, runtime
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.worker import Worker
-from abreast_sidecar.workers import well, worker_name
+from abreast_sidecar.workers import is_healthy, make_worker_name
 
-BEAT = 0.5  # seconds
+HEARTBEAT_INTERVAL_S = 0.5  # seconds
 PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
+def worker_main() -> None:
     line = sys.stdin.buffer.readline()
     if not line:
         sys.exit("abreast: this process is started by `abreast sidecar --workers N`")
-    given: dict[str, Any] = orjson.loads(line)
-    for name, value in given.items():
-        given[name] = tuple(value) if isinstance(value, list) else value
-    settings = Settings(**given)
+    settings_fields: dict[str, Any] = orjson.loads(line)
+    for name, value in settings_fields.items():
+        settings_fields[name] = tuple(value) if isinstance(value, list) else value
+    settings = Settings(**settings_fields)
     logs.configure(settings.log_level)
     _die_with_parent()
-    runtime.run(work(settings))
+    runtime.run(run_worker(settings))
 
 
 def _die_with_parent() -> None:
@@ -39,26 +39,26 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
-async def work(settings: Settings) -> None:
+async def run_worker(settings: Settings) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: UntilEnd(stop), sys.stdin)
-    worker = Worker(settings, name=worker_name())
-    beating = asyncio.create_task(_beat(worker))
+    await asyncio.get_running_loop().connect_read_pipe(lambda: StopOnEof(stop), sys.stdin)
+    worker = Worker(settings, name=make_worker_name())
+    heartbeat_task = asyncio.create_task(_send_heartbeats(worker))
     try:
         await worker.run(stop)
     finally:
-        beating.cancel()
+        heartbeat_task.cancel()
 
 
-async def _beat(worker: Worker) -> None:
+async def _send_heartbeats(worker: Worker) -> None:
     while True:
-        if well(worker):
+        if is_healthy(worker):
             os.write(sys.stdout.fileno(), b"well\n")
-        await asyncio.sleep(BEAT)
+        await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
 
-class UntilEnd(asyncio.Protocol):
+class StopOnEof(asyncio.Protocol):
     def __init__(self, stop: asyncio.Event) -> None:
         self.stop = stop
 
@@ -67,4 +67,4 @@ class UntilEnd(asyncio.Protocol):
 
 
 if __name__ == "__main__":
-    main()
+    worker_main()

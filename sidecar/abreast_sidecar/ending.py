@@ -3,17 +3,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-AGAIN = 5.0  # seconds; longer than any of them takes to clean up
+CANCEL_RETRY_S = 5.0  # seconds; longer than any of them takes to clean up
 
 
-async def ended(*tasks: asyncio.Task[Any]) -> None:
+async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks, and return once they are over, whatever they raised.
 
     Before Python 3.12 `asyncio.wait_for`, by which drivers wait for Redis and Postgres, swallows a cancellation that comes
     together with the answer. A loop would then go on for ever, so it is told again.
     """
-    while under_way := [task for task in tasks if not task.done()]:
-        for task in under_way:
+    while unfinished := [task for task in tasks if not task.done()]:
+        for task in unfinished:
             task.cancel()
-        await asyncio.wait(under_way, timeout=AGAIN)
+        await asyncio.wait(unfinished, timeout=CANCEL_RETRY_S)
     await asyncio.gather(*tasks, return_exceptions=True)

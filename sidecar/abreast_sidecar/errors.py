@@ -53,7 +53,7 @@ class ArgumentError(SidecarError):
     pass
 
 
-class BroadRuleError(SidecarError):
+class OverbroadRuleError(SidecarError):
     pass
 
 

@@ -7,56 +7,65 @@ from collections.abc import Sequence
 
 from abreast.capture import Capture, decode
 from abreast.errors import CaptureError
-from abreast_sidecar.compare import Judgement, Rules, judge
-from abreast_sidecar.read import Entry
-from abreast_sidecar.store import Judged
+from abreast_sidecar.compare import CompareOptions, ComparisonResult, compare_pair
+from abreast_sidecar.read import StreamEntry
+from abreast_sidecar.store import PairRecord
 
-EMPTY = "redis had no capture of it any more"
-AHEAD = 300_000  # ms
+NO_CAPTURE_REASON = "redis had no capture of it any more"
+MAX_CLOCK_LEAD_MS = 300_000  # ms
 
 
-def judged(entry: Entry, rules: Rules) -> Judged:
+def evaluate_entry(entry: StreamEntry, rules: CompareOptions) -> PairRecord:
     """Never raises: what can't be read or judged is `undecodable`, and kept."""
-    captures, reason = _decoded(entry)
+    captures, reason = _decode_captures(entry)
     try:
         if not captures:
-            return undecodable(entry, reason or EMPTY)
-        judgement = judge(captures, rules, swept=entry.why == "swept")
+            return undecodable_record(entry, reason or NO_CAPTURE_REASON)
+        result = compare_pair(captures, rules, timed_out=entry.ready_reason == "swept")
     except Exception as error:  # noqa: BLE001  # one entry must not stop the stream
-        return undecodable(entry, f"comparing it raised {type(error).__name__}: {error}")
+        return undecodable_record(entry, f"comparing it raised {type(error).__name__}: {error}")
     if reason:
-        return undecodable(entry, reason, judgement)
-    return Judged(
-        entry.keys.service, entry.id, _moment(entry.at, captures), entry.pair, judgement, entry.blobs
+        return undecodable_record(entry, reason, result)
+    return PairRecord(
+        entry.keys.service,
+        entry.id,
+        _choose_time_ms(entry.time_ms, captures),
+        entry.pair_id,
+        result,
+        entry.blobs,
     )
 
 
-def undecodable(entry: Entry, reason: str, known: Judgement | None = None) -> Judged:
+def undecodable_record(
+    entry: StreamEntry, reason: str, partial_result: ComparisonResult | None = None
+) -> PairRecord:
     """`known` is what could be found out about it all the same."""
-    judgement = Judgement(
+    result = ComparisonResult(
         outcome="undecodable",
-        method=known.method if known else "",
-        route=known.route if known else "",
-        old=known.old if known else None,
-        new=known.new if known else None,
+        method=partial_result.method if partial_result else "",
+        route=partial_result.route if partial_result else "",
+        old=partial_result.old if partial_result else None,
+        new=partial_result.new if partial_result else None,
         reason=reason,
     )
     service, content = entry.keys.service, b"\n".join(entry.blobs)
-    return Judged(service, entry.id, entry.at, entry.pair, judgement, entry.blobs, poison=content)
+    return PairRecord(
+        service, entry.id, entry.time_ms, entry.pair_id, result, entry.blobs, dead_letter=content
+    )
 
 
-def _moment(at: int, captures: Sequence[Capture]) -> int:
+def _choose_time_ms(entry_ms: int, captures: Sequence[Capture]) -> int:
     """When it was (ms), which is for Redis's clock to say. One that was set forward leaves its stream there, also when it
     is right again; so a time to come is not believed where the services' clocks know better. Whoever is given the entry
     again must find the same.
     """
-    if at <= time.time() * 1000 + AHEAD:
-        return at
-    began = max(one.started for one in captures) * 1000
-    return int(began) if 0 < began < at - AHEAD else at
+    if entry_ms <= time.time() * 1000 + MAX_CLOCK_LEAD_MS:
+        return entry_ms
+    started_ms = max(capture.started_at for capture in captures) * 1000
+    return int(started_ms) if 0 < started_ms < entry_ms - MAX_CLOCK_LEAD_MS else entry_ms
 
 
-def _decoded(entry: Entry) -> tuple[list[Capture], str]:
+def _decode_captures(entry: StreamEntry) -> tuple[list[Capture], str]:
     captures, reason = [], ""
     for blob in entry.blobs:
         try:

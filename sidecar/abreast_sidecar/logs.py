@@ -16,8 +16,8 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 def configure(level: str) -> None:
     """Raise SettingError for a level that is none."""
-    wanted = LEVELS.get(level.lower())
-    if wanted is None:
+    threshold = LEVELS.get(level.lower())
+    if threshold is None:
         raise SettingError(f"ABREAST_LOG_LEVEL must be one of {', '.join(LEVELS)}, got {level!r}")
     structlog.configure(
         processors=[
@@ -25,20 +25,20 @@ def configure(level: str) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.dict_tracebacks,
-            structlog.processors.JSONRenderer(serializer=orjson.dumps, default=_text),
+            structlog.processors.JSONRenderer(serializer=orjson.dumps, default=_serialize_unknown),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(wanted),
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
         cache_logger_on_first_use=True,
     )
     # Libraries log through the standard module: only what is wrong.
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Json())
+    handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # warns of each try; the sidecar says it once
 
 
-class Json(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     """The same fields as ours, whatever a library writes."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -50,8 +50,8 @@ class Json(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=_text).decode()
+        return orjson.dumps(line, default=_serialize_unknown).decode()
 
 
-def _text(value: object) -> str:
+def _serialize_unknown(value: object) -> str:
     return repr(value)

@@ -8,9 +8,9 @@ import time
 
 import structlog
 
-SHORTEST = 0.05  # seconds
-LONGEST = 2.0  # seconds
-REMIND = 60.0  # seconds
+MIN_BACKOFF_S = 0.05  # seconds
+MAX_BACKOFF_S = 2.0  # seconds
+LOG_REMINDER_S = 60.0  # seconds
 
 log = structlog.get_logger()
 
@@ -20,42 +20,44 @@ class Outage:
     own time.
     """
 
-    def __init__(self, what: str, **fields: str) -> None:
-        self.what = what
+    def __init__(self, server: str, **fields: str) -> None:
+        self.server = server
         self.fields = fields
-        self._waits: dict[str, float] = {}  # who meets it → how long to wait next
-        self._since = self._logged = 0.0
+        self._backoffs_s: dict[str, float] = {}  # who meets it → how long to wait next
+        self._started_at = self._last_logged_at = 0.0
 
     @property
-    def on(self) -> bool:
-        return self._since > 0
+    def is_active(self) -> bool:
+        return self._started_at > 0
 
-    def begin(self, error: Exception, who: str = "") -> None:
+    def record_failure(self, error: Exception, caller: str = "") -> None:
         now = time.monotonic()
-        self._since = self._since or now
-        self._waits.setdefault(who, SHORTEST)
-        if not self._logged or now - self._logged > REMIND:
-            self._logged = now
-            away = round(now - self._since, 1)
-            log.warning("a server is away", server=self.what, error=str(error), seconds=away, **self.fields)
+        self._started_at = self._started_at or now
+        self._backoffs_s.setdefault(caller, MIN_BACKOFF_S)
+        if not self._last_logged_at or now - self._last_logged_at > LOG_REMINDER_S:
+            self._last_logged_at = now
+            outage_s = round(now - self._started_at, 1)
+            log.warning(
+                "a server is away", server=self.server, error=str(error), seconds=outage_s, **self.fields
+            )
 
-    def end(self, who: str = "") -> None:
-        self._waits.pop(who, None)
-        if self._waits:
+    def record_success(self, caller: str = "") -> None:
+        self._backoffs_s.pop(caller, None)
+        if self._backoffs_s:
             return
-        if self.on:
-            away = round(time.monotonic() - self._since, 1)
-            log.info("a server is back", server=self.what, seconds=away, **self.fields)
-        self._since = self._logged = 0.0
+        if self.is_active:
+            outage_s = round(time.monotonic() - self._started_at, 1)
+            log.info("a server is back", server=self.server, seconds=outage_s, **self.fields)
+        self._started_at = self._last_logged_at = 0.0
 
-    async def wait(self, stop: asyncio.Event, who: str = "") -> None:
+    async def back_off(self, stop: asyncio.Event, caller: str = "") -> None:
         """Longer each time, and never in step with others; ends when `stop` is set."""
-        wait = self._waits.get(who, SHORTEST)
-        self._waits[who] = min(wait * 2, LONGEST)
-        await pause(stop, wait * random.uniform(0.5, 1.0))  # noqa: S311  # not a secret
+        delay_s = self._backoffs_s.get(caller, MIN_BACKOFF_S)
+        self._backoffs_s[caller] = min(delay_s * 2, MAX_BACKOFF_S)
+        await wait_or_stop(stop, delay_s * random.uniform(0.5, 1.0))  # noqa: S311  # not a secret
 
 
-async def pause(stop: asyncio.Event, seconds: float) -> None:
+async def wait_or_stop(stop: asyncio.Event, seconds: float) -> None:
     try:
         async with asyncio.timeout(seconds):
             await stop.wait()

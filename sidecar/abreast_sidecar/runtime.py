@@ -9,18 +9,18 @@ from typing import Any
 
 # Allocations between two collections. Captures and differences hold no cycles, so that next to all of what a collection
 # walks is alive; with the default of 700 that was a fifth of a worker's time.
-COLLECT_AFTER = (50_000, 20, 50)
+GC_THRESHOLDS = (50_000, 20, 50)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Like asyncio.run, for a process of the sidecar's own; what was imported until now is never collected."""
     gc.freeze()
-    gc.set_threshold(*COLLECT_AFTER)
-    with asyncio.Runner(loop_factory=_new_loop()) as runner:
+    gc.set_threshold(*GC_THRESHOLDS)
+    with asyncio.Runner(loop_factory=_find_loop_factory()) as runner:
         runner.run(main)
 
 
-def _new_loop() -> Any:
+def _find_loop_factory() -> Any:
     try:
         import uvloop
     except ImportError:  # there is none for Windows

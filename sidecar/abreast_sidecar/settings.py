@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from abreast_sidecar.errors import SettingError
 
-PREFIX = "ABREAST_"
-SECRETS = re.compile(r"(?<=://).*@|(?<=password=)('[^']*'|[^&\s]*)")  # in URLs and connection strings
+ENV_PREFIX = "ABREAST_"
+SECRET_PATTERN = re.compile(r"(?<=://).*@|(?<=password=)('[^']*'|[^&\s]*)")  # in URLs and connection strings
 
 
 def setting(default: Any, parse: Callable[[str], Any], doc: str, *, secret: bool = False) -> Any:
@@ -26,14 +26,14 @@ def text(value: str) -> str:
     return value.strip()
 
 
-def words(value: str) -> tuple[str, ...]:
+def comma_list(value: str) -> tuple[str, ...]:
     return tuple(word for word in (part.strip() for part in value.split(",")) if word)
 
 
 def redis_url(value: str) -> str:
-    from abreast.redis_url import parse
+    from abreast.redis_url import parse_address
 
-    parse(value)
+    parse_address(value)
     return value.strip()
 
 
@@ -43,17 +43,17 @@ def database_url(value: str) -> str:
     from psycopg.conninfo import conninfo_to_dict
 
     try:
-        known = conninfo_to_dict(text(value))
-        for port in str(known.get("port") or "5432").split(","):
+        parameters = conninfo_to_dict(text(value))
+        for port in str(parameters.get("port") or "5432").split(","):
             address(f":{port or 5432}")
     except (psycopg.Error, ValueError):
         raise ValueError("a URL such as postgresql://127.0.0.1:5432/abreast") from None
     return value.strip()
 
 
-def shown(value: str) -> str:
+def mask_secrets(value: str) -> str:
     """A setting's value without the passwords in it."""
-    return SECRETS.sub(lambda found: "…@" if found[0].endswith("@") else "…", value)
+    return SECRET_PATTERN.sub(lambda match: "…@" if match[0].endswith("@") else "…", value)
 
 
 def http_url(value: str) -> str:
@@ -65,18 +65,18 @@ def http_url(value: str) -> str:
 def webhook_urls(value: str) -> tuple[str, ...]:
     from urllib.parse import urlsplit
 
-    found = words(value)
-    for url in found:
+    urls = comma_list(value)
+    for url in urls:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("URLs such as https://hooks.example.com/abreast, comma separated")
-    return found
+    return urls
 
 
 def webhook_secret(value: str) -> str:
-    from abreast_sidecar.steer.signing import key_of
+    from abreast_sidecar.steer.signing import decode_secret
 
-    key_of(value.strip())
+    decode_secret(value.strip())
     return value.strip()
 
 
@@ -86,10 +86,10 @@ def seconds(value: str) -> float:
 
 def share(value: str) -> float:
     """A share from 0 to 1, written 0.25 or 25%."""
-    wanted = "a share such as 25% or 0.25, from 0% to 100%"
+    expected = "a share such as 25% or 0.25, from 0% to 100%"
     if value.strip().endswith("%"):
-        return _number(value.strip()[:-1], wanted, low=0.0, high=100.0) / 100
-    return _number(value, wanted, low=0.0, high=1.0)
+        return _number(value.strip()[:-1], expected, low=0.0, high=100.0) / 100
+    return _number(value, expected, low=0.0, high=1.0)
 
 
 def count(value: str) -> int:
@@ -100,7 +100,7 @@ def count(value: str) -> int:
 
 
 def flag(value: str) -> bool:
-    known = {
+    values = {
         "1": True,
         "true": True,
         "yes": True,
@@ -111,7 +111,7 @@ def flag(value: str) -> bool:
         "off": False,
     }
     try:
-        return known[value.strip().lower()]
+        return values[value.strip().lower()]
     except KeyError:
         raise ValueError("true or false") from None
 
@@ -125,37 +125,39 @@ def address(value: str) -> str:
 
 
 def _number(
-    value: str, wanted: str, *, low: float, high: float = float("inf"), exclusive: bool = False
+    value: str, expected: str, *, low: float, high: float = float("inf"), exclusive: bool = False
 ) -> float:
     try:
         number = float(value)
     except ValueError:
-        raise ValueError(wanted) from None
+        raise ValueError(expected) from None
     if not math.isfinite(number) or not low <= number <= high or (exclusive and number == low):
-        raise ValueError(wanted)
+        raise ValueError(expected)
     return number
 
 
-class FromEnvironment:
+class EnvironmentSettings:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
         """Raise SettingError, naming the variable, what is wanted and what was there."""
         values = {}
-        for part in dataclasses.fields(cls):  # type: ignore[arg-type]  # a mixin for dataclasses
-            name = PREFIX + part.name.upper()
+        for setting_field in dataclasses.fields(cls):  # type: ignore[arg-type]  # a mixin for dataclasses
+            name = ENV_PREFIX + setting_field.name.upper()
             if environment.get(name, "") == "":
                 continue
             try:
-                values[part.name] = part.metadata["parse"](environment[name])
+                values[setting_field.name] = setting_field.metadata["parse"](environment[name])
             except ValueError as error:
-                if part.metadata.get("secret"):
+                if setting_field.metadata.get("secret"):
                     raise SettingError(f"{name} must be {error}; what it is now is not shown") from None
-                raise SettingError(f"{name} must be {error}, got {shown(environment[name])!r}") from error
+                raise SettingError(
+                    f"{name} must be {error}, got {mask_secrets(environment[name])!r}"
+                ) from error
         return cls(**values)
 
 
 @dataclass(frozen=True)
-class Settings(FromEnvironment):
+class Settings(EnvironmentSettings):
     redis_url: str = setting(
         "redis://127.0.0.1:6379/0", redis_url, "Redis or Valkey that services send captures to"
     )
@@ -171,7 +173,7 @@ class Settings(FromEnvironment):
     http_listen: str = setting("127.0.0.1:8090", address, "address of health, metrics and the page")
     envoy_admin: tuple[str, ...] = setting(
         (),
-        words,
+        comma_list,
         "admin addresses of the Envoys, comma separated, to hold the ledger against their own count",
     )
     workers: int = setting(0, count, "worker processes; 0 runs the worker inside the main process")
@@ -197,7 +199,7 @@ class Settings(FromEnvironment):
         "bytes that the days' pairs may take in Postgres; above it the oldest day goes, never today; 0 for no limit",
     )
     volatile_headers: tuple[str, ...] = setting(
-        (), words, "response headers not to compare, beside the built-in list"
+        (), comma_list, "response headers not to compare, beside the built-in list"
     )
     ask_again: int = setting(
         0, count, "pairs a minute that are asked again on both versions, to tell drift of state; 0 is off"

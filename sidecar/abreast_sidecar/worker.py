@@ -9,28 +9,28 @@ from dataclasses import dataclass
 
 import structlog
 
-from abreast_sidecar.again import Again, AgainSettings
-from abreast_sidecar.apart import SUSPECT, Apart
-from abreast_sidecar.compare import Rules
-from abreast_sidecar.ending import ended
+from abreast_sidecar.again import Rechecker, RecheckSettings
+from abreast_sidecar.apart import MIN_SUSPECT_DELIVERIES, IsolatedComparer
+from abreast_sidecar.compare import CompareOptions
+from abreast_sidecar.ending import cancel_and_wait
 from abreast_sidecar.errors import LedgerError, RedisError, RefusedError, StaleRulesError
-from abreast_sidecar.judging import judged, undecodable
-from abreast_sidecar.outage import Outage, pause
-from abreast_sidecar.read import Entry, Reader
-from abreast_sidecar.rulebook import Rulebook
+from abreast_sidecar.judging import evaluate_entry, undecodable_record
+from abreast_sidecar.outage import Outage, wait_or_stop
+from abreast_sidecar.read import StreamConsumer, StreamEntry
+from abreast_sidecar.rulebook import RuleCache
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import Judged, Ledger
+from abreast_sidecar.store import PairRecord, PairWriter
 
-BREATHER = 0.01  # seconds between small batches: each commit has a cost of its own
+SMALL_BATCH_DELAY_S = 0.01  # seconds between small batches: each commit has a cost of its own
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    entries: Sequence[Entry]
-    judged: Sequence[Judged]
-    rules: int  # their version
+    entries: Sequence[StreamEntry]
+    records: Sequence[PairRecord]
+    rules_version: int  # their version
 
 
 class Worker:
@@ -38,210 +38,226 @@ class Worker:
 
     def __init__(self, settings: Settings, *, name: str) -> None:
         self.name = name
-        self.alive = False
-        self.last_beat = 0.0
+        self.is_running = False
+        self.last_heartbeat = 0.0
         self._settings = settings
-        rules = Rules.ignoring(settings.volatile_headers)
-        self._book = Rulebook(settings.postgres_url, rules, session=settings.session_url)
-        again = AgainSettings.of(settings)
-        self._again = Again(again, rules, settings.postgres_url) if again else None
+        rules = CompareOptions.with_ignored_headers(settings.volatile_headers)
+        self._rule_cache = RuleCache(settings.postgres_url, rules, session_url=settings.session_url)
+        recheck_settings = RecheckSettings.from_settings(settings)
+        self._rechecker = (
+            Rechecker(recheck_settings, rules, settings.postgres_url) if recheck_settings else None
+        )
         self._redis = Outage("redis", worker=name)
         self._postgres = Outage("postgres", worker=name)
-        self._apart = Apart()
-        self._small = False
+        self._isolated_comparer = IsolatedComparer()
+        self._last_batch_small = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Return once `stop` is set and what was read is committed, or its time is over. Lost servers are waited for."""
-        reader = Reader(
+        reader = StreamConsumer(
             self._settings.redis_url,
             name=self.name,
             batch_size=self._settings.batch_size,
-            claim_idle=self._settings.claim_idle,
+            claim_idle_s=self._settings.claim_idle,
             batch_bytes=self._settings.batch_bytes,
         )
-        asking = self._begin_asking(stop)
-        ledger = Ledger(self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding)
-        self.alive = True
+        recheck_task = self._start_rechecker(stop)
+        writer = PairWriter(
+            self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding
+        )
+        self.is_running = True
         try:
-            await self._book.open()
-            await _until(stop, self._work(reader, ledger, stop), grace=self._settings.shutdown_timeout)
+            await self._rule_cache.open()
+            await _run_until_stopped(
+                stop, self._process_batches(reader, writer, stop), grace_s=self._settings.shutdown_timeout
+            )
         finally:
-            self.alive = False
-            await ended(asking)
-            await ledger.close()
-            await self._apart.close()
-            await self._book.close()
+            self.is_running = False
+            await cancel_and_wait(recheck_task)
+            await writer.close()
+            await self._isolated_comparer.close()
+            await self._rule_cache.close()
             try:
                 await reader.close()
             except RedisError as error:
                 log.info("redis was away at the end", worker=self.name, error=str(error))
 
-    def _begin_asking(self, stop: asyncio.Event) -> asyncio.Task[None]:
+    def _start_rechecker(self, stop: asyncio.Event) -> asyncio.Task[None]:
         """Beside the work, which does not wait for it."""
 
-        async def asking() -> None:
-            if self._again is None:
+        async def run_rechecker() -> None:
+            if self._rechecker is None:
                 return
             try:
-                await self._again.run(stop)
+                await self._rechecker.run(stop)
             except Exception:
                 log.exception("pairs are not asked again any more", worker=self.name)
 
-        return asyncio.create_task(asking())
+        return asyncio.create_task(run_rechecker())
 
-    async def _work(self, reader: Reader, ledger: Ledger, stop: asyncio.Event) -> None:
+    async def _process_batches(self, reader: StreamConsumer, writer: PairWriter, stop: asyncio.Event) -> None:
         """The next batch is read and compared while this one is committed. Nothing is judged by unknown rules."""
-        if not await self._book.known(stop):
+        if not await self._rule_cache.wait_loaded(stop):
             return
-        ahead = asyncio.create_task(self._judged(reader, stop))
+        upcoming = asyncio.create_task(self._next_batch(reader, stop))
         try:
-            while batch := await ahead:
-                ahead = asyncio.create_task(self._judged(reader, stop))
-                await self._settle(batch, reader, ledger, stop)
+            while batch := await upcoming:
+                upcoming = asyncio.create_task(self._next_batch(reader, stop))
+                await self._commit_and_ack(batch, reader, writer, stop)
         finally:
-            await ended(ahead)
+            await cancel_and_wait(upcoming)
 
-    async def _judged(self, reader: Reader, stop: asyncio.Event) -> Batch | None:
+    async def _next_batch(self, reader: StreamConsumer, stop: asyncio.Event) -> Batch | None:
         """The next batch; none when it is time to stop."""
-        while entries := await self._next(reader, stop):
+        while entries := await self._wait_for_entries(reader, stop):
             try:
-                return await self._judge(entries)
+                return await self._evaluate(entries)
             except Exception as error:  # noqa: BLE001  # logged with its traceback
-                await self._read_again(entries, error, reader, stop)
+                await self._retry_batch(entries, error, reader, stop)
         return None
 
-    async def _read_again(
-        self, entries: Sequence[Entry], error: Exception, reader: Reader, stop: asyncio.Event
+    async def _retry_batch(
+        self, entries: Sequence[StreamEntry], error: Exception, reader: StreamConsumer, stop: asyncio.Event
     ) -> None:
         log.error(
             "a batch failed and will be read again", worker=self.name, pairs=len(entries), exc_info=error
         )
-        reader.recover()
-        await self._postgres.wait(stop)
+        reader.reread_pending()
+        await self._postgres.back_off(stop)
 
-    async def _next(self, reader: Reader, stop: asyncio.Event) -> list[Entry]:
+    async def _wait_for_entries(self, reader: StreamConsumer, stop: asyncio.Event) -> list[StreamEntry]:
         """Wait for entries; none when it is time to stop."""
-        if self._small:
-            await pause(stop, BREATHER)
+        if self._last_batch_small:
+            await wait_or_stop(stop, SMALL_BATCH_DELAY_S)
         while not stop.is_set():
             try:
                 entries = await reader.read()
             except RedisError as error:
-                self._redis.begin(error)
-                await self._redis.wait(stop)
+                self._redis.record_failure(error)
+                await self._redis.back_off(stop)
                 continue
-            self._redis.end()
-            self.last_beat = time.monotonic()
+            self._redis.record_success()
+            self.last_heartbeat = time.monotonic()
             if entries:
-                self._small = len(entries) < self._settings.batch_size // 2
+                self._last_batch_small = len(entries) < self._settings.batch_size // 2
                 return entries
         return []
 
-    async def _settle(self, batch: Batch, reader: Reader, ledger: Ledger, stop: asyncio.Event) -> None:
+    async def _commit_and_ack(
+        self, batch: Batch, reader: StreamConsumer, writer: PairWriter, stop: asyncio.Event
+    ) -> None:
         try:
-            await self._commit_by_the_rules(batch, ledger, stop)
+            await self._commit_with_current_rules(batch, writer, stop)
         except Exception as error:  # noqa: BLE001  # logged with its traceback
-            await self._read_again(batch.entries, error, reader, stop)
+            await self._retry_batch(batch.entries, error, reader, stop)
             return
-        self.last_beat = time.monotonic()
+        self.last_heartbeat = time.monotonic()
         try:
             await reader.acknowledge(batch.entries)
         except RedisError as error:  # they come again, and count once
-            self._redis.begin(error)
-            reader.recover()
+            self._redis.record_failure(error)
+            reader.reread_pending()
 
-    async def _commit_by_the_rules(self, batch: Batch, ledger: Ledger, stop: asyncio.Event) -> None:
+    async def _commit_with_current_rules(self, batch: Batch, writer: PairWriter, stop: asyncio.Event) -> None:
         """Judge again where the rules changed in between; what was committed of it already counts once."""
         while True:
             try:
-                await self._commit(batch.judged, batch.entries, batch.rules, ledger, stop)
+                await self._commit(batch.records, batch.entries, batch.rules_version, writer, stop)
             except StaleRulesError:
-                await self._book.refresh()
-                batch = await self._judge(batch.entries)
+                await self._rule_cache.refresh()
+                batch = await self._evaluate(batch.entries)
             else:
-                if self._again is not None:
-                    self._again.offer(batch.judged)
+                if self._rechecker is not None:
+                    self._rechecker.offer(batch.records)
                 return
 
-    async def _judge(self, entries: Sequence[Entry]) -> Batch:
+    async def _evaluate(self, entries: Sequence[StreamEntry]) -> Batch:
         """In a thread: a large body takes its time, and others on the loop must have theirs."""
-        rules, version = self._book.rules, self._book.version
-        sound = [entry for entry in entries if entry.deliveries < SUSPECT]
-        known = iter(await asyncio.to_thread(lambda: [judged(entry, rules) for entry in sound]))
-        batch = [
-            next(known) if entry.deliveries < SUSPECT else await self._apart.judged(entry, rules)
+        rules, rules_version = self._rule_cache.rules, self._rule_cache.version
+        regular_entries = [entry for entry in entries if entry.delivery_count < MIN_SUSPECT_DELIVERIES]
+        regular_records = iter(
+            await asyncio.to_thread(lambda: [evaluate_entry(entry, rules) for entry in regular_entries])
+        )
+        records = [
+            next(regular_records)
+            if entry.delivery_count < MIN_SUSPECT_DELIVERIES
+            else await self._isolated_comparer.compare(entry, rules)
             for entry in entries
         ]
-        if len(sound) < len(entries):
-            await self._apart.close()
-        for one in batch:
-            if one.poison is not None:
-                self._put_apart(one)
-        return Batch(entries, batch, version)
+        if len(regular_entries) < len(entries):
+            await self._isolated_comparer.close()
+        for record in records:
+            if record.dead_letter is not None:
+                self._log_dead_letter(record)
+        return Batch(entries, records, rules_version)
 
     async def _commit(
         self,
-        batch: Sequence[Judged],
-        entries: Sequence[Entry],
-        rules: int,
-        ledger: Ledger,
+        records: Sequence[PairRecord],
+        entries: Sequence[StreamEntry],
+        rules_version: int,
+        writer: PairWriter,
         stop: asyncio.Event,
     ) -> None:
         """A batch that Postgres refuses is halved until the entry is found that it can't hold."""
         try:
-            await self._write(batch, rules, ledger, stop)
+            await self._write(records, rules_version, writer, stop)
         except RefusedError as error:
-            if len(batch) == 1:
-                await self._commit_poison(entries[0], str(error), rules, ledger, stop)
+            if len(records) == 1:
+                await self._commit_dead_letter(entries[0], str(error), rules_version, writer, stop)
                 return
-            middle = len(batch) // 2
-            await self._commit(batch[:middle], entries[:middle], rules, ledger, stop)
-            await self._commit(batch[middle:], entries[middle:], rules, ledger, stop)
+            middle = len(records) // 2
+            await self._commit(records[:middle], entries[:middle], rules_version, writer, stop)
+            await self._commit(records[middle:], entries[middle:], rules_version, writer, stop)
 
-    async def _commit_poison(
-        self, entry: Entry, reason: str, rules: int, ledger: Ledger, stop: asyncio.Event
+    async def _commit_dead_letter(
+        self, entry: StreamEntry, reason: str, rules_version: int, writer: PairWriter, stop: asyncio.Event
     ) -> None:
-        poison = undecodable(entry, reason)
-        self._put_apart(poison)
-        await self._write([poison], rules, ledger, stop)
+        record = undecodable_record(entry, reason)
+        self._log_dead_letter(record)
+        await self._write([record], rules_version, writer, stop)
 
-    async def _write(self, batch: Sequence[Judged], rules: int, ledger: Ledger, stop: asyncio.Event) -> None:
+    async def _write(
+        self, records: Sequence[PairRecord], rules_version: int, writer: PairWriter, stop: asyncio.Event
+    ) -> None:
         """Try until Postgres takes it or refuses it. What is not committed stays pending in Redis."""
         while True:
             try:
-                await ledger.write(batch, rules=rules)
+                await writer.write(records, rules_version=rules_version)
             except RefusedError:
                 raise
             except LedgerError as error:
-                self._postgres.begin(error)
-                await self._postgres.wait(stop)
+                self._postgres.record_failure(error)
+                await self._postgres.back_off(stop)
                 if stop.is_set():
                     await asyncio.sleep(0.1)  # `wait` returns at once now
             else:
-                self._postgres.end()
+                self._postgres.record_success()
                 return
 
-    def _put_apart(self, poison: Judged) -> None:
+    def _log_dead_letter(self, record: PairRecord) -> None:
         log.warning(
             "an entry can't be read and is put apart",
             worker=self.name,
-            service=poison.service,
-            pair=poison.pair,
-            entry=poison.entry,
-            reason=poison.judgement.reason,
+            service=record.service,
+            pair=record.pair_id,
+            entry=record.entry_id,
+            reason=record.result.reason,
         )
 
 
-async def _until(stop: asyncio.Event, work: Coroutine[None, None, None], *, grace: float) -> None:
+async def _run_until_stopped(
+    stop: asyncio.Event, work: Coroutine[None, None, None], *, grace_s: float
+) -> None:
     """Run `work` to its end; when `stop` is set it has `grace` seconds left."""
-    task = asyncio.create_task(work)
-    stopped = asyncio.create_task(stop.wait())
+    work_task = asyncio.create_task(work)
+    stop_task = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        done, _ = await asyncio.wait({task}, timeout=grace)
+        await asyncio.wait({work_task, stop_task}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({work_task}, timeout=grace_s)
         if done:
-            task.result()
+            work_task.result()
         else:
-            log.warning("the time to finish is over; the rest stays in redis", seconds=grace)
+            log.warning("the time to finish is over; the rest stays in redis", seconds=grace_s)
     finally:
-        await ended(task, stopped)
+        await cancel_and_wait(work_task, stop_task)

@@ -17,93 +17,99 @@ import structlog
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.worker import Worker
 
-STALE = 15.0  # seconds without a read or a commit; a quiet worker reads once a second
-CHILD_STALE = 5.0  # seconds without a word from a child, which speaks twice a second while it is well
-FIRST_BACKOFF = 0.2  # seconds
-LONGEST_BACKOFF = 15.0  # seconds
-GOOD_LIFE = 30.0  # seconds after which a child's next death is a first one again
-DRAIN = 0.7  # of the time to stop; the rest is for the others
+WORKER_STALE_S = 15.0  # seconds without a read or a commit; a quiet worker reads once a second
+HEARTBEAT_STALE_S = 5.0  # seconds without a word from a child, which speaks twice a second while it is well
+MIN_RESTART_BACKOFF_S = 0.2  # seconds
+MAX_RESTART_BACKOFF_S = 15.0  # seconds
+STABLE_UPTIME_S = 30.0  # seconds after which a child's next death is a first one again
+DRAIN_TIME_SHARE = 0.7  # of the time to stop; the rest is for the others
 
 log = structlog.get_logger(__name__)
 
 
-class Workers(Protocol):
-    def trouble(self) -> str:
+class WorkerPool(Protocol):
+    def problem(self) -> str:
         """What is wrong with the workers; empty for nothing."""
 
     async def run(self, stop: asyncio.Event) -> None:
         """Return once `stop` is set and the work under way is done."""
 
 
-def workers(settings: Settings) -> Workers:
-    drained = dataclasses.replace(settings, shutdown_timeout=settings.shutdown_timeout * DRAIN)
-    return Children(drained) if settings.workers else Inside(drained)
+def create_pool(settings: Settings) -> WorkerPool:
+    pool_settings = dataclasses.replace(
+        settings, shutdown_timeout=settings.shutdown_timeout * DRAIN_TIME_SHARE
+    )
+    return ProcessPool(pool_settings) if settings.workers else InProcessPool(pool_settings)
 
 
-def worker_name() -> str:
+def make_worker_name() -> str:
     """One that no other worker has: who shares a name takes the other's entries."""
     return f"{socket.gethostname()}-{secrets.token_hex(4)}"
 
 
-def well(worker: Worker) -> bool:
-    return worker.alive and time.monotonic() - worker.last_beat < STALE
+def is_healthy(worker: Worker) -> bool:
+    return worker.is_running and time.monotonic() - worker.last_heartbeat < WORKER_STALE_S
 
 
-class Inside:
+class InProcessPool:
     def __init__(self, settings: Settings) -> None:
-        self.worker = Worker(settings, name=worker_name())
+        self.worker = Worker(settings, name=make_worker_name())
 
-    def trouble(self) -> str:
-        if well(self.worker):
+    def problem(self) -> str:
+        if is_healthy(self.worker):
             return ""
-        return "the worker does not get on" if self.worker.alive else "the worker does not run"
+        return "the worker does not get on" if self.worker.is_running else "the worker does not run"
 
     async def run(self, stop: asyncio.Event) -> None:
         await self.worker.run(stop)
 
 
-class Children:
+class ProcessPool:
     def __init__(self, settings: Settings) -> None:
-        self.children = [Child(settings, number) for number in range(settings.workers)]
+        self.processes = [WorkerProcess(settings, number) for number in range(settings.workers)]
 
-    def trouble(self) -> str:
-        silent = sum(not child.well for child in self.children)
-        return f"{silent} of {len(self.children)} worker processes do not work" if silent else ""
+    def problem(self) -> str:
+        silent_count = sum(not process.is_healthy for process in self.processes)
+        return f"{silent_count} of {len(self.processes)} worker processes do not work" if silent_count else ""
 
     async def run(self, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as group:
-            for child in self.children:
-                group.create_task(child.run(stop))
+            for process in self.processes:
+                group.create_task(process.run(stop))
 
 
-class Child:
+class WorkerProcess:
     """One worker process at a time. It ends when its standard input does, so it never outlives this process."""
 
     def __init__(self, settings: Settings, number: int) -> None:
         self.settings = settings
         self.number = number
         self.pid = 0
-        self._heard = -float("inf")
+        self._last_heartbeat = -float("inf")
 
     @property
-    def well(self) -> bool:
-        return time.monotonic() - self._heard < CHILD_STALE
+    def is_healthy(self) -> bool:
+        return time.monotonic() - self._last_heartbeat < HEARTBEAT_STALE_S
 
     async def run(self, stop: asyncio.Event) -> None:
-        backoff = FIRST_BACKOFF
+        backoff_s = MIN_RESTART_BACKOFF_S
         while not stop.is_set():
-            began = time.monotonic()
-            code = await self._live(stop)
-            self._heard = -float("inf")
+            started = time.monotonic()
+            code = await self._run_once(stop)
+            self._last_heartbeat = -float("inf")
             if stop.is_set():
                 return
-            log.error("a worker process ended", number=self.number, pid=self.pid, code=code, again_in=backoff)
-            await _sleep(stop, backoff)
-            backoff = (
-                FIRST_BACKOFF if time.monotonic() - began > GOOD_LIFE else min(backoff * 2, LONGEST_BACKOFF)
+            log.error(
+                "a worker process ended", number=self.number, pid=self.pid, code=code, again_in=backoff_s
+            )
+            await _wait_or_stop(stop, backoff_s)
+            backoff_s = (
+                MIN_RESTART_BACKOFF_S
+                if time.monotonic() - started > STABLE_UPTIME_S
+                else min(backoff_s * 2, MAX_RESTART_BACKOFF_S)
             )
 
-    async def _live(self, stop: asyncio.Event) -> int:
+    async def _run_once(self, stop: asyncio.Event) -> int:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-m", "abreast_sidecar.child"),
@@ -116,23 +122,23 @@ class Child:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(orjson.dumps(dataclasses.asdict(self.settings)) + b"\n")
-        listening = asyncio.create_task(self._listen(process.stdout))
-        stopping = asyncio.create_task(stop.wait())
+        heartbeat_task = asyncio.create_task(self._read_heartbeats(process.stdout))
+        stop_task = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({listening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({heartbeat_task, stop_task}, return_when=asyncio.FIRST_COMPLETED)
             process.stdin.close()
-            return await self._end(process)
+            return await self._wait_for_exit(process)
         finally:
             if process.returncode is None:
                 process.kill()
-            listening.cancel()
-            stopping.cancel()
+            heartbeat_task.cancel()
+            stop_task.cancel()
 
-    async def _listen(self, output: asyncio.StreamReader) -> None:
+    async def _read_heartbeats(self, output: asyncio.StreamReader) -> None:
         while await output.readline():
-            self._heard = time.monotonic()
+            self._last_heartbeat = time.monotonic()
 
-    async def _end(self, process: asyncio.subprocess.Process) -> int:
+    async def _wait_for_exit(self, process: asyncio.subprocess.Process) -> int:
         try:
             async with asyncio.timeout(self.settings.shutdown_timeout + 1):
                 return await process.wait()
@@ -141,7 +147,7 @@ class Child:
             return await process.wait()
 
 
-async def _sleep(stop: asyncio.Event, seconds: float) -> None:
+async def _wait_or_stop(stop: asyncio.Event, seconds: float) -> None:
     try:
         async with asyncio.timeout(seconds):
             await stop.wait()

@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from abreast_demo.plants import ADDITIVE, NOISE, REGRESSIONS
-from abreast_sidecar.embedded.folder import PREFIX, TEMPORARY
-from support import eventually, free_port
+from abreast_demo.plants import PLANTED_ADDITIONS, PLANTED_NOISE, PLANTED_REGRESSIONS
+from abreast_sidecar.embedded.folder import RUN_FOLDER_PREFIX, TEMPORARY_ROOT
+from support import eventually, find_free_port
 
-PLANTED = [plant.name for plant in REGRESSIONS]
-HARMLESS = [plant.name for plant in (*NOISE, *ADDITIVE)]
+PLANTED = [plant.name for plant in PLANTED_REGRESSIONS]
+HARMLESS = [plant.name for plant in (*PLANTED_NOISE, *PLANTED_ADDITIONS)]
 ABREAST = Path(sys.executable).with_name("abreast")
 LONGEST = 150.0  # seconds, on a machine that has other things to do
 
@@ -48,7 +48,10 @@ class Run:
                 with contextlib.suppress(OSError):
                     words = Path(f"/proc/{pid}/cmdline").read_text()
                     self.started.add((pid, start_time(pid)))
-                    self.folders |= {Path(found) for found in re.findall(f"{TEMPORARY}/{PREFIX}\\w+", words)}
+                    self.folders |= {
+                        Path(found)
+                        for found in re.findall(f"{TEMPORARY_ROOT}/{RUN_FOLDER_PREFIX}\\w+", words)
+                    }
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
@@ -119,7 +122,7 @@ def running(*options: str) -> Iterator[Run]:
 @pytest.mark.timeout(200)
 def test_a_run_finds_what_was_planted_and_nothing_else_and_leaves_nothing() -> None:
     """One test, since each run takes its 15 seconds of traffic."""
-    with running("--once", "--json", "--listen", f"127.0.0.1:{free_port()}") as run:
+    with running("--once", "--json", "--listen", f"127.0.0.1:{find_free_port()}") as run:
         code, output = run.finish()
     assert output, "".join(run.errors)
     result = json.loads(output)
@@ -128,7 +131,7 @@ def test_a_run_finds_what_was_planted_and_nothing_else_and_leaves_nothing() -> N
     assert result["harmless"] == dict.fromkeys(HARMLESS, True)
     assert result["user_errors"] == 0
     assert {(row["endpoint"], row["path"], row["kind"]) for row in result["findings"]} == {
-        (plant.place.endpoint, plant.place.path, plant.place.kind) for plant in REGRESSIONS
+        (plant.location.endpoint, plant.location.path, plant.location.kind) for plant in PLANTED_REGRESSIONS
     }
     assert all(row["count"] > 0 for row in result["findings"])
     assert_summed(result)
@@ -158,7 +161,7 @@ def test_two_at_the_same_time_do_not_meet() -> None:
 
 @pytest.mark.timeout(200)
 def test_the_shop_stays_open_until_ctrl_c_and_what_is_proposed_works() -> None:
-    port = free_port()
+    port = find_free_port()
     with running("--seconds", "5", "--rate", "40", "--listen", f"127.0.0.1:{port}") as run:
         assert run.process.stdout is not None
         printed = list(itertools.takewhile(lambda line: "until Ctrl-C" not in line, run.process.stdout))

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 import redis
 
-from abreast.ending import UNDER_WAY
+from abreast.ending import CLEANUP_TASKS
 from support_middleware import call, http_scope, sampled
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -73,7 +73,7 @@ async def test_a_users_order_stays_and_a_shadows_does_not(
         ):
             sent, raised = await call(names["app"], scope)
             assert (sent[0]["status"], raised) == (200, None)
-        await asyncio.gather(*UNDER_WAY)
+        await asyncio.gather(*CLEANUP_TASKS)
 
     await lifespan(names["app"], orders)
     if "engine" in names:

@@ -15,11 +15,11 @@ import httpx
 import psycopg
 import pytest
 
-from abreast_demo.deploy import Addresses, Deployed, opened
+from abreast_demo.deploy import ShopDeployment, StackAddresses, deploy_shop
 from abreast_demo.load import USER_HEADER
 from abreast_demo.ports import LOOPBACK
 from abreast_sidecar.embedded.stack import Stack
-from abreast_sidecar.envoy.settings import Endpoint
+from abreast_sidecar.envoy.settings import SocketAddress
 from support import eventually, free_ports
 
 ABREAST = Path(sys.executable).with_name("abreast")
@@ -27,7 +27,7 @@ ABREAST = Path(sys.executable).with_name("abreast")
 
 @dataclass(frozen=True)
 class Order:
-    shop: Deployed
+    shop: ShopDeployment
     answer: httpx.Response
     pair: dict[str, Any]
     shown: str  # what `abreast pair` prints
@@ -59,8 +59,8 @@ class Order:
 
 @pytest.fixture(scope="module")
 def order() -> Iterator[Order]:
-    addresses = Addresses(*(Endpoint(LOOPBACK, port) for port in free_ports(3)))
-    with opened(
+    addresses = StackAddresses(*(SocketAddress(LOOPBACK, port) for port in free_ports(3)))
+    with deploy_shop(
         addresses, lambda _said: None, sample_unsafe=1.0, baseline_share=0.0, access_log=True
     ) as shop:
         stack = shop.stack
@@ -78,7 +78,7 @@ def order() -> Iterator[Order]:
             return len(pair.get("captures", ())) == 2
 
         eventually(kept, what="the pair is in the ledger")
-        log = stack.folder.path / "envoy" / "envoy.log"
+        log = stack.data_directory.path / "envoy" / "envoy.log"
 
         def logged() -> list[dict[str, Any]]:
             lines = [line for line in log.read_text().splitlines() if line.startswith("{")]

@@ -12,9 +12,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from abreast_sidecar.embedded.process import answers
-from abreast_sidecar.embedded.stack import ANY_PORT, Stack
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from abreast_sidecar.embedded.process import is_answering
+from abreast_sidecar.embedded.stack import ANY_PORT_ADDRESS, Stack
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from support import eventually, eventually_async, free_ports, frozen
 from support_users import Users, users
 
@@ -29,7 +29,7 @@ def version(name: str, port: int, stack: Stack) -> Iterator[None]:
     environment = {"ABREAST_REDIS_URL": stack.redis_url, "PATH": "/usr/bin:/bin"}
     process = subprocess.Popen([sys.executable, SERVICE, name, str(port)], env=environment)
     try:
-        eventually(lambda: answers("127.0.0.1", port, HEALTH, b" 200 OK"), what=f"{name} answers")
+        eventually(lambda: is_answering("127.0.0.1", port, HEALTH, b" 200 OK"), what=f"{name} answers")
         yield
     finally:
         process.kill()
@@ -39,9 +39,9 @@ def version(name: str, port: int, stack: Stack) -> Iterator[None]:
 @pytest.fixture
 def stack() -> Iterator[Stack]:
     """Half of the users on new, everything is mirrored."""
-    old, new = (Endpoint("127.0.0.1", port) for port in free_ports(2))
+    old, new = (SocketAddress("127.0.0.1", port) for port in free_ports(2))
     settings = EnvoySettings(
-        service="shop", listen=ANY_PORT, old=(old,), new=(new,), sample_safe=1.0, baseline_share=0.0
+        service="shop", listen=ANY_PORT_ADDRESS, old=(old,), new=(new,), sample_safe=1.0, baseline_share=0.0
     )
     with (
         Stack(settings, settings={"ABREAST_NEW_SHARE": "0.5"}) as found,
@@ -84,11 +84,11 @@ async def test_users_see_nothing_of_redis_postgres_or_the_sidecar_stopped_killed
     began = len(load.seen)
     for name in ("redis", "postgres", "sidecar"):
         server = stack.servers[name]
-        assert server.server is not None
-        with frozen(server.server.pid):
+        assert server.process is not None
+        with frozen(server.process.pid):
             await load.more(SOME)
-        server.server.process.kill()
-        server.server.process.wait()
+        server.process.popen.kill()
+        server.process.popen.wait()
         await load.more(SOME)
         shares = {one.version for one in load.seen[-SOME:]}
         await asyncio.to_thread(server.start)

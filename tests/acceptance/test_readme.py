@@ -16,7 +16,7 @@ import pytest
 import redis
 
 from abreast.capture import encode
-from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
+from abreast.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
 from abreast.v1 import comparison_pb2, comparison_pb2_grpc
 from abreast_sidecar.embedded import RedisServer
 from captures import capture
@@ -62,11 +62,11 @@ def sidecar(postgres_url: str) -> Iterator[str]:
 
 def send_a_pair(url: str) -> None:
     sent = [capture("old", {"price": 1}), capture("new", {"price": 2}, role="shadow")]
-    batch = [(one.pair, one.slot, one.arms, encode(one)) for one in sent]
-    names, arguments = join_arguments(Keys("shop", 0), Bounds(), batch)
+    batch = [(one.pair, one.slot, one.expected_captures, encode(one)) for one in sent]
+    names, arguments = join_arguments(Keys("shop", 0), Limits(), batch)
     with redis.Redis.from_url(url) as client:
-        client.hset(SERVICES, "shop", "1")
-        client.eval(JOIN, len(names), *names, *arguments)
+        client.hset(SERVICES_KEY, "shop", "1")
+        client.eval(JOIN_SCRIPT, len(names), *names, *arguments)
 
 
 def findings(address: str) -> int:

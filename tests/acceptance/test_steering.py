@@ -16,9 +16,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from abreast_sidecar.embedded.process import answers
-from abreast_sidecar.embedded.stack import ANY_PORT, Stack
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
+from abreast_sidecar.embedded.process import is_answering
+from abreast_sidecar.embedded.stack import ANY_PORT_ADDRESS, Stack
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from support import eventually, eventually_async, free_ports
 from support_users import Users, users
 
@@ -33,15 +33,15 @@ def start(name: str, port: int, stack: Stack, opening: ExitStack) -> subprocess.
     process = subprocess.Popen([sys.executable, SERVICE, name, str(port)], env=environment)
     opening.callback(process.wait)
     opening.callback(process.kill)
-    eventually(lambda: answers("127.0.0.1", port, HEALTH, b" 200 OK"), what=f"{name} answers")
+    eventually(lambda: is_answering("127.0.0.1", port, HEALTH, b" 200 OK"), what=f"{name} answers")
     return process
 
 
 @pytest.fixture
 def stack() -> Iterator[Stack]:
-    old, new = (Endpoint("127.0.0.1", port) for port in free_ports(2))
+    old, new = (SocketAddress("127.0.0.1", port) for port in free_ports(2))
     settings = EnvoySettings(
-        service="shop", listen=ANY_PORT, old=(old,), new=(new,), sample_safe=1.0, baseline_share=0.1
+        service="shop", listen=ANY_PORT_ADDRESS, old=(old,), new=(new,), sample_safe=1.0, baseline_share=0.1
     )
     with Stack(settings) as found:
         yield found

@@ -20,15 +20,15 @@ from starlette.routing import Route
 
 from abreast import ParallelRunMiddleware
 from abreast.capture import Capture
-from abreast_sidecar.again import AgainSettings
+from abreast_sidecar.again import RecheckSettings
 from abreast_sidecar.errors import SettingError
-from abreast_sidecar.housekeeping.noise import decide_noise
+from abreast_sidecar.housekeeping.noise import classify_findings
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.pages import Page
-from abreast_sidecar.store.queries import FindingFilter, Queries
+from abreast_sidecar.store.pages import PageRequest
+from abreast_sidecar.store.queries import FindingFilter, LedgerReader
 from abreast_sidecar.store.results import Window
-from support import eventually_async, free_port
+from support import eventually_async, find_free_port
 from support_pairs import one, pair_of, rows, running, send, stats, sums_are_those_of_rows
 
 pytestmark = pytest.mark.postgres
@@ -56,7 +56,7 @@ class Version:
     async def serving(self) -> AsyncIterator[None]:
         app = Starlette(routes=[Route("/products/{id}", self.product, methods=["GET", "POST"])])
         app.add_middleware(ParallelRunMiddleware, service="shop", redis_url=self.redis_url)
-        port = free_port()
+        port = find_free_port()
         server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
         task = asyncio.create_task(server.serve())
         self.url = f"http://127.0.0.1:{port}"
@@ -138,12 +138,14 @@ async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str)
     database = Database(postgres_url)
     await database.open()
     async with database.connection() as connection:
-        await decide_noise(connection)
-    listed = (await Queries(database).findings(FindingFilter(only_explained=True), Page(10))).rows
-    counted = (await Queries(database).findings(FindingFilter(), Page(10))).rows
+        await classify_findings(connection)
+    listed = (
+        await LedgerReader(database).list_findings(FindingFilter(only_explained=True), PageRequest(10))
+    ).rows
+    counted = (await LedgerReader(database).list_findings(FindingFilter(), PageRequest(10))).rows
     today = FindingFilter(only_explained=True, window=Window(datetime.now(UTC) - timedelta(hours=1)))
-    in_window = (await Queries(database).findings(today, Page(10))).rows
-    shown = await Queries(database).pair(pair)
+    in_window = (await LedgerReader(database).list_findings(today, PageRequest(10))).rows
+    shown = await LedgerReader(database).get_pair(pair)
     await database.close()
 
     sums_are_those_of_rows(postgres_url)
@@ -154,7 +156,7 @@ async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str)
     (stock,) = (one for one in listed if one.path == "$.stock")
     assert [(why.cause, why.pairs) for why in stock.explanations] == [("drift", 1)]
     assert "$.stock" in {one.path for one in in_window}
-    assert (shown.pair.drift, [one.drift for one in shown.differences if one.path == "$.stock"]) == (
+    assert (shown.pair.drift, [one.is_drift for one in shown.differences if one.path == "$.stock"]) == (
         (stock.id,),
         [True],
     )
@@ -232,5 +234,5 @@ async def test_a_version_that_hangs_holds_up_no_worker(redis_url: str, postgres_
 
 def test_without_addresses_it_is_refused() -> None:
     with pytest.raises(SettingError, match="ABREAST_ASK_AGAIN_OLD and ABREAST_ASK_AGAIN_NEW"):
-        AgainSettings.of(Settings(ask_again=10))
-    assert AgainSettings.of(Settings()) is None
+        RecheckSettings.from_settings(Settings(ask_again=10))
+    assert RecheckSettings.from_settings(Settings()) is None

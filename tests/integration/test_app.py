@@ -23,10 +23,10 @@ import redis
 from msgspec.structs import replace
 
 from abreast.capture import encode
-from abreast.join import JOIN, SERVICES, Bounds, Keys, join_arguments
+from abreast.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
 from abreast.v1 import comparison_pb2, comparison_pb2_grpc
 from captures import capture
-from support import eventually, free_port, free_ports
+from support import eventually, find_free_port, free_ports
 
 
 @dataclass
@@ -97,13 +97,13 @@ def send(redis_url: str, count: int) -> list[str]:
     keys = Keys("shop", 0)
     pairs = [str(uuid.uuid4()) for _ in range(count)]
     with redis.Redis.from_url(redis_url) as client:
-        client.hset(SERVICES, "shop", "1")
+        client.hset(SERVICES_KEY, "shop", "1")
         for pair in pairs:
             both = capture("old", {"n": 1}), capture("new", {"n": 1}, role="shadow")
             sides = [replace(side, pair=pair) for side in both]
             sent = [(pair, side.slot, 2, encode(side)) for side in sides]
-            names, arguments = join_arguments(keys, Bounds(), sent)
-            client.eval(JOIN, len(names), *names, *arguments)
+            names, arguments = join_arguments(keys, Limits(), sent)
+            client.eval(JOIN_SCRIPT, len(names), *names, *arguments)
     return pairs
 
 
@@ -139,7 +139,7 @@ def test_ctrl_c_drains_too(redis_url: str, postgres_url: str) -> None:
 
 
 def test_sigterm_while_postgres_is_away_ends_in_time(redis_url: str) -> None:
-    nowhere = f"postgresql://127.0.0.1:{free_port()}/abreast"
+    nowhere = f"postgresql://127.0.0.1:{find_free_port()}/abreast"
     with started(redis_url, nowhere, ready=False) as sidecar:
         eventually(lambda: bool(sidecar.said("waiting for postgres")), what="the log says what is waited for")
         assert not sidecar.ready()

@@ -14,11 +14,11 @@ import pytest
 import redis
 import redis.asyncio
 
-from abreast.cache import PAUSE, Cache
+from abreast.cache import PROBE_DELAY_S, Cache
 from abreast.capture import Role
 from abreast.errors import SettingError
 from abreast_sidecar.embedded import RedisServer
-from support import eventually_async, free_port
+from support import eventually_async, find_free_port
 from support_guards import inside
 
 pytestmark = pytest.mark.redis
@@ -160,7 +160,7 @@ async def waiting(cache: Cache, source: Callable[[], Awaitable[Any]], number: in
     tasks = [asyncio.create_task(cache.get("product:7", source)) for _ in range(number)]
 
     async def all_wait() -> bool:
-        flights: list[Any] = list(cache._flights._waiting.values())
+        flights: list[Any] = list(cache._single_flight._loads.values())
         return [len(each._callbacks or ()) for each in flights] == [number - 1]
 
     await eventually_async(all_wait, what="all but the first wait for its load")
@@ -302,7 +302,7 @@ async def test_a_deletion_is_an_effect_of_both_roles(cache: Cache) -> None:
     for role in roles:
         with inside(role) as request:
             await cache.delete("product:7")
-            records, _ = request.close(lambda payload: payload)
+            records, _ = request.close_effect_log(lambda payload: payload)
             noted += [(one["kind"], one["key"], one["payload"]) for one in records]
 
     assert noted == [("cache.delete", "product:7", {"namespace": "shop", "key": "product:7"})] * 2
@@ -313,9 +313,9 @@ async def test_hits_and_misses_are_noted(cache: Cache) -> None:
         for key in ("product:7", "product:7", "price:7"):
             await cache.get(key, Source())
 
-    assert request.hops is not None
-    assert (request.hops.hits, request.hops.misses) == (1, 2)
-    assert [(kind, name, note) for kind, name, _, _, note in request.hops.kept] == [
+    assert request.spans is not None
+    assert (request.spans.hits, request.spans.misses) == (1, 2)
+    assert [(kind, name, note) for kind, name, _, _, note in request.spans.rows] == [
         ("cache", "product", "miss"),
         ("cache", "product", "hit"),
         ("cache", "price", "miss"),
@@ -326,7 +326,7 @@ async def test_hits_and_misses_are_noted(cache: Cache) -> None:
 
 
 async def test_without_redis_values_are_loaded() -> None:
-    async with make(f"redis://127.0.0.1:{free_port()}/0") as cache:
+    async with make(f"redis://127.0.0.1:{find_free_port()}/0") as cache:
         assert await cache.get("product:7", Source("loaded")) == "loaded"
         await cache.delete("product:7")
 
@@ -367,14 +367,14 @@ async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_w
             make(client if given else server.url, timeout=0.1) as cache,
         ):
             await patient.get("product:7", Source("kept"))
-            assert server.server is not None
-            os.kill(server.server.pid, signal.SIGSTOP)
+            assert server.process is not None
+            os.kill(server.process.pid, signal.SIGSTOP)
             try:
                 began = time.monotonic()
                 found = [await cache.get("product:7", Source("loaded")) for _ in range(50)]
                 took = time.monotonic() - began
             finally:
-                os.kill(server.server.pid, signal.SIGCONT)
+                os.kill(server.process.pid, signal.SIGCONT)
 
             assert found == ["loaded"] * 50
             assert took < 50 * 0.1 / 2
@@ -382,7 +382,7 @@ async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_w
             async def back() -> bool:
                 return bool(await cache.get("product:7", Source(None)) == "kept")
 
-            await eventually_async(back, within=PAUSE + 10, what="the cache is asked again")
+            await eventually_async(back, within=PROBE_DELAY_S + 10, what="the cache is asked again")
 
 
 @pytest.mark.parametrize(

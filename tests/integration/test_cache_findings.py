@@ -11,14 +11,14 @@ from msgspec.structs import replace
 
 import abreast
 from abreast.cache import Cache
-from abreast.hops import HIT, MOST, went
+from abreast.hops import HIT, MAX_SPANS, add_span
 from abreast.recorder import Receive, Scope, Send
-from abreast_sidecar.housekeeping.cache import find_misses
-from abreast_sidecar.serve.phrase import phrase, place
+from abreast_sidecar.housekeeping.cache import detect_misses
+from abreast_sidecar.serve.phrase import describe_location, summarise_finding
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.pages import Page
-from abreast_sidecar.store.queries import FindingFilter, Queries
+from abreast_sidecar.store.pages import PageRequest
+from abreast_sidecar.store.queries import FindingFilter, LedgerReader
 from abreast_sidecar.store.results import Finding
 from support import eventually_async
 from support_guards import inside
@@ -33,7 +33,7 @@ async def test_what_a_request_asked_of_its_cache_is_in_its_capture(redis_url: st
         return "loaded"
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001  # ASGI's signature
-        async with Cache(redis_url, namespace="rows", form="1", timeout=2.0) as cache:
+        async with Cache(redis_url, namespace="rows", schema_version="1", timeout=2.0) as cache:
             for key in ("product:1", "product:1", "price:1"):
                 await cache.get(key, load)
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -42,12 +42,12 @@ async def test_what_a_request_asked_of_its_cache_is_in_its_capture(redis_url: st
     capture = await captured(app, redis_url, sampled())
 
     assert capture.cache == (1, 2)
-    assert [(kind, name, note) for kind, name, _, _, note in capture.hops] == [
+    assert [(kind, name, note) for kind, name, _, _, note in capture.spans] == [
         ("cache", "product", "miss"),
         ("cache", "product", "hit"),
         ("cache", "price", "miss"),
     ]
-    assert all(0 <= at <= at + took <= capture.total_us for _, _, at, took, _ in capture.hops)
+    assert all(0 <= at <= at + took <= capture.total_us for _, _, at, took, _ in capture.spans)
 
 
 async def test_a_request_that_asks_nothing_carries_nothing(redis_url: str) -> None:
@@ -57,7 +57,7 @@ async def test_a_request_that_asks_nothing_carries_nothing(redis_url: str) -> No
 
     capture = await captured(app, redis_url, sampled())
 
-    assert (capture.cache, capture.hops) == (None, ())
+    assert (capture.cache, capture.spans) == (None, ())
 
 
 async def compared(redis_url: str, postgres_url: str, old: float, new: float) -> list[Finding]:
@@ -80,8 +80,8 @@ async def compared(redis_url: str, postgres_url: str, old: float, new: float) ->
     database = Database(postgres_url)
     await database.open()
     async with database.connection() as connection:
-        await find_misses(connection)
-    found = await Queries(database).findings(FindingFilter(), Page(10))
+        await detect_misses(connection)
+    found = await LedgerReader(database).list_findings(FindingFilter(), PageRequest(10))
     await database.close()
     return list(found.rows)
 
@@ -89,9 +89,9 @@ async def compared(redis_url: str, postgres_url: str, old: float, new: float) ->
 async def test_a_version_that_misses_twice_as_often_is_a_finding(redis_url: str, postgres_url: str) -> None:
     (found,) = await compared(redis_url, postgres_url, 0.25, 0.5)
 
-    assert (place(found), found.kind, found.state) == ("cache misses", "changed", "real")
+    assert (describe_location(found), found.kind, found.state) == ("cache misses", "changed", "real")
     assert found.reason.startswith("new misses the cache 0.")
-    assert "misses a request became" in phrase(found)
+    assert "misses a request became" in summarise_finding(found)
     assert found.detail["new"] > 1.5 * found.detail["old"]
 
 
@@ -109,7 +109,7 @@ async def test_users_add_hops_of_their_own(redis_url: str) -> None:
 
     capture = await captured(app, redis_url, sampled())
 
-    assert [(kind, name, note) for kind, name, _, _, note in capture.hops] == [
+    assert [(kind, name, note) for kind, name, _, _, note in capture.spans] == [
         ("call", "prices", "LookupError"),
         ("search", "parts", ""),
     ]
@@ -118,9 +118,9 @@ async def test_users_add_hops_of_their_own(redis_url: str) -> None:
 
 def test_hops_are_bounded_and_hits_are_counted_beyond() -> None:
     with inside("live") as request:
-        for _ in range(MOST + 50):
-            went(request, "cache", "product", perf_counter_ns(), HIT)
+        for _ in range(MAX_SPANS + 50):
+            add_span(request, "cache", "product", perf_counter_ns(), HIT)
 
-    assert request.hops is not None
-    assert len(request.hops.kept) == MOST
-    assert request.hops.hits == MOST + 50
+    assert request.spans is not None
+    assert len(request.spans.rows) == MAX_SPANS
+    assert request.spans.hits == MAX_SPANS + 50

@@ -19,7 +19,7 @@ from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import traffic_pb2
 from abreast_sidecar.cli import COMMANDS, abreast
-from support import free_port
+from support import find_free_port
 from support_sidecar import Prepared, answers, envoy, serving, traffic
 
 QUERIES = {
@@ -87,7 +87,7 @@ def test_json_has_the_protos_names_and_zeros(sidecar: tuple[str, Prepared]) -> N
 
 @pytest.mark.parametrize("words", QUERIES.values(), ids=QUERIES)
 def test_nobody_at_the_address_is_one_line(words: list[str]) -> None:
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{find_free_port()}"
     result = run(*words, "--address", address)
 
     assert result.exit_code == 3
@@ -317,7 +317,7 @@ def test_every_command_has_help(name: str) -> None:
 
 
 def test_doctor_says_a_line_for_each_part_that_is_down() -> None:
-    nobody = f"127.0.0.1:{free_port()}"
+    nobody = f"127.0.0.1:{find_free_port()}"
     words = ["--address", nobody, "--http", nobody, "--envoy-admin", nobody]
     words += ["--redis-url", f"redis://{nobody}", "--postgres-url", f"postgresql://u:secret@{nobody}/abreast"]
     result = run("doctor", "--json", *words)

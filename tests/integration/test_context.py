@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import abreast
 from abreast import ParallelRunMiddleware
 from abreast.capture import Role
-from abreast.context import CURRENT, OUTSIDE
+from abreast.context import CURRENT_CONTEXT, NO_REQUEST
 from support import eventually_async
 from support_middleware import call, http_scope, marks, pair_id, raw, sampled, serving
 
@@ -67,19 +67,19 @@ async def test_a_request_knows_its_version_role_pair_and_release(role: Role, sha
 
     (now,) = seen
     assert (now.version, now.role, now.pair, now.release) == ("new", role, "pair-1", "r7")
-    assert (now.shadow, now.recorded) == (shadow, True)
+    assert (now.is_shadow, now.is_captured) == (shadow, True)
 
 
 async def test_outside_a_sampled_request_it_is_live() -> None:
     inside, after = await asked(answer, http_scope())
 
-    assert (inside, after, abreast.is_shadow()) == (OUTSIDE, OUTSIDE, False)
+    assert (inside, after, abreast.is_shadow()) == (NO_REQUEST, NO_REQUEST, False)
 
 
 async def test_what_comes_after_a_shadow_request_in_the_same_task_is_live() -> None:
     inside, after = await asked(answer, sampled(role="shadow"))
 
-    assert (inside.shadow, after) == (True, OUTSIDE)
+    assert (inside.is_shadow, after) == (True, NO_REQUEST)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ async def test_marks_that_are_not_understood_err_on_the_safe_side(
 ) -> None:
     inside, _ = await asked(answer, http_scope(headers={**marks(pair_id()), **wrong}))
 
-    assert (inside.shadow, inside.recorded) == (shadow, False)
+    assert (inside.is_shadow, inside.is_captured) == (shadow, False)
 
 
 async def test_a_websocket_knows_its_role() -> None:
@@ -130,7 +130,7 @@ async def test_a_websocket_knows_its_role() -> None:
 
     inside, _ = await asked(answer, scope)
 
-    assert inside.shadow
+    assert inside.is_shadow
 
 
 def endpoints() -> FastAPI:
@@ -274,7 +274,7 @@ async def test_a_second_middleware_further_in_changes_nothing() -> None:
         before = abreast.current()
         await inner(scope, receive, send)
         assert abreast.current() is before
-        CURRENT.set(OUTSIDE)  # as if in a context of its own
+        CURRENT_CONTEXT.set(NO_REQUEST)  # as if in a context of its own
         await inner(scope, receive, send)
 
     outer = wrapped(afresh)
@@ -283,7 +283,7 @@ async def test_a_second_middleware_further_in_changes_nothing() -> None:
 
     first, second = seen
     assert first is second
-    assert first.recorded
+    assert first.is_captured
 
 
 class Recording:

@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 
 from abreast.v1 import traffic_pb2 as pb
-from abreast_sidecar.control.envoys import Connected
+from abreast_sidecar.control.envoys import EnvoyConnection
 from abreast_sidecar.control.traffic import Traffic
 from abreast_sidecar.control.xds import wire_pb2 as wire
 from support import eventually_async
@@ -152,13 +152,13 @@ async def test_a_stream_that_is_being_written_to_ends_with_its_status(
     sidecar: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After half a write, grpcio can't end a stream: whoever reads it would wait until all calls are cancelled."""
-    sending = Connected.sending
+    sending = EnvoyConnection.record_sent
 
-    def closing(self: Connected, traffic: Traffic, changed: float) -> None:
+    def closing(self: EnvoyConnection, traffic: Traffic, changed: float) -> None:
         sending(self, traffic, changed)
         sidecar.sidecar.control.close()
 
-    monkeypatch.setattr(Connected, "sending", closing)
+    monkeypatch.setattr(EnvoyConnection, "record_sent", closing)
     async with stream(sidecar) as call:
         assert (await call.read()).nonce
         assert await call.read() is grpc.aio.EOF

@@ -13,7 +13,7 @@ import pytest
 from abreast.v1 import comparison_pb2
 from abreast.v1 import traffic_pb2 as pb
 from abreast_sidecar.embedded import PostgresServer
-from support import free_port
+from support import find_free_port
 from support_edge import LONG, REQUESTS, acknowledged, edge, update
 from support_serve import Running, running
 
@@ -134,7 +134,7 @@ async def test_services_have_values_of_their_own(sidecar: Running) -> None:
 async def test_envoy_keeps_its_values_without_a_sidecar_and_gets_them_anew(
     redis_url: str, postgres_url: str
 ) -> None:
-    port = free_port()
+    port = find_free_port()
     async with running(redis_url, postgres_url, grpc_port=port) as sidecar, edge(port) as envoy:
         await acknowledged(sidecar)
         await update(sidecar, new_share=1.0)

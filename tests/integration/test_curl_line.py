@@ -11,8 +11,8 @@ import pytest
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.curl import curl
-from abreast_sidecar.cli.humane import printable
+from abreast_sidecar.cli.curl import build_curl_line
+from abreast_sidecar.cli.humane import to_printable
 
 
 @asynccontextmanager
@@ -37,11 +37,11 @@ async def listening() -> AsyncIterator[tuple[str, asyncio.Future[bytes]]]:
 async def sent(detail: api.PairDetail) -> tuple[str, list[str], bytes]:
     """The request's line, its header lines and its body, as a server gets them when the line is pasted."""
     async with listening() as (address, arrived):
-        line, lacks = curl(detail)
+        line, lacks = build_curl_line(detail)
         assert not lacks
         # what a person copies is what was printed
         process = await asyncio.create_subprocess_exec(
-            *("bash", "-c", printable(line)),
+            *("bash", "-c", to_printable(line)),
             env={**os.environ, "URL": address, "LC_ALL": "C", "no_proxy": "*"},
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -131,4 +131,4 @@ async def test_headers_arrive_as_they_were_and_none_is_made_up() -> None:
     ],
 )
 def test_what_can_not_be_said_is_said_to_be_missing(made: api.PairDetail, lack: str) -> None:
-    assert curl(made)[1] == [lack]
+    assert build_curl_line(made)[1] == [lack]

@@ -19,13 +19,13 @@ import redis
 
 from abreast.capture import Answer, Body, Capture, Request, Version, decode
 from abreast.join import Keys
-from abreast_demo.data import Database
-from abreast_demo.plants import ADDITIVE, NOISE, REGRESSIONS, Place
-from abreast_demo.traffic import requests
-from abreast_sidecar.compare import Rules, judge
+from abreast_demo.data import ShopDatabase
+from abreast_demo.plants import PLANTED_ADDITIONS, PLANTED_NOISE, PLANTED_REGRESSIONS, FindingLocation
+from abreast_demo.traffic import generate_requests
+from abreast_sidecar.compare import CompareOptions, compare_pair
 from abreast_sidecar.embedded import PostgresServer, RedisServer, ServerProcess
-from abreast_sidecar.embedded.process import answers
-from support import eventually, free_port
+from abreast_sidecar.embedded.process import is_answering
+from support import eventually, find_free_port
 
 REQUESTS = 400  # four decks of traffic, which hold every kind of request
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: shop\r\nconnection: close\r\n\r\n"
@@ -66,12 +66,12 @@ def shops(postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFact
 def start(
     version: str, database: str, redis_url: str, folder: Path, cache: str = ""
 ) -> tuple[str, ServerProcess]:
-    port = free_port()
+    port = find_free_port()
     process = ServerProcess.start(
         f"shop {version}",
         [sys.executable, "-m", "abreast_demo.service", "--version", version, "--listen", f"127.0.0.1:{port}"],
         folder / f"{version}-{port}.log",
-        ready=lambda _pid: answers("127.0.0.1", port, HEALTH, b" 200 OK"),
+        is_ready=lambda _pid: is_answering("127.0.0.1", port, HEALTH, b" 200 OK"),
         environment={
             "DATABASE_URL": database,
             "CACHE_URL": cache or redis_url,
@@ -97,26 +97,32 @@ def capture(version: Version, path: str, answer: httpx.Response) -> Capture:
 
 
 def test_the_versions_differ_where_it_was_planted_and_nowhere_else(shops: Shops) -> None:
-    asked = {request.path for request in itertools.islice(requests(7), REQUESTS) if request.safe}
+    asked = {request.path for request in itertools.islice(generate_requests(7), REQUESTS) if request.is_safe}
     places = set()
     for path in sorted(asked):
         pair = [capture(version, path, shops.get(version, path)) for version in VERSIONS]
-        judged = judge(pair, Rules())
+        judged = compare_pair(pair, CompareOptions())
         endpoint = f"{judged.method} {judged.route}"
-        places |= {Place(endpoint, one.part, one.path, one.kind) for one in judged.differences}
+        places |= {FindingLocation(endpoint, one.part, one.path, one.kind) for one in judged.differences}
 
-    planted = {plant.place for plant in (*REGRESSIONS, *ADDITIVE, *NOISE) if plant.place.part != "latency"}
+    planted = {
+        plant.location
+        for plant in (*PLANTED_REGRESSIONS, *PLANTED_ADDITIONS, *PLANTED_NOISE)
+        if plant.location.part != "latency"
+    }
     assert places == planted
 
 
 def test_what_is_noise_differs_within_old_too_and_nothing_else_does(shops: Shops) -> None:
     places = set()
-    for request in itertools.islice((one for one in requests(8) if one.safe), 100):
+    for request in itertools.islice((one for one in generate_requests(8) if one.is_safe), 100):
         first, again = (capture("old", request.path, shops.get("old", request.path)) for _ in range(2))
-        judged = judge([first, again], Rules())
-        places |= {Place(f"GET {judged.route}", one.part, one.path, one.kind) for one in judged.noise}
+        judged = compare_pair([first, again], CompareOptions())
+        places |= {
+            FindingLocation(f"GET {judged.route}", one.part, one.path, one.kind) for one in judged.noise
+        }
 
-    assert places == {plant.place for plant in NOISE}
+    assert places == {plant.location for plant in PLANTED_NOISE}
 
 
 def test_yen_and_only_yen_are_cut(shops: Shops) -> None:
@@ -182,13 +188,13 @@ def test_both_name_their_routes_alike_through_mount_and_router(shops: Shops) -> 
         eventually(lambda: client.xlen(ready) == 1, what="the pair is joined")
         ((_id, fields),) = client.xrange(ready)
     captures = [decode(blob) for slot, blob in fields.items() if slot.count(b":") == 2]
-    assert [judge(captures, Rules()).route] == ["/catalogue/categories/{slug}"]
+    assert [compare_pair(captures, CompareOptions()).route] == ["/catalogue/categories/{slug}"]
     assert len({one.request.route for one in captures}) == 1
     assert len(captures) == 2
 
 
 def test_a_shop_without_its_cache_still_sells(postgres_url: str, redis_url: str, tmp_path: Path) -> None:
-    nobody = f"redis://127.0.0.1:{free_port()}/0"
+    nobody = f"redis://127.0.0.1:{find_free_port()}/0"
     url, process = start("old", postgres_url, redis_url, tmp_path, cache=nobody)
     try:
         answer = httpx.get(f"{url}/products/1", trust_env=False)
@@ -201,9 +207,9 @@ def test_a_shop_without_its_cache_still_sells(postgres_url: str, redis_url: str,
 async def test_a_second_start_changes_nothing(postgres_url: str) -> None:
     counts = []
     for _ in range(2):
-        database = Database(postgres_url)
+        database = ShopDatabase(postgres_url)
         await database.open()
-        counts.append(await database.rows("stats"))
+        counts.append(await database.fetch_rows("stats"))
         await database.close()
 
     assert counts[0] == counts[1]

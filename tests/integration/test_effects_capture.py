@@ -17,8 +17,8 @@ from starlette.routing import Route
 import abreast
 from abreast import ParallelRunMiddleware
 from abreast.capture import Capture
-from abreast.join import reports
-from abreast.redact import MARK
+from abreast.join import reports_key
+from abreast.redact import HASH_PREFIX
 from support import eventually_async
 from support_middleware import call, captured, captures, sampled
 
@@ -45,7 +45,7 @@ async def test_effects_travel_with_their_capture_and_without_secrets(redis_url: 
     placed, miss, mail = capture.effects
 
     assert placed.pop("at_us") <= miss.pop("at_us") <= mail.pop("at_us") - 90_000
-    assert placed["payload"]["card"].pop("cvv").startswith(MARK)
+    assert placed["payload"]["card"].pop("cvv").startswith(HASH_PREFIX)
     assert placed == {"kind": "order.placed", "key": "7", "payload": {"id": 7, "card": {}}}
     assert miss == {"kind": "cache.miss", "payload": "products", "note": True}
     assert mail == {"kind": "email.send", "payload": {"to": "a@b"}}
@@ -75,7 +75,7 @@ async def test_a_capture_waits_for_background_tasks_but_not_for_ever(redis_url: 
 
     assert waited >= 0.3
     assert kinds(capture) == ["order.placed", "cache.miss", "email.send"]
-    assert middleware.backlog.late_effects == 1
+    assert middleware.queue.late_effect_count == 1
     assert (await report(redis_url))["late_effects"] == 1
 
 
@@ -109,7 +109,7 @@ async def test_a_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> 
     request.cancel()
 
     assert kinds(capture) == ["order.placed", "cache.miss"]
-    assert not middleware.backlog.dropped
+    assert not middleware.queue.drop_counts
 
 
 async def test_the_bytes_of_effects_count_for_the_queue() -> None:
@@ -123,16 +123,16 @@ async def test_the_bytes_of_effects_count_for_the_queue() -> None:
         app, service="shop", redis_url="redis://127.0.0.1:1/0", queue_bytes=40_000
     )
     await call(middleware, sampled())
-    first = middleware.backlog.bytes
+    first = middleware.queue.bytes
     await eventually_async(lambda: held(middleware), what="it is settled")
-    settled = middleware.backlog.bytes
+    settled = middleware.queue.bytes
     await call(middleware, sampled())
     await middleware.aclose()
 
     assert 12_000 < first < 13_000
     assert 32_000 < settled < 33_000
-    assert middleware.backlog.dropped == {"queue_bytes": 1, "shutdown": 1}
-    assert middleware.backlog.bytes == 0
+    assert middleware.queue.drop_counts == {"queue_bytes": 1, "shutdown": 1}
+    assert middleware.queue.bytes == 0
 
 
 async def there(url: str) -> bool:
@@ -140,12 +140,12 @@ async def there(url: str) -> bool:
 
 
 async def held(middleware: ParallelRunMiddleware) -> bool:
-    return bool(middleware.backlog.settled or middleware.backlog.running)
+    return bool(middleware.queue.outbox or middleware.queue.awaiting_effects)
 
 
 async def report(url: str) -> dict[str, Any]:
     async with redis.asyncio.Redis.from_url(url) as client:
         connection: Any = client
-        (found,) = (await connection.hgetall(reports("shop"))).values()
+        (found,) = (await connection.hgetall(reports_key("shop"))).values()
     told: dict[str, Any] = orjson.loads(found)
     return told

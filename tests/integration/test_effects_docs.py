@@ -135,8 +135,8 @@ async def test_the_recipe_for_taskiq_keeps_a_shadow_s_mail_back(redis_url: str) 
 
 
 def test_the_bounds_and_modules_on_the_page_are_those_of_the_code() -> None:
-    assert f"may record {journal.MOST_ENTRIES} effects" in PAGE
-    assert f"beyond {journal.MOST_BYTES // 1024} KiB" in PAGE
+    assert f"may record {journal.MAX_EFFECTS} effects" in PAGE
+    assert f"beyond {journal.MAX_PAYLOAD_BYTES // 1024} KiB" in PAGE
     assert {"password", "token", "card_number", "cvv"} <= redact.SECRET_FIELDS
     folder = Path(guards.__file__).parent
     named = set(re.findall(r"`abreast\.guards\.(\w+)`", PAGE))

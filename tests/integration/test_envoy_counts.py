@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 import psycopg
 import pytest
 
-from abreast_sidecar.housekeeping.envoy import bring_envoy
+from abreast_sidecar.housekeeping.envoy import collect_envoy_counts
 from abreast_sidecar.housekeeping.retention import drop_days
-from abreast_sidecar.store import Ledger
-from abreast_sidecar.store.database import Connection, Database, statement
-from abreast_sidecar.store.queries import Queries
-from abreast_sidecar.store.results import Summary, Window
+from abreast_sidecar.store import PairWriter
+from abreast_sidecar.store.database import Connection, Database, load_statement
+from abreast_sidecar.store.queries import LedgerReader
+from abreast_sidecar.store.results import LedgerSummary, Window
 from support import eventually_async
 from support_envoy import Abreast, abreast
 from support_pairs import SERVICE, judged, one
@@ -45,7 +45,7 @@ def ago(seconds: float) -> dt.datetime:
 async def counted(connection: Connection, sampled: int, seconds: float, before: float = 0.0) -> None:
     """Envoy has counted so many over so many seconds, until so many seconds `before` now."""
     given = {"service": SERVICE, "sampled": sampled, "seconds": seconds}
-    await connection.execute(statement("envoy_count_add"), given)
+    await connection.execute(load_statement("envoy_count_add"), given)
     await connection.execute(
         "update abreast.envoy_count set at = at - %s * interval '1 second' where at > now() - interval '1 day'",
         (before,),
@@ -60,15 +60,15 @@ async def counted(connection: Connection, sampled: int, seconds: float, before: 
 
 async def written(url: str, *seconds: float) -> None:
     """Rows of so many seconds ago."""
-    ledger = Ledger(url, examples_per_finding=1)
+    ledger = PairWriter(url, examples_per_finding=1)
     await ledger.write([judged(at=round(ago(one).timestamp() * 1000)) for one in seconds])
     await ledger.close()
 
 
-async def summary(database: Database, start: float | None, end: float | None = None) -> Summary:
+async def summary(database: Database, start: float | None, end: float | None = None) -> LedgerSummary:
     """From so many seconds ago until so many."""
     window = Window(None if start is None else ago(start), None if end is None else ago(end))
-    return await Queries(database).summary(SERVICE, window)
+    return await LedgerReader(database).read_summary(SERVICE, window)
 
 
 async def sampled(database: Database, start: float | None, end: float | None = None) -> int | None:
@@ -95,7 +95,7 @@ async def ask(running: Abreast, many: int) -> None:
 
 async def brought(database: Database, connection: Connection, running: Abreast, expected: int) -> None:
     async def all_of_them() -> bool:
-        await bring_envoy(connection, running.server.admin_url)
+        await collect_envoy_counts(connection, running.server.admin_url)
         return await sampled(database, None) == expected
 
     await eventually_async(all_of_them, what=f"envoy's count is {expected}")
@@ -183,7 +183,7 @@ async def test_two_envoys_of_a_service_are_counted_together(
 ) -> None:
     with psycopg.connect(postgres_url, autocommit=True) as other:
         given = {"service": SERVICE, "sampled": 5, "seconds": 3.0}
-        other.execute(statement("envoy_count_add"), given)
+        other.execute(load_statement("envoy_count_add"), given)
     await counted(connection, 4, 3.0)
 
     assert await sampled(database, 60) == 9

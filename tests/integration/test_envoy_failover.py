@@ -8,8 +8,8 @@ import time
 import httpx
 import pytest
 
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
-from support import eventually_async, free_port, free_ports
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
+from support import eventually_async, find_free_port, free_ports
 from support_envoy import abreast, burst, exchange, started
 from support_upstream import Received, Upstream, failing, ok, respond, slow
 
@@ -224,7 +224,7 @@ async def test_a_version_that_keeps_failing_is_left_alone_though_its_health_chec
 
 
 async def test_a_version_that_comes_up_after_envoy_is_used_within_seconds() -> None:
-    late = Upstream(port=free_port())
+    late = Upstream(port=find_free_port())
     async with abreast(weight=1.0, new=Upstream(), old=Upstream()) as running:
         port = running.new.port
         await running.new.stop()
@@ -266,11 +266,11 @@ async def test_envoy_starts_without_a_sidecar_and_sends_everyone_to_old() -> Non
     async with Upstream() as old, Upstream() as new:
         listen, admin_port, nobody = free_ports(3)
         settings = EnvoySettings(
-            listen=Endpoint("127.0.0.1", listen),
-            admin=Endpoint("127.0.0.1", admin_port),
-            sidecar=Endpoint("127.0.0.1", nobody),
-            old=(Endpoint("127.0.0.1", old.port),),
-            new=(Endpoint("127.0.0.1", new.port),),
+            listen=SocketAddress("127.0.0.1", listen),
+            admin=SocketAddress("127.0.0.1", admin_port),
+            sidecar=SocketAddress("127.0.0.1", nobody),
+            old=(SocketAddress("127.0.0.1", old.port),),
+            new=(SocketAddress("127.0.0.1", new.port),),
             sample_safe=1.0,
         )
         began = time.monotonic()
@@ -373,12 +373,12 @@ async def test_a_whole_request_may_be_given_a_limit() -> None:
 async def test_another_endpoint_of_old_is_tried() -> None:
     async with Upstream() as first:
         closed, listen, admin_port = free_ports(3)
-        dead = Endpoint("127.0.0.1", closed)
+        dead = SocketAddress("127.0.0.1", closed)
         async with abreast(old=Upstream(), sample_safe=0.0, health_path="/healthz") as running:
-            endpoints = (dead, Endpoint("127.0.0.1", first.port))
+            endpoints = (dead, SocketAddress("127.0.0.1", first.port))
             settings = EnvoySettings(
-                listen=Endpoint("127.0.0.1", listen),
-                admin=Endpoint("127.0.0.1", admin_port),
+                listen=SocketAddress("127.0.0.1", listen),
+                admin=SocketAddress("127.0.0.1", admin_port),
                 sidecar=running.settings.sidecar,
                 old=endpoints,
                 new=running.settings.new,

@@ -292,7 +292,7 @@ async def test_the_answer_says_its_version_once_when_the_middleware_says_it_too(
 
 @pytest.mark.parametrize("sticky", ["header:X-User", "cookie:user"])
 async def test_a_user_stays_on_one_version_and_a_rising_share_only_moves_users_to_new(sticky: str) -> None:
-    from abreast_sidecar.envoy.settings import sticky as parse
+    from abreast_sidecar.envoy.settings import parse_sticky as parse
 
     users = [f"user-{number}" for number in range(40)]
     moved: list[set[str]] = []
@@ -311,18 +311,18 @@ async def test_a_user_stays_on_one_version_and_a_rising_share_only_moves_users_t
 
 
 async def test_users_who_show_no_sticky_key_are_still_spread() -> None:
-    from abreast_sidecar.envoy.settings import Sticky
+    from abreast_sidecar.envoy.settings import StickyKey
 
-    async with abreast(weight=0.5, sticky=Sticky("header", "x-user"), sample_safe=0.0) as running:
+    async with abreast(weight=0.5, sticky=StickyKey("header", "x-user"), sample_safe=0.0) as running:
         answered = Counter([(await running.client.get("/")).headers["x-abreast-version"] for _ in range(80)])
 
         assert min(answered["old"], answered["new"]) > 15
 
 
 async def test_one_address_stays_on_one_version_when_that_is_the_key() -> None:
-    from abreast_sidecar.envoy.settings import Sticky
+    from abreast_sidecar.envoy.settings import StickyKey
 
-    async with abreast(weight=0.5, sticky=Sticky("source-ip"), sample_safe=0.0) as running:
+    async with abreast(weight=0.5, sticky=StickyKey("source-ip"), sample_safe=0.0) as running:
         answered = {(await running.client.get("/")).headers["x-abreast-version"] for _ in range(30)}
 
         assert len(answered) == 1

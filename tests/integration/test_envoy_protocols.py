@@ -15,8 +15,8 @@ import httpx
 import pytest
 import yaml
 
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings
-from support import eventually_async, free_port, free_ports
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
+from support import eventually_async, find_free_port, free_ports
 from support_certificate import Certificate, self_signed
 from support_envoy import abreast, exchange, started
 from support_upstream import Received, Upstream, respond
@@ -83,8 +83,8 @@ async def test_a_version_behind_tls_is_checked_by_name(certificate: Certificate)
         listen, admin_port = free_ports(2)
         other = replace(
             running.settings,
-            listen=Endpoint("127.0.0.1", listen),
-            admin=Endpoint("127.0.0.1", admin_port),
+            listen=SocketAddress("127.0.0.1", listen),
+            admin=SocketAddress("127.0.0.1", admin_port),
             old_tls="someone.else",
         )
         async with started(other), httpx.AsyncClient(timeout=30) as client:
@@ -119,11 +119,11 @@ async def test_grpc_passes_with_its_trailers_and_is_mirrored_when_asked() -> Non
     (old, old_port), (new, new_port) = await grpc_shop(calls), await grpc_shop(calls)
     listen, admin_port, nobody = free_ports(3)
     settings = EnvoySettings(
-        listen=Endpoint("127.0.0.1", listen),
-        admin=Endpoint("127.0.0.1", admin_port),
-        sidecar=Endpoint("127.0.0.1", nobody),
-        old=(Endpoint("127.0.0.1", old_port),),
-        new=(Endpoint("127.0.0.1", new_port),),
+        listen=SocketAddress("127.0.0.1", listen),
+        admin=SocketAddress("127.0.0.1", admin_port),
+        sidecar=SocketAddress("127.0.0.1", nobody),
+        old=(SocketAddress("127.0.0.1", old_port),),
+        new=(SocketAddress("127.0.0.1", new_port),),
         sample_unsafe=1.0,
         upstream_http2=True,
         health_path="tcp",
@@ -186,11 +186,11 @@ async def test_names_are_resolved_and_every_address_is_used() -> None:
         listen, admin_port = free_ports(2)
         settings = replace(
             running.settings,
-            listen=Endpoint("127.0.0.1", listen),
-            admin=Endpoint("127.0.0.1", admin_port),
-            old=(Endpoint("localhost", running.old.port),),
-            new=(Endpoint("localhost", running.new.port),),
-            sidecar=Endpoint("localhost", running.sidecar.port),
+            listen=SocketAddress("127.0.0.1", listen),
+            admin=SocketAddress("127.0.0.1", admin_port),
+            old=(SocketAddress("localhost", running.old.port),),
+            new=(SocketAddress("localhost", running.new.port),),
+            sidecar=SocketAddress("localhost", running.sidecar.port),
         )
         async with started(settings), httpx.AsyncClient(timeout=30) as client:
             before = len(running.new.received)
@@ -205,9 +205,9 @@ async def test_an_admin_address_that_others_reach_can_only_be_read() -> None:
         listen, admin_port, nobody = free_ports(3)
         settings = replace(
             running.settings,
-            listen=Endpoint("127.0.0.1", listen),
-            admin=Endpoint("0.0.0.0", admin_port),
-            sidecar=Endpoint("127.0.0.1", nobody),
+            listen=SocketAddress("127.0.0.1", listen),
+            admin=SocketAddress("0.0.0.0", admin_port),
+            sidecar=SocketAddress("127.0.0.1", nobody),
         )
         async with (
             started(settings),
@@ -237,8 +237,8 @@ async def test_an_admin_address_that_others_reach_can_only_be_read() -> None:
 async def test_requests_are_logged_as_json_when_asked_and_without_their_query() -> None:
     async with abreast(access_log=True) as running:
         await running.client.get("/search?token=secret", headers={"user-agent": 'a "quoted" agent'})
-        assert running.server.server is not None
-        log = running.server.server.log
+        assert running.server.process is not None
+        log = running.server.process.log_path
 
         async def written() -> bool:
             return '"path"' in log.read_text()
@@ -255,9 +255,9 @@ async def test_requests_are_logged_as_json_when_asked_and_without_their_query() 
 async def test_envoy_has_nothing_to_complain_about() -> None:
     async with abreast() as running:
         await running.client.get("/")
-        assert running.server.server is not None
+        assert running.server.process is not None
 
-        assert running.server.server.log.read_text() == ""
+        assert running.server.process.log_path.read_text() == ""
 
 
 async def test_the_compose_files_health_check_of_envoy_tells_a_running_one_from_a_dead_one() -> None:
@@ -271,4 +271,4 @@ async def test_the_compose_files_health_check_of_envoy_tells_a_running_one_from_
 
     async with abreast() as running:
         assert await check(running.settings.admin.port) == 0
-        assert await check(free_port()) != 0
+        assert await check(find_free_port()) != 0

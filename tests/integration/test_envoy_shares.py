@@ -9,7 +9,7 @@ from typing import Self
 
 import pytest
 
-from abreast_sidecar.envoy.settings import Sticky
+from abreast_sidecar.envoy.settings import StickyKey
 from support_envoy import abreast, exchange
 from support_upstream import Upstream, failing
 
@@ -61,7 +61,7 @@ async def ask(port: int, header: str, requests: int = REQUESTS) -> list[str]:
 
 async def test_a_share_holds_within_a_percentage_point_and_a_rising_one_only_moves_users_to_new() -> None:
     async with abreast(
-        old=QuickUpstream(), new=QuickUpstream(), sticky=Sticky("header", "x-user"), sample_safe=0.01
+        old=QuickUpstream(), new=QuickUpstream(), sticky=StickyKey("header", "x-user"), sample_safe=0.01
     ) as running:
         before: list[str] = []
         for share, requests in ((0.01, FEW), (0.5, REQUESTS)):

@@ -18,13 +18,13 @@ import psycopg
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from abreast.join import Bounds
+from abreast.join import Limits
 from abreast.v1 import steering_pb2 as pb
 from abreast.v1 import steering_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_sidecar.embedded import PostgresServer, RedisServer
-from abreast_sidecar.read import Reader, connect, shards, sweep
+from abreast_sidecar.read import StreamConsumer, connect_redis, expire_incomplete_pairs, list_shards
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import Ledger, migrate
+from abreast_sidecar.store import PairWriter, migrate
 from support import eventually_async
 from support_clock import Clock, postgres_by, redis_by
 from support_load import Load, complete, empty, loading
@@ -102,7 +102,7 @@ def parts(*, redis: Clock | None = None, postgres: Clock | None = None) -> Itera
 async def seed(url: str, load: Load) -> None:
     """Days that retention keeps."""
     await migrate(url)
-    ledger = Ledger(url, examples_per_finding=3)
+    ledger = PairWriter(url, examples_per_finding=3)
     for age in AGES:
         pair = str(uuid.uuid4())
         await ledger.write([judged(pair=pair, at=int(time.time() * 1000) - age * DAY)])
@@ -207,7 +207,7 @@ async def test_a_pair_that_waits_is_swept_in_time_where_rediss_clock_is_set_back
         await migrate(at.url)
         with replica(at.redis.url, at.url, tmp_path / "all"):
             clock.jump("+400d")
-            send(at.redis.url, [capture("alone", "old")], bounds=Bounds(wait_ms=1500))
+            send(at.redis.url, [capture("alone", "old")], bounds=Limits(wait_ms=1500))
             looked = stats(at.redis.url).get("looked", 0)
 
             async def swept() -> bool:
@@ -227,13 +227,13 @@ async def test_what_a_dead_worker_had_is_taken_over_where_rediss_clock_is_set_ba
         await migrate(at.url)
         clock.jump("+400d")
         send(at.redis.url, pair_of())
-        dead = Reader(at.redis.url, name="dead", batch_size=10, claim_idle=60)
+        dead = StreamConsumer(at.redis.url, name="dead", batch_size=10, claim_idle_s=60)
         assert len(await dead.read()) == 1
-        client = connect(at.redis.url)
-        (keys,) = await shards(client)
-        await sweep(client, keys)
+        client = connect_redis(at.redis.url)
+        (keys,) = await list_shards(client)
+        await expire_incomplete_pairs(client, keys)
         clock.jump("+0")
-        await sweep(client, keys)
+        await expire_incomplete_pairs(client, keys)
         settings = Settings(redis_url=at.redis.url, postgres_url=at.url, claim_idle=0.5)
         async with running(settings):
             await eventually_async(lambda: matched(at.url), what="the pair is in the ledger")

@@ -41,8 +41,8 @@ def settings(redis_url: str, postgres: PostgresServer) -> Settings:
 
 
 def processes(postgres: PostgresServer) -> list[int]:
-    assert postgres.server is not None
-    parent = postgres.server.pid
+    assert postgres.process is not None
+    parent = postgres.process.pid
     return [parent, *map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())]
 
 
@@ -83,9 +83,9 @@ async def test_it_may_end_at_once_and_come_back(redis_url: str) -> None:
         async with running(settings(redis_url, postgres)), loading(load, PAIRS):
             for _ in range(2):
                 await some_rows(postgres.url())
-                assert postgres.server is not None
-                postgres.server.process.send_signal(signal.SIGQUIT)
-                await asyncio.to_thread(postgres.server.process.wait)
+                assert postgres.process is not None
+                postgres.process.popen.send_signal(signal.SIGQUIT)
+                await asyncio.to_thread(postgres.process.popen.wait)
                 postgres.start()
         async with running(settings(redis_url, postgres)):
             await complete(postgres.url(), load)
@@ -113,7 +113,7 @@ def take_all(taken: ExitStack, url: str) -> NoReturn:
 
 def waits_for_postgres(worker: Worker) -> Callable[[], Awaitable[bool]]:
     async def waits() -> bool:
-        return worker._postgres.on
+        return worker._postgres.is_active
 
     return waits
 

@@ -11,9 +11,9 @@ import pytest
 from abreast.join import Keys
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.embedded import RedisServer
-from abreast_sidecar.housekeeping import Housekeeping
+from abreast_sidecar.housekeeping import JobRunner
 from abreast_sidecar.settings import Settings
-from support import eventually_async, free_port
+from support import eventually_async, find_free_port
 from support_load import Load, agrees, complete, empty, loading, stopped
 from support_pairs import SERVICE, one, ready, rows, running, stats
 from support_redis import admin, server
@@ -46,7 +46,7 @@ async def test_it_may_be_full_read_only_or_without_its_scripts(postgres_url: str
             client.config_set("maxmemory", 0)
             client.script_flush()
             await reach(postgres_url, 100)
-            client.replicaof("127.0.0.1", free_port())
+            client.replicaof("127.0.0.1", find_free_port())
             await refused(load)
             client.replicaof("NO", "ONE")
             client.script_flush()
@@ -81,8 +81,8 @@ async def test_it_may_stop_for_a_while(postgres_url: str) -> None:
         load = Load(started.url)
         async with running(settings(started, postgres_url)), loading(load, PAIRS):
             await reach(postgres_url, 50)
-            assert started.server is not None
-            with stopped(started.server.pid):
+            assert started.process is not None
+            with stopped(started.process.pid):
                 await asyncio.sleep(AWAY)  # the fault itself
         async with running(settings(started, postgres_url)):
             await complete(postgres_url, load)
@@ -90,9 +90,9 @@ async def test_it_may_stop_for_a_while(postgres_url: str) -> None:
 
 
 def kill(started: RedisServer) -> None:
-    assert started.server is not None
-    started.server.process.send_signal(signal.SIGKILL)
-    started.server.process.wait()
+    assert started.process is not None
+    started.process.popen.send_signal(signal.SIGKILL)
+    started.process.popen.wait()
 
 
 async def test_killed_with_an_append_only_file_it_loses_nothing(postgres_url: str, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ async def test_with_the_sidecar_away_for_long_all_stay_within_their_bounds_and_g
         shed = stats(started.url)
         backlog = set(load.pairs)
         stop = asyncio.Event()
-        housekeeping = asyncio.create_task(Housekeeping(settings(started, postgres_url)).run(stop))
+        housekeeping = asyncio.create_task(JobRunner(settings(started, postgres_url)).run(stop))
         async with running(settings(started, postgres_url)):
             await reach(postgres_url, 20)
             await load.run(100)

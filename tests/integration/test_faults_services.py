@@ -17,11 +17,11 @@ from psycopg.types.json import Jsonb
 
 from abreast.middleware import ParallelRunMiddleware
 from abreast.recorder import Receive, Scope, Send
-from abreast_sidecar.housekeeping import Housekeeping
+from abreast_sidecar.housekeeping import JobRunner
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import ALL_TIME, Queries
-from abreast_sidecar.store.results import Summary
+from abreast_sidecar.store.queries import ALL_TIME, LedgerReader
+from abreast_sidecar.store.results import LedgerSummary
 from support import eventually_async
 from support_load import agrees
 from support_middleware import call, http_scope, marks
@@ -60,18 +60,18 @@ async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
 @asynccontextmanager
 async def sidecar(settings: Settings) -> AsyncIterator[None]:
     stop = asyncio.Event()
-    housekeeping = asyncio.create_task(Housekeeping(settings).run(stop))
+    housekeeping = asyncio.create_task(JobRunner(settings).run(stop))
     async with running(settings):
         yield
     stop.set()
     await housekeeping
 
 
-async def summary(settings: Settings) -> Summary:
+async def summary(settings: Settings) -> LedgerSummary:
     database = Database(settings.postgres_url)
     await database.open()
     try:
-        return await Queries(database).summary(SERVICE, ALL_TIME)
+        return await LedgerReader(database).read_summary(SERVICE, ALL_TIME)
     finally:
         await database.close()
 
@@ -166,7 +166,7 @@ async def test_with_the_sidecar_away_users_notice_nothing_and_the_account_is_who
     await old.aclose()
     await new.aclose()
     envoy_counted(postgres_url, asked)
-    refused = old.backlog.dropped.total() + new.backlog.dropped.total()
+    refused = old.queue.drop_counts.total() + new.queue.drop_counts.total()
     async with sidecar(settings):
 
         async def told() -> bool:

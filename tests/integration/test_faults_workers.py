@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from abreast.join import GROUP, Keys
-from abreast_sidecar.apart import Apart
-from abreast_sidecar.compare import Rules
-from abreast_sidecar.read import Reader
+from abreast.join import CONSUMER_GROUP, Keys
+from abreast_sidecar.apart import IsolatedComparer
+from abreast_sidecar.compare import CompareOptions
+from abreast_sidecar.read import StreamConsumer
 from abreast_sidecar.settings import Settings
 from support import eventually_async
 from support_load import Load, complete, empty, loading, worker_process
@@ -42,7 +42,7 @@ def pending(url: str) -> int:
     with redis.Redis.from_url(url) as client:
         if not client.exists(Keys(SERVICE, 0).ready) or not client.xinfo_groups(Keys(SERVICE, 0).ready):
             return 0
-        return int(client.xpending(Keys(SERVICE, 0).ready, GROUP)["pending"])
+        return int(client.xpending(Keys(SERVICE, 0).ready, CONSUMER_GROUP)["pending"])
 
 
 async def test_one_of_two_is_killed_again_and_again_in_the_middle_of_a_batch(settings: Settings) -> None:
@@ -92,7 +92,7 @@ async def test_a_new_worker_takes_its_part(settings: Settings) -> None:
 
     async def both() -> bool:
         with redis.Redis.from_url(settings.redis_url) as client:
-            for consumer in client.xinfo_consumers(Keys(SERVICE, 0).ready, GROUP):
+            for consumer in client.xinfo_consumers(Keys(SERVICE, 0).ready, CONSUMER_GROUP):
                 if consumer["pending"]:
                     seen.add(consumer["name"])
         return {b"first", b"later"} <= seen
@@ -140,7 +140,7 @@ async def test_an_entry_that_hangs_is_given_up(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     send(settings.redis_url, pair_of("deadly", 1))
     send(settings.redis_url, pair_of(1, 1))
-    reader = Reader(settings.redis_url, name="one", batch_size=10, claim_idle=30)
+    reader = StreamConsumer(settings.redis_url, name="one", batch_size=10, claim_idle_s=30)
     entries = []
 
     async def two() -> bool:
@@ -148,10 +148,10 @@ async def test_an_entry_that_hangs_is_given_up(
         return len(entries) == 2
 
     await eventually_async(two, what="both entries")
-    apart, rules = Apart(longest=2.0), Rules.ignoring(())
-    found = [await apart.judged(entry, rules) for entry in entries]
+    apart, rules = IsolatedComparer(timeout_s=2.0), CompareOptions.with_ignored_headers(())
+    found = [await apart.compare(entry, rules) for entry in entries]
     await apart.close()
     await reader.close()
 
-    assert [one.judgement.outcome for one in found] == ["undecodable", "match"]
-    assert "more than 2 s" in found[0].judgement.reason
+    assert [one.result.outcome for one in found] == ["undecodable", "match"]
+    assert "more than 2 s" in found[0].result.reason

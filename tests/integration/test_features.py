@@ -12,10 +12,10 @@ from msgspec import structs
 
 from abreast.capture import Body, Capture, Request
 from abreast_sidecar.compare.feature import Feature
-from abreast_sidecar.store import Judged, Ledger
+from abreast_sidecar.store import PairRecord, PairWriter
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import Queries
-from abreast_sidecar.store.samples import RAREST, SLOTS, Samples
+from abreast_sidecar.store.queries import LedgerReader
+from abreast_sidecar.store.samples import MAX_SAMPLING_INTERVAL, SLOTS_PER_KEY, RequestSampler
 from support_pairs import difference, judged, one
 
 pytestmark = pytest.mark.postgres
@@ -30,10 +30,10 @@ def url(postgres_url: str) -> str:
 
 
 @pytest.fixture
-async def queries(url: str) -> AsyncIterator[Queries]:
+async def queries(url: str) -> AsyncIterator[LedgerReader]:
     database = Database(url)
     await database.open()
-    yield Queries(database)
+    yield LedgerReader(database)
     await database.close()
 
 
@@ -57,24 +57,29 @@ def _body(content: object) -> Body:
     return Body(held, len(held))
 
 
-def asked(request: Request, *, shows: bool) -> Judged:
+def asked(request: Request, *, shows: bool) -> PairRecord:
     plain = judged([PRICE] if shows else [], route="/orders/{id}")
-    old, new = plain.judgement.old, plain.judgement.new
+    old, new = plain.result.old, plain.result.new
     assert isinstance(old, Capture)
     assert isinstance(new, Capture)
     sides = {"old": structs.replace(old, request=request), "new": structs.replace(new, request=request)}
-    return Judged(
-        plain.service, plain.entry, plain.at, plain.pair, structs.replace(plain.judgement, **sides), ()
+    return PairRecord(
+        plain.service,
+        plain.entry_id,
+        plain.time_ms,
+        plain.pair_id,
+        structs.replace(plain.result, **sides),
+        (),
     )
 
 
-async def found(url: str, queries: Queries, shows: Plant, many: int = 300) -> Feature | None:
-    ledger = Ledger(url, examples_per_finding=1)
+async def found(url: str, queries: LedgerReader, shows: Plant, many: int = 300) -> Feature | None:
+    ledger = PairWriter(url, examples_per_finding=1)
     await ledger.write([asked(request, shows=shows(request)) for request in requests(many)])
     await ledger.close()
     number = one(url, "select id from abreast.finding")
-    (finding,) = await queries.findings_by_id([number])
-    return await queries.separating(finding)
+    (finding,) = await queries.get_findings([number])
+    return await queries.find_common_feature(finding)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ async def found(url: str, queries: Queries, shows: Plant, many: int = 300) -> Fe
         ("body.size=L", lambda r: b'"L"' in r.body.held),
     ],
 )
-async def test_a_planted_feature_is_found(url: str, queries: Queries, name: str, shows: Plant) -> None:
+async def test_a_planted_feature_is_found(url: str, queries: LedgerReader, name: str, shows: Plant) -> None:
     feature = await found(url, queries, shows)
 
     assert str(feature) == name
@@ -95,19 +100,19 @@ async def test_a_planted_feature_is_found(url: str, queries: Queries, name: str,
     assert feature.precision == pytest.approx(1.0, abs=0.05)
 
 
-async def test_where_chance_decides_there_is_none(url: str, queries: Queries) -> None:
+async def test_where_chance_decides_there_is_none(url: str, queries: LedgerReader) -> None:
     dice = random.Random(7)
 
     assert await found(url, queries, lambda _: dice.random() < 0.3) is None
 
 
-async def test_without_enough_samples_the_rows_say_what_they_can(url: str, queries: Queries) -> None:
+async def test_without_enough_samples_the_rows_say_what_they_can(url: str, queries: LedgerReader) -> None:
     await found(url, queries, lambda r: "currency=JPY" in r.query)
     with psycopg.connect(url) as connection:
         connection.execute("delete from abreast.request_sample where finding_id = 0")
-    (finding,) = await queries.findings_by_id([one(url, "select id from abreast.finding")])
+    (finding,) = await queries.get_findings([one(url, "select id from abreast.finding")])
 
-    assert str(await queries.separating(finding)) == "query.currency=JPY"
+    assert str(await queries.find_common_feature(finding)) == "query.currency=JPY"
 
 
 async def test_secrets_and_bodies_stay_out_of_the_samples(url: str) -> None:
@@ -119,7 +124,7 @@ async def test_secrets_and_bodies_stay_out_of_the_samples(url: str) -> None:
         (("content-type", "application/json"), ("authorization", "hmac:0011")),
         _body({"user": "ann", "password": "hunter2", "note": "x" * 200}),
     )
-    ledger = Ledger(url, examples_per_finding=0)
+    ledger = PairWriter(url, examples_per_finding=0)
     await ledger.write([asked(secret, shows=True)])
     await ledger.close()
     kept = one(url, "select string_agg(features::text, '') from abreast.request_sample")
@@ -129,19 +134,19 @@ async def test_secrets_and_bodies_stay_out_of_the_samples(url: str) -> None:
 
 
 def test_the_samples_are_bounded_and_written_ever_more_rarely() -> None:
-    samples = Samples(seed=1)
+    samples = RequestSampler(seed=1)
     plain = judged([PRICE])
-    written = [len(samples.choose([(plain, 1, [2])])) for _ in range(SLOTS * 100)]
+    written = [len(samples.sample([(plain, 1, [2])])) for _ in range(SLOTS_PER_KEY * 100)]
 
-    assert sum(written[:SLOTS]) == 2 * SLOTS
-    assert sum(written[-10_000:]) < 2 * 10_000 / RAREST * 1.5
-    assert sum(written[-10_000:]) > 2 * 10_000 / RAREST / 1.5
+    assert sum(written[:SLOTS_PER_KEY]) == 2 * SLOTS_PER_KEY
+    assert sum(written[-10_000:]) < 2 * 10_000 / MAX_SAMPLING_INTERVAL * 1.5
+    assert sum(written[-10_000:]) > 2 * 10_000 / MAX_SAMPLING_INTERVAL / 1.5
 
 
 async def test_the_table_has_a_bound(url: str) -> None:
-    ledger = Ledger(url, examples_per_finding=0)
+    ledger = PairWriter(url, examples_per_finding=0)
     for _ in range(3):
-        await ledger.write([judged([PRICE]) for _ in range(SLOTS)])
+        await ledger.write([judged([PRICE]) for _ in range(SLOTS_PER_KEY)])
     await ledger.close()
 
-    assert one(url, "select count(*) from abreast.request_sample") == 2 * SLOTS
+    assert one(url, "select count(*) from abreast.request_sample") == 2 * SLOTS_PER_KEY

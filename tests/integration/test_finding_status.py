@@ -12,12 +12,12 @@ from msgspec import structs
 
 from abreast.v1 import comparison_pb2 as pb
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.housekeeping.missing import find_missing
-from abreast_sidecar.housekeeping.noise import decide_noise
-from abreast_sidecar.store import Judged, Ledger
-from abreast_sidecar.store.queries import Queries
+from abreast_sidecar.housekeeping.missing import detect_unanswered
+from abreast_sidecar.housekeeping.noise import classify_findings
+from abreast_sidecar.store import PairRecord, PairWriter
+from abreast_sidecar.store.queries import LedgerReader
 from abreast_sidecar.store.results import Window
-from abreast_sidecar.store.statuses import Said, set_status
+from abreast_sidecar.store.statuses import StatusChange, set_status
 from support_pairs import difference, judged, one, rows
 from support_serve import Running, refused, running
 
@@ -39,17 +39,17 @@ async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
 
 
 @pytest.fixture
-async def ledger(sidecar: Running) -> AsyncIterator[Ledger]:
-    made = Ledger(sidecar.postgres_url, examples_per_finding=3)
+async def ledger(sidecar: Running) -> AsyncIterator[PairWriter]:
+    made = PairWriter(sidecar.postgres_url, examples_per_finding=3)
     yield made
     await made.close()
 
 
-def shown(release: str, many: int = 20, *, old: str = "a") -> list[Judged]:
+def shown(release: str, many: int = 20, *, old: str = "a") -> list[PairRecord]:
     return [judged([PRICE], releases=(old, release)) for _ in range(many)]
 
 
-def clean(release: str, many: int = 20) -> list[Judged]:
+def clean(release: str, many: int = 20) -> list[PairRecord]:
     return [judged(releases=("a", release)) for _ in range(many)]
 
 
@@ -80,16 +80,16 @@ async def verdict(sidecar: Running, **asked: object) -> tuple[int, int, str]:
 
 async def decide(sidecar: Running) -> None:
     async with sidecar.sidecar.database.connection() as connection:
-        await decide_noise(connection)
+        await classify_findings(connection)
 
 
 async def missing(sidecar: Running) -> int:
     async with sidecar.sidecar.database.connection() as connection:
-        return await find_missing(connection)
+        return await detect_unanswered(connection)
 
 
 async def test_a_finding_says_its_rate_with_an_interval_and_its_releases(
-    sidecar: Running, ledger: Ledger
+    sidecar: Running, ledger: PairWriter
 ) -> None:
     await ledger.write([*shown("1", 30), *clean("1", 170), *shown("2", 10, old="b")])
 
@@ -102,7 +102,7 @@ async def test_a_finding_says_its_rate_with_an_interval_and_its_releases(
     assert found.status == OPEN
 
 
-async def test_what_is_said_is_kept_with_who_and_why(sidecar: Running, ledger: Ledger) -> None:
+async def test_what_is_said_is_kept_with_who_and_why(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(shown("1"))
     confirmed = await say(sidecar, CONFIRMED)
     await say(sidecar, EXPECTED)
@@ -128,7 +128,7 @@ async def test_what_is_said_is_kept_with_who_and_why(sidecar: Running, ledger: L
     ],
 )
 async def test_what_makes_no_sense_is_refused(
-    sidecar: Running, ledger: Ledger, asked: dict[str, object], message: str
+    sidecar: Running, ledger: PairWriter, asked: dict[str, object], message: str
 ) -> None:
     await ledger.write(shown("1"))
     number = one(sidecar.postgres_url, "select id from abreast.finding")
@@ -148,14 +148,14 @@ async def test_an_unknown_finding_is_not_found(sidecar: Running) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_fixed_reopens_once_when_a_later_release_shows_it(sidecar: Running, ledger: Ledger) -> None:
+async def test_fixed_reopens_once_when_a_later_release_shows_it(sidecar: Running, ledger: PairWriter) -> None:
     """Four workers at once, each with pairs that show it."""
     await ledger.write([*clean("0"), *shown("1")])
     await say(sidecar, FIXED)
     await ledger.write([*shown("1"), *shown("0"), *clean("2")])  # late ones of what is known to have it
     assert (await the_finding(sidecar)).finding.status == FIXED
 
-    ledgers = [Ledger(sidecar.postgres_url, examples_per_finding=1) for _ in range(4)]
+    ledgers = [PairWriter(sidecar.postgres_url, examples_per_finding=1) for _ in range(4)]
     await asyncio.gather(*(each.write(shown("2", 5)) for each in ledgers for _ in range(1)))
     for each in ledgers:
         await each.close()
@@ -168,7 +168,7 @@ async def test_fixed_reopens_once_when_a_later_release_shows_it(sidecar: Running
     ]
 
 
-async def test_the_release_that_has_the_fix_may_be_named(sidecar: Running, ledger: Ledger) -> None:
+async def test_the_release_that_has_the_fix_may_be_named(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write([*shown("1"), *clean("2")])
     await say(sidecar, FIXED, release="2")
     await ledger.write(shown("1"))
@@ -178,7 +178,9 @@ async def test_the_release_that_has_the_fix_may_be_named(sidecar: Running, ledge
     assert (await the_finding(sidecar)).finding.status == REOPENED
 
 
-async def test_without_names_of_releases_what_arrives_later_reopens(sidecar: Running, ledger: Ledger) -> None:
+async def test_without_names_of_releases_what_arrives_later_reopens(
+    sidecar: Running, ledger: PairWriter
+) -> None:
     await ledger.write(shown(""))
     before = shown("", 1)
     await say(sidecar, FIXED)
@@ -190,18 +192,18 @@ async def test_without_names_of_releases_what_arrives_later_reopens(sidecar: Run
 
 
 async def test_said_while_workers_write_nothing_is_lost_or_locked_out(
-    sidecar: Running, ledger: Ledger
+    sidecar: Running, ledger: PairWriter
 ) -> None:
     """Whichever comes first, it ends reopened: release 2 shows it after every word."""
     await ledger.write(shown("1"))
     number = one(sidecar.postgres_url, "select id from abreast.finding")
-    other = Ledger(sidecar.postgres_url, examples_per_finding=1)
+    other = PairWriter(sidecar.postgres_url, examples_per_finding=1)
 
     async def speak() -> None:
         for turn in range(10):
-            await set_status(sidecar.sidecar.database, number, Said("fixed", "ann", f"turn {turn}"))
+            await set_status(sidecar.sidecar.database, number, StatusChange("fixed", "ann", f"turn {turn}"))
 
-    async def write(to: Ledger) -> None:
+    async def write(to: PairWriter) -> None:
         for _ in range(10):
             await to.write(shown("1", 3))
 
@@ -224,8 +226,8 @@ async def test_said_while_workers_write_nothing_is_lost_or_locked_out(
     )
 
 
-async def test_a_hang_that_was_fixed_reopens_in_a_later_release(sidecar: Running, ledger: Ledger) -> None:
-    def hanging(release: str) -> list[Judged]:
+async def test_a_hang_that_was_fixed_reopens_in_a_later_release(sidecar: Running, ledger: PairWriter) -> None:
+    def hanging(release: str) -> list[PairRecord]:
         return [judged(route="/hangs", outcome="only_old", releases=("a", release)) for _ in range(12)]
 
     await ledger.write([*clean("1"), *hanging("1")])
@@ -243,7 +245,7 @@ async def test_a_hang_that_was_fixed_reopens_in_a_later_release(sidecar: Running
     assert len(found.events) == 2
 
 
-async def test_what_is_expected_counts_as_explained(sidecar: Running, ledger: Ledger) -> None:
+async def test_what_is_expected_counts_as_explained(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write([*shown("1", 30), *clean("1", 70)])
     assert await verdict(sidecar) == (30, 100, "1")
 
@@ -255,7 +257,7 @@ async def test_what_is_expected_counts_as_explained(sidecar: Running, ledger: Le
 
 
 async def test_what_somebody_confirmed_counts_also_where_it_looks_like_noise(
-    sidecar: Running, ledger: Ledger
+    sidecar: Running, ledger: PairWriter
 ) -> None:
     noisy = [judged([PRICE], noise=[PRICE], releases=("a", "1")) for _ in range(50)]
     await ledger.write([*noisy, *clean("1", 50)])
@@ -269,7 +271,7 @@ async def test_what_somebody_confirmed_counts_also_where_it_looks_like_noise(
 
 
 async def test_a_verdict_is_about_the_newest_release_unless_another_is_named(
-    sidecar: Running, ledger: Ledger
+    sidecar: Running, ledger: PairWriter
 ) -> None:
     await ledger.write(shown("1", 40))
     await say(sidecar, FIXED)
@@ -285,12 +287,12 @@ async def test_a_verdict_is_about_the_newest_release_unless_another_is_named(
 
 
 async def test_requests_without_an_answer_count_for_the_newest_release_of_their_time(
-    sidecar: Running, ledger: Ledger
+    sidecar: Running, ledger: PairWriter
 ) -> None:
-    def unanswered(many: int) -> list[Judged]:
+    def unanswered(many: int) -> list[PairRecord]:
         made = [judged(outcome="only_old", releases=("a", "")) for _ in range(many)]
         for one_ in made:
-            one_.judgement = structs.replace(one_.judgement, new=None)
+            one_.result = structs.replace(one_.result, new=None)
         return made
 
     await ledger.write([*clean("1", 10), *unanswered(3)])
@@ -301,7 +303,9 @@ async def test_requests_without_an_answer_count_for_the_newest_release_of_their_
         release: [
             (one_.old_requests, one_.new_requests)
             for one_ in (
-                await Queries(sidecar.sidecar.database).evidence("shop", Window(), 0.1, release=release)
+                await LedgerReader(sidecar.sidecar.database).read_evidence(
+                    "shop", Window(), 0.1, release=release
+                )
             ).endpoints
         ]
         for release in ("1", "2")
@@ -309,13 +313,15 @@ async def test_requests_without_an_answer_count_for_the_newest_release_of_their_
     assert counts == {"1": [(13, 10)], "2": [(15, 10)]}
 
 
-async def test_what_was_settled_is_listed_apart(sidecar: Running, ledger: Ledger) -> None:
+async def test_what_was_settled_is_listed_apart(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(
         [judged([PRICE, difference("$.stock"), difference("$.name")], releases=("a", "1")) for _ in range(30)]
     )
     ids = dict(rows(sidecar.postgres_url, "select path, id from abreast.finding"))
-    await set_status(sidecar.sidecar.database, ids["$.stock"], Said("expected", "ann", "counted anew"))
-    await set_status(sidecar.sidecar.database, ids["$.name"], Said("fixed", "ann", "done"))
+    await set_status(
+        sidecar.sidecar.database, ids["$.stock"], StatusChange("expected", "ann", "counted anew")
+    )
+    await set_status(sidecar.sidecar.database, ids["$.name"], StatusChange("fixed", "ann", "done"))
 
     async def listed(**asked: object) -> set[str]:
         answer = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(**asked))  # type: ignore[arg-type]
@@ -330,7 +336,7 @@ async def test_what_was_settled_is_listed_apart(sidecar: Running, ledger: Ledger
     assert page.index("Explained") < page.index("counted anew")
 
 
-async def test_a_watcher_hears_that_it_came_back(sidecar: Running, ledger: Ledger) -> None:
+async def test_a_watcher_hears_that_it_came_back(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(shown("1"))
     await decide(sidecar)
     await say(sidecar, FIXED)
@@ -344,7 +350,7 @@ async def test_a_watcher_hears_that_it_came_back(sidecar: Running, ledger: Ledge
     assert told.finding.status == REOPENED
 
 
-async def test_the_commands(sidecar: Running, ledger: Ledger) -> None:
+async def test_the_commands(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(shown("1.4"))
     address = ["--address", f"127.0.0.1:{sidecar.port}"]
 

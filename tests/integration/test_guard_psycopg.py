@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from abreast import ParallelRunMiddleware
-from abreast.ending import UNDER_WAY, end
+from abreast.ending import CLEANUP_TASKS, run_cleanups
 from abreast.errors import SettingError, ShadowError
 from abreast.guards.psycopg import AsyncConnection, Connection
 from abreast.guards.psycopg_pool import AsyncConnectionPool, ConnectionPool
@@ -286,7 +286,7 @@ async def test_what_a_rollback_cannot_undo_is_as_the_docs_say(table: str) -> Non
 async def test_a_shadow_waits_for_a_users_row_for_a_bounded_time_only(
     table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abreast.guards.psycopg_async.LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr("abreast.guards.psycopg_async.SHADOW_LOCK_TIMEOUT", "50ms")
     with psycopg.connect(table) as user:
         user.execute(INSERT, (1, 10))
         async with AsyncConnectionPool(table, min_size=1, open=False) as pool, handled():
@@ -334,7 +334,7 @@ async def test_when_all_shadow_connections_are_taken_only_shadows_fail(table: st
             async with handled() as second:
                 with pytest.raises(PoolTimeout):
                     await pool.getconn(timeout=0.1)
-                assert second.disturbed
+                assert second.invalid_reason
             with inside("live"):
                 async with pool.connection() as connection:
                     await connection.execute(INSERT, (1, 10))
@@ -379,8 +379,8 @@ async def test_a_shadows_connection_takes_nothing_from_a_user(table: str) -> Non
         with inside("live"), pytest.raises(ShadowError, match="outside its request"):
             await left.execute(INSERT, (1, 10))
         await pool.putconn(left)
-        end(made)
-        await asyncio.gather(*UNDER_WAY)
+        run_cleanups(made)
+        await asyncio.gather(*CLEANUP_TASKS)
 
 
 async def test_a_connection_opened_in_a_shadow_request_is_undone_when_it_closes(table: str) -> None:
@@ -464,7 +464,7 @@ async def test_background_tasks_are_in_the_transaction_and_undone_with_it(table:
 
         app = Starlette(routes=[Route("/", order, methods=["POST"])])
         capture = await captured(app, redis_url, sampled("/", "POST", version="new", role="shadow"))
-        await asyncio.gather(*UNDER_WAY)
+        await asyncio.gather(*CLEANUP_TASKS)
 
         assert seen == [(1,), (2,)]
         assert rows(table) == []
@@ -484,7 +484,7 @@ async def test_a_request_that_raises_leaves_nothing(table: str, redis_url: str) 
             Starlette(routes=[Route("/", order)]), service="shop", redis_url=redis_url
         )
         _, raised = await call(app, sampled("/", version="new", role="shadow"))
-        await asyncio.gather(*UNDER_WAY)
+        await asyncio.gather(*CLEANUP_TASKS)
         await app.aclose()
 
         assert isinstance(raised, KeyError)

@@ -154,7 +154,7 @@ async def test_users_have_connections_though_shadows_hold_all_of_theirs(
         async with handled() as second:
             with pytest.raises(PoolTimeout):
                 await engine.connect()
-            assert second.disturbed
+            assert second.invalid_reason
         with inside("live"):
             await place(engine, 1)
     await engine.dispose()

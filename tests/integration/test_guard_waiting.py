@@ -23,8 +23,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from abreast.context import CURRENT
-from abreast.ending import UNDER_WAY
+from abreast.context import CURRENT_CONTEXT
+from abreast.ending import CLEANUP_TASKS
 from abreast.guards import pins, psycopg_async, watch
 from abreast.guards.psycopg_pool import AsyncConnectionPool, ConnectionPool
 from abreast.guards.sqlalchemy import protect
@@ -75,7 +75,7 @@ async def test_a_user_does_not_wait_for_a_shadow_that_goes_on(table: str) -> Non
 
     assert took < LONG
     assert rows(table, b"select quantity from placed order by id") == [1, 0]
-    assert shadow.disturbed == "a copy was disturbed in its database: AdminShutdown"
+    assert shadow.invalid_reason == "a copy was disturbed in its database: AdminShutdown"
     assert nothing_is_held(table)
 
 
@@ -110,7 +110,7 @@ async def test_its_capture_says_that_it_was_disturbed(
     table: str, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that its pair is not compared: what it answered is not what its code does."""
-    monkeypatch.setattr(psycopg_async, "LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(psycopg_async, "SHADOW_LOCK_TIMEOUT", "50ms")
     async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
 
         async def change(_request: Request) -> Response:
@@ -125,10 +125,10 @@ async def test_its_capture_says_that_it_was_disturbed(
         with psycopg.connect(table) as user:
             user.execute(CHANGE.encode() + b"1")
             capture = await captured(app, redis_url, sampled("/", version="new", role="shadow"))
-        await asyncio.gather(*UNDER_WAY)
+        await asyncio.gather(*CLEANUP_TASKS)
 
     assert capture.answer.status == 409
-    assert capture.disturbed == "a copy was disturbed in its database: LockNotAvailable"
+    assert capture.invalid_reason == "a copy was disturbed in its database: LockNotAvailable"
 
 
 async def test_a_shadow_that_is_ended_takes_no_session_of_users_along(table: str) -> None:
@@ -156,7 +156,7 @@ async def test_a_shadow_that_is_ended_takes_no_session_of_users_along(table: str
     await engine.dispose()
 
     assert before == after == again
-    assert shadow.disturbed
+    assert shadow.invalid_reason
     assert rows(table, b"select quantity from placed order by id") == [1, 0]
 
 
@@ -172,13 +172,13 @@ async def test_a_shadow_that_is_ended_takes_no_other_shadow_along(table: str) ->
     async with handled() as one, handled():
         await change(2)
         others = contextvars.copy_context()
-        CURRENT.set(one)
+        CURRENT_CONTEXT.set(one)
         await change(1)
         with inside("live"):
             await asyncio.wait_for(change(1), LONG)
         with pytest.raises(OperationalError):
             await change(1)
-        CURRENT.set(others[CURRENT])
+        CURRENT_CONTEXT.set(others[CURRENT_CONTEXT])
         async with engine.begin() as connection:
             seen = await connection.scalar(text("select quantity from placed where id = 2"))
     await engine.dispose()
@@ -191,7 +191,7 @@ async def test_a_shadow_that_is_ended_takes_no_other_shadow_along(table: str) ->
 def no_end() -> Iterator[None]:
     """A shadow request whose connections are given back at once."""
     with inside() as made:
-        made.ends = None
+        made.cleanups = None
         yield
 
 
@@ -230,7 +230,9 @@ async def test_shadows_that_wait_for_a_connection_take_few_threads(table: str, k
     with no_end(), pool.connection(), engine.connect():
         threads = crowd(10, take, failed)
         eventually(
-            lambda: len(failed) >= 8, within=pins.TIMEOUT - 1, what="all but two are sent away at once"
+            lambda: len(failed) >= 8,
+            within=pins.SHADOW_CONNECTION_TIMEOUT_S - 1,
+            what="all but two are sent away at once",
         )
     for thread in threads:
         thread.join()
@@ -243,8 +245,8 @@ async def test_shadows_that_wait_for_a_connection_take_few_threads(table: str, k
 async def test_where_nobody_can_look_users_wait_for_a_bounded_time_only(
     table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "END", b"select 1")
-    monkeypatch.setattr(psycopg_async, "IDLE_TIMEOUT", "300ms")
+    monkeypatch.setattr(watch, "TERMINATE_BLOCKERS_SQL", b"select 1")
+    monkeypatch.setattr(psycopg_async, "SHADOW_IDLE_TIMEOUT", "300ms")
     async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
         async with handled(), pool.connection() as connection:
             await connection.execute(CHANGE + "1")
@@ -261,7 +263,7 @@ def test_of_several_hosts_it_is_the_one_of_the_shadow_that_is_watched(table: str
     parts = psycopg.conninfo.conninfo_to_dict(table)
     hosts = {"host": "127.0.0.1,localhost", "hostaddr": "127.0.0.1,127.0.0.1", "port": f"1,{parts['port']}"}
     with psycopg.connect(psycopg.conninfo.make_conninfo(table, **hosts)) as connection:
-        where = watch.watch(connection).where
+        where = watch.get_watchdog(connection).connect_params
     with psycopg.connect(**where) as session:
         found = session.info
 
@@ -275,8 +277,10 @@ def test_of_several_hosts_it_is_the_one_of_the_shadow_that_is_watched(table: str
 async def test_a_database_that_cannot_be_watched_is_told_once(
     table: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watch, "END", b"select pg_terminate_backend(pid) from no_such_table")
-    monkeypatch.setattr(watch, "PAUSE", 0.0)
+    monkeypatch.setattr(
+        watch, "TERMINATE_BLOCKERS_SQL", b"select pg_terminate_backend(pid) from no_such_table"
+    )
+    monkeypatch.setattr(watch, "RETRY_DELAY_S", 0.0)
     async with AsyncConnectionPool(table, min_size=1, open=False) as pool, handled():
         async with pool.connection() as connection:
             await connection.execute("select 1")
@@ -285,6 +289,6 @@ async def test_a_database_that_cannot_be_watched_is_told_once(
             return bool(caplog.records)
 
         await eventually_async(told, within=5, what="it is told")
-        await asyncio.sleep(3 * watch.PATIENCE)
+        await asyncio.sleep(3 * watch.CHECK_INTERVAL_S)
 
     assert len([each for each in caplog.records if "whether users wait" in each.getMessage()]) == 1

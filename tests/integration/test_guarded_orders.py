@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from abreast import ParallelRunMiddleware
-from abreast.ending import UNDER_WAY
+from abreast.ending import CLEANUP_TASKS
 from abreast.guards.psycopg_pool import AsyncConnectionPool
 from abreast.guards.sqlalchemy import protect
 from abreast.middleware import App
@@ -121,7 +121,7 @@ async def send(old: App, new: App, orders: int) -> None:
             assert orjson.loads(messages[1]["body"]) == {"order": number}, "it reads what it has written"
 
     await asyncio.gather(*[one(number) for number in range(orders)])
-    await asyncio.gather(*UNDER_WAY)
+    await asyncio.gather(*CLEANUP_TASKS)
 
 
 @pytest.mark.parametrize(

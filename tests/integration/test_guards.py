@@ -22,13 +22,13 @@ from taskiq_redis import ListQueueBroker
 
 import abreast
 from abreast.capture import Role
-from abreast.context import CURRENT, OUTSIDE, Current
+from abreast.context import CURRENT_CONTEXT, NO_REQUEST, RequestContext
 from abreast.guards import aiosmtplib as guarded_smtp
-from abreast.guards.httpx import HELD, GuardedAsyncTransport, GuardedTransport
+from abreast.guards.httpx import STAND_IN_HEADER, GuardedAsyncTransport, GuardedTransport
 from abreast.guards.redis import GuardedRedis
 from abreast.guards.taskiq import RoleMiddleware
 from abreast.redact import Redactor
-from support import eventually_async, free_port
+from support import eventually_async, find_free_port
 from support_middleware import serving
 
 REDACTOR = Redactor(b"key")
@@ -36,21 +36,21 @@ COPIES: tuple[Role, ...] = ("shadow", "baseline")
 
 
 class Sink:
-    def late(self) -> None:
+    def count_late_effect(self) -> None:
         raise AssertionError
 
 
 @contextmanager
 def being(role: Role) -> Iterator[list[dict[str, Any]]]:
     """What the block records."""
-    now = Current("new", role, f"pair-{role}", "r1", Sink(), 0)
+    now = RequestContext("new", role, f"pair-{role}", "r1", Sink(), 0)
     found: list[dict[str, Any]] = []
-    token = CURRENT.set(now)
+    token = CURRENT_CONTEXT.set(now)
     try:
         yield found
     finally:
-        CURRENT.reset(token)
-        records, _ = now.close(REDACTOR.payload)
+        CURRENT_CONTEXT.reset(token)
+        records, _ = now.close_effect_log(REDACTOR.redact_payload)
         found += [{name: value for name, value in record.items() if name != "at_us"} for record in records]
 
 
@@ -82,7 +82,7 @@ async def test_an_unsafe_request_is_made_for_users_and_held_back_in_copies(bank:
         for role in ("live", *COPIES):
             with being(role) as found:
                 answer = await client.post("/charge?key=1", json={"amount": 5, "card_number": "4111"})
-            seen.append((answer.status_code, answer.json(), HELD in answer.headers, found))
+            seen.append((answer.status_code, answer.json(), STAND_IN_HEADER in answer.headers, found))
         outside = await client.post("/charge", json={"amount": 6})
 
     assert service.reached == ['POST {"amount":5,"card_number":"4111"}', 'POST {"amount":6}']
@@ -168,7 +168,7 @@ async def test_what_is_sent_is_recorded_in_a_form_that_can_be_compared(bank: tup
 async def test_an_error_of_the_network_passes_and_is_recorded() -> None:
     async with httpx.AsyncClient(transport=GuardedAsyncTransport()) as client:
         with being("live") as found, pytest.raises(httpx.ConnectError):
-            await client.post(f"http://127.0.0.1:{free_port()}/")
+            await client.post(f"http://127.0.0.1:{find_free_port()}/")
 
     assert found[0]["error"] == "ConnectError"
 
@@ -184,7 +184,7 @@ class Mailbox:
 
 @pytest.fixture
 def mailbox() -> Iterator[tuple[Mailbox, int]]:
-    box, port = Mailbox(), free_port()
+    box, port = Mailbox(), find_free_port()
     controller = Controller(box, hostname="127.0.0.1", port=port)
     controller.start()
     try:
@@ -251,9 +251,9 @@ async def test_a_mail_is_sent_once(
 
 async def test_a_shadow_needs_no_mail_server() -> None:
     with being("shadow"):
-        refused, _ = await by_send(free_port())
+        refused, _ = await by_send(find_free_port())
     with being("live") as found, pytest.raises(aiosmtplib.SMTPConnectError):
-        await by_send(free_port())
+        await by_send(find_free_port())
 
     assert not refused
     assert found[0]["error"] == "SMTPConnectError"
@@ -379,7 +379,7 @@ async def test_work_that_a_shadow_sends_off_stays_a_shadow_s_in_the_worker(redis
 
     await working(broker, done)
 
-    assert {name: (now.role, now.pair, now.recorded) for name, now in seen.items()} == {
+    assert {name: (now.role, now.pair, now.is_captured) for name, now in seen.items()} == {
         "async shadow": ("shadow", "pair-shadow", False),
         "sync shadow": ("shadow", "pair-shadow", False),
         "live": ("live", "pair-live", False),
@@ -423,11 +423,11 @@ async def test_a_broker_within_the_process_leaves_the_request_as_it_is() -> None
 async def test_a_role_that_can_t_be_read_is_a_shadow_s(
     carried: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    token = CURRENT.set(OUTSIDE)
+    token = CURRENT_CONTEXT.set(NO_REQUEST)
     abreast.adopt(carried)
     unreadable = abreast.is_shadow()
     abreast.adopt("")
-    CURRENT.reset(token)
+    CURRENT_CONTEXT.reset(token)
 
     assert unreadable
     assert "can't be read" in caplog.text

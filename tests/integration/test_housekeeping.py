@@ -17,22 +17,22 @@ from msgspec import structs
 from psycopg.types.json import Jsonb
 from structlog.testing import capture_logs
 
-from abreast.join import SERVICES, reports
-from abreast_sidecar.compare import Judgement
+from abreast.join import SERVICES_KEY, reports_key
+from abreast_sidecar.compare import ComparisonResult
 from abreast_sidecar.embedded import RedisServer
-from abreast_sidecar.housekeeping import Housekeeping, envoy
-from abreast_sidecar.housekeeping.clocks import surely
-from abreast_sidecar.housekeeping.envoy import bring_envoy
+from abreast_sidecar.housekeeping import JobRunner, envoy
+from abreast_sidecar.housekeeping.clocks import conservative_now
+from abreast_sidecar.housekeeping.envoy import collect_envoy_counts
 from abreast_sidecar.housekeeping.examples import trim_examples
-from abreast_sidecar.housekeeping.latency import find_slow
-from abreast_sidecar.housekeeping.missing import find_missing
-from abreast_sidecar.housekeeping.reports import bring_reports
+from abreast_sidecar.housekeeping.latency import detect_slowdowns
+from abreast_sidecar.housekeeping.missing import detect_unanswered
+from abreast_sidecar.housekeeping.reports import collect_reports
 from abreast_sidecar.housekeeping.retention import drop_days, open_days
-from abreast_sidecar.read import connect
+from abreast_sidecar.read import connect_redis
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import Judged, Ledger
+from abreast_sidecar.store import PairRecord, PairWriter
 from abreast_sidecar.store.database import Connection, Database
-from abreast_sidecar.store.queries import Queries
+from abreast_sidecar.store.queries import LedgerReader
 from abreast_sidecar.store.results import Window
 from support import eventually_async
 from support_envoy import abreast
@@ -61,10 +61,10 @@ async def connection(url: str) -> AsyncIterator[Connection]:
 async def test_the_sum_of_a_shard_goes_on_when_redis_lost_its_data(connection: Connection, url: str) -> None:
     for expected in (4, 8, 12):
         with RedisServer() as server:
-            client = connect(server.url)
+            client = connect_redis(server.url)
             send(server.url, [*pair_of(), *pair_of()])
-            await bring_reports(connection, client)
-            await bring_reports(connection, client)
+            await collect_reports(connection, client)
+            await collect_reports(connection, client)
             await client.aclose()
 
         report = one(url, "select report from abreast.shard_report")
@@ -75,18 +75,18 @@ async def test_reports_of_processes_are_written_and_leave_when_stale(
     connection: Connection, redis_url: str, url: str
 ) -> None:
     with redis.Redis.from_url(redis_url) as sync:
-        sync.hset(SERVICES, SERVICE, "1")
+        sync.hset(SERVICES_KEY, SERVICE, "1")
         told = {"fresh": {"dropped": {"queue_bytes": 3}}, "stale": {"note": "a\0b"}}
-        sync.hset(reports(SERVICE), mapping={name: orjson.dumps(report) for name, report in told.items()})
-        sync.hset(reports(SERVICE), "broken", b"{not json")
-        client = connect(redis_url)
-        await bring_reports(connection, client)
+        sync.hset(reports_key(SERVICE), mapping={name: orjson.dumps(report) for name, report in told.items()})
+        sync.hset(reports_key(SERVICE), "broken", b"{not json")
+        client = connect_redis(redis_url)
+        await collect_reports(connection, client)
         await connection.execute(
             "update abreast.process_report set seen = seen - interval '2 hours' where id = 'stale'"
         )
-        await bring_reports(connection, client)
+        await collect_reports(connection, client)
         await client.aclose()
-        left = sync.hkeys(reports(SERVICE))
+        left = sync.hkeys(reports_key(SERVICE))
 
     found = dict(rows(url, "select id, report from abreast.process_report"))
     assert found["fresh"] == {"dropped": {"queue_bytes": 3}}
@@ -113,8 +113,8 @@ async def test_reports_of_what_is_no_more_become_one_and_their_sum_stays(
     found = []
     for days in (36, 14, 14):
         await drop_days(connection, retention_days=days)
-        (accounts,) = await Queries(database).accounts(SERVICE)
-        drops = {one.reason: one.count for one in await Queries(database).drops(SERVICE)}
+        (accounts,) = await LedgerReader(database).read_accounts(SERVICE)
+        drops = {one.reason: one.count for one in await LedgerReader(database).list_drops(SERVICE)}
         found.append((drops, accounts.envoy_sampled, accounts.not_sent))
     await database.close()
 
@@ -127,7 +127,7 @@ async def test_releases_of_which_no_pair_is_kept_become_one_and_their_sum_stays(
     connection: Connection, url: str
 ) -> None:
     now = int(time.time() * 1000)
-    ledger = Ledger(url, examples_per_finding=1)
+    ledger = PairWriter(url, examples_per_finding=1)
     for age in (30, 29, 20, 1, 0):
         releases = ("old-1", f"new-{age}")
         await ledger.write(
@@ -152,7 +152,7 @@ async def test_releases_of_which_no_pair_is_kept_become_one_and_their_sum_stays(
 async def test_days_ahead_are_open_and_old_ones_go_with_all_that_hangs_on_them(
     connection: Connection, url: str
 ) -> None:
-    ledger = Ledger(url, examples_per_finding=3)
+    ledger = PairWriter(url, examples_per_finding=3)
     now = int(time.time() * 1000)
     for age in (0, 3, 20):
         await ledger.write([judged([difference()], at=now - age * DAY)])
@@ -174,8 +174,8 @@ async def test_what_time_it_is_says_the_clock_that_is_behind(
 ) -> None:
     now = dt.datetime.now(dt.UTC)
     with capture_logs() as logs:
-        found = await surely(connection, now + apart)
-        await surely(connection)
+        found = await conservative_now(connection, now + apart)
+        await conservative_now(connection)
 
     assert abs(found - min(now, now + apart)) < dt.timedelta(minutes=1)
     assert [one["log_level"] for one in logs] == ["warning"]
@@ -184,7 +184,7 @@ async def test_what_time_it_is_says_the_clock_that_is_behind(
 async def test_examples_together_stay_below_a_size_and_open_findings_keep_one(
     connection: Connection, url: str
 ) -> None:
-    ledger = Ledger(url, examples_per_finding=3)
+    ledger = PairWriter(url, examples_per_finding=3)
     for path in ("$.a", "$.b", "$.gone"):
         await ledger.write(
             [
@@ -196,8 +196,8 @@ async def test_examples_together_stay_below_a_size_and_open_findings_keep_one(
     with psycopg.connect(url) as made:
         made.execute("update abreast.finding set status = 'expected' where path = '$.gone'")
 
-    assert await trim_examples(connection, most=100_000) == 0
-    assert await trim_examples(connection, most=12_000) == 3  # three of 3,000 bytes
+    assert await trim_examples(connection, max_bytes=100_000) == 0
+    assert await trim_examples(connection, max_bytes=12_000) == 3  # three of 3,000 bytes
     sizes = "select octet_length(captures) / 1000 from abreast.example order by 1"
     assert [size for (size,) in rows(url, sizes)] == [1, 1, 1, 2, 2, 2]
     await asyncio.gather(*(trimmed(url, 0) for _ in range(2)))
@@ -210,14 +210,14 @@ async def trimmed(url: str, most: int) -> None:
     database = Database(url)
     await database.open()
     async with database.connection() as connection:
-        await trim_examples(connection, most=most)
+        await trim_examples(connection, max_bytes=most)
     await database.close()
 
 
 async def test_days_that_take_too_much_go_the_oldest_first_and_never_today(
     connection: Connection, url: str
 ) -> None:
-    ledger = Ledger(url, examples_per_finding=3)
+    ledger = PairWriter(url, examples_per_finding=3)
     now = int(time.time() * 1000)
     for age in (0, 1, 2, 3):
         await ledger.write([judged(at=now - age * DAY) for _ in range(50)])
@@ -251,14 +251,14 @@ async def test_days_that_take_too_much_go_the_oldest_first_and_never_today(
 
 
 async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Connection, url: str) -> None:
-    ledger = Ledger(url, examples_per_finding=3)
+    ledger = PairWriter(url, examples_per_finding=3)
     await ledger.write(
         [timed(f"s{n}", "/slow", 20_000, 60_000 + n) for n in range(100)]
         + [timed(f"e{n}", "/equal", 20_000 + n % 7 * 100, 20_000 + n % 5 * 100) for n in range(100)]
     )
     await ledger.close()
-    found = await find_slow(connection)
-    await find_slow(connection)
+    found = await detect_slowdowns(connection)
+    await detect_slowdowns(connection)
 
     assert found == 1
     query = "select route, part, path, kind, count, detail from abreast.finding join abreast.endpoint on endpoint.id = endpoint_id"
@@ -271,20 +271,20 @@ async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Con
 async def test_what_one_release_was_slower_in_is_not_said_of_the_next(
     connection: Connection, url: str
 ) -> None:
-    ledger = Ledger(url, examples_per_finding=3)
+    ledger = PairWriter(url, examples_per_finding=3)
     await ledger.write([timed(f"s{n}", "/", 20_000, 60_000 + n, release="1") for n in range(100)])
-    assert await find_slow(connection) == 1
+    assert await detect_slowdowns(connection) == 1
 
     await ledger.write([timed(f"f{n}", "/", 20_000 + n, 20_000 + n, release="2") for n in range(100)])
     await ledger.close()
-    assert await find_slow(connection) == 0
+    assert await detect_slowdowns(connection) == 0
 
 
 async def test_new_is_held_against_copies_of_old_where_there_are_enough(
     connection: Connection, url: str
 ) -> None:
     """Of two kinds of requests, those that a cache answers are quick in copies, and others as slow as ever."""
-    ledger = Ledger(url, examples_per_finding=3)
+    ledger = PairWriter(url, examples_per_finding=3)
     await ledger.write(
         [timed(f"c{n}", "/copies", 20_000, 60_000 + n, baseline_us=60_000 + n % 7) for n in range(100)]
         + [
@@ -305,7 +305,7 @@ async def test_new_is_held_against_copies_of_old_where_there_are_enough(
     )
     await ledger.close()
 
-    assert await find_slow(connection) == 2
+    assert await detect_slowdowns(connection) == 2
     query = "select route, detail->'ratio' from abreast.finding join abreast.endpoint on endpoint.id = endpoint_id order by 1"
     assert rows(url, query) == [
         ("/few", pytest.approx(3, abs=0.01)),
@@ -318,7 +318,7 @@ async def test_nothing_is_said_of_times_while_copies_are_to_come(connection: Con
         b"insert into abreast.traffic (service, new_share, sample_safe, sample_unsafe, baseline_share) "
         b"values ('shop', 0, 1000000, 0, 100000)"
     )
-    ledger = Ledger(url, examples_per_finding=3)
+    ledger = PairWriter(url, examples_per_finding=3)
     await ledger.write(
         [
             timed(f"f{n}", "/few", 20_000, 60_000 + n, baseline_us=60_000 if n >= 90 else None)
@@ -326,12 +326,12 @@ async def test_nothing_is_said_of_times_while_copies_are_to_come(connection: Con
         ]
         + [timed(f"e{n}", "/fast", 20_000, 20_000 + n, baseline_us=20_000) for n in range(100)]
     )
-    assert await find_slow(connection) == 0
+    assert await detect_slowdowns(connection) == 0
     assert (await counted(url))["GET /few"] == 0
 
     await ledger.write([timed(f"g{n}", "/few", 20_000, 200_000 + n, baseline_us=60_000) for n in range(100)])
     await ledger.close()
-    assert await find_slow(connection) == 1
+    assert await detect_slowdowns(connection) == 1
     assert (await counted(url))["GET /few"] > 0
 
 
@@ -340,14 +340,14 @@ async def counted(url: str) -> dict[str, int]:
     database = Database(url)
     await database.open()
     try:
-        found = await Queries(database).evidence("shop", Window(), 0.1, all_releases=True)
+        found = await LedgerReader(database).read_evidence("shop", Window(), 0.1, all_releases=True)
         return {one.endpoint: one.timed for one in found.endpoints}
     finally:
         await database.close()
 
 
 async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Connection, url: str) -> None:
-    ledger = Ledger(url, examples_per_finding=1)
+    ledger = PairWriter(url, examples_per_finding=1)
     hanging = [judged(route="/hangs", outcome="only_old") for _ in range(12)]
     lossy = [
         judged(route="/lossy", outcome=outcome) for outcome in ("only_old", "only_new") for _ in range(12)
@@ -356,26 +356,26 @@ async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Conne
     await ledger.write([*hanging, *lossy, *rare])
     await ledger.close()
 
-    assert await find_missing(connection) == 1
-    assert await find_missing(connection) == 1
+    assert await detect_unanswered(connection) == 1
+    assert await detect_unanswered(connection) == 1
     query = "select route, part, path, impact, count from abreast.finding join abreast.endpoint on endpoint.id = endpoint_id"
     assert rows(url, query) == [("/hangs", "error", "no capture", "breaking", 12)]
 
 
 def timed(
     pair: str, route: str, old_us: int, new_us: int, *, release: str = "new-1", baseline_us: int | None = None
-) -> Judged:
+) -> PairRecord:
     plain = judged(
         pair=pair, route=route, releases=("old-1", release), baseline_compared=baseline_us is not None
     )
-    known: Judgement = plain.judgement
+    known: ComparisonResult = plain.result
     assert known.old is not None
     assert known.new is not None
     old, new = structs.replace(known.old, total_us=old_us), structs.replace(known.new, total_us=new_us)
     timed_ = structs.replace(known, old=old, new=new)
     if baseline_us is not None:
         timed_ = structs.replace(timed_, baseline=structs.replace(old, role="baseline", total_us=baseline_us))
-    return Judged(plain.service, plain.entry, plain.at, plain.pair, timed_, plain.blobs)
+    return PairRecord(plain.service, plain.entry_id, plain.time_ms, plain.pair_id, timed_, plain.blobs)
 
 
 async def test_envoy_counts_each_sampled_request_once_whatever_becomes_of_it(
@@ -410,7 +410,7 @@ async def test_envoy_counts_each_sampled_request_once_whatever_becomes_of_it(
 
 async def counts_to(connection: Connection, url: str, address: str, expected: int) -> None:
     async def counted() -> bool:
-        await bring_envoy(connection, address)
+        await collect_envoy_counts(connection, address)
         return bool(one(url, "select sum((totals->>'sampled')::int) from abreast.envoy_report") == expected)
 
     await eventually_async(counted, what=f"envoy's count is {expected}")
@@ -427,7 +427,7 @@ async def test_envoys_sum_goes_on_over_its_restart(connection: Connection, url: 
         for _ in range(3):
             await running_.client.get("/x")
         await counts_to(connection, url, running_.server.admin_url, 8)
-        await bring_envoy(connection, running_.server.admin_url)
+        await collect_envoy_counts(connection, running_.server.admin_url)
 
     assert rows(url, "select (totals->>'sampled')::int from abreast.envoy_report") == [(8,)]
 
@@ -446,8 +446,8 @@ async def test_a_sidecar_that_begins_after_a_jump_of_one_clock_counts_nothing_of
         await running_.client.get("/x")
         await counts_to(connection, url, running_.server.admin_url, 1)
         await connection.execute(jump)
-        monkeypatch.setattr(envoy, "WATCHED", {})
-        await bring_envoy(connection, running_.server.admin_url)
+        monkeypatch.setattr(envoy, "LAST_UPTIMES", {})
+        await collect_envoy_counts(connection, running_.server.admin_url)
 
     assert rows(url, "select (totals->>'sampled')::int from abreast.envoy_report") == [(1,)]
 
@@ -463,8 +463,8 @@ async def test_two_housekeepers_at_once_count_nothing_twice(redis_url: str, url:
 
 
 @asynccontextmanager
-async def keeping(settings: Settings) -> AsyncIterator[Housekeeping]:
-    made, stop = Housekeeping(settings), asyncio.Event()
+async def keeping(settings: Settings) -> AsyncIterator[JobRunner]:
+    made, stop = JobRunner(settings), asyncio.Event()
     task = asyncio.create_task(made.run(stop))
     try:
         yield made
@@ -490,7 +490,7 @@ async def test_housekeeping_starts_without_any_server_and_stops() -> None:
     )
     async with keeping(settings) as housekeeping:
         await asyncio.sleep(0.5)
-        assert housekeeping.alive
-        assert housekeeping.last_beat == 0.0
+        assert housekeeping.is_running
+        assert housekeeping.last_heartbeat == 0.0
 
-    assert not housekeeping.alive
+    assert not housekeeping.is_running

@@ -14,7 +14,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abreast.join import JOIN, Bounds, Keys, join_arguments, shard_of
+from abreast.join import JOIN_SCRIPT, Keys, Limits, join_arguments, shard_of
 from support import eventually
 
 pytestmark = pytest.mark.redis
@@ -33,9 +33,9 @@ def client(redis_url: str) -> Iterator[Any]:  # redis-py's types say that replie
         yield connection
 
 
-def join(client: Any, rows: list[Row], bounds: Bounds | None = None) -> list[int]:
-    names, arguments = join_arguments(KEYS, bounds or Bounds(), rows)
-    reply: list[int] = client.eval(JOIN, len(names), *names, *arguments)
+def join(client: Any, rows: list[Row], bounds: Limits | None = None) -> list[int]:
+    names, arguments = join_arguments(KEYS, bounds or Limits(), rows)
+    reply: list[int] = client.eval(JOIN_SCRIPT, len(names), *names, *arguments)
     return reply
 
 
@@ -89,7 +89,7 @@ def test_with_a_baseline_three_copies_are_waited_for(client: Any) -> None:
 
 def test_the_deadline_is_by_the_clock_of_redis(client: Any) -> None:
     seconds, microseconds = client.time()
-    join(client, rows(1)[:1], Bounds(wait_ms=5000))
+    join(client, rows(1)[:1], Limits(wait_ms=5000))
     now = seconds * 1000 + microseconds // 1000
 
     assert now + 5000 <= client.zscore(KEYS.due, "p0") <= now + 6000
@@ -131,10 +131,10 @@ def test_a_key_that_is_no_pair_stops_no_batch(client: Any) -> None:
 
 
 def test_what_was_moved_is_forgotten_in_time_and_in_number(client: Any) -> None:
-    join(client, rows(20), Bounds(remember=5))
+    join(client, rows(20), Limits(max_remembered_ids=5))
     kept = client.zrange(KEYS.joined, 0, -1)
     eventually(
-        lambda: join(client, [], Bounds(remember_ms=1)) == [0] * 5 and client.zcard(KEYS.joined) == 0,
+        lambda: join(client, [], Limits(remember_ms=1)) == [0] * 5 and client.zcard(KEYS.joined) == 0,
         what="moved pairs are forgotten",
     )
 
@@ -185,7 +185,7 @@ def test_pairs_are_bounded_and_what_is_refused_is_counted(client: Any, order: li
     client.flushall()
     refused = 0
     for row in order:
-        refused += join(client, [row], Bounds(pairs=most))[3]
+        refused += join(client, [row], Limits(max_pairs=most))[3]
 
         assert client.zcard(KEYS.due) <= most
         assert client.zcard(KEYS.due) + client.xlen(KEYS.ready) <= most
@@ -201,7 +201,7 @@ def test_pairs_are_bounded_and_what_is_refused_is_counted(client: Any, order: li
 def test_bytes_are_bounded_and_what_is_refused_is_counted(client: Any, sizes: list[int], most: int) -> None:
     client.flushall()
     batch: list[Row] = [(f"p{n // 2}", SLOTS[2][n % 2], 2, bytes(size)) for n, size in enumerate(sizes)]
-    reply = join(client, batch, Bounds(bytes=most))
+    reply = join(client, batch, Limits(max_bytes=most))
 
     counted = stats(client)
     assert counted.get("bytes", 0) <= most
@@ -210,7 +210,7 @@ def test_bytes_are_bounded_and_what_is_refused_is_counted(client: Any, sizes: li
 
 
 def test_room_that_was_made_is_used_again(client: Any) -> None:
-    bounds = Bounds(pairs=1)
+    bounds = Limits(max_pairs=1)
     full = [join(client, rows(1), bounds), join(client, [("p1", "old:live:1", 1, b"")], bounds)]
     client.xtrim(KEYS.ready, maxlen=0)  # as the sidecar does when it is done
 
@@ -219,7 +219,7 @@ def test_room_that_was_made_is_used_again(client: Any) -> None:
 
 
 def test_of_a_refused_pair_no_copy_is_taken_also_when_there_is_room_again(client: Any) -> None:
-    bounds = Bounds(pairs=1)
+    bounds = Limits(max_pairs=1)
     join(client, rows(1), bounds)
     replies = [join(client, rows(2)[2:3], bounds)]
     client.xtrim(KEYS.ready, maxlen=0)
@@ -232,7 +232,7 @@ def test_of_a_refused_pair_no_copy_is_taken_also_when_there_is_room_again(client
 def test_a_pair_that_was_taken_has_room_for_its_other_copy(client: Any) -> None:
     first, second = rows(1)
     other = ("other", *first[1:])
-    bounds = Bounds(pairs=2, bytes=60)  # for four captures, roughly
+    bounds = Limits(max_pairs=2, max_bytes=60)  # for four captures, roughly
     replies = [join(client, [row], bounds) for row in (first, other, second)]
 
     assert [reply[0] for reply in replies] == [1, 1, 1]
@@ -240,7 +240,7 @@ def test_a_pair_that_was_taken_has_room_for_its_other_copy(client: Any) -> None:
 
 
 def test_all_keys_of_a_shard_have_one_hash_tag() -> None:
-    names, _ = join_arguments(KEYS, Bounds(), rows(3))
+    names, _ = join_arguments(KEYS, Limits(), rows(3))
 
     assert {name[name.index("{") : name.index("}") + 1] for name in names} == {"{shop/0}"}
 

@@ -345,7 +345,7 @@ async def test_websockets_pass_untouched(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
 
     assert await talk(middleware) == await talk(app)
-    assert middleware.backlog.captured == 0
+    assert middleware.queue.captured_count == 0
 
 
 async def test_a_scope_may_bring_its_headers_in_any_iterable(redis_url: str) -> None:
@@ -359,7 +359,7 @@ async def test_a_scope_may_bring_its_headers_in_any_iterable(redis_url: str) -> 
     await middleware.aclose()
 
     assert sent[0]["headers"][0] == (b"host", b"shop.example")
-    assert middleware.backlog.shipped == 1
+    assert middleware.queue.shipped_count == 1
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ async def test_marks_that_are_not_understood_are_left_alone(wrong: dict[str, str
     sent, _ = await call(middleware, http_scope("/plain", headers={**marks(pair_id()), **wrong}))
 
     assert sent == (await call(app, http_scope("/plain")))[0]
-    assert middleware.backlog.captured == 0
+    assert middleware.queue.captured_count == 0
 
 
 async def test_nothing_is_recorded_when_it_is_switched_off(redis_url: str) -> None:
@@ -389,7 +389,7 @@ async def test_nothing_is_recorded_when_it_is_switched_off(redis_url: str) -> No
     sent, _ = await call(middleware, http_scope("/plain", headers=marks(pair_id())))
 
     assert sent == (await call(app, http_scope("/plain")))[0]
-    assert middleware.backlog.captured == 0
+    assert middleware.queue.captured_count == 0
 
 
 async def test_an_app_within_an_app_is_recorded_once(redis_url: str) -> None:
@@ -406,7 +406,7 @@ async def test_the_background_task_runs_after_the_answer_was_shipped(redis_url: 
     shipped_before: list[int] = []
 
     async def task() -> None:
-        shipped_before.append(middleware.backlog.captured)
+        shipped_before.append(middleware.queue.captured_count)
 
     async def endpoint(_request: Request) -> Response:
         return PlainTextResponse("done", background=BackgroundTask(task))

@@ -63,8 +63,13 @@ async def test_the_request_is_in_it(redis_url: str) -> None:
     assert request.route == "/v1/products/{id}"
     assert [name for name, _ in request.headers] == ["host", "accept", "authorization"]
     assert request.headers[2][1].startswith("hmac:")
-    assert (request.body.held, request.body.length) == (b"onetwo", 6)
-    assert (capture.version, capture.role, capture.attempt, capture.arms) == ("old", "live", 2, 2)
+    assert (request.body.content, request.body.length) == (b"onetwo", 6)
+    assert (capture.version, capture.role, capture.attempt, capture.expected_captures) == (
+        "old",
+        "live",
+        2,
+        2,
+    )
     assert (capture.service, capture.release) == ("shop", "r1")
 
 
@@ -76,8 +81,8 @@ async def test_the_answer_is_in_it_without_our_tags(redis_url: str) -> None:
 
     assert capture.answer.status == 201
     assert capture.answer.headers == (("x-twice", "1"), ("x-twice", "2"), ("x-latin", "ü"))
-    assert (capture.answer.body.held, capture.answer.body.length) == (b"ab", 2)
-    assert (capture.complete, capture.client_left, capture.raised) == (True, False, "")
+    assert (capture.answer.body.content, capture.answer.body.length) == (b"ab", 2)
+    assert (capture.complete, capture.client_left, capture.exception) == (True, False, "")
 
 
 async def test_times_are_of_the_answer_and_not_of_what_follows(redis_url: str) -> None:
@@ -94,7 +99,7 @@ async def test_times_are_of_the_answer_and_not_of_what_follows(redis_url: str) -
     assert capture.first_byte_us is not None
     assert 20_000 <= capture.first_byte_us <= capture.total_us - 20_000
     assert capture.total_us < 450_000
-    assert before - 0.01 <= capture.started <= before + 0.2
+    assert before - 0.01 <= capture.started_at <= before + 0.2
 
 
 @pytest.mark.parametrize("limit", [0, 10, 100_000])
@@ -112,7 +117,7 @@ async def test_of_a_long_body_the_beginning_and_a_digest_are_held(
     (capture,) = await captures(redis_url)
 
     recorded = capture.answer.body
-    assert (recorded.length, recorded.held) == (len(whole), whole[:limit])
+    assert (recorded.length, recorded.content) == (len(whole), whole[:limit])
     assert recorded.fingerprint() == digest(whole)
 
 
@@ -125,7 +130,7 @@ async def test_the_body_of_a_request_is_limited_too(redis_url: str) -> None:
 
     capture = await captured(app, redis_url, sampled(method="POST"), body=[MEGABYTE] * 3)
 
-    assert (capture.request.body.length, len(capture.request.body.held)) == (3 * len(MEGABYTE), 256 * 1024)
+    assert (capture.request.body.length, len(capture.request.body.content)) == (3 * len(MEGABYTE), 256 * 1024)
     assert capture.request.body.digest == digest(MEGABYTE * 3)
 
 
@@ -137,7 +142,7 @@ async def test_a_buffer_that_the_app_uses_again_is_copied(redis_url: str) -> Non
         buffer[:] = b"later"
         await send(body())
 
-    assert (await captured(app, redis_url, sampled())).answer.body.held == b"first"
+    assert (await captured(app, redis_url, sampled())).answer.body.content == b"first"
 
 
 async def test_head_has_no_body_whatever_the_app_gives(redis_url: str) -> None:
@@ -167,7 +172,7 @@ async def test_files_are_read_even_if_they_are_gone_at_once(redis_url: str, tmp_
     recorded = (await captured(app, redis_url, sampled())).answer.body
 
     assert (recorded.length, recorded.digest) == (len(MEGABYTE) + 3, digest(MEGABYTE + b"end"))
-    assert recorded.held == MEGABYTE[: 256 * 1024]
+    assert recorded.content == MEGABYTE[: 256 * 1024]
 
 
 async def test_parts_of_files_are_read_in_order(redis_url: str, tmp_path: Path) -> None:
@@ -184,7 +189,7 @@ async def test_parts_of_files_are_read_in_order(redis_url: str, tmp_path: Path) 
             await send({"type": "http.response.zerocopysend", **part})
             await send(body(b">"))
 
-    assert (await captured(app, redis_url, sampled())).answer.body.held == b"<789123>"
+    assert (await captured(app, redis_url, sampled())).answer.body.content == b"<789123>"
 
 
 async def test_descriptors_are_given_back(redis_url: str, tmp_path: Path) -> None:
@@ -197,7 +202,7 @@ async def test_descriptors_are_given_back(redis_url: str, tmp_path: Path) -> Non
     await middleware.aclose()
 
     assert file not in _open_files()
-    assert middleware.backlog.captured == 200
+    assert middleware.queue.captured_count == 200
 
 
 def _open_files() -> set[Path]:
@@ -223,7 +228,7 @@ async def test_what_can_not_be_read_again_is_dropped_and_counted(redis_url: str)
     await middleware.aclose()
 
     assert (len(sent), raised) == (2, None)
-    assert middleware.backlog.dropped == {"capture_error": 1}
+    assert middleware.queue.drop_counts == {"capture_error": 1}
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -239,7 +244,7 @@ async def test_an_app_that_raises_is_recorded_and_raises_on(after: int, redis_ur
     (capture,) = await captures(redis_url)
 
     assert repr(raised) == "KeyError('unchanged')"
-    assert (capture.raised, capture.complete) == ("KeyError", False)
+    assert (capture.exception, capture.complete) == ("KeyError", False)
     assert capture.answer.status == (200 if after else 0)
     assert (capture.first_byte_us is None) == (after == 0)
 
@@ -260,7 +265,7 @@ async def test_a_cancelled_request_is_recorded(redis_url: str) -> None:
     (capture,) = await captures(redis_url)
 
     assert isinstance(raised, asyncio.CancelledError)
-    assert (capture.raised, capture.complete) == ("CancelledError", False)
+    assert (capture.exception, capture.complete) == ("CancelledError", False)
 
 
 async def test_a_client_that_leaves_is_noticed(redis_url: str) -> None:
@@ -297,16 +302,16 @@ async def test_an_answer_that_goes_on_is_captured_in_time_and_reaches_its_client
 
     assert [one.get("body") for one in sent[1:]] == [one["body"] for one in chunks] + [b""]
     assert isinstance(raised, KeyError)
-    assert (capture.going_on, capture.complete, capture.client_left, capture.raised) == (
+    assert (capture.truncated_by_deadline, capture.complete, capture.client_left, capture.exception) == (
         True,
         False,
         False,
         "",
     )
-    assert capture.answer.body.held.startswith(b"0\n1\n")
-    assert capture.answer.body.whole
+    assert capture.answer.body.content.startswith(b"0\n1\n")
+    assert capture.answer.body.is_complete
     assert 0.15e6 < capture.total_us < 0.6e6
-    assert len(capture.answer.body.held) < len(b"".join(one["body"] for one in chunks))
+    assert len(capture.answer.body.content) < len(b"".join(one["body"] for one in chunks))
 
 
 async def test_an_answer_of_several_chunks_that_ends_in_time_is_captured_once_and_whole(
@@ -319,7 +324,11 @@ async def test_an_answer_of_several_chunks_that_ends_in_time_is_captured_once_an
     await middleware.aclose()
     (capture,) = await captures(redis_url)
 
-    assert (capture.going_on, capture.complete, capture.answer.body.held) == (False, True, b"ab")
+    assert (capture.truncated_by_deadline, capture.complete, capture.answer.body.content) == (
+        False,
+        True,
+        b"ab",
+    )
 
 
 async def test_a_send_that_fails_means_that_the_client_left(redis_url: str) -> None:
@@ -335,13 +344,13 @@ async def test_a_send_that_fails_means_that_the_client_left(redis_url: str) -> N
     await middleware.aclose()
     (capture,) = await captures(redis_url)
 
-    assert (capture.client_left, capture.complete, capture.raised) == (True, False, "BrokenPipeError")
+    assert (capture.client_left, capture.complete, capture.exception) == (True, False, "BrokenPipeError")
 
 
 async def test_an_app_that_never_answers_is_recorded(redis_url: str) -> None:
     capture = await captured(answering(), redis_url, sampled())
 
-    assert (capture.answer.status, capture.complete, capture.raised) == (0, False, "")
+    assert (capture.answer.status, capture.complete, capture.exception) == (0, False, "")
 
 
 async def test_a_background_task_that_raises_is_not_part_of_the_answer(redis_url: str) -> None:
@@ -353,7 +362,7 @@ async def test_a_background_task_that_raises_is_not_part_of_the_answer(redis_url
 
     capture = await captured(Starlette(routes=[Route("/", endpoint)]), redis_url, sampled())
 
-    assert (capture.complete, capture.raised) == (True, "")
+    assert (capture.complete, capture.exception) == (True, "")
 
 
 async def test_both_versions_hash_secrets_alike_without_a_key_being_set(redis_url: str) -> None:
@@ -390,5 +399,5 @@ async def test_faults_of_ours_are_counted_and_never_reach_the_app(
 
     assert raised is None
     assert len(sent) == 2
-    assert middleware.backlog.dropped == {reason: 1}
-    assert middleware.rescue.counts.total() == 1
+    assert middleware.queue.drop_counts == {reason: 1}
+    assert middleware.report_error.counts.total() == 1

@@ -77,7 +77,7 @@ async def test_chunks_of_a_stream_are_not_held_back(http: str, redis_url: str) -
     (capture,) = await captures(redis_url)
 
     assert chunks == ["0\n", "1\n", "2\n"]
-    assert capture.answer.body.held == b"0\n1\n2\n"
+    assert capture.answer.body.content == b"0\n1\n2\n"
     assert capture.complete
 
 
@@ -97,7 +97,7 @@ async def test_a_client_that_leaves_server_sent_events_is_noticed(http: str, red
 
     assert first == "data: 1"
     assert (capture.client_left, capture.complete) == (True, False)
-    assert capture.answer.body.held.startswith(b"data: 1\n\n")
+    assert capture.answer.body.content.startswith(b"data: 1\n\n")
 
 
 async def test_connections_are_kept_alive(http: str, redis_url: str) -> None:
@@ -127,7 +127,7 @@ async def test_it_may_also_be_put_around_an_app(http: str, redis_url: str) -> No
 
     assert answer.json() == {"item": 7}
     assert capture.request.route == "/items/{item}"
-    assert around.backlog.shipped == 1
+    assert around.queue.shipped_count == 1
 
 
 async def test_without_lifespan_it_works_too(http: str, redis_url: str) -> None:

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 from msgspec.structs import replace
 
-from abreast_sidecar.compare import Difference, Rules, judge
-from abreast_sidecar.housekeeping.noise import decide_noise
-from abreast_sidecar.store import Judged, Ledger
+from abreast_sidecar.compare import CompareOptions, Difference, compare_pair
+from abreast_sidecar.housekeeping.noise import classify_findings
+from abreast_sidecar.store import PairRecord, PairWriter
 from abreast_sidecar.store.database import Connection, Database
 from captures import capture
 from support_pairs import difference, judged, one, rows
@@ -29,8 +29,8 @@ def url(postgres_url: str) -> str:
 
 
 @pytest.fixture
-async def ledger(url: str) -> AsyncIterator[Ledger]:
-    made = Ledger(url, examples_per_finding=3)
+async def ledger(url: str) -> AsyncIterator[PairWriter]:
+    made = PairWriter(url, examples_per_finding=3)
     yield made
     await made.close()
 
@@ -56,7 +56,7 @@ def pairs(
     copies: bool = True,
     route: str = "/",
     releases: tuple[str, str] = ("old-1", "new-1"),
-) -> list[Judged]:
+) -> list[PairRecord]:
     """`noise` is what every tenth of them, which has a copy, shows of old against old."""
     return [
         judged(
@@ -78,7 +78,7 @@ def reason(url: str, path: str) -> str:
     return str(one(url, f"select reason from abreast.finding where path = '{path}'"))  # noqa: S608  # our own
 
 
-async def test_a_batch_leaves_what_it_takes_to_decide(ledger: Ledger, url: str) -> None:
+async def test_a_batch_leaves_what_it_takes_to_decide(ledger: PairWriter, url: str) -> None:
     batch = [
         judged([fresh(), PRICE], baseline_compared=True),
         judged([fresh(), fresh()]),
@@ -100,63 +100,65 @@ async def test_a_batch_leaves_what_it_takes_to_decide(ledger: Ledger, url: str) 
     ]
 
 
-async def test_what_new_does_and_old_never_is_real(ledger: Ledger, connection: Connection, url: str) -> None:
+async def test_what_new_does_and_old_never_is_real(
+    ledger: PairWriter, connection: Connection, url: str
+) -> None:
     await ledger.write([*pairs(300), *pairs(300, [PRICE])])
     assert states(url) == {"$.price": "undecided"}
 
-    assert await decide_noise(connection) == 1
+    assert await classify_findings(connection) == 1
     assert states(url) == {"$.price": "real"}
     assert reason(url, "$.price") == "new differs in 300 of 600, old from itself in 0 of 60: more than chance"
 
 
 async def test_one_accidental_difference_of_old_hides_no_frequent_regression(
-    ledger: Ledger, connection: Connection, url: str
+    ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     await ledger.write([judged(noise=[PRICE], route="/"), *pairs(400), *pairs(400, [PRICE])])
-    await decide_noise(connection)
+    await classify_findings(connection)
 
     assert rows(url, "select baseline_count from abreast.finding") == [(1,)]
     assert states(url) == {"$.price": "real"}
 
 
 async def test_what_differs_as_often_within_old_is_noise(
-    ledger: Ledger, connection: Connection, url: str
+    ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     counter = difference("$.views", old="7", new="8")
     await ledger.write([*pairs(100, [fresh()], noise=[fresh()]), *pairs(100, [counter], noise=[counter])])
-    await decide_noise(connection)
+    await classify_findings(connection)
 
     assert states(url) == {"$.id": "noise", "$.views": "noise"}
 
 
 async def test_values_whose_shapes_explain_them_are_noise_without_copies(
-    ledger: Ledger, connection: Connection, url: str
+    ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     await ledger.write([judged([fresh(), PRICE]) for _ in range(3)])
-    await decide_noise(connection)
+    await classify_findings(connection)
 
     assert states(url) == {"$.id": "noise", "$.price": "undecided"}
     assert "old was never compared with itself" in reason(url, "$.price")
 
 
 async def test_a_field_that_is_always_noise_and_is_now_empty_is_real(
-    ledger: Ledger, connection: Connection, url: str
+    ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     emptied = difference("$.id", kind="type", impact="breaking", old='"a"', new="null")
     await ledger.write(pairs(300, [fresh()], noise=[fresh()]))
     await ledger.write(pairs(100, [emptied], noise=[fresh()]))
-    await decide_noise(connection)
+    await classify_findings(connection)
 
     found = rows(url, "select kind, state from abreast.finding order by kind")
     assert found == [("changed", "noise"), ("type", "real")]
 
 
 async def test_an_id_that_is_always_noise_and_now_and_then_empty_text_is_found(
-    ledger: Ledger, connection: Connection, url: str
+    ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     """From the answers on: what is compared, counted and decided."""
 
-    def answers(number: int) -> Judged:
+    def answers(number: int) -> PairRecord:
         old, new, again = (str(uuid.uuid4()) for _ in range(3))
         taken = [
             capture("old", {"id": old}),
@@ -164,10 +166,17 @@ async def test_an_id_that_is_always_noise_and_now_and_then_empty_text_is_found(
             *([capture("old", {"id": again}, role="baseline")] if number % 10 == 0 else []),
         ]
         pair = str(uuid.uuid4())
-        return Judged("shop", f"{number + 1}-0", 1_767_225_600_000 + number, pair, judge(taken, Rules()), ())
+        return PairRecord(
+            "shop",
+            f"{number + 1}-0",
+            1_767_225_600_000 + number,
+            pair,
+            compare_pair(taken, CompareOptions()),
+            (),
+        )
 
     await ledger.write([answers(number) for number in range(1000)])
-    await decide_noise(connection)
+    await classify_findings(connection)
 
     assert rows(url, "select path, kind, state, count from abreast.finding order by kind") == [
         ("$.id", "changed", "noise", 750),
@@ -177,7 +186,7 @@ async def test_an_id_that_is_always_noise_and_now_and_then_empty_text_is_found(
 
 @pytest.mark.parametrize(("factor", "expected"), [(1, "noise"), (10, "real")])
 async def test_a_number_that_is_always_noise_and_is_ten_times_as_large_is_found(
-    ledger: Ledger, connection: Connection, url: str, factor: int, expected: str
+    ledger: PairWriter, connection: Connection, url: str, factor: int, expected: str
 ) -> None:
     """From the answers on, in two releases of new of which the second is judged by its own pairs."""
     rng = random.Random(factor)
@@ -185,7 +194,7 @@ async def test_a_number_that_is_always_noise_and_is_ten_times_as_large_is_found(
     def took() -> dict[str, float]:
         return {"took_ms": rng.expovariate(0.02)}
 
-    def answers(number: int, factor: int, release: str) -> Judged:
+    def answers(number: int, factor: int, release: str) -> PairRecord:
         new = {"took_ms": took()["took_ms"] * factor}
         taken = [
             capture("old", took()),
@@ -193,11 +202,18 @@ async def test_a_number_that_is_always_noise_and_is_ten_times_as_large_is_found(
             *([capture("old", took(), role="baseline")] if number % 10 == 0 else []),
         ]
         pair = str(uuid.uuid4())
-        return Judged("shop", f"{number + 1}-0", 1_767_225_600_000 + number, pair, judge(taken, Rules()), ())
+        return PairRecord(
+            "shop",
+            f"{number + 1}-0",
+            1_767_225_600_000 + number,
+            pair,
+            compare_pair(taken, CompareOptions()),
+            (),
+        )
 
     await ledger.write([answers(number, 1, "1") for number in range(600)])
     await ledger.write([answers(number, factor, "2") for number in range(600)])
-    await decide_noise(connection)
+    await classify_findings(connection)
 
     found = rows(url, "select path, kind, state from abreast.finding where kind = 'changed'")
     assert found == [("$.took_ms", "changed", expected)]
@@ -210,7 +226,7 @@ async def test_a_number_that_is_always_noise_and_is_ten_times_as_large_is_found(
 
 
 async def test_a_token_that_is_the_same_for_all_is_real_and_a_host_name_is_not(
-    ledger: Ledger, connection: Connection, url: str
+    ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     def shown(number: int) -> list[Difference]:
         token = difference("$.token", old=f'"{uuid.uuid4()}"', new=f'"{uuid.UUID(int=7 << 64)}"')
@@ -218,14 +234,14 @@ async def test_a_token_that_is_the_same_for_all_is_real_and_a_host_name_is_not(
 
     noise = [fresh("$.token"), difference("$.host", old='"shop-1"', new='"shop-2"'), fresh()]
     await ledger.write([judged(shown(n), noise=noise, baseline_compared=True, route="/") for n in range(40)])
-    await decide_noise(connection)
+    await classify_findings(connection)
 
     assert states(url) == {"$.token": "real", "$.host": "noise", "$.id": "noise"}
     assert reason(url, "$.token") == "new says the same again in 39 of 39 turns, old in 0: more than chance"
 
 
 async def test_without_copies_a_lean_to_one_side_is_real_and_chance_is_not(
-    ledger: Ledger, connection: Connection, url: str
+    ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     lost = difference("$.stock", kind="removed", impact="breaking", old="0", new=None)
     gone, come = (
@@ -239,7 +255,7 @@ async def test_without_copies_a_lean_to_one_side_is_real_and_chance_is_not(
             *pairs(30, [come], copies=False),
         ]
     )
-    await decide_noise(connection)
+    await classify_findings(connection)
 
     assert states(url) == {"$.stock": "real", "$.badge": "undecided"}
 
@@ -248,80 +264,80 @@ VIEWS = difference("$.views", old="7", new="8")
 
 
 async def test_what_begins_in_one_release_is_not_diluted_by_those_before(
-    ledger: Ledger, connection: Connection, url: str
+    ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     for release in ("1", "2"):
         await ledger.write(pairs(900, releases=("a", release)))
         await ledger.write(pairs(300, [VIEWS], noise=[VIEWS], releases=("a", release)))
-    await decide_noise(connection)
+    await classify_findings(connection)
     assert states(url) == {"$.views": "noise"}
 
     await ledger.write(pairs(100, [VIEWS], releases=("a", "3")))
-    await decide_noise(connection)
+    await classify_findings(connection)
     assert states(url) == {"$.views": "real"}
     assert reason(url, "$.views").startswith("new differs in 100 of 100, old from itself in 60 of 250")
     assert reason(url, "$.views").endswith("in release 3")
 
 
 async def test_noise_that_a_release_of_old_ended_hides_nothing(
-    ledger: Ledger, connection: Connection, url: str
+    ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     await ledger.write(pairs(400, [VIEWS], noise=[VIEWS], releases=("a", "1")))
     await ledger.write(pairs(400, releases=("a", "1")))
-    await decide_noise(connection)
+    await classify_findings(connection)
     assert states(url) == {"$.views": "noise"}
 
     calm = [
         judged([VIEWS] * (n % 2), baseline_compared=True, route="/", releases=("b", "1")) for n in range(500)
     ]
     await ledger.write(calm[:20])
-    await decide_noise(connection)
+    await classify_findings(connection)
     assert states(url) == {"$.views": "noise"}  # too few copies of this release to go by
 
     await ledger.write(calm[20:])
-    await decide_noise(connection)
+    await classify_findings(connection)
     assert states(url) == {"$.views": "real"}
 
 
 async def test_a_regression_that_is_noise_in_a_later_release_is_noise_again(
-    ledger: Ledger, connection: Connection, url: str
+    ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     await ledger.write([*pairs(400, [VIEWS]), *pairs(50, noise=[VIEWS])])
-    await decide_noise(connection)
+    await classify_findings(connection)
     assert states(url) == {"$.views": "real"}
 
     await ledger.write([judged([VIEWS], route="/", releases=("old-1", "new-2"))])
-    await decide_noise(connection)
+    await classify_findings(connection)
     assert states(url) == {"$.views": "real"}  # one pair settles nothing
 
     await ledger.write(pairs(100, [VIEWS], noise=[VIEWS], releases=("old-1", "new-2")))
     await ledger.write(pairs(500, releases=("old-1", "new-2")))
-    await decide_noise(connection)
+    await classify_findings(connection)
     assert states(url) == {"$.views": "noise"}
 
 
 async def test_only_endpoints_whose_counts_changed_are_decided(
-    ledger: Ledger, connection: Connection
+    ledger: PairWriter, connection: Connection
 ) -> None:
     await ledger.write([*pairs(200, [PRICE]), *pairs(200, [PRICE], route="/quiet")])
-    assert await decide_noise(connection) == 2
-    assert await decide_noise(connection) == 0
+    assert await classify_findings(connection) == 2
+    assert await classify_findings(connection) == 0
 
     await ledger.write(pairs(1, route="/"))
-    assert await decide_noise(connection) == 1  # the reason has the new counts
+    assert await classify_findings(connection) == 1  # the reason has the new counts
 
 
-async def test_deciders_and_writers_at_once_get_on(ledger: Ledger, url: str) -> None:
-    other = Ledger(url, examples_per_finding=3)
+async def test_deciders_and_writers_at_once_get_on(ledger: PairWriter, url: str) -> None:
+    other = PairWriter(url, examples_per_finding=3)
     databases = [Database(url) for _ in range(2)]
     paths = [f"$.field{number}" for number in range(20)]
 
     async def decide(database: Database) -> None:
         for _ in range(20):
             async with database.connection() as connection:
-                await decide_noise(connection)
+                await classify_findings(connection)
 
-    async def write(to: Ledger) -> None:
+    async def write(to: PairWriter) -> None:
         for _ in range(10):
             await to.write(
                 [judged([difference(path) for path in paths], route=f"/{n % 3}") for n in range(30)]
@@ -335,8 +351,8 @@ async def test_deciders_and_writers_at_once_get_on(ledger: Ledger, url: str) -> 
         for to in (ledger, other):
             group.create_task(write(to))
     async with databases[0].connection() as connection:
-        await decide_noise(connection)
-        assert await decide_noise(connection) == 0
+        await classify_findings(connection)
+        assert await classify_findings(connection) == 0
     for database in databases:
         await database.close()
     await other.close()

@@ -8,10 +8,17 @@ import pytest
 import redis
 from redis.asyncio import Redis
 
-from abreast.join import GROUP, SERVICES, Bounds, Keys
+from abreast.join import CONSUMER_GROUP, SERVICES_KEY, Keys, Limits
 from abreast_sidecar.errors import RedisError
-from abreast_sidecar.read import Entry, Reader, connect, forget_consumers, shards, sweep
-from support import eventually_async, free_port
+from abreast_sidecar.read import (
+    StreamConsumer,
+    StreamEntry,
+    connect_redis,
+    delete_idle_consumers,
+    expire_incomplete_pairs,
+    list_shards,
+)
+from support import eventually_async, find_free_port
 from support_pairs import SERVICE, add_entry, pair_of, ready, send, stats
 
 pytestmark = pytest.mark.redis
@@ -20,8 +27,8 @@ KEYS = Keys(SERVICE, 0)
 
 
 @asynccontextmanager
-async def reader(url: str, name: str = "one", **changes: Any) -> AsyncIterator[Reader]:
-    made = Reader(url, name=name, **{"batch_size": 100, "claim_idle": 30.0, **changes})
+async def reader(url: str, name: str = "one", **changes: Any) -> AsyncIterator[StreamConsumer]:
+    made = StreamConsumer(url, name=name, **{"batch_size": 100, "claim_idle": 30.0, **changes})
     try:
         yield made
     finally:
@@ -30,13 +37,13 @@ async def reader(url: str, name: str = "one", **changes: Any) -> AsyncIterator[R
 
 @pytest.fixture
 async def client(redis_url: str) -> AsyncIterator[Redis]:
-    made = connect(redis_url)
+    made = connect_redis(redis_url)
     yield made
     await made.aclose()
 
 
-async def read_all(one: Reader, count: int) -> list[Entry]:
-    found: list[Entry] = []
+async def read_all(one: StreamConsumer, count: int) -> list[StreamEntry]:
+    found: list[StreamEntry] = []
 
     async def enough() -> bool:
         found.extend(await one.read())
@@ -54,7 +61,9 @@ async def test_entries_are_read_in_either_protocol(redis_url: str, suffix: str) 
         found = await read_all(one, 1)
         await one.acknowledge(found)
 
-    assert [(entry.pair, entry.why, len(entry.blobs)) for entry in found] == [(captures[0].pair, "joined", 2)]
+    assert [(entry.pair_id, entry.ready_reason, len(entry.blobs)) for entry in found] == [
+        (captures[0].pair, "joined", 2)
+    ]
     assert ready(redis_url) == 0
 
 
@@ -80,13 +89,13 @@ async def test_acknowledging_twice_gives_bytes_back_once(redis_url: str) -> None
         left = stats(redis_url)["bytes"]
         await one.acknowledge(await read_all(one, 1))
 
-    assert left == held - found[0].size
+    assert left == held - found[0].size_bytes
     assert stats(redis_url)["bytes"] == 0
 
 
 async def test_what_another_left_is_taken_over_only_when_it_was_idle_for_long(redis_url: str) -> None:
     send(redis_url, pair_of())
-    left = Reader(redis_url, name="dead", batch_size=10, claim_idle=30.0)
+    left = StreamConsumer(redis_url, name="dead", batch_size=10, claim_idle_s=30.0)
     first = await read_all(left, 1)
     await left._client.aclose()
     async with reader(redis_url, "patient") as patient:
@@ -103,7 +112,7 @@ async def test_an_answer_that_got_lost_is_read_again(redis_url: str) -> None:
     async with reader(redis_url) as one:
         send(redis_url, pair_of())
         first = await read_all(one, 1)
-        one.recover()
+        one.reread_pending()
         again = await one.read()
         await one.acknowledge(again)
 
@@ -111,10 +120,10 @@ async def test_an_answer_that_got_lost_is_read_again(redis_url: str) -> None:
 
 
 async def test_new_services_and_shards_are_found_and_old_shards_are_read_on(client: Redis) -> None:
-    await client.hset(SERVICES, mapping={"shop": "2", "b{ad}": "1", "odd": "many", "pay": "1"})
+    await client.hset(SERVICES_KEY, mapping={"shop": "2", "b{ad}": "1", "odd": "many", "pay": "1"})
     await client.xadd(Keys("shop", 2).ready, {"a": "b"})
 
-    assert await shards(client) == [Keys("pay", 0), Keys("shop", 0), Keys("shop", 1), Keys("shop", 2)]
+    assert await list_shards(client) == [Keys("pay", 0), Keys("shop", 0), Keys("shop", 1), Keys("shop", 2)]
 
 
 async def test_a_flushed_redis_gets_its_groups_anew(redis_url: str, client: Redis) -> None:
@@ -129,7 +138,7 @@ async def test_a_flushed_redis_gets_its_groups_anew(redis_url: str, client: Redi
 
 
 async def test_a_server_that_is_away_is_an_error_of_ours() -> None:
-    one = Reader(f"redis://127.0.0.1:{free_port()}", name="one", batch_size=10, claim_idle=1.0)
+    one = StreamConsumer(f"redis://127.0.0.1:{find_free_port()}", name="one", batch_size=10, claim_idle_s=1.0)
     with pytest.raises(RedisError, match="check ABREAST_REDIS_URL"):
         await one.read()
     await one.close()
@@ -140,10 +149,10 @@ async def test_pending_entries_deleted_by_hand_are_let_go(redis_url: str, client
         send(redis_url, pair_of())
         found = await read_all(one, 1)
         await client.xdel(KEYS.ready, found[0].id)
-        one.recover()
+        one.reread_pending()
         assert await one.read() == []
 
-        pending = await client.xpending(KEYS.ready, GROUP)
+        pending = await client.xpending(KEYS.ready, CONSUMER_GROUP)
     assert pending["pending"] == 0
 
 
@@ -152,29 +161,31 @@ async def test_huge_entries_come_in_small_batches(redis_url: str) -> None:
         add_entry(redis_url, {"pair": "p", "why": "joined", "old:live:1": b"x" * 4_000_000})
     async with reader(redis_url, batch_size=1000) as one:
         await read_all(one, 1)
-        sizes = [sum(entry.size for entry in await one.read()) for _ in range(2)]
+        sizes = [sum(entry.size_bytes for entry in await one.read()) for _ in range(2)]
 
     assert 0 < max(sizes) <= 64 * 1024 * 1024
 
 
 async def test_only_idle_consumers_that_owe_nothing_are_forgotten(redis_url: str, client: Redis) -> None:
-    await client.xgroup_create(KEYS.ready, GROUP, id="0", mkstream=True)
+    await client.xgroup_create(KEYS.ready, CONSUMER_GROUP, id="0", mkstream=True)
     add_entry(redis_url, {"pair": "p"})
-    await client.xreadgroup(GROUP, "owes", {KEYS.ready: ">"})
+    await client.xreadgroup(CONSUMER_GROUP, "owes", {KEYS.ready: ">"})
     await client.xgroup_createconsumer(
-        KEYS.ready, GROUP, "done"
+        KEYS.ready, CONSUMER_GROUP, "done"
     )  # reading nothing makes none before Redis 7.2
 
     async def idle() -> bool:
-        consumers = await client.xinfo_consumers(KEYS.ready, GROUP)
+        consumers = await client.xinfo_consumers(KEYS.ready, CONSUMER_GROUP)
         return all(consumer["idle"] > 10 for consumer in consumers)
 
     await eventually_async(idle, what="both are idle")
-    too_soon = await forget_consumers(client, KEYS, idle=60)
-    forgotten = await forget_consumers(client, KEYS, idle=0.01)
+    too_soon = await delete_idle_consumers(client, KEYS, idle_s=60)
+    forgotten = await delete_idle_consumers(client, KEYS, idle_s=0.01)
 
     assert (too_soon, forgotten) == (0, 1)
-    assert [consumer["name"] for consumer in await client.xinfo_consumers(KEYS.ready, GROUP)] == [b"owes"]
+    assert [consumer["name"] for consumer in await client.xinfo_consumers(KEYS.ready, CONSUMER_GROUP)] == [
+        b"owes"
+    ]
 
 
 async def test_a_reader_that_closes_takes_leave_unless_something_is_pending(redis_url: str) -> None:
@@ -183,19 +194,19 @@ async def test_a_reader_that_closes_takes_leave_unless_something_is_pending(redi
         await read_all(one, 1)
         await two.read()
     with redis.Redis.from_url(redis_url) as sync:
-        names = [consumer["name"] for consumer in sync.xinfo_consumers(KEYS.ready, GROUP)]
+        names = [consumer["name"] for consumer in sync.xinfo_consumers(KEYS.ready, CONSUMER_GROUP)]
 
     assert names == [b"owes"]
 
 
 async def test_rubbish_among_the_pairs_does_not_hold_up_the_sweep(redis_url: str, client: Redis) -> None:
-    send(redis_url, pair_of()[:1], bounds=Bounds(wait_ms=1))
+    send(redis_url, pair_of()[:1], bounds=Limits(wait_ms=1))
     await client.set(KEYS.pair("wrong"), "type")
     await client.hset(KEYS.pair("large"), mapping={str(n): "x" for n in range(5000)})
     await client.zadd(KEYS.due, {"wrong": 1, "large": 2})
 
     async def swept() -> bool:
-        await sweep(client, KEYS)
+        await expire_incomplete_pairs(client, KEYS)
         return await client.zcard(KEYS.due) == 0
 
     await eventually_async(swept, what="all three are swept")

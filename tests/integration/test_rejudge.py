@@ -14,16 +14,16 @@ from typing import Any
 import psycopg
 import pytest
 
-from abreast_sidecar.compare import Difference, Rules
-from abreast_sidecar.compare.rules_file import from_fields
+from abreast_sidecar.compare import CompareOptions, Difference
+from abreast_sidecar.compare.rules_file import rule_from_dict
 from abreast_sidecar.errors import StaleRulesError
-from abreast_sidecar.housekeeping.noise import decide_noise
-from abreast_sidecar.rejudge import Learning, rejudge
+from abreast_sidecar.housekeeping.noise import classify_findings
+from abreast_sidecar.rejudge import FindingIds, reapply_rules
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import Judged, Ledger
+from abreast_sidecar.store import PairRecord, PairWriter
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import ALL_TIME, Queries
-from abreast_sidecar.store.rules import Draft, RuleStore, end_expired
+from abreast_sidecar.store.queries import ALL_TIME, LedgerReader
+from abreast_sidecar.store.rules import RuleDraft, RuleStore, end_expired_rules
 from support import eventually_async
 from support_pairs import (
     SERVICE,
@@ -53,21 +53,21 @@ class Place:
         self.url = url
         self.database = Database(url)
         self.rules = RuleStore(self.database)
-        self.ledger = Ledger(url, examples_per_finding=3)
+        self.ledger = PairWriter(url, examples_per_finding=3)
 
     async def begin(self, *, expires: dt.datetime = SOON, **fields: Any) -> int:
-        draft = Draft(from_fields({"name": str(fields), **fields}), "me", "known", expires)
-        (number,) = await self.rules.change([draft], [], "me")
+        draft = RuleDraft(rule_from_dict({"name": str(fields), **fields}), "me", "known", expires)
+        (number,) = await self.rules.replace_rules([draft], [], "me")
         return number
 
     async def end(self, *numbers: int) -> None:
-        await self.rules.change([], numbers, "me")
+        await self.rules.replace_rules([], numbers, "me")
 
     async def rejudged(self, limit: int = 100) -> int:
         """How many steps it took."""
         steps = 0
         async with self.database.connection() as connection:
-            while await rejudge(connection, Learning(self.url), Rules(), limit=limit):
+            while await reapply_rules(connection, FindingIds(self.url), CompareOptions(), limit=limit):
                 steps += 1
         return steps
 
@@ -114,7 +114,7 @@ async def place(postgres_url: str) -> AsyncIterator[Place]:
     sums_are_those_of_rows(found.url)
 
 
-def blind(differences: Sequence[Difference], many: int = 1, **changes: Any) -> list[Judged]:
+def blind(differences: Sequence[Difference], many: int = 1, **changes: Any) -> list[PairRecord]:
     """Pairs whose answers are not kept: what is kept of them can't be read."""
     return [judged(differences, **changes) for _ in range(many)]
 
@@ -144,15 +144,15 @@ async def test_a_rule_hides_what_is_stored_and_gives_it_back(place: Place) -> No
 async def test_what_rules_explain_is_no_mismatch_in_summary_and_verdict(place: Place) -> None:
     await place.ledger.write([*blind([PRICE], 40), *blind([NAME], 2), *blind([], 30)])
     async with place.database.connection() as connection:
-        await decide_noise(connection)
-    queries = Queries(place.database)
-    assert (await queries.summary(SERVICE, ALL_TIME)).explained == 0
+        await classify_findings(connection)
+    queries = LedgerReader(place.database)
+    assert (await queries.read_summary(SERVICE, ALL_TIME)).explained == 0
     await place.begin(action="expect", path="$.price", kind="changed")
     await place.rejudged()
     async with place.database.connection() as connection:
-        await decide_noise(connection)
-    summary = await queries.summary(SERVICE, ALL_TIME)
-    (counts,) = (await queries.evidence(SERVICE, ALL_TIME, 0.1)).endpoints
+        await classify_findings(connection)
+    summary = await queries.read_summary(SERVICE, ALL_TIME)
+    (counts,) = (await queries.read_evidence(SERVICE, ALL_TIME, 0.1)).endpoints
 
     assert summary.explained == 40
     assert summary.outcomes == {"mismatch": 42, "match": 30}
@@ -206,14 +206,14 @@ async def test_an_expired_rule_stops_applying_and_says_so(place: Place) -> None:
 
     async def ended() -> bool:
         async with place.database.connection() as connection:
-            return await end_expired(connection) == 1
+            return await end_expired_rules(connection) == 1
 
     await eventually_async(ended, what="the rule expired")
     await place.rejudged()
-    (listed,) = await place.rules.listed(limit=10)
+    (listed,) = await place.rules.list_rules(limit=10)
 
     assert place.counts()["$.price"][0] == 4
-    assert (listed.id, listed.expired, listed.ended_by) == (rule, True, "abreast")
+    assert (listed.id, listed.is_expired, listed.ended_by) == (rule, True, "abreast")
 
 
 async def test_values_that_are_not_kept_are_not_guessed(place: Place) -> None:
@@ -221,7 +221,7 @@ async def test_values_that_are_not_kept_are_not_guessed(place: Place) -> None:
     await place.ledger.write(blind([PRICE], 4))
     rule = await place.begin(action="tolerate", path="$.price", absolute=5)
     await place.rejudged()
-    (listed,) = await place.rules.listed(limit=10)
+    (listed,) = await place.rules.list_rules(limit=10)
 
     assert place.pairs() == [(["$.price"], [], [], 4)]
     assert (listed.pairs, listed.unknown) == (0, 4)
@@ -248,10 +248,10 @@ async def test_counts_whose_pairs_are_gone_follow_too(place: Place) -> None:
 async def test_a_batch_judged_by_other_rules_is_refused(place: Place) -> None:
     await place.begin(action="ignore", path="$.price")
     with pytest.raises(StaleRulesError):
-        await place.ledger.write(blind([PRICE]), rules=0)
+        await place.ledger.write(blind([PRICE]), rules_version=0)
 
     assert rows(place.url, "select from abreast.pair") == []
-    assert await place.ledger.write(blind([PRICE]), rules=1) == 1
+    assert await place.ledger.write(blind([PRICE]), rules_version=1) == 1
 
 
 async def test_many_judge_at_once_and_each_pair_is_counted_once(place: Place) -> None:
@@ -273,16 +273,16 @@ async def test_workers_and_judging_again_never_wait_for_each_other_in_a_circle(p
     await place.ledger.write(blind([PRICE, NAME], 200))
     over = asyncio.Event()
 
-    async def work(ledger: Ledger) -> int:
+    async def work(ledger: PairWriter) -> int:
         written = 0
         while not over.is_set():
             held = one(place.url, "select version from abreast.rule_state")
             with contextlib.suppress(StaleRulesError):
-                written += await ledger.write(blind([PRICE, NAME], 5), rules=held)
+                written += await ledger.write(blind([PRICE, NAME], 5), rules_version=held)
         await ledger.close()
         return written
 
-    workers = [asyncio.create_task(work(Ledger(place.url, examples_per_finding=3))) for _ in range(2)]
+    workers = [asyncio.create_task(work(PairWriter(place.url, examples_per_finding=3))) for _ in range(2)]
     rule = await place.begin(action="ignore", path="$.price")
     await place.rejudged(limit=20)
     over.set()
@@ -428,7 +428,7 @@ async def test_a_worker_waits_for_rules_that_it_can_not_read(place: Place, redis
                 return bool(one(place.url, waits))
 
             await eventually_async(waiting, what="the worker waits for the rules")
-            assert (ready(redis_url), worker.last_beat) == (1, 0.0)
+            assert (ready(redis_url), worker.last_heartbeat) == (1, 0.0)
 
             gate.rollback()
             await emptied(settings)

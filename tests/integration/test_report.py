@@ -15,14 +15,14 @@ from click.testing import CliRunner, Result
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import rule_pb2, rule_pb2_grpc, traffic_pb2
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.cli.connection import LARGEST_PAGE
+from abreast_sidecar.cli.connection import MAX_PAGE_ROWS
 from captures import capture
 from support_serve import NOON, Running, packed, running
 
 pytestmark = pytest.mark.postgres
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>\u202e{{ 7*7 }}"
-MANY = LARGEST_PAGE + 5
+MANY = MAX_PAGE_ROWS + 5
 ROWS = """
 insert into abreast.finding (endpoint_id, part, path, kind, impact, count, first_seen, last_seen, state, reason)
 select %s, 'body', '$.field' || n, 'changed', 'value', 1, %s, %s, 'real', 'counted' from generate_series(1, %s) as n

@@ -9,7 +9,7 @@ import pytest
 
 from abreast.v1 import traffic_pb2 as pb
 from abreast_sidecar.embedded import PostgresServer, RedisServer
-from support import eventually_async, free_port, frozen
+from support import eventually_async, find_free_port, frozen
 from support_edge import LONG, REQUESTS, Edge, acknowledged, edge, update
 from support_serve import Running, running
 
@@ -49,8 +49,8 @@ async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> 
         async with running(redis_url, postgres.url()) as sidecar, edge(sidecar.port) as envoy:
             await acknowledged(sidecar)
             before = await update(sidecar, new_share=1.0, sample_safe=0.5)
-            assert postgres.server is not None
-            with frozen(postgres.server.pid) as thaw:
+            assert postgres.process is not None
+            with frozen(postgres.process.pid) as thaw:
                 answer = await roll_back(sidecar)
                 await all_on_old(envoy)
                 with pytest.raises(grpc.aio.AioRpcError, match="nothing may overtake it"):
@@ -75,7 +75,7 @@ async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> 
 
 
 async def test_it_outlives_a_restart_and_the_old_state_that_postgres_comes_back_with(redis_url: str) -> None:
-    port = free_port()
+    port = find_free_port()
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url(), grpc_port=port) as sidecar, edge(port) as envoy:
             await acknowledged(sidecar)
@@ -124,13 +124,13 @@ async def test_envoys_of_other_sidecars_are_told_through_redis_and_it_is_one_eve
 
 
 async def _knows(sidecar: Running, share: float) -> bool:
-    held = sidecar.sidecar.control.held("shop")
+    held = sidecar.sidecar.control.current("shop")
     return held is not None and held.traffic.shares.new_share == round(share * 10_000)
 
 
 async def sidecars_have_settled(*sidecars: Running) -> None:
     async def settled() -> bool:
-        return not any(one.sidecar.control.brakes.services() for one in sidecars)
+        return not any(one.sidecar.control.pending_rollbacks.list_services() for one in sidecars)
 
     await eventually_async(settled, what="no sidecar holds a rollback that is not recorded")
 
@@ -158,7 +158,7 @@ async def test_it_needs_neither_store_nor_any_knowledge_of_the_state_before() ->
 
 
 async def _connected(sidecar: Running) -> bool:
-    return bool(sidecar.sidecar.control.envoys.counts())
+    return bool(sidecar.sidecar.control.connections.count_by_service())
 
 
 async def test_two_calls_while_postgres_is_away_are_two_events(redis_url: str) -> None:
@@ -185,8 +185,8 @@ async def test_two_calls_while_postgres_stands_still_are_two_events(redis_url: s
         async with running(redis_url, postgres.url()) as sidecar:
             sidecar.ledger().endpoint("shop")
             await update(sidecar, new_share=1.0)
-            assert postgres.server is not None
-            with frozen(postgres.server.pid):
+            assert postgres.process is not None
+            with frozen(postgres.process.pid):
                 answers = [await roll_back(sidecar, "one"), await roll_back(sidecar, "two")]
             await recorded(sidecar, times=2)
             await sidecars_have_settled(sidecar)

@@ -19,7 +19,7 @@ from abreast.v1 import traffic_pb2 as pb
 from abreast_sidecar.control import roster
 from abreast_sidecar.control.xds import wire_pb2 as wire
 from abreast_sidecar.embedded import PostgresServer
-from support import eventually_async, free_port, frozen
+from support import eventually_async, find_free_port, frozen
 from support_discovery import answer, stream
 from support_edge import LONG, acknowledged, edge, update
 from support_replica import replica
@@ -105,8 +105,8 @@ async def test_an_envoy_of_another_sidecar_that_hangs_is_named_as_not_having_it(
         await acknowledged(here)
         await acknowledged(there)
         await names(here, "a1", "b1")
-        assert hanging.server.server is not None
-        with frozen(hanging.server.server.pid):
+        assert hanging.server.process is not None
+        with frozen(hanging.server.process.pid):
             request = pb.UpdateTrafficRequest(service="shop", new_share=0.5, wait=MOMENT)
             changed = await here.traffic.UpdateTraffic(request)
         waited = await update(here, new_share=0.6)
@@ -137,14 +137,14 @@ async def test_a_refusal_at_another_sidecar_is_told_and_not_waited_for(
 
     (envoy,) = found.envoys
     assert envoy.error.startswith("no␀such weight!")
-    assert len(envoy.node) == len(envoy.error) == roster.LONGEST
+    assert len(envoy.node) == len(envoy.error) == roster.MAX_ENVOY_TEXT_CHARS
     assert took < LONG.seconds / 2
 
 
 async def test_the_envoys_of_a_killed_sidecar_go_within_seconds(
     redis_url: str, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "EXPIRES", 3.0)
+    monkeypatch.setattr(roster, "REPLICA_EXPIRY_S", 3.0)
     async with running(redis_url, postgres_url) as here, stream(here):
         with replica(redis_url, postgres_url, tmp_path / "there") as there:
             async with edge(there.port, option="b1"):
@@ -172,8 +172,8 @@ async def test_the_envoys_of_a_sidecar_that_stops_are_gone_at_once(redis_url: st
 async def test_a_sidecar_that_is_started_again_takes_the_place_of_the_one_that_was_killed(
     redis_url: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "EXPIRES", 60.0)
-    port = free_port()
+    monkeypatch.setattr(roster, "REPLICA_EXPIRY_S", 60.0)
+    port = find_free_port()
     async with running(redis_url, postgres_url) as here:
         ledger = here.ledger()
         ledger.endpoint("shop")

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from abreast_sidecar.embedded import folder
-from abreast_sidecar.embedded.folder import RunFolder, clear_killed_runs
-from abreast_sidecar.embedded.record import RunRecord, find_run
+from abreast_sidecar.embedded.folder import DataDirectory, remove_killed_runs
+from abreast_sidecar.embedded.record import RunRegistry, find_run
 from abreast_sidecar.errors import ServerError
-from support import eventually, free_port
+from support import eventually, find_free_port
 
 HOLD = (
     "import subprocess, sys, time; from pathlib import Path\n"
@@ -39,8 +39,8 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def test_a_kept_folder_stays_and_a_temporary_one_goes(tmp_path: Path) -> None:
-    with RunFolder(tmp_path / "kept") as kept, RunFolder() as temporary:
-        (kept.part("redis") / "data").touch()
+    with DataDirectory(tmp_path / "kept") as kept, DataDirectory() as temporary:
+        (kept.create_part("redis") / "data").touch()
         assert temporary.path.is_dir()
 
     assert (tmp_path / "kept" / "redis" / "data").exists()
@@ -49,15 +49,15 @@ def test_a_kept_folder_stays_and_a_temporary_one_goes(tmp_path: Path) -> None:
 
 def test_two_runs_on_one_folder_are_refused_with_who_holds_it(tmp_path: Path) -> None:
     with (
-        RunFolder(tmp_path),
+        DataDirectory(tmp_path),
         pytest.raises(ServerError, match=rf"in use by another run \(process {os.getpid()}\)"),
     ):
-        RunFolder(tmp_path).__enter__()
+        DataDirectory(tmp_path).__enter__()
 
 
 def test_a_folder_can_be_used_again(tmp_path: Path) -> None:
     for _ in range(2):
-        with RunFolder(tmp_path):
+        with DataDirectory(tmp_path):
             pass
 
 
@@ -66,13 +66,13 @@ def test_a_killed_run_stops_nobody_once_its_servers_have_ended(
 ) -> None:
     process, _path, server = holder(str(tmp_path))
     kill(process)
-    monkeypatch.setattr(folder, "SERVERS_TIMEOUT", 0.1)
+    monkeypatch.setattr(folder, "SERVERS_END_TIMEOUT_S", 0.1)
     with pytest.raises(ServerError, match="servers of an earlier run"):
-        RunFolder(tmp_path).__enter__()
+        DataDirectory(tmp_path).__enter__()
     os.kill(server, signal.SIGKILL)
-    monkeypatch.setattr(folder, "SERVERS_TIMEOUT", 10.0)
+    monkeypatch.setattr(folder, "SERVERS_END_TIMEOUT_S", 10.0)
 
-    with RunFolder(tmp_path) as again:
+    with DataDirectory(tmp_path) as again:
         assert again.path == tmp_path
 
 
@@ -81,27 +81,27 @@ def test_folders_of_killed_runs_are_cleared_away_and_those_in_use_are_not() -> N
     kill(killed)
     alive, used, other = holder()
     try:
-        clear_killed_runs()
+        remove_killed_runs()
         assert left.exists()  # its server still runs
         os.kill(server, signal.SIGKILL)
-        eventually(lambda: clear_killed_runs() is None and not left.exists(), what="the folder goes")  # type: ignore[func-returns-value]
+        eventually(lambda: remove_killed_runs() is None and not left.exists(), what="the folder goes")  # type: ignore[func-returns-value]
 
         assert used.exists()
     finally:
         kill(alive)
         os.kill(other, signal.SIGKILL)
-        eventually(lambda: clear_killed_runs() is None and not used.exists(), what="the folder goes")  # type: ignore[func-returns-value]
+        eventually(lambda: remove_killed_runs() is None and not used.exists(), what="the folder goes")  # type: ignore[func-returns-value]
 
 
 def test_a_file_in_place_of_the_folder_is_a_readable_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ServerError, match=r"can't use .*file as data folder"):
-        RunFolder(tmp_path / "file").__enter__()
+        DataDirectory(tmp_path / "file").__enter__()
 
 
 def test_a_run_is_found_by_its_address_while_it_lasts() -> None:
-    address = f"127.0.0.1:{free_port()}"
-    with RunRecord(address, {"ABREAST_REDIS_URL": "redis://a"}):
+    address = f"127.0.0.1:{find_free_port()}"
+    with RunRegistry(address, {"ABREAST_REDIS_URL": "redis://a"}):
         assert find_run(address) == {"ABREAST_REDIS_URL": "redis://a"}
         assert find_run(address.replace("127.0.0.1", "localhost")) == {"ABREAST_REDIS_URL": "redis://a"}
 
@@ -109,7 +109,7 @@ def test_a_run_is_found_by_its_address_while_it_lasts() -> None:
 
 
 def test_the_record_of_a_killed_run_is_not_believed() -> None:
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{find_free_port()}"
     program = (
         "import sys, time; from abreast_sidecar.embedded.record import RunRecord\n"
         "RunRecord(sys.argv[1], {'a': 'b'}).__enter__(); print('held', flush=True); time.sleep(600)"
@@ -122,5 +122,5 @@ def test_the_record_of_a_killed_run_is_not_believed() -> None:
 
     assert found == {"a": "b"}
     assert find_run(address) == {}
-    with RunRecord(address, {"a": "c"}):  # and its file is in nobody's way
+    with RunRegistry(address, {"a": "c"}):  # and its file is in nobody's way
         assert find_run(address) == {"a": "c"}

@@ -223,7 +223,7 @@ async def test_the_page_of_a_pair_shows_old_first_and_what_new_raised(sidecar: R
     ledger = sidecar.ledger()
     finding = ledger.finding(ledger.endpoint(), "raised", part="error")
     pair = ledger.pair(ledger.endpoint(), finding)
-    new = replace(capture("new", b""), raised="RuntimeError", release="2.0.0")
+    new = replace(capture("new", b""), exception="RuntimeError", release="2.0.0")
     old = replace(capture("old", b"{}"), release="1.4.0")
     ledger.example(pair, {finding: 1}, packed(new, replace(old, role="baseline"), old), [])
 

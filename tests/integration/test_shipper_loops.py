@@ -21,11 +21,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from abreast.join import Row, reports
-from abreast.link import Link, Reply
+from abreast.join import CaptureRow, reports_key
+from abreast.link import JoinResult, RedisTransport
 from abreast.middleware import ParallelRunMiddleware
 from abreast.recorder import Message, Receive, Scope, Send
-from support import eventually_async, free_port
+from support import eventually_async, find_free_port
 from support_middleware import call, captures, marks, pair_id, sampled
 
 with warnings.catch_warnings():
@@ -53,7 +53,7 @@ def test_each_loop_gets_a_task_of_its_own(redis_url: str) -> None:
         asyncio.run(_ask(middleware))
 
     assert len(asyncio.run(captures(redis_url))) == 5
-    assert middleware.backlog.shipped == 5
+    assert middleware.queue.shipped_count == 5
 
 
 async def _ask(middleware: ParallelRunMiddleware) -> None:
@@ -65,7 +65,7 @@ def test_the_end_of_a_loop_flushes_even_without_lifespan(redis_url: str) -> None
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, ship_interval=60)
     asyncio.run(_ask(middleware))
 
-    assert middleware.backlog.shipped == 1
+    assert middleware.queue.shipped_count == 1
 
 
 def test_a_cancellation_that_is_swallowed_below_ends_the_loop_all_the_same(
@@ -73,19 +73,19 @@ def test_a_cancellation_that_is_swallowed_below_ends_the_loop_all_the_same(
 ) -> None:
     swallowed = []
 
-    async def swallowing(_link: Link, _shard: int, rows: Sequence[Row]) -> Reply:
+    async def swallowing(_link: RedisTransport, _shard: int, rows: Sequence[CaptureRow]) -> JoinResult:
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
             swallowed.append(True)
-        return Reply(len(rows), 0, 0, 0, 0)
+        return JoinResult(len(rows), 0, 0, 0, 0)
 
     async def ask() -> None:
         await _ask(middleware)
-        while not middleware._loops._shipper._outgoing:  # type: ignore[union-attr]  # noqa: ASYNC110
+        while not middleware._exporter_pool._exporter._batches:  # type: ignore[union-attr]  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
-    monkeypatch.setattr(Link, "join", swallowing)
+    monkeypatch.setattr(RedisTransport, "join", swallowing)
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
     began = time.monotonic()
     asyncio.run(ask())
@@ -104,7 +104,7 @@ def test_what_a_loop_could_not_send_the_next_one_does(redis_url: str) -> None:
     loop.close()
     asyncio.run(_ask(middleware))
 
-    assert middleware.backlog.shipped == 2
+    assert middleware.queue.shipped_count == 2
 
 
 @pytest.mark.parametrize("entered", [True, False])
@@ -124,7 +124,7 @@ def test_starlettes_test_client_works(entered: bool, redis_url: str) -> None:
 
 def test_without_redis_the_test_client_is_not_held_up() -> None:
     began = time.monotonic()
-    with TestClient(starlette(f"redis://127.0.0.1:{free_port()}/0")) as client:
+    with TestClient(starlette(f"redis://127.0.0.1:{find_free_port()}/0")) as client:
         answer = client.get("/", headers=marks(pair_id()))
 
     assert answer.text == "ok"
@@ -141,7 +141,7 @@ async def lifespan(app: ParallelRunMiddleware) -> list[Message]:
         return incoming.pop(0)
 
     async def send(message: Message) -> None:
-        sent.append({**message, "shipped": app.backlog.shipped})
+        sent.append({**message, "shipped": app.queue.shipped_count})
 
     await app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, receive, send)
     return sent
@@ -177,7 +177,7 @@ async def test_the_process_is_known_from_its_start(redis_url: str) -> None:
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
 
         async def known() -> bool:
-            return await admin.hlen(reports("shop")) == 1
+            return await admin.hlen(reports_key("shop")) == 1
 
         await eventually_async(known, what="the process is known")
     stop.set()
@@ -229,7 +229,7 @@ async def test_it_can_be_closed_twice_and_used_again(redis_url: str) -> None:
         await middleware.aclose()
         await middleware.aclose()
 
-    assert middleware.backlog.shipped == 2
+    assert middleware.queue.shipped_count == 2
 
 
 PROGRAM = textwrap.dedent(
@@ -287,7 +287,7 @@ def test_forked_processes_report_apart(redis_url: str) -> None:
         redis_url,
     )
     with redis.Redis.from_url(redis_url) as admin:
-        found = admin.hgetall(reports("shop"))
+        found = admin.hgetall(reports_key("shop"))
 
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(orjson.loads(text)["shipped"] for text in found.values()) == [1, 2, 3]
@@ -318,6 +318,6 @@ def test_a_fork_within_a_running_loop_begins_anew(redis_url: str) -> None:
 @pytest.mark.parametrize("ending", ["sys.exit(0)", "os.kill(os.getpid(), 2)"])
 def test_a_process_ends_in_time_with_redis_down(ending: str) -> None:
     began = time.monotonic()
-    run(f"asyncio.run(ask(3)); {ending}", f"redis://127.0.0.1:{free_port()}/0")
+    run(f"asyncio.run(ask(3)); {ending}", f"redis://127.0.0.1:{find_free_port()}/0")
 
     assert time.monotonic() - began < 10

@@ -17,13 +17,13 @@ import pytest
 import redis
 import redis.asyncio
 
-from abreast.join import SERVICES, Keys, reports, secret
-from abreast.link import Link, Reply
+from abreast.join import SERVICES_KEY, Keys, redaction_key, reports_key
+from abreast.link import JoinResult, RedisTransport
 from abreast.middleware import ParallelRunMiddleware
 from abreast.recorder import Message, Receive, Scope, Send
-from abreast.settings import Options
+from abreast.settings import SettingsKwargs
 from abreast_sidecar.embedded import RedisServer
-from support import eventually_async, free_port
+from support import eventually_async, find_free_port
 from support_middleware import call, captures, http_scope, sampled
 
 pytestmark = pytest.mark.redis
@@ -45,8 +45,8 @@ def server(*options: str, port: int = 0) -> Iterator[RedisServer]:
         yield started
 
 
-def middleware(url: str, **settings: Unpack[Options]) -> ParallelRunMiddleware:
-    options: Options = {"service": "shop", "redis_url": url, "queue_count": QUEUE, **settings}
+def middleware(url: str, **settings: Unpack[SettingsKwargs]) -> ParallelRunMiddleware:
+    options: SettingsKwargs = {"service": "shop", "redis_url": url, "queue_count": QUEUE, **settings}
     return ParallelRunMiddleware(app, **options)
 
 
@@ -64,13 +64,13 @@ async def ask(target: ParallelRunMiddleware, count: int) -> float:
 
 
 def balanced(target: ParallelRunMiddleware, asked: int) -> bool:
-    backlog = target.backlog
-    return backlog.captured == asked == sum(backlog.versions.values()) + len(backlog.recorders)
+    backlog = target.queue
+    return backlog.captured_count == asked == sum(backlog.version_counts.values()) + len(backlog.recorders)
 
 
 async def shipped(target: ParallelRunMiddleware, count: int) -> None:
     async def enough() -> bool:
-        return target.backlog.shipped >= count
+        return target.queue.shipped_count >= count
 
     await eventually_async(enough, what=f"{count} captures are shipped")
 
@@ -85,7 +85,7 @@ async def failing(log: pytest.LogCaptureFixture) -> None:
 async def test_without_redis_answers_are_the_same_and_drops_are_counted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    target = middleware(f"redis://127.0.0.1:{free_port()}/0", flush_timeout=0.3)
+    target = middleware(f"redis://127.0.0.1:{find_free_port()}/0", flush_timeout=0.3)
     slowest = await ask(target, 3 * QUEUE)
     await failing(caplog)
     began = time.monotonic()
@@ -93,12 +93,12 @@ async def test_without_redis_answers_are_the_same_and_drops_are_counted(
 
     assert time.monotonic() - began < 2
     assert slowest < 0.2
-    assert target.backlog.dropped == {"queue_count": 2 * QUEUE, "shutdown": QUEUE}
+    assert target.queue.drop_counts == {"queue_count": 2 * QUEUE, "shutdown": QUEUE}
     assert balanced(target, 3 * QUEUE)
 
 
 async def test_once_redis_is_there_what_waited_is_sent(caplog: pytest.LogCaptureFixture) -> None:
-    port = free_port()
+    port = find_free_port()
     target = middleware(f"redis://127.0.0.1:{port}/0")
     await ask(target, QUEUE + 10)
     await failing(caplog)
@@ -109,7 +109,7 @@ async def test_once_redis_is_there_what_waited_is_sent(caplog: pytest.LogCapture
         await target.aclose()
 
         assert len(await captures(started.url)) == QUEUE + 5
-    assert target.backlog.dropped == {"queue_count": 10}
+    assert target.queue.drop_counts == {"queue_count": 10}
     assert caplog.text.count("captures wait") == 1
     assert caplog.text.count("captures go to Redis again") == 1
 
@@ -119,16 +119,16 @@ async def test_a_frozen_redis_delays_nobody(caplog: pytest.LogCaptureFixture) ->
         target = middleware(started.url)
         await ask(target, 1)
         await shipped(target, 1)
-        assert started.server is not None
-        os.kill(started.server.pid, signal.SIGSTOP)
+        assert started.process is not None
+        os.kill(started.process.pid, signal.SIGSTOP)
         slowest = await ask(target, QUEUE + 20)
         await failing(caplog)
-        held = target.backlog.count
-        os.kill(started.server.pid, signal.SIGCONT)
+        held = target.queue.count
+        os.kill(started.process.pid, signal.SIGCONT)
         await shipped(target, QUEUE + 1)
         await target.aclose()
 
-        assert len(await captures(started.url)) == target.backlog.shipped
+        assert len(await captures(started.url)) == target.queue.shipped_count
     assert slowest < 0.2
     assert held <= QUEUE
     assert balanced(target, QUEUE + 21)
@@ -139,16 +139,16 @@ async def test_a_frozen_redis_does_not_hold_up_a_shutdown() -> None:
         target = middleware(started.url, flush_timeout=0.5)
         await ask(target, 1)
         await shipped(target, 1)
-        assert started.server is not None
-        os.kill(started.server.pid, signal.SIGSTOP)
+        assert started.process is not None
+        os.kill(started.process.pid, signal.SIGSTOP)
         await ask(target, 5)
         began = time.monotonic()
         await target.aclose()
         took = time.monotonic() - began
-        os.kill(started.server.pid, signal.SIGCONT)
+        os.kill(started.process.pid, signal.SIGCONT)
 
     assert took < 1.5
-    assert target.backlog.dropped == {"shutdown": 5}
+    assert target.queue.drop_counts == {"shutdown": 5}
 
 
 async def test_a_slow_redis_does_not_hold_up_a_shutdown(
@@ -156,20 +156,20 @@ async def test_a_slow_redis_does_not_hold_up_a_shutdown(
 ) -> None:
     """Each reply comes in time, but there is more to send than the time allows."""
     target = middleware(redis_url, flush_timeout=0.3, ship_batch=1)
-    slow = Link.join
+    slow = RedisTransport.join
 
-    async def late(self: Link, shard: int, batch: Any) -> Reply:
+    async def late(self: RedisTransport, shard: int, batch: Any) -> JoinResult:
         await asyncio.sleep(0.1)
         return await slow(self, shard, batch)
 
-    monkeypatch.setattr(Link, "join", late)
+    monkeypatch.setattr(RedisTransport, "join", late)
     await ask(target, 50)
     began = time.monotonic()
     await target.aclose()
 
     assert time.monotonic() - began < 2
-    assert target.backlog.dropped["shutdown"] > 0
-    assert target.backlog.count == 0
+    assert target.queue.drop_counts["shutdown"] > 0
+    assert target.queue.count == 0
 
 
 async def test_an_emptied_redis_knows_the_service_again(redis_url: str) -> None:
@@ -185,7 +185,7 @@ async def test_an_emptied_redis_knows_the_service_again(redis_url: str) -> None:
 
 def registered(client: Any) -> Callable[[], Awaitable[bool]]:
     async def known() -> bool:
-        return bool(client.hexists(SERVICES, "shop"))
+        return bool(client.hexists(SERVICES_KEY, "shop"))
 
     return known
 
@@ -203,10 +203,10 @@ async def test_a_full_redis_is_left_alone_until_there_is_room(caplog: pytest.Log
         await shipped(target, QUEUE + 1)
         await target.aclose()
 
-        assert len(await captures(started.url)) == target.backlog.shipped
+        assert len(await captures(started.url)) == target.queue.shipped_count
     assert "OOM" in caplog.text or "maxmemory" in caplog.text
-    assert target.backlog.dropped["queue_count"] > 0
-    assert set(target.backlog.dropped) == {"queue_count"}
+    assert target.queue.drop_counts["queue_count"] > 0
+    assert set(target.queue.drop_counts) == {"queue_count"}
     assert balanced(target, 2 * QUEUE + 6)
 
 
@@ -215,14 +215,14 @@ async def test_a_replica_is_left_alone_until_it_is_a_master(caplog: pytest.LogCa
         target = middleware(started.url)
         await ask(target, 1)
         await shipped(target, 1)
-        admin.replicaof("127.0.0.1", free_port())
+        admin.replicaof("127.0.0.1", find_free_port())
         await ask(target, 5)
         await failing(caplog)
         admin.replicaof("NO", "ONE")
         await shipped(target, 6)
         await target.aclose()
 
-    assert not target.backlog.dropped
+    assert not target.queue.drop_counts
 
 
 async def test_a_user_that_may_only_read_is_told_from_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -234,12 +234,12 @@ async def test_a_user_that_may_only_read_is_told_from_the_log(caplog: pytest.Log
         await failing(caplog)
         await target.aclose()
 
-    assert target.backlog.dropped == {"shutdown": 5}
+    assert target.queue.drop_counts == {"shutdown": 5}
     assert "secret" not in caplog.text
 
 
 async def test_a_redis_that_is_replaced_gets_what_it_needs(caplog: pytest.LogCaptureFixture) -> None:
-    port = free_port()
+    port = find_free_port()
     target = middleware(f"redis://127.0.0.1:{port}/0")
     with server(port=port):
         await ask(target, 1)
@@ -250,8 +250,8 @@ async def test_a_redis_that_is_replaced_gets_what_it_needs(caplog: pytest.LogCap
         await shipped(target, 4)
         await target.aclose()
 
-        assert admin.hgetall(SERVICES) == {b"shop": b"1"}
-        assert admin.exists(secret("shop")) == 1
+        assert admin.hgetall(SERVICES_KEY) == {b"shop": b"1"}
+        assert admin.exists(redaction_key("shop")) == 1
         assert len(await captures(started.url)) == 3
 
 
@@ -265,7 +265,7 @@ async def test_a_flushed_script_cache_loses_nothing(redis_url: str) -> None:
         await target.aclose()
 
     assert len(await captures(redis_url)) == 4
-    assert not target.backlog.dropped
+    assert not target.queue.drop_counts
 
 
 async def test_bytes_are_bounded_too(redis_url: str) -> None:
@@ -279,24 +279,24 @@ async def test_bytes_are_bounded_too(redis_url: str) -> None:
     for _ in range(5):
         await call(target, sampled())
 
-    assert target.backlog.dropped == {"queue_bytes": 3}
-    assert target.backlog.bytes <= 30_000
+    assert target.queue.drop_counts == {"queue_bytes": 3}
+    assert target.queue.bytes <= 30_000
     await target.aclose()
-    assert target.backlog.shipped == 2
+    assert target.queue.shipped_count == 2
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [(Options(redis_pairs=3), "refused_pairs"), (Options(redis_bytes=3000), "refused_bytes")],
+    [(SettingsKwargs(redis_pairs=3), "refused_pairs"), (SettingsKwargs(redis_bytes=3000), "refused_bytes")],
 )
-async def test_what_redis_refuses_is_counted(settings: Options, reason: str, redis_url: str) -> None:
+async def test_what_redis_refuses_is_counted(settings: SettingsKwargs, reason: str, redis_url: str) -> None:
     target = middleware(redis_url, **settings)
     await ask(target, 20)
     await target.aclose()
     kept = len(await captures(redis_url))
 
-    assert target.backlog.dropped == {reason: 20 - kept}
-    assert target.backlog.shipped == kept > 0
+    assert target.queue.drop_counts == {reason: 20 - kept}
+    assert target.queue.shipped_count == kept > 0
 
 
 async def test_a_batch_that_redis_never_takes_is_given_up(
@@ -308,14 +308,14 @@ async def test_a_batch_that_redis_never_takes_is_given_up(
         await ask(target, 3)
 
         async def dropped() -> bool:
-            return target.backlog.dropped["redis_error"] == 3
+            return target.queue.drop_counts["redis_error"] == 3
 
         await eventually_async(dropped, what="the batch is given up")
         await admin.delete(KEYS.stats)
     await ask(target, 2)
     await target.aclose()
 
-    assert target.backlog.shipped == 2
+    assert target.queue.shipped_count == 2
     assert caplog.text.count("captures wait") == 1
 
 
@@ -333,7 +333,7 @@ async def test_a_capture_that_can_not_be_encoded_stops_no_other(
         await call(target, sampled(path))
     await target.aclose()
 
-    assert (target.backlog.shipped, target.backlog.dropped) == (2, {"encode_error": 2})
+    assert (target.queue.shipped_count, target.queue.drop_counts) == (2, {"encode_error": 2})
     assert caplog.text.count("recording failed in encoding") == 1
 
 
@@ -352,7 +352,7 @@ async def test_each_process_reports_what_it_did(redis_url: str) -> None:
     await ask(target, 3)
     await target.aclose()
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
-        found = await admin.hgetall(reports("shop"))
+        found = await admin.hgetall(reports_key("shop"))
     ((process, text),) = found.items()
     report = orjson.loads(text)
 
@@ -369,7 +369,7 @@ async def test_it_reports_within_a_second_while_it_runs(redis_url: str) -> None:
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
 
         async def reported() -> bool:
-            found = await admin.hgetall(reports("shop"))
+            found = await admin.hgetall(reports_key("shop"))
             return [orjson.loads(text)["shipped"] for text in found.values()] == [3]
 
         await eventually_async(reported, within=3, what="the report says 3")
@@ -390,15 +390,15 @@ async def test_captures_are_there_soon_after_the_answer(redis_url: str) -> None:
 
 async def test_with_redis_down_requests_are_not_held(caplog: pytest.LogCaptureFixture) -> None:
     """Their scopes hold whatever the app put there; only the captures wait."""
-    target = middleware(f"redis://127.0.0.1:{free_port()}/0", flush_timeout=0.1)
+    target = middleware(f"redis://127.0.0.1:{find_free_port()}/0", flush_timeout=0.1)
     await ask(target, 10)
     await failing(caplog)
 
     async def assembled() -> bool:
-        return not target.backlog.recorders
+        return not target.queue.recorders
 
     await eventually_async(assembled, within=2, what="recorders are let go")
-    assert target.backlog.count == 10
+    assert target.queue.count == 10
     await target.aclose()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from abreast_sidecar.control.seat import LOCK, Seat, SeatLostError
+from abreast_sidecar.control.seat import LEADER_LOCK_ID, LeaderLease, LeadershipLostError
 from support import eventually
 from support_replica import Replica, replica
 from support_serve import Ledger
@@ -50,7 +50,7 @@ def exposed(ledger: Ledger) -> None:
 
 def cut(ledger: Ledger) -> None:
     """End the connection of whoever has the seat."""
-    for (pid,) in ledger.execute(HOLDER, LOCK):
+    for (pid,) in ledger.execute(HOLDER, LEADER_LOCK_ID):
         ledger.execute("select pg_terminate_backend(%s)", pid)
 
 
@@ -85,46 +85,48 @@ def test_another_takes_over_when_the_acting_one_is_killed_or_frozen(
 
 
 async def test_who_has_lost_its_connection_can_not_act(postgres_url: str) -> None:
-    seat, other = Seat(postgres_url), Seat(postgres_url)
+    seat, other = LeaderLease(postgres_url), LeaderLease(postgres_url)
     ledger = Ledger(postgres_url)
-    assert await seat.take()
-    assert not await other.take()
+    assert await seat.acquire()
+    assert not await other.acquire()
 
     cut(ledger)
-    eventually(lambda: not ledger.execute(HOLDER, LOCK), what="the lock is free")
-    assert await other.take()
-    with pytest.raises(SeatLostError, match="the seat of the acting sidecar is lost"):
-        await seat.beat()
+    eventually(lambda: not ledger.execute(HOLDER, LEADER_LOCK_ID), what="the lock is free")
+    assert await other.acquire()
+    with pytest.raises(LeadershipLostError, match="the seat of the acting sidecar is lost"):
+        await seat.heartbeat()
 
-    assert not seat.held
-    assert not await seat.take()
-    await other.leave()
-    await seat.leave()
+    assert not seat.is_held
+    assert not await seat.acquire()
+    await other.release()
+    await seat.release()
 
 
 async def test_one_that_says_nothing_for_seconds_loses_the_seat(postgres_url: str) -> None:
     """Postgres itself ends the session, whatever the other side believes."""
-    seat = Seat(postgres_url)
+    seat = LeaderLease(postgres_url)
     ledger = Ledger(postgres_url)
-    assert await seat.take()
+    assert await seat.acquire()
 
-    eventually(lambda: not ledger.execute(HOLDER, LOCK), what="postgres has ended the silent session")
-    with pytest.raises(SeatLostError):
-        await seat.beat()
+    eventually(
+        lambda: not ledger.execute(HOLDER, LEADER_LOCK_ID), what="postgres has ended the silent session"
+    )
+    with pytest.raises(LeadershipLostError):
+        await seat.heartbeat()
 
 
 async def test_an_act_that_is_under_way_when_the_connection_is_lost_does_nothing(postgres_url: str) -> None:
-    seat = Seat(postgres_url)
+    seat = LeaderLease(postgres_url)
     ledger = Ledger(postgres_url)
     exposed(ledger)
-    assert await seat.take()
+    assert await seat.acquire()
 
     async def act() -> None:
         async with seat.transaction() as connection:
             await connection.execute("update abreast.traffic set new_share = 10000")
             cut(ledger)
 
-    with pytest.raises(SeatLostError):
+    with pytest.raises(LeadershipLostError):
         await act()
 
     assert ledger.execute("select new_share from abreast.traffic") == [(5000,)]
@@ -132,17 +134,17 @@ async def test_an_act_that_is_under_way_when_the_connection_is_lost_does_nothing
 
 async def test_a_connection_that_does_not_hold_the_lock_itself_is_refused(postgres_url: str) -> None:
     """As behind a pooler that lends connections for one transaction each."""
-    seat = Seat(postgres_url)
-    assert await seat.take()
+    seat = LeaderLease(postgres_url)
+    assert await seat.acquire()
     assert seat._connection is not None
     await seat._connection.execute("select pg_advisory_unlock_all()")
 
-    with pytest.raises(SeatLostError, match="must not lead through a pooler of transactions"):
-        await seat.beat()
+    with pytest.raises(LeadershipLostError, match="must not lead through a pooler of transactions"):
+        await seat.heartbeat()
 
 
 def test_the_lock_is_nobody_elses() -> None:
     others = ("housekeeping.envoy", "housekeeping.noise", "housekeeping.reports", "store.migrate")
-    locks = [LOCK, *(import_module(f"abreast_sidecar.{name}").LOCK for name in others)]
+    locks = [LEADER_LOCK_ID, *(import_module(f"abreast_sidecar.{name}").LOCK for name in others)]
 
     assert len(set(locks)) == len(locks)

@@ -21,7 +21,7 @@ import pytest
 from abreast.v1 import steering_pb2 as pb
 from abreast.v1 import traffic_pb2
 from abreast_sidecar.control import webhooks
-from abreast_sidecar.steer.signing import verified
+from abreast_sidecar.steer.signing import is_verified
 from support import eventually_async
 from support_serve import Running, running
 from support_steering import NOW, add, set_guard, set_share
@@ -116,8 +116,8 @@ async def test_every_change_is_told_signed_and_once(sidecar: Running, hook: Rece
     assert (found[1]["data"]["actor"], found[1]["data"]["reason"]) == ("ada", "500s")
     assert found[1]["data"]["after"]["rolled_back"]
     assert found[2]["data"]["detail"]["ramp_after"]["steps"] == [100, 10_000]
-    assert all(verified(SECRET, headers, body, time.time()) for headers, body in hook.got)
-    assert not verified(SECRET, headers, body + b" ", time.time())
+    assert all(is_verified(SECRET, headers, body, time.time()) for headers, body in hook.got)
+    assert not is_verified(SECRET, headers, body + b" ", time.time())
     assert len({headers["webhook-id"] for headers, _ in hook.got}) == 3
     assert headers["content-type"] == "application/json"
 
@@ -221,7 +221,7 @@ async def test_a_receiver_whose_answer_never_ends_holds_up_no_other(
     answer: bytes,
     waiting: int,
 ) -> None:
-    monkeypatch.setattr(webhooks, "TIMEOUT", 0.5)
+    monkeypatch.setattr(webhooks, "WEBHOOK_TIMEOUT_S", 0.5)
     async with (
         dripping(answer) as url,
         running(redis_url, postgres_url, webhook_urls=(url, hook.url), webhook_secret=SECRET) as sidecar,
@@ -247,8 +247,8 @@ async def test_a_receiver_whose_answer_never_ends_holds_up_no_other(
 async def test_the_queue_is_bounded_and_drops_the_oldest(
     sidecar: Running, hook: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(webhooks, "MOST", 2)
-    monkeypatch.setattr(webhooks, "TRIM", 0.1)
+    monkeypatch.setattr(webhooks, "MAX_WAITING_WEBHOOKS", 2)
+    monkeypatch.setattr(webhooks, "TRIM_INTERVAL_S", 0.1)
     hook.refuse = 10_000
     for step in range(5):
         await set_share(sidecar, 0.1 + step / 10)

@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from abreast_sidecar.store import Ledger
+from abreast_sidecar.store import PairWriter
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import Queries
+from abreast_sidecar.store.queries import LedgerReader
 from abreast_sidecar.store.results import Window
 from support_pairs import SERVICE, difference, judged, one, rows
 
@@ -36,7 +36,7 @@ def made(generator: random.Random) -> list[tuple[datetime, str]]:
 async def test_a_summary_of_any_window_counts_what_is_inside(postgres_url: str) -> None:
     generator = random.Random(5)
     pairs = made(generator)
-    ledger = Ledger(postgres_url, examples_per_finding=1)
+    ledger = PairWriter(postgres_url, examples_per_finding=1)
     batch = [
         judged(
             [difference()] if outcome == "mismatch" else [], outcome=outcome, at=round(at.timestamp() * 1000)
@@ -51,7 +51,7 @@ async def test_a_summary_of_any_window_counts_what_is_inside(postgres_url: str) 
     edges = [None, *(at for at, _ in pairs), *(NOON + timedelta(hours=hour) for hour in range(40))]
     windows = [Window(), *(Window(generator.choice(edges), generator.choice(edges)) for _ in range(WINDOWS))]
     for window in windows:
-        found = await Queries(database).summary(SERVICE, window)
+        found = await LedgerReader(database).read_summary(SERVICE, window)
         inside = [
             (at, outcome)
             for at, outcome in pairs
@@ -64,7 +64,7 @@ async def test_a_summary_of_any_window_counts_what_is_inside(postgres_url: str) 
 
 
 async def test_hours_go_with_their_day(postgres_url: str) -> None:
-    ledger = Ledger(postgres_url, examples_per_finding=1)
+    ledger = PairWriter(postgres_url, examples_per_finding=1)
     for hours in (0, 11, 12, 30):
         await ledger.write([judged(at=round((NOON + timedelta(hours=hours)).timestamp() * 1000))])
     await ledger.close()

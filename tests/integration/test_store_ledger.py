@@ -11,10 +11,10 @@ import pytest
 
 from abreast.capture import encode
 from abreast_sidecar.errors import LedgerError, RefusedError
-from abreast_sidecar.store import Ledger
+from abreast_sidecar.store import PairWriter
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import Queries
-from abreast_sidecar.store.unpack import unpack
+from abreast_sidecar.store.queries import LedgerReader
+from abreast_sidecar.store.unpack import read_captures
 from support_pairs import capture, difference, judged, one, rows
 
 pytestmark = pytest.mark.postgres
@@ -28,13 +28,13 @@ def url(postgres_url: str) -> str:
 
 
 @pytest.fixture
-async def ledger(url: str) -> AsyncIterator[Ledger]:
-    made = Ledger(url, examples_per_finding=3)
+async def ledger(url: str) -> AsyncIterator[PairWriter]:
+    made = PairWriter(url, examples_per_finding=3)
     yield made
     await made.close()
 
 
-async def test_the_same_batch_counts_once(ledger: Ledger, url: str) -> None:
+async def test_the_same_batch_counts_once(ledger: PairWriter, url: str) -> None:
     batch = [judged([difference()]), judged(), judged(noise=[difference("$.id")])]
     first, again = await ledger.write(batch), await ledger.write(batch)
 
@@ -44,7 +44,7 @@ async def test_the_same_batch_counts_once(ledger: Ledger, url: str) -> None:
     assert one(url, "select sum(pairs) from abreast.outcome_count") == 3
 
 
-async def test_of_a_half_known_batch_only_the_new_half_counts(ledger: Ledger, url: str) -> None:
+async def test_of_a_half_known_batch_only_the_new_half_counts(ledger: PairWriter, url: str) -> None:
     known = [judged([difference()]) for _ in range(5)]
     await ledger.write(known)
     added = await ledger.write(known + [judged([difference()]) for _ in range(4)])
@@ -53,7 +53,9 @@ async def test_of_a_half_known_batch_only_the_new_half_counts(ledger: Ledger, ur
     assert one(url, "select count from abreast.finding") == 9
 
 
-async def test_a_pair_that_shows_a_finding_many_times_counts_once_for_it(ledger: Ledger, url: str) -> None:
+async def test_a_pair_that_shows_a_finding_many_times_counts_once_for_it(
+    ledger: PairWriter, url: str
+) -> None:
     many = [difference("$.items[*].price", place=f"$.items[{n}].price") for n in range(50)]
     await ledger.write([judged(many)])
 
@@ -61,7 +63,7 @@ async def test_a_pair_that_shows_a_finding_many_times_counts_once_for_it(ledger:
     assert one(url, "select jsonb_array_length(differences) from abreast.example") == 50
 
 
-async def test_the_day_and_time_are_those_of_the_stream_in_utc(ledger: Ledger, url: str) -> None:
+async def test_the_day_and_time_are_those_of_the_stream_in_utc(ledger: PairWriter, url: str) -> None:
     late = int(dt.datetime(2026, 3, 1, 23, 59, 59, 999000, dt.UTC).timestamp() * 1000)
     await ledger.write([judged(at=late, pair="a"), judged(at=late + 1, pair="b")])
 
@@ -72,7 +74,7 @@ async def test_the_day_and_time_are_those_of_the_stream_in_utc(ledger: Ledger, u
     ]
 
 
-async def test_examples_are_bounded_and_the_smallest_of_a_batch(ledger: Ledger, url: str) -> None:
+async def test_examples_are_bounded_and_the_smallest_of_a_batch(ledger: PairWriter, url: str) -> None:
     await ledger.write([judged([difference()], size=1000 - 10 * n) for n in range(20)])
     await ledger.write([judged([difference()], size=800) for _ in range(20)])  # hardly smaller
 
@@ -81,7 +83,7 @@ async def test_examples_are_bounded_and_the_smallest_of_a_batch(ledger: Ledger, 
     assert one(url, "select count(*) from abreast.example") == 3
 
 
-async def test_clearly_smaller_examples_take_the_place_of_larger_ones(ledger: Ledger, url: str) -> None:
+async def test_clearly_smaller_examples_take_the_place_of_larger_ones(ledger: PairWriter, url: str) -> None:
     await ledger.write([judged([difference()], size=10_000 + n, pair=f"large {n}") for n in range(3)])
     await ledger.write([judged([difference()], size=9_000)])
     assert one(url, "select min(body_bytes) from abreast.finding_example") == 2 * 10_002
@@ -96,9 +98,9 @@ async def test_clearly_smaller_examples_take_the_place_of_larger_ones(ledger: Le
 
 
 async def test_examples_give_way_only_so_often(
-    ledger: Ledger, url: str, monkeypatch: pytest.MonkeyPatch
+    ledger: PairWriter, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abreast_sidecar.store.examples.REPLACED", 2)
+    monkeypatch.setattr("abreast_sidecar.store.examples.MAX_REPLACEMENTS", 2)
     await ledger.write([judged([difference()], size=100_000) for _ in range(3)])
     for turn in range(10):
         await ledger.write([judged([difference()], size=1_000 // (turn + 1))])
@@ -108,7 +110,7 @@ async def test_examples_give_way_only_so_often(
 
 
 async def test_a_pair_that_is_an_example_of_two_findings_stays_for_the_other(
-    ledger: Ledger, url: str
+    ledger: PairWriter, url: str
 ) -> None:
     both = [judged([difference("$.a"), difference("$.b")], size=1000, pair=f"both {n}") for n in range(3)]
     await ledger.write(both)
@@ -119,7 +121,7 @@ async def test_a_pair_that_is_an_example_of_two_findings_stays_for_the_other(
 
 
 async def test_examples_stay_bounded_with_many_workers(url: str) -> None:
-    ledgers = [Ledger(url, examples_per_finding=3) for _ in range(4)]
+    ledgers = [PairWriter(url, examples_per_finding=3) for _ in range(4)]
     await ledgers[0].write([judged([difference()])])
     for each in ledgers:
         await each.write([judged()])  # all know of one example
@@ -131,14 +133,14 @@ async def test_examples_stay_bounded_with_many_workers(url: str) -> None:
     assert one(url, "select count(*) from abreast.example") == 3
 
 
-async def test_an_example_holds_the_captures_as_they_were_sent(ledger: Ledger, url: str) -> None:
+async def test_an_example_holds_the_captures_as_they_were_sent(ledger: PairWriter, url: str) -> None:
     captures = (capture("p", "old", "live", {"a": 1}), capture("p", "new", "shadow", {"a": 2}))
     await ledger.write([judged([difference()], pair="p", blobs=tuple(encode(each) for each in captures))])
 
-    assert unpack(one(url, "select captures from abreast.example")) == captures
+    assert read_captures(one(url, "select captures from abreast.example")) == captures
 
 
-async def test_a_finding_that_turns_out_worse_is_marked_so(ledger: Ledger, url: str) -> None:
+async def test_a_finding_that_turns_out_worse_is_marked_so(ledger: PairWriter, url: str) -> None:
     await ledger.write([judged([difference(impact="value")])])
     await ledger.write([judged([difference(impact="breaking")])])
     await ledger.write([judged([difference(impact="additive")])])
@@ -147,10 +149,10 @@ async def test_a_finding_that_turns_out_worse_is_marked_so(ledger: Ledger, url: 
 
 
 async def test_workers_that_write_the_same_findings_in_any_order_never_lock_each_other_out(url: str) -> None:
-    ledgers = [Ledger(url, examples_per_finding=2) for _ in range(4)]
+    ledgers = [PairWriter(url, examples_per_finding=2) for _ in range(4)]
     paths = [f"$.field{n}" for n in range(30)]
 
-    async def work(ledger: Ledger, turn: int) -> int:
+    async def work(ledger: PairWriter, turn: int) -> int:
         total = 0
         for start in range(6):
             order = paths[(turn * 7 + start) % 30 :] + paths[: (turn * 7 + start) % 30]
@@ -170,7 +172,7 @@ async def test_workers_that_write_the_same_findings_in_any_order_never_lock_each
 
 async def test_workers_with_the_same_entries_share_them_out(url: str) -> None:
     batch = [judged([difference(f"$.f{n % 5}")], pair=f"pair-{n}") for n in range(200)]
-    ledgers = [Ledger(url, examples_per_finding=2) for _ in range(3)]
+    ledgers = [PairWriter(url, examples_per_finding=2) for _ in range(3)]
     added = await asyncio.gather(*(each.write(batch if n else batch[::-1]) for n, each in enumerate(ledgers)))
     for each in ledgers:
         await each.close()
@@ -179,7 +181,7 @@ async def test_workers_with_the_same_entries_share_them_out(url: str) -> None:
     assert one(url, "select sum(count) from abreast.finding") == 200
 
 
-async def test_what_postgres_refuses_is_told_apart_from_a_lost_server(ledger: Ledger, url: str) -> None:
+async def test_what_postgres_refuses_is_told_apart_from_a_lost_server(ledger: PairWriter, url: str) -> None:
     with psycopg.connect(url) as connection:
         connection.execute("alter table abreast.pair add check (id <> 'bad')")
     with pytest.raises(RefusedError, match="violates check constraint"):
@@ -187,28 +189,28 @@ async def test_what_postgres_refuses_is_told_apart_from_a_lost_server(ledger: Le
 
     assert one(url, "select count(*) from abreast.pair") == 0
     assert await ledger.write([judged()]) == 1
-    away = Ledger("postgresql://postgres@127.0.0.1:1/x", examples_per_finding=1)
+    away = PairWriter("postgresql://postgres@127.0.0.1:1/x", examples_per_finding=1)
     with pytest.raises(LedgerError) as caught:
         await away.write([judged()])
     assert not isinstance(caught.value, RefusedError)
 
 
 async def test_a_day_that_was_dropped_takes_nothing_more_and_what_comes_for_it_is_told(
-    ledger: Ledger, url: str
+    ledger: PairWriter, url: str
 ) -> None:
     """A pair that is delivered again must not count twice, and nobody knows any more which pairs it had."""
     again = judged(at=20_000 * DAY)
     await ledger.write([again])
     with psycopg.connect(url) as connection:
         connection.execute("select abreast.drop_day(date '1970-01-01' + 20000)")
-    fresh = Ledger(url, examples_per_finding=1)
+    fresh = PairWriter(url, examples_per_finding=1)
     written = [
         await one.write([again, judged(at=19_990 * DAY), judged(at=20_001 * DAY)]) for one in (ledger, fresh)
     ]
     await fresh.close()
     database = Database(url)
     await database.open()
-    drops = await Queries(database).drops("shop")
+    drops = await LedgerReader(database).list_drops("shop")
     await database.close()
 
     assert written == [1, 1]
@@ -216,7 +218,7 @@ async def test_a_day_that_was_dropped_takes_nothing_more_and_what_comes_for_it_i
     assert [(drop.place, drop.reason, drop.count) for drop in drops] == [("ledger", "day_dropped", 4)]
 
 
-async def test_a_second_entry_of_a_pair_after_midnight_counts_once(ledger: Ledger, url: str) -> None:
+async def test_a_second_entry_of_a_pair_after_midnight_counts_once(ledger: PairWriter, url: str) -> None:
     midnight = 20_000 * DAY
     first = judged(pair="p", at=midnight - 60_000)
     written = [await ledger.write([one]) for one in (first, judged(pair="p", at=midnight + 60_000))]
@@ -227,7 +229,7 @@ async def test_a_second_entry_of_a_pair_after_midnight_counts_once(ledger: Ledge
 
 async def test_a_connection_lost_during_the_commit_doubles_nothing(url: str) -> None:
     async with proxy_that_swallows_a_commit(url) as through:
-        ledger = Ledger(through, examples_per_finding=3)
+        ledger = PairWriter(through, examples_per_finding=3)
         batch = [judged([difference()]) for _ in range(10)]
         with pytest.raises(LedgerError):
             await ledger.write(batch)
@@ -239,7 +241,7 @@ async def test_a_connection_lost_during_the_commit_doubles_nothing(url: str) -> 
     assert one(url, "select count from abreast.finding") == 10
 
 
-async def test_nul_and_surrogates_and_long_text_are_taken(ledger: Ledger, url: str) -> None:
+async def test_nul_and_surrogates_and_long_text_are_taken(ledger: PairWriter, url: str) -> None:
     awkward = difference("$.a\0b\ud800" + "x" * 5000, place="\0", old='"\\u0000"', new="\udfff\0")
     strange = judged([awkward], noise=[awkward], pair="p\0\ud800", route="/\0" + "é" * 3000)
     await ledger.write([strange])
@@ -249,8 +251,8 @@ async def test_nul_and_surrogates_and_long_text_are_taken(ledger: Ledger, url: s
 
 
 async def test_endless_endpoints_become_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abreast_sidecar.store.catalogue.MAX_ENDPOINTS", 10)
-    ledger = Ledger(url, examples_per_finding=3)
+    monkeypatch.setattr("abreast_sidecar.store.catalogue.MAX_SERVICE_ENDPOINTS", 10)
+    ledger = PairWriter(url, examples_per_finding=3)
     for start in (0, 20):
         await ledger.write([judged(route=f"/page/{n}") for n in range(start, start + 20)])
     await ledger.close()
@@ -259,7 +261,7 @@ async def test_endless_endpoints_become_one(url: str, monkeypatch: pytest.Monkey
     assert one(url, "select count(*) from abreast.pair") == 40
 
 
-async def test_no_state_of_a_session_is_used(ledger: Ledger, url: str) -> None:
+async def test_no_state_of_a_session_is_used(ledger: PairWriter, url: str) -> None:
     """So that a pooler that gives each transaction another session may stand between."""
     await ledger.write([judged([difference()])])
     held = "select count(*) from pg_locks where locktype = 'advisory' and database = (select oid from pg_database where datname = current_database())"

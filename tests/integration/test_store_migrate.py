@@ -7,7 +7,7 @@ import psycopg
 import pytest
 
 from abreast_sidecar.errors import LedgerError, SchemaError
-from abreast_sidecar.store.migrate import Migration, migrate, migrations
+from abreast_sidecar.store.migrate import Migration, load_migrations, migrate
 from support_pairs import one, rows
 
 pytestmark = pytest.mark.postgres
@@ -16,10 +16,10 @@ SECOND = Migration(2, "second", b"create table abreast.second (n integer)")
 
 
 def test_migrations_have_no_gaps_and_clear_names() -> None:
-    versions = [migration.version for migration in migrations()]
+    versions = [migration.version for migration in load_migrations()]
 
     assert versions == list(range(1, len(versions) + 1))
-    assert all(re.fullmatch(r"[a-z][a-z_]+", migration.name) for migration in migrations())
+    assert all(re.fullmatch(r"[a-z][a-z_]+", migration.name) for migration in load_migrations())
 
 
 async def test_migrate_creates_a_new_ledger_once(empty_postgres_url: str) -> None:
@@ -27,25 +27,25 @@ async def test_migrate_creates_a_new_ledger_once(empty_postgres_url: str) -> Non
     applied = rows(empty_postgres_url, "select * from abreast.schema_version")
     again = await migrate(empty_postgres_url)
 
-    assert first == again == len(migrations())
+    assert first == again == len(load_migrations())
     assert rows(empty_postgres_url, "select * from abreast.schema_version") == applied
 
 
 async def test_migrate_accepts_an_empty_schema_and_tables_beside_it(empty_postgres_url: str) -> None:
     execute(empty_postgres_url, "create schema abreast; create table public.orders (n integer)")
 
-    assert await migrate(empty_postgres_url) == len(migrations())
+    assert await migrate(empty_postgres_url) == len(load_migrations())
 
 
 async def test_migrate_runs_once_for_several_sidecars(empty_postgres_url: str) -> None:
     versions = await asyncio.gather(*(migrate(empty_postgres_url) for _ in range(8)))
 
-    assert set(versions) == {len(migrations())}
-    assert one(empty_postgres_url, "select count(*) from abreast.schema_version") == len(migrations())
+    assert set(versions) == {len(load_migrations())}
+    assert one(empty_postgres_url, "select count(*) from abreast.schema_version") == len(load_migrations())
 
 
 async def test_migrate_applies_only_missing_versions(empty_postgres_url: str) -> None:
-    await migrate(empty_postgres_url, migrations()[:1])
+    await migrate(empty_postgres_url, load_migrations()[:1])
     versions = await asyncio.gather(*(migrate(empty_postgres_url, with_second()) for _ in range(4)))
 
     assert set(versions) == {2}
@@ -61,7 +61,7 @@ async def test_migrate_refuses_a_newer_version(empty_postgres_url: str) -> None:
     with pytest.raises(
         SchemaError, match="has schema version 2, this abreast knows 1: run the newer abreast"
     ) as caught:
-        await migrate(empty_postgres_url, migrations()[:1])
+        await migrate(empty_postgres_url, load_migrations()[:1])
 
     assert empty_postgres_url.split(":")[2].split("@", maxsplit=1)[0] not in str(caught.value)  # the password
 
@@ -70,7 +70,7 @@ async def test_migrate_refuses_a_changed_file(empty_postgres_url: str) -> None:
     await migrate(empty_postgres_url, with_second())
 
     with pytest.raises(SchemaError, match=r"another 0002_second\.sql .* create a new database"):
-        await migrate(empty_postgres_url, (*migrations()[:1], Migration(2, "second", b"select 1")))
+        await migrate(empty_postgres_url, (*load_migrations()[:1], Migration(2, "second", b"select 1")))
     with pytest.raises(SchemaError, match=r"another schema\.sql .* create a new database"):
         await migrate(empty_postgres_url, [Migration(1, "schema", b"select 1"), SECOND])
 
@@ -98,13 +98,13 @@ async def test_migrate_refuses_foreign_tables_in_its_schema(empty_postgres_url: 
 async def test_failed_migration_leaves_nothing_behind(empty_postgres_url: str) -> None:
     broken = Migration(2, "broken", b"create table abreast.half (n integer); select 1/0")
     with pytest.raises(LedgerError, match="division by zero"):
-        await migrate(empty_postgres_url, (*migrations()[:1], broken))
+        await migrate(empty_postgres_url, (*load_migrations()[:1], broken))
 
     assert one(empty_postgres_url, "select to_regnamespace('abreast')") is None
 
 
 def with_second() -> tuple[Migration, ...]:
-    return (*migrations()[:1], SECOND)
+    return (*load_migrations()[:1], SECOND)
 
 
 def execute(url: str, sql: str) -> None:

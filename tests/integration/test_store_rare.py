@@ -8,13 +8,13 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from abreast_sidecar.housekeeping.cache import find_misses
-from abreast_sidecar.housekeeping.latency import find_slow
-from abreast_sidecar.housekeeping.missing import find_missing
+from abreast_sidecar.housekeeping.cache import detect_misses
+from abreast_sidecar.housekeeping.latency import detect_slowdowns
+from abreast_sidecar.housekeeping.missing import detect_unanswered
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.latencies import timings
-from abreast_sidecar.store.pages import Page
-from abreast_sidecar.store.queries import PairFilter, Queries
+from abreast_sidecar.store.latencies import read_timings
+from abreast_sidecar.store.pages import PageRequest
+from abreast_sidecar.store.queries import LedgerReader, PairFilter
 from abreast_sidecar.store.results import Endpoint, Window
 from support import eventually
 
@@ -74,57 +74,61 @@ async def read(postgres_url: str) -> AsyncIterator[Callable[[], int]]:
 
 
 async def latency(database: Database) -> None:
-    await timings(database, Endpoint("shop", "GET", "/rare"), Window())
+    await read_timings(database, Endpoint("shop", "GET", "/rare"), Window())
 
 
 async def pairs_of_an_endpoint(database: Database) -> None:
-    found = await Queries(database).pairs(PairFilter(service="shop", method="GET", route="/rare"), Page(100))
+    found = await LedgerReader(database).list_pairs(
+        PairFilter(service="shop", method="GET", route="/rare"), PageRequest(100)
+    )
     assert len(found.rows) == RARE
 
 
 async def pairs_of_a_finding(database: Database) -> None:
-    found = await Queries(database).pairs(PairFilter(service="shop", finding_id=1), Page(100))
+    found = await LedgerReader(database).list_pairs(
+        PairFilter(service="shop", finding_id=1), PageRequest(100)
+    )
     assert len(found.rows) == 5
 
 
 async def separating(database: Database) -> None:
-    queries = Queries(database)
-    found, _ = await queries.finding(1)
-    await queries.separating(found)
+    queries = LedgerReader(database)
+    found, _ = await queries.get_finding(1)
+    await queries.find_common_feature(found)
 
 
 async def endpoints(database: Database) -> None:
-    found = await Queries(database).endpoints("shop", Window(), Page(100))
+    found = await LedgerReader(database).list_endpoints("shop", Window(), PageRequest(100))
     assert len(found.rows) == 2
 
 
 async def a_verdict(database: Database) -> None:
-    found = await Queries(database).evidence("shop", Window(), 0.1)
+    found = await LedgerReader(database).read_evidence("shop", Window(), 0.1)
     assert {one.timed for one in found.endpoints} == {25, 5000}
 
 
 async def a_verdict_of_a_release(database: Database) -> None:
-    found = await Queries(database).evidence("shop", Window(), 0.1, release="v1")
+    found = await LedgerReader(database).read_evidence("shop", Window(), 0.1, release="v1")
     assert [one.timed for one in found.endpoints] == [90]
 
 
 async def slow_endpoints(database: Database) -> None:
     async with database.connection() as connection:
-        await find_slow(connection)
+        await detect_slowdowns(connection)
 
 
 async def cache_misses(database: Database) -> None:
     async with database.connection() as connection:
-        await find_misses(connection)
+        await detect_misses(connection)
 
 
 async def what_is_missing(database: Database) -> None:
     async with database.connection() as connection:
-        await find_missing(connection)
+        await detect_unanswered(connection)
 
 
 async def the_newest_pair(database: Database) -> None:
-    assert await database.one("pair_newest_age", {"service": "shop", "sidecar_time": datetime.now(UTC)})
+    assert await database.fetch_one("pair_newest_age", {"service": "shop", "sidecar_time": datetime.now(UTC)})
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, MIN_SLOWER_US
+from abreast_sidecar.compare.latency import COLD_PAIR_SHARE, MIN_COLD_PAIRS, MIN_SLOWER_US
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.pages import Page
-from abreast_sidecar.store.queries import FindingFilter, Queries
+from abreast_sidecar.store.pages import PageRequest
+from abreast_sidecar.store.queries import FindingFilter, LedgerReader
 from abreast_sidecar.store.results import Window
 from support_pairs import SERVICE, sums_are_those_of_rows
 
@@ -82,7 +82,7 @@ def made(generator: random.Random) -> list[Row]:
 @dataclass
 class Place:
     url: str
-    queries: Queries
+    queries: LedgerReader
     rows: list[Row]
     windows: list[Window]
 
@@ -96,7 +96,7 @@ async def place(postgres_url: str) -> AsyncIterator[Place]:
     await database.open()
     edges = [None, *(one.at for one in pairs), *(NOON + timedelta(hours=hour) for hour in range(40))]
     windows = [Window(), *(Window(generator.choice(edges), generator.choice(edges)) for _ in range(WINDOWS))]
-    yield Place(postgres_url, Queries(database), pairs, windows)
+    yield Place(postgres_url, LedgerReader(database), pairs, windows)
     await database.close()
 
 
@@ -151,12 +151,12 @@ async def test_the_sums_are_those_of_the_rows(place: Place) -> None:
 async def test_a_summary(place: Place) -> None:
     for window in place.windows:
         inside = [one for one in place.rows if one.within(window)]
-        found = await place.queries.summary(SERVICE, window)
+        found = await place.queries.read_summary(SERVICE, window)
 
         assert found.outcomes == Counter(one.outcome for one in inside)
         assert found.explained == counted(inside, lambda one: one.findings == (COLOUR,))
         shown = {finding for one in inside for finding in one.findings} & {PRICE, NAME}
-        assert found.findings == (len(shown) if window.bounded else 2)
+        assert found.findings == (len(shown) if window.is_bounded else 2)
         times: list[datetime | None] = [*sorted(one.at for one in inside)] or [None]
         assert (found.first, found.last) == (times[0], times[-1])
 
@@ -164,7 +164,7 @@ async def test_a_summary(place: Place) -> None:
 async def test_a_list_of_endpoints(place: Place) -> None:
     for window in place.windows:
         inside = [one for one in place.rows if one.within(window)]
-        found = (await place.queries.endpoints(SERVICE, window, Page(10))).rows
+        found = (await place.queries.list_endpoints(SERVICE, window, PageRequest(10))).rows
 
         assert {one.endpoint.route: one.outcomes for one in found} == {
             f"/{number}": Counter(one.outcome for one in inside if one.endpoint == number)
@@ -173,7 +173,7 @@ async def test_a_list_of_endpoints(place: Place) -> None:
         shown = {finding for one in inside for finding in one.findings}
         assert [one.findings for one in found if one.endpoint.route == "/1"] in (
             [],
-            [int(PRICE in shown or not window.bounded)],
+            [int(PRICE in shown or not window.is_bounded)],
         )
 
 
@@ -182,9 +182,9 @@ async def test_a_list_of_findings(place: Place, release: str) -> None:
     for window in place.windows[1:]:
         inside = [one for one in place.rows if one.within(window) and release in ("", one.new_release)]
         wanted = FindingFilter(include_noise=True, release=release, window=window)
-        found = (await place.queries.findings(wanted, Page(10))).rows
+        found = (await place.queries.list_findings(wanted, PageRequest(10))).rows
 
-        if window.bounded or release:
+        if window.is_bounded or release:
             assert {one.id: one.count for one in found} == Counter(f for one in inside for f in one.findings)
         for one in found:
             endpoint = 2 if one.id == NAME else 1
@@ -195,7 +195,7 @@ async def test_a_list_of_findings(place: Place, release: str) -> None:
 async def test_a_verdict(place: Place, release: str | None) -> None:
     for window in place.windows:
         inside = of_release(place.rows, window, release)
-        found = await place.queries.evidence(
+        found = await place.queries.read_evidence(
             SERVICE, window, SLOWER, release=release or "", all_releases=release is None
         )
 
@@ -236,7 +236,7 @@ def timed(rows: Iterable[Row]) -> tuple[int, int]:
     every, slower = 0, 0
     for release in {one.new_release for one in rows}:
         of_it = sorted((one for one in rows if one.new_release == release), key=lambda one: (one.at, one.id))
-        for one in of_it[max(COLD_PAIRS, math.ceil(len(of_it) * COLD_SHARE)) :]:
+        for one in of_it[max(MIN_COLD_PAIRS, math.ceil(len(of_it) * COLD_PAIR_SHARE)) :]:
             if one.old_us is None or one.new_us is None or one.old_status != one.new_status:
                 continue
             every += 1

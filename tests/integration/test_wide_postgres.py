@@ -13,9 +13,9 @@ import pytest
 from abreast.v1 import comparison_pb2, comparison_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_sidecar.app import serve
 from abreast_sidecar.cli.checks import postgres as checks
-from abreast_sidecar.control import Control
+from abreast_sidecar.control import TrafficController
 from abreast_sidecar.errors import LedgerError
-from abreast_sidecar.read.client import connect
+from abreast_sidecar.read.client import connect_redis
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import database, migrate
 from abreast_sidecar.store.database import Database
@@ -57,7 +57,7 @@ async def test_a_sidecar_with_three_workers_and_its_api(
             summary = await comparison_pb2_grpc.ComparisonServiceStub(channel).GetSummary(asked)
             change = traffic_pb2.RollbackRequest(service="shop", reason="a test")
             await traffic_pb2_grpc.TrafficServiceStub(channel).Rollback(change)
-            facts = await asyncio.to_thread(checks.look, through)
+            facts = await asyncio.to_thread(checks.read_postgres_facts, through)
     finally:
         stop.set()
         await sidecar
@@ -78,8 +78,8 @@ async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(
     await migrate(through)
     stop, opened = asyncio.Event(), Database(through)
     await opened.open()
-    redis = connect(redis_url)
-    control, other = Control(opened, redis, settings), Control(opened, redis, settings)
+    redis = connect_redis(redis_url)
+    control, other = TrafficController(opened, redis, settings), TrafficController(opened, redis, settings)
     task = asyncio.create_task(control.run(stop))
     with psycopg.connect(empty_postgres_url, autocommit=True) as look:
 
@@ -91,7 +91,7 @@ async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(
     await other.read("shop")  # makes its first state
 
     async def heard() -> bool:
-        return control.held("shop") is not None
+        return control.current("shop") is not None
 
     await eventually_async(heard, within=3, what="the other has heard, before it looks again by itself")
     stop.set()
@@ -103,7 +103,7 @@ async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(
 async def test_limits_hold_in_every_session_that_the_pooler_gives(
     through: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "LIMITS", database.LIMITS.replace("'20s'", "'200ms'"))
+    monkeypatch.setattr(database, "SESSION_LIMITS", database.SESSION_LIMITS.replace("'20s'", "'200ms'"))
     opened = Database(through)
     await opened.open()
     try:

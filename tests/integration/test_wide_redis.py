@@ -12,9 +12,9 @@ import pytest
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.cli.checks import redis as checks
 from abreast_sidecar.embedded import RedisServer
-from abreast_sidecar.housekeeping import Housekeeping
-from abreast_sidecar.read import connect
-from abreast_sidecar.serve.pending import Pending
+from abreast_sidecar.housekeeping import JobRunner
+from abreast_sidecar.read import connect_redis
+from abreast_sidecar.serve.pending import PairBacklog
 from abreast_sidecar.settings import Settings
 from support import eventually_async
 from support_certificate import self_signed
@@ -34,7 +34,7 @@ async def test_on_a_cluster_of_three(postgres_url: str) -> None:
         settings = Settings(redis_url=servers.url, postgres_url=postgres_url, claim_idle=0.5, batch_size=20)
         load = Load(servers.url, service=ServiceSettings(service=SERVICE, redis_url=servers.url, shards=6))
         stop = asyncio.Event()
-        housekeeping = asyncio.create_task(Housekeeping(settings).run(stop))
+        housekeeping = asyncio.create_task(JobRunner(settings).run(stop))
         async with running(settings, "one"), running(settings, "two"), loading(load, PAIRS):
             pass
         async with running(settings):
@@ -42,15 +42,15 @@ async def test_on_a_cluster_of_three(postgres_url: str) -> None:
         await eventually_async(lambda: reported(postgres_url, 2 * PAIRS), what="the shards' reports")
         stop.set()
         await housekeeping
-        client = connect(servers.url)
-        waiting = await Pending(client).count(SERVICE)
+        client = connect_redis(servers.url)
+        waiting = await PairBacklog(client).count(SERVICE)
         await client.aclose()
         used = [keys for node in servers.nodes for keys in stats_of(node)]
-        facts = await asyncio.to_thread(checks.look, servers.url)
+        facts = await asyncio.to_thread(checks.read_redis_facts, servers.url)
 
     assert waiting == 0
     assert len(used) == 6
-    assert facts.total(SERVICE, "received") == 2 * PAIRS
+    assert facts.total_counter(SERVICE, "received") == 2 * PAIRS
     assert len(facts.shards[SERVICE]) == 6
 
 
@@ -73,11 +73,11 @@ async def test_failing_over_to_a_replica_that_sentinel_chose(postgres_url: str) 
         async with running(settings):
             async with loading(load, 2 * PAIRS):
                 await eventually_async(lambda: some(postgres_url, PAIRS // 2), what="the first rows")
-                assert servers.primary.server is not None
-                servers.primary.server.process.kill()
+                assert servers.primary.process is not None
+                servers.primary.process.popen.kill()
                 before = set(load.pairs)
             await eventually_async(lambda: all_after(postgres_url, load, before), what="the rest arrives")
-        facts = await asyncio.to_thread(checks.look, servers.url)
+        facts = await asyncio.to_thread(checks.read_redis_facts, servers.url)
 
     found = {pair for (pair,) in rows(postgres_url, "select id from abreast.pair")}
     agrees(postgres_url)
@@ -110,7 +110,7 @@ async def test_users_with_no_more_rights_than_the_docs_say(postgres_url: str) ->
         settings = Settings(redis_url=sidecar, postgres_url=postgres_url, claim_idle=0.5)
         load = Load(service)
         stop = asyncio.Event()
-        housekeeping = asyncio.create_task(Housekeeping(settings).run(stop))
+        housekeeping = asyncio.create_task(JobRunner(settings).run(stop))
         async with running(settings), loading(load, 50):
             pass
         async with running(settings):
@@ -118,12 +118,12 @@ async def test_users_with_no_more_rights_than_the_docs_say(postgres_url: str) ->
         await eventually_async(lambda: reported(postgres_url, 100), what="the shard's report")
         stop.set()
         await housekeeping
-        facts = await asyncio.to_thread(checks.look, sidecar)
+        facts = await asyncio.to_thread(checks.read_redis_facts, sidecar)
         denied = client.acl_log()
 
     ours = {entry["object"] for entry in denied if entry["username"] in {"service", "sidecar"}}
     assert ours - {"client|setinfo"} == {"config|get"}
-    assert facts.total(SERVICE, "received") == 100
+    assert facts.total_counter(SERVICE, "received") == 100
 
 
 async def test_with_tls(postgres_url: str, redis_server: RedisServer, redis_url: str, tmp_path: Path) -> None:
@@ -136,6 +136,6 @@ async def test_with_tls(postgres_url: str, redis_server: RedisServer, redis_url:
             pass
         async with running(Settings(redis_url=url, postgres_url=postgres_url)):
             await complete(postgres_url, load)
-        facts = await asyncio.to_thread(checks.look, url)
+        facts = await asyncio.to_thread(checks.read_redis_facts, url)
 
-    assert facts.total(SERVICE, "received") == 40
+    assert facts.total_counter(SERVICE, "received") == 40

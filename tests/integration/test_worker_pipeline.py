@@ -15,10 +15,10 @@ import redis
 from msgspec import structs
 
 from abreast.capture import encode
-from abreast.join import GROUP, Bounds, Keys
+from abreast.join import CONSUMER_GROUP, Keys, Limits
 from abreast_sidecar.embedded import PostgresServer, RedisServer
-from abreast_sidecar.housekeeping import Housekeeping
-from abreast_sidecar.read import connect, sweep
+from abreast_sidecar.housekeeping import JobRunner
+from abreast_sidecar.read import connect_redis, expire_incomplete_pairs
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import migrate
 from support import WITHIN, eventually_async
@@ -148,7 +148,7 @@ async def holds(settings: Settings, name: str) -> bool:
         keys = Keys(SERVICE, 0)
         if not client.xinfo_groups(keys.ready):
             return False
-        consumers = client.xinfo_consumers(keys.ready, GROUP)
+        consumers = client.xinfo_consumers(keys.ready, CONSUMER_GROUP)
         return any(consumer["name"] == name.encode() and consumer["pending"] > 0 for consumer in consumers)
 
 
@@ -158,8 +158,8 @@ async def test_a_worker_of_the_same_name_goes_on_at_once_with_what_was_pending(s
     for _ in range(30):
         send(settings.redis_url, pair_of())
     with redis.Redis.from_url(settings.redis_url) as client:
-        client.xgroup_create(keys.ready, GROUP, id="0")
-        client.xreadgroup(GROUP, "worker-1", {keys.ready: ">"}, count=20)
+        client.xgroup_create(keys.ready, CONSUMER_GROUP, id="0")
+        client.xreadgroup(CONSUMER_GROUP, "worker-1", {keys.ready: ">"}, count=20)
     async with running(patient, "worker-1"):
         await emptied(settings, within=10)
 
@@ -175,8 +175,8 @@ async def test_postgres_may_restart_while_batches_are_written(redis_url: str) ->
             for number in range(total):
                 send(redis_url, pair_of({"n": 1}, {"n": 2}))
                 if number in (100, 250):
-                    server.server.process.send_signal(signal.SIGQUIT)  # type: ignore[union-attr]  # an immediate end
-                    server.server.process.wait()  # type: ignore[union-attr]
+                    server.process.popen.send_signal(signal.SIGQUIT)  # type: ignore[union-attr]  # an immediate end
+                    server.process.popen.wait()  # type: ignore[union-attr]
                     await asyncio.sleep(0.1)
                     server.start()
                 await asyncio.sleep(0)
@@ -196,8 +196,8 @@ async def test_a_worker_waits_for_servers_that_come_later_and_for_the_schema() -
     )
     async with running(settings) as worker:
         await asyncio.sleep(0.3)
-        assert worker.alive
-        assert worker.last_beat == 0.0
+        assert worker.is_running
+        assert worker.last_heartbeat == 0.0
     with redis_server, postgres:
         settings = Settings(redis_url=redis_server.url, postgres_url=postgres.url(), claim_idle=0.5)
         async with running(settings):
@@ -291,13 +291,13 @@ async def test_thousands_of_differing_paths_stay_bounded(settings: Settings) -> 
 async def test_lonely_captures_are_swept_into_outcomes_and_what_comes_late_is_counted(
     settings: Settings,
 ) -> None:
-    soon = Bounds(wait_ms=1)
+    soon = Limits(wait_ms=1)
     old, new, third = str(uuid.uuid4()), str(uuid.uuid4()), str(uuid.uuid4())
     send(settings.redis_url, [capture(old, "old"), capture(new, "new", "shadow")], bounds=soon)
     three = [capture(third, "old", arms=3), capture(third, "new", "shadow", arms=3)]
     send(settings.redis_url, three, bounds=soon)
     stop = asyncio.Event()
-    housekeeping = asyncio.create_task(Housekeeping(settings).run(stop))
+    housekeeping = asyncio.create_task(JobRunner(settings).run(stop))
     async with running(settings):
         await eventually_async(lambda: counted(settings, 3), what="three rows")
     late = send(settings.redis_url, [capture(old, "new", "shadow")])
@@ -317,12 +317,12 @@ async def counted(settings: Settings, number: int) -> bool:
 
 async def test_a_sweep_moves_no_more_than_it_was_told_and_loses_nothing(redis_url: str) -> None:
     ids = [str(uuid.uuid4()) for _ in range(450)]
-    send(redis_url, [capture(pair, "old") for pair in ids], bounds=Bounds(wait_ms=0))
-    client, keys = connect(redis_url), Keys(SERVICE, 0)
-    first = await sweep(client, keys, most=200)
+    send(redis_url, [capture(pair, "old") for pair in ids], bounds=Limits(wait_ms=0))
+    client, keys = connect_redis(redis_url), Keys(SERVICE, 0)
+    first = await expire_incomplete_pairs(client, keys, max_pairs=200)
     with redis.Redis.from_url(redis_url) as sync:
         sync.delete(keys.pair(sync.zrange(keys.due, 0, 0)[0].decode()))  # its captures got lost
-        rest = await sweep(client, keys)
+        rest = await expire_incomplete_pairs(client, keys)
         entries: list[Any] = sync.xrange(keys.ready)
         left = sync.zcard(keys.due)
     await client.aclose()
@@ -353,7 +353,7 @@ async def test_stopping_commits_what_was_read(settings: Settings) -> None:
     async with running(settings):
         await eventually_async(lambda: started(settings), what="the first rows")
     with redis.Redis.from_url(settings.redis_url) as client:
-        pending = client.xpending(Keys(SERVICE, 0).ready, GROUP)
+        pending = client.xpending(Keys(SERVICE, 0).ready, CONSUMER_GROUP)
 
     assert pending["pending"] == 0
     assert sum(outcomes(settings.postgres_url).values()) + ready(settings.redis_url) == 200

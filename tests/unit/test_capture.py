@@ -33,14 +33,14 @@ CAPTURES = st.builds(
     request=st.builds(Request, LATIN, LATIN, LATIN, LATIN, HEADERS, bodies()),
     answer=st.builds(Answer, st.integers(0, 999), HEADERS, bodies(), HEADERS),
     attempt=COUNT,
-    arms=st.sampled_from([2, 3]),
+    expected_captures=st.sampled_from([2, 3]),
     release=LATIN,
-    started=st.floats(0, 1e10),
+    started_at=st.floats(0, 1e10),
     first_byte_us=st.none() | COUNT,
     total_us=COUNT,
     client_left=st.booleans(),
     complete=st.booleans(),
-    raised=LATIN,
+    exception=LATIN,
     effects=st.lists(
         st.dictionaries(LATIN, st.integers(-9, 9) | LATIN | st.none(), max_size=3), max_size=3
     ).map(tuple),
@@ -108,7 +108,7 @@ def test_the_slot_names_version_role_and_attempt() -> None:
 
 
 def test_a_body_is_whole_when_nothing_is_missing() -> None:
-    assert Body(b"abc", 3).whole
-    assert not Body(b"abc", 4, "x").whole
+    assert Body(b"abc", 3).is_complete
+    assert not Body(b"abc", 4, "x").is_complete
     assert Body(b"abc", 3).fingerprint() == digest(b"abc")
     assert msgspec.structs.replace(Body(b"abc", 3), digest="d").fingerprint() == "d"

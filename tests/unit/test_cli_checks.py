@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 
 from abreast_sidecar.cli.checks import Check, clocks, envoy, postgres, reach, redis, services, sidecar
-from abreast_sidecar.cli.checks.check import without_password
+from abreast_sidecar.cli.checks.check import mask_password
 
 
 def states(checks: Iterable[Check]) -> dict[str, str]:
     return {check.name: check.state for check in checks}
 
 
-UP = reach.Endpoint("10.0.0.1:80")
-DOWN = reach.Endpoint("10.0.0.2:80", "connection refused")
-UNSURE = reach.Endpoint("10.0.0.3:80", "timed out", sure=False)
+UP = reach.EndpointReachability("10.0.0.1:80")
+DOWN = reach.EndpointReachability("10.0.0.2:80", "connection refused")
+UNSURE = reach.EndpointReachability("10.0.0.3:80", "timed out", is_certain=False)
 
 
 def envoy_facts(
-    *, safe: float = 0.1, old: tuple[reach.Endpoint, ...] = (UP,), **stats: int
+    *, safe: float = 0.1, old: tuple[reach.EndpointReachability, ...] = (UP,), **stats: int
 ) -> envoy.EnvoyFacts:
     healthy = {f"cluster.new.membership_{what}": 1 for what in ("healthy", "total")}
     known = {
@@ -38,12 +38,12 @@ def envoy_facts(
         state="LIVE",
         stats={**healthy, **known, **given},
         sampling={"safe": safe, "unsafe": 0.0},
-        old=old,
+        old_endpoints=old,
     )
 
 
 def test_a_mirroring_envoy_is_well() -> None:
-    assert set(states(envoy.judge(envoy_facts())).values()) == {"ok"}
+    assert set(states(envoy.check_envoy(envoy_facts())).values()) == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_mirroring_envoy_is_well() -> None:
     ],
 )
 def test_envoy_is_not_well(facts: envoy.EnvoyFacts, name: str, state: str) -> None:
-    assert states(envoy.judge(facts))[name] == state
+    assert states(envoy.check_envoy(facts))[name] == state
 
 
 def test_retries_are_not_counted_as_mirrored() -> None:
@@ -75,10 +75,10 @@ def test_retries_are_not_counted_as_mirrored() -> None:
         cluster__old_baseline__upstream_rq_total=5,
     )
 
-    assert facts.mirrored == 10
+    assert facts.mirrored_requests == 10
     assert (
         "100 requests, 10 of them mirrored"
-        in next(c for c in envoy.judge(facts) if c.name == "requests").found
+        in next(c for c in envoy.check_envoy(facts) if c.name == "requests").found
     )
 
 
@@ -102,8 +102,10 @@ def test_an_endpoint_s_counts_are_summed_over_the_pools_of_old() -> None:
         hosts("new", cx_connect_fail=8),
     ]
 
-    assert reach.counts({"cluster_statuses": clusters}) == {
-        ("127.0.0.1", 8001): reach.Counts(failed=3, active=0, answered=5, ejected=True)
+    assert reach.count_connections({"cluster_statuses": clusters}) == {
+        ("127.0.0.1", 8001): reach.ConnectionCounts(
+            failed_connects=3, active_connections=0, successful_requests=5, is_ejected=True
+        )
     }
 
 
@@ -113,19 +115,28 @@ REFUSED = "connection refused"
 @pytest.mark.parametrize(
     ("where", "refused", "after", "near", "reached", "sure"),
     [
-        ("127.0.0.1", "", reach.Counts(failed=1), True, True, True),
-        ("127.0.0.1", "", reach.Counts(failed=2), True, False, True),
-        ("127.0.0.1", "", reach.Counts(failed=1, ejected=True), True, False, True),
-        ("10.0.0.1", "timed out", reach.Counts(failed=1, answered=1), False, True, True),
-        ("10.0.0.1", "timed out", reach.Counts(failed=1), False, False, True),
+        ("127.0.0.1", "", reach.ConnectionCounts(failed_connects=1), True, True, True),
+        ("127.0.0.1", "", reach.ConnectionCounts(failed_connects=2), True, False, True),
+        ("127.0.0.1", "", reach.ConnectionCounts(failed_connects=1, is_ejected=True), True, False, True),
+        (
+            "10.0.0.1",
+            "timed out",
+            reach.ConnectionCounts(failed_connects=1, successful_requests=1),
+            False,
+            True,
+            True,
+        ),
+        ("10.0.0.1", "timed out", reach.ConnectionCounts(failed_connects=1), False, False, True),
     ],
 )
 def test_what_envoy_sees_counts_for_more_than_what_this_machine_sees(
-    where: str, refused: str, after: reach.Counts, near: bool, reached: bool, sure: bool
+    where: str, refused: str, after: reach.ConnectionCounts, near: bool, reached: bool, sure: bool
 ) -> None:
-    found = reach.judged((where, 8001), refused, reach.Counts(failed=1), after, near=near)
+    found = reach.judge_reachability(
+        (where, 8001), refused, reach.ConnectionCounts(failed_connects=1), after, is_local_envoy=near
+    )
 
-    assert (not found.trouble, found.sure) == (reached, sure)
+    assert (not found.problem, found.is_certain) == (reached, sure)
 
 
 @pytest.mark.parametrize(
@@ -138,11 +149,11 @@ def test_what_envoy_sees_counts_for_more_than_what_this_machine_sees(
     ],
 )
 def test_without_traffic_only_this_machine_can_tell(where: str, refused: str, near: bool, sure: bool) -> None:
-    idle = reach.Counts()
+    idle = reach.ConnectionCounts()
 
-    assert reach.judged((where, 8001), refused, idle, idle, near=near) == reach.Endpoint(
-        f"{where}:8001", refused, sure=sure
-    )
+    assert reach.judge_reachability(
+        (where, 8001), refused, idle, idle, is_local_envoy=near
+    ) == reach.EndpointReachability(f"{where}:8001", refused, is_certain=sure)
 
 
 def test_requests_that_change_something_are_told_from_none_at_all() -> None:
@@ -155,55 +166,64 @@ def test_requests_that_change_something_are_told_from_none_at_all() -> None:
         vhost__service__route__safe_plain__upstream_rq_total=0,
         vhost__service__route__unsafe_plain__upstream_rq_total=5,
     )
-    found = [next(c for c in envoy.judge(facts) if c.name == "requests").found for facts in (none, posts)]
+    found = [
+        next(c for c in envoy.check_envoy(facts) if c.name == "requests").found for facts in (none, posts)
+    ]
 
     assert "no request has come through Envoy" in found[0]
     assert "all change something" in found[1]
 
 
-def process(**report: Any) -> services.Process:
-    return services.Process.of({"host": "a", "pid": 1, "seen": 99.0, **report}, now=100.0)
+def process(**report: Any) -> services.ServiceProcess:
+    return services.ServiceProcess.from_report(
+        {"host": "a", "pid": 1, "seen": 99.0, **report}, server_time_s=100.0
+    )
 
 
 def test_both_versions_captured_is_well() -> None:
     both = [process(versions={"old": 5}, release="1.4"), process(versions={"new": 5})]
-    checks = list(services.judge("shop", both, 5, []))
+    checks = list(services.check_services("shop", both, 5, []))
 
     assert set(states(checks).values()) == {"ok"}
     assert "release 1.4" in next(c for c in checks if c.name == "old").found
 
 
 def test_one_version_without_the_middleware_is_named() -> None:
-    checks = states(services.judge("shop", [process(versions={"old": 5})], 5, []))
+    checks = states(services.check_services("shop", [process(versions={"old": 5})], 5, []))
 
     assert (checks["old"], checks["new"]) == ("ok", "fail")
 
 
 def test_nothing_captured_is_no_failure_while_nothing_is_mirrored() -> None:
-    checks = states(services.judge("shop", [process(versions={})], 0, []))
+    checks = states(services.check_services("shop", [process(versions={})], 0, []))
 
     assert (checks["old"], checks["new"]) == ("warn", "warn")
 
 
 def test_another_name_for_the_service_is_pointed_out() -> None:
-    (check,) = services.judge("shop", [], 5, ["shopp"])
+    (check,) = services.check_services("shop", [], 5, ["shopp"])
 
     assert check.state == "fail"
     assert "but of shopp" in check.found
 
 
 def test_processes_that_fell_silent_are_a_failure() -> None:
-    silent = services.Process.of({"seen": 1.0, "versions": {"old": 1, "new": 1}}, now=100.0)
+    silent = services.ServiceProcess.from_report(
+        {"seen": 1.0, "versions": {"old": 1, "new": 1}}, server_time_s=100.0
+    )
 
-    assert states(services.judge("shop", [silent], 1, []))["middleware"] == "fail"
+    assert states(services.check_services("shop", [silent], 1, []))["middleware"] == "fail"
 
 
-def silent(version: str) -> services.Process:
-    return services.Process.of({"seen": 60.0, "versions": {version: 9}}, now=100.0)
+def silent(version: str) -> services.ServiceProcess:
+    return services.ServiceProcess.from_report({"seen": 60.0, "versions": {version: 9}}, server_time_s=100.0)
 
 
 def test_a_version_whose_captures_stopped_is_named_whatever_it_sent_before() -> None:
-    checks = {c.name: c for c in services.judge("shop", [process(versions={"old": 5}), silent("new")], 5, [])}
+    checks = {
+        c.name: c
+        for c in services.check_services("shop", [process(versions={"old": 5}), silent("new")], 5, [])
+    }
 
     assert (checks["old"].state, checks["new"].state) == ("ok", "fail")
     assert checks["new"].found == "no process of new has reported for 40 s"
@@ -211,21 +231,21 @@ def test_a_version_whose_captures_stopped_is_named_whatever_it_sent_before() -> 
 
 @pytest.mark.parametrize(("fresh", "mirrored"), [([process(versions={})], 5), ([], 0)])
 def test_a_version_that_fell_silent_may_have_been_started_again(
-    fresh: list[services.Process], mirrored: int
+    fresh: list[services.ServiceProcess], mirrored: int
 ) -> None:
     both = [process(versions={"old": 5}), silent("new"), *fresh]
 
-    assert states(services.judge("shop", both, mirrored, []))["new"] == "warn"
+    assert states(services.check_services("shop", both, mirrored, []))["new"] == "warn"
 
 
 def test_a_version_that_was_started_again_is_well() -> None:
     both = [process(versions={"old": 5}), silent("new"), process(versions={"new": 1})]
 
-    assert states(services.judge("shop", both, 5, []))["new"] == "ok"
+    assert states(services.check_services("shop", both, 5, []))["new"] == "ok"
 
 
 def test_dropped_captures_are_counted_by_reason() -> None:
-    checks = services.judge(
+    checks = services.check_services(
         "shop", [process(dropped={"queue_bytes": 2}), process(dropped={"queue_bytes": 3})], 5, []
     )
 
@@ -233,13 +253,15 @@ def test_dropped_captures_are_counted_by_reason() -> None:
 
 
 def redis_facts(**changed: Any) -> redis.RedisFacts:
-    shard = redis.Shard({"received": 20, "joined": 10, "swept": 0, "bytes": 100}, waiting=0, ready=0)
+    shard = redis.ShardState(
+        {"received": 20, "joined": 10, "swept": 0, "bytes": 100}, waiting_pairs=0, ready_pairs=0
+    )
     facts: dict[str, Any] = {
         "url": "redis://127.0.0.1:6379/0",
         "info": {"redis_version": "7.0.15", "used_memory": 1000, "aof_enabled": 1},
-        "now": 100.0,
-        "ahead": 0.0,
-        "policy": "noeviction",
+        "server_time_s": 100.0,
+        "clock_offset_s": 0.0,
+        "eviction_policy": "noeviction",
         "shards": {"shop": [shard]},
         "reports": {"shop": []},
     }
@@ -247,22 +269,22 @@ def redis_facts(**changed: Any) -> redis.RedisFacts:
 
 
 def test_a_fit_redis_with_joining_pairs_is_well() -> None:
-    assert set(states(redis.judge(redis_facts())).values()) == {"ok"}
-    assert set(states(redis.judge_join(redis_facts(), "shop", 10)).values()) == {"ok"}
+    assert set(states(redis.check_redis(redis_facts())).values()) == {"ok"}
+    assert set(states(redis.check_join(redis_facts(), "shop", 10)).values()) == {"ok"}
 
 
 @pytest.mark.parametrize(
     ("changed", "name", "state"),
     [
-        ({"policy": "allkeys-lru"}, "eviction", "warn"),
-        ({"policy": None}, "eviction", "warn"),
+        ({"eviction_policy": "allkeys-lru"}, "eviction", "warn"),
+        ({"eviction_policy": None}, "eviction", "warn"),
         ({"info": {"redis_version": "6.2.1"}}, "version", "fail"),
         ({"info": {"redis_version": "7.2.4", "used_memory": 95, "maxmemory": 100}}, "memory", "fail"),
         ({"info": {"redis_version": "7.2.4", "aof_last_write_status": "err"}}, "persistence", "fail"),
     ],
 )
 def test_redis_is_not_fit(changed: dict[str, Any], name: str, state: str) -> None:
-    assert states(redis.judge(redis_facts(**changed)))[name] == state
+    assert states(redis.check_redis(redis_facts(**changed)))[name] == state
 
 
 @pytest.mark.parametrize(
@@ -276,45 +298,47 @@ def test_redis_is_not_fit(changed: dict[str, Any], name: str, state: str) -> Non
     ],
 )
 def test_pairs_do_not_join(stats: dict[str, int], waiting: int, ready: int, name: str, state: str) -> None:
-    facts = redis_facts(shards={"shop": [redis.Shard(stats, waiting, ready)]})
+    facts = redis_facts(shards={"shop": [redis.ShardState(stats, waiting, ready)]})
 
-    assert states(redis.judge_join(facts, "shop", 10))[name] == state
+    assert states(redis.check_join(facts, "shop", 10))[name] == state
 
 
 @pytest.mark.parametrize(("overdue", "state"), [(20.0, None), (31.0, "fail")])
 def test_a_sweep_that_is_stuck_is_a_failure(overdue: float, state: str | None) -> None:
-    shards = [redis.Shard({"received": 20, "joined": 10}, waiting=1, ready=0, overdue=overdue)]
+    shards = [
+        redis.ShardState({"received": 20, "joined": 10}, waiting_pairs=1, ready_pairs=0, overdue_s=overdue)
+    ]
 
-    assert states(redis.judge_join(redis_facts(shards={"shop": shards}), "shop", 10)).get("sweep") == state
+    assert states(redis.check_join(redis_facts(shards={"shop": shards}), "shop", 10)).get("sweep") == state
 
 
 @pytest.mark.parametrize(("schema", "state"), [(0, "fail"), (1, "fail"), (2, "ok"), (3, "fail")])
 def test_the_schema_must_be_this_code_s(schema: int, state: str) -> None:
     facts = postgres.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, schema)
 
-    assert states(postgres.judge(facts, 2))["schema"] == state
+    assert states(postgres.check_postgres(facts, 2))["schema"] == state
 
 
 def test_doctor_postgres_fails_for_a_ledger_of_the_old_code() -> None:
     facts = postgres.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, outdated=True)
 
-    assert states(postgres.judge(facts, 2))["schema"] == "fail"
+    assert states(postgres.check_postgres(facts, 2))["schema"] == "fail"
 
 
 def test_a_clock_that_is_off_is_named() -> None:
-    assert states(clocks.judge({"Redis": 0.1, "Postgres": 0.2})) == {"agree": "ok"}
-    assert states(clocks.judge({"Redis": -30.0, "Postgres": 0.2})) == {"Redis": "warn"}
+    assert states(clocks.check_clocks({"Redis": 0.1, "Postgres": 0.2})) == {"agree": "ok"}
+    assert states(clocks.check_clocks({"Redis": -30.0, "Postgres": 0.2})) == {"Redis": "warn"}
 
 
 def test_addresses_are_shown_without_passwords() -> None:
-    assert without_password("postgresql://u:secret@db:5432/abreast") == "postgresql://db:5432/abreast"
-    assert "secret" not in without_password("host=db password=secret")
+    assert mask_password("postgresql://u:secret@db:5432/abreast") == "postgresql://db:5432/abreast"
+    assert "secret" not in mask_password("host=db password=secret")
 
 
 def test_envoys_that_share_a_node_id_are_a_warning() -> None:
-    (warning,) = sidecar.shared_ids(["abreast", "edge-1", "abreast"])
+    (warning,) = sidecar.check_duplicate_node_ids(["abreast", "edge-1", "abreast"])
 
     assert warning.state == "warn"
     assert "2 Envoys have the node id abreast" in warning.found
     assert "--service-node" in warning.advice
-    assert not list(sidecar.shared_ids(["abreast", "edge-1"]))
+    assert not list(sidecar.check_duplicate_node_ids(["abreast", "edge-1"]))

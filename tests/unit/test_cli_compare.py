@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.cli.compare_files import http_answer
+from abreast_sidecar.cli.compare_files import parse_http_file
 from abreast_sidecar.errors import ArgumentError
 
 DOC = Path(__file__).parents[2] / "docs/compare.md"
@@ -190,9 +190,9 @@ def test_what_comes_from_files_cannot_steer_the_terminal(tmp_path: Path) -> None
     ],
 )
 def test_responses_are_read(data: bytes, status: int, headers: Any, body: bytes) -> None:
-    answer = http_answer(data, "file")
+    answer = parse_http_file(data, "file")
 
-    assert (answer.status, answer.headers, answer.body.held) == (status, headers, body)
+    assert (answer.status, answer.headers, answer.body.content) == (status, headers, body)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_responses_are_read(data: bytes, status: int, headers: Any, body: bytes)
 )
 def test_what_is_no_response_is_refused(data: bytes) -> None:
     with pytest.raises(ArgumentError):
-        http_answer(data, "file")
+        parse_http_file(data, "file")
 
 
 def blocks(kind: str) -> list[str]:
@@ -225,8 +225,8 @@ def test_the_examples_of_the_page_say_what_the_command_says(
 
 def test_every_rule_of_the_page_is_valid() -> None:
     from abreast_sidecar.compare.rules import ACTIONS
-    from abreast_sidecar.compare.rules_file import load
+    from abreast_sidecar.compare.rules_file import parse_rules
 
-    rules = [rule for content in blocks("yaml") for rule in load(content).rules]
+    rules = [rule for content in blocks("yaml") for rule in parse_rules(content).rules]
 
     assert {rule.action for rule in rules} == set(ACTIONS)

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from abreast_sidecar.cli import COMMANDS, abreast
-from abreast_sidecar.cli.exits import EXITS
+from abreast_sidecar.cli.exits import EXIT_MEANINGS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 SECTIONS = dict(re.findall(r"^### `abreast ([^`]+)`\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL))
@@ -73,5 +73,5 @@ def test_the_table_of_exit_codes_is_the_real_one() -> None:
     table = dict(re.findall(r"^\| (\d+) \| (.+) \|$", PAGE, re.MULTILINE))
 
     assert {int(code): text.replace("\\|", "|") for code, text in table.items()} == {
-        int(k): v for k, v in EXITS.items()
+        int(k): v for k, v in EXIT_MEANINGS.items()
     }

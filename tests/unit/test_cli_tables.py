@@ -43,7 +43,10 @@ def rendered(renderable: Any, width: int = 80) -> str:
 
 def test_status_says_how_requests_ended_and_what_is_missing() -> None:
     text = printed(
-        status.show, prepared.summary(), traffic_pb2.GetTrafficResponse(traffic=prepared.traffic()), NOW
+        status.print_status,
+        prepared.summary(),
+        traffic_pb2.GetTrafficResponse(traffic=prepared.traffic()),
+        NOW,
     )
 
     assert text == (
@@ -80,7 +83,7 @@ def test_status_says_how_requests_ended_and_what_is_missing() -> None:
 def test_status_raises_no_alarm_over_a_moment_of_traffic(sampled: int, unaccounted: int, told: str) -> None:
     summary = prepared.summary()
     summary.envoy_sampled, summary.unaccounted = sampled, unaccounted
-    text = printed(status.show, summary, None, NOW, width=120)
+    text = printed(status.print_status, summary, None, NOW, width=120)
 
     assert f"sampled by Envoy  {sampled:,}  {told}\n" in text
 
@@ -97,7 +100,7 @@ def test_status_calls_nothing_on_its_way_when_all_is_quiet(pending: int, age: in
     summary = prepared.summary()
     summary.envoy_sampled, summary.unaccounted, summary.pending = 1_000, 2, pending
     summary.last.FromDatetime(NOW - dt.timedelta(seconds=age))
-    text = printed(status.show, summary, None, NOW, width=120)
+    text = printed(status.print_status, summary, None, NOW, width=120)
 
     assert f"sampled by Envoy  1,000  {told}\n" in text
 
@@ -113,13 +116,13 @@ def test_status_calls_nothing_on_its_way_when_all_is_quiet(pending: int, age: in
 def test_status_says_that_clocks_are_apart(ahead: int, told: str) -> None:
     summary = prepared.summary()
     summary.ledger_clock_ahead.FromSeconds(ahead)
-    text = printed(status.show, summary, None, NOW, width=120)
+    text = printed(status.print_status, summary, None, NOW, width=120)
 
     assert (f"clocks            !      {told}\n" in text) if told else ("clocks" not in text)
 
 
 def test_status_of_an_empty_ledger_points_to_the_doctor() -> None:
-    text = printed(status.show, api.GetSummaryResponse(service="shop"), None, NOW)
+    text = printed(status.print_status, api.GetSummaryResponse(service="shop"), None, NOW)
 
     assert "nothing has been compared yet" in text
     assert "abreast doctor" in text
@@ -130,20 +133,20 @@ def test_status_says_what_is_not_known() -> None:
     summary = prepared.summary()
     for name in ("pending", "envoy_sampled", "unaccounted"):
         summary.ClearField(name)
-    text = printed(status.show, summary, None, NOW)
+    text = printed(status.print_status, summary, None, NOW)
 
     assert "pending           ?" in text
     assert "sampled by Envoy  ?" in text
 
 
 def test_endpoints_fit_a_narrow_terminal() -> None:
-    text = rendered(endpoints.rows(prepared.answers()["ListEndpoints"]))  # type: ignore[arg-type]
+    text = rendered(endpoints.build_endpoints_table(prepared.answers()["ListEndpoints"]))  # type: ignore[arg-type]
 
     assert "GET /products/{id}     1,204   100%         2  3.1 ms    -  12 ms    -" in text
 
 
 def test_findings_stack_endpoint_and_place_in_a_narrow_terminal() -> None:
-    text = printed(findings.show, api.ListFindingsResponse(findings=[prepared.finding()]))
+    text = printed(findings.print_findings, api.ListFindingsResponse(findings=[prepared.finding()]))
 
     assert text.splitlines() == [
         "id  impact       requests  where               difference",
@@ -153,7 +156,9 @@ def test_findings_stack_endpoint_and_place_in_a_narrow_terminal() -> None:
 
 
 def test_findings_are_one_row_each_when_piped() -> None:
-    text = printed(findings.show, api.ListFindingsResponse(findings=[prepared.finding()]), width=400)
+    text = printed(
+        findings.print_findings, api.ListFindingsResponse(findings=[prepared.finding()]), width=400
+    )
 
     assert text.splitlines()[1:] == [
         '12  breaking  83   (6.9%)  GET /products/{id}  $.items[*].price  19.99 became "19.99"'
@@ -164,7 +169,9 @@ def test_noise_is_marked_and_services_are_named_where_there_are_several() -> Non
     noise = api.FindingExplanation(cause=api.EXPLANATION_CAUSE_NOISE, pairs=83)
     other = prepared.finding(13, noise=True, explanations=[noise])
     other.endpoint.service = "cart"
-    text = printed(findings.show, api.ListFindingsResponse(findings=[prepared.finding(), other]), width=400)
+    text = printed(
+        findings.print_findings, api.ListFindingsResponse(findings=[prepared.finding(), other]), width=400
+    )
 
     assert "noise" in text.splitlines()[2]
     assert "cart: GET /products/{id}" in text
@@ -173,7 +180,10 @@ def test_noise_is_marked_and_services_are_named_where_there_are_several() -> Non
 def test_a_finding_says_what_its_requests_have_in_common() -> None:
     feature = api.RequestFeature(text="query.currency=JPY", coverage=1.0, precision=0.5)
     text = printed(
-        finding.show, api.GetFindingResponse(finding=prepared.finding(), feature=feature), NOW, width=160
+        finding.print_finding,
+        api.GetFindingResponse(finding=prepared.finding(), feature=feature),
+        NOW,
+        width=160,
     )
 
     said = "query.currency=JPY: 100% of the requests that show it, and 50.0% of those with it show it"
@@ -182,14 +192,14 @@ def test_a_finding_says_what_its_requests_have_in_common() -> None:
 
 def test_what_is_undecided_says_so() -> None:
     undecided = prepared.finding(state=api.FINDING_STATE_UNDECIDED)
-    text = printed(findings.show, api.ListFindingsResponse(findings=[undecided]), width=400)
+    text = printed(findings.print_findings, api.ListFindingsResponse(findings=[undecided]), width=400)
 
     assert '19.99 became "19.99" (not yet told from noise)' in text
-    assert finding.noise(undecided).startswith("not decided yet: new differs in 83")
+    assert finding.format_noise_state(undecided).startswith("not decided yet: new differs in 83")
 
 
 def test_a_verdict_gives_its_reasons_and_what_it_takes() -> None:
-    assert printed(verdict.show, prepared.verdict(), width=160).splitlines() == [
+    assert printed(verdict.print_verdict, prepared.verdict(), width=160).splitlines() == [
         "INCONCLUSIVE  shop  about 2,500 more pairs to pass, at the present rates",
         "INCONCLUSIVE  coverage    GET /products/{id}: old answered 7 requests, new none",
         "INCONCLUSIVE  mismatches  0 of 1,000 pairs have unexplained mismatches: 0% (0% to 0.4%), 0.1% allowed",
@@ -212,13 +222,13 @@ def test_a_verdict_gives_its_reasons_and_what_it_takes() -> None:
 def test_how_many_more_are_said_where_it_helps(
     state: api.VerdictState.ValueType, more: int | None, said: str
 ) -> None:
-    assert verdict.to_pass(api.GetVerdictResponse(state=state, more=more)) == said
+    assert verdict.format_pairs_to_pass(api.GetVerdictResponse(state=state, more=more)) == said
 
 
 def test_long_paths_are_folded_never_cut() -> None:
     long = prepared.finding()
     long.path = "$." + ".".join(f"part{n}" for n in range(20))
-    text = printed(findings.show, api.ListFindingsResponse(findings=[long]))
+    text = printed(findings.print_findings, api.ListFindingsResponse(findings=[long]))
 
     assert max(map(len, text.splitlines())) <= 80
     assert "part19" in "".join(text.split())
@@ -226,7 +236,7 @@ def test_long_paths_are_folded_never_cut() -> None:
 
 def test_a_finding_shows_an_example_to_try() -> None:
     found = api.GetFindingResponse(finding=prepared.finding(), examples=[prepared.pair_detail()])
-    text = printed(finding.show, found, NOW, url="http://127.0.0.1:8002", width=120)
+    text = printed(finding.print_finding, found, NOW, url="http://127.0.0.1:8002", width=120)
 
     assert text.splitlines()[:6] == [
         "#12  breaking  GET /products/{id}  $.items[*].price",
@@ -256,9 +266,11 @@ def test_an_exception_is_told_by_name() -> None:
     found = api.GetFindingResponse(finding=prepared.finding(), examples=[failed()])
 
     assert "new       raised RuntimeError in 41 ms, release 2.0.0\n" in printed(
-        pair.show, failed(), width=120
+        pair.print_pair, failed(), width=120
     )
-    assert "new raised RuntimeError in 41 ms; the user" in printed(finding.show, found, NOW, width=120)
+    assert "new raised RuntimeError in 41 ms; the user" in printed(
+        finding.print_finding, found, NOW, width=120
+    )
 
 
 def test_how_a_version_ended_as_far_as_it_is_kept() -> None:
@@ -267,15 +279,15 @@ def test_how_a_version_ended_as_far_as_it_is_kept() -> None:
     late.pair.new_status = 200
     bare = api.PairDetail(pair=detail.pair)
 
-    assert answers.ended(late, common.VERSION_NEW) == "200 in 41 ms, then raised RuntimeError"
-    assert answers.ended(bare, common.VERSION_NEW) == "no answer in 41 ms"
-    assert answers.ended(api.PairDetail(), common.VERSION_NEW) == "no capture"
+    assert answers.summarise_answer(late, common.VERSION_NEW) == "200 in 41 ms, then raised RuntimeError"
+    assert answers.summarise_answer(bare, common.VERSION_NEW) == "no answer in 41 ms"
+    assert answers.summarise_answer(api.PairDetail(), common.VERSION_NEW) == "no capture"
 
 
 @pytest.mark.parametrize("width", [100, 104, 110, 120])
 def test_the_timeline_keeps_a_note_beside_its_bar(width: int) -> None:
     detail = failed()
-    text = rendered(timeline.timeline(detail.captures, width), width)
+    text = rendered(timeline.build_timeline_table(detail.captures, width), width)
 
     assert len(text.splitlines()) == 1 + len(detail.captures)
     assert "raised RuntimeError" in text
@@ -284,7 +296,7 @@ def test_the_timeline_keeps_a_note_beside_its_bar(width: int) -> None:
 def test_curl_quotes_for_the_shell() -> None:
     import shlex
 
-    line, _lacks = curl.curl(prepared.pair_detail(), "http://127.0.0.1:8002/")
+    line, _lacks = curl.build_curl_line(prepared.pair_detail(), "http://127.0.0.1:8002/")
 
     assert shlex.split(line)[-1] == "http://127.0.0.1:8002/products/7?currency=EUR&q=it's"
     assert "hmac:" not in line
@@ -297,28 +309,28 @@ def test_curl_quotes_for_the_shell() -> None:
 def test_curl_repeats_the_method(method: str, body: bytes, words: list[str]) -> None:
     detail = api.PairDetail(request_body=body)
     detail.pair.endpoint.method = method
-    line, _lacks = curl.curl(detail)
+    line, _lacks = curl.build_curl_line(detail)
 
     sent = ["-H", "'content-type:'", "--data-raw", "'{}'"] if body else []
     assert line.split() == ["curl", "-i", *words, *sent, "\"$URL\"''"]
 
 
 def test_curl_says_when_it_lacks_a_body_that_is_no_text() -> None:
-    line, lacks = curl.curl(api.PairDetail(request_body=b"\x00\xff"))
+    line, lacks = curl.build_curl_line(api.PairDetail(request_body=b"\x00\xff"))
 
     assert "--data-raw" not in line
     assert lacks == ["its body (2 bytes; see --json)"]
 
 
 def test_a_pair_shows_both_answers_below_each_other_in_a_narrow_terminal() -> None:
-    text = printed(pair.show, prepared.pair_detail())
+    text = printed(pair.print_pair, prepared.pair_detail())
 
     assert '-       "price": 19.99\n+       "price": "19.99"' in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("curl")) <= 80
 
 
 def test_a_pair_shows_both_answers_side_by_side_in_a_wide_terminal() -> None:
-    text = printed(pair.show, prepared.pair_detail(), width=120)
+    text = printed(pair.print_pair, prepared.pair_detail(), width=120)
     line = next(line for line in text.splitlines() if '"price": "19.99"' in line)
 
     assert line.split() == ['"price":', "19.99", "≠", '"price":', '"19.99"']
@@ -332,7 +344,7 @@ def test_a_pair_shows_what_both_did_beside_their_answers() -> None:
     live.effects.append(mail)
     live.effects_dropped = 3
     shadow.effects.extend([api.Effect(kind="email.send", payload="1"), api.Effect(kind="seen", note=True)])
-    rows = [" ".join(line.split()) for line in printed(pair.show, detail, width=140).splitlines()]
+    rows = [" ".join(line.split()) for line in printed(pair.print_pair, detail, width=140).splitlines()]
     first = next(row for row in rows if row.startswith("old live email.send"))
 
     assert "\x1b" not in "".join(rows)
@@ -344,7 +356,7 @@ def test_a_pair_shows_what_both_did_beside_their_answers() -> None:
 
 
 def test_a_pair_that_is_not_kept_says_so() -> None:
-    text = printed(pair.show, api.PairDetail(pair=prepared.pair_detail().pair))
+    text = printed(pair.print_pair, api.PairDetail(pair=prepared.pair_detail().pair))
 
     assert "the answers are not kept" in text
 
@@ -357,17 +369,17 @@ def test_headers_are_aligned_by_name_with_duplicates() -> None:
         headers=[common.Header(name="etag", value="x"), common.Header(name="vary", value="a")]
     )
 
-    assert answers.header_rows(old, new) == [
-        answers.Row(None, "etag: x"),
-        answers.Row("vary: a", "vary: a"),
-        answers.Row("vary: b", None),
+    assert answers.align_headers(old, new) == [
+        answers.LinePair(None, "etag: x"),
+        answers.LinePair("vary: a", "vary: a"),
+        answers.LinePair("vary: b", None),
     ]
 
 
 def test_a_body_that_was_cut_says_how_much_is_missing() -> None:
     capture = api.CaptureDetail(body=b"abc", body_length=2003)
 
-    assert answers.body(capture) == ["abc", "… 2.0 KB more were not captured"]
+    assert answers.split_captured_body(capture) == ["abc", "… 2.0 KB more were not captured"]
 
 
 def test_the_retry_and_the_baseline_copy_are_not_what_was_compared() -> None:
@@ -375,13 +387,13 @@ def test_the_retry_and_the_baseline_copy_are_not_what_was_compared() -> None:
     retry = api.CaptureDetail(version=common.VERSION_OLD, role=common.ROLE_LIVE, attempt=2)
     copy = api.CaptureDetail(version=common.VERSION_OLD, role=common.ROLE_BASELINE, attempt=1)
 
-    assert answers.compared([copy, retry, first], common.VERSION_OLD) is first
-    assert answers.compared([copy], common.VERSION_OLD) is None
+    assert answers.select_compared_capture([copy, retry, first], common.VERSION_OLD) is first
+    assert answers.select_compared_capture([copy], common.VERSION_OLD) is None
 
 
 def test_the_timeline_has_a_row_for_each_copy_by_arrival() -> None:
     captures = prepared.pair_detail().captures
-    text = rendered(timeline.timeline([*reversed(captures)], 80))
+    text = rendered(timeline.build_timeline_table([*reversed(captures)], 80))
 
     assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
         "old live",
@@ -392,21 +404,21 @@ def test_the_timeline_has_a_row_for_each_copy_by_arrival() -> None:
 
 
 def test_bars_are_never_invisible() -> None:
-    span = timeline.Span("new", "", arrival=1.0, first_byte=None, end=1.0)
+    span = timeline.TimelineSpan("new", "", arrival=1.0, first_byte=None, end=1.0)
 
-    assert timeline.bar(span, 1.0, 20).plain.strip() == timeline.WAITING
-    assert len(timeline.bar(span, 1.0, 20).plain) == 20
+    assert timeline.draw_bar(span, 1.0, 20).plain.strip() == timeline.WAITING_MARK
+    assert len(timeline.draw_bar(span, 1.0, 20).plain) == 20
 
 
 def test_a_change_shows_before_and_after_and_who_has_it() -> None:
-    text = rendered(shift.changes(prepared.traffic(7), prepared.traffic(8, new_share=0.0)))
+    text = rendered(shift.build_traffic_change_table(prepared.traffic(7), prepared.traffic(8, new_share=0.0)))
 
     assert "users on new                    25%     0%" in text
 
 
 def shown(*envoys: traffic_pb2.EnvoyState, **fields: Any) -> str:
     found = traffic_pb2.GetTrafficResponse(traffic=prepared.traffic(8), envoys=envoys, **fields)
-    return printed(shift.show_envoys, found)
+    return printed(shift.print_envoys, found)
 
 
 def test_an_envoy_that_refuses_is_named_with_its_reason() -> None:
@@ -441,7 +453,7 @@ def test_that_other_sidecars_could_not_be_asked_is_said() -> None:
 def test_traffic_says_that_users_were_sent_back() -> None:
     rolled_back = prepared.traffic()
     rolled_back.rolled_back = True
-    text = printed(traffic.show, traffic_pb2.GetTrafficResponse(traffic=rolled_back), NOW)
+    text = printed(traffic.print_traffic, traffic_pb2.GetTrafficResponse(traffic=rolled_back), NOW)
 
     assert "rolled back: all users get old" in text
     assert "no Envoy is connected" in text
@@ -450,7 +462,7 @@ def test_traffic_says_that_users_were_sent_back() -> None:
 def test_control_characters_in_captured_values_stay_visible() -> None:
     evil = prepared.finding()
     evil.summary = "\x1b[2Jgone"
-    text = printed(findings.show, api.ListFindingsResponse(findings=[evil]), width=200)
+    text = printed(findings.print_findings, api.ListFindingsResponse(findings=[evil]), width=200)
 
     assert "\\x1b[2Jgone" in text
 
@@ -461,7 +473,7 @@ def test_the_timeline_shows_what_each_version_asked_of_others() -> None:
         hop = captures[1].hops.add(kind=name, name="product", note=note)
         hop.start.FromMicroseconds(start)
         hop.duration.FromMicroseconds(800)
-    lines = rendered(timeline.timeline(captures, 120), 120).splitlines()
+    lines = rendered(timeline.build_timeline_table(captures, 120), 120).splitlines()
     new = next(number for number, line in enumerate(lines) if line.strip().startswith("new shadow"))
 
     assert "dropped by Envoy" in lines[new]

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast.capture import Body, Capture, Headers, Role
-from abreast_sidecar.compare import Judgement, Rules, judge
+from abreast_sidecar.compare import CompareOptions, ComparisonResult, compare_pair
 from captures import capture
 
-RULES = Rules()
+RULES = CompareOptions()
 EVENTS: Headers = (("content-type", "text/event-stream"),)
 LINES: Headers = (("content-type", "application/x-ndjson"),)
 CSV: Headers = (("content-type", "text/csv; charset=utf-8"),)
@@ -40,12 +40,12 @@ def copy(body: bytes, headers: Headers = EVENTS, **more: Any) -> Capture:
     return capture("new", body, headers=headers, role="shadow", **more)
 
 
-def seen(judgement: Judgement) -> list[str]:
+def seen(judgement: ComparisonResult) -> list[str]:
     return [f"{one.part} {one.path} {one.kind}".replace("  ", " ") for one in judgement.differences]
 
 
-def compared(old: Capture, new: Capture) -> Judgement:
-    return judge([old, new], RULES)
+def compared(old: Capture, new: Capture) -> ComparisonResult:
+    return compare_pair([old, new], RULES)
 
 
 def test_equal_beginnings_are_no_match() -> None:
@@ -174,7 +174,7 @@ def test_two_answers_that_broke_off_by_themselves_are_compared_in_part_unless_th
 
 
 def going_on(found: Capture, total_us: int = 8_000_000) -> Capture:
-    return msgspec.structs.replace(found, complete=False, going_on=True, total_us=total_us)
+    return msgspec.structs.replace(found, complete=False, truncated_by_deadline=True, total_us=total_us)
 
 
 def test_streams_that_go_on_are_compared_in_what_came() -> None:
@@ -208,12 +208,12 @@ def test_of_a_body_beyond_the_limit_only_what_is_held_is_compared() -> None:
     judgement = compared(beyond(left("old", stream(4))), beyond(copy(stream(2))))
 
     assert (judgement.outcome, seen(judgement)) == ("partial", [])
-    assert Body(b"a", 2).whole is False
+    assert Body(b"a", 2).is_complete is False
 
 
 def test_copies_to_old_teach_what_differs_in_a_stream_by_itself() -> None:
     again = capture("old", stream(9, at=2), headers=EVENTS, role="baseline")
-    judgement = judge([left("old", stream(3, at=1)), copy(stream(9, at=3)), again], RULES)
+    judgement = compare_pair([left("old", stream(3, at=1)), copy(stream(9, at=3)), again], RULES)
 
     assert judgement.baseline_compared
     assert {(one.path, one.kind) for one in judgement.noise} == {("events[*].data.at", "changed")}

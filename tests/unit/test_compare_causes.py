@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from abreast.capture import Answer, Body, Capture, Request, Version
-from abreast_sidecar.compare import Rules, judge
+from abreast_sidecar.compare import CompareOptions, compare_pair
 
 JSON, HTML, TEXT = (("content-type", kind) for kind in ("application/json", "text/html", "text/plain"))
 PAGE = b"<html><body><h1>Oops</h1></body></html>"
@@ -37,22 +37,22 @@ OLD = capture("old", 200, body({"a": {"b": 1, "c": {"d": 2}}}), (JSON,))
         (capture("new", 200, b"", ()), [("body", "", "removed", "breaking")]),
         (capture("new", 204, b"", ()), [("status", "200->204", "changed", "breaking")]),
         (
-            capture("new", 200, OLD.answer.body.held, (TEXT,)),
+            capture("new", 200, OLD.answer.body.content, (TEXT,)),
             [("header", "content-type", "changed", "breaking")],
         ),
         (capture("new", 200, body({}), (JSON,)), [("body", "$.a", "removed", "breaking")]),
         (capture("new", 200, body({"a": None}), (JSON,)), [("body", "$.a", "type", "breaking")]),
         (capture("new", 404, PAGE, (HTML,)), [("status", "200->404", "changed", "breaking")]),
         (
-            capture("new", 500, b"Internal", (TEXT,), raised="KeyError"),
+            capture("new", 500, b"Internal", (TEXT,), exception="KeyError"),
             [("status", "200->500", "changed", "breaking")],
         ),
         (
-            capture("new", 200, b'{"a', (JSON,), raised="KeyError", complete=False),
+            capture("new", 200, b'{"a', (JSON,), exception="KeyError", complete=False),
             [("error", "unfinished", "removed", "breaking")],
         ),
         (
-            capture("new", 200, gzip.compress(OLD.answer.body.held), (JSON, ("content-encoding", "gzip"))),
+            capture("new", 200, gzip.compress(OLD.answer.body.content), (JSON, ("content-encoding", "gzip"))),
             [("header", "content-encoding", "added", "additive")],
         ),
     ],
@@ -71,14 +71,14 @@ OLD = capture("old", 200, body({"a": {"b": 1, "c": {"d": 2}}}), (JSON,))
     ],
 )
 def test_one_cause_is_said_once(new: Capture, said: list[tuple[str, str, str, str]]) -> None:
-    found = judge([OLD, new], Rules()).differences
+    found = compare_pair([OLD, new], CompareOptions()).differences
 
     assert [(one.part, one.path, one.kind, one.impact) for one in found] == said
 
 
 def test_two_causes_are_two() -> None:
     new = capture("new", 201, body({"a": {"b": "1", "c": {"d": 2}}}), (JSON, ("vary", "accept")))
-    found = judge([OLD, new], Rules()).differences
+    found = compare_pair([OLD, new], CompareOptions()).differences
 
     assert [(one.part, one.path) for one in found] == [
         ("status", "200->201"),

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare import DocumentDiff
-from abreast_sidecar.compare.document import PER_PATH
-from abreast_sidecar.compare.value import NotJsonError, canonical, parse
+from abreast_sidecar.compare import JsonDiff
+from abreast_sidecar.compare.document import MAX_DIFFERENCES_PER_PATH
+from abreast_sidecar.compare.value import NotJsonError, encode_canonical, parse
 
 # What a parser gives: NaN and infinities are Constants; minus zero is zero, and has another text.
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: number + 0.0)
@@ -24,11 +24,11 @@ LIMIT = 100_000
 
 
 def diff(old: Any, new: Any, limit: int = LIMIT) -> list[tuple[str, str]]:
-    return [(found.place, found.kind) for found in DocumentDiff(limit).compare(old, new)]
+    return [(found.place, found.kind) for found in JsonDiff(limit).compare(old, new)]
 
 
 def paths(old: Any, new: Any) -> set[str]:
-    return {found.path for found in DocumentDiff(LIMIT).compare(old, new)}
+    return {found.path for found in JsonDiff(LIMIT).compare(old, new)}
 
 
 @pytest.mark.parametrize(
@@ -101,11 +101,11 @@ def test_many_differences_of_one_path_do_not_hide_another() -> None:
     new = {"list": [n + 5000 for n in range(1000)], "total": 2}
 
     assert diff(old, new, limit=200)[-1] == ("$.total", "changed")
-    assert len(diff(old, new, limit=200)) == PER_PATH + 1
+    assert len(diff(old, new, limit=200)) == MAX_DIFFERENCES_PER_PATH + 1
 
 
 def test_values_are_cut() -> None:
-    found = DocumentDiff(10).compare({"a": "x" * 10_000}, {"a": "y"})
+    found = JsonDiff(10).compare({"a": "x" * 10_000}, {"a": "y"})
 
     assert len(found[0].old or "") == 500
 
@@ -117,15 +117,15 @@ def test_nothing_differs_from_itself(value: Any) -> None:
 
 @given(JSON, JSON)
 def test_it_differs_exactly_when_the_canonical_texts_do(old: Any, new: Any) -> None:
-    assert bool(diff(old, new)) == (canonical(old) != canonical(new))
+    assert bool(diff(old, new)) == (encode_canonical(old) != encode_canonical(new))
 
 
 @given(JSON, JSON)
 def test_swapping_the_sides_swaps_added_and_removed(old: Any, new: Any) -> None:
     swap = {"added": "removed", "removed": "added"}
-    forth = sorted((found.path, found.kind) for found in DocumentDiff(LIMIT).compare(old, new))
+    forth = sorted((found.path, found.kind) for found in JsonDiff(LIMIT).compare(old, new))
     back = sorted(
-        (found.path, swap.get(found.kind, found.kind)) for found in DocumentDiff(LIMIT).compare(new, old)
+        (found.path, swap.get(found.kind, found.kind)) for found in JsonDiff(LIMIT).compare(new, old)
     )
 
     assert forth == back
@@ -145,10 +145,10 @@ def test_swapping_the_sides_swaps_added_and_removed(old: Any, new: Any) -> None:
 )
 def test_numbers_that_no_float_holds_are_told_apart(old: bytes, new: bytes) -> None:
     for form in (b"%b", b'{"a": %b}', b"[[%b], 1]", b'[{"id": 1, "v": %b}, {"id": 2}]'):
-        found = DocumentDiff(10).compare(parse(form % old), parse(form % new))
+        found = JsonDiff(10).compare(parse(form % old), parse(form % new))
 
         assert [(one.kind, one.impact) for one in found] == [("changed", "value")]
-        assert DocumentDiff(10).compare(parse(form % old), parse(form % old)) == []
+        assert JsonDiff(10).compare(parse(form % old), parse(form % old)) == []
 
 
 @pytest.mark.parametrize(
@@ -161,4 +161,4 @@ def test_numbers_that_no_float_holds_are_told_apart(old: bytes, new: bytes) -> N
     ],
 )
 def test_equal_numbers_are_equal_however_they_are_written(old: bytes, new: bytes) -> None:
-    assert DocumentDiff(10).compare(parse(b"[%b]" % old), parse(b"[%b]" % new)) == []
+    assert JsonDiff(10).compare(parse(b"[%b]" % old), parse(b"[%b]" % new)) == []

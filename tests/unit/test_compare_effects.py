@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from abreast.capture import Capture, Version
-from abreast_sidecar.compare import Difference, Judgement, Rule, Rules, RuleSet, judge
-from abreast_sidecar.compare.evidence import explained
+from abreast_sidecar.compare import CompareOptions, ComparisonResult, Difference, Rule, RuleSet, compare_pair
+from abreast_sidecar.compare.evidence import is_explained_by_shape
 from captures import capture
 
-RULES = Rules()
+RULES = CompareOptions()
 MAIL = "email.send"
 
 
@@ -27,11 +27,11 @@ def with_effects(version: Version, effects: Any, *, dropped: int = 0, **how: Any
     return replace(made, effects=tuple(effects), effects_dropped=dropped)
 
 
-def compare(old: Any, new: Any, rules: Rules = RULES) -> Judgement:
-    return judge([with_effects("old", old), with_effects("new", new)], rules)
+def compare(old: Any, new: Any, rules: CompareOptions = RULES) -> ComparisonResult:
+    return compare_pair([with_effects("old", old), with_effects("new", new)], rules)
 
 
-def seen(judgement: Judgement) -> list[tuple[str, str, str]]:
+def seen(judgement: ComparisonResult) -> list[tuple[str, str, str]]:
     assert {found.part for found in judgement.differences} <= {"effect"}
     return [(found.path, found.kind, found.impact) for found in judgement.differences]
 
@@ -103,7 +103,7 @@ def test_of_payloads_that_were_too_long_the_digest_is_compared() -> None:
 
 @pytest.mark.parametrize("dropped", [(1, 0), (0, 1), (2, 2)])
 def test_with_more_than_a_capture_holds_equal_ones_are_no_match(dropped: tuple[int, int]) -> None:
-    judgement = judge(
+    judgement = compare_pair(
         [
             with_effects("old", did((MAIL, 1)), dropped=dropped[0]),
             with_effects("new", did((MAIL, 1)), dropped=dropped[1]),
@@ -120,20 +120,20 @@ def test_with_more_than_a_capture_holds_equal_ones_are_no_match(dropped: tuple[i
 def test_what_follows_from_another_status_is_no_finding_of_its_own() -> None:
     old, new = with_effects("old", did((MAIL, 1))), with_effects("new", (), status=500)
 
-    assert [found.part for found in judge([old, new], RULES).differences] == ["status"]
+    assert [found.part for found in compare_pair([old, new], RULES).differences] == ["status"]
 
 
 def test_an_answer_to_head_has_effects_too() -> None:
     old, new = with_effects("old", did((MAIL, 1)), method="HEAD"), with_effects("new", (), method="HEAD")
 
-    assert seen(judge([old, new], RULES)) == [(MAIL, "removed", "breaking")]
+    assert seen(compare_pair([old, new], RULES)) == [(MAIL, "removed", "breaking")]
 
 
 def test_two_copies_of_old_tell_what_is_noise() -> None:
     old = with_effects("old", did((MAIL, {"id": 1})))
     again = replace(with_effects("old", did((MAIL, {"id": 2}))), role="baseline")
     new = with_effects("new", did((MAIL, {"id": 3})))
-    judgement = judge([old, again, new], RULES)
+    judgement = compare_pair([old, again, new], RULES)
 
     assert judgement.baseline_compared
     assert [(found.part, found.path) for found in judgement.noise] == [("effect", f"{MAIL}.$.id")]
@@ -144,8 +144,8 @@ def test_shapes_explain_values_as_they_do_in_bodies() -> None:
     fresh = compare(did((MAIL, {"id": one})), did((MAIL, {"id": other}))).differences
     plain = compare(did((MAIL, {"to": "ann"})), did((MAIL, {"to": "bob"}))).differences
 
-    assert explained(fresh, 0)
-    assert not explained(plain, 0)
+    assert is_explained_by_shape(fresh, 0)
+    assert not is_explained_by_shape(plain, 0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_shapes_explain_values_as_they_do_in_bodies() -> None:
     ],
 )
 def test_rules_cover_effects(rule: Rule, outcome: str) -> None:
-    rules = Rules(declared=RuleSet((rule,)))
+    rules = CompareOptions(rule_set=RuleSet((rule,)))
 
     assert compare(did((MAIL, {"to": "a"})), did((MAIL, {"to": "b"})), rules).outcome == outcome
 

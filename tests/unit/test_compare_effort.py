@@ -13,10 +13,10 @@ from types import FrameType
 import pytest
 
 from abreast.capture import Answer, Body, Headers
-from abreast_sidecar.compare import Rules
+from abreast_sidecar.compare import CompareOptions
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
-from abreast_sidecar.compare.document import DocumentDiff
-from abreast_sidecar.compare.media import media
+from abreast_sidecar.compare.document import JsonDiff
+from abreast_sidecar.compare.media import parse_media_type
 
 SMALL, LARGE = 500, 1000  # items of a body
 LINEAR = 1.3  # times as many steps as twice the items should take
@@ -142,7 +142,7 @@ def two(make: Make, kind: str, many: int) -> tuple[Answer, Answer]:
     return answer(make(dice, many), kind), answer(make(dice, many), kind)
 
 
-def counted(old: Answer, new: Answer, rules: Rules | None = None) -> tuple[int, BodyResult]:
+def counted(old: Answer, new: Answer, rules: CompareOptions | None = None) -> tuple[int, BodyResult]:
     """Calls of functions, of Python's and of C's alike: the same on every machine."""
     calls = 0
 
@@ -150,10 +150,10 @@ def counted(old: Answer, new: Answer, rules: Rules | None = None) -> tuple[int, 
         nonlocal calls
         calls += event in {"call", "c_call"}
 
-    compare_bodies(old, new, rules or Rules())  # caches are full
+    compare_bodies(old, new, rules or CompareOptions())  # caches are full
     sys.setprofile(count)
     try:
-        found = compare_bodies(old, new, rules or Rules())
+        found = compare_bodies(old, new, rules or CompareOptions())
     finally:
         sys.setprofile(None)
     return calls, found
@@ -181,7 +181,7 @@ def test_equal_bytes_are_not_read(make: Make, kind: str) -> None:
 def test_what_is_too_much_work_has_a_coarser_outcome(make: Make, kind: str) -> None:
     old, new = two(make, kind, LARGE)
     exact, _ = counted(old, new)
-    calls, found = counted(old, new, Rules(max_work=300))
+    calls, found = counted(old, new, CompareOptions(max_work=300))
 
     assert found.differences
     assert calls < exact
@@ -201,10 +201,10 @@ def test_no_body_takes_more_than_its_bytes_allow(make: Make, kind: str) -> None:
 def test_beyond_the_bound_places_are_compared_as_a_whole_and_said_to_be() -> None:
     rows = [{"id": number, "tags": list(range(20))} for number in range(50)]
     other = [{"id": number, "tags": list(range(1, 21))} for number in range(50)]
-    walk = DocumentDiff(1000, max_work=300)
+    walk = JsonDiff(1000, max_work=300)
     found = walk.compare(rows, other)
 
-    assert walk.coarse
+    assert walk.budget_exceeded
     assert walk.work <= 300 + 100  # what was begun is ended
     assert {one.path for one in found} == {"$[*].tags[*]", "$[*].tags", "$[*]"}
 
@@ -215,7 +215,7 @@ def test_what_is_equal_as_a_whole_is_no_difference_beyond_the_bound() -> None:
     result = compare_bodies(
         answer(json.dumps(rows), "application/json"),
         answer(json.dumps(other), "application/json"),
-        Rules(max_work=500),
+        CompareOptions(max_work=500),
     )
 
     assert [one.path for one in result.differences] == ["$.name"]
@@ -230,7 +230,7 @@ def test_a_small_body_that_decodes_to_millions_of_values_is_compared_by_its_byte
 
     calls, found = counted(packed(1), packed(2))
 
-    assert found.too_large
+    assert found.is_too_large
     assert "too much work" in found.note
     assert calls < 1000
 
@@ -238,12 +238,14 @@ def test_a_small_body_that_decodes_to_millions_of_values_is_compared_by_its_byte
 @pytest.mark.parametrize("parameters", ["x" * 100_000, 'x="' * 50_000, ';x="a"b' * 20_000, '"' * 100_000])
 def test_a_long_content_type_is_no_work(parameters: str) -> None:
     """It takes minutes where it is looked at again from every character."""
-    assert media(f"text/html;{parameters}").format == "html"
+    assert parse_media_type(f"text/html;{parameters}").format == "html"
 
 
 def test_html_that_is_too_much_is_compared_by_lines() -> None:
     page = "<html>" + "<p>same</p>\n" * 30_000 + "<b>{}</b></html>"
-    found = compare_bodies(answer(page.format(1), "text/html"), answer(page.format(2), "text/html"), Rules())
+    found = compare_bodies(
+        answer(page.format(1), "text/html"), answer(page.format(2), "text/html"), CompareOptions()
+    )
 
     assert [one.path for one in found.differences] == ["lines[*]"]
     assert found.note == "too much html to be read: compared by its lines"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare import Rules, judge
-from abreast_sidecar.compare.form import form
+from abreast_sidecar.compare import CompareOptions, compare_pair
+from abreast_sidecar.compare.form import classify_anomaly
 from captures import capture
 
 NOW = 1_714_564_805.0  # 2024-05-01T12:00:05Z
@@ -50,19 +50,19 @@ ALIKE: list[tuple[Any, Any]] = [
 
 @pytest.mark.parametrize(("old", "new", "expected"), OTHER)
 def test_what_looks_different_is_told(old: Any, new: Any, expected: tuple[str, str]) -> None:
-    assert form(old, new, STARTS) == expected
+    assert classify_anomaly(old, new, STARTS) == expected
 
 
 @pytest.mark.parametrize(("old", "new"), ALIKE)
 def test_what_looks_alike_is_not(old: Any, new: Any) -> None:
-    assert form(old, new, STARTS) is None
+    assert classify_anomaly(old, new, STARTS) is None
 
 
 def test_each_version_has_the_clock_of_its_own_host() -> None:
     ahead = (NOW, NOW + 3600)
 
-    assert form("2024-05-01T12:00:05Z", "2024-05-01T13:00:05Z", ahead) is None
-    assert form("2024-05-01T12:00:05Z", "2024-05-01T12:00:06Z", ahead) == ("range", "value")
+    assert classify_anomaly("2024-05-01T12:00:05Z", "2024-05-01T13:00:05Z", ahead) is None
+    assert classify_anomaly("2024-05-01T12:00:05Z", "2024-05-01T12:00:06Z", ahead) == ("range", "value")
 
 
 VALUES = (
@@ -72,7 +72,7 @@ VALUES = (
 
 @given(VALUES, VALUES)
 def test_it_takes_any_json_and_swapping_sides_swaps_only_the_impact(old: Any, new: Any) -> None:
-    there, back = form(old, new, STARTS), form(new, old, STARTS)
+    there, back = classify_anomaly(old, new, STARTS), classify_anomaly(new, old, STARTS)
 
     assert (there and there[0]) == (back and back[0])
 
@@ -85,7 +85,7 @@ def test_a_pair_tells_it_in_bodies_and_headers(new: Any, kind: str) -> None:
         capture("old", headers=(("x-search-id", U1),), body=orjson.dumps({"id": U1})),
         capture("new", headers=(("x-search-id", str(new or "")),), body=orjson.dumps({"id": new})),
     ]
-    found = judge(pair, Rules()).differences
+    found = compare_pair(pair, CompareOptions()).differences
 
     assert {one.path: one.kind for one in found} == {
         "x-search-id": "format" if kind == "type" else kind,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abreast.capture import Answer, Body
-from abreast_sidecar.compare import Rules
+from abreast_sidecar.compare import CompareOptions
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
 
 # Each with a place for a word; what is written around it is the format's.
@@ -73,7 +73,7 @@ def answer(body: bytes, kind: str, coding: str = "") -> Answer:
 
 
 def compared(old: bytes, new: bytes, kind: str) -> BodyResult:
-    return compare_bodies(answer(old, kind), answer(new, kind), Rules())
+    return compare_bodies(answer(old, kind), answer(new, kind), CompareOptions())
 
 
 def filled(place: str, word: str) -> bytes:
@@ -95,7 +95,7 @@ def test_sides_can_be_swapped_and_nothing_raises(kind: str, place: str, data: st
     there, back = compared(old, new, kind), compared(new, old, kind)
 
     assert compared(old, bytes(bytearray(old)), kind).differences == []
-    assert (there.unreadable, there.too_large) == (back.unreadable, back.too_large)
+    assert (there.is_unreadable, there.is_too_large) == (back.is_unreadable, back.is_too_large)
     assert sorted((one.path, one.kind) for one in there.differences) == sorted(
         (one.path, SWAPPED.get(one.kind, one.kind)) for one in back.differences
     )
@@ -114,6 +114,6 @@ def damaged(body: bytes, data: st.DataObject) -> bytes:
 def test_what_is_compressed_is_compared_alike(kind: str, place: str) -> None:
     plain = [filled(place, word) for word in WORDS[:2]]
     old, new = (answer(gzip.compress(body), kind, "gzip") for body in plain)
-    found, expected = compare_bodies(old, new, Rules()), compared(plain[0], plain[1], kind)
+    found, expected = compare_bodies(old, new, CompareOptions()), compared(plain[0], plain[1], kind)
 
     assert [one.path for one in found.differences] == [one.path for one in expected.differences]

@@ -15,18 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast.capture import Body, Capture, Headers, digest
-from abreast_sidecar.compare import Judgement, Rules, judge
+from abreast_sidecar.compare import CompareOptions, ComparisonResult, compare_pair
 from captures import JSON, capture
 
-RULES = Rules()
+RULES = CompareOptions()
 
 
-def seen(judgement: Judgement) -> list[tuple[str, str, str]]:
+def seen(judgement: ComparisonResult) -> list[tuple[str, str, str]]:
     return [(found.part, found.path, found.kind) for found in judgement.differences]
 
 
-def compare(old: Capture, new: Capture) -> Judgement:
-    return judge([old, new], RULES)
+def compare(old: Capture, new: Capture) -> ComparisonResult:
+    return compare_pair([old, new], RULES)
 
 
 def test_equal_answers_match() -> None:
@@ -79,9 +79,9 @@ def test_a_copy_that_was_disturbed_says_nothing() -> None:
     """Also a second copy that old got."""
     reason = "a copy was disturbed in its database: LockNotAvailable"
     failed = capture("new", b"oops", status=500, role="shadow")
-    judgement = compare(capture("old", {"a": 1}), msgspec.structs.replace(failed, disturbed=reason))
-    noisy = msgspec.structs.replace(capture("old", {"a": 2}, role="baseline"), disturbed=reason)
-    calm = judge([capture("old", {"a": 1}), capture("new", {"a": 1}, role="shadow"), noisy], RULES)
+    judgement = compare(capture("old", {"a": 1}), msgspec.structs.replace(failed, invalid_reason=reason))
+    noisy = msgspec.structs.replace(capture("old", {"a": 2}, role="baseline"), invalid_reason=reason)
+    calm = compare_pair([capture("old", {"a": 1}), capture("new", {"a": 1}, role="shadow"), noisy], RULES)
 
     assert (judgement.outcome, judgement.reason, judgement.differences) == ("not_compared", reason, ())
     assert (calm.outcome, calm.noise) == ("match", ())
@@ -136,8 +136,8 @@ def test_headers(old: Headers, new: Headers, expected: list[tuple[str, str]]) ->
 def test_headers_can_be_declared_volatile() -> None:
     old, new = capture("old", headers=(("X-Node".lower(), "1"),)), capture("new", headers=(("x-node", "2"),))
 
-    assert judge([old, new], RULES).outcome == "mismatch"
-    assert judge([old, new], Rules.ignoring(("X-Node",))).outcome == "match"
+    assert compare_pair([old, new], RULES).outcome == "mismatch"
+    assert compare_pair([old, new], CompareOptions.with_ignored_headers(("X-Node",))).outcome == "match"
 
 
 @pytest.mark.parametrize(
@@ -214,9 +214,9 @@ def test_compressed_json_is_read() -> None:
 def test_a_decompression_bomb_is_compared_by_its_bytes() -> None:
     packed = (*JSON, ("content-encoding", "gzip"))
     bombs = [gzip.compress(bytes([n]) * 10_000_000) for n in (48, 49)]
-    judgement = judge(
+    judgement = compare_pair(
         [capture("old", bombs[0], headers=packed), capture("new", bombs[1], headers=packed)],
-        Rules(max_decoded=100_000),
+        CompareOptions(max_decoded_bytes=100_000),
     )
 
     assert seen(judgement) == [("body", "", "changed")]
@@ -224,7 +224,9 @@ def test_a_decompression_bomb_is_compared_by_its_bytes() -> None:
 
 def cut(version: Any, whole: bytes) -> Capture:
     made = capture(version)
-    answer = made.answer.__class__(200, JSON, Body(held=whole[:10], length=len(whole), digest=digest(whole)))
+    answer = made.answer.__class__(
+        200, JSON, Body(content=whole[:10], length=len(whole), digest=digest(whole))
+    )
     return Capture(
         pair=made.pair, service="shop", version=version, role="live", request=made.request, answer=answer
     )
@@ -255,11 +257,11 @@ AGAIN = capture("old", {"a": 2}, role="baseline")
 )
 def test_which_copies_there_are_decides_first(captures: Sequence[Capture], swept: bool, outcome: str) -> None:
     for order in permutations(captures):
-        assert judge(order, RULES, swept=swept).outcome == outcome
+        assert compare_pair(order, RULES, timed_out=swept).outcome == outcome
 
 
 def test_a_baseline_copy_shows_what_differs_by_itself() -> None:
-    judgement = judge([OLD, NEW, AGAIN], RULES)
+    judgement = compare_pair([OLD, NEW, AGAIN], RULES)
 
     assert judgement.outcome == "match"
     assert judgement.baseline_compared

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast.capture import Body, Request
-from abreast_sidecar.compare.request import MOST_BODY, MOST_NAMES, of_request
+from abreast_sidecar.compare.request import MAX_FEATURE_BODY_BYTES, MAX_NAMES, collect_request_features
 
 JSON = (("content-type", "application/json"),)
 FORM = (("content-type", "application/x-www-form-urlencoded"),)
@@ -22,7 +22,7 @@ def request(
 
 
 def test_query_path_headers_and_body_have_their_places() -> None:
-    found = of_request(
+    found = collect_request_features(
         request(
             b'{"currency": "JPY", "items": [{"sku": "a"}, {"sku": "b"}], "gift": true}',
             (*JSON, ("accept-language", "de")),
@@ -43,7 +43,7 @@ def test_query_path_headers_and_body_have_their_places() -> None:
 
 
 def test_a_forms_fields_are_fields() -> None:
-    found = of_request(request(b"size=L&size=M&size=S&note=", FORM), "/orders/{id}")
+    found = collect_request_features(request(b"size=L&size=M&size=S&note=", FORM), "/orders/{id}")
 
     assert found["body.size[*]"] == ["L", "M", "S"]
     assert found["body.note"] == [""]
@@ -68,7 +68,7 @@ def test_a_forms_fields_are_fields() -> None:
     ],
 )
 def test_of_a_secret_only_its_name_is_kept(name: str) -> None:
-    found = of_request(
+    found = collect_request_features(
         request(json.dumps({name: "hunter2"}).encode(), query=f"{name}=hunter2"), "/orders/{id}"
     )
 
@@ -77,7 +77,7 @@ def test_of_a_secret_only_its_name_is_kept(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["author", "discard", "spin", "passenger", "shipping"])
 def test_names_that_only_look_so_keep_their_values(name: str) -> None:
-    found = of_request(request(json.dumps({name: "x"}).encode()), "/orders/{id}")
+    found = collect_request_features(request(json.dumps({name: "x"}).encode()), "/orders/{id}")
 
     assert found[f"body.{name}"] == ["x"]
 
@@ -90,7 +90,7 @@ def test_hashed_and_long_values_and_passing_headers_are_left_out() -> None:
         ("user-agent", "x" * 500),
     )
 
-    assert of_request(request(headers=headers, path="/orders"), "/orders") == {
+    assert collect_request_features(request(headers=headers, path="/orders"), "/orders") == {
         "header.authorization": [],
         "header.user-agent": [],
         "cookie.variant": [],
@@ -100,14 +100,16 @@ def test_hashed_and_long_values_and_passing_headers_are_left_out() -> None:
 
 def test_what_is_kept_has_a_bound() -> None:
     wide = json.dumps({f"f{n}": n for n in range(1000)}).encode()
-    long = json.dumps({"text": "x" * MOST_BODY}).encode()
+    long = json.dumps({"text": "x" * MAX_FEATURE_BODY_BYTES}).encode()
 
-    assert len(of_request(request(wide), "/orders/{id}")) == MOST_NAMES
-    assert not any(name.startswith("body") for name in of_request(request(long), "/orders/{id}"))
+    assert len(collect_request_features(request(wide), "/orders/{id}")) == MAX_NAMES
+    assert not any(
+        name.startswith("body") for name in collect_request_features(request(long), "/orders/{id}")
+    )
 
 
 @given(st.binary(max_size=200), st.sampled_from([JSON, FORM, ()]), st.text(max_size=40))
 def test_any_request_is_taken(body: bytes, headers: tuple[tuple[str, str], ...], query: str) -> None:
-    found = of_request(request(body, headers, query), "/orders/{id}")
+    found = collect_request_features(request(body, headers, query), "/orders/{id}")
 
     assert all(isinstance(value, str) for values in found.values() for value in values)

@@ -16,35 +16,35 @@ from jsonschema import Draft202012Validator
 from msgspec.structs import replace
 
 from abreast_sidecar import rule_messages
-from abreast_sidecar.compare import Judgement, Rules, judge
+from abreast_sidecar.compare import CompareOptions, ComparisonResult, compare_pair
 from abreast_sidecar.compare.rules import (
     ACTIONS,
-    MAX_SUBJECTS,
+    MAX_CACHED_SCOPES,
+    RuleScope,
     RuleSet,
-    Subject,
-    path_pattern,
-    status_matches,
+    compile_path_pattern,
+    matches_statuses,
 )
-from abreast_sidecar.compare.rules_file import RuleError, fields_of, from_fields, load
+from abreast_sidecar.compare.rules_file import RuleError, parse_rules, rule_from_dict, rule_to_dict
 from captures import capture
 
 SCHEMA = json.loads((files("abreast_sidecar.compare") / "rules.schema.json").read_text())
 
 
 def declared(*rules: dict[str, Any]) -> RuleSet:
-    return load(json.dumps({"rules": rules}))
+    return parse_rules(json.dumps({"rules": rules}))
 
 
-def compare(rules: RuleSet, old: Any, new: Any) -> Judgement:
-    return judge([capture("old", old), capture("new", new)], Rules(declared=rules))
+def compare(rules: RuleSet, old: Any, new: Any) -> ComparisonResult:
+    return compare_pair([capture("old", old), capture("new", new)], CompareOptions(rule_set=rules))
 
 
-def left(judgement: Judgement) -> list[str]:
+def left(judgement: ComparisonResult) -> list[str]:
     return [f"{one.path} {one.kind}" for one in judgement.differences]
 
 
-def explained(judgement: Judgement) -> list[tuple[str, str]]:
-    return [(one.path, one.explained_by) for one in judgement.explained]
+def explained(judgement: ComparisonResult) -> list[tuple[str, str]]:
+    return [(one.path, one.explained_by) for one in judgement.explained_differences]
 
 
 def test_without_rules_nothing_is_explained() -> None:
@@ -91,7 +91,7 @@ def test_the_rest_is_still_a_mismatch() -> None:
     ],
 )
 def test_path_patterns(pattern: str, path: str, below: bool, matches: bool) -> None:
-    assert bool(path_pattern(pattern, below=below).fullmatch(path)) == matches
+    assert bool(compile_path_pattern(pattern, include_descendants=below).fullmatch(path)) == matches
 
 
 @pytest.mark.parametrize(
@@ -163,21 +163,21 @@ def test_what_a_rule_is_limited_to(rule: dict[str, Any], expected: str) -> None:
     rules = declared({"action": "expect", **rule})
     old, new = capture("old", {"a": 1}), replace(capture("new", {"a": 2}), release="2.1")
 
-    assert judge([old, new], Rules(declared=rules)).outcome == expected
+    assert compare_pair([old, new], CompareOptions(rule_set=rules)).outcome == expected
 
 
 def test_which_rules_apply_is_found_once_for_each_kind_of_answer() -> None:
     rules = declared(
         {"action": "ignore", "path": "$.a", "endpoint": "GET /a*"}, {"action": "ignore", "path": "$.b"}
     )
-    first, again = (rules.of(Subject("shop", "GET /a", "1", "2", (200, 200))) for _ in range(2))
-    other = rules.of(Subject("shop", "GET /b", "1", "2", (200, 200)))
+    first, again = (rules.for_scope(RuleScope("shop", "GET /a", "1", "2", (200, 200))) for _ in range(2))
+    other = rules.for_scope(RuleScope("shop", "GET /b", "1", "2", (200, 200)))
 
     assert first is again
     assert (len(first.rules), len(other.rules)) == (2, 1)
-    for number in range(MAX_SUBJECTS + 10):
-        rules.of(Subject("shop", f"GET /{number}"))
-    assert len(rules._applying) <= MAX_SUBJECTS
+    for number in range(MAX_CACHED_SCOPES + 10):
+        rules.for_scope(RuleScope("shop", f"GET /{number}"))
+    assert len(rules._by_scope) <= MAX_CACHED_SCOPES
 
 
 def test_headers_and_statuses_are_explained_too() -> None:
@@ -186,7 +186,7 @@ def test_headers_and_statuses_are_explained_too() -> None:
         {"name": "made", "action": "expect", "status": "200->201", "part": "status"},
     )
     old = capture("old", headers=(("x-old", "1"), ("x-b", "1")))
-    judgement = judge([old, capture("new", status=201, headers=())], Rules(declared=rules))
+    judgement = compare_pair([old, capture("new", status=201, headers=())], CompareOptions(rule_set=rules))
 
     assert explained(judgement) == [("200->201", "made"), ("x-old", "gone")]
     assert left(judgement) == ["x-b removed"]
@@ -204,16 +204,16 @@ def test_headers_and_statuses_are_explained_too() -> None:
     ],
 )
 def test_status_patterns(pattern: str, statuses: tuple[int, int], matches: bool) -> None:
-    assert status_matches(pattern, statuses) == matches
+    assert matches_statuses(pattern, statuses) == matches
 
 
 def test_a_rule_ends_on_its_day() -> None:
     quoted = declared({"action": "ignore", "path": "$.a", "expires": "2031-01-31"})
-    rules = load("rules:\n- {action: ignore, path: $.a, expires: 2031-01-31}\n")
+    rules = parse_rules("rules:\n- {action: ignore, path: $.a, expires: 2031-01-31}\n")
 
     assert rules == quoted
-    assert len(rules.on(dt.date(2031, 1, 30)).rules) == 1
-    assert not rules.on(dt.date(2031, 1, 31))
+    assert len(rules.active_on(dt.date(2031, 1, 30)).rules) == 1
+    assert not rules.active_on(dt.date(2031, 1, 31))
 
 
 BROKEN = [
@@ -264,14 +264,14 @@ BROKEN = [
 @pytest.mark.parametrize(("text", "message"), BROKEN)
 def test_what_is_wrong_is_said_with_its_line(text: str, message: str) -> None:
     with pytest.raises(RuleError) as caught:
-        load(text, "rules.yaml")
+        parse_rules(text, "rules.yaml")
 
     assert str(caught.value).startswith(message)
 
 
 def test_an_empty_file_has_no_rules() -> None:
-    assert not load("")
-    assert not load("rules: []")
+    assert not parse_rules("")
+    assert not parse_rules("rules: []")
 
 
 FIELDS: dict[str, list[Any]] = {
@@ -313,14 +313,14 @@ def test_the_schema_and_the_reader_agree(rule: dict[str, Any]) -> None:
 @settings(max_examples=300, deadline=None)
 def test_a_rule_is_the_same_after_files_and_messages(rule: dict[str, Any]) -> None:
     try:
-        made = from_fields({**rule, "expires": "2031-01-31"})
+        made = rule_from_dict({**rule, "expires": "2031-01-31"})
     except RuleError:
         return
-    fields = fields_of(made)
+    fields = rule_to_dict(made)
 
-    assert from_fields(fields) == made
-    sent = rule_messages.fields_of(rule_messages.message_of(fields))
-    assert from_fields({**sent, "expires": fields["expires"]}) == made
+    assert rule_from_dict(fields) == made
+    sent = rule_messages.message_to_dict(rule_messages.dict_to_message(fields))
+    assert rule_from_dict({**sent, "expires": fields["expires"]}) == made
 
 
 ACCEPTED: list[dict[str, Any]] = [

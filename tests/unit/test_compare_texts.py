@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare import DocumentDiff
-from abreast_sidecar.compare.texts import TextDiff
+from abreast_sidecar.compare import JsonDiff
+from abreast_sidecar.compare.texts import JsonTextDiff
 from abreast_sidecar.compare.value import NotJsonError, parse
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: number + 0.0)
@@ -37,12 +37,12 @@ def said(found: Any) -> list[Said]:
 
 def by_texts(old: bytes, new: bytes) -> list[Said]:
     """However short they are."""
-    with patch("abreast_sidecar.compare.texts.SMALL", 0):
-        return said(TextDiff(10_000).compare_texts(old, new))
+    with patch("abreast_sidecar.compare.texts.MIN_RAW_BYTES", 0):
+        return said(JsonTextDiff(10_000).compare_texts(old, new))
 
 
 def by_values(old: bytes, new: bytes) -> list[Said]:
-    return said(DocumentDiff(10_000).compare(parse(old), parse(new)))
+    return said(JsonDiff(10_000).compare(parse(old), parse(new)))
 
 
 def changed(value: Any, dice: random.Random) -> Any:
@@ -111,7 +111,7 @@ def parsed_bytes(old: bytes, new: bytes) -> int:
         return parse(body)
 
     with patch("abreast_sidecar.compare.texts.parse", counted):
-        TextDiff(200).compare_texts(old, new)
+        JsonTextDiff(200).compare_texts(old, new)
     return total
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from abreast_demo.show import program
+from abreast_demo.show import program_command
 
 ABREAST = Path(sys.executable).with_name("abreast")
 
@@ -57,10 +57,10 @@ def test_proposals_begin_with_the_program_as_it_was_called(
     monkeypatch.setenv("PATH", "/nowhere")
 
     monkeypatch.setattr(sys, "argv", ["a venv/bin/abreast"])
-    assert program() == "'a venv/bin/abreast'"
+    assert program_command() == "'a venv/bin/abreast'"
     monkeypatch.setenv("PATH", str(called.parent))
-    assert program() == "abreast"
+    assert program_command() == "abreast"
     monkeypatch.setattr(sys, "argv", [str(ABREAST)])
-    assert program() == str(ABREAST)  # what is on the PATH is another one
+    assert program_command() == str(ABREAST)  # what is on the PATH is another one
     monkeypatch.setattr(sys, "argv", ["/lib/abreast_sidecar/__main__.py"])
-    assert program() == f"{sys.executable} -m abreast_sidecar"
+    assert program_command() == f"{sys.executable} -m abreast_sidecar"

@@ -12,7 +12,7 @@ import signal
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's `&` has it
 from abreast_demo import run
-run._end_as_ctrl_c_does()
+run._treat_signals_as_interrupt()
 try:
     signal.raise_signal(signal.{name})
 except KeyboardInterrupt:

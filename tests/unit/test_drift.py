@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.compare import Rules, judge
-from abreast_sidecar.compare.drift import drifted
+from abreast_sidecar.compare import CompareOptions, compare_pair
+from abreast_sidecar.compare.drift import find_state_drift
 from captures import capture
 
 STOCK = ("body", "$.stock", "changed")
-RULES = Rules()
+RULES = CompareOptions()
 
 
 def told(old: Any, new: Any, old_now: Any, new_now: Any, *codes: int) -> list[tuple[str, str, str]]:
@@ -21,10 +21,10 @@ def told(old: Any, new: Any, old_now: Any, new_now: Any, *codes: int) -> list[tu
 
     def judged(one: Any, other: Any, status: int, second: int) -> Any:
         before = capture("old", one, status=status)
-        return judge([before, capture("new", other, role="shadow", status=second)], RULES)
+        return compare_pair([before, capture("new", other, role="shadow", status=second)], RULES)
 
     then, moved = judged(old, new, a, b), judged(old, old_now, a, c)
-    return drifted(then, moved, judged(old_now, new_now, c, d))
+    return find_state_drift(then, moved, judged(old_now, new_now, c, d))
 
 
 def stock(value: Any, **others: Any) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 import abreast
 from abreast import outlived
 from abreast.capture import Role
-from abreast.context import CURRENT, OUTSIDE, Current
-from abreast.effects import RESCUE
+from abreast.context import CURRENT_CONTEXT, NO_REQUEST, RequestContext
+from abreast.effects import report_error
 from abreast.errors import EffectError
-from abreast.journal import MOST_BYTES, MOST_ENTRIES, written
+from abreast.journal import MAX_EFFECTS, MAX_PAYLOAD_BYTES, to_json
 from abreast.redact import Redactor
 
 REDACTOR = Redactor(b"key")
@@ -35,7 +35,7 @@ class Sink:
     def __init__(self) -> None:
         self.count = 0
 
-    def late(self) -> None:
+    def count_late_effect(self) -> None:
         self.count += 1
 
 
@@ -64,21 +64,21 @@ class Post:
 
 
 @pytest.fixture
-def enter() -> Iterator[Callable[[Role], Current]]:
+def enter() -> Iterator[Callable[[Role], RequestContext]]:
     tokens = []
 
-    def begin(role: Role) -> Current:
-        now = Current("new", role, "pair", "", Sink(), 0)
-        tokens.append(CURRENT.set(now))
+    def begin(role: Role) -> RequestContext:
+        now = RequestContext("new", role, "pair", "", Sink(), 0)
+        tokens.append(CURRENT_CONTEXT.set(now))
         return now
 
     yield begin
     if tokens:
-        CURRENT.set(OUTSIDE)
+        CURRENT_CONTEXT.set(NO_REQUEST)
 
 
-def records(now: Current) -> list[dict[str, Any]]:
-    found, _ = now.close(REDACTOR.payload)
+def records(now: RequestContext) -> list[dict[str, Any]]:
+    found, _ = now.close_effect_log(REDACTOR.redact_payload)
     return [{name: value for name, value in record.items() if name != "at_us"} for record in found]
 
 
@@ -104,14 +104,14 @@ async def by_block(post: Post) -> Any:
 
 async def by_asking(post: Post) -> Any:
     async with abreast.effect("email.send", {"to": "a@b"}) as held:
-        if held.live:
+        if held.should_execute:
             return await post.send("a@b")
         return Receipt("none")
 
 
 async def by_asking_in_sync_code(post: Post) -> Any:
     with abreast.effect("email.send", {"to": "a@b"}) as held:
-        return post.send_now("a@b") if held.live else Receipt("none")
+        return post.send_now("a@b") if held.should_execute else Receipt("none")
 
 
 async def by_decorator(post: Post) -> Any:
@@ -172,7 +172,7 @@ async def test_outside_a_sampled_request_it_is_simply_done(form: Any) -> None:
 
 async def test_a_copy_that_is_not_captured_does_it_no_more(enter: Any) -> None:
     enter("live")
-    CURRENT.set(Current("new", "shadow", "pair", ""))
+    CURRENT_CONTEXT.set(RequestContext("new", "shadow", "pair", ""))
     post = Post()
 
     assert await by_run(post) == Receipt("none")
@@ -183,7 +183,7 @@ def test_work_that_long_outlives_a_shadow_is_told_once(
     enter: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It may be a consumer that the first request started for all."""
-    monkeypatch.setattr(outlived, "TOLD", set())
+    monkeypatch.setattr(outlived, "WARNED_NAMES", set())
     held = abreast.effect("email.send")
     for role, answered, seconds in (
         ("shadow", True, 1),
@@ -193,7 +193,7 @@ def test_work_that_long_outlives_a_shadow_is_told_once(
         ("shadow", True, 91),
     ):
         now = enter(role)
-        now.answered, now.began = answered, time.perf_counter_ns() - seconds * 10**9
+        now.response_sent, now.started_ns = answered, time.perf_counter_ns() - seconds * 10**9
         held.call(len, "abc")
 
     told = "effect 'email.send' is held back 90 s after its shadow request"
@@ -266,7 +266,7 @@ async def test_in_production_a_forgotten_question_is_logged_and_users_go_on(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("PYTEST_VERSION")
-    RESCUE._known.clear()
+    report_error._logged.clear()
     async with abreast.effect("email.send", {}):
         pass
 
@@ -276,21 +276,21 @@ async def test_in_production_a_forgotten_question_is_logged_and_users_go_on(
 async def test_an_effect_that_requests_share_ends_for_each_by_itself() -> None:
     """The one that began first ends first, and fails."""
     shared, failed = abreast.effect("email.send"), asyncio.Event()
-    made = {role: Current("new", role, "pair", "", Sink(), 0) for role in ("live", "shadow")}
+    made = {role: RequestContext("new", role, "pair", "", Sink(), 0) for role in ("live", "shadow")}
 
     async def first() -> None:
-        CURRENT.set(made["live"])
+        CURRENT_CONTEXT.set(made["live"])
         with contextlib.suppress(OSError):
             async with shared as held:
                 await asyncio.sleep(0)
-                assert held.live
+                assert held.should_execute
                 raise OSError
         failed.set()
 
     async def second() -> None:
-        CURRENT.set(made["shadow"])
+        CURRENT_CONTEXT.set(made["shadow"])
         with shared as held:
-            assert not held.live
+            assert not held.should_execute
             await failed.wait()
 
     await asyncio.gather(first(), second())
@@ -361,7 +361,7 @@ def test_recording_never_raises(enter: Any, caplog: pytest.LogCaptureFixture) ->
         def model_dump(self, **_: object) -> None:
             raise ZeroDivisionError
 
-    RESCUE._known.clear()
+    report_error._logged.clear()
     abreast.record("a", Awful())
     assert abreast.effect("b", lambda: 1 / 0).call(lambda: 7) == 7
 
@@ -378,7 +378,7 @@ def test_a_fault_of_ours_reaches_no_code(
         raise KeyError
 
     now = enter("live")
-    monkeypatch.setattr(now.journal(), "add", broken)
+    monkeypatch.setattr(now.ensure_effect_log(), "add", broken)
     abreast.record("email.send")
 
     assert abreast.effect("email.send").call(len, "abc") == 3
@@ -395,22 +395,22 @@ def test_a_payload_is_what_it_was_when_it_was_recorded(enter: Any) -> None:
 
 def test_effects_beyond_the_bound_are_counted(enter: Any) -> None:
     now = enter("live")
-    for number in range(MOST_ENTRIES + 3):
+    for number in range(MAX_EFFECTS + 3):
         abreast.record("mail", number)
-    kept, dropped = now.close(REDACTOR.payload)
+    kept, dropped = now.close_effect_log(REDACTOR.redact_payload)
 
-    assert (len(kept), dropped, now.sink.count) == (MOST_ENTRIES, 3, 0)
+    assert (len(kept), dropped, now.sink.count) == (MAX_EFFECTS, 3, 0)
 
 
 def test_of_payloads_beyond_the_bound_a_digest_is_kept(enter: Any) -> None:
-    now, long = enter("live"), "x" * MOST_BYTES
+    now, long = enter("live"), "x" * MAX_PAYLOAD_BYTES
     abreast.record("mail", long)
     abreast.record("mail", "short")
     abreast.record("mail", long + "y")
     first, second, third = records(now)
 
     assert second["payload"] == "short"
-    assert (first["length"], third["length"]) == (MOST_BYTES + 2, MOST_BYTES + 3)
+    assert (first["length"], third["length"]) == (MAX_PAYLOAD_BYTES + 2, MAX_PAYLOAD_BYTES + 3)
     assert first["digest"] != third["digest"]
     assert "payload" not in first
 
@@ -418,10 +418,10 @@ def test_of_payloads_beyond_the_bound_a_digest_is_kept(enter: Any) -> None:
 def test_what_comes_when_the_capture_has_left_is_counted_as_late(enter: Any) -> None:
     now = enter("live")
     abreast.record("mail", 1)
-    now.close(REDACTOR.payload)
+    now.close_effect_log(REDACTOR.redact_payload)
     abreast.record("mail", 2)
     silent = enter("live")
-    silent.close(REDACTOR.payload)
+    silent.close_effect_log(REDACTOR.redact_payload)
     abreast.record("mail", 3)
 
     assert (now.sink.count, silent.sink.count) == (1, 1)
@@ -453,7 +453,7 @@ def test_threads_of_one_request_lose_nothing(enter: Any) -> None:
     ready = threading.Barrier(8)
 
     def work() -> None:
-        CURRENT.set(now)
+        CURRENT_CONTEXT.set(now)
         ready.wait()
         for number in range(20):
             abreast.record("mail", number)
@@ -491,14 +491,14 @@ Point = namedtuple("Point", "x y")  # noqa: PYI024  # what users have
     ids=lambda value: type(value).__name__,
 )
 def test_anything_has_a_form_that_is_the_same_in_both_versions(value: Any, text: bytes | None) -> None:
-    assert written(value) == (text or b'["1180591620717411303424",{"id":"r"},"2026-01-02",{"1":[2]}]')
+    assert to_json(value) == (text or b'["1180591620717411303424",{"id":"r"},"2026-01-02",{"1":[2]}]')
 
 
 def test_a_circle_ends() -> None:
     circle: list[Any] = []
     circle.append(circle)
 
-    assert b"too deep" in written(circle)
+    assert b"too deep" in to_json(circle)
 
 
 VALUES = st.recursive(
@@ -517,13 +517,13 @@ VALUES = st.recursive(
 @settings(max_examples=50)
 @given(VALUES)
 def test_no_payload_is_refused(value: Any) -> None:
-    written(value)
+    to_json(value)
 
 
 async def test_effects_of_concurrent_requests_stay_apart() -> None:
-    async def request(name: str) -> Current:
-        now = Current("new", "live", name, "", Sink(), 0)
-        CURRENT.set(now)
+    async def request(name: str) -> RequestContext:
+        now = RequestContext("new", "live", name, "", Sink(), 0)
+        CURRENT_CONTEXT.set(now)
         await asyncio.sleep(0)
         abreast.record("mail", name)
         return now
@@ -535,8 +535,8 @@ async def test_effects_of_concurrent_requests_stay_apart() -> None:
 
 def test_the_order_in_which_a_payload_was_filled_says_nothing() -> None:
     """Of long payloads only a digest is compared."""
-    assert written({"a": 1, "b": {1, 2}}) == written({"b": {2, 1}, "a": 1})
-    assert written({"b": 2**70, "a": 1}) == written({"a": 1, "b": 2**70})
+    assert to_json({"a": 1, "b": {1, 2}}) == to_json({"b": {2, 1}, "a": 1})
+    assert to_json({"b": 2**70, "a": 1}) == to_json({"a": 1, "b": 2**70})
 
 
 def test_a_payload_whose_own_form_fails_is_recorded_by_its_type() -> None:
@@ -544,5 +544,5 @@ def test_a_payload_whose_own_form_fails_is_recorded_by_its_type() -> None:
         def model_dump(self, **_options: object) -> object:
             raise KeyError("id")
 
-    assert written({"order": Order()}).startswith(b'{"order":"<')
-    assert written([2**70, Order()]).startswith(b'["1180591620717411303424","<')
+    assert to_json({"order": Order()}).startswith(b'{"order":"<')
+    assert to_json([2**70, Order()]).startswith(b'["1180591620717411303424","<')

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from abreast_sidecar import ending
-from abreast_sidecar.ending import ended
+from abreast_sidecar.ending import cancel_and_wait
 
 
 async def swallowing(times: int) -> None:
@@ -24,11 +24,11 @@ async def failing() -> None:
 async def test_what_goes_on_though_it_was_cancelled_is_cancelled_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ending, "AGAIN", 0.01)
+    monkeypatch.setattr(ending, "CANCEL_RETRY_S", 0.01)
     tasks = [asyncio.create_task(swallowing(times)) for times in (0, 2)]
     await asyncio.sleep(0)
     async with asyncio.timeout(10):
-        await ended(*tasks)
+        await cancel_and_wait(*tasks)
 
     assert all(task.done() for task in tasks)
 
@@ -37,5 +37,5 @@ async def test_what_has_failed_or_ended_before_is_over() -> None:
     tasks = [asyncio.create_task(failing()), asyncio.create_task(asyncio.sleep(0))]
     await asyncio.wait(tasks)
 
-    await ended(*tasks)
-    await ended()
+    await cancel_and_wait(*tasks)
+    await cancel_and_wait()

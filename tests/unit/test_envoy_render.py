@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.cli.envoy import command
-from abreast_sidecar.envoy.render import _text, render, validate
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings, Sticky
+from abreast_sidecar.cli.envoy import envoy_command
+from abreast_sidecar.envoy.render import _quote, render, validate
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress, StickyKey
 from abreast_sidecar.errors import SettingError, SidecarError
 from support_certificate import self_signed
 
@@ -69,7 +69,12 @@ def test_testers_have_routes_of_their_own_where_there_is_a_secret() -> None:
 
 
 def test_every_route_has_a_hash_policy() -> None:
-    for sticky in (Sticky(), Sticky("header", "x-user"), Sticky("cookie", "user"), Sticky("source-ip")):
+    for sticky in (
+        StickyKey(),
+        StickyKey("header", "x-user"),
+        StickyKey("cookie", "user"),
+        StickyKey("source-ip"),
+    ):
         [host] = manager(config(sticky=sticky))["route_config"]["virtual_hosts"]
         policies = [route["route"]["hash_policy"] for route in host["routes"]]
 
@@ -83,8 +88,8 @@ def test_no_cluster_mirrors_by_itself() -> None:
 
 
 def test_addresses_are_static_and_names_are_resolved() -> None:
-    old = (Endpoint("10.0.0.7", 8000), Endpoint("::1", 8001))
-    new = (Endpoint("shop.internal", 8000), Endpoint("10.0.0.8", 8000))
+    old = (SocketAddress("10.0.0.7", 8000), SocketAddress("::1", 8001))
+    new = (SocketAddress("shop.internal", 8000), SocketAddress("10.0.0.8", 8000))
     found = clusters(config(old=old, new=new))
 
     for name in ("old", "old_shadow", "old_baseline"):
@@ -94,7 +99,7 @@ def test_addresses_are_static_and_names_are_resolved() -> None:
 
 
 def test_every_endpoint_says_its_version() -> None:
-    found = clusters(config(old=(Endpoint("10.0.0.7", 8000), Endpoint("10.0.0.8", 8000))))
+    found = clusters(config(old=(SocketAddress("10.0.0.7", 8000), SocketAddress("10.0.0.8", 8000))))
     for name in CLUSTERS[:2] + CLUSTERS[3:6]:
         entries = found[name]["load_assignment"]["endpoints"][0]["lb_endpoints"]
         versions = {entry["metadata"]["filter_metadata"]["abreast"]["version"] for entry in entries}
@@ -119,13 +124,13 @@ def test_the_lowest_layer_sends_everyone_to_old_and_samples_as_set() -> None:
 
 def test_the_admin_interface_is_read_only_unless_it_is_on_loopback() -> None:
     assert "allow_paths" not in config()["admin"]
-    assert "allow_paths" not in config(admin=Endpoint("::1", 9901))["admin"]
-    assert "allow_paths" in config(admin=Endpoint("0.0.0.0", 9901))["admin"]
+    assert "allow_paths" not in config(admin=SocketAddress("::1", 9901))["admin"]
+    assert "allow_paths" in config(admin=SocketAddress("0.0.0.0", 9901))["admin"]
 
 
 @given(st.text())
 def test_any_text_is_quoted(text: str) -> None:
-    assert yaml.safe_load(f"[{_text(text)}, after]") == [text, "after"]
+    assert yaml.safe_load(f"[{_quote(text)}, after]") == [text, "after"]
 
 
 def test_no_text_leaves_its_place() -> None:
@@ -143,14 +148,18 @@ def test_no_text_leaves_its_place() -> None:
 VARIANTS: list[dict[str, Any]] = [
     {},
     {
-        "old": (Endpoint("::1", 8000),),
-        "new": (Endpoint("a.b", 1), Endpoint("1.2.3.4", 2)),
-        "listen": Endpoint("::", 80),
+        "old": (SocketAddress("::1", 8000),),
+        "new": (SocketAddress("a.b", 1), SocketAddress("1.2.3.4", 2)),
+        "listen": SocketAddress("::", 80),
     },
-    {"sticky": Sticky("header", "x-user"), "request_timeout": 30.0, "access_log": True},
-    {"sticky": Sticky("cookie", "user"), "try_timeout": 0.0, "health_path": "tcp"},
-    {"sticky": Sticky("source-ip"), "upstream_http2": True, "trusted_hops": 2, "idle_timeout": 0.0},
-    {"node_id": 'quote " backslash \\ é 🚲 # : {', "service": "shop-1", "admin": Endpoint("0.0.0.0", 9901)},
+    {"sticky": StickyKey("header", "x-user"), "request_timeout": 30.0, "access_log": True},
+    {"sticky": StickyKey("cookie", "user"), "try_timeout": 0.0, "health_path": "tcp"},
+    {"sticky": StickyKey("source-ip"), "upstream_http2": True, "trusted_hops": 2, "idle_timeout": 0.0},
+    {
+        "node_id": 'quote " backslash \\ é 🚲 # : {',
+        "service": "shop-1",
+        "admin": SocketAddress("0.0.0.0", 9901),
+    },
     {
         "old_tls": "shop.internal",
         "new_tls": "shop-2.internal",
@@ -189,11 +198,11 @@ def test_a_refusal_is_one_line_in_envoys_words() -> None:
 
 def test_render_prints_what_the_flags_say_over_the_variables() -> None:
     result = CliRunner().invoke(
-        command,
+        envoy_command,
         ["render", "--new", "10.0.0.8:80", "--access-log"],
         env={"ABREAST_NEW": "10.0.0.9:80", "ABREAST_SERVICE": "shop"},
     )
-    settings = EnvoySettings(new=(Endpoint("10.0.0.8", 80),), service="shop", access_log=True)
+    settings = EnvoySettings(new=(SocketAddress("10.0.0.8", 80),), service="shop", access_log=True)
 
     assert result.exit_code == 0, result.output
     assert result.stdout == render(settings)
@@ -201,8 +210,8 @@ def test_render_prints_what_the_flags_say_over_the_variables() -> None:
 
 def test_render_writes_a_file_that_validate_accepts(tmp_path: Path) -> None:
     output = tmp_path / "envoy.yaml"
-    written = CliRunner().invoke(command, ["render", "--output", str(output)])
-    checked = CliRunner().invoke(command, ["validate", str(output)])
+    written = CliRunner().invoke(envoy_command, ["render", "--output", str(output)])
+    checked = CliRunner().invoke(envoy_command, ["validate", str(output)])
 
     assert (written.exit_code, written.stdout) == (0, "")
     assert output.read_text() == render(EnvoySettings())
@@ -225,7 +234,7 @@ def test_render_writes_a_file_that_validate_accepts(tmp_path: Path) -> None:
 def test_a_bad_setting_is_named_as_it_was_given(
     arguments: list[str], environment: dict[str, str], message: str
 ) -> None:
-    result = CliRunner().invoke(command, ["render", *arguments], env=environment)
+    result = CliRunner().invoke(envoy_command, ["render", *arguments], env=environment)
 
     assert isinstance(result.exception, SettingError)
     assert str(result.exception).startswith(message)
@@ -233,8 +242,8 @@ def test_a_bad_setting_is_named_as_it_was_given(
 
 def test_render_refuses_what_envoy_refuses_unless_told_not_to_ask() -> None:
     arguments = ["render", "--tls-certificate", "/nowhere.pem", "--tls-key", "/nowhere.key"]
-    asked = CliRunner().invoke(command, arguments)
-    unasked = CliRunner().invoke(command, [*arguments, "--no-validate"])
+    asked = CliRunner().invoke(envoy_command, arguments)
+    unasked = CliRunner().invoke(envoy_command, [*arguments, "--no-validate"])
 
     assert isinstance(asked.exception, SidecarError)
     assert "/nowhere.key" in str(asked.exception)
@@ -242,7 +251,7 @@ def test_render_refuses_what_envoy_refuses_unless_told_not_to_ask() -> None:
 
 
 def test_every_setting_has_a_flag() -> None:
-    flags = {option for parameter in command.commands["render"].params for option in parameter.opts}
+    flags = {option for parameter in envoy_command.commands["render"].params for option in parameter.opts}
 
     assert {f"--{part.name.replace('_', '-')}" for part in dataclasses.fields(EnvoySettings)} <= flags
 

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.envoy.settings import Endpoint, EnvoySettings, Sticky, endpoints, sticky, written
+from abreast_sidecar.envoy.settings import (
+    EnvoySettings,
+    SocketAddress,
+    StickyKey,
+    parse_addresses,
+    parse_sticky,
+    to_env_value,
+)
 from abreast_sidecar.errors import SettingError
 from abreast_sidecar.settings import Settings
 
@@ -37,20 +44,20 @@ def test_nothing_unsafe_is_mirrored_by_default() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "wanted"),
     [
-        ("old", "10.0.0.7:8000", (Endpoint("10.0.0.7", 8000),)),
-        ("old", "a.internal:80, b_2:81", (Endpoint("a.internal", 80), Endpoint("b_2", 81))),
-        ("new", "[::1]:8000,[fd00::7]:81", (Endpoint("::1", 8000), Endpoint("fd00::7", 81))),
-        ("new", "http://127.0.0.1:8002/", (Endpoint("127.0.0.1", 8002),)),
-        ("listen", ":8080", Endpoint("0.0.0.0", 8080)),
-        ("listen", "[::]:8080", Endpoint("::", 8080)),
+        ("old", "10.0.0.7:8000", (SocketAddress("10.0.0.7", 8000),)),
+        ("old", "a.internal:80, b_2:81", (SocketAddress("a.internal", 80), SocketAddress("b_2", 81))),
+        ("new", "[::1]:8000,[fd00::7]:81", (SocketAddress("::1", 8000), SocketAddress("fd00::7", 81))),
+        ("new", "http://127.0.0.1:8002/", (SocketAddress("127.0.0.1", 8002),)),
+        ("listen", ":8080", SocketAddress("0.0.0.0", 8080)),
+        ("listen", "[::]:8080", SocketAddress("::", 8080)),
         ("health_path", "tcp", "tcp"),
         ("try_timeout", "0", 0.0),
         ("try_timeout", "0.25", 0.25),
         ("sample_safe", "2.5%", 0.025),
-        ("sticky", "header:X-User", Sticky("header", "x-user")),
-        ("sticky", "cookie:Session", Sticky("cookie", "Session")),
-        ("sticky", "source-ip", Sticky("source-ip")),
-        ("sticky", "", Sticky()),
+        ("sticky", "header:X-User", StickyKey("header", "x-user")),
+        ("sticky", "cookie:Session", StickyKey("cookie", "Session")),
+        ("sticky", "source-ip", StickyKey("source-ip")),
+        ("sticky", "", StickyKey()),
         ("access_log", "yes", True),
         ("mirror_body_limit", "1000", 1000),
     ],
@@ -65,9 +72,9 @@ def test_values_are_read_from_variables(variable: str, value: str, wanted: Any) 
 def test_what_is_written_is_read_back(address: IPv4Address | IPv6Address, port: int, key: str) -> None:
     host = str(address)
     if "%" not in host:
-        there = Endpoint(host, port)
-        assert endpoints(written((there, there))) == (there, there)
-    assert written(sticky(key)) == key
+        there = SocketAddress(host, port)
+        assert parse_addresses(to_env_value((there, there))) == (there, there)
+    assert to_env_value(parse_sticky(key)) == key
 
 
 @pytest.mark.parametrize(
@@ -133,7 +140,7 @@ def test_the_documentation_has_every_setting_with_its_default_and_no_other() -> 
     rows = {name: (default, text) for name, default, text in ROW.findall(DOCS.read_text())}
     wanted = {
         part.name.upper(): (
-            f"`{written(part.default)}`" if written(part.default) else "",
+            f"`{to_env_value(part.default)}`" if to_env_value(part.default) else "",
             part.metadata["doc"],
         )
         for part in dataclasses.fields(EnvoySettings)

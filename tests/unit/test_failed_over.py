@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.compare import Judgement
-from abreast_sidecar.store.judged import Judged
+from abreast_sidecar.compare import ComparisonResult
+from abreast_sidecar.store.judged import PairRecord
 from captures import capture
 
 OLD_COPY = capture("old", role="shadow")
@@ -28,7 +28,9 @@ NEW = capture("new", status=503)
     ],
 )
 def test_a_failing_over_is_told_from_the_captures(old: Any, new: Any, baseline: Any, wanted: bool) -> None:
-    judgement = Judgement(outcome="mismatch", method="GET", route="/", old=old, new=new, baseline=baseline)
-    row = Judged("shop", "1-0", 1, "pair", judgement, ()).row(1)
+    judgement = ComparisonResult(
+        outcome="mismatch", method="GET", route="/", old=old, new=new, baseline=baseline
+    )
+    row = PairRecord("shop", "1-0", 1, "pair", judgement, ()).to_row(1)
 
     assert row.get("failed_over", False) is wanted

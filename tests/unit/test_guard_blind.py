@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from abreast_sidecar.control.acts import Guard
-from abreast_sidecar.control.guarding import Guarding
-from abreast_sidecar.steer.flow import Gap
-from abreast_sidecar.steer.guard import Policy
+from abreast_sidecar.control.guarding import GuardController
+from abreast_sidecar.steer.flow import CompletenessGap
+from abreast_sidecar.steer.guard import GuardPolicy
 
-GUARD = Guard("shop", Policy("acting", min_completeness=0.9), None, {}, "clear", "", None, None)
+GUARD = Guard("shop", GuardPolicy("acting", min_completeness=0.9), None, {}, "clear", "", None, None)
 
 
 @pytest.fixture
@@ -19,11 +19,11 @@ def look(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], str]:
     """One look a second: requests that Envoy has counted, and that the ledger has."""
     now = [1000.0]
     monkeypatch.setattr("abreast_sidecar.control.guarding.time.monotonic", lambda: now[0])
-    made = Guarding(None, None, None, ())  # type: ignore[arg-type]  # only its memory is used
+    made = GuardController(None, None, None, ())  # type: ignore[arg-type]  # only its memory is used
 
     def one(sampled: int, arrived: int) -> str:
         now[0] += 1
-        return made._holes(GUARD, Gap(sampled, arrived))
+        return made._check_completeness(GUARD, CompletenessGap(sampled, arrived))
 
     return one
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from abreast.guards import psycopg_async, psycopg_sync
-from abreast.guards.statement import statement
+from abreast.guards.statement import parse_statement
 
 SAME = "insert into orders (id, quantity) values (?, ?)"
 TWINS = {
     "AsyncIterator": "Iterator",
     "asynccontextmanager": "contextmanager",
     "async with ": "with ",
-    "async for row in super().stream(query, params, **how):\n                yield row": "yield from super().stream(query, params, **how)",
+    "async for row in super().stream(query, params, **kwargs):\n                yield row": "yield from super().stream(query, params, **kwargs)",
     "async for ": "for ",
     "async def ": "def ",
     "await ": "",
@@ -34,8 +34,8 @@ TWINS = {
     ],
 )
 def test_one_statement_has_one_shape_however_it_is_written(text: str) -> None:
-    assert statement(text).shape == SAME
-    assert (statement(text).word, statement(text).table) == ("insert", "orders")
+    assert parse_statement(text).shape == SAME
+    assert (parse_statement(text).keyword, parse_statement(text).table) == ("insert", "orders")
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_one_statement_has_one_shape_however_it_is_written(text: str) -> None:
     ],
 )
 def test_what_writes_is_known_by_its_verb_and_table(text: str, word: str, table: str) -> None:
-    known = statement(text)
+    known = parse_statement(text)
 
-    assert (known.writes, known.word, known.table) == (True, word, table)
+    assert (known.is_write, known.keyword, known.table) == (True, word, table)
 
 
 @pytest.mark.parametrize(
@@ -68,17 +68,17 @@ def test_what_writes_is_known_by_its_verb_and_table(text: str, word: str, table:
     ],
 )
 def test_what_reads_is_no_effect(text: str) -> None:
-    known = statement(text)
+    known = parse_statement(text)
 
-    assert (known.writes, known.control, known.known) == (False, False, True)
+    assert (known.is_write, known.is_transaction_control, known.is_known) == (False, False, True)
 
 
 def test_values_are_under_the_names_of_their_columns() -> None:
-    by_place = statement("insert into orders (id, quantity) values (%s, %s)")
-    by_name = statement("insert into orders (id, quantity) values (%(a)s, %(b)s)")
+    by_place = parse_statement("insert into orders (id, quantity) values (%s, %s)")
+    by_name = parse_statement("insert into orders (id, quantity) values (%(a)s, %(b)s)")
 
-    assert by_place.values((1, 2)) == by_name.values({"a": 1, "b": 2}) == {"id": 1, "quantity": 2}
-    assert statement("delete from orders where id = %s").values((1,)) == [1]
+    assert by_place.name_values((1, 2)) == by_name.name_values({"a": 1, "b": 2}) == {"id": 1, "quantity": 2}
+    assert parse_statement("delete from orders where id = %s").name_values((1,)) == [1]
 
 
 def test_both_kinds_of_connections_are_guarded_alike() -> None:

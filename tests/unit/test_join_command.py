@@ -4,16 +4,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.connection import PythonRespSerializer
 
-from abreast.join import Bounds, Keys, Row, join_arguments, join_command
+from abreast.join import CaptureRow, Keys, Limits, join_arguments, join_command
 
 SHA = "0" * 40
 rows = st.tuples(st.text(max_size=40), st.text(max_size=12), st.integers(0, 100), st.binary(max_size=300))
 
 
 @given(st.lists(rows, max_size=5), st.sampled_from(["shop", "bücher"]))
-def test_it_is_what_the_client_would_send(captures: list[Row], service: str) -> None:
+def test_it_is_what_the_client_would_send(captures: list[CaptureRow], service: str) -> None:
     captures = [row for row in captures if _text(row[0]) and _text(row[1])]
-    keys, bounds = Keys(service, 3), Bounds()
+    keys, bounds = Keys(service, 3), Limits()
     names, arguments = join_arguments(keys, bounds, captures)
     client = PythonRespSerializer(6000, _encoded)
     packed = client.pack("EVALSHA", SHA, len(names), *names, *arguments)  # type: ignore[no-untyped-call]  # redis-py's

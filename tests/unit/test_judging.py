@@ -9,26 +9,26 @@ from msgspec.structs import replace
 
 from abreast.capture import encode
 from abreast.join import Keys
-from abreast_sidecar.compare import Rules
-from abreast_sidecar.judging import judged
-from abreast_sidecar.read import Entry
-from abreast_sidecar.read.entry import LATEST, entry
+from abreast_sidecar.compare import CompareOptions
+from abreast_sidecar.judging import evaluate_entry
+from abreast_sidecar.read import StreamEntry
+from abreast_sidecar.read.entry import MAX_ENTRY_MS, parse_entry
 from support_pairs import SERVICE, capture
 
 KEYS = Keys(SERVICE, 0)
 
 
-def of(*blobs: bytes, why: str = "joined", identifier: str = "1700000000000-0") -> Entry:
-    return Entry(KEYS, identifier, "p", why, blobs, sum(map(len, blobs)))
+def of(*blobs: bytes, why: str = "joined", identifier: str = "1700000000000-0") -> StreamEntry:
+    return StreamEntry(KEYS, identifier, "p", why, blobs, sum(map(len, blobs)))
 
 
 @given(st.lists(st.binary(max_size=80), max_size=4))
 def test_no_content_of_an_entry_raises(blobs: list[bytes]) -> None:
-    found = judged(of(*blobs), Rules())
+    found = evaluate_entry(of(*blobs), CompareOptions())
 
-    assert found.judgement.outcome == "undecodable"
-    assert found.judgement.reason
-    assert found.poison == b"\n".join(blobs)
+    assert found.result.outcome == "undecodable"
+    assert found.result.reason
+    assert found.dead_letter == b"\n".join(blobs)
 
 
 @given(st.integers(0, 2000), st.binary(min_size=1, max_size=3))
@@ -36,13 +36,13 @@ def test_a_damaged_capture_never_raises(place: int, garbage: bytes) -> None:
     whole = encode(capture("p", "old"))
     damaged = whole[:place] + garbage + whole[place + len(garbage) :]
 
-    assert judged(of(damaged, encode(capture("p", "new", "shadow"))), Rules()).judgement.outcome
+    assert evaluate_entry(of(damaged, encode(capture("p", "new", "shadow"))), CompareOptions()).result.outcome
 
 
 def test_half_readable_pairs_keep_what_is_known() -> None:
-    found = judged(of(encode(capture("p", "old")), b"nonsense"), Rules())
+    found = evaluate_entry(of(encode(capture("p", "old")), b"nonsense"), CompareOptions())
 
-    assert found.judgement.outcome == "undecodable"
+    assert found.result.outcome == "undecodable"
     assert found.endpoint == (SERVICE, "GET", "/products/{id}")
 
 
@@ -50,14 +50,17 @@ def test_an_error_while_comparing_is_an_outcome(monkeypatch: pytest.MonkeyPatch)
     def broken(*_arguments: object, **_more: object) -> None:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr("abreast_sidecar.judging.judge", broken)
-    found = judged(of(encode(capture("p", "old"))), Rules())
+    monkeypatch.setattr("abreast_sidecar.judging.compare_pair", broken)
+    found = evaluate_entry(of(encode(capture("p", "old"))), CompareOptions())
 
-    assert found.judgement.reason == "comparing it raised RecursionError: too deep"
+    assert found.result.reason == "comparing it raised RecursionError: too deep"
 
 
 def test_a_swept_pair_without_captures_has_an_outcome() -> None:
-    assert judged(of(why="swept"), Rules()).judgement.reason == "redis had no capture of it any more"
+    assert (
+        evaluate_entry(of(why="swept"), CompareOptions()).result.reason
+        == "redis had no capture of it any more"
+    )
 
 
 @pytest.mark.parametrize("service", [0, 3600, -3600, 400 * 86_400, float("inf")])
@@ -66,25 +69,25 @@ def test_a_time_to_come_is_that_of_redis_only_where_the_services_have_it_too(
     redis: int, service: float
 ) -> None:
     now = int(time.time())
-    copies = [replace(capture("p", version), started=now + service) for version in ("old", "new")]
-    found = judged(of(*map(encode, copies), identifier=f"{(now + redis) * 1000}-0"), Rules())
+    copies = [replace(capture("p", version), started_at=now + service) for version in ("old", "new")]
+    found = evaluate_entry(of(*map(encode, copies), identifier=f"{(now + redis) * 1000}-0"), CompareOptions())
 
     believed = redis <= 300 or service >= redis
-    assert found.at == (now + (redis if believed else int(service))) * 1000
+    assert found.time_ms == (now + (redis if believed else int(service))) * 1000
 
 
 def test_strange_ids_of_entries_stay_within_the_calendar() -> None:
-    assert of(identifier="18446744073709551615-1").at == LATEST
-    assert of(identifier="0-1").at == 0
+    assert of(identifier="18446744073709551615-1").time_ms == MAX_ENTRY_MS
+    assert of(identifier="0-1").time_ms == 0
 
 
 def test_an_entry_is_what_stands_in_the_stream() -> None:
-    found = entry(
+    found = parse_entry(
         KEYS, b"5-1", {b"pair": b"p", b"why": b"swept", b"old:live:1": b"12", b"new:shadow:1": b"345"}
     )
 
-    assert found == Entry(KEYS, "5-1", "p", "swept", (b"12", b"345"), 5)
+    assert found == StreamEntry(KEYS, "5-1", "p", "swept", (b"12", b"345"), 5)
 
 
 def test_an_entry_without_a_pair_is_named_by_its_id() -> None:
-    assert entry(KEYS, b"5-1", {}).pair == "entry 5-1"
+    assert parse_entry(KEYS, b"5-1", {}).pair_id == "entry 5-1"

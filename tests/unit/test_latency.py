@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.compare.latency import (
-    ALPHA,
-    MIN_PAIRS,
+    DETECTOR_ALPHA,
+    MIN_WARM_PAIRS,
     Slowdown,
     Timing,
-    evidence,
+    detect_slowdown,
+    log_evidence,
     percentile,
-    slowdown,
-    warm,
+    skip_cold_pairs,
 )
 
 times = st.integers(0, 2**31 - 1)
@@ -29,34 +29,34 @@ def noisy(generator: random.Random, factor: float = 1.0) -> Timing:
 
 @given(timings)
 def test_any_times_are_judged_without_an_error(found: list[Timing]) -> None:
-    slower = slowdown(found)
+    slower = detect_slowdown(found)
 
-    assert slower is None or (slower.pairs >= MIN_PAIRS and slower.ratio >= 1.3)
+    assert slower is None or (slower.pairs >= MIN_WARM_PAIRS and slower.ratio >= 1.3)
 
 
 @given(timings)
 def test_both_versions_are_never_slower_than_each_other(found: list[Timing]) -> None:
     mirrored = [Timing(one.new_us, one.old_us, one.release) for one in found]
 
-    assert slowdown(found) is None or slowdown(mirrored) is None
+    assert detect_slowdown(found) is None or detect_slowdown(mirrored) is None
 
 
 @given(timings)
 def test_a_version_is_not_slower_than_itself(found: list[Timing]) -> None:
-    assert slowdown([Timing(one.old_us, one.old_us, one.release) for one in found]) is None
+    assert detect_slowdown([Timing(one.old_us, one.old_us, one.release) for one in found]) is None
 
 
 @given(timings, st.randoms(use_true_random=False))
 def test_evidence_does_not_hang_on_the_order(found: list[Timing], generator: random.Random) -> None:
     shuffled = generator.sample(found, len(found))
 
-    assert evidence(shuffled) == evidence(found)
+    assert log_evidence(shuffled) == log_evidence(found)
 
 
 @given(st.integers(1, 300), st.integers(0, 300))
 def test_one_more_slower_pair_is_more_evidence(slower: int, faster: int) -> None:
     def of(slow: int, fast: int) -> float:
-        return evidence([Timing(1, 2)] * slow + [Timing(2, 1)] * fast)
+        return log_evidence([Timing(1, 2)] * slow + [Timing(2, 1)] * fast)
 
     assert of(slower + 1, faster) >= of(slower, faster)
 
@@ -78,7 +78,7 @@ def test_equal_distributions_raise_no_alarm_however_often_one_looks() -> None:
         seen: list[Timing] = []
         for _ in range(30):
             seen += [noisy(generator) for _ in range(10)]
-            alarms += slowdown(seen) is not None
+            alarms += detect_slowdown(seen) is not None
 
     assert alarms == 0
 
@@ -91,7 +91,7 @@ def test_the_bare_test_keeps_its_promise_without_the_help_of_the_limits() -> Non
         seen: list[Timing] = []
         for _ in range(150):
             seen.append(noisy(generator))
-            if evidence(seen) >= bound:
+            if log_evidence(seen) >= bound:
                 crossed += 1
                 break
 
@@ -101,33 +101,33 @@ def test_the_bare_test_keeps_its_promise_without_the_help_of_the_limits() -> Non
 def test_a_version_that_takes_twice_as_long_is_found_in_time() -> None:
     generator = random.Random(11)
     found = sum(
-        isinstance(slowdown([noisy(generator, 2.0) for _ in range(120)]), Slowdown) for _ in range(100)
+        isinstance(detect_slowdown([noisy(generator, 2.0) for _ in range(120)]), Slowdown) for _ in range(100)
     )
 
     assert found >= 95
 
 
 def test_slower_by_a_little_is_no_finding() -> None:
-    assert slowdown([Timing(100_000, 120_000)] * 500) is None  # 20%
-    assert slowdown([Timing(1_000, 5_000)] * 500) is None  # 4 ms
-    assert slowdown([Timing(100_000, 140_000)] * 500) is not None
+    assert detect_slowdown([Timing(100_000, 120_000)] * 500) is None  # 20%
+    assert detect_slowdown([Timing(1_000, 5_000)] * 500) is None  # 4 ms
+    assert detect_slowdown([Timing(100_000, 140_000)] * 500) is not None
 
 
 def test_too_few_pairs_are_no_finding() -> None:
-    assert slowdown([Timing(10_000, 90_000)] * 34) is None  # the first five are cold
-    assert slowdown([Timing(10_000, 90_000)] * 35) is not None
+    assert detect_slowdown([Timing(10_000, 90_000)] * 34) is None  # the first five are cold
+    assert detect_slowdown([Timing(10_000, 90_000)] * 35) is not None
 
 
 def test_the_cold_start_of_each_release_is_left_out() -> None:
     first = [Timing(n, n, "one") for n in range(100)]
     second = [Timing(n, n, "two") for n in range(20)]
 
-    assert warm([*first, *second]) == [*first[10:], *second[5:]]
+    assert skip_cold_pairs([*first, *second]) == [*first[10:], *second[5:]]
 
 
 def test_what_is_reported_is_of_the_judged_pairs() -> None:
     cold = [Timing(10_000, 5_000_000)] * 10
-    found = slowdown([*cold, *([Timing(10_000, 20_000)] * 90)])
+    found = detect_slowdown([*cold, *([Timing(10_000, 20_000)] * 90)])
 
     assert found == Slowdown(10_000, 20_000, 10_000, 20_000, ratio=2.0, pairs=90)
-    assert ALPHA == 0.001
+    assert DETECTOR_ALPHA == 0.001

@@ -4,7 +4,7 @@ import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.store.clean import clean, json_text
+from abreast_sidecar.store.clean import sanitise_text, to_json
 
 text = st.text(st.characters(exclude_categories=()))
 values = st.recursive(
@@ -16,7 +16,7 @@ values = st.recursive(
 
 @given(text, st.integers(10, 60))
 def test_cleaned_text_can_be_stored_and_is_no_longer_than_allowed(value: str, limit: int) -> None:
-    cleaned = clean(value, limit)
+    cleaned = sanitise_text(value, limit)
 
     assert len(cleaned) <= limit
     assert "\0" not in cleaned
@@ -25,21 +25,21 @@ def test_cleaned_text_can_be_stored_and_is_no_longer_than_allowed(value: str, li
 
 @given(text)
 def test_cleaning_twice_changes_nothing_more(value: str) -> None:
-    assert clean(clean(value, 40), 40) == clean(value, 40)
+    assert sanitise_text(sanitise_text(value, 40), 40) == sanitise_text(value, 40)
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40))
 def test_ordinary_text_stays_as_it_is(value: str) -> None:
-    assert clean(value, 40) == value
+    assert sanitise_text(value, 40) == value
 
 
 def test_long_texts_that_begin_alike_stay_different() -> None:
-    assert clean("x" * 100 + "a", 50) != clean("x" * 100 + "b", 50)
+    assert sanitise_text("x" * 100 + "a", 50) != sanitise_text("x" * 100 + "b", 50)
 
 
 @given(values)
 def test_json_for_the_ledger_holds_nothing_that_jsonb_refuses(value: object) -> None:
-    made = json_text([value])
+    made = to_json([value])
 
     assert b"\\u0000" not in made.replace(b"\\\\", b"")
     assert isinstance(orjson.loads(made), list)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.housekeeping import envoy
-from abreast_sidecar.housekeeping.counters import carried_on, fell
-from abreast_sidecar.housekeeping.envoy import Look, counts, sums_of
+from abreast_sidecar.housekeeping.counters import continue_counters, was_reset
+from abreast_sidecar.housekeeping.envoy import EnvoySnapshot, count_copies, sum_counts
 
 lives = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=6), min_size=1, max_size=6)
 
@@ -23,7 +23,7 @@ def test_sums_go_on_over_any_number_of_lives(grown: list[list[int]]) -> None:
         now, fresh = 0, True
         for more in life:
             now += more
-            base, sums = carried_on(base, last, {"n": now}, same_life=not fresh)
+            base, sums = continue_counters(base, last, {"n": now}, is_same_life=not fresh)
             last, fresh = {"n": now}, False
 
     assert sums["n"] == sum(map(sum, grown))
@@ -36,15 +36,15 @@ def test_sums_go_on_over_any_number_of_lives(grown: list[list[int]]) -> None:
 def test_what_only_grows_never_fell(start: dict[str, int], more: dict[str, int]) -> None:
     grown = {name: start.get(name, 0) + more.get(name, 0) for name in "abc"}
 
-    assert not fell(start, grown)
-    assert fell(grown, start) == any(more.values())
+    assert not was_reset(start, grown)
+    assert was_reset(grown, start) == any(more.values())
 
 
 def test_envoys_copies_that_never_left_count_as_sampled() -> None:
     def stat(cluster: str, name: str, value: int) -> dict[str, object]:
         return {"name": f"cluster.{cluster}.{name}", "value": value}
 
-    found = counts(
+    found = count_copies(
         [
             stat("old_shadow", "upstream_rq_total", 3),
             stat("new_shadow", "upstream_rq_total", 50),
@@ -60,9 +60,9 @@ def test_envoys_copies_that_never_left_count_as_sampled() -> None:
 
 
 def test_an_envoy_that_started_after_the_last_look_is_a_new_life_also_when_it_counted_more() -> None:
-    before = {"last": {"sampled": 5, "base": {"sampled": 100}}, "age": 60.0}
-    restarted = sums_of(before, Look("edge", "shop", uptime=50.0, counts={"sampled": 7}))
-    running = sums_of(before, Look("edge", "shop", uptime=900.0, counts={"sampled": 7}))
+    before = {"last_reading": {"sampled": 5, "base": {"sampled": 100}}, "age": 60.0}
+    restarted = sum_counts(before, EnvoySnapshot("edge", "shop", uptime_s=50.0, counts={"sampled": 7}))
+    running = sum_counts(before, EnvoySnapshot("edge", "shop", uptime_s=900.0, counts={"sampled": 7}))
 
     assert restarted == ({"sampled": 105}, {"sampled": 112})
     assert running == ({"sampled": 100}, {"sampled": 107})
@@ -71,22 +71,27 @@ def test_an_envoy_that_started_after_the_last_look_is_a_new_life_also_when_it_co
 @pytest.mark.parametrize("jump", [-3600.0, 0.0, 3600.0])
 def test_a_jump_of_postgress_clock_counts_nothing_twice(jump: float) -> None:
     """`age` is by that clock. This process has watched the Envoy by one that nobody sets."""
-    before = {"last": {"sampled": 5, "base": {"sampled": 100}}, "age": 1.0 + jump}
-    seen = Look("edge", "shop", uptime=900.0, counts={"sampled": 7})
+    before = {"last_reading": {"sampled": 5, "base": {"sampled": 100}}, "age": 1.0 + jump}
+    seen = EnvoySnapshot("edge", "shop", uptime_s=900.0, counts={"sampled": 7})
 
-    assert sums_of(before, seen, sure=True) == ({"sampled": 100}, {"sampled": 107})
+    assert sum_counts(before, seen, is_same_life=True) == ({"sampled": 100}, {"sampled": 107})
 
 
 def test_whose_count_fell_began_anew_however_sure_one_is() -> None:
-    before = {"last": {"sampled": 5, "base": {}}, "age": 0.5}
+    before = {"last_reading": {"sampled": 5, "base": {}}, "age": 0.5}
 
-    assert sums_of(before, Look("edge", "shop", 1.0, {"sampled": 1}), sure=True)[1] == {"sampled": 6}
+    assert sum_counts(before, EnvoySnapshot("edge", "shop", 1.0, {"sampled": 1}), is_same_life=True)[1] == {
+        "sampled": 6
+    }
 
 
 def test_an_envoy_is_known_to_have_run_on_by_this_processs_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter((1000.0, 1010.0, 1020.0, 1030.0))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(envoy, "WATCHED", {})
-    known = [envoy._watched(Look("edge", "shop", uptime, {})) for uptime in (50.0, 60.0, 69.0, 3.0)]
+    monkeypatch.setattr(envoy, "LAST_UPTIMES", {})
+    known = [
+        envoy._has_kept_running(EnvoySnapshot("edge", "shop", uptime, {}))
+        for uptime in (50.0, 60.0, 69.0, 3.0)
+    ]
 
     assert known == [False, True, True, False]

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 
 from abreast import ParallelRunMiddleware, backlog
-from abreast.settings import PREFIX, REQUEST_HEADERS, Settings
+from abreast.settings import ENV_PREFIX, REQUEST_HEADERS, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "middleware.md").read_text()
 
@@ -30,7 +30,7 @@ def shown(default: object) -> str:
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:
     wanted = [
-        [f"`{part.name}`", f"`{PREFIX}{part.name.upper()}`", shown(part.default), part.metadata["doc"]]
+        [f"`{part.name}`", f"`{ENV_PREFIX}{part.name.upper()}`", shown(part.default), part.metadata["doc"]]
         for part in dataclasses.fields(Settings)
     ]
     special = {"`service`": "needed", "`request_headers`": "see below"}

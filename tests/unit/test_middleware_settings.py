@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from abreast import ParallelRunMiddleware, SettingError
-from abreast.settings import Options, Settings
+from abreast.settings import Settings, SettingsKwargs
 
 MARKS = {
     "x-abreast-pair": "0d7c1e3a-0000-4000-8000-000000000001",
@@ -30,7 +30,7 @@ def read(arguments: dict[str, Any] | None = None, /, **environment: str) -> Sett
 
 
 def test_every_setting_can_be_passed_as_a_keyword_argument() -> None:
-    assert set(Options.__annotations__) == FIELDS
+    assert set(SettingsKwargs.__annotations__) == FIELDS
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,6 @@ def test_switched_off_it_needs_no_name() -> None:
 
 
 def test_bounds_are_in_the_units_of_the_script() -> None:
-    bounds = read({"pair_timeout": 2.5, "redis_pairs": 7, "redis_bytes": 9}).bounds
+    bounds = read({"pair_timeout": 2.5, "redis_pairs": 7, "redis_bytes": 9}).join_limits
 
-    assert (bounds.wait_ms, bounds.pairs, bounds.bytes) == (2500, 7, 9)
+    assert (bounds.wait_ms, bounds.max_pairs, bounds.max_bytes) == (2500, 7, 9)

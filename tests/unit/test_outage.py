@@ -6,17 +6,17 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
-from abreast_sidecar.outage import LONGEST, SHORTEST, Outage, pause
+from abreast_sidecar.outage import MAX_BACKOFF_S, MIN_BACKOFF_S, Outage, wait_or_stop
 
 
 def test_a_long_outage_is_logged_once_when_it_begins_and_once_when_it_ends() -> None:
     outage = Outage("postgres", worker="w")
     with capture_logs() as logs:
-        outage.end()
+        outage.record_success()
         for _ in range(1000):
-            outage.begin(ConnectionError("refused"))
-        outage.end()
-        outage.end()
+            outage.record_failure(ConnectionError("refused"))
+        outage.record_success()
+        outage.record_success()
 
     assert [(entry["event"], entry["server"], entry["worker"]) for entry in logs] == [
         ("a server is away", "postgres", "w"),
@@ -30,7 +30,7 @@ def test_a_long_outage_is_brought_to_mind_now_and_then(monkeypatch: pytest.Monke
     outage = Outage("redis")
     with capture_logs() as logs:
         for _ in range(10):  # 200 s
-            outage.begin(ConnectionError("refused"))
+            outage.record_failure(ConnectionError("refused"))
 
     assert len(logs) == 3
 
@@ -40,12 +40,12 @@ def test_what_several_share_is_over_when_all_are_answered_again() -> None:
     outage = Outage("postgres")
     with capture_logs() as logs:
         for _ in range(5):
-            outage.begin(ConnectionError("too slow"), "one")
-            outage.end("two")
-        outage.begin(ConnectionError("too slow"), "two")
-        outage.end("one")
-        assert outage.on
-        outage.end("two")
+            outage.record_failure(ConnectionError("too slow"), "one")
+            outage.record_success("two")
+        outage.record_failure(ConnectionError("too slow"), "two")
+        outage.record_success("one")
+        assert outage.is_active
+        outage.record_success("two")
 
     assert [entry["event"] for entry in logs] == ["a server is away", "a server is back"]
 
@@ -55,14 +55,14 @@ async def test_waits_grow_to_a_bound_and_end_at_once_when_stopping() -> None:
     stop.set()
     waits = []
     for _ in range(12):
-        waits.append(outage._waits.get("", SHORTEST))
+        waits.append(outage._backoffs_s.get("", MIN_BACKOFF_S))
         async with asyncio.timeout(1):
-            await outage.wait(stop)
+            await outage.back_off(stop)
 
     assert waits == sorted(waits)
-    assert waits[-1] == LONGEST
+    assert waits[-1] == MAX_BACKOFF_S
 
 
 async def test_a_pause_ends_when_its_time_is_over() -> None:
     async with asyncio.timeout(5):
-        await pause(asyncio.Event(), 0.01)
+        await wait_or_stop(asyncio.Event(), 0.01)

@@ -7,45 +7,45 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.errors import ArgumentError
-from abreast_sidecar.store.pages import Page, decode, encode
+from abreast_sidecar.store.pages import PageRequest, decode_cursor, encode_cursor
 
 PLACES = st.lists(st.none() | st.integers(-(2**53), 2**53) | st.text(), max_size=4)
 
 
 @given(PLACES, st.dictionaries(st.text(), st.text() | st.none()))
 def test_a_token_leads_back_to_its_place(place: list[Any], filters: dict[str, Any]) -> None:
-    assert decode("pairs", filters, encode("pairs", filters, place)) == place
+    assert decode_cursor("pairs", filters, encode_cursor("pairs", filters, place)) == place
 
 
 @given(st.text())
 def test_rubbish_is_refused(token: str) -> None:
     with pytest.raises(ArgumentError, match="page_token must be the next_page_token"):
-        decode("pairs", {}, token)
+        decode_cursor("pairs", {}, token)
 
 
 def test_a_token_belongs_to_its_listing_and_filters() -> None:
-    token = encode("pairs", {"service": "shop"}, [1])
+    token = encode_cursor("pairs", {"service": "shop"}, [1])
 
     for listing, filters in (("pairs", {"service": "till"}), ("findings", {"service": "shop"})):
         with pytest.raises(ArgumentError, match="filters unchanged"):
-            decode(listing, filters, token)
+            decode_cursor(listing, filters, token)
 
 
 def test_a_changed_token_is_refused() -> None:
-    token = encode("pairs", {}, [1234])
+    token = encode_cursor("pairs", {}, [1234])
 
     for place in range(len(token)):
         other = "A" if token[place] != "A" else "B"
         with pytest.raises(ArgumentError):
-            decode("pairs", {}, token[:place] + other + token[place + 1 :])
+            decode_cursor("pairs", {}, token[:place] + other + token[place + 1 :])
 
 
 @pytest.mark.parametrize(("asked", "size"), [(0, 100), (1, 1), (1000, 1000)])
 def test_page_sizes(asked: int, size: int) -> None:
-    assert Page.wanted(asked, "").size == size
+    assert PageRequest.from_request(asked, "").size == size
 
 
 @pytest.mark.parametrize("asked", [-1, 1001, 2**31 - 1, -(2**31)])
 def test_page_sizes_out_of_range_are_refused(asked: int) -> None:
     with pytest.raises(ArgumentError, match="page_size must be 1 to 1000"):
-        Page.wanted(asked, "")
+        PageRequest.from_request(asked, "")

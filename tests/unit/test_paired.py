@@ -8,21 +8,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.compare.latency import Timing
-from abreast_sidecar.compare.paired import Paired, Quantile, paired, ranks, split
+from abreast_sidecar.compare.paired import (
+    PairedLatency,
+    QuantileInterval,
+    find_quantile_ranks,
+    measure_paired_latency,
+    split_cold_pairs,
+)
 
 TIMES = st.lists(
     st.tuples(st.integers(0, 10**7), st.integers(0, 10**7), st.sampled_from(["a", "b"])), max_size=200
 )
 
 
-def median(found: tuple[Quantile, ...]) -> Quantile:
+def median(found: tuple[QuantileInterval, ...]) -> QuantileInterval:
     return next(one for one in found if one.share == 0.5)
 
 
 @given(TIMES)
 def test_cold_and_warm_are_all_pairs_and_each_release_begins_cold(times: list[tuple[int, int, str]]) -> None:
     given_ = [Timing(*one) for one in times]
-    cold, warm = split(given_)
+    cold, warm = split_cold_pairs(given_)
 
     assert len(cold) + len(warm) == len(given_)
     for release in "ab":
@@ -34,7 +40,7 @@ def test_cold_and_warm_are_all_pairs_and_each_release_begins_cold(times: list[tu
 
 @given(TIMES)
 def test_intervals_hold_their_values_and_nothing_raises(times: list[tuple[int, int, str]]) -> None:
-    found = paired([Timing(*one) for one in times], 0.95)
+    found = measure_paired_latency([Timing(*one) for one in times], 0.95)
 
     for one in (*found.differences_us, *found.ratios):
         assert one.low is None or one.low <= one.value
@@ -44,19 +50,19 @@ def test_intervals_hold_their_values_and_nothing_raises(times: list[tuple[int, i
 def test_differences_are_of_pairs_not_of_percentiles() -> None:
     """Both sides have the same percentiles, and new is slower in each pair but one."""
     times = [Timing(100 * number, 100 * ((number + 1) % 1000)) for number in range(1000)]
-    found = paired(times, 0.95)
+    found = measure_paired_latency(times, 0.95)
 
-    assert all(abs(side.old_us - side.new_us) <= 100 for side in found.sides)
-    assert median(found.differences_us) == Quantile(0.5, 100.0, 100.0, 100.0)
+    assert all(abs(side.old_us - side.new_us) <= 100 for side in found.percentiles)
+    assert median(found.differences_us) == QuantileInterval(0.5, 100.0, 100.0, 100.0)
     assert median(found.ratios).value > 1
 
 
 def test_few_pairs_say_nothing_of_the_ends() -> None:
-    found = paired([Timing(100, 100 + number) for number in range(20)], 0.95)
+    found = measure_paired_latency([Timing(100, 100 + number) for number in range(20)], 0.95)
 
     assert [one.high for one in found.differences_us if one.share == 0.99] == [None]
     assert median(found.differences_us).low is not None
-    assert paired([], 0.95) == Paired(0)
+    assert measure_paired_latency([], 0.95) == PairedLatency(0)
 
 
 def test_the_median_is_in_its_interval_at_all_of_many_looks() -> None:
@@ -67,7 +73,7 @@ def test_the_median_is_in_its_interval_at_all_of_many_looks() -> None:
         for n in range(1, 2001):
             below += dice.random() < 0.5
             if n % 100 == 0:
-                low, high = ranks(n, 0.5, 0.1)
+                low, high = find_quantile_ranks(n, 0.5, 0.1)
                 never = never and low <= below <= high
         missed += not never
 

@@ -11,7 +11,7 @@ TEXT = st.text(st.characters(min_codepoint=33, max_codepoint=255, exclude_charac
 
 
 def one(name: str, value: str, key: bytes = KEY) -> str:
-    ((_, redacted),) = Redactor(key, ["x-own"]).headers(((name, value),))
+    ((_, redacted),) = Redactor(key, ["x-own"]).redact_headers(((name, value),))
     return redacted
 
 
@@ -57,7 +57,7 @@ def test_cookies_keep_their_names_only() -> None:
 def test_what_is_no_secret_stays_as_it_is() -> None:
     headers = (("content-type", "text/html"), ("x-request-id", "7"))
 
-    assert Redactor(KEY).headers(headers) is headers
+    assert Redactor(KEY).redact_headers(headers) is headers
 
 
 def test_a_key_may_have_any_length() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from redis.asyncio import Redis, RedisCluster
 
-from abreast.redis_url import WANTED, Address, connect, parse
+from abreast.redis_url import URL_FORMATS, Address, connect, parse_address
 
 
 @pytest.mark.parametrize(
@@ -19,15 +19,15 @@ from abreast.redis_url import WANTED, Address, connect, parse
 def test_every_form_is_read(
     url: str, kind: str, nodes: tuple[tuple[str, int], ...], name: str, server: str
 ) -> None:
-    found = parse(url)
+    found = parse_address(url)
 
     assert (found.kind, found.nodes, found.name, found.server) == (kind, nodes, name, server)
 
 
 def test_the_sentinels_have_a_user_of_their_own_and_no_password_is_shown() -> None:
-    found = parse("redis+sentinel://u:hunter1@h/main?sentinel_username=s&sentinel_password=hunter2")
+    found = parse_address("redis+sentinel://u:hunter1@h/main?sentinel_username=s&sentinel_password=hunter2")
 
-    assert found.sentinel == {"username": "s", "password": "hunter2"}
+    assert found.sentinel_credentials == {"username": "s", "password": "hunter2"}
     assert found.server == "redis://u:hunter1@h:26379/0"
     assert "hunter" not in repr(found)
 
@@ -48,9 +48,9 @@ def test_the_sentinels_have_a_user_of_their_own_and_no_password_is_shown() -> No
 )
 def test_anything_else_is_refused_with_what_is_wanted(url: str) -> None:
     with pytest.raises(ValueError, match=r"^a URL such as") as caught:
-        parse(url)
+        parse_address(url)
 
-    assert str(caught.value) == WANTED
+    assert str(caught.value) == URL_FORMATS
 
 
 async def test_clients_open_nothing_before_they_are_used() -> None:
@@ -61,4 +61,4 @@ async def test_clients_open_nothing_before_they_are_used() -> None:
 
     assert [isinstance(client, RedisCluster) for client in made] == [False, True, False]
     assert isinstance(made[2], Redis)
-    assert isinstance(parse(urls[0]), Address)
+    assert isinstance(parse_address(urls[0]), Address)

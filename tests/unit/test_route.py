@@ -10,7 +10,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Host, Mount, Route, Router
 
 from abreast.recorder import Receive, Scope, Send
-from abreast.route import Routes
+from abreast.route import RouteResolver
 from support_middleware import call, http_scope
 
 
@@ -107,7 +107,7 @@ async def test_the_router_tells_the_template(make: Any, path: str, template: str
     scope = http_scope(path)
     await call(app, scope)
 
-    assert Routes(app).template(scope) == template
+    assert RouteResolver(app).resolve(scope) == template
 
 
 @pytest.mark.parametrize(("make", "path", "template"), PATHS)
@@ -123,7 +123,7 @@ async def test_it_is_found_where_the_app_got_a_copy_of_the_scope(make: Any, path
     await call(copying, scope)
 
     assert "route" not in scope
-    assert Routes(copying).template(scope) == template
+    assert RouteResolver(copying).resolve(scope) == template
 
 
 @pytest.mark.parametrize(("method", "status"), [("PUT", 200), ("DELETE", 405)])
@@ -133,7 +133,7 @@ async def test_methods_on_one_path_share_a_template(method: str, status: int) ->
     sent, _ = await call(app, scope)
 
     assert sent[0]["status"] == status
-    assert Routes(app).template(scope) == "/products/{id}"
+    assert RouteResolver(app).resolve(scope) == "/products/{id}"
 
 
 async def test_a_host_takes_nothing_of_the_path() -> None:
@@ -141,7 +141,7 @@ async def test_a_host_takes_nothing_of_the_path() -> None:
     scope = {**http_scope("/hosted/7"), "headers": [(b"host", b"api.example")]}
     await call(app, scope)
 
-    assert Routes(app).template(scope) == "/hosted/{id}"
+    assert RouteResolver(app).resolve(scope) == "/hosted/{id}"
 
 
 async def test_the_servers_root_path_is_not_part_of_it() -> None:
@@ -149,22 +149,22 @@ async def test_the_servers_root_path_is_not_part_of_it() -> None:
     scope = http_scope("/proxy/v1/products/7", root_path="/proxy")
     await call(app, scope)
 
-    assert Routes(app).template(scope) == "/v1/products/{id}"
+    assert RouteResolver(app).resolve(scope) == "/v1/products/{id}"
 
 
 async def test_an_app_without_routes_has_none() -> None:
     scope = http_scope("/products/7")
     await call(bare, scope)
 
-    assert not Routes(bare).template(scope)
+    assert not RouteResolver(bare).resolve(scope)
 
 
 async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abreast.route.MOST_CACHED", 10)
-    found = Routes(starlette())
+    monkeypatch.setattr("abreast.route.MAX_CACHED_TEMPLATES", 10)
+    found = RouteResolver(starlette())
     for number in range(100):
-        found.template(http_scope(f"/products/{number}"))
-        found.template(
+        found.resolve(http_scope(f"/products/{number}"))
+        found.resolve(
             {
                 **http_scope(f"/tenants/{number}/products/7"),
                 "app_root_path": "",

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.serve.phrase import phrase, place
+from abreast_sidecar.serve.phrase import describe_location, summarise_finding
 from abreast_sidecar.store.results import Endpoint, Finding
 
 MONDAY = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
@@ -61,4 +61,4 @@ def finding(part: str, kind: str, path: str = "", **detail: Any) -> Finding:
     ],
 )
 def test_a_finding_is_said_in_one_line(found: Finding, where: str, what: str) -> None:
-    assert (place(found), phrase(found)) == (where, what)
+    assert (describe_location(found), summarise_finding(found)) == (where, what)

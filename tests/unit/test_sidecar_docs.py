@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from abreast_sidecar.compare.difference import Outcome
-from abreast_sidecar.settings import PREFIX, Settings
+from abreast_sidecar.settings import ENV_PREFIX, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sidecar.md").read_text()
 
@@ -27,7 +27,7 @@ def shown(default: object) -> str:
 
 def test_every_setting_is_in_the_table_with_its_default() -> None:
     assert rows("Settings") == [
-        [f"`{PREFIX}{part.name.upper()}`", shown(part.default), part.metadata["doc"]]
+        [f"`{ENV_PREFIX}{part.name.upper()}`", shown(part.default), part.metadata["doc"]]
         for part in dataclasses.fields(Settings)
     ]
 

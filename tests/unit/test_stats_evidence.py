@@ -5,8 +5,8 @@ import uuid
 
 import pytest
 
-from abreast_sidecar.compare import DocumentDiff
-from abreast_sidecar.compare.evidence import explained, lean, values
+from abreast_sidecar.compare import JsonDiff
+from abreast_sidecar.compare.evidence import get_direction, get_values, is_explained_by_shape
 from abreast_sidecar.compare.value import parse
 from support_pairs import difference
 
@@ -16,22 +16,22 @@ AT = time.time()
 def test_fresh_ids_are_explained_and_prices_are_not() -> None:
     one, other = uuid.uuid4(), uuid.uuid4()
 
-    assert explained([difference(old=f'"{one}"', new=f'"{other}"')], AT)
-    assert not explained([difference(old="1.5", new="1.6")], AT)
-    assert not explained([difference(kind="removed", old=f'"{one}"', new=None)], AT)
+    assert is_explained_by_shape([difference(old=f'"{one}"', new=f'"{other}"')], AT)
+    assert not is_explained_by_shape([difference(old="1.5", new="1.6")], AT)
+    assert not is_explained_by_shape([difference(kind="removed", old=f'"{one}"', new=None)], AT)
 
 
 def test_one_value_that_is_not_explained_is_enough() -> None:
     fresh = difference(old=f'"{uuid.uuid4()}"', new=f'"{uuid.uuid4()}"')
 
-    assert explained([fresh, fresh], AT)
-    assert not explained([fresh, difference(old='"a"', new='"b"')], AT)
+    assert is_explained_by_shape([fresh, fresh], AT)
+    assert not is_explained_by_shape([fresh, difference(old='"a"', new='"b"')], AT)
 
 
 def test_a_status_is_no_number_of_seconds() -> None:
     now = str(int(AT))
 
-    assert not explained([difference("200->500", part="status", old=now, new=now)], AT)
+    assert not is_explained_by_shape([difference("200->500", part="status", old=now, new=now)], AT)
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,15 @@ def test_a_status_is_no_number_of_seconds() -> None:
     ],
 )
 def test_the_lean_is_to_the_greater_value(kind: str, old: str | None, new: str | None, side: int) -> None:
-    assert lean(difference(kind=kind, old=old, new=new)) == side
+    assert get_direction(difference(kind=kind, old=old, new=new)) == side
 
 
 def test_values_of_a_document_are_as_they_were_however_long() -> None:
     old, new = "a" * 2000, "a" * 1999 + "b"
-    (found,) = DocumentDiff(200).compare({"text": old}, {"text": new})
+    (found,) = JsonDiff(200).compare({"text": old}, {"text": new})
 
-    assert values(found) == (old, new)
-    assert lean(found) == 1
+    assert get_values(found) == (old, new)
+    assert get_direction(found) == 1
 
 
 def test_numbers_that_no_float_holds_lean_too() -> None:
@@ -65,7 +65,7 @@ def test_numbers_that_no_float_holds_lean_too() -> None:
         b'{"a": 0.123456789012345678, "b": 1, "c": 1e999}',
         b'{"a": 0.5, "b": 1e400, "c": 1e99999999999999999999999}',
     )
-    found = DocumentDiff(10).compare(parse(old), parse(new))
+    found = JsonDiff(10).compare(parse(old), parse(new))
 
-    assert [lean(one) for one in found] == [1, 1, 0]
-    assert not explained(found, time.time())
+    assert [get_direction(one) for one in found] == [1, 1, 0]
+    assert not is_explained_by_shape(found, time.time())

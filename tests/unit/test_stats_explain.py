@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.explain import explains
+from abreast_sidecar.compare.explain import explain_change
 
 NOW = 1_714_564_805.0  # 2024-05-01T12:00:05Z
 U1, U2, U7 = (
@@ -70,25 +70,25 @@ NEVER: list[tuple[Any, Any]] = [
 
 @pytest.mark.parametrize(("old", "new", "reason"), EXPLAINED)
 def test_values_that_always_differ_are_explained(old: Any, new: Any, reason: str) -> None:
-    assert (explains(old, new, NOW) or "") == reason
-    assert (explains(new, old, NOW) or "") == reason
+    assert (explain_change(old, new, NOW) or "") == reason
+    assert (explain_change(new, old, NOW) or "") == reason
 
 
 @pytest.mark.parametrize(("old", "new"), NEVER)
 def test_values_that_mean_something_are_not(old: Any, new: Any) -> None:
-    assert explains(old, new, NOW) is None
-    assert explains(new, old, NOW) is None
+    assert explain_change(old, new, NOW) is None
+    assert explain_change(new, old, NOW) is None
 
 
 @pytest.mark.parametrize(("old", "new"), [(1714564805, 1714564806), (1714564805123, 1714564805124)])
 def test_a_number_is_no_time_unless_it_is_known_when_the_request_came(old: int, new: int) -> None:
-    assert explains(old, new) is None
-    assert explains(old, new, NOW + 3600) is None
+    assert explain_change(old, new) is None
+    assert explain_change(old, new, NOW + 3600) is None
 
 
 @given(st.floats(), st.floats())
 def test_no_float_explains_a_float(old: float, new: float) -> None:
-    assert explains(old, new, NOW) is None
+    assert explain_change(old, new, NOW) is None
 
 
 @given(st.integers(), st.integers())
@@ -96,7 +96,7 @@ def test_no_integer_explains_an_integer_that_is_not_the_time(old: int, new: int)
     near = all(abs(one / scale - NOW) <= 300 for one in (old,) for scale in (1, 1000))
 
     assume(not near)
-    assert explains(old, new, NOW) is None
+    assert explain_change(old, new, NOW) is None
 
 
 @given(
@@ -104,7 +104,7 @@ def test_no_integer_explains_an_integer_that_is_not_the_time(old: int, new: int)
     st.text(alphabet="abcdefghijklmnop ", max_size=40),
 )
 def test_no_words_explain_other_words(old: str, new: str) -> None:
-    assert explains(old, new, NOW) is None
+    assert explain_change(old, new, NOW) is None
 
 
 JSON = st.recursive(
@@ -116,11 +116,11 @@ JSON = st.recursive(
 
 @given(JSON, JSON)
 def test_it_is_symmetric_and_takes_any_json(old: Any, new: Any) -> None:
-    assert explains(old, new, NOW) == explains(new, old, NOW)
+    assert explain_change(old, new, NOW) == explain_change(new, old, NOW)
 
 
 @given(st.datetimes(datetime(2001, 1, 1), datetime(2090, 1, 1)), st.integers(0, 9))  # noqa: DTZ001 - the zone is added below
 def test_times_of_one_moment_explain_each_other(moment: datetime, seconds: int) -> None:
     one = moment.replace(tzinfo=UTC, microsecond=0)
 
-    assert explains(one.isoformat(), (one + timedelta(seconds=seconds)).isoformat()) == "timestamp"
+    assert explain_change(one.isoformat(), (one + timedelta(seconds=seconds)).isoformat()) == "timestamp"

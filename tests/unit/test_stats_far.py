@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from abreast_sidecar.compare.difference import Difference
-from abreast_sidecar.compare.evidence import far, lean
-from abreast_sidecar.compare.form import form
-from abreast_sidecar.compare.noise import Far, evidence_far
-from abreast_sidecar.compare.path import Place as At
+from abreast_sidecar.compare.evidence import get_direction, get_magnitude_shift
+from abreast_sidecar.compare.form import classify_anomaly
+from abreast_sidecar.compare.noise import MagnitudeShift, magnitude_evidence
+from abreast_sidecar.compare.path import JsonPath as At
 from abreast_sidecar.compare.value import LongNumber
-from abreast_sidecar.housekeeping.noise import COUNTS, decisions
+from abreast_sidecar.housekeeping.noise import COUNT_COLUMNS, classify_rows
 from support_pairs import difference
 
 Broken = Callable[[Any], Any]
@@ -71,7 +71,7 @@ class Place:
 
     row: dict[str, Any] = field(
         default_factory=lambda: {
-            "id": 1, "part": "body", "path": "$.n", "kind": "changed", "newest_count": None, **dict.fromkeys(COUNTS, 0),
+            "id": 1, "part": "body", "path": "$.n", "kind": "changed", "newest_count": None, **dict.fromkeys(COUNT_COLUMNS, 0),
         }
     )  # fmt: skip
 
@@ -79,25 +79,25 @@ class Place:
         self.row["compared"] += 1
         if (found := between(old, new)) is not None:
             self.row["count"] += 1
-            self.row["new_greater"] += lean(found) > 0
-            self.row["new_smaller"] += lean(found) < 0
-            self.row["magnitude_up"] += far(found) > 0
-            self.row["magnitude_down"] += far(found) < 0
+            self.row["new_greater"] += get_direction(found) > 0
+            self.row["new_smaller"] += get_direction(found) < 0
+            self.row["magnitude_up"] += get_magnitude_shift(found) > 0
+            self.row["magnitude_down"] += get_magnitude_shift(found) < 0
         if copy is not None:
             self.row["baseline_compared"] += 1
             if (found := between(old, copy)) is not None:
                 self.row["baseline_count"] += 1
-                self.row["baseline_magnitude_up"] += far(found) > 0
-                self.row["baseline_magnitude_down"] += far(found) < 0
+                self.row["baseline_magnitude_up"] += get_magnitude_shift(found) > 0
+                self.row["baseline_magnitude_down"] += get_magnitude_shift(found) < 0
 
     def decided(self) -> str:
-        (found,) = decisions([self.row])
+        (found,) = classify_rows([self.row])
         return found.reason if found.state == "real" else ""
 
 
 def between(old: Any, new: Any) -> Difference | None:
     """Of kind `changed` only: those of another range are counted apart."""
-    if old == new or form(old, new, (0.0, 0.0)) is not None:
+    if old == new or classify_anomaly(old, new, (0.0, 0.0)) is not None:
         return None
     return Difference("body", "$.n", "changed", "value", At(None, "$.n", old, new))
 
@@ -156,15 +156,25 @@ def test_what_is_ten_times_as_much_a_tenth_or_nothing_is_found(
     ],
 )  # fmt: skip
 def test_how_far_two_numbers_are_apart(old: Any, new: Any, expected: int) -> None:
-    assert far(Difference("body", "$.n", "changed", "value", At(None, "$.n", old, new))) == expected
-    assert far(difference("$.n", kind="range", old="1", new="9000")) == 0
+    assert (
+        get_magnitude_shift(Difference("body", "$.n", "changed", "value", At(None, "$.n", old, new)))
+        == expected
+    )
+    assert get_magnitude_shift(difference("$.n", kind="range", old="1", new="9000")) == 0
 
 
 def test_a_place_with_copies_waits_for_them_and_one_without_does_not() -> None:
-    far_one_way = Far(compared=100, more=60, less=2, baseline_compared=0, baseline_more=0, baseline_less=0)
+    far_one_way = MagnitudeShift(
+        compared=100,
+        far_greater=60,
+        far_smaller=2,
+        baseline_compared=0,
+        baseline_far_greater=0,
+        baseline_far_smaller=0,
+    )
 
-    assert evidence_far(far_one_way) > 10
-    assert evidence_far(replace(far_one_way, baseline_compared=10, baseline_more=1)) < 5
-    assert evidence_far(replace(far_one_way, baseline_compared=100, baseline_more=2)) > 10
-    assert evidence_far(replace(far_one_way, baseline_compared=100, baseline_more=70)) == -inf
-    assert evidence_far(replace(far_one_way, less=60)) == -inf
+    assert magnitude_evidence(far_one_way) > 10
+    assert magnitude_evidence(replace(far_one_way, baseline_compared=10, baseline_far_greater=1)) < 5
+    assert magnitude_evidence(replace(far_one_way, baseline_compared=100, baseline_far_greater=2)) > 10
+    assert magnitude_evidence(replace(far_one_way, baseline_compared=100, baseline_far_greater=70)) == -inf
+    assert magnitude_evidence(replace(far_one_way, far_smaller=60)) == -inf

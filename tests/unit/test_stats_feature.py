@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.compare.feature import (
-    LEAST,
-    MOST_LEAVES,
+    MAX_BODY_LEAVES,
+    MIN_REQUESTS,
     Feature,
-    features,
-    fisher,
-    of_target,
-    separating,
+    collect_features,
+    collect_target_features,
+    find_common_feature,
+    fisher_exact,
 )
 
 CURRENCIES = ["EUR", "USD", "JPY", "GBP"]
@@ -27,7 +27,7 @@ AGENTS = ["curl/8", "Mozilla/5.0", "okhttp/4", "python-httpx/0.28"]
 def request(dice: random.Random, **query: str) -> dict[str, list[str]]:
     """A request of a shop, with an id of its own and much that says nothing."""
     chosen = {"currency": dice.choice(CURRENCIES), "page": str(dice.randrange(1, 9)), **query}
-    return features(
+    return collect_features(
         query=chosen.items(),
         path={"id": str(dice.randrange(10**6))},
         headers=[("User-Agent", dice.choice(AGENTS)), ("accept", "application/json")],
@@ -50,7 +50,7 @@ def of(requests: list[dict[str, list[str]]], currency: str, *, equal: bool) -> l
 
 def test_one_currency_is_named_with_its_coverage_and_precision() -> None:
     requests = many(400)
-    found = separating(of(requests, "JPY", equal=True), of(requests, "JPY", equal=False))
+    found = find_common_feature(of(requests, "JPY", equal=True), of(requests, "JPY", equal=False))
 
     assert found is not None
     assert str(found) == "query.currency=JPY"
@@ -60,13 +60,13 @@ def test_one_currency_is_named_with_its_coverage_and_precision() -> None:
 
 def test_ten_requests_are_enough() -> None:
     requests = many(200)
-    found = separating(many(10, 2, currency="JPY"), of(requests, "JPY", equal=False))
+    found = find_common_feature(many(10, 2, currency="JPY"), of(requests, "JPY", equal=False))
 
     assert str(found) == "query.currency=JPY"
 
 
 def test_a_cause_that_shows_only_sometimes_is_named_with_less_precision() -> None:
-    found = separating(many(50, 2, currency="JPY"), many(400))
+    found = find_common_feature(many(50, 2, currency="JPY"), many(400))
 
     assert found is not None
     assert str(found) == "query.currency=JPY"
@@ -75,8 +75,8 @@ def test_a_cause_that_shows_only_sometimes_is_named_with_less_precision() -> Non
 
 def test_precision_is_that_of_all_requests_not_of_the_samples() -> None:
     shows, others = many(50, 2, currency="JPY"), many(400)
-    small = separating(shows, others)
-    large = separating(shows, others, shows_in_all=50, others_in_all=400_000)
+    small = find_common_feature(shows, others)
+    large = find_common_feature(shows, others, total_with_finding=50, total_without_finding=400_000)
 
     assert small is not None
     assert large is not None
@@ -85,7 +85,7 @@ def test_precision_is_that_of_all_requests_not_of_the_samples() -> None:
 
 def test_a_finding_with_some_stray_requests_still_has_its_feature() -> None:
     requests = of(many(400), "JPY", equal=False)
-    found = separating(many(40, 2, currency="JPY") + requests[:8], requests[8:])
+    found = find_common_feature(many(40, 2, currency="JPY") + requests[:8], requests[8:])
 
     assert found is not None
     assert str(found) == "query.currency=JPY"
@@ -95,8 +95,8 @@ def test_a_finding_with_some_stray_requests_still_has_its_feature() -> None:
 def test_a_name_that_is_there_or_is_not() -> None:
     requests = many(200)
 
-    assert str(separating(requests[:50], without("query.page", requests[50:]))) == "query.page"
-    assert str(separating(without("query.page", requests[:50]), requests[50:])) == "no query.page"
+    assert str(find_common_feature(requests[:50], without("query.page", requests[50:]))) == "query.page"
+    assert str(find_common_feature(without("query.page", requests[:50]), requests[50:])) == "no query.page"
 
 
 def test_an_item_of_a_body_and_a_header_are_found() -> None:
@@ -105,8 +105,8 @@ def test_an_item_of_a_body_and_a_header_are_found() -> None:
     german = [{**one, "header.accept-language": ["de"]} for one in requests[:40]]
     english = [{**one, "header.accept-language": ["en"]} for one in requests[40:]]
 
-    assert str(separating(marked, requests[40:])) == "body.items[*].sku=GIFT"
-    assert str(separating(german, english)) == "header.accept-language=de"
+    assert str(find_common_feature(marked, requests[40:])) == "body.items[*].sku=GIFT"
+    assert str(find_common_feature(german, english)) == "header.accept-language=de"
 
 
 def test_of_two_that_say_the_same_the_simplest_is_named() -> None:
@@ -116,29 +116,29 @@ def test_of_two_that_say_the_same_the_simplest_is_named() -> None:
         for one in many(40, 2, currency="JPY")
     ]
 
-    assert str(separating(marked, requests)) == "query.currency=JPY"
+    assert str(find_common_feature(marked, requests)) == "query.currency=JPY"
 
 
 def test_what_all_requests_have_is_no_feature() -> None:
-    assert separating(many(100, 1), many(100, 2)) is None
+    assert find_common_feature(many(100, 1), many(100, 2)) is None
 
 
-@pytest.mark.parametrize(("shows", "others"), [(0, 0), (LEAST - 1, 100), (100, LEAST - 1)])
+@pytest.mark.parametrize(("shows", "others"), [(0, 0), (MIN_REQUESTS - 1, 100), (100, MIN_REQUESTS - 1)])
 def test_too_few_requests_have_none(shows: int, others: int) -> None:
-    assert separating(many(shows, 1, currency="JPY"), many(others, 2, currency="EUR")) is None
+    assert find_common_feature(many(shows, 1, currency="JPY"), many(others, 2, currency="EUR")) is None
 
 
 def test_chance_among_hundreds_of_features_is_not_named() -> None:
     """40 small samples without any cause, each with hundreds of values that few of them have."""
-    found = [separating(many(8, 2 * seed), many(30, 2 * seed + 1)) for seed in range(1, 41)]
+    found = [find_common_feature(many(8, 2 * seed), many(30, 2 * seed + 1)) for seed in range(1, 41)]
 
     assert sum(one is not None for one in found) <= 3
 
 
 def test_the_more_features_are_tried_the_more_it_takes() -> None:
     shows, others = [{"query.a": ["x"]}] * 5, [{"query.a": ["x"]}] * 5 + [{"query.a": ["y"]}] * 25
-    alone = separating(shows, others)
-    among = separating(numbered(shows), numbered(others))
+    alone = find_common_feature(shows, others)
+    among = find_common_feature(numbered(shows), numbered(others))
 
     assert alone is not None
     assert among is not None
@@ -154,14 +154,14 @@ def test_a_slightly_better_value_in_the_body_gives_way_to_the_query() -> None:
     shows = [{"query.currency": ["JPY"], "body.total.currency": ["JPY"]}] * 100
     others = [{"query.currency": ["JPY"]}, *[{"query.currency": ["EUR"]}] * 99]
 
-    assert str(separating(shows, others)) == "query.currency=JPY"
+    assert str(find_common_feature(shows, others)) == "query.currency=JPY"
 
 
 def test_fields_are_flattened_with_a_bound() -> None:
-    found = features(
+    found = collect_features(
         [("a", "1"), ("a", "2")], {"id": "7"}, [("X-A", "b")], {"n": None, "t": True, "l": [{"x": 1.5}]}
     )
-    large = features(body={"list": [{f"k{number}": number} for number in range(100_000)]})
+    large = collect_features(body={"list": [{f"k{number}": number} for number in range(100_000)]})
     deep: Any = 1
     for _ in range(500):
         deep = [deep]
@@ -174,8 +174,8 @@ def test_fields_are_flattened_with_a_bound() -> None:
         "body.t": ["true"],
         "body.l[*].x": ["1.5"],
     }
-    assert len(large) == MOST_LEAVES
-    assert features(body=deep) == {}
+    assert len(large) == MAX_BODY_LEAVES
+    assert collect_features(body=deep) == {}
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12), st.integers(0, 12))
@@ -183,7 +183,7 @@ def test_fishers_test_is_the_sum_of_the_tail(hits: int, misses: int, false: int,
     shows, others, marked = hits + misses, false + quiet, hits + false
     tail = sum(comb(shows, k) * comb(others, marked - k) for k in range(hits, min(shows, marked) + 1))
 
-    assert fisher(hits, shows, false, others) == pytest.approx(tail / comb(shows + others, marked))
+    assert fisher_exact(hits, shows, false, others) == pytest.approx(tail / comb(shows + others, marked))
 
 
 SAMPLE = st.lists(
@@ -199,7 +199,7 @@ SAMPLE = st.lists(
 def test_any_samples_have_a_feature_that_keeps_its_bounds_or_none(
     shows: list[dict[str, list[str]]], others: list[dict[str, list[str]]]
 ) -> None:
-    found: Feature | None = separating(shows, others)
+    found: Feature | None = find_common_feature(shows, others)
 
     if found is not None:
         assert 0.7 <= found.coverage <= 1
@@ -218,4 +218,4 @@ def test_any_samples_have_a_feature_that_keeps_its_bounds_or_none(
     ],
 )
 def test_features_of_a_target(target: str, route: str, found: dict[str, list[str]]) -> None:
-    assert of_target(target, route) == found
+    assert collect_target_features(target, route) == found

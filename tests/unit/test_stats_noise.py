@@ -10,15 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.noise import Counts, Decision, copies_needed, decide, evidence
+from abreast_sidecar.compare.noise import (
+    DifferenceCounts,
+    NoiseDecision,
+    classify_differences,
+    difference_evidence,
+    estimate_baseline_pairs_needed,
+)
 
 ALPHA = 0.05
 NOISY = [0.002, 0.003, 0.005, 0.01, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.49]  # of comparisons
 ALWAYS = 3  # places that differ in each comparison
 
 
-def one(*counts: int) -> Decision:
-    return decide([Counts(*counts)], ALPHA)[0]
+def one(*counts: int) -> NoiseDecision:
+    return classify_differences([DifferenceCounts(*counts)], ALPHA)[0]
 
 
 def state(*counts: int) -> str:
@@ -52,9 +58,11 @@ class Run:
     compared: int = 0
     copies: int = 0
 
-    def counts(self) -> list[Counts]:
-        noisy = [Counts(self.compared, one.differs, self.copies, one.baseline) for one in self.places]
-        return noisy + [Counts(self.compared, self.compared, self.copies, self.copies)] * ALWAYS
+    def counts(self) -> list[DifferenceCounts]:
+        noisy = [
+            DifferenceCounts(self.compared, one.differs, self.copies, one.baseline) for one in self.places
+        ]
+        return noisy + [DifferenceCounts(self.compared, self.compared, self.copies, self.copies)] * ALWAYS
 
     def go(self, requests: int, share: float, dice: random.Random) -> None:
         copies = sum(dice.random() < share for _ in range(requests))
@@ -68,7 +76,7 @@ def ever_real(share: float, dice: random.Random, *, requests: int = 20_000, look
     run = Run([Place(rate) for rate in NOISY])
     for _ in range(looks):
         run.go(requests // looks, share, dice)
-        if any(decision.state == "real" for decision in decide(run.counts(), ALPHA)):
+        if any(decision.state == "real" for decision in classify_differences(run.counts(), ALPHA)):
             return True
     return False
 
@@ -93,13 +101,15 @@ def test_after_20_000_requests_noise_is_known_as_noise() -> None:
     run = Run([Place(rate) for rate in NOISY])
     run.go(20_000, 0.1, random.Random(3))
 
-    assert {decision.state for decision in decide(run.counts(), ALPHA)} == {"noise"}
+    assert {decision.state for decision in classify_differences(run.counts(), ALPHA)} == {"noise"}
 
 
 @pytest.mark.parametrize("copies", [2000, 1000, 200])
 def test_one_in_2_000_is_found_among_noisy_places(copies: int) -> None:
-    noisy = [Counts(20_000, 20_000, copies, copies)] * 40 + [Counts(20_000, 400, copies, copies // 50)] * 40
-    found = decide([Counts(20_000, 10, copies, 0), *noisy], ALPHA)
+    noisy = [DifferenceCounts(20_000, 20_000, copies, copies)] * 40 + [
+        DifferenceCounts(20_000, 400, copies, copies // 50)
+    ] * 40
+    found = classify_differences([DifferenceCounts(20_000, 10, copies, 0), *noisy], ALPHA)
 
     assert found[0].state == "real"
     assert {one.state for one in found[1:]} == {"noise"}
@@ -111,10 +121,10 @@ def test_a_planted_defect_on_a_noisy_place_is_found() -> None:
 
 
 def test_what_suffices_alone_does_not_among_a_hundred_noisy_places() -> None:
-    place, noisy = Counts(20_000, 1000, 2000, 50), [Counts(20_000, 400, 2000, 40)] * 100
+    place, noisy = DifferenceCounts(20_000, 1000, 2000, 50), [DifferenceCounts(20_000, 400, 2000, 40)] * 100
 
-    assert decide([place], ALPHA)[0].state == "real"
-    assert decide([place, *noisy], ALPHA)[0].state == "undecided"
+    assert classify_differences([place], ALPHA)[0].state == "real"
+    assert classify_differences([place, *noisy], ALPHA)[0].state == "undecided"
 
 
 def test_some_evidence_on_a_noisy_place_is_doubt() -> None:
@@ -127,10 +137,10 @@ def test_rare_noise_and_few_copies_are_undecided_and_say_how_many_it_takes() -> 
     found = one(20_000, 200, 100, 0)
 
     assert found.state == "undecided"
-    assert found.copies_needed is not None
+    assert found.baseline_pairs_needed is not None
     assert "more baseline copies" in found.reason
-    assert state(20_000, 200, 100 + found.copies_needed, 0) == "real"
-    assert state(20_000, 200, 100 + found.copies_needed, 9) == "noise"
+    assert state(20_000, 200, 100 + found.baseline_pairs_needed, 0) == "real"
+    assert state(20_000, 200, 100 + found.baseline_pairs_needed, 9) == "noise"
 
 
 def test_a_copy_that_shows_it_too_turns_a_rare_finding_into_noise_or_doubt() -> None:
@@ -210,12 +220,12 @@ class TestExplainedByShape:
     st.lists(
         st.tuples(
             st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**5), st.integers(0, 10**5)
-        ).map(lambda t: Counts(t[0] + t[1], t[1], t[2] + t[3], t[3])),
+        ).map(lambda t: DifferenceCounts(t[0] + t[1], t[1], t[2] + t[3], t[3])),
         max_size=8,
     )
 )
-def test_any_counts_have_a_decision_with_a_p_value(places: list[Counts]) -> None:
-    found = decide(places, ALPHA)
+def test_any_counts_have_a_decision_with_a_p_value(places: list[DifferenceCounts]) -> None:
+    found = classify_differences(places, ALPHA)
 
     assert len(found) == len(places)
     assert all(0 <= one.p_value <= 1 and one.reason for one in found)
@@ -224,17 +234,17 @@ def test_any_counts_have_a_decision_with_a_p_value(places: list[Counts]) -> None
 @given(st.integers(1, 500), st.integers(0, 500), st.integers(0, 300))
 def test_more_differences_of_new_are_more_evidence(differs: int, quiet: int, copies: int) -> None:
     compared = differs + quiet + 1
-    fewer = Counts(compared, differs, copies + 1, 0)
-    more = Counts(compared, differs + 1, copies + 1, 0)
+    fewer = DifferenceCounts(compared, differs, copies + 1, 0)
+    more = DifferenceCounts(compared, differs + 1, copies + 1, 0)
 
-    if differs > 0.05 * compared and evidence(fewer) > 0:
-        assert evidence(more) >= evidence(fewer) - 1e-9
+    if differs > 0.05 * compared and difference_evidence(fewer) > 0:
+        assert difference_evidence(more) >= difference_evidence(fewer) - 1e-9
 
 
 @given(st.integers(1, 400), st.integers(0, 400), st.integers(1, 40))
 def test_a_difference_among_the_copies_is_less_evidence(differs: int, quiet: int, copies: int) -> None:
-    without = evidence(Counts(differs + quiet, differs, copies, 0))
-    with_one = evidence(Counts(differs + quiet, differs, copies, 1))
+    without = difference_evidence(DifferenceCounts(differs + quiet, differs, copies, 0))
+    with_one = difference_evidence(DifferenceCounts(differs + quiet, differs, copies, 1))
 
     assert with_one <= max(without, 0.0) + 1e-9
 
@@ -246,7 +256,11 @@ def test_under_any_one_rate_the_mean_of_the_e_value_is_at_most_one(
     mean = sum(
         chance(differs, compared, rate)
         * chance(odd, copies, rate)
-        * (0.0 if (log_e := evidence(Counts(compared, differs, copies, odd))) == -inf else exp(log_e))
+        * (
+            0.0
+            if (log_e := difference_evidence(DifferenceCounts(compared, differs, copies, odd))) == -inf
+            else exp(log_e)
+        )
         for differs in range(compared + 1)
         for odd in range(copies + 1)
     )
@@ -259,24 +273,29 @@ def chance(hits: int, n: int, rate: float) -> float:
 
 
 def test_copies_needed_is_none_where_no_number_would_do() -> None:
-    assert copies_needed(Counts(10, 0, 5, 0), bar=3.0) is None
+    assert estimate_baseline_pairs_needed(DifferenceCounts(10, 0, 5, 0), threshold=3.0) is None
 
 
 def test_no_places_no_decisions() -> None:
-    assert decide([], ALPHA) == []
+    assert classify_differences([], ALPHA) == []
 
 
 def test_few_differences_that_all_lean_one_way_are_no_chance() -> None:
     """10 of 4,000, none among 1,200 copies: chance would have set some the other way."""
-    leaning, balanced = Counts(4000, 10, 1200, 0, 0, 0, 10), Counts(4000, 10, 1200, 0, 0, 5, 5)
+    leaning, balanced = (
+        DifferenceCounts(4000, 10, 1200, 0, 0, 0, 10),
+        DifferenceCounts(4000, 10, 1200, 0, 0, 5, 5),
+    )
 
-    assert decide([leaning], 0.01)[0].state == "real"
-    assert decide([balanced], 0.01)[0].state == "undecided"
-    assert decide([Counts(4000, 10, 1200, 2, 0, 0, 10)], 0.01)[0].state == "noise"
+    assert classify_differences([leaning], 0.01)[0].state == "real"
+    assert classify_differences([balanced], 0.01)[0].state == "undecided"
+    assert classify_differences([DifferenceCounts(4000, 10, 1200, 2, 0, 0, 10)], 0.01)[0].state == "noise"
 
 
 def test_a_lean_of_very_many_is_no_trouble() -> None:
-    assert decide([Counts(10**6, 10**5, 10**5, 0, 0, 10**5, 0)], 0.01)[0].state == "real"
+    assert (
+        classify_differences([DifferenceCounts(10**6, 10**5, 10**5, 0, 0, 10**5, 0)], 0.01)[0].state == "real"
+    )
 
 
 @pytest.mark.parametrize("rate", [0.002, 0.004, 0.008])
@@ -293,17 +312,25 @@ def _ever_real_leaning(rate: float, dice: random.Random) -> bool:
             compared, differs, copies = compared + 1, differs + differ, copies + copy
             greater += differ and dice.random() < 0.5
             baseline += copy and dice.random() < rate
-        place = Counts(compared, differs, copies, baseline, 0, greater, differs - greater)
-        if decide([place], 0.01)[0].state == "real":
+        place = DifferenceCounts(compared, differs, copies, baseline, 0, greater, differs - greater)
+        if classify_differences([place], 0.01)[0].state == "real":
             return True
     return False
 
 
 def test_rare_noise_of_a_kind_with_long_tails_waits_for_copies() -> None:
     """One of a thousand, in both directions, and the copies have not shown one yet."""
-    found = decide([Counts(20_000, 20, 1000, 0, 0, 10, 10, rare=True)], ALPHA)[0]
+    found = classify_differences([DifferenceCounts(20_000, 20, 1000, 0, 0, 10, 10, is_rare=True)], ALPHA)[0]
 
     assert found.state == "undecided"
-    assert decide([Counts(20_000, 20, 1000, 0, 0, 10, 10)], ALPHA)[0].state == "real"
-    assert decide([Counts(20_000, 2000, 1000, 0, 0, 1000, 1000, rare=True)], ALPHA)[0].state == "real"
-    assert decide([Counts(20_000, 14, 2000, 0, 0, 0, 14, rare=True)], ALPHA)[0].state == "real"  # one way
+    assert classify_differences([DifferenceCounts(20_000, 20, 1000, 0, 0, 10, 10)], ALPHA)[0].state == "real"
+    assert (
+        classify_differences([DifferenceCounts(20_000, 2000, 1000, 0, 0, 1000, 1000, is_rare=True)], ALPHA)[
+            0
+        ].state
+        == "real"
+    )
+    assert (
+        classify_differences([DifferenceCounts(20_000, 14, 2000, 0, 0, 0, 14, is_rare=True)], ALPHA)[0].state
+        == "real"
+    )  # one way

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.compare.sequence import (
-    ANYWHERE,
+    JEFFREYS_PRIOR,
     Prior,
+    confidence_interval,
+    estimate_requests_above,
+    estimate_requests_below,
     evidence_above,
     evidence_below,
-    interval,
-    least,
+    find_least,
     log_ratio,
-    more_above,
-    more_below,
     prior_above,
     prior_below,
 )
@@ -62,7 +62,7 @@ def allowed(runs: int, alpha: float) -> float:
 @pytest.mark.parametrize("rate", [0.002, 0.05, 0.5])
 def test_the_true_rate_stays_inside_at_every_look(rate: float) -> None:
     dice = random.Random(6)
-    missed = sum(ever_above(rate, ANYWHERE, -log(ALPHA), dice) for _ in range(RUNS))
+    missed = sum(ever_above(rate, JEFFREYS_PRIOR, -log(ALPHA), dice) for _ in range(RUNS))
 
     assert missed <= allowed(RUNS, ALPHA)
 
@@ -95,7 +95,7 @@ def ever_outside_of_one_look(rate: float, dice: random.Random) -> bool:
 @given(counts)
 def test_the_interval_holds_the_share_and_is_ordered(case: tuple[int, int]) -> None:
     successes, n = case
-    found = interval(successes, n, ALPHA)
+    found = confidence_interval(successes, n, ALPHA)
 
     assert 0 <= found.low <= found.high <= 1
     assert not n or found.low <= successes / n <= found.high
@@ -103,7 +103,7 @@ def test_the_interval_holds_the_share_and_is_ordered(case: tuple[int, int]) -> N
 
 @given(counts)
 def test_a_smaller_error_probability_has_a_wider_interval(case: tuple[int, int]) -> None:
-    wide, narrow = interval(*case, 0.001), interval(*case, 0.1)
+    wide, narrow = confidence_interval(*case, 0.001), confidence_interval(*case, 0.1)
 
     assert wide.low <= narrow.low
     assert narrow.high <= wide.high
@@ -112,7 +112,7 @@ def test_a_smaller_error_probability_has_a_wider_interval(case: tuple[int, int])
 @given(counts)
 def test_the_interval_of_the_complement_is_the_mirror_image(case: tuple[int, int]) -> None:
     successes, n = case
-    one, other = interval(successes, n, ALPHA), interval(n - successes, n, ALPHA)
+    one, other = confidence_interval(successes, n, ALPHA), confidence_interval(n - successes, n, ALPHA)
 
     assert one.low == pytest.approx(1 - other.high, abs=1e-9)
     assert one.high == pytest.approx(1 - other.low, abs=1e-9)
@@ -121,8 +121,8 @@ def test_the_interval_of_the_complement_is_the_mirror_image(case: tuple[int, int
 @given(counts, rates)
 def test_a_rate_outside_of_the_interval_is_one_that_is_rejected(case: tuple[int, int], rate: float) -> None:
     successes, n = case
-    found = interval(successes, n, ALPHA)
-    rejected = n > 0 and log_ratio(successes, n, rate, ANYWHERE) > -log(ALPHA) + 1e-6
+    found = confidence_interval(successes, n, ALPHA)
+    rejected = n > 0 and log_ratio(successes, n, rate, JEFFREYS_PRIOR) > -log(ALPHA) + 1e-6
 
     assert not rejected or not found.low < rate < found.high
 
@@ -147,8 +147,8 @@ def test_nothing_is_above_and_below_a_budget(case: tuple[int, int], budget: floa
 
 
 def test_no_request_says_nothing() -> None:
-    assert interval(0, 0, ALPHA).low == 0
-    assert interval(0, 0, ALPHA).high == 1
+    assert confidence_interval(0, 0, ALPHA).low == 0
+    assert confidence_interval(0, 0, ALPHA).high == 1
     assert not exceeds(0, 0, 0.001, ALPHA)
     assert not stays_under(0, 0, 0.001, ALPHA)
 
@@ -176,7 +176,7 @@ def test_a_budget_of_everything_cannot_be_exceeded() -> None:
 
 
 def test_no_mismatch_at_all_passes_a_sixth_later_than_by_one_look() -> None:
-    needed = more_below(0.0, 0, 0.001, BAR)
+    needed = estimate_requests_below(0.0, 0, 0.001, BAR)
 
     assert needed is not None
     assert needed < 1.2 * log(1 / ALPHA) / 0.001
@@ -189,7 +189,7 @@ def test_no_mismatch_at_all_passes_a_sixth_later_than_by_one_look() -> None:
 def test_so_many_more_requests_are_just_enough(case: tuple[int, int], budget: float) -> None:
     successes, n = case
     rate = successes / n if n else 0.0
-    more = more_below(rate, n, budget, BAR)
+    more = estimate_requests_below(rate, n, budget, BAR)
 
     if more:
         assert stays_under(rate * (n + more), n + more, budget, ALPHA * (1 + 1e-9))
@@ -197,17 +197,23 @@ def test_so_many_more_requests_are_just_enough(case: tuple[int, int], budget: fl
 
 
 def test_what_is_decided_needs_no_more_and_what_leans_the_other_way_never_comes() -> None:
-    assert (more_below(0.0005, 20_000, 0.0001, BAR), more_above(0.0005, 20_000, 0.0001, BAR)) == (None, 0)
-    assert (more_below(0.0, 20_000, 0.001, BAR), more_above(0.0, 20_000, 0.001, BAR)) == (0, None)
+    assert (
+        estimate_requests_below(0.0005, 20_000, 0.0001, BAR),
+        estimate_requests_above(0.0005, 20_000, 0.0001, BAR),
+    ) == (None, 0)
+    assert (
+        estimate_requests_below(0.0, 20_000, 0.001, BAR),
+        estimate_requests_above(0.0, 20_000, 0.001, BAR),
+    ) == (0, None)
 
 
 def test_the_least_number_is_none_beyond_the_bound() -> None:
-    assert least(lambda n: n >= 777) == 777
-    assert least(lambda n: n >= 777, most=100) is None
+    assert find_least(lambda n: n >= 777) == 777
+    assert find_least(lambda n: n >= 777, maximum=100) is None
 
 
 def test_large_counts_lose_no_precision_that_matters() -> None:
-    found = interval(500_000_000, 1_000_000_000, ALPHA)
+    found = confidence_interval(500_000_000, 1_000_000_000, ALPHA)
 
     assert exp(-1) > found.high - found.low > 0
     assert found.high - found.low < 0.0005

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.shape import Shape, shape
+from abreast_sidecar.compare.shape import Shape, detect_shape
 
 LABELLED: dict[str, tuple[Any, ...]] = {
     "null": (None,),
@@ -145,31 +145,31 @@ def test_the_table_is_long_enough_to_mean_something() -> None:
 
 @pytest.mark.parametrize(("kind", "value"), ROWS, ids=lambda one: str(one)[:40])
 def test_each_labelled_value_has_its_kind(kind: str, value: Any) -> None:
-    assert shape(value).kind == kind
+    assert detect_shape(value).kind == kind
 
 
 @given(JSON)
 def test_any_json_has_a_shape(value: Any) -> None:
-    found = shape(value)
+    found = detect_shape(value)
 
     assert isinstance(found, Shape)
-    assert shape(value) == found
+    assert detect_shape(value) == found
 
 
 @given(st.uuids(version=4), st.uuids(version=4))
 def test_uuids_of_one_version_have_one_shape(one: uuid.UUID, other: uuid.UUID) -> None:
-    assert shape(str(one)) == shape(str(other))
+    assert detect_shape(str(one)) == detect_shape(str(other))
 
 
 @given(st.datetimes(min_value=datetime(2000, 1, 1), max_value=datetime(2090, 1, 1)))  # noqa: DTZ001 - the zone is added below
 def test_what_python_writes_as_a_time_is_one(moment: datetime) -> None:
     for text in (moment.isoformat(), moment.replace(tzinfo=UTC).isoformat(), moment.isoformat(" ")):
-        assert shape(text).kind == "timestamp"
+        assert detect_shape(text).kind == "timestamp"
 
 
 @given(st.binary(min_size=16, max_size=64))
 def test_digests_have_one_shape_each(content: bytes) -> None:
-    assert shape(hashlib.sha256(content).hexdigest()) == Shape("hash", "64")
+    assert detect_shape(hashlib.sha256(content).hexdigest()) == Shape("hash", "64")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_digests_have_one_shape_each(content: bytes) -> None:
 def test_most_random_values_are_recognised(make: Any, kinds: set[str], part: float) -> None:
     """The others are words, and left to the baseline: that is the harmless side."""
     dice = random.Random(4)
-    found = sum(shape(make(dice)).kind in kinds for _ in range(1000))
+    found = sum(detect_shape(make(dice)).kind in kinds for _ in range(1000))
 
     assert found >= 1000 * part
 
@@ -197,22 +197,22 @@ WORDS = st.sampled_from(
 
 @given(st.lists(WORDS, min_size=1, max_size=6), st.sampled_from(["-", "_", " ", ".", "/"]))
 def test_names_made_of_words_are_never_taken_for_random(parts: list[str], separator: str) -> None:
-    assert shape(separator.join(parts)).kind not in TELLING
+    assert detect_shape(separator.join(parts)).kind not in TELLING
 
 
 @given(st.integers() | st.floats(allow_nan=False, allow_infinity=False))
 def test_numbers_are_numbers_also_as_text(value: float) -> None:
-    assert shape(value).kind in {"integer", "float", "unix"}
-    assert shape(f"{value:f}").kind in {"decimal", "digits", "unix text"}
+    assert detect_shape(value).kind in {"integer", "float", "unix"}
+    assert detect_shape(f"{value:f}").kind in {"decimal", "digits", "unix text"}
 
 
 def test_formats_tell_apart_what_a_reader_would() -> None:
-    assert shape("2024-05-01T12:00:05Z") != shape("2024-05-01T12:00:05+00:00")
-    assert shape("2024-05-01T12:00:05Z") != shape("2024-05-01T12:00:05.123Z")
-    assert shape("2024-05-01T12:00:05.12Z") == shape("2024-05-01T12:00:05.123Z")
-    assert shape("2024-05-01T12:00:05Z") != shape("2024-05-01 12:00:05Z")
-    assert shape(str(uuid.UUID(int=0))) != shape("9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d")
-    assert shape("507f1f77bcf86cd799439011") != shape("65e4a7f3b2c91d08")
+    assert detect_shape("2024-05-01T12:00:05Z") != detect_shape("2024-05-01T12:00:05+00:00")
+    assert detect_shape("2024-05-01T12:00:05Z") != detect_shape("2024-05-01T12:00:05.123Z")
+    assert detect_shape("2024-05-01T12:00:05.12Z") == detect_shape("2024-05-01T12:00:05.123Z")
+    assert detect_shape("2024-05-01T12:00:05Z") != detect_shape("2024-05-01 12:00:05Z")
+    assert detect_shape(str(uuid.UUID(int=0))) != detect_shape("9b1deb4d-3b7d-4bad-9bdd-2b0d7b3dcb6d")
+    assert detect_shape("507f1f77bcf86cd799439011") != detect_shape("65e4a7f3b2c91d08")
 
 
 def test_a_shape_costs_microseconds_and_never_grows_with_the_square() -> None:
@@ -237,6 +237,6 @@ def fastest(values: list[str]) -> float:
     for _ in range(5):
         start = time.perf_counter()
         for value in values:
-            shape(value)
+            detect_shape(value)
         times.append(time.perf_counter() - start)
     return min(times)

@@ -11,16 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.verdict import Budget, Counts, Ledger, Reason, Verdict, decide
+from abreast_sidecar.compare.verdict import (
+    Budget,
+    Completeness,
+    EndpointCounts,
+    Reason,
+    Verdict,
+    decide_verdict,
+)
 
-ALL = Ledger(1000, 1000)
+ALL = Completeness(1000, 1000)
 BUDGET = Budget()
 TIGHT = Budget(max_mismatch=0.0001)
 
 
-def pairs(n: int, endpoint: str = "GET /", **given: Any) -> Counts:
+def pairs(n: int, endpoint: str = "GET /", **given: Any) -> EndpointCounts:
     """Pairs in which nothing is wrong, but for what is given."""
-    clean = Counts(
+    clean = EndpointCounts(
         endpoint=endpoint,
         old_requests=n,
         new_requests=n,
@@ -39,15 +46,15 @@ def reason(verdict: Verdict, subject: str, endpoint: str = "") -> Reason:
     return next(one for one in verdict.reasons if one.subject == subject and one.endpoint == endpoint)
 
 
-def judged(*endpoints: Counts, budget: Budget = BUDGET, ledger: Ledger = ALL) -> Verdict:
-    return decide(endpoints, ledger, budget)
+def judged(*endpoints: EndpointCounts, budget: Budget = BUDGET, ledger: Completeness = ALL) -> Verdict:
+    return decide_verdict(endpoints, ledger, budget)
 
 
 class TestPass:
     def test_equal_versions_pass_with_enough_pairs(self) -> None:
         verdict = judged(pairs(10_000, "a"), pairs(10_000, "b"))
 
-        assert (verdict.state, verdict.exit_code, verdict.more) == ("PASS", 0, 0)
+        assert (verdict.state, verdict.exit_code, verdict.pairs_to_pass) == ("PASS", 0, 0)
 
     def test_a_rare_endpoint_keeps_nothing_from_passing(self) -> None:
         verdict = judged(pairs(20_000, "a"), pairs(5, "b"))
@@ -64,7 +71,7 @@ class TestPass:
     def test_an_endpoint_of_which_nothing_was_compared_keeps_from_passing(self) -> None:
         verdict = judged(pairs(20_000, "a"), pairs(500, "b", compared=0, timed=0, slower=0))
 
-        assert (verdict.state, verdict.more) == ("INCONCLUSIVE", None)
+        assert (verdict.state, verdict.pairs_to_pass) == ("INCONCLUSIVE", None)
         assert reason(verdict, "coverage", "b").text.startswith("of 500 requests none could be compared")
 
     def test_that_beginnings_are_equal_says_nothing_for_new(self) -> None:
@@ -72,7 +79,7 @@ class TestPass:
         quiet = judged(pairs(20_000, "a"), pairs(500, "b", partial=500, timed=0, slower=0))
         alone = judged(pairs(20_000, partial=19_000))
 
-        assert (quiet.state, quiet.more) == ("INCONCLUSIVE", None)
+        assert (quiet.state, quiet.pairs_to_pass) == ("INCONCLUSIVE", None)
         assert "none could be compared as a whole, 500 in part" in reason(quiet, "coverage", "b").text
         assert reason(quiet, "mismatches").state == "PASS"
         assert reason(alone, "mismatches").state == "INCONCLUSIVE"
@@ -85,7 +92,11 @@ class TestPass:
         verdict = judged(pairs(20_000, "a"), pairs(500, "b", partial=500, timed=0, slower=0, waived=waived))
         gone = judged(pairs(20_000, "a"), pairs(5, "b", new_requests=0, compared=0, timed=0, waived=waived))
 
-        assert (verdict.state, verdict.more, reason(verdict, "coverage", "b").state) == ("PASS", 0, "PASS")
+        assert (verdict.state, verdict.pairs_to_pass, reason(verdict, "coverage", "b").state) == (
+            "PASS",
+            0,
+            "PASS",
+        )
         assert reason(verdict, "coverage", "b").text.endswith(
             f"500 in part; abreast pairs says why; {waived}"
         )
@@ -97,7 +108,7 @@ class TestPass:
 
     @pytest.mark.parametrize(("waiting", "state"), [(199, "PASS"), (201, "INCONCLUSIVE")])
     def test_what_waits_to_be_compared_may_be_what_is_broken(self, waiting: int, state: str) -> None:
-        verdict = judged(pairs(20_000), ledger=Ledger(20_000, 20_000, waiting))
+        verdict = judged(pairs(20_000), ledger=Completeness(20_000, 20_000, waiting))
 
         assert verdict.state == state
         assert ("still wait" in reason(verdict, "completeness").text) == (state != "PASS")
@@ -113,7 +124,7 @@ class TestPass:
         assert judged(pairs(20_000, timed=17_354, slower=8421)).state == "PASS"
 
     def test_no_endpoint_never_passes(self) -> None:
-        assert judged(ledger=Ledger(0, 0)).state == "INCONCLUSIVE"
+        assert judged(ledger=Completeness(0, 0)).state == "INCONCLUSIVE"
 
     def test_what_is_undecided_counts_against_passing_and_not_for_failing(self) -> None:
         verdict = judged(pairs(20_000, undecided=20_000))
@@ -186,7 +197,7 @@ class TestFail:
         assert "by more than 10%" in verdict.reasons[0].text
 
     def test_holes_in_the_ledger_do_not_undo_it(self) -> None:
-        verdict = judged(pairs(20_000, mismatches=10), budget=TIGHT, ledger=Ledger(40_000, 20_000))
+        verdict = judged(pairs(20_000, mismatches=10), budget=TIGHT, ledger=Completeness(40_000, 20_000))
 
         assert verdict.state == "FAIL"
         assert [one.state for one in verdict.reasons[:3]] == ["FAIL", "FAIL", "INCONCLUSIVE"]
@@ -196,16 +207,16 @@ class TestInconclusive:
     def test_it_says_how_many_more_pairs_it_takes_and_they_are_enough(self) -> None:
         verdict = judged(pairs(1000))
 
-        assert verdict.more is not None
-        assert f"about {verdict.more:,} more pairs to pass" in reason(verdict, "mismatches").text
-        assert judged(pairs(1000 + verdict.more)).state == "PASS"
-        assert judged(pairs(990 + verdict.more)).state == "INCONCLUSIVE"
+        assert verdict.pairs_to_pass is not None
+        assert f"about {verdict.pairs_to_pass:,} more pairs to pass" in reason(verdict, "mismatches").text
+        assert judged(pairs(1000 + verdict.pairs_to_pass)).state == "PASS"
+        assert judged(pairs(990 + verdict.pairs_to_pass)).state == "INCONCLUSIVE"
 
     def test_it_says_how_many_more_pairs_would_fail(self) -> None:
         verdict = judged(pairs(1000, mismatches=2), budget=BUDGET)
-        more = reason(verdict, "mismatches").needed.to_fail
+        more = reason(verdict, "mismatches").pairs_needed.to_fail
 
-        assert verdict.more is None
+        assert verdict.pairs_to_pass is None
         assert more is not None
         factor = (1000 + more) / 1000
         assert judged(pairs(1000 + more, mismatches=round(2 * factor))).state == "FAIL"
@@ -215,17 +226,17 @@ class TestInconclusive:
 
         assert verdict.state == "INCONCLUSIVE"
         assert "old answered 50 requests, new none" in verdict.reasons[0].text
-        assert verdict.more is None
+        assert verdict.pairs_to_pass is None
 
-    @pytest.mark.parametrize("ledger", [Ledger(20_000, 19_000), Ledger(0, 0)])
-    def test_a_ledger_with_holes(self, ledger: Ledger) -> None:
+    @pytest.mark.parametrize("ledger", [Completeness(20_000, 19_000), Completeness(0, 0)])
+    def test_a_ledger_with_holes(self, ledger: Completeness) -> None:
         verdict = judged(pairs(20_000), ledger=ledger)
 
         assert verdict.state == "INCONCLUSIVE"
         assert verdict.reasons[0].subject == "completeness"
 
     def test_a_lost_request_of_a_million_is_not_shown_as_all(self) -> None:
-        verdict = judged(pairs(20_000), ledger=Ledger(1_000_000, 999_999))
+        verdict = judged(pairs(20_000), ledger=Completeness(1_000_000, 999_999))
 
         assert "99.9999%" in reason(verdict, "completeness").text
 
@@ -247,7 +258,7 @@ def ever_fails(dice: random.Random, rate: float) -> bool:
             pairs(one[0], str(name), mismatches=one[1], new_errors=one[2], slower=one[3])
             for name, one in enumerate(totals)
         ]
-        if decide(counts, ALL, limits).state == "FAIL":
+        if decide_verdict(counts, ALL, limits).state == "FAIL":
             return True
     return False
 
@@ -265,7 +276,10 @@ def ever_passes(dice: random.Random, rate: float) -> bool:
     while n < 3000:
         n += 150
         hits += sum(dice.random() < rate * 1.01 for _ in range(150))
-        if decide([pairs(n, mismatches=hits)], ALL, Budget(max_mismatch=rate, max_error=0.5)).state == "PASS":
+        if (
+            decide_verdict([pairs(n, mismatches=hits)], ALL, Budget(max_mismatch=rate, max_error=0.5)).state
+            == "PASS"
+        ):
             return True
     return False
 
@@ -278,7 +292,7 @@ def test_what_is_over_the_budget_passes_no_more_often_than_stated_at_any_of_many
 
 
 @st.composite
-def endpoints(draw: st.DrawFn) -> Counts:
+def endpoints(draw: st.DrawFn) -> EndpointCounts:
     n = draw(st.integers(0, 50_000))
     part = st.integers(0, n)
     mismatches = draw(part)
@@ -299,14 +313,14 @@ def endpoints(draw: st.DrawFn) -> Counts:
     st.sampled_from([0.0, 0.0001, 0.01, 1.0]),
 )
 def test_any_counts_have_a_verdict_with_reasons(
-    counts: list[Counts], ledger: tuple[int, int], limit: float
+    counts: list[EndpointCounts], ledger: tuple[int, int], limit: float
 ) -> None:
-    verdict = decide(counts, Ledger(*ledger), Budget(max_mismatch=limit, max_error=limit))
+    verdict = decide_verdict(counts, Completeness(*ledger), Budget(max_mismatch=limit, max_error=limit))
     order = [("FAIL", "INCONCLUSIVE", "PASS").index(one.state) for one in verdict.reasons]
 
     assert order == sorted(order)
     assert verdict.state == verdict.reasons[0].state
-    assert (verdict.more == 0) <= (verdict.state == "PASS")
+    assert (verdict.pairs_to_pass == 0) <= (verdict.state == "PASS")
     assert verdict.exit_code == {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}[verdict.state]
 
 
@@ -339,7 +353,7 @@ def test_a_budget_that_makes_no_sense_is_refused(given_values: dict[str, float])
 
 
 def test_passing_without_a_mismatch_takes_little_more_than_by_one_look() -> None:
-    more = judged(pairs(1, slower=0)).more
+    more = judged(pairs(1, slower=0)).pairs_to_pass
 
     assert more is not None
     assert more < 1.2 * log(20) / 0.001

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.steer.guard import RULES, Policy, Rule, Subject, Tally, breaches, starts
+from abreast_sidecar.steer.guard import (
+    GUARD_RULE_NAMES,
+    GuardPolicy,
+    GuardRule,
+    GuardRuleName,
+    WindowCounts,
+    find_breaches,
+    window_starts,
+)
 
 NOON = dt.datetime(2026, 3, 4, 12, tzinfo=dt.UTC)
 BETWEEN = (dt.datetime(2020, 1, 1), dt.datetime(2030, 1, 1))  # noqa: DTZ001  # hypothesis adds the zone
@@ -19,10 +27,10 @@ counts = st.integers(0, 5000)
 
 
 @st.composite
-def tallies(draw: Any) -> Tally:
+def tallies(draw: Any) -> WindowCounts:
     live, compared, timed = (draw(counts) for _ in range(3))
     new_errors = draw(st.integers(0, live))
-    return Tally(
+    return WindowCounts(
         live=live,
         new_errors=new_errors,
         old_errors=draw(st.integers(0, live - new_errors)),
@@ -33,28 +41,30 @@ def tallies(draw: Any) -> Tally:
     )
 
 
-def found(policy: Policy, *windows: Tally) -> set[Subject]:
-    return {one.rule for one in breaches(policy, dict.fromkeys(RULES, windows))}
+def found(policy: GuardPolicy, *windows: WindowCounts) -> set[GuardRuleName]:
+    return {one.rule for one in find_breaches(policy, dict.fromkeys(GUARD_RULE_NAMES, windows))}
 
 
 @given(tallies(), tallies())
-def test_it_never_raises_and_says_the_plainest_first(one: Tally, other: Tally) -> None:
-    made = breaches(Policy("acting"), dict.fromkeys(RULES, (one, other)))
+def test_it_never_raises_and_says_the_plainest_first(one: WindowCounts, other: WindowCounts) -> None:
+    made = find_breaches(GuardPolicy("acting"), dict.fromkeys(GUARD_RULE_NAMES, (one, other)))
 
-    assert [one.evidence for one in made] == sorted((one.evidence for one in made), reverse=True)
-    assert all(one.text and one.evidence >= 0 for one in made)
-
-
-@given(tallies())
-def test_less_than_the_minimum_of_evidence_says_nothing(tally: Tally) -> None:
-    rule = Rule(limit=0.0, min_pairs=5001)
-
-    assert not found(Policy("acting", errors=rule, mismatches=rule, slower=rule), tally)
+    assert [one.excess_evidence for one in made] == sorted(
+        (one.excess_evidence for one in made), reverse=True
+    )
+    assert all(one.text and one.excess_evidence >= 0 for one in made)
 
 
 @given(tallies())
-def test_rates_within_their_limits_are_no_breach(tally: Tally) -> None:
-    policy = Policy("acting")
+def test_less_than_the_minimum_of_evidence_says_nothing(tally: WindowCounts) -> None:
+    rule = GuardRule(limit=0.0, min_pairs=5001)
+
+    assert not found(GuardPolicy("acting", errors=rule, mismatches=rule, slower=rule), tally)
+
+
+@given(tallies())
+def test_rates_within_their_limits_are_no_breach(tally: WindowCounts) -> None:
+    policy = GuardPolicy("acting")
     made = found(policy, tally)
 
     if tally.new_errors <= max(policy.errors.limit * tally.live, tally.old_errors):
@@ -66,34 +76,34 @@ def test_rates_within_their_limits_are_no_breach(tally: Tally) -> None:
 
 
 @given(tallies(), st.integers(1, 100))
-def test_more_errors_of_new_never_undo_a_breach(tally: Tally, more: int) -> None:
+def test_more_errors_of_new_never_undo_a_breach(tally: WindowCounts, more: int) -> None:
     worse = replace(tally, live=tally.live + more, new_errors=tally.new_errors + more)
 
-    if "errors" in found(Policy("acting"), tally):
-        assert "errors" in found(Policy("acting"), worse)
+    if "errors" in found(GuardPolicy("acting"), tally):
+        assert "errors" in found(GuardPolicy("acting"), worse)
 
 
 def test_ten_errors_and_nothing_else_are_enough_and_nine_are_not() -> None:
     """The least that is, at 99%."""
-    enough = [n for n in range(1, 40) if found(Policy("acting"), Tally(live=n, new_errors=n))]
+    enough = [n for n in range(1, 40) if found(GuardPolicy("acting"), WindowCounts(live=n, new_errors=n))]
 
     assert 10 <= enough[0] <= 14
     assert enough == list(range(enough[0], 40))
 
 
 def test_errors_of_both_are_no_regression_however_many() -> None:
-    both = Tally(live=2000, new_errors=300, old_errors=290)
+    both = WindowCounts(live=2000, new_errors=300, old_errors=290)
 
-    assert not found(Policy("acting"), both)
-    assert found(Policy("acting"), replace(both, old_errors=100)) == {"errors"}
+    assert not found(GuardPolicy("acting"), both)
+    assert found(GuardPolicy("acting"), replace(both, old_errors=100)) == {"errors"}
 
 
 def test_equal_versions_are_hardly_ever_sent_back_however_often_one_looks() -> None:
     """500 windows of 300 requests each, looked at after every one: at most 1% of them may go wrong."""
     chance = random.Random(7)
-    policy, wrong = Policy("acting"), 0
+    policy, wrong = GuardPolicy("acting"), 0
     for _ in range(500):
-        tally = Tally()
+        tally = WindowCounts()
         for _ in range(60):
             new = sum(chance.random() < 0.02 for _ in range(5))
             old = sum(chance.random() < 0.02 for _ in range(5))
@@ -115,36 +125,36 @@ def test_equal_versions_are_hardly_ever_sent_back_however_often_one_looks() -> N
     st.datetimes(*BETWEEN, timezones=st.just(dt.UTC)),
 )
 def test_windows_hold_the_last_half_and_begin_on_a_grid(window: float, now: dt.datetime) -> None:
-    rule = Rule(limit=0.1, min_pairs=1, window=window)
+    rule = GuardRule(limit=0.1, min_pairs=1, window=window)
     since = dt.datetime(2019, 1, 1, tzinfo=dt.UTC)
-    first, second = starts(rule, now, since)
+    first, second = window_starts(rule, now, since)
     slack = dt.timedelta(milliseconds=1)
 
     assert first < second <= now + slack
     assert now - first <= dt.timedelta(seconds=window) + slack
     assert now - first >= dt.timedelta(seconds=window / 2) - slack
-    assert starts(rule, second + dt.timedelta(seconds=window / 4), since)[1] - second < slack
+    assert window_starts(rule, second + dt.timedelta(seconds=window / 4), since)[1] - second < slack
 
 
 def test_no_window_begins_before_users_were_let_onto_new() -> None:
     since = NOON + dt.timedelta(seconds=57)
     now = NOON + dt.timedelta(seconds=60)
 
-    assert starts(Rule(0.1, 1), now, since) == (since, since)
+    assert window_starts(GuardRule(0.1, 1), now, since) == (since, since)
 
 
 @given(st.sampled_from(["off", "watching", "acting"]), st.floats(0, 1), st.integers(1, 1000))
 def test_a_policy_survives_the_ledger(mode: Any, limit: float, pairs: int) -> None:
-    policy = Policy(mode, errors=Rule(limit, pairs, 60.0, 0.0))
+    policy = GuardPolicy(mode, errors=GuardRule(limit, pairs, 60.0, 0.0))
 
-    assert Policy.of(asdict(policy)) == policy
+    assert GuardPolicy.from_document(asdict(policy)) == policy
 
 
 def test_a_policy_of_another_version_is_read_as_far_as_it_goes() -> None:
-    assert Policy.of({"mode": "acting", "more": 1}) == Policy("acting")
+    assert GuardPolicy.from_document({"mode": "acting", "more": 1}) == GuardPolicy("acting")
 
 
 @pytest.mark.parametrize("mode", ["on", "", "OFF"])
 def test_other_modes_are_refused(mode: Any) -> None:
     with pytest.raises(ValueError, match="mode must be one of off, watching, acting"):
-        Policy(mode)
+        GuardPolicy(mode)

@@ -10,15 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.verdict import Budget, Counts, Ledger
-from abreast_sidecar.compare.verdict import decide as verdict
-from abreast_sidecar.steer.flow import FRESH, GONE, Gap, Report, lost, silent
-from abreast_sidecar.steer.ramp import Look, Plan, Ramp, Seen, decide
+from abreast_sidecar.compare.verdict import Budget, Completeness, EndpointCounts
+from abreast_sidecar.compare.verdict import decide_verdict as verdict
+from abreast_sidecar.steer.flow import (
+    ENVOY_GONE_AFTER_S,
+    MAX_REPORT_AGE_S,
+    CompletenessGap,
+    EnvoyReport,
+    count_lost_requests,
+    describe_stale_counts,
+)
+from abreast_sidecar.steer.ramp import Observation, Ramp, RampEvidence, RampPlan, decide_ramp
 
 NOON = dt.datetime(2026, 3, 4, 12, tzinfo=dt.UTC)
 LATER = NOON + dt.timedelta(hours=1)
 BETWEEN = (dt.datetime(2026, 3, 4, 12), dt.datetime(2026, 3, 4, 14))  # noqa: DTZ001  # hypothesis adds the zone
-PLAN = Plan((100, 500, 10_000), hold=600.0, min_pairs=100)
+PLAN = RampPlan((100, 500, 10_000), hold=600.0, min_pairs=100)
 
 
 def ramp(**changes: Any) -> Ramp:
@@ -43,21 +50,23 @@ def ramp(**changes: Any) -> Ramp:
     return Ramp(**{**known, **changes})
 
 
-def seen(compared: int, *, mismatches: int = 0, errors: int = 0, lost: int = 0, slower: int = 0) -> Seen:
-    counts = Counts("GET /", compared, compared, compared, mismatches, 0, errors, 0, compared, slower)
-    return Seen((counts,), Ledger(compared + lost, compared))
+def seen(
+    compared: int, *, mismatches: int = 0, errors: int = 0, lost: int = 0, slower: int = 0
+) -> RampEvidence:
+    counts = EndpointCounts("GET /", compared, compared, compared, mismatches, 0, errors, 0, compared, slower)
+    return RampEvidence((counts,), Completeness(compared + lost, compared))
 
 
-def look(whole: Seen, step: Seen | None = None, **changes: Any) -> Look:
-    known: dict[str, Any] = {"now": LATER, "silent": "", "newest": 1.0}
-    return Look(whole=whole, step=step or whole, **{**known, **changes})
+def look(whole: RampEvidence, step: RampEvidence | None = None, **changes: Any) -> Observation:
+    known: dict[str, Any] = {"observed_at": LATER, "stale_counts_reason": "", "newest_pair_age_s": 1.0}
+    return Observation(since_start=whole, since_step=step or whole, **{**known, **changes})
 
 
 GOOD = seen(10_000)
 
 
 @st.composite
-def anything(draw: Any) -> Seen:
+def anything(draw: Any) -> RampEvidence:
     compared = draw(st.integers(0, 20_000))
     part = st.integers(0, compared)
     return seen(
@@ -70,62 +79,73 @@ def anything(draw: Any) -> Seen:
 
 
 looks = st.builds(
-    Look,
-    now=st.datetimes(*BETWEEN, timezones=st.just(dt.UTC)),
-    whole=anything(),
-    step=anything(),
-    silent=st.sampled_from(["", "", "no count"]),
-    newest=st.none() | st.floats(0, 100),
+    Observation,
+    observed_at=st.datetimes(*BETWEEN, timezones=st.just(dt.UTC)),
+    since_start=anything(),
+    since_step=anything(),
+    stale_counts_reason=st.sampled_from(["", "", "no count"]),
+    newest_pair_age_s=st.none() | st.floats(0, 100),
 )
 
 
 @given(looks, st.sampled_from(["progressing", "paused"]), st.integers(0, 2))
 def test_it_climbs_only_on_a_pass_with_fresh_whole_evidence_and_time(
-    found: Look, state: Any, step: int
+    found: Observation, state: Any, step: int
 ) -> None:
     known = ramp(state=state, step=step)
-    move = decide(known, found)
+    move = decide_ramp(known, found)
 
     assert move.reason
     if move.action in {"step", "succeed"}:
         assert state == "progressing"
-        assert verdict(found.whole.endpoints, found.whole.ledger, PLAN.budget).state == "PASS"
-        assert not found.silent
-        assert found.newest is not None
-        assert found.newest <= 30
-        assert (found.now - known.step_at).total_seconds() >= PLAN.hold
-        assert found.step.compared >= PLAN.min_pairs
-        assert found.step.ledger.sampled is not None
-        assert found.step.ledger.accounted >= 0.99 * found.step.ledger.sampled
+        assert (
+            verdict(found.since_start.endpoints, found.since_start.completeness, PLAN.budget).state == "PASS"
+        )
+        assert not found.stale_counts_reason
+        assert found.newest_pair_age_s is not None
+        assert found.newest_pair_age_s <= 30
+        assert (found.observed_at - known.step_at).total_seconds() >= PLAN.hold
+        assert found.since_step.compared >= PLAN.min_pairs
+        assert found.since_step.completeness.sampled is not None
+        assert found.since_step.completeness.accounted >= 0.99 * found.since_step.completeness.sampled
         assert (move.action == "succeed") == (step == 2)
 
 
 @given(looks, st.integers(0, 2))
-def test_nothing_that_is_amiss_with_the_evidence_keeps_it_from_going_back(found: Look, step: int) -> None:
+def test_nothing_that_is_amiss_with_the_evidence_keeps_it_from_going_back(
+    found: Observation, step: int
+) -> None:
     """Holes, silence and pauses stop the climb. What is surely bad is bad."""
-    move = decide(ramp(step=step), found)
-    blinded = replace(found, silent="no count", newest=None)
+    move = decide_ramp(ramp(step=step), found)
+    blinded = replace(found, stale_counts_reason="no count", newest_pair_age_s=None)
 
     if move.action == "roll back":
-        assert decide(ramp(step=step, state="paused"), blinded).action == "roll back"
+        assert decide_ramp(ramp(step=step, state="paused"), blinded).action == "roll back"
 
 
 @given(looks)
-def test_without_a_fail_at_all_it_never_goes_back(found: Look) -> None:
-    states = {verdict(one.endpoints, one.ledger, PLAN.budget).state for one in (found.whole, found.step)}
+def test_without_a_fail_at_all_it_never_goes_back(found: Observation) -> None:
+    states = {
+        verdict(one.endpoints, one.completeness, PLAN.budget).state
+        for one in (found.since_start, found.since_step)
+    }
 
     if "FAIL" not in states:
-        assert decide(ramp(), found).action != "roll back"
+        assert decide_ramp(ramp(), found).action != "roll back"
 
 
 @pytest.mark.parametrize(
     ("known", "found", "said"),
     [
         (ramp(state="paused"), look(GOOD), "paused"),
-        (ramp(), look(GOOD, silent="no Envoy tells"), "no Envoy tells"),
-        (ramp(), look(GOOD, newest=None), "no pair was compared within the last 30 s"),
-        (ramp(), look(GOOD, newest=-3600.0), "Postgres's clock is 60 min behind that of the pairs"),
-        (ramp(), look(GOOD, newest=31.0), "no pair was compared within the last 30 s"),
+        (ramp(), look(GOOD, stale_counts_reason="no Envoy tells"), "no Envoy tells"),
+        (ramp(), look(GOOD, newest_pair_age_s=None), "no pair was compared within the last 30 s"),
+        (
+            ramp(),
+            look(GOOD, newest_pair_age_s=-3600.0),
+            "Postgres's clock is 60 min behind that of the pairs",
+        ),
+        (ramp(), look(GOOD, newest_pair_age_s=31.0), "no pair was compared within the last 30 s"),
         (ramp(), look(GOOD, seen(980, lost=20)), "the ledger has 980 of 1,000 requests sampled in this step"),
         (ramp(step_at=LATER), look(GOOD), "holds 1% for another 10 min"),
         (ramp(), look(GOOD, seen(99)), "99 of 100 pairs were compared in this step"),
@@ -137,15 +157,15 @@ def test_without_a_fail_at_all_it_never_goes_back(found: Look) -> None:
         ),
     ],
 )
-def test_it_says_what_it_waits_for(known: Ramp, found: Look, said: str) -> None:
-    move = decide(known, found)
+def test_it_says_what_it_waits_for(known: Ramp, found: Observation, said: str) -> None:
+    move = decide_ramp(known, found)
 
     assert move.action == "wait"
     assert said in move.reason
 
 
 def test_it_goes_back_for_its_step_alone() -> None:
-    move = decide(ramp(step=1), look(seen(50_000, errors=40), seen(200, errors=40)))
+    move = decide_ramp(ramp(step=1), look(seen(50_000, errors=40), seen(200, errors=40)))
 
     assert move.action == "roll back"
     assert "the verdict since 5% is FAIL: 40 of 200 pairs" in move.reason
@@ -162,40 +182,46 @@ def test_it_goes_back_for_its_step_alone() -> None:
 )
 def test_plans_are_checked(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Plan(**changes)
+        RampPlan(**changes)
 
 
 def test_a_budget_may_be_stricter_than_the_usual_one() -> None:
     strict = ramp(plan=replace(PLAN, budget=Budget(max_mismatch=0.00001)))
 
-    assert decide(strict, look(GOOD)).action == "wait"
-    assert decide(ramp(), look(GOOD)).action == "step"
+    assert decide_ramp(strict, look(GOOD)).action == "wait"
+    assert decide_ramp(ramp(), look(GOOD)).action == "step"
 
 
 @pytest.mark.parametrize(
     ("reports", "asked", "said"),
     [
         ([], [], "no Envoy's count is known"),
-        ([Report("a@1:1", 1)], [], ""),
+        ([EnvoyReport("a@1:1", 1)], [], ""),
         (
-            [Report("a@1:1", 1), Report("b@1:2", FRESH + 1)],
+            [EnvoyReport("a@1:1", 1), EnvoyReport("b@1:2", MAX_REPORT_AGE_S + 1)],
             [],
             "the Envoy b@1:2 has not told its count for 16 s",
         ),
-        ([Report("a@1:1", 1), Report("b@1:2", GONE + 1)], [], ""),
-        ([Report("a@1:1", 1), Report("b@1:2", GONE + 1)], ["http://1:2/"], "the Envoy b@1:2 has not told"),
-        ([Report("a@1:1", GONE + 1)], [], "no Envoy tells its count any more"),
+        ([EnvoyReport("a@1:1", 1), EnvoyReport("b@1:2", ENVOY_GONE_AFTER_S + 1)], [], ""),
+        (
+            [EnvoyReport("a@1:1", 1), EnvoyReport("b@1:2", ENVOY_GONE_AFTER_S + 1)],
+            ["http://1:2/"],
+            "the Envoy b@1:2 has not told",
+        ),
+        ([EnvoyReport("a@1:1", ENVOY_GONE_AFTER_S + 1)], [], "no Envoy tells its count any more"),
     ],
 )
-def test_an_envoy_that_is_not_heard_of_is_named(reports: list[Report], asked: list[str], said: str) -> None:
-    found = silent(reports, asked)
+def test_an_envoy_that_is_not_heard_of_is_named(
+    reports: list[EnvoyReport], asked: list[str], said: str
+) -> None:
+    found = describe_stale_counts(reports, asked)
 
     assert said in found
     assert bool(found) == bool(said)
 
 
 def test_what_is_lost_is_what_was_not_missing_before() -> None:
-    assert lost(10, Gap(100, 80)) == 10
-    assert lost(30, Gap(100, 80)) == 0
-    assert lost(None, Gap(100, 80)) is None
-    assert lost(10, Gap(None, 80)) is None
+    assert count_lost_requests(10, CompletenessGap(100, 80)) == 10
+    assert count_lost_requests(30, CompletenessGap(100, 80)) == 0
+    assert count_lost_requests(None, CompletenessGap(100, 80)) is None
+    assert count_lost_requests(10, CompletenessGap(None, 80)) is None

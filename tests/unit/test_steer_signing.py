@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from abreast_sidecar.errors import SettingError
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.steer.signing import headers, key_of, verified
+from abreast_sidecar.steer.signing import decode_secret, is_verified, make_signature_headers
 
 SECRET = (
     "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # the vector that libraries of Standard Webhooks are tested with
@@ -17,7 +17,7 @@ SENT = 1614265330
 
 
 def test_the_vector_of_the_scheme() -> None:
-    made = headers(SECRET, "msg_p5jXN8AQM9LWM0D4loKWxJek", SENT, b'{"test": 2432232314}')
+    made = make_signature_headers(SECRET, "msg_p5jXN8AQM9LWM0D4loKWxJek", SENT, b'{"test": 2432232314}')
 
     assert made == {
         "webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek",
@@ -28,20 +28,20 @@ def test_the_vector_of_the_scheme() -> None:
 
 @given(st.binary(), st.binary())
 def test_only_the_very_body_is_verified(body: bytes, other: bytes) -> None:
-    made = headers(SECRET, "msg_1", SENT, body)
+    made = make_signature_headers(SECRET, "msg_1", SENT, body)
 
-    assert verified(SECRET, made, body, SENT)
-    assert verified(SECRET, made, other, SENT) == (body == other)
+    assert is_verified(SECRET, made, body, SENT)
+    assert is_verified(SECRET, made, other, SENT) == (body == other)
 
 
 def test_what_is_old_of_another_or_without_a_header_is_not() -> None:
-    made = headers(SECRET, "msg_1", SENT, b"{}")
+    made = make_signature_headers(SECRET, "msg_1", SENT, b"{}")
     several = made | {"webhook-signature": "v1,AAAA " + made["webhook-signature"]}
 
-    assert verified(SECRET, several, b"{}", SENT + 299)
-    assert not verified(SECRET, made, b"{}", SENT + 301)
-    assert not verified("whsec_" + "A" * 32, made, b"{}", SENT)
-    assert not any(verified(SECRET, made | {name: ""}, b"{}", SENT) for name in made)
+    assert is_verified(SECRET, several, b"{}", SENT + 299)
+    assert not is_verified(SECRET, made, b"{}", SENT + 301)
+    assert not is_verified("whsec_" + "A" * 32, made, b"{}", SENT)
+    assert not any(is_verified(SECRET, made | {name: ""}, b"{}", SENT) for name in made)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_is_old_of_another_or_without_a_header_is_not() -> None:
 )
 def test_a_secret_that_is_none_is_refused_and_not_shown(secret: str) -> None:
     with pytest.raises(ValueError, match="whsec_ and 24 to 64 bytes in base64") as caught:
-        key_of(secret)
+        decode_secret(secret)
     with pytest.raises(SettingError, match="ABREAST_WEBHOOK_SECRET must be whsec_ and 24") as told:
         Settings.from_environment({"ABREAST_WEBHOOK_SECRET": secret})
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from abreast_sidecar.store.database import parse_queries, statement, statements
+from abreast_sidecar.store.database import load_statement, parse_queries, statements
 
 ROOT = Path(__file__).parents[2]
 NAME = re.compile(r"[a-z][a-z_]*")
@@ -50,7 +50,7 @@ def test_queries_that_code_names_exist(folder: str) -> None:
     assert named - set(statements()) == set()
 
 
-def test_queries_begin_with_their_name_and_one_statement() -> None:
+def test_queries_begin_with_their_name_and_one_load_statement() -> None:
     folder = ROOT / "sidecar" / "abreast_sidecar" / "store" / "queries"
     for file in folder.glob("*.sql"):
         assert file.read_text().startswith("-- name: "), file.name
@@ -59,7 +59,7 @@ def test_queries_begin_with_their_name_and_one_statement() -> None:
 
 def test_statement_raises_for_an_unknown_name() -> None:
     with pytest.raises(KeyError, match="no_such_query"):
-        statement("no_such_query")
+        load_statement("no_such_query")
 
 
 def test_parse_queries_keeps_comments_of_a_query() -> None:

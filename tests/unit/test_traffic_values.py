@@ -9,20 +9,20 @@ from hypothesis import strategies as st
 
 from abreast_sidecar.control.traffic import (
     MILLION,
-    WEIGHTS,
-    Change,
+    TOTAL_WEIGHT,
     Shares,
     Traffic,
-    initial,
-    parts,
-    runtime_layer,
+    TrafficChange,
+    build_runtime_layer,
+    default_shares,
+    to_fixed_point,
 )
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.settings import Settings
 
 SHARES = st.builds(
     Shares,
-    new_share=st.integers(0, WEIGHTS),
+    new_share=st.integers(0, TOTAL_WEIGHT),
     sample_safe=st.integers(0, MILLION),
     sample_unsafe=st.integers(0, MILLION),
     baseline_share=st.integers(0, MILLION),
@@ -32,7 +32,7 @@ MONDAY = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
 
 @given(SHARES)
 def test_weights_sum_to_ten_thousand(shares: Shares) -> None:
-    layer = runtime_layer(shares)
+    layer = build_runtime_layer(shares)
 
     assert layer["abreast.weight.old"] + layer["abreast.weight.new_or_old"] == 10_000
     assert layer["abreast.weight.new_or_old"] == shares.new_share
@@ -41,7 +41,7 @@ def test_weights_sum_to_ten_thousand(shares: Shares) -> None:
 @given(SHARES)
 def test_the_baseline_never_takes_more_than_the_sample(shares: Shares) -> None:
     """Its route matches first, with the same dice."""
-    layer = runtime_layer(shares)
+    layer = build_runtime_layer(shares)
 
     assert 0 <= layer["abreast.sample.baseline"]["numerator"] <= layer["abreast.sample.safe"]["numerator"]
 
@@ -49,7 +49,7 @@ def test_the_baseline_never_takes_more_than_the_sample(shares: Shares) -> None:
 def test_the_layer_is_what_envoy_wants() -> None:
     shares = Shares(new_share=2500, sample_safe=200_000, sample_unsafe=1, baseline_share=500_000)
 
-    assert runtime_layer(shares) == {
+    assert build_runtime_layer(shares) == {
         "abreast.weight.old": 7500,
         "abreast.weight.new_or_old": 2500,
         "abreast.sample.baseline": {"numerator": 100_000, "denominator": "MILLION"},
@@ -60,26 +60,26 @@ def test_the_layer_is_what_envoy_wants() -> None:
 
 @given(st.floats(0, 1))
 def test_only_zero_becomes_none_and_only_one_becomes_all(share: float) -> None:
-    found = parts("new_share", share, WEIGHTS)
+    found = to_fixed_point("new_share", share, TOTAL_WEIGHT)
 
     assert (found == 0) == (share == 0)
-    assert (found == WEIGHTS) == (share == 1)
-    assert abs(found - share * WEIGHTS) <= 1
+    assert (found == TOTAL_WEIGHT) == (share == 1)
+    assert abs(found - share * TOTAL_WEIGHT) <= 1
 
 
 @pytest.mark.parametrize("share", [math.nan, math.inf, -math.inf, -0.0001, 1.0001, 100.0])
 def test_a_share_out_of_range_is_refused_by_name(share: float) -> None:
     with pytest.raises(ArgumentError, match="sample_safe must be a share from 0 to 1, got"):
-        parts("sample_safe", share, MILLION)
+        to_fixed_point("sample_safe", share, MILLION)
 
 
-@given(st.integers(0, WEIGHTS))
+@given(st.integers(0, TOTAL_WEIGHT))
 def test_whole_parts_survive_the_way_over_floats(number: int) -> None:
-    assert parts("new_share", number / WEIGHTS, WEIGHTS) == number
+    assert to_fixed_point("new_share", number / TOTAL_WEIGHT, TOTAL_WEIGHT) == number
 
 
 def test_settings_give_the_first_state() -> None:
-    found = initial(Settings(new_share=0.25, sample_safe=0.5, sample_unsafe=0.0, baseline_share=1.0))
+    found = default_shares(Settings(new_share=0.25, sample_safe=0.5, sample_unsafe=0.0, baseline_share=1.0))
 
     assert found == Shares(new_share=2500, sample_safe=500_000, sample_unsafe=0, baseline_share=MILLION)
 
@@ -87,11 +87,11 @@ def test_settings_give_the_first_state() -> None:
 def test_a_rollback_keeps_what_is_sampled() -> None:
     before = Shares(new_share=9000, sample_safe=500_000, sample_unsafe=7, baseline_share=100_000)
 
-    assert Change.rollback().apply(before) == Shares(0, 500_000, 7, 100_000, rolled_back=True)
+    assert TrafficChange.rollback().apply(before) == Shares(0, 500_000, 7, 100_000, rolled_back=True)
 
 
-@pytest.mark.parametrize("change", [Change.promote(), Change("update", new_share=0)])
-def test_setting_the_share_ends_a_rollback(change: Change) -> None:
+@pytest.mark.parametrize("change", [TrafficChange.promote(), TrafficChange("update", new_share=0)])
+def test_setting_the_share_ends_a_rollback(change: TrafficChange) -> None:
     before = Shares(0, 1, 1, 1, rolled_back=True)
 
     assert not change.apply(before).rolled_back
@@ -100,7 +100,7 @@ def test_setting_the_share_ends_a_rollback(change: Change) -> None:
 def test_a_change_of_sampling_does_not_end_a_rollback() -> None:
     before = Shares(0, 1, 1, 1, rolled_back=True)
 
-    assert Change("update", sample_safe=5).apply(before) == Shares(0, 5, 1, 1, rolled_back=True)
+    assert TrafficChange("update", sample_safe=5).apply(before) == Shares(0, 5, 1, 1, rolled_back=True)
 
 
 def test_states_are_ordered_by_time_then_version() -> None:
@@ -108,7 +108,7 @@ def test_states_are_ordered_by_time_then_version() -> None:
     first = Traffic("shop", 7, MONDAY, shares)
     restored = Traffic("shop", 3, MONDAY + dt.timedelta(seconds=1), shares)
 
-    assert first.newer_than(None)
-    assert not first.newer_than(first)
-    assert restored.newer_than(first)
-    assert not first.newer_than(restored)
+    assert first.is_newer_than(None)
+    assert not first.is_newer_than(first)
+    assert restored.is_newer_than(first)
+    assert not first.is_newer_than(restored)

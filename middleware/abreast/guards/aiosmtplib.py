@@ -18,31 +18,31 @@ from aiosmtplib import SMTPResponse
 from abreast.capture import digest
 from abreast.effects import effect
 
-KIND = "email.send"
-NAMED = ("subject", "from", "reply-to", "content-language")  # headers that are recorded
+EFFECT_KIND = "email.send"
+RECORDED_HEADERS = ("subject", "from", "reply-to", "content-language")  # headers that are recorded
 Mail = Message | EmailMessage | str | bytes
-Sent = tuple[dict[str, SMTPResponse], str]
+SendResult = tuple[dict[str, SMTPResponse], str]
 
 
-def held(*_: object, **__: object) -> Sent:
+def make_accepted_result(*_: object, **__: object) -> SendResult:
     """What the server would say: nobody refused."""
     return {}, "held back"
 
 
-def said(message: Mail, /, **given: Any) -> dict[str, Any]:
+def describe(message: Mail, /, **kwargs: Any) -> dict[str, Any]:
     """Who gets what. Message id, date and boundaries are left out: they differ each time."""
-    parsed = _parsed(message)
-    recipients = given.get("recipients") or _addresses(parsed, "to", "cc", "bcc")
-    sender = given.get("sender") or next(iter(_addresses(parsed, "sender", "from")), "")
+    parsed_message = _parse_mail(message)
+    recipients = kwargs.get("recipients") or _get_addresses(parsed_message, "to", "cc", "bcc")
+    sender = kwargs.get("sender") or next(iter(_get_addresses(parsed_message, "sender", "from")), "")
     return {
         "sender": sender,
         "recipients": sorted([recipients] if isinstance(recipients, str) else recipients),
-        **{name: str(parsed[name]) for name in NAMED if name in parsed},
-        "parts": [_part(part) for part in parsed.walk() if not part.is_multipart()],
+        **{name: str(parsed_message[name]) for name in RECORDED_HEADERS if name in parsed_message},
+        "parts": [_describe_part(part) for part in parsed_message.walk() if not part.is_multipart()],
     }
 
 
-def _parsed(message: Mail) -> Message:
+def _parse_mail(message: Mail) -> Message:
     """With the newer policy, which decodes headers."""
     raw = message.as_bytes() if isinstance(message, Message) else message
     return email.message_from_bytes(
@@ -50,25 +50,25 @@ def _parsed(message: Mail) -> Message:
     )
 
 
-def _addresses(parsed: Message, *names: str) -> list[str]:
-    fields = [str(field) for name in names for field in parsed.get_all(name, [])]
+def _get_addresses(parsed_message: Message, *names: str) -> list[str]:
+    fields = [str(field) for name in names for field in parsed_message.get_all(name, [])]
     return [address for _, address in getaddresses(fields) if address]
 
 
-def _part(part: Message) -> dict[str, Any]:
+def _describe_part(part: Message) -> dict[str, Any]:
     content = part.get_payload(decode=True)
     raw = content if isinstance(content, bytes) else b""
-    found: dict[str, Any] = {"type": part.get_content_type()}
+    description: dict[str, Any] = {"type": part.get_content_type()}
     if part.get_filename():
-        return {**found, "name": part.get_filename(), "length": len(raw), "digest": digest(raw)}
+        return {**description, "name": part.get_filename(), "length": len(raw), "digest": digest(raw)}
     if part.get_content_maintype() != "text":
-        return {**found, "length": len(raw), "digest": digest(raw)}
+        return {**description, "length": len(raw), "digest": digest(raw)}
     text = raw.decode(part.get_content_charset("utf-8"), "backslashreplace")
-    return {**found, "text": text.replace("\r\n", "\n")}
+    return {**description, "text": text.replace("\r\n", "\n")}
 
 
 # Without a connection in a shadow.
-send = effect(KIND, said, stand_in=held)(aiosmtplib.send)
+send = effect(EFFECT_KIND, describe, stand_in=make_accepted_result)(aiosmtplib.send)
 
 
 class SMTP(aiosmtplib.SMTP):
@@ -76,8 +76,10 @@ class SMTP(aiosmtplib.SMTP):
 
     async def sendmail(
         self, sender: str, recipients: str | Sequence[str], message: str | bytes, /, **options: Any
-    ) -> Sent:
+    ) -> SendResult:
         mail = effect(
-            KIND, lambda *_, **__: said(message, sender=sender, recipients=recipients), stand_in=held
+            EFFECT_KIND,
+            lambda *_, **__: describe(message, sender=sender, recipients=recipients),
+            stand_in=make_accepted_result,
         )
         return await mail.run(super().sendmail, sender, recipients, message, **options)

@@ -13,40 +13,40 @@ import httpx
 
 from abreast.effects import Effect, effect
 
-SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-HELD = "x-abreast-held"  # header of the stand-in
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
+STAND_IN_HEADER = "x-abreast-held"  # header of the stand-in
 
-StandIn = Callable[[httpx.Request], httpx.Response]
+StandInFactory = Callable[[httpx.Request], httpx.Response]
 
 
-def empty(_request: httpx.Request) -> httpx.Response:
+def make_empty_response(_request: httpx.Request) -> httpx.Response:
     """A 200 with an empty JSON object."""
-    return httpx.Response(200, json={}, headers={HELD: "1"})
+    return httpx.Response(200, json={}, headers={STAND_IN_HEADER: "1"})
 
 
-class _Guard:
-    def __init__(self, stand_in: StandIn, *, hold_safe: bool) -> None:
+class _EffectFactory:
+    def __init__(self, stand_in: StandInFactory, *, hold_safe: bool) -> None:
         self._stand_in = stand_in
         self._hold_safe = hold_safe
 
-    def effect(self, request: httpx.Request) -> Effect[httpx.Response] | None:
+    def make_effect(self, request: httpx.Request) -> Effect[httpx.Response] | None:
         """None for what passes."""
-        if request.method in SAFE and not self._hold_safe:
+        if request.method in SAFE_METHODS and not self._hold_safe:
             return None
         kind = f"http.{request.method.lower()}"
-        return effect(kind, said, key=request.url.host, stand_in=self._answer)
+        return effect(kind, describe, key=request.url.host, stand_in=self._make_stand_in)
 
-    def _answer(self, request: httpx.Request) -> httpx.Response:
+    def _make_stand_in(self, request: httpx.Request) -> httpx.Response:
         """Not read yet, as one from the network: the client reads and times it."""
-        made = self._stand_in(request)
-        if not made.is_stream_consumed and not made.is_closed:
-            return made
-        made.headers.pop("content-encoding", None)
+        response = self._stand_in(request)
+        if not response.is_stream_consumed and not response.is_closed:
+            return response
+        response.headers.pop("content-encoding", None)
         return httpx.Response(
-            made.status_code,
-            headers=made.headers,
-            stream=httpx.ByteStream(made.content),
-            extensions=made.extensions,
+            response.status_code,
+            headers=response.headers,
+            stream=httpx.ByteStream(response.content),
+            extensions=response.extensions,
         )
 
 
@@ -57,17 +57,17 @@ class GuardedAsyncTransport(httpx.AsyncBaseTransport):
         self,
         transport: httpx.AsyncBaseTransport | None = None,
         *,
-        stand_in: StandIn = empty,
+        stand_in: StandInFactory = make_empty_response,
         hold_safe: bool = False,
     ) -> None:
         self._transport = transport or httpx.AsyncHTTPTransport()
-        self._guard = _Guard(stand_in, hold_safe=hold_safe)
+        self._effect_factory = _EffectFactory(stand_in, hold_safe=hold_safe)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        held = self._guard.effect(request)
-        if held is None:
+        request_effect = self._effect_factory.make_effect(request)
+        if request_effect is None:
             return await self._transport.handle_async_request(request)
-        return await held.run(self._transport.handle_async_request, request)
+        return await request_effect.run(self._transport.handle_async_request, request)
 
     async def aclose(self) -> None:
         await self._transport.aclose()
@@ -80,40 +80,40 @@ class GuardedTransport(httpx.BaseTransport):
         self,
         transport: httpx.BaseTransport | None = None,
         *,
-        stand_in: StandIn = empty,
+        stand_in: StandInFactory = make_empty_response,
         hold_safe: bool = False,
     ) -> None:
         self._transport = transport or httpx.HTTPTransport()
-        self._guard = _Guard(stand_in, hold_safe=hold_safe)
+        self._effect_factory = _EffectFactory(stand_in, hold_safe=hold_safe)
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        held = self._guard.effect(request)
-        if held is None:
+        request_effect = self._effect_factory.make_effect(request)
+        if request_effect is None:
             return self._transport.handle_request(request)
-        return held.call(self._transport.handle_request, request)
+        return request_effect.call(self._transport.handle_request, request)
 
     def close(self) -> None:
         self._transport.close()
 
 
-def said(request: httpx.Request) -> dict[str, Any]:
+def describe(request: httpx.Request) -> dict[str, Any]:
     """Where to and what. Headers are left out but for the content type: many differ each time, many are secret."""
     url = request.url
-    found: dict[str, Any] = {"url": f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"}
+    description: dict[str, Any] = {"url": f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"}
     if url.query:
-        found["query"] = {name: url.params.get_list(name) for name in url.params}
+        description["query"] = {name: url.params.get_list(name) for name in url.params}
     if content_type := request.headers.get("content-type", "").partition(";")[0]:
-        found["content_type"] = content_type
+        description["content_type"] = content_type
     try:
         content = request.content
     except httpx.RequestNotRead:  # reading it here would use it up
-        return {**found, "body": "<streamed>"}
+        return {**description, "body": "<streamed>"}
     if content:
-        found["body"] = _body(content, content_type)
-    return found
+        description["body"] = _decode_body(content, content_type)
+    return description
 
 
-def _body(content: bytes, content_type: str) -> Any:
+def _decode_body(content: bytes, content_type: str) -> Any:
     if content_type == "application/x-www-form-urlencoded":
         fields = httpx.QueryParams(content.decode("utf-8", "backslashreplace"))
         return {name: fields.get_list(name) for name in fields}

@@ -23,24 +23,29 @@ from psycopg.pq import TransactionStatus
 from psycopg.pq.abc import PGconn
 from psycopg.rows import Row
 
-from abreast.context import CURRENT, Current
+from abreast.context import CURRENT_CONTEXT, RequestContext
 from abreast.errors import ShadowError
-from abreast.guards.statement import UNREAD, Statement, statement
-from abreast.guards.watch import SHADOW, Watch, disturbed, watch
-from abreast.guards.writes import Writes, of_many, of_one
-from abreast.hops import went
-from abreast.outlived import outlived
+from abreast.guards.statement import UNPARSED, Statement, parse_statement
+from abreast.guards.watch import (
+    SHADOW_APPLICATION_NAME,
+    LockWatchdog,
+    get_watchdog,
+    mark_invalid_if_interfered,
+)
+from abreast.guards.writes import PendingWrites, payload_for_many, payload_for_one
+from abreast.hops import add_span
+from abreast.outlived import warn_if_request_outlived
 
 Mode = Literal["live", "rolled back", "own"]
 
-UNIT = "savepoint abreast_unit"
-LIMITS = (
+SAVEPOINT = "savepoint abreast_unit"
+SET_LIMITS_SQL = (
     "select set_config('lock_timeout', %s, true), set_config('idle_in_transaction_session_timeout', %s, true), "
     "set_config('application_name', %s, true)"
 )
-LOCK_TIMEOUT = "2s"  # what a shadow waits for a row that a user's transaction holds
-IDLE_TIMEOUT = "10s"  # what users may have to wait for a forgotten shadow's row where nobody can watch
-UNLOCK = "select pg_advisory_unlock_all()"
+SHADOW_LOCK_TIMEOUT = "2s"  # what a shadow waits for a row that a user's transaction holds
+SHADOW_IDLE_TIMEOUT = "10s"  # what users may have to wait for a forgotten shadow's row where nobody can watch
+UNLOCK_SQL = "select pg_advisory_unlock_all()"
 IDLE, INTRANS, INERROR = TransactionStatus.IDLE, TransactionStatus.INTRANS, TransactionStatus.INERROR
 
 if not hasattr(psycopg.AsyncCursor, "_execute_send"):  # one that is not known can't be held
@@ -54,83 +59,85 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
 
     mode: ClassVar[Mode] = "live"
 
-    def __init__(self, pgconn: PGconn, *how: Any, **more: Any) -> None:
-        super().__init__(pgconn, *how, **more)
+    def __init__(self, pgconn: PGconn, *args: Any, **kwargs: Any) -> None:
+        super().__init__(pgconn, *args, **kwargs)
         self.cursor_factory = AsyncCursor
         self.server_cursor_factory = AsyncServerCursor
-        self.writes = Writes()
-        self.request: Current | None = None  # that of the pool's user
-        self.held = False  # by a shadow request, which is rolled back
-        self.watch: Watch | None = None  # since it was first held
-        self._asked_autocommit = False
-        self._given_autocommit = False
-        self._unit = False  # for the code, a transaction is open
+        self.pending_writes = PendingWrites()
+        self.request_context: RequestContext | None = None  # that of the pool's user
+        self.in_shadow = False  # by a shadow request, which is rolled back
+        self.watchdog: LockWatchdog | None = None  # since it was first held
+        self._requested_autocommit = False
+        self._original_autocommit = False
+        self._in_transaction = False  # for the code, a transaction is open
 
     @classmethod
-    async def connect(cls, conninfo: str = "", **how: Any) -> Self:
+    async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
         """In a shadow request: a connection that is rolled back when it is closed."""
-        if cls is AsyncConnection and CURRENT.get().shadow:
-            made = await AsyncShadowConnection.connect(conninfo, **how)
-            await made.hold()
-            return made  # type: ignore[return-value]  # it is one
-        return await super().connect(conninfo, **how)
+        if cls is AsyncConnection and CURRENT_CONTEXT.get().is_shadow:
+            connection = await AsyncShadowConnection.connect(conninfo, **kwargs)
+            await connection.begin_shadow()
+            return connection  # type: ignore[return-value]  # it is one
+        return await super().connect(conninfo, **kwargs)
 
-    async def hold(self) -> None:
+    async def begin_shadow(self) -> None:
         """From now on all is rolled back at `give_up`, whatever the code says."""
-        if self.held:
-            await self.give_up()  # it came back another way
-        self._asked_autocommit = self._given_autocommit = self.autocommit
+        if self.in_shadow:
+            await self.end_shadow()  # it came back another way
+        self._requested_autocommit = self._original_autocommit = self.autocommit
         if (
             self.pgconn.transaction_status == INTRANS and not self.autocommit
         ):  # a pool's hook has set something
-            await self._begin()
+            await self._begin_transaction()
         elif self.pgconn.transaction_status == IDLE:
             await super().set_autocommit(False)
         else:
             raise ShadowError("a connection must be idle when a shadow request gets it")
-        self.held = True
-        self.watch = self.watch or watch(self)
-        self.watch.begin(self)
-        outlived(CURRENT.get(), "what is written to Postgres")
+        self.in_shadow = True
+        self.watchdog = self.watchdog or get_watchdog(self)
+        self.watchdog.add(self)
+        warn_if_request_outlived(CURRENT_CONTEXT.get(), "what is written to Postgres")
 
-    async def give_up(self) -> None:
+    async def end_shadow(self) -> None:
         """Roll back for good. What can't be is closed, and rolled back by the server."""
-        self.writes.cut()
-        self.request = None
-        if self.watch is not None:
-            self.watch.over(self)
-        if not self.held or self.closed:
+        self.pending_writes.rollback_to()
+        self.request_context = None
+        if self.watchdog is not None:
+            self.watchdog.remove(self)
+        if not self.in_shadow or self.closed:
             return
         try:
             await super().rollback()
             await super().set_autocommit(True)
-            await psycopg.AsyncCursor(self).execute(UNLOCK)
-            await super().set_autocommit(self._given_autocommit)
-            self.held = self._unit = False
+            await psycopg.AsyncCursor(self).execute(UNLOCK_SQL)
+            await super().set_autocommit(self._original_autocommit)
+            self.in_shadow = self._in_transaction = False
         except BaseException:
             self.pgconn.finish()
             raise
 
-    async def ready(self) -> None:
+    async def ensure_transaction(self) -> None:
         """Whatever comes next is in the transaction that will be rolled back."""
-        if not self.held:
+        if not self.in_shadow:
             return
         status = self.pgconn.transaction_status
         if status == IDLE:
-            await self._begin()
-        elif status == INERROR and self._asked_autocommit and not self._num_transactions:
-            await self._plain(f"rollback to {UNIT}")
-        self._unit = self._unit or not self._asked_autocommit
+            await self._begin_transaction()
+        elif status == INERROR and self._requested_autocommit and not self._num_transactions:
+            await self._execute_plain(f"rollback to {SAVEPOINT}")
+        self._in_transaction = self._in_transaction or not self._requested_autocommit
 
-    async def _begin(self) -> None:
-        await self._plain(LIMITS, (LOCK_TIMEOUT, IDLE_TIMEOUT, SHADOW))  # psycopg begins the transaction
-        await self._plain(UNIT)
+    async def _begin_transaction(self) -> None:
+        await self._execute_plain(
+            SET_LIMITS_SQL, (SHADOW_LOCK_TIMEOUT, SHADOW_IDLE_TIMEOUT, SHADOW_APPLICATION_NAME)
+        )  # psycopg begins the transaction
+        await self._execute_plain(SAVEPOINT)
 
-    async def _plain(self, text: str, values: tuple[str, ...] | None = None) -> None:
+    async def _execute_plain(self, text: str, values: tuple[str, ...] | None = None) -> None:
         try:
             await psycopg.AsyncCursor(self).execute(text.encode(), values)
         except psycopg.Error as error:
-            disturbed(self, error)
+            mark_invalid_if_interfered(self, error)
             raise
 
     if not TYPE_CHECKING:  # psycopg's many signatures stay
@@ -144,169 +151,171 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
                 )
             return made
 
-    def look(self, query: Any) -> Statement:
+    def check_statement(self, query: Any) -> Statement:
         """Raise ShadowError for what could last though a shadow asks for it."""
-        request = CURRENT.get()
-        shadow = request.shadow
-        if self.mode == "live" and not shadow and not request.recorded:
-            return UNREAD  # nothing is to be held or recorded
-        known = statement(_text(self, query))
+        context = CURRENT_CONTEXT.get()
+        is_shadow = context.is_shadow
+        if self.mode == "live" and not is_shadow and not context.is_captured:
+            return UNPARSED  # nothing is to be held or recorded
+        sql_statement = parse_statement(_get_query_text(self, query))
         if self.mode == "live":
-            if shadow:
+            if is_shadow:
                 raise ShadowError(
                     "a shadow request uses a connection that was opened for users; open it in the request, or take it "
                     "from a pool of abreast.guards.psycopg"
                 )
         elif self.mode == "own":
-            if not shadow and known.writes and self.request is not None:
+            if not is_shadow and sql_statement.is_write and self.request_context is not None:
                 raise ShadowError("a shadow's connection is used outside its request")
-        elif self.held:
-            self._look_held(known, shadow=shadow)
-        elif known.writes or known.control:
-            raise ShadowError(f"a shadow's connection is not held yet, so it takes no {known.said}")
-        return known
+        elif self.in_shadow:
+            self._check_shadow_statement(sql_statement, is_shadow=is_shadow)
+        elif sql_statement.is_write or sql_statement.is_transaction_control:
+            raise ShadowError(f"a shadow's connection is not held yet, so it takes no {sql_statement.label}")
+        return sql_statement
 
-    def _look_held(self, known: Statement, *, shadow: bool) -> None:
-        if not shadow:
+    def _check_shadow_statement(self, sql_statement: Statement, *, is_shadow: bool) -> None:
+        if not is_shadow:
             raise ShadowError("a shadow's connection is used outside its request")
-        if known.control:
+        if sql_statement.is_transaction_control:
             raise ShadowError(
-                f"a shadow request can't send {known.shape[:40]!r} by itself: use commit(), rollback() or transaction()"
+                f"a shadow request can't send {sql_statement.shape[:40]!r} by itself: use commit(), rollback() or transaction()"
             )
-        if not known.known:
+        if not sql_statement.is_known:
             raise ShadowError(
-                f"a shadow request can't send {known.shape[:40]!r}: nobody knows how to take it back"
+                f"a shadow request can't send {sql_statement.shape[:40]!r}: nobody knows how to take it back"
             )
 
     @asynccontextmanager
-    async def asked(self, known: Statement, payload: dict[str, Any] | None) -> AsyncIterator[None]:
+    async def trace_statement(
+        self, sql_statement: Statement, payload: dict[str, Any] | None
+    ) -> AsyncIterator[None]:
         """Around one statement."""
-        await self.ready()
-        request, since, note = CURRENT.get(), perf_counter_ns(), ""
+        await self.ensure_transaction()
+        context, started_ns, note = CURRENT_CONTEXT.get(), perf_counter_ns(), ""
         try:
             yield
         except psycopg.errors.SyntaxError as error:
             note = type(error).__name__
-            if self.held and "multiple commands" in str(error):
+            if self.in_shadow and "multiple commands" in str(error):
                 raise ShadowError("a shadow request can send one statement at a time") from error
             raise
         except BaseException as error:
             note = type(error).__name__
-            disturbed(self, error)
+            mark_invalid_if_interfered(self, error)
             raise
         finally:
-            went(request, "database", known.said, since, note)
+            add_span(context, "database", sql_statement.label, started_ns, note)
         if payload is not None:
-            self.writes.add(known, payload)
-        if known.control and known.word in {"rollback", "abort"}:
-            self.writes.cut()
-        await self._settle(wrote=known.writes)
+            self.pending_writes.add(sql_statement, payload)
+        if sql_statement.is_transaction_control and sql_statement.keyword in {"rollback", "abort"}:
+            self.pending_writes.rollback_to()
+        await self._commit_if_autocommit(is_write=sql_statement.is_write)
 
-    async def _settle(self, *, wrote: bool) -> None:
+    async def _commit_if_autocommit(self, *, is_write: bool) -> None:
         """What was written is for good where the code is in no transaction."""
-        if not self.held:
+        if not self.in_shadow:
             if self.pgconn.transaction_status == IDLE:
-                self.writes.flush()
-        elif wrote and self._asked_autocommit and not self._num_transactions:
+                self.pending_writes.commit()
+        elif is_write and self._requested_autocommit and not self._num_transactions:
             await self.commit()
 
     async def commit(self) -> None:
-        if not self.held or self._num_transactions:
+        if not self.in_shadow or self._num_transactions:
             failed = self.pgconn.transaction_status == INERROR
             await super().commit()  # which refuses it inside a transaction block
             if failed:
-                self.writes.cut()  # Postgres rolled back
-            self.writes.flush()
+                self.pending_writes.rollback_to()  # Postgres rolled back
+            self.pending_writes.commit()
             return
         status = self.pgconn.transaction_status
         if status == INTRANS:
-            await self._plain(f"release {UNIT}")
-            await self._plain(UNIT)
-            self.writes.flush()
+            await self._execute_plain(f"release {SAVEPOINT}")
+            await self._execute_plain(SAVEPOINT)
+            self.pending_writes.commit()
         elif status == INERROR:
-            await self._plain(f"rollback to {UNIT}")
-        self.writes.cut()
-        self._unit = False
+            await self._execute_plain(f"rollback to {SAVEPOINT}")
+        self.pending_writes.rollback_to()
+        self._in_transaction = False
 
     async def rollback(self) -> None:
-        if not self.held or self._num_transactions:
+        if not self.in_shadow or self._num_transactions:
             await super().rollback()
         elif self.pgconn.transaction_status in {INTRANS, INERROR}:
-            await self._plain(f"rollback to {UNIT}")
-        self.writes.cut()
-        self._unit = False
+            await self._execute_plain(f"rollback to {SAVEPOINT}")
+        self.pending_writes.rollback_to()
+        self._in_transaction = False
 
     @asynccontextmanager
     async def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> AsyncIterator[psycopg.AsyncTransaction]:
-        outer = not self._unit and not self._num_transactions
-        await self.ready()
-        mark = self.writes.mark()
+        is_outermost = not self._in_transaction and not self._num_transactions
+        await self.ensure_transaction()
+        writes_savepoint = self.pending_writes.savepoint()
         try:
             async with super().transaction(savepoint_name, force_rollback) as block:
                 yield block
         except BaseException:
-            self.writes.cut(mark)
+            self.pending_writes.rollback_to(writes_savepoint)
             raise
         if block.status != block.Status.COMMITTED:
-            self.writes.cut(mark)
-        elif self.held and outer:
+            self.pending_writes.rollback_to(writes_savepoint)
+        elif self.in_shadow and is_outermost:
             await self.commit()
-        if not self.held:
-            await self._settle(wrote=False)
+        if not self.in_shadow:
+            await self._commit_if_autocommit(is_write=False)
 
     @asynccontextmanager
     async def pipeline(self) -> AsyncIterator[psycopg.AsyncPipeline]:
-        await self.ready()
+        await self.ensure_transaction()
         async with super().pipeline() as pipeline:
             yield pipeline
 
     @property
     def autocommit(self) -> bool:
-        return self._asked_autocommit if self.held else self._autocommit
+        return self._requested_autocommit if self.in_shadow else self._autocommit
 
     @autocommit.setter
     def autocommit(self, value: bool) -> None:
         self._set_autocommit(value)
 
     async def set_autocommit(self, value: bool) -> None:
-        if self.held:
-            self._asked_autocommit = value
+        if self.in_shadow:
+            self._requested_autocommit = value
         else:
             await super().set_autocommit(value)
 
     async def set_isolation_level(self, value: IsolationLevel | None) -> None:
-        if not self.held:  # a shadow has one transaction, at the level of its beginning
+        if not self.in_shadow:  # a shadow has one transaction, at the level of its beginning
             await super().set_isolation_level(value)
 
     async def set_read_only(self, value: bool | None) -> None:
-        if not self.held:
+        if not self.in_shadow:
             await super().set_read_only(value)
 
     async def set_deferrable(self, value: bool | None) -> None:
-        if not self.held:
+        if not self.in_shadow:
             await super().set_deferrable(value)
 
-    def notifies(self, **how: Any) -> Any:
-        self._only_live("wait for notifications")
-        return super().notifies(**how)
+    def notifies(self, **kwargs: Any) -> Any:
+        self._require_live("wait for notifications")
+        return super().notifies(**kwargs)
 
     async def tpc_begin(self, xid: Any) -> None:
-        self._only_live("prepare a transaction")
+        self._require_live("prepare a transaction")
         await super().tpc_begin(xid)
 
     async def tpc_commit(self, xid: Any = None) -> None:
-        self._only_live("commit a prepared transaction")
+        self._require_live("commit a prepared transaction")
         await super().tpc_commit(xid)
 
     async def tpc_rollback(self, xid: Any = None) -> None:
-        self._only_live("roll back a prepared transaction")
+        self._require_live("roll back a prepared transaction")
         await super().tpc_rollback(xid)
 
-    def _only_live(self, what: str) -> None:
-        if self.held or (self.mode == "live" and CURRENT.get().shadow):
-            raise ShadowError(f"a shadow request can't {what}: it could not be taken back")
+    def _require_live(self, action: str) -> None:
+        if self.in_shadow or (self.mode == "live" and CURRENT_CONTEXT.get().is_shadow):
+            raise ShadowError(f"a shadow request can't {action}: it could not be taken back")
 
 
 class AsyncUserConnection(AsyncConnection[Row]):
@@ -319,64 +328,74 @@ class AsyncShadowConnection(AsyncConnection[Row]):
     mode = "rolled back"
 
 
-class AsyncOwnConnection(AsyncConnection[Row]):
+class AsyncShadowDatabaseConnection(AsyncConnection[Row]):
     """For shadow requests that have a database of their own: what they commit stays there."""
 
     mode = "own"
 
 
 class AsyncCursor(psycopg.AsyncCursor[Row]):
-    async def execute(self, query: Any, params: Any = None, **how: Any) -> Self:
-        connection = _guarded(self)
-        known = connection.look(query)
-        async with connection.asked(known, of_one(known, params) if known.writes else None):
-            return await super().execute(query, params, **how)
+    async def execute(self, query: Any, params: Any = None, **kwargs: Any) -> Self:
+        connection = _get_connection(self)
+        sql_statement = connection.check_statement(query)
+        async with connection.trace_statement(
+            sql_statement, payload_for_one(sql_statement, params) if sql_statement.is_write else None
+        ):
+            return await super().execute(query, params, **kwargs)
 
     async def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
-        connection, rows = _guarded(self), list(params_seq)
-        known = connection.look(query)
-        async with connection.asked(known, of_many(known, rows) if known.writes else None):
+        connection, rows = _get_connection(self), list(params_seq)
+        sql_statement = connection.check_statement(query)
+        async with connection.trace_statement(
+            sql_statement, payload_for_many(sql_statement, rows) if sql_statement.is_write else None
+        ):
             await super().executemany(query, rows, returning=returning)
 
-    async def stream(self, query: Any, params: Any = None, **how: Any) -> AsyncIterator[Row]:
-        connection = _guarded(self)
-        known = connection.look(query)
-        async with connection.asked(known, of_one(known, params) if known.writes else None):
-            async for row in super().stream(query, params, **how):
+    async def stream(self, query: Any, params: Any = None, **kwargs: Any) -> AsyncIterator[Row]:
+        connection = _get_connection(self)
+        sql_statement = connection.check_statement(query)
+        async with connection.trace_statement(
+            sql_statement, payload_for_one(sql_statement, params) if sql_statement.is_write else None
+        ):
+            async for row in super().stream(query, params, **kwargs):
                 yield row
 
     @asynccontextmanager
-    async def copy(self, statement: Any, params: Any = None, **how: Any) -> AsyncIterator[psycopg.AsyncCopy]:
-        connection = _guarded(self)
-        known = connection.look(statement)
-        payload = of_one(known, params) if known.writes else None
-        async with connection.asked(known, payload):
-            async with super().copy(statement, params, **how) as copying:
-                yield copying
+    async def copy(
+        self, statement: Any, params: Any = None, **kwargs: Any
+    ) -> AsyncIterator[psycopg.AsyncCopy]:
+        connection = _get_connection(self)
+        sql_statement = connection.check_statement(statement)
+        payload = payload_for_one(sql_statement, params) if sql_statement.is_write else None
+        async with connection.trace_statement(sql_statement, payload):
+            async with super().copy(statement, params, **kwargs) as copy:
+                yield copy
             if payload is not None:
                 payload["rows"] = self.rowcount
 
-    def _execute_send(self, query: Any, *, force_extended: bool = False, **how: Any) -> None:
+    def _execute_send(self, query: Any, *, force_extended: bool = False, **kwargs: Any) -> None:
         """A shadow's statements by the extended protocol, which takes one at a time."""
-        super()._execute_send(query, force_extended=force_extended or _guarded(self).held, **how)
+        super()._execute_send(
+            query, force_extended=force_extended or _get_connection(self).in_shadow, **kwargs
+        )
 
 
 class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):
-    async def execute(self, query: Any, params: Any = None, **how: Any) -> Self:
-        connection = _guarded(self)
-        known = connection.look(query)
-        async with connection.asked(known, None):
-            return await super().execute(query, params, **how)
+    async def execute(self, query: Any, params: Any = None, **kwargs: Any) -> Self:
+        connection = _get_connection(self)
+        sql_statement = connection.check_statement(query)
+        async with connection.trace_statement(sql_statement, None):
+            return await super().execute(query, params, **kwargs)
 
 
-def _guarded(cursor: Any) -> AsyncConnection[Any]:
+def _get_connection(cursor: Any) -> AsyncConnection[Any]:
     connection = cursor.connection
     if not isinstance(connection, AsyncConnection):
         raise ShadowError("a cursor of abreast.guards.psycopg belongs to one of its connections")
     return connection
 
 
-def _text(connection: Any, query: Any) -> str:
+def _get_query_text(connection: Any, query: Any) -> str:
     if isinstance(query, str):
         return query
     if isinstance(query, bytes):

@@ -17,88 +17,104 @@ from typing import Any
 
 import psycopg_pool
 
-from abreast.context import CURRENT
+from abreast.context import CURRENT_CONTEXT
 from abreast.errors import SettingError
-from abreast.guards.pins import SHADOWS, TIMEOUT, WAITING, Pins
+from abreast.guards.pins import (
+    MAX_WAITERS_PER_CONNECTION,
+    SHADOW_CONNECTION_TIMEOUT_S,
+    SHADOW_POOL_SIZE,
+    PinnedConnections,
+)
 from abreast.guards.psycopg_async import (
     AsyncConnection,
-    AsyncOwnConnection,
     AsyncShadowConnection,
+    AsyncShadowDatabaseConnection,
     AsyncUserConnection,
 )
-from abreast.guards.psycopg_sync import Connection, OwnConnection, ShadowConnection, UserConnection
-from abreast.guards.watch import disturb
+from abreast.guards.psycopg_sync import Connection, ShadowConnection, ShadowDatabaseConnection, UserConnection
+from abreast.guards.watch import mark_invalid
 
 
 class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]):
     """`shadow_conninfo` names a database for shadows alone, in which they commit. Other arguments are psycopg_pool's."""
 
     def __init__(
-        self, conninfo: str = "", *, shadow_conninfo: str = "", shadow_max_size: int = SHADOWS, **how: Any
+        self,
+        conninfo: str = "",
+        *,
+        shadow_conninfo: str = "",
+        shadow_max_size: int = SHADOW_POOL_SIZE,
+        **kwargs: Any,
     ) -> None:
-        _no_class(how)
-        kind: type[AsyncConnection[Any]] = AsyncOwnConnection if shadow_conninfo else AsyncShadowConnection
-        self.shadows = psycopg_pool.AsyncConnectionPool(
-            shadow_conninfo or conninfo, connection_class=kind, **_small(how, shadow_max_size)
+        _reject_connection_class(kwargs)
+        shadow_class: type[AsyncConnection[Any]] = (
+            AsyncShadowDatabaseConnection if shadow_conninfo else AsyncShadowConnection
         )
-        self._pins: Pins[AsyncConnection[Any]] = Pins(self._end)
-        super().__init__(conninfo, connection_class=AsyncUserConnection, **how)
+        self.shadow_pool = psycopg_pool.AsyncConnectionPool(
+            shadow_conninfo or conninfo,
+            connection_class=shadow_class,
+            **_shadow_pool_options(kwargs, shadow_max_size),
+        )
+        self._pinned: PinnedConnections[AsyncConnection[Any]] = PinnedConnections(
+            self._return_shadow_connections
+        )
+        super().__init__(conninfo, connection_class=AsyncUserConnection, **kwargs)
 
     async def open(self, wait: bool = False, timeout: float = 30.0) -> None:
-        await _apart(super().open(wait, timeout))
+        await _run_in_empty_context(super().open(wait, timeout))
 
     async def getconn(self, timeout: float | None = None) -> AsyncConnection[Any]:
-        request = CURRENT.get()
-        if not request.shadow:
+        context = CURRENT_CONTEXT.get()
+        if not context.is_shadow:
             return await super().getconn(timeout)
-        connection = self._pins.take(request)
+        connection = self._pinned.acquire(context)
         if connection is None:
-            if self.shadows.closed:
-                await _apart(self.shadows.open())
+            if self.shadow_pool.closed:
+                await _run_in_empty_context(self.shadow_pool.open())
             try:
-                connection = await self.shadows.getconn(timeout)
+                connection = await self.shadow_pool.getconn(timeout)
             except psycopg_pool.PoolTimeout as error:
-                disturb(error)
+                mark_invalid(error)
                 raise
-            connection.request = request
+            connection.request_context = context
             if connection.mode == "rolled back":
-                await self._held(connection)
+                await self._begin_shadow(connection)
         return connection
 
-    async def _held(self, connection: AsyncConnection[Any]) -> None:
+    async def _begin_shadow(self, connection: AsyncConnection[Any]) -> None:
         try:
-            await connection.hold()
+            await connection.begin_shadow()
         except BaseException:
-            await self._give_back(connection)
+            await self._return_shadow_connection(connection)
             raise
 
     async def putconn(self, conn: AsyncConnection[Any]) -> None:
         if conn.mode == "live":
             await super().putconn(conn)
             return
-        if conn.held and not conn.closed:
+        if conn.in_shadow and not conn.closed:
             try:
                 await conn.rollback()  # what was not committed
             except BaseException:
                 conn.pgconn.finish()  # it is in no state to go on with
-                await self._give_back(conn)
+                await self._return_shadow_connection(conn)
                 raise
-        if not (conn.held and not conn.closed and self._pins.keep(conn.request, conn)):
-            await self._give_back(conn)
+        if not (conn.in_shadow and not conn.closed and self._pinned.release(conn.request_context, conn)):
+            await self._return_shadow_connection(conn)
 
-    async def _give_back(self, connection: AsyncConnection[Any]) -> None:
+    async def _return_shadow_connection(self, connection: AsyncConnection[Any]) -> None:
         try:
-            await connection.give_up()
+            await connection.end_shadow()
         finally:
-            await self.shadows.putconn(connection)
+            await self.shadow_pool.putconn(connection)
 
-    async def _end(self, connections: list[AsyncConnection[Any]]) -> None:
+    async def _return_shadow_connections(self, connections: list[AsyncConnection[Any]]) -> None:
         for connection in connections:
             with contextlib.suppress(Exception):  # then it is closed, and rolled back by the server
-                await self._give_back(connection)
+                await self._return_shadow_connection(connection)
 
     async def close(self, timeout: float = 5.0) -> None:
-        await self.shadows.close(timeout)
+        await self.shadow_pool.close(timeout)
         await super().close(timeout)
 
 
@@ -106,80 +122,98 @@ class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
     """The same without asyncio, for endpoints that are plain functions."""
 
     def __init__(
-        self, conninfo: str = "", *, shadow_conninfo: str = "", shadow_max_size: int = SHADOWS, **how: Any
+        self,
+        conninfo: str = "",
+        *,
+        shadow_conninfo: str = "",
+        shadow_max_size: int = SHADOW_POOL_SIZE,
+        **kwargs: Any,
     ) -> None:
-        _no_class(how)
-        kind: type[Connection[Any]] = OwnConnection if shadow_conninfo else ShadowConnection
-        small = _small(how, shadow_max_size) | {"max_waiting": shadow_max_size * WAITING}
-        self.shadows = psycopg_pool.ConnectionPool(
-            shadow_conninfo or conninfo, connection_class=kind, **small
+        _reject_connection_class(kwargs)
+        shadow_class: type[Connection[Any]] = (
+            ShadowDatabaseConnection if shadow_conninfo else ShadowConnection
         )
-        self._pins: Pins[Connection[Any]] = Pins(lambda left: asyncio.to_thread(self._end, left))
-        super().__init__(conninfo, connection_class=UserConnection, **how)
+        shadow_options = _shadow_pool_options(kwargs, shadow_max_size) | {
+            "max_waiting": shadow_max_size * MAX_WAITERS_PER_CONNECTION
+        }
+        self.shadow_pool = psycopg_pool.ConnectionPool(
+            shadow_conninfo or conninfo, connection_class=shadow_class, **shadow_options
+        )
+        self._pinned: PinnedConnections[Connection[Any]] = PinnedConnections(
+            lambda connections: asyncio.to_thread(self._return_shadow_connections, connections)
+        )
+        super().__init__(conninfo, connection_class=UserConnection, **kwargs)
 
     def getconn(self, timeout: float | None = None) -> Connection[Any]:
-        request = CURRENT.get()
-        if not request.shadow:
+        context = CURRENT_CONTEXT.get()
+        if not context.is_shadow:
             return super().getconn(timeout)
-        connection = self._pins.take(request)
+        connection = self._pinned.acquire(context)
         if connection is None:
-            self.shadows.open()
+            self.shadow_pool.open()
             try:
-                connection = self.shadows.getconn(timeout)
+                connection = self.shadow_pool.getconn(timeout)
             except (psycopg_pool.PoolTimeout, psycopg_pool.TooManyRequests) as error:
-                disturb(error)
+                mark_invalid(error)
                 raise
-            connection.request = request
+            connection.request_context = context
             if connection.mode == "rolled back":
-                self._held(connection)
+                self._begin_shadow(connection)
         return connection
 
-    def _held(self, connection: Connection[Any]) -> None:
+    def _begin_shadow(self, connection: Connection[Any]) -> None:
         try:
-            connection.hold()
+            connection.begin_shadow()
         except BaseException:
-            self._give_back(connection)
+            self._return_shadow_connection(connection)
             raise
 
     def putconn(self, conn: Connection[Any]) -> None:
         if conn.mode == "live":
             super().putconn(conn)
             return
-        if conn.held and not conn.closed:
+        if conn.in_shadow and not conn.closed:
             try:
                 conn.rollback()  # what was not committed
             except BaseException:
                 conn.pgconn.finish()  # it is in no state to go on with
-                self._give_back(conn)
+                self._return_shadow_connection(conn)
                 raise
-        if not (conn.held and not conn.closed and self._pins.keep(conn.request, conn)):
-            self._give_back(conn)
+        if not (conn.in_shadow and not conn.closed and self._pinned.release(conn.request_context, conn)):
+            self._return_shadow_connection(conn)
 
-    def _give_back(self, connection: Connection[Any]) -> None:
+    def _return_shadow_connection(self, connection: Connection[Any]) -> None:
         try:
-            connection.give_up()
+            connection.end_shadow()
         finally:
-            self.shadows.putconn(connection)
+            self.shadow_pool.putconn(connection)
 
-    def _end(self, connections: list[Connection[Any]]) -> None:
+    def _return_shadow_connections(self, connections: list[Connection[Any]]) -> None:
         for connection in connections:
             with contextlib.suppress(Exception):  # then it is closed, and rolled back by the server
-                self._give_back(connection)
+                self._return_shadow_connection(connection)
 
     def close(self, timeout: float = 5.0) -> None:
-        self.shadows.close(timeout)
+        self.shadow_pool.close(timeout)
         super().close(timeout)
 
 
-async def _apart(opening: Coroutine[Any, Any, None]) -> None:
+async def _run_in_empty_context(opening: Coroutine[Any, Any, None]) -> None:
     """In a context of its own: a pool's tasks live longer than the request that opened it, and are no shadow's."""
     await asyncio.get_running_loop().create_task(opening, context=Context())
 
 
-def _small(how: dict[str, Any], size: int) -> dict[str, Any]:
-    return {**how, "min_size": 0, "max_size": size, "open": False, "name": None, "timeout": TIMEOUT}
+def _shadow_pool_options(kwargs: dict[str, Any], size: int) -> dict[str, Any]:
+    return {
+        **kwargs,
+        "min_size": 0,
+        "max_size": size,
+        "open": False,
+        "name": None,
+        "timeout": SHADOW_CONNECTION_TIMEOUT_S,
+    }
 
 
-def _no_class(how: dict[str, Any]) -> None:
-    if "connection_class" in how:
+def _reject_connection_class(kwargs: dict[str, Any]) -> None:
+    if "connection_class" in kwargs:
         raise SettingError("connection_class can't be set: a shadow's writes are held by abreast's own")

@@ -26,34 +26,42 @@ from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, PoolProxiedConnection, QueuePool
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from abreast.context import CURRENT
+from abreast.context import CURRENT_CONTEXT
 from abreast.errors import SettingError, ShadowError
-from abreast.guards.pins import SHADOWS, TIMEOUT, WAITING, Pins
+from abreast.guards.pins import (
+    MAX_WAITERS_PER_CONNECTION,
+    SHADOW_CONNECTION_TIMEOUT_S,
+    SHADOW_POOL_SIZE,
+    PinnedConnections,
+)
 from abreast.guards.psycopg_async import (
     AsyncConnection,
-    AsyncOwnConnection,
     AsyncShadowConnection,
+    AsyncShadowDatabaseConnection,
     AsyncUserConnection,
     Mode,
 )
-from abreast.guards.psycopg_sync import Connection, OwnConnection, ShadowConnection, UserConnection
-from abreast.guards.watch import disturb
+from abreast.guards.psycopg_sync import Connection, ShadowConnection, ShadowDatabaseConnection, UserConnection
+from abreast.guards.watch import mark_invalid
 
-MAKING: ContextVar[Mode] = ContextVar("abreast connection", default="live")
-ASYNC: dict[Mode, type[AsyncConnection[Any]]] = {
+CONNECT_MODE: ContextVar[Mode] = ContextVar("abreast connection", default="live")
+ASYNC_CONNECTION_CLASSES: dict[Mode, type[AsyncConnection[Any]]] = {
     "live": AsyncUserConnection,
     "rolled back": AsyncShadowConnection,
-    "own": AsyncOwnConnection,
+    "own": AsyncShadowDatabaseConnection,
 }
-SYNC: dict[Mode, type[Connection[Any]]] = {
+SYNC_CONNECTION_CLASSES: dict[Mode, type[Connection[Any]]] = {
     "live": UserConnection,
     "rolled back": ShadowConnection,
-    "own": OwnConnection,
+    "own": ShadowDatabaseConnection,
 }
 
 
 def protect(
-    engine: Engine | AsyncEngine, *, shadow_url: str | URL | None = None, shadow_pool_size: int = SHADOWS
+    engine: Engine | AsyncEngine,
+    *,
+    shadow_url: str | URL | None = None,
+    shadow_pool_size: int = SHADOW_POOL_SIZE,
 ) -> None:
     """Call it once, before the engine is used. `shadow_url` names a database for shadows alone, in which they commit."""
     target = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
@@ -66,52 +74,58 @@ def protect(
             f"{target.dialect.driver}://"
         )
     mode: Mode = "rolled back" if shadow_url is None else "own"
-    event.listen(target, "do_connect", _connector(None if shadow_url is None else make_url(shadow_url)))
-    _route(target, mode, shadow_pool_size)
-    event.listen(target, "engine_disposed", lambda disposed: _route(disposed, mode, shadow_pool_size))
+    event.listen(target, "do_connect", _make_connector(None if shadow_url is None else make_url(shadow_url)))
+    _install_shadow_pool(target, mode, shadow_pool_size)
+    event.listen(
+        target,
+        "engine_disposed",
+        lambda disposed_engine: _install_shadow_pool(disposed_engine, mode, shadow_pool_size),
+    )
 
 
-def _connector(own: URL | None) -> Callable[..., Any]:
+def _make_connector(shadow_url: URL | None) -> Callable[..., Any]:
     def connect(dialect: Any, _record: Any, cargs: list[Any], cparams: dict[str, Any]) -> Any:
-        mode = MAKING.get()
-        if mode == "own" and own is not None:
-            more, changed = dialect.create_connect_args(own)
-            cargs[:] = more
-            cparams.update(changed)
+        mode = CONNECT_MODE.get()
+        if mode == "own" and shadow_url is not None:
+            connect_args, connect_params = dialect.create_connect_args(shadow_url)
+            cargs[:] = connect_args
+            cparams.update(connect_params)
         if not dialect.is_async:
-            return SYNC[mode].connect(*cargs, **cparams)
-        cparams["async_creator_fn"] = ASYNC[mode].connect
+            return SYNC_CONNECTION_CLASSES[mode].connect(*cargs, **cparams)
+        cparams["async_creator_fn"] = ASYNC_CONNECTION_CLASSES[mode].connect
         return None  # SQLAlchemy goes on with it
 
     return connect
 
 
-def _route(engine: Engine, mode: Mode, size: int) -> None:
+def _install_shadow_pool(engine: Engine, mode: Mode, size: int) -> None:
     """Shadows' connections from a pool of their own, whoever asks the engine's pool: sessions, options, raw ones."""
     pool = engine.pool
-    kind = AsyncShadows if engine.dialect.is_async else Shadows
-    shadows = kind(
+    pool_class = AsyncShadowPool if engine.dialect.is_async else ShadowPool
+    shadow_pool = pool_class(
         pool._creator,  # noqa: SLF001  # as Pool.recreate does
         pool_size=size,
         max_overflow=0,
-        timeout=TIMEOUT,
+        timeout=SHADOW_CONNECTION_TIMEOUT_S,
         pre_ping=pool._pre_ping,  # noqa: SLF001
         dialect=engine.dialect,
         _dispatch=pool.dispatch,
     )
-    shadows.mode = mode
-    users, users_lost, shadows_lost = pool.connect, pool._invalidate, shadows._invalidate  # noqa: SLF001
+    shadow_pool.mode = mode
+    connect_user, invalidate_user, invalidate_shadow = pool.connect, pool._invalidate, shadow_pool._invalidate  # noqa: SLF001
 
-    def invalidate(connection: Any, *given: Any, **how: Any) -> None:
+    def invalidate(connection: Any, *args: Any, **kwargs: Any) -> None:
         """Where a shadow has lost its session, users keep theirs."""
-        lost = shadows_lost if getattr(connection, "_pool", None) is shadows else users_lost
-        lost(connection, *given, **how)
+        invalidate_in_pool = (
+            invalidate_shadow if getattr(connection, "_pool", None) is shadow_pool else invalidate_user
+        )
+        invalidate_in_pool(connection, *args, **kwargs)
 
     def connect() -> PoolProxiedConnection:
-        return shadows.held() if CURRENT.get().shadow else users()
+        return shadow_pool.connect_shadow() if CURRENT_CONTEXT.get().is_shadow else connect_user()
 
     def dispose() -> None:
-        shadows.dispose()
+        shadow_pool.dispose()
         type(pool).dispose(pool)
 
     pool.connect = connect  # type: ignore[method-assign]  # of this pool
@@ -120,87 +134,97 @@ def _route(engine: Engine, mode: Mode, size: int) -> None:
 
 
 @event.listens_for(Session, "after_begin")
-def _began(session: Session, transaction: SessionTransaction, connection: sqlalchemy.Connection) -> None:
+def _register_session_cleanup(
+    session: Session, transaction: SessionTransaction, connection: sqlalchemy.Connection
+) -> None:
     """A session that a shadow leaves open may be a user's next: a global one, or of a thread. It ends with the shadow."""
-    ends = CURRENT.get().ends
+    cleanups = CURRENT_CONTEXT.get().cleanups
     driver = connection.connection.driver_connection
-    if ends is not None and getattr(driver, "mode", "live") != "live":
-        ends.insert(0, partial(_close, session, _root(transaction), isinstance(driver, AsyncConnection)))
+    if cleanups is not None and getattr(driver, "mode", "live") != "live":
+        cleanups.insert(
+            0,
+            partial(
+                _close_session,
+                session,
+                _find_root_transaction(transaction),
+                isinstance(driver, AsyncConnection),
+            ),
+        )
 
 
-def _root(transaction: SessionTransaction) -> SessionTransaction:
+def _find_root_transaction(transaction: SessionTransaction) -> SessionTransaction:
     while transaction.parent is not None:
         transaction = transaction.parent
     return transaction
 
 
-async def _close(session: Session, left: SessionTransaction, in_greenlet: bool) -> None:
-    if session.get_transaction() is left:  # and not one that somebody else has begun
+async def _close_session(session: Session, transaction: SessionTransaction, in_greenlet: bool) -> None:
+    if session.get_transaction() is transaction:  # and not one that somebody else has begun
         await (greenlet_spawn(session.close) if in_greenlet else asyncio.to_thread(session.close))
 
 
 @contextmanager
-def _making(mode: Mode) -> Iterator[None]:
-    token = MAKING.set(mode)
+def _use_connect_mode(mode: Mode) -> Iterator[None]:
+    token = CONNECT_MODE.set(mode)
     try:
         yield
     finally:
-        MAKING.reset(token)
+        CONNECT_MODE.reset(token)
 
 
-class Shadows(QueuePool):
+class ShadowPool(QueuePool):
     mode: Mode = "rolled back"
-    waiting = WAITING
+    waiters_per_connection = MAX_WAITERS_PER_CONNECTION
 
-    def __init__(self, *given: Any, **how: Any) -> None:
-        super().__init__(*given, **how)
-        self._pins: Pins[ConnectionPoolEntry] = Pins(self._end)
-        self._asking = threading.BoundedSemaphore(self.size() * self.waiting)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pinned: PinnedConnections[ConnectionPoolEntry] = PinnedConnections(self._return_records)
+        self._waiter_slots = threading.BoundedSemaphore(self.size() * self.waiters_per_connection)
 
-    def held(self) -> PoolProxiedConnection:
+    def connect_shadow(self) -> PoolProxiedConnection:
         """A connection that this request writes to, rolled back at its end."""
-        with _making(self.mode):
-            made = self.connect()
-        driver = made.driver_connection
+        with _use_connect_mode(self.mode):
+            connection = self.connect()
+        driver = connection.driver_connection
         if not isinstance(driver, Connection | AsyncConnection) or driver.mode != self.mode:
-            made.invalidate()
+            connection.invalidate()
             raise ShadowError("an engine with a creator of its own can't be protected")
-        if self.mode == "rolled back" and not driver.held:
+        if self.mode == "rolled back" and not driver.in_shadow:
             try:
-                self._hold(driver)
+                self._begin_shadow(driver)
             except BaseException:
-                made.invalidate()
+                connection.invalidate()
                 raise
-            driver.request = CURRENT.get()
-        return made
+            driver.request_context = CURRENT_CONTEXT.get()
+        return connection
 
-    def _hold(self, driver: Any) -> None:
-        driver.hold()
+    def _begin_shadow(self, driver: Any) -> None:
+        driver.begin_shadow()
 
-    def _give_up(self, driver: Any) -> None:
-        driver.give_up()
+    def _end_shadow(self, driver: Any) -> None:
+        driver.end_shadow()
 
     def _do_get(self) -> ConnectionPoolEntry:
-        record = self._pins.take(CURRENT.get())
+        record = self._pinned.acquire(CURRENT_CONTEXT.get())
         if record is None:
             try:
-                record = self._get()
+                record = self._get_within_limit()
             except PoolTimeout as error:
-                disturb(error)
+                mark_invalid(error)
                 raise
         driver: Any = record.driver_connection
         if driver is not None and driver.closed:
             record.invalidate()
         return record
 
-    def _get(self) -> ConnectionPoolEntry:
+    def _get_within_limit(self) -> ConnectionPoolEntry:
         """Where threads wait, not in all of them: users need some."""
-        if not self._asking.acquire(blocking=False):
+        if not self._waiter_slots.acquire(blocking=False):
             raise PoolTimeout("too many shadow requests wait for a connection")
         try:
             return super()._do_get()
         finally:
-            self._asking.release()
+            self._waiter_slots.release()
 
     def _invalidate(
         self, connection: PoolProxiedConnection, exception: BaseException | None = None, _checkin: bool = True
@@ -211,39 +235,39 @@ class Shadows(QueuePool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         driver: Any = record.driver_connection
-        if driver is not None and driver.held and not driver.closed:
-            if self._pins.keep(driver.request, record):
+        if driver is not None and driver.in_shadow and not driver.closed:
+            if self._pinned.release(driver.request_context, record):
                 return
             try:
-                self._give_up(driver)
+                self._end_shadow(driver)
             except BaseException:  # noqa: BLE001  # outside a greenlet, or it can't be rolled back: the server does it
                 driver.pgconn.finish()
         super()._do_return_conn(record)
 
-    async def _end(self, records: list[ConnectionPoolEntry]) -> None:
+    async def _return_records(self, records: list[ConnectionPoolEntry]) -> None:
         for record in records:
             with contextlib.suppress(Exception):  # then it is closed, and rolled back by the server
-                await self._ended(record)
+                await self._roll_back(record)
             super()._do_return_conn(record)
 
-    async def _ended(self, record: ConnectionPoolEntry) -> None:
+    async def _roll_back(self, record: ConnectionPoolEntry) -> None:
         driver: Any = record.driver_connection
-        await asyncio.to_thread(driver.give_up)
+        await asyncio.to_thread(driver.end_shadow)
 
 
-class AsyncShadows(Shadows, AsyncAdaptedQueuePool):
-    waiting = 1000  # tasks that wait take nothing from users
+class AsyncShadowPool(ShadowPool, AsyncAdaptedQueuePool):
+    waiters_per_connection = 1000  # tasks that wait take nothing from users
 
-    def _hold(self, driver: Any) -> None:
-        await_only(driver.hold())
+    def _begin_shadow(self, driver: Any) -> None:
+        await_only(driver.begin_shadow())
 
-    def _give_up(self, driver: Any) -> None:
-        rolling_back = driver.give_up()
+    def _end_shadow(self, driver: Any) -> None:
+        rollback = driver.end_shadow()
         try:
-            await_only(rolling_back)
+            await_only(rollback)
         finally:
-            rolling_back.close()  # where it was not awaited
+            rollback.close()  # where it was not awaited
 
-    async def _ended(self, record: ConnectionPoolEntry) -> None:
+    async def _roll_back(self, record: ConnectionPoolEntry) -> None:
         driver: Any = record.driver_connection
-        await driver.give_up()
+        await driver.end_shadow()

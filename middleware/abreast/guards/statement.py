@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-MOST_TEXT = 16_384  # characters that are read
-MOST_SHAPE = 2000  # characters
-CONTROL = frozenset({"abort", "begin", "commit", "end", "rollback", "start"})
-READS = frozenset(
+MAX_TEXT_CHARS = 16_384  # characters that are read
+MAX_SHAPE_CHARS = 2000  # characters
+TRANSACTION_CONTROL_WORDS = frozenset({"abort", "begin", "commit", "end", "rollback", "start"})
+READ_WORDS = frozenset(
     [
         "close",
         "deallocate",
@@ -35,7 +35,7 @@ READS = frozenset(
         "with",
     ]
 )
-WRITES = frozenset(
+WRITE_WORDS = frozenset(
     [
         "alter",
         "analyze",
@@ -62,7 +62,7 @@ WRITES = frozenset(
         "vacuum",
     ]
 )
-TOKEN = re.compile(
+TOKEN_PATTERN = re.compile(
     r"""
       (?P<space>\s+|--[^\n\r]*|/\*(?:(?!/\*).)*?\*/)  # a comment in a comment is left, and so not known
     | (?P<text>[bBeEnNxX]?'(?:[^'\\]|''|\\.)*'|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$)
@@ -75,112 +75,120 @@ TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 NAMED = re.compile(r'(?:"[^"]*"|[\w$])+(?:\s*\.\s*(?:"[^"]*"|[\w$])+)*')
-VERB = re.compile(
+WRITE_PATTERN = re.compile(
     r"\b(?P<verb>insert\s+into|merge\s+into|delete\s+from|update|truncate(?:\s+table)?|copy)\s+(?:only\s+)?"
     r"(?P<table>[^\s(;]+)",
     re.IGNORECASE,
 )
-READ = re.compile(r"\bfrom (?:only )?(?P<table>[^\s(;,)]+)")
-INSERT = re.compile(r"insert into \S+ \((?P<columns>[^()]*)\) values \((?P<holders>[?, ]*)\)")
-PLAIN = re.compile(r"[a-z_][a-z0-9_]*")
+READ_PATTERN = re.compile(r"\bfrom (?:only )?(?P<table>[^\s(;,)]+)")
+INSERT_PATTERN = re.compile(r"insert into \S+ \((?P<columns>[^()]*)\) values \((?P<holders>[?, ]*)\)")
+PLAIN_NAME_PATTERN = re.compile(r"[a-z_][a-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
     """`word` is its first, but for `with`: there it is what is done to a table. `table` is the first that is named."""
 
-    word: str
+    keyword: str
     table: str
     shape: str
-    writes: bool
-    control: bool  # it begins or ends a transaction
-    known: bool
-    names: tuple[str, ...]  # of its placeholders, in order; empty where they have none
+    is_write: bool
+    is_transaction_control: bool  # it begins or ends a transaction
+    is_known: bool
+    placeholder_names: tuple[str, ...]  # of its placeholders, in order; empty where they have none
     columns: tuple[str, ...]  # of an insert of one row, one for each placeholder
 
     @property
-    def said(self) -> str:
-        return f"{self.word} {self.table}".rstrip()
+    def label(self) -> str:
+        return f"{self.keyword} {self.table}".rstrip()
 
-    def values(self, given: Any) -> Any:
+    def name_values(self, params: Any) -> Any:
         """Bound values under the names of their columns, or else under their own."""
-        if given is None:
+        if params is None:
             return None
-        if isinstance(given, Mapping):
-            if self.columns and len(self.names) == len(self.columns):
+        if isinstance(params, Mapping):
+            if self.columns and len(self.placeholder_names) == len(self.columns):
                 return {
-                    column: given.get(name) for column, name in zip(self.columns, self.names, strict=True)
+                    column: params.get(name)
+                    for column, name in zip(self.columns, self.placeholder_names, strict=True)
                 }
-            return dict(given)
-        if not isinstance(given, Sequence) or isinstance(given, str | bytes):
-            return given
-        if len(given) == len(self.columns):
-            return dict(zip(self.columns, given, strict=True))
-        return list(given)
+            return dict(params)
+        if not isinstance(params, Sequence) or isinstance(params, str | bytes):
+            return params
+        if len(params) == len(self.columns):
+            return dict(zip(self.columns, params, strict=True))
+        return list(params)
 
 
-def statement(text: str) -> Statement:
-    return _statement(text[:MOST_TEXT])
+def parse_statement(text: str) -> Statement:
+    return _parse_statement(text[:MAX_TEXT_CHARS])
 
 
 @lru_cache(maxsize=512)
-def _statement(text: str) -> Statement:
-    shape, names = _shape(text)
-    first, _, rest = shape.lstrip("(; ").partition(" ")
-    word = re.split(r"[^a-z]", first, maxsplit=1)[0]
-    to_savepoint = word == "rollback" and re.match(r"(?:work |transaction )?to\b", rest) is not None
-    prepared = word == "prepare" and rest.startswith("transaction")
-    doing = VERB.search(shape)
-    hidden = word in {"with", "explain", "prepare"} and doing is not None
-    if hidden and doing is not None and word == "with":
-        word = doing["verb"].split()[0].lower()
-    inserted = INSERT.match(shape)
-    columns = _columns(inserted) if inserted else ()
+def _parse_statement(text: str) -> Statement:
+    shape, names = _normalise(text)
+    head, _, remainder = shape.lstrip("(; ").partition(" ")
+    keyword = re.split(r"[^a-z]", head, maxsplit=1)[0]
+    is_rollback_to_savepoint = (
+        keyword == "rollback" and re.match(r"(?:work |transaction )?to\b", remainder) is not None
+    )
+    is_prepare_transaction = keyword == "prepare" and remainder.startswith("transaction")
+    write_match = WRITE_PATTERN.search(shape)
+    is_nested_write = keyword in {"with", "explain", "prepare"} and write_match is not None
+    if is_nested_write and write_match is not None and keyword == "with":
+        keyword = write_match["verb"].split()[0].lower()
+    insert_match = INSERT_PATTERN.match(shape)
+    columns = _get_insert_columns(insert_match) if insert_match else ()
     return Statement(
-        word=word,
-        table=_table(doing if hidden or word in WRITES else READ.search(shape)),
-        shape=shape[:MOST_SHAPE],
-        writes=hidden or word in WRITES,
-        control=(word in CONTROL and not to_savepoint) or prepared,
-        known=to_savepoint or not shape or word in READS or word in WRITES,
-        names=names,
+        keyword=keyword,
+        table=_get_table(
+            write_match if is_nested_write or keyword in WRITE_WORDS else READ_PATTERN.search(shape)
+        ),
+        shape=shape[:MAX_SHAPE_CHARS],
+        is_write=is_nested_write or keyword in WRITE_WORDS,
+        is_transaction_control=(keyword in TRANSACTION_CONTROL_WORDS and not is_rollback_to_savepoint)
+        or is_prepare_transaction,
+        is_known=is_rollback_to_savepoint or not shape or keyword in READ_WORDS or keyword in WRITE_WORDS,
+        placeholder_names=names,
         columns=columns,
     )
 
 
-def _shape(text: str) -> tuple[str, tuple[str, ...]]:
+def _normalise(text: str) -> tuple[str, tuple[str, ...]]:
     """In lower case, with one space between words, without comments, and with ? for each value."""
     parts: list[str] = []
     names: list[str] = []
-    for found in TOKEN.finditer(text):
-        kind, part = found.lastgroup, found.group()
-        if found["space"] is not None:
+    for match in TOKEN_PATTERN.finditer(text):
+        kind, part = match.lastgroup, match.group()
+        if match["space"] is not None:
             part = " "
-        elif found["holder"] is not None:
-            names += [found["by"]] if found["by"] is not None else []
+        elif match["holder"] is not None:
+            names += [match["by"]] if match["by"] is not None else []
             part = "?"
-        elif found["text"] is not None or kind == "number":
+        elif match["text"] is not None or kind == "number":
             part = "?"
-        elif found["name"] is not None:
-            part = part[1:-1] if PLAIN.fullmatch(part[1:-1]) else part
+        elif match["name"] is not None:
+            part = part[1:-1] if PLAIN_NAME_PATTERN.fullmatch(part[1:-1]) else part
         else:
             part = part.lower()
         if part != " " or (parts and parts[-1] != " "):
             parts.append(part)
-    return re.sub(r" ?([(),;]) ?", _spaced, "".join(parts)).strip(" ;"), tuple(names)
+    return re.sub(r" ?([(),;]) ?", _space_punctuation, "".join(parts)).strip(" ;"), tuple(names)
 
 
-def _spaced(found: re.Match[str]) -> str:
-    return {"(": " (", ")": ") ", ",": ", ", ";": "; "}[found[1]]
+def _space_punctuation(match: re.Match[str]) -> str:
+    return {"(": " (", ")": ") ", ",": ", ", ";": "; "}[match[1]]
 
 
-def _table(found: re.Match[str] | None) -> str:
-    return found["table"].strip('"') if found is not None else ""
+def _get_table(match: re.Match[str] | None) -> str:
+    return match["table"].strip('"') if match is not None else ""
 
 
-def _columns(inserted: re.Match[str]) -> tuple[str, ...]:
-    columns = tuple(column.strip() for column in inserted["columns"].split(","))
-    return columns if inserted["holders"].count("?") == len(columns) else ()
+def _get_insert_columns(match: re.Match[str]) -> tuple[str, ...]:
+    columns = tuple(column.strip() for column in match["columns"].split(","))
+    return columns if match["holders"].count("?") == len(columns) else ()
 
 
-UNREAD = Statement("", "", "", writes=False, control=False, known=True, names=(), columns=())
+UNPARSED = Statement(
+    "", "", "", is_write=False, is_transaction_control=False, is_known=True, placeholder_names=(), columns=()
+)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from taskiq import TaskiqMessage, TaskiqMiddleware
 
-from abreast.carry import adopt, carry
+from abreast.carry import extract, inject
 from abreast.effects import record
 
-LABEL = "abreast"
+CONTEXT_LABEL = "abreast"
 
 
 class RoleMiddleware(TaskiqMiddleware):
@@ -19,10 +19,10 @@ class RoleMiddleware(TaskiqMiddleware):
     def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
         payload = {"args": message.args, "kwargs": message.kwargs}
         record("task.send", payload, key=message.task_name)
-        message.labels[LABEL] = carry()
+        message.labels[CONTEXT_LABEL] = inject()
         return message
 
     def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
         """Each task runs in a context of its own, which ends with it."""
-        adopt(str(message.labels.get(LABEL, "")))
+        extract(str(message.labels.get(CONTEXT_LABEL, "")))
         return message

@@ -4,47 +4,53 @@ from __future__ import annotations
 
 from typing import Any
 
-from abreast.context import CURRENT, Current
+from abreast.context import CURRENT_CONTEXT, RequestContext
 from abreast.effects import record
 from abreast.guards.statement import Statement
 
-MOST = 200  # of a transaction: as many as are recorded of a request
-MOST_ROWS = 20  # of one executemany whose values are recorded
+MAX_PENDING_WRITES = 200  # of a transaction: as many as are recorded of a request
+MAX_RECORDED_ROWS = 20  # of one executemany whose values are recorded
 
 
-class Writes:
+class PendingWrites:
     def __init__(self) -> None:
-        self._waiting: list[tuple[Current, Statement, Any]] = []
+        self._writes: list[tuple[RequestContext, Statement, Any]] = []
 
-    def add(self, known: Statement, payload: dict[str, Any]) -> None:
-        request = CURRENT.get()
-        if request.recorded and len(self._waiting) < MOST:
-            self._waiting.append((request, known, payload))
+    def add(self, sql_statement: Statement, payload: dict[str, Any]) -> None:
+        context = CURRENT_CONTEXT.get()
+        if context.is_captured and len(self._writes) < MAX_PENDING_WRITES:
+            self._writes.append((context, sql_statement, payload))
 
-    def mark(self) -> int:
-        return len(self._waiting)
+    def savepoint(self) -> int:
+        return len(self._writes)
 
-    def cut(self, mark: int = 0) -> None:
+    def rollback_to(self, savepoint: int = 0) -> None:
         """What came since was rolled back."""
-        del self._waiting[mark:]
+        del self._writes[savepoint:]
 
-    def flush(self) -> None:
+    def commit(self) -> None:
         """It was committed, or would have been."""
-        waiting, self._waiting = self._waiting, []
-        for request, known, payload in waiting:
-            token = CURRENT.set(request)
+        writes, self._writes = self._writes, []
+        for context, sql_statement, payload in writes:
+            token = CURRENT_CONTEXT.set(context)
             try:
-                record(f"db.{known.said}".replace(" ", "."), payload)  # so that a finding names the table
+                record(
+                    f"db.{sql_statement.label}".replace(" ", "."), payload
+                )  # so that a finding names the table
             finally:
-                CURRENT.reset(token)
+                CURRENT_CONTEXT.reset(token)
 
 
-def of_one(known: Statement, given: Any) -> dict[str, Any]:
+def payload_for_one(sql_statement: Statement, params: Any) -> dict[str, Any]:
     """`values` under the names of columns or placeholders, so that secrets among them are known by name."""
-    values = known.values(given)
-    return {"statement": known.shape} if values is None else {"statement": known.shape, "values": values}
+    values = sql_statement.name_values(params)
+    return (
+        {"statement": sql_statement.shape}
+        if values is None
+        else {"statement": sql_statement.shape, "values": values}
+    )
 
 
-def of_many(known: Statement, given: list[Any]) -> dict[str, Any]:
-    rows = [known.values(row) for row in given[:MOST_ROWS]]
-    return {"statement": known.shape, "rows": len(given), "values": rows}
+def payload_for_many(sql_statement: Statement, params_seq: list[Any]) -> dict[str, Any]:
+    rows = [sql_statement.name_values(row) for row in params_seq[:MAX_RECORDED_ROWS]]
+    return {"statement": sql_statement.shape, "rows": len(params_seq), "values": rows}

@@ -16,39 +16,39 @@ import structlog
 from msgspec.structs import replace
 
 from abreast.capture import Capture
-from abreast.redact import MARK
-from abreast_sidecar.again.ask import Asker, AskError
-from abreast_sidecar.compare import Judgement, Rules, judge
-from abreast_sidecar.compare.drift import Key, drifted
-from abreast_sidecar.compare.evidence import explained
-from abreast_sidecar.compare.judge import CONDITIONS, ERROR, status
-from abreast_sidecar.ending import ended
+from abreast.redact import HASH_PREFIX
+from abreast_sidecar.again.ask import Replayer, ReplayError
+from abreast_sidecar.compare import CompareOptions, ComparisonResult, compare_pair
+from abreast_sidecar.compare.drift import DifferenceKey, find_state_drift
+from abreast_sidecar.compare.evidence import is_explained_by_shape
+from abreast_sidecar.compare.judge import CONDITIONAL_HEADERS, INTERNAL_SERVER_ERROR, get_status
+from abreast_sidecar.ending import cancel_and_wait
 from abreast_sidecar.errors import LedgerError, SettingError
-from abreast_sidecar.outage import pause
+from abreast_sidecar.outage import wait_or_stop
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import Judged
+from abreast_sidecar.store import PairRecord
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.drifts import wanted, write
+from abreast_sidecar.store.drifts import needs_recheck, record_drift
 
-MINUTE = 60.0  # seconds
-AT_ONCE = 4  # pairs
-LATEST = 30.0  # seconds after which what waits is not asked any more: too much may have changed
-SAFE = frozenset({"GET", "HEAD"})
+MINUTE_S = 60.0  # seconds
+MAX_CONCURRENT_RECHECKS = 4  # pairs
+MAX_RECHECK_DELAY_S = 30.0  # seconds after which what waits is not asked any more: too much may have changed
+RECHECKED_METHODS = frozenset({"GET", "HEAD"})
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class AgainSettings:
+class RecheckSettings:
     """`per_minute` is for this process."""
 
     per_minute: int
-    after: float
-    old: str
-    new: str
+    delay_s: float
+    old_url: str
+    new_url: str
 
     @classmethod
-    def of(cls, settings: Settings) -> AgainSettings | None:
+    def from_settings(cls, settings: Settings) -> RecheckSettings | None:
         """None where it is off. Raise SettingError."""
         if not settings.ask_again:
             return None
@@ -56,106 +56,117 @@ class AgainSettings:
         if missing:
             names = " and ".join(f"ABREAST_ASK_AGAIN_{name.upper()}" for name in missing)
             raise SettingError(f"ABREAST_ASK_AGAIN needs the address of each version, set {names} too")
-        share = max(1, settings.ask_again // max(1, settings.workers))
-        return cls(share, settings.ask_again_after, settings.ask_again_old, settings.ask_again_new)
+        per_process = max(1, settings.ask_again // max(1, settings.workers))
+        return cls(per_process, settings.ask_again_after, settings.ask_again_old, settings.ask_again_new)
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    judged: Judged
+class PendingRecheck:
+    record: PairRecord
     old: Capture
     new: Capture
-    since: float = field(default_factory=time.monotonic)
+    queued_at: float = field(default_factory=time.monotonic)
 
 
-class Again:
+class Rechecker:
     """Offer what was committed; `run` does the rest."""
 
-    def __init__(self, settings: AgainSettings, rules: Rules, postgres_url: str) -> None:
+    def __init__(self, settings: RecheckSettings, rules: CompareOptions, postgres_url: str) -> None:
         self._settings = settings
         self._rules = rules
         self._database = Database(postgres_url)
-        self._asker = Asker()
-        self._waiting: deque[Waiting] = deque()
-        self._asked: deque[float] = deque()  # when, of the last minute
-        self._places = asyncio.Semaphore(AT_ONCE)
+        self._replayer = Replayer()
+        self._queue: deque[PendingRecheck] = deque()
+        self._replay_times: deque[float] = deque()  # when, of the last minute
+        self._slots = asyncio.Semaphore(MAX_CONCURRENT_RECHECKS)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def offer(self, batch: Iterable[Judged]) -> None:
+    def offer(self, records: Iterable[PairRecord]) -> None:
         """Take what can be asked again and finds room."""
-        for judged in batch:
-            if len(self._waiting) >= self._settings.per_minute:
+        for record in records:
+            if len(self._queue) >= self._settings.per_minute:
                 return
-            if found := askable(judged):
-                self._waiting.append(found)
+            if pending := plan_recheck(record):
+                self._queue.append(pending)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Return once `stop` is set; what is under way is given up."""
         try:
             await self._database.open()
             while not stop.is_set():
-                self._begin_due()
-                await pause(stop, min(0.2, self._settings.after / 4))
+                self._start_due()
+                await wait_or_stop(stop, min(0.2, self._settings.delay_s / 4))
         finally:
-            await ended(*self._tasks)
-            await self._asker.aclose()
+            await cancel_and_wait(*self._tasks)
+            await self._replayer.aclose()
             await self._database.close()
 
-    def _begin_due(self) -> None:
+    def _start_due(self) -> None:
         now = time.monotonic()
-        while self._asked and self._asked[0] < now - MINUTE:
-            self._asked.popleft()
-        while self._waiting and now - self._waiting[0].since >= self._settings.after:
-            if len(self._asked) >= self._settings.per_minute or len(self._tasks) >= 2 * AT_ONCE:
+        while self._replay_times and self._replay_times[0] < now - MINUTE_S:
+            self._replay_times.popleft()
+        while self._queue and now - self._queue[0].queued_at >= self._settings.delay_s:
+            if (
+                len(self._replay_times) >= self._settings.per_minute
+                or len(self._tasks) >= 2 * MAX_CONCURRENT_RECHECKS
+            ):
                 break
-            one = self._waiting.popleft()
-            if now - one.since > LATEST + self._settings.after:
+            pending = self._queue.popleft()
+            if now - pending.queued_at > MAX_RECHECK_DELAY_S + self._settings.delay_s:
                 continue
-            self._asked.append(now)
-            task = asyncio.create_task(self._one(one))
+            self._replay_times.append(now)
+            task = asyncio.create_task(self._recheck(pending))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _one(self, one: Waiting) -> None:
+    async def _recheck(self, pending: PendingRecheck) -> None:
         try:
-            async with self._places:
-                await self._settle(one)
-        except (AskError, LedgerError) as error:
-            log.info("a pair could not be asked again", pair=one.judged.pair, error=str(error))
+            async with self._slots:
+                await self._replay_and_compare(pending)
+        except (ReplayError, LedgerError) as error:
+            log.info("a pair could not be asked again", pair=pending.record.pair_id, error=str(error))
         except Exception:
-            log.exception("asking a pair again failed", pair=one.judged.pair)
+            log.exception("asking a pair again failed", pair=pending.record.pair_id)
 
-    async def _settle(self, one: Waiting) -> None:
-        if not await wanted(self._database, one.judged):
+    async def _replay_and_compare(self, pending: PendingRecheck) -> None:
+        if not await needs_recheck(self._database, pending.record):
             return
-        old = await self._asker.ask(one.old, self._settings.old)
-        new = await self._asker.ask(one.new, self._settings.new)
-        keys = await asyncio.to_thread(self._compared, one, old, new)
-        if keys and await write(self._database, one.judged, keys):
-            log.info("a difference was drift of state", pair=one.judged.pair, places=len(keys))
+        old = await self._replayer.replay(pending.old, self._settings.old_url)
+        new = await self._replayer.replay(pending.new, self._settings.new_url)
+        keys = await asyncio.to_thread(self._find_drift, pending, old, new)
+        if keys and await record_drift(self._database, pending.record, keys):
+            log.info("a difference was drift of state", pair=pending.record.pair_id, places=len(keys))
 
-    def _compared(self, one: Waiting, old: Capture, new: Capture) -> list[Key]:
-        moved = judge([_as(one.old, "old"), _as(old, "new")], self._rules)
-        return drifted(one.judged.judgement, moved, judge([_as(old, "old"), _as(new, "new")], self._rules))
+    def _find_drift(self, pending: PendingRecheck, old: Capture, new: Capture) -> list[DifferenceKey]:
+        old_change = compare_pair([_as_version(pending.old, "old"), _as_version(old, "new")], self._rules)
+        return find_state_drift(
+            pending.record.result,
+            old_change,
+            compare_pair([_as_version(old, "old"), _as_version(new, "new")], self._rules),
+        )
 
 
-def _as(capture: Capture, version: str) -> Capture:
+def _as_version(capture: Capture, version: str) -> Capture:
     if version == "old":
         return replace(capture, version="old", role="live", attempt=1)
     return replace(capture, version="new", role="shadow", attempt=1)
 
 
-def askable(judged: Judged) -> Waiting | None:
+def plan_recheck(record: PairRecord) -> PendingRecheck | None:
     """A safe request of which everything is known, with a difference that its values' shapes don't explain."""
-    judgement: Judgement = judged.judgement
-    old, new = judgement.old, judgement.new
-    if judgement.outcome != "mismatch" or old is None or new is None:
+    result: ComparisonResult = record.result
+    old, new = result.old, result.new
+    if result.outcome != "mismatch" or old is None or new is None:
         return None
     request = old.request
-    if request.method not in SAFE or status(new) >= ERROR or request.body.length:
+    if (
+        request.method not in RECHECKED_METHODS
+        or get_status(new) >= INTERNAL_SERVER_ERROR
+        or request.body.length
+    ):
         return None
-    if any(MARK in value or name in CONDITIONS for name, value in request.headers):
+    if any(HASH_PREFIX in value or name in CONDITIONAL_HEADERS for name, value in request.headers):
         return None
-    if explained(judgement.differences, judged.at / 1000):
+    if is_explained_by_shape(result.differences, record.time_ms / 1000):
         return None
-    return Waiting(judged, old, new)
+    return PendingRecheck(record, old, new)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from abreast_sidecar.cli.exits import EXITS, Exit, ended_by
+from abreast_sidecar.cli.exits import EXIT_MEANINGS, ExitCode, handle_error
 
 # `up`, `demo` and `drill` start servers while gRPC's threads run; its handlers for forks can crash the new process.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -51,7 +51,7 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"abreast_sidecar.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command = module.command
+        command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -61,23 +61,23 @@ class LazyGroup(click.Group):
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Exit codes"):
-            formatter.write_dl([(str(int(code)), meaning) for code, meaning in EXITS.items()])
+            formatter.write_dl([(str(int(code)), meaning) for code, meaning in EXIT_MEANINGS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:  # click would end with 1
-            return ended_by(error)
+            return handle_error(error)
 
-    def main(self, *args: Any, **extra: Any) -> NoReturn:
+    def main(self, *args: Any, **click_options: Any) -> NoReturn:
         """Always ends the process, with one line on stderr and an exit code of ours."""
-        extra |= {"standalone_mode": False, "prog_name": "abreast"}
+        click_options |= {"standalone_mode": False, "prog_name": "abreast"}
         try:
-            code = super().main(*args, **extra)
+            code = super().main(*args, **click_options)
             sys.stdout.flush()  # a reader that left shows up here
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # what is not foreseen is raised again
-            code = ended_by(error)
-        sys.exit(code if isinstance(code, int) else Exit.OK)
+            code = handle_error(error)
+        sys.exit(code if isinstance(code, int) else ExitCode.OK)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,169 +14,181 @@ from rich.text import Text
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.humane import counted, duration, printable, size
-from abreast_sidecar.cli.json_lines import json_lines
-from abreast_sidecar.cli.tables import role_name, table
+from abreast_sidecar.cli.humane import format_bytes, format_duration, format_quantity, to_printable
+from abreast_sidecar.cli.json_lines import split_json_lines
+from abreast_sidecar.cli.tables import make_table, role_name
 
-SIDE_BY_SIDE_FROM = 100  # columns
-LONGEST_NAME = 80  # characters of an exception's name
-CONTEXT = 3  # equal lines around a difference
-LONGEST = 3000  # lines a side that are aligned; difflib would take seconds for more
-OLD, NEW = "blue", "magenta"
+MIN_SIDE_BY_SIDE_COLUMNS = 100  # columns
+MAX_EXCEPTION_NAME_CHARS = 80  # characters of an exception's name
+CONTEXT_LINES = 3  # equal lines around a difference
+MAX_ALIGNED_LINES = 3000  # lines a side that are aligned; difflib would take seconds for more
+OLD_COLOUR, NEW_COLOUR = "blue", "magenta"
 
 
 @dataclass(frozen=True)
-class Row:
+class LinePair:
     """A line of old beside its line of new; None where a side has none."""
 
     old: str | None
     new: str | None
 
     @property
-    def same(self) -> bool:
+    def is_equal(self) -> bool:
         return self.old == self.new
 
 
-def compared(
+def select_compared_capture(
     captures: Sequence[api.CaptureDetail], version: common.Version.ValueType
 ) -> api.CaptureDetail | None:
     """The first attempt that is no baseline copy."""
-    found = [c for c in captures if c.version == version and c.role != common.ROLE_BASELINE]
-    return min(found, key=lambda capture: capture.attempt, default=None)
+    candidates = [c for c in captures if c.version == version and c.role != common.ROLE_BASELINE]
+    return min(candidates, key=lambda capture: capture.attempt, default=None)
 
 
-def answers(captures: Sequence[api.CaptureDetail], width: int, *, full: bool = False) -> RenderableType:
-    old, new = (compared(captures, version) for version in (common.VERSION_OLD, common.VERSION_NEW))
+def render_answers(
+    captures: Sequence[api.CaptureDetail], width: int, *, full: bool = False
+) -> RenderableType:
+    old, new = (
+        select_compared_capture(captures, version) for version in (common.VERSION_OLD, common.VERSION_NEW)
+    )
     rows = [
-        Row(status(old), status(new)),
-        *header_rows(old, new),
-        Row("", ""),
-        *aligned(body(old), body(new)),
+        LinePair(format_status_line(old), format_status_line(new)),
+        *align_headers(old, new),
+        LinePair("", ""),
+        *align_lines(split_captured_body(old), split_captured_body(new)),
     ]
-    if width >= SIDE_BY_SIDE_FROM:
-        return _beside(rows, old, new, full=full)
-    return _below(rows, full=full)
+    if width >= MIN_SIDE_BY_SIDE_COLUMNS:
+        return _render_side_by_side(rows, old, new, full=full)
+    return _render_unified(rows, full=full)
 
 
-def status(capture: api.CaptureDetail | None) -> str:
+def format_status_line(capture: api.CaptureDetail | None) -> str:
     if capture is None:
         return "(no capture)"
     if capture.status:
         return f"status {capture.status}"
-    return raised(capture) or "no answer"
+    return format_exception(capture) or "no answer"
 
 
-def raised(capture: api.CaptureDetail | None) -> str:
-    return f"raised {printable(capture.raised, LONGEST_NAME)}" if capture and capture.raised else ""
+def format_exception(capture: api.CaptureDetail | None) -> str:
+    return (
+        f"raised {to_printable(capture.raised, MAX_EXCEPTION_NAME_CHARS)}"
+        if capture and capture.raised
+        else ""
+    )
 
 
-def ended(detail: api.PairDetail, version: common.Version.ValueType) -> str:
+def summarise_answer(detail: api.PairDetail, version: common.Version.ValueType) -> str:
     """How a version answered, as far as is kept: `200 in 3.1 ms`, `raised KeyError in 2.0 ms`, `no capture`."""
     pair, old = detail.pair, version == common.VERSION_OLD
     time = "old_time" if old else "new_time"
     if not pair.HasField(time):  # type: ignore[arg-type]  # a field's name
         return "no capture"
-    failed = raised(compared(detail.captures, version))
+    exception_text = format_exception(select_compared_capture(detail.captures, version))
     code = pair.old_status if old else pair.new_status
-    took = f" in {duration(getattr(pair, time))}"
+    duration_text = f" in {format_duration(getattr(pair, time))}"
     if code:
-        return f"{code}{took}" + (f", then {failed}" if failed else "")
-    return f"{failed or 'no answer'}{took}"
+        return f"{code}{duration_text}" + (f", then {exception_text}" if exception_text else "")
+    return f"{exception_text or 'no answer'}{duration_text}"
 
 
-def header_rows(old: api.CaptureDetail | None, new: api.CaptureDetail | None) -> list[Row]:
+def align_headers(old: api.CaptureDetail | None, new: api.CaptureDetail | None) -> list[LinePair]:
     """By name; headers that occur several times in their order."""
-    found: dict[tuple[str, int], list[str | None]] = {}
+    rows_by_header: dict[tuple[str, int], list[str | None]] = {}
     for side, capture in enumerate((old, new)):
-        seen: Counter[str] = Counter()
+        occurrences: Counter[str] = Counter()
         for header in capture.headers if capture else ():
-            row = found.setdefault((header.name, seen[header.name]), [None, None])
-            row[side] = printable(f"{header.name}: {header.value}")
-            seen[header.name] += 1
-    return [Row(*found[key]) for key in sorted(found)]
+            row = rows_by_header.setdefault((header.name, occurrences[header.name]), [None, None])
+            row[side] = to_printable(f"{header.name}: {header.value}")
+            occurrences[header.name] += 1
+    return [LinePair(*rows_by_header[key]) for key in sorted(rows_by_header)]
 
 
-def body(capture: api.CaptureDetail | None) -> list[str]:
+def split_captured_body(capture: api.CaptureDetail | None) -> list[str]:
     """JSON one value a line."""
     if capture is None:
         return []
-    cut = capture.body_length - len(capture.body)
-    rest = [f"… {size(cut)} more were not captured"] if cut > 0 else []
-    return [*body_lines(capture.body), *rest]
+    missing_bytes = capture.body_length - len(capture.body)
+    truncation_note = [f"… {format_bytes(missing_bytes)} more were not captured"] if missing_bytes > 0 else []
+    return [*split_body_bytes(capture.body), *truncation_note]
 
 
-def body_lines(body: bytes) -> list[str]:
+def split_body_bytes(body: bytes) -> list[str]:
     try:
         text = body.decode()
     except UnicodeDecodeError:
-        return [f"({size(len(body))} that are no text)"]
-    found = json_lines(text) or text.splitlines()
-    return [printable(line) for line in found]
+        return [f"({format_bytes(len(body))} that are no text)"]
+    lines = split_json_lines(text) or text.splitlines()
+    return [to_printable(line) for line in lines]
 
 
-def aligned(old: list[str], new: list[str]) -> list[Row]:
+def align_lines(old: list[str], new: list[str]) -> list[LinePair]:
     """Equal lines beside each other, in both orders."""
-    if max(len(old), len(new)) > LONGEST:
-        return [Row(*sides) for sides in itertools.zip_longest(old, new)]
+    if max(len(old), len(new)) > MAX_ALIGNED_LINES:
+        return [LinePair(*sides) for sides in itertools.zip_longest(old, new)]
     rows = []
-    for what, i, end_i, j, end_j in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        if what == "equal":
-            rows += [Row(line, line) for line in old[i:end_i]]
+    for operation, i, end_i, j, end_j in difflib.SequenceMatcher(
+        None, old, new, autojunk=False
+    ).get_opcodes():
+        if operation == "equal":
+            rows += [LinePair(line, line) for line in old[i:end_i]]
         else:
-            rows += [Row(*sides) for sides in itertools.zip_longest(old[i:end_i], new[j:end_j])]
+            rows += [LinePair(*sides) for sides in itertools.zip_longest(old[i:end_i], new[j:end_j])]
     return rows
 
 
-def folded(rows: Sequence[Row], *, full: bool) -> Iterator[Row | int]:
+def fold_equal_rows(rows: Sequence[LinePair], *, full: bool) -> Iterator[LinePair | int]:
     """The rows, long runs of equal ones replaced by how many they are."""
-    at = 0
-    for same, run in itertools.groupby(rows, key=lambda row: row.same):
-        part = list(run)
-        before = CONTEXT if at else 0
-        after = CONTEXT if at + len(part) < len(rows) else 0
-        at += len(part)
-        hidden = len(part) - before - after
-        if full or not same or hidden < 2:
-            yield from part
+    position = 0
+    for is_equal, run in itertools.groupby(rows, key=lambda row: row.is_equal):
+        run_rows = list(run)
+        before = CONTEXT_LINES if position else 0
+        after = CONTEXT_LINES if position + len(run_rows) < len(rows) else 0
+        position += len(run_rows)
+        hidden_count = len(run_rows) - before - after
+        if full or not is_equal or hidden_count < 2:
+            yield from run_rows
         else:
-            yield from part[:before]
-            yield hidden
-            yield from part[len(part) - after :]
+            yield from run_rows[:before]
+            yield hidden_count
+            yield from run_rows[len(run_rows) - after :]
 
 
-def _beside(
-    rows: Sequence[Row], old: api.CaptureDetail | None, new: api.CaptureDetail | None, *, full: bool
+def _render_side_by_side(
+    rows: Sequence[LinePair], old: api.CaptureDetail | None, new: api.CaptureDetail | None, *, full: bool
 ) -> Table:
-    made = table(_title("old", old), "", _title("new", new))
-    made.columns[0].ratio = made.columns[2].ratio = 1
-    made.expand = True
-    for row in folded(rows, full=full):
+    answers_table = make_table(_format_column_title("old", old), "", _format_column_title("new", new))
+    answers_table.columns[0].ratio = answers_table.columns[2].ratio = 1
+    answers_table.expand = True
+    for row in fold_equal_rows(rows, full=full):
         if isinstance(row, int):
-            made.add_row(Text(_left_out(row), "dim"), "", Text(_left_out(row), "dim"))
-        elif row.same:
-            made.add_row(row.old, "", row.new)
+            answers_table.add_row(
+                Text(_format_hidden_lines(row), "dim"), "", Text(_format_hidden_lines(row), "dim")
+            )
+        elif row.is_equal:
+            answers_table.add_row(row.old, "", row.new)
         else:
-            made.add_row(Text(row.old or "", OLD), "≠", Text(row.new or "", NEW))
-    return made
+            answers_table.add_row(Text(row.old or "", OLD_COLOUR), "≠", Text(row.new or "", NEW_COLOUR))
+    return answers_table
 
 
-def _below(rows: Sequence[Row], *, full: bool) -> Group:
+def _render_unified(rows: Sequence[LinePair], *, full: bool) -> Group:
     """As diff prints it: - is old, + is new."""
-    found: list[Text] = []
-    for row in folded(rows, full=full):
+    lines: list[Text] = []
+    for row in fold_equal_rows(rows, full=full):
         if isinstance(row, int):
-            found.append(Text(f"  {_left_out(row)}", "dim"))
-        elif row.same:
-            found.append(Text(f"  {row.old}"))
+            lines.append(Text(f"  {_format_hidden_lines(row)}", "dim"))
+        elif row.is_equal:
+            lines.append(Text(f"  {row.old}"))
         else:
-            found += [Text(f"- {row.old}", OLD)] if row.old is not None else []
-            found += [Text(f"+ {row.new}", NEW)] if row.new is not None else []
-    return Group(Text("- old", f"bold {OLD}"), Text("+ new", f"bold {NEW}"), *found)
+            lines += [Text(f"- {row.old}", OLD_COLOUR)] if row.old is not None else []
+            lines += [Text(f"+ {row.new}", NEW_COLOUR)] if row.new is not None else []
+    return Group(Text("- old", f"bold {OLD_COLOUR}"), Text("+ new", f"bold {NEW_COLOUR}"), *lines)
 
 
-def _title(version: str, capture: api.CaptureDetail | None) -> str:
+def _format_column_title(version: str, capture: api.CaptureDetail | None) -> str:
     return f"{version} ({role_name(capture.role)})" if capture else version
 
 
-def _left_out(number: int) -> str:
-    return f"… {counted(number, 'equal line')}"
+def _format_hidden_lines(line_count: int) -> str:
+    return f"… {format_quantity(line_count, 'equal line')}"

@@ -10,14 +10,14 @@ import click
 
 from abreast.capture import Answer, Capture, Headers, Request, Version
 from abreast_sidecar.cli import compare_files
-from abreast_sidecar.cli.exits import Exit
-from abreast_sidecar.cli.humane import counted, printable
-from abreast_sidecar.compare import Difference, Judgement, Rules, judge
-from abreast_sidecar.compare.rules_file import RuleError, load
+from abreast_sidecar.cli.exits import ExitCode
+from abreast_sidecar.cli.humane import format_quantity, to_printable
+from abreast_sidecar.compare import CompareOptions, ComparisonResult, Difference, compare_pair
+from abreast_sidecar.compare.rules_file import RuleError, parse_rules
 from abreast_sidecar.errors import ArgumentError
 
-LONGEST_VALUE = 160  # characters
-COLOURS = {"breaking": "red", "value": "yellow", "additive": "cyan"}
+MAX_COMPARE_VALUE_CHARS = 160  # characters
+IMPACT_COLOURS = {"breaking": "red", "value": "yellow", "additive": "cyan"}
 
 
 @click.command()
@@ -27,7 +27,7 @@ COLOURS = {"breaking": "red", "value": "yellow", "additive": "cyan"}
 @click.option(
     "--type",
     "kind",
-    default=compare_files.JSON,
+    default=compare_files.JSON_MEDIA_TYPE,
     show_default=True,
     help="Content type of the bodies; empty: guess.",
 )
@@ -37,7 +37,7 @@ COLOURS = {"breaking": "red", "value": "yellow", "additive": "cyan"}
 @click.option("--service", default="", help="For rules: the service's name.")
 @click.option("--release", default="", help="For rules: the new version's release.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(
+def compare_command(
     old: str,
     new: str,
     whole: bool,
@@ -53,42 +53,44 @@ def command(
 
     Exits with 0 where nothing differs that no rule explains, 1 where something does, 2 where they can't be compared.
     """
-    if (old, new, rules_file).count(compare_files.STDIN) > 1:
+    if (old, new, rules_file).count(compare_files.STDIN_NAME) > 1:
         raise ArgumentError("only one of the files can be stdin")
-    rules = _rules(rules_file)
+    rules = _load_rules(rules_file)
     answers = [
-        compare_files.http_answer(data, name) if whole else compare_files.body_answer(data, name, kind)
-        for name, data in ((old, compare_files.read(old)), (new, compare_files.read(new)))
+        compare_files.parse_http_file(data, name)
+        if whole
+        else compare_files.parse_body_file(data, name, kind)
+        for name, data in ((old, compare_files.read_file(old)), (new, compare_files.read_file(new)))
     ]
-    request = _request(endpoint, url)
+    request = _build_request(endpoint, url)
     captures = [
-        _capture("old", request, answers[0], service, release),
-        _capture("new", request, answers[1], service, release),
+        _build_capture("old", request, answers[0], service, release),
+        _build_capture("new", request, answers[1], service, release),
     ]
-    judgement = judge(captures, rules)
-    click.echo(as_text(judgement) if not as_json else json.dumps(as_record(judgement), indent=2))
-    return code(judgement)
+    result = compare_pair(captures, rules)
+    click.echo(format_result(result) if not as_json else json.dumps(to_json_record(result), indent=2))
+    return exit_code_of(result)
 
 
-def code(judgement: Judgement) -> int:
-    if judgement.differences:
-        return Exit.NO
-    return Exit.OK if judgement.outcome == "match" else Exit.USAGE
+def exit_code_of(result: ComparisonResult) -> int:
+    if result.differences:
+        return ExitCode.CHECK_FAILED
+    return ExitCode.OK if result.outcome == "match" else ExitCode.USAGE
 
 
-def _rules(name: str | None) -> Rules:
+def _load_rules(name: str | None) -> CompareOptions:
     if name is None:
-        return Rules()
+        return CompareOptions()
     try:
-        text = compare_files.read(name).decode()
-        return Rules(declared=load(text, name).on(dt.datetime.now(dt.UTC).date()))
+        text = compare_files.read_file(name).decode()
+        return CompareOptions(rule_set=parse_rules(text, name).active_on(dt.datetime.now(dt.UTC).date()))
     except UnicodeDecodeError as error:
         raise ArgumentError(f"{name} is not UTF-8: {error}") from error
     except RuleError as error:
         raise ArgumentError(str(error)) from error
 
 
-def _request(endpoint: str, url: str) -> Request:
+def _build_request(endpoint: str, url: str) -> Request:
     method, _, route = endpoint.strip().partition(" ")
     try:
         address = urlsplit(url)
@@ -102,7 +104,7 @@ def _request(endpoint: str, url: str) -> Request:
     )
 
 
-def _capture(version: Version, request: Request, answer: Answer, service: str, release: str) -> Capture:
+def _build_capture(version: Version, request: Request, answer: Answer, service: str, release: str) -> Capture:
     return Capture(
         pair="",
         service=service,
@@ -114,64 +116,70 @@ def _capture(version: Version, request: Request, answer: Answer, service: str, r
     )
 
 
-def as_record(judgement: Judgement) -> dict[str, object]:
-    found: dict[str, object] = {"outcome": judgement.outcome}
-    if judgement.reason:
-        found["reason"] = judgement.reason
-    found["differences"] = [_record(one) for one in (*judgement.differences, *judgement.explained)]
-    return found
+def to_json_record(result: ComparisonResult) -> dict[str, object]:
+    record: dict[str, object] = {"outcome": result.outcome}
+    if result.reason:
+        record["reason"] = result.reason
+    record["differences"] = [
+        _difference_record(difference) for difference in (*result.differences, *result.explained_differences)
+    ]
+    return record
 
 
-def _record(one: Difference) -> dict[str, str | None]:
+def _difference_record(difference: Difference) -> dict[str, str | None]:
     return {
-        "part": one.part,
-        "path": one.path,
-        "place": one.place,
-        "kind": one.kind,
-        "old": one.old,
-        "new": one.new,
-        "impact": one.impact,
-        "explained_by": one.explained_by or None,
-        "hint": one.hint or None,
+        "part": difference.part,
+        "path": difference.path,
+        "place": difference.place,
+        "kind": difference.kind,
+        "old": difference.old,
+        "new": difference.new,
+        "impact": difference.impact,
+        "explained_by": difference.explained_by or None,
+        "hint": difference.hint or None,
     }
 
 
-def as_text(judgement: Judgement) -> str:
-    lines = [line for one in judgement.differences for line in _lines(one)]
-    lines += [line for one in judgement.explained for line in _lines(one)]
-    return "\n".join([*lines, _summary(judgement)])
+def format_result(result: ComparisonResult) -> str:
+    lines = [line for difference in result.differences for line in _format_difference(difference)]
+    lines += [line for difference in result.explained_differences for line in _format_difference(difference)]
+    return "\n".join([*lines, _format_result_summary(result)])
 
 
-def _lines(one: Difference) -> list[str]:
-    named = f"{one.part} {one.place or one.path}".strip()
-    remark = f"explained by {one.explained_by}" if one.explained_by else one.impact
-    colour = "bright_black" if one.explained_by else COLOURS[one.impact]
-    lines = [f"{printable(named)}  {click.style(f'{one.kind}, {printable(remark)}', fg=colour)}"]
+def _format_difference(difference: Difference) -> list[str]:
+    location = f"{difference.part} {difference.place or difference.path}".strip()
+    remark = f"explained by {difference.explained_by}" if difference.explained_by else difference.impact
+    colour = "bright_black" if difference.explained_by else IMPACT_COLOURS[difference.impact]
+    lines = [
+        f"{to_printable(location)}  {click.style(f'{difference.kind}, {to_printable(remark)}', fg=colour)}"
+    ]
     lines += [
-        f"  {sign} {printable(value, LONGEST_VALUE)}"
-        for sign, value in (("-", one.old), ("+", one.new))
+        f"  {sign} {to_printable(value, MAX_COMPARE_VALUE_CHARS)}"
+        for sign, value in (("-", difference.old), ("+", difference.new))
         if value
     ]
-    if one.hint and not one.explained_by:
-        lines.append(f"  a rule could say that it is {_advice(one)}")
+    if difference.hint and not difference.explained_by:
+        lines.append(f"  a rule could say that it is {_format_rule_hint(difference)}")
     return lines
 
 
-def _advice(one: Difference) -> str:
-    return f"{printable(one.hint)}, for the path {printable(one.path)}"
+def _format_rule_hint(difference: Difference) -> str:
+    return f"{to_printable(difference.hint)}, for the path {to_printable(difference.path)}"
 
 
-def _summary(judgement: Judgement) -> str:
-    reason = f" ({printable(judgement.reason)})" if judgement.reason else ""
-    if not judgement.differences and judgement.outcome != "match":
+def _format_result_summary(result: ComparisonResult) -> str:
+    reason = f" ({to_printable(result.reason)})" if result.reason else ""
+    if not result.differences and result.outcome != "match":
         return f"not compared{reason}"
-    explained = (
-        f", {counted(len(judgement.explained), 'difference')} explained" if judgement.explained else ""
+    explained_text = (
+        f", {format_quantity(len(result.explained_differences), 'difference')} explained"
+        if result.explained_differences
+        else ""
     )
-    if not judgement.differences:
+    if not result.differences:
         return (
-            f"nothing differs{explained}{reason}"
-            if not explained
-            else f"nothing unexplained differs{explained}{reason}"
+            f"nothing differs{explained_text}{reason}"
+            if not explained_text
+            else f"nothing unexplained differs{explained_text}{reason}"
         )
-    return f"{counted(len(judgement.differences), 'difference')}{explained}{reason}"
+    return f"{format_quantity(len(result.differences), 'difference')}{explained_text}{reason}"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from abreast_sidecar.cli.exits import RefusedError
-from abreast_sidecar.cli.parameters import SECONDS, TARGET
+from abreast_sidecar.cli.exits import RpcError
+from abreast_sidecar.cli.parameters import SECONDS_TYPE, TARGET_TYPE
 from abreast_sidecar.errors import ArgumentError, NotFoundError, ServerError, SidecarError
 
 if TYPE_CHECKING:
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     )
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-LARGEST_MESSAGE = 64 * 1024 * 1024  # bytes; examples carry bodies
-LARGEST_PAGE = 1000  # rows
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # bytes; examples carry bodies
+MAX_PAGE_ROWS = 1000  # rows
 CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),  # a sidecar is near
 )
 
-T = TypeVar("T")
+Response = TypeVar("Response")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -49,19 +49,19 @@ class Calls:
     latency: latency_pb2_grpc.LatencyServiceStub
     rules: rule_pb2_grpc.RuleServiceStub
     steering: steering_pb2_grpc.SteeringServiceStub
-    timeout: float
+    timeout_s: float
 
 
 @dataclass(frozen=True)
-class Link:
+class SidecarClient:
     address: str
-    timeout: float
+    timeout_s: float
 
-    def run(self, ask: Callable[[Calls], Awaitable[T]]) -> T:
+    def call(self, operation: Callable[[Calls], Awaitable[Response]]) -> Response:
         """Raise a SidecarError that says in one line what a person can do."""
-        return asyncio.run(self._run(ask))
+        return asyncio.run(self._call(operation))
 
-    async def _run(self, ask: Callable[[Calls], Awaitable[T]]) -> T:
+    async def _call(self, operation: Callable[[Calls], Awaitable[Response]]) -> Response:
         import grpc.aio
 
         from abreast.v1 import (
@@ -79,60 +79,60 @@ class Link:
                 latency_pb2_grpc.LatencyServiceStub(channel),
                 rule_pb2_grpc.RuleServiceStub(channel),
                 steering_pb2_grpc.SteeringServiceStub(channel),
-                self.timeout,
+                self.timeout_s,
             )
             try:
-                return await ask(calls)
+                return await operation(calls)
             except grpc.aio.AioRpcError as error:
-                raise in_plain_words(error, self.address, self.timeout) from error
+                raise to_cli_error(error, self.address, self.timeout_s) from error
 
 
-def in_plain_words(error: grpc.aio.AioRpcError, address: str, timeout: float) -> SidecarError:
+def to_cli_error(error: grpc.aio.AioRpcError, address: str, timeout_s: float) -> SidecarError:
     import grpc
 
-    said = error.details() or "no reason given"
+    details = error.details() or "no reason given"
     code = error.code()
     if code in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OUT_OF_RANGE}:
-        return ArgumentError(said)
+        return ArgumentError(details)
     if code is grpc.StatusCode.NOT_FOUND:
-        return NotFoundError(said.replace("ListFindings", "`abreast findings`"))
+        return NotFoundError(details.replace("ListFindings", "`abreast findings`"))
     if code is grpc.StatusCode.FAILED_PRECONDITION:
-        return RefusedError(said)
+        return RpcError(details)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ServerError(f"the sidecar at {address} did not answer within {timeout:g} s (--timeout)")
+        return ServerError(f"the sidecar at {address} did not answer within {timeout_s:g} s (--timeout)")
     if code is grpc.StatusCode.UNAVAILABLE:
-        return ServerError(_unavailable(error, said, address))
+        return ServerError(_describe_unavailable(error, details, address))
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return RefusedError(f"{address} does not know this call; is it a sidecar, of this version?")
-    return RefusedError(f"the sidecar at {address} says {code.name}: {said}")
+        return RpcError(f"{address} does not know this call; is it a sidecar, of this version?")
+    return RpcError(f"the sidecar at {address} says {code.name}: {details}")
 
 
-def _unavailable(error: grpc.aio.AioRpcError, said: str, address: str) -> str:
+def _describe_unavailable(error: grpc.aio.AioRpcError, details: str, address: str) -> str:
     if any(key == "grpc-status-details-bin" for key, _value in error.trailing_metadata() or ()):
-        return f"the sidecar at {address} can't answer now: {said}"  # it spoke itself
+        return f"the sidecar at {address} can't answer now: {details}"  # it spoke itself
     advice = "start one with `abreast up` or `abreast sidecar`, or say where it is with --address or ABREAST_SIDECAR"
-    if "resol" in said.lower() or "dns" in said.lower():
+    if "resol" in details.lower() or "dns" in details.lower():
         return f"no host {address.rpartition(':')[0]} is known; {advice}"
-    if "refused" in said.lower():
+    if "refused" in details.lower():
         return f"no sidecar answers at {address}; {advice}"
-    if "http1" in said.lower() or "settings frame" in said.lower() or "http2" in said.lower():
+    if "http1" in details.lower() or "settings frame" in details.lower() or "http2" in details.lower():
         return f"{address} answers, but not as a sidecar's gRPC does (is it the HTTP port?); {advice}"
-    return f"no sidecar answers at {address} ({said}); {advice}"
+    return f"no sidecar answers at {address} ({details}); {advice}"
 
 
-def connected(command: Command) -> Command:
+def connection_options(command: Command) -> Command:
     """Options --address and --timeout, handed to the command as `link`."""
 
     @functools.wraps(command)
     def with_link(*args: Any, address: str, timeout: float, **kwargs: Any) -> Any:
-        return command(*args, link=Link(address, timeout), **kwargs)
+        return command(*args, link=SidecarClient(address, timeout), **kwargs)
 
     click.option(
-        "--timeout", type=SECONDS, default=10.0, show_default=True, help="Seconds to wait for an answer."
+        "--timeout", type=SECONDS_TYPE, default=10.0, show_default=True, help="Seconds to wait for an answer."
     )(with_link)
     click.option(
         "--address",
-        type=TARGET,
+        type=TARGET_TYPE,
         default=DEFAULT_ADDRESS,
         envvar="ABREAST_SIDECAR",
         show_default=True,
@@ -142,26 +142,26 @@ def connected(command: Command) -> Command:
     return with_link  # type: ignore[return-value]  # the same command with two options more
 
 
-def window(since: dt.datetime | None, until: dt.datetime | None) -> common_pb2.TimeWindow | None:
+def build_time_window(since: dt.datetime | None, until: dt.datetime | None) -> common_pb2.TimeWindow | None:
     from abreast.v1 import common_pb2
 
     if since is None and until is None:
         return None
     if since and until and since > until:
         raise ArgumentError("--since must not be after --until")
-    found = common_pb2.TimeWindow()
+    time_window = common_pb2.TimeWindow()
     if since:
-        found.start.FromDatetime(since)
+        time_window.start.FromDatetime(since)
     if until:
-        found.end.FromDatetime(until)
-    return found
+        time_window.end.FromDatetime(until)
+    return time_window
 
 
-def page_sizes(limit: int) -> Iterator[int]:
+def split_page_sizes(limit: int) -> Iterator[int]:
     """Sizes of the pages that hold `limit` rows together."""
     while limit > 0:
-        yield min(limit, LARGEST_PAGE)
-        limit -= LARGEST_PAGE
+        yield min(limit, MAX_PAGE_ROWS)
+        limit -= MAX_PAGE_ROWS
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
@@ -172,10 +172,10 @@ service_option = click.option(
 
 def print_json(message: Message, *, indent: int | None = 2) -> None:
     """Field names as in the protos; numbers of 64 bits are texts, as protobuf's JSON has it."""
-    click.echo(as_text(message, indent=indent))
+    click.echo(message_to_json(message, indent=indent))
 
 
-def as_text(message: Message, *, indent: int | None = 2) -> str:
+def message_to_json(message: Message, *, indent: int | None = 2) -> str:
     from google.protobuf import json_format
 
     return json_format.MessageToJson(

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from abreast_sidecar.cli.exits import Exit
-from abreast_sidecar.cli.parameters import Parsed
+from abreast_sidecar.cli.exits import ExitCode
+from abreast_sidecar.cli.parameters import ParserParamType
 from abreast_sidecar.errors import SettingError
 
 if TYPE_CHECKING:
-    from abreast_sidecar.envoy.settings import Endpoint
+    from abreast_sidecar.envoy.settings import SocketAddress
 
-PARTS = {"fastapi", "httpx", "pydantic"}
+DEMO_PACKAGES = {"fastapi", "httpx", "pydantic"}
 
 
-def _listener(value: str) -> Endpoint:
-    from abreast_sidecar.envoy.settings import listener
+def _parse_listener(value: str) -> SocketAddress:
+    from abreast_sidecar.envoy.settings import parse_listener
 
-    return listener(value)
+    return parse_listener(value)
 
 
 @click.command()
@@ -38,11 +38,11 @@ def _listener(value: str) -> Endpoint:
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed sends the same requests.")
 @click.option(
     "--listen",
-    type=Parsed("[host]:port", _listener),
+    type=ParserParamType("[host]:port", _parse_listener),
     help="Where users reach Envoy.  [default: 127.0.0.1:8080, or a free port if that is taken]",
 )
-def command(
-    *, once: bool, as_json: bool, seconds: float, rate: float, seed: int, listen: Endpoint | None
+def demo_command(
+    *, once: bool, as_json: bool, seconds: float, rate: float, seed: int, listen: SocketAddress | None
 ) -> int:
     """Run a small shop in two versions, send it traffic, and show what differs.
 
@@ -51,35 +51,37 @@ def command(
     try:
         from abreast_demo import run, show
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in PARTS:
+        if (error.name or "").partition(".")[0] not in DEMO_PACKAGES:
             raise
         raise SettingError("the demo needs more parts; run: pip install 'abreast[demo]'") from error
     from rich.console import Console
 
     from abreast_sidecar.cli import tables
 
-    def finished(at_end: run.Finished) -> None:
-        shown.finished(at_end)
+    def handle_outcome(at_end: run.DemoOutcome) -> None:
+        output.print_outcome(at_end)
         if as_json:
-            print(json.dumps(at_end.result.for_machines(), indent=2), flush=True)
+            print(json.dumps(at_end.result.to_json_object(), indent=2), flush=True)
         if not once:
-            shown.say("the shop stays open, with a little traffic, until Ctrl-C")
+            output.print_message("the shop stays open, with a little traffic, until Ctrl-C")
 
-    quiet = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    console = quiet if as_json else tables.console()
-    with show.Show(console, results=not as_json) as shown:
-        listener = run.Listener(
-            say=shown.say,
-            wait=shown.wait,
-            ready=shown.ready,
-            step=shown.step,
-            progress=shown.progress,
-            regression=shown.regression,
-            finished=finished,
+    stderr_console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+    console = stderr_console if as_json else tables.make_console()
+    with show.ConsoleOutput(console, show_results=not as_json) as output:
+        listener = run.DemoCallbacks(
+            on_message=output.print_message,
+            on_wait=output.show_wait,
+            on_ready=output.print_ready,
+            on_step=output.show_step,
+            on_progress=output.update_progress,
+            on_regression=output.print_regression,
+            on_outcome=handle_outcome,
         )
-        options = run.Options(seconds=seconds, rate=rate, seed=seed, listen=listen, stay=not once)
-        result = run.run(options, listener)
+        options = run.DemoOptions(
+            duration_s=seconds, requests_per_s=rate, seed=seed, listen=listen, keep_open=not once
+        )
+        result = run.run_demo(options, listener)
     sys.stdout.flush()
     if result is None:
-        return Exit.INTERRUPTED
-    return Exit.OK if result.as_planted or not once else Exit.NO
+        return ExitCode.INTERRUPTED
+    return ExitCode.OK if result.is_as_planted or not once else ExitCode.CHECK_FAILED

@@ -9,17 +9,17 @@ import os
 import click
 from rich.table import Table
 
-from abreast_sidecar.cli.checks import Addresses, Check, examine
+from abreast_sidecar.cli.checks import Check, DoctorAddresses, run_checks
 from abreast_sidecar.cli.connection import DEFAULT_ADDRESS, json_option
-from abreast_sidecar.cli.exits import Exit
-from abreast_sidecar.cli.humane import counted, printable
-from abreast_sidecar.cli.parameters import TARGET
-from abreast_sidecar.cli.tables import Console, console, styled
+from abreast_sidecar.cli.exits import ExitCode
+from abreast_sidecar.cli.humane import format_quantity, to_printable
+from abreast_sidecar.cli.parameters import TARGET_TYPE
+from abreast_sidecar.cli.tables import Console, make_console, style_text
 from abreast_sidecar.embedded.record import find_run
 from abreast_sidecar.settings import Settings
 
-DEFAULT_ADMIN = "127.0.0.1:9901"
-MARKS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
+DEFAULT_ENVOY_ADMIN = "127.0.0.1:9901"
+STATE_LABELS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
 
 
 @click.command()
@@ -36,7 +36,7 @@ MARKS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
 @click.option("--http", help="The sidecar's HTTP address.  [env var: ABREAST_HTTP_LISTEN]")
 @click.option(
     "--address",
-    type=TARGET,
+    type=TARGET_TYPE,
     default=DEFAULT_ADDRESS,
     envvar="ABREAST_SIDECAR",
     show_default=True,
@@ -44,7 +44,7 @@ MARKS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
     help="The sidecar's gRPC.",
 )
 @json_option
-def command(
+def doctor_command(
     service: str,
     envoy_admin: tuple[str, ...],
     redis_url: str | None,
@@ -57,15 +57,15 @@ def command(
 
     Where `abreast up` runs on this machine, no option is needed. Exits with 1 where something fails.
     """
-    given = {
+    options = {
         "ABREAST_ENVOY_ADMIN": ",".join(envoy_admin),
         "ABREAST_REDIS_URL": redis_url,
         "ABREAST_POSTGRES_URL": postgres_url,
         "ABREAST_HTTP_LISTEN": http and http.removeprefix("http://").rstrip("/"),
     }
-    flags = {name: value for name, value in given.items() if value}
-    settings = Settings.from_environment({**find_run(address), **os.environ, **flags})
-    checks = examine(addresses(settings, address, service))
+    overrides = {name: value for name, value in options.items() if value}
+    settings = Settings.from_environment({**find_run(address), **os.environ, **overrides})
+    checks = run_checks(build_addresses(settings, address, service))
     if as_json:
         click.echo(
             json.dumps(
@@ -73,43 +73,47 @@ def command(
             )
         )
     else:
-        show(console(), checks)
-    return Exit.NO if any(check.state == "fail" for check in checks) else Exit.OK
+        print_checks(make_console(), checks)
+    return ExitCode.CHECK_FAILED if any(check.state == "fail" for check in checks) else ExitCode.OK
 
 
-def addresses(settings: Settings, address: str, service: str) -> Addresses:
+def build_addresses(settings: Settings, address: str, service: str) -> DoctorAddresses:
     host, _, port = settings.http_listen.rpartition(":")
-    return Addresses(
+    return DoctorAddresses(
         grpc=address,
         http_url=f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",
-        envoy_admin=settings.envoy_admin or (DEFAULT_ADMIN,),
+        envoy_admin=settings.envoy_admin or (DEFAULT_ENVOY_ADMIN,),
         redis_url=settings.redis_url,
         postgres_url=settings.postgres_url,
         service=service,
     )
 
 
-def show(out: Console, checks: list[Check]) -> None:
-    made = Table.grid(padding=(0, 2, 0, 0))
-    made.add_column(no_wrap=True)
-    made.add_column(no_wrap=True)
-    made.add_column(no_wrap=True)
-    made.add_column(overflow="fold")
+def print_checks(out: Console, checks: list[Check]) -> None:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
     part = ""
     for check in checks:
-        made.add_row(
-            styled(MARKS[check.state], check.state),
-            styled(check.part if check.part != part else "", "bold"),
+        grid.add_row(
+            style_text(STATE_LABELS[check.state], check.state),
+            style_text(check.part if check.part != part else "", "bold"),
             check.name,
-            printable(check.found),
+            to_printable(check.found),
         )
         if check.advice:
-            made.add_row("", "", "", styled(f"→ {check.advice}", check.state))
+            grid.add_row("", "", "", style_text(f"→ {check.advice}", check.state))
         part = check.part
-    out.print(made)
-    failed, warned = (sum(check.state == state for check in checks) for state in ("fail", "warn"))
+    out.print(grid)
+    failure_count, warning_count = (
+        sum(check.state == state for check in checks) for state in ("fail", "warn")
+    )
     out.print()
-    if failed or warned:
-        out.print(f"{counted(failed, 'failure')}, {counted(warned, 'warning')}; begin with the first")
+    if failure_count or warning_count:
+        out.print(
+            f"{format_quantity(failure_count, 'failure')}, {format_quantity(warning_count, 'warning')}; begin with the first"
+        )
     else:
         out.print("all is well")

@@ -10,31 +10,31 @@ from pathlib import Path
 
 import click
 
-from abreast_sidecar.envoy.settings import EnvoySettings, written
+from abreast_sidecar.envoy.settings import EnvoySettings, to_env_value
 from abreast_sidecar.errors import ServerError, SettingError
-from abreast_sidecar.settings import PREFIX
+from abreast_sidecar.settings import ENV_PREFIX
 
 
 @click.group()
-def command() -> None:
+def envoy_command() -> None:
     """Write Envoy's configuration, and check it."""
 
 
-def setting_options(function: Callable[..., None]) -> Callable[..., None]:
+def envoy_setting_options(function: Callable[..., None]) -> Callable[..., None]:
     """A flag for each setting. The variables are read with the settings, so that both are checked in one place."""
-    for part in reversed(dataclasses.fields(EnvoySettings)):
-        name = part.name.replace("_", "-")
-        default = written(part.default) or "none"
-        text = f"{part.metadata['doc']}  [{PREFIX}{part.name.upper()}; default: {default}]"
-        if isinstance(part.default, bool):
-            function = click.option(f"--{name}/--no-{name}", part.name, default=None, help=text)(function)
+    for setting in reversed(dataclasses.fields(EnvoySettings)):
+        name = setting.name.replace("_", "-")
+        default = to_env_value(setting.default) or "none"
+        text = f"{setting.metadata['doc']}  [{ENV_PREFIX}{setting.name.upper()}; default: {default}]"
+        if isinstance(setting.default, bool):
+            function = click.option(f"--{name}/--no-{name}", setting.name, default=None, help=text)(function)
         else:
-            function = click.option(f"--{name}", part.name, metavar="VALUE", help=text)(function)
+            function = click.option(f"--{name}", setting.name, metavar="VALUE", help=text)(function)
     return function
 
 
-@command.command()
-@setting_options
+@envoy_command.command()
+@envoy_setting_options
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="write to this file, not to stdout"
 )
@@ -43,15 +43,15 @@ def setting_options(function: Callable[..., None]) -> Callable[..., None]:
 )
 def render(output: Path | None, validate: bool, **flags: str | bool | None) -> None:
     """Print an envoy.yaml made from the flags, and from ABREAST_* variables where there is no flag."""
-    from abreast_sidecar.embedded import envoy_binary
+    from abreast_sidecar.embedded import find_envoy_binary
     from abreast_sidecar.envoy import render as rendering
 
     config = rendering.render(
-        _settings({name: str(value) for name, value in flags.items() if value is not None})
+        _read_envoy_settings({name: str(value) for name, value in flags.items() if value is not None})
     )
     if validate:
         try:
-            envoy_binary()
+            find_envoy_binary()
         except ServerError:
             click.echo("abreast: not checked: no envoy is installed here", err=True)
         else:
@@ -59,12 +59,12 @@ def render(output: Path | None, validate: bool, **flags: str | bool | None) -> N
     if output is None:
         click.echo(config, nl=False)
     else:
-        _write(output, config)
+        _write_config(output, config)
 
 
-@command.command("validate")
+@envoy_command.command("validate")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def validate_file(file: Path) -> None:
+def validate_command(file: Path) -> None:
     """Have Envoy check a configuration file."""
     from abreast_sidecar.envoy.render import validate
 
@@ -72,18 +72,18 @@ def validate_file(file: Path) -> None:
     click.echo(f"{file} is fine")
 
 
-def _settings(flags: dict[str, str]) -> EnvoySettings:
-    given = {PREFIX + name.upper(): value for name, value in flags.items()}
+def _read_envoy_settings(flags: dict[str, str]) -> EnvoySettings:
+    overrides = {ENV_PREFIX + name.upper(): value for name, value in flags.items()}
     try:
-        return EnvoySettings.from_environment({**os.environ, **given})
+        return EnvoySettings.from_environment({**os.environ, **overrides})
     except SettingError as error:
         message = str(error)
         for name in flags:
-            message = re.sub(rf"\b{PREFIX}{name.upper()}\b", "--" + name.replace("_", "-"), message)
+            message = re.sub(rf"\b{ENV_PREFIX}{name.upper()}\b", "--" + name.replace("_", "-"), message)
         raise SettingError(message) from error
 
 
-def _write(output: Path, config: str) -> None:
+def _write_config(output: Path, config: str) -> None:
     try:
         output.write_text(config)
     except OSError as error:

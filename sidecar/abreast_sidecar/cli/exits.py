@@ -20,9 +20,9 @@ from abreast_sidecar.errors import (
 )
 
 
-class Exit(enum.IntEnum):
+class ExitCode(enum.IntEnum):
     OK = 0
-    NO = 1
+    CHECK_FAILED = 1
     USAGE = 2
     UNREACHABLE = 3
     NOT_FOUND = 4
@@ -31,51 +31,51 @@ class Exit(enum.IntEnum):
     PIPE_CLOSED = 141
 
 
-UNWRITTEN = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
-EXITS = {
-    Exit.OK: "done",
-    Exit.NO: "done, and the answer is no: doctor found a failure, verdict says FAIL, compare or findings --exit-code found something, rules preview or import --dry-run found what speaks against a rule, or not every Envoy has a change yet",
-    Exit.USAGE: "a wrong option, argument or setting; files that can't be compared; verdict says INCONCLUSIVE; or the output can't be written",
-    Exit.UNREACHABLE: "the sidecar, or a server it needs, can't be reached or started, or took too long",
-    Exit.NOT_FOUND: "no such finding, pair or service",
-    Exit.REFUSED: "the sidecar refused, or failed",
-    Exit.INTERRUPTED: "interrupted by Ctrl-C",
-    Exit.PIPE_CLOSED: "whoever read the output left, as with | head",
+OUTPUT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+EXIT_MEANINGS = {
+    ExitCode.OK: "done",
+    ExitCode.CHECK_FAILED: "done, and the answer is no: doctor found a failure, verdict says FAIL, compare or findings --exit-code found something, rules preview or import --dry-run found what speaks against a rule, or not every Envoy has a change yet",
+    ExitCode.USAGE: "a wrong option, argument or setting; files that can't be compared; verdict says INCONCLUSIVE; or the output can't be written",
+    ExitCode.UNREACHABLE: "the sidecar, or a server it needs, can't be reached or started, or took too long",
+    ExitCode.NOT_FOUND: "no such finding, pair or service",
+    ExitCode.REFUSED: "the sidecar refused, or failed",
+    ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
+    ExitCode.PIPE_CLOSED: "whoever read the output left, as with | head",
 }
 
 
-class RefusedError(SidecarError):
+class RpcError(SidecarError):
     """The sidecar answered a call with an error that is none of the others."""
 
 
-CODES: tuple[tuple[type[SidecarError], Exit], ...] = (
-    (SettingError, Exit.USAGE),
-    (ArgumentError, Exit.USAGE),
-    (NotFoundError, Exit.NOT_FOUND),
-    (ServerError, Exit.UNREACHABLE),
-    (RedisError, Exit.UNREACHABLE),
-    (LedgerError, Exit.UNREACHABLE),
-    (SidecarError, Exit.REFUSED),
+EXIT_BY_ERROR: tuple[tuple[type[SidecarError], ExitCode], ...] = (
+    (SettingError, ExitCode.USAGE),
+    (ArgumentError, ExitCode.USAGE),
+    (NotFoundError, ExitCode.NOT_FOUND),
+    (ServerError, ExitCode.UNREACHABLE),
+    (RedisError, ExitCode.UNREACHABLE),
+    (LedgerError, ExitCode.UNREACHABLE),
+    (SidecarError, ExitCode.REFUSED),
 )
 
 
-def ended_by(error: BaseException) -> int:
+def handle_error(error: BaseException) -> int:
     """Say what is to be said of the error, and return the exit code. Errors that nobody foresaw are raised again."""
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
-        return Exit.INTERRUPTED
+        return ExitCode.INTERRUPTED
     if isinstance(error, BrokenPipeError):
         _silence_stdout()
-        return Exit.PIPE_CLOSED
-    if isinstance(error, OSError) and error.errno in UNWRITTEN:
+        return ExitCode.PIPE_CLOSED
+    if isinstance(error, OSError) and error.errno in OUTPUT_ERRNOS:
         _silence_stdout()
         click.echo(f"abreast: the output can't be written: {error.strerror}", err=True)
-        return Exit.USAGE
+        return ExitCode.USAGE
     if isinstance(error, click.ClickException):
         error.show()
         return error.exit_code
     if isinstance(error, SidecarError):
         click.echo(f"abreast: {error}", err=True)
-        return next(code for kind, code in CODES if isinstance(error, kind))
+        return next(code for kind, code in EXIT_BY_ERROR if isinstance(error, kind))
     raise error
 
 

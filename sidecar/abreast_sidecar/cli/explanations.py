@@ -7,39 +7,48 @@ from collections.abc import Iterable
 from rich.table import Table
 
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.humane import count, printable
-from abreast_sidecar.cli.tables import endpoint_name, styled, table, where
+from abreast_sidecar.cli.humane import format_count, to_printable
+from abreast_sidecar.cli.tables import endpoint_name, format_location, make_table, style_text
 
-BESIDE = {api.EXPLANATION_CAUSE_RULE, api.EXPLANATION_CAUSE_DRIFT}  # of pairs that the finding does not count
+CAUSES_OUTSIDE_COUNT = {
+    api.EXPLANATION_CAUSE_RULE,
+    api.EXPLANATION_CAUSE_DRIFT,
+}  # of pairs that the finding does not count
 
 
-def cause(one: api.FindingExplanation) -> str:
-    return api.ExplanationCause.Name(one.cause).removeprefix("EXPLANATION_CAUSE_").lower()
+def format_cause(explanation: api.FindingExplanation) -> str:
+    return api.ExplanationCause.Name(explanation.cause).removeprefix("EXPLANATION_CAUSE_").lower()
 
 
-def why(one: api.FindingExplanation) -> str:
+def format_explanation(explanation: api.FindingExplanation) -> str:
     """`rule 7 (cents), shop: rounding`."""
-    if one.cause == api.EXPLANATION_CAUSE_RULE:
-        return printable(f"rule {one.rule_id} ({one.rule_name}), {one.owner}: {one.reason}")
-    return printable(one.reason)
+    if explanation.cause == api.EXPLANATION_CAUSE_RULE:
+        return to_printable(
+            f"rule {explanation.rule_id} ({explanation.rule_name}), {explanation.owner}: {explanation.reason}"
+        )
+    return to_printable(explanation.reason)
 
 
-def beside(finding: api.Finding) -> int:
+def count_pairs_outside(finding: api.Finding) -> int:
     """Pairs that show it and are not among its count."""
-    return sum(one.pairs for one in finding.explanations if one.cause in BESIDE)
+    return sum(
+        explanation.pairs for explanation in finding.explanations if explanation.cause in CAUSES_OUTSIDE_COUNT
+    )
 
 
-def listing(findings: Iterable[api.Finding]) -> Table:
+def build_explanations_table(findings: Iterable[api.Finding]) -> Table:
     """One row for each that explains."""
-    made = table("id", "as", "requests", "endpoint", "where", "why", right=frozenset({"id", "requests"}))
+    table = make_table(
+        "id", "as", "requests", "endpoint", "where", "why", numeric_columns=frozenset({"id", "requests"})
+    )
     for finding in findings:
-        for one in finding.explanations:
-            made.add_row(
+        for explanation in finding.explanations:
+            table.add_row(
                 str(finding.id),
-                styled(cause(one), "dim"),
-                count(one.pairs),
+                style_text(format_cause(explanation), "dim"),
+                format_count(explanation.pairs),
                 endpoint_name(finding.endpoint),
-                where(finding.part, finding.path),
-                why(one),
+                format_location(finding.part, finding.path),
+                format_explanation(explanation),
             )
-    return made
+    return table

@@ -10,25 +10,38 @@ from rich.table import Table
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1.rule_pb2 import ExplainedFinding, Rule
-from abreast_sidecar.cli.answers import ended
-from abreast_sidecar.cli.connection import Link, connected, json_option, print_json
-from abreast_sidecar.cli.curl import curl
-from abreast_sidecar.cli.explanations import why
-from abreast_sidecar.cli.findings import difference
-from abreast_sidecar.cli.humane import ago, count, counted, part_of, percent, printable
-from abreast_sidecar.cli.rule_tables import title
+from abreast_sidecar.cli.answers import summarise_answer
+from abreast_sidecar.cli.connection import SidecarClient, connection_options, json_option, print_json
+from abreast_sidecar.cli.curl import build_curl_line
+from abreast_sidecar.cli.explanations import format_explanation
+from abreast_sidecar.cli.findings import format_difference
+from abreast_sidecar.cli.humane import (
+    format_age,
+    format_count,
+    format_percent,
+    format_quantity,
+    format_share_of,
+    to_printable,
+)
+from abreast_sidecar.cli.rule_tables import format_rule_title
 from abreast_sidecar.cli.shift import actor_option
-from abreast_sidecar.cli.statuses import history, said, say, told, word_options
+from abreast_sidecar.cli.statuses import (
+    format_status,
+    parse_status_options,
+    print_status_history,
+    set_status,
+    status_options,
+)
 from abreast_sidecar.cli.tables import (
     Console,
-    console,
-    differences,
+    build_differences_table,
     endpoint_name,
+    format_location,
     impact_name,
     kind_name,
-    styled,
+    make_console,
+    style_text,
     version_name,
-    where,
 )
 
 
@@ -40,16 +53,16 @@ from abreast_sidecar.cli.tables import (
 @click.option(
     "--url", default="", help="For the curl lines: where to send the request, such as http://127.0.0.1:8002."
 )
-@word_options
+@status_options
 @click.option(
     "--release", default="", help="With --fixed: the release of new that has the fix.  [default: the next]"
 )
 @click.option("--reason", default="", help="Why, for the record.")
 @actor_option
 @json_option
-@connected
-def command(
-    link: Link,
+@connection_options
+def finding_command(
+    link: SidecarClient,
     id: int,  # noqa: A002  # the argument's name
     examples: int,
     url: str,
@@ -63,122 +76,141 @@ def command(
 
     The curl lines ask "$URL": set it to old's or new's address, or name it with --url.
     """
-    if (saying := said(word, reason, actor, release)) is not None:
-        saying.id = id
-        say(link, saying)
+    if (status_request := parse_status_options(word, reason, actor, release)) is not None:
+        status_request.id = id
+        set_status(link, status_request)
     request = api.GetFindingRequest(id=id)
-    found = link.run(lambda calls: calls.comparison.GetFinding(request, timeout=calls.timeout))
+    response = link.call(lambda calls: calls.comparison.GetFinding(request, timeout=calls.timeout_s))
     if as_json:
-        print_json(found)
+        print_json(response)
     else:
-        show(console(), found, dt.datetime.now(dt.UTC), examples=examples, url=url)
+        print_finding(make_console(), response, dt.datetime.now(dt.UTC), examples=examples, url=url)
 
 
-def show(
-    out: Console, found: api.GetFindingResponse, now: dt.datetime, *, examples: int = 3, url: str = ""
+def print_finding(
+    out: Console,
+    response: api.GetFindingResponse,
+    current_time: dt.datetime,
+    *,
+    examples: int = 3,
+    url: str = "",
 ) -> None:
-    finding = found.finding
-    head = styled(f"#{finding.id}  ", "bold")
-    head.append(styled(impact_name(finding.impact)))
-    head.append(f"  {endpoint_name(finding.endpoint)}  {where(finding.part, finding.path)}")
-    out.print(head)
-    made = facts(finding, now)
-    made.add_row("status", told(finding, found.events, now))
-    if found.HasField("feature"):
-        made.add_row("only with", feature(found.feature))
-    for rule in found.explained_by:
-        made.add_row("explained by", explained(rule, finding.id))
-    for one in finding.explanations:
-        if one.cause == api.EXPLANATION_CAUSE_DRIFT:
-            made.add_row("drift", f"{counted(one.pairs, 'pair')} more: {why(one)}")
-    out.print(made)
-    shown = found.examples[:examples]
-    for number, example in enumerate(shown, 1):
+    finding = response.finding
+    heading = style_text(f"#{finding.id}  ", "bold")
+    heading.append(style_text(impact_name(finding.impact)))
+    heading.append(f"  {endpoint_name(finding.endpoint)}  {format_location(finding.part, finding.path)}")
+    out.print(heading)
+    grid = build_finding_grid(finding, current_time)
+    grid.add_row("status", format_status(finding, response.events, current_time))
+    if response.HasField("feature"):
+        grid.add_row("only with", format_feature(response.feature))
+    for rule in response.explained_by:
+        grid.add_row("explained by", format_explaining_rule(rule, finding.id))
+    for explanation in finding.explanations:
+        if explanation.cause == api.EXPLANATION_CAUSE_DRIFT:
+            grid.add_row(
+                "drift",
+                f"{format_quantity(explanation.pairs, 'pair')} more: {format_explanation(explanation)}",
+            )
+    out.print(grid)
+    visible_examples = response.examples[:examples]
+    for number, example in enumerate(visible_examples, 1):
         out.print()
-        out.print(styled(f"example {number} of {len(found.examples)}", "bold"))
-        show_example(out, example, finding, url)
-    if not found.examples:
+        out.print(style_text(f"example {number} of {len(response.examples)}", "bold"))
+        print_example(out, example, finding, url)
+    if not response.examples:
         out.print("\nno example is kept of it any more")
-    history(out, found.events, now)
+    print_status_history(out, response.events, current_time)
 
 
-def facts(finding: api.Finding, now: dt.datetime) -> Table:
-    made = Table.grid(padding=(0, 2, 0, 0))
-    made.add_row("service", printable(finding.endpoint.service))
-    made.add_row(
+def build_finding_grid(finding: api.Finding, current_time: dt.datetime) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row("service", to_printable(finding.endpoint.service))
+    grid.add_row(
         "difference",
-        f"{difference(finding)} ({kind_name(finding.kind)})" if finding.summary else kind_name(finding.kind),
+        f"{format_difference(finding)} ({kind_name(finding.kind)})"
+        if finding.summary
+        else kind_name(finding.kind),
     )
-    share = rate(finding)
-    of = f" of {count(finding.compared)} compared ({share})" if share else ""
-    made.add_row("requests", f"{count(finding.count)}{of}")
-    made.add_row("seen", f"first {ago(finding.first_seen, now)}, last {ago(finding.last_seen, now)}")
-    if labels := releases(finding):
-        made.add_row("releases", labels)
+    share = format_rate(finding)
+    compared_text = f" of {format_count(finding.compared)} compared ({share})" if share else ""
+    grid.add_row("requests", f"{format_count(finding.count)}{compared_text}")
+    grid.add_row(
+        "seen",
+        f"first {format_age(finding.first_seen, current_time)}, last {format_age(finding.last_seen, current_time)}",
+    )
+    if labels := format_releases(finding):
+        grid.add_row("releases", labels)
     if finding.count or finding.baseline_count:
-        made.add_row("noise", noise(finding))
-    return made
+        grid.add_row("noise", format_noise_state(finding))
+    return grid
 
 
-def rate(finding: api.Finding) -> str:
+def format_rate(finding: api.Finding) -> str:
     """`6.9%, surely 5.1% to 9.2%`: the interval holds however often one looks."""
-    share = part_of(finding.count, finding.compared)
+    share = format_share_of(finding.count, finding.compared)
     if not share or not finding.HasField("rate"):
         return share
-    return f"{share}; with 95% confidence {percent(finding.rate.low)} to {percent(finding.rate.high)}"
+    return f"{share}; with 95% confidence {format_percent(finding.rate.low)} to {format_percent(finding.rate.high)}"
 
 
-def releases(finding: api.Finding) -> str:
+def format_releases(finding: api.Finding) -> str:
     """In which it was seen, the latest first."""
     sides = (("new", finding.new_releases), ("old", finding.old_releases))
-    named = [(side, [printable(label) for label in labels if label]) for side, labels in sides]
-    return "; ".join(f"{side} {', '.join(labels)}" for side, labels in named if labels)
+    labels_by_side = [(side, [to_printable(label) for label in labels if label]) for side, labels in sides]
+    return "; ".join(f"{side} {', '.join(labels)}" for side, labels in labels_by_side if labels)
 
 
-def explained(rule: Rule, finding_id: int) -> str:
+def format_explaining_rule(rule: Rule, finding_id: int) -> str:
     """`rule 7 (cents): rounding, 1,204 pairs`."""
-    mine = next((one for one in rule.findings if one.finding_id == finding_id), ExplainedFinding())
-    before = f"; {count(mine.unknown)} were judged before it" if mine.unknown else ""
-    return f"{title(rule)}: {printable(rule.reason)}, {counted(mine.pairs, 'pair')}{before}"
-
-
-def feature(found: api.RequestFeature) -> str:
-    has, shows = (part_of(round(1000 * share), 1000) for share in (found.coverage, found.precision))
-    return (
-        f"{printable(found.text)}: {has} of the requests that show it, and {shows} of those with it show it"
+    rule_finding = next(
+        (entry for entry in rule.findings if entry.finding_id == finding_id), ExplainedFinding()
     )
+    unknown_text = (
+        f"; {format_count(rule_finding.unknown)} were judged before it" if rule_finding.unknown else ""
+    )
+    return f"{format_rule_title(rule)}: {to_printable(rule.reason)}, {format_quantity(rule_finding.pairs, 'pair')}{unknown_text}"
 
 
-def noise(finding: api.Finding) -> str:
-    said = {api.FINDING_STATE_REAL: "no", api.FINDING_STATE_NOISE: "yes"}.get(
+def format_feature(request_feature: api.RequestFeature) -> str:
+    coverage_text, precision_text = (
+        format_share_of(round(1000 * share), 1000)
+        for share in (request_feature.coverage, request_feature.precision)
+    )
+    return f"{to_printable(request_feature.text)}: {coverage_text} of the requests that show it, and {precision_text} of those with it show it"
+
+
+def format_noise_state(finding: api.Finding) -> str:
+    answer = {api.FINDING_STATE_REAL: "no", api.FINDING_STATE_NOISE: "yes"}.get(
         finding.state, "not decided yet"
     )
-    return f"{said}: {printable(finding.reason)}" if finding.reason else said
+    return f"{answer}: {to_printable(finding.reason)}" if finding.reason else answer
 
 
-def show_example(out: Console, example: api.PairDetail, finding: api.Finding, url: str) -> None:
+def print_example(out: Console, example: api.PairDetail, finding: api.Finding, url: str) -> None:
     pair = example.pair
-    line, lacks = curl(example, url)
-    out.print(f"  {printable(line)}", soft_wrap=True)  # one line, to be copied
-    for lack in lacks:
-        out.print(styled(f"  without {lack}", "dim"))
-    made = Table.grid(padding=(0, 2, 0, 0))
-    made.add_row(
+    line, omissions = build_curl_line(example, url)
+    out.print(f"  {to_printable(line)}", soft_wrap=True)  # one line, to be copied
+    for omission in omissions:
+        out.print(style_text(f"  without {omission}", "dim"))
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row(
         "  answers",
-        f"old {ended(example, common.VERSION_OLD)}, new {ended(example, common.VERSION_NEW)}; the user got {version_name(pair.live)}'s",
+        f"old {summarise_answer(example, common.VERSION_OLD)}, new {summarise_answer(example, common.VERSION_NEW)}; the user got {version_name(pair.live)}'s",
     )
-    made.add_row("  all of it", f"abreast pair {printable(pair.id)}")
-    out.print(made)
-    mine = [
-        d
-        for d in example.differences
-        if (d.part, d.path, d.kind) == (finding.part, finding.path, finding.kind)
+    grid.add_row("  all of it", f"abreast pair {to_printable(pair.id)}")
+    out.print(grid)
+    finding_differences = [
+        difference
+        for difference in example.differences
+        if (difference.part, difference.path, difference.kind) == (finding.part, finding.path, finding.kind)
     ]
-    if mine:
-        out.print(differences(mine))
-    if others := len(example.differences) - len(mine):
+    if finding_differences:
+        out.print(build_differences_table(finding_differences))
+    if other_count := len(example.differences) - len(finding_differences):
         out.print(
-            styled(
-                f"  and {others} other {'difference' if others == 1 else 'differences'} in this pair", "dim"
+            style_text(
+                f"  and {other_count} other {'difference' if other_count == 1 else 'differences'} in this pair",
+                "dim",
             )
         )

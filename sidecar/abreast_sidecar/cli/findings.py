@@ -12,41 +12,54 @@ from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
 from abreast_sidecar.cli.connection import (
     Calls,
-    Link,
-    connected,
+    SidecarClient,
+    build_time_window,
+    connection_options,
     json_option,
-    page_sizes,
     print_json,
     service_option,
-    window,
+    split_page_sizes,
 )
-from abreast_sidecar.cli.exits import Exit
-from abreast_sidecar.cli.explanations import beside, cause, listing, why
-from abreast_sidecar.cli.humane import count, counted, part_of, printable
-from abreast_sidecar.cli.parameters import Names, limit_option, since_option, until_option
+from abreast_sidecar.cli.exits import ExitCode
+from abreast_sidecar.cli.explanations import (
+    build_explanations_table,
+    count_pairs_outside,
+    format_cause,
+    format_explanation,
+)
+from abreast_sidecar.cli.humane import format_count, format_quantity, format_share_of, to_printable
+from abreast_sidecar.cli.parameters import EnumParamType, limit_option, since_option, until_option
 from abreast_sidecar.cli.statuses import status_name
 from abreast_sidecar.cli.tables import (
     Console,
-    console,
     endpoint_name,
+    format_location,
     impact_name,
     kind_name,
-    styled,
-    table,
-    where,
+    make_console,
+    make_table,
+    style_text,
 )
 
-STACKED_BELOW = 110  # columns of a terminal in which endpoint and place share a column
+MIN_UNSTACKED_COLUMNS = 110  # columns of a terminal in which endpoint and place share a column
 
 
 @click.command()
 @service_option
 @click.option("--method", default="", help="Only this method, such as GET.")
 @click.option("--route", default="", help="Only this route template, exactly, such as /products/{id}.")
-@click.option("--part", "parts", multiple=True, type=Names("PART"), help="Only this part; may be repeated.")
-@click.option("--kind", "kinds", multiple=True, type=Names("KIND"), help="Only this kind; may be repeated.")
 @click.option(
-    "--impact", "impacts", multiple=True, type=Names("IMPACT"), help="Only this impact; may be repeated."
+    "--part", "parts", multiple=True, type=EnumParamType("PART"), help="Only this part; may be repeated."
+)
+@click.option(
+    "--kind", "kinds", multiple=True, type=EnumParamType("KIND"), help="Only this kind; may be repeated."
+)
+@click.option(
+    "--impact",
+    "impacts",
+    multiple=True,
+    type=EnumParamType("IMPACT"),
+    help="Only this impact; may be repeated.",
 )
 @click.option("--noise", is_flag=True, help="Also what is noise: what old differs from itself in.")
 @click.option(
@@ -62,9 +75,9 @@ STACKED_BELOW = 110  # columns of a terminal in which endpoint and place share a
 @limit_option
 @click.option("--exit-code", is_flag=True, help="Exit with 1 where something is listed.")
 @json_option
-@connected
-def command(
-    link: Link,
+@connection_options
+def findings_command(
+    link: SidecarClient,
     service: str,
     method: str,
     route: str,
@@ -93,93 +106,108 @@ def command(
         include_settled=everything,
         only_explained=explained,
         release=release,
-        window=window(since, until),
+        window=build_time_window(since, until),
     )
     request.parts.extend(parts)
     request.kinds.extend(kinds)
     request.impacts.extend(impacts)
-    found = link.run(lambda calls: _ask(calls, request, limit))
+    response = link.call(lambda calls: _fetch_findings(calls, request, limit))
     if as_json:
-        print_json(found)
+        print_json(response)
     else:
-        show(console(), found, explained=explained)
-    return Exit.NO if exit_code and found.findings else Exit.OK
+        print_findings(make_console(), response, only_explained=explained)
+    return ExitCode.CHECK_FAILED if exit_code and response.findings else ExitCode.OK
 
 
-async def _ask(calls: Calls, request: api.ListFindingsRequest, limit: int) -> api.ListFindingsResponse:
-    found = api.ListFindingsResponse()
-    for request.page_size in page_sizes(limit):
-        page = await calls.comparison.ListFindings(request, timeout=calls.timeout)
-        found.findings.extend(page.findings)
-        request.page_token = found.next_page_token = page.next_page_token
+async def _fetch_findings(
+    calls: Calls, request: api.ListFindingsRequest, limit: int
+) -> api.ListFindingsResponse:
+    response = api.ListFindingsResponse()
+    for request.page_size in split_page_sizes(limit):
+        page = await calls.comparison.ListFindings(request, timeout=calls.timeout_s)
+        response.findings.extend(page.findings)
+        request.page_token = response.next_page_token = page.next_page_token
         if not page.next_page_token:
             break
-    return found
+    return response
 
 
-def show(out: Console, found: api.ListFindingsResponse, *, explained: bool = False) -> None:
-    if not found.findings:
-        nothing = "nothing was explained" if explained else "nothing differs in what was compared"
-        out.print(f"{nothing} (abreast status says how much that is)")
+def print_findings(out: Console, response: api.ListFindingsResponse, *, only_explained: bool = False) -> None:
+    if not response.findings:
+        empty_text = "nothing was explained" if only_explained else "nothing differs in what was compared"
+        out.print(f"{empty_text} (abreast status says how much that is)")
         return
-    out.print(listing(found.findings) if explained else rows(found, stacked=out.width < STACKED_BELOW))
-    more = "; there are more: raise --limit, or filter" if found.next_page_token else ""
+    out.print(
+        build_explanations_table(response.findings)
+        if only_explained
+        else build_findings_table(response, is_stacked=out.width < MIN_UNSTACKED_COLUMNS)
+    )
+    more_text = "; there are more: raise --limit, or filter" if response.next_page_token else ""
     if out.is_terminal:
-        first = found.findings[0].id
+        first_id = response.findings[0].id
         out.print(
-            f"\n{counted(len(found.findings), 'finding')}{more}. Look at one: abreast finding {first}",
+            f"\n{format_quantity(len(response.findings), 'finding')}{more_text}. Look at one: abreast finding {first_id}",
             style="dim",
         )
 
 
-def rows(found: api.ListFindingsResponse, *, stacked: bool) -> Table:
-    services = {finding.endpoint.service for finding in found.findings}
-    places = ("where",) if stacked else ("endpoint", "where")
-    made = table("id", "impact", "requests", *places, "difference", right=frozenset({"id", "requests"}))
-    for finding in found.findings:
+def build_findings_table(response: api.ListFindingsResponse, *, is_stacked: bool) -> Table:
+    services = {finding.endpoint.service for finding in response.findings}
+    location_columns = ("where",) if is_stacked else ("endpoint", "where")
+    table = make_table(
+        "id",
+        "impact",
+        "requests",
+        *location_columns,
+        "difference",
+        numeric_columns=frozenset({"id", "requests"}),
+    )
+    for finding in response.findings:
         endpoint = endpoint_name(finding.endpoint)
         if len(services) > 1:
-            endpoint = f"{printable(finding.endpoint.service)}: {endpoint}"
-        place = where(finding.part, finding.path)
-        made.add_row(
+            endpoint = f"{to_printable(finding.endpoint.service)}: {endpoint}"
+        location = format_location(finding.part, finding.path)
+        table.add_row(
             str(finding.id),
-            label(finding),
-            _requests(finding),
-            *((f"{endpoint}\n  {place}",) if stacked else (endpoint, place)),
-            told(finding),
+            format_finding_label(finding),
+            _format_finding_requests(finding),
+            *((f"{endpoint}\n  {location}",) if is_stacked else (endpoint, location)),
+            format_remarked_difference(finding),
         )
-    return made
+    return table
 
 
-def label(finding: api.Finding) -> Text:
+def format_finding_label(finding: api.Finding) -> Text:
     """Why it is of no concern, or what it means to a client."""
     if finding.explanations and (
-        not finding.count or cause(finding.explanations[0]) not in {"rule", "drift"}
+        not finding.count or format_cause(finding.explanations[0]) not in {"rule", "drift"}
     ):
-        return styled(cause(finding.explanations[0]), "dim")
-    return styled(impact_name(finding.impact))
+        return style_text(format_cause(finding.explanations[0]), "dim")
+    return style_text(impact_name(finding.impact))
 
 
-def told(finding: api.Finding) -> str:
+def format_remarked_difference(finding: api.Finding) -> str:
     """The difference, with what was said of it, or what explains it."""
     remarks = []
     if (status := status_name(finding.status)) in {"confirmed", "reopened"}:
         remarks.append(status)
     elif finding.state == api.FINDING_STATE_UNDECIDED and finding.count:
         remarks.append("not yet told from noise")
-    if label(finding).plain == impact_name(finding.impact):
-        if explained := beside(finding):
-            remarks.append(f"{count(explained)} more explained")
+    if format_finding_label(finding).plain == impact_name(finding.impact):
+        if explained_pairs := count_pairs_outside(finding):
+            remarks.append(f"{format_count(explained_pairs)} more explained")
     else:
-        remarks += map(why, finding.explanations)
-    return f"{difference(finding)} ({'; '.join(remarks)})" if any(remarks) else difference(finding)
+        remarks += map(format_explanation, finding.explanations)
+    return (
+        f"{format_difference(finding)} ({'; '.join(remarks)})" if any(remarks) else format_difference(finding)
+    )
 
 
-def difference(finding: api.Finding) -> str:
+def format_difference(finding: api.Finding) -> str:
     """The summary, which says more than the kind where there is one."""
-    return printable(finding.summary, 120) or kind_name(finding.kind)
+    return to_printable(finding.summary, 120) or kind_name(finding.kind)
 
 
-def _requests(finding: api.Finding) -> str:
-    share = part_of(finding.count, finding.compared)
-    return count(finding.count) + (f" {f'({share})':>8}" if share else " " * 9)
+def _format_finding_requests(finding: api.Finding) -> str:
+    share = format_share_of(finding.count, finding.compared)
+    return format_count(finding.count) + (f" {f'({share})':>8}" if share else " " * 9)

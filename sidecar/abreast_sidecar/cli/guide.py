@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from abreast_sidecar.cli.connection import DEFAULT_ADDRESS
-from abreast_sidecar.cli.humane import percent
+from abreast_sidecar.cli.humane import format_percent
 
 if TYPE_CHECKING:
     from abreast_sidecar.embedded.stack import Stack
-    from abreast_sidecar.envoy.settings import Endpoint
+    from abreast_sidecar.envoy.settings import SocketAddress
 
-TEXT = """
+STARTUP_TEMPLATE = """
 everything runs for the service {service}
 
   users' requests  {envoy}   send them here, not to the versions
@@ -42,26 +42,28 @@ Then, in another terminal{address}:
 """
 
 
-def guide(stack: Stack, data: Path | None) -> str:
+def format_startup_message(stack: Stack, data_dir: Path | None) -> str:
     settings = stack.envoy_settings
     address = (
         ""
         if stack.grpc_address == DEFAULT_ADDRESS
         else f", after `export ABREAST_SIDECAR={stack.grpc_address}`"
     )
-    return TEXT.format(
+    return STARTUP_TEMPLATE.format(
         service=settings.service,
         envoy=stack.envoy_url,
-        old=_urls(settings.old, tls=bool(settings.old_tls)),
-        new=_urls(settings.new, tls=bool(settings.new_tls)),
-        safe=percent(settings.sample_safe),
-        unsafe=percent(settings.sample_unsafe),
+        old=_format_urls(settings.old, tls=bool(settings.old_tls)),
+        new=_format_urls(settings.new, tls=bool(settings.new_tls)),
+        safe=format_percent(settings.sample_safe),
+        unsafe=format_percent(settings.sample_unsafe),
         redis=stack.redis_url,
         page=stack.http_url,
         address=address,
-        kept=f"Data is kept in {data}." if data else "Nothing is kept; to keep it: --data DIR.",
+        kept=f"Data is kept in {data_dir}." if data_dir else "Nothing is kept; to keep it: --data DIR.",
     )
 
 
-def _urls(endpoints: Sequence[Endpoint], *, tls: bool) -> str:
-    return ", ".join(f"{'https' if tls else 'http'}://{one.host}:{one.port}" for one in endpoints)
+def _format_urls(endpoints: Sequence[SocketAddress], *, tls: bool) -> str:
+    return ", ".join(
+        f"{'https' if tls else 'http'}://{endpoint.host}:{endpoint.port}" for endpoint in endpoints
+    )

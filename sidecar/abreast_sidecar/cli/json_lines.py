@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 import re
 
-TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+', re.DOTALL)
-INDENT = "  "
+JSON_TOKEN_PATTERN = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+', re.DOTALL)
+JSON_INDENT = "  "
 
 
-def json_lines(text: str) -> list[str] | None:
+def split_json_lines(text: str) -> list[str] | None:
     """None where the text is no JSON."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
         return None
-    found, depth = [""], 0
-    for piece in TOKEN.findall(text):
-        if piece in "]}":
+    lines, depth = [""], 0
+    for token in JSON_TOKEN_PATTERN.findall(text):
+        if token in "]}":
             depth -= 1
-            found.append(INDENT * depth)
-        found[-1] += ": " if piece == ":" else "".join(piece.split()) if piece[0] in "[{" else piece
-        if piece in "[{":
+            lines.append(JSON_INDENT * depth)
+        lines[-1] += ": " if token == ":" else "".join(token.split()) if token[0] in "[{" else token
+        if token in "[{":
             depth += 1
-        if piece in "[{,":
-            found.append(INDENT * depth)
-    return found
+        if token in "[{,":
+            lines.append(JSON_INDENT * depth)
+    return lines

@@ -5,7 +5,7 @@ import os
 
 import click
 
-from abreast_sidecar.cli.parameters import Parsed
+from abreast_sidecar.cli.parameters import ParserParamType
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.settings import database_url as parsed
 
@@ -13,10 +13,10 @@ from abreast_sidecar.settings import database_url as parsed
 @click.command
 @click.option(
     "--postgres-url",
-    type=Parsed("postgres_url", parsed),
+    type=ParserParamType("postgres_url", parsed),
     help="The ledger's Postgres, in place of ABREAST_POSTGRES_URL.",
 )
-def command(postgres_url: str | None) -> None:
+def migrate_command(postgres_url: str | None) -> None:
     """Bring the ledger's tables up to this version. The sidecar does so itself when it starts."""
     from abreast_sidecar.store import migrate
 

@@ -11,17 +11,24 @@ from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
 from abreast_sidecar.cli.connection import (
     Calls,
-    Link,
-    connected,
+    SidecarClient,
+    build_time_window,
+    connection_options,
     json_option,
-    page_sizes,
     print_json,
     service_option,
-    window,
+    split_page_sizes,
 )
-from abreast_sidecar.cli.humane import clock, counted, printable
-from abreast_sidecar.cli.parameters import Names, limit_option, since_option, until_option
-from abreast_sidecar.cli.tables import Console, console, outcome_name, styled, table, version_name
+from abreast_sidecar.cli.humane import format_local_time, format_quantity, to_printable
+from abreast_sidecar.cli.parameters import EnumParamType, limit_option, since_option, until_option
+from abreast_sidecar.cli.tables import (
+    Console,
+    make_console,
+    make_table,
+    outcome_name,
+    style_text,
+    version_name,
+)
 
 
 @click.command()
@@ -29,16 +36,20 @@ from abreast_sidecar.cli.tables import Console, console, outcome_name, styled, t
 @click.option("--method", default="", help="Only this method, such as GET.")
 @click.option("--route", default="", help="Only this route template, exactly, such as /products/{id}.")
 @click.option(
-    "--outcome", "outcomes", multiple=True, type=Names("OUTCOME"), help="Only this outcome; may be repeated."
+    "--outcome",
+    "outcomes",
+    multiple=True,
+    type=EnumParamType("OUTCOME"),
+    help="Only this outcome; may be repeated.",
 )
 @click.option("--finding", type=click.IntRange(min=1), help="Only pairs that show this finding.")
 @since_option
 @until_option
 @limit_option
 @json_option
-@connected
-def command(
-    link: Link,
+@connection_options
+def pairs_command(
+    link: SidecarClient,
     service: str,
     method: str,
     route: str,
@@ -58,52 +69,53 @@ def command(
         method=method.upper(),
         route=route,
         finding_id=finding or 0,
-        window=window(since, until),
+        window=build_time_window(since, until),
     )
     request.outcomes.extend(outcomes)
-    found = link.run(lambda calls: _ask(calls, request, limit))
+    response = link.call(lambda calls: _fetch_pairs(calls, request, limit))
     if as_json:
-        print_json(found)
+        print_json(response)
     else:
-        show(console(), found)
+        print_pairs(make_console(), response)
 
 
-async def _ask(calls: Calls, request: api.ListPairsRequest, limit: int) -> api.ListPairsResponse:
-    found = api.ListPairsResponse()
-    for request.page_size in page_sizes(limit):
-        page = await calls.comparison.ListPairs(request, timeout=calls.timeout)
-        found.pairs.extend(page.pairs)
-        request.page_token = found.next_page_token = page.next_page_token
+async def _fetch_pairs(calls: Calls, request: api.ListPairsRequest, limit: int) -> api.ListPairsResponse:
+    response = api.ListPairsResponse()
+    for request.page_size in split_page_sizes(limit):
+        page = await calls.comparison.ListPairs(request, timeout=calls.timeout_s)
+        response.pairs.extend(page.pairs)
+        request.page_token = response.next_page_token = page.next_page_token
         if not page.next_page_token:
             break
-    return found
+    return response
 
 
-def show(out: Console, found: api.ListPairsResponse) -> None:
-    if not found.pairs:
+def print_pairs(out: Console, response: api.ListPairsResponse) -> None:
+    if not response.pairs:
         out.print("no such pair is kept (abreast status says how requests ended)")
         return
-    out.print(rows(found))
+    out.print(build_pairs_table(response))
     if out.is_terminal:
-        more = "; there are more: raise --limit, or filter" if found.next_page_token else ""
-        first = found.pairs[0].id
+        more_text = "; there are more: raise --limit, or filter" if response.next_page_token else ""
+        first_id = response.pairs[0].id
         out.print(
-            f"\n{counted(len(found.pairs), 'pair')}{more}. Look at one: abreast pair {first}", style="dim"
+            f"\n{format_quantity(len(response.pairs), 'pair')}{more_text}. Look at one: abreast pair {first_id}",
+            style="dim",
         )
 
 
-def rows(found: api.ListPairsResponse) -> Table:
-    made = table("time", "outcome", "request", "old", "new", "user got", "findings", "pair")
-    for pair in found.pairs:
+def build_pairs_table(response: api.ListPairsResponse) -> Table:
+    table = make_table("time", "outcome", "request", "old", "new", "user got", "findings", "pair")
+    for pair in response.pairs:
         outcome = outcome_name(pair.outcome)
-        made.add_row(
-            clock(pair.time),
-            styled(outcome, outcome),
-            printable(f"{pair.endpoint.method} {pair.request}", 120),
+        table.add_row(
+            format_local_time(pair.time),
+            style_text(outcome, outcome),
+            to_printable(f"{pair.endpoint.method} {pair.request}", 120),
             str(pair.old_status or "-"),
             str(pair.new_status or "-"),
             version_name(pair.live) if pair.live else "-",
             ", ".join(map(str, pair.finding_ids)) or "-",
-            printable(pair.id),
+            to_printable(pair.id),
         )
-    return made
+    return table

@@ -11,12 +11,12 @@ import click
 
 from abreast_sidecar import settings
 
-UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}  # seconds
-LONG = dt.timedelta(hours=6)
-SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)")
+SECONDS_PER_UNIT = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}  # seconds
+MIN_ROUNDED_AGE = dt.timedelta(hours=6)
+SPAN_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)")
 
 
-class Parsed(click.ParamType[Any]):
+class ParserParamType(click.ParamType[Any]):
     """An option whose text a function turns into a value; its ValueError says what is wanted."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
@@ -29,51 +29,51 @@ class Parsed(click.ParamType[Any]):
         try:
             return self.parse(value)
         except ValueError as error:
-            self.fail(f"must be {error}, got {settings.shown(value)!r}", param, ctx)
+            self.fail(f"must be {error}, got {settings.mask_secrets(value)!r}", param, ctx)
 
 
-def moment(value: str) -> dt.datetime:
+def parse_moment(value: str) -> dt.datetime:
     """`15m` is so long ago; a date and time without a zone is local."""
     text = value.strip()
-    span = SPAN.fullmatch(text)
-    now = dt.datetime.now(dt.UTC)
+    match = SPAN_PATTERN.fullmatch(text)
+    current_time = dt.datetime.now(dt.UTC)
     try:
-        if span:
-            return now - dt.timedelta(seconds=float(span[1]) * UNITS[span[2]])
-        return now if text == "now" else dt.datetime.fromisoformat(text).astimezone()
+        if match:
+            return current_time - dt.timedelta(seconds=float(match[1]) * SECONDS_PER_UNIT[match[2]])
+        return current_time if text == "now" else dt.datetime.fromisoformat(text).astimezone()
     except (ValueError, OverflowError) as error:
         raise ValueError("a span such as 90s, 15m, 1h or 2d, or a time such as 2026-01-31T09:30") from error
 
 
-def beginning(value: str) -> dt.datetime:
+def parse_window_start(value: str) -> dt.datetime:
     """As `moment`. So long ago, six hours or more, is rounded down to the full hour: whole hours are summed up already."""
-    found = moment(value)
-    if SPAN.fullmatch(value.strip()) and dt.datetime.now(dt.UTC) - found >= LONG:
-        return found.replace(minute=0, second=0, microsecond=0)
-    return found
+    start = parse_moment(value)
+    if SPAN_PATTERN.fullmatch(value.strip()) and dt.datetime.now(dt.UTC) - start >= MIN_ROUNDED_AGE:
+        return start.replace(minute=0, second=0, microsecond=0)
+    return start
 
 
-def span(value: str) -> float:
+def parse_span(value: str) -> float:
     """Seconds."""
-    found = SPAN.fullmatch(value.strip())
-    if not found:
+    match = SPAN_PATTERN.fullmatch(value.strip())
+    if not match:
         raise ValueError("a span such as 30s, 10m or 1h")
-    return float(found[1]) * UNITS[found[2]]
+    return float(match[1]) * SECONDS_PER_UNIT[match[2]]
 
 
-def excess(value: str) -> float:
+def parse_excess(value: str) -> float:
     """How much more, as a share; 250% is 2.5."""
     text = value.strip()
     try:
-        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
-        found = -1.0
-    if not 0 <= found < float("inf"):
+        share = -1.0
+    if not 0 <= share < float("inf"):
         raise ValueError("a share such as 25% or 0.25, and may be above 100%")
-    return found
+    return share
 
 
-def target(value: str) -> str:
+def parse_target(value: str) -> str:
     """host:port of a sidecar."""
     text = value.strip()
     host, colon, port = text.rpartition(":")
@@ -84,44 +84,44 @@ def target(value: str) -> str:
     return text
 
 
-class Names(click.ParamType[int]):
+class EnumParamType(click.ParamType[int]):
     """Values of an enum of the API by their short names, such as `breaking` for IMPACT_BREAKING."""
 
     def __init__(self, enum: str) -> None:
         self.enum = enum
         self.name = enum.lower()
 
-    def _values(self) -> dict[str, int]:
+    def _numbers_by_name(self) -> dict[str, int]:
         from abreast.v1 import common_pb2
 
-        known = getattr(common_pb2, self.enum.capitalize()).items()
-        return {name.partition("_")[2].lower(): number for name, number in known if number}
+        members = getattr(common_pb2, self.enum.capitalize()).items()
+        return {name.partition("_")[2].lower(): number for name, number in members if number}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        values = self._values()
-        found = values.get(str(value).lower())
-        if found is None:
-            self.fail(f"must be one of {', '.join(values)}, got {value!r}", param, ctx)
-        return found
+        numbers_by_name = self._numbers_by_name()
+        number = numbers_by_name.get(str(value).lower())
+        if number is None:
+            self.fail(f"must be one of {', '.join(numbers_by_name)}, got {value!r}", param, ctx)
+        return number
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002  # click's signature
-        return "[" + "|".join(self._values()) + "]"
+        return "[" + "|".join(self._numbers_by_name()) + "]"
 
 
-SHARE = Parsed("share", settings.share)
-MOMENT = Parsed("when", moment)
-BEGINNING = Parsed("when", beginning)
-TARGET = Parsed("host:port", target)
-SECONDS = Parsed("seconds", settings.seconds)
-EXCESS = Parsed("share", excess)
-SPAN_OF_TIME = Parsed("span", span)
+SHARE_TYPE = ParserParamType("share", settings.share)
+MOMENT_TYPE = ParserParamType("when", parse_moment)
+WINDOW_START_TYPE = ParserParamType("when", parse_window_start)
+TARGET_TYPE = ParserParamType("host:port", parse_target)
+SECONDS_TYPE = ParserParamType("seconds", settings.seconds)
+EXCESS_TYPE = ParserParamType("share", parse_excess)
+SPAN_TYPE = ParserParamType("span", parse_span)
 
 since_option = click.option(
     "--since",
-    type=BEGINNING,
+    type=WINDOW_START_TYPE,
     help="Only requests since then: 15m, 1h, 2d (6h or more: from the full hour), or a time such as 2026-01-31T09:30.",
 )
-until_option = click.option("--until", type=MOMENT, help="Only requests before then.")
+until_option = click.option("--until", type=MOMENT_TYPE, help="Only requests before then.")
 limit_option = click.option(
     "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many."
 )

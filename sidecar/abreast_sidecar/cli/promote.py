@@ -5,8 +5,14 @@ from __future__ import annotations
 import click
 
 from abreast.v1 import traffic_pb2 as api
-from abreast_sidecar.cli.connection import Calls, Link, connected, json_option, service_option
-from abreast_sidecar.cli.shift import actor_option, actor_or_user, reason_option, report
+from abreast_sidecar.cli.connection import (
+    Calls,
+    SidecarClient,
+    connection_options,
+    json_option,
+    service_option,
+)
+from abreast_sidecar.cli.shift import actor_option, default_actor, print_traffic_change, reason_option
 
 
 @click.command()
@@ -14,19 +20,19 @@ from abreast_sidecar.cli.shift import actor_option, actor_or_user, reason_option
 @actor_option
 @service_option
 @json_option
-@connected
-def command(link: Link, reason: str, actor: str | None, service: str, as_json: bool) -> int:
+@connection_options
+def promote_command(link: SidecarClient, reason: str, actor: str | None, service: str, as_json: bool) -> int:
     """Send all users to the new version.
 
     Exits with 1 where the change is stored and an Envoy does not have it yet.
     """
-    request = api.PromoteRequest(service=service, actor=actor_or_user(actor), reason=reason)
-    before, changed = link.run(lambda calls: _ask(calls, request))
-    return report(before, changed, as_json=as_json)
+    request = api.PromoteRequest(service=service, actor=default_actor(actor), reason=reason)
+    before, change = link.call(lambda calls: _promote(calls, request))
+    return print_traffic_change(before, change, as_json=as_json)
 
 
-async def _ask(calls: Calls, request: api.PromoteRequest) -> tuple[api.Traffic, api.PromoteResponse]:
+async def _promote(calls: Calls, request: api.PromoteRequest) -> tuple[api.Traffic, api.PromoteResponse]:
     before = await calls.traffic.GetTraffic(
-        api.GetTrafficRequest(service=request.service), timeout=calls.timeout
+        api.GetTrafficRequest(service=request.service), timeout=calls.timeout_s
     )
-    return before.traffic, await calls.traffic.Promote(request, timeout=calls.timeout)
+    return before.traffic, await calls.traffic.Promote(request, timeout=calls.timeout_s)

@@ -10,13 +10,13 @@ from typing import Any
 import click
 
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.connection import Link, connected
-from abreast_sidecar.cli.evidence import Collected, collect
-from abreast_sidecar.cli.report_page import page
-from abreast_sidecar.cli.verdict import asking
+from abreast_sidecar.cli.connection import SidecarClient, connection_options
+from abreast_sidecar.cli.evidence import ReportEvidence, collect_evidence
+from abreast_sidecar.cli.report_page import render_html_report
+from abreast_sidecar.cli.verdict import verdict_options
 from abreast_sidecar.errors import SettingError
 
-FORMAT = 1  # of the JSON file
+REPORT_FORMAT_VERSION = 1  # of the JSON file
 
 
 @click.command()
@@ -34,20 +34,24 @@ FORMAT = 1  # of the JSON file
     show_default=True,
     help="Findings that are shown with an example.",
 )
-@asking
-@connected
-def command(link: Link, request: api.GetVerdictRequest, output: Path, examples: int) -> None:
+@verdict_options
+@connection_options
+def report_command(link: SidecarClient, request: api.GetVerdictRequest, output: Path, examples: int) -> None:
     """The verdict with its evidence as two files, for a change ticket.
 
     One HTML file that needs nothing else, and one JSON file with the same.
     """
-    now = dt.datetime.now(dt.UTC)
-    found = link.run(lambda calls: collect(calls, request, examples))
-    write(output, ".json", json.dumps(for_machines(found, now), indent=2, ensure_ascii=True) + "\n")
-    write(output, ".html", page(found, now))
+    written_at = dt.datetime.now(dt.UTC)
+    evidence = link.call(lambda calls: collect_evidence(calls, request, examples))
+    write_report_file(
+        output,
+        ".json",
+        json.dumps(build_json_report(evidence, written_at), indent=2, ensure_ascii=True) + "\n",
+    )
+    write_report_file(output, ".html", render_html_report(evidence, written_at))
 
 
-def write(output: Path, suffix: str, content: str) -> None:
+def write_report_file(output: Path, suffix: str, content: str) -> None:
     """At once: half a report is none."""
     target = output.with_name(output.name + suffix)
     draft = output.with_name(f".{output.name}{suffix}.part")
@@ -59,30 +63,32 @@ def write(output: Path, suffix: str, content: str) -> None:
     click.echo(str(target))
 
 
-def for_machines(found: Collected, now: dt.datetime) -> dict[str, Any]:
-    from abreast_sidecar.cli.connection import as_text
+def build_json_report(evidence: ReportEvidence, written_at: dt.datetime) -> dict[str, Any]:
+    from abreast_sidecar.cli.connection import message_to_json
 
-    def plain(message: Any) -> Any:
-        return json.loads(as_text(message, indent=None))
+    def to_plain(message: Any) -> Any:
+        return json.loads(message_to_json(message, indent=None))
 
     return {
-        "format": FORMAT,
-        "written": now.isoformat(timespec="seconds"),
-        "verdict": plain(found.verdict),
-        "window": plain(found.request.window),
-        "summary": plain(found.summary),
-        "traffic": plain(found.traffic),
-        "endpoints": [plain(one) for one in found.endpoints],
-        "findings": [plain(one) for one in found.findings],
-        "waived": [plain(one) for one in found.waived],
-        "rules": [plain(one) for one in found.rules],
+        "format": REPORT_FORMAT_VERSION,
+        "written": written_at.isoformat(timespec="seconds"),
+        "verdict": to_plain(evidence.verdict),
+        "window": to_plain(evidence.request.window),
+        "summary": to_plain(evidence.summary),
+        "traffic": to_plain(evidence.traffic),
+        "endpoints": [to_plain(item) for item in evidence.endpoints],
+        "findings": [to_plain(item) for item in evidence.findings],
+        "waived": [to_plain(item) for item in evidence.waived],
+        "rules": [to_plain(item) for item in evidence.rules],
         "examples": {
-            str(number): plain(one.examples[0]) for number, one in found.details.items() if one.examples
+            str(number): to_plain(item.examples[0])
+            for number, item in evidence.details.items()
+            if item.examples
         },
         "features": {
-            str(number): plain(one.feature)
-            for number, one in found.details.items()
-            if one.HasField("feature")
+            str(number): to_plain(item.feature)
+            for number, item in evidence.details.items()
+            if item.HasField("feature")
         },
-        "traffic_events": [plain(one) for one in found.events],
+        "traffic_events": [to_plain(item) for item in evidence.events],
     }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import click
 
 from abreast.v1 import traffic_pb2 as api
-from abreast_sidecar.cli.connection import Link, connected, json_option, service_option
-from abreast_sidecar.cli.shift import actor_option, actor_or_user, report
+from abreast_sidecar.cli.connection import SidecarClient, connection_options, json_option, service_option
+from abreast_sidecar.cli.shift import actor_option, default_actor, print_traffic_change
 from abreast_sidecar.embedded.record import find_run
 from abreast_sidecar.errors import ServerError
 
-HAND_BRAKE = "curl -X POST 'http://{}/runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0'"
-ADMIN = "ENVOYS_ADMIN_ADDRESS"
+MANUAL_ROLLBACK_COMMAND = (
+    "curl -X POST 'http://{}/runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0'"
+)
+ADMIN_PLACEHOLDER = "ENVOYS_ADMIN_ADDRESS"
 
 
 @click.command()
@@ -21,16 +23,18 @@ ADMIN = "ENVOYS_ADMIN_ADDRESS"
 @actor_option
 @service_option
 @json_option
-@connected
-def command(link: Link, reason: str, actor: str | None, service: str, as_json: bool) -> int:
+@connection_options
+def rollback_command(link: SidecarClient, reason: str, actor: str | None, service: str, as_json: bool) -> int:
     """Send all users to the old version, at once, until promote or traffic set.
 
     Exits with 1 where an Envoy does not have it yet, or the ledger does not know of it yet.
     """
-    request = api.RollbackRequest(service=service, actor=actor_or_user(actor), reason=reason)
+    request = api.RollbackRequest(service=service, actor=default_actor(actor), reason=reason)
     try:
-        changed = link.run(lambda calls: calls.traffic.Rollback(request, timeout=calls.timeout))
+        change = link.call(lambda calls: calls.traffic.Rollback(request, timeout=calls.timeout_s))
     except ServerError as error:
-        admin = find_run(link.address).get("ABREAST_ENVOY_ADMIN", ADMIN).removeprefix("http://")
-        raise ServerError(f"{error}; or pull the brake in each Envoy: {HAND_BRAKE.format(admin)}") from error
-    return report(changed.previous, changed, as_json=as_json, not_recorded=changed.not_recorded)
+        admin = find_run(link.address).get("ABREAST_ENVOY_ADMIN", ADMIN_PLACEHOLDER).removeprefix("http://")
+        raise ServerError(
+            f"{error}; or pull the brake in each Envoy: {MANUAL_ROLLBACK_COMMAND.format(admin)}"
+        ) from error
+    return print_traffic_change(change.previous, change, as_json=as_json, not_recorded=change.not_recorded)

@@ -9,25 +9,25 @@ from typing import Any, TypeVar, get_args
 import click
 
 from abreast.v1 import rule_pb2 as api
-from abreast_sidecar.cli.parameters import SPAN, UNITS
-from abreast_sidecar.cli.rule_files import midnight
+from abreast_sidecar.cli.parameters import SECONDS_PER_UNIT, SPAN_PATTERN
+from abreast_sidecar.cli.rule_files import to_utc_midnight
 from abreast_sidecar.compare.difference import Kind
 from abreast_sidecar.compare.rules import ACTIONS
 from abreast_sidecar.compare.rules_file import RuleError
-from abreast_sidecar.compare.rules_file import share as parsed_share
-from abreast_sidecar.rule_messages import message_of
+from abreast_sidecar.compare.rules_file import parse_share as parsed_share
+from abreast_sidecar.rule_messages import dict_to_message
 
-Command = TypeVar("Command")
-RULE_ACTION = click.argument("action", type=click.Choice(ACTIONS))
-PARTS = ("status", "header", "body", "error")
-KINDS = tuple(kind for kind in get_args(Kind) if kind != "slower")
+RuleCommand = TypeVar("RuleCommand")
+rule_action_argument = click.argument("action", type=click.Choice(ACTIONS))
+RULE_PARTS = ("status", "header", "body", "error")
+RULE_KINDS = tuple(kind for kind in get_args(Kind) if kind != "slower")
 
-OPTIONS = (
+RULE_OPTIONS = (
     click.option("--for", "finding_id", type=click.IntRange(min=1), default=None, help="The finding that it is made for."),
     click.option("--path", default=None, help="Path and all below: $.items[*].price; .* any key, .** any steps."),
     click.option("--header", default=None, help="A response header; * stands for any characters."),
-    click.option("--part", type=click.Choice(PARTS), default=None, help="Only this part of an answer."),
-    click.option("--kind", type=click.Choice(KINDS), default=None, help="Only this kind of difference."),
+    click.option("--part", type=click.Choice(RULE_PARTS), default=None, help="Only this part of an answer."),
+    click.option("--kind", type=click.Choice(RULE_KINDS), default=None, help="Only this kind of difference."),
     click.option("--endpoint", default=None, help='Only this endpoint, such as "GET /products/{id}"; * as in a shell.'),
     click.option("--status", default=None, help="Only answers of this status, 404 or 4xx, or this change, 404->200."),
     click.option("--release", default=None, help="Only this release of new; * as in a shell."),
@@ -40,28 +40,30 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def rule_options(command: Command) -> Command:
-    for option in reversed(OPTIONS):
+def rule_options(command: RuleCommand) -> RuleCommand:
+    for option in reversed(RULE_OPTIONS):
         command = option(command)  # type: ignore[type-var]  # click's own
     return command
 
 
-def message(given: Mapping[str, Any], expires: str = "") -> api.Rule:
+def build_rule_message(option_values: Mapping[str, Any], expires: str = "") -> api.Rule:
     fields = {
-        name: value for name, value in given.items() if value is not None and name not in {"old", "new"}
+        name: value
+        for name, value in option_values.items()
+        if value is not None and name not in {"old", "new"}
     }
     if relative := fields.get("relative"):
-        fields["relative"] = share(relative)
-    made = message_of(fields)
+        fields["relative"] = parse_relative_share(relative)
+    rule = dict_to_message(fields)
     for name in ("old", "new"):
-        if given.get(name) is not None:
-            setattr(made, name, given[name])
+        if option_values.get(name) is not None:
+            setattr(rule, name, option_values[name])
     if expires:
-        made.expire_time.FromDatetime(until(expires))
-    return made
+        rule.expire_time.FromDatetime(parse_expiry(expires))
+    return rule
 
 
-def share(text: str) -> float:
+def parse_relative_share(text: str) -> float:
     try:
         return parsed_share(text if text.strip().endswith("%") else float(text))
     except (RuleError, ValueError):
@@ -70,12 +72,14 @@ def share(text: str) -> float:
         ) from None
 
 
-def until(text: str) -> dt.datetime:
-    span = SPAN.fullmatch(text.strip())
+def parse_expiry(text: str) -> dt.datetime:
+    match = SPAN_PATTERN.fullmatch(text.strip())
     try:
-        if span:
-            return dt.datetime.now(dt.UTC) + dt.timedelta(seconds=float(span[1]) * UNITS[span[2]])
-        return midnight(dt.date.fromisoformat(text.strip()))
+        if match:
+            return dt.datetime.now(dt.UTC) + dt.timedelta(
+                seconds=float(match[1]) * SECONDS_PER_UNIT[match[2]]
+            )
+        return to_utc_midnight(dt.date.fromisoformat(text.strip()))
     except (ValueError, OverflowError):
         raise click.BadParameter(
             f"must be a span such as 90d or 12w, or a day such as 2030-01-31, got {text!r}",

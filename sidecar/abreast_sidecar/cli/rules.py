@@ -8,15 +8,27 @@ from typing import Any
 import click
 
 from abreast.v1 import rule_pb2 as api
-from abreast_sidecar.cli.connection import Calls, Link, connected, json_option, page_sizes, print_json
-from abreast_sidecar.cli.exits import Exit
-from abreast_sidecar.cli.humane import counted, printable
+from abreast_sidecar.cli.connection import (
+    Calls,
+    SidecarClient,
+    connection_options,
+    json_option,
+    print_json,
+    split_page_sizes,
+)
+from abreast_sidecar.cli.exits import ExitCode
+from abreast_sidecar.cli.humane import format_quantity, to_printable
 from abreast_sidecar.cli.parameters import limit_option
-from abreast_sidecar.cli.rule_files import as_yaml, read_rules
-from abreast_sidecar.cli.rule_options import RULE_ACTION, message, rule_options
-from abreast_sidecar.cli.rule_tables import hidden, listing, plan, title
-from abreast_sidecar.cli.shift import actor_option, actor_or_user
-from abreast_sidecar.cli.tables import console, styled
+from abreast_sidecar.cli.rule_files import dump_rules_yaml, read_rules
+from abreast_sidecar.cli.rule_options import build_rule_message, rule_action_argument, rule_options
+from abreast_sidecar.cli.rule_tables import (
+    build_hidden_findings_table,
+    build_rules_table,
+    format_apply_plan,
+    format_rule_title,
+)
+from abreast_sidecar.cli.shift import actor_option, default_actor
+from abreast_sidecar.cli.tables import make_console, style_text
 
 force_option = click.option(
     "--force", is_flag=True, help="Also where it hides more than it is made for, or what somebody confirmed."
@@ -28,11 +40,11 @@ file_argument = click.argument("file", type=click.Path(path_type=Path))
 
 
 @click.group()
-def command() -> None:
+def rules_command() -> None:
     """What is known about differences: to be ignored, tolerated, expected."""
 
 
-@command.command("list")
+@rules_command.command("list")
 @click.option("--source", default=None, help="Only rules of this source, such as a file's name.")
 @click.option(
     "--finding", "finding_id", type=click.IntRange(min=1), default=None, help="Only those that explain it."
@@ -40,34 +52,34 @@ def command() -> None:
 @click.option("--deleted", is_flag=True, help="Also rules that were deleted.")
 @limit_option
 @json_option
-@connected
-def list_(
-    link: Link, source: str | None, finding_id: int | None, deleted: bool, limit: int, as_json: bool
+@connection_options
+def list_rules(
+    link: SidecarClient, source: str | None, finding_id: int | None, deleted: bool, limit: int, as_json: bool
 ) -> None:
     """The rules that hold, and those that expired, with what they explain."""
     request = api.ListRulesRequest(source=source, finding_id=finding_id or 0, include_deleted=deleted)
-    found = link.run(lambda calls: _list(calls, request, limit))
+    response = link.call(lambda calls: _fetch_rules(calls, request, limit))
     if as_json:
-        print_json(found)
-    elif found.rules:
-        console().print(listing(found.rules))
+        print_json(response)
+    elif response.rules:
+        make_console().print(build_rules_table(response.rules))
     else:
         click.echo("there are no rules; make one with: abreast rules add")
 
 
-async def _list(calls: Calls, request: api.ListRulesRequest, limit: int) -> api.ListRulesResponse:
-    found = api.ListRulesResponse()
-    for request.page_size in page_sizes(limit):
-        page = await calls.rules.ListRules(request, timeout=calls.timeout)
-        found.rules.extend(page.rules)
-        request.page_token = found.next_page_token = page.next_page_token
+async def _fetch_rules(calls: Calls, request: api.ListRulesRequest, limit: int) -> api.ListRulesResponse:
+    response = api.ListRulesResponse()
+    for request.page_size in split_page_sizes(limit):
+        page = await calls.rules.ListRules(request, timeout=calls.timeout_s)
+        response.rules.extend(page.rules)
+        request.page_token = response.next_page_token = page.next_page_token
         if not page.next_page_token:
             break
-    return found
+    return response
 
 
-@command.command("add")
-@RULE_ACTION
+@rules_command.command("add")
+@rule_action_argument
 @rule_options
 @click.option("--name", default="", help="For people.  [default: made from the rest]")
 @click.option("--owner", required=True, help="Who answers for it.")
@@ -78,9 +90,9 @@ async def _list(calls: Calls, request: api.ListRulesRequest, limit: int) -> api.
 @force_option
 @actor_option
 @json_option
-@connected
-def add(
-    link: Link,
+@connection_options
+def add_rule(
+    link: SidecarClient,
     finding_id: int | None,
     expires: str,
     force: bool,
@@ -90,62 +102,71 @@ def add(
 ) -> None:
     """Make a rule. With --for it covers just that finding; what is broader is refused."""
     request = api.CreateRuleRequest(
-        rule=message(fields, expires), finding_id=finding_id or 0, force=force, actor=actor_or_user(actor)
+        rule=build_rule_message(fields, expires),
+        finding_id=finding_id or 0,
+        force=force,
+        actor=default_actor(actor),
     )
-    found = link.run(lambda calls: calls.rules.CreateRule(request, timeout=calls.timeout))
+    response = link.call(lambda calls: calls.rules.CreateRule(request, timeout=calls.timeout_s))
     if as_json:
-        print_json(found)
+        print_json(response)
     else:
-        click.echo(f"{title(found.rule)}: it holds now, and what is stored is judged again")
+        click.echo(f"{format_rule_title(response.rule)}: it holds now, and what is stored is judged again")
 
 
-@command.command("preview")
-@RULE_ACTION
+@rules_command.command("preview")
+@rule_action_argument
 @rule_options
 @json_option
-@connected
-def preview(link: Link, finding_id: int | None, as_json: bool, **fields: Any) -> int:
+@connection_options
+def preview_rule(link: SidecarClient, finding_id: int | None, as_json: bool, **fields: Any) -> int:
     """What a rule would hide of what is stored. Exits with 1 where `add` would refuse it."""
-    request = api.PreviewRuleRequest(rule=message(fields), finding_id=finding_id or 0)
-    found = link.run(lambda calls: calls.rules.PreviewRule(request, timeout=calls.timeout))
+    request = api.PreviewRuleRequest(rule=build_rule_message(fields), finding_id=finding_id or 0)
+    response = link.call(lambda calls: calls.rules.PreviewRule(request, timeout=calls.timeout_s))
     if as_json:
-        print_json(found)
+        print_json(response)
     else:
-        _objections(found.objections)
-        if found.findings:
-            console().print(hidden(found.findings))
-        elif found.rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
+        _print_objections(response.objections)
+        if response.findings:
+            make_console().print(build_hidden_findings_table(response.findings))
+        elif response.rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
             click.echo("it hides no difference; a verdict that it keeps from INCONCLUSIVE names it")
         else:
             click.echo("it would hide nothing that is stored")
-    return Exit.NO if found.objections else Exit.OK
+    return ExitCode.CHECK_FAILED if response.objections else ExitCode.OK
 
 
-@command.command("delete")
+@rules_command.command("delete")
 @click.argument("id", type=click.IntRange(min=1))
 @actor_option
 @json_option
-@connected
-def delete(link: Link, id: int, actor: str | None, as_json: bool) -> None:  # noqa: A002  # the argument's name
+@connection_options
+def delete_rule(link: SidecarClient, id: int, actor: str | None, as_json: bool) -> None:  # noqa: A002  # the argument's name
     """End a rule. What it hid is back within seconds."""
-    request = api.DeleteRuleRequest(id=id, actor=actor_or_user(actor))
-    found = link.run(lambda calls: calls.rules.DeleteRule(request, timeout=calls.timeout))
+    request = api.DeleteRuleRequest(id=id, actor=default_actor(actor))
+    response = link.call(lambda calls: calls.rules.DeleteRule(request, timeout=calls.timeout_s))
     if as_json:
-        print_json(found)
+        print_json(response)
     else:
-        click.echo(f"{title(found.rule)}: ended, and what is stored is judged again")
+        click.echo(f"{format_rule_title(response.rule)}: ended, and what is stored is judged again")
 
 
-@command.command("import")
+@rules_command.command("import")
 @file_argument
 @source_option
 @click.option("--dry-run", is_flag=True, help="Only say what would change.")
 @force_option
 @actor_option
 @json_option
-@connected
-def import_(
-    link: Link, file: Path, source: str | None, dry_run: bool, force: bool, actor: str | None, as_json: bool
+@connection_options
+def import_rules(
+    link: SidecarClient,
+    file: Path,
+    source: str | None,
+    dry_run: bool,
+    force: bool,
+    actor: str | None,
+    as_json: bool,
 ) -> int:
     """Make the rules of a source those of a file: new ones begin, missing ones end, the others stay."""
     request = api.ApplyRulesRequest(
@@ -153,42 +174,44 @@ def import_(
         rules=read_rules(file),
         dry_run=dry_run,
         force=force,
-        actor=actor_or_user(actor),
+        actor=default_actor(actor),
     )
-    found = link.run(lambda calls: calls.rules.ApplyRules(request, timeout=calls.timeout))
+    response = link.call(lambda calls: calls.rules.ApplyRules(request, timeout=calls.timeout_s))
     if as_json:
-        print_json(found)
+        print_json(response)
     else:
-        _objections(found.objections)
-        click.echo(plan(found))
-    return Exit.NO if found.objections else Exit.OK
+        _print_objections(response.objections)
+        click.echo(format_apply_plan(response))
+    return ExitCode.CHECK_FAILED if response.objections else ExitCode.OK
 
 
-@command.command("export")
+@rules_command.command("export")
 @click.option("--source", default=None, help="Only rules of this source.")
-@connected
-def export(link: Link, source: str | None) -> None:
+@connection_options
+def export_rules(link: SidecarClient, source: str | None) -> None:
     """The rules that hold, as a file."""
     request = api.ListRulesRequest(source=source)
-    found = link.run(lambda calls: _list(calls, request, 1000))
-    click.echo(as_yaml([one for one in found.rules if one.state == api.RULE_STATE_IN_FORCE]), nl=False)
+    response = link.call(lambda calls: _fetch_rules(calls, request, 1000))
+    click.echo(
+        dump_rules_yaml([rule for rule in response.rules if rule.state == api.RULE_STATE_IN_FORCE]), nl=False
+    )
 
 
-@command.command("check")
+@rules_command.command("check")
 @file_argument
-def check(file: Path) -> None:
+def check_rule_file(file: Path) -> None:
     """Whether a file can be imported. Needs no sidecar."""
-    click.echo(f"{file}: {counted(len(read_rules(file)), 'rule')}")
+    click.echo(f"{file}: {format_quantity(len(read_rules(file)), 'rule')}")
 
 
-@command.command("schema")
-def schema() -> None:
+@rules_command.command("schema")
+def print_rule_schema() -> None:
     """The JSON schema of a file, for editors."""
     from importlib.resources import files
 
     click.echo((files("abreast_sidecar.compare") / "rules.schema.json").read_text(), nl=False)
 
 
-def _objections(found: Any) -> None:
-    for one in found:
-        console().print(styled(f"warning: {printable(one)}", "warn"))
+def _print_objections(objections: Any) -> None:
+    for objection in objections:
+        make_console().print(style_text(f"warning: {to_printable(objection)}", "warn"))

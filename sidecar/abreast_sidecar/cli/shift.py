@@ -14,11 +14,11 @@ from rich.table import Table
 
 from abreast.v1 import traffic_pb2 as api
 from abreast_sidecar.cli.connection import print_json
-from abreast_sidecar.cli.exits import Exit
-from abreast_sidecar.cli.humane import duration, percent, printable
-from abreast_sidecar.cli.tables import Console, console, styled, table
+from abreast_sidecar.cli.exits import ExitCode
+from abreast_sidecar.cli.humane import format_duration, format_percent, to_printable
+from abreast_sidecar.cli.tables import Console, make_console, make_table, style_text
 
-SHARES = {
+TRAFFIC_SHARE_LABELS = {
     "new_share": "users on new",
     "sample_safe": "GET, HEAD, OPTIONS mirrored",
     "sample_unsafe": "other methods mirrored",
@@ -29,7 +29,7 @@ reason_option = click.option("--reason", required=True, help="Why, for the recor
 actor_option = click.option("--actor", default=None, help="Who, for the record.  [default: user@host]")
 
 
-class Changed(Protocol):
+class TrafficChange(Protocol):
     """GetTrafficResponse, UpdateTrafficResponse, RollbackResponse and PromoteResponse alike."""
 
     @property
@@ -40,7 +40,7 @@ class Changed(Protocol):
     def others_unknown(self) -> str: ...
 
 
-def actor_or_user(actor: str | None) -> str:
+def default_actor(actor: str | None) -> str:
     if actor is not None:
         return actor
     try:
@@ -50,73 +50,95 @@ def actor_or_user(actor: str | None) -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def report(before: api.Traffic, changed: Changed, *, as_json: bool, not_recorded: str = "") -> Exit:
+def print_traffic_change(
+    before: api.Traffic, change: TrafficChange, *, as_json: bool, not_recorded: str = ""
+) -> ExitCode:
     """Print what changed. Exit.NO where an Envoy or the ledger does not have it, or where that is not known."""
     if as_json:
-        assert isinstance(changed, Message)
-        print_json(changed)
+        assert isinstance(change, Message)
+        print_json(change)
     else:
-        out = console()
-        out.print(changes(before, changed.traffic))
+        out = make_console()
+        out.print(build_traffic_change_table(before, change.traffic))
         out.print()
-        show_envoys(out, changed)
+        print_envoys(out, change)
     if not_recorded:
         click.echo(f"abreast: in force, but {not_recorded}", err=True)
-    missing = without(changed)
-    if missing:
-        click.echo(f"abreast: {'' if not_recorded else 'the change is stored, but '}{missing}", err=True)
-    return Exit.NO if not_recorded or missing else Exit.OK
+    missing_text = describe_missing_envoys(change)
+    if missing_text:
+        click.echo(f"abreast: {'' if not_recorded else 'the change is stored, but '}{missing_text}", err=True)
+    return ExitCode.CHECK_FAILED if not_recorded or missing_text else ExitCode.OK
 
 
-def without(changed: Changed) -> str:
+def describe_missing_envoys(change: TrafficChange) -> str:
     """Who does not have it; empty where all have."""
-    envoys = list(changed.envoys)
-    missing = [envoy for envoy in envoys if not has_it(envoy, changed.traffic)]
-    if missing:
-        return f"{len(missing)} of {len(envoys)} Envoys do not have it yet"
-    if changed.others_unknown:
+    envoys = list(change.envoys)
+    missing_envoys = [envoy for envoy in envoys if not has_acknowledged(envoy, change.traffic)]
+    if missing_envoys:
+        return f"{len(missing_envoys)} of {len(envoys)} Envoys do not have it yet"
+    if change.others_unknown:
         return "whether Envoys of other sidecars have it is not known"
     return "" if envoys else "no Envoy is connected"
 
 
-def has_it(envoy: api.EnvoyState, traffic: api.Traffic) -> bool:
+def has_acknowledged(envoy: api.EnvoyState, traffic: api.Traffic) -> bool:
     return envoy.acknowledged_version >= traffic.version and not envoy.error
 
 
-def changes(before: api.Traffic, after: api.Traffic) -> Table:
-    made = table(printable(after.service), "before", "after", right=frozenset({"before", "after"}))
-    for field, name in SHARES.items():
-        was, now = percent(getattr(before, field)), percent(getattr(after, field))
-        made.add_row(name, was, styled(now, "bold" if was != now else "dim"))
-    return made
+def build_traffic_change_table(before: api.Traffic, after: api.Traffic) -> Table:
+    table = make_table(
+        to_printable(after.service), "before", "after", numeric_columns=frozenset({"before", "after"})
+    )
+    for field, name in TRAFFIC_SHARE_LABELS.items():
+        value_before, value_after = (
+            format_percent(getattr(before, field)),
+            format_percent(getattr(after, field)),
+        )
+        table.add_row(
+            name, value_before, style_text(value_after, "bold" if value_before != value_after else "dim")
+        )
+    return table
 
 
-def show_envoys(out: Console, found: Changed) -> None:
-    envoys, traffic = list(found.envoys), found.traffic
+def print_envoys(out: Console, change: TrafficChange) -> None:
+    envoys, traffic = list(change.envoys), change.traffic
     if envoys:
-        out.print(_rows(envoys, traffic))
+        out.print(_build_envoys_table(envoys, traffic))
     else:
-        out.print(styled("no Envoy is connected (abreast doctor)", "warn"))
-    if found.others_unknown:
+        out.print(style_text("no Envoy is connected (abreast doctor)", "warn"))
+    if change.others_unknown:
         out.print(
-            styled(f"Envoys of other sidecars are not known: {printable(found.others_unknown)}", "warn")
+            style_text(
+                f"Envoys of other sidecars are not known: {to_printable(change.others_unknown)}", "warn"
+            )
         )
 
 
-def _rows(envoys: Sequence[api.EnvoyState], traffic: api.Traffic) -> Table:
-    several = len({envoy.sidecar for envoy in envoys}) > 1
-    made = table(
-        "Envoy", *(["sidecar"] if several else []), "has the settings", "after", right=frozenset({"after"})
+def _build_envoys_table(envoys: Sequence[api.EnvoyState], traffic: api.Traffic) -> Table:
+    has_several_sidecars = len({envoy.sidecar for envoy in envoys}) > 1
+    table = make_table(
+        "Envoy",
+        *(["sidecar"] if has_several_sidecars else []),
+        "has the settings",
+        "after",
+        numeric_columns=frozenset({"after"}),
     )
-    shared = Counter(envoy.node for envoy in envoys)
+    node_counts = Counter(envoy.node for envoy in envoys)
     for envoy in envoys:
         if envoy.error:
-            state = styled(f"refused: {envoy.error}", "fail")
-        elif has_it(envoy, traffic):
-            state = styled("yes", "ok")
+            state = style_text(f"refused: {envoy.error}", "fail")
+        elif has_acknowledged(envoy, traffic):
+            state = style_text("yes", "ok")
         else:
-            state = styled(f"not yet (has version {envoy.acknowledged_version} of {traffic.version})", "warn")
-        after = duration(envoy.acknowledged_after) if envoy.HasField("acknowledged_after") else ""
-        node = f"{envoy.node} ({envoy.peer})" if shared[envoy.node] > 1 else envoy.node
-        made.add_row(printable(node), *([printable(envoy.sidecar)] if several else []), state, after)
-    return made
+            state = style_text(
+                f"not yet (has version {envoy.acknowledged_version} of {traffic.version})", "warn"
+            )
+        delay_text = format_duration(envoy.acknowledged_after) if envoy.HasField("acknowledged_after") else ""
+        node = f"{envoy.node} ({envoy.peer})" if node_counts[envoy.node] > 1 else envoy.node
+        table.add_row(
+            to_printable(node),
+            *([to_printable(envoy.sidecar)] if has_several_sidecars else []),
+            state,
+            delay_text,
+        )
+    return table

@@ -10,29 +10,29 @@ from typing import Any, TypeVar
 import click
 
 from abreast_sidecar import runtime
-from abreast_sidecar.cli.parameters import Parsed
-from abreast_sidecar.settings import PREFIX, Settings
+from abreast_sidecar.cli.parameters import ParserParamType
+from abreast_sidecar.settings import ENV_PREFIX, Settings
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+ServeCommand = TypeVar("ServeCommand", bound=Callable[..., Any])
 
 
-def every_setting(command: Command) -> Command:
+def setting_options(command: ServeCommand) -> ServeCommand:
     """An option for each setting: --batch-size stands above ABREAST_BATCH_SIZE. None for a secret, which `ps` would show."""
-    for part in reversed(dataclasses.fields(Settings)):
-        if part.metadata["secret"]:
+    for setting in reversed(dataclasses.fields(Settings)):
+        if setting.metadata["secret"]:
             continue
-        shown = ", ".join(part.default) if isinstance(part.default, tuple) else part.default
+        default_text = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
         click.option(
-            "--" + part.name.replace("_", "-"),
-            type=Parsed(part.metadata["parse"].__name__, part.metadata["parse"]),
-            help=f"{part.metadata['doc']}.  [{PREFIX}{part.name.upper()}; default: {'none' if shown == '' else shown}]",
+            "--" + setting.name.replace("_", "-"),
+            type=ParserParamType(setting.metadata["parse"].__name__, setting.metadata["parse"]),
+            help=f"{setting.metadata['doc']}.  [{ENV_PREFIX}{setting.name.upper()}; default: {'none' if default_text == '' else default_text}]",
         )(command)
     return command
 
 
 @click.command
-@every_setting
-def command(**options: Any) -> None:
+@setting_options
+def sidecar_command(**options: Any) -> None:
     """Run the sidecar: compares what services send, keeps the ledger, steers Envoy, answers questions.
 
     Every option is also a variable ABREAST_NAME. SIGTERM and Ctrl-C let work under way finish.
@@ -40,25 +40,25 @@ def command(**options: Any) -> None:
     from abreast_sidecar import logs
     from abreast_sidecar.app import serve
 
-    given = {name: value for name, value in options.items() if value is not None}
-    settings = dataclasses.replace(Settings.from_environment(os.environ), **given)
+    overrides = {name: value for name, value in options.items() if value is not None}
+    settings = dataclasses.replace(Settings.from_environment(os.environ), **overrides)
     logs.configure(settings.log_level)
-    run(lambda stop: serve(settings, stop))
+    run_until_signal(lambda stop: serve(settings, stop))
 
 
-def run(part: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+def run_until_signal(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     """Until SIGTERM or SIGINT; a second one ends at once."""
 
-    async def until_signal() -> None:
+    async def main() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
 
-        def asked(name: signal.Signals) -> None:
+        def handle_signal(name: signal.Signals) -> None:
             loop.remove_signal_handler(name)
             stop.set()
 
         for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, asked, name)
-        await part(stop)
+            loop.add_signal_handler(name, handle_signal, name)
+        await serve(stop)
 
-    runtime.run(until_signal())
+    runtime.run(main())

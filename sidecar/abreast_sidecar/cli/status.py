@@ -14,24 +14,34 @@ from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import traffic_pb2
 from abreast_sidecar.cli.connection import (
     Calls,
-    Link,
-    as_text,
-    connected,
+    SidecarClient,
+    build_time_window,
+    connection_options,
     json_option,
+    message_to_json,
     service_option,
-    window,
 )
-from abreast_sidecar.cli.humane import ago, count, counted, part_of, percent, printable, seconds
+from abreast_sidecar.cli.humane import (
+    format_age,
+    format_count,
+    format_percent,
+    format_quantity,
+    format_seconds,
+    format_share_of,
+    to_printable,
+)
 from abreast_sidecar.cli.parameters import since_option, until_option
-from abreast_sidecar.cli.steering import Steering, ask_steering, steering_lines
-from abreast_sidecar.cli.tables import Console, console, outcome_name, styled, table
+from abreast_sidecar.cli.steering import RolloutStatus, fetch_rollout_status, format_rollout_lines
+from abreast_sidecar.cli.tables import Console, make_console, make_table, outcome_name, style_text
 
-EMPTY = "nothing has been compared yet; send requests through Envoy, and if this stays so: abreast doctor"
+EMPTY_STATUS_TEXT = (
+    "nothing has been compared yet; send requests through Envoy, and if this stays so: abreast doctor"
+)
 
-LONGEST_REASON = 120  # characters
-SETTLED = 30.0  # seconds without a row
-CLOCKS = 300.0  # seconds that they may be apart
-CALM, CALM_SHARE = (
+MAX_REASON_CHARS = 120  # characters
+SETTLED_AFTER_S = 30.0  # seconds without a row
+MAX_LEDGER_CLOCK_OFFSET_S = 300.0  # seconds that they may be apart
+IN_FLIGHT_REQUESTS, IN_FLIGHT_SHARE = (
     20,
     0.01,
 )  # requests, and a share of them, that are on their way at any moment: the counts are read in turn
@@ -42,129 +52,152 @@ CALM, CALM_SHARE = (
 @since_option
 @until_option
 @json_option
-@connected
-def command(
-    link: Link, service: str, since: dt.datetime | None, until: dt.datetime | None, as_json: bool
+@connection_options
+def status_command(
+    link: SidecarClient, service: str, since: dt.datetime | None, until: dt.datetime | None, as_json: bool
 ) -> None:
     """How the sampled requests ended, held against Envoy's own count."""
-    request = api.GetSummaryRequest(service=service, window=window(since, until))
-    summary, traffic, steering = link.run(lambda calls: _ask(calls, request))
+    request = api.GetSummaryRequest(service=service, window=build_time_window(since, until))
+    summary, traffic, steering = link.call(lambda calls: _fetch_status(calls, request))
     if as_json:
-        parts = {"summary": summary, "traffic": traffic}
-        texts = {name: part and json.loads(as_text(part)) for name, part in parts.items()}
-        click.echo(json.dumps(texts, indent=2, ensure_ascii=False))
+        messages = {"summary": summary, "traffic": traffic}
+        objects = {
+            name: message and json.loads(message_to_json(message)) for name, message in messages.items()
+        }
+        click.echo(json.dumps(objects, indent=2, ensure_ascii=False))
         return
-    show(console(), summary, traffic, dt.datetime.now(dt.UTC), steering)
+    print_status(make_console(), summary, traffic, dt.datetime.now(dt.UTC), steering)
 
 
-async def _ask(
+async def _fetch_status(
     calls: Calls, request: api.GetSummaryRequest
-) -> tuple[api.GetSummaryResponse, traffic_pb2.GetTrafficResponse | None, Steering | None]:
+) -> tuple[api.GetSummaryResponse, traffic_pb2.GetTrafficResponse | None, RolloutStatus | None]:
     """Traffic may not be known yet where captures are, and the other way round."""
-    summary = await calls.comparison.GetSummary(request, timeout=calls.timeout)
+    summary = await calls.comparison.GetSummary(request, timeout=calls.timeout_s)
     question = traffic_pb2.GetTrafficRequest(service=summary.service)
     try:
-        traffic = await calls.traffic.GetTraffic(question, timeout=calls.timeout)
-        return summary, traffic, await ask_steering(calls, traffic.traffic.service)
+        traffic = await calls.traffic.GetTraffic(question, timeout=calls.timeout_s)
+        return summary, traffic, await fetch_rollout_status(calls, traffic.traffic.service)
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.NOT_FOUND:
             raise
         return summary, None, None
 
 
-def show(
+def print_status(
     out: Console,
     summary: api.GetSummaryResponse,
     traffic: traffic_pb2.GetTrafficResponse | None,
-    now: dt.datetime,
-    steering: Steering | None = None,
+    current_time: dt.datetime,
+    steering: RolloutStatus | None = None,
 ) -> None:
-    out.print(styled(summary.service or "(no service yet)", "bold"))
+    out.print(style_text(summary.service or "(no service yet)", "bold"))
     if traffic is not None:
-        out.print(traffic_line(traffic.traffic))
-    for line in steering_lines(steering, now):
+        out.print(format_traffic_line(traffic.traffic))
+    for line in format_rollout_lines(steering, current_time):
         out.print(line)
     out.print()
     if summary.pairs:
-        out.print(_outcomes(summary))
-        span = since_first(summary, now)
-        out.print(f"\n{counted(summary.pairs, 'request')} {span}")
+        out.print(_build_outcomes_table(summary))
+        duration_text = format_observed_period(summary, current_time)
+        out.print(f"\n{format_quantity(summary.pairs, 'request')} {duration_text}")
     else:
-        out.print(EMPTY)
-    out.print(_accounts(summary, now))
+        out.print(EMPTY_STATUS_TEXT)
+    out.print(_build_completeness_table(summary, current_time))
 
 
-def since_first(summary: api.GetSummaryResponse, now: dt.datetime) -> str:
-    lasted = (summary.last.ToDatetime() - summary.first.ToDatetime()).total_seconds()
-    return f"in {seconds(lasted)}, the last {ago(summary.last, now)}"
+def format_observed_period(summary: api.GetSummaryResponse, current_time: dt.datetime) -> str:
+    duration_s = (summary.last.ToDatetime() - summary.first.ToDatetime()).total_seconds()
+    return f"in {format_seconds(duration_s)}, the last {format_age(summary.last, current_time)}"
 
 
-def traffic_line(traffic: traffic_pb2.Traffic) -> str:
-    back = " (rolled back)" if traffic.rolled_back else ""
+def format_traffic_line(traffic: traffic_pb2.Traffic) -> str:
+    rollback_text = " (rolled back)" if traffic.rolled_back else ""
     return (
-        f"users: {percent(1 - traffic.new_share)} old, {percent(traffic.new_share)} new{back} · "
-        f"mirrored: {percent(traffic.sample_safe)} of safe requests, {percent(traffic.sample_unsafe)} of others"
+        f"users: {format_percent(1 - traffic.new_share)} old, {format_percent(traffic.new_share)} new{rollback_text} · "
+        f"mirrored: {format_percent(traffic.sample_safe)} of safe requests, {format_percent(traffic.sample_unsafe)} of others"
     )
 
 
-def _outcomes(summary: api.GetSummaryResponse) -> Table:
-    made = table("outcome", "requests", "share", "", right=frozenset({"requests", "share"}))
+def _build_outcomes_table(summary: api.GetSummaryResponse) -> Table:
+    table = make_table("outcome", "requests", "share", "", numeric_columns=frozenset({"requests", "share"}))
     for row in summary.outcomes:
         name = outcome_name(row.outcome)
         note = ""
         if name == "mismatch" and summary.explained:
-            note = f"{count(summary.explained)} of them noise or additive only"
-        made.add_row(styled(name), count(row.count), part_of(row.count, summary.pairs), note)
-    return made
+            note = f"{format_count(summary.explained)} of them noise or additive only"
+        table.add_row(
+            style_text(name), format_count(row.count), format_share_of(row.count, summary.pairs), note
+        )
+    return table
 
 
-def _accounts(summary: api.GetSummaryResponse, now: dt.datetime) -> Table:
-    made = table("", "", "")
+def _build_completeness_table(summary: api.GetSummaryResponse, current_time: dt.datetime) -> Table:
+    table = make_table("", "", "")
     if summary.HasField("envoy_sampled"):
-        made.add_row("sampled by Envoy", count(summary.envoy_sampled), _unaccounted(summary, now))
-    else:
-        made.add_row("sampled by Envoy", "?", "no Envoy's admin address is known (ABREAST_ENVOY_ADMIN)")
-    if summary.HasField("pending"):
-        made.add_row(
-            "pending", count(summary.pending), "wait for a copy or a worker" if summary.pending else ""
+        table.add_row(
+            "sampled by Envoy",
+            format_count(summary.envoy_sampled),
+            _format_unaccounted(summary, current_time),
         )
     else:
-        made.add_row("pending", "?", "Redis can't be reached (abreast doctor)")
+        table.add_row("sampled by Envoy", "?", "no Envoy's admin address is known (ABREAST_ENVOY_ADMIN)")
+    if summary.HasField("pending"):
+        table.add_row(
+            "pending", format_count(summary.pending), "wait for a copy or a worker" if summary.pending else ""
+        )
+    else:
+        table.add_row("pending", "?", "Redis can't be reached (abreast doctor)")
     drops = sum(drop.count for drop in summary.drops)
     by_reason = ", ".join(
-        f"{printable(d.place)} {printable(d.reason)} {count(d.count)}" for d in summary.drops if d.count
+        f"{to_printable(drop_count.place)} {to_printable(drop_count.reason)} {format_count(drop_count.count)}"
+        for drop_count in summary.drops
+        if drop_count.count
     )
-    made.add_row("dropped", styled(count(drops), "fail" if drops else ""), by_reason)
-    late = summary.captures.late
-    if late:
-        made.add_row("late", count(late), "captures that came after their pair had been compared")
-    if summary.not_sent:
-        made.add_row("not sent", count(summary.not_sent), "copies that never left Envoy")
-    for one in summary.poison:
-        made.add_row("put apart", styled(count(one.count), "fail"), printable(one.reason, LONGEST_REASON))
-    if abs(ahead := summary.ledger_clock_ahead.ToTimedelta().total_seconds()) > CLOCKS:
-        text = f"Postgres's is {seconds(abs(ahead))} {'ahead of' if ahead > 0 else 'behind'} the sidecar's: synchronise them"
-        made.add_row("clocks", styled("!", "warn"), text)
-    made.add_row("findings", count(summary.findings), "see: abreast findings" if summary.findings else "")
-    return made
-
-
-def _settled(summary: api.GetSummaryResponse, now: dt.datetime) -> bool:
-    """Whether nothing has come for long, and nothing waits."""
-    known = summary.HasField("pending") and not summary.pending and summary.HasField("last")
-    return known and (now - summary.last.ToDatetime(dt.UTC)).total_seconds() > SETTLED
-
-
-def _unaccounted(summary: api.GetSummaryResponse, now: dt.datetime) -> str | Text:
-    number = abs(summary.unaccounted)
-    if not number:
-        return "all of them are in the ledger"
-    if summary.unaccounted > 0 and _settled(summary, now):
-        return styled(f"{count(number)} of them did not come, and nothing is on its way", "warn")
-    if number <= max(CALM, CALM_SHARE * summary.envoy_sampled):
-        return (
-            f"{count(number)} {'on their way' if summary.unaccounted > 0 else 'more on their way from Envoy'}"
+    table.add_row("dropped", style_text(format_count(drops), "fail" if drops else ""), by_reason)
+    late_captures = summary.captures.late
+    if late_captures:
+        table.add_row(
+            "late", format_count(late_captures), "captures that came after their pair had been compared"
         )
+    if summary.not_sent:
+        table.add_row("not sent", format_count(summary.not_sent), "copies that never left Envoy")
+    for dead_letter in summary.poison:
+        table.add_row(
+            "put apart",
+            style_text(format_count(dead_letter.count), "fail"),
+            to_printable(dead_letter.reason, MAX_REASON_CHARS),
+        )
+    if (
+        abs(clock_offset_s := summary.ledger_clock_ahead.ToTimedelta().total_seconds())
+        > MAX_LEDGER_CLOCK_OFFSET_S
+    ):
+        text = f"Postgres's is {format_seconds(abs(clock_offset_s))} {'ahead of' if clock_offset_s > 0 else 'behind'} the sidecar's: synchronise them"
+        table.add_row("clocks", style_text("!", "warn"), text)
+    table.add_row(
+        "findings", format_count(summary.findings), "see: abreast findings" if summary.findings else ""
+    )
+    return table
+
+
+def _is_settled(summary: api.GetSummaryResponse, current_time: dt.datetime) -> bool:
+    """Whether nothing has come for long, and nothing waits."""
+    is_drained = summary.HasField("pending") and not summary.pending and summary.HasField("last")
+    return is_drained and (current_time - summary.last.ToDatetime(dt.UTC)).total_seconds() > SETTLED_AFTER_S
+
+
+def _format_unaccounted(summary: api.GetSummaryResponse, current_time: dt.datetime) -> str | Text:
+    request_count = abs(summary.unaccounted)
+    if not request_count:
+        return "all of them are in the ledger"
+    if summary.unaccounted > 0 and _is_settled(summary, current_time):
+        return style_text(
+            f"{format_count(request_count)} of them did not come, and nothing is on its way", "warn"
+        )
+    if request_count <= max(IN_FLIGHT_REQUESTS, IN_FLIGHT_SHARE * summary.envoy_sampled):
+        return f"{format_count(request_count)} {'on their way' if summary.unaccounted > 0 else 'more on their way from Envoy'}"
     if summary.unaccounted > 0:
-        return styled(f"{count(number)} of them are on their way, or lost", "warn")
-    return styled(f"{count(number)} fewer than in the ledger: an Envoy's count is missing or late", "warn")
+        return style_text(f"{format_count(request_count)} of them are on their way, or lost", "warn")
+    return style_text(
+        f"{format_count(request_count)} fewer than in the ledger: an Envoy's count is missing or late", "warn"
+    )

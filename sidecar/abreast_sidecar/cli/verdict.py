@@ -12,34 +12,41 @@ from rich.table import Table
 from rich.text import Text
 
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.connection import Link, connected, json_option, print_json, service_option, window
-from abreast_sidecar.cli.exits import Exit
-from abreast_sidecar.cli.humane import count, printable
-from abreast_sidecar.cli.parameters import SHARE, since_option, until_option
-from abreast_sidecar.cli.tables import Console, console, endpoint_name, styled, table
+from abreast_sidecar.cli.connection import (
+    SidecarClient,
+    build_time_window,
+    connection_options,
+    json_option,
+    print_json,
+    service_option,
+)
+from abreast_sidecar.cli.exits import ExitCode
+from abreast_sidecar.cli.humane import format_count, to_printable
+from abreast_sidecar.cli.parameters import SHARE_TYPE, since_option, until_option
+from abreast_sidecar.cli.tables import Console, endpoint_name, make_console, make_table, style_text
 
-BUDGET = tuple(api.Budget.DESCRIPTOR.fields_by_name)
-EXIT = {
-    api.VERDICT_STATE_PASS: Exit.OK,
-    api.VERDICT_STATE_FAIL: Exit.NO,
-    api.VERDICT_STATE_INCONCLUSIVE: Exit.USAGE,
+BUDGET_FIELDS = tuple(api.Budget.DESCRIPTOR.fields_by_name)
+EXIT_BY_VERDICT = {
+    api.VERDICT_STATE_PASS: ExitCode.OK,
+    api.VERDICT_STATE_FAIL: ExitCode.CHECK_FAILED,
+    api.VERDICT_STATE_INCONCLUSIVE: ExitCode.USAGE,
 }
 
 
-Command = Callable[..., Any]
-_OPTIONS = (
+VerdictCommand = Callable[..., Any]
+VERDICT_OPTIONS = (
     service_option,
     click.option(
-        "--max-mismatch", type=SHARE, help="Share of pairs that may have unexplained mismatches; 0.1%."
+        "--max-mismatch", type=SHARE_TYPE, help="Share of pairs that may have unexplained mismatches; 0.1%."
     ),
-    click.option("--max-error", type=SHARE, help="Share of pairs in which only new may fail; 0.1%."),
-    click.option("--max-slower", type=SHARE, help="How much slower new may be in the median pair; 10%."),
+    click.option("--max-error", type=SHARE_TYPE, help="Share of pairs in which only new may fail; 0.1%."),
+    click.option("--max-slower", type=SHARE_TYPE, help="How much slower new may be in the median pair; 10%."),
     click.option(
         "--min-completeness",
-        type=SHARE,
+        type=SHARE_TYPE,
         help="Share of the sampled requests that must be accounted for; 99%.",
     ),
-    click.option("--confidence", type=SHARE, help="How sure to be; 95%."),
+    click.option("--confidence", type=SHARE_TYPE, help="How sure to be; 95%."),
     click.option("--release", default="", help="The release of new to judge.  [default: the newest]"),
     click.option("--all-releases", is_flag=True, help="Judge all releases of new together."),
     since_option,
@@ -47,7 +54,7 @@ _OPTIONS = (
 )
 
 
-def asking(command: Command) -> Command:
+def verdict_options(command: VerdictCommand) -> VerdictCommand:
     """Options that say what is judged, handed to the command as one `request`."""
 
     @functools.wraps(command)
@@ -60,85 +67,99 @@ def asking(command: Command) -> Command:
         until: dt.datetime | None,
         **rest: Any,
     ) -> Any:
-        given = {name: rest.pop(name) for name in BUDGET}
+        budget_values = {name: rest.pop(name) for name in BUDGET_FIELDS}
         request = api.GetVerdictRequest(
             service=service,
-            window=window(since, until),
-            budget=api.Budget(**{name: value for name, value in given.items() if value is not None}),
+            window=build_time_window(since, until),
+            budget=api.Budget(**{name: value for name, value in budget_values.items() if value is not None}),
             release=release,
             all_releases=all_releases,
         )
         return command(*args, request=request, **rest)
 
-    for option in reversed(_OPTIONS):
+    for option in reversed(VERDICT_OPTIONS):
         option(with_request)
     return with_request
 
 
 @click.command()
-@asking
+@verdict_options
 @json_option
-@connected
-def command(link: Link, request: api.GetVerdictRequest, as_json: bool) -> int:
+@connection_options
+def verdict_command(link: SidecarClient, request: api.GetVerdictRequest, as_json: bool) -> int:
     """May the new version take over? Exits with 0 for PASS, 1 for FAIL, 2 for INCONCLUSIVE.
 
     Judged are the pairs of new's newest release.
 
     Ask as often as you like: the error probability is that of all looks together.
     """
-    found = link.run(lambda calls: calls.comparison.GetVerdict(request, timeout=calls.timeout))
+    response = link.call(lambda calls: calls.comparison.GetVerdict(request, timeout=calls.timeout_s))
     if as_json:
-        print_json(found)
+        print_json(response)
     else:
-        show(console(), found)
-    return EXIT.get(found.state, Exit.USAGE)
+        print_verdict(make_console(), response)
+    return EXIT_BY_VERDICT.get(response.state, ExitCode.USAGE)
 
 
-def show(out: Console, found: api.GetVerdictResponse) -> None:
-    head = state(found.state)
-    head.append(f"  {printable(found.service)}", "bold")
-    if found.release:
-        head.append(f"  release {printable(found.release)}")
-    if more := to_pass(found):
-        head.append(f"  {more}")
-    out.print(head)
-    out.print(reasons(found))
-    doubtful = [one for one in found.endpoints if one.state != api.VERDICT_STATE_PASS]
-    if len(found.endpoints) > 1:
-        passed = len(found.endpoints) - len(doubtful)
-        out.print(f"\nby themselves, {passed} of {len(found.endpoints)} endpoints pass", style="dim")
-    if doubtful and len(found.endpoints) > 1:
-        out.print(endpoints(doubtful))
+def print_verdict(out: Console, response: api.GetVerdictResponse) -> None:
+    heading = style_verdict_state(response.state)
+    heading.append(f"  {to_printable(response.service)}", "bold")
+    if response.release:
+        heading.append(f"  release {to_printable(response.release)}")
+    if more_pairs_text := format_pairs_to_pass(response):
+        heading.append(f"  {more_pairs_text}")
+    out.print(heading)
+    out.print(build_reasons_grid(response))
+    undecided_endpoints = [
+        endpoint for endpoint in response.endpoints if endpoint.state != api.VERDICT_STATE_PASS
+    ]
+    if len(response.endpoints) > 1:
+        pass_count = len(response.endpoints) - len(undecided_endpoints)
+        out.print(f"\nby themselves, {pass_count} of {len(response.endpoints)} endpoints pass", style="dim")
+    if undecided_endpoints and len(response.endpoints) > 1:
+        out.print(build_verdict_endpoints_table(undecided_endpoints))
 
 
-def to_pass(found: api.GetVerdictResponse) -> str:
-    if found.state != api.VERDICT_STATE_INCONCLUSIVE:
+def format_pairs_to_pass(response: api.GetVerdictResponse) -> str:
+    if response.state != api.VERDICT_STATE_INCONCLUSIVE:
         return ""
-    if not found.HasField("more"):
+    if not response.HasField("more"):
         return "more of the same would not make it pass"
-    return f"about {count(found.more)} more pairs to pass, at the present rates" if found.more else ""
+    return (
+        f"about {format_count(response.more)} more pairs to pass, at the present rates"
+        if response.more
+        else ""
+    )
 
 
-def reasons(found: api.GetVerdictResponse) -> Table:
-    made = Table.grid(padding=(0, 2, 0, 0))
-    for one in found.reasons:
-        where = f"{endpoint_name(one.endpoint)}: " if one.HasField("endpoint") else ""
-        made.add_row(state(one.state), subject(one.subject), f"{where}{printable(one.text)}")
-    return made
+def build_reasons_grid(response: api.GetVerdictResponse) -> Table:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for reason in response.reasons:
+        endpoint_text = f"{endpoint_name(reason.endpoint)}: " if reason.HasField("endpoint") else ""
+        grid.add_row(
+            style_verdict_state(reason.state),
+            format_verdict_subject(reason.subject),
+            f"{endpoint_text}{to_printable(reason.text)}",
+        )
+    return grid
 
 
-def endpoints(found: list[api.EndpointVerdict]) -> Table:
-    made = table("endpoint", "verdict", "why")
-    for one in found:
-        why = next((reason for reason in one.reasons if reason.state == one.state), None)
-        made.add_row(endpoint_name(one.endpoint), state(one.state), printable(why.text) if why else "")
-    return made
+def build_verdict_endpoints_table(verdicts: list[api.EndpointVerdict]) -> Table:
+    table = make_table("endpoint", "verdict", "why")
+    for verdict in verdicts:
+        first_reason = next((reason for reason in verdict.reasons if reason.state == verdict.state), None)
+        table.add_row(
+            endpoint_name(verdict.endpoint),
+            style_verdict_state(verdict.state),
+            to_printable(first_reason.text) if first_reason else "",
+        )
+    return table
 
 
-def state(value: api.VerdictState.ValueType) -> Text:
+def style_verdict_state(value: api.VerdictState.ValueType) -> Text:
     name = api.VerdictState.Name(value).removeprefix("VERDICT_STATE_")
-    return styled(name, {"PASS": "ok", "FAIL": "fail"}.get(name, "warn"))
+    return style_text(name, {"PASS": "ok", "FAIL": "fail"}.get(name, "warn"))
 
 
-def subject(value: api.VerdictSubject.ValueType) -> str:
+def format_verdict_subject(value: api.VerdictSubject.ValueType) -> str:
     return api.VerdictSubject.Name(value).removeprefix("VERDICT_SUBJECT_").lower()

@@ -1,23 +1,23 @@
 """Comparing what two versions did with one request. Pure: no network, no database, no clock."""
 
-from abreast_sidecar.compare.body import body_differences, compare_bodies
-from abreast_sidecar.compare.difference import VOLATILE_HEADERS, Difference, Judgement, Rules
-from abreast_sidecar.compare.document import DocumentDiff
-from abreast_sidecar.compare.headers import header_differences
-from abreast_sidecar.compare.judge import judge
-from abreast_sidecar.compare.rules import Rule, RuleSet, Subject
+from abreast_sidecar.compare.body import compare_bodies, diff_bodies
+from abreast_sidecar.compare.difference import VOLATILE_HEADERS, CompareOptions, ComparisonResult, Difference
+from abreast_sidecar.compare.document import JsonDiff
+from abreast_sidecar.compare.headers import diff_headers
+from abreast_sidecar.compare.judge import compare_pair
+from abreast_sidecar.compare.rules import Rule, RuleScope, RuleSet
 
 __all__ = [
     "VOLATILE_HEADERS",
+    "CompareOptions",
+    "ComparisonResult",
     "Difference",
-    "DocumentDiff",
-    "Judgement",
+    "JsonDiff",
     "Rule",
+    "RuleScope",
     "RuleSet",
-    "Rules",
-    "Subject",
-    "body_differences",
     "compare_bodies",
-    "header_differences",
-    "judge",
+    "compare_pair",
+    "diff_bodies",
+    "diff_headers",
 ]

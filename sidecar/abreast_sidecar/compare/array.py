@@ -16,10 +16,10 @@ from typing import Any
 from msgspec import Struct
 from orjson import OPT_SORT_KEYS, dumps
 
-from abreast_sidecar.compare.value import canonical, same
+from abreast_sidecar.compare.value import encode_canonical, is_json_equal
 
 # Fields that name an element, the likelier first; then those that end like one.
-IDENTITIES = (
+IDENTITY_FIELDS = (
     "id",
     "_id",
     "@id",
@@ -35,207 +35,234 @@ IDENTITIES = (
     "href",
     "name",
 )
-ENDINGS = ("_id", "Id", "ID", "_uuid", "_key", "_code", "_number", "_sku")
-_NONE, _SORTED = repeat(None), repeat(OPT_SORT_KEYS)
-Pairs = list[tuple[int, int]]  # an old element's index and a new one's
-MAX_CANDIDATES = 12
-MAX_FIELDS = 100  # of an element; larger objects have no such field
+IDENTITY_SUFFIXES = ("_id", "Id", "ID", "_uuid", "_key", "_code", "_number", "_sku")
+_NO_DEFAULT, _SORT_KEYS = repeat(None), repeat(OPT_SORT_KEYS)
+IndexPairs = list[tuple[int, int]]  # an old element's index and a new one's
+MAX_IDENTITY_CANDIDATES = 12
+MAX_ELEMENT_FIELDS = 100  # of an element; larger objects have no such field
 
 
-class Matching(Struct):
+class ArrayMatch(Struct):
     """Indices: of elements that belong together and differ, and of those on one side only."""
 
     pairs: list[tuple[int, int]]
     removed: Sequence[int] = ()
     added: Sequence[int] = ()
-    moved: bool = False
-    by: str = ""  # the field that told what belongs together, where the position did not
+    is_reordered: bool = False
+    identity_field: str = ""  # the field that told what belongs together, where the position did not
 
 
-def match(old: list[Any], new: list[Any], *, by: str = "") -> Matching:
+def match_elements(old: list[Any], new: list[Any], *, identity_field: str = "") -> ArrayMatch:
     """`by`: a field that identifies elements, by rule."""
-    if by:
-        return _by_field(old, new, range(len(old)), range(len(new)), by, [])
+    if identity_field:
+        return _match_by_field(old, new, range(len(old)), range(len(new)), identity_field, [])
     if len(old) != len(new):
-        return _between_common_ends(old, new)
-    return match_at(old, new, _differing(old, new))
+        return _match_between_common_ends(old, new)
+    return match_elements_at(old, new, _find_differing_indices(old, new))
 
 
-def match_at(old: list[Any], new: list[Any], places: list[int]) -> Matching:
+def match_elements_at(old: list[Any], new: list[Any], indices: list[int]) -> ArrayMatch:
     """Of two arrays of one length, that differ at these places."""
-    if len(places) < 2 or _keep_names(old, new, places):
-        return Matching([(place, place) for place in places])
-    return _as_multisets(old, new, places, places)
+    if len(indices) < 2 or _keeps_identities(old, new, indices):
+        return ArrayMatch([(index, index) for index in indices])
+    return _match_multisets(old, new, indices, indices)
 
 
-def in_order(old: list[Any], new: list[Any]) -> Matching:
+def match_by_index(old: list[Any], new: list[Any]) -> ArrayMatch:
     common = min(len(old), len(new))
-    return Matching(
-        [(place, place) for place in range(common)], range(common, len(old)), range(common, len(new))
+    return ArrayMatch(
+        [(index, index) for index in range(common)], range(common, len(old)), range(common, len(new))
     )
 
 
-def _differing(old: list[Any], new: list[Any]) -> list[int]:
+def _find_differing_indices(old: list[Any], new: list[Any]) -> list[int]:
     """The indices at which two arrays differ."""
-    alike = list(map(eq, old, new))
-    if same(list(compress(old, alike)), list(compress(new, alike))):
-        return [place for place, equal in enumerate(alike) if not equal]
-    return _differing_texts(old, new)
+    equal_flags = list(map(eq, old, new))
+    if is_json_equal(list(compress(old, equal_flags)), list(compress(new, equal_flags))):
+        return [index for index, is_equal in enumerate(equal_flags) if not is_equal]
+    return _find_differing_texts(old, new)
 
 
-def _differing_texts(old: list[Any], new: list[Any]) -> list[int]:
+def _find_differing_texts(old: list[Any], new: list[Any]) -> list[int]:
     """For elements that are equal to Python and not in JSON, as 1 and true are.
 
     No text is kept: that would cost more than to write it.
     """
     try:
-        texts = zip(map(dumps, old, _NONE, _SORTED), map(dumps, new, _NONE, _SORTED), strict=False)
-        return [place for place, (text, other) in enumerate(texts) if text != other]
+        texts = zip(
+            map(dumps, old, _NO_DEFAULT, _SORT_KEYS), map(dumps, new, _NO_DEFAULT, _SORT_KEYS), strict=False
+        )
+        return [index for index, (text, other) in enumerate(texts) if text != other]
     except TypeError:
-        texts = zip(map(canonical, old), map(canonical, new), strict=False)
-        return [place for place, (text, other) in enumerate(texts) if text != other]
+        texts = zip(map(encode_canonical, old), map(encode_canonical, new), strict=False)
+        return [index for index, (text, other) in enumerate(texts) if text != other]
 
 
-def _common(old: Iterable[Any], new: Iterable[Any]) -> int:
+def _common_prefix_length(old: Iterable[Any], new: Iterable[Any]) -> int:
     """How many elements are equal before the first that is not."""
     count = 0
-    for one, other in zip(old, new, strict=False):
-        if canonical(one) != canonical(other):
+    for old_element, new_element in zip(old, new, strict=False):
+        if encode_canonical(old_element) != encode_canonical(new_element):
             break
         count += 1
     return count
 
 
-def _between_common_ends(old: list[Any], new: list[Any]) -> Matching:
-    start = _common(old, new)
-    rest = min(len(old), len(new)) - start
-    end = _common(islice(reversed(old), rest), islice(reversed(new), rest))
-    here, there = range(start, len(old) - end), range(start, len(new) - end)
-    return _as_multisets(old, new, here, there) if here and there else Matching([], here, there)
+def _match_between_common_ends(old: list[Any], new: list[Any]) -> ArrayMatch:
+    start = _common_prefix_length(old, new)
+    remaining = min(len(old), len(new)) - start
+    end = _common_prefix_length(islice(reversed(old), remaining), islice(reversed(new), remaining))
+    old_indices, new_indices = range(start, len(old) - end), range(start, len(new) - end)
+    return (
+        _match_multisets(old, new, old_indices, new_indices)
+        if old_indices and new_indices
+        else ArrayMatch([], old_indices, new_indices)
+    )
 
 
-def _as_multisets(old: list[Any], new: list[Any], here: Sequence[int], there: Sequence[int]) -> Matching:
-    free: dict[bytes, deque[int]] = {}
-    for place in there:
-        free.setdefault(canonical(new[place]), deque()).append(place)
-    same, left = [], []
-    for place in here:
-        partners = free.get(canonical(old[place]))
+def _match_multisets(
+    old: list[Any], new: list[Any], old_indices: Sequence[int], new_indices: Sequence[int]
+) -> ArrayMatch:
+    new_by_text: dict[bytes, deque[int]] = {}
+    for index in new_indices:
+        new_by_text.setdefault(encode_canonical(new[index]), deque()).append(index)
+    equal_pairs, unmatched_old = [], []
+    for index in old_indices:
+        partners = new_by_text.get(encode_canonical(old[index]))
         if partners:
-            same.append((place, partners.popleft()))
+            equal_pairs.append((index, partners.popleft()))
         else:
-            left.append(place)
-    if not same:
-        return _leftover(old, new, left, list(there), same)
-    found = _leftover(old, new, left, sorted(chain.from_iterable(free.values())), same)
-    if found.moved and not found.by:
-        found.by = _identity(old, new, list(here), list(there))
-    return found
+            unmatched_old.append(index)
+    if not equal_pairs:
+        return _match_leftover(old, new, unmatched_old, list(new_indices), equal_pairs)
+    matching = _match_leftover(
+        old, new, unmatched_old, sorted(chain.from_iterable(new_by_text.values())), equal_pairs
+    )
+    if matching.is_reordered and not matching.identity_field:
+        matching.identity_field = _find_identity_field(old, new, list(old_indices), list(new_indices))
+    return matching
 
 
-def _keep_names(old: list[Any], new: list[Any], places: list[int]) -> bool:
+def _keeps_identities(old: list[Any], new: list[Any], indices: list[int]) -> bool:
     """Whether the elements at these places are named, differently, and alike on both sides: then none moved."""
-    element = old[places[0]]
-    names = _candidates(element) if type(element) is dict else ()
-    if not names:
+    element = old[indices[0]]
+    fields = _find_identity_candidates(element) if type(element) is dict else ()
+    if not fields:
         return False
-    name = names[0]
-    seen = set()
+    field = fields[0]
+    identities = set()
     try:
-        for place in places:
-            named = old[place][name]
-            if named != new[place][name] or named in seen:
+        for index in indices:
+            identity = old[index][field]
+            if identity != new[index][field] or identity in identities:
                 return False
-            seen.add(named)
+            identities.add(identity)
     except (KeyError, TypeError, IndexError):  # not all are objects, or named by something plain
         return False
     return True
 
 
-def _leftover(old: list[Any], new: list[Any], here: list[int], there: list[int], same: Pairs) -> Matching:
-    if here and there and (by := _identity(old, new, here, there)):
-        return _by_field(old, new, here, there, by, same)
-    common = min(len(here), len(there))
-    pairs = list(zip(here, there, strict=False))
-    return Matching(pairs, here[common:], there[common:], moved=_moved(same))
+def _match_leftover(
+    old: list[Any], new: list[Any], old_indices: list[int], new_indices: list[int], equal_pairs: IndexPairs
+) -> ArrayMatch:
+    if (
+        old_indices
+        and new_indices
+        and (identity_field := _find_identity_field(old, new, old_indices, new_indices))
+    ):
+        return _match_by_field(old, new, old_indices, new_indices, identity_field, equal_pairs)
+    common = min(len(old_indices), len(new_indices))
+    pairs = list(zip(old_indices, new_indices, strict=False))
+    return ArrayMatch(
+        pairs, old_indices[common:], new_indices[common:], is_reordered=_is_reordered(equal_pairs)
+    )
 
 
-def _moved(pairs: Pairs) -> bool:
-    last = -1
-    for _, place in sorted(pairs):
-        if place < last:
+def _is_reordered(pairs: IndexPairs) -> bool:
+    previous = -1
+    for _, index in sorted(pairs):
+        if index < previous:
             return True
-        last = place
+        previous = index
     return False
 
 
-def _identity(old: list[Any], new: list[Any], here: Sequence[int], there: Sequence[int]) -> str:
+def _find_identity_field(
+    old: list[Any], new: list[Any], old_indices: Sequence[int], new_indices: Sequence[int]
+) -> str:
     """A field that all elements have, with different plain values on each side, and some of them on both."""
-    olds, news = [old[place] for place in here], [new[place] for place in there]
+    olds, news = [old[index] for index in old_indices], [new[index] for index in new_indices]
     if not olds or not news or {*map(type, olds), *map(type, news)} != {dict}:
         return ""
-    for name in _candidates(olds[0]):
-        left, right = _values(olds, name), _values(news, name)
-        if left and right and not left.isdisjoint(right):
+    for name in _find_identity_candidates(olds[0]):
+        old_identities, new_identities = _collect_identities(olds, name), _collect_identities(news, name)
+        if old_identities and new_identities and not old_identities.isdisjoint(new_identities):
             return name
     return ""
 
 
-def _candidates(element: dict[str, Any]) -> tuple[str, ...]:
-    return _candidate_names(tuple(element)) if len(element) <= MAX_FIELDS else ()
+def _find_identity_candidates(element: dict[str, Any]) -> tuple[str, ...]:
+    return _rank_identity_candidates(tuple(element)) if len(element) <= MAX_ELEMENT_FIELDS else ()
 
 
 @lru_cache(maxsize=1024)
-def _candidate_names(fields: tuple[str, ...]) -> tuple[str, ...]:
-    known = [name for name in IDENTITIES if name in fields]
-    others = sorted(name for name in fields if name.endswith(ENDINGS) and name not in known)
-    return tuple([*known, *others][:MAX_CANDIDATES])
+def _rank_identity_candidates(fields: tuple[str, ...]) -> tuple[str, ...]:
+    exact_fields = [name for name in IDENTITY_FIELDS if name in fields]
+    suffix_fields = sorted(
+        name for name in fields if name.endswith(IDENTITY_SUFFIXES) and name not in exact_fields
+    )
+    return tuple([*exact_fields, *suffix_fields][:MAX_IDENTITY_CANDIDATES])
 
 
-def _values(elements: list[dict[str, Any]], name: str) -> set[tuple[type, Any]]:
+def _collect_identities(elements: list[dict[str, Any]], name: str) -> set[tuple[type, Any]]:
     values = {
         (type(value), value) for element in elements if isinstance(value := element.get(name), (str, int))
     }
     return values if len(values) == len(elements) else set()
 
 
-def _by_field(
-    old: list[Any], new: list[Any], here: Iterable[int], there: Iterable[int], by: str, same: Pairs
-) -> Matching:
-    partners, rest_new = _named(new, there, by)
-    pairs, rest = [], []
-    for place in here:
-        name = _name(old[place], by)
-        if name is not None and name in partners:
-            pairs.append((place, partners.pop(name)))
+def _match_by_field(
+    old: list[Any],
+    new: list[Any],
+    old_indices: Iterable[int],
+    new_indices: Iterable[int],
+    identity_field: str,
+    equal_pairs: IndexPairs,
+) -> ArrayMatch:
+    partners, unmatched_new = _index_by_identity(new, new_indices, identity_field)
+    pairs, unmatched_old = [], []
+    for index in old_indices:
+        identity = _get_identity(old[index], identity_field)
+        if identity is not None and identity in partners:
+            pairs.append((index, partners.pop(identity)))
         else:
-            rest.append(place)
-    rest_new = sorted([*rest_new, *partners.values()])
-    unnamed = set(rest) & set(rest_new)  # what stands at the same place and has another name
-    moved = _moved([*same, *pairs])
-    return Matching(
-        pairs=sorted([*pairs, *((place, place) for place in unnamed)]),
-        removed=[place for place in rest if place not in unnamed],
-        added=[place for place in rest_new if place not in unnamed],
-        moved=moved,
-        by=by if moved else "",
+            unmatched_old.append(index)
+    unmatched_new = sorted([*unmatched_new, *partners.values()])
+    in_place = set(unmatched_old) & set(unmatched_new)  # what stands at the same place and has another name
+    is_reordered = _is_reordered([*equal_pairs, *pairs])
+    return ArrayMatch(
+        pairs=sorted([*pairs, *((index, index) for index in in_place)]),
+        removed=[index for index in unmatched_old if index not in in_place],
+        added=[index for index in unmatched_new if index not in in_place],
+        is_reordered=is_reordered,
+        identity_field=identity_field if is_reordered else "",
     )
 
 
-def _named(
-    elements: list[Any], places: Iterable[int], by: str
+def _index_by_identity(
+    elements: list[Any], indices: Iterable[int], identity_field: str
 ) -> tuple[dict[tuple[type, Any], int], list[int]]:
-    named: dict[tuple[type, Any], int] = {}
-    rest = []
-    for place in places:
-        name = _name(elements[place], by)
-        if name is None or name in named:
-            rest.append(place)
+    index_by_identity: dict[tuple[type, Any], int] = {}
+    unnamed = []
+    for index in indices:
+        identity = _get_identity(elements[index], identity_field)
+        if identity is None or identity in index_by_identity:
+            unnamed.append(index)
         else:
-            named[name] = place
-    return named, rest
+            index_by_identity[identity] = index
+    return index_by_identity, unnamed
 
 
-def _name(element: Any, by: str) -> tuple[type, Any] | None:
-    value = element.get(by) if isinstance(element, dict) else None
+def _get_identity(element: Any, identity_field: str) -> tuple[type, Any] | None:
+    value = element.get(identity_field) if isinstance(element, dict) else None
     return (type(value), value) if isinstance(value, (str, int)) else None

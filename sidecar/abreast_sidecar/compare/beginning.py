@@ -11,87 +11,120 @@ from typing import Any, NamedTuple
 
 from abreast.capture import Answer
 from abreast_sidecar.compare import items
-from abreast_sidecar.compare.body import PARTIAL_CONTENT, Keyed, as_a_whole, body_format
-from abreast_sidecar.compare.difference import Difference, Rules
-from abreast_sidecar.compare.document import DocumentDiff
-from abreast_sidecar.compare.effort import reading
-from abreast_sidecar.compare.formats import Plain
-from abreast_sidecar.compare.headers import first
-from abreast_sidecar.compare.media import Format, media, text
+from abreast_sidecar.compare.body import PARTIAL_CONTENT, IdentityLookup, detect_format, whole_body_difference
+from abreast_sidecar.compare.difference import CompareOptions, Difference
+from abreast_sidecar.compare.document import JsonDiff
+from abreast_sidecar.compare.effort import estimate_parse_cost
+from abreast_sidecar.compare.formats import DecodedBody
+from abreast_sidecar.compare.headers import get_header
+from abreast_sidecar.compare.media import Format, decode_text, parse_media_type
 
-Cut = tuple[bool, bool]  # whether old's and new's answer goes on beyond what is held
+Truncation = tuple[bool, bool]  # whether old's and new's answer goes on beyond what is held
 
 
-class Beginning(NamedTuple):
+class TruncatedResult(NamedTuple):
     differences: list[Difference]
-    said: str  # what was compared, for people
+    compared_part: str  # what was compared, for people
 
 
-class _Items(NamedTuple):
+class _ItemFormat(NamedTuple):
     name: str
     root: str  # what paths begin with
-    end: bytes  # of an item; line ends are those of Unix here
-    read: Callable[[bytes], list[Any]]  # raise ValueError for what can't be read
+    terminator: bytes  # of an item; line ends are those of Unix here
+    parse: Callable[[bytes], list[Any]]  # raise ValueError for what can't be read
 
 
-def _text(data: bytes) -> str:
-    found = text(data, "utf-8")
-    if found is None or "\0" in found:
+def _read_utf8_text(data: bytes) -> str:
+    decoded_text = decode_text(data, "utf-8")
+    if decoded_text is None or "\0" in decoded_text:
         raise ValueError("no text in UTF-8")
-    return found
+    return decoded_text
 
 
-_ITEMS: dict[Format, _Items] = {
-    "events": _Items("events", "events", b"\n\n", lambda data: items.events(_text(data))),
-    "ndjson": _Items("items", "$", b"\n", items.ndjson),
-    "text": _Items("lines", "lines", b"\n", lambda data: items.lines(_text(data))),
+_ITEM_FORMATS: dict[Format, _ItemFormat] = {
+    "events": _ItemFormat("events", "events", b"\n\n", lambda data: items.parse_sse(_read_utf8_text(data))),
+    "ndjson": _ItemFormat("items", "$", b"\n", items.parse_ndjson),
+    "text": _ItemFormat("lines", "lines", b"\n", lambda data: items.split_lines(_read_utf8_text(data))),
 }
 
 
-def compare_beginnings(
-    old: Answer, new: Answer, cut: Cut, rules: Rules, keyed: Keyed | None = None
-) -> Beginning:
+def compare_truncated(
+    old: Answer,
+    new: Answer,
+    truncation: Truncation,
+    options: CompareOptions,
+    identity_lookup: IdentityLookup | None = None,
+) -> TruncatedResult:
     """`cut`: of an answer that broke off; one of which not all is held counts as such here."""
-    cut = (cut[0] or not old.body.whole, cut[1] or not new.body.whole)
-    common = min(len(side.body.held) for side, goes_on in zip((old, new), cut, strict=True) if goes_on)
-    if old.body.held[:common] == new.body.held[:common]:
-        return Beginning([], f"the first {common:,} bytes of both" if common else "no body had come yet")
-    if _coding(old) or _coding(new):
-        return Beginning([], "not the bodies: what is compressed can't be read in part")
-    left, right = _plain(old), _plain(new)
-    kind = body_format(left, right)
-    if kind != body_format(right, left):
-        return Beginning([], "not the bodies, which are of two types")
-    if kind == "bytes" or {old.status, new.status} == {PARTIAL_CONTENT}:
-        return Beginning([as_a_whole("changed", old, new)], f"the first {common:,} bytes of both")
-    if kind not in _ITEMS or reading(kind, left.data, right.data) > rules.max_work:
-        return Beginning([], f"not the bodies: of {kind} a part can't be compared")
-    return _items(_ITEMS[kind], left.data, right.data, cut, DocumentDiff(rules.max_differences, keyed=keyed))
+    truncation = (truncation[0] or not old.body.is_complete, truncation[1] or not new.body.is_complete)
+    common = min(
+        len(side.body.content)
+        for side, is_truncated in zip((old, new), truncation, strict=True)
+        if is_truncated
+    )
+    if old.body.content[:common] == new.body.content[:common]:
+        return TruncatedResult(
+            [], f"the first {common:,} bytes of both" if common else "no body had come yet"
+        )
+    if _is_compressed(old) or _is_compressed(new):
+        return TruncatedResult([], "not the bodies: what is compressed can't be read in part")
+    left, right = _to_decoded_body(old), _to_decoded_body(new)
+    format_ = detect_format(left, right)
+    if format_ != detect_format(right, left):
+        return TruncatedResult([], "not the bodies, which are of two types")
+    if format_ == "bytes" or {old.status, new.status} == {PARTIAL_CONTENT}:
+        return TruncatedResult(
+            [whole_body_difference("changed", old, new)], f"the first {common:,} bytes of both"
+        )
+    if format_ not in _ITEM_FORMATS or estimate_parse_cost(format_, left.data, right.data) > options.max_work:
+        return TruncatedResult([], f"not the bodies: of {format_} a part can't be compared")
+    return _compare_items(
+        _ITEM_FORMATS[format_],
+        left.data,
+        right.data,
+        truncation,
+        JsonDiff(options.max_differences, identity_lookup=identity_lookup),
+    )
 
 
-def _plain(answer: Answer) -> Plain:
-    return Plain(answer.body.held, media(first(answer.headers, "content-type")))
+def _to_decoded_body(answer: Answer) -> DecodedBody:
+    return DecodedBody(answer.body.content, parse_media_type(get_header(answer.headers, "content-type")))
 
 
-def _coding(answer: Answer) -> bool:
+def _is_compressed(answer: Answer) -> bool:
     return any(name == "content-encoding" and value.lower() != "identity" for name, value in answer.headers)
 
 
-def _items(known: _Items, old: bytes, new: bytes, cut: Cut, walk: DocumentDiff) -> Beginning:
+def _compare_items(
+    item_format: _ItemFormat, old: bytes, new: bytes, truncation: Truncation, diff: JsonDiff
+) -> TruncatedResult:
     """Complete ones, as many as the cut sides have."""
     try:
-        left, right = (_read(known, data, goes_on) for data, goes_on in zip((old, new), cut, strict=True))
+        left, right = (
+            _parse_items(item_format, data, is_truncated)
+            for data, is_truncated in zip((old, new), truncation, strict=True)
+        )
     except (ValueError, RecursionError):
-        return Beginning([], f"not the bodies, which hold no {known.name} that can be read")
-    common = min(len(side) for side, goes_on in zip((left, right), cut, strict=True) if goes_on)
-    walk.root = known.root
-    found = walk.compare_in_order(left[:common], right[:common])
-    return Beginning(found, f"the first {common:,} {known.name} of both")
+        return TruncatedResult([], f"not the bodies, which hold no {item_format.name} that can be read")
+    common = min(
+        len(side) for side, is_truncated in zip((left, right), truncation, strict=True) if is_truncated
+    )
+    diff.root = item_format.root
+    differences = diff.compare_by_index(left[:common], right[:common])
+    return TruncatedResult(differences, f"the first {common:,} {item_format.name} of both")
 
 
-def _read(known: _Items, data: bytes, goes_on: bool) -> list[Any]:  # one of two, as they come
-    if not goes_on:
-        return known.read(data)
-    plain = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    found = known.read(plain[: plain.rfind(known.end) + len(known.end)] if known.end in plain else b"")
-    return found[:-1] if known.name == "lines" else found  # after the last line's end is a line that goes on
+def _parse_items(
+    item_format: _ItemFormat, data: bytes, is_truncated: bool
+) -> list[Any]:  # one of two, as they come
+    if not is_truncated:
+        return item_format.parse(data)
+    unix_data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    parsed_items = item_format.parse(
+        unix_data[: unix_data.rfind(item_format.terminator) + len(item_format.terminator)]
+        if item_format.terminator in unix_data
+        else b""
+    )
+    return (
+        parsed_items[:-1] if item_format.name == "lines" else parsed_items
+    )  # after the last line's end is a line that goes on

@@ -8,294 +8,345 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from abreast.capture import Answer, Body
-from abreast_sidecar.compare.coding import Decoded, decoded
-from abreast_sidecar.compare.difference import Difference, Impact, Kind, Rules
-from abreast_sidecar.compare.document import DocumentDiff
-from abreast_sidecar.compare.effort import reading
-from abreast_sidecar.compare.formats import Plain, UnreadableError, documents, json_text
-from abreast_sidecar.compare.headers import first
-from abreast_sidecar.compare.media import Format, byte_order_mark, media, sniffed
-from abreast_sidecar.compare.texts import TextDiff
-from abreast_sidecar.compare.value import parse, shown
+from abreast_sidecar.compare.coding import DecodeResult, decode_content
+from abreast_sidecar.compare.difference import CompareOptions, Difference, Impact, Kind
+from abreast_sidecar.compare.document import JsonDiff
+from abreast_sidecar.compare.effort import estimate_parse_cost
+from abreast_sidecar.compare.formats import DecodedBody, UnreadableError, normalise_json_encoding, parse_both
+from abreast_sidecar.compare.headers import get_header
+from abreast_sidecar.compare.media import Format, find_byte_order_mark, parse_media_type, sniff_format
+from abreast_sidecar.compare.texts import JsonTextDiff
+from abreast_sidecar.compare.value import parse, render_value
 
-PREVIEW = 50  # characters of a body that has no structure
+PREVIEW_CHARS = 50  # characters of a body that has no structure
 PARTIAL_CONTENT = 206
-ENCODING = (
+ENCODING_PATH = (
     "(encoding)"  # the path of a byte order mark, or of another encoding than UTF-8 that nothing declares
 )
 
-COARSE = "parts of the bodies are too much work to be compared in detail, and are compared as a whole"
-TOO_MUCH = "the bodies are too much work to be read, and are compared by their bytes"
+DIFF_OVER_BUDGET_NOTE = (
+    "parts of the bodies are too much work to be compared in detail, and are compared as a whole"
+)
+PARSE_OVER_BUDGET_NOTE = "the bodies are too much work to be read, and are compared by their bytes"
 
-Keyed = Callable[[str], str]
+IdentityLookup = Callable[[str], str]
 
 
 class BodyResult(NamedTuple):
     differences: list[Difference]
     note: str = ""  # what is odd about the bodies, for people
-    unreadable: bool = False  # the bytes differ and can't be decoded, so nothing is known
-    too_large: bool = False  # only the bytes as sent were compared
-    partial: bool = False  # only what came before an answer was cut
+    is_unreadable: bool = False  # the bytes differ and can't be decoded, so nothing is known
+    is_too_large: bool = False  # only the bytes as sent were compared
+    is_partial: bool = False  # only what came before an answer was cut
 
 
-def body_differences(old: Answer, new: Answer, rules: Rules) -> list[Difference]:
-    return compare_bodies(old, new, rules).differences
+def diff_bodies(old: Answer, new: Answer, options: CompareOptions) -> list[Difference]:
+    return compare_bodies(old, new, options).differences
 
 
-def same_bytes(old: Body, new: Body) -> bool:
+def is_same_content(old: Body, new: Body) -> bool:
     if old.length != new.length:
         return False
-    if old.whole and new.whole:
-        return old.held == new.held
+    if old.is_complete and new.is_complete:
+        return old.content == new.content
     return old.fingerprint() == new.fingerprint()
 
 
-def compare_bodies(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None = None) -> BodyResult:
-    whole = old.body.whole and new.body.whole
-    if old.body.held == new.body.held if whole else same_bytes(old.body, new.body):
+def compare_bodies(
+    old: Answer, new: Answer, options: CompareOptions, identity_lookup: IdentityLookup | None = None
+) -> BodyResult:
+    both_complete = old.body.is_complete and new.body.is_complete
+    if old.body.content == new.body.content if both_complete else is_same_content(old.body, new.body):
         return BodyResult([])
-    if not whole:
-        return BodyResult([as_a_whole("changed", old, new)])
+    if not both_complete:
+        return BodyResult([whole_body_difference("changed", old, new)])
     if not old.body.length or not new.body.length:
-        return BodyResult([as_a_whole("added" if new.body.length else "removed", old, new)])
-    if _is_plain_json(old) and _is_plain_json(new) and (found := _plain_json(old, new, rules, keyed)):
-        return found
-    left, right = _decoded(old, rules), _decoded(new, rules)
+        return BodyResult([whole_body_difference("added" if new.body.length else "removed", old, new)])
+    if (
+        _is_plain_json(old)
+        and _is_plain_json(new)
+        and (result := _compare_plain_json(old, new, options, identity_lookup))
+    ):
+        return result
+    left, right = _decode_answer(old, options), _decode_answer(new, options)
     if left.problem or right.problem:
-        return _undecoded(left, right, old, new)
+        return _make_undecodable_result(left, right, old, new)
     if left.data == right.data:
         return BodyResult([])
     sides = (
-        Plain(left.data, media(first(old.headers, "content-type"))),
-        Plain(right.data, media(first(new.headers, "content-type"))),
+        DecodedBody(left.data, parse_media_type(get_header(old.headers, "content-type"))),
+        DecodedBody(right.data, parse_media_type(get_header(new.headers, "content-type"))),
     )
-    found = _compared(Comparison(old, new, *sides, rules, keyed))
-    return found._replace(note=_both(_untyped(*sides), found.note))
+    result = _compare_decoded(BodyPair(old, new, *sides, options, identity_lookup))
+    return result._replace(note=_join_notes(_note_missing_content_type(*sides), result.note))
 
 
 def _is_plain_json(answer: Answer) -> bool:
     """What nearly all answers are: JSON that is not compressed, in UTF-8."""
-    said = ""
+    content_type = ""
     for name, value in answer.headers:
         if name == "content-type":
-            said = said or value
+            content_type = content_type or value
         elif name == "content-encoding":
             return False
-    return media(said).format == "json" and b"\0" < answer.body.held[:1] < b"\x80"
+    return parse_media_type(content_type).format == "json" and b"\0" < answer.body.content[:1] < b"\x80"
 
 
-def _plain_json(old: Answer, new: Answer, rules: Rules, keyed: Keyed | None) -> BodyResult | None:
+def _compare_plain_json(
+    old: Answer, new: Answer, options: CompareOptions, identity_lookup: IdentityLookup | None
+) -> BodyResult | None:
     """Nothing where it is not so simple after all."""
     length = old.body.length + new.body.length
-    spent = reading("json", old.body.held, new.body.held) if length > rules.max_work // 2 else 0
-    if PARTIAL_CONTENT in (old.status, new.status) or spent > rules.max_work:
+    cost = (
+        estimate_parse_cost("json", old.body.content, new.body.content)
+        if length > options.max_work // 2
+        else 0
+    )
+    if PARTIAL_CONTENT in (old.status, new.status) or cost > options.max_work:
         return None
     try:
-        walk = TextDiff(rules.max_differences, keyed=keyed, max_work=rules.max_work - spent)
-        return BodyResult(walk.compare_texts(old.body.held, new.body.held), COARSE if walk.coarse else "")
+        diff = JsonTextDiff(
+            options.max_differences, identity_lookup=identity_lookup, max_work=options.max_work - cost
+        )
+        return BodyResult(
+            diff.compare_texts(old.body.content, new.body.content),
+            DIFF_OVER_BUDGET_NOTE if diff.budget_exceeded else "",
+        )
     except (ValueError, RecursionError):
         return None
 
 
-def _decoded(answer: Answer, rules: Rules) -> Decoded:
+def _decode_answer(answer: Answer, options: CompareOptions) -> DecodeResult:
     coding = ",".join([value for name, value in answer.headers if name == "content-encoding"])
-    return decoded(answer.body.held, coding, rules.max_decoded) if coding else Decoded(answer.body.held)
+    return (
+        decode_content(answer.body.content, coding, options.max_decoded_bytes)
+        if coding
+        else DecodeResult(answer.body.content)
+    )
 
 
-def _undecoded(left: Decoded, right: Decoded, old: Answer, new: Answer) -> BodyResult:
+def _make_undecodable_result(left: DecodeResult, right: DecodeResult, old: Answer, new: Answer) -> BodyResult:
     problems = {left.problem, right.problem}
     sides = " and ".join(name for name, side in (("old", left), ("new", right)) if side.problem)
     coding = left.coding or right.coding
     if "unknown" in problems:
-        return BodyResult([], f"content-encoding {coding} can't be decoded here: {sides}", unreadable=True)
+        return BodyResult([], f"content-encoding {coding} can't be decoded here: {sides}", is_unreadable=True)
     if "too large" in problems:
         note = f"a compressed body is larger than what is decoded: {sides}"
-        return BodyResult([as_a_whole("changed", old, new)], note, too_large=True)
+        return BodyResult([whole_body_difference("changed", old, new)], note, is_too_large=True)
     kind: Kind = "changed" if left.problem == right.problem else "type"
-    return BodyResult([as_a_whole(kind, old, new)], f"the body is not the {coding} its header says: {sides}")
+    return BodyResult(
+        [whole_body_difference(kind, old, new)], f"the body is not the {coding} its header says: {sides}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class BodyPair:
     """Two bodies that differ, held and decoded."""
 
     old: Answer
     new: Answer
-    left: Plain
-    right: Plain
-    rules: Rules
-    keyed: Keyed | None
+    left: DecodedBody
+    right: DecodedBody
+    options: CompareOptions
+    identity_lookup: IdentityLookup | None
 
-    def spent(self, kind: Format) -> int:
+    def cost(self, format_: Format) -> int:
         """Steps that reading both takes."""
-        return reading(kind, self.left.data, self.right.data)
+        return estimate_parse_cost(format_, self.left.data, self.right.data)
 
-    def too_much(self, kind: Format) -> bool:
-        return self.spent(kind) > self.rules.max_work
+    def is_over_budget(self, format_: Format) -> bool:
+        return self.cost(format_) > self.options.max_work
 
-    def whole(self, kind: Kind) -> Difference:
-        return as_a_whole(kind, self.old, self.new)
+    def whole_difference(self, kind: Kind) -> Difference:
+        return whole_body_difference(kind, self.old, self.new)
 
-    def partial(self) -> bool:
+    def is_partial_content(self) -> bool:
         return PARTIAL_CONTENT in (self.old.status, self.new.status)
 
 
-def _compared(pair: Comparison) -> BodyResult:
-    left, right = body_format(pair.left, pair.right), body_format(pair.right, pair.left)
-    if "json" in {left, right} and pair.too_much("json"):
-        return BodyResult([pair.whole("changed")], TOO_MUCH, too_large=True)
-    if left == right == "json" and not pair.partial():
-        return _json(pair)
-    if pair.partial() and "multipart" not in {left, right}:
-        return BodyResult([pair.whole("changed")], "a part of a body is compared by its bytes")
+def _compare_decoded(pair: BodyPair) -> BodyResult:
+    left, right = detect_format(pair.left, pair.right), detect_format(pair.right, pair.left)
+    if "json" in {left, right} and pair.is_over_budget("json"):
+        return BodyResult([pair.whole_difference("changed")], PARSE_OVER_BUDGET_NOTE, is_too_large=True)
+    if left == right == "json" and not pair.is_partial_content():
+        return _compare_json(pair)
+    if pair.is_partial_content() and "multipart" not in {left, right}:
+        return BodyResult([pair.whole_difference("changed")], "a part of a body is compared by its bytes")
     if "json" in {left, right}:
         kind: Kind = "type" if _is_json(pair.left) != _is_json(pair.right) else "changed"
-        return BodyResult([pair.whole(kind)], "one body is JSON")
-    found = _mislabelled(pair, left) if left == right else None
-    if found is not None:
-        return found
+        return BodyResult([pair.whole_difference(kind)], "one body is JSON")
+    result = _compare_mislabelled_json(pair, left) if left == right else None
+    if result is not None:
+        return result
     if left != right and "bytes" in {left, right}:
-        return BodyResult([pair.whole("type")])
-    return _structured(pair, left if left == right else "text")
+        return BodyResult([pair.whole_difference("type")])
+    return _compare_documents(pair, left if left == right else "text")
 
 
-def _untyped(old: Plain, new: Plain) -> str:
+def _note_missing_content_type(old: DecodedBody, new: DecodedBody) -> str:
     """Nobody says what it is."""
-    without = [name for name, side in (("old", old), ("new", new)) if not side.media.essence]
-    return f"no content type: {' and '.join(without)}" if without else ""
+    sides = [name for name, side in (("old", old), ("new", new)) if not side.media_type.essence]
+    return f"no content type: {' and '.join(sides)}" if sides else ""
 
 
-def body_format(side: Plain, other: Plain) -> Format:
+def detect_format(side: DecodedBody, other: DecodedBody) -> Format:
     """What it says it is; else what the other says; else what it begins like."""
-    for said in (side.media, other.media if not side.media.essence else side.media):
-        if said.format != "unknown":
-            return said.format
-    return sniffed(side.data)
+    for media_type in (side.media_type, other.media_type if not side.media_type.essence else side.media_type):
+        if media_type.format != "unknown":
+            return media_type.format
+    return sniff_format(side.data)
 
 
-def _json(pair: Comparison) -> BodyResult:
-    walk = TextDiff(
-        pair.rules.max_differences, keyed=pair.keyed, max_work=pair.rules.max_work - pair.spent("json")
+def _compare_json(pair: BodyPair) -> BodyResult:
+    diff = JsonTextDiff(
+        pair.options.max_differences,
+        identity_lookup=pair.identity_lookup,
+        max_work=pair.options.max_work - pair.cost("json"),
     )
     try:
-        found = walk.compare_texts(json_text(pair.left.data), json_text(pair.right.data))
+        differences = diff.compare_texts(
+            normalise_json_encoding(pair.left.data), normalise_json_encoding(pair.right.data)
+        )
     except ValueError:
-        return _not_json(pair)
+        return _compare_invalid_json(pair)
     except RecursionError:  # deeper than any reader of it goes
-        found = [pair.whole("changed")]
-    return BodyResult([*_encodings(pair), *found], COARSE if walk.coarse else "")
+        differences = [pair.whole_difference("changed")]
+    return BodyResult(
+        [*_diff_encodings(pair), *differences], DIFF_OVER_BUDGET_NOTE if diff.budget_exceeded else ""
+    )
 
 
-def _is_json(side: Plain) -> bool:
+def _is_json(side: DecodedBody) -> bool:
     try:
-        parse(json_text(side.data))
+        parse(normalise_json_encoding(side.data))
     except (ValueError, RecursionError):
         return False
     return True
 
 
-def _not_json(pair: Comparison) -> BodyResult:
+def _compare_invalid_json(pair: BodyPair) -> BodyResult:
     left, right = _is_json(pair.left), _is_json(pair.right)
     if left != right:
-        return BodyResult([pair.whole("type")], f"{'old' if right else 'new'}'s body is not valid JSON")
-    found = _structured(pair, "text")
-    return found._replace(
-        note=_both("the content type says JSON, and neither body is valid JSON", found.note)
+        return BodyResult(
+            [pair.whole_difference("type")], f"{'old' if right else 'new'}'s body is not valid JSON"
+        )
+    result = _compare_documents(pair, "text")
+    return result._replace(
+        note=_join_notes("the content type says JSON, and neither body is valid JSON", result.note)
     )
 
 
-def _mislabelled(pair: Comparison, kind: Format) -> BodyResult | None:
+def _compare_mislabelled_json(pair: BodyPair, format_: Format) -> BodyResult | None:
     """JSON under the name of something else is compared by its paths too."""
-    if kind not in {"text", "html", "xml", "form", "multipart", "bytes"} or {
-        sniffed(pair.left.data),
-        sniffed(pair.right.data),
+    if format_ not in {"text", "html", "xml", "form", "multipart", "bytes"} or {
+        sniff_format(pair.left.data),
+        sniff_format(pair.right.data),
     } != {"json"}:
         return None
-    if pair.too_much("json") or not (_is_json(pair.left) and _is_json(pair.right)):
+    if pair.is_over_budget("json") or not (_is_json(pair.left) and _is_json(pair.right)):
         return None
-    found = _json(pair)
-    if kind == "text" and not found.differences:
+    result = _compare_json(pair)
+    if format_ == "text" and not result.differences:
         return None  # then it differs as the text that it says it is
-    said = f"the content type says {pair.left.media.essence}, and the bodies are JSON"
-    return found._replace(note=_both(said, found.note))
+    note = f"the content type says {pair.left.media_type.essence}, and the bodies are JSON"
+    return result._replace(note=_join_notes(note, result.note))
 
 
-def _both(*notes: str) -> str:
+def _join_notes(*notes: str) -> str:
     return "; ".join(note for note in notes if note)
 
 
-def _structured(pair: Comparison, kind: Format) -> BodyResult:
-    if pair.too_much(kind):
-        return _unread(pair, kind)
+def _compare_documents(pair: BodyPair, format_: Format) -> BodyResult:
+    if pair.is_over_budget(format_):
+        return _compare_unparsed(pair, format_)
     try:
-        found = documents(kind, pair.left, pair.right)
+        document_pair = parse_both(format_, pair.left, pair.right)
     except UnreadableError as error:
         if error.old != error.new:
             side = "old" if error.old else "new"
-            return BodyResult([pair.whole("type")], f"{side}'s body is not the {kind} it claims to be")
-        if kind in {"text", "bytes", "unknown"}:
-            return BodyResult([pair.whole("changed")])
-        coarse = _structured(pair, "text")
-        return coarse._replace(note=_both(f"neither body is the {kind} it claims to be", coarse.note))
-    differences, note = _walked(pair, found.old, found.new, found.root, pair.spent(kind))
-    if not differences and not found.alike():
-        differences = [as_a_whole("order", pair.old, pair.new, found.root)]
-    return BodyResult([*_encodings(pair), *differences], note)
+            return BodyResult(
+                [pair.whole_difference("type")], f"{side}'s body is not the {format_} it claims to be"
+            )
+        if format_ in {"text", "bytes", "unknown"}:
+            return BodyResult([pair.whole_difference("changed")])
+        result = _compare_documents(pair, "text")
+        return result._replace(
+            note=_join_notes(f"neither body is the {format_} it claims to be", result.note)
+        )
+    differences, note = _diff_documents(
+        pair, document_pair.old, document_pair.new, document_pair.root, pair.cost(format_)
+    )
+    if not differences and not document_pair.is_equivalent():
+        differences = [whole_body_difference("order", pair.old, pair.new, document_pair.root)]
+    return BodyResult([*_diff_encodings(pair), *differences], note)
 
 
-def _unread(pair: Comparison, kind: Format) -> BodyResult:
+def _compare_unparsed(pair: BodyPair, format_: Format) -> BodyResult:
     """Markup is compared by its lines, all else and what has too many of these by its bytes."""
-    if kind in {"html", "xml"} and not pair.too_much("text"):
-        return _structured(pair, "text")._replace(note=f"too much {kind} to be read: compared by its lines")
-    return BodyResult([pair.whole("changed")], TOO_MUCH, too_large=True)
+    if format_ in {"html", "xml"} and not pair.is_over_budget("text"):
+        return _compare_documents(pair, "text")._replace(
+            note=f"too much {format_} to be read: compared by its lines"
+        )
+    return BodyResult([pair.whole_difference("changed")], PARSE_OVER_BUDGET_NOTE, is_too_large=True)
 
 
-def _walked(
-    pair: Comparison, old: object, new: object, root: str, spent: int
+def _diff_documents(
+    pair: BodyPair, old: object, new: object, root: str, cost: int
 ) -> tuple[list[Difference], str]:
     """The differences and a note."""
-    left = pair.rules.max_work - spent
-    walk = DocumentDiff(pair.rules.max_differences, root=root, keyed=pair.keyed, max_work=left)
+    budget = pair.options.max_work - cost
+    diff = JsonDiff(
+        pair.options.max_differences, root=root, identity_lookup=pair.identity_lookup, max_work=budget
+    )
     try:
-        return walk.compare(old, new), COARSE if walk.coarse else ""
+        return diff.compare(old, new), DIFF_OVER_BUDGET_NOTE if diff.budget_exceeded else ""
     except RecursionError:  # deeper than any reader of it goes
-        return [pair.whole("changed")], ""
+        return [pair.whole_difference("changed")], ""
 
 
-def _encodings(pair: Comparison) -> list[Difference]:
-    old, new = _encoding(pair.left.data), _encoding(pair.right.data)
+def _diff_encodings(pair: BodyPair) -> list[Difference]:
+    old, new = _detect_encoding(pair.left.data), _detect_encoding(pair.right.data)
     if old == new:
         return []
     impact: Impact = "breaking" if old == "utf-8" else "value"
-    return [Difference.told("body", ENCODING, ENCODING, "changed", impact, shown(old), shown(new))]
+    return [
+        Difference.from_text(
+            "body", ENCODING_PATH, ENCODING_PATH, "changed", impact, render_value(old), render_value(new)
+        )
+    ]
 
 
-def _encoding(data: bytes) -> str:
-    mark, name = byte_order_mark(data)
+def _detect_encoding(data: bytes) -> str:
+    mark, name = find_byte_order_mark(data)
     if mark:
         return f"{name} with a byte order mark"
     return json.detect_encoding(data[:4]) if b"\0" in data[:4] else "utf-8"
 
 
-def as_a_whole(kind: Kind, old: Answer, new: Answer, path: str = "") -> Difference:
+def whole_body_difference(kind: Kind, old: Answer, new: Answer, path: str = "") -> Difference:
     impacts: dict[Kind, Impact] = {"added": "value", "changed": "value", "order": "value"}
-    return Difference.told(
+    return Difference.from_text(
         part="body",
         path=path,
         place=path,
         kind=kind,
         impact=impacts.get(kind, "breaking"),
-        old=None if kind == "added" else preview(old),
-        new=None if kind == "removed" else preview(new),
+        old=None if kind == "added" else render_preview(old),
+        new=None if kind == "removed" else render_preview(new),
     )
 
 
-def preview(answer: Answer) -> str:
+def render_preview(answer: Answer) -> str:
     """JSON text that says what a person needs: the length, the digest, the type, how a text begins."""
     body = answer.body
-    kind = sniffed(body.held)
-    said = media(first(answer.headers, "content-type")).essence
-    told = {"length": body.length, "digest": body.fingerprint(), "type": said[:PREVIEW] or kind}
-    if kind != "bytes":
-        told["beginning"] = body.held[: 4 * PREVIEW].decode("utf-8", "replace")[:PREVIEW]
-    return shown(told)
+    format_ = sniff_format(body.content)
+    content_type = parse_media_type(get_header(answer.headers, "content-type")).essence
+    summary = {
+        "length": body.length,
+        "digest": body.fingerprint(),
+        "type": content_type[:PREVIEW_CHARS] or format_,
+    }
+    if format_ != "bytes":
+        summary["beginning"] = body.content[: 4 * PREVIEW_CHARS].decode("utf-8", "replace")[:PREVIEW_CHARS]
+    return render_value(summary)

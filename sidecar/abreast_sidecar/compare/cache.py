@@ -10,14 +10,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from abreast_sidecar.compare.latency import ALPHA, MIN_PAIRS, Timing, evidence, warm
+from abreast_sidecar.compare.latency import (
+    DETECTOR_ALPHA,
+    MIN_WARM_PAIRS,
+    Timing,
+    log_evidence,
+    skip_cold_pairs,
+)
 
-MIN_RATIO = 1.5  # of misses; twice as many are found for certain
-MIN_MORE = 0.02  # misses a request
+MIN_MISS_RATIO = 1.5  # of misses; twice as many are found for certain
+MIN_EXTRA_MISSES = 0.02  # misses a request
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class CacheLookups:
     """One request answered by both versions; `release` names the code of both."""
 
     old_hits: int
@@ -28,7 +34,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Misses:
+class MissIncrease:
     """Misses a request, and the part of all lookups that missed."""
 
     old: float
@@ -38,24 +44,28 @@ class Misses:
     pairs: int
 
 
-def more_misses(counts: Sequence[Counts]) -> Misses | None:
+def detect_extra_misses(lookups: Sequence[CacheLookups]) -> MissIncrease | None:
     """Judge pairs in the order of their arrival; None unless new surely misses more, and noticeably so."""
-    judged = warm([Timing(one.old_misses, one.new_misses, one.release) for one in counts])
-    if len(judged) < MIN_PAIRS:
+    sample = skip_cold_pairs([Timing(pair.old_misses, pair.new_misses, pair.release) for pair in lookups])
+    if len(sample) < MIN_WARM_PAIRS:
         return None
-    old = sum(one.old_us for one in judged) / len(judged)
-    new = sum(one.new_us for one in judged) / len(judged)
-    if new < MIN_RATIO * old or new - old < MIN_MORE or evidence(judged) < -math.log(ALPHA):
+    old = sum(pair.old_us for pair in sample) / len(sample)
+    new = sum(pair.new_us for pair in sample) / len(sample)
+    if (
+        new < MIN_MISS_RATIO * old
+        or new - old < MIN_EXTRA_MISSES
+        or log_evidence(sample) < -math.log(DETECTOR_ALPHA)
+    ):
         return None
-    return Misses(
+    return MissIncrease(
         old=round(old, 3),
         new=round(new, 3),
-        old_share=_share([(one.old_hits, one.old_misses) for one in counts]),
-        new_share=_share([(one.new_hits, one.new_misses) for one in counts]),
-        pairs=len(judged),
+        old_share=_miss_share([(pair.old_hits, pair.old_misses) for pair in lookups]),
+        new_share=_miss_share([(pair.new_hits, pair.new_misses) for pair in lookups]),
+        pairs=len(sample),
     )
 
 
-def _share(counts: Sequence[tuple[int, int]]) -> float:
-    missed, asked = sum(misses for _, misses in counts), sum(map(sum, counts))
-    return round(missed / asked, 3) if asked else 0.0
+def _miss_share(counts: Sequence[tuple[int, int]]) -> float:
+    miss_count, lookup_count = sum(misses for _, misses in counts), sum(map(sum, counts))
+    return round(miss_count / lookup_count, 3) if lookup_count else 0.0

@@ -8,25 +8,36 @@ from msgspec.structs import replace
 
 from abreast_sidecar.compare.difference import Difference
 
-GRAVITY = ("additive", "value", "breaking")
-EMPTY = frozenset({204, 205})  # statuses whose answers have no content
+IMPACTS_BY_SEVERITY = ("additive", "value", "breaking")
+NO_CONTENT_STATUSES = frozenset({204, 205})  # statuses whose answers have no content
 
 
-def causes(found: Sequence[Difference], old: int, new: int) -> list[Difference]:
+def drop_consequences(differences: Sequence[Difference], old: int, new: int) -> list[Difference]:
     """The differences of two answers with statuses `old` and `new`, without those that others of them explain.
 
     An answer that has no content by its status has neither body nor type: the status is the cause, and as grave as what
     is gone. A body that is another thing altogether, or gone, has another type.
     """
-    body = next((one for one in found if one.part == "body" and not one.path), None)
-    if body is None:
-        return list(found)
-    left = [one for one in found if (one.part, one.path) != ("header", "content-type")]
-    if body.kind in {"added", "removed"} and (old in EMPTY) != (new in EMPTY):
-        left = [one for one in left if one is not body]
-        return [_as_grave(one, body) if one.part == "status" else one for one in left]
-    return left if body.kind in {"added", "removed", "type"} else list(found)
+    whole_body = next(
+        (difference for difference in differences if difference.part == "body" and not difference.path), None
+    )
+    if whole_body is None:
+        return list(differences)
+    remaining = [
+        difference
+        for difference in differences
+        if (difference.part, difference.path) != ("header", "content-type")
+    ]
+    if whole_body.kind in {"added", "removed"} and (old in NO_CONTENT_STATUSES) != (
+        new in NO_CONTENT_STATUSES
+    ):
+        remaining = [difference for difference in remaining if difference is not whole_body]
+        return [
+            _raise_impact(difference, whole_body) if difference.part == "status" else difference
+            for difference in remaining
+        ]
+    return remaining if whole_body.kind in {"added", "removed", "type"} else list(differences)
 
 
-def _as_grave(cause: Difference, effect: Difference) -> Difference:
-    return replace(cause, impact=max(cause.impact, effect.impact, key=GRAVITY.index))
+def _raise_impact(cause: Difference, effect: Difference) -> Difference:
+    return replace(cause, impact=max(cause.impact, effect.impact, key=IMPACTS_BY_SEVERITY.index))

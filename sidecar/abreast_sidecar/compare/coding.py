@@ -7,19 +7,19 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-GZIP_OR_ZLIB = 47  # zlib's wbits: 15, plus 32 to find out which
-RAW_DEFLATE = -15  # what some servers send as deflate
+GZIP_OR_ZLIB_WBITS = 47  # zlib's wbits: 15, plus 32 to find out which
+RAW_DEFLATE_WBITS = -15  # what some servers send as deflate
 MAX_CODINGS = 3  # one over another
-MAX_MEMBERS = 1000  # gzip allows several, one after another
+MAX_GZIP_MEMBERS = 1000  # gzip allows several, one after another
 
-Problem = Literal["", "corrupt", "too large", "unknown"]
+DecodeProblem = Literal["", "corrupt", "too large", "unknown"]
 
 
-class Decoded(NamedTuple):
+class DecodeResult(NamedTuple):
     """`data` is the body as it came where there is a problem."""
 
     data: bytes
-    problem: Problem = ""
+    problem: DecodeProblem = ""
     coding: str = ""  # the one that is the problem
 
 
@@ -27,85 +27,85 @@ class _TooLargeError(Exception):
     pass
 
 
-def decoded(body: bytes, encoding: str, limit: int) -> Decoded:
+def decode_content(body: bytes, content_encoding: str, limit: int) -> DecodeResult:
     """`encoding` is the header's value, `limit` in bytes."""
-    codings = [name.strip().lower() for name in encoding.split(",") if name.strip()]
+    codings = [name.strip().lower() for name in content_encoding.split(",") if name.strip()]
     data = body
     for coding in reversed(codings):
         if coding == "identity":
             continue
-        reader = _READERS.get(coding)
-        if reader is None or len(codings) > MAX_CODINGS:
-            return Decoded(body, "unknown", coding)
+        decode = _CONTENT_DECODERS.get(coding)
+        if decode is None or len(codings) > MAX_CODINGS:
+            return DecodeResult(body, "unknown", coding)
         try:
-            data = reader(data, limit)
+            data = decode(data, limit)
         except _TooLargeError:
-            return Decoded(body, "too large", coding)
+            return DecodeResult(body, "too large", coding)
         except ImportError:
-            return Decoded(body, "unknown", coding)
+            return DecodeResult(body, "unknown", coding)
         except Exception:  # noqa: BLE001  # each library has errors of its own
-            return Decoded(body, "corrupt", coding)
-    return Decoded(data)
+            return DecodeResult(body, "corrupt", coding)
+    return DecodeResult(data)
 
 
-def _bounded(data: bytes, limit: int) -> bytes:
+def _check_size(data: bytes, limit: int) -> bytes:
     if len(data) > limit:
         raise _TooLargeError
     return data
 
 
-def _gzip(body: bytes, limit: int) -> bytes:
+def _decode_gzip(body: bytes, limit: int) -> bytes:
     pieces: list[bytes] = []
     length = 0
-    for _ in range(MAX_MEMBERS):
-        reader = zlib.decompressobj(GZIP_OR_ZLIB)
-        pieces.append(_bounded(reader.decompress(body, limit + 1 - length), limit - length))
+    for _ in range(MAX_GZIP_MEMBERS):
+        decompressor = zlib.decompressobj(GZIP_OR_ZLIB_WBITS)
+        pieces.append(_check_size(decompressor.decompress(body, limit + 1 - length), limit - length))
         length += len(pieces[-1])
-        if not reader.eof:
+        if not decompressor.eof:
             raise ValueError("the stream ends early")
-        body = reader.unused_data
+        body = decompressor.unused_data
         if not body.strip(b"\0"):
             return b"".join(pieces)
     raise _TooLargeError
 
 
-def _deflate(body: bytes, limit: int) -> bytes:
+def _decode_deflate(body: bytes, limit: int) -> bytes:
     try:
-        return _gzip(body, limit)
+        return _decode_gzip(body, limit)
     except zlib.error:
-        reader = zlib.decompressobj(RAW_DEFLATE)
-        plain = _bounded(reader.decompress(body, limit + 1), limit)
-        if not reader.eof:
+        decompressor = zlib.decompressobj(RAW_DEFLATE_WBITS)
+        data = _check_size(decompressor.decompress(body, limit + 1), limit)
+        if not decompressor.eof:
             raise ValueError("the stream ends early") from None
-        return plain
+        return data
 
 
-def _zstd(body: bytes, limit: int) -> bytes:
+def _decode_zstd(body: bytes, limit: int) -> bytes:
     import zstandard
 
     # Not decompress(max_output_size=…): it trusts the size that the frame states.
     reader = zstandard.ZstdDecompressor().stream_reader(body, read_across_frames=True)
-    plain = _bounded(reader.read(limit + 1), limit)
-    whole = zstandard.ZstdDecompressor().decompressobj()  # the reader can't tell where a frame was cut
-    whole.decompress(body)
-    if not whole.eof:
+    data = _check_size(reader.read(limit + 1), limit)
+    decompressor = zstandard.ZstdDecompressor().decompressobj()  # the reader can't tell where a frame was cut
+    decompressor.decompress(body)
+    if not decompressor.eof:
         raise ValueError("the stream ends early")
-    return plain
+    return data
 
 
-def _brotli(body: bytes, limit: int) -> bytes:
+def _decode_brotli(body: bytes, limit: int) -> bytes:
     """Raise ImportError where the package is not installed."""
-    reader: Any = importlib.import_module("brotli").Decompressor()
-    plain = _bounded(reader.process(body, output_buffer_limit=limit + 1), limit)
-    if not reader.is_finished():
+    decompressor: Any = importlib.import_module("brotli").Decompressor()
+    data = _check_size(decompressor.process(body, output_buffer_limit=limit + 1), limit)
+    if not decompressor.is_finished():
         raise ValueError("the stream ends early")
-    return bytes(plain)
+    return bytes(data)
 
 
-_READERS: dict[str, Callable[[bytes, int], bytes]] = {
-    "gzip": _gzip,
-    "x-gzip": _gzip,
-    "deflate": _deflate,
-    "br": _brotli,
-    "zstd": _zstd,
+_CONTENT_DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
+    "gzip": _decode_gzip,
+    "x-gzip": _decode_gzip,
+    "deflate": _decode_deflate,
+    "br": _decode_brotli,
+    "zstd": _decode_zstd,
 }

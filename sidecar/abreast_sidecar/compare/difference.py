@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from msgspec import Struct
 
 from abreast.capture import Capture
-from abreast_sidecar.compare.path import Place
-from abreast_sidecar.compare.value import shown
+from abreast_sidecar.compare.path import JsonPath
+from abreast_sidecar.compare.value import render_value
 
 if TYPE_CHECKING:
     from abreast_sidecar.compare.rules import RuleSet
@@ -76,7 +76,7 @@ VOLATILE_HEADERS = frozenset(
 )
 
 
-class Told(NamedTuple):
+class RenderedValues(NamedTuple):
     place: str
     old: str | None
     new: str | None
@@ -89,14 +89,14 @@ class Difference(Struct, frozen=True, eq=False):
     path: str  # generalised: `$.items[*].price`, a header's name, `200->500`; empty for the whole part
     kind: Kind
     impact: Impact
-    at: (
-        Place | Told
+    location: (
+        JsonPath | RenderedValues
     )  # texts of a Place are written when someone reads them: most only count for what is known already
     explained_by: str = ""  # the rule that covers it
     hint: str = ""  # a rule that would: `keyed-by id`, `unordered`
 
     @staticmethod
-    def told(
+    def from_text(
         part: Part,
         path: str,
         place: str,
@@ -108,59 +108,59 @@ class Difference(Struct, frozen=True, eq=False):
         hint: str = "",
     ) -> Difference:
         """One whose texts are known."""
-        return Difference(part, path, kind, impact, Told(place, old, new), explained_by, hint)
+        return Difference(part, path, kind, impact, RenderedValues(place, old, new), explained_by, hint)
 
     @property
     def place(self) -> str:
         """Exact: `$.items[3].price`"""
-        return self.at.exact() if isinstance(self.at, Place) else self.at.place
+        return self.location.exact() if isinstance(self.location, JsonPath) else self.location.place
 
     @property
     def old(self) -> str | None:
         """JSON text of at most VALUE_LIMIT characters; None where there is none."""
-        if isinstance(self.at, Place):
-            return None if self.kind == "added" else shown(self.at.old)
-        return self.at.old
+        if isinstance(self.location, JsonPath):
+            return None if self.kind == "added" else render_value(self.location.old)
+        return self.location.old
 
     @property
     def new(self) -> str | None:
-        if isinstance(self.at, Place):
-            return None if self.kind == "removed" else shown(self.at.new)
-        return self.at.new
+        if isinstance(self.location, JsonPath):
+            return None if self.kind == "removed" else render_value(self.location.new)
+        return self.location.new
 
-    def record(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _RECORDED}
+    def to_record(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _RECORD_FIELDS}
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Difference) and self.record() == other.record()
+        return isinstance(other, Difference) and self.to_record() == other.to_record()
 
     def __hash__(self) -> int:
-        return hash(tuple(self.record().values()))
+        return hash(tuple(self.to_record().values()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Difference.told, tuple(self.record().values())
+        return Difference.from_text, tuple(self.to_record().values())
 
 
-_RECORDED = ("part", "path", "place", "kind", "impact", "old", "new", "explained_by", "hint")
+_RECORD_FIELDS = ("part", "path", "place", "kind", "impact", "old", "new", "explained_by", "hint")
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class CompareOptions:
     """What the user set about comparing."""
 
     volatile_headers: frozenset[str] = VOLATILE_HEADERS  # lower case
     max_differences: int = 200  # of one pair; what is beyond says nothing new
-    max_decoded: int = 16 * 1024 * 1024  # bytes of a compressed body, decoded
+    max_decoded_bytes: int = 16 * 1024 * 1024  # bytes of a compressed body, decoded
     max_work: int = 600_000  # steps (compare.effort): what is beyond is compared as a whole
-    declared: RuleSet | None = None  # those of the user that hold today
+    rule_set: RuleSet | None = None  # those of the user that hold today
 
     @classmethod
-    def ignoring(cls, headers: tuple[str, ...]) -> Rules:
+    def with_ignored_headers(cls, headers: tuple[str, ...]) -> CompareOptions:
         """The default rules, and these response headers not compared."""
         return cls(volatile_headers=VOLATILE_HEADERS | {name.lower() for name in headers})
 
 
-class Judgement(Struct, frozen=True):
+class ComparisonResult(Struct, frozen=True):
     """What became of one sampled request."""
 
     outcome: Outcome
@@ -170,13 +170,13 @@ class Judgement(Struct, frozen=True):
     new: Capture | None = None
     baseline: Capture | None = None  # a second answer of old
     differences: tuple[Difference, ...] = ()  # old against new, that no rule explains
-    explained: tuple[Difference, ...] = ()  # old against new, each with the rule that explains it
+    explained_differences: tuple[Difference, ...] = ()  # old against new, each with the rule that explains it
     noise: tuple[Difference, ...] = ()  # old against old, that no rule explains
-    noise_explained: tuple[Difference, ...] = ()  # old against old, each with the rule that explains it
+    explained_noise: tuple[Difference, ...] = ()  # old against old, each with the rule that explains it
     baseline_compared: bool = False
     reason: str = ""
 
     @property
-    def shown(self) -> tuple[Difference, ...]:
+    def all_differences(self) -> tuple[Difference, ...]:
         """All that was found, explained or not."""
-        return self.differences + self.explained + self.noise + self.noise_explained
+        return self.differences + self.explained_differences + self.noise + self.explained_noise

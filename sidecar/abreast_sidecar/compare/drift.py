@@ -19,69 +19,91 @@ from typing import Any
 
 import orjson
 
-from abreast_sidecar.compare.difference import Difference, Judgement
-from abreast_sidecar.compare.document import PER_PATH
-from abreast_sidecar.compare.judge import ERROR, TOO_MANY_REQUESTS, status
+from abreast_sidecar.compare.difference import ComparisonResult, Difference
+from abreast_sidecar.compare.document import MAX_DIFFERENCES_PER_PATH
+from abreast_sidecar.compare.judge import INTERNAL_SERVER_ERROR, TOO_MANY_REQUESTS, get_status
 
-CUT = "…"  # ends a value of which only the beginning is known
-COMPARED = frozenset({"match", "mismatch"})
+TRUNCATION_MARK = "…"  # ends a value of which only the beginning is known
+COMPARED_OUTCOMES = frozenset({"match", "mismatch"})
 
-Key = tuple[str, str, str]  # part, path, kind
+DifferenceKey = tuple[str, str, str]  # part, path, kind
 
 
-def drifted(then: Judgement, moved: Judgement, now: Judgement) -> list[Key]:
+def find_state_drift(
+    original: ComparisonResult, old_change: ComparisonResult, recheck: ComparisonResult
+) -> list[DifferenceKey]:
     """Of `then` (old against new), what was drift. `moved`: old then against old now; `now`: both now."""
-    if not _askable(then) or now.outcome not in COMPARED or moved.outcome not in COMPARED:
+    if (
+        not _is_recheckable(original)
+        or recheck.outcome not in COMPARED_OUTCOMES
+        or old_change.outcome not in COMPARED_OUTCOMES
+    ):
         return []
-    if now.old is None or now.new is None or status(now.old) != status(now.new):
+    if recheck.old is None or recheck.new is None or get_status(recheck.old) != get_status(recheck.new):
         return []
-    left = {_key(one) for one in now.differences}
-    later = {(_key(one), one.place): one for one in moved.differences}
+    remaining = {_make_key(difference) for difference in recheck.differences}
+    old_changes = {
+        (_make_key(difference), difference.place): difference for difference in old_change.differences
+    }
     return [
         key
-        for key, shown in _by_key(then.differences).items()
-        if key not in left and key[0] != "error" and len(shown) < PER_PATH and _all_moved(shown, later)
+        for key, differences in _group_by_key(original.differences).items()
+        if key not in remaining
+        and key[0] != "error"
+        and len(differences) < MAX_DIFFERENCES_PER_PATH
+        and _all_changed_in_old(differences, old_changes)
     ]
 
 
-def _askable(then: Judgement) -> bool:
-    return then.outcome == "mismatch" and then.new is not None and _answered(status(then.new))
-
-
-def _answered(code: int) -> bool:
-    return code < ERROR and code != TOO_MANY_REQUESTS
-
-
-def _key(one: Difference) -> Key:
-    return one.part, one.path, one.kind
-
-
-def _by_key(differences: Iterable[Difference]) -> dict[Key, list[Difference]]:
-    found: dict[Key, list[Difference]] = {}
-    for one in differences:
-        found.setdefault(_key(one), []).append(one)
-    return found
-
-
-def _all_moved(shown: Iterable[Difference], later: Mapping[tuple[Key, str], Difference]) -> bool:
-    return all(
-        (found := later.get((_key(one), one.place))) is not None and _said_by_old(one, found) for one in shown
+def _is_recheckable(original: ComparisonResult) -> bool:
+    return (
+        original.outcome == "mismatch" and original.new is not None and _is_answer(get_status(original.new))
     )
 
 
-def _said_by_old(one: Difference, later: Difference) -> bool:
+def _is_answer(code: int) -> bool:
+    return code < INTERNAL_SERVER_ERROR and code != TOO_MANY_REQUESTS
+
+
+def _make_key(difference: Difference) -> DifferenceKey:
+    return difference.part, difference.path, difference.kind
+
+
+def _group_by_key(differences: Iterable[Difference]) -> dict[DifferenceKey, list[Difference]]:
+    groups: dict[DifferenceKey, list[Difference]] = {}
+    for difference in differences:
+        groups.setdefault(_make_key(difference), []).append(difference)
+    return groups
+
+
+def _all_changed_in_old(
+    differences: Iterable[Difference], old_changes: Mapping[tuple[DifferenceKey, str], Difference]
+) -> bool:
+    return all(
+        (change := old_changes.get((_make_key(difference), difference.place))) is not None
+        and _has_old_caught_up(difference, change)
+        for difference in differences
+    )
+
+
+def _has_old_caught_up(difference: Difference, change: Difference) -> bool:
     """Old says now what new said then, or has counted on past it."""
-    if CUT in {(one.new or "")[-1:], (later.new or "")[-1:]}:
+    if TRUNCATION_MARK in {(difference.new or "")[-1:], (change.new or "")[-1:]}:
         return False
-    return one.new == later.new or _passed(one, later)
+    return difference.new == change.new or _has_counted_past(difference, change)
 
 
-def _passed(one: Difference, later: Difference) -> bool:
-    old, new, now = (_number(text) for text in (one.old, one.new, later.new))
-    return old is not None and new is not None and now is not None and (old < new < now or now < new < old)
+def _has_counted_past(difference: Difference, change: Difference) -> bool:
+    old, new, current = (_parse_number(text) for text in (difference.old, difference.new, change.new))
+    return (
+        old is not None
+        and new is not None
+        and current is not None
+        and (old < new < current or current < new < old)
+    )
 
 
-def _number(text: str | None) -> float | None:
+def _parse_number(text: str | None) -> float | None:
     try:
         value: Any = orjson.loads(text or "null")
     except orjson.JSONDecodeError:

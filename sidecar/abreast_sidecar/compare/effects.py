@@ -12,72 +12,78 @@ from typing import Any
 from msgspec.structs import replace
 
 from abreast.capture import Capture
-from abreast_sidecar.compare.array import match
+from abreast_sidecar.compare.array import match_elements
 from abreast_sidecar.compare.difference import Difference, Kind
-from abreast_sidecar.compare.document import PER_PATH, DocumentDiff
-from abreast_sidecar.compare.value import shown
+from abreast_sidecar.compare.document import MAX_DIFFERENCES_PER_PATH, JsonDiff
+from abreast_sidecar.compare.value import render_value
 
-Effect = Mapping[str, Any]
-Name = tuple[str, str]  # kind and key
+RawEffect = Mapping[str, Any]
+EffectName = tuple[str, str]  # kind and key
 
-TOO_MANY = "more effects than a capture holds: the first were compared"
+EFFECTS_DROPPED_NOTE = "more effects than a capture holds: the first were compared"
 
 
-def effect_differences(
-    old: Capture, new: Capture, limit: int, keyed: Callable[[str], str] | None = None
+def diff_effects(
+    old: Capture, new: Capture, limit: int, identity_lookup: Callable[[str], str] | None = None
 ) -> list[Difference]:
     """At `email.send` one that is missing, extra or out of order; at `email.send.$.to` what one says."""
     if not (old.effects or new.effects):
         return []
-    before, after = _by_name(old), _by_name(new)
-    found: list[Difference] = []
+    before, after = _group_by_name(old), _group_by_name(new)
+    differences: list[Difference] = []
     for name in before | after:
-        ours, theirs = before.get(name, []), after.get(name, [])
-        if ours != theirs:
-            found += _named(name, ours, theirs, limit, keyed)
-    return found[:limit]
+        old_effects, new_effects = before.get(name, []), after.get(name, [])
+        if old_effects != new_effects:
+            differences += _diff_named_effects(name, old_effects, new_effects, limit, identity_lookup)
+    return differences[:limit]
 
 
-def _by_name(capture: Capture) -> dict[Name, list[Any]]:
-    named: dict[Name, list[Any]] = {}
+def _group_by_name(capture: Capture) -> dict[EffectName, list[Any]]:
+    groups: dict[EffectName, list[Any]] = {}
     for effect in capture.effects:
         if not effect.get("note"):
             name = str(effect.get("kind", "")), str(effect.get("key", ""))
-            named.setdefault(name, []).append(said(effect))
-    return named
+            groups.setdefault(name, []).append(describe_effect(effect))
+    return groups
 
 
-def said(effect: Effect) -> Any:
+def describe_effect(effect: RawEffect) -> Any:
     """The payload; of one that was too long what is known. That it failed is no difference: a shadow does not try."""
     if "digest" in effect:
         return {"digest": effect["digest"], "length": effect.get("length", 0)}
     return effect.get("payload")
 
 
-def _named(
-    name: Name, old: list[Any], new: list[Any], limit: int, keyed: Callable[[str], str] | None
+def _diff_named_effects(
+    name: EffectName, old: list[Any], new: list[Any], limit: int, identity_lookup: Callable[[str], str] | None
 ) -> list[Difference]:
     kind, _ = name
-    matching = match(old, new)
-    found = [_whole(name, "removed", old[place], None) for place in matching.removed[:PER_PATH]]
-    found += [_whole(name, "added", None, new[place]) for place in matching.added[:PER_PATH]]
-    if matching.moved:
-        found.append(_whole(name, "order", old, new))
-    documents = DocumentDiff(limit, root=f"{kind}.$", keyed=keyed)
-    for place, other in matching.pairs:
-        documents.compare(old[place], new[other])
-    return found + [replace(difference, part="effect") for difference in documents.found]
+    matching = match_elements(old, new)
+    differences = [
+        _whole_effect_difference(name, "removed", old[index], None)
+        for index in matching.removed[:MAX_DIFFERENCES_PER_PATH]
+    ]
+    differences += [
+        _whole_effect_difference(name, "added", None, new[index])
+        for index in matching.added[:MAX_DIFFERENCES_PER_PATH]
+    ]
+    if matching.is_reordered:
+        differences.append(_whole_effect_difference(name, "order", old, new))
+    diff = JsonDiff(limit, root=f"{kind}.$", identity_lookup=identity_lookup)
+    for index, other_index in matching.pairs:
+        diff.compare(old[index], new[other_index])
+    return differences + [replace(difference, part="effect") for difference in diff.differences]
 
 
-def _whole(name: Name, kind: Kind, old: Any, new: Any) -> Difference:
+def _whole_effect_difference(name: EffectName, kind: Kind, old: Any, new: Any) -> Difference:
     """An effect that is gone may be a mail that nobody gets; one more is seen by others than this client."""
     path, key = name
-    return Difference.told(
+    return Difference.from_text(
         part="effect",
         path=path,
         place=f"{path}[{key}]" if key else path,
         kind=kind,
         impact="breaking" if kind == "removed" else "value",
-        old=None if kind == "added" else shown(old),
-        new=None if kind == "removed" else shown(new),
+        old=None if kind == "added" else render_value(old),
+        new=None if kind == "removed" else render_value(new),
     )

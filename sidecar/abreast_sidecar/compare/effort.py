@@ -11,24 +11,24 @@ from typing import NamedTuple
 from abreast_sidecar.compare.media import Format
 
 
-class Price(NamedTuple):
-    mark: bytes  # comes once for each item, or nearly
-    tenths: int  # of a step that reading one takes, measured: a step is about 1 µs
+class FormatCost(NamedTuple):
+    separator: bytes  # comes once for each item, or nearly
+    tenths_per_item: int  # of a step that reading one takes, measured: a step is about 1 µs
 
 
-PRICES: dict[Format, Price] = {
-    "json": Price(b",", 2),
-    "ndjson": Price(b"\n", 60),
-    "events": Price(b"\n", 60),
-    "form": Price(b"&", 40),
-    "multipart": Price(b"\r\n\r\n", 100),
-    "html": Price(b"<", 120),
-    "xml": Price(b"<", 80),
-    "text": Price(b"\n", 20),
+FORMAT_COSTS: dict[Format, FormatCost] = {
+    "json": FormatCost(b",", 2),
+    "ndjson": FormatCost(b"\n", 60),
+    "events": FormatCost(b"\n", 60),
+    "form": FormatCost(b"&", 40),
+    "multipart": FormatCost(b"\r\n\r\n", 100),
+    "html": FormatCost(b"<", 120),
+    "xml": FormatCost(b"<", 80),
+    "text": FormatCost(b"\n", 20),
 }
 
 
-def reading(kind: Format, *bodies: bytes) -> int:
+def estimate_parse_cost(format_: Format, *bodies: bytes) -> int:
     """Steps that it takes to read these, counted in no time."""
-    price = PRICES.get(kind)
-    return sum(body.count(price.mark) for body in bodies) * price.tenths // 10 if price else 0
+    cost = FORMAT_COSTS.get(format_)
+    return sum(body.count(cost.separator) for body in bodies) * cost.tenths_per_item // 10 if cost else 0

@@ -18,25 +18,25 @@ from math import exp, lgamma
 from typing import Any, Literal
 from urllib.parse import parse_qsl, unquote
 
-ERROR = 0.01  # that any feature is named where there is none
-LEAST = 5  # requests with the finding, and without it
-COVERAGE = 0.7  # of the requests with the finding
-CONTRAST = 0.5  # the share among the others is at most this part of the coverage
-CLOSE = 0.02  # Youden indices nearer than this are equal
-LONGEST = 80  # characters of a value; longer ones name nothing
-MOST_LEAVES = 200  # of one body
-MOST_DEPTH = 8
+FEATURE_ALPHA = 0.01  # that any feature is named where there is none
+MIN_REQUESTS = 5  # requests with the finding, and without it
+MIN_COVERAGE = 0.7  # of the requests with the finding
+MAX_OTHERS_RATIO = 0.5  # the share among the others is at most this part of the coverage
+YOUDEN_TOLERANCE = 0.02  # Youden indices nearer than this are equal
+MAX_VALUE_CHARS = 80  # characters of a value; longer ones name nothing
+MAX_BODY_LEAVES = 200  # of one body
+MAX_BODY_DEPTH = 8
 
-Features = Mapping[str, Sequence[str]]  # every name with all of its values
-Kind = Literal["value", "present", "absent"]
+RequestFeatures = Mapping[str, Sequence[str]]  # every name with all of its values
+FeatureKind = Literal["value", "present", "absent"]
 
-_KINDS: dict[Kind, int] = {"value": 0, "present": 1, "absent": 2}
-_PLACES = {"query": 0, "path": 1, "header": 2, "cookie": 3, "body": 4}
+_KIND_ORDER: dict[FeatureKind, int] = {"value": 0, "present": 1, "absent": 2}
+_SOURCE_ORDER = {"query": 0, "path": 1, "header": 2, "cookie": 3, "body": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    kind: Kind
+    kind: FeatureKind
     name: str  # query.currency, path.id, header.accept-language, body.items[*].sku
     value: str  # empty unless the kind is `value`
     coverage: float  # part of the requests with the finding that have the feature
@@ -49,24 +49,24 @@ class Feature:
         return self.name if self.kind == "present" else f"no {self.name}"
 
 
-def features(
+def collect_features(
     query: Iterable[tuple[str, str]] = (),
     path: Mapping[str, str] | None = None,
     headers: Iterable[tuple[str, str]] = (),
     body: Any = None,
 ) -> dict[str, list[str]]:
     """The features of one request: query parameters, path parameters, headers, and fields of a JSON or form body."""
-    found: dict[str, list[str]] = {}
-    for place, pairs in (("query", query), ("path", (path or {}).items()), ("header", headers)):
+    values_by_name: dict[str, list[str]] = {}
+    for source, pairs in (("query", query), ("path", (path or {}).items()), ("header", headers)):
         for name, value in pairs:
-            _put(found, f"{place}.{name.lower() if place == 'header' else name}", value)
+            _add_value(values_by_name, f"{source}.{name.lower() if source == 'header' else name}", value)
     if body is not None:
-        for name, value in islice(_leaves(body, "body", MOST_DEPTH), MOST_LEAVES):
-            _put(found, name, value)
-    return found
+        for name, value in islice(_iterate_leaves(body, "body", MAX_BODY_DEPTH), MAX_BODY_LEAVES):
+            _add_value(values_by_name, name, value)
+    return values_by_name
 
 
-def of_target(target: str, route: str) -> dict[str, list[str]]:
+def collect_target_features(target: str, route: str) -> dict[str, list[str]]:
     """The features of a path and query: `/prices/7?currency=JPY` by the template `/prices/{id}`."""
     path, _, query = target.partition("?")
     steps, names = path.split("/"), route.split("/")
@@ -75,88 +75,114 @@ def of_target(target: str, route: str) -> dict[str, list[str]]:
         for name, step in zip(names, steps, strict=False)
         if name.startswith("{") and name.endswith("}") and len(steps) == len(names)
     }
-    return features(parse_qsl(query, keep_blank_values=True, max_num_fields=None), parameters)
+    return collect_features(parse_qsl(query, keep_blank_values=True, max_num_fields=None), parameters)
 
 
-def separating(
-    shows: Sequence[Features], others: Sequence[Features], *, shows_in_all: int = 0, others_in_all: int = 0
+def find_common_feature(
+    with_finding: Sequence[RequestFeatures],
+    without_finding: Sequence[RequestFeatures],
+    *,
+    total_with_finding: int = 0,
+    total_without_finding: int = 0,
 ) -> Feature | None:
     """The feature that best tells the requests that show a finding from those that don't, or None.
 
     `shows_in_all`, `others_in_all`: how many there were of each; the samples' sizes unless given. A few hundred of each
     are enough. Names that begin with query, path, header or body are preferred in that order.
     """
-    if len(shows) < LEAST or len(others) < LEAST:
+    if len(with_finding) < MIN_REQUESTS or len(without_finding) < MIN_REQUESTS:
         return None
-    names = {name for request in (*shows, *others) for name in request}
-    with_it, without = _count(shows, names), _count(others, names)
-    tried = [one for one, count in with_it.items() if count]
-    sizes = (len(shows), len(others))
-    kept = [
-        (one, with_it[one], without[one]) for one in tried if _contrasts(with_it[one], without[one], *sizes)
+    names = {name for request in (*with_finding, *without_finding) for name in request}
+    hit_counts, false_counts = (
+        _count_candidates(with_finding, names),
+        _count_candidates(without_finding, names),
+    )
+    candidates = [candidate for candidate, count in hit_counts.items() if count]
+    sizes = (len(with_finding), len(without_finding))
+    contrasting = [
+        (candidate, hit_counts[candidate], false_counts[candidate])
+        for candidate in candidates
+        if _has_contrast(hit_counts[candidate], false_counts[candidate], *sizes)
     ]
-    scale = (max(others_in_all, len(others)) / len(others)) / (max(shows_in_all, len(shows)) / len(shows))
-    made = [_made(one, hits, false, sizes, scale, len(tried)) for one, hits, false in kept]
-    sure = [(made_one, youden) for made_one, youden in made if made_one.p_value <= ERROR]
-    best = max((youden for _, youden in sure), default=0.0)
-    close = [one for one, youden in sure if youden >= best - CLOSE]
-    return min(close, key=_complexity, default=None)
+    scale = (max(total_without_finding, len(without_finding)) / len(without_finding)) / (
+        max(total_with_finding, len(with_finding)) / len(with_finding)
+    )
+    scored = [
+        _score_candidate(candidate, hits, false, sizes, scale, len(candidates))
+        for candidate, hits, false in contrasting
+    ]
+    significant = [(feature, youden) for feature, youden in scored if feature.p_value <= FEATURE_ALPHA]
+    best = max((youden for _, youden in significant), default=0.0)
+    best_features = [candidate for candidate, youden in significant if youden >= best - YOUDEN_TOLERANCE]
+    return min(best_features, key=_complexity, default=None)
 
 
-_Candidate = tuple[Kind, str, str]
+_Candidate = tuple[FeatureKind, str, str]
 
 
-def _count(requests: Sequence[Features], names: Iterable[str]) -> Counter[_Candidate]:
+def _count_candidates(requests: Sequence[RequestFeatures], names: Iterable[str]) -> Counter[_Candidate]:
     """In how many requests each feature is."""
-    found: Counter[_Candidate] = Counter()
+    counts: Counter[_Candidate] = Counter()
     for request in requests:
-        found.update(("present", name, "") for name in request)
-        found.update(
-            {("value", name, value) for name, values in request.items() for value in values if _short(value)}
+        counts.update(("present", name, "") for name in request)
+        counts.update(
+            {
+                ("value", name, value)
+                for name, values in request.items()
+                for value in values
+                if _is_short(value)
+            }
         )
     for name in names:
-        found["absent", name, ""] = len(requests) - found["present", name, ""]
-    return found
+        counts["absent", name, ""] = len(requests) - counts["present", name, ""]
+    return counts
 
 
-def _short(value: str) -> bool:
-    return len(value) <= LONGEST
+def _is_short(value: str) -> bool:
+    return len(value) <= MAX_VALUE_CHARS
 
 
-def _contrasts(hits: int, false: int, shows: int, others: int) -> bool:
-    coverage = hits / shows
-    return coverage >= COVERAGE and false / others <= CONTRAST * coverage
+def _has_contrast(hits: int, false: int, with_finding: int, without_finding: int) -> bool:
+    coverage = hits / with_finding
+    return coverage >= MIN_COVERAGE and false / without_finding <= MAX_OTHERS_RATIO * coverage
 
 
-def _made(
-    one: _Candidate, hits: int, false: int, sizes: tuple[int, int], scale: float, tried: int
+def _score_candidate(
+    candidate: _Candidate, hits: int, false: int, sizes: tuple[int, int], scale: float, candidate_count: int
 ) -> tuple[Feature, float]:
-    shows, others = sizes
+    with_finding, without_finding = sizes
     feature = Feature(
-        kind=one[0],
-        name=one[1],
-        value=one[2],
-        coverage=hits / shows,
+        kind=candidate[0],
+        name=candidate[1],
+        value=candidate[2],
+        coverage=hits / with_finding,
         precision=hits / (hits + false * scale),
-        p_value=min(1.0, fisher(hits, shows, false, others) * tried),
+        p_value=min(1.0, fisher_exact(hits, with_finding, false, without_finding) * candidate_count),
     )
-    return feature, hits / shows - false / others
+    return feature, hits / with_finding - false / without_finding
 
 
-def _complexity(one: Feature) -> tuple[int, int, int, int, str, str]:
-    place = _PLACES.get(one.name.partition(".")[0], len(_PLACES))
-    return _KINDS[one.kind], place, one.name.count("."), len(one.name) + len(one.value), one.name, one.value
+def _complexity(feature: Feature) -> tuple[int, int, int, int, str, str]:
+    source = _SOURCE_ORDER.get(feature.name.partition(".")[0], len(_SOURCE_ORDER))
+    return (
+        _KIND_ORDER[feature.kind],
+        source,
+        feature.name.count("."),
+        len(feature.name) + len(feature.value),
+        feature.name,
+        feature.value,
+    )
 
 
-def fisher(hits: int, shows: int, false: int, others: int) -> float:
+def fisher_exact(hits: int, with_finding: int, false: int, without_finding: int) -> float:
     """The probability, with the margins as they are, of at least `hits` of `shows` (Fisher 1935, "The design of experiments")."""
     marked = hits + false
-    total = _log_choose(shows + others, marked)
+    total = _log_choose(with_finding + without_finding, marked)
     return min(
         1.0,
         sum(
-            exp(_log_choose(shows, many) + _log_choose(others, marked - many) - total)
-            for many in range(hits, min(shows, marked) + 1)
+            exp(_log_choose(with_finding, count) + _log_choose(without_finding, marked - count) - total)
+            for count in range(hits, min(with_finding, marked) + 1)
         ),
     )
 
@@ -165,26 +191,26 @@ def _log_choose(n: int, k: int) -> float:
     return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
 
 
-def _put(found: dict[str, list[str]], name: str, value: str) -> None:
-    values = found.setdefault(name, [])
+def _add_value(values_by_name: dict[str, list[str]], name: str, value: str) -> None:
+    values = values_by_name.setdefault(name, [])
     if value not in values:
         values.append(value)
 
 
-def _leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
+def _iterate_leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
     if not isinstance(value, dict | list):
-        yield name, _text(value)
+        yield name, _format_value(value)
     elif not depth:
         return
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}", depth - 1)
+            yield from _iterate_leaves(inner, f"{name}.{key}", depth - 1)
     else:
         for inner in value:
-            yield from _leaves(inner, f"{name}[*]", depth - 1)
+            yield from _iterate_leaves(inner, f"{name}[*]", depth - 1)
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from abreast_sidecar.compare import items, markup
-from abreast_sidecar.compare.media import Format, Media, byte_order_mark
-from abreast_sidecar.compare.media import text as text_of
+from abreast_sidecar.compare.media import Format, MediaType, find_byte_order_mark
+from abreast_sidecar.compare.media import decode_text as text_of
 
 
-class Plain(NamedTuple):
+class DecodedBody(NamedTuple):
     """A body without content coding."""
 
     data: bytes
-    media: Media
+    media_type: MediaType
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class DocumentPair:
     old: Any
     new: Any
     root: str  # what paths begin with
-    alike: Callable[[], bool] = lambda: True  # of equal documents: whether the bodies mean the same
+    is_equivalent: Callable[[], bool] = lambda: True  # of equal documents: whether the bodies mean the same
 
 
 class UnreadableError(ValueError):
@@ -35,58 +35,58 @@ class UnreadableError(ValueError):
         self.new = new
 
 
-def documents(kind: Format, old: Plain, new: Plain) -> Pair:
+def parse_both(format_: Format, old: DecodedBody, new: DecodedBody) -> DocumentPair:
     """Raise UnreadableError where a side is not of that format, or of one that has no structure."""
-    if kind not in _READERS:
+    if format_ not in _DOCUMENT_PARSERS:
         raise UnreadableError(old=True, new=True)
-    root, reader = _READERS[kind]
-    left, right = _tried(reader, old), _tried(reader, new)
-    if left is _FAILED or right is _FAILED:
-        raise UnreadableError(old=left is _FAILED, new=right is _FAILED)
+    root, parser = _DOCUMENT_PARSERS[format_]
+    left, right = _try_parse(parser, old), _try_parse(parser, new)
+    if left is _PARSE_FAILED or right is _PARSE_FAILED:
+        raise UnreadableError(old=left is _PARSE_FAILED, new=right is _PARSE_FAILED)
     if isinstance(left, markup.Element):
-        one, other = markup.documents(left, right)
-        if left.tag != right.tag and kind == "xml":
-            one, other = {left.tag: one}, {right.tag: other}
-        return Pair(one, other, root, lambda: markup.same_order(left, right))
-    return Pair(left, right, root)
+        old_document, new_document = markup.to_documents(left, right)
+        if left.tag != right.tag and format_ == "xml":
+            old_document, new_document = {left.tag: old_document}, {right.tag: new_document}
+        return DocumentPair(old_document, new_document, root, lambda: markup.has_same_order(left, right))
+    return DocumentPair(left, right, root)
 
 
-_FAILED: Any = object()
+_PARSE_FAILED: Any = object()
 
 
-def _tried(reader: Callable[[Plain], Any], side: Plain) -> Any:
+def _try_parse(parser: Callable[[DecodedBody], Any], side: DecodedBody) -> Any:
     try:
-        return reader(side)
+        return parser(side)
     except (ValueError, RecursionError):
-        return _FAILED
+        return _PARSE_FAILED
 
 
-def json_text(data: bytes) -> bytes:
+def normalise_json_encoding(data: bytes) -> bytes:
     """Without a byte order mark, and in UTF-8 where the mark says another encoding. Raise ValueError."""
-    mark, name = byte_order_mark(data)
+    mark, name = find_byte_order_mark(data)
     if not mark:
         return data
     return data[len(mark) :] if name == "utf-8" else data.decode(name).encode()
 
 
-def _text(side: Plain) -> str:
-    found = text_of(side.data, side.media.parameter("charset"))
-    if found is None:
+def _read_text(side: DecodedBody) -> str:
+    text = text_of(side.data, side.media_type.get_parameter("charset"))
+    if text is None:
         raise ValueError("no text")
-    return found
+    return text
 
 
-def _xml(side: Plain) -> markup.Element:
-    charset = side.media.parameter("charset")
-    return markup.read_xml(_text(side) if charset and b"encoding=" not in side.data[:100] else side.data)
+def _read_xml_body(side: DecodedBody) -> markup.Element:
+    charset = side.media_type.get_parameter("charset")
+    return markup.read_xml(_read_text(side) if charset and b"encoding=" not in side.data[:100] else side.data)
 
 
-_READERS: dict[Format, tuple[str, Callable[[Plain], Any]]] = {
-    "ndjson": ("$", lambda side: items.ndjson(side.data)),
-    "events": ("events", lambda side: items.events(_text(side))),
-    "form": ("form", lambda side: items.form(_text(side))),
-    "multipart": ("parts", lambda side: items.multipart(side.data, side.media)),
-    "html": ("html", lambda side: markup.read_html(_text(side))),
-    "xml": ("xml", _xml),
-    "text": ("lines", lambda side: items.lines(_text(side))),
+_DOCUMENT_PARSERS: dict[Format, tuple[str, Callable[[DecodedBody], Any]]] = {
+    "ndjson": ("$", lambda side: items.parse_ndjson(side.data)),
+    "events": ("events", lambda side: items.parse_sse(_read_text(side))),
+    "form": ("form", lambda side: items.parse_form(_read_text(side))),
+    "multipart": ("parts", lambda side: items.parse_multipart(side.data, side.media_type)),
+    "html": ("html", lambda side: markup.read_html(_read_text(side))),
+    "xml": ("xml", _read_xml_body),
+    "text": ("lines", lambda side: items.split_lines(_read_text(side))),
 }

@@ -24,14 +24,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-MIN_PAIRS = 30
-MIN_RATIO = 1.3  # of the median pair
-MIN_DIFFERENCE_US = 5000.0  # of the median pair
-ALPHA = 0.001  # for one endpoint, over all its life
-COLD_SHARE = 0.1  # of the first pairs of each release: caches, pools and compilers are cold
-COLD_PAIRS = 5  # at least
+MIN_WARM_PAIRS = 30
+MIN_SLOWDOWN_RATIO = 1.3  # of the median pair
+MIN_SLOWDOWN_US = 5000.0  # of the median pair
+DETECTOR_ALPHA = 0.001  # for one endpoint, over all its life
+COLD_PAIR_SHARE = 0.1  # of the first pairs of each release: caches, pools and compilers are cold
+MIN_COLD_PAIRS = 5  # at least
 MIN_SLOWER_US = 500  # of a pair that a verdict or the guard counts as slower: less is the event loop's, or a warmer cache's
-LEAST_COPIES = 20  # of old, or pairs are judged whatever their roles
+MIN_BASELINE_PAIRS = 20  # of old, or pairs are judged whatever their roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,57 +59,61 @@ class Slowdown:
     pairs: int
 
 
-def slowdown(timings: Sequence[Timing], *, copies_to_come: bool = False) -> Slowdown | None:
+def detect_slowdown(timings: Sequence[Timing], *, awaits_copies: bool = False) -> Slowdown | None:
     """Judge pairs in the order of their arrival; None unless new is surely and noticeably slower, and while there are too
     few copies that are still to come.
     """
-    known = warm(timings)
-    judged = fair(known)
-    if len(known) < MIN_PAIRS or (copies_to_come and judged is known):
+    warm_timings = skip_cold_pairs(timings)
+    sample = select_like_for_like(warm_timings)
+    if len(warm_timings) < MIN_WARM_PAIRS or (awaits_copies and sample is warm_timings):
         return None
-    ratio = median((one.new_us + 1) / (one.old_us + 1) for one in judged)
-    difference = median(one.new_us - one.old_us for one in judged)
-    if ratio < MIN_RATIO or difference < MIN_DIFFERENCE_US or evidence(judged) < -math.log(ALPHA):
+    ratio = median((timing.new_us + 1) / (timing.old_us + 1) for timing in sample)
+    difference = median(timing.new_us - timing.old_us for timing in sample)
+    if (
+        ratio < MIN_SLOWDOWN_RATIO
+        or difference < MIN_SLOWDOWN_US
+        or log_evidence(sample) < -math.log(DETECTOR_ALPHA)
+    ):
         return None
-    old, new = sorted(one.old_us for one in judged), sorted(one.new_us for one in judged)
+    old, new = sorted(timing.old_us for timing in sample), sorted(timing.new_us for timing in sample)
     return Slowdown(
         old_p50_us=percentile(old, 0.5),
         new_p50_us=percentile(new, 0.5),
         old_p99_us=percentile(old, 0.99),
         new_p99_us=percentile(new, 0.99),
         ratio=round(ratio, 3),
-        pairs=len(judged),
+        pairs=len(sample),
     )
 
 
-def warm(timings: Iterable[Timing]) -> list[Timing]:
+def skip_cold_pairs(timings: Iterable[Timing]) -> list[Timing]:
     """Without the first pairs of each release."""
     by_release: dict[str, list[Timing]] = {}
-    for one in timings:
-        by_release.setdefault(one.release, []).append(one)
+    for timing in timings:
+        by_release.setdefault(timing.release, []).append(timing)
     return [
-        one
+        timing
         for group in by_release.values()
-        for one in group[max(COLD_PAIRS, math.ceil(len(group) * COLD_SHARE)) :]
+        for timing in group[max(MIN_COLD_PAIRS, math.ceil(len(group) * COLD_PAIR_SHARE)) :]
     ]
 
 
-def fair(timings: Sequence[Timing]) -> Sequence[Timing]:
+def select_like_for_like(timings: Sequence[Timing]) -> Sequence[Timing]:
     """Two copies beside each other, where enough pairs have them; else all pairs as they are."""
     copies = [
-        Timing(one.baseline_us, one.new_us, one.release, one.baseline_us)
-        for one in timings
-        if one.baseline_us is not None
+        Timing(timing.baseline_us, timing.new_us, timing.release, timing.baseline_us)
+        for timing in timings
+        if timing.baseline_us is not None
     ]
-    return copies if len(copies) >= LEAST_COPIES else timings
+    return copies if len(copies) >= MIN_BASELINE_PAIRS else timings
 
 
-def evidence(timings: Iterable[Timing]) -> float:
+def log_evidence(timings: Iterable[Timing]) -> float:
     """The logarithm of E; below 0 where new was slower in half of the pairs or less."""
     slower = faster = 0
-    for one in timings:
-        slower += one.new_us > one.old_us
-        faster += one.new_us < one.old_us
+    for timing in timings:
+        slower += timing.new_us > timing.old_us
+        faster += timing.new_us < timing.old_us
     if slower <= faster:
         return -math.inf
     n = slower + faster

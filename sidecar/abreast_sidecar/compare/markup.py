@@ -14,17 +14,17 @@ from xml.parsers import expat
 
 from abreast_sidecar.compare.value import NotJsonError, parse
 
-MAX_DEPTH = 150  # elements in elements; below MAX_DEPTH of documents
-MAX_TAG = 8192  # characters from < to >
-MAX_BROKEN = 100  # tags without an end, before it is no HTML
+MAX_ELEMENT_DEPTH = 150  # elements in elements; below MAX_DEPTH of documents
+MAX_TAG_CHARS = 8192  # characters from < to >
+MAX_BROKEN_TAGS = 100  # tags without an end, before it is no HTML
 
-_VOID = frozenset(
+_VOID_TAGS = frozenset(
     ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"]
 )
-_RAW = frozenset({"script", "style", "textarea", "title"})
-_EXACT = frozenset({"pre", "script", "style", "textarea"})
+_RAW_TEXT_TAGS = frozenset({"script", "style", "textarea", "title"})
+_PREFORMATTED_TAGS = frozenset({"pre", "script", "style", "textarea"})
 # An element of the first kind is over when one of the second begins.
-_ENDED_BY = {
+_IMPLIED_END_TAGS = {
     "li": frozenset({"li"}),
     "p": frozenset(
         [
@@ -74,53 +74,53 @@ class NotMarkupError(ValueError):
 class Element:
     tag: str
     attributes: dict[str, str] = field(default_factory=dict)
-    text: list[str] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)  # of each text: how many children stand before it
+    texts: list[str] = field(default_factory=list)
+    text_positions: list[int] = field(default_factory=list)  # of each text: how many children stand before it
     children: list[Element] = field(default_factory=list)
-    exact: bool = True  # whether spaces within the text mean something
+    preserves_space: bool = True  # whether spaces within the text mean something
 
-    def add(self, text: str) -> None:
-        self.text.append(text)
-        self.places.append(len(self.children))
+    def add_text(self, text: str) -> None:
+        self.texts.append(text)
+        self.text_positions.append(len(self.children))
 
 
-def documents(old: Element, new: Element) -> tuple[Any, Any]:
+def to_documents(old: Element, new: Element) -> tuple[Any, Any]:
     """Objects of both. A tag that no parent has twice, in either, is no array."""
     repeated: set[tuple[str, ...]] = set()
     for root in (old, new):
         _find_repeated(root, (), repeated)
-    return _document(old, (), repeated), _document(new, (), repeated)
+    return _to_document(old, (), repeated), _to_document(new, (), repeated)
 
 
 def _find_repeated(element: Element, path: tuple[str, ...], repeated: set[tuple[str, ...]]) -> None:
-    times = Counter(child.tag for child in element.children)
-    here = (*path[-2:], element.tag)  # enough to tell places apart, and bounded
-    repeated.update((*here, tag) for tag, count in times.items() if count > 1)
+    counts = Counter(child.tag for child in element.children)
+    tag_path = (*path[-2:], element.tag)  # enough to tell places apart, and bounded
+    repeated.update((*tag_path, tag) for tag, count in counts.items() if count > 1)
     for child in element.children:
-        _find_repeated(child, here, repeated)
+        _find_repeated(child, tag_path, repeated)
 
 
-def _document(element: Element, path: tuple[str, ...], repeated: set[tuple[str, ...]]) -> Any:
-    made: dict[str, Any] = {f"@{name}": value for name, value in element.attributes.items()}
-    here = (*path[-2:], element.tag)
+def _to_document(element: Element, path: tuple[str, ...], repeated: set[tuple[str, ...]]) -> Any:
+    document: dict[str, Any] = {f"@{name}": value for name, value in element.attributes.items()}
+    tag_path = (*path[-2:], element.tag)
     for child in element.children:
-        inner = _document(child, here, repeated)
-        if (*here, child.tag) in repeated:
-            made.setdefault(child.tag, []).append(inner)
+        inner = _to_document(child, tag_path, repeated)
+        if (*tag_path, child.tag) in repeated:
+            document.setdefault(child.tag, []).append(inner)
         else:
-            made[child.tag] = inner
-    text = _squeezed("".join(element.text), exact=element.exact)
+            document[child.tag] = inner
+    text = _normalise_space("".join(element.texts), preserves_space=element.preserves_space)
     if element.tag == "script" and "json" in element.attributes.get("type", ""):
-        made["#json"] = _data(text)
-        return made
-    if not made:
+        document["#json"] = _parse_script_json(text)
+        return document
+    if not document:
         return text
     if text:
-        made["#text"] = text
-    return made
+        document["#text"] = text
+    return document
 
 
-def _data(text: str) -> Any:
+def _parse_script_json(text: str) -> Any:
     """What a page hands to its scripts."""
     try:
         return parse(text.encode("utf-8", "surrogatepass"))
@@ -128,25 +128,32 @@ def _data(text: str) -> Any:
         return text
 
 
-def _squeezed(text: str, *, exact: bool) -> str:
-    return text.strip() if exact else " ".join(text.split())
+def _normalise_space(text: str, *, preserves_space: bool) -> str:
+    return text.strip() if preserves_space else " ".join(text.split())
 
 
-def same_order(old: Element, new: Element) -> bool:
+def has_same_order(old: Element, new: Element) -> bool:
     """Whether two elements that have equal documents also have their children, and the text between them, in one order."""
     if [child.tag for child in old.children] != [child.tag for child in new.children]:
         return False
-    if old.children and _between(old) != _between(new):
+    if old.children and _group_texts(old) != _group_texts(new):
         return False
-    return all(same_order(one, other) for one, other in zip(old.children, new.children, strict=True))
+    return all(
+        has_same_order(old_child, new_child)
+        for old_child, new_child in zip(old.children, new.children, strict=True)
+    )
 
 
-def _between(element: Element) -> dict[int, str]:
+def _group_texts(element: Element) -> dict[int, str]:
     """Texts by the number of children before them."""
-    found: dict[int, str] = {}
-    for place, text in zip(element.places, element.text, strict=True):
-        found[place] = found.get(place, "") + text
-    return {place: held for place, text in found.items() if (held := _squeezed(text, exact=False))}
+    texts: dict[int, str] = {}
+    for position, text in zip(element.text_positions, element.texts, strict=True):
+        texts[position] = texts.get(position, "") + text
+    return {
+        position: normalised
+        for position, text in texts.items()
+        if (normalised := _normalise_space(text, preserves_space=False))
+    }
 
 
 def read_html(text: str) -> Element:
@@ -157,11 +164,11 @@ def read_html(text: str) -> Element:
 class _HtmlReader:
     def __init__(self, text: str) -> None:
         self.text = text
-        self.root = Element("html", exact=False)
+        self.root = Element("html", preserves_space=False)
         self.stack = [self.root]
         self.broken = 0
         self.doctype = ""
-        self.closing: dict[str, bool] = {}  # whether a text that ends something comes again
+        self.endings_left: dict[str, bool] = {}  # whether a text that ends something comes again
 
     def read(self) -> Element:
         position, text = 0, self.text
@@ -169,92 +176,104 @@ class _HtmlReader:
             start = text.find("<", position)
             if start < 0:
                 start = len(text)
-            self._characters(html.unescape(text[position:start]))
-            position = self._markup(start) if start < len(text) else start
+            self._add_text(html.unescape(text[position:start]))
+            position = self._read_markup(start) if start < len(text) else start
         if not self.root.children:
             raise NotMarkupError("there are no tags")
-        whole = self.root.children[0]
+        root_element = self.root.children[0]
         if self.doctype:
-            whole.attributes["!doctype"] = self.doctype
-        alone = len(self.root.children) == 1 and whole.tag == "html" and not "".join(self.root.text).strip()
-        return whole if alone else self.root
+            root_element.attributes["!doctype"] = self.doctype
+        is_single_root = (
+            len(self.root.children) == 1
+            and root_element.tag == "html"
+            and not "".join(self.root.texts).strip()
+        )
+        return root_element if is_single_root else self.root
 
-    def _markup(self, start: int) -> int:
+    def _read_markup(self, start: int) -> int:
         text = self.text
         if text.startswith("<!--", start):
-            return self._after("-->", start + 4)
+            return self._skip_past("-->", start + 4)
         if text.startswith(("<!", "<?"), start):
-            end = self._after(">", start + 2)
-            self._doctype(text[start + 2 : min(end - 1, start + MAX_TAG)])
+            end = self._skip_past(">", start + 2)
+            self._read_doctype(text[start + 2 : min(end - 1, start + MAX_TAG_CHARS)])
             return end
-        found = _TAG.match(text, start, start + MAX_TAG)
-        if found is None:
-            self._characters("<")
+        tag_match = _TAG.match(text, start, start + MAX_TAG_CHARS)
+        if tag_match is None:
+            self._add_text("<")
             self.broken += 1
-            if self.broken > MAX_BROKEN:
+            if self.broken > MAX_BROKEN_TAGS:
                 raise NotMarkupError("too many tags have no end")
             return start + 1
-        name = found[2].lower()
-        if found[1]:
-            self._end(name)
-            return found.end()
-        self._begin(name, found[3])
-        return self._raw(name, found.end()) if name in _RAW and self.stack[-1].tag == name else found.end()
+        name = tag_match[2].lower()
+        if tag_match[1]:
+            self._close_element(name)
+            return tag_match.end()
+        self._open_element(name, tag_match[3])
+        return (
+            self._read_raw_text(name, tag_match.end())
+            if name in _RAW_TEXT_TAGS and self.stack[-1].tag == name
+            else tag_match.end()
+        )
 
-    def _doctype(self, text: str) -> None:
+    def _read_doctype(self, text: str) -> None:
         """Without it browsers lay a page out in another way."""
         if text[:7].lower() == "doctype" and not self.root.children:
             self.doctype = " ".join(text.lower().split())
 
-    def _after(self, ending: str, start: int) -> int:
+    def _skip_past(self, ending: str, start: int) -> int:
         """Once it was looked for in vain it is not looked for again."""
-        if self.closing.get(ending, True):
-            found = self.text.find(ending, start)
-            if found >= 0:
-                return found + len(ending)
-            self.closing[ending] = False
+        if self.endings_left.get(ending, True):
+            index = self.text.find(ending, start)
+            if index >= 0:
+                return index + len(ending)
+            self.endings_left[ending] = False
         return len(self.text)
 
-    def _raw(self, name: str, start: int) -> int:
+    def _read_raw_text(self, name: str, start: int) -> int:
         """Text in which nothing is a tag but its own end."""
-        found = re.compile(rf"</{name}\s{{0,8}}>", re.IGNORECASE).search(self.text, start)
-        end = found.start() if found else len(self.text)
+        end_tag = re.compile(rf"</{name}\s{{0,8}}>", re.IGNORECASE).search(self.text, start)
+        end = end_tag.start() if end_tag else len(self.text)
         content = self.text[start:end]
-        self._characters(html.unescape(content) if name in {"title", "textarea"} else content)
+        self._add_text(html.unescape(content) if name in {"title", "textarea"} else content)
         return end
 
-    def _begin(self, name: str, rest: str) -> None:
-        if name in _ENDED_BY.get(self.stack[-1].tag, ()):
-            self._end(self.stack[-1].tag)
+    def _open_element(self, name: str, attribute_text: str) -> None:
+        if name in _IMPLIED_END_TAGS.get(self.stack[-1].tag, ()):
+            self._close_element(self.stack[-1].tag)
             if name == "tr" and self.stack[-1].tag == "tr":
-                self._end("tr")
-        element = Element(name, _attributes(rest), exact=self.stack[-1].exact or name in _EXACT)
+                self._close_element("tr")
+        element = Element(
+            name,
+            _parse_attributes(attribute_text),
+            preserves_space=self.stack[-1].preserves_space or name in _PREFORMATTED_TAGS,
+        )
         self.stack[-1].children.append(element)
-        if name in _VOID or rest.endswith("/"):
+        if name in _VOID_TAGS or attribute_text.endswith("/"):
             return
-        if len(self.stack) > MAX_DEPTH:
+        if len(self.stack) > MAX_ELEMENT_DEPTH:
             raise NotMarkupError("elements are nested too deeply")
         self.stack.append(element)
 
-    def _end(self, name: str) -> None:
-        for place in range(len(self.stack) - 1, 0, -1):
-            if self.stack[place].tag == name:
-                del self.stack[place:]
+    def _close_element(self, name: str) -> None:
+        for index in range(len(self.stack) - 1, 0, -1):
+            if self.stack[index].tag == name:
+                del self.stack[index:]
                 return
 
-    def _characters(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         if text:
-            self.stack[-1].add(text)
+            self.stack[-1].add_text(text)
 
 
-def _attributes(text: str) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _parse_attributes(text: str) -> dict[str, str]:
+    attributes: dict[str, str] = {}
     for name, double, single, bare in _ATTRIBUTE.findall(text):
         value = html.unescape(double or single or bare)
         if name.lower() == "class":
             value = " ".join(sorted(set(value.split())))
-        found.setdefault(name.lower(), value)
-    return found
+        attributes.setdefault(name.lower(), value)
+    return attributes
 
 
 def read_xml(body: bytes | str) -> Element:
@@ -269,37 +288,37 @@ class _XmlReader:
     def __init__(self) -> None:
         self.root = Element("")
         self.stack = [self.root]
-        self.spaces = [""]
+        self.namespaces = [""]
         parser = self.parser = expat.ParserCreate(namespace_separator=" ")
         parser.buffer_text = True
-        parser.StartElementHandler = self._begin
-        parser.EndElementHandler = self._end
-        parser.CharacterDataHandler = self._characters
-        parser.EntityDeclHandler = _refuse
+        parser.StartElementHandler = self._open_element
+        parser.EndElementHandler = self._close_element
+        parser.CharacterDataHandler = self._add_text
+        parser.EntityDeclHandler = _refuse_entities
         parser.ProcessingInstructionHandler = None
 
     def read(self, body: bytes | str) -> Element:
         self.parser.Parse(body, True)
         return self.root.children[0]
 
-    def _begin(self, name: str, attributes: dict[str, str]) -> None:
-        if len(self.stack) > MAX_DEPTH:
+    def _open_element(self, name: str, attributes: dict[str, str]) -> None:
+        if len(self.stack) > MAX_ELEMENT_DEPTH:
             raise NotMarkupError("elements are nested too deeply")
-        space, _, local = name.rpartition(" ")
-        made = Element(local, {key.rpartition(" ")[2]: value for key, value in attributes.items()})
-        if space != self.spaces[-1]:
-            made.attributes["xmlns"] = space
-        self.spaces.append(space)
-        self.stack[-1].children.append(made)
-        self.stack.append(made)
+        namespace, _, local = name.rpartition(" ")
+        element = Element(local, {key.rpartition(" ")[2]: value for key, value in attributes.items()})
+        if namespace != self.namespaces[-1]:
+            element.attributes["xmlns"] = namespace
+        self.namespaces.append(namespace)
+        self.stack[-1].children.append(element)
+        self.stack.append(element)
 
-    def _end(self, _name: str) -> None:
-        self.spaces.pop()
+    def _close_element(self, _name: str) -> None:
+        self.namespaces.pop()
         self.stack.pop()
 
-    def _characters(self, text: str) -> None:
-        self.stack[-1].add(text)
+    def _add_text(self, text: str) -> None:
+        self.stack[-1].add_text(text)
 
 
-def _refuse(*_: object) -> None:
+def _refuse_entities(*_: object) -> None:
     raise NotMarkupError("it declares entities")

@@ -10,7 +10,7 @@ from typing import Literal
 
 Format = Literal["json", "ndjson", "events", "form", "multipart", "html", "xml", "text", "bytes", "unknown"]
 
-_FORMATS: dict[str, Format] = {
+_FORMATS_BY_MEDIA_TYPE: dict[str, Format] = {
     "application/json": "json",
     "text/json": "json",
     "application/x-json": "json",
@@ -32,8 +32,16 @@ _FORMATS: dict[str, Format] = {
     "application/graphql": "text",
     "application/octet-stream": "unknown",
 }
-_BINARY = ("image/", "audio/", "video/", "font/", "application/pdf", "application/zip", "application/grpc")
-_MARKS = (
+_BINARY_PREFIXES = (
+    "image/",
+    "audio/",
+    "video/",
+    "font/",
+    "application/pdf",
+    "application/zip",
+    "application/grpc",
+)
+_BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -41,40 +49,52 @@ _MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 # Python knows codecs that are no charsets, and some of them are slow on purpose-made input.
-_CHARSETS = ("utf", "iso8859", "cp", "ascii", "gb", "big5", "shift_jis", "euc_", "koi8", "iso2022", "mac-")
+_CHARSET_PREFIXES = (
+    "utf",
+    "iso8859",
+    "cp",
+    "ascii",
+    "gb",
+    "big5",
+    "shift_jis",
+    "euc_",
+    "koi8",
+    "iso2022",
+    "mac-",
+)
 _PARAMETER = re.compile(r';([^;="]*)=\s*(?:"((?:[^"\\]|\\.)*)"\s*(?=;|$)|([^;]*))')
-_CONTROLS = frozenset(range(32)) - frozenset(b"\t\n\r\f\x1b")
+_CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\r\f\x1b")
 
 
 @dataclass(frozen=True, slots=True)
-class Media:
+class MediaType:
     essence: str  # "text/html", lower case; empty where none was said
     parameters: tuple[tuple[str, str], ...]  # names in lower case, sorted
     format: Format
 
-    def parameter(self, name: str) -> str:
-        return next((value for known, value in self.parameters if known == name), "")
+    def get_parameter(self, name: str) -> str:
+        return next((value for key, value in self.parameters if key == name), "")
 
 
 @lru_cache(maxsize=512)
-def media(content_type: str) -> Media:
-    essence, _, rest = content_type.partition(";")
+def parse_media_type(content_type: str) -> MediaType:
+    essence, _, parameter_text = content_type.partition(";")
     essence = essence.strip().lower()
-    return Media(essence, _parameters(rest), _format(essence))
+    return MediaType(essence, _parse_parameters(parameter_text), _detect_format(essence))
 
 
-def _parameters(text: str) -> tuple[tuple[str, str], ...]:
-    found = {
+def _parse_parameters(text: str) -> tuple[tuple[str, str], ...]:
+    parameters = {
         name.strip().lower(): quoted or value.strip()
         for name, quoted, value in _PARAMETER.findall(f";{text}")
     }
-    return tuple(sorted((name, value) for name, value in found.items() if name))
+    return tuple(sorted((name, value) for name, value in parameters.items() if name))
 
 
-def _format(essence: str) -> Format:
-    known = _FORMATS.get(essence)
-    if known:
-        return known
+def _detect_format(essence: str) -> Format:
+    exact_match = _FORMATS_BY_MEDIA_TYPE.get(essence)
+    if exact_match:
+        return exact_match
     if essence.endswith("+json"):
         return "json"
     if essence == "application/xhtml+xml" or essence.endswith("+xml"):
@@ -83,10 +103,10 @@ def _format(essence: str) -> Format:
         return "multipart"
     if essence.startswith("text/"):
         return "text"
-    return "bytes" if essence.startswith(_BINARY) else "unknown"
+    return "bytes" if essence.startswith(_BINARY_PREFIXES) else "unknown"
 
 
-def sniffed(body: bytes) -> Format:
+def sniff_format(body: bytes) -> Format:
     """What the body begins like."""
     head = body[:512].lstrip(codecs.BOM_UTF8).lstrip()[:64].lower()
     if head[:1] in {b"{", b"["}:
@@ -95,24 +115,24 @@ def sniffed(body: bytes) -> Format:
         return "html"
     if head.startswith(b"<?xml"):
         return "xml"
-    return "bytes" if _CONTROLS.intersection(body[:512]) else "text"
+    return "bytes" if _CONTROL_BYTES.intersection(body[:512]) else "text"
 
 
-def byte_order_mark(body: bytes) -> tuple[bytes, str]:
+def find_byte_order_mark(body: bytes) -> tuple[bytes, str]:
     """The mark and the encoding that it says, or nothing."""
-    return next(((mark, name) for mark, name in _MARKS if body.startswith(mark)), (b"", ""))
+    return next(((mark, name) for mark, name in _BYTE_ORDER_MARKS if body.startswith(mark)), (b"", ""))
 
 
-def text(body: bytes, charset: str) -> str | None:
+def decode_text(body: bytes, charset: str) -> str | None:
     """The body's characters without a byte order mark; nothing where it is no text of that charset."""
-    mark, marked = byte_order_mark(body)
-    for name in (marked, charset, "utf-8"):
-        if not name:
+    mark, mark_encoding = find_byte_order_mark(body)
+    for encoding in (mark_encoding, charset, "utf-8"):
+        if not encoding:
             continue
         try:
-            if not codecs.lookup(name).name.startswith(_CHARSETS):
+            if not codecs.lookup(encoding).name.startswith(_CHARSET_PREFIXES):
                 continue
-            return body[len(mark) if name == marked == "utf-8" else 0 :].decode(name)
+            return body[len(mark) if encoding == mark_encoding == "utf-8" else 0 :].decode(encoding)
         except (UnicodeDecodeError, LookupError, ValueError):
             continue
     return None

@@ -43,211 +43,256 @@ from dataclasses import dataclass, field, replace
 from math import exp, inf, log, log1p
 from typing import Literal
 
-from abreast_sidecar.compare.sequence import ANYWHERE, Prior, evidence_above, least, log_ratio
+from abreast_sidecar.compare.sequence import JEFFREYS_PRIOR, Prior, evidence_above, find_least, log_ratio
 
-FLOOR = 0.002  # of the requests: rarer noise is taken for a finding
-LEANING_FLOOR = 0.01  # the same for noise in which new is always the greater, or always the smaller
+MIN_NOISE_RATE = 0.002  # of the requests: rarer noise is taken for a finding
+MIN_DIRECTIONAL_NOISE_RATE = (
+    0.01  # the same for noise in which new is always the greater, or always the smaller
+)
 HALF = 0.5
-DOUBT = 5.0  # an e-value above which a path that old shows too is not called noise any more
+NOISE_DOUBT_E_VALUE = 5.0  # an e-value above which a path that old shows too is not called noise any more
 
-State = Literal["real", "noise", "undecided"]
+NoiseState = Literal["real", "noise", "undecided"]
 
-_RATES = Prior(((0.5, 500.0), (0.5, 50.0), (0.5, 0.5)))  # a difference in a thousand, in a hundred, anywhere
-_ONE_WAY = Prior(((0.05, 0.05),))  # nearly all to one side, either
-_TRUST = 0.75  # of the weight is on the lean, the rest on there being none
+_RATE_PRIOR = Prior(
+    ((0.5, 500.0), (0.5, 50.0), (0.5, 0.5))
+)  # a difference in a thousand, in a hundred, anywhere
+_DIRECTION_PRIOR = Prior(((0.05, 0.05),))  # nearly all to one side, either
+_DIRECTION_WEIGHT = 0.75  # of the weight is on the lean, the rest on there being none
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class DifferenceCounts:
     """Of one place, over one window; where it was seen at all, in either stream."""
 
     compared: int  # pairs of old and new
-    differs: int
+    differing: int
     baseline_compared: int  # pairs of old and its copy
-    baseline_differs: int
+    baseline_differing: int
     explained: int = 0  # of `differs`, those whose values' shapes explain them
     new_greater: int = 0  # of `differs`: the lean. Absent and null are the least, then numbers, then text
     new_smaller: int = 0
     # Noise of this kind may come in fewer than FLOOR of the requests: values with long tails.
-    rare: bool = field(default=False, kw_only=True)
+    is_rare: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Far:
+class MagnitudeShift:
     """Of one place with numbers: pairs of which the second is more than twice the first, and less than half of it."""
 
     compared: int
-    more: int
-    less: int
+    far_greater: int
+    far_smaller: int
     baseline_compared: int
-    baseline_more: int
-    baseline_less: int
+    baseline_far_greater: int
+    baseline_far_smaller: int
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    state: State
+class NoiseDecision:
+    state: NoiseState
     reason: str
     p_value: (
         float  # valid at any look: the inverse of the e-value, not yet corrected for the number of places
     )
-    copies_needed: (
+    baseline_pairs_needed: (
         int | None
     )  # further baseline copies until it is expected to be decided; None: decided, or no number
 
 
-def decide(places: Sequence[Counts | Far], alpha: float, floor: float = FLOOR) -> list[Decision]:
+def classify_differences(
+    all_counts: Sequence[DifferenceCounts | MagnitudeShift], alpha: float, floor: float = MIN_NOISE_RATE
+) -> list[NoiseDecision]:
     """Decide about all places of one endpoint together, or of a service; any false finding at most at `alpha`."""
-    logs = [evidence_far(place) if isinstance(place, Far) else evidence(place, floor) for place in places]
-    bar = _bar(logs, alpha)
+    log_evidences = [
+        magnitude_evidence(counts)
+        if isinstance(counts, MagnitudeShift)
+        else difference_evidence(counts, floor)
+        for counts in all_counts
+    ]
+    threshold = _find_threshold(log_evidences, alpha)
     return [
-        _decision_far(place, one, bar) if isinstance(place, Far) else _decision(place, one, bar, floor)
-        for place, one in zip(places, logs, strict=True)
+        _make_magnitude_decision(counts, log_evidence, threshold)
+        if isinstance(counts, MagnitudeShift)
+        else _make_decision(counts, log_evidence, threshold, floor)
+        for counts, log_evidence in zip(all_counts, log_evidences, strict=True)
     ]
 
 
-def evidence_far(place: Far) -> float:
+def magnitude_evidence(shift: MagnitudeShift) -> float:
     """The logarithm of the e-value against "new is no more often far above than far below, or its copies are as often"."""
-    new, copies = (place.more, place.less), (place.baseline_more, place.baseline_less)
-    sides = _one_way(place, new, copies), _one_way(place, new[::-1], copies[::-1])
-    return _mean(*sides)
+    new, copies = (
+        (shift.far_greater, shift.far_smaller),
+        (shift.baseline_far_greater, shift.baseline_far_smaller),
+    )
+    directions = (
+        _directional_evidence(shift, new, copies),
+        _directional_evidence(shift, new[::-1], copies[::-1]),
+    )
+    return _mean_evidence(*directions)
 
 
-def _one_way(place: Far, new: tuple[int, int], copies: tuple[int, int]) -> float:
+def _directional_evidence(shift: MagnitudeShift, new: tuple[int, int], copies: tuple[int, int]) -> float:
     """Both counts begin with those of this side."""
-    lopsided = evidence_above(new[0], sum(new), HALF)
-    if not place.baseline_compared:
-        return lopsided
-    often = Counts(place.compared, new[0], place.baseline_compared, copies[0])
-    mostly = Counts(sum(new), new[0], sum(copies), copies[0])
-    return min(lopsided, _mean(_more_often(often), _more_often(mostly)))
+    imbalance = evidence_above(new[0], sum(new), HALF)
+    if not shift.baseline_compared:
+        return imbalance
+    pair_counts = DifferenceCounts(shift.compared, new[0], shift.baseline_compared, copies[0])
+    direction_counts = DifferenceCounts(sum(new), new[0], sum(copies), copies[0])
+    return min(
+        imbalance, _mean_evidence(_frequency_evidence(pair_counts), _frequency_evidence(direction_counts))
+    )
 
 
-def _more_often(place: Counts) -> float:
-    if place.differs * place.baseline_compared <= place.baseline_differs * place.compared:
+def _frequency_evidence(counts: DifferenceCounts) -> float:
+    if counts.differing * counts.baseline_compared <= counts.baseline_differing * counts.compared:
         return -inf
-    return _apart(place) - _together(place, 0.0)
+    return _separate_rates_likelihood(counts) - _common_rate_likelihood(counts, 0.0)
 
 
-def evidence(place: Counts, floor: float = FLOOR) -> float:
+def difference_evidence(counts: DifferenceCounts, floor: float = MIN_NOISE_RATE) -> float:
     """The logarithm of the e-value against "old differs from itself as often"; -inf where new does so more rarely."""
-    if not place.differs:
+    if not counts.differing:
         return -inf
-    if place.rare:
+    if counts.is_rare:
         floor = 0.0
-    if not place.baseline_compared:
-        return -inf if place.explained else _mean(_lean(place), _apart(place) - _together(place, floor))
-    if place.differs * place.baseline_compared <= place.baseline_differs * place.compared:
+    if not counts.baseline_compared:
+        return (
+            -inf
+            if counts.explained
+            else _mean_evidence(
+                _direction_evidence(counts),
+                _separate_rates_likelihood(counts) - _common_rate_likelihood(counts, floor),
+            )
+        )
+    if counts.differing * counts.baseline_compared <= counts.baseline_differing * counts.compared:
         return -inf
-    counted = _apart(place) - _together(place, floor)
-    if place.baseline_differs or place.explained:
-        return counted
-    return min(_apart(place) - _together(place, max(floor, LEANING_FLOOR)), counted + _leaning(place))
+    count_evidence = _separate_rates_likelihood(counts) - _common_rate_likelihood(counts, floor)
+    if counts.baseline_differing or counts.explained:
+        return count_evidence
+    return min(
+        _separate_rates_likelihood(counts)
+        - _common_rate_likelihood(counts, max(floor, MIN_DIRECTIONAL_NOISE_RATE)),
+        count_evidence + _weighted_direction_evidence(counts),
+    )
 
 
-def _apart(place: Counts) -> float:
+def _separate_rates_likelihood(counts: DifferenceCounts) -> float:
     """Each stream with a rate of its own; half of the weight is on an old that never differs from itself."""
-    quiet = place.compared - place.differs
-    copies, seen = place.baseline_compared, place.baseline_differs
-    new = _RATES.log_marginal(place.differs, quiet)
-    old = _RATES.log_marginal(seen, copies - seen)
-    return new + (log((1 + exp(old)) / 2) if not seen else old - log(2))
+    equal_pairs = counts.compared - counts.differing
+    copies, baseline_differing = counts.baseline_compared, counts.baseline_differing
+    new = _RATE_PRIOR.log_marginal(counts.differing, equal_pairs)
+    old = _RATE_PRIOR.log_marginal(baseline_differing, copies - baseline_differing)
+    return new + (log((1 + exp(old)) / 2) if not baseline_differing else old - log(2))
 
 
-def _together(place: Counts, floor: float) -> float:
+def _common_rate_likelihood(counts: DifferenceCounts, floor: float) -> float:
     """The greatest likelihood of one rate for both."""
-    differ = place.differs + place.baseline_differs
-    quiet = place.compared + place.baseline_compared - differ
-    rate = differ / (differ + quiet)
-    if not place.baseline_differs:
+    differing = counts.differing + counts.baseline_differing
+    equal_pairs = counts.compared + counts.baseline_compared - differing
+    rate = differing / (differing + equal_pairs)
+    if not counts.baseline_differing:
         rate = max(rate, floor)
-    return differ * log(rate) + (quiet * log1p(-rate) if quiet else 0.0)
+    return differing * log(rate) + (equal_pairs * log1p(-rate) if equal_pairs else 0.0)
 
 
-def _mean(one: float, other: float) -> float:
+def _mean_evidence(first: float, second: float) -> float:
     """Of two e-values, as logarithms: an e-value whatever their dependence."""
-    return _weighed(one, other) - log(2)
+    return _log_sum(first, second) - log(2)
 
 
-def _lean(place: Counts) -> float:
-    leaning = place.new_greater + place.new_smaller
-    return log_ratio(place.new_greater, leaning, 0.5, ANYWHERE) if leaning else -inf
+def _direction_evidence(counts: DifferenceCounts) -> float:
+    directed = counts.new_greater + counts.new_smaller
+    return log_ratio(counts.new_greater, directed, 0.5, JEFFREYS_PRIOR) if directed else -inf
 
 
-def _leaning(place: Counts) -> float:
+def _weighted_direction_evidence(counts: DifferenceCounts) -> float:
     """As `_lean`, and little lost where there is none: a defect may be as often the one as the other."""
-    leaning = place.new_greater + place.new_smaller
-    if not leaning:
+    directed = counts.new_greater + counts.new_smaller
+    if not directed:
         return 0.0
-    told = log_ratio(place.new_greater, leaning, 0.5, _ONE_WAY)
-    return _weighed(told + log(_TRUST), log(1 - _TRUST))
+    log_likelihood_ratio = log_ratio(counts.new_greater, directed, 0.5, _DIRECTION_PRIOR)
+    return _log_sum(log_likelihood_ratio + log(_DIRECTION_WEIGHT), log(1 - _DIRECTION_WEIGHT))
 
 
-def _weighed(one: float, other: float) -> float:
+def _log_sum(first: float, second: float) -> float:
     """The logarithm of the sum."""
-    top = max(one, other)
-    if top == -inf:
-        return top
-    return top + log1p(exp(min(one, other) - top))
+    largest = max(first, second)
+    if largest == -inf:
+        return largest
+    return largest + log1p(exp(min(first, second) - largest))
 
 
-def _bar(logs: Sequence[float], alpha: float) -> float:
+def _find_threshold(log_evidences: Sequence[float], alpha: float) -> float:
     """e-BH: the evidence that the most places share of which each has places/alpha, divided by how many they are."""
-    ordered = sorted(logs, reverse=True)
-    for many in range(len(ordered), 0, -1):
-        bar = log(len(ordered) / (alpha * many))
-        if ordered[many - 1] >= bar:
-            return bar
+    ordered = sorted(log_evidences, reverse=True)
+    for count in range(len(ordered), 0, -1):
+        threshold = log(len(ordered) / (alpha * count))
+        if ordered[count - 1] >= threshold:
+            return threshold
     return log(len(ordered) / alpha) if ordered else inf
 
 
-def _decision(place: Counts, one: float, bar: float, floor: float) -> Decision:
-    p_value = exp(-one) if one > 0 else 1.0
-    if one >= bar:
-        return Decision("real", f"{_said(place)}: more than chance", p_value, None)
-    if place.baseline_differs and one < log(DOUBT):
-        return Decision("noise", _said(place), p_value, None)
-    if place.differs and place.explained == place.differs:
-        return Decision("noise", f"{_said(place)}; the shape of all values explains it", p_value, None)
-    if not place.differs:
-        return Decision("noise", _said(place), p_value, None)
-    return _undecided(place, bar, p_value, floor)
+def _make_decision(
+    counts: DifferenceCounts, log_evidence: float, threshold: float, floor: float
+) -> NoiseDecision:
+    p_value = exp(-log_evidence) if log_evidence > 0 else 1.0
+    if log_evidence >= threshold:
+        return NoiseDecision("real", f"{_describe_counts(counts)}: more than chance", p_value, None)
+    if counts.baseline_differing and log_evidence < log(NOISE_DOUBT_E_VALUE):
+        return NoiseDecision("noise", _describe_counts(counts), p_value, None)
+    if counts.differing and counts.explained == counts.differing:
+        return NoiseDecision(
+            "noise", f"{_describe_counts(counts)}; the shape of all values explains it", p_value, None
+        )
+    if not counts.differing:
+        return NoiseDecision("noise", _describe_counts(counts), p_value, None)
+    return _make_undecided(counts, threshold, p_value, floor)
 
 
-def _decision_far(place: Far, one: float, bar: float) -> Decision:
-    said = f"new is more than twice old in {place.more} of {place.compared}, less than half in {place.less}"
-    p_value = exp(-one) if one > 0 else 1.0
-    if one >= bar:
-        return Decision("real", f"{said}: more than chance", p_value, None)
-    return Decision("noise", said, p_value, None)
+def _make_magnitude_decision(shift: MagnitudeShift, log_evidence: float, threshold: float) -> NoiseDecision:
+    summary = f"new is more than twice old in {shift.far_greater} of {shift.compared}, less than half in {shift.far_smaller}"
+    p_value = exp(-log_evidence) if log_evidence > 0 else 1.0
+    if log_evidence >= threshold:
+        return NoiseDecision("real", f"{summary}: more than chance", p_value, None)
+    return NoiseDecision("noise", summary, p_value, None)
 
 
-def _undecided(place: Counts, bar: float, p_value: float, floor: float) -> Decision:
-    if not place.baseline_compared:
+def _make_undecided(
+    counts: DifferenceCounts, threshold: float, p_value: float, floor: float
+) -> NoiseDecision:
+    if not counts.baseline_compared:
         advice = "send a share of the requests to old twice, or make a rule"
-        return Decision("undecided", f"{_said(place)}; to settle it, {advice}", p_value, None)
-    needed = copies_needed(place, bar, floor)
-    more = (
+        return NoiseDecision(
+            "undecided", f"{_describe_counts(counts)}; to settle it, {advice}", p_value, None
+        )
+    pairs_needed = estimate_baseline_pairs_needed(counts, threshold, floor)
+    hint = (
         ""
-        if needed is None
-        else f"; about {needed} more baseline copies without a difference would settle it"
+        if pairs_needed is None
+        else f"; about {pairs_needed} more baseline copies without a difference would settle it"
     )
-    return Decision("undecided", f"{_said(place)}: too few to tell{more}", p_value, needed)
+    return NoiseDecision(
+        "undecided", f"{_describe_counts(counts)}: too few to tell{hint}", p_value, pairs_needed
+    )
 
 
-def copies_needed(place: Counts, bar: float, floor: float = FLOOR) -> int | None:
+def estimate_baseline_pairs_needed(
+    counts: DifferenceCounts, threshold: float, floor: float = MIN_NOISE_RATE
+) -> int | None:
     """Further baseline copies, none of which differs, that lift the evidence to `bar` if all else stays."""
-    return least(
-        lambda more: evidence(_with_copies(place, more), floor) >= bar, most=10 * place.compared + 1000
+    return find_least(
+        lambda extra: difference_evidence(_add_baseline_pairs(counts, extra), floor) >= threshold,
+        maximum=10 * counts.compared + 1000,
     )
 
 
-def _with_copies(place: Counts, more: int) -> Counts:
-    return replace(place, baseline_compared=place.baseline_compared + more)
+def _add_baseline_pairs(counts: DifferenceCounts, extra: int) -> DifferenceCounts:
+    return replace(counts, baseline_compared=counts.baseline_compared + extra)
 
 
-def _said(place: Counts) -> str:
-    new = f"new differs in {place.differs} of {place.compared}"
-    if not place.baseline_compared:
+def _describe_counts(counts: DifferenceCounts) -> str:
+    new = f"new differs in {counts.differing} of {counts.compared}"
+    if not counts.baseline_compared:
         return f"{new}, and old was never compared with itself"
-    return f"{new}, old from itself in {place.baseline_differs} of {place.baseline_compared}"
+    return f"{new}, old from itself in {counts.baseline_differing} of {counts.baseline_compared}"

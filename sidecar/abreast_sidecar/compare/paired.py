@@ -13,22 +13,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
-from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, Timing, fair, percentile
-from abreast_sidecar.compare.sequence import ANYWHERE, least, log_ratio
+from abreast_sidecar.compare.latency import (
+    COLD_PAIR_SHARE,
+    MIN_COLD_PAIRS,
+    Timing,
+    percentile,
+    select_like_for_like,
+)
+from abreast_sidecar.compare.sequence import JEFFREYS_PRIOR, find_least, log_ratio
 
-SIDES = (0.5, 0.9, 0.95, 0.99)
-SHARES = (0.1, 0.5, 0.9, 0.99)
+VERSION_QUANTILES = (0.5, 0.9, 0.95, 0.99)
+PAIRED_QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class VersionPercentiles:
     share: float
     old_us: int
     new_us: int
 
 
 @dataclass(frozen=True, slots=True)
-class Quantile:
+class QuantileInterval:
     """`low` and `high` are None where there are too few pairs to say."""
 
     share: float
@@ -38,65 +44,73 @@ class Quantile:
 
 
 @dataclass(frozen=True, slots=True)
-class Paired:
+class PairedLatency:
     """`copies`: so many pairs the differences and ratios are of, both answers being copies; 0 where they are of all pairs."""
 
     pairs: int
-    sides: tuple[Side, ...] = ()
-    differences_us: tuple[Quantile, ...] = ()
-    ratios: tuple[Quantile, ...] = ()
+    percentiles: tuple[VersionPercentiles, ...] = ()
+    differences_us: tuple[QuantileInterval, ...] = ()
+    ratios: tuple[QuantileInterval, ...] = ()
     copies: int = 0
 
 
-def split(timings: Sequence[Timing]) -> tuple[list[Timing], list[Timing]]:
+def split_cold_pairs(timings: Sequence[Timing]) -> tuple[list[Timing], list[Timing]]:
     """Cold and warm, of pairs in the order of their arrival: the first of each release are cold."""
-    times: dict[str, int] = {}
-    for one in timings:
-        times[one.release] = times.get(one.release, 0) + 1
-    left = {release: max(COLD_PAIRS, -int(-many * COLD_SHARE // 1)) for release, many in times.items()}
-    cold: list[Timing] = []
-    warm: list[Timing] = []
-    for one in timings:
-        left[one.release] -= 1
-        (warm if left[one.release] < 0 else cold).append(one)
-    return cold, warm
+    pair_counts: dict[str, int] = {}
+    for timing in timings:
+        pair_counts[timing.release] = pair_counts.get(timing.release, 0) + 1
+    cold_pairs_left = {
+        release: max(MIN_COLD_PAIRS, -int(-pair_count * COLD_PAIR_SHARE // 1))
+        for release, pair_count in pair_counts.items()
+    }
+    cold_timings: list[Timing] = []
+    warm_timings: list[Timing] = []
+    for timing in timings:
+        cold_pairs_left[timing.release] -= 1
+        (warm_timings if cold_pairs_left[timing.release] < 0 else cold_timings).append(timing)
+    return cold_timings, warm_timings
 
 
-def paired(timings: Sequence[Timing], confidence: float) -> Paired:
+def measure_paired_latency(timings: Sequence[Timing], confidence: float) -> PairedLatency:
     if not timings:
-        return Paired(0)
-    old, new = sorted(one.old_us for one in timings), sorted(one.new_us for one in timings)
-    beside = fair(timings)
-    differences = sorted(float(one.new_us - one.old_us) for one in beside)
-    ratios = sorted((one.new_us + 1) / (one.old_us + 1) for one in beside)
-    bounds = {share: ranks(len(beside), share, 1 - confidence) for share in SHARES}
-    return Paired(
+        return PairedLatency(0)
+    old, new = sorted(timing.old_us for timing in timings), sorted(timing.new_us for timing in timings)
+    sample = select_like_for_like(timings)
+    differences = sorted(float(timing.new_us - timing.old_us) for timing in sample)
+    ratios = sorted((timing.new_us + 1) / (timing.old_us + 1) for timing in sample)
+    bounds = {share: find_quantile_ranks(len(sample), share, 1 - confidence) for share in PAIRED_QUANTILES}
+    return PairedLatency(
         pairs=len(timings),
-        sides=tuple(Side(share, percentile(old, share), percentile(new, share)) for share in SIDES),
-        differences_us=tuple(_quantile(differences, share, *bounds[share]) for share in SHARES),
-        ratios=tuple(_quantile(ratios, share, *bounds[share]) for share in SHARES),
-        copies=0 if beside is timings else len(beside),
+        percentiles=tuple(
+            VersionPercentiles(share, percentile(old, share), percentile(new, share))
+            for share in VERSION_QUANTILES
+        ),
+        differences_us=tuple(
+            _make_quantile_interval(differences, share, *bounds[share]) for share in PAIRED_QUANTILES
+        ),
+        ratios=tuple(_make_quantile_interval(ratios, share, *bounds[share]) for share in PAIRED_QUANTILES),
+        copies=0 if sample is timings else len(sample),
     )
 
 
-def _quantile(ordered: Sequence[float], share: float, low: int, high: int) -> Quantile:
-    place = max(0, -int(-len(ordered) * share // 1) - 1)
-    return Quantile(
+def _make_quantile_interval(ordered: Sequence[float], share: float, low: int, high: int) -> QuantileInterval:
+    index = max(0, -int(-len(ordered) * share // 1) - 1)
+    return QuantileInterval(
         share,
-        ordered[place],
+        ordered[index],
         ordered[low - 1] if low >= 1 else None,
         ordered[high] if high < len(ordered) else None,
     )
 
 
-def ranks(n: int, share: float, alpha: float) -> tuple[int, int]:
+def find_quantile_ranks(n: int, share: float, alpha: float) -> tuple[int, int]:
     """The fewest and the most of `n` values that may lie below the quantile."""
-    bar = -log(alpha)
+    threshold = -log(alpha)
 
-    def refuted(below: int) -> bool:
-        return log_ratio(below, n, share, ANYWHERE) >= bar
+    def is_refuted(below: int) -> bool:
+        return log_ratio(below, n, share, JEFFREYS_PRIOR) >= threshold
 
     middle = round(n * share)
-    down = least(lambda step: step > middle or refuted(middle - step), most=n + 1)
-    up = least(lambda step: step > n - middle or refuted(middle + step), most=n + 1)
-    return middle - (down or 0) + 1, middle + (up or 0) - 1
+    steps_down = find_least(lambda step: step > middle or is_refuted(middle - step), maximum=n + 1)
+    steps_up = find_least(lambda step: step > n - middle or is_refuted(middle + step), maximum=n + 1)
+    return middle - (steps_down or 0) + 1, middle + (steps_up or 0) - 1

@@ -17,14 +17,14 @@ from abreast_sidecar.compare.difference import Difference, Kind, Part
 
 Action = Literal["ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage"]
 ACTIONS: tuple[Action, ...] = ("ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage")
-MAX_PATTERN = 500  # characters
-MAX_ANY_DEPTH = 4  # `**` in a pattern
-TOLERATED = frozenset({"changed", "format", "range"})  # kinds of two values that may be close
-MAX_SUBJECTS = 4096  # kinds of answers for which is remembered which rules apply
+MAX_PATTERN_CHARS = 500  # characters
+MAX_RECURSIVE_WILDCARDS = 4  # `**` in a pattern
+TOLERABLE_KINDS = frozenset({"changed", "format", "range"})  # kinds of two values that may be close
+MAX_CACHED_SCOPES = 4096  # kinds of answers for which is remembered which rules apply
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class RuleScope:
     """What a rule may be limited to: whose answers these are."""
 
     service: str = ""
@@ -58,11 +58,11 @@ class Rule:
     owner: str = ""
     expires: dt.date | None = None  # the first day on which it no longer holds
 
-    def applies(self, subject: Subject) -> bool:
+    def applies(self, scope: RuleScope) -> bool:
         return (
-            self.applies_to(subject.service, subject.endpoint)
-            and self.applies_to_release(subject.new_release)
-            and status_matches(self.status, subject.statuses)
+            self.applies_to(scope.service, scope.endpoint)
+            and self.applies_to_release(scope.new_release)
+            and matches_statuses(self.status, scope.statuses)
         )
 
     def applies_to(self, service: str, endpoint: str) -> bool:
@@ -72,24 +72,24 @@ class Rule:
         return _matches(self.release, release)
 
     @property
-    def by_place(self) -> bool:
+    def is_value_independent(self) -> bool:
         """Whether part, path and kind decide alone, so that it can be applied where the values are not known any more."""
         return self.action == "ignore" or (self.action == "expect" and not (self.has_old or self.has_new))
 
     @property
-    def of_answers(self) -> bool:
+    def affects_differences(self) -> bool:
         """Whether it says something of differences; else it is the verdict's alone."""
         return self.action != "waive-coverage"
 
-    def touches(self, part: str, path: str, kind: str) -> bool:
+    def may_match(self, part: str, path: str, kind: str) -> bool:
         """Whether there are values of such a difference that it explains; for keyed-by, also that it makes vanish."""
-        if not self.of_answers:
+        if not self.affects_differences:
             return False
         if (self.part is not None and self.part != part) or (self.kind is not None and self.kind != kind):
             return False
         if self.action == "keyed-by":
-            return path_pattern(self.path, below=True).fullmatch(path) is not None
-        if (self.action == "tolerate" and kind not in TOLERATED) or (
+            return compile_path_pattern(self.path, include_descendants=True).fullmatch(path) is not None
+        if (self.action == "tolerate" and kind not in TOLERABLE_KINDS) or (
             self.action == "unordered" and kind != "order"
         ):
             return False
@@ -97,7 +97,7 @@ class Rule:
 
     def explains(self, difference: Difference) -> bool:
         """Whether the rule covers a difference in an answer that it applies to."""
-        if not self.of_answers:
+        if not self.affects_differences:
             return False
         if (self.part is not None and self.part != difference.part) or (
             self.kind is not None and self.kind != difference.kind
@@ -106,159 +106,162 @@ class Rule:
         if self.path and not self._covers(difference.part, difference.path):
             return False
         if self.action == "tolerate":
-            return difference.kind in TOLERATED and self._tolerates(difference)
+            return difference.kind in TOLERABLE_KINDS and self._tolerates(difference)
         if self.action in {"unordered", "keyed-by"}:
             return difference.kind == "order"
-        return self.action == "ignore" or self._expected(difference)
+        return self.action == "ignore" or self._is_expected(difference)
 
     def _covers(self, part: str, path: str) -> bool:
         if part == "header":
             return _matches(self.path.lower(), path.lower())
         exactly = self.action in {"unordered", "keyed-by"}
-        return path_pattern(self.path, below=not exactly).fullmatch(path) is not None
+        return compile_path_pattern(self.path, include_descendants=not exactly).fullmatch(path) is not None
 
     def _tolerates(self, difference: Difference) -> bool:
-        old, new = _number(difference.old), _number(difference.new)
+        old, new = _parse_number(difference.old), _parse_number(difference.new)
         if old is None or new is None:
             return False
-        apart = abs(new - old)
-        return (self.absolute is not None and apart <= self.absolute * (1 + 1e-9)) or (
-            self.relative is not None and apart <= self.relative * abs(old) * (1 + 1e-9)
+        distance = abs(new - old)
+        return (self.absolute is not None and distance <= self.absolute * (1 + 1e-9)) or (
+            self.relative is not None and distance <= self.relative * abs(old) * (1 + 1e-9)
         )
 
-    def _expected(self, difference: Difference) -> bool:
-        return (not self.has_old or _same(difference.old, self.old)) and (
-            not self.has_new or _same(difference.new, self.new)
+    def _is_expected(self, difference: Difference) -> bool:
+        return (not self.has_old or _equals_json(difference.old, self.old)) and (
+            not self.has_new or _equals_json(difference.new, self.new)
         )
 
 
 @dataclass(frozen=True, slots=True)
 class RuleSet:
     rules: tuple[Rule, ...] = ()
-    keyed: tuple[Rule, ...] = field(init=False, default=())
-    _applying: dict[tuple[object, ...], RuleSet] = field(
+    keyed_by_rules: tuple[Rule, ...] = field(init=False, default=())
+    _by_scope: dict[tuple[object, ...], RuleSet] = field(
         init=False, default_factory=dict, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keyed", tuple(rule for rule in self.rules if rule.action == "keyed-by"))
+        object.__setattr__(
+            self, "keyed_by_rules", tuple(rule for rule in self.rules if rule.action == "keyed-by")
+        )
 
     def __bool__(self) -> bool:
         return bool(self.rules)
 
-    def of(self, subject: Subject) -> RuleSet:
+    def for_scope(self, scope: RuleScope) -> RuleSet:
         """Only those that apply. Remembered: few endpoints, releases and statuses make most of the traffic."""
-        key = (subject.service, subject.endpoint, subject.new_release, subject.statuses)
-        found = self._applying.get(key)
-        if found is None:
-            if len(self._applying) >= MAX_SUBJECTS:
-                self._applying.clear()
-            found = RuleSet(tuple(rule for rule in self.rules if rule.applies(subject)))
-            self._applying[key] = found
-        return found
+        key = (scope.service, scope.endpoint, scope.new_release, scope.statuses)
+        rule_set = self._by_scope.get(key)
+        if rule_set is None:
+            if len(self._by_scope) >= MAX_CACHED_SCOPES:
+                self._by_scope.clear()
+            rule_set = RuleSet(tuple(rule for rule in self.rules if rule.applies(scope)))
+            self._by_scope[key] = rule_set
+        return rule_set
 
-    def on(self, day: dt.date) -> RuleSet:
+    def active_on(self, day: dt.date) -> RuleSet:
         """Only those that hold on a day."""
         return RuleSet(tuple(rule for rule in self.rules if rule.expires is None or day < rule.expires))
 
-    def identity(self, path: str) -> str:
+    def find_identity_field(self, path: str) -> str:
         """The field that identifies the elements of the array at a generalised path, or nothing."""
-        for rule in self.keyed:
-            if not rule.path or path_pattern(rule.path, below=False).fullmatch(path):
+        for rule in self.keyed_by_rules:
+            if not rule.path or compile_path_pattern(rule.path, include_descendants=False).fullmatch(path):
                 return rule.by
         return ""
 
     def explain(self, differences: Iterable[Difference]) -> list[Difference]:
         """The same differences; those that a rule covers carry its name."""
-        return [self._explained(difference) for difference in differences]
+        return [self._explain(difference) for difference in differences]
 
-    def _explained(self, difference: Difference) -> Difference:
+    def _explain(self, difference: Difference) -> Difference:
         rule = next((rule for rule in self.rules if rule.explains(difference)), None)
         if rule is None:
             return difference
         return replace(difference, explained_by=rule.name)
 
 
-_STEP = r"(?:\.\*|\.\$|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"
-_TOKENS = re.compile(
+_STEP_PATTERN = r"(?:\.\*|\.\$|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"
+_PATTERN_TOKENS = re.compile(
     r"(?P<any>\.\*\*|\*\*)|(?P<key>\.\*)|(?P<index>\[\*?\])|(?P<exact>\[\d+\])|(?P<part>[^*\[.]+|.)",
     re.DOTALL,
 )
 
 
 @lru_cache(maxsize=4096)
-def path_pattern(pattern: str, *, below: bool) -> re.Pattern[str]:
+def compile_path_pattern(pattern: str, *, include_descendants: bool) -> re.Pattern[str]:
     """A regular expression for generalised paths. `.*` is any one key, `[*]` any element, `.**` any steps or none."""
-    made = []
-    for found in _TOKENS.finditer(pattern):
-        if found["any"]:
-            made.append(f"{_STEP}*")
-        elif found["key"]:
-            made.append(_STEP)
-        elif found["index"] or found["exact"]:
-            made.append(r"\[\*\]")
+    pieces = []
+    for token in _PATTERN_TOKENS.finditer(pattern):
+        if token["any"]:
+            pieces.append(f"{_STEP_PATTERN}*")
+        elif token["key"]:
+            pieces.append(_STEP_PATTERN)
+        elif token["index"] or token["exact"]:
+            pieces.append(r"\[\*\]")
         else:
-            made.append(re.escape(found[0]))
-    return re.compile("".join(made) + (rf"(?:{_STEP})*" if below else ""))
+            pieces.append(re.escape(token[0]))
+    return re.compile("".join(pieces) + (rf"(?:{_STEP_PATTERN})*" if include_descendants else ""))
 
 
 @lru_cache(maxsize=4096)
-def _glob(pattern: str) -> re.Pattern[str]:
+def _compile_glob(pattern: str) -> re.Pattern[str]:
     # {id} in a route is itself; only * ? [ ] are special.
     return re.compile(translate(pattern))
 
 
 def _matches(pattern: str, text: str) -> bool:
-    return not pattern or pattern == text or _glob(pattern).match(text) is not None
+    return not pattern or pattern == text or _compile_glob(pattern).match(text) is not None
 
 
-def status_matches(pattern: str, statuses: tuple[int, int]) -> bool:
+def matches_statuses(pattern: str, statuses: tuple[int, int]) -> bool:
     """`404`: both are; `404->200`: what it was and is; `x` and `*` stand for any digit or code."""
     if not pattern:
         return True
     before, arrow, after = pattern.partition("->")
     return all(
-        _code(wanted, status)
-        for wanted, status in zip((before, after if arrow else before), statuses, strict=True)
+        _matches_code(expected, status)
+        for expected, status in zip((before, after if arrow else before), statuses, strict=True)
     )
 
 
-def _code(wanted: str, status: int) -> bool:
+def _matches_code(expected: str, status: int) -> bool:
     text = str(status)
-    wanted = wanted.strip().lower()
-    return wanted == "*" or (
-        len(wanted) == len(text) and all(one in {"x", other} for one, other in zip(wanted, text, strict=True))
+    expected = expected.strip().lower()
+    return expected == "*" or (
+        len(expected) == len(text)
+        and all(expected_char in {"x", char} for expected_char, char in zip(expected, text, strict=True))
     )
 
 
-def _number(text: str | None) -> float | None:
+def _parse_number(text: str | None) -> float | None:
     """The number that a JSON text is; a string may hold one, or a moment (in seconds)."""
-    value = _value(text)
+    value = _parse_json(text)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         return float(value)
     except (ValueError, OverflowError):
-        return _seconds(value) if isinstance(value, str) else None
+        return _parse_seconds(value) if isinstance(value, str) else None
 
 
-def _seconds(text: str) -> float | None:
+def _parse_seconds(text: str) -> float | None:
     try:
-        moment = dt.datetime.fromisoformat(text)
+        timestamp = dt.datetime.fromisoformat(text)
     except ValueError:
         return None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)).timestamp()
+    return (timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=dt.UTC)).timestamp()
 
 
-def _value(text: str | None) -> Any:
+def _parse_json(text: str | None) -> Any:
     try:
         return None if text is None else orjson.loads(text)
     except orjson.JSONDecodeError:  # cut, or no JSON
         return None
 
 
-def _same(text: str | None, wanted: Any) -> bool:
+def _equals_json(text: str | None, expected: Any) -> bool:
     if text is None:
         return False
-    value = _value(text)
-    return type(value) is type(wanted) and bool(value == wanted)
+    value = _parse_json(text)
+    return type(value) is type(expected) and bool(value == expected)

@@ -11,62 +11,62 @@ from typing import Any, get_args
 import yaml
 
 from abreast_sidecar.compare.difference import Kind, Part
-from abreast_sidecar.compare.rules import ACTIONS, MAX_ANY_DEPTH, MAX_PATTERN, Rule, RuleSet
+from abreast_sidecar.compare.rules import ACTIONS, MAX_PATTERN_CHARS, MAX_RECURSIVE_WILDCARDS, Rule, RuleSet
 
 MAX_RULES = 1000
-MAX_TEXT = 500  # characters of a field
-_STATUS = re.compile(r"([1-5x][0-9x]{2}|\*)(->([1-5x][0-9x]{2}|\*))?", re.IGNORECASE)
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
-_COVERS = ("path", "header", "status", "part")
-_WILD = frozenset("*?[")
-_OF_WAIVERS = frozenset({"name", "action", "endpoint", "service", "release", "reason", "owner", "expires"})
+MAX_FIELD_CHARS = 500  # characters of a field
+_STATUS_PATTERN = re.compile(r"([1-5x][0-9x]{2}|\*)(->([1-5x][0-9x]{2}|\*))?", re.IGNORECASE)
+_PERCENT_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+_COVERAGE_FIELDS = ("path", "header", "status", "part")
+_WILDCARDS = frozenset("*?[")
+_WAIVER_FIELDS = frozenset({"name", "action", "endpoint", "service", "release", "reason", "owner", "expires"})
 
 
 class RuleError(ValueError):
     """Says the file, the line, and what to write instead."""
 
 
-def load(text: str, name: str = "rules") -> RuleSet:
+def parse_rules(text: str, file_name: str = "rules") -> RuleSet:
     """`name`: of the file, for messages. Raise RuleError."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        line = f"{name}:{mark.line + 1}" if mark is not None else name
+        line = f"{file_name}:{mark.line + 1}" if mark is not None else file_name
         raise RuleError(f"{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if root is None:
         return RuleSet()
-    reader = _Reader(name)
-    top = reader.mapping(root, "the file")
-    reader.only(top, {"rules"}, "the file")
-    listed = top.get("rules")
-    if listed is None or not isinstance(listed[1], yaml.SequenceNode):
-        raise reader.error(listed[1] if listed else root, "rules must be a list")
-    if len(listed[1].value) > MAX_RULES:
-        raise reader.error(listed[1], f"at most {MAX_RULES} rules, got {len(listed[1].value)}")
-    return RuleSet(tuple(reader.rule(node, place) for place, node in enumerate(listed[1].value)))
+    reader = _DocumentReader(file_name)
+    entries = reader.read_mapping(root, "the file")
+    reader.check_fields(entries, {"rules"}, "the file")
+    rules_entry = entries.get("rules")
+    if rules_entry is None or not isinstance(rules_entry[1], yaml.SequenceNode):
+        raise reader.error(rules_entry[1] if rules_entry else root, "rules must be a list")
+    if len(rules_entry[1].value) > MAX_RULES:
+        raise reader.error(rules_entry[1], f"at most {MAX_RULES} rules, got {len(rules_entry[1].value)}")
+    return RuleSet(tuple(reader.read_rule(node, index) for index, node in enumerate(rules_entry[1].value)))
 
 
-def from_fields(fields: Mapping[str, Any]) -> Rule:
+def rule_from_dict(fields: Mapping[str, Any]) -> Rule:
     """A rule from the fields that it would have in a file. Raise RuleError, which names the field."""
-    said = {}
+    values = {}
     for name, value in fields.items():
-        if name not in {*_FIELDS, "header"}:
+        if name not in {*_FIELD_PARSERS, "header"}:
             raise RuleError(
-                f"a rule has no field {name!r}; known are {', '.join(sorted({*_FIELDS, 'header'}))}"
+                f"a rule has no field {name!r}; known are {', '.join(sorted({*_FIELD_PARSERS, 'header'}))}"
             )
-        said[name] = _field(name, value)
-    said.setdefault("name", "")
+        values[name] = _parse_field(name, value)
+    values.setdefault("name", "")
     try:
-        return _made(said)
+        return _make_rule(values)
     except RuleError as error:
         raise RuleError(f"the rule {error}") from None
 
 
-def fields_of(rule: Rule) -> dict[str, Any]:
+def rule_to_dict(rule: Rule) -> dict[str, Any]:
     """What a file would say of it, without what is not set; `from_fields` makes the same rule of it."""
     header = rule.part == "header" and rule.path
-    said: dict[str, Any] = {
+    values: dict[str, Any] = {
         "name": rule.name,
         "action": rule.action,
         "part": None if header or (rule.part == "body" and rule.path) else rule.part,
@@ -75,114 +75,118 @@ def fields_of(rule: Rule) -> dict[str, Any]:
         **{name: getattr(rule, name) for name in ("absolute", "relative", "reason", "owner")},
         "expires": rule.expires and rule.expires.isoformat(),
     }
-    said = {name: value for name, value in said.items() if value is not None and value != ""}
-    said |= {"old": rule.old} if rule.has_old else {}
-    return said | ({"new": rule.new} if rule.has_new else {})
+    values = {name: value for name, value in values.items() if value is not None and value != ""}
+    values |= {"old": rule.old} if rule.has_old else {}
+    return values | ({"new": rule.new} if rule.has_new else {})
 
 
-def _field(name: str, value: Any) -> Any:
+def _parse_field(name: str, value: Any) -> Any:
     try:
-        return _FIELDS["path" if name == "header" else name](value)
+        return _FIELD_PARSERS["path" if name == "header" else name](value)
     except RuleError as error:
         raise RuleError(f"{name} must be {error}, got {value!r}") from None
 
 
-Entry = tuple[yaml.Node, yaml.Node]  # a key and its value
+NodeEntry = tuple[yaml.Node, yaml.Node]  # a key and its value
 
 
 @dataclass(slots=True)
-class _Reader:
-    name: str
-    names: set[str] = field(default_factory=set)
+class _DocumentReader:
+    file_name: str
+    rule_names: set[str] = field(default_factory=set)
 
     def error(self, node: yaml.Node, message: str) -> RuleError:
-        return RuleError(f"{self.name}:{node.start_mark.line + 1}: {message}")
+        return RuleError(f"{self.file_name}:{node.start_mark.line + 1}: {message}")
 
-    def mapping(self, node: yaml.Node, what: str) -> dict[str, Entry]:
+    def read_mapping(self, node: yaml.Node, description: str) -> dict[str, NodeEntry]:
         if not isinstance(node, yaml.MappingNode):
-            raise self.error(node, f"{what} must be a mapping")
-        found: dict[str, Entry] = {}
+            raise self.error(node, f"{description} must be a mapping")
+        entries: dict[str, NodeEntry] = {}
         for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value in found:
-                raise self.error(key, f"{what} has a key twice, or one that is no text")
-            found[key.value] = (key, value)
-        return found
+            if not isinstance(key, yaml.ScalarNode) or key.value in entries:
+                raise self.error(key, f"{description} has a key twice, or one that is no text")
+            entries[key.value] = (key, value)
+        return entries
 
-    def only(self, entries: dict[str, Entry], known: set[str], what: str) -> None:
+    def check_fields(self, entries: dict[str, NodeEntry], allowed: set[str], description: str) -> None:
         for name, (key, _) in entries.items():
-            if name not in known:
-                raise self.error(key, f"{what} has no field {name!r}; known are {', '.join(sorted(known))}")
+            if name not in allowed:
+                raise self.error(
+                    key, f"{description} has no field {name!r}; known are {', '.join(sorted(allowed))}"
+                )
 
-    def rule(self, node: yaml.Node, place: int) -> Rule:
-        entries = self.mapping(node, f"rule {place + 1}")
-        self.only(entries, {*_FIELDS, "header"}, f"rule {place + 1}")
-        said = {name: self._read(name, value) for name, (_, value) in entries.items()}
-        said.setdefault("name", f"rule {place + 1}")
-        if said["name"] in self.names:
-            raise self.error(node, f"two rules are named {said['name']!r}")
-        self.names.add(said["name"])
+    def read_rule(self, node: yaml.Node, index: int) -> Rule:
+        entries = self.read_mapping(node, f"rule {index + 1}")
+        self.check_fields(entries, {*_FIELD_PARSERS, "header"}, f"rule {index + 1}")
+        values = {name: self._read_field(name, value) for name, (_, value) in entries.items()}
+        values.setdefault("name", f"rule {index + 1}")
+        if values["name"] in self.rule_names:
+            raise self.error(node, f"two rules are named {values['name']!r}")
+        self.rule_names.add(values["name"])
         try:
-            return _made(said)
+            return _make_rule(values)
         except RuleError as error:
-            raise self.error(node, f"rule {said['name']!r} {error}") from None
+            raise self.error(node, f"rule {values['name']!r} {error}") from None
 
-    def _read(self, name: str, node: yaml.Node) -> Any:
+    def _read_field(self, name: str, node: yaml.Node) -> Any:
         if not isinstance(node, yaml.ScalarNode):
             raise self.error(node, f"{name} must be a single value")
         value = yaml.SafeLoader("").construct_object(node, deep=True)
         try:
-            return _FIELDS["path" if name == "header" else name](value)
+            return _FIELD_PARSERS["path" if name == "header" else name](value)
         except RuleError as error:
             raise self.error(node, f"{name} must be {error}, got {node.value!r}") from None
 
 
-def _text(value: Any) -> str:
+def _parse_text(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)  # release: 2.0, status: 404
-    if not isinstance(value, str) or not value or len(value) > MAX_TEXT:
-        raise RuleError(f"text of 1 to {MAX_TEXT} characters")
+    if not isinstance(value, str) or not value or len(value) > MAX_FIELD_CHARS:
+        raise RuleError(f"text of 1 to {MAX_FIELD_CHARS} characters")
     return value
 
 
-def _pattern(value: Any) -> str:
-    text = _text(value)
-    if len(text) > MAX_PATTERN or text.count("**") > MAX_ANY_DEPTH:
-        raise RuleError(f"a pattern of at most {MAX_PATTERN} characters and {MAX_ANY_DEPTH} times **")
+def _parse_pattern(value: Any) -> str:
+    text = _parse_text(value)
+    if len(text) > MAX_PATTERN_CHARS or text.count("**") > MAX_RECURSIVE_WILDCARDS:
+        raise RuleError(
+            f"a pattern of at most {MAX_PATTERN_CHARS} characters and {MAX_RECURSIVE_WILDCARDS} times **"
+        )
     return text
 
 
-def _one_of(*known: str) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if value not in known:
-            raise RuleError(f"one of {', '.join(known)}")
+def _make_choice_parser(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise RuleError(f"one of {', '.join(choices)}")
         return str(value)
 
-    return read
+    return parse
 
 
-def _status(value: Any) -> str:
-    text = _text(value).replace(" ", "")
-    if not _STATUS.fullmatch(text):
+def _parse_status(value: Any) -> str:
+    text = _parse_text(value).replace(" ", "")
+    if not _STATUS_PATTERN.fullmatch(text):
         raise RuleError("a status such as 404, 4xx or 404->200")
     return text
 
 
-def _amount(value: Any) -> float:
+def _parse_amount(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise RuleError("a number that is not negative")
     return float(value)
 
 
-def share(value: Any) -> float:
-    percent = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+def parse_share(value: Any) -> float:
+    percent = _PERCENT_PATTERN.fullmatch(value) if isinstance(value, str) else None
     if percent:
         return float(percent[1]) / 100
     if isinstance(value, str):
         raise RuleError("a share such as 0.01 or 1%")
-    return _amount(value)
+    return _parse_amount(value)
 
 
-def _day(value: Any) -> dt.date:
+def _parse_day(value: Any) -> dt.date:
     if isinstance(value, str):
         try:
             return dt.date.fromisoformat(value)
@@ -193,73 +197,73 @@ def _day(value: Any) -> dt.date:
     return value
 
 
-def _any(value: Any) -> Any:
+def _parse_json_value(value: Any) -> Any:
     if isinstance(value, (dt.date, bytes)):
         raise RuleError("a JSON value; quote what looks like a date")
     return value
 
 
-_FIELDS: dict[str, Callable[[Any], Any]] = {
-    "name": _text,
-    "action": _one_of(*ACTIONS),
-    "part": _one_of(*get_args(Part)),
-    "path": _pattern,
-    "kind": _one_of(*get_args(Kind)),
-    "service": _text,
-    "endpoint": _text,
-    "status": _status,
-    "release": _text,
-    "by": _text,
-    "absolute": _amount,
-    "relative": share,
-    "old": _any,
-    "new": _any,
-    "reason": _text,
-    "owner": _text,
-    "expires": _day,
+_FIELD_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "name": _parse_text,
+    "action": _make_choice_parser(*ACTIONS),
+    "part": _make_choice_parser(*get_args(Part)),
+    "path": _parse_pattern,
+    "kind": _make_choice_parser(*get_args(Kind)),
+    "service": _parse_text,
+    "endpoint": _parse_text,
+    "status": _parse_status,
+    "release": _parse_text,
+    "by": _parse_text,
+    "absolute": _parse_amount,
+    "relative": parse_share,
+    "old": _parse_json_value,
+    "new": _parse_json_value,
+    "reason": _parse_text,
+    "owner": _parse_text,
+    "expires": _parse_day,
 }
 
 
-def _made(said: dict[str, Any]) -> Rule:
-    action = said.get("action")
+def _make_rule(values: dict[str, Any]) -> Rule:
+    action = values.get("action")
     if action is None:
         raise RuleError(f"needs an action: one of {', '.join(ACTIONS)}")
     if action == "waive-coverage":
-        return _waiver(said)
-    if not any(name in said for name in _COVERS):
-        raise RuleError(f"covers everything: give it at least one of {', '.join(_COVERS)}")
-    if "header" in said and ("path" in said or said.get("part", "header") != "header"):
+        return _make_waiver(values)
+    if not any(name in values for name in _COVERAGE_FIELDS):
+        raise RuleError(f"covers everything: give it at least one of {', '.join(_COVERAGE_FIELDS)}")
+    if "header" in values and ("path" in values or values.get("part", "header") != "header"):
         raise RuleError("has a header and a path or another part; make two rules of it")
-    _check_fields(action, said)
-    if "header" in said:
-        said["part"], said["path"] = "header", said.pop("header").lower()
-    elif "path" in said:
-        said.setdefault("part", "body")
-    return Rule(has_old="old" in said, has_new="new" in said, **said)
+    _check_action_fields(action, values)
+    if "header" in values:
+        values["part"], values["path"] = "header", values.pop("header").lower()
+    elif "path" in values:
+        values.setdefault("part", "body")
+    return Rule(has_old="old" in values, has_new="new" in values, **values)
 
 
-def _waiver(said: dict[str, Any]) -> Rule:
+def _make_waiver(values: dict[str, Any]) -> Rule:
     """Of one endpoint: what may come later has to be looked at first."""
-    endpoint = said.get("endpoint", "")
-    if not endpoint or _WILD.intersection(endpoint):
+    endpoint = values.get("endpoint", "")
+    if not endpoint or _WILDCARDS.intersection(endpoint):
         raise RuleError(
             "needs an endpoint without *, ? and [, such as GET /events: it waives coverage of that one"
         )
-    if wrong := sorted(said.keys() - _OF_WAIVERS):
-        raise RuleError(f"has {wrong[0]}, which does not belong to waive-coverage")
-    return Rule(**said)
+    if foreign_fields := sorted(values.keys() - _WAIVER_FIELDS):
+        raise RuleError(f"has {foreign_fields[0]}, which does not belong to waive-coverage")
+    return Rule(**values)
 
 
 # Fields that belong to one action only, and those of which it needs one.
-_OWN = {"tolerate": {"absolute", "relative"}, "keyed-by": {"by"}, "expect": {"old", "new"}}
-_NEEDS = {"tolerate": ("absolute", "relative"), "keyed-by": ("by",)}
+_FIELDS_OF_ACTION = {"tolerate": {"absolute", "relative"}, "keyed-by": {"by"}, "expect": {"old", "new"}}
+_REQUIRED_FIELDS = {"tolerate": ("absolute", "relative"), "keyed-by": ("by",)}
 
 
-def _check_fields(action: str, said: dict[str, Any]) -> None:
-    for other, names in _OWN.items():
-        if other != action and (wrong := sorted(names & said.keys())):
-            raise RuleError(f"has {wrong[0]}, which belongs to {other} and not to {action}")
-    if action in _NEEDS and not any(name in said for name in _NEEDS[action]):
-        raise RuleError(f"needs {' or '.join(_NEEDS[action])}")
-    if action in {"unordered", "keyed-by"} and "path" not in said:
+def _check_action_fields(action: str, values: dict[str, Any]) -> None:
+    for other, names in _FIELDS_OF_ACTION.items():
+        if other != action and (foreign_fields := sorted(names & values.keys())):
+            raise RuleError(f"has {foreign_fields[0]}, which belongs to {other} and not to {action}")
+    if action in _REQUIRED_FIELDS and not any(name in values for name in _REQUIRED_FIELDS[action]):
+        raise RuleError(f"needs {' or '.join(_REQUIRED_FIELDS[action])}")
+    if action in {"unordered", "keyed-by"} and "path" not in values:
         raise RuleError("needs a path: that of the array")

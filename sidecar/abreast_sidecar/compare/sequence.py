@@ -19,28 +19,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, inf, lgamma, log, log1p
 
-FAR = 60.0  # logits: a rate of 1e-26, or as near to one
-STEPS = 60  # halvings of an edge: to 1e-16 logits
-MOST = 10**12  # requests: more is never
-BESIDE = 200.0  # as sure of a rate beside the budget as by so many requests
+MAX_LOGIT = 60.0  # logits: a rate of 1e-26, or as near to one
+BISECTION_STEPS = 60  # halvings of an edge: to 1e-16 logits
+MAX_REQUESTS = 10**12  # requests: more is never
+NEAR_BUDGET_REQUESTS = 200.0  # as sure of a rate beside the budget as by so many requests
 
-Parts = tuple[tuple[float, float], ...]
+BetaParts = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Prior:
     """A mixture of Beta distributions of equal weight, as (a, b)."""
 
-    parts: Parts
+    parts: BetaParts
 
     def log_marginal(self, successes: float, failures: float) -> float:
         """The logarithm of the probability of one order of these results."""
         logs = [_log_beta(a + successes, b + failures) - _log_beta(a, b) for a, b in self.parts]
-        top = max(logs)
-        return top if len(logs) == 1 else top + log(sum(exp(one - top) for one in logs) / len(logs))
+        largest = max(logs)
+        return (
+            largest
+            if len(logs) == 1
+            else largest + log(sum(exp(log_term - largest) for log_term in logs) / len(logs))
+        )
 
 
-ANYWHERE = Prior(((0.5, 0.5),))
+JEFFREYS_PRIOR = Prior(((0.5, 0.5),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +54,22 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Needed:
+class PairsNeeded:
     """Further requests until something can be said, if the rate stays as it is; 0: now, None: never at this rate."""
 
     to_pass: int | None
     to_fail: int | None
 
 
-def interval(successes: int, n: int, alpha: float, prior: Prior = ANYWHERE) -> Interval:
+def confidence_interval(successes: int, n: int, alpha: float, prior: Prior = JEFFREYS_PRIOR) -> Interval:
     """Where the rate is, at an error probability of `alpha` for all looks together."""
     if n == 0:
         return Interval(0.0, 1.0)
     failures = n - successes
     level = prior.log_marginal(successes, failures) + log(alpha)
     middle = _logit(successes, failures)
-    low = _rate(_edge(successes, n, level, middle, -FAR)) if successes else 0.0
-    high = _rate(_edge(successes, n, level, middle, FAR)) if failures else 1.0
+    low = _to_rate(_find_edge(successes, n, level, middle, -MAX_LOGIT)) if successes else 0.0
+    high = _to_rate(_find_edge(successes, n, level, middle, MAX_LOGIT)) if failures else 1.0
     return Interval(low, high)
 
 
@@ -97,47 +101,53 @@ def log_ratio(successes: float, n: float, rate: float, prior: Prior) -> float:
 def prior_above(budget: float) -> Prior:
     """Half near five times the budget, where a miss is dear, and half anywhere, for what is plainly broken."""
     near = (0.5, max(0.1 / budget, 0.5)) if budget > 0 else (0.5, 0.5)
-    return Prior((near, (0.5, 0.5), *_beside(budget)))
+    return Prior((near, (0.5, 0.5), *_parts_near_budget(budget)))
 
 
 def prior_below(budget: float) -> Prior:
     """Mostly below the budget and dense at zero: no mismatch at all is said 17% later than by one look alone."""
-    return Prior(((0.5, max(2.0 / budget, 0.5)), *_beside(budget))) if budget > 0 else ANYWHERE
+    return (
+        Prior(((0.5, max(2.0 / budget, 0.5)), *_parts_near_budget(budget))) if budget > 0 else JEFFREYS_PRIOR
+    )
 
 
-def _beside(budget: float) -> Parts:
+def _parts_near_budget(budget: float) -> BetaParts:
     """Rates a few percent beside a budget that is no small one: of two equal versions the one is slower in nearly half."""
-    return ((BESIDE * budget, BESIDE * (1 - budget)),) if 0.1 <= budget <= 0.9 else ()
+    return (
+        ((NEAR_BUDGET_REQUESTS * budget, NEAR_BUDGET_REQUESTS * (1 - budget)),)
+        if 0.1 <= budget <= 0.9
+        else ()
+    )
 
 
-def more_above(rate: float, n: int, budget: float, bar: float) -> int | None:
+def estimate_requests_above(rate: float, n: int, budget: float, threshold: float) -> int | None:
     """How many more requests it takes until the evidence is `bar`, if the rate stays; what is expected, not a promise."""
-    return least(lambda more: evidence_above(rate * (n + more), n + more, budget) >= bar)
+    return find_least(lambda extra: evidence_above(rate * (n + extra), n + extra, budget) >= threshold)
 
 
-def more_below(rate: float, n: int, budget: float, bar: float) -> int | None:
-    return least(lambda more: evidence_below(rate * (n + more), n + more, budget) >= bar)
+def estimate_requests_below(rate: float, n: int, budget: float, threshold: float) -> int | None:
+    return find_least(lambda extra: evidence_below(rate * (n + extra), n + extra, budget) >= threshold)
 
 
-def least(enough: Callable[[int], bool], most: int = MOST) -> int | None:
+def find_least(is_enough: Callable[[int], bool], maximum: int = MAX_REQUESTS) -> int | None:
     """The least number up to `most` that is enough, where all above it are."""
-    if enough(0):
+    if is_enough(0):
         return 0
     high = 1
-    while not enough(high):
+    while not is_enough(high):
         high *= 2
-        if high > most:
+        if high > maximum:
             return None
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high
 
 
-def _edge(successes: int, n: int, level: float, inside: float, outside: float) -> float:
+def _find_edge(successes: int, n: int, level: float, inside: float, outside: float) -> float:
     """The logit between `inside` and `outside` at which the logarithm of the likelihood falls to `level`."""
-    for _ in range(STEPS):
+    for _ in range(BISECTION_STEPS):
         middle = (inside + outside) / 2
         if successes * middle - n * _softplus(middle) > level:
             inside = middle
@@ -148,15 +158,15 @@ def _edge(successes: int, n: int, level: float, inside: float, outside: float) -
 
 def _logit(successes: int, failures: int) -> float:
     if not successes:
-        return -FAR
-    return FAR if not failures else log(successes / failures)
+        return -MAX_LOGIT
+    return MAX_LOGIT if not failures else log(successes / failures)
 
 
 def _softplus(logit: float) -> float:
     return logit + log1p(exp(-logit)) if logit > 0 else log1p(exp(logit))
 
 
-def _rate(logit: float) -> float:
+def _to_rate(logit: float) -> float:
     return 1 / (1 + exp(-logit))
 
 

@@ -9,13 +9,13 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-LONGEST = 4096  # characters of a text that are looked at
-MOST_OPAQUE = 512  # characters of a token
-UUID = 36  # characters
-NUMERIC = frozenset("0123456789-")
-UNIX_TIME = range(946_684_800, 4_102_444_800)  # s: the years 2000 to 2099
-LONG_DIGITS = 16  # card and account numbers keep their length; smaller numbers are counts or ids
-DIGESTS = {32, 40, 56, 64, 96, 128}  # hexadecimal digits of MD5, SHA-1 and SHA-2
+MAX_SHAPE_CHARS = 4096  # characters of a text that are looked at
+MAX_TOKEN_CHARS = 512  # characters of a token
+UUID_CHARS = 36  # characters
+NUMERIC_FIRST_CHARS = frozenset("0123456789-")
+UNIX_TIME_RANGE_S = range(946_684_800, 4_102_444_800)  # s: the years 2000 to 2099
+MIN_ACCOUNT_DIGITS = 16  # card and account numbers keep their length; smaller numbers are counts or ids
+DIGEST_HEX_CHARS = {32, 40, 56, 64, 96, 128}  # hexadecimal digits of MD5, SHA-1 and SHA-2
 
 
 class Shape(NamedTuple):
@@ -25,10 +25,10 @@ class Shape(NamedTuple):
 
 NULL = Shape("null")
 BOOLEAN = Shape("boolean")
-EMPTY = Shape("empty")
-BLANK = Shape("empty", "blank")
+EMPTY_TEXT = Shape("empty")
+BLANK_TEXT = Shape("empty", "blank")
 TEXT = Shape("text")
-LONG = Shape("text", "long")
+LONG_TEXT = Shape("text", "long")
 WORD = Shape("word")
 PATH = Shape("path")
 OBJECT = Shape("object")
@@ -43,7 +43,7 @@ UNIX_MILLISECONDS = Shape("unix", "ms")
 NIL_UUID = Shape("uuid", "nil")
 
 # Values that begin with a digit or a minus sign; all others that are of one word and not of letters alone.
-_NUMERIC = re.compile(
+_NUMERIC_PATTERN = re.compile(
     r"""
       (?P<digits>\d+)
     | (?P<timestamp>\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?)
@@ -56,7 +56,7 @@ _NUMERIC = re.compile(
     """,
     re.VERBOSE | re.ASCII,
 )
-_OPAQUE = re.compile(
+_OPAQUE_PATTERN = re.compile(
     r"""
       (?P<hex>[0-9a-f]{16,}|[0-9A-F]{16,})
     | (?P<prefixed>[a-z]{2,8}_(?:(?:test|live)_)?[A-Za-z0-9]{8,})
@@ -65,32 +65,32 @@ _OPAQUE = re.compile(
     """,
     re.VERBOSE | re.ASCII,
 )
-_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
+_UUID_PATTERN = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
 _JWT = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*", re.ASCII)
 _EMAIL = re.compile(r"[^\s@/:]+@[^\s@/:]+\.[A-Za-z]{2,}")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,20}://\S+|/[\w./%~-]*\?\S+")
 _IP6 = re.compile(r"(?=[^:]*:[^:]*:)[0-9a-fA-F:]{2,39}")
 _HTTP_DATE = re.compile(r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT")
-_CLASSES = bytes.maketrans(
+_CHARACTER_CLASSES = bytes.maketrans(
     bytes(range(256)),
     bytes(
         b"0"[0] if 48 <= one < 58 else b"A"[0] if 65 <= one < 91 else b"a"[0] if 97 <= one < 123 else b"-"[0]
         for one in range(256)
     ),
 )
-SEPARATORS = "-_.~"
+TOKEN_SEPARATORS = "-_.~"
 
 
-def shape(value: Any) -> Shape:
+def detect_shape(value: Any) -> Shape:
     """The shape of a JSON value as Python reads it. Never raises."""
     if isinstance(value, str):
-        return _text(value)
+        return _text_shape(value)
     if value is None:
         return NULL
     if isinstance(value, bool):
         return BOOLEAN
     if isinstance(value, int):
-        return _integer(value)
+        return _integer_shape(value)
     if isinstance(value, float):
         return FLOAT if value - value == 0 else NOT_FINITE
     if isinstance(value, list):
@@ -98,33 +98,33 @@ def shape(value: Any) -> Shape:
     return OBJECT if value else EMPTY_OBJECT
 
 
-def _integer(value: int) -> Shape:
-    if value in UNIX_TIME:
+def _integer_shape(value: int) -> Shape:
+    if value in UNIX_TIME_RANGE_S:
         return UNIX_SECONDS
-    return UNIX_MILLISECONDS if value // 1000 in UNIX_TIME else INTEGER
+    return UNIX_MILLISECONDS if value // 1000 in UNIX_TIME_RANGE_S else INTEGER
 
 
-def _text(value: str) -> Shape:
+def _text_shape(value: str) -> Shape:
     if not value:
-        return EMPTY
+        return EMPTY_TEXT
     length = len(value)
     if value.isalpha() and length < 200:
         return WORD
     if " " in value and not (length < 40 and (value[0].isdigit() or _HTTP_DATE.fullmatch(value))):
-        return TEXT if value.strip() else BLANK
-    if length > LONGEST:
-        return LONG
-    if length == UUID and _UUID.fullmatch(value):
-        return _uuid(value)
-    first = value[0]
-    if first in NUMERIC:
-        found = _NUMERIC.fullmatch(value)
-        if found is not None:
-            return _FORMATS[str(found.lastgroup)](value)
-    return _marked(value) or _opaque(value)
+        return TEXT if value.strip() else BLANK_TEXT
+    if length > MAX_SHAPE_CHARS:
+        return LONG_TEXT
+    if length == UUID_CHARS and _UUID_PATTERN.fullmatch(value):
+        return _uuid_shape(value)
+    first_char = value[0]
+    if first_char in NUMERIC_FIRST_CHARS:
+        match = _NUMERIC_PATTERN.fullmatch(value)
+        if match is not None:
+            return _SHAPE_DETECTORS[str(match.lastgroup)](value)
+    return _shape_by_marker(value) or _opaque_shape(value)
 
 
-def _marked(value: str) -> Shape | None:
+def _shape_by_marker(value: str) -> Shape | None:
     """What a character gives away."""
     if value.startswith("eyJ") and _JWT.fullmatch(value):
         return Shape("jwt", value.partition(".")[0][:200])
@@ -139,101 +139,106 @@ def _marked(value: str) -> Shape | None:
     return None
 
 
-def _opaque(value: str) -> Shape:
-    if len(value) <= MOST_OPAQUE:
-        found = _OPAQUE.fullmatch(value)
-        if found is not None:
-            return _FORMATS[str(found.lastgroup)](value)
+def _opaque_shape(value: str) -> Shape:
+    if len(value) <= MAX_TOKEN_CHARS:
+        match = _OPAQUE_PATTERN.fullmatch(value)
+        if match is not None:
+            return _SHAPE_DETECTORS[str(match.lastgroup)](value)
     if not value.strip():
-        return BLANK
-    return TEXT if " " in value else _plain(value)
+        return BLANK_TEXT
+    return TEXT if " " in value else _plain_shape(value)
 
 
-def _uuid(value: str) -> Shape:
+def _uuid_shape(value: str) -> Shape:
     if value.count("0") == 32:
         return NIL_UUID
     return Shape("uuid", f"v{value[14]}{'' if value == value.lower() else ' upper'}")
 
 
-def _timestamp(value: str) -> Shape:
+def _timestamp_shape(value: str) -> Shape:
     """Its separator, the digits below a second in steps of three (Go drops zeros at the end), and the zone."""
     clock, zone = value[11:], ""
     for sign in "Z+-":
-        place = clock.find(sign)
-        if place >= 0:
-            clock, zone = clock[:place], clock[place:]
+        index = clock.find(sign)
+        if index >= 0:
+            clock, zone = clock[:index], clock[index:]
             break
-    below = len(clock) - 9 if len(clock) > 9 else 0
-    return Shape("timestamp", f"{value[10]}{min(len(clock), 8)}.{-(-below // 3) * 3}{zone}")
+    fraction_digits = len(clock) - 9 if len(clock) > 9 else 0
+    return Shape("timestamp", f"{value[10]}{min(len(clock), 8)}.{-(-fraction_digits // 3) * 3}{zone}")
 
 
-def _digits(value: str) -> Shape:
+def _digits_shape(value: str) -> Shape:
     length = len(value)
-    if length in {10, 13} and int(value[:10]) in UNIX_TIME:
+    if length in {10, 13} and int(value[:10]) in UNIX_TIME_RANGE_S:
         return Shape("unix text", "s" if length == 10 else "ms")
-    return Shape("digits", str(length) if value[0] == "0" or length >= LONG_DIGITS else "")
+    return Shape("digits", str(length) if value[0] == "0" or length >= MIN_ACCOUNT_DIGITS else "")
 
 
-def _hex(value: str) -> Shape:
+def _hex_shape(value: str) -> Shape:
     length = len(value)
-    if not _random(value, 0.2, 0.2):
+    if not _is_random(value, 0.2, 0.2):
         return WORD
     return Shape(
-        "hash" if length in DIGESTS else "hex", f"{length}{'' if value == value.lower() else ' upper'}"
+        "hash" if length in DIGEST_HEX_CHARS else "hex",
+        f"{length}{'' if value == value.lower() else ' upper'}",
     )
 
 
-def _prefixed(value: str) -> Shape:
-    prefix, _, rest = value.rpartition("_")
-    return Shape("prefixed", f"{prefix}_{len(rest)}") if _random(rest) else _token(value)
+def _prefixed_shape(value: str) -> Shape:
+    prefix, _, suffix = value.rpartition("_")
+    return Shape("prefixed", f"{prefix}_{len(suffix)}") if _is_random(suffix) else _token_shape(value)
 
 
-def _base64(value: str) -> Shape:
-    plain = _token(value)
-    return Shape("base64", str(len(value))) if plain.kind == "token" and len(value) % 4 == 0 else plain
+def _base64_shape(value: str) -> Shape:
+    token_shape = _token_shape(value)
+    return (
+        Shape("base64", str(len(value)))
+        if token_shape.kind == "token" and len(value) % 4 == 0
+        else token_shape
+    )
 
 
-def _token(value: str) -> Shape:
-    separators = sum(map(value.count, SEPARATORS))
-    if separators > len(value) // 8 + 1 or not _random(value):
-        return _plain(value)
+def _token_shape(value: str) -> Shape:
+    separators = sum(map(value.count, TOKEN_SEPARATORS))
+    if separators > len(value) // 8 + 1 or not _is_random(value):
+        return _plain_shape(value)
     return Shape("token", str(len(value)))
 
 
-def _plain(value: str) -> Shape:
+def _plain_shape(value: str) -> Shape:
     return PATH if "/" in value else WORD
 
 
-def _random(value: str, many: float = 0.25, few: float = 0.35) -> bool:
+def _is_random(value: str, min_change_rate: float = 0.25, min_change_rate_few_digits: float = 0.35) -> bool:
     """Digits, capitals and small letters take turns: in names, slugs and article numbers they do so more rarely.
 
     `many`, `few`: turns a character that it takes, with digits in many places, and in one or two only.
     """
-    classes = value.encode("ascii", "replace").translate(_CLASSES)
+    classes = value.encode("ascii", "replace").translate(_CHARACTER_CLASSES)
     count = classes.count
     digits = count(b"0a") + count(b"0A")
     if not digits:
         return False
-    turns = digits + count(b"a0") + count(b"A0") + count(b"aA") + count(b"Aa")
-    return turns >= (many if digits > 2 else few) * len(value)
+    changes = digits + count(b"a0") + count(b"A0") + count(b"aA") + count(b"Aa")
+    return changes >= (min_change_rate if digits > 2 else min_change_rate_few_digits) * len(value)
 
 
-def _always(kind: str) -> Callable[[str], Shape]:
-    found = Shape(kind)
-    return lambda _: found
+def _constant_shape(kind: str) -> Callable[[str], Shape]:
+    constant = Shape(kind)
+    return lambda _: constant
 
 
-_FORMATS: dict[str, Callable[[str], Shape]] = {
-    "timestamp": _timestamp,
-    "date": _always("date"),
-    "time": _always("time"),
-    "ip": _always("ip"),
-    "digits": _digits,
-    "decimal": _always("decimal"),
-    "trace": _always("trace"),
-    "ulid": _always("ulid"),
-    "hex": _hex,
-    "prefixed": _prefixed,
-    "base64": _base64,
-    "token": _token,
+_SHAPE_DETECTORS: dict[str, Callable[[str], Shape]] = {
+    "timestamp": _timestamp_shape,
+    "date": _constant_shape("date"),
+    "time": _constant_shape("time"),
+    "ip": _constant_shape("ip"),
+    "digits": _digits_shape,
+    "decimal": _constant_shape("decimal"),
+    "trace": _constant_shape("trace"),
+    "ulid": _constant_shape("ulid"),
+    "hex": _hex_shape,
+    "prefixed": _prefixed_shape,
+    "base64": _base64_shape,
+    "token": _token_shape,
 }

@@ -14,26 +14,26 @@ import orjson
 from msgspec import Raw
 from orjson import dumps, loads
 
-VALUE_LIMIT = 500  # characters of a value that are kept in a difference
+MAX_VALUE_CHARS = 500  # characters of a value that are kept in a difference
 
 # orjson turns integers beyond 64 bits into floats, and cuts fractions, so that two different ids or amounts look equal.
 # Bodies with so long a row of digits are read by the slower reader; looking at every third byte first finds out that
 # there is none. 18 digits in a row are the fewest that no float has to have.
-_DIGITS = bytes.maketrans(b"123456789", b"000000000")
-_LONG_NUMBER = b"0" * 18
-_MAYBE_LONG = b"0" * (18 // 3)
+_DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
+_LONG_NUMBER_DIGITS = b"0" * 18
+_LONG_NUMBER_SAMPLE = b"0" * (18 // 3)
 
-FEW_DIGITS = 16  # characters of a number that a float holds for certain
+MAX_FLOAT_CHARS = 16  # characters of a number that a float holds for certain
 
-_ascii = json.JSONEncoder(separators=(",", ":"))
-_NAMES = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
+_ASCII_ENCODER = json.JSONEncoder(separators=(",", ":"))
+_TYPE_NAMES = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
 
 
 class NotJsonError(ValueError):
     pass
 
 
-class Constant(float):
+class NonFiniteNumber(float):
     """NaN or an infinity. orjson would write it as null, and refuses a subclass: so `canonical` tells them apart.
 
     NaN equals itself, since it is no change.
@@ -43,7 +43,7 @@ class Constant(float):
     __hash__ = float.__hash__
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is Constant and repr(self) == repr(other)
+        return type(other) is NonFiniteNumber and repr(self) == repr(other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -53,10 +53,10 @@ class LongNumber(str):
     """A number that no 64-bit float holds exactly: its digits and exponent, after a word that no number begins with."""
 
     __slots__ = ()
-    WORD = "number "
+    PREFIX = "number "
 
-    def shown(self) -> str:
-        return self.removeprefix(self.WORD)
+    def digits(self) -> str:
+        return self.removeprefix(self.PREFIX)
 
 
 class RepeatedKey(str):
@@ -73,10 +73,10 @@ def parse(body: bytes) -> Any:
             return value
     except (orjson.JSONDecodeError, TypeError):
         pass
-    return read(body)[0]
+    return parse_with_text(body)[0]
 
 
-def read(body: bytes) -> tuple[Any, bytes]:
+def parse_with_text(body: bytes) -> tuple[Any, bytes]:
     """The value, and a text of it that is equal where two values are (but not only there); the text may be empty.
 
     Raise NotJsonError for what is no JSON. NaN, infinities, big integers, lone surrogates and repeated keys are
@@ -86,72 +86,78 @@ def read(body: bytes) -> tuple[Any, bytes]:
         value = loads(body)
         text = dumps(value)
     except (orjson.JSONDecodeError, TypeError):
-        return slowly(body), b""  # it may still be what only the lenient reader takes
+        return parse_exact(body), b""  # it may still be what only the lenient reader takes
     if text == body:
         return value, text
     if text.count(b":") != body.count(b":") or text.count(b"null") != body.count(b"null"):
-        return slowly(body), b""
+        return parse_exact(body), b""
     if _may_hold_long_numbers(body):
-        return slowly(body), b""
+        return parse_exact(body), b""
     return value, text
 
 
-def whole(value: Any) -> Any:
+def parse_raw(value: Any) -> Any:
     """The value of what was not parsed, since both sides have the same text."""
     return parse(bytes(value)) if type(value) is Raw else value
 
 
-def slowly(body: bytes) -> Any:
+def parse_exact(body: bytes) -> Any:
     try:
-        return json.loads(body, parse_constant=Constant, parse_float=_float, object_pairs_hook=_object)
+        return json.loads(
+            body, parse_constant=NonFiniteNumber, parse_float=_parse_float, object_pairs_hook=_make_object
+        )
     except (ValueError, RecursionError) as error:
         raise NotJsonError(str(error)) from error
 
 
 def _may_hold_long_numbers(body: bytes) -> bool:
-    return _MAYBE_LONG in body[::3].translate(_DIGITS) and _LONG_NUMBER in body.translate(_DIGITS)
+    return _LONG_NUMBER_SAMPLE in body[::3].translate(
+        _DIGITS_TO_ZERO
+    ) and _LONG_NUMBER_DIGITS in body.translate(_DIGITS_TO_ZERO)
 
 
-def _float(text: str) -> float | LongNumber:
+def _parse_float(text: str) -> float | LongNumber:
     number = float(text)
-    if len(text) < FEW_DIGITS and isfinite(number):
+    if len(text) < MAX_FLOAT_CHARS and isfinite(number):
         return number
-    exact = _exact(text)
+    digits = _canonical_number(text)
     return (
-        number if isfinite(number) and exact == _exact(repr(number)) else LongNumber(LongNumber.WORD + exact)
+        number
+        if isfinite(number) and digits == _canonical_number(repr(number))
+        else LongNumber(LongNumber.PREFIX + digits)
     )
 
 
-def _exact(text: str) -> str:
+def _canonical_number(text: str) -> str:
     """Equal where two numbers are, however they are written."""
     try:
         sign, digits, exponent = Decimal(text).as_tuple()
     except InvalidOperation:  # an exponent of more than 18 digits
         return text.lower()
     significant = "".join(map(str, digits)).lstrip("0")
-    short = significant.rstrip("0")
-    if not short:
+    trimmed = significant.rstrip("0")
+    if not trimmed:
         return "0"
-    return f"{'-' * sign}{short}e{int(exponent) + len(significant) - len(short)}"
+    return f"{'-' * sign}{trimmed}e{int(exponent) + len(significant) - len(trimmed)}"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The last of equal keys wins, as everywhere; the others stay visible under a name of their own."""
-    made = dict(pairs)
-    if len(made) == len(pairs):
-        return made
-    last = {key: place for place, (key, _) in enumerate(pairs)}
-    times: dict[str, int] = {}
-    for place, (key, value) in enumerate(pairs):
-        if last[key] != place:
-            times[key] = times.get(key, 0) + 1
-            made[
-                RepeatedKey(f"{key} (repeated)" if times[key] == 1 else f"{key} (repeated {times[key]})")
+    result = dict(pairs)
+    if len(result) == len(pairs):
+        return result
+    last = {key: index for index, (key, _) in enumerate(pairs)}
+    counts: dict[str, int] = {}
+    for index, (key, value) in enumerate(pairs):
+        if last[key] != index:
+            counts[key] = counts.get(key, 0) + 1
+            result[
+                RepeatedKey(f"{key} (repeated)" if counts[key] == 1 else f"{key} (repeated {counts[key]})")
             ] = value
-    return made
+    return result
 
 
-def canonical(value: Any) -> bytes:
+def encode_canonical(value: Any) -> bytes:
     """Text that is equal exactly where two values are equal as JSON: 1, 1.0, true and "1" all differ."""
     try:
         return dumps(value, None, orjson.OPT_SORT_KEYS)
@@ -159,65 +165,65 @@ def canonical(value: Any) -> bytes:
         return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def same(one: Any, other: Any) -> bool:
+def is_json_equal(value: Any, other: Any) -> bool:
     """Whether two values are equal as JSON. To Python, so are 1 and true."""
-    if one != other:
+    if value != other:
         return False
     try:
-        if dumps(one) == dumps(other):
+        if dumps(value) == dumps(other):
             return True
     except TypeError:
         pass
-    return canonical(one) == canonical(other)
+    return encode_canonical(value) == encode_canonical(other)
 
 
-def shown(value: Any) -> str:
+def render_value(value: Any) -> str:
     """The value as ASCII JSON text, cut at VALUE_LIMIT characters; the work is bounded too."""
     kind = type(value)
     if kind is int or kind is float:
         text = repr(value)
     elif kind is str:
-        text = quoted(value[:VALUE_LIMIT])
+        text = quoted(value[:MAX_VALUE_CHARS])
     elif kind is list or kind is dict:
-        text = _beginning(value)
+        text = _render_start(value)
     elif kind is LongNumber:
-        text = value.shown()
+        text = value.digits()
     else:
-        text = _ascii.encode(value)
-    return text if len(text) <= VALUE_LIMIT else text[: VALUE_LIMIT - 1] + "…"
+        text = _ASCII_ENCODER.encode(value)
+    return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"
 
 
-def _beginning(value: Any) -> str:
+def _render_start(value: Any) -> str:
     """The text of a small value, or at least VALUE_LIMIT + 1 characters of it."""
     pieces, length = [], 0
-    for piece in _pieces(value):
+    for piece in _render_pieces(value):
         pieces.append(piece)
         length += len(piece)
-        if length > VALUE_LIMIT:
+        if length > MAX_VALUE_CHARS:
             break
     return "".join(pieces)
 
 
-def _pieces(value: Any) -> Iterator[str]:
+def _render_pieces(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         yield "{"
-        for place, (key, inner) in enumerate(islice(value.items(), VALUE_LIMIT)):
-            yield f"{',' if place else ''}{quoted(key[:VALUE_LIMIT])}:"
-            yield from _pieces(inner)
+        for index, (key, inner) in enumerate(islice(value.items(), MAX_VALUE_CHARS)):
+            yield f"{',' if index else ''}{quoted(key[:MAX_VALUE_CHARS])}:"
+            yield from _render_pieces(inner)
         yield "}"
     elif isinstance(value, list):
         yield "["
-        for place, inner in enumerate(islice(value, VALUE_LIMIT)):
-            if place:
+        for index, inner in enumerate(islice(value, MAX_VALUE_CHARS)):
+            if index:
                 yield ","
-            yield from _pieces(inner)
+            yield from _render_pieces(inner)
         yield "]"
     elif type(value) is Raw:
-        yield from _pieces(whole(value))
+        yield from _render_pieces(parse_raw(value))
     else:
-        yield quoted(value[:VALUE_LIMIT]) if isinstance(value, str) else _ascii.encode(value)
+        yield quoted(value[:MAX_VALUE_CHARS]) if isinstance(value, str) else _ASCII_ENCODER.encode(value)
 
 
 def type_name(value: Any) -> str:
     """In JSON's words; 1 and 1.0 are both numbers."""
-    return _NAMES.get(type(value), "number")
+    return _TYPE_NAMES.get(type(value), "number")

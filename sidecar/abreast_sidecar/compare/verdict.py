@@ -31,22 +31,22 @@ from math import inf, log
 from typing import Literal
 
 from abreast_sidecar.compare.sequence import (
-    Needed,
+    PairsNeeded,
+    confidence_interval,
+    estimate_requests_above,
+    estimate_requests_below,
     evidence_above,
     evidence_below,
-    interval,
-    more_above,
-    more_below,
 )
 
-State = Literal["PASS", "FAIL", "INCONCLUSIVE"]
-Subject = Literal["mismatches", "errors", "slower", "coverage", "completeness"]
+VerdictState = Literal["PASS", "FAIL", "INCONCLUSIVE"]
+VerdictSubject = Literal["mismatches", "errors", "slower", "coverage", "completeness"]
 
-EXIT: dict[State, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}
-SHARES: dict[str, float] = {"mismatches": 0.5, "errors": 0.25, "slower": 0.25}  # of alpha, for FAIL
+EXIT_CODES: dict[VerdictState, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}
+ALPHA_SHARES: dict[str, float] = {"mismatches": 0.5, "errors": 0.25, "slower": 0.25}  # of alpha, for FAIL
 HALF = 0.5
-_WEIGHT: dict[State, int] = {"FAIL": 0, "INCONCLUSIVE": 1, "PASS": 2}
-_GATES = frozenset({"completeness", "coverage"})
+_STATE_ORDER: dict[VerdictState, int] = {"FAIL": 0, "INCONCLUSIVE": 1, "PASS": 2}
+_GATE_SUBJECTS = frozenset({"completeness", "coverage"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class EndpointCounts:
     """Of one endpoint, over one window. All are pairs, but for the first two."""
 
     endpoint: str
@@ -93,39 +93,41 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class Completeness:
     sampled: int | None  # requests, by Envoy's count; None where there is none
     accounted: int  # with an outcome that is evidence
-    waiting: int = 0  # not compared yet, beside `sampled`
+    pending: int = 0  # not compared yet, beside `sampled`
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    subject: Subject
+    subject: VerdictSubject
     endpoint: str  # empty: the whole service
-    state: State
+    state: VerdictState
     text: str
-    needed: Needed  # further pairs of this endpoint, or of the service
+    pairs_needed: PairsNeeded  # further pairs of this endpoint, or of the service
     evidence: float = 0.0  # how plainly, to order by
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointVerdict:
     endpoint: str
-    state: State
+    state: VerdictState
     reasons: tuple[Reason, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    state: State
+    state: VerdictState
     reasons: tuple[Reason, ...]  # the weightiest first; of endpoints only those that matter for the whole
     endpoints: tuple[EndpointVerdict, ...]  # the worst first
-    more: int | None  # further pairs until PASS, at the current rates; 0: now, None: not at these rates
+    pairs_to_pass: (
+        int | None
+    )  # further pairs until PASS, at the current rates; 0: now, None: not at these rates
 
     @property
     def exit_code(self) -> int:
-        return EXIT[self.state]
+        return EXIT_CODES[self.state]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,219 +137,271 @@ class _Alpha:
     to_pass: float
     to_fail: float
 
-    def bars(self, subject: str) -> tuple[float, float]:
+    def thresholds(self, subject: str) -> tuple[float, float]:
         """The evidence it takes for PASS and for FAIL."""
-        return -log(self.to_pass), -log(self.to_fail * SHARES[subject])
+        return -log(self.to_pass), -log(self.to_fail * ALPHA_SHARES[subject])
 
 
-def decide(endpoints: Sequence[Counts], ledger: Ledger, budget: Budget) -> Verdict:
+def decide_verdict(
+    endpoints: Sequence[EndpointCounts], completeness: Completeness, budget: Budget
+) -> Verdict:
     alpha = 1 - budget.confidence
-    part = 1 if len(endpoints) < 2 else 2  # one endpoint is the whole
-    each = _Alpha(alpha, alpha / part / max(len(endpoints), 1))
-    single = [_endpoint(counts, budget, each) for counts in endpoints]
-    whole = [*_rates(_total(endpoints), budget, _Alpha(alpha, alpha / part)), _completeness(ledger, budget)]
-    failed = [reason for one in single for reason in one.reasons if reason.state == "FAIL"]
-    uncovered = [reason for one in single for reason in one.reasons if reason.subject == "coverage"]
-    unseen = [reason for reason in uncovered if reason.state != "PASS"]
-    state = _state([*whole, *failed, *uncovered])
+    divisor = 1 if len(endpoints) < 2 else 2  # one endpoint is the whole
+    endpoint_alpha = _Alpha(alpha, alpha / divisor / max(len(endpoints), 1))
+    endpoint_verdicts = [_decide_endpoint(counts, budget, endpoint_alpha) for counts in endpoints]
+    service_reasons = [
+        *_rate_reasons(_sum_counts(endpoints), budget, _Alpha(alpha, alpha / divisor)),
+        _completeness_reason(completeness, budget),
+    ]
+    failed_reasons = [
+        reason
+        for endpoint_verdict in endpoint_verdicts
+        for reason in endpoint_verdict.reasons
+        if reason.state == "FAIL"
+    ]
+    coverage_reasons = [
+        reason
+        for endpoint_verdict in endpoint_verdicts
+        for reason in endpoint_verdict.reasons
+        if reason.subject == "coverage"
+    ]
+    open_coverage_reasons = [reason for reason in coverage_reasons if reason.state != "PASS"]
+    state = _find_worst_state([*service_reasons, *failed_reasons, *coverage_reasons])
     return Verdict(
         state=state,
-        reasons=_ordered([*whole, *failed, *uncovered]),
-        endpoints=tuple(sorted(single, key=lambda one: (_WEIGHT[one.state], -_strength(one), one.endpoint))),
-        more=_more(whole, blocked=bool(failed or unseen)),
+        reasons=_order_reasons([*service_reasons, *failed_reasons, *coverage_reasons]),
+        endpoints=tuple(
+            sorted(
+                endpoint_verdicts,
+                key=lambda endpoint_verdict: (
+                    _STATE_ORDER[endpoint_verdict.state],
+                    -_get_leading_evidence(endpoint_verdict),
+                    endpoint_verdict.endpoint,
+                ),
+            )
+        ),
+        pairs_to_pass=_estimate_pairs_to_pass(
+            service_reasons, blocked=bool(failed_reasons or open_coverage_reasons)
+        ),
     )
 
 
-def _endpoint(counts: Counts, budget: Budget, alpha: _Alpha) -> EndpointVerdict:
-    reasons = [*_rates(counts, budget, alpha), *_coverage(counts)]
-    return EndpointVerdict(counts.endpoint, _state(reasons), _ordered(reasons))
+def _decide_endpoint(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> EndpointVerdict:
+    reasons = [*_rate_reasons(counts, budget, alpha), *_coverage_reasons(counts)]
+    return EndpointVerdict(counts.endpoint, _find_worst_state(reasons), _order_reasons(reasons))
 
 
-def _rates(counts: Counts, budget: Budget, alpha: _Alpha) -> list[Reason]:
+def _rate_reasons(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> list[Reason]:
     return [
-        _mismatches(counts, budget, alpha),
-        _errors(counts, budget, alpha),
-        _slower(counts, budget, alpha),
+        _mismatch_reason(counts, budget, alpha),
+        _error_reason(counts, budget, alpha),
+        _slower_reason(counts, budget, alpha),
     ]
 
 
-def _mismatches(counts: Counts, budget: Budget, alpha: _Alpha) -> Reason:
-    said = _said(counts.mismatches, counts.compared, "unexplained mismatches", budget.max_mismatch, alpha)
+def _mismatch_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Reason:
+    text = _describe_rate(
+        counts.mismatches, counts.compared, "unexplained mismatches", budget.max_mismatch, alpha
+    )
     if counts.undecided:
-        said += f"; {_number(counts.undecided)} more not yet told from noise"
+        text += f"; {_format_number(counts.undecided)} more not yet told from noise"
     if counts.by_rules:
-        said += f"; {_number(counts.by_rules)} explained by rules"
+        text += f"; {_format_number(counts.by_rules)} explained by rules"
     if counts.partial:
-        said += f"; of {_number(counts.partial)} only the beginnings"
-    return _rate(
+        text += f"; of {_format_number(counts.partial)} only the beginnings"
+    return _make_rate_reason(
         "mismatches",
         counts,
         counts.mismatches,
         counts.compared,
         budget.max_mismatch,
         alpha,
-        said,
+        text,
         counts.undecided,
-        unseen=counts.partial,
+        partial=counts.partial,
     )
 
 
-def _errors(counts: Counts, budget: Budget, alpha: _Alpha) -> Reason:
+def _error_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Reason:
     """Above the budget, and more often than old alone errs: two versions that both fail now and then are no regression."""
-    said = _said(
+    text = _describe_rate(
         counts.new_errors, counts.compared, "errors of new where old answered", budget.max_error, alpha
     )
     if counts.old_errors:
-        said += f"; {_number(counts.old_errors)} the other way"
-    lopsided = evidence_above(counts.new_errors, counts.new_errors + counts.old_errors, HALF)
-    return _rate(
+        text += f"; {_format_number(counts.old_errors)} the other way"
+    imbalance = evidence_above(counts.new_errors, counts.new_errors + counts.old_errors, HALF)
+    return _make_rate_reason(
         "errors",
         counts,
         counts.new_errors,
         counts.compared,
         budget.max_error,
         alpha,
-        said,
-        least_evidence=lopsided,
+        text,
+        required_evidence=imbalance,
     )
 
 
-def _slower(counts: Counts, budget: Budget, alpha: _Alpha) -> Reason:
-    what = "answers slower than old's" + (
-        f" by more than {_percent(budget.max_slower)} of its time" if budget.max_slower else ""
+def _slower_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Reason:
+    description = "answers slower than old's" + (
+        f" by more than {_format_percent(budget.max_slower)} of its time" if budget.max_slower else ""
     )
-    said = _said(counts.slower, counts.timed, what, HALF, alpha)
+    text = _describe_rate(counts.slower, counts.timed, description, HALF, alpha)
     if counts.compared and not counts.timed:
-        said = "no times yet: versions are cold, or what a copy costs is not known"
-    return _rate("slower", counts, counts.slower, counts.timed, HALF, alpha, said)
+        text = "no times yet: versions are cold, or what a copy costs is not known"
+    return _make_rate_reason("slower", counts, counts.slower, counts.timed, HALF, alpha, text)
 
 
-def _rate(
-    subject: Subject,
-    counts: Counts,
+def _make_rate_reason(
+    subject: VerdictSubject,
+    counts: EndpointCounts,
     hits: int,
     n: int,
     limit: float,
     alpha: _Alpha,
-    said: str,
-    doubtful: int = 0,
-    least_evidence: float | None = None,
-    unseen: int = 0,
+    text: str,
+    undecided: int = 0,
+    required_evidence: float | None = None,
+    partial: int = 0,
 ) -> Reason:
     """`doubtful` count against PASS only, and so do `unseen` of `n`, which could have been hits. `least_evidence` has to
     be enough for FAIL as well, if given.
     """
     above = evidence_above(hits, n, limit)
-    if least_evidence is not None and hits:
-        above = min(above, least_evidence)
-    seen = max(n - unseen, hits + doubtful)
-    below = evidence_below(hits + doubtful, seen, limit)
-    to_pass, to_fail = alpha.bars(subject)
+    if required_evidence is not None and hits:
+        above = min(above, required_evidence)
+    complete = max(n - partial, hits + undecided)
+    below = evidence_below(hits + undecided, complete, limit)
+    to_pass, to_fail = alpha.thresholds(subject)
     if above >= to_fail:
-        return Reason(subject, counts.endpoint, "FAIL", said, Needed(None, 0), above)
+        return Reason(subject, counts.endpoint, "FAIL", text, PairsNeeded(None, 0), above)
     if below >= to_pass:
-        return Reason(subject, counts.endpoint, "PASS", said, Needed(0, None), below)
-    needed = Needed(
-        to_pass=more_below((hits + doubtful) / seen if seen else 0.0, seen, limit, to_pass),
-        to_fail=more_above(hits / n if n else 0.0, n, limit, to_fail)
+        return Reason(subject, counts.endpoint, "PASS", text, PairsNeeded(0, None), below)
+    pairs_needed = PairsNeeded(
+        to_pass=estimate_requests_below(
+            (hits + undecided) / complete if complete else 0.0, complete, limit, to_pass
+        ),
+        to_fail=estimate_requests_above(hits / n if n else 0.0, n, limit, to_fail)
         or None,  # 0: something else keeps it from FAIL
     )
-    return Reason(subject, counts.endpoint, "INCONCLUSIVE", said + _missing(needed), needed, max(above, 0.0))
+    return Reason(
+        subject,
+        counts.endpoint,
+        "INCONCLUSIVE",
+        text + _describe_pairs_needed(pairs_needed),
+        pairs_needed,
+        max(above, 0.0),
+    )
 
 
-def _coverage(counts: Counts) -> list[Reason]:
+def _coverage_reasons(counts: EndpointCounts) -> list[Reason]:
     """What new never answered, or of which nothing could be compared, may be broken however much passes beside it."""
     if not counts.old_requests or (counts.new_requests and counts.compared > counts.partial):
         return []
-    text = f"old answered {_number(counts.old_requests)} requests, new none"
+    text = f"old answered {_format_number(counts.old_requests)} requests, new none"
     if counts.new_requests:
-        text = f"of {_number(counts.old_requests)} requests none could be compared"
-        text += f" as a whole, {_number(counts.partial)} in part" if counts.partial else ""
+        text = f"of {_format_number(counts.old_requests)} requests none could be compared"
+        text += f" as a whole, {_format_number(counts.partial)} in part" if counts.partial else ""
         text += "; abreast pairs says why"
     weight = float(counts.old_requests)
     if counts.waived:
         return [
-            Reason("coverage", counts.endpoint, "PASS", f"{text}; {counts.waived}", Needed(0, None), weight)
+            Reason(
+                "coverage", counts.endpoint, "PASS", f"{text}; {counts.waived}", PairsNeeded(0, None), weight
+            )
         ]
-    return [Reason("coverage", counts.endpoint, "INCONCLUSIVE", text, Needed(None, None), weight)]
+    return [Reason("coverage", counts.endpoint, "INCONCLUSIVE", text, PairsNeeded(None, None), weight)]
 
 
-def _completeness(ledger: Ledger, budget: Budget) -> Reason:
+def _completeness_reason(completeness: Completeness, budget: Budget) -> Reason:
     """Of a count there is nothing to estimate: it is complete or it is not."""
-    if ledger.sampled is None:
-        text = f"no Envoy's count to hold the {_number(ledger.accounted)} requests in the ledger against"
-        return Reason("completeness", "", "INCONCLUSIVE", text, Needed(None, None))
-    share = ledger.accounted / ledger.sampled if ledger.sampled else 0.0
-    waiting = ledger.waiting if ledger.waiting > (1 - budget.min_completeness) * ledger.sampled else 0
-    enough = bool(ledger.sampled) and share >= budget.min_completeness and not waiting
-    lost = max(ledger.sampled - ledger.accounted, 0)
-    text = f"the ledger has {_number(ledger.accounted)} of {_number(ledger.sampled)} sampled requests ({_percent(share)})"
-    if waiting:
-        text += f"; {_number(waiting)} more still wait to be compared"
-    elif not enough:
-        text += f"; {_percent(budget.min_completeness)} are asked for, {_number(lost)} are missing"
+    if completeness.sampled is None:
+        text = f"no Envoy's count to hold the {_format_number(completeness.accounted)} requests in the ledger against"
+        return Reason("completeness", "", "INCONCLUSIVE", text, PairsNeeded(None, None))
+    share = completeness.accounted / completeness.sampled if completeness.sampled else 0.0
+    pending = (
+        completeness.pending
+        if completeness.pending > (1 - budget.min_completeness) * completeness.sampled
+        else 0
+    )
+    is_complete = bool(completeness.sampled) and share >= budget.min_completeness and not pending
+    missing = max(completeness.sampled - completeness.accounted, 0)
+    text = f"the ledger has {_format_number(completeness.accounted)} of {_format_number(completeness.sampled)} sampled requests ({_format_percent(share)})"
+    if pending:
+        text += f"; {_format_number(pending)} more still wait to be compared"
+    elif not is_complete:
+        text += f"; {_format_percent(budget.min_completeness)} are asked for, {_format_number(missing)} are missing"
     return Reason(
-        "completeness", "", "PASS" if enough else "INCONCLUSIVE", text, Needed(0 if enough else None, None)
+        "completeness",
+        "",
+        "PASS" if is_complete else "INCONCLUSIVE",
+        text,
+        PairsNeeded(0 if is_complete else None, None),
     )
 
 
-def _total(endpoints: Iterable[Counts]) -> Counts:
-    known = list(endpoints)
+def _sum_counts(endpoints: Iterable[EndpointCounts]) -> EndpointCounts:
+    all_counts = list(endpoints)
     sums = {
-        field.name: sum(getattr(one, field.name) for one in known)
-        for field in fields(Counts)
+        field.name: sum(getattr(counts, field.name) for counts in all_counts)
+        for field in fields(EndpointCounts)
         if field.name not in {"endpoint", "waived"}
     }
-    return Counts(endpoint="", **sums)
+    return EndpointCounts(endpoint="", **sums)
 
 
-def _state(reasons: Iterable[Reason]) -> State:
-    return min((reason.state for reason in reasons), key=_WEIGHT.__getitem__, default="INCONCLUSIVE")
+def _find_worst_state(reasons: Iterable[Reason]) -> VerdictState:
+    return min((reason.state for reason in reasons), key=_STATE_ORDER.__getitem__, default="INCONCLUSIVE")
 
 
-def _ordered(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
+def _order_reasons(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
     """The worst state first; of one state the plainest, holes in the data before rates that need more of it."""
     return tuple(
         sorted(
             reasons,
-            key=lambda one: (_WEIGHT[one.state], one.subject not in _GATES, -one.evidence, one.endpoint),
+            key=lambda reason: (
+                _STATE_ORDER[reason.state],
+                reason.subject not in _GATE_SUBJECTS,
+                -reason.evidence,
+                reason.endpoint,
+            ),
         )
     )
 
 
-def _strength(one: EndpointVerdict) -> float:
-    return one.reasons[0].evidence
+def _get_leading_evidence(endpoint_verdict: EndpointVerdict) -> float:
+    return endpoint_verdict.reasons[0].evidence
 
 
-def _more(whole: Iterable[Reason], *, blocked: bool) -> int | None:
-    needed = [reason.needed.to_pass for reason in whole]
-    known = [more for more in needed if more is not None]
-    return None if blocked or len(known) < len(needed) else max(known)
+def _estimate_pairs_to_pass(reasons: Iterable[Reason], *, blocked: bool) -> int | None:
+    estimates = [reason.pairs_needed.to_pass for reason in reasons]
+    finite_estimates = [estimate for estimate in estimates if estimate is not None]
+    return None if blocked or len(finite_estimates) < len(estimates) else max(finite_estimates)
 
 
-def _said(hits: int, n: int, what: str, limit: float, alpha: _Alpha) -> str:
+def _describe_rate(hits: int, n: int, description: str, limit: float, alpha: _Alpha) -> str:
     if not n:
-        return f"no pair to count {what} in"
-    found = interval(hits, n, alpha.to_pass)
+        return f"no pair to count {description} in"
+    bounds = confidence_interval(hits, n, alpha.to_pass)
     return (
-        f"{_number(hits)} of {_number(n)} pairs have {what}: {_percent(hits / n)}"
-        f" ({_percent(found.low)} to {_percent(found.high)}), {_percent(limit)} allowed"
+        f"{_format_number(hits)} of {_format_number(n)} pairs have {description}: {_format_percent(hits / n)}"
+        f" ({_format_percent(bounds.low)} to {_format_percent(bounds.high)}), {_format_percent(limit)} allowed"
     )
 
 
-def _missing(needed: Needed) -> str:
-    if needed.to_pass is not None:
-        return f"; about {_number(needed.to_pass)} more pairs to pass at this rate"
-    if needed.to_fail is not None:
-        return f"; about {_number(needed.to_fail)} more pairs to fail at this rate"
+def _describe_pairs_needed(pairs_needed: PairsNeeded) -> str:
+    if pairs_needed.to_pass is not None:
+        return f"; about {_format_number(pairs_needed.to_pass)} more pairs to pass at this rate"
+    if pairs_needed.to_fail is not None:
+        return f"; about {_format_number(pairs_needed.to_fail)} more pairs to fail at this rate"
     return "; more pairs at this rate would not settle it"
 
 
-def _number(value: int) -> str:
+def _format_number(value: int) -> str:
     return f"{value:,}"
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     """To three digits, and never a hundred percent of what is not whole."""
     text = f"{share * 100:.3g}%"
     return text if share >= 1 or text != "100%" else f"{share * 100:.6g}%"

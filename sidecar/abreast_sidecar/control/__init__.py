@@ -1,24 +1,32 @@
 """Steers Envoys: the settings of a service's traffic, and Envoy's runtime over gRPC."""
 
-from abreast_sidecar.control.control import Control, RolledBack
-from abreast_sidecar.control.discovery import RuntimeDiscovery
+from abreast_sidecar.control.control import RollbackResult, TrafficController
+from abreast_sidecar.control.discovery import RtdsServer
 from abreast_sidecar.control.envoys import EnvoyState
-from abreast_sidecar.control.journal import Event
-from abreast_sidecar.control.roster import Roll
-from abreast_sidecar.control.traffic import MILLION, WEIGHTS, Change, Note, Shares, Traffic, parts
+from abreast_sidecar.control.journal import TrafficEvent
+from abreast_sidecar.control.roster import EnvoyFleet
+from abreast_sidecar.control.traffic import (
+    MILLION,
+    TOTAL_WEIGHT,
+    AuditNote,
+    Shares,
+    Traffic,
+    TrafficChange,
+    to_fixed_point,
+)
 
 __all__ = [
     "MILLION",
-    "WEIGHTS",
-    "Change",
-    "Control",
+    "TOTAL_WEIGHT",
+    "AuditNote",
+    "EnvoyFleet",
     "EnvoyState",
-    "Event",
-    "Note",
-    "Roll",
-    "RolledBack",
-    "RuntimeDiscovery",
+    "RollbackResult",
+    "RtdsServer",
     "Shares",
     "Traffic",
-    "parts",
+    "TrafficChange",
+    "TrafficController",
+    "TrafficEvent",
+    "to_fixed_point",
 ]

@@ -10,15 +10,15 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from abreast_sidecar.control import journal
-from abreast_sidecar.control.traffic import Note, Shares, Traffic
+from abreast_sidecar.control.traffic import AuditNote, Shares, Traffic
 from abreast_sidecar.errors import ConflictError
 from abreast_sidecar.steer import ramp as ramps
-from abreast_sidecar.steer.flow import Gap
-from abreast_sidecar.steer.guard import Policy, Subject
-from abreast_sidecar.steer.ramp import Plan, Ramp, State
-from abreast_sidecar.store.database import Connection, Row, statement
+from abreast_sidecar.steer.flow import CompletenessGap
+from abreast_sidecar.steer.guard import GuardPolicy, GuardRuleName
+from abreast_sidecar.steer.ramp import Ramp, RampPlan, RampState
+from abreast_sidecar.store.database import Connection, Row, load_statement
 
-GUARD, RAMP = "guard", "ramp"  # actors
+GUARD_ACTOR, RAMP_ACTOR = "guard", "ramp"  # actors
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +26,9 @@ class Guard:
     """`state` is idle, clear, breached, blind, or waiting where no sidecar has looked yet."""
 
     service: str
-    policy: Policy
+    policy: GuardPolicy
     since: datetime | None  # None: never set
-    fired: Mapping[str, datetime]
+    fired_at: Mapping[str, datetime]
     state: str
     message: str
     checked_at: datetime | None
@@ -36,70 +36,79 @@ class Guard:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class RampTransition:
     """How a ramp goes on. None stays as it is."""
 
     action: str
-    said: str
-    state: State | None = None
+    message: str
+    state: RampState | None = None
     step: int | None = None
     shares: Shares | None = None
-    restart: bool = False  # the step's time begins anew
+    restarts_step: bool = False  # the step's time begins anew
     verdict: str | None = None
 
 
 async def lock_traffic(connection: Connection, service: str) -> Traffic:
-    return (await journal.locked(connection, service)).traffic
+    return (await journal.get_for_update(connection, service)).traffic
 
 
 async def set_guard(
-    connection: Connection, service: str, policy: Policy, note: Note, *, expected: Policy | None = None
+    connection: Connection,
+    service: str,
+    policy: GuardPolicy,
+    note: AuditNote,
+    *,
+    expected_policy: GuardPolicy | None = None,
 ) -> Guard:
     """Raise ConflictError where the policy is not what is expected."""
     traffic = await lock_traffic(connection, service)
-    cursor = await connection.execute(statement("guard_lock"), {"service": service})
+    cursor = await connection.execute(load_statement("guard_lock"), {"service": service})
     row = await cursor.fetchone()
-    before = guard(row).policy if row else Policy()
-    if expected is not None and before != expected:
+    before = to_guard(row).policy if row else GuardPolicy()
+    if expected_policy is not None and before != expected_policy:
         raise ConflictError("the guard's policy was changed meanwhile; look at it, and set it again")
     if row and before == policy:
-        return guard(row)
+        return to_guard(row)
     values = {"service": service, "policy": Jsonb(asdict(policy))}
-    cursor = await connection.execute(statement("guard_set"), values)
-    (made,) = await cursor.fetchall()
+    cursor = await connection.execute(load_statement("guard_set"), values)
+    (new_row,) = await cursor.fetchall()
     detail = {"guard_before": asdict(before), "guard_after": asdict(policy)}
-    await _record(connection, "guard_set", note, traffic, traffic, detail)
-    return guard(made)
+    await _record_event(connection, "guard_set", note, traffic, traffic, detail)
+    return to_guard(new_row)
 
 
-async def guard_acts(connection: Connection, seen: Guard, version: int, rule: Subject, said: str) -> bool:
+async def fire_guard(
+    connection: Connection, observed_guard: Guard, version: int, rule: GuardRuleName, message: str
+) -> bool:
     """Roll back, or say that it would be. False where policy or traffic are not any more what was looked at."""
-    before = await lock_traffic(connection, seen.service)
-    cursor = await connection.execute(statement("guard_lock"), {"service": seen.service})
+    before = await lock_traffic(connection, observed_guard.service)
+    cursor = await connection.execute(load_statement("guard_lock"), {"service": observed_guard.service})
     row = await cursor.fetchone()
-    if before.version != version or row is None or row["since"] != seen.since:
+    if before.version != version or row is None or row["since"] != observed_guard.since:
         return False
     after, action = before, "guard_would_roll_back"
-    if seen.policy.mode == "acting":
+    if observed_guard.policy.mode == "acting":
         action = "rollback"
-        after = await _moved(connection, before, rolled_back(before.shares))
+        after = await _apply_shares(connection, before, roll_back_shares(before.shares))
     await connection.execute(
-        statement("guard_fire"), {"service": seen.service, "rule": rule, "message": said}
+        load_statement("guard_fire"), {"service": observed_guard.service, "rule": rule, "message": message}
     )
-    detail = {"rule": rule, "guard_after": asdict(seen.policy)}
-    await _record(connection, action, Note(GUARD, f"{rule}: {said}"), before, after, detail)
+    detail = {"rule": rule, "guard_after": asdict(observed_guard.policy)}
+    await _record_event(
+        connection, action, AuditNote(GUARD_ACTOR, f"{rule}: {message}"), before, after, detail
+    )
     return True
 
 
-async def start_ramp(connection: Connection, service: str, plan: Plan, note: Note) -> Ramp:
+async def start_ramp(connection: Connection, service: str, plan: RampPlan, note: AuditNote) -> Ramp:
     """Raise ConflictError where one is under way."""
     before = await lock_traffic(connection, service)
-    if running := await lock_ramp(connection, service):
+    if active_ramp := await lock_ramp(connection, service):
         raise ConflictError(
-            f"a ramp is under way already, {running.state} at {ramps.percent(running.share)}; abort it first"
+            f"a ramp is under way already, {active_ramp.state} at {ramps.format_percent(active_ramp.share)}; abort it first"
         )
     shares = replace(before.shares, new_share=plan.steps[0], rolled_back=False)
-    after = await _moved(connection, before, shares)
+    after = await _apply_shares(connection, before, shares)
     values = {
         "service": service,
         "steps": list(plan.steps),
@@ -109,74 +118,80 @@ async def start_ramp(connection: Connection, service: str, plan: Plan, note: Not
         "actor": note.actor,
         "reason": note.reason,
         "version": after.version,
-        "gap": (await gap(connection, service)).missing,
+        "gap": (await read_completeness_gap(connection, service)).missing,
     }
-    cursor = await connection.execute(statement("ramp_add"), values)
+    cursor = await connection.execute(load_statement("ramp_add"), values)
     (row,) = await cursor.fetchall()
-    made = ramp(row)
-    await _record(connection, "ramp_start", note, before, after, {"ramp_after": described(made)})
-    return made
+    new_ramp = to_ramp(row)
+    await _record_event(
+        connection, "ramp_start", note, before, after, {"ramp_after": to_ramp_document(new_ramp)}
+    )
+    return new_ramp
 
 
-async def turn(connection: Connection, before: Traffic, known: Ramp, wanted: Turn, note: Note) -> Ramp:
+async def apply_transition(
+    connection: Connection, before: Traffic, current_ramp: Ramp, transition: RampTransition, note: AuditNote
+) -> Ramp:
     """`before` and `known` are locked. What was changed by somebody else is not undone here: see `superseded`."""
-    after = await _moved(connection, before, wanted.shares or before.shares)
+    after = await _apply_shares(connection, before, transition.shares or before.shares)
     values = {
-        "id": known.id,
-        "state": wanted.state or known.state,
-        "step": known.step if wanted.step is None else wanted.step,
-        "version": after.version if _is_of(known, before) else known.version,
-        "message": wanted.said,
-        "verdict": wanted.verdict,
-        "restart": wanted.restart,
-        "gap": (await gap(connection, known.service)).missing if wanted.restart else None,
+        "id": current_ramp.id,
+        "state": transition.state or current_ramp.state,
+        "step": current_ramp.step if transition.step is None else transition.step,
+        "version": after.version if _matches_traffic(current_ramp, before) else current_ramp.version,
+        "message": transition.message,
+        "verdict": transition.verdict,
+        "restart": transition.restarts_step,
+        "gap": (await read_completeness_gap(connection, current_ramp.service)).missing
+        if transition.restarts_step
+        else None,
     }
-    cursor = await connection.execute(statement("ramp_update"), values)
+    cursor = await connection.execute(load_statement("ramp_update"), values)
     (row,) = await cursor.fetchall()
-    made = ramp(row)
-    detail = {"ramp_before": described(known), "ramp_after": described(made)}
-    await _record(connection, wanted.action, note, before, after, detail)
-    return made
+    updated_ramp = to_ramp(row)
+    detail = {"ramp_before": to_ramp_document(current_ramp), "ramp_after": to_ramp_document(updated_ramp)}
+    await _record_event(connection, transition.action, note, before, after, detail)
+    return updated_ramp
 
 
 async def lock_ramp(connection: Connection, service: str) -> Ramp | None:
     """The one under way."""
-    cursor = await connection.execute(statement("ramp_lock"), {"service": service})
+    cursor = await connection.execute(load_statement("ramp_lock"), {"service": service})
     row = await cursor.fetchone()
-    return ramp(row) if row else None
+    return to_ramp(row) if row else None
 
 
-async def gap(connection: Connection, service: str) -> Gap:
-    cursor = await connection.execute(statement("ledger_gap"), {"service": service})
+async def read_completeness_gap(connection: Connection, service: str) -> CompletenessGap:
+    cursor = await connection.execute(load_statement("ledger_gap"), {"service": service})
     (row,) = await cursor.fetchall()
-    return Gap(row["sampled"], row["written"])
+    return CompletenessGap(row["sampled"], row["written"])
 
 
-def superseded(known: Ramp, traffic: Traffic) -> bool:
+def is_superseded(current_ramp: Ramp, traffic: Traffic) -> bool:
     """Whether somebody else decided about the users since. Who changes only what is mirrored leaves the ramp alone."""
-    return not _is_of(known, traffic)
+    return not _matches_traffic(current_ramp, traffic)
 
 
-def _is_of(known: Ramp, traffic: Traffic) -> bool:
-    if known.version == traffic.version:
+def _matches_traffic(current_ramp: Ramp, traffic: Traffic) -> bool:
+    if current_ramp.version == traffic.version:
         return True
-    return traffic.shares.new_share == known.share and not traffic.shares.rolled_back
+    return traffic.shares.new_share == current_ramp.share and not traffic.shares.rolled_back
 
 
-def rolled_back(shares: Shares) -> Shares:
+def roll_back_shares(shares: Shares) -> Shares:
     return replace(shares, new_share=0, rolled_back=True)
 
 
-async def _moved(connection: Connection, before: Traffic, shares: Shares) -> Traffic:
+async def _apply_shares(connection: Connection, before: Traffic, shares: Shares) -> Traffic:
     if shares == before.shares:
         return before
-    return (await journal.changed(connection, before.service, shares)).traffic
+    return (await journal.update_shares(connection, before.service, shares)).traffic
 
 
-async def _record(
+async def _record_event(
     connection: Connection,
     action: str,
-    note: Note,
+    note: AuditNote,
     before: Traffic,
     after: Traffic,
     detail: Mapping[str, Any],
@@ -186,34 +201,36 @@ async def _record(
         "actor": note.actor,
         "action": action,
         "reason": note.reason,
-        "before": Jsonb(journal.document(before)),
-        "after": Jsonb(journal.document(after)),
+        "before": Jsonb(journal.to_traffic_document(before)),
+        "after": Jsonb(journal.to_traffic_document(after)),
         "detail": Jsonb(dict(detail)),
     }
-    await connection.execute(statement("rollout_event_add"), values)
+    await connection.execute(load_statement("rollout_event_add"), values)
 
 
-def guard(row: Row) -> Guard:
-    fired = {rule: datetime.fromisoformat(at) for rule, at in row["fired_at"].items()}
-    known = {name: row[name] for name in ("service", "since", "state", "message", "checked_at", "now")}
-    return Guard(**known, policy=Policy.of(row["policy"]), fired=fired)
+def to_guard(row: Row) -> Guard:
+    fired_at = {rule: datetime.fromisoformat(at) for rule, at in row["fired_at"].items()}
+    columns = {name: row[name] for name in ("service", "since", "state", "message", "checked_at", "now")}
+    return Guard(**columns, policy=GuardPolicy.from_document(row["policy"]), fired_at=fired_at)
 
 
-def ramp(row: Row) -> Ramp:
-    plan = Plan(tuple(row["steps"]), row["step_seconds"], row["min_pairs"], ramps.budget_of(row["budget"]))
-    left_out = {"steps", "step_seconds", "min_pairs", "budget", "now"}
-    return Ramp(plan=plan, **{name: value for name, value in row.items() if name not in left_out})
+def to_ramp(row: Row) -> Ramp:
+    plan = RampPlan(
+        tuple(row["steps"]), row["step_seconds"], row["min_pairs"], ramps.budget_from_document(row["budget"])
+    )
+    excluded_columns = {"steps", "step_seconds", "min_pairs", "budget", "now"}
+    return Ramp(plan=plan, **{name: value for name, value in row.items() if name not in excluded_columns})
 
 
-def described(known: Ramp) -> dict[str, Any]:
+def to_ramp_document(current_ramp: Ramp) -> dict[str, Any]:
     """For the record of an event."""
     return {
-        "id": known.id,
-        "state": known.state,
-        "steps": list(known.plan.steps),
-        "step": known.step,
-        "hold": known.plan.hold,
-        "min_pairs": known.plan.min_pairs,
-        "budget": asdict(known.plan.budget),
-        "message": known.message,
+        "id": current_ramp.id,
+        "state": current_ramp.state,
+        "steps": list(current_ramp.plan.steps),
+        "step": current_ramp.step,
+        "hold": current_ramp.plan.hold,
+        "min_pairs": current_ramp.plan.min_pairs,
+        "budget": asdict(current_ramp.plan.budget),
+        "message": current_ramp.message,
     }

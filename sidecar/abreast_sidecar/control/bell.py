@@ -5,13 +5,13 @@ from collections.abc import Coroutine
 from typing import Any
 
 
-class Bell:
+class Notifier:
     """Wakes everyone who waits for it. Look at the state, and wait only then: nothing is remembered."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    def ring(self) -> None:
+    def notify_all(self) -> None:
         self._event.set()
         self._event = asyncio.Event()
 

@@ -19,179 +19,198 @@ from typing import Any
 import structlog
 from redis.asyncio import Redis
 
-from abreast_sidecar.control.journal import Journal, Known
-from abreast_sidecar.control.patience import PATIENCE, trouble
-from abreast_sidecar.control.traffic import Note, Shares
+from abreast_sidecar.control.journal import TrafficRepository, VersionedTraffic
+from abreast_sidecar.control.patience import OPTIONAL_CALL_TIMEOUT_S, error_within
+from abreast_sidecar.control.traffic import AuditNote, Shares
 from abreast_sidecar.errors import LedgerError, NotFoundError, RedisError
-from abreast_sidecar.read import translated
+from abreast_sidecar.read import map_redis_errors
 
-HASH = "abreast:rollbacks"  # in Redis: call → JSON
-PERIOD = 1.0  # seconds between two looks
+ROLLBACKS_HASH_KEY = "abreast:rollbacks"  # in Redis: call → JSON
+ROLLBACK_POLL_INTERVAL_S = 1.0  # seconds between two looks
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Brake:
+class PendingRollback:
     service: str
-    note: Note
-    call: str = field(default_factory=lambda: str(uuid.uuid4()))
-    at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    pulled: float = field(default_factory=time.monotonic)
+    note: AuditNote
+    call_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    called_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    started_monotonic: float = field(default_factory=time.monotonic)
 
     @property
-    def late_note(self) -> Note:
-        late = f"(called at {self.at}, while Postgres was away)"
-        return Note(self.note.actor, f"{self.note.reason} {late}".strip())
+    def late_note(self) -> AuditNote:
+        suffix = f"(called at {self.called_at}, while Postgres was away)"
+        return AuditNote(self.note.actor, f"{self.note.reason} {suffix}".strip())
 
-    def document(self) -> str:
+    def to_json(self) -> str:
         return json.dumps(
-            {"service": self.service, "actor": self.note.actor, "reason": self.note.reason, "at": self.at}
+            {
+                "service": self.service,
+                "actor": self.note.actor,
+                "reason": self.note.reason,
+                "at": self.called_at,
+            }
         )
 
     @classmethod
-    def parse(cls, call: bytes, document: bytes) -> Brake:
-        said = json.loads(document)
-        return cls(said["service"], Note(said["actor"], said["reason"]), call.decode(), said["at"])
+    def from_json(cls, call_id: bytes, document: bytes) -> PendingRollback:
+        values = json.loads(document)
+        return cls(
+            values["service"], AuditNote(values["actor"], values["reason"]), call_id.decode(), values["at"]
+        )
 
 
-class Brakes:
+class PendingRollbacks:
     """`learn` takes a state of the ledger; `changed` is called where what is in force changed."""
 
     def __init__(
         self,
-        journal: Journal,
+        repository: TrafficRepository,
         redis: Redis,
-        initial: Shares,
+        default_shares: Shares,
         *,
-        learn: Callable[[Known], None],
-        changed: Callable[[], None],
+        observe: Callable[[VersionedTraffic], None],
+        on_change: Callable[[], None],
     ) -> None:
-        self.looked = asyncio.Event()  # whether others have left rollbacks is known, or can't be
-        self._journal = journal
+        self.is_loaded = asyncio.Event()  # whether others have left rollbacks is known, or can't be
+        self._repository = repository
         self._redis = redis
-        self._first = replace(initial, new_share=0)  # of a service that the ledger has never heard of
-        self._learn = learn
-        self._changed = changed
-        self._pulled: dict[str, Brake] = {}
-        self._recording: dict[str, asyncio.Task[None]] = {}
-        self._recorded: set[str] = set()
-        self._owed: set[str] = set()  # calls that were told that an event of them will be there
-        self._kept: set[str] = set()  # in Redis, and to be removed there
+        self._initial_shares = replace(
+            default_shares, new_share=0
+        )  # of a service that the ledger has never heard of
+        self._observe = observe
+        self._on_change = on_change
+        self._pending: dict[str, PendingRollback] = {}
+        self._record_tasks: dict[str, asyncio.Task[None]] = {}
+        self._recorded_ids: set[str] = set()
+        self._owed_event_ids: set[str] = set()  # calls that were told that an event of them will be there
+        self._redis_ids: set[str] = set()  # in Redis, and to be removed there
 
-    def on(self, service: str) -> Brake | None:
+    def get(self, service: str) -> PendingRollback | None:
         """The first that holds the service."""
-        return next((one for one in self._pulled.values() if one.service == service), None)
+        return next((rollback for rollback in self._pending.values() if rollback.service == service), None)
 
-    def services(self) -> set[str]:
-        return {brake.service for brake in self._pulled.values()}
+    def list_services(self) -> set[str]:
+        return {rollback.service for rollback in self._pending.values()}
 
-    async def pull(self, service: str, note: Note) -> str:
+    async def add(self, service: str, note: AuditNote) -> str:
         """In force before anything is waited for. Return what is amiss, empty where the ledger has it."""
-        brake = Brake(service, note)
-        self._pull(brake)
-        trouble = await self._try(brake, late=False)
-        if not trouble or brake.call in self._recorded:
+        rollback = PendingRollback(service, note)
+        self._add(rollback)
+        problem = await self._try_record(rollback, is_late=False)
+        if not problem or rollback.call_id in self._recorded_ids:
             return ""
-        self._owed.add(brake.call)
-        log.warning("a rollback is in force and not recorded", service=service, error=trouble)
-        if await self._keep(brake):
-            others = "other sidecars find it in Redis within seconds, and it outlives a restart of this one"
+        self._owed_event_ids.add(rollback.call_id)
+        log.warning("a rollback is in force and not recorded", service=service, error=problem)
+        if await self._store_in_redis(rollback):
+            propagation = (
+                "other sidecars find it in Redis within seconds, and it outlives a restart of this one"
+            )
         else:
-            others = "Redis does not keep it either, so Envoys of other sidecars are not told, and a restart of this one forgets it"
-        return f"the ledger does not know of it yet: {trouble}; it is recorded as soon as Postgres is back; {others}"
+            propagation = "Redis does not keep it either, so Envoys of other sidecars are not told, and a restart of this one forgets it"
+        return f"the ledger does not know of it yet: {problem}; it is recorded as soon as Postgres is back; {propagation}"
 
-    async def settle(self, service: str) -> None:
+    async def flush(self, service: str) -> None:
         """Record what holds the service, or raise LedgerError."""
-        while brake := self.on(service):
-            if trouble := await self._try(brake, late=True):
+        while rollback := self.get(service):
+            if problem := await self._try_record(rollback, is_late=True):
                 raise LedgerError(
-                    f"a rollback is still to be recorded, and nothing may overtake it: {trouble}"
+                    f"a rollback is still to be recorded, and nothing may overtake it: {problem}"
                 )
 
     async def run(self) -> None:
         while True:
-            await self._look()
-            self.looked.set()
-            for brake in list(self._pulled.values()):
-                self._record_soon(brake, late=True)
-            await self._remove()
-            await asyncio.sleep(PERIOD)
+            await self._load_from_redis()
+            self.is_loaded.set()
+            for rollback in list(self._pending.values()):
+                self._schedule_record(rollback, is_late=True)
+            await self._delete_from_redis()
+            await asyncio.sleep(ROLLBACK_POLL_INTERVAL_S)
 
-    def _pull(self, brake: Brake) -> None:
-        self._pulled[brake.call] = brake
-        self._changed()
+    def _add(self, rollback: PendingRollback) -> None:
+        self._pending[rollback.call_id] = rollback
+        self._on_change()
 
-    async def _try(self, brake: Brake, *, late: bool) -> str:
-        return await trouble(self._record_soon(brake, late=late))
+    async def _try_record(self, rollback: PendingRollback, *, is_late: bool) -> str:
+        return await error_within(self._schedule_record(rollback, is_late=is_late))
 
-    def _record_soon(self, brake: Brake, *, late: bool) -> asyncio.Task[None]:
-        task = self._recording.get(brake.call)
+    def _schedule_record(self, rollback: PendingRollback, *, is_late: bool) -> asyncio.Task[None]:
+        task = self._record_tasks.get(rollback.call_id)
         if task is None or task.done():
-            task = self._recording[brake.call] = asyncio.create_task(self._record(brake, late=late))
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # it is tried again
+            task = self._record_tasks[rollback.call_id] = asyncio.create_task(
+                self._record(rollback, is_late=is_late)
+            )
+            task.add_done_callback(
+                lambda future: future.cancelled() or future.exception()
+            )  # it is tried again
         return task
 
-    async def _record(self, brake: Brake, *, late: bool) -> None:
-        note = brake.late_note if late else brake.note
+    async def _record(self, rollback: PendingRollback, *, is_late: bool) -> None:
+        note = rollback.late_note if is_late else rollback.note
         try:
-            known = await self._journal.record_rollback(brake.service, note, brake.call, always=late)
+            snapshot = await self._repository.record_rollback(
+                rollback.service, note, rollback.call_id, always_record_event=is_late
+            )
         except NotFoundError:
-            await self._journal.seed(
-                brake.service, self._first, Note("sidecar", "a rollback named this service")
+            await self._repository.ensure(
+                rollback.service, self._initial_shares, AuditNote("sidecar", "a rollback named this service")
             )
-            known = await self._journal.record_rollback(brake.service, note, brake.call, always=late)
+            snapshot = await self._repository.record_rollback(
+                rollback.service, note, rollback.call_id, always_record_event=is_late
+            )
         if (
-            not late and brake.call in self._owed
+            not is_late and rollback.call_id in self._owed_event_ids
         ):  # it had begun before; where it changed nothing, it left no event
-            known = await self._journal.record_rollback(
-                brake.service, brake.late_note, brake.call, always=True
+            snapshot = await self._repository.record_rollback(
+                rollback.service, rollback.late_note, rollback.call_id, always_record_event=True
             )
-        self._owed.discard(brake.call)
-        self._recorded.add(brake.call)
-        self._learn(known)
-        self._pulled.pop(brake.call, None)
-        self._recording.pop(brake.call, None)
-        self._changed()
-        if late:
-            log.info("a rollback is recorded now", service=brake.service, version=known.traffic.version)
+        self._owed_event_ids.discard(rollback.call_id)
+        self._recorded_ids.add(rollback.call_id)
+        self._observe(snapshot)
+        self._pending.pop(rollback.call_id, None)
+        self._record_tasks.pop(rollback.call_id, None)
+        self._on_change()
+        if is_late:
+            log.info("a rollback is recorded now", service=rollback.service, version=snapshot.traffic.version)
 
-    async def _keep(self, brake: Brake) -> bool:
+    async def _store_in_redis(self, rollback: PendingRollback) -> bool:
         try:
-            await self._ask(self._redis.hset(HASH, brake.call, brake.document()))
+            await self._call_redis(self._redis.hset(ROLLBACKS_HASH_KEY, rollback.call_id, rollback.to_json()))
         except RedisError as error:
-            log.warning("a rollback is kept in memory only", service=brake.service, error=str(error))
+            log.warning("a rollback is kept in memory only", service=rollback.service, error=str(error))
             return False
-        self._kept.add(brake.call)
+        self._redis_ids.add(rollback.call_id)
         return True
 
-    async def _look(self) -> None:
+    async def _load_from_redis(self) -> None:
         """Take over what others have left. Where Postgres answers it is only recorded: it may be long over."""
         try:
-            found = await self._ask(self._redis.hgetall(HASH))
+            documents = await self._call_redis(self._redis.hgetall(ROLLBACKS_HASH_KEY))
         except RedisError:
             return
-        for call, document in found.items():
+        for call_id, document in documents.items():
             try:
-                brake = Brake.parse(call, document)
+                rollback = PendingRollback.from_json(call_id, document)
             except (ValueError, KeyError, TypeError) as error:
                 log.warning("redis holds a rollback that can't be read", error=repr(error))
                 continue
-            self._kept.add(brake.call)
-            if brake.call in self._recorded or brake.call in self._pulled:
+            self._redis_ids.add(rollback.call_id)
+            if rollback.call_id in self._recorded_ids or rollback.call_id in self._pending:
                 continue
-            if await self._try(brake, late=True):
-                self._pull(brake)
+            if await self._try_record(rollback, is_late=True):
+                self._add(rollback)
 
-    async def _remove(self) -> None:
-        for call in self._kept & self._recorded:
+    async def _delete_from_redis(self) -> None:
+        for call_id in self._redis_ids & self._recorded_ids:
             try:
-                await self._ask(self._redis.hdel(HASH, call))
+                await self._call_redis(self._redis.hdel(ROLLBACKS_HASH_KEY, call_id))
             except RedisError:
                 return
-            self._kept.discard(call)
+            self._redis_ids.discard(call_id)
 
-    async def _ask(self, question: Any) -> Any:
-        with translated():
-            async with asyncio.timeout(PATIENCE):
-                return await question
+    async def _call_redis(self, command: Any) -> Any:
+        with map_redis_errors():
+            async with asyncio.timeout(OPTIONAL_CALL_TIMEOUT_S):
+                return await command

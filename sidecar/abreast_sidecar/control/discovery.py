@@ -10,104 +10,114 @@ import grpc
 import structlog
 from google.protobuf import any_pb2
 
-from abreast_sidecar.control.control import Control, Held
-from abreast_sidecar.control.envoys import Connected
-from abreast_sidecar.control.traffic import runtime_layer
+from abreast_sidecar.control.control import CurrentTraffic, TrafficController
+from abreast_sidecar.control.envoys import EnvoyConnection
+from abreast_sidecar.control.traffic import build_runtime_layer
 from abreast_sidecar.control.xds import wire_pb2 as wire
-from abreast_sidecar.ending import ended
+from abreast_sidecar.ending import cancel_and_wait
 from abreast_sidecar.errors import ArgumentError
 
-SERVICE = "envoy.service.runtime.v3.RuntimeDiscoveryService"
-RUNTIME = "type.googleapis.com/envoy.service.runtime.v3.Runtime"
-LAYER = "abreast"  # the resource's name
+RTDS_SERVICE = "envoy.service.runtime.v3.RuntimeDiscoveryService"
+RUNTIME_TYPE_URL = "type.googleapis.com/envoy.service.runtime.v3.Runtime"
+RTDS_LAYER_NAME = "abreast"  # the resource's name
 
 log = structlog.get_logger(__name__)
 
-Context: TypeAlias = grpc.aio.ServicerContext[wire.DiscoveryRequest, wire.DiscoveryResponse]
+RtdsContext: TypeAlias = grpc.aio.ServicerContext[wire.DiscoveryRequest, wire.DiscoveryResponse]
 
 
-def response(held: Held, nonce: str) -> wire.DiscoveryResponse:
-    runtime = wire.Runtime(name=LAYER)
-    runtime.layer.update(runtime_layer(held.traffic.shares))
-    resource = any_pb2.Any(type_url=RUNTIME, value=runtime.SerializeToString())
+def build_response(current: CurrentTraffic, nonce: str) -> wire.DiscoveryResponse:
+    runtime = wire.Runtime(name=RTDS_LAYER_NAME)
+    runtime.layer.update(build_runtime_layer(current.traffic.shares))
+    resource = any_pb2.Any(type_url=RUNTIME_TYPE_URL, value=runtime.SerializeToString())
     return wire.DiscoveryResponse(
-        version_info=str(held.traffic.version), resources=[resource], type_url=RUNTIME, nonce=nonce
+        version_info=str(current.traffic.version),
+        resources=[resource],
+        type_url=RUNTIME_TYPE_URL,
+        nonce=nonce,
     )
 
 
-class RuntimeDiscovery:
-    def __init__(self, control: Control) -> None:
+class RtdsServer:
+    def __init__(self, control: TrafficController) -> None:
         self.control = control
 
-    def handler(self) -> grpc.GenericRpcHandler:
+    def build_handler(self) -> grpc.GenericRpcHandler:
         stream = grpc.stream_stream_rpc_method_handler(
             self.stream,
             request_deserializer=wire.DiscoveryRequest.FromString,
             response_serializer=wire.DiscoveryResponse.SerializeToString,
         )
-        return grpc.method_handlers_generic_handler(SERVICE, {"StreamRuntime": stream})
+        return grpc.method_handlers_generic_handler(RTDS_SERVICE, {"StreamRuntime": stream})
 
-    async def stream(self, requests: AsyncIterator[wire.DiscoveryRequest], context: Context) -> None:
+    async def stream(self, requests: AsyncIterator[wire.DiscoveryRequest], context: RtdsContext) -> None:
         try:
-            first = await anext(requests)
+            first_request = await anext(requests)
         except StopAsyncIteration:
             return
-        envoy = _connected(first, context.peer())
-        self.control.envoys.add(envoy)
-        log.info("envoy connected", node=envoy.node, service=envoy.service, has_version=first.version_info)
-        ends = [
-            asyncio.create_task(part) for part in (self._hear(envoy, requests), self.control.closing.wait())
+        envoy = _parse_first_request(first_request, context.peer())
+        self.control.connections.add(envoy)
+        log.info(
+            "envoy connected", node=envoy.node, service=envoy.service, has_version=first_request.version_info
+        )
+        stop_tasks = [
+            asyncio.create_task(part)
+            for part in (self._receive_acks(envoy, requests), self.control.shutdown.wait())
         ]
         try:
-            if await _unless(ends, self.control.welcome(envoy.service)):
-                await self._tell(envoy, context, ends)
-            for part in ends:
+            if await _run_until(stop_tasks, self.control.ensure_known(envoy.service)):
+                await self._send_updates(envoy, context, stop_tasks)
+            for part in stop_tasks:
                 if part.done():
                     part.result()
         finally:
-            self.control.envoys.remove(envoy)
-            await ended(*ends)
+            self.control.connections.remove(envoy)
+            await cancel_and_wait(*stop_tasks)
             log.info("envoy left", node=envoy.node, service=envoy.service)
 
-    async def _tell(self, envoy: Connected, context: Context, ends: list[asyncio.Task[Any]]) -> None:
+    async def _send_updates(
+        self, envoy: EnvoyConnection, context: RtdsContext, stop_tasks: list[asyncio.Task[Any]]
+    ) -> None:
         """Writing is never cancelled: after half a write, grpcio can't end the stream with its status."""
-        while not any(part.done() for part in ends):
-            held = self.control.held(envoy.service)
-            if held is None or held.traffic == envoy.sent:
-                await _unless(ends, self.control.news.wait())
+        while not any(part.done() for part in stop_tasks):
+            current = self.control.current(envoy.service)
+            if current is None or current.traffic == envoy.sent_traffic:
+                await _run_until(stop_tasks, self.control.change_notifier.wait())
                 continue
-            envoy.sending(held.traffic, held.changed)
-            await context.write(response(held, envoy.nonce))
+            envoy.record_sent(current.traffic, current.changed_monotonic)
+            await context.write(build_response(current, envoy.nonce))
 
-    async def _hear(self, envoy: Connected, requests: AsyncIterator[wire.DiscoveryRequest]) -> None:
+    async def _receive_acks(
+        self, envoy: EnvoyConnection, requests: AsyncIterator[wire.DiscoveryRequest]
+    ) -> None:
         async for request in requests:
             error = request.error_detail.message if request.HasField("error_detail") else ""
-            if not envoy.answered(request.response_nonce, error):
+            if not envoy.accept_answer(request.response_nonce, error):
                 continue
-            self.control.envoys.bell.ring()
+            self.control.connections.notifier.notify_all()
             if error:
                 log.error("envoy refuses the traffic settings", node=envoy.node, error=error)
 
 
-async def _unless(ends: list[asyncio.Task[Any]], work: Coroutine[Any, Any, Any]) -> bool:
+async def _run_until(stop_tasks: list[asyncio.Task[Any]], work: Coroutine[Any, Any, Any]) -> bool:
     """Work until one of `ends` is over; whether the work was done before."""
-    working = asyncio.create_task(work)
+    work_task = asyncio.create_task(work)
     try:
-        await asyncio.wait([*ends, working], return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait([*stop_tasks, work_task], return_when=asyncio.FIRST_COMPLETED)
+        if not work_task.done():
             return False
-        working.result()
+        work_task.result()
         return True
     finally:
-        await ended(working)
+        await cancel_and_wait(work_task)
 
 
-def _connected(first: wire.DiscoveryRequest, peer: str) -> Connected:
-    if not first.node.cluster or not first.node.id:
+def _parse_first_request(request: wire.DiscoveryRequest, peer: str) -> EnvoyConnection:
+    if not request.node.cluster or not request.node.id:
         raise ArgumentError("an Envoy must have node.id, and node.cluster with the name of its service")
-    if LAYER not in first.resource_names:
-        asked = ", ".join(first.resource_names) or "nothing"
+    if RTDS_LAYER_NAME not in request.resource_names:
+        layer_names = ", ".join(request.resource_names) or "nothing"
         raise ArgumentError(
-            f"the rtds_layer in Envoy's configuration must have the name {LAYER}, it asks for {asked}"
+            f"the rtds_layer in Envoy's configuration must have the name {RTDS_LAYER_NAME}, it asks for {layer_names}"
         )
-    return Connected(node=first.node.id, service=first.node.cluster, peer=peer)
+    return EnvoyConnection(node=request.node.id, service=request.node.cluster, peer=peer)

@@ -9,10 +9,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
-from abreast_sidecar.control.bell import Bell
-from abreast_sidecar.control.traffic import Moment, Traffic
+from abreast_sidecar.control.bell import Notifier
+from abreast_sidecar.control.traffic import Traffic, VersionStamp
 
-_numbers = itertools.count(1)
+_connection_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,28 +26,28 @@ class EnvoyState:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class EnvoyStatus:
     """Where one Envoy stands, whichever sidecar it is connected to."""
 
     service: str
     node: str
     peer: str
     number: int  # in the order of connecting
-    acknowledged: Moment | None
-    answered: Moment | None  # what it acknowledged or refused last
+    acknowledged_stamp: VersionStamp | None
+    answered_stamp: VersionStamp | None  # what it acknowledged or refused last
     after: float | None  # seconds, of what it acknowledged
     error: str
     sidecar: str = ""
 
-    def settled(self, traffic: Traffic) -> bool:
+    def has_answered(self, traffic: Traffic) -> bool:
         """Whether this Envoy has the state or a later one, or has refused it."""
-        return self.answered is not None and self.answered >= traffic.moment
+        return self.answered_stamp is not None and self.answered_stamp >= traffic.version_stamp
 
-    def state(self, traffic: Traffic) -> EnvoyState:
+    def to_state(self, traffic: Traffic) -> EnvoyState:
         return EnvoyState(
             node=self.node,
-            acknowledged_version=self.acknowledged[1] if self.acknowledged else 0,
-            acknowledged_after=self.after if self.acknowledged == traffic.moment else None,
+            acknowledged_version=self.acknowledged_stamp[1] if self.acknowledged_stamp else 0,
+            acknowledged_after=self.after if self.acknowledged_stamp == traffic.version_stamp else None,
             error=self.error,
             peer=self.peer,
             sidecar=self.sidecar,
@@ -55,102 +55,104 @@ class Standing:
 
 
 @dataclass
-class Connected:
+class EnvoyConnection:
     """One discovery stream of one Envoy."""
 
     node: str
     service: str
     peer: str = ""
-    number: int = field(default_factory=lambda: next(_numbers))
-    since: float = field(default_factory=time.monotonic)
-    sent: Traffic | None = None
-    sent_from: float = 0.0  # monotonic: when that state was set
-    sendings: int = 0
-    acknowledged: Traffic | None = None
+    number: int = field(default_factory=lambda: next(_connection_numbers))
+    connected_monotonic: float = field(default_factory=time.monotonic)
+    sent_traffic: Traffic | None = None
+    ack_timer_start: float = 0.0  # monotonic: when that state was set
+    send_count: int = 0
+    acknowledged_traffic: Traffic | None = None
     acknowledged_after: float | None = None
     error: str = ""
 
     @property
     def nonce(self) -> str:
-        return f"{self.number}.{self.sendings}"
+        return f"{self.number}.{self.send_count}"
 
-    def sending(self, traffic: Traffic, changed: float) -> None:
-        self.sent = traffic
-        self.sendings += 1
-        self.sent_from = max(changed, self.since)
+    def record_sent(self, traffic: Traffic, changed_monotonic: float) -> None:
+        self.sent_traffic = traffic
+        self.send_count += 1
+        self.ack_timer_start = max(changed_monotonic, self.connected_monotonic)
 
-    def answered(self, nonce: str, error: str) -> bool:
+    def accept_answer(self, nonce: str, error: str) -> bool:
         """Whether the answer is about the state that was sent last."""
-        if self.sent is None or nonce != self.nonce:
+        if self.sent_traffic is None or nonce != self.nonce:
             return False
         self.error = error
         if not error:
-            self.acknowledged = self.sent
-            self.acknowledged_after = time.monotonic() - self.sent_from
+            self.acknowledged_traffic = self.sent_traffic
+            self.acknowledged_after = time.monotonic() - self.ack_timer_start
         return True
 
     @property
-    def last_answered(self) -> Traffic | None:
-        return self.sent if self.error else self.acknowledged
+    def last_answered_traffic(self) -> Traffic | None:
+        return self.sent_traffic if self.error else self.acknowledged_traffic
 
-    def settled(self, traffic: Traffic) -> bool:
+    def has_answered(self, traffic: Traffic) -> bool:
         """As `Standing.settled`, for many Envoys at each of their answers."""
-        answered = self.last_answered
-        return answered is not None and not traffic.newer_than(answered)
+        answered_traffic = self.last_answered_traffic
+        return answered_traffic is not None and not traffic.is_newer_than(answered_traffic)
 
-    def standing(self, sidecar: str) -> Standing:
-        answered = self.last_answered
-        return Standing(
+    def to_status(self, sidecar: str) -> EnvoyStatus:
+        answered_traffic = self.last_answered_traffic
+        return EnvoyStatus(
             service=self.service,
             node=self.node,
             peer=self.peer,
             number=self.number,
-            acknowledged=self.acknowledged.moment if self.acknowledged else None,
-            answered=answered.moment if answered else None,
+            acknowledged_stamp=self.acknowledged_traffic.version_stamp if self.acknowledged_traffic else None,
+            answered_stamp=answered_traffic.version_stamp if answered_traffic else None,
             after=self.acknowledged_after,
             error=self.error,
             sidecar=sidecar,
         )
 
 
-class Envoys:
+class EnvoyConnections:
     """Every stream counts, also where Envoys share a node id: each holds values of its own. One whose Envoy went away
     without a word ends when the server's keepalive finds out.
     """
 
     def __init__(self) -> None:
-        self.sidecar = ""  # what this one is called
-        self.bell = Bell()  # an Envoy came, went or answered
-        self._streams: dict[int, Connected] = {}
+        self.sidecar_name = ""  # what this one is called
+        self.notifier = Notifier()  # an Envoy came, went or answered
+        self._connections: dict[int, EnvoyConnection] = {}
 
-    def add(self, envoy: Connected) -> None:
-        self._streams[envoy.number] = envoy
-        self.bell.ring()
+    def add(self, envoy: EnvoyConnection) -> None:
+        self._connections[envoy.number] = envoy
+        self.notifier.notify_all()
 
-    def remove(self, envoy: Connected) -> None:
-        self._streams.pop(envoy.number, None)
-        self.bell.ring()
+    def remove(self, envoy: EnvoyConnection) -> None:
+        self._connections.pop(envoy.number, None)
+        self.notifier.notify_all()
 
-    def all(self) -> list[Standing]:
-        return [envoy.standing(self.sidecar) for envoy in self._streams.values()]
+    def list_all(self) -> list[EnvoyStatus]:
+        return [envoy.to_status(self.sidecar_name) for envoy in self._connections.values()]
 
-    def of(self, service: str) -> list[Standing]:
-        return [envoy for envoy in self.all() if envoy.service == service]
+    def list_for_service(self, service: str) -> list[EnvoyStatus]:
+        return [envoy for envoy in self.list_all() if envoy.service == service]
 
-    def states(self, traffic: Traffic) -> list[EnvoyState]:
-        return [envoy.state(traffic) for envoy in self.of(traffic.service)]
+    def list_states(self, traffic: Traffic) -> list[EnvoyState]:
+        return [envoy.to_state(traffic) for envoy in self.list_for_service(traffic.service)]
 
-    def counts(self) -> dict[str, int]:
-        return Counter(envoy.service for envoy in self._streams.values())
+    def count_by_service(self) -> dict[str, int]:
+        return Counter(envoy.service for envoy in self._connections.values())
 
-    async def wait_settled(self, traffic: Traffic, timeout: float) -> None:
+    async def wait_acknowledged(self, traffic: Traffic, timeout_s: float) -> None:
         """Until every Envoy of the service here has answered, or the time (seconds) is over."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                while not self._settled(traffic):
-                    await self.bell.wait()
+            async with asyncio.timeout(timeout_s):
+                while not self._have_all_answered(traffic):
+                    await self.notifier.wait()
 
-    def _settled(self, traffic: Traffic) -> bool:
+    def _have_all_answered(self, traffic: Traffic) -> bool:
         return all(
-            envoy.settled(traffic) for envoy in self._streams.values() if envoy.service == traffic.service
+            envoy.has_answered(traffic)
+            for envoy in self._connections.values()
+            if envoy.service == traffic.service
         )

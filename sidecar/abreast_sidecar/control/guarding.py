@@ -10,172 +10,206 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
-from abreast_sidecar.compare.latency import LEAST_COPIES, MIN_SLOWER_US
+from abreast_sidecar.compare.latency import MIN_BASELINE_PAIRS, MIN_SLOWER_US
 from abreast_sidecar.control import acts
 from abreast_sidecar.control.acts import Guard
-from abreast_sidecar.control.control import Control
-from abreast_sidecar.control.seat import Seat
+from abreast_sidecar.control.control import TrafficController
+from abreast_sidecar.control.seat import LeaderLease
 from abreast_sidecar.control.traffic import Traffic
 from abreast_sidecar.errors import SidecarError
 from abreast_sidecar.steer import flow
-from abreast_sidecar.steer.flow import Gap, Report
-from abreast_sidecar.steer.guard import RULES, WINDOWS, Breach, Subject, Tally, breaches, starts
+from abreast_sidecar.steer.flow import CompletenessGap, EnvoyReport
+from abreast_sidecar.steer.guard import (
+    GUARD_RULE_NAMES,
+    WINDOWS_PER_RULE,
+    Breach,
+    GuardRuleName,
+    WindowCounts,
+    find_breaches,
+    window_starts,
+)
 from abreast_sidecar.store.database import Database
 
-MOST = 20_000  # of the newest pairs, in one look
-TELL = 2.0  # seconds between two notes of how things stand
-RECENT = 60.0  # seconds of which the ledger has to be whole
-LAG = 5.0  # seconds that a request may take to the ledger
-LEAST = 50  # sampled requests, before anything is said about how whole the ledger is
-COUNTS = ("live", "new_errors", "old_errors", "compared", "mismatches", "timed", "slower")
+MAX_GUARD_PAIRS = 20_000  # of the newest pairs, in one look
+GUARD_STATUS_INTERVAL_S = 2.0  # seconds between two notes of how things stand
+GAP_WINDOW_S = 60.0  # seconds of which the ledger has to be whole
+ARRIVAL_LAG_S = 5.0  # seconds that a request may take to the ledger
+MIN_SAMPLED_REQUESTS = 50  # sampled requests, before anything is said about how whole the ledger is
+TALLY_COLUMNS = ("live", "new_errors", "old_errors", "compared", "mismatches", "timed", "slower")
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class GuardStatus:
     state: str  # idle, clear, breached or blind
-    said: str
+    message: str
 
 
-class Guarding:
-    def __init__(self, database: Database, seat: Seat, control: Control, envoy_admin: Iterable[str]) -> None:
+class GuardController:
+    def __init__(
+        self, database: Database, lease: LeaderLease, control: TrafficController, envoy_admin: Iterable[str]
+    ) -> None:
         self._database = database
-        self._seat = seat
+        self._lease = lease
         self._control = control
-        self._asked = tuple(envoy_admin)
-        self._exposed: dict[tuple[str, int], datetime] = {}  # service and version of its traffic
-        self._gaps: dict[str, deque[tuple[float, Gap]]] = {}
-        self._told: dict[str, tuple[float, Sight]] = {}
+        self._admin_addresses = tuple(envoy_admin)
+        self._exposed_since: dict[tuple[str, int], datetime] = {}  # service and version of its traffic
+        self._gap_history: dict[str, deque[tuple[float, CompletenessGap]]] = {}
+        self._last_status: dict[str, tuple[float, GuardStatus]] = {}
 
-    async def look(self) -> None:
-        known = {one.traffic.service: one.traffic for one in await self._control.journal.read()}
-        for row in await self._database.rows("guard_read", {"service": None}):
+    async def reconcile(self) -> None:
+        traffic_by_service = {
+            snapshot.traffic.service: snapshot.traffic for snapshot in await self._control.repository.read()
+        }
+        for row in await self._database.fetch_all("guard_read", {"service": None}):
             try:
-                await self._one(acts.guard(row), known.get(row["service"]))
+                await self._reconcile_guard(acts.to_guard(row), traffic_by_service.get(row["service"]))
             except SidecarError:
                 raise
             except Exception:  # one service's must not blind the others'
                 log.exception("a guard failed", service=row["service"])
 
-    async def _one(self, guard: Guard, traffic: Traffic | None) -> None:
+    async def _reconcile_guard(self, guard: Guard, traffic: Traffic | None) -> None:
         if guard.policy.mode != "off" and traffic is not None:
-            await self._tell(guard, await self._watch(guard, traffic))
+            await self._write_status(guard, await self._evaluate(guard, traffic))
 
-    async def _watch(self, guard: Guard, traffic: Traffic) -> Sight | None:
+    async def _evaluate(self, guard: Guard, traffic: Traffic) -> GuardStatus | None:
         """None where it has acted, and said so."""
         if not traffic.shares.new_share:
-            return Sight("idle", "all users are on old")
-        rules = ready(guard)
-        tallies = await self._tallies(guard, traffic, rules) if rules else {}
-        for breach in breaches(guard.policy, tallies):
-            if await self._act(guard, traffic, breach):
+            return GuardStatus("idle", "all users are on old")
+        rules = list_ready_rules(guard)
+        tallies = await self._read_tallies(guard, traffic, rules) if rules else {}
+        for breach in find_breaches(guard.policy, tallies):
+            if await self._fire(guard, traffic, breach):
                 return None
-        if len(rules) < len(RULES):
-            cooling = ", ".join(rule for rule in RULES if rule not in rules)
-            return Sight("breached", f"cooling down after: {cooling}")
-        if blind := await self._blind(guard):
-            return Sight("blind", blind)
-        return Sight("clear", seen(tallies))
+        if len(rules) < len(GUARD_RULE_NAMES):
+            cooling_rules = ", ".join(rule for rule in GUARD_RULE_NAMES if rule not in rules)
+            return GuardStatus("breached", f"cooling down after: {cooling_rules}")
+        if blind_reason := await self._explain_blindness(guard):
+            return GuardStatus("blind", blind_reason)
+        return GuardStatus("clear", summarise_tallies(tallies))
 
-    async def _tallies(
-        self, guard: Guard, traffic: Traffic, rules: Sequence[Subject]
-    ) -> dict[Subject, list[Tally]]:
+    async def _read_tallies(
+        self, guard: Guard, traffic: Traffic, rules: Sequence[GuardRuleName]
+    ) -> dict[GuardRuleName, list[WindowCounts]]:
         assert guard.now is not None
         assert guard.since is not None
-        since = max(guard.since, await self._since(traffic))
-        now = guard.now + timedelta(seconds=await self._behind(guard))
-        asked = {
+        since = max(guard.since, await self._read_exposed_since(traffic))
+        current_time = guard.now + timedelta(seconds=await self._read_clock_lag(guard))
+        params = {
             "service": guard.service,
-            "now": now,
-            "starts": [start for rule in rules for start in starts(guard.policy.rule(rule), now, since)],
+            "now": current_time,
+            "starts": [
+                start
+                for rule in rules
+                for start in window_starts(guard.policy.rule(rule), current_time, since)
+            ],
             "slower": guard.policy.slower.limit,
-            "least_copies": LEAST_COPIES,
+            "least_copies": MIN_BASELINE_PAIRS,
             "min_slower_us": MIN_SLOWER_US,
-            "limit": MOST,
+            "limit": MAX_GUARD_PAIRS,
         }
-        rows = await self._database.rows("guard_counts", asked)
-        tallies = [Tally(**{name: row[name] for name in COUNTS}) for row in rows]
-        return {rule: tallies[at * WINDOWS : (at + 1) * WINDOWS] for at, rule in enumerate(rules)}
+        rows = await self._database.fetch_all("guard_counts", params)
+        tallies = [WindowCounts(**{name: row[name] for name in TALLY_COLUMNS}) for row in rows]
+        return {
+            rule: tallies[index * WINDOWS_PER_RULE : (index + 1) * WINDOWS_PER_RULE]
+            for index, rule in enumerate(rules)
+        }
 
-    async def _behind(self, guard: Guard) -> float:
+    async def _read_clock_lag(self, guard: Guard) -> float:
         """Seconds by which Postgres's clock is behind the pairs', by this machine's clock too: windows would hold what is
         long ago.
         """
-        newest = await self._database.one(
+        newest = await self._database.fetch_one(
             "pair_newest_age", {"service": guard.service, "sidecar_time": datetime.now(UTC)}
         )
-        return flow.behind(newest["age"] if newest else None)
+        return flow.measure_clock_lag(newest["age"] if newest else None)
 
-    async def _since(self, traffic: Traffic) -> datetime:
+    async def _read_exposed_since(self, traffic: Traffic) -> datetime:
         """When users were let onto new."""
         key = (traffic.service, traffic.version)
-        if key not in self._exposed:
-            row = await self._database.one("guard_exposed_since", {"service": traffic.service})
-            exposed = row["exposed"] if row and row["exposed"] else traffic.updated_at
-            self._exposed = {one: at for one, at in self._exposed.items() if one[0] != key[0]} | {
-                key: exposed
-            }
-        return self._exposed[key]
+        if key not in self._exposed_since:
+            row = await self._database.fetch_one("guard_exposed_since", {"service": traffic.service})
+            exposed_at = row["exposed"] if row and row["exposed"] else traffic.updated_at
+            self._exposed_since = {
+                entry_key: at for entry_key, at in self._exposed_since.items() if entry_key[0] != key[0]
+            } | {key: exposed_at}
+        return self._exposed_since[key]
 
-    async def _act(self, guard: Guard, traffic: Traffic, breach: Breach) -> bool:
-        async with self._seat.transaction() as connection:
-            done = await acts.guard_acts(connection, guard, traffic.version, breach.rule, breach.text)
-        if done:
-            what = "the guard rolls back" if guard.policy.mode == "acting" else "the guard would roll back"
-            log.warning(what, service=guard.service, rule=breach.rule, reason=breach.text)
-            self._told.pop(guard.service, None)
-        return done
+    async def _fire(self, guard: Guard, traffic: Traffic, breach: Breach) -> bool:
+        async with self._lease.transaction() as connection:
+            has_fired = await acts.fire_guard(connection, guard, traffic.version, breach.rule, breach.text)
+        if has_fired:
+            message = "the guard rolls back" if guard.policy.mode == "acting" else "the guard would roll back"
+            log.warning(message, service=guard.service, rule=breach.rule, reason=breach.text)
+            self._last_status.pop(guard.service, None)
+        return has_fired
 
-    async def _blind(self, guard: Guard) -> str:
-        reports = await self._database.rows("envoy_reports", {"service": guard.service})
-        if silent := flow.silent((Report(**row) for row in reports), self._asked):
-            return silent
-        (row,) = await self._database.rows("ledger_gap", {"service": guard.service})
-        return self._holes(guard, Gap(row["sampled"], row["written"]))
+    async def _explain_blindness(self, guard: Guard) -> str:
+        reports = await self._database.fetch_all("envoy_reports", {"service": guard.service})
+        if silence := flow.describe_stale_counts(
+            (EnvoyReport(**row) for row in reports), self._admin_addresses
+        ):
+            return silence
+        (row,) = await self._database.fetch_all("ledger_gap", {"service": guard.service})
+        return self._check_completeness(guard, CompletenessGap(row["sampled"], row["written"]))
 
-    def _holes(self, guard: Guard, now: Gap) -> str:
+    def _check_completeness(self, guard: Guard, current_gap: CompletenessGap) -> str:
         """Of the requests that Envoy sampled within the last minute, and had time to arrive."""
-        known = self._gaps.setdefault(guard.service, deque())
-        known.append((time.monotonic(), now))
-        while time.monotonic() - known[0][0] > RECENT:
-            known.popleft()
-        first = known[0][1]
-        late = next((one for at, one in reversed(known) if time.monotonic() - at >= LAG), None)
-        if late is None or late.sampled is None or first.sampled is None:
+        history = self._gap_history.setdefault(guard.service, deque())
+        history.append((time.monotonic(), current_gap))
+        while time.monotonic() - history[0][0] > GAP_WINDOW_S:
+            history.popleft()
+        oldest_gap = history[0][1]
+        cutoff_gap = next(
+            (gap for at, gap in reversed(history) if time.monotonic() - at >= ARRIVAL_LAG_S), None
+        )
+        if cutoff_gap is None or cutoff_gap.sampled is None or oldest_gap.sampled is None:
             return ""
-        sampled, arrived = late.sampled - first.sampled, now.arrived - first.arrived
-        if sampled < LEAST or arrived >= sampled * guard.policy.min_completeness:
+        sampled_count, arrived_count = (
+            cutoff_gap.sampled - oldest_gap.sampled,
+            current_gap.arrived - oldest_gap.arrived,
+        )
+        if (
+            sampled_count < MIN_SAMPLED_REQUESTS
+            or arrived_count >= sampled_count * guard.policy.min_completeness
+        ):
             return ""
-        return f"of the last {sampled:,} requests that Envoy sampled the ledger has {max(arrived, 0):,}"
+        return f"of the last {sampled_count:,} requests that Envoy sampled the ledger has {max(arrived_count, 0):,}"
 
-    async def _tell(self, guard: Guard, sight: Sight | None) -> None:
-        if sight is None:
+    async def _write_status(self, guard: Guard, status: GuardStatus | None) -> None:
+        if status is None:
             return
-        last, told = self._told.get(guard.service, (0.0, None))
-        changed = told is None or told.state != sight.state
-        if not changed and time.monotonic() - last < TELL:
+        last_monotonic, last_status = self._last_status.get(guard.service, (0.0, None))
+        is_changed = last_status is None or last_status.state != status.state
+        if not is_changed and time.monotonic() - last_monotonic < GUARD_STATUS_INTERVAL_S:
             return
-        if changed and sight.state == "blind":
-            log.warning("the guard is blind", service=guard.service, reason=sight.said)
-        values = {"service": guard.service, "since": guard.since, "state": sight.state, "message": sight.said}
+        if is_changed and status.state == "blind":
+            log.warning("the guard is blind", service=guard.service, reason=status.message)
+        values = {
+            "service": guard.service,
+            "since": guard.since,
+            "state": status.state,
+            "message": status.message,
+        }
         await self._database.execute("guard_status_set", values)
-        self._told[guard.service] = (time.monotonic(), sight)
+        self._last_status[guard.service] = (time.monotonic(), status)
 
 
-def ready(guard: Guard) -> list[Subject]:
+def list_ready_rules(guard: Guard) -> list[GuardRuleName]:
     """The rules that are not cooling down."""
-    found = []
-    for rule in RULES:
-        fired = guard.fired.get(rule)
+    ready_rules = []
+    for rule in GUARD_RULE_NAMES:
+        fired_at = guard.fired_at.get(rule)
         cooldown = timedelta(seconds=guard.policy.rule(rule).cooldown)
-        if fired is None or (guard.now is not None and fired + cooldown <= guard.now):
-            found.append(rule)
-    return found
+        if fired_at is None or (guard.now is not None and fired_at + cooldown <= guard.now):
+            ready_rules.append(rule)
+    return ready_rules
 
 
-def seen(tallies: dict[Subject, list[Tally]]) -> str:
-    errors, mismatches, slower = (tallies[rule][0] for rule in RULES)
+def summarise_tallies(tallies: dict[GuardRuleName, list[WindowCounts]]) -> str:
+    errors, mismatches, slower = (tallies[rule][0] for rule in GUARD_RULE_NAMES)
     return (
         f"new failed {errors.new_errors:,} of {errors.live:,} users' requests that old answered;"
         f" {mismatches.mismatches:,} of {mismatches.compared:,} pairs have unexplained mismatches;"

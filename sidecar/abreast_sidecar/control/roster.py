@@ -13,30 +13,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abreast_sidecar.control.bell import Bell
-from abreast_sidecar.control.envoys import Envoys, EnvoyState, Standing
-from abreast_sidecar.control.patience import trouble
-from abreast_sidecar.control.traffic import Moment, Traffic
+from abreast_sidecar.control.bell import Notifier
+from abreast_sidecar.control.envoys import EnvoyConnections, EnvoyState, EnvoyStatus
+from abreast_sidecar.control.patience import error_within
+from abreast_sidecar.control.traffic import Traffic, VersionStamp
 from abreast_sidecar.errors import LedgerError
 from abreast_sidecar.outage import Outage
-from abreast_sidecar.store.clean import clean, json_text
+from abreast_sidecar.store.clean import sanitise_text, to_json
 from abreast_sidecar.store.database import Database, Row
 
-CHANNEL = "abreast_envoys"  # NOTIFY
-BEAT = 1.0  # seconds between two signs of life
-EXPIRES = 5.0  # seconds after the last one
-LONGEST = 500  # characters of a name or an error
+ENVOYS_CHANNEL = "abreast_envoys"  # NOTIFY
+REPLICA_HEARTBEAT_S = 1.0  # seconds between two signs of life
+REPLICA_EXPIRY_S = 5.0  # seconds after the last one
+MAX_ENVOY_TEXT_CHARS = 500  # characters of a name or an error
 
 
 @dataclass(frozen=True, slots=True)
-class Roll:
+class EnvoyFleet:
     """Who is connected to any sidecar. `unknown`: why those of other sidecars are not among them; empty where they are."""
 
-    envoys: Sequence[Standing]
+    envoys: Sequence[EnvoyStatus]
     unknown: str = ""
 
-    def settled(self, traffic: Traffic) -> bool:
-        return all(envoy.settled(traffic) for envoy in self.envoys)
+    def have_all_answered(self, traffic: Traffic) -> bool:
+        return all(envoy.has_answered(traffic) for envoy in self.envoys)
 
     @property
     def several(self) -> bool:
@@ -45,110 +45,114 @@ class Roll:
 
     def states(self, traffic: Traffic) -> list[EnvoyState]:
         ordered = sorted(self.envoys, key=lambda envoy: (envoy.node, envoy.sidecar, envoy.number))
-        return [envoy.state(traffic) for envoy in ordered]
+        return [envoy.to_state(traffic) for envoy in ordered]
 
 
-class Roster:
-    def __init__(self, database: Database, envoys: Envoys) -> None:
-        self._reading = database
-        self._writing = Database(database.conninfo)  # long queries of others must not hold up a sign of life
-        self._envoys = envoys
+class EnvoyRegistry:
+    def __init__(self, database: Database, connections: EnvoyConnections) -> None:
+        self._read_database = database
+        self._write_database = Database(
+            database.conninfo
+        )  # long queries of others must not hold up a sign of life
+        self._connections = connections
         self._id = str(uuid.uuid4())
-        self._bell = Bell()
-        self._heard = 0
+        self._notifier = Notifier()
+        self._notification_count = 0
 
-    async def hear(self) -> None:
+    async def handle_notification(self) -> None:
         """Others have told something."""
-        self._heard += 1
-        self._bell.ring()
+        self._notification_count += 1
+        self._notifier.notify_all()
 
-    def here(self, service: str, unknown: str) -> Roll:
-        return Roll(self._envoys.of(service), unknown)
+    def list_local(self, service: str, unknown: str) -> EnvoyFleet:
+        return EnvoyFleet(self._connections.list_for_service(service), unknown)
 
-    async def all(self, service: str) -> Roll:
-        reading = asyncio.create_task(self._others(service))
-        if amiss := await trouble(reading):
-            return self.here(service, amiss)
-        return Roll([*self._envoys.of(service), *reading.result()])
+    async def list_all(self, service: str) -> EnvoyFleet:
+        remote_task = asyncio.create_task(self._list_remote(service))
+        if problem := await error_within(remote_task):
+            return self.list_local(service, problem)
+        return EnvoyFleet([*self._connections.list_for_service(service), *remote_task.result()])
 
-    async def settled(self, traffic: Traffic, wait: float) -> Roll:
+    async def wait_acknowledged(self, traffic: Traffic, timeout_s: float) -> EnvoyFleet:
         """Once every Envoy of every sidecar has answered, or `wait` seconds are over, or others can't be asked."""
         clock = asyncio.get_running_loop().time
-        end = clock() + wait
-        await self._envoys.wait_settled(traffic, wait)
+        deadline = clock() + timeout_s
+        await self._connections.wait_acknowledged(traffic, timeout_s)
         while True:
-            heard = self._heard
-            found = await self.all(traffic.service)
-            if found.unknown or found.settled(traffic) or clock() >= end:
-                return found
+            notification_count = self._notification_count
+            fleet = await self.list_all(traffic.service)
+            if fleet.unknown or fleet.have_all_answered(traffic) or clock() >= deadline:
+                return fleet
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(end):
-                    while self._heard == heard:
-                        await self._bell.wait()
+                async with asyncio.timeout_at(deadline):
+                    while self._notification_count == notification_count:
+                        await self._notifier.wait()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Keep what is connected here. Return once `stop` is set, and the envoys' bell rung."""
         outage = Outage("postgres", by="roster")
-        await self._writing.open()
+        await self._write_database.open()
         try:
             while not stop.is_set():
                 try:
-                    await self._keep(stop)
-                    outage.end()
+                    await self._publish(stop)
+                    outage.record_success()
                 except LedgerError as error:
-                    outage.begin(error)
-                    await outage.wait(stop)
+                    outage.record_failure(error)
+                    await outage.back_off(stop)
         finally:
-            await self._leave()
-            await self._writing.close()
+            await self._unregister()
+            await self._write_database.close()
 
-    async def _keep(self, stop: asyncio.Event) -> None:
+    async def _publish(self, stop: asyncio.Event) -> None:
         """Write what is new, and once a BEAT that this sidecar is alive."""
-        kept: list[Standing] | None = None
+        last_statuses: list[EnvoyStatus] | None = None
         while not stop.is_set():
-            present = self._envoys.all()
-            values = {"id": self._id, "address": self._envoys.sidecar, "expires": EXPIRES}
-            told = {
-                "envoys": json_text(list(map(document, present))).decode(),
-                "changed": present != kept,
-                "starts": kept is None,
+            statuses = self._connections.list_all()
+            values = {"id": self._id, "address": self._connections.sidecar_name, "expires": REPLICA_EXPIRY_S}
+            changes = {
+                "envoys": to_json(list(map(to_envoy_document, statuses))).decode(),
+                "changed": statuses != last_statuses,
+                "starts": last_statuses is None,
             }
-            await self._writing.execute("sidecar_set", values | told)
-            kept = present
+            await self._write_database.execute("sidecar_set", values | changes)
+            last_statuses = statuses
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(BEAT):
-                    while self._envoys.all() == kept and not stop.is_set():
-                        await self._envoys.bell.wait()
+                async with asyncio.timeout(REPLICA_HEARTBEAT_S):
+                    while self._connections.list_all() == last_statuses and not stop.is_set():
+                        await self._connections.notifier.wait()
 
-    async def _leave(self) -> None:
-        leaving = asyncio.create_task(self._writing.execute("sidecar_delete", {"id": self._id}))
-        await trouble(leaving)
+    async def _unregister(self) -> None:
+        delete_task = asyncio.create_task(self._write_database.execute("sidecar_delete", {"id": self._id}))
+        await error_within(delete_task)
 
-    async def _others(self, service: str) -> list[Standing]:
-        asked = {"id": self._id, "service": service, "expires": EXPIRES}
-        return [standing(row) for row in await self._reading.rows("sidecar_envoys", asked)]
+    async def _list_remote(self, service: str) -> list[EnvoyStatus]:
+        params = {"id": self._id, "service": service, "expires": REPLICA_EXPIRY_S}
+        return [to_envoy_status(row) for row in await self._read_database.fetch_all("sidecar_envoys", params)]
 
 
-def document(envoy: Standing) -> dict[str, Any]:
-    acknowledged, answered = envoy.acknowledged, envoy.answered
+def to_envoy_document(envoy: EnvoyStatus) -> dict[str, Any]:
+    acknowledged_stamp, answered_stamp = envoy.acknowledged_stamp, envoy.answered_stamp
     return {
         "service": envoy.service,
-        "node": clean(envoy.node, LONGEST),
+        "node": sanitise_text(envoy.node, MAX_ENVOY_TEXT_CHARS),
         "peer": envoy.peer,
         "number": envoy.number,
-        "acknowledged_at": acknowledged and acknowledged[0].isoformat(),
-        "acknowledged_version": acknowledged and acknowledged[1],
-        "answered_at": answered and answered[0].isoformat(),
-        "answered_version": answered and answered[1],
+        "acknowledged_at": acknowledged_stamp and acknowledged_stamp[0].isoformat(),
+        "acknowledged_version": acknowledged_stamp and acknowledged_stamp[1],
+        "answered_at": answered_stamp and answered_stamp[0].isoformat(),
+        "answered_version": answered_stamp and answered_stamp[1],
         "after": envoy.after,
-        "error": clean(envoy.error, LONGEST),
+        "error": sanitise_text(envoy.error, MAX_ENVOY_TEXT_CHARS),
     }
 
 
-def standing(row: Row) -> Standing:
-    def moment(name: str) -> Moment | None:
+def to_envoy_status(row: Row) -> EnvoyStatus:
+    def moment(name: str) -> VersionStamp | None:
         at = row[f"{name}_at"]
         return None if at is None else (at, row[f"{name}_version"])
 
-    same = {name: row[name] for name in ("service", "node", "peer", "number", "after", "error", "sidecar")}
-    return Standing(acknowledged=moment("acknowledged"), answered=moment("answered"), **same)
+    columns = {name: row[name] for name in ("service", "node", "peer", "number", "after", "error", "sidecar")}
+    return EnvoyStatus(
+        acknowledged_stamp=moment("acknowledged"), answered_stamp=moment("answered"), **columns
+    )

@@ -17,91 +17,91 @@ from psycopg import AsyncConnection
 from psycopg.rows import dict_row
 
 from abreast_sidecar.errors import LedgerError
-from abreast_sidecar.store.database import CONNECT_TIMEOUT, Connection, statement, translated
+from abreast_sidecar.store.database import CONNECT_TIMEOUT_S, Connection, load_statement, map_postgres_errors
 
-LOCK = 0x616272657010
-BEAT = 0.5  # seconds between two signs of life
-IDLE = 4  # seconds without one, after which Postgres ends the session
-ANSWER = 3.0  # seconds that Postgres gets for anything that is asked here
-OPTIONS = (
-    f"-c idle_session_timeout={IDLE}s -c idle_in_transaction_session_timeout={IDLE}s"
-    f" -c statement_timeout={ANSWER:g}s -c lock_timeout={ANSWER:g}s -c jit=off -c timezone=UTC"
+LEADER_LOCK_ID = 0x616272657010
+LEADER_HEARTBEAT_S = 0.5  # seconds between two signs of life
+LEADER_SESSION_TIMEOUT_S = 4  # seconds without one, after which Postgres ends the session
+LEADER_STATEMENT_TIMEOUT_S = 3.0  # seconds that Postgres gets for anything that is asked here
+LEADER_CONNECTION_OPTIONS = (
+    f"-c idle_session_timeout={LEADER_SESSION_TIMEOUT_S}s -c idle_in_transaction_session_timeout={LEADER_SESSION_TIMEOUT_S}s"
+    f" -c statement_timeout={LEADER_STATEMENT_TIMEOUT_S:g}s -c lock_timeout={LEADER_STATEMENT_TIMEOUT_S:g}s -c jit=off -c timezone=UTC"
 )
 
 
-class SeatLostError(LedgerError):
+class LeadershipLostError(LedgerError):
     """Another may act by now; this one must not."""
 
 
-class Seat:
+class LeaderLease:
     def __init__(self, conninfo: str) -> None:
         self.conninfo = conninfo
-        self.held = False
+        self.is_held = False
         self._connection: Connection | None = None
-        self._one_at_a_time = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
-    async def take(self) -> bool:
+    async def acquire(self) -> bool:
         """Whether it is held now. Raise LedgerError while Postgres can't be reached."""
-        async with self._answering() as connection:
-            cursor = await connection.execute(statement("leader_acquire"), {"lock": LOCK})
+        async with self._use_connection() as connection:
+            cursor = await connection.execute(load_statement("leader_acquire"), {"lock": LEADER_LOCK_ID})
             row = await cursor.fetchone()
-            self.held = bool(row and row["acquired"])
-        return self.held
+            self.is_held = bool(row and row["acquired"])
+        return self.is_held
 
-    async def beat(self) -> None:
+    async def heartbeat(self) -> None:
         """Say a sign of life. Raise SeatLostError."""
-        async with self._answering() as connection:
-            await self._check(connection)
+        async with self._use_connection() as connection:
+            await self._check_lock(connection)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
         """Raise SeatLostError where it is lost before the commit: then nothing was done."""
-        async with self._answering() as connection, connection.transaction():
-            await self._check(connection)
+        async with self._use_connection() as connection, connection.transaction():
+            await self._check_lock(connection)
             yield connection
 
-    async def leave(self) -> None:
-        self.held = False
+    async def release(self) -> None:
+        self.is_held = False
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(psycopg.Error, OSError):
                 await connection.close()
 
     @asynccontextmanager
-    async def _answering(self) -> AsyncIterator[Connection]:
+    async def _use_connection(self) -> AsyncIterator[Connection]:
         """What goes wrong on this connection ends it, and the seat with it."""
-        async with self._one_at_a_time:
+        async with self._lock:
             try:
-                async with asyncio.timeout(ANSWER + CONNECT_TIMEOUT):
-                    with translated():
-                        yield await self._connected()
+                async with asyncio.timeout(LEADER_STATEMENT_TIMEOUT_S + CONNECT_TIMEOUT_S):
+                    with map_postgres_errors():
+                        yield await self._connect()
             except (LedgerError, TimeoutError, OSError) as error:
-                lost = self.held
-                await self.leave()
-                if lost:
-                    raise SeatLostError(f"the seat of the acting sidecar is lost: {error}") from error
+                was_held = self.is_held
+                await self.release()
+                if was_held:
+                    raise LeadershipLostError(f"the seat of the acting sidecar is lost: {error}") from error
                 if isinstance(error, LedgerError):
                     raise
                 raise LedgerError(f"postgres can't be reached: {error or 'no answer in time'}") from error
             except asyncio.CancelledError:
-                await self.leave()  # in the midst of an answer
+                await self.release()  # in the midst of an answer
                 raise
 
-    async def _connected(self) -> Connection:
+    async def _connect(self) -> Connection:
         if self._connection is None:
             self._connection = await AsyncConnection.connect(
                 self.conninfo,
                 autocommit=True,
-                connect_timeout=CONNECT_TIMEOUT,
+                connect_timeout=CONNECT_TIMEOUT_S,
                 prepare_threshold=None,
-                options=OPTIONS,
+                options=LEADER_CONNECTION_OPTIONS,
                 application_name="abreast steering",
                 row_factory=dict_row,
             )
         return self._connection
 
-    async def _check(self, connection: Connection) -> None:
-        cursor = await connection.execute(statement("leader_check"), {"lock": LOCK})
+    async def _check_lock(self, connection: Connection) -> None:
+        cursor = await connection.execute(load_statement("leader_check"), {"lock": LEADER_LOCK_ID})
         row = await cursor.fetchone()
         if not row or not row["is_leader"]:
             raise LedgerError(

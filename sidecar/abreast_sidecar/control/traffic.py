@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.settings import Settings
 
-WEIGHTS = 10_000  # the sum of Envoy's weights: new_share in hundredths of a percent
+TOTAL_WEIGHT = 10_000  # the sum of Envoy's weights: new_share in hundredths of a percent
 MILLION = 1_000_000  # the unit of the other shares
 
-Moment: TypeAlias = tuple[
+VersionStamp: TypeAlias = tuple[
     datetime, int
 ]  # by Postgres's clock, and the version: orders the states of a service
 
@@ -33,28 +33,28 @@ class Traffic:
     version: int
     updated_at: datetime
     shares: Shares
-    braked: bool = False  # rolled back by a call that the ledger has not recorded yet
+    has_pending_rollback: bool = False  # rolled back by a call that the ledger has not recorded yet
 
     @property
-    def moment(self) -> Moment:
+    def version_stamp(self) -> VersionStamp:
         return self.updated_at, self.version
 
     @property
-    def on_old(self) -> bool:
+    def is_on_old(self) -> bool:
         """Whether a rollback would change nothing."""
-        return self.shares == Change.rollback().apply(self.shares)
+        return self.shares == TrafficChange.rollback().apply(self.shares)
 
-    def rolled_back(self) -> Traffic:
+    def apply_rollback(self) -> Traffic:
         """What the ledger will hold, if nothing else changes, once it has recorded a rollback."""
-        shares = Change.rollback().apply(self.shares)
-        return replace(self, shares=shares, version=self.version + 1, braked=True)
+        shares = TrafficChange.rollback().apply(self.shares)
+        return replace(self, shares=shares, version=self.version + 1, has_pending_rollback=True)
 
-    def newer_than(self, other: Traffic | None) -> bool:
-        return other is None or self.moment > other.moment
+    def is_newer_than(self, other: Traffic | None) -> bool:
+        return other is None or self.version_stamp > other.version_stamp
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class TrafficChange:
     """What a call sets; None stays as it is."""
 
     action: str  # update, rollback or promote
@@ -64,64 +64,64 @@ class Change:
     baseline_share: int | None = None
 
     @classmethod
-    def rollback(cls) -> Change:
+    def rollback(cls) -> TrafficChange:
         return cls("rollback", new_share=0)
 
     @classmethod
-    def promote(cls) -> Change:
-        return cls("promote", new_share=WEIGHTS)
+    def promote(cls) -> TrafficChange:
+        return cls("promote", new_share=TOTAL_WEIGHT)
 
     def apply(self, shares: Shares) -> Shares:
-        wanted = {
+        overrides = {
             name: value
             for name in ("new_share", "sample_safe", "sample_unsafe", "baseline_share")
             if (value := getattr(self, name)) is not None
         }
         if self.new_share is not None:
-            wanted["rolled_back"] = self.action == "rollback"
-        return replace(shares, **wanted)
+            overrides["rolled_back"] = self.action == "rollback"
+        return replace(shares, **overrides)
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class AuditNote:
     """For the record: who, and why."""
 
     actor: str
     reason: str
 
 
-def parts(name: str, share: float, unit: int) -> int:
+def to_fixed_point(name: str, share: float, scale: int) -> int:
     """A share from 0 to 1 in whole parts of `unit`. Only 0 becomes none and only 1 becomes all."""
     if math.isnan(share) or not 0 <= share <= 1:
         raise ArgumentError(f"{name} must be a share from 0 to 1, got {share:g}")
     if share in {0.0, 1.0}:
-        return int(share) * unit
-    return min(max(round(share * unit), 1), unit - 1)
+        return int(share) * scale
+    return min(max(round(share * scale), 1), scale - 1)
 
 
-def initial(settings: Settings) -> Shares:
+def default_shares(settings: Settings) -> Shares:
     return Shares(
-        new_share=parts("new_share", settings.new_share, WEIGHTS),
-        sample_safe=parts("sample_safe", settings.sample_safe, MILLION),
-        sample_unsafe=parts("sample_unsafe", settings.sample_unsafe, MILLION),
-        baseline_share=parts("baseline_share", settings.baseline_share, MILLION),
+        new_share=to_fixed_point("new_share", settings.new_share, TOTAL_WEIGHT),
+        sample_safe=to_fixed_point("sample_safe", settings.sample_safe, MILLION),
+        sample_unsafe=to_fixed_point("sample_unsafe", settings.sample_unsafe, MILLION),
+        baseline_share=to_fixed_point("baseline_share", settings.baseline_share, MILLION),
     )
 
 
-def runtime_layer(shares: Shares) -> dict[str, Any]:
+def build_runtime_layer(shares: Shares) -> dict[str, Any]:
     """The keys and values of Envoy's runtime.
 
     The baseline's route matches first and with the same random number as the sampled one, so it gets its part of the
     sampled requests, not of all.
     """
     return {
-        "abreast.weight.old": WEIGHTS - shares.new_share,
+        "abreast.weight.old": TOTAL_WEIGHT - shares.new_share,
         "abreast.weight.new_or_old": shares.new_share,
-        "abreast.sample.baseline": _fraction(round(shares.sample_safe * shares.baseline_share / MILLION)),
-        "abreast.sample.safe": _fraction(shares.sample_safe),
-        "abreast.sample.unsafe": _fraction(shares.sample_unsafe),
+        "abreast.sample.baseline": _to_fraction(round(shares.sample_safe * shares.baseline_share / MILLION)),
+        "abreast.sample.safe": _to_fraction(shares.sample_safe),
+        "abreast.sample.unsafe": _to_fraction(shares.sample_unsafe),
     }
 
 
-def _fraction(numerator: int) -> dict[str, Any]:
+def _to_fraction(numerator: int) -> dict[str, Any]:
     return {"numerator": numerator, "denominator": "MILLION"}

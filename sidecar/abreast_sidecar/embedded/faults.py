@@ -25,7 +25,7 @@ def stack_faults(stack: Stack) -> dict[str, Fault]:
     """Return the faults of the parts that Abreast itself consists of, by the name of their drill."""
 
     def fault(name: str, *, kill: bool) -> Fault:
-        return Fault(lambda: stack.take_down(name, kill=kill), lambda: stack.bring_back(name))
+        return Fault(lambda: stack.stop_server(name, kill=kill), lambda: stack.start_server(name))
 
     return {
         "sidecar-killed": fault("sidecar", kill=True),

@@ -10,25 +10,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from abreast_sidecar.embedded.process import POLL, remove
+from abreast_sidecar.embedded.process import PROCESS_POLL_S, remove_folder
 from abreast_sidecar.errors import ServerError
 
-TEMPORARY = Path("/tmp")  # noqa: S108  # mkdtemp is safe there, and a server that is not root must pass the way
-PREFIX = "abreast-run-"
-RUN = "lock"  # held by the process that runs the servers; holds its process id
-SERVERS = "servers.lock"  # inherited by the servers: free when the last one has ended
-SERVERS_TIMEOUT = 30.0  # seconds that the servers of a killed run get to end
-FOLDER_MODE = 0o711 if os.geteuid() == 0 else 0o700  # as root, postgres runs as another user and must pass
+TEMPORARY_ROOT = Path("/tmp")  # noqa: S108  # mkdtemp is safe there, and a server that is not root must pass the way
+RUN_FOLDER_PREFIX = "abreast-run-"
+RUN_LOCK_FILE = "lock"  # held by the process that runs the servers; holds its process id
+SERVERS_LOCK_FILE = "servers.lock"  # inherited by the servers: free when the last one has ended
+SERVERS_END_TIMEOUT_S = 30.0  # seconds that the servers of a killed run get to end
+DATA_DIRECTORY_MODE = (
+    0o711 if os.geteuid() == 0 else 0o700
+)  # as root, postgres runs as another user and must pass
 
 
-class RunFolder:
+class DataDirectory:
     """Without a path, a new folder that goes when the run ends; those of killed runs are cleared away first.
 
     The kernel frees the locks of a process that dies, so a killed run stops nobody.
     """
 
-    def __init__(self, kept: Path | None = None) -> None:
-        self.kept = kept
+    def __init__(self, persistent_path: Path | None = None) -> None:
+        self.persistent_path = persistent_path
         self.path = Path()
         self._locks: list[int] = []
 
@@ -37,56 +39,56 @@ class RunFolder:
         """The file descriptor that the servers inherit."""
         return self._locks[1]
 
-    def part(self, name: str, mode: int = 0o700) -> Path:
+    def create_part(self, name: str, mode: int = 0o700) -> Path:
         folder = self.path / name
         folder.mkdir(mode=mode, exist_ok=True)
         return folder
 
     def __enter__(self) -> Self:
         try:
-            self.path = self._make()
+            self.path = self._create()
             self._lock()
         except OSError as error:
             raise ServerError(
-                f"can't use {self.kept or TEMPORARY} as data folder: {error.strerror}"
+                f"can't use {self.persistent_path or TEMPORARY_ROOT} as data folder: {error.strerror}"
             ) from error
         return self
 
-    def _make(self) -> Path:
-        if self.kept is None:
-            clear_killed_runs()
-            path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=TEMPORARY))
-            path.chmod(FOLDER_MODE)
+    def _create(self) -> Path:
+        if self.persistent_path is None:
+            remove_killed_runs()
+            path = Path(tempfile.mkdtemp(prefix=RUN_FOLDER_PREFIX, dir=TEMPORARY_ROOT))
+            path.chmod(DATA_DIRECTORY_MODE)
             return path
-        path = self.kept.resolve()
-        path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        path = self.persistent_path.resolve()
+        path.mkdir(mode=DATA_DIRECTORY_MODE, parents=True, exist_ok=True)
         return path
 
     def _lock(self) -> None:
-        run = os.open(self.path / RUN, os.O_RDWR | os.O_CREAT, 0o600)
-        self._locks.append(run)
-        if not _try_lock(run):
-            holder = os.pread(run, 20, 0).decode().strip()
+        run_lock = os.open(self.path / RUN_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        self._locks.append(run_lock)
+        if not _try_lock(run_lock):
+            holder_pid = os.pread(run_lock, 20, 0).decode().strip()
             self._unlock()
             raise ServerError(
-                f"{self.path} is in use by another run (process {holder or 'unknown'}); "
+                f"{self.path} is in use by another run (process {holder_pid or 'unknown'}); "
                 "stop that one, or choose another folder with --data"
             )
-        os.ftruncate(run, 0)
-        os.pwrite(run, f"{os.getpid()}\n".encode(), 0)
-        servers = os.open(self.path / SERVERS, os.O_RDWR | os.O_CREAT, 0o600)
-        self._locks.append(servers)
-        self._await_servers(servers)
+        os.ftruncate(run_lock, 0)
+        os.pwrite(run_lock, f"{os.getpid()}\n".encode(), 0)
+        servers_lock = os.open(self.path / SERVERS_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        self._locks.append(servers_lock)
+        self._wait_for_servers(servers_lock)
 
-    def _await_servers(self, lock: int) -> None:
-        deadline = time.monotonic() + SERVERS_TIMEOUT
+    def _wait_for_servers(self, lock: int) -> None:
+        deadline = time.monotonic() + SERVERS_END_TIMEOUT_S
         while not _try_lock(lock):
             if time.monotonic() > deadline:
                 self._unlock()
                 raise ServerError(
-                    f"servers of an earlier run in {self.path} are still running; end them (see: fuser {self.path / SERVERS})"
+                    f"servers of an earlier run in {self.path} are still running; end them (see: fuser {self.path / SERVERS_LOCK_FILE})"
                 )
-            time.sleep(POLL)
+            time.sleep(PROCESS_POLL_S)
 
     def _unlock(self) -> None:
         while self._locks:
@@ -95,24 +97,28 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.kept is None:
-            remove(self.path)
+        if self.persistent_path is None:
+            remove_folder(self.path)
         self._unlock()
 
 
-def clear_killed_runs() -> None:
+def remove_killed_runs() -> None:
     """Remove the temporary folders of our runs that nobody holds any more."""
-    for folder in TEMPORARY.glob(f"{PREFIX}*"):
-        if _abandoned(folder):
-            remove(folder)
+    for folder in TEMPORARY_ROOT.glob(f"{RUN_FOLDER_PREFIX}*"):
+        if _is_abandoned(folder):
+            remove_folder(folder)
 
 
-def _abandoned(folder: Path) -> bool:
+def _is_abandoned(folder: Path) -> bool:
     try:
         if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
             return False
         # A run that is just beginning has not written its process id yet.
-        return (folder / RUN).stat().st_size > 0 and _is_free(folder / RUN) and _is_free(folder / SERVERS)
+        return (
+            (folder / RUN_LOCK_FILE).stat().st_size > 0
+            and _is_free(folder / RUN_LOCK_FILE)
+            and _is_free(folder / SERVERS_LOCK_FILE)
+        )
     except OSError:
         return False
 

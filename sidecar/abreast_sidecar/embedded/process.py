@@ -24,28 +24,28 @@ from typing import Any, Self
 from abreast_sidecar.errors import ServerError
 
 PR_SET_PDEATHSIG = 1
-START_TIMEOUT = 60.0  # seconds
-POLL = 0.01  # seconds
-RUN_AS = "nobody"
-STABLE_PORTS = range(20_000, 32_000)  # below what Linux and macOS use for outgoing connections
+SERVER_START_TIMEOUT_S = 60.0  # seconds
+PROCESS_POLL_S = 0.01  # seconds
+UNPRIVILEGED_USER = "nobody"
+STABLE_PORT_RANGE = range(20_000, 32_000)  # below what Linux and macOS use for outgoing connections
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """One that is likely to stay free until its server listens, and while it is away.
 
     From the system's own range, any client's connection may be given that very port.
     """
     for _ in range(100):
-        port = secrets.choice(STABLE_PORTS)
-        if port_is_free("127.0.0.1", port):
+        port = secrets.choice(STABLE_PORT_RANGE)
+        if is_port_free("127.0.0.1", port):
             return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        found: int = probe.getsockname()[1]
-        return found
+        probe_port: int = probe.getsockname()[1]
+        return probe_port
 
 
-def port_is_free(host: str, port: int) -> bool:
+def is_port_free(host: str, port: int) -> bool:
     """Whether nobody listens there. Envoy and gRPC share a port without a word, so ask before they start."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
@@ -61,20 +61,20 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
-def reachable_by_others(path: Path) -> bool:
+def is_reachable_by_others(path: Path) -> bool:
     """Whether any user may pass every folder above the path."""
     return all(parent.stat().st_mode & stat.S_IXOTH for parent in path.resolve().parents)
 
 
-def unprivileged() -> dict[str, Any]:
+def get_unprivileged_identity() -> dict[str, Any]:
     """Arguments for subprocess that drop root's rights; empty for an ordinary user."""
     if os.geteuid() != 0:
         return {}
-    user = pwd.getpwnam(RUN_AS)
+    user = pwd.getpwnam(UNPRIVILEGED_USER)
     return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
-def private_folder(prefix: str) -> Path:
+def create_private_folder(prefix: str) -> Path:
     """A new folder that only the server's user may read, in a place it may pass.
 
     Short, since a socket's path may have 107 bytes only.
@@ -82,17 +82,17 @@ def private_folder(prefix: str) -> Path:
     folder = Path(
         tempfile.mkdtemp(prefix=prefix, dir="/tmp")
     )  # mkdtemp is safe there; TMPDIR may be too long
-    give_away(folder)
+    chown_to_server_user(folder)
     return folder
 
 
-def give_away(path: Path) -> None:
-    identity = unprivileged()
+def chown_to_server_user(path: Path) -> None:
+    identity = get_unprivileged_identity()
     if identity:
         os.chown(path, identity["user"], identity["group"])
 
 
-def _die_with_parent(parent: int, death_signal: signal.Signals) -> Callable[[], None] | None:
+def _build_death_signal_hook(parent: int, death_signal: signal.Signals) -> Callable[[], None] | None:
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -110,8 +110,8 @@ class ServerProcess:
     """Start from the main thread: the death signal follows the thread that started the server."""
 
     name: str
-    process: subprocess.Popen[bytes]
-    log: Path
+    popen: subprocess.Popen[bytes]
+    log_path: Path
     stop_signal: signal.Signals = signal.SIGTERM
 
     @classmethod
@@ -119,20 +119,20 @@ class ServerProcess:
         cls,
         name: str,
         command: Sequence[str | Path],
-        log: Path,
+        log_path: Path,
         *,
-        ready: Callable[[int], bool],
+        is_ready: Callable[[int], bool],
         stop_signal: signal.Signals = signal.SIGTERM,
         environment: Mapping[str, str] | None = None,
         identity: Mapping[str, Any] | None = None,
-        timeout: float = START_TIMEOUT,
-        keep_open: Sequence[int] = (),
+        timeout_s: float = SERVER_START_TIMEOUT_S,
+        inherited_fds: Sequence[int] = (),
     ) -> ServerProcess:
         """Return once `ready(pid)` is true. Raise ServerError with the end of the log otherwise.
 
         The process inherits the file descriptors `keep_open`: a lock on one of them lasts as long as the process.
         """
-        with log.open("ab") as output:
+        with log_path.open("ab") as output:
             process = subprocess.Popen(
                 [str(part) for part in command],
                 stdin=subprocess.DEVNULL,
@@ -140,76 +140,78 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 cwd="/",
                 env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **(environment or {})},
-                preexec_fn=_die_with_parent(os.getpid(), stop_signal),  # noqa: PLW1509  # no threads at work yet
+                preexec_fn=_build_death_signal_hook(os.getpid(), stop_signal),  # noqa: PLW1509  # no threads at work yet
                 start_new_session=True,  # Ctrl-C in the terminal is ours to pass on
-                pass_fds=tuple(keep_open),
+                pass_fds=tuple(inherited_fds),
                 **(identity or {}),
             )
-        server = cls(name, process, log, stop_signal)
+        server = cls(name, process, log_path, stop_signal)
         try:
-            server.wait_until(ready, timeout)
+            server.wait_until(is_ready, timeout_s)
         except BaseException:  # an interrupt too: nobody else knows this process yet
             server.stop()
             raise
         return server
 
-    def wait_until(self, ready: Callable[[int], bool], timeout: float = START_TIMEOUT) -> None:
+    def wait_until(self, is_ready: Callable[[int], bool], timeout_s: float = SERVER_START_TIMEOUT_S) -> None:
         """Raise ServerError if the process ends first, or after `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        while not ready(self.process.pid):
-            if self.process.poll() is not None:
-                raise ServerError(f"{self.name} ended at its start; the end of {self.log}:\n{self.tail()}")
+        deadline = time.monotonic() + timeout_s
+        while not is_ready(self.popen.pid):
+            if self.popen.poll() is not None:
+                raise ServerError(
+                    f"{self.name} ended at its start; the end of {self.log_path}:\n{self.read_log_tail()}"
+                )
             if time.monotonic() > deadline:
                 raise ServerError(
-                    f"{self.name} was not ready after {timeout:g} s; the end of {self.log}:\n{self.tail()}"
+                    f"{self.name} was not ready after {timeout_s:g} s; the end of {self.log_path}:\n{self.read_log_tail()}"
                 )
-            time.sleep(POLL)
+            time.sleep(PROCESS_POLL_S)
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        return self.popen.pid
 
     @property
-    def alive(self) -> bool:
-        return self.process.poll() is None
+    def is_alive(self) -> bool:
+        return self.popen.poll() is None
 
-    def tail(self, lines: int = 12) -> str:
+    def read_log_tail(self, lines: int = 12) -> str:
         try:
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+            return "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
         except OSError:
             return "(no log)"
 
-    def stop(self, timeout: float = 15.0) -> None:
-        if self.process.poll() is not None:
+    def stop(self, timeout_s: float = 15.0) -> None:
+        if self.popen.poll() is not None:
             return
-        self.process.send_signal(self.stop_signal)
-        self.process.send_signal(signal.SIGCONT)  # a stopped server hears nothing else
+        self.popen.send_signal(self.stop_signal)
+        self.popen.send_signal(signal.SIGCONT)  # a stopped server hears nothing else
         try:
-            self.process.wait(timeout)
+            self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait(timeout)
+            self.popen.kill()
+            self.popen.wait(timeout_s)
 
 
-def answers(host: str, port: int, question: bytes, wanted: bytes) -> bool:
+def is_answering(host: str, port: int, request: bytes, expected: bytes) -> bool:
     """Whether a server at host:port answers the question with what is wanted."""
     try:
         with socket.create_connection((host, port), timeout=1.0) as connection:
-            connection.sendall(question)
-            return wanted in connection.recv(4096)
+            connection.sendall(request)
+            return expected in connection.recv(4096)
     except OSError:
         return False
 
 
-def remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-class Server:
+class LocalServer:
     """The life of a server of ours: `start` once, `stop` as often as one likes; a context manager of both."""
 
     def __init__(self) -> None:
-        self.server: ServerProcess | None = None
+        self.process: ServerProcess | None = None
         self._temporary: Path | None = (
             None  # where its files are, and removed with it, unless it has a folder
         )
@@ -219,8 +221,8 @@ class Server:
         raise NotImplementedError
 
     def stop(self) -> None:
-        if self.server is not None:
-            self.server.stop()
+        if self.process is not None:
+            self.process.stop()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -230,4 +232,4 @@ class Server:
     ) -> None:
         self.stop()
         if self._temporary is not None:
-            remove(self._temporary)
+            remove_folder(self._temporary)

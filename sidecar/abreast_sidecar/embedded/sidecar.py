@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from abreast_sidecar.embedded.process import ServerProcess, answers
-from abreast_sidecar.settings import PREFIX
+from abreast_sidecar.embedded.process import ServerProcess, is_answering
+from abreast_sidecar.settings import ENV_PREFIX
 
 
 class SidecarServer:
@@ -18,33 +18,33 @@ class SidecarServer:
     def __init__(
         self,
         settings: Mapping[str, str],
-        http: tuple[str, int],
+        http_address: tuple[str, int],
         *,
         folder: Path,
-        keep_open: tuple[int, ...] = (),
+        inherited_fds: tuple[int, ...] = (),
     ) -> None:
-        if not all(name.startswith(PREFIX) for name in settings):
-            raise ValueError(f"the sidecar's settings begin with {PREFIX}")
+        if not all(name.startswith(ENV_PREFIX) for name in settings):
+            raise ValueError(f"the sidecar's settings begin with {ENV_PREFIX}")
         self.settings = dict(settings)
-        self.http = http
+        self.http_address = http_address
         self.folder = folder
-        self.keep_open = keep_open
-        self.server: ServerProcess | None = None
+        self.inherited_fds = inherited_fds
+        self.process: ServerProcess | None = None
 
     def start(self) -> Self:
-        host, port = self.http
-        question = f"GET /readyz HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode()
-        self.server = ServerProcess.start(
+        host, port = self.http_address
+        request = f"GET /readyz HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode()
+        self.process = ServerProcess.start(
             "sidecar",
             [sys.executable, "-m", "abreast_sidecar", "sidecar"],
             self.folder / "sidecar.log",
-            ready=lambda _pid: answers(host, port, question, b" 200 OK"),
+            is_ready=lambda _pid: is_answering(host, port, request, b" 200 OK"),
             stop_signal=signal.SIGTERM,
             environment=self.settings,
-            keep_open=self.keep_open,
+            inherited_fds=self.inherited_fds,
         )
         return self
 
     def stop(self) -> None:
-        if self.server is not None:
-            self.server.stop()
+        if self.process is not None:
+            self.process.stop()

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import jinja2
 
-from abreast_sidecar.embedded import envoy_binary
+from abreast_sidecar.embedded import find_envoy_binary
 from abreast_sidecar.envoy.settings import EnvoySettings
 from abreast_sidecar.errors import SidecarError
 
 MILLION = 1_000_000
-VALIDATE_TIMEOUT = 60.0  # seconds
-LOG_PREFIX = re.compile(r"^(\[[^\]]*\])+ (\[[^\]]*\] )?")
-PLAIN = re.compile(r"[ !#-\[\]-~]*")  # printable ASCII without quote and backslash
+VALIDATE_TIMEOUT_S = 60.0  # seconds
+LOG_PREFIX_PATTERN = re.compile(r"^(\[[^\]]*\])+ (\[[^\]]*\] )?")
+PLAIN_TEXT_PATTERN = re.compile(r"[ !#-\[\]-~]*")  # printable ASCII without quote and backslash
 
 
 def render(settings: EnvoySettings) -> str:
@@ -29,7 +29,9 @@ def render(settings: EnvoySettings) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(text=_text, seconds=_seconds, fraction=_fraction, block=_block)
+    environment.filters.update(
+        text=_quote, seconds=_format_seconds, fraction=_format_fraction, block=_indent_block
+    )
     return environment.get_template("envoy.yaml.j2").render(settings=settings).lstrip()
 
 
@@ -39,7 +41,7 @@ def validate(config: str) -> None:
         path = Path(folder) / "envoy.yaml"
         path.write_text(config)
         command = [
-            str(envoy_binary()),
+            str(find_envoy_binary()),
             "--mode",
             "validate",
             "--config-path",
@@ -48,40 +50,44 @@ def validate(config: str) -> None:
             "error",
         ]
         try:
-            done = subprocess.run(
-                command, check=False, capture_output=True, text=True, timeout=VALIDATE_TIMEOUT
+            result = subprocess.run(
+                command, check=False, capture_output=True, text=True, timeout=VALIDATE_TIMEOUT_S
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SidecarError(f"envoy could not check the configuration: {error}") from error
-    if done.returncode != 0:
-        raise SidecarError(f"envoy refuses the configuration: {_complaint(done.stdout + done.stderr)}")
+    if result.returncode != 0:
+        raise SidecarError(
+            f"envoy refuses the configuration: {_extract_error(result.stdout + result.stderr)}"
+        )
 
 
-def _text(value: str) -> str:
+def _quote(value: str) -> str:
     """A double-quoted YAML scalar that nothing in the value can leave."""
-    if PLAIN.fullmatch(value):
+    if PLAIN_TEXT_PATTERN.fullmatch(value):
         return f'"{value}"'
-    return '"' + "".join(c if PLAIN.fullmatch(c) else f"\\U{ord(c):08x}" for c in value) + '"'
+    return '"' + "".join(c if PLAIN_TEXT_PATTERN.fullmatch(c) else f"\\U{ord(c):08x}" for c in value) + '"'
 
 
-def _seconds(value: float) -> str:
+def _format_seconds(value: float) -> str:
     return f"{value:.3f}".rstrip("0").rstrip(".") + "s"
 
 
-def _fraction(share: float) -> str:
+def _format_fraction(share: float) -> str:
     """A share as Envoy's FractionalPercent; a bare number would be read as a percentage."""
     return f"{{numerator: {round(share * MILLION)}, denominator: MILLION}}"
 
 
-def _block(text: str, width: int) -> str:
+def _indent_block(text: str, width: int) -> str:
     """Lines that stand `width` columns in, the first of them after what is there already."""
     return text.strip().replace("\n", "\n" + " " * width)
 
 
-def _complaint(output: str) -> str:
+def _extract_error(output: str) -> str:
     """Envoy's own sentence, without the prefixes of its log and the name of our temporary file."""
-    lines = [" ".join(LOG_PREFIX.sub("", text).split()) for text in output.splitlines() if text.strip()]
-    wanted = [text for text in lines if text.startswith("error initializing configuration")]
+    lines = [
+        " ".join(LOG_PREFIX_PATTERN.sub("", text).split()) for text in output.splitlines() if text.strip()
+    ]
+    error_lines = [text for text in lines if text.startswith("error initializing configuration")]
     return re.sub(
-        r"^error initializing configuration '[^']*': ", "", (wanted or lines or ["no reason given"])[-1]
+        r"^error initializing configuration '[^']*': ", "", (error_lines or lines or ["no reason given"])[-1]
     )

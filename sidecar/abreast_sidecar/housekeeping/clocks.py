@@ -6,24 +6,24 @@ from datetime import UTC, datetime
 
 import structlog
 
-from abreast_sidecar.store.database import Connection, statement
+from abreast_sidecar.store.database import Connection, load_statement
 
-APART = 300.0  # seconds
+MAX_CLOCK_SKEW_S = 300.0  # seconds
 
 log = structlog.get_logger()
 
 
-async def surely(connection: Connection, own: datetime | None = None) -> datetime:
+async def conservative_now(connection: Connection, local_time: datetime | None = None) -> datetime:
     """By Postgres's clock or this machine's, whichever is behind: what is young by one of them is not dropped because
     of the other. `own` is this machine's.
     """
-    own = own or datetime.now(UTC)
-    row = await (await connection.execute(statement("clock"))).fetchone()
-    theirs: datetime = row["now"] if row else own
-    ahead = (theirs - own).total_seconds()
-    if abs(ahead) > APART:
+    local_time = local_time or datetime.now(UTC)
+    row = await (await connection.execute(load_statement("clock"))).fetchone()
+    postgres_time: datetime = row["now"] if row else local_time
+    skew_s = (postgres_time - local_time).total_seconds()
+    if abs(skew_s) > MAX_CLOCK_SKEW_S:
         log.warning(
             "the clocks of postgres and of this machine differ; nothing is dropped that is young by one of them",
-            postgres_ahead=round(ahead),
+            postgres_ahead=round(skew_s),
         )
-    return min(own, theirs)
+    return min(local_time, postgres_time)

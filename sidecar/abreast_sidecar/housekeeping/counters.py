@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-Counts = Mapping[str, int]
+CounterValues = Mapping[str, int]
 
 
-def carried_on(
-    base: Counts, last: Counts, now: Counts, *, same_life: bool
+def continue_counters(
+    base: CounterValues, previous: CounterValues, current: CounterValues, *, is_same_life: bool
 ) -> tuple[dict[str, int], dict[str, int]]:
     """(base, sums): `base` is what former lives counted, `last` what the last known life had when it was last seen.
 
     With a new life all that was last seen becomes part of the base.
     """
-    if not same_life:
-        base = {name: base.get(name, 0) + last.get(name, 0) for name in base.keys() | last.keys()}
-    return dict(base), {name: base.get(name, 0) + now.get(name, 0) for name in base.keys() | now.keys()}
+    if not is_same_life:
+        base = {name: base.get(name, 0) + previous.get(name, 0) for name in base.keys() | previous.keys()}
+    return dict(base), {
+        name: base.get(name, 0) + current.get(name, 0) for name in base.keys() | current.keys()
+    }
 
 
-def fell(last: Counts, now: Counts) -> bool:
+def was_reset(previous: CounterValues, current: CounterValues) -> bool:
     """A counter only falls when its life is a new one."""
-    return any(now.get(name, 0) < value for name, value in last.items())
+    return any(current.get(name, 0) < value for name, value in previous.items())

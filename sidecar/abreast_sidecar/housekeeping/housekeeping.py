@@ -9,56 +9,62 @@ from dataclasses import dataclass
 
 import structlog
 
-from abreast_sidecar.compare import Rules
+from abreast_sidecar.compare import CompareOptions
 from abreast_sidecar.errors import LedgerError, RedisError
-from abreast_sidecar.housekeeping.cache import find_misses
-from abreast_sidecar.housekeeping.envoy import EnvoyError, bring_envoy
+from abreast_sidecar.housekeeping.cache import detect_misses
+from abreast_sidecar.housekeeping.envoy import EnvoyError, collect_envoy_counts
 from abreast_sidecar.housekeeping.examples import trim_examples
-from abreast_sidecar.housekeeping.latency import find_slow
-from abreast_sidecar.housekeeping.missing import find_missing
-from abreast_sidecar.housekeeping.noise import decide_noise
-from abreast_sidecar.housekeeping.reports import bring_reports
+from abreast_sidecar.housekeeping.latency import detect_slowdowns
+from abreast_sidecar.housekeeping.missing import detect_unanswered
+from abreast_sidecar.housekeeping.noise import classify_findings
+from abreast_sidecar.housekeeping.reports import collect_reports
 from abreast_sidecar.housekeeping.retention import drop_days, open_days
-from abreast_sidecar.outage import Outage, pause
-from abreast_sidecar.read import connect, forget_consumers, shards, sweep, translated
-from abreast_sidecar.rejudge import Learning, rejudge
+from abreast_sidecar.outage import Outage, wait_or_stop
+from abreast_sidecar.read import (
+    connect_redis,
+    delete_idle_consumers,
+    expire_incomplete_pairs,
+    list_shards,
+    map_redis_errors,
+)
+from abreast_sidecar.rejudge import FindingIds, reapply_rules
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.rules import end_expired
+from abreast_sidecar.store.rules import end_expired_rules
 
-SWEEP = 0.5  # seconds between two turns of a chore
-REPORTS = 1.0
-ENVOYS = 1.0
-NOISE = 1.0
-RULES = 0.5
-RULES_STEPS = 200  # of judging again in one turn
-SLOW = 5.0
-EXAMPLES = 60.0
-CONSUMERS = 60.0
-DAYS = 600.0
-CONSUMER_IDLE = 600.0  # seconds after which a consumer without entries is taken for dead
+EXPIRE_INTERVAL_S = 0.5  # seconds between two turns of a chore
+REPORTS_INTERVAL_S = 1.0
+ENVOYS_INTERVAL_S = 1.0
+NOISE_INTERVAL_S = 1.0
+RULES_INTERVAL_S = 0.5
+MAX_RULE_STEPS = 200  # of judging again in one turn
+DETECTORS_INTERVAL_S = 5.0
+EXAMPLES_INTERVAL_S = 60.0
+CONSUMERS_INTERVAL_S = 60.0
+DAYS_INTERVAL_S = 600.0
+MAX_CONSUMER_IDLE_S = 600.0  # seconds after which a consumer without entries is taken for dead
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Chore:
+class Job:
     name: str
-    period: float  # seconds
+    interval_s: float  # seconds
     servers: tuple[str, ...]  # that it can't do without
-    turn: Callable[[], Awaitable[None]]
+    run: Callable[[], Awaitable[None]]
 
 
-class Housekeeping:
+class JobRunner:
     """`last_beat` is when it last swept (time.monotonic); `alive` is whether it runs."""
 
     def __init__(self, settings: Settings, *, name: str = "housekeeping") -> None:
         self.name = name
-        self.alive = False
-        self.last_beat = 0.0
+        self.is_running = False
+        self.last_heartbeat = 0.0
         self._settings = settings
-        self._rules = Rules.ignoring(settings.volatile_headers)
-        self._redis = connect(settings.redis_url)
+        self._rules = CompareOptions.with_ignored_headers(settings.volatile_headers)
+        self._redis = connect_redis(settings.redis_url)
         self._database = Database(settings.postgres_url)
         self._outages = {
             server: Outage(server, by=name) for server in ("redis", "postgres", *settings.envoy_admin)
@@ -66,110 +72,110 @@ class Housekeeping:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Return once `stop` is set. Lost servers are waited for."""
-        self.alive = True
+        self.is_running = True
         try:
             await self._database.open()
             async with asyncio.TaskGroup() as group:
-                for chore in self._chores():
-                    group.create_task(self._repeat(chore, stop), name=f"abreast {chore.name}")
+                for job in self._list_jobs():
+                    group.create_task(self._run_periodically(job, stop), name=f"abreast {job.name}")
         finally:
-            self.alive = False
+            self.is_running = False
             await self._database.close()
             await self._redis.aclose()
 
-    def _chores(self) -> list[Chore]:
+    def _list_jobs(self) -> list[Job]:
         envoys = [
-            Chore(f"envoy {address}", ENVOYS, ("postgres", address), self._envoy(address))
+            Job(f"envoy {address}", ENVOYS_INTERVAL_S, ("postgres", address), self._make_envoy_job(address))
             for address in self._settings.envoy_admin
         ]
         return [
-            Chore("sweep", SWEEP, ("redis",), self._sweep),
-            Chore("reports", REPORTS, ("redis", "postgres"), self._bring_reports),
-            Chore("noise", NOISE, ("postgres",), self._decide_noise),
-            Chore("rules", RULES, ("postgres",), self._rejudge),
-            Chore("latency", SLOW, ("postgres",), self._find_slow),
-            Chore("cache", SLOW, ("postgres",), self._find_misses),
-            Chore("missing", SLOW, ("postgres",), self._find_missing),
-            Chore("examples", EXAMPLES, ("postgres",), self._trim_examples),
-            Chore("consumers", CONSUMERS, ("redis",), self._forget_consumers),
-            Chore("days", DAYS, ("postgres",), self._turn_days),
+            Job("sweep", EXPIRE_INTERVAL_S, ("redis",), self._expire_incomplete_pairs),
+            Job("reports", REPORTS_INTERVAL_S, ("redis", "postgres"), self._collect_reports),
+            Job("noise", NOISE_INTERVAL_S, ("postgres",), self._decide_noise),
+            Job("rules", RULES_INTERVAL_S, ("postgres",), self._reapply_rules),
+            Job("latency", DETECTORS_INTERVAL_S, ("postgres",), self._detect_slowdowns),
+            Job("cache", DETECTORS_INTERVAL_S, ("postgres",), self._detect_misses),
+            Job("missing", DETECTORS_INTERVAL_S, ("postgres",), self._detect_unanswered),
+            Job("examples", EXAMPLES_INTERVAL_S, ("postgres",), self._trim_examples),
+            Job("consumers", CONSUMERS_INTERVAL_S, ("redis",), self._delete_idle_consumers),
+            Job("days", DAYS_INTERVAL_S, ("postgres",), self._rotate_days),
             *envoys,
         ]
 
-    async def _repeat(self, chore: Chore, stop: asyncio.Event) -> None:
+    async def _run_periodically(self, job: Job, stop: asyncio.Event) -> None:
         while not stop.is_set():
             outage = None
             try:
-                await chore.turn()
+                await job.run()
             except RedisError as error:
-                outage = self._away("redis", error, chore)
+                outage = self._record_failure("redis", error, job)
             except LedgerError as error:
-                outage = self._away("postgres", error, chore)
+                outage = self._record_failure("postgres", error, job)
             except EnvoyError as error:
-                outage = self._away(chore.servers[-1], error, chore)
+                outage = self._record_failure(job.servers[-1], error, job)
             except Exception:
-                log.exception("a chore failed", chore=chore.name)
+                log.exception("a chore failed", chore=job.name)
             else:
-                for server in chore.servers:
-                    self._outages[server].end(chore.name)
-            await (outage.wait(stop, chore.name) if outage else pause(stop, chore.period))
+                for server in job.servers:
+                    self._outages[server].record_success(job.name)
+            await (outage.back_off(stop, job.name) if outage else wait_or_stop(stop, job.interval_s))
 
-    def _away(self, server: str, error: Exception, chore: Chore) -> Outage:
+    def _record_failure(self, server: str, error: Exception, job: Job) -> Outage:
         outage = self._outages[server]
-        outage.begin(error, chore.name)
+        outage.record_failure(error, job.name)
         return outage
 
-    async def _sweep(self) -> None:
-        with translated():
-            for keys in await shards(self._redis):
-                await sweep(self._redis, keys)
-        self.last_beat = time.monotonic()
+    async def _expire_incomplete_pairs(self) -> None:
+        with map_redis_errors():
+            for keys in await list_shards(self._redis):
+                await expire_incomplete_pairs(self._redis, keys)
+        self.last_heartbeat = time.monotonic()
 
-    async def _bring_reports(self) -> None:
+    async def _collect_reports(self) -> None:
         async with self._database.connection() as connection:
-            await bring_reports(connection, self._redis)
+            await collect_reports(connection, self._redis)
 
-    def _envoy(self, address: str) -> Callable[[], Awaitable[None]]:
-        async def turn() -> None:
+    def _make_envoy_job(self, address: str) -> Callable[[], Awaitable[None]]:
+        async def collect() -> None:
             async with self._database.connection() as connection:
-                await bring_envoy(connection, address)
+                await collect_envoy_counts(connection, address)
 
-        return turn
+        return collect
 
     async def _decide_noise(self) -> None:
         async with self._database.connection() as connection:
-            await decide_noise(connection)
+            await classify_findings(connection)
 
-    async def _rejudge(self) -> None:
+    async def _reapply_rules(self) -> None:
         async with self._database.connection() as connection:
-            await end_expired(connection)
-            learning = Learning(self._settings.postgres_url)
-            for _ in range(RULES_STEPS):
-                if not await rejudge(connection, learning, self._rules):
+            await end_expired_rules(connection)
+            finding_ids = FindingIds(self._settings.postgres_url)
+            for _ in range(MAX_RULE_STEPS):
+                if not await reapply_rules(connection, finding_ids, self._rules):
                     return
 
-    async def _find_slow(self) -> None:
+    async def _detect_slowdowns(self) -> None:
         async with self._database.connection() as connection:
-            await find_slow(connection)
+            await detect_slowdowns(connection)
 
-    async def _find_misses(self) -> None:
+    async def _detect_misses(self) -> None:
         async with self._database.connection() as connection:
-            await find_misses(connection)
+            await detect_misses(connection)
 
-    async def _find_missing(self) -> None:
+    async def _detect_unanswered(self) -> None:
         async with self._database.connection() as connection:
-            await find_missing(connection)
+            await detect_unanswered(connection)
 
     async def _trim_examples(self) -> None:
         async with self._database.connection() as connection:
-            await trim_examples(connection, most=self._settings.examples_bytes)
+            await trim_examples(connection, max_bytes=self._settings.examples_bytes)
 
-    async def _forget_consumers(self) -> None:
-        with translated():
-            for keys in await shards(self._redis):
-                await forget_consumers(self._redis, keys, idle=CONSUMER_IDLE)
+    async def _delete_idle_consumers(self) -> None:
+        with map_redis_errors():
+            for keys in await list_shards(self._redis):
+                await delete_idle_consumers(self._redis, keys, idle_s=MAX_CONSUMER_IDLE_S)
 
-    async def _turn_days(self) -> None:
+    async def _rotate_days(self) -> None:
         async with self._database.connection() as connection:
             await open_days(connection)
             await drop_days(

@@ -8,16 +8,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
-from abreast_sidecar.compare.noise import Counts, Decision, Far, decide
-from abreast_sidecar.store.clean import json_text
-from abreast_sidecar.store.database import Connection, Row, statement
+from abreast_sidecar.compare.noise import (
+    DifferenceCounts,
+    MagnitudeShift,
+    NoiseDecision,
+    classify_differences,
+)
+from abreast_sidecar.store.clean import to_json
+from abreast_sidecar.store.database import Connection, Row, load_statement
 
-LOCK = 0x616272657006
-ALPHA = 0.01  # of one endpoint, over all its life: any false finding
-REASON_LIMIT = 300  # characters
-ENOUGH = 500  # pairs, or copies to old, of one release to go by them alone
-GRAVITY = {"noise": 0, "undecided": 1, "real": 2}
-COUNTS = (
+NOISE_LOCK_KEY = 0x616272657006
+FALSE_FINDING_RATE = 0.01  # of one endpoint, over all its life: any false finding
+MAX_REASON_CHARS = 300  # characters
+MIN_RELEASE_PAIRS = 500  # pairs, or copies to old, of one release to go by them alone
+STATE_SEVERITY = {"noise": 0, "undecided": 1, "real": 2}
+COUNT_COLUMNS = (
     "compared",
     "count",
     "baseline_compared",
@@ -33,131 +38,148 @@ COUNTS = (
     "baseline_magnitude_up",
     "baseline_magnitude_down",
 )
-COPIES = ("baseline_compared", "baseline_count", "baseline_magnitude_up", "baseline_magnitude_down")
-FRESH = 0.02  # of old's turns: where old says the same again more often, its values are not fresh
+BASELINE_COLUMNS = ("baseline_compared", "baseline_count", "baseline_magnitude_up", "baseline_magnitude_down")
+MAX_OLD_REPEAT_SHARE = (
+    0.02  # of old's turns: where old says the same again more often, its values are not fresh
+)
 
 
-async def decide_noise(connection: Connection) -> int:
+async def classify_findings(connection: Connection) -> int:
     """Return how many findings have another state or reason now. Any number may do it at once; one does."""
     async with connection.transaction():
-        cursor = await connection.execute(statement("lock_try"), {"lock": LOCK})
+        cursor = await connection.execute(load_statement("lock_try"), {"lock": NOISE_LOCK_KEY})
         row = await cursor.fetchone()
         if not row or not row["locked"]:
             return 0
-        cursor = await connection.execute(statement("noise_due"))
-        changed, done = [], []
+        cursor = await connection.execute(load_statement("noise_due"))
+        updates, endpoints = [], []
         for _, group in groupby(await cursor.fetchall(), key=lambda row: row["endpoint"]):
             rows = list(group)
-            known = [row for row in rows if row["id"] is not None]
-            changed += await asyncio.to_thread(changes, known)  # others on the loop have their turn
-            done.append({"id": rows[0]["endpoint"], **_held_against(rows[0])})
-        await _write(connection, changed, done)
-        return len(changed)
+            findings = [row for row in rows if row["id"] is not None]
+            updates += await asyncio.to_thread(find_changes, findings)  # others on the loop have their turn
+            endpoints.append({"id": rows[0]["endpoint"], **_count_baseline(rows[0])})
+        await _write_updates(connection, updates, endpoints)
+        return len(updates)
 
 
-async def _write(
-    connection: Connection, changed: list[dict[str, object]], done: list[dict[str, object]]
+async def _write_updates(
+    connection: Connection, updates: list[dict[str, object]], endpoints: list[dict[str, object]]
 ) -> None:
     """Locks in the order of the ledger's writers: findings by id, endpoints by id."""
-    if changed:
-        await connection.execute(statement("findings_lock"), {"ids": [one["id"] for one in changed]})
-        await connection.execute(statement("noise_set"), {"rows": json_text(changed).decode()})
-    if done:
-        await connection.execute(statement("endpoints_lock"), {"ids": [one["id"] for one in done]})
-        await connection.execute(statement("noise_done"), {"rows": json_text(done).decode()})
+    if updates:
+        await connection.execute(
+            load_statement("findings_lock"), {"ids": [record["id"] for record in updates]}
+        )
+        await connection.execute(load_statement("noise_set"), {"rows": to_json(updates).decode()})
+    if endpoints:
+        await connection.execute(
+            load_statement("endpoints_lock"), {"ids": [record["id"] for record in endpoints]}
+        )
+        await connection.execute(load_statement("noise_done"), {"rows": to_json(endpoints).decode()})
 
 
-def changes(rows: Sequence[Row]) -> list[dict[str, object]]:
+def find_changes(rows: Sequence[Row]) -> list[dict[str, object]]:
     """What one endpoint's findings have to be told."""
-    decided = zip(rows, decisions(rows), strict=True)
+    pairs = zip(rows, classify_rows(rows), strict=True)
     return [
-        {"id": row["id"], "state": decision.state, "reason": _reason(decision)}
-        for row, decision in decided
-        if (row["state"], row["reason"]) != (decision.state, _reason(decision))
+        {"id": row["id"], "state": decision.state, "reason": _limit_reason(decision)}
+        for row, decision in pairs
+        if (row["state"], row["reason"]) != (decision.state, _limit_reason(decision))
     ]
 
 
-def decisions(rows: Sequence[Row]) -> list[Decision]:
+def classify_rows(rows: Sequence[Row]) -> list[NoiseDecision]:
     """Each finding is looked at twice, over all releases and in the newest that shows it: what begins in one release is
     not diluted by those before, and what took many small releases to show is seen as well. Both looks of all findings
     share the error probability.
     """
-    again = [row for row in rows if _has_former(row)]
-    looks = [*rows, *map(_newest, again)]
-    places = [*counts(rows), *counts(looks[len(rows) :]), *map(_turns, looks)]
-    numbers = {
-        place: _far(row) for place, row in enumerate(looks) if row["magnitude_up"] or row["magnitude_down"]
+    with_former = [row for row in rows if _has_former_release(row)]
+    views = [*rows, *map(_select_newest_release, with_former)]
+    inputs = [*build_counts(rows), *build_counts(views[len(rows) :]), *map(_build_repeat_counts, views)]
+    shifts = {
+        index: _build_magnitude_shift(row)
+        for index, row in enumerate(views)
+        if row["magnitude_up"] or row["magnitude_down"]
     }
-    decided, many = decide([*places, *numbers.values()], ALPHA), len(looks)
-    far = dict(zip(numbers, decided[2 * many :], strict=True))
-    each = zip(looks, decided[:many], decided[many : 2 * many], strict=True)
-    both = [_graver(row, one, stale, far.get(place)) for place, (row, one, stale) in enumerate(each)]
-    latest = dict(zip((row["id"] for row in again), both[len(rows) :], strict=True))
+    results, view_count = classify_differences([*inputs, *shifts.values()], FALSE_FINDING_RATE), len(views)
+    shift_results = dict(zip(shifts, results[2 * view_count :], strict=True))
+    candidates = zip(views, results[:view_count], results[view_count : 2 * view_count], strict=True)
+    combined = [
+        _choose_stronger(row, decision_of_counts, repeat_decision, shift_results.get(index))
+        for index, (row, decision_of_counts, repeat_decision) in enumerate(candidates)
+    ]
+    newest_decisions = dict(zip((row["id"] for row in with_former), combined[len(rows) :], strict=True))
     return [
-        _together(decision, latest[row["id"]], row) if row["id"] in latest else decision
-        for row, decision in zip(rows, both, strict=False)
+        _merge_views(decision, newest_decisions[row["id"]], row)
+        if row["id"] in newest_decisions
+        else decision
+        for row, decision in zip(rows, combined, strict=False)
     ]
 
 
-def _turns(row: Row) -> Counts:
+def _build_repeat_counts(row: Row) -> DifferenceCounts:
     """Whether new says the same again more often than old does."""
-    return Counts(
+    return DifferenceCounts(
         compared=row["repeat_checks"],
-        differs=row["new_repeats"],
+        differing=row["new_repeats"],
         baseline_compared=row["repeat_checks"],
-        baseline_differs=row["old_repeats"],
+        baseline_differing=row["old_repeats"],
     )
 
 
-def _far(row: Row) -> Far:
+def _build_magnitude_shift(row: Row) -> MagnitudeShift:
     """Whether new's number is another one by much, and mostly to one side."""
-    return Far(
+    return MagnitudeShift(
         compared=max(row["compared"], row["count"]),
-        more=min(row["magnitude_up"], row["count"]),
-        less=min(row["magnitude_down"], row["count"]),
+        far_greater=min(row["magnitude_up"], row["count"]),
+        far_smaller=min(row["magnitude_down"], row["count"]),
         baseline_compared=max(row["baseline_compared"], row["baseline_count"]),
-        baseline_more=row["baseline_magnitude_up"],
-        baseline_less=row["baseline_magnitude_down"],
+        baseline_far_greater=row["baseline_magnitude_up"],
+        baseline_far_smaller=row["baseline_magnitude_down"],
     )
 
 
-def _graver(row: Row, decision: Decision, stale: Decision, far: Decision | None) -> Decision:
+def _choose_stronger(
+    row: Row, decision: NoiseDecision, repeat_decision: NoiseDecision, shift_decision: NoiseDecision | None
+) -> NoiseDecision:
     """What differs as often as noise is none where new's number is far from old's to one side, or where new says the same
     over and over, and old never does.
     """
     if decision.state == "real":
         return decision
-    if far is not None and far.state == "real":
-        return far
-    if stale.state != "real" or row["old_repeats"] > FRESH * row["repeat_checks"]:
+    if shift_decision is not None and shift_decision.state == "real":
+        return shift_decision
+    if repeat_decision.state != "real" or row["old_repeats"] > MAX_OLD_REPEAT_SHARE * row["repeat_checks"]:
         return decision
-    said = f"new says the same again in {row['new_repeats']} of {row['repeat_checks']} turns, old in {row['old_repeats']}"
-    return replace(stale, reason=f"{said}: more than chance")
+    comparison = f"new says the same again in {row['new_repeats']} of {row['repeat_checks']} turns, old in {row['old_repeats']}"
+    return replace(repeat_decision, reason=f"{comparison}: more than chance")
 
 
-def _has_former(row: Row) -> bool:
+def _has_former_release(row: Row) -> bool:
     """Whether the newest release's counts are not simply all of them."""
-    return row["newest_count"] is not None and any(row[name] != _newest(row)[name] for name in COUNTS)
+    return row["newest_count"] is not None and any(
+        row[name] != _select_newest_release(row)[name] for name in COUNT_COLUMNS
+    )
 
 
-def _newest(row: Row) -> Row:
+def _select_newest_release(row: Row) -> Row:
     """The same finding in its newest release. Old's former releases stand in until there are enough copies to this one."""
-    known = {name: row[f"newest_{name}"] for name in COUNTS}
-    if known["baseline_compared"] < ENOUGH:
-        known |= {name: row[name] for name in COPIES}
-    return {**row, **known, "releases": (row["old_release"], row["new_release"])}
+    counts_of_newest = {name: row[f"newest_{name}"] for name in COUNT_COLUMNS}
+    if counts_of_newest["baseline_compared"] < MIN_RELEASE_PAIRS:
+        counts_of_newest |= {name: row[name] for name in BASELINE_COLUMNS}
+    return {**row, **counts_of_newest, "releases": (row["old_release"], row["new_release"])}
 
 
-def _together(whole: Decision, newest: Decision, row: Row) -> Decision:
+def _merge_views(overall: NoiseDecision, newest: NoiseDecision, row: Row) -> NoiseDecision:
     """The graver of both looks holds, unless the newest release has enough pairs to show that it is no more than noise."""
-    settled = newest.state == "noise" and row["newest_compared"] >= ENOUGH
-    if GRAVITY[whole.state] > GRAVITY[newest.state] and not settled:
-        return whole
+    is_settled = newest.state == "noise" and row["newest_compared"] >= MIN_RELEASE_PAIRS
+    if STATE_SEVERITY[overall.state] > STATE_SEVERITY[newest.state] and not is_settled:
+        return overall
     label = f" in release {row['newest_label']}" if row["newest_label"] else " in the newest release"
     return replace(newest, reason=f"{newest.reason}{label}")
 
 
-def counts(rows: Iterable[Row]) -> list[Counts]:
+def build_counts(rows: Iterable[Row]) -> list[DifferenceCounts]:
     """Of one endpoint's findings. The lean is that of all that chance might have drawn instead: a field is as often
     added as removed, a status as often the one as the other.
     """
@@ -165,24 +187,24 @@ def counts(rows: Iterable[Row]) -> list[Counts]:
     greater: Counter[tuple[object, ...]] = Counter()
     smaller: Counter[tuple[object, ...]] = Counter()
     for row in rows:
-        greater[_drawn(row)] += row["new_greater"]
-        smaller[_drawn(row)] += row["new_smaller"]
+        greater[_make_direction_key(row)] += row["new_greater"]
+        smaller[_make_direction_key(row)] += row["new_smaller"]
     return [
-        Counts(
+        DifferenceCounts(
             compared=max(row["compared"], row["count"]),
-            differs=row["count"],
+            differing=row["count"],
             baseline_compared=max(row["baseline_compared"], row["baseline_count"]),
-            baseline_differs=row["baseline_count"],
+            baseline_differing=row["baseline_count"],
             explained=row["shape_explained"],
-            rare=row["kind"] in {"format", "range"},
-            new_greater=greater[_drawn(row)],
-            new_smaller=smaller[_drawn(row)],
+            is_rare=row["kind"] in {"format", "range"},
+            new_greater=greater[_make_direction_key(row)],
+            new_smaller=smaller[_make_direction_key(row)],
         )
         for row in rows
     ]
 
 
-def _drawn(row: Row) -> tuple[object, ...]:
+def _make_direction_key(row: Row) -> tuple[object, ...]:
     releases = row.get("releases", ())
     if row["part"] == "status":
         return (releases, "status", *sorted(row["path"].split("->")))
@@ -190,9 +212,9 @@ def _drawn(row: Row) -> tuple[object, ...]:
     return (releases, row["part"], row["path"], kind)
 
 
-def _reason(decision: Decision) -> str:
-    return decision.reason[:REASON_LIMIT]
+def _limit_reason(decision: NoiseDecision) -> str:
+    return decision.reason[:MAX_REASON_CHARS]
 
 
-def _held_against(row: Row) -> dict[str, object]:
+def _count_baseline(row: Row) -> dict[str, object]:
     return {"compared": row["compared"], "baseline_compared": row["baseline_compared"]}

@@ -14,25 +14,29 @@ from abreast.join import (
     JOINED,
     LATE,
     RECEIVED,
-    SHED_BYTES,
-    SHED_PAIRS,
-    SWEPT,
+    REJECTED_BYTES,
+    REJECTED_PAIRS,
+    TIMED_OUT,
     Keys,
-    reports,
+    reports_key,
 )
-from abreast_sidecar.housekeeping.counters import carried_on
-from abreast_sidecar.read import shards, translated
-from abreast_sidecar.read.client import script
-from abreast_sidecar.store.clean import clean, json_text
-from abreast_sidecar.store.database import Connection, statement
+from abreast_sidecar.housekeeping.counters import continue_counters
+from abreast_sidecar.read import list_shards, map_redis_errors
+from abreast_sidecar.read.client import load_script
+from abreast_sidecar.store.clean import sanitise_text, to_json
+from abreast_sidecar.store.database import Connection, load_statement
 
-LOCK = 0x616272657002  # one sidecar at a time: an old look at Redis must not be written after a newer one
-COUNTERS = (RECEIVED, DUPLICATE, LATE, SHED_PAIRS, SHED_BYTES, JOINED, SWEPT)
-LIFE = "life"  # field of `stats` that names the life of its counters: a Redis that lost its data has none
-STALE = 3600  # seconds after which the report of a dead process leaves Redis
-ID_LIMIT = 200  # characters
-LEAVE = script("leave")
-LOOK = script("look")
+REPORTS_LOCK_KEY = (
+    0x616272657002  # one sidecar at a time: an old look at Redis must not be written after a newer one
+)
+SHARD_COUNTERS = (RECEIVED, DUPLICATE, LATE, REJECTED_PAIRS, REJECTED_BYTES, JOINED, TIMED_OUT)
+LIFE_FIELD = (
+    "life"  # field of `stats` that names the life of its counters: a Redis that lost its data has none
+)
+STALE_REPORT_S = 3600  # seconds after which the report of a dead process leaves Redis
+MAX_PROCESS_ID_CHARS = 200  # characters
+DELETE_REPORT_SCRIPT = load_script("leave")
+READ_STATS_SCRIPT = load_script("look")
 
 
 class ShardReport(TypedDict, total=False):
@@ -41,67 +45,75 @@ class ShardReport(TypedDict, total=False):
     last: dict[str, int]
 
 
-async def bring_reports(connection: Connection, client: Redis) -> None:
+async def collect_reports(connection: Connection, client: Redis) -> None:
     """Any number of sidecars may do it at once; one does."""
     async with connection.transaction():
-        cursor = await connection.execute(statement("lock_try"), {"lock": LOCK})
+        cursor = await connection.execute(load_statement("lock_try"), {"lock": REPORTS_LOCK_KEY})
         row = await cursor.fetchone()
         if not row or not row["locked"]:
             return
-        with translated():
-            known = await shards(client)
-        await _bring_shards(connection, client, known)
-        written = {
-            service: await _bring_processes(connection, client, service)
-            for service in {k.service for k in known}
+        with map_redis_errors():
+            shard_keys = await list_shards(client)
+        await _collect_shards(connection, client, shard_keys)
+        stale_reports = {
+            service: await _collect_processes(connection, client, service)
+            for service in {keys.service for keys in shard_keys}
         }
-    for service, stale in written.items():  # only now that it is committed
-        await _leave(client, service, stale)
+    for service, stale in stale_reports.items():  # only now that it is committed
+        await _delete_stale_reports(client, service, stale)
 
 
-async def _bring_shards(connection: Connection, client: Redis, known: list[Keys]) -> None:
-    for keys in known:
+async def _collect_shards(connection: Connection, client: Redis, shard_keys: list[Keys]) -> None:
+    for keys in shard_keys:
         cursor = await connection.execute(
-            statement("shard_report"), {"service": keys.service, "shard": keys.shard}
+            load_statement("shard_report"), {"service": keys.service, "shard": keys.shard}
         )
         row = await cursor.fetchone()
-        report = _shard_report(row["report"] if row else {}, await _look(client, keys))
-        parameters = {"service": keys.service, "shard": keys.shard, "report": json_text(report).decode()}
-        await connection.execute(statement("shard_report_set"), parameters)
+        report = _build_shard_report(row["report"] if row else {}, await _read_stats(client, keys))
+        parameters = {"service": keys.service, "shard": keys.shard, "report": to_json(report).decode()}
+        await connection.execute(load_statement("shard_report_set"), parameters)
 
 
-async def _look(client: Redis, keys: Keys) -> dict[str, Any]:
-    with translated():
-        raw, waiting, ready = await LOOK.run(client, [keys.stats, keys.due, keys.ready], [uuid.uuid4().hex])
-    texts = [one.decode() for one in raw]
+async def _read_stats(client: Redis, keys: Keys) -> dict[str, Any]:
+    with map_redis_errors():
+        raw, waiting, ready = await READ_STATS_SCRIPT.run(
+            client, [keys.stats, keys.due, keys.ready], [uuid.uuid4().hex]
+        )
+    texts = [part.decode() for part in raw]
     stats = dict(zip(texts[::2], texts[1::2], strict=True))
     return {**stats, "waiting": waiting, "ready": ready}
 
 
-def _shard_report(before: ShardReport, seen: Mapping[str, Any]) -> dict[str, Any]:
-    now = {name: int(seen.get(name, 0)) for name in COUNTERS}
-    same_life = before.get("life", seen[LIFE]) == seen[LIFE]
-    base, sums = carried_on(before.get("base", {}), before.get("last", {}), now, same_life=same_life)
-    gauges = {name: int(seen.get(name, 0)) for name in ("bytes", "waiting", "ready")}
-    return {**sums, **gauges, "life": seen[LIFE], "base": base, "last": now}
+def _build_shard_report(previous: ShardReport, stats: Mapping[str, Any]) -> dict[str, Any]:
+    current = {name: int(stats.get(name, 0)) for name in SHARD_COUNTERS}
+    same_life = previous.get("life", stats[LIFE_FIELD]) == stats[LIFE_FIELD]
+    base, sums = continue_counters(
+        previous.get("base", {}), previous.get("last", {}), current, is_same_life=same_life
+    )
+    gauges = {name: int(stats.get(name, 0)) for name in ("bytes", "waiting", "ready")}
+    return {**sums, **gauges, "life": stats[LIFE_FIELD], "base": base, "last": current}
 
 
-async def _bring_processes(connection: Connection, client: Redis, service: str) -> dict[str, bytes]:
+async def _collect_processes(connection: Connection, client: Redis, service: str) -> dict[str, bytes]:
     """Return the reports that may leave Redis: they have not changed for long."""
-    with translated():
-        raw: dict[bytes, bytes] = await client.hgetall(reports(service))  # type: ignore[assignment]
-    told = {name: report for name, report in raw.items() if _is_object(report)}
-    if not told:
+    with map_redis_errors():
+        raw: dict[bytes, bytes] = await client.hgetall(reports_key(service))  # type: ignore[assignment]
+    process_reports = {name: report for name, report in raw.items() if _is_object(report)}
+    if not process_reports:
         return {}
-    ids = {clean(name.decode(errors="replace"), ID_LIMIT): name for name in told}
-    given = [{"id": id_, "report": orjson.Fragment(told[name])} for id_, name in ids.items()]
-    text = orjson.dumps(given)
+    ids = {
+        sanitise_text(name.decode(errors="replace"), MAX_PROCESS_ID_CHARS): name for name in process_reports
+    }
+    records = [{"id": id_, "report": orjson.Fragment(process_reports[name])} for id_, name in ids.items()]
+    text = orjson.dumps(records)
     if b"\\u0000" in text:
-        text = json_text([{"id": id_, "report": orjson.loads(told[name])} for id_, name in ids.items()])
-    parameters = {"service": service, "rows": text.decode(errors="replace"), "stale": STALE}
-    cursor = await connection.execute(statement("process_reports_set"), parameters)
+        text = to_json(
+            [{"id": id_, "report": orjson.loads(process_reports[name])} for id_, name in ids.items()]
+        )
+    parameters = {"service": service, "rows": text.decode(errors="replace"), "stale": STALE_REPORT_S}
+    cursor = await connection.execute(load_statement("process_reports_set"), parameters)
     stale = {row["id"] for row in await cursor.fetchall()}
-    return {ids[id_].decode(errors="replace"): told[ids[id_]] for id_ in stale if id_ in ids}
+    return {ids[id_].decode(errors="replace"): process_reports[ids[id_]] for id_ in stale if id_ in ids}
 
 
 def _is_object(report: bytes) -> bool:
@@ -111,8 +123,8 @@ def _is_object(report: bytes) -> bool:
         return False
 
 
-async def _leave(client: Redis, service: str, stale: Mapping[str, bytes]) -> None:
+async def _delete_stale_reports(client: Redis, service: str, stale: Mapping[str, bytes]) -> None:
     """Only what is still as it was written: a process may have come back to life."""
-    with translated():
+    with map_redis_errors():
         for process, report in stale.items():
-            await LEAVE.run(client, [reports(service)], [process, report])
+            await DELETE_REPORT_SCRIPT.run(client, [reports_key(service)], [process, report])

@@ -6,17 +6,17 @@ from datetime import datetime, timedelta
 
 import structlog
 
-from abreast_sidecar.housekeeping.clocks import surely
-from abreast_sidecar.store.database import Connection, statement
+from abreast_sidecar.housekeeping.clocks import conservative_now
+from abreast_sidecar.store.database import Connection, load_statement
 
-LOCK = 0x616272657004
+RETENTION_LOCK_KEY = 0x616272657004
 
 log = structlog.get_logger()
 
 
 async def open_days(connection: Connection) -> None:
     """Today and tomorrow, UTC."""
-    await connection.execute(statement("days_open"))
+    await connection.execute(load_statement("days_open"))
 
 
 async def drop_days(
@@ -28,27 +28,27 @@ async def drop_days(
     """
     dropped = 0
     async with connection.transaction():
-        cursor = await connection.execute(statement("lock_try"), {"lock": LOCK})
+        cursor = await connection.execute(load_statement("lock_try"), {"lock": RETENTION_LOCK_KEY})
         row = await cursor.fetchone()
         if not row or not row["locked"]:
             return 0
-        now = now or await surely(connection)
+        now = now or await conservative_now(connection)
         oldest = {"oldest": now - timedelta(days=retention_days)}
         for name in ("dead_letters_expire", "samples_expire", "reports_fold"):
-            await connection.execute(statement(name), oldest)
-        asked = {"days": retention_days, "bytes": retention_bytes, "now": now}
-        cursor = await connection.execute(statement("days_expired"), asked)
-        for old in await cursor.fetchall():
-            await connection.execute(statement("day_drop"), {"day": old["day"]})
+            await connection.execute(load_statement(name), oldest)
+        limits = {"days": retention_days, "bytes": retention_bytes, "now": now}
+        cursor = await connection.execute(load_statement("days_expired"), limits)
+        for day in await cursor.fetchall():
+            await connection.execute(load_statement("day_drop"), {"day": day["day"]})
             log.info(
                 "a day's pairs are dropped",
-                day=old["day"].isoformat(),
-                bytes=old["bytes"],
+                day=day["day"].isoformat(),
+                bytes=day["bytes"],
                 retention_days=retention_days,
                 retention_bytes=retention_bytes,
             )
             dropped += 1
     if dropped:
         async with connection.transaction():
-            await connection.execute(statement("releases_fold"))
+            await connection.execute(load_statement("releases_fold"))
     return dropped

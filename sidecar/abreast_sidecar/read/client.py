@@ -17,36 +17,36 @@ from redis.connection import HiredisRespSerializer
 from abreast import redis_url
 from abreast_sidecar.errors import RedisError
 
-BLOCK = 1000  # ms that a read waits for entries
-SOCKET_TIMEOUT = 5.0  # seconds; above BLOCK, or each quiet second would look like a failure
-CONNECT_TIMEOUT = 2.0  # seconds
+READ_BLOCK_MS = 1000  # ms that a read waits for entries
+REDIS_SOCKET_TIMEOUT_S = 5.0  # seconds; above BLOCK, or each quiet second would look like a failure
+REDIS_CONNECT_TIMEOUT_S = 2.0  # seconds
 
 
-def connect(url: str) -> Redis:
+def connect_redis(url: str) -> Redis:
     """Opens nothing yet. Nothing is tried again by the client: the callers know what may be."""
-    client = redis_url.connect(url, timeout=SOCKET_TIMEOUT, connect_timeout=CONNECT_TIMEOUT)
+    client = redis_url.connect(url, timeout=REDIS_SOCKET_TIMEOUT_S, connect_timeout=REDIS_CONNECT_TIMEOUT_S)
     if not redis_url.is_cluster(client):
         pool = client.connection_pool
-        pool.connection_class = _packed(pool.connection_class)
+        pool.connection_class = _use_hiredis_packer(pool.connection_class)
     return client
 
 
-def _packed(connection: type[AbstractConnection]) -> type[AbstractConnection]:
+def _use_hiredis_packer(connection: type[AbstractConnection]) -> type[AbstractConnection]:
     """The kind of connection, but its commands are written by hiredis, as redis-py's blocking client has it: to
     acknowledge a batch takes a fifth of the time.
     """
 
-    class Packed(connection):  # type: ignore[misc, valid-type]
+    class HiredisConnection(connection):  # type: ignore[misc, valid-type]
         _packer = HiredisRespSerializer()
 
         def pack_command(self, *args: Any) -> list[bytes]:
             return self._packer.pack(*args)  # type: ignore[no-any-return]
 
-    return Packed
+    return HiredisConnection
 
 
 @dataclass(frozen=True, slots=True)
-class Script:
+class LuaScript:
     """All keys of a call are of one shard, so that it runs on any node of a cluster that has them."""
 
     text: str
@@ -62,15 +62,15 @@ class Script:
             return await client.eval(self.text, len(keys), *keys, *arguments)
 
 
-def script(name: str) -> Script:
+def load_script(name: str) -> LuaScript:
     text = (resources.files("abreast_sidecar.read") / f"{name}.lua").read_text()
-    return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    return LuaScript(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def map_redis_errors() -> Iterator[None]:
     try:
         yield
     except (redis.RedisError, OSError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RedisError(f"redis can't be used, check ABREAST_REDIS_URL and the server: {said}") from error
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RedisError(f"redis can't be used, check ABREAST_REDIS_URL and the server: {message}") from error

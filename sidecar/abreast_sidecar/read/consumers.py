@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from redis.asyncio import Redis
 
-from abreast.join import GROUP, Keys
-from abreast_sidecar.read.client import script
+from abreast.join import CONSUMER_GROUP, Keys
+from abreast_sidecar.read.client import load_script
 
-FORGET = script("forget")
+DELETE_CONSUMER_SCRIPT = load_script("forget")
 
 
-async def forget_consumers(client: Redis, keys: Keys, *, idle: float) -> int:
+async def delete_idle_consumers(client: Redis, keys: Keys, *, idle_s: float) -> int:
     """Those that did nothing for `idle` seconds and owe nothing; return how many."""
-    forgotten = 0
-    for consumer in await client.xinfo_consumers(keys.ready, GROUP):
-        if consumer["pending"] == 0 and consumer["idle"] > idle * 1000:
-            forgotten += int(await FORGET.run(client, [keys.ready], [GROUP, consumer["name"]]))
-    return forgotten
+    deleted = 0
+    for consumer in await client.xinfo_consumers(keys.ready, CONSUMER_GROUP):
+        if consumer["pending"] == 0 and consumer["idle"] > idle_s * 1000:
+            deleted += int(
+                await DELETE_CONSUMER_SCRIPT.run(client, [keys.ready], [CONSUMER_GROUP, consumer["name"]])
+            )
+    return deleted

@@ -9,182 +9,231 @@ from typing import Any
 
 import redis
 
-from abreast.join import GROUP, Keys
+from abreast.join import CONSUMER_GROUP, Keys
 from abreast.redis_url import is_cluster
-from abreast_sidecar.read.client import BLOCK, connect, script, translated
-from abreast_sidecar.read.entry import Entry, entry
-from abreast_sidecar.read.shards import shards
+from abreast_sidecar.read.client import READ_BLOCK_MS, connect_redis, load_script, map_redis_errors
+from abreast_sidecar.read.entry import StreamEntry, parse_entry
+from abreast_sidecar.read.shards import list_shards
 
-DISCOVER = 1.0  # seconds between looks for new services
-POLL, LONGEST_POLL = 0.01, 0.1  # seconds between two looks into a cluster's streams, while they are empty
-IDLE = 0.25  # seconds to wait where no service has sent anything yet: there is nothing to block on
-BATCH_BYTES = 64 * 1024 * 1024
-FIRST_SIZE = 4 * 1024 * 1024  # bytes of an entry, until some were seen
-ACKNOWLEDGE = script("acknowledge")
-FORGET = script("forget")
-GROUPED = script("group")
+DISCOVERY_INTERVAL_S = 1.0  # seconds between looks for new services
+MIN_POLL_S, MAX_POLL_S = 0.01, 0.1  # seconds between two looks into a cluster's streams, while they are empty
+NO_STREAM_DELAY_S = (
+    0.25  # seconds to wait where no service has sent anything yet: there is nothing to block on
+)
+DEFAULT_BATCH_BYTES = 64 * 1024 * 1024
+INITIAL_ENTRY_BYTES = 4 * 1024 * 1024  # bytes of an entry, until some were seen
+ACKNOWLEDGE_SCRIPT = load_script("acknowledge")
+LEAVE_GROUP_SCRIPT = load_script("forget")
+CREATE_GROUP_SCRIPT = load_script("group")
 
-Raw = tuple[bytes, bytes, Mapping[bytes, bytes]]  # stream, id, fields
+RawEntry = tuple[bytes, bytes, Mapping[bytes, bytes]]  # stream, id, fields
 
 
-class Reader:
+class StreamConsumer:
     """One consumer. `read` returns entries of its own former life first, then left ones, then new ones.
 
     `batch_bytes` is aimed at: a batch of huge bodies has fewer pairs.
     """
 
     def __init__(
-        self, url: str, *, name: str, batch_size: int, claim_idle: float, batch_bytes: int = BATCH_BYTES
+        self,
+        url: str,
+        *,
+        name: str,
+        batch_size: int,
+        claim_idle_s: float,
+        batch_bytes: int = DEFAULT_BATCH_BYTES,
     ) -> None:
         self.name = name
         self.batch_size = max(1, batch_size)
         self.batch_bytes = batch_bytes
-        self.claim_idle = claim_idle
-        self._client = connect(url)
-        self._polls = is_cluster(self._client)
-        self._shards: dict[Keys, str] = {}  # → where to go on among the own entries; > when there are no more
-        self._claim_from: dict[Keys, bytes | str] = {}
-        self._discovered = self._claimed = -float("inf")
-        self._busy = 1  # streams that had something at the last read
-        self._size = float(FIRST_SIZE)
+        self.claim_idle_s = claim_idle_s
+        self._client = connect_redis(url)
+        self._is_cluster = is_cluster(self._client)
+        self._cursors: dict[
+            Keys, str
+        ] = {}  # → where to go on among the own entries; > when there are no more
+        self._claim_cursors: dict[Keys, bytes | str] = {}
+        self._last_discovery = self._last_claim = -float("inf")
+        self._busy_streams = 1  # streams that had something at the last read
+        self._mean_entry_bytes = float(INITIAL_ENTRY_BYTES)
 
-    async def read(self) -> list[Entry]:
+    async def read(self) -> list[StreamEntry]:
         """At most about a batch; empty after a quiet second. Raise RedisError; then call again later."""
-        with translated():
+        with map_redis_errors():
             try:
                 return await self._read()
             except redis.ResponseError as error:
                 if "NOGROUP" not in str(error):
                     raise
-                self._shards.clear()  # Redis was emptied: make the groups anew
-                self._discovered = -float("inf")
+                self._cursors.clear()  # Redis was emptied: make the groups anew
+                self._last_discovery = -float("inf")
                 return []
             except (redis.RedisError, OSError):
-                self.recover()
+                self.reread_pending()
                 raise
 
-    def recover(self) -> None:
+    def reread_pending(self) -> None:
         """Look at the own pending entries again: an answer that did not arrive had given us some."""
-        self._shards = dict.fromkeys(self._shards, "0")
+        self._cursors = dict.fromkeys(self._cursors, "0")
 
-    async def acknowledge(self, entries: Iterable[Entry]) -> None:
+    async def acknowledge(self, entries: Iterable[StreamEntry]) -> None:
         """Safe to repeat. Raise RedisError; then the entries will come again."""
         by_shard: dict[Keys, list[str | int]] = {}
-        for one in entries:
-            by_shard.setdefault(one.keys, []).extend((one.id, one.size))
-        with translated():
-            for keys, pairs in by_shard.items():
-                await ACKNOWLEDGE.run(self._client, [keys.ready, keys.stats, keys.due], [GROUP, *pairs])
+        for entry in entries:
+            by_shard.setdefault(entry.keys, []).extend((entry.id, entry.size_bytes))
+        with map_redis_errors():
+            for keys, ids_and_sizes in by_shard.items():
+                await ACKNOWLEDGE_SCRIPT.run(
+                    self._client, [keys.ready, keys.stats, keys.due], [CONSUMER_GROUP, *ids_and_sizes]
+                )
 
     async def close(self) -> None:
         """Take leave of the groups, unless something is pending, and disconnect."""
         try:
-            with translated():
-                for keys in self._shards:
-                    await FORGET.run(self._client, [keys.ready], [GROUP, self.name])
+            with map_redis_errors():
+                for keys in self._cursors:
+                    await LEAVE_GROUP_SCRIPT.run(self._client, [keys.ready], [CONSUMER_GROUP, self.name])
         finally:
             await self._client.aclose()
 
-    async def _read(self) -> list[Entry]:
+    async def _read(self) -> list[StreamEntry]:
         now = time.monotonic()
-        if now - self._discovered >= DISCOVER:
+        if now - self._last_discovery >= DISCOVERY_INTERVAL_S:
             await self._discover()
-            self._discovered = now
-        found = await self._own()
-        if not found and now - self._claimed >= min(10.0, self.claim_idle / 3):
-            found = await self._left()
-            self._claimed = now if len(found) < self.batch_size else self._claimed
-        return found or await self._new()
+            self._last_discovery = now
+        entries = await self._read_own_pending()
+        if not entries and now - self._last_claim >= min(10.0, self.claim_idle_s / 3):
+            entries = await self._claim_abandoned()
+            self._last_claim = now if len(entries) < self.batch_size else self._last_claim
+        return entries or await self._read_new()
 
     async def _discover(self) -> None:
-        for keys in await shards(self._client):
-            if keys not in self._shards:
-                await GROUPED.run(self._client, [keys.ready], [GROUP])
-                self._shards[keys] = "0"
+        for keys in await list_shards(self._client):
+            if keys not in self._cursors:
+                await CREATE_GROUP_SCRIPT.run(self._client, [keys.ready], [CONSUMER_GROUP])
+                self._cursors[keys] = "0"
 
-    async def _own(self) -> list[Entry]:
+    async def _read_own_pending(self) -> list[StreamEntry]:
         """What was given to this consumer before, and is not acknowledged."""
-        found: list[Entry] = []
-        for keys in [keys for keys, after in self._shards.items() if after != ">"]:
-            given: dict[Any, Any] = {keys.ready: self._shards[keys]}
-            raw = _flat(await self._client.xreadgroup(GROUP, self.name, given, count=self._count(1)))
-            found += [entry(keys, identifier, fields) for _, identifier, fields in raw if fields]
-            gone = [
+        entries: list[StreamEntry] = []
+        for keys in [keys for keys, cursor in self._cursors.items() if cursor != ">"]:
+            streams: dict[Any, Any] = {keys.ready: self._cursors[keys]}
+            raw = _flatten(
+                await self._client.xreadgroup(
+                    CONSUMER_GROUP, self.name, streams, count=self._compute_limit_per_stream(1)
+                )
+            )
+            entries += [parse_entry(keys, identifier, fields) for _, identifier, fields in raw if fields]
+            deleted_ids = [
                 identifier for _, identifier, fields in raw if not fields
             ]  # deleted by someone else's hand
-            if gone:
-                await self._client.xack(keys.ready, GROUP, *gone)
-            self._shards[keys] = raw[-1][1].decode() if raw else ">"
-            if len(found) >= self.batch_size:
+            if deleted_ids:
+                await self._client.xack(keys.ready, CONSUMER_GROUP, *deleted_ids)
+            self._cursors[keys] = raw[-1][1].decode() if raw else ">"
+            if len(entries) >= self.batch_size:
                 break
-        return found
+        return entries
 
-    async def _left(self) -> list[Entry]:
+    async def _claim_abandoned(self) -> list[StreamEntry]:
         """What other consumers were given and did not acknowledge for too long."""
-        found: list[Entry] = []
-        for keys in self._shards:
-            after = self._claim_from.get(keys, "0-0")
-            idle = int(self.claim_idle * 1000)
+        entries: list[StreamEntry] = []
+        for keys in self._cursors:
+            cursor = self._claim_cursors.get(keys, "0-0")
+            idle_ms = int(self.claim_idle_s * 1000)
             raw = await self._client.xautoclaim(
-                keys.ready, GROUP, self.name, idle, after, count=self._count(1)
+                keys.ready,
+                CONSUMER_GROUP,
+                self.name,
+                idle_ms,
+                cursor,
+                count=self._compute_limit_per_stream(1),
             )
-            self._claim_from[keys] = raw[0]
-            claimed = [(identifier, fields) for identifier, fields in raw[1] if fields]
-            if claimed:
-                times = await self._deliveries(keys, claimed[0][0], claimed[-1][0], len(raw[1]))
-                found += [entry(keys, one, fields, times.get(one, 1)) for one, fields in claimed]
-            if len(found) >= self.batch_size:
+            self._claim_cursors[keys] = raw[0]
+            raw_entries = [(identifier, fields) for identifier, fields in raw[1] if fields]
+            if raw_entries:
+                delivery_counts = await self._count_deliveries(
+                    keys, raw_entries[0][0], raw_entries[-1][0], len(raw[1])
+                )
+                entries += [
+                    parse_entry(keys, raw_id, fields, delivery_counts.get(raw_id, 1))
+                    for raw_id, fields in raw_entries
+                ]
+            if len(entries) >= self.batch_size:
                 break
-        return found
+        return entries
 
-    async def _deliveries(self, keys: Keys, first: bytes, last: bytes, count: int) -> dict[bytes, int]:
+    async def _count_deliveries(self, keys: Keys, first: bytes, last: bytes, count: int) -> dict[bytes, int]:
         """How often each of the entries was given to a worker: many times where that ends the worker."""
-        raw: Any = await self._client.xpending_range(keys.ready, GROUP, first, last, count, self.name)
-        return {one["message_id"]: one["times_delivered"] for one in raw}
+        raw: Any = await self._client.xpending_range(
+            keys.ready, CONSUMER_GROUP, first, last, count, self.name
+        )
+        return {message["message_id"]: message["times_delivered"] for message in raw}
 
-    async def _new(self) -> list[Entry]:
-        if not self._shards:
-            await asyncio.sleep(IDLE)
+    async def _read_new(self) -> list[StreamEntry]:
+        if not self._cursors:
+            await asyncio.sleep(NO_STREAM_DELAY_S)
             return []
-        names = {keys.ready.encode(): keys for keys in self._shards}
-        raw = await (self._polled(list(names)) if self._polls else self._blocking(list(names)))
-        found = [entry(names[stream], identifier, fields) for stream, identifier, fields in raw if fields]
-        if found:
-            self._busy = len({one.keys for one in found})
-            self._size = max(sum(one.size for one in found) / len(found), self._size * 0.8, 1.0)
-        return found
+        keys_by_stream = {keys.ready.encode(): keys for keys in self._cursors}
+        raw = await (
+            self._read_polling(list(keys_by_stream))
+            if self._is_cluster
+            else self._read_blocking(list(keys_by_stream))
+        )
+        entries = [
+            parse_entry(keys_by_stream[stream], identifier, fields)
+            for stream, identifier, fields in raw
+            if fields
+        ]
+        if entries:
+            self._busy_streams = len({item.keys for item in entries})
+            self._mean_entry_bytes = max(
+                sum(item.size_bytes for item in entries) / len(entries), self._mean_entry_bytes * 0.8, 1.0
+            )
+        return entries
 
-    async def _blocking(self, streams: Sequence[bytes]) -> list[Raw]:
-        asked: dict[Any, Any] = dict.fromkeys(streams, ">")
-        count = self._count(self._busy)
-        return _flat(await self._client.xreadgroup(GROUP, self.name, asked, count=count, block=BLOCK))
+    async def _read_blocking(self, streams: Sequence[bytes]) -> list[RawEntry]:
+        cursors: dict[Any, Any] = dict.fromkeys(streams, ">")
+        count = self._compute_limit_per_stream(self._busy_streams)
+        return _flatten(
+            await self._client.xreadgroup(
+                CONSUMER_GROUP, self.name, cursors, count=count, block=READ_BLOCK_MS
+            )
+        )
 
-    async def _polled(self, streams: Sequence[bytes]) -> list[Raw]:
+    async def _read_polling(self, streams: Sequence[bytes]) -> list[RawEntry]:
         """In a cluster a call reads one shard, and who waits at one does not see the others."""
-        until, pause = time.monotonic() + BLOCK / 1000, POLL
+        deadline, delay_s = time.monotonic() + READ_BLOCK_MS / 1000, MIN_POLL_S
         while True:
-            found = [one for part in await self._all(streams) for one in _flat(part)]
-            if found or time.monotonic() >= until:
-                return found
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, LONGEST_POLL)
+            raw_entries = [
+                raw_entry
+                for answer in await self._read_each_stream(streams)
+                for raw_entry in _flatten(answer)
+            ]
+            if raw_entries or time.monotonic() >= deadline:
+                return raw_entries
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, MAX_POLL_S)
 
-    async def _all(self, streams: Sequence[bytes]) -> list[Any]:
+    async def _read_each_stream(self, streams: Sequence[bytes]) -> list[Any]:
         """All answers are waited for also when one fails: what the others had been given is then read again."""
-        count = self._count(self._busy)
-        calls = [self._client.xreadgroup(GROUP, self.name, {one: ">"}, count=count) for one in streams]
+        count = self._compute_limit_per_stream(self._busy_streams)
+        calls = [
+            self._client.xreadgroup(CONSUMER_GROUP, self.name, {stream: ">"}, count=count)
+            for stream in streams
+        ]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
         return answers
 
-    def _count(self, streams: int) -> int:
-        return max(1, min(self.batch_size, int(self.batch_bytes / self._size)) // streams)
+    def _compute_limit_per_stream(self, stream_count: int) -> int:
+        return max(1, min(self.batch_size, int(self.batch_bytes / self._mean_entry_bytes)) // stream_count)
 
 
-def _flat(raw: Any) -> list[Raw]:
+def _flatten(raw: Any) -> list[RawEntry]:
     """(stream, id, fields) from an answer to XREADGROUP: RESP2 has a list of streams, RESP3 a map with one level more."""
     if isinstance(raw, dict):
-        raw = [(stream, [one for page in pages for one in page]) for stream, pages in raw.items()]
+        raw = [(stream, [raw_entry for page in pages for raw_entry in page]) for stream, pages in raw.items()]
     return [(stream, identifier, fields) for stream, entries in raw or () for identifier, fields in entries]

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from redis.asyncio import Redis
 
-from abreast.join import GROUP, Keys
-from abreast_sidecar.read.client import script
+from abreast.join import CONSUMER_GROUP, Keys
+from abreast_sidecar.read.client import load_script
 
-AT_ONCE = 200  # pairs: Redis does nothing else meanwhile
-SWEEP = script("sweep")
+EXPIRE_BATCH_PAIRS = 200  # pairs: Redis does nothing else meanwhile
+EXPIRE_SCRIPT = load_script("sweep")
 
 
-async def sweep(client: Redis, keys: Keys, *, most: int = 20_000) -> int:
+async def expire_incomplete_pairs(client: Redis, keys: Keys, *, max_pairs: int = 20_000) -> int:
     """Return how many were moved, which is `most` or a little more where others may still be due."""
-    moved = 0
-    while moved < most:
-        now = await SWEEP.run(
-            client, [keys.due, keys.ready, keys.joined, keys.stats], [keys.pair(""), AT_ONCE, GROUP]
+    expired = 0
+    while expired < max_pairs:
+        batch_count = await EXPIRE_SCRIPT.run(
+            client,
+            [keys.due, keys.ready, keys.joined, keys.stats],
+            [keys.pair(""), EXPIRE_BATCH_PAIRS, CONSUMER_GROUP],
         )
-        moved += int(now)
-        if now < AT_ONCE:
+        expired += int(batch_count)
+        if batch_count < EXPIRE_BATCH_PAIRS:
             break
-    return moved
+    return expired

@@ -1,6 +1,6 @@
 """Judges what is stored again when the rules change."""
 
-from abreast_sidecar.rejudge.evidence import Learning
-from abreast_sidecar.rejudge.rejudge import rejudge
+from abreast_sidecar.rejudge.evidence import FindingIds
+from abreast_sidecar.rejudge.rejudge import reapply_rules
 
-__all__ = ["Learning", "rejudge"]
+__all__ = ["FindingIds", "reapply_rules"]

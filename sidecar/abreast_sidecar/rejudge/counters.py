@@ -10,84 +10,90 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from abreast_sidecar.rejudge.places import NOBODY, Known
+from abreast_sidecar.rejudge.places import NO_RULE, FindingRef
 from abreast_sidecar.store.database import Row
 
-VALUES = ("shape_explained", "new_greater", "new_smaller")
-COUNTERS = ("count", "baseline_count", *VALUES)
+VALUE_COUNTERS = ("shape_explained", "new_greater", "new_smaller")
+MOVED_COUNTERS = ("count", "baseline_count", *VALUE_COUNTERS)
 
-Slot = tuple[int, int, int, int]  # rule or NOBODY, finding, release of old, release of new
+CounterKey = tuple[int, int, int, int]  # rule or NOBODY, finding, release of old, release of new
 
 
 @dataclass(slots=True)
-class Counters:
+class CounterMoves:
     """`held` is what the ledger has; `changes` what is to be added to it."""
 
-    held: dict[Slot, dict[str, int]]
-    changes: dict[Slot, dict[str, int]] = field(default_factory=dict)
-    seen: dict[int, tuple[datetime, datetime]] = field(default_factory=dict)
+    stored_counts: dict[CounterKey, dict[str, int]]
+    deltas: dict[CounterKey, dict[str, int]] = field(default_factory=dict)
+    seen_spans: dict[int, tuple[datetime, datetime]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: Iterable[Row]) -> Counters:
-        names = ("rule_id", "finding_id", "old_release", "new_release")
+    def from_rows(cls, rows: Iterable[Row]) -> CounterMoves:
+        key_columns = ("rule_id", "finding_id", "old_release", "new_release")
         return cls(
             {
-                (row[names[0]], row[names[1]], row[names[2]], row[names[3]]): {n: row[n] for n in COUNTERS}
+                (row[key_columns[0]], row[key_columns[1]], row[key_columns[2]], row[key_columns[3]]): {
+                    name: row[name] for name in MOVED_COUNTERS
+                }
                 for row in rows
             }
         )
 
-    def move(self, name: str, origin: Slot | None, target: Slot | None, pairs: int = 1) -> None:
+    def move_pairs(
+        self, name: str, origin: CounterKey | None, target: CounterKey | None, pairs: int = 1
+    ) -> None:
         """`name`: count, or baseline_count. None is where it is not counted at all."""
-        moved = {name: pairs}
+        amounts = {name: pairs}
         if name == "count" and origin is not None:
-            have = self._now(origin)
-            left = max(have["count"], pairs)
-            moved |= {value: have[value] * pairs // left for value in VALUES}
-        for slot, sign in ((origin, -1), (target, 1)):
-            if slot is not None:
-                self._add(slot, {key: sign * value for key, value in moved.items()})
+            current = self._current_counts(origin)
+            total = max(current["count"], pairs)
+            amounts |= {value: current[value] * pairs // total for value in VALUE_COUNTERS}
+        for counter_key, sign in ((origin, -1), (target, 1)):
+            if counter_key is not None:
+                self._add(counter_key, {key: sign * value for key, value in amounts.items()})
 
-    def shift(self, origin: Slot, target: Slot, counted: Mapping[str, int]) -> None:
+    def move_counts(self, origin: CounterKey, target: CounterKey, counts: Mapping[str, int]) -> None:
         """All that is given."""
-        self._add(origin, {name: -value for name, value in counted.items()})
-        self._add(target, counted)
+        self._add(origin, {name: -value for name, value in counts.items()})
+        self._add(target, counts)
 
-    def note(self, finding: int, at: datetime) -> None:
-        first, last = self.seen.get(finding, (at, at))
-        self.seen[finding] = (min(first, at), max(last, at))
+    def extend_span(self, finding: int, at: datetime) -> None:
+        first, last = self.seen_spans.get(finding, (at, at))
+        self.seen_spans[finding] = (min(first, at), max(last, at))
 
-    def _now(self, slot: Slot) -> dict[str, int]:
-        held, changed = self.held.get(slot, {}), self.changes.get(slot, {})
-        return {name: held.get(name, 0) + changed.get(name, 0) for name in COUNTERS}
+    def _current_counts(self, counter_key: CounterKey) -> dict[str, int]:
+        stored, delta = self.stored_counts.get(counter_key, {}), self.deltas.get(counter_key, {})
+        return {name: stored.get(name, 0) + delta.get(name, 0) for name in MOVED_COUNTERS}
 
-    def _add(self, slot: Slot, moved: Mapping[str, int]) -> None:
-        changed = self.changes.setdefault(slot, dict.fromkeys(COUNTERS, 0))
-        for name, value in moved.items():
-            changed[name] += value
+    def _add(self, counter_key: CounterKey, amounts: Mapping[str, int]) -> None:
+        delta = self.deltas.setdefault(counter_key, dict.fromkeys(MOVED_COUNTERS, 0))
+        for name, value in amounts.items():
+            delta[name] += value
 
-    def of_findings(self, findings: Mapping[int, Known]) -> list[dict[str, object]]:
+    def build_finding_rows(self, findings: Mapping[int, FindingRef]) -> list[dict[str, object]]:
         """Parameters of the query findings_count."""
-        made = []
-        for (rule, finding, old, new), changed in self.changes.items():
-            if rule == NOBODY and finding in findings and any(changed.values()):
-                known: dict[str, object] = {"id": finding, "old_release": old, "new_release": new, **changed}
-                first, last = (round(at.timestamp() * 1000) for at in self.seen[finding])
-                made.append({**known, "impact": findings[finding].impact, "first_ms": first, "last_ms": last})
-        return made
+        rows = []
+        for (rule, finding, old, new), delta in self.deltas.items():
+            if rule == NO_RULE and finding in findings and any(delta.values()):
+                row: dict[str, object] = {"id": finding, "old_release": old, "new_release": new, **delta}
+                first, last = (round(moment.timestamp() * 1000) for moment in self.seen_spans[finding])
+                rows.append({**row, "impact": findings[finding].impact, "first_ms": first, "last_ms": last})
+        return rows
 
-    def of_rules(self, unknown: Mapping[Slot, int]) -> list[dict[str, object]]:
+    def build_rule_rows(self, unknown_counts: Mapping[CounterKey, int]) -> list[dict[str, object]]:
         """Parameters of the query rule_findings_count."""
-        slots = {slot for slot in self.changes if slot[0] != NOBODY} | unknown.keys()
-        empty = dict.fromkeys(COUNTERS, 0)
+        counter_keys = {
+            counter_key for counter_key in self.deltas if counter_key[0] != NO_RULE
+        } | unknown_counts.keys()
+        empty = dict.fromkeys(MOVED_COUNTERS, 0)
         return [
             {
-                "rule_id": slot[0],
-                "id": slot[1],
-                "old_release": slot[2],
-                "new_release": slot[3],
-                **self.changes.get(slot, empty),
-                "unknown": unknown.get(slot, 0),
+                "rule_id": counter_key[0],
+                "id": counter_key[1],
+                "old_release": counter_key[2],
+                "new_release": counter_key[3],
+                **self.deltas.get(counter_key, empty),
+                "unknown": unknown_counts.get(counter_key, 0),
             }
-            for slot in slots
+            for counter_key in counter_keys
         ]

@@ -7,71 +7,76 @@ from collections.abc import Collection, Iterable, Sequence
 import structlog
 from psycopg import AsyncConnection
 
-from abreast_sidecar.compare import Difference, Judgement, Rules, judge
-from abreast_sidecar.rejudge.places import NOBODY, Places
-from abreast_sidecar.store import Judged
-from abreast_sidecar.store.catalogue import Catalogue
-from abreast_sidecar.store.database import CONNECT_TIMEOUT, Row, translated
-from abreast_sidecar.store.rollup import COMPARED
-from abreast_sidecar.store.unpack import unpack
+from abreast_sidecar.compare import CompareOptions, ComparisonResult, Difference, compare_pair
+from abreast_sidecar.rejudge.places import NO_RULE, Attribution
+from abreast_sidecar.store import PairRecord
+from abreast_sidecar.store.catalogue import IdCache
+from abreast_sidecar.store.database import CONNECT_TIMEOUT_S, Row, map_postgres_errors
+from abreast_sidecar.store.rollup import COMPARED_OUTCOMES
+from abreast_sidecar.store.unpack import read_captures
 
 log = structlog.get_logger(__name__)
 
 
-class Learning:
+class FindingIds:
     """Ids of findings that were not seen before, made in transactions of their own."""
 
     def __init__(self, conninfo: str) -> None:
         self._conninfo = conninfo
-        self.catalogue = Catalogue()
+        self.id_cache = IdCache()
 
-    async def learn(self, batch: Sequence[Judged]) -> None:
-        if not batch:
+    async def load(self, records: Sequence[PairRecord]) -> None:
+        if not records:
             return
-        with translated():
+        with map_postgres_errors():
             async with await AsyncConnection.connect(
-                self._conninfo, autocommit=True, connect_timeout=CONNECT_TIMEOUT, prepare_threshold=None
+                self._conninfo, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S, prepare_threshold=None
             ) as connection:
-                await self.catalogue.learn(connection, batch)
+                await self.id_cache.load(connection, records)
 
 
-def judged_again(row: Row, rules: Rules) -> Judged | None:
+def reevaluate_row(row: Row, rules: CompareOptions) -> PairRecord | None:
     """None where the answers are not kept, or can't be held against each other by this code."""
-    judgement = again(row["captures"], rules)
-    if judgement is None or row["outcome"] not in COMPARED:
+    result = recompare(row["captures"], rules)
+    if result is None or row["outcome"] not in COMPARED_OUTCOMES:
         return None
-    return Judged(row["service"], "", round(row["at"].timestamp() * 1000), row["id"], judgement, ())
+    return PairRecord(row["service"], "", round(row["at"].timestamp() * 1000), row["id"], result, ())
 
 
-def again(captures: bytes | None, rules: Rules) -> Judgement | None:
+def recompare(captures: bytes | None, rules: CompareOptions) -> ComparisonResult | None:
     if captures is None:
         return None
     try:
-        found = unpack(captures)
-        judgement = judge(found, rules) if found else None
+        decoded_captures = read_captures(captures)
+        result = compare_pair(decoded_captures, rules) if decoded_captures else None
     except Exception as error:  # noqa: BLE001  # one example must not stop the others
         log.warning("an example can't be judged again", error=str(error))
         return None
-    return judgement if judgement is not None and judgement.outcome in COMPARED else None
+    return result if result is not None and result.outcome in COMPARED_OUTCOMES else None
 
 
-def places(judged: Judged, catalogue: Catalogue, drift: Collection[int] = ()) -> Places:
+def attribute_findings(
+    record: PairRecord, id_cache: IdCache, drifted_findings: Collection[int] = ()
+) -> Attribution:
     """Of a pair whose findings the catalogue has learned; without those that asking again told to be drift."""
-    endpoint = catalogue.endpoint(judged.endpoint)
+    endpoint = id_cache.endpoint(record.endpoint)
 
-    def of(left: Iterable[Difference], explained: Iterable[Difference]) -> dict[int, int]:
-        found: dict[int, int] = {}
-        for one in [*left, *explained]:
-            finding = catalogue.finding(endpoint, one)
-            if finding is not None and finding not in drift:
-                found.setdefault(finding, int(one.explained_by) if one.explained_by else NOBODY)
-        return found
+    def attribute(unexplained: Iterable[Difference], explained: Iterable[Difference]) -> dict[int, int]:
+        rule_ids: dict[int, int] = {}
+        for difference in [*unexplained, *explained]:
+            finding = id_cache.finding(endpoint, difference)
+            if finding is not None and finding not in drifted_findings:
+                rule_ids.setdefault(
+                    finding, int(difference.explained_by) if difference.explained_by else NO_RULE
+                )
+        return rule_ids
 
-    judgement = judged.judgement
-    return Places(
-        of(judgement.differences, judgement.explained), of(judgement.noise, judgement.noise_explained)
+    result = record.result
+    return Attribution(
+        attribute(result.differences, result.explained_differences),
+        attribute(result.noise, result.explained_noise),
     )
 
 
-def all_judged(rows: Sequence[Row], rules: Rules) -> list[Judged | None]:
-    return [judged_again(row, rules) for row in rows]
+def reevaluate_rows(rows: Sequence[Row], rules: CompareOptions) -> list[PairRecord | None]:
+    return [reevaluate_row(row, rules) for row in rows]

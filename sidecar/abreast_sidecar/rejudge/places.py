@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from abreast_sidecar.compare import Difference, Rule, RuleSet, Subject
-from abreast_sidecar.store.catalogue import OTHER
+from abreast_sidecar.compare import Difference, Rule, RuleScope, RuleSet
+from abreast_sidecar.store.catalogue import OTHER_PATH
 from abreast_sidecar.store.database import Row
 
-ERROR = 500  # what a client was told where no answer began
-NOBODY = 0  # in place of a rule: nothing explains it
+NO_ANSWER_STATUS = 500  # what a client was told where no answer began
+NO_RULE = 0  # in place of a rule: nothing explains it
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class FindingRef:
     """A finding, as far as rules ask for it."""
 
     id: int
@@ -34,47 +34,49 @@ class Known:
 
     @property
     def difference(self) -> Difference:
-        return Difference.told(self.part, self.path, "", self.kind, self.impact, None, None)  # type: ignore[arg-type]  # the ledger's words
+        return Difference.from_text(self.part, self.path, "", self.kind, self.impact, None, None)  # type: ignore[arg-type]  # the ledger's words
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class Attribution:
     """By finding the id of the rule that explains it, or NOBODY."""
 
     findings: Mapping[int, int]
     noise: Mapping[int, int]
-    unknown: Mapping[int, int] = field(default_factory=dict)  # finding → rule that came too late to tell
+    late_rules: Mapping[int, int] = field(default_factory=dict)  # finding → rule that came too late to tell
 
 
-def stored(row: Row) -> Places:
-    return Places(
-        _joined(row["findings"], row["explained"], row["explained_by"]),
-        _joined(row["baseline_findings"], row["baseline_explained"], row["baseline_explained_by"]),
+def read_attribution(row: Row) -> Attribution:
+    return Attribution(
+        _merge_explained(row["findings"], row["explained"], row["explained_by"]),
+        _merge_explained(row["baseline_findings"], row["baseline_explained"], row["baseline_explained_by"]),
     )
 
 
-def _joined(
-    left: Iterable[int], explained: Sequence[int] | None, rules: Sequence[int] | None
+def _merge_explained(
+    unexplained: Iterable[int], explained: Sequence[int] | None, rules: Sequence[int] | None
 ) -> dict[int, int]:
-    return dict.fromkeys(left, NOBODY) | dict(zip(explained or (), rules or (), strict=True))
+    return dict.fromkeys(unexplained, NO_RULE) | dict(zip(explained or (), rules or (), strict=True))
 
 
-def columns(places: Places) -> dict[str, list[int] | None]:
-    hidden = {finding: rule for finding, rule in places.findings.items() if rule}
-    noise = {finding: rule for finding, rule in places.noise.items() if rule}
+def to_columns(attribution: Attribution) -> dict[str, list[int] | None]:
+    explained = {finding: rule for finding, rule in attribution.findings.items() if rule}
+    explained_noise = {finding: rule for finding, rule in attribution.noise.items() if rule}
     return {
-        "findings": [finding for finding, rule in places.findings.items() if not rule],
-        "explained": list(hidden) or None,
-        "explained_by": list(hidden.values()) or None,
-        "baseline_findings": [finding for finding, rule in places.noise.items() if not rule],
-        "baseline_explained": list(noise) or None,
-        "baseline_explained_by": list(noise.values()) or None,
+        "findings": [finding for finding, rule in attribution.findings.items() if not rule],
+        "explained": list(explained) or None,
+        "explained_by": list(explained.values()) or None,
+        "baseline_findings": [finding for finding, rule in attribution.noise.items() if not rule],
+        "baseline_explained": list(explained_noise) or None,
+        "baseline_explained_by": list(explained_noise.values()) or None,
     }
 
 
-def subject(row: Row) -> Subject:
-    statuses = tuple(0 if code is None else code or ERROR for code in (row["old_status"], row["new_status"]))
-    return Subject(
+def make_rule_scope(row: Row) -> RuleScope:
+    statuses = tuple(
+        0 if code is None else code or NO_ANSWER_STATUS for code in (row["old_status"], row["new_status"])
+    )
+    return RuleScope(
         service=row["service"],
         endpoint=f"{row['method']} {row['route']}",
         old_release=row["old_release"],
@@ -83,40 +85,44 @@ def subject(row: Row) -> Subject:
     )
 
 
-def by_place(rules: Iterable[Rule], known: Known) -> int:
+def find_explaining_rule(rules: Iterable[Rule], finding: FindingRef) -> int:
     """The first rule that explains the finding whatever its values are."""
     for rule in rules:
-        if decides(rule, known) and rule.explains(known.difference):
+        if is_decidable(rule, finding) and rule.explains(finding.difference):
             return int(rule.name)
-    return NOBODY
+    return NO_RULE
 
 
-def decides(rule: Rule, known: Known) -> bool:
+def is_decidable(rule: Rule, finding: FindingRef) -> bool:
     """Whether the row alone tells. Paths beyond an endpoint's limit are one finding, and not known any more."""
-    return rule.by_place and not (known.path == OTHER and rule.path)
+    return rule.is_value_independent and not (finding.path == OTHER_PATH and rule.path)
 
 
-def told(row: Row, rules: RuleSet, began: Mapping[int, int], findings: Mapping[int, Known]) -> Places:
+def attribute_by_row(
+    row: Row, rules: RuleSet, first_versions: Mapping[int, int], findings: Mapping[int, FindingRef]
+) -> Attribution:
     """What the row alone tells. What a rule explained whose values are not kept stays so while the rule holds."""
-    before = stored(row)
-    applying = rules.of(subject(row)).rules
-    judged_by = row["rules_version"] or 0
-    unknown = {}
-    made = []
-    for places in (before.findings, before.noise):
-        now = {}
-        for finding, rule in places.items():
-            if finding not in findings or (rule and any(one.name == str(rule) for one in applying)):
-                now[finding] = rule
+    attribution = read_attribution(row)
+    applicable = rules.for_scope(make_rule_scope(row)).rules
+    row_version = row["rules_version"] or 0
+    late_rules = {}
+    mappings = []
+    for mapping in (attribution.findings, attribution.noise):
+        rule_ids = {}
+        for finding, rule in mapping.items():
+            if finding not in findings or (
+                rule and any(candidate.name == str(rule) for candidate in applicable)
+            ):
+                rule_ids[finding] = rule
                 continue
-            now[finding] = by_place(applying, findings[finding])
-            late = [
-                int(one.name)
-                for one in applying
-                if began.get(int(one.name), 0) > judged_by and not decides(one, findings[finding])
-                and one.touches(findings[finding].part, findings[finding].path, findings[finding].kind)
+            rule_ids[finding] = find_explaining_rule(applicable, findings[finding])
+            late_ids = [
+                int(candidate.name)
+                for candidate in applicable
+                if first_versions.get(int(candidate.name), 0) > row_version and not is_decidable(candidate, findings[finding])
+                and candidate.may_match(findings[finding].part, findings[finding].path, findings[finding].kind)
             ]  # fmt: skip
-            if not now[finding] and late and places is before.findings:
-                unknown[finding] = late[0]
-        made.append(now)
-    return Places(made[0], made[1], unknown)
+            if not rule_ids[finding] and late_ids and mapping is attribution.findings:
+                late_rules[finding] = late_ids[0]
+        mappings.append(rule_ids)
+    return Attribution(mappings[0], mappings[1], late_rules)

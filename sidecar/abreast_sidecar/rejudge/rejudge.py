@@ -19,214 +19,250 @@ from typing import NamedTuple
 
 import orjson
 
-from abreast_sidecar.compare import Rules, RuleSet
+from abreast_sidecar.compare import CompareOptions, RuleSet
 from abreast_sidecar.rejudge import evidence, places
-from abreast_sidecar.rejudge.counters import Counters, Slot
-from abreast_sidecar.rejudge.evidence import Learning
-from abreast_sidecar.rejudge.places import Known, Places
-from abreast_sidecar.rejudge.settle import settle
-from abreast_sidecar.rejudge.write import known_findings, mark_due, one_of, rows_of, write_counters
-from abreast_sidecar.store.clean import json_text
-from abreast_sidecar.store.database import Connection, Row, statement
-from abreast_sidecar.store.examples import differences_json
-from abreast_sidecar.store.judged import DAY, Judged
-from abreast_sidecar.store.releases import OTHER as OTHER_RELEASE
-from abreast_sidecar.store.rules import named, of_rows
+from abreast_sidecar.rejudge.counters import CounterKey, CounterMoves
+from abreast_sidecar.rejudge.evidence import FindingIds
+from abreast_sidecar.rejudge.places import Attribution, FindingRef
+from abreast_sidecar.rejudge.settle import redistribute_dropped
+from abreast_sidecar.rejudge.write import (
+    fetch_row,
+    fetch_rows,
+    load_findings,
+    mark_endpoints_due,
+    write_counters,
+)
+from abreast_sidecar.store.clean import to_json
+from abreast_sidecar.store.database import Connection, Row, load_statement
+from abreast_sidecar.store.examples import encode_differences
+from abreast_sidecar.store.judged import DAY_MS, PairRecord
+from abreast_sidecar.store.releases import OTHER_RELEASE as OTHER_RELEASE
+from abreast_sidecar.store.rules import parse_active_rules, parse_rule
 
-LOCK = 0x616272657007
-BATCH = 100  # pairs
-LIST_TIMEOUT = 600  # seconds for listing all pairs that a change concerns
-BEFORE = "judged before rule "  # the reason of a pair whose answers are not kept
+REAPPLY_LOCK_KEY = 0x616272657007
+REAPPLY_BATCH_PAIRS = 100  # pairs
+LIST_TIMEOUT_S = 600  # seconds for listing all pairs that a change concerns
+LATE_RULE_PREFIX = "judged before rule "  # the reason of a pair whose answers are not kept
 
 ReleaseIds = Mapping[tuple[str, str, str], int]
 
 
-class InForce(NamedTuple):
+class ActiveRules(NamedTuple):
     version: int
-    rules: Rules
-    began: Mapping[int, int]  # rule → version
+    rules: CompareOptions
+    first_versions: Mapping[int, int]  # rule → version
 
     @property
     def declared(self) -> RuleSet:
-        return self.rules.declared or RuleSet()
+        return self.rules.rule_set or RuleSet()
 
 
-async def rejudge(connection: Connection, learning: Learning, rules: Rules, *, limit: int = BATCH) -> bool:
+async def reapply_rules(
+    connection: Connection,
+    finding_ids: FindingIds,
+    rules: CompareOptions,
+    *,
+    limit: int = REAPPLY_BATCH_PAIRS,
+) -> bool:
     """Do one step; return whether one was done. `rules`: what is set apart from what people declared."""
     async with connection.transaction():
-        if not (await one_of(connection, "lock_try", {"lock": LOCK}))["locked"]:
+        if not (await fetch_row(connection, "lock_try", {"lock": REAPPLY_LOCK_KEY}))["locked"]:
             return False
-        state = await one_of(connection, "reapply_state")
-        held = await in_force(connection, rules, state["version"])
+        state = await fetch_row(connection, "reapply_state")
+        active = await load_active_rules(connection, rules, state["version"])
         if state["pending"]:
-            await _batch(connection, learning, held, limit)
+            await _reapply_batch(connection, finding_ids, active, limit)
         elif state["queued_version"] > state["applied_version"]:
-            await settle(connection, held.declared, held.began, state["queued_version"])
-            await connection.execute(statement("reapply_finish"))
+            await redistribute_dropped(
+                connection, active.declared, active.first_versions, state["queued_version"]
+            )
+            await connection.execute(load_statement("reapply_finish"))
         elif state["version"] > state["queued_version"]:
-            await _list(connection, state)
+            await _list_concerned_pairs(connection, state)
         else:
             return False
     return True
 
 
-async def in_force(connection: Connection, rules: Rules, version: int) -> InForce:
-    rows = await rows_of(connection, "rules_in_force")
-    declared = of_rows(rows).rules
-    began = {row["id"]: row["begin_version"] for row in rows if row["id"] is not None}
-    return InForce(version, replace(rules, declared=declared), began)
+async def load_active_rules(connection: Connection, rules: CompareOptions, version: int) -> ActiveRules:
+    rows = await fetch_rows(connection, "rules_in_force")
+    declared = parse_active_rules(rows).rules
+    first_versions = {row["id"]: row["begin_version"] for row in rows if row["id"] is not None}
+    return ActiveRules(version, replace(rules, rule_set=declared), first_versions)
 
 
-async def _list(connection: Connection, state: Row) -> None:
-    changed = await rows_of(connection, "reapply_changed_rules", {"after": state["queued_version"]})
-    rules = [(named(row["id"], row["definition"]), row["end_version"]) for row in changed]
+async def _list_concerned_pairs(connection: Connection, state: Row) -> None:
+    rows = await fetch_rows(connection, "reapply_changed_rules", {"after": state["queued_version"]})
+    rules = [(parse_rule(row["id"], row["definition"]), row["end_version"]) for row in rows]
     # One that paired elements leaves no trace where nothing was left for it to explain.
-    asked = [rule for rule, ended in rules if ended is None or rule.action == "keyed-by"]
-    findings = await known_findings(connection) if asked else {}
-    concerned = [
-        known.id
-        for known in findings.values()
+    concerning = [rule for rule, end_version in rules if end_version is None or rule.action == "keyed-by"]
+    findings = await load_findings(connection) if concerning else {}
+    finding_ids = [
+        finding.id
+        for finding in findings.values()
         if any(
-            rule.applies_to(known.service, known.endpoint)
-            and rule.touches(known.part, known.path, known.kind)
-            for rule in asked
+            rule.applies_to(finding.service, finding.endpoint)
+            and rule.may_match(finding.part, finding.path, finding.kind)
+            for rule in concerning
         )
     ]
-    gone = [int(rule.name) for rule, ended in rules if ended is not None]
-    await connection.execute(f"set local statement_timeout = '{LIST_TIMEOUT}s'".encode())
-    await connection.execute(statement("reapply_enqueue"), {"findings": concerned, "rules": gone})
-    await connection.execute(statement("reapply_enqueued"), {"version": state["version"]})
+    ended_ids = [int(rule.name) for rule, end_version in rules if end_version is not None]
+    await connection.execute(f"set local statement_timeout = '{LIST_TIMEOUT_S}s'".encode())
+    await connection.execute(load_statement("reapply_enqueue"), {"findings": finding_ids, "rules": ended_ids})
+    await connection.execute(load_statement("reapply_enqueued"), {"version": state["version"]})
 
 
-async def _batch(connection: Connection, learning: Learning, held: InForce, limit: int) -> None:
-    rows = await rows_of(connection, "reapply_take", {"limit": limit})
-    again = await asyncio.to_thread(evidence.all_judged, rows, held.rules)
-    await learning.learn([one for one in again if one is not None])
-    found = await known_findings(connection, {one for row in rows for one in _ids(row)})
-    after = [
-        places.told(row, held.declared, held.began, found)
-        if judged is None
-        else evidence.places(judged, learning.catalogue, row["drift"] or ())
-        for row, judged in zip(rows, again, strict=True)
+async def _reapply_batch(
+    connection: Connection, finding_ids: FindingIds, active: ActiveRules, limit: int
+) -> None:
+    rows = await fetch_rows(connection, "reapply_take", {"limit": limit})
+    records = await asyncio.to_thread(evidence.reevaluate_rows, rows, active.rules)
+    await finding_ids.load([item for item in records if item is not None])
+    findings = await load_findings(
+        connection, {item for row in rows for item in _list_attributed_findings(row)}
+    )
+    attributions = [
+        places.attribute_by_row(row, active.declared, active.first_versions, findings)
+        if record is None
+        else evidence.attribute_findings(record, finding_ids.id_cache, row["drift"] or ())
+        for row, record in zip(rows, records, strict=True)
     ]
-    found |= await known_findings(connection, {f for one in after for f in (*one.findings, *one.noise)})
-    await _write_pairs(connection, rows, again, after, held)
-    changed = await _correct(connection, rows, after, found)
-    await _write_examples(connection, rows, again)
-    await _recount(connection, rows, again)
-    await mark_due(connection, changed)
+    findings |= await load_findings(
+        connection, {finding_id for item in attributions for finding_id in (*item.findings, *item.noise)}
+    )
+    await _write_pairs(connection, rows, records, attributions, active)
+    endpoint_ids = await _correct_counters(connection, rows, attributions, findings)
+    await _write_examples(connection, rows, records)
+    await _move_tally(connection, rows, records)
+    await mark_endpoints_due(connection, endpoint_ids)
 
 
-def _ids(row: Row) -> Iterable[int]:
-    before = places.stored(row)
-    return (*before.findings, *before.noise)
+def _list_attributed_findings(row: Row) -> Iterable[int]:
+    attribution = places.read_attribution(row)
+    return (*attribution.findings, *attribution.noise)
 
 
-async def _correct(
+async def _correct_counters(
     connection: Connection,
     rows: Sequence[Row],
-    after: Sequence[Places],
-    found: Mapping[int, Known],
+    attributions: Sequence[Attribution],
+    findings: Mapping[int, FindingRef],
 ) -> set[int]:
     """The counters of findings and of rules. Return the endpoints of those."""
-    await connection.execute(statement("findings_lock"), {"ids": list(found)})
-    counters = Counters.of(await rows_of(connection, "reapply_counters", {"ids": list(found)}))
-    labels = await rows_of(connection, "releases_read", {"services": list({row["service"] for row in rows})})
+    await connection.execute(load_statement("findings_lock"), {"ids": list(findings)})
+    counters = CounterMoves.from_rows(
+        await fetch_rows(connection, "reapply_counters", {"ids": list(findings)})
+    )
+    labels = await fetch_rows(
+        connection, "releases_read", {"services": list({row["service"] for row in rows})}
+    )
     ids = {(row["service"], row["version"], row["label"]): row["id"] for row in labels}
-    unknown: dict[Slot, int] = {}
-    for row, now in zip(rows, after, strict=True):
-        releases = _releases(row, ids)
-        before = places.stored(row)
-        for name, was, will in (
-            ("count", before.findings, now.findings),
-            ("baseline_count", before.noise, now.noise),
+    unknown_counts: dict[CounterKey, int] = {}
+    for row, attribution in zip(rows, attributions, strict=True):
+        releases = _find_release_ids(row, ids)
+        previous = places.read_attribution(row)
+        for name, old_rules, new_rules in (
+            ("count", previous.findings, attribution.findings),
+            ("baseline_count", previous.noise, attribution.noise),
         ):
-            for finding in was.keys() | will.keys():
-                counters.note(finding, row["at"])
-                origin, target = was.get(finding), will.get(finding)
+            for finding in old_rules.keys() | new_rules.keys():
+                counters.extend_span(finding, row["at"])
+                origin, target = old_rules.get(finding), new_rules.get(finding)
                 if origin != target:
-                    counters.move(name, _slot(origin, finding, releases), _slot(target, finding, releases))
-        for finding, rule in now.unknown.items():
+                    counters.move_pairs(
+                        name,
+                        _make_counter_key(origin, finding, releases),
+                        _make_counter_key(target, finding, releases),
+                    )
+        for finding, rule in attribution.late_rules.items():
             if not row["reason"]:
-                slot = (rule, finding, *releases)
-                unknown[slot] = unknown.get(slot, 0) + 1
-    return await write_counters(connection, counters, found, unknown)
+                counter_key = (rule, finding, *releases)
+                unknown_counts[counter_key] = unknown_counts.get(counter_key, 0) + 1
+    return await write_counters(connection, counters, findings, unknown_counts)
 
 
-def _slot(rule: int | None, finding: int, releases: tuple[int, int]) -> Slot | None:
+def _make_counter_key(rule: int | None, finding: int, releases: tuple[int, int]) -> CounterKey | None:
     return None if rule is None else (rule, finding, *releases)
 
 
-def _releases(row: Row, ids: ReleaseIds) -> tuple[int, int]:
-    def of(version: str) -> int:
+def _find_release_ids(row: Row, ids: ReleaseIds) -> tuple[int, int]:
+    def find_release(version: str) -> int:
         if row[f"{version}_us"] is None:
             return 0
         key = (row["service"], version, row[f"{version}_release"])
         return ids.get(key) or ids.get((row["service"], version, OTHER_RELEASE), 0)
 
-    return of("old"), of("new")
+    return find_release("old"), find_release("new")
 
 
 async def _write_pairs(
     connection: Connection,
     rows: Sequence[Row],
-    again: Sequence[Judged | None],
-    after: Sequence[Places],
-    held: InForce,
+    records: Sequence[PairRecord | None],
+    attributions: Sequence[Attribution],
+    active: ActiveRules,
 ) -> None:
     pairs = []
-    for row, judged, now in zip(rows, again, after, strict=True):
-        columns = {**places.columns(now), "outcome": _outcome(row, judged), "reason": _reason(row, now, held)}
+    for row, record, attribution in zip(rows, records, attributions, strict=True):
+        columns = {
+            **places.to_columns(attribution),
+            "outcome": _resolve_outcome(row, record),
+            "reason": _resolve_reason(row, attribution, active),
+        }
         pairs.append(
             {
-                **_key(row),
+                **_make_pair_key(row),
                 **columns,
-                "rules_version": row["rules_version"] if judged is None else held.version,
+                "rules_version": row["rules_version"] if record is None else active.version,
             }
         )
-    await connection.execute(statement("reapply_pairs_set"), {"rows": json_text(pairs).decode()})
+    await connection.execute(load_statement("reapply_pairs_set"), {"rows": to_json(pairs).decode()})
 
 
 async def _write_examples(
-    connection: Connection, rows: Sequence[Row], again: Sequence[Judged | None]
+    connection: Connection, rows: Sequence[Row], records: Sequence[PairRecord | None]
 ) -> None:
     examples = [
-        {**_key(row), "differences": orjson.loads(differences_json(judged))}
-        for row, judged in zip(rows, again, strict=True)
-        if judged is not None
+        {**_make_pair_key(row), "differences": orjson.loads(encode_differences(record))}
+        for row, record in zip(rows, records, strict=True)
+        if record is not None
     ]
     if examples:
-        await connection.execute(statement("reapply_examples_set"), {"rows": json_text(examples).decode()})
+        await connection.execute(load_statement("reapply_examples_set"), {"rows": to_json(examples).decode()})
 
 
-async def _recount(connection: Connection, rows: Sequence[Row], again: Sequence[Judged | None]) -> None:
+async def _move_tally(
+    connection: Connection, rows: Sequence[Row], records: Sequence[PairRecord | None]
+) -> None:
     """Move pairs between outcomes in the tally."""
     tally: Counter[tuple[str, int, str]] = Counter()
-    for row, judged in zip(rows, again, strict=True):
-        day = round(row["at"].timestamp() * 1000) // DAY
+    for row, record in zip(rows, records, strict=True):
+        day = round(row["at"].timestamp() * 1000) // DAY_MS
         tally[row["service"], day, row["outcome"]] -= 1
-        tally[row["service"], day, _outcome(row, judged)] += 1
+        tally[row["service"], day, _resolve_outcome(row, record)] += 1
     names = ("service", "day", "outcome")
-    given = [{**dict(zip(names, key, strict=True)), "pairs": pairs} for key, pairs in tally.items() if pairs]
-    if given:
-        await connection.execute(statement("outcome_counts_add"), {"rows": json_text(given).decode()})
+    parameters = [
+        {**dict(zip(names, key, strict=True)), "pairs": pairs} for key, pairs in tally.items() if pairs
+    ]
+    if parameters:
+        await connection.execute(load_statement("outcome_counts_add"), {"rows": to_json(parameters).decode()})
 
 
-def _key(row: Row) -> dict[str, str]:
+def _make_pair_key(row: Row) -> dict[str, str]:
     return {"day": row["day"].isoformat(), "id": row["id"]}
 
 
-def _outcome(row: Row, judged: Judged | None) -> str:
-    outcome: str = row["outcome"] if judged is None else judged.outcome
+def _resolve_outcome(row: Row, record: PairRecord | None) -> str:
+    outcome: str = row["outcome"] if record is None else record.outcome
     return outcome
 
 
-def _reason(row: Row, now: Places, held: InForce) -> str:
+def _resolve_reason(row: Row, attribution: Attribution, active: ActiveRules) -> str:
     """A pair says which rule came too late for it, as long as that rule holds."""
     reason: str = row["reason"]
-    if reason.startswith(BEFORE):
-        rule = reason.removeprefix(BEFORE)
-        reason = reason if rule.isdecimal() and int(rule) in held.began else ""
-    if not reason and now.unknown:
-        return f"{BEFORE}{next(iter(now.unknown.values()))}"
+    if reason.startswith(LATE_RULE_PREFIX):
+        rule_id = reason.removeprefix(LATE_RULE_PREFIX)
+        reason = reason if rule_id.isdecimal() and int(rule_id) in active.first_versions else ""
+    if not reason and attribution.late_rules:
+        return f"{LATE_RULE_PREFIX}{next(iter(attribution.late_rules.values()))}"
     return reason

@@ -5,40 +5,54 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from abreast_sidecar.compare import Rule, RuleSet
-from abreast_sidecar.rejudge.counters import COUNTERS, Counters
-from abreast_sidecar.rejudge.places import Known, by_place
-from abreast_sidecar.rejudge.write import known_findings, mark_due, rows_of, write_counters
-from abreast_sidecar.store.database import Connection, Row, statement
+from abreast_sidecar.rejudge.counters import MOVED_COUNTERS, CounterMoves
+from abreast_sidecar.rejudge.places import FindingRef, find_explaining_rule
+from abreast_sidecar.rejudge.write import fetch_rows, load_findings, mark_endpoints_due, write_counters
+from abreast_sidecar.store.database import Connection, Row, load_statement
 
 
-async def settle(connection: Connection, rules: RuleSet, began: Mapping[int, int], listed: int) -> None:
+async def redistribute_dropped(
+    connection: Connection, rules: RuleSet, first_versions: Mapping[int, int], listed_version: int
+) -> None:
     """`listed`: the version for which all pairs were judged again. Rules that began later are not looked at."""
-    holding = [rule for rule in rules.rules if began[int(rule.name)] <= listed and not rule.status]
-    findings = await known_findings(connection)
-    concerned = [known.id for known in findings.values() if _first(holding, known)]
-    rows = await rows_of(connection, "reapply_totals", {"findings": concerned, "version": listed})
+    active_rules = [
+        rule for rule in rules.rules if first_versions[int(rule.name)] <= listed_version and not rule.status
+    ]
+    findings = await load_findings(connection)
+    finding_ids = [finding.id for finding in findings.values() if _find_rule(active_rules, finding)]
+    rows = await fetch_rows(
+        connection, "reapply_totals", {"findings": finding_ids, "version": listed_version}
+    )
     ids = sorted({row["finding_id"] for row in rows})
     if not ids:
         return
-    await connection.execute(statement("findings_lock"), {"ids": ids})
+    await connection.execute(load_statement("findings_lock"), {"ids": ids})
     # Read again under the locks: workers may have counted since.
-    rows = await rows_of(connection, "reapply_totals", {"findings": concerned, "version": listed})
-    counters = Counters.of(rows)
+    rows = await fetch_rows(
+        connection, "reapply_totals", {"findings": finding_ids, "version": listed_version}
+    )
+    counters = CounterMoves.from_rows(rows)
     for row in rows:
         if row["finding_id"] in findings:
-            _settle(row, findings[row["finding_id"]], holding, counters)
-    await mark_due(connection, await write_counters(connection, counters, findings, {}))
+            _redistribute_row(row, findings[row["finding_id"]], active_rules, counters)
+    await mark_endpoints_due(connection, await write_counters(connection, counters, findings, {}))
 
 
-def _settle(row: Row, known: Known, holding: Sequence[Rule], counters: Counters) -> None:
-    target = _first([rule for rule in holding if rule.applies_to_release(row["new_label"])], known)
+def _redistribute_row(
+    row: Row, finding: FindingRef, active_rules: Sequence[Rule], counters: CounterMoves
+) -> None:
+    target = _find_rule([rule for rule in active_rules if rule.applies_to_release(row["new_label"])], finding)
     if target == row["rule_id"]:
         return
-    place = (known.id, row["old_release"], row["new_release"])
-    counters.note(known.id, row["last_seen"])
-    counters.shift((row["rule_id"], *place), (target, *place), {name: row[name] for name in COUNTERS})
+    key_suffix = (finding.id, row["old_release"], row["new_release"])
+    counters.extend_span(finding.id, row["last_seen"])
+    counters.move_counts(
+        (row["rule_id"], *key_suffix), (target, *key_suffix), {name: row[name] for name in MOVED_COUNTERS}
+    )
 
 
-def _first(rules: Iterable[Rule], known: Known) -> int:
+def _find_rule(rules: Iterable[Rule], finding: FindingRef) -> int:
     """NOBODY, or the rule that explains the finding in all answers of a release."""
-    return by_place([rule for rule in rules if rule.applies_to(known.service, known.endpoint)], known)
+    return find_explaining_rule(
+        [rule for rule in rules if rule.applies_to(finding.service, finding.endpoint)], finding
+    )

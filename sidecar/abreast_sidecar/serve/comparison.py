@@ -7,130 +7,144 @@ from typing import Any
 
 from abreast.v1 import comparison_pb2 as pb
 from abreast.v1 import comparison_pb2_grpc
-from abreast_sidecar.compare.verdict import decide
-from abreast_sidecar.control import Control
+from abreast_sidecar.compare.verdict import decide_verdict
+from abreast_sidecar.control import TrafficController
 from abreast_sidecar.serve import arguments, messages, verdicts
-from abreast_sidecar.serve.pending import Pending
-from abreast_sidecar.serve.rule_arguments import message
+from abreast_sidecar.serve.pending import PairBacklog
+from abreast_sidecar.serve.rule_arguments import to_stored_rule_message
 from abreast_sidecar.serve.status import StoppingError
-from abreast_sidecar.serve.verdicts import ledger
-from abreast_sidecar.store.queries import FindingFilter, PairFilter, Queries
+from abreast_sidecar.serve.verdicts import to_completeness
+from abreast_sidecar.store.queries import FindingFilter, LedgerReader, PairFilter
 from abreast_sidecar.store.rules import RuleFilter, RuleStore
 from abreast_sidecar.store.statuses import set_status
 
-MOST_RULES = 20  # that are named with a finding
-WATCH_EVERY = 1.0  # seconds
+MAX_FINDING_RULES = 20  # that are named with a finding
+WATCH_INTERVAL_S = 1.0  # seconds
 
 
-class Comparison(comparison_pb2_grpc.ComparisonServiceServicer):
-    def __init__(self, queries: Queries, control: Control, pending: Pending) -> None:
-        self.queries = queries
-        self.rules = RuleStore(queries.database)
+class ComparisonServicer(comparison_pb2_grpc.ComparisonServiceServicer):
+    def __init__(self, reader: LedgerReader, control: TrafficController, backlog: PairBacklog) -> None:
+        self.reader = reader
+        self.rule_store = RuleStore(reader.database)
         self.control = control
-        self.pending = pending
+        self.backlog = backlog
 
     async def GetSummary(self, request: pb.GetSummaryRequest, context: Any) -> pb.GetSummaryResponse:
-        window = arguments.window(request)
-        service = await self.control.resolve(arguments.text("service", request.service))
-        found = await self.queries.summary(service, window)
-        return messages.summary(found, pending=await self.pending.count(service))
+        window = arguments.parse_window(request)
+        service = await self.control.resolve_service(arguments.check_text("service", request.service))
+        summary = await self.reader.read_summary(service, window)
+        return messages.to_summary_response(summary, pending=await self.backlog.count(service))
 
     async def GetVerdict(self, request: pb.GetVerdictRequest, context: Any) -> pb.GetVerdictResponse:
-        window, budget = arguments.window(request), arguments.budget(request)
-        service = await self.control.resolve(arguments.text("service", request.service))
-        pending = await self.pending.count(service)  # first: what arrives meanwhile is no hole
-        release = arguments.text("release", request.release)
-        found = await self.queries.evidence(
+        window, budget = arguments.parse_window(request), arguments.parse_budget(request)
+        service = await self.control.resolve_service(arguments.check_text("service", request.service))
+        pending = await self.backlog.count(service)  # first: what arrives meanwhile is no hole
+        release = arguments.check_text("release", request.release)
+        evidence = await self.reader.read_evidence(
             service, window, budget.max_slower, release=release, all_releases=request.all_releases
         )
-        verdict = decide(found.endpoints, ledger(found, pending or 0), budget)
-        return verdicts.response(service, verdict, budget, found.release)
+        verdict = decide_verdict(evidence.endpoints, to_completeness(evidence, pending or 0), budget)
+        return verdicts.to_verdict_response(service, verdict, budget, evidence.release)
 
     async def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
-        found = await self.queries.endpoints(
-            arguments.text("service", request.service), arguments.window(request), arguments.page(request)
+        page = await self.reader.list_endpoints(
+            arguments.check_text("service", request.service),
+            arguments.parse_window(request),
+            arguments.parse_page(request),
         )
         return pb.ListEndpointsResponse(
-            endpoints=[messages.endpoint_summary(row) for row in found.rows], next_page_token=found.next_token
+            endpoints=[messages.to_endpoint_summary_message(row) for row in page.rows],
+            next_page_token=page.next_token,
         )
 
     async def ListFindings(self, request: pb.ListFindingsRequest, context: Any) -> pb.ListFindingsResponse:
-        wanted = FindingFilter(
-            service=arguments.text("service", request.service),
-            method=arguments.text("method", request.method).upper(),
-            route=arguments.text("route", request.route),
-            parts=arguments.part_names(request.parts),
-            kinds=arguments.kinds(request.kinds),
-            impacts=arguments.impacts(request.impacts),
+        finding_filter = FindingFilter(
+            service=arguments.check_text("service", request.service),
+            method=arguments.check_text("method", request.method).upper(),
+            route=arguments.check_text("route", request.route),
+            parts=arguments.parse_parts(request.parts),
+            kinds=arguments.parse_kinds(request.kinds),
+            impacts=arguments.parse_impacts(request.impacts),
             include_noise=request.include_noise,
             include_settled=request.include_settled,
             only_explained=request.only_explained,
-            release=arguments.text("release", request.release),
-            window=arguments.window(request),
+            release=arguments.check_text("release", request.release),
+            window=arguments.parse_window(request),
         )
-        found = await self.queries.findings(wanted, arguments.page(request))
+        page = await self.reader.list_findings(finding_filter, arguments.parse_page(request))
         return pb.ListFindingsResponse(
-            findings=[messages.finding(row) for row in found.rows], next_page_token=found.next_token
+            findings=[messages.to_finding_message(row) for row in page.rows], next_page_token=page.next_token
         )
 
     async def GetFinding(self, request: pb.GetFindingRequest, context: Any) -> pb.GetFindingResponse:
-        found, examples = await self.queries.finding(arguments.finding_id("id", request.id))
-        explains = RuleFilter(finding_id=found.id, include_expired=False)
+        finding, examples = await self.reader.get_finding(arguments.check_finding_id("id", request.id))
+        rule_filter = RuleFilter(finding_id=finding.id, include_expired=False)
         return pb.GetFindingResponse(
-            finding=messages.finding(found),
-            examples=[messages.pair_detail(one) for one in examples],
-            feature=messages.feature(await self.queries.separating(found)),
-            events=[messages.finding_event(one) for one in await self.queries.finding_events(found.id)],
-            explained_by=[message(one) for one in await self.rules.listed(explains, limit=MOST_RULES)],
+            finding=messages.to_finding_message(finding),
+            examples=[messages.to_pair_detail_message(row) for row in examples],
+            feature=messages.to_feature_message(await self.reader.find_common_feature(finding)),
+            events=[
+                messages.to_finding_event_message(row)
+                for row in await self.reader.list_finding_events(finding.id)
+            ],
+            explained_by=[
+                to_stored_rule_message(row)
+                for row in await self.rule_store.list_rules(rule_filter, limit=MAX_FINDING_RULES)
+            ],
         )
 
     async def SetFindingStatus(
         self, request: pb.SetFindingStatusRequest, context: Any
     ) -> pb.SetFindingStatusResponse:
-        finding_id, said = arguments.finding_id("id", request.id), arguments.said(request, context.peer())
-        await set_status(self.queries.database, finding_id, said)
-        (found,) = await self.queries.findings_by_id([finding_id])
-        return pb.SetFindingStatusResponse(finding=messages.finding(found))
+        finding_id, status_change = (
+            arguments.check_finding_id("id", request.id),
+            arguments.parse_status_change(request, context.peer()),
+        )
+        await set_status(self.reader.database, finding_id, status_change)
+        (finding,) = await self.reader.get_findings([finding_id])
+        return pb.SetFindingStatusResponse(finding=messages.to_finding_message(finding))
 
     async def ListPairs(self, request: pb.ListPairsRequest, context: Any) -> pb.ListPairsResponse:
-        wanted = PairFilter(
-            service=arguments.text("service", request.service),
-            method=arguments.text("method", request.method).upper(),
-            route=arguments.text("route", request.route),
-            outcomes=arguments.outcomes(request.outcomes),
-            finding_id=arguments.finding_id("finding_id", request.finding_id, least=0),
-            window=arguments.window(request),
+        pair_filter = PairFilter(
+            service=arguments.check_text("service", request.service),
+            method=arguments.check_text("method", request.method).upper(),
+            route=arguments.check_text("route", request.route),
+            outcomes=arguments.parse_outcomes(request.outcomes),
+            finding_id=arguments.check_finding_id("finding_id", request.finding_id, minimum=0),
+            window=arguments.parse_window(request),
         )
-        found = await self.queries.pairs(wanted, arguments.page(request))
+        page = await self.reader.list_pairs(pair_filter, arguments.parse_page(request))
         return pb.ListPairsResponse(
-            pairs=[messages.pair(row) for row in found.rows], next_page_token=found.next_token
+            pairs=[messages.to_pair_message(row) for row in page.rows], next_page_token=page.next_token
         )
 
     async def GetPair(self, request: pb.GetPairRequest, context: Any) -> pb.GetPairResponse:
-        found = await self.queries.pair(arguments.pair_id(request.id))
-        return pb.GetPairResponse(pair=messages.pair_detail(found))
+        detail = await self.reader.get_pair(arguments.parse_pair_id(request.id))
+        return pb.GetPairResponse(pair=messages.to_pair_detail_message(detail))
 
     async def WatchFindings(
         self, request: pb.WatchFindingsRequest, context: Any
     ) -> AsyncIterator[pb.WatchFindingsResponse]:
-        service = arguments.text("service", request.service)
+        service = arguments.check_text("service", request.service)
         await context.send_initial_metadata(
             ()
         )  # the watch has begun, also where there is nothing to tell yet
-        seen: dict[int, tuple[Any, ...]] = {}
-        while not self.control.closing.is_set():
-            marks = await self.queries.finding_marks(service)
-            changed = [number for number, mark in marks.items() if seen.get(number) != mark]
-            for found in await self.queries.findings_by_id(changed) if changed else ():
-                if (found.count and not found.explained) or request.include_noise:
-                    yield pb.WatchFindingsResponse(finding=messages.finding(found))
-            seen = marks
-            await self._pause()
+        seen_marks: dict[int, tuple[Any, ...]] = {}
+        while not self.control.shutdown.is_set():
+            marks = await self.reader.read_finding_marks(service)
+            changed_ids = [
+                finding_id for finding_id, mark in marks.items() if seen_marks.get(finding_id) != mark
+            ]
+            for finding in await self.reader.get_findings(changed_ids) if changed_ids else ():
+                if (finding.count and not finding.is_explained) or request.include_noise:
+                    yield pb.WatchFindingsResponse(finding=messages.to_finding_message(finding))
+            seen_marks = marks
+            await self._wait_interval()
         raise StoppingError
 
-    async def _pause(self) -> None:
+    async def _wait_interval(self) -> None:
         try:
-            async with asyncio.timeout(WATCH_EVERY):
-                await self.control.closing.wait()
+            async with asyncio.timeout(WATCH_INTERVAL_S):
+                await self.control.shutdown.wait()
         except TimeoutError:
             return

@@ -18,24 +18,24 @@ from abreast.v1 import (
     traffic_pb2,
     traffic_pb2_grpc,
 )
-from abreast_sidecar.control import RuntimeDiscovery
+from abreast_sidecar.control import RtdsServer
 from abreast_sidecar.errors import ServerError
-from abreast_sidecar.serve.comparison import Comparison
+from abreast_sidecar.serve.comparison import ComparisonServicer
 from abreast_sidecar.serve.interceptor import Interceptor
-from abreast_sidecar.serve.latency import Latency
-from abreast_sidecar.serve.listen import listening
-from abreast_sidecar.serve.rules import RuleControl
-from abreast_sidecar.serve.steering import SteeringControl
-from abreast_sidecar.serve.traffic import TrafficControl
+from abreast_sidecar.serve.latency import LatencyServicer
+from abreast_sidecar.serve.listen import bind_socket
+from abreast_sidecar.serve.rules import RuleServicer
+from abreast_sidecar.serve.steering import RolloutServicer
+from abreast_sidecar.serve.traffic import TrafficServicer
 
-NAMES = (
+GRPC_SERVICE_NAMES = (
     comparison_pb2.DESCRIPTOR.services_by_name["ComparisonService"].full_name,
     latency_pb2.DESCRIPTOR.services_by_name["LatencyService"].full_name,
     rule_pb2.DESCRIPTOR.services_by_name["RuleService"].full_name,
     traffic_pb2.DESCRIPTOR.services_by_name["TrafficService"].full_name,
     steering_pb2.DESCRIPTOR.services_by_name["SteeringService"].full_name,
 )
-OPTIONS = (
+GRPC_SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use must fail
     ("grpc.max_send_message_length", 64 * 1024 * 1024),  # examples carry bodies
     ("grpc.keepalive_time_ms", 10_000),  # an Envoy whose machine is gone says no goodbye
@@ -49,33 +49,33 @@ class GrpcServer:
         self,
         listen: str,
         *,
-        comparison: Comparison,
-        traffic: TrafficControl,
-        latency: Latency,
-        rules: RuleControl,
-        steering: SteeringControl,
-        discovery: RuntimeDiscovery,
+        comparison: ComparisonServicer,
+        traffic: TrafficServicer,
+        latency: LatencyServicer,
+        rules: RuleServicer,
+        rollout: RolloutServicer,
+        discovery: RtdsServer,
         interceptor: Interceptor,
     ) -> None:
         self.listen = listen
         self.port = 0
         self.health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(interceptors=(interceptor,), options=OPTIONS)
+        self._server = grpc.aio.server(interceptors=(interceptor,), options=GRPC_SERVER_OPTIONS)
         comparison_pb2_grpc.add_ComparisonServiceServicer_to_server(comparison, self._server)
         traffic_pb2_grpc.add_TrafficServiceServicer_to_server(traffic, self._server)
         latency_pb2_grpc.add_LatencyServiceServicer_to_server(latency, self._server)
         rule_pb2_grpc.add_RuleServiceServicer_to_server(rules, self._server)
-        steering_pb2_grpc.add_SteeringServiceServicer_to_server(steering, self._server)
-        self._server.add_generic_rpc_handlers((discovery.handler(),))
+        steering_pb2_grpc.add_SteeringServiceServicer_to_server(rollout, self._server)
+        self._server.add_generic_rpc_handlers((discovery.build_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection(
-            (*NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+            (*GRPC_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
 
     async def start(self) -> None:
         """Raise ServerError when the port is taken."""
         await self.set_ready(False)
-        listening(
+        bind_socket(
             self.listen, "gRPC", "ABREAST_GRPC_LISTEN"
         ).close()  # gRPC itself does not say what is wrong
         try:
@@ -88,9 +88,9 @@ class GrpcServer:
 
     async def set_ready(self, ready: bool) -> None:
         state = health_pb2.HealthCheckResponse
-        for name in ("", *NAMES):
+        for name in ("", *GRPC_SERVICE_NAMES):
             await self.health.set(name, state.SERVING if ready else state.NOT_SERVING)
 
-    async def stop(self, grace: float) -> None:
+    async def stop(self, grace_s: float) -> None:
         """Take no new calls, and give those under way so many seconds."""
-        await self._server.stop(grace)
+        await self._server.stop(grace_s)

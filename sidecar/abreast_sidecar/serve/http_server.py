@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
-from abreast_sidecar.serve.listen import listening
+from abreast_sidecar.serve.listen import bind_socket
 
-LINGER = 2  # seconds that requests under way get at the end
+SHUTDOWN_GRACE_S = 2  # seconds that requests under way get at the end
 
 
-class Quiet(uvicorn.Server):
+class NoSignalsServer(uvicorn.Server):
     """Leaves signals to the process."""
 
     @contextlib.contextmanager
@@ -33,15 +33,15 @@ class HttpServer:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=LINGER,
+            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
             ws="none",
         )
-        self._server = Quiet(config)
+        self._server = NoSignalsServer(config)
         self._socket: socket.socket | None = None
 
     def bind(self) -> None:
         """Raise ServerError when the port is taken."""
-        self._socket = listening(self.listen, "HTTP", "ABREAST_HTTP_LISTEN")
+        self._socket = bind_socket(self.listen, "HTTP", "ABREAST_HTTP_LISTEN")
         self.port = self._socket.getsockname()[1]
 
     async def run(self) -> None:
@@ -49,9 +49,9 @@ class HttpServer:
         assert self._socket is not None
         await self._server.serve(sockets=[self._socket])
 
-    async def stop(self, running: asyncio.Task[None]) -> None:
+    async def stop(self, serve_task: asyncio.Task[None]) -> None:
         self._server.should_exit = True
-        await running
+        await serve_task
 
     def close(self) -> None:
         if self._socket is not None:

@@ -8,67 +8,67 @@ from typing import Any
 
 from abreast.capture import Capture
 from abreast.v1 import common_pb2, comparison_pb2, traffic_pb2
-from abreast_sidecar.compare.effects import said
+from abreast_sidecar.compare.effects import describe_effect
 from abreast_sidecar.compare.feature import Feature
-from abreast_sidecar.compare.value import shown
-from abreast_sidecar.control import MILLION, WEIGHTS, EnvoyState, Event, Roll, Traffic
+from abreast_sidecar.compare.value import render_value
+from abreast_sidecar.control import MILLION, TOTAL_WEIGHT, EnvoyFleet, EnvoyState, Traffic, TrafficEvent
 from abreast_sidecar.serve import steering_messages
-from abreast_sidecar.serve.phrase import phrase
-from abreast_sidecar.serve.values import duration, number, timestamp
+from abreast_sidecar.serve.phrase import summarise_finding
+from abreast_sidecar.serve.values import to_duration, to_enum_number, to_timestamp
 from abreast_sidecar.store.results import (
-    Difference,
     Endpoint,
     EndpointSummary,
     Explanation,
     Finding,
     FindingEvent,
-    Pair,
-    PairDetail,
-    Summary,
+    LedgerSummary,
+    StoredDifference,
+    StoredPair,
+    StoredPairDetail,
 )
 
-OUTCOME = common_pb2.Outcome.DESCRIPTOR
-PART = common_pb2.Part.DESCRIPTOR
-KIND = common_pb2.Kind.DESCRIPTOR
-IMPACT = common_pb2.Impact.DESCRIPTOR
-STATE = comparison_pb2.FindingState.DESCRIPTOR
-STATUS = comparison_pb2.FindingStatus.DESCRIPTOR
-CAUSE = comparison_pb2.ExplanationCause.DESCRIPTOR
-VERSION = common_pb2.Version.DESCRIPTOR
-ROLE = common_pb2.Role.DESCRIPTOR
-GUARDS = ("guard_before", "guard_after")
-RAMPS = ("ramp_before", "ramp_after")
+OUTCOME_ENUM = common_pb2.Outcome.DESCRIPTOR
+PART_ENUM = common_pb2.Part.DESCRIPTOR
+KIND_ENUM = common_pb2.Kind.DESCRIPTOR
+IMPACT_ENUM = common_pb2.Impact.DESCRIPTOR
+FINDING_STATE_ENUM = comparison_pb2.FindingState.DESCRIPTOR
+FINDING_STATUS_ENUM = comparison_pb2.FindingStatus.DESCRIPTOR
+EXPLANATION_CAUSE_ENUM = comparison_pb2.ExplanationCause.DESCRIPTOR
+VERSION_ENUM = common_pb2.Version.DESCRIPTOR
+ROLE_ENUM = common_pb2.Role.DESCRIPTOR
+GUARD_DETAIL_KEYS = ("guard_before", "guard_after")
+RAMP_DETAIL_KEYS = ("ramp_before", "ramp_after")
 
 
-def outcomes(counts: Mapping[str, int]) -> list[comparison_pb2.OutcomeCount]:
+def to_outcome_counts(counts: Mapping[str, int]) -> list[comparison_pb2.OutcomeCount]:
     most_first = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [
-        comparison_pb2.OutcomeCount(outcome=number(OUTCOME, name), count=count)  # type: ignore[arg-type]  # an int is one
+        comparison_pb2.OutcomeCount(outcome=to_enum_number(OUTCOME_ENUM, name), count=count)  # type: ignore[arg-type]  # an int is one
         for name, count in most_first
     ]
 
 
-def endpoint(found: Endpoint) -> common_pb2.Endpoint:
-    return common_pb2.Endpoint(service=found.service, method=found.method, route=found.route)
+def to_endpoint_message(endpoint: Endpoint) -> common_pb2.Endpoint:
+    return common_pb2.Endpoint(service=endpoint.service, method=endpoint.method, route=endpoint.route)
 
 
-def summary(found: Summary, *, pending: int | None) -> comparison_pb2.GetSummaryResponse:
-    accounts = found.accounts
+def to_summary_response(summary: LedgerSummary, *, pending: int | None) -> comparison_pb2.GetSummaryResponse:
+    accounts = summary.accounts
     return comparison_pb2.GetSummaryResponse(
-        service=found.service,
-        pairs=found.pairs,
-        outcomes=outcomes(found.outcomes),
-        explained=found.explained,
-        envoy_sampled=found.sampled,
-        unaccounted=found.unaccounted,
+        service=summary.service,
+        pairs=summary.pairs,
+        outcomes=to_outcome_counts(summary.outcomes),
+        explained=summary.explained,
+        envoy_sampled=summary.sampled,
+        unaccounted=summary.unaccounted,
         drops=[
             comparison_pb2.DropCount(place=drop.place, reason=drop.reason, count=drop.count)
-            for drop in found.drops
+            for drop in summary.drops
         ],
         pending=pending,
-        findings=found.findings,
-        first=timestamp(found.first),
-        last=timestamp(found.last),
+        findings=summary.findings,
+        first=to_timestamp(summary.first),
+        last=to_timestamp(summary.last),
         written=accounts.written,
         not_sent=accounts.not_sent,
         captures=comparison_pb2.CaptureCounts(
@@ -79,229 +79,236 @@ def summary(found: Summary, *, pending: int | None) -> comparison_pb2.GetSummary
             swept=accounts.timed_out,
         ),
         poison=[
-            comparison_pb2.PoisonCount(reason=one.reason, count=one.count, last=timestamp(one.last))
-            for one in found.poison
+            comparison_pb2.PoisonCount(
+                reason=dead_letter.reason, count=dead_letter.count, last=to_timestamp(dead_letter.last)
+            )
+            for dead_letter in summary.dead_letters
         ],
-        ledger_clock_ahead=duration(found.clock_ahead * 1e6),
+        ledger_clock_ahead=to_duration(summary.clock_ahead_s * 1e6),
     )
 
 
-def endpoint_summary(found: EndpointSummary) -> comparison_pb2.EndpointSummary:
-    old_p50, old_p99 = found.old_us or (None, None)
-    new_p50, new_p99 = found.new_us or (None, None)
+def to_endpoint_summary_message(summary: EndpointSummary) -> comparison_pb2.EndpointSummary:
+    old_p50, old_p99 = summary.old_us or (None, None)
+    new_p50, new_p99 = summary.new_us or (None, None)
     return comparison_pb2.EndpointSummary(
-        endpoint=endpoint(found.endpoint),
-        pairs=found.pairs,
-        outcomes=outcomes(found.outcomes),
-        findings=found.findings,
-        old_p50=duration(old_p50),
-        old_p99=duration(old_p99),
-        new_p50=duration(new_p50),
-        new_p99=duration(new_p99),
+        endpoint=to_endpoint_message(summary.endpoint),
+        pairs=summary.pairs,
+        outcomes=to_outcome_counts(summary.outcomes),
+        findings=summary.findings,
+        old_p50=to_duration(old_p50),
+        old_p99=to_duration(old_p99),
+        new_p50=to_duration(new_p50),
+        new_p99=to_duration(new_p99),
     )
 
 
-def finding(found: Finding) -> comparison_pb2.Finding:
+def to_finding_message(finding: Finding) -> comparison_pb2.Finding:
     return comparison_pb2.Finding(
-        id=found.id,
-        endpoint=endpoint(found.endpoint),
-        part=number(PART, found.part),  # type: ignore[arg-type]  # an int is one
-        path=found.path,
-        kind=number(KIND, found.kind),  # type: ignore[arg-type]  # an int is one
-        impact=number(IMPACT, found.impact),  # type: ignore[arg-type]  # an int is one
-        count=found.count,
-        compared=found.compared,
-        noise=found.noise,
-        baseline_count=found.baseline_count,
-        first_seen=timestamp(found.first_seen),
-        last_seen=timestamp(found.last_seen),
-        summary=phrase(found),
-        state=number(STATE, found.state),  # type: ignore[arg-type]  # an int is one
-        reason=found.reason,
-        status=number(STATUS, found.status),  # type: ignore[arg-type]  # an int is one
-        rate=rate(found),
-        old_releases=found.old_releases,
-        new_releases=found.new_releases,
-        status_reason=found.status_reason,
-        explanations=[explanation(one) for one in found.explanations],
+        id=finding.id,
+        endpoint=to_endpoint_message(finding.endpoint),
+        part=to_enum_number(PART_ENUM, finding.part),  # type: ignore[arg-type]  # an int is one
+        path=finding.path,
+        kind=to_enum_number(KIND_ENUM, finding.kind),  # type: ignore[arg-type]  # an int is one
+        impact=to_enum_number(IMPACT_ENUM, finding.impact),  # type: ignore[arg-type]  # an int is one
+        count=finding.count,
+        compared=finding.compared,
+        noise=finding.is_noise,
+        baseline_count=finding.baseline_count,
+        first_seen=to_timestamp(finding.first_seen),
+        last_seen=to_timestamp(finding.last_seen),
+        summary=summarise_finding(finding),
+        state=to_enum_number(FINDING_STATE_ENUM, finding.state),  # type: ignore[arg-type]  # an int is one
+        reason=finding.reason,
+        status=to_enum_number(FINDING_STATUS_ENUM, finding.status),  # type: ignore[arg-type]  # an int is one
+        rate=to_rate_message(finding),
+        old_releases=finding.old_releases,
+        new_releases=finding.new_releases,
+        status_reason=finding.status_reason,
+        explanations=[to_explanation_message(item) for item in finding.explanations],
     )
 
 
-def explanation(found: Explanation) -> comparison_pb2.FindingExplanation:
+def to_explanation_message(explanation: Explanation) -> comparison_pb2.FindingExplanation:
     return comparison_pb2.FindingExplanation(
-        cause=number(CAUSE, found.cause),  # type: ignore[arg-type]  # an int is one
-        pairs=found.pairs,
-        reason=found.reason,
-        rule_id=found.rule,
-        rule_name=found.name,
-        owner=found.owner,
+        cause=to_enum_number(EXPLANATION_CAUSE_ENUM, explanation.cause),  # type: ignore[arg-type]  # an int is one
+        pairs=explanation.pairs,
+        reason=explanation.reason,
+        rule_id=explanation.rule,
+        rule_name=explanation.name,
+        owner=explanation.owner,
     )
 
 
-def rate(found: Finding) -> comparison_pb2.Rate | None:
-    between = found.rate
-    if between is None:
+def to_rate_message(finding: Finding) -> comparison_pb2.Rate | None:
+    interval = finding.rate
+    if interval is None:
         return None
-    value = min(found.count, found.compared) / found.compared
-    return comparison_pb2.Rate(value=value, low=between.low, high=between.high)
+    value = min(finding.count, finding.compared) / finding.compared
+    return comparison_pb2.Rate(value=value, low=interval.low, high=interval.high)
 
 
-def finding_event(found: FindingEvent) -> comparison_pb2.FindingEvent:
+def to_finding_event_message(event: FindingEvent) -> comparison_pb2.FindingEvent:
     return comparison_pb2.FindingEvent(
-        time=timestamp(found.at),
-        actor=found.actor,
-        before=number(STATUS, found.before),  # type: ignore[arg-type]  # an int is one
-        after=number(STATUS, found.after),  # type: ignore[arg-type]  # an int is one
-        release=found.release,
-        reason=found.reason,
+        time=to_timestamp(event.at),
+        actor=event.actor,
+        before=to_enum_number(FINDING_STATUS_ENUM, event.before),  # type: ignore[arg-type]  # an int is one
+        after=to_enum_number(FINDING_STATUS_ENUM, event.after),  # type: ignore[arg-type]  # an int is one
+        release=event.release,
+        reason=event.reason,
     )
 
 
-def feature(found: Feature | None) -> comparison_pb2.RequestFeature | None:
-    if found is None:
+def to_feature_message(feature: Feature | None) -> comparison_pb2.RequestFeature | None:
+    if feature is None:
         return None
-    return comparison_pb2.RequestFeature(text=str(found), coverage=found.coverage, precision=found.precision)
-
-
-def pair(found: Pair) -> comparison_pb2.Pair:
-    return comparison_pb2.Pair(
-        id=found.id,
-        endpoint=endpoint(found.endpoint),
-        time=timestamp(found.at),
-        outcome=number(OUTCOME, found.outcome),  # type: ignore[arg-type]  # an int is one
-        live=number(VERSION, found.live),  # type: ignore[arg-type]  # an int is one
-        request=found.request,
-        old_status=found.old_status,
-        new_status=found.new_status,
-        old_time=duration(found.old_us),
-        new_time=duration(found.new_us),
-        old_release=found.old_release,
-        new_release=found.new_release,
-        finding_ids=found.findings,
-        reason=found.reason,
-        explained=[
-            comparison_pb2.Explanation(finding_id=finding, rule_id=rule) for finding, rule in found.explained
-        ],
-        drift_finding_ids=found.drift,
+    return comparison_pb2.RequestFeature(
+        text=str(feature), coverage=feature.coverage, precision=feature.precision
     )
 
 
-def headers(found: tuple[tuple[str, str], ...]) -> list[common_pb2.Header]:
-    return [common_pb2.Header(name=name, value=value) for name, value in found]
+def to_pair_message(pair: StoredPair) -> comparison_pb2.Pair:
+    return comparison_pb2.Pair(
+        id=pair.id,
+        endpoint=to_endpoint_message(pair.endpoint),
+        time=to_timestamp(pair.at),
+        outcome=to_enum_number(OUTCOME_ENUM, pair.outcome),  # type: ignore[arg-type]  # an int is one
+        live=to_enum_number(VERSION_ENUM, pair.live),  # type: ignore[arg-type]  # an int is one
+        request=pair.request,
+        old_status=pair.old_status,
+        new_status=pair.new_status,
+        old_time=to_duration(pair.old_us),
+        new_time=to_duration(pair.new_us),
+        old_release=pair.old_release,
+        new_release=pair.new_release,
+        finding_ids=pair.findings,
+        reason=pair.reason,
+        explained=[
+            comparison_pb2.Explanation(finding_id=finding, rule_id=rule) for finding, rule in pair.explained
+        ],
+        drift_finding_ids=pair.drift,
+    )
 
 
-def capture(found: Capture) -> comparison_pb2.CaptureDetail:
+def to_header_messages(headers: tuple[tuple[str, str], ...]) -> list[common_pb2.Header]:
+    return [common_pb2.Header(name=name, value=value) for name, value in headers]
+
+
+def to_capture_message(capture: Capture) -> comparison_pb2.CaptureDetail:
     return comparison_pb2.CaptureDetail(
-        version=number(VERSION, found.version),  # type: ignore[arg-type]  # an int is one
-        role=number(ROLE, found.role),  # type: ignore[arg-type]  # an int is one
-        attempt=found.attempt,
-        release=found.release,
-        started=timestamp(datetime.fromtimestamp(found.started, UTC)),
-        first_byte=duration(found.first_byte_us),
-        total=duration(found.total_us),
-        status=found.answer.status,
-        headers=headers(found.answer.headers),
-        body=found.answer.body.held,
-        body_length=found.answer.body.length,
-        raised=found.raised,
-        client_left=found.client_left,
+        version=to_enum_number(VERSION_ENUM, capture.version),  # type: ignore[arg-type]  # an int is one
+        role=to_enum_number(ROLE_ENUM, capture.role),  # type: ignore[arg-type]  # an int is one
+        attempt=capture.attempt,
+        release=capture.release,
+        started=to_timestamp(datetime.fromtimestamp(capture.started_at, UTC)),
+        first_byte=to_duration(capture.first_byte_us),
+        total=to_duration(capture.total_us),
+        status=capture.answer.status,
+        headers=to_header_messages(capture.answer.headers),
+        body=capture.answer.body.content,
+        body_length=capture.answer.body.length,
+        raised=capture.exception,
+        client_left=capture.client_left,
         hops=[
             comparison_pb2.Hop(
-                kind=kind, name=name, start=duration(at_us), duration=duration(took_us), note=note
+                kind=kind, name=name, start=to_duration(at_us), duration=to_duration(took_us), note=note
             )
-            for kind, name, at_us, took_us, note in found.hops
+            for kind, name, at_us, took_us, note in capture.spans
         ],
-        effects=[effect(one) for one in found.effects],
-        effects_dropped=found.effects_dropped,
+        effects=[to_effect_message(item) for item in capture.effects],
+        effects_dropped=capture.effects_dropped,
     )
 
 
-def effect(found: Mapping[str, Any]) -> comparison_pb2.Effect:
+def to_effect_message(effect: Mapping[str, Any]) -> comparison_pb2.Effect:
     return comparison_pb2.Effect(
-        kind=str(found.get("kind", "")),
-        key=str(found.get("key", "")),
-        payload=shown(said(found)),
-        start=duration(found.get("at_us", 0)),
-        error=str(found.get("error", "")),
-        note=bool(found.get("note")),
+        kind=str(effect.get("kind", "")),
+        key=str(effect.get("key", "")),
+        payload=render_value(describe_effect(effect)),
+        start=to_duration(effect.get("at_us", 0)),
+        error=str(effect.get("error", "")),
+        note=bool(effect.get("note")),
     )
 
 
-def difference(found: Difference) -> common_pb2.Difference:
+def to_difference_message(difference: StoredDifference) -> common_pb2.Difference:
     return common_pb2.Difference(
-        part=number(PART, found.part),  # type: ignore[arg-type]  # an int is one
-        path=found.path,
-        place=found.place,
-        kind=number(KIND, found.kind),  # type: ignore[arg-type]  # an int is one
-        impact=number(IMPACT, found.impact),  # type: ignore[arg-type]  # an int is one
-        old=found.old,
-        new=found.new,
-        noise=found.noise,
-        explained_by=found.rule,
-        drift=found.drift,
+        part=to_enum_number(PART_ENUM, difference.part),  # type: ignore[arg-type]  # an int is one
+        path=difference.path,
+        place=difference.exact_path,
+        kind=to_enum_number(KIND_ENUM, difference.kind),  # type: ignore[arg-type]  # an int is one
+        impact=to_enum_number(IMPACT_ENUM, difference.impact),  # type: ignore[arg-type]  # an int is one
+        old=difference.old,
+        new=difference.new,
+        noise=difference.is_noise,
+        explained_by=difference.rule_id,
+        drift=difference.is_drift,
     )
 
 
-def pair_detail(found: PairDetail) -> comparison_pb2.PairDetail:
-    request = found.captures[0].request if found.captures else None
+def to_pair_detail_message(detail: StoredPairDetail) -> comparison_pb2.PairDetail:
+    request = detail.captures[0].request if detail.captures else None
     return comparison_pb2.PairDetail(
-        pair=pair(found.pair),
-        captures=[capture(one) for one in found.captures],
-        differences=[difference(one) for one in found.differences],
-        request_headers=headers(request.headers) if request else (),
-        request_body=request.body.held if request else b"",
+        pair=to_pair_message(detail.pair),
+        captures=[to_capture_message(item) for item in detail.captures],
+        differences=[to_difference_message(item) for item in detail.differences],
+        request_headers=to_header_messages(request.headers) if request else (),
+        request_body=request.body.content if request else b"",
     )
 
 
-def traffic(found: Traffic) -> traffic_pb2.Traffic:
-    shares = found.shares
+def to_traffic_message(traffic: Traffic) -> traffic_pb2.Traffic:
+    shares = traffic.shares
     return traffic_pb2.Traffic(
-        service=found.service,
-        new_share=shares.new_share / WEIGHTS,
+        service=traffic.service,
+        new_share=shares.new_share / TOTAL_WEIGHT,
         sample_safe=shares.sample_safe / MILLION,
         sample_unsafe=shares.sample_unsafe / MILLION,
         baseline_share=shares.baseline_share / MILLION,
         rolled_back=shares.rolled_back,
-        version=found.version,
-        update_time=timestamp(found.updated_at),
+        version=traffic.version,
+        update_time=to_timestamp(traffic.updated_at),
     )
 
 
-def roll(found: Roll, about: Traffic) -> dict[str, Any]:
+def to_traffic_fields(fleet: EnvoyFleet, current_traffic: Traffic) -> dict[str, Any]:
     """What answers about traffic have in common."""
     return {
-        "traffic": traffic(about),
-        "envoys": [envoy(state) for state in found.states(about)],
-        "others_unknown": found.unknown,
+        "traffic": to_traffic_message(current_traffic),
+        "envoys": [to_envoy_message(state) for state in fleet.states(current_traffic)],
+        "others_unknown": fleet.unknown,
     }
 
 
-def envoy(found: EnvoyState) -> traffic_pb2.EnvoyState:
-    after = found.acknowledged_after
+def to_envoy_message(envoy: EnvoyState) -> traffic_pb2.EnvoyState:
+    after = envoy.acknowledged_after
     return traffic_pb2.EnvoyState(
-        node=found.node,
-        acknowledged_version=found.acknowledged_version,
-        acknowledged_after=None if after is None else duration(after * 1e6),
-        error=found.error,
-        peer=found.peer,
-        sidecar=found.sidecar,
+        node=envoy.node,
+        acknowledged_version=envoy.acknowledged_version,
+        acknowledged_after=None if after is None else to_duration(after * 1e6),
+        error=envoy.error,
+        peer=envoy.peer,
+        sidecar=envoy.sidecar,
     )
 
 
-def event(found: Event) -> traffic_pb2.TrafficEvent:
-    told: dict[str, Any] = {
-        name: show(found.detail[name])
-        for names, show in ((GUARDS, steering_messages.policy), (RAMPS, steering_messages.ramp_state))
+def to_traffic_event_message(event: TrafficEvent) -> traffic_pb2.TrafficEvent:
+    details: dict[str, Any] = {
+        name: show(event.detail[name])
+        for names, show in (
+            (GUARD_DETAIL_KEYS, steering_messages.to_policy_message),
+            (RAMP_DETAIL_KEYS, steering_messages.to_ramp_state_message),
+        )
         for name in names
-        if name in found.detail
+        if name in event.detail
     }
     return traffic_pb2.TrafficEvent(
-        id=found.id,
-        time=timestamp(found.at),
-        actor=found.actor,
-        action=found.action,
-        reason=found.reason,
-        before=None if found.before is None else traffic(found.before),
-        after=traffic(found.after),
-        **told,
+        id=event.id,
+        time=to_timestamp(event.at),
+        actor=event.actor,
+        action=event.action,
+        reason=event.reason,
+        before=None if event.before is None else to_traffic_message(event.before),
+        after=to_traffic_message(event.after),
+        **details,
     )

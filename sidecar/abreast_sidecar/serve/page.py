@@ -11,22 +11,22 @@ import orjson
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from abreast.capture import Body, Capture
-from abreast_sidecar.compare.effects import said
-from abreast_sidecar.compare.value import shown
-from abreast_sidecar.control import MILLION, WEIGHTS
-from abreast_sidecar.serve.phrase import phrase, place
+from abreast_sidecar.compare.effects import describe_effect
+from abreast_sidecar.compare.value import render_value
+from abreast_sidecar.control import MILLION, TOTAL_WEIGHT
+from abreast_sidecar.serve.phrase import describe_location, summarise_finding
 from abreast_sidecar.store.results import Finding
 
-BODY_LIMIT = 20_000  # characters shown
-REPLACEMENTS = 0.1  # the share of unreadable characters above which a body is not shown as text
+MAX_BODY_CHARS = 20_000  # characters shown
+MAX_UNREADABLE_SHARE = 0.1  # the share of unreadable characters above which a body is not shown as text
 
 
 def render(name: str, **values: Any) -> str:
-    return _environment().get_template(f"{name}.html.j2").render(now=datetime.now(UTC), **values)
+    return _build_environment().get_template(f"{name}.html.j2").render(now=datetime.now(UTC), **values)
 
 
 @cache
-def _environment() -> Environment:
+def _build_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("abreast_sidecar.serve", "templates"),
         autoescape=True,
@@ -35,49 +35,49 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=number,
-        share=share,
-        time=time,
-        moment=moment,
-        body=body,
-        phrase=phrase,
-        place=place,
-        words=words,
-        rate=rate,
-        in_order=in_order,
-        said=lambda effect: shown(said(effect)),
+        number=format_count,
+        share=format_share,
+        time=format_duration,
+        moment=format_time,
+        body=format_body,
+        phrase=summarise_finding,
+        place=describe_location,
+        words=format_words,
+        rate=format_rate,
+        in_order=sort_captures,
+        said=lambda effect: render_value(describe_effect(effect)),
     )
-    environment.globals.update(WEIGHTS=WEIGHTS, MILLION=MILLION)
+    environment.globals.update(WEIGHTS=TOTAL_WEIGHT, MILLION=MILLION)
     return environment
 
 
-def number(value: int) -> str:
+def format_count(value: int) -> str:
     return f"{value:,}"
 
 
-def share(part: float, whole: float) -> str:
+def format_share(part: float, total: float) -> str:
     """A percentage that says 0% only for none and 100% only for all."""
-    if not whole or not part:
+    if not total or not part:
         return "0%"
-    percent = 100 * part / whole
+    percent = 100 * part / total
     if percent < 0.01:
         return "<0.01%"
     text = f"{percent:.2f}" if percent < 1 else f"{percent:.1f}"
-    if part < whole and float(text) >= 100:
+    if part < total and float(text) >= 100:
         return ">99.9%"
     return text.rstrip("0").rstrip(".") + "%"
 
 
-def rate(finding: Finding) -> str:
+def format_rate(finding: Finding) -> str:
     """`6.9% (5.1% to 9.2%)`: the interval holds with 95% however often one looks. A dash where it is of no single pairs."""
-    between = finding.rate
-    if between is None:
+    interval = finding.rate
+    if interval is None:
         return "–"
-    shown = share(min(finding.count, finding.compared), finding.compared)
-    return f"{shown} ({share(between.low, 1)} to {share(between.high, 1)})"
+    value = format_share(min(finding.count, finding.compared), finding.compared)
+    return f"{value} ({format_share(interval.low, 1)} to {format_share(interval.high, 1)})"
 
 
-def time(microseconds: float | None) -> str:
+def format_duration(microseconds: float | None) -> str:
     if microseconds is None:
         return "-"
     if microseconds < 1_000_000:
@@ -85,37 +85,41 @@ def time(microseconds: float | None) -> str:
     return f"{microseconds / 1_000_000:.2f} s"
 
 
-def moment(value: datetime | None) -> str:
+def format_time(value: datetime | None) -> str:
     return "-" if value is None else f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
 
 
-def words(name: str) -> str:
+def format_words(name: str) -> str:
     """The ledger's names as words: only_old is `only old`."""
     return name.replace("_", " ")
 
 
-def in_order(captures: Iterable[Capture]) -> list[Capture]:
+def sort_captures(captures: Iterable[Capture]) -> list[Capture]:
     """Old, new, then baseline copies."""
-    return sorted(captures, key=lambda one: (one.role == "baseline", one.version != "old", one.attempt))
+    return sorted(
+        captures, key=lambda capture: (capture.role == "baseline", capture.version != "old", capture.attempt)
+    )
 
 
-def body(found: Body) -> str:
+def format_body(body: Body) -> str:
     """As text, JSON indented; what is no text is only described."""
-    if not found.length:
+    if not body.length:
         return "(empty)"
-    cut = "" if found.whole else f"\n… {found.length - len(found.held):,} bytes more were not captured"
-    text = found.held.decode(errors="replace")
-    if text.count("\ufffd") > REPLACEMENTS * len(text) or not text:
-        return f"({found.length:,} bytes that are no text)"
-    if found.whole:
-        text = _indented(found.held) or text
-    if len(text) > BODY_LIMIT:
-        text = text[:BODY_LIMIT] + f"\n… {len(text) - BODY_LIMIT:,} characters more are not shown"
-    return text + cut
+    truncation_note = (
+        "" if body.is_complete else f"\n… {body.length - len(body.content):,} bytes more were not captured"
+    )
+    text = body.content.decode(errors="replace")
+    if text.count("\ufffd") > MAX_UNREADABLE_SHARE * len(text) or not text:
+        return f"({body.length:,} bytes that are no text)"
+    if body.is_complete:
+        text = _indent_json(body.content) or text
+    if len(text) > MAX_BODY_CHARS:
+        text = text[:MAX_BODY_CHARS] + f"\n… {len(text) - MAX_BODY_CHARS:,} characters more are not shown"
+    return text + truncation_note
 
 
-def _indented(held: bytes) -> str:
+def _indent_json(content: bytes) -> str:
     try:
-        return orjson.dumps(orjson.loads(held), option=orjson.OPT_INDENT_2).decode()
+        return orjson.dumps(orjson.loads(content), option=orjson.OPT_INDENT_2).decode()
     except (orjson.JSONDecodeError, orjson.JSONEncodeError):
         return ""

@@ -7,14 +7,14 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 
-EVERY = 1.0  # seconds between checks
-SOON = 0.1  # seconds, until all is well
-PATIENCE = 3.0  # seconds that one check may take
+CHECK_INTERVAL_S = 1.0  # seconds between checks
+STARTUP_CHECK_INTERVAL_S = 0.1  # seconds, until all is well
+CHECK_TIMEOUT_S = 3.0  # seconds that one check may take
 
 log = structlog.get_logger(__name__)
 
-Check = Callable[[], Awaitable[None]]  # raises what is wrong
-Listener = Callable[[bool], Awaitable[None]]
+ReadinessCheck = Callable[[], Awaitable[None]]  # raises what is wrong
+ReadinessListener = Callable[[bool], Awaitable[None]]
 
 
 class NotReadyError(Exception):
@@ -22,54 +22,54 @@ class NotReadyError(Exception):
 
 
 class Readiness:
-    def __init__(self, checks: Mapping[str, Check], listener: Listener) -> None:
+    def __init__(self, checks: Mapping[str, ReadinessCheck], listener: ReadinessListener) -> None:
         self.checks = checks
         self.listener = listener
-        self.draining = False
-        self.wrong: dict[str, str] = dict.fromkeys(checks, "not checked yet")
-        self._told: bool | None = None
-        self._began: set[str] = set()  # parts that were ready once
+        self.is_draining = False
+        self.problems: dict[str, str] = dict.fromkeys(checks, "not checked yet")
+        self._reported_ready: bool | None = None
+        self._once_ready_parts: set[str] = set()  # parts that were ready once
 
     @property
-    def ready(self) -> bool:
-        return not self.wrong and not self.draining
+    def is_ready(self) -> bool:
+        return not self.problems and not self.is_draining
 
-    def states(self) -> dict[str, str]:
+    def describe_parts(self) -> dict[str, str]:
         """Each part's state in words: ok, or what is wrong."""
-        return {name: self.wrong.get(name, "ok") for name in self.checks}
+        return {name: self.problems.get(name, "ok") for name in self.checks}
 
     async def run(self) -> None:
         """Until cancelled."""
         while True:
             await asyncio.gather(*[self._check(name) for name in self.checks])
-            await self._tell()
-            await asyncio.sleep(SOON if self.wrong else EVERY)
+            await self._report()
+            await asyncio.sleep(STARTUP_CHECK_INTERVAL_S if self.problems else CHECK_INTERVAL_S)
 
     async def drain(self) -> None:
-        self.draining = True
-        await self._tell()
+        self.is_draining = True
+        await self._report()
 
     async def _check(self, name: str) -> None:
-        wrong = ""
+        problem = ""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
                 await self.checks[name]()
         except TimeoutError:
-            wrong = f"no answer within {PATIENCE:g} s"
+            problem = f"no answer within {CHECK_TIMEOUT_S:g} s"
         except Exception as error:  # noqa: BLE001  # whatever is wrong, the part is not ready
-            wrong = str(error) or type(error).__name__
-        if wrong and self.wrong.get(name) != wrong:
-            (log.warning if name in self._began and not self.draining else log.info)(
-                "not ready", part=name, error=wrong
+            problem = str(error) or type(error).__name__
+        if problem and self.problems.get(name) != problem:
+            (log.warning if name in self._once_ready_parts and not self.is_draining else log.info)(
+                "not ready", part=name, error=problem
             )
-        elif not wrong and name in self.wrong:
-            self._began.add(name)
+        elif not problem and name in self.problems:
+            self._once_ready_parts.add(name)
             log.info("ready", part=name)
-        self.wrong.pop(name, None)
-        if wrong:
-            self.wrong[name] = wrong
+        self.problems.pop(name, None)
+        if problem:
+            self.problems[name] = problem
 
-    async def _tell(self) -> None:
-        if self.ready != self._told:
-            self._told = self.ready
-            await self.listener(self.ready)
+    async def _report(self) -> None:
+        if self.is_ready != self._reported_ready:
+            self._reported_ready = self.is_ready
+            await self.listener(self.is_ready)

@@ -10,129 +10,153 @@ from typing import Any
 from abreast.v1 import common_pb2
 from abreast.v1 import rule_pb2 as pb
 from abreast_sidecar.compare import Rule
-from abreast_sidecar.compare.rules_file import MAX_RULES, RuleError, fields_of, from_fields
+from abreast_sidecar.compare.rules_file import MAX_RULES, RuleError, rule_from_dict, rule_to_dict
 from abreast_sidecar.errors import ArgumentError
-from abreast_sidecar.rejudge.places import Known
-from abreast_sidecar.rejudge.preview import Hides, fitted
-from abreast_sidecar.rule_messages import fields_of as said_by
-from abreast_sidecar.rule_messages import message_of
+from abreast_sidecar.rejudge.places import FindingRef
+from abreast_sidecar.rejudge.preview import RulePreview, narrow_to_finding
+from abreast_sidecar.rule_messages import dict_to_message
+from abreast_sidecar.rule_messages import message_to_dict as said_by
 from abreast_sidecar.serve import arguments, messages, values
-from abreast_sidecar.store.rules import Draft, StoredRule
+from abreast_sidecar.store.rules import RuleDraft, StoredRule
 
-WIDE = ("part", "path", "header", "status")
-
-
-def actor(request: Any, peer: str) -> str:
-    return arguments.text("actor", request.actor.strip(), arguments.ACTOR_LIMIT) or f"someone at {peer}"
+SCOPE_FIELDS = ("part", "path", "header", "status")
 
 
-def source(request: pb.ApplyRulesRequest) -> str:
-    found = arguments.text("source", request.source.strip())
-    if not found:
+def parse_actor(request: Any, peer: str) -> str:
+    return (
+        arguments.check_text("actor", request.actor.strip(), arguments.MAX_ACTOR_CHARS)
+        or f"someone at {peer}"
+    )
+
+
+def parse_source(request: pb.ApplyRulesRequest) -> str:
+    source_name = arguments.check_text("source", request.source.strip())
+    if not source_name:
         raise ArgumentError("source must say whose rules these are, such as the file's name")
-    return found
+    return source_name
 
 
-def rule(given: pb.Rule, extra: Any = None) -> Rule:
+def parse_rule(rule_message: pb.Rule, extra_fields: Any = None) -> Rule:
     """Raise ArgumentError, which names the field and says what is wanted."""
     try:
-        found = from_fields({**(extra or {}), **said_by(given)})
+        parsed_rule = rule_from_dict({**(extra_fields or {}), **said_by(rule_message)})
     except (RuleError, ValueError) as error:
         raise ArgumentError(str(error)) from error
-    if found.part == "latency" or found.kind == "slower":
+    if parsed_rule.part == "latency" or parsed_rule.kind == "slower":
         raise ArgumentError(
             "rules are not for times: the verdict's budget (max_slower) says how much slower new may be"
         )
-    return replace(found, owner="", reason="", name=found.name or _named(found))
+    return replace(parsed_rule, owner="", reason="", name=parsed_rule.name or _build_rule_name(parsed_rule))
 
 
-def fitted_rule(given: pb.Rule, known: Known) -> Rule:
+def parse_narrowed_rule(rule_message: pb.Rule, finding: FindingRef) -> Rule:
     """With what it leaves out taken from the finding that it is made for."""
-    bare = not any(getattr(given, name) for name in WIDE)
-    asked = rule(given, {"part": known.part, **_path(known)} if bare else None)
-    found = fitted(replace(asked, part=None, path="") if bare else asked, known)
-    return found if given.name else replace(found, name=_named(found))
+    is_unscoped = not any(getattr(rule_message, name) for name in SCOPE_FIELDS)
+    requested_rule = parse_rule(
+        rule_message, {"part": finding.part, **_path_fields(finding)} if is_unscoped else None
+    )
+    narrowed_rule = narrow_to_finding(
+        replace(requested_rule, part=None, path="") if is_unscoped else requested_rule, finding
+    )
+    return (
+        narrowed_rule if rule_message.name else replace(narrowed_rule, name=_build_rule_name(narrowed_rule))
+    )
 
 
-def _path(known: Known) -> dict[str, str]:
-    return {"path": known.path} if known.part == "body" and known.path else {}
+def _path_fields(finding: FindingRef) -> dict[str, str]:
+    return {"path": finding.path} if finding.part == "body" and finding.path else {}
 
 
-def _named(found: Rule) -> str:
+def _build_rule_name(named_rule: Rule) -> str:
     """Such as `ignore $.meta.id, GET /products/{id}`."""
-    fields = fields_of(replace(found, name="", owner="", reason=""))
+    fields = rule_to_dict(replace(named_rule, name="", owner="", reason=""))
     action = fields.pop("action")
     return f"{action} {', '.join(str(value) for value in fields.values())}"[:300]
 
 
-def draft(given: pb.Rule, made: Rule, source: str = "") -> Draft:
+def parse_draft(rule_message: pb.Rule, parsed_rule: Rule, source: str = "") -> RuleDraft:
     """With who, why and until when, which every rule must have."""
-    for name, what in (("owner", "who answers for the rule"), ("reason", "why the difference is known")):
-        if not getattr(given, name).strip():
-            raise ArgumentError(f"{name} must say {what}")
-    if not given.HasField("expire_time"):
+    for name, description in (
+        ("owner", "who answers for the rule"),
+        ("reason", "why the difference is known"),
+    ):
+        if not getattr(rule_message, name).strip():
+            raise ArgumentError(f"{name} must say {description}")
+    if not rule_message.HasField("expire_time"):
         raise ArgumentError(
             "expire_time must say until when the rule holds: one that nobody looks at again hides regressions"
         )
-    expires = arguments.moment("expire_time", given.expire_time)
+    expires = arguments.parse_time("expire_time", rule_message.expire_time)
     if expires <= datetime.now(UTC):
         raise ArgumentError(f"expire_time must lie in the future, got {expires:%FT%TZ}")
-    owner, reason = given.owner.strip(), given.reason.strip()
-    return Draft(made, owner, reason, expires, source)
+    owner, reason = rule_message.owner.strip(), rule_message.reason.strip()
+    return RuleDraft(parsed_rule, owner, reason, expires, source)
 
 
-def drafts(given: Iterable[pb.Rule], source: str) -> list[Draft]:
+def parse_drafts(rule_messages: Iterable[pb.Rule], source: str) -> list[RuleDraft]:
     """Of one source."""
-    listed = list(given)
-    if len(listed) > MAX_RULES:
-        raise ArgumentError(f"rules must be at most {MAX_RULES}, got {len(listed)}")
-    made: dict[str, Draft] = {}
-    for place, one in enumerate(listed):
+    message_list = list(rule_messages)
+    if len(message_list) > MAX_RULES:
+        raise ArgumentError(f"rules must be at most {MAX_RULES}, got {len(message_list)}")
+    drafts_by_name: dict[str, RuleDraft] = {}
+    for index, rule_message in enumerate(message_list):
         try:
-            found = draft(one, rule(one), source)
+            rule_draft = parse_draft(rule_message, parse_rule(rule_message), source)
         except ArgumentError as error:
-            raise ArgumentError(f"rule {one.name or place + 1}: {error}") from error
-        if found.rule.name in made:
-            raise ArgumentError(f"two rules are named {found.rule.name!r}")
-        made[found.rule.name] = found
-    return list(made.values())
+            raise ArgumentError(f"rule {rule_message.name or index + 1}: {error}") from error
+        if rule_draft.rule.name in drafts_by_name:
+            raise ArgumentError(f"two rules are named {rule_draft.rule.name!r}")
+        drafts_by_name[rule_draft.rule.name] = rule_draft
+    return list(drafts_by_name.values())
 
 
-def spec(found: Rule) -> pb.Rule:
-    return message_of(fields_of(found))
+def to_rule_message(plain_rule: Rule) -> pb.Rule:
+    return dict_to_message(rule_to_dict(plain_rule))
 
 
-def spec_of(found: Draft) -> pb.Rule:
-    made = spec(found.rule)
-    made.owner, made.reason, made.source = found.owner, found.reason, found.source
-    made.expire_time.FromDatetime(found.expires)
-    return made
+def to_draft_message(rule_draft: RuleDraft) -> pb.Rule:
+    rule_message = to_rule_message(rule_draft.rule)
+    rule_message.owner, rule_message.reason, rule_message.source = (
+        rule_draft.owner,
+        rule_draft.reason,
+        rule_draft.source,
+    )
+    rule_message.expire_time.FromDatetime(rule_draft.expires_at)
+    return rule_message
 
 
-def message(found: StoredRule) -> pb.Rule:
-    made = spec_of(found.draft)
-    made.id, made.creator, made.ender = found.id, found.created_by, found.ended_by
-    made.create_time.FromDatetime(found.created_at)
-    made.state = pb.RULE_STATE_IN_FORCE
-    if found.ended_at is not None:
-        made.end_time.FromDatetime(found.ended_at)
-        made.state = pb.RULE_STATE_EXPIRED if found.expired else pb.RULE_STATE_DELETED
-    made.rejudged, made.pairs, made.unknown = found.rejudged, found.pairs, found.unknown
-    made.findings.extend(pb.ExplainedFinding(**one._asdict()) for one in found.findings)
-    return made
+def to_stored_rule_message(stored_rule: StoredRule) -> pb.Rule:
+    rule_message = to_draft_message(stored_rule.draft)
+    rule_message.id, rule_message.creator, rule_message.ender = (
+        stored_rule.id,
+        stored_rule.created_by,
+        stored_rule.ended_by,
+    )
+    rule_message.create_time.FromDatetime(stored_rule.created_at)
+    rule_message.state = pb.RULE_STATE_IN_FORCE
+    if stored_rule.ended_at is not None:
+        rule_message.end_time.FromDatetime(stored_rule.ended_at)
+        rule_message.state = pb.RULE_STATE_EXPIRED if stored_rule.is_expired else pb.RULE_STATE_DELETED
+    rule_message.rejudged, rule_message.pairs, rule_message.unknown = (
+        stored_rule.is_applied,
+        stored_rule.pairs,
+        stored_rule.unknown,
+    )
+    rule_message.findings.extend(pb.ExplainedFinding(**finding._asdict()) for finding in stored_rule.findings)
+    return rule_message
 
 
-def hidden(found: Hides) -> pb.HiddenFinding:
-    known = found.known
+def to_hidden_finding_message(rule_preview: RulePreview) -> pb.HiddenFinding:
+    finding = rule_preview.finding
     return pb.HiddenFinding(
-        finding_id=known.id,
-        endpoint=common_pb2.Endpoint(service=known.service, method=known.method, route=known.route),
-        part=values.number(messages.PART, known.part),  # type: ignore[arg-type]  # an int is one
-        path=known.path,
-        kind=values.number(messages.KIND, known.kind),  # type: ignore[arg-type]  # an int is one
-        confirmed=known.status == "confirmed",
-        pairs=found.pairs,
-        exact=found.exact,
-        examples=found.examples,
-        hidden_examples=found.hidden,
+        finding_id=finding.id,
+        endpoint=common_pb2.Endpoint(service=finding.service, method=finding.method, route=finding.route),
+        part=values.to_enum_number(messages.PART_ENUM, finding.part),  # type: ignore[arg-type]  # an int is one
+        path=finding.path,
+        kind=values.to_enum_number(messages.KIND_ENUM, finding.kind),  # type: ignore[arg-type]  # an int is one
+        confirmed=finding.status == "confirmed",
+        pairs=rule_preview.pairs,
+        exact=rule_preview.is_exact,
+        examples=rule_preview.examples,
+        hidden_examples=rule_preview.hidden_examples,
     )

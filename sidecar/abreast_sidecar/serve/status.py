@@ -11,22 +11,22 @@ from google.protobuf import any_pb2
 from abreast_sidecar.control.xds import wire_pb2 as wire
 from abreast_sidecar.errors import (
     ArgumentError,
-    BroadRuleError,
     ConflictError,
     LedgerError,
     NotFoundError,
+    OverbroadRuleError,
     RedisError,
     SchemaError,
     SidecarError,
 )
 
-DOMAIN = "abreast"
-ERROR_INFO = "type.googleapis.com/google.rpc.ErrorInfo"
-DETAILS = "grpc-status-details-bin"  # the trailing metadata that holds a google.rpc.Status
+ERROR_DOMAIN = "abreast"
+ERROR_INFO_TYPE_URL = "type.googleapis.com/google.rpc.ErrorInfo"
+STATUS_DETAILS_KEY = "grpc-status-details-bin"  # the trailing metadata that holds a google.rpc.Status
 
-CODES: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
+STATUS_BY_ERROR: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
     (ArgumentError, grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT"),
-    (BroadRuleError, grpc.StatusCode.FAILED_PRECONDITION, "RULE_TOO_BROAD"),
+    (OverbroadRuleError, grpc.StatusCode.FAILED_PRECONDITION, "RULE_TOO_BROAD"),
     (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     (ConflictError, grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT"),
     (SchemaError, grpc.StatusCode.FAILED_PRECONDITION, "LEDGER_SCHEMA"),
@@ -36,31 +36,33 @@ CODES: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class ErrorStatus:
     code: grpc.StatusCode
     message: str
     reason: str  # UPPER_SNAKE
 
     @property
     def metadata(self) -> Iterable[tuple[str, bytes]]:
-        info = wire.ErrorInfo(reason=self.reason, domain=DOMAIN)
-        detail = any_pb2.Any(type_url=ERROR_INFO, value=info.SerializeToString())
+        info = wire.ErrorInfo(reason=self.reason, domain=ERROR_DOMAIN)
+        detail = any_pb2.Any(type_url=ERROR_INFO_TYPE_URL, value=info.SerializeToString())
         status = wire.Status(code=self.code.value[0], message=self.message, details=[detail])
-        return ((DETAILS, status.SerializeToString()),)
+        return ((STATUS_DETAILS_KEY, status.SerializeToString()),)
 
 
-STOPPING = Refusal(grpc.StatusCode.UNAVAILABLE, "the sidecar is stopping; call again", "STOPPING")
-BUG = Refusal(grpc.StatusCode.INTERNAL, "the sidecar failed; its log says how", "INTERNAL")
+STOPPING_STATUS = ErrorStatus(grpc.StatusCode.UNAVAILABLE, "the sidecar is stopping; call again", "STOPPING")
+INTERNAL_ERROR_STATUS = ErrorStatus(
+    grpc.StatusCode.INTERNAL, "the sidecar failed; its log says how", "INTERNAL"
+)
 
 
 class StoppingError(SidecarError):
     """Ends streams while the sidecar drains."""
 
 
-def refusal(error: Exception) -> Refusal:
+def to_error_status(error: Exception) -> ErrorStatus:
     if isinstance(error, StoppingError):
-        return STOPPING
-    for kind, code, reason in CODES:
+        return STOPPING_STATUS
+    for kind, code, reason in STATUS_BY_ERROR:
         if isinstance(error, kind):
-            return Refusal(code, str(error), reason)
-    return BUG
+            return ErrorStatus(code, str(error), reason)
+    return INTERNAL_ERROR_STATUS

@@ -12,65 +12,73 @@ from abreast.v1 import comparison_pb2
 from abreast.v1 import steering_pb2 as pb
 from abreast_sidecar.compare.verdict import Budget
 from abreast_sidecar.control.acts import Guard
-from abreast_sidecar.control.traffic import WEIGHTS, parts
+from abreast_sidecar.control.traffic import TOTAL_WEIGHT, to_fixed_point
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.serve import arguments
-from abreast_sidecar.serve.values import duration, number, timestamp
-from abreast_sidecar.steer.guard import RULES, Policy
-from abreast_sidecar.steer.ramp import Plan, Ramp
+from abreast_sidecar.serve.values import to_duration, to_enum_number, to_timestamp
+from abreast_sidecar.steer.guard import GUARD_RULE_NAMES, GuardPolicy
+from abreast_sidecar.steer.ramp import Ramp, RampPlan
 
-MODE = pb.GuardMode.DESCRIPTOR
-GUARD_STATE = pb.GuardState.DESCRIPTOR
-PHASE = pb.RampPhase.DESCRIPTOR
-VERDICT = comparison_pb2.VerdictState.DESCRIPTOR
+GUARD_MODE_ENUM = pb.GuardMode.DESCRIPTOR
+GUARD_STATE_ENUM = pb.GuardState.DESCRIPTOR
+RAMP_PHASE_ENUM = pb.RampPhase.DESCRIPTOR
+RAMP_VERDICT_ENUM = comparison_pb2.VerdictState.DESCRIPTOR
 
 
-def guard(found: Guard) -> pb.Guard:
-    state = "idle" if found.policy.mode == "off" else found.state
+def to_guard_message(guard: Guard) -> pb.Guard:
+    state = "idle" if guard.policy.mode == "off" else guard.state
     return pb.Guard(
-        service=found.service,
-        policy=policy(asdict(found.policy)),
-        set_time=timestamp(found.since),
-        state=number(GUARD_STATE, state),  # type: ignore[arg-type]  # an int is one
-        said="off" if found.policy.mode == "off" else found.message,
-        look_time=timestamp(found.checked_at),
+        service=guard.service,
+        policy=to_policy_message(asdict(guard.policy)),
+        set_time=to_timestamp(guard.since),
+        state=to_enum_number(GUARD_STATE_ENUM, state),  # type: ignore[arg-type]  # an int is one
+        said="off" if guard.policy.mode == "off" else guard.message,
+        look_time=to_timestamp(guard.checked_at),
     )
 
 
-def policy(found: Mapping[str, Any]) -> pb.GuardPolicy:
+def to_policy_message(document: Mapping[str, Any]) -> pb.GuardPolicy:
     """Of a policy as a document."""
     return pb.GuardPolicy(
-        mode=number(MODE, found["mode"]),  # type: ignore[arg-type]  # an int is one
-        min_completeness=found["min_completeness"],
-        confidence=found["confidence"],
-        **{name: _rule(found[name]) for name in RULES},
+        mode=to_enum_number(GUARD_MODE_ENUM, document["mode"]),  # type: ignore[arg-type]  # an int is one
+        min_completeness=document["min_completeness"],
+        confidence=document["confidence"],
+        **{name: _to_guard_rule_message(document[name]) for name in GUARD_RULE_NAMES},
     )
 
 
-def _rule(found: Mapping[str, Any]) -> pb.GuardRule:
+def _to_guard_rule_message(document: Mapping[str, Any]) -> pb.GuardRule:
     return pb.GuardRule(
-        limit=found["limit"],
-        min_pairs=found["min_pairs"],
-        window=duration(found["window"] * 1e6),
-        cooldown=duration(found["cooldown"] * 1e6),
+        limit=document["limit"],
+        min_pairs=document["min_pairs"],
+        window=to_duration(document["window"] * 1e6),
+        cooldown=to_duration(document["cooldown"] * 1e6),
     )
 
 
-def change(asked: pb.GuardPolicy) -> Callable[[Policy], Policy]:
+def parse_policy_change(policy_message: pb.GuardPolicy) -> Callable[[GuardPolicy], GuardPolicy]:
     """What a request makes of a policy. Raise ArgumentError, at the latest when it is applied."""
     values: dict[str, Any] = {
-        name: getattr(asked, name) for name in ("min_completeness", "confidence") if asked.HasField(name)
+        name: getattr(policy_message, name)
+        for name in ("min_completeness", "confidence")
+        if policy_message.HasField(name)
     }
-    if asked.mode:
-        if asked.mode not in MODE.values_by_number:
-            raise ArgumentError(f"policy.mode must be a GuardMode, got {asked.mode}")
-        values["mode"] = pb.GuardMode.Name(asked.mode).removeprefix("GUARD_MODE_").lower()
-    rules = {name: _said(getattr(asked, name)) for name in RULES if asked.HasField(name)}
+    if policy_message.mode:
+        if policy_message.mode not in GUARD_MODE_ENUM.values_by_number:
+            raise ArgumentError(f"policy.mode must be a GuardMode, got {policy_message.mode}")
+        values["mode"] = pb.GuardMode.Name(policy_message.mode).removeprefix("GUARD_MODE_").lower()
+    rules = {
+        name: _parse_guard_rule(getattr(policy_message, name))
+        for name in GUARD_RULE_NAMES
+        if policy_message.HasField(name)
+    }
 
-    def apply(before: Policy) -> Policy:
-        changed: dict[str, Any] = {name: replace(before.rule(name), **said) for name, said in rules.items()}
+    def apply(before: GuardPolicy) -> GuardPolicy:
+        changed_rules: dict[str, Any] = {
+            name: replace(before.rule(name), **rule_fields) for name, rule_fields in rules.items()
+        }
         try:
-            return replace(before, **values, **changed)
+            return replace(before, **values, **changed_rules)
         except ValueError as error:
             raise ArgumentError(f"policy.{error}") from error
 
@@ -79,58 +87,77 @@ def change(asked: pb.GuardPolicy) -> Callable[[Policy], Policy]:
     return apply
 
 
-def _said(asked: pb.GuardRule) -> dict[str, Any]:
-    said: dict[str, Any] = {
-        name: getattr(asked, name) for name in ("limit", "min_pairs") if asked.HasField(name)
+def _parse_guard_rule(rule_message: pb.GuardRule) -> dict[str, Any]:
+    rule_fields: dict[str, Any] = {
+        name: getattr(rule_message, name) for name in ("limit", "min_pairs") if rule_message.HasField(name)
     }
-    spans = {name: _seconds(getattr(asked, name)) for name in ("window", "cooldown") if asked.HasField(name)}
-    return said | spans
+    durations = {
+        name: _to_seconds(getattr(rule_message, name))
+        for name in ("window", "cooldown")
+        if rule_message.HasField(name)
+    }
+    return rule_fields | durations
 
 
-def plan(asked: pb.RampPlan) -> Plan:
-    given: dict[str, Any] = {"budget": arguments.budget(asked)}
-    if asked.HasField("hold"):
-        given["hold"] = _seconds(asked.hold)
-    if asked.HasField("min_pairs"):
-        given["min_pairs"] = asked.min_pairs
+def parse_plan(plan_message: pb.RampPlan) -> RampPlan:
+    options: dict[str, Any] = {"budget": arguments.parse_budget(plan_message)}
+    if plan_message.HasField("hold"):
+        options["hold"] = _to_seconds(plan_message.hold)
+    if plan_message.HasField("min_pairs"):
+        options["min_pairs"] = plan_message.min_pairs
     try:
-        return Plan(tuple(parts("plan.steps", share, WEIGHTS) for share in asked.steps), **given)
+        return RampPlan(
+            tuple(to_fixed_point("plan.steps", share, TOTAL_WEIGHT) for share in plan_message.steps),
+            **options,
+        )
     except ValueError as error:
         raise ArgumentError(f"plan.{error}") from error
 
 
-def ramp(found: Ramp) -> pb.Ramp:
+def to_ramp_message(ramp: Ramp) -> pb.Ramp:
     return pb.Ramp(
-        service=found.service,
-        state=_state(found.id, found.state, found.step, found.message, shown_plan(asdict(found.plan))),
-        actor=found.actor,
-        reason=found.reason,
-        start_time=timestamp(found.started_at),
-        step_time=timestamp(found.step_at),
-        end_time=timestamp(found.ended_at),
-        verdict=number(VERDICT, found.verdict) if found.verdict else 0,  # type: ignore[arg-type]  # an int is one
-        look_time=timestamp(found.checked_at),
+        service=ramp.service,
+        state=_build_ramp_state(
+            ramp.id, ramp.state, ramp.step, ramp.message, to_plan_message(asdict(ramp.plan))
+        ),
+        actor=ramp.actor,
+        reason=ramp.reason,
+        start_time=to_timestamp(ramp.started_at),
+        step_time=to_timestamp(ramp.step_at),
+        end_time=to_timestamp(ramp.ended_at),
+        verdict=to_enum_number(RAMP_VERDICT_ENUM, ramp.verdict) if ramp.verdict else 0,  # type: ignore[arg-type]  # an int is one
+        look_time=to_timestamp(ramp.checked_at),
     )
 
 
-def ramp_state(found: Mapping[str, Any]) -> pb.RampState:
+def to_ramp_state_message(document: Mapping[str, Any]) -> pb.RampState:
     """Of a ramp as an event's record has it."""
-    return _state(found["id"], found["state"], found["step"], found["message"], shown_plan(found))
-
-
-def shown_plan(found: Mapping[str, Any]) -> pb.RampPlan:
-    known = Budget.__dataclass_fields__
-    return pb.RampPlan(
-        steps=[step / WEIGHTS for step in found["steps"]],
-        hold=duration(found["hold"] * 1e6),
-        min_pairs=found["min_pairs"],
-        budget=comparison_pb2.Budget(**{name: found["budget"][name] for name in known}),
+    return _build_ramp_state(
+        document["id"], document["state"], document["step"], document["message"], to_plan_message(document)
     )
 
 
-def _state(id_: int, phase: str, step: int, said: str, shown: pb.RampPlan) -> pb.RampState:
-    return pb.RampState(id=id_, phase=number(PHASE, phase), plan=shown, step=step, said=said)  # type: ignore[arg-type]  # an int is one
+def to_plan_message(document: Mapping[str, Any]) -> pb.RampPlan:
+    budget_fields = Budget.__dataclass_fields__
+    return pb.RampPlan(
+        steps=[step / TOTAL_WEIGHT for step in document["steps"]],
+        hold=to_duration(document["hold"] * 1e6),
+        min_pairs=document["min_pairs"],
+        budget=comparison_pb2.Budget(**{name: document["budget"][name] for name in budget_fields}),
+    )
 
 
-def _seconds(value: Duration) -> float:
+def _build_ramp_state(
+    id_: int, phase: str, step: int, message: str, plan_message: pb.RampPlan
+) -> pb.RampState:
+    return pb.RampState(
+        id=id_,
+        phase=to_enum_number(RAMP_PHASE_ENUM, phase),  # type: ignore[arg-type]  # an int is one
+        plan=plan_message,
+        step=step,
+        said=message,
+    )
+
+
+def _to_seconds(value: Duration) -> float:
     return value.seconds + value.nanos / 1e9

@@ -6,57 +6,63 @@ from typing import Any
 
 from abreast.v1 import traffic_pb2 as pb
 from abreast.v1 import traffic_pb2_grpc
-from abreast_sidecar.control import Change, Control
+from abreast_sidecar.control import TrafficChange, TrafficController
 from abreast_sidecar.serve import arguments, messages
 from abreast_sidecar.serve.status import StoppingError
 from abreast_sidecar.store import pages
 
 
-class TrafficControl(traffic_pb2_grpc.TrafficServiceServicer):
-    def __init__(self, control: Control) -> None:
+class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
+    def __init__(self, control: TrafficController) -> None:
         self.control = control
 
     async def GetTraffic(self, request: pb.GetTrafficRequest, context: Any) -> pb.GetTrafficResponse:
-        traffic = await self.control.read(await self._service(request))
-        roll = await self.control.roster.all(traffic.service)
-        return pb.GetTrafficResponse(**messages.roll(roll, traffic))
+        traffic = await self.control.read(await self._resolve_service(request))
+        fleet = await self.control.registry.list_all(traffic.service)
+        return pb.GetTrafficResponse(**messages.to_traffic_fields(fleet, traffic))
 
     async def UpdateTraffic(self, request: pb.UpdateTrafficRequest, context: Any) -> pb.UpdateTrafficResponse:
-        return pb.UpdateTrafficResponse(**await self._change(request, arguments.change(request), context))
+        return pb.UpdateTrafficResponse(
+            **await self._change(request, arguments.parse_traffic_change(request), context)
+        )
 
     async def Rollback(self, request: pb.RollbackRequest, context: Any) -> pb.RollbackResponse:
-        wait = arguments.wait(request)
-        note = arguments.note(request, context.peer())
-        done = await self.control.rollback(arguments.text("service", request.service), note)
-        if done.not_recorded:
-            await self.control.envoys.wait_settled(done.traffic, wait)
-            roll = self.control.roster.here(done.traffic.service, "the ledger, where they are kept, is away")
+        wait = arguments.parse_wait(request)
+        note = arguments.parse_note(request, context.peer())
+        result = await self.control.rollback(arguments.check_text("service", request.service), note)
+        if result.unrecorded_reason:
+            await self.control.connections.wait_acknowledged(result.traffic, wait)
+            fleet = self.control.registry.list_local(
+                result.traffic.service, "the ledger, where they are kept, is away"
+            )
         else:
-            roll = await self.control.roster.settled(done.traffic, wait)
+            fleet = await self.control.registry.wait_acknowledged(result.traffic, wait)
         return pb.RollbackResponse(
-            **messages.roll(roll, done.traffic),
-            previous=messages.traffic(done.before) if done.before else None,
-            not_recorded=done.not_recorded,
+            **messages.to_traffic_fields(fleet, result.traffic),
+            previous=messages.to_traffic_message(result.previous) if result.previous else None,
+            not_recorded=result.unrecorded_reason,
         )
 
     async def Promote(self, request: pb.PromoteRequest, context: Any) -> pb.PromoteResponse:
-        return pb.PromoteResponse(**await self._change(request, Change.promote(), context))
+        return pb.PromoteResponse(**await self._change(request, TrafficChange.promote(), context))
 
     async def WatchTraffic(
         self,
         request: pb.WatchTrafficRequest,
         context: Any,
     ) -> AsyncIterator[pb.WatchTrafficResponse]:
-        service = await self._service(request)
+        service = await self._resolve_service(request)
         await self.control.read(service)
-        last = None
-        while not self.control.closing.is_set():
-            held = self.control.held(service)
-            if held is None or held.traffic == last:
-                await self.control.news.wait()
+        last_traffic = None
+        while not self.control.shutdown.is_set():
+            current = self.control.current(service)
+            if current is None or current.traffic == last_traffic:
+                await self.control.change_notifier.wait()
                 continue
-            last = held.traffic
-            yield pb.WatchTrafficResponse(**messages.roll(await self.control.roster.all(service), last))
+            last_traffic = current.traffic
+            yield pb.WatchTrafficResponse(
+                **messages.to_traffic_fields(await self.control.registry.list_all(service), last_traffic)
+            )
         raise StoppingError
 
     async def ListTrafficEvents(
@@ -64,23 +70,27 @@ class TrafficControl(traffic_pb2_grpc.TrafficServiceServicer):
         request: pb.ListTrafficEventsRequest,
         context: Any,
     ) -> pb.ListTrafficEventsResponse:
-        page = arguments.page(request)
-        service = await self._service(request)
+        page = arguments.parse_page(request)
+        service = await self._resolve_service(request)
         filters = {"service": service}
-        (before,) = pages.decode("events", filters, page.token) if page.token else (None,)
-        found = await self.control.journal.events(service, before_id=before, limit=page.size + 1)
-        shown = found[: page.size]
+        (before_id,) = pages.decode_cursor("events", filters, page.token) if page.token else (None,)
+        events = await self.control.repository.list_events(service, before_id=before_id, limit=page.size + 1)
+        page_events = events[: page.size]
         return pb.ListTrafficEventsResponse(
-            events=[messages.event(one) for one in shown],
-            next_page_token=pages.encode("events", filters, [shown[-1].id]) if len(found) > page.size else "",
+            events=[messages.to_traffic_event_message(event) for event in page_events],
+            next_page_token=pages.encode_cursor("events", filters, [page_events[-1].id])
+            if len(events) > page.size
+            else "",
         )
 
-    async def _service(self, request: Any) -> str:
-        return await self.control.resolve(arguments.text("service", request.service))
+    async def _resolve_service(self, request: Any) -> str:
+        return await self.control.resolve_service(arguments.check_text("service", request.service))
 
-    async def _change(self, request: Any, change: Change, context: Any) -> dict[str, Any]:
+    async def _change(self, request: Any, change: TrafficChange, context: Any) -> dict[str, Any]:
         """All arguments are checked before anything is changed."""
-        wait = arguments.wait(request)
-        note = arguments.note(request, context.peer())
-        traffic = await self.control.change(await self._service(request), change, note)
-        return messages.roll(await self.control.roster.settled(traffic, wait), traffic)
+        wait = arguments.parse_wait(request)
+        note = arguments.parse_note(request, context.peer())
+        traffic = await self.control.change(await self._resolve_service(request), change, note)
+        return messages.to_traffic_fields(
+            await self.control.registry.wait_acknowledged(traffic, wait), traffic
+        )

@@ -9,15 +9,15 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 
-def timestamp(moment: datetime | None) -> Timestamp | None:
-    if moment is None:
+def to_timestamp(time: datetime | None) -> Timestamp | None:
+    if time is None:
         return None
     message = Timestamp()
-    message.FromDatetime(moment)
+    message.FromDatetime(time)
     return message
 
 
-def duration(microseconds: float | None) -> Duration | None:
+def to_duration(microseconds: float | None) -> Duration | None:
     if microseconds is None:
         return None
     message = Duration()
@@ -25,8 +25,8 @@ def duration(microseconds: float | None) -> Duration | None:
     return message
 
 
-def number(kind: EnumDescriptor, name: str) -> int:
+def to_enum_number(enum: EnumDescriptor, name: str) -> int:
     """An enum's value by the ledger's name; unspecified for a name that this code does not know."""
-    prefix = kind.values_by_number[0].name.removesuffix("UNSPECIFIED")
-    value = kind.values_by_name.get(prefix + name.upper())
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    value = enum.values_by_name.get(prefix + name.upper())
     return value.number if value else 0

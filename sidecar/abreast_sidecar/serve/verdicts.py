@@ -7,57 +7,57 @@ from dataclasses import asdict
 
 from abreast.v1 import common_pb2
 from abreast.v1 import comparison_pb2 as pb
-from abreast_sidecar.compare.verdict import Budget, Ledger, Reason, Verdict
-from abreast_sidecar.serve.values import number
-from abreast_sidecar.store.results import Evidence
+from abreast_sidecar.compare.verdict import Budget, Completeness, Reason, Verdict
+from abreast_sidecar.serve.values import to_enum_number
+from abreast_sidecar.store.results import VerdictEvidence
 
-STATE = pb.VerdictState.DESCRIPTOR
-SUBJECT = pb.VerdictSubject.DESCRIPTOR
+VERDICT_STATE_ENUM = pb.VerdictState.DESCRIPTOR
+VERDICT_SUBJECT_ENUM = pb.VerdictSubject.DESCRIPTOR
 
 
-def ledger(found: Evidence, pending: int) -> Ledger:
+def to_completeness(evidence: VerdictEvidence, pending: int) -> Completeness:
     """Of the window; what still waits in Redis is not lost, and not known either."""
-    lost = found.lost(pending)
-    sampled = None if lost is None else found.rows + lost
-    return Ledger(sampled, found.accounted, waiting=0 if found.over else pending)
+    lost_count = evidence.count_lost(pending)
+    sampled_count = None if lost_count is None else evidence.rows + lost_count
+    return Completeness(sampled_count, evidence.accounted, pending=0 if evidence.has_ended else pending)
 
 
-def response(
+def to_verdict_response(
     service: str, verdict: Verdict, budget: Budget, release: str | None = None
 ) -> pb.GetVerdictResponse:
     """`release`: of new, that was judged; None for all."""
     return pb.GetVerdictResponse(
         service=service,
-        state=number(STATE, verdict.state),  # type: ignore[arg-type]  # an int is one
-        reasons=_reasons(service, verdict.reasons),
+        state=to_enum_number(VERDICT_STATE_ENUM, verdict.state),  # type: ignore[arg-type]  # an int is one
+        reasons=_to_reason_messages(service, verdict.reasons),
         endpoints=[
             pb.EndpointVerdict(
-                endpoint=_endpoint(service, one.endpoint),
-                state=number(STATE, one.state),  # type: ignore[arg-type]  # an int is one
-                reasons=_reasons(service, one.reasons),
+                endpoint=_parse_endpoint_name(service, item.endpoint),
+                state=to_enum_number(VERDICT_STATE_ENUM, item.state),  # type: ignore[arg-type]  # an int is one
+                reasons=_to_reason_messages(service, item.reasons),
             )
-            for one in verdict.endpoints
+            for item in verdict.endpoints
         ],
-        more=verdict.more,
+        more=verdict.pairs_to_pass,
         budget=pb.Budget(**asdict(budget)),
         release=release,
     )
 
 
-def _reasons(service: str, reasons: Iterable[Reason]) -> list[pb.VerdictReason]:
+def _to_reason_messages(service: str, reasons: Iterable[Reason]) -> list[pb.VerdictReason]:
     return [
         pb.VerdictReason(
-            subject=number(SUBJECT, one.subject),  # type: ignore[arg-type]  # an int is one
-            endpoint=_endpoint(service, one.endpoint) if one.endpoint else None,
-            state=number(STATE, one.state),  # type: ignore[arg-type]  # an int is one
-            text=one.text,
-            more_to_pass=one.needed.to_pass,
-            more_to_fail=one.needed.to_fail,
+            subject=to_enum_number(VERDICT_SUBJECT_ENUM, reason.subject),  # type: ignore[arg-type]  # an int is one
+            endpoint=_parse_endpoint_name(service, reason.endpoint) if reason.endpoint else None,
+            state=to_enum_number(VERDICT_STATE_ENUM, reason.state),  # type: ignore[arg-type]  # an int is one
+            text=reason.text,
+            more_to_pass=reason.pairs_needed.to_pass,
+            more_to_fail=reason.pairs_needed.to_fail,
         )
-        for one in reasons
+        for reason in reasons
     ]
 
 
-def _endpoint(service: str, name: str) -> common_pb2.Endpoint:
+def _parse_endpoint_name(service: str, name: str) -> common_pb2.Endpoint:
     method, _, route = name.partition(" ")
     return common_pb2.Endpoint(service=service, method=method, route=route)

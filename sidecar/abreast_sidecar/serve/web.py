@@ -12,24 +12,24 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from abreast_sidecar.compare.verdict import Budget, Verdict, decide
-from abreast_sidecar.control import Control
-from abreast_sidecar.control.steerers import Steerers
+from abreast_sidecar.compare.verdict import Budget, Verdict, decide_verdict
+from abreast_sidecar.control import TrafficController
+from abreast_sidecar.control.steerers import RolloutService
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError, SidecarError
 from abreast_sidecar.serve import arguments, page
 from abreast_sidecar.serve.metrics import Metrics
-from abreast_sidecar.serve.pending import Pending
+from abreast_sidecar.serve.pending import PairBacklog
 from abreast_sidecar.serve.readiness import Readiness
-from abreast_sidecar.serve.verdicts import ledger
-from abreast_sidecar.store.pages import Page
-from abreast_sidecar.store.queries import FindingFilter, PairFilter, Queries
+from abreast_sidecar.serve.verdicts import to_completeness
+from abreast_sidecar.store.pages import PageRequest
+from abreast_sidecar.store.queries import FindingFilter, LedgerReader, PairFilter
 from abreast_sidecar.store.results import Window
 
-FINDINGS = 200  # shown on the page
-PAIRS = 50
-EVENTS = 8
-STATUS = {ArgumentError: 400, NotFoundError: 404, LedgerError: 503}
-HEADERS = {
+MAX_PAGE_FINDINGS = 200  # shown on the page
+MAX_PAGE_PAIRS = 50
+MAX_PAGE_EVENTS = 8
+HTTP_STATUS_BY_ERROR = {ArgumentError: 400, NotFoundError: 404, LedgerError: 503}
+SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'self'; img-src data:; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -39,130 +39,136 @@ HEADERS = {
 
 log = structlog.get_logger(__name__)
 
-Show = Callable[["Web", Request], Awaitable[str]]
+PageRenderer = Callable[["WebApp", Request], Awaitable[str]]
 
 
-class Web:
+class WebApp:
     def __init__(
         self,
         *,
-        queries: Queries,
-        control: Control,
-        steerers: Steerers,
-        pending: Pending,
+        reader: LedgerReader,
+        control: TrafficController,
+        rollout: RolloutService,
+        backlog: PairBacklog,
         readiness: Readiness,
         metrics: Metrics,
     ) -> None:
-        self.queries = queries
+        self.reader = reader
         self.control = control
-        self.steerers = steerers
-        self.pending = pending
+        self.rollout = rollout
+        self.backlog = backlog
         self.readiness = readiness
         self.metrics = metrics
         self.style = (resources.files("abreast_sidecar.serve") / "templates" / "style.css").read_bytes()
 
-    def app(self) -> Starlette:
+    def create_app(self) -> Starlette:
         return Starlette(
             routes=[
-                Route("/healthz", self.alive),
-                Route("/readyz", self.ready),
-                Route("/metrics", self.prometheus),
-                Route("/style.css", self.stylesheet),
-                Route("/", self._page(Web.overview)),
-                Route("/findings/{id:int}", self._page(Web.finding)),
-                Route("/pairs/{id}", self._page(Web.pair)),
+                Route("/healthz", self.get_liveness),
+                Route("/readyz", self.get_readiness),
+                Route("/metrics", self.get_metrics),
+                Route("/style.css", self.get_stylesheet),
+                Route("/", self._create_page_handler(WebApp.render_overview)),
+                Route("/findings/{id:int}", self._create_page_handler(WebApp.render_finding)),
+                Route("/pairs/{id}", self._create_page_handler(WebApp.render_pair)),
             ]
         )
 
-    async def alive(self, _: Request) -> Response:
+    async def get_liveness(self, _: Request) -> Response:
         return Response("alive\n", media_type="text/plain")
 
-    async def ready(self, _: Request) -> Response:
-        ready = self.readiness.ready
-        content = {"ready": ready, "draining": self.readiness.draining, "parts": self.readiness.states()}
-        return JSONResponse(content, 200 if ready else 503)
+    async def get_readiness(self, _: Request) -> Response:
+        is_ready = self.readiness.is_ready
+        content = {
+            "ready": is_ready,
+            "draining": self.readiness.is_draining,
+            "parts": self.readiness.describe_parts(),
+        }
+        return JSONResponse(content, 200 if is_ready else 503)
 
-    async def prometheus(self, _: Request) -> Response:
+    async def get_metrics(self, _: Request) -> Response:
         for part in self.readiness.checks:
-            self.metrics.ready.labels(part).set(part not in self.readiness.wrong)
+            self.metrics.ready.labels(part).set(part not in self.readiness.problems)
         try:
-            await self.metrics.ledger.read(self.queries)
-            self.metrics.steering.guards = await self.steerers.guards()
-            self.metrics.steering.ramps = await self.steerers.ramps()
-            self.metrics.steering.webhooks = await self.queries.webhooks()
+            await self.metrics.ledger.read(self.reader)
+            self.metrics.rollout.guards = await self.rollout.list_guards()
+            self.metrics.rollout.ramps = await self.rollout.list_active_ramps()
+            self.metrics.rollout.webhooks = await self.reader.count_webhooks()
         except LedgerError as error:
             log.warning("metrics show the last counts of the ledger", error=str(error))
-        return Response(self.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    async def stylesheet(self, _: Request) -> Response:
+    async def get_stylesheet(self, _: Request) -> Response:
         return Response(self.style, media_type="text/css", headers={"cache-control": "max-age=300"})
 
-    def _page(self, show: Show) -> Callable[[Request], Awaitable[Response]]:
+    def _create_page_handler(self, render_content: PageRenderer) -> Callable[[Request], Awaitable[Response]]:
         async def respond(request: Request) -> Response:
             status = 200
             try:
-                text = await show(self, request)
+                text = await render_content(self, request)
             except SidecarError as error:
-                status = next((code for kind, code in STATUS.items() if isinstance(error, kind)), 500)
-                text = page.render("error", message=str(error), parts=self.readiness.states())
-            return HTMLResponse(text, status, headers=HEADERS)
+                status = next(
+                    (code for kind, code in HTTP_STATUS_BY_ERROR.items() if isinstance(error, kind)), 500
+                )
+                text = page.render("error", message=str(error), parts=self.readiness.describe_parts())
+            return HTMLResponse(text, status, headers=SECURITY_HEADERS)
 
         return respond
 
-    async def overview(self, request: Request) -> str:
-        services = await self.queries.services()
+    async def render_overview(self, request: Request) -> str:
+        services = await self.reader.list_services()
         if not services:
-            return page.render("empty", parts=self.readiness.states())
-        asked = arguments.text("service", request.query_params.get("service", ""))
-        service = await self.control.resolve(asked or services[0])
+            return page.render("empty", parts=self.readiness.describe_parts())
+        service_name = arguments.check_text("service", request.query_params.get("service", ""))
+        service = await self.control.resolve_service(service_name or services[0])
         traffic = await self.control.read(service)
-        pending = await self.pending.count(service)
-        noise = request.query_params.get("noise") == "1"
-        findings = await self.queries.findings(
-            FindingFilter(service=service, include_noise=noise), Page(FINDINGS)
+        pending = await self.backlog.count(service)
+        include_noise = request.query_params.get("noise") == "1"
+        findings = await self.reader.list_findings(
+            FindingFilter(service=service, include_noise=include_noise), PageRequest(MAX_PAGE_FINDINGS)
         )
-        explained = await self.queries.findings(
-            FindingFilter(service=service, only_explained=True), Page(FINDINGS)
+        explained = await self.reader.list_findings(
+            FindingFilter(service=service, only_explained=True), PageRequest(MAX_PAGE_FINDINGS)
         )
         return page.render(
             "overview",
             explained=explained,
             services=services,
             service=service,
-            noise=noise,
-            summary=await self.queries.summary(service, Window()),
+            noise=include_noise,
+            summary=await self.reader.read_summary(service, Window()),
             pending=pending,
-            verdict=await self._verdict(service, pending or 0),
+            verdict=await self._decide_verdict(service, pending or 0),
             findings=findings,
-            endpoints=await self.queries.endpoints(service, Window(), Page(FINDINGS)),
+            endpoints=await self.reader.list_endpoints(service, Window(), PageRequest(MAX_PAGE_FINDINGS)),
             traffic=traffic,
-            roll=await self.control.roster.all(service),
-            guard=await self.steerers.guard(service),
-            ramp=await self.steerers.ramp(service),
-            events=await self.control.journal.events(service, before_id=None, limit=EVENTS),
-            parts=self.readiness.states(),
+            roll=await self.control.registry.list_all(service),
+            guard=await self.rollout.get_guard(service),
+            ramp=await self.rollout.get_ramp(service),
+            events=await self.control.repository.list_events(service, before_id=None, limit=MAX_PAGE_EVENTS),
+            parts=self.readiness.describe_parts(),
         )
 
-    async def _verdict(self, service: str, pending: int) -> Verdict:
+    async def _decide_verdict(self, service: str, pending: int) -> Verdict:
         """By the budget that `abreast verdict` has unless told otherwise."""
         budget = Budget()
-        found = await self.queries.evidence(service, Window(), budget.max_slower)
-        return decide(found.endpoints, ledger(found, pending), budget)
+        evidence = await self.reader.read_evidence(service, Window(), budget.max_slower)
+        return decide_verdict(evidence.endpoints, to_completeness(evidence, pending), budget)
 
-    async def finding(self, request: Request) -> str:
-        number = min(request.path_params["id"], arguments.MAX_ID)
-        found, examples = await self.queries.finding(number)
-        pairs = await self.queries.pairs(PairFilter(finding_id=number), Page(PAIRS))
+    async def render_finding(self, request: Request) -> str:
+        finding_id = min(request.path_params["id"], arguments.MAX_ID)
+        finding, examples = await self.reader.get_finding(finding_id)
+        pairs = await self.reader.list_pairs(PairFilter(finding_id=finding_id), PageRequest(MAX_PAGE_PAIRS))
         return page.render(
             "finding",
-            service=found.endpoint.service,
-            finding=found,
+            service=finding.endpoint.service,
+            finding=finding,
             examples=examples,
             pairs=pairs,
-            feature=await self.queries.separating(found),
-            events=await self.queries.finding_events(found.id),
+            feature=await self.reader.find_common_feature(finding),
+            events=await self.reader.list_finding_events(finding.id),
         )
 
-    async def pair(self, request: Request) -> str:
-        found = await self.queries.pair(arguments.pair_id(request.path_params["id"]))
-        return page.render("pair", service=found.pair.endpoint.service, detail=found, pair=found.pair)
+    async def render_pair(self, request: Request) -> str:
+        detail = await self.reader.get_pair(arguments.parse_pair_id(request.path_params["id"]))
+        return page.render("pair", service=detail.pair.endpoint.service, detail=detail, pair=detail.pair)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-FRESH = 15.0  # seconds; an Envoy's count is brought once a second
-GONE = 600.0  # seconds after which an Envoy that nobody asks any more is taken to be no more
-QUIET = 30.0  # seconds without a pair
-AHEAD = 60.0  # seconds: pairs are of Redis's clock, all else of Postgres's
+MAX_REPORT_AGE_S = 15.0  # seconds; an Envoy's count is brought once a second
+ENVOY_GONE_AFTER_S = 600.0  # seconds after which an Envoy that nobody asks any more is taken to be no more
+MAX_PAIR_AGE_S = 30.0  # seconds without a pair
+MAX_CLOCK_LAG_S = 60.0  # seconds: pairs are of Redis's clock, all else of Postgres's
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class EnvoyReport:
     """When (seconds ago) an Envoy's count was brought; `node` ends in @ and its admin address."""
 
     node: str
@@ -20,7 +20,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Gap:
+class CompletenessGap:
     """Requests by Envoy's count, and those that the ledger ever got or that are on their way to it."""
 
     sampled: int | None
@@ -31,36 +31,43 @@ class Gap:
         return None if self.sampled is None else self.sampled - self.arrived
 
 
-def silent(reports: Iterable[Report], asked: Iterable[str]) -> str:
+def describe_stale_counts(reports: Iterable[EnvoyReport], admin_addresses: Iterable[str]) -> str:
     """Why Envoy's count can't be relied on; empty where it can. `asked` are admin addresses that ought to answer."""
-    known = list(reports)
-    if not known:
+    all_reports = list(reports)
+    if not all_reports:
         return "no Envoy's count is known (ABREAST_ENVOY_ADMIN)"
-    addresses = {_plain(address) for address in asked}
-    late = [one for one in known if one.age > FRESH and (one.age < GONE or _address(one) in addresses)]
-    if late:
-        worst = max(late, key=lambda one: one.age)
-        return f"the Envoy {worst.node} has not told its count for {worst.age:.0f} s"
-    if all(one.age > FRESH for one in known):
+    addresses = {_normalise_address(address) for address in admin_addresses}
+    late_reports = [
+        report
+        for report in all_reports
+        if report.age > MAX_REPORT_AGE_S
+        and (report.age < ENVOY_GONE_AFTER_S or _admin_address(report) in addresses)
+    ]
+    if late_reports:
+        oldest = max(late_reports, key=lambda report: report.age)
+        return f"the Envoy {oldest.node} has not told its count for {oldest.age:.0f} s"
+    if all(report.age > MAX_REPORT_AGE_S for report in all_reports):
         return "no Envoy tells its count any more (ABREAST_ENVOY_ADMIN)"
     return ""
 
 
-def behind(newest: float | None) -> float:
+def measure_clock_lag(newest_pair_age_s: float | None) -> float:
     """Seconds by which Postgres's clock is behind the pairs'. `newest`: seconds since the last one, by that clock."""
-    return -newest if newest is not None and newest < -AHEAD else 0.0
+    return (
+        -newest_pair_age_s if newest_pair_age_s is not None and newest_pair_age_s < -MAX_CLOCK_LAG_S else 0.0
+    )
 
 
-def lost(before: int | None, now: Gap) -> int | None:
+def count_lost_requests(missing_before: int | None, gap: CompletenessGap) -> int | None:
     """Requests that went missing since; None where that can't be known."""
-    if before is None or now.missing is None:
+    if missing_before is None or gap.missing is None:
         return None
-    return max(0, now.missing - before)
+    return max(0, gap.missing - missing_before)
 
 
-def _address(report: Report) -> str:
+def _admin_address(report: EnvoyReport) -> str:
     return report.node.rpartition("@")[2]
 
 
-def _plain(address: str) -> str:
+def _normalise_address(address: str) -> str:
     return address.removeprefix("http://").rstrip("/")

@@ -23,77 +23,77 @@ from math import inf, isfinite, log
 from typing import Any, Literal, get_args
 
 from abreast_sidecar.compare.sequence import evidence_above
-from abreast_sidecar.compare.verdict import HALF, SHARES
+from abreast_sidecar.compare.verdict import ALPHA_SHARES, HALF
 
-Mode = Literal["off", "watching", "acting"]
-Subject = Literal["errors", "mismatches", "slower"]
+GuardMode = Literal["off", "watching", "acting"]
+GuardRuleName = Literal["errors", "mismatches", "slower"]
 
-MODES: tuple[Mode, ...] = get_args(Mode)
-RULES: tuple[Subject, ...] = get_args(Subject)
-WINDOWS = 2  # at a time, for each rule
-SHORTEST, LONGEST = 10.0, 86_400.0  # seconds of a window
-MOST_PAIRS = 1_000_000
+GUARD_MODES: tuple[GuardMode, ...] = get_args(GuardMode)
+GUARD_RULE_NAMES: tuple[GuardRuleName, ...] = get_args(GuardRuleName)
+WINDOWS_PER_RULE = 2  # at a time, for each rule
+MIN_WINDOW_S, MAX_WINDOW_S = 10.0, 86_400.0  # seconds of a window
+MAX_MIN_PAIRS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class GuardRule:
     limit: float  # a share of pairs; of `slower` the part of old's time
     min_pairs: int  # before anything is said
     window: float = 600.0  # seconds
     cooldown: float = 300.0  # seconds after it acted, or would have
 
-    def check(self, name: str) -> None:
+    def validate(self, name: str) -> None:
         """Raise ValueError."""
         highest = inf if name == "slower" else 1.0
         if not (0 <= self.limit <= highest and isfinite(self.limit)):
             raise ValueError(
                 f"{name}.limit must be a share from 0 to 1 (of slower: 0 or more), got {self.limit!r}"
             )
-        if not 1 <= self.min_pairs <= MOST_PAIRS:
-            raise ValueError(f"{name}.min_pairs must be 1 to {MOST_PAIRS}, got {self.min_pairs!r}")
-        if not SHORTEST <= self.window <= LONGEST:
+        if not 1 <= self.min_pairs <= MAX_MIN_PAIRS:
+            raise ValueError(f"{name}.min_pairs must be 1 to {MAX_MIN_PAIRS}, got {self.min_pairs!r}")
+        if not MIN_WINDOW_S <= self.window <= MAX_WINDOW_S:
             raise ValueError(
-                f"{name}.window must be {SHORTEST:g} to {LONGEST:g} seconds, got {self.window:g}"
+                f"{name}.window must be {MIN_WINDOW_S:g} to {MAX_WINDOW_S:g} seconds, got {self.window:g}"
             )
-        if not 0 <= self.cooldown <= LONGEST:
-            raise ValueError(f"{name}.cooldown must be 0 to {LONGEST:g} seconds, got {self.cooldown:g}")
+        if not 0 <= self.cooldown <= MAX_WINDOW_S:
+            raise ValueError(f"{name}.cooldown must be 0 to {MAX_WINDOW_S:g} seconds, got {self.cooldown:g}")
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    mode: Mode = "off"
-    errors: Rule = field(default_factory=lambda: Rule(limit=0.001, min_pairs=10))
-    mismatches: Rule = field(default_factory=lambda: Rule(limit=0.01, min_pairs=50))
-    slower: Rule = field(default_factory=lambda: Rule(limit=1.0, min_pairs=100))
+class GuardPolicy:
+    mode: GuardMode = "off"
+    errors: GuardRule = field(default_factory=lambda: GuardRule(limit=0.001, min_pairs=10))
+    mismatches: GuardRule = field(default_factory=lambda: GuardRule(limit=0.01, min_pairs=50))
+    slower: GuardRule = field(default_factory=lambda: GuardRule(limit=1.0, min_pairs=100))
     min_completeness: float = 0.9  # below it the guard says that it is blind
     confidence: float = 0.99
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.mode not in GUARD_MODES:
+            raise ValueError(f"mode must be one of {', '.join(GUARD_MODES)}, got {self.mode!r}")
         if not 0 <= self.min_completeness <= 1:
             raise ValueError(f"min_completeness must be a share from 0 to 1, got {self.min_completeness!r}")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must be above 0 and below 1, got {self.confidence!r}")
-        for name in RULES:
-            self.rule(name).check(name)
+        for name in GUARD_RULE_NAMES:
+            self.rule(name).validate(name)
 
-    def rule(self, name: Subject) -> Rule:
-        rule: Rule = getattr(self, name)
+    def rule(self, name: GuardRuleName) -> GuardRule:
+        rule: GuardRule = getattr(self, name)
         return rule
 
     @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Policy:
+    def from_document(cls, document: Mapping[str, Any]) -> GuardPolicy:
         """From what `asdict` made of one; what is unknown is left out."""
         values: dict[str, Any] = {
             name: document[name] for name in ("mode", "min_completeness", "confidence") if name in document
         }
-        values |= {name: Rule(**document[name]) for name in RULES if name in document}
+        values |= {name: GuardRule(**document[name]) for name in GUARD_RULE_NAMES if name in document}
         return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class WindowCounts:
     """Pairs of one window."""
 
     live: int = 0  # users' requests that new answered, or should have
@@ -107,62 +107,70 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Breach:
-    rule: Subject
+    rule: GuardRuleName
     text: str
-    evidence: float  # beyond what it takes
+    excess_evidence: float  # beyond what it takes
 
 
-def starts(rule: Rule, now: dt.datetime, since: dt.datetime) -> tuple[dt.datetime, ...]:
+def window_starts(rule: GuardRule, now: dt.datetime, since: dt.datetime) -> tuple[dt.datetime, ...]:
     """Of the windows, the longest first. They do not slide: each begins once and grows. None begins before `since`."""
-    half = rule.window / WINDOWS
-    last = dt.datetime.fromtimestamp(now.timestamp() // half * half, dt.UTC)
-    return tuple(max(last - dt.timedelta(seconds=half * back), since) for back in reversed(range(WINDOWS)))
-
-
-def breaches(policy: Policy, tallies: Mapping[Subject, Sequence[Tally]]) -> list[Breach]:
-    """The plainest first."""
-    found = []
-    for name, windows in tallies.items():
-        bar = -log((1 - policy.confidence) * SHARES[name] / WINDOWS)
-        worst = max((_tested(policy, name, tally) for tally in windows), key=lambda one: one.evidence)
-        if worst.evidence >= bar:
-            found.append(Breach(name, worst.text, worst.evidence - bar))
-    return sorted(found, key=lambda one: -one.evidence)
-
-
-def _tested(policy: Policy, name: Subject, tally: Tally) -> Breach:
-    rule = policy.rule(name)
-    n, hits, limit = _counts(name, rule, tally)
-    evidence = evidence_above(hits, n, limit) if n >= rule.min_pairs else -inf
-    if name == "errors" and hits:
-        evidence = min(evidence, evidence_above(hits, hits + tally.old_errors, HALF))
-    return Breach(name, _said(name, rule, tally), evidence)
-
-
-def _counts(name: Subject, rule: Rule, tally: Tally) -> tuple[int, int, float]:
-    if name == "errors":
-        return tally.live, tally.new_errors, rule.limit
-    if name == "mismatches":
-        return tally.compared, tally.mismatches, rule.limit
-    return tally.timed, tally.slower, HALF
-
-
-def _said(name: Subject, rule: Rule, tally: Tally) -> str:
-    if name == "errors":
-        return (
-            f"new failed {tally.new_errors:,} of {tally.live:,} users' requests that old answered"
-            f" ({_share(tally.new_errors, tally.live)}, {rule.limit * 100:.3g}% allowed); {tally.old_errors:,} the other way"
-        )
-    if name == "mismatches":
-        return (
-            f"{tally.mismatches:,} of {tally.compared:,} pairs have unexplained mismatches"
-            f" ({_share(tally.mismatches, tally.compared)}, {rule.limit * 100:.3g}% allowed)"
-        )
-    return (
-        f"{tally.slower:,} of {tally.timed:,} answers are slower than old's by more than {rule.limit * 100:.3g}%"
-        f" ({_share(tally.slower, tally.timed)}, half allowed)"
+    half_window_s = rule.window / WINDOWS_PER_RULE
+    latest_start = dt.datetime.fromtimestamp(now.timestamp() // half_window_s * half_window_s, dt.UTC)
+    return tuple(
+        max(latest_start - dt.timedelta(seconds=half_window_s * windows_back), since)
+        for windows_back in reversed(range(WINDOWS_PER_RULE))
     )
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole * 100:.3g}%" if whole else "none"
+def find_breaches(
+    policy: GuardPolicy, window_counts: Mapping[GuardRuleName, Sequence[WindowCounts]]
+) -> list[Breach]:
+    """The plainest first."""
+    breach_list = []
+    for name, windows in window_counts.items():
+        threshold = -log((1 - policy.confidence) * ALPHA_SHARES[name] / WINDOWS_PER_RULE)
+        worst = max(
+            (_test_rule(policy, name, counts) for counts in windows),
+            key=lambda breach: breach.excess_evidence,
+        )
+        if worst.excess_evidence >= threshold:
+            breach_list.append(Breach(name, worst.text, worst.excess_evidence - threshold))
+    return sorted(breach_list, key=lambda breach: -breach.excess_evidence)
+
+
+def _test_rule(policy: GuardPolicy, name: GuardRuleName, counts: WindowCounts) -> Breach:
+    rule = policy.rule(name)
+    n, hits, limit = _select_counts(name, rule, counts)
+    evidence = evidence_above(hits, n, limit) if n >= rule.min_pairs else -inf
+    if name == "errors" and hits:
+        evidence = min(evidence, evidence_above(hits, hits + counts.old_errors, HALF))
+    return Breach(name, _describe_breach(name, rule, counts), evidence)
+
+
+def _select_counts(name: GuardRuleName, rule: GuardRule, counts: WindowCounts) -> tuple[int, int, float]:
+    if name == "errors":
+        return counts.live, counts.new_errors, rule.limit
+    if name == "mismatches":
+        return counts.compared, counts.mismatches, rule.limit
+    return counts.timed, counts.slower, HALF
+
+
+def _describe_breach(name: GuardRuleName, rule: GuardRule, counts: WindowCounts) -> str:
+    if name == "errors":
+        return (
+            f"new failed {counts.new_errors:,} of {counts.live:,} users' requests that old answered"
+            f" ({_format_share(counts.new_errors, counts.live)}, {rule.limit * 100:.3g}% allowed); {counts.old_errors:,} the other way"
+        )
+    if name == "mismatches":
+        return (
+            f"{counts.mismatches:,} of {counts.compared:,} pairs have unexplained mismatches"
+            f" ({_format_share(counts.mismatches, counts.compared)}, {rule.limit * 100:.3g}% allowed)"
+        )
+    return (
+        f"{counts.slower:,} of {counts.timed:,} answers are slower than old's by more than {rule.limit * 100:.3g}%"
+        f" ({_format_share(counts.slower, counts.timed)}, half allowed)"
+    )
+
+
+def _format_share(part: int, total: int) -> str:
+    return f"{part / total * 100:.3g}%" if total else "none"

@@ -14,21 +14,21 @@ from math import isfinite
 from typing import Any, Literal
 
 from abreast_sidecar.compare import verdict as judging
-from abreast_sidecar.compare.verdict import Budget, Counts, Ledger, Verdict
-from abreast_sidecar.steer.flow import QUIET, behind
+from abreast_sidecar.compare.verdict import Budget, Completeness, EndpointCounts, Verdict
+from abreast_sidecar.steer.flow import MAX_PAIR_AGE_S, measure_clock_lag
 
-State = Literal["progressing", "paused", "succeeded", "failed", "aborted", "superseded"]
+RampState = Literal["progressing", "paused", "succeeded", "failed", "aborted", "superseded"]
 ActionName = Literal["wait", "step", "succeed", "roll back"]
 
-ACTIVE: tuple[State, ...] = ("progressing", "paused")
-WHOLE = 10_000  # all users, in hundredths of a percent
-MOST_STEPS = 100
-LONGEST = 30 * 86_400.0  # seconds of a hold
-MOST_PAIRS = 1_000_000
+ACTIVE_STATES: tuple[RampState, ...] = ("progressing", "paused")
+ALL_USERS = 10_000  # all users, in hundredths of a percent
+MAX_STEPS = 100
+MAX_HOLD_S = 30 * 86_400.0  # seconds of a hold
+MAX_MIN_PAIRS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RampPlan:
     steps: tuple[int, ...]  # shares of users, in hundredths of a percent
     hold: float = 600.0  # seconds that each step lasts at least
     min_pairs: int = 100  # compared in a step before the next
@@ -36,24 +36,24 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Raise ValueError."""
-        if not 1 <= len(self.steps) <= MOST_STEPS:
-            raise ValueError(f"steps must be 1 to {MOST_STEPS} shares of users, got {len(self.steps)}")
-        rising = all(low < high for low, high in zip(self.steps, self.steps[1:], strict=False))
-        if not rising or not 0 < self.steps[0] <= self.steps[-1] <= WHOLE:
-            shown = ", ".join(percent(step) for step in self.steps)
-            raise ValueError(f"steps must rise, above 0% and up to 100%, got {shown}")
-        if not (isfinite(self.hold) and 0 <= self.hold <= LONGEST):
-            raise ValueError(f"hold must be 0 to {LONGEST:g} seconds, got {self.hold:g}")
-        if not 1 <= self.min_pairs <= MOST_PAIRS:
-            raise ValueError(f"min_pairs must be 1 to {MOST_PAIRS}, got {self.min_pairs}")
+        if not 1 <= len(self.steps) <= MAX_STEPS:
+            raise ValueError(f"steps must be 1 to {MAX_STEPS} shares of users, got {len(self.steps)}")
+        is_rising = all(low < high for low, high in zip(self.steps, self.steps[1:], strict=False))
+        if not is_rising or not 0 < self.steps[0] <= self.steps[-1] <= ALL_USERS:
+            shares = ", ".join(format_percent(step) for step in self.steps)
+            raise ValueError(f"steps must rise, above 0% and up to 100%, got {shares}")
+        if not (isfinite(self.hold) and 0 <= self.hold <= MAX_HOLD_S):
+            raise ValueError(f"hold must be 0 to {MAX_HOLD_S:g} seconds, got {self.hold:g}")
+        if not 1 <= self.min_pairs <= MAX_MIN_PAIRS:
+            raise ValueError(f"min_pairs must be 1 to {MAX_MIN_PAIRS}, got {self.min_pairs}")
 
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
     id: int
     service: str
-    state: State
-    plan: Plan
+    state: RampState
+    plan: RampPlan
     step: int
     actor: str
     reason: str
@@ -72,126 +72,130 @@ class Ramp:
         return self.plan.steps[self.step]
 
     @property
-    def last(self) -> bool:
+    def is_last_step(self) -> bool:
         return self.step == len(self.plan.steps) - 1
 
     @property
-    def active(self) -> bool:
-        return self.state in ACTIVE
+    def is_active(self) -> bool:
+        return self.state in ACTIVE_STATES
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class RampEvidence:
     """What was seen since a moment."""
 
-    endpoints: tuple[Counts, ...]
-    ledger: Ledger
+    endpoints: tuple[EndpointCounts, ...]
+    completeness: Completeness
 
     @property
     def compared(self) -> int:
-        return sum(one.compared for one in self.endpoints)
+        return sum(counts.compared for counts in self.endpoints)
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    now: dt.datetime
-    whole: Seen  # since the ramp began
-    step: Seen  # since the step was set
-    silent: str  # why Envoy's count can't be relied on
-    newest: float | None  # seconds since the last pair was compared
+class Observation:
+    observed_at: dt.datetime
+    since_start: RampEvidence  # since the ramp began
+    since_step: RampEvidence  # since the step was set
+    stale_counts_reason: str  # why Envoy's count can't be relied on
+    newest_pair_age_s: float | None  # seconds since the last pair was compared
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class RampDecision:
     action: ActionName
     reason: str
     verdict: str  # PASS, FAIL or INCONCLUSIVE
 
 
-def decide(ramp: Ramp, look: Look) -> Move:
+def decide_ramp(ramp: Ramp, observation: Observation) -> RampDecision:
     """A paused ramp goes back as well: pausing is no wish that users be hurt."""
-    if failed := _failed(ramp, look):
-        return Move("roll back", failed, "FAIL")
-    verdict = judging.decide(look.whole.endpoints, look.whole.ledger, ramp.plan.budget)
+    if failure := _find_failure(ramp, observation):
+        return RampDecision("roll back", failure, "FAIL")
+    verdict = judging.decide_verdict(
+        observation.since_start.endpoints, observation.since_start.completeness, ramp.plan.budget
+    )
     state = "INCONCLUSIVE" if verdict.state == "FAIL" else verdict.state  # not at the alpha of going back
-    wait = _why_not(ramp, look) or ("" if state == "PASS" else _doubt(verdict))
-    if wait:
-        return Move("wait", wait, state)
-    passed = f"the verdict is PASS after {_number(look.whole.compared)} pairs, {_number(look.step.compared)} in this step"
-    return Move("succeed" if ramp.last else "step", passed, state)
+    wait_reason = _find_wait_reason(ramp, observation) or (
+        "" if state == "PASS" else _describe_doubt(verdict)
+    )
+    if wait_reason:
+        return RampDecision("wait", wait_reason, state)
+    reason = f"the verdict is PASS after {_format_number(observation.since_start.compared)} pairs, {_format_number(observation.since_step.compared)} in this step"
+    return RampDecision("succeed" if ramp.is_last_step else "step", reason, state)
 
 
-def _failed(ramp: Ramp, look: Look) -> str:
+def _find_failure(ramp: Ramp, observation: Observation) -> str:
     alpha = 1 - ramp.plan.budget.confidence
-    shares = {
-        "since the ramp began": (look.whole, alpha / 2),
-        f"since {percent(ramp.share)}": (look.step, alpha / 2 / len(ramp.plan.steps)),
+    checks = {
+        "since the ramp began": (observation.since_start, alpha / 2),
+        f"since {format_percent(ramp.share)}": (observation.since_step, alpha / 2 / len(ramp.plan.steps)),
     }
-    for when, (seen, part) in shares.items():
-        strict = replace(ramp.plan.budget, confidence=1 - part)
-        verdict = judging.decide(seen.endpoints, seen.ledger, strict)
+    for period, (evidence, alpha_share) in checks.items():
+        budget = replace(ramp.plan.budget, confidence=1 - alpha_share)
+        verdict = judging.decide_verdict(evidence.endpoints, evidence.completeness, budget)
         if verdict.state == "FAIL":
-            return f"the verdict {when} is FAIL: {_text(verdict)}"
+            return f"the verdict {period} is FAIL: {_describe_reason(verdict)}"
     return ""
 
 
-def _why_not(ramp: Ramp, look: Look) -> str:
+def _find_wait_reason(ramp: Ramp, observation: Observation) -> str:
     """What keeps it from climbing, whatever the verdict is."""
     if ramp.state == "paused":
         return "paused"
-    if look.silent:
-        return look.silent
-    if look.newest is None or look.newest > QUIET:
-        return f"no pair was compared within the last {QUIET:g} s"
-    if late := behind(look.newest):
-        return f"Postgres's clock is {_span(late)} behind that of the pairs"
-    if hole := _hole(look.step.ledger, ramp.plan.budget):
-        return hole
-    left = ramp.plan.hold - (look.now - ramp.step_at).total_seconds()
-    if left > 0:
-        return f"holds {percent(ramp.share)} for another {_span(left)}"
-    if look.step.compared < ramp.plan.min_pairs:
-        return f"{_number(look.step.compared)} of {_number(ramp.plan.min_pairs)} pairs were compared in this step"
+    if observation.stale_counts_reason:
+        return observation.stale_counts_reason
+    if observation.newest_pair_age_s is None or observation.newest_pair_age_s > MAX_PAIR_AGE_S:
+        return f"no pair was compared within the last {MAX_PAIR_AGE_S:g} s"
+    if clock_lag := measure_clock_lag(observation.newest_pair_age_s):
+        return f"Postgres's clock is {_format_duration(clock_lag)} behind that of the pairs"
+    if gap := _describe_gap(observation.since_step.completeness, ramp.plan.budget):
+        return gap
+    remaining_s = ramp.plan.hold - (observation.observed_at - ramp.step_at).total_seconds()
+    if remaining_s > 0:
+        return f"holds {format_percent(ramp.share)} for another {_format_duration(remaining_s)}"
+    if observation.since_step.compared < ramp.plan.min_pairs:
+        return f"{_format_number(observation.since_step.compared)} of {_format_number(ramp.plan.min_pairs)} pairs were compared in this step"
     return ""
 
 
-def _hole(ledger: Ledger, budget: Budget) -> str:
+def _describe_gap(completeness: Completeness, budget: Budget) -> str:
     """Of the step alone: a ledger that was whole for a week hides an hour without captures."""
-    if ledger.sampled is None:
+    if completeness.sampled is None:
         return "no Envoy's count to hold this step's requests against"
-    if ledger.accounted >= ledger.sampled * budget.min_completeness:
+    if completeness.accounted >= completeness.sampled * budget.min_completeness:
         return ""
     return (
-        f"the ledger has {_number(ledger.accounted)} of {_number(ledger.sampled)} requests sampled in this step,"
+        f"the ledger has {_format_number(completeness.accounted)} of {_format_number(completeness.sampled)} requests sampled in this step,"
         f" {budget.min_completeness * 100:.4g}% are asked for"
     )
 
 
-def _doubt(verdict: Verdict) -> str:
-    return f"the verdict is INCONCLUSIVE: {_text(verdict)}"
+def _describe_doubt(verdict: Verdict) -> str:
+    return f"the verdict is INCONCLUSIVE: {_describe_reason(verdict)}"
 
 
-def _text(verdict: Verdict) -> str:
+def _describe_reason(verdict: Verdict) -> str:
     reason = verdict.reasons[0]
     return f"{reason.endpoint}: {reason.text}" if reason.endpoint else reason.text
 
 
-def budget_of(document: Mapping[str, Any]) -> Budget:
-    known = Budget.__dataclass_fields__
-    return Budget(**{name: value for name, value in document.items() if name in known})
+def budget_from_document(document: Mapping[str, Any]) -> Budget:
+    field_names = Budget.__dataclass_fields__
+    return Budget(**{name: value for name, value in document.items() if name in field_names})
 
 
-def listed(steps: Sequence[int]) -> str:
-    return ", ".join(percent(step) for step in steps)
+def format_shares(steps: Sequence[int]) -> str:
+    return ", ".join(format_percent(step) for step in steps)
 
 
-def percent(share: int) -> str:
+def format_percent(share: int) -> str:
     return f"{share / 100:g}%"
 
 
-def _span(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _number(value: int) -> str:
+def _format_number(value: int) -> str:
     return f"{value:,}"

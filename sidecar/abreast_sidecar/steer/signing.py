@@ -8,45 +8,48 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 
-PREFIX = "whsec_"
-SCHEME = "v1"
-SHORTEST, LONGEST = 24, 64  # bytes of a secret
-TOLERANCE = 300  # seconds between the signature's time and now
+SECRET_PREFIX = "whsec_"
+SIGNATURE_SCHEME = "v1"
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64  # bytes of a secret
+TIMESTAMP_TOLERANCE_S = 300  # seconds between the signature's time and now
 
 
-def key_of(secret: str) -> bytes:
+def decode_secret(secret: str) -> bytes:
     """Raise ValueError, which never tells the secret."""
-    wanted = f"{PREFIX} and {SHORTEST} to {LONGEST} bytes in base64"
-    if not secret.startswith(PREFIX):
-        raise ValueError(wanted)
+    requirement = f"{SECRET_PREFIX} and {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes in base64"
+    if not secret.startswith(SECRET_PREFIX):
+        raise ValueError(requirement)
     try:
-        key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
+        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError(wanted) from None
-    if not SHORTEST <= len(key) <= LONGEST:
-        raise ValueError(wanted)
+        raise ValueError(requirement) from None
+    if not MIN_SECRET_BYTES <= len(key) <= MAX_SECRET_BYTES:
+        raise ValueError(requirement)
     return key
 
 
-def headers(secret: str, message: str, timestamp: int, body: bytes) -> dict[str, str]:
+def make_signature_headers(secret: str, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
     """`timestamp` (Unix, seconds) is that of the attempt; `message` is the same at every attempt."""
     return {
-        "webhook-id": message,
+        "webhook-id": message_id,
         "webhook-timestamp": str(timestamp),
-        "webhook-signature": f"{SCHEME},{_signature(secret, message, str(timestamp), body)}",
+        "webhook-signature": f"{SIGNATURE_SCHEME},{_sign(secret, message_id, str(timestamp), body)}",
     }
 
 
-def verified(secret: str, received: Mapping[str, str], body: bytes, now: float) -> bool:
+def is_verified(secret: str, request_headers: Mapping[str, str], body: bytes, now: float) -> bool:
     """Whether a message is from who has the secret, and fresh. `received` are headers, in small letters."""
-    message, timestamp = received.get("webhook-id", ""), received.get("webhook-timestamp", "")
-    if not message or not timestamp.isdigit() or abs(now - int(timestamp)) > TOLERANCE:
+    message_id, timestamp = (
+        request_headers.get("webhook-id", ""),
+        request_headers.get("webhook-timestamp", ""),
+    )
+    if not message_id or not timestamp.isdigit() or abs(now - int(timestamp)) > TIMESTAMP_TOLERANCE_S:
         return False
-    wanted = f"{SCHEME},{_signature(secret, message, timestamp, body)}".encode()
-    said = received.get("webhook-signature", "").split(" ")  # several while a secret is changed
-    return any(hmac.compare_digest(wanted, one.encode()) for one in said)
+    expected = f"{SIGNATURE_SCHEME},{_sign(secret, message_id, timestamp, body)}".encode()
+    signatures = request_headers.get("webhook-signature", "").split(" ")  # several while a secret is changed
+    return any(hmac.compare_digest(expected, signature.encode()) for signature in signatures)
 
 
-def _signature(secret: str, message: str, timestamp: str, body: bytes) -> str:
-    signed = f"{message}.{timestamp}.".encode() + body
-    return base64.b64encode(hmac.digest(key_of(secret), signed, hashlib.sha256)).decode()
+def _sign(secret: str, message_id: str, timestamp: str, body: bytes) -> str:
+    payload = f"{message_id}.{timestamp}.".encode() + body
+    return base64.b64encode(hmac.digest(decode_secret(secret), payload, hashlib.sha256)).decode()

@@ -1,7 +1,7 @@
 """The ledger in Postgres."""
 
-from abreast_sidecar.store.judged import Judged
-from abreast_sidecar.store.ledger import Ledger
+from abreast_sidecar.store.judged import PairRecord
+from abreast_sidecar.store.ledger import PairWriter
 from abreast_sidecar.store.migrate import migrate
 
-__all__ = ["Judged", "Ledger", "migrate"]
+__all__ = ["PairRecord", "PairWriter", "migrate"]

@@ -14,137 +14,149 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
 from abreast_sidecar.compare import Difference
-from abreast_sidecar.store.clean import clean, json_text
-from abreast_sidecar.store.database import statement
-from abreast_sidecar.store.examples import Kept
-from abreast_sidecar.store.judged import EndpointKey, Judged
+from abreast_sidecar.store.clean import sanitise_text, to_json
+from abreast_sidecar.store.database import load_statement
+from abreast_sidecar.store.examples import ExampleSummary
+from abreast_sidecar.store.judged import EndpointKey, PairRecord
 
-MAX_ENDPOINTS = 2000  # of one service; then all further routes are one
-MAX_FINDINGS = 1000  # of one endpoint; then all further paths of a part and kind are one
-OTHER = "(other)"
-PATH_LIMIT = 500  # characters
-VALUE_LIMIT = 500
+MAX_SERVICE_ENDPOINTS = 2000  # of one service; then all further routes are one
+MAX_ENDPOINT_FINDINGS = 1000  # of one endpoint; then all further paths of a part and kind are one
+OTHER_PATH = "(other)"
+MAX_PATH_CHARS = 500  # characters
+MAX_VALUE_CHARS = 500
 
 FindingKey = tuple[str, str, str]  # part, path, kind
 
 
 @dataclass(slots=True)
-class Endpoint:
+class EndpointIds:
     id: int
     findings: dict[FindingKey, int] = field(default_factory=dict)
 
 
-class Catalogue:
+class IdCache:
     def __init__(self) -> None:
-        self.services: dict[str, dict[EndpointKey, Endpoint]] = {}
-        self.examples: dict[int, Kept] = {}  # by finding, as far as this process knows
+        self.services: dict[str, dict[EndpointKey, EndpointIds]] = {}
+        self.examples: dict[int, ExampleSummary] = {}  # by finding, as far as this process knows
 
     def clear(self) -> None:
         self.services.clear()
         self.examples.clear()
 
-    async def learn(self, connection: AsyncConnection[TupleRow], batch: Iterable[Judged]) -> None:
+    async def load(self, connection: AsyncConnection[TupleRow], records: Iterable[PairRecord]) -> None:
         """After this `endpoint` and `finding` know all of the batch."""
-        batch = list(batch)
-        await self._learn_services(connection, {judged.endpoint[0] for judged in batch})
-        missing = {judged.endpoint for judged in batch if self._known(judged.endpoint) is None}
+        records = list(records)
+        await self._load_services(connection, {record.endpoint[0] for record in records})
+        missing = {record.endpoint for record in records if self._find_endpoint(record.endpoint) is None}
         if missing:
             await self._add_endpoints(connection, missing)
-        if unknown := self._unknown_findings(batch):
+        if unknown := self._unknown_findings(records):
             await self._add_findings(connection, unknown)
 
-    def endpoint(self, key: EndpointKey) -> Endpoint:
-        found = self._known(key)
-        assert found is not None
-        return found
+    def endpoint(self, key: EndpointKey) -> EndpointIds:
+        ids = self._find_endpoint(key)
+        assert ids is not None
+        return ids
 
-    def finding(self, endpoint: Endpoint, difference: Difference) -> int | None:
+    def finding(self, endpoint: EndpointIds, difference: Difference) -> int | None:
         findings = endpoint.findings
-        found = findings.get((difference.part, difference.path, difference.kind))
-        if found is None:
-            found = findings.get(_key(difference)) or findings.get((difference.part, OTHER, difference.kind))
-        return found
+        finding_id = findings.get((difference.part, difference.path, difference.kind))
+        if finding_id is None:
+            finding_id = findings.get(_make_finding_key(difference)) or findings.get(
+                (difference.part, OTHER_PATH, difference.kind)
+            )
+        return finding_id
 
-    def _known(self, key: EndpointKey) -> Endpoint | None:
+    def _find_endpoint(self, key: EndpointKey) -> EndpointIds | None:
         endpoints = self.services.get(key[0], {})
-        return endpoints.get(key) or endpoints.get(_other(key))
+        return endpoints.get(key) or endpoints.get(_fold_endpoint(key))
 
-    async def _learn_services(self, connection: AsyncConnection[TupleRow], services: set[str]) -> None:
-        new = services - self.services.keys()
-        if not new:
+    async def _load_services(self, connection: AsyncConnection[TupleRow], services: set[str]) -> None:
+        unknown = services - self.services.keys()
+        if not unknown:
             return
-        await self._read_endpoints(connection, new)
+        await self._read_endpoints(connection, unknown)
 
     async def _add_endpoints(self, connection: AsyncConnection[TupleRow], missing: set[EndpointKey]) -> None:
-        wanted = {
-            key if len(self.services[key[0]]) + place < MAX_ENDPOINTS else _other(key)
-            for place, key in enumerate(sorted(missing))
+        keys = {
+            key if len(self.services[key[0]]) + index < MAX_SERVICE_ENDPOINTS else _fold_endpoint(key)
+            for index, key in enumerate(sorted(missing))
         }
-        given = [dict(zip(("service", "method", "route"), key, strict=True)) for key in wanted]
-        await connection.execute(statement("endpoints_add"), {"rows": json_text(given).decode()})
-        await self._read_endpoints(connection, {key[0] for key in wanted})
+        endpoints = [dict(zip(("service", "method", "route"), key, strict=True)) for key in keys]
+        await connection.execute(load_statement("endpoints_add"), {"rows": to_json(endpoints).decode()})
+        await self._read_endpoints(connection, {key[0] for key in keys})
 
     async def _read_endpoints(self, connection: AsyncConnection[TupleRow], services: set[str]) -> None:
-        cursor = await connection.execute(statement("endpoints_read"), {"services": list(services)})
-        fresh = {}
+        cursor = await connection.execute(load_statement("endpoints_read"), {"services": list(services)})
+        added = {}
         for service in services:
             self.services.setdefault(service, {})
-        for *key, number in await cursor.fetchall():
+        for *key, endpoint_id in await cursor.fetchall():
             service, method, route = key
             if (service, method, route) not in self.services[service]:
-                fresh[number] = self.services[service][service, method, route] = Endpoint(number)
-        if fresh:
-            await self._read_findings(connection, fresh)
+                added[endpoint_id] = self.services[service][service, method, route] = EndpointIds(endpoint_id)
+        if added:
+            await self._read_findings(connection, added)
 
     async def _read_findings(
-        self, connection: AsyncConnection[TupleRow], endpoints: dict[int, Endpoint]
+        self, connection: AsyncConnection[TupleRow], endpoints: dict[int, EndpointIds]
     ) -> None:
-        cursor = await connection.execute(statement("finding_ids"), {"endpoints": list(endpoints)})
-        for endpoint, part, path, kind, number, *kept in await cursor.fetchall():
-            endpoints[endpoint].findings[part, path, kind] = number
-            if number not in self.examples or kept[0] > self.examples[number].count:
-                self.examples[number] = Kept(*kept)
+        cursor = await connection.execute(load_statement("finding_ids"), {"endpoints": list(endpoints)})
+        for endpoint_id, part, path, kind, finding_id, *summary in await cursor.fetchall():
+            endpoints[endpoint_id].findings[part, path, kind] = finding_id
+            if finding_id not in self.examples or summary[0] > self.examples[finding_id].count:
+                self.examples[finding_id] = ExampleSummary(*summary)
 
-    def _unknown_findings(self, batch: Iterable[Judged]) -> dict[tuple[int, FindingKey], dict[str, Any]]:
+    def _unknown_findings(
+        self, records: Iterable[PairRecord]
+    ) -> dict[tuple[int, FindingKey], dict[str, Any]]:
         unknown: dict[tuple[int, FindingKey], dict[str, Any]] = {}
-        room: dict[int, int] = {}  # endpoint → findings that it may still get
-        for judged in batch:
-            differences = judged.judgement.shown
-            endpoint = self.endpoint(judged.endpoint) if differences else None
+        capacity: dict[int, int] = {}  # endpoint → findings that it may still get
+        for record in records:
+            differences = record.result.all_differences
+            endpoint = self.endpoint(record.endpoint) if differences else None
             for difference in differences:
                 if endpoint is None or self.finding(endpoint, difference) is not None:
                     continue
-                left = room.setdefault(endpoint.id, MAX_FINDINGS - len(endpoint.findings))
-                key = _key(difference) if left > 0 else (difference.part, OTHER, difference.kind)
+                remaining = capacity.setdefault(endpoint.id, MAX_ENDPOINT_FINDINGS - len(endpoint.findings))
+                key = (
+                    _make_finding_key(difference)
+                    if remaining > 0
+                    else (difference.part, OTHER_PATH, difference.kind)
+                )
                 if (endpoint.id, key) not in unknown:
-                    unknown[endpoint.id, key] = _new(endpoint, key, difference, judged.at)
-                    room[endpoint.id] -= 1
+                    unknown[endpoint.id, key] = _make_finding_record(
+                        endpoint, key, difference, record.time_ms
+                    )
+                    capacity[endpoint.id] -= 1
         return unknown
 
     async def _add_findings(
         self, connection: AsyncConnection[TupleRow], unknown: dict[tuple[int, FindingKey], dict[str, Any]]
     ) -> None:
-        given = json_text(list(unknown.values())).decode()
-        await connection.execute(statement("findings_add"), {"rows": given})
-        wanted = {endpoint for endpoint, _ in unknown}
+        findings = to_json(list(unknown.values())).decode()
+        await connection.execute(load_statement("findings_add"), {"rows": findings})
+        endpoint_ids = {endpoint for endpoint, _ in unknown}
         endpoints = {
             endpoint.id: endpoint
-            for known in self.services.values()
-            for endpoint in known.values()
-            if endpoint.id in wanted
+            for service_endpoints in self.services.values()
+            for endpoint in service_endpoints.values()
+            if endpoint.id in endpoint_ids
         }
         await self._read_findings(connection, endpoints)
 
 
-def _other(key: EndpointKey) -> EndpointKey:
-    return (key[0], key[1], OTHER)
+def _fold_endpoint(key: EndpointKey) -> EndpointKey:
+    return (key[0], key[1], OTHER_PATH)
 
 
-def _key(difference: Difference) -> FindingKey:
-    return (difference.part, clean(difference.path, PATH_LIMIT), difference.kind)
+def _make_finding_key(difference: Difference) -> FindingKey:
+    return (difference.part, sanitise_text(difference.path, MAX_PATH_CHARS), difference.kind)
 
 
-def _new(endpoint: Endpoint, key: FindingKey, difference: Difference, at: int) -> dict[str, Any]:
+def _make_finding_record(
+    endpoint: EndpointIds, key: FindingKey, difference: Difference, time_ms: int
+) -> dict[str, Any]:
     part, path, kind = key
     return {
         "endpoint_id": endpoint.id,
@@ -152,10 +164,10 @@ def _new(endpoint: Endpoint, key: FindingKey, difference: Difference, at: int) -
         "path": path,
         "kind": kind,
         "impact": difference.impact,
-        "ms": at,
+        "ms": time_ms,
         "detail": {
-            "place": clean(difference.place, VALUE_LIMIT),
-            "old": None if difference.old is None else clean(difference.old, VALUE_LIMIT),
-            "new": None if difference.new is None else clean(difference.new, VALUE_LIMIT),
+            "place": sanitise_text(difference.place, MAX_VALUE_CHARS),
+            "old": None if difference.old is None else sanitise_text(difference.old, MAX_VALUE_CHARS),
+            "new": None if difference.new is None else sanitise_text(difference.new, MAX_VALUE_CHARS),
         },
     }

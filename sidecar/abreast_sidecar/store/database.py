@@ -18,12 +18,12 @@ from psycopg_pool import AsyncConnectionPool
 
 from abreast_sidecar.errors import LedgerError
 
-POOL_SIZE = 8
-CONNECT_TIMEOUT = 3  # seconds, for one attempt
-WAIT_FOR_CONNECTION = 2.5  # seconds that a call waits while Postgres is away
-STATEMENT_TIMEOUT = 20  # seconds
-LIMITS = (
-    f"set local statement_timeout = '{STATEMENT_TIMEOUT}s'; set local jit = off; set local timezone = 'UTC'"
+MAX_POOL_CONNECTIONS = 8
+CONNECT_TIMEOUT_S = 3  # seconds, for one attempt
+POOL_WAIT_S = 2.5  # seconds that a call waits while Postgres is away
+STATEMENT_TIMEOUT_S = 20  # seconds
+SESSION_LIMITS = (
+    f"set local statement_timeout = '{STATEMENT_TIMEOUT_S}s'; set local jit = off; set local timezone = 'UTC'"
 )
 
 QUERY_NAME = re.compile(rb"^-- name: (\w+)\n", re.MULTILINE)
@@ -53,12 +53,12 @@ def parse_queries(files: Mapping[str, bytes]) -> dict[str, bytes]:
     return queries
 
 
-def statement(name: str) -> bytes:
+def load_statement(name: str) -> bytes:
     """Return a query for psycopg. Raise KeyError for an unknown name."""
     return statements()[name]
 
 
-class Limited(AsyncConnection[DictRow]):
+class LimitedConnection(AsyncConnection[DictRow]):
     """Sets limits in each transaction: a pooler in transaction mode takes no options, and gives the next transaction
     another session. A single statement is a transaction of its own.
     """
@@ -67,25 +67,25 @@ class Limited(AsyncConnection[DictRow]):
     async def transaction(
         self, savepoint_name: str | None = None, force_rollback: bool = False
     ) -> AsyncIterator[AsyncTransaction]:
-        outermost = self._idle
+        is_outermost = self._is_idle
         async with super().transaction(savepoint_name, force_rollback) as transaction:
-            if outermost:
-                await super().execute(LIMITS.encode())
+            if is_outermost:
+                await super().execute(SESSION_LIMITS.encode())
             yield transaction
 
     async def execute(self, query: Any, params: Params | None = None, **options: Any) -> AsyncCursor[DictRow]:
-        if not self._idle:
+        if not self._is_idle:
             return await super().execute(query, params, **options)
         async with self.transaction():
             return await super().execute(query, params, **options)
 
     @staticmethod
-    async def check(connection: Limited) -> None:
+    async def check(connection: LimitedConnection) -> None:
         """Whether it still works. Raise otherwise."""
         await AsyncConnection.execute(connection, "")
 
     @property
-    def _idle(self) -> bool:
+    def _is_idle(self) -> bool:
         return self.info.transaction_status == TransactionStatus.IDLE
 
 
@@ -94,21 +94,21 @@ class Database:
 
     def __init__(self, conninfo: str) -> None:
         self.conninfo = conninfo
-        self._pool: AsyncConnectionPool[Limited] = AsyncConnectionPool(
+        self._pool: AsyncConnectionPool[LimitedConnection] = AsyncConnectionPool(
             conninfo,
             min_size=1,
-            max_size=POOL_SIZE,
-            timeout=WAIT_FOR_CONNECTION,
-            reconnect_timeout=WAIT_FOR_CONNECTION,
+            max_size=MAX_POOL_CONNECTIONS,
+            timeout=POOL_WAIT_S,
+            reconnect_timeout=POOL_WAIT_S,
             kwargs={
                 "row_factory": dict_row,
                 "autocommit": True,
-                "connect_timeout": CONNECT_TIMEOUT,
+                "connect_timeout": CONNECT_TIMEOUT_S,
                 "application_name": "abreast",
                 "prepare_threshold": None,  # plans must see the filters
             },
-            connection_class=Limited,
-            check=Limited.check,
+            connection_class=LimitedConnection,
+            check=LimitedConnection.check,
             open=False,
         )
 
@@ -121,27 +121,27 @@ class Database:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection in autocommit. Raise LedgerError in place of the driver's errors."""
-        with translated():
+        with map_postgres_errors():
             async with self._pool.connection() as connection:
                 yield connection
 
-    async def rows(self, name: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
+    async def fetch_all(self, name: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
         """Return the rows of a named query."""
         async with self.connection() as connection:
-            cursor = await connection.execute(statement(name), parameters or {})
+            cursor = await connection.execute(load_statement(name), parameters or {})
             return await cursor.fetchall()
 
     async def execute(self, name: str, parameters: Mapping[str, Any]) -> None:
         """For statements without rows."""
         async with self.connection() as connection:
-            await connection.execute(statement(name), parameters)
+            await connection.execute(load_statement(name), parameters)
 
-    async def one(self, name: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
-        rows = await self.rows(name, parameters)
+    async def fetch_one(self, name: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
+        rows = await self.fetch_all(name, parameters)
         return rows[0] if rows else None
 
 
-class translated:  # noqa: N801  # used like a function
+class map_postgres_errors:  # noqa: N801  # used like a function
     """Turns psycopg's errors into LedgerError."""
 
     def __enter__(self) -> None:
@@ -149,15 +149,15 @@ class translated:  # noqa: N801  # used like a function
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, psycopg.Error):
-            raise LedgerError(_message(error)) from error
+            raise LedgerError(_describe_error(error)) from error
 
 
-def _message(error: psycopg.Error) -> str:
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _describe_error(error: psycopg.Error) -> str:
+    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, psycopg.errors.QueryCanceled):
-        return f"the ledger took more than {STATEMENT_TIMEOUT} s; ask for a shorter window, or one that begins with a full hour"
+        return f"the ledger took more than {STATEMENT_TIMEOUT_S} s; ask for a shorter window, or one that begins with a full hour"
     if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
-        return f"the ledger's tables are missing or old ({said}); run: abreast migrate"
+        return f"the ledger's tables are missing or old ({message}); run: abreast migrate"
     if isinstance(error, psycopg.OperationalError):
-        return f"postgres can't be reached, check ABREAST_POSTGRES_URL and the server: {said}"
-    return f"postgres refuses: {said}"
+        return f"postgres can't be reached, check ABREAST_POSTGRES_URL and the server: {message}"
+    return f"postgres refuses: {message}"

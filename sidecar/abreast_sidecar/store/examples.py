@@ -10,137 +10,148 @@ import zstandard
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
-from abreast_sidecar.store.clean import clean, json_text
-from abreast_sidecar.store.database import statement
-from abreast_sidecar.store.judged import Judged
+from abreast_sidecar.store.clean import sanitise_text, to_json
+from abreast_sidecar.store.database import load_statement
+from abreast_sidecar.store.judged import PairRecord
 
-LEVEL = 3  # of zstd: 5 µs for 2 KB
-PLACE_LIMIT = 1000  # characters
-REPLACED = 20  # examples of a finding that may give way to smaller ones; each has half the size or less
+COMPRESSION_LEVEL = 3  # of zstd: 5 µs for 2 KB
+MAX_LOCATION_CHARS = 1000  # characters
+MAX_REPLACEMENTS = (
+    20  # examples of a finding that may give way to smaller ones; each has half the size or less
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    judged: Judged
+    record: PairRecord
     findings: tuple[int, ...]  # those it is an example of
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class ExampleSummary:
     """Of one finding."""
 
     count: int = 0
-    largest: int = 0  # bytes of both answers' bodies
-    replaced: int = 0  # how often one gave way to a smaller one
+    largest_bytes: int = 0  # bytes of both answers' bodies
+    replacements: int = 0  # how often one gave way to a smaller one
 
 
-NONE = Kept()
+NO_EXAMPLES = ExampleSummary()
 
 
-class Examples:
+class ExampleSelector:
     """`kept` is what each finding has, as far as this process knows; the ledger itself decides."""
 
-    def __init__(self, kept: dict[int, Kept], limit: int) -> None:
-        self.kept = kept
+    def __init__(self, summaries: dict[int, ExampleSummary], limit: int) -> None:
+        self.summaries = summaries
         self.limit = limit
-        self._compressor = zstandard.ZstdCompressor(level=LEVEL)
+        self._compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL)
 
-    def choose(self, batch: Sequence[tuple[Judged, Sequence[int]]]) -> list[Example]:
+    def select(self, batch: Sequence[tuple[PairRecord, Sequence[int]]]) -> list[Example]:
         """The smallest of the batch for each finding that has too few. Nothing is noted as kept yet."""
-        wanting = [
-            (judged, findings)
-            for judged, findings in batch
-            if any(self._room(finding) for finding in findings)
+        candidates = [
+            (record, findings)
+            for record, findings in batch
+            if any(self._count_free_slots(finding) for finding in findings)
         ]
-        wanting.sort(key=lambda pair: pair[0].size)
-        chosen = []
-        taken: dict[int, int] = {}
-        for judged, findings in wanting:
-            found = tuple(f for f in findings if taken.get(f, 0) < self._room(f))
-            if found:
-                chosen.append(Example(judged, found))
-                for finding in found:
-                    taken[finding] = taken.get(finding, 0) + 1
-        return chosen
+        candidates.sort(key=lambda pair: pair[0].size_bytes)
+        examples = []
+        selected_counts: dict[int, int] = {}
+        for record, findings in candidates:
+            wanted_by = tuple(
+                finding_id
+                for finding_id in findings
+                if selected_counts.get(finding_id, 0) < self._count_free_slots(finding_id)
+            )
+            if wanted_by:
+                examples.append(Example(record, wanted_by))
+                for finding in wanted_by:
+                    selected_counts[finding] = selected_counts.get(finding, 0) + 1
+        return examples
 
-    def smaller(self, batch: Sequence[tuple[Judged, Sequence[int]]]) -> list[Example]:
+    def select_replacements(self, batch: Sequence[tuple[PairRecord, Sequence[int]]]) -> list[Example]:
         """The smallest of the batch for each finding that has enough, but larger ones by far."""
-        best: dict[int, Judged] = {}
-        for judged, findings in batch:
+        best: dict[int, PairRecord] = {}
+        for record, findings in batch:
             for finding in findings:
-                if self._gives_way(finding, judged.size) and (
-                    finding not in best or judged.size < best[finding].size
+                if self._is_replaceable(finding, record.size_bytes) and (
+                    finding not in best or record.size_bytes < best[finding].size_bytes
                 ):
-                    best[finding] = judged
-        return [Example(judged, (finding,)) for finding, judged in best.items()]
+                    best[finding] = record
+        return [Example(record, (finding,)) for finding, record in best.items()]
 
-    def _gives_way(self, finding: int, size: int) -> bool:
-        kept = self.kept.get(finding, NONE)
+    def _is_replaceable(self, finding: int, size: int) -> bool:
+        summary = self.summaries.get(finding, NO_EXAMPLES)
         return (
             bool(self.limit)
-            and not self._room(finding)
-            and kept.replaced < REPLACED
-            and size * 2 <= kept.largest
+            and not self._count_free_slots(finding)
+            and summary.replacements < MAX_REPLACEMENTS
+            and size * 2 <= summary.largest_bytes
         )
 
-    def note(self, examples: Sequence[Example]) -> None:
+    def mark_stored(self, examples: Sequence[Example]) -> None:
         """They are committed, or were refused since others had been kept meanwhile: either way there are so many."""
         for example in examples:
             for finding in example.findings:
-                known = self.kept.get(finding, NONE)
-                largest = max(known.largest, example.judged.size)
-                self.kept[finding] = Kept(known.count + 1, largest, known.replaced)
+                summary = self.summaries.get(finding, NO_EXAMPLES)
+                largest = max(summary.largest_bytes, example.record.size_bytes)
+                self.summaries[finding] = ExampleSummary(summary.count + 1, largest, summary.replacements)
 
-    def parameters(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def build_parameters(self, examples: Sequence[Example]) -> dict[str, Any]:
         return {
-            "links": json_text(_links(examples)).decode(),
+            "links": to_json(_make_example_rows(examples)).decode(),
             "limit": self.limit,
-            "days": [one.judged.day for one in examples],
-            "pairs": [one.judged.pair for one in examples],
-            "captures": [self.pack(one.judged.blobs) for one in examples],
-            "differences": [differences_json(one.judged) for one in examples],
+            "days": [example.record.day for example in examples],
+            "pairs": [example.record.pair_id for example in examples],
+            "captures": [self.compress(example.record.blobs) for example in examples],
+            "differences": [encode_differences(example.record) for example in examples],
         }
 
-    async def make_room(self, connection: AsyncConnection[TupleRow], smaller: Sequence[Example]) -> None:
+    async def evict(self, connection: AsyncConnection[TupleRow], replacements: Sequence[Example]) -> None:
         """Drop the largest of those findings, where others have not done so meanwhile."""
-        given = {"rows": json_text(_links(smaller)).decode(), "limit": self.limit, "max_replaced": REPLACED}
-        cursor = await connection.execute(statement("examples_evict"), given)
-        gone = await cursor.fetchall()
-        days, pairs = [day for day, _ in gone], [pair for _, pair in gone]
-        await connection.execute(statement("examples_delete_unused"), {"days": days, "pairs": pairs})
+        parameters = {
+            "rows": to_json(_make_example_rows(replacements)).decode(),
+            "limit": self.limit,
+            "max_replaced": MAX_REPLACEMENTS,
+        }
+        cursor = await connection.execute(load_statement("examples_evict"), parameters)
+        dropped = await cursor.fetchall()
+        days, pairs = [day for day, _ in dropped], [pair for _, pair in dropped]
+        await connection.execute(load_statement("examples_delete_unused"), {"days": days, "pairs": pairs})
 
-    async def look_again(self, connection: AsyncConnection[TupleRow], smaller: Sequence[Example]) -> None:
+    async def reload(self, connection: AsyncConnection[TupleRow], replacements: Sequence[Example]) -> None:
         """What there is now of those findings."""
-        ids = [finding for one in smaller for finding in one.findings]
-        cursor = await connection.execute(statement("example_counts"), {"ids": ids})
-        for finding, count, largest, replaced in await cursor.fetchall():
-            self.kept[finding] = Kept(count, largest, replaced)
+        ids = [finding for example in replacements for finding in example.findings]
+        cursor = await connection.execute(load_statement("example_counts"), {"ids": ids})
+        for finding, count, largest, replacement_count in await cursor.fetchall():
+            self.summaries[finding] = ExampleSummary(count, largest, replacement_count)
 
-    def pack(self, blobs: Sequence[bytes]) -> bytes:
+    def compress(self, blobs: Sequence[bytes]) -> bytes:
         return self._compressor.compress(b"".join(len(blob).to_bytes(4, "big") + blob for blob in blobs))
 
-    def _room(self, finding: int) -> int:
-        return max(0, self.limit - self.kept.get(finding, NONE).count)
+    def _count_free_slots(self, finding: int) -> int:
+        return max(0, self.limit - self.summaries.get(finding, NO_EXAMPLES).count)
 
 
-def _links(examples: Sequence[Example]) -> list[dict[str, Any]]:
+def _make_example_rows(examples: Sequence[Example]) -> list[dict[str, Any]]:
     return [
         {
             "finding_id": finding,
-            "day": one.judged.day,
-            "pair_id": one.judged.pair,
-            "body_bytes": one.judged.size,
+            "day": example.record.day,
+            "pair_id": example.record.pair_id,
+            "body_bytes": example.record.size_bytes,
         }
-        for one in examples
-        for finding in one.findings
+        for example in examples
+        for finding in example.findings
     ]
 
 
-def differences_json(judged: Judged) -> str:
+def encode_differences(pair_record: PairRecord) -> str:
     records = [
-        difference.record() for difference in judged.judgement.differences + judged.judgement.explained
+        difference.to_record()
+        for difference in pair_record.result.differences + pair_record.result.explained_differences
     ]
     for record in records:
-        record["place"] = clean(record["place"], PLACE_LIMIT)
-        record["path"] = clean(record["path"], PLACE_LIMIT)
-    return json_text(records).decode()
+        record["place"] = sanitise_text(record["place"], MAX_LOCATION_CHARS)
+        record["path"] = sanitise_text(record["path"], MAX_LOCATION_CHARS)
+    return to_json(records).decode()

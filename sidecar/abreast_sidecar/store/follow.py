@@ -11,43 +11,46 @@ import structlog
 from psycopg import AsyncConnection
 
 from abreast_sidecar.errors import SidecarError
-from abreast_sidecar.store.database import CONNECT_TIMEOUT
+from abreast_sidecar.store.database import CONNECT_TIMEOUT_S
 
-POLL = 5.0  # seconds; should a notification ever be missed
-ANSWER = 10.0  # seconds that Postgres gets for one read
-RETRY = 0.5  # seconds
+POLL_INTERVAL_S = 5.0  # seconds; should a notification ever be missed
+REFRESH_TIMEOUT_S = 10.0  # seconds that Postgres gets for one read
+RECONNECT_DELAY_S = 0.5  # seconds
 
-Refreshes: TypeAlias = Mapping[str, Callable[[], Awaitable[None]]]  # by channel
+ChannelHandlers: TypeAlias = Mapping[str, Callable[[], Awaitable[None]]]  # by channel
 
 log = structlog.get_logger(__name__)
 
 
-async def follow(conninfo: str, refreshes: Refreshes, *, name: str) -> None:
+async def listen(conninfo: str, handlers: ChannelHandlers, *, name: str) -> None:
     """Call a channel's refresh at every notification, and all of them at once and every POLL seconds, until cancelled.
     While Postgres is away it is tried again and again. `name` is what Postgres calls the connection.
     """
-    lost = False
+    is_lost = False
     while True:
         try:
-            await _listen(conninfo, refreshes, name)
+            await _listen_once(conninfo, handlers, name)
         except (psycopg.Error, SidecarError, OSError, TimeoutError) as error:
-            if not lost:
+            if not is_lost:
                 log.warning("changes by other sidecars are not seen now", by=name, error=str(error))
-            lost = True
-        await asyncio.sleep(RETRY)
+            is_lost = True
+        await asyncio.sleep(RECONNECT_DELAY_S)
 
 
-async def _listen(conninfo: str, refreshes: Refreshes, name: str) -> None:
+async def _listen_once(conninfo: str, handlers: ChannelHandlers, name: str) -> None:
     connection = await AsyncConnection.connect(
-        conninfo, autocommit=True, connect_timeout=CONNECT_TIMEOUT, application_name=name
+        conninfo, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S, application_name=name
     )
     async with connection:
-        for channel in refreshes:
+        for channel in handlers:
             await connection.execute(f"listen {channel}".encode())
-        told = set(refreshes)
+        channels = set(handlers)
         while True:
-            async with asyncio.timeout(ANSWER):
-                for channel in told:
-                    await refreshes[channel]()
-            heard = {one.channel async for one in connection.notifies(timeout=POLL, stop_after=1)}
-            told = heard or set(refreshes)
+            async with asyncio.timeout(REFRESH_TIMEOUT_S):
+                for channel in channels:
+                    await handlers[channel]()
+            notified = {
+                notification.channel
+                async for notification in connection.notifies(timeout=POLL_INTERVAL_S, stop_after=1)
+            }
+            channels = notified or set(handlers)

@@ -20,24 +20,24 @@ from psycopg.rows import TupleRow
 
 from abreast_sidecar.compare import Difference
 from abreast_sidecar.errors import LedgerError, RefusedError, StaleRulesError
-from abreast_sidecar.store.catalogue import Catalogue, Endpoint
-from abreast_sidecar.store.clean import clean, json_text
-from abreast_sidecar.store.database import statement
-from abreast_sidecar.store.examples import Examples
-from abreast_sidecar.store.judged import REASON_LIMIT, Judged
-from abreast_sidecar.store.releases import Releases
-from abreast_sidecar.store.repeats import Repeats
-from abreast_sidecar.store.rollup import Hidden, Rollup
-from abreast_sidecar.store.samples import Samples, parameters
+from abreast_sidecar.store.catalogue import EndpointIds, IdCache
+from abreast_sidecar.store.clean import sanitise_text, to_json
+from abreast_sidecar.store.database import load_statement
+from abreast_sidecar.store.examples import ExampleSelector
+from abreast_sidecar.store.judged import MAX_REASON_CHARS, PairRecord
+from abreast_sidecar.store.releases import ReleaseIds
+from abreast_sidecar.store.repeats import RepeatTracker
+from abreast_sidecar.store.rollup import CounterDeltas, ExplainedByFinding
+from abreast_sidecar.store.samples import RequestSampler, make_sample_parameters
 
-CONNECT_TIMEOUT = 5  # seconds
-WRITE_TIMEOUT = 60.0  # seconds for a whole batch; then the connection is given up
-POISON_KEPT = 1000  # entries of one service
-POISON_SIZE = 64 * 1024  # bytes of an entry
-FORGET_AFTER = 600.0  # seconds; retention may have made room for examples
-DATA_CLASSES = ("22", "23", "54")  # SQLSTATE: the data, a constraint, a limit of the program
-KEEPALIVE: dict[str, Any] = {
-    "connect_timeout": CONNECT_TIMEOUT,
+WRITER_CONNECT_TIMEOUT_S = 5  # seconds
+WRITE_TIMEOUT_S = 60.0  # seconds for a whole batch; then the connection is given up
+MAX_DEAD_LETTERS = 1000  # entries of one service
+MAX_DEAD_LETTER_BYTES = 64 * 1024  # bytes of an entry
+ID_CACHE_TTL_S = 600.0  # seconds; retention may have made room for examples
+DATA_ERROR_CLASSES = ("22", "23", "54")  # SQLSTATE: the data, a constraint, a limit of the program
+KEEPALIVE_OPTIONS: dict[str, Any] = {
+    "connect_timeout": WRITER_CONNECT_TIMEOUT_S,
     "keepalives_idle": 5,
     "keepalives_interval": 2,
     "keepalives_count": 3,
@@ -45,51 +45,51 @@ KEEPALIVE: dict[str, Any] = {
 }
 
 
-class DayGoneError(LedgerError):
+class DayDroppedError(LedgerError):
     """No partition takes the record's day any more. Trying again opens it."""
 
 
-class Record(Struct, frozen=True, gc=False):
+class PairRow(Struct, frozen=True, gc=False):
     """A judged pair with the ids of what it shows."""
 
-    judged: Judged
-    row: dict[str, Any]
+    record: PairRecord
+    columns: dict[str, Any]
     differences: dict[int, list[Difference]]
     noise: dict[int, list[Difference]]
-    hidden: Hidden
-    hidden_noise: Hidden
+    explained: ExplainedByFinding
+    explained_noise: ExplainedByFinding
 
     @property
     def findings(self) -> list[int]:
         """All that it is an example of."""
-        return [*self.differences, *self.hidden]
+        return [*self.differences, *self.explained]
 
 
-class Ledger:
+class PairWriter:
     """One connection, opened when it is needed. No state of the session is used, so a pooler may stand between."""
 
     def __init__(self, conninfo: str, *, examples_per_finding: int) -> None:
         self.conninfo = conninfo
-        self._catalogue = Catalogue()
-        self._releases = Releases()
-        self._examples = Examples(self._catalogue.examples, examples_per_finding)
-        self._samples = Samples()
-        self._repeats = Repeats()
-        self._days: set[int] = set()
+        self._id_cache = IdCache()
+        self._releases = ReleaseIds()
+        self._examples = ExampleSelector(self._id_cache.examples, examples_per_finding)
+        self._samples = RequestSampler()
+        self._repeats = RepeatTracker()
+        self._open_day_cache: set[int] = set()
         self._connection: AsyncConnection[TupleRow] | None = None
-        self._learned = 0.0
+        self._id_cache_cleared_at = 0.0
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None
-        self._catalogue.clear()
+        self._id_cache.clear()
         self._releases.clear()
         self._samples.clear()
         self._repeats.clear()
-        self._days.clear()
+        self._open_day_cache.clear()
         if connection is not None:
             await connection.close()
 
-    async def write(self, batch: Sequence[Judged], *, rules: int | None = None) -> int:
+    async def write(self, records: Sequence[PairRecord], *, rules_version: int | None = None) -> int:
         """Commit the batch; return how many of it were new. `rules`: the version of the rules that it was judged by.
 
         Raise StaleRulesError when that is not the one that holds, and nothing was committed. Raise RefusedError when
@@ -97,220 +97,243 @@ class Ledger:
         given again, also when it had been committed after all.
         """
         try:
-            return await self._write(batch, rules)
-        except DayGoneError:  # retention dropped it meanwhile
-            return await self._write(batch, rules)
+            return await self._write(records, rules_version)
+        except DayDroppedError:  # retention dropped it meanwhile
+            return await self._write(records, rules_version)
 
-    async def _write(self, batch: Sequence[Judged], rules: int | None) -> int:
-        async with self._trouble():
-            connection = await self._connected()
-            unique = _unique(batch)
+    async def _write(self, batch: Sequence[PairRecord], rules_version: int | None) -> int:
+        async with self._map_errors():
+            connection = await self._connect()
+            unique = _deduplicate(batch)
             await self._open_days(connection, unique)
-            await self._releases.learn(connection, unique)
-            await self._catalogue.learn(connection, unique)
-            records = [self._record(judged) for judged in unique]
-            return await self._commit(connection, records, rules)
+            await self._releases.load(connection, unique)
+            await self._id_cache.load(connection, unique)
+            pair_rows = [self._build_row(record) for record in unique]
+            return await self._commit(connection, pair_rows, rules_version)
 
     @contextlib.asynccontextmanager
-    async def _trouble(self) -> AsyncIterator[None]:
+    async def _map_errors(self) -> AsyncIterator[None]:
         try:
-            async with asyncio.timeout(WRITE_TIMEOUT):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
                 yield
         except psycopg.Error as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if isinstance(error, psycopg.errors.CheckViolation) and not error.diag.constraint_name:
-                self._days.clear()
-                raise DayGoneError(f"a day's partition is gone: {said}") from error
-            if error.sqlstate and error.sqlstate.startswith(DATA_CLASSES):
-                raise RefusedError(f"postgres refuses a record: {said}") from error
+                self._open_day_cache.clear()
+                raise DayDroppedError(f"a day's partition is gone: {message}") from error
+            if error.sqlstate and error.sqlstate.startswith(DATA_ERROR_CLASSES):
+                raise RefusedError(f"postgres refuses a record: {message}") from error
             await self.close()
-            raise LedgerError(f"the ledger can't be written: {said}") from error
+            raise LedgerError(f"the ledger can't be written: {message}") from error
         except TimeoutError as error:
             await self.close()
-            raise LedgerError(f"the ledger took more than {WRITE_TIMEOUT:g} s for a batch") from error
+            raise LedgerError(f"the ledger took more than {WRITE_TIMEOUT_S:g} s for a batch") from error
         except (TypeError, ValueError, OverflowError) as error:
             raise RefusedError(f"a record can't be sent to postgres: {error}") from error
         except BaseException:
             await self.close()
             raise
 
-    async def _connected(self) -> AsyncConnection[TupleRow]:
+    async def _connect(self) -> AsyncConnection[TupleRow]:
         now = asyncio.get_running_loop().time()
         if self._connection is not None and self._connection.closed:
             await self.close()
         if self._connection is None:
             self._connection = await AsyncConnection.connect(
-                make_conninfo(self.conninfo, **KEEPALIVE), autocommit=True, prepare_threshold=None
+                make_conninfo(self.conninfo, **KEEPALIVE_OPTIONS), autocommit=True, prepare_threshold=None
             )
-            self._learned = now
-        elif now - self._learned > FORGET_AFTER:
-            self._catalogue.clear()
-            self._learned = now
+            self._id_cache_cleared_at = now
+        elif now - self._id_cache_cleared_at > ID_CACHE_TTL_S:
+            self._id_cache.clear()
+            self._id_cache_cleared_at = now
         return self._connection
 
-    async def _open_days(self, connection: AsyncConnection[TupleRow], batch: Iterable[Judged]) -> None:
+    async def _open_days(self, connection: AsyncConnection[TupleRow], records: Iterable[PairRecord]) -> None:
         """Those that were dropped stay closed, and take nothing."""
-        for day in sorted({judged.day for judged in batch} - self._days):
-            await connection.execute(statement("day_open"), {"day": day})
-            self._days.add(day)
+        for day in sorted({record.day for record in records} - self._open_day_cache):
+            await connection.execute(load_statement("day_open"), {"day": day})
+            self._open_day_cache.add(day)
 
-    def _record(self, judged: Judged) -> Record:
-        endpoint = self._catalogue.endpoint(judged.endpoint)
-        row = judged.row(endpoint.id)
-        if not judged.judgement.shown:  # as nearly all
-            return Record(judged, row, {}, {}, {}, {})
-        differences = self._found(endpoint, judged.judgement.differences)
-        noise = self._found(endpoint, judged.judgement.noise)
+    def _build_row(self, record: PairRecord) -> PairRow:
+        endpoint = self._id_cache.endpoint(record.endpoint)
+        columns = record.to_row(endpoint.id)
+        if not record.result.all_differences:  # as nearly all
+            return PairRow(record, columns, {}, {}, {}, {})
+        differences = self._group_by_finding(endpoint, record.result.differences)
+        noise = self._group_by_finding(endpoint, record.result.noise)
         if differences:
-            row["findings"] = list(differences)
+            columns["findings"] = list(differences)
         if noise:
-            row["baseline_findings"] = list(noise)
-        hidden = self._hidden(endpoint, judged.judgement.explained, differences)
-        hidden_noise = self._hidden(endpoint, judged.judgement.noise_explained, noise)
-        row |= hidden_columns(hidden, hidden_noise)
-        return Record(judged, row, differences, noise, hidden, hidden_noise)
+            columns["baseline_findings"] = list(noise)
+        explained = self._group_explained(endpoint, record.result.explained_differences, differences)
+        explained_noise = self._group_explained(endpoint, record.result.explained_noise, noise)
+        columns |= make_explained_columns(explained, explained_noise)
+        return PairRow(record, columns, differences, noise, explained, explained_noise)
 
-    def _hidden(self, endpoint: Endpoint, explained: Iterable[Difference], left: Container[int]) -> Hidden:
+    def _group_explained(
+        self, endpoint: EndpointIds, explained: Iterable[Difference], unexplained: Container[int]
+    ) -> ExplainedByFinding:
         """By finding; without those of which something is left that no rule explains."""
-        found = self._found(endpoint, explained)
+        by_finding = self._group_by_finding(endpoint, explained)
         return {
-            finding: (int(shown[0].explained_by), shown)
-            for finding, shown in found.items()
-            if finding not in left
+            finding: (int(differences[0].explained_by), differences)
+            for finding, differences in by_finding.items()
+            if finding not in unexplained
         }
 
-    def _found(self, endpoint: Endpoint, differences: Iterable[Difference]) -> dict[int, list[Difference]]:
+    def _group_by_finding(
+        self, endpoint: EndpointIds, differences: Iterable[Difference]
+    ) -> dict[int, list[Difference]]:
         """By finding."""
-        found: dict[int, list[Difference]] = {}
+        by_finding: dict[int, list[Difference]] = {}
         for difference in differences:
-            finding = self._catalogue.finding(endpoint, difference)
-            if finding is not None:
-                found.setdefault(finding, []).append(difference)
-        return found
+            finding_id = self._id_cache.finding(endpoint, difference)
+            if finding_id is not None:
+                by_finding.setdefault(finding_id, []).append(difference)
+        return by_finding
 
     async def _commit(
-        self, connection: AsyncConnection[TupleRow], records: Sequence[Record], rules: int | None
+        self, connection: AsyncConnection[TupleRow], pair_rows: Sequence[PairRow], rules_version: int | None
     ) -> int:
         async with connection.transaction():
-            if rules is not None:
-                await _hold_rules(connection, rules, records)
-            new = await _add_pairs(connection, records)
-            rollup = Rollup(repeats=self._repeats)
-            for record in new:
-                releases = self._releases.of(record.judged)
-                rollup.add(
-                    record.judged, record.row["endpoint_id"], releases, record.differences, record.noise
+            if rules_version is not None:
+                await _lock_rules(connection, rules_version, pair_rows)
+            added = await _add_pairs(connection, pair_rows)
+            deltas = CounterDeltas(repeats=self._repeats)
+            for pair_row in added:
+                releases = self._releases.get_ids(pair_row.record)
+                deltas.add_pair(
+                    pair_row.record,
+                    pair_row.columns["endpoint_id"],
+                    releases,
+                    pair_row.differences,
+                    pair_row.noise,
                 )
-                rollup.hide(record.judged, releases, record.hidden, record.hidden_noise)
-            if rollup.findings or rollup.rules:
-                await _count_findings(connection, rollup)
-            showing = [(one.judged, one.findings) for one in new if one.findings]
-            chosen, smaller = self._examples.choose(showing), self._examples.smaller(showing)
-            if smaller:
-                await self._examples.make_room(connection, smaller)
-                chosen = [*chosen, *smaller]
-            if chosen:
-                await connection.execute(statement("examples_add"), self._examples.parameters(chosen))
-            await _add_poison(connection, new)
-            await _count_late(connection, records, new)
-            if new:
-                given = json_text(rollup.tally()).decode()
-                await connection.execute(statement("outcome_counts_add"), {"rows": given})
-            if rollup.endpoints:
-                await _count_endpoints(connection, rollup)
-            sampled = self._samples.choose(
-                (one.judged, one.row["endpoint_id"], list(one.differences)) for one in new
+                deltas.add_explained(pair_row.record, releases, pair_row.explained, pair_row.explained_noise)
+            if deltas.findings or deltas.rules:
+                await _count_findings(connection, deltas)
+            candidates = [(item.record, item.findings) for item in added if item.findings]
+            examples, replacements = (
+                self._examples.select(candidates),
+                self._examples.select_replacements(candidates),
             )
-            if sampled:
-                await connection.execute(statement("samples_add"), parameters(sampled))
-        self._examples.note(chosen)
-        if smaller:
-            await self._examples.look_again(connection, smaller)
-        return len(new)
+            if replacements:
+                await self._examples.evict(connection, replacements)
+                examples = [*examples, *replacements]
+            if examples:
+                await connection.execute(
+                    load_statement("examples_add"), self._examples.build_parameters(examples)
+                )
+            await _add_dead_letters(connection, added)
+            await _count_late(connection, pair_rows, added)
+            if added:
+                tally = to_json(deltas.build_tally_rows()).decode()
+                await connection.execute(load_statement("outcome_counts_add"), {"rows": tally})
+            if deltas.endpoints:
+                await _count_endpoints(connection, deltas)
+            samples = self._samples.sample(
+                (item.record, item.columns["endpoint_id"], list(item.differences)) for item in added
+            )
+            if samples:
+                await connection.execute(load_statement("samples_add"), make_sample_parameters(samples))
+        self._examples.mark_stored(examples)
+        if replacements:
+            await self._examples.reload(connection, replacements)
+        return len(added)
 
 
-def hidden_columns(hidden: Hidden, noise: Hidden) -> dict[str, list[int]]:
+def make_explained_columns(explained: ExplainedByFinding, noise: ExplainedByFinding) -> dict[str, list[int]]:
     """Columns of `pair` for what rules explain, where they explain anything."""
-    row: dict[str, list[int]] = {}
-    if hidden:
-        row |= {"explained": list(hidden), "explained_by": [rule for rule, _ in hidden.values()]}
+    columns: dict[str, list[int]] = {}
+    if explained:
+        columns |= {"explained": list(explained), "explained_by": [rule for rule, _ in explained.values()]}
     if noise:
-        row |= {
+        columns |= {
             "baseline_explained": list(noise),
             "baseline_explained_by": [rule for rule, _ in noise.values()],
         }
-    return row
+    return columns
 
 
-def _unique(batch: Iterable[Judged]) -> list[Judged]:
+def _deduplicate(records: Iterable[PairRecord]) -> list[PairRecord]:
     """The first of each pair and day: the ledger would take only one, and must not take another than is counted."""
-    first: dict[tuple[str, int], Judged] = {}
-    for judged in batch:
-        first.setdefault((judged.pair, judged.day), judged)
-    return list(first.values())
+    unique: dict[tuple[str, int], PairRecord] = {}
+    for record in records:
+        unique.setdefault((record.pair_id, record.day), record)
+    return list(unique.values())
 
 
-async def _hold_rules(connection: AsyncConnection[TupleRow], rules: int, records: Sequence[Record]) -> None:
-    row = await (await connection.execute(statement("rules_version_hold"))).fetchone()
-    if row is None or row[0] != rules:
-        raise StaleRulesError(f"the rules are at version {row and row[0]}, the batch was judged by {rules}")
-    if rules:
-        for record in records:
-            record.row["rules_version"] = rules
+async def _lock_rules(
+    connection: AsyncConnection[TupleRow], rules_version: int, pair_rows: Sequence[PairRow]
+) -> None:
+    row = await (await connection.execute(load_statement("rules_version_hold"))).fetchone()
+    if row is None or row[0] != rules_version:
+        raise StaleRulesError(
+            f"the rules are at version {row and row[0]}, the batch was judged by {rules_version}"
+        )
+    if rules_version:
+        for pair_row in pair_rows:
+            pair_row.columns["rules_version"] = rules_version
 
 
-async def _add_pairs(connection: AsyncConnection[TupleRow], records: Sequence[Record]) -> Sequence[Record]:
-    given = json_text([record.row for record in records]).decode()
-    cursor = await connection.execute(statement("pairs_add"), {"rows": given})
-    if cursor.rowcount == len(records):
-        return records
-    added = set(await cursor.fetchall())
-    return [record for record in records if (record.judged.pair, record.judged.day) in added]
+async def _add_pairs(
+    connection: AsyncConnection[TupleRow], pair_rows: Sequence[PairRow]
+) -> Sequence[PairRow]:
+    columns = to_json([pair_row.columns for pair_row in pair_rows]).decode()
+    cursor = await connection.execute(load_statement("pairs_add"), {"rows": columns})
+    if cursor.rowcount == len(pair_rows):
+        return pair_rows
+    added_keys = set(await cursor.fetchall())
+    return [
+        pair_row for pair_row in pair_rows if (pair_row.record.pair_id, pair_row.record.day) in added_keys
+    ]
 
 
 async def _count_late(
-    connection: AsyncConnection[TupleRow], records: Sequence[Record], new: Sequence[Record]
+    connection: AsyncConnection[TupleRow], pair_rows: Sequence[PairRow], added_rows: Sequence[PairRow]
 ) -> None:
     """Those of days that were dropped."""
-    if len(new) == len(records):
+    if len(added_rows) == len(pair_rows):
         return
-    added = {(record.judged.pair, record.judged.day) for record in new}
+    added_keys = {(pair_row.record.pair_id, pair_row.record.day) for pair_row in added_rows}
     counts = Counter(
-        (record.judged.service, record.judged.day)
-        for record in records
-        if (record.judged.pair, record.judged.day) not in added
+        (pair_row.record.service, pair_row.record.day)
+        for pair_row in pair_rows
+        if (pair_row.record.pair_id, pair_row.record.day) not in added_keys
     )
-    given = [{"service": service, "day": day, "entries": many} for (service, day), many in counts.items()]
-    await connection.execute(statement("late_entries_add"), {"rows": json_text(given).decode()})
+    late_counts = [
+        {"service": service, "day": day, "entries": count} for (service, day), count in counts.items()
+    ]
+    await connection.execute(load_statement("late_entries_add"), {"rows": to_json(late_counts).decode()})
 
 
-async def _count_findings(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
-    ids = {finding for finding, *_ in rollup.findings} | {finding for _, finding, *_ in rollup.rules}
-    await connection.execute(statement("findings_lock"), {"ids": list(ids)})
-    if rollup.findings:
-        given = json_text(list(rollup.findings.values())).decode()
-        await connection.execute(statement("findings_count"), {"rows": given})
-    if rollup.rules:
-        given = json_text(list(rollup.rules.values())).decode()
-        await connection.execute(statement("rule_findings_count"), {"rows": given})
+async def _count_findings(connection: AsyncConnection[TupleRow], deltas: CounterDeltas) -> None:
+    ids = {finding for finding, *_ in deltas.findings} | {finding for _, finding, *_ in deltas.rules}
+    await connection.execute(load_statement("findings_lock"), {"ids": list(ids)})
+    if deltas.findings:
+        parameters = to_json(list(deltas.findings.values())).decode()
+        await connection.execute(load_statement("findings_count"), {"rows": parameters})
+    if deltas.rules:
+        parameters = to_json(list(deltas.rules.values())).decode()
+        await connection.execute(load_statement("rule_findings_count"), {"rows": parameters})
 
 
-async def _count_endpoints(connection: AsyncConnection[TupleRow], rollup: Rollup) -> None:
+async def _count_endpoints(connection: AsyncConnection[TupleRow], deltas: CounterDeltas) -> None:
     await connection.execute(
-        statement("endpoints_lock"), {"ids": list({endpoint for endpoint, *_ in rollup.endpoints})}
+        load_statement("endpoints_lock"), {"ids": list({endpoint for endpoint, *_ in deltas.endpoints})}
     )
-    given = json_text(list(rollup.endpoints.values())).decode()
-    await connection.execute(statement("endpoints_count"), {"rows": given})
+    parameters = to_json(list(deltas.endpoints.values())).decode()
+    await connection.execute(load_statement("endpoints_count"), {"rows": parameters})
 
 
-async def _add_poison(connection: AsyncConnection[TupleRow], records: Iterable[Record]) -> None:
-    for judged in (record.judged for record in records if record.judged.poison is not None):
+async def _add_dead_letters(connection: AsyncConnection[TupleRow], pair_rows: Iterable[PairRow]) -> None:
+    for pair_record in (pair_row.record for pair_row in pair_rows if pair_row.record.dead_letter is not None):
         parameters = {
-            "ms": judged.at,
-            "service": judged.service,
-            "entry": judged.entry,
-            "reason": clean(judged.judgement.reason, REASON_LIMIT),
-            "content": (judged.poison or b"")[:POISON_SIZE],
-            "limit": POISON_KEPT,
+            "ms": pair_record.time_ms,
+            "service": pair_record.service,
+            "entry": pair_record.entry_id,
+            "reason": sanitise_text(pair_record.result.reason, MAX_REASON_CHARS),
+            "content": (pair_record.dead_letter or b"")[:MAX_DEAD_LETTER_BYTES],
+            "limit": MAX_DEAD_LETTERS,
         }
-        await connection.execute(statement("dead_letter_add"), parameters)
+        await connection.execute(load_statement("dead_letter_add"), parameters)

@@ -14,11 +14,11 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
 from abreast_sidecar.errors import LedgerError, SchemaError
-from abreast_sidecar.store.database import statement
+from abreast_sidecar.store.database import load_statement
 
-LOCK = 0x616272656173  # any number that others don't use for pg_advisory_xact_lock
-CONNECT_TIMEOUT = 5  # seconds
-FILE = re.compile(r"(\d{4})_(\w+)\.sql")
+MIGRATION_LOCK_KEY = 0x616272656173  # any number that others don't use for pg_advisory_xact_lock
+MIGRATION_CONNECT_TIMEOUT_S = 5  # seconds
+FILE_PATTERN = re.compile(r"(\d{4})_(\w+)\.sql")
 NEW_DATABASE = "create a new database and name it in ABREAST_POSTGRES_URL"
 
 
@@ -38,33 +38,33 @@ class Migration:
 
 
 @cache
-def migrations() -> tuple[Migration, ...]:
+def load_migrations() -> tuple[Migration, ...]:
     """Return schema.sql and all later migrations, in order."""
     folder = resources.files("abreast_sidecar.store")
     schema = Migration(1, "schema", (folder / "schema.sql").read_bytes())
     later = folder / "migrations"
-    files = [(FILE.fullmatch(file.name), file) for file in later.iterdir()] if later.is_dir() else []
-    found = [Migration(int(match[1]), match[2], file.read_bytes()) for match, file in files if match]
-    return (schema, *sorted(found, key=lambda migration: migration.version))
+    files = [(FILE_PATTERN.fullmatch(file.name), file) for file in later.iterdir()] if later.is_dir() else []
+    matches = [Migration(int(match[1]), match[2], file.read_bytes()) for match, file in files if match]
+    return (schema, *sorted(matches, key=lambda migration: migration.version))
 
 
-async def migrate(conninfo: str, wanted: Sequence[Migration] | None = None) -> int:
+async def migrate(conninfo: str, target: Sequence[Migration] | None = None) -> int:
     """Apply missing migrations in one transaction and return the schema's version. Several processes may run it at once.
 
     Raise SchemaError for a database that this code must not touch, LedgerError when Postgres can't be reached or
     refuses.
     """
-    wanted = migrations() if wanted is None else wanted
+    target = load_migrations() if target is None else target
     try:
         async with await AsyncConnection.connect(
-            conninfo, connect_timeout=CONNECT_TIMEOUT, prepare_threshold=None
+            conninfo, connect_timeout=MIGRATION_CONNECT_TIMEOUT_S, prepare_threshold=None
         ) as connection:
-            where = f"{connection.info.host}:{connection.info.port}/{connection.info.dbname}"
-            _check_encoding(connection.info.parameter_status("server_encoding") or "", where)
-            await connection.execute("select pg_advisory_xact_lock(%s)", (LOCK,))
-            done = await _done(connection, where)
-            _check(done, wanted, where)
-            for migration in wanted[len(done) :]:
+            location = f"{connection.info.host}:{connection.info.port}/{connection.info.dbname}"
+            _check_encoding(connection.info.parameter_status("server_encoding") or "", location)
+            await connection.execute("select pg_advisory_xact_lock(%s)", (MIGRATION_LOCK_KEY,))
+            applied = await _read_applied(connection, location)
+            _check_history(applied, target, location)
+            for migration in target[len(applied) :]:
                 await _apply(connection, migration)
     except psycopg.OperationalError as error:
         raise LedgerError(
@@ -72,51 +72,53 @@ async def migrate(conninfo: str, wanted: Sequence[Migration] | None = None) -> i
         ) from error
     except psycopg.Error as error:
         raise LedgerError(f"postgres refuses to change the ledger's schema: {str(error).strip()}") from error
-    return wanted[-1].version if wanted else 0
+    return target[-1].version if target else 0
 
 
-def _check_encoding(encoding: str, where: str) -> None:
+def _check_encoding(encoding: str, location: str) -> None:
     """Refuse encodings that can't hold all of Unicode."""
     if encoding != "UTF8":
         raise SchemaError(
-            f"the database at {where} has the encoding {encoding}: name one in ABREAST_POSTGRES_URL that was made with "
+            f"the database at {location} has the encoding {encoding}: name one in ABREAST_POSTGRES_URL that was made with "
             "encoding 'UTF8'"
         )
 
 
-async def _done(connection: AsyncConnection[TupleRow], where: str) -> list[TupleRow]:
+async def _read_applied(connection: AsyncConnection[TupleRow], location: str) -> list[TupleRow]:
     """Return the applied migrations. Refuse a database that this code did not create."""
-    ((versioned, outdated, tables),) = await (await connection.execute(statement("schema_state"))).fetchall()
+    ((versioned, outdated, tables),) = await (
+        await connection.execute(load_statement("schema_state"))
+    ).fetchall()
     if versioned:
-        return await (await connection.execute(statement("schema_versions"))).fetchall()
+        return await (await connection.execute(load_statement("schema_versions"))).fetchall()
     if outdated:
         raise SchemaError(
-            f"the database at {where} holds a ledger from before schema.sql (it has a table abreast.migration), "
+            f"the database at {location} holds a ledger from before schema.sql (it has a table abreast.migration), "
             f"which this abreast can't upgrade: {NEW_DATABASE}"
         )
     if tables:
         raise SchemaError(
-            f"the schema abreast of the database at {where} holds tables that are no ledger "
+            f"the schema abreast of the database at {location} holds tables that are no ledger "
             f"({', '.join(tables)}, ...): {NEW_DATABASE}"
         )
     return []
 
 
-def _check(done: Sequence[TupleRow], wanted: Sequence[Migration], where: str) -> None:
-    if len(done) > len(wanted):
+def _check_history(applied: Sequence[TupleRow], target: Sequence[Migration], location: str) -> None:
+    if len(applied) > len(target):
         raise SchemaError(
-            f"the ledger at {where} has schema version {done[-1][0]}, this abreast knows {len(wanted)}: "
+            f"the ledger at {location} has schema version {applied[-1][0]}, this abreast knows {len(target)}: "
             f"run the newer abreast that made it, or {NEW_DATABASE}"
         )
-    for (version, _, digest), migration in zip(done, wanted, strict=False):
+    for (version, _, digest), migration in zip(applied, target, strict=False):
         if version != migration.version or digest != migration.digest:
             raise SchemaError(
-                f"the ledger at {where} was made with another {migration.file} than this abreast has: "
+                f"the ledger at {location} was made with another {migration.file} than this abreast has: "
                 f"run the abreast that made it, or {NEW_DATABASE}"
             )
 
 
 async def _apply(connection: AsyncConnection[TupleRow], migration: Migration) -> None:
     await connection.execute(migration.sql)
-    added = {"version": migration.version, "name": migration.name, "digest": migration.digest}
-    await connection.execute(statement("schema_version_add"), added)
+    parameters = {"version": migration.version, "name": migration.name, "digest": migration.digest}
+    await connection.execute(load_statement("schema_version_add"), parameters)

@@ -7,40 +7,46 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, date, datetime
 from typing import Any, TypeVar
 
-from abreast_sidecar.compare.feature import LEAST, Feature, Features, of_target, separating
-from abreast_sidecar.compare.latency import COLD_PAIRS, COLD_SHARE, LEAST_COPIES, MIN_SLOWER_US
-from abreast_sidecar.compare.verdict import Counts
+from abreast_sidecar.compare.feature import (
+    MIN_REQUESTS,
+    Feature,
+    RequestFeatures,
+    collect_target_features,
+    find_common_feature,
+)
+from abreast_sidecar.compare.latency import COLD_PAIR_SHARE, MIN_BASELINE_PAIRS, MIN_COLD_PAIRS, MIN_SLOWER_US
+from abreast_sidecar.compare.verdict import EndpointCounts
 from abreast_sidecar.errors import NotFoundError
 from abreast_sidecar.store import pages, rows
 from abreast_sidecar.store.database import Database, Row
-from abreast_sidecar.store.pages import Page
+from abreast_sidecar.store.pages import PageRequest
 from abreast_sidecar.store.results import (
-    Accounts,
+    CaptureAccounting,
+    DeadLetterCount,
     Drop,
     EndpointSummary,
-    Evidence,
     Finding,
     FindingEvent,
-    Paged,
-    Pair,
-    PairDetail,
-    Poison,
-    Summary,
+    LedgerSummary,
+    PageResult,
+    StoredPair,
+    StoredPairDetail,
+    VerdictEvidence,
     Window,
-    missing,
+    count_missing,
 )
-from abreast_sidecar.store.rules import waived
+from abreast_sidecar.store.rules import describe_waiver
 
 T = TypeVar("T")
 
 MAX_EXAMPLES = 20
 MAX_EVENTS = 50
-MAX_LISTED = 10  # releases of a finding
-NEWEST = 5_000  # pairs of an endpoint whose times a verdict is made of
-NEWEST_LISTED = 2_000  # and those that a listing's percentiles are of
-MAX_REASONS = 10  # for which entries were put apart
-MAX_REQUESTS = 300  # of those that show a finding and of the others, to find what tells them apart
-EVIDENCE = (
+MAX_RELEASES_LISTED = 10  # releases of a finding
+MAX_VERDICT_TIMINGS = 5_000  # pairs of an endpoint whose times a verdict is made of
+MAX_LISTING_TIMINGS = 2_000  # and those that a listing's percentiles are of
+MAX_DEAD_LETTER_REASONS = 10  # for which entries were put apart
+MAX_FEATURE_REQUESTS = 300  # of those that show a finding and of the others, to find what tells them apart
+ACCOUNTED_OUTCOMES = (
     "match",
     "mismatch",
     "partial",
@@ -81,62 +87,73 @@ class PairFilter:
     window: Window = ALL_TIME
 
 
-class Queries:
+class LedgerReader:
     def __init__(self, database: Database) -> None:
         self.database = database
 
-    async def services(self) -> list[str]:
+    async def list_services(self) -> list[str]:
         """Those that an Envoy or a capture has named."""
-        return [row["service"] for row in await self.database.rows("services")]
+        return [row["service"] for row in await self.database.fetch_all("services")]
 
-    async def tallies(self) -> list[tuple[str, str, int]]:
+    async def read_tallies(self) -> list[tuple[str, str, int]]:
         """Service, outcome, and rows ever written: it only grows."""
         return [
             (row["service"], row["outcome"], row["pairs"])
-            for row in await self.database.rows("outcome_counts")
+            for row in await self.database.fetch_all("outcome_counts")
         ]
 
-    async def webhooks(self) -> dict[str, int]:
+    async def count_webhooks(self) -> dict[str, int]:
         """Messages delivered, failed (attempts), dropped and waiting."""
-        (row,) = await self.database.rows("webhook_counts")
+        (row,) = await self.database.fetch_all("webhook_counts")
         return dict(row)
 
-    async def accounts(self, service: str | None = None) -> list[Accounts]:
+    async def read_accounts(self, service: str | None = None) -> list[CaptureAccounting]:
         """Of one service, which may be unknown, or of all."""
-        return [Accounts(**row) for row in await self.database.rows("accounts", {"service": service})]
+        return [
+            CaptureAccounting(**row)
+            for row in await self.database.fetch_all("accounts", {"service": service})
+        ]
 
-    async def drops(self, service: str | None = None) -> list[Drop]:
-        return [Drop(**row) for row in await self.database.rows("drops", {"service": service})]
+    async def list_drops(self, service: str | None = None) -> list[Drop]:
+        return [Drop(**record) for record in await self.database.fetch_all("drops", {"service": service})]
 
-    async def summary(self, service: str, window: Window) -> Summary:
-        asked = {"endpoints": await self._endpoints(service), "windowed": window.bounded, **_bounds(window)}
-        outcomes = await self.database.rows("summary_outcomes", asked)
-        (counts,) = await self.database.rows("summary_counts", asked)
-        (accounts,) = await self.accounts(service)
-        (held,) = await self.database.rows("envoy_sampled", {"service": service, **_bounds(window)})
-        pairs = sum(row["pairs"] for row in outcomes) if window.bounded else accounts.written
-        unaccounted = missing(held["sampled"], pairs, accounts.envoy_sampled, accounts.written)
-        poison = await self.database.rows("dead_letter_reasons", {"service": service, "limit": MAX_REASONS})
-        return Summary(
+    async def read_summary(self, service: str, window: Window) -> LedgerSummary:
+        parameters = {
+            "endpoints": await self._find_endpoint_ids(service),
+            "windowed": window.is_bounded,
+            **_make_window_parameters(window),
+        }
+        outcomes = await self.database.fetch_all("summary_outcomes", parameters)
+        (counts,) = await self.database.fetch_all("summary_counts", parameters)
+        (accounts,) = await self.read_accounts(service)
+        (sampled_row,) = await self.database.fetch_all(
+            "envoy_sampled", {"service": service, **_make_window_parameters(window)}
+        )
+        pairs = sum(row["pairs"] for row in outcomes) if window.is_bounded else accounts.written
+        unaccounted = count_missing(sampled_row["sampled"], pairs, accounts.envoy_sampled, accounts.written)
+        dead_letters = await self.database.fetch_all(
+            "dead_letter_reasons", {"service": service, "limit": MAX_DEAD_LETTER_REASONS}
+        )
+        return LedgerSummary(
             service=service,
             outcomes={row["outcome"]: row["pairs"] for row in outcomes},
             explained=sum(row["explained"] for row in outcomes),
             findings=counts["findings"],
             accounts=accounts,
-            drops=tuple(await self.drops(service)),
-            poison=tuple(Poison(**row) for row in poison),
+            drops=tuple(await self.list_drops(service)),
+            dead_letters=tuple(DeadLetterCount(**row) for row in dead_letters),
             first=min((row["first"] for row in outcomes), default=None),
             last=max((row["last"] for row in outcomes), default=None),
             sampled=None if unaccounted is None else pairs + unaccounted,
             unaccounted=unaccounted,
-            clock_ahead=await self.clock_ahead(),
+            clock_ahead_s=await self.measure_clock_ahead(),
         )
 
-    async def clock_ahead(self) -> float:
+    async def measure_clock_ahead(self) -> float:
         """Seconds by which Postgres's clock is ahead of this machine's."""
-        return (await self._now() - datetime.now(UTC)).total_seconds()
+        return (await self._read_database_time() - datetime.now(UTC)).total_seconds()
 
-    async def evidence(
+    async def read_evidence(
         self,
         service: str,
         window: Window,
@@ -144,224 +161,259 @@ class Queries:
         *,
         release: str = "",
         all_releases: bool = False,
-    ) -> Evidence:
+    ) -> VerdictEvidence:
         """`max_slower`: the part of old's time by which new may be slower. `release`: of new; the newest unless given."""
-        label = None if all_releases else release or await self._newest(service, window)
-        asked: dict[str, Any] = {"service": service, "endpoints": await self._endpoints(service)}
-        asked |= {"windowed": window.bounded, **_bounds(window), "release": label}
-        times = {
-            "cold_share": COLD_SHARE,
-            "cold_pairs": COLD_PAIRS,
+        label = None if all_releases else release or await self._find_newest_release(service, window)
+        parameters: dict[str, Any] = {"service": service, "endpoints": await self._find_endpoint_ids(service)}
+        parameters |= {"windowed": window.is_bounded, **_make_window_parameters(window), "release": label}
+        thresholds = {
+            "cold_share": COLD_PAIR_SHARE,
+            "cold_pairs": MIN_COLD_PAIRS,
             "max_slower": max_slower,
-            "newest": NEWEST,
-            "least_copies": LEAST_COPIES,
+            "newest": MAX_VERDICT_TIMINGS,
+            "least_copies": MIN_BASELINE_PAIRS,
             "min_slower_us": MIN_SLOWER_US,
         }
-        span = await self.database.one("release_span", asked)
-        counts = await self.database.rows("verdict_counts", {**asked, **times, **_of_release(span, window)})
-        (ledger,) = await self.database.rows("verdict_completeness", {**asked, "evidence": list(EVIDENCE)})
-        over = window.end is not None and window.end < datetime.now(UTC)
-        waivers = await self.database.rows("waivers")
-        return Evidence(
-            endpoints=tuple(_counts(row, waivers, service, label or "") for row in counts),
+        span = await self.database.fetch_one("release_span", parameters)
+        counts = await self.database.fetch_all(
+            "verdict_counts", {**parameters, **thresholds, **_limit_to_release(span, window)}
+        )
+        (ledger,) = await self.database.fetch_all(
+            "verdict_completeness", {**parameters, "evidence": list(ACCOUNTED_OUTCOMES)}
+        )
+        has_ended = window.end is not None and window.end < datetime.now(UTC)
+        waivers = await self.database.fetch_all("waivers")
+        return VerdictEvidence(
+            endpoints=tuple(_make_endpoint_counts(row, waivers, service, label or "") for row in counts),
             release=label,
-            over=over,
+            has_ended=has_ended,
             **ledger,
         )
 
-    async def _newest(self, service: str, window: Window) -> str | None:
-        found = await self.database.one("release_newest", {"service": service, "end": window.end})
-        return found["label"] if found else None
+    async def _find_newest_release(self, service: str, window: Window) -> str | None:
+        row = await self.database.fetch_one("release_newest", {"service": service, "end": window.end})
+        return row["label"] if row else None
 
-    async def _endpoints(
+    async def _find_endpoint_ids(
         self, service: str, findings: Sequence[int] | None = None, *, method: str = "", route: str = ""
     ) -> list[int]:
         """Of one service, all for empty text; of those findings, where they are given."""
-        asked = {"service": service, "method": method, "route": route, "findings": _list(findings)}
-        return [row["id"] for row in await self.database.rows("endpoint_ids", asked)]
+        parameters = {"service": service, "method": method, "route": route, "findings": _to_list(findings)}
+        return [row["id"] for row in await self.database.fetch_all("endpoint_ids", parameters)]
 
-    async def endpoints(self, service: str, window: Window, page: Page) -> Paged[EndpointSummary]:
+    async def list_endpoints(
+        self, service: str, window: Window, page: PageRequest
+    ) -> PageResult[EndpointSummary]:
         filters = {"service": service, "window": asdict(window)}
-        place = pages.decode("endpoints", filters, page.token) if page.token else [None, None, None]
-        asked: dict[str, Any] = {"endpoints": await self._endpoints(service)}
-        asked |= {"windowed": window.bounded, **_bounds(window)}
-        asked |= {"limit": page.size + 1, "newest": NEWEST_LISTED}
-        asked |= {"after_service": place[0], "after_route": place[1], "after_method": place[2]}
-        found = await self.database.rows("endpoints_list", asked)
-        return _paged(
-            found,
+        position = pages.decode_cursor("endpoints", filters, page.token) if page.token else [None, None, None]
+        parameters: dict[str, Any] = {"endpoints": await self._find_endpoint_ids(service)}
+        parameters |= {"windowed": window.is_bounded, **_make_window_parameters(window)}
+        parameters |= {"limit": page.size + 1, "newest": MAX_LISTING_TIMINGS}
+        parameters |= {"after_service": position[0], "after_route": position[1], "after_method": position[2]}
+        matches = await self.database.fetch_all("endpoints_list", parameters)
+        return _make_page(
+            matches,
             page,
-            rows.endpoint_summary,
-            lambda last: pages.encode("endpoints", filters, [last["service"], last["route"], last["method"]]),
-        )
-
-    async def findings(self, wanted: FindingFilter, page: Page) -> Paged[Finding]:
-        filters = asdict(wanted)
-        place = pages.decode("findings", filters, page.token) if page.token else None
-        as_of = datetime.fromisoformat(place[0]) if place else await self._now()
-        found = await self._findings(wanted, as_of, page.size + 1, place=place)
-        return _paged(
-            found,
-            page,
-            rows.finding,
-            lambda last: pages.encode(
-                "findings", filters, [as_of.isoformat(), last["rank"], last["count"], last["id"]]
+            rows.to_endpoint_summary,
+            lambda row: pages.encode_cursor(
+                "endpoints", filters, [row["service"], row["route"], row["method"]]
             ),
         )
 
-    async def findings_by_id(self, ids: Sequence[int]) -> list[Finding]:
+    async def list_findings(self, criteria: FindingFilter, page: PageRequest) -> PageResult[Finding]:
+        filters = asdict(criteria)
+        position = pages.decode_cursor("findings", filters, page.token) if page.token else None
+        as_of = datetime.fromisoformat(position[0]) if position else await self._read_database_time()
+        matches = await self._find_findings(criteria, as_of, page.size + 1, position=position)
+        return _make_page(
+            matches,
+            page,
+            rows.to_finding,
+            lambda row: pages.encode_cursor(
+                "findings", filters, [as_of.isoformat(), row["rank"], row["count"], row["id"]]
+            ),
+        )
+
+    async def get_findings(self, ids: Sequence[int]) -> list[Finding]:
         """Over all time, noise and settled ones too, in the order of a listing."""
         everything = FindingFilter(include_noise=True, include_settled=True)
-        found = await self._findings(everything, await self._now(), len(ids), ids=ids)
-        return [rows.finding(row) for row in found]
+        matches = await self._find_findings(everything, await self._read_database_time(), len(ids), ids=ids)
+        return [rows.to_finding(row) for row in matches]
 
-    async def finding(self, finding_id: int) -> tuple[Finding, list[PairDetail]]:
+    async def get_finding(self, finding_id: int) -> tuple[Finding, list[StoredPairDetail]]:
         """The finding over all time, and its examples, the smallest first. Raise NotFoundError."""
-        found = await self.findings_by_id([finding_id])
-        if not found:
+        findings = await self.get_findings([finding_id])
+        if not findings:
             raise NotFoundError(f"the ledger holds no finding {finding_id}; list them with ListFindings")
-        examples = await self.database.rows("finding_examples", {"id": finding_id, "limit": MAX_EXAMPLES})
-        return found[0], [rows.pair_detail(row) for row in examples]
+        examples = await self.database.fetch_all(
+            "finding_examples", {"id": finding_id, "limit": MAX_EXAMPLES}
+        )
+        return findings[0], [rows.to_pair_detail(row) for row in examples]
 
-    async def finding_events(self, finding_id: int) -> list[FindingEvent]:
+    async def list_finding_events(self, finding_id: int) -> list[FindingEvent]:
         """What people said of it, the latest first."""
-        found = await self.database.rows("finding_events", {"id": finding_id, "limit": MAX_EVENTS})
-        return [FindingEvent(**row) for row in found]
+        events = await self.database.fetch_all("finding_events", {"id": finding_id, "limit": MAX_EVENTS})
+        return [FindingEvent(**row) for row in events]
 
-    async def separating(self, found: Finding) -> Feature | None:
+    async def find_common_feature(self, finding: Finding) -> Feature | None:
         """What the requests that show the finding have in common, and others of its endpoint don't."""
-        if found.of_no_pair:
+        if finding.is_aggregate:
             return None
-        shows = await self._sampled("samples_showing", found.id)
-        others = await self._sampled("samples_without", found.id)
-        if min(len(shows), len(others)) < LEAST:  # a finding that most requests show has few others at random
-            asked = {"id": found.id, "limit": MAX_REQUESTS}
-            shows = await self._features("requests_showing", asked, found.endpoint.route)
-            others = await self._features("requests_without", asked, found.endpoint.route)
-        without = found.compared - found.count
-        return separating(shows, others, shows_in_all=found.count, others_in_all=without)
-
-    async def finding_marks(self, service: str) -> dict[int, tuple[Any, ...]]:
-        """Per finding id what changes when the finding grows or is told from noise. Those not decided yet are left out."""
-        found = await self.database.rows("finding_marks", {"service": service})
-        return {row["id"]: tuple(row.values())[1:] for row in found}
-
-    async def pairs(self, wanted: PairFilter, page: Page) -> Paged[Pair]:
-        """Newest first."""
-        filters = asdict(wanted)
-        before, after_id = pages.decode("pairs", filters, page.token) if page.token else [None, None]
-        after = datetime.fromisoformat(before) if before else None
-        finding = [wanted.finding_id] if wanted.finding_id else None
-        asked: dict[str, Any] = {
-            "endpoints": await self._endpoints(
-                wanted.service, finding, method=wanted.method, route=wanted.route
-            ),
-            "outcomes": _list(wanted.outcomes),
-            "finding_id": wanted.finding_id,
-            **_bounds(wanted.window),
-            "after_at": after,
-            "after_id": after_id,
-        }
-        found: list[Row] = []
-        for day in await self._days(wanted.window, after) if asked["endpoints"] else ():
-            more = page.size + 1 - len(found)
-            found += await self.database.rows("pairs_list", {**asked, "day": day, "limit": more})
-            if len(found) > page.size:
-                break
-        return _paged(
-            found,
-            page,
-            rows.pair,
-            lambda last: pages.encode("pairs", filters, [last["at"].isoformat(), last["id"]]),
+        showing = await self._read_sample_features("samples_showing", finding.id)
+        others = await self._read_sample_features("samples_without", finding.id)
+        if (
+            min(len(showing), len(others)) < MIN_REQUESTS
+        ):  # a finding that most requests show has few others at random
+            parameters = {"id": finding.id, "limit": MAX_FEATURE_REQUESTS}
+            showing = await self._read_request_features(
+                "requests_showing", parameters, finding.endpoint.route
+            )
+            others = await self._read_request_features("requests_without", parameters, finding.endpoint.route)
+        others_total = finding.compared - finding.count
+        return find_common_feature(
+            showing, others, total_with_finding=finding.count, total_without_finding=others_total
         )
 
-    async def _days(self, window: Window, before: datetime | None) -> list[date]:
+    async def read_finding_marks(self, service: str) -> dict[int, tuple[Any, ...]]:
+        """Per finding id what changes when the finding grows or is told from noise. Those not decided yet are left out."""
+        marks = await self.database.fetch_all("finding_marks", {"service": service})
+        return {row["id"]: tuple(row.values())[1:] for row in marks}
+
+    async def list_pairs(self, criteria: PairFilter, page: PageRequest) -> PageResult[StoredPair]:
+        """Newest first."""
+        filters = asdict(criteria)
+        after_text, after_id = (
+            pages.decode_cursor("pairs", filters, page.token) if page.token else [None, None]
+        )
+        after_time = datetime.fromisoformat(after_text) if after_text else None
+        finding = [criteria.finding_id] if criteria.finding_id else None
+        parameters: dict[str, Any] = {
+            "endpoints": await self._find_endpoint_ids(
+                criteria.service, finding, method=criteria.method, route=criteria.route
+            ),
+            "outcomes": _to_list(criteria.outcomes),
+            "finding_id": criteria.finding_id,
+            **_make_window_parameters(criteria.window),
+            "after_at": after_time,
+            "after_id": after_id,
+        }
+        matches: list[Row] = []
+        for day in await self._list_days(criteria.window, after_time) if parameters["endpoints"] else ():
+            remaining = page.size + 1 - len(matches)
+            matches += await self.database.fetch_all(
+                "pairs_list", {**parameters, "day": day, "limit": remaining}
+            )
+            if len(matches) > page.size:
+                break
+        return _make_page(
+            matches,
+            page,
+            rows.to_pair,
+            lambda row: pages.encode_cursor("pairs", filters, [row["at"].isoformat(), row["id"]]),
+        )
+
+    async def _list_days(self, window: Window, end: datetime | None) -> list[date]:
         """Those that may have pairs of a window, from the one of a moment, the newest first."""
-        last = min((moment for moment in (window.end, before) if moment), default=None)
+        last = min((moment for moment in (window.end, end) if moment), default=None)
         return [
             day
-            for (day,) in (row.values() for row in await self.database.rows("days"))
+            for (day,) in (row.values() for row in await self.database.fetch_all("days"))
             if (window.start is None or day >= window.start.astimezone(UTC).date())
             and (last is None or day <= last.astimezone(UTC).date())
         ]
 
-    async def pair(self, pair_id: str) -> PairDetail:
+    async def get_pair(self, pair_id: str) -> StoredPairDetail:
         """Raise NotFoundError for what was not sampled, has not arrived yet, or is no longer kept."""
-        row = await self.database.one("pair_get", {"id": pair_id})
+        row = await self.database.fetch_one("pair_get", {"id": pair_id})
         if row is None:
             raise NotFoundError(
                 f"the ledger holds no pair {pair_id}: it was not sampled, has not arrived yet, or is no longer kept"
             )
-        return rows.pair_detail(row)
+        return rows.to_pair_detail(row)
 
-    async def _sampled(self, name: str, finding_id: int) -> list[Features]:
-        return [row["features"] for row in await self.database.rows(name, {"id": finding_id})]
+    async def _read_sample_features(self, name: str, finding_id: int) -> list[RequestFeatures]:
+        return [row["features"] for row in await self.database.fetch_all(name, {"id": finding_id})]
 
-    async def _features(self, name: str, asked: Mapping[str, Any], route: str) -> list[Features]:
-        return [of_target(row["request"], route) for row in await self.database.rows(name, asked)]
+    async def _read_request_features(
+        self, name: str, parameters: Mapping[str, Any], route: str
+    ) -> list[RequestFeatures]:
+        return [
+            collect_target_features(row["request"], route)
+            for row in await self.database.fetch_all(name, parameters)
+        ]
 
-    async def _now(self) -> datetime:
-        row = await self.database.one("clock")
+    async def _read_database_time(self) -> datetime:
+        row = await self.database.fetch_one("clock")
         return row["now"] if row else datetime.now(UTC)
 
-    async def _findings(
+    async def _find_findings(
         self,
-        wanted: FindingFilter,
+        criteria: FindingFilter,
         as_of: datetime,
         limit: int,
         *,
-        place: Sequence[Any] | None = None,
+        position: Sequence[Any] | None = None,
         ids: Sequence[int] | None = None,
     ) -> list[Row]:
-        _, after_rank, after_count, after_id = place or (None, None, None, None)
-        windowed = wanted.window.bounded or bool(wanted.release)
-        asked = {
-            **asdict(wanted),
-            **{name: _list(getattr(wanted, name)) for name in ("parts", "kinds", "impacts")},
-            **_bounds(wanted.window),
-            "since": as_of if wanted.window.start is None else max(as_of, wanted.window.start),
-            "endpoints": await self._endpoints(wanted.service, ids),
+        _, after_rank, after_count, after_id = position or (None, None, None, None)
+        windowed = criteria.window.is_bounded or bool(criteria.release)
+        parameters = {
+            **asdict(criteria),
+            **{name: _to_list(getattr(criteria, name)) for name in ("parts", "kinds", "impacts")},
+            **_make_window_parameters(criteria.window),
+            "since": as_of if criteria.window.start is None else max(as_of, criteria.window.start),
+            "endpoints": await self._find_endpoint_ids(criteria.service, ids),
             "windowed": windowed,
-            "most_releases": MAX_LISTED,
+            "most_releases": MAX_RELEASES_LISTED,
             "as_of": as_of,
-            "ids": _list(ids),
+            "ids": _to_list(ids),
             "after_rank": after_rank,
             "after_count": after_count,
             "after_id": after_id,
             "limit": limit,
         }
-        del asked["window"]
-        return await self.database.rows("findings_list", asked)
+        del parameters["window"]
+        return await self.database.fetch_all("findings_list", parameters)
 
 
-def _counts(row: Row, waivers: Sequence[Row], service: str, release: str) -> Counts:
-    found = rows.counts(row)
-    return replace(found, waived=waived(waivers, service, found.endpoint, release)) if waivers else found
+def _make_endpoint_counts(row: Row, waivers: Sequence[Row], service: str, release: str) -> EndpointCounts:
+    result = rows.to_endpoint_counts(row)
+    return (
+        replace(result, waived=describe_waiver(waivers, service, result.endpoint, release))
+        if waivers
+        else result
+    )
 
 
-def _of_release(span: Row | None, window: Window) -> dict[str, datetime | None]:
+def _limit_to_release(span: Row | None, window: Window) -> dict[str, datetime | None]:
     """The part of the window in which pairs without an answer of new belong to the release."""
     if span is None:
         return {"lone_start": EPOCH, "lone_end": EPOCH}
-    starts = [one for one in (span["start"], window.start) if one is not None]
-    ends = [one for one in (span["stop"], window.end) if one is not None]
+    starts = [moment for moment in (span["start"], window.start) if moment is not None]
+    ends = [moment for moment in (span["stop"], window.end) if moment is not None]
     return {
         "lone_start": max(starts, default=None),
         "lone_end": min(ends, default=None),
     }
 
 
-def _bounds(window: Window) -> dict[str, datetime | None]:
+def _make_window_parameters(window: Window) -> dict[str, datetime | None]:
     return {"start": window.start, "end": window.end}
 
 
-def _list(values: Sequence[Any] | None) -> list[Any] | None:
+def _to_list(values: Sequence[Any] | None) -> list[Any] | None:
     return None if values is None else list(values)
 
 
-def _paged(
-    found: Sequence[Row], page: Page, make: Callable[[Row], T], token: Callable[[Mapping[str, Any]], str]
-) -> Paged[T]:
+def _make_page(
+    matches: Sequence[Row],
+    page: PageRequest,
+    convert: Callable[[Row], T],
+    make_token: Callable[[Mapping[str, Any]], str],
+) -> PageResult[T]:
     """`found` holds one row more than the page where there is another page."""
-    shown = found[: page.size]
-    return Paged(tuple(make(row) for row in shown), token(shown[-1]) if len(found) > page.size else "")
+    page_rows = matches[: page.size]
+    return PageResult(
+        tuple(convert(row) for row in page_rows),
+        make_token(page_rows[-1]) if len(matches) > page.size else "",
+    )

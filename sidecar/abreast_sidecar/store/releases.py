@@ -12,67 +12,67 @@ from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
 from abreast.capture import Capture
-from abreast_sidecar.store.database import statement
-from abreast_sidecar.store.judged import Judged, release_label
+from abreast_sidecar.store.database import load_statement
+from abreast_sidecar.store.judged import PairRecord, make_release_label
 
-MAX_RELEASES = 10_000  # of one service; then all further labels are one
-OTHER = "(other)"
-NONE = 0  # in place of an id, where that version has no capture
+MAX_SERVICE_RELEASES = 10_000  # of one service; then all further labels are one
+OTHER_RELEASE = "(other)"
+NO_RELEASE = 0  # in place of an id, where that version has no capture
 
-Key = tuple[str, str, str]  # service, version, label
+ReleaseKey = tuple[str, str, str]  # service, version, label
 
 
-class Releases:
+class ReleaseIds:
     def __init__(self) -> None:
-        self._known: dict[Key, int] = {}
+        self._ids: dict[ReleaseKey, int] = {}
 
     def clear(self) -> None:
-        self._known.clear()
+        self._ids.clear()
 
-    async def learn(self, connection: AsyncConnection[TupleRow], batch: Iterable[Judged]) -> None:
+    async def load(self, connection: AsyncConnection[TupleRow], records: Iterable[PairRecord]) -> None:
         """After this `of` knows all of the batch."""
-        missing = list(dict.fromkeys(key for key in _keys(batch) if key not in self._known))
+        missing = list(dict.fromkeys(key for key in _iter_release_keys(records) if key not in self._ids))
         if not missing:
             return
         await self._read(connection, missing)
         for key in missing:
-            if key not in self._known:
+            if key not in self._ids:
                 await self._add(connection, key)
 
-    def of(self, judged: Judged) -> tuple[int, int]:
+    def get_ids(self, record: PairRecord) -> tuple[int, int]:
         """Those of old and of new."""
-        judgement = judged.judgement
-        return self._id(judged, judgement.old), self._id(judged, judgement.new)
+        result = record.result
+        return self._get_id(record, result.old), self._get_id(record, result.new)
 
-    def _id(self, judged: Judged, capture: Capture | None) -> int:
-        return NONE if capture is None else self._known[_key(judged, capture)]
+    def _get_id(self, record: PairRecord, capture: Capture | None) -> int:
+        return NO_RELEASE if capture is None else self._ids[_make_release_key(record, capture)]
 
-    async def _add(self, connection: AsyncConnection[TupleRow], key: Key) -> None:
-        for label in (key[2], OTHER):
-            wanted = (key[0], key[1], label)
+    async def _add(self, connection: AsyncConnection[TupleRow], key: ReleaseKey) -> None:
+        for label in (key[2], OTHER_RELEASE):
+            candidate = (key[0], key[1], label)
             parameters = {"service": key[0], "version": key[1], "label": label}
-            limits = {"limit": MAX_RELEASES, "other": OTHER}
-            await connection.execute(statement("release_add"), {**parameters, **limits})
-            await self._read(connection, [wanted])
-            if wanted in self._known:
-                self._known[key] = self._known[wanted]
+            limits = {"limit": MAX_SERVICE_RELEASES, "other": OTHER_RELEASE}
+            await connection.execute(load_statement("release_add"), {**parameters, **limits})
+            await self._read(connection, [candidate])
+            if candidate in self._ids:
+                self._ids[key] = self._ids[candidate]
                 return
 
-    async def _read(self, connection: AsyncConnection[TupleRow], wanted: list[Key]) -> None:
-        services, versions, labels = (list(column) for column in zip(*wanted, strict=True))
+    async def _read(self, connection: AsyncConnection[TupleRow], keys: list[ReleaseKey]) -> None:
+        services, versions, labels = (list(column) for column in zip(*keys, strict=True))
         parameters = {"services": services, "versions": versions, "labels": labels}
-        cursor = await connection.execute(statement("release_ids"), parameters)
-        for service, version, label, number in await cursor.fetchall():
-            self._known[service, version, label] = number
+        cursor = await connection.execute(load_statement("release_ids"), parameters)
+        for service, version, label, release_id in await cursor.fetchall():
+            self._ids[service, version, label] = release_id
 
 
-def _keys(batch: Iterable[Judged]) -> Iterable[Key]:
-    for judged in sorted(batch, key=lambda one: one.at):
-        for capture in (judged.judgement.old, judged.judgement.new):
+def _iter_release_keys(records: Iterable[PairRecord]) -> Iterable[ReleaseKey]:
+    for record in sorted(records, key=lambda item: item.time_ms):
+        for capture in (record.result.old, record.result.new):
             if capture is not None:
-                yield _key(judged, capture)
+                yield _make_release_key(record, capture)
 
 
-def _key(judged: Judged, capture: Capture) -> Key:
-    version = "new" if capture is judged.judgement.new else "old"
-    return judged.service, version, release_label(capture.release)
+def _make_release_key(record: PairRecord, capture: Capture) -> ReleaseKey:
+    version = "new" if capture is record.result.new else "old"
+    return record.service, version, make_release_label(capture.release)

@@ -11,14 +11,14 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from abreast_sidecar.compare import Difference
-from abreast_sidecar.compare.evidence import values
+from abreast_sidecar.compare.evidence import get_values
 
-LONGEST = 200  # characters of a value that is remembered
-MOST = 2000  # findings
-LAST = 32  # values of each version
+MAX_TRACKED_VALUE_CHARS = 200  # characters of a value that is remembered
+MAX_TRACKED_FINDINGS = 2000  # findings
+TRACKED_VALUES = 32  # values of each version
 
 
-class Turn(NamedTuple):
+class RepeatCounts(NamedTuple):
     """Add 0 or 1 to each counter: there was a pair before, and a version repeated a recent value."""
 
     repeat_checks: int
@@ -26,35 +26,35 @@ class Turn(NamedTuple):
     new_repeats: int
 
 
-NONE = Turn(0, 0, 0)
+NO_REPEATS = RepeatCounts(0, 0, 0)
 
 
-class Repeats:
+class RepeatTracker:
     def __init__(self) -> None:
-        self._last: dict[int, tuple[deque[Any], deque[Any]]] = {}
+        self._recent_values: dict[int, tuple[deque[Any], deque[Any]]] = {}
 
-    def turn(self, finding: int, difference: Difference) -> Turn:
+    def observe(self, finding: int, difference: Difference) -> RepeatCounts:
         if difference.kind != "changed":
-            return NONE
-        old, new = values(difference)
-        if not _plain(old) or not _plain(new):
-            return NONE
-        olds, news = self._last.get(finding) or self._begin(finding)
-        turn = Turn(1, int(old in olds), int(new in news)) if olds else NONE
+            return NO_REPEATS
+        old, new = get_values(difference)
+        if not _is_trackable(old) or not _is_trackable(new):
+            return NO_REPEATS
+        olds, news = self._recent_values.get(finding) or self._start_tracking(finding)
+        counts = RepeatCounts(1, int(old in olds), int(new in news)) if olds else NO_REPEATS
         olds.append(old)
         news.append(new)
-        return turn
+        return counts
 
-    def _begin(self, finding: int) -> tuple[deque[Any], deque[Any]]:
-        if len(self._last) >= MOST:
-            self._last.clear()
-        made: tuple[deque[Any], deque[Any]] = deque(maxlen=LAST), deque(maxlen=LAST)
-        self._last[finding] = made
-        return made
+    def _start_tracking(self, finding: int) -> tuple[deque[Any], deque[Any]]:
+        if len(self._recent_values) >= MAX_TRACKED_FINDINGS:
+            self._recent_values.clear()
+        recent: tuple[deque[Any], deque[Any]] = deque(maxlen=TRACKED_VALUES), deque(maxlen=TRACKED_VALUES)
+        self._recent_values[finding] = recent
+        return recent
 
     def clear(self) -> None:
-        self._last.clear()
+        self._recent_values.clear()
 
 
-def _plain(value: Any) -> bool:
-    return (type(value) is str and len(value) <= LONGEST) or type(value) in {int, float}
+def _is_trackable(value: Any) -> bool:
+    return (type(value) is str and len(value) <= MAX_TRACKED_VALUE_CHARS) or type(value) in {int, float}

@@ -8,10 +8,10 @@ from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from abreast.capture import Capture
-from abreast_sidecar.compare.sequence import Interval, interval
-from abreast_sidecar.compare.verdict import Counts
+from abreast_sidecar.compare.sequence import Interval, confidence_interval
+from abreast_sidecar.compare.verdict import EndpointCounts
 
-CONFIDENCE = 0.95  # of the interval of a finding's rate
+RATE_CONFIDENCE = 0.95  # of the interval of a finding's rate
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class Window:
     end: datetime | None = None
 
     @property
-    def bounded(self) -> bool:
+    def is_bounded(self) -> bool:
         return self.start is not None or self.end is not None
 
 
@@ -44,7 +44,7 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
-class Poison:
+class DeadLetterCount:
     """Entries that could not be compared and were put apart."""
 
     reason: str
@@ -53,7 +53,7 @@ class Poison:
 
 
 @dataclass(frozen=True, slots=True)
-class Accounts:
+class CaptureAccounting:
     """Of a service over all time: rows that retention dropped count too. `received` to `late` are captures."""
 
     service: str
@@ -74,19 +74,19 @@ class Accounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class LedgerSummary:
     service: str
     outcomes: Mapping[str, int]
     explained: int
     findings: int
-    accounts: Accounts
+    accounts: CaptureAccounting
     drops: tuple[Drop, ...]
-    poison: tuple[Poison, ...]
+    dead_letters: tuple[DeadLetterCount, ...]
     first: datetime | None
     last: datetime | None
     sampled: int | None  # requests of the window, by Envoy's count
     unaccounted: int | None  # of `sampled`, those without a row
-    clock_ahead: float = 0.0  # seconds by which Postgres's clock is ahead of this machine's
+    clock_ahead_s: float = 0.0  # seconds by which Postgres's clock is ahead of this machine's
 
     @property
     def pairs(self) -> int:
@@ -94,35 +94,37 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Evidence:
+class VerdictEvidence:
     """What a verdict is made of. `envoy_sampled` and `written` are over all time, the rest is of the window."""
 
-    endpoints: tuple[Counts, ...]
+    endpoints: tuple[EndpointCounts, ...]
     envoy_sampled: int | None
     written: int
     sampled: int | None
     rows: int
     accounted: int  # of `rows`, those whose outcome is evidence
     release: str | None = None  # of new, that `endpoints` are of; None: of all
-    over: bool = False  # whether the window ended before now
+    has_ended: bool = False  # whether the window ended before now
 
-    def lost(self, pending: int) -> int | None:
+    def count_lost(self, pending: int) -> int | None:
         """Requests of the window without a row, of which `pending` are on their way. None: Envoy's count is not known."""
         if self.sampled is None or self.envoy_sampled is None:
             return None
-        late = 0 if self.over else pending  # those are of the present
+        on_the_way = 0 if self.has_ended else pending  # those are of the present
         return max(
-            0, min(self.sampled - self.rows - late, max(0, self.envoy_sampled - self.written) - pending)
+            0, min(self.sampled - self.rows - on_the_way, max(0, self.envoy_sampled - self.written) - pending)
         )
 
 
-def missing(sampled: int | None, rows: int, ever_sampled: int | None, ever_written: int) -> int | None:
+def count_missing(
+    sampled: int | None, row_count: int, total_sampled: int | None, total_written: int
+) -> int | None:
     """Requests of a window without a row. Its edges are not sharp, since a request is counted by Envoy a little before
     its row is made; but no window misses more than is missing over all time.
     """
-    if sampled is None or ever_sampled is None:
+    if sampled is None or total_sampled is None:
         return None
-    return min(sampled - rows, max(0, ever_sampled - ever_written))
+    return min(sampled - row_count, max(0, total_sampled - total_written))
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,25 +182,25 @@ class Finding:
     explanations: tuple[Explanation, ...] = ()
 
     @property
-    def noise(self) -> bool:
+    def is_noise(self) -> bool:
         return self.state == "noise"
 
     @property
-    def explained(self) -> bool:
+    def is_explained(self) -> bool:
         """Whether nothing of it is left that counts."""
-        return self.status in {"expected", "fixed"} or (self.noise and self.status != "confirmed")
+        return self.status in {"expected", "fixed"} or (self.is_noise and self.status != "confirmed")
 
     @property
-    def of_no_pair(self) -> bool:
+    def is_aggregate(self) -> bool:
         """Whether a test of its own found it, over many pairs: no single one shows it."""
         return self.part in {"latency", "cache"} or self.path == "no capture"
 
     @property
     def rate(self) -> Interval | None:
         """Of the compared pairs, those that show it, however often one looks. None: it is of no single pairs."""
-        if self.of_no_pair or not self.compared:
+        if self.is_aggregate or not self.compared:
             return None
-        return interval(min(self.count, self.compared), self.compared, 1 - CONFIDENCE)
+        return confidence_interval(min(self.count, self.compared), self.compared, 1 - RATE_CONFIDENCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class FindingEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class StoredPair:
     id: str
     endpoint: Endpoint
     at: datetime
@@ -232,27 +234,27 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class StoredDifference:
     part: str
     path: str
-    place: str
+    exact_path: str
     kind: str
     impact: str
     old: str | None
     new: str | None
-    noise: bool
-    rule: int = 0  # that explains it
-    drift: bool = False
+    is_noise: bool
+    rule_id: int = 0  # that explains it
+    is_drift: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class PairDetail:
-    pair: Pair
+class StoredPairDetail:
+    pair: StoredPair
     captures: tuple[Capture, ...] = ()
-    differences: tuple[Difference, ...] = field(default=())
+    differences: tuple[StoredDifference, ...] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)
-class Paged(Generic[T]):
+class PageResult(Generic[T]):
     rows: tuple[T, ...]
     next_token: str

@@ -4,51 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from abreast_sidecar.compare.verdict import Counts
+from abreast_sidecar.compare.verdict import EndpointCounts
 from abreast_sidecar.store.database import Row
 from abreast_sidecar.store.results import (
-    Difference,
     Endpoint,
     EndpointSummary,
     Explanation,
     Finding,
-    Pair,
-    PairDetail,
+    StoredDifference,
+    StoredPair,
+    StoredPairDetail,
 )
-from abreast_sidecar.store.unpack import unpack
+from abreast_sidecar.store.unpack import read_captures
 
 MAX_EXPLANATIONS = 10
 
 
-def endpoint(row: Row) -> Endpoint:
+def to_endpoint(row: Row) -> Endpoint:
     return Endpoint(row["service"], row["method"], row["route"])
 
 
-def counts(row: Row) -> Counts:
+def to_endpoint_counts(row: Row) -> EndpointCounts:
     numbers = {name: value for name, value in row.items() if name not in {"method", "route"}}
-    return Counts(endpoint=f"{row['method']} {row['route']}", **numbers)
+    return EndpointCounts(endpoint=f"{row['method']} {row['route']}", **numbers)
 
 
-def endpoint_summary(row: Row) -> EndpointSummary:
+def to_endpoint_summary(row: Row) -> EndpointSummary:
     return EndpointSummary(
-        endpoint=endpoint(row),
+        endpoint=to_endpoint(row),
         outcomes=row["outcomes"] or {},
         findings=row["findings"],
-        old_us=_percentiles(row["old_us"]),
-        new_us=_percentiles(row["new_us"]),
+        old_us=_to_percentiles(row["old_us"]),
+        new_us=_to_percentiles(row["new_us"]),
     )
 
 
-def _percentiles(values: Sequence[float | None] | None) -> tuple[float, float] | None:
+def _to_percentiles(values: Sequence[float | None] | None) -> tuple[float, float] | None:
     if not values or values[0] is None or values[1] is None:
         return None
     return values[0], values[1]
 
 
-def finding(row: Row) -> Finding:
+def to_finding(row: Row) -> Finding:
     return Finding(
         id=row["id"],
-        endpoint=endpoint(row),
+        endpoint=to_endpoint(row),
         part=row["part"],
         path=row["path"],
         kind=row["kind"],
@@ -65,11 +65,11 @@ def finding(row: Row) -> Finding:
         status_reason=row["status_reason"],
         old_releases=tuple(row["old_releases"]),
         new_releases=tuple(row["new_releases"]),
-        explanations=tuple(_explanations(row))[:MAX_EXPLANATIONS],
+        explanations=tuple(_iter_explanations(row))[:MAX_EXPLANATIONS],
     )
 
 
-def _explanations(row: Row) -> Iterator[Explanation]:
+def _iter_explanations(row: Row) -> Iterator[Explanation]:
     if row["status"] in {"expected", "fixed"}:
         yield Explanation(row["status"], row["count"], row["status_reason"])
     elif row["state"] == "noise" and row["status"] != "confirmed" and row["count"] + row["baseline_count"]:
@@ -81,10 +81,10 @@ def _explanations(row: Row) -> Iterator[Explanation]:
         yield Explanation("drift", row["drift_pairs"], "asked again, both versions agreed")
 
 
-def pair(row: Row) -> Pair:
-    return Pair(
+def to_pair(row: Row) -> StoredPair:
+    return StoredPair(
         id=row["id"],
-        endpoint=endpoint(row),
+        endpoint=to_endpoint(row),
         at=row["at"],
         outcome=row["outcome"],
         live=row["live"] or "",
@@ -102,26 +102,28 @@ def pair(row: Row) -> Pair:
     )
 
 
-def pair_detail(row: Row) -> PairDetail:
-    noisy, drifted = set(row["noisy"]), set(row["drifted"])
-    return PairDetail(
-        pair=pair(row),
-        captures=() if row["captures"] is None else unpack(row["captures"]),
-        differences=tuple(difference(found, noisy, drifted) for found in row["differences"] or ()),
+def to_pair_detail(row: Row) -> StoredPairDetail:
+    noise_keys, drift_keys = set(row["noisy"]), set(row["drifted"])
+    return StoredPairDetail(
+        pair=to_pair(row),
+        captures=() if row["captures"] is None else read_captures(row["captures"]),
+        differences=tuple(
+            to_difference(record, noise_keys, drift_keys) for record in row["differences"] or ()
+        ),
     )
 
 
-def difference(found: Row, noisy: set[str], drifted: set[str]) -> Difference:
-    finding = f"{found['part']} {found['kind']} {found['path']}"
-    return Difference(
-        part=found["part"],
-        path=found["path"],
-        place=found["place"],
-        kind=found["kind"],
-        impact=found["impact"],
-        old=found.get("old"),
-        new=found.get("new"),
-        noise=finding in noisy,
-        rule=int(found.get("explained_by") or 0),
-        drift=finding in drifted,
+def to_difference(record: Row, noise_keys: set[str], drift_keys: set[str]) -> StoredDifference:
+    finding = f"{record['part']} {record['kind']} {record['path']}"
+    return StoredDifference(
+        part=record["part"],
+        path=record["path"],
+        exact_path=record["place"],
+        kind=record["kind"],
+        impact=record["impact"],
+        old=record.get("old"),
+        new=record.get("new"),
+        is_noise=finding in noise_keys,
+        rule_id=int(record.get("explained_by") or 0),
+        is_drift=finding in drift_keys,
     )

@@ -11,59 +11,59 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
-from abreast_sidecar.compare.request import of_request
-from abreast_sidecar.store.clean import json_text
-from abreast_sidecar.store.judged import Judged
-from abreast_sidecar.store.rollup import COMPARED
+from abreast_sidecar.compare.request import collect_request_features
+from abreast_sidecar.store.clean import to_json
+from abreast_sidecar.store.judged import PairRecord
+from abreast_sidecar.store.rollup import COMPARED_OUTCOMES
 
-SLOTS = 200
-RAREST = 50
-ANY = 0  # in place of a finding: any request of the endpoint
+SLOTS_PER_KEY = 200
+MAX_SAMPLING_INTERVAL = 50
+ANY_FINDING = 0  # in place of a finding: any request of the endpoint
 
 
-class Samples:
+class RequestSampler:
     def __init__(self, seed: int | None = None) -> None:
-        self._seen: dict[tuple[int, int], int] = {}  # endpoint, finding → requests
+        self._seen_counts: dict[tuple[int, int], int] = {}  # endpoint, finding → requests
         self._random = random.Random(seed)  # noqa: S311  # no secret
 
     def clear(self) -> None:
-        self._seen.clear()
+        self._seen_counts.clear()
 
-    def choose(self, batch: Iterable[tuple[Judged, int, list[int]]]) -> list[dict[str, Any]]:
+    def sample(self, records: Iterable[tuple[PairRecord, int, list[int]]]) -> list[dict[str, Any]]:
         """Rows of `request_sample`; the batch has pairs, their endpoints and findings."""
         rows: dict[tuple[int, int, int], dict[str, Any]] = {}
-        for judged, endpoint, findings in batch:
-            if judged.judgement.outcome not in COMPARED:
+        for record, endpoint, findings in records:
+            if record.result.outcome not in COMPARED_OUTCOMES:
                 continue
-            kept = [
+            keys = [
                 (endpoint, finding, slot)
-                for finding in (ANY, *findings)
-                if (slot := self._slot(endpoint, finding)) is not None
+                for finding in (ANY_FINDING, *findings)
+                if (slot := self._pick_slot(endpoint, finding)) is not None
             ]
-            if kept:
-                known = {"ms": judged.at, "findings": findings, "features": _features(judged)}
+            if keys:
+                columns = {"ms": record.time_ms, "findings": findings, "features": _extract_features(record)}
                 rows |= {
-                    key: dict(zip(("endpoint_id", "finding_id", "slot"), key, strict=True)) | known
-                    for key in kept
+                    key: dict(zip(("endpoint_id", "finding_id", "slot"), key, strict=True)) | columns
+                    for key in keys
                 }
         return list(rows.values())
 
-    def _slot(self, endpoint: int, finding: int) -> int | None:
-        seen = self._seen.get((endpoint, finding), 0)
-        self._seen[endpoint, finding] = seen + 1
-        if seen < SLOTS:
-            return seen
-        chosen = int(
-            self._random.random() * min(seen + 1, SLOTS * RAREST)
+    def _pick_slot(self, endpoint: int, finding: int) -> int | None:
+        seen_count = self._seen_counts.get((endpoint, finding), 0)
+        self._seen_counts[endpoint, finding] = seen_count + 1
+        if seen_count < SLOTS_PER_KEY:
+            return seen_count
+        slot = int(
+            self._random.random() * min(seen_count + 1, SLOTS_PER_KEY * MAX_SAMPLING_INTERVAL)
         )  # randrange takes ten times as long
-        return chosen if chosen < SLOTS else None
+        return slot if slot < SLOTS_PER_KEY else None
 
 
-def parameters(rows: list[dict[str, Any]]) -> dict[str, str]:
-    return {"rows": json_text(rows).decode()}
+def make_sample_parameters(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {"rows": to_json(rows).decode()}
 
 
-def _features(judged: Judged) -> dict[str, list[str]]:
-    judgement = judged.judgement
-    shown = judgement.old or judgement.new
-    return of_request(shown.request, judgement.route) if shown else {}
+def _extract_features(record: PairRecord) -> dict[str, list[str]]:
+    result = record.result
+    capture = result.old or result.new
+    return collect_request_features(capture.request, result.route) if capture else {}

@@ -12,27 +12,27 @@ from abreast.capture import Capture, decode
 from abreast.errors import CaptureError
 from abreast_sidecar.errors import LedgerError
 
-LARGEST = 64 * 1024 * 1024  # bytes, uncompressed
-PREFIX = 4  # bytes
+MAX_EXAMPLE_BYTES = 64 * 1024 * 1024  # bytes, uncompressed
+BLOB_PREFIX_BYTES = 4  # bytes
 
 
-def unpack(content: bytes) -> tuple[Capture, ...]:
+def read_captures(content: bytes) -> tuple[Capture, ...]:
     """Those captures that this code can read. Raise LedgerError for a damaged example."""
     try:
         with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content)) as reader:
-            joined = reader.read(LARGEST + 1)
+            blobs = reader.read(MAX_EXAMPLE_BYTES + 1)
     except zstandard.ZstdError as error:
         raise LedgerError(f"an example in the ledger is damaged: {error}") from error
-    if len(joined) > LARGEST:
-        raise LedgerError(f"an example in the ledger is larger than {LARGEST} bytes")
-    return tuple(_captures(joined))
+    if len(blobs) > MAX_EXAMPLE_BYTES:
+        raise LedgerError(f"an example in the ledger is larger than {MAX_EXAMPLE_BYTES} bytes")
+    return tuple(_split_captures(blobs))
 
 
-def _captures(joined: bytes) -> Iterable[Capture]:
-    place = 0
-    while place < len(joined):
-        length = int.from_bytes(joined[place : place + PREFIX], "big")
-        place += PREFIX
+def _split_captures(blobs: bytes) -> Iterable[Capture]:
+    offset = 0
+    while offset < len(blobs):
+        length = int.from_bytes(blobs[offset : offset + BLOB_PREFIX_BYTES], "big")
+        offset += BLOB_PREFIX_BYTES
         with suppress(CaptureError):  # of a format that this code does not know
-            yield decode(joined[place : place + length])
-        place += length
+            yield decode(blobs[offset : offset + length])
+        offset += length

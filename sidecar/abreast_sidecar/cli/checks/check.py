@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
-State = Literal["ok", "warn", "fail"]
+CheckState = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,12 @@ class Check:
 
     part: str
     name: str
-    state: State
+    state: CheckState
     found: str
     advice: str = ""
 
 
-def without_password(url: str) -> str:
+def mask_password(url: str) -> str:
     """scheme://host:port/path of a URL. A list of hosts, or what is no URL, is not shown at all."""
     try:
         parts = urlsplit(url)
@@ -35,16 +35,16 @@ class UnreachableError(Exception):
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckFactory:
     """Makes checks of one part."""
 
     name: str
 
-    def ok(self, name: str, found: str) -> Check:
-        return Check(self.name, name, "ok", found)
+    def ok(self, name: str, observation: str) -> Check:
+        return Check(self.name, name, "ok", observation)
 
-    def warn(self, name: str, found: str, advice: str) -> Check:
-        return Check(self.name, name, "warn", found, advice)
+    def warn(self, name: str, observation: str, advice: str) -> Check:
+        return Check(self.name, name, "warn", observation, advice)
 
-    def fail(self, name: str, found: str, advice: str) -> Check:
-        return Check(self.name, name, "fail", found, advice)
+    def fail(self, name: str, observation: str, advice: str) -> Check:
+        return Check(self.name, name, "fail", observation, advice)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from abreast_sidecar.cli.checks.check import Check, Part
-from abreast_sidecar.cli.humane import seconds
+from abreast_sidecar.cli.checks.check import Check, CheckFactory
+from abreast_sidecar.cli.humane import format_seconds
 
-CLOCKS = Part("clocks")
-ALLOWED = 2.0  # seconds
+CLOCK_CHECKS = CheckFactory("clocks")
+MAX_CLOCK_OFFSET_S = 2.0  # seconds
 
 
-def judge(ahead: Mapping[str, float]) -> Iterator[Check]:
+def check_clocks(clock_offsets_s: Mapping[str, float]) -> Iterator[Check]:
     """`ahead`: by how many seconds each clock is ahead of this machine's."""
-    off = {name: value for name, value in ahead.items() if abs(value) > ALLOWED}
-    if not ahead:
+    deviations_s = {name: value for name, value in clock_offsets_s.items() if abs(value) > MAX_CLOCK_OFFSET_S}
+    if not clock_offsets_s:
         return
-    if not off:
-        widest = max(abs(value) for value in ahead.values())
-        yield CLOCKS.ok("agree", f"{', '.join(ahead)} within {seconds(max(widest, 0.001))} of this machine's")
-    for name, value in off.items():
-        found = f"{name}'s is {seconds(abs(value))} {'ahead of' if value > 0 else 'behind'} this machine's"
-        yield CLOCKS.warn(
-            name, found, "synchronise the clocks (chrony, ntpd): times of requests will look odd"
+    if not deviations_s:
+        max_offset_s = max(abs(value) for value in clock_offsets_s.values())
+        yield CLOCK_CHECKS.ok(
+            "agree",
+            f"{', '.join(clock_offsets_s)} within {format_seconds(max(max_offset_s, 0.001))} of this machine's",
+        )
+    for name, value in deviations_s.items():
+        observation = (
+            f"{name}'s is {format_seconds(abs(value))} {'ahead of' if value > 0 else 'behind'} this machine's"
+        )
+        yield CLOCK_CHECKS.warn(
+            name, observation, "synchronise the clocks (chrony, ntpd): times of requests will look odd"
         )

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 import psycopg
 
-from abreast_sidecar.cli.checks.check import Check, Part, UnreachableError, without_password
-from abreast_sidecar.cli.humane import counted, size
+from abreast_sidecar.cli.checks.check import Check, CheckFactory, UnreachableError, mask_password
+from abreast_sidecar.cli.humane import format_bytes, format_quantity
 
-POSTGRES = Part("Postgres")
-TIMEOUT = 3  # seconds
-OLDEST = 150_000  # server_version_num
-FACTS = (
+POSTGRES_CHECKS = CheckFactory("Postgres")
+POSTGRES_TIMEOUT_S = 3  # seconds
+MIN_POSTGRES_VERSION_NUM = 150_000  # server_version_num
+SERVER_FACTS_QUERY = (
     "select current_setting('server_version_num')::int, current_setting('server_version'),"
     " extract(epoch from clock_timestamp())::float8, pg_database_size(current_database())::bigint,"
     " to_regclass('abreast.schema_version') is not null, to_regclass('abreast.migration') is not null"
 )
-LEDGER = (
+LEDGER_FACTS_QUERY = (
     "select coalesce(max(version), 0)::int, (select count(*)::bigint from abreast.finding),"
     " (select coalesce(sum(pairs), 0)::bigint from abreast.outcome_count) from abreast.schema_version"
 )
@@ -30,58 +30,78 @@ class PostgresFacts:
     """By `ahead` seconds its clock is ahead of this machine's; `schema` is 0 before `abreast migrate`."""
 
     url: str
-    number: int
+    version_num: int
     version: str
-    ahead: float
-    size: int
-    schema: int = 0
+    clock_offset_s: float
+    database_bytes: int
+    schema_version: int = 0
     findings: int = 0
     pairs: int = 0
     outdated: bool = False  # it holds a ledger that this code can't upgrade
 
 
-def look(url: str) -> PostgresFacts:
+def read_postgres_facts(url: str) -> PostgresFacts:
     try:
-        with psycopg.connect(url, connect_timeout=TIMEOUT, prepare_threshold=None) as connection:
+        with psycopg.connect(url, connect_timeout=POSTGRES_TIMEOUT_S, prepare_threshold=None) as connection:
             connection.execute(
-                f"set local statement_timeout = '{TIMEOUT}s'".encode()
+                f"set local statement_timeout = '{POSTGRES_TIMEOUT_S}s'".encode()
             )  # poolers take no options
-            number, version, now, held, migrated, outdated = connection.execute(FACTS).fetchone() or (
-                0,
-                "",
-                0.0,
-                0,
-                False,
-                False,
+            version_num, version, server_time_s, database_bytes, has_migrations, outdated = (
+                connection.execute(SERVER_FACTS_QUERY).fetchone()
+                or (
+                    0,
+                    "",
+                    0.0,
+                    0,
+                    False,
+                    False,
+                )
             )
-            ahead = now - time.time()
-            schema, findings, pairs = (migrated and connection.execute(LEDGER).fetchone()) or (0, 0, 0)
+            clock_offset_s = server_time_s - time.time()
+            schema_version, findings, pairs = (
+                has_migrations and connection.execute(LEDGER_FACTS_QUERY).fetchone()
+            ) or (0, 0, 0)
             return PostgresFacts(
-                without_password(url), number, version, ahead, held, schema, findings, pairs, outdated
+                mask_password(url),
+                version_num,
+                version,
+                clock_offset_s,
+                database_bytes,
+                schema_version,
+                findings,
+                pairs,
+                outdated,
             )
     except psycopg.Error as error:
         raise UnreachableError(" ".join(str(error).split()).lower() or type(error).__name__) from error
 
 
-def judge(facts: PostgresFacts, wanted: int) -> Iterator[Check]:
+def check_postgres(facts: PostgresFacts, expected_version: int) -> Iterator[Check]:
     """Compare with `wanted`, the newest schema version of this code."""
-    found = f"Postgres {facts.version.split()[0]} at {facts.url}, {size(facts.size)}"
-    if facts.number < OLDEST:
-        yield POSTGRES.fail("version", found, "Abreast needs Postgres 15 or newer")
+    observation = f"Postgres {facts.version.split()[0]} at {facts.url}, {format_bytes(facts.database_bytes)}"
+    if facts.version_num < MIN_POSTGRES_VERSION_NUM:
+        yield POSTGRES_CHECKS.fail("version", observation, "Abreast needs Postgres 15 or newer")
     else:
-        yield POSTGRES.ok("version", found)
+        yield POSTGRES_CHECKS.ok("version", observation)
     if facts.outdated:
-        found = "holds a ledger that this Abreast can't upgrade"
-        yield POSTGRES.fail("schema", found, "create a new database and name it in ABREAST_POSTGRES_URL")
-    elif facts.schema < wanted:
-        found = f"at version {facts.schema} of {wanted}" if facts.schema else "no schema yet"
-        yield POSTGRES.fail("schema", found, "start the sidecar, or run: abreast migrate")
-    elif facts.schema > wanted:
-        found = f"at version {facts.schema}, newer than this code's {wanted}"
-        yield POSTGRES.fail("schema", found, "use the newer release of Abreast that made it")
+        observation = "holds a ledger that this Abreast can't upgrade"
+        yield POSTGRES_CHECKS.fail(
+            "schema", observation, "create a new database and name it in ABREAST_POSTGRES_URL"
+        )
+    elif facts.schema_version < expected_version:
+        observation = (
+            f"at version {facts.schema_version} of {expected_version}"
+            if facts.schema_version
+            else "no schema yet"
+        )
+        yield POSTGRES_CHECKS.fail("schema", observation, "start the sidecar, or run: abreast migrate")
+    elif facts.schema_version > expected_version:
+        observation = f"at version {facts.schema_version}, newer than this code's {expected_version}"
+        yield POSTGRES_CHECKS.fail("schema", observation, "use the newer release of Abreast that made it")
     else:
-        yield POSTGRES.ok("schema", f"at version {facts.schema}, up to date")
-    if facts.schema:
-        yield POSTGRES.ok(
-            "ledger", f"{counted(facts.pairs, 'pair')} and {counted(facts.findings, 'finding')} written"
+        yield POSTGRES_CHECKS.ok("schema", f"at version {facts.schema_version}, up to date")
+    if facts.schema_version:
+        yield POSTGRES_CHECKS.ok(
+            "ledger",
+            f"{format_quantity(facts.pairs, 'pair')} and {format_quantity(facts.findings, 'finding')} written",
         )
