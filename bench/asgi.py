@@ -24,8 +24,8 @@ from load import Users
 from rows import Row, main, row
 from service import wrapped
 
-from abreast_sidecar.embedded import RedisServer, ServerProcess, find_free_port
-from abreast_sidecar.embedded.process import is_answering
+from abreast_sidecar.stack.process import ServerProcess, find_free_port, is_answering
+from abreast_sidecar.stack.servers import RedisServer
 
 SERVICE = Path(__file__).with_name("service.py")
 USERS = 16

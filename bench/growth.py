@@ -25,18 +25,17 @@ import psycopg
 from pipeline import SERVICE, pairs
 from rows import Row, row
 
-from abreast.join import Keys
-from abreast_sidecar.compare import CompareOptions
-from abreast_sidecar.embedded import PostgresServer
-from abreast_sidecar.housekeeping.latency import detect_slowdowns
-from abreast_sidecar.judging import evaluate_entry
-from abreast_sidecar.read import StreamEntry
-from abreast_sidecar.store import PairRecord, PairWriter, migrate
+from abreast.protocol.join import Keys
+from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.ingest.evaluate import evaluate_entry
+from abreast_sidecar.ingest.stream import StreamEntry
+from abreast_sidecar.jobs.detectors import detect_slowdowns
+from abreast_sidecar.stack.servers import PostgresServer
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.latencies import read_timings
-from abreast_sidecar.store.pages import PageRequest
-from abreast_sidecar.store.queries import FindingFilter, LedgerReader, PairFilter
-from abreast_sidecar.store.results import Endpoint, Window
+from abreast_sidecar.store.migrate import migrate
+from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest, PairFilter, read_timings
+from abreast_sidecar.store.records import Endpoint, PairRecord, Window
+from abreast_sidecar.store.writer import PairWriter
 
 DAYS = 10
 ENDPOINTS, FINDINGS = 20, 50

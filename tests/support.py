@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-from abreast_sidecar.embedded import find_free_port
+from abreast_sidecar.stack.process import find_free_port
 
 WITHIN = 60.0  # seconds that a condition gets unless said otherwise: only a test that fails waits so long
 POLLS = (0.01, 0.02, 0.03, 0.05, 0.07)  # seconds between the first looks

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from abreast_sidecar.embedded import PostgresServer, RedisServer
-from abreast_sidecar.embedded.process import chown_to_server_user, create_private_folder, remove_folder
-from abreast_sidecar.embedded.redis import find_bundled_redis
+from abreast_sidecar.stack.process import chown_to_server_user, create_private_folder, remove_folder
+from abreast_sidecar.stack.servers import PostgresServer, RedisServer, find_bundled_redis
 
 LIBRARY = "faketime/libfaketimeMT.so.1"
 

@@ -16,8 +16,9 @@ import brotli  # type: ignore[import-untyped]  # it has no types
 import yaml
 import zstandard
 
-from abreast.capture import Answer, Body, Capture, Headers, Request, Version
-from abreast_sidecar.compare import CompareOptions, ComparisonResult, compare_pair
+from abreast.protocol.capture import Answer, Body, Capture, Headers, Request, Version
+from abreast_sidecar.compare.model import CompareOptions, ComparisonResult
+from abreast_sidecar.compare.pair import compare_pair
 
 CORPUS = Path(__file__).parent / "corpus"
 REMOVED = {"$removed": True}

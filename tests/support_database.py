@@ -10,8 +10,8 @@ from typing import Self
 
 import psycopg
 
-from abreast_sidecar.embedded import PostgresServer
-from abreast_sidecar.store import migrate
+from abreast_sidecar.stack.servers import PostgresServer
+from abreast_sidecar.store.migrate import migrate
 from support import eventually
 from support_postgres import disconnect
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from abreast_sidecar.control.xds import wire_pb2 as wire
+from abreast_sidecar.traffic.xds import wire_pb2 as wire
 from support_serve import Running
 
 NODE = wire.Node(id="edge-1", cluster="shop")

@@ -11,7 +11,7 @@ import httpx
 from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import traffic_pb2 as pb
-from abreast_sidecar.embedded import EnvoyServer
+from abreast_sidecar.envoy.render import EnvoyServer
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from support import eventually_async, free_ports
 from support_envoy import started

@@ -10,10 +10,9 @@ from typing import Any
 
 import psycopg
 
-from abreast.backlog import CaptureQueue
-from abreast.capture import Role, Version
-from abreast.context import CURRENT_CONTEXT, RequestContext
-from abreast.ending import CLEANUP_TASKS, run_cleanups
+from abreast.context import CLEANUP_TASKS, CURRENT_CONTEXT, RequestContext, run_cleanups
+from abreast.export.queue import CaptureQueue
+from abreast.protocol.capture import Role, Version
 from abreast.settings import Settings
 
 

@@ -18,9 +18,9 @@ from typing import TypeVar
 import psycopg
 import redis
 
-from abreast.capture import encode
-from abreast.join import Keys, shard_of
-from abreast.link import RedisTransport, TransportError
+from abreast.export.transport import RedisTransport, TransportError
+from abreast.protocol.capture import encode
+from abreast.protocol.join import Keys, shard_of
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.settings import Settings
 from support import WITHIN, eventually_async
@@ -146,8 +146,8 @@ async def empty(redis_url: str, *, shards: int = 1, within: float = WITHIN) -> N
 WORKER = """
 import asyncio, json, sys
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.worker import Worker
-from abreast_sidecar.workers import worker_name
+from abreast_sidecar.ingest.worker import Worker
+from abreast_sidecar.ingest.pool import worker_name
 asyncio.run(Worker(Settings(**json.loads(sys.argv[1])), name=worker_name()).run(asyncio.Event()))
 """
 

@@ -11,9 +11,9 @@ from typing import Any
 import redis.asyncio
 import uvicorn
 
-from abreast.capture import Capture, Role, Version, decode
-from abreast.join import Keys
 from abreast.middleware import App, ParallelRunMiddleware
+from abreast.protocol.capture import Capture, Role, Version, decode
+from abreast.protocol.join import Keys
 from abreast.recorder import Message, Scope
 from support import eventually_async, find_free_port
 

@@ -13,12 +13,12 @@ from typing import Any
 import redis
 from msgspec.structs import replace
 
-from abreast.capture import Answer, Body, Capture, Request, Role, Version, encode
-from abreast.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
-from abreast_sidecar.compare import ComparisonResult, Difference
+from abreast.protocol.capture import Answer, Body, Capture, Request, Role, Version, encode
+from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
+from abreast_sidecar.compare.model import ComparisonResult, Difference
+from abreast_sidecar.ingest.worker import Worker
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import PairRecord
-from abreast_sidecar.worker import Worker
+from abreast_sidecar.store.records import PairRecord
 from support_postgres import execute
 
 SERVICE = "shop"

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import psycopg
 
-from abreast_sidecar.embedded.process import (
+from abreast_sidecar.stack.process import (
     ServerProcess,
     chown_to_server_user,
     create_private_folder,

@@ -13,22 +13,22 @@ from typing import Any
 import psycopg
 from starlette.types import ASGIApp
 
-from abreast.capture import Answer, Body, Capture, Role, Version
-from abreast.capture import Request as Asked
-from abreast.route import RouteResolver
+from abreast.export.routes import RouteResolver
+from abreast.protocol.capture import Answer, Body, Capture, Role, Version
+from abreast.protocol.capture import Request as Asked
 from abreast_demo import old
+from abreast_demo.load import UserRequest, generate_requests
 from abreast_demo.shop import Shop
-from abreast_demo.traffic import UserRequest, generate_requests
-from abreast_sidecar.compare import CompareOptions, compare_pair
-from abreast_sidecar.compare.verdict import Budget, Verdict, decide_verdict
-from abreast_sidecar.housekeeping.latency import detect_slowdowns
-from abreast_sidecar.housekeeping.noise import classify_findings
+from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.jobs.detectors import detect_slowdowns
+from abreast_sidecar.jobs.noise import classify_findings
 from abreast_sidecar.serve.verdicts import to_completeness as held_against
-from abreast_sidecar.store import PairRecord, PairWriter
+from abreast_sidecar.stats.verdict import Budget, Verdict, decide_verdict
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.pages import PageRequest
-from abreast_sidecar.store.queries import FindingFilter, LedgerReader
-from abreast_sidecar.store.results import Finding, Window
+from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest
+from abreast_sidecar.store.records import Finding, PairRecord, Window
+from abreast_sidecar.store.writer import PairWriter
 
 SERVICE = "shop"
 BATCH = 500

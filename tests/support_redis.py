@@ -14,8 +14,8 @@ from typing import Any
 
 import redis
 
-from abreast_sidecar.embedded import RedisServer
-from abreast_sidecar.embedded.process import ServerProcess
+from abreast_sidecar.stack.process import ServerProcess
+from abreast_sidecar.stack.servers import RedisServer
 from support import eventually, free_ports
 from support_certificate import Certificate
 

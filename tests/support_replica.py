@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
-from abreast_sidecar.embedded.sidecar import SidecarServer
+from abreast_sidecar.stack.servers import SidecarServer
 from support import free_ports
 from support_clock import Clock
 

@@ -17,11 +17,11 @@ import zstandard
 from google.protobuf import any_pb2
 from psycopg.types.json import Jsonb
 
-from abreast.capture import Capture, encode
+from abreast.protocol.capture import Capture, encode
 from abreast.v1 import comparison_pb2_grpc, steering_pb2_grpc, traffic_pb2_grpc
 from abreast_sidecar.app import Sidecar
-from abreast_sidecar.control.xds import wire_pb2 as wire
 from abreast_sidecar.settings import Settings
+from abreast_sidecar.traffic.xds import wire_pb2 as wire
 from support import eventually_async
 from support_postgres import execute
 

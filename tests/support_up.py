@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from click.testing import CliRunner
 
-from abreast_sidecar import embedded
+from abreast_sidecar import stack as embedded
 from abreast_sidecar.cli import abreast
 from support import eventually
 

@@ -10,9 +10,8 @@ from typing import Self
 import grpc
 
 from abreast.v1 import common_pb2, comparison_pb2, comparison_pb2_grpc, traffic_pb2, traffic_pb2_grpc
-from abreast_demo.plants import FindingLocation
-from abreast_demo.verdict import LedgerCounts, ReportedFinding, find_missed_changes
-from abreast_sidecar.cli.connection import CHANNEL_OPTIONS, to_cli_error
+from abreast_demo.planted_changes import FindingLocation, LedgerCounts, ReportedFinding, find_missed_changes
+from abreast_sidecar.client.sidecar_client import CHANNEL_OPTIONS, to_cli_error
 
 MAX_DEMO_PAGE_ROWS = 1000
 SETTLE_TIMEOUT_S = 30.0  # seconds; a pair waits at most 10 for a copy that never comes

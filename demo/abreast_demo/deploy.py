@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import urllib.request
@@ -13,20 +14,56 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 
 from abreast_demo.load import USER_HEADER
-from abreast_demo.ports import LOOPBACK
-from abreast_demo.service import SHOP_SERVICE
-from abreast_sidecar.embedded import PostgresServer, RedisServer, ServerProcess
-from abreast_sidecar.embedded.faults import Fault, kill_tree, pause_fault, stack_faults
-from abreast_sidecar.embedded.folder import DATA_DIRECTORY_MODE
-from abreast_sidecar.embedded.process import find_free_port, is_answering
-from abreast_sidecar.embedded.stack import Stack
+from abreast_demo.shop import SHOP_SERVICE
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress, StickyKey
 from abreast_sidecar.errors import ServerError
+from abreast_sidecar.stack.data import DATA_DIRECTORY_MODE
+from abreast_sidecar.stack.process import (
+    Fault,
+    ServerProcess,
+    find_free_port,
+    is_answering,
+    is_port_free,
+    kill_tree,
+    pause_fault,
+    stack_faults,
+)
+from abreast_sidecar.stack.servers import PostgresServer, RedisServer
+from abreast_sidecar.stack.stack import Stack
+
+LOOPBACK = "127.0.0.1"
+
+
+class PortReservations:
+    """Two demos that start together must not take the same port: the UDP port of that number, which nobody needs here,
+    says that it is taken. The system frees it however this process ends. Use as a context manager.
+    """
+
+    def __init__(self) -> None:
+        self._reserved_sockets = contextlib.ExitStack()
+
+    def reserve(self, port: int) -> int:
+        """This port, or a free one where it is taken."""
+        reservation = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            reservation.bind((LOOPBACK, port))
+        except OSError:
+            reservation.close()
+            return find_free_port()
+        self._reserved_sockets.callback(reservation.close)
+        return port if is_port_free(LOOPBACK, port) else find_free_port()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._reserved_sockets.close()
+
 
 VERSIONS = frozenset({"old", "new"})  # so Envoy's clusters of live traffic are called too
 DEFAULT_CODE_BY_VERSION = {"old": "old", "new": "new"}
@@ -170,7 +207,7 @@ def _start_shop(version: str, deployment: ShopDeployment) -> ServerProcess:
         [
             sys.executable,
             "-m",
-            "abreast_demo.service",
+            "abreast_demo.shop",
             "--version",
             deployment.code_by_version[version],
             "--listen",

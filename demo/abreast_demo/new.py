@@ -14,8 +14,16 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Respons
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from abreast_demo.shop import CURRENCIES_WITHOUT_MINOR_UNIT, Product, Shop, round_to_cents
-from abreast_demo.stamp import SEARCH_ID_HEADER, RequestIdMiddleware, current_timestamp, shuffle_members
+from abreast_demo.shop import (
+    CURRENCIES_WITHOUT_MINOR_UNIT,
+    SEARCH_ID_HEADER,
+    Product,
+    RequestIdMiddleware,
+    Shop,
+    current_timestamp,
+    round_to_cents,
+    shuffle_members,
+)
 
 Currency = Literal["EUR", "USD", "GBP", "JPY"]
 

@@ -15,8 +15,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from abreast_demo.shop import CURRENCIES_WITHOUT_MINOR_UNIT, CURRENCY_RATES, Product, Shop, round_to_cents
-from abreast_demo.stamp import SEARCH_ID_HEADER, RequestIdMiddleware, current_timestamp, shuffle_members
+from abreast_demo.shop import (
+    CURRENCIES_WITHOUT_MINOR_UNIT,
+    CURRENCY_RATES,
+    SEARCH_ID_HEADER,
+    Product,
+    RequestIdMiddleware,
+    Shop,
+    current_timestamp,
+    round_to_cents,
+    shuffle_members,
+)
 
 LIKE_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})  # what LIKE would take for a pattern
 

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 import grpc
 
 from abreast_demo.client import DemoClient
-from abreast_demo.deploy import ShopDeployment, StackAddresses, deploy_shop
-from abreast_demo.load import LoadGenerator, UserTally
-from abreast_demo.plants import PLANTED_REGRESSIONS
-from abreast_demo.ports import LOOPBACK, PortReservations
-from abreast_demo.service import SHOP_SERVICE
-from abreast_demo.traffic import UserRequest, generate_requests
-from abreast_demo.verdict import DemoResult, ReportedFinding, select_regressions
-from abreast_sidecar.embedded.stack import Stack
+from abreast_demo.deploy import LOOPBACK, PortReservations, ShopDeployment, StackAddresses, deploy_shop
+from abreast_demo.load import LoadGenerator, UserRequest, UserTally, generate_requests
+from abreast_demo.planted_changes import PLANTED_REGRESSIONS, DemoResult, ReportedFinding, select_regressions
+from abreast_demo.shop import SHOP_SERVICE
 from abreast_sidecar.envoy.settings import SocketAddress
+from abreast_sidecar.stack.stack import Stack
 
 USERS_PORT, GRPC_PORT, HTTP_PORT = 8080, 50051, 8090
 NEW_SHARE_STEPS = (0.0, 0.1, 0.25)  # share of users that new answers, each for an equal part of the time

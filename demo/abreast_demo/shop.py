@@ -2,12 +2,72 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import random
+import signal
+import sys
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from decimal import ROUND_HALF_UP, Decimal
+from functools import cache
+from importlib import resources
+from typing import Any
 
+import uvicorn
+from psycopg.rows import dict_row
+from starlette.datastructures import MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from abreast import ParallelRunMiddleware
 from abreast.cache import Cache
-from abreast_demo.data import ShopDatabase, ShopRow
+from abreast.integrations.psycopg.pool import AsyncConnectionPool
+
+SEED_LOCK = 5_270_116  # several processes of one version may start at once
+MAX_CONNECTIONS = 8
+
+ShopRow = dict[str, Any]
+
+
+@cache
+def load_statement(name: str) -> bytes:
+    return (resources.files("abreast_demo") / "sql" / f"{name}.sql").read_bytes()
+
+
+class ShopDatabase:
+    """What a shadow request writes is rolled back at its end."""
+
+    def __init__(self, url: str) -> None:
+        self.pool = AsyncConnectionPool(
+            url,
+            min_size=2,
+            max_size=MAX_CONNECTIONS,
+            open=False,
+            kwargs={"autocommit": True, "row_factory": dict_row},
+        )
+
+    async def open(self) -> None:
+        """Create what is missing, and fill it with what every shop of this kind sells."""
+        await self.pool.open(wait=True)
+        async with self.pool.connection() as connection, connection.transaction():
+            await connection.execute("select pg_advisory_xact_lock(%s)", (SEED_LOCK,))
+            await connection.execute(load_statement("schema"))
+
+    async def close(self) -> None:
+        await self.pool.close()
+
+    async def fetch_rows(self, name: str, **values: Any) -> list[ShopRow]:
+        async with self.pool.connection() as connection:
+            cursor = await connection.execute(load_statement(name), values)
+            return await cursor.fetchall()
+
+    async def write(self, name: str, **values: Any) -> None:
+        async with self.pool.connection() as connection:
+            await connection.execute(load_statement(name), values)
+
 
 CURRENCY_RATES = {
     "EUR": Decimal(1),
@@ -103,3 +163,115 @@ class Shop:
         order_id = uuid.uuid4()
         await self.database.write("order", id=order_id, product=product_id, quantity=quantity)
         return order_id
+
+
+HEALTH_PATH = "/healthz"
+
+
+class FaultMiddleware:
+    is_failing = False
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.is_failing and scope["type"] == "http" and scope["path"] != HEALTH_PATH:
+            await JSONResponse({"detail": "out of order"}, 500)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    @classmethod
+    def install_signal_handlers(cls) -> None:
+        def set_failing(number: int, _frame: object) -> None:
+            cls.is_failing = number == signal.SIGUSR1
+
+        signal.signal(signal.SIGUSR1, set_failing)
+        signal.signal(signal.SIGUSR2, set_failing)
+
+
+SHOP_SERVICE = "shop"
+RELEASE_BY_VERSION = {"old": "shop-1.8", "new": "shop-2.0"}
+SHUTDOWN_GRACE_S = 3  # seconds to finish what is under way
+
+
+def build_app(version: str, shop: Shop) -> ASGIApp:
+    if version == "old":
+        from abreast_demo import old
+
+        starlette = old.build_starlette_app(shop)
+        starlette.add_middleware(FaultMiddleware)
+        starlette.add_middleware(ParallelRunMiddleware, service=SHOP_SERVICE)
+        return starlette
+    from abreast_demo import new
+
+    fastapi = new.build_fastapi_app(shop)
+    fastapi.add_middleware(FaultMiddleware)
+    fastapi.add_middleware(ParallelRunMiddleware, service=SHOP_SERVICE)
+    return fastapi
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m abreast_demo.shop", description="One version of the shop."
+    )
+    parser.add_argument("--version", choices=("old", "new"), required=True)
+    parser.add_argument("--listen", metavar="HOST:PORT", required=True)
+    arguments = parser.parse_args()
+    host, _, port = arguments.listen.rpartition(":")
+    missing_variables = [name for name in ("DATABASE_URL", "CACHE_URL") if not os.environ.get(name)]
+    if missing_variables or not port.isdigit():
+        sys.exit(
+            f"shop: set {' and '.join(missing_variables)}"
+            if missing_variables
+            else "shop: --listen must be host:port"
+        )
+    os.environ.setdefault("ABREAST_RELEASE", RELEASE_BY_VERSION[arguments.version])
+    FaultMiddleware.install_signal_handlers()
+    app = build_app(arguments.version, Shop(os.environ["DATABASE_URL"], os.environ["CACHE_URL"]))
+    uvicorn.run(
+        app,
+        host=host,
+        port=int(port),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
+    )
+
+
+if __name__ == "__main__":
+    main()
+
+
+SEARCH_ID_HEADER = "x-search-id"
+
+
+class RequestIdMiddleware:
+    """An id of the service's own, since that of Envoy is the same for all copies of a request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = str(uuid.uuid4())
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+def current_timestamp() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def shuffle_members(members: Iterable[int]) -> list[int]:
+    """A set has no order, and here it shows."""
+    shuffled_members = list(members)
+    random.shuffle(shuffled_members)
+    return shuffled_members

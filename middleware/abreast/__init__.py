@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from abreast.carry import extract, inject
-from abreast.context import RequestContext, current, is_shadow
+from abreast.context import RequestContext, current, extract, inject, is_shadow, span
 from abreast.effects import Effect, effect, record
 from abreast.errors import AbreastError, CaptureError, EffectError, SettingError, ShadowError
-from abreast.hops import span
 
 if TYPE_CHECKING:
     from abreast.middleware import ParallelRunMiddleware
+
 
 __all__ = [
     "AbreastError",

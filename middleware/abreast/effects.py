@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 from abreast.context import CURRENT_CONTEXT, RequestContext
-from abreast.errors import EffectError
-from abreast.journal import EffectRecord
-from abreast.outlived import warn_if_request_outlived
-from abreast.rescue import ErrorReporter
+from abreast.effect_log import EffectRecord
+from abreast.errors import EffectError, ErrorReporter
+
+logger = logging.getLogger("abreast")
+
+MAX_SHADOW_AGE_S = 60.0  # seconds since the request came
+MAX_WARNED_NAMES = 100  # names that are remembered
+WARNED_NAMES: set[str] = set()
+
+
+def warn_if_request_outlived(context: RequestContext, name: str) -> None:
+    """Once for each name."""
+    if (
+        not (context.is_shadow and context.response_sent)
+        or name in WARNED_NAMES
+        or len(WARNED_NAMES) >= MAX_WARNED_NAMES
+    ):
+        return
+    age_s = (perf_counter_ns() - context.started_ns) / 1e9
+    if context.started_ns and age_s > MAX_SHADOW_AGE_S:
+        WARNED_NAMES.add(name)
+        logger.warning(
+            "%s is held back %d s after its shadow request; what serves users too must be started outside of requests, or "
+            "with context=contextvars.Context() (logged once)",
+            name,
+            age_s,
+        )
+
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,14 +1,9 @@
-"""Errors of the middleware package.
+"""Faults of ours: counted by the place where they happened, logged once each, never passed on."""
 
-AbreastError
-├── SettingError   a setting has a value that can't be used; the middleware logs it and stays off
-├── ShadowError    a shadow request asks for what could not be taken back; raised into it, and only into it
-├── CaptureError   a capture can't be read
-└── EffectError    an effect is declared in a way that can't hold it back; raised where it is written down wrong
+from __future__ import annotations
 
-Messages are lower case and say what, where and what to do. But for EffectError and ShadowError, none is ever raised
-into a request.
-"""
+import logging
+from collections import Counter
 
 
 class AbreastError(Exception):
@@ -29,3 +24,21 @@ class EffectError(AbreastError):
 
 class ShadowError(AbreastError):
     pass
+
+
+logger = logging.getLogger("abreast")
+
+MAX_LOGGED_ERRORS = 100
+
+
+class ErrorReporter:
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._logged: set[tuple[str, type[BaseException]]] = set()
+
+    def __call__(self, operation: str, error: BaseException) -> None:
+        self.counts[operation] += 1
+        error_key = (operation, type(error))
+        if error_key not in self._logged and len(self._logged) < MAX_LOGGED_ERRORS:
+            self._logged.add(error_key)
+            logger.warning("recording failed in %s; requests go on (logged once)", operation, exc_info=error)

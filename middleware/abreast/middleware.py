@@ -9,17 +9,38 @@ from collections.abc import Awaitable, Callable
 from time import perf_counter_ns
 from typing import Unpack, get_args
 
-from abreast.backlog import CaptureQueue
-from abreast.bystander import UncapturedRequest
-from abreast.capture import Role, Version
-from abreast.context import CURRENT_CONTEXT, NO_REQUEST, RequestContext, make_context_factory
-from abreast.ending import run_cleanups
-from abreast.errors import SettingError
-from abreast.loops import ExporterPool
+from abreast.context import CURRENT_CONTEXT, NO_REQUEST, RequestContext, make_context_factory, run_cleanups
+from abreast.errors import ErrorReporter, SettingError
+from abreast.export.exporter import ExporterPool
+from abreast.export.queue import CaptureQueue
+from abreast.export.routes import RouteResolver
+from abreast.protocol.capture import Role, Version
 from abreast.recorder import PAIR_HEADER, Message, Receive, RequestRecorder, RouteTags, Scope, Send
-from abreast.rescue import ErrorReporter
-from abreast.route import RouteResolver
 from abreast.settings import Settings, SettingsKwargs
+
+
+class UncapturedRequest:
+    app_returned = False
+    finished_ns = 0  # as a recorder's, so that it is always told when the app has left
+
+    def __init__(
+        self,
+        context: RequestContext,
+        receive: Callable[[], Awaitable[Message]],
+        send: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        self.context = context
+        self._send = send
+        self.receive = receive
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.context.response_sent = True
+        await self._send(message)
+
+    def mark_app_finished(self, _exception: str) -> None:
+        self.context.response_sent = True
+
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Self, TypedDict
 
 from abreast.errors import SettingError
-from abreast.join import Keys, Limits
-from abreast.redis_url import URL_FORMATS, parse_address
+from abreast.protocol.join import Keys, Limits
+from abreast.protocol.redis_client import URL_FORMATS, parse_address
 
 ENV_PREFIX = "ABREAST_"
 FLAG_VALUES = {

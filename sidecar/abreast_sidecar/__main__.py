@@ -1,3 +1,3 @@
-from abreast.command import main
+from abreast._console import main
 
 main()

@@ -9,35 +9,29 @@ from typing import Any
 
 import structlog
 
-from abreast_sidecar.compare import CompareOptions
-from abreast_sidecar.control import RtdsServer, TrafficController
-from abreast_sidecar.control.steerers import RolloutService
-from abreast_sidecar.control.steering import LeaderTasks
-from abreast_sidecar.ending import cancel_and_wait
+from abreast_sidecar.aio import cancel_and_wait
+from abreast_sidecar.compare.model import CompareOptions
 from abreast_sidecar.errors import LedgerError, SchemaError
-from abreast_sidecar.housekeeping import JobRunner
-from abreast_sidecar.read.client import connect_redis
-from abreast_sidecar.serve import (
-    ComparisonServicer,
-    GrpcServer,
-    HttpServer,
-    Interceptor,
-    LatencyServicer,
-    Metrics,
-    NotReadyError,
-    PairBacklog,
-    Readiness,
-    RolloutServicer,
-    RuleServicer,
-    TrafficServicer,
-    WebApp,
-)
+from abreast_sidecar.ingest.pool import create_pool
+from abreast_sidecar.ingest.stream import connect_redis
+from abreast_sidecar.jobs.runner import JobRunner
+from abreast_sidecar.rollout.controllers import LeaderTasks
+from abreast_sidecar.rollout.service import RolloutService
+from abreast_sidecar.serve.http import HttpServer, NotReadyError, PairBacklog, Readiness
+from abreast_sidecar.serve.metrics import Metrics
+from abreast_sidecar.serve.pages import WebApp
+from abreast_sidecar.serve.server import GrpcServer, Interceptor
+from abreast_sidecar.serve.services.comparison import ComparisonServicer, LatencyServicer
+from abreast_sidecar.serve.services.rollout import RolloutServicer
+from abreast_sidecar.serve.services.rules import RuleServicer
+from abreast_sidecar.serve.services.traffic import TrafficServicer
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import migrate
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import LedgerReader
+from abreast_sidecar.store.migrate import migrate
+from abreast_sidecar.store.reader import LedgerReader
 from abreast_sidecar.store.rules import RuleStore
-from abreast_sidecar.workers import create_pool
+from abreast_sidecar.traffic.control import TrafficController
+from abreast_sidecar.traffic.rtds import RtdsServer
 
 MIGRATE_RETRY_S = 0.5  # seconds
 RPC_DRAIN_SHARE = 0.4  # of the time to stop, for calls under way

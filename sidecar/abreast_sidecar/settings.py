@@ -31,7 +31,7 @@ def comma_list(value: str) -> tuple[str, ...]:
 
 
 def redis_url(value: str) -> str:
-    from abreast.redis_url import parse_address
+    from abreast.protocol.redis_client import parse_address
 
     parse_address(value)
     return value.strip()
@@ -74,7 +74,7 @@ def webhook_urls(value: str) -> tuple[str, ...]:
 
 
 def webhook_secret(value: str) -> str:
-    from abreast_sidecar.steer.signing import decode_secret
+    from abreast_sidecar.rollout.webhooks import decode_secret
 
     decode_secret(value.strip())
     return value.strip()

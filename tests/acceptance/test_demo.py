@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from abreast_demo.plants import PLANTED_ADDITIONS, PLANTED_NOISE, PLANTED_REGRESSIONS
-from abreast_sidecar.embedded.folder import RUN_FOLDER_PREFIX, TEMPORARY_ROOT
+from abreast_demo.planted_changes import PLANTED_ADDITIONS, PLANTED_NOISE, PLANTED_REGRESSIONS
+from abreast_sidecar.stack.data import RUN_FOLDER_PREFIX, TEMPORARY_ROOT
 from support import eventually, find_free_port
 
 PLANTED = [plant.name for plant in PLANTED_REGRESSIONS]

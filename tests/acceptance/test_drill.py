@@ -9,11 +9,11 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from abreast_demo.noticed import DrillReport, DrillRun, RecordingLoadGenerator, UserResponse
-from abreast_demo.verdict import LedgerCounts
+from abreast_demo.drill import DrillReport, DrillRun, RecordingLoadGenerator, UserResponse
+from abreast_demo.planted_changes import LedgerCounts
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.cli.drill import build_drill_table
-from abreast_sidecar.cli.tables import make_console
+from abreast_sidecar.cli.demo import build_drill_table
+from abreast_sidecar.client.output import make_console
 
 ABREAST = Path(sys.executable).with_name("abreast")
 EMPTY = LedgerCounts(outcomes={}, envoy_sampled=0, unaccounted=0, pending=0, drops={})

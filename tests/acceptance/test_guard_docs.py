@@ -11,7 +11,7 @@ import psycopg
 import pytest
 import redis
 
-from abreast.ending import CLEANUP_TASKS
+from abreast.context import CLEANUP_TASKS
 from support_middleware import call, http_scope, sampled
 
 DOCS = Path(__file__).parents[2] / "docs"

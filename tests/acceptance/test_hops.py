@@ -15,11 +15,10 @@ import httpx
 import psycopg
 import pytest
 
-from abreast_demo.deploy import ShopDeployment, StackAddresses, deploy_shop
+from abreast_demo.deploy import LOOPBACK, ShopDeployment, StackAddresses, deploy_shop
 from abreast_demo.load import USER_HEADER
-from abreast_demo.ports import LOOPBACK
-from abreast_sidecar.embedded.stack import Stack
 from abreast_sidecar.envoy.settings import SocketAddress
+from abreast_sidecar.stack.stack import Stack
 from support import eventually, free_ports
 
 ABREAST = Path(sys.executable).with_name("abreast")

@@ -12,9 +12,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from abreast_sidecar.embedded.process import is_answering
-from abreast_sidecar.embedded.stack import ANY_PORT_ADDRESS, Stack
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
+from abreast_sidecar.stack.process import is_answering
+from abreast_sidecar.stack.stack import ANY_PORT_ADDRESS, Stack
 from support import eventually, eventually_async, free_ports, frozen
 from support_users import Users, users
 

@@ -54,7 +54,7 @@ def test_the_bare_package_holds_the_middleware(wheel: Path, tmp_path: Path) -> N
 
 
 def test_the_command_of_the_bare_package_says_what_to_install(wheel: Path, tmp_path: Path) -> None:
-    done = run(site(wheel, tmp_path, BARE), "from abreast.command import main; main()")
+    done = run(site(wheel, tmp_path, BARE), "from abreast._console import main; main()")
 
     assert done.returncode != 0
     assert done.stderr == "abreast: the command line needs more parts; run: pip install 'abreast[sidecar]'\n"

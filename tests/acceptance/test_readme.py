@@ -15,10 +15,10 @@ import grpc
 import pytest
 import redis
 
-from abreast.capture import encode
-from abreast.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
+from abreast.protocol.capture import encode
+from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
 from abreast.v1 import comparison_pb2, comparison_pb2_grpc
-from abreast_sidecar.embedded import RedisServer
+from abreast_sidecar.stack.servers import RedisServer
 from captures import capture
 from support import eventually, free_ports
 

@@ -19,15 +19,14 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from abreast import ParallelRunMiddleware
-from abreast.capture import Capture
-from abreast_sidecar.again import RecheckSettings
+from abreast.protocol.capture import Capture
 from abreast_sidecar.errors import SettingError
-from abreast_sidecar.housekeeping.noise import classify_findings
+from abreast_sidecar.ingest.recheck import RecheckSettings
+from abreast_sidecar.jobs.noise import classify_findings
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.pages import PageRequest
-from abreast_sidecar.store.queries import FindingFilter, LedgerReader
-from abreast_sidecar.store.results import Window
+from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest
+from abreast_sidecar.store.records import Window
 from support import eventually_async, find_free_port
 from support_pairs import one, pair_of, rows, running, send, stats, sums_are_those_of_rows
 

@@ -22,8 +22,8 @@ import pytest
 import redis
 from msgspec.structs import replace
 
-from abreast.capture import encode
-from abreast.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
+from abreast.protocol.capture import encode
+from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
 from abreast.v1 import comparison_pb2, comparison_pb2_grpc
 from captures import capture
 from support import eventually, find_free_port, free_ports

@@ -15,9 +15,9 @@ import redis
 import redis.asyncio
 
 from abreast.cache import PROBE_DELAY_S, Cache
-from abreast.capture import Role
 from abreast.errors import SettingError
-from abreast_sidecar.embedded import RedisServer
+from abreast.protocol.capture import Role
+from abreast_sidecar.stack.servers import RedisServer
 from support import eventually_async, find_free_port
 from support_guards import inside
 

@@ -11,15 +11,14 @@ from msgspec.structs import replace
 
 import abreast
 from abreast.cache import Cache
-from abreast.hops import HIT, MAX_SPANS, add_span
+from abreast.context import HIT, MAX_SPANS, add_span
 from abreast.recorder import Receive, Scope, Send
-from abreast_sidecar.housekeeping.cache import detect_misses
+from abreast_sidecar.jobs.detectors import detect_misses
 from abreast_sidecar.serve.phrase import describe_location, summarise_finding
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.pages import PageRequest
-from abreast_sidecar.store.queries import FindingFilter, LedgerReader
-from abreast_sidecar.store.results import Finding
+from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest
+from abreast_sidecar.store.records import Finding
 from support import eventually_async
 from support_guards import inside
 from support_middleware import captured, sampled

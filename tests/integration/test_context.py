@@ -20,8 +20,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import abreast
 from abreast import ParallelRunMiddleware
-from abreast.capture import Role
 from abreast.context import CURRENT_CONTEXT, NO_REQUEST
+from abreast.protocol.capture import Role
 from support import eventually_async
 from support_middleware import call, http_scope, marks, pair_id, raw, sampled, serving
 

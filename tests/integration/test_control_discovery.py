@@ -12,9 +12,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 
 from abreast.v1 import traffic_pb2 as pb
-from abreast_sidecar.control.envoys import EnvoyConnection
-from abreast_sidecar.control.traffic import Traffic
-from abreast_sidecar.control.xds import wire_pb2 as wire
+from abreast_sidecar.traffic.envoys import EnvoyConnection
+from abreast_sidecar.traffic.model import Traffic
+from abreast_sidecar.traffic.xds import wire_pb2 as wire
 from support import eventually_async
 from support_discovery import NODE, answer, stream
 from support_serve import Running, refused, running

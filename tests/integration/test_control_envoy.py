@@ -12,7 +12,7 @@ import pytest
 
 from abreast.v1 import comparison_pb2
 from abreast.v1 import traffic_pb2 as pb
-from abreast_sidecar.embedded import PostgresServer
+from abreast_sidecar.stack.servers import PostgresServer
 from support import find_free_port
 from support_edge import LONG, REQUESTS, acknowledged, edge, update
 from support_serve import Running, running

@@ -11,8 +11,8 @@ import pytest
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.curl import build_curl_line
-from abreast_sidecar.cli.humane import to_printable
+from abreast_sidecar.cli.pairs import build_curl_line
+from abreast_sidecar.client.output import to_printable
 
 
 @asynccontextmanager

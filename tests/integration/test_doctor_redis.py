@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from redis import Redis
 
-from abreast import join
-from abreast_sidecar.cli.checks import redis
+from abreast.protocol import join
+from abreast_sidecar.cli.doctor import redis
 
 
 @pytest.mark.parametrize("hints", [["shop"], []])

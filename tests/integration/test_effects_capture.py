@@ -16,9 +16,9 @@ from starlette.routing import Route
 
 import abreast
 from abreast import ParallelRunMiddleware
-from abreast.capture import Capture
-from abreast.join import reports_key
-from abreast.redact import HASH_PREFIX
+from abreast.export.redaction import HASH_PREFIX
+from abreast.protocol.capture import Capture
+from abreast.protocol.join import reports_key
 from support import eventually_async
 from support_middleware import call, captured, captures, sampled
 

@@ -14,8 +14,10 @@ from starlette.types import ASGIApp
 from taskiq.receiver import Receiver
 
 import abreast
-from abreast import guards, journal, redact
-from abreast.capture import Role
+from abreast import effect_log as journal
+from abreast import integrations as guards
+from abreast.export import redaction as redact
+from abreast.protocol.capture import Role
 from support import eventually_async
 from support_guards import effects, inside
 from support_middleware import captures, marks, pair_id

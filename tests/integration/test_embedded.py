@@ -12,7 +12,7 @@ import psycopg
 import pytest
 import redis
 
-from abreast_sidecar.embedded import PostgresServer, RedisServer
+from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from support import eventually
 
 
@@ -43,7 +43,7 @@ def test_postgres_wants_a_password_on_loopback(postgres_server: PostgresServer) 
 
 def test_servers_die_with_the_process_that_started_them() -> None:
     program = (
-        "import sys, time; from abreast_sidecar.embedded import *\n"
+        "import sys, time; from abreast_sidecar.stack import *\n"
         "r = RedisServer().start(); p = PostgresServer().start()\n"
         "print(r.server.pid, p.server.pid, flush=True); time.sleep(600)"
     )

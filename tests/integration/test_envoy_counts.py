@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator
 import psycopg
 import pytest
 
-from abreast_sidecar.housekeeping.envoy import collect_envoy_counts
-from abreast_sidecar.housekeeping.retention import drop_days
-from abreast_sidecar.store import PairWriter
+from abreast_sidecar.jobs.envoy_counts import collect_envoy_counts
+from abreast_sidecar.jobs.retention import drop_days
 from abreast_sidecar.store.database import Connection, Database, load_statement
-from abreast_sidecar.store.queries import LedgerReader
-from abreast_sidecar.store.results import LedgerSummary, Window
+from abreast_sidecar.store.reader import LedgerReader
+from abreast_sidecar.store.records import LedgerSummary, Window
+from abreast_sidecar.store.writer import PairWriter
 from support import eventually_async
 from support_envoy import Abreast, abreast
 from support_pairs import SERVICE, judged, one

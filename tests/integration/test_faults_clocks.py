@@ -18,13 +18,14 @@ import psycopg
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from abreast.join import Limits
+from abreast.protocol.join import Limits
 from abreast.v1 import steering_pb2 as pb
 from abreast.v1 import steering_pb2_grpc, traffic_pb2, traffic_pb2_grpc
-from abreast_sidecar.embedded import PostgresServer, RedisServer
-from abreast_sidecar.read import StreamConsumer, connect_redis, expire_incomplete_pairs, list_shards
+from abreast_sidecar.ingest.stream import StreamConsumer, connect_redis, expire_incomplete_pairs, list_shards
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import PairWriter, migrate
+from abreast_sidecar.stack.servers import PostgresServer, RedisServer
+from abreast_sidecar.store.migrate import migrate
+from abreast_sidecar.store.writer import PairWriter
 from support import eventually_async
 from support_clock import Clock, postgres_by, redis_by
 from support_load import Load, complete, empty, loading

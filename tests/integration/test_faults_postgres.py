@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 import psycopg
 import pytest
 
-from abreast_sidecar.embedded import PostgresServer
+from abreast_sidecar.ingest.worker import Worker
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import migrate
-from abreast_sidecar.worker import Worker
+from abreast_sidecar.stack.servers import PostgresServer
+from abreast_sidecar.store.migrate import migrate
 from support import eventually_async
 from support_load import Load, complete, empty, loading, stopped
 from support_pairs import one, pair_of, rows, running, send

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from abreast.join import Keys
+from abreast.protocol.join import Keys
 from abreast.settings import Settings as ServiceSettings
-from abreast_sidecar.embedded import RedisServer
-from abreast_sidecar.housekeeping import JobRunner
+from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.settings import Settings
+from abreast_sidecar.stack.servers import RedisServer
 from support import eventually_async, find_free_port
 from support_load import Load, agrees, complete, empty, loading, stopped
 from support_pairs import SERVICE, one, ready, rows, running, stats

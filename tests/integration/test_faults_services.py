@@ -17,11 +17,11 @@ from psycopg.types.json import Jsonb
 
 from abreast.middleware import ParallelRunMiddleware
 from abreast.recorder import Receive, Scope, Send
-from abreast_sidecar.housekeeping import JobRunner
+from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import ALL_TIME, LedgerReader
-from abreast_sidecar.store.results import LedgerSummary
+from abreast_sidecar.store.reader import ALL_TIME, LedgerReader
+from abreast_sidecar.store.records import LedgerSummary
 from support import eventually_async
 from support_load import agrees
 from support_middleware import call, http_scope, marks

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from abreast.join import CONSUMER_GROUP, Keys
-from abreast_sidecar.apart import IsolatedComparer
-from abreast_sidecar.compare import CompareOptions
-from abreast_sidecar.read import StreamConsumer
+from abreast.protocol.join import CONSUMER_GROUP, Keys
+from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.ingest.isolated import IsolatedComparer
+from abreast_sidecar.ingest.stream import StreamConsumer
 from abreast_sidecar.settings import Settings
 from support import eventually_async
 from support_load import Load, complete, empty, loading, worker_process
@@ -23,7 +23,7 @@ KILLS = 6
 SEED = 4
 KILLER = """
 import os, signal
-import abreast_sidecar.judging as judging
+import abreast_sidecar.ingest.evaluate as judging
 judge = judging.judge
 def deadly(captures, *rest, **more):
     if any(b"deadly" in one.answer.body.held for one in captures):

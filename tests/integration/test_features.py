@@ -10,12 +10,13 @@ import psycopg
 import pytest
 from msgspec import structs
 
-from abreast.capture import Body, Capture, Request
-from abreast_sidecar.compare.feature import Feature
-from abreast_sidecar.store import PairRecord, PairWriter
+from abreast.protocol.capture import Body, Capture, Request
+from abreast_sidecar.stats.features import Feature
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import LedgerReader
+from abreast_sidecar.store.reader import LedgerReader
+from abreast_sidecar.store.records import PairRecord
 from abreast_sidecar.store.samples import MAX_SAMPLING_INTERVAL, SLOTS_PER_KEY, RequestSampler
+from abreast_sidecar.store.writer import PairWriter
 from support_pairs import difference, judged, one
 
 pytestmark = pytest.mark.postgres

@@ -12,12 +12,11 @@ from msgspec import structs
 
 from abreast.v1 import comparison_pb2 as pb
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.housekeeping.missing import detect_unanswered
-from abreast_sidecar.housekeeping.noise import classify_findings
-from abreast_sidecar.store import PairRecord, PairWriter
-from abreast_sidecar.store.queries import LedgerReader
-from abreast_sidecar.store.results import Window
-from abreast_sidecar.store.statuses import StatusChange, set_status
+from abreast_sidecar.jobs.detectors import detect_unanswered
+from abreast_sidecar.jobs.noise import classify_findings
+from abreast_sidecar.store.reader import LedgerReader
+from abreast_sidecar.store.records import PairRecord, StatusChange, Window, set_status
+from abreast_sidecar.store.writer import PairWriter
 from support_pairs import difference, judged, one, rows
 from support_serve import Running, refused, running
 

@@ -17,10 +17,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from abreast import ParallelRunMiddleware
-from abreast.ending import CLEANUP_TASKS, run_cleanups
+from abreast.context import CLEANUP_TASKS, run_cleanups
 from abreast.errors import SettingError, ShadowError
-from abreast.guards.psycopg import AsyncConnection, Connection
-from abreast.guards.psycopg_pool import AsyncConnectionPool, ConnectionPool
+from abreast.integrations.psycopg import AsyncConnection, Connection
+from abreast.integrations.psycopg.pool import AsyncConnectionPool, ConnectionPool
 from support_guards import effects, handled, inside, nothing_is_held, rows
 from support_middleware import call, captured, sampled
 
@@ -286,7 +286,7 @@ async def test_what_a_rollback_cannot_undo_is_as_the_docs_say(table: str) -> Non
 async def test_a_shadow_waits_for_a_users_row_for_a_bounded_time_only(
     table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abreast.guards.psycopg_async.SHADOW_LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr("abreast.integrations.psycopg.connection_async.SHADOW_LOCK_TIMEOUT", "50ms")
     with psycopg.connect(table) as user:
         user.execute(INSERT, (1, 10))
         async with AsyncConnectionPool(table, min_size=1, open=False) as pool, handled():

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 from abreast.errors import SettingError, ShadowError
-from abreast.guards.sqlalchemy import protect
+from abreast.integrations.sqlalchemy import protect
 from support_guards import effects, handled, inside, nothing_is_held, rows
 
 pytestmark = pytest.mark.postgres
@@ -147,7 +147,7 @@ async def test_a_statement_cant_commit(engine: AsyncEngine, table: str, statemen
 async def test_users_have_connections_though_shadows_hold_all_of_theirs(
     table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abreast.guards.sqlalchemy.TIMEOUT", 0.1)
+    monkeypatch.setattr("abreast.integrations.sqlalchemy.TIMEOUT", 0.1)
     engine = create_async_engine(dialect(table), pool_size=1, max_overflow=0)
     protect(engine, shadow_pool_size=1)
     async with handled(), engine.connect():

@@ -23,11 +23,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from abreast.context import CURRENT_CONTEXT
-from abreast.ending import CLEANUP_TASKS
-from abreast.guards import pins, psycopg_async, watch
-from abreast.guards.psycopg_pool import AsyncConnectionPool, ConnectionPool
-from abreast.guards.sqlalchemy import protect
+from abreast.context import CLEANUP_TASKS, CURRENT_CONTEXT
+from abreast.integrations.psycopg import connection_async as psycopg_async
+from abreast.integrations.psycopg import lock_watchdog as watch
+from abreast.integrations.psycopg import pool as pins
+from abreast.integrations.psycopg.pool import AsyncConnectionPool, ConnectionPool
+from abreast.integrations.sqlalchemy import protect
 from support import eventually, eventually_async
 from support_guards import handled, inside, nothing_is_held, rows
 from support_middleware import captured, sampled

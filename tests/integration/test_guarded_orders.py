@@ -20,12 +20,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from abreast import ParallelRunMiddleware
-from abreast.ending import CLEANUP_TASKS
-from abreast.guards.psycopg_pool import AsyncConnectionPool
-from abreast.guards.sqlalchemy import protect
+from abreast.context import CLEANUP_TASKS
+from abreast.integrations.psycopg.pool import AsyncConnectionPool
+from abreast.integrations.sqlalchemy import protect
 from abreast.middleware import App
-from abreast_sidecar.embedded import PostgresServer
 from abreast_sidecar.settings import Settings
+from abreast_sidecar.stack.servers import PostgresServer
 from support import eventually_async
 from support_guards import nothing_is_held
 from support_middleware import SERVICE, call, http_scope, marks

@@ -21,13 +21,13 @@ from taskiq.receiver import Receiver
 from taskiq_redis import ListQueueBroker
 
 import abreast
-from abreast.capture import Role
 from abreast.context import CURRENT_CONTEXT, NO_REQUEST, RequestContext
-from abreast.guards import aiosmtplib as guarded_smtp
-from abreast.guards.httpx import STAND_IN_HEADER, GuardedAsyncTransport, GuardedTransport
-from abreast.guards.redis import GuardedRedis
-from abreast.guards.taskiq import RoleMiddleware
-from abreast.redact import Redactor
+from abreast.export.redaction import Redactor
+from abreast.integrations import aiosmtplib as guarded_smtp
+from abreast.integrations.httpx import STAND_IN_HEADER, GuardedAsyncTransport, GuardedTransport
+from abreast.integrations.redis import GuardedRedis
+from abreast.integrations.taskiq import RoleMiddleware
+from abreast.protocol.capture import Role
 from support import eventually_async, find_free_port
 from support_middleware import serving
 

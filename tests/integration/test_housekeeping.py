@@ -17,23 +17,21 @@ from msgspec import structs
 from psycopg.types.json import Jsonb
 from structlog.testing import capture_logs
 
-from abreast.join import SERVICES_KEY, reports_key
-from abreast_sidecar.compare import ComparisonResult
-from abreast_sidecar.embedded import RedisServer
-from abreast_sidecar.housekeeping import JobRunner, envoy
-from abreast_sidecar.housekeeping.clocks import conservative_now
-from abreast_sidecar.housekeeping.envoy import collect_envoy_counts
-from abreast_sidecar.housekeeping.examples import trim_examples
-from abreast_sidecar.housekeeping.latency import detect_slowdowns
-from abreast_sidecar.housekeeping.missing import detect_unanswered
-from abreast_sidecar.housekeeping.reports import collect_reports
-from abreast_sidecar.housekeeping.retention import drop_days, open_days
-from abreast_sidecar.read import connect_redis
+from abreast.protocol.join import SERVICES_KEY, reports_key
+from abreast_sidecar.compare.model import ComparisonResult
+from abreast_sidecar.ingest.stream import connect_redis
+from abreast_sidecar.jobs import envoy_counts as envoy
+from abreast_sidecar.jobs.detectors import detect_slowdowns, detect_unanswered
+from abreast_sidecar.jobs.envoy_counts import collect_envoy_counts
+from abreast_sidecar.jobs.reports import collect_reports
+from abreast_sidecar.jobs.retention import conservative_now, drop_days, open_days, trim_examples
+from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import PairRecord, PairWriter
+from abreast_sidecar.stack.servers import RedisServer
 from abreast_sidecar.store.database import Connection, Database
-from abreast_sidecar.store.queries import LedgerReader
-from abreast_sidecar.store.results import Window
+from abreast_sidecar.store.reader import LedgerReader
+from abreast_sidecar.store.records import PairRecord, Window
+from abreast_sidecar.store.writer import PairWriter
 from support import eventually_async
 from support_envoy import abreast
 from support_pairs import SERVICE, difference, judged, one, pair_of, ready, rows, running, send

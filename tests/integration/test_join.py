@@ -14,7 +14,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abreast.join import JOIN_SCRIPT, Keys, Limits, join_arguments, shard_of
+from abreast.protocol.join import JOIN_SCRIPT, Keys, Limits, join_arguments, shard_of
 from support import eventually
 
 pytestmark = pytest.mark.redis

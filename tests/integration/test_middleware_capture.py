@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
-from abreast.capture import digest
 from abreast.middleware import App, ParallelRunMiddleware
+from abreast.protocol.capture import digest
 from abreast.recorder import Message, Receive, Scope, Send
 from support_middleware import call, captured, captures, sampled
 

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from abreast.capture import digest
 from abreast.middleware import ParallelRunMiddleware
+from abreast.protocol.capture import digest
 from support import eventually_async
 from support_middleware import captures, marks, pair_id, serving
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 from msgspec.structs import replace
 
-from abreast.capture import Answer, Body, Capture
+from abreast.protocol.capture import Answer, Body, Capture
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as pb
 from abreast_sidecar.cli import abreast

@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 from msgspec.structs import replace
 
-from abreast_sidecar.compare import CompareOptions, Difference, compare_pair
-from abreast_sidecar.housekeeping.noise import classify_findings
-from abreast_sidecar.store import PairRecord, PairWriter
+from abreast_sidecar.compare.model import CompareOptions, Difference
+from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.jobs.noise import classify_findings
 from abreast_sidecar.store.database import Connection, Database
+from abreast_sidecar.store.records import PairRecord
+from abreast_sidecar.store.writer import PairWriter
 from captures import capture
 from support_pairs import difference, judged, one, rows
 

@@ -14,11 +14,11 @@ import psycopg
 import pytest
 from msgspec.structs import replace
 
-from abreast.capture import Body, Capture
-from abreast_demo.traffic import PRODUCT_COUNT, UserRequest
-from abreast_sidecar.compare.verdict import Budget
-from abreast_sidecar.embedded import PostgresServer
-from abreast_sidecar.store import migrate
+from abreast.protocol.capture import Body, Capture
+from abreast_demo.load import PRODUCT_COUNT, UserRequest
+from abreast_sidecar.stack.servers import PostgresServer
+from abreast_sidecar.stats.verdict import Budget
+from abreast_sidecar.store.migrate import migrate
 from support_quality import compared, envoy_counted, fill, named, safe_requests, taken, verdict
 
 pytestmark = pytest.mark.postgres

@@ -8,9 +8,9 @@ import pytest
 import redis
 from redis.asyncio import Redis
 
-from abreast.join import CONSUMER_GROUP, SERVICES_KEY, Keys, Limits
+from abreast.protocol.join import CONSUMER_GROUP, SERVICES_KEY, Keys, Limits
 from abreast_sidecar.errors import RedisError
-from abreast_sidecar.read import (
+from abreast_sidecar.ingest.stream import (
     StreamConsumer,
     StreamEntry,
     connect_redis,

@@ -14,16 +14,17 @@ from typing import Any
 import psycopg
 import pytest
 
-from abreast_sidecar.compare import CompareOptions, Difference
-from abreast_sidecar.compare.rules_file import rule_from_dict
+from abreast_sidecar.compare.model import CompareOptions, Difference
+from abreast_sidecar.compare.rule_document import rule_from_dict
 from abreast_sidecar.errors import StaleRulesError
-from abreast_sidecar.housekeeping.noise import classify_findings
-from abreast_sidecar.rejudge import FindingIds, reapply_rules
+from abreast_sidecar.jobs.noise import classify_findings
+from abreast_sidecar.rules.reapply import FindingIds, reapply_rules
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import PairRecord, PairWriter
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import ALL_TIME, LedgerReader
+from abreast_sidecar.store.reader import ALL_TIME, LedgerReader
+from abreast_sidecar.store.records import PairRecord
 from abreast_sidecar.store.rules import RuleDraft, RuleStore, end_expired_rules
+from abreast_sidecar.store.writer import PairWriter
 from support import eventually_async
 from support_pairs import (
     SERVICE,
@@ -298,7 +299,7 @@ async def test_workers_and_judging_again_never_wait_for_each_other_in_a_circle(p
 REJUDGE = """
 import asyncio, sys
 from abreast_sidecar.compare import Rules
-from abreast_sidecar.rejudge import Learning, rejudge
+from abreast_sidecar.rules import Learning, rejudge
 from abreast_sidecar.store.database import Database
 async def main():
     database = Database(sys.argv[1])

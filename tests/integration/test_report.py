@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import rule_pb2, rule_pb2_grpc, traffic_pb2
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.cli.connection import MAX_PAGE_ROWS
+from abreast_sidecar.client.sidecar_client import MAX_PAGE_ROWS
 from captures import capture
 from support_serve import NOON, Running, packed, running
 

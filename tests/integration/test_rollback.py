@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from abreast.v1 import traffic_pb2 as pb
-from abreast_sidecar.embedded import PostgresServer, RedisServer
+from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from support import eventually_async, find_free_port, frozen
 from support_edge import LONG, REQUESTS, Edge, acknowledged, edge, update
 from support_serve import Running, running

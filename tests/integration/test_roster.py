@@ -16,9 +16,9 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import traffic_pb2 as pb
-from abreast_sidecar.control import roster
-from abreast_sidecar.control.xds import wire_pb2 as wire
-from abreast_sidecar.embedded import PostgresServer
+from abreast_sidecar.stack.servers import PostgresServer
+from abreast_sidecar.traffic import envoys as roster
+from abreast_sidecar.traffic.xds import wire_pb2 as wire
 from support import eventually_async, find_free_port, frozen
 from support_discovery import answer, stream
 from support_edge import LONG, acknowledged, edge, update

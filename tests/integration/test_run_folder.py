@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from abreast_sidecar.embedded import folder
-from abreast_sidecar.embedded.folder import DataDirectory, remove_killed_runs
-from abreast_sidecar.embedded.record import RunRegistry, find_run
 from abreast_sidecar.errors import ServerError
+from abreast_sidecar.stack import data as folder
+from abreast_sidecar.stack.data import DataDirectory, RunRegistry, find_run, remove_killed_runs
 from support import eventually, find_free_port
 
 HOLD = (
     "import subprocess, sys, time; from pathlib import Path\n"
-    "from abreast_sidecar.embedded.folder import RunFolder\n"
+    "from abreast_sidecar.stack.data import RunFolder\n"
     "run = RunFolder(Path(sys.argv[1]) if len(sys.argv) > 1 else None).__enter__()\n"
     "server = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, pass_fds=[run.servers_lock])\n"
     "print(run.path, server.pid, flush=True); time.sleep(600)"
@@ -111,7 +110,7 @@ def test_a_run_is_found_by_its_address_while_it_lasts() -> None:
 def test_the_record_of_a_killed_run_is_not_believed() -> None:
     address = f"127.0.0.1:{find_free_port()}"
     program = (
-        "import sys, time; from abreast_sidecar.embedded.record import RunRecord\n"
+        "import sys, time; from abreast_sidecar.stack.data import RunRecord\n"
         "RunRecord(sys.argv[1], {'a': 'b'}).__enter__(); print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, address], stdout=subprocess.PIPE, text=True)

@@ -16,9 +16,9 @@ from psycopg.types.json import Jsonb
 
 from abreast.v1 import comparison_pb2 as pb
 from abreast_sidecar.app import Sidecar
-from abreast_sidecar.embedded import PostgresServer, RedisServer
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.settings import Settings
+from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from captures import capture
 from support import eventually_async
 from support_serve import Ledger, Running, packed, running

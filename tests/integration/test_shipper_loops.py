@@ -21,9 +21,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from abreast.join import CaptureRow, reports_key
-from abreast.link import JoinResult, RedisTransport
+from abreast.export.transport import JoinResult, RedisTransport
 from abreast.middleware import ParallelRunMiddleware
+from abreast.protocol.join import CaptureRow, reports_key
 from abreast.recorder import Message, Receive, Scope, Send
 from support import eventually_async, find_free_port
 from support_middleware import call, captures, marks, pair_id, sampled

@@ -17,12 +17,12 @@ import pytest
 import redis
 import redis.asyncio
 
-from abreast.join import SERVICES_KEY, Keys, redaction_key, reports_key
-from abreast.link import JoinResult, RedisTransport
+from abreast.export.transport import JoinResult, RedisTransport
 from abreast.middleware import ParallelRunMiddleware
+from abreast.protocol.join import SERVICES_KEY, Keys, redaction_key, reports_key
 from abreast.recorder import Message, Receive, Scope, Send
 from abreast.settings import SettingsKwargs
-from abreast_sidecar.embedded import RedisServer
+from abreast_sidecar.stack.servers import RedisServer
 from support import eventually_async, find_free_port
 from support_middleware import call, captures, http_scope, sampled
 

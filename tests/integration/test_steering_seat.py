@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from abreast_sidecar.control.seat import LEADER_LOCK_ID, LeaderLease, LeadershipLostError
+from abreast_sidecar.rollout.leader import LEADER_LOCK_ID, LeaderLease, LeadershipLostError
 from support import eventually
 from support_replica import Replica, replica
 from support_serve import Ledger

@@ -20,8 +20,8 @@ import pytest
 
 from abreast.v1 import steering_pb2 as pb
 from abreast.v1 import traffic_pb2
-from abreast_sidecar.control import webhooks
-from abreast_sidecar.steer.signing import is_verified
+from abreast_sidecar.rollout import webhooks
+from abreast_sidecar.rollout.webhooks import is_verified
 from support import eventually_async
 from support_serve import Running, running
 from support_steering import NOW, add, set_guard, set_share

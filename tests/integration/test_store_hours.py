@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from abreast_sidecar.store import PairWriter
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import LedgerReader
-from abreast_sidecar.store.results import Window
+from abreast_sidecar.store.reader import LedgerReader
+from abreast_sidecar.store.records import Window
+from abreast_sidecar.store.writer import PairWriter
 from support_pairs import SERVICE, difference, judged, one, rows
 
 pytestmark = pytest.mark.postgres

@@ -9,12 +9,12 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
-from abreast.capture import encode
+from abreast.protocol.capture import encode
 from abreast_sidecar.errors import LedgerError, RefusedError
-from abreast_sidecar.store import PairWriter
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.queries import LedgerReader
-from abreast_sidecar.store.unpack import read_captures
+from abreast_sidecar.store.reader import LedgerReader
+from abreast_sidecar.store.samples import read_captures
+from abreast_sidecar.store.writer import PairWriter
 from support_pairs import capture, difference, judged, one, rows
 
 pytestmark = pytest.mark.postgres
@@ -100,7 +100,7 @@ async def test_clearly_smaller_examples_take_the_place_of_larger_ones(ledger: Pa
 async def test_examples_give_way_only_so_often(
     ledger: PairWriter, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("abreast_sidecar.store.examples.MAX_REPLACEMENTS", 2)
+    monkeypatch.setattr("abreast_sidecar.store.samples.MAX_REPLACEMENTS", 2)
     await ledger.write([judged([difference()], size=100_000) for _ in range(3)])
     for turn in range(10):
         await ledger.write([judged([difference()], size=1_000 // (turn + 1))])

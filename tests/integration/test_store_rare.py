@@ -8,14 +8,10 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from abreast_sidecar.housekeeping.cache import detect_misses
-from abreast_sidecar.housekeeping.latency import detect_slowdowns
-from abreast_sidecar.housekeeping.missing import detect_unanswered
+from abreast_sidecar.jobs.detectors import detect_misses, detect_slowdowns, detect_unanswered
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.latencies import read_timings
-from abreast_sidecar.store.pages import PageRequest
-from abreast_sidecar.store.queries import LedgerReader, PairFilter
-from abreast_sidecar.store.results import Endpoint, Window
+from abreast_sidecar.store.reader import LedgerReader, PageRequest, PairFilter, read_timings
+from abreast_sidecar.store.records import Endpoint, Window
 from support import eventually
 
 pytestmark = pytest.mark.postgres

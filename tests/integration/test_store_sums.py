@@ -12,11 +12,10 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from abreast_sidecar.compare.latency import COLD_PAIR_SHARE, MIN_COLD_PAIRS, MIN_SLOWER_US
+from abreast_sidecar.stats.latency import COLD_PAIR_SHARE, MIN_COLD_PAIRS, MIN_SLOWER_US
 from abreast_sidecar.store.database import Database
-from abreast_sidecar.store.pages import PageRequest
-from abreast_sidecar.store.queries import FindingFilter, LedgerReader
-from abreast_sidecar.store.results import Window
+from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest
+from abreast_sidecar.store.records import Window
 from support_pairs import SERVICE, sums_are_those_of_rows
 
 pytestmark = pytest.mark.postgres

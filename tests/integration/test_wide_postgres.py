@@ -12,13 +12,14 @@ import pytest
 
 from abreast.v1 import comparison_pb2, comparison_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_sidecar.app import serve
-from abreast_sidecar.cli.checks import postgres as checks
-from abreast_sidecar.control import TrafficController
+from abreast_sidecar.cli.doctor import postgres as checks
 from abreast_sidecar.errors import LedgerError
-from abreast_sidecar.read.client import connect_redis
+from abreast_sidecar.ingest.stream import connect_redis
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import database, migrate
+from abreast_sidecar.store import database
 from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.migrate import migrate
+from abreast_sidecar.traffic.control import TrafficController
 from support import eventually_async, free_ports
 from support_load import Load, agrees, complete, loading
 from support_pairs import one, running

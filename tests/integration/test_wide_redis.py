@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from abreast.settings import Settings as ServiceSettings
-from abreast_sidecar.cli.checks import redis as checks
-from abreast_sidecar.embedded import RedisServer
-from abreast_sidecar.housekeeping import JobRunner
-from abreast_sidecar.read import connect_redis
-from abreast_sidecar.serve.pending import PairBacklog
+from abreast_sidecar.cli.doctor import redis as checks
+from abreast_sidecar.ingest.stream import connect_redis
+from abreast_sidecar.jobs.runner import JobRunner
+from abreast_sidecar.serve.http import PairBacklog
 from abreast_sidecar.settings import Settings
+from abreast_sidecar.stack.servers import RedisServer
 from support import eventually_async
 from support_certificate import self_signed
 from support_load import Load, agrees, complete, loading

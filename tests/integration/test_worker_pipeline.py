@@ -14,13 +14,13 @@ import pytest
 import redis
 from msgspec import structs
 
-from abreast.capture import encode
-from abreast.join import CONSUMER_GROUP, Keys, Limits
-from abreast_sidecar.embedded import PostgresServer, RedisServer
-from abreast_sidecar.housekeeping import JobRunner
-from abreast_sidecar.read import connect_redis, expire_incomplete_pairs
+from abreast.protocol.capture import encode
+from abreast.protocol.join import CONSUMER_GROUP, Keys, Limits
+from abreast_sidecar.ingest.stream import connect_redis, expire_incomplete_pairs
+from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store import migrate
+from abreast_sidecar.stack.servers import PostgresServer, RedisServer
+from abreast_sidecar.store.migrate import migrate
 from support import WITHIN, eventually_async
 from support_pairs import (
     SERVICE,
@@ -39,7 +39,7 @@ from support_pairs import (
 WORKER = """
 import asyncio, sys
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.worker import Worker
+from abreast_sidecar.ingest.worker import Worker
 settings = Settings(redis_url=sys.argv[1], postgres_url=sys.argv[2], batch_size=50, claim_idle=0.5)
 asyncio.run(Worker(settings, name=sys.argv[3]).run(asyncio.Event()))
 """

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from abreast.alarm import WakeEvent
+from abreast.export.exporter import WakeEvent
 
 LONG = 60.0  # seconds
 

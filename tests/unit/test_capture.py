@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast.capture import Answer, Body, Capture, Request, Role, Version, decode, digest, encode
 from abreast.errors import CaptureError
+from abreast.protocol.capture import Answer, Body, Capture, Request, Role, Version, decode, digest, encode
 
 LATIN = st.text(st.characters(max_codepoint=255), max_size=30)
 HEADERS = st.lists(st.tuples(LATIN, LATIN), max_size=5).map(tuple)

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.cli.checks import Check, clocks, envoy, postgres, reach, redis, services, sidecar
-from abreast_sidecar.cli.checks.check import mask_password
+from abreast_sidecar.cli.doctor import envoy, postgres, redis, services
+from abreast_sidecar.cli.doctor import postgres as clocks
+from abreast_sidecar.cli.doctor import services as reach
+from abreast_sidecar.cli.doctor import services as sidecar
+from abreast_sidecar.cli.doctor.check import Check, mask_password
 
 
 def states(checks: Iterable[Check]) -> dict[str, str]:

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.cli.compare_files import parse_http_file
+from abreast_sidecar.cli.compare import parse_http_file
 from abreast_sidecar.errors import ArgumentError
 
 DOC = Path(__file__).parents[2] / "docs/compare.md"
@@ -224,8 +224,8 @@ def test_the_examples_of_the_page_say_what_the_command_says(
 
 
 def test_every_rule_of_the_page_is_valid() -> None:
+    from abreast_sidecar.compare.rule_document import parse_rules
     from abreast_sidecar.compare.rules import ACTIONS
-    from abreast_sidecar.compare.rules_file import parse_rules
 
     rules = [rule for content in blocks("yaml") for rule in parse_rules(content).rules]
 

@@ -10,7 +10,7 @@ import click
 import pytest
 
 from abreast_sidecar.cli import COMMANDS, abreast
-from abreast_sidecar.cli.exits import EXIT_MEANINGS
+from abreast_sidecar.cli.exit_codes import EXIT_MEANINGS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 SECTIONS = dict(re.findall(r"^### `abreast ([^`]+)`\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL))

@@ -12,20 +12,14 @@ import support_sidecar as prepared
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import traffic_pb2
-from abreast_sidecar.cli import (
-    answers,
-    curl,
-    endpoints,
-    finding,
-    findings,
-    pair,
-    shift,
-    status,
-    timeline,
-    traffic,
-    verdict,
-)
-from abreast_sidecar.cli.tables import Console
+from abreast_sidecar.cli import endpoints, findings, status, traffic, verdict
+from abreast_sidecar.cli import findings as finding
+from abreast_sidecar.cli import pairs as answers
+from abreast_sidecar.cli import pairs as curl
+from abreast_sidecar.cli import pairs as pair
+from abreast_sidecar.cli import report as timeline
+from abreast_sidecar.cli import traffic as shift
+from abreast_sidecar.client.output import Console
 from support_sidecar import NOW
 
 

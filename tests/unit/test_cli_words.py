@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.cli import humane, json_lines, parameters
+from abreast_sidecar.cli import options as parameters
 from abreast_sidecar.cli.up import parse_upstream
+from abreast_sidecar.client import output as humane
+from abreast_sidecar.client import output as json_lines
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,17 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast.capture import Headers
-from abreast_sidecar.compare import CompareOptions, ComparisonResult, JsonDiff, compare_pair
-from abreast_sidecar.compare.array import match_elements
-from abreast_sidecar.compare.coding import decode_content
-from abreast_sidecar.compare.document import MAX_EAGER_DEPTH, MAX_MATCHED_ARRAY_DEPTH
+from abreast.protocol.capture import Headers
+from abreast_sidecar.compare.content import decode_content, parse_media_type
+from abreast_sidecar.compare.json_diff import (
+    MAX_EAGER_DEPTH,
+    MAX_MATCHED_ARRAY_DEPTH,
+    JsonDiff,
+    match_elements,
+)
 from abreast_sidecar.compare.markup import NotMarkupError, read_html, read_xml
-from abreast_sidecar.compare.media import parse_media_type
-from abreast_sidecar.compare.path import is_map
+from abreast_sidecar.compare.model import CompareOptions, ComparisonResult, is_map
+from abreast_sidecar.compare.pair import compare_pair
 from captures import capture
 
 LIMIT = 1_000_000

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare import JsonDiff
-from abreast_sidecar.compare.document import MAX_DIFFERENCES_PER_PATH
-from abreast_sidecar.compare.value import NotJsonError, encode_canonical, parse
+from abreast_sidecar.compare.json_diff import MAX_DIFFERENCES_PER_PATH, JsonDiff
+from abreast_sidecar.compare.values import NotJsonError, encode_canonical, parse
 
 # What a parser gives: NaN and infinities are Constants; minus zero is zero, and has another text.
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: number + 0.0)

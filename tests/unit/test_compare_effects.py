@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from abreast.capture import Capture, Version
-from abreast_sidecar.compare import CompareOptions, ComparisonResult, Difference, Rule, RuleSet, compare_pair
-from abreast_sidecar.compare.evidence import is_explained_by_shape
+from abreast.protocol.capture import Capture, Version
+from abreast_sidecar.compare.model import CompareOptions, ComparisonResult, Difference
+from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import Rule, RuleSet
+from abreast_sidecar.compare.volatile import is_explained_by_shape
 from captures import capture
 
 RULES = CompareOptions()

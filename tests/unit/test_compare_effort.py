@@ -12,11 +12,11 @@ from types import FrameType
 
 import pytest
 
-from abreast.capture import Answer, Body, Headers
-from abreast_sidecar.compare import CompareOptions
+from abreast.protocol.capture import Answer, Body, Headers
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
-from abreast_sidecar.compare.document import JsonDiff
-from abreast_sidecar.compare.media import parse_media_type
+from abreast_sidecar.compare.content import parse_media_type
+from abreast_sidecar.compare.json_diff import JsonDiff
+from abreast_sidecar.compare.model import CompareOptions
 
 SMALL, LARGE = 500, 1000  # items of a body
 LINEAR = 1.3  # times as many steps as twice the items should take

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare import CompareOptions, compare_pair
-from abreast_sidecar.compare.form import classify_anomaly
+from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.volatile import classify_anomaly
 from captures import capture
 
 NOW = 1_714_564_805.0  # 2024-05-01T12:00:05Z

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abreast.capture import Answer, Body
-from abreast_sidecar.compare import CompareOptions
+from abreast.protocol.capture import Answer, Body
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
+from abreast_sidecar.compare.model import CompareOptions
 
 # Each with a place for a word; what is written around it is the format's.
 PLACES: dict[str, list[str]] = {

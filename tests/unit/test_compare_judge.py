@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast.capture import Body, Capture, Headers, digest
-from abreast_sidecar.compare import CompareOptions, ComparisonResult, compare_pair
+from abreast.protocol.capture import Body, Capture, Headers, digest
+from abreast_sidecar.compare.model import CompareOptions, ComparisonResult
+from abreast_sidecar.compare.pair import compare_pair
 from captures import JSON, capture
 
 RULES = CompareOptions()

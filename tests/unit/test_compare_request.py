@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast.capture import Body, Request
-from abreast_sidecar.compare.request import MAX_FEATURE_BODY_BYTES, MAX_NAMES, collect_request_features
+from abreast.protocol.capture import Body, Request
+from abreast_sidecar.stats.features import MAX_FEATURE_BODY_BYTES, MAX_NAMES, collect_request_features
 
 JSON = (("content-type", "application/json"),)
 FORM = (("content-type", "application/x-www-form-urlencoded"),)

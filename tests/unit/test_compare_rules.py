@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from msgspec.structs import replace
 
-from abreast_sidecar import rule_messages
-from abreast_sidecar.compare import CompareOptions, ComparisonResult, compare_pair
+from abreast_sidecar.compare.model import CompareOptions, ComparisonResult
+from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rule_document import RuleError, parse_rules, rule_from_dict, rule_to_dict
 from abreast_sidecar.compare.rules import (
     ACTIONS,
     MAX_CACHED_SCOPES,
@@ -25,7 +26,7 @@ from abreast_sidecar.compare.rules import (
     compile_path_pattern,
     matches_statuses,
 )
-from abreast_sidecar.compare.rules_file import RuleError, parse_rules, rule_from_dict, rule_to_dict
+from abreast_sidecar.serve import rule_messages
 from captures import capture
 
 SCHEMA = json.loads((files("abreast_sidecar.compare") / "rules.schema.json").read_text())

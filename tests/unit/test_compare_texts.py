@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare import JsonDiff
-from abreast_sidecar.compare.texts import JsonTextDiff
-from abreast_sidecar.compare.value import NotJsonError, parse
+from abreast_sidecar.compare.json_diff import JsonDiff, JsonTextDiff
+from abreast_sidecar.compare.values import NotJsonError, parse
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: number + 0.0)
 PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | NUMBERS | st.text(max_size=5)
@@ -37,7 +36,7 @@ def said(found: Any) -> list[Said]:
 
 def by_texts(old: bytes, new: bytes) -> list[Said]:
     """However short they are."""
-    with patch("abreast_sidecar.compare.texts.MIN_RAW_BYTES", 0):
+    with patch("abreast_sidecar.compare.json_diff.MIN_RAW_BYTES", 0):
         return said(JsonTextDiff(10_000).compare_texts(old, new))
 
 
@@ -110,7 +109,7 @@ def parsed_bytes(old: bytes, new: bytes) -> int:
         total += len(body)
         return parse(body)
 
-    with patch("abreast_sidecar.compare.texts.parse", counted):
+    with patch("abreast_sidecar.compare.json_diff.parse", counted):
         JsonTextDiff(200).compare_texts(old, new)
     return total
 

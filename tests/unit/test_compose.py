@@ -18,9 +18,9 @@ from click.testing import CliRunner
 
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.embedded import PostgresServer
 from abreast_sidecar.envoy.render import validate
 from abreast_sidecar.settings import Settings
+from abreast_sidecar.stack.servers import PostgresServer
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"

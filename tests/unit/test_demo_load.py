@@ -6,8 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from abreast_demo.load import MAX_CONCURRENT_REQUESTS, USER_HEADER, LoadGenerator
-from abreast_demo.traffic import UserRequest
+from abreast_demo.load import MAX_CONCURRENT_REQUESTS, USER_HEADER, LoadGenerator, UserRequest
 from support import eventually_async, find_free_port
 
 GET = UserRequest("GET", "/x", "user-1")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from abreast_demo import new, old
-from abreast_demo.plants import PLANTED_ADDITIONS, PLANTED_NOISE, PLANTED_REGRESSIONS, PlantedChange
+from abreast_demo.planted_changes import PLANTED_ADDITIONS, PLANTED_NOISE, PLANTED_REGRESSIONS, PlantedChange
 from abreast_demo.shop import Shop
 
 ROOT = Path(__file__).parents[2]

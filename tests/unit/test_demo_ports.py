@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import socket
 
-from abreast_demo.ports import LOOPBACK, PortReservations
+from abreast_demo.deploy import LOOPBACK, PortReservations
 from support import find_free_port
 
 

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from abreast_demo import traffic
-from abreast_demo.plants import PLANTED_NOISE
-from abreast_demo.traffic import DECK_SIZE, REQUEST_MIX, UserRequest, generate_requests
+from abreast_demo import load as traffic
+from abreast_demo.load import DECK_SIZE, REQUEST_MIX, UserRequest, generate_requests
+from abreast_demo.planted_changes import PLANTED_NOISE
 
 SHORTEST = 5  # seconds that `abreast demo` takes at least
 

@@ -6,14 +6,16 @@ from collections import Counter
 import pytest
 
 from abreast_demo.load import UserTally
-from abreast_demo.plants import (
+from abreast_demo.planted_changes import (
     PLANTED_ADDITIONS,
     PLANTED_NOISE,
     PLANTED_REGRESSIONS,
+    DemoResult,
     FindingLocation,
+    LedgerCounts,
     PlantedChange,
+    ReportedFinding,
 )
-from abreast_demo.verdict import DemoResult, LedgerCounts, ReportedFinding
 
 SUMMED = LedgerCounts(
     outcomes={"match": 60, "mismatch": 40}, envoy_sampled=100, unaccounted=0, pending=0, drops={}

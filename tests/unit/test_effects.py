@@ -20,13 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import abreast
-from abreast import outlived
-from abreast.capture import Role
+from abreast import effects as outlived
 from abreast.context import CURRENT_CONTEXT, NO_REQUEST, RequestContext
+from abreast.effect_log import MAX_EFFECTS, MAX_PAYLOAD_BYTES, to_json
 from abreast.effects import report_error
 from abreast.errors import EffectError
-from abreast.journal import MAX_EFFECTS, MAX_PAYLOAD_BYTES, to_json
-from abreast.redact import Redactor
+from abreast.export.redaction import Redactor
+from abreast.protocol.capture import Role
 
 REDACTOR = Redactor(b"key")
 

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from abreast_sidecar import ending
-from abreast_sidecar.ending import cancel_and_wait
+from abreast_sidecar import aio as ending
+from abreast_sidecar.aio import cancel_and_wait
 
 
 async def swallowing(times: int) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.compare import ComparisonResult
-from abreast_sidecar.store.judged import PairRecord
+from abreast_sidecar.compare.model import ComparisonResult
+from abreast_sidecar.store.records import PairRecord
 from captures import capture
 
 OLD_COPY = capture("old", role="shadow")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from abreast.guards import psycopg_async, psycopg_sync
-from abreast.guards.statement import parse_statement
+from abreast.integrations.psycopg import connection as psycopg_sync
+from abreast.integrations.psycopg import connection_async as psycopg_async
+from abreast.integrations.psycopg.statement import parse_statement
 
 SAME = "insert into orders (id, quantity) values (?, ?)"
 TWINS = {

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.connection import PythonRespSerializer
 
-from abreast.join import CaptureRow, Keys, Limits, join_arguments, join_command
+from abreast.protocol.join import CaptureRow, Keys, Limits, join_arguments, join_command
 
 SHA = "0" * 40
 rows = st.tuples(st.text(max_size=40), st.text(max_size=12), st.integers(0, 100), st.binary(max_size=300))

@@ -7,12 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from abreast.capture import encode
-from abreast.join import Keys
-from abreast_sidecar.compare import CompareOptions
-from abreast_sidecar.judging import evaluate_entry
-from abreast_sidecar.read import StreamEntry
-from abreast_sidecar.read.entry import MAX_ENTRY_MS, parse_entry
+from abreast.protocol.capture import encode
+from abreast.protocol.join import Keys
+from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.ingest.evaluate import evaluate_entry
+from abreast_sidecar.ingest.stream import MAX_ENTRY_MS, StreamEntry, parse_entry
 from support_pairs import SERVICE, capture
 
 KEYS = Keys(SERVICE, 0)
@@ -50,7 +49,7 @@ def test_an_error_while_comparing_is_an_outcome(monkeypatch: pytest.MonkeyPatch)
     def broken(*_arguments: object, **_more: object) -> None:
         raise RecursionError("too deep")
 
-    monkeypatch.setattr("abreast_sidecar.judging.compare_pair", broken)
+    monkeypatch.setattr("abreast_sidecar.ingest.evaluate.compare_pair", broken)
     found = evaluate_entry(of(encode(capture("p", "old"))), CompareOptions())
 
     assert found.result.reason == "comparing it raised RecursionError: too deep"

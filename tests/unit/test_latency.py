@@ -6,7 +6,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.latency import (
+from abreast_sidecar.stats.latency import (
     DETECTOR_ALPHA,
     MIN_WARM_PAIRS,
     Slowdown,

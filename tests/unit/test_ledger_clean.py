@@ -4,7 +4,7 @@ import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.store.clean import sanitise_text, to_json
+from abreast_sidecar.store.database import sanitise_text, to_json
 
 text = st.text(st.characters(exclude_categories=()))
 values = st.recursive(

@@ -10,7 +10,8 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.applications import Starlette
 
-from abreast import ParallelRunMiddleware, backlog
+from abreast import ParallelRunMiddleware
+from abreast.export import queue as backlog
 from abreast.settings import ENV_PREFIX, REQUEST_HEADERS, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "middleware.md").read_text()

@@ -6,7 +6,7 @@ import time
 import pytest
 from structlog.testing import capture_logs
 
-from abreast_sidecar.outage import MAX_BACKOFF_S, MIN_BACKOFF_S, Outage, wait_or_stop
+from abreast_sidecar.aio import MAX_BACKOFF_S, MIN_BACKOFF_S, Outage, wait_or_stop
 
 
 def test_a_long_outage_is_logged_once_when_it_begins_and_once_when_it_ends() -> None:

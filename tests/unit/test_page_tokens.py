@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.errors import ArgumentError
-from abreast_sidecar.store.pages import PageRequest, decode_cursor, encode_cursor
+from abreast_sidecar.store.reader import PageRequest, decode_cursor, encode_cursor
 
 PLACES = st.lists(st.none() | st.integers(-(2**53), 2**53) | st.text(), max_size=4)
 

@@ -7,10 +7,10 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.latency import Timing
-from abreast_sidecar.compare.paired import (
+from abreast_sidecar.stats.latency import (
     PairedLatency,
     QuantileInterval,
+    Timing,
     find_quantile_ranks,
     measure_paired_latency,
     split_cold_pairs,

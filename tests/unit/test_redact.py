@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast.redact import SECRET_HEADERS, Redactor
+from abreast.export.redaction import SECRET_HEADERS, Redactor
 
 KEY = b"a key"
 TEXT = st.text(st.characters(min_codepoint=33, max_codepoint=255, exclude_characters=";="), min_size=8)

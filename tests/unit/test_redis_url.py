@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from redis.asyncio import Redis, RedisCluster
 
-from abreast.redis_url import URL_FORMATS, Address, connect, parse_address
+from abreast.protocol.redis_client import URL_FORMATS, Address, connect, parse_address
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Host, Mount, Route, Router
 
+from abreast.export.routes import RouteResolver
 from abreast.recorder import Receive, Scope, Send
-from abreast.route import RouteResolver
 from support_middleware import call, http_scope
 
 
@@ -160,7 +160,7 @@ async def test_an_app_without_routes_has_none() -> None:
 
 
 async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abreast.route.MAX_CACHED_TEMPLATES", 10)
+    monkeypatch.setattr("abreast.export.routes.MAX_CACHED_TEMPLATES", 10)
     found = RouteResolver(starlette())
     for number in range(100):
         found.resolve(http_scope(f"/products/{number}"))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from abreast_sidecar.serve.phrase import describe_location, summarise_finding
-from abreast_sidecar.store.results import Endpoint, Finding
+from abreast_sidecar.store.records import Endpoint, Finding
 
 MONDAY = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from abreast_sidecar.compare.difference import Outcome
+from abreast_sidecar.compare.model import Outcome
 from abreast_sidecar.settings import ENV_PREFIX, Settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sidecar.md").read_text()

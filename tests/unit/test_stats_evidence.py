@@ -5,9 +5,9 @@ import uuid
 
 import pytest
 
-from abreast_sidecar.compare import JsonDiff
-from abreast_sidecar.compare.evidence import get_direction, get_values, is_explained_by_shape
-from abreast_sidecar.compare.value import parse
+from abreast_sidecar.compare.json_diff import JsonDiff
+from abreast_sidecar.compare.values import parse
+from abreast_sidecar.compare.volatile import get_direction, get_values, is_explained_by_shape
 from support_pairs import difference
 
 AT = time.time()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.explain import explain_change
+from abreast_sidecar.compare.volatile import explain_change
 
 NOW = 1_714_564_805.0  # 2024-05-01T12:00:05Z
 U1, U2, U7 = (

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.compare.difference import Difference
-from abreast_sidecar.compare.evidence import get_direction, get_magnitude_shift
-from abreast_sidecar.compare.form import classify_anomaly
-from abreast_sidecar.compare.noise import MagnitudeShift, magnitude_evidence
-from abreast_sidecar.compare.path import JsonPath as At
-from abreast_sidecar.compare.value import LongNumber
-from abreast_sidecar.housekeeping.noise import COUNT_COLUMNS, classify_rows
+from abreast_sidecar.compare.model import Difference
+from abreast_sidecar.compare.model import JsonPath as At
+from abreast_sidecar.compare.values import LongNumber
+from abreast_sidecar.compare.volatile import classify_anomaly, get_direction, get_magnitude_shift
+from abreast_sidecar.jobs.noise import COUNT_COLUMNS, classify_rows
+from abreast_sidecar.stats.noise import MagnitudeShift, magnitude_evidence
 from support_pairs import difference
 
 Broken = Callable[[Any], Any]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.feature import (
+from abreast_sidecar.stats.features import (
     MAX_BODY_LEAVES,
     MIN_REQUESTS,
     Feature,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.noise import (
+from abreast_sidecar.stats.noise import (
     DifferenceCounts,
     NoiseDecision,
     classify_differences,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.sequence import (
+from abreast_sidecar.stats.sequential import (
     JEFFREYS_PRIOR,
     Prior,
     confidence_interval,

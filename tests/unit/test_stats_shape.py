@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.shape import Shape, detect_shape
+from abreast_sidecar.compare.values import Shape, detect_shape
 
 LABELLED: dict[str, tuple[Any, ...]] = {
     "null": (None,),

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.verdict import (
+from abreast_sidecar.stats.verdict import (
     Budget,
     Completeness,
     EndpointCounts,

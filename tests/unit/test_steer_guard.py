@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.steer.guard import (
+from abreast_sidecar.rollout.guard import (
     GUARD_RULE_NAMES,
     GuardPolicy,
     GuardRule,

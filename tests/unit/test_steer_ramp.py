@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.verdict import Budget, Completeness, EndpointCounts
-from abreast_sidecar.compare.verdict import decide_verdict as verdict
-from abreast_sidecar.steer.flow import (
+from abreast_sidecar.rollout.completeness import (
     ENVOY_GONE_AFTER_S,
     MAX_REPORT_AGE_S,
     CompletenessGap,
@@ -20,7 +18,9 @@ from abreast_sidecar.steer.flow import (
     count_lost_requests,
     describe_stale_counts,
 )
-from abreast_sidecar.steer.ramp import Observation, Ramp, RampEvidence, RampPlan, decide_ramp
+from abreast_sidecar.rollout.ramp import Observation, Ramp, RampEvidence, RampPlan, decide_ramp
+from abreast_sidecar.stats.verdict import Budget, Completeness, EndpointCounts
+from abreast_sidecar.stats.verdict import decide_verdict as verdict
 
 NOON = dt.datetime(2026, 3, 4, 12, tzinfo=dt.UTC)
 LATER = NOON + dt.timedelta(hours=1)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.errors import SettingError
+from abreast_sidecar.rollout.webhooks import decode_secret, is_verified, make_signature_headers
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.steer.signing import decode_secret, is_verified, make_signature_headers
 
 SECRET = (
     "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # the vector that libraries of Standard Webhooks are tested with

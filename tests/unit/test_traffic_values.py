@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.control.traffic import (
+from abreast_sidecar.errors import ArgumentError
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.traffic.model import (
     MILLION,
     TOTAL_WEIGHT,
     Shares,
@@ -17,8 +19,6 @@ from abreast_sidecar.control.traffic import (
     default_shares,
     to_fixed_point,
 )
-from abreast_sidecar.errors import ArgumentError
-from abreast_sidecar.settings import Settings
 
 SHARES = st.builds(
     Shares,

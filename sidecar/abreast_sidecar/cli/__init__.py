@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from abreast_sidecar.cli.exits import EXIT_MEANINGS, ExitCode, handle_error
+from abreast_sidecar.cli.exit_codes import EXIT_MEANINGS, ExitCode, handle_error
 
 # `up`, `demo` and `drill` start servers while gRPC's threads run; its handlers for forks can crash the new process.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
@@ -18,28 +18,28 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 COMMANDS = {
     "up": ("up", "Start everything for two versions that already run."),
     "demo": ("demo", "A shop in two versions, with traffic: see what differs."),
-    "sidecar": ("sidecar", "Run the worker, the API and Envoy's control."),
+    "sidecar": ("serve", "Run the worker, the API and Envoy's control."),
     "envoy": ("envoy", "Render and check Envoy's configuration."),
-    "migrate": ("migrate", "Bring the ledger's schema up to date."),
+    "migrate": ("serve", "Bring the ledger's schema up to date."),
     "status": ("status", "How the sampled requests ended, held against Envoy's count."),
     "verdict": ("verdict", "May the new version take over? PASS, FAIL or INCONCLUSIVE."),
     "report": ("report", "The verdict with its evidence as two files, for a change ticket."),
     "endpoints": ("endpoints", "The endpoints that were seen, with outcomes and times."),
-    "endpoint": ("endpoint", "How fast both versions answer the same requests of one."),
+    "endpoint": ("endpoints", "How fast both versions answer the same requests of one."),
     "findings": ("findings", "What differs, one cause a row."),
-    "finding": ("finding", "One finding, with examples to try."),
+    "finding": ("findings", "One finding, with examples to try."),
     "pairs": ("pairs", "Compared requests, newest first."),
-    "pair": ("pair", "One request: both answers, what differs, and when."),
-    "watch": ("watch", "Findings as they appear and grow."),
+    "pair": ("pairs", "One request: both answers, what differs, and when."),
+    "watch": ("findings", "Findings as they appear and grow."),
     "traffic": ("traffic", "Who answers users, and what is mirrored; or change it."),
-    "rollback": ("rollback", "Send all users to the old version, at once."),
-    "ramp": ("ramp", "Move users to the new version step by step, on evidence."),
-    "guard": ("guard", "Send users back by itself when the new version fails them."),
-    "promote": ("promote", "Send all users to the new version."),
+    "rollback": ("traffic", "Send all users to the old version, at once."),
+    "ramp": ("rollout", "Move users to the new version step by step, on evidence."),
+    "guard": ("rollout", "Send users back by itself when the new version fails them."),
+    "promote": ("traffic", "Send all users to the new version."),
     "rules": ("rules", "What is known about differences: ignored, tolerated, expected."),
-    "drill": ("drill", "Break a part on purpose, and see what users notice."),
+    "drill": ("demo", "Break a part on purpose, and see what users notice."),
     "compare": ("compare", "Two answers in files: what differs."),
-    "doctor": ("doctor", "Why does nothing show up?"),
+    "doctor": ("doctor.run", "Why does nothing show up?"),
 }
 
 

@@ -4,17 +4,124 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
+import sys
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
 
-from abreast.capture import Answer, Capture, Headers, Request, Version
-from abreast_sidecar.cli import compare_files
-from abreast_sidecar.cli.exits import ExitCode
-from abreast_sidecar.cli.humane import format_quantity, to_printable
-from abreast_sidecar.compare import CompareOptions, ComparisonResult, Difference, compare_pair
-from abreast_sidecar.compare.rules_file import RuleError, parse_rules
+from abreast.protocol.capture import Answer, Body, Capture, Headers, Request, Version
+from abreast_sidecar.cli.exit_codes import ExitCode
+from abreast_sidecar.client.output import format_quantity, to_printable
+from abreast_sidecar.compare.model import CompareOptions, ComparisonResult, Difference
+from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rule_document import RuleError, parse_rules
+from abreast_sidecar.compare.values import NotJsonError, parse
 from abreast_sidecar.errors import ArgumentError
+
+JSON_MEDIA_TYPE = "application/json"
+STDIN_NAME = "-"
+_STATUS_LINE_PATTERN = re.compile(rb"HTTP/[0-9.]+ ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
+_CHUNK_PATTERN = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]{0,100}\r?\n")
+
+
+def read_file(name: str) -> bytes:
+    """`-` is stdin. Raise ArgumentError for what can't be read."""
+    try:
+        return sys.stdin.buffer.read() if name == STDIN_NAME else Path(name).read_bytes()
+    except OSError as error:
+        raise ArgumentError(f"{name} can't be read: {error.strerror or error}") from error
+
+
+def parse_body_file(data: bytes, name: str, kind: str) -> Answer:
+    """Raise ArgumentError where it is to be JSON and is not. An empty body is that of no answer."""
+    if kind == JSON_MEDIA_TYPE and data:
+        _check_json(data, name)
+    return _build_answer(200, (("content-type", kind),) if kind else (), data)
+
+
+def _check_json(data: bytes, name: str) -> None:
+    try:
+        parse(data.removeprefix(b"\xef\xbb\xbf"))
+    except NotJsonError as error:
+        raise ArgumentError(
+            f"{name} is not valid JSON ({error}); say what it is with --type, or --http"
+        ) from error
+
+
+def parse_http_file(data: bytes, name: str) -> Answer:
+    """The last response in the file: curl prints 100 Continue, a proxy's answer and redirects before it.
+
+    Raise ArgumentError.
+    """
+    status_line = _STATUS_LINE_PATTERN.match(data)
+    if status_line is None:
+        raise ArgumentError(
+            f"{name} must begin with a status line such as HTTP/1.1 200 OK, as curl -i prints it"
+        )
+    head, blank, remainder = _split_head(data[status_line.end() :])
+    while next_status_line := _STATUS_LINE_PATTERN.match(remainder):
+        status_line = next_status_line
+        head, blank, remainder = _split_head(remainder[status_line.end() :])
+    headers = tuple(_parse_header_line(line, name) for line in head.splitlines() if line.strip())
+    if not blank and remainder:
+        raise ArgumentError(f"{name} has no empty line between headers and body")
+    return _build_answer(int(status_line[1]), headers, _decode_file_body(remainder, headers))
+
+
+def _split_head(data: bytes) -> tuple[bytes, bytes, bytes]:
+    if data.startswith((b"\r\n", b"\n")):
+        return b"", b"\n", data[2 if data.startswith(b"\r") else 1 :]
+    separators = [
+        (position, blank) for blank in (b"\r\n\r\n", b"\n\n") if (position := data.find(blank)) >= 0
+    ]
+    if not separators:
+        return data, b"", b""
+    position, blank = min(separators)
+    return data[:position], blank, data[position + len(blank) :]
+
+
+def _parse_header_line(line: bytes, name: str) -> tuple[str, str]:
+    key, colon, value = line.decode("latin-1").partition(":")
+    if not colon or not key.strip():
+        raise ArgumentError(f"{name} has a header line without a colon: {line[:60]!r}")
+    return key.strip().lower(), value.strip()
+
+
+def _decode_file_body(data: bytes, headers: Headers) -> bytes:
+    header_values = dict(headers)
+    if "chunked" in header_values.get("transfer-encoding", "").lower():
+        return _decode_chunks(data)
+    length = header_values.get("content-length", "")
+    if (
+        length.isdecimal()
+        and data.endswith(b"\n")
+        and len(data.rstrip(b"\r\n")) <= int(length[:18]) < len(data)
+    ):
+        return data[: int(length[:18])]  # an editor's last newline
+    return data
+
+
+def _decode_chunks(data: bytes) -> bytes:
+    """The body without its chunks; as it is where it has none, as in what curl prints."""
+    pieces: list[bytes] = []
+    position = 0
+    while chunk := _CHUNK_PATTERN.match(data, position):
+        size = int(chunk[1], 16)
+        if size == 0:
+            return b"".join(pieces)
+        end = chunk.end() + size
+        if data[end : end + 2] != b"\r\n" and data[end : end + 1] != b"\n":
+            return data
+        pieces.append(data[chunk.end() : end])
+        position = end + (2 if data[end : end + 1] == b"\r" else 1)
+    return data
+
+
+def _build_answer(status: int, headers: Headers, data: bytes) -> Answer:
+    return Answer(status, headers, Body(content=data, length=len(data)))
+
 
 MAX_COMPARE_VALUE_CHARS = 160  # characters
 IMPACT_COLOURS = {"breaking": "red", "value": "yellow", "additive": "cyan"}
@@ -27,7 +134,7 @@ IMPACT_COLOURS = {"breaking": "red", "value": "yellow", "additive": "cyan"}
 @click.option(
     "--type",
     "kind",
-    default=compare_files.JSON_MEDIA_TYPE,
+    default=JSON_MEDIA_TYPE,
     show_default=True,
     help="Content type of the bodies; empty: guess.",
 )
@@ -53,14 +160,12 @@ def compare_command(
 
     Exits with 0 where nothing differs that no rule explains, 1 where something does, 2 where they can't be compared.
     """
-    if (old, new, rules_file).count(compare_files.STDIN_NAME) > 1:
+    if (old, new, rules_file).count(STDIN_NAME) > 1:
         raise ArgumentError("only one of the files can be stdin")
     rules = _load_rules(rules_file)
     answers = [
-        compare_files.parse_http_file(data, name)
-        if whole
-        else compare_files.parse_body_file(data, name, kind)
-        for name, data in ((old, compare_files.read_file(old)), (new, compare_files.read_file(new)))
+        parse_http_file(data, name) if whole else parse_body_file(data, name, kind)
+        for name, data in ((old, read_file(old)), (new, read_file(new)))
     ]
     request = _build_request(endpoint, url)
     captures = [
@@ -82,7 +187,7 @@ def _load_rules(name: str | None) -> CompareOptions:
     if name is None:
         return CompareOptions()
     try:
-        text = compare_files.read_file(name).decode()
+        text = read_file(name).decode()
         return CompareOptions(rule_set=parse_rules(text, name).active_on(dt.datetime.now(dt.UTC).date()))
     except UnicodeDecodeError as error:
         raise ArgumentError(f"{name} is not UTF-8: {error}") from error

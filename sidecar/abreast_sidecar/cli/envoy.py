@@ -43,8 +43,8 @@ def envoy_setting_options(function: Callable[..., None]) -> Callable[..., None]:
 )
 def render(output: Path | None, validate: bool, **flags: str | bool | None) -> None:
     """Print an envoy.yaml made from the flags, and from ABREAST_* variables where there is no flag."""
-    from abreast_sidecar.embedded import find_envoy_binary
     from abreast_sidecar.envoy import render as rendering
+    from abreast_sidecar.envoy.render import find_envoy_binary
 
     config = rendering.render(
         _read_envoy_settings({name: str(value) for name, value in flags.items() if value is not None})

@@ -1,15 +1,45 @@
-"""`abreast pairs`: compared requests, newest first."""
+"""Both answers of a pair, side by side or one below the other, with what differs marked."""
 
 from __future__ import annotations
 
 import datetime as dt
+import difflib
+import itertools
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import click
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
+from abreast.export.redaction import HASH_PREFIX
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.connection import (
+from abreast_sidecar.cli.options import EnumParamType, limit_option, since_option, until_option
+from abreast_sidecar.cli.report import build_timeline_table
+from abreast_sidecar.client.output import (
+    STYLE_BY_WORD,
+    Console,
+    build_differences_table,
+    endpoint_name,
+    format_bytes,
+    format_duration,
+    format_local_time,
+    format_quantity,
+    format_seconds,
+    make_console,
+    make_table,
+    outcome_name,
+    role_name,
+    split_json_lines,
+    style_text,
+    to_printable,
+    version_name,
+)
+from abreast_sidecar.client.sidecar_client import (
     Calls,
     SidecarClient,
     build_time_window,
@@ -19,16 +49,376 @@ from abreast_sidecar.cli.connection import (
     service_option,
     split_page_sizes,
 )
-from abreast_sidecar.cli.humane import format_local_time, format_quantity, to_printable
-from abreast_sidecar.cli.parameters import EnumParamType, limit_option, since_option, until_option
-from abreast_sidecar.cli.tables import (
-    Console,
-    make_console,
-    make_table,
-    outcome_name,
-    style_text,
-    version_name,
+
+URL_PLACEHOLDER = '"$URL"'  # the reader's own: nobody but them knows which address may be asked
+CURL_OWN_HEADERS = {
+    "host",
+    "content-length",
+    "accept-encoding",
+    "connection",
+    "transfer-encoding",
+    "x-request-id",
+}
+MAX_CURL_BODY_BYTES = 4000  # bytes; a longer one does not fit on a line
+UNESCAPED_BYTES = frozenset(range(32, 127)) - set(b"\\'")
+
+
+def build_curl_line(detail: api.PairDetail, url: str = "") -> tuple[str, list[str]]:
+    """The line, and what it lacks of the request."""
+    omissions: list[str] = []
+    target = detail.pair.request
+    body = _body_arguments(detail, omissions)
+    arguments = [
+        "curl",
+        "-i",
+        *_path_arguments(target),
+        *_method_arguments(detail.pair.endpoint.method, body=bool(body)),
+    ]
+    for header in detail.request_headers:
+        arguments += _header_arguments(header.name, header.value, omissions)
+    if body and all(header.name != "content-type" for header in detail.request_headers):
+        arguments += ["-H", "'content-type:'"]  # or curl names one
+    arguments += body
+    arguments.append(
+        (shlex.quote(url.rstrip("/")) if url else URL_PLACEHOLDER) + _quote_bytes(target.encode())
+    )
+    return " ".join(arguments), omissions
+
+
+def _path_arguments(target: str) -> list[str]:
+    """curl would expand brackets and shorten dots."""
+    arguments = ["-g"] if any(mark in target for mark in "[]{}") else []
+    return [*arguments, "--path-as-is"] if "/." in target else arguments
+
+
+def _method_arguments(method: str, *, body: bool) -> list[str]:
+    if method == "HEAD":
+        return ["--head"]
+    return [] if method == ("POST" if body else "GET") else ["-X", shlex.quote(method)]
+
+
+def _header_arguments(name: str, value: str, omissions: list[str]) -> list[str]:
+    if name in CURL_OWN_HEADERS:
+        return []
+    if HASH_PREFIX in value:
+        omissions.append(f"its {name} (a secret, kept as a hash only)")
+        return []
+    if not (value.isascii() and value.isprintable()):
+        omissions.append(f"its {name} (characters that a line can't hold; see --json)")
+        return []
+    return ["-H", shlex.quote(f"{name}: {value}" if value else f"{name};")]
+
+
+def _body_arguments(detail: api.PairDetail, omissions: list[str]) -> list[str]:
+    body = detail.request_body
+    if not body:
+        return []
+    if len(body) > MAX_CURL_BODY_BYTES or b"\0" in body or detail.pair.endpoint.method == "HEAD":
+        omissions.append(f"its body ({len(body)} bytes; see --json)")
+        return []
+    return ["--data-raw", _quote_bytes(body)]
+
+
+def _quote_bytes(value: bytes) -> str:
+    """In single quotes where all can be shown, else byte by byte."""
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        text = ""
+    if text.isprintable() and (text or not value):
+        return shlex.quote(text)
+    return "$'" + "".join(chr(byte) if byte in UNESCAPED_BYTES else f"\\x{byte:02x}" for byte in value) + "'"
+
+
+MAX_PAYLOAD_CHARS = 100  # characters
+
+
+def build_effects_table(captures: Sequence[api.CaptureDetail]) -> Table | None:
+    """One row an effect, in each capture's order; None where there is none."""
+    table = make_table("", "effect", "at", "what", "", numeric_columns=frozenset({"at"}))
+    for capture in captures:
+        version = version_name(capture.version)
+        source = Text(f"{version} {role_name(capture.role)}", STYLE_BY_WORD.get(version, ""))
+        for effect in capture.effects:
+            name = f"{effect.kind}[{effect.key}]" if effect.key else effect.kind
+            offset = "+" + format_seconds(effect.start.ToNanoseconds() / 1e9)
+            table.add_row(
+                source,
+                to_printable(name),
+                offset,
+                to_printable(effect.payload, MAX_PAYLOAD_CHARS),
+                _format_effect_note(capture, effect),
+            )
+        if capture.effects_dropped:
+            table.add_row(source, f"and {capture.effects_dropped} more", "", "", "not recorded")
+    return table if table.row_count else None
+
+
+def _format_effect_note(capture: api.CaptureDetail, effect: api.Effect) -> str:
+    if effect.note:
+        return "note"
+    if effect.error:
+        return f"raised {to_printable(effect.error)}"
+    return "" if capture.role == common.ROLE_LIVE else "held back"
+
+
+MIN_SIDE_BY_SIDE_COLUMNS = 100  # columns
+MAX_EXCEPTION_NAME_CHARS = 80  # characters of an exception's name
+CONTEXT_LINES = 3  # equal lines around a difference
+MAX_ALIGNED_LINES = 3000  # lines a side that are aligned; difflib would take seconds for more
+OLD_COLOUR, NEW_COLOUR = "blue", "magenta"
+
+
+@dataclass(frozen=True)
+class LinePair:
+    """A line of old beside its line of new; None where a side has none."""
+
+    old: str | None
+    new: str | None
+
+    @property
+    def is_equal(self) -> bool:
+        return self.old == self.new
+
+
+def select_compared_capture(
+    captures: Sequence[api.CaptureDetail], version: common.Version.ValueType
+) -> api.CaptureDetail | None:
+    """The first attempt that is no baseline copy."""
+    candidates = [c for c in captures if c.version == version and c.role != common.ROLE_BASELINE]
+    return min(candidates, key=lambda capture: capture.attempt, default=None)
+
+
+def render_answers(
+    captures: Sequence[api.CaptureDetail], width: int, *, full: bool = False
+) -> RenderableType:
+    old, new = (
+        select_compared_capture(captures, version) for version in (common.VERSION_OLD, common.VERSION_NEW)
+    )
+    rows = [
+        LinePair(format_status_line(old), format_status_line(new)),
+        *align_headers(old, new),
+        LinePair("", ""),
+        *align_lines(split_captured_body(old), split_captured_body(new)),
+    ]
+    if width >= MIN_SIDE_BY_SIDE_COLUMNS:
+        return _render_side_by_side(rows, old, new, full=full)
+    return _render_unified(rows, full=full)
+
+
+def format_status_line(capture: api.CaptureDetail | None) -> str:
+    if capture is None:
+        return "(no capture)"
+    if capture.status:
+        return f"status {capture.status}"
+    return format_exception(capture) or "no answer"
+
+
+def format_exception(capture: api.CaptureDetail | None) -> str:
+    return (
+        f"raised {to_printable(capture.raised, MAX_EXCEPTION_NAME_CHARS)}"
+        if capture and capture.raised
+        else ""
+    )
+
+
+def summarise_answer(detail: api.PairDetail, version: common.Version.ValueType) -> str:
+    """How a version answered, as far as is kept: `200 in 3.1 ms`, `raised KeyError in 2.0 ms`, `no capture`."""
+    pair, old = detail.pair, version == common.VERSION_OLD
+    time = "old_time" if old else "new_time"
+    if not pair.HasField(time):  # type: ignore[arg-type]  # a field's name
+        return "no capture"
+    exception_text = format_exception(select_compared_capture(detail.captures, version))
+    code = pair.old_status if old else pair.new_status
+    duration_text = f" in {format_duration(getattr(pair, time))}"
+    if code:
+        return f"{code}{duration_text}" + (f", then {exception_text}" if exception_text else "")
+    return f"{exception_text or 'no answer'}{duration_text}"
+
+
+def align_headers(old: api.CaptureDetail | None, new: api.CaptureDetail | None) -> list[LinePair]:
+    """By name; headers that occur several times in their order."""
+    rows_by_header: dict[tuple[str, int], list[str | None]] = {}
+    for side, capture in enumerate((old, new)):
+        occurrences: Counter[str] = Counter()
+        for header in capture.headers if capture else ():
+            row = rows_by_header.setdefault((header.name, occurrences[header.name]), [None, None])
+            row[side] = to_printable(f"{header.name}: {header.value}")
+            occurrences[header.name] += 1
+    return [LinePair(*rows_by_header[key]) for key in sorted(rows_by_header)]
+
+
+def split_captured_body(capture: api.CaptureDetail | None) -> list[str]:
+    """JSON one value a line."""
+    if capture is None:
+        return []
+    missing_bytes = capture.body_length - len(capture.body)
+    truncation_note = [f"… {format_bytes(missing_bytes)} more were not captured"] if missing_bytes > 0 else []
+    return [*split_body_bytes(capture.body), *truncation_note]
+
+
+def split_body_bytes(body: bytes) -> list[str]:
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return [f"({format_bytes(len(body))} that are no text)"]
+    lines = split_json_lines(text) or text.splitlines()
+    return [to_printable(line) for line in lines]
+
+
+def align_lines(old: list[str], new: list[str]) -> list[LinePair]:
+    """Equal lines beside each other, in both orders."""
+    if max(len(old), len(new)) > MAX_ALIGNED_LINES:
+        return [LinePair(*sides) for sides in itertools.zip_longest(old, new)]
+    rows = []
+    for operation, i, end_i, j, end_j in difflib.SequenceMatcher(
+        None, old, new, autojunk=False
+    ).get_opcodes():
+        if operation == "equal":
+            rows += [LinePair(line, line) for line in old[i:end_i]]
+        else:
+            rows += [LinePair(*sides) for sides in itertools.zip_longest(old[i:end_i], new[j:end_j])]
+    return rows
+
+
+def fold_equal_rows(rows: Sequence[LinePair], *, full: bool) -> Iterator[LinePair | int]:
+    """The rows, long runs of equal ones replaced by how many they are."""
+    position = 0
+    for is_equal, run in itertools.groupby(rows, key=lambda row: row.is_equal):
+        run_rows = list(run)
+        before = CONTEXT_LINES if position else 0
+        after = CONTEXT_LINES if position + len(run_rows) < len(rows) else 0
+        position += len(run_rows)
+        hidden_count = len(run_rows) - before - after
+        if full or not is_equal or hidden_count < 2:
+            yield from run_rows
+        else:
+            yield from run_rows[:before]
+            yield hidden_count
+            yield from run_rows[len(run_rows) - after :]
+
+
+def _render_side_by_side(
+    rows: Sequence[LinePair], old: api.CaptureDetail | None, new: api.CaptureDetail | None, *, full: bool
+) -> Table:
+    answers_table = make_table(_format_column_title("old", old), "", _format_column_title("new", new))
+    answers_table.columns[0].ratio = answers_table.columns[2].ratio = 1
+    answers_table.expand = True
+    for row in fold_equal_rows(rows, full=full):
+        if isinstance(row, int):
+            answers_table.add_row(
+                Text(_format_hidden_lines(row), "dim"), "", Text(_format_hidden_lines(row), "dim")
+            )
+        elif row.is_equal:
+            answers_table.add_row(row.old, "", row.new)
+        else:
+            answers_table.add_row(Text(row.old or "", OLD_COLOUR), "≠", Text(row.new or "", NEW_COLOUR))
+    return answers_table
+
+
+def _render_unified(rows: Sequence[LinePair], *, full: bool) -> Group:
+    """As diff prints it: - is old, + is new."""
+    lines: list[Text] = []
+    for row in fold_equal_rows(rows, full=full):
+        if isinstance(row, int):
+            lines.append(Text(f"  {_format_hidden_lines(row)}", "dim"))
+        elif row.is_equal:
+            lines.append(Text(f"  {row.old}"))
+        else:
+            lines += [Text(f"- {row.old}", OLD_COLOUR)] if row.old is not None else []
+            lines += [Text(f"+ {row.new}", NEW_COLOUR)] if row.new is not None else []
+    return Group(Text("- old", f"bold {OLD_COLOUR}"), Text("+ new", f"bold {NEW_COLOUR}"), *lines)
+
+
+def _format_column_title(version: str, capture: api.CaptureDetail | None) -> str:
+    return f"{version} ({role_name(capture.role)})" if capture else version
+
+
+def _format_hidden_lines(line_count: int) -> str:
+    return f"… {format_quantity(line_count, 'equal line')}"
+
+
+PIPED_PAIR_COLUMNS = 120  # columns; both answers side by side
+
+
+@click.command()
+@click.argument("id")
+@click.option("--full", is_flag=True, help="Equal lines too.")
+@click.option(
+    "--url", default="", help="For the curl line: where to send the request, such as http://127.0.0.1:8002."
 )
+@json_option
+@connection_options
+def pair_command(link: SidecarClient, id: str, full: bool, url: str, as_json: bool) -> None:  # noqa: A002  # the argument's name
+    """One request: both answers, what differs, and when.
+
+    ID is the answer's header x-abreast-pair, or one that `abreast finding` shows.
+    """
+    request = api.GetPairRequest(id=id)
+    response = link.call(lambda calls: calls.comparison.GetPair(request, timeout=calls.timeout_s))
+    if as_json:
+        print_json(response)
+    else:
+        out = make_console()
+        print_pair(
+            out if out.is_terminal else make_console(PIPED_PAIR_COLUMNS), response.pair, full=full, url=url
+        )
+
+
+def print_pair(out: Console, detail: api.PairDetail, *, full: bool = False, url: str = "") -> None:
+    pair = detail.pair
+    heading = style_text(f"{outcome_name(pair.outcome)}", outcome_name(pair.outcome))
+    heading.append(f"  {endpoint_name(pair.endpoint)}")
+    out.print(heading)
+    out.print(_build_pair_grid(detail))
+    if not detail.captures:
+        out.print("\nthe answers are not kept: only some examples of each finding are (abreast findings)")
+        return
+    line, omissions = build_curl_line(detail, url)
+    out.print(f"\n{to_printable(line)}", soft_wrap=True)
+    for omission in omissions:
+        out.print(style_text(f"without {omission}", "dim"))
+    if detail.differences:
+        out.print()
+        out.print(build_differences_table(detail.differences))
+    out.print()
+    out.print(render_answers(detail.captures, out.width, full=full))
+    out.print()
+    effects_table = build_effects_table(detail.captures)
+    if effects_table is not None:
+        out.print(effects_table)
+        out.print()
+    out.print(build_timeline_table(detail.captures, out.width))
+
+
+def _build_pair_grid(detail: api.PairDetail) -> Table:
+    pair = detail.pair
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_row("pair", to_printable(pair.id))
+    grid.add_row("service", to_printable(pair.endpoint.service))
+    grid.add_row("request", to_printable(f"{pair.endpoint.method} {pair.request}"))
+    grid.add_row("time", format_local_time(pair.time))
+    grid.add_row("old", _format_side(summarise_answer(detail, common.VERSION_OLD), pair.old_release))
+    grid.add_row("new", _format_side(summarise_answer(detail, common.VERSION_NEW), pair.new_release))
+    grid.add_row(
+        "user got", f"{version_name(pair.live)}'s answer" if pair.live else "unknown: that capture is missing"
+    )
+    if pair.finding_ids:
+        grid.add_row("findings", ", ".join(map(str, pair.finding_ids)))
+    if pair.explained:
+        rules_text = ", ".join(
+            f"{explanation.finding_id} by rule {explanation.rule_id}" for explanation in pair.explained
+        )
+        grid.add_row("explained", f"{rules_text} (abreast rules list)")
+    if pair.drift_finding_ids:
+        grid.add_row("drift", ", ".join(map(str, pair.drift_finding_ids)))
+    if pair.reason:
+        grid.add_row("reason", to_printable(pair.reason))
+    return grid
+
+
+def _format_side(answer_text: str, release: str) -> str:
+    return answer_text + (f", release {to_printable(release)}" if release else "")
 
 
 @click.command()

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import datetime as dt
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import click
+import yaml
+from rich.table import Table
+from rich.text import Text
 
 from abreast.v1 import rule_pb2 as api
-from abreast_sidecar.cli.connection import (
+from abreast_sidecar.cli.exit_codes import ExitCode
+from abreast_sidecar.cli.options import SECONDS_PER_UNIT, SPAN_PATTERN, limit_option
+from abreast_sidecar.cli.traffic import actor_option, default_actor
+from abreast_sidecar.client.output import (
+    endpoint_name,
+    format_count,
+    format_location,
+    format_quantity,
+    kind_name,
+    make_console,
+    make_table,
+    style_text,
+    to_printable,
+)
+from abreast_sidecar.client.sidecar_client import (
     Calls,
     SidecarClient,
     connection_options,
@@ -16,19 +35,213 @@ from abreast_sidecar.cli.connection import (
     print_json,
     split_page_sizes,
 )
-from abreast_sidecar.cli.exits import ExitCode
-from abreast_sidecar.cli.humane import format_quantity, to_printable
-from abreast_sidecar.cli.parameters import limit_option
-from abreast_sidecar.cli.rule_files import dump_rules_yaml, read_rules
-from abreast_sidecar.cli.rule_options import build_rule_message, rule_action_argument, rule_options
-from abreast_sidecar.cli.rule_tables import (
-    build_hidden_findings_table,
-    build_rules_table,
-    format_apply_plan,
-    format_rule_title,
-)
-from abreast_sidecar.cli.shift import actor_option, default_actor
-from abreast_sidecar.cli.tables import make_console, style_text
+from abreast_sidecar.compare.model import Kind
+from abreast_sidecar.compare.rule_document import RuleError, parse_rules, rule_to_dict
+from abreast_sidecar.compare.rule_document import parse_share as parsed_share
+from abreast_sidecar.compare.rules import ACTIONS, Rule
+from abreast_sidecar.errors import ArgumentError
+from abreast_sidecar.serve.rule_messages import dict_to_message
+from abreast_sidecar.serve.rule_messages import message_to_dict as said_by
+
+
+def read_rules(file: Path) -> list[api.Rule]:
+    """Raise ArgumentError for what can't be imported."""
+    try:
+        document = parse_rules(file.read_text(), str(file))
+    except RuleError as error:
+        raise ArgumentError(str(error)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{file} can't be read as text: {getattr(error, 'strerror', error)}") from error
+    return [_to_rule_message(rule, file) for rule in document.rules]
+
+
+def _to_rule_message(rule: Rule, file: Path) -> api.Rule:
+    missing_fields = [name for name in ("owner", "reason", "expires") if not getattr(rule, name)]
+    if missing_fields:
+        raise ArgumentError(f"{file}: rule {rule.name!r} needs {' and '.join(missing_fields)} to be imported")
+    assert rule.expires is not None
+    if rule.expires <= dt.datetime.now(dt.UTC).date():
+        raise ArgumentError(
+            f"{file}: rule {rule.name!r} expired on {rule.expires}; remove it, or say until when it holds"
+        )
+    fields = {name: value for name, value in rule_to_dict(rule).items() if name != "expires"}
+    message = dict_to_message(fields)
+    message.expire_time.FromDatetime(to_utc_midnight(rule.expires))
+    return message
+
+
+def to_utc_midnight(day: dt.date) -> dt.datetime:
+    return dt.datetime.combine(day, dt.time(), dt.UTC)
+
+
+def dump_rules_yaml(rules: Iterable[api.Rule]) -> str:
+    """A moment within a day becomes the next day: a file knows days only."""
+    entries: list[dict[str, object]] = []
+    for rule in rules:
+        if any(entry["name"] == rule.name for entry in entries):  # of another source
+            rule.name = f"{rule.name} ({rule.id})"
+        expires = rule.expire_time.ToDatetime(dt.UTC)
+        day = expires.date() + dt.timedelta(days=expires > to_utc_midnight(expires.date()))
+        entries.append({**said_by(rule), "expires": day})
+    return yaml.safe_dump({"rules": entries}, sort_keys=False, allow_unicode=True)
+
+
+RuleCommand = TypeVar("RuleCommand")
+rule_action_argument = click.argument("action", type=click.Choice(ACTIONS))
+RULE_PARTS = ("status", "header", "body", "error")
+RULE_KINDS = tuple(kind for kind in get_args(Kind) if kind != "slower")
+
+RULE_OPTIONS = (
+    click.option("--for", "finding_id", type=click.IntRange(min=1), default=None, help="The finding that it is made for."),
+    click.option("--path", default=None, help="Path and all below: $.items[*].price; .* any key, .** any steps."),
+    click.option("--header", default=None, help="A response header; * stands for any characters."),
+    click.option("--part", type=click.Choice(RULE_PARTS), default=None, help="Only this part of an answer."),
+    click.option("--kind", type=click.Choice(RULE_KINDS), default=None, help="Only this kind of difference."),
+    click.option("--endpoint", default=None, help='Only this endpoint, such as "GET /products/{id}"; * as in a shell.'),
+    click.option("--status", default=None, help="Only answers of this status, 404 or 4xx, or this change, 404->200."),
+    click.option("--release", default=None, help="Only this release of new; * as in a shell."),
+    click.option("--service", default=None, help="Only this service; * as in a shell."),
+    click.option("--by", default=None, help="keyed-by: the field."),
+    click.option("--absolute", type=click.FloatRange(min=0), default=None, help="tolerate: at most so far apart."),
+    click.option("--relative", default=None, help="tolerate: at most this share of the old number; 0.01 or 1%."),
+    click.option("--old", default=None, help="expect: only this value of old, as JSON."),
+    click.option("--new", default=None, help="expect: only this value of new, as JSON."),
+)  # fmt: skip
+
+
+def rule_options(command: RuleCommand) -> RuleCommand:
+    for option in reversed(RULE_OPTIONS):
+        command = option(command)  # type: ignore[type-var]  # click's own
+    return command
+
+
+def build_rule_message(option_values: Mapping[str, Any], expires: str = "") -> api.Rule:
+    fields = {
+        name: value
+        for name, value in option_values.items()
+        if value is not None and name not in {"old", "new"}
+    }
+    if relative := fields.get("relative"):
+        fields["relative"] = parse_relative_share(relative)
+    rule = dict_to_message(fields)
+    for name in ("old", "new"):
+        if option_values.get(name) is not None:
+            setattr(rule, name, option_values[name])
+    if expires:
+        rule.expire_time.FromDatetime(parse_expiry(expires))
+    return rule
+
+
+def parse_relative_share(text: str) -> float:
+    try:
+        return parsed_share(text if text.strip().endswith("%") else float(text))
+    except (RuleError, ValueError):
+        raise click.BadParameter(
+            f"must be a share such as 0.01 or 1%, got {text!r}", param_hint="--relative"
+        ) from None
+
+
+def parse_expiry(text: str) -> dt.datetime:
+    match = SPAN_PATTERN.fullmatch(text.strip())
+    try:
+        if match:
+            return dt.datetime.now(dt.UTC) + dt.timedelta(
+                seconds=float(match[1]) * SECONDS_PER_UNIT[match[2]]
+            )
+        return to_utc_midnight(dt.date.fromisoformat(text.strip()))
+    except (ValueError, OverflowError):
+        raise click.BadParameter(
+            f"must be a span such as 90d or 12w, or a day such as 2030-01-31, got {text!r}",
+            param_hint="--expires",
+        ) from None
+
+
+RULE_STATE_NAMES = {
+    api.RULE_STATE_IN_FORCE: "holds",
+    api.RULE_STATE_EXPIRED: "expired",
+    api.RULE_STATE_DELETED: "deleted",
+}
+
+
+def format_rule_title(rule: api.Rule) -> str:
+    return f"rule {rule.id} ({to_printable(rule.name)})"
+
+
+def build_rules_table(rules: Iterable[api.Rule]) -> Table:
+    table = make_table(
+        "id",
+        "state",
+        "rule",
+        "explains",
+        "until",
+        "owner",
+        "reason",
+        "from",
+        numeric_columns=frozenset({"id"}),
+    )
+    for rule in rules:
+        table.add_row(
+            str(rule.id),
+            _format_rule_state(rule),
+            to_printable(rule.name),
+            format_explained_pairs(rule),
+            f"{rule.expire_time.ToDatetime(dt.UTC):%Y-%m-%d}",
+            to_printable(rule.owner),
+            to_printable(rule.reason),
+            to_printable(rule.source or rule.creator),
+        )
+    return table
+
+
+def _format_rule_state(rule: api.Rule) -> Text:
+    state = RULE_STATE_NAMES.get(rule.state, "")
+    state_text = state if rule.rejudged else f"{state}, judging what is stored"
+    return style_text(state_text, "ok" if rule.state == api.RULE_STATE_IN_FORCE else "dim")
+
+
+def format_explained_pairs(rule: api.Rule) -> str:
+    """`12 pairs, 3 were judged before`."""
+    if rule.state != api.RULE_STATE_IN_FORCE:
+        return ""
+    if rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
+        return "coverage, no pair"
+    unknown_text = f", {format_count(rule.unknown)} judged before it" if rule.unknown else ""
+    return f"{format_quantity(rule.pairs, 'pair')}{unknown_text}"
+
+
+def build_hidden_findings_table(findings: Iterable[api.HiddenFinding]) -> Table:
+    table = make_table(
+        "finding", "endpoint", "place", "kind", "hides", "", numeric_columns=frozenset({"finding"})
+    )
+    for finding in findings:
+        table.add_row(
+            str(finding.finding_id),
+            endpoint_name(finding.endpoint),
+            format_location(finding.part, finding.path),
+            kind_name(finding.kind),
+            _format_hidden_pairs(finding),
+            style_text("somebody confirmed it", "warn") if finding.confirmed else "",
+        )
+    return table
+
+
+def _format_hidden_pairs(finding: api.HiddenFinding) -> str:
+    if finding.exact:
+        return format_quantity(finding.pairs, "pair")
+    examples_text = (
+        f"{finding.hidden_examples} of {format_quantity(finding.examples, 'kept example')}"
+        if finding.examples
+        else "not known"
+    )
+    return f"{examples_text}; {format_quantity(finding.pairs, 'pair')} at most"
+
+
+def format_apply_plan(response: api.ApplyRulesResponse) -> str:
+    lines = [f"+ {to_printable(rule.name)}" for rule in response.created]
+    lines += [f"- {to_printable(rule.name)}" for rule in response.deleted]
+    numbers = (("new", response.created), ("gone", response.deleted), ("unchanged", response.unchanged))
+    return "\n".join([*lines, ", ".join(f"{len(rules)} {name}" for name, rules in numbers)])
+
 
 force_option = click.option(
     "--force", is_flag=True, help="Also where it hides more than it is made for, or what somebody confirmed."

@@ -12,7 +12,23 @@ from rich.text import Text
 
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import traffic_pb2
-from abreast_sidecar.cli.connection import (
+from abreast_sidecar.cli.options import since_option, until_option
+from abreast_sidecar.cli.rollout import RolloutStatus, fetch_rollout_status, format_rollout_lines
+from abreast_sidecar.client.output import (
+    Console,
+    format_age,
+    format_count,
+    format_percent,
+    format_quantity,
+    format_seconds,
+    format_share_of,
+    make_console,
+    make_table,
+    outcome_name,
+    style_text,
+    to_printable,
+)
+from abreast_sidecar.client.sidecar_client import (
     Calls,
     SidecarClient,
     build_time_window,
@@ -21,18 +37,6 @@ from abreast_sidecar.cli.connection import (
     message_to_json,
     service_option,
 )
-from abreast_sidecar.cli.humane import (
-    format_age,
-    format_count,
-    format_percent,
-    format_quantity,
-    format_seconds,
-    format_share_of,
-    to_printable,
-)
-from abreast_sidecar.cli.parameters import since_option, until_option
-from abreast_sidecar.cli.steering import RolloutStatus, fetch_rollout_status, format_rollout_lines
-from abreast_sidecar.cli.tables import Console, make_console, make_table, outcome_name, style_text
 
 EMPTY_STATUS_TEXT = (
     "nothing has been compared yet; send requests through Envoy, and if this stays so: abreast doctor"

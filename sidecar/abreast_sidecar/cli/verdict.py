@@ -12,7 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from abreast.v1 import comparison_pb2 as api
-from abreast_sidecar.cli.connection import (
+from abreast_sidecar.cli.exit_codes import ExitCode
+from abreast_sidecar.cli.options import SHARE_TYPE, since_option, until_option
+from abreast_sidecar.client.output import (
+    Console,
+    endpoint_name,
+    format_count,
+    make_console,
+    make_table,
+    style_text,
+    to_printable,
+)
+from abreast_sidecar.client.sidecar_client import (
     SidecarClient,
     build_time_window,
     connection_options,
@@ -20,10 +31,6 @@ from abreast_sidecar.cli.connection import (
     print_json,
     service_option,
 )
-from abreast_sidecar.cli.exits import ExitCode
-from abreast_sidecar.cli.humane import format_count, to_printable
-from abreast_sidecar.cli.parameters import SHARE_TYPE, since_option, until_option
-from abreast_sidecar.cli.tables import Console, endpoint_name, make_console, make_table, style_text
 
 BUDGET_FIELDS = tuple(api.Budget.DESCRIPTOR.fields_by_name)
 EXIT_BY_VERDICT = {

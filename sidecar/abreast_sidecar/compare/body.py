@@ -5,18 +5,108 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from abreast.capture import Answer, Body
-from abreast_sidecar.compare.coding import DecodeResult, decode_content
-from abreast_sidecar.compare.difference import CompareOptions, Difference, Impact, Kind
-from abreast_sidecar.compare.document import JsonDiff
-from abreast_sidecar.compare.effort import estimate_parse_cost
-from abreast_sidecar.compare.formats import DecodedBody, UnreadableError, normalise_json_encoding, parse_both
+from abreast.protocol.capture import Answer, Body
+from abreast_sidecar.compare import items, markup
+from abreast_sidecar.compare.content import (
+    DecodeResult,
+    Format,
+    MediaType,
+    decode_content,
+    decode_text,
+    estimate_parse_cost,
+    find_byte_order_mark,
+    parse_media_type,
+    sniff_format,
+)
+from abreast_sidecar.compare.content import decode_text as text_of
 from abreast_sidecar.compare.headers import get_header
-from abreast_sidecar.compare.media import Format, find_byte_order_mark, parse_media_type, sniff_format
-from abreast_sidecar.compare.texts import JsonTextDiff
-from abreast_sidecar.compare.value import parse, render_value
+from abreast_sidecar.compare.json_diff import JsonDiff, JsonTextDiff
+from abreast_sidecar.compare.model import CompareOptions, Difference, Impact, Kind
+from abreast_sidecar.compare.values import parse, render_value
+
+
+class DecodedBody(NamedTuple):
+    """A body without content coding."""
+
+    data: bytes
+    media_type: MediaType
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentPair:
+    old: Any
+    new: Any
+    root: str  # what paths begin with
+    is_equivalent: Callable[[], bool] = lambda: True  # of equal documents: whether the bodies mean the same
+
+
+class UnreadableError(ValueError):
+    """A side is not what it claims to be: `old` and `new` say which."""
+
+    def __init__(self, *, old: bool, new: bool) -> None:
+        super().__init__("not what it claims to be")
+        self.old = old
+        self.new = new
+
+
+def parse_both(format_: Format, old: DecodedBody, new: DecodedBody) -> DocumentPair:
+    """Raise UnreadableError where a side is not of that format, or of one that has no structure."""
+    if format_ not in _DOCUMENT_PARSERS:
+        raise UnreadableError(old=True, new=True)
+    root, parser = _DOCUMENT_PARSERS[format_]
+    left, right = _try_parse(parser, old), _try_parse(parser, new)
+    if left is _PARSE_FAILED or right is _PARSE_FAILED:
+        raise UnreadableError(old=left is _PARSE_FAILED, new=right is _PARSE_FAILED)
+    if isinstance(left, markup.Element):
+        old_document, new_document = markup.to_documents(left, right)
+        if left.tag != right.tag and format_ == "xml":
+            old_document, new_document = {left.tag: old_document}, {right.tag: new_document}
+        return DocumentPair(old_document, new_document, root, lambda: markup.has_same_order(left, right))
+    return DocumentPair(left, right, root)
+
+
+_PARSE_FAILED: Any = object()
+
+
+def _try_parse(parser: Callable[[DecodedBody], Any], side: DecodedBody) -> Any:
+    try:
+        return parser(side)
+    except (ValueError, RecursionError):
+        return _PARSE_FAILED
+
+
+def normalise_json_encoding(data: bytes) -> bytes:
+    """Without a byte order mark, and in UTF-8 where the mark says another encoding. Raise ValueError."""
+    mark, name = find_byte_order_mark(data)
+    if not mark:
+        return data
+    return data[len(mark) :] if name == "utf-8" else data.decode(name).encode()
+
+
+def _read_text(side: DecodedBody) -> str:
+    text = text_of(side.data, side.media_type.get_parameter("charset"))
+    if text is None:
+        raise ValueError("no text")
+    return text
+
+
+def _read_xml_body(side: DecodedBody) -> markup.Element:
+    charset = side.media_type.get_parameter("charset")
+    return markup.read_xml(_read_text(side) if charset and b"encoding=" not in side.data[:100] else side.data)
+
+
+_DOCUMENT_PARSERS: dict[Format, tuple[str, Callable[[DecodedBody], Any]]] = {
+    "ndjson": ("$", lambda side: items.parse_ndjson(side.data)),
+    "events": ("events", lambda side: items.parse_sse(_read_text(side))),
+    "form": ("form", lambda side: items.parse_form(_read_text(side))),
+    "multipart": ("parts", lambda side: items.parse_multipart(side.data, side.media_type)),
+    "html": ("html", lambda side: markup.read_html(_read_text(side))),
+    "xml": ("xml", _read_xml_body),
+    "text": ("lines", lambda side: items.split_lines(_read_text(side))),
+}
+
 
 PREVIEW_CHARS = 50  # characters of a body that has no structure
 PARTIAL_CONTENT = 206
@@ -350,3 +440,114 @@ def render_preview(answer: Answer) -> str:
     if format_ != "bytes":
         summary["beginning"] = body.content[: 4 * PREVIEW_CHARS].decode("utf-8", "replace")[:PREVIEW_CHARS]
     return render_value(summary)
+
+
+Truncation = tuple[bool, bool]  # whether old's and new's answer goes on beyond what is held
+
+
+class TruncatedResult(NamedTuple):
+    differences: list[Difference]
+    compared_part: str  # what was compared, for people
+
+
+class _ItemFormat(NamedTuple):
+    name: str
+    root: str  # what paths begin with
+    terminator: bytes  # of an item; line ends are those of Unix here
+    parse: Callable[[bytes], list[Any]]  # raise ValueError for what can't be read
+
+
+def _read_utf8_text(data: bytes) -> str:
+    decoded_text = decode_text(data, "utf-8")
+    if decoded_text is None or "\0" in decoded_text:
+        raise ValueError("no text in UTF-8")
+    return decoded_text
+
+
+_ITEM_FORMATS: dict[Format, _ItemFormat] = {
+    "events": _ItemFormat("events", "events", b"\n\n", lambda data: items.parse_sse(_read_utf8_text(data))),
+    "ndjson": _ItemFormat("items", "$", b"\n", items.parse_ndjson),
+    "text": _ItemFormat("lines", "lines", b"\n", lambda data: items.split_lines(_read_utf8_text(data))),
+}
+
+
+def compare_truncated(
+    old: Answer,
+    new: Answer,
+    truncation: Truncation,
+    options: CompareOptions,
+    identity_lookup: IdentityLookup | None = None,
+) -> TruncatedResult:
+    """`cut`: of an answer that broke off; one of which not all is held counts as such here."""
+    truncation = (truncation[0] or not old.body.is_complete, truncation[1] or not new.body.is_complete)
+    common = min(
+        len(side.body.content)
+        for side, is_truncated in zip((old, new), truncation, strict=True)
+        if is_truncated
+    )
+    if old.body.content[:common] == new.body.content[:common]:
+        return TruncatedResult(
+            [], f"the first {common:,} bytes of both" if common else "no body had come yet"
+        )
+    if _is_compressed(old) or _is_compressed(new):
+        return TruncatedResult([], "not the bodies: what is compressed can't be read in part")
+    left, right = _to_decoded_body(old), _to_decoded_body(new)
+    format_ = detect_format(left, right)
+    if format_ != detect_format(right, left):
+        return TruncatedResult([], "not the bodies, which are of two types")
+    if format_ == "bytes" or {old.status, new.status} == {PARTIAL_CONTENT}:
+        return TruncatedResult(
+            [whole_body_difference("changed", old, new)], f"the first {common:,} bytes of both"
+        )
+    if format_ not in _ITEM_FORMATS or estimate_parse_cost(format_, left.data, right.data) > options.max_work:
+        return TruncatedResult([], f"not the bodies: of {format_} a part can't be compared")
+    return _compare_items(
+        _ITEM_FORMATS[format_],
+        left.data,
+        right.data,
+        truncation,
+        JsonDiff(options.max_differences, identity_lookup=identity_lookup),
+    )
+
+
+def _to_decoded_body(answer: Answer) -> DecodedBody:
+    return DecodedBody(answer.body.content, parse_media_type(get_header(answer.headers, "content-type")))
+
+
+def _is_compressed(answer: Answer) -> bool:
+    return any(name == "content-encoding" and value.lower() != "identity" for name, value in answer.headers)
+
+
+def _compare_items(
+    item_format: _ItemFormat, old: bytes, new: bytes, truncation: Truncation, diff: JsonDiff
+) -> TruncatedResult:
+    """Complete ones, as many as the cut sides have."""
+    try:
+        left, right = (
+            _parse_items(item_format, data, is_truncated)
+            for data, is_truncated in zip((old, new), truncation, strict=True)
+        )
+    except (ValueError, RecursionError):
+        return TruncatedResult([], f"not the bodies, which hold no {item_format.name} that can be read")
+    common = min(
+        len(side) for side, is_truncated in zip((left, right), truncation, strict=True) if is_truncated
+    )
+    diff.root = item_format.root
+    differences = diff.compare_by_index(left[:common], right[:common])
+    return TruncatedResult(differences, f"the first {common:,} {item_format.name} of both")
+
+
+def _parse_items(
+    item_format: _ItemFormat, data: bytes, is_truncated: bool
+) -> list[Any]:  # one of two, as they come
+    if not is_truncated:
+        return item_format.parse(data)
+    unix_data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    parsed_items = item_format.parse(
+        unix_data[: unix_data.rfind(item_format.terminator) + len(item_format.terminator)]
+        if item_format.terminator in unix_data
+        else b""
+    )
+    return (
+        parsed_items[:-1] if item_format.name == "lines" else parsed_items
+    )  # after the last line's end is a line that goes on

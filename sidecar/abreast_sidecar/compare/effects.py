@@ -11,11 +11,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from abreast.capture import Capture
-from abreast_sidecar.compare.array import match_elements
-from abreast_sidecar.compare.difference import Difference, Kind
-from abreast_sidecar.compare.document import MAX_DIFFERENCES_PER_PATH, JsonDiff
-from abreast_sidecar.compare.value import render_value
+from abreast.protocol.capture import Capture
+from abreast_sidecar.compare.json_diff import MAX_DIFFERENCES_PER_PATH, JsonDiff, match_elements
+from abreast_sidecar.compare.model import Difference, Kind
+from abreast_sidecar.compare.values import render_value
 
 RawEffect = Mapping[str, Any]
 EffectName = tuple[str, str]  # kind and key

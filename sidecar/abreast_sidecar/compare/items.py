@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import parse_qsl
 
-from abreast.capture import digest
-from abreast_sidecar.compare.meaning import canonical_media_type
-from abreast_sidecar.compare.media import MediaType, parse_media_type, sniff_format
-from abreast_sidecar.compare.media import decode_text as text_of
-from abreast_sidecar.compare.value import NotJsonError, parse
+from abreast.protocol.capture import digest
+from abreast_sidecar.compare.content import MediaType, parse_media_type, sniff_format
+from abreast_sidecar.compare.content import decode_text as text_of
+from abreast_sidecar.compare.headers import canonical_media_type
+from abreast_sidecar.compare.values import NotJsonError, parse
 
 MAX_FORM_FIELDS = 10_000  # of a form
 MAX_PARTS = 1000  # of a multipart body

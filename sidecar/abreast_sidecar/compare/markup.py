@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from xml.parsers import expat
 
-from abreast_sidecar.compare.value import NotJsonError, parse
+from abreast_sidecar.compare.values import NotJsonError, parse
 
 MAX_ELEMENT_DEPTH = 150  # elements in elements; below MAX_DEPTH of documents
 MAX_TAG_CHARS = 8192  # characters from < to >

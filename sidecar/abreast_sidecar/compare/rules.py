@@ -13,7 +13,7 @@ from typing import Any, Literal
 import orjson
 from msgspec.structs import replace
 
-from abreast_sidecar.compare.difference import Difference, Kind, Part
+from abreast_sidecar.compare.model import Difference, Kind, Part
 
 Action = Literal["ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage"]
 ACTIONS: tuple[Action, ...] = ("ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage")

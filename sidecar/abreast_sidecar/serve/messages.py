@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from abreast.capture import Capture
+from abreast.protocol.capture import Capture
 from abreast.v1 import common_pb2, comparison_pb2, traffic_pb2
 from abreast_sidecar.compare.effects import describe_effect
-from abreast_sidecar.compare.feature import Feature
-from abreast_sidecar.compare.value import render_value
-from abreast_sidecar.control import MILLION, TOTAL_WEIGHT, EnvoyFleet, EnvoyState, Traffic, TrafficEvent
-from abreast_sidecar.serve import steering_messages
+from abreast_sidecar.compare.values import render_value
+from abreast_sidecar.serve import rollout_messages as steering_messages
 from abreast_sidecar.serve.phrase import summarise_finding
 from abreast_sidecar.serve.values import to_duration, to_enum_number, to_timestamp
-from abreast_sidecar.store.results import (
+from abreast_sidecar.stats.features import Feature
+from abreast_sidecar.store.records import (
     Endpoint,
     EndpointSummary,
     Explanation,
@@ -26,6 +25,9 @@ from abreast_sidecar.store.results import (
     StoredPair,
     StoredPairDetail,
 )
+from abreast_sidecar.traffic.envoys import EnvoyFleet, EnvoyState
+from abreast_sidecar.traffic.model import MILLION, TOTAL_WEIGHT, Traffic
+from abreast_sidecar.traffic.repository import TrafficEvent
 
 OUTCOME_ENUM = common_pb2.Outcome.DESCRIPTOR
 PART_ENUM = common_pb2.Part.DESCRIPTOR

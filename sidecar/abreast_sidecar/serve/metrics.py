@@ -8,13 +8,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from abreast_sidecar.control import MILLION, TOTAL_WEIGHT, TrafficController
-from abreast_sidecar.control.acts import Guard
-from abreast_sidecar.control.steering import LeaderTasks
-from abreast_sidecar.steer.guard import GUARD_MODES
-from abreast_sidecar.steer.ramp import Ramp
-from abreast_sidecar.store.queries import LedgerReader
-from abreast_sidecar.store.results import CaptureAccounting, Drop
+from abreast_sidecar.rollout.controllers import LeaderTasks
+from abreast_sidecar.rollout.guard import GUARD_MODES
+from abreast_sidecar.rollout.ramp import Ramp
+from abreast_sidecar.rollout.transitions import Guard
+from abreast_sidecar.store.reader import LedgerReader
+from abreast_sidecar.store.records import CaptureAccounting, Drop
+from abreast_sidecar.traffic.control import TrafficController
+from abreast_sidecar.traffic.model import MILLION, TOTAL_WEIGHT
 
 RPC_DURATION_BUCKETS_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)  # seconds
 

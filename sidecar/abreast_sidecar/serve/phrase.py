@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abreast_sidecar.store.results import Finding
+from abreast_sidecar.store.records import Finding
 
 MAX_VALUE_CHARS = 60  # characters of a value
 PART_LABELS = {"error": "the application failed", "latency": "time"}

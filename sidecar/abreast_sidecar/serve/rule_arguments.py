@@ -9,14 +9,14 @@ from typing import Any
 
 from abreast.v1 import common_pb2
 from abreast.v1 import rule_pb2 as pb
-from abreast_sidecar.compare import Rule
-from abreast_sidecar.compare.rules_file import MAX_RULES, RuleError, rule_from_dict, rule_to_dict
+from abreast_sidecar.compare.rule_document import MAX_RULES, RuleError, rule_from_dict, rule_to_dict
+from abreast_sidecar.compare.rules import Rule
 from abreast_sidecar.errors import ArgumentError
-from abreast_sidecar.rejudge.places import FindingRef
-from abreast_sidecar.rejudge.preview import RulePreview, narrow_to_finding
-from abreast_sidecar.rule_messages import dict_to_message
-from abreast_sidecar.rule_messages import message_to_dict as said_by
-from abreast_sidecar.serve import arguments, messages, values
+from abreast_sidecar.rules.preview import FindingRef, RulePreview, narrow_to_finding
+from abreast_sidecar.serve import messages, values
+from abreast_sidecar.serve import validate as arguments
+from abreast_sidecar.serve.rule_messages import dict_to_message
+from abreast_sidecar.serve.rule_messages import message_to_dict as said_by
 from abreast_sidecar.store.rules import RuleDraft, StoredRule
 
 SCOPE_FIELDS = ("part", "path", "header", "status")

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 from abreast.v1 import common_pb2
 from abreast.v1 import comparison_pb2 as pb
-from abreast_sidecar.compare.verdict import Budget, Completeness, Reason, Verdict
 from abreast_sidecar.serve.values import to_enum_number
-from abreast_sidecar.store.results import VerdictEvidence
+from abreast_sidecar.stats.verdict import Budget, Completeness, Reason, Verdict
+from abreast_sidecar.store.records import VerdictEvidence
 
 VERDICT_STATE_ENUM = pb.VerdictState.DESCRIPTOR
 VERDICT_SUBJECT_ENUM = pb.VerdictSubject.DESCRIPTOR

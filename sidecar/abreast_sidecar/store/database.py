@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, TypeAlias
 
+import orjson
 import psycopg
+import structlog
 from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction
 from psycopg.abc import Params
 from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from abreast_sidecar.errors import LedgerError
+from abreast_sidecar.errors import LedgerError, SidecarError
 
 MAX_POOL_CONNECTIONS = 8
 CONNECT_TIMEOUT_S = 3  # seconds, for one attempt
@@ -161,3 +165,82 @@ def _describe_error(error: psycopg.Error) -> str:
     if isinstance(error, psycopg.OperationalError):
         return f"postgres can't be reached, check ABREAST_POSTGRES_URL and the server: {message}"
     return f"postgres refuses: {message}"
+
+
+NUL_PLACEHOLDER = "␀"  # stands for a zero byte, which no text in Postgres may hold
+TRUNCATION_MARK = "…"  # stands for what was cut
+TRUNCATION_DIGEST_BYTES = 4  # bytes that tell apart what begins alike
+
+
+def sanitise_text(text: str, max_chars: int) -> str:
+    """At most `limit` characters. What is cut ends in a digest of the whole, so that different texts stay different."""
+    if len(text) > max_chars:
+        digest = hashlib.blake2b(
+            text.encode("utf-8", "surrogatepass"), digest_size=TRUNCATION_DIGEST_BYTES
+        ).hexdigest()
+        text = text[: max_chars - len(digest) - 1] + TRUNCATION_MARK + digest
+    if "\0" in text:
+        text = text.replace("\0", NUL_PLACEHOLDER)
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def to_json(records: Any) -> bytes:
+    """JSON of plain dicts, lists, strings and numbers that `jsonb` takes."""
+    try:
+        text = orjson.dumps(records)
+    except TypeError:  # a lone surrogate
+        return orjson.dumps(_sanitise_value(records))
+    return orjson.dumps(_sanitise_value(records)) if b"\\u0000" in text else text
+
+
+def _sanitise_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return sanitise_text(value, len(value))
+    if isinstance(value, Mapping):
+        return {_sanitise_value(name): _sanitise_value(part) for name, part in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [_sanitise_value(part) for part in value]
+    return value
+
+
+POLL_INTERVAL_S = 5.0  # seconds; should a notification ever be missed
+REFRESH_TIMEOUT_S = 10.0  # seconds that Postgres gets for one read
+RECONNECT_DELAY_S = 0.5  # seconds
+
+ChannelHandlers: TypeAlias = Mapping[str, Callable[[], Awaitable[None]]]  # by channel
+
+log = structlog.get_logger(__name__)
+
+
+async def listen(conninfo: str, handlers: ChannelHandlers, *, name: str) -> None:
+    """Call a channel's refresh at every notification, and all of them at once and every POLL seconds, until cancelled.
+    While Postgres is away it is tried again and again. `name` is what Postgres calls the connection.
+    """
+    is_lost = False
+    while True:
+        try:
+            await _listen_once(conninfo, handlers, name)
+        except (psycopg.Error, SidecarError, OSError, TimeoutError) as error:
+            if not is_lost:
+                log.warning("changes by other sidecars are not seen now", by=name, error=str(error))
+            is_lost = True
+        await asyncio.sleep(RECONNECT_DELAY_S)
+
+
+async def _listen_once(conninfo: str, handlers: ChannelHandlers, name: str) -> None:
+    connection = await AsyncConnection.connect(
+        conninfo, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S, application_name=name
+    )
+    async with connection:
+        for channel in handlers:
+            await connection.execute(f"listen {channel}".encode())
+        channels = set(handlers)
+        while True:
+            async with asyncio.timeout(REFRESH_TIMEOUT_S):
+                for channel in channels:
+                    await handlers[channel]()
+            notified = {
+                notification.channel
+                async for notification in connection.notifies(timeout=POLL_INTERVAL_S, stop_after=1)
+            }
+            channels = notified or set(handlers)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg.types.json import Jsonb
 
-from abreast_sidecar.compare import Rule, RuleSet
-from abreast_sidecar.compare.rules_file import RuleError, rule_from_dict, rule_to_dict
+from abreast_sidecar.compare.rule_document import RuleError, rule_from_dict, rule_to_dict
+from abreast_sidecar.compare.rules import Rule, RuleSet
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
 from abreast_sidecar.store.database import Connection, Database, Row, load_statement
 

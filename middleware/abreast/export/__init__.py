@@ -1,0 +1,1 @@
+"""Export of captures to Redis, off the request path."""

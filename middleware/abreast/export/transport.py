@@ -1,0 +1,165 @@
+"""The connection to Redis, of one event loop. Every call ends within a stated time and raises LinkError at worst."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec import json
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from abreast.errors import AbreastError
+from abreast.protocol.join import (
+    JOIN_SCRIPT,
+    SERVICES_KEY,
+    CaptureRow,
+    Keys,
+    join_arguments,
+    join_command,
+    redaction_key,
+    reports_key,
+)
+from abreast.protocol.redis_client import connect, disconnect, is_cluster
+from abreast.settings import Settings
+
+REPLY_TIMEOUT_S = 0.25  # seconds that Redis may take for a reply
+CONNECT_TIMEOUT_S = 1.0  # seconds
+JOIN_SCRIPT_SHA = hashlib.sha1(JOIN_SCRIPT.encode(), usedforsecurity=False).hexdigest()
+# Refusals that have to do with the state of Redis and not with what was sent. redis-py has a class for some of them.
+TRANSIENT_ERRORS = (
+    "BUSY",
+    "CLUSTERDOWN",
+    "LOADING",
+    "MASTERDOWN",
+    "MISCONF",
+    "NOREPLICAS",
+    "OOM ",
+    "READONLY",
+    "UNKILLABLE",
+)
+TRANSIENT_ERROR_TYPES = (
+    AskError,  # of which MovedError is one
+    ClusterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    TryAgainError,
+)
+
+
+class TransportError(AbreastError):
+    """Redis can't be reached or refuses; `passing` when sending the same again later may help."""
+
+    def __init__(self, message: str, *, is_transient: bool) -> None:
+        super().__init__(message)
+        self.is_transient = is_transient
+
+
+@dataclass(frozen=True, slots=True)
+class JoinResult:
+    """What became of the captures of a batch."""
+
+    received: int
+    duplicate: int
+    late: int
+    rejected_pairs: int
+    rejected_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RawCommand:
+    """A command as Redis reads it."""
+
+    text: bytes
+
+
+def _make_raw_connection(connection: type[AbstractConnection]) -> type[AbstractConnection]:
+    """The kind of connection, but what is written already it sends as it is."""
+
+    class RawConnection(connection):  # type: ignore[misc, valid-type]
+        def pack_command(self, *args: Any) -> list[bytes]:
+            command = args[-1]
+            return [command.text] if isinstance(command, RawCommand) else super().pack_command(*args)
+
+    return RawConnection
+
+
+class RedisTransport:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        # A batch is sent again by the shipper, which knows the bounds.
+        self._client = connect(settings.redis_url, timeout=REPLY_TIMEOUT_S, connect_timeout=CONNECT_TIMEOUT_S)
+        self._is_cluster = is_cluster(self._client)  # where the client must see the keys
+        if not self._is_cluster:
+            pool = self._client.connection_pool
+            pool.connection_class = _make_raw_connection(pool.connection_class)
+
+    async def open(self) -> bytes:
+        """Make the service known and return the key that secrets are hashed with, the same for all processes."""
+        settings = self._settings
+        await self._register()
+        if settings.redact_key:
+            return settings.redact_key.encode()
+        key = redaction_key(settings.service)
+        await self._call("SET", key, secrets.token_hex(32), "NX")
+        stored_key = await self._call("GET", key)
+        if not stored_key:
+            raise TransportError(f"{key} vanished from Redis while it was read", is_transient=True)
+        return stored_key if isinstance(stored_key, bytes) else str(stored_key).encode()
+
+    async def join(self, shard: int, rows: Sequence[CaptureRow]) -> JoinResult:
+        """Hand over encoded captures, all of this shard. Sending a batch twice changes nothing."""
+        keys, limits = Keys(self._settings.service, shard), self._settings.join_limits
+        try:
+            if not self._is_cluster:
+                command = RawCommand(join_command(JOIN_SCRIPT_SHA, keys, limits, rows))
+                return JoinResult(*await self._call("EVALSHA", command))
+            names, arguments = join_arguments(keys, limits, rows)
+            return JoinResult(*await self._call("EVALSHA", JOIN_SCRIPT_SHA, len(names), *names, *arguments))
+        except TransportError as error:
+            if not isinstance(error.__cause__, NoScriptError):
+                raise
+            names, arguments = join_arguments(keys, limits, rows)
+            return JoinResult(*await self._call("EVAL", JOIN_SCRIPT, len(names), *names, *arguments))
+
+    async def report(self, process: str, report: dict[str, Any]) -> None:
+        """Registers the service too: a Redis that was emptied must not stay without it."""
+        await self._register()
+        await self._call("HSET", reports_key(self._settings.service), process, json.encode(report))
+
+    async def _register(self) -> None:
+        await self._call("HSET", SERVICES_KEY, self._settings.service, self._settings.shards)
+
+    async def close(self) -> None:
+        """Close the sockets at once, answered or not."""
+        await disconnect(self._client)
+
+    async def _call(self, name: str, *arguments: str | int | bytes | RawCommand) -> Any:
+        try:
+            return await self._client.execute_command(name, *arguments)  # type: ignore[no-untyped-call]
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            raise TransportError(f"Redis can't be reached: {error}", is_transient=True) from error
+        except ResponseError as error:
+            message = str(error)
+            is_transient = isinstance(error, TRANSIENT_ERROR_TYPES) or any(
+                word in message for word in TRANSIENT_ERRORS
+            )
+            raise TransportError(f"Redis refuses {name}: {message}", is_transient=is_transient) from error
+        except (RedisError, OSError) as error:
+            raise TransportError(f"Redis can't be used: {error}", is_transient=True) from error

@@ -1,6 +1,0 @@
-"""What `abreast doctor` looks at, one part a module: first facts are gathered, then judged."""
-
-from abreast_sidecar.cli.checks.check import Check, UnreachableError
-from abreast_sidecar.cli.checks.examination import DoctorAddresses, run_checks
-
-__all__ = ["Check", "DoctorAddresses", "UnreachableError", "run_checks"]

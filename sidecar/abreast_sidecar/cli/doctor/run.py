@@ -1,0 +1,223 @@
+"""All checks, in the order of a request's way."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import click
+from rich.table import Table
+
+from abreast_sidecar.cli.doctor import envoy, postgres, redis, services
+from abreast_sidecar.cli.doctor import postgres as clocks
+from abreast_sidecar.cli.doctor import services as sidecar
+from abreast_sidecar.cli.doctor.check import Check, CheckFactory, UnreachableError
+from abreast_sidecar.cli.exit_codes import ExitCode
+from abreast_sidecar.cli.options import TARGET_TYPE
+from abreast_sidecar.client.output import Console, format_quantity, make_console, style_text, to_printable
+from abreast_sidecar.client.sidecar_client import DEFAULT_ADDRESS, json_option
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.stack.data import find_run
+from abreast_sidecar.store.migrate import load_migrations
+
+Facts = TypeVar("Facts")
+
+
+@dataclass(frozen=True)
+class DoctorAddresses:
+    grpc: str
+    http_url: str
+    envoy_admin: tuple[str, ...]
+    redis_url: str
+    postgres_url: str
+    service: str = ""  # empty: the only one
+
+
+def run_checks(addresses: DoctorAddresses) -> list[Check]:
+    """Whatever is down: every failure is a check, never an exception."""
+    return DoctorRun(addresses).checks
+
+
+class DoctorRun:
+    def __init__(self, addresses: DoctorAddresses) -> None:
+        self.addresses = addresses
+        self.clock_offsets_s: dict[str, float] = {}  # seconds, by clock
+        self.checks = [*sidecar.check_sidecar(addresses.grpc, addresses.http_url)]
+        self._check_envoys()
+        self._check_captures()
+        self._check_ledger()
+        self.checks += clocks.check_clocks(self.clock_offsets_s)
+
+    def _check_envoys(self) -> None:
+        self.envoy_facts: list[envoy.EnvoyFacts] = []
+        for admin in self.addresses.envoy_admin:
+            read_facts = functools.partial(envoy.read_envoy_facts, admin)
+            facts = self._read_or_fail(
+                envoy.ENVOY_CHECKS, read_facts, "--envoy-admin or ABREAST_ENVOY_ADMIN", admin
+            )
+            if facts is not None:
+                self.envoy_facts.append(facts)
+                self.checks += envoy.check_envoy(facts)
+
+    def _check_captures(self) -> None:
+        facts = self._read_or_fail(
+            redis.REDIS_CHECKS,
+            functools.partial(redis.read_redis_facts, self.addresses.redis_url, self._service_candidates()),
+            "--redis-url or ABREAST_REDIS_URL",
+        )
+        if facts is None:
+            return
+        self.clock_offsets_s["Redis"] = facts.clock_offset_s
+        service = self._select_service(facts)
+        processes = [
+            services.ServiceProcess.from_report(report, facts.server_time_s)
+            for report in facts.reports.get(service, [])
+        ]
+        mirrored = (
+            sum(envoy_fact.mirrored_requests for envoy_fact in self.envoy_facts) if self.envoy_facts else None
+        )
+        if processes or service not in facts.unregistered_shards:
+            other_services = sorted(set(facts.reports) - {service})
+            self.checks += services.check_services(service, processes, mirrored, other_services)
+        self.checks += [*redis.check_registration(facts, service), *redis.check_redis(facts)]
+        if processes or service in facts.unregistered_shards:
+            self.checks += redis.check_join(facts, service, mirrored)
+
+    def _select_service(self, facts: redis.RedisFacts) -> str:
+        """The one that is asked for, or that Envoy serves, or the only one."""
+        return next(
+            iter([*self._service_candidates(), *(facts.reports if len(facts.reports) == 1 else ())]), ""
+        )
+
+    def _service_candidates(self) -> list[str]:
+        names = (self.addresses.service, *(facts.service for facts in self.envoy_facts))
+        return [name for name in names if name]
+
+    def _check_ledger(self) -> None:
+        read_facts = functools.partial(postgres.read_postgres_facts, self.addresses.postgres_url)
+        facts = self._read_or_fail(
+            postgres.POSTGRES_CHECKS, read_facts, "--postgres-url or ABREAST_POSTGRES_URL"
+        )
+        if facts is not None:
+            self.clock_offsets_s["Postgres"] = facts.clock_offset_s
+            self.checks += postgres.check_postgres(facts, load_migrations()[-1].version)
+
+    def _read_or_fail(
+        self, check_factory: CheckFactory, read_facts: Callable[[], Facts], option: str, address: str = ""
+    ) -> Facts | None:
+        try:
+            return read_facts()
+        except UnreachableError as error:
+            observation = (
+                f"can't be reached{f' at {address}' if address else ''}: {to_printable(str(error), 200)}"
+            )
+            self.checks.append(
+                check_factory.fail("reachable", observation, f"is it running? say where it is with {option}")
+            )
+            return None
+
+
+DEFAULT_ENVOY_ADMIN = "127.0.0.1:9901"
+STATE_LABELS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
+
+
+@click.command()
+@click.option(
+    "--service", default="", help="The service; may be left out where one has an Envoy, or is the only one."
+)
+@click.option(
+    "--envoy-admin",
+    multiple=True,
+    help="Envoy's admin address; may be repeated.  [env var: ABREAST_ENVOY_ADMIN]",
+)
+@click.option("--redis-url", help="The Redis that captures go to.  [env var: ABREAST_REDIS_URL]")
+@click.option("--postgres-url", help="The ledger.  [env var: ABREAST_POSTGRES_URL]")
+@click.option("--http", help="The sidecar's HTTP address.  [env var: ABREAST_HTTP_LISTEN]")
+@click.option(
+    "--address",
+    type=TARGET_TYPE,
+    default=DEFAULT_ADDRESS,
+    envvar="ABREAST_SIDECAR",
+    show_default=True,
+    show_envvar=True,
+    help="The sidecar's gRPC.",
+)
+@json_option
+def doctor_command(
+    service: str,
+    envoy_admin: tuple[str, ...],
+    redis_url: str | None,
+    postgres_url: str | None,
+    http: str | None,
+    address: str,
+    as_json: bool,
+) -> int:
+    """Tell why nothing shows up: look at every part, in the order of a request's way.
+
+    Where `abreast up` runs on this machine, no option is needed. Exits with 1 where something fails.
+    """
+    options = {
+        "ABREAST_ENVOY_ADMIN": ",".join(envoy_admin),
+        "ABREAST_REDIS_URL": redis_url,
+        "ABREAST_POSTGRES_URL": postgres_url,
+        "ABREAST_HTTP_LISTEN": http and http.removeprefix("http://").rstrip("/"),
+    }
+    overrides = {name: value for name, value in options.items() if value}
+    settings = Settings.from_environment({**find_run(address), **os.environ, **overrides})
+    checks = run_checks(build_addresses(settings, address, service))
+    if as_json:
+        click.echo(
+            json.dumps(
+                {"checks": [dataclasses.asdict(check) for check in checks]}, indent=2, ensure_ascii=False
+            )
+        )
+    else:
+        print_checks(make_console(), checks)
+    return ExitCode.CHECK_FAILED if any(check.state == "fail" for check in checks) else ExitCode.OK
+
+
+def build_addresses(settings: Settings, address: str, service: str) -> DoctorAddresses:
+    host, _, port = settings.http_listen.rpartition(":")
+    return DoctorAddresses(
+        grpc=address,
+        http_url=f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}",
+        envoy_admin=settings.envoy_admin or (DEFAULT_ENVOY_ADMIN,),
+        redis_url=settings.redis_url,
+        postgres_url=settings.postgres_url,
+        service=service,
+    )
+
+
+def print_checks(out: Console, checks: list[Check]) -> None:
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    part = ""
+    for check in checks:
+        grid.add_row(
+            style_text(STATE_LABELS[check.state], check.state),
+            style_text(check.part if check.part != part else "", "bold"),
+            check.name,
+            to_printable(check.found),
+        )
+        if check.advice:
+            grid.add_row("", "", "", style_text(f"→ {check.advice}", check.state))
+        part = check.part
+    out.print(grid)
+    failure_count, warning_count = (
+        sum(check.state == state for check in checks) for state in ("fail", "warn")
+    )
+    out.print()
+    if failure_count or warning_count:
+        out.print(
+            f"{format_quantity(failure_count, 'failure')}, {format_quantity(warning_count, 'warning')}; begin with the first"
+        )
+    else:
+        out.print("all is well")

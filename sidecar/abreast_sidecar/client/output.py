@@ -1,0 +1,249 @@
+"""How tables look: no frames, no markup in what came from outside, whole rows when piped."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import re
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
+import rich.console
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from rich.table import Table
+from rich.text import Text
+
+from abreast.v1 import common_pb2 as common
+
+JSON_TOKEN_PATTERN = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+', re.DOTALL)
+JSON_INDENT = "  "
+
+
+def split_json_lines(text: str) -> list[str] | None:
+    """None where the text is no JSON."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    lines, depth = [""], 0
+    for token in JSON_TOKEN_PATTERN.findall(text):
+        if token in "]}":
+            depth -= 1
+            lines.append(JSON_INDENT * depth)
+        lines[-1] += ": " if token == ":" else "".join(token.split()) if token[0] in "[{" else token
+        if token in "[{":
+            depth += 1
+        if token in "[{,":
+            lines.append(JSON_INDENT * depth)
+    return lines
+
+
+MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400  # seconds
+DURATION_UNITS = ((DAY_S, "d", HOUR_S, "h"), (HOUR_S, "h", MINUTE_S, "min"), (MINUTE_S, "min", 1, "s"))
+
+
+def format_count(number: int) -> str:
+    return f"{number:,}"
+
+
+def format_quantity(number: int, singular: str, plural: str = "") -> str:
+    """1 finding, 2 findings."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def format_percent(share: float) -> str:
+    """As many digits as it takes to tell 0.5% from 0, and 99.95% from 100%."""
+    value = share * 100
+    if value in {0.0, 100.0}:
+        return f"{value:.0f}%"
+    if value < 0.0001:
+        return "<0.0001%"
+    digits = 1 if 1 <= value <= 99 else 2 if 0.1 <= value <= 99.99 else 4
+    return f"{value:.{digits}f}".rstrip("0").rstrip(".") + "%"
+
+
+def format_share_of(part: int, total: int) -> str:
+    """Rounded shares never say none or all where some are different. Empty where it is no part of the whole."""
+    if not 0 <= part <= total or not total:
+        return ""
+    share = part / total
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    if 0.9995 <= share < 1:
+        return ">99.9%"
+    return f"{share:.1%}" if 0 < share < 1 else f"{share:.0%}"
+
+
+def format_seconds(value: float) -> str:
+    """3 µs, 4.1 ms, 120 ms, 1.25 s, 3 min 20 s, 5 h, 2 d 3 h."""
+    if value < 0:
+        return "-" + format_seconds(-value)
+    if value < 0.0009995:
+        return f"{value * 1e6:.0f} µs" if value else "0 s"
+    if value < 0.9995:
+        milliseconds = value * 1000
+        return f"{milliseconds:.1f} ms" if milliseconds < 9.95 else f"{milliseconds:.0f} ms"
+    if value < 59.95:
+        return f"{value:.2f}".rstrip("0").rstrip(".") + " s" if value < 9.995 else f"{value:.0f} s"
+    for size, unit, step, smaller_unit in DURATION_UNITS:
+        if value >= size:
+            units, remainder = divmod(round(value / step) * step, size)
+            return f"{units:.0f} {unit}" + (
+                f" {remainder // step:.0f} {smaller_unit}" if remainder >= step else ""
+            )
+    return "1 min"
+
+
+def format_duration(value: Duration) -> str:
+    return format_seconds(value.seconds + value.nanos / 1e9)
+
+
+def format_bytes(byte_count: int) -> str:
+    value = float(byte_count)
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:,.0f} {unit}" if unit == "bytes" or value >= 100 else f"{value:.1f} {unit}"
+
+
+def seconds_since(moment: Timestamp, current_time: dt.datetime) -> float:
+    """Seconds from the moment until now."""
+    return (current_time - moment.ToDatetime(dt.UTC)).total_seconds()
+
+
+def format_age(moment: Timestamp, current_time: dt.datetime) -> str:
+    elapsed_s = seconds_since(moment, current_time)
+    return "now" if elapsed_s < 1 else f"{format_seconds(int(elapsed_s))} ago"
+
+
+def format_local_time(moment: Timestamp) -> str:
+    """Local date and time, to the second."""
+    return moment.ToDatetime(dt.UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def to_printable(text: str, max_chars: int = 0) -> str:
+    """Nothing that came from a request may steer the terminal; cut in the middle where it is too long."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if max_chars and len(text) > max_chars:
+        half = (max_chars - 1) // 2
+        text = f"{text[: max_chars - 1 - half]}…{text[len(text) - half :]}"
+    return text
+
+
+MAX_TABLE_VALUE_CHARS = 200  # characters
+PIPED_TABLE_COLUMNS = 400  # columns: one row one line, for grep
+STYLE_BY_WORD = {
+    "breaking": "bold red",
+    "value": "yellow",
+    "additive": "cyan",
+    "noise": "dim",
+    "mismatch": "red",
+    "match": "green",
+    "old": "blue",
+    "new": "magenta",
+    "ok": "green",
+    "warn": "yellow",
+    "fail": "bold red",
+}
+
+
+class Console(rich.console.Console):
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+def make_console(width: int | None = None) -> Console:
+    if width is None and not sys.stdout.isatty():
+        width = PIPED_TABLE_COLUMNS
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def make_table(*columns: str, numeric_columns: frozenset[str] = frozenset()) -> Table:
+    """Columns named in `right` hold numbers, and are never broken."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        table.add_column(
+            name,
+            justify="right" if name in numeric_columns else "left",
+            no_wrap=name in numeric_columns,
+            overflow="fold",
+        )
+    return table
+
+
+def style_text(text: str, style: str = "") -> Text:
+    return Text(
+        to_printable(text),
+        STYLE_BY_WORD.get(style or text, style if " " in style or style in {"dim", "bold"} else ""),
+    )
+
+
+def outcome_name(value: common.Outcome.ValueType) -> str:
+    return _short_enum_name(common.Outcome.Name(value))
+
+
+def version_name(value: common.Version.ValueType) -> str:
+    return _short_enum_name(common.Version.Name(value))
+
+
+def role_name(value: common.Role.ValueType) -> str:
+    return _short_enum_name(common.Role.Name(value))
+
+
+def part_name(value: common.Part.ValueType) -> str:
+    return _short_enum_name(common.Part.Name(value))
+
+
+def kind_name(value: common.Kind.ValueType) -> str:
+    return _short_enum_name(common.Kind.Name(value))
+
+
+def impact_name(value: common.Impact.ValueType) -> str:
+    return _short_enum_name(common.Impact.Name(value))
+
+
+def _short_enum_name(constant: str) -> str:
+    """OUTCOME_ONLY_OLD → only old."""
+    return constant.partition("_")[2].lower().replace("_", " ")
+
+
+def endpoint_name(endpoint: common.Endpoint) -> str:
+    return to_printable(f"{endpoint.method} {endpoint.route}")
+
+
+def format_location(part: common.Part.ValueType, path: str) -> str:
+    """`$.items[*].price`, `header cache-control`, `status`."""
+    name = part_name(part)
+    if part == common.PART_BODY:
+        return to_printable(path or "body")
+    return to_printable(f"{name} {path}" if path else name)
+
+
+def _format_difference_remark(difference: common.Difference) -> str:
+    if difference.explained_by:
+        return f"explained by rule {difference.explained_by}"
+    if difference.drift:
+        return "drift"
+    return "noise" if difference.noise else impact_name(difference.impact)
+
+
+def build_differences_table(items: Iterable[common.Difference]) -> Table:
+    """One row a place, with both values."""
+    table = make_table("place", "kind", "impact", "old", "new")
+    for difference in items:
+        table.add_row(
+            format_location(difference.part, difference.place or difference.path),
+            kind_name(difference.kind),
+            style_text(_format_difference_remark(difference)),
+            style_text(to_printable(difference.old, MAX_TABLE_VALUE_CHARS), "old")
+            if difference.HasField("old")
+            else style_text("-", "dim"),
+            style_text(to_printable(difference.new, MAX_TABLE_VALUE_CHARS), "new")
+            if difference.HasField("new")
+            else style_text("-", "dim"),
+        )
+    return table

@@ -1,0 +1,268 @@
+"""What a body is: by its content type, or by its beginning where that is missing or plainly wrong."""
+
+from __future__ import annotations
+
+import codecs
+import importlib
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+Format = Literal["json", "ndjson", "events", "form", "multipart", "html", "xml", "text", "bytes", "unknown"]
+
+_FORMATS_BY_MEDIA_TYPE: dict[str, Format] = {
+    "application/json": "json",
+    "text/json": "json",
+    "application/x-json": "json",
+    "application/x-ndjson": "ndjson",
+    "application/ndjson": "ndjson",
+    "application/jsonl": "ndjson",
+    "application/x-jsonlines": "ndjson",
+    "application/jsonlines": "ndjson",
+    "application/json-seq": "ndjson",
+    "application/stream+json": "ndjson",
+    "text/event-stream": "events",
+    "application/x-www-form-urlencoded": "form",
+    "text/html": "html",
+    "application/xml": "xml",
+    "text/xml": "xml",
+    "application/javascript": "text",
+    "application/yaml": "text",
+    "application/toml": "text",
+    "application/graphql": "text",
+    "application/octet-stream": "unknown",
+}
+_BINARY_PREFIXES = (
+    "image/",
+    "audio/",
+    "video/",
+    "font/",
+    "application/pdf",
+    "application/zip",
+    "application/grpc",
+)
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+# Python knows codecs that are no charsets, and some of them are slow on purpose-made input.
+_CHARSET_PREFIXES = (
+    "utf",
+    "iso8859",
+    "cp",
+    "ascii",
+    "gb",
+    "big5",
+    "shift_jis",
+    "euc_",
+    "koi8",
+    "iso2022",
+    "mac-",
+)
+_PARAMETER = re.compile(r';([^;="]*)=\s*(?:"((?:[^"\\]|\\.)*)"\s*(?=;|$)|([^;]*))')
+_CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\r\f\x1b")
+
+
+@dataclass(frozen=True, slots=True)
+class MediaType:
+    essence: str  # "text/html", lower case; empty where none was said
+    parameters: tuple[tuple[str, str], ...]  # names in lower case, sorted
+    format: Format
+
+    def get_parameter(self, name: str) -> str:
+        return next((value for key, value in self.parameters if key == name), "")
+
+
+@lru_cache(maxsize=512)
+def parse_media_type(content_type: str) -> MediaType:
+    essence, _, parameter_text = content_type.partition(";")
+    essence = essence.strip().lower()
+    return MediaType(essence, _parse_parameters(parameter_text), _detect_format(essence))
+
+
+def _parse_parameters(text: str) -> tuple[tuple[str, str], ...]:
+    parameters = {
+        name.strip().lower(): quoted or value.strip()
+        for name, quoted, value in _PARAMETER.findall(f";{text}")
+    }
+    return tuple(sorted((name, value) for name, value in parameters.items() if name))
+
+
+def _detect_format(essence: str) -> Format:
+    exact_match = _FORMATS_BY_MEDIA_TYPE.get(essence)
+    if exact_match:
+        return exact_match
+    if essence.endswith("+json"):
+        return "json"
+    if essence == "application/xhtml+xml" or essence.endswith("+xml"):
+        return "xml"
+    if essence.startswith("multipart/"):
+        return "multipart"
+    if essence.startswith("text/"):
+        return "text"
+    return "bytes" if essence.startswith(_BINARY_PREFIXES) else "unknown"
+
+
+def sniff_format(body: bytes) -> Format:
+    """What the body begins like."""
+    head = body[:512].lstrip(codecs.BOM_UTF8).lstrip()[:64].lower()
+    if head[:1] in {b"{", b"["}:
+        return "json"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "html"
+    if head.startswith(b"<?xml"):
+        return "xml"
+    return "bytes" if _CONTROL_BYTES.intersection(body[:512]) else "text"
+
+
+def find_byte_order_mark(body: bytes) -> tuple[bytes, str]:
+    """The mark and the encoding that it says, or nothing."""
+    return next(((mark, name) for mark, name in _BYTE_ORDER_MARKS if body.startswith(mark)), (b"", ""))
+
+
+def decode_text(body: bytes, charset: str) -> str | None:
+    """The body's characters without a byte order mark; nothing where it is no text of that charset."""
+    mark, mark_encoding = find_byte_order_mark(body)
+    for encoding in (mark_encoding, charset, "utf-8"):
+        if not encoding:
+            continue
+        try:
+            if not codecs.lookup(encoding).name.startswith(_CHARSET_PREFIXES):
+                continue
+            return body[len(mark) if encoding == mark_encoding == "utf-8" else 0 :].decode(encoding)
+        except (UnicodeDecodeError, LookupError, ValueError):
+            continue
+    return None
+
+
+GZIP_OR_ZLIB_WBITS = 47  # zlib's wbits: 15, plus 32 to find out which
+RAW_DEFLATE_WBITS = -15  # what some servers send as deflate
+MAX_CODINGS = 3  # one over another
+MAX_GZIP_MEMBERS = 1000  # gzip allows several, one after another
+
+DecodeProblem = Literal["", "corrupt", "too large", "unknown"]
+
+
+class DecodeResult(NamedTuple):
+    """`data` is the body as it came where there is a problem."""
+
+    data: bytes
+    problem: DecodeProblem = ""
+    coding: str = ""  # the one that is the problem
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def decode_content(body: bytes, content_encoding: str, limit: int) -> DecodeResult:
+    """`encoding` is the header's value, `limit` in bytes."""
+    codings = [name.strip().lower() for name in content_encoding.split(",") if name.strip()]
+    data = body
+    for coding in reversed(codings):
+        if coding == "identity":
+            continue
+        decode = _CONTENT_DECODERS.get(coding)
+        if decode is None or len(codings) > MAX_CODINGS:
+            return DecodeResult(body, "unknown", coding)
+        try:
+            data = decode(data, limit)
+        except _TooLargeError:
+            return DecodeResult(body, "too large", coding)
+        except ImportError:
+            return DecodeResult(body, "unknown", coding)
+        except Exception:  # noqa: BLE001  # each library has errors of its own
+            return DecodeResult(body, "corrupt", coding)
+    return DecodeResult(data)
+
+
+def _check_size(data: bytes, limit: int) -> bytes:
+    if len(data) > limit:
+        raise _TooLargeError
+    return data
+
+
+def _decode_gzip(body: bytes, limit: int) -> bytes:
+    pieces: list[bytes] = []
+    length = 0
+    for _ in range(MAX_GZIP_MEMBERS):
+        decompressor = zlib.decompressobj(GZIP_OR_ZLIB_WBITS)
+        pieces.append(_check_size(decompressor.decompress(body, limit + 1 - length), limit - length))
+        length += len(pieces[-1])
+        if not decompressor.eof:
+            raise ValueError("the stream ends early")
+        body = decompressor.unused_data
+        if not body.strip(b"\0"):
+            return b"".join(pieces)
+    raise _TooLargeError
+
+
+def _decode_deflate(body: bytes, limit: int) -> bytes:
+    try:
+        return _decode_gzip(body, limit)
+    except zlib.error:
+        decompressor = zlib.decompressobj(RAW_DEFLATE_WBITS)
+        data = _check_size(decompressor.decompress(body, limit + 1), limit)
+        if not decompressor.eof:
+            raise ValueError("the stream ends early") from None
+        return data
+
+
+def _decode_zstd(body: bytes, limit: int) -> bytes:
+    import zstandard
+
+    # Not decompress(max_output_size=…): it trusts the size that the frame states.
+    reader = zstandard.ZstdDecompressor().stream_reader(body, read_across_frames=True)
+    data = _check_size(reader.read(limit + 1), limit)
+    decompressor = zstandard.ZstdDecompressor().decompressobj()  # the reader can't tell where a frame was cut
+    decompressor.decompress(body)
+    if not decompressor.eof:
+        raise ValueError("the stream ends early")
+    return data
+
+
+def _decode_brotli(body: bytes, limit: int) -> bytes:
+    """Raise ImportError where the package is not installed."""
+    decompressor: Any = importlib.import_module("brotli").Decompressor()
+    data = _check_size(decompressor.process(body, output_buffer_limit=limit + 1), limit)
+    if not decompressor.is_finished():
+        raise ValueError("the stream ends early")
+    return bytes(data)
+
+
+_CONTENT_DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
+    "gzip": _decode_gzip,
+    "x-gzip": _decode_gzip,
+    "deflate": _decode_deflate,
+    "br": _decode_brotli,
+    "zstd": _decode_zstd,
+}
+
+
+class FormatCost(NamedTuple):
+    separator: bytes  # comes once for each item, or nearly
+    tenths_per_item: int  # of a step that reading one takes, measured: a step is about 1 µs
+
+
+FORMAT_COSTS: dict[Format, FormatCost] = {
+    "json": FormatCost(b",", 2),
+    "ndjson": FormatCost(b"\n", 60),
+    "events": FormatCost(b"\n", 60),
+    "form": FormatCost(b"&", 40),
+    "multipart": FormatCost(b"\r\n\r\n", 100),
+    "html": FormatCost(b"<", 120),
+    "xml": FormatCost(b"<", 80),
+    "text": FormatCost(b"\n", 20),
+}
+
+
+def estimate_parse_cost(format_: Format, *bodies: bytes) -> int:
+    """Steps that it takes to read these, counted in no time."""
+    cost = FORMAT_COSTS.get(format_)
+    return sum(body.count(cost.separator) for body in bodies) * cost.tenths_per_item // 10 if cost else 0

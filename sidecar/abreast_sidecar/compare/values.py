@@ -1,0 +1,468 @@
+"""What a value looks like: its kind, and the format within it. Equal shapes mean that only the content varies.
+
+A shape says nothing of what a value means: two product ids may both be UUIDs. What it may explain is in `explain.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from decimal import Decimal, InvalidOperation
+from itertools import islice
+from json.encoder import encode_basestring_ascii as quoted
+from math import isfinite
+from typing import Any, NamedTuple
+
+import orjson
+from msgspec import Raw
+from orjson import dumps, loads
+
+MAX_VALUE_CHARS = 500  # characters of a value that are kept in a difference
+
+# orjson turns integers beyond 64 bits into floats, and cuts fractions, so that two different ids or amounts look equal.
+# Bodies with so long a row of digits are read by the slower reader; looking at every third byte first finds out that
+# there is none. 18 digits in a row are the fewest that no float has to have.
+_DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
+_LONG_NUMBER_DIGITS = b"0" * 18
+_LONG_NUMBER_SAMPLE = b"0" * (18 // 3)
+
+MAX_FLOAT_CHARS = 16  # characters of a number that a float holds for certain
+
+_ASCII_ENCODER = json.JSONEncoder(separators=(",", ":"))
+_TYPE_NAMES = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
+
+
+class NotJsonError(ValueError):
+    pass
+
+
+class NonFiniteNumber(float):
+    """NaN or an infinity. orjson would write it as null, and refuses a subclass: so `canonical` tells them apart.
+
+    NaN equals itself, since it is no change.
+    """
+
+    __slots__ = ()
+    __hash__ = float.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is NonFiniteNumber and repr(self) == repr(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+
+class LongNumber(str):
+    """A number that no 64-bit float holds exactly: its digits and exponent, after a word that no number begins with."""
+
+    __slots__ = ()
+    PREFIX = "number "
+
+    def digits(self) -> str:
+        return self.removeprefix(self.PREFIX)
+
+
+class RepeatedKey(str):
+    """Stands for a key whose value is lost to most readers, since the key comes again in the same object."""
+
+    __slots__ = ()
+
+
+def parse(body: bytes) -> Any:
+    """As `read`."""
+    try:
+        value = loads(body)
+        if dumps(value) == body:
+            return value
+    except (orjson.JSONDecodeError, TypeError):
+        pass
+    return parse_with_text(body)[0]
+
+
+def parse_with_text(body: bytes) -> tuple[Any, bytes]:
+    """The value, and a text of it that is equal where two values are (but not only there); the text may be empty.
+
+    Raise NotJsonError for what is no JSON. NaN, infinities, big integers, lone surrogates and repeated keys are
+    read as they are.
+    """
+    try:
+        value = loads(body)
+        text = dumps(value)
+    except (orjson.JSONDecodeError, TypeError):
+        return parse_exact(body), b""  # it may still be what only the lenient reader takes
+    if text == body:
+        return value, text
+    if text.count(b":") != body.count(b":") or text.count(b"null") != body.count(b"null"):
+        return parse_exact(body), b""
+    if _may_hold_long_numbers(body):
+        return parse_exact(body), b""
+    return value, text
+
+
+def parse_raw(value: Any) -> Any:
+    """The value of what was not parsed, since both sides have the same text."""
+    return parse(bytes(value)) if type(value) is Raw else value
+
+
+def parse_exact(body: bytes) -> Any:
+    try:
+        return json.loads(
+            body, parse_constant=NonFiniteNumber, parse_float=_parse_float, object_pairs_hook=_make_object
+        )
+    except (ValueError, RecursionError) as error:
+        raise NotJsonError(str(error)) from error
+
+
+def _may_hold_long_numbers(body: bytes) -> bool:
+    return _LONG_NUMBER_SAMPLE in body[::3].translate(
+        _DIGITS_TO_ZERO
+    ) and _LONG_NUMBER_DIGITS in body.translate(_DIGITS_TO_ZERO)
+
+
+def _parse_float(text: str) -> float | LongNumber:
+    number = float(text)
+    if len(text) < MAX_FLOAT_CHARS and isfinite(number):
+        return number
+    digits = _canonical_number(text)
+    return (
+        number
+        if isfinite(number) and digits == _canonical_number(repr(number))
+        else LongNumber(LongNumber.PREFIX + digits)
+    )
+
+
+def _canonical_number(text: str) -> str:
+    """Equal where two numbers are, however they are written."""
+    try:
+        sign, digits, exponent = Decimal(text).as_tuple()
+    except InvalidOperation:  # an exponent of more than 18 digits
+        return text.lower()
+    significant = "".join(map(str, digits)).lstrip("0")
+    trimmed = significant.rstrip("0")
+    if not trimmed:
+        return "0"
+    return f"{'-' * sign}{trimmed}e{int(exponent) + len(significant) - len(trimmed)}"
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The last of equal keys wins, as everywhere; the others stay visible under a name of their own."""
+    result = dict(pairs)
+    if len(result) == len(pairs):
+        return result
+    last = {key: index for index, (key, _) in enumerate(pairs)}
+    counts: dict[str, int] = {}
+    for index, (key, value) in enumerate(pairs):
+        if last[key] != index:
+            counts[key] = counts.get(key, 0) + 1
+            result[
+                RepeatedKey(f"{key} (repeated)" if counts[key] == 1 else f"{key} (repeated {counts[key]})")
+            ] = value
+    return result
+
+
+def encode_canonical(value: Any) -> bytes:
+    """Text that is equal exactly where two values are equal as JSON: 1, 1.0, true and "1" all differ."""
+    try:
+        return dumps(value, None, orjson.OPT_SORT_KEYS)
+    except TypeError:  # an integer of more than 64 bits, a lone surrogate, or deeper than orjson goes
+        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def is_json_equal(value: Any, other: Any) -> bool:
+    """Whether two values are equal as JSON. To Python, so are 1 and true."""
+    if value != other:
+        return False
+    try:
+        if dumps(value) == dumps(other):
+            return True
+    except TypeError:
+        pass
+    return encode_canonical(value) == encode_canonical(other)
+
+
+def render_value(value: Any) -> str:
+    """The value as ASCII JSON text, cut at VALUE_LIMIT characters; the work is bounded too."""
+    kind = type(value)
+    if kind is int or kind is float:
+        text = repr(value)
+    elif kind is str:
+        text = quoted(value[:MAX_VALUE_CHARS])
+    elif kind is list or kind is dict:
+        text = _render_start(value)
+    elif kind is LongNumber:
+        text = value.digits()
+    else:
+        text = _ASCII_ENCODER.encode(value)
+    return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"
+
+
+def _render_start(value: Any) -> str:
+    """The text of a small value, or at least VALUE_LIMIT + 1 characters of it."""
+    pieces, length = [], 0
+    for piece in _render_pieces(value):
+        pieces.append(piece)
+        length += len(piece)
+        if length > MAX_VALUE_CHARS:
+            break
+    return "".join(pieces)
+
+
+def _render_pieces(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield "{"
+        for index, (key, inner) in enumerate(islice(value.items(), MAX_VALUE_CHARS)):
+            yield f"{',' if index else ''}{quoted(key[:MAX_VALUE_CHARS])}:"
+            yield from _render_pieces(inner)
+        yield "}"
+    elif isinstance(value, list):
+        yield "["
+        for index, inner in enumerate(islice(value, MAX_VALUE_CHARS)):
+            if index:
+                yield ","
+            yield from _render_pieces(inner)
+        yield "]"
+    elif type(value) is Raw:
+        yield from _render_pieces(parse_raw(value))
+    else:
+        yield quoted(value[:MAX_VALUE_CHARS]) if isinstance(value, str) else _ASCII_ENCODER.encode(value)
+
+
+def type_name(value: Any) -> str:
+    """In JSON's words; 1 and 1.0 are both numbers."""
+    return _TYPE_NAMES.get(type(value), "number")
+
+
+MAX_SHAPE_CHARS = 4096  # characters of a text that are looked at
+MAX_TOKEN_CHARS = 512  # characters of a token
+UUID_CHARS = 36  # characters
+NUMERIC_FIRST_CHARS = frozenset("0123456789-")
+UNIX_TIME_RANGE_S = range(946_684_800, 4_102_444_800)  # s: the years 2000 to 2099
+MIN_ACCOUNT_DIGITS = 16  # card and account numbers keep their length; smaller numbers are counts or ids
+DIGEST_HEX_CHARS = {32, 40, 56, 64, 96, 128}  # hexadecimal digits of MD5, SHA-1 and SHA-2
+
+
+class Shape(NamedTuple):
+    kind: str
+    format: str = ""
+
+
+NULL = Shape("null")
+BOOLEAN = Shape("boolean")
+EMPTY_TEXT = Shape("empty")
+BLANK_TEXT = Shape("empty", "blank")
+TEXT = Shape("text")
+LONG_TEXT = Shape("text", "long")
+WORD = Shape("word")
+PATH = Shape("path")
+OBJECT = Shape("object")
+ARRAY = Shape("array")
+EMPTY_OBJECT = Shape("object", "empty")
+EMPTY_ARRAY = Shape("array", "empty")
+FLOAT = Shape("float")
+NOT_FINITE = Shape("float", "not finite")
+INTEGER = Shape("integer")
+UNIX_SECONDS = Shape("unix", "s")
+UNIX_MILLISECONDS = Shape("unix", "ms")
+NIL_UUID = Shape("uuid", "nil")
+
+# Values that begin with a digit or a minus sign; all others that are of one word and not of letters alone.
+_NUMERIC_PATTERN = re.compile(
+    r"""
+      (?P<digits>\d+)
+    | (?P<timestamp>\d{4}-\d\d-\d\d[T ]\d\d:\d\d(?::\d\d(?:[.,]\d{1,9})?)?(?:Z|[+-]\d\d:?\d\d)?)
+    | (?P<date>\d{4}-\d\d-\d\d)
+    | (?P<decimal>-?\d+\.\d+|-\d+)
+    | (?P<time>\d\d:\d\d:\d\d(?:\.\d+)?)
+    | (?P<ip>\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3})
+    | (?P<trace>[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})
+    | (?P<ulid>[0-7][0-9A-HJKMNP-TV-Z]{25})
+    """,
+    re.VERBOSE | re.ASCII,
+)
+_OPAQUE_PATTERN = re.compile(
+    r"""
+      (?P<hex>[0-9a-f]{16,}|[0-9A-F]{16,})
+    | (?P<prefixed>[a-z]{2,8}_(?:(?:test|live)_)?[A-Za-z0-9]{8,})
+    | (?P<base64>(?=.*[+/=])[A-Za-z0-9+/]{16,}={0,2})
+    | (?P<token>[A-Za-z0-9_~+/.-]{16,})
+    """,
+    re.VERBOSE | re.ASCII,
+)
+_UUID_PATTERN = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
+_JWT = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*", re.ASCII)
+_EMAIL = re.compile(r"[^\s@/:]+@[^\s@/:]+\.[A-Za-z]{2,}")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,20}://\S+|/[\w./%~-]*\?\S+")
+_IP6 = re.compile(r"(?=[^:]*:[^:]*:)[0-9a-fA-F:]{2,39}")
+_HTTP_DATE = re.compile(r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT")
+_CHARACTER_CLASSES = bytes.maketrans(
+    bytes(range(256)),
+    bytes(
+        b"0"[0] if 48 <= one < 58 else b"A"[0] if 65 <= one < 91 else b"a"[0] if 97 <= one < 123 else b"-"[0]
+        for one in range(256)
+    ),
+)
+TOKEN_SEPARATORS = "-_.~"
+
+
+def detect_shape(value: Any) -> Shape:
+    """The shape of a JSON value as Python reads it. Never raises."""
+    if isinstance(value, str):
+        return _text_shape(value)
+    if value is None:
+        return NULL
+    if isinstance(value, bool):
+        return BOOLEAN
+    if isinstance(value, int):
+        return _integer_shape(value)
+    if isinstance(value, float):
+        return FLOAT if value - value == 0 else NOT_FINITE
+    if isinstance(value, list):
+        return ARRAY if value else EMPTY_ARRAY
+    return OBJECT if value else EMPTY_OBJECT
+
+
+def _integer_shape(value: int) -> Shape:
+    if value in UNIX_TIME_RANGE_S:
+        return UNIX_SECONDS
+    return UNIX_MILLISECONDS if value // 1000 in UNIX_TIME_RANGE_S else INTEGER
+
+
+def _text_shape(value: str) -> Shape:
+    if not value:
+        return EMPTY_TEXT
+    length = len(value)
+    if value.isalpha() and length < 200:
+        return WORD
+    if " " in value and not (length < 40 and (value[0].isdigit() or _HTTP_DATE.fullmatch(value))):
+        return TEXT if value.strip() else BLANK_TEXT
+    if length > MAX_SHAPE_CHARS:
+        return LONG_TEXT
+    if length == UUID_CHARS and _UUID_PATTERN.fullmatch(value):
+        return _uuid_shape(value)
+    first_char = value[0]
+    if first_char in NUMERIC_FIRST_CHARS:
+        match = _NUMERIC_PATTERN.fullmatch(value)
+        if match is not None:
+            return _SHAPE_DETECTORS[str(match.lastgroup)](value)
+    return _shape_by_marker(value) or _opaque_shape(value)
+
+
+def _shape_by_marker(value: str) -> Shape | None:
+    """What a character gives away."""
+    if value.startswith("eyJ") and _JWT.fullmatch(value):
+        return Shape("jwt", value.partition(".")[0][:200])
+    if "@" in value and _EMAIL.fullmatch(value):
+        return Shape("email")
+    if ("?" in value or "://" in value) and _URL.fullmatch(value):
+        return Shape("url", value.partition("?")[0])
+    if ":" in value:
+        if _IP6.fullmatch(value):
+            return Shape("ip", "6")
+        return Shape("timestamp", "http") if _HTTP_DATE.fullmatch(value) else TEXT
+    return None
+
+
+def _opaque_shape(value: str) -> Shape:
+    if len(value) <= MAX_TOKEN_CHARS:
+        match = _OPAQUE_PATTERN.fullmatch(value)
+        if match is not None:
+            return _SHAPE_DETECTORS[str(match.lastgroup)](value)
+    if not value.strip():
+        return BLANK_TEXT
+    return TEXT if " " in value else _plain_shape(value)
+
+
+def _uuid_shape(value: str) -> Shape:
+    if value.count("0") == 32:
+        return NIL_UUID
+    return Shape("uuid", f"v{value[14]}{'' if value == value.lower() else ' upper'}")
+
+
+def _timestamp_shape(value: str) -> Shape:
+    """Its separator, the digits below a second in steps of three (Go drops zeros at the end), and the zone."""
+    clock, zone = value[11:], ""
+    for sign in "Z+-":
+        index = clock.find(sign)
+        if index >= 0:
+            clock, zone = clock[:index], clock[index:]
+            break
+    fraction_digits = len(clock) - 9 if len(clock) > 9 else 0
+    return Shape("timestamp", f"{value[10]}{min(len(clock), 8)}.{-(-fraction_digits // 3) * 3}{zone}")
+
+
+def _digits_shape(value: str) -> Shape:
+    length = len(value)
+    if length in {10, 13} and int(value[:10]) in UNIX_TIME_RANGE_S:
+        return Shape("unix text", "s" if length == 10 else "ms")
+    return Shape("digits", str(length) if value[0] == "0" or length >= MIN_ACCOUNT_DIGITS else "")
+
+
+def _hex_shape(value: str) -> Shape:
+    length = len(value)
+    if not _is_random(value, 0.2, 0.2):
+        return WORD
+    return Shape(
+        "hash" if length in DIGEST_HEX_CHARS else "hex",
+        f"{length}{'' if value == value.lower() else ' upper'}",
+    )
+
+
+def _prefixed_shape(value: str) -> Shape:
+    prefix, _, suffix = value.rpartition("_")
+    return Shape("prefixed", f"{prefix}_{len(suffix)}") if _is_random(suffix) else _token_shape(value)
+
+
+def _base64_shape(value: str) -> Shape:
+    token_shape = _token_shape(value)
+    return (
+        Shape("base64", str(len(value)))
+        if token_shape.kind == "token" and len(value) % 4 == 0
+        else token_shape
+    )
+
+
+def _token_shape(value: str) -> Shape:
+    separators = sum(map(value.count, TOKEN_SEPARATORS))
+    if separators > len(value) // 8 + 1 or not _is_random(value):
+        return _plain_shape(value)
+    return Shape("token", str(len(value)))
+
+
+def _plain_shape(value: str) -> Shape:
+    return PATH if "/" in value else WORD
+
+
+def _is_random(value: str, min_change_rate: float = 0.25, min_change_rate_few_digits: float = 0.35) -> bool:
+    """Digits, capitals and small letters take turns: in names, slugs and article numbers they do so more rarely.
+
+    `many`, `few`: turns a character that it takes, with digits in many places, and in one or two only.
+    """
+    classes = value.encode("ascii", "replace").translate(_CHARACTER_CLASSES)
+    count = classes.count
+    digits = count(b"0a") + count(b"0A")
+    if not digits:
+        return False
+    changes = digits + count(b"a0") + count(b"A0") + count(b"aA") + count(b"Aa")
+    return changes >= (min_change_rate if digits > 2 else min_change_rate_few_digits) * len(value)
+
+
+def _constant_shape(kind: str) -> Callable[[str], Shape]:
+    constant = Shape(kind)
+    return lambda _: constant
+
+
+_SHAPE_DETECTORS: dict[str, Callable[[str], Shape]] = {
+    "timestamp": _timestamp_shape,
+    "date": _constant_shape("date"),
+    "time": _constant_shape("time"),
+    "ip": _constant_shape("ip"),
+    "digits": _digits_shape,
+    "decimal": _constant_shape("decimal"),
+    "trace": _constant_shape("trace"),
+    "ulid": _constant_shape("ulid"),
+    "hex": _hex_shape,
+    "prefixed": _prefixed_shape,
+    "base64": _base64_shape,
+    "token": _token_shape,
+}

@@ -1,0 +1,76 @@
+"""From an entry of the stream to what the ledger is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from abreast.errors import CaptureError
+from abreast.protocol.capture import Capture, decode
+from abreast_sidecar.compare.model import CompareOptions, ComparisonResult
+from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.ingest.stream import StreamEntry
+from abreast_sidecar.store.records import PairRecord
+
+NO_CAPTURE_REASON = "redis had no capture of it any more"
+MAX_CLOCK_LEAD_MS = 300_000  # ms
+
+
+def evaluate_entry(entry: StreamEntry, rules: CompareOptions) -> PairRecord:
+    """Never raises: what can't be read or judged is `undecodable`, and kept."""
+    captures, reason = _decode_captures(entry)
+    try:
+        if not captures:
+            return undecodable_record(entry, reason or NO_CAPTURE_REASON)
+        result = compare_pair(captures, rules, timed_out=entry.ready_reason == "swept")
+    except Exception as error:  # noqa: BLE001  # one entry must not stop the stream
+        return undecodable_record(entry, f"comparing it raised {type(error).__name__}: {error}")
+    if reason:
+        return undecodable_record(entry, reason, result)
+    return PairRecord(
+        entry.keys.service,
+        entry.id,
+        _choose_time_ms(entry.time_ms, captures),
+        entry.pair_id,
+        result,
+        entry.blobs,
+    )
+
+
+def undecodable_record(
+    entry: StreamEntry, reason: str, partial_result: ComparisonResult | None = None
+) -> PairRecord:
+    """`known` is what could be found out about it all the same."""
+    result = ComparisonResult(
+        outcome="undecodable",
+        method=partial_result.method if partial_result else "",
+        route=partial_result.route if partial_result else "",
+        old=partial_result.old if partial_result else None,
+        new=partial_result.new if partial_result else None,
+        reason=reason,
+    )
+    service, content = entry.keys.service, b"\n".join(entry.blobs)
+    return PairRecord(
+        service, entry.id, entry.time_ms, entry.pair_id, result, entry.blobs, dead_letter=content
+    )
+
+
+def _choose_time_ms(entry_ms: int, captures: Sequence[Capture]) -> int:
+    """When it was (ms), which is for Redis's clock to say. One that was set forward leaves its stream there, also when it
+    is right again; so a time to come is not believed where the services' clocks know better. Whoever is given the entry
+    again must find the same.
+    """
+    if entry_ms <= time.time() * 1000 + MAX_CLOCK_LEAD_MS:
+        return entry_ms
+    started_ms = max(capture.started_at for capture in captures) * 1000
+    return int(started_ms) if 0 < started_ms < entry_ms - MAX_CLOCK_LEAD_MS else entry_ms
+
+
+def _decode_captures(entry: StreamEntry) -> tuple[list[Capture], str]:
+    captures, reason = [], ""
+    for blob in entry.blobs:
+        try:
+            captures.append(decode(blob))
+        except CaptureError as error:
+            reason = str(error)
+    return captures, reason

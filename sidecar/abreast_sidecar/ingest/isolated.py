@@ -1,0 +1,100 @@
+"""Compares in a process of its own what workers were given again and again: comparing it may end or hang a process.
+
+The process is python -m abreast_sidecar.ingest.isolated: it reads and writes pickles, each after its length (8 bytes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from typing import Any, BinaryIO
+
+from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.ingest.evaluate import evaluate_entry, undecodable_record
+from abreast_sidecar.ingest.stream import StreamEntry
+from abreast_sidecar.store.records import PairRecord
+
+MIN_SUSPECT_DELIVERIES = 3  # deliveries: two workers had it before and did not get it into the ledger
+COMPARE_TIMEOUT_S = 30.0  # seconds for one entry
+LENGTH_PREFIX_BYTES = 8  # bytes
+
+
+class IsolatedComparer:
+    """Starts the process when it is needed, and anew when it ended."""
+
+    def __init__(self, timeout_s: float = COMPARE_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._process: Process | None = None
+
+    async def compare(self, entry: StreamEntry, rules: CompareOptions) -> PairRecord:
+        """Never raises for what the entry does: it is put apart then, with the reason."""
+        process = self._process = self._process or await _start_process()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await _request(process, (entry, rules))
+        except TimeoutError:
+            reason = f"comparing it took more than {self._timeout_s:g} s"
+        except (asyncio.IncompleteReadError, ConnectionError):
+            reason = f"comparing it ends the process ({_describe_exit(await process.wait())})"
+        await self.close()
+        return undecodable_record(entry, f"{reason}; it was given to workers {entry.delivery_count} times")
+
+    async def close(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def _start_process() -> Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "abreast_sidecar.ingest.isolated",
+        stdin=PIPE,
+        stdout=PIPE,
+        start_new_session=True,
+    )
+
+
+async def _request(process: Process, payload: Any) -> PairRecord:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    content = pickle.dumps(payload)
+    process.stdin.write(len(content).to_bytes(LENGTH_PREFIX_BYTES) + content)
+    await process.stdin.drain()
+    length = int.from_bytes(await process.stdout.readexactly(LENGTH_PREFIX_BYTES))
+    record: PairRecord = pickle.loads(await process.stdout.readexactly(length))  # noqa: S301  # our own process
+    return record
+
+
+def _describe_exit(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+
+
+def main() -> None:
+    """Until the input ends, so that it never outlives the worker."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what anyone prints must not get among the answers
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            entry, rules = pickle.loads(_read_message(sys.stdin.buffer))  # noqa: S301  # our own parent
+            content = pickle.dumps(evaluate_entry(entry, rules))
+            answers.write(len(content).to_bytes(LENGTH_PREFIX_BYTES) + content)
+            answers.flush()
+
+
+def _read_message(stream: BinaryIO) -> bytes:
+    length = stream.read(LENGTH_PREFIX_BYTES)
+    if len(length) < LENGTH_PREFIX_BYTES:
+        raise EOFError
+    return stream.read(int.from_bytes(length))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Where workers run: inside this process, or in processes of their own that are started again when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import dataclasses
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from typing import Any, Protocol
+
+import orjson
+import structlog
+
+from abreast_sidecar import aio as runtime
+from abreast_sidecar import logs
+from abreast_sidecar.ingest.worker import Worker
+from abreast_sidecar.settings import Settings
+
+WORKER_STALE_S = 15.0  # seconds without a read or a commit; a quiet worker reads once a second
+HEARTBEAT_STALE_S = 5.0  # seconds without a word from a child, which speaks twice a second while it is well
+MIN_RESTART_BACKOFF_S = 0.2  # seconds
+MAX_RESTART_BACKOFF_S = 15.0  # seconds
+STABLE_UPTIME_S = 30.0  # seconds after which a child's next death is a first one again
+DRAIN_TIME_SHARE = 0.7  # of the time to stop; the rest is for the others
+
+log = structlog.get_logger(__name__)
+
+
+class WorkerPool(Protocol):
+    def problem(self) -> str:
+        """What is wrong with the workers; empty for nothing."""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Return once `stop` is set and the work under way is done."""
+
+
+def create_pool(settings: Settings) -> WorkerPool:
+    pool_settings = dataclasses.replace(
+        settings, shutdown_timeout=settings.shutdown_timeout * DRAIN_TIME_SHARE
+    )
+    return ProcessPool(pool_settings) if settings.workers else InProcessPool(pool_settings)
+
+
+def make_worker_name() -> str:
+    """One that no other worker has: who shares a name takes the other's entries."""
+    return f"{socket.gethostname()}-{secrets.token_hex(4)}"
+
+
+def is_healthy(worker: Worker) -> bool:
+    return worker.is_running and time.monotonic() - worker.last_heartbeat < WORKER_STALE_S
+
+
+class InProcessPool:
+    def __init__(self, settings: Settings) -> None:
+        self.worker = Worker(settings, name=make_worker_name())
+
+    def problem(self) -> str:
+        if is_healthy(self.worker):
+            return ""
+        return "the worker does not get on" if self.worker.is_running else "the worker does not run"
+
+    async def run(self, stop: asyncio.Event) -> None:
+        await self.worker.run(stop)
+
+
+class ProcessPool:
+    def __init__(self, settings: Settings) -> None:
+        self.processes = [WorkerProcess(settings, number) for number in range(settings.workers)]
+
+    def problem(self) -> str:
+        silent_count = sum(not process.is_healthy for process in self.processes)
+        return f"{silent_count} of {len(self.processes)} worker processes do not work" if silent_count else ""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        async with asyncio.TaskGroup() as group:
+            for process in self.processes:
+                group.create_task(process.run(stop))
+
+
+class WorkerProcess:
+    """One worker process at a time. It ends when its standard input does, so it never outlives this process."""
+
+    def __init__(self, settings: Settings, number: int) -> None:
+        self.settings = settings
+        self.number = number
+        self.pid = 0
+        self._last_heartbeat = -float("inf")
+
+    @property
+    def is_healthy(self) -> bool:
+        return time.monotonic() - self._last_heartbeat < HEARTBEAT_STALE_S
+
+    async def run(self, stop: asyncio.Event) -> None:
+        backoff_s = MIN_RESTART_BACKOFF_S
+        while not stop.is_set():
+            started = time.monotonic()
+            code = await self._run_once(stop)
+            self._last_heartbeat = -float("inf")
+            if stop.is_set():
+                return
+            log.error(
+                "a worker process ended", number=self.number, pid=self.pid, code=code, again_in=backoff_s
+            )
+            await _wait_or_stop(stop, backoff_s)
+            backoff_s = (
+                MIN_RESTART_BACKOFF_S
+                if time.monotonic() - started > STABLE_UPTIME_S
+                else min(backoff_s * 2, MAX_RESTART_BACKOFF_S)
+            )
+
+    async def _run_once(self, stop: asyncio.Event) -> int:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "abreast_sidecar.ingest.pool"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the parent, which then ends the input
+        )
+        self.pid = process.pid
+        log.info("a worker process began", number=self.number, pid=self.pid)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(orjson.dumps(dataclasses.asdict(self.settings)) + b"\n")
+        heartbeat_task = asyncio.create_task(self._read_heartbeats(process.stdout))
+        stop_task = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({heartbeat_task, stop_task}, return_when=asyncio.FIRST_COMPLETED)
+            process.stdin.close()
+            return await self._wait_for_exit(process)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            heartbeat_task.cancel()
+            stop_task.cancel()
+
+    async def _read_heartbeats(self, output: asyncio.StreamReader) -> None:
+        while await output.readline():
+            self._last_heartbeat = time.monotonic()
+
+    async def _wait_for_exit(self, process: asyncio.subprocess.Process) -> int:
+        try:
+            async with asyncio.timeout(self.settings.shutdown_timeout + 1):
+                return await process.wait()
+        except TimeoutError:
+            process.send_signal(signal.SIGKILL)
+            return await process.wait()
+
+
+async def _wait_or_stop(stop: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await stop.wait()
+    except TimeoutError:
+        return
+
+
+HEARTBEAT_INTERVAL_S = 0.5  # seconds
+PR_SET_PDEATHSIG = 1
+
+
+def worker_main() -> None:
+    line = sys.stdin.buffer.readline()
+    if not line:
+        sys.exit("abreast: this process is started by `abreast sidecar --workers N`")
+    settings_fields: dict[str, Any] = orjson.loads(line)
+    for name, value in settings_fields.items():
+        settings_fields[name] = tuple(value) if isinstance(value, list) else value
+    settings = Settings(**settings_fields)
+    logs.configure(settings.log_level)
+    _die_with_parent()
+    runtime.run(run_worker(settings))
+
+
+def _die_with_parent() -> None:
+    """The end of the input says it too, but a worker that is stuck doesn't read."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+async def run_worker(settings: Settings) -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: StopOnEof(stop), sys.stdin)
+    worker = Worker(settings, name=make_worker_name())
+    heartbeat_task = asyncio.create_task(_send_heartbeats(worker))
+    try:
+        await worker.run(stop)
+    finally:
+        heartbeat_task.cancel()
+
+
+async def _send_heartbeats(worker: Worker) -> None:
+    while True:
+        if is_healthy(worker):
+            os.write(sys.stdout.fileno(), b"well\n")
+        await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+
+
+class StopOnEof(asyncio.Protocol):
+    def __init__(self, stop: asyncio.Event) -> None:
+        self.stop = stop
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
+        self.stop.set()
+
+
+if __name__ == "__main__":
+    worker_main()

@@ -1,0 +1,411 @@
+"""Reads ready pairs through a consumer group. Each entry stays pending until it is acknowledged, so that none is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import redis
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.connection import HiredisRespSerializer
+
+from abreast.protocol import redis_client as redis_url
+from abreast.protocol.join import CONSUMER_GROUP, SERVICES_KEY, Keys
+from abreast.protocol.redis_client import is_cluster
+from abreast_sidecar.errors import RedisError
+
+READ_BLOCK_MS = 1000  # ms that a read waits for entries
+REDIS_SOCKET_TIMEOUT_S = 5.0  # seconds; above BLOCK, or each quiet second would look like a failure
+REDIS_CONNECT_TIMEOUT_S = 2.0  # seconds
+
+
+def connect_redis(url: str) -> Redis:
+    """Opens nothing yet. Nothing is tried again by the client: the callers know what may be."""
+    client = redis_url.connect(url, timeout=REDIS_SOCKET_TIMEOUT_S, connect_timeout=REDIS_CONNECT_TIMEOUT_S)
+    if not redis_url.is_cluster(client):
+        pool = client.connection_pool
+        pool.connection_class = _use_hiredis_packer(pool.connection_class)
+    return client
+
+
+def _use_hiredis_packer(connection: type[AbstractConnection]) -> type[AbstractConnection]:
+    """The kind of connection, but its commands are written by hiredis, as redis-py's blocking client has it: to
+    acknowledge a batch takes a fifth of the time.
+    """
+
+    class HiredisConnection(connection):  # type: ignore[misc, valid-type]
+        _packer = HiredisRespSerializer()
+
+        def pack_command(self, *args: Any) -> list[bytes]:
+            return self._packer.pack(*args)  # type: ignore[no-any-return]
+
+    return HiredisConnection
+
+
+@dataclass(frozen=True, slots=True)
+class LuaScript:
+    """All keys of a call are of one shard, so that it runs on any node of a cluster that has them."""
+
+    text: str
+    sha: str
+
+    async def run(
+        self, client: Redis, keys: Sequence[str], arguments: Sequence[str | int | float | bytes]
+    ) -> Any:
+        """By its digest; in full where Redis does not know it, or has forgotten."""
+        try:
+            return await client.evalsha(self.sha, len(keys), *keys, *arguments)
+        except redis.exceptions.NoScriptError:
+            return await client.eval(self.text, len(keys), *keys, *arguments)
+
+
+def load_script(name: str) -> LuaScript:
+    text = (resources.files("abreast_sidecar.ingest") / f"{name}.lua").read_text()
+    return LuaScript(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+@contextmanager
+def map_redis_errors() -> Iterator[None]:
+    try:
+        yield
+    except (redis.RedisError, OSError) as error:
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RedisError(f"redis can't be used, check ABREAST_REDIS_URL and the server: {message}") from error
+
+
+DELETE_CONSUMER_SCRIPT = load_script("forget")
+
+
+async def delete_idle_consumers(client: Redis, keys: Keys, *, idle_s: float) -> int:
+    """Those that did nothing for `idle` seconds and owe nothing; return how many."""
+    deleted = 0
+    for consumer in await client.xinfo_consumers(keys.ready, CONSUMER_GROUP):
+        if consumer["pending"] == 0 and consumer["idle"] > idle_s * 1000:
+            deleted += int(
+                await DELETE_CONSUMER_SCRIPT.run(client, [keys.ready], [CONSUMER_GROUP, consumer["name"]])
+            )
+    return deleted
+
+
+MIN_ENTRY_MS = 0  # ms; ids of entries are made by Redis, but anyone may write a stream
+MAX_ENTRY_MS = 4_102_444_800_000  # ms: the year 2100
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEntry:
+    """`blobs` are its captures as services sent them; `size` is what they weigh in the shard's `bytes`."""
+
+    keys: Keys
+    id: str
+    pair_id: str
+    ready_reason: str
+    blobs: tuple[bytes, ...]
+    size_bytes: int
+    delivery_count: int = (
+        1  # how often workers were given it, this time included; only known of what another left
+    )
+
+    @property
+    def time_ms(self) -> int:
+        """ms since the epoch, by Redis's clock."""
+        return min(max(int(self.id.partition("-")[0]), MIN_ENTRY_MS), MAX_ENTRY_MS)
+
+
+def parse_entry(
+    keys: Keys, raw_id: bytes, fields: Mapping[bytes, bytes], delivery_count: int = 1
+) -> StreamEntry:
+    """Takes whatever stands in the stream; an entry without a pair's id is named by its own."""
+    pair_id = ready_reason = b""
+    blobs = []
+    for field_name, value in fields.items():
+        if field_name == b"pair":
+            pair_id = value
+        elif field_name == b"why":
+            ready_reason = value
+        else:
+            blobs.append(value)
+    entry_id = raw_id.decode()
+    return StreamEntry(
+        keys=keys,
+        id=entry_id,
+        pair_id=pair_id.decode(errors="replace") or f"entry {entry_id}",
+        ready_reason=ready_reason.decode(errors="replace"),
+        blobs=tuple(blobs),
+        size_bytes=sum(map(len, blobs)),
+        delivery_count=delivery_count,
+    )
+
+
+MAX_SHARDS = 1024  # of a service: a bound against nonsense in the hash
+
+log = structlog.get_logger()
+
+
+async def list_shards(client: Redis) -> list[Keys]:
+    """All shards that services have named, and those of before that still have a stream."""
+    shard_keys: list[Keys] = []
+    shard_counts: dict[bytes, bytes] = await client.hgetall(SERVICES_KEY)  # type: ignore[assignment]  # responses are not decoded
+    for raw, count in sorted(shard_counts.items()):
+        service = raw.decode(errors="replace")
+        try:
+            number = min(int(count), MAX_SHARDS)
+            shard_keys += [Keys(service, shard) for shard in range(number)]
+        except ValueError as error:
+            log.debug("a service in redis is skipped", service=service, reason=str(error))
+            continue
+        shard = number
+        while shard < MAX_SHARDS and await client.exists(Keys(service, shard).ready):
+            shard_keys.append(Keys(service, shard))
+            shard += 1
+    return shard_keys
+
+
+EXPIRE_BATCH_PAIRS = 200  # pairs: Redis does nothing else meanwhile
+EXPIRE_SCRIPT = load_script("sweep")
+
+
+async def expire_incomplete_pairs(client: Redis, keys: Keys, *, max_pairs: int = 20_000) -> int:
+    """Return how many were moved, which is `most` or a little more where others may still be due."""
+    expired = 0
+    while expired < max_pairs:
+        batch_count = await EXPIRE_SCRIPT.run(
+            client,
+            [keys.due, keys.ready, keys.joined, keys.stats],
+            [keys.pair(""), EXPIRE_BATCH_PAIRS, CONSUMER_GROUP],
+        )
+        expired += int(batch_count)
+        if batch_count < EXPIRE_BATCH_PAIRS:
+            break
+    return expired
+
+
+DISCOVERY_INTERVAL_S = 1.0  # seconds between looks for new services
+MIN_POLL_S, MAX_POLL_S = 0.01, 0.1  # seconds between two looks into a cluster's streams, while they are empty
+NO_STREAM_DELAY_S = (
+    0.25  # seconds to wait where no service has sent anything yet: there is nothing to block on
+)
+DEFAULT_BATCH_BYTES = 64 * 1024 * 1024
+INITIAL_ENTRY_BYTES = 4 * 1024 * 1024  # bytes of an entry, until some were seen
+ACKNOWLEDGE_SCRIPT = load_script("acknowledge")
+LEAVE_GROUP_SCRIPT = load_script("forget")
+CREATE_GROUP_SCRIPT = load_script("group")
+
+RawEntry = tuple[bytes, bytes, Mapping[bytes, bytes]]  # stream, id, fields
+
+
+class StreamConsumer:
+    """One consumer. `read` returns entries of its own former life first, then left ones, then new ones.
+
+    `batch_bytes` is aimed at: a batch of huge bodies has fewer pairs.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str,
+        batch_size: int,
+        claim_idle_s: float,
+        batch_bytes: int = DEFAULT_BATCH_BYTES,
+    ) -> None:
+        self.name = name
+        self.batch_size = max(1, batch_size)
+        self.batch_bytes = batch_bytes
+        self.claim_idle_s = claim_idle_s
+        self._client = connect_redis(url)
+        self._is_cluster = is_cluster(self._client)
+        self._cursors: dict[
+            Keys, str
+        ] = {}  # → where to go on among the own entries; > when there are no more
+        self._claim_cursors: dict[Keys, bytes | str] = {}
+        self._last_discovery = self._last_claim = -float("inf")
+        self._busy_streams = 1  # streams that had something at the last read
+        self._mean_entry_bytes = float(INITIAL_ENTRY_BYTES)
+
+    async def read(self) -> list[StreamEntry]:
+        """At most about a batch; empty after a quiet second. Raise RedisError; then call again later."""
+        with map_redis_errors():
+            try:
+                return await self._read()
+            except redis.ResponseError as error:
+                if "NOGROUP" not in str(error):
+                    raise
+                self._cursors.clear()  # Redis was emptied: make the groups anew
+                self._last_discovery = -float("inf")
+                return []
+            except (redis.RedisError, OSError):
+                self.reread_pending()
+                raise
+
+    def reread_pending(self) -> None:
+        """Look at the own pending entries again: an answer that did not arrive had given us some."""
+        self._cursors = dict.fromkeys(self._cursors, "0")
+
+    async def acknowledge(self, entries: Iterable[StreamEntry]) -> None:
+        """Safe to repeat. Raise RedisError; then the entries will come again."""
+        by_shard: dict[Keys, list[str | int]] = {}
+        for entry in entries:
+            by_shard.setdefault(entry.keys, []).extend((entry.id, entry.size_bytes))
+        with map_redis_errors():
+            for keys, ids_and_sizes in by_shard.items():
+                await ACKNOWLEDGE_SCRIPT.run(
+                    self._client, [keys.ready, keys.stats, keys.due], [CONSUMER_GROUP, *ids_and_sizes]
+                )
+
+    async def close(self) -> None:
+        """Take leave of the groups, unless something is pending, and disconnect."""
+        try:
+            with map_redis_errors():
+                for keys in self._cursors:
+                    await LEAVE_GROUP_SCRIPT.run(self._client, [keys.ready], [CONSUMER_GROUP, self.name])
+        finally:
+            await self._client.aclose()
+
+    async def _read(self) -> list[StreamEntry]:
+        now = time.monotonic()
+        if now - self._last_discovery >= DISCOVERY_INTERVAL_S:
+            await self._discover()
+            self._last_discovery = now
+        entries = await self._read_own_pending()
+        if not entries and now - self._last_claim >= min(10.0, self.claim_idle_s / 3):
+            entries = await self._claim_abandoned()
+            self._last_claim = now if len(entries) < self.batch_size else self._last_claim
+        return entries or await self._read_new()
+
+    async def _discover(self) -> None:
+        for keys in await list_shards(self._client):
+            if keys not in self._cursors:
+                await CREATE_GROUP_SCRIPT.run(self._client, [keys.ready], [CONSUMER_GROUP])
+                self._cursors[keys] = "0"
+
+    async def _read_own_pending(self) -> list[StreamEntry]:
+        """What was given to this consumer before, and is not acknowledged."""
+        entries: list[StreamEntry] = []
+        for keys in [keys for keys, cursor in self._cursors.items() if cursor != ">"]:
+            streams: dict[Any, Any] = {keys.ready: self._cursors[keys]}
+            raw = _flatten(
+                await self._client.xreadgroup(
+                    CONSUMER_GROUP, self.name, streams, count=self._compute_limit_per_stream(1)
+                )
+            )
+            entries += [parse_entry(keys, identifier, fields) for _, identifier, fields in raw if fields]
+            deleted_ids = [
+                identifier for _, identifier, fields in raw if not fields
+            ]  # deleted by someone else's hand
+            if deleted_ids:
+                await self._client.xack(keys.ready, CONSUMER_GROUP, *deleted_ids)
+            self._cursors[keys] = raw[-1][1].decode() if raw else ">"
+            if len(entries) >= self.batch_size:
+                break
+        return entries
+
+    async def _claim_abandoned(self) -> list[StreamEntry]:
+        """What other consumers were given and did not acknowledge for too long."""
+        entries: list[StreamEntry] = []
+        for keys in self._cursors:
+            cursor = self._claim_cursors.get(keys, "0-0")
+            idle_ms = int(self.claim_idle_s * 1000)
+            raw = await self._client.xautoclaim(
+                keys.ready,
+                CONSUMER_GROUP,
+                self.name,
+                idle_ms,
+                cursor,
+                count=self._compute_limit_per_stream(1),
+            )
+            self._claim_cursors[keys] = raw[0]
+            raw_entries = [(identifier, fields) for identifier, fields in raw[1] if fields]
+            if raw_entries:
+                delivery_counts = await self._count_deliveries(
+                    keys, raw_entries[0][0], raw_entries[-1][0], len(raw[1])
+                )
+                entries += [
+                    parse_entry(keys, raw_id, fields, delivery_counts.get(raw_id, 1))
+                    for raw_id, fields in raw_entries
+                ]
+            if len(entries) >= self.batch_size:
+                break
+        return entries
+
+    async def _count_deliveries(self, keys: Keys, first: bytes, last: bytes, count: int) -> dict[bytes, int]:
+        """How often each of the entries was given to a worker: many times where that ends the worker."""
+        raw: Any = await self._client.xpending_range(
+            keys.ready, CONSUMER_GROUP, first, last, count, self.name
+        )
+        return {message["message_id"]: message["times_delivered"] for message in raw}
+
+    async def _read_new(self) -> list[StreamEntry]:
+        if not self._cursors:
+            await asyncio.sleep(NO_STREAM_DELAY_S)
+            return []
+        keys_by_stream = {keys.ready.encode(): keys for keys in self._cursors}
+        raw = await (
+            self._read_polling(list(keys_by_stream))
+            if self._is_cluster
+            else self._read_blocking(list(keys_by_stream))
+        )
+        entries = [
+            parse_entry(keys_by_stream[stream], identifier, fields)
+            for stream, identifier, fields in raw
+            if fields
+        ]
+        if entries:
+            self._busy_streams = len({item.keys for item in entries})
+            self._mean_entry_bytes = max(
+                sum(item.size_bytes for item in entries) / len(entries), self._mean_entry_bytes * 0.8, 1.0
+            )
+        return entries
+
+    async def _read_blocking(self, streams: Sequence[bytes]) -> list[RawEntry]:
+        cursors: dict[Any, Any] = dict.fromkeys(streams, ">")
+        count = self._compute_limit_per_stream(self._busy_streams)
+        return _flatten(
+            await self._client.xreadgroup(
+                CONSUMER_GROUP, self.name, cursors, count=count, block=READ_BLOCK_MS
+            )
+        )
+
+    async def _read_polling(self, streams: Sequence[bytes]) -> list[RawEntry]:
+        """In a cluster a call reads one shard, and who waits at one does not see the others."""
+        deadline, delay_s = time.monotonic() + READ_BLOCK_MS / 1000, MIN_POLL_S
+        while True:
+            raw_entries = [
+                raw_entry
+                for answer in await self._read_each_stream(streams)
+                for raw_entry in _flatten(answer)
+            ]
+            if raw_entries or time.monotonic() >= deadline:
+                return raw_entries
+            await asyncio.sleep(delay_s)
+            delay_s = min(delay_s * 2, MAX_POLL_S)
+
+    async def _read_each_stream(self, streams: Sequence[bytes]) -> list[Any]:
+        """All answers are waited for also when one fails: what the others had been given is then read again."""
+        count = self._compute_limit_per_stream(self._busy_streams)
+        calls = [
+            self._client.xreadgroup(CONSUMER_GROUP, self.name, {stream: ">"}, count=count)
+            for stream in streams
+        ]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    def _compute_limit_per_stream(self, stream_count: int) -> int:
+        return max(1, min(self.batch_size, int(self.batch_bytes / self._mean_entry_bytes)) // stream_count)
+
+
+def _flatten(raw: Any) -> list[RawEntry]:
+    """(stream, id, fields) from an answer to XREADGROUP: RESP2 has a list of streams, RESP3 a map with one level more."""
+    if isinstance(raw, dict):
+        raw = [(stream, [raw_entry for page in pages for raw_entry in page]) for stream, pages in raw.items()]
+    return [(stream, identifier, fields) for stream, entries in raw or () for identifier, fields in entries]

@@ -1,0 +1,263 @@
+"""The worker: read, compare, commit, acknowledge. Any number may run, in any number of processes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from abreast_sidecar.aio import Outage, cancel_and_wait, wait_or_stop
+from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.errors import LedgerError, RedisError, RefusedError, StaleRulesError
+from abreast_sidecar.ingest.evaluate import evaluate_entry, undecodable_record
+from abreast_sidecar.ingest.isolated import MIN_SUSPECT_DELIVERIES, IsolatedComparer
+from abreast_sidecar.ingest.recheck import Rechecker, RecheckSettings
+from abreast_sidecar.ingest.stream import StreamConsumer, StreamEntry
+from abreast_sidecar.rules.cache import RuleCache
+from abreast_sidecar.settings import Settings
+from abreast_sidecar.store.records import PairRecord
+from abreast_sidecar.store.writer import PairWriter
+
+SMALL_BATCH_DELAY_S = 0.01  # seconds between small batches: each commit has a cost of its own
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    entries: Sequence[StreamEntry]
+    records: Sequence[PairRecord]
+    rules_version: int  # their version
+
+
+class Worker:
+    """`last_beat` is when it last read or committed (time.monotonic); `alive` is whether it runs."""
+
+    def __init__(self, settings: Settings, *, name: str) -> None:
+        self.name = name
+        self.is_running = False
+        self.last_heartbeat = 0.0
+        self._settings = settings
+        rules = CompareOptions.with_ignored_headers(settings.volatile_headers)
+        self._rule_cache = RuleCache(settings.postgres_url, rules, session_url=settings.session_url)
+        recheck_settings = RecheckSettings.from_settings(settings)
+        self._rechecker = (
+            Rechecker(recheck_settings, rules, settings.postgres_url) if recheck_settings else None
+        )
+        self._redis = Outage("redis", worker=name)
+        self._postgres = Outage("postgres", worker=name)
+        self._isolated_comparer = IsolatedComparer()
+        self._last_batch_small = False
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Return once `stop` is set and what was read is committed, or its time is over. Lost servers are waited for."""
+        reader = StreamConsumer(
+            self._settings.redis_url,
+            name=self.name,
+            batch_size=self._settings.batch_size,
+            claim_idle_s=self._settings.claim_idle,
+            batch_bytes=self._settings.batch_bytes,
+        )
+        recheck_task = self._start_rechecker(stop)
+        writer = PairWriter(
+            self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding
+        )
+        self.is_running = True
+        try:
+            await self._rule_cache.open()
+            await _run_until_stopped(
+                stop, self._process_batches(reader, writer, stop), grace_s=self._settings.shutdown_timeout
+            )
+        finally:
+            self.is_running = False
+            await cancel_and_wait(recheck_task)
+            await writer.close()
+            await self._isolated_comparer.close()
+            await self._rule_cache.close()
+            try:
+                await reader.close()
+            except RedisError as error:
+                log.info("redis was away at the end", worker=self.name, error=str(error))
+
+    def _start_rechecker(self, stop: asyncio.Event) -> asyncio.Task[None]:
+        """Beside the work, which does not wait for it."""
+
+        async def run_rechecker() -> None:
+            if self._rechecker is None:
+                return
+            try:
+                await self._rechecker.run(stop)
+            except Exception:
+                log.exception("pairs are not asked again any more", worker=self.name)
+
+        return asyncio.create_task(run_rechecker())
+
+    async def _process_batches(self, reader: StreamConsumer, writer: PairWriter, stop: asyncio.Event) -> None:
+        """The next batch is read and compared while this one is committed. Nothing is judged by unknown rules."""
+        if not await self._rule_cache.wait_loaded(stop):
+            return
+        upcoming = asyncio.create_task(self._next_batch(reader, stop))
+        try:
+            while batch := await upcoming:
+                upcoming = asyncio.create_task(self._next_batch(reader, stop))
+                await self._commit_and_ack(batch, reader, writer, stop)
+        finally:
+            await cancel_and_wait(upcoming)
+
+    async def _next_batch(self, reader: StreamConsumer, stop: asyncio.Event) -> Batch | None:
+        """The next batch; none when it is time to stop."""
+        while entries := await self._wait_for_entries(reader, stop):
+            try:
+                return await self._evaluate(entries)
+            except Exception as error:  # noqa: BLE001  # logged with its traceback
+                await self._retry_batch(entries, error, reader, stop)
+        return None
+
+    async def _retry_batch(
+        self, entries: Sequence[StreamEntry], error: Exception, reader: StreamConsumer, stop: asyncio.Event
+    ) -> None:
+        log.error(
+            "a batch failed and will be read again", worker=self.name, pairs=len(entries), exc_info=error
+        )
+        reader.reread_pending()
+        await self._postgres.back_off(stop)
+
+    async def _wait_for_entries(self, reader: StreamConsumer, stop: asyncio.Event) -> list[StreamEntry]:
+        """Wait for entries; none when it is time to stop."""
+        if self._last_batch_small:
+            await wait_or_stop(stop, SMALL_BATCH_DELAY_S)
+        while not stop.is_set():
+            try:
+                entries = await reader.read()
+            except RedisError as error:
+                self._redis.record_failure(error)
+                await self._redis.back_off(stop)
+                continue
+            self._redis.record_success()
+            self.last_heartbeat = time.monotonic()
+            if entries:
+                self._last_batch_small = len(entries) < self._settings.batch_size // 2
+                return entries
+        return []
+
+    async def _commit_and_ack(
+        self, batch: Batch, reader: StreamConsumer, writer: PairWriter, stop: asyncio.Event
+    ) -> None:
+        try:
+            await self._commit_with_current_rules(batch, writer, stop)
+        except Exception as error:  # noqa: BLE001  # logged with its traceback
+            await self._retry_batch(batch.entries, error, reader, stop)
+            return
+        self.last_heartbeat = time.monotonic()
+        try:
+            await reader.acknowledge(batch.entries)
+        except RedisError as error:  # they come again, and count once
+            self._redis.record_failure(error)
+            reader.reread_pending()
+
+    async def _commit_with_current_rules(self, batch: Batch, writer: PairWriter, stop: asyncio.Event) -> None:
+        """Judge again where the rules changed in between; what was committed of it already counts once."""
+        while True:
+            try:
+                await self._commit(batch.records, batch.entries, batch.rules_version, writer, stop)
+            except StaleRulesError:
+                await self._rule_cache.refresh()
+                batch = await self._evaluate(batch.entries)
+            else:
+                if self._rechecker is not None:
+                    self._rechecker.offer(batch.records)
+                return
+
+    async def _evaluate(self, entries: Sequence[StreamEntry]) -> Batch:
+        """In a thread: a large body takes its time, and others on the loop must have theirs."""
+        rules, rules_version = self._rule_cache.rules, self._rule_cache.version
+        regular_entries = [entry for entry in entries if entry.delivery_count < MIN_SUSPECT_DELIVERIES]
+        regular_records = iter(
+            await asyncio.to_thread(lambda: [evaluate_entry(entry, rules) for entry in regular_entries])
+        )
+        records = [
+            next(regular_records)
+            if entry.delivery_count < MIN_SUSPECT_DELIVERIES
+            else await self._isolated_comparer.compare(entry, rules)
+            for entry in entries
+        ]
+        if len(regular_entries) < len(entries):
+            await self._isolated_comparer.close()
+        for record in records:
+            if record.dead_letter is not None:
+                self._log_dead_letter(record)
+        return Batch(entries, records, rules_version)
+
+    async def _commit(
+        self,
+        records: Sequence[PairRecord],
+        entries: Sequence[StreamEntry],
+        rules_version: int,
+        writer: PairWriter,
+        stop: asyncio.Event,
+    ) -> None:
+        """A batch that Postgres refuses is halved until the entry is found that it can't hold."""
+        try:
+            await self._write(records, rules_version, writer, stop)
+        except RefusedError as error:
+            if len(records) == 1:
+                await self._commit_dead_letter(entries[0], str(error), rules_version, writer, stop)
+                return
+            middle = len(records) // 2
+            await self._commit(records[:middle], entries[:middle], rules_version, writer, stop)
+            await self._commit(records[middle:], entries[middle:], rules_version, writer, stop)
+
+    async def _commit_dead_letter(
+        self, entry: StreamEntry, reason: str, rules_version: int, writer: PairWriter, stop: asyncio.Event
+    ) -> None:
+        record = undecodable_record(entry, reason)
+        self._log_dead_letter(record)
+        await self._write([record], rules_version, writer, stop)
+
+    async def _write(
+        self, records: Sequence[PairRecord], rules_version: int, writer: PairWriter, stop: asyncio.Event
+    ) -> None:
+        """Try until Postgres takes it or refuses it. What is not committed stays pending in Redis."""
+        while True:
+            try:
+                await writer.write(records, rules_version=rules_version)
+            except RefusedError:
+                raise
+            except LedgerError as error:
+                self._postgres.record_failure(error)
+                await self._postgres.back_off(stop)
+                if stop.is_set():
+                    await asyncio.sleep(0.1)  # `wait` returns at once now
+            else:
+                self._postgres.record_success()
+                return
+
+    def _log_dead_letter(self, record: PairRecord) -> None:
+        log.warning(
+            "an entry can't be read and is put apart",
+            worker=self.name,
+            service=record.service,
+            pair=record.pair_id,
+            entry=record.entry_id,
+            reason=record.result.reason,
+        )
+
+
+async def _run_until_stopped(
+    stop: asyncio.Event, work: Coroutine[None, None, None], *, grace_s: float
+) -> None:
+    """Run `work` to its end; when `stop` is set it has `grace` seconds left."""
+    work_task = asyncio.create_task(work)
+    stop_task = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({work_task, stop_task}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({work_task}, timeout=grace_s)
+        if done:
+            work_task.result()
+        else:
+            log.warning("the time to finish is over; the rest stays in redis", seconds=grace_s)
+    finally:
+        await cancel_and_wait(work_task, stop_task)

@@ -1,0 +1,201 @@
+"""What a ramp does next, from what is known. Pure.
+
+It climbs on PASS, of all that was seen since it began. It goes back on FAIL, of that or of the present step alone: a
+defect that only shows at 50% must not drown in a week of 1%. Half of alpha is for the one, half for the steps together,
+so that a ramp goes back wrongly with a probability of at most alpha. Everything else waits.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any, Literal
+
+from abreast_sidecar.rollout.completeness import MAX_PAIR_AGE_S, measure_clock_lag
+from abreast_sidecar.stats import verdict as judging
+from abreast_sidecar.stats.verdict import Budget, Completeness, EndpointCounts, Verdict
+
+RampState = Literal["progressing", "paused", "succeeded", "failed", "aborted", "superseded"]
+ActionName = Literal["wait", "step", "succeed", "roll back"]
+
+ACTIVE_STATES: tuple[RampState, ...] = ("progressing", "paused")
+ALL_USERS = 10_000  # all users, in hundredths of a percent
+MAX_STEPS = 100
+MAX_HOLD_S = 30 * 86_400.0  # seconds of a hold
+MAX_MIN_PAIRS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class RampPlan:
+    steps: tuple[int, ...]  # shares of users, in hundredths of a percent
+    hold: float = 600.0  # seconds that each step lasts at least
+    min_pairs: int = 100  # compared in a step before the next
+    budget: Budget = Budget()  # noqa: RUF009  # frozen
+
+    def __post_init__(self) -> None:
+        """Raise ValueError."""
+        if not 1 <= len(self.steps) <= MAX_STEPS:
+            raise ValueError(f"steps must be 1 to {MAX_STEPS} shares of users, got {len(self.steps)}")
+        is_rising = all(low < high for low, high in zip(self.steps, self.steps[1:], strict=False))
+        if not is_rising or not 0 < self.steps[0] <= self.steps[-1] <= ALL_USERS:
+            shares = ", ".join(format_percent(step) for step in self.steps)
+            raise ValueError(f"steps must rise, above 0% and up to 100%, got {shares}")
+        if not (isfinite(self.hold) and 0 <= self.hold <= MAX_HOLD_S):
+            raise ValueError(f"hold must be 0 to {MAX_HOLD_S:g} seconds, got {self.hold:g}")
+        if not 1 <= self.min_pairs <= MAX_MIN_PAIRS:
+            raise ValueError(f"min_pairs must be 1 to {MAX_MIN_PAIRS}, got {self.min_pairs}")
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    id: int
+    service: str
+    state: RampState
+    plan: RampPlan
+    step: int
+    actor: str
+    reason: str
+    started_at: dt.datetime
+    step_at: dt.datetime  # when the step was set, or the ramp resumed
+    ended_at: dt.datetime | None
+    version: int  # of the traffic settings that it made
+    started_gap: int | None  # what Envoy had sampled and the ledger did not have; None: unknown
+    step_gap: int | None
+    verdict: str  # of the last look; empty before the first
+    message: str
+    checked_at: dt.datetime | None
+
+    @property
+    def share(self) -> int:
+        return self.plan.steps[self.step]
+
+    @property
+    def is_last_step(self) -> bool:
+        return self.step == len(self.plan.steps) - 1
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in ACTIVE_STATES
+
+
+@dataclass(frozen=True, slots=True)
+class RampEvidence:
+    """What was seen since a moment."""
+
+    endpoints: tuple[EndpointCounts, ...]
+    completeness: Completeness
+
+    @property
+    def compared(self) -> int:
+        return sum(counts.compared for counts in self.endpoints)
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    observed_at: dt.datetime
+    since_start: RampEvidence  # since the ramp began
+    since_step: RampEvidence  # since the step was set
+    stale_counts_reason: str  # why Envoy's count can't be relied on
+    newest_pair_age_s: float | None  # seconds since the last pair was compared
+
+
+@dataclass(frozen=True, slots=True)
+class RampDecision:
+    action: ActionName
+    reason: str
+    verdict: str  # PASS, FAIL or INCONCLUSIVE
+
+
+def decide_ramp(ramp: Ramp, observation: Observation) -> RampDecision:
+    """A paused ramp goes back as well: pausing is no wish that users be hurt."""
+    if failure := _find_failure(ramp, observation):
+        return RampDecision("roll back", failure, "FAIL")
+    verdict = judging.decide_verdict(
+        observation.since_start.endpoints, observation.since_start.completeness, ramp.plan.budget
+    )
+    state = "INCONCLUSIVE" if verdict.state == "FAIL" else verdict.state  # not at the alpha of going back
+    wait_reason = _find_wait_reason(ramp, observation) or (
+        "" if state == "PASS" else _describe_doubt(verdict)
+    )
+    if wait_reason:
+        return RampDecision("wait", wait_reason, state)
+    reason = f"the verdict is PASS after {_format_number(observation.since_start.compared)} pairs, {_format_number(observation.since_step.compared)} in this step"
+    return RampDecision("succeed" if ramp.is_last_step else "step", reason, state)
+
+
+def _find_failure(ramp: Ramp, observation: Observation) -> str:
+    alpha = 1 - ramp.plan.budget.confidence
+    checks = {
+        "since the ramp began": (observation.since_start, alpha / 2),
+        f"since {format_percent(ramp.share)}": (observation.since_step, alpha / 2 / len(ramp.plan.steps)),
+    }
+    for period, (evidence, alpha_share) in checks.items():
+        budget = replace(ramp.plan.budget, confidence=1 - alpha_share)
+        verdict = judging.decide_verdict(evidence.endpoints, evidence.completeness, budget)
+        if verdict.state == "FAIL":
+            return f"the verdict {period} is FAIL: {_describe_reason(verdict)}"
+    return ""
+
+
+def _find_wait_reason(ramp: Ramp, observation: Observation) -> str:
+    """What keeps it from climbing, whatever the verdict is."""
+    if ramp.state == "paused":
+        return "paused"
+    if observation.stale_counts_reason:
+        return observation.stale_counts_reason
+    if observation.newest_pair_age_s is None or observation.newest_pair_age_s > MAX_PAIR_AGE_S:
+        return f"no pair was compared within the last {MAX_PAIR_AGE_S:g} s"
+    if clock_lag := measure_clock_lag(observation.newest_pair_age_s):
+        return f"Postgres's clock is {_format_duration(clock_lag)} behind that of the pairs"
+    if gap := _describe_gap(observation.since_step.completeness, ramp.plan.budget):
+        return gap
+    remaining_s = ramp.plan.hold - (observation.observed_at - ramp.step_at).total_seconds()
+    if remaining_s > 0:
+        return f"holds {format_percent(ramp.share)} for another {_format_duration(remaining_s)}"
+    if observation.since_step.compared < ramp.plan.min_pairs:
+        return f"{_format_number(observation.since_step.compared)} of {_format_number(ramp.plan.min_pairs)} pairs were compared in this step"
+    return ""
+
+
+def _describe_gap(completeness: Completeness, budget: Budget) -> str:
+    """Of the step alone: a ledger that was whole for a week hides an hour without captures."""
+    if completeness.sampled is None:
+        return "no Envoy's count to hold this step's requests against"
+    if completeness.accounted >= completeness.sampled * budget.min_completeness:
+        return ""
+    return (
+        f"the ledger has {_format_number(completeness.accounted)} of {_format_number(completeness.sampled)} requests sampled in this step,"
+        f" {budget.min_completeness * 100:.4g}% are asked for"
+    )
+
+
+def _describe_doubt(verdict: Verdict) -> str:
+    return f"the verdict is INCONCLUSIVE: {_describe_reason(verdict)}"
+
+
+def _describe_reason(verdict: Verdict) -> str:
+    reason = verdict.reasons[0]
+    return f"{reason.endpoint}: {reason.text}" if reason.endpoint else reason.text
+
+
+def budget_from_document(document: Mapping[str, Any]) -> Budget:
+    field_names = Budget.__dataclass_fields__
+    return Budget(**{name: value for name, value in document.items() if name in field_names})
+
+
+def format_shares(steps: Sequence[int]) -> str:
+    return ", ".join(format_percent(step) for step in steps)
+
+
+def format_percent(share: int) -> str:
+    return f"{share / 100:g}%"
+
+
+def _format_duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _format_number(value: int) -> str:
+    return f"{value:,}"

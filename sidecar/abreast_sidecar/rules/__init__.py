@@ -1,0 +1,1 @@
+"""Judges what is stored again when the rules change."""

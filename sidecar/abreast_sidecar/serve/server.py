@@ -1,0 +1,256 @@
+"""Around every call: its error becomes a status, its end a log line and a metric."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import grpc
+import structlog
+from google.protobuf import any_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from abreast.v1 import (
+    comparison_pb2,
+    comparison_pb2_grpc,
+    latency_pb2,
+    latency_pb2_grpc,
+    rule_pb2,
+    rule_pb2_grpc,
+    steering_pb2,
+    steering_pb2_grpc,
+    traffic_pb2,
+    traffic_pb2_grpc,
+)
+from abreast_sidecar.errors import (
+    ArgumentError,
+    ConflictError,
+    LedgerError,
+    NotFoundError,
+    OverbroadRuleError,
+    RedisError,
+    SchemaError,
+    ServerError,
+    SidecarError,
+)
+from abreast_sidecar.serve.http import bind_socket
+from abreast_sidecar.serve.metrics import Metrics
+from abreast_sidecar.serve.services.comparison import ComparisonServicer, LatencyServicer
+from abreast_sidecar.serve.services.rollout import RolloutServicer
+from abreast_sidecar.serve.services.rules import RuleServicer
+from abreast_sidecar.serve.services.traffic import TrafficServicer
+from abreast_sidecar.traffic.rtds import RtdsServer
+from abreast_sidecar.traffic.xds import wire_pb2 as wire
+
+ERROR_DOMAIN = "abreast"
+ERROR_INFO_TYPE_URL = "type.googleapis.com/google.rpc.ErrorInfo"
+STATUS_DETAILS_KEY = "grpc-status-details-bin"  # the trailing metadata that holds a google.rpc.Status
+
+STATUS_BY_ERROR: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
+    (ArgumentError, grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT"),
+    (OverbroadRuleError, grpc.StatusCode.FAILED_PRECONDITION, "RULE_TOO_BROAD"),
+    (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    (ConflictError, grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT"),
+    (SchemaError, grpc.StatusCode.FAILED_PRECONDITION, "LEDGER_SCHEMA"),
+    (LedgerError, grpc.StatusCode.UNAVAILABLE, "LEDGER_UNAVAILABLE"),
+    (RedisError, grpc.StatusCode.UNAVAILABLE, "REDIS_UNAVAILABLE"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorStatus:
+    code: grpc.StatusCode
+    message: str
+    reason: str  # UPPER_SNAKE
+
+    @property
+    def metadata(self) -> Iterable[tuple[str, bytes]]:
+        info = wire.ErrorInfo(reason=self.reason, domain=ERROR_DOMAIN)
+        detail = any_pb2.Any(type_url=ERROR_INFO_TYPE_URL, value=info.SerializeToString())
+        status = wire.Status(code=self.code.value[0], message=self.message, details=[detail])
+        return ((STATUS_DETAILS_KEY, status.SerializeToString()),)
+
+
+STOPPING_STATUS = ErrorStatus(grpc.StatusCode.UNAVAILABLE, "the sidecar is stopping; call again", "STOPPING")
+INTERNAL_ERROR_STATUS = ErrorStatus(
+    grpc.StatusCode.INTERNAL, "the sidecar failed; its log says how", "INTERNAL"
+)
+
+
+class StoppingError(SidecarError):
+    """Ends streams while the sidecar drains."""
+
+
+def to_error_status(error: Exception) -> ErrorStatus:
+    if isinstance(error, StoppingError):
+        return STOPPING_STATUS
+    for kind, code, reason in STATUS_BY_ERROR:
+        if isinstance(error, kind):
+            return ErrorStatus(code, str(error), reason)
+    return INTERNAL_ERROR_STATUS
+
+
+log = structlog.get_logger(__name__)
+
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
+STATUS_NAMES = {
+    number: code.name for code in grpc.StatusCode for number in (code, code.value[0])
+}  # aio tells either
+UNLOGGED_METHOD_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")  # asked again and again
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        return self._wrap(handler, handler_call_details.method)
+
+    def _wrap(self, handler: Any, method: str) -> Any:
+        # Of the four kinds a handler has one. A function that yields must stay one that yields.
+        for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
+            inner = getattr(handler, kind)
+            if inner is None:
+                continue
+            wrap_behavior = self._wrap_stream if inspect.isasyncgenfunction(inner) else self._wrap_call
+            make_handler = getattr(grpc, f"{kind}_rpc_method_handler")
+            return make_handler(
+                wrap_behavior(inner, method),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+        return handler
+
+    def _wrap_call(self, inner: Any, method: str) -> Any:
+        async def call(request: Any, context: Any) -> Any:
+            with RpcCall(method, context, self.metrics) as rpc:
+                try:
+                    return await inner(request, context)
+                except Exception as error:  # noqa: BLE001  # every error becomes a status
+                    await rpc.abort(error)
+
+        return call
+
+    def _wrap_stream(self, inner: Any, method: str) -> Any:
+        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            with RpcCall(method, context, self.metrics) as rpc:
+                try:
+                    async for response in inner(request, context):
+                        yield response
+                except Exception as error:  # noqa: BLE001  # every error becomes a status
+                    await rpc.abort(error)
+
+        return stream
+
+
+class RpcCall:
+    """One call, from its start to its end."""
+
+    def __init__(self, method: str, context: Any, metrics: Metrics) -> None:
+        self.method = method
+        self.context = context
+        self.metrics = metrics
+        self.started = time.perf_counter()
+        self.code = "OK"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            self.code = "CANCELLED"
+        seconds = time.perf_counter() - self.started
+        self.metrics.observe_call(self.method, self.code, seconds)
+        if not self.method.startswith(UNLOGGED_METHOD_PREFIXES):
+            log.debug("call", method=self.method, code=self.code, ms=round(seconds * 1000, 2))
+
+    async def abort(self, error: Exception) -> None:
+        """Raises: the call ends with a status."""
+        if isinstance(error, grpc.aio.AbortError):
+            self.code = STATUS_NAMES[self.context.code()]
+            raise error
+        error_status = to_error_status(error)
+        self.code = error_status.code.name
+        if not isinstance(error, SidecarError):
+            log.error("a call failed", method=self.method, exc_info=error)
+        elif error_status.code is grpc.StatusCode.UNAVAILABLE:
+            log.warning("a call was refused", method=self.method, code=self.code, error=error_status.message)
+        await self.context.abort(error_status.code, error_status.message, error_status.metadata)
+
+
+GRPC_SERVICE_NAMES = (
+    comparison_pb2.DESCRIPTOR.services_by_name["ComparisonService"].full_name,
+    latency_pb2.DESCRIPTOR.services_by_name["LatencyService"].full_name,
+    rule_pb2.DESCRIPTOR.services_by_name["RuleService"].full_name,
+    traffic_pb2.DESCRIPTOR.services_by_name["TrafficService"].full_name,
+    steering_pb2.DESCRIPTOR.services_by_name["SteeringService"].full_name,
+)
+GRPC_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a port in use must fail
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),  # examples carry bodies
+    ("grpc.keepalive_time_ms", 10_000),  # an Envoy whose machine is gone says no goodbye
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping as often
+)
+
+
+class GrpcServer:
+    def __init__(
+        self,
+        listen: str,
+        *,
+        comparison: ComparisonServicer,
+        traffic: TrafficServicer,
+        latency: LatencyServicer,
+        rules: RuleServicer,
+        rollout: RolloutServicer,
+        discovery: RtdsServer,
+        interceptor: Interceptor,
+    ) -> None:
+        self.listen = listen
+        self.port = 0
+        self.health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(interceptors=(interceptor,), options=GRPC_SERVER_OPTIONS)
+        comparison_pb2_grpc.add_ComparisonServiceServicer_to_server(comparison, self._server)
+        traffic_pb2_grpc.add_TrafficServiceServicer_to_server(traffic, self._server)
+        latency_pb2_grpc.add_LatencyServiceServicer_to_server(latency, self._server)
+        rule_pb2_grpc.add_RuleServiceServicer_to_server(rules, self._server)
+        steering_pb2_grpc.add_SteeringServiceServicer_to_server(rollout, self._server)
+        self._server.add_generic_rpc_handlers((discovery.build_handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        reflection.enable_server_reflection(
+            (*GRPC_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+
+    async def start(self) -> None:
+        """Raise ServerError when the port is taken."""
+        await self.set_ready(False)
+        bind_socket(
+            self.listen, "gRPC", "ABREAST_GRPC_LISTEN"
+        ).close()  # gRPC itself does not say what is wrong
+        try:
+            self.port = self._server.add_insecure_port(self.listen)
+        except RuntimeError as error:
+            raise ServerError(
+                f"can't listen on {self.listen} for gRPC; choose another with ABREAST_GRPC_LISTEN"
+            ) from error
+        await self._server.start()
+
+    async def set_ready(self, ready: bool) -> None:
+        state = health_pb2.HealthCheckResponse
+        for name in ("", *GRPC_SERVICE_NAMES):
+            await self.health.set(name, state.SERVING if ready else state.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no new calls, and give those under way so many seconds."""
+        await self._server.stop(grace_s)

@@ -1,0 +1,1 @@
+"""Servers that Abreast starts by itself, for `abreast up`, the demo and the tests."""
