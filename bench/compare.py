@@ -17,7 +17,7 @@ from rows import Row, main, row
 
 from abreast.protocol.capture import Answer, Body
 from abreast_sidecar.compare.body import diff_bodies
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.compare.values import encode_canonical
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -26,7 +26,7 @@ from pipeline import SERVICE, pairs
 from rows import Row, row
 
 from abreast.protocol.join import Keys
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.ingest.evaluate import evaluate_entry
 from abreast_sidecar.ingest.stream import StreamEntry
 from abreast_sidecar.jobs.detectors import detect_slowdowns

@@ -17,8 +17,9 @@ import yaml
 import zstandard
 
 from abreast.protocol.capture import Answer, Body, Capture, Headers, Request, Version
-from abreast_sidecar.compare.model import CompareOptions, ComparisonResult
+from abreast_sidecar.compare.model import ComparisonResult
 from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 
 CORPUS = Path(__file__).parent / "corpus"
 REMOVED = {"$removed": True}

@@ -14,9 +14,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from abreast_sidecar.envoy.render import EnvoyServer
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from abreast_sidecar.stack.process import is_answering
+from abreast_sidecar.stack.servers import EnvoyServer
 from support import eventually_async, free_ports
 from support_envoy import started, weights
 from support_rtds import RuntimeServer

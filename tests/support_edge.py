@@ -11,8 +11,8 @@ import httpx
 from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import traffic_pb2 as pb
-from abreast_sidecar.envoy.render import EnvoyServer
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
+from abreast_sidecar.stack.servers import EnvoyServer
 from support import eventually_async, free_ports
 from support_envoy import started
 from support_serve import Running

@@ -10,8 +10,9 @@ from typing import Any
 
 import httpx
 
-from abreast_sidecar.envoy.render import EnvoyServer, render
+from abreast_sidecar.envoy.render import render
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
+from abreast_sidecar.stack.servers import EnvoyServer
 from support import eventually_async, free_ports
 from support_rtds import RuntimeServer
 from support_upstream import Upstream

@@ -19,8 +19,8 @@ from abreast.protocol.capture import Request as Asked
 from abreast_demo import old
 from abreast_demo.load import UserRequest, generate_requests
 from abreast_demo.shop import Shop
-from abreast_sidecar.compare.model import CompareOptions
 from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.jobs.detectors import detect_slowdowns
 from abreast_sidecar.jobs.noise import classify_findings
 from abreast_sidecar.serve.verdicts import to_completeness as held_against

@@ -19,8 +19,8 @@ from typing import Any, Self
 
 from click.testing import CliRunner
 
-from abreast_sidecar import stack as embedded
 from abreast_sidecar.cli import abreast
+from abreast_sidecar.stack.process import find_free_port
 from support import eventually
 
 SERVICE = Path(__file__).parent / "small_service.py"
@@ -31,7 +31,7 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 
 
 def free_port() -> int:
-    while (port := embedded.find_free_port()) in TAKEN:
+    while (port := find_free_port()) in TAKEN:
         continue
     TAKEN.add(port)
     return port

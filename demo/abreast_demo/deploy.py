@@ -23,16 +23,8 @@ from abreast_demo.shop import SHOP_SERVICE
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress, StickyKey
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.stack.data import DATA_DIRECTORY_MODE
-from abreast_sidecar.stack.process import (
-    Fault,
-    ServerProcess,
-    find_free_port,
-    is_answering,
-    is_port_free,
-    kill_tree,
-    pause_fault,
-    stack_faults,
-)
+from abreast_sidecar.stack.faults import Fault, kill_tree, pause_fault, stack_faults
+from abreast_sidecar.stack.process import ServerProcess, find_free_port, is_answering, is_port_free
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from abreast_sidecar.stack.stack import Stack
 
@@ -207,7 +199,7 @@ def _start_shop(version: str, deployment: ShopDeployment) -> ServerProcess:
         [
             sys.executable,
             "-m",
-            "abreast_demo.shop",
+            "abreast_demo.service",
             "--version",
             deployment.code_by_version[version],
             "--listen",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
 import signal
-import sys
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,13 +13,11 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-import uvicorn
 from psycopg.rows import dict_row
 from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from abreast import ParallelRunMiddleware
 from abreast.cache import Cache
 from abreast.integrations.psycopg.pool import AsyncConnectionPool
 
@@ -191,55 +186,6 @@ class FaultMiddleware:
 
 SHOP_SERVICE = "shop"
 RELEASE_BY_VERSION = {"old": "shop-1.8", "new": "shop-2.0"}
-SHUTDOWN_GRACE_S = 3  # seconds to finish what is under way
-
-
-def build_app(version: str, shop: Shop) -> ASGIApp:
-    if version == "old":
-        from abreast_demo import old
-
-        starlette = old.build_starlette_app(shop)
-        starlette.add_middleware(FaultMiddleware)
-        starlette.add_middleware(ParallelRunMiddleware, service=SHOP_SERVICE)
-        return starlette
-    from abreast_demo import new
-
-    fastapi = new.build_fastapi_app(shop)
-    fastapi.add_middleware(FaultMiddleware)
-    fastapi.add_middleware(ParallelRunMiddleware, service=SHOP_SERVICE)
-    return fastapi
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m abreast_demo.shop", description="One version of the shop."
-    )
-    parser.add_argument("--version", choices=("old", "new"), required=True)
-    parser.add_argument("--listen", metavar="HOST:PORT", required=True)
-    arguments = parser.parse_args()
-    host, _, port = arguments.listen.rpartition(":")
-    missing_variables = [name for name in ("DATABASE_URL", "CACHE_URL") if not os.environ.get(name)]
-    if missing_variables or not port.isdigit():
-        sys.exit(
-            f"shop: set {' and '.join(missing_variables)}"
-            if missing_variables
-            else "shop: --listen must be host:port"
-        )
-    os.environ.setdefault("ABREAST_RELEASE", RELEASE_BY_VERSION[arguments.version])
-    FaultMiddleware.install_signal_handlers()
-    app = build_app(arguments.version, Shop(os.environ["DATABASE_URL"], os.environ["CACHE_URL"]))
-    uvicorn.run(
-        app,
-        host=host,
-        port=int(port),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
-    )
-
-
-if __name__ == "__main__":
-    main()
 
 
 SEARCH_ID_HEADER = "x-search-id"

@@ -10,11 +10,11 @@ from typing import Any
 import structlog
 
 from abreast_sidecar.aio import cancel_and_wait
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.errors import LedgerError, SchemaError
 from abreast_sidecar.ingest.pool import create_pool
-from abreast_sidecar.ingest.stream import connect_redis
 from abreast_sidecar.jobs.runner import JobRunner
+from abreast_sidecar.redis_client import connect_redis
 from abreast_sidecar.rollout.controllers import LeaderTasks
 from abreast_sidecar.rollout.service import RolloutService
 from abreast_sidecar.serve.http import HttpServer, NotReadyError, PairBacklog, Readiness

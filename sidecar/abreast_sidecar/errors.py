@@ -7,6 +7,7 @@ SidecarError
 ├── LedgerError        Postgres can't be reached or refuses
 │   ├── SchemaError    the database's schema is newer than this code, or broken
 │   └── RefusedError   Postgres is well and refuses what it was given
+├── RpcError           the sidecar answered a call with any other error
 ├── StaleRulesError    the rules changed since a batch was judged; judge it again
 ├── ArgumentError      a request asks for something impossible
 ├── BroadRuleError     a rule would hide more than it was made for
@@ -63,3 +64,7 @@ class ConflictError(SidecarError):
 
 class NotFoundError(SidecarError):
     pass
+
+
+class RpcError(SidecarError):
+    """The sidecar answered a call with an error that no other class stands for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import math
 import re
@@ -12,6 +13,8 @@ from typing import Any, Self
 from abreast_sidecar.errors import SettingError
 
 ENV_PREFIX = "ABREAST_"
+SECRET_PREFIX = "whsec_"
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
 SECRET_PATTERN = re.compile(r"(?<=://).*@|(?<=password=)('[^']*'|[^&\s]*)")  # in URLs and connection strings
 
 
@@ -74,10 +77,16 @@ def webhook_urls(value: str) -> tuple[str, ...]:
 
 
 def webhook_secret(value: str) -> str:
-    from abreast_sidecar.rollout.webhooks import decode_secret
-
-    decode_secret(value.strip())
-    return value.strip()
+    """Return a Standard Webhooks secret. The error never contains it."""
+    requirement = f"{SECRET_PREFIX} and {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes in base64"
+    secret = value.strip()
+    try:
+        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
+    except ValueError:
+        raise ValueError(requirement) from None
+    if not secret.startswith(SECRET_PREFIX) or not MIN_SECRET_BYTES <= len(key) <= MAX_SECRET_BYTES:
+        raise ValueError(requirement)
+    return secret
 
 
 def seconds(value: str) -> float:

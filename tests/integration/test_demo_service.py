@@ -27,8 +27,8 @@ from abreast_demo.planted_changes import (
     FindingLocation,
 )
 from abreast_demo.shop import ShopDatabase
-from abreast_sidecar.compare.model import CompareOptions
 from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.stack.process import ServerProcess, is_answering
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from support import eventually, find_free_port
@@ -75,7 +75,7 @@ def start(
     port = find_free_port()
     process = ServerProcess.start(
         f"shop {version}",
-        [sys.executable, "-m", "abreast_demo.shop", "--version", version, "--listen", f"127.0.0.1:{port}"],
+        [sys.executable, "-m", "abreast_demo.service", "--version", version, "--listen", f"127.0.0.1:{port}"],
         folder / f"{version}-{port}.log",
         is_ready=lambda _pid: is_answering("127.0.0.1", port, HEALTH, b" 200 OK"),
         environment={
@@ -223,7 +223,7 @@ async def test_a_second_start_changes_nothing(postgres_url: str) -> None:
 
 
 def test_a_missing_setting_gets_one_line() -> None:
-    command = [sys.executable, "-m", "abreast_demo.shop", "--version", "old", "--listen", "127.0.0.1:1"]
+    command = [sys.executable, "-m", "abreast_demo.service", "--version", "old", "--listen", "127.0.0.1:1"]
     done = subprocess.run(
         command, check=False, capture_output=True, text=True, env={"CACHE_URL": "redis://x"}
     )

@@ -21,7 +21,9 @@ from google.protobuf.duration_pb2 import Duration
 from abreast.protocol.join import Limits
 from abreast.v1 import steering_pb2 as pb
 from abreast.v1 import steering_pb2_grpc, traffic_pb2, traffic_pb2_grpc
-from abreast_sidecar.ingest.stream import StreamConsumer, connect_redis, expire_incomplete_pairs, list_shards
+from abreast_sidecar.ingest.stream import StreamConsumer
+from abreast_sidecar.jobs.streams import expire_incomplete_pairs
+from abreast_sidecar.redis_client import connect_redis, list_shards
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from abreast_sidecar.store.migrate import migrate

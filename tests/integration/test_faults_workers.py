@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from abreast.protocol.join import CONSUMER_GROUP, Keys
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.ingest.isolated import IsolatedComparer
 from abreast_sidecar.ingest.stream import StreamConsumer
 from abreast_sidecar.settings import Settings

@@ -19,13 +19,13 @@ from structlog.testing import capture_logs
 
 from abreast.protocol.join import SERVICES_KEY, reports_key
 from abreast_sidecar.compare.model import ComparisonResult
-from abreast_sidecar.ingest.stream import connect_redis
 from abreast_sidecar.jobs import envoy_counts as envoy
 from abreast_sidecar.jobs.detectors import detect_slowdowns, detect_unanswered
 from abreast_sidecar.jobs.envoy_counts import collect_envoy_counts
 from abreast_sidecar.jobs.reports import collect_reports
 from abreast_sidecar.jobs.retention import conservative_now, drop_days, open_days, trim_examples
 from abreast_sidecar.jobs.runner import JobRunner
+from abreast_sidecar.redis_client import connect_redis
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import RedisServer
 from abreast_sidecar.store.database import Connection, Database

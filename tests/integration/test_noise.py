@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 from msgspec.structs import replace
 
-from abreast_sidecar.compare.model import CompareOptions, Difference
+from abreast_sidecar.compare.model import Difference
 from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.jobs.noise import classify_findings
 from abreast_sidecar.store.database import Connection, Database
 from abreast_sidecar.store.records import PairRecord

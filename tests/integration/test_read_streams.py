@@ -10,14 +10,9 @@ from redis.asyncio import Redis
 
 from abreast.protocol.join import CONSUMER_GROUP, SERVICES_KEY, Keys, Limits
 from abreast_sidecar.errors import RedisError
-from abreast_sidecar.ingest.stream import (
-    StreamConsumer,
-    StreamEntry,
-    connect_redis,
-    delete_idle_consumers,
-    expire_incomplete_pairs,
-    list_shards,
-)
+from abreast_sidecar.ingest.stream import StreamConsumer, StreamEntry
+from abreast_sidecar.jobs.streams import delete_idle_consumers, expire_incomplete_pairs
+from abreast_sidecar.redis_client import connect_redis, list_shards
 from support import eventually_async, find_free_port
 from support_pairs import SERVICE, add_entry, pair_of, ready, send, stats
 

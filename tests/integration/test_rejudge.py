@@ -14,8 +14,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from abreast_sidecar.compare.model import CompareOptions, Difference
+from abreast_sidecar.compare.model import Difference
 from abreast_sidecar.compare.rule_document import rule_from_dict
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.errors import StaleRulesError
 from abreast_sidecar.jobs.noise import classify_findings
 from abreast_sidecar.rules.reapply import FindingIds, reapply_rules

@@ -13,7 +13,7 @@ from abreast.protocol.capture import encode
 from abreast_sidecar.errors import LedgerError, RefusedError
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import LedgerReader
-from abreast_sidecar.store.samples import read_captures
+from abreast_sidecar.store.records import read_captures
 from abreast_sidecar.store.writer import PairWriter
 from support_pairs import capture, difference, judged, one, rows
 

@@ -14,7 +14,7 @@ from abreast.v1 import comparison_pb2, comparison_pb2_grpc, traffic_pb2, traffic
 from abreast_sidecar.app import serve
 from abreast_sidecar.cli.doctor import postgres as checks
 from abreast_sidecar.errors import LedgerError
-from abreast_sidecar.ingest.stream import connect_redis
+from abreast_sidecar.redis_client import connect_redis
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store import database
 from abreast_sidecar.store.database import Database

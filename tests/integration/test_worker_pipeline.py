@@ -16,8 +16,9 @@ from msgspec import structs
 
 from abreast.protocol.capture import encode
 from abreast.protocol.join import CONSUMER_GROUP, Keys, Limits
-from abreast_sidecar.ingest.stream import connect_redis, expire_incomplete_pairs
 from abreast_sidecar.jobs.runner import JobRunner
+from abreast_sidecar.jobs.streams import expire_incomplete_pairs
+from abreast_sidecar.redis_client import connect_redis
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from abreast_sidecar.store.migrate import migrate

@@ -17,7 +17,7 @@ from abreast_sidecar.cli import findings as finding
 from abreast_sidecar.cli import pairs as answers
 from abreast_sidecar.cli import pairs as curl
 from abreast_sidecar.cli import pairs as pair
-from abreast_sidecar.cli import report as timeline
+from abreast_sidecar.cli import pairs as timeline
 from abreast_sidecar.cli import traffic as shift
 from abreast_sidecar.client.output import Console
 from support_sidecar import NOW

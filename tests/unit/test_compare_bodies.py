@@ -27,8 +27,9 @@ from abreast_sidecar.compare.json_diff import (
     match_elements,
 )
 from abreast_sidecar.compare.markup import NotMarkupError, read_html, read_xml
-from abreast_sidecar.compare.model import CompareOptions, ComparisonResult, is_map
+from abreast_sidecar.compare.model import ComparisonResult, is_map
 from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 from captures import capture
 
 LIMIT = 1_000_000
@@ -267,7 +268,7 @@ def serialised(monkeypatch: pytest.MonkeyPatch, old: Any, new: Any) -> int:
         total += len(made)
         return made
 
-    for module in ("array", "value"):
+    for module in ("json_diff", "values"):
         monkeypatch.setattr(f"abreast_sidecar.compare.{module}.dumps", counted)
     JsonDiff(200).compare(old, new)
     return total

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from abreast.protocol.capture import Answer, Body, Capture, Request, Version
-from abreast_sidecar.compare.model import CompareOptions
 from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 
 JSON, HTML, TEXT = (("content-type", kind) for kind in ("application/json", "text/html", "text/plain"))
 PAGE = b"<html><body><h1>Oops</h1></body></html>"

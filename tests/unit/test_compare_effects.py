@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from abreast.protocol.capture import Capture, Version
-from abreast_sidecar.compare.model import CompareOptions, ComparisonResult, Difference
+from abreast_sidecar.compare.model import ComparisonResult, Difference
 from abreast_sidecar.compare.pair import compare_pair
-from abreast_sidecar.compare.rules import Rule, RuleSet
+from abreast_sidecar.compare.rules import CompareOptions, Rule, RuleSet
 from abreast_sidecar.compare.volatile import is_explained_by_shape
 from captures import capture
 

@@ -16,7 +16,7 @@ from abreast.protocol.capture import Answer, Body, Headers
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
 from abreast_sidecar.compare.content import parse_media_type
 from abreast_sidecar.compare.json_diff import JsonDiff
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 
 SMALL, LARGE = 500, 1000  # items of a body
 LINEAR = 1.3  # times as many steps as twice the items should take

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.compare.model import CompareOptions
 from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.compare.volatile import classify_anomaly
 from captures import capture
 

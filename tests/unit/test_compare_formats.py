@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from abreast.protocol.capture import Answer, Body
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 
 # Each with a place for a word; what is written around it is the format's.
 PLACES: dict[str, list[str]] = {

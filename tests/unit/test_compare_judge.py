@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast.protocol.capture import Body, Capture, Headers, digest
-from abreast_sidecar.compare.model import CompareOptions, ComparisonResult
+from abreast_sidecar.compare.model import ComparisonResult
 from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 from captures import JSON, capture
 
 RULES = CompareOptions()

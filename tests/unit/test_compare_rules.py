@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from msgspec.structs import replace
 
-from abreast_sidecar.compare.model import CompareOptions, ComparisonResult
+from abreast_sidecar.compare.model import ComparisonResult
 from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rule_document import RuleError, parse_rules, rule_from_dict, rule_to_dict
 from abreast_sidecar.compare.rules import (
     ACTIONS,
     MAX_CACHED_SCOPES,
+    CompareOptions,
     RuleScope,
     RuleSet,
     compile_path_pattern,

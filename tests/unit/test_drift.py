@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.compare.model import CompareOptions
 from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.stats.drift import find_state_drift
 from captures import capture
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from abreast.protocol.capture import encode
 from abreast.protocol.join import Keys
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.ingest.evaluate import evaluate_entry
 from abreast_sidecar.ingest.stream import MAX_ENTRY_MS, StreamEntry, parse_entry
 from support_pairs import SERVICE, capture

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from standardwebhooks import Webhook, WebhookVerificationError
 
 from abreast_sidecar.errors import SettingError
-from abreast_sidecar.rollout.webhooks import decode_secret, is_verified, make_signature_headers
+from abreast_sidecar.rollout.webhooks import make_signature_headers
 from abreast_sidecar.settings import Settings
 
 SECRET = (
     "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # the vector that libraries of Standard Webhooks are tested with
 )
-SENT = 1614265330
+SENT = datetime.fromtimestamp(1614265330, UTC)
 
 
 def test_the_vector_of_the_scheme() -> None:
@@ -21,39 +22,29 @@ def test_the_vector_of_the_scheme() -> None:
 
     assert made == {
         "webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek",
-        "webhook-timestamp": str(SENT),
+        "webhook-timestamp": "1614265330",
         "webhook-signature": "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
     }
 
 
-@given(st.binary(), st.binary())
-def test_only_the_very_body_is_verified(body: bytes, other: bytes) -> None:
-    made = make_signature_headers(SECRET, "msg_1", SENT, body)
+def test_make_signature_headers_verifies_only_for_its_body_and_secret() -> None:
+    headers = make_signature_headers(SECRET, "msg_1", datetime.now(UTC), '{"reason": "größer"}'.encode())
 
-    assert is_verified(SECRET, made, body, SENT)
-    assert is_verified(SECRET, made, other, SENT) == (body == other)
-
-
-def test_what_is_old_of_another_or_without_a_header_is_not() -> None:
-    made = make_signature_headers(SECRET, "msg_1", SENT, b"{}")
-    several = made | {"webhook-signature": "v1,AAAA " + made["webhook-signature"]}
-
-    assert is_verified(SECRET, several, b"{}", SENT + 299)
-    assert not is_verified(SECRET, made, b"{}", SENT + 301)
-    assert not is_verified("whsec_" + "A" * 32, made, b"{}", SENT)
-    assert not any(is_verified(SECRET, made | {name: ""}, b"{}", SENT) for name in made)
+    Webhook(SECRET).verify('{"reason": "größer"}', headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook(SECRET).verify('{"reason": "other"}', headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook("whsec_" + "A" * 32).verify('{"reason": "größer"}', headers)
 
 
 @pytest.mark.parametrize(
     "secret", ["hunter2", "whsec_", "whsec_c2hvcnQ=", "whsec_not base64!", "whsec_" + "A" * 200]
 )
 def test_a_secret_that_is_none_is_refused_and_not_shown(secret: str) -> None:
-    with pytest.raises(ValueError, match="whsec_ and 24 to 64 bytes in base64") as caught:
-        decode_secret(secret)
     with pytest.raises(SettingError, match="ABREAST_WEBHOOK_SECRET must be whsec_ and 24") as told:
         Settings.from_environment({"ABREAST_WEBHOOK_SECRET": secret})
 
-    assert secret == "whsec_" or secret not in f"{caught.value} {told.value}"
+    assert secret == "whsec_" or secret not in str(told.value)
 
 
 def test_receivers_without_a_secret_are_refused() -> None:

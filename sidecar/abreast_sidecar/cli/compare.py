@@ -14,9 +14,10 @@ import click
 from abreast.protocol.capture import Answer, Body, Capture, Headers, Request, Version
 from abreast_sidecar.cli.exit_codes import ExitCode
 from abreast_sidecar.client.output import format_quantity, to_printable
-from abreast_sidecar.compare.model import CompareOptions, ComparisonResult, Difference
+from abreast_sidecar.compare.model import ComparisonResult, Difference
 from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rule_document import RuleError, parse_rules
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.compare.values import NotJsonError, parse
 from abreast_sidecar.errors import ArgumentError
 

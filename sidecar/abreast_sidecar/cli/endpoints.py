@@ -10,7 +10,15 @@ from rich.table import Table
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import latency_pb2 as latency_api
-from abreast_sidecar.cli.options import SHARE_TYPE, limit_option, since_option, until_option
+from abreast_sidecar.cli.options import (
+    SHARE_TYPE,
+    connection_options,
+    json_option,
+    limit_option,
+    service_option,
+    since_option,
+    until_option,
+)
 from abreast_sidecar.client.output import (
     Console,
     endpoint_name,
@@ -27,10 +35,7 @@ from abreast_sidecar.client.sidecar_client import (
     Calls,
     SidecarClient,
     build_time_window,
-    connection_options,
-    json_option,
     print_json,
-    service_option,
     split_page_sizes,
 )
 

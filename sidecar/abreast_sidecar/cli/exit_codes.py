@@ -44,10 +44,6 @@ EXIT_MEANINGS = {
 }
 
 
-class RpcError(SidecarError):
-    """The sidecar answered a call with an error that is none of the others."""
-
-
 EXIT_BY_ERROR: tuple[tuple[type[SidecarError], ExitCode], ...] = (
     (SettingError, ExitCode.USAGE),
     (ArgumentError, ExitCode.USAGE),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
+import getpass
 import re
+import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from abreast_sidecar import settings
+from abreast_sidecar.client.sidecar_client import SidecarClient
 
 SECONDS_PER_UNIT = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}  # seconds
 MIN_ROUNDED_AGE = dt.timedelta(hours=6)
@@ -125,3 +129,55 @@ until_option = click.option("--until", type=MOMENT_TYPE, help="Only requests bef
 limit_option = click.option(
     "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many."
 )
+
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def connection_options(command: Command) -> Command:
+    """Options --address and --timeout, handed to the command as `link`."""
+
+    @functools.wraps(command)
+    def with_link(*args: Any, address: str, timeout: float, **kwargs: Any) -> Any:
+        return command(*args, link=SidecarClient(address, timeout), **kwargs)
+
+    click.option(
+        "--timeout", type=SECONDS_TYPE, default=10.0, show_default=True, help="Seconds to wait for an answer."
+    )(with_link)
+    click.option(
+        "--address",
+        type=TARGET_TYPE,
+        default=DEFAULT_ADDRESS,
+        envvar="ABREAST_SIDECAR",
+        show_default=True,
+        show_envvar=True,
+        help="The sidecar's gRPC.",
+    )(with_link)
+    return with_link  # type: ignore[return-value]  # the same command with two options more
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+service_option = click.option(
+    "--service", default="", help="The service; may be left out where only one has an Envoy, or is known."
+)
+
+
+reason_option = click.option("--reason", required=True, help="Why, for the record.")
+
+
+actor_option = click.option("--actor", default=None, help="Who, for the record.  [default: user@host]")
+
+
+def default_actor(actor: str | None) -> str:
+    if actor is not None:
+        return actor
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"

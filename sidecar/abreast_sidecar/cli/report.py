@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -14,15 +14,11 @@ from typing import Any
 import click
 from google.protobuf.timestamp_pb2 import Timestamp
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from rich.table import Table
-from rich.text import Text
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
-from abreast.v1 import rule_pb2
+from abreast.v1 import rule_pb2, traffic_pb2
 from abreast_sidecar.cli.findings import (
-    ReportEvidence,
-    collect_evidence,
     format_cause,
     format_difference,
     format_explanation,
@@ -30,138 +26,29 @@ from abreast_sidecar.cli.findings import (
     format_releases,
     status_name,
 )
+from abreast_sidecar.cli.options import (
+    connection_options,
+)
 from abreast_sidecar.cli.pairs import build_curl_line
 from abreast_sidecar.cli.verdict import format_pairs_to_pass, verdict_options
 from abreast_sidecar.client.output import (
     MAX_TABLE_VALUE_CHARS,
-    STYLE_BY_WORD,
     endpoint_name,
     format_count,
     format_duration,
     format_location,
     format_percent,
-    format_seconds,
     impact_name,
     kind_name,
-    make_table,
     outcome_name,
-    role_name,
     to_printable,
-    version_name,
 )
-from abreast_sidecar.client.sidecar_client import SidecarClient, connection_options
+from abreast_sidecar.client.sidecar_client import (
+    MAX_PAGE_ROWS,
+    Calls,
+    SidecarClient,
+)
 from abreast_sidecar.errors import SettingError
-
-MIN_BAR_COLUMNS, MAX_BAR_COLUMNS = 16, 60  # columns of the bars
-TIMELINE_TEXT_COLUMNS = 52  # columns beside the bars and the notes
-BAR_COLUMN_INDEX = 4  # the column they are in
-WAITING_MARK, SENDING_MARK = "─", "█"
-USUAL_NAME_CHARS = 14  # characters, as `old baseline 2`
-MAX_SPAN_NAME_CHARS = 40  # characters of what was asked
-
-
-@dataclass(frozen=True)
-class TimelineSpan:
-    """Seconds since the first arrival. `first_byte` is None where no answer began."""
-
-    name: str
-    style: str
-    arrival: float
-    first_byte: float | None
-    end: float
-    note: str = ""
-    children: tuple[TimelineSpan, ...] = ()  # what it asked of others, by the time it asked
-
-
-def build_timeline_spans(captures: Sequence[api.CaptureDetail]) -> list[TimelineSpan]:
-    """Ordered by arrival. The clocks of two machines may differ by more than the bars show."""
-    arrivals = [capture.started.ToNanoseconds() / 1e9 for capture in captures]
-    first_arrival = min(arrivals, default=0.0)
-    timeline_spans = [
-        _build_capture_span(capture, arrival - first_arrival)
-        for capture, arrival in zip(captures, arrivals, strict=True)
-    ]
-    return sorted(timeline_spans, key=lambda span: span.arrival)
-
-
-def _build_capture_span(capture: api.CaptureDetail, arrival: float) -> TimelineSpan:
-    first_byte = (
-        arrival + capture.first_byte.ToNanoseconds() / 1e9 if capture.HasField("first_byte") else None
-    )
-    version = version_name(capture.version)
-    attempt = f" {capture.attempt}" if capture.attempt > 1 else ""
-    notes = [f"raised {capture.raised}"] if capture.raised else []
-    if capture.client_left:
-        notes.append("the client left")
-    if capture.hops and capture.role != common.ROLE_LIVE:
-        notes.append("dropped by Envoy")
-    return TimelineSpan(
-        name=f"{version} {role_name(capture.role)}{attempt}",
-        style=STYLE_BY_WORD.get(version, ""),
-        arrival=arrival,
-        first_byte=first_byte,
-        end=max(arrival + capture.total.ToNanoseconds() / 1e9, first_byte or arrival),
-        note=", ".join(notes),
-        children=tuple(
-            sorted((_build_child_span(hop, arrival) for hop in capture.hops), key=lambda span: span.arrival)
-        ),
-    )
-
-
-def _build_child_span(child: api.Hop, arrival: float) -> TimelineSpan:
-    start = arrival + child.start.ToNanoseconds() / 1e9
-    end = start + child.duration.ToNanoseconds() / 1e9
-    return TimelineSpan(
-        f"→ {child.kind} {child.name}"[:MAX_SPAN_NAME_CHARS], "dim", start, None, end, child.note
-    )
-
-
-def build_timeline_table(captures: Sequence[api.CaptureDetail], width: int) -> Table:
-    """One row a capture, and one for each thing it asked of others: arrival, first byte and end, and a bar of both."""
-    rows = [row for span in build_timeline_spans(captures) for row in (span, *span.children)]
-    total_s = max((span.end for span in rows), default=0.0)
-    note_columns = max((len(span.note) for span in rows), default=0)
-    extra_name_columns = max((len(span.name) - USUAL_NAME_CHARS for span in rows), default=0)
-    bar_columns = max(
-        MIN_BAR_COLUMNS,
-        min(MAX_BAR_COLUMNS, width - TIMELINE_TEXT_COLUMNS - note_columns - max(0, extra_name_columns)),
-    )
-    table = make_table(
-        "",
-        "arrived",
-        "first byte",
-        "end",
-        "",
-        "",
-        numeric_columns=frozenset({"arrived", "first byte", "end"}),
-    )
-    table.columns[BAR_COLUMN_INDEX].no_wrap = True  # notes wrap, where all is too narrow
-    for span in rows:
-        first_byte_text = "-" if span.first_byte is None else format_seconds(span.first_byte)
-        table.add_row(
-            Text(to_printable(span.name), span.style),
-            "+" + format_seconds(span.arrival),
-            first_byte_text,
-            format_seconds(span.end),
-            draw_bar(span, total_s, bar_columns),
-            to_printable(span.note),
-        )
-    return table
-
-
-def draw_bar(span: TimelineSpan, total_s: float, columns: int) -> Text:
-    """Waiting for the first byte, then sending; each as wide as its share of the whole, and never invisible."""
-
-    def to_column(moment: float) -> int:
-        return min(columns - 1, int(moment / total_s * columns)) if total_s else 0
-
-    start, end = to_column(span.arrival), to_column(span.end) + 1
-    first_byte_column = end if span.first_byte is None else min(to_column(span.first_byte), end - 1)
-    return Text(
-        " " * start + WAITING_MARK * (first_byte_column - start) + SENDING_MARK * (end - first_byte_column),
-        span.style,
-    )
-
 
 MAX_WAIVED_ROWS = 1000  # rows shown; the JSON file has all
 MAX_EXAMPLE_DIFFERENCES = 5  # of a finding, in its example
@@ -342,3 +229,92 @@ def build_json_report(evidence: ReportEvidence, written_at: dt.datetime) -> dict
         },
         "traffic_events": [to_plain(item) for item in evidence.events],
     }
+
+
+@dataclass(frozen=True)
+class ReportEvidence:
+    """`findings` count, `waived` don't: noise, and what people said is expected or fixed. `rules` hold for the service."""
+
+    request: api.GetVerdictRequest
+    verdict: api.GetVerdictResponse
+    summary: api.GetSummaryResponse
+    traffic: traffic_pb2.Traffic
+    endpoints: list[api.EndpointSummary]
+    findings: list[api.Finding]
+    waived: list[api.Finding]
+    rules: list[rule_pb2.Rule]
+    details: dict[int, api.GetFindingResponse]  # by finding, each with its smallest example at most
+    events: list[traffic_pb2.TrafficEvent]
+
+
+async def collect_evidence(
+    calls: Calls, request: api.GetVerdictRequest, example_limit: int
+) -> ReportEvidence:
+    """`examples`: of so many findings."""
+    comparison, traffic, timeout = calls.comparison, calls.traffic, calls.timeout_s
+    verdict = await comparison.GetVerdict(request, timeout=timeout)
+    service = verdict.service
+    scope: dict[str, Any] = {"service": service}
+    if request.HasField("window"):
+        scope["window"] = request.window
+    findings = await _fetch_all_rows(
+        comparison.ListFindings, api.ListFindingsRequest(**scope), "findings", timeout
+    )
+    explained_request = api.ListFindingsRequest(**scope, only_explained=True)
+    return ReportEvidence(
+        request=request,
+        verdict=verdict,
+        summary=await comparison.GetSummary(api.GetSummaryRequest(**scope), timeout=timeout),
+        traffic=await _fetch_traffic_state(calls, service),
+        endpoints=await _fetch_all_rows(
+            comparison.ListEndpoints, api.ListEndpointsRequest(**scope), "endpoints", timeout
+        ),
+        findings=findings,
+        waived=await _fetch_all_rows(comparison.ListFindings, explained_request, "findings", timeout),
+        rules=[
+            rule
+            for rule in await _fetch_all_rows(
+                calls.rules.ListRules, rule_pb2.ListRulesRequest(), "rules", timeout
+            )
+            if rule.service in {"", service} or "*" in rule.service
+        ],
+        details=await _fetch_finding_details(calls, findings[:example_limit]),
+        events=await _fetch_all_rows(
+            traffic.ListTrafficEvents,
+            traffic_pb2.ListTrafficEventsRequest(service=service),
+            "events",
+            timeout,
+        ),
+    )
+
+
+async def _fetch_all_rows(
+    call: Callable[..., Awaitable[Any]], request: Any, field: str, timeout: float
+) -> list[Any]:
+    items: list[Any] = []
+    request.page_size = MAX_PAGE_ROWS
+    while True:
+        page = await call(request, timeout=timeout)
+        items.extend(getattr(page, field))
+        if not page.next_page_token:
+            return items
+        request.page_token = page.next_page_token
+
+
+async def _fetch_traffic_state(calls: Calls, service: str) -> traffic_pb2.Traffic:
+    request = traffic_pb2.GetTrafficRequest(service=service)
+    return (await calls.traffic.GetTraffic(request, timeout=calls.timeout_s)).traffic
+
+
+async def _fetch_finding_details(
+    calls: Calls, findings: Iterable[api.Finding]
+) -> dict[int, api.GetFindingResponse]:
+    """Without bodies: differences say what matters."""
+    details = {}
+    for finding in findings:
+        request = api.GetFindingRequest(id=finding.id)
+        details[finding.id] = detail = await calls.comparison.GetFinding(request, timeout=calls.timeout_s)
+        del detail.examples[1:]
+        for example in detail.examples:
+            del example.captures[:]
+    return details

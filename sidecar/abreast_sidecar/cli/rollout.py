@@ -15,8 +15,18 @@ from rich.text import Text
 from abreast.v1 import comparison_pb2
 from abreast.v1 import steering_pb2 as api
 from abreast_sidecar.cli.exit_codes import ExitCode
-from abreast_sidecar.cli.options import EXCESS_TYPE, SHARE_TYPE, SPAN_TYPE, ParserParamType
-from abreast_sidecar.cli.traffic import actor_option, default_actor, reason_option
+from abreast_sidecar.cli.options import (
+    EXCESS_TYPE,
+    SHARE_TYPE,
+    SPAN_TYPE,
+    ParserParamType,
+    actor_option,
+    connection_options,
+    default_actor,
+    json_option,
+    reason_option,
+    service_option,
+)
 from abreast_sidecar.client.output import (
     Console,
     format_age,
@@ -28,14 +38,7 @@ from abreast_sidecar.client.output import (
     style_text,
     to_printable,
 )
-from abreast_sidecar.client.sidecar_client import (
-    Calls,
-    SidecarClient,
-    connection_options,
-    json_option,
-    print_json,
-    service_option,
-)
+from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, print_json
 from abreast_sidecar.settings import share
 
 GUARD_RULES = ("errors", "mismatches", "slower")

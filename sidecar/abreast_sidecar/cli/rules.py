@@ -14,8 +14,15 @@ from rich.text import Text
 
 from abreast.v1 import rule_pb2 as api
 from abreast_sidecar.cli.exit_codes import ExitCode
-from abreast_sidecar.cli.options import SECONDS_PER_UNIT, SPAN_PATTERN, limit_option
-from abreast_sidecar.cli.traffic import actor_option, default_actor
+from abreast_sidecar.cli.options import (
+    SECONDS_PER_UNIT,
+    SPAN_PATTERN,
+    actor_option,
+    connection_options,
+    default_actor,
+    json_option,
+    limit_option,
+)
 from abreast_sidecar.client.output import (
     endpoint_name,
     format_count,
@@ -27,14 +34,7 @@ from abreast_sidecar.client.output import (
     style_text,
     to_printable,
 )
-from abreast_sidecar.client.sidecar_client import (
-    Calls,
-    SidecarClient,
-    connection_options,
-    json_option,
-    print_json,
-    split_page_sizes,
-)
+from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, print_json, split_page_sizes
 from abreast_sidecar.compare.model import Kind
 from abreast_sidecar.compare.rule_document import RuleError, parse_rules, rule_to_dict
 from abreast_sidecar.compare.rule_document import parse_share as parsed_share

@@ -12,7 +12,13 @@ from rich.text import Text
 
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import traffic_pb2
-from abreast_sidecar.cli.options import since_option, until_option
+from abreast_sidecar.cli.options import (
+    connection_options,
+    json_option,
+    service_option,
+    since_option,
+    until_option,
+)
 from abreast_sidecar.cli.rollout import RolloutStatus, fetch_rollout_status, format_rollout_lines
 from abreast_sidecar.client.output import (
     Console,
@@ -28,15 +34,7 @@ from abreast_sidecar.client.output import (
     style_text,
     to_printable,
 )
-from abreast_sidecar.client.sidecar_client import (
-    Calls,
-    SidecarClient,
-    build_time_window,
-    connection_options,
-    json_option,
-    message_to_json,
-    service_option,
-)
+from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, build_time_window, message_to_json
 
 EMPTY_STATUS_TEXT = (
     "nothing has been compared yet; send requests through Envoy, and if this stays so: abreast doctor"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import getpass
-import socket
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -15,7 +13,16 @@ from rich.table import Table
 
 from abreast.v1 import traffic_pb2 as api
 from abreast_sidecar.cli.exit_codes import ExitCode
-from abreast_sidecar.cli.options import SHARE_TYPE, limit_option
+from abreast_sidecar.cli.options import (
+    SHARE_TYPE,
+    actor_option,
+    connection_options,
+    default_actor,
+    json_option,
+    limit_option,
+    reason_option,
+    service_option,
+)
 from abreast_sidecar.cli.rollout import (
     RolloutStatus,
     fetch_rollout_status,
@@ -33,15 +40,7 @@ from abreast_sidecar.client.output import (
     style_text,
     to_printable,
 )
-from abreast_sidecar.client.sidecar_client import (
-    Calls,
-    SidecarClient,
-    connection_options,
-    json_option,
-    print_json,
-    service_option,
-    split_page_sizes,
-)
+from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, print_json, split_page_sizes
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.stack.data import find_run
 
@@ -51,9 +50,6 @@ TRAFFIC_SHARE_LABELS = {
     "sample_unsafe": "other methods mirrored",
     "baseline_share": "baseline (of the mirrored)",
 }
-
-reason_option = click.option("--reason", required=True, help="Why, for the record.")
-actor_option = click.option("--actor", default=None, help="Who, for the record.  [default: user@host]")
 
 
 class TrafficChange(Protocol):
@@ -65,16 +61,6 @@ class TrafficChange(Protocol):
     def envoys(self) -> Iterable[api.EnvoyState]: ...
     @property
     def others_unknown(self) -> str: ...
-
-
-def default_actor(actor: str | None) -> str:
-    if actor is not None:
-        return actor
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"
 
 
 def print_traffic_change(

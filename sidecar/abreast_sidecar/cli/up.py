@@ -25,9 +25,9 @@ from abreast_sidecar.cli.doctor import envoy as envoy_checks
 from abreast_sidecar.cli.doctor.check import UnreachableError
 from abreast_sidecar.cli.doctor.redis import parse_report
 from abreast_sidecar.cli.doctor.services import ServiceProcess
-from abreast_sidecar.cli.options import SHARE_TYPE, ParserParamType
+from abreast_sidecar.cli.options import DEFAULT_ADDRESS, SHARE_TYPE, ParserParamType
 from abreast_sidecar.client.output import format_percent, to_printable
-from abreast_sidecar.client.sidecar_client import DEFAULT_ADDRESS, SidecarClient
+from abreast_sidecar.client.sidecar_client import SidecarClient
 from abreast_sidecar.envoy import settings as envoy
 from abreast_sidecar.errors import ServerError, SettingError
 from abreast_sidecar.settings import ENV_PREFIX, text

@@ -13,7 +13,14 @@ from rich.text import Text
 
 from abreast.v1 import comparison_pb2 as api
 from abreast_sidecar.cli.exit_codes import ExitCode
-from abreast_sidecar.cli.options import SHARE_TYPE, since_option, until_option
+from abreast_sidecar.cli.options import (
+    SHARE_TYPE,
+    connection_options,
+    json_option,
+    service_option,
+    since_option,
+    until_option,
+)
 from abreast_sidecar.client.output import (
     Console,
     endpoint_name,
@@ -23,14 +30,7 @@ from abreast_sidecar.client.output import (
     style_text,
     to_printable,
 )
-from abreast_sidecar.client.sidecar_client import (
-    SidecarClient,
-    build_time_window,
-    connection_options,
-    json_option,
-    print_json,
-    service_option,
-)
+from abreast_sidecar.client.sidecar_client import SidecarClient, build_time_window, print_json
 
 BUDGET_FIELDS = tuple(api.Budget.DESCRIPTOR.fields_by_name)
 EXIT_BY_VERDICT = {

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import functools
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
-from abreast_sidecar.cli.exit_codes import RpcError
-from abreast_sidecar.cli.options import SECONDS_TYPE, TARGET_TYPE
-from abreast_sidecar.errors import ArgumentError, NotFoundError, ServerError, SidecarError
+from abreast_sidecar.errors import ArgumentError, NotFoundError, RpcError, ServerError, SidecarError
 
 if TYPE_CHECKING:
     import grpc
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
     )
 
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # bytes; examples carry bodies
 MAX_PAGE_ROWS = 1000  # rows
 CHANNEL_OPTIONS = (
@@ -38,7 +34,6 @@ CHANNEL_OPTIONS = (
 )
 
 Response = TypeVar("Response")
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -121,28 +116,6 @@ def _describe_unavailable(error: grpc.aio.AioRpcError, details: str, address: st
     return f"no sidecar answers at {address} ({details}); {advice}"
 
 
-def connection_options(command: Command) -> Command:
-    """Options --address and --timeout, handed to the command as `link`."""
-
-    @functools.wraps(command)
-    def with_link(*args: Any, address: str, timeout: float, **kwargs: Any) -> Any:
-        return command(*args, link=SidecarClient(address, timeout), **kwargs)
-
-    click.option(
-        "--timeout", type=SECONDS_TYPE, default=10.0, show_default=True, help="Seconds to wait for an answer."
-    )(with_link)
-    click.option(
-        "--address",
-        type=TARGET_TYPE,
-        default=DEFAULT_ADDRESS,
-        envvar="ABREAST_SIDECAR",
-        show_default=True,
-        show_envvar=True,
-        help="The sidecar's gRPC.",
-    )(with_link)
-    return with_link  # type: ignore[return-value]  # the same command with two options more
-
-
 def build_time_window(since: dt.datetime | None, until: dt.datetime | None) -> common_pb2.TimeWindow | None:
     from abreast.v1 import common_pb2
 
@@ -163,12 +136,6 @@ def split_page_sizes(limit: int) -> Iterator[int]:
     while limit > 0:
         yield min(limit, MAX_PAGE_ROWS)
         limit -= MAX_PAGE_ROWS
-
-
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-service_option = click.option(
-    "--service", default="", help="The service; may be left out where only one has an Envoy, or is known."
-)
 
 
 def print_json(message: Message, *, indent: int | None = 2) -> None:

@@ -23,7 +23,8 @@ from abreast_sidecar.compare.content import (
 from abreast_sidecar.compare.content import decode_text as text_of
 from abreast_sidecar.compare.headers import get_header
 from abreast_sidecar.compare.json_diff import JsonDiff, JsonTextDiff
-from abreast_sidecar.compare.model import CompareOptions, Difference, Impact, Kind
+from abreast_sidecar.compare.model import Difference, Impact, Kind
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.compare.values import parse, render_value
 
 

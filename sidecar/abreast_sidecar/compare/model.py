@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,7 +15,7 @@ from abreast.protocol.capture import Capture
 from abreast_sidecar.compare.values import parse_raw, render_value
 
 if TYPE_CHECKING:
-    from abreast_sidecar.compare.rules import RuleSet
+    pass
 
 
 # The end of a longer word is no id; a key or segment that is one as a whole is.
@@ -268,22 +267,6 @@ class Difference(Struct, frozen=True, eq=False):
 
 
 _RECORD_FIELDS = ("part", "path", "place", "kind", "impact", "old", "new", "explained_by", "hint")
-
-
-@dataclass(frozen=True, slots=True)
-class CompareOptions:
-    """What the user set about comparing."""
-
-    volatile_headers: frozenset[str] = VOLATILE_HEADERS  # lower case
-    max_differences: int = 200  # of one pair; what is beyond says nothing new
-    max_decoded_bytes: int = 16 * 1024 * 1024  # bytes of a compressed body, decoded
-    max_work: int = 600_000  # steps (compare.effort): what is beyond is compared as a whole
-    rule_set: RuleSet | None = None  # those of the user that hold today
-
-    @classmethod
-    def with_ignored_headers(cls, headers: tuple[str, ...]) -> CompareOptions:
-        """The default rules, and these response headers not compared."""
-        return cls(volatile_headers=VOLATILE_HEADERS | {name.lower() for name in headers})
 
 
 class ComparisonResult(Struct, frozen=True):

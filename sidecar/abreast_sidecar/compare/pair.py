@@ -17,15 +17,8 @@ from abreast_sidecar.compare.body import (
 )
 from abreast_sidecar.compare.effects import EFFECTS_DROPPED_NOTE, diff_effects
 from abreast_sidecar.compare.headers import diff_headers, diff_trailers, diff_validators, get_header
-from abreast_sidecar.compare.model import (
-    CompareOptions,
-    ComparisonResult,
-    Difference,
-    Kind,
-    Outcome,
-    normalise_route,
-)
-from abreast_sidecar.compare.rules import RuleScope, RuleSet
+from abreast_sidecar.compare.model import ComparisonResult, Difference, Kind, Outcome, normalise_route
+from abreast_sidecar.compare.rules import CompareOptions, RuleScope, RuleSet
 from abreast_sidecar.compare.values import render_value
 from abreast_sidecar.compare.volatile import classify_anomalies as told_by_form
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import orjson
 from msgspec.structs import replace
 
-from abreast_sidecar.compare.model import Difference, Kind, Part
+from abreast_sidecar.compare.model import VOLATILE_HEADERS, Difference, Kind, Part
 
 Action = Literal["ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage"]
 ACTIONS: tuple[Action, ...] = ("ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage")
@@ -265,3 +265,19 @@ def _equals_json(text: str | None, expected: Any) -> bool:
         return False
     value = _parse_json(text)
     return type(value) is type(expected) and bool(value == expected)
+
+
+@dataclass(frozen=True, slots=True)
+class CompareOptions:
+    """What the user set about comparing."""
+
+    volatile_headers: frozenset[str] = VOLATILE_HEADERS  # lower case
+    max_differences: int = 200  # of one pair; what is beyond says nothing new
+    max_decoded_bytes: int = 16 * 1024 * 1024  # bytes of a compressed body, decoded
+    max_work: int = 600_000  # steps (compare.effort): what is beyond is compared as a whole
+    rule_set: RuleSet | None = None  # those of the user that hold today
+
+    @classmethod
+    def with_ignored_headers(cls, headers: tuple[str, ...]) -> CompareOptions:
+        """The default rules, and these response headers not compared."""
+        return cls(volatile_headers=VOLATILE_HEADERS | {name.lower() for name in headers})

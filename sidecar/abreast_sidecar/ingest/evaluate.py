@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from abreast.errors import CaptureError
 from abreast.protocol.capture import Capture, decode
-from abreast_sidecar.compare.model import CompareOptions, ComparisonResult
+from abreast_sidecar.compare.model import ComparisonResult
 from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.ingest.stream import StreamEntry
 from abreast_sidecar.store.records import PairRecord
 

@@ -14,7 +14,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from typing import Any, BinaryIO
 
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.ingest.evaluate import evaluate_entry, undecodable_record
 from abreast_sidecar.ingest.stream import StreamEntry
 from abreast_sidecar.store.records import PairRecord

@@ -21,8 +21,9 @@ from msgspec.structs import replace
 from abreast.export.redaction import HASH_PREFIX
 from abreast.protocol.capture import Answer, Body, Capture
 from abreast_sidecar.aio import cancel_and_wait, wait_or_stop
-from abreast_sidecar.compare.model import CompareOptions, ComparisonResult, Difference
+from abreast_sidecar.compare.model import ComparisonResult, Difference
 from abreast_sidecar.compare.pair import CONDITIONAL_HEADERS, INTERNAL_SERVER_ERROR, compare_pair, get_status
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.compare.volatile import get_direction, is_explained_by_shape
 from abreast_sidecar.errors import LedgerError, SettingError, SidecarError
 from abreast_sidecar.settings import Settings

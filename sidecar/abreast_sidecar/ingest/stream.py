@@ -3,97 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import redis
 import structlog
-from redis.asyncio import Redis
-from redis.asyncio.connection import AbstractConnection
-from redis.connection import HiredisRespSerializer
 
-from abreast.protocol import redis_client as redis_url
-from abreast.protocol.join import CONSUMER_GROUP, SERVICES_KEY, Keys
+from abreast.protocol.join import CONSUMER_GROUP, Keys
 from abreast.protocol.redis_client import is_cluster
-from abreast_sidecar.errors import RedisError
-
-READ_BLOCK_MS = 1000  # ms that a read waits for entries
-REDIS_SOCKET_TIMEOUT_S = 5.0  # seconds; above BLOCK, or each quiet second would look like a failure
-REDIS_CONNECT_TIMEOUT_S = 2.0  # seconds
-
-
-def connect_redis(url: str) -> Redis:
-    """Opens nothing yet. Nothing is tried again by the client: the callers know what may be."""
-    client = redis_url.connect(url, timeout=REDIS_SOCKET_TIMEOUT_S, connect_timeout=REDIS_CONNECT_TIMEOUT_S)
-    if not redis_url.is_cluster(client):
-        pool = client.connection_pool
-        pool.connection_class = _use_hiredis_packer(pool.connection_class)
-    return client
-
-
-def _use_hiredis_packer(connection: type[AbstractConnection]) -> type[AbstractConnection]:
-    """The kind of connection, but its commands are written by hiredis, as redis-py's blocking client has it: to
-    acknowledge a batch takes a fifth of the time.
-    """
-
-    class HiredisConnection(connection):  # type: ignore[misc, valid-type]
-        _packer = HiredisRespSerializer()
-
-        def pack_command(self, *args: Any) -> list[bytes]:
-            return self._packer.pack(*args)  # type: ignore[no-any-return]
-
-    return HiredisConnection
-
-
-@dataclass(frozen=True, slots=True)
-class LuaScript:
-    """All keys of a call are of one shard, so that it runs on any node of a cluster that has them."""
-
-    text: str
-    sha: str
-
-    async def run(
-        self, client: Redis, keys: Sequence[str], arguments: Sequence[str | int | float | bytes]
-    ) -> Any:
-        """By its digest; in full where Redis does not know it, or has forgotten."""
-        try:
-            return await client.evalsha(self.sha, len(keys), *keys, *arguments)
-        except redis.exceptions.NoScriptError:
-            return await client.eval(self.text, len(keys), *keys, *arguments)
-
-
-def load_script(name: str) -> LuaScript:
-    text = (resources.files("abreast_sidecar.ingest") / f"{name}.lua").read_text()
-    return LuaScript(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
-
-
-@contextmanager
-def map_redis_errors() -> Iterator[None]:
-    try:
-        yield
-    except (redis.RedisError, OSError) as error:
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RedisError(f"redis can't be used, check ABREAST_REDIS_URL and the server: {message}") from error
-
-
-DELETE_CONSUMER_SCRIPT = load_script("forget")
-
-
-async def delete_idle_consumers(client: Redis, keys: Keys, *, idle_s: float) -> int:
-    """Those that did nothing for `idle` seconds and owe nothing; return how many."""
-    deleted = 0
-    for consumer in await client.xinfo_consumers(keys.ready, CONSUMER_GROUP):
-        if consumer["pending"] == 0 and consumer["idle"] > idle_s * 1000:
-            deleted += int(
-                await DELETE_CONSUMER_SCRIPT.run(client, [keys.ready], [CONSUMER_GROUP, consumer["name"]])
-            )
-    return deleted
-
+from abreast_sidecar.redis_client import (
+    READ_BLOCK_MS,
+    connect_redis,
+    list_shards,
+    load_script,
+    map_redis_errors,
+)
 
 MIN_ENTRY_MS = 0  # ms; ids of entries are made by Redis, but anyone may write a stream
 MAX_ENTRY_MS = 4_102_444_800_000  # ms: the year 2100
@@ -144,47 +70,7 @@ def parse_entry(
     )
 
 
-MAX_SHARDS = 1024  # of a service: a bound against nonsense in the hash
-
 log = structlog.get_logger()
-
-
-async def list_shards(client: Redis) -> list[Keys]:
-    """All shards that services have named, and those of before that still have a stream."""
-    shard_keys: list[Keys] = []
-    shard_counts: dict[bytes, bytes] = await client.hgetall(SERVICES_KEY)  # type: ignore[assignment]  # responses are not decoded
-    for raw, count in sorted(shard_counts.items()):
-        service = raw.decode(errors="replace")
-        try:
-            number = min(int(count), MAX_SHARDS)
-            shard_keys += [Keys(service, shard) for shard in range(number)]
-        except ValueError as error:
-            log.debug("a service in redis is skipped", service=service, reason=str(error))
-            continue
-        shard = number
-        while shard < MAX_SHARDS and await client.exists(Keys(service, shard).ready):
-            shard_keys.append(Keys(service, shard))
-            shard += 1
-    return shard_keys
-
-
-EXPIRE_BATCH_PAIRS = 200  # pairs: Redis does nothing else meanwhile
-EXPIRE_SCRIPT = load_script("sweep")
-
-
-async def expire_incomplete_pairs(client: Redis, keys: Keys, *, max_pairs: int = 20_000) -> int:
-    """Return how many were moved, which is `most` or a little more where others may still be due."""
-    expired = 0
-    while expired < max_pairs:
-        batch_count = await EXPIRE_SCRIPT.run(
-            client,
-            [keys.due, keys.ready, keys.joined, keys.stats],
-            [keys.pair(""), EXPIRE_BATCH_PAIRS, CONSUMER_GROUP],
-        )
-        expired += int(batch_count)
-        if batch_count < EXPIRE_BATCH_PAIRS:
-            break
-    return expired
 
 
 DISCOVERY_INTERVAL_S = 1.0  # seconds between looks for new services

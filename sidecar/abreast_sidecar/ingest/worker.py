@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from abreast_sidecar.aio import Outage, cancel_and_wait, wait_or_stop
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.errors import LedgerError, RedisError, RefusedError, StaleRulesError
 from abreast_sidecar.ingest.evaluate import evaluate_entry, undecodable_record
 from abreast_sidecar.ingest.isolated import MIN_SUSPECT_DELIVERIES, IsolatedComparer

@@ -20,8 +20,8 @@ from abreast.protocol.join import (
     Keys,
     reports_key,
 )
-from abreast_sidecar.ingest.stream import list_shards, load_script, map_redis_errors
 from abreast_sidecar.jobs.detectors import continue_counters
+from abreast_sidecar.redis_client import list_shards, load_script, map_redis_errors
 from abreast_sidecar.store.database import Connection, load_statement, sanitise_text, to_json
 
 REPORTS_LOCK_KEY = (

@@ -10,20 +10,15 @@ from dataclasses import dataclass
 import structlog
 
 from abreast_sidecar.aio import Outage, wait_or_stop
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.errors import LedgerError, RedisError
-from abreast_sidecar.ingest.stream import (
-    connect_redis,
-    delete_idle_consumers,
-    expire_incomplete_pairs,
-    list_shards,
-    map_redis_errors,
-)
 from abreast_sidecar.jobs.detectors import detect_misses, detect_slowdowns, detect_unanswered
 from abreast_sidecar.jobs.envoy_counts import EnvoyError, collect_envoy_counts
 from abreast_sidecar.jobs.noise import classify_findings
 from abreast_sidecar.jobs.reports import collect_reports
 from abreast_sidecar.jobs.retention import drop_days, open_days, trim_examples
+from abreast_sidecar.jobs.streams import delete_idle_consumers, expire_incomplete_pairs
+from abreast_sidecar.redis_client import connect_redis, list_shards, map_redis_errors
 from abreast_sidecar.rules.reapply import FindingIds, reapply_rules
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database

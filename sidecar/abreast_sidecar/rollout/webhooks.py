@@ -5,69 +5,20 @@ later, a message may come after a newer one.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hashlib
-import hmac
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import orjson
 import structlog
+from standardwebhooks import Webhook
 
 from abreast_sidecar.store.database import Database, Row
 from abreast_sidecar.traffic.model import MILLION, TOTAL_WEIGHT
-
-SECRET_PREFIX = "whsec_"
-SIGNATURE_SCHEME = "v1"
-MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64  # bytes of a secret
-TIMESTAMP_TOLERANCE_S = 300  # seconds between the signature's time and now
-
-
-def decode_secret(secret: str) -> bytes:
-    """Raise ValueError, which never tells the secret."""
-    requirement = f"{SECRET_PREFIX} and {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes in base64"
-    if not secret.startswith(SECRET_PREFIX):
-        raise ValueError(requirement)
-    try:
-        key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
-    except (binascii.Error, ValueError):
-        raise ValueError(requirement) from None
-    if not MIN_SECRET_BYTES <= len(key) <= MAX_SECRET_BYTES:
-        raise ValueError(requirement)
-    return key
-
-
-def make_signature_headers(secret: str, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """`timestamp` (Unix, seconds) is that of the attempt; `message` is the same at every attempt."""
-    return {
-        "webhook-id": message_id,
-        "webhook-timestamp": str(timestamp),
-        "webhook-signature": f"{SIGNATURE_SCHEME},{_sign(secret, message_id, str(timestamp), body)}",
-    }
-
-
-def is_verified(secret: str, request_headers: Mapping[str, str], body: bytes, now: float) -> bool:
-    """Whether a message is from who has the secret, and fresh. `received` are headers, in small letters."""
-    message_id, timestamp = (
-        request_headers.get("webhook-id", ""),
-        request_headers.get("webhook-timestamp", ""),
-    )
-    if not message_id or not timestamp.isdigit() or abs(now - int(timestamp)) > TIMESTAMP_TOLERANCE_S:
-        return False
-    expected = f"{SIGNATURE_SCHEME},{_sign(secret, message_id, timestamp, body)}".encode()
-    signatures = request_headers.get("webhook-signature", "").split(" ")  # several while a secret is changed
-    return any(hmac.compare_digest(expected, signature.encode()) for signature in signatures)
-
-
-def _sign(secret: str, message_id: str, timestamp: str, body: bytes) -> str:
-    payload = f"{message_id}.{timestamp}.".encode() + body
-    return base64.b64encode(hmac.digest(decode_secret(secret), payload, hashlib.sha256)).decode()
-
 
 WEBHOOK_TIMEOUT_S = 5.0  # seconds that a receiver gets
 MAX_WAITING_WEBHOOKS = 1000  # messages that wait for one receiver; the oldest are dropped
@@ -138,7 +89,7 @@ class WebhookSender:
     async def _post(self, client: httpx.AsyncClient, row: Row) -> str:
         """What is amiss; empty for delivered."""
         body = orjson.dumps(build_message(row))
-        signature_headers = make_signature_headers(self._secret, f"msg_{row['uid']}", int(time.time()), body)
+        signature_headers = make_signature_headers(self._secret, f"msg_{row['uid']}", datetime.now(UTC), body)
         headers = {"content-type": "application/json", "user-agent": "abreast", **signature_headers}
         try:
             async with (
@@ -150,6 +101,15 @@ class WebhookSender:
                 )  # its body is not read
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             return type(error).__name__  # its text may hold the URL, and that a token
+
+
+def make_signature_headers(secret: str, message_id: str, sent_at: datetime, body: bytes) -> dict[str, str]:
+    """Return the Standard Webhooks headers of one attempt; the id is the same at every attempt."""
+    return {
+        "webhook-id": message_id,
+        "webhook-timestamp": str(int(sent_at.timestamp())),
+        "webhook-signature": Webhook(secret).sign(message_id, sent_at, body.decode()),
+    }
 
 
 def compute_backoff(attempts: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import structlog
 
 from abreast_sidecar.aio import cancel_and_wait
-from abreast_sidecar.compare.model import CompareOptions
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.store.database import Database, listen
 from abreast_sidecar.store.rules import RULES_CHANNEL, RuleStore, VersionedRules
 

@@ -22,11 +22,11 @@ import orjson
 import structlog
 from psycopg import AsyncConnection
 
-from abreast_sidecar.compare.model import CompareOptions, ComparisonResult, Difference
+from abreast_sidecar.compare.model import ComparisonResult, Difference
 from abreast_sidecar.compare.pair import compare_pair
-from abreast_sidecar.compare.rules import Rule, RuleSet
-from abreast_sidecar.rules import preview as places
-from abreast_sidecar.rules.preview import NO_RULE, Attribution, FindingRef, find_explaining_rule
+from abreast_sidecar.compare.rules import CompareOptions, Rule, RuleSet
+from abreast_sidecar.rules import attribution as places
+from abreast_sidecar.rules.attribution import NO_RULE, Attribution, FindingRef, find_explaining_rule
 from abreast_sidecar.store.catalogue import OTHER_RELEASE, IdCache
 from abreast_sidecar.store.database import (
     CONNECT_TIMEOUT_S,
@@ -36,10 +36,9 @@ from abreast_sidecar.store.database import (
     map_postgres_errors,
     to_json,
 )
-from abreast_sidecar.store.records import DAY_MS, PairRecord
+from abreast_sidecar.store.records import COMPARED_OUTCOMES, DAY_MS, PairRecord, read_captures
 from abreast_sidecar.store.rules import parse_active_rules, parse_rule
-from abreast_sidecar.store.samples import encode_differences, read_captures
-from abreast_sidecar.store.writer import COMPARED_OUTCOMES
+from abreast_sidecar.store.samples import encode_differences
 
 log = structlog.get_logger(__name__)
 

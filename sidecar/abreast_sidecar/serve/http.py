@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from starlette.types import ASGIApp
 
 from abreast_sidecar.errors import ServerError
-from abreast_sidecar.ingest.stream import list_shards
+from abreast_sidecar.redis_client import list_shards
 
 LISTEN_BACKLOG = 128
 

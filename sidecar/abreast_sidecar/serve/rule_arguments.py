@@ -12,7 +12,8 @@ from abreast.v1 import rule_pb2 as pb
 from abreast_sidecar.compare.rule_document import MAX_RULES, RuleError, rule_from_dict, rule_to_dict
 from abreast_sidecar.compare.rules import Rule
 from abreast_sidecar.errors import ArgumentError
-from abreast_sidecar.rules.preview import FindingRef, RulePreview, narrow_to_finding
+from abreast_sidecar.rules.attribution import FindingRef
+from abreast_sidecar.rules.preview import RulePreview, narrow_to_finding
 from abreast_sidecar.serve import messages, values
 from abreast_sidecar.serve import validate as arguments
 from abreast_sidecar.serve.rule_messages import dict_to_message

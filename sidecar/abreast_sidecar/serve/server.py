@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Self
 
 import grpc
 import structlog
-from google.protobuf import any_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -28,16 +26,10 @@ from abreast.v1 import (
     traffic_pb2_grpc,
 )
 from abreast_sidecar.errors import (
-    ArgumentError,
-    ConflictError,
-    LedgerError,
-    NotFoundError,
-    OverbroadRuleError,
-    RedisError,
-    SchemaError,
     ServerError,
     SidecarError,
 )
+from abreast_sidecar.serve.errors import to_error_status
 from abreast_sidecar.serve.http import bind_socket
 from abreast_sidecar.serve.metrics import Metrics
 from abreast_sidecar.serve.services.comparison import ComparisonServicer, LatencyServicer
@@ -45,55 +37,6 @@ from abreast_sidecar.serve.services.rollout import RolloutServicer
 from abreast_sidecar.serve.services.rules import RuleServicer
 from abreast_sidecar.serve.services.traffic import TrafficServicer
 from abreast_sidecar.traffic.rtds import RtdsServer
-from abreast_sidecar.traffic.xds import wire_pb2 as wire
-
-ERROR_DOMAIN = "abreast"
-ERROR_INFO_TYPE_URL = "type.googleapis.com/google.rpc.ErrorInfo"
-STATUS_DETAILS_KEY = "grpc-status-details-bin"  # the trailing metadata that holds a google.rpc.Status
-
-STATUS_BY_ERROR: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
-    (ArgumentError, grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT"),
-    (OverbroadRuleError, grpc.StatusCode.FAILED_PRECONDITION, "RULE_TOO_BROAD"),
-    (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
-    (ConflictError, grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT"),
-    (SchemaError, grpc.StatusCode.FAILED_PRECONDITION, "LEDGER_SCHEMA"),
-    (LedgerError, grpc.StatusCode.UNAVAILABLE, "LEDGER_UNAVAILABLE"),
-    (RedisError, grpc.StatusCode.UNAVAILABLE, "REDIS_UNAVAILABLE"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorStatus:
-    code: grpc.StatusCode
-    message: str
-    reason: str  # UPPER_SNAKE
-
-    @property
-    def metadata(self) -> Iterable[tuple[str, bytes]]:
-        info = wire.ErrorInfo(reason=self.reason, domain=ERROR_DOMAIN)
-        detail = any_pb2.Any(type_url=ERROR_INFO_TYPE_URL, value=info.SerializeToString())
-        status = wire.Status(code=self.code.value[0], message=self.message, details=[detail])
-        return ((STATUS_DETAILS_KEY, status.SerializeToString()),)
-
-
-STOPPING_STATUS = ErrorStatus(grpc.StatusCode.UNAVAILABLE, "the sidecar is stopping; call again", "STOPPING")
-INTERNAL_ERROR_STATUS = ErrorStatus(
-    grpc.StatusCode.INTERNAL, "the sidecar failed; its log says how", "INTERNAL"
-)
-
-
-class StoppingError(SidecarError):
-    """Ends streams while the sidecar drains."""
-
-
-def to_error_status(error: Exception) -> ErrorStatus:
-    if isinstance(error, StoppingError):
-        return STOPPING_STATUS
-    for kind, code, reason in STATUS_BY_ERROR:
-        if isinstance(error, kind):
-            return ErrorStatus(code, str(error), reason)
-    return INTERNAL_ERROR_STATUS
-
 
 log = structlog.get_logger(__name__)
 

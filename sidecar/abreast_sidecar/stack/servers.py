@@ -16,6 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
+import yaml
+
+from abreast_sidecar.envoy.render import find_envoy_binary
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.settings import ENV_PREFIX
 from abreast_sidecar.stack.process import (
@@ -282,3 +285,57 @@ class SidecarServer:
     def stop(self) -> None:
         if self.process is not None:
             self.process.stop()
+
+
+class EnvoyServer(LocalServer):
+    """Runs a configuration (YAML text) whose admin address has a port of its own. `node` stands above its node id."""
+
+    def __init__(
+        self,
+        config: str,
+        *,
+        folder: Path | None = None,
+        log_level: str = "warning",
+        inherited_fds: tuple[int, ...] = (),
+        node: str = "",
+    ) -> None:
+        self.inherited_fds = inherited_fds
+        self.node = node
+        self.config = config
+        self.log_level = log_level
+        self.folder = folder
+        super().__init__()
+        admin = yaml.safe_load(config)["admin"]["address"]["socket_address"]
+        self.admin_host: str = admin["address"]
+        self.admin_port: int = admin["port_value"]
+
+    @property
+    def admin_url(self) -> str:
+        return f"http://{self.admin_host}:{self.admin_port}"
+
+    def start(self) -> Self:
+        folder = self._prepare_folder()
+        path = folder / "envoy.yaml"
+        path.write_text(self.config)
+        request = f"GET /ready HTTP/1.1\r\nhost: {self.admin_host}\r\nconnection: close\r\n\r\n".encode()
+        self.process = ServerProcess.start(
+            "envoy",
+            [
+                find_envoy_binary(),
+                *("--config-path", path, "--use-dynamic-base-id", "--concurrency", "2"),
+                *("--log-level", self.log_level, "--drain-time-s", "1"),
+                *(("--service-node", self.node) if self.node else ()),
+            ],
+            folder / "envoy.log",
+            is_ready=lambda _pid: is_answering(self.admin_host, self.admin_port, request, b"200 OK"),
+            stop_signal=signal.SIGTERM,
+            inherited_fds=self.inherited_fds,
+        )
+        return self
+
+    def _prepare_folder(self) -> Path:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self.folder
+        self._temporary = self._temporary or create_private_folder("abreast-envoy-")
+        return self._temporary

@@ -12,12 +12,12 @@ from typing import Protocol, Self
 
 import psycopg
 
-from abreast_sidecar.envoy.render import EnvoyServer, render
+from abreast_sidecar.envoy.render import render
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.stack.data import DATA_DIRECTORY_MODE, DataDirectory, RunRegistry
 from abreast_sidecar.stack.process import ServerProcess, find_free_port, is_port_free
-from abreast_sidecar.stack.servers import PostgresServer, RedisServer, SidecarServer
+from abreast_sidecar.stack.servers import EnvoyServer, PostgresServer, RedisServer, SidecarServer
 
 LOOPBACK = "127.0.0.1"
 ANY_PORT_ADDRESS = SocketAddress(LOOPBACK, 0)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
-from abreast.protocol.capture import Capture
+import zstandard
+
+from abreast.errors import CaptureError
+from abreast.protocol.capture import Capture, decode
 from abreast_sidecar.compare.model import ComparisonResult
-from abreast_sidecar.errors import ArgumentError, NotFoundError
+from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
 from abreast_sidecar.stats.sequential import Interval, confidence_interval
 from abreast_sidecar.stats.verdict import EndpointCounts
 from abreast_sidecar.store.database import Database, Row, load_statement, sanitise_text
-from abreast_sidecar.store.samples import read_captures
 
 RATE_CONFIDENCE = 0.95  # of the interval of a finding's rate
 
@@ -538,3 +542,36 @@ def to_difference(record: Row, noise_keys: set[str], drift_keys: set[str]) -> St
         rule_id=int(record.get("explained_by") or 0),
         is_drift=finding in drift_keys,
     )
+
+
+COMPARED_OUTCOMES = frozenset(
+    {"match", "mismatch", "partial", "oversize"}
+)  # outcomes of pairs that could show a finding
+
+
+MAX_EXAMPLE_BYTES = 64 * 1024 * 1024  # bytes, uncompressed
+
+
+BLOB_PREFIX_BYTES = 4  # bytes
+
+
+def read_captures(content: bytes) -> tuple[Capture, ...]:
+    """Those captures that this code can read. Raise LedgerError for a damaged example."""
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content)) as reader:
+            blobs = reader.read(MAX_EXAMPLE_BYTES + 1)
+    except zstandard.ZstdError as error:
+        raise LedgerError(f"an example in the ledger is damaged: {error}") from error
+    if len(blobs) > MAX_EXAMPLE_BYTES:
+        raise LedgerError(f"an example in the ledger is larger than {MAX_EXAMPLE_BYTES} bytes")
+    return tuple(_split_captures(blobs))
+
+
+def _split_captures(blobs: bytes) -> Iterable[Capture]:
+    offset = 0
+    while offset < len(blobs):
+        length = int.from_bytes(blobs[offset : offset + BLOB_PREFIX_BYTES], "big")
+        offset += BLOB_PREFIX_BYTES
+        with suppress(CaptureError):  # of a format that this code does not know
+            yield decode(blobs[offset : offset + length])
+        offset += length

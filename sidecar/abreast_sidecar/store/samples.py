@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,41 +12,11 @@ import zstandard
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
-from abreast.errors import CaptureError
-from abreast.protocol.capture import Capture, decode
 from abreast_sidecar.compare.model import Difference
 from abreast_sidecar.compare.volatile import get_values
-from abreast_sidecar.errors import LedgerError
 from abreast_sidecar.stats.features import collect_request_features
 from abreast_sidecar.store.database import load_statement, sanitise_text, to_json
-from abreast_sidecar.store.records import PairRecord
-from abreast_sidecar.store.writer import COMPARED_OUTCOMES
-
-MAX_EXAMPLE_BYTES = 64 * 1024 * 1024  # bytes, uncompressed
-BLOB_PREFIX_BYTES = 4  # bytes
-
-
-def read_captures(content: bytes) -> tuple[Capture, ...]:
-    """Those captures that this code can read. Raise LedgerError for a damaged example."""
-    try:
-        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content)) as reader:
-            blobs = reader.read(MAX_EXAMPLE_BYTES + 1)
-    except zstandard.ZstdError as error:
-        raise LedgerError(f"an example in the ledger is damaged: {error}") from error
-    if len(blobs) > MAX_EXAMPLE_BYTES:
-        raise LedgerError(f"an example in the ledger is larger than {MAX_EXAMPLE_BYTES} bytes")
-    return tuple(_split_captures(blobs))
-
-
-def _split_captures(blobs: bytes) -> Iterable[Capture]:
-    offset = 0
-    while offset < len(blobs):
-        length = int.from_bytes(blobs[offset : offset + BLOB_PREFIX_BYTES], "big")
-        offset += BLOB_PREFIX_BYTES
-        with suppress(CaptureError):  # of a format that this code does not know
-            yield decode(blobs[offset : offset + length])
-        offset += length
-
+from abreast_sidecar.store.records import COMPARED_OUTCOMES, PairRecord
 
 MAX_TRACKED_VALUE_CHARS = 200  # characters of a value that is remembered
 MAX_TRACKED_FINDINGS = 2000  # findings

@@ -24,7 +24,7 @@ from abreast_sidecar.compare.volatile import get_direction, get_magnitude_shift,
 from abreast_sidecar.errors import LedgerError, RefusedError, StaleRulesError
 from abreast_sidecar.store.catalogue import EndpointIds, IdCache, ReleaseIds
 from abreast_sidecar.store.database import load_statement, sanitise_text, to_json
-from abreast_sidecar.store.records import MAX_REASON_CHARS, PairRecord
+from abreast_sidecar.store.records import COMPARED_OUTCOMES, MAX_REASON_CHARS, PairRecord
 from abreast_sidecar.store.samples import (
     ExampleSelector,
     RepeatTracker,
@@ -33,9 +33,6 @@ from abreast_sidecar.store.samples import (
 )
 
 IMPACT_SEVERITY = {"additive": 0, "value": 1, "breaking": 2}
-COMPARED_OUTCOMES = frozenset(
-    {"match", "mismatch", "partial", "oversize"}
-)  # outcomes of pairs that could show a finding
 
 CounterKey = tuple[int, int, int]  # finding or endpoint, release of old, release of new
 ReleasePair = tuple[int, int]

@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 
 from abreast_sidecar.aio import OPTIONAL_CALL_TIMEOUT_S, error_within
 from abreast_sidecar.errors import LedgerError, NotFoundError, RedisError
-from abreast_sidecar.ingest.stream import map_redis_errors
+from abreast_sidecar.redis_client import map_redis_errors
 from abreast_sidecar.traffic.model import AuditNote, Shares
 from abreast_sidecar.traffic.repository import TrafficRepository, VersionedTraffic
 

@@ -18,9 +18,8 @@ from abreast_sidecar.cli.doctor import postgres as clocks
 from abreast_sidecar.cli.doctor import services as sidecar
 from abreast_sidecar.cli.doctor.check import Check, CheckFactory, UnreachableError
 from abreast_sidecar.cli.exit_codes import ExitCode
-from abreast_sidecar.cli.options import TARGET_TYPE
+from abreast_sidecar.cli.options import DEFAULT_ADDRESS, TARGET_TYPE, json_option
 from abreast_sidecar.client.output import Console, format_quantity, make_console, style_text, to_printable
-from abreast_sidecar.client.sidecar_client import DEFAULT_ADDRESS, json_option
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.data import find_run
 from abreast_sidecar.store.migrate import load_migrations

@@ -10,9 +10,9 @@ from abreast.v1 import latency_pb2 as latency_pb
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.serve import messages, verdicts
 from abreast_sidecar.serve import validate as arguments
+from abreast_sidecar.serve.errors import StoppingError
 from abreast_sidecar.serve.http import PairBacklog
 from abreast_sidecar.serve.rule_arguments import to_stored_rule_message
-from abreast_sidecar.serve.server import StoppingError
 from abreast_sidecar.serve.values import to_duration
 from abreast_sidecar.serve.verdicts import to_completeness
 from abreast_sidecar.stats.latency import PairedLatency, measure_paired_latency, split_cold_pairs

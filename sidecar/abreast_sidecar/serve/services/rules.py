@@ -5,10 +5,10 @@ from typing import Any
 
 from abreast.v1 import rule_pb2 as pb
 from abreast.v1 import rule_pb2_grpc
-from abreast_sidecar.compare.model import CompareOptions
-from abreast_sidecar.compare.rules import Rule
+from abreast_sidecar.compare.rules import CompareOptions, Rule
 from abreast_sidecar.errors import ArgumentError, NotFoundError, OverbroadRuleError
-from abreast_sidecar.rules.preview import FindingRef, list_objections, preview_rule
+from abreast_sidecar.rules.attribution import FindingRef
+from abreast_sidecar.rules.preview import list_objections, preview_rule
 from abreast_sidecar.rules.reapply import load_findings
 from abreast_sidecar.serve import rule_arguments
 from abreast_sidecar.serve import validate as arguments

@@ -7,7 +7,7 @@ from abreast.v1 import traffic_pb2 as pb
 from abreast.v1 import traffic_pb2_grpc
 from abreast_sidecar.serve import messages
 from abreast_sidecar.serve import validate as arguments
-from abreast_sidecar.serve.server import StoppingError
+from abreast_sidecar.serve.errors import StoppingError
 from abreast_sidecar.store import reader as pages
 from abreast_sidecar.traffic.control import TrafficController
 from abreast_sidecar.traffic.model import TrafficChange

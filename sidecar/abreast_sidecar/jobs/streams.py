@@ -1,0 +1,44 @@
+"""Maintenance of the streams in Redis: incomplete pairs and idle consumers."""
+
+from __future__ import annotations
+
+from redis.asyncio import Redis
+
+from abreast.protocol.join import CONSUMER_GROUP, Keys
+from abreast_sidecar.redis_client import (
+    load_script,
+)
+
+DELETE_CONSUMER_SCRIPT = load_script("forget")
+
+
+async def delete_idle_consumers(client: Redis, keys: Keys, *, idle_s: float) -> int:
+    """Those that did nothing for `idle` seconds and owe nothing; return how many."""
+    deleted = 0
+    for consumer in await client.xinfo_consumers(keys.ready, CONSUMER_GROUP):
+        if consumer["pending"] == 0 and consumer["idle"] > idle_s * 1000:
+            deleted += int(
+                await DELETE_CONSUMER_SCRIPT.run(client, [keys.ready], [CONSUMER_GROUP, consumer["name"]])
+            )
+    return deleted
+
+
+EXPIRE_BATCH_PAIRS = 200  # pairs: Redis does nothing else meanwhile
+
+
+EXPIRE_SCRIPT = load_script("sweep")
+
+
+async def expire_incomplete_pairs(client: Redis, keys: Keys, *, max_pairs: int = 20_000) -> int:
+    """Return how many were moved, which is `most` or a little more where others may still be due."""
+    expired = 0
+    while expired < max_pairs:
+        batch_count = await EXPIRE_SCRIPT.run(
+            client,
+            [keys.due, keys.ready, keys.joined, keys.stats],
+            [keys.pair(""), EXPIRE_BATCH_PAIRS, CONSUMER_GROUP],
+        )
+        expired += int(batch_count)
+        if batch_count < EXPIRE_BATCH_PAIRS:
+            break
+    return expired
