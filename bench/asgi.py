@@ -59,7 +59,7 @@ def request(*, sampled: bool, number: int) -> bytes:
     if sampled:
         headers |= {
             "x-abreast-pair": f"{number:036d}",
-            "x-abreast-arms": "2",
+            "x-abreast-copies": "2",
             "x-abreast-version": "old",
             "x-abreast-role": "live",
         }

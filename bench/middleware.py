@@ -58,7 +58,7 @@ def scope(*, sampled: bool, number: int) -> Scope:
     """As uvicorn makes it, with the headers that Envoy adds."""
     tags = [
         (b"x-abreast-pair", b"%036d" % number),
-        (b"x-abreast-arms", b"2"),
+        (b"x-abreast-copies", b"2"),
         (b"x-abreast-version", b"old"),
         (b"x-abreast-role", b"live"),
     ]

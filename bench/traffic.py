@@ -29,7 +29,7 @@ import psycopg
 from google.protobuf.duration_pb2 import Duration
 from rows import Row, end_in_order, row
 
-from abreast.v1 import steering_pb2, steering_pb2_grpc, traffic_pb2, traffic_pb2_grpc
+from abreast.v1 import rollout_pb2, rollout_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from abreast_sidecar.stack.process import ServerProcess, find_free_port, is_answering
 from abreast_sidecar.stack.stack import ANY_PORT_ADDRESS, Stack
@@ -141,7 +141,7 @@ class Client:
         self.stack = stack
         self.channel = grpc.aio.insecure_channel(stack.grpc_address)
         self.traffic = traffic_pb2_grpc.TrafficServiceStub(self.channel)
-        self.steering = steering_pb2_grpc.SteeringServiceStub(self.channel)
+        self.steering = rollout_pb2_grpc.RolloutServiceStub(self.channel)
 
     async def set(self, **shares: float) -> None:
         await self.traffic.UpdateTraffic(
@@ -174,8 +174,8 @@ async def rollbacks(stack: Stack, runs: int) -> list[float]:
 async def guarded(stack: Stack, runs: int) -> list[float]:
     """The guard looks twice a second, so each run begins at another moment between two looks."""
     client, found = Client(stack), []
-    acting = steering_pb2.GuardPolicy(
-        mode=steering_pb2.GUARD_MODE_ACTING, errors=steering_pb2.GuardRule(cooldown=Duration(seconds=1))
+    acting = rollout_pb2.GuardPolicy(
+        mode=rollout_pb2.GUARD_MODE_ACTING, errors=rollout_pb2.GuardRule(cooldown=Duration(seconds=1))
     )
     ledger = await psycopg.AsyncConnection.connect(stack.postgres_url, autocommit=True)
     async with ledger:
@@ -183,7 +183,7 @@ async def guarded(stack: Stack, runs: int) -> list[float]:
         for run in range(runs):
             await client.set(new_share=0.5)
             await client.steering.SetGuard(
-                steering_pb2.SetGuardRequest(service=SERVICE, policy=acting, reason=f"bench {run}")
+                rollout_pb2.SetGuardRequest(service=SERVICE, policy=acting, reason=f"bench {run}")
             )
             await asyncio.sleep(2.0 + run / runs)
             await ledger.execute(FAILURES, (SERVICE,))

@@ -136,7 +136,7 @@ async def front(old: Version, new: Version, share: float, ports: tuple[int, ...]
         sidecar=sidecar,
         old=(SocketAddress("127.0.0.1", old.port),),
         new=(SocketAddress("127.0.0.1", new.port),),
-        try_timeout=TRY_TIMEOUT,
+        per_try_timeout=TRY_TIMEOUT,
         sample_safe=0.2,
     )
     async with (

@@ -36,7 +36,7 @@ def marks(pair: str, *, version: str = "old", role: str = "live", arms: int = 2)
         "x-abreast-pair": pair,
         "x-abreast-version": version,
         "x-abreast-role": role,
-        "x-abreast-arms": str(arms),
+        "x-abreast-copies": str(arms),
     }
 
 

@@ -26,7 +26,7 @@ class Replica:
     def acting(self) -> bool:
         host, port = self.server.http_address
         with urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
-            return "abreast_acting 1.0" in answer.read().decode()
+            return "abreast_leader 1.0" in answer.read().decode()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from google.protobuf import any_pb2
 from psycopg.types.json import Jsonb
 
 from abreast.protocol.capture import Capture, encode
-from abreast.v1 import comparison_pb2_grpc, steering_pb2_grpc, traffic_pb2_grpc
+from abreast.v1 import comparison_pb2_grpc, rollout_pb2_grpc, traffic_pb2_grpc
 from abreast_sidecar.app import Sidecar
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.traffic.xds import wire_pb2 as wire
@@ -51,8 +51,8 @@ class Running:
         return traffic_pb2_grpc.TrafficServiceStub(self.channel)
 
     @property
-    def steering(self) -> steering_pb2_grpc.SteeringServiceStub:
-        return steering_pb2_grpc.SteeringServiceStub(self.channel)
+    def steering(self) -> rollout_pb2_grpc.RolloutServiceStub:
+        return rollout_pb2_grpc.RolloutServiceStub(self.channel)
 
     @property
     def port(self) -> int:

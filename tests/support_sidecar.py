@@ -60,7 +60,7 @@ def capture(
         body=body,
         body_length=len(body),
     )
-    made.started.FromDatetime(NOW + timedelta(seconds=after))
+    made.start_time.FromDatetime(NOW + timedelta(seconds=after))
     made.first_byte.FromMicroseconds(2100)
     made.total.FromMicroseconds(3100)
     return made
@@ -89,7 +89,7 @@ def pair_detail() -> api.PairDetail:
     difference = common.Difference(
         part=common.PART_BODY,
         path="$.items[*].price",
-        place="$.items[0].price",
+        exact_path="$.items[0].price",
         kind=common.KIND_TYPE,
         impact=common.IMPACT_BREAKING,
         old="19.99",
@@ -122,15 +122,15 @@ def summary() -> api.GetSummaryResponse:
         explained=12,
         envoy_sampled=1295,
         unaccounted=2,
-        drops=[api.DropCount(place="service", reason="queue_bytes", count=3)],
+        drops=[api.DropCount(stage="service", reason="queue_bytes", count=3)],
         pending=2,
         findings=7,
         written=1293,
-        captures=api.CaptureCounts(received=2583, late=3, joined=1287, swept=6),
-        poison=[api.PoisonCount(reason="a capture of format 2 can't be read", count=4)],
+        captures=api.CaptureCounts(received=2583, late=3, joined=1287, timed_out=6),
+        dead_letters=[api.DeadLetterCount(reason="a capture of format 2 can't be read", count=4)],
     )
-    made.first.FromDatetime(NOW - timedelta(minutes=12))
-    made.last.FromDatetime(NOW - timedelta(seconds=2))
+    made.first_pair_time.FromDatetime(NOW - timedelta(minutes=12))
+    made.last_pair_time.FromDatetime(NOW - timedelta(seconds=2))
     return made
 
 
@@ -140,7 +140,7 @@ def verdict() -> api.GetVerdictResponse:
         subject=api.VERDICT_SUBJECT_MISMATCHES,
         state=api.VERDICT_STATE_INCONCLUSIVE,
         text=text,
-        more_to_pass=2500,
+        pairs_to_pass=2500,
     )
     unseen = api.VerdictReason(
         subject=api.VERDICT_SUBJECT_COVERAGE,
@@ -161,7 +161,7 @@ def verdict() -> api.GetVerdictResponse:
                 state=api.VERDICT_STATE_PASS,
             ),
         ],
-        more=2500,
+        pairs_needed=2500,
     )
 
 
@@ -173,8 +173,8 @@ def traffic(version: int = 7, *, new_share: float = 0.25) -> traffic_pb2.Traffic
     return made
 
 
-def envoy(version: int = 7, **fields: Any) -> traffic_pb2.EnvoyState:
-    made = traffic_pb2.EnvoyState(node="edge-1", acknowledged_version=version, **fields)
+def envoy(version: int = 7, **fields: Any) -> traffic_pb2.EnvoyStatus:
+    made = traffic_pb2.EnvoyStatus(node="edge-1", acknowledged_version=version, **fields)
     made.acknowledged_after.FromMicroseconds(2600)
     return made
 

@@ -8,7 +8,7 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 from psycopg.types.json import Jsonb
 
-from abreast.v1 import steering_pb2 as pb
+from abreast.v1 import rollout_pb2 as pb
 from abreast.v1 import traffic_pb2
 from support_serve import Ledger, Running
 

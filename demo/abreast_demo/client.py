@@ -63,7 +63,7 @@ class DemoClient:
             unaccounted=summary.unaccounted if summary.HasField("unaccounted") else None,
             pending=summary.pending if summary.HasField("pending") else None,
             explained_pairs=summary.explained,
-            drops={f"{row.place} {row.reason}": row.count for row in summary.drops},
+            drops={f"{row.stage} {row.reason}": row.count for row in summary.drops},
         )
 
     async def wait_until_settled(self, sent_requests: int) -> LedgerCounts:

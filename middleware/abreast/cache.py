@@ -103,7 +103,7 @@ RESERVED_PREFIX = "abreast:"  # what shadows keep begins so, and no namespace do
 SPAN_KIND = "cache"
 NOT_CACHED = object()
 
-ShadowWrites = Literal["apart", "nowhere"]
+ShadowWrites = Literal["isolated", "discard"]
 
 
 class Cache:
@@ -127,7 +127,7 @@ class Cache:
         jitter: float = 0.1,
         timeout: float = 0.2,
         max_bytes: int = 1024 * 1024,
-        shadow_writes: ShadowWrites = "nowhere",
+        shadow_writes: ShadowWrites = "discard",
     ) -> None:
         _validate_arguments(namespace, ttl, jitter, timeout, shadow_writes)
         self.redis = _make_client(redis, timeout) if isinstance(redis, str) else redis
@@ -184,7 +184,7 @@ class Cache:
         if context.is_shadow:
             self._mark_deleted(context, keys)
             redis_keys = (
-                [self._redis_key(key, context) for key in keys] if self._shadow_writes == "apart" else []
+                [self._redis_key(key, context) for key in keys] if self._shadow_writes == "isolated" else []
             )
         else:
             for key in keys:
@@ -212,7 +212,7 @@ class Cache:
                 await self._call_redis(lambda: self.redis.hget(self._redis_key(key), self.schema_version)),
                 parse,
             )
-        if value is NOT_CACHED and context.is_shadow and self._shadow_writes == "apart":
+        if value is NOT_CACHED and context.is_shadow and self._shadow_writes == "isolated":
             redis_key = self._redis_key(key, context)
             value = self._decode(
                 await self._call_redis(lambda: self.redis.hget(redis_key, self.schema_version)), parse
@@ -238,7 +238,7 @@ class Cache:
         version = self._single_flight.get_version(key)
         value = await load()
         context = CURRENT_CONTEXT.get()
-        if value is None or (context.is_shadow and self._shadow_writes == "nowhere"):
+        if value is None or (context.is_shadow and self._shadow_writes == "discard"):
             return value
         if not context.is_shadow and self._single_flight.get_version(key) is not version:
             return value  # deleted meanwhile: what was loaded may be older
@@ -352,5 +352,5 @@ def _validate_arguments(
         raise SettingError("a cache needs a namespace of its own in Redis, such as namespace='shop'")
     if not (ttl > 0 and timeout > 0 and 0 <= jitter < 1):
         raise SettingError("a cache's ttl and timeout must be seconds above 0, and its jitter below 1")
-    if shadow_writes not in {"apart", "nowhere"}:
+    if shadow_writes not in {"isolated", "discard"}:
         raise SettingError(f"shadow_writes must be 'apart' or 'nowhere', got {shadow_writes!r}")

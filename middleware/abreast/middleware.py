@@ -48,7 +48,7 @@ logger = logging.getLogger("abreast")
 
 VERSION_HEADER = b"x-abreast-version"
 ROLE_HEADER = b"x-abreast-role"
-COPIES_HEADER = b"x-abreast-arms"
+COPIES_HEADER = b"x-abreast-copies"
 SCOPE_KEY = "abreast.current"  # in the scope: an outer middleware records this request already
 VERSION_BY_HEADER: dict[bytes | None, Version] = {each.encode(): each for each in get_args(Version)}
 ROLE_BY_HEADER: dict[bytes, Role] = {each.encode(): each for each in get_args(Role)}

@@ -52,8 +52,8 @@ class SettingsKwargs(TypedDict, total=False):
     redact_key: str
     queue_count: int
     queue_bytes: int
-    ship_batch: int
-    ship_interval: float
+    export_batch: int
+    export_interval: float
     pair_timeout: float
     redis_pairs: int
     redis_bytes: int
@@ -168,8 +168,10 @@ class Settings:
     )
     queue_count: int = setting(10_000, count(1, "captures"), "captures that may wait in the process")
     queue_bytes: int = setting(64 * 1024 * 1024, count(1, "bytes"), "bytes that may wait in the process")
-    ship_batch: int = setting(200, count(1, "captures"), "captures that are sent at once")
-    ship_interval: float = setting(0.05, seconds, "seconds that a capture waits for others before it is sent")
+    export_batch: int = setting(200, count(1, "captures"), "captures that are sent at once")
+    export_interval: float = setting(
+        0.05, seconds, "seconds that a capture waits for others before it is sent"
+    )
     pair_timeout: float = setting(
         10.0, seconds, "seconds that a pair waits in Redis for its missing captures"
     )

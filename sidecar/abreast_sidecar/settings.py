@@ -173,7 +173,7 @@ class Settings(EnvironmentSettings):
     postgres_url: str = setting(
         "postgresql://127.0.0.1:5432/abreast", database_url, "Postgres that holds the ledger"
     )
-    postgres_session_url: str = setting(
+    postgres_direct_url: str = setting(
         "",
         database_url,
         "Postgres without the pooler, where ABREAST_POSTGRES_URL is a pooler's in transaction mode: to hear of changes at once, and to agree which sidecar steers",
@@ -210,14 +210,14 @@ class Settings(EnvironmentSettings):
     volatile_headers: tuple[str, ...] = setting(
         (), comma_list, "response headers not to compare, beside the built-in list"
     )
-    ask_again: int = setting(
+    recheck_per_minute: int = setting(
         0, count, "pairs a minute that are asked again on both versions, to tell drift of state; 0 is off"
     )
-    ask_again_after: float = setting(2.0, seconds, "seconds to wait before a pair is asked again")
-    ask_again_old: str = setting(
+    recheck_delay: float = setting(2.0, seconds, "seconds to wait before a pair is asked again")
+    recheck_old_url: str = setting(
         "", http_url, "where old is asked again: a URL that does not lead through Envoy"
     )
-    ask_again_new: str = setting("", http_url, "where new is asked again")
+    recheck_new_url: str = setting("", http_url, "where new is asked again")
     new_share: float = setting(
         0.0, share, "share of users that new answers, until traffic is set for the first time"
     )
@@ -244,6 +244,6 @@ class Settings(EnvironmentSettings):
             raise SettingError("ABREAST_WEBHOOK_SECRET must be set where ABREAST_WEBHOOK_URLS is")
 
     @property
-    def session_url(self) -> str:
+    def direct_url(self) -> str:
         """Postgres for what needs a session of its own: to listen, and to hold a lock."""
-        return self.postgres_session_url or self.postgres_url
+        return self.postgres_direct_url or self.postgres_url

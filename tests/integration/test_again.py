@@ -113,10 +113,10 @@ async def bench(redis_url: str, postgres_url: str, **changes: Any) -> AsyncItera
         settings = Settings(
             redis_url=redis_url,
             postgres_url=postgres_url,
-            ask_again_after=AFTER,
-            ask_again_old=old.url,
-            ask_again_new=new.url,
-            **{"ask_again": 60, **changes},
+            recheck_delay=AFTER,
+            recheck_old_url=old.url,
+            recheck_new_url=new.url,
+            **{"recheck_per_minute": 60, **changes},
         )
         async with running(settings):
             yield Bench(settings, old, new)
@@ -159,7 +159,7 @@ async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str)
         (stock.id,),
         [True],
     )
-    assert (method, path, headers["x-abreast-again"]) == ("GET", "/products/7", "1")
+    assert (method, path, headers["x-abreast-recheck"]) == ("GET", "/products/7", "1")
     assert captures == 2  # those that were sent; the services' middleware sent none
 
 
@@ -199,7 +199,7 @@ async def test_what_is_unsafe_or_can_t_be_repeated_is_not_asked(redis_url: str, 
 
 
 async def test_no_more_are_asked_than_the_budget(redis_url: str, postgres_url: str) -> None:
-    async with bench(redis_url, postgres_url, ask_again=2) as found:
+    async with bench(redis_url, postgres_url, recheck_per_minute=2) as found:
         for _ in range(20):
             found.send({"stock": 5}, {"stock": 4})
         await found.asked(2)
@@ -232,6 +232,6 @@ async def test_a_version_that_hangs_holds_up_no_worker(redis_url: str, postgres_
 
 
 def test_without_addresses_it_is_refused() -> None:
-    with pytest.raises(SettingError, match="ABREAST_ASK_AGAIN_OLD and ABREAST_ASK_AGAIN_NEW"):
-        RecheckSettings.from_settings(Settings(ask_again=10))
+    with pytest.raises(SettingError, match="ABREAST_RECHECK_OLD_URL and ABREAST_RECHECK_NEW_URL"):
+        RecheckSettings.from_settings(Settings(recheck_per_minute=10))
     assert RecheckSettings.from_settings(Settings()) is None

@@ -75,7 +75,7 @@ async def test_both_versions_read_what_the_other_kept_in_the_same_form(redis_url
 
 
 async def test_versions_with_other_forms_neither_read_nor_replace_each_other(redis_url: str) -> None:
-    async with make(redis_url, form="1") as old, make(redis_url, form="2") as new:
+    async with make(redis_url, schema_version="1") as old, make(redis_url, schema_version="2") as new:
         again = Source()
         for _ in range(2):
             assert await old.get("product:7", Source("by old")) == "by old"
@@ -86,7 +86,7 @@ async def test_versions_with_other_forms_neither_read_nor_replace_each_other(red
 
 
 async def test_one_deletion_is_for_all_forms(redis_url: str) -> None:
-    async with make(redis_url, form="1") as old, make(redis_url, form="2") as new:
+    async with make(redis_url, schema_version="1") as old, make(redis_url, schema_version="2") as new:
         await new.get("product:7", Source("stale"))
         await old.delete("product:7")
 
@@ -95,7 +95,7 @@ async def test_one_deletion_is_for_all_forms(redis_url: str) -> None:
 
 async def test_the_form_is_the_release_by_default(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ABREAST_RELEASE", "shop-2.0")
-    async with make(redis_url, form=None) as cache:
+    async with make(redis_url, schema_version=None) as cache:
         await cache.get("product:7", Source())
 
     assert list(kept(redis_url)["shop:product:7"]) == [b"shop-2.0"]
@@ -134,7 +134,7 @@ async def test_a_value_is_kept_for_its_time_and_a_little_less(redis_url: str) ->
 
 
 async def test_a_field_that_is_over_is_a_miss_though_another_form_keeps_the_key(redis_url: str) -> None:
-    async with make(redis_url, form="1", ttl=0.3, jitter=0) as old, make(redis_url, form="2") as new:
+    async with make(redis_url, schema_version="1", ttl=0.3, jitter=0) as old, make(redis_url, schema_version="2") as new:
         await old.get("product:7", Source("long ago"))
         await new.get("product:7", Source())
         await asyncio.sleep(0.35)  # what is tested is that time passes
@@ -266,7 +266,7 @@ async def test_what_a_shadow_deleted_it_finds_no_more_itself(cache: Cache) -> No
 
 
 async def test_a_shadow_may_keep_its_own_apart(redis_url: str) -> None:
-    async with make(redis_url, shadow_writes="apart") as cache:
+    async with make(redis_url, shadow_writes="isolated") as cache:
         with inside():
             source = Source("a shadow's")
             assert [await cache.get("product:7", source) for _ in range(2)] == ["a shadow's"] * 2

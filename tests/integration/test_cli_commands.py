@@ -223,7 +223,7 @@ def test_a_rollback_that_the_ledger_does_not_know_of_is_no_success_and_says_why(
     answer = traffic_pb2.RollbackResponse(
         traffic=traffic(8, new_share=0.0),
         envoys=[envoy(8)],
-        not_recorded="the ledger does not know of it yet: x",
+        recording_error="the ledger does not know of it yet: x",
     )
     with serving(Rollback=answer) as (address, _handler):
         result = run("rollback", "--address", address)

@@ -110,11 +110,11 @@ async def test_a_shadow_is_one_also_where_nothing_is_captured(settings: Settings
 @pytest.mark.parametrize(
     ("wrong", "shadow"),
     [
-        ({"x-abreast-role": "shadow", "x-abreast-arms": "9"}, True),
+        ({"x-abreast-role": "shadow", "x-abreast-copies": "9"}, True),
         ({"x-abreast-role": "shadow", "x-abreast-version": "newer"}, True),
         ({"x-abreast-role": "something later"}, True),
         ({"x-abreast-role": "shadow", "x-abreast-pair": "no, pair"}, True),
-        ({"x-abreast-role": "live", "x-abreast-arms": "9"}, False),
+        ({"x-abreast-role": "live", "x-abreast-copies": "9"}, False),
     ],
 )
 async def test_marks_that_are_not_understood_err_on_the_safe_side(

@@ -26,7 +26,7 @@ async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
         yield found
 
 
-async def envoys(sidecar: Running) -> list[pb.EnvoyState]:
+async def envoys(sidecar: Running) -> list[pb.EnvoyStatus]:
     return list((await sidecar.traffic.GetTraffic(pb.GetTrafficRequest())).envoys)
 
 

@@ -184,7 +184,7 @@ async def test_an_unsafe_request_that_reached_nobody_goes_to_old_with_its_whole_
 
 
 async def test_a_frozen_new_costs_one_try() -> None:
-    async with abreast(weight=1.0, try_timeout=0.3) as running:
+    async with abreast(weight=1.0, per_try_timeout=0.3) as running:
         running.new.reading.clear()
         began = time.monotonic()
         answer = await running.client.get("/")
@@ -197,7 +197,7 @@ async def test_a_frozen_new_costs_one_try() -> None:
 async def test_a_slow_answer_is_not_cut_off_by_the_second_try(share: float) -> None:
     """Both versions need longer than a try may take: the user must get what he would have got without Envoy."""
     async with abreast(
-        weight=share, try_timeout=0.2, old=Upstream(answer=slow(1.0)), new=Upstream(answer=slow(1.0))
+        weight=share, per_try_timeout=0.2, old=Upstream(answer=slow(1.0)), new=Upstream(answer=slow(1.0))
     ) as running:
         answer = await running.client.get("/")
 
@@ -349,7 +349,7 @@ async def test_a_stream_lives_longer_than_any_timeout_of_abreast() -> None:
         writer.write(b"0\r\n\r\n")
 
     async with abreast(
-        old=Upstream(answer=events), try_timeout=0.3, idle_timeout=0.8, shadow_timeout=0.3
+        old=Upstream(answer=events), per_try_timeout=0.3, idle_timeout=0.8, shadow_timeout=0.3
     ) as running:
         answer = await running.client.get("/")
 
@@ -357,7 +357,7 @@ async def test_a_stream_lives_longer_than_any_timeout_of_abreast() -> None:
 
 
 async def test_a_silent_stream_ends_after_the_idle_timeout() -> None:
-    async with abreast(old=Upstream(answer=slow(60.0)), try_timeout=0.0, idle_timeout=0.4) as running:
+    async with abreast(old=Upstream(answer=slow(60.0)), per_try_timeout=0.0, idle_timeout=0.4) as running:
         began = time.monotonic()
         answer = await running.client.get("/")
 
@@ -366,7 +366,7 @@ async def test_a_silent_stream_ends_after_the_idle_timeout() -> None:
 
 
 async def test_a_whole_request_may_be_given_a_limit() -> None:
-    async with abreast(old=Upstream(answer=slow(60.0)), try_timeout=0.0, request_timeout=0.4) as running:
+    async with abreast(old=Upstream(answer=slow(60.0)), per_try_timeout=0.0, request_timeout=0.4) as running:
         assert (await running.client.get("/")).status_code == 504
 
 

@@ -245,7 +245,7 @@ async def test_a_baseline_request_goes_three_ways(share: float) -> None:
         answers = {"old": "shadow", "new": "live"} if share else {"old": "live", "new": "shadow"}
 
         assert seen == {*answers.items(), ("old", "baseline")}
-        assert {request.headers["x-abreast-arms"] for request in received} == {"3"}
+        assert {request.headers["x-abreast-copies"] for request in received} == {"3"}
         assert len({request.pair for request in received}) == 1
         assert len({request.without(*ROLE) for request in received}) == 1
 
@@ -255,7 +255,9 @@ async def test_a_part_of_the_sample_is_baseline_and_envoy_counts_each() -> None:
     async with abreast(sample_safe=0.5, baseline_share=0.5) as running:
         await burst(running.port, requests)
         await running.settled()
-        arms = Counter(request.headers.get("x-abreast-arms", "1") for request in running.old.in_role("live"))
+        arms = Counter(
+            request.headers.get("x-abreast-copies", "1") for request in running.old.in_role("live")
+        )
         counted = {
             number: await running.stat(f"vhost.service.route.safe_{name}.upstream_rq_total")
             for number, name in (("1", "plain"), ("2", "sampled"), ("3", "baseline"))

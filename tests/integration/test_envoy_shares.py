@@ -87,7 +87,7 @@ async def test_without_a_sticky_key_a_share_holds_too() -> None:
 async def test_a_tester_gets_the_version_that_he_asks_for_and_the_other_one_a_copy(
     weight: float, use: str
 ) -> None:
-    async with abreast(weight=weight, testers=SECRET, sample_unsafe=1.0) as running:
+    async with abreast(weight=weight, tester_secret=SECRET, sample_unsafe=1.0) as running:
         headers = {"x-abreast-use": f"{use} {SECRET}", "x-abreast-role": "live", "x-abreast-used": "1"}
         answers = [await running.client.request(method, "/", headers=headers) for method in ("GET", "POST")]
         usual = await running.client.get("/")
@@ -103,7 +103,7 @@ async def test_a_tester_gets_the_version_that_he_asks_for_and_the_other_one_a_co
 
 
 async def test_a_tester_of_a_failing_new_is_answered_by_old() -> None:
-    async with abreast(testers=SECRET, new=Upstream(answer=failing(500))) as running:
+    async with abreast(tester_secret=SECRET, new=Upstream(answer=failing(500))) as running:
         answer = await running.client.get("/", headers={"x-abreast-use": f"new {SECRET}"})
 
         assert (answer.status_code, answer.headers["x-abreast-version"]) == (200, "old")
@@ -115,7 +115,7 @@ async def test_a_tester_of_a_failing_new_is_answered_by_old() -> None:
     [("", "new"), ("", f"new {SECRET}"), (SECRET, "new"), (SECRET, f"new {SECRET}0")],
 )
 async def test_nobody_else_can_ask_for_a_version(testers: str, asked: str) -> None:
-    async with abreast(testers=testers, sample_safe=0.0) as running:
+    async with abreast(tester_secret=testers, sample_safe=0.0) as running:
         answer = await running.client.get("/", headers={"x-abreast-use": asked})
 
         assert answer.headers["x-abreast-version"] == "old"

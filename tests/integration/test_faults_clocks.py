@@ -19,8 +19,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from abreast.protocol.join import Limits
-from abreast.v1 import steering_pb2 as pb
-from abreast.v1 import steering_pb2_grpc, traffic_pb2, traffic_pb2_grpc
+from abreast.v1 import rollout_pb2 as pb
+from abreast.v1 import rollout_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_sidecar.ingest.stream import StreamConsumer
 from abreast_sidecar.jobs.streams import expire_incomplete_pairs
 from abreast_sidecar.redis_client import connect_redis, list_shards
@@ -272,7 +272,7 @@ async def guarded(found: Replica, at: Parts) -> None:
         await traffic_pb2_grpc.TrafficServiceStub(channel).UpdateTraffic(half)
         policy = pb.GuardPolicy(mode=pb.GUARD_MODE_ACTING)
         asked = pb.SetGuardRequest(policy=policy, actor="ada", reason="x")
-        await steering_pb2_grpc.SteeringServiceStub(channel).SetGuard(asked)
+        await rollout_pb2_grpc.RolloutServiceStub(channel).SetGuard(asked)
     with psycopg.connect(at.url) as admin:
         admin.execute("update abreast.guard set since = since - interval '2 hours'")
         admin.execute("update abreast.traffic_event set at = at - interval '2 hours'")

@@ -169,7 +169,7 @@ async def test_with_the_sidecar_away_for_long_all_stay_within_their_bounds_and_g
             await complete(postgres_url, load)
             await empty(started.url)
             await eventually_async(
-                lambda: told(postgres_url, stats(started.url)["shed_pairs"]), what="refusals are told"
+                lambda: told(postgres_url, stats(started.url)["rejected_pairs"]), what="refusals are told"
             )
         stop.set()
         await housekeeping
@@ -177,10 +177,10 @@ async def test_with_the_sidecar_away_for_long_all_stay_within_their_bounds_and_g
     order = [pair for (pair,) in rows(postgres_url, "select id from abreast.pair order by at")]
     assert full == 150
     assert len(backlog) == 150
-    assert shed["shed_pairs"] == 2 * load.refused == 2 * 450
+    assert shed["rejected_pairs"] == 2 * load.refused == 2 * 450
     assert set(order[:150]) == backlog
 
 
 async def told(url: str, shed: int) -> bool:
-    found = one(url, "select coalesce(max((report->>'shed_pairs')::int), 0) from abreast.shard_report")
+    found = one(url, "select coalesce(max((report->>'rejected_pairs')::int), 0) from abreast.shard_report")
     return bool(found == shed)

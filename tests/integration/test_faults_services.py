@@ -39,7 +39,7 @@ async def app(scope, receive, send):
 
 async def main(url, version, role, interval, *pairs):
     target = ParallelRunMiddleware(
-        app, service="shop", redis_url=url, ship_interval=float(interval), pair_timeout=1.0
+        app, service="shop", redis_url=url, export_interval=float(interval), pair_timeout=1.0
     )
     for pair in pairs:
         await call(target, http_scope("/", headers=marks(pair, version=version, role=role)))

@@ -125,7 +125,7 @@ async def send(old: App, new: App, orders: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("orders", "own"), [(300, False), (200, True)], ids=["rolled back", "a database of its own"]
+    ("orders", "separate_database"), [(300, False), (200, True)], ids=["rolled back", "a database of its own"]
 )
 async def test_shadowed_orders_are_where_the_setting_says(urls: Urls, orders: int, own: bool) -> None:
     engine = create_async_engine(urls.new.replace("postgresql:", "postgresql+psycopg:"))

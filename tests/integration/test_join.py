@@ -190,7 +190,7 @@ def test_pairs_are_bounded_and_what_is_refused_is_counted(client: Any, order: li
         assert client.zcard(KEYS.due) <= most
         assert client.zcard(KEYS.due) + client.xlen(KEYS.ready) <= most
     counted = stats(client)
-    assert refused == counted.get("shed_pairs", 0)
+    assert refused == counted.get("rejected_pairs", 0)
     assert refused + counted["received"] == len(order)
     held = client.xlen(KEYS.ready) * 2 + sum(client.hlen(key) for key in client.scan_iter(KEYS.pair("*")))
     assert counted["received"] == held
@@ -206,7 +206,7 @@ def test_bytes_are_bounded_and_what_is_refused_is_counted(client: Any, sizes: li
     counted = stats(client)
     assert counted.get("bytes", 0) <= most
     assert reply[0] + reply[3] + reply[4] == len(batch)
-    assert counted.get("shed_bytes", 0) == reply[4]
+    assert counted.get("rejected_bytes", 0) == reply[4]
 
 
 def test_room_that_was_made_is_used_again(client: Any) -> None:

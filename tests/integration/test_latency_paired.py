@@ -52,10 +52,10 @@ async def test_each_release_begins_cold_and_pairs_are_held_against_each_other(si
     add(ledger, 300, 10_000, 30_000, release="3")
     add(ledger, 50, 10_000, 90_000, status=500)
     found = await ask(sidecar)
-    middle = next(one for one in found.warm.differences if one.share == 0.5)
-    ratio = next(one for one in found.warm.ratios if one.share == 0.5)
+    middle = next(one for one in found.warm.differences if one.quantile == 0.5)
+    ratio = next(one for one in found.warm.ratios if one.quantile == 0.5)
 
-    assert (found.cold.pairs, found.warm.pairs, found.cut) == (50 + 30, 450 + 270, False)
+    assert (found.cold.pairs, found.warm.pairs, found.truncated) == (50 + 30, 450 + 270, False)
     assert found.warm.percentiles[0].old.ToMilliseconds() == 10
     assert found.warm.percentiles[-1].new.ToMilliseconds() == 30
     assert middle.low.ToMicroseconds() < middle.value.ToMicroseconds() < middle.high.ToMicroseconds()
@@ -70,10 +70,10 @@ async def test_two_copies_are_held_against_each_other_where_there_are_enough(sid
     ledger.execute("update abreast.pair set baseline_us = 15000 where extract(second from at)::int %% 2 = 0")
     found = await ask(sidecar)
 
-    assert (unknown.warm.copies, found.warm.copies) == (0, 180)
+    assert (unknown.warm.baseline_pairs, found.warm.baseline_pairs) == (0, 180)
     assert found.warm.percentiles == unknown.warm.percentiles
-    assert next(one.value for one in unknown.warm.ratios if one.share == 0.5) == pytest.approx(3, abs=0.1)
-    assert next(one.value for one in found.warm.ratios if one.share == 0.5) == pytest.approx(2, abs=0.1)
+    assert next(one.value for one in unknown.warm.ratios if one.quantile == 0.5) == pytest.approx(3, abs=0.1)
+    assert next(one.value for one in found.warm.ratios if one.quantile == 0.5) == pytest.approx(2, abs=0.1)
 
 
 async def test_a_window_and_a_confidence_narrow_it(sidecar: Running) -> None:

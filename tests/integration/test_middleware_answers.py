@@ -370,8 +370,8 @@ async def test_a_scope_may_bring_its_headers_in_any_iterable(redis_url: str) -> 
         {"x-abreast-pair": ""},
         {"x-abreast-version": "newer"},
         {"x-abreast-role": "spectator"},
-        {"x-abreast-arms": "4"},
-        {"x-abreast-arms": ""},
+        {"x-abreast-copies": "4"},
+        {"x-abreast-copies": ""},
     ],
 )
 async def test_marks_that_are_not_understood_are_left_alone(wrong: dict[str, str], redis_url: str) -> None:

@@ -68,7 +68,7 @@ async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> 
     )
     assert answer.traffic.sample_safe == 0.5
     assert [one.acknowledged_version for one in answer.envoys] == [answer.traffic.version]
-    assert "the ledger does not know of it yet: postgres has not answered" in answer.not_recorded
+    assert "the ledger does not know of it yet: postgres has not answered" in answer.recording_error
     assert [one[0] for one in told] == ["rollback", "update", "create"]
     assert told[0][1:] == ("ada", "on fire")
     assert (found.traffic.new_share, found.traffic.version) == (0.0, answer.traffic.version)
@@ -92,7 +92,7 @@ async def test_it_outlives_a_restart_and_the_old_state_that_postgres_comes_back_
                 promoted = await again.traffic.Promote(pb.PromoteRequest(service="shop", wait=LONG))
                 await envoy.has("abreast.weight.new_or_old", "10000")
 
-    assert "it outlives a restart" in answer.not_recorded
+    assert "it outlives a restart" in answer.recording_error
     assert [one[0] for one in told] == ["rollback", "update", "create"]
     assert told[0][1] == "ada"
     assert told[0][2].startswith("on fire (called at ")
@@ -119,7 +119,7 @@ async def test_envoys_of_other_sidecars_are_told_through_redis_and_it_is_one_eve
             told = await events(here)
 
     assert not answer.envoys
-    assert "other sidecars find it in Redis within seconds" in answer.not_recorded
+    assert "other sidecars find it in Redis within seconds" in answer.recording_error
     assert [one[0] for one in told] == ["rollback", "update", "create"]
 
 
@@ -154,7 +154,7 @@ async def test_it_needs_neither_store_nor_any_knowledge_of_the_state_before() ->
 
     assert not answer.HasField("previous")
     assert (answer.traffic.rolled_back, answer.traffic.sample_safe) == (True, 0.0)
-    assert "a restart of this one forgets it" in answer.not_recorded
+    assert "a restart of this one forgets it" in answer.recording_error
 
 
 async def _connected(sidecar: Running) -> bool:
@@ -192,6 +192,6 @@ async def test_two_calls_while_postgres_stands_still_are_two_events(redis_url: s
             await sidecars_have_settled(sidecar)
             told = await events(sidecar)
 
-    assert all("recorded as soon as Postgres is back" in one.not_recorded for one in answers)
+    assert all("recorded as soon as Postgres is back" in one.recording_error for one in answers)
     assert [action for action, _actor, _reason in told] == ["rollback", "rollback", "update", "create"]
     assert {reason.split()[0] for action, _actor, reason in told if action == "rollback"} == {"one", "two"}

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.postgres
 MOMENT = Duration(nanos=3 * 10**8)
 
 
-def told(envoys: Sequence[pb.EnvoyState]) -> list[tuple[str, int]]:
+def told(envoys: Sequence[pb.EnvoyStatus]) -> list[tuple[str, int]]:
     """Node, and the port of its sidecar."""
     return [(envoy.node, int(envoy.sidecar.rpartition(":")[2])) for envoy in envoys]
 
@@ -89,7 +89,7 @@ async def test_an_answer_names_the_envoys_of_all_sidecars_and_within_what_time(
         assert {envoy.acknowledged_version for envoy in one.envoys} == {one.traffic.version}
         for envoy in one.envoys:
             assert dt.timedelta(0) < envoy.acknowledged_after.ToTimedelta() < dt.timedelta(seconds=3)
-        assert one.others_unknown == ""
+        assert one.peers_error == ""
     assert took < 3 * LONG.seconds / 2, "nothing waited until its time was over"
     assert f"b1 at {found.envoys[2].sidecar}" in page
 
@@ -221,7 +221,7 @@ async def test_a_rollback_that_postgres_can_not_record_names_its_own_envoys_and_
             await envoy.has("abreast.weight.new_or_old", "0")
 
     assert told(back.envoys) == [("edge-1", here.port)]
-    assert "the ledger, where they are kept, is away" in back.others_unknown
+    assert "the ledger, where they are kept, is away" in back.peers_error
 
 
 async def test_a_postgres_that_goes_while_others_are_asked_is_said(redis_url: str, postgres_url: str) -> None:
@@ -233,7 +233,7 @@ async def test_a_postgres_that_goes_while_others_are_asked_is_said(redis_url: st
             took = time.monotonic() - began
 
     assert [envoy.node for envoy in found.envoys] == ["edge-1"]
-    assert found.others_unknown == "postgres has not answered for 1 s"
+    assert found.peers_error == "postgres has not answered for 1 s"
     assert took < 5
 
 

@@ -68,12 +68,12 @@ async def test_a_rule_is_made_listed_and_deleted(sidecar: Running) -> None:
     assert (made.path, made.part, made.kind) == ("$.meta.id", common.PART_UNSPECIFIED, common.KIND_CHANGED)
 
     gone = (await calls(sidecar).DeleteRule(pb.DeleteRuleRequest(id=made.id, actor="bob"))).rule
-    assert (gone.state, gone.ender) == (pb.RULE_STATE_DELETED, "bob")
+    assert (gone.state, gone.deleter) == (pb.RULE_STATE_DELETED, "bob")
     assert not (await calls(sidecar).ListRules(pb.ListRulesRequest())).rules
     deleted = (await calls(sidecar).ListRules(pb.ListRulesRequest(include_deleted=True))).rules
     assert [one.id for one in deleted] == [made.id]
     again = await calls(sidecar).DeleteRule(pb.DeleteRuleRequest(id=made.id))
-    assert again.rule.ender == "bob"
+    assert again.rule.deleter == "bob"
 
 
 async def test_pages_of_rules_go_on_where_the_last_ended(sidecar: Running) -> None:
@@ -246,7 +246,7 @@ async def test_a_rule_works_at_once_and_its_pairs_stay_visible(sidecar: Running,
 
     async def judged() -> bool:
         listed = (await calls(sidecar).ListRules(pb.ListRulesRequest(finding_id=finding))).rules
-        return bool(listed) and listed[0].rejudged and listed[0].pairs == 4
+        return bool(listed) and listed[0].reapplied and listed[0].pairs == 4
 
     await eventually_async(judged, what="all is judged by the rule")
     pair = (await sidecar.comparison.GetPair(comparison_pb2.GetPairRequest(id=late[0].pair))).pair

@@ -69,8 +69,8 @@ async def test_a_summary_counts_outcomes_and_what_explains_them(sidecar: Running
     assert found.pending == 0
     assert not found.HasField("envoy_sampled")
     assert not found.HasField("unaccounted")
-    assert found.first.ToDatetime(dt.UTC) == NOON
-    assert found.last.ToDatetime(dt.UTC) == NOON + HOUR
+    assert found.first_pair_time.ToDatetime(dt.UTC) == NOON
+    assert found.last_pair_time.ToDatetime(dt.UTC) == NOON + HOUR
 
 
 async def test_a_field_that_is_noise_can_break_in_another_way(sidecar: Running, ledger: Ledger) -> None:
@@ -141,13 +141,13 @@ async def test_drops_are_told_by_place_and_reason(sidecar: Running, ledger: Ledg
         )
     ledger.execute(
         "insert into abreast.shard_report (service, shard, seen, report) values ('shop', 0, now(), %s)",
-        Jsonb({"shed_pairs": 2, "late": 5, "duplicate": 1, "received": 100}),
+        Jsonb({"rejected_pairs": 2, "late": 5, "duplicate": 1, "received": 100}),
     )
 
     found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
 
-    assert [(drop.place, drop.reason, drop.count) for drop in found.drops] == [
-        ("redis", "shed_pairs", 2),
+    assert [(drop.stage, drop.reason, drop.count) for drop in found.drops] == [
+        ("redis", "rejected_pairs", 2),
         ("service", "late_effects", 2),
         ("service", "queue_bytes", 7),
     ]
@@ -157,21 +157,21 @@ async def test_drops_are_told_by_place_and_reason(sidecar: Running, ledger: Ledg
 async def test_what_redis_refused_is_told_once(sidecar: Running, ledger: Ledger) -> None:
     """The process that had sent it counts it too. Of a Redis that lost its data the processes know more."""
     ledger.endpoint()
-    odd = {"refused_pairs": 6, "refused_bytes": 1, "shutdown": "many"}
+    odd = {"redis_rejected_pairs": 6, "redis_rejected_bytes": 1, "shutdown": "many"}
     ledger.execute(
         "insert into abreast.process_report (id, service, seen, report) values ('a', 'shop', now(), %s), ('b', 'shop', now(), %s)",
         *(Jsonb({"dropped": odd}), Jsonb({"dropped": "none"})),
     )
     ledger.execute(
         "insert into abreast.shard_report (service, shard, seen, report) values ('shop', 0, now(), %s)",
-        Jsonb({"shed_pairs": 2, "shed_bytes": 3}),
+        Jsonb({"rejected_pairs": 2, "rejected_bytes": 3}),
     )
 
     found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
 
-    assert [(drop.place, drop.reason, drop.count) for drop in found.drops] == [
-        ("redis", "shed_bytes", 3),
-        ("redis", "shed_pairs", 6),
+    assert [(drop.stage, drop.reason, drop.count) for drop in found.drops] == [
+        ("redis", "rejected_bytes", 3),
+        ("redis", "rejected_pairs", 6),
     ]
 
 
@@ -185,7 +185,10 @@ async def test_what_was_put_apart_is_told_with_the_reason(sidecar: Running, ledg
 
     found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
 
-    assert [(one.reason, one.count) for one in found.poison] == [("format 2", 2), ("it ends the process", 1)]
+    assert [(one.reason, one.count) for one in found.dead_letters] == [
+        ("format 2", 2),
+        ("it ends the process", 1),
+    ]
 
 
 async def test_endpoints_have_outcomes_and_percentiles(sidecar: Running, ledger: Ledger) -> None:
@@ -334,7 +337,7 @@ async def test_a_finding_comes_with_its_examples_the_smallest_first(sidecar: Run
         (common.VERSION_NEW, b'{"price": 12.49}'),
     ]
     (difference,) = found.examples[0].differences
-    assert (difference.place, difference.old, difference.new, difference.noise) == (
+    assert (difference.exact_path, difference.old, difference.new, difference.noise) == (
         "$.price",
         "12.5",
         "12.49",

@@ -140,7 +140,7 @@ def accounts(ledger: Ledger) -> None:
     )
     ledger.execute(
         "insert into abreast.shard_report (service, shard, seen, report) values ('shop', 0, now(), %s)",
-        Jsonb({"received": 4, "late": 3, "shed_pairs": 4}),
+        Jsonb({"received": 4, "late": 3, "rejected_pairs": 4}),
     )
     ledger.execute(
         "insert into abreast.dead_letter (at, service, entry, reason, content) values (now(), 'shop', '1-1', 'a capture of format 2', '')"
@@ -163,8 +163,8 @@ async def test_metrics_count_calls_pairs_and_parts(sidecar: Running) -> None:
         'abreast_envoy_sampled_total{service="shop"} 9.0',
         'abreast_unaccounted{service="shop"} 7.0',
         'abreast_captures_total{fate="late",service="shop"} 3.0',
-        'abreast_dropped_captures_total{place="redis",reason="shed_pairs",service="shop"} 4.0',
-        'abreast_poison{service="shop"} 1.0',
+        'abreast_dropped_captures_total{place="redis",reason="rejected_pairs",service="shop"} 4.0',
+        'abreast_dead_letters{service="shop"} 1.0',
         'abreast_rpcs_total{code="OK",method="abreast.v1.ComparisonService/ListPairs"} 1.0',
         'abreast_rpcs_total{code="INVALID_ARGUMENT",method="abreast.v1.ComparisonService/GetPair"} 1.0',
         'abreast_ledger_pairs_total{outcome="only_old",service="shop"} 1.0',

@@ -62,7 +62,7 @@ async def _ask(middleware: ParallelRunMiddleware) -> None:
 
 
 def test_the_end_of_a_loop_flushes_even_without_lifespan(redis_url: str) -> None:
-    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, ship_interval=60)
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, export_interval=60)
     asyncio.run(_ask(middleware))
 
     assert middleware.queue.shipped_count == 1
@@ -95,7 +95,7 @@ def test_a_cancellation_that_is_swallowed_below_ends_the_loop_all_the_same(
 
 
 def test_what_a_loop_could_not_send_the_next_one_does(redis_url: str) -> None:
-    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, ship_interval=60)
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, export_interval=60)
     loop = asyncio.new_event_loop()
     loop.run_until_complete(_ask(middleware))
     (task,) = asyncio.all_tasks(loop)
@@ -149,7 +149,7 @@ async def lifespan(app: ParallelRunMiddleware) -> list[Message]:
 
 async def test_the_shutdown_of_the_lifespan_flushes_before_the_server_is_told(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(
-        Starlette(routes=[Route("/", app)]), service="shop", redis_url=redis_url, ship_interval=60
+        Starlette(routes=[Route("/", app)]), service="shop", redis_url=redis_url, export_interval=60
     )
     sent = await lifespan(middleware)
 

@@ -155,7 +155,7 @@ async def test_a_slow_redis_does_not_hold_up_a_shutdown(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each reply comes in time, but there is more to send than the time allows."""
-    target = middleware(redis_url, flush_timeout=0.3, ship_batch=1)
+    target = middleware(redis_url, flush_timeout=0.3, export_batch=1)
     slow = RedisTransport.join
 
     async def late(self: RedisTransport, shard: int, batch: Any) -> JoinResult:
@@ -274,7 +274,7 @@ async def test_bytes_are_bounded_too(redis_url: str) -> None:
         await send({"type": "http.response.body", "body": bytes(10_000)})
 
     target = ParallelRunMiddleware(
-        large, service="shop", redis_url=redis_url, queue_bytes=30_000, ship_interval=60
+        large, service="shop", redis_url=redis_url, queue_bytes=30_000, export_interval=60
     )
     for _ in range(5):
         await call(target, sampled())
@@ -287,7 +287,10 @@ async def test_bytes_are_bounded_too(redis_url: str) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [(SettingsKwargs(redis_pairs=3), "refused_pairs"), (SettingsKwargs(redis_bytes=3000), "refused_bytes")],
+    [
+        (SettingsKwargs(redis_pairs=3), "redis_rejected_pairs"),
+        (SettingsKwargs(redis_bytes=3000), "redis_rejected_bytes"),
+    ],
 )
 async def test_what_redis_refuses_is_counted(settings: SettingsKwargs, reason: str, redis_url: str) -> None:
     target = middleware(redis_url, **settings)

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from abreast.v1 import steering_pb2 as pb
+from abreast.v1 import rollout_pb2 as pb
 from abreast.v1 import traffic_pb2
 from support import eventually_async
 from support_serve import Ledger, Running, refused, running
@@ -43,7 +43,7 @@ async def saw(sidecar: Running, *states: str) -> pb.Guard:
 
     async def looked() -> bool:
         found = await guard(sidecar)
-        return found.look_time.ToDatetime(dt.UTC) > since and found.state in wanted
+        return found.evaluate_time.ToDatetime(dt.UTC) > since and found.state in wanted
 
     await eventually_async(looked, what=f"the guard looks, and is {states}")
     return await guard(sidecar)
@@ -64,9 +64,9 @@ async def test_it_is_off_until_it_is_set(sidecar: Running, ledger: Ledger) -> No
 
     found = await guard(sidecar)
 
-    assert (found.policy.mode, found.state, found.said) == (pb.GUARD_MODE_OFF, pb.GUARD_STATE_IDLE, "off")
+    assert (found.policy.mode, found.state, found.message) == (pb.GUARD_MODE_OFF, pb.GUARD_STATE_IDLE, "off")
     assert (found.policy.errors.limit, found.policy.errors.min_pairs) == (0.001, 10)
-    assert not found.HasField("set_time")
+    assert not found.HasField("update_time")
 
 
 async def test_errors_of_users_whom_new_answers_roll_back_at_once(sidecar: Running, ledger: Ledger) -> None:
@@ -88,7 +88,7 @@ async def test_errors_of_users_whom_new_answers_roll_back_at_once(sidecar: Runni
     assert event.reason.startswith("errors: new failed 20 of 20 users' requests that old answered (100%")
     assert (event.before.new_share, event.after.new_share, event.after.rolled_back) == (0.5, 0.0, True)
     assert event.guard_after.mode == pb.GUARD_MODE_ACTING
-    assert (await saw(sidecar, "IDLE")).said == "all users are on old"
+    assert (await saw(sidecar, "IDLE")).message == "all users are on old"
 
 
 async def test_it_counts_requests_that_old_had_to_answer_for_new(sidecar: Running, ledger: Ledger) -> None:
@@ -209,7 +209,7 @@ async def test_it_rests_for_its_cool_down(sidecar: Running, ledger: Ledger) -> N
     found = await saw(sidecar, "BREACHED")
 
     assert (await events(sidecar))[0].action == "update"
-    assert found.said == "cooling down after: errors"
+    assert found.message == "cooling down after: errors"
 
 
 async def test_a_ledger_without_an_envoys_count_makes_it_blind(sidecar: Running, ledger: Ledger) -> None:
@@ -219,10 +219,10 @@ async def test_a_ledger_without_an_envoys_count_makes_it_blind(sidecar: Running,
 
     found = await saw(sidecar, "BLIND")
 
-    assert found.said == "no Envoy's count is known (ABREAST_ENVOY_ADMIN)"
+    assert found.message == "no Envoy's count is known (ABREAST_ENVOY_ADMIN)"
     metrics = (await sidecar.http.get("/metrics")).text
     assert 'abreast_guard_blind{service="shop"} 1.0' in metrics
-    assert "abreast_acting 1.0" in metrics
+    assert "abreast_leader 1.0" in metrics
 
 
 async def test_a_change_of_the_policy_has_who_why_before_and_after(sidecar: Running) -> None:

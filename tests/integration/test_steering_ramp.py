@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import comparison_pb2, traffic_pb2
-from abreast.v1 import steering_pb2 as pb
+from abreast.v1 import rollout_pb2 as pb
 from support import eventually_async
 from support_serve import Ledger, Refused, Running, refused, running
 from support_steering import NOW, add, events, moment, sampled, set_guard, set_share
@@ -66,7 +66,7 @@ async def looked(sidecar: Running) -> pb.Ramp:
         since = moment()
 
         async def there(since: dt.datetime = since) -> bool:
-            return bool((await ramp(sidecar)).look_time.ToDatetime(dt.UTC) > since)
+            return bool((await ramp(sidecar)).evaluate_time.ToDatetime(dt.UTC) > since)
 
         await eventually_async(there, what="the ramp is looked at")
     return await ramp(sidecar)
@@ -121,7 +121,7 @@ async def test_it_waits_while_too_little_is_known(sidecar: Running, ledger: Ledg
 
     assert found.state.step == 0
     assert found.verdict == comparison_pb2.VERDICT_STATE_INCONCLUSIVE
-    assert "the verdict is INCONCLUSIVE: " in found.state.said
+    assert "the verdict is INCONCLUSIVE: " in found.state.message
 
 
 async def test_each_step_needs_pairs_and_time_of_its_own(sidecar: Running, ledger: Ledger) -> None:
@@ -134,14 +134,15 @@ async def test_each_step_needs_pairs_and_time_of_its_own(sidecar: Running, ledge
     good(ledger, 1)
     await until(sidecar, "PROGRESSING", 2)
 
-    assert few.state.said == "19 of 20 pairs were compared in this step"
+    assert few.state.message == "19 of 20 pairs were compared in this step"
     assert few.verdict == comparison_pb2.VERDICT_STATE_PASS
 
     await sidecar.steering.AbortRamp(pb.AbortRampRequest())
     await start(sidecar, 0.01, 0.5, hold=0.9, min_pairs=1)
     good(ledger)
     assert (
-        "holds 1% for another 1 s" in (await looked(sidecar)).state.said or (await ramp(sidecar)).state.step
+        "holds 1% for another 1 s" in (await looked(sidecar)).state.message
+        or (await ramp(sidecar)).state.step
     )
     good(ledger)
     await until(sidecar, "PROGRESSING", 1)
@@ -159,7 +160,7 @@ async def test_it_goes_back_on_fail(sidecar: Running, ledger: Ledger) -> None:
     assert (event.action, event.actor, event.after.rolled_back) == ("rollback", "ramp", True)
     assert "the verdict since the ramp began is FAIL: 100 of 100 pairs have errors of new" in event.reason
     assert await share(sidecar) == 0
-    assert ended.state.said.startswith("rolled back from 25%")
+    assert ended.state.message.startswith("rolled back from 25%")
     assert ended.verdict == comparison_pb2.VERDICT_STATE_FAIL
 
 
@@ -198,7 +199,7 @@ async def test_no_evidence_is_no_good_evidence(
     found = await looked(sidecar)
 
     assert found.state.step == 0
-    assert said in found.state.said
+    assert said in found.state.message
 
     sampled(ledger)
     good(ledger)
@@ -216,7 +217,7 @@ async def test_without_an_envoys_count_it_does_not_climb_until_there_is_one(
     good(ledger)
     await until(sidecar, "PROGRESSING", 1)
 
-    assert "no Envoy's count is known" in blind.state.said
+    assert "no Envoy's count is known" in blind.state.message
     assert counted.state.step == 0
     assert counted.step_time.ToDatetime() > blind.step_time.ToDatetime()
 
@@ -231,7 +232,7 @@ async def test_pause_and_resume(sidecar: Running, ledger: Ledger) -> None:
     good(ledger)
     await until(sidecar, "PROGRESSING", 1)
 
-    assert (paused.state.phase, found.state.said, found.state.step) == (pb.RAMP_PHASE_PAUSED, "paused", 0)
+    assert (paused.state.phase, found.state.message, found.state.step) == (pb.RAMP_PHASE_PAUSED, "paused", 0)
     assert resumed.step_time.ToDatetime() > paused.step_time.ToDatetime()
     told = [(one.action, one.actor, one.reason) for one in await events(sidecar)][1:3]
     assert told == [("ramp_resume", "grace", ""), ("ramp_pause", "grace", "lunch")]
@@ -255,7 +256,7 @@ async def test_abort_sends_all_users_to_old_and_stays(sidecar: Running, ledger: 
     again = await refusal(sidecar.steering.AbortRamp(pb.AbortRampRequest()))
 
     event = (await events(sidecar))[0]
-    assert (ended.state.phase, ended.state.said) == (pb.RAMP_PHASE_ABORTED, "aborted at 25%")
+    assert (ended.state.phase, ended.state.message) == (pb.RAMP_PHASE_ABORTED, "aborted at 25%")
     assert (event.action, event.actor, event.reason) == ("ramp_abort", "grace", "no")
     assert (event.after.new_share, event.after.rolled_back) == (0.0, True)
     assert (again.code, again.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT")
@@ -276,7 +277,7 @@ async def test_who_sets_the_traffic_ends_the_ramp(sidecar: Running, ledger: Ledg
     good(ledger)
     ended = await until(sidecar, "SUPERSEDED")
 
-    assert ended.state.said.startswith(f"ended at 25%: {what} by grace")
+    assert ended.state.message.startswith(f"ended at 25%: {what} by grace")
     assert await share(sidecar) == {"rollback": 0.0, "promote": 1.0, "update": 0.1}[what]
     assert [one.action for one in await events(sidecar)][:2] == ["ramp_end", what]
 
@@ -300,7 +301,7 @@ async def test_the_guard_ends_it(sidecar: Running, ledger: Ledger) -> None:
 
     ended = await until(sidecar, "SUPERSEDED")
 
-    assert "rollback by guard: errors: new failed 20 of 20" in ended.state.said
+    assert "rollback by guard: errors: new failed 20 of 20" in ended.state.message
 
 
 async def test_a_rollback_always_wins_over_a_step(sidecar: Running, ledger: Ledger) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from abreast.v1 import steering_pb2 as pb
+from abreast.v1 import rollout_pb2 as pb
 from abreast.v1 import traffic_pb2
 from abreast_sidecar.rollout import webhooks
 from support import eventually_async

@@ -41,7 +41,7 @@ async def test_equal_versions_pass_with_enough_pairs(sidecar: Running, ledger: L
 
     found = await verdict(sidecar)
 
-    assert (state(found), found.more, found.service) == ("PASS", 0, "shop")
+    assert (state(found), found.pairs_needed, found.service) == ("PASS", 0, "shop")
     assert [state(one) for one in found.endpoints] == ["PASS"]
     assert found.endpoints[0].endpoint.route == "/products/{id}"
     assert {state(one) for one in found.reasons} == {"PASS"}
@@ -74,7 +74,7 @@ async def test_too_little_is_never_a_pass(sidecar: Running, ledger: Ledger, many
 
     assert state(found) == "INCONCLUSIVE"
     if many:
-        assert 500 < found.more < 4000
+        assert 500 < found.pairs_needed < 4000
 
 
 async def test_an_undecided_finding_keeps_from_pass_and_does_not_fail(

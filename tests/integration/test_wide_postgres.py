@@ -41,7 +41,7 @@ async def test_a_sidecar_with_three_workers_and_its_api(
     settings = Settings(
         redis_url=redis_url,
         postgres_url=through,
-        postgres_session_url=empty_postgres_url,
+        postgres_direct_url=empty_postgres_url,
         grpc_listen=f"127.0.0.1:{rpc}",
         http_listen=f"127.0.0.1:{web}",
         batch_size=20,
@@ -75,7 +75,7 @@ async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(
     redis_url: str, empty_postgres_url: str, through: str
 ) -> None:
     """LISTEN needs a session of its own; through the pooler it would hear nothing, and look every five seconds."""
-    settings = Settings(redis_url=redis_url, postgres_url=through, postgres_session_url=empty_postgres_url)
+    settings = Settings(redis_url=redis_url, postgres_url=through, postgres_direct_url=empty_postgres_url)
     await migrate(through)
     stop, opened = asyncio.Event(), Database(through)
     await opened.open()

@@ -233,7 +233,7 @@ async def test_poison_is_put_apart_and_the_rest_goes_on(settings: Settings) -> N
     add_entry(url, {"pair": "p1", "why": "joined", "old:live:1": b"\x00\xff nonsense", "new:shadow:1": b""})
     add_entry(url, {"pair": "p2", "why": "joined", "old:live:1": newer, "new:shadow:1": encode(good[1])})
     add_entry(url, {"something": "else"})
-    add_entry(url, {"pair": "p4\x00\ud800".encode("utf-8", "surrogatepass"), "why": "swept"})
+    add_entry(url, {"pair": "p4\x00\ud800".encode("utf-8", "surrogatepass"), "why": "timed_out"})
     send(url, good)
     async with running(settings):
         await emptied(settings)
@@ -309,7 +309,7 @@ async def test_lonely_captures_are_swept_into_outcomes_and_what_comes_late_is_co
     assert found == {old: "only_old", new: "only_new", third: "match"}
     assert late == [0, 0, 1, 0, 0]
     assert stats(settings.redis_url)["bytes"] == 0
-    assert stats(settings.redis_url)["swept"] == 3
+    assert stats(settings.redis_url)["timed_out"] == 3
 
 
 async def counted(settings: Settings, number: int) -> bool:

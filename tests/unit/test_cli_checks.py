@@ -257,7 +257,7 @@ def test_dropped_captures_are_counted_by_reason() -> None:
 
 def redis_facts(**changed: Any) -> redis.RedisFacts:
     shard = redis.ShardState(
-        {"received": 20, "joined": 10, "swept": 0, "bytes": 100}, waiting_pairs=0, ready_pairs=0
+        {"received": 20, "joined": 10, "timed_out": 0, "bytes": 100}, waiting_pairs=0, ready_pairs=0
     )
     facts: dict[str, Any] = {
         "url": "redis://127.0.0.1:6379/0",
@@ -294,9 +294,9 @@ def test_redis_is_not_fit(changed: dict[str, Any], name: str, state: str) -> Non
     ("stats", "waiting", "ready", "name", "state"),
     [
         ({}, 0, 0, "captures", "fail"),
-        ({"received": 10, "joined": 0, "swept": 10}, 0, 0, "pairs", "fail"),
-        ({"received": 10, "joined": 8, "swept": 2}, 0, 0, "pairs", "warn"),
-        ({"received": 10, "joined": 5, "shed_pairs": 1}, 0, 0, "refused", "warn"),
+        ({"received": 10, "joined": 0, "timed_out": 10}, 0, 0, "pairs", "fail"),
+        ({"received": 10, "joined": 8, "timed_out": 2}, 0, 0, "pairs", "warn"),
+        ({"received": 10, "joined": 5, "rejected_pairs": 1}, 0, 0, "refused", "warn"),
         ({"received": 10, "joined": 5}, 0, 90_000, "queues", "warn"),
     ],
 )

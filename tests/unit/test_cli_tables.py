@@ -93,7 +93,7 @@ def test_status_raises_no_alarm_over_a_moment_of_traffic(sampled: int, unaccount
 def test_status_calls_nothing_on_its_way_when_all_is_quiet(pending: int, age: int, told: str) -> None:
     summary = prepared.summary()
     summary.envoy_sampled, summary.unaccounted, summary.pending = 1_000, 2, pending
-    summary.last.FromDatetime(NOW - dt.timedelta(seconds=age))
+    summary.last_pair_time.FromDatetime(NOW - dt.timedelta(seconds=age))
     text = printed(status.print_status, summary, None, NOW, width=120)
 
     assert f"sampled by Envoy  1,000  {told}\n" in text
@@ -216,7 +216,7 @@ def test_a_verdict_gives_its_reasons_and_what_it_takes() -> None:
 def test_how_many_more_are_said_where_it_helps(
     state: api.VerdictState.ValueType, more: int | None, said: str
 ) -> None:
-    assert verdict.format_pairs_to_pass(api.GetVerdictResponse(state=state, more=more)) == said
+    assert verdict.format_pairs_to_pass(api.GetVerdictResponse(state=state, pairs_needed=more)) == said
 
 
 def test_long_paths_are_folded_never_cut() -> None:
@@ -250,7 +250,7 @@ def failed() -> api.PairDetail:
     detail = prepared.pair_detail()
     detail.pair.new_status = 0
     new = detail.captures[1]
-    new.status, new.raised, new.body, new.body_length = 0, "RuntimeError", b"", 0
+    new.status, new.exception, new.body, new.body_length = 0, "RuntimeError", b"", 0
     new.ClearField("headers")
     new.ClearField("first_byte")
     return detail
@@ -410,7 +410,7 @@ def test_a_change_shows_before_and_after_and_who_has_it() -> None:
     assert "users on new                    25%     0%" in text
 
 
-def shown(*envoys: traffic_pb2.EnvoyState, **fields: Any) -> str:
+def shown(*envoys: traffic_pb2.EnvoyStatus, **fields: Any) -> str:
     found = traffic_pb2.GetTrafficResponse(traffic=prepared.traffic(8), envoys=envoys, **fields)
     return printed(shift.print_envoys, found)
 
@@ -439,7 +439,7 @@ def test_envoys_of_several_sidecars_are_shown_with_the_name_of_theirs() -> None:
 
 
 def test_that_other_sidecars_could_not_be_asked_is_said() -> None:
-    text = shown(prepared.envoy(8), others_unknown="postgres is away")
+    text = shown(prepared.envoy(8), peers_error="postgres is away")
 
     assert "Envoys of other sidecars are not known: postgres is away" in text
 
@@ -464,7 +464,7 @@ def test_control_characters_in_captured_values_stay_visible() -> None:
 def test_the_timeline_shows_what_each_version_asked_of_others() -> None:
     captures = prepared.pair_detail().captures
     for name, start, note in (("database", 1500, ""), ("cache", 400, "miss")):
-        hop = captures[1].hops.add(kind=name, name="product", note=note)
+        hop = captures[1].spans.add(kind=name, name="product", note=note)
         hop.start.FromMicroseconds(start)
         hop.duration.FromMicroseconds(800)
     lines = rendered(timeline.build_timeline_table(captures, 120), 120).splitlines()

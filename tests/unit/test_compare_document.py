@@ -23,7 +23,7 @@ LIMIT = 100_000
 
 
 def diff(old: Any, new: Any, limit: int = LIMIT) -> list[tuple[str, str]]:
-    return [(found.place, found.kind) for found in JsonDiff(limit).compare(old, new)]
+    return [(found.exact_path, found.kind) for found in JsonDiff(limit).compare(old, new)]
 
 
 def paths(old: Any, new: Any) -> set[str]:

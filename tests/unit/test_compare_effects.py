@@ -57,8 +57,8 @@ def test_values_are_shown() -> None:
     (found,) = compare(did((MAIL, {"to": "a"})), did((MAIL, {"to": "b"}))).differences
     (gone,) = compare(did((MAIL, {"to": "a"}), key="k"), ()).differences
 
-    assert (found.place, found.old, found.new) == (f"{MAIL}.$.to", '"a"', '"b"')
-    assert (gone.place, gone.old, gone.new) == (f"{MAIL}[k]", '{"to":"a"}', None)
+    assert (found.exact_path, found.old, found.new) == (f"{MAIL}.$.to", '"a"', '"b"')
+    assert (gone.exact_path, gone.old, gone.new) == (f"{MAIL}[k]", '{"to":"a"}', None)
 
 
 def test_one_that_is_missing_among_several_is_one_difference() -> None:

@@ -245,7 +245,7 @@ AGAIN = capture("old", {"a": 2}, role="baseline")
 
 
 @pytest.mark.parametrize(
-    ("captures", "swept", "outcome"),
+    ("captures", "timed_out", "outcome"),
     [
         ([OLD, NEW], False, "match"),
         ([OLD], True, "only_old"),
@@ -257,9 +257,9 @@ AGAIN = capture("old", {"a": 2}, role="baseline")
         ([capture("new", status=503), capture("old", {"a": 1}, attempt=2)], False, "mismatch"),
     ],
 )
-def test_which_copies_there_are_decides_first(captures: Sequence[Capture], swept: bool, outcome: str) -> None:
+def test_which_copies_there_are_decides_first(captures: Sequence[Capture], timed_out: bool, outcome: str) -> None:
     for order in permutations(captures):
-        assert compare_pair(order, RULES, timed_out=swept).outcome == outcome
+        assert compare_pair(order, RULES, timed_out=timed_out).outcome == outcome
 
 
 def test_a_baseline_copy_shows_what_differs_by_itself() -> None:

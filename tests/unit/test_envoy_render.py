@@ -56,7 +56,7 @@ def test_routes_and_clusters_have_the_names_that_others_rely_on() -> None:
 
 
 def test_testers_have_routes_of_their_own_where_there_is_a_secret() -> None:
-    text = render(EnvoySettings(testers="0123456789abcdef"))
+    text = render(EnvoySettings(tester_secret="0123456789abcdef"))
     [host] = manager(yaml.safe_load(text))["route_config"]["virtual_hosts"]
     kinds = ("safe_sampled", "safe_plain", "unsafe_sampled", "unsafe_plain")
 
@@ -153,7 +153,7 @@ VARIANTS: list[dict[str, Any]] = [
         "listen": SocketAddress("::", 80),
     },
     {"sticky": StickyKey("header", "x-user"), "request_timeout": 30.0, "access_log": True},
-    {"sticky": StickyKey("cookie", "user"), "try_timeout": 0.0, "health_path": "tcp"},
+    {"sticky": StickyKey("cookie", "user"), "per_try_timeout": 0.0, "health_path": "tcp"},
     {"sticky": StickyKey("source-ip"), "upstream_http2": True, "trusted_hops": 2, "idle_timeout": 0.0},
     {
         "node_id": 'quote " backslash \\ é 🚲 # : {',

@@ -51,8 +51,8 @@ def test_nothing_unsafe_is_mirrored_by_default() -> None:
         ("listen", ":8080", SocketAddress("0.0.0.0", 8080)),
         ("listen", "[::]:8080", SocketAddress("::", 8080)),
         ("health_path", "tcp", "tcp"),
-        ("try_timeout", "0", 0.0),
-        ("try_timeout", "0.25", 0.25),
+        ("per_try_timeout", "0", 0.0),
+        ("per_try_timeout", "0.25", 0.25),
         ("sample_safe", "2.5%", 0.025),
         ("sticky", "header:X-User", StickyKey("header", "x-user")),
         ("sticky", "cookie:Session", StickyKey("cookie", "Session")),
@@ -92,7 +92,7 @@ def test_what_is_written_is_read_back(address: IPv4Address | IPv6Address, port: 
         *[("sidecar", value) for value in ("a,b:1", "a")],
         *[("health_path", value) for value in ("healthz", "/a b", "/a\nb")],
         *[("connect_timeout", value) for value in ("0", "-1", "30s", "nan", "inf", "1e9", "0.0001")],
-        *[("try_timeout", value) for value in ("-1", "5s")],
+        *[("per_try_timeout", value) for value in ("-1", "5s")],
         *[
             ("sticky", value)
             for value in ("header", "header:", "header:a b", 'cookie:a"', "ip", "source-ip:x")

@@ -57,7 +57,7 @@ def test_an_error_while_comparing_is_an_outcome(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_swept_pair_without_captures_has_an_outcome() -> None:
     assert (
-        evaluate_entry(of(why="swept"), CompareOptions()).result.reason
+        evaluate_entry(of(why="timed_out"), CompareOptions()).result.reason
         == "redis had no capture of it any more"
     )
 
@@ -82,10 +82,10 @@ def test_strange_ids_of_entries_stay_within_the_calendar() -> None:
 
 def test_an_entry_is_what_stands_in_the_stream() -> None:
     found = parse_entry(
-        KEYS, b"5-1", {b"pair": b"p", b"why": b"swept", b"old:live:1": b"12", b"new:shadow:1": b"345"}
+        KEYS, b"5-1", {b"pair": b"p", b"why": b"timed_out", b"old:live:1": b"12", b"new:shadow:1": b"345"}
     )
 
-    assert found == StreamEntry(KEYS, "5-1", "p", "swept", (b"12", b"345"), 5)
+    assert found == StreamEntry(KEYS, "5-1", "p", "timed_out", (b"12", b"345"), 5)
 
 
 def test_an_entry_without_a_pair_is_named_by_its_id() -> None:

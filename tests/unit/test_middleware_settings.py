@@ -16,7 +16,7 @@ MARKS = {
     "x-abreast-pair": "0d7c1e3a-0000-4000-8000-000000000001",
     "x-abreast-version": "new",
     "x-abreast-role": "live",
-    "x-abreast-arms": "2",
+    "x-abreast-copies": "2",
 }
 FIELDS = {part.name for part in dataclasses.fields(Settings)}
 

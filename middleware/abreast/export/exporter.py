@@ -158,13 +158,13 @@ class Exporter:
         queue = self._queue
         now = self.loop.time()
         if queue.recorders:
-            await self.wake_event.wait(self._settings.ship_interval)
+            await self.wake_event.wait(self._settings.export_interval)
         elif self._failures:
             await self.wake_event.wait(self._retry_at - now)
         elif queue.awaiting_effects:
-            await self.wake_event.wait(min(self._settings.ship_interval, self._next_report_at() - now))
+            await self.wake_event.wait(min(self._settings.export_interval, self._next_report_at() - now))
         elif await self.wake_event.wait(self._next_report_at() - now):
-            await self.wake_event.wait(self._settings.ship_interval)  # others may come
+            await self.wake_event.wait(self._settings.export_interval)  # others may come
 
     async def _run_once(self) -> None:
         try:
@@ -255,7 +255,7 @@ class Exporter:
         batches: dict[int, list[QueuedCapture]] = {}
         count, size, slice_end = 0, 0, perf_counter() + WORK_SLICE_S
         try:
-            while outbox and count < self._settings.ship_batch and size < MAX_BATCH_BYTES:
+            while outbox and count < self._settings.export_batch and size < MAX_BATCH_BYTES:
                 queued = outbox.popleft()
                 row = queued.row or self._encode(queued, serializer)
                 if row is None:
@@ -388,7 +388,7 @@ class ExporterPool:
         self._settings = settings
         self._queue = queue
         self._route_resolver = route_resolver
-        self._batch_size = settings.ship_batch
+        self._batch_size = settings.export_batch
         self._max_count = settings.queue_count
         self._max_bytes = settings.queue_bytes
         self._exporter: Exporter | None = None  # the latest one that was asked for

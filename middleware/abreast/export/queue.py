@@ -22,8 +22,8 @@ QUEUE_COUNT = "queue_count"  # as many wait as may wait
 QUEUE_BYTES = "queue_bytes"  # as many bytes wait as may wait
 CAPTURE_ERROR = "capture_error"  # recording it went wrong
 ENCODE_ERROR = "encode_error"  # it can't be written in the capture's format
-REDIS_REJECTED_PAIRS = "refused_pairs"  # Redis holds as many pairs as it may
-REDIS_REJECTED_BYTES = "refused_bytes"  # Redis holds as many bytes as it may
+REDIS_REJECTED_PAIRS = "redis_rejected_pairs"  # Redis holds as many pairs as it may
+REDIS_REJECTED_BYTES = "redis_rejected_bytes"  # Redis holds as many bytes as it may
 REDIS_ERROR = "redis_error"  # Redis refused a batch again and again
 SHUTDOWN = "shutdown"  # there was no time left to send it
 

@@ -14,7 +14,7 @@ import httpx
 from abreast.effects import Effect, effect
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-STAND_IN_HEADER = "x-abreast-held"  # header of the stand-in
+STAND_IN_HEADER = "x-abreast-held-back"  # header of the stand-in
 
 StandInFactory = Callable[[httpx.Request], httpx.Response]
 

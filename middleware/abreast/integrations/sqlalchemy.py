@@ -53,12 +53,12 @@ CONNECT_MODE: ContextVar[Mode] = ContextVar("abreast connection", default="live"
 ASYNC_CONNECTION_CLASSES: dict[Mode, type[AsyncConnection[Any]]] = {
     "live": AsyncUserConnection,
     "rolled back": AsyncShadowConnection,
-    "own": AsyncShadowDatabaseConnection,
+    "separate_database": AsyncShadowDatabaseConnection,
 }
 SYNC_CONNECTION_CLASSES: dict[Mode, type[Connection[Any]]] = {
     "live": UserConnection,
     "rolled back": ShadowConnection,
-    "own": ShadowDatabaseConnection,
+    "separate_database": ShadowDatabaseConnection,
 }
 
 
@@ -78,7 +78,7 @@ def protect(
             f"abreast.integrations.sqlalchemy protects postgresql+psycopg:// (psycopg 3), not {target.dialect.name}+"
             f"{target.dialect.driver}://"
         )
-    mode: Mode = "rolled back" if shadow_url is None else "own"
+    mode: Mode = "rolled back" if shadow_url is None else "separate_database"
     event.listen(target, "do_connect", _make_connector(None if shadow_url is None else make_url(shadow_url)))
     _install_shadow_pool(target, mode, shadow_pool_size)
     event.listen(
@@ -91,7 +91,7 @@ def protect(
 def _make_connector(shadow_url: URL | None) -> Callable[..., Any]:
     def connect(dialect: Any, _record: Any, cargs: list[Any], cparams: dict[str, Any]) -> Any:
         mode = CONNECT_MODE.get()
-        if mode == "own" and shadow_url is not None:
+        if mode == "separate_database" and shadow_url is not None:
             connect_args, connect_params = dialect.create_connect_args(shadow_url)
             cargs[:] = connect_args
             cparams.update(connect_params)

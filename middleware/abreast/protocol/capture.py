@@ -134,22 +134,22 @@ class CaptureHead(Struct, gc=False, omit_defaults=True):
     version: Version
     role: Role
     attempt: int
-    arms: int
+    expected_captures: int
     release: str
-    started: float
+    started_at: float
     first_byte_us: int | None
     total_us: int
     client_left: bool
     complete: bool
-    raised: str
+    exception: str
     effects: tuple[dict[str, Any], ...]
     request: RequestHead
     answer: AnswerHead
     effects_dropped: int = 0
-    hops: tuple[SpanRow, ...] = ()
+    spans: tuple[SpanRow, ...] = ()
     cache: tuple[int, int] | None = None
-    disturbed: str = ""
-    going_on: bool = False
+    invalid_reason: str = ""
+    truncated_by_deadline: bool = False
 
 
 class _FormatProbe(Struct):
@@ -259,18 +259,18 @@ def _build_capture(head: CaptureHead, request_content: bytes, response_content: 
             answer.trailers,
         ),
         head.attempt,
-        head.arms,
+        head.expected_captures,
         head.release,
-        head.started,
+        head.started_at,
         head.first_byte_us,
         head.total_us,
         head.client_left,
         head.complete,
-        head.raised,
+        head.exception,
         head.effects,
         head.effects_dropped,
-        head.hops,
+        head.spans,
         head.cache,
-        head.disturbed,
-        head.going_on,
+        head.invalid_reason,
+        head.truncated_by_deadline,
     )

@@ -12,7 +12,7 @@ local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 local held = tonumber(redis.call('HGET', stats, 'bytes') or '0')
 local waiting = redis.call('ZCARD', due)
 local queued = redis.call('XLEN', ready)
-local count = {received = 0, duplicate = 0, late = 0, shed_pairs = 0, shed_bytes = 0, joined = 0}
+local count = {received = 0, duplicate = 0, late = 0, rejected_pairs = 0, rejected_bytes = 0, joined = 0}
 local before = held
 
 -- The last copy goes to the stream with those that wait, and needs no place among them.
@@ -52,10 +52,10 @@ end
 -- Pairs that wait have a claim on bytes for their other copies, which are taken to be as large as this one.
 local function refused(pair, size, others)
   if waiting + queued >= max_pairs or redis.call('ZSCORE', joined, REFUSED .. pair) then
-    return 'shed_pairs'
+    return 'rejected_pairs'
   end
   if held + size + (waiting + 1) * others * size > max_bytes then
-    return 'shed_bytes'
+    return 'rejected_bytes'
   end
 end
 
@@ -76,7 +76,7 @@ local function take(hash, pair, slot, arms, capture)
       return why
     end
   elseif held + #capture > max_bytes then
-    return 'shed_bytes'
+    return 'rejected_bytes'
   end
   if string.sub(slot, -2) == ':1' then
     first = first + 1
@@ -113,4 +113,4 @@ end
 if held ~= before then
   redis.call('HINCRBY', stats, 'bytes', held - before)
 end
-return {count.received, count.duplicate, count.late, count.shed_pairs, count.shed_bytes}
+return {count.received, count.duplicate, count.late, count.rejected_pairs, count.rejected_bytes}

@@ -33,10 +33,12 @@ JOIN_SCRIPT = resources.files("abreast.protocol").joinpath("join.lua").read_text
 RECEIVED = "received"  # kept: it waits, or completed its pair
 DUPLICATE = "duplicate"  # its slot was taken: a batch was sent twice
 LATE = "late"  # its pair had been moved already: an answer after a failover, or after the deadline
-REJECTED_PAIRS = "shed_pairs"  # refused: as many pairs wait as are allowed, or a copy of its pair was refused
-REJECTED_BYTES = "shed_bytes"  # refused: as many bytes are held as are allowed
+REJECTED_PAIRS = (
+    "rejected_pairs"  # refused: as many pairs wait as are allowed, or a copy of its pair was refused
+)
+REJECTED_BYTES = "rejected_bytes"  # refused: as many bytes are held as are allowed
 JOINED = "joined"  # pairs moved with all their copies
-TIMED_OUT = "swept"  # pairs moved when their time was over
+TIMED_OUT = "timed_out"  # pairs moved when their time was over
 
 
 CaptureRow = tuple[str, str, int, bytes]  # of a batch: pair, slot, arms, encoded capture

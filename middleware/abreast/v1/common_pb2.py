@@ -25,25 +25,25 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61\x62reast/v1/common.proto\x12\nabreast.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"`\n\nTimeWindow\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\x08\x45ndpoint\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\r\n\x05route\x18\x03 \x01(\t\"%\n\x06Header\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\xf5\x01\n\nDifference\x12\x1e\n\x04part\x18\x01 \x01(\x0e\x32\x10.abreast.v1.Part\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\r\n\x05place\x18\x03 \x01(\t\x12\x1e\n\x04kind\x18\x04 \x01(\x0e\x32\x10.abreast.v1.Kind\x12\"\n\x06impact\x18\x05 \x01(\x0e\x32\x12.abreast.v1.Impact\x12\x10\n\x03old\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x03new\x18\x07 \x01(\tH\x01\x88\x01\x01\x12\r\n\x05noise\x18\x08 \x01(\x08\x12\x14\n\x0c\x65xplained_by\x18\t \x01(\x05\x12\r\n\x05\x64rift\x18\n \x01(\x08\x42\x06\n\x04_oldB\x06\n\x04_new*D\n\x07Version\x12\x17\n\x13VERSION_UNSPECIFIED\x10\x00\x12\x0f\n\x0bVERSION_OLD\x10\x01\x12\x0f\n\x0bVERSION_NEW\x10\x02*O\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_LIVE\x10\x01\x12\x0f\n\x0bROLE_SHADOW\x10\x02\x12\x11\n\rROLE_BASELINE\x10\x03*\x97\x02\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x11\n\rOUTCOME_MATCH\x10\x01\x12\x14\n\x10OUTCOME_MISMATCH\x10\x02\x12\x14\n\x10OUTCOME_ONLY_OLD\x10\x03\x12\x14\n\x10OUTCOME_ONLY_NEW\x10\x04\x12\x19\n\x15OUTCOME_BASELINE_ONLY\x10\x05\x12\x17\n\x13OUTCOME_UNDECODABLE\x10\x06\x12\x14\n\x10OUTCOME_OVERSIZE\x10\x07\x12\x10\n\x0cOUTCOME_SHED\x10\x08\x12\x13\n\x0fOUTCOME_ABORTED\x10\t\x12\x18\n\x14OUTCOME_NOT_COMPARED\x10\n\x12\x13\n\x0fOUTCOME_PARTIAL\x10\x0b*\x90\x01\n\x04Part\x12\x14\n\x10PART_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPART_STATUS\x10\x01\x12\x0f\n\x0bPART_HEADER\x10\x02\x12\r\n\tPART_BODY\x10\x03\x12\x0e\n\nPART_ERROR\x10\x04\x12\x10\n\x0cPART_LATENCY\x10\x05\x12\x0f\n\x0bPART_EFFECT\x10\x06\x12\x0e\n\nPART_CACHE\x10\x07*\xa1\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nKIND_ADDED\x10\x01\x12\x10\n\x0cKIND_REMOVED\x10\x02\x12\x10\n\x0cKIND_CHANGED\x10\x03\x12\r\n\tKIND_TYPE\x10\x04\x12\x0e\n\nKIND_ORDER\x10\x05\x12\x0f\n\x0bKIND_SLOWER\x10\x06\x12\x0f\n\x0bKIND_FORMAT\x10\x07\x12\x0e\n\nKIND_RANGE\x10\x08*\\\n\x06Impact\x12\x16\n\x12IMPACT_UNSPECIFIED\x10\x00\x12\x13\n\x0fIMPACT_BREAKING\x10\x01\x12\x10\n\x0cIMPACT_VALUE\x10\x02\x12\x13\n\x0fIMPACT_ADDITIVE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61\x62reast/v1/common.proto\x12\nabreast.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"`\n\nTimeWindow\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x03\x65nd\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\x08\x45ndpoint\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\r\n\x05route\x18\x03 \x01(\t\"%\n\x06Header\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"\xfa\x01\n\nDifference\x12\x1e\n\x04part\x18\x01 \x01(\x0e\x32\x10.abreast.v1.Part\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nexact_path\x18\x03 \x01(\t\x12\x1e\n\x04kind\x18\x04 \x01(\x0e\x32\x10.abreast.v1.Kind\x12\"\n\x06impact\x18\x05 \x01(\x0e\x32\x12.abreast.v1.Impact\x12\x10\n\x03old\x18\x06 \x01(\tH\x00\x88\x01\x01\x12\x10\n\x03new\x18\x07 \x01(\tH\x01\x88\x01\x01\x12\r\n\x05noise\x18\x08 \x01(\x08\x12\x14\n\x0c\x65xplained_by\x18\t \x01(\x05\x12\r\n\x05\x64rift\x18\n \x01(\x08\x42\x06\n\x04_oldB\x06\n\x04_new*D\n\x07Version\x12\x17\n\x13VERSION_UNSPECIFIED\x10\x00\x12\x0f\n\x0bVERSION_OLD\x10\x01\x12\x0f\n\x0bVERSION_NEW\x10\x02*O\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_LIVE\x10\x01\x12\x0f\n\x0bROLE_SHADOW\x10\x02\x12\x11\n\rROLE_BASELINE\x10\x03*\x97\x02\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x11\n\rOUTCOME_MATCH\x10\x01\x12\x14\n\x10OUTCOME_MISMATCH\x10\x02\x12\x14\n\x10OUTCOME_ONLY_OLD\x10\x03\x12\x14\n\x10OUTCOME_ONLY_NEW\x10\x04\x12\x19\n\x15OUTCOME_BASELINE_ONLY\x10\x05\x12\x17\n\x13OUTCOME_UNDECODABLE\x10\x06\x12\x14\n\x10OUTCOME_OVERSIZE\x10\x07\x12\x10\n\x0cOUTCOME_SHED\x10\x08\x12\x13\n\x0fOUTCOME_ABORTED\x10\t\x12\x18\n\x14OUTCOME_NOT_COMPARED\x10\n\x12\x13\n\x0fOUTCOME_PARTIAL\x10\x0b*\x90\x01\n\x04Part\x12\x14\n\x10PART_UNSPECIFIED\x10\x00\x12\x0f\n\x0bPART_STATUS\x10\x01\x12\x0f\n\x0bPART_HEADER\x10\x02\x12\r\n\tPART_BODY\x10\x03\x12\x0e\n\nPART_ERROR\x10\x04\x12\x10\n\x0cPART_LATENCY\x10\x05\x12\x0f\n\x0bPART_EFFECT\x10\x06\x12\x0e\n\nPART_CACHE\x10\x07*\xa1\x01\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n\nKIND_ADDED\x10\x01\x12\x10\n\x0cKIND_REMOVED\x10\x02\x12\x10\n\x0cKIND_CHANGED\x10\x03\x12\r\n\tKIND_TYPE\x10\x04\x12\x0e\n\nKIND_ORDER\x10\x05\x12\x0f\n\x0bKIND_SLOWER\x10\x06\x12\x0f\n\x0bKIND_FORMAT\x10\x07\x12\x0e\n\nKIND_RANGE\x10\x08*\\\n\x06Impact\x12\x16\n\x12IMPACT_UNSPECIFIED\x10\x00\x12\x13\n\x0fIMPACT_BREAKING\x10\x01\x12\x10\n\x0cIMPACT_VALUE\x10\x02\x12\x13\n\x0fIMPACT_ADDITIVE\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'abreast.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERSION']._serialized_start=517
-  _globals['_VERSION']._serialized_end=585
-  _globals['_ROLE']._serialized_start=587
-  _globals['_ROLE']._serialized_end=666
-  _globals['_OUTCOME']._serialized_start=669
-  _globals['_OUTCOME']._serialized_end=948
-  _globals['_PART']._serialized_start=951
-  _globals['_PART']._serialized_end=1095
-  _globals['_KIND']._serialized_start=1098
-  _globals['_KIND']._serialized_end=1259
-  _globals['_IMPACT']._serialized_start=1261
-  _globals['_IMPACT']._serialized_end=1353
+  _globals['_VERSION']._serialized_start=522
+  _globals['_VERSION']._serialized_end=590
+  _globals['_ROLE']._serialized_start=592
+  _globals['_ROLE']._serialized_end=671
+  _globals['_OUTCOME']._serialized_start=674
+  _globals['_OUTCOME']._serialized_end=953
+  _globals['_PART']._serialized_start=956
+  _globals['_PART']._serialized_end=1100
+  _globals['_KIND']._serialized_start=1103
+  _globals['_KIND']._serialized_end=1264
+  _globals['_IMPACT']._serialized_start=1266
+  _globals['_IMPACT']._serialized_end=1358
   _globals['_TIMEWINDOW']._serialized_start=72
   _globals['_TIMEWINDOW']._serialized_end=168
   _globals['_ENDPOINT']._serialized_start=170
@@ -51,5 +51,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEADER']._serialized_start=230
   _globals['_HEADER']._serialized_end=267
   _globals['_DIFFERENCE']._serialized_start=270
-  _globals['_DIFFERENCE']._serialized_end=515
+  _globals['_DIFFERENCE']._serialized_end=520
 # @@protoc_insertion_point(module_scope)

@@ -344,7 +344,7 @@ class Difference(_message.Message):
 
     PART_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
-    PLACE_FIELD_NUMBER: _builtins.int
+    EXACT_PATH_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     IMPACT_FIELD_NUMBER: _builtins.int
     OLD_FIELD_NUMBER: _builtins.int
@@ -356,7 +356,7 @@ class Difference(_message.Message):
     """Where in the answer."""
     path: _builtins.str
     """The generalised path, such as `$.items[*].price`, or a header's name."""
-    place: _builtins.str
+    exact_path: _builtins.str
     """The exact place, such as `$.items[3].price`."""
     kind: Global___Kind.ValueType
     """What it is."""
@@ -377,7 +377,7 @@ class Difference(_message.Message):
         *,
         part: Global___Part.ValueType = ...,
         path: _builtins.str = ...,
-        place: _builtins.str = ...,
+        exact_path: _builtins.str = ...,
         kind: Global___Kind.ValueType = ...,
         impact: Global___Impact.ValueType = ...,
         old: _builtins.str | None = ...,
@@ -388,7 +388,7 @@ class Difference(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_new", b"_new", "_old", b"_old", "new", b"new", "old", b"old"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_new", b"_new", "_old", b"_old", "drift", b"drift", "explained_by", b"explained_by", "impact", b"impact", "kind", b"kind", "new", b"new", "noise", b"noise", "old", b"old", "part", b"part", "path", b"path", "place", b"place"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_new", b"_new", "_old", b"_old", "drift", b"drift", "exact_path", b"exact_path", "explained_by", b"explained_by", "impact", b"impact", "kind", b"kind", "new", b"new", "noise", b"noise", "old", b"old", "part", b"part", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__new: _TypeAlias = _typing.Literal["new"]  # noqa: Y015
     _WhichOneofArgType__new: _TypeAlias = _typing.Literal["_new", b"_new"]  # noqa: Y015

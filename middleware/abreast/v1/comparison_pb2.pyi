@@ -251,10 +251,10 @@ class DropCount(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PLACE_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
-    place: _builtins.str
+    stage: _builtins.str
     """Where it was counted: `service`, `redis` or `ledger`."""
     reason: _builtins.str
     """The reason, such as `queue_bytes`. Of the ledger `day_dropped`: retention had dropped the entry's day, so that nobody
@@ -265,13 +265,13 @@ class DropCount(_message.Message):
     def __init__(
         self,
         *,
-        place: _builtins.str = ...,
+        stage: _builtins.str = ...,
         reason: _builtins.str = ...,
         count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "place", b"place", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "reason", b"reason", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -287,7 +287,7 @@ class CaptureCounts(_message.Message):
     DUPLICATE_FIELD_NUMBER: _builtins.int
     LATE_FIELD_NUMBER: _builtins.int
     JOINED_FIELD_NUMBER: _builtins.int
-    SWEPT_FIELD_NUMBER: _builtins.int
+    TIMED_OUT_FIELD_NUMBER: _builtins.int
     received: _builtins.int
     """Captures that were kept."""
     duplicate: _builtins.int
@@ -298,7 +298,7 @@ class CaptureCounts(_message.Message):
     """
     joined: _builtins.int
     """Pairs that were moved with all their copies."""
-    swept: _builtins.int
+    timed_out: _builtins.int
     """Pairs that were moved when their time was over."""
     def __init__(
         self,
@@ -307,31 +307,31 @@ class CaptureCounts(_message.Message):
         duplicate: _builtins.int = ...,
         late: _builtins.int = ...,
         joined: _builtins.int = ...,
-        swept: _builtins.int = ...,
+        timed_out: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duplicate", b"duplicate", "joined", b"joined", "late", b"late", "received", b"received", "swept", b"swept"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duplicate", b"duplicate", "joined", b"joined", "late", b"late", "received", b"received", "timed_out", b"timed_out"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CaptureCounts: _TypeAlias = CaptureCounts  # noqa: Y015
 
 @_typing.final
-class PoisonCount(_message.Message):
+class DeadLetterCount(_message.Message):
     """Entries that could not be compared and were put apart, for one reason. Each is an `undecodable` request of the ledger."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
-    LAST_FIELD_NUMBER: _builtins.int
+    LAST_TIME_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """The reason."""
     count: _builtins.int
     """Entries that are kept: up to a thousand of a service, and as long as pairs are."""
     @_builtins.property
-    def last(self) -> _timestamp_pb2.Timestamp:
+    def last_time(self) -> _timestamp_pb2.Timestamp:
         """When the last one came."""
 
     def __init__(
@@ -339,15 +339,15 @@ class PoisonCount(_message.Message):
         *,
         reason: _builtins.str = ...,
         count: _builtins.int = ...,
-        last: _timestamp_pb2.Timestamp | None = ...,
+        last_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last", b"last"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_time", b"last_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "last", b"last", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "last_time", b"last_time", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PoisonCount: _TypeAlias = PoisonCount  # noqa: Y015
+Global___DeadLetterCount: _TypeAlias = DeadLetterCount  # noqa: Y015
 
 @_typing.final
 class GetSummaryResponse(_message.Message):
@@ -364,12 +364,12 @@ class GetSummaryResponse(_message.Message):
     DROPS_FIELD_NUMBER: _builtins.int
     PENDING_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
-    FIRST_FIELD_NUMBER: _builtins.int
-    LAST_FIELD_NUMBER: _builtins.int
+    FIRST_PAIR_TIME_FIELD_NUMBER: _builtins.int
+    LAST_PAIR_TIME_FIELD_NUMBER: _builtins.int
     WRITTEN_FIELD_NUMBER: _builtins.int
     NOT_SENT_FIELD_NUMBER: _builtins.int
     CAPTURES_FIELD_NUMBER: _builtins.int
-    POISON_FIELD_NUMBER: _builtins.int
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     LEDGER_CLOCK_AHEAD_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service."""
@@ -404,11 +404,11 @@ class GetSummaryResponse(_message.Message):
         """
 
     @_builtins.property
-    def first(self) -> _timestamp_pb2.Timestamp:
+    def first_pair_time(self) -> _timestamp_pb2.Timestamp:
         """The oldest row in the window."""
 
     @_builtins.property
-    def last(self) -> _timestamp_pb2.Timestamp:
+    def last_pair_time(self) -> _timestamp_pb2.Timestamp:
         """The newest row in the window."""
 
     @_builtins.property
@@ -416,7 +416,7 @@ class GetSummaryResponse(_message.Message):
         """What became of captures in Redis, over all time."""
 
     @_builtins.property
-    def poison(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoisonCount]:
+    def dead_letters(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetterCount]:
         """Entries that were put apart, the most frequent reasons first, at most ten."""
 
     @_builtins.property
@@ -437,17 +437,17 @@ class GetSummaryResponse(_message.Message):
         drops: _abc.Iterable[Global___DropCount] | None = ...,
         pending: _builtins.int | None = ...,
         findings: _builtins.int = ...,
-        first: _timestamp_pb2.Timestamp | None = ...,
-        last: _timestamp_pb2.Timestamp | None = ...,
+        first_pair_time: _timestamp_pb2.Timestamp | None = ...,
+        last_pair_time: _timestamp_pb2.Timestamp | None = ...,
         written: _builtins.int = ...,
         not_sent: _builtins.int = ...,
         captures: Global___CaptureCounts | None = ...,
-        poison: _abc.Iterable[Global___PoisonCount] | None = ...,
+        dead_letters: _abc.Iterable[Global___DeadLetterCount] | None = ...,
         ledger_clock_ahead: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "envoy_sampled", b"envoy_sampled", "first", b"first", "last", b"last", "ledger_clock_ahead", b"ledger_clock_ahead", "pending", b"pending", "unaccounted", b"unaccounted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "envoy_sampled", b"envoy_sampled", "first_pair_time", b"first_pair_time", "last_pair_time", b"last_pair_time", "ledger_clock_ahead", b"ledger_clock_ahead", "pending", b"pending", "unaccounted", b"unaccounted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "drops", b"drops", "envoy_sampled", b"envoy_sampled", "explained", b"explained", "findings", b"findings", "first", b"first", "last", b"last", "ledger_clock_ahead", b"ledger_clock_ahead", "not_sent", b"not_sent", "outcomes", b"outcomes", "pairs", b"pairs", "pending", b"pending", "poison", b"poison", "service", b"service", "unaccounted", b"unaccounted", "written", b"written"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "dead_letters", b"dead_letters", "drops", b"drops", "envoy_sampled", b"envoy_sampled", "explained", b"explained", "findings", b"findings", "first_pair_time", b"first_pair_time", "last_pair_time", b"last_pair_time", "ledger_clock_ahead", b"ledger_clock_ahead", "not_sent", b"not_sent", "outcomes", b"outcomes", "pairs", b"pairs", "pending", b"pending", "service", b"service", "unaccounted", b"unaccounted", "written", b"written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__envoy_sampled: _TypeAlias = _typing.Literal["envoy_sampled"]  # noqa: Y015
     _WhichOneofArgType__envoy_sampled: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled"]  # noqa: Y015
@@ -573,17 +573,17 @@ class VerdictReason(_message.Message):
     ENDPOINT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
-    MORE_TO_PASS_FIELD_NUMBER: _builtins.int
-    MORE_TO_FAIL_FIELD_NUMBER: _builtins.int
+    PAIRS_TO_PASS_FIELD_NUMBER: _builtins.int
+    PAIRS_TO_FAIL_FIELD_NUMBER: _builtins.int
     subject: Global___VerdictSubject.ValueType
     """What is tested."""
     state: Global___VerdictState.ValueType
     """What it says by itself."""
     text: _builtins.str
     """The evidence in one line for people, with counts, an interval and what is allowed."""
-    more_to_pass: _builtins.int
+    pairs_to_pass: _builtins.int
     """About how many more pairs it takes to pass at the present rate; 0: none. Unset: it would not pass at this rate."""
-    more_to_fail: _builtins.int
+    pairs_to_fail: _builtins.int
     """The same to fail. Unset: it would not fail at this rate."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
@@ -596,21 +596,21 @@ class VerdictReason(_message.Message):
         endpoint: _common_pb2.Endpoint | None = ...,
         state: Global___VerdictState.ValueType = ...,
         text: _builtins.str = ...,
-        more_to_pass: _builtins.int | None = ...,
-        more_to_fail: _builtins.int | None = ...,
+        pairs_to_pass: _builtins.int | None = ...,
+        pairs_to_fail: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_more_to_fail", b"_more_to_fail", "_more_to_pass", b"_more_to_pass", "endpoint", b"endpoint", "more_to_fail", b"more_to_fail", "more_to_pass", b"more_to_pass"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pairs_to_fail", b"_pairs_to_fail", "_pairs_to_pass", b"_pairs_to_pass", "endpoint", b"endpoint", "pairs_to_fail", b"pairs_to_fail", "pairs_to_pass", b"pairs_to_pass"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_more_to_fail", b"_more_to_fail", "_more_to_pass", b"_more_to_pass", "endpoint", b"endpoint", "more_to_fail", b"more_to_fail", "more_to_pass", b"more_to_pass", "state", b"state", "subject", b"subject", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pairs_to_fail", b"_pairs_to_fail", "_pairs_to_pass", b"_pairs_to_pass", "endpoint", b"endpoint", "pairs_to_fail", b"pairs_to_fail", "pairs_to_pass", b"pairs_to_pass", "state", b"state", "subject", b"subject", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__more_to_fail: _TypeAlias = _typing.Literal["more_to_fail"]  # noqa: Y015
-    _WhichOneofArgType__more_to_fail: _TypeAlias = _typing.Literal["_more_to_fail", b"_more_to_fail"]  # noqa: Y015
-    _WhichOneofReturnType__more_to_pass: _TypeAlias = _typing.Literal["more_to_pass"]  # noqa: Y015
-    _WhichOneofArgType__more_to_pass: _TypeAlias = _typing.Literal["_more_to_pass", b"_more_to_pass"]  # noqa: Y015
+    _WhichOneofReturnType__pairs_to_fail: _TypeAlias = _typing.Literal["pairs_to_fail"]  # noqa: Y015
+    _WhichOneofArgType__pairs_to_fail: _TypeAlias = _typing.Literal["_pairs_to_fail", b"_pairs_to_fail"]  # noqa: Y015
+    _WhichOneofReturnType__pairs_to_pass: _TypeAlias = _typing.Literal["pairs_to_pass"]  # noqa: Y015
+    _WhichOneofArgType__pairs_to_pass: _TypeAlias = _typing.Literal["_pairs_to_pass", b"_pairs_to_pass"]  # noqa: Y015
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__more_to_fail) -> _WhichOneofReturnType__more_to_fail | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pairs_to_fail) -> _WhichOneofReturnType__pairs_to_fail | None: ...
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__more_to_pass) -> _WhichOneofReturnType__more_to_pass | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pairs_to_pass) -> _WhichOneofReturnType__pairs_to_pass | None: ...
 
 Global___VerdictReason: _TypeAlias = VerdictReason  # noqa: Y015
 
@@ -658,14 +658,14 @@ class GetVerdictResponse(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     ENDPOINTS_FIELD_NUMBER: _builtins.int
-    MORE_FIELD_NUMBER: _builtins.int
+    PAIRS_NEEDED_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service."""
     state: Global___VerdictState.ValueType
     """What it says of the whole service."""
-    more: _builtins.int
+    pairs_needed: _builtins.int
     """About how many more pairs it takes to pass at the present rates; 0: none. Unset: it would not pass at these rates."""
     release: _builtins.str
     """The release of the new version that is judged. Unset: all of them, or none has a pair."""
@@ -688,20 +688,20 @@ class GetVerdictResponse(_message.Message):
         state: Global___VerdictState.ValueType = ...,
         reasons: _abc.Iterable[Global___VerdictReason] | None = ...,
         endpoints: _abc.Iterable[Global___EndpointVerdict] | None = ...,
-        more: _builtins.int | None = ...,
+        pairs_needed: _builtins.int | None = ...,
         budget: Global___Budget | None = ...,
         release: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_more", b"_more", "_release", b"_release", "budget", b"budget", "more", b"more", "release", b"release"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pairs_needed", b"_pairs_needed", "_release", b"_release", "budget", b"budget", "pairs_needed", b"pairs_needed", "release", b"release"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_more", b"_more", "_release", b"_release", "budget", b"budget", "endpoints", b"endpoints", "more", b"more", "reasons", b"reasons", "release", b"release", "service", b"service", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pairs_needed", b"_pairs_needed", "_release", b"_release", "budget", b"budget", "endpoints", b"endpoints", "pairs_needed", b"pairs_needed", "reasons", b"reasons", "release", b"release", "service", b"service", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__more: _TypeAlias = _typing.Literal["more"]  # noqa: Y015
-    _WhichOneofArgType__more: _TypeAlias = _typing.Literal["_more", b"_more"]  # noqa: Y015
+    _WhichOneofReturnType__pairs_needed: _TypeAlias = _typing.Literal["pairs_needed"]  # noqa: Y015
+    _WhichOneofArgType__pairs_needed: _TypeAlias = _typing.Literal["_pairs_needed", b"_pairs_needed"]  # noqa: Y015
     _WhichOneofReturnType__release: _TypeAlias = _typing.Literal["release"]  # noqa: Y015
     _WhichOneofArgType__release: _TypeAlias = _typing.Literal["_release", b"_release"]  # noqa: Y015
     @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__more) -> _WhichOneofReturnType__more | None: ...
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pairs_needed) -> _WhichOneofReturnType__pairs_needed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__release) -> _WhichOneofReturnType__release | None: ...
 
@@ -1555,16 +1555,16 @@ class CaptureDetail(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
-    STARTED_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
     FIRST_BYTE_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     HEADERS_FIELD_NUMBER: _builtins.int
     BODY_FIELD_NUMBER: _builtins.int
     BODY_LENGTH_FIELD_NUMBER: _builtins.int
-    RAISED_FIELD_NUMBER: _builtins.int
+    EXCEPTION_FIELD_NUMBER: _builtins.int
     CLIENT_LEFT_FIELD_NUMBER: _builtins.int
-    HOPS_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
     EFFECTS_FIELD_NUMBER: _builtins.int
     EFFECTS_DROPPED_FIELD_NUMBER: _builtins.int
     version: _common_pb2.Version.ValueType
@@ -1581,14 +1581,14 @@ class CaptureDetail(_message.Message):
     """The answer's body, as far as it was captured."""
     body_length: _builtins.int
     """The body's whole length in bytes."""
-    raised: _builtins.str
+    exception: _builtins.str
     """Class of the exception that left the application; empty for none."""
     client_left: _builtins.bool
     """Whether the client left before the end."""
     effects_dropped: _builtins.int
     """How many more there were."""
     @_builtins.property
-    def started(self) -> _timestamp_pb2.Timestamp:
+    def start_time(self) -> _timestamp_pb2.Timestamp:
         """When the request arrived, by the service's clock."""
 
     @_builtins.property
@@ -1604,7 +1604,7 @@ class CaptureDetail(_message.Message):
         """The answer's headers, in order."""
 
     @_builtins.property
-    def hops(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hop]:
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
         """What the application asked of others, in the order of their ends; the first 100."""
 
     @_builtins.property
@@ -1618,22 +1618,22 @@ class CaptureDetail(_message.Message):
         role: _common_pb2.Role.ValueType = ...,
         attempt: _builtins.int = ...,
         release: _builtins.str = ...,
-        started: _timestamp_pb2.Timestamp | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
         first_byte: _duration_pb2.Duration | None = ...,
         total: _duration_pb2.Duration | None = ...,
         status: _builtins.int = ...,
         headers: _abc.Iterable[_common_pb2.Header] | None = ...,
         body: _builtins.bytes = ...,
         body_length: _builtins.int = ...,
-        raised: _builtins.str = ...,
+        exception: _builtins.str = ...,
         client_left: _builtins.bool = ...,
-        hops: _abc.Iterable[Global___Hop] | None = ...,
+        spans: _abc.Iterable[Global___Span] | None = ...,
         effects: _abc.Iterable[Global___Effect] | None = ...,
         effects_dropped: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["first_byte", b"first_byte", "started", b"started", "total", b"total"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_byte", b"first_byte", "start_time", b"start_time", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "body", b"body", "body_length", b"body_length", "client_left", b"client_left", "effects", b"effects", "effects_dropped", b"effects_dropped", "first_byte", b"first_byte", "headers", b"headers", "hops", b"hops", "raised", b"raised", "release", b"release", "role", b"role", "started", b"started", "status", b"status", "total", b"total", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "body", b"body", "body_length", b"body_length", "client_left", b"client_left", "effects", b"effects", "effects_dropped", b"effects_dropped", "exception", b"exception", "first_byte", b"first_byte", "headers", b"headers", "release", b"release", "role", b"role", "spans", b"spans", "start_time", b"start_time", "status", b"status", "total", b"total", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1684,7 +1684,7 @@ class Effect(_message.Message):
 Global___Effect: _TypeAlias = Effect  # noqa: Y015
 
 @_typing.final
-class Hop(_message.Message):
+class Span(_message.Message):
     """What the application asked of something else while it made its answer."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1723,7 +1723,7 @@ class Hop(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Hop: _TypeAlias = Hop  # noqa: Y015
+Global___Span: _TypeAlias = Span  # noqa: Y015
 
 @_typing.final
 class PairDetail(_message.Message):

@@ -66,10 +66,10 @@ class LatencyPercentile(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SHARE_FIELD_NUMBER: _builtins.int
+    QUANTILE_FIELD_NUMBER: _builtins.int
     OLD_FIELD_NUMBER: _builtins.int
     NEW_FIELD_NUMBER: _builtins.int
-    share: _builtins.float
+    quantile: _builtins.float
     """The share that is at most as slow, such as 0.99."""
     @_builtins.property
     def old(self) -> _duration_pb2.Duration:
@@ -82,13 +82,13 @@ class LatencyPercentile(_message.Message):
     def __init__(
         self,
         *,
-        share: _builtins.float = ...,
+        quantile: _builtins.float = ...,
         old: _duration_pb2.Duration | None = ...,
         new: _duration_pb2.Duration | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["new", b"new", "old", b"old"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["new", b"new", "old", b"old", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new", b"new", "old", b"old", "quantile", b"quantile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -100,11 +100,11 @@ class LatencyDifference(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SHARE_FIELD_NUMBER: _builtins.int
+    QUANTILE_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     LOW_FIELD_NUMBER: _builtins.int
     HIGH_FIELD_NUMBER: _builtins.int
-    share: _builtins.float
+    quantile: _builtins.float
     """The share of the pairs that have at most this difference; 0.5 is the median pair."""
     @_builtins.property
     def value(self) -> _duration_pb2.Duration:
@@ -121,14 +121,14 @@ class LatencyDifference(_message.Message):
     def __init__(
         self,
         *,
-        share: _builtins.float = ...,
+        quantile: _builtins.float = ...,
         value: _duration_pb2.Duration | None = ...,
         low: _duration_pb2.Duration | None = ...,
         high: _duration_pb2.Duration | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "share", b"share", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "quantile", b"quantile", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -140,11 +140,11 @@ class LatencyRatio(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    SHARE_FIELD_NUMBER: _builtins.int
+    QUANTILE_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     LOW_FIELD_NUMBER: _builtins.int
     HIGH_FIELD_NUMBER: _builtins.int
-    share: _builtins.float
+    quantile: _builtins.float
     """The share of the pairs that have at most this ratio; 0.5 is the median pair."""
     value: _builtins.float
     """New's time by old's."""
@@ -155,14 +155,14 @@ class LatencyRatio(_message.Message):
     def __init__(
         self,
         *,
-        share: _builtins.float = ...,
+        quantile: _builtins.float = ...,
         value: _builtins.float = ...,
         low: _builtins.float | None = ...,
         high: _builtins.float | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low", "share", b"share", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low", "quantile", b"quantile", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__high: _TypeAlias = _typing.Literal["high"]  # noqa: Y015
     _WhichOneofArgType__high: _TypeAlias = _typing.Literal["_high", b"_high"]  # noqa: Y015
@@ -185,10 +185,10 @@ class PairedLatency(_message.Message):
     PERCENTILES_FIELD_NUMBER: _builtins.int
     DIFFERENCES_FIELD_NUMBER: _builtins.int
     RATIOS_FIELD_NUMBER: _builtins.int
-    COPIES_FIELD_NUMBER: _builtins.int
+    BASELINE_PAIRS_FIELD_NUMBER: _builtins.int
     pairs: _builtins.int
     """So many pairs."""
-    copies: _builtins.int
+    baseline_pairs: _builtins.int
     """So many pairs the differences and ratios are of: those in which old answered a copy too, beside which new's copy is held.
     0: there are fewer than 20, so that they are of all pairs, of whose answers one is a copy's.
     """
@@ -211,11 +211,11 @@ class PairedLatency(_message.Message):
         percentiles: _abc.Iterable[Global___LatencyPercentile] | None = ...,
         differences: _abc.Iterable[Global___LatencyDifference] | None = ...,
         ratios: _abc.Iterable[Global___LatencyRatio] | None = ...,
-        copies: _builtins.int = ...,
+        baseline_pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["copies", b"copies", "differences", b"differences", "pairs", b"pairs", "percentiles", b"percentiles", "ratios", b"ratios"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_pairs", b"baseline_pairs", "differences", b"differences", "pairs", b"pairs", "percentiles", b"percentiles", "ratios", b"ratios"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -231,10 +231,10 @@ class GetLatencyResponse(_message.Message):
     WARM_FIELD_NUMBER: _builtins.int
     COLD_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FIELD_NUMBER: _builtins.int
-    CUT_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
     confidence: _builtins.float
     """How sure the intervals are, for all looks together."""
-    cut: _builtins.bool
+    truncated: _builtins.bool
     """Whether there are more pairs than were taken: the newest 20,000."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
@@ -255,11 +255,11 @@ class GetLatencyResponse(_message.Message):
         warm: Global___PairedLatency | None = ...,
         cold: Global___PairedLatency | None = ...,
         confidence: _builtins.float = ...,
-        cut: _builtins.bool = ...,
+        truncated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cold", b"cold", "endpoint", b"endpoint", "warm", b"warm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cold", b"cold", "confidence", b"confidence", "cut", b"cut", "endpoint", b"endpoint", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cold", b"cold", "confidence", b"confidence", "endpoint", b"endpoint", "truncated", b"truncated", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,43 +26,43 @@ from abreast.v1 import common_pb2 as abreast_dot_v1_dot_common__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61\x62reast/v1/rule.proto\x12\nabreast.v1\x1a\x17\x61\x62reast/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xd9\x05\n\x04Rule\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12&\n\x06\x61\x63tion\x18\x03 \x01(\x0e\x32\x16.abreast.v1.RuleAction\x12\x1e\n\x04part\x18\x04 \x01(\x0e\x32\x10.abreast.v1.Part\x12\x0c\n\x04path\x18\x05 \x01(\t\x12\x0e\n\x06header\x18\x06 \x01(\t\x12\x1e\n\x04kind\x18\x07 \x01(\x0e\x32\x10.abreast.v1.Kind\x12\x0f\n\x07service\x18\x08 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\t \x01(\t\x12\x0e\n\x06status\x18\n \x01(\t\x12\x0f\n\x07release\x18\x0b \x01(\t\x12\n\n\x02\x62y\x18\x0c \x01(\t\x12\x15\n\x08\x61\x62solute\x18\r \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08relative\x18\x0e \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03old\x18\x0f \x01(\tH\x02\x88\x01\x01\x12\x10\n\x03new\x18\x10 \x01(\tH\x03\x88\x01\x01\x12\r\n\x05owner\x18\x11 \x01(\t\x12\x0e\n\x06reason\x18\x12 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06source\x18\x14 \x01(\t\x12/\n\x0b\x63reate_time\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x63reator\x18\x16 \x01(\t\x12$\n\x05state\x18\x17 \x01(\x0e\x32\x15.abreast.v1.RuleState\x12,\n\x08\x65nd_time\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x65nder\x18\x19 \x01(\t\x12\x10\n\x08rejudged\x18\x1a \x01(\x08\x12\r\n\x05pairs\x18\x1b \x01(\x03\x12\x0f\n\x07unknown\x18\x1c \x01(\x03\x12.\n\x08\x66indings\x18\x1d \x03(\x0b\x32\x1c.abreast.v1.ExplainedFindingB\x0b\n\t_absoluteB\x0b\n\t_relativeB\x06\n\x04_oldB\x06\n\x04_new\"F\n\x10\x45xplainedFinding\x12\x12\n\nfinding_id\x18\x01 \x01(\x03\x12\r\n\x05pairs\x18\x02 \x01(\x03\x12\x0f\n\x07unknown\x18\x03 \x01(\x03\"\xf5\x01\n\rHiddenFinding\x12\x12\n\nfinding_id\x18\x01 \x01(\x03\x12&\n\x08\x65ndpoint\x18\x02 \x01(\x0b\x32\x14.abreast.v1.Endpoint\x12\x1e\n\x04part\x18\x03 \x01(\x0e\x32\x10.abreast.v1.Part\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x1e\n\x04kind\x18\x05 \x01(\x0e\x32\x10.abreast.v1.Kind\x12\x11\n\tconfirmed\x18\x06 \x01(\x08\x12\r\n\x05pairs\x18\x07 \x01(\x03\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\x12\x10\n\x08\x65xamples\x18\t \x01(\x05\x12\x17\n\x0fhidden_examples\x18\n \x01(\x05\"e\n\x11\x43reateRuleRequest\x12\x1e\n\x04rule\x18\x01 \x01(\x0b\x32\x10.abreast.v1.Rule\x12\x12\n\nfinding_id\x18\x02 \x01(\x03\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\"4\n\x12\x43reateRuleResponse\x12\x1e\n\x04rule\x18\x01 \x01(\x0b\x32\x10.abreast.v1.Rule\"\x86\x01\n\x10ListRulesRequest\x12\x13\n\x06source\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\nfinding_id\x18\x02 \x01(\x03\x12\x17\n\x0finclude_deleted\x18\x03 \x01(\x08\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\tB\t\n\x07_source\"M\n\x11ListRulesResponse\x12\x1f\n\x05rules\x18\x01 \x03(\x0b\x32\x10.abreast.v1.Rule\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\".\n\x11\x44\x65leteRuleRequest\x12\n\n\x02id\x18\x01 \x01(\x05\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\"4\n\x12\x44\x65leteRuleResponse\x12\x1e\n\x04rule\x18\x01 \x01(\x0b\x32\x10.abreast.v1.Rule\"H\n\x12PreviewRuleRequest\x12\x1e\n\x04rule\x18\x01 \x01(\x0b\x32\x10.abreast.v1.Rule\x12\x12\n\nfinding_id\x18\x02 \x01(\x03\"v\n\x13PreviewRuleResponse\x12\x1e\n\x04rule\x18\x01 \x01(\x0b\x32\x10.abreast.v1.Rule\x12+\n\x08\x66indings\x18\x02 \x03(\x0b\x32\x19.abreast.v1.HiddenFinding\x12\x12\n\nobjections\x18\x03 \x03(\t\"s\n\x11\x41pplyRulesRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x1f\n\x05rules\x18\x02 \x03(\x0b\x32\x10.abreast.v1.Rule\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\"\x93\x01\n\x12\x41pplyRulesResponse\x12!\n\x07\x63reated\x18\x01 \x03(\x0b\x32\x10.abreast.v1.Rule\x12!\n\x07\x64\x65leted\x18\x02 \x03(\x0b\x32\x10.abreast.v1.Rule\x12#\n\tunchanged\x18\x03 \x03(\x0b\x32\x10.abreast.v1.Rule\x12\x12\n\nobjections\x18\x04 \x03(\t*\xc8\x01\n\nRuleAction\x12\x1b\n\x17RULE_ACTION_UNSPECIFIED\x10\x00\x12\x16\n\x12RULE_ACTION_IGNORE\x10\x01\x12\x18\n\x14RULE_ACTION_TOLERATE\x10\x02\x12\x19\n\x15RULE_ACTION_UNORDERED\x10\x03\x12\x18\n\x14RULE_ACTION_KEYED_BY\x10\x04\x12\x16\n\x12RULE_ACTION_EXPECT\x10\x05\x12\x1e\n\x1aRULE_ACTION_WAIVE_COVERAGE\x10\x06*p\n\tRuleState\x12\x1a\n\x16RULE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13RULE_STATE_IN_FORCE\x10\x01\x12\x16\n\x12RULE_STATE_EXPIRED\x10\x02\x12\x16\n\x12RULE_STATE_DELETED\x10\x03\x32\x8e\x03\n\x0bRuleService\x12K\n\nCreateRule\x12\x1d.abreast.v1.CreateRuleRequest\x1a\x1e.abreast.v1.CreateRuleResponse\x12H\n\tListRules\x12\x1c.abreast.v1.ListRulesRequest\x1a\x1d.abreast.v1.ListRulesResponse\x12K\n\nDeleteRule\x12\x1d.abreast.v1.DeleteRuleRequest\x1a\x1e.abreast.v1.DeleteRuleResponse\x12N\n\x0bPreviewRule\x12\x1e.abreast.v1.PreviewRuleRequest\x1a\x1f.abreast.v1.PreviewRuleResponse\x12K\n\nApplyRules\x12\x1d.abreast.v1.ApplyRulesRequest\x1a\x1e.abreast.v1.ApplyRulesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61\x62reast/v1/rule.proto\x12\nabreast.v1\x1a\x17\x61\x62reast/v1/common.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe7\x05\n\x04Rule\x12\n\n\x02id\x18\x01 \x01(\x05\x12\x0c\n\x04name\x18\x02 \x01(\t\x12&\n\x06\x61\x63tion\x18\x03 \x01(\x0e\x32\x16.abreast.v1.RuleAction\x12\x1e\n\x04part\x18\x04 \x01(\x0e\x32\x10.abreast.v1.Part\x12\x0c\n\x04path\x18\x05 \x01(\t\x12\x0e\n\x06header\x18\x06 \x01(\t\x12\x1e\n\x04kind\x18\x07 \x01(\x0e\x32\x10.abreast.v1.Kind\x12\x0f\n\x07service\x18\x08 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\t \x01(\t\x12\x0e\n\x06status\x18\n \x01(\t\x12\x0f\n\x07release\x18\x0b \x01(\t\x12\n\n\x02\x62y\x18\x0c \x01(\t\x12\x15\n\x08\x61\x62solute\x18\r \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08relative\x18\x0e \x01(\x01H\x01\x88\x01\x01\x12\x10\n\x03old\x18\x0f \x01(\tH\x02\x88\x01\x01\x12\x10\n\x03new\x18\x10 \x01(\tH\x03\x88\x01\x01\x12\r\n\x05owner\x18\x11 \x01(\t\x12\x0e\n\x06reason\x18\x12 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06source\x18\x14 \x01(\t\x12/\n\x0b\x63reate_time\x18\x15 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x63reator\x18\x16 \x01(\t\x12$\n\x05state\x18\x17 \x01(\x0e\x32\x15.abreast.v1.RuleState\x12,\n\x08\x65nd_time\x18\x18 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x64\x65leter\x18\x19 \x01(\t\x12\x11\n\treapplied\x18\x1a \x01(\x08\x12\r\n\x05pairs\x18\x1b \x01(\x03\x12\x1a\n\x12undetermined_pairs\x18\x1c \x01(\x03\x12.\n\x08\x66indings\x18\x1d \x03(\x0b\x32\x1c.abreast.v1.ExplainedFindingB\x0b\n\t_absoluteB\x0b\n\t_relativeB\x06\n\x04_oldB\x06\n\x04_new\"Q\n\x10\x45xplainedFinding\x12\x12\n\nfinding_id\x18\x01 \x01(\x03\x12\r\n\x05pairs\x18\x02 \x01(\x03\x12\x1a\n\x12undetermined_pairs\x18\x03 \x01(\x03\"\xf5\x01\n\rHiddenFinding\x12\x12\n\nfinding_id\x18\x01 \x01(\x03\x12&\n\x08\x65ndpoint\x18\x02 \x01(\x0b\x32\x14.abreast.v1.Endpoint\x12\x1e\n\x04part\x18\x03 \x01(\x0e\x32\x10.abreast.v1.Part\x12\x0c\n\x04path\x18\x04 \x01(\t\x12\x1e\n\x04kind\x18\x05 \x01(\x0e\x32\x10.abreast.v1.Kind\x12\x11\n\tconfirmed\x18\x06 \x01(\x08\x12\r\n\x05pairs\x18\x07 \x01(\x03\x12\r\n\x05\x65xact\x18\x08 \x01(\x08\x12\x10\n\x08\x65xamples\x18\t \x01(\x05\x12\x17\n\x0fhidden_examples\x18\n \x01(\x05\"e\n\x11\x43reateRuleRequest\x12\x1e\n\x04rule\x18\x01 \x01(\x0b\x32\x10.abreast.v1.Rule\x12\x12\n\nfinding_id\x18\x02 \x01(\x03\x12\r\n\x05\x66orce\x18\x03 \x01(\x08\x12\r\n\x05\x61\x63tor\x18\x04 \x01(\t\"4\n\x12\x43reateRuleResponse\x12\x1e\n\x04rule\x18\x01 \x01(\x0b\x32\x10.abreast.v1.Rule\"\x86\x01\n\x10ListRulesRequest\x12\x13\n\x06source\x18\x01 \x01(\tH\x00\x88\x01\x01\x12\x12\n\nfinding_id\x18\x02 \x01(\x03\x12\x17\n\x0finclude_deleted\x18\x03 \x01(\x08\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\tB\t\n\x07_source\"M\n\x11ListRulesResponse\x12\x1f\n\x05rules\x18\x01 \x03(\x0b\x32\x10.abreast.v1.Rule\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\".\n\x11\x44\x65leteRuleRequest\x12\n\n\x02id\x18\x01 \x01(\x05\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\"4\n\x12\x44\x65leteRuleResponse\x12\x1e\n\x04rule\x18\x01 \x01(\x0b\x32\x10.abreast.v1.Rule\"H\n\x12PreviewRuleRequest\x12\x1e\n\x04rule\x18\x01 \x01(\x0b\x32\x10.abreast.v1.Rule\x12\x12\n\nfinding_id\x18\x02 \x01(\x03\"v\n\x13PreviewRuleResponse\x12\x1e\n\x04rule\x18\x01 \x01(\x0b\x32\x10.abreast.v1.Rule\x12+\n\x08\x66indings\x18\x02 \x03(\x0b\x32\x19.abreast.v1.HiddenFinding\x12\x12\n\nobjections\x18\x03 \x03(\t\"s\n\x11\x41pplyRulesRequest\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x1f\n\x05rules\x18\x02 \x03(\x0b\x32\x10.abreast.v1.Rule\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12\r\n\x05\x66orce\x18\x04 \x01(\x08\x12\r\n\x05\x61\x63tor\x18\x05 \x01(\t\"\x93\x01\n\x12\x41pplyRulesResponse\x12!\n\x07\x63reated\x18\x01 \x03(\x0b\x32\x10.abreast.v1.Rule\x12!\n\x07\x64\x65leted\x18\x02 \x03(\x0b\x32\x10.abreast.v1.Rule\x12#\n\tunchanged\x18\x03 \x03(\x0b\x32\x10.abreast.v1.Rule\x12\x12\n\nobjections\x18\x04 \x03(\t*\xc8\x01\n\nRuleAction\x12\x1b\n\x17RULE_ACTION_UNSPECIFIED\x10\x00\x12\x16\n\x12RULE_ACTION_IGNORE\x10\x01\x12\x18\n\x14RULE_ACTION_TOLERATE\x10\x02\x12\x19\n\x15RULE_ACTION_UNORDERED\x10\x03\x12\x18\n\x14RULE_ACTION_KEYED_BY\x10\x04\x12\x16\n\x12RULE_ACTION_EXPECT\x10\x05\x12\x1e\n\x1aRULE_ACTION_WAIVE_COVERAGE\x10\x06*p\n\tRuleState\x12\x1a\n\x16RULE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13RULE_STATE_IN_FORCE\x10\x01\x12\x16\n\x12RULE_STATE_EXPIRED\x10\x02\x12\x16\n\x12RULE_STATE_DELETED\x10\x03\x32\x8e\x03\n\x0bRuleService\x12K\n\nCreateRule\x12\x1d.abreast.v1.CreateRuleRequest\x1a\x1e.abreast.v1.CreateRuleResponse\x12H\n\tListRules\x12\x1c.abreast.v1.ListRulesRequest\x1a\x1d.abreast.v1.ListRulesResponse\x12K\n\nDeleteRule\x12\x1d.abreast.v1.DeleteRuleRequest\x1a\x1e.abreast.v1.DeleteRuleResponse\x12N\n\x0bPreviewRule\x12\x1e.abreast.v1.PreviewRuleRequest\x1a\x1f.abreast.v1.PreviewRuleResponse\x12K\n\nApplyRules\x12\x1d.abreast.v1.ApplyRulesRequest\x1a\x1e.abreast.v1.ApplyRulesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'abreast.v1.rule_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RULEACTION']._serialized_start=2084
-  _globals['_RULEACTION']._serialized_end=2284
-  _globals['_RULESTATE']._serialized_start=2286
-  _globals['_RULESTATE']._serialized_end=2398
+  _globals['_RULEACTION']._serialized_start=2109
+  _globals['_RULEACTION']._serialized_end=2309
+  _globals['_RULESTATE']._serialized_start=2311
+  _globals['_RULESTATE']._serialized_end=2423
   _globals['_RULE']._serialized_start=96
-  _globals['_RULE']._serialized_end=825
-  _globals['_EXPLAINEDFINDING']._serialized_start=827
-  _globals['_EXPLAINEDFINDING']._serialized_end=897
-  _globals['_HIDDENFINDING']._serialized_start=900
-  _globals['_HIDDENFINDING']._serialized_end=1145
-  _globals['_CREATERULEREQUEST']._serialized_start=1147
-  _globals['_CREATERULEREQUEST']._serialized_end=1248
-  _globals['_CREATERULERESPONSE']._serialized_start=1250
-  _globals['_CREATERULERESPONSE']._serialized_end=1302
-  _globals['_LISTRULESREQUEST']._serialized_start=1305
-  _globals['_LISTRULESREQUEST']._serialized_end=1439
-  _globals['_LISTRULESRESPONSE']._serialized_start=1441
-  _globals['_LISTRULESRESPONSE']._serialized_end=1518
-  _globals['_DELETERULEREQUEST']._serialized_start=1520
-  _globals['_DELETERULEREQUEST']._serialized_end=1566
-  _globals['_DELETERULERESPONSE']._serialized_start=1568
-  _globals['_DELETERULERESPONSE']._serialized_end=1620
-  _globals['_PREVIEWRULEREQUEST']._serialized_start=1622
-  _globals['_PREVIEWRULEREQUEST']._serialized_end=1694
-  _globals['_PREVIEWRULERESPONSE']._serialized_start=1696
-  _globals['_PREVIEWRULERESPONSE']._serialized_end=1814
-  _globals['_APPLYRULESREQUEST']._serialized_start=1816
-  _globals['_APPLYRULESREQUEST']._serialized_end=1931
-  _globals['_APPLYRULESRESPONSE']._serialized_start=1934
-  _globals['_APPLYRULESRESPONSE']._serialized_end=2081
-  _globals['_RULESERVICE']._serialized_start=2401
-  _globals['_RULESERVICE']._serialized_end=2799
+  _globals['_RULE']._serialized_end=839
+  _globals['_EXPLAINEDFINDING']._serialized_start=841
+  _globals['_EXPLAINEDFINDING']._serialized_end=922
+  _globals['_HIDDENFINDING']._serialized_start=925
+  _globals['_HIDDENFINDING']._serialized_end=1170
+  _globals['_CREATERULEREQUEST']._serialized_start=1172
+  _globals['_CREATERULEREQUEST']._serialized_end=1273
+  _globals['_CREATERULERESPONSE']._serialized_start=1275
+  _globals['_CREATERULERESPONSE']._serialized_end=1327
+  _globals['_LISTRULESREQUEST']._serialized_start=1330
+  _globals['_LISTRULESREQUEST']._serialized_end=1464
+  _globals['_LISTRULESRESPONSE']._serialized_start=1466
+  _globals['_LISTRULESRESPONSE']._serialized_end=1543
+  _globals['_DELETERULEREQUEST']._serialized_start=1545
+  _globals['_DELETERULEREQUEST']._serialized_end=1591
+  _globals['_DELETERULERESPONSE']._serialized_start=1593
+  _globals['_DELETERULERESPONSE']._serialized_end=1645
+  _globals['_PREVIEWRULEREQUEST']._serialized_start=1647
+  _globals['_PREVIEWRULEREQUEST']._serialized_end=1719
+  _globals['_PREVIEWRULERESPONSE']._serialized_start=1721
+  _globals['_PREVIEWRULERESPONSE']._serialized_end=1839
+  _globals['_APPLYRULESREQUEST']._serialized_start=1841
+  _globals['_APPLYRULESREQUEST']._serialized_end=1956
+  _globals['_APPLYRULESRESPONSE']._serialized_start=1959
+  _globals['_APPLYRULESRESPONSE']._serialized_end=2106
+  _globals['_RULESERVICE']._serialized_start=2426
+  _globals['_RULESERVICE']._serialized_end=2824
 # @@protoc_insertion_point(module_scope)

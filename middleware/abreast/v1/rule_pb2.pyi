@@ -121,10 +121,10 @@ class Rule(_message.Message):
     CREATOR_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
-    ENDER_FIELD_NUMBER: _builtins.int
-    REJUDGED_FIELD_NUMBER: _builtins.int
+    DELETER_FIELD_NUMBER: _builtins.int
+    REAPPLIED_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
-    UNKNOWN_FIELD_NUMBER: _builtins.int
+    UNDETERMINED_PAIRS_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Given by the ledger."""
@@ -168,13 +168,13 @@ class Rule(_message.Message):
     """Who made it. Output only."""
     state: Global___RuleState.ValueType
     """Output only."""
-    ender: _builtins.str
+    deleter: _builtins.str
     """Who ended it; `abreast` where it expired. Output only."""
-    rejudged: _builtins.bool
+    reapplied: _builtins.bool
     """Whether all that is stored is judged accordingly. Output only."""
     pairs: _builtins.int
     """Pairs and findings that it explains, of all that are counted, each finding by itself. Output only."""
-    unknown: _builtins.int
+    undetermined_pairs: _builtins.int
     """Pairs that were judged before it and whose answers are not kept: they count as they did. Output only."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
@@ -219,15 +219,15 @@ class Rule(_message.Message):
         creator: _builtins.str = ...,
         state: Global___RuleState.ValueType = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
-        ender: _builtins.str = ...,
-        rejudged: _builtins.bool = ...,
+        deleter: _builtins.str = ...,
+        reapplied: _builtins.bool = ...,
         pairs: _builtins.int = ...,
-        unknown: _builtins.int = ...,
+        undetermined_pairs: _builtins.int = ...,
         findings: _abc.Iterable[Global___ExplainedFinding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_absolute", b"_absolute", "_new", b"_new", "_old", b"_old", "_relative", b"_relative", "absolute", b"absolute", "create_time", b"create_time", "end_time", b"end_time", "expire_time", b"expire_time", "new", b"new", "old", b"old", "relative", b"relative"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_absolute", b"_absolute", "_new", b"_new", "_old", b"_old", "_relative", b"_relative", "absolute", b"absolute", "action", b"action", "by", b"by", "create_time", b"create_time", "creator", b"creator", "end_time", b"end_time", "ender", b"ender", "endpoint", b"endpoint", "expire_time", b"expire_time", "findings", b"findings", "header", b"header", "id", b"id", "kind", b"kind", "name", b"name", "new", b"new", "old", b"old", "owner", b"owner", "pairs", b"pairs", "part", b"part", "path", b"path", "reason", b"reason", "rejudged", b"rejudged", "relative", b"relative", "release", b"release", "service", b"service", "source", b"source", "state", b"state", "status", b"status", "unknown", b"unknown"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_absolute", b"_absolute", "_new", b"_new", "_old", b"_old", "_relative", b"_relative", "absolute", b"absolute", "action", b"action", "by", b"by", "create_time", b"create_time", "creator", b"creator", "deleter", b"deleter", "end_time", b"end_time", "endpoint", b"endpoint", "expire_time", b"expire_time", "findings", b"findings", "header", b"header", "id", b"id", "kind", b"kind", "name", b"name", "new", b"new", "old", b"old", "owner", b"owner", "pairs", b"pairs", "part", b"part", "path", b"path", "reapplied", b"reapplied", "reason", b"reason", "relative", b"relative", "release", b"release", "service", b"service", "source", b"source", "state", b"state", "status", b"status", "undetermined_pairs", b"undetermined_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__absolute: _TypeAlias = _typing.Literal["absolute"]  # noqa: Y015
     _WhichOneofArgType__absolute: _TypeAlias = _typing.Literal["_absolute", b"_absolute"]  # noqa: Y015
@@ -256,23 +256,23 @@ class ExplainedFinding(_message.Message):
 
     FINDING_ID_FIELD_NUMBER: _builtins.int
     PAIRS_FIELD_NUMBER: _builtins.int
-    UNKNOWN_FIELD_NUMBER: _builtins.int
+    UNDETERMINED_PAIRS_FIELD_NUMBER: _builtins.int
     finding_id: _builtins.int
     """The finding."""
     pairs: _builtins.int
     """Pairs that the rule explains."""
-    unknown: _builtins.int
+    undetermined_pairs: _builtins.int
     """Pairs that were judged before the rule, and whose answers are not kept."""
     def __init__(
         self,
         *,
         finding_id: _builtins.int = ...,
         pairs: _builtins.int = ...,
-        unknown: _builtins.int = ...,
+        undetermined_pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding_id", b"finding_id", "pairs", b"pairs", "unknown", b"unknown"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding_id", b"finding_id", "pairs", b"pairs", "undetermined_pairs", b"undetermined_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

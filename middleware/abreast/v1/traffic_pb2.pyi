@@ -3,7 +3,7 @@
 isort:skip_file
 """
 
-from abreast.v1 import steering_pb2 as _steering_pb2
+from abreast.v1 import rollout_pb2 as _rollout_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -74,7 +74,7 @@ class Traffic(_message.Message):
 Global___Traffic: _TypeAlias = Traffic  # noqa: Y015
 
 @_typing.final
-class EnvoyState(_message.Message):
+class EnvoyStatus(_message.Message):
     """What one Envoy knows, whichever sidecar it is connected to. Envoys that share a node id are told one by one. Those of a
     sidecar that stops are gone at once, those of one that dies within seconds; until then they are named with what was last
     heard of them.
@@ -120,7 +120,7 @@ class EnvoyState(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___EnvoyState: _TypeAlias = EnvoyState  # noqa: Y015
+Global___EnvoyStatus: _TypeAlias = EnvoyStatus  # noqa: Y015
 
 @_typing.final
 class GetTrafficRequest(_message.Message):
@@ -152,27 +152,27 @@ class GetTrafficResponse(_message.Message):
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
-    OTHERS_UNKNOWN_FIELD_NUMBER: _builtins.int
-    others_unknown: _builtins.str
+    PEERS_ERROR_FIELD_NUMBER: _builtins.int
+    peers_error: _builtins.str
     """Why the Envoys of other sidecars are not named; empty where they are."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings."""
 
     @_builtins.property
-    def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
+    def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
         """The Envoys connected to any sidecar."""
 
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
-        envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
-        others_unknown: _builtins.str = ...,
+        envoys: _abc.Iterable[Global___EnvoyStatus] | None = ...,
+        peers_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "others_unknown", b"others_unknown", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "peers_error", b"peers_error", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -253,27 +253,27 @@ class UpdateTrafficResponse(_message.Message):
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
-    OTHERS_UNKNOWN_FIELD_NUMBER: _builtins.int
-    others_unknown: _builtins.str
+    PEERS_ERROR_FIELD_NUMBER: _builtins.int
+    peers_error: _builtins.str
     """Why the Envoys of other sidecars are not named; empty where they are."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings after the change."""
 
     @_builtins.property
-    def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
+    def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
         """The Envoys connected to any sidecar, and whether they have it."""
 
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
-        envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
-        others_unknown: _builtins.str = ...,
+        envoys: _abc.Iterable[Global___EnvoyStatus] | None = ...,
+        peers_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "others_unknown", b"others_unknown", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "peers_error", b"peers_error", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -324,20 +324,20 @@ class RollbackResponse(_message.Message):
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
     PREVIOUS_FIELD_NUMBER: _builtins.int
-    NOT_RECORDED_FIELD_NUMBER: _builtins.int
-    OTHERS_UNKNOWN_FIELD_NUMBER: _builtins.int
-    not_recorded: _builtins.str
+    RECORDING_ERROR_FIELD_NUMBER: _builtins.int
+    PEERS_ERROR_FIELD_NUMBER: _builtins.int
+    recording_error: _builtins.str
     """Why the ledger does not know of the rollback yet, and what that means for the Envoys of other sidecars; empty where
     it knows. The rollback is in force all the same, and is recorded as soon as the ledger can be reached.
     """
-    others_unknown: _builtins.str
+    peers_error: _builtins.str
     """Why the Envoys of other sidecars are not named; empty where they are."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings after the change."""
 
     @_builtins.property
-    def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
+    def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
         """The Envoys connected to any sidecar, and whether they have it."""
 
     @_builtins.property
@@ -348,14 +348,14 @@ class RollbackResponse(_message.Message):
         self,
         *,
         traffic: Global___Traffic | None = ...,
-        envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
+        envoys: _abc.Iterable[Global___EnvoyStatus] | None = ...,
         previous: Global___Traffic | None = ...,
-        not_recorded: _builtins.str = ...,
-        others_unknown: _builtins.str = ...,
+        recording_error: _builtins.str = ...,
+        peers_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["previous", b"previous", "traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "not_recorded", b"not_recorded", "others_unknown", b"others_unknown", "previous", b"previous", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "peers_error", b"peers_error", "previous", b"previous", "recording_error", b"recording_error", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -405,27 +405,27 @@ class PromoteResponse(_message.Message):
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
-    OTHERS_UNKNOWN_FIELD_NUMBER: _builtins.int
-    others_unknown: _builtins.str
+    PEERS_ERROR_FIELD_NUMBER: _builtins.int
+    peers_error: _builtins.str
     """Why the Envoys of other sidecars are not named; empty where they are."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings after the change."""
 
     @_builtins.property
-    def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
+    def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
         """The Envoys connected to any sidecar, and whether they have it."""
 
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
-        envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
-        others_unknown: _builtins.str = ...,
+        envoys: _abc.Iterable[Global___EnvoyStatus] | None = ...,
+        peers_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "others_unknown", b"others_unknown", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "peers_error", b"peers_error", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -461,27 +461,27 @@ class WatchTrafficResponse(_message.Message):
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
-    OTHERS_UNKNOWN_FIELD_NUMBER: _builtins.int
-    others_unknown: _builtins.str
+    PEERS_ERROR_FIELD_NUMBER: _builtins.int
+    peers_error: _builtins.str
     """Why the Envoys of other sidecars are not named; empty where they are."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings."""
 
     @_builtins.property
-    def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyState]:
+    def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
         """The Envoys connected to any sidecar."""
 
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
-        envoys: _abc.Iterable[Global___EnvoyState] | None = ...,
-        others_unknown: _builtins.str = ...,
+        envoys: _abc.Iterable[Global___EnvoyStatus] | None = ...,
+        peers_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "others_unknown", b"others_unknown", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "peers_error", b"peers_error", "traffic", b"traffic"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -558,19 +558,19 @@ class TrafficEvent(_message.Message):
         """The settings after. Those before, where only a guard or a ramp was changed."""
 
     @_builtins.property
-    def guard_before(self) -> _steering_pb2.GuardPolicy:
+    def guard_before(self) -> _rollout_pb2.GuardPolicy:
         """The guard's policy before; set for `guard_set`."""
 
     @_builtins.property
-    def guard_after(self) -> _steering_pb2.GuardPolicy:
+    def guard_after(self) -> _rollout_pb2.GuardPolicy:
         """The guard's policy after, or that it acted by."""
 
     @_builtins.property
-    def ramp_before(self) -> _steering_pb2.RampState:
+    def ramp_before(self) -> _rollout_pb2.RampState:
         """The ramp before; set for what happened to one."""
 
     @_builtins.property
-    def ramp_after(self) -> _steering_pb2.RampState:
+    def ramp_after(self) -> _rollout_pb2.RampState:
         """The ramp after."""
 
     def __init__(
@@ -583,10 +583,10 @@ class TrafficEvent(_message.Message):
         reason: _builtins.str = ...,
         before: Global___Traffic | None = ...,
         after: Global___Traffic | None = ...,
-        guard_before: _steering_pb2.GuardPolicy | None = ...,
-        guard_after: _steering_pb2.GuardPolicy | None = ...,
-        ramp_before: _steering_pb2.RampState | None = ...,
-        ramp_after: _steering_pb2.RampState | None = ...,
+        guard_before: _rollout_pb2.GuardPolicy | None = ...,
+        guard_after: _rollout_pb2.GuardPolicy | None = ...,
+        ramp_before: _rollout_pb2.RampState | None = ...,
+        ramp_after: _rollout_pb2.RampState | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "guard_after", b"guard_after", "guard_before", b"guard_before", "ramp_after", b"ramp_after", "ramp_before", b"ramp_before", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

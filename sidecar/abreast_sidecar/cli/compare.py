@@ -236,7 +236,7 @@ def _difference_record(difference: Difference) -> dict[str, str | None]:
     return {
         "part": difference.part,
         "path": difference.path,
-        "place": difference.place,
+        "place": difference.exact_path,
         "kind": difference.kind,
         "old": difference.old,
         "new": difference.new,
@@ -253,7 +253,7 @@ def format_result(result: ComparisonResult) -> str:
 
 
 def _format_difference(difference: Difference) -> list[str]:
-    location = f"{difference.part} {difference.place or difference.path}".strip()
+    location = f"{difference.part} {difference.exact_path or difference.path}".strip()
     remark = f"explained by {difference.explained_by}" if difference.explained_by else difference.impact
     colour = "bright_black" if difference.explained_by else IMPACT_COLOURS[difference.impact]
     lines = [

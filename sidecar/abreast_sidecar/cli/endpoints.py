@@ -80,7 +80,7 @@ def endpoint_command(
 
 
 def print_latency(out: Console, response: latency_api.GetLatencyResponse) -> None:
-    newest = ", the newest" if response.cut else ""
+    newest = ", the newest" if response.truncated else ""
     out.print(
         f"{endpoint_name(response.endpoint)}: {format_quantity(response.warm.pairs, 'warm pair')}{newest}"
     )
@@ -100,8 +100,8 @@ def print_latency(out: Console, response: latency_api.GetLatencyResponse) -> Non
 
 
 def describe_compared_pairs(latency: latency_api.PairedLatency) -> str:
-    if latency.copies:
-        return f"new - old and new / old are of {format_quantity(latency.copies, 'pair')} of which both answers are copies'"
+    if latency.baseline_pairs:
+        return f"new - old and new / old are of {format_quantity(latency.baseline_pairs, 'pair')} of which both answers are copies'"
     return (
         "new - old and new / old are of all pairs: of two answers one is a copy's, which may tell by itself"
     )
@@ -111,7 +111,9 @@ def build_percentiles_table(latency: latency_api.PairedLatency) -> Table:
     table = make_table("requests", "old", "new", numeric_columns=frozenset({"old", "new"}))
     for percentile in latency.percentiles:
         table.add_row(
-            f"{percentile.share:.0%} within", format_duration(percentile.old), format_duration(percentile.new)
+            f"{percentile.quantile:.0%} within",
+            format_duration(percentile.old),
+            format_duration(percentile.new),
         )
     return table
 
@@ -128,7 +130,7 @@ def build_latency_difference_table(latency: latency_api.PairedLatency) -> Table:
     for difference, ratio in zip(latency.differences, latency.ratios, strict=True):
         has_low, has_high = difference.HasField("low"), difference.HasField("high")
         table.add_row(
-            f"{difference.share:.0%} at most",
+            f"{difference.quantile:.0%} at most",
             format_duration(difference.value),
             f"{format_duration(difference.low) if has_low else '?'} … {format_duration(difference.high) if has_high else '?'}",
             f"{ratio.value:.2f}",

@@ -461,7 +461,9 @@ def format_explaining_rule(rule: Rule, finding_id: int) -> str:
         (entry for entry in rule.findings if entry.finding_id == finding_id), ExplainedFinding()
     )
     unknown_text = (
-        f"; {format_count(rule_finding.unknown)} were judged before it" if rule_finding.unknown else ""
+        f"; {format_count(rule_finding.undetermined_pairs)} were judged before it"
+        if rule_finding.undetermined_pairs
+        else ""
     )
     return f"{format_rule_title(rule)}: {to_printable(rule.reason)}, {format_quantity(rule_finding.pairs, 'pair')}{unknown_text}"
 

@@ -220,8 +220,8 @@ def format_status_line(capture: api.CaptureDetail | None) -> str:
 
 def format_exception(capture: api.CaptureDetail | None) -> str:
     return (
-        f"raised {to_printable(capture.raised, MAX_EXCEPTION_NAME_CHARS)}"
-        if capture and capture.raised
+        f"raised {to_printable(capture.exception, MAX_EXCEPTION_NAME_CHARS)}"
+        if capture and capture.exception
         else ""
     )
 
@@ -544,7 +544,7 @@ class TimelineSpan:
 
 def build_timeline_spans(captures: Sequence[api.CaptureDetail]) -> list[TimelineSpan]:
     """Ordered by arrival. The clocks of two machines may differ by more than the bars show."""
-    arrivals = [capture.started.ToNanoseconds() / 1e9 for capture in captures]
+    arrivals = [capture.start_time.ToNanoseconds() / 1e9 for capture in captures]
     first_arrival = min(arrivals, default=0.0)
     timeline_spans = [
         _build_capture_span(capture, arrival - first_arrival)
@@ -559,10 +559,10 @@ def _build_capture_span(capture: api.CaptureDetail, arrival: float) -> TimelineS
     )
     version = version_name(capture.version)
     attempt = f" {capture.attempt}" if capture.attempt > 1 else ""
-    notes = [f"raised {capture.raised}"] if capture.raised else []
+    notes = [f"raised {capture.exception}"] if capture.exception else []
     if capture.client_left:
         notes.append("the client left")
-    if capture.hops and capture.role != common.ROLE_LIVE:
+    if capture.spans and capture.role != common.ROLE_LIVE:
         notes.append("dropped by Envoy")
     return TimelineSpan(
         name=f"{version} {role_name(capture.role)}{attempt}",
@@ -572,12 +572,12 @@ def _build_capture_span(capture: api.CaptureDetail, arrival: float) -> TimelineS
         end=max(arrival + capture.total.ToNanoseconds() / 1e9, first_byte or arrival),
         note=", ".join(notes),
         children=tuple(
-            sorted((_build_child_span(hop, arrival) for hop in capture.hops), key=lambda span: span.arrival)
+            sorted((_build_child_span(hop, arrival) for hop in capture.spans), key=lambda span: span.arrival)
         ),
     )
 
 
-def _build_child_span(child: api.Hop, arrival: float) -> TimelineSpan:
+def _build_child_span(child: api.Span, arrival: float) -> TimelineSpan:
     start = arrival + child.start.ToNanoseconds() / 1e9
     end = start + child.duration.ToNanoseconds() / 1e9
     return TimelineSpan(

@@ -127,7 +127,7 @@ def _format_reason_subject(reason: api.VerdictReason) -> str:
 
 
 def _format_item_location(item: api.Finding | common.Difference) -> str:
-    exact = item.place if isinstance(item, common.Difference) else ""
+    exact = item.exact_path if isinstance(item, common.Difference) else ""
     return format_location(item.part, exact or item.path)
 
 

@@ -13,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from rich.text import Text
 
 from abreast.v1 import comparison_pb2
-from abreast.v1 import steering_pb2 as api
+from abreast.v1 import rollout_pb2 as api
 from abreast_sidecar.cli.exit_codes import ExitCode
 from abreast_sidecar.cli.options import (
     EXCESS_TYPE,
@@ -199,10 +199,12 @@ def format_guard_line(guard: api.Guard, current_time: dt.datetime) -> Text:
     state = api.GuardState.Name(guard.state).removeprefix("GUARD_STATE_")
     if mode == "off":
         return style_text("guard: off")
-    age_text = f" ({format_age(guard.look_time, current_time)})" if guard.HasField("look_time") else ""
+    age_text = (
+        f" ({format_age(guard.evaluate_time, current_time)})" if guard.HasField("evaluate_time") else ""
+    )
     line = style_text(f"guard: {mode}, ")
     line.append_text(style_text(state.lower(), GUARD_STATE_STYLES.get(state, "")))
-    line.append(f"{age_text}" + (f": {to_printable(guard.said)}" if guard.said else ""))
+    line.append(f"{age_text}" + (f": {to_printable(guard.message)}" if guard.message else ""))
     return line
 
 
@@ -350,7 +352,7 @@ def print_ramp(out: Console, ramp: api.Ramp, current_time: dt.datetime) -> None:
     out.print(f"hold {format_duration(plan.hold)}, at least {format_count(plan.min_pairs)} pairs a step")
     verdict = comparison_pb2.VerdictState.Name(ramp.verdict).removeprefix("VERDICT_STATE_")
     if ramp.verdict:
-        out.print(f"verdict since it began: {verdict} ({format_age(ramp.look_time, current_time)})")
+        out.print(f"verdict since it began: {verdict} ({format_age(ramp.evaluate_time, current_time)})")
     start_text = f"started {format_age(ramp.start_time, current_time)} by {to_printable(ramp.actor)}"
     out.print(start_text + (f": {to_printable(ramp.reason)}" if ramp.reason else ""), style="dim")
 
@@ -368,7 +370,7 @@ def format_ramp_line(ramp: api.Ramp) -> Text:
             f"[{format_percent(step)}]" if is_current else format_percent(step),
             "bold" if is_current else "dim",
         )
-    line.append(f"  {to_printable(state.said)}" if state.said else "")
+    line.append(f"  {to_printable(state.message)}" if state.message else "")
     return line
 
 

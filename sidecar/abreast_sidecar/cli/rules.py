@@ -195,7 +195,7 @@ def build_rules_table(rules: Iterable[api.Rule]) -> Table:
 
 def _format_rule_state(rule: api.Rule) -> Text:
     state = RULE_STATE_NAMES.get(rule.state, "")
-    state_text = state if rule.rejudged else f"{state}, judging what is stored"
+    state_text = state if rule.reapplied else f"{state}, judging what is stored"
     return style_text(state_text, "ok" if rule.state == api.RULE_STATE_IN_FORCE else "dim")
 
 
@@ -205,7 +205,9 @@ def format_explained_pairs(rule: api.Rule) -> str:
         return ""
     if rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
         return "coverage, no pair"
-    unknown_text = f", {format_count(rule.unknown)} judged before it" if rule.unknown else ""
+    unknown_text = (
+        f", {format_count(rule.undetermined_pairs)} judged before it" if rule.undetermined_pairs else ""
+    )
     return f"{format_quantity(rule.pairs, 'pair')}{unknown_text}"
 
 

@@ -109,8 +109,8 @@ def print_status(
 
 
 def format_observed_period(summary: api.GetSummaryResponse, current_time: dt.datetime) -> str:
-    duration_s = (summary.last.ToDatetime() - summary.first.ToDatetime()).total_seconds()
-    return f"in {format_seconds(duration_s)}, the last {format_age(summary.last, current_time)}"
+    duration_s = (summary.last_pair_time.ToDatetime() - summary.first_pair_time.ToDatetime()).total_seconds()
+    return f"in {format_seconds(duration_s)}, the last {format_age(summary.last_pair_time, current_time)}"
 
 
 def format_traffic_line(traffic: traffic_pb2.Traffic) -> str:
@@ -152,7 +152,7 @@ def _build_completeness_table(summary: api.GetSummaryResponse, current_time: dt.
         table.add_row("pending", "?", "Redis can't be reached (abreast doctor)")
     drops = sum(drop.count for drop in summary.drops)
     by_reason = ", ".join(
-        f"{to_printable(drop_count.place)} {to_printable(drop_count.reason)} {format_count(drop_count.count)}"
+        f"{to_printable(drop_count.stage)} {to_printable(drop_count.reason)} {format_count(drop_count.count)}"
         for drop_count in summary.drops
         if drop_count.count
     )
@@ -164,7 +164,7 @@ def _build_completeness_table(summary: api.GetSummaryResponse, current_time: dt.
         )
     if summary.not_sent:
         table.add_row("not sent", format_count(summary.not_sent), "copies that never left Envoy")
-    for dead_letter in summary.poison:
+    for dead_letter in summary.dead_letters:
         table.add_row(
             "put apart",
             style_text(format_count(dead_letter.count), "fail"),
@@ -184,8 +184,11 @@ def _build_completeness_table(summary: api.GetSummaryResponse, current_time: dt.
 
 def _is_settled(summary: api.GetSummaryResponse, current_time: dt.datetime) -> bool:
     """Whether nothing has come for long, and nothing waits."""
-    is_drained = summary.HasField("pending") and not summary.pending and summary.HasField("last")
-    return is_drained and (current_time - summary.last.ToDatetime(dt.UTC)).total_seconds() > SETTLED_AFTER_S
+    is_drained = summary.HasField("pending") and not summary.pending and summary.HasField("last_pair_time")
+    return (
+        is_drained
+        and (current_time - summary.last_pair_time.ToDatetime(dt.UTC)).total_seconds() > SETTLED_AFTER_S
+    )
 
 
 def _format_unaccounted(summary: api.GetSummaryResponse, current_time: dt.datetime) -> str | Text:

@@ -58,9 +58,9 @@ class TrafficChange(Protocol):
     @property
     def traffic(self) -> api.Traffic: ...
     @property
-    def envoys(self) -> Iterable[api.EnvoyState]: ...
+    def envoys(self) -> Iterable[api.EnvoyStatus]: ...
     @property
-    def others_unknown(self) -> str: ...
+    def peers_error(self) -> str: ...
 
 
 def print_traffic_change(
@@ -89,12 +89,12 @@ def describe_missing_envoys(change: TrafficChange) -> str:
     missing_envoys = [envoy for envoy in envoys if not has_acknowledged(envoy, change.traffic)]
     if missing_envoys:
         return f"{len(missing_envoys)} of {len(envoys)} Envoys do not have it yet"
-    if change.others_unknown:
+    if change.peers_error:
         return "whether Envoys of other sidecars have it is not known"
     return "" if envoys else "no Envoy is connected"
 
 
-def has_acknowledged(envoy: api.EnvoyState, traffic: api.Traffic) -> bool:
+def has_acknowledged(envoy: api.EnvoyStatus, traffic: api.Traffic) -> bool:
     return envoy.acknowledged_version >= traffic.version and not envoy.error
 
 
@@ -119,15 +119,13 @@ def print_envoys(out: Console, change: TrafficChange) -> None:
         out.print(_build_envoys_table(envoys, traffic))
     else:
         out.print(style_text("no Envoy is connected (abreast doctor)", "warn"))
-    if change.others_unknown:
+    if change.peers_error:
         out.print(
-            style_text(
-                f"Envoys of other sidecars are not known: {to_printable(change.others_unknown)}", "warn"
-            )
+            style_text(f"Envoys of other sidecars are not known: {to_printable(change.peers_error)}", "warn")
         )
 
 
-def _build_envoys_table(envoys: Sequence[api.EnvoyState], traffic: api.Traffic) -> Table:
+def _build_envoys_table(envoys: Sequence[api.EnvoyStatus], traffic: api.Traffic) -> Table:
     has_several_sidecars = len({envoy.sidecar for envoy in envoys}) > 1
     table = make_table(
         "Envoy",
@@ -307,7 +305,7 @@ def format_traffic_changes(event: api.TrafficEvent) -> str:
     if event.HasField("guard_before"):
         lines += format_guard_changes(event.guard_before, event.guard_after)
     if event.HasField("ramp_after") and not lines:
-        lines.append(to_printable(event.ramp_after.said))
+        lines.append(to_printable(event.ramp_after.message))
     return "\n".join(lines) or "nothing"
 
 
@@ -361,4 +359,4 @@ def rollback_command(link: SidecarClient, reason: str, actor: str | None, servic
         raise ServerError(
             f"{error}; or pull the brake in each Envoy: {MANUAL_ROLLBACK_COMMAND.format(admin)}"
         ) from error
-    return print_traffic_change(change.previous, change, as_json=as_json, not_recorded=change.not_recorded)
+    return print_traffic_change(change.previous, change, as_json=as_json, not_recorded=change.recording_error)

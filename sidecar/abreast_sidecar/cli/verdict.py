@@ -130,11 +130,11 @@ def print_verdict(out: Console, response: api.GetVerdictResponse) -> None:
 def format_pairs_to_pass(response: api.GetVerdictResponse) -> str:
     if response.state != api.VERDICT_STATE_INCONCLUSIVE:
         return ""
-    if not response.HasField("more"):
+    if not response.HasField("pairs_needed"):
         return "more of the same would not make it pass"
     return (
-        f"about {format_count(response.more)} more pairs to pass, at the present rates"
-        if response.more
+        f"about {format_count(response.pairs_needed)} more pairs to pass, at the present rates"
+        if response.pairs_needed
         else ""
     )
 

@@ -236,7 +236,7 @@ def build_differences_table(items: Iterable[common.Difference]) -> Table:
     table = make_table("place", "kind", "impact", "old", "new")
     for difference in items:
         table.add_row(
-            format_location(difference.part, difference.place or difference.path),
+            format_location(difference.part, difference.exact_path or difference.path),
             kind_name(difference.kind),
             style_text(_format_difference_remark(difference)),
             style_text(to_printable(difference.old, MAX_TABLE_VALUE_CHARS), "old")

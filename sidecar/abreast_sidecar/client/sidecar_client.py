@@ -20,8 +20,8 @@ if TYPE_CHECKING:
         common_pb2,
         comparison_pb2_grpc,
         latency_pb2_grpc,
+        rollout_pb2_grpc,
         rule_pb2_grpc,
-        steering_pb2_grpc,
         traffic_pb2_grpc,
     )
 
@@ -44,7 +44,7 @@ class Calls:
     traffic: traffic_pb2_grpc.TrafficServiceStub
     latency: latency_pb2_grpc.LatencyServiceStub
     rules: rule_pb2_grpc.RuleServiceStub
-    steering: steering_pb2_grpc.SteeringServiceStub
+    steering: rollout_pb2_grpc.RolloutServiceStub
     timeout_s: float
 
 
@@ -63,8 +63,8 @@ class SidecarClient:
         from abreast.v1 import (
             comparison_pb2_grpc,
             latency_pb2_grpc,
+            rollout_pb2_grpc,
             rule_pb2_grpc,
-            steering_pb2_grpc,
             traffic_pb2_grpc,
         )
 
@@ -74,7 +74,7 @@ class SidecarClient:
                 traffic_pb2_grpc.TrafficServiceStub(channel),
                 latency_pb2_grpc.LatencyServiceStub(channel),
                 rule_pb2_grpc.RuleServiceStub(channel),
-                steering_pb2_grpc.SteeringServiceStub(channel),
+                rollout_pb2_grpc.RolloutServiceStub(channel),
                 self.timeout_s,
             )
             try:

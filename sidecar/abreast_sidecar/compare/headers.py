@@ -268,7 +268,7 @@ def diff_trailers(old: Headers, new: Headers, volatile: frozenset[str]) -> list[
         replace(
             difference,
             path=f"trailer {difference.path}",
-            location=RenderedValues(f"trailer {difference.place}", difference.old, difference.new),
+            location=RenderedValues(f"trailer {difference.exact_path}", difference.old, difference.new),
         )
         for difference in differences
     ]

@@ -236,7 +236,7 @@ class Difference(Struct, frozen=True, eq=False):
         return Difference(part, path, kind, impact, RenderedValues(place, old, new), explained_by, hint)
 
     @property
-    def place(self) -> str:
+    def exact_path(self) -> str:
         """Exact: `$.items[3].price`"""
         return self.location.exact() if isinstance(self.location, JsonPath) else self.location.place
 

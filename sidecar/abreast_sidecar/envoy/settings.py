@@ -156,7 +156,7 @@ class EnvoySettings(EnvironmentSettings):
         "path that new is asked once a second, any answer below 500 is healthy; tcp: only connect",
     )
     connect_timeout: float = setting(1.0, parse_duration, "seconds to connect to an endpoint")
-    try_timeout: float = setting(
+    per_try_timeout: float = setting(
         5.0,
         parse_optional_duration,
         "seconds without an answer after which a safe request is also tried on another endpoint, the first that answers wins; 0: never",
@@ -198,7 +198,7 @@ class EnvoySettings(EnvironmentSettings):
         parse_sticky,
         "what keeps a user on one version: header:NAME, cookie:NAME or source-ip; empty: each request by itself",
     )
-    testers: str = setting(
+    tester_secret: str = setting(
         "",
         parse_secret,
         "secret of testers, who choose a version with the header x-abreast-use: new SECRET (or old SECRET); empty: nobody may",

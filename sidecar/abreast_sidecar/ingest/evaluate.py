@@ -23,7 +23,7 @@ def evaluate_entry(entry: StreamEntry, rules: CompareOptions) -> PairRecord:
     try:
         if not captures:
             return undecodable_record(entry, reason or NO_CAPTURE_REASON)
-        result = compare_pair(captures, rules, timed_out=entry.ready_reason == "swept")
+        result = compare_pair(captures, rules, timed_out=entry.ready_reason == "timed_out")
     except Exception as error:  # noqa: BLE001  # one entry must not stop the stream
         return undecodable_record(entry, f"comparing it raised {type(error).__name__}: {error}")
     if reason:

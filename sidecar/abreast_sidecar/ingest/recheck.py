@@ -32,7 +32,7 @@ from abreast_sidecar.store.catalogue import MAX_PATH_CHARS
 from abreast_sidecar.store.database import Connection, Database, Row, load_statement, sanitise_text, to_json
 from abreast_sidecar.store.records import PairRecord
 
-RECHECK_HEADER = ("x-abreast-again", "1")
+RECHECK_HEADER = ("x-abreast-recheck", "1")
 REPLAY_TIMEOUT_S = 5.0  # seconds for a whole answer
 MAX_REPLAY_BODY_BYTES = 1024 * 1024  # bytes of an answer's body
 NOT_REPLAYED_HEADERS = frozenset(
@@ -191,14 +191,16 @@ class RecheckSettings:
     @classmethod
     def from_settings(cls, settings: Settings) -> RecheckSettings | None:
         """None where it is off. Raise SettingError."""
-        if not settings.ask_again:
+        if not settings.recheck_per_minute:
             return None
         missing = [name for name in ("old", "new") if not getattr(settings, f"ask_again_{name}")]
         if missing:
-            names = " and ".join(f"ABREAST_ASK_AGAIN_{name.upper()}" for name in missing)
-            raise SettingError(f"ABREAST_ASK_AGAIN needs the address of each version, set {names} too")
-        per_process = max(1, settings.ask_again // max(1, settings.workers))
-        return cls(per_process, settings.ask_again_after, settings.ask_again_old, settings.ask_again_new)
+            names = " and ".join(f"ABREAST_RECHECK_PER_MINUTE_{name.upper()}" for name in missing)
+            raise SettingError(
+                f"ABREAST_RECHECK_PER_MINUTE needs the address of each version, set {names} too"
+            )
+        per_process = max(1, settings.recheck_per_minute // max(1, settings.workers))
+        return cls(per_process, settings.recheck_delay, settings.recheck_old_url, settings.recheck_new_url)
 
 
 @dataclass(frozen=True, slots=True)

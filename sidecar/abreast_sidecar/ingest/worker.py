@@ -42,7 +42,7 @@ class Worker:
         self.last_heartbeat = 0.0
         self._settings = settings
         rules = CompareOptions.with_ignored_headers(settings.volatile_headers)
-        self._rule_cache = RuleCache(settings.postgres_url, rules, session_url=settings.session_url)
+        self._rule_cache = RuleCache(settings.postgres_url, rules, direct_url=settings.direct_url)
         recheck_settings = RecheckSettings.from_settings(settings)
         self._rechecker = (
             Rechecker(recheck_settings, rules, settings.postgres_url) if recheck_settings else None

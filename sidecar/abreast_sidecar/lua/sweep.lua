@@ -28,7 +28,7 @@ end
 local over = redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, ARGV[2])
 for _, pair in ipairs(over) do
   local hash = ARGV[1] .. pair
-  local entry = {'pair', pair, 'why', 'swept'}
+  local entry = {'pair', pair, 'why', 'timed_out'}
   local parts = redis.pcall('HGETALL', hash)
   if not parts.err and #parts <= MOST then -- anything else is none of ours, and must not hold up the others
     for _, part in ipairs(parts) do
@@ -41,6 +41,6 @@ for _, pair in ipairs(over) do
   redis.call('ZADD', joined, now, pair)
 end
 if #over > 0 then
-  redis.call('HINCRBY', stats, 'swept', #over)
+  redis.call('HINCRBY', stats, 'timed_out', #over)
 end
 return #over

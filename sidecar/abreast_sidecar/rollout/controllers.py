@@ -400,7 +400,7 @@ RAMP_REST_FACTOR = 10.0  # a ramp looks at all since it began
 
 class LeaderTasks:
     def __init__(self, settings: Settings, control: TrafficController, count_pending: PendingCounter) -> None:
-        self.lease = LeaderLease(settings.session_url)
+        self.lease = LeaderLease(settings.direct_url)
         self._database = Database(settings.postgres_url)
         self._guard_controller = GuardController(self._database, self.lease, control, settings.envoy_admin)
         self._ramp_controller = RampController(

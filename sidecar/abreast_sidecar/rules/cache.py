@@ -16,9 +16,9 @@ log = structlog.get_logger(__name__)
 
 
 class RuleCache:
-    def __init__(self, conninfo: str, rules: CompareOptions, *, session_url: str = "") -> None:
+    def __init__(self, conninfo: str, rules: CompareOptions, *, direct_url: str = "") -> None:
         """`rules`: what is set apart from what people declared. `session`: Postgres without a pooler, to be told."""
-        self._session_url = session_url or conninfo
+        self._session_url = direct_url or conninfo
         self._database = Database(conninfo)
         self._store = RuleStore(self._database)
         self._rules = rules

@@ -64,13 +64,13 @@ def to_summary_response(summary: LedgerSummary, *, pending: int | None) -> compa
         envoy_sampled=summary.sampled,
         unaccounted=summary.unaccounted,
         drops=[
-            comparison_pb2.DropCount(place=drop.place, reason=drop.reason, count=drop.count)
+            comparison_pb2.DropCount(stage=drop.place, reason=drop.reason, count=drop.count)
             for drop in summary.drops
         ],
         pending=pending,
         findings=summary.findings,
-        first=to_timestamp(summary.first),
-        last=to_timestamp(summary.last),
+        first_pair_time=to_timestamp(summary.first),
+        last_pair_time=to_timestamp(summary.last),
         written=accounts.written,
         not_sent=accounts.not_sent,
         captures=comparison_pb2.CaptureCounts(
@@ -78,11 +78,11 @@ def to_summary_response(summary: LedgerSummary, *, pending: int | None) -> compa
             duplicate=accounts.duplicate,
             late=accounts.late,
             joined=accounts.joined,
-            swept=accounts.timed_out,
+            timed_out=accounts.timed_out,
         ),
-        poison=[
-            comparison_pb2.PoisonCount(
-                reason=dead_letter.reason, count=dead_letter.count, last=to_timestamp(dead_letter.last)
+        dead_letters=[
+            comparison_pb2.DeadLetterCount(
+                reason=dead_letter.reason, count=dead_letter.count, last_time=to_timestamp(dead_letter.last)
             )
             for dead_letter in summary.dead_letters
         ],
@@ -202,17 +202,17 @@ def to_capture_message(capture: Capture) -> comparison_pb2.CaptureDetail:
         role=to_enum_number(ROLE_ENUM, capture.role),  # type: ignore[arg-type]  # an int is one
         attempt=capture.attempt,
         release=capture.release,
-        started=to_timestamp(datetime.fromtimestamp(capture.started_at, UTC)),
+        start_time=to_timestamp(datetime.fromtimestamp(capture.started_at, UTC)),
         first_byte=to_duration(capture.first_byte_us),
         total=to_duration(capture.total_us),
         status=capture.answer.status,
         headers=to_header_messages(capture.answer.headers),
         body=capture.answer.body.content,
         body_length=capture.answer.body.length,
-        raised=capture.exception,
+        exception=capture.exception,
         client_left=capture.client_left,
-        hops=[
-            comparison_pb2.Hop(
+        spans=[
+            comparison_pb2.Span(
                 kind=kind, name=name, start=to_duration(at_us), duration=to_duration(took_us), note=note
             )
             for kind, name, at_us, took_us, note in capture.spans
@@ -237,7 +237,7 @@ def to_difference_message(difference: StoredDifference) -> common_pb2.Difference
     return common_pb2.Difference(
         part=to_enum_number(PART_ENUM, difference.part),  # type: ignore[arg-type]  # an int is one
         path=difference.path,
-        place=difference.exact_path,
+        exact_path=difference.exact_path,
         kind=to_enum_number(KIND_ENUM, difference.kind),  # type: ignore[arg-type]  # an int is one
         impact=to_enum_number(IMPACT_ENUM, difference.impact),  # type: ignore[arg-type]  # an int is one
         old=difference.old,
@@ -278,13 +278,13 @@ def to_traffic_fields(fleet: EnvoyFleet, current_traffic: Traffic) -> dict[str, 
     return {
         "traffic": to_traffic_message(current_traffic),
         "envoys": [to_envoy_message(state) for state in fleet.states(current_traffic)],
-        "others_unknown": fleet.unknown,
+        "peers_error": fleet.unknown,
     }
 
 
-def to_envoy_message(envoy: EnvoyState) -> traffic_pb2.EnvoyState:
+def to_envoy_message(envoy: EnvoyState) -> traffic_pb2.EnvoyStatus:
     after = envoy.acknowledged_after
-    return traffic_pb2.EnvoyState(
+    return traffic_pb2.EnvoyStatus(
         node=envoy.node,
         acknowledged_version=envoy.acknowledged_version,
         acknowledged_after=None if after is None else to_duration(after * 1e6),

@@ -91,7 +91,9 @@ class LedgerMetrics(Collector):
             "abreast_unaccounted", "sampled requests without a row: on their way, or lost", labels=["service"]
         )
         dead_letters = GaugeMetricFamily(
-            "abreast_poison", "entries that could not be compared and are kept apart", labels=["service"]
+            "abreast_dead_letters",
+            "entries that could not be compared and are kept apart",
+            labels=["service"],
         )
         for account in self.accounts:
             dead_letters.add_metric([account.service], account.dead_letters)
@@ -172,7 +174,7 @@ class RolloutMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         yield GaugeMetricFamily(
-            "abreast_acting",
+            "abreast_leader",
             "whether this sidecar is the one that acts for guard, ramps and webhooks",
             value=self.leader_tasks.is_leader,
         )

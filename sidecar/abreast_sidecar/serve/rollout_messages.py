@@ -9,7 +9,7 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import comparison_pb2
-from abreast.v1 import steering_pb2 as pb
+from abreast.v1 import rollout_pb2 as pb
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.rollout.guard import GUARD_RULE_NAMES, GuardPolicy
 from abreast_sidecar.rollout.ramp import Ramp, RampPlan
@@ -30,10 +30,10 @@ def to_guard_message(guard: Guard) -> pb.Guard:
     return pb.Guard(
         service=guard.service,
         policy=to_policy_message(asdict(guard.policy)),
-        set_time=to_timestamp(guard.since),
+        update_time=to_timestamp(guard.since),
         state=to_enum_number(GUARD_STATE_ENUM, state),  # type: ignore[arg-type]  # an int is one
-        said="off" if guard.policy.mode == "off" else guard.message,
-        look_time=to_timestamp(guard.checked_at),
+        message="off" if guard.policy.mode == "off" else guard.message,
+        evaluate_time=to_timestamp(guard.checked_at),
     )
 
 
@@ -126,7 +126,7 @@ def to_ramp_message(ramp: Ramp) -> pb.Ramp:
         step_time=to_timestamp(ramp.step_at),
         end_time=to_timestamp(ramp.ended_at),
         verdict=to_enum_number(RAMP_VERDICT_ENUM, ramp.verdict) if ramp.verdict else 0,  # type: ignore[arg-type]  # an int is one
-        look_time=to_timestamp(ramp.checked_at),
+        evaluate_time=to_timestamp(ramp.checked_at),
     )
 
 
@@ -155,7 +155,7 @@ def _build_ramp_state(
         phase=to_enum_number(RAMP_PHASE_ENUM, phase),  # type: ignore[arg-type]  # an int is one
         plan=plan_message,
         step=step,
-        said=message,
+        message=message,
     )
 
 

@@ -128,7 +128,7 @@ def to_draft_message(rule_draft: RuleDraft) -> pb.Rule:
 
 def to_stored_rule_message(stored_rule: StoredRule) -> pb.Rule:
     rule_message = to_draft_message(stored_rule.draft)
-    rule_message.id, rule_message.creator, rule_message.ender = (
+    rule_message.id, rule_message.creator, rule_message.deleter = (
         stored_rule.id,
         stored_rule.created_by,
         stored_rule.ended_by,
@@ -138,7 +138,7 @@ def to_stored_rule_message(stored_rule: StoredRule) -> pb.Rule:
     if stored_rule.ended_at is not None:
         rule_message.end_time.FromDatetime(stored_rule.ended_at)
         rule_message.state = pb.RULE_STATE_EXPIRED if stored_rule.is_expired else pb.RULE_STATE_DELETED
-    rule_message.rejudged, rule_message.pairs, rule_message.unknown = (
+    rule_message.reapplied, rule_message.pairs, rule_message.undetermined_pairs = (
         stored_rule.is_applied,
         stored_rule.pairs,
         stored_rule.unknown,

@@ -18,10 +18,10 @@ from abreast.v1 import (
     comparison_pb2_grpc,
     latency_pb2,
     latency_pb2_grpc,
+    rollout_pb2,
+    rollout_pb2_grpc,
     rule_pb2,
     rule_pb2_grpc,
-    steering_pb2,
-    steering_pb2_grpc,
     traffic_pb2,
     traffic_pb2_grpc,
 )
@@ -136,7 +136,7 @@ GRPC_SERVICE_NAMES = (
     latency_pb2.DESCRIPTOR.services_by_name["LatencyService"].full_name,
     rule_pb2.DESCRIPTOR.services_by_name["RuleService"].full_name,
     traffic_pb2.DESCRIPTOR.services_by_name["TrafficService"].full_name,
-    steering_pb2.DESCRIPTOR.services_by_name["SteeringService"].full_name,
+    rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name,
 )
 GRPC_SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use must fail
@@ -168,7 +168,7 @@ class GrpcServer:
         traffic_pb2_grpc.add_TrafficServiceServicer_to_server(traffic, self._server)
         latency_pb2_grpc.add_LatencyServiceServicer_to_server(latency, self._server)
         rule_pb2_grpc.add_RuleServiceServicer_to_server(rules, self._server)
-        steering_pb2_grpc.add_SteeringServiceServicer_to_server(rollout, self._server)
+        rollout_pb2_grpc.add_RolloutServiceServicer_to_server(rollout, self._server)
         self._server.add_generic_rpc_handlers((discovery.build_handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
         reflection.enable_server_reflection(

@@ -38,7 +38,7 @@ def to_verdict_response(
             )
             for item in verdict.endpoints
         ],
-        more=verdict.pairs_to_pass,
+        pairs_needed=verdict.pairs_to_pass,
         budget=pb.Budget(**asdict(budget)),
         release=release,
     )
@@ -51,8 +51,8 @@ def _to_reason_messages(service: str, reasons: Iterable[Reason]) -> list[pb.Verd
             endpoint=_parse_endpoint_name(service, reason.endpoint) if reason.endpoint else None,
             state=to_enum_number(VERDICT_STATE_ENUM, reason.state),  # type: ignore[arg-type]  # an int is one
             text=reason.text,
-            more_to_pass=reason.pairs_needed.to_pass,
-            more_to_fail=reason.pairs_needed.to_fail,
+            pairs_to_pass=reason.pairs_needed.to_pass,
+            pairs_to_fail=reason.pairs_needed.to_fail,
         )
         for reason in reasons
     ]

@@ -43,7 +43,7 @@ def find_state_drift(
         return []
     remaining = {_make_key(difference) for difference in recheck.differences}
     old_changes = {
-        (_make_key(difference), difference.place): difference for difference in old_change.differences
+        (_make_key(difference), difference.exact_path): difference for difference in old_change.differences
     }
     return [
         key
@@ -80,7 +80,7 @@ def _all_changed_in_old(
     differences: Iterable[Difference], old_changes: Mapping[tuple[DifferenceKey, str], Difference]
 ) -> bool:
     return all(
-        (change := old_changes.get((_make_key(difference), difference.place))) is not None
+        (change := old_changes.get((_make_key(difference), difference.exact_path))) is not None
         and _has_old_caught_up(difference, change)
         for difference in differences
     )

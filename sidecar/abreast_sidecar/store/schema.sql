@@ -457,8 +457,8 @@ create table abreast.process_report (
     report jsonb not null
 );
 
--- The last report of each Redis shard. Cumulative over restarts of Redis: received, duplicate, late, shed_pairs,
--- shed_bytes, joined, swept. Current: waiting, ready, bytes. Bookkeeping of the sums: life, base, last.
+-- The last report of each Redis shard. Cumulative over restarts of Redis: received, duplicate, late, rejected_pairs,
+-- rejected_bytes, joined, swept. Current: waiting, ready, bytes. Bookkeeping of the sums: life, base, last.
 create table abreast.shard_report (
     service text not null,
     shard integer not null,

@@ -52,7 +52,7 @@ class TrafficController:
         self.registry = EnvoyRegistry(database, self.connections)
         self.change_notifier = Notifier()  # a state changed
         self.shutdown = asyncio.Event()
-        self._conninfo = settings.session_url
+        self._conninfo = settings.direct_url
         self._default_shares = default_shares(settings)
         self._current: dict[str, CurrentTraffic] = {}
         self.pending_rollbacks = PendingRollbacks(

@@ -41,7 +41,7 @@ from abreast.integrations.psycopg.statement import (
     payload_for_one,
 )
 
-Mode = Literal["live", "rolled back", "own"]
+Mode = Literal["live", "rolled back", "separate_database"]
 
 SAVEPOINT = "savepoint abreast_unit"
 SET_LIMITS_SQL = (
@@ -169,7 +169,7 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
                     "a shadow request uses a connection that was opened for users; open it in the request, or take it "
                     "from a pool of abreast.integrations.psycopg"
                 )
-        elif self.mode == "own":
+        elif self.mode == "separate_database":
             if not is_shadow and sql_statement.is_write and self.request_context is not None:
                 raise ShadowError("a shadow's connection is used outside its request")
         elif self.in_shadow:
@@ -336,7 +336,7 @@ class AsyncShadowConnection(AsyncConnection[Row]):
 class AsyncShadowDatabaseConnection(AsyncConnection[Row]):
     """For shadow requests that have a database of their own: what they commit stays there."""
 
-    mode = "own"
+    mode = "separate_database"
 
 
 class AsyncCursor(psycopg.AsyncCursor[Row]):

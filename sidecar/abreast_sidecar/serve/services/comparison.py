@@ -54,7 +54,7 @@ class LatencyServicer(latency_pb2_grpc.LatencyServiceServicer):
             warm=_to_latency_message(await asyncio.to_thread(measure_paired_latency, warm, confidence)),
             cold=_to_latency_message(await asyncio.to_thread(measure_paired_latency, cold, confidence)),
             confidence=confidence,
-            cut=is_truncated,
+            truncated=is_truncated,
         )
 
 
@@ -63,13 +63,13 @@ def _to_latency_message(latency: PairedLatency) -> latency_pb.PairedLatency:
         pairs=latency.pairs,
         percentiles=[
             latency_pb.LatencyPercentile(
-                share=quantile.share, old=to_duration(quantile.old_us), new=to_duration(quantile.new_us)
+                quantile=quantile.share, old=to_duration(quantile.old_us), new=to_duration(quantile.new_us)
             )
             for quantile in latency.percentiles
         ],
         differences=[
             latency_pb.LatencyDifference(
-                share=quantile.share,
+                quantile=quantile.share,
                 value=to_duration(quantile.value),
                 low=to_duration(quantile.low),
                 high=to_duration(quantile.high),
@@ -78,11 +78,11 @@ def _to_latency_message(latency: PairedLatency) -> latency_pb.PairedLatency:
         ],
         ratios=[
             latency_pb.LatencyRatio(
-                share=quantile.share, value=quantile.value, low=quantile.low, high=quantile.high
+                quantile=quantile.share, value=quantile.value, low=quantile.low, high=quantile.high
             )
             for quantile in latency.ratios
         ],
-        copies=latency.copies,
+        baseline_pairs=latency.copies,
     )
 
 

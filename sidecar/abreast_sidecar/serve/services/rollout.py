@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from abreast.v1 import steering_pb2 as pb
-from abreast.v1 import steering_pb2_grpc
+from abreast.v1 import rollout_pb2 as pb
+from abreast.v1 import rollout_pb2_grpc
 from abreast_sidecar.rollout.service import RolloutService
 from abreast_sidecar.serve import rollout_messages as steering_messages
 from abreast_sidecar.serve import validate as arguments
@@ -13,7 +13,7 @@ from abreast_sidecar.traffic.model import AuditNote
 # ruff: noqa: N802  # names and shapes are the API's
 
 
-class RolloutServicer(steering_pb2_grpc.SteeringServiceServicer):
+class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     def __init__(self, control: TrafficController, rollout: RolloutService) -> None:
         self.control = control
         self.rollout = rollout

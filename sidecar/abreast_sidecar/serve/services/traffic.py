@@ -43,7 +43,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
         return pb.RollbackResponse(
             **messages.to_traffic_fields(fleet, result.traffic),
             previous=messages.to_traffic_message(result.previous) if result.previous else None,
-            not_recorded=result.unrecorded_reason,
+            recording_error=result.unrecorded_reason,
         )
 
     async def Promote(self, request: pb.PromoteRequest, context: Any) -> pb.PromoteResponse:

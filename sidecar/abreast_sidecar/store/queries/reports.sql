@@ -44,7 +44,7 @@ left join lateral (
            sum((report->>'duplicate')::bigint)::bigint as duplicate,
            sum((report->>'late')::bigint)::bigint as late,
            sum((report->>'joined')::bigint)::bigint as joined,
-           sum((report->>'swept')::bigint)::bigint as timed_out
+           sum((report->>'timed_out')::bigint)::bigint as timed_out
     from abreast.shard_report where shard_report.service = s.service
 ) as r on true
 left join lateral (
@@ -79,7 +79,7 @@ counted as (
 )
 select service, case when key ~ '^(shed|refused)_' then 'redis' when key = 'day_dropped' then 'ledger'
        else 'service' end as place,
-       replace(key, 'refused_', 'shed_') as reason, max(count) as count
+       replace(key, 'redis_rejected_', 'rejected_') as reason, max(count) as count
 from counted
 where count > 0
 group by 1, 2, 3

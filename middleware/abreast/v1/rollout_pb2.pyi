@@ -238,26 +238,26 @@ class Guard(_message.Message):
 
     SERVICE_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
-    SET_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
-    SAID_FIELD_NUMBER: _builtins.int
-    LOOK_TIME_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    EVALUATE_TIME_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service."""
     state: Global___GuardState.ValueType
     """What it saw last."""
-    said: _builtins.str
+    message: _builtins.str
     """The same in words."""
     @_builtins.property
     def policy(self) -> Global___GuardPolicy:
         """When it acts."""
 
     @_builtins.property
-    def set_time(self) -> _timestamp_pb2.Timestamp:
+    def update_time(self) -> _timestamp_pb2.Timestamp:
         """When the policy was set; unset for never."""
 
     @_builtins.property
-    def look_time(self) -> _timestamp_pb2.Timestamp:
+    def evaluate_time(self) -> _timestamp_pb2.Timestamp:
         """When it looked last; unset for never."""
 
     def __init__(
@@ -265,14 +265,14 @@ class Guard(_message.Message):
         *,
         service: _builtins.str = ...,
         policy: Global___GuardPolicy | None = ...,
-        set_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
         state: Global___GuardState.ValueType = ...,
-        said: _builtins.str = ...,
-        look_time: _timestamp_pb2.Timestamp | None = ...,
+        message: _builtins.str = ...,
+        evaluate_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["look_time", b"look_time", "policy", b"policy", "set_time", b"set_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluate_time", b"evaluate_time", "policy", b"policy", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["look_time", b"look_time", "policy", b"policy", "said", b"said", "service", b"service", "set_time", b"set_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluate_time", b"evaluate_time", "message", b"message", "policy", b"policy", "service", b"service", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -330,14 +330,14 @@ class RampState(_message.Message):
     PHASE_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
-    SAID_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """Its number."""
     phase: Global___RampPhase.ValueType
     """How far it is."""
     step: _builtins.int
     """The present step, from 0."""
-    said: _builtins.str
+    message: _builtins.str
     """What it waits for, or how it ended."""
     @_builtins.property
     def plan(self) -> Global___RampPlan:
@@ -350,11 +350,11 @@ class RampState(_message.Message):
         phase: Global___RampPhase.ValueType = ...,
         plan: Global___RampPlan | None = ...,
         step: _builtins.int = ...,
-        said: _builtins.str = ...,
+        message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "phase", b"phase", "plan", b"plan", "said", b"said", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "message", b"message", "phase", b"phase", "plan", b"plan", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,7 +374,7 @@ class Ramp(_message.Message):
     STEP_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     VERDICT_FIELD_NUMBER: _builtins.int
-    LOOK_TIME_FIELD_NUMBER: _builtins.int
+    EVALUATE_TIME_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service."""
     actor: _builtins.str
@@ -400,7 +400,7 @@ class Ramp(_message.Message):
         """Unset while it is under way."""
 
     @_builtins.property
-    def look_time(self) -> _timestamp_pb2.Timestamp:
+    def evaluate_time(self) -> _timestamp_pb2.Timestamp:
         """When it was looked at last; unset for never."""
 
     def __init__(
@@ -414,11 +414,11 @@ class Ramp(_message.Message):
         step_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         verdict: _comparison_pb2.VerdictState.ValueType = ...,
-        look_time: _timestamp_pb2.Timestamp | None = ...,
+        evaluate_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "look_time", b"look_time", "start_time", b"start_time", "state", b"state", "step_time", b"step_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "evaluate_time", b"evaluate_time", "start_time", b"start_time", "state", b"state", "step_time", b"step_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "end_time", b"end_time", "look_time", b"look_time", "reason", b"reason", "service", b"service", "start_time", b"start_time", "state", b"state", "step_time", b"step_time", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "end_time", b"end_time", "evaluate_time", b"evaluate_time", "reason", b"reason", "service", b"service", "start_time", b"start_time", "state", b"state", "step_time", b"step_time", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

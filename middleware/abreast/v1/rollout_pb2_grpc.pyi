@@ -3,7 +3,7 @@
 isort:skip_file
 """
 
-from abreast.v1 import steering_pb2 as _steering_pb2
+from abreast.v1 import rollout_pb2 as _rollout_pb2
 from collections import abc as _abc
 from grpc import aio as _aio
 import abc as _abc_1
@@ -12,7 +12,7 @@ import abc as _abc_1
 GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
-class SteeringServiceStub:
+class RolloutServiceStub:
     """What Abreast does with a service's traffic by itself: the guard goes back, a ramp climbs.
 
     One of all sidecars acts; another takes over when it is gone. What anybody sets by TrafficService wins at once. Every
@@ -23,22 +23,22 @@ class SteeringServiceStub:
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    GetGuard: _aio.UnaryUnaryMultiCallable[_steering_pb2.GetGuardRequest, _steering_pb2.GetGuardResponse]
+    GetGuard: _aio.UnaryUnaryMultiCallable[_rollout_pb2.GetGuardRequest, _rollout_pb2.GetGuardResponse]
     """The guard's policy, and what it saw last."""
-    SetGuard: _aio.UnaryUnaryMultiCallable[_steering_pb2.SetGuardRequest, _steering_pb2.SetGuardResponse]
+    SetGuard: _aio.UnaryUnaryMultiCallable[_rollout_pb2.SetGuardRequest, _rollout_pb2.SetGuardResponse]
     """Changes what is set in the request. Evidence from before the change does not count any more. Safe to repeat."""
-    GetRamp: _aio.UnaryUnaryMultiCallable[_steering_pb2.GetRampRequest, _steering_pb2.GetRampResponse]
+    GetRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.GetRampRequest, _rollout_pb2.GetRampResponse]
     """The ramp under way, or else the last one."""
-    StartRamp: _aio.UnaryUnaryMultiCallable[_steering_pb2.StartRampRequest, _steering_pb2.StartRampResponse]
+    StartRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.StartRampRequest, _rollout_pb2.StartRampResponse]
     """Sets the first step's share at once. Not safe to repeat: a second call is refused."""
-    PauseRamp: _aio.UnaryUnaryMultiCallable[_steering_pb2.PauseRampRequest, _steering_pb2.PauseRampResponse]
+    PauseRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.PauseRampRequest, _rollout_pb2.PauseRampResponse]
     """Climbs no further. It still goes back where the verdict is FAIL."""
-    ResumeRamp: _aio.UnaryUnaryMultiCallable[_steering_pb2.ResumeRampRequest, _steering_pb2.ResumeRampResponse]
+    ResumeRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ResumeRampRequest, _rollout_pb2.ResumeRampResponse]
     """Goes on; the step's time begins anew."""
-    AbortRamp: _aio.UnaryUnaryMultiCallable[_steering_pb2.AbortRampRequest, _steering_pb2.AbortRampResponse]
+    AbortRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.AbortRampRequest, _rollout_pb2.AbortRampResponse]
     """Ends the ramp and sends all users to the old version, until someone says otherwise."""
 
-class SteeringServiceServicer(metaclass=_abc_1.ABCMeta):
+class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
     """What Abreast does with a service's traffic by itself: the guard goes back, a ramp climbs.
 
     One of all sidecars acts; another takes over when it is gone. What anybody sets by TrafficService wins at once. Every
@@ -51,57 +51,57 @@ class SteeringServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def GetGuard(
         self,
-        request: _steering_pb2.GetGuardRequest,
-        context: _aio.ServicerContext[_steering_pb2.GetGuardRequest, _abc.Awaitable[_steering_pb2.GetGuardResponse]],
-    ) -> _abc.Awaitable[_steering_pb2.GetGuardResponse]:
+        request: _rollout_pb2.GetGuardRequest,
+        context: _aio.ServicerContext[_rollout_pb2.GetGuardRequest, _abc.Awaitable[_rollout_pb2.GetGuardResponse]],
+    ) -> _abc.Awaitable[_rollout_pb2.GetGuardResponse]:
         """The guard's policy, and what it saw last."""
 
     @_abc_1.abstractmethod
     def SetGuard(
         self,
-        request: _steering_pb2.SetGuardRequest,
-        context: _aio.ServicerContext[_steering_pb2.SetGuardRequest, _abc.Awaitable[_steering_pb2.SetGuardResponse]],
-    ) -> _abc.Awaitable[_steering_pb2.SetGuardResponse]:
+        request: _rollout_pb2.SetGuardRequest,
+        context: _aio.ServicerContext[_rollout_pb2.SetGuardRequest, _abc.Awaitable[_rollout_pb2.SetGuardResponse]],
+    ) -> _abc.Awaitable[_rollout_pb2.SetGuardResponse]:
         """Changes what is set in the request. Evidence from before the change does not count any more. Safe to repeat."""
 
     @_abc_1.abstractmethod
     def GetRamp(
         self,
-        request: _steering_pb2.GetRampRequest,
-        context: _aio.ServicerContext[_steering_pb2.GetRampRequest, _abc.Awaitable[_steering_pb2.GetRampResponse]],
-    ) -> _abc.Awaitable[_steering_pb2.GetRampResponse]:
+        request: _rollout_pb2.GetRampRequest,
+        context: _aio.ServicerContext[_rollout_pb2.GetRampRequest, _abc.Awaitable[_rollout_pb2.GetRampResponse]],
+    ) -> _abc.Awaitable[_rollout_pb2.GetRampResponse]:
         """The ramp under way, or else the last one."""
 
     @_abc_1.abstractmethod
     def StartRamp(
         self,
-        request: _steering_pb2.StartRampRequest,
-        context: _aio.ServicerContext[_steering_pb2.StartRampRequest, _abc.Awaitable[_steering_pb2.StartRampResponse]],
-    ) -> _abc.Awaitable[_steering_pb2.StartRampResponse]:
+        request: _rollout_pb2.StartRampRequest,
+        context: _aio.ServicerContext[_rollout_pb2.StartRampRequest, _abc.Awaitable[_rollout_pb2.StartRampResponse]],
+    ) -> _abc.Awaitable[_rollout_pb2.StartRampResponse]:
         """Sets the first step's share at once. Not safe to repeat: a second call is refused."""
 
     @_abc_1.abstractmethod
     def PauseRamp(
         self,
-        request: _steering_pb2.PauseRampRequest,
-        context: _aio.ServicerContext[_steering_pb2.PauseRampRequest, _abc.Awaitable[_steering_pb2.PauseRampResponse]],
-    ) -> _abc.Awaitable[_steering_pb2.PauseRampResponse]:
+        request: _rollout_pb2.PauseRampRequest,
+        context: _aio.ServicerContext[_rollout_pb2.PauseRampRequest, _abc.Awaitable[_rollout_pb2.PauseRampResponse]],
+    ) -> _abc.Awaitable[_rollout_pb2.PauseRampResponse]:
         """Climbs no further. It still goes back where the verdict is FAIL."""
 
     @_abc_1.abstractmethod
     def ResumeRamp(
         self,
-        request: _steering_pb2.ResumeRampRequest,
-        context: _aio.ServicerContext[_steering_pb2.ResumeRampRequest, _abc.Awaitable[_steering_pb2.ResumeRampResponse]],
-    ) -> _abc.Awaitable[_steering_pb2.ResumeRampResponse]:
+        request: _rollout_pb2.ResumeRampRequest,
+        context: _aio.ServicerContext[_rollout_pb2.ResumeRampRequest, _abc.Awaitable[_rollout_pb2.ResumeRampResponse]],
+    ) -> _abc.Awaitable[_rollout_pb2.ResumeRampResponse]:
         """Goes on; the step's time begins anew."""
 
     @_abc_1.abstractmethod
     def AbortRamp(
         self,
-        request: _steering_pb2.AbortRampRequest,
-        context: _aio.ServicerContext[_steering_pb2.AbortRampRequest, _abc.Awaitable[_steering_pb2.AbortRampResponse]],
-    ) -> _abc.Awaitable[_steering_pb2.AbortRampResponse]:
+        request: _rollout_pb2.AbortRampRequest,
+        context: _aio.ServicerContext[_rollout_pb2.AbortRampRequest, _abc.Awaitable[_rollout_pb2.AbortRampResponse]],
+    ) -> _abc.Awaitable[_rollout_pb2.AbortRampResponse]:
         """Ends the ramp and sends all users to the old version, until someone says otherwise."""
 
-def add_SteeringServiceServicer_to_server(servicer: SteeringServiceServicer, server: _aio.Server) -> None: ...
+def add_RolloutServiceServicer_to_server(servicer: RolloutServiceServicer, server: _aio.Server) -> None: ...

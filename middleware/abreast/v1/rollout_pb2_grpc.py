@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from abreast.v1 import steering_pb2 as abreast_dot_v1_dot_steering__pb2
+from abreast.v1 import rollout_pb2 as abreast_dot_v1_dot_rollout__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
 GRPC_VERSION = grpc.__version__
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in abreast/v1/steering_pb2_grpc.py depends on'
+        + ' but the generated code in abreast/v1/rollout_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class SteeringServiceStub(object):
+class RolloutServiceStub(object):
     """What Abreast does with a service's traffic by itself: the guard goes back, a ramp climbs.
 
     One of all sidecars acts; another takes over when it is gone. What anybody sets by TrafficService wins at once. Every
@@ -42,43 +42,43 @@ class SteeringServiceStub(object):
             channel: A grpc.Channel.
         """
         self.GetGuard = channel.unary_unary(
-                '/abreast.v1.SteeringService/GetGuard',
-                request_serializer=abreast_dot_v1_dot_steering__pb2.GetGuardRequest.SerializeToString,
-                response_deserializer=abreast_dot_v1_dot_steering__pb2.GetGuardResponse.FromString,
+                '/abreast.v1.RolloutService/GetGuard',
+                request_serializer=abreast_dot_v1_dot_rollout__pb2.GetGuardRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_rollout__pb2.GetGuardResponse.FromString,
                 _registered_method=True)
         self.SetGuard = channel.unary_unary(
-                '/abreast.v1.SteeringService/SetGuard',
-                request_serializer=abreast_dot_v1_dot_steering__pb2.SetGuardRequest.SerializeToString,
-                response_deserializer=abreast_dot_v1_dot_steering__pb2.SetGuardResponse.FromString,
+                '/abreast.v1.RolloutService/SetGuard',
+                request_serializer=abreast_dot_v1_dot_rollout__pb2.SetGuardRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_rollout__pb2.SetGuardResponse.FromString,
                 _registered_method=True)
         self.GetRamp = channel.unary_unary(
-                '/abreast.v1.SteeringService/GetRamp',
-                request_serializer=abreast_dot_v1_dot_steering__pb2.GetRampRequest.SerializeToString,
-                response_deserializer=abreast_dot_v1_dot_steering__pb2.GetRampResponse.FromString,
+                '/abreast.v1.RolloutService/GetRamp',
+                request_serializer=abreast_dot_v1_dot_rollout__pb2.GetRampRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_rollout__pb2.GetRampResponse.FromString,
                 _registered_method=True)
         self.StartRamp = channel.unary_unary(
-                '/abreast.v1.SteeringService/StartRamp',
-                request_serializer=abreast_dot_v1_dot_steering__pb2.StartRampRequest.SerializeToString,
-                response_deserializer=abreast_dot_v1_dot_steering__pb2.StartRampResponse.FromString,
+                '/abreast.v1.RolloutService/StartRamp',
+                request_serializer=abreast_dot_v1_dot_rollout__pb2.StartRampRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_rollout__pb2.StartRampResponse.FromString,
                 _registered_method=True)
         self.PauseRamp = channel.unary_unary(
-                '/abreast.v1.SteeringService/PauseRamp',
-                request_serializer=abreast_dot_v1_dot_steering__pb2.PauseRampRequest.SerializeToString,
-                response_deserializer=abreast_dot_v1_dot_steering__pb2.PauseRampResponse.FromString,
+                '/abreast.v1.RolloutService/PauseRamp',
+                request_serializer=abreast_dot_v1_dot_rollout__pb2.PauseRampRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_rollout__pb2.PauseRampResponse.FromString,
                 _registered_method=True)
         self.ResumeRamp = channel.unary_unary(
-                '/abreast.v1.SteeringService/ResumeRamp',
-                request_serializer=abreast_dot_v1_dot_steering__pb2.ResumeRampRequest.SerializeToString,
-                response_deserializer=abreast_dot_v1_dot_steering__pb2.ResumeRampResponse.FromString,
+                '/abreast.v1.RolloutService/ResumeRamp',
+                request_serializer=abreast_dot_v1_dot_rollout__pb2.ResumeRampRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_rollout__pb2.ResumeRampResponse.FromString,
                 _registered_method=True)
         self.AbortRamp = channel.unary_unary(
-                '/abreast.v1.SteeringService/AbortRamp',
-                request_serializer=abreast_dot_v1_dot_steering__pb2.AbortRampRequest.SerializeToString,
-                response_deserializer=abreast_dot_v1_dot_steering__pb2.AbortRampResponse.FromString,
+                '/abreast.v1.RolloutService/AbortRamp',
+                request_serializer=abreast_dot_v1_dot_rollout__pb2.AbortRampRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_rollout__pb2.AbortRampResponse.FromString,
                 _registered_method=True)
 
 
-class SteeringServiceServicer(object):
+class RolloutServiceServicer(object):
     """What Abreast does with a service's traffic by itself: the guard goes back, a ramp climbs.
 
     One of all sidecars acts; another takes over when it is gone. What anybody sets by TrafficService wins at once. Every
@@ -138,52 +138,52 @@ class SteeringServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
 
-def add_SteeringServiceServicer_to_server(servicer, server):
+def add_RolloutServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'GetGuard': grpc.unary_unary_rpc_method_handler(
                     servicer.GetGuard,
-                    request_deserializer=abreast_dot_v1_dot_steering__pb2.GetGuardRequest.FromString,
-                    response_serializer=abreast_dot_v1_dot_steering__pb2.GetGuardResponse.SerializeToString,
+                    request_deserializer=abreast_dot_v1_dot_rollout__pb2.GetGuardRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_rollout__pb2.GetGuardResponse.SerializeToString,
             ),
             'SetGuard': grpc.unary_unary_rpc_method_handler(
                     servicer.SetGuard,
-                    request_deserializer=abreast_dot_v1_dot_steering__pb2.SetGuardRequest.FromString,
-                    response_serializer=abreast_dot_v1_dot_steering__pb2.SetGuardResponse.SerializeToString,
+                    request_deserializer=abreast_dot_v1_dot_rollout__pb2.SetGuardRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_rollout__pb2.SetGuardResponse.SerializeToString,
             ),
             'GetRamp': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRamp,
-                    request_deserializer=abreast_dot_v1_dot_steering__pb2.GetRampRequest.FromString,
-                    response_serializer=abreast_dot_v1_dot_steering__pb2.GetRampResponse.SerializeToString,
+                    request_deserializer=abreast_dot_v1_dot_rollout__pb2.GetRampRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_rollout__pb2.GetRampResponse.SerializeToString,
             ),
             'StartRamp': grpc.unary_unary_rpc_method_handler(
                     servicer.StartRamp,
-                    request_deserializer=abreast_dot_v1_dot_steering__pb2.StartRampRequest.FromString,
-                    response_serializer=abreast_dot_v1_dot_steering__pb2.StartRampResponse.SerializeToString,
+                    request_deserializer=abreast_dot_v1_dot_rollout__pb2.StartRampRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_rollout__pb2.StartRampResponse.SerializeToString,
             ),
             'PauseRamp': grpc.unary_unary_rpc_method_handler(
                     servicer.PauseRamp,
-                    request_deserializer=abreast_dot_v1_dot_steering__pb2.PauseRampRequest.FromString,
-                    response_serializer=abreast_dot_v1_dot_steering__pb2.PauseRampResponse.SerializeToString,
+                    request_deserializer=abreast_dot_v1_dot_rollout__pb2.PauseRampRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_rollout__pb2.PauseRampResponse.SerializeToString,
             ),
             'ResumeRamp': grpc.unary_unary_rpc_method_handler(
                     servicer.ResumeRamp,
-                    request_deserializer=abreast_dot_v1_dot_steering__pb2.ResumeRampRequest.FromString,
-                    response_serializer=abreast_dot_v1_dot_steering__pb2.ResumeRampResponse.SerializeToString,
+                    request_deserializer=abreast_dot_v1_dot_rollout__pb2.ResumeRampRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_rollout__pb2.ResumeRampResponse.SerializeToString,
             ),
             'AbortRamp': grpc.unary_unary_rpc_method_handler(
                     servicer.AbortRamp,
-                    request_deserializer=abreast_dot_v1_dot_steering__pb2.AbortRampRequest.FromString,
-                    response_serializer=abreast_dot_v1_dot_steering__pb2.AbortRampResponse.SerializeToString,
+                    request_deserializer=abreast_dot_v1_dot_rollout__pb2.AbortRampRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_rollout__pb2.AbortRampResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
-            'abreast.v1.SteeringService', rpc_method_handlers)
+            'abreast.v1.RolloutService', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('abreast.v1.SteeringService', rpc_method_handlers)
+    server.add_registered_method_handlers('abreast.v1.RolloutService', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
-class SteeringService(object):
+class RolloutService(object):
     """What Abreast does with a service's traffic by itself: the guard goes back, a ramp climbs.
 
     One of all sidecars acts; another takes over when it is gone. What anybody sets by TrafficService wins at once. Every
@@ -207,9 +207,9 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/abreast.v1.SteeringService/GetGuard',
-            abreast_dot_v1_dot_steering__pb2.GetGuardRequest.SerializeToString,
-            abreast_dot_v1_dot_steering__pb2.GetGuardResponse.FromString,
+            '/abreast.v1.RolloutService/GetGuard',
+            abreast_dot_v1_dot_rollout__pb2.GetGuardRequest.SerializeToString,
+            abreast_dot_v1_dot_rollout__pb2.GetGuardResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -234,9 +234,9 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/abreast.v1.SteeringService/SetGuard',
-            abreast_dot_v1_dot_steering__pb2.SetGuardRequest.SerializeToString,
-            abreast_dot_v1_dot_steering__pb2.SetGuardResponse.FromString,
+            '/abreast.v1.RolloutService/SetGuard',
+            abreast_dot_v1_dot_rollout__pb2.SetGuardRequest.SerializeToString,
+            abreast_dot_v1_dot_rollout__pb2.SetGuardResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -261,9 +261,9 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/abreast.v1.SteeringService/GetRamp',
-            abreast_dot_v1_dot_steering__pb2.GetRampRequest.SerializeToString,
-            abreast_dot_v1_dot_steering__pb2.GetRampResponse.FromString,
+            '/abreast.v1.RolloutService/GetRamp',
+            abreast_dot_v1_dot_rollout__pb2.GetRampRequest.SerializeToString,
+            abreast_dot_v1_dot_rollout__pb2.GetRampResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -288,9 +288,9 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/abreast.v1.SteeringService/StartRamp',
-            abreast_dot_v1_dot_steering__pb2.StartRampRequest.SerializeToString,
-            abreast_dot_v1_dot_steering__pb2.StartRampResponse.FromString,
+            '/abreast.v1.RolloutService/StartRamp',
+            abreast_dot_v1_dot_rollout__pb2.StartRampRequest.SerializeToString,
+            abreast_dot_v1_dot_rollout__pb2.StartRampResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -315,9 +315,9 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/abreast.v1.SteeringService/PauseRamp',
-            abreast_dot_v1_dot_steering__pb2.PauseRampRequest.SerializeToString,
-            abreast_dot_v1_dot_steering__pb2.PauseRampResponse.FromString,
+            '/abreast.v1.RolloutService/PauseRamp',
+            abreast_dot_v1_dot_rollout__pb2.PauseRampRequest.SerializeToString,
+            abreast_dot_v1_dot_rollout__pb2.PauseRampResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -342,9 +342,9 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/abreast.v1.SteeringService/ResumeRamp',
-            abreast_dot_v1_dot_steering__pb2.ResumeRampRequest.SerializeToString,
-            abreast_dot_v1_dot_steering__pb2.ResumeRampResponse.FromString,
+            '/abreast.v1.RolloutService/ResumeRamp',
+            abreast_dot_v1_dot_rollout__pb2.ResumeRampRequest.SerializeToString,
+            abreast_dot_v1_dot_rollout__pb2.ResumeRampResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -369,9 +369,9 @@ class SteeringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/abreast.v1.SteeringService/AbortRamp',
-            abreast_dot_v1_dot_steering__pb2.AbortRampRequest.SerializeToString,
-            abreast_dot_v1_dot_steering__pb2.AbortRampResponse.FromString,
+            '/abreast.v1.RolloutService/AbortRamp',
+            abreast_dot_v1_dot_rollout__pb2.AbortRampRequest.SerializeToString,
+            abreast_dot_v1_dot_rollout__pb2.AbortRampResponse.FromString,
             options,
             channel_credentials,
             insecure,
