@@ -146,7 +146,7 @@ def judged(
 def difference(path: str = "$.price", **changes: Any) -> Difference:
     known: dict[str, Any] = {
         "part": "body",
-        "place": path,
+        "exact_path": path,
         "kind": "changed",
         "impact": "value",
         "old": "1",

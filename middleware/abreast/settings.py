@@ -145,48 +145,56 @@ def seconds(value: object) -> float:
 
 @dataclass(frozen=True)
 class Settings:
-    service: str = setting("", name, "name of the service; the same for both versions")
+    service: str = setting("", name, "Name of the service, the same for both versions")
     redis_url: str = setting(
         "redis://127.0.0.1:6379/0", url, "Redis or Valkey that captures are sent to", secret=True
     )
-    release: str = setting("", header_text, "label of the code that runs, such as a git sha or an image tag")
-    enabled: bool = setting(True, flag, "false passes every request on untouched")
+    release: str = setting("", header_text, "Label of the running code, such as a git SHA or an image tag")
+    enabled: bool = setting(True, flag, "false passes every request through without a capture")
     body_limit: int = setting(
         256 * 1024,
         count(0, "bytes"),
-        "bytes of each body that are captured; of longer ones also length and digest; 0 for these only",
+        "Bytes of each body that are captured. Longer bodies also get their length and digest. 0 captures only length and digest",
     )
-    request_headers: tuple[str, ...] = setting(REQUEST_HEADERS, headers, "request headers that are captured")
+    request_headers: tuple[str, ...] = setting(REQUEST_HEADERS, headers, "Request headers that are captured")
     secret_headers: tuple[str, ...] = setting(
-        (), headers, "headers that leave the process as keyed hashes only, beside the built-in list"
+        (), headers, "Headers that are captured as keyed hashes, in addition to the built-in list"
     )
     redact_key: str = setting(
         "",
         text,
-        "key of these hashes, the same for both versions; without one it is made and shared through Redis",
+        "Key of these hashes, the same for both versions. By default, the versions generate a key and share it through Redis",
         secret=True,
     )
-    queue_count: int = setting(10_000, count(1, "captures"), "captures that may wait in the process")
-    queue_bytes: int = setting(64 * 1024 * 1024, count(1, "bytes"), "bytes that may wait in the process")
-    export_batch: int = setting(200, count(1, "captures"), "captures that are sent at once")
+    queue_count: int = setting(
+        10_000, count(1, "captures"), "Maximum number of captures in the queue of a process"
+    )
+    queue_bytes: int = setting(
+        64 * 1024 * 1024, count(1, "bytes"), "Maximum size of the queue of a process in bytes"
+    )
+    export_batch: int = setting(200, count(1, "captures"), "Captures per batch that is sent to Redis")
     export_interval: float = setting(
-        0.05, seconds, "seconds that a capture waits for others before it is sent"
+        0.05, seconds, "Seconds that a capture waits for others before its batch is sent"
     )
     pair_timeout: float = setting(
-        10.0, seconds, "seconds that a pair waits in Redis for its missing captures"
+        10.0, seconds, "Seconds that a pair waits in Redis for its missing captures"
     )
     redis_pairs: int = setting(
-        100_000, count(1, "pairs"), "pairs per shard that may wait in Redis, for a copy or for a worker"
+        100_000,
+        count(1, "pairs"),
+        "Maximum number of pairs per shard that wait in Redis for a copy or a worker",
     )
-    redis_bytes: int = setting(256 * 1024 * 1024, count(1, "bytes"), "bytes per shard that Redis may hold")
-    shards: int = setting(1, count(1, "shards"), "streams per service; the same for both versions")
+    redis_bytes: int = setting(
+        256 * 1024 * 1024, count(1, "bytes"), "Maximum size of the captures in Redis per shard in bytes"
+    )
+    shards: int = setting(1, count(1, "shards"), "Streams per service, the same for both versions")
     flush_timeout: float = setting(
-        2.0, seconds, "seconds that a shutdown waits for what has not been sent yet"
+        2.0, seconds, "Seconds that a shutdown waits until the remaining captures are sent"
     )
     effect_wait: float = setting(
         2.0,
         seconds,
-        "seconds that a capture waits for background tasks after its answer, and for the effects they record",
+        "Seconds that a capture waits for background tasks after the response, and for their effects",
     )
 
     def __post_init__(self) -> None:

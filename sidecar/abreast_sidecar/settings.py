@@ -176,68 +176,70 @@ class Settings(EnvironmentSettings):
     postgres_direct_url: str = setting(
         "",
         database_url,
-        "Postgres without the pooler, where ABREAST_POSTGRES_URL is a pooler's in transaction mode: to hear of changes at once, and to agree which sidecar steers",
+        "Direct Postgres URL for LISTEN/NOTIFY and leader election. Required if ABREAST_POSTGRES_URL goes through a transaction-mode pooler",
     )
-    grpc_listen: str = setting("127.0.0.1:50051", address, "address of the gRPC API and of Envoy's control")
-    http_listen: str = setting("127.0.0.1:8090", address, "address of health, metrics and the page")
+    grpc_listen: str = setting(
+        "127.0.0.1:50051", address, "Address of the gRPC API and of Envoy's control plane"
+    )
+    http_listen: str = setting("127.0.0.1:8090", address, "Address of health, metrics and the web page")
     envoy_admin: tuple[str, ...] = setting(
         (),
         comma_list,
-        "admin addresses of the Envoys, comma separated, to hold the ledger against their own count",
+        "Admin addresses of the Envoys, comma separated. The sidecar compares their counts with the ledger",
     )
-    workers: int = setting(0, count, "worker processes; 0 runs the worker inside the main process")
-    batch_size: int = setting(500, count, "pairs that a worker reads, compares and commits at once")
+    workers: int = setting(0, count, "Worker processes. 0 runs the worker inside the main process")
+    batch_size: int = setting(500, count, "Pairs that a worker reads, compares and commits per batch")
     claim_idle: float = setting(
-        30.0, seconds, "seconds after which the entries of a dead worker are taken over"
+        30.0, seconds, "Seconds after which another worker takes over the entries of a dead worker"
     )
     batch_bytes: int = setting(
         64 * 1024 * 1024,
         count,
-        "bytes of captures that a worker aims to hold in a batch; it holds two at a time",
+        "Target size of a batch in bytes of captures. A worker holds two batches at a time",
     )
-    examples_per_finding: int = setting(5, count, "pairs whose bodies are kept for each finding")
+    examples_per_finding: int = setting(5, count, "Pairs per finding whose bodies are kept as examples")
     examples_bytes: int = setting(
         1024 * 1024 * 1024,
         count,
-        "bytes of all kept pairs together, compressed; the largest are dropped, but one of each open finding",
+        "Total size of all examples in bytes, compressed. The largest are deleted first, but each open finding keeps one",
     )
-    retention_days: int = setting(14, count, "days that pairs are kept")
+    retention_days: int = setting(14, count, "Days that pairs are kept")
     retention_bytes: int = setting(
         0,
         count,
-        "bytes that the days' pairs may take in Postgres; above it the oldest day goes, never today; 0 for no limit",
+        "Total size of the pairs in Postgres in bytes. Above it, the oldest day is deleted, but never today. 0 sets no limit",
     )
     volatile_headers: tuple[str, ...] = setting(
-        (), comma_list, "response headers not to compare, beside the built-in list"
+        (), comma_list, "Response headers to ignore in addition to the built-in list, comma separated"
     )
     recheck_per_minute: int = setting(
-        0, count, "pairs a minute that are asked again on both versions, to tell drift of state; 0 is off"
+        0,
+        count,
+        "Pairs per minute that are sent to both versions again to detect state drift. 0 disables rechecks",
     )
-    recheck_delay: float = setting(2.0, seconds, "seconds to wait before a pair is asked again")
-    recheck_old_url: str = setting(
-        "", http_url, "where old is asked again: a URL that does not lead through Envoy"
-    )
-    recheck_new_url: str = setting("", http_url, "where new is asked again")
-    new_share: float = setting(
-        0.0, share, "share of users that new answers, until traffic is set for the first time"
-    )
+    recheck_delay: float = setting(2.0, seconds, "Seconds to wait before a recheck")
+    recheck_old_url: str = setting("", http_url, "URL of old for rechecks. It must not lead through Envoy")
+    recheck_new_url: str = setting("", http_url, "URL of new for rechecks. It must not lead through Envoy")
+    new_share: float = setting(0.0, share, "Initial share of users that new serves")
     sample_safe: float = setting(
-        0.1, share, "share of safe requests (GET, HEAD, OPTIONS) that are mirrored, until set"
+        0.1, share, "Initial share of safe requests (GET, HEAD, OPTIONS) that are mirrored"
     )
-    sample_unsafe: float = setting(0.0, share, "share of unsafe requests that are mirrored, until set")
+    sample_unsafe: float = setting(0.0, share, "Initial share of unsafe requests that are mirrored")
     baseline_share: float = setting(
         0.1,
         share,
-        "share of the mirrored safe requests that old gets twice, to learn what is noise, until set",
+        "Initial share of mirrored safe requests that old receives twice, to detect noise",
     )
-    shutdown_timeout: float = setting(10.0, seconds, "seconds that SIGTERM gives work under way to finish")
+    shutdown_timeout: float = setting(
+        10.0, seconds, "Seconds that work in flight has to finish after SIGTERM"
+    )
     webhook_urls: tuple[str, ...] = setting(
-        (), webhook_urls, "URLs that are told of every change of traffic, comma separated", secret=True
+        (), webhook_urls, "URLs that receive every traffic change, comma separated", secret=True
     )
     webhook_secret: str = setting(
-        "", webhook_secret, "what webhooks are signed with: whsec_ and 24 to 64 bytes in base64", secret=True
+        "", webhook_secret, "Secret that signs webhooks: whsec_ and 24 to 64 bytes in base64", secret=True
     )
-    log_level: str = setting("info", text, "debug, info, warning or error")
+    log_level: str = setting("info", text, "Log level: debug, info, warning or error")
 
     def __post_init__(self) -> None:
         if self.webhook_urls and not self.webhook_secret:

@@ -134,7 +134,10 @@ async def test_a_value_is_kept_for_its_time_and_a_little_less(redis_url: str) ->
 
 
 async def test_a_field_that_is_over_is_a_miss_though_another_form_keeps_the_key(redis_url: str) -> None:
-    async with make(redis_url, schema_version="1", ttl=0.3, jitter=0) as old, make(redis_url, schema_version="2") as new:
+    async with (
+        make(redis_url, schema_version="1", ttl=0.3, jitter=0) as old,
+        make(redis_url, schema_version="2") as new,
+    ):
         await old.get("product:7", Source("long ago"))
         await new.get("product:7", Source())
         await asyncio.sleep(0.35)  # what is tested is that time passes

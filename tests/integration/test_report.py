@@ -65,7 +65,7 @@ async def hostile(sidecar: Running) -> None:
     finding = ledger.finding(endpoint, f"$[{EVIL!r}]", reason=EVIL, detail={"old": EVIL, "new": EVIL})
     ledger.finding(endpoint, f"$.noise{EVIL}", state="noise", count=3, reason=EVIL)
     difference = {
-        "part": "body", "path": EVIL, "place": EVIL, "kind": "changed", "impact": "value",
+        "part": "body", "path": EVIL, "exact_path": EVIL, "kind": "changed", "impact": "value",
         "old": json.dumps(EVIL), "new": EVIL,
     }  # fmt: skip
     pair = ledger.pair(endpoint, finding, request=f"/{EVIL}", reason=EVIL)

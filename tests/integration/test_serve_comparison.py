@@ -315,7 +315,7 @@ async def test_a_finding_comes_with_its_examples_the_smallest_first(sidecar: Run
         {
             "part": "body",
             "path": "$.price",
-            "place": "$.price",
+            "exact_path": "$.price",
             "kind": "changed",
             "impact": "value",
             "old": "12.5",
@@ -355,7 +355,7 @@ async def test_a_pair_that_is_an_example_has_captures_and_differences(
         {
             "part": "body",
             "path": "$.id",
-            "place": "$.id",
+            "exact_path": "$.id",
             "kind": "added",
             "impact": "additive",
             "old": None,

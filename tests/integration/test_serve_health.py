@@ -184,7 +184,7 @@ def filled(ledger: Ledger) -> tuple[int, str]:
     difference = {
         "part": "body",
         "path": f"$.{HOSTILE}",
-        "place": f"$.{HOSTILE}",
+        "exact_path": f"$.{HOSTILE}",
         "kind": "changed",
         "impact": "value",
         "old": HOSTILE,

@@ -215,7 +215,7 @@ async def test_a_day_that_was_dropped_takes_nothing_more_and_what_comes_for_it_i
 
     assert written == [1, 1]
     assert one(url, "select sum(pairs)::int from abreast.outcome_count") == 3
-    assert [(drop.place, drop.reason, drop.count) for drop in drops] == [("ledger", "day_dropped", 4)]
+    assert [(drop.stage, drop.reason, drop.count) for drop in drops] == [("ledger", "day_dropped", 4)]
 
 
 async def test_a_second_entry_of_a_pair_after_midnight_counts_once(ledger: PairWriter, url: str) -> None:
@@ -247,7 +247,7 @@ async def test_nul_and_surrogates_and_long_text_are_taken(ledger: PairWriter, ur
     await ledger.write([strange])
 
     assert rows(url, "select id from abreast.pair") == [("p␀?",)]
-    assert one(url, "select differences->0->>'place' from abreast.example") == "␀"
+    assert one(url, "select differences->0->>'exact_path' from abreast.example") == "␀"
 
 
 async def test_endless_endpoints_become_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

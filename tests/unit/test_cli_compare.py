@@ -51,7 +51,7 @@ def test_json_output(tmp_path: Path) -> None:
             {
                 "part": "body",
                 "path": "$.a",
-                "place": "$.a",
+                "exact_path": "$.a",
                 "kind": "changed",
                 "old": "1",
                 "new": "2",

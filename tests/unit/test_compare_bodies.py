@@ -372,7 +372,7 @@ def test_a_difference_can_be_copied_and_compared() -> None:
     assert pickle.loads(pickle.dumps(found)) == found  # noqa: S301  # made here
     assert copy.deepcopy(found) == found
     assert hash(found) == hash(copy.copy(found))
-    assert found.to_record()["place"] == "$.a[0]"
+    assert found.to_record()["exact_path"] == "$.a[0]"
 
 
 def test_random_bytes_of_a_megabyte_are_compared_by_their_digest() -> None:

@@ -257,7 +257,9 @@ AGAIN = capture("old", {"a": 2}, role="baseline")
         ([capture("new", status=503), capture("old", {"a": 1}, attempt=2)], False, "mismatch"),
     ],
 )
-def test_which_copies_there_are_decides_first(captures: Sequence[Capture], timed_out: bool, outcome: str) -> None:
+def test_which_copies_there_are_decides_first(
+    captures: Sequence[Capture], timed_out: bool, outcome: str
+) -> None:
     for order in permutations(captures):
         assert compare_pair(order, RULES, timed_out=timed_out).outcome == outcome
 

@@ -29,7 +29,7 @@ Said = tuple[str, str, str, str | None, str | None, str]
 
 def said(found: Any) -> list[Said]:
     return sorted(
-        ((one.path, one.place, one.kind, one.old, one.new, one.hint) for one in found),
+        ((one.path, one.exact_path, one.kind, one.old, one.new, one.hint) for one in found),
         key=lambda one: one[:3],
     )
 

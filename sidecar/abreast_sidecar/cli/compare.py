@@ -236,7 +236,7 @@ def _difference_record(difference: Difference) -> dict[str, str | None]:
     return {
         "part": difference.part,
         "path": difference.path,
-        "place": difference.exact_path,
+        "exact_path": difference.exact_path,
         "kind": difference.kind,
         "old": difference.old,
         "new": difference.new,

@@ -33,14 +33,14 @@ class ExitCode(enum.IntEnum):
 
 OUTPUT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 EXIT_MEANINGS = {
-    ExitCode.OK: "done",
-    ExitCode.CHECK_FAILED: "done, and the answer is no: doctor found a failure, verdict says FAIL, compare or findings --exit-code found something, rules preview or import --dry-run found what speaks against a rule, or not every Envoy has a change yet",
-    ExitCode.USAGE: "a wrong option, argument or setting; files that can't be compared; verdict says INCONCLUSIVE; or the output can't be written",
-    ExitCode.UNREACHABLE: "the sidecar, or a server it needs, can't be reached or started, or took too long",
-    ExitCode.NOT_FOUND: "no such finding, pair or service",
-    ExitCode.REFUSED: "the sidecar refused, or failed",
+    ExitCode.OK: "success",
+    ExitCode.CHECK_FAILED: "the check failed: doctor found a failure, verdict is FAIL, compare or findings --exit-code found differences, a rule would be refused, an Envoy has not confirmed the change, or a drill or the demo failed",
+    ExitCode.USAGE: "invalid usage: a wrong option, argument or setting, files that can't be compared, an INCONCLUSIVE verdict, or output that can't be written",
+    ExitCode.UNREACHABLE: "unreachable: the sidecar or a server it needs can't be reached or started, or timed out",
+    ExitCode.NOT_FOUND: "not found: no such finding, pair or service",
+    ExitCode.REFUSED: "the sidecar refused the call or failed",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
-    ExitCode.PIPE_CLOSED: "whoever read the output left, as with | head",
+    ExitCode.PIPE_CLOSED: "the reader closed the pipe, as with | head",
 }
 
 

@@ -420,7 +420,7 @@ def whole_body_difference(kind: Kind, old: Answer, new: Answer, path: str = "") 
     return Difference.from_text(
         part="body",
         path=path,
-        place=path,
+        exact_path=path,
         kind=kind,
         impact=impacts.get(kind, "breaking"),
         old=None if kind == "added" else render_preview(old),

@@ -80,7 +80,7 @@ def _whole_effect_difference(name: EffectName, kind: Kind, old: Any, new: Any) -
     return Difference.from_text(
         part="effect",
         path=path,
-        place=f"{path}[{key}]" if key else path,
+        exact_path=f"{path}[{key}]" if key else path,
         kind=kind,
         impact="breaking" if kind == "removed" else "value",
         old=None if kind == "added" else render_value(old),

@@ -327,7 +327,7 @@ def _header_difference(name: str, old_values: list[str] | None, new_values: list
     return Difference.from_text(
         part="header",
         path=name,
-        place=name,
+        exact_path=name,
         kind=kind,
         impact=impact,
         old=None

@@ -202,7 +202,7 @@ VOLATILE_HEADERS = frozenset(
 
 
 class RenderedValues(NamedTuple):
-    place: str
+    exact_path: str
     old: str | None
     new: str | None
 
@@ -224,7 +224,7 @@ class Difference(Struct, frozen=True, eq=False):
     def from_text(
         part: Part,
         path: str,
-        place: str,
+        exact_path: str,
         kind: Kind,
         impact: Impact,
         old: str | None,
@@ -233,12 +233,12 @@ class Difference(Struct, frozen=True, eq=False):
         hint: str = "",
     ) -> Difference:
         """One whose texts are known."""
-        return Difference(part, path, kind, impact, RenderedValues(place, old, new), explained_by, hint)
+        return Difference(part, path, kind, impact, RenderedValues(exact_path, old, new), explained_by, hint)
 
     @property
     def exact_path(self) -> str:
         """Exact: `$.items[3].price`"""
-        return self.location.exact() if isinstance(self.location, JsonPath) else self.location.place
+        return self.location.exact() if isinstance(self.location, JsonPath) else self.location.exact_path
 
     @property
     def old(self) -> str | None:
@@ -266,7 +266,7 @@ class Difference(Struct, frozen=True, eq=False):
         return Difference.from_text, tuple(self.to_record().values())
 
 
-_RECORD_FIELDS = ("part", "path", "place", "kind", "impact", "old", "new", "explained_by", "hint")
+_RECORD_FIELDS = ("part", "path", "exact_path", "kind", "impact", "old", "new", "explained_by", "hint")
 
 
 class ComparisonResult(Struct, frozen=True):

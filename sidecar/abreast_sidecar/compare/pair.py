@@ -359,7 +359,7 @@ def _no_response_difference(old: Capture, new: Capture) -> Difference:
     return Difference.from_text(
         part="error",
         path="no answer",
-        place="",
+        exact_path="",
         kind="removed" if new_only else "added",
         impact="breaking" if new_only else "value",
         old=None if _has_no_response(old) else str(get_status(old)),
@@ -392,7 +392,7 @@ def _status_difference(old: Capture, new: Capture) -> Difference:
     return Difference.from_text(
         part="status",
         path=f"{before}->{after}",
-        place="",
+        exact_path="",
         kind="changed",
         impact="breaking" if before // 100 != after // 100 else "value",
         old=str(before),
@@ -406,7 +406,7 @@ def _unfinished_difference(old: Capture, new: Capture) -> Difference:
     return Difference.from_text(
         part="error",
         path="unfinished",
-        place="",
+        exact_path="",
         kind="removed" if new_only else "added",
         impact="breaking" if new_only else "value",
         old=_describe_end(old),
@@ -428,7 +428,7 @@ def _exception_difference(old: Capture, new: Capture) -> Difference:
     return Difference.from_text(
         part="error",
         path="raised",
-        place="",
+        exact_path="",
         kind=kind,
         impact="value",
         old=render_value(old.exception) if old.exception else None,

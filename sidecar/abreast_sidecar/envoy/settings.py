@@ -138,70 +138,72 @@ def parse_positive(value: str) -> int:
 
 @dataclass(frozen=True)
 class EnvoySettings(EnvironmentSettings):
-    service: str = setting("service", parse_name, "name of the service, as in the middleware")
+    service: str = setting("service", parse_name, "Name of the service, as in the middleware")
     listen: SocketAddress = setting(  # noqa: RUF009  # setting() is dataclasses.field
-        SocketAddress("127.0.0.1", 8080), parse_listener, "where users' requests arrive"
+        SocketAddress("127.0.0.1", 8080), parse_listener, "Address for users' requests"
     )
     old: tuple[SocketAddress, ...] = setting(
         (SocketAddress("127.0.0.1", 8001),),
         parse_addresses,
-        "endpoints of the old version, comma separated: IP addresses, or DNS names whose every address is used",
+        "Endpoints of the old version, comma separated: IP addresses, or DNS names. Envoy uses every address of a name",
     )
     new: tuple[SocketAddress, ...] = setting(
-        (SocketAddress("127.0.0.1", 8002),), parse_addresses, "endpoints of the new version"
+        (SocketAddress("127.0.0.1", 8002),), parse_addresses, "Endpoints of the new version"
     )
     health_path: str = setting(
         "/healthz",
         parse_health_check,
-        "path that new is asked once a second, any answer below 500 is healthy; tcp: only connect",
+        "Path that Envoy requests from new once a second. Any status below 500 is healthy. With tcp, Envoy only connects",
     )
-    connect_timeout: float = setting(1.0, parse_duration, "seconds to connect to an endpoint")
+    connect_timeout: float = setting(1.0, parse_duration, "Seconds to connect to an endpoint")
     per_try_timeout: float = setting(
         5.0,
         parse_optional_duration,
-        "seconds without an answer after which a safe request is also tried on another endpoint, the first that answers wins; 0: never",
+        "Seconds without a response after which a safe request also goes to another endpoint. The first response wins. 0 disables it",
     )
     request_timeout: float = setting(
         0.0,
         parse_optional_duration,
-        "seconds that a whole request may take, 0 for no limit; cuts streaming answers too",
+        "Seconds for a whole request, including streaming responses. 0 sets no limit",
     )
     idle_timeout: float = setting(
         300.0,
         parse_optional_duration,
-        "seconds without a byte either way after which a request is ended; 0: never",
+        "Seconds without a byte in either direction after which a request ends. 0 sets no limit",
     )
-    shadow_timeout: float = setting(30.0, parse_duration, "seconds after which a copy is given up")
+    shadow_timeout: float = setting(30.0, parse_duration, "Seconds after which a copy is canceled")
     shadow_concurrency: int = setting(
-        256, parse_positive, "copies under way at once to each version, more are dropped and counted"
+        256,
+        parse_positive,
+        "Maximum number of concurrent copies per version. More copies are dropped and counted",
     )
     mirror_body_limit: int = setting(
         8 * 2**20,
         parse_positive,
-        "bytes; requests that announce a longer body are not mirrored, and copies wait in memory up to it",
+        "Bytes. Requests that announce a longer body are not mirrored, and copies wait in memory up to this size",
     )
     sample_safe: float = setting(
         0.1,
         share,
-        "share of safe requests (GET, HEAD, OPTIONS) that are mirrored, until the sidecar says otherwise",
+        "Initial share of safe requests (GET, HEAD, OPTIONS) that are mirrored, until the sidecar sets it",
     )
     sample_unsafe: float = setting(
-        0.0, share, "share of unsafe requests that are mirrored, until the sidecar says otherwise"
+        0.0, share, "Initial share of unsafe requests that are mirrored, until the sidecar sets it"
     )
     baseline_share: float = setting(
         0.1,
         share,
-        "share of the mirrored safe requests that old gets twice, until the sidecar says otherwise",
+        "Initial share of mirrored safe requests that old receives twice, until the sidecar sets it",
     )
     sticky: StickyKey = setting(  # noqa: RUF009  # same
         StickyKey(),
         parse_sticky,
-        "what keeps a user on one version: header:NAME, cookie:NAME or source-ip; empty: each request by itself",
+        "Key that keeps a user on one version: header:NAME, cookie:NAME or source-ip. If empty, Envoy chooses a version per request",
     )
     tester_secret: str = setting(
         "",
         parse_secret,
-        "secret of testers, who choose a version with the header x-abreast-use: new SECRET (or old SECRET); empty: nobody may",
+        "Secret for testers, who choose a version with the header x-abreast-use: new SECRET (or old SECRET). Empty disables the choice",
     )
     sidecar: SocketAddress = setting(  # noqa: RUF009  # same
         SocketAddress("127.0.0.1", 50051),
@@ -211,30 +213,30 @@ class EnvoySettings(EnvironmentSettings):
     admin: SocketAddress = setting(  # noqa: RUF009  # same
         SocketAddress("127.0.0.1", 9901),
         parse_listener,
-        "address of Envoy's admin interface; one that is not loopback can only be read from",
+        "Address of Envoy's admin interface. It is read-only unless the address is loopback",
     )
-    node_id: str = setting("abreast", parse_line, "name of this Envoy, in its own and the sidecar's logs")
+    node_id: str = setting(
+        "abreast", parse_line, "Name of this Envoy in its logs and in the logs of the sidecar"
+    )
     trusted_hops: int = setting(
-        0, count, "proxies in front of this Envoy whose x-forwarded-* headers are right"
+        0, count, "Number of trusted proxies in front of Envoy that set x-forwarded-* headers"
     )
     tls_certificate: str = setting(
-        "", parse_line, "file with the listener's certificate chain (PEM); empty: no TLS"
+        "", parse_line, "File with the certificate chain of the listener (PEM). Empty disables TLS"
     )
-    tls_key: str = setting("", parse_line, "file with the listener's private key (PEM)")
-    old_tls: str = setting(
-        "", parse_server_name, "name in old's certificate, to speak TLS to old; empty: no TLS"
-    )
+    tls_key: str = setting("", parse_line, "File with the private key of the listener (PEM)")
+    old_tls: str = setting("", parse_server_name, "Name in the certificate of old. Empty disables TLS to old")
     old_ca: str = setting(
-        SYSTEM_CA_FILE, parse_line, "file with the authorities that may sign old's certificate (PEM)"
+        SYSTEM_CA_FILE, parse_line, "File with the authorities that may sign the certificate of old (PEM)"
     )
-    new_tls: str = setting(
-        "", parse_server_name, "name in new's certificate, to speak TLS to new; empty: no TLS"
-    )
+    new_tls: str = setting("", parse_server_name, "Name in the certificate of new. Empty disables TLS to new")
     new_ca: str = setting(
-        SYSTEM_CA_FILE, parse_line, "file with the authorities that may sign new's certificate (PEM)"
+        SYSTEM_CA_FILE, parse_line, "File with the authorities that may sign the certificate of new (PEM)"
     )
-    upstream_http2: bool = setting(False, flag, "speak HTTP/2 to both versions (gRPC needs it), not HTTP/1.1")
-    access_log: bool = setting(False, flag, "a JSON line on stdout for each request")
+    upstream_http2: bool = setting(
+        False, flag, "Use HTTP/2 instead of HTTP/1.1 to both versions. gRPC needs it"
+    )
+    access_log: bool = setting(False, flag, "Write a JSON line to stdout for each request")
 
     def __post_init__(self) -> None:
         if bool(self.tls_certificate) != bool(self.tls_key):

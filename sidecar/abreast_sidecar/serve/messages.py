@@ -64,7 +64,7 @@ def to_summary_response(summary: LedgerSummary, *, pending: int | None) -> compa
         envoy_sampled=summary.sampled,
         unaccounted=summary.unaccounted,
         drops=[
-            comparison_pb2.DropCount(stage=drop.place, reason=drop.reason, count=drop.count)
+            comparison_pb2.DropCount(stage=drop.stage, reason=drop.reason, count=drop.count)
             for drop in summary.drops
         ],
         pending=pending,

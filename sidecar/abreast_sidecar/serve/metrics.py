@@ -106,7 +106,7 @@ class LedgerMetrics(Collector):
         captures = CounterMetricFamily(
             "abreast_captures",
             "captures that came to Redis, by what became of them",
-            labels=["service", "fate"],
+            labels=["service", "result"],
         )
         for account in self.accounts:
             for fate, count in (
@@ -121,10 +121,10 @@ class LedgerMetrics(Collector):
         drops = CounterMetricFamily(
             "abreast_dropped_captures",
             "captures that were lost, by where and why",
-            labels=["service", "place", "reason"],
+            labels=["service", "stage", "reason"],
         )
         for drop in self.drops:
-            drops.add_metric([drop.service, drop.place, drop.reason], drop.count)
+            drops.add_metric([drop.service, drop.stage, drop.reason], drop.count)
         return drops
 
 

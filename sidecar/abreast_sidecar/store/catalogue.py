@@ -229,7 +229,7 @@ def _make_finding_record(
         "impact": difference.impact,
         "ms": time_ms,
         "detail": {
-            "place": sanitise_text(difference.exact_path, MAX_VALUE_CHARS),
+            "exact_path": sanitise_text(difference.exact_path, MAX_VALUE_CHARS),
             "old": None if difference.old is None else sanitise_text(difference.old, MAX_VALUE_CHARS),
             "new": None if difference.new is None else sanitise_text(difference.new, MAX_VALUE_CHARS),
         },

@@ -47,7 +47,7 @@ class Endpoint:
 @dataclass(frozen=True, slots=True)
 class Drop:
     service: str
-    place: str  # service or redis
+    stage: str  # service or redis
     reason: str
     count: int
 
@@ -533,7 +533,7 @@ def to_difference(record: Row, noise_keys: set[str], drift_keys: set[str]) -> St
     return StoredDifference(
         part=record["part"],
         path=record["path"],
-        exact_path=record["place"],
+        exact_path=record["exact_path"],
         kind=record["kind"],
         impact=record["impact"],
         old=record.get("old"),

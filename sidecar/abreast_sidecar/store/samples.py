@@ -256,6 +256,6 @@ def encode_differences(pair_record: PairRecord) -> str:
         for difference in pair_record.result.differences + pair_record.result.explained_differences
     ]
     for record in records:
-        record["place"] = sanitise_text(record["place"], MAX_LOCATION_CHARS)
+        record["exact_path"] = sanitise_text(record["exact_path"], MAX_LOCATION_CHARS)
         record["path"] = sanitise_text(record["path"], MAX_LOCATION_CHARS)
     return to_json(records).decode()

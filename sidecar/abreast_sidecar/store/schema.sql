@@ -70,7 +70,7 @@ create table abreast.finding (
     first_seen timestamptz not null,
     last_seen timestamptz not null,
     -- Latency: {old_p50_us, new_p50_us, old_p99_us, new_p99_us, ratio, pairs}.
-    -- Other parts: {place, old, new} of the first pair, values as JSON text or null.
+    -- Other parts: {exact_path, old, new} of the first pair, values as JSON text or null.
     detail jsonb not null default '{}',
     unique (endpoint_id, part, path, kind)
 ) with (fillfactor = 70);
@@ -347,7 +347,7 @@ create table abreast.example (
     day date not null,
     pair_id text not null,
     captures bytea not null, -- zstd of the captures, each after its length (4 bytes, big-endian)
-    differences jsonb not null, -- [{part, path, place, kind, impact, old, new}]
+    differences jsonb not null, -- [{part, path, exact_path, kind, impact, old, new}]
     primary key (day, pair_id)
 );
 

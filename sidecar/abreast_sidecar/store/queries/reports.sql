@@ -78,7 +78,7 @@ counted as (
     group by service, key
 )
 select service, case when key ~ '^(shed|refused)_' then 'redis' when key = 'day_dropped' then 'ledger'
-       else 'service' end as place,
+       else 'service' end as stage,
        replace(key, 'redis_rejected_', 'rejected_') as reason, max(count) as count
 from counted
 where count > 0
