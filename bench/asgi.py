@@ -136,9 +136,7 @@ def rows(*, quick: bool = False) -> list[Row]:
     found = throughput(runs, seconds)
     bare = found["bare"].rates
     ratios = [
-        row(
-            f"{name}_throughput_ratio", "", [one / other for one, other in zip(each.rates, bare, strict=True)]
-        )
+        row(f"{name}_throughput_ratio", "", [one / other for one, other in zip(each.rates, bare, strict=True)])
         for name, each in found.items()
         if name != "bare"
     ]

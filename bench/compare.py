@@ -99,9 +99,7 @@ def speed(runs: int) -> list[Row]:
 def _works(old: bytes, new: bytes) -> dict[str, Callable[[], Any]]:
     rules = CompareOptions()
     headers = (("content-type", "application/json"),)
-    before, after, same = (
-        Answer(200, headers, Body(body, len(body))) for body in (old, new, bytes(bytearray(old)))
-    )
+    before, after, same = (Answer(200, headers, Body(body, len(body))) for body in (old, new, bytes(bytearray(old))))
     assert len(diff_bodies(before, after, rules)) == 3
     return {
         "diff": lambda: diff_bodies(before, after, rules),
@@ -141,10 +139,7 @@ def quality() -> list[Row]:
     right = wrong = missed = 0
     known = [pair for pair in pairs() if pair.label != "noise"]
     for pair in known:
-        expected, got = (
-            {text.replace("$*", "$" + "[*]" * 150) for text in pair.expected},
-            found(pair.judged()),
-        )
+        expected, got = ({text.replace("$*", "$" + "[*]" * 150) for text in pair.expected}, found(pair.judged()))
         right += len(expected & got)
         wrong += len(got - expected)
         missed += len(expected - got)

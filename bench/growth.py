@@ -196,9 +196,7 @@ async def ask(url: str) -> dict[str, list[float]]:
                 return await queries.read_summary(SERVICE, window)
 
             async def findings(window: Window = window) -> object:
-                return await queries.list_findings(
-                    FindingFilter(service=SERVICE, window=window), PageRequest(100, "")
-                )
+                return await queries.list_findings(FindingFilter(service=SERVICE, window=window), PageRequest(100, ""))
 
             async def endpoints(window: Window = window) -> object:
                 return await queries.list_endpoints(SERVICE, window, PageRequest(100, ""))
@@ -221,9 +219,7 @@ async def ask_for_few(database: Database) -> dict[str, list[float]]:
     queries = LedgerReader(database)
 
     async def pairs_of_a_finding() -> object:
-        return await queries.list_pairs(
-            PairFilter(service=SERVICE, finding_id=FINDINGS), PageRequest(100, "")
-        )
+        return await queries.list_pairs(PairFilter(service=SERVICE, finding_id=FINDINGS), PageRequest(100, ""))
 
     async def pairs_of_a_rare_endpoint() -> object:
         found = await queries.list_pairs(PairFilter(service=SERVICE, route=RARE), PageRequest(100, ""))
@@ -257,10 +253,7 @@ async def timed(question: Callable[[], Awaitable[object]]) -> list[float]:
 def rows(millions: Sequence[float] = (), *, quick: bool = False) -> list[Row]:
     """`growth_rows` says of how many pairs the others are; where sizes are given, the names do."""
     found: list[Row] = []
-    with (
-        PostgresServer(options=LOADING) as server,
-        psycopg.connect(server.url(), autocommit=True) as connection,
-    ):
+    with PostgresServer(options=LOADING) as server, psycopg.connect(server.url(), autocommit=True) as connection:
         asyncio.run(migrate(server.url()))
         names(connection)
         filled = 0

@@ -88,9 +88,7 @@ def plot(found: Mapping[str, Sequence[float]], minutes: float) -> str:
     for step in range(5):
         y = up - up * step / 5
         parts.append(f'<text x="{LEFT - 6}" y="{y:.0f}" text-anchor="end">{most * step / 5:.0f} MiB</text>')
-        parts.append(
-            f'<text x="{LEFT + across * step / 5:.0f}" y="{up + 16}">{minutes * step / 5:.1f} min</text>'
-        )
+        parts.append(f'<text x="{LEFT + across * step / 5:.0f}" y="{up + 16}">{minutes * step / 5:.1f} min</text>')
     for number, (name, values) in enumerate(found.items()):
         colour = COLOURS[number % len(COLOURS)]
         points = " ".join(
@@ -99,9 +97,7 @@ def plot(found: Mapping[str, Sequence[float]], minutes: float) -> str:
         )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
         y = 14 + 16 * number
-        parts.append(
-            f'<text x="{WIDTH - LEGEND + 8}" y="{y}" fill="{colour}">{name} {values[-1]:.0f} MiB</text>'
-        )
+        parts.append(f'<text x="{WIDTH - LEGEND + 8}" y="{y}" fill="{colour}">{name} {values[-1]:.0f} MiB</text>')
     return "\n".join([*parts, "</svg>\n"])
 
 

@@ -22,11 +22,7 @@ from abreast_sidecar.stack.servers import RedisServer
 REQUESTS = 200  # a turn: as many as are sent at once
 RUNS, QUICK_RUNS = 200, 30
 BODY = b'{"id":17,"name":"a product","tags":["one","two"]}'.ljust(2048)
-HEADERS = [
-    (b"content-type", b"application/json"),
-    (b"content-length", b"2048"),
-    (b"cache-control", b"no-store"),
-]
+HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"2048"), (b"cache-control", b"no-store")]
 REQUEST_HEADERS = [
     (b"host", b"shop.example"),
     (b"user-agent", b"Mozilla/5.0 (X11; Linux x86_64)"),

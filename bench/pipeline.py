@@ -96,13 +96,7 @@ class Found:
 
 def body(price: float, many: int = ITEMS["2kb"]) -> bytes:
     items = [
-        {
-            "id": number,
-            "name": f"article {number}",
-            "price": 9.99 + number,
-            "currency": "EUR",
-            "tags": ["new", "sale"],
-        }
+        {"id": number, "name": f"article {number}", "price": 9.99 + number, "currency": "EUR", "tags": ["new", "sale"]}
         for number in range(many)
     ]
     items[3]["price"] = price
@@ -115,9 +109,7 @@ def capture(pair: str, version: Version, role: Role, held: bytes) -> Capture:
         ("cache-control", "max-age=60"),
         ("content-length", str(len(held))),
     )
-    request = Request(
-        "GET", "/products/17", "page=1", "/products/{id}", (("accept", "*/*"), ("host", "shop"))
-    )
+    request = Request("GET", "/products/17", "page=1", "/products/{id}", (("accept", "*/*"), ("host", "shop")))
     answer = Answer(200, headers, Body(held, len(held)))
     return Capture(
         pair,
@@ -139,16 +131,11 @@ def pairs(count: int, share: float, many: int = ITEMS["2kb"]) -> Iterator[tuple[
     for number in range(count):
         differs = share > 0 and number % round(1 / share) == 0
         pair = str(uuid.uuid4())
-        for one in (
-            capture(pair, "old", "live", old),
-            capture(pair, "new", "shadow", changed if differs else old),
-        ):
+        for one in (capture(pair, "old", "live", old), capture(pair, "new", "shadow", changed if differs else old)):
             yield pair, one.slot, one.expected_captures, encode(one)
 
 
-def send(
-    client: redis.Redis, captures: Iterable[tuple[str, str, int, bytes]], at_once: int = 2 * SEND
-) -> None:
+def send(client: redis.Redis, captures: Iterable[tuple[str, str, int, bytes]], at_once: int = 2 * SEND) -> None:
     """Fill the stream, with the services' own script."""
     keys = Keys(SERVICE, 0)
     bounds = Limits(max_bytes=2**40, max_pairs=10**7)
@@ -183,11 +170,7 @@ class Bench:
         with self._workers(case.workers) as workers:
             parts = {"redis": self._pid(self._valkey), "postgres": self._pid(self._postgres)}
             before = {name: processes.cpu(pid) for name, pid in parts.items()}
-            send(
-                self._client,
-                pairs(count, case.share, ITEMS[case.size]),
-                2 * SEND // 10 if large else 2 * SEND,
-            )
+            send(self._client, pairs(count, case.share, ITEMS[case.size]), 2 * SEND // 10 if large else 2 * SEND)
             self._ready(workers)
             idle, log = sum(processes.cpu(_pid(worker)) for worker in workers), self._written()
             found.idle.append(max(processes.highest(_pid(worker)) for worker in workers))
@@ -208,8 +191,7 @@ class Bench:
         self._client.delete(READY)
         urls = self._valkey.url, self._postgres.url()
         workers: list[BaseProcess] = [
-            FORKED.Process(target=work, args=(*urls, f"bench-{n}", str(self._folder / f"{n}.log")))
-            for n in range(many)
+            FORKED.Process(target=work, args=(*urls, f"bench-{n}", str(self._folder / f"{n}.log"))) for n in range(many)
         ]
         for worker in workers:
             worker.start()

@@ -29,9 +29,7 @@ def cpu(pid: int) -> float:
             fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        took += sum(
-            map(int, fields[11 : 15 if one == pid else 13])
-        )  # of those that have ended, the parent's own knows
+        took += sum(map(int, fields[11 : 15 if one == pid else 13]))  # of those that have ended, the parent's own knows
     return took / os.sysconf("SC_CLK_TCK")
 
 

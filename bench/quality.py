@@ -41,9 +41,7 @@ def run(*codes: dict[str, str], many: int, rate: float, turns: int = 2) -> list[
         ports = []
         for each in codes:
             ports.append([SocketAddress(LOOPBACK, find_free_port()) for _ in range(3)])
-            opening.enter_context(
-                deploy_stack(StackAddresses(*ports[-1]), lambda _: None, code_by_version=each)
-            )
+            opening.enter_context(deploy_stack(StackAddresses(*ports[-1]), lambda _: None, code_by_version=each))
         return asyncio.run(_all(ports, many, rate, turns))
 
 
@@ -66,9 +64,7 @@ async def _measure(ports: list[SocketAddress], many: int, rate: float, turns: in
         verdict = await stub.GetVerdict(api.GetVerdictRequest(service="shop"))
         listed = await stub.ListFindings(api.ListFindingsRequest(service="shop", page_size=1000))
     return verdict, [
-        one
-        for one in listed.findings
-        if one.state == api.FINDING_STATE_REAL and one.impact != common.IMPACT_ADDITIVE
+        one for one in listed.findings if one.state == api.FINDING_STATE_REAL and one.impact != common.IMPACT_ADDITIVE
     ]
 
 
@@ -76,9 +72,7 @@ def rows(many: int = REQUESTS, rate: float = RATE, *, quick: bool = False) -> li
     if quick:
         (same, false), (other, real) = run(SAME, DEFAULT_CODE_BY_VERSION, many=QUICK, rate=rate, turns=1)
     else:
-        (same, false), (other, real) = (
-            run(each, many=many, rate=rate)[0] for each in (SAME, DEFAULT_CODE_BY_VERSION)
-        )
+        (same, false), (other, real) = (run(each, many=many, rate=rate)[0] for each in (SAME, DEFAULT_CODE_BY_VERSION))
     _tell("same code", same, false)
     _tell("new code", other, real)
     planted = {(one.location.endpoint, one.location.path) for one in PLANTED_REGRESSIONS}
@@ -98,10 +92,7 @@ def _tell(what: str, verdict: api.GetVerdictResponse, real: list[api.Finding]) -
     for reason in verdict.reasons:
         print(f"  {api.VerdictState.Name(reason.state)} {reason.text}", file=sys.stderr)
     for one in real:
-        print(
-            f"  {one.endpoint.method} {one.endpoint.route} {one.path} {one.summary}; {one.reason}",
-            file=sys.stderr,
-        )
+        print(f"  {one.endpoint.method} {one.endpoint.route} {one.path} {one.summary}; {one.reason}", file=sys.stderr)
 
 
 def main() -> None:

@@ -15,8 +15,7 @@ from starlette.routing import Route
 from abreast import ParallelRunMiddleware
 
 ITEMS = [
-    {"id": n, "name": f"article {n}", "price": 9.99 + n, "currency": "EUR", "tags": ["new", "sale"]}
-    for n in range(22)
+    {"id": n, "name": f"article {n}", "price": 9.99 + n, "currency": "EUR", "tags": ["new", "sale"]} for n in range(22)
 ]
 
 

@@ -129,9 +129,7 @@ async def serve(port: int, name: str) -> None:
 @contextmanager
 def deployed() -> Iterator[Stack]:
     old, new = SocketAddress("127.0.0.1", find_free_port()), SocketAddress("127.0.0.1", find_free_port())
-    settings = EnvoySettings(
-        service=SERVICE, listen=ANY_PORT_ADDRESS, old=(old,), new=(new,), sample_safe=0.0
-    )
+    settings = EnvoySettings(service=SERVICE, listen=ANY_PORT_ADDRESS, old=(old,), new=(new,), sample_safe=0.0)
     with version("old", old.port), version("new", new.port), Stack(settings) as stack:
         yield stack
 

@@ -41,9 +41,7 @@ def small_ca_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     binaries = os.environ.get("ABREAST_TEST_POSTGRES")
-    with PostgresServer(
-        binaries=Path(binaries) if binaries else None, options=("max_connections=200",)
-    ) as server:
+    with PostgresServer(binaries=Path(binaries) if binaries else None, options=("max_connections=200",)) as server:
         _hash_password_once(server)
         yield server
         disconnect()

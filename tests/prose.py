@@ -31,15 +31,7 @@ BANNED = re.compile(
     re.IGNORECASE,
 )
 GENERATED = re.compile(r"_pb2|/xds/|requirements.*\.lock|/corpus/")
-COMMENT_MARKS = {
-    ".proto": "//",
-    ".sql": "--",
-    ".lua": "--",
-    ".yaml": "#",
-    ".yml": "#",
-    ".sh": "#",
-    ".toml": "#",
-}
+COMMENT_MARKS = {".proto": "//", ".sql": "--", ".lua": "--", ".yaml": "#", ".yml": "#", ".sh": "#", ".toml": "#"}
 MESSAGE_CALLS = frozenset({"debug", "info", "warning", "error", "exception", "critical", "echo"})
 CODE_WORDS = re.compile(r"\b(noqa|type: ignore|pragma|fmt: |ruff: |mypy: )")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')*_]*\s+(?=[\"'(*_`A-Z])")
@@ -101,9 +93,7 @@ def read_python(path: str, text: str) -> Iterator[Sentence]:
         elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             yield from read_messages(path, node.exc.args)
         elif isinstance(node, ast.Call):
-            yield from read_messages(
-                path, [word.value for word in node.keywords if word.arg in {"help", "doc"}]
-            )
+            yield from read_messages(path, [word.value for word in node.keywords if word.arg in {"help", "doc"}])
             if isinstance(node.func, ast.Attribute) and node.func.attr in MESSAGE_CALLS:
                 yield from read_messages(path, node.args[:1])
     yield from read_comments(path, python_comments(text))
@@ -126,9 +116,7 @@ def literal_text(node: ast.expr) -> str:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
-        return "".join(
-            literal_text(value) if isinstance(value, ast.Constant) else "VALUE" for value in node.values
-        )
+        return "".join(literal_text(value) if isinstance(value, ast.Constant) else "VALUE" for value in node.values)
     return ""
 
 
@@ -199,9 +187,7 @@ def main(arguments: list[str]) -> int:
     for sentence in forbidden:
         print(f"{sentence.path}:{sentence.line}: forbidden start: {sentence.text}")
     share = len(forbidden) / max(1, len(sentences))
-    print(
-        f"{len(sentences)} sentences, {share:.1%} with a forbidden start (at most {MAX_FORBIDDEN_SHARE:.0%})"
-    )
+    print(f"{len(sentences)} sentences, {share:.1%} with a forbidden start (at most {MAX_FORBIDDEN_SHARE:.0%})")
     return 1 if is_bad or share > MAX_FORBIDDEN_SHARE else 0
 
 

@@ -49,9 +49,7 @@ async def healthy(_request: Request) -> JSONResponse:
     return JSONResponse({"ok": True})
 
 
-app = Starlette(
-    routes=[Route("/products/{id}", product), Route("/events", events), Route("/healthz", healthy)]
-)
+app = Starlette(routes=[Route("/products/{id}", product), Route("/events", events), Route("/healthz", healthy)])
 if "bare" not in OPTIONS:
     app.add_middleware(ParallelRunMiddleware, service="shop", release=f"{VERSION}-1")
 uvicorn.run(app, host="127.0.0.1", port=int(PORT), log_level="warning")

@@ -38,9 +38,7 @@ def self_signed(folder: Path, name: str) -> Certificate:
     to_sign = _to_be_signed(name, public)
     signed = _sequence(to_sign, _sequence(_oid(ECDSA_SHA256)), _bits(_sign(private, to_sign)))
     curve = _tagged(0xA0, _oid(P256))
-    key = _sequence(
-        _integer(1), _tagged(0x04, private.to_bytes(32, "big")), curve, _tagged(0xA1, _bits(public))
-    )
+    key = _sequence(_integer(1), _tagged(0x04, private.to_bytes(32, "big")), curve, _tagged(0xA1, _bits(public)))
     made = Certificate(folder / f"{name}.pem", folder / f"{name}.key")
     made.certificate.write_text(_pem("CERTIFICATE", signed))
     made.key.write_text(_pem("EC PRIVATE KEY", key))

@@ -82,10 +82,7 @@ def _capture(version: Version, case: dict[str, Any], answer: Answer, side: dict[
         version=version,
         role="live" if version == "old" else "shadow",
         request=Request(
-            case.get("method", "GET"),
-            "/products/7",
-            route="/products/{id}",
-            headers=_headers(case.get("asked", {})),
+            case.get("method", "GET"), "/products/7", route="/products/{id}", headers=_headers(case.get("asked", {}))
         ),
         answer=answer,
         complete=side.get("complete", True),
@@ -95,15 +92,11 @@ def _capture(version: Version, case: dict[str, Any], answer: Answer, side: dict[
 
 def _headers(given: dict[str, str | list[str]]) -> Headers:
     return tuple(
-        (name, value)
-        for name, values in given.items()
-        for value in (values if isinstance(values, list) else [values])
+        (name, value) for name, values in given.items() for value in (values if isinstance(values, list) else [values])
     )
 
 
-def _answer(
-    body: bytes, kind: str, status: int = 200, headers: Headers = (), trailers: Headers = ()
-) -> Answer:
+def _answer(body: bytes, kind: str, status: int = 200, headers: Headers = (), trailers: Headers = ()) -> Answer:
     said = (("content-type", kind),) if kind else ()
     return Answer(status, (*said, *headers), Body(body, len(body)), trailers)
 
@@ -190,11 +183,7 @@ def _whole(side: dict[str, Any]) -> Answer:
         body = _encoded(body, side)
         headers = (*headers, *(("content-encoding", coding) for coding in side["encode"].split(",")))
     return _answer(
-        body,
-        side.get("type", "application/json"),
-        side.get("status", 200),
-        headers,
-        _headers(side.get("trailers", {})),
+        body, side.get("type", "application/json"), side.get("status", 200), headers, _headers(side.get("trailers", {}))
     )
 
 

@@ -47,9 +47,7 @@ class LedgerDatabase:
             admin.execute(f"create database {self.name}".encode())
         asyncio.run(migrate(self.url))
         self._session = psycopg.connect(self.url, autocommit=True, prepare_threshold=None)
-        self._session.execute(
-            "set session_replication_role = replica"
-        )  # no triggers, no order of foreign keys
+        self._session.execute("set session_replication_role = replica")  # no triggers, no order of foreign keys
         self._relations = {row[0]: row[1] for row in self._rows(RELATIONS)}
         self._tables = [name for name, kind in self._relations.items() if kind in {"r", "p"}]
         self._definitions = self._rows(DEFINITIONS)

@@ -30,9 +30,7 @@ async def stream(sidecar: Running, first: wire.DiscoveryRequest = FIRST) -> Asyn
 
 
 def answer(response: wire.DiscoveryResponse, *, error: str = "", nonce: str = "") -> wire.DiscoveryRequest:
-    request = wire.DiscoveryRequest(
-        version_info=response.version_info, response_nonce=nonce or response.nonce
-    )
+    request = wire.DiscoveryRequest(version_info=response.version_info, response_nonce=nonce or response.nonce)
     if error:
         request.error_detail.message = error
     return request

@@ -58,9 +58,7 @@ class Edge:
 
 
 @asynccontextmanager
-async def edge(
-    port: int, *, service: str = "shop", node: str = "edge-1", option: str = ""
-) -> AsyncIterator[Edge]:
+async def edge(port: int, *, service: str = "shop", node: str = "edge-1", option: str = "") -> AsyncIterator[Edge]:
     """`node` stands in the file, `option` is what Envoy is started with."""
     async with Upstream() as old, Upstream() as new:
         listen, admin_port = free_ports(2)

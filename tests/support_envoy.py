@@ -59,9 +59,7 @@ class Abreast:
         """Wait until Envoy has no copy under way any more."""
 
         async def idle() -> bool:
-            names = [
-                f"cluster.{name}.upstream_rq_active" for name in ("old_shadow", "new_shadow", "old_baseline")
-            ]
+            names = [f"cluster.{name}.upstream_rq_active" for name in ("old_shadow", "new_shadow", "old_baseline")]
             return not any([await self.stat(name) for name in names])
 
         await eventually_async(idle, what="all copies are done")
@@ -91,10 +89,7 @@ async def abreast(
                 **changes,
             }
         )
-        async with (
-            RuntimeServer(settings.sidecar.port, weights(weight)) as sidecar,
-            started(settings) as server,
-        ):
+        async with RuntimeServer(settings.sidecar.port, weights(weight)) as sidecar, started(settings) as server:
             scheme = "https" if settings.tls_certificate else "http"
             listener = f"{scheme}://127.0.0.1:{settings.listen.port}"
             async with (

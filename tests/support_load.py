@@ -55,10 +55,7 @@ class Load:
             if self.over:
                 break
             pair, differs = str(uuid.uuid4()), (len(self.pairs) + self.refused) % DIFFERS == 0
-            sent = [
-                capture(pair, "old", content={"n": 1}),
-                capture(pair, "new", "shadow", {"n": 2 if differs else 1}),
-            ]
+            sent = [capture(pair, "old", content={"n": 1}), capture(pair, "new", "shadow", {"n": 2 if differs else 1})]
             batch = [(each.pair, each.slot, each.expected_captures, encode(each)) for each in sent]
             reply = await self._until(link, partial(link.join, shard_of(pair, settings.shards), batch))
             if reply.rejected_pairs + reply.rejected_bytes == len(batch):
@@ -132,10 +129,7 @@ async def empty(redis_url: str, *, shards: int = 1, within: float = WITHIN) -> N
         with contextlib.suppress(redis.RedisError), redis.Redis.from_url(redis_url) as client:
             every = [Keys(SERVICE, shard) for shard in range(shards)]
             return all(
-                client.xlen(keys.ready)
-                == client.zcard(keys.due)
-                == int(client.hget(keys.stats, "bytes") or 0)
-                == 0
+                client.xlen(keys.ready) == client.zcard(keys.due) == int(client.hget(keys.stats, "bytes") or 0) == 0
                 for keys in every
             )
         return False

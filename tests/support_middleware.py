@@ -32,21 +32,14 @@ def pair_id() -> str:
 
 
 def marks(pair: str, *, version: str = "old", role: str = "live", arms: int = 2) -> dict[str, str]:
-    return {
-        "x-abreast-pair": pair,
-        "x-abreast-version": version,
-        "x-abreast-role": role,
-        "x-abreast-copies": str(arms),
-    }
+    return {"x-abreast-pair": pair, "x-abreast-version": version, "x-abreast-role": role, "x-abreast-copies": str(arms)}
 
 
 def raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
-def http_scope(
-    path: str = "/", method: str = "GET", headers: dict[str, str] | None = None, **more: Any
-) -> Scope:
+def http_scope(path: str = "/", method: str = "GET", headers: dict[str, str] | None = None, **more: Any) -> Scope:
     path, _, query = path.partition("?")
     return {
         "type": "http",

@@ -82,9 +82,7 @@ class Service:
     app: ASGIApp
     routes: RouteResolver
 
-    async def capture(
-        self, pair: str, request: UserRequest, version: Version, role: Role, arms: int
-    ) -> Capture:
+    async def capture(self, pair: str, request: UserRequest, version: Version, role: Role, arms: int) -> Capture:
         path, _, query = request.path.partition("?")
         scope: dict[str, Any] = {
             "type": "http",
@@ -153,12 +151,7 @@ async def taken(database_url: str, asked: Sequence[UserRequest]) -> list[list[Ca
 def compared(number: int, captures: Sequence[Capture]) -> PairRecord:
     moment = int(time.time() * 1000)
     return PairRecord(
-        SERVICE,
-        f"{moment}-{number}",
-        moment,
-        captures[0].pair,
-        compare_pair(list(captures), CompareOptions()),
-        (),
+        SERVICE, f"{moment}-{number}", moment, captures[0].pair, compare_pair(list(captures), CompareOptions()), ()
     )
 
 

@@ -30,9 +30,7 @@ class Replica:
 
 
 @contextmanager
-def replica(
-    redis_url: str, postgres_url: str, folder: Path, *, clock: Clock | None = None
-) -> Iterator[Replica]:
+def replica(redis_url: str, postgres_url: str, folder: Path, *, clock: Clock | None = None) -> Iterator[Replica]:
     grpc_port, http_port = free_ports(2)
     settings = {
         "ABREAST_REDIS_URL": redis_url,

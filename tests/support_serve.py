@@ -146,12 +146,7 @@ class Ledger:
         return int(row[0])
 
     def pair(
-        self,
-        endpoint: int,
-        *findings: int,
-        at: dt.datetime = NOON,
-        outcome: str | None = None,
-        **columns: Any,
+        self, endpoint: int, *findings: int, at: dt.datetime = NOON, outcome: str | None = None, **columns: Any
     ) -> str:
         """Rolls up like a worker does: findings' counters and the tally."""
         number = str(uuid.uuid4())
@@ -186,12 +181,7 @@ class Ledger:
         return number
 
     def example(
-        self,
-        pair: str,
-        findings: Mapping[int, int],
-        captures: bytes,
-        differences: list[Any],
-        at: dt.datetime = NOON,
+        self, pair: str, findings: Mapping[int, int], captures: bytes, differences: list[Any], at: dt.datetime = NOON
     ) -> None:
         """`findings` → the example's size."""
         self.execute(

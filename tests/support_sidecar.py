@@ -137,10 +137,7 @@ def summary() -> api.GetSummaryResponse:
 def verdict() -> api.GetVerdictResponse:
     text = "0 of 1,000 pairs have unexplained mismatches: 0% (0% to 0.4%), 0.1% allowed"
     rate = api.VerdictReason(
-        subject=api.VERDICT_SUBJECT_MISMATCHES,
-        state=api.VERDICT_STATE_INCONCLUSIVE,
-        text=text,
-        pairs_to_pass=2500,
+        subject=api.VERDICT_SUBJECT_MISMATCHES, state=api.VERDICT_STATE_INCONCLUSIVE, text=text, pairs_to_pass=2500
     )
     unseen = api.VerdictReason(
         subject=api.VERDICT_SUBJECT_COVERAGE,
@@ -153,12 +150,9 @@ def verdict() -> api.GetVerdictResponse:
         state=api.VERDICT_STATE_INCONCLUSIVE,
         reasons=[unseen, rate],
         endpoints=[
+            api.EndpointVerdict(endpoint=endpoint(), state=api.VERDICT_STATE_INCONCLUSIVE, reasons=[unseen, rate]),
             api.EndpointVerdict(
-                endpoint=endpoint(), state=api.VERDICT_STATE_INCONCLUSIVE, reasons=[unseen, rate]
-            ),
-            api.EndpointVerdict(
-                endpoint=common.Endpoint(service="shop", method="GET", route="/"),
-                state=api.VERDICT_STATE_PASS,
+                endpoint=common.Endpoint(service="shop", method="GET", route="/"), state=api.VERDICT_STATE_PASS
             ),
         ],
         pairs_needed=2500,
@@ -191,9 +185,7 @@ def answers() -> dict[str, Message | list[Message] | grpc.StatusCode]:
         after=traffic(7),
     )
     event.time.FromDatetime(NOW)
-    summary_row = api.EndpointSummary(
-        endpoint=endpoint(), pairs=1204, findings=2, outcomes=summary().outcomes[:2]
-    )
+    summary_row = api.EndpointSummary(endpoint=endpoint(), pairs=1204, findings=2, outcomes=summary().outcomes[:2])
     summary_row.old_p50.FromMicroseconds(3100)
     summary_row.old_p99.FromMicroseconds(12_400)
     return {
@@ -203,10 +195,7 @@ def answers() -> dict[str, Message | list[Message] | grpc.StatusCode]:
         "ListFindings": api.ListFindingsResponse(findings=[finding()]),
         "GetFinding": api.GetFindingResponse(finding=finding(), examples=[pair_detail()]),
         "GetPair": api.GetPairResponse(pair=pair_detail()),
-        "WatchFindings": [
-            api.WatchFindingsResponse(finding=finding()),
-            api.WatchFindingsResponse(finding=finding(13)),
-        ],
+        "WatchFindings": [api.WatchFindingsResponse(finding=finding()), api.WatchFindingsResponse(finding=finding(13))],
         "GetTraffic": traffic_pb2.GetTrafficResponse(traffic=traffic(), envoys=[envoy()]),
         "UpdateTraffic": traffic_pb2.UpdateTrafficResponse(**change),
         "Rollback": traffic_pb2.RollbackResponse(**change),
@@ -231,11 +220,7 @@ class Prepared(grpc.GenericRpcHandler):
         method = SERVICES[service].methods_by_name[name]
         module = api if service.endswith("ComparisonService") else traffic_pb2
         parse = getattr(module, method.input_type.name).FromString
-        kind = (
-            grpc.unary_stream_rpc_method_handler
-            if method.server_streaming
-            else grpc.unary_unary_rpc_method_handler
-        )
+        kind = grpc.unary_stream_rpc_method_handler if method.server_streaming else grpc.unary_unary_rpc_method_handler
         return kind(
             lambda request, context: self._answer(name, request, context),
             request_deserializer=parse,

@@ -70,16 +70,12 @@ class Up:
         command += ["--service", "shop", "--listen", f"127.0.0.1:{self.listen}"]
         command += ["--grpc", f"127.0.0.1:{self.grpc}", "--http", f"127.0.0.1:{self.http}", *self.options]
         environment = {**CLEAN, "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, text=True
-        )
+        self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, text=True)
         return self.process
 
     def __enter__(self) -> Self:
         process = self.start()
-        eventually(
-            lambda: "Ctrl-C" in self.text or process.poll() is not None, within=START, what="abreast up runs"
-        )
+        eventually(lambda: "Ctrl-C" in self.text or process.poll() is not None, within=START, what="abreast up runs")
         assert process.poll() is None, self.text
         return self
 
@@ -107,9 +103,7 @@ class Up:
 
     def json(self, *words: str) -> Any:
         """The same in this process, which is faster."""
-        environment: dict[str, str | None] = {
-            name: None for name in os.environ if name.startswith("ABREAST_")
-        }
+        environment: dict[str, str | None] = {name: None for name in os.environ if name.startswith("ABREAST_")}
         environment["ABREAST_SIDECAR"] = f"127.0.0.1:{self.grpc}"
         done = CliRunner().invoke(abreast, [*words, "--json"], env=environment)
         assert done.stdout, done.stderr
@@ -130,10 +124,7 @@ class Up:
 
     def healthy(self) -> None:
         """Until Envoy has found both versions."""
-        eventually(
-            lambda: not self.failures() & {("Envoy", "old"), ("Envoy", "new")},
-            what="both are healthy",
-        )
+        eventually(lambda: not self.failures() & {("Envoy", "old"), ("Envoy", "new")}, what="both are healthy")
 
     def compared(self, pairs: int) -> None:
         eventually(lambda: int(self.json("status")["summary"]["pairs"]) >= pairs, what=f"{pairs} pairs")
@@ -143,9 +134,7 @@ class Up:
 def service(version: str, port: int, redis_url: str, *options: str) -> Iterator[int]:
     """Its process."""
     environment = {**CLEAN, "ABREAST_REDIS_URL": redis_url, "ABREAST_PAIR_TIMEOUT": PAIR_TIMEOUT}
-    with subprocess.Popen(
-        [sys.executable, str(SERVICE), version, str(port), *options], env=environment
-    ) as process:
+    with subprocess.Popen([sys.executable, str(SERVICE), version, str(port), *options], env=environment) as process:
         try:
             eventually(lambda: answers(port), what=f"{version} answers")
             yield process.pid

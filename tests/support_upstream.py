@@ -101,9 +101,7 @@ class Upstream:
 
     async def start(self) -> Self:
         self.reading.set()
-        self._server = await asyncio.start_server(
-            self._connection, "127.0.0.1", self.port, ssl=self.tls, limit=2**20
-        )
+        self._server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, ssl=self.tls, limit=2**20)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -168,9 +166,7 @@ async def _echo(request: Received, reader: asyncio.StreamReader, writer: asyncio
     """Accept a websocket, then send back whatever comes."""
     key = request.headers["sec-websocket-key"].encode()
     accept = base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID, usedforsecurity=False).digest())
-    writer.write(
-        b"HTTP/1.1 101 X\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-accept: " + accept
-    )
+    writer.write(b"HTTP/1.1 101 X\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-accept: " + accept)
     writer.write(b"\r\n\r\n")
     while data := await reader.read(65536):
         writer.write(data)

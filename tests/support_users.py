@@ -71,9 +71,7 @@ class Users:
                 link[1].close()
 
 
-async def ask(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, method: str, path: str
-) -> tuple[str, str]:
+async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, method: str, path: str) -> tuple[str, str]:
     """The trouble with the answer, and who answered."""
     body = b"order" if method == "POST" else b""
     head = f"{method} {path} HTTP/1.1\r\nhost: shop\r\nx-request-id: {uuid.uuid4()}\r\ncontent-length: {len(body)}"

@@ -46,9 +46,7 @@ def sampled(ledger: Ledger, many: int | None = None) -> None:
     ledger.execute(ENVOY, Jsonb({"sampled": written if many is None else many}))
 
 
-async def verdict(
-    sidecar: Running, window: common.TimeWindow | None = None, **budget: Any
-) -> pb.GetVerdictResponse:
+async def verdict(sidecar: Running, window: common.TimeWindow | None = None, **budget: Any) -> pb.GetVerdictResponse:
     asked = pb.GetVerdictRequest(service="shop", window=window, budget=pb.Budget(**budget))
     found: pb.GetVerdictResponse = await sidecar.comparison.GetVerdict(asked)
     return found

@@ -56,9 +56,7 @@ class DemoClient:
         request = comparison_pb2.GetSummaryRequest(service=self.service)
         summary = await self.comparison.GetSummary(request, timeout=DEMO_CALL_TIMEOUT_S)
         return LedgerCounts(
-            outcomes={
-                _short_name(common_pb2.Outcome.Name(row.outcome)): row.count for row in summary.outcomes
-            },
+            outcomes={_short_name(common_pb2.Outcome.Name(row.outcome)): row.count for row in summary.outcomes},
             envoy_sampled=summary.envoy_sampled if summary.HasField("envoy_sampled") else None,
             unaccounted=summary.unaccounted if summary.HasField("unaccounted") else None,
             pending=summary.pending if summary.HasField("pending") else None,
@@ -77,11 +75,7 @@ class DemoClient:
 
     async def wait_until_quiescent(self) -> LedgerCounts:
         """The ledger once it sums up, or does not change any more: something may be missing from before."""
-        counts, unchanged_since, started_at = (
-            await self.get_ledger_counts(),
-            time.monotonic(),
-            time.monotonic(),
-        )
+        counts, unchanged_since, started_at = (await self.get_ledger_counts(), time.monotonic(), time.monotonic())
         while not counts.is_settled(0) and time.monotonic() - started_at < MAX_JOIN_WAIT_S:
             await asyncio.sleep(SETTLE_POLL_S)
             new_counts = await self.get_ledger_counts()

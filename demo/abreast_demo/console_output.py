@@ -99,9 +99,7 @@ class ConsoleOutput:
     def update_progress(self, tally: UserTally) -> None:
         if self._progress is not None:
             elapsed_s = self._progress.tasks[self._task_id].elapsed or 0.0
-            self._progress.update(
-                self._task_id, completed=elapsed_s, requests=tally.requests, errors=tally.user_errors
-            )
+            self._progress.update(self._task_id, completed=elapsed_s, requests=tally.requests, errors=tally.user_errors)
 
     def print_regression(self, finding: ReportedFinding) -> None:
         self.console.print(style_text("found", "ok"), "", _format_finding_location(finding), soft_wrap=True)
@@ -122,11 +120,7 @@ class ConsoleOutput:
 
 def _print_regressions(console: Console, result: DemoResult) -> None:
     table = make_table(
-        "",
-        "finding",
-        "pairs",
-        "planted, and what is reported",
-        numeric_columns=frozenset({"finding", "pairs"}),
+        "", "finding", "pairs", "planted, and what is reported", numeric_columns=frozenset({"finding", "pairs"})
     )
     for change in PLANTED_REGRESSIONS:
         matches = [finding for finding in result.regression_findings if finding.location == change.location]
@@ -138,9 +132,7 @@ def _print_regressions(console: Console, result: DemoResult) -> None:
                 _join_lines(change.description, _format_finding_location(finding)),
             )
         if not matches:
-            table.add_row(
-                style_text("missed", "fail"), "", "", _join_lines(change.description, str(change.location))
-            )
+            table.add_row(style_text("missed", "fail"), "", "", _join_lines(change.description, str(change.location)))
     _print_titled_table(
         console, f"Regressions: {len(result.detected_changes)} of {len(PLANTED_REGRESSIONS)} found", table
     )
@@ -170,11 +162,7 @@ def _print_harmless(console: Console, result: DemoResult) -> None:
 def _print_unexpected(console: Console, result: DemoResult) -> None:
     if result.unexpected_findings:
         table = make_table(
-            "",
-            "reported, but not planted",
-            "pairs",
-            "finding",
-            numeric_columns=frozenset({"pairs", "finding"}),
+            "", "reported, but not planted", "pairs", "finding", numeric_columns=frozenset({"pairs", "finding"})
         )
         for finding in result.unexpected_findings:
             table.add_row(
@@ -184,9 +172,7 @@ def _print_unexpected(console: Console, result: DemoResult) -> None:
                 str(finding.id),
             )
         _print_titled_table(
-            console,
-            f"{format_quantity(len(result.unexpected_findings), 'finding')} that nobody planted",
-            table,
+            console, f"{format_quantity(len(result.unexpected_findings), 'finding')} that nobody planted", table
         )
 
 
@@ -196,17 +182,13 @@ def _print_ledger(console: Console, result: DemoResult) -> None:
     for outcome, pair_count in sorted(ledger.outcomes.items(), key=lambda row: -row[1]):
         table.add_row(style_text(outcome.replace("_", " "), outcome), format_count(pair_count))
         if outcome == "mismatch":
-            table.add_row(
-                style_text("  of these only noise or additions", "dim"), format_count(ledger.explained_pairs)
-            )
+            table.add_row(style_text("  of these only noise or additions", "dim"), format_count(ledger.explained_pairs))
     table.add_row("sum", format_count(ledger.total_pairs))
     table.add_row(
         "Envoy's own count", "unknown" if ledger.envoy_sampled is None else format_count(ledger.envoy_sampled)
     )
     _print_titled_table(console, "The ledger: " + _format_ledger_state(ledger), table)
-    errors = style_text(
-        format_quantity(tally.user_errors, "user error"), "fail" if tally.user_errors else "ok"
-    )
+    errors = style_text(format_quantity(tally.user_errors, "user error"), "fail" if tally.user_errors else "ok")
     console.print(f"{format_quantity(tally.requests, 'request')}, ", errors, sep="")
 
 
@@ -234,11 +216,7 @@ def program_command() -> str:
     program_path, installed_path = sys.argv[0], shutil.which("abreast")
     if Path(program_path).name != "abreast":
         return shlex.join([sys.executable, "-m", "abreast_sidecar"])
-    return (
-        "abreast"
-        if installed_path and Path(installed_path).samefile(program_path)
-        else shlex.quote(program_path)
-    )
+    return "abreast" if installed_path and Path(installed_path).samefile(program_path) else shlex.quote(program_path)
 
 
 def _list_next_commands(outcome: DemoOutcome) -> Iterable[tuple[str, str]]:

@@ -100,9 +100,7 @@ class ShopDeployment:
         return {
             "new-killed": Fault(lambda: kill_tree(new.pid), lambda: self.start("new")),
             "new-hangs": pause_fault(new.pid),
-            "new-errors": Fault(
-                lambda: os.kill(new.pid, signal.SIGUSR1), lambda: os.kill(new.pid, signal.SIGUSR2)
-            ),
+            "new-errors": Fault(lambda: os.kill(new.pid, signal.SIGUSR1), lambda: os.kill(new.pid, signal.SIGUSR2)),
             **stack_faults(self.stack),
         }
 
@@ -144,11 +142,7 @@ def deploy_shop(
 ) -> Iterator[ShopDeployment]:
     """The same, with what it takes to break it."""
     upstreams = {version: SocketAddress(LOOPBACK, find_free_port()) for version in VERSIONS}
-    shares: dict[str, Any] = {
-        "sample_safe": SAFE_SAMPLE_SHARE,
-        "baseline_share": BASELINE_SHARE,
-        **envoy_options,
-    }
+    shares: dict[str, Any] = {"sample_safe": SAFE_SAMPLE_SHARE, "baseline_share": BASELINE_SHARE, **envoy_options}
     envoy_settings = EnvoySettings(
         service=SHOP_SERVICE,
         listen=addresses.listen,

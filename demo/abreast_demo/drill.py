@@ -14,13 +14,7 @@ import httpx
 
 from abreast_demo.client import DemoClient
 from abreast_demo.deploy import LOOPBACK, StackAddresses, deploy_shop
-from abreast_demo.load import (
-    MIN_SERVER_ERROR_STATUS,
-    USER_HEADER,
-    LoadGenerator,
-    UserRequest,
-    generate_requests,
-)
+from abreast_demo.load import MIN_SERVER_ERROR_STATUS, USER_HEADER, LoadGenerator, UserRequest, generate_requests
 from abreast_demo.planted_changes import LedgerCounts
 from abreast_demo.shop import SHOP_SERVICE
 from abreast_sidecar.envoy.settings import SocketAddress
@@ -53,9 +47,7 @@ class DrillReport:
     until_old: float | None  # from the break to the last answer by new
     until_new: float | None  # from the repair to the first one
     sampled: int | None  # by Envoy's own count
-    pending: (
-        int | None
-    )  # of them, still on their way: what a dead sidecar had begun with is taken over after a minute
+    pending: int | None  # of them, still on their way: what a dead sidecar had begun with is taken over after a minute
     lost: int | None  # of them, neither in the ledger nor on their way
     trouble: str  # why the drill failed; empty where it did not
 
@@ -72,10 +64,7 @@ class RecordingLoadGenerator(LoadGenerator):
 
     async def _send_request(self, request: UserRequest) -> None:
         sent_at, version, is_error = time.monotonic(), "", True
-        headers = {
-            USER_HEADER: request.user,
-            **({"content-type": "application/json"} if request.body else {}),
-        }
+        headers = {USER_HEADER: request.user, **({"content-type": "application/json"} if request.body else {})}
         try:
             response = await self.client.request(
                 request.method, request.path, content=request.body or None, headers=headers
@@ -151,9 +140,7 @@ class DrillRun:
     def seconds_until_new(self) -> float | None:
         if not self.breaks_new or not self._recovered_responses:
             return None
-        return max(
-            min(response.answered_at for response in self._recovered_responses) - self.repaired_at, 0.0
-        )
+        return max(min(response.answered_at for response in self._recovered_responses) - self.repaired_at, 0.0)
 
     def build_report(self, before: LedgerCounts, after: LedgerCounts) -> DrillReport:
         safe_responses = [response for response in self.responses if response.is_safe]
@@ -162,17 +149,13 @@ class DrillRun:
             for kind in (True, False)
         }
         sampled = _subtract_counts(after.envoy_sampled, before.envoy_sampled)
-        accounted_requests = (
-            after.total_pairs - before.total_pairs + (after.pending or 0) - (before.pending or 0)
-        )
+        accounted_requests = after.total_pairs - before.total_pairs + (after.pending or 0) - (before.pending or 0)
         return DrillReport(
             drill=self.name,
             requests=len(self.responses),
             safe_errors=errors_by_safety[True],
             unsafe_errors=errors_by_safety[False],
-            longest_wait=max(
-                (response.answered_at - response.sent_at for response in safe_responses), default=0.0
-            ),
+            longest_wait=max((response.answered_at - response.sent_at for response in safe_responses), default=0.0),
             until_old=self.seconds_until_old,
             until_new=self.seconds_until_new,
             sampled=sampled,

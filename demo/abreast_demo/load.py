@@ -109,9 +109,7 @@ class UserTally:
 
     @property
     def user_errors(self) -> int:
-        error_responses = sum(
-            count for status, count in self.statuses.items() if status >= MIN_SERVER_ERROR_STATUS
-        )
+        error_responses = sum(count for status, count in self.statuses.items() if status >= MIN_SERVER_ERROR_STATUS)
         return error_responses + self.failures.total()
 
 
@@ -150,10 +148,7 @@ class LoadGenerator:
                 group.create_task(self._send_request(request))
 
     async def _send_request(self, request: UserRequest) -> None:
-        headers = {
-            USER_HEADER: request.user,
-            **({"content-type": "application/json"} if request.body else {}),
-        }
+        headers = {USER_HEADER: request.user, **({"content-type": "application/json"} if request.body else {})}
         try:
             response = await self.client.request(
                 request.method, request.path, content=request.body or None, headers=headers

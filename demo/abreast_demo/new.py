@@ -168,20 +168,12 @@ async def get_price(product: Annotated[Product, Depends(require_product)], curre
 
 @router.get("/products/{product_id}/reviews", response_model=ReviewList)
 async def list_reviews(product_id: int, shop: ShopDependency) -> Any:
-    return {
-        "product": product_id,
-        "reviews": await shop.list_reviews(product_id),
-    }  # planted: empty-reviews
+    return {"product": product_id, "reviews": await shop.list_reviews(product_id)}  # planted: empty-reviews
 
 
 @router.get("/products/{product_id}/related", response_model=RelatedProducts)
-async def list_related_products(
-    product: Annotated[Product, Depends(require_product)], shop: ShopDependency
-) -> Any:
-    return {
-        "product": product.id,
-        "related": shuffle_members(await shop.list_related_product_ids(product.id)),
-    }
+async def list_related_products(product: Annotated[Product, Depends(require_product)], shop: ShopDependency) -> Any:
+    return {"product": product.id, "related": shuffle_members(await shop.list_related_product_ids(product.id))}
 
 
 @router.get("/search", response_model=SearchResults)

@@ -97,11 +97,7 @@ async def search_products(request: Request) -> Response:
     query = request.query_params.get("q", "")
     products = await get_shop(request).search_products("search_text", f"%{query.translate(LIKE_ESCAPES)}%")
     identity = request.state.request_id
-    content = {
-        "query": query,
-        "items": [summarise_product(product) for product in products],
-        "request_id": identity,
-    }
+    content = {"query": query, "items": [summarise_product(product) for product in products], "request_id": identity}
     return JSONResponse(content, headers={SEARCH_ID_HEADER: identity})
 
 
@@ -122,9 +118,7 @@ async def create_order(request: Request) -> Response:
     if await get_shop(request).find_product(product_id) is None:
         raise HTTPException(HTTPStatus.NOT_FOUND, "no such product")
     order_id = await get_shop(request).create_order(product_id, quantity)
-    return JSONResponse(
-        {"order": str(order_id), "product": product_id, "quantity": quantity}, HTTPStatus.CREATED
-    )
+    return JSONResponse({"order": str(order_id), "product": product_id, "quantity": quantity}, HTTPStatus.CREATED)
 
 
 async def get_health(request: Request) -> Response:  # noqa: ARG001  # Starlette's signature
@@ -152,10 +146,7 @@ def build_starlette_app(shop: Shop) -> Starlette:
         routes=[
             Mount(
                 "/catalogue",
-                routes=[
-                    Route("/categories", list_categories),
-                    Route("/categories/{slug}", list_category_products),
-                ],
+                routes=[Route("/categories", list_categories), Route("/categories/{slug}", list_category_products)],
             ),
             Route("/products/{product_id:int}", get_product),
             Route("/products/{product_id:int}/price", get_price),

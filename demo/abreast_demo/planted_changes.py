@@ -63,9 +63,7 @@ PLANTED_REGRESSIONS = (
         FindingLocation("GET /search", "status", "200->500", "changed"),
     ),
     PlantedChange(
-        "slow-search",
-        "every search takes 30 ms longer",
-        FindingLocation("GET /search", "latency", "", "slower"),
+        "slow-search", "every search takes 30 ms longer", FindingLocation("GET /search", "latency", "", "slower")
     ),
 )
 
@@ -135,9 +133,7 @@ class LedgerCounts:
 
     def is_settled(self, sent_requests: int) -> bool:
         """Whether all that Envoy counted is in the ledger, and Envoy has counted all that was sent."""
-        is_complete = (
-            self.envoy_sampled is not None and self.total_pairs == self.envoy_sampled >= sent_requests
-        )
+        is_complete = self.envoy_sampled is not None and self.total_pairs == self.envoy_sampled >= sent_requests
         return is_complete and self.pending == 0 and self.unaccounted == 0
 
     def is_complete_since(self, before: LedgerCounts) -> bool:

@@ -142,7 +142,5 @@ async def _collect_outcome(stack: Stack, client: DemoClient, tally: UserTally) -
     result = DemoResult(
         tally, await client.wait_until_settled(tally.safe_requests), await client.wait_for_planted_findings()
     )
-    examples = {
-        finding.id: await client.get_example_pair_id(finding.id) for finding in result.regression_findings[:1]
-    }
+    examples = {finding.id: await client.get_example_pair_id(finding.id) for finding in result.regression_findings[:1]}
     return DemoOutcome(stack, result, examples)

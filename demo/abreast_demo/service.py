@@ -32,9 +32,7 @@ def build_app(version: str, shop: Shop) -> ASGIApp:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m abreast_demo.shop", description="One version of the shop."
-    )
+    parser = argparse.ArgumentParser(prog="python -m abreast_demo.shop", description="One version of the shop.")
     parser.add_argument("--version", choices=("old", "new"), required=True)
     parser.add_argument("--listen", metavar="HOST:PORT", required=True)
     arguments = parser.parse_args()
@@ -42,9 +40,7 @@ def main() -> None:
     missing_variables = [name for name in ("DATABASE_URL", "CACHE_URL") if not os.environ.get(name)]
     if missing_variables or not port.isdigit():
         sys.exit(
-            f"shop: set {' and '.join(missing_variables)}"
-            if missing_variables
-            else "shop: --listen must be host:port"
+            f"shop: set {' and '.join(missing_variables)}" if missing_variables else "shop: --listen must be host:port"
         )
     os.environ.setdefault("ABREAST_RELEASE", RELEASE_BY_VERSION[arguments.version])
     FaultMiddleware.install_signal_handlers()

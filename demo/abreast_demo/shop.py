@@ -37,11 +37,7 @@ class ShopDatabase:
 
     def __init__(self, url: str) -> None:
         self.pool = AsyncConnectionPool(
-            url,
-            min_size=2,
-            max_size=MAX_CONNECTIONS,
-            open=False,
-            kwargs={"autocommit": True, "row_factory": dict_row},
+            url, min_size=2, max_size=MAX_CONNECTIONS, open=False, kwargs={"autocommit": True, "row_factory": dict_row}
         )
 
     async def open(self) -> None:
@@ -64,12 +60,7 @@ class ShopDatabase:
             await connection.execute(load_statement(name), values)
 
 
-CURRENCY_RATES = {
-    "EUR": Decimal(1),
-    "USD": Decimal("1.0847"),
-    "GBP": Decimal("0.8553"),
-    "JPY": Decimal("163.27"),
-}
+CURRENCY_RATES = {"EUR": Decimal(1), "USD": Decimal("1.0847"), "GBP": Decimal("0.8553"), "JPY": Decimal("163.27")}
 CURRENCIES_WITHOUT_MINOR_UNIT = frozenset({"JPY"})  # currencies without a smaller unit
 CENT_QUANTUM = Decimal("0.01")
 CACHE_TTL_S = 20.0  # seconds
@@ -124,26 +115,18 @@ class Shop:
         return await self.cache.get("categories", lambda: self.database.fetch_rows("categories"))
 
     async def list_category_products(self, slug: str) -> list[Product]:
-        rows = await self.cache.get(
-            f"category:{slug}", lambda: self.database.fetch_rows("category", slug=slug)
-        )
+        rows = await self.cache.get(f"category:{slug}", lambda: self.database.fetch_rows("category", slug=slug))
         return [Product(**row) for row in rows]
 
     async def find_product(self, product_id: int) -> Product | None:
-        rows = await self.cache.get(
-            f"product:{product_id}", lambda: self.database.fetch_rows("product", id=product_id)
-        )
+        rows = await self.cache.get(f"product:{product_id}", lambda: self.database.fetch_rows("product", id=product_id))
         return Product(**rows[0]) if rows else None
 
     async def list_reviews(self, product_id: int) -> list[ShopRow]:
-        return await self.cache.get(
-            f"reviews:{product_id}", lambda: self.database.fetch_rows("reviews", id=product_id)
-        )
+        return await self.cache.get(f"reviews:{product_id}", lambda: self.database.fetch_rows("reviews", id=product_id))
 
     async def list_related_product_ids(self, product_id: int) -> set[int]:
-        rows = await self.cache.get(
-            f"related:{product_id}", lambda: self.database.fetch_rows("related", id=product_id)
-        )
+        rows = await self.cache.get(f"related:{product_id}", lambda: self.database.fetch_rows("related", id=product_id))
         return {row["id"] for row in rows}
 
     async def get_stats(self) -> ShopStats:

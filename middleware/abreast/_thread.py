@@ -11,9 +11,7 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-MAX_WAITING_BYTES = (
-    16 * 1024 * 1024
-)  # that may wait for the thread; beyond that the caller does the work itself
+MAX_WAITING_BYTES = 16 * 1024 * 1024  # that may wait for the thread; beyond that the caller does the work itself
 MAX_OPEN_FILES = 64  # open at a time
 
 Job = Callable[[], None]

@@ -131,9 +131,7 @@ class Cache:
     ) -> None:
         _validate_arguments(namespace, ttl, jitter, timeout, shadow_writes)
         self.redis = _make_client(redis, timeout) if isinstance(redis, str) else redis
-        self.schema_version = (
-            os.environ.get("ABREAST_RELEASE", "") if schema_version is None else schema_version
-        )
+        self.schema_version = os.environ.get("ABREAST_RELEASE", "") if schema_version is None else schema_version
         self._owns_client = isinstance(redis, str)
         self._namespace = namespace
         self._ttl = ttl
@@ -172,9 +170,7 @@ class Cache:
                 return cast("T", result.value)
         # A load of its own: it may see what this request has written, and nobody else may.
         shadow_key = (id(context), key)
-        return cast(
-            "T", await self._single_flight.run(shadow_key, lambda: self._load_and_store(key, load, ttl))
-        )
+        return cast("T", await self._single_flight.run(shadow_key, lambda: self._load_and_store(key, load, ttl)))
 
     async def delete(self, *keys: str) -> None:
         """Remove what is kept, in all forms. A shadow doesn't: it only sees them no more itself."""
@@ -183,9 +179,7 @@ class Cache:
             record("cache.delete", {"namespace": self._namespace, "key": key}, key=key)
         if context.is_shadow:
             self._mark_deleted(context, keys)
-            redis_keys = (
-                [self._redis_key(key, context) for key in keys] if self._shadow_writes == "isolated" else []
-            )
+            redis_keys = [self._redis_key(key, context) for key in keys] if self._shadow_writes == "isolated" else []
         else:
             for key in keys:
                 self._single_flight.invalidate(key)
@@ -209,14 +203,11 @@ class Cache:
         value: Any = NOT_CACHED
         if not self._is_deleted(context, key):
             value = self._decode(
-                await self._call_redis(lambda: self.redis.hget(self._redis_key(key), self.schema_version)),
-                parse,
+                await self._call_redis(lambda: self.redis.hget(self._redis_key(key), self.schema_version)), parse
             )
         if value is NOT_CACHED and context.is_shadow and self._shadow_writes == "isolated":
             redis_key = self._redis_key(key, context)
-            value = self._decode(
-                await self._call_redis(lambda: self.redis.hget(redis_key, self.schema_version)), parse
-            )
+            value = self._decode(await self._call_redis(lambda: self.redis.hget(redis_key, self.schema_version)), parse)
         add_span(context, SPAN_KIND, key.partition(":")[0], started_ns, MISS if value is NOT_CACHED else HIT)
         return value
 
@@ -281,10 +272,7 @@ class Cache:
         try:
             async with asyncio.timeout(self._timeout):
                 await self._call_slots.acquire()
-        except (
-            TimeoutError,
-            RuntimeError,
-        ):  # too many ask at once, or in another event loop; Redis may be well
+        except (TimeoutError, RuntimeError):  # too many ask at once, or in another event loop; Redis may be well
             return None
         try:
             return await self._run_command(command) if self._is_down == was_down else None
@@ -340,14 +328,10 @@ def _to_jsonable(value: Any) -> Any:
 
 def _make_client(url: str, timeout: float) -> Redis:
     """No retries: a service without its cache is slower, not down."""
-    return Redis.from_url(
-        url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0)
-    )
+    return Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0))
 
 
-def _validate_arguments(
-    namespace: str, ttl: float, jitter: float, timeout: float, shadow_writes: str
-) -> None:
+def _validate_arguments(namespace: str, ttl: float, jitter: float, timeout: float, shadow_writes: str) -> None:
     if not namespace or namespace.startswith(RESERVED_PREFIX):
         raise SettingError("a cache needs a namespace of its own in Redis, such as namespace='shop'")
     if not (ttl > 0 and timeout > 0 and 0 <= jitter < 1):

@@ -51,13 +51,7 @@ def add_span(context: RequestContext, kind: str, name: str, started_ns: int, not
         start_us = (started_ns - context.started_ns) // 1000
         duration_us = (perf_counter_ns() - started_ns) // 1000
         spans.rows.append(
-            (
-                kind[:MAX_SPAN_NAME_CHARS],
-                name[:MAX_SPAN_NAME_CHARS],
-                start_us,
-                duration_us,
-                note[:MAX_SPAN_NAME_CHARS],
-            )
+            (kind[:MAX_SPAN_NAME_CHARS], name[:MAX_SPAN_NAME_CHARS], start_us, duration_us, note[:MAX_SPAN_NAME_CHARS])
         )
 
 
@@ -97,9 +91,7 @@ class RequestContext:
     # Of a shadow: what is to be done when the app has returned. None where nobody would do it, or it was done.
     cleanups: list[Callable[[], Awaitable[object]]] | None = None
     invalid_reason = ""  # why what comes of a shadow says nothing of its code
-    deleted_cache_keys: AbstractSet[tuple[int, str]] = (
-        NO_CACHE_KEYS  # what a shadow deleted from a cache: (cache, key)
-    )
+    deleted_cache_keys: AbstractSet[tuple[int, str]] = NO_CACHE_KEYS  # what a shadow deleted from a cache: (cache, key)
 
     def __init__(
         self,
@@ -191,11 +183,11 @@ def extract(carrier: str) -> None:
     travels with no capture.
     """
     context, current_context = _parse_carrier(carrier) if carrier else NO_REQUEST, CURRENT_CONTEXT.get()
-    is_same_request = context.pair and (
-        current_context.pair,
-        current_context.role,
-        current_context.version,
-    ) == (context.pair, context.role, context.version)
+    is_same_request = context.pair and (current_context.pair, current_context.role, current_context.version) == (
+        context.pair,
+        context.role,
+        context.version,
+    )
     if not is_same_request:  # in the process of the request it stays the request's own
         CURRENT_CONTEXT.set(context)
 
@@ -219,9 +211,7 @@ def run_cleanups(context: RequestContext) -> None:
     """In a task of its own: the request's may be cancelled. What comes after this finds `ends` to be None."""
     cleanups, context.cleanups = context.cleanups, None
     if cleanups:
-        task = asyncio.get_running_loop().create_task(
-            _run_all(cleanups), name="abreast end", context=Context()
-        )
+        task = asyncio.get_running_loop().create_task(_run_all(cleanups), name="abreast end", context=Context())
         CLEANUP_TASKS.add(task)
         task.add_done_callback(CLEANUP_TASKS.discard)
 

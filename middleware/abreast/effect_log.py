@@ -23,9 +23,7 @@ MAX_EFFECTS = 200  # of a request; those beyond are counted
 MAX_PAYLOAD_BYTES = 64 * 1024  # of a request's payloads; of those beyond a digest is kept
 MAX_EFFECT_NAME_CHARS = 200  # characters of a kind and of a key
 MAX_PAYLOAD_DEPTH = 50  # of a payload that orjson does not take
-ORJSON_OPTIONS = (
-    orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS
-)  # sorted: of long payloads only a digest is compared
+ORJSON_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS  # sorted: of long payloads only a digest is compared
 
 Redact = Callable[[Any], Any]
 

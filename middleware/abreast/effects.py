@@ -106,9 +106,7 @@ def effect(kind: str, payload: Any = _UNSET, *, key: str = "", stand_in: Any = N
     """
     for argument in (payload, stand_in):
         if inspect.iscoroutinefunction(argument):
-            raise EffectError(
-                f"{argument.__qualname__} must be awaited; use a plain function for effect {kind!r}"
-            )
+            raise EffectError(f"{argument.__qualname__} must be awaited; use a plain function for effect {kind!r}")
     return Effect(kind, payload, key, stand_in)
 
 
@@ -129,17 +127,13 @@ class Effect(Generic[S]):
         return EffectScope(self).call(func, *args, **kwargs)
 
     @overload
-    def __call__(
-        self, func: Callable[P, Coroutine[Any, Any, T]]
-    ) -> Callable[P, Coroutine[Any, Any, T | S]]: ...
+    def __call__(self, func: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T | S]]: ...
     @overload
     def __call__(self, func: Callable[P, T]) -> Callable[P, T | S]: ...
     def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """As a decorator: every call of the function is an effect."""
         if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
-            raise EffectError(
-                f"{func.__qualname__} is a generator, which can't be held back; wrap what it calls"
-            )
+            raise EffectError(f"{func.__qualname__} is a generator, which can't be held back; wrap what it calls")
         if inspect.iscoroutinefunction(func):
 
             @functools.wraps(func)
@@ -224,9 +218,7 @@ class EffectScope(Generic[S]):
         if self._effect_record is not None:
             self._effect_record.error = error_type.__name__
 
-    def _decide(
-        self, func: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> bool:
+    def _decide(self, func: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         if not self.is_recorded:
             self.is_recorded = True
             context = CURRENT_CONTEXT.get()
@@ -265,9 +257,7 @@ def _build_payload(
         return f"<no payload: {type(error).__name__}>"
 
 
-def _bind_arguments(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+def _bind_arguments(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     bound = inspect.signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
     return {name: value for name, value in bound.arguments.items() if name not in {"self", "cls"}}

@@ -144,9 +144,7 @@ class ParallelRunMiddleware:
             return
         await self.app(scope, receive, send)
 
-    def _make_recorder(
-        self, scope: Scope, receive: Receive, send: Send
-    ) -> RequestRecorder | UncapturedRequest | None:
+    def _make_recorder(self, scope: Scope, receive: Receive, send: Send) -> RequestRecorder | UncapturedRequest | None:
         """What watches a marked request; None where an outer middleware does. Tells the code which role it has."""
         if SCOPE_KEY in scope:
             CURRENT_CONTEXT.set(scope[SCOPE_KEY])  # something in between may have begun a new context
@@ -162,11 +160,7 @@ class ParallelRunMiddleware:
             header_values = dict(headers)
             pair = header_values[PAIR_HEADER]
             route_tags = self._route_tags.get(
-                (
-                    header_values.get(VERSION_HEADER),
-                    header_values.get(ROLE_HEADER),
-                    header_values.get(COPIES_HEADER),
-                )
+                (header_values.get(VERSION_HEADER), header_values.get(ROLE_HEADER), header_values.get(COPIES_HEADER))
             )
         if (
             route_tags is None
@@ -183,19 +177,12 @@ class ParallelRunMiddleware:
         scope[SCOPE_KEY] = context
         return RequestRecorder(self._exporter_pool, scope, receive, send, pair, route_tags, context)
 
-    def _wrap_uncaptured(
-        self, header_values: dict[bytes, bytes], receive: Receive, send: Send
-    ) -> UncapturedRequest:
+    def _wrap_uncaptured(self, header_values: dict[bytes, bytes], receive: Receive, send: Send) -> UncapturedRequest:
         """For what is not captured: a shadow is one also where capturing is off, or the marks are not understood."""
         role: Role = ROLE_BY_HEADER.get(header_values.get(ROLE_HEADER, b"live"), "shadow")
         pair = header_values[PAIR_HEADER].decode("latin-1")
         context = RequestContext(
-            VERSION_BY_HEADER.get(header_values.get(VERSION_HEADER)),
-            role,
-            pair,
-            self._release,
-            None,
-            perf_counter_ns(),
+            VERSION_BY_HEADER.get(header_values.get(VERSION_HEADER)), role, pair, self._release, None, perf_counter_ns()
         )
         context.cleanups = [] if context.is_shadow else None
         CURRENT_CONTEXT.set(context)

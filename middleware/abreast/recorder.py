@@ -19,9 +19,7 @@ from abreast.context import RequestContext
 from abreast.errors import ErrorReporter
 from abreast.protocol.capture import DIGEST_BYTES, Body, Role, Version, digest
 
-MIN_BUFFER_BYTES = (
-    64 * 1024
-)  # bytes that are always held until the background hashes them, whatever the limit
+MIN_BUFFER_BYTES = 64 * 1024  # bytes that are always held until the background hashes them, whatever the limit
 HASH_BATCH_BYTES = (
     32 * 1024
 )  # bytes that are handed to the thread at once, since waking it costs more than hashing them
@@ -51,9 +49,7 @@ class FileRange:
         position, remaining = self.offset, self.count
         while remaining is None or remaining > 0:
             block = os.pread(
-                self.descriptor,
-                FILE_BLOCK_BYTES if remaining is None else min(FILE_BLOCK_BYTES, remaining),
-                position,
+                self.descriptor, FILE_BLOCK_BYTES if remaining is None else min(FILE_BLOCK_BYTES, remaining), position
             )
             if not block:
                 return
@@ -93,9 +89,7 @@ class BodyBuffer:
         self.length = 0
         self.buffered_bytes = 0
         self.chunks: list[bytes] = []
-        self.parts: list[bytes | FileRange] | None = (
-            None  # instead of chunks, once a file is part of the body
-        )
+        self.parts: list[bytes | FileRange] | None = None  # instead of chunks, once a file is part of the body
         self._capacity = max(MIN_BUFFER_BYTES, limit)
         self._digest: hashlib.blake2b | None = None
         self._unhashed_chunks: list[bytes] = []  # chunks that the thread has not got yet

@@ -12,16 +12,7 @@ from abreast.protocol.join import Keys, Limits
 from abreast.protocol.redis_client import URL_FORMATS, parse_address
 
 ENV_PREFIX = "ABREAST_"
-FLAG_VALUES = {
-    "1": True,
-    "true": True,
-    "yes": True,
-    "on": True,
-    "0": False,
-    "false": False,
-    "no": False,
-    "off": False,
-}
+FLAG_VALUES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 REQUEST_HEADERS = (
     "accept",
     "accept-encoding",
@@ -146,9 +137,7 @@ def seconds(value: object) -> float:
 @dataclass(frozen=True)
 class Settings:
     service: str = setting("", name, "Name of the service, the same for both versions")
-    redis_url: str = setting(
-        "redis://127.0.0.1:6379/0", url, "Redis or Valkey that captures are sent to", secret=True
-    )
+    redis_url: str = setting("redis://127.0.0.1:6379/0", url, "Redis or Valkey that captures are sent to", secret=True)
     release: str = setting("", header_text, "Label of the running code, such as a git SHA or an image tag")
     enabled: bool = setting(True, flag, "false passes every request through without a capture")
     body_limit: int = setting(
@@ -166,49 +155,31 @@ class Settings:
         "Key of these hashes, the same for both versions. By default, the versions generate a key and share it through Redis",
         secret=True,
     )
-    queue_count: int = setting(
-        10_000, count(1, "captures"), "Maximum number of captures in the queue of a process"
-    )
-    queue_bytes: int = setting(
-        64 * 1024 * 1024, count(1, "bytes"), "Maximum size of the queue of a process in bytes"
-    )
+    queue_count: int = setting(10_000, count(1, "captures"), "Maximum number of captures in the queue of a process")
+    queue_bytes: int = setting(64 * 1024 * 1024, count(1, "bytes"), "Maximum size of the queue of a process in bytes")
     export_batch: int = setting(200, count(1, "captures"), "Captures per batch that is sent to Redis")
-    export_interval: float = setting(
-        0.05, seconds, "Seconds that a capture waits for others before its batch is sent"
-    )
-    pair_timeout: float = setting(
-        10.0, seconds, "Seconds that a pair waits in Redis for its missing captures"
-    )
+    export_interval: float = setting(0.05, seconds, "Seconds that a capture waits for others before its batch is sent")
+    pair_timeout: float = setting(10.0, seconds, "Seconds that a pair waits in Redis for its missing captures")
     redis_pairs: int = setting(
-        100_000,
-        count(1, "pairs"),
-        "Maximum number of pairs per shard that wait in Redis for a copy or a worker",
+        100_000, count(1, "pairs"), "Maximum number of pairs per shard that wait in Redis for a copy or a worker"
     )
     redis_bytes: int = setting(
         256 * 1024 * 1024, count(1, "bytes"), "Maximum size of the captures in Redis per shard in bytes"
     )
     shards: int = setting(1, count(1, "shards"), "Streams per service, the same for both versions")
-    flush_timeout: float = setting(
-        2.0, seconds, "Seconds that a shutdown waits until the remaining captures are sent"
-    )
+    flush_timeout: float = setting(2.0, seconds, "Seconds that a shutdown waits until the remaining captures are sent")
     effect_wait: float = setting(
-        2.0,
-        seconds,
-        "Seconds that a capture waits for background tasks after the response, and for their effects",
+        2.0, seconds, "Seconds that a capture waits for background tasks after the response, and for their effects"
     )
 
     def __post_init__(self) -> None:
         if self.enabled and not self.service:
-            raise SettingError(
-                f"the middleware needs a service name; pass service='shop' or set {ENV_PREFIX}SERVICE"
-            )
+            raise SettingError(f"the middleware needs a service name; pass service='shop' or set {ENV_PREFIX}SERVICE")
 
     @property
     def join_limits(self) -> Limits:
         return Limits(
-            wait_ms=max(1, round(self.pair_timeout * 1000)),
-            max_pairs=self.redis_pairs,
-            max_bytes=self.redis_bytes,
+            wait_ms=max(1, round(self.pair_timeout * 1000)), max_pairs=self.redis_pairs, max_bytes=self.redis_bytes
         )
 
     @classmethod

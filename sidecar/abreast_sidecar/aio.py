@@ -71,9 +71,7 @@ class Outage:
         if not self._last_logged_at or now - self._last_logged_at > LOG_REMINDER_S:
             self._last_logged_at = now
             outage_s = round(now - self._started_at, 1)
-            log.warning(
-                "a server is away", server=self.server, error=str(error), seconds=outage_s, **self.fields
-            )
+            log.warning("a server is away", server=self.server, error=str(error), seconds=outage_s, **self.fields)
 
     def record_success(self, caller: str = "") -> None:
         self._backoffs_s.pop(caller, None)
@@ -106,9 +104,7 @@ async def error_within(task: asyncio.Task[Any]) -> str:
     """What is amiss with the task after so long; empty for nothing. Never cancelled: a driver that waits for a frozen
     Postgres would not let go, and goes on once it thaws.
     """
-    task.add_done_callback(
-        lambda future: future.cancelled() or future.exception()
-    )  # whoever left, it is no news
+    task.add_done_callback(lambda future: future.cancelled() or future.exception())  # whoever left, it is no news
     await asyncio.wait({task}, timeout=OPTIONAL_CALL_TIMEOUT_S)
     if not task.done():
         return f"postgres has not answered for {OPTIONAL_CALL_TIMEOUT_S:g} s"

@@ -73,11 +73,7 @@ class Sidecar:
             discovery=RtdsServer(self.control),
             interceptor=Interceptor(metrics),
         )
-        checks = {
-            "postgres": self._check_postgres,
-            "redis": self._check_redis,
-            "workers": self._check_workers,
-        }
+        checks = {"postgres": self._check_postgres, "redis": self._check_redis, "workers": self._check_workers}
         self.readiness = Readiness(checks, self.grpc.set_ready)
         web = WebApp(
             reader=reader,

@@ -58,9 +58,7 @@ class LuaScript:
     text: str
     sha: str
 
-    async def run(
-        self, client: Redis, keys: Sequence[str], arguments: Sequence[str | int | float | bytes]
-    ) -> Any:
+    async def run(self, client: Redis, keys: Sequence[str], arguments: Sequence[str | int | float | bytes]) -> Any:
         """By its digest; in full where Redis does not know it, or has forgotten."""
         try:
             return await client.evalsha(self.sha, len(keys), *keys, *arguments)

@@ -109,16 +109,7 @@ def count(value: str) -> int:
 
 
 def flag(value: str) -> bool:
-    values = {
-        "1": True,
-        "true": True,
-        "yes": True,
-        "on": True,
-        "0": False,
-        "false": False,
-        "no": False,
-        "off": False,
-    }
+    values = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     try:
         return values[value.strip().lower()]
     except KeyError:
@@ -133,9 +124,7 @@ def address(value: str) -> str:
     return f"{host or '0.0.0.0'}:{port}"
 
 
-def _number(
-    value: str, expected: str, *, low: float, high: float = float("inf"), exclusive: bool = False
-) -> float:
+def _number(value: str, expected: str, *, low: float, high: float = float("inf"), exclusive: bool = False) -> float:
     try:
         number = float(value)
     except ValueError:
@@ -159,28 +148,20 @@ class EnvironmentSettings:
             except ValueError as error:
                 if setting_field.metadata.get("secret"):
                     raise SettingError(f"{name} must be {error}; what it is now is not shown") from None
-                raise SettingError(
-                    f"{name} must be {error}, got {mask_secrets(environment[name])!r}"
-                ) from error
+                raise SettingError(f"{name} must be {error}, got {mask_secrets(environment[name])!r}") from error
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class Settings(EnvironmentSettings):
-    redis_url: str = setting(
-        "redis://127.0.0.1:6379/0", redis_url, "Redis or Valkey that services send captures to"
-    )
-    postgres_url: str = setting(
-        "postgresql://127.0.0.1:5432/abreast", database_url, "Postgres that holds the ledger"
-    )
+    redis_url: str = setting("redis://127.0.0.1:6379/0", redis_url, "Redis or Valkey that services send captures to")
+    postgres_url: str = setting("postgresql://127.0.0.1:5432/abreast", database_url, "Postgres that holds the ledger")
     postgres_direct_url: str = setting(
         "",
         database_url,
         "Direct Postgres URL for LISTEN/NOTIFY and leader election. Required if ABREAST_POSTGRES_URL goes through a transaction-mode pooler",
     )
-    grpc_listen: str = setting(
-        "127.0.0.1:50051", address, "Address of the gRPC API and of Envoy's control plane"
-    )
+    grpc_listen: str = setting("127.0.0.1:50051", address, "Address of the gRPC API and of Envoy's control plane")
     http_listen: str = setting("127.0.0.1:8090", address, "Address of health, metrics and the web page")
     envoy_admin: tuple[str, ...] = setting(
         (),
@@ -193,9 +174,7 @@ class Settings(EnvironmentSettings):
         30.0, seconds, "Seconds after which another worker takes over the entries of a dead worker"
     )
     batch_bytes: int = setting(
-        64 * 1024 * 1024,
-        count,
-        "Target size of a batch in bytes of captures. A worker holds two batches at a time",
+        64 * 1024 * 1024, count, "Target size of a batch in bytes of captures. A worker holds two batches at a time"
     )
     examples_per_finding: int = setting(5, count, "Pairs per finding whose bodies are kept as examples")
     examples_bytes: int = setting(
@@ -213,26 +192,18 @@ class Settings(EnvironmentSettings):
         (), comma_list, "Response headers to ignore in addition to the built-in list, comma separated"
     )
     recheck_per_minute: int = setting(
-        0,
-        count,
-        "Pairs per minute that are sent to both versions again to detect state drift. 0 disables rechecks",
+        0, count, "Pairs per minute that are sent to both versions again to detect state drift. 0 disables rechecks"
     )
     recheck_delay: float = setting(2.0, seconds, "Seconds to wait before a recheck")
     recheck_old_url: str = setting("", http_url, "URL of old for rechecks. It must not lead through Envoy")
     recheck_new_url: str = setting("", http_url, "URL of new for rechecks. It must not lead through Envoy")
     new_share: float = setting(0.0, share, "Initial share of users that new serves")
-    sample_safe: float = setting(
-        0.1, share, "Initial share of safe requests (GET, HEAD, OPTIONS) that are mirrored"
-    )
+    sample_safe: float = setting(0.1, share, "Initial share of safe requests (GET, HEAD, OPTIONS) that are mirrored")
     sample_unsafe: float = setting(0.0, share, "Initial share of unsafe requests that are mirrored")
     baseline_share: float = setting(
-        0.1,
-        share,
-        "Initial share of mirrored safe requests that old receives twice, to detect noise",
+        0.1, share, "Initial share of mirrored safe requests that old receives twice, to detect noise"
     )
-    shutdown_timeout: float = setting(
-        10.0, seconds, "Seconds that work in flight has to finish after SIGTERM"
-    )
+    shutdown_timeout: float = setting(10.0, seconds, "Seconds that work in flight has to finish after SIGTERM")
     webhook_urls: tuple[str, ...] = setting(
         (), webhook_urls, "URLs that receive every traffic change, comma separated", secret=True
     )

@@ -49,8 +49,7 @@ class Run:
                     words = Path(f"/proc/{pid}/cmdline").read_text()
                     self.started.add((pid, start_time(pid)))
                     self.folders |= {
-                        Path(found)
-                        for found in re.findall(f"{TEMPORARY_ROOT}/{RUN_FOLDER_PREFIX}\\w+", words)
+                        Path(found) for found in re.findall(f"{TEMPORARY_ROOT}/{RUN_FOLDER_PREFIX}\\w+", words)
                     }
 
     def _read_errors(self) -> None:

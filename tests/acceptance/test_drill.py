@@ -17,9 +17,7 @@ from abreast_sidecar.client.output import make_console
 
 ABREAST = Path(sys.executable).with_name("abreast")
 EMPTY = LedgerCounts(outcomes={}, envoy_sampled=0, unaccounted=0, pending=0, drops={})
-AFTER = LedgerCounts(
-    outcomes={"match": 7, "only_old": 1}, envoy_sampled=10, unaccounted=2, pending=1, drops={}
-)
+AFTER = LedgerCounts(outcomes={"match": 7, "only_old": 1}, envoy_sampled=10, unaccounted=2, pending=1, drops={})
 
 
 def test_a_version_that_answers_500_is_left_alone_comes_back_and_costs_no_safe_request() -> None:
@@ -45,19 +43,13 @@ def test_a_version_that_answers_500_is_left_alone_comes_back_and_costs_no_safe_r
 def run(*seen: UserResponse, name: str = "new-killed") -> DrillRun:
     """Broken from second 10 to 20."""
     made = DrillRun(
-        name,
-        RecordingLoadGenerator("http://127.0.0.1:1"),
-        break_started_at=10.0,
-        break_done_at=10.45,
-        repaired_at=20.0,
+        name, RecordingLoadGenerator("http://127.0.0.1:1"), break_started_at=10.0, break_done_at=10.45, repaired_at=20.0
     )
     made.users.responses += seen
     return made
 
 
-def answered(
-    at: float, version: str, *, safe: bool = True, error: bool = False, took: float = 0.1
-) -> UserResponse:
+def answered(at: float, version: str, *, safe: bool = True, error: bool = False, took: float = 0.1) -> UserResponse:
     return UserResponse(at - took, at, version, safe, error)
 
 
@@ -121,21 +113,14 @@ def test_each_drill_is_a_row() -> None:
 
 
 def test_a_drill_must_be_named_and_needs_users_on_new() -> None:
-    wrong: tuple[list[str], ...] = (
-        [],
-        ["new-hangs", "--all"],
-        ["old-killed"],
-        ["new-hangs", "--new", "0%"],
-    )
+    wrong: tuple[list[str], ...] = ([], ["new-hangs", "--all"], ["old-killed"], ["new-hangs", "--new", "0%"])
     for words in wrong:
         assert CliRunner().invoke(abreast, ["drill", *words]).exit_code == 2
 
 
 def test_what_was_on_its_way_before_does_not_stand_for_what_is_missing_now() -> None:
     def ledger(rows: int, envoy: int, pending: int) -> LedgerCounts:
-        return LedgerCounts(
-            outcomes={"match": rows}, envoy_sampled=envoy, unaccounted=0, pending=pending, drops={}
-        )
+        return LedgerCounts(outcomes={"match": rows}, envoy_sampled=envoy, unaccounted=0, pending=pending, drops={})
 
     before = ledger(9, 10, 1)
 

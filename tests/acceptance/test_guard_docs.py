@@ -18,9 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def snippet(page: str, name: str) -> str:
-    found = re.search(
-        rf"<!-- run: {name} -->\n```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL
-    )
+    found = re.search(rf"<!-- run: {name} -->\n```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
     assert found, f"docs/{page}.md has no snippet {name}"
     return found[1]
 
@@ -83,9 +81,7 @@ async def test_a_users_order_stays_and_a_shadows_does_not(
         assert connection.execute("select id from placed order by id").fetchall() == [(1,), (3,)]
 
 
-async def test_users_keep_and_delete_and_shadows_do_not(
-    redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_users_keep_and_delete_and_shadows_do_not(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = snippet("cache", "cache").replace("redis://127.0.0.1:6379/1", redis_url)
     names = made(source, monkeypatch, redis_url)
     kept = []

@@ -37,9 +37,7 @@ class Order:
         return dict(found)
 
     def hop(self, version: str, kind: str, name: str) -> dict[str, Any]:
-        (found,) = [
-            one for one in self.capture(version)["hops"] if (one["kind"], one["name"]) == (kind, name)
-        ]
+        (found,) = [one for one in self.capture(version)["hops"] if (one["kind"], one["name"]) == (kind, name)]
         return dict(found)
 
     def orders(self, version: str) -> int:
@@ -59,9 +57,7 @@ class Order:
 @pytest.fixture(scope="module")
 def order() -> Iterator[Order]:
     addresses = StackAddresses(*(SocketAddress(LOOPBACK, port) for port in free_ports(3)))
-    with deploy_shop(
-        addresses, lambda _said: None, sample_unsafe=1.0, baseline_share=0.0, access_log=True
-    ) as shop:
+    with deploy_shop(addresses, lambda _said: None, sample_unsafe=1.0, baseline_share=0.0, access_log=True) as shop:
         stack = shop.stack
         answer = httpx.post(
             f"{stack.envoy_url}/orders",

@@ -102,9 +102,7 @@ async def test_users_see_nothing_of_redis_postgres_or_the_sidecar_stopped_killed
     assert max(one.seconds for one in seen) < LONGEST
 
 
-async def test_an_envoy_that_restarts_while_the_sidecar_is_away_serves_from_old(
-    stack: Stack, load: Users
-) -> None:
+async def test_an_envoy_that_restarts_while_the_sidecar_is_away_serves_from_old(stack: Stack, load: Users) -> None:
     stack.sidecar.stop()
     await asyncio.to_thread(stack.envoy.stop)
     await asyncio.to_thread(stack.envoy.start)

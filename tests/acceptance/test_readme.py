@@ -96,9 +96,7 @@ def test_the_middleware_is_added_as_shown() -> None:
 
 def test_the_envoy_configuration_is_rendered_as_shown(tmp_path: Path) -> None:
     words = shlex.split(commands("envoy")[0])
-    done = subprocess.run(
-        [BIN / words[0], *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([BIN / words[0], *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
     assert "10.0.0.12" in (tmp_path / "envoy.yaml").read_text()
@@ -126,9 +124,7 @@ def test_the_grpcurl_command_runs_as_shown(sidecar: str) -> None:
         "--data",
         words[3],
     ]
-    done = subprocess.run(
-        [*command, f"http://{sidecar}/{method}"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, f"http://{sidecar}/{method}"], capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
     assert '"pairs":"1"' in done.stdout.replace(" ", "")

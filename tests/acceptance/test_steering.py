@@ -49,9 +49,7 @@ def stack() -> Iterator[Stack]:
 
 @pytest.fixture
 async def load(stack: Stack) -> AsyncIterator[Users]:
-    async with users(
-        stack.envoy_settings.listen.port, readers=4, writers=0, paths=("/products/{}",)
-    ) as found:
+    async with users(stack.envoy_settings.listen.port, readers=4, writers=0, paths=("/products/{}",)) as found:
         yield found
 
 
@@ -73,9 +71,7 @@ def state(stack: Stack) -> tuple[str, int, int]:
     return row[0], row[1], row[2]
 
 
-async def test_a_ramp_climbs_on_real_traffic_and_the_guard_goes_back_when_new_fails(
-    stack: Stack, load: Users
-) -> None:
+async def test_a_ramp_climbs_on_real_traffic_and_the_guard_goes_back_when_new_fails(stack: Stack, load: Users) -> None:
     with ExitStack() as opening:
         old, new = (one[0].port for one in (stack.envoy_settings.old, stack.envoy_settings.new))
         start("old", old, stack, opening)
@@ -85,9 +81,7 @@ async def test_a_ramp_climbs_on_real_traffic_and_the_guard_goes_back_when_new_fa
         steps = ("--steps", "25,100", "--hold", "1s", "--min-pairs", "50")
         begun = abreast(stack, "ramp", "start", *steps, *LENIENT, "--reason", "release 2")
         assert begun["ramp"]["state"]["phase"] == "RAMP_PHASE_PROGRESSING"
-        await eventually_async(
-            partial(is_in, stack, ("succeeded", 1, 10_000)), within=60, what="all steps are done"
-        )
+        await eventually_async(partial(is_in, stack, ("succeeded", 1, 10_000)), within=60, what="all steps are done")
         abreast(stack, "guard", "set", "--mode", "acting", "--reason", "watch it")
         await load.more(50)
 

@@ -49,9 +49,7 @@ def test_answers_and_streams_are_compared_and_each_pair_is_shown() -> None:
         assert '"price": "7.5"' in shown.stdout
         assert doctor.returncode == 0, doctor.stdout
         assert "release old-1" in doctor.stdout
-        eventually(
-            lambda: "old is captured" in up.text and "new is captured" in up.text, what="both are announced"
-        )
+        eventually(lambda: "old is captured" in up.text and "new is captured" in up.text, what="both are announced")
 
         seen = up.watch("/events", lines=12)
         up.watch("/events", lines=300)  # five seconds, and the capture has left
@@ -61,22 +59,14 @@ def test_answers_and_streams_are_compared_and_each_pair_is_shown() -> None:
 
         assert seen[-2:] == [b'data: {"name": "any"}\n', b"\n"]
         assert [one["outcome"] for one in pairs] == ["OUTCOME_PARTIAL"] * 2
-        assert (event["path"], event["kind"], event["count"]) == (
-            "events[*].data.name",
-            "KIND_CHANGED",
-            "2",
-        )
+        assert (event["path"], event["kind"], event["count"]) == ("events[*].data.name", "KIND_CHANGED", "2")
 
 
 def test_ctrl_c_stops_everything_it_started_and_nothing_else() -> None:
     """Also where a script started it with `&`, which has the signal ignored."""
     old, new = free_port(), free_port()
     ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
-    with (
-        Up(old, new, before=ignoring) as up,
-        service("old", old, up.redis_url),
-        service("new", new, up.redis_url),
-    ):
+    with Up(old, new, before=ignoring) as up, service("old", old, up.redis_url), service("new", new, up.redis_url):
         assert up.process is not None
         mine = descendants(up.process.pid)
         code = up.stop(signal.SIGINT)
@@ -181,9 +171,7 @@ def test_the_doctor_names_a_version_that_is_down() -> None:
 def test_the_doctor_names_a_redis_that_stands_still() -> None:
     with Up(free_port(), free_port()) as up:
         assert up.process is not None
-        redis = next(
-            pid for pid in descendants(up.process.pid) if "valkey" in Path(f"/proc/{pid}/comm").read_text()
-        )
+        redis = next(pid for pid in descendants(up.process.pid) if "valkey" in Path(f"/proc/{pid}/comm").read_text())
         os.kill(redis, signal.SIGSTOP)
         try:
             failures = up.failures()
@@ -219,9 +207,7 @@ def test_a_server_that_ends_is_started_again_and_keeps_its_data() -> None:
         assert up.process is not None
         up.ask()
         up.compared(1)
-        redis = next(
-            pid for pid in descendants(up.process.pid) if "valkey" in Path(f"/proc/{pid}/comm").read_text()
-        )
+        redis = next(pid for pid in descendants(up.process.pid) if "valkey" in Path(f"/proc/{pid}/comm").read_text())
         os.kill(redis, signal.SIGKILL)
         eventually(lambda: "redis ended (exit code -9), and is started again" in up.text, what="up says so")
         up.ask()

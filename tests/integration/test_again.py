@@ -138,9 +138,7 @@ async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str)
     await database.open()
     async with database.connection() as connection:
         await classify_findings(connection)
-    listed = (
-        await LedgerReader(database).list_findings(FindingFilter(only_explained=True), PageRequest(10))
-    ).rows
+    listed = (await LedgerReader(database).list_findings(FindingFilter(only_explained=True), PageRequest(10))).rows
     counted = (await LedgerReader(database).list_findings(FindingFilter(), PageRequest(10))).rows
     today = FindingFilter(only_explained=True, window=Window(datetime.now(UTC) - timedelta(hours=1)))
     in_window = (await LedgerReader(database).list_findings(today, PageRequest(10))).rows
@@ -163,9 +161,7 @@ async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str)
     assert captures == 2  # those that were sent; the services' middleware sent none
 
 
-async def test_a_version_that_is_wrong_now_and_then_stays_a_finding(
-    redis_url: str, postgres_url: str
-) -> None:
+async def test_a_version_that_is_wrong_now_and_then_stays_a_finding(redis_url: str, postgres_url: str) -> None:
     """Asked again it is right each time, whether or not the state moved meanwhile."""
     async with bench(redis_url, postgres_url) as found:
         still = [found.send({"stock": 5}, {"stock": 0}) for _ in range(5)]

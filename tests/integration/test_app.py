@@ -209,21 +209,14 @@ def test_worker_processes_end_with_a_killed_sidecar(redis_url: str, postgres_url
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments),
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        command(*arguments), env={**os.environ, **environment}, capture_output=True, text=True, timeout=60, check=False
     )
 
 
 def test_a_port_in_use_is_one_line(redis_url: str, postgres_url: str) -> None:
     with started(redis_url, postgres_url) as sidecar:
         for option, port in (("--grpc-listen", sidecar.grpc_port), ("--http-listen", sidecar.http_port)):
-            others = dict(zip(("--grpc-listen", "--http-listen"), free_ports(2), strict=True)) | {
-                option: port
-            }
+            others = dict(zip(("--grpc-listen", "--http-listen"), free_ports(2), strict=True)) | {option: port}
             options = [part for name, number in others.items() for part in (name, f"127.0.0.1:{number}")]
             ended = run("sidecar", "--redis-url", redis_url, "--postgres-url", postgres_url, *options)
 
@@ -268,9 +261,7 @@ def test_migrate_says_the_version_and_may_be_repeated(empty_postgres_url: str) -
 
 def test_a_ledger_newer_than_the_code_is_refused(redis_url: str, postgres_url: str) -> None:
     with psycopg.connect(postgres_url) as connection:
-        connection.execute(
-            "insert into abreast.schema_version (version, name, digest) values (9999, 'future', '')"
-        )
+        connection.execute("insert into abreast.schema_version (version, name, digest) values (9999, 'future', '')")
 
     addresses = ("--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0")
     ended = run("sidecar", "--redis-url", redis_url, "--postgres-url", postgres_url, *addresses)

@@ -364,11 +364,7 @@ async def test_in_another_event_loop_nothing_is_raised(cache: Cache) -> None:
 async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_while(given: bool) -> None:
     with RedisServer() as server:
         client = redis.asyncio.Redis.from_url(server.url, socket_timeout=None)
-        async with (
-            client,
-            make(server.url) as patient,
-            make(client if given else server.url, timeout=0.1) as cache,
-        ):
+        async with client, make(server.url) as patient, make(client if given else server.url, timeout=0.1) as cache:
             await patient.get("product:7", Source("kept"))
             assert server.process is not None
             os.kill(server.process.pid, signal.SIGSTOP)

@@ -66,8 +66,7 @@ async def compared(redis_url: str, postgres_url: str, old: float, new: float) ->
         ours, theirs = pair_of()
         missed = [dice.random() < share for share in (old, new)]
         counted = [
-            replace(one, cache=(int(not miss), int(miss)))
-            for one, miss in zip((ours, theirs), missed, strict=True)
+            replace(one, cache=(int(not miss), int(miss))) for one, miss in zip((ours, theirs), missed, strict=True)
         ]
         send(redis_url, counted)
     async with running(Settings(redis_url=redis_url, postgres_url=postgres_url, shutdown_timeout=5.0)):

@@ -180,12 +180,7 @@ def test_shares_are_set_as_percent_or_fraction(sidecar: tuple[str, Prepared]) ->
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["--new", "25%"],
-        ["--reason", "r"],
-        ["--new", "2500%", "--reason", "r"],
-        ["--new", "-1", "--reason", "r"],
-    ],
+    [["--new", "25%"], ["--reason", "r"], ["--new", "2500%", "--reason", "r"], ["--new", "-1", "--reason", "r"]],
 )
 def test_shares_that_make_no_sense_are_refused(words: list[str], sidecar: tuple[str, Prepared]) -> None:
     result = run("traffic", "set", *words, "--address", sidecar[0])
@@ -221,9 +216,7 @@ def test_a_rollback_needs_no_reason_and_asks_the_sidecar_nothing_else() -> None:
 
 def test_a_rollback_that_the_ledger_does_not_know_of_is_no_success_and_says_why() -> None:
     answer = traffic_pb2.RollbackResponse(
-        traffic=traffic(8, new_share=0.0),
-        envoys=[envoy(8)],
-        recording_error="the ledger does not know of it yet: x",
+        traffic=traffic(8, new_share=0.0), envoys=[envoy(8)], recording_error="the ledger does not know of it yet: x"
     )
     with serving(Rollback=answer) as (address, _handler):
         result = run("rollback", "--address", address)
@@ -336,8 +329,6 @@ def test_doctor_says_a_line_for_each_part_that_is_down() -> None:
 
 def test_every_answer_is_prepared() -> None:
     """The table of prepared answers has every call of the API but the streams nobody reads here."""
-    names = {
-        m.name for s in (api, traffic_pb2) for d in s.DESCRIPTOR.services_by_name.values() for m in d.methods
-    }
+    names = {m.name for s in (api, traffic_pb2) for d in s.DESCRIPTOR.services_by_name.values() for m in d.methods}
 
     assert names - set(answers()) == {"WatchTraffic"}

@@ -117,9 +117,7 @@ async def test_a_shadow_is_one_also_where_nothing_is_captured(settings: Settings
         ({"x-abreast-role": "live", "x-abreast-copies": "9"}, False),
     ],
 )
-async def test_marks_that_are_not_understood_err_on_the_safe_side(
-    wrong: dict[str, str], shadow: bool
-) -> None:
+async def test_marks_that_are_not_understood_err_on_the_safe_side(wrong: dict[str, str], shadow: bool) -> None:
     inside, _ = await asked(answer, http_scope(headers={**marks(pair_id()), **wrong}))
 
     assert (inside.is_shadow, inside.is_captured) == (shadow, False)
@@ -193,9 +191,7 @@ async def passing_on(request: Request, call_next: Callable[[Request], Awaitable[
 
 
 @pytest.mark.parametrize("between", [False, True])
-@pytest.mark.parametrize(
-    "path", ["/sync", "/pool", "/task", "/to_thread", "/handled", "/crash", "/sub/below"]
-)
+@pytest.mark.parametrize("path", ["/sync", "/pool", "/task", "/to_thread", "/handled", "/crash", "/sub/below"])
 async def test_it_reaches_tasks_threads_handlers_and_what_is_mounted(path: str, between: bool) -> None:
     app = endpoints()
     if between:
@@ -227,9 +223,7 @@ async def test_background_work_of_a_shadow_stays_shadow_also_after_the_request()
 
     async def home(_request: Request) -> Response:
         tasks.append(asyncio.create_task(later()))
-        return PlainTextResponse(
-            "", background=BackgroundTasks([BackgroundTask(in_loop), BackgroundTask(in_thread)])
-        )
+        return PlainTextResponse("", background=BackgroundTasks([BackgroundTask(in_loop), BackgroundTask(in_thread)]))
 
     middleware = wrapped(Starlette(routes=[Route("/", home)]))
     await call(middleware, sampled(role="shadow"))

@@ -50,9 +50,7 @@ async def test_the_layer_is_one_runtime_resource(sidecar: Running) -> None:
 async def test_a_refusal_is_told_and_not_waited_for(sidecar: Running) -> None:
     async with stream(sidecar) as call:
         await call.write(answer(await call.read()))
-        change = sidecar.traffic.UpdateTraffic(
-            pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(seconds=10))
-        )
+        change = sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(seconds=10)))
         began = time.monotonic()
         await call.write(answer(await call.read(), error="no such weight"))
         found = await change
@@ -67,9 +65,7 @@ async def test_an_answer_to_something_else_is_no_acknowledgement(sidecar: Runnin
     async with stream(sidecar) as call:
         response = await call.read()
         await call.write(answer(response, nonce="other"))
-        late = await sidecar.traffic.UpdateTraffic(
-            pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(nanos=10**8))
-        )
+        late = await sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(nanos=10**8)))
         await call.write(answer(response))
         await call.write(answer(await call.read()))
 
@@ -98,10 +94,7 @@ async def test_an_envoy_that_left_is_not_listed(sidecar: Running) -> None:
     [
         (wire.DiscoveryRequest(resource_names=["abreast"]), "node.cluster with the name of its service"),
         (wire.DiscoveryRequest(node=wire.Node(id="edge-1"), resource_names=["abreast"]), "node.cluster"),
-        (
-            wire.DiscoveryRequest(node=NODE, resource_names=["rtds"]),
-            "must have the name abreast, it asks for rtds",
-        ),
+        (wire.DiscoveryRequest(node=NODE, resource_names=["rtds"]), "must have the name abreast, it asks for rtds"),
         (wire.DiscoveryRequest(node=NODE), "it asks for nothing"),
     ],
 )

@@ -81,9 +81,7 @@ async def test_a_rollback_sends_everyone_to_old_and_a_promotion_to_new(sidecar: 
     assert on_old[:2] == (REQUESTS, 0)
 
 
-async def test_a_change_at_one_sidecar_reaches_the_envoy_of_another(
-    redis_url: str, postgres_url: str
-) -> None:
+async def test_a_change_at_one_sidecar_reaches_the_envoy_of_another(redis_url: str, postgres_url: str) -> None:
     async with (
         running(redis_url, postgres_url) as first,
         running(redis_url, postgres_url) as second,
@@ -131,9 +129,7 @@ async def test_services_have_values_of_their_own(sidecar: Running) -> None:
             await sidecar.traffic.GetTraffic(pb.GetTrafficRequest())
 
 
-async def test_envoy_keeps_its_values_without_a_sidecar_and_gets_them_anew(
-    redis_url: str, postgres_url: str
-) -> None:
+async def test_envoy_keeps_its_values_without_a_sidecar_and_gets_them_anew(redis_url: str, postgres_url: str) -> None:
     port = find_free_port()
     async with running(redis_url, postgres_url, grpc_port=port) as sidecar, edge(port) as envoy:
         await acknowledged(sidecar)
@@ -183,9 +179,7 @@ async def test_without_any_known_values_envoy_is_told_nothing(redis_url: str) ->
     assert runtime.get("abreast.weight.new_or_old", "0") == "0"
 
 
-async def test_a_dropped_listener_connects_again_and_misses_nothing(
-    sidecar: Running, postgres_url: str
-) -> None:
+async def test_a_dropped_listener_connects_again_and_misses_nothing(sidecar: Running, postgres_url: str) -> None:
     async with edge(sidecar.port) as envoy:
         await acknowledged(sidecar)
         with psycopg.connect(postgres_url, autocommit=True) as ledger:

@@ -44,13 +44,9 @@ async def test_a_service_that_captures_named_begins_with_the_settings(sidecar: R
     found = await sidecar.traffic.GetTraffic(pb.GetTrafficRequest())
 
     traffic = found.traffic
-    assert (
-        traffic.service,
-        traffic.new_share,
-        traffic.sample_safe,
-        traffic.sample_unsafe,
-        traffic.baseline_share,
-    ) == (*("shop", 0.0, 0.5, 0.0, 0.2),)
+    assert (traffic.service, traffic.new_share, traffic.sample_safe, traffic.sample_unsafe, traffic.baseline_share) == (
+        *("shop", 0.0, 0.5, 0.0, 0.2),
+    )
     assert (traffic.version, traffic.rolled_back) == (1, False)
     assert not found.envoys
 
@@ -76,11 +72,7 @@ async def test_only_what_is_set_changes(sidecar: Running) -> None:
     second = await sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(sample_unsafe=0.000001, wait=NOW))
 
     assert first.traffic.new_share == 0.3
-    assert (second.traffic.new_share, second.traffic.sample_safe, second.traffic.sample_unsafe) == (
-        0.3,
-        0.5,
-        1e-6,
-    )
+    assert (second.traffic.new_share, second.traffic.sample_safe, second.traffic.sample_unsafe) == (0.3, 0.5, 1e-6)
     assert second.traffic.version == first.traffic.version + 1
 
 
@@ -129,10 +121,7 @@ async def test_a_call_that_changes_nothing_leaves_no_trace(sidecar: Running) -> 
 async def test_changes_at_once_are_all_recorded_in_order(sidecar: Running) -> None:
     shares = [number / 100 for number in range(1, 21)]
     await asyncio.gather(
-        *[
-            sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(new_share=share, wait=NOW))
-            for share in shares
-        ]
+        *[sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(new_share=share, wait=NOW)) for share in shares]
     )
 
     events = (await sidecar.traffic.ListTrafficEvents(pb.ListTrafficEventsRequest())).events
@@ -156,9 +145,7 @@ async def test_pages_of_events_are_complete_and_without_doubles(sidecar: Running
         if not answer.next_page_token:
             break
         request.page_token = answer.next_page_token
-        await sidecar.traffic.UpdateTraffic(
-            pb.UpdateTrafficRequest(new_share=0.9 + len(versions) / 100, wait=NOW)
-        )
+        await sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(new_share=0.9 + len(versions) / 100, wait=NOW))
 
     assert versions == [[7, 6, 5], [4, 3, 2], [1]]
 
@@ -173,29 +160,13 @@ async def test_pages_of_events_are_complete_and_without_doubles(sidecar: Running
             pb.UpdateTrafficRequest(new_share=math.nan),
             "new_share must be a share from 0 to 1, got nan",
         ),
-        (
-            "UpdateTraffic",
-            pb.UpdateTrafficRequest(new_share=-1),
-            "new_share must be a share from 0 to 1, got -1",
-        ),
+        ("UpdateTraffic", pb.UpdateTrafficRequest(new_share=-1), "new_share must be a share from 0 to 1, got -1"),
         ("UpdateTraffic", pb.UpdateTrafficRequest(sample_safe=1.1), "sample_safe must be a share"),
         ("UpdateTraffic", pb.UpdateTrafficRequest(sample_unsafe=math.inf), "sample_unsafe must be a share"),
         ("UpdateTraffic", pb.UpdateTrafficRequest(baseline_share=25), "baseline_share must be a share"),
-        (
-            "UpdateTraffic",
-            pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(seconds=11)),
-            "wait must be 0 to 10 s",
-        ),
-        (
-            "UpdateTraffic",
-            pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(nanos=-1)),
-            "wait must be 0 to 10 s",
-        ),
-        (
-            "UpdateTraffic",
-            pb.UpdateTrafficRequest(new_share=0.5, actor="x" * 201),
-            "actor must have at most 200",
-        ),
+        ("UpdateTraffic", pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(seconds=11)), "wait must be 0 to 10 s"),
+        ("UpdateTraffic", pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(nanos=-1)), "wait must be 0 to 10 s"),
+        ("UpdateTraffic", pb.UpdateTrafficRequest(new_share=0.5, actor="x" * 201), "actor must have at most 200"),
         ("Rollback", pb.RollbackRequest(reason="\0"), "reason must not hold a NUL"),
         ("Promote", pb.PromoteRequest(wait=Duration(seconds=-1)), "wait must be 0 to 10 s"),
         ("GetTraffic", pb.GetTrafficRequest(service="\0"), "service must not hold a NUL"),
@@ -208,11 +179,7 @@ async def test_bad_arguments_are_refused_and_change_nothing(
 ) -> None:
     found = await refusal(getattr(sidecar.traffic, method)(request_))
 
-    assert (found.code, found.reason, found.domain) == (
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "BAD_ARGUMENT",
-        "abreast",
-    )
+    assert (found.code, found.reason, found.domain) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT", "abreast")
     assert message in found.message
     assert (await sidecar.traffic.GetTraffic(pb.GetTrafficRequest())).traffic.version == 1
 

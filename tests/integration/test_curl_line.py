@@ -120,10 +120,7 @@ async def test_headers_arrive_as_they_were_and_none_is_made_up() -> None:
 @pytest.mark.parametrize(
     ("made", "lack"),
     [
-        (
-            detail(headers=(("authorization", "hmac:00"),)),
-            "its authorization (a secret, kept as a hash only)",
-        ),
+        (detail(headers=(("authorization", "hmac:00"),)), "its authorization (a secret, kept as a hash only)"),
         (detail(headers=(("x-name", "Zoë"),)), "its x-name (characters that a line can't hold; see --json)"),
         (detail("POST", body=b"\0"), "its body (1 bytes; see --json)"),
         (detail("POST", body=b"x" * 5000), "its body (5000 bytes; see --json)"),

@@ -20,12 +20,7 @@ import redis
 from abreast.protocol.capture import Answer, Body, Capture, Request, Version, decode
 from abreast.protocol.join import Keys
 from abreast_demo.load import generate_requests
-from abreast_demo.planted_changes import (
-    PLANTED_ADDITIONS,
-    PLANTED_NOISE,
-    PLANTED_REGRESSIONS,
-    FindingLocation,
-)
+from abreast_demo.planted_changes import PLANTED_ADDITIONS, PLANTED_NOISE, PLANTED_REGRESSIONS, FindingLocation
 from abreast_demo.shop import ShopDatabase
 from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rules import CompareOptions
@@ -69,20 +64,14 @@ def shops(postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFact
                 admin.execute(f"drop database {name} with (force)".encode())
 
 
-def start(
-    version: str, database: str, redis_url: str, folder: Path, cache: str = ""
-) -> tuple[str, ServerProcess]:
+def start(version: str, database: str, redis_url: str, folder: Path, cache: str = "") -> tuple[str, ServerProcess]:
     port = find_free_port()
     process = ServerProcess.start(
         f"shop {version}",
         [sys.executable, "-m", "abreast_demo.service", "--version", version, "--listen", f"127.0.0.1:{port}"],
         folder / f"{version}-{port}.log",
         is_ready=lambda _pid: is_answering("127.0.0.1", port, HEALTH, b" 200 OK"),
-        environment={
-            "DATABASE_URL": database,
-            "CACHE_URL": cache or redis_url,
-            "ABREAST_REDIS_URL": redis_url,
-        },
+        environment={"DATABASE_URL": database, "CACHE_URL": cache or redis_url, "ABREAST_REDIS_URL": redis_url},
     )
     return f"http://127.0.0.1:{port}", process
 
@@ -124,9 +113,7 @@ def test_what_is_noise_differs_within_old_too_and_nothing_else_does(shops: Shops
     for request in itertools.islice((one for one in generate_requests(8) if one.is_safe), 100):
         first, again = (capture("old", request.path, shops.get("old", request.path)) for _ in range(2))
         judged = compare_pair([first, again], CompareOptions())
-        places |= {
-            FindingLocation(f"GET {judged.route}", one.part, one.path, one.kind) for one in judged.noise
-        }
+        places |= {FindingLocation(f"GET {judged.route}", one.part, one.path, one.kind) for one in judged.noise}
 
     assert places == {plant.location for plant in PLANTED_NOISE}
 
@@ -224,9 +211,7 @@ async def test_a_second_start_changes_nothing(postgres_url: str) -> None:
 
 def test_a_missing_setting_gets_one_line() -> None:
     command = [sys.executable, "-m", "abreast_demo.service", "--version", "old", "--listen", "127.0.0.1:1"]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, env={"CACHE_URL": "redis://x"}
-    )
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={"CACHE_URL": "redis://x"})
 
     assert done.returncode == 1
     assert done.stderr == "shop: set DATABASE_URL\n"

@@ -119,9 +119,7 @@ async def test_the_bytes_of_effects_count_for_the_queue() -> None:
         await send({"type": "http.response.body", "body": b""})
         abreast.record("mail", "x" * 20_000)
 
-    middleware = ParallelRunMiddleware(
-        app, service="shop", redis_url="redis://127.0.0.1:1/0", queue_bytes=40_000
-    )
+    middleware = ParallelRunMiddleware(app, service="shop", redis_url="redis://127.0.0.1:1/0", queue_bytes=40_000)
     await call(middleware, sampled())
     first = middleware.queue.bytes
     await eventually_async(lambda: held(middleware), what="it is settled")

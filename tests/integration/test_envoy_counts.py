@@ -101,9 +101,7 @@ async def brought(database: Database, connection: Connection, running: Abreast, 
     await eventually_async(all_of_them, what=f"envoy's count is {expected}")
 
 
-async def test_what_was_counted_over_a_long_time_is_spread_over_it(
-    database: Database, connection: Connection
-) -> None:
+async def test_what_was_counted_over_a_long_time_is_spread_over_it(database: Database, connection: Connection) -> None:
     await counted(connection, 1000, HOUR)
 
     half = await sampled(database, HOUR / 2)

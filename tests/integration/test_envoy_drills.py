@@ -80,9 +80,7 @@ async def test_users_do_not_notice_that_new_is(name: str, tmp_path: Path) -> Non
         nothing_twice(under)
 
 
-async def test_a_half_sent_answer_is_the_only_thing_that_users_see_and_envoy_counts_it(
-    tmp_path: Path,
-) -> None:
+async def test_a_half_sent_answer_is_the_only_thing_that_users_see_and_envoy_counts_it(tmp_path: Path) -> None:
     """Half an answer that is on its way can't be taken back."""
     async with drill(tmp_path) as under:
         await under.new.be("cutting")

@@ -61,9 +61,7 @@ async def test_a_failing_new_is_answered_for_by_old_and_the_attempts_are_told_ap
 
 
 @pytest.mark.parametrize(("baseline_share", "copies"), [(0.0, 0), (1.0, 1)])
-async def test_an_error_of_old_is_the_answer_and_old_is_not_asked_again(
-    baseline_share: float, copies: int
-) -> None:
+async def test_an_error_of_old_is_the_answer_and_old_is_not_asked_again(baseline_share: float, copies: int) -> None:
     async with abreast(old=Upstream(answer=failing(500)), baseline_share=baseline_share) as running:
         answers = [await running.client.get("/") for _ in range(5)]
         await running.settled()
@@ -274,10 +272,7 @@ async def test_envoy_starts_without_a_sidecar_and_sends_everyone_to_old() -> Non
             sample_safe=1.0,
         )
         began = time.monotonic()
-        async with (
-            started(settings),
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.listen.port}") as client,
-        ):
+        async with started(settings), httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.listen.port}") as client:
             answers = [await client.get("/") for _ in range(10)]
 
             assert {answer.headers["x-abreast-version"] for answer in answers} == {"old"}
@@ -339,9 +334,7 @@ async def test_a_copy_is_given_up_after_its_own_timeout() -> None:
 
 async def test_a_stream_lives_longer_than_any_timeout_of_abreast() -> None:
     async def events(_request: Received, writer: asyncio.StreamWriter) -> None:
-        writer.write(
-            b"HTTP/1.1 200 X\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
+        writer.write(b"HTTP/1.1 200 X\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         for number in range(8):
             writer.write(b"8\r\ndata: %d\n\r\n" % number)
             await writer.drain()

@@ -11,9 +11,7 @@ from support_envoy import Abreast, abreast
 COPIES = 8  # under way at once
 BODY = b"x" * 200_000
 REQUESTS = 240  # 48 MB of bodies
-HEAD_ROOM = (
-    25_000_000  # bytes: what 8 copies hold, the upload under way, and what an allocator does not give back
-)
+HEAD_ROOM = 25_000_000  # bytes: what 8 copies hold, the upload under way, and what an allocator does not give back
 
 
 async def allocated(running: Abreast) -> int:

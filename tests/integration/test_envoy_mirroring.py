@@ -32,9 +32,7 @@ async def test_what_a_client_says_about_abreast_is_thrown_away() -> None:
         await running.arrived(running.old, 2)
         await running.arrived(running.new, 1)
 
-        assert not [
-            request for request in running.old.received + running.new.received if b"forged" in request.head
-        ]
+        assert not [request for request in running.old.received + running.new.received if b"forged" in request.head]
         assert [request.method for request in running.new.received] == ["GET"]
 
 
@@ -42,9 +40,7 @@ async def test_what_a_client_says_about_abreast_is_thrown_away() -> None:
 async def test_the_copy_goes_to_the_version_that_did_not_answer(share: float) -> None:
     requests = 60
     async with abreast(weight=share) as running:
-        answered = Counter(
-            [(await running.client.get(f"/{n}")).headers["x-abreast-version"] for n in range(requests)]
-        )
+        answered = Counter([(await running.client.get(f"/{n}")).headers["x-abreast-version"] for n in range(requests)])
         old, new = await both(running, requests)
 
         assert {request.pair for request in old} == {request.pair for request in new}
@@ -84,11 +80,7 @@ async def test_the_service_sees_the_request_as_the_client_sent_it() -> None:
         ("cookie", "a=1; b=2"),
         ("x-forwarded-proto", "gopher"),
     ]
-    head = (
-        b"GET /a//b/../c%2Fd?q=%7e HTTP/1.1\r\n"
-        + b"".join(f"{k}: {v}\r\n".encode() for k, v in sent)
-        + b"\r\n"
-    )
+    head = b"GET /a//b/../c%2Fd?q=%7e HTTP/1.1\r\n" + b"".join(f"{k}: {v}\r\n".encode() for k, v in sent) + b"\r\n"
     async with abreast(sample_safe=0.0, trusted_hops=1) as running:
         await exchange(running.port, head, until=b"ok")
         [request] = running.old.received
@@ -167,13 +159,9 @@ async def test_unsafe_methods_are_not_mirrored_unless_asked() -> None:
             await running.client.request(method, "/")
         await running.arrived(running.new, 3)
         await running.settled()
-        assert Counter(request.method for request in running.new.received) == Counter(
-            ["GET", "HEAD", "OPTIONS"]
-        )
+        assert Counter(request.method for request in running.new.received) == Counter(["GET", "HEAD", "OPTIONS"])
 
-        await running.sidecar.set(
-            {"abreast.sample.unsafe": {"numerator": 1_000_000, "denominator": "MILLION"}}
-        )
+        await running.sidecar.set({"abreast.sample.unsafe": {"numerator": 1_000_000, "denominator": "MILLION"}})
         for method in unsafe:
             await running.client.request(method, "/")
         await running.arrived(running.new, 7)
@@ -203,10 +191,7 @@ async def test_a_thin_sample_is_not_thrown_with_the_same_dice_as_the_version() -
     async with abreast(weight=0.5, sample_safe=0.005) as running:
         await burst(running.port, 4800)
         await running.settled()
-        live = [
-            [request for request in side.in_role("live") if request.pair]
-            for side in (running.old, running.new)
-        ]
+        live = [[request for request in side.in_role("live") if request.pair] for side in (running.old, running.new)]
 
         assert sum(map(len, live)) > 5
         assert min(map(len, live)) > 0
@@ -220,9 +205,7 @@ async def test_pair_ids_are_unique_even_when_one_request_id_is_used_for_everythi
 
         assert len({UUID(request.pair) for request in old}) == 20
         assert {request.pair for request in old} == {request.pair for request in new}
-        assert {request.headers["x-request-id"] for request in old} == {
-            "11111111-1111-4111-8111-111111111111"
-        }
+        assert {request.headers["x-request-id"] for request in old} == {"11111111-1111-4111-8111-111111111111"}
 
 
 async def test_the_host_stays_what_the_client_asked_for() -> None:
@@ -255,9 +238,7 @@ async def test_a_part_of_the_sample_is_baseline_and_envoy_counts_each() -> None:
     async with abreast(sample_safe=0.5, baseline_share=0.5) as running:
         await burst(running.port, requests)
         await running.settled()
-        arms = Counter(
-            request.headers.get("x-abreast-copies", "1") for request in running.old.in_role("live")
-        )
+        arms = Counter(request.headers.get("x-abreast-copies", "1") for request in running.old.in_role("live"))
         counted = {
             number: await running.stat(f"vhost.service.route.safe_{name}.upstream_rq_total")
             for number, name in (("1", "plain"), ("2", "sampled"), ("3", "baseline"))
@@ -345,9 +326,7 @@ async def test_a_flood_of_copies_is_dropped_and_counted_and_users_see_nothing_of
 async def test_the_sidecars_values_are_taken_over_while_requests_flow() -> None:
     async with abreast() as running:
         assert (await running.client.get("/")).headers["x-abreast-version"] == "old"
-        await running.sidecar.set(
-            {**weights(1.0), "abreast.sample.safe": {"numerator": 0, "denominator": "MILLION"}}
-        )
+        await running.sidecar.set({**weights(1.0), "abreast.sample.safe": {"numerator": 0, "denominator": "MILLION"}})
         await running.settled()
         before = len(running.old.received)
         answers = [await running.client.get("/") for _ in range(10)]

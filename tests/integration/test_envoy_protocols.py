@@ -57,9 +57,7 @@ async def test_the_listener_speaks_tls_and_http2_over_it(certificate: Certificat
     async with abreast(tls_certificate=chain, tls_key=key) as running:
         trusting = ssl.create_default_context(cafile=certificate.certificate)
         trusting.set_alpn_protocols(["h2", "http/1.1"])
-        _, writer = await asyncio.open_connection(
-            "127.0.0.1", running.port, ssl=trusting, server_hostname=NAME
-        )
+        _, writer = await asyncio.open_connection("127.0.0.1", running.port, ssl=trusting, server_hostname=NAME)
         chosen = writer.get_extra_info("ssl_object").selected_alpn_protocol()
         writer.close()
         answer = await running.client.get("/")

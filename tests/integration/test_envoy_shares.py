@@ -84,9 +84,7 @@ async def test_without_a_sticky_key_a_share_holds_too() -> None:
 
 
 @pytest.mark.parametrize(("weight", "use"), [(0.0, "new"), (1.0, "old")])
-async def test_a_tester_gets_the_version_that_he_asks_for_and_the_other_one_a_copy(
-    weight: float, use: str
-) -> None:
+async def test_a_tester_gets_the_version_that_he_asks_for_and_the_other_one_a_copy(weight: float, use: str) -> None:
     async with abreast(weight=weight, tester_secret=SECRET, sample_unsafe=1.0) as running:
         headers = {"x-abreast-use": f"{use} {SECRET}", "x-abreast-role": "live", "x-abreast-used": "1"}
         answers = [await running.client.request(method, "/", headers=headers) for method in ("GET", "POST")]
@@ -111,8 +109,7 @@ async def test_a_tester_of_a_failing_new_is_answered_by_old() -> None:
 
 
 @pytest.mark.parametrize(
-    ("testers", "asked"),
-    [("", "new"), ("", f"new {SECRET}"), (SECRET, "new"), (SECRET, f"new {SECRET}0")],
+    ("testers", "asked"), [("", "new"), ("", f"new {SECRET}"), (SECRET, "new"), (SECRET, f"new {SECRET}0")]
 )
 async def test_nobody_else_can_ask_for_a_version(testers: str, asked: str) -> None:
     async with abreast(tester_secret=testers, sample_safe=0.0) as running:

@@ -248,9 +248,7 @@ async def matched(url: str) -> bool:
     return outcomes(url) == {"match": 1}
 
 
-async def test_a_guard_acts_on_nothing_that_is_long_ago_where_postgress_clock_is_behind(
-    tmp_path: Path,
-) -> None:
+async def test_a_guard_acts_on_nothing_that_is_long_ago_where_postgress_clock_is_behind(tmp_path: Path) -> None:
     with Clock() as clock, parts(postgres=clock) as at:
         await seed(at.url, Load(at.redis.url))
         with replica(at.redis.url, at.url, tmp_path / "all") as found:

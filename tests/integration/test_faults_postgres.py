@@ -172,9 +172,7 @@ def fill_up(admin: psycopg.Connection[Any], rows: int) -> None:
 async def test_workers_may_be_the_victims_of_deadlocks(redis_url: str) -> None:
     """Someone locks an endpoint and then a finding: the order that no worker has."""
     load = Load(redis_url)
-    with server(
-        "deadlock_timeout=1s"
-    ) as postgres:  # a session looks once: the other lock must be asked for until then
+    with server("deadlock_timeout=1s") as postgres:  # a session looks once: the other lock must be asked for until then
         await migrate(postgres.url())
         url = postgres.url()
         async with running(settings(redis_url, postgres)), loading(load, PAIRS):

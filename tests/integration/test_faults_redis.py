@@ -97,12 +97,7 @@ def kill(started: RedisServer) -> None:
 
 async def test_killed_with_an_append_only_file_it_loses_nothing(postgres_url: str, tmp_path: Path) -> None:
     """While it loads its data it answers LOADING, to services and sidecars."""
-    options = (
-        "--key-load-delay",
-        "1000",
-        "--appendfsync",
-        "always",
-    )  # everysec may answer before it has written
+    options = ("--key-load-delay", "1000", "--appendfsync", "always")  # everysec may answer before it has written
     with server(*options, folder=tmp_path) as started:
         load = Load(started.url)
         async with running(settings(started, postgres_url)), loading(load, PAIRS):
@@ -148,14 +143,10 @@ async def all_after(url: str, load: Load, before: set[str]) -> bool:
     return set(load.pairs) - before <= found
 
 
-async def test_with_the_sidecar_away_for_long_all_stay_within_their_bounds_and_go_on(
-    postgres_url: str,
-) -> None:
+async def test_with_the_sidecar_away_for_long_all_stay_within_their_bounds_and_go_on(postgres_url: str) -> None:
     """Redis takes what it may, refuses and counts the rest; once the sidecar is back, the backlog comes first."""
     with server() as started:
-        service = ServiceSettings(
-            service=SERVICE, redis_url=started.url, redis_pairs=150, redis_bytes=10_000_000
-        )
+        service = ServiceSettings(service=SERVICE, redis_url=started.url, redis_pairs=150, redis_bytes=10_000_000)
         load = Load(started.url, pace=0, service=service)
         await load.run(600)
         full = ready(started.url)

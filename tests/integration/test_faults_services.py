@@ -157,9 +157,7 @@ async def test_with_the_sidecar_away_users_notice_nothing_and_the_account_is_who
         pair = str(uuid.uuid4())
         for target, version, role in ((old, "old", "live"), (new, "new", "shadow")):
             began = perf_counter()
-            sent, raised = await call(
-                target, http_scope("/", headers=marks(pair, version=version, role=role))
-            )
+            sent, raised = await call(target, http_scope("/", headers=marks(pair, version=version, role=role)))
             took.append(perf_counter() - began)
             assert raised is None
             assert sent[1]["body"] == b"answer"

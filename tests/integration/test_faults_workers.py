@@ -52,9 +52,7 @@ async def test_one_of_two_is_killed_again_and_again_in_the_middle_of_a_batch(set
     async with running(patient, "survivor"), loading(load, 2000):
         for _ in range(KILLS):
             victim = await worker_process(settings)
-            await eventually_async(
-                lambda: holds_many(settings.redis_url), what="something is being worked on"
-            )
+            await eventually_async(lambda: holds_many(settings.redis_url), what="something is being worked on")
             await asyncio.sleep(generator.uniform(0.3, 0.7))  # it starts, reads, compares or commits
             victim.kill()
             await victim.wait()
@@ -73,9 +71,7 @@ async def test_all_are_killed_and_those_that_come_later_take_over(settings: Sett
     async with loading(load, 1500):
         for _ in range(KILLS // 2):
             both = [await worker_process(settings) for _ in range(2)]
-            await eventually_async(
-                lambda: holds_many(settings.redis_url), what="something is being worked on"
-            )
+            await eventually_async(lambda: holds_many(settings.redis_url), what="something is being worked on")
             await asyncio.sleep(generator.uniform(0, 0.05))
             for victim in both:
                 victim.kill()
@@ -134,9 +130,7 @@ async def test_an_entry_that_kills_whoever_compares_it_is_put_apart_and_the_rest
 async def test_an_entry_that_hangs_is_given_up(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        KILLER.replace("os.kill(os.getpid(), signal.SIGSEGV)", "signal.pause()")
-    )
+    (tmp_path / "sitecustomize.py").write_text(KILLER.replace("os.kill(os.getpid(), signal.SIGSEGV)", "signal.pause()"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     send(settings.redis_url, pair_of("deadly", 1))
     send(settings.redis_url, pair_of(1, 1))

@@ -65,12 +65,7 @@ def asked(request: Request, *, shows: bool) -> PairRecord:
     assert isinstance(new, Capture)
     sides = {"old": structs.replace(old, request=request), "new": structs.replace(new, request=request)}
     return PairRecord(
-        plain.service,
-        plain.entry_id,
-        plain.time_ms,
-        plain.pair_id,
-        structs.replace(plain.result, **sides),
-        (),
+        plain.service, plain.entry_id, plain.time_ms, plain.pair_id, structs.replace(plain.result, **sides), ()
     )
 
 

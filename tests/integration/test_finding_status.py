@@ -24,11 +24,7 @@ pytestmark = pytest.mark.postgres
 
 PRICE = difference("$.price")
 FIXED, EXPECTED = pb.FINDING_STATUS_FIXED, pb.FINDING_STATUS_EXPECTED
-CONFIRMED, OPEN, REOPENED = (
-    pb.FINDING_STATUS_CONFIRMED,
-    pb.FINDING_STATUS_OPEN,
-    pb.FINDING_STATUS_REOPENED,
-)
+CONFIRMED, OPEN, REOPENED = (pb.FINDING_STATUS_CONFIRMED, pb.FINDING_STATUS_OPEN, pb.FINDING_STATUS_REOPENED)
 
 
 @pytest.fixture
@@ -60,9 +56,7 @@ async def the_finding(sidecar: Running) -> pb.GetFindingResponse:
 
 async def say(sidecar: Running, status: pb.FindingStatus.ValueType, release: str = "") -> pb.Finding:
     number = one(sidecar.postgres_url, "select id from abreast.finding")
-    request = pb.SetFindingStatusRequest(
-        id=number, status=status, reason="so it is", actor="ann", release=release
-    )
+    request = pb.SetFindingStatusRequest(id=number, status=status, reason="so it is", actor="ann", release=release)
     answer: pb.SetFindingStatusResponse = await sidecar.comparison.SetFindingStatus(request)
     return answer.finding
 
@@ -87,9 +81,7 @@ async def missing(sidecar: Running) -> int:
         return await detect_unanswered(connection)
 
 
-async def test_a_finding_says_its_rate_with_an_interval_and_its_releases(
-    sidecar: Running, ledger: PairWriter
-) -> None:
+async def test_a_finding_says_its_rate_with_an_interval_and_its_releases(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write([*shown("1", 30), *clean("1", 170), *shown("2", 10, old="b")])
 
     found = (await the_finding(sidecar)).finding
@@ -161,10 +153,7 @@ async def test_fixed_reopens_once_when_a_later_release_shows_it(sidecar: Running
 
     found = await the_finding(sidecar)
     assert found.finding.status == REOPENED
-    assert [(e.actor, e.after, e.release) for e in found.events] == [
-        ("abreast", REOPENED, "2"),
-        ("ann", FIXED, ""),
-    ]
+    assert [(e.actor, e.after, e.release) for e in found.events] == [("abreast", REOPENED, "2"), ("ann", FIXED, "")]
 
 
 async def test_the_release_that_has_the_fix_may_be_named(sidecar: Running, ledger: PairWriter) -> None:
@@ -177,9 +166,7 @@ async def test_the_release_that_has_the_fix_may_be_named(sidecar: Running, ledge
     assert (await the_finding(sidecar)).finding.status == REOPENED
 
 
-async def test_without_names_of_releases_what_arrives_later_reopens(
-    sidecar: Running, ledger: PairWriter
-) -> None:
+async def test_without_names_of_releases_what_arrives_later_reopens(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(shown(""))
     before = shown("", 1)
     await say(sidecar, FIXED)
@@ -190,9 +177,7 @@ async def test_without_names_of_releases_what_arrives_later_reopens(
     assert (await the_finding(sidecar)).finding.status == REOPENED
 
 
-async def test_said_while_workers_write_nothing_is_lost_or_locked_out(
-    sidecar: Running, ledger: PairWriter
-) -> None:
+async def test_said_while_workers_write_nothing_is_lost_or_locked_out(sidecar: Running, ledger: PairWriter) -> None:
     """Whichever comes first, it ends reopened: release 2 shows it after every word."""
     await ledger.write(shown("1"))
     number = one(sidecar.postgres_url, "select id from abreast.finding")
@@ -211,18 +196,10 @@ async def test_said_while_workers_write_nothing_is_lost_or_locked_out(
     await asyncio.gather(*(to.write(shown("2", 3)) for to in (ledger, other)))
     await other.close()
 
-    events = rows(
-        sidecar.postgres_url, "select actor, count(*) from abreast.finding_event group by 1 order by 1"
-    )
+    events = rows(sidecar.postgres_url, "select actor, count(*) from abreast.finding_event group by 1 order by 1")
     assert events == [("abreast", 1), ("ann", 10)]
     assert one(sidecar.postgres_url, "select count from abreast.finding") == 20 + 60 + 6
-    assert (
-        one(
-            sidecar.postgres_url,
-            "select deadlocks from pg_stat_database where datname = current_database()",
-        )
-        == 0
-    )
+    assert one(sidecar.postgres_url, "select deadlocks from pg_stat_database where datname = current_database()") == 0
 
 
 async def test_a_hang_that_was_fixed_reopens_in_a_later_release(sidecar: Running, ledger: PairWriter) -> None:
@@ -302,9 +279,7 @@ async def test_requests_without_an_answer_count_for_the_newest_release_of_their_
         release: [
             (one_.old_requests, one_.new_requests)
             for one_ in (
-                await LedgerReader(sidecar.sidecar.database).read_evidence(
-                    "shop", Window(), 0.1, release=release
-                )
+                await LedgerReader(sidecar.sidecar.database).read_evidence("shop", Window(), 0.1, release=release)
             ).endpoints
         ]
         for release in ("1", "2")
@@ -317,9 +292,7 @@ async def test_what_was_settled_is_listed_apart(sidecar: Running, ledger: PairWr
         [judged([PRICE, difference("$.stock"), difference("$.name")], releases=("a", "1")) for _ in range(30)]
     )
     ids = dict(rows(sidecar.postgres_url, "select path, id from abreast.finding"))
-    await set_status(
-        sidecar.sidecar.database, ids["$.stock"], StatusChange("expected", "ann", "counted anew")
-    )
+    await set_status(sidecar.sidecar.database, ids["$.stock"], StatusChange("expected", "ann", "counted anew"))
     await set_status(sidecar.sidecar.database, ids["$.name"], StatusChange("fixed", "ann", "done"))
 
     async def listed(**asked: object) -> set[str]:

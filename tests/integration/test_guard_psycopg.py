@@ -49,9 +49,7 @@ async def test_a_user_writes_and_it_stays_and_is_recorded(pool: AsyncConnectionP
 
     assert rows(table) == [1]
     shape = "insert into placed (id, quantity) values (?, ?)"
-    assert effects(made) == [
-        ("db.insert.placed", "", {"statement": shape, "values": {"id": 1, "quantity": 10}})
-    ]
+    assert effects(made) == [("db.insert.placed", "", {"statement": shape, "values": {"id": 1, "quantity": 10}})]
 
 
 async def test_a_shadow_reads_what_it_wrote_and_nothing_stays(pool: AsyncConnectionPool, table: str) -> None:
@@ -77,9 +75,7 @@ async def test_the_next_shadow_sees_nothing_of_it(pool: AsyncConnectionPool) -> 
             await connection.execute(INSERT, (1, 10))  # a second one would be a duplicate
 
 
-async def test_users_never_get_a_shadows_session_nor_wait_for_one(
-    pool: AsyncConnectionPool, table: str
-) -> None:
+async def test_users_never_get_a_shadows_session_nor_wait_for_one(pool: AsyncConnectionPool, table: str) -> None:
     async with handled(), pool.connection() as held:
         await held.execute(INSERT, (1, 10))
         with inside("live"):
@@ -295,9 +291,7 @@ async def test_a_shadow_waits_for_a_users_row_for_a_bounded_time_only(
                     await connection.execute(INSERT, (1, 20))
 
 
-async def test_two_at_once_are_two_transactions_and_both_are_undone(
-    pool: AsyncConnectionPool, table: str
-) -> None:
+async def test_two_at_once_are_two_transactions_and_both_are_undone(pool: AsyncConnectionPool, table: str) -> None:
     async with handled(), pool.connection() as one, pool.connection() as other:
         await one.execute(INSERT, (1, 10))
         await other.execute(INSERT, (2, 10))
@@ -480,9 +474,7 @@ async def test_a_request_that_raises_leaves_nothing(table: str, redis_url: str) 
                 await connection.execute(INSERT, (1, 10))
             raise KeyError
 
-        app = ParallelRunMiddleware(
-            Starlette(routes=[Route("/", order)]), service="shop", redis_url=redis_url
-        )
+        app = ParallelRunMiddleware(Starlette(routes=[Route("/", order)]), service="shop", redis_url=redis_url)
         _, raised = await call(app, sampled("/", version="new", role="shadow"))
         await asyncio.gather(*CLEANUP_TASKS)
         await app.aclose()

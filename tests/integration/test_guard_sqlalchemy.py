@@ -78,9 +78,7 @@ async def test_a_user_writes_and_it_stays_and_is_recorded(engine: AsyncEngine, t
 
     assert rows(table) == [1]
     shape = "insert into placed (id, quantity) values (?, ?)"
-    assert effects(made) == [
-        ("db.insert.placed", "", {"statement": shape, "values": {"id": 1, "quantity": 10}})
-    ]
+    assert effects(made) == [("db.insert.placed", "", {"statement": shape, "values": {"id": 1, "quantity": 10}})]
 
 
 async def test_a_shadow_reads_what_it_wrote_in_another_session_and_nothing_stays(
@@ -282,9 +280,7 @@ async def test_a_sessions_thread_serves_a_shadow_and_then_a_user(plain: Engine, 
     assert rows(table) == [2]
 
 
-async def test_what_a_user_has_begun_on_the_session_of_a_shadow_goes_on(
-    engine: AsyncEngine, table: str
-) -> None:
+async def test_what_a_user_has_begun_on_the_session_of_a_shadow_goes_on(engine: AsyncEngine, table: str) -> None:
     async with AsyncSession(engine) as session:
         async with handled():
             session.add(Placed(id=1, quantity=10))

@@ -269,18 +269,13 @@ def test_of_several_hosts_it_is_the_one_of_the_shadow_that_is_watched(table: str
         found = session.info
 
         assert (found.host, str(found.port)) == ("localhost", parts["port"])
-        assert (found.dbname, found.get_parameters()["application_name"]) == (
-            parts["dbname"],
-            "abreast watch",
-        )
+        assert (found.dbname, found.get_parameters()["application_name"]) == (parts["dbname"], "abreast watch")
 
 
 async def test_a_database_that_cannot_be_watched_is_told_once(
     table: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(
-        watch, "TERMINATE_BLOCKERS_SQL", b"select pg_terminate_backend(pid) from no_such_table"
-    )
+    monkeypatch.setattr(watch, "TERMINATE_BLOCKERS_SQL", b"select pg_terminate_backend(pid) from no_such_table")
     monkeypatch.setattr(watch, "RETRY_DELAY_S", 0.0)
     async with AsyncConnectionPool(table, min_size=1, open=False) as pool, handled():
         async with pool.connection() as connection:

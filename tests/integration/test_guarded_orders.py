@@ -150,7 +150,6 @@ async def test_shadowed_orders_are_where_the_setting_says(urls: Urls, orders: in
     assert rows(urls.spare, "select count(*) from orders") == [(orders if own else 0,)]
     assert held
     assert outcomes(urls.ledger) == {"match": orders // 10 * 9, "mismatch": orders // 10}
-    assert rows(
-        urls.ledger,
-        "select part, path, kind, count, detail->>'old', detail->>'new' from abreast.finding",
-    ) == [("effect", "db.insert.orders.$.values.quantity", "changed", orders // 10, "50", "10")]
+    assert rows(urls.ledger, "select part, path, kind, count, detail->>'old', detail->>'new' from abreast.finding") == [
+        ("effect", "db.insert.orders.$.values.quantity", "changed", orders // 10, "50", "10")
+    ]

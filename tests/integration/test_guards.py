@@ -59,9 +59,7 @@ class Bank:
 
     def __init__(self) -> None:
         self.reached: list[str] = []
-        self.app = Starlette(
-            routes=[Route("/{path:path}", self.answer, methods=["GET", "POST", "PUT", "DELETE"])]
-        )
+        self.app = Starlette(routes=[Route("/{path:path}", self.answer, methods=["GET", "POST", "PUT", "DELETE"])])
 
     async def answer(self, request: Request) -> Response:
         self.reached.append(f"{request.method} {(await request.body()).decode()}".strip())
@@ -130,9 +128,7 @@ async def test_the_sync_client_and_a_stand_in_of_the_caller(bank: tuple[Bank, st
     with being("shadow") as found:
         put, delete, get = await asyncio.to_thread(work)
     await asyncio.to_thread(work)
-    assert all(answer.elapsed.total_seconds() < 5 for answer in (put, delete, get)), (
-        "it can be asked as always"
-    )
+    assert all(answer.elapsed.total_seconds() < 5 for answer in (put, delete, get)), "it can be asked as always"
 
     assert [answer.status_code for answer in (put, delete, get)] == [201, 201, 200]
     assert put.json() == {"path": "/orders/7"}
@@ -195,11 +191,7 @@ def mailbox() -> Iterator[tuple[Mailbox, int]]:
 
 def mail(text: str = "Thank you") -> EmailMessage:
     made = EmailMessage()
-    made["From"], made["To"], made["Subject"] = (
-        "Shop <shop@example.org>",
-        "Ann <ann@example.org>",
-        "Your örder",
-    )
+    made["From"], made["To"], made["Subject"] = ("Shop <shop@example.org>", "Ann <ann@example.org>", "Your örder")
     made["Bcc"] = "boss@example.org"
     made["Message-ID"] = f"<{id(made)}@example.org>"
     made.set_content(text)
@@ -239,11 +231,7 @@ async def test_a_mail_is_sent_once(
     (effect,) = recorded[0]
     assert recorded == [[effect]] * 3, "nothing in it differs from copy to copy"
     payload = effect["payload"]
-    assert (effect["kind"], payload["sender"], payload["subject"]) == (
-        "email.send",
-        "shop@example.org",
-        "Your örder",
-    )
+    assert (effect["kind"], payload["sender"], payload["subject"]) == ("email.send", "shop@example.org", "Your örder")
     assert payload["recipients"] == ["ann@example.org", "boss@example.org"]
     assert payload["parts"][0] == {"type": "text/plain", "text": "Thank you\n"}
     assert (payload["parts"][1]["name"], payload["parts"][1]["length"]) == ("bill.pdf", 4)
@@ -420,9 +408,7 @@ async def test_a_broker_within_the_process_leaves_the_request_as_it_is() -> None
 
 
 @pytest.mark.parametrize("carried", ["nonsense", "[]", '["new","later","p","r"]', "7"])
-async def test_a_role_that_can_t_be_read_is_a_shadow_s(
-    carried: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_role_that_can_t_be_read_is_a_shadow_s(carried: str, caplog: pytest.LogCaptureFixture) -> None:
     token = CURRENT_CONTEXT.set(NO_REQUEST)
     abreast.adopt(carried)
     unreadable = abreast.is_shadow()

@@ -92,9 +92,7 @@ async def test_reports_of_processes_are_written_and_leave_when_stale(
     assert sorted(left) == [b"broken", b"fresh"]
 
 
-async def test_reports_of_what_is_no_more_become_one_and_their_sum_stays(
-    connection: Connection, url: str
-) -> None:
+async def test_reports_of_what_is_no_more_become_one_and_their_sum_stays(connection: Connection, url: str) -> None:
     database = Database(url)
     await database.open()
     for number in range(5):
@@ -128,9 +126,7 @@ async def test_releases_of_which_no_pair_is_kept_become_one_and_their_sum_stays(
     ledger = PairWriter(url, examples_per_finding=1)
     for age in (30, 29, 20, 1, 0):
         releases = ("old-1", f"new-{age}")
-        await ledger.write(
-            [judged([difference()], noise=[difference()], at=now - age * DAY, releases=releases)] * 2
-        )
+        await ledger.write([judged([difference()], noise=[difference()], at=now - age * DAY, releases=releases)] * 2)
         await ledger.write([judged(at=now - age * DAY, releases=releases)])
     await ledger.close()
     findings = "select sum(count)::int, sum(baseline_count)::int from abreast.finding_release"
@@ -167,9 +163,7 @@ async def test_days_ahead_are_open_and_old_ones_go_with_all_that_hangs_on_them(
 
 
 @pytest.mark.parametrize("apart", [dt.timedelta(days=400), -dt.timedelta(days=400)])
-async def test_what_time_it_is_says_the_clock_that_is_behind(
-    connection: Connection, apart: dt.timedelta
-) -> None:
+async def test_what_time_it_is_says_the_clock_that_is_behind(connection: Connection, apart: dt.timedelta) -> None:
     now = dt.datetime.now(dt.UTC)
     with capture_logs() as logs:
         found = await conservative_now(connection, now + apart)
@@ -179,16 +173,11 @@ async def test_what_time_it_is_says_the_clock_that_is_behind(
     assert [one["log_level"] for one in logs] == ["warning"]
 
 
-async def test_examples_together_stay_below_a_size_and_open_findings_keep_one(
-    connection: Connection, url: str
-) -> None:
+async def test_examples_together_stay_below_a_size_and_open_findings_keep_one(connection: Connection, url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=3)
     for path in ("$.a", "$.b", "$.gone"):
         await ledger.write(
-            [
-                judged([difference(path)], size=100 * (n + 1), blobs=(os.urandom(1000 * (n + 1)),))
-                for n in range(3)
-            ]
+            [judged([difference(path)], size=100 * (n + 1), blobs=(os.urandom(1000 * (n + 1)),)) for n in range(3)]
         )
     await ledger.close()
     with psycopg.connect(url) as made:
@@ -212,25 +201,17 @@ async def trimmed(url: str, most: int) -> None:
     await database.close()
 
 
-async def test_days_that_take_too_much_go_the_oldest_first_and_never_today(
-    connection: Connection, url: str
-) -> None:
+async def test_days_that_take_too_much_go_the_oldest_first_and_never_today(connection: Connection, url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=3)
     now = int(time.time() * 1000)
     for age in (0, 1, 2, 3):
         await ledger.write([judged(at=now - age * DAY) for _ in range(50)])
     await ledger.close()
     await open_days(connection)
-    sizes = (
-        "select pg_total_relation_size(inhrelid) from pg_inherits where inhparent = 'abreast.pair'::regclass"
-    )
+    sizes = "select pg_total_relation_size(inhrelid) from pg_inherits where inhparent = 'abreast.pair'::regclass"
     total = sum(size for (size,) in rows(url, sizes))
-    kept = [
-        await drop_days(connection, retention_days=14, retention_bytes=limit) for limit in (total, total - 1)
-    ]
-    left = one(
-        url, "select array_agg(distinct current_date - day order by current_date - day) from abreast.pair"
-    )
+    kept = [await drop_days(connection, retention_days=14, retention_bytes=limit) for limit in (total, total - 1)]
+    left = one(url, "select array_agg(distinct current_date - day order by current_date - day) from abreast.pair")
     midnight = dt.datetime.now(dt.UTC).replace(hour=0, minute=0)
     rest = [
         await drop_days(
@@ -239,11 +220,7 @@ async def test_days_that_take_too_much_go_the_oldest_first_and_never_today(
         for days, minutes in ((0, 59), (14, 61))
     ]
 
-    assert (kept, left, rest) == (
-        [0, 1],
-        [0, 1, 2],
-        [1, 1],
-    )  # the last minutes of yesterday may be on their way
+    assert (kept, left, rest) == ([0, 1], [0, 1, 2], [1, 1])  # the last minutes of yesterday may be on their way
     assert one(url, "select count(*) from abreast.pair") == 50
     assert one(url, "select sum(pairs) from abreast.outcome_count") == 200
 
@@ -266,9 +243,7 @@ async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Con
     assert detail["ratio"] == pytest.approx(3.0, abs=0.01)
 
 
-async def test_what_one_release_was_slower_in_is_not_said_of_the_next(
-    connection: Connection, url: str
-) -> None:
+async def test_what_one_release_was_slower_in_is_not_said_of_the_next(connection: Connection, url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=3)
     await ledger.write([timed(f"s{n}", "/", 20_000, 60_000 + n, release="1") for n in range(100)])
     assert await detect_slowdowns(connection) == 1
@@ -278,17 +253,12 @@ async def test_what_one_release_was_slower_in_is_not_said_of_the_next(
     assert await detect_slowdowns(connection) == 0
 
 
-async def test_new_is_held_against_copies_of_old_where_there_are_enough(
-    connection: Connection, url: str
-) -> None:
+async def test_new_is_held_against_copies_of_old_where_there_are_enough(connection: Connection, url: str) -> None:
     """Of two kinds of requests, those that a cache answers are quick in copies, and others as slow as ever."""
     ledger = PairWriter(url, examples_per_finding=3)
     await ledger.write(
         [timed(f"c{n}", "/copies", 20_000, 60_000 + n, baseline_us=60_000 + n % 7) for n in range(100)]
-        + [
-            timed(f"f{n}", "/few", 20_000, 60_000 + n, baseline_us=60_000 if n >= 81 else None)
-            for n in range(100)
-        ]
+        + [timed(f"f{n}", "/few", 20_000, 60_000 + n, baseline_us=60_000 if n >= 81 else None) for n in range(100)]
         + [timed(f"s{n}", "/slow", 20_000, 190_000 + n, baseline_us=60_000) for n in range(100)]
         + [
             timed(
@@ -305,10 +275,7 @@ async def test_new_is_held_against_copies_of_old_where_there_are_enough(
 
     assert await detect_slowdowns(connection) == 2
     query = "select route, detail->'ratio' from abreast.finding join abreast.endpoint on endpoint.id = endpoint_id order by 1"
-    assert rows(url, query) == [
-        ("/few", pytest.approx(3, abs=0.01)),
-        ("/slow", pytest.approx(3.17, abs=0.01)),
-    ]
+    assert rows(url, query) == [("/few", pytest.approx(3, abs=0.01)), ("/slow", pytest.approx(3.17, abs=0.01))]
 
 
 async def test_nothing_is_said_of_times_while_copies_are_to_come(connection: Connection, url: str) -> None:
@@ -318,10 +285,7 @@ async def test_nothing_is_said_of_times_while_copies_are_to_come(connection: Con
     )
     ledger = PairWriter(url, examples_per_finding=3)
     await ledger.write(
-        [
-            timed(f"f{n}", "/few", 20_000, 60_000 + n, baseline_us=60_000 if n >= 90 else None)
-            for n in range(100)
-        ]
+        [timed(f"f{n}", "/few", 20_000, 60_000 + n, baseline_us=60_000 if n >= 90 else None) for n in range(100)]
         + [timed(f"e{n}", "/fast", 20_000, 20_000 + n, baseline_us=20_000) for n in range(100)]
     )
     assert await detect_slowdowns(connection) == 0
@@ -347,9 +311,7 @@ async def counted(url: str) -> dict[str, int]:
 async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Connection, url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=1)
     hanging = [judged(route="/hangs", outcome="only_old") for _ in range(12)]
-    lossy = [
-        judged(route="/lossy", outcome=outcome) for outcome in ("only_old", "only_new") for _ in range(12)
-    ]
+    lossy = [judged(route="/lossy", outcome=outcome) for outcome in ("only_old", "only_new") for _ in range(12)]
     rare = [judged(route="/rare", outcome="only_old" if n < 12 else "match") for n in range(400)]
     await ledger.write([*hanging, *lossy, *rare])
     await ledger.close()
@@ -363,9 +325,7 @@ async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Conne
 def timed(
     pair: str, route: str, old_us: int, new_us: int, *, release: str = "new-1", baseline_us: int | None = None
 ) -> PairRecord:
-    plain = judged(
-        pair=pair, route=route, releases=("old-1", release), baseline_compared=baseline_us is not None
-    )
+    plain = judged(pair=pair, route=route, releases=("old-1", release), baseline_compared=baseline_us is not None)
     known: ComparisonResult = plain.result
     assert known.old is not None
     assert known.new is not None
@@ -376,9 +336,7 @@ def timed(
     return PairRecord(plain.service, plain.entry_id, plain.time_ms, plain.pair_id, timed_, plain.blobs)
 
 
-async def test_envoy_counts_each_sampled_request_once_whatever_becomes_of_it(
-    connection: Connection, url: str
-) -> None:
+async def test_envoy_counts_each_sampled_request_once_whatever_becomes_of_it(connection: Connection, url: str) -> None:
     """Retried on old, left by its client, with a copy that nobody takes."""
 
     async def failing(_request: Any, writer: asyncio.StreamWriter) -> None:
@@ -482,9 +440,7 @@ async def empty(url: str) -> bool:
 
 async def test_housekeeping_starts_without_any_server_and_stops() -> None:
     settings = Settings(
-        redis_url="redis://127.0.0.1:1",
-        postgres_url="postgresql://127.0.0.1:1/x",
-        envoy_admin=("127.0.0.1:1",),
+        redis_url="redis://127.0.0.1:1", postgres_url="postgresql://127.0.0.1:1/x", envoy_admin=("127.0.0.1:1",)
     )
     async with keeping(settings) as housekeeping:
         await asyncio.sleep(0.5)

@@ -142,12 +142,7 @@ def test_what_was_moved_is_forgotten_in_time_and_in_number(client: Any) -> None:
 
 
 @ON_A_SHARED_SERVER
-@given(
-    arms=st.sampled_from([2, 3]),
-    pairs=st.integers(1, 8),
-    seed=st.randoms(use_true_random=False),
-    data=st.data(),
-)
+@given(arms=st.sampled_from([2, 3]), pairs=st.integers(1, 8), seed=st.randoms(use_true_random=False), data=st.data())
 def test_any_order_any_batches_sent_any_number_of_times_give_the_same_pairs(
     client: Any, arms: int, pairs: int, seed: random.Random, data: st.DataObject
 ) -> None:

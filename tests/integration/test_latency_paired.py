@@ -102,16 +102,7 @@ async def test_the_command_shows_both_sides_and_the_pairs(sidecar: Running) -> N
     add(sidecar.ledger(), 400, 10_000, 20_000)
 
     async def run(*arguments: str) -> Result:
-        words = [
-            "endpoint",
-            "GET",
-            ROUTE,
-            "--service",
-            "shop",
-            "--address",
-            f"127.0.0.1:{sidecar.port}",
-            *arguments,
-        ]
+        words = ["endpoint", "GET", ROUTE, "--service", "shop", "--address", f"127.0.0.1:{sidecar.port}", *arguments]
         return await asyncio.to_thread(CliRunner().invoke, abreast, words)
 
     shown, machine = await run(), await run("--json")

@@ -152,9 +152,7 @@ def fastapi(middleware: list[Middleware]) -> App:
     return app
 
 
-async def both(
-    make: Make, redis_url: str, scope: dict[str, Any], **how: Any
-) -> tuple[list[Message], list[Message]]:
+async def both(make: Make, redis_url: str, scope: dict[str, Any], **how: Any) -> tuple[list[Message], list[Message]]:
     """What the app sends without the middleware, and with it for a sampled request; it must raise the same."""
     own = {name.decode(): value.decode() for name, value in scope.get("headers", ())}
     with_pair = {**scope, "headers": [*scope["headers"], *_marks()]}
@@ -188,12 +186,7 @@ CASES = [
 @pytest.mark.parametrize("make", [starlette, fastapi])
 @pytest.mark.parametrize(("path", "method", "headers"), CASES)
 async def test_messages_are_the_same(
-    make: Make,
-    path: str,
-    method: str,
-    headers: dict[str, str],
-    redis_url: str,
-    monkeypatch: pytest.MonkeyPatch,
+    make: Make, path: str, method: str, headers: dict[str, str], redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("starlette.responses.token_hex", lambda size: "b" * 2 * size)
     left = 4 if path == "/until-left" else None
@@ -239,9 +232,7 @@ async def passing(_request: Request, call_next: Any) -> Response:
 
 
 @pytest.mark.parametrize("outside", [True, False])
-@pytest.mark.parametrize(
-    "other", [Middleware(BaseHTTPMiddleware, dispatch=passing), Middleware(GZipMiddleware)]
-)
+@pytest.mark.parametrize("other", [Middleware(BaseHTTPMiddleware, dispatch=passing), Middleware(GZipMiddleware)])
 @pytest.mark.parametrize("path", ["/plain", "/large", "/stream", "/events", "/broken", "/refused", "/echo"])
 async def test_other_middleware_above_and_below_works_as_before(
     path: str, other: Middleware, outside: bool, redis_url: str
@@ -257,9 +248,7 @@ async def test_other_middleware_above_and_below_works_as_before(
 
 async def trailing(_scope: Scope, _receive: Receive, send: Send) -> None:
     await send({"type": "http.response.early_hint", "links": [b"</a>; rel=preload"]})
-    await send(
-        {"type": "http.response.start", "status": 200, "headers": ((b"trailer", b"x"),), "trailers": True}
-    )
+    await send({"type": "http.response.start", "status": 200, "headers": ((b"trailer", b"x"),), "trailers": True})
     await send({"type": "http.response.body", "body": b"body"})
     await send({"type": "http.response.trailers", "headers": [(b"x-one", b"1")], "more_trailers": True})
     await send({"type": "http.response.trailers", "headers": [(b"x-two", b"2")], "more_trailers": False})
@@ -276,9 +265,7 @@ async def by_descriptor(_scope: Scope, _receive: Receive, send: Send) -> None:
     try:
         await send({"type": "http.response.start", "status": 200})
         await send({"type": "http.response.zerocopysend", "file": file, "more_body": True})
-        await send(
-            {"type": "http.response.zerocopysend", "file": file, "offset": 2, "count": 5, "more_body": True}
-        )
+        await send({"type": "http.response.zerocopysend", "file": file, "offset": 2, "count": 5, "more_body": True})
         await send({"type": "http.response.body", "body": b"end"})
 
         assert os.lseek(file, 0, os.SEEK_CUR) == 10
@@ -294,16 +281,12 @@ async def test_extensions_pass_untouched(app: App, redis_url: str) -> None:
     await middleware.aclose()
 
     assert (raised, raised_sampled) == (None, None)
-    assert [_comparable(message) for message in untagged(sampled)] == [
-        _comparable(message) for message in bare
-    ]
+    assert [_comparable(message) for message in untagged(sampled)] == [_comparable(message) for message in bare]
 
 
 def _comparable(message: Message) -> Message:
     same = {name: value for name, value in message.items() if name != "file"}  # a number
-    return (
-        {**same, "headers": list(message["headers"])} if message.get("headers") else {**same, "headers": []}
-    )
+    return {**same, "headers": list(message["headers"])} if message.get("headers") else {**same, "headers": []}
 
 
 async def test_an_app_keeps_its_own_list_of_headers(redis_url: str) -> None:
@@ -328,10 +311,7 @@ async def test_websockets_pass_untouched(redis_url: str) -> None:
 
     async def talk(target: App) -> list[Message]:
         sent: list[Message] = []
-        incoming: list[Message] = [
-            {"type": "websocket.connect"},
-            {"type": "websocket.receive", "text": "hello"},
-        ]
+        incoming: list[Message] = [{"type": "websocket.connect"}, {"type": "websocket.receive", "text": "hello"}]
 
         async def receive() -> Message:
             return incoming.pop(0)
@@ -411,9 +391,7 @@ async def test_the_background_task_runs_after_the_answer_was_shipped(redis_url: 
     async def endpoint(_request: Request) -> Response:
         return PlainTextResponse("done", background=BackgroundTask(task))
 
-    middleware = ParallelRunMiddleware(
-        Starlette(routes=[Route("/", endpoint)]), service="shop", redis_url=redis_url
-    )
+    middleware = ParallelRunMiddleware(Starlette(routes=[Route("/", endpoint)]), service="shop", redis_url=redis_url)
     await call(middleware, http_scope(headers=marks(pair_id())))
     await middleware.aclose()
 

@@ -64,20 +64,13 @@ async def test_the_request_is_in_it(redis_url: str) -> None:
     assert [name for name, _ in request.headers] == ["host", "accept", "authorization"]
     assert request.headers[2][1].startswith("hmac:")
     assert (request.body.content, request.body.length) == (b"onetwo", 6)
-    assert (capture.version, capture.role, capture.attempt, capture.expected_captures) == (
-        "old",
-        "live",
-        2,
-        2,
-    )
+    assert (capture.version, capture.role, capture.attempt, capture.expected_captures) == ("old", "live", 2, 2)
     assert (capture.service, capture.release) == ("shop", "r1")
 
 
 async def test_the_answer_is_in_it_without_our_tags(redis_url: str) -> None:
     headers = ((b"X-Twice", b"1"), (b"x-twice", b"2"), (b"x-latin", "ü".encode("latin-1")))
-    capture = await captured(
-        answering(start(201, *headers), body(b"a", more=True), body(b"b")), redis_url, sampled()
-    )
+    capture = await captured(answering(start(201, *headers), body(b"a", more=True), body(b"b")), redis_url, sampled())
 
     assert capture.answer.status == 201
     assert capture.answer.headers == (("x-twice", "1"), ("x-twice", "2"), ("x-latin", "ü"))
@@ -104,9 +97,7 @@ async def test_times_are_of_the_answer_and_not_of_what_follows(redis_url: str) -
 
 @pytest.mark.parametrize("limit", [0, 10, 100_000])
 @pytest.mark.parametrize("chunk", [1, 1000, 50_000, 3_000_000])
-async def test_of_a_long_body_the_beginning_and_a_digest_are_held(
-    limit: int, chunk: int, redis_url: str
-) -> None:
+async def test_of_a_long_body_the_beginning_and_a_digest_are_held(limit: int, chunk: int, redis_url: str) -> None:
     whole = os.urandom(3_000_000 if chunk >= 1000 else 300)
     parts = [body(whole[at : at + chunk], more=True) for at in range(0, len(whole), chunk)]
     middleware = ParallelRunMiddleware(
@@ -281,9 +272,7 @@ async def test_a_client_that_leaves_is_noticed(redis_url: str) -> None:
     assert capture.client_left
 
 
-async def test_an_answer_that_goes_on_is_captured_in_time_and_reaches_its_client_to_the_end(
-    redis_url: str,
-) -> None:
+async def test_an_answer_that_goes_on_is_captured_in_time_and_reaches_its_client_to_the_end(redis_url: str) -> None:
     """What comes later, effects and faults among it, is not waited for."""
     chunks = [body(b"%d\n" % n, more=True) for n in range(30)]
 
@@ -314,9 +303,7 @@ async def test_an_answer_that_goes_on_is_captured_in_time_and_reaches_its_client
     assert len(capture.answer.body.content) < len(b"".join(one["body"] for one in chunks))
 
 
-async def test_an_answer_of_several_chunks_that_ends_in_time_is_captured_once_and_whole(
-    redis_url: str,
-) -> None:
+async def test_an_answer_of_several_chunks_that_ends_in_time_is_captured_once_and_whole(redis_url: str) -> None:
     app = answering(start(), body(b"a", more=True), body(b"b"))
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, pair_timeout=0.05)
     await call(middleware, sampled())
@@ -324,11 +311,7 @@ async def test_an_answer_of_several_chunks_that_ends_in_time_is_captured_once_an
     await middleware.aclose()
     (capture,) = await captures(redis_url)
 
-    assert (capture.truncated_by_deadline, capture.complete, capture.answer.body.content) == (
-        False,
-        True,
-        b"ab",
-    )
+    assert (capture.truncated_by_deadline, capture.complete, capture.answer.body.content) == (False, True, b"ab")
 
 
 async def test_a_send_that_fails_means_that_the_client_left(redis_url: str) -> None:
@@ -381,16 +364,9 @@ async def test_both_versions_hash_secrets_alike_without_a_key_being_set(redis_ur
 
 @pytest.mark.parametrize(
     ("headers", "reason"),
-    [
-        (None, "capture_error"),
-        (7, "capture_error"),
-        ([(b"a",)], "encode_error"),
-        ([("text", "text")], "encode_error"),
-    ],
+    [(None, "capture_error"), (7, "capture_error"), ([(b"a",)], "encode_error"), ([("text", "text")], "encode_error")],
 )
-async def test_faults_of_ours_are_counted_and_never_reach_the_app(
-    headers: object, reason: str, redis_url: str
-) -> None:
+async def test_faults_of_ours_are_counted_and_never_reach_the_app(headers: object, reason: str, redis_url: str) -> None:
     """The server may well refuse such headers; that is between the app and the server."""
     message: Message = {"type": "http.response.start", "status": 200, "headers": headers}
     middleware = ParallelRunMiddleware(answering(message, body(b"x")), service="shop", redis_url=redis_url)

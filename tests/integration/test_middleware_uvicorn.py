@@ -55,10 +55,7 @@ def application(url: str) -> Starlette:
 
 
 async def test_an_upload_of_five_megabytes_arrives_whole(http: str, redis_url: str) -> None:
-    async with (
-        serving(application(redis_url), http=http) as (url, _),
-        httpx.AsyncClient(base_url=url) as client,
-    ):
+    async with serving(application(redis_url), http=http) as (url, _), httpx.AsyncClient(base_url=url) as client:
         answer = await client.post("/upload", content=UPLOAD, headers=marks(pair_id()))
     (capture,) = await captures(redis_url)
 
@@ -82,10 +79,7 @@ async def test_chunks_of_a_stream_are_not_held_back(http: str, redis_url: str) -
 
 
 async def test_a_client_that_leaves_server_sent_events_is_noticed(http: str, redis_url: str) -> None:
-    async with (
-        serving(application(redis_url), http=http) as (url, _),
-        httpx.AsyncClient(base_url=url) as client,
-    ):
+    async with serving(application(redis_url), http=http) as (url, _), httpx.AsyncClient(base_url=url) as client:
         async with client.stream("GET", "/events", headers=marks(pair_id())) as answer:
             first = await anext(answer.aiter_lines())
 
@@ -101,10 +95,7 @@ async def test_a_client_that_leaves_server_sent_events_is_noticed(http: str, red
 
 
 async def test_connections_are_kept_alive(http: str, redis_url: str) -> None:
-    async with (
-        serving(application(redis_url), http=http) as (url, server),
-        httpx.AsyncClient(base_url=url) as client,
-    ):
+    async with serving(application(redis_url), http=http) as (url, server), httpx.AsyncClient(base_url=url) as client:
         for _ in range(5):
             await client.get("/stream", headers=marks(pair_id()))
         connections = len(server.server_state.connections)

@@ -60,20 +60,12 @@ async def _is(value: bool) -> bool:  # a condition
 
 
 async def run(sidecar: Running, *words: str) -> Result:
-    split = [
-        part for word in words for part in (word.split() if word.startswith(("rules", "--")) else [word])
-    ]
-    return await asyncio.to_thread(
-        CliRunner().invoke, abreast, [*split, "--address", f"127.0.0.1:{sidecar.port}"]
-    )
+    split = [part for word in words for part in (word.split() if word.startswith(("rules", "--")) else [word])]
+    return await asyncio.to_thread(CliRunner().invoke, abreast, [*split, "--address", f"127.0.0.1:{sidecar.port}"])
 
 
-async def test_what_differs_before_a_user_leaves_is_a_finding_and_fails(
-    sidecar: Running, redis_url: str
-) -> None:
-    pairs = [
-        streamed([{"n": n}, {"price": 1}], [{"n": n}, {"price": n % 4 or 1}, {"n": 3}]) for n in range(60)
-    ]
+async def test_what_differs_before_a_user_leaves_is_a_finding_and_fails(sidecar: Running, redis_url: str) -> None:
+    pairs = [streamed([{"n": n}, {"price": 1}], [{"n": n}, {"price": n % 4 or 1}, {"n": 3}]) for n in range(60)]
     await arrived(sidecar, pairs, redis_url)
     sampled(sidecar.ledger())
 
@@ -90,9 +82,7 @@ async def _fails(sidecar: Running) -> bool:
     return state(found) == "FAIL" and "of 60 only the beginnings" in reason(found, "MISMATCHES").text
 
 
-async def test_coverage_is_waived_by_name_and_never_silently(
-    sidecar: Running, redis_url: str, tmp_path: Path
-) -> None:
+async def test_coverage_is_waived_by_name_and_never_silently(sidecar: Running, redis_url: str, tmp_path: Path) -> None:
     ledger = sidecar.ledger()
     await arrived(sidecar, [streamed([1, 2], [1, 2, 3]) for _ in range(20)], redis_url)
     add(ledger, 9000)

@@ -62,13 +62,7 @@ def pairs(
 ) -> list[PairRecord]:
     """`noise` is what every tenth of them, which has a copy, shows of old against old."""
     return [
-        judged(
-            shown,
-            noise=noise if has_copy else (),
-            baseline_compared=has_copy,
-            route=route,
-            releases=releases,
-        )
+        judged(shown, noise=noise if has_copy else (), baseline_compared=has_copy, route=route, releases=releases)
         for has_copy in (copies and number % COPIES == 0 for number in range(many))
     ]
 
@@ -94,18 +88,12 @@ async def test_a_batch_leaves_what_it_takes_to_decide(ledger: PairWriter, url: s
         await ledger.write(batch)
 
     assert rows(url, "select compared, baseline_compared from abreast.endpoint") == [(5, 2)]
-    found = rows(
-        url, "select path, count, baseline_count, shape_explained from abreast.finding order by path"
-    )
+    found = rows(url, "select path, count, baseline_count, shape_explained from abreast.finding order by path")
     assert found == [("$.id", 3, 1, 2), ("$.price", 2, 0, 0)]
-    assert rows(url, "select new_greater, new_smaller from abreast.finding where path = '$.price'") == [
-        (2, 0)
-    ]
+    assert rows(url, "select new_greater, new_smaller from abreast.finding where path = '$.price'") == [(2, 0)]
 
 
-async def test_what_new_does_and_old_never_is_real(
-    ledger: PairWriter, connection: Connection, url: str
-) -> None:
+async def test_what_new_does_and_old_never_is_real(ledger: PairWriter, connection: Connection, url: str) -> None:
     await ledger.write([*pairs(300), *pairs(300, [PRICE])])
     assert states(url) == {"$.price": "undecided"}
 
@@ -124,9 +112,7 @@ async def test_one_accidental_difference_of_old_hides_no_frequent_regression(
     assert states(url) == {"$.price": "real"}
 
 
-async def test_what_differs_as_often_within_old_is_noise(
-    ledger: PairWriter, connection: Connection, url: str
-) -> None:
+async def test_what_differs_as_often_within_old_is_noise(ledger: PairWriter, connection: Connection, url: str) -> None:
     counter = difference("$.views", old="7", new="8")
     await ledger.write([*pairs(100, [fresh()], noise=[fresh()]), *pairs(100, [counter], noise=[counter])])
     await classify_findings(connection)
@@ -170,12 +156,7 @@ async def test_an_id_that_is_always_noise_and_now_and_then_empty_text_is_found(
         ]
         pair = str(uuid.uuid4())
         return PairRecord(
-            "shop",
-            f"{number + 1}-0",
-            1_767_225_600_000 + number,
-            pair,
-            compare_pair(taken, CompareOptions()),
-            (),
+            "shop", f"{number + 1}-0", 1_767_225_600_000 + number, pair, compare_pair(taken, CompareOptions()), ()
         )
 
     await ledger.write([answers(number) for number in range(1000)])
@@ -206,12 +187,7 @@ async def test_a_number_that_is_always_noise_and_is_ten_times_as_large_is_found(
         ]
         pair = str(uuid.uuid4())
         return PairRecord(
-            "shop",
-            f"{number + 1}-0",
-            1_767_225_600_000 + number,
-            pair,
-            compare_pair(taken, CompareOptions()),
-            (),
+            "shop", f"{number + 1}-0", 1_767_225_600_000 + number, pair, compare_pair(taken, CompareOptions()), ()
         )
 
     await ledger.write([answers(number, 1, "1") for number in range(600)])
@@ -252,11 +228,7 @@ async def test_without_copies_a_lean_to_one_side_is_real_and_chance_is_not(
         difference("$.badge", kind="added", old=None, new="1"),
     )
     await ledger.write(
-        [
-            *pairs(30, [lost], copies=False),
-            *pairs(30, [gone], copies=False),
-            *pairs(30, [come], copies=False),
-        ]
+        [*pairs(30, [lost], copies=False), *pairs(30, [gone], copies=False), *pairs(30, [come], copies=False)]
     )
     await classify_findings(connection)
 
@@ -290,9 +262,7 @@ async def test_noise_that_a_release_of_old_ended_hides_nothing(
     await classify_findings(connection)
     assert states(url) == {"$.views": "noise"}
 
-    calm = [
-        judged([VIEWS] * (n % 2), baseline_compared=True, route="/", releases=("b", "1")) for n in range(500)
-    ]
+    calm = [judged([VIEWS] * (n % 2), baseline_compared=True, route="/", releases=("b", "1")) for n in range(500)]
     await ledger.write(calm[:20])
     await classify_findings(connection)
     assert states(url) == {"$.views": "noise"}  # too few copies of this release to go by
@@ -319,9 +289,7 @@ async def test_a_regression_that_is_noise_in_a_later_release_is_noise_again(
     assert states(url) == {"$.views": "noise"}
 
 
-async def test_only_endpoints_whose_counts_changed_are_decided(
-    ledger: PairWriter, connection: Connection
-) -> None:
+async def test_only_endpoints_whose_counts_changed_are_decided(ledger: PairWriter, connection: Connection) -> None:
     await ledger.write([*pairs(200, [PRICE]), *pairs(200, [PRICE], route="/quiet")])
     assert await classify_findings(connection) == 2
     assert await classify_findings(connection) == 0
@@ -342,9 +310,7 @@ async def test_deciders_and_writers_at_once_get_on(ledger: PairWriter, url: str)
 
     async def write(to: PairWriter) -> None:
         for _ in range(10):
-            await to.write(
-                [judged([difference(path) for path in paths], route=f"/{n % 3}") for n in range(30)]
-            )
+            await to.write([judged([difference(path) for path in paths], route=f"/{n % 3}") for n in range(30)])
 
     for database in databases:
         await database.open()

@@ -47,9 +47,7 @@ def one_in_2_000(asked: list[UserRequest]) -> set[int]:
 
 def without_price(new: Capture) -> Capture:
     held = orjson.dumps({**orjson.loads(new.answer.body.content), "price": 0.0})
-    headers = tuple(
-        (name, str(len(held)) if name == "content-length" else value) for name, value in new.answer.headers
-    )
+    headers = tuple((name, str(len(held)) if name == "content-length" else value) for name, value in new.answer.headers)
     return replace(new, answer=replace(new.answer, headers=headers, body=Body(held, len(held))))
 
 

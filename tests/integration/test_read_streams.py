@@ -178,9 +178,7 @@ async def test_only_idle_consumers_that_owe_nothing_are_forgotten(redis_url: str
     forgotten = await delete_idle_consumers(client, KEYS, idle_s=0.01)
 
     assert (too_soon, forgotten) == (0, 1)
-    assert [consumer["name"] for consumer in await client.xinfo_consumers(KEYS.ready, CONSUMER_GROUP)] == [
-        b"owes"
-    ]
+    assert [consumer["name"] for consumer in await client.xinfo_consumers(KEYS.ready, CONSUMER_GROUP)] == [b"owes"]
 
 
 async def test_a_reader_that_closes_takes_leave_unless_something_is_pending(redis_url: str) -> None:

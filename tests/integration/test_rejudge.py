@@ -27,18 +27,7 @@ from abreast_sidecar.store.records import PairRecord
 from abreast_sidecar.store.rules import RuleDraft, RuleStore, end_expired_rules
 from abreast_sidecar.store.writer import PairWriter
 from support import eventually_async
-from support_pairs import (
-    SERVICE,
-    difference,
-    judged,
-    one,
-    pair_of,
-    ready,
-    rows,
-    running,
-    send,
-    sums_are_those_of_rows,
-)
+from support_pairs import SERVICE, difference, judged, one, pair_of, ready, rows, running, send, sums_are_those_of_rows
 
 pytestmark = pytest.mark.postgres
 
@@ -127,11 +116,7 @@ async def test_a_rule_hides_what_is_stored_and_gives_it_back(place: Place) -> No
     rule = await place.begin(action="ignore", path="$.price")
     await place.rejudged(limit=3)
 
-    assert place.pairs() == [
-        ([], [], [], 10),
-        ([], ["$.price"], [rule], 5),
-        (["$.name"], ["$.price"], [rule], 5),
-    ]
+    assert place.pairs() == [([], [], [], 10), ([], ["$.price"], [rule], 5), (["$.name"], ["$.price"], [rule], 5)]
     assert place.counts() == {"$.name": (5, 0, 0, 5, 0), "$.price": (0, 0, 0, 0, 0)}
     assert [row[0] for row in place.by_release()] == ["$.name"]
     assert place.hidden() == {(rule, "$.price"): 10}
@@ -175,9 +160,7 @@ async def test_what_rules_explain_is_no_mismatch_in_summary_and_verdict(place: P
         ({"kind": "removed"}, 0),
     ],
 )
-async def test_a_rule_hides_only_what_it_is_limited_to(
-    place: Place, limits: dict[str, Any], hidden: int
-) -> None:
+async def test_a_rule_hides_only_what_it_is_limited_to(place: Place, limits: dict[str, Any], hidden: int) -> None:
     await place.ledger.write(blind([PRICE], 4, releases=("1", "1")) + blind([PRICE], 3, releases=("1", "2")))
     rule = await place.begin(action="ignore", path="$.price", **limits)
     await place.rejudged()
@@ -344,19 +327,14 @@ async def emptied(settings: Settings) -> None:
     await eventually_async(empty, what="the stream is empty")
 
 
-async def test_a_worker_judges_by_the_rules_and_stored_answers_are_judged_again(
-    place: Place, redis_url: str
-) -> None:
+async def test_a_worker_judges_by_the_rules_and_stored_answers_are_judged_again(place: Place, redis_url: str) -> None:
     settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
     tolerated = await place.begin(action="tolerate", path="$.price", absolute=0.5)
     async with running(settings):
         for new in (1.2, 1.4, 9.0):
             send(redis_url, pair_of({"price": 1.0, "tags": [1, 2]}, {"price": new, "tags": [2, 1]}))
         await emptied(settings)
-        assert place.pairs() == [
-            (["$.price", "$.tags"], [], [], 1),
-            (["$.tags"], ["$.price"], [tolerated], 2),
-        ]
+        assert place.pairs() == [(["$.price", "$.tags"], [], [], 1), (["$.tags"], ["$.price"], [tolerated], 2)]
 
         unordered = await place.begin(action="unordered", path="$.tags")
         send(redis_url, pair_of({"price": 1.0, "tags": [1, 2]}, {"price": 1.0, "tags": [2, 1]}))
@@ -372,16 +350,11 @@ async def test_a_worker_judges_by_the_rules_and_stored_answers_are_judged_again(
 
     await place.end(tolerated)
     await place.rejudged()
-    assert place.pairs() == [
-        ([], ["$.tags"], [unordered], 1),
-        (["$.price"], ["$.tags"], [unordered], 3),
-    ]
+    assert place.pairs() == [([], ["$.tags"], [unordered], 1), (["$.price"], ["$.tags"], [unordered], 3)]
     assert place.counts()["$.price"] == (3, 0, 0, 3, 0)
 
 
-async def test_elements_that_a_rule_pairs_anew_get_findings_of_their_own(
-    place: Place, redis_url: str
-) -> None:
+async def test_elements_that_a_rule_pairs_anew_get_findings_of_their_own(place: Place, redis_url: str) -> None:
     settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
     old = [{"nr": 1, "v": 1}, {"nr": 2, "v": 2}]
     async with running(settings):
@@ -424,7 +397,9 @@ async def test_a_worker_waits_for_rules_that_it_can_not_read(place: Place, redis
     with psycopg.connect(place.url) as gate:
         gate.execute("lock table abreast.rule in access exclusive mode")
         async with running(settings) as worker:
-            waits = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and application_name = 'abreast'"
+            waits = (
+                "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and application_name = 'abreast'"
+            )
 
             async def waiting() -> bool:
                 return bool(one(place.url, waits))

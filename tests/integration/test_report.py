@@ -70,9 +70,7 @@ async def hostile(sidecar: Running) -> None:
     }  # fmt: skip
     pair = ledger.pair(endpoint, finding, request=f"/{EVIL}", reason=EVIL)
     ledger.example(pair, {finding: 10}, packed(capture("old"), capture("new", role="shadow")), [difference])
-    rule = rule_pb2.Rule(
-        action=rule_pb2.RULE_ACTION_IGNORE, path="$.other", name=EVIL[:60], owner=EVIL, reason=EVIL
-    )
+    rule = rule_pb2.Rule(action=rule_pb2.RULE_ACTION_IGNORE, path="$.other", name=EVIL[:60], owner=EVIL, reason=EVIL)
     rule.expire_time.FromDatetime(NOON.replace(year=2099))
     rules = rule_pb2_grpc.RuleServiceStub(sidecar.channel)
     await rules.CreateRule(rule_pb2.CreateRuleRequest(rule=rule, actor="ann"))

@@ -61,11 +61,7 @@ async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> 
             found = await sidecar.traffic.GetTraffic(pb.GetTrafficRequest(service="shop"))
             told = await events(sidecar)
 
-    assert (answer.previous, answer.traffic.new_share, answer.traffic.rolled_back) == (
-        before.traffic,
-        0.0,
-        True,
-    )
+    assert (answer.previous, answer.traffic.new_share, answer.traffic.rolled_back) == (before.traffic, 0.0, True)
     assert answer.traffic.sample_safe == 0.5
     assert [one.acknowledged_version for one in answer.envoys] == [answer.traffic.version]
     assert "the ledger does not know of it yet: postgres has not answered" in answer.recording_error

@@ -80,12 +80,7 @@ async def test_an_answer_names_the_envoys_of_all_sidecars_and_within_what_time(
         page = (await here.http.get("/", params={"service": "shop"})).text
 
     for one in (updated, promoted, back, found, watched):
-        assert told(one.envoys) == [
-            ("a1", here.port),
-            ("a2", here.port),
-            ("b1", there.port),
-            ("b2", there.port),
-        ]
+        assert told(one.envoys) == [("a1", here.port), ("a2", here.port), ("b1", there.port), ("b2", there.port)]
         assert {envoy.acknowledged_version for envoy in one.envoys} == {one.traffic.version}
         for envoy in one.envoys:
             assert dt.timedelta(0) < envoy.acknowledged_after.ToTimedelta() < dt.timedelta(seconds=3)
@@ -118,12 +113,8 @@ async def test_an_envoy_of_another_sidecar_that_hangs_is_named_as_not_having_it(
     assert {envoy.acknowledged_version for envoy in waited.envoys} == {waited.traffic.version}
 
 
-async def test_a_refusal_at_another_sidecar_is_told_and_not_waited_for(
-    redis_url: str, postgres_url: str
-) -> None:
-    odd = wire.DiscoveryRequest(
-        node=wire.Node(id="b\0" + "x" * 5000, cluster="shop"), resource_names=["abreast"]
-    )
+async def test_a_refusal_at_another_sidecar_is_told_and_not_waited_for(redis_url: str, postgres_url: str) -> None:
+    odd = wire.DiscoveryRequest(node=wire.Node(id="b\0" + "x" * 5000, cluster="shop"), resource_names=["abreast"])
     async with two(redis_url, postgres_url) as (here, there), stream(there, odd) as call:
         await call.write(answer(await call.read(), error="no\0such weight" + "!" * 5000))
 
@@ -189,9 +180,7 @@ async def test_a_sidecar_that_is_started_again_takes_the_place_of_the_one_that_w
     assert told(before.envoys) == [("edge-1", port)]
 
 
-async def test_a_clock_that_is_set_back_keeps_no_dead_sidecar_alive(
-    redis_url: str, postgres_url: str
-) -> None:
+async def test_a_clock_that_is_set_back_keeps_no_dead_sidecar_alive(redis_url: str, postgres_url: str) -> None:
     """What it leaves is a last sign of life in the future."""
     async with running(redis_url, postgres_url) as here:
         ledger = here.ledger()

@@ -59,12 +59,7 @@ async def test_a_rule_is_made_listed_and_deleted(sidecar: Running) -> None:
 
     assert [one.id for one in listed] == [made.id]
     assert made.name == "ignore $.meta.id, changed, GET /products/{id}"
-    assert (made.state, made.creator, made.owner, made.reason) == (
-        pb.RULE_STATE_IN_FORCE,
-        "ann",
-        "me",
-        "known",
-    )
+    assert (made.state, made.creator, made.owner, made.reason) == (pb.RULE_STATE_IN_FORCE, "ann", "me", "known")
     assert (made.path, made.part, made.kind) == ("$.meta.id", common.PART_UNSPECIFIED, common.KIND_CHANGED)
 
     gone = (await calls(sidecar).DeleteRule(pb.DeleteRuleRequest(id=made.id, actor="bob"))).rule
@@ -98,15 +93,9 @@ WRONG = [
     (rule(path="$.a", owner=" "), "owner must say who answers for the rule"),
     (rule(path="$.a", reason=""), "reason must say why the difference is known"),
     (PAST, "expire_time must lie in the future, got 2020-01-01T00:00:00Z"),
-    (
-        pb.Rule(action=pb.RULE_ACTION_IGNORE, path="$.a", owner="o", reason="r"),
-        "expire_time must say until when",
-    ),
+    (pb.Rule(action=pb.RULE_ACTION_IGNORE, path="$.a", owner="o", reason="r"), "expire_time must say until when"),
     (rule(pb.RULE_ACTION_TOLERATE, path="$.a"), "the rule needs absolute or relative"),
-    (
-        rule(pb.RULE_ACTION_TOLERATE, path="$.a", absolute=-1),
-        "absolute must be a number that is not negative",
-    ),
+    (rule(pb.RULE_ACTION_TOLERATE, path="$.a", absolute=-1), "absolute must be a number that is not negative"),
     (rule(pb.RULE_ACTION_EXPECT, path="$.a", old="{"), "old must be JSON text, got '{'"),
     (rule(part=common.PART_LATENCY), "rules are not for times: the verdict's budget"),
 ]
@@ -128,10 +117,7 @@ async def test_what_is_not_there_and_what_is_there_twice(sidecar: Running) -> No
     twice = await refusal(calls(sidecar).CreateRule(pb.CreateRuleRequest(rule=rule(path="$.b", name="a"))))
 
     assert gone.code is no_finding.code is grpc.StatusCode.NOT_FOUND
-    assert (twice.code, twice.message[:30]) == (
-        grpc.StatusCode.INVALID_ARGUMENT,
-        "a rule named 'a' holds already",
-    )
+    assert (twice.code, twice.message[:30]) == (grpc.StatusCode.INVALID_ARGUMENT, "a rule named 'a' holds already")
 
 
 async def test_a_preview_names_what_somebody_confirmed_first(sidecar: Running) -> None:
@@ -202,9 +188,7 @@ async def test_a_rule_made_for_a_finding_covers_just_that(sidecar: Running) -> N
         assert said in found.message
     unrelated = pb.CreateRuleRequest(rule=rule(path="$.z"), finding_id=price)
     assert (await refusal(calls(sidecar).CreateRule(unrelated))).code is grpc.StatusCode.INVALID_ARGUMENT
-    wide = await calls(sidecar).PreviewRule(
-        pb.PreviewRuleRequest(rule=rule(path="$.**"), finding_id=elsewhere)
-    )
+    wide = await calls(sidecar).PreviewRule(pb.PreviewRuleRequest(rule=rule(path="$.**"), finding_id=elsewhere))
     assert list(wide.objections) == [f"it also covers other paths: finding {elsewhere} needs '$.a'"]
 
     broad.force = True
@@ -280,9 +264,7 @@ async def stays_listed(sidecar: Running, finding: int, made: pb.Rule) -> None:
 
         ((why,),) = ([*one.explanations] for one in listed)
         assert (why.cause, why.pairs) == (comparison_pb2.EXPLANATION_CAUSE_RULE, 4)
-        assert (why.rule_id, why.rule_name, why.owner, why.reason) == (
-            *(made.id, made.name, made.owner, made.reason),
-        )
+        assert (why.rule_id, why.rule_name, why.owner, why.reason) == (*(made.id, made.name, made.owner, made.reason),)
         assert finding in {one.id for one in (await sidecar.comparison.ListFindings(everything)).findings}
         assert finding not in {one.id for one in (await sidecar.comparison.ListFindings(open_ones)).findings}
     pairs = await sidecar.comparison.ListPairs(comparison_pb2.ListPairsRequest(finding_id=finding))
@@ -305,9 +287,7 @@ LOG = re.compile(r"^\d{4}-\d\d-\d\d \d.*\n", re.MULTILINE)  # of the sidecar, wh
 
 async def abreast(sidecar: Running, *words: str, cwd: Path | None = None) -> tuple[int, str, str]:
     with contextlib.chdir(cwd or Path.cwd()):
-        done = await asyncio.to_thread(
-            CliRunner().invoke, command, [*words, "--address", f"127.0.0.1:{sidecar.port}"]
-        )
+        done = await asyncio.to_thread(CliRunner().invoke, command, [*words, "--address", f"127.0.0.1:{sidecar.port}"])
     return int(done.exit_code), LOG.sub("", done.stdout), done.stderr
 
 
@@ -329,9 +309,7 @@ async def test_the_examples_of_the_docs_work(sidecar: Running, tmp_path: Path) -
         words = shlex.split(line.replace("--for 12", f"--for {finding}"))
         if "check" in words:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "abreast_sidecar", *words),
-                cwd=tmp_path,
-                stdout=asyncio.subprocess.PIPE,
+                *(sys.executable, "-m", "abreast_sidecar", *words), cwd=tmp_path, stdout=asyncio.subprocess.PIPE
             )
             said = (await process.communicate())[0].decode()
         else:

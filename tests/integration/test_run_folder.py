@@ -47,10 +47,7 @@ def test_a_kept_folder_stays_and_a_temporary_one_goes(tmp_path: Path) -> None:
 
 
 def test_two_runs_on_one_folder_are_refused_with_who_holds_it(tmp_path: Path) -> None:
-    with (
-        DataDirectory(tmp_path),
-        pytest.raises(ServerError, match=rf"in use by another run \(process {os.getpid()}\)"),
-    ):
+    with DataDirectory(tmp_path), pytest.raises(ServerError, match=rf"in use by another run \(process {os.getpid()}\)"):
         DataDirectory(tmp_path).__enter__()
 
 
@@ -60,9 +57,7 @@ def test_a_folder_can_be_used_again(tmp_path: Path) -> None:
             pass
 
 
-def test_a_killed_run_stops_nobody_once_its_servers_have_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_stops_nobody_once_its_servers_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process, _path, server = holder(str(tmp_path))
     kill(process)
     monkeypatch.setattr(folder, "SERVERS_END_TIMEOUT_S", 0.1)

@@ -106,9 +106,7 @@ async def test_a_summary_of_a_window_counts_only_what_is_inside(sidecar: Running
     ledger.pair(shown, at=NOON + HOUR)
     ledger.pair(shown, at=NOON + 2 * HOUR)
 
-    found = await sidecar.comparison.GetSummary(
-        pb.GetSummaryRequest(window=window(NOON + HOUR, NOON + 2 * HOUR))
-    )
+    found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON + HOUR, NOON + 2 * HOUR)))
 
     assert found.service == "shop"
     assert outcomes(found.outcomes) == {"OUTCOME_MATCH": 1}
@@ -185,10 +183,7 @@ async def test_what_was_put_apart_is_told_with_the_reason(sidecar: Running, ledg
 
     found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
 
-    assert [(one.reason, one.count) for one in found.dead_letters] == [
-        ("format 2", 2),
-        ("it ends the process", 1),
-    ]
+    assert [(one.reason, one.count) for one in found.dead_letters] == [("format 2", 2), ("it ends the process", 1)]
 
 
 async def test_endpoints_have_outcomes_and_percentiles(sidecar: Running, ledger: Ledger) -> None:
@@ -201,11 +196,7 @@ async def test_endpoints_have_outcomes_and_percentiles(sidecar: Running, ledger:
 
     (found,) = (await sidecar.comparison.ListEndpoints(pb.ListEndpointsRequest())).endpoints
 
-    assert (found.endpoint.service, found.endpoint.method, found.endpoint.route) == (
-        "shop",
-        "GET",
-        "/products/{id}",
-    )
+    assert (found.endpoint.service, found.endpoint.method, found.endpoint.route) == ("shop", "GET", "/products/{id}")
     assert found.pairs == 4
     assert outcomes(found.outcomes) == {"OUTCOME_MATCH": 3, "OUTCOME_MISMATCH": 1}
     assert found.findings == 1
@@ -260,11 +251,7 @@ async def test_findings_are_ordered_by_impact_then_frequency(sidecar: Running, l
 async def test_findings_are_filtered(
     sidecar: Running, ledger: Ledger, request_: pb.ListFindingsRequest, paths: list[str]
 ) -> None:
-    shop, cart, till = (
-        ledger.endpoint(),
-        ledger.endpoint(method="POST", route="/cart"),
-        ledger.endpoint("till"),
-    )
+    shop, cart, till = (ledger.endpoint(), ledger.endpoint(method="POST", route="/cart"), ledger.endpoint("till"))
     ledger.pair(till, ledger.finding(till, "$.till"))
     ledger.pair(cart, ledger.finding(cart, "$.post"))
     ledger.pair(shop, ledger.finding(shop, "etag", part="header"))
@@ -291,9 +278,7 @@ async def test_slowness_is_of_a_time_not_of_pairs(sidecar: Running, ledger: Ledg
     assert await listed(window()) == await listed(window(NOON - HOUR, NOON + HOUR)) == said
     assert await listed(window(NOON + HOUR)) == await listed(window(end=NOON)) == []
     assert (await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON)))).findings == 1
-    assert (
-        await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON + HOUR)))
-    ).findings == 0
+    assert (await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON + HOUR)))).findings == 0
 
 
 async def test_noise_is_listed_only_when_asked_for(sidecar: Running, ledger: Ledger) -> None:
@@ -345,9 +330,7 @@ async def test_a_finding_comes_with_its_examples_the_smallest_first(sidecar: Run
     )
 
 
-async def test_a_pair_that_is_an_example_has_captures_and_differences(
-    sidecar: Running, ledger: Ledger
-) -> None:
+async def test_a_pair_that_is_an_example_has_captures_and_differences(sidecar: Running, ledger: Ledger) -> None:
     shown = ledger.endpoint()
     noise = ledger.finding(shown, "$.id", kind="added", impact="additive", baseline_count=1)
     number = ledger.pair(shown, noise, request="/products/7?full=1", reason="because")
@@ -363,9 +346,7 @@ async def test_a_pair_that_is_an_example_has_captures_and_differences(
         }
     ]
     mail = {"kind": "email.send", "key": "a", "payload": {"to": "b"}, "at_us": 7, "error": "OSError"}
-    old = replace(
-        capture("old", {}), effects=(mail, {"digest": "ab", "length": 9, "note": True}), effects_dropped=3
-    )
+    old = replace(capture("old", {}), effects=(mail, {"digest": "ab", "length": 9, "note": True}), effects_dropped=3)
     kept = packed(old, capture("new", {"id": 1}, role="shadow", status=201))
     ledger.example(number, {noise: 5}, kept, differences)
 
@@ -375,15 +356,10 @@ async def test_a_pair_that_is_an_example_has_captures_and_differences(
     assert found.pair.live == common.VERSION_OLD
     assert found.pair.finding_ids == [noise]
     assert found.pair.old_time == Duration(nanos=1_500_000)
-    assert [(one.role, one.status) for one in found.captures] == [
-        (common.ROLE_LIVE, 200),
-        (common.ROLE_SHADOW, 201),
-    ]
+    assert [(one.role, one.status) for one in found.captures] == [(common.ROLE_LIVE, 200), (common.ROLE_SHADOW, 201)]
     assert found.captures[0].effects_dropped == 3
     assert list(found.captures[0].effects) == [
-        pb.Effect(
-            kind="email.send", key="a", payload='{"to":"b"}', start=Duration(nanos=7000), error="OSError"
-        ),
+        pb.Effect(kind="email.send", key="a", payload='{"to":"b"}', start=Duration(nanos=7000), error="OSError"),
         pb.Effect(payload='{"digest":"ab","length":9}', start=Duration(), note=True),
     ]
     (difference,) = found.differences
@@ -401,9 +377,7 @@ async def test_a_finding_says_which_requests_show_it(sidecar: Running, ledger: L
         currency = "JPY" if number % 2 else "EUR"
         ledger.pair(shown, *findings, request=f"/products/{number}?page={number}&currency={currency}")
 
-    told, untold = [
-        await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=finding)) for finding in (yen, spread)
-    ]
+    told, untold = [await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=finding)) for finding in (yen, spread)]
 
     assert (told.feature.text, told.feature.coverage, told.feature.precision) == ("query.currency=JPY", 1, 1)
     assert not untold.HasField("feature")
@@ -434,14 +408,8 @@ async def test_a_pair_without_example_is_its_row(sidecar: Running, ledger: Ledge
         (pb.ListPairsRequest(window=window(NOON, NOON + HOUR)), 3),
     ],
 )
-async def test_pairs_are_filtered(
-    sidecar: Running, ledger: Ledger, request_: pb.ListPairsRequest, count: int
-) -> None:
-    shop, cart, till = (
-        ledger.endpoint(),
-        ledger.endpoint(method="POST", route="/cart"),
-        ledger.endpoint("till"),
-    )
+async def test_pairs_are_filtered(sidecar: Running, ledger: Ledger, request_: pb.ListPairsRequest, count: int) -> None:
+    shop, cart, till = (ledger.endpoint(), ledger.endpoint(method="POST", route="/cart"), ledger.endpoint("till"))
     assert ledger.finding(shop, "$.price") == 1
     ledger.pair(shop, 1)
     ledger.pair(cart)
@@ -464,9 +432,7 @@ async def pages(call: Callable[[Any], Any], request: Any, field: str) -> list[li
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
-async def test_pages_of_pairs_are_complete_and_without_doubles(
-    sidecar: Running, ledger: Ledger, size: int
-) -> None:
+async def test_pages_of_pairs_are_complete_and_without_doubles(sidecar: Running, ledger: Ledger, size: int) -> None:
     """Many share one moment, and new ones arrive meanwhile."""
     shown = ledger.endpoint()
     written = [ledger.pair(shown, at=NOON + HOUR * (number // 4)) for number in range(13)]
@@ -603,9 +569,7 @@ async def test_what_is_not_there_is_not_found(sidecar: Running, ledger: Ledger) 
         assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
 
 
-async def test_an_empty_service_is_ambiguous_where_there_are_several(
-    sidecar: Running, ledger: Ledger
-) -> None:
+async def test_an_empty_service_is_ambiguous_where_there_are_several(sidecar: Running, ledger: Ledger) -> None:
     ledger.endpoint("shop")
     ledger.endpoint("till")
 
@@ -616,9 +580,7 @@ async def test_an_empty_service_is_ambiguous_where_there_are_several(
     assert "--service" in found.message
 
 
-async def test_a_watch_tells_present_findings_then_new_and_grown_ones(
-    sidecar: Running, ledger: Ledger
-) -> None:
+async def test_a_watch_tells_present_findings_then_new_and_grown_ones(sidecar: Running, ledger: Ledger) -> None:
     shown = ledger.endpoint()
     first = ledger.finding(shown, "$.a")
     ledger.finding(shown, "$.noise", count=1, baseline_count=1)

@@ -117,9 +117,7 @@ async def test_a_summary_is_told_while_redis_is_away(postgres_url: str) -> None:
     assert not found.HasField("pending")
 
 
-@pytest.mark.parametrize(
-    ("part", "setting"), [("grpc", "ABREAST_GRPC_LISTEN"), ("http", "ABREAST_HTTP_LISTEN")]
-)
+@pytest.mark.parametrize(("part", "setting"), [("grpc", "ABREAST_GRPC_LISTEN"), ("http", "ABREAST_HTTP_LISTEN")])
 async def test_a_port_in_use_is_one_clear_error(sidecar: Running, part: str, setting: str) -> None:
     taken = f"127.0.0.1:{getattr(sidecar.sidecar, part).port}"
     listen = {"grpc_listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0", f"{part}_listen": taken}
@@ -214,9 +212,7 @@ async def test_the_page_says_what_the_verdict_is_and_why(sidecar: Running) -> No
     text = (await sidecar.http.get("/")).text
 
     said = text[text.index('title="abreast verdict"') : text.index('class="figures"')]
-    assert re.search(
-        '<span class="tag breaking">FAIL</span>.*1 of 1 pairs have unexplained', said, re.DOTALL
-    ), said
+    assert re.search('<span class="tag breaking">FAIL</span>.*1 of 1 pairs have unexplained', said, re.DOTALL), said
 
 
 async def test_the_page_of_a_pair_shows_old_first_and_what_new_raised(sidecar: Running) -> None:

@@ -254,15 +254,7 @@ PROGRAM = textwrap.dedent(
 
 def run(program: str, url: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            "-c",
-            PROGRAM + textwrap.dedent(program),
-            url,
-            str(Path(__file__).parents[1]),
-        ],
+        [sys.executable, "-W", "error", "-c", PROGRAM + textwrap.dedent(program), url, str(Path(__file__).parents[1])],
         capture_output=True,
         text=True,
         timeout=30,

@@ -82,9 +82,7 @@ async def failing(log: pytest.LogCaptureFixture) -> None:
     await eventually_async(said, what="the log says that captures wait")
 
 
-async def test_without_redis_answers_are_the_same_and_drops_are_counted(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_without_redis_answers_are_the_same_and_drops_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     target = middleware(f"redis://127.0.0.1:{find_free_port()}/0", flush_timeout=0.3)
     slowest = await ask(target, 3 * QUEUE)
     await failing(caplog)
@@ -151,9 +149,7 @@ async def test_a_frozen_redis_does_not_hold_up_a_shutdown() -> None:
     assert target.queue.drop_counts == {"shutdown": 5}
 
 
-async def test_a_slow_redis_does_not_hold_up_a_shutdown(
-    redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_slow_redis_does_not_hold_up_a_shutdown(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reply comes in time, but there is more to send than the time allows."""
     target = middleware(redis_url, flush_timeout=0.3, export_batch=1)
     slow = RedisTransport.join
@@ -273,9 +269,7 @@ async def test_bytes_are_bounded_too(redis_url: str) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": bytes(10_000)})
 
-    target = ParallelRunMiddleware(
-        large, service="shop", redis_url=redis_url, queue_bytes=30_000, export_interval=60
-    )
+    target = ParallelRunMiddleware(large, service="shop", redis_url=redis_url, queue_bytes=30_000, export_interval=60)
     for _ in range(5):
         await call(target, sampled())
 
@@ -302,9 +296,7 @@ async def test_what_redis_refuses_is_counted(settings: SettingsKwargs, reason: s
     assert target.queue.shipped_count == kept > 0
 
 
-async def test_a_batch_that_redis_never_takes_is_given_up(
-    redis_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_batch_that_redis_never_takes_is_given_up(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
         await admin.set(KEYS.stats, "not a hash")
         target = middleware(redis_url)

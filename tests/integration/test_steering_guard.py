@@ -102,9 +102,7 @@ async def test_it_counts_requests_that_old_had_to_answer_for_new(sidecar: Runnin
     assert "new failed 20 of 20" in (await events(sidecar))[0].reason
 
 
-async def test_errors_of_copies_and_of_both_versions_are_none_of_users(
-    sidecar: Running, ledger: Ledger
-) -> None:
+async def test_errors_of_copies_and_of_both_versions_are_none_of_users(sidecar: Running, ledger: Ledger) -> None:
     await set_guard(sidecar, "ACTING")
     await set_share(sidecar, 0.5)
 
@@ -166,21 +164,14 @@ async def test_watching_only_says_what_it_would_have_done(sidecar: Running, ledg
     await saw(sidecar, "BREACHED")  # it has looked again, and cools down
 
     told = [(one.action, one.actor) for one in await events(sidecar)]
-    assert told == [
-        ("guard_would_roll_back", "guard"),
-        ("update", "ada"),
-        ("guard_set", "ada"),
-        ("create", "sidecar"),
-    ]
+    assert told == [("guard_would_roll_back", "guard"), ("update", "ada"), ("guard_set", "ada"), ("create", "sidecar")]
     event = (await events(sidecar))[0]
     assert event.before == event.after
     assert event.after.new_share == 0.5
     assert found.state == pb.GUARD_STATE_BREACHED
 
 
-async def test_what_was_before_users_were_let_onto_new_again_does_not_count(
-    sidecar: Running, ledger: Ledger
-) -> None:
+async def test_what_was_before_users_were_let_onto_new_again_does_not_count(sidecar: Running, ledger: Ledger) -> None:
     """Who fixed new and tries again is not sent back for what was."""
     await set_guard(sidecar, "ACTING", errors=pb.GuardRule(cooldown=Duration()))
     await set_share(sidecar, 0.5)
@@ -243,10 +234,7 @@ async def test_a_change_of_the_policy_has_who_why_before_and_after(sidecar: Runn
         (pb.GuardPolicy(), "set at least one field of policy"),
         (pb.GuardPolicy(errors=pb.GuardRule(limit=1.5)), "policy.errors.limit must be a share from 0 to 1"),
         (pb.GuardPolicy(slower=pb.GuardRule(min_pairs=0)), "policy.slower.min_pairs must be 1 to"),
-        (
-            pb.GuardPolicy(mismatches=pb.GuardRule(window=Duration(seconds=1))),
-            "policy.mismatches.window must be",
-        ),
+        (pb.GuardPolicy(mismatches=pb.GuardRule(window=Duration(seconds=1))), "policy.mismatches.window must be"),
         (pb.GuardPolicy(confidence=1.0), "policy.confidence must be above 0 and below 1"),
     ],
 )

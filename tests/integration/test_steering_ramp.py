@@ -140,10 +140,7 @@ async def test_each_step_needs_pairs_and_time_of_its_own(sidecar: Running, ledge
     await sidecar.steering.AbortRamp(pb.AbortRampRequest())
     await start(sidecar, 0.01, 0.5, hold=0.9, min_pairs=1)
     good(ledger)
-    assert (
-        "holds 1% for another 1 s" in (await looked(sidecar)).state.message
-        or (await ramp(sidecar)).state.step
-    )
+    assert "holds 1% for another 1 s" in (await looked(sidecar)).state.message or (await ramp(sidecar)).state.step
     good(ledger)
     await until(sidecar, "PROGRESSING", 1)
 
@@ -164,9 +161,7 @@ async def test_it_goes_back_on_fail(sidecar: Running, ledger: Ledger) -> None:
     assert ended.verdict == comparison_pb2.VERDICT_STATE_FAIL
 
 
-async def test_a_defect_of_the_last_step_does_not_drown_in_what_was_before(
-    sidecar: Running, ledger: Ledger
-) -> None:
+async def test_a_defect_of_the_last_step_does_not_drown_in_what_was_before(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.01, 1.0)
     good(ledger, 5000)
@@ -206,9 +201,7 @@ async def test_no_evidence_is_no_good_evidence(
     await until(sidecar, "PROGRESSING", 1)
 
 
-async def test_without_an_envoys_count_it_does_not_climb_until_there_is_one(
-    sidecar: Running, ledger: Ledger
-) -> None:
+async def test_without_an_envoys_count_it_does_not_climb_until_there_is_one(sidecar: Running, ledger: Ledger) -> None:
     await start(sidecar, 0.01, 1.0)
     add(ledger, 300, live="new", new_us=900)
     blind = await looked(sidecar)

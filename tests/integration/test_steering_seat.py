@@ -20,7 +20,9 @@ from support_steering import add
 pytestmark = pytest.mark.postgres
 
 ACTING_GUARD = '{"mode": "acting"}'
-HOLDER = "select pid from pg_locks where locktype = 'advisory' and granted and classid::bigint << 32 | objid::bigint = %s"
+HOLDER = (
+    "select pid from pg_locks where locktype = 'advisory' and granted and classid::bigint << 32 | objid::bigint = %s"
+)
 
 
 @pytest.fixture
@@ -108,9 +110,7 @@ async def test_one_that_says_nothing_for_seconds_loses_the_seat(postgres_url: st
     ledger = Ledger(postgres_url)
     assert await seat.acquire()
 
-    eventually(
-        lambda: not ledger.execute(HOLDER, LEADER_LOCK_ID), what="postgres has ended the silent session"
-    )
+    eventually(lambda: not ledger.execute(HOLDER, LEADER_LOCK_ID), what="postgres has ended the silent session")
     with pytest.raises(LeadershipLostError):
         await seat.heartbeat()
 

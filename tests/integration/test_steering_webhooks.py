@@ -133,9 +133,7 @@ async def test_what_the_guard_would_have_done_is_told(sidecar: Running, hook: Re
     assert (told["data"]["actor"], told["data"]["detail"]["rule"]) == ("guard", "errors")
 
 
-async def test_a_receiver_that_refuses_gets_it_again_with_the_same_id(
-    sidecar: Running, hook: Receiver
-) -> None:
+async def test_a_receiver_that_refuses_gets_it_again_with_the_same_id(sidecar: Running, hook: Receiver) -> None:
     hook.refuse = 1
     await rollback(sidecar)
 
@@ -171,9 +169,7 @@ async def test_one_that_is_away_holds_up_neither_acts_nor_others(
     redis_url: str, postgres_url: str, hook: Receiver
 ) -> None:
     away = "http://127.0.0.1:1/"
-    async with running(
-        redis_url, postgres_url, webhook_urls=(away, hook.url), webhook_secret=SECRET
-    ) as sidecar:
+    async with running(redis_url, postgres_url, webhook_urls=(away, hook.url), webhook_secret=SECRET) as sidecar:
         ledger = sidecar.ledger()
         ledger.endpoint("shop")
 
@@ -215,12 +211,7 @@ async def dripping(answer: bytes) -> AsyncIterator[str]:
     ids=["its headers have no end", "its body has no end"],
 )
 async def test_a_receiver_whose_answer_never_ends_holds_up_no_other(
-    redis_url: str,
-    postgres_url: str,
-    hook: Receiver,
-    monkeypatch: pytest.MonkeyPatch,
-    answer: bytes,
-    waiting: int,
+    redis_url: str, postgres_url: str, hook: Receiver, monkeypatch: pytest.MonkeyPatch, answer: bytes, waiting: int
 ) -> None:
     monkeypatch.setattr(webhooks, "WEBHOOK_TIMEOUT_S", 0.5)
     async with (
@@ -277,9 +268,7 @@ async def test_neither_the_secret_nor_the_token_in_a_url_is_logged(
     assert "t0k3n" not in shown
 
 
-async def test_the_example_in_the_documentation_verifies_what_is_sent(
-    sidecar: Running, hook: Receiver
-) -> None:
+async def test_the_example_in_the_documentation_verifies_what_is_sent(sidecar: Running, hook: Receiver) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     scope: dict[str, Any] = {}
     exec(example, scope)  # noqa: S102  # our own page
@@ -292,9 +281,7 @@ async def test_the_example_in_the_documentation_verifies_what_is_sent(
     assert not scope["verified"](SECRET, headers | {"webhook-timestamp": "1"}, body)
 
 
-async def test_the_message_in_the_documentation_has_the_fields_that_are_sent(
-    sidecar: Running, hook: Receiver
-) -> None:
+async def test_the_message_in_the_documentation_has_the_fields_that_are_sent(sidecar: Running, hook: Receiver) -> None:
     (example,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     await set_share(sidecar, 0.25)
     await rollback(sidecar)

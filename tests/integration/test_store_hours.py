@@ -26,8 +26,7 @@ WINDOWS = 40
 def made(generator: random.Random) -> list[tuple[datetime, str]]:
     """Some on the very hour, where windows begin and end too."""
     moments = [
-        NOON
-        + timedelta(seconds=generator.choice((generator.randrange(SPAN), 3600 * generator.randrange(40))))
+        NOON + timedelta(seconds=generator.choice((generator.randrange(SPAN), 3600 * generator.randrange(40))))
         for _ in range(300)
     ]
     return [(moment, generator.choice(OUTCOMES)) for moment in moments]
@@ -38,9 +37,7 @@ async def test_a_summary_of_any_window_counts_what_is_inside(postgres_url: str) 
     pairs = made(generator)
     ledger = PairWriter(postgres_url, examples_per_finding=1)
     batch = [
-        judged(
-            [difference()] if outcome == "mismatch" else [], outcome=outcome, at=round(at.timestamp() * 1000)
-        )
+        judged([difference()] if outcome == "mismatch" else [], outcome=outcome, at=round(at.timestamp() * 1000))
         for at, outcome in pairs
     ]
     for _ in range(2):  # a batch that comes twice counts once

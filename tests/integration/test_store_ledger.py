@@ -53,9 +53,7 @@ async def test_of_a_half_known_batch_only_the_new_half_counts(ledger: PairWriter
     assert one(url, "select count from abreast.finding") == 9
 
 
-async def test_a_pair_that_shows_a_finding_many_times_counts_once_for_it(
-    ledger: PairWriter, url: str
-) -> None:
+async def test_a_pair_that_shows_a_finding_many_times_counts_once_for_it(ledger: PairWriter, url: str) -> None:
     many = [difference("$.items[*].price", place=f"$.items[{n}].price") for n in range(50)]
     await ledger.write([judged(many)])
 
@@ -68,10 +66,7 @@ async def test_the_day_and_time_are_those_of_the_stream_in_utc(ledger: PairWrite
     await ledger.write([judged(at=late, pair="a"), judged(at=late + 1, pair="b")])
 
     found = rows(url, "select id, day, extract(epoch from at) * 1000 from abreast.pair order by id")
-    assert found == [
-        ("a", dt.date(2026, 3, 1), late),
-        ("b", dt.date(2026, 3, 2), late + 1),
-    ]
+    assert found == [("a", dt.date(2026, 3, 1), late), ("b", dt.date(2026, 3, 2), late + 1)]
 
 
 async def test_examples_are_bounded_and_the_smallest_of_a_batch(ledger: PairWriter, url: str) -> None:
@@ -97,9 +92,7 @@ async def test_clearly_smaller_examples_take_the_place_of_larger_ones(ledger: Pa
     assert one(url, "select examples_replaced from abreast.finding") == 4
 
 
-async def test_examples_give_way_only_so_often(
-    ledger: PairWriter, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_examples_give_way_only_so_often(ledger: PairWriter, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("abreast_sidecar.store.samples.MAX_REPLACEMENTS", 2)
     await ledger.write([judged([difference()], size=100_000) for _ in range(3)])
     for turn in range(10):
@@ -109,9 +102,7 @@ async def test_examples_give_way_only_so_often(
     assert one(url, "select count(*) from abreast.finding_example where body_bytes < 3000") == 2
 
 
-async def test_a_pair_that_is_an_example_of_two_findings_stays_for_the_other(
-    ledger: PairWriter, url: str
-) -> None:
+async def test_a_pair_that_is_an_example_of_two_findings_stays_for_the_other(ledger: PairWriter, url: str) -> None:
     both = [judged([difference("$.a"), difference("$.b")], size=1000, pair=f"both {n}") for n in range(3)]
     await ledger.write(both)
     await ledger.write([judged([difference("$.a")], size=10)])
@@ -156,9 +147,7 @@ async def test_workers_that_write_the_same_findings_in_any_order_never_lock_each
         total = 0
         for start in range(6):
             order = paths[(turn * 7 + start) % 30 :] + paths[: (turn * 7 + start) % 30]
-            total += await ledger.write(
-                [judged([difference(path)], pair=f"{turn}-{start}-{path}") for path in order]
-            )
+            total += await ledger.write([judged([difference(path)], pair=f"{turn}-{start}-{path}") for path in order])
         return total
 
     totals = await asyncio.gather(*(work(ledger, turn) for turn, ledger in enumerate(ledgers)))
@@ -204,9 +193,7 @@ async def test_a_day_that_was_dropped_takes_nothing_more_and_what_comes_for_it_i
     with psycopg.connect(url) as connection:
         connection.execute("select abreast.drop_day(date '1970-01-01' + 20000)")
     fresh = PairWriter(url, examples_per_finding=1)
-    written = [
-        await one.write([again, judged(at=19_990 * DAY), judged(at=20_001 * DAY)]) for one in (ledger, fresh)
-    ]
+    written = [await one.write([again, judged(at=19_990 * DAY), judged(at=20_001 * DAY)]) for one in (ledger, fresh)]
     await fresh.close()
     database = Database(url)
     await database.open()

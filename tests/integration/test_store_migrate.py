@@ -122,9 +122,7 @@ async def test_open_day_creates_a_day_once(empty_postgres_url: str) -> None:
 
     async def open_day() -> None:
         async with await psycopg.AsyncConnection.connect(empty_postgres_url, autocommit=True) as connection:
-            await connection.execute(
-                "select abreast.open_day(date '2026-01-31' + n) from generate_series(0, 2) as n"
-            )
+            await connection.execute("select abreast.open_day(date '2026-01-31' + n) from generate_series(0, 2) as n")
 
     await asyncio.gather(*(open_day() for _ in range(6)))
 
@@ -132,9 +130,7 @@ async def test_open_day_creates_a_day_once(empty_postgres_url: str) -> None:
         empty_postgres_url,
         "select inhrelid::regclass::text from pg_inherits where inhparent = 'abreast.pair'::regclass order by 1",
     )
-    assert [name for (name,) in found] == [
-        f"abreast.pair_{day}" for day in ("20260131", "20260201", "20260202")
-    ]
+    assert [name for (name,) in found] == [f"abreast.pair_{day}" for day in ("20260131", "20260201", "20260202")]
 
 
 async def test_migrate_refuses_another_encoding(empty_postgres_url: str) -> None:

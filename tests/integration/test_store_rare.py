@@ -19,7 +19,9 @@ pytestmark = pytest.mark.postgres
 MANY = 60_000
 RARE = 30
 FEW = 20_000  # rows: what reading the newest of both endpoints may take, several times over
-ENDPOINTS = "insert into abreast.endpoint (service, method, route) values ('shop', 'GET', '/often'), ('shop', 'GET', '/rare')"
+ENDPOINTS = (
+    "insert into abreast.endpoint (service, method, route) values ('shop', 'GET', '/often'), ('shop', 'GET', '/rare')"
+)
 FINDING = """
 insert into abreast.finding (endpoint_id, part, path, kind, impact, count, state, first_seen, last_seen)
 select id, 'body', '$.price', 'changed', 'value', 5, 'real', now(), now() from abreast.endpoint where route = '/rare'
@@ -42,9 +44,7 @@ READ = """
 select coalesce(sum(seq_tup_read + coalesce(idx_tup_fetch, 0)), 0)::bigint
 from pg_stat_user_tables where relname like 'pair\\_2%'
 """
-OTHERS = (
-    "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
-)
+OTHERS = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
 
 
 @pytest.fixture
@@ -81,9 +81,7 @@ async def pairs_of_an_endpoint(database: Database) -> None:
 
 
 async def pairs_of_a_finding(database: Database) -> None:
-    found = await LedgerReader(database).list_pairs(
-        PairFilter(service="shop", finding_id=1), PageRequest(100)
-    )
+    found = await LedgerReader(database).list_pairs(PairFilter(service="shop", finding_id=1), PageRequest(100))
     assert len(found.rows) == 5
 
 

@@ -43,9 +43,7 @@ class Row:
     findings: tuple[int, ...]
 
     def within(self, window: Window) -> bool:
-        return (window.start is None or self.at >= window.start) and (
-            window.end is None or self.at < window.end
-        )
+        return (window.start is None or self.at >= window.start) and (window.end is None or self.at < window.end)
 
     @property
     def compared(self) -> bool:
@@ -136,13 +134,9 @@ def counted(rows: Iterable[Row], what: Callable[[Row], bool]) -> int:
 async def test_the_sums_are_those_of_the_rows(place: Place) -> None:
     sums_are_those_of_rows(place.url)
     with psycopg.connect(place.url, autocommit=True) as connection:
-        connection.execute(
-            "update abreast.pair set outcome = 'match', findings = '{}' where findings @> '{1}'"
-        )
+        connection.execute("update abreast.pair set outcome = 'match', findings = '{}' where findings @> '{1}'")
         sums_are_those_of_rows(place.url)
-        connection.execute(
-            "update abreast.pair set explained = '{2}', explained_by = '{7}' where old_status = 500"
-        )
+        connection.execute("update abreast.pair set explained = '{2}', explained_by = '{7}' where old_status = 500")
         connection.execute("delete from abreast.pair where outcome = 'only_old'")
         sums_are_those_of_rows(place.url)
 
@@ -207,9 +201,7 @@ async def test_a_verdict(place: Place, release: str | None) -> None:
             )
             assert one.compared == counted(rows, lambda row: row.compared)
             assert one.mismatches == counted(rows, lambda row: PRICE in row.findings)
-            assert one.undecided == counted(
-                rows, lambda row: NAME in row.findings and PRICE not in row.findings
-            )
+            assert one.undecided == counted(rows, lambda row: NAME in row.findings and PRICE not in row.findings)
             assert one.new_errors == counted(
                 rows, lambda row: row.compared and row.new_status == 500 and row.old_status == 200
             )
@@ -225,8 +217,7 @@ def of_release(rows: Iterable[Row], window: Window, release: str | None) -> list
     return [
         one
         for one in rows
-        if one.within(window)
-        and release in (None, one.new_release or ("new-2" if one.at >= second else "new-1"))
+        if one.within(window) and release in (None, one.new_release or ("new-2" if one.at >= second else "new-1"))
     ]
 
 

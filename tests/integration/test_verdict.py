@@ -48,9 +48,7 @@ async def test_equal_versions_pass_with_enough_pairs(sidecar: Running, ledger: L
     assert (found.budget.max_mismatch, found.budget.confidence) == (0.001, 0.95)
 
 
-async def test_one_broken_in_two_thousand_fails_at_a_hundredth_of_a_percent(
-    sidecar: Running, ledger: Ledger
-) -> None:
+async def test_one_broken_in_two_thousand_fails_at_a_hundredth_of_a_percent(sidecar: Running, ledger: Ledger) -> None:
     broken = ledger.finding(ledger.endpoint(), "$.price")
     add(ledger, 19_990)
     add(ledger, 10, broken)
@@ -77,9 +75,7 @@ async def test_too_little_is_never_a_pass(sidecar: Running, ledger: Ledger, many
         assert 500 < found.pairs_needed < 4000
 
 
-async def test_an_undecided_finding_keeps_from_pass_and_does_not_fail(
-    sidecar: Running, ledger: Ledger
-) -> None:
+async def test_an_undecided_finding_keeps_from_pass_and_does_not_fail(sidecar: Running, ledger: Ledger) -> None:
     doubtful = ledger.finding(ledger.endpoint(), "$.price", state="undecided")
     add(ledger, 5000)
     add(ledger, 100, doubtful)
@@ -92,9 +88,7 @@ async def test_an_undecided_finding_keeps_from_pass_and_does_not_fail(
 
 
 @pytest.mark.parametrize("outcome", ["only_old", "undecodable", "shed", "baseline_only"])
-async def test_outcomes_that_are_no_evidence_are_holes(
-    sidecar: Running, ledger: Ledger, outcome: str
-) -> None:
+async def test_outcomes_that_are_no_evidence_are_holes(sidecar: Running, ledger: Ledger, outcome: str) -> None:
     add(ledger, 5000)
     add(ledger, 200, outcome=outcome)
     sampled(ledger)
@@ -105,9 +99,7 @@ async def test_outcomes_that_are_no_evidence_are_holes(
     assert "200 are missing" in found.reasons[0].text
 
 
-async def test_what_envoy_counted_and_the_ledger_never_got_is_a_hole(
-    sidecar: Running, ledger: Ledger
-) -> None:
+async def test_what_envoy_counted_and_the_ledger_never_got_is_a_hole(sidecar: Running, ledger: Ledger) -> None:
     add(ledger, 5000)
     sampled(ledger, 6000)
     window = common.TimeWindow()
@@ -206,10 +198,7 @@ async def test_an_endpoint_that_new_never_answered_keeps_from_pass(sidecar: Runn
     found = await verdict(sidecar)
 
     assert state(found) == "INCONCLUSIVE"
-    assert (found.reasons[0].subject, found.reasons[0].endpoint.route) == (
-        pb.VERDICT_SUBJECT_COVERAGE,
-        "/gone",
-    )
+    assert (found.reasons[0].subject, found.reasons[0].endpoint.route) == (pb.VERDICT_SUBJECT_COVERAGE, "/gone")
     assert {one.endpoint.route: state(one) for one in found.endpoints} == {
         "/products/{id}": "PASS",
         "/gone": "INCONCLUSIVE",
@@ -288,8 +277,7 @@ async def test_a_budget_that_says_nothing_is_refused(sidecar: Running, budget: d
 
 
 @pytest.mark.parametrize(
-    ("many", "broken", "code", "word"),
-    [(5000, 0, 0, "PASS"), (5000, 500, 1, "FAIL"), (50, 0, 2, "INCONCLUSIVE")],
+    ("many", "broken", "code", "word"), [(5000, 0, 0, "PASS"), (5000, 500, 1, "FAIL"), (50, 0, 2, "INCONCLUSIVE")]
 )
 async def test_the_command_exits_with_the_verdict(
     sidecar: Running, ledger: Ledger, many: int, broken: int, code: int, word: str
@@ -297,15 +285,7 @@ async def test_the_command_exits_with_the_verdict(
     add(ledger, many)
     add(ledger, broken, ledger.finding(ledger.endpoint(), "$.price"))
     sampled(ledger)
-    words = [
-        "verdict",
-        "--max-mismatch",
-        "0.1%",
-        "--confidence",
-        "95%",
-        "--address",
-        f"127.0.0.1:{sidecar.port}",
-    ]
+    words = ["verdict", "--max-mismatch", "0.1%", "--confidence", "95%", "--address", f"127.0.0.1:{sidecar.port}"]
 
     result = await asyncio.to_thread(CliRunner().invoke, abreast, words)
 

@@ -34,9 +34,7 @@ def through(empty_postgres_url: str) -> Iterator[str]:
         yield url
 
 
-async def test_a_sidecar_with_three_workers_and_its_api(
-    redis_url: str, empty_postgres_url: str, through: str
-) -> None:
+async def test_a_sidecar_with_three_workers_and_its_api(redis_url: str, empty_postgres_url: str, through: str) -> None:
     rpc, web = free_ports(2)
     settings = Settings(
         redis_url=redis_url,
@@ -66,9 +64,7 @@ async def test_a_sidecar_with_three_workers_and_its_api(
     assert summary.pairs == 300
     assert facts.pairs == 300
     agrees(empty_postgres_url)
-    assert (
-        one(empty_postgres_url, "select count(*) from abreast.traffic_event where action = 'rollback'") == 1
-    )
+    assert one(empty_postgres_url, "select count(*) from abreast.traffic_event where action = 'rollback'") == 1
 
 
 async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(

@@ -23,19 +23,7 @@ from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from abreast_sidecar.store.migrate import migrate
 from support import WITHIN, eventually_async
-from support_pairs import (
-    SERVICE,
-    add_entry,
-    capture,
-    one,
-    outcomes,
-    pair_of,
-    ready,
-    rows,
-    running,
-    send,
-    stats,
-)
+from support_pairs import SERVICE, add_entry, capture, one, outcomes, pair_of, ready, rows, running, send, stats
 
 WORKER = """
 import asyncio, sys
@@ -68,9 +56,7 @@ async def test_a_sent_pair_becomes_a_row(settings: Settings) -> None:
         "select outcome, live, request, old_status, new_status, old_us, old_release, new_release, cardinality(findings) from abreast.pair",
     )
     assert found == [("mismatch", "old", "/products/7?page=1", 200, 200, 2000, "old-1", "new-1", 1)]
-    assert rows(settings.postgres_url, "select method, route from abreast.endpoint") == [
-        ("GET", "/products/{id}")
-    ]
+    assert rows(settings.postgres_url, "select method, route from abreast.endpoint") == [("GET", "/products/{id}")]
     assert rows(settings.postgres_url, "select part, path, kind, count from abreast.finding") == [
         ("body", "$.price", "changed", 1)
     ]
@@ -80,10 +66,7 @@ async def test_what_was_done_beside_an_answer_becomes_a_finding(settings: Settin
     mail = {"kind": "email.send", "payload": {"to": "a@b"}, "at_us": 9}
     old, new = pair_of({"price": 1}, {"price": 1})
     changed = {**mail, "payload": {"to": "c@d"}}
-    send(
-        settings.redis_url,
-        [structs.replace(old, effects=(mail, mail)), structs.replace(new, effects=(changed,))],
-    )
+    send(settings.redis_url, [structs.replace(old, effects=(mail, mail)), structs.replace(new, effects=(changed,))])
     async with running(settings):
         await emptied(settings)
 
@@ -191,9 +174,7 @@ async def test_postgres_may_restart_while_batches_are_written(redis_url: str) ->
 async def test_a_worker_waits_for_servers_that_come_later_and_for_the_schema() -> None:
     redis_server, postgres = RedisServer(), PostgresServer()
     settings = Settings(
-        redis_url=redis_server.url,
-        postgres_url="postgresql://postgres:x@127.0.0.1:1/postgres",
-        shutdown_timeout=1.0,
+        redis_url=redis_server.url, postgres_url="postgresql://postgres:x@127.0.0.1:1/postgres", shutdown_timeout=1.0
     )
     async with running(settings) as worker:
         await asyncio.sleep(0.3)
@@ -240,12 +221,13 @@ async def test_poison_is_put_apart_and_the_rest_goes_on(settings: Settings) -> N
 
     assert outcomes(settings.postgres_url) == {"undecodable": 4, "match": 1}
     reasons = [
-        reason
-        for (reason,) in rows(settings.postgres_url, "select reason from abreast.dead_letter order by id")
+        reason for (reason,) in rows(settings.postgres_url, "select reason from abreast.dead_letter order by id")
     ]
     assert len(reasons) == 4
     assert any("format 99" in reason for reason in reasons)
-    route = "select route from abreast.endpoint join abreast.pair on pair.endpoint_id = endpoint.id where pair.id = 'p2'"
+    route = (
+        "select route from abreast.endpoint join abreast.pair on pair.endpoint_id = endpoint.id where pair.id = 'p2'"
+    )
     assert one(settings.postgres_url, route) == "/products/{id}"
 
 
@@ -259,10 +241,7 @@ async def test_a_record_that_postgres_refuses_does_not_stop_the_others(settings:
         await emptied(settings)
 
     assert outcomes(settings.postgres_url) == {"match": 38, "undecodable": 2}
-    assert (
-        one(settings.postgres_url, "select count(*) from abreast.dead_letter where reason like '%refuses%'")
-        == 2
-    )
+    assert one(settings.postgres_url, "select count(*) from abreast.dead_letter where reason like '%refuses%'") == 2
 
 
 async def test_zero_bytes_and_lone_surrogates_are_kept_as_something_else(settings: Settings) -> None:
@@ -289,9 +268,7 @@ async def test_thousands_of_differing_paths_stay_bounded(settings: Settings) -> 
     assert one(settings.postgres_url, longest) < 200_000
 
 
-async def test_lonely_captures_are_swept_into_outcomes_and_what_comes_late_is_counted(
-    settings: Settings,
-) -> None:
+async def test_lonely_captures_are_swept_into_outcomes_and_what_comes_late_is_counted(settings: Settings) -> None:
     soon = Limits(wait_ms=1)
     old, new, third = str(uuid.uuid4()), str(uuid.uuid4()), str(uuid.uuid4())
     send(settings.redis_url, [capture(old, "old"), capture(new, "new", "shadow")], bounds=soon)

@@ -41,9 +41,7 @@ CAPTURES = st.builds(
     client_left=st.booleans(),
     complete=st.booleans(),
     exception=LATIN,
-    effects=st.lists(
-        st.dictionaries(LATIN, st.integers(-9, 9) | LATIN | st.none(), max_size=3), max_size=3
-    ).map(tuple),
+    effects=st.lists(st.dictionaries(LATIN, st.integers(-9, 9) | LATIN | st.none(), max_size=3), max_size=3).map(tuple),
 )
 
 
@@ -59,9 +57,7 @@ def test_rubbish_is_refused_with_a_capture_error(blob: bytes) -> None:
 
 
 @given(CAPTURES, st.data())
-def test_a_damaged_capture_is_refused_or_read_but_nothing_else_is_raised(
-    capture: Capture, data: st.DataObject
-) -> None:
+def test_a_damaged_capture_is_refused_or_read_but_nothing_else_is_raised(capture: Capture, data: st.DataObject) -> None:
     blob = bytearray(encode(capture))
     at = data.draw(st.integers(0, len(blob) - 1))
     blob[at] = data.draw(st.integers(0, 255))

@@ -80,8 +80,7 @@ def test_retries_are_not_counted_as_mirrored() -> None:
 
     assert facts.mirrored_requests == 10
     assert (
-        "100 requests, 10 of them mirrored"
-        in next(c for c in envoy.check_envoy(facts) if c.name == "requests").found
+        "100 requests, 10 of them mirrored" in next(c for c in envoy.check_envoy(facts) if c.name == "requests").found
     )
 
 
@@ -90,10 +89,7 @@ def hosts(cluster: str, *, ejected: bool = False, **stats: int) -> dict[str, Any
     host: dict[str, Any] = {
         "address": {"socket_address": {"address": "127.0.0.1", "port_value": 8001}},
         "stats": [{"name": name, **({"value": str(n)} if n else {})} for name, n in stats.items()],
-        "health_status": {
-            "eds_health_status": "HEALTHY",
-            **({"failed_outlier_check": True} if ejected else {}),
-        },
+        "health_status": {"eds_health_status": "HEALTHY", **({"failed_outlier_check": True} if ejected else {})},
     }
     return {"name": cluster, "host_statuses": [host]}
 
@@ -121,14 +117,7 @@ REFUSED = "connection refused"
         ("127.0.0.1", "", reach.ConnectionCounts(failed_connects=1), True, True, True),
         ("127.0.0.1", "", reach.ConnectionCounts(failed_connects=2), True, False, True),
         ("127.0.0.1", "", reach.ConnectionCounts(failed_connects=1, is_ejected=True), True, False, True),
-        (
-            "10.0.0.1",
-            "timed out",
-            reach.ConnectionCounts(failed_connects=1, successful_requests=1),
-            False,
-            True,
-            True,
-        ),
+        ("10.0.0.1", "timed out", reach.ConnectionCounts(failed_connects=1, successful_requests=1), False, True, True),
         ("10.0.0.1", "timed out", reach.ConnectionCounts(failed_connects=1), False, False, True),
     ],
 )
@@ -160,27 +149,20 @@ def test_without_traffic_only_this_machine_can_tell(where: str, refused: str, ne
 
 
 def test_requests_that_change_something_are_told_from_none_at_all() -> None:
-    none = envoy_facts(
-        cluster__new_shadow__upstream_rq_total=0,
-        vhost__service__route__safe_plain__upstream_rq_total=0,
-    )
+    none = envoy_facts(cluster__new_shadow__upstream_rq_total=0, vhost__service__route__safe_plain__upstream_rq_total=0)
     posts = envoy_facts(
         cluster__new_shadow__upstream_rq_total=0,
         vhost__service__route__safe_plain__upstream_rq_total=0,
         vhost__service__route__unsafe_plain__upstream_rq_total=5,
     )
-    found = [
-        next(c for c in envoy.check_envoy(facts) if c.name == "requests").found for facts in (none, posts)
-    ]
+    found = [next(c for c in envoy.check_envoy(facts) if c.name == "requests").found for facts in (none, posts)]
 
     assert "no request has come through Envoy" in found[0]
     assert "all change something" in found[1]
 
 
 def process(**report: Any) -> services.ServiceProcess:
-    return services.ServiceProcess.from_report(
-        {"host": "a", "pid": 1, "seen": 99.0, **report}, server_time_s=100.0
-    )
+    return services.ServiceProcess.from_report({"host": "a", "pid": 1, "seen": 99.0, **report}, server_time_s=100.0)
 
 
 def test_both_versions_captured_is_well() -> None:
@@ -211,9 +193,7 @@ def test_another_name_for_the_service_is_pointed_out() -> None:
 
 
 def test_processes_that_fell_silent_are_a_failure() -> None:
-    silent = services.ServiceProcess.from_report(
-        {"seen": 1.0, "versions": {"old": 1, "new": 1}}, server_time_s=100.0
-    )
+    silent = services.ServiceProcess.from_report({"seen": 1.0, "versions": {"old": 1, "new": 1}}, server_time_s=100.0)
 
     assert states(services.check_services("shop", [silent], 1, []))["middleware"] == "fail"
 
@@ -223,10 +203,7 @@ def silent(version: str) -> services.ServiceProcess:
 
 
 def test_a_version_whose_captures_stopped_is_named_whatever_it_sent_before() -> None:
-    checks = {
-        c.name: c
-        for c in services.check_services("shop", [process(versions={"old": 5}), silent("new")], 5, [])
-    }
+    checks = {c.name: c for c in services.check_services("shop", [process(versions={"old": 5}), silent("new")], 5, [])}
 
     assert (checks["old"].state, checks["new"].state) == ("ok", "fail")
     assert checks["new"].found == "no process of new has reported for 40 s"
@@ -308,9 +285,7 @@ def test_pairs_do_not_join(stats: dict[str, int], waiting: int, ready: int, name
 
 @pytest.mark.parametrize(("overdue", "state"), [(20.0, None), (31.0, "fail")])
 def test_a_sweep_that_is_stuck_is_a_failure(overdue: float, state: str | None) -> None:
-    shards = [
-        redis.ShardState({"received": 20, "joined": 10}, waiting_pairs=1, ready_pairs=0, overdue_s=overdue)
-    ]
+    shards = [redis.ShardState({"received": 20, "joined": 10}, waiting_pairs=1, ready_pairs=0, overdue_s=overdue)]
 
     assert states(redis.check_join(redis_facts(shards={"shop": shards}), "shop", 10)).get("sweep") == state
 

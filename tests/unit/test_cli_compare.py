@@ -109,10 +109,7 @@ def test_an_answer_that_can_not_be_written_is_none(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
 
-    assert (done.returncode, done.stderr) == (
-        2,
-        "abreast: the output can't be written: No space left on device\n",
-    )
+    assert (done.returncode, done.stderr) == (2, "abreast: the output can't be written: No space left on device\n")
 
 
 def test_any_text_can_be_compared_by_its_type(tmp_path: Path) -> None:
@@ -181,12 +178,7 @@ def test_what_comes_from_files_cannot_steer_the_terminal(tmp_path: Path) -> None
             (("transfer-encoding", "chunked"),),
             b"abcde",
         ),
-        (
-            b"HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\nabc",
-            200,
-            (("transfer-encoding", "chunked"),),
-            b"abc",
-        ),
+        (b"HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\nabc", 200, (("transfer-encoding", "chunked"),), b"abc"),
     ],
 )
 def test_responses_are_read(data: bytes, status: int, headers: Any, body: bytes) -> None:
@@ -195,9 +187,7 @@ def test_responses_are_read(data: bytes, status: int, headers: Any, body: bytes)
     assert (answer.status, answer.headers, answer.body.content) == (status, headers, body)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"200 OK", b"HTTP/1.1 999 x\r\n\r\n", b"HTTP/1.1 200 OK\nno colon\n\n"]
-)
+@pytest.mark.parametrize("data", [b"", b"200 OK", b"HTTP/1.1 999 x\r\n\r\n", b"HTTP/1.1 200 OK\nno colon\n\n"])
 def test_what_is_no_response_is_refused(data: bytes) -> None:
     with pytest.raises(ArgumentError):
         parse_http_file(data, "file")
@@ -207,9 +197,7 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", DOC.read_text(), re.DOTALL)
 
 
-def test_the_examples_of_the_page_say_what_the_command_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_examples_of_the_page_say_what_the_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for content in blocks("json"):
         name, _, text = content.partition("\n")

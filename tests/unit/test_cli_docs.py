@@ -15,13 +15,7 @@ from abreast_sidecar.cli.exit_codes import EXIT_MEANINGS
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 SECTIONS = dict(re.findall(r"^### `abreast ([^`]+)`\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL))
 EXAMPLES = re.findall(r"^\$ abreast (.+)$", PAGE, re.MULTILINE)
-ELSEWHERE = {
-    "demo",
-    "sidecar",
-    "migrate",
-    "envoy render",
-    "envoy validate",
-}  # pages of their own name the options
+ELSEWHERE = {"demo", "sidecar", "migrate", "envoy render", "envoy validate"}  # pages of their own name the options
 
 
 def commands() -> dict[str, click.Command]:
@@ -39,9 +33,7 @@ def commands() -> dict[str, click.Command]:
 
 
 def options(command: click.Command) -> set[str]:
-    return {
-        name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts
-    }
+    return {name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts}
 
 
 def test_every_command_has_a_section_with_an_example() -> None:

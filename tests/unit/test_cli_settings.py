@@ -87,7 +87,4 @@ def test_the_sidecar_refuses_a_wrong_option_in_words() -> None:
 def test_what_libraries_log_is_json_too() -> None:
     record = logging.LogRecord("psycopg.pool", logging.WARNING, "", 0, 'a "%s"\nline', ("b",), None)
 
-    assert (
-        json.loads(JsonFormatter().format(record)).items()
-        >= {"event": 'a "b"\nline', "level": "warning"}.items()
-    )
+    assert json.loads(JsonFormatter().format(record)).items() >= {"event": 'a "b"\nline', "level": "warning"}.items()

@@ -37,10 +37,7 @@ def rendered(renderable: Any, width: int = 80) -> str:
 
 def test_status_says_how_requests_ended_and_what_is_missing() -> None:
     text = printed(
-        status.print_status,
-        prepared.summary(),
-        traffic_pb2.GetTrafficResponse(traffic=prepared.traffic()),
-        NOW,
+        status.print_status, prepared.summary(), traffic_pb2.GetTrafficResponse(traffic=prepared.traffic()), NOW
     )
 
     assert text == (
@@ -150,9 +147,7 @@ def test_findings_stack_endpoint_and_place_in_a_narrow_terminal() -> None:
 
 
 def test_findings_are_one_row_each_when_piped() -> None:
-    text = printed(
-        findings.print_findings, api.ListFindingsResponse(findings=[prepared.finding()]), width=400
-    )
+    text = printed(findings.print_findings, api.ListFindingsResponse(findings=[prepared.finding()]), width=400)
 
     assert text.splitlines()[1:] == [
         '12  breaking  83   (6.9%)  GET /products/{id}  $.items[*].price  19.99 became "19.99"'
@@ -163,9 +158,7 @@ def test_noise_is_marked_and_services_are_named_where_there_are_several() -> Non
     noise = api.FindingExplanation(cause=api.EXPLANATION_CAUSE_NOISE, pairs=83)
     other = prepared.finding(13, noise=True, explanations=[noise])
     other.endpoint.service = "cart"
-    text = printed(
-        findings.print_findings, api.ListFindingsResponse(findings=[prepared.finding(), other]), width=400
-    )
+    text = printed(findings.print_findings, api.ListFindingsResponse(findings=[prepared.finding(), other]), width=400)
 
     assert "noise" in text.splitlines()[2]
     assert "cart: GET /products/{id}" in text
@@ -174,10 +167,7 @@ def test_noise_is_marked_and_services_are_named_where_there_are_several() -> Non
 def test_a_finding_says_what_its_requests_have_in_common() -> None:
     feature = api.RequestFeature(text="query.currency=JPY", coverage=1.0, precision=0.5)
     text = printed(
-        finding.print_finding,
-        api.GetFindingResponse(finding=prepared.finding(), feature=feature),
-        NOW,
-        width=160,
+        finding.print_finding, api.GetFindingResponse(finding=prepared.finding(), feature=feature), NOW, width=160
     )
 
     said = "query.currency=JPY: 100% of the requests that show it, and 50.0% of those with it show it"
@@ -213,9 +203,7 @@ def test_a_verdict_gives_its_reasons_and_what_it_takes() -> None:
         (api.VERDICT_STATE_INCONCLUSIVE, None, "more of the same would not make it pass"),
     ],
 )
-def test_how_many_more_are_said_where_it_helps(
-    state: api.VerdictState.ValueType, more: int | None, said: str
-) -> None:
+def test_how_many_more_are_said_where_it_helps(state: api.VerdictState.ValueType, more: int | None, said: str) -> None:
     assert verdict.format_pairs_to_pass(api.GetVerdictResponse(state=state, pairs_needed=more)) == said
 
 
@@ -259,12 +247,8 @@ def failed() -> api.PairDetail:
 def test_an_exception_is_told_by_name() -> None:
     found = api.GetFindingResponse(finding=prepared.finding(), examples=[failed()])
 
-    assert "new       raised RuntimeError in 41 ms, release 2.0.0\n" in printed(
-        pair.print_pair, failed(), width=120
-    )
-    assert "new raised RuntimeError in 41 ms; the user" in printed(
-        finding.print_finding, found, NOW, width=120
-    )
+    assert "new       raised RuntimeError in 41 ms, release 2.0.0\n" in printed(pair.print_pair, failed(), width=120)
+    assert "new raised RuntimeError in 41 ms; the user" in printed(finding.print_finding, found, NOW, width=120)
 
 
 def test_how_a_version_ended_as_far_as_it_is_kept() -> None:
@@ -356,12 +340,8 @@ def test_a_pair_that_is_not_kept_says_so() -> None:
 
 
 def test_headers_are_aligned_by_name_with_duplicates() -> None:
-    old = api.CaptureDetail(
-        headers=[common.Header(name="vary", value="a"), common.Header(name="vary", value="b")]
-    )
-    new = api.CaptureDetail(
-        headers=[common.Header(name="etag", value="x"), common.Header(name="vary", value="a")]
-    )
+    old = api.CaptureDetail(headers=[common.Header(name="vary", value="a"), common.Header(name="vary", value="b")])
+    new = api.CaptureDetail(headers=[common.Header(name="etag", value="x"), common.Header(name="vary", value="a")])
 
     assert answers.align_headers(old, new) == [
         answers.LinePair(None, "etag: x"),
@@ -389,11 +369,7 @@ def test_the_timeline_has_a_row_for_each_copy_by_arrival() -> None:
     captures = prepared.pair_detail().captures
     text = rendered(timeline.build_timeline_table([*reversed(captures)], 80))
 
-    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
-        "old live",
-        "new shadow",
-        "old baseline",
-    ]
+    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == ["old live", "new shadow", "old baseline"]
     assert "+400 µs" in text
 
 

@@ -52,12 +52,7 @@ def test_a_part_is_never_rounded_to_none_or_all() -> None:
 
 
 def test_sizes_have_the_unit_that_fits() -> None:
-    assert [humane.format_bytes(n) for n in (0, 999, 1500, 31_000_000)] == [
-        "0 bytes",
-        "999 bytes",
-        "1.5 KB",
-        "31.0 MB",
-    ]
+    assert [humane.format_bytes(n) for n in (0, 999, 1500, 31_000_000)] == ["0 bytes", "999 bytes", "1.5 KB", "31.0 MB"]
 
 
 @given(st.text())
@@ -69,9 +64,7 @@ def test_long_texts_keep_both_ends() -> None:
     assert humane.to_printable("a" * 50 + "z" * 50, 11) == "aaaaa…zzzzz"
 
 
-@pytest.mark.parametrize(
-    ("text", "ago"), [("90s", 90), ("15m", 900), ("1h", 3600), ("2d", 172_800), ("now", 0)]
-)
+@pytest.mark.parametrize(("text", "ago"), [("90s", 90), ("15m", 900), ("1h", 3600), ("2d", 172_800), ("now", 0)])
 def test_moments_can_be_spans(text: str, ago: float) -> None:
     passed = dt.datetime.now(dt.UTC) - parameters.parse_moment(text)
 
@@ -97,9 +90,7 @@ def test_short_spans_begin_when_they_say(text: str, ago: float) -> None:
 
 
 def test_times_begin_when_they_say() -> None:
-    assert parameters.parse_window_start("2026-01-31T09:30Z") == dt.datetime(
-        2026, 1, 31, 9, 30, tzinfo=dt.UTC
-    )
+    assert parameters.parse_window_start("2026-01-31T09:30Z") == dt.datetime(2026, 1, 31, 9, 30, tzinfo=dt.UTC)
 
 
 @pytest.mark.parametrize("text", ["", "soon", "3q", "1h2m", "99999999999d"])
@@ -113,9 +104,7 @@ def test_sidecars_are_named_by_host_and_port(text: str) -> None:
     assert parameters.parse_target(text) == text
 
 
-@pytest.mark.parametrize(
-    "text", ["", "50051", ":50051", "http://127.0.0.1:50051", "host:0", "host:99999", "::1:50051"]
-)
+@pytest.mark.parametrize("text", ["", "50051", ":50051", "http://127.0.0.1:50051", "host:0", "host:99999", "::1:50051"])
 def test_other_addresses_of_sidecars_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="such as"):
         parameters.parse_target(text)

@@ -54,9 +54,7 @@ def test_equal_beginnings_are_no_match() -> None:
     judgement = compared(left("old", stream(5)), copy(stream(9)))
 
     assert (judgement.outcome, judgement.differences) == ("partial", ())
-    assert judgement.reason.startswith(
-        "the client left before the answer was whole: compared were status, headers, "
-    )
+    assert judgement.reason.startswith("the client left before the answer was whole: compared were status, headers, ")
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -77,9 +75,7 @@ def test_items_are_compared_as_far_as_both_have_them(cut_new: bool) -> None:
 
 
 def test_an_item_that_was_cut_is_no_difference() -> None:
-    judgement = compared(
-        left("old", stream(3) + b'id: 3\ndata: {"num'), copy(stream(2) + event(2) + b"id: 4\n\n")
-    )
+    judgement = compared(left("old", stream(3) + b'id: 3\ndata: {"num'), copy(stream(2) + event(2) + b"id: 4\n\n"))
 
     assert seen(judgement) == []
     assert judgement.reason.endswith("the first 3 events of both")
@@ -130,9 +126,7 @@ def test_what_can_t_be_told_in_part_is_no_difference(headers: Headers, old: byte
 
 
 def test_status_and_headers_are_compared_in_any_case() -> None:
-    new = copy(
-        b"[1, 2, 3]", (("content-type", "application/json"), ("cache-control", "no-store")), status=202
-    )
+    new = copy(b"[1, 2, 3]", (("content-type", "application/json"), ("cache-control", "no-store")), status=202)
     judgement = compared(left("old", b"", (("content-type", "application/json"),)), new)
 
     assert judgement.outcome == "partial"
@@ -147,9 +141,7 @@ def test_another_status_class_is_all_there_is_to_say() -> None:
 
 def test_what_follows_from_a_user_who_left_is_no_difference() -> None:
     """Exceptions, trailers and effects among it."""
-    old = msgspec.structs.replace(
-        left("old", stream(2), raised="ClientDisconnect"), effects=({"kind": "mail"},)
-    )
+    old = msgspec.structs.replace(left("old", stream(2), raised="ClientDisconnect"), effects=({"kind": "mail"},))
 
     assert compared(old, copy(stream(5))).differences == ()
 
@@ -166,9 +158,7 @@ def test_two_answers_that_broke_off_by_themselves_are_compared_in_part_unless_th
     def broken(version: Any, body: bytes) -> Capture:
         return capture(version, body, headers=EVENTS, complete=False, raised="OSError")
 
-    same, changed = (
-        compared(broken("old", stream(3)), broken("new", body)) for body in (stream(3), event(0, price=1))
-    )
+    same, changed = (compared(broken("old", stream(3)), broken("new", body)) for body in (stream(3), event(0, price=1)))
 
     assert same.outcome == "match"
     assert (changed.outcome, seen(changed)) == ("partial", ["body events[*].data.price added"])
@@ -236,9 +226,7 @@ def test_one_stream_that_is_cut_anywhere_differs_in_nothing(
         )
     )
     whole = b"".join(make(number) for number in numbers)
-    judgement = compared(
-        left("old", whole[:first], headers), left("new", whole[:second], headers, role="shadow")
-    )
+    judgement = compared(left("old", whole[:first], headers), left("new", whole[:second], headers, role="shadow"))
 
     assert (judgement.outcome, judgement.differences) == ("partial", ())
     assert compared(left("old", whole[:first], headers), copy(whole, headers)).differences == ()

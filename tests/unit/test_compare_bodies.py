@@ -20,12 +20,7 @@ from hypothesis import strategies as st
 
 from abreast.protocol.capture import Headers
 from abreast_sidecar.compare.content import decode_content, parse_media_type
-from abreast_sidecar.compare.json_diff import (
-    MAX_EAGER_DEPTH,
-    MAX_MATCHED_ARRAY_DEPTH,
-    JsonDiff,
-    match_elements,
-)
+from abreast_sidecar.compare.json_diff import MAX_EAGER_DEPTH, MAX_MATCHED_ARRAY_DEPTH, JsonDiff, match_elements
 from abreast_sidecar.compare.markup import NotMarkupError, read_html, read_xml
 from abreast_sidecar.compare.model import ComparisonResult, is_map
 from abreast_sidecar.compare.pair import compare_pair
@@ -53,9 +48,7 @@ def compare(old: bytes, new: bytes, kind: str = "application/json", coding: str 
     headers: Headers = (("content-type", kind),) if kind else ()
     if coding:
         headers = (*headers, ("content-encoding", coding))
-    return compare_pair(
-        [capture("old", old, headers=headers), capture("new", new, headers=headers)], CompareOptions()
-    )
+    return compare_pair([capture("old", old, headers=headers), capture("new", new, headers=headers)], CompareOptions())
 
 
 def raw_deflate(data: bytes) -> bytes:
@@ -103,9 +96,7 @@ def test_a_cut_stream_is_corrupt(coding: str, pack: Callable[[bytes], bytes], sh
     assert decode_content(body[: int(len(body) * share)], coding, LIMIT).problem == "corrupt"
 
 
-@given(
-    st.binary(max_size=300), st.sampled_from(["gzip", "deflate", "zstd", "br", "gzip, gzip", "x" * 50, ",,"])
-)
+@given(st.binary(max_size=300), st.sampled_from(["gzip", "deflate", "zstd", "br", "gzip, gzip", "x" * 50, ",,"]))
 def test_any_bytes_can_be_decoded_or_not(body: bytes, coding: str) -> None:
     found = decode_content(body, coding, LIMIT)
 
@@ -116,9 +107,7 @@ def test_brotli_is_decoded_with_a_bound() -> None:
     pack = importlib.import_module("brotli").compress
     one, other, bomb = (pack(body) for body in (b'{"a": 1}', b'{"a": 2}', b"a" * 20_000_000))
 
-    assert [found.path for found in compare(one, other, "application/json", coding="br").differences] == [
-        "$.a"
-    ]
+    assert [found.path for found in compare(one, other, "application/json", coding="br").differences] == ["$.a"]
     assert compare(bomb, one, coding="br").outcome == "oversize"
     assert decode_content(one[:-2], "br", LIMIT).problem
 
@@ -237,10 +226,7 @@ def objects(levels: int, width: int, leaf: float) -> Any:
 
 SHAPES: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "a shuffled list of objects": lambda n: (rows(n, 1), rows(n, 2)),
-    "a shuffled list whose objects all differ": lambda n: (
-        rows(n, 1),
-        [{**row, "v": 9} for row in rows(n, 2)],
-    ),
+    "a shuffled list whose objects all differ": lambda n: (rows(n, 1), [{**row, "v": 9} for row in rows(n, 2)]),
     "a list of nothing in common": lambda n: (list(range(n)), list(range(n, 2 * n))),
     "a list against half of it": lambda n: (list(range(n)), list(range(0, n, 2))),
     "equal elements": lambda n: ([1] * n, [1] * (n // 2)),
@@ -300,18 +286,10 @@ def test_members_are_written_a_bounded_number_of_times(monkeypatch: pytest.Monke
         ([{"name": "x", "v": 1}, {"name": "x", "v": 2}], [{"name": "x", "v": 2}, {"name": "x", "v": 1}], [], [], [], True, ""),
     ],
 )  # fmt: skip
-def test_what_belongs_together(
-    old: Any, new: Any, pairs: Any, removed: Any, added: Any, moved: Any, by: Any
-) -> None:
+def test_what_belongs_together(old: Any, new: Any, pairs: Any, removed: Any, added: Any, moved: Any, by: Any) -> None:
     found = match_elements(old, new)
 
-    assert (
-        sorted(found.pairs),
-        list(found.removed),
-        list(found.added),
-        found.is_reordered,
-        found.identity_field,
-    ) == (
+    assert (sorted(found.pairs), list(found.removed), list(found.added), found.is_reordered, found.identity_field) == (
         pairs,
         removed,
         added,
@@ -342,9 +320,7 @@ def test_a_shuffled_list_is_proposed_to_be_keyed() -> None:
     ],
 )
 def test_objects_that_are_maps(old: Any, new: Any, expected: bool) -> None:
-    assert is_map(old, new) == (expected and not all(key.startswith("name") for key in old)) or is_map(
-        old, new
-    )
+    assert is_map(old, new) == (expected and not all(key.startswith("name") for key in old)) or is_map(old, new)
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,7 @@ OLD = capture("old", 200, body({"a": {"b": 1, "c": {"d": 2}}}), (JSON,))
         (capture("new", 200, b"oops", (TEXT,)), [("body", "", "type", "breaking")]),
         (capture("new", 200, b"", ()), [("body", "", "removed", "breaking")]),
         (capture("new", 204, b"", ()), [("status", "200->204", "changed", "breaking")]),
-        (
-            capture("new", 200, OLD.answer.body.content, (TEXT,)),
-            [("header", "content-type", "changed", "breaking")],
-        ),
+        (capture("new", 200, OLD.answer.body.content, (TEXT,)), [("header", "content-type", "changed", "breaking")]),
         (capture("new", 200, body({}), (JSON,)), [("body", "$.a", "removed", "breaking")]),
         (capture("new", 200, body({"a": None}), (JSON,)), [("body", "$.a", "type", "breaking")]),
         (capture("new", 404, PAGE, (HTML,)), [("status", "200->404", "changed", "breaking")]),
@@ -57,19 +54,7 @@ OLD = capture("old", 200, body({"a": {"b": 1, "c": {"d": 2}}}), (JSON,))
             [("header", "content-encoding", "added", "additive")],
         ),
     ],
-    ids=[
-        "page",
-        "text",
-        "empty",
-        "no-content",
-        "wrong-type",
-        "parent",
-        "null",
-        "missing",
-        "raised",
-        "cut",
-        "gzip",
-    ],
+    ids=["page", "text", "empty", "no-content", "wrong-type", "parent", "null", "missing", "raised", "cut", "gzip"],
 )
 def test_one_cause_is_said_once(new: Capture, said: list[tuple[str, str, str, str]]) -> None:
     found = compare_pair([OLD, new], CompareOptions()).differences
@@ -81,8 +66,4 @@ def test_two_causes_are_two() -> None:
     new = capture("new", 201, body({"a": {"b": "1", "c": {"d": 2}}}), (JSON, ("vary", "accept")))
     found = compare_pair([OLD, new], CompareOptions()).differences
 
-    assert [(one.part, one.path) for one in found] == [
-        ("status", "200->201"),
-        ("header", "vary"),
-        ("body", "$.a.b"),
-    ]
+    assert [(one.part, one.path) for one in found] == [("status", "200->201"), ("header", "vary"), ("body", "$.a.b")]

@@ -40,9 +40,7 @@ def test_labels_and_expectations_say_the_same() -> None:
 
         assert bool(impacts) == (pair.label not in {"harmless", "unknown"}), pair.name
         assert (impacts == {"additive"}) == (pair.label == "additive"), pair.name
-        assert (pair.label == "unknown") == (pair.outcome not in {"match", "mismatch"} and not impacts), (
-            pair.name
-        )
+        assert (pair.label == "unknown") == (pair.outcome not in {"match", "mismatch"} and not impacts), pair.name
 
 
 def test_what_is_known_to_be_told_wrongly_is_little_and_named() -> None:
@@ -57,12 +55,7 @@ def test_swapped_sides_differ_where_the_pair_does() -> None:
     for pair in PAIRS:
         there = pair.judged()
         back = type(pair)(
-            pair.name,
-            pair.label,
-            replace(pair.new, version="old"),
-            replace(pair.old, version="new"),
-            pair.expected,
-            "",
+            pair.name, pair.label, replace(pair.new, version="old"), replace(pair.old, version="new"), pair.expected, ""
         ).judged()
 
         assert {one.path for one in there.differences if one.part != "status"} == {

@@ -123,9 +123,7 @@ def test_it_differs_exactly_when_the_canonical_texts_do(old: Any, new: Any) -> N
 def test_swapping_the_sides_swaps_added_and_removed(old: Any, new: Any) -> None:
     swap = {"added": "removed", "removed": "added"}
     forth = sorted((found.path, found.kind) for found in JsonDiff(LIMIT).compare(old, new))
-    back = sorted(
-        (found.path, swap.get(found.kind, found.kind)) for found in JsonDiff(LIMIT).compare(new, old)
-    )
+    back = sorted((found.path, swap.get(found.kind, found.kind)) for found in JsonDiff(LIMIT).compare(new, old))
 
     assert forth == back
 

@@ -167,10 +167,7 @@ def test_rules_cover_effects(rule: Rule, outcome: str) -> None:
 
 EFFECTS = st.lists(
     st.fixed_dictionaries(
-        {
-            "kind": st.sampled_from("ab"),
-            "payload": st.recursive(st.none() | st.integers() | st.text(), st.lists),
-        },
+        {"kind": st.sampled_from("ab"), "payload": st.recursive(st.none() | st.integers() | st.text(), st.lists)},
         optional={"key": st.sampled_from("xy"), "note": st.just(True), "error": st.text()},
     ),
     max_size=5,

@@ -66,17 +66,11 @@ def arrays_in_arrays(dice: random.Random, many: int) -> str:
 
 
 def divisions(dice: random.Random, many: int) -> str:
-    return (
-        "<html>"
-        + "".join(f"<div class='{word(dice)}'><p>{word(dice)}</div>" for _ in range(many))
-        + "</html>"
-    )
+    return "<html>" + "".join(f"<div class='{word(dice)}'><p>{word(dice)}</div>" for _ in range(many)) + "</html>"
 
 
 def never_closed(dice: random.Random, many: int) -> str:
-    return "".join(f"<i a='{word(dice)}'>" for _ in range(140)) + "".join(
-        f"<p>{word(dice)}" for _ in range(many)
-    )
+    return "".join(f"<i a='{word(dice)}'>" for _ in range(140)) + "".join(f"<p>{word(dice)}" for _ in range(many))
 
 
 def closed_too_often(dice: random.Random, many: int) -> str:
@@ -117,10 +111,7 @@ def parts(dice: random.Random, many: int) -> str:
 
 
 BODIES: list[tuple[Make, str]] = [
-    *(
-        (make, "application/json")
-        for make in (shuffled, shuffled_plain, shuffled_lists, other_objects, other_keys)
-    ),
+    *((make, "application/json") for make in (shuffled, shuffled_plain, shuffled_lists, other_objects, other_keys)),
     *((make, "application/json") for make in (one_key, deep, arrays_in_arrays)),
     *((make, "text/html") for make in (divisions, never_closed, closed_too_often, broken_tags)),
     *((make, "text/plain") for make in (lines, two_lines)),
@@ -243,9 +234,7 @@ def test_a_long_content_type_is_no_work(parameters: str) -> None:
 
 def test_html_that_is_too_much_is_compared_by_lines() -> None:
     page = "<html>" + "<p>same</p>\n" * 30_000 + "<b>{}</b></html>"
-    found = compare_bodies(
-        answer(page.format(1), "text/html"), answer(page.format(2), "text/html"), CompareOptions()
-    )
+    found = compare_bodies(answer(page.format(1), "text/html"), answer(page.format(2), "text/html"), CompareOptions())
 
     assert [one.path for one in found.differences] == ["lines[*]"]
     assert found.note == "too much html to be read: compared by its lines"

@@ -66,9 +66,7 @@ def test_each_version_has_the_clock_of_its_own_host() -> None:
     assert classify_anomaly("2024-05-01T12:00:05Z", "2024-05-01T12:00:06Z", ahead) == ("range", "value")
 
 
-VALUES = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers(), max_size=2)
-)
+VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers(), max_size=2)
 
 
 @given(VALUES, VALUES)
@@ -78,9 +76,7 @@ def test_it_takes_any_json_and_swapping_sides_swaps_only_the_impact(old: Any, ne
     assert (there and there[0]) == (back and back[0])
 
 
-@pytest.mark.parametrize(
-    ("new", "kind"), [(U2, "changed"), ("", "format"), (None, "type"), ("not found", "format")]
-)
+@pytest.mark.parametrize(("new", "kind"), [(U2, "changed"), ("", "format"), (None, "type"), ("not found", "format")])
 def test_a_pair_tells_it_in_bodies_and_headers(new: Any, kind: str) -> None:
     pair = [
         capture("old", headers=(("x-search-id", U1),), body=orjson.dumps({"id": U1})),
@@ -88,7 +84,4 @@ def test_a_pair_tells_it_in_bodies_and_headers(new: Any, kind: str) -> None:
     ]
     found = compare_pair(pair, CompareOptions()).differences
 
-    assert {one.path: one.kind for one in found} == {
-        "x-search-id": "format" if kind == "type" else kind,
-        "$.id": kind,
-    }
+    assert {one.path: one.kind for one in found} == {"x-search-id": "format" if kind == "type" else kind, "$.id": kind}

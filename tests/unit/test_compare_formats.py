@@ -15,13 +15,7 @@ from abreast_sidecar.compare.rules import CompareOptions
 
 # Each with a place for a word; what is written around it is the format's.
 PLACES: dict[str, list[str]] = {
-    "application/json": [
-        '{"a":%s}',
-        '["%s"]',
-        '[{"id":1,"v":["x","%s"]},2]',
-        '{"%s":1}',
-        '{"a":1,"a":"%s","a":2}',
-    ],
+    "application/json": ['{"a":%s}', '["%s"]', '[{"id":1,"v":["x","%s"]},2]', '{"%s":1}', '{"a":1,"a":"%s","a":2}'],
     "application/problem+json": ['{"detail":"%s"}'],
     "application/x-ndjson": ['{"a":1}\n{"a":"%s"}\n', '"%s"'],
     "text/event-stream": ["data: %s\n\n", "event: %s\n\n", "id: %s\ndata: 1\n\n", 'data: {"a":"%s"}\n\n'],

@@ -67,9 +67,7 @@ def test_an_answer_that_broke_off_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "headers"),
-    [(429, JSON), (503, (*JSON, ("retry-after", "1")))],
-    ids=["429", "503 with retry-after"],
+    ("status", "headers"), [(429, JSON), (503, (*JSON, ("retry-after", "1")))], ids=["429", "503 with retry-after"]
 )
 def test_shedding_load_is_an_outcome_of_its_own(status: int, headers: Headers) -> None:
     judgement = compare(capture("old", {}), capture("new", {}, status=status, headers=headers))
@@ -106,27 +104,15 @@ def test_validators_belong_to_a_build() -> None:
         ((("cache-control", "max-age=60"),), (), [("cache-control", "removed")]),
         ((), (("x-new", "1"),), [("x-new", "added")]),
         ((("vary", "accept"),), (("vary", "cookie"),), [("vary", "changed")]),
-        (
-            (("date", "a"), ("x-request-id", "1"), ("x-envoy-upstream-service-time", "3")),
-            (("date", "b"),),
-            [],
-        ),
+        ((("date", "a"), ("x-request-id", "1"), ("x-envoy-upstream-service-time", "3")), (("date", "b"),), []),
         ((("server", "x"),), (), []),
         ((("etag", "1"), ("last-modified", "a")), (("last-modified", "b"),), []),
         ((("etag", "1"),), (), [("etag", "removed")]),
         ((), (("last-modified", "a"),), [("last-modified", "added")]),
         ((("link", "a"), ("link", "b")), (("link", "b"), ("link", "a")), [("link", "changed")]),
         ((("a", "1"), ("b", "2")), (("b", "2"), ("a", "1")), []),
-        (
-            (("set-cookie", "s=hmac:1; Path=/; HttpOnly"),),
-            (("set-cookie", "s=hmac:2; httponly; path=/"),),
-            [],
-        ),
-        (
-            (("set-cookie", "s=hmac:1; Secure"),),
-            (("set-cookie", "s=hmac:1"),),
-            [("set-cookie[s]", "changed")],
-        ),
+        ((("set-cookie", "s=hmac:1; Path=/; HttpOnly"),), (("set-cookie", "s=hmac:2; httponly; path=/"),), []),
+        ((("set-cookie", "s=hmac:1; Secure"),), (("set-cookie", "s=hmac:1"),), [("set-cookie[s]", "changed")]),
     ],
 )
 def test_headers(old: Headers, new: Headers, expected: list[tuple[str, str]]) -> None:
@@ -161,11 +147,7 @@ XML: Headers = (("content-type", "application/xml"),)
     [
         ((b'{"a": 1}', ()), (b'{"a": 2}', ()), "no content type: old and new"),
         ((b'{"a": 1}', JSON), (b'{"a": 2}', ()), "no content type: new"),
-        (
-            (b'{"a": 1}', XML),
-            (b'{"a": 2}', XML),
-            "the content type says application/xml, and the bodies are JSON",
-        ),
+        ((b'{"a": 1}', XML), (b'{"a": 2}', XML), "the content type says application/xml, and the bodies are JSON"),
         ((b"a", JSON), (b"b", JSON), "the content type says JSON, and neither body is valid JSON"),
         ((b'{"a": 1}', JSON), (b'{"a": ', JSON), "new's body is not valid JSON"),
         ((b'{"a": 1}', JSON), (b'{"a": 2}', JSON), ""),
@@ -190,9 +172,7 @@ def test_json_deeper_than_any_reader_goes_is_compared_as_a_whole() -> None:
 def test_json_of_many_levels_is_compared_by_paths() -> None:
     deep, other = [b"[" * 150 + n + b"]" * 150 for n in (b"1", b"2")]
 
-    assert seen(compare(capture("old", deep), capture("new", other))) == [
-        ("body", "$" + "[*]" * 150, "changed")
-    ]
+    assert seen(compare(capture("old", deep), capture("new", other))) == [("body", "$" + "[*]" * 150, "changed")]
 
 
 def test_text_is_compared_by_lines() -> None:
@@ -226,12 +206,8 @@ def test_a_decompression_bomb_is_compared_by_its_bytes() -> None:
 
 def cut(version: Any, whole: bytes) -> Capture:
     made = capture(version)
-    answer = made.answer.__class__(
-        200, JSON, Body(content=whole[:10], length=len(whole), digest=digest(whole))
-    )
-    return Capture(
-        pair=made.pair, service="shop", version=version, role="live", request=made.request, answer=answer
-    )
+    answer = made.answer.__class__(200, JSON, Body(content=whole[:10], length=len(whole), digest=digest(whole)))
+    return Capture(pair=made.pair, service="shop", version=version, role="live", request=made.request, answer=answer)
 
 
 def test_a_cut_body_is_compared_by_its_digest() -> None:
@@ -257,9 +233,7 @@ AGAIN = capture("old", {"a": 2}, role="baseline")
         ([capture("new", status=503), capture("old", {"a": 1}, attempt=2)], False, "mismatch"),
     ],
 )
-def test_which_copies_there_are_decides_first(
-    captures: Sequence[Capture], timed_out: bool, outcome: str
-) -> None:
+def test_which_copies_there_are_decides_first(captures: Sequence[Capture], timed_out: bool, outcome: str) -> None:
     for order in permutations(captures):
         assert compare_pair(order, RULES, timed_out=timed_out).outcome == outcome
 
@@ -316,9 +290,7 @@ def test_any_bytes_can_be_judged(old: bytes, new: bytes, kind: str) -> None:
     assert judgement.outcome == "match" or old != new
 
 
-@pytest.mark.parametrize(
-    "name", ["link", "www-authenticate", "content-disposition", "location", "set-cookie"]
-)
+@pytest.mark.parametrize("name", ["link", "www-authenticate", "content-disposition", "location", "set-cookie"])
 @pytest.mark.parametrize("text", ["<", '"', ";", ",", "<a>; ", '="', "%", "<a>;b;", '"\\'])
 def test_a_header_of_one_sign_costs_no_more_than_its_length(name: str, text: str) -> None:
     """A second, where each is looked at as often as there are others, would be a minute."""

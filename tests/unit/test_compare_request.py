@@ -103,9 +103,7 @@ def test_what_is_kept_has_a_bound() -> None:
     long = json.dumps({"text": "x" * MAX_FEATURE_BODY_BYTES}).encode()
 
     assert len(collect_request_features(request(wide), "/orders/{id}")) == MAX_NAMES
-    assert not any(
-        name.startswith("body") for name in collect_request_features(request(long), "/orders/{id}")
-    )
+    assert not any(name.startswith("body") for name in collect_request_features(request(long), "/orders/{id}"))
 
 
 @given(st.binary(max_size=200), st.sampled_from([JSON, FORM, ()]), st.text(max_size=40))

@@ -169,9 +169,7 @@ def test_what_a_rule_is_limited_to(rule: dict[str, Any], expected: str) -> None:
 
 
 def test_which_rules_apply_is_found_once_for_each_kind_of_answer() -> None:
-    rules = declared(
-        {"action": "ignore", "path": "$.a", "endpoint": "GET /a*"}, {"action": "ignore", "path": "$.b"}
-    )
+    rules = declared({"action": "ignore", "path": "$.a", "endpoint": "GET /a*"}, {"action": "ignore", "path": "$.b"})
     first, again = (rules.for_scope(RuleScope("shop", "GET /a", "1", "2", (200, 200))) for _ in range(2))
     other = rules.for_scope(RuleScope("shop", "GET /b", "1", "2", (200, 200)))
 
@@ -227,15 +225,9 @@ BROKEN = [
     ("rules:\n- action: ignore", "rules.yaml:2: rule 'rule 1' covers everything"),
     ("rules:\n- action: ignore\n  paths: $.a", "rules.yaml:3: rule 1 has no field 'paths'"),
     ("rules:\n- action: tolerate\n  path: $.a", "rules.yaml:2: rule 'rule 1' needs absolute or relative"),
-    (
-        "rules:\n- action: ignore\n  path: $.a\n  absolute: 1",
-        "rules.yaml:2: rule 'rule 1' has absolute, which",
-    ),
+    ("rules:\n- action: ignore\n  path: $.a\n  absolute: 1", "rules.yaml:2: rule 'rule 1' has absolute, which"),
     ("rules:\n- action: tolerate\n  path: $.a\n  absolute: x", "rules.yaml:4: absolute must be a number"),
-    (
-        "rules:\n- action: tolerate\n  path: $.a\n  relative: 1x",
-        "rules.yaml:4: relative must be a share such as",
-    ),
+    ("rules:\n- action: tolerate\n  path: $.a\n  relative: 1x", "rules.yaml:4: relative must be a share such as"),
     ("rules:\n- action: keyed-by\n  path: $.a", "rules.yaml:2: rule 'rule 1' needs by"),
     ("rules:\n- action: unordered\n  part: body", "rules.yaml:2: rule 'rule 1' needs a path"),
     ("rules:\n- action: waive-coverage", "rules.yaml:2: rule 'rule 1' needs an endpoint"),
@@ -245,15 +237,9 @@ BROKEN = [
         "rules.yaml:2: rule 'rule 1' has kind, which does not belong to waive-coverage",
     ),
     ("rules:\n- action: ignore\n  status: abc", "rules.yaml:3: status must be a status such as 404"),
-    (
-        "rules:\n- action: ignore\n  path: $.a\n  header: b",
-        "rules.yaml:2: rule 'rule 1' has a header and a path",
-    ),
+    ("rules:\n- action: ignore\n  path: $.a\n  header: b", "rules.yaml:2: rule 'rule 1' has a header and a path"),
     ("rules:\n- action: ignore\n  path: [a]", "rules.yaml:3: path must be a single value"),
-    (
-        "rules:\n- {name: a, action: ignore, path: $}\n- {name: a, action: ignore, path: $}",
-        "rules.yaml:3: two rules",
-    ),
+    ("rules:\n- {name: a, action: ignore, path: $}\n- {name: a, action: ignore, path: $}", "rules.yaml:3: two rules"),
     ("rules:\n- action: ignore\n  path: $.a\n  path: $.b", "rules.yaml:4: rule 1 has a key twice"),
     ("rules:\n- action: ignore\n  path: $.a\n  expires: soon", "rules.yaml:4: expires must be a day"),
     ("rules:\n- action: expect\n  path: $.a\n  new: 2031-01-01", "rules.yaml:4: new must be a JSON value"),

@@ -20,17 +20,14 @@ NUMBERS = st.floats(allow_nan=False, allow_infinity=False).map(lambda number: nu
 PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | NUMBERS | st.text(max_size=5)
 KEYS = st.sampled_from(["id", "name", "a", "1", "2", "3", "ü"]) | st.text(max_size=3)
 JSON = st.recursive(
-    PLAIN,
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(KEYS, inner, max_size=5),
-    max_leaves=30,
+    PLAIN, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=30
 )
 Said = tuple[str, str, str, str | None, str | None, str]
 
 
 def said(found: Any) -> list[Said]:
     return sorted(
-        ((one.path, one.exact_path, one.kind, one.old, one.new, one.hint) for one in found),
-        key=lambda one: one[:3],
+        ((one.path, one.exact_path, one.kind, one.old, one.new, one.hint) for one in found), key=lambda one: one[:3]
     )
 
 
@@ -70,9 +67,7 @@ def changed(value: Any, dice: random.Random) -> Any:
             case _:
                 made[key] = changed(made[key], dice)
         return made
-    return dice.choice(
-        [0, 1, 1.0, True, "1", None, [], {}, [1], {"id": 1}, float(value) if type(value) is int else 2]
-    )
+    return dice.choice([0, 1, 1.0, True, "1", None, [], {}, [1], {"id": 1}, float(value) if type(value) is int else 2])
 
 
 def written(value: Any, how: int) -> bytes:
@@ -118,11 +113,7 @@ def parsed_bytes(old: bytes, new: bytes) -> int:
 def test_only_what_differs_is_parsed(envelope: bool) -> None:
     other = copy.deepcopy(ROWS)
     other[7]["title"], other[99]["id"] = "new", 7
-    documents = (
-        (ROWS, other)
-        if not envelope
-        else ({"data": {"items": rows}, "at": rows[7]} for rows in (ROWS, other))
-    )
+    documents = (ROWS, other) if not envelope else ({"data": {"items": rows}, "at": rows[7]} for rows in (ROWS, other))
     old, new = (orjson.dumps(one) for one in documents)
 
     assert parsed_bytes(old, new) < 600
@@ -140,11 +131,7 @@ def test_only_what_differs_is_parsed(envelope: bool) -> None:
         ),
         (b'[{"n":[{"a":1}]},1]', b'[{"n":[{"a":1,"a":1}]},1]', [('$[*].n[*]["a (repeated)"]', "added")]),
         (b'{"id":18446744073709551617}', b'{"id":18446744073709551618}', [("$.id", "changed")]),
-        (
-            b'[1,{"id":0.12345678901234567890}]',
-            b'[1,{"id":0.12345678901234567891}]',
-            [("$[*].id", "changed")],
-        ),
+        (b'[1,{"id":0.12345678901234567890}]', b'[1,{"id":0.12345678901234567891}]', [("$[*].id", "changed")]),
         (b'{"a":NaN,"b":1}', b'{"a":NaN,"b":2}', [("$.b", "changed")]),
         (b'{"a":"\\ud800","b":1}', b'{"a":"\\ud800","b":2}', [("$.b", "changed")]),
         (b'{"a":1,"\\u0062":1}', b'{"a":1,"b":2}', [("$.b", "changed")]),
@@ -162,8 +149,7 @@ def test_what_parsers_lose_is_seen(old: bytes, new: bytes, expected: list[tuple[
 
 
 @pytest.mark.parametrize(
-    "cut",
-    [b'{"a":"\xff","b":%d}', b'{"a":tru,"b":%d}', b'{"a":1,"b":%d', b'{"a":1 "b":%d}', b'{"a":01,"b":%d}'],
+    "cut", [b'{"a":"\xff","b":%d}', b'{"a":tru,"b":%d}', b'{"a":1,"b":%d', b'{"a":1 "b":%d}', b'{"a":01,"b":%d}']
 )
 def test_what_is_no_json_in_a_part_that_is_equal_is_no_json(cut: bytes) -> None:
     with pytest.raises(NotJsonError):
@@ -178,9 +164,7 @@ def test_a_new_order_shows_the_equal_elements_too() -> None:
 
 @pytest.mark.parametrize("value", ["1", '"text"', "null", '{"n":1,"m":2}', "[1]", "true", "1.5"])
 def test_maps_are_told_by_members_that_were_not_parsed(value: str) -> None:
-    members = ",".join(
-        f'"name {chr(97 + number // 26)}{chr(97 + number % 26)}":{value}' for number in range(60)
-    )
+    members = ",".join(f'"name {chr(97 + number // 26)}{chr(97 + number % 26)}":{value}' for number in range(60))
     old, new = (f'{{{members},"name zz":{last}}}'.encode() for last in ('{"n":1,"m":2}', '{"n":2,"m":2}'))
 
     assert by_texts(old, new) == by_values(old, new)

@@ -47,9 +47,7 @@ def listening() -> dict[str, set[int]]:
     sockets = [place["address"]["socket_address"] for place in (listener, config["admin"])]
     return {
         "envoy": {socket["port_value"] for socket in sockets},
-        "sidecar": {
-            int(address.rpartition(":")[2]) for address in (sidecar.grpc_listen, sidecar.http_listen)
-        },
+        "sidecar": {int(address.rpartition(":")[2]) for address in (sidecar.grpc_listen, sidecar.http_listen)},
         **{name: {int(SERVICES[name]["command"][-1].rpartition(":")[2])} for name in SHOP},
         "redis": {6379},
         "cache": {6379},
@@ -59,9 +57,7 @@ def listening() -> dict[str, set[int]]:
 
 def test_it_is_valid() -> None:
     program = Path(sys.executable).with_name("check-jsonschema")
-    subprocess.run(
-        [program, "--builtin-schema", "vendor.compose-spec", COMPOSE], check=True, capture_output=True
-    )
+    subprocess.run([program, "--builtin-schema", "vendor.compose-spec", COMPOSE], check=True, capture_output=True)
 
 
 def test_every_variable_is_a_setting_of_its_program() -> None:
@@ -182,15 +178,10 @@ def test_every_service_has_a_health_check_and_runs_without_rights() -> None:
 
 def test_the_health_checks_of_ours_ask_for_paths_that_exist() -> None:
     asked = {
-        name: re.findall(r"127\.0\.0\.1:(\d+)(/\w+)", str(SERVICES[name]["healthcheck"]))
-        for name in (*SHOP, "sidecar")
+        name: re.findall(r"127\.0\.0\.1:(\d+)(/\w+)", str(SERVICES[name]["healthcheck"])) for name in (*SHOP, "sidecar")
     }
 
-    assert asked == {
-        "old": [("8000", "/healthz")],
-        "new": [("8000", "/healthz")],
-        "sidecar": [("8090", "/readyz")],
-    }
+    assert asked == {"old": [("8000", "/healthz")], "new": [("8000", "/healthz")], "sidecar": [("8090", "/readyz")]}
     assert all(int(port) in listening()[name] for name, [(port, _path)] in asked.items())
 
 

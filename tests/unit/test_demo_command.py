@@ -47,9 +47,7 @@ def test_an_address_that_is_asked_for_and_taken_is_an_error_not_another_address(
     assert "Traceback" not in done.stderr
 
 
-def test_proposals_begin_with_the_program_as_it_was_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_proposals_begin_with_the_program_as_it_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called = tmp_path / "a venv" / "bin" / "abreast"
     called.parent.mkdir(parents=True)
     called.touch(0o755)

@@ -70,9 +70,7 @@ async def test_a_slow_service_is_not_flooded() -> None:
         return server.under_way == MAX_CONCURRENT_REQUESTS
 
     async with serving(server) as url, LoadGenerator(url) as load, asyncio.TaskGroup() as group:
-        group.create_task(
-            load.send(itertools.repeat(GET, 3 * MAX_CONCURRENT_REQUESTS), seconds=60, rate=10_000)
-        )
+        group.create_task(load.send(itertools.repeat(GET, 3 * MAX_CONCURRENT_REQUESTS), seconds=60, rate=10_000))
         await eventually_async(full, what="as many are under way as may be")
         server.open.set()
 

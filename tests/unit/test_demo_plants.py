@@ -39,9 +39,7 @@ def test_a_plant_is_at_an_endpoint_that_both_versions_have(plant: PlantedChange)
     "plant", [*PLANTED_REGRESSIONS, *PLANTED_ADDITIONS, *PLANTED_NOISE], ids=lambda plant: plant.name
 )
 def test_the_page_says_what_is_planted_where(plant: PlantedChange) -> None:
-    where = " ".join(
-        f"`{part}`" for part in (plant.location.part, plant.location.path, plant.location.kind) if part
-    )
+    where = " ".join(f"`{part}`" for part in (plant.location.part, plant.location.path, plant.location.kind) if part)
 
     assert (
         f"| {plant.name} | {plant.description} | `{plant.location.endpoint}` | {where} |"
@@ -52,9 +50,7 @@ def test_the_page_says_what_is_planted_where(plant: PlantedChange) -> None:
 def test_the_page_lists_nothing_else() -> None:
     rows = re.findall(r"^\| (?!name )([a-z-]*[a-z]) \|", (ROOT / "docs/demo.md").read_text(), re.MULTILINE)
 
-    assert sorted(rows) == sorted(
-        plant.name for plant in (*PLANTED_REGRESSIONS, *PLANTED_ADDITIONS, *PLANTED_NOISE)
-    )
+    assert sorted(rows) == sorted(plant.name for plant in (*PLANTED_REGRESSIONS, *PLANTED_ADDITIONS, *PLANTED_NOISE))
 
 
 def _paths(routes: object) -> set[str]:

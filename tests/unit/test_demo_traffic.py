@@ -33,16 +33,8 @@ def test_every_deck_holds_what_is_rare(seed: int) -> None:
 
         assert sum("%2B%2B" in path for path in paths) == 1
         assert sum("currency=JPY" in path for path in paths) == 4
-        assert (
-            sum(bool(re.fullmatch(r"/products/\d+", path)) and int(path[10:]) % 9 == 0 for path in paths) >= 4
-        )
-        assert (
-            sum(
-                path.endswith("/reviews") and int(path.split("/")[2]) > traffic.PRODUCT_COUNT
-                for path in paths
-            )
-            == 2
-        )
+        assert sum(bool(re.fullmatch(r"/products/\d+", path)) and int(path[10:]) % 9 == 0 for path in paths) >= 4
+        assert sum(path.endswith("/reviews") and int(path.split("/")[2]) > traffic.PRODUCT_COUNT for path in paths) == 2
 
 
 def test_the_mix_counts_in_percent() -> None:

@@ -17,9 +17,7 @@ from abreast_demo.planted_changes import (
     ReportedFinding,
 )
 
-SUMMED = LedgerCounts(
-    outcomes={"match": 60, "mismatch": 40}, envoy_sampled=100, unaccounted=0, pending=0, drops={}
-)
+SUMMED = LedgerCounts(outcomes={"match": 60, "mismatch": 40}, envoy_sampled=100, unaccounted=0, pending=0, drops={})
 QUIET = UserTally(requests=103, safe_requests=100, statuses=Counter({200: 100, 201: 3}))
 
 
@@ -47,9 +45,7 @@ def test_all_found_and_nothing_else_is_as_planted() -> None:
     assert all(result.to_json_object()["harmless"].values())
 
 
-@pytest.mark.parametrize(
-    "index", range(len(PLANTED_REGRESSIONS)), ids=[plant.name for plant in PLANTED_REGRESSIONS]
-)
+@pytest.mark.parametrize("index", range(len(PLANTED_REGRESSIONS)), ids=[plant.name for plant in PLANTED_REGRESSIONS])
 def test_what_is_not_reported_is_missed(index: int) -> None:
     result = DemoResult(QUIET, SUMMED, EXPECTED[:index] + EXPECTED[index + 1 :])
 
@@ -73,18 +69,14 @@ def test_what_is_harmless_and_reported_is_unexpected(plant: PlantedChange) -> No
 
 
 def test_an_addition_that_nobody_planted_is_unexpected() -> None:
-    added = ReportedFinding(
-        9, FindingLocation("GET /stats", "body", "$.other", "added"), "additive", False, 1, 0, ""
-    )
+    added = ReportedFinding(9, FindingLocation("GET /stats", "body", "$.other", "added"), "additive", False, 1, 0, "")
     result = DemoResult(QUIET, SUMMED, (*EXPECTED, added))
 
     assert result.unexpected_findings == [added]
 
 
 def test_an_endpoint_that_is_slower_by_itself_is_told_apart() -> None:
-    slower = ReportedFinding(
-        9, FindingLocation("GET /stats", "latency", "", "slower"), "value", False, 40, 0, ""
-    )
+    slower = ReportedFinding(9, FindingLocation("GET /stats", "latency", "", "slower"), "value", False, 40, 0, "")
     result = DemoResult(QUIET, SUMMED, (*EXPECTED, slower))
 
     assert (result.unplanted_slowdowns, result.unexpected_findings) == ([slower], [])
@@ -119,6 +111,4 @@ def test_a_ledger_that_does_not_sum_up_is_not_as_planted(ledger: LedgerCounts) -
 )
 def test_what_is_an_error_to_a_user(tally: UserTally, errors: int) -> None:
     assert tally.user_errors == errors
-    assert DemoResult(dataclasses.replace(tally, safe_requests=0), SUMMED, EXPECTED).is_as_planted is (
-        errors == 0
-    )
+    assert DemoResult(dataclasses.replace(tally, safe_requests=0), SUMMED, EXPECTED).is_as_planted is (errors == 0)

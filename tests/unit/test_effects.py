@@ -130,16 +130,7 @@ async def by_sync_decorator(post: Post) -> Any:
     return send("a@b")
 
 
-FORMS = [
-    by_run,
-    by_lambda,
-    by_call,
-    by_block,
-    by_asking,
-    by_asking_in_sync_code,
-    by_decorator,
-    by_sync_decorator,
-]
+FORMS = [by_run, by_lambda, by_call, by_block, by_asking, by_asking_in_sync_code, by_decorator, by_sync_decorator]
 forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 
 
@@ -321,9 +312,7 @@ async def _later(*_given: object) -> None: ...
 
 @pytest.mark.parametrize("wrong", [{"payload": _later}, {"stand_in": _later}])
 def test_what_would_have_to_be_awaited_is_refused_where_it_is_written(wrong: dict[str, Any]) -> None:
-    with pytest.raises(
-        EffectError, match=r"_later must be awaited; use a plain function for effect 'email.send'"
-    ):
+    with pytest.raises(EffectError, match=r"_later must be awaited; use a plain function for effect 'email.send'"):
         abreast.effect("email.send", **wrong)
 
 
@@ -502,13 +491,7 @@ def test_a_circle_ends() -> None:
 
 
 VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(st.characters())
-    | st.binary()
-    | st.decimals(),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.binary() | st.decimals(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner),
     max_leaves=20,
 )

@@ -21,9 +21,7 @@ async def failing() -> None:
     raise ValueError("on its way")
 
 
-async def test_what_goes_on_though_it_was_cancelled_is_cancelled_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_what_goes_on_though_it_was_cancelled_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ending, "CANCEL_RETRY_S", 0.01)
     tasks = [asyncio.create_task(swallowing(times)) for times in (0, 2)]
     await asyncio.sleep(0)

@@ -69,12 +69,7 @@ def test_testers_have_routes_of_their_own_where_there_is_a_secret() -> None:
 
 
 def test_every_route_has_a_hash_policy() -> None:
-    for sticky in (
-        StickyKey(),
-        StickyKey("header", "x-user"),
-        StickyKey("cookie", "user"),
-        StickyKey("source-ip"),
-    ):
+    for sticky in (StickyKey(), StickyKey("header", "x-user"), StickyKey("cookie", "user"), StickyKey("source-ip")):
         [host] = manager(config(sticky=sticky))["route_config"]["virtual_hosts"]
         policies = [route["route"]["hash_policy"] for route in host["routes"]]
 
@@ -108,9 +103,9 @@ def test_every_endpoint_says_its_version() -> None:
 
 
 def test_the_lowest_layer_sends_everyone_to_old_and_samples_as_set() -> None:
-    base, above, admin = config(sample_safe=0.2, baseline_share=0.05, sample_unsafe=0.000001)[
-        "layered_runtime"
-    ]["layers"]
+    base, above, admin = config(sample_safe=0.2, baseline_share=0.05, sample_unsafe=0.000001)["layered_runtime"][
+        "layers"
+    ]
 
     assert base["static_layer"]["abreast"]["weight"] == {"old": 10000, "new_or_old": 0}
     assert base["static_layer"]["abreast"]["sample"] == {
@@ -155,17 +150,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"sticky": StickyKey("header", "x-user"), "request_timeout": 30.0, "access_log": True},
     {"sticky": StickyKey("cookie", "user"), "per_try_timeout": 0.0, "health_path": "tcp"},
     {"sticky": StickyKey("source-ip"), "upstream_http2": True, "trusted_hops": 2, "idle_timeout": 0.0},
-    {
-        "node_id": 'quote " backslash \\ é 🚲 # : {',
-        "service": "shop-1",
-        "admin": SocketAddress("0.0.0.0", 9901),
-    },
-    {
-        "old_tls": "shop.internal",
-        "new_tls": "shop-2.internal",
-        "shadow_concurrency": 1,
-        "mirror_body_limit": 1,
-    },
+    {"node_id": 'quote " backslash \\ é 🚲 # : {', "service": "shop-1", "admin": SocketAddress("0.0.0.0", 9901)},
+    {"old_tls": "shop.internal", "new_tls": "shop-2.internal", "shadow_concurrency": 1, "mirror_body_limit": 1},
 ]
 
 

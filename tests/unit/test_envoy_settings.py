@@ -26,9 +26,7 @@ ROW = re.compile(r"^\| `ABREAST_(\w+)` \| (.*?) \| (.+) \|$", re.MULTILINE)
 
 
 def read(**variables: str) -> EnvoySettings:
-    return EnvoySettings.from_environment(
-        {f"ABREAST_{name.upper()}": value for name, value in variables.items()}
-    )
+    return EnvoySettings.from_environment({f"ABREAST_{name.upper()}": value for name, value in variables.items()})
 
 
 def test_everything_listens_on_loopback_by_default() -> None:
@@ -66,9 +64,7 @@ def test_values_are_read_from_variables(variable: str, value: str, wanted: Any) 
     assert getattr(read(**{variable: value}), variable) == wanted
 
 
-@given(
-    st.ip_addresses(), st.integers(1, 65535), st.sampled_from(["header:x-user", "cookie:User", "source-ip"])
-)
+@given(st.ip_addresses(), st.integers(1, 65535), st.sampled_from(["header:x-user", "cookie:User", "source-ip"]))
 def test_what_is_written_is_read_back(address: IPv4Address | IPv6Address, port: int, key: str) -> None:
     host = str(address)
     if "%" not in host:
@@ -84,19 +80,13 @@ def test_what_is_written_is_read_back(address: IPv4Address | IPv6Address, port: 
             ("old", value)
             for value in ("a", "a:", ":80", "a:0", "a:70000", "a b:80", "::1:80", "[a]:80", "a:80\nx:1", ",")
         ],
-        *[
-            ("old", value)
-            for value in ("https://a:443", "a:80/path", 'a":80', "-a:80", "[::1%eth0]:80", "a:٣")
-        ],
+        *[("old", value) for value in ("https://a:443", "a:80/path", 'a":80', "-a:80", "[::1%eth0]:80", "a:٣")],
         *[("listen", value) for value in ("localhost:8080", "8080", "1.2.3.4", "1.2.3.4:x")],
         *[("sidecar", value) for value in ("a,b:1", "a")],
         *[("health_path", value) for value in ("healthz", "/a b", "/a\nb")],
         *[("connect_timeout", value) for value in ("0", "-1", "30s", "nan", "inf", "1e9", "0.0001")],
         *[("per_try_timeout", value) for value in ("-1", "5s")],
-        *[
-            ("sticky", value)
-            for value in ("header", "header:", "header:a b", 'cookie:a"', "ip", "source-ip:x")
-        ],
+        *[("sticky", value) for value in ("header", "header:", "header:a b", 'cookie:a"', "ip", "source-ip:x")],
         *[("service", value) for value in ("a\nb", "a b", "{a}", "a/b")],
         *[("node_id", value) for value in ("a\nb", "\x00")],
         *[("mirror_body_limit", value) for value in ("0", "-1", "1.5", "5000000000")],

@@ -28,9 +28,7 @@ NEW = capture("new", status=503)
     ],
 )
 def test_a_failing_over_is_told_from_the_captures(old: Any, new: Any, baseline: Any, wanted: bool) -> None:
-    judgement = ComparisonResult(
-        outcome="mismatch", method="GET", route="/", old=old, new=new, baseline=baseline
-    )
+    judgement = ComparisonResult(outcome="mismatch", method="GET", route="/", old=old, new=new, baseline=baseline)
     row = PairRecord("shop", "1-0", 1, "pair", judgement, ()).to_row(1)
 
     assert row.get("failed_over", False) is wanted

@@ -32,9 +32,7 @@ def test_a_whole_ledger_is_seen_whole_also_where_it_lags(look: Callable[[int, in
     assert not any(look(100 * second, 100 * (second - 3)) for second in range(3, 200))
 
 
-def test_captures_that_stop_while_traffic_flows_are_told_within_seconds(
-    look: Callable[[int, int], str],
-) -> None:
+def test_captures_that_stop_while_traffic_flows_are_told_within_seconds(look: Callable[[int, int], str]) -> None:
     for second in range(30):
         assert not look(100 * second, 100 * second)
 

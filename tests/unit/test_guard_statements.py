@@ -60,13 +60,7 @@ def test_what_writes_is_known_by_its_verb_and_table(text: str, word: str, table:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "select 'insert into orders'",
-        "(select 1)",
-        "with a as (select 1) select * from a",
-        "show all",
-        "rollback to x",
-    ],
+    ["select 'insert into orders'", "(select 1)", "with a as (select 1) select * from a", "show all", "rollback to x"],
 )
 def test_what_reads_is_no_effect(text: str) -> None:
     known = parse_statement(text)

@@ -56,17 +56,12 @@ def test_an_error_while_comparing_is_an_outcome(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_swept_pair_without_captures_has_an_outcome() -> None:
-    assert (
-        evaluate_entry(of(why="timed_out"), CompareOptions()).result.reason
-        == "redis had no capture of it any more"
-    )
+    assert evaluate_entry(of(why="timed_out"), CompareOptions()).result.reason == "redis had no capture of it any more"
 
 
 @pytest.mark.parametrize("service", [0, 3600, -3600, 400 * 86_400, float("inf")])
 @pytest.mark.parametrize("redis", [0, 240, 3600, -3600, 400 * 86_400])
-def test_a_time_to_come_is_that_of_redis_only_where_the_services_have_it_too(
-    redis: int, service: float
-) -> None:
+def test_a_time_to_come_is_that_of_redis_only_where_the_services_have_it_too(redis: int, service: float) -> None:
     now = int(time.time())
     copies = [replace(capture("p", version), started_at=now + service) for version in ("old", "new")]
     found = evaluate_entry(of(*map(encode, copies), identifier=f"{(now + redis) * 1000}-0"), CompareOptions())

@@ -100,9 +100,7 @@ def test_the_bare_test_keeps_its_promise_without_the_help_of_the_limits() -> Non
 
 def test_a_version_that_takes_twice_as_long_is_found_in_time() -> None:
     generator = random.Random(11)
-    found = sum(
-        isinstance(detect_slowdown([noisy(generator, 2.0) for _ in range(120)]), Slowdown) for _ in range(100)
-    )
+    found = sum(isinstance(detect_slowdown([noisy(generator, 2.0) for _ in range(120)]), Slowdown) for _ in range(100))
 
     assert found >= 95
 

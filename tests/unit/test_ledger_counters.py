@@ -89,9 +89,6 @@ def test_an_envoy_is_known_to_have_run_on_by_this_processs_own_clock(monkeypatch
     now = iter((1000.0, 1010.0, 1020.0, 1030.0))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     monkeypatch.setattr(envoy, "LAST_UPTIMES", {})
-    known = [
-        envoy._has_kept_running(EnvoySnapshot("edge", "shop", uptime, {}))
-        for uptime in (50.0, 60.0, 69.0, 3.0)
-    ]
+    known = [envoy._has_kept_running(EnvoySnapshot("edge", "shop", uptime, {})) for uptime in (50.0, 60.0, 69.0, 3.0)]
 
     assert known == [False, True, True, False]

@@ -61,17 +61,9 @@ def test_an_empty_variable_is_as_good_as_none() -> None:
 @pytest.mark.parametrize(
     ("variable", "text", "message"),
     [
-        (
-            "ABREAST_PAIR_TIMEOUT",
-            "30s",
-            "ABREAST_PAIR_TIMEOUT must be a number of seconds above 0, .*, got '30s'",
-        ),
+        ("ABREAST_PAIR_TIMEOUT", "30s", "ABREAST_PAIR_TIMEOUT must be a number of seconds above 0, .*, got '30s'"),
         ("ABREAST_PAIR_TIMEOUT", "nan", "ABREAST_PAIR_TIMEOUT must be a number of seconds"),
-        (
-            "ABREAST_BODY_LIMIT",
-            "-1",
-            "ABREAST_BODY_LIMIT must be a whole number of bytes, 0 or more, got '-1'",
-        ),
+        ("ABREAST_BODY_LIMIT", "-1", "ABREAST_BODY_LIMIT must be a whole number of bytes, 0 or more, got '-1'"),
         ("ABREAST_SHARDS", "0", "ABREAST_SHARDS must be a whole number of shards, 1 or more, got '0'"),
         ("ABREAST_ENABLED", "perhaps", "ABREAST_ENABLED must be true or false, got 'perhaps'"),
         ("ABREAST_RELEASE", "a\r\nb", "ABREAST_RELEASE must be a label"),

@@ -16,9 +16,7 @@ from abreast_sidecar.stats.latency import (
     split_cold_pairs,
 )
 
-TIMES = st.lists(
-    st.tuples(st.integers(0, 10**7), st.integers(0, 10**7), st.sampled_from(["a", "b"])), max_size=200
-)
+TIMES = st.lists(st.tuples(st.integers(0, 10**7), st.integers(0, 10**7), st.sampled_from(["a", "b"])), max_size=200)
 
 
 def median(found: tuple[QuantileInterval, ...]) -> QuantileInterval:

@@ -16,9 +16,7 @@ from abreast.protocol.redis_client import URL_FORMATS, Address, connect, parse_a
         ("redis+sentinel://a/main/3?health_check_interval=2", "sentinel", (("a", 26379),), "main", "redis://a:26379/3?health_check_interval=2"),
     ],
 )  # fmt: skip
-def test_every_form_is_read(
-    url: str, kind: str, nodes: tuple[tuple[str, int], ...], name: str, server: str
-) -> None:
+def test_every_form_is_read(url: str, kind: str, nodes: tuple[tuple[str, int], ...], name: str, server: str) -> None:
     found = parse_address(url)
 
     assert (found.kind, found.nodes, found.name, found.server) == (kind, nodes, name, server)

@@ -45,9 +45,7 @@ def _known_variables() -> set[str]:
     from abreast_sidecar.envoy.settings import EnvoySettings
     from abreast_sidecar.settings import Settings
 
-    parts = [
-        part.name for kind in (Settings, EnvoySettings, ServiceSettings) for part in dataclasses.fields(kind)
-    ]
+    parts = [part.name for kind in (Settings, EnvoySettings, ServiceSettings) for part in dataclasses.fields(kind)]
     others = {"ABREAST_SIDECAR", "ABREAST_TEST_REDIS", "ABREAST_TEST_POSTGRES"}
     return {f"ABREAST_{name.upper()}" for name in parts} | others
 
@@ -64,9 +62,7 @@ def test_no_two_parts_share_an_advisory_lock() -> None:
     locks = {
         name: number
         for module in (ROOT / "sidecar").rglob("*.py")
-        for name, number in re.findall(
-            r"^(\w*LOCK\w*) = \(?\s*(0x[0-9a-f]+)", module.read_text(), re.MULTILINE
-        )
+        for name, number in re.findall(r"^(\w*LOCK\w*) = \(?\s*(0x[0-9a-f]+)", module.read_text(), re.MULTILINE)
     }
 
     assert len(locks) >= 9
@@ -76,11 +72,7 @@ def test_no_two_parts_share_an_advisory_lock() -> None:
 def test_the_bare_package_brings_redis_and_what_writes_json() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-    assert [re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]] == [
-        "msgspec",
-        "orjson",
-        "redis",
-    ]
+    assert [re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]] == ["msgspec", "orjson", "redis"]
 
 
 RUNTIME_LOCK, DEV_LOCK = ROOT / "requirements.lock", ROOT / "requirements-dev.lock"
@@ -132,8 +124,4 @@ def _locked(lock: Path) -> dict[str, tuple[str, frozenset[str]]]:
     """Return each package's version, with its marker, and its hashes."""
     packages = re.split(r"^(?=\S)", lock.read_text(), flags=re.MULTILINE)
     pins = [re.match(r"([^=]+)==(.+?) *\\\n", package) for package in packages if package]
-    return {
-        pin[1]: (pin[2], frozenset(re.findall(r"--hash=(\S+)", pin.string)))
-        for pin in pins
-        if pin is not None
-    }
+    return {pin[1]: (pin[2], frozenset(re.findall(r"--hash=(\S+)", pin.string))) for pin in pins if pin is not None}

@@ -165,11 +165,7 @@ async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     for number in range(100):
         found.resolve(http_scope(f"/products/{number}"))
         found.resolve(
-            {
-                **http_scope(f"/tenants/{number}/products/7"),
-                "app_root_path": "",
-                "root_path": f"/tenants/{number}",
-            }
+            {**http_scope(f"/tenants/{number}/products/7"), "app_root_path": "", "root_path": f"/tenants/{number}"}
         )
 
     assert len(found._templates) <= 10

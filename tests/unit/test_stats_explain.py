@@ -99,10 +99,7 @@ def test_no_integer_explains_an_integer_that_is_not_the_time(old: int, new: int)
     assert explain_change(old, new, NOW) is None
 
 
-@given(
-    st.text(alphabet="abcdefghijklmnopqrstuvwxyz ", max_size=40),
-    st.text(alphabet="abcdefghijklmnop ", max_size=40),
-)
+@given(st.text(alphabet="abcdefghijklmnopqrstuvwxyz ", max_size=40), st.text(alphabet="abcdefghijklmnop ", max_size=40))
 def test_no_words_explain_other_words(old: str, new: str) -> None:
     assert explain_change(old, new, NOW) is None
 

@@ -137,9 +137,7 @@ def times(factor: float) -> Broken:
 
 @pytest.mark.parametrize("name", FOUND)
 @pytest.mark.parametrize(("factor", "share"), [(10, 1), (0.1, 1), (0, 0.5)])
-def test_what_is_ten_times_as_much_a_tenth_or_nothing_is_found(
-    name: str, factor: float, share: float
-) -> None:
+def test_what_is_ten_times_as_much_a_tenth_or_nothing_is_found(name: str, factor: float, share: float) -> None:
     pairs = int(FOUND[name] * share)
     found = [run(ALIKE[name], seed, pairs, broken=times(factor))[-1] for seed in range(RUNS)]
 
@@ -155,21 +153,13 @@ def test_what_is_ten_times_as_much_a_tenth_or_nothing_is_found(
     ],
 )  # fmt: skip
 def test_how_far_two_numbers_are_apart(old: Any, new: Any, expected: int) -> None:
-    assert (
-        get_magnitude_shift(Difference("body", "$.n", "changed", "value", At(None, "$.n", old, new)))
-        == expected
-    )
+    assert get_magnitude_shift(Difference("body", "$.n", "changed", "value", At(None, "$.n", old, new))) == expected
     assert get_magnitude_shift(difference("$.n", kind="range", old="1", new="9000")) == 0
 
 
 def test_a_place_with_copies_waits_for_them_and_one_without_does_not() -> None:
     far_one_way = MagnitudeShift(
-        compared=100,
-        far_greater=60,
-        far_smaller=2,
-        baseline_compared=0,
-        baseline_far_greater=0,
-        baseline_far_smaller=0,
+        compared=100, far_greater=60, far_smaller=2, baseline_compared=0, baseline_far_greater=0, baseline_far_smaller=0
     )
 
     assert magnitude_evidence(far_one_way) > 10

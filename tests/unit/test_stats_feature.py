@@ -112,8 +112,7 @@ def test_an_item_of_a_body_and_a_header_are_found() -> None:
 def test_of_two_that_say_the_same_the_simplest_is_named() -> None:
     requests = of(many(300), "JPY", equal=False)
     marked = [
-        {**one, "header.x-currency": ["JPY"], "body.order.currency": ["JPY"]}
-        for one in many(40, 2, currency="JPY")
+        {**one, "header.x-currency": ["JPY"], "body.order.currency": ["JPY"]} for one in many(40, 2, currency="JPY")
     ]
 
     assert str(find_common_feature(marked, requests)) == "query.currency=JPY"
@@ -188,8 +187,7 @@ def test_fishers_test_is_the_sum_of_the_tail(hits: int, misses: int, false: int,
 
 SAMPLE = st.lists(
     st.dictionaries(
-        st.sampled_from(["query.a", "path.b", "body.c"]),
-        st.lists(st.sampled_from("xyz"), min_size=1, unique=True),
+        st.sampled_from(["query.a", "path.b", "body.c"]), st.lists(st.sampled_from("xyz"), min_size=1, unique=True)
     ),
     max_size=30,
 )

@@ -59,9 +59,7 @@ class Run:
     copies: int = 0
 
     def counts(self) -> list[DifferenceCounts]:
-        noisy = [
-            DifferenceCounts(self.compared, one.differs, self.copies, one.baseline) for one in self.places
-        ]
+        noisy = [DifferenceCounts(self.compared, one.differs, self.copies, one.baseline) for one in self.places]
         return noisy + [DifferenceCounts(self.compared, self.compared, self.copies, self.copies)] * ALWAYS
 
     def go(self, requests: int, share: float, dice: random.Random) -> None:
@@ -218,9 +216,9 @@ class TestExplainedByShape:
 
 @given(
     st.lists(
-        st.tuples(
-            st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**5), st.integers(0, 10**5)
-        ).map(lambda t: DifferenceCounts(t[0] + t[1], t[1], t[2] + t[3], t[3])),
+        st.tuples(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**5), st.integers(0, 10**5)).map(
+            lambda t: DifferenceCounts(t[0] + t[1], t[1], t[2] + t[3], t[3])
+        ),
         max_size=8,
     )
 )
@@ -250,9 +248,7 @@ def test_a_difference_among_the_copies_is_less_evidence(differs: int, quiet: int
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.floats(0.002, 0.998))
-def test_under_any_one_rate_the_mean_of_the_e_value_is_at_most_one(
-    compared: int, copies: int, rate: float
-) -> None:
+def test_under_any_one_rate_the_mean_of_the_e_value_is_at_most_one(compared: int, copies: int, rate: float) -> None:
     mean = sum(
         chance(differs, compared, rate)
         * chance(odd, copies, rate)
@@ -282,10 +278,7 @@ def test_no_places_no_decisions() -> None:
 
 def test_few_differences_that_all_lean_one_way_are_no_chance() -> None:
     """10 of 4,000, none among 1,200 copies: chance would have set some the other way."""
-    leaning, balanced = (
-        DifferenceCounts(4000, 10, 1200, 0, 0, 0, 10),
-        DifferenceCounts(4000, 10, 1200, 0, 0, 5, 5),
-    )
+    leaning, balanced = (DifferenceCounts(4000, 10, 1200, 0, 0, 0, 10), DifferenceCounts(4000, 10, 1200, 0, 0, 5, 5))
 
     assert classify_differences([leaning], 0.01)[0].state == "real"
     assert classify_differences([balanced], 0.01)[0].state == "undecided"
@@ -293,9 +286,7 @@ def test_few_differences_that_all_lean_one_way_are_no_chance() -> None:
 
 
 def test_a_lean_of_very_many_is_no_trouble() -> None:
-    assert (
-        classify_differences([DifferenceCounts(10**6, 10**5, 10**5, 0, 0, 10**5, 0)], 0.01)[0].state == "real"
-    )
+    assert classify_differences([DifferenceCounts(10**6, 10**5, 10**5, 0, 0, 10**5, 0)], 0.01)[0].state == "real"
 
 
 @pytest.mark.parametrize("rate", [0.002, 0.004, 0.008])
@@ -325,12 +316,9 @@ def test_rare_noise_of_a_kind_with_long_tails_waits_for_copies() -> None:
     assert found.state == "undecided"
     assert classify_differences([DifferenceCounts(20_000, 20, 1000, 0, 0, 10, 10)], ALPHA)[0].state == "real"
     assert (
-        classify_differences([DifferenceCounts(20_000, 2000, 1000, 0, 0, 1000, 1000, is_rare=True)], ALPHA)[
-            0
-        ].state
+        classify_differences([DifferenceCounts(20_000, 2000, 1000, 0, 0, 1000, 1000, is_rare=True)], ALPHA)[0].state
         == "real"
     )
     assert (
-        classify_differences([DifferenceCounts(20_000, 14, 2000, 0, 0, 0, 14, is_rare=True)], ALPHA)[0].state
-        == "real"
+        classify_differences([DifferenceCounts(20_000, 14, 2000, 0, 0, 0, 14, is_rare=True)], ALPHA)[0].state == "real"
     )  # one way

@@ -128,9 +128,7 @@ def test_a_rate_outside_of_the_interval_is_one_that_is_rejected(case: tuple[int,
 
 
 @given(counts, rates, rates)
-def test_what_exceeds_a_budget_exceeds_each_smaller_rate(
-    case: tuple[int, int], one: float, other: float
-) -> None:
+def test_what_exceeds_a_budget_exceeds_each_smaller_rate(case: tuple[int, int], one: float, other: float) -> None:
     """The argument that the test of a budget is one-sided: the ratio falls towards the observed share."""
     low, high = sorted((one, other))
     successes, n = case
@@ -201,10 +199,10 @@ def test_what_is_decided_needs_no_more_and_what_leans_the_other_way_never_comes(
         estimate_requests_below(0.0005, 20_000, 0.0001, BAR),
         estimate_requests_above(0.0005, 20_000, 0.0001, BAR),
     ) == (None, 0)
-    assert (
-        estimate_requests_below(0.0, 20_000, 0.001, BAR),
-        estimate_requests_above(0.0, 20_000, 0.001, BAR),
-    ) == (0, None)
+    assert (estimate_requests_below(0.0, 20_000, 0.001, BAR), estimate_requests_above(0.0, 20_000, 0.001, BAR)) == (
+        0,
+        None,
+    )
 
 
 def test_the_least_number_is_none_beyond_the_bound() -> None:

@@ -134,9 +134,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-TELLING = frozenset(
-    {"token", "hash", "hex", "base64", "uuid", "ulid", "jwt", "trace", "timestamp", "prefixed"}
-)
+TELLING = frozenset({"token", "hash", "hex", "base64", "uuid", "ulid", "jwt", "trace", "timestamp", "prefixed"})
 
 
 def test_the_table_is_long_enough_to_mean_something() -> None:
@@ -218,15 +216,7 @@ def test_formats_tell_apart_what_a_reader_would() -> None:
 def test_a_shape_costs_microseconds_and_never_grows_with_the_square() -> None:
     """The bounds leave room for a busy machine."""
     values = [value for _, value in ROWS if isinstance(value, str) and len(value) < 200]
-    hostile = [
-        "a" * 100_000,
-        "a@" * 50_000,
-        "1" * 100_000,
-        "a:" * 50_000,
-        "/?" * 50_000,
-        "ey" * 2000,
-        "-" * 4000,
-    ]
+    hostile = ["a" * 100_000, "a@" * 50_000, "1" * 100_000, "a:" * 50_000, "/?" * 50_000, "ey" * 2000, "-" * 4000]
 
     assert fastest(values) / len(values) < 20e-6
     assert fastest(hostile) / len(hostile) < 2e-3

@@ -11,14 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.stats.verdict import (
-    Budget,
-    Completeness,
-    EndpointCounts,
-    Reason,
-    Verdict,
-    decide_verdict,
-)
+from abreast_sidecar.stats.verdict import Budget, Completeness, EndpointCounts, Reason, Verdict, decide_verdict
 
 ALL = Completeness(1000, 1000)
 BUDGET = Budget()
@@ -92,19 +85,11 @@ class TestPass:
         verdict = judged(pairs(20_000, "a"), pairs(500, "b", partial=500, timed=0, slower=0, waived=waived))
         gone = judged(pairs(20_000, "a"), pairs(5, "b", new_requests=0, compared=0, timed=0, waived=waived))
 
-        assert (verdict.state, verdict.pairs_to_pass, reason(verdict, "coverage", "b").state) == (
-            "PASS",
-            0,
-            "PASS",
-        )
-        assert reason(verdict, "coverage", "b").text.endswith(
-            f"500 in part; abreast pairs says why; {waived}"
-        )
+        assert (verdict.state, verdict.pairs_to_pass, reason(verdict, "coverage", "b").state) == ("PASS", 0, "PASS")
+        assert reason(verdict, "coverage", "b").text.endswith(f"500 in part; abreast pairs says why; {waived}")
         assert {one.endpoint: one.state for one in verdict.endpoints} == {"a": "PASS", "b": "INCONCLUSIVE"}
         assert reason(gone, "coverage", "b").text == f"old answered 5 requests, new none; {waived}"
-        assert not [
-            one for one in judged(pairs(20_000, "a", waived=waived)).reasons if one.subject == "coverage"
-        ]
+        assert not [one for one in judged(pairs(20_000, "a", waived=waived)).reasons if one.subject == "coverage"]
 
     @pytest.mark.parametrize(("waiting", "state"), [(199, "PASS"), (201, "INCONCLUSIVE")])
     def test_what_waits_to_be_compared_may_be_what_is_broken(self, waiting: int, state: str) -> None:
@@ -276,10 +261,7 @@ def ever_passes(dice: random.Random, rate: float) -> bool:
     while n < 3000:
         n += 150
         hits += sum(dice.random() < rate * 1.01 for _ in range(150))
-        if (
-            decide_verdict([pairs(n, mismatches=hits)], ALL, Budget(max_mismatch=rate, max_error=0.5)).state
-            == "PASS"
-        ):
+        if decide_verdict([pairs(n, mismatches=hits)], ALL, Budget(max_mismatch=rate, max_error=0.5)).state == "PASS":
             return True
     return False
 
@@ -339,13 +321,7 @@ def test_a_larger_budget_is_never_worse(case: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     "given_values",
-    [
-        {"max_mismatch": -0.1},
-        {"max_error": 1.1},
-        {"confidence": 1.0},
-        {"confidence": 0.0},
-        {"max_slower": -1.0},
-    ],
+    [{"max_mismatch": -0.1}, {"max_error": 1.1}, {"confidence": 1.0}, {"confidence": 0.0}, {"max_slower": -1.0}],
 )
 def test_a_budget_that_makes_no_sense_is_refused(given_values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(given_values))):

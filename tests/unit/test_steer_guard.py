@@ -49,9 +49,7 @@ def found(policy: GuardPolicy, *windows: WindowCounts) -> set[GuardRuleName]:
 def test_it_never_raises_and_says_the_plainest_first(one: WindowCounts, other: WindowCounts) -> None:
     made = find_breaches(GuardPolicy("acting"), dict.fromkeys(GUARD_RULE_NAMES, (one, other)))
 
-    assert [one.excess_evidence for one in made] == sorted(
-        (one.excess_evidence for one in made), reverse=True
-    )
+    assert [one.excess_evidence for one in made] == sorted((one.excess_evidence for one in made), reverse=True)
     assert all(one.text and one.excess_evidence >= 0 for one in made)
 
 
@@ -108,10 +106,7 @@ def test_equal_versions_are_hardly_ever_sent_back_however_often_one_looks() -> N
             new = sum(chance.random() < 0.02 for _ in range(5))
             old = sum(chance.random() < 0.02 for _ in range(5))
             tally = replace(
-                tally,
-                live=tally.live + 5,
-                new_errors=tally.new_errors + new,
-                old_errors=tally.old_errors + old,
+                tally, live=tally.live + 5, new_errors=tally.new_errors + new, old_errors=tally.old_errors + old
             )
             if found(policy, tally):
                 wrong += 1
@@ -120,10 +115,7 @@ def test_equal_versions_are_hardly_ever_sent_back_however_often_one_looks() -> N
     assert wrong <= 5
 
 
-@given(
-    st.floats(10, 86_400),
-    st.datetimes(*BETWEEN, timezones=st.just(dt.UTC)),
-)
+@given(st.floats(10, 86_400), st.datetimes(*BETWEEN, timezones=st.just(dt.UTC)))
 def test_windows_hold_the_last_half_and_begin_on_a_grid(window: float, now: dt.datetime) -> None:
     rule = GuardRule(limit=0.1, min_pairs=1, window=window)
     since = dt.datetime(2019, 1, 1, tzinfo=dt.UTC)

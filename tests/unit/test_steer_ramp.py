@@ -50,9 +50,7 @@ def ramp(**changes: Any) -> Ramp:
     return Ramp(**{**known, **changes})
 
 
-def seen(
-    compared: int, *, mismatches: int = 0, errors: int = 0, lost: int = 0, slower: int = 0
-) -> RampEvidence:
+def seen(compared: int, *, mismatches: int = 0, errors: int = 0, lost: int = 0, slower: int = 0) -> RampEvidence:
     counts = EndpointCounts("GET /", compared, compared, compared, mismatches, 0, errors, 0, compared, slower)
     return RampEvidence((counts,), Completeness(compared + lost, compared))
 
@@ -89,18 +87,14 @@ looks = st.builds(
 
 
 @given(looks, st.sampled_from(["progressing", "paused"]), st.integers(0, 2))
-def test_it_climbs_only_on_a_pass_with_fresh_whole_evidence_and_time(
-    found: Observation, state: Any, step: int
-) -> None:
+def test_it_climbs_only_on_a_pass_with_fresh_whole_evidence_and_time(found: Observation, state: Any, step: int) -> None:
     known = ramp(state=state, step=step)
     move = decide_ramp(known, found)
 
     assert move.reason
     if move.action in {"step", "succeed"}:
         assert state == "progressing"
-        assert (
-            verdict(found.since_start.endpoints, found.since_start.completeness, PLAN.budget).state == "PASS"
-        )
+        assert verdict(found.since_start.endpoints, found.since_start.completeness, PLAN.budget).state == "PASS"
         assert not found.stale_counts_reason
         assert found.newest_pair_age_s is not None
         assert found.newest_pair_age_s <= 30
@@ -112,9 +106,7 @@ def test_it_climbs_only_on_a_pass_with_fresh_whole_evidence_and_time(
 
 
 @given(looks, st.integers(0, 2))
-def test_nothing_that_is_amiss_with_the_evidence_keeps_it_from_going_back(
-    found: Observation, step: int
-) -> None:
+def test_nothing_that_is_amiss_with_the_evidence_keeps_it_from_going_back(found: Observation, step: int) -> None:
     """Holes, silence and pauses stop the climb. What is surely bad is bad."""
     move = decide_ramp(ramp(step=step), found)
     blinded = replace(found, stale_counts_reason="no count", newest_pair_age_s=None)
@@ -126,8 +118,7 @@ def test_nothing_that_is_amiss_with_the_evidence_keeps_it_from_going_back(
 @given(looks)
 def test_without_a_fail_at_all_it_never_goes_back(found: Observation) -> None:
     states = {
-        verdict(one.endpoints, one.completeness, PLAN.budget).state
-        for one in (found.since_start, found.since_step)
+        verdict(one.endpoints, one.completeness, PLAN.budget).state for one in (found.since_start, found.since_step)
     }
 
     if "FAIL" not in states:
@@ -140,21 +131,13 @@ def test_without_a_fail_at_all_it_never_goes_back(found: Observation) -> None:
         (ramp(state="paused"), look(GOOD), "paused"),
         (ramp(), look(GOOD, stale_counts_reason="no Envoy tells"), "no Envoy tells"),
         (ramp(), look(GOOD, newest_pair_age_s=None), "no pair was compared within the last 30 s"),
-        (
-            ramp(),
-            look(GOOD, newest_pair_age_s=-3600.0),
-            "Postgres's clock is 60 min behind that of the pairs",
-        ),
+        (ramp(), look(GOOD, newest_pair_age_s=-3600.0), "Postgres's clock is 60 min behind that of the pairs"),
         (ramp(), look(GOOD, newest_pair_age_s=31.0), "no pair was compared within the last 30 s"),
         (ramp(), look(GOOD, seen(980, lost=20)), "the ledger has 980 of 1,000 requests sampled in this step"),
         (ramp(step_at=LATER), look(GOOD), "holds 1% for another 10 min"),
         (ramp(), look(GOOD, seen(99)), "99 of 100 pairs were compared in this step"),
         (ramp(), look(seen(500)), "the verdict is INCONCLUSIVE: 0 of 500 pairs"),
-        (
-            ramp(),
-            look(seen(10_000, lost=500), GOOD),
-            "the verdict is INCONCLUSIVE: the ledger has 10,000 of 10,500",
-        ),
+        (ramp(), look(seen(10_000, lost=500), GOOD), "the verdict is INCONCLUSIVE: the ledger has 10,000 of 10,500"),
     ],
 )
 def test_it_says_what_it_waits_for(known: Ramp, found: Observation, said: str) -> None:
@@ -211,9 +194,7 @@ def test_a_budget_may_be_stricter_than_the_usual_one() -> None:
         ([EnvoyReport("a@1:1", ENVOY_GONE_AFTER_S + 1)], [], "no Envoy tells its count any more"),
     ],
 )
-def test_an_envoy_that_is_not_heard_of_is_named(
-    reports: list[EnvoyReport], asked: list[str], said: str
-) -> None:
+def test_an_envoy_that_is_not_heard_of_is_named(reports: list[EnvoyReport], asked: list[str], said: str) -> None:
     found = describe_stale_counts(reports, asked)
 
     assert said in found

@@ -11,9 +11,7 @@ from abreast_sidecar.errors import SettingError
 from abreast_sidecar.rollout.webhooks import make_signature_headers
 from abreast_sidecar.settings import Settings
 
-SECRET = (
-    "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # the vector that libraries of Standard Webhooks are tested with
-)
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # the vector that libraries of Standard Webhooks are tested with
 SENT = datetime.fromtimestamp(1614265330, UTC)
 
 
@@ -37,9 +35,7 @@ def test_make_signature_headers_verifies_only_for_its_body_and_secret() -> None:
         Webhook("whsec_" + "A" * 32).verify('{"reason": "größer"}', headers)
 
 
-@pytest.mark.parametrize(
-    "secret", ["hunter2", "whsec_", "whsec_c2hvcnQ=", "whsec_not base64!", "whsec_" + "A" * 200]
-)
+@pytest.mark.parametrize("secret", ["hunter2", "whsec_", "whsec_c2hvcnQ=", "whsec_not base64!", "whsec_" + "A" * 200])
 def test_a_secret_that_is_none_is_refused_and_not_shown(secret: str) -> None:
     with pytest.raises(SettingError, match="ABREAST_WEBHOOK_SECRET must be whsec_ and 24") as told:
         Settings.from_environment({"ABREAST_WEBHOOK_SECRET": secret})

@@ -219,12 +219,7 @@ class Exporter:
         cutoff_ns = perf_counter_ns() - self._effect_wait_ns
         for queued in queue.awaiting_effects:
             recorder = queued.recorder
-            if (
-                recorder is None
-                or recorder.app_returned
-                or recorder.finished_ns < cutoff_ns
-                or self._is_flushing
-            ):
+            if recorder is None or recorder.app_returned or recorder.finished_ns < cutoff_ns or self._is_flushing:
                 queue.account_growth(queued)
                 queue.outbox.append(queued)
             else:
@@ -322,9 +317,7 @@ class Exporter:
 
     def _mark_connected(self) -> None:
         if self._failures:
-            logger.warning(
-                "captures go to Redis again; dropped so far: %s", dict(self._queue.drop_counts) or "none"
-            )
+            logger.warning("captures go to Redis again; dropped so far: %s", dict(self._queue.drop_counts) or "none")
         self._failures = 0
 
     async def _mark_disconnected(self, error: TransportError) -> None:
@@ -377,11 +370,7 @@ EXPORTER_POOLS: weakref.WeakSet[ExporterPool] = weakref.WeakSet()
 
 class ExporterPool:
     def __init__(
-        self,
-        settings: Settings,
-        queue: CaptureQueue,
-        route_resolver: RouteResolver,
-        report_error: ErrorReporter,
+        self, settings: Settings, queue: CaptureQueue, route_resolver: RouteResolver, report_error: ErrorReporter
     ) -> None:
         self.body_limit = settings.body_limit
         self.report_error = report_error
@@ -407,9 +396,7 @@ class ExporterPool:
         ):
             exporter = self.start()  # asking for the running loop takes longer
         queue = self._queue
-        size = CAPTURE_OVERHEAD_BYTES + (
-            len(recorder.single_chunk) if recorder.fast_path else recorder.body_bytes
-        )
+        size = CAPTURE_OVERHEAD_BYTES + (len(recorder.single_chunk) if recorder.fast_path else recorder.body_bytes)
         if recorder.context.effect_log is not None:
             recorder.queued_effect_bytes = recorder.context.effect_log.payload_bytes
             size += recorder.queued_effect_bytes
@@ -440,9 +427,7 @@ class ExporterPool:
         """The shipper of the running loop."""
         loop = get_running_loop()
         self._exporters = [
-            candidate
-            for candidate in self._exporters
-            if not candidate.is_stopped and not candidate.loop.is_closed()
+            candidate for candidate in self._exporters if not candidate.is_stopped and not candidate.loop.is_closed()
         ]
         for exporter in self._exporters:
             if exporter.loop is loop:
@@ -455,9 +440,7 @@ class ExporterPool:
 
     def after_fork(self) -> None:
         """Begin anew in a child: what waits, and the counts, are the parent's."""
-        self._parent_exporters += (
-            self._exporters
-        )  # kept, for a task that is thrown away while it waits complains
+        self._parent_exporters += self._exporters  # kept, for a task that is thrown away while it waits complains
         self._exporters = []
         self._exporter = None
         self._queue.reset()

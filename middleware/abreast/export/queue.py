@@ -51,9 +51,7 @@ class CaptureQueue:
         self.started_at = time.time()
         self.recorders: deque[tuple[RequestRecorder, int]] = deque()
         self.outbox: deque[QueuedCapture] = deque()
-        self.awaiting_effects: list[
-            QueuedCapture
-        ] = []  # settled, but background tasks may still record effects
+        self.awaiting_effects: list[QueuedCapture] = []  # settled, but background tasks may still record effects
         self.count = 0
         self.bytes = 0
         self.shipped_count = 0

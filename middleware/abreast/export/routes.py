@@ -43,9 +43,7 @@ class RouteResolver:
         key = (scope["method"], _get_path(scope)[:MAX_PATH_CHARS])
         if key not in self._templates:
             _clear_if_full(self._templates)
-            self._templates[key] = _find_template(
-                _get_routes(scope.get("router") or self._app), key[1], key[0], 0
-            )
+            self._templates[key] = _find_template(_get_routes(scope.get("router") or self._app), key[1], key[0], 0)
         return self._templates[key]
 
 
@@ -141,9 +139,7 @@ def _find_within(route: Any, inner_app: Any, path: str, method: str, depth: int)
     if mount_match is None:
         return ""
     template: str = route.path_format.removesuffix(f"/{REMAINING_PATH}")
-    return template + (
-        _find_template(_get_routes(inner_app), mount_match[1], method, depth) or f"/{REMAINING_PATH}"
-    )
+    return template + (_find_template(_get_routes(inner_app), mount_match[1], method, depth) or f"/{REMAINING_PATH}")
 
 
 def _find_prefix(routes: list[Any], mount_path: str, depth: int) -> str | None:

@@ -97,11 +97,7 @@ class CaptureSerializer:
     def _build_request_head(self, scope: Scope, route: str, body: Body) -> RequestHead:
         header_names = self._header_names
         headers = tuple(
-            [
-                (header_names[name], value.decode("latin-1"))
-                for name, value in scope["headers"]
-                if name in header_names
-            ]
+            [(header_names[name], value.decode("latin-1")) for name, value in scope["headers"] if name in header_names]
         )
         return RequestHead(
             scope["method"],

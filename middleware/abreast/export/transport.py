@@ -157,9 +157,7 @@ class RedisTransport:
             raise TransportError(f"Redis can't be reached: {error}", is_transient=True) from error
         except ResponseError as error:
             message = str(error)
-            is_transient = isinstance(error, TRANSIENT_ERROR_TYPES) or any(
-                word in message for word in TRANSIENT_ERRORS
-            )
+            is_transient = isinstance(error, TRANSIENT_ERROR_TYPES) or any(word in message for word in TRANSIENT_ERRORS)
             raise TransportError(f"Redis refuses {name}: {message}", is_transient=is_transient) from error
         except (RedisError, OSError) as error:
             raise TransportError(f"Redis can't be used: {error}", is_transient=True) from error

@@ -62,9 +62,7 @@ class GuardedPipeline(Pipeline):
             self._effect_args.append(args)
             if is_shadow():
                 position = len(self.command_stack) + len(self._pending_replies)
-                self._pending_replies.append(
-                    (position, _encode_reply(self.connection_pool, self.stand_ins[name]))
-                )
+                self._pending_replies.append((position, _encode_reply(self.connection_pool, self.stand_ins[name])))
                 return self
         return super().pipeline_execute_command(*args, **options)  # type: ignore[no-untyped-call]
 
@@ -95,10 +93,7 @@ def _make_effect(client: GuardedRedis | GuardedPipeline, args: tuple[Any, ...]) 
         return None
     reply = _encode_reply(client.connection_pool, client.stand_ins[name])
     return effect(
-        _get_effect_kind(args),
-        lambda *_, **__: _build_payload(args),
-        key=_get_effect_key(args),
-        stand_in=reply,
+        _get_effect_kind(args), lambda *_, **__: _build_payload(args), key=_get_effect_key(args), stand_in=reply
     )
 
 
@@ -134,9 +129,7 @@ def _decode_value(value: Any) -> Any:
     if not isinstance(value, str | bytes | bytearray | memoryview):
         return value
     try:
-        return json.loads(
-            bytes(value) if isinstance(value, memoryview) else value
-        )  # exact, also of large integers
+        return json.loads(bytes(value) if isinstance(value, memoryview) else value)  # exact, also of large integers
     except (ValueError, RecursionError):
         return _decode_text(value)
 

@@ -63,17 +63,11 @@ SYNC_CONNECTION_CLASSES: dict[Mode, type[Connection[Any]]] = {
 
 
 def protect(
-    engine: Engine | AsyncEngine,
-    *,
-    shadow_url: str | URL | None = None,
-    shadow_pool_size: int = SHADOW_POOL_SIZE,
+    engine: Engine | AsyncEngine, *, shadow_url: str | URL | None = None, shadow_pool_size: int = SHADOW_POOL_SIZE
 ) -> None:
     """Call it once, before the engine is used. `shadow_url` names a database for shadows alone, in which they commit."""
     target = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
-    if (target.dialect.name, target.dialect.driver) not in {
-        ("postgresql", "psycopg"),
-        ("postgresql", "psycopg_async"),
-    }:
+    if (target.dialect.name, target.dialect.driver) not in {("postgresql", "psycopg"), ("postgresql", "psycopg_async")}:
         raise SettingError(
             f"abreast.integrations.sqlalchemy protects postgresql+psycopg:// (psycopg 3), not {target.dialect.name}+"
             f"{target.dialect.driver}://"
@@ -82,9 +76,7 @@ def protect(
     event.listen(target, "do_connect", _make_connector(None if shadow_url is None else make_url(shadow_url)))
     _install_shadow_pool(target, mode, shadow_pool_size)
     event.listen(
-        target,
-        "engine_disposed",
-        lambda disposed_engine: _install_shadow_pool(disposed_engine, mode, shadow_pool_size),
+        target, "engine_disposed", lambda disposed_engine: _install_shadow_pool(disposed_engine, mode, shadow_pool_size)
     )
 
 
@@ -121,9 +113,7 @@ def _install_shadow_pool(engine: Engine, mode: Mode, size: int) -> None:
 
     def invalidate(connection: Any, *args: Any, **kwargs: Any) -> None:
         """Where a shadow has lost its session, users keep theirs."""
-        invalidate_in_pool = (
-            invalidate_shadow if getattr(connection, "_pool", None) is shadow_pool else invalidate_user
-        )
+        invalidate_in_pool = invalidate_shadow if getattr(connection, "_pool", None) is shadow_pool else invalidate_user
         invalidate_in_pool(connection, *args, **kwargs)
 
     def connect() -> PoolProxiedConnection:
@@ -148,12 +138,7 @@ def _register_session_cleanup(
     if cleanups is not None and getattr(driver, "mode", "live") != "live":
         cleanups.insert(
             0,
-            partial(
-                _close_session,
-                session,
-                _find_root_transaction(transaction),
-                isinstance(driver, AsyncConnection),
-            ),
+            partial(_close_session, session, _find_root_transaction(transaction), isinstance(driver, AsyncConnection)),
         )
 
 

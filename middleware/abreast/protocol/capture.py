@@ -180,12 +180,7 @@ def encode(capture: Capture) -> bytes:
         capture.exception,
         capture.effects,
         RequestHead(
-            request.method,
-            request.path,
-            request.query,
-            request.route,
-            request.headers,
-            body_metadata(request.body),
+            request.method, request.path, request.query, request.route, request.headers, body_metadata(request.body)
         ),
         AnswerHead(answer.status, answer.headers, answer.trailers, body_metadata(answer.body)),
         capture.effects_dropped,
@@ -229,9 +224,7 @@ def _make_unreadable_error(line: bytes, error: Exception | None) -> CaptureError
     except (DecodeError, UnicodeDecodeError) as problem:
         return CaptureError(f"a capture must begin with a line of JSON, an object: {problem}")
     if version != FORMAT_VERSION:
-        return CaptureError(
-            f"a capture of format {version!r} can't be read; this code reads format {FORMAT_VERSION}"
-        )
+        return CaptureError(f"a capture of format {version!r} can't be read; this code reads format {FORMAT_VERSION}")
     if isinstance(error, ValidationError):
         return CaptureError(f"a capture lacks something or is damaged: {error}")
     return CaptureError("a capture must begin with a JSON object on a line of its own")
@@ -252,12 +245,7 @@ def _build_capture(head: CaptureHead, request_content: bytes, response_content: 
             request.headers,
             Body(request_content, request.body[1], request.body[2]),
         ),
-        Answer(
-            answer.status,
-            answer.headers,
-            Body(response_content, answer.body[1], answer.body[2]),
-            answer.trailers,
-        ),
+        Answer(answer.status, answer.headers, Body(response_content, answer.body[1], answer.body[2]), answer.trailers),
         head.attempt,
         head.expected_captures,
         head.release,

@@ -33,9 +33,7 @@ JOIN_SCRIPT = resources.files("abreast.protocol").joinpath("join.lua").read_text
 RECEIVED = "received"  # kept: it waits, or completed its pair
 DUPLICATE = "duplicate"  # its slot was taken: a batch was sent twice
 LATE = "late"  # its pair had been moved already: an answer after a failover, or after the deadline
-REJECTED_PAIRS = (
-    "rejected_pairs"  # refused: as many pairs wait as are allowed, or a copy of its pair was refused
-)
+REJECTED_PAIRS = "rejected_pairs"  # refused: as many pairs wait as are allowed, or a copy of its pair was refused
 REJECTED_BYTES = "rejected_bytes"  # refused: as many bytes are held as are allowed
 JOINED = "joined"  # pairs moved with all their copies
 TIMED_OUT = "timed_out"  # pairs moved when their time was over
@@ -102,9 +100,7 @@ class Limits:
     remember_ms: int = 300_000
 
 
-def join_arguments(
-    keys: Keys, limits: Limits, rows: Sequence[CaptureRow]
-) -> tuple[list[str], list[str | int | bytes]]:
+def join_arguments(keys: Keys, limits: Limits, rows: Sequence[CaptureRow]) -> tuple[list[str], list[str | int | bytes]]:
     """Keys and arguments of the script for captures, all of this shard."""
     names = [keys.due, keys.ready, keys.joined, keys.stats]
     arguments: list[str | int | bytes] = [
@@ -130,15 +126,7 @@ def join_command(sha: str, keys: Keys, limits: Limits, rows: Sequence[CaptureRow
         names.append(b"$%d\r\n%b%b\r\n" % (len(prefix) + len(pair_bytes), prefix, pair_bytes))
         arguments += (
             b"$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n%b\r\n$%d\r\n"
-            % (
-                len(pair_bytes),
-                pair_bytes,
-                len(slot_bytes),
-                slot_bytes,
-                len(count_bytes),
-                count_bytes,
-                len(blob),
-            ),
+            % (len(pair_bytes), pair_bytes, len(slot_bytes), slot_bytes, len(count_bytes), count_bytes, len(blob)),
             blob,
             b"\r\n",
         )
@@ -146,13 +134,7 @@ def join_command(sha: str, keys: Keys, limits: Limits, rows: Sequence[CaptureRow
     command_head: list[str | int | bytes] = ["EVALSHA", sha, len(shard_keys) + len(names), *shard_keys]
     count = b"*%d\r\n" % (len(command_head) + len(names) + len(limit_arguments) + 4 * len(rows))
     return b"".join(
-        (
-            count,
-            *_encode_bulk_strings(command_head),
-            *names,
-            *_encode_bulk_strings(limit_arguments),
-            *arguments,
-        )
+        (count, *_encode_bulk_strings(command_head), *names, *_encode_bulk_strings(limit_arguments), *arguments)
     )
 
 

@@ -42,9 +42,7 @@ class Address:
     server: str = field(repr=False)  # may hold a password
     nodes: tuple[tuple[str, int], ...] = ()
     name: str = ""  # of the primary, by which the Sentinels know it
-    sentinel_credentials: Mapping[str, str] = field(
-        default_factory=dict, repr=False
-    )  # their own username and password
+    sentinel_credentials: Mapping[str, str] = field(default_factory=dict, repr=False)  # their own username and password
 
 
 def parse_address(url: str) -> Address:

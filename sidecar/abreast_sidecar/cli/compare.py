@@ -46,9 +46,7 @@ def _check_json(data: bytes, name: str) -> None:
     try:
         parse(data.removeprefix(b"\xef\xbb\xbf"))
     except NotJsonError as error:
-        raise ArgumentError(
-            f"{name} is not valid JSON ({error}); say what it is with --type, or --http"
-        ) from error
+        raise ArgumentError(f"{name} is not valid JSON ({error}); say what it is with --type, or --http") from error
 
 
 def parse_http_file(data: bytes, name: str) -> Answer:
@@ -58,9 +56,7 @@ def parse_http_file(data: bytes, name: str) -> Answer:
     """
     status_line = _STATUS_LINE_PATTERN.match(data)
     if status_line is None:
-        raise ArgumentError(
-            f"{name} must begin with a status line such as HTTP/1.1 200 OK, as curl -i prints it"
-        )
+        raise ArgumentError(f"{name} must begin with a status line such as HTTP/1.1 200 OK, as curl -i prints it")
     head, blank, remainder = _split_head(data[status_line.end() :])
     while next_status_line := _STATUS_LINE_PATTERN.match(remainder):
         status_line = next_status_line
@@ -74,9 +70,7 @@ def parse_http_file(data: bytes, name: str) -> Answer:
 def _split_head(data: bytes) -> tuple[bytes, bytes, bytes]:
     if data.startswith((b"\r\n", b"\n")):
         return b"", b"\n", data[2 if data.startswith(b"\r") else 1 :]
-    separators = [
-        (position, blank) for blank in (b"\r\n\r\n", b"\n\n") if (position := data.find(blank)) >= 0
-    ]
+    separators = [(position, blank) for blank in (b"\r\n\r\n", b"\n\n") if (position := data.find(blank)) >= 0]
     if not separators:
         return data, b"", b""
     position, blank = min(separators)
@@ -95,11 +89,7 @@ def _decode_file_body(data: bytes, headers: Headers) -> bytes:
     if "chunked" in header_values.get("transfer-encoding", "").lower():
         return _decode_chunks(data)
     length = header_values.get("content-length", "")
-    if (
-        length.isdecimal()
-        and data.endswith(b"\n")
-        and len(data.rstrip(b"\r\n")) <= int(length[:18]) < len(data)
-    ):
+    if length.isdecimal() and data.endswith(b"\n") and len(data.rstrip(b"\r\n")) <= int(length[:18]) < len(data):
         return data[: int(length[:18])]  # an editor's last newline
     return data
 
@@ -133,11 +123,7 @@ IMPACT_COLOURS = {"breaking": "red", "value": "yellow", "additive": "cyan"}
 @click.argument("new")
 @click.option("--http", "whole", is_flag=True, help="The files are HTTP responses, as curl -i prints them.")
 @click.option(
-    "--type",
-    "kind",
-    default=JSON_MEDIA_TYPE,
-    show_default=True,
-    help="Content type of the bodies; empty: guess.",
+    "--type", "kind", default=JSON_MEDIA_TYPE, show_default=True, help="Content type of the bodies; empty: guess."
 )
 @click.option("--rules", "rules_file", help="A YAML file of rules.")
 @click.option("--endpoint", default="GET /", help="For rules: what was asked, such as GET /products/{id}.")
@@ -201,24 +187,14 @@ def _build_request(endpoint: str, url: str) -> Request:
     try:
         address = urlsplit(url)
     except ValueError as error:
-        raise ArgumentError(
-            f"--url must be an address such as https://shop.example/products/7, got {url!r}"
-        ) from error
+        raise ArgumentError(f"--url must be an address such as https://shop.example/products/7, got {url!r}") from error
     headers: Headers = (("host", address.netloc),) if address.netloc else ()
-    return Request(
-        method=method.upper(), path=address.path or "/", route=route.strip() or "/", headers=headers
-    )
+    return Request(method=method.upper(), path=address.path or "/", route=route.strip() or "/", headers=headers)
 
 
 def _build_capture(version: Version, request: Request, answer: Answer, service: str, release: str) -> Capture:
     return Capture(
-        pair="",
-        service=service,
-        version=version,
-        role="live",
-        request=request,
-        answer=answer,
-        release=release,
+        pair="", service=service, version=version, role="live", request=request, answer=answer, release=release
     )
 
 
@@ -256,9 +232,7 @@ def _format_difference(difference: Difference) -> list[str]:
     location = f"{difference.part} {difference.exact_path or difference.path}".strip()
     remark = f"explained by {difference.explained_by}" if difference.explained_by else difference.impact
     colour = "bright_black" if difference.explained_by else IMPACT_COLOURS[difference.impact]
-    lines = [
-        f"{to_printable(location)}  {click.style(f'{difference.kind}, {to_printable(remark)}', fg=colour)}"
-    ]
+    lines = [f"{to_printable(location)}  {click.style(f'{difference.kind}, {to_printable(remark)}', fg=colour)}"]
     lines += [
         f"  {sign} {to_printable(value, MAX_COMPARE_VALUE_CHARS)}"
         for sign, value in (("-", difference.old), ("+", difference.new))

@@ -32,15 +32,9 @@ def _parse_listener(value: str) -> SocketAddress:
 
 @click.command()
 @click.option("--once", is_flag=True, help="End after the result; exit code 1 if it is not as planted.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object for machines; the rest goes to stderr."
-)
-@click.option(
-    "--seconds", type=click.FloatRange(5, 600), default=15.0, show_default=True, help="How long users come."
-)
-@click.option(
-    "--rate", type=click.FloatRange(20, 2000), default=150.0, show_default=True, help="Requests a second."
-)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for machines; the rest goes to stderr.")
+@click.option("--seconds", type=click.FloatRange(5, 600), default=15.0, show_default=True, help="How long users come.")
+@click.option("--rate", type=click.FloatRange(20, 2000), default=150.0, show_default=True, help="Requests a second.")
 @click.option("--seed", type=int, default=1, show_default=True, help="The same seed sends the same requests.")
 @click.option(
     "--listen",
@@ -84,9 +78,7 @@ def demo_command(
             on_regression=output.print_regression,
             on_outcome=handle_outcome,
         )
-        options = run.DemoOptions(
-            duration_s=seconds, requests_per_s=rate, seed=seed, listen=listen, keep_open=not once
-        )
+        options = run.DemoOptions(duration_s=seconds, requests_per_s=rate, seed=seed, listen=listen, keep_open=not once)
         result = run.run_demo(options, listener)
     sys.stdout.flush()
     if result is None:
@@ -101,28 +93,13 @@ DRILL_PACKAGES = {"fastapi", "httpx", "pydantic"}
 @click.command()
 @click.argument("names", metavar="[DRILL]...", nargs=-1, type=click.Choice(DRILL_NAMES))
 @click.option("--all", "every", is_flag=True, help="Run all drills, one after another.")
+@click.option("--seconds", type=click.FloatRange(4, 60), default=6.0, show_default=True, help="How long it is broken.")
+@click.option("--rate", type=click.FloatRange(10, 500), default=60.0, show_default=True, help="Requests a second.")
 @click.option(
-    "--seconds", type=click.FloatRange(4, 60), default=6.0, show_default=True, help="How long it is broken."
-)
-@click.option(
-    "--rate", type=click.FloatRange(10, 500), default=60.0, show_default=True, help="Requests a second."
-)
-@click.option(
-    "--new",
-    "share",
-    type=SHARE_TYPE,
-    default=1.0,
-    help="Share of users on new before the fault.  [default: 100%]",
+    "--new", "share", type=SHARE_TYPE, default=1.0, help="Share of users on new before the fault.  [default: 100%]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines; the rest goes to stderr.")
-def drill_command(
-    names: tuple[str, ...],
-    every: bool,
-    seconds: float,
-    rate: float,
-    share: float,
-    as_json: bool,
-) -> int:
+def drill_command(names: tuple[str, ...], every: bool, seconds: float, rate: float, share: float, as_json: bool) -> int:
     """Break one part of a parallel run under traffic, and measure what users notice.
 
     Drills are new-killed, new-hangs, new-errors, sidecar-killed, redis-down and postgres-down. They run against the

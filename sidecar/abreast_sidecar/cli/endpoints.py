@@ -31,13 +31,7 @@ from abreast_sidecar.client.output import (
     make_table,
     style_text,
 )
-from abreast_sidecar.client.sidecar_client import (
-    Calls,
-    SidecarClient,
-    build_time_window,
-    print_json,
-    split_page_sizes,
-)
+from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, build_time_window, print_json, split_page_sizes
 
 INTERVAL_COLUMN = "from … to"
 
@@ -81,20 +75,14 @@ def endpoint_command(
 
 def print_latency(out: Console, response: latency_api.GetLatencyResponse) -> None:
     newest = ", the newest" if response.truncated else ""
-    out.print(
-        f"{endpoint_name(response.endpoint)}: {format_quantity(response.warm.pairs, 'warm pair')}{newest}"
-    )
+    out.print(f"{endpoint_name(response.endpoint)}: {format_quantity(response.warm.pairs, 'warm pair')}{newest}")
     if response.warm.pairs:
         out.print(build_percentiles_table(response.warm))
         out.print()
         out.print(build_latency_difference_table(response.warm))
-        out.print(
-            f"intervals hold at any number of looks, at {format_percent(response.confidence)}", style="dim"
-        )
+        out.print(f"intervals hold at any number of looks, at {format_percent(response.confidence)}", style="dim")
         out.print(describe_compared_pairs(response.warm), style="dim")
-    out.print(
-        f"\nthe first {format_quantity(response.cold.pairs, 'pair')} of the releases, when caches were cold"
-    )
+    out.print(f"\nthe first {format_quantity(response.cold.pairs, 'pair')} of the releases, when caches were cold")
     if response.cold.pairs:
         out.print(build_percentiles_table(response.cold))
 
@@ -102,18 +90,14 @@ def print_latency(out: Console, response: latency_api.GetLatencyResponse) -> Non
 def describe_compared_pairs(latency: latency_api.PairedLatency) -> str:
     if latency.baseline_pairs:
         return f"new - old and new / old are of {format_quantity(latency.baseline_pairs, 'pair')} of which both answers are copies'"
-    return (
-        "new - old and new / old are of all pairs: of two answers one is a copy's, which may tell by itself"
-    )
+    return "new - old and new / old are of all pairs: of two answers one is a copy's, which may tell by itself"
 
 
 def build_percentiles_table(latency: latency_api.PairedLatency) -> Table:
     table = make_table("requests", "old", "new", numeric_columns=frozenset({"old", "new"}))
     for percentile in latency.percentiles:
         table.add_row(
-            f"{percentile.quantile:.0%} within",
-            format_duration(percentile.old),
-            format_duration(percentile.new),
+            f"{percentile.quantile:.0%} within", format_duration(percentile.old), format_duration(percentile.new)
         )
     return table
 
@@ -151,12 +135,7 @@ NUMERIC_COLUMNS = ("requests", "match", "findings", "old\np50", "new\np50", "old
 @json_option
 @connection_options
 def endpoints_command(
-    link: SidecarClient,
-    service: str,
-    since: dt.datetime | None,
-    until: dt.datetime | None,
-    limit: int,
-    as_json: bool,
+    link: SidecarClient, service: str, since: dt.datetime | None, until: dt.datetime | None, limit: int, as_json: bool
 ) -> None:
     """The endpoints that were seen, with their outcomes and times."""
     request = api.ListEndpointsRequest(service=service, window=build_time_window(since, until))
@@ -169,9 +148,7 @@ def endpoints_command(
         click.echo("no endpoint was seen yet; if this stays so: abreast doctor")
 
 
-async def _fetch_endpoints(
-    calls: Calls, request: api.ListEndpointsRequest, limit: int
-) -> api.ListEndpointsResponse:
+async def _fetch_endpoints(calls: Calls, request: api.ListEndpointsRequest, limit: int) -> api.ListEndpointsResponse:
     response = api.ListEndpointsResponse()
     for request.page_size in split_page_sizes(limit):
         page = await calls.comparison.ListEndpoints(request, timeout=calls.timeout_s)
@@ -188,9 +165,7 @@ def build_endpoints_table(response: api.ListEndpointsResponse) -> Table:
     for row in response.endpoints:
         name = endpoint_name(row.endpoint)
         matches = sum(
-            outcome_count.count
-            for outcome_count in row.outcomes
-            if outcome_count.outcome == common.OUTCOME_MATCH
+            outcome_count.count for outcome_count in row.outcomes if outcome_count.outcome == common.OUTCOME_MATCH
         )
         table.add_row(
             f"{row.endpoint.service}: {name}" if len(services) > 1 else name,

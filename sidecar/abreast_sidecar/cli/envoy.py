@@ -35,12 +35,8 @@ def envoy_setting_options(function: Callable[..., None]) -> Callable[..., None]:
 
 @envoy_command.command()
 @envoy_setting_options
-@click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="write to this file, not to stdout"
-)
-@click.option(
-    "--validate/--no-validate", default=True, help="have Envoy check the result, if it is installed"
-)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="write to this file, not to stdout")
+@click.option("--validate/--no-validate", default=True, help="have Envoy check the result, if it is installed")
 def render(output: Path | None, validate: bool, **flags: str | bool | None) -> None:
     """Print an envoy.yaml made from the flags, and from ABREAST_* variables where there is no flag."""
     from abreast_sidecar.envoy import render as rendering

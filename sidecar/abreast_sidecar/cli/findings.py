@@ -44,13 +44,7 @@ from abreast_sidecar.client.output import (
     to_printable,
     version_name,
 )
-from abreast_sidecar.client.sidecar_client import (
-    Calls,
-    SidecarClient,
-    build_time_window,
-    print_json,
-    split_page_sizes,
-)
+from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, build_time_window, print_json, split_page_sizes
 from abreast_sidecar.errors import ArgumentError
 
 CAUSES_OUTSIDE_COUNT = {
@@ -74,9 +68,7 @@ def format_explanation(explanation: api.FindingExplanation) -> str:
 
 def count_pairs_outside(finding: api.Finding) -> int:
     """Pairs that show it and are not among its count."""
-    return sum(
-        explanation.pairs for explanation in finding.explanations if explanation.cause in CAUSES_OUTSIDE_COUNT
-    )
+    return sum(explanation.pairs for explanation in finding.explanations if explanation.cause in CAUSES_OUTSIDE_COUNT)
 
 
 def build_explanations_table(findings: Iterable[api.Finding]) -> Table:
@@ -115,16 +107,12 @@ def parse_status_options(
     """What the options say; None where they only ask. Raise ArgumentError for those that don't fit together."""
     if word is None:
         if reason or actor or release:
-            raise ArgumentError(
-                "--reason, --actor and --release go with one of --" + ", --".join(STATUS_HELP)
-            )
+            raise ArgumentError("--reason, --actor and --release go with one of --" + ", --".join(STATUS_HELP))
         return None
     if not reason.strip():
         raise ArgumentError(f"--{word} needs a --reason, which is kept with the finding")
     status = api.FindingStatus.Value(f"FINDING_STATUS_{word.upper()}")
-    return api.SetFindingStatusRequest(
-        status=status, reason=reason, actor=default_actor(actor), release=release
-    )
+    return api.SetFindingStatusRequest(status=status, reason=reason, actor=default_actor(actor), release=release)
 
 
 def set_status(link: SidecarClient, request: api.SetFindingStatusRequest) -> None:
@@ -174,18 +162,10 @@ MIN_UNSTACKED_COLUMNS = 110  # columns of a terminal in which endpoint and place
 @service_option
 @click.option("--method", default="", help="Only this method, such as GET.")
 @click.option("--route", default="", help="Only this route template, exactly, such as /products/{id}.")
+@click.option("--part", "parts", multiple=True, type=EnumParamType("PART"), help="Only this part; may be repeated.")
+@click.option("--kind", "kinds", multiple=True, type=EnumParamType("KIND"), help="Only this kind; may be repeated.")
 @click.option(
-    "--part", "parts", multiple=True, type=EnumParamType("PART"), help="Only this part; may be repeated."
-)
-@click.option(
-    "--kind", "kinds", multiple=True, type=EnumParamType("KIND"), help="Only this kind; may be repeated."
-)
-@click.option(
-    "--impact",
-    "impacts",
-    multiple=True,
-    type=EnumParamType("IMPACT"),
-    help="Only this impact; may be repeated.",
+    "--impact", "impacts", multiple=True, type=EnumParamType("IMPACT"), help="Only this impact; may be repeated."
 )
 @click.option("--noise", is_flag=True, help="Also what is noise: what old differs from itself in.")
 @click.option(
@@ -245,9 +225,7 @@ def findings_command(
     return ExitCode.CHECK_FAILED if exit_code and response.findings else ExitCode.OK
 
 
-async def _fetch_findings(
-    calls: Calls, request: api.ListFindingsRequest, limit: int
-) -> api.ListFindingsResponse:
+async def _fetch_findings(calls: Calls, request: api.ListFindingsRequest, limit: int) -> api.ListFindingsResponse:
     response = api.ListFindingsResponse()
     for request.page_size in split_page_sizes(limit):
         page = await calls.comparison.ListFindings(request, timeout=calls.timeout_s)
@@ -281,12 +259,7 @@ def build_findings_table(response: api.ListFindingsResponse, *, is_stacked: bool
     services = {finding.endpoint.service for finding in response.findings}
     location_columns = ("where",) if is_stacked else ("endpoint", "where")
     table = make_table(
-        "id",
-        "impact",
-        "requests",
-        *location_columns,
-        "difference",
-        numeric_columns=frozenset({"id", "requests"}),
+        "id", "impact", "requests", *location_columns, "difference", numeric_columns=frozenset({"id", "requests"})
     )
     for finding in response.findings:
         endpoint = endpoint_name(finding.endpoint)
@@ -305,9 +278,7 @@ def build_findings_table(response: api.ListFindingsResponse, *, is_stacked: bool
 
 def format_finding_label(finding: api.Finding) -> Text:
     """Why it is of no concern, or what it means to a client."""
-    if finding.explanations and (
-        not finding.count or format_cause(finding.explanations[0]) not in {"rule", "drift"}
-    ):
+    if finding.explanations and (not finding.count or format_cause(finding.explanations[0]) not in {"rule", "drift"}):
         return style_text(format_cause(finding.explanations[0]), "dim")
     return style_text(impact_name(finding.impact))
 
@@ -324,9 +295,7 @@ def format_remarked_difference(finding: api.Finding) -> str:
             remarks.append(f"{format_count(explained_pairs)} more explained")
     else:
         remarks += map(format_explanation, finding.explanations)
-    return (
-        f"{format_difference(finding)} ({'; '.join(remarks)})" if any(remarks) else format_difference(finding)
-    )
+    return f"{format_difference(finding)} ({'; '.join(remarks)})" if any(remarks) else format_difference(finding)
 
 
 def format_difference(finding: api.Finding) -> str:
@@ -341,16 +310,10 @@ def _format_finding_requests(finding: api.Finding) -> str:
 
 @click.command()
 @click.argument("id", type=click.IntRange(min=1))
-@click.option(
-    "--examples", type=click.IntRange(min=0), default=3, show_default=True, help="At most so many examples."
-)
-@click.option(
-    "--url", default="", help="For the curl lines: where to send the request, such as http://127.0.0.1:8002."
-)
+@click.option("--examples", type=click.IntRange(min=0), default=3, show_default=True, help="At most so many examples.")
+@click.option("--url", default="", help="For the curl lines: where to send the request, such as http://127.0.0.1:8002.")
 @status_options
-@click.option(
-    "--release", default="", help="With --fixed: the release of new that has the fix.  [default: the next]"
-)
+@click.option("--release", default="", help="With --fixed: the release of new that has the fix.  [default: the next]")
 @click.option("--reason", default="", help="Why, for the record.")
 @actor_option
 @json_option
@@ -382,12 +345,7 @@ def finding_command(
 
 
 def print_finding(
-    out: Console,
-    response: api.GetFindingResponse,
-    current_time: dt.datetime,
-    *,
-    examples: int = 3,
-    url: str = "",
+    out: Console, response: api.GetFindingResponse, current_time: dt.datetime, *, examples: int = 3, url: str = ""
 ) -> None:
     finding = response.finding
     heading = style_text(f"#{finding.id}  ", "bold")
@@ -403,8 +361,7 @@ def print_finding(
     for explanation in finding.explanations:
         if explanation.cause == api.EXPLANATION_CAUSE_DRIFT:
             grid.add_row(
-                "drift",
-                f"{format_quantity(explanation.pairs, 'pair')} more: {format_explanation(explanation)}",
+                "drift", f"{format_quantity(explanation.pairs, 'pair')} more: {format_explanation(explanation)}"
             )
     out.print(grid)
     visible_examples = response.examples[:examples]
@@ -422,9 +379,7 @@ def build_finding_grid(finding: api.Finding, current_time: dt.datetime) -> Table
     grid.add_row("service", to_printable(finding.endpoint.service))
     grid.add_row(
         "difference",
-        f"{format_difference(finding)} ({kind_name(finding.kind)})"
-        if finding.summary
-        else kind_name(finding.kind),
+        f"{format_difference(finding)} ({kind_name(finding.kind)})" if finding.summary else kind_name(finding.kind),
     )
     share = format_rate(finding)
     compared_text = f" of {format_count(finding.compared)} compared ({share})" if share else ""
@@ -457,9 +412,7 @@ def format_releases(finding: api.Finding) -> str:
 
 def format_explaining_rule(rule: Rule, finding_id: int) -> str:
     """`rule 7 (cents): rounding, 1,204 pairs`."""
-    rule_finding = next(
-        (entry for entry in rule.findings if entry.finding_id == finding_id), ExplainedFinding()
-    )
+    rule_finding = next((entry for entry in rule.findings if entry.finding_id == finding_id), ExplainedFinding())
     unknown_text = (
         f"; {format_count(rule_finding.undetermined_pairs)} were judged before it"
         if rule_finding.undetermined_pairs
@@ -470,16 +423,13 @@ def format_explaining_rule(rule: Rule, finding_id: int) -> str:
 
 def format_feature(request_feature: api.RequestFeature) -> str:
     coverage_text, precision_text = (
-        format_share_of(round(1000 * share), 1000)
-        for share in (request_feature.coverage, request_feature.precision)
+        format_share_of(round(1000 * share), 1000) for share in (request_feature.coverage, request_feature.precision)
     )
     return f"{to_printable(request_feature.text)}: {coverage_text} of the requests that show it, and {precision_text} of those with it show it"
 
 
 def format_noise_state(finding: api.Finding) -> str:
-    answer = {api.FINDING_STATE_REAL: "no", api.FINDING_STATE_NOISE: "yes"}.get(
-        finding.state, "not decided yet"
-    )
+    answer = {api.FINDING_STATE_REAL: "no", api.FINDING_STATE_NOISE: "yes"}.get(finding.state, "not decided yet")
     return f"{answer}: {to_printable(finding.reason)}" if finding.reason else answer
 
 
@@ -506,8 +456,7 @@ def print_example(out: Console, example: api.PairDetail, finding: api.Finding, u
     if other_count := len(example.differences) - len(finding_differences):
         out.print(
             style_text(
-                f"  and {other_count} other {'difference' if other_count == 1 else 'differences'} in this pair",
-                "dim",
+                f"  and {other_count} other {'difference' if other_count == 1 else 'differences'} in this pair", "dim"
             )
         )
 

@@ -46,23 +46,10 @@ from abreast_sidecar.client.output import (
     to_printable,
     version_name,
 )
-from abreast_sidecar.client.sidecar_client import (
-    Calls,
-    SidecarClient,
-    build_time_window,
-    print_json,
-    split_page_sizes,
-)
+from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, build_time_window, print_json, split_page_sizes
 
 URL_PLACEHOLDER = '"$URL"'  # the reader's own: nobody but them knows which address may be asked
-CURL_OWN_HEADERS = {
-    "host",
-    "content-length",
-    "accept-encoding",
-    "connection",
-    "transfer-encoding",
-    "x-request-id",
-}
+CURL_OWN_HEADERS = {"host", "content-length", "accept-encoding", "connection", "transfer-encoding", "x-request-id"}
 MAX_CURL_BODY_BYTES = 4000  # bytes; a longer one does not fit on a line
 UNESCAPED_BYTES = frozenset(range(32, 127)) - set(b"\\'")
 
@@ -83,9 +70,7 @@ def build_curl_line(detail: api.PairDetail, url: str = "") -> tuple[str, list[st
     if body and all(header.name != "content-type" for header in detail.request_headers):
         arguments += ["-H", "'content-type:'"]  # or curl names one
     arguments += body
-    arguments.append(
-        (shlex.quote(url.rstrip("/")) if url else URL_PLACEHOLDER) + _quote_bytes(target.encode())
-    )
+    arguments.append((shlex.quote(url.rstrip("/")) if url else URL_PLACEHOLDER) + _quote_bytes(target.encode()))
     return " ".join(arguments), omissions
 
 
@@ -193,12 +178,8 @@ def select_compared_capture(
     return min(candidates, key=lambda capture: capture.attempt, default=None)
 
 
-def render_answers(
-    captures: Sequence[api.CaptureDetail], width: int, *, full: bool = False
-) -> RenderableType:
-    old, new = (
-        select_compared_capture(captures, version) for version in (common.VERSION_OLD, common.VERSION_NEW)
-    )
+def render_answers(captures: Sequence[api.CaptureDetail], width: int, *, full: bool = False) -> RenderableType:
+    old, new = (select_compared_capture(captures, version) for version in (common.VERSION_OLD, common.VERSION_NEW))
     rows = [
         LinePair(format_status_line(old), format_status_line(new)),
         *align_headers(old, new),
@@ -220,9 +201,7 @@ def format_status_line(capture: api.CaptureDetail | None) -> str:
 
 def format_exception(capture: api.CaptureDetail | None) -> str:
     return (
-        f"raised {to_printable(capture.exception, MAX_EXCEPTION_NAME_CHARS)}"
-        if capture and capture.exception
-        else ""
+        f"raised {to_printable(capture.exception, MAX_EXCEPTION_NAME_CHARS)}" if capture and capture.exception else ""
     )
 
 
@@ -275,9 +254,7 @@ def align_lines(old: list[str], new: list[str]) -> list[LinePair]:
     if max(len(old), len(new)) > MAX_ALIGNED_LINES:
         return [LinePair(*sides) for sides in itertools.zip_longest(old, new)]
     rows = []
-    for operation, i, end_i, j, end_j in difflib.SequenceMatcher(
-        None, old, new, autojunk=False
-    ).get_opcodes():
+    for operation, i, end_i, j, end_j in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if operation == "equal":
             rows += [LinePair(line, line) for line in old[i:end_i]]
         else:
@@ -310,9 +287,7 @@ def _render_side_by_side(
     answers_table.expand = True
     for row in fold_equal_rows(rows, full=full):
         if isinstance(row, int):
-            answers_table.add_row(
-                Text(_format_hidden_lines(row), "dim"), "", Text(_format_hidden_lines(row), "dim")
-            )
+            answers_table.add_row(Text(_format_hidden_lines(row), "dim"), "", Text(_format_hidden_lines(row), "dim"))
         elif row.is_equal:
             answers_table.add_row(row.old, "", row.new)
         else:
@@ -348,9 +323,7 @@ PIPED_PAIR_COLUMNS = 120  # columns; both answers side by side
 @click.command()
 @click.argument("id")
 @click.option("--full", is_flag=True, help="Equal lines too.")
-@click.option(
-    "--url", default="", help="For the curl line: where to send the request, such as http://127.0.0.1:8002."
-)
+@click.option("--url", default="", help="For the curl line: where to send the request, such as http://127.0.0.1:8002.")
 @json_option
 @connection_options
 def pair_command(link: SidecarClient, id: str, full: bool, url: str, as_json: bool) -> None:  # noqa: A002  # the argument's name
@@ -364,9 +337,7 @@ def pair_command(link: SidecarClient, id: str, full: bool, url: str, as_json: bo
         print_json(response)
     else:
         out = make_console()
-        print_pair(
-            out if out.is_terminal else make_console(PIPED_PAIR_COLUMNS), response.pair, full=full, url=url
-        )
+        print_pair(out if out.is_terminal else make_console(PIPED_PAIR_COLUMNS), response.pair, full=full, url=url)
 
 
 def print_pair(out: Console, detail: api.PairDetail, *, full: bool = False, url: str = "") -> None:
@@ -404,9 +375,7 @@ def _build_pair_grid(detail: api.PairDetail) -> Table:
     grid.add_row("time", format_local_time(pair.time))
     grid.add_row("old", _format_side(summarise_answer(detail, common.VERSION_OLD), pair.old_release))
     grid.add_row("new", _format_side(summarise_answer(detail, common.VERSION_NEW), pair.new_release))
-    grid.add_row(
-        "user got", f"{version_name(pair.live)}'s answer" if pair.live else "unknown: that capture is missing"
-    )
+    grid.add_row("user got", f"{version_name(pair.live)}'s answer" if pair.live else "unknown: that capture is missing")
     if pair.finding_ids:
         grid.add_row("findings", ", ".join(map(str, pair.finding_ids)))
     if pair.explained:
@@ -430,11 +399,7 @@ def _format_side(answer_text: str, release: str) -> str:
 @click.option("--method", default="", help="Only this method, such as GET.")
 @click.option("--route", default="", help="Only this route template, exactly, such as /products/{id}.")
 @click.option(
-    "--outcome",
-    "outcomes",
-    multiple=True,
-    type=EnumParamType("OUTCOME"),
-    help="Only this outcome; may be repeated.",
+    "--outcome", "outcomes", multiple=True, type=EnumParamType("OUTCOME"), help="Only this outcome; may be repeated."
 )
 @click.option("--finding", type=click.IntRange(min=1), help="Only pairs that show this finding.")
 @since_option
@@ -554,9 +519,7 @@ def build_timeline_spans(captures: Sequence[api.CaptureDetail]) -> list[Timeline
 
 
 def _build_capture_span(capture: api.CaptureDetail, arrival: float) -> TimelineSpan:
-    first_byte = (
-        arrival + capture.first_byte.ToNanoseconds() / 1e9 if capture.HasField("first_byte") else None
-    )
+    first_byte = arrival + capture.first_byte.ToNanoseconds() / 1e9 if capture.HasField("first_byte") else None
     version = version_name(capture.version)
     attempt = f" {capture.attempt}" if capture.attempt > 1 else ""
     notes = [f"raised {capture.exception}"] if capture.exception else []
@@ -580,9 +543,7 @@ def _build_capture_span(capture: api.CaptureDetail, arrival: float) -> TimelineS
 def _build_child_span(child: api.Span, arrival: float) -> TimelineSpan:
     start = arrival + child.start.ToNanoseconds() / 1e9
     end = start + child.duration.ToNanoseconds() / 1e9
-    return TimelineSpan(
-        f"→ {child.kind} {child.name}"[:MAX_SPAN_NAME_CHARS], "dim", start, None, end, child.note
-    )
+    return TimelineSpan(f"→ {child.kind} {child.name}"[:MAX_SPAN_NAME_CHARS], "dim", start, None, end, child.note)
 
 
 def build_timeline_table(captures: Sequence[api.CaptureDetail], width: int) -> Table:
@@ -592,17 +553,10 @@ def build_timeline_table(captures: Sequence[api.CaptureDetail], width: int) -> T
     note_columns = max((len(span.note) for span in rows), default=0)
     extra_name_columns = max((len(span.name) - USUAL_NAME_CHARS for span in rows), default=0)
     bar_columns = max(
-        MIN_BAR_COLUMNS,
-        min(MAX_BAR_COLUMNS, width - TIMELINE_TEXT_COLUMNS - note_columns - max(0, extra_name_columns)),
+        MIN_BAR_COLUMNS, min(MAX_BAR_COLUMNS, width - TIMELINE_TEXT_COLUMNS - note_columns - max(0, extra_name_columns))
     )
     table = make_table(
-        "",
-        "arrived",
-        "first byte",
-        "end",
-        "",
-        "",
-        numeric_columns=frozenset({"arrived", "first byte", "end"}),
+        "", "arrived", "first byte", "end", "", "", numeric_columns=frozenset({"arrived", "first byte", "end"})
     )
     table.columns[BAR_COLUMN_INDEX].no_wrap = True  # notes wrap, where all is too narrow
     for span in rows:
@@ -627,6 +581,5 @@ def draw_bar(span: TimelineSpan, total_s: float, columns: int) -> Text:
     start, end = to_column(span.arrival), to_column(span.end) + 1
     first_byte_column = end if span.first_byte is None else min(to_column(span.first_byte), end - 1)
     return Text(
-        " " * start + WAITING_MARK * (first_byte_column - start) + SENDING_MARK * (end - first_byte_column),
-        span.style,
+        " " * start + WAITING_MARK * (first_byte_column - start) + SENDING_MARK * (end - first_byte_column), span.style
     )

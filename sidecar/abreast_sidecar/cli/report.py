@@ -26,9 +26,7 @@ from abreast_sidecar.cli.findings import (
     format_releases,
     status_name,
 )
-from abreast_sidecar.cli.options import (
-    connection_options,
-)
+from abreast_sidecar.cli.options import connection_options
 from abreast_sidecar.cli.pairs import build_curl_line
 from abreast_sidecar.cli.verdict import format_pairs_to_pass, verdict_options
 from abreast_sidecar.client.output import (
@@ -43,11 +41,7 @@ from abreast_sidecar.client.output import (
     outcome_name,
     to_printable,
 )
-from abreast_sidecar.client.sidecar_client import (
-    MAX_PAGE_ROWS,
-    Calls,
-    SidecarClient,
-)
+from abreast_sidecar.client.sidecar_client import MAX_PAGE_ROWS, Calls, SidecarClient
 from abreast_sidecar.errors import SettingError
 
 MAX_WAIVED_ROWS = 1000  # rows shown; the JSON file has all
@@ -181,9 +175,7 @@ def report_command(link: SidecarClient, request: api.GetVerdictRequest, output: 
     written_at = dt.datetime.now(dt.UTC)
     evidence = link.call(lambda calls: collect_evidence(calls, request, examples))
     write_report_file(
-        output,
-        ".json",
-        json.dumps(build_json_report(evidence, written_at), indent=2, ensure_ascii=True) + "\n",
+        output, ".json", json.dumps(build_json_report(evidence, written_at), indent=2, ensure_ascii=True) + "\n"
     )
     write_report_file(output, ".html", render_html_report(evidence, written_at))
 
@@ -218,14 +210,10 @@ def build_json_report(evidence: ReportEvidence, written_at: dt.datetime) -> dict
         "waived": [to_plain(item) for item in evidence.waived],
         "rules": [to_plain(item) for item in evidence.rules],
         "examples": {
-            str(number): to_plain(item.examples[0])
-            for number, item in evidence.details.items()
-            if item.examples
+            str(number): to_plain(item.examples[0]) for number, item in evidence.details.items() if item.examples
         },
         "features": {
-            str(number): to_plain(item.feature)
-            for number, item in evidence.details.items()
-            if item.HasField("feature")
+            str(number): to_plain(item.feature) for number, item in evidence.details.items() if item.HasField("feature")
         },
         "traffic_events": [to_plain(item) for item in evidence.events],
     }
@@ -247,9 +235,7 @@ class ReportEvidence:
     events: list[traffic_pb2.TrafficEvent]
 
 
-async def collect_evidence(
-    calls: Calls, request: api.GetVerdictRequest, example_limit: int
-) -> ReportEvidence:
+async def collect_evidence(calls: Calls, request: api.GetVerdictRequest, example_limit: int) -> ReportEvidence:
     """`examples`: of so many findings."""
     comparison, traffic, timeout = calls.comparison, calls.traffic, calls.timeout_s
     verdict = await comparison.GetVerdict(request, timeout=timeout)
@@ -257,9 +243,7 @@ async def collect_evidence(
     scope: dict[str, Any] = {"service": service}
     if request.HasField("window"):
         scope["window"] = request.window
-    findings = await _fetch_all_rows(
-        comparison.ListFindings, api.ListFindingsRequest(**scope), "findings", timeout
-    )
+    findings = await _fetch_all_rows(comparison.ListFindings, api.ListFindingsRequest(**scope), "findings", timeout)
     explained_request = api.ListFindingsRequest(**scope, only_explained=True)
     return ReportEvidence(
         request=request,
@@ -273,24 +257,17 @@ async def collect_evidence(
         waived=await _fetch_all_rows(comparison.ListFindings, explained_request, "findings", timeout),
         rules=[
             rule
-            for rule in await _fetch_all_rows(
-                calls.rules.ListRules, rule_pb2.ListRulesRequest(), "rules", timeout
-            )
+            for rule in await _fetch_all_rows(calls.rules.ListRules, rule_pb2.ListRulesRequest(), "rules", timeout)
             if rule.service in {"", service} or "*" in rule.service
         ],
         details=await _fetch_finding_details(calls, findings[:example_limit]),
         events=await _fetch_all_rows(
-            traffic.ListTrafficEvents,
-            traffic_pb2.ListTrafficEventsRequest(service=service),
-            "events",
-            timeout,
+            traffic.ListTrafficEvents, traffic_pb2.ListTrafficEventsRequest(service=service), "events", timeout
         ),
     )
 
 
-async def _fetch_all_rows(
-    call: Callable[..., Awaitable[Any]], request: Any, field: str, timeout: float
-) -> list[Any]:
+async def _fetch_all_rows(call: Callable[..., Awaitable[Any]], request: Any, field: str, timeout: float) -> list[Any]:
     items: list[Any] = []
     request.page_size = MAX_PAGE_ROWS
     while True:
@@ -306,9 +283,7 @@ async def _fetch_traffic_state(calls: Calls, service: str) -> traffic_pb2.Traffi
     return (await calls.traffic.GetTraffic(request, timeout=calls.timeout_s)).traffic
 
 
-async def _fetch_finding_details(
-    calls: Calls, findings: Iterable[api.Finding]
-) -> dict[int, api.GetFindingResponse]:
+async def _fetch_finding_details(calls: Calls, findings: Iterable[api.Finding]) -> dict[int, api.GetFindingResponse]:
     """Without bodies: differences say what matters."""
     details = {}
     for finding in findings:

@@ -63,12 +63,8 @@ def guard_command(ctx: click.Context, link: SidecarClient, service: str, as_json
 @click.option(
     "--mode", type=click.Choice(["off", "watching", "acting"]), help="Watching only records what it would do."
 )
-@click.option(
-    "--max-error", type=SHARE_TYPE, help="Share of users' requests in which only new may fail; 0.1%."
-)
-@click.option(
-    "--max-mismatch", type=SHARE_TYPE, help="Share of pairs that may have unexplained mismatches; 1%."
-)
+@click.option("--max-error", type=SHARE_TYPE, help="Share of users' requests in which only new may fail; 0.1%.")
+@click.option("--max-mismatch", type=SHARE_TYPE, help="Share of pairs that may have unexplained mismatches; 1%.")
 @click.option("--max-slower", type=EXCESS_TYPE, help="How much slower new may be in the median pair; 100%.")
 @click.option(
     "--rule",
@@ -80,9 +76,7 @@ def guard_command(ctx: click.Context, link: SidecarClient, service: str, as_json
 @click.option("--min-pairs", type=click.IntRange(min=1), help="Pairs in the window, before it says anything.")
 @click.option("--window", type=SPAN_TYPE, help="How far back it looks, such as 10m.")
 @click.option("--cooldown", type=SPAN_TYPE, help="How long a rule rests after it acted, such as 5m.")
-@click.option(
-    "--min-completeness", type=SHARE_TYPE, help="Share of the sampled requests below which it is blind; 90%."
-)
+@click.option("--min-completeness", type=SHARE_TYPE, help="Share of the sampled requests below which it is blind; 90%.")
 @click.option("--confidence", type=SHARE_TYPE, help="How sure to be; 99%.")
 @reason_option
 @actor_option
@@ -119,9 +113,7 @@ def set_guard(
     return ExitCode.OK
 
 
-def _build_guard_rule(
-    limit: float | None, is_selected: bool, values: dict[str, float | None]
-) -> api.GuardRule:
+def _build_guard_rule(limit: float | None, is_selected: bool, values: dict[str, float | None]) -> api.GuardRule:
     guard_rule = api.GuardRule()
     if limit is not None:
         guard_rule.limit = limit
@@ -199,22 +191,14 @@ def format_guard_line(guard: api.Guard, current_time: dt.datetime) -> Text:
     state = api.GuardState.Name(guard.state).removeprefix("GUARD_STATE_")
     if mode == "off":
         return style_text("guard: off")
-    age_text = (
-        f" ({format_age(guard.evaluate_time, current_time)})" if guard.HasField("evaluate_time") else ""
-    )
+    age_text = f" ({format_age(guard.evaluate_time, current_time)})" if guard.HasField("evaluate_time") else ""
     line = style_text(f"guard: {mode}, ")
     line.append_text(style_text(state.lower(), GUARD_STATE_STYLES.get(state, "")))
     line.append(f"{age_text}" + (f": {to_printable(guard.message)}" if guard.message else ""))
     return line
 
 
-RAMP_PHASE_STYLES = {
-    "SUCCEEDED": "ok",
-    "FAILED": "fail",
-    "ABORTED": "warn",
-    "PAUSED": "warn",
-    "SUPERSEDED": "warn",
-}
+RAMP_PHASE_STYLES = {"SUCCEEDED": "ok", "FAILED": "fail", "ABORTED": "warn", "PAUSED": "warn", "SUPERSEDED": "warn"}
 
 
 def parse_steps(value: str) -> tuple[float, ...]:
@@ -238,18 +222,12 @@ def ramp_command() -> None:
     help="Percent of users, such as 1,5,25,50,100.",
 )
 @click.option("--hold", type=SPAN_TYPE, help="How long each step lasts at least, such as 10m; 10 minutes.")
-@click.option(
-    "--min-pairs", type=click.IntRange(min=1), help="Pairs to compare in a step before the next; 100."
-)
-@click.option(
-    "--max-mismatch", type=SHARE_TYPE, help="Share of pairs that may have unexplained mismatches; 0.1%."
-)
+@click.option("--min-pairs", type=click.IntRange(min=1), help="Pairs to compare in a step before the next; 100.")
+@click.option("--max-mismatch", type=SHARE_TYPE, help="Share of pairs that may have unexplained mismatches; 0.1%.")
 @click.option("--max-error", type=SHARE_TYPE, help="Share of pairs in which only new may fail; 0.1%.")
 @click.option("--max-slower", type=EXCESS_TYPE, help="How much slower new may be in the median pair; 10%.")
 @click.option(
-    "--min-completeness",
-    type=SHARE_TYPE,
-    help="Share of the sampled requests that must be accounted for; 99%.",
+    "--min-completeness", type=SHARE_TYPE, help="Share of the sampled requests that must be accounted for; 99%."
 )
 @click.option("--confidence", type=SHARE_TYPE, help="How sure to be; 95%.")
 @reason_option
@@ -274,9 +252,7 @@ def start_ramp(
     if hold is not None:
         plan.hold.CopyFrom(Duration(seconds=int(hold), nanos=round(hold % 1 * 1e9)))
     request = api.StartRampRequest(service=service, plan=plan, actor=default_actor(actor), reason=reason)
-    return _call_and_print_ramp(
-        link, lambda calls: calls.steering.StartRamp(request, timeout=calls.timeout_s), as_json
-    )
+    return _call_and_print_ramp(link, lambda calls: calls.steering.StartRamp(request, timeout=calls.timeout_s), as_json)
 
 
 @ramp_command.command("status")
@@ -286,9 +262,7 @@ def start_ramp(
 def show_ramp_status(link: SidecarClient, service: str, as_json: bool) -> int:
     """Where the ramp is, and what it waits for."""
     request = api.GetRampRequest(service=service)
-    return _call_and_print_ramp(
-        link, lambda calls: calls.steering.GetRamp(request, timeout=calls.timeout_s), as_json
-    )
+    return _call_and_print_ramp(link, lambda calls: calls.steering.GetRamp(request, timeout=calls.timeout_s), as_json)
 
 
 @ramp_command.command("pause")
@@ -300,9 +274,7 @@ def show_ramp_status(link: SidecarClient, service: str, as_json: bool) -> int:
 def pause_ramp(link: SidecarClient, service: str, reason: str, actor: str | None, as_json: bool) -> int:
     """Climb no further. It still goes back where the verdict is FAIL."""
     request = api.PauseRampRequest(service=service, actor=default_actor(actor), reason=reason)
-    return _call_and_print_ramp(
-        link, lambda calls: calls.steering.PauseRamp(request, timeout=calls.timeout_s), as_json
-    )
+    return _call_and_print_ramp(link, lambda calls: calls.steering.PauseRamp(request, timeout=calls.timeout_s), as_json)
 
 
 @ramp_command.command("resume")
@@ -328,14 +300,10 @@ def resume_ramp(link: SidecarClient, service: str, reason: str, actor: str | Non
 def abort_ramp(link: SidecarClient, service: str, reason: str, actor: str | None, as_json: bool) -> int:
     """End the ramp, and send all users to old until promote, traffic set or another ramp."""
     request = api.AbortRampRequest(service=service, actor=default_actor(actor), reason=reason)
-    return _call_and_print_ramp(
-        link, lambda calls: calls.steering.AbortRamp(request, timeout=calls.timeout_s), as_json
-    )
+    return _call_and_print_ramp(link, lambda calls: calls.steering.AbortRamp(request, timeout=calls.timeout_s), as_json)
 
 
-def _call_and_print_ramp(
-    link: SidecarClient, operation: Callable[[Calls], Awaitable[Any]], as_json: bool
-) -> ExitCode:
+def _call_and_print_ramp(link: SidecarClient, operation: Callable[[Calls], Awaitable[Any]], as_json: bool) -> ExitCode:
     response = link.call(operation)
     if as_json:
         print_json(response)
@@ -367,8 +335,7 @@ def format_ramp_line(ramp: api.Ramp) -> Text:
         is_current = number == state.step
         line.append(" → " if number else "  ")
         line.append(
-            f"[{format_percent(step)}]" if is_current else format_percent(step),
-            "bold" if is_current else "dim",
+            f"[{format_percent(step)}]" if is_current else format_percent(step), "bold" if is_current else "dim"
         )
     line.append(f"  {to_printable(state.message)}" if state.message else "")
     return line

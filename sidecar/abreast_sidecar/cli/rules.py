@@ -116,11 +116,7 @@ def rule_options(command: RuleCommand) -> RuleCommand:
 
 
 def build_rule_message(option_values: Mapping[str, Any], expires: str = "") -> api.Rule:
-    fields = {
-        name: value
-        for name, value in option_values.items()
-        if value is not None and name not in {"old", "new"}
-    }
+    fields = {name: value for name, value in option_values.items() if value is not None and name not in {"old", "new"}}
     if relative := fields.get("relative"):
         fields["relative"] = parse_relative_share(relative)
     rule = dict_to_message(fields)
@@ -136,23 +132,18 @@ def parse_relative_share(text: str) -> float:
     try:
         return parsed_share(text if text.strip().endswith("%") else float(text))
     except (RuleError, ValueError):
-        raise click.BadParameter(
-            f"must be a share such as 0.01 or 1%, got {text!r}", param_hint="--relative"
-        ) from None
+        raise click.BadParameter(f"must be a share such as 0.01 or 1%, got {text!r}", param_hint="--relative") from None
 
 
 def parse_expiry(text: str) -> dt.datetime:
     match = SPAN_PATTERN.fullmatch(text.strip())
     try:
         if match:
-            return dt.datetime.now(dt.UTC) + dt.timedelta(
-                seconds=float(match[1]) * SECONDS_PER_UNIT[match[2]]
-            )
+            return dt.datetime.now(dt.UTC) + dt.timedelta(seconds=float(match[1]) * SECONDS_PER_UNIT[match[2]])
         return to_utc_midnight(dt.date.fromisoformat(text.strip()))
     except (ValueError, OverflowError):
         raise click.BadParameter(
-            f"must be a span such as 90d or 12w, or a day such as 2030-01-31, got {text!r}",
-            param_hint="--expires",
+            f"must be a span such as 90d or 12w, or a day such as 2030-01-31, got {text!r}", param_hint="--expires"
         ) from None
 
 
@@ -169,15 +160,7 @@ def format_rule_title(rule: api.Rule) -> str:
 
 def build_rules_table(rules: Iterable[api.Rule]) -> Table:
     table = make_table(
-        "id",
-        "state",
-        "rule",
-        "explains",
-        "until",
-        "owner",
-        "reason",
-        "from",
-        numeric_columns=frozenset({"id"}),
+        "id", "state", "rule", "explains", "until", "owner", "reason", "from", numeric_columns=frozenset({"id"})
     )
     for rule in rules:
         table.add_row(
@@ -205,16 +188,12 @@ def format_explained_pairs(rule: api.Rule) -> str:
         return ""
     if rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
         return "coverage, no pair"
-    unknown_text = (
-        f", {format_count(rule.undetermined_pairs)} judged before it" if rule.undetermined_pairs else ""
-    )
+    unknown_text = f", {format_count(rule.undetermined_pairs)} judged before it" if rule.undetermined_pairs else ""
     return f"{format_quantity(rule.pairs, 'pair')}{unknown_text}"
 
 
 def build_hidden_findings_table(findings: Iterable[api.HiddenFinding]) -> Table:
-    table = make_table(
-        "finding", "endpoint", "place", "kind", "hides", "", numeric_columns=frozenset({"finding"})
-    )
+    table = make_table("finding", "endpoint", "place", "kind", "hides", "", numeric_columns=frozenset({"finding"}))
     for finding in findings:
         table.add_row(
             str(finding.finding_id),
@@ -248,9 +227,7 @@ def format_apply_plan(response: api.ApplyRulesResponse) -> str:
 force_option = click.option(
     "--force", is_flag=True, help="Also where it hides more than it is made for, or what somebody confirmed."
 )
-source_option = click.option(
-    "--source", default=None, help="Whose rules these are.  [default: the file's name]"
-)
+source_option = click.option("--source", default=None, help="Whose rules these are.  [default: the file's name]")
 file_argument = click.argument("file", type=click.Path(path_type=Path))
 
 
@@ -261,9 +238,7 @@ def rules_command() -> None:
 
 @rules_command.command("list")
 @click.option("--source", default=None, help="Only rules of this source, such as a file's name.")
-@click.option(
-    "--finding", "finding_id", type=click.IntRange(min=1), default=None, help="Only those that explain it."
-)
+@click.option("--finding", "finding_id", type=click.IntRange(min=1), default=None, help="Only those that explain it.")
 @click.option("--deleted", is_flag=True, help="Also rules that were deleted.")
 @limit_option
 @json_option
@@ -299,9 +274,7 @@ async def _fetch_rules(calls: Calls, request: api.ListRulesRequest, limit: int) 
 @click.option("--name", default="", help="For people.  [default: made from the rest]")
 @click.option("--owner", required=True, help="Who answers for it.")
 @click.option("--reason", required=True, help="Why the difference is known.")
-@click.option(
-    "--expires", required=True, help="Until when: 90d, 12w, or the first day on which it no longer holds."
-)
+@click.option("--expires", required=True, help="Until when: 90d, 12w, or the first day on which it no longer holds.")
 @force_option
 @actor_option
 @json_option
@@ -317,10 +290,7 @@ def add_rule(
 ) -> None:
     """Make a rule. With --for it covers just that finding; what is broader is refused."""
     request = api.CreateRuleRequest(
-        rule=build_rule_message(fields, expires),
-        finding_id=finding_id or 0,
-        force=force,
-        actor=default_actor(actor),
+        rule=build_rule_message(fields, expires), finding_id=finding_id or 0, force=force, actor=default_actor(actor)
     )
     response = link.call(lambda calls: calls.rules.CreateRule(request, timeout=calls.timeout_s))
     if as_json:
@@ -375,21 +345,11 @@ def delete_rule(link: SidecarClient, id: int, actor: str | None, as_json: bool) 
 @json_option
 @connection_options
 def import_rules(
-    link: SidecarClient,
-    file: Path,
-    source: str | None,
-    dry_run: bool,
-    force: bool,
-    actor: str | None,
-    as_json: bool,
+    link: SidecarClient, file: Path, source: str | None, dry_run: bool, force: bool, actor: str | None, as_json: bool
 ) -> int:
     """Make the rules of a source those of a file: new ones begin, missing ones end, the others stay."""
     request = api.ApplyRulesRequest(
-        source=source or file.name,
-        rules=read_rules(file),
-        dry_run=dry_run,
-        force=force,
-        actor=default_actor(actor),
+        source=source or file.name, rules=read_rules(file), dry_run=dry_run, force=force, actor=default_actor(actor)
     )
     response = link.call(lambda calls: calls.rules.ApplyRules(request, timeout=calls.timeout_s))
     if as_json:
@@ -407,9 +367,7 @@ def export_rules(link: SidecarClient, source: str | None) -> None:
     """The rules that hold, as a file."""
     request = api.ListRulesRequest(source=source)
     response = link.call(lambda calls: _fetch_rules(calls, request, 1000))
-    click.echo(
-        dump_rules_yaml([rule for rule in response.rules if rule.state == api.RULE_STATE_IN_FORCE]), nl=False
-    )
+    click.echo(dump_rules_yaml([rule for rule in response.rules if rule.state == api.RULE_STATE_IN_FORCE]), nl=False)
 
 
 @rules_command.command("check")

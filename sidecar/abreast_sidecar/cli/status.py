@@ -12,13 +12,7 @@ from rich.text import Text
 
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import traffic_pb2
-from abreast_sidecar.cli.options import (
-    connection_options,
-    json_option,
-    service_option,
-    since_option,
-    until_option,
-)
+from abreast_sidecar.cli.options import connection_options, json_option, service_option, since_option, until_option
 from abreast_sidecar.cli.rollout import RolloutStatus, fetch_rollout_status, format_rollout_lines
 from abreast_sidecar.client.output import (
     Console,
@@ -36,9 +30,7 @@ from abreast_sidecar.client.output import (
 )
 from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, build_time_window, message_to_json
 
-EMPTY_STATUS_TEXT = (
-    "nothing has been compared yet; send requests through Envoy, and if this stays so: abreast doctor"
-)
+EMPTY_STATUS_TEXT = "nothing has been compared yet; send requests through Envoy, and if this stays so: abreast doctor"
 
 MAX_REASON_CHARS = 120  # characters
 SETTLED_AFTER_S = 30.0  # seconds without a row
@@ -63,9 +55,7 @@ def status_command(
     summary, traffic, steering = link.call(lambda calls: _fetch_status(calls, request))
     if as_json:
         messages = {"summary": summary, "traffic": traffic}
-        objects = {
-            name: message and json.loads(message_to_json(message)) for name, message in messages.items()
-        }
+        objects = {name: message and json.loads(message_to_json(message)) for name, message in messages.items()}
         click.echo(json.dumps(objects, indent=2, ensure_ascii=False))
         return
     print_status(make_console(), summary, traffic, dt.datetime.now(dt.UTC), steering)
@@ -128,9 +118,7 @@ def _build_outcomes_table(summary: api.GetSummaryResponse) -> Table:
         note = ""
         if name == "mismatch" and summary.explained:
             note = f"{format_count(summary.explained)} of them noise or additive only"
-        table.add_row(
-            style_text(name), format_count(row.count), format_share_of(row.count, summary.pairs), note
-        )
+        table.add_row(style_text(name), format_count(row.count), format_share_of(row.count, summary.pairs), note)
     return table
 
 
@@ -138,9 +126,7 @@ def _build_completeness_table(summary: api.GetSummaryResponse, current_time: dt.
     table = make_table("", "", "")
     if summary.HasField("envoy_sampled"):
         table.add_row(
-            "sampled by Envoy",
-            format_count(summary.envoy_sampled),
-            _format_unaccounted(summary, current_time),
+            "sampled by Envoy", format_count(summary.envoy_sampled), _format_unaccounted(summary, current_time)
         )
     else:
         table.add_row("sampled by Envoy", "?", "no Envoy's admin address is known (ABREAST_ENVOY_ADMIN)")
@@ -159,9 +145,7 @@ def _build_completeness_table(summary: api.GetSummaryResponse, current_time: dt.
     table.add_row("dropped", style_text(format_count(drops), "fail" if drops else ""), by_reason)
     late_captures = summary.captures.late
     if late_captures:
-        table.add_row(
-            "late", format_count(late_captures), "captures that came after their pair had been compared"
-        )
+        table.add_row("late", format_count(late_captures), "captures that came after their pair had been compared")
     if summary.not_sent:
         table.add_row("not sent", format_count(summary.not_sent), "copies that never left Envoy")
     for dead_letter in summary.dead_letters:
@@ -170,25 +154,17 @@ def _build_completeness_table(summary: api.GetSummaryResponse, current_time: dt.
             style_text(format_count(dead_letter.count), "fail"),
             to_printable(dead_letter.reason, MAX_REASON_CHARS),
         )
-    if (
-        abs(clock_offset_s := summary.ledger_clock_ahead.ToTimedelta().total_seconds())
-        > MAX_LEDGER_CLOCK_OFFSET_S
-    ):
+    if abs(clock_offset_s := summary.ledger_clock_ahead.ToTimedelta().total_seconds()) > MAX_LEDGER_CLOCK_OFFSET_S:
         text = f"Postgres's is {format_seconds(abs(clock_offset_s))} {'ahead of' if clock_offset_s > 0 else 'behind'} the sidecar's: synchronise them"
         table.add_row("clocks", style_text("!", "warn"), text)
-    table.add_row(
-        "findings", format_count(summary.findings), "see: abreast findings" if summary.findings else ""
-    )
+    table.add_row("findings", format_count(summary.findings), "see: abreast findings" if summary.findings else "")
     return table
 
 
 def _is_settled(summary: api.GetSummaryResponse, current_time: dt.datetime) -> bool:
     """Whether nothing has come for long, and nothing waits."""
     is_drained = summary.HasField("pending") and not summary.pending and summary.HasField("last_pair_time")
-    return (
-        is_drained
-        and (current_time - summary.last_pair_time.ToDatetime(dt.UTC)).total_seconds() > SETTLED_AFTER_S
-    )
+    return is_drained and (current_time - summary.last_pair_time.ToDatetime(dt.UTC)).total_seconds() > SETTLED_AFTER_S
 
 
 def _format_unaccounted(summary: api.GetSummaryResponse, current_time: dt.datetime) -> str | Text:
@@ -196,9 +172,7 @@ def _format_unaccounted(summary: api.GetSummaryResponse, current_time: dt.dateti
     if not request_count:
         return "all of them are in the ledger"
     if summary.unaccounted > 0 and _is_settled(summary, current_time):
-        return style_text(
-            f"{format_count(request_count)} of them did not come, and nothing is on its way", "warn"
-        )
+        return style_text(f"{format_count(request_count)} of them did not come, and nothing is on its way", "warn")
     if request_count <= max(IN_FLIGHT_REQUESTS, IN_FLIGHT_SHARE * summary.envoy_sampled):
         return f"{format_count(request_count)} {'on their way' if summary.unaccounted > 0 else 'more on their way from Envoy'}"
     if summary.unaccounted > 0:

@@ -23,12 +23,7 @@ from abreast_sidecar.cli.options import (
     reason_option,
     service_option,
 )
-from abreast_sidecar.cli.rollout import (
-    RolloutStatus,
-    fetch_rollout_status,
-    format_guard_changes,
-    format_rollout_lines,
-)
+from abreast_sidecar.cli.rollout import RolloutStatus, fetch_rollout_status, format_guard_changes, format_rollout_lines
 from abreast_sidecar.client.output import (
     Console,
     format_age,
@@ -99,17 +94,10 @@ def has_acknowledged(envoy: api.EnvoyStatus, traffic: api.Traffic) -> bool:
 
 
 def build_traffic_change_table(before: api.Traffic, after: api.Traffic) -> Table:
-    table = make_table(
-        to_printable(after.service), "before", "after", numeric_columns=frozenset({"before", "after"})
-    )
+    table = make_table(to_printable(after.service), "before", "after", numeric_columns=frozenset({"before", "after"}))
     for field, name in TRAFFIC_SHARE_LABELS.items():
-        value_before, value_after = (
-            format_percent(getattr(before, field)),
-            format_percent(getattr(after, field)),
-        )
-        table.add_row(
-            name, value_before, style_text(value_after, "bold" if value_before != value_after else "dim")
-        )
+        value_before, value_after = (format_percent(getattr(before, field)), format_percent(getattr(after, field)))
+        table.add_row(name, value_before, style_text(value_after, "bold" if value_before != value_after else "dim"))
     return table
 
 
@@ -120,9 +108,7 @@ def print_envoys(out: Console, change: TrafficChange) -> None:
     else:
         out.print(style_text("no Envoy is connected (abreast doctor)", "warn"))
     if change.peers_error:
-        out.print(
-            style_text(f"Envoys of other sidecars are not known: {to_printable(change.peers_error)}", "warn")
-        )
+        out.print(style_text(f"Envoys of other sidecars are not known: {to_printable(change.peers_error)}", "warn"))
 
 
 def _build_envoys_table(envoys: Sequence[api.EnvoyStatus], traffic: api.Traffic) -> Table:
@@ -141,16 +127,11 @@ def _build_envoys_table(envoys: Sequence[api.EnvoyStatus], traffic: api.Traffic)
         elif has_acknowledged(envoy, traffic):
             state = style_text("yes", "ok")
         else:
-            state = style_text(
-                f"not yet (has version {envoy.acknowledged_version} of {traffic.version})", "warn"
-            )
+            state = style_text(f"not yet (has version {envoy.acknowledged_version} of {traffic.version})", "warn")
         delay_text = format_duration(envoy.acknowledged_after) if envoy.HasField("acknowledged_after") else ""
         node = f"{envoy.node} ({envoy.peer})" if node_counts[envoy.node] > 1 else envoy.node
         table.add_row(
-            to_printable(node),
-            *([to_printable(envoy.sidecar)] if has_several_sidecars else []),
-            state,
-            delay_text,
+            to_printable(node), *([to_printable(envoy.sidecar)] if has_several_sidecars else []), state, delay_text
         )
     return table
 
@@ -189,8 +170,7 @@ def print_traffic(out: Console, response: api.GetTrafficResponse, current_time: 
     traffic = response.traffic
     out.print(
         style_text(
-            f"{traffic.service}  version {traffic.version}, set {format_age(traffic.update_time, current_time)}",
-            "bold",
+            f"{traffic.service}  version {traffic.version}, set {format_age(traffic.update_time, current_time)}", "bold"
         )
     )
     if traffic.rolled_back:
@@ -205,19 +185,12 @@ def print_traffic(out: Console, response: api.GetTrafficResponse, current_time: 
 
 @traffic_command.command("set")
 @click.option("--new", "new_share", type=SHARE_TYPE, help="Share of users that new answers: 25% or 0.25.")
+@click.option("--sample-safe", type=SHARE_TYPE, help="Share of GET, HEAD and OPTIONS requests that are mirrored.")
 @click.option(
-    "--sample-safe", type=SHARE_TYPE, help="Share of GET, HEAD and OPTIONS requests that are mirrored."
+    "--sample-unsafe", type=SHARE_TYPE, help="Share of other requests that are mirrored: both versions do them!"
 )
 @click.option(
-    "--sample-unsafe",
-    type=SHARE_TYPE,
-    help="Share of other requests that are mirrored: both versions do them!",
-)
-@click.option(
-    "--baseline",
-    "baseline_share",
-    type=SHARE_TYPE,
-    help="Share of the mirrored safe requests that old gets twice.",
+    "--baseline", "baseline_share", type=SHARE_TYPE, help="Share of the mirrored safe requests that old gets twice."
 )
 @reason_option
 @actor_option
@@ -244,9 +217,7 @@ def set_traffic(
 async def _update_traffic(
     calls: Calls, request: api.UpdateTrafficRequest
 ) -> tuple[api.Traffic, api.UpdateTrafficResponse]:
-    before = await calls.traffic.GetTraffic(
-        api.GetTrafficRequest(service=request.service), timeout=calls.timeout_s
-    )
+    before = await calls.traffic.GetTraffic(api.GetTrafficRequest(service=request.service), timeout=calls.timeout_s)
     return before.traffic, await calls.traffic.UpdateTraffic(request, timeout=calls.timeout_s)
 
 
@@ -326,22 +297,16 @@ def promote_command(link: SidecarClient, reason: str, actor: str | None, service
 
 
 async def _promote(calls: Calls, request: api.PromoteRequest) -> tuple[api.Traffic, api.PromoteResponse]:
-    before = await calls.traffic.GetTraffic(
-        api.GetTrafficRequest(service=request.service), timeout=calls.timeout_s
-    )
+    before = await calls.traffic.GetTraffic(api.GetTrafficRequest(service=request.service), timeout=calls.timeout_s)
     return before.traffic, await calls.traffic.Promote(request, timeout=calls.timeout_s)
 
 
-MANUAL_ROLLBACK_COMMAND = (
-    "curl -X POST 'http://{}/runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0'"
-)
+MANUAL_ROLLBACK_COMMAND = "curl -X POST 'http://{}/runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0'"
 ADMIN_PLACEHOLDER = "ENVOYS_ADMIN_ADDRESS"
 
 
 @click.command()
-@click.option(
-    "--reason", default="", help="Why, for the record; may be given, need not: nothing is to hold this up."
-)
+@click.option("--reason", default="", help="Why, for the record; may be given, need not: nothing is to hold this up.")
 @actor_option
 @service_option
 @json_option

@@ -68,11 +68,7 @@ Then, in another terminal{address}:
 
 def format_startup_message(stack: Stack, data_dir: Path | None) -> str:
     settings = stack.envoy_settings
-    address = (
-        ""
-        if stack.grpc_address == DEFAULT_ADDRESS
-        else f", after `export ABREAST_SIDECAR={stack.grpc_address}`"
-    )
+    address = "" if stack.grpc_address == DEFAULT_ADDRESS else f", after `export ABREAST_SIDECAR={stack.grpc_address}`"
     return STARTUP_TEMPLATE.format(
         service=settings.service,
         envoy=stack.envoy_url,
@@ -88,9 +84,7 @@ def format_startup_message(stack: Stack, data_dir: Path | None) -> str:
 
 
 def _format_urls(endpoints: Sequence[SocketAddress], *, tls: bool) -> str:
-    return ", ".join(
-        f"{'https' if tls else 'http'}://{endpoint.host}:{endpoint.port}" for endpoint in endpoints
-    )
+    return ", ".join(f"{'https' if tls else 'http'}://{endpoint.host}:{endpoint.port}" for endpoint in endpoints)
 
 
 MONITOR_INTERVAL_S = 1.0  # seconds; old gets a connection as often, as new gets a health check
@@ -144,16 +138,10 @@ class StackMonitor:
 
     def _report_health(self, facts: envoy_checks.EnvoyFacts) -> None:
         path = self.stack.envoy_settings.health_path
-        failed_probe = (
-            "no connection" if path == "tcp" else f"GET {path} gets no answer below 500 within a second"
-        )
-        problems = [
-            f"{endpoint.address}: {endpoint.problem}" for endpoint in facts.old_endpoints if endpoint.problem
-        ]
+        failed_probe = "no connection" if path == "tcp" else f"GET {path} gets no answer below 500 within a second"
+        problems = [f"{endpoint.address}: {endpoint.problem}" for endpoint in facts.old_endpoints if endpoint.problem]
         problem_by_version = {
-            "old": ""
-            if len(problems) < len(facts.old_endpoints)
-            else f"old can't be reached: {', '.join(problems)}",
+            "old": "" if len(problems) < len(facts.old_endpoints) else f"old can't be reached: {', '.join(problems)}",
             "new": ""
             if facts.stats.get("cluster.new.membership_healthy")
             else f"Envoy finds new unhealthy: {failed_probe} (--health-path)",
@@ -174,10 +162,7 @@ class StackMonitor:
                 print_timestamped(f"{version} is captured (process {to_printable(process.host)}{release})")
         if self.first_mirrored_at is None and facts.mirrored_requests:
             self.first_mirrored_at = time.monotonic()
-        if (
-            self.first_mirrored_at is not None
-            and time.monotonic() - self.first_mirrored_at > MAX_CAPTURE_SILENCE_S
-        ):
+        if self.first_mirrored_at is not None and time.monotonic() - self.first_mirrored_at > MAX_CAPTURE_SILENCE_S:
             for version in sorted(missing_versions - self.captured_versions - self.warned_versions):
                 self.warned_versions.add(version)
                 print_timestamped(
@@ -233,18 +218,10 @@ Upstreams = tuple[tuple[envoy.SocketAddress, str], ...]
 
 @click.command()
 @click.option(
-    "--old",
-    type=UPSTREAM_TYPE,
-    multiple=True,
-    required=True,
-    help="Where the old version runs; may be repeated.",
+    "--old", type=UPSTREAM_TYPE, multiple=True, required=True, help="Where the old version runs; may be repeated."
 )
 @click.option(
-    "--new",
-    type=UPSTREAM_TYPE,
-    multiple=True,
-    required=True,
-    help="Where the new version runs; may be repeated.",
+    "--new", type=UPSTREAM_TYPE, multiple=True, required=True, help="Where the new version runs; may be repeated."
 )
 @click.option(
     "--listen",
@@ -302,11 +279,7 @@ Upstreams = tuple[tuple[envoy.SocketAddress, str], ...]
     help="Folder that keeps what was compared; without it nothing is kept.",
 )
 @click.option(
-    "--grpc",
-    type=LISTENER_TYPE,
-    default="127.0.0.1:50051",
-    show_default=True,
-    help="Address of the sidecar's gRPC.",
+    "--grpc", type=LISTENER_TYPE, default="127.0.0.1:50051", show_default=True, help="Address of the sidecar's gRPC."
 )
 @click.option(
     "--http",
@@ -376,15 +349,10 @@ def build_envoy_settings(old: Upstreams, new: Upstreams, options: dict[str, obje
     for version, upstreams in (("old", old), ("new", new)):
         server_names = {name for _endpoint, name in upstreams}
         if len(server_names) > 1:
-            raise SettingError(
-                f"--{version}: all endpoints of a version must have the same scheme and name for https"
-            )
+            raise SettingError(f"--{version}: all endpoints of a version must have the same scheme and name for https")
         tls_names[f"{version}_tls"] = server_names.pop()
     options = {name: value for name, value in options.items() if value is not None}
-    upstream_endpoints = {
-        "old": tuple(endpoint for endpoint, _ in old),
-        "new": tuple(endpoint for endpoint, _ in new),
-    }
+    upstream_endpoints = {"old": tuple(endpoint for endpoint, _ in old), "new": tuple(endpoint for endpoint, _ in new)}
     return envoy.EnvoySettings(**upstream_endpoints, **tls_names, **options)  # type: ignore[arg-type]  # the options' names are the fields'
 
 
@@ -405,9 +373,7 @@ def apply_requested_shares(ctx: click.Context, stack: Stack) -> None:
     )
     link = SidecarClient(stack.grpc_address, SIDECAR_CALL_TIMEOUT_S)
     traffic = link.call(
-        lambda calls: calls.traffic.GetTraffic(
-            api.GetTrafficRequest(service=service), timeout=calls.timeout_s
-        )
+        lambda calls: calls.traffic.GetTraffic(api.GetTrafficRequest(service=service), timeout=calls.timeout_s)
     ).traffic
     if any(abs(getattr(traffic, name) - share) > 1e-6 for name, share in requested_shares.items()):
         link.call(lambda calls: calls.traffic.UpdateTraffic(request, timeout=calls.timeout_s))
@@ -417,9 +383,7 @@ def warn_of_unreachable_upstreams(versions: dict[str, Upstreams]) -> None:
     for version, upstreams in versions.items():
         for endpoint, _name in upstreams:
             try:
-                socket.create_connection(
-                    (endpoint.host, endpoint.port), timeout=UPSTREAM_CONNECT_TIMEOUT_S
-                ).close()
+                socket.create_connection((endpoint.host, endpoint.port), timeout=UPSTREAM_CONNECT_TIMEOUT_S).close()
             except OSError:
                 click.echo(
                     f"{version} does not answer at {endpoint.host}:{endpoint.port} yet; it is used as soon as it does",

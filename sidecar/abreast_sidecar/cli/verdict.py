@@ -43,15 +43,11 @@ EXIT_BY_VERDICT = {
 VerdictCommand = Callable[..., Any]
 VERDICT_OPTIONS = (
     service_option,
-    click.option(
-        "--max-mismatch", type=SHARE_TYPE, help="Share of pairs that may have unexplained mismatches; 0.1%."
-    ),
+    click.option("--max-mismatch", type=SHARE_TYPE, help="Share of pairs that may have unexplained mismatches; 0.1%."),
     click.option("--max-error", type=SHARE_TYPE, help="Share of pairs in which only new may fail; 0.1%."),
     click.option("--max-slower", type=SHARE_TYPE, help="How much slower new may be in the median pair; 10%."),
     click.option(
-        "--min-completeness",
-        type=SHARE_TYPE,
-        help="Share of the sampled requests that must be accounted for; 99%.",
+        "--min-completeness", type=SHARE_TYPE, help="Share of the sampled requests that must be accounted for; 99%."
     ),
     click.option("--confidence", type=SHARE_TYPE, help="How sure to be; 95%."),
     click.option("--release", default="", help="The release of new to judge.  [default: the newest]"),
@@ -117,9 +113,7 @@ def print_verdict(out: Console, response: api.GetVerdictResponse) -> None:
         heading.append(f"  {more_pairs_text}")
     out.print(heading)
     out.print(build_reasons_grid(response))
-    undecided_endpoints = [
-        endpoint for endpoint in response.endpoints if endpoint.state != api.VERDICT_STATE_PASS
-    ]
+    undecided_endpoints = [endpoint for endpoint in response.endpoints if endpoint.state != api.VERDICT_STATE_PASS]
     if len(response.endpoints) > 1:
         pass_count = len(response.endpoints) - len(undecided_endpoints)
         out.print(f"\nby themselves, {pass_count} of {len(response.endpoints)} endpoints pass", style="dim")

@@ -90,9 +90,7 @@ def format_seconds(value: float) -> str:
     for size, unit, step, smaller_unit in DURATION_UNITS:
         if value >= size:
             units, remainder = divmod(round(value / step) * step, size)
-            return f"{units:.0f} {unit}" + (
-                f" {remainder // step:.0f} {smaller_unit}" if remainder >= step else ""
-            )
+            return f"{units:.0f} {unit}" + (f" {remainder // step:.0f} {smaller_unit}" if remainder >= step else "")
     return "1 min"
 
 
@@ -177,8 +175,7 @@ def make_table(*columns: str, numeric_columns: frozenset[str] = frozenset()) -> 
 
 def style_text(text: str, style: str = "") -> Text:
     return Text(
-        to_printable(text),
-        STYLE_BY_WORD.get(style or text, style if " " in style or style in {"dim", "bold"} else ""),
+        to_printable(text), STYLE_BY_WORD.get(style or text, style if " " in style or style in {"dim", "bold"} else "")
     )
 
 

@@ -60,13 +60,7 @@ class SidecarClient:
     async def _call(self, operation: Callable[[Calls], Awaitable[Response]]) -> Response:
         import grpc.aio
 
-        from abreast.v1 import (
-            comparison_pb2_grpc,
-            latency_pb2_grpc,
-            rollout_pb2_grpc,
-            rule_pb2_grpc,
-            traffic_pb2_grpc,
-        )
+        from abreast.v1 import comparison_pb2_grpc, latency_pb2_grpc, rollout_pb2_grpc, rule_pb2_grpc, traffic_pb2_grpc
 
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             calls = Calls(

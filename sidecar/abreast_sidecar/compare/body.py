@@ -111,13 +111,9 @@ _DOCUMENT_PARSERS: dict[Format, tuple[str, Callable[[DecodedBody], Any]]] = {
 
 PREVIEW_CHARS = 50  # characters of a body that has no structure
 PARTIAL_CONTENT = 206
-ENCODING_PATH = (
-    "(encoding)"  # the path of a byte order mark, or of another encoding than UTF-8 that nothing declares
-)
+ENCODING_PATH = "(encoding)"  # the path of a byte order mark, or of another encoding than UTF-8 that nothing declares
 
-DIFF_OVER_BUDGET_NOTE = (
-    "parts of the bodies are too much work to be compared in detail, and are compared as a whole"
-)
+DIFF_OVER_BUDGET_NOTE = "parts of the bodies are too much work to be compared in detail, and are compared as a whole"
 PARSE_OVER_BUDGET_NOTE = "the bodies are too much work to be read, and are compared by their bytes"
 
 IdentityLookup = Callable[[str], str]
@@ -188,17 +184,11 @@ def _compare_plain_json(
 ) -> BodyResult | None:
     """Nothing where it is not so simple after all."""
     length = old.body.length + new.body.length
-    cost = (
-        estimate_parse_cost("json", old.body.content, new.body.content)
-        if length > options.max_work // 2
-        else 0
-    )
+    cost = estimate_parse_cost("json", old.body.content, new.body.content) if length > options.max_work // 2 else 0
     if PARTIAL_CONTENT in (old.status, new.status) or cost > options.max_work:
         return None
     try:
-        diff = JsonTextDiff(
-            options.max_differences, identity_lookup=identity_lookup, max_work=options.max_work - cost
-        )
+        diff = JsonTextDiff(options.max_differences, identity_lookup=identity_lookup, max_work=options.max_work - cost)
         return BodyResult(
             diff.compare_texts(old.body.content, new.body.content),
             DIFF_OVER_BUDGET_NOTE if diff.budget_exceeded else "",
@@ -226,9 +216,7 @@ def _make_undecodable_result(left: DecodeResult, right: DecodeResult, old: Answe
         note = f"a compressed body is larger than what is decoded: {sides}"
         return BodyResult([whole_body_difference("changed", old, new)], note, is_too_large=True)
     kind: Kind = "changed" if left.problem == right.problem else "type"
-    return BodyResult(
-        [whole_body_difference(kind, old, new)], f"the body is not the {coding} its header says: {sides}"
-    )
+    return BodyResult([whole_body_difference(kind, old, new)], f"the body is not the {coding} its header says: {sides}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,9 +291,7 @@ def _compare_json(pair: BodyPair) -> BodyResult:
         return _compare_invalid_json(pair)
     except RecursionError:  # deeper than any reader of it goes
         differences = [pair.whole_difference("changed")]
-    return BodyResult(
-        [*_diff_encodings(pair), *differences], DIFF_OVER_BUDGET_NOTE if diff.budget_exceeded else ""
-    )
+    return BodyResult([*_diff_encodings(pair), *differences], DIFF_OVER_BUDGET_NOTE if diff.budget_exceeded else "")
 
 
 def _is_json(side: DecodedBody) -> bool:
@@ -319,13 +305,9 @@ def _is_json(side: DecodedBody) -> bool:
 def _compare_invalid_json(pair: BodyPair) -> BodyResult:
     left, right = _is_json(pair.left), _is_json(pair.right)
     if left != right:
-        return BodyResult(
-            [pair.whole_difference("type")], f"{'old' if right else 'new'}'s body is not valid JSON"
-        )
+        return BodyResult([pair.whole_difference("type")], f"{'old' if right else 'new'}'s body is not valid JSON")
     result = _compare_documents(pair, "text")
-    return result._replace(
-        note=_join_notes("the content type says JSON, and neither body is valid JSON", result.note)
-    )
+    return result._replace(note=_join_notes("the content type says JSON, and neither body is valid JSON", result.note))
 
 
 def _compare_mislabelled_json(pair: BodyPair, format_: Format) -> BodyResult | None:
@@ -356,15 +338,11 @@ def _compare_documents(pair: BodyPair, format_: Format) -> BodyResult:
     except UnreadableError as error:
         if error.old != error.new:
             side = "old" if error.old else "new"
-            return BodyResult(
-                [pair.whole_difference("type")], f"{side}'s body is not the {format_} it claims to be"
-            )
+            return BodyResult([pair.whole_difference("type")], f"{side}'s body is not the {format_} it claims to be")
         if format_ in {"text", "bytes", "unknown"}:
             return BodyResult([pair.whole_difference("changed")])
         result = _compare_documents(pair, "text")
-        return result._replace(
-            note=_join_notes(f"neither body is the {format_} it claims to be", result.note)
-        )
+        return result._replace(note=_join_notes(f"neither body is the {format_} it claims to be", result.note))
     differences, note = _diff_documents(
         pair, document_pair.old, document_pair.new, document_pair.root, pair.cost(format_)
     )
@@ -376,20 +354,14 @@ def _compare_documents(pair: BodyPair, format_: Format) -> BodyResult:
 def _compare_unparsed(pair: BodyPair, format_: Format) -> BodyResult:
     """Markup is compared by its lines, all else and what has too many of these by its bytes."""
     if format_ in {"html", "xml"} and not pair.is_over_budget("text"):
-        return _compare_documents(pair, "text")._replace(
-            note=f"too much {format_} to be read: compared by its lines"
-        )
+        return _compare_documents(pair, "text")._replace(note=f"too much {format_} to be read: compared by its lines")
     return BodyResult([pair.whole_difference("changed")], PARSE_OVER_BUDGET_NOTE, is_too_large=True)
 
 
-def _diff_documents(
-    pair: BodyPair, old: object, new: object, root: str, cost: int
-) -> tuple[list[Difference], str]:
+def _diff_documents(pair: BodyPair, old: object, new: object, root: str, cost: int) -> tuple[list[Difference], str]:
     """The differences and a note."""
     budget = pair.options.max_work - cost
-    diff = JsonDiff(
-        pair.options.max_differences, root=root, identity_lookup=pair.identity_lookup, max_work=budget
-    )
+    diff = JsonDiff(pair.options.max_differences, root=root, identity_lookup=pair.identity_lookup, max_work=budget)
     try:
         return diff.compare(old, new), DIFF_OVER_BUDGET_NOTE if diff.budget_exceeded else ""
     except RecursionError:  # deeper than any reader of it goes
@@ -433,11 +405,7 @@ def render_preview(answer: Answer) -> str:
     body = answer.body
     format_ = sniff_format(body.content)
     content_type = parse_media_type(get_header(answer.headers, "content-type")).essence
-    summary = {
-        "length": body.length,
-        "digest": body.fingerprint(),
-        "type": content_type[:PREVIEW_CHARS] or format_,
-    }
+    summary = {"length": body.length, "digest": body.fingerprint(), "type": content_type[:PREVIEW_CHARS] or format_}
     if format_ != "bytes":
         summary["beginning"] = body.content[: 4 * PREVIEW_CHARS].decode("utf-8", "replace")[:PREVIEW_CHARS]
     return render_value(summary)
@@ -482,14 +450,10 @@ def compare_truncated(
     """`cut`: of an answer that broke off; one of which not all is held counts as such here."""
     truncation = (truncation[0] or not old.body.is_complete, truncation[1] or not new.body.is_complete)
     common = min(
-        len(side.body.content)
-        for side, is_truncated in zip((old, new), truncation, strict=True)
-        if is_truncated
+        len(side.body.content) for side, is_truncated in zip((old, new), truncation, strict=True) if is_truncated
     )
     if old.body.content[:common] == new.body.content[:common]:
-        return TruncatedResult(
-            [], f"the first {common:,} bytes of both" if common else "no body had come yet"
-        )
+        return TruncatedResult([], f"the first {common:,} bytes of both" if common else "no body had come yet")
     if _is_compressed(old) or _is_compressed(new):
         return TruncatedResult([], "not the bodies: what is compressed can't be read in part")
     left, right = _to_decoded_body(old), _to_decoded_body(new)
@@ -497,9 +461,7 @@ def compare_truncated(
     if format_ != detect_format(right, left):
         return TruncatedResult([], "not the bodies, which are of two types")
     if format_ == "bytes" or {old.status, new.status} == {PARTIAL_CONTENT}:
-        return TruncatedResult(
-            [whole_body_difference("changed", old, new)], f"the first {common:,} bytes of both"
-        )
+        return TruncatedResult([whole_body_difference("changed", old, new)], f"the first {common:,} bytes of both")
     if format_ not in _ITEM_FORMATS or estimate_parse_cost(format_, left.data, right.data) > options.max_work:
         return TruncatedResult([], f"not the bodies: of {format_} a part can't be compared")
     return _compare_items(
@@ -530,17 +492,13 @@ def _compare_items(
         )
     except (ValueError, RecursionError):
         return TruncatedResult([], f"not the bodies, which hold no {item_format.name} that can be read")
-    common = min(
-        len(side) for side, is_truncated in zip((left, right), truncation, strict=True) if is_truncated
-    )
+    common = min(len(side) for side, is_truncated in zip((left, right), truncation, strict=True) if is_truncated)
     diff.root = item_format.root
     differences = diff.compare_by_index(left[:common], right[:common])
     return TruncatedResult(differences, f"the first {common:,} {item_format.name} of both")
 
 
-def _parse_items(
-    item_format: _ItemFormat, data: bytes, is_truncated: bool
-) -> list[Any]:  # one of two, as they come
+def _parse_items(item_format: _ItemFormat, data: bytes, is_truncated: bool) -> list[Any]:  # one of two, as they come
     if not is_truncated:
         return item_format.parse(data)
     unix_data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")

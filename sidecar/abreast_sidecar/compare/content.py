@@ -35,15 +35,7 @@ _FORMATS_BY_MEDIA_TYPE: dict[str, Format] = {
     "application/graphql": "text",
     "application/octet-stream": "unknown",
 }
-_BINARY_PREFIXES = (
-    "image/",
-    "audio/",
-    "video/",
-    "font/",
-    "application/pdf",
-    "application/zip",
-    "application/grpc",
-)
+_BINARY_PREFIXES = ("image/", "audio/", "video/", "font/", "application/pdf", "application/zip", "application/grpc")
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -52,19 +44,7 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 # Python knows codecs that are no charsets, and some of them are slow on purpose-made input.
-_CHARSET_PREFIXES = (
-    "utf",
-    "iso8859",
-    "cp",
-    "ascii",
-    "gb",
-    "big5",
-    "shift_jis",
-    "euc_",
-    "koi8",
-    "iso2022",
-    "mac-",
-)
+_CHARSET_PREFIXES = ("utf", "iso8859", "cp", "ascii", "gb", "big5", "shift_jis", "euc_", "koi8", "iso2022", "mac-")
 _PARAMETER = re.compile(r';([^;="]*)=\s*(?:"((?:[^"\\]|\\.)*)"\s*(?=;|$)|([^;]*))')
 _CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\r\f\x1b")
 
@@ -88,8 +68,7 @@ def parse_media_type(content_type: str) -> MediaType:
 
 def _parse_parameters(text: str) -> tuple[tuple[str, str], ...]:
     parameters = {
-        name.strip().lower(): quoted or value.strip()
-        for name, quoted, value in _PARAMETER.findall(f";{text}")
+        name.strip().lower(): quoted or value.strip() for name, quoted, value in _PARAMETER.findall(f";{text}")
     }
     return tuple(sorted((name, value) for name, value in parameters.items() if name))
 

@@ -63,8 +63,7 @@ def _diff_named_effects(
         for index in matching.removed[:MAX_DIFFERENCES_PER_PATH]
     ]
     differences += [
-        _whole_effect_difference(name, "added", None, new[index])
-        for index in matching.added[:MAX_DIFFERENCES_PER_PATH]
+        _whole_effect_difference(name, "added", None, new[index]) for index in matching.added[:MAX_DIFFERENCES_PER_PATH]
     ]
     if matching.is_reordered:
         differences.append(_whole_effect_difference(name, "order", old, new))

@@ -210,9 +210,7 @@ _BEHAVIOUR_HEADER_PREFIXES = (
     "refresh",
     "set-cookie[",
 )
-_VALIDATOR_HEADERS = frozenset(
-    {"etag", "last-modified"}
-)  # their values belong to a build, that there is one does not
+_VALIDATOR_HEADERS = frozenset({"etag", "last-modified"})  # their values belong to a build, that there is one does not
 _HEADER_IMPACTS: dict[Kind, Impact] = {"added": "additive", "removed": "breaking", "changed": "value"}
 
 
@@ -274,9 +272,7 @@ def diff_trailers(old: Headers, new: Headers, volatile: frozenset[str]) -> list[
     ]
 
 
-def _group_by_name(
-    headers: Headers, volatile: frozenset[str], prefixes: tuple[str, ...]
-) -> dict[str, list[str]]:
+def _group_by_name(headers: Headers, volatile: frozenset[str], prefixes: tuple[str, ...]) -> dict[str, list[str]]:
     values_by_name: dict[str, list[str]] = {}
     for name, value in headers:
         if name in volatile or name.startswith(prefixes):
@@ -330,10 +326,6 @@ def _header_difference(name: str, old_values: list[str] | None, new_values: list
         exact_path=name,
         kind=kind,
         impact=impact,
-        old=None
-        if old_values is None
-        else render_value(old_values[0] if len(old_values) == 1 else old_values),
-        new=None
-        if new_values is None
-        else render_value(new_values[0] if len(new_values) == 1 else new_values),
+        old=None if old_values is None else render_value(old_values[0] if len(old_values) == 1 else old_values),
+        new=None if new_values is None else render_value(new_values[0] if len(new_values) == 1 else new_values),
     )

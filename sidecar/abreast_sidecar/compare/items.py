@@ -113,9 +113,7 @@ def _parse_headers(head: bytes) -> dict[str, str]:
         name, _, value = line.partition(":")
         if line:
             previous = headers.get(name.strip().lower())
-            headers[name.strip().lower()] = (
-                value.strip() if previous is None else f"{previous}, {value.strip()}"
-            )
+            headers[name.strip().lower()] = value.strip() if previous is None else f"{previous}, {value.strip()}"
     return headers
 
 
@@ -127,9 +125,7 @@ def _parse_content(content: bytes, media_type: MediaType) -> Any:
             pass
     text = text_of(content, media_type.get_parameter("charset")) if media_type.format != "bytes" else None
     return (
-        summarise_content(content)
-        if text is None or (media_type.format == "unknown" and media_type.essence)
-        else text
+        summarise_content(content) if text is None or (media_type.format == "unknown" and media_type.essence) else text
     )
 
 

@@ -72,9 +72,7 @@ def match_elements_at(old: list[Any], new: list[Any], indices: list[int]) -> Arr
 
 def match_by_index(old: list[Any], new: list[Any]) -> ArrayMatch:
     common = min(len(old), len(new))
-    return ArrayMatch(
-        [(index, index) for index in range(common)], range(common, len(old)), range(common, len(new))
-    )
+    return ArrayMatch([(index, index) for index in range(common)], range(common, len(old)), range(common, len(new)))
 
 
 def _find_differing_indices(old: list[Any], new: list[Any]) -> list[int]:
@@ -91,9 +89,7 @@ def _find_differing_texts(old: list[Any], new: list[Any]) -> list[int]:
     No text is kept: that would cost more than to write it.
     """
     try:
-        texts = zip(
-            map(dumps, old, _NO_DEFAULT, _SORT_KEYS), map(dumps, new, _NO_DEFAULT, _SORT_KEYS), strict=False
-        )
+        texts = zip(map(dumps, old, _NO_DEFAULT, _SORT_KEYS), map(dumps, new, _NO_DEFAULT, _SORT_KEYS), strict=False)
         return [index for index, (text, other) in enumerate(texts) if text != other]
     except TypeError:
         texts = zip(map(encode_canonical, old), map(encode_canonical, new), strict=False)
@@ -137,9 +133,7 @@ def _match_multisets(
             unmatched_old.append(index)
     if not equal_pairs:
         return _match_leftover(old, new, unmatched_old, list(new_indices), equal_pairs)
-    matching = _match_leftover(
-        old, new, unmatched_old, sorted(chain.from_iterable(new_by_text.values())), equal_pairs
-    )
+    matching = _match_leftover(old, new, unmatched_old, sorted(chain.from_iterable(new_by_text.values())), equal_pairs)
     if matching.is_reordered and not matching.identity_field:
         matching.identity_field = _find_identity_field(old, new, list(old_indices), list(new_indices))
     return matching
@@ -167,17 +161,11 @@ def _keeps_identities(old: list[Any], new: list[Any], indices: list[int]) -> boo
 def _match_leftover(
     old: list[Any], new: list[Any], old_indices: list[int], new_indices: list[int], equal_pairs: IndexPairs
 ) -> ArrayMatch:
-    if (
-        old_indices
-        and new_indices
-        and (identity_field := _find_identity_field(old, new, old_indices, new_indices))
-    ):
+    if old_indices and new_indices and (identity_field := _find_identity_field(old, new, old_indices, new_indices)):
         return _match_by_field(old, new, old_indices, new_indices, identity_field, equal_pairs)
     common = min(len(old_indices), len(new_indices))
     pairs = list(zip(old_indices, new_indices, strict=False))
-    return ArrayMatch(
-        pairs, old_indices[common:], new_indices[common:], is_reordered=_is_reordered(equal_pairs)
-    )
+    return ArrayMatch(pairs, old_indices[common:], new_indices[common:], is_reordered=_is_reordered(equal_pairs))
 
 
 def _is_reordered(pairs: IndexPairs) -> bool:
@@ -189,9 +177,7 @@ def _is_reordered(pairs: IndexPairs) -> bool:
     return False
 
 
-def _find_identity_field(
-    old: list[Any], new: list[Any], old_indices: Sequence[int], new_indices: Sequence[int]
-) -> str:
+def _find_identity_field(old: list[Any], new: list[Any], old_indices: Sequence[int], new_indices: Sequence[int]) -> str:
     """A field that all elements have, with different plain values on each side, and some of them on both."""
     olds, news = [old[index] for index in old_indices], [new[index] for index in new_indices]
     if not olds or not news or {*map(type, olds), *map(type, news)} != {dict}:
@@ -210,16 +196,12 @@ def _find_identity_candidates(element: dict[str, Any]) -> tuple[str, ...]:
 @lru_cache(maxsize=1024)
 def _rank_identity_candidates(fields: tuple[str, ...]) -> tuple[str, ...]:
     exact_fields = [name for name in IDENTITY_FIELDS if name in fields]
-    suffix_fields = sorted(
-        name for name in fields if name.endswith(IDENTITY_SUFFIXES) and name not in exact_fields
-    )
+    suffix_fields = sorted(name for name in fields if name.endswith(IDENTITY_SUFFIXES) and name not in exact_fields)
     return tuple([*exact_fields, *suffix_fields][:MAX_IDENTITY_CANDIDATES])
 
 
 def _collect_identities(elements: list[dict[str, Any]], name: str) -> set[tuple[type, Any]]:
-    values = {
-        (type(value), value) for element in elements if isinstance(value := element.get(name), (str, int))
-    }
+    values = {(type(value), value) for element in elements if isinstance(value := element.get(name), (str, int))}
     return values if len(values) == len(elements) else set()
 
 
@@ -271,12 +253,8 @@ def _get_identity(element: Any, identity_field: str) -> tuple[type, Any] | None:
 
 
 MAX_JSON_DEPTH = 200  # levels; below them values are only compared as a whole
-MAX_EAGER_DEPTH = (
-    8  # levels on which equal values are told by their texts; below them by walking through them
-)
-MAX_MATCHED_ARRAY_DEPTH = (
-    8  # arrays in arrays whose elements are looked for elsewhere; below them only in order
-)
+MAX_EAGER_DEPTH = 8  # levels on which equal values are told by their texts; below them by walking through them
+MAX_MATCHED_ARRAY_DEPTH = 8  # arrays in arrays whose elements are looked for elsewhere; below them only in order
 MAX_DIFF_STEPS = 600_000  # values that are looked at; beyond it objects and arrays are compared as a whole
 MAX_DIFFERENCES_PER_PATH = 20  # differences of one path and kind; further ones must not crowd out others
 
@@ -288,12 +266,7 @@ _ELEMENT_SUFFIXES = (
 )  # how the paths of elements end, of lists and maps; what is more there is no new field
 
 _ABSENT: Any = object()
-_JSON_IMPACTS: dict[Kind, Impact] = {
-    "removed": "breaking",
-    "changed": "value",
-    "type": "breaking",
-    "order": "value",
-}
+_JSON_IMPACTS: dict[Kind, Impact] = {"removed": "breaking", "changed": "value", "type": "breaking", "order": "value"}
 
 
 class JsonDiff:
@@ -331,9 +304,7 @@ class JsonDiff:
         self.reset()
 
     def reset(self) -> None:
-        self.budget_exceeded = (
-            False  # whether anything was compared as a whole for the work that it would have been
-        )
+        self.budget_exceeded = False  # whether anything was compared as a whole for the work that it would have been
         self.differences: list[Difference] = []
         self.work = 0  # values looked at
         self._report_counts: dict[tuple[str, Kind], int] = {}
@@ -406,9 +377,7 @@ class JsonDiff:
         if self._array_depth >= MAX_MATCHED_ARRAY_DEPTH:
             matching = match_by_index(old, new)
         else:
-            identity_field = (
-                self.identity_lookup(location.generalised()) if self.identity_lookup is not None else ""
-            )
+            identity_field = self.identity_lookup(location.generalised()) if self.identity_lookup is not None else ""
             matching = match_elements(old, new, identity_field=identity_field)
         self._diff_elements(location, matching)
 
@@ -463,18 +432,14 @@ class JsonTextDiff(JsonDiff):
         """Raise NotJsonError where a text is no JSON."""
         if (old.isascii() or _is_utf8(old)) and (new.isascii() or _is_utf8(new)):
             try:
-                self._diff_texts(
-                    None, self.root, old.strip(JSON_WHITESPACE), new.strip(JSON_WHITESPACE), MAX_RAW_DEPTH
-                )
+                self._diff_texts(None, self.root, old.strip(JSON_WHITESPACE), new.strip(JSON_WHITESPACE), MAX_RAW_DEPTH)
             except (DecodeError, RecursionError):  # the lenient reader may take it
                 self.reset()
             else:
                 return self.differences
         return self.compare(parse(old), parse(new))
 
-    def _diff_texts(
-        self, parent: JsonPath | None, step: str | int, old: bytes, new: bytes, levels: int
-    ) -> None:
+    def _diff_texts(self, parent: JsonPath | None, step: str | int, old: bytes, new: bytes, levels: int) -> None:
         first_byte = old[:1]
         if levels and first_byte == new[:1] and len(old) > MIN_RAW_BYTES < len(new):
             if first_byte == b"{" and self._diff_members(parent, step, old, new, levels):
@@ -483,9 +448,7 @@ class JsonTextDiff(JsonDiff):
                 return
         self._diff_value(JsonPath(parent, step, parse(old), parse(new)))
 
-    def _diff_members(
-        self, parent: JsonPath | None, step: str | int, old: bytes, new: bytes, levels: int
-    ) -> bool:
+    def _diff_members(self, parent: JsonPath | None, step: str | int, old: bytes, new: bytes, levels: int) -> bool:
         """Nothing is done and False returned where it is better to parse them."""
         left, right = _decode_members(old), _decode_members(new)
         if not (_is_compact(left, len(old)) and _is_compact(right, len(new))):
@@ -506,9 +469,7 @@ class JsonTextDiff(JsonDiff):
                     self._report("added", JsonPath(location, key, None, parse(bytes(value))))
         return True
 
-    def _diff_raw_elements(
-        self, parent: JsonPath | None, step: str | int, old: bytes, new: bytes, levels: int
-    ) -> bool:
+    def _diff_raw_elements(self, parent: JsonPath | None, step: str | int, old: bytes, new: bytes, levels: int) -> bool:
         left, right = _decode_elements(old), _decode_elements(new)
         if len(left) != len(right):
             return False

@@ -139,8 +139,7 @@ def has_same_order(old: Element, new: Element) -> bool:
     if old.children and _group_texts(old) != _group_texts(new):
         return False
     return all(
-        has_same_order(old_child, new_child)
-        for old_child, new_child in zip(old.children, new.children, strict=True)
+        has_same_order(old_child, new_child) for old_child, new_child in zip(old.children, new.children, strict=True)
     )
 
 
@@ -184,9 +183,7 @@ class _HtmlReader:
         if self.doctype:
             root_element.attributes["!doctype"] = self.doctype
         is_single_root = (
-            len(self.root.children) == 1
-            and root_element.tag == "html"
-            and not "".join(self.root.texts).strip()
+            len(self.root.children) == 1 and root_element.tag == "html" and not "".join(self.root.texts).strip()
         )
         return root_element if is_single_root else self.root
 

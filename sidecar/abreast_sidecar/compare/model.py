@@ -134,9 +134,7 @@ def normalise_route(template: str, path: str) -> str:
     """The endpoint's route: the template without convertors, or else the path with its ids generalised."""
     if template:
         return _ROUTE_CONVERTOR.sub(r"{\1}", template)
-    return (
-        "/".join("{id}" if _ID_PATTERN.fullmatch(segment) else segment for segment in path.split("/")) or "/"
-    )
+    return "/".join("{id}" if _ID_PATTERN.fullmatch(segment) else segment for segment in path.split("/")) or "/"
 
 
 Part = Literal["status", "header", "body", "error", "latency", "effect", "cache"]

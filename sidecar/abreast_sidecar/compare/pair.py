@@ -8,13 +8,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from abreast.protocol.capture import Capture
-from abreast_sidecar.compare.body import (
-    BodyResult,
-    IdentityLookup,
-    compare_bodies,
-    compare_truncated,
-    is_same_content,
-)
+from abreast_sidecar.compare.body import BodyResult, IdentityLookup, compare_bodies, compare_truncated, is_same_content
 from abreast_sidecar.compare.effects import EFFECTS_DROPPED_NOTE, diff_effects
 from abreast_sidecar.compare.headers import diff_headers, diff_trailers, diff_validators, get_header
 from abreast_sidecar.compare.model import ComparisonResult, Difference, Kind, Outcome, normalise_route
@@ -38,13 +32,9 @@ def drop_consequences(differences: Sequence[Difference], old: int, new: int) -> 
     if whole_body is None:
         return list(differences)
     remaining = [
-        difference
-        for difference in differences
-        if (difference.part, difference.path) != ("header", "content-type")
+        difference for difference in differences if (difference.part, difference.path) != ("header", "content-type")
     ]
-    if whole_body.kind in {"added", "removed"} and (old in NO_CONTENT_STATUSES) != (
-        new in NO_CONTENT_STATUSES
-    ):
+    if whole_body.kind in {"added", "removed"} and (old in NO_CONTENT_STATUSES) != (new in NO_CONTENT_STATUSES):
         remaining = [difference for difference in remaining if difference is not whole_body]
         return [
             _raise_impact(difference, whole_body) if difference.part == "status" else difference
@@ -65,9 +55,7 @@ PARTIAL_CONTENT = 206
 NOT_MODIFIED = 304
 PRECONDITION_FAILED = 412
 NOT_FOUND = 404
-CONDITIONAL_HEADERS = frozenset(
-    {"if-none-match", "if-modified-since", "if-match", "if-unmodified-since", "if-range"}
-)
+CONDITIONAL_HEADERS = frozenset({"if-none-match", "if-modified-since", "if-match", "if-unmodified-since", "if-range"})
 RANGE_CONDITION_HEADERS = frozenset({"if-range"})
 NO_ROUTE = "(no route)"  # unknown paths are one endpoint, however many a scanner tries
 
@@ -84,18 +72,14 @@ class PairSides(NamedTuple):
     baseline: Capture | None
 
 
-def compare_pair(
-    captures: Sequence[Capture], options: CompareOptions, *, timed_out: bool = False
-) -> ComparisonResult:
+def compare_pair(captures: Sequence[Capture], options: CompareOptions, *, timed_out: bool = False) -> ComparisonResult:
     """Judge one pair's captures, of which there is at least one.
 
     `swept`: the pair was given up before all its copies were there.
     """
     sides = assign_sides(captures)
     method, route = resolve_endpoint(sides)
-    rule_set = (
-        options.rule_set.for_scope(make_rule_scope(sides, f"{method} {route}")) if options.rule_set else None
-    )
+    rule_set = options.rule_set.for_scope(make_rule_scope(sides, f"{method} {route}")) if options.rule_set else None
     noise, is_baseline_compared = _compare_baseline(sides, options, rule_set)
     pair_outcome = _determine_outcome(sides, options, rule_set, timed_out=timed_out)
     return ComparisonResult(
@@ -136,9 +120,7 @@ def assign_sides(captures: Sequence[Capture]) -> PairSides:
     olds = [capture for capture in ordered if capture.version == "old"]
     news = [capture for capture in ordered if capture.version == "new"]
     return PairSides(
-        old=olds[0] if olds else None,
-        new=news[0] if news else None,
-        baseline=olds[1] if len(olds) > 1 else None,
+        old=olds[0] if olds else None, new=news[0] if news else None, baseline=olds[1] if len(olds) > 1 else None
     )
 
 
@@ -271,9 +253,7 @@ def _has_any_header(capture: Capture, names: frozenset[str]) -> bool:
     return any(name in names for name, _ in capture.request.headers)
 
 
-def _compare_answers(
-    old: Capture, new: Capture, options: CompareOptions, rule_set: RuleSet | None
-) -> BodyResult:
+def _compare_answers(old: Capture, new: Capture, options: CompareOptions, rule_set: RuleSet | None) -> BodyResult:
     result = _compare_captures(old, new, options, rule_set)
     if not result.differences:
         return result
@@ -297,9 +277,7 @@ def _compare_start(old: Capture, new: Capture) -> tuple[list[Difference], bool]:
     return differences, False
 
 
-def _compare_captures(
-    old: Capture, new: Capture, options: CompareOptions, rule_set: RuleSet | None
-) -> BodyResult:
+def _compare_captures(old: Capture, new: Capture, options: CompareOptions, rule_set: RuleSet | None) -> BodyResult:
     differences, is_complete = _compare_start(old, new)
     if is_complete:
         return BodyResult(differences)
@@ -323,9 +301,7 @@ def _compare_captures(
         body_result = body_result._replace(note=EFFECTS_DROPPED_NOTE, is_unreadable=True)
     if not differences:
         return body_result
-    primary_differences = drop_consequences(
-        [*differences, *body_result.differences], get_status(old), get_status(new)
-    )
+    primary_differences = drop_consequences([*differences, *body_result.differences], get_status(old), get_status(new))
     return body_result._replace(differences=primary_differences[: options.max_differences])
 
 

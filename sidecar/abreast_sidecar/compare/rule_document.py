@@ -52,9 +52,7 @@ def rule_from_dict(fields: Mapping[str, Any]) -> Rule:
     values = {}
     for name, value in fields.items():
         if name not in {*_FIELD_PARSERS, "header"}:
-            raise RuleError(
-                f"a rule has no field {name!r}; known are {', '.join(sorted({*_FIELD_PARSERS, 'header'}))}"
-            )
+            raise RuleError(f"a rule has no field {name!r}; known are {', '.join(sorted({*_FIELD_PARSERS, 'header'}))}")
         values[name] = _parse_field(name, value)
     values.setdefault("name", "")
     try:
@@ -111,9 +109,7 @@ class _DocumentReader:
     def check_fields(self, entries: dict[str, NodeEntry], allowed: set[str], description: str) -> None:
         for name, (key, _) in entries.items():
             if name not in allowed:
-                raise self.error(
-                    key, f"{description} has no field {name!r}; known are {', '.join(sorted(allowed))}"
-                )
+                raise self.error(key, f"{description} has no field {name!r}; known are {', '.join(sorted(allowed))}")
 
     def read_rule(self, node: yaml.Node, index: int) -> Rule:
         entries = self.read_mapping(node, f"rule {index + 1}")
@@ -149,9 +145,7 @@ def _parse_text(value: Any) -> str:
 def _parse_pattern(value: Any) -> str:
     text = _parse_text(value)
     if len(text) > MAX_PATTERN_CHARS or text.count("**") > MAX_RECURSIVE_WILDCARDS:
-        raise RuleError(
-            f"a pattern of at most {MAX_PATTERN_CHARS} characters and {MAX_RECURSIVE_WILDCARDS} times **"
-        )
+        raise RuleError(f"a pattern of at most {MAX_PATTERN_CHARS} characters and {MAX_RECURSIVE_WILDCARDS} times **")
     return text
 
 
@@ -246,9 +240,7 @@ def _make_waiver(values: dict[str, Any]) -> Rule:
     """Of one endpoint: what may come later has to be looked at first."""
     endpoint = values.get("endpoint", "")
     if not endpoint or _WILDCARDS.intersection(endpoint):
-        raise RuleError(
-            "needs an endpoint without *, ? and [, such as GET /events: it waives coverage of that one"
-        )
+        raise RuleError("needs an endpoint without *, ? and [, such as GET /events: it waives coverage of that one")
     if foreign_fields := sorted(values.keys() - _WAIVER_FIELDS):
         raise RuleError(f"has {foreign_fields[0]}, which does not belong to waive-coverage")
     return Rule(**values)

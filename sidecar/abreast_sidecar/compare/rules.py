@@ -136,14 +136,10 @@ class Rule:
 class RuleSet:
     rules: tuple[Rule, ...] = ()
     keyed_by_rules: tuple[Rule, ...] = field(init=False, default=())
-    _by_scope: dict[tuple[object, ...], RuleSet] = field(
-        init=False, default_factory=dict, repr=False, compare=False
-    )
+    _by_scope: dict[tuple[object, ...], RuleSet] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "keyed_by_rules", tuple(rule for rule in self.rules if rule.action == "keyed-by")
-        )
+        object.__setattr__(self, "keyed_by_rules", tuple(rule for rule in self.rules if rule.action == "keyed-by"))
 
     def __bool__(self) -> bool:
         return bool(self.rules)
@@ -183,8 +179,7 @@ class RuleSet:
 
 _STEP_PATTERN = r"(?:\.\*|\.\$|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"
 _PATTERN_TOKENS = re.compile(
-    r"(?P<any>\.\*\*|\*\*)|(?P<key>\.\*)|(?P<index>\[\*?\])|(?P<exact>\[\d+\])|(?P<part>[^*\[.]+|.)",
-    re.DOTALL,
+    r"(?P<any>\.\*\*|\*\*)|(?P<key>\.\*)|(?P<index>\[\*?\])|(?P<exact>\[\d+\])|(?P<part>[^*\[.]+|.)", re.DOTALL
 )
 
 

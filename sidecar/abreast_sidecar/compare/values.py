@@ -115,9 +115,9 @@ def parse_exact(body: bytes) -> Any:
 
 
 def _may_hold_long_numbers(body: bytes) -> bool:
-    return _LONG_NUMBER_SAMPLE in body[::3].translate(
+    return _LONG_NUMBER_SAMPLE in body[::3].translate(_DIGITS_TO_ZERO) and _LONG_NUMBER_DIGITS in body.translate(
         _DIGITS_TO_ZERO
-    ) and _LONG_NUMBER_DIGITS in body.translate(_DIGITS_TO_ZERO)
+    )
 
 
 def _parse_float(text: str) -> float | LongNumber:
@@ -155,9 +155,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for index, (key, value) in enumerate(pairs):
         if last[key] != index:
             counts[key] = counts.get(key, 0) + 1
-            result[
-                RepeatedKey(f"{key} (repeated)" if counts[key] == 1 else f"{key} (repeated {counts[key]})")
-            ] = value
+            result[RepeatedKey(f"{key} (repeated)" if counts[key] == 1 else f"{key} (repeated {counts[key]})")] = value
     return result
 
 
@@ -403,8 +401,7 @@ def _hex_shape(value: str) -> Shape:
     if not _is_random(value, 0.2, 0.2):
         return WORD
     return Shape(
-        "hash" if length in DIGEST_HEX_CHARS else "hex",
-        f"{length}{'' if value == value.lower() else ' upper'}",
+        "hash" if length in DIGEST_HEX_CHARS else "hex", f"{length}{'' if value == value.lower() else ' upper'}"
     )
 
 
@@ -415,11 +412,7 @@ def _prefixed_shape(value: str) -> Shape:
 
 def _base64_shape(value: str) -> Shape:
     token_shape = _token_shape(value)
-    return (
-        Shape("base64", str(len(value)))
-        if token_shape.kind == "token" and len(value) % 4 == 0
-        else token_shape
-    )
+    return Shape("base64", str(len(value))) if token_shape.kind == "token" and len(value) % 4 == 0 else token_shape
 
 
 def _token_shape(value: str) -> Shape:

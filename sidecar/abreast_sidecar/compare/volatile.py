@@ -61,11 +61,7 @@ def explain_change(old: Any, new: Any, request_time: float | None = None) -> str
     if before.kind in OPAQUE_KINDS:
         return before.kind if _is_fresh(old, new) else None
     if before.kind == "timestamp":
-        return (
-            "timestamp"
-            if _are_near(to_unix_time(old, before), to_unix_time(new, after), request_time)
-            else None
-        )
+        return "timestamp" if _are_near(to_unix_time(old, before), to_unix_time(new, after), request_time) else None
     if before.kind in {"unix", "unix text"}:
         return (
             "unix time"
@@ -92,9 +88,7 @@ def _are_near(old: float | None, new: float | None, request_time: float | None) 
     if old is None or new is None:
         return False
     return abs(old - new) <= MAX_ANSWER_GAP_S or (
-        request_time is not None
-        and _is_near_request(old, request_time)
-        and _is_near_request(new, request_time)
+        request_time is not None and _is_near_request(old, request_time) and _is_near_request(new, request_time)
     )
 
 
@@ -123,8 +117,7 @@ def _explain_signed_url(old: str, new: str) -> str | None:
     if [name for name, _ in old_parameters] != [name for name, _ in new_parameters]:
         return None
     only_signature_differs = all(
-        old_value == new_value
-        or (name.lower() in SIGNATURE_PARAMETERS and _has_same_length(old_value, new_value))
+        old_value == new_value or (name.lower() in SIGNATURE_PARAMETERS and _has_same_length(old_value, new_value))
         for (name, old_value), (_, new_value) in zip(old_parameters, new_parameters, strict=True)
     )
     return "signed url" if only_signature_differs and old_parameters != new_parameters else None
@@ -297,11 +290,7 @@ def _is_near_start(value: Any, value_shape: Shape, start_time: float) -> bool:
 def _differs_in_magnitude(old: float, new: float) -> bool:
     if not old or not new:
         return False
-    return (
-        (old < 0) != (new < 0)
-        or not abs(new) < abs(old) * RANGE_RATIO
-        or not abs(old) < abs(new) * RANGE_RATIO
-    )
+    return (old < 0) != (new < 0) or not abs(new) < abs(old) * RANGE_RATIO or not abs(old) < abs(new) * RANGE_RATIO
 
 
 def _differs_in_length(old: str, new: str) -> bool:

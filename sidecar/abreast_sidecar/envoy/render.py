@@ -45,9 +45,7 @@ def render(settings: EnvoySettings) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(
-        text=_quote, seconds=_format_seconds, fraction=_format_fraction, block=_indent_block
-    )
+    environment.filters.update(text=_quote, seconds=_format_seconds, fraction=_format_fraction, block=_indent_block)
     return environment.get_template("envoy.yaml.j2").render(settings=settings).lstrip()
 
 
@@ -56,25 +54,13 @@ def validate(config: str) -> None:
     with tempfile.TemporaryDirectory(prefix="abreast-envoy-") as folder:
         path = Path(folder) / "envoy.yaml"
         path.write_text(config)
-        command = [
-            str(find_envoy_binary()),
-            "--mode",
-            "validate",
-            "--config-path",
-            str(path),
-            "--log-level",
-            "error",
-        ]
+        command = [str(find_envoy_binary()), "--mode", "validate", "--config-path", str(path), "--log-level", "error"]
         try:
-            result = subprocess.run(
-                command, check=False, capture_output=True, text=True, timeout=VALIDATE_TIMEOUT_S
-            )
+            result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=VALIDATE_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SidecarError(f"envoy could not check the configuration: {error}") from error
     if result.returncode != 0:
-        raise SidecarError(
-            f"envoy refuses the configuration: {_extract_error(result.stdout + result.stderr)}"
-        )
+        raise SidecarError(f"envoy refuses the configuration: {_extract_error(result.stdout + result.stderr)}")
 
 
 def _quote(value: str) -> str:
@@ -100,10 +86,6 @@ def _indent_block(text: str, width: int) -> str:
 
 def _extract_error(output: str) -> str:
     """Envoy's own sentence, without the prefixes of its log and the name of our temporary file."""
-    lines = [
-        " ".join(LOG_PREFIX_PATTERN.sub("", text).split()) for text in output.splitlines() if text.strip()
-    ]
+    lines = [" ".join(LOG_PREFIX_PATTERN.sub("", text).split()) for text in output.splitlines() if text.strip()]
     error_lines = [text for text in lines if text.startswith("error initializing configuration")]
-    return re.sub(
-        r"^error initializing configuration '[^']*': ", "", (error_lines or lines or ["no reason given"])[-1]
-    )
+    return re.sub(r"^error initializing configuration '[^']*': ", "", (error_lines or lines or ["no reason given"])[-1])

@@ -46,9 +46,7 @@ def parse_address(value: str) -> SocketAddress:
     bare_host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) <= 65535:
         raise ValueError(expected_format)
-    if (bare_host != host) != (":" in bare_host) or not (
-        _is_ip(bare_host) or HOST_PATTERN.fullmatch(bare_host)
-    ):
+    if (bare_host != host) != (":" in bare_host) or not (_is_ip(bare_host) or HOST_PATTERN.fullmatch(bare_host)):
         raise ValueError(expected_format)
     return SocketAddress(bare_host, int(port))
 
@@ -78,11 +76,7 @@ def parse_duration(value: str) -> float:
 
 def parse_optional_duration(value: str) -> float:
     expected_format = f"a number of seconds from {MIN_DURATION_S:g} to {MAX_DURATION_S:g}, or 0 for none"
-    return (
-        0.0
-        if value.strip() in {"0", "0.0"}
-        else _parse_bounded_duration(value, expected_format, MIN_DURATION_S)
-    )
+    return 0.0 if value.strip() in {"0", "0.0"} else _parse_bounded_duration(value, expected_format, MIN_DURATION_S)
 
 
 def parse_line(value: str) -> str:
@@ -108,9 +102,7 @@ def parse_server_name(value: str) -> str:
 def parse_health_check(value: str) -> str:
     path = parse_line(value)
     if path != TCP_HEALTH_CHECK and (not path.startswith("/") or " " in path):
-        raise ValueError(
-            f"a path such as /healthz, or {TCP_HEALTH_CHECK} to check that the port accepts connections"
-        )
+        raise ValueError(f"a path such as /healthz, or {TCP_HEALTH_CHECK} to check that the port accepts connections")
     return path
 
 
@@ -123,9 +115,7 @@ def parse_sticky(value: str) -> StickyKey:
 
 def parse_secret(value: str) -> str:
     if not re.fullmatch(r"[!-~]{16,200}", value.strip()):
-        raise ValueError(
-            "16 to 200 printable ASCII characters without spaces, such as `openssl rand -hex 16` prints"
-        )
+        raise ValueError("16 to 200 printable ASCII characters without spaces, such as `openssl rand -hex 16` prints")
     return value.strip()
 
 
@@ -162,9 +152,7 @@ class EnvoySettings(EnvironmentSettings):
         "Seconds without a response after which a safe request also goes to another endpoint. The first response wins. 0 disables it",
     )
     request_timeout: float = setting(
-        0.0,
-        parse_optional_duration,
-        "Seconds for a whole request, including streaming responses. 0 sets no limit",
+        0.0, parse_optional_duration, "Seconds for a whole request, including streaming responses. 0 sets no limit"
     )
     idle_timeout: float = setting(
         300.0,
@@ -173,9 +161,7 @@ class EnvoySettings(EnvironmentSettings):
     )
     shadow_timeout: float = setting(30.0, parse_duration, "Seconds after which a copy is canceled")
     shadow_concurrency: int = setting(
-        256,
-        parse_positive,
-        "Maximum number of concurrent copies per version. More copies are dropped and counted",
+        256, parse_positive, "Maximum number of concurrent copies per version. More copies are dropped and counted"
     )
     mirror_body_limit: int = setting(
         8 * 2**20,
@@ -183,17 +169,13 @@ class EnvoySettings(EnvironmentSettings):
         "Bytes. Requests that announce a longer body are not mirrored, and copies wait in memory up to this size",
     )
     sample_safe: float = setting(
-        0.1,
-        share,
-        "Initial share of safe requests (GET, HEAD, OPTIONS) that are mirrored, until the sidecar sets it",
+        0.1, share, "Initial share of safe requests (GET, HEAD, OPTIONS) that are mirrored, until the sidecar sets it"
     )
     sample_unsafe: float = setting(
         0.0, share, "Initial share of unsafe requests that are mirrored, until the sidecar sets it"
     )
     baseline_share: float = setting(
-        0.1,
-        share,
-        "Initial share of mirrored safe requests that old receives twice, until the sidecar sets it",
+        0.1, share, "Initial share of mirrored safe requests that old receives twice, until the sidecar sets it"
     )
     sticky: StickyKey = setting(  # noqa: RUF009  # same
         StickyKey(),
@@ -206,21 +188,15 @@ class EnvoySettings(EnvironmentSettings):
         "Secret for testers, who choose a version with the header x-abreast-use: new SECRET (or old SECRET). Empty disables the choice",
     )
     sidecar: SocketAddress = setting(  # noqa: RUF009  # same
-        SocketAddress("127.0.0.1", 50051),
-        parse_address,
-        "gRPC address of the sidecar, which sets weights and sampling",
+        SocketAddress("127.0.0.1", 50051), parse_address, "gRPC address of the sidecar, which sets weights and sampling"
     )
     admin: SocketAddress = setting(  # noqa: RUF009  # same
         SocketAddress("127.0.0.1", 9901),
         parse_listener,
         "Address of Envoy's admin interface. It is read-only unless the address is loopback",
     )
-    node_id: str = setting(
-        "abreast", parse_line, "Name of this Envoy in its logs and in the logs of the sidecar"
-    )
-    trusted_hops: int = setting(
-        0, count, "Number of trusted proxies in front of Envoy that set x-forwarded-* headers"
-    )
+    node_id: str = setting("abreast", parse_line, "Name of this Envoy in its logs and in the logs of the sidecar")
+    trusted_hops: int = setting(0, count, "Number of trusted proxies in front of Envoy that set x-forwarded-* headers")
     tls_certificate: str = setting(
         "", parse_line, "File with the certificate chain of the listener (PEM). Empty disables TLS"
     )
@@ -233,9 +209,7 @@ class EnvoySettings(EnvironmentSettings):
     new_ca: str = setting(
         SYSTEM_CA_FILE, parse_line, "File with the authorities that may sign the certificate of new (PEM)"
     )
-    upstream_http2: bool = setting(
-        False, flag, "Use HTTP/2 instead of HTTP/1.1 to both versions. gRPC needs it"
-    )
+    upstream_http2: bool = setting(False, flag, "Use HTTP/2 instead of HTTP/1.1 to both versions. gRPC needs it")
     access_log: bool = setting(False, flag, "Write a JSON line to stdout for each request")
 
     def __post_init__(self) -> None:

@@ -29,18 +29,11 @@ def evaluate_entry(entry: StreamEntry, rules: CompareOptions) -> PairRecord:
     if reason:
         return undecodable_record(entry, reason, result)
     return PairRecord(
-        entry.keys.service,
-        entry.id,
-        _choose_time_ms(entry.time_ms, captures),
-        entry.pair_id,
-        result,
-        entry.blobs,
+        entry.keys.service, entry.id, _choose_time_ms(entry.time_ms, captures), entry.pair_id, result, entry.blobs
     )
 
 
-def undecodable_record(
-    entry: StreamEntry, reason: str, partial_result: ComparisonResult | None = None
-) -> PairRecord:
+def undecodable_record(entry: StreamEntry, reason: str, partial_result: ComparisonResult | None = None) -> PairRecord:
     """`known` is what could be found out about it all the same."""
     result = ComparisonResult(
         outcome="undecodable",
@@ -51,9 +44,7 @@ def undecodable_record(
         reason=reason,
     )
     service, content = entry.keys.service, b"\n".join(entry.blobs)
-    return PairRecord(
-        service, entry.id, entry.time_ms, entry.pair_id, result, entry.blobs, dead_letter=content
-    )
+    return PairRecord(service, entry.id, entry.time_ms, entry.pair_id, result, entry.blobs, dead_letter=content)
 
 
 def _choose_time_ms(entry_ms: int, captures: Sequence[Capture]) -> int:

@@ -53,12 +53,7 @@ class IsolatedComparer:
 
 async def _start_process() -> Process:
     return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "abreast_sidecar.ingest.isolated",
-        stdin=PIPE,
-        stdout=PIPE,
-        start_new_session=True,
+        sys.executable, "-m", "abreast_sidecar.ingest.isolated", stdin=PIPE, stdout=PIPE, start_new_session=True
     )
 
 

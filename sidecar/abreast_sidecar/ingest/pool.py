@@ -40,9 +40,7 @@ class WorkerPool(Protocol):
 
 
 def create_pool(settings: Settings) -> WorkerPool:
-    pool_settings = dataclasses.replace(
-        settings, shutdown_timeout=settings.shutdown_timeout * DRAIN_TIME_SHARE
-    )
+    pool_settings = dataclasses.replace(settings, shutdown_timeout=settings.shutdown_timeout * DRAIN_TIME_SHARE)
     return ProcessPool(pool_settings) if settings.workers else InProcessPool(pool_settings)
 
 
@@ -103,9 +101,7 @@ class WorkerProcess:
             self._last_heartbeat = -float("inf")
             if stop.is_set():
                 return
-            log.error(
-                "a worker process ended", number=self.number, pid=self.pid, code=code, again_in=backoff_s
-            )
+            log.error("a worker process ended", number=self.number, pid=self.pid, code=code, again_in=backoff_s)
             await _wait_or_stop(stop, backoff_s)
             backoff_s = (
                 MIN_RESTART_BACKOFF_S

@@ -35,9 +35,7 @@ from abreast_sidecar.store.records import PairRecord
 RECHECK_HEADER = ("x-abreast-recheck", "1")
 REPLAY_TIMEOUT_S = 5.0  # seconds for a whole answer
 MAX_REPLAY_BODY_BYTES = 1024 * 1024  # bytes of an answer's body
-NOT_REPLAYED_HEADERS = frozenset(
-    {"content-length", "connection", "transfer-encoding", "expect", "upgrade", "te"}
-)
+NOT_REPLAYED_HEADERS = frozenset({"content-length", "connection", "transfer-encoding", "expect", "upgrade", "te"})
 
 
 class ReplayError(SidecarError):
@@ -68,15 +66,12 @@ class Replayer:
             ):
                 body = await _read_body(response)
                 response_headers = tuple(
-                    (name.decode("latin-1").lower(), value.decode("latin-1"))
-                    for name, value in response.headers.raw
+                    (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw
                 )
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnicodeError, ValueError) as error:
             raise ReplayError(f"{base_url} can't be asked again: {type(error).__name__} {error}") from error
         return replace(
-            capture,
-            answer=Answer(response.status_code, response_headers, Body(body, len(body))),
-            complete=True,
+            capture, answer=Answer(response.status_code, response_headers, Body(body, len(body))), complete=True
         )
 
 
@@ -136,9 +131,7 @@ async def _remove_from_pair(connection: Connection, record: PairRecord, finding_
 
 def _build_removal_deltas(record: PairRecord, row: Row) -> dict[str, Any]:
     """What the pair had added, taken away."""
-    differences = [
-        difference for difference in record.result.differences if _is_same_finding(difference, row)
-    ]
+    differences = [difference for difference in record.result.differences if _is_same_finding(difference, row)]
     sign = get_direction(differences[0])
     return {
         "id": row["id"],
@@ -196,9 +189,7 @@ class RecheckSettings:
         missing = [name for name in ("old", "new") if not getattr(settings, f"ask_again_{name}")]
         if missing:
             names = " and ".join(f"ABREAST_RECHECK_PER_MINUTE_{name.upper()}" for name in missing)
-            raise SettingError(
-                f"ABREAST_RECHECK_PER_MINUTE needs the address of each version, set {names} too"
-            )
+            raise SettingError(f"ABREAST_RECHECK_PER_MINUTE needs the address of each version, set {names} too")
         per_process = max(1, settings.recheck_per_minute // max(1, settings.workers))
         return cls(per_process, settings.recheck_delay, settings.recheck_old_url, settings.recheck_new_url)
 
@@ -249,10 +240,7 @@ class Rechecker:
         while self._replay_times and self._replay_times[0] < now - MINUTE_S:
             self._replay_times.popleft()
         while self._queue and now - self._queue[0].queued_at >= self._settings.delay_s:
-            if (
-                len(self._replay_times) >= self._settings.per_minute
-                or len(self._tasks) >= 2 * MAX_CONCURRENT_RECHECKS
-            ):
+            if len(self._replay_times) >= self._settings.per_minute or len(self._tasks) >= 2 * MAX_CONCURRENT_RECHECKS:
                 break
             pending = self._queue.popleft()
             if now - pending.queued_at > MAX_RECHECK_DELAY_S + self._settings.delay_s:
@@ -302,11 +290,7 @@ def plan_recheck(record: PairRecord) -> PendingRecheck | None:
     if result.outcome != "mismatch" or old is None or new is None:
         return None
     request = old.request
-    if (
-        request.method not in RECHECKED_METHODS
-        or get_status(new) >= INTERNAL_SERVER_ERROR
-        or request.body.length
-    ):
+    if request.method not in RECHECKED_METHODS or get_status(new) >= INTERNAL_SERVER_ERROR or request.body.length:
         return None
     if any(HASH_PREFIX in value or name in CONDITIONAL_HEADERS for name, value in request.headers):
         return None

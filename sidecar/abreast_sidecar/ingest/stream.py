@@ -13,13 +13,7 @@ import structlog
 
 from abreast.protocol.join import CONSUMER_GROUP, Keys
 from abreast.protocol.redis_client import is_cluster
-from abreast_sidecar.redis_client import (
-    READ_BLOCK_MS,
-    connect_redis,
-    list_shards,
-    load_script,
-    map_redis_errors,
-)
+from abreast_sidecar.redis_client import READ_BLOCK_MS, connect_redis, list_shards, load_script, map_redis_errors
 
 MIN_ENTRY_MS = 0  # ms; ids of entries are made by Redis, but anyone may write a stream
 MAX_ENTRY_MS = 4_102_444_800_000  # ms: the year 2100
@@ -35,9 +29,7 @@ class StreamEntry:
     ready_reason: str
     blobs: tuple[bytes, ...]
     size_bytes: int
-    delivery_count: int = (
-        1  # how often workers were given it, this time included; only known of what another left
-    )
+    delivery_count: int = 1  # how often workers were given it, this time included; only known of what another left
 
     @property
     def time_ms(self) -> int:
@@ -45,9 +37,7 @@ class StreamEntry:
         return min(max(int(self.id.partition("-")[0]), MIN_ENTRY_MS), MAX_ENTRY_MS)
 
 
-def parse_entry(
-    keys: Keys, raw_id: bytes, fields: Mapping[bytes, bytes], delivery_count: int = 1
-) -> StreamEntry:
+def parse_entry(keys: Keys, raw_id: bytes, fields: Mapping[bytes, bytes], delivery_count: int = 1) -> StreamEntry:
     """Takes whatever stands in the stream; an entry without a pair's id is named by its own."""
     pair_id = ready_reason = b""
     blobs = []
@@ -75,9 +65,7 @@ log = structlog.get_logger()
 
 DISCOVERY_INTERVAL_S = 1.0  # seconds between looks for new services
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.1  # seconds between two looks into a cluster's streams, while they are empty
-NO_STREAM_DELAY_S = (
-    0.25  # seconds to wait where no service has sent anything yet: there is nothing to block on
-)
+NO_STREAM_DELAY_S = 0.25  # seconds to wait where no service has sent anything yet: there is nothing to block on
 DEFAULT_BATCH_BYTES = 64 * 1024 * 1024
 INITIAL_ENTRY_BYTES = 4 * 1024 * 1024  # bytes of an entry, until some were seen
 ACKNOWLEDGE_SCRIPT = load_script("acknowledge")
@@ -94,13 +82,7 @@ class StreamConsumer:
     """
 
     def __init__(
-        self,
-        url: str,
-        *,
-        name: str,
-        batch_size: int,
-        claim_idle_s: float,
-        batch_bytes: int = DEFAULT_BATCH_BYTES,
+        self, url: str, *, name: str, batch_size: int, claim_idle_s: float, batch_bytes: int = DEFAULT_BATCH_BYTES
     ) -> None:
         self.name = name
         self.batch_size = max(1, batch_size)
@@ -108,9 +90,7 @@ class StreamConsumer:
         self.claim_idle_s = claim_idle_s
         self._client = connect_redis(url)
         self._is_cluster = is_cluster(self._client)
-        self._cursors: dict[
-            Keys, str
-        ] = {}  # → where to go on among the own entries; > when there are no more
+        self._cursors: dict[Keys, str] = {}  # → where to go on among the own entries; > when there are no more
         self._claim_cursors: dict[Keys, bytes | str] = {}
         self._last_discovery = self._last_claim = -float("inf")
         self._busy_streams = 1  # streams that had something at the last read
@@ -183,9 +163,7 @@ class StreamConsumer:
                 )
             )
             entries += [parse_entry(keys, identifier, fields) for _, identifier, fields in raw if fields]
-            deleted_ids = [
-                identifier for _, identifier, fields in raw if not fields
-            ]  # deleted by someone else's hand
+            deleted_ids = [identifier for _, identifier, fields in raw if not fields]  # deleted by someone else's hand
             if deleted_ids:
                 await self._client.xack(keys.ready, CONSUMER_GROUP, *deleted_ids)
             self._cursors[keys] = raw[-1][1].decode() if raw else ">"
@@ -200,22 +178,14 @@ class StreamConsumer:
             cursor = self._claim_cursors.get(keys, "0-0")
             idle_ms = int(self.claim_idle_s * 1000)
             raw = await self._client.xautoclaim(
-                keys.ready,
-                CONSUMER_GROUP,
-                self.name,
-                idle_ms,
-                cursor,
-                count=self._compute_limit_per_stream(1),
+                keys.ready, CONSUMER_GROUP, self.name, idle_ms, cursor, count=self._compute_limit_per_stream(1)
             )
             self._claim_cursors[keys] = raw[0]
             raw_entries = [(identifier, fields) for identifier, fields in raw[1] if fields]
             if raw_entries:
-                delivery_counts = await self._count_deliveries(
-                    keys, raw_entries[0][0], raw_entries[-1][0], len(raw[1])
-                )
+                delivery_counts = await self._count_deliveries(keys, raw_entries[0][0], raw_entries[-1][0], len(raw[1]))
                 entries += [
-                    parse_entry(keys, raw_id, fields, delivery_counts.get(raw_id, 1))
-                    for raw_id, fields in raw_entries
+                    parse_entry(keys, raw_id, fields, delivery_counts.get(raw_id, 1)) for raw_id, fields in raw_entries
                 ]
             if len(entries) >= self.batch_size:
                 break
@@ -223,9 +193,7 @@ class StreamConsumer:
 
     async def _count_deliveries(self, keys: Keys, first: bytes, last: bytes, count: int) -> dict[bytes, int]:
         """How often each of the entries was given to a worker: many times where that ends the worker."""
-        raw: Any = await self._client.xpending_range(
-            keys.ready, CONSUMER_GROUP, first, last, count, self.name
-        )
+        raw: Any = await self._client.xpending_range(keys.ready, CONSUMER_GROUP, first, last, count, self.name)
         return {message["message_id"]: message["times_delivered"] for message in raw}
 
     async def _read_new(self) -> list[StreamEntry]:
@@ -234,14 +202,10 @@ class StreamConsumer:
             return []
         keys_by_stream = {keys.ready.encode(): keys for keys in self._cursors}
         raw = await (
-            self._read_polling(list(keys_by_stream))
-            if self._is_cluster
-            else self._read_blocking(list(keys_by_stream))
+            self._read_polling(list(keys_by_stream)) if self._is_cluster else self._read_blocking(list(keys_by_stream))
         )
         entries = [
-            parse_entry(keys_by_stream[stream], identifier, fields)
-            for stream, identifier, fields in raw
-            if fields
+            parse_entry(keys_by_stream[stream], identifier, fields) for stream, identifier, fields in raw if fields
         ]
         if entries:
             self._busy_streams = len({item.keys for item in entries})
@@ -254,9 +218,7 @@ class StreamConsumer:
         cursors: dict[Any, Any] = dict.fromkeys(streams, ">")
         count = self._compute_limit_per_stream(self._busy_streams)
         return _flatten(
-            await self._client.xreadgroup(
-                CONSUMER_GROUP, self.name, cursors, count=count, block=READ_BLOCK_MS
-            )
+            await self._client.xreadgroup(CONSUMER_GROUP, self.name, cursors, count=count, block=READ_BLOCK_MS)
         )
 
     async def _read_polling(self, streams: Sequence[bytes]) -> list[RawEntry]:
@@ -264,9 +226,7 @@ class StreamConsumer:
         deadline, delay_s = time.monotonic() + READ_BLOCK_MS / 1000, MIN_POLL_S
         while True:
             raw_entries = [
-                raw_entry
-                for answer in await self._read_each_stream(streams)
-                for raw_entry in _flatten(answer)
+                raw_entry for answer in await self._read_each_stream(streams) for raw_entry in _flatten(answer)
             ]
             if raw_entries or time.monotonic() >= deadline:
                 return raw_entries
@@ -276,10 +236,7 @@ class StreamConsumer:
     async def _read_each_stream(self, streams: Sequence[bytes]) -> list[Any]:
         """All answers are waited for also when one fails: what the others had been given is then read again."""
         count = self._compute_limit_per_stream(self._busy_streams)
-        calls = [
-            self._client.xreadgroup(CONSUMER_GROUP, self.name, {stream: ">"}, count=count)
-            for stream in streams
-        ]
+        calls = [self._client.xreadgroup(CONSUMER_GROUP, self.name, {stream: ">"}, count=count) for stream in streams]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):

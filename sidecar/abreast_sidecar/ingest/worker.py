@@ -44,9 +44,7 @@ class Worker:
         rules = CompareOptions.with_ignored_headers(settings.volatile_headers)
         self._rule_cache = RuleCache(settings.postgres_url, rules, direct_url=settings.direct_url)
         recheck_settings = RecheckSettings.from_settings(settings)
-        self._rechecker = (
-            Rechecker(recheck_settings, rules, settings.postgres_url) if recheck_settings else None
-        )
+        self._rechecker = Rechecker(recheck_settings, rules, settings.postgres_url) if recheck_settings else None
         self._redis = Outage("redis", worker=name)
         self._postgres = Outage("postgres", worker=name)
         self._isolated_comparer = IsolatedComparer()
@@ -62,9 +60,7 @@ class Worker:
             batch_bytes=self._settings.batch_bytes,
         )
         recheck_task = self._start_rechecker(stop)
-        writer = PairWriter(
-            self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding
-        )
+        writer = PairWriter(self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding)
         self.is_running = True
         try:
             await self._rule_cache.open()
@@ -119,9 +115,7 @@ class Worker:
     async def _retry_batch(
         self, entries: Sequence[StreamEntry], error: Exception, reader: StreamConsumer, stop: asyncio.Event
     ) -> None:
-        log.error(
-            "a batch failed and will be read again", worker=self.name, pairs=len(entries), exc_info=error
-        )
+        log.error("a batch failed and will be read again", worker=self.name, pairs=len(entries), exc_info=error)
         reader.reread_pending()
         await self._postgres.back_off(stop)
 
@@ -246,9 +240,7 @@ class Worker:
         )
 
 
-async def _run_until_stopped(
-    stop: asyncio.Event, work: Coroutine[None, None, None], *, grace_s: float
-) -> None:
+async def _run_until_stopped(stop: asyncio.Event, work: Coroutine[None, None, None], *, grace_s: float) -> None:
     """Run `work` to its end; when `stop` is set it has `grace` seconds left."""
     work_task = asyncio.create_task(work)
     stop_task = asyncio.create_task(stop.wait())

@@ -24,9 +24,7 @@ def continue_counters(
     """
     if not is_same_life:
         base = {name: base.get(name, 0) + previous.get(name, 0) for name in base.keys() | previous.keys()}
-    return dict(base), {
-        name: base.get(name, 0) + current.get(name, 0) for name in base.keys() | current.keys()
-    }
+    return dict(base), {name: base.get(name, 0) + current.get(name, 0) for name in base.keys() | current.keys()}
 
 
 def was_reset(previous: CounterValues, current: CounterValues) -> bool:

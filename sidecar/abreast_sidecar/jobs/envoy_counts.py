@@ -107,11 +107,7 @@ def count_copies(stats: Iterable[Mapping[str, Any]]) -> dict[str, int]:
         unsent = sum(values.get(f"cluster.{cluster}.{name}", 0) for name in UNSENT_COUNTERS)
         copies[cluster] = values.get(f"cluster.{cluster}.{SENT_COUNTER}", 0) + unsent
         unsent_total += unsent
-    return {
-        **copies,
-        "sampled": sum(copies[cluster] for cluster in SHADOW_CLUSTERS),
-        "not_sent": unsent_total,
-    }
+    return {**copies, "sampled": sum(copies[cluster] for cluster in SHADOW_CLUSTERS), "not_sent": unsent_total}
 
 
 async def collect_envoy_counts(connection: Connection, address: str) -> None:
@@ -131,9 +127,7 @@ async def collect_envoy_counts(connection: Connection, address: str) -> None:
         stored_counts = {**snapshot.counts, "base": base}
         reports = {"totals": to_json(sums).decode(), "last_reading": to_json(stored_counts).decode()}
         await connection.execute(load_statement("envoy_report_set"), {**key, **reports})
-        await connection.execute(
-            load_statement("envoy_count_add"), _compute_count_delta(report, snapshot, sums)
-        )
+        await connection.execute(load_statement("envoy_count_add"), _compute_count_delta(report, snapshot, sums))
 
 
 def _compute_count_delta(
@@ -141,9 +135,7 @@ def _compute_count_delta(
 ) -> dict[str, Any]:
     """What is new since the last look, or since its start where this is the first."""
     previous, seconds = (
-        (report["totals"].get("sampled", 0), report["age"])
-        if report
-        else (0, snapshot.uptime_s + UPTIME_SLACK_S)
+        (report["totals"].get("sampled", 0), report["age"]) if report else (0, snapshot.uptime_s + UPTIME_SLACK_S)
     )
     return {
         "service": snapshot.service,
@@ -170,6 +162,4 @@ def sum_counts(
     # Envoy says whole seconds: of a restart within one, only what had counted more than the new life shows it.
     has_restarted = snapshot.uptime_s + 1 < report["age"]
     continues = (is_same_life or not has_restarted) and not was_reset(previous, snapshot.counts)
-    return continue_counters(
-        report["last_reading"].get("base", {}), previous, snapshot.counts, is_same_life=continues
-    )
+    return continue_counters(report["last_reading"].get("base", {}), previous, snapshot.counts, is_same_life=continues)

@@ -33,9 +33,7 @@ COUNT_COLUMNS = (
     "baseline_magnitude_down",
 )
 BASELINE_COLUMNS = ("baseline_compared", "baseline_count", "baseline_magnitude_up", "baseline_magnitude_down")
-MAX_OLD_REPEAT_SHARE = (
-    0.02  # of old's turns: where old says the same again more often, its values are not fresh
-)
+MAX_OLD_REPEAT_SHARE = 0.02  # of old's turns: where old says the same again more often, its values are not fresh
 
 
 async def classify_findings(connection: Connection) -> int:
@@ -61,14 +59,10 @@ async def _write_updates(
 ) -> None:
     """Locks in the order of the ledger's writers: findings by id, endpoints by id."""
     if updates:
-        await connection.execute(
-            load_statement("findings_lock"), {"ids": [record["id"] for record in updates]}
-        )
+        await connection.execute(load_statement("findings_lock"), {"ids": [record["id"] for record in updates]})
         await connection.execute(load_statement("noise_set"), {"rows": to_json(updates).decode()})
     if endpoints:
-        await connection.execute(
-            load_statement("endpoints_lock"), {"ids": [record["id"] for record in endpoints]}
-        )
+        await connection.execute(load_statement("endpoints_lock"), {"ids": [record["id"] for record in endpoints]})
         await connection.execute(load_statement("noise_done"), {"rows": to_json(endpoints).decode()})
 
 
@@ -104,9 +98,7 @@ def classify_rows(rows: Sequence[Row]) -> list[NoiseDecision]:
     ]
     newest_decisions = dict(zip((row["id"] for row in with_former), combined[len(rows) :], strict=True))
     return [
-        _merge_views(decision, newest_decisions[row["id"]], row)
-        if row["id"] in newest_decisions
-        else decision
+        _merge_views(decision, newest_decisions[row["id"]], row) if row["id"] in newest_decisions else decision
         for row, decision in zip(rows, combined, strict=False)
     ]
 
@@ -145,7 +137,9 @@ def _choose_stronger(
         return shift_decision
     if repeat_decision.state != "real" or row["old_repeats"] > MAX_OLD_REPEAT_SHARE * row["repeat_checks"]:
         return decision
-    comparison = f"new says the same again in {row['new_repeats']} of {row['repeat_checks']} turns, old in {row['old_repeats']}"
+    comparison = (
+        f"new says the same again in {row['new_repeats']} of {row['repeat_checks']} turns, old in {row['old_repeats']}"
+    )
     return replace(repeat_decision, reason=f"{comparison}: more than chance")
 
 

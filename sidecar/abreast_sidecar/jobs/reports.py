@@ -24,13 +24,9 @@ from abreast_sidecar.jobs.detectors import continue_counters
 from abreast_sidecar.redis_client import list_shards, load_script, map_redis_errors
 from abreast_sidecar.store.database import Connection, load_statement, sanitise_text, to_json
 
-REPORTS_LOCK_KEY = (
-    0x616272657002  # one sidecar at a time: an old look at Redis must not be written after a newer one
-)
+REPORTS_LOCK_KEY = 0x616272657002  # one sidecar at a time: an old look at Redis must not be written after a newer one
 SHARD_COUNTERS = (RECEIVED, DUPLICATE, LATE, REJECTED_PAIRS, REJECTED_BYTES, JOINED, TIMED_OUT)
-LIFE_FIELD = (
-    "life"  # field of `stats` that names the life of its counters: a Redis that lost its data has none
-)
+LIFE_FIELD = "life"  # field of `stats` that names the life of its counters: a Redis that lost its data has none
 STALE_REPORT_S = 3600  # seconds after which the report of a dead process leaves Redis
 MAX_PROCESS_ID_CHARS = 200  # characters
 DELETE_REPORT_SCRIPT = load_script("leave")
@@ -85,9 +81,7 @@ async def _read_stats(client: Redis, keys: Keys) -> dict[str, Any]:
 def _build_shard_report(previous: ShardReport, stats: Mapping[str, Any]) -> dict[str, Any]:
     current = {name: int(stats.get(name, 0)) for name in SHARD_COUNTERS}
     same_life = previous.get("life", stats[LIFE_FIELD]) == stats[LIFE_FIELD]
-    base, sums = continue_counters(
-        previous.get("base", {}), previous.get("last", {}), current, is_same_life=same_life
-    )
+    base, sums = continue_counters(previous.get("base", {}), previous.get("last", {}), current, is_same_life=same_life)
     gauges = {name: int(stats.get(name, 0)) for name in ("bytes", "waiting", "ready")}
     return {**sums, **gauges, "life": stats[LIFE_FIELD], "base": base, "last": current}
 
@@ -99,15 +93,11 @@ async def _collect_processes(connection: Connection, client: Redis, service: str
     process_reports = {name: report for name, report in raw.items() if _is_object(report)}
     if not process_reports:
         return {}
-    ids = {
-        sanitise_text(name.decode(errors="replace"), MAX_PROCESS_ID_CHARS): name for name in process_reports
-    }
+    ids = {sanitise_text(name.decode(errors="replace"), MAX_PROCESS_ID_CHARS): name for name in process_reports}
     records = [{"id": id_, "report": orjson.Fragment(process_reports[name])} for id_, name in ids.items()]
     text = orjson.dumps(records)
     if b"\\u0000" in text:
-        text = to_json(
-            [{"id": id_, "report": orjson.loads(process_reports[name])} for id_, name in ids.items()]
-        )
+        text = to_json([{"id": id_, "report": orjson.loads(process_reports[name])} for id_, name in ids.items()])
     parameters = {"service": service, "rows": text.decode(errors="replace"), "stale": STALE_REPORT_S}
     cursor = await connection.execute(load_statement("process_reports_set"), parameters)
     stale = {row["id"] for row in await cursor.fetchall()}

@@ -58,9 +58,7 @@ class JobRunner:
         self._rules = CompareOptions.with_ignored_headers(settings.volatile_headers)
         self._redis = connect_redis(settings.redis_url)
         self._database = Database(settings.postgres_url)
-        self._outages = {
-            server: Outage(server, by=name) for server in ("redis", "postgres", *settings.envoy_admin)
-        }
+        self._outages = {server: Outage(server, by=name) for server in ("redis", "postgres", *settings.envoy_admin)}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Return once `stop` is set. Lost servers are waited for."""
@@ -171,7 +169,5 @@ class JobRunner:
         async with self._database.connection() as connection:
             await open_days(connection)
             await drop_days(
-                connection,
-                retention_days=self._settings.retention_days,
-                retention_bytes=self._settings.retention_bytes,
+                connection, retention_days=self._settings.retention_days, retention_bytes=self._settings.retention_bytes
             )

@@ -5,9 +5,7 @@ from __future__ import annotations
 from redis.asyncio import Redis
 
 from abreast.protocol.join import CONSUMER_GROUP, Keys
-from abreast_sidecar.redis_client import (
-    load_script,
-)
+from abreast_sidecar.redis_client import load_script
 
 DELETE_CONSUMER_SCRIPT = load_script("forget")
 
@@ -17,9 +15,7 @@ async def delete_idle_consumers(client: Redis, keys: Keys, *, idle_s: float) -> 
     deleted = 0
     for consumer in await client.xinfo_consumers(keys.ready, CONSUMER_GROUP):
         if consumer["pending"] == 0 and consumer["idle"] > idle_s * 1000:
-            deleted += int(
-                await DELETE_CONSUMER_SCRIPT.run(client, [keys.ready], [CONSUMER_GROUP, consumer["name"]])
-            )
+            deleted += int(await DELETE_CONSUMER_SCRIPT.run(client, [keys.ready], [CONSUMER_GROUP, consumer["name"]]))
     return deleted
 
 
@@ -34,9 +30,7 @@ async def expire_incomplete_pairs(client: Redis, keys: Keys, *, max_pairs: int =
     expired = 0
     while expired < max_pairs:
         batch_count = await EXPIRE_SCRIPT.run(
-            client,
-            [keys.due, keys.ready, keys.joined, keys.stats],
-            [keys.pair(""), EXPIRE_BATCH_PAIRS, CONSUMER_GROUP],
+            client, [keys.due, keys.ready, keys.joined, keys.stats], [keys.pair(""), EXPIRE_BATCH_PAIRS, CONSUMER_GROUP]
         )
         expired += int(batch_count)
         if batch_count < EXPIRE_BATCH_PAIRS:

@@ -40,8 +40,7 @@ def describe_stale_counts(reports: Iterable[EnvoyReport], admin_addresses: Itera
     late_reports = [
         report
         for report in all_reports
-        if report.age > MAX_REPORT_AGE_S
-        and (report.age < ENVOY_GONE_AFTER_S or _admin_address(report) in addresses)
+        if report.age > MAX_REPORT_AGE_S and (report.age < ENVOY_GONE_AFTER_S or _admin_address(report) in addresses)
     ]
     if late_reports:
         oldest = max(late_reports, key=lambda report: report.age)
@@ -53,9 +52,7 @@ def describe_stale_counts(reports: Iterable[EnvoyReport], admin_addresses: Itera
 
 def measure_clock_lag(newest_pair_age_s: float | None) -> float:
     """Seconds by which Postgres's clock is behind the pairs'. `newest`: seconds since the last one, by that clock."""
-    return (
-        -newest_pair_age_s if newest_pair_age_s is not None and newest_pair_age_s < -MAX_CLOCK_LAG_S else 0.0
-    )
+    return -newest_pair_age_s if newest_pair_age_s is not None and newest_pair_age_s < -MAX_CLOCK_LAG_S else 0.0
 
 
 def count_lost_requests(missing_before: int | None, gap: CompletenessGap) -> int | None:

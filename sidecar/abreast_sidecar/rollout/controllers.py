@@ -27,14 +27,7 @@ from abreast_sidecar.rollout.guard import (
     window_starts,
 )
 from abreast_sidecar.rollout.leader import LEADER_HEARTBEAT_S, LeaderLease, LeadershipLostError
-from abreast_sidecar.rollout.ramp import (
-    Observation,
-    Ramp,
-    RampDecision,
-    RampEvidence,
-    decide_ramp,
-    format_percent,
-)
+from abreast_sidecar.rollout.ramp import Observation, Ramp, RampDecision, RampEvidence, decide_ramp, format_percent
 from abreast_sidecar.rollout.transitions import RAMP_ACTOR, Guard, RampTransition
 from abreast_sidecar.rollout.webhooks import WebhookSender
 from abreast_sidecar.settings import Settings
@@ -117,9 +110,7 @@ class GuardController:
             "service": guard.service,
             "now": current_time,
             "starts": [
-                start
-                for rule in rules
-                for start in window_starts(guard.policy.rule(rule), current_time, since)
+                start for rule in rules for start in window_starts(guard.policy.rule(rule), current_time, since)
             ],
             "slower": guard.policy.slower.limit,
             "least_copies": MIN_BASELINE_PAIRS,
@@ -129,8 +120,7 @@ class GuardController:
         rows = await self._database.fetch_all("guard_counts", params)
         tallies = [WindowCounts(**{name: row[name] for name in TALLY_COLUMNS}) for row in rows]
         return {
-            rule: tallies[index * WINDOWS_PER_RULE : (index + 1) * WINDOWS_PER_RULE]
-            for index, rule in enumerate(rules)
+            rule: tallies[index * WINDOWS_PER_RULE : (index + 1) * WINDOWS_PER_RULE] for index, rule in enumerate(rules)
         }
 
     async def _read_clock_lag(self, guard: Guard) -> float:
@@ -164,9 +154,7 @@ class GuardController:
 
     async def _explain_blindness(self, guard: Guard) -> str:
         reports = await self._database.fetch_all("envoy_reports", {"service": guard.service})
-        if silence := flow.describe_stale_counts(
-            (EnvoyReport(**row) for row in reports), self._admin_addresses
-        ):
+        if silence := flow.describe_stale_counts((EnvoyReport(**row) for row in reports), self._admin_addresses):
             return silence
         (row,) = await self._database.fetch_all("ledger_gap", {"service": guard.service})
         return self._check_completeness(guard, CompletenessGap(row["sampled"], row["written"]))
@@ -178,19 +166,14 @@ class GuardController:
         while time.monotonic() - history[0][0] > GAP_WINDOW_S:
             history.popleft()
         oldest_gap = history[0][1]
-        cutoff_gap = next(
-            (gap for at, gap in reversed(history) if time.monotonic() - at >= ARRIVAL_LAG_S), None
-        )
+        cutoff_gap = next((gap for at, gap in reversed(history) if time.monotonic() - at >= ARRIVAL_LAG_S), None)
         if cutoff_gap is None or cutoff_gap.sampled is None or oldest_gap.sampled is None:
             return ""
         sampled_count, arrived_count = (
             cutoff_gap.sampled - oldest_gap.sampled,
             current_gap.arrived - oldest_gap.arrived,
         )
-        if (
-            sampled_count < MIN_SAMPLED_REQUESTS
-            or arrived_count >= sampled_count * guard.policy.min_completeness
-        ):
+        if sampled_count < MIN_SAMPLED_REQUESTS or arrived_count >= sampled_count * guard.policy.min_completeness:
             return ""
         return f"of the last {sampled_count:,} requests that Envoy sampled the ledger has {max(arrived_count, 0):,}"
 
@@ -203,12 +186,7 @@ class GuardController:
             return
         if is_changed and status.state == "blind":
             log.warning("the guard is blind", service=guard.service, reason=status.message)
-        values = {
-            "service": guard.service,
-            "since": guard.since,
-            "state": status.state,
-            "message": status.message,
-        }
+        values = {"service": guard.service, "since": guard.since, "state": status.state, "message": status.message}
         await self._database.execute("guard_status_set", values)
         self._last_status[guard.service] = (time.monotonic(), status)
 
@@ -233,9 +211,7 @@ def summarise_tallies(tallies: dict[GuardRuleName, list[WindowCounts]]) -> str:
     )
 
 
-PendingCounter: TypeAlias = Callable[
-    [str], Awaitable[int | None]
-]  # requests on their way to a service's ledger
+PendingCounter: TypeAlias = Callable[[str], Awaitable[int | None]]  # requests on their way to a service's ledger
 
 
 class RampController:
@@ -270,9 +246,7 @@ class RampController:
         try:
             decision = decide_ramp(ramp, await self._observe(ramp, current_time))
         except LedgerError as error:  # such as more rows than can be read in time
-            await self._write_status(
-                ramp, RampDecision("wait", f"the evidence can't be read: {error}", "INCONCLUSIVE")
-            )
+            await self._write_status(ramp, RampDecision("wait", f"the evidence can't be read: {error}", "INCONCLUSIVE"))
             raise
         if decision.action != "wait":
             await self._apply_decision(ramp, snapshot.traffic, decision)
@@ -319,9 +293,7 @@ class RampController:
             ):
                 return
             transition = replace(plan_transition(ramp, before, decision), verdict=decision.verdict)
-            await acts.apply_transition(
-                connection, before, ramp, transition, AuditNote(RAMP_ACTOR, decision.reason)
-            )
+            await acts.apply_transition(connection, before, ramp, transition, AuditNote(RAMP_ACTOR, decision.reason))
         log.info(
             "the ramp moves",
             service=observed_ramp.service,
@@ -355,9 +327,7 @@ class RampController:
 def plan_transition(ramp: Ramp, before: Traffic, decision: RampDecision) -> RampTransition:
     if decision.action == "roll back":
         message = f"rolled back from {format_percent(ramp.share)}: {decision.reason}"
-        return RampTransition(
-            "rollback", message, state="failed", shares=acts.roll_back_shares(before.shares)
-        )
+        return RampTransition("rollback", message, state="failed", shares=acts.roll_back_shares(before.shares))
     if decision.action == "succeed":
         return RampTransition("ramp_succeed", f"all {len(ramp.plan.steps)} steps are done", state="succeeded")
     step = ramp.step + 1
@@ -383,18 +353,14 @@ def _is_unchanged(ramp: Ramp, observed_ramp: Ramp) -> bool:
 
 def _to_ramp_evidence(evidence: VerdictEvidence, gap_before: int | None, pending: int | None) -> RampEvidence:
     arrived_count = evidence.written + (pending or 0)
-    missing_count = flow.count_lost_requests(
-        gap_before, CompletenessGap(evidence.envoy_sampled, arrived_count)
-    )
+    missing_count = flow.count_lost_requests(gap_before, CompletenessGap(evidence.envoy_sampled, arrived_count))
     sampled_count = None if missing_count is None else evidence.rows + missing_count
     return RampEvidence(evidence.endpoints, Completeness(sampled_count, evidence.accounted))
 
 
 RECONCILE_INTERVAL_S = 0.5  # seconds between two looks at the evidence
 DELIVERY_INTERVAL_S = 0.5  # seconds between two looks at what is to be told
-GUARD_REST_FACTOR = (
-    4.0  # a look is followed by so many times its own length of rest: the database has other work
-)
+GUARD_REST_FACTOR = 4.0  # a look is followed by so many times its own length of rest: the database has other work
 RAMP_REST_FACTOR = 10.0  # a ramp looks at all since it began
 
 
@@ -403,9 +369,7 @@ class LeaderTasks:
         self.lease = LeaderLease(settings.direct_url)
         self._database = Database(settings.postgres_url)
         self._guard_controller = GuardController(self._database, self.lease, control, settings.envoy_admin)
-        self._ramp_controller = RampController(
-            self._database, self.lease, control, count_pending, settings.envoy_admin
-        )
+        self._ramp_controller = RampController(self._database, self.lease, control, count_pending, settings.envoy_admin)
         self._settings = settings
         self._outage = Outage("postgres", by="steering")
 
@@ -433,9 +397,7 @@ class LeaderTasks:
     async def _lead(self, stop: asyncio.Event) -> None:
         """Until the seat is lost."""
         log.info("this sidecar acts for guard, ramps and webhooks")
-        webhook_sender = WebhookSender(
-            self._database, self._settings.webhook_urls, self._settings.webhook_secret
-        )
+        webhook_sender = WebhookSender(self._database, self._settings.webhook_urls, self._settings.webhook_secret)
         tasks = [
             asyncio.create_task(part)
             for part in (
@@ -464,12 +426,7 @@ class LeaderTasks:
             await wait_or_stop(stop, LEADER_HEARTBEAT_S)
 
     async def _run_periodically(
-        self,
-        name: str,
-        job: Callable[[], Awaitable[None]],
-        period_s: float,
-        rest_factor: float,
-        stop: asyncio.Event,
+        self, name: str, job: Callable[[], Awaitable[None]], period_s: float, rest_factor: float, stop: asyncio.Event
     ) -> None:
         outage = Outage("postgres", by=name)
         clock = asyncio.get_running_loop().time

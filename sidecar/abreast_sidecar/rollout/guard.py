@@ -46,15 +46,11 @@ class GuardRule:
         """Raise ValueError."""
         highest = inf if name == "slower" else 1.0
         if not (0 <= self.limit <= highest and isfinite(self.limit)):
-            raise ValueError(
-                f"{name}.limit must be a share from 0 to 1 (of slower: 0 or more), got {self.limit!r}"
-            )
+            raise ValueError(f"{name}.limit must be a share from 0 to 1 (of slower: 0 or more), got {self.limit!r}")
         if not 1 <= self.min_pairs <= MAX_MIN_PAIRS:
             raise ValueError(f"{name}.min_pairs must be 1 to {MAX_MIN_PAIRS}, got {self.min_pairs!r}")
         if not MIN_WINDOW_S <= self.window <= MAX_WINDOW_S:
-            raise ValueError(
-                f"{name}.window must be {MIN_WINDOW_S:g} to {MAX_WINDOW_S:g} seconds, got {self.window:g}"
-            )
+            raise ValueError(f"{name}.window must be {MIN_WINDOW_S:g} to {MAX_WINDOW_S:g} seconds, got {self.window:g}")
         if not 0 <= self.cooldown <= MAX_WINDOW_S:
             raise ValueError(f"{name}.cooldown must be 0 to {MAX_WINDOW_S:g} seconds, got {self.cooldown:g}")
 
@@ -122,17 +118,12 @@ def window_starts(rule: GuardRule, now: dt.datetime, since: dt.datetime) -> tupl
     )
 
 
-def find_breaches(
-    policy: GuardPolicy, window_counts: Mapping[GuardRuleName, Sequence[WindowCounts]]
-) -> list[Breach]:
+def find_breaches(policy: GuardPolicy, window_counts: Mapping[GuardRuleName, Sequence[WindowCounts]]) -> list[Breach]:
     """The plainest first."""
     breach_list = []
     for name, windows in window_counts.items():
         threshold = -log((1 - policy.confidence) * ALPHA_SHARES[name] / WINDOWS_PER_RULE)
-        worst = max(
-            (_test_rule(policy, name, counts) for counts in windows),
-            key=lambda breach: breach.excess_evidence,
-        )
+        worst = max((_test_rule(policy, name, counts) for counts in windows), key=lambda breach: breach.excess_evidence)
         if worst.excess_evidence >= threshold:
             breach_list.append(Breach(name, worst.text, worst.excess_evidence - threshold))
     return sorted(breach_list, key=lambda breach: -breach.excess_evidence)

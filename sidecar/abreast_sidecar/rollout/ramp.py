@@ -116,9 +116,7 @@ def decide_ramp(ramp: Ramp, observation: Observation) -> RampDecision:
         observation.since_start.endpoints, observation.since_start.completeness, ramp.plan.budget
     )
     state = "INCONCLUSIVE" if verdict.state == "FAIL" else verdict.state  # not at the alpha of going back
-    wait_reason = _find_wait_reason(ramp, observation) or (
-        "" if state == "PASS" else _describe_doubt(verdict)
-    )
+    wait_reason = _find_wait_reason(ramp, observation) or ("" if state == "PASS" else _describe_doubt(verdict))
     if wait_reason:
         return RampDecision("wait", wait_reason, state)
     reason = f"the verdict is PASS after {_format_number(observation.since_start.compared)} pairs, {_format_number(observation.since_step.compared)} in this step"

@@ -30,9 +30,7 @@ class RolloutService:
     async def list_guards(self) -> list[Guard]:
         return [acts.to_guard(row) for row in await self.database.fetch_all("guard_read", {"service": None})]
 
-    async def set_guard(
-        self, service: str, change: Callable[[GuardPolicy], GuardPolicy], note: AuditNote
-    ) -> Guard:
+    async def set_guard(self, service: str, change: Callable[[GuardPolicy], GuardPolicy], note: AuditNote) -> Guard:
         await self.control.read(service)  # it has traffic to guard from now on
         before = (await self.get_guard(service)).policy
         async with self.database.connection() as connection, connection.transaction():

@@ -94,9 +94,7 @@ async def fire_guard(
         load_statement("guard_fire"), {"service": observed_guard.service, "rule": rule, "message": message}
     )
     detail = {"rule": rule, "guard_after": asdict(observed_guard.policy)}
-    await _record_event(
-        connection, action, AuditNote(GUARD_ACTOR, f"{rule}: {message}"), before, after, detail
-    )
+    await _record_event(connection, action, AuditNote(GUARD_ACTOR, f"{rule}: {message}"), before, after, detail)
     return True
 
 
@@ -123,9 +121,7 @@ async def start_ramp(connection: Connection, service: str, plan: RampPlan, note:
     cursor = await connection.execute(load_statement("ramp_add"), values)
     (row,) = await cursor.fetchall()
     new_ramp = to_ramp(row)
-    await _record_event(
-        connection, "ramp_start", note, before, after, {"ramp_after": to_ramp_document(new_ramp)}
-    )
+    await _record_event(connection, "ramp_start", note, before, after, {"ramp_after": to_ramp_document(new_ramp)})
     return new_ramp
 
 
@@ -189,12 +185,7 @@ async def _apply_shares(connection: Connection, before: Traffic, shares: Shares)
 
 
 async def _record_event(
-    connection: Connection,
-    action: str,
-    note: AuditNote,
-    before: Traffic,
-    after: Traffic,
-    detail: Mapping[str, Any],
+    connection: Connection, action: str, note: AuditNote, before: Traffic, after: Traffic, detail: Mapping[str, Any]
 ) -> None:
     values = {
         "service": after.service,

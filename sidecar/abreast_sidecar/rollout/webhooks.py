@@ -78,12 +78,7 @@ class WebhookSender:
             delay = compute_backoff(row["attempts"])
             await self._database.execute("webhook_retry", {"id": row["id"], "wait": delay})
             attempt = row["attempts"] + 1
-            log.warning(
-                "a webhook is not delivered",
-                receiver=display_host(row["url"]),
-                error=problem,
-                attempt=attempt,
-            )
+            log.warning("a webhook is not delivered", receiver=display_host(row["url"]), error=problem, attempt=attempt)
             return
 
     async def _post(self, client: httpx.AsyncClient, row: Row) -> str:
@@ -96,9 +91,7 @@ class WebhookSender:
                 asyncio.timeout(WEBHOOK_TIMEOUT_S),  # of all: a receiver may answer byte by byte
                 client.stream("POST", row["url"], content=body, headers=headers) as response,
             ):
-                return (
-                    "" if response.is_success else f"it answers {response.status_code}"
-                )  # its body is not read
+                return "" if response.is_success else f"it answers {response.status_code}"  # its body is not read
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             return type(error).__name__  # its text may hold the URL, and that a token
 

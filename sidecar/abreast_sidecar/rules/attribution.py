@@ -76,9 +76,7 @@ def to_columns(attribution: Attribution) -> dict[str, list[int] | None]:
 
 
 def make_rule_scope(row: Row) -> RuleScope:
-    statuses = tuple(
-        0 if code is None else code or NO_ANSWER_STATUS for code in (row["old_status"], row["new_status"])
-    )
+    statuses = tuple(0 if code is None else code or NO_ANSWER_STATUS for code in (row["old_status"], row["new_status"]))
     return RuleScope(
         service=row["service"],
         endpoint=f"{row['method']} {row['route']}",
@@ -113,9 +111,7 @@ def attribute_by_row(
     for mapping in (attribution.findings, attribution.noise):
         rule_ids = {}
         for finding, rule in mapping.items():
-            if finding not in findings or (
-                rule and any(candidate.name == str(rule) for candidate in applicable)
-            ):
+            if finding not in findings or (rule and any(candidate.name == str(rule) for candidate in applicable)):
                 rule_ids[finding] = rule
                 continue
             rule_ids[finding] = find_explaining_rule(applicable, findings[finding])

@@ -41,23 +41,17 @@ async def preview_rule(database: Database, rules: CompareOptions, rule: Rule) ->
         candidates = {
             item.id: item
             for item in findings.values()
-            if rule.applies_to(item.service, item.endpoint)
-            and rule.may_match(item.part, item.path, item.kind)
+            if rule.applies_to(item.service, item.endpoint) and rule.may_match(item.part, item.path, item.kind)
         }
         pairs = await _count_pairs(connection, rule, candidates)
         active_rules = parse_active_rules(await fetch_rows(connection, "rules_in_force")).rules
         parameters = {"findings": list(pairs), "each": EXAMPLES_PER_FINDING, "limit": MAX_PREVIEW_EXAMPLES}
         examples = await fetch_rows(connection, "preview_examples", parameters)
     declared = RuleSet((*active_rules.rules, replace(rule, name=CANDIDATE_NAME)))
-    example_counts = await asyncio.to_thread(
-        _try_examples, examples, replace(rules, rule_set=declared), candidates
-    )
+    example_counts = await asyncio.to_thread(_try_examples, examples, replace(rules, rule_set=declared), candidates)
     previews = [
         RulePreview(
-            candidates[finding],
-            count,
-            is_decidable(rule, candidates[finding]),
-            *example_counts.get(finding, (0, 0)),
+            candidates[finding], count, is_decidable(rule, candidates[finding]), *example_counts.get(finding, (0, 0))
         )
         for finding, count in pairs.items()
     ]
@@ -67,9 +61,7 @@ async def preview_rule(database: Database, rules: CompareOptions, rule: Rule) ->
     )
 
 
-async def _count_pairs(
-    connection: Connection, rule: Rule, findings: Mapping[int, FindingRef]
-) -> Counter[int]:
+async def _count_pairs(connection: Connection, rule: Rule, findings: Mapping[int, FindingRef]) -> Counter[int]:
     counts: Counter[int] = Counter()
     for row in await fetch_rows(connection, "preview_counts", {"findings": list(findings)}):
         finding = findings[row["finding"]]
@@ -91,8 +83,7 @@ def _try_examples(
         finding = findings[row["finding_id"]]
         location = (finding.part, finding.path, finding.kind)
         is_left = any(
-            (difference.part, difference.path, difference.kind) == location
-            for difference in result.differences
+            (difference.part, difference.path, difference.kind) == location for difference in result.differences
         )
         total, hidden_count = example_counts.get(finding.id, (0, 0))
         example_counts[finding.id] = (total + 1, hidden_count + (not is_left))
@@ -108,9 +99,7 @@ def list_objections(previews: Sequence[RulePreview], rule: Rule, finding: Findin
     ]
     if finding is None:
         return texts
-    others = [
-        entry for entry in previews if entry.finding.id != finding.id and entry.finding.status != "confirmed"
-    ]
+    others = [entry for entry in previews if entry.finding.id != finding.id and entry.finding.status != "confirmed"]
     texts += [
         f"it would also hide finding {entry.finding.id} ({entry.pairs} pairs): {describe_finding(entry.finding)}"
         for entry in others

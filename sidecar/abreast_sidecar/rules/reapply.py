@@ -80,9 +80,7 @@ def recompare(captures: bytes | None, rules: CompareOptions) -> ComparisonResult
     return result if result is not None and result.outcome in COMPARED_OUTCOMES else None
 
 
-def attribute_findings(
-    record: PairRecord, id_cache: IdCache, drifted_findings: Collection[int] = ()
-) -> Attribution:
+def attribute_findings(record: PairRecord, id_cache: IdCache, drifted_findings: Collection[int] = ()) -> Attribution:
     """Of a pair whose findings the catalogue has learned; without those that asking again told to be drift."""
     endpoint = id_cache.endpoint(record.endpoint)
 
@@ -91,15 +89,12 @@ def attribute_findings(
         for difference in [*unexplained, *explained]:
             finding = id_cache.finding(endpoint, difference)
             if finding is not None and finding not in drifted_findings:
-                rule_ids.setdefault(
-                    finding, int(difference.explained_by) if difference.explained_by else NO_RULE
-                )
+                rule_ids.setdefault(finding, int(difference.explained_by) if difference.explained_by else NO_RULE)
         return rule_ids
 
     result = record.result
     return Attribution(
-        attribute(result.differences, result.explained_differences),
-        attribute(result.noise, result.explained_noise),
+        attribute(result.differences, result.explained_differences), attribute(result.noise, result.explained_noise)
     )
 
 
@@ -133,9 +128,7 @@ class CounterMoves:
             }
         )
 
-    def move_pairs(
-        self, name: str, origin: CounterKey | None, target: CounterKey | None, pairs: int = 1
-    ) -> None:
+    def move_pairs(self, name: str, origin: CounterKey | None, target: CounterKey | None, pairs: int = 1) -> None:
         """`name`: count, or baseline_count. None is where it is not counted at all."""
         amounts = {name: pairs}
         if name == "count" and origin is not None:
@@ -176,9 +169,7 @@ class CounterMoves:
 
     def build_rule_rows(self, unknown_counts: Mapping[CounterKey, int]) -> list[dict[str, object]]:
         """Parameters of the query rule_findings_count."""
-        counter_keys = {
-            counter_key for counter_key in self.deltas if counter_key[0] != NO_RULE
-        } | unknown_counts.keys()
+        counter_keys = {counter_key for counter_key in self.deltas if counter_key[0] != NO_RULE} | unknown_counts.keys()
         empty = dict.fromkeys(MOVED_COUNTERS, 0)
         return [
             {
@@ -193,9 +184,7 @@ class CounterMoves:
         ]
 
 
-async def fetch_rows(
-    connection: Connection, name: str, parameters: Mapping[str, Any] | None = None
-) -> list[Row]:
+async def fetch_rows(connection: Connection, name: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
     return await (await connection.execute(load_statement(name), parameters or {})).fetchall()
 
 
@@ -220,9 +209,7 @@ async def write_counters(
         await connection.execute(load_statement("findings_count"), {"rows": to_json(rows).decode()})
     if rows := counters.build_rule_rows(unknown_counts):
         await connection.execute(load_statement("rule_findings_count"), {"rows": to_json(rows).decode()})
-    return {
-        findings[counter_key[1]].endpoint_id for counter_key in counters.deltas if counter_key[1] in findings
-    }
+    return {findings[counter_key[1]].endpoint_id for counter_key in counters.deltas if counter_key[1] in findings}
 
 
 async def mark_endpoints_due(connection: Connection, endpoints: Iterable[int]) -> None:
@@ -241,17 +228,13 @@ async def redistribute_dropped(
     ]
     findings = await load_findings(connection)
     finding_ids = [finding.id for finding in findings.values() if _find_rule(active_rules, finding)]
-    rows = await fetch_rows(
-        connection, "reapply_totals", {"findings": finding_ids, "version": listed_version}
-    )
+    rows = await fetch_rows(connection, "reapply_totals", {"findings": finding_ids, "version": listed_version})
     ids = sorted({row["finding_id"] for row in rows})
     if not ids:
         return
     await connection.execute(load_statement("findings_lock"), {"ids": ids})
     # Read again under the locks: workers may have counted since.
-    rows = await fetch_rows(
-        connection, "reapply_totals", {"findings": finding_ids, "version": listed_version}
-    )
+    rows = await fetch_rows(connection, "reapply_totals", {"findings": finding_ids, "version": listed_version})
     counters = CounterMoves.from_rows(rows)
     for row in rows:
         if row["finding_id"] in findings:
@@ -259,9 +242,7 @@ async def redistribute_dropped(
     await mark_endpoints_due(connection, await write_counters(connection, counters, findings, {}))
 
 
-def _redistribute_row(
-    row: Row, finding: FindingRef, active_rules: Sequence[Rule], counters: CounterMoves
-) -> None:
+def _redistribute_row(row: Row, finding: FindingRef, active_rules: Sequence[Rule], counters: CounterMoves) -> None:
     target = _find_rule([rule for rule in active_rules if rule.applies_to_release(row["new_label"])], finding)
     if target == row["rule_id"]:
         return
@@ -274,9 +255,7 @@ def _redistribute_row(
 
 def _find_rule(rules: Iterable[Rule], finding: FindingRef) -> int:
     """NOBODY, or the rule that explains the finding in all answers of a release."""
-    return find_explaining_rule(
-        [rule for rule in rules if rule.applies_to(finding.service, finding.endpoint)], finding
-    )
+    return find_explaining_rule([rule for rule in rules if rule.applies_to(finding.service, finding.endpoint)], finding)
 
 
 REAPPLY_LOCK_KEY = 0x616272657007
@@ -298,11 +277,7 @@ class ActiveRules(NamedTuple):
 
 
 async def reapply_rules(
-    connection: Connection,
-    finding_ids: FindingIds,
-    rules: CompareOptions,
-    *,
-    limit: int = REAPPLY_BATCH_PAIRS,
+    connection: Connection, finding_ids: FindingIds, rules: CompareOptions, *, limit: int = REAPPLY_BATCH_PAIRS
 ) -> bool:
     """Do one step; return whether one was done. `rules`: what is set apart from what people declared."""
     async with connection.transaction():
@@ -313,9 +288,7 @@ async def reapply_rules(
         if state["pending"]:
             await _reapply_batch(connection, finding_ids, active, limit)
         elif state["queued_version"] > state["applied_version"]:
-            await redistribute_dropped(
-                connection, active.declared, active.first_versions, state["queued_version"]
-            )
+            await redistribute_dropped(connection, active.declared, active.first_versions, state["queued_version"])
             await connection.execute(load_statement("reapply_finish"))
         elif state["version"] > state["queued_version"]:
             await _list_concerned_pairs(connection, state)
@@ -352,15 +325,11 @@ async def _list_concerned_pairs(connection: Connection, state: Row) -> None:
     await connection.execute(load_statement("reapply_enqueued"), {"version": state["version"]})
 
 
-async def _reapply_batch(
-    connection: Connection, finding_ids: FindingIds, active: ActiveRules, limit: int
-) -> None:
+async def _reapply_batch(connection: Connection, finding_ids: FindingIds, active: ActiveRules, limit: int) -> None:
     rows = await fetch_rows(connection, "reapply_take", {"limit": limit})
     records = await asyncio.to_thread(reevaluate_rows, rows, active.rules)
     await finding_ids.load([item for item in records if item is not None])
-    findings = await load_findings(
-        connection, {item for row in rows for item in _list_attributed_findings(row)}
-    )
+    findings = await load_findings(connection, {item for row in rows for item in _list_attributed_findings(row)})
     attributions = [
         places.attribute_by_row(row, active.declared, active.first_versions, findings)
         if record is None
@@ -383,19 +352,12 @@ def _list_attributed_findings(row: Row) -> Iterable[int]:
 
 
 async def _correct_counters(
-    connection: Connection,
-    rows: Sequence[Row],
-    attributions: Sequence[Attribution],
-    findings: Mapping[int, FindingRef],
+    connection: Connection, rows: Sequence[Row], attributions: Sequence[Attribution], findings: Mapping[int, FindingRef]
 ) -> set[int]:
     """The counters of findings and of rules. Return the endpoints of those."""
     await connection.execute(load_statement("findings_lock"), {"ids": list(findings)})
-    counters = CounterMoves.from_rows(
-        await fetch_rows(connection, "reapply_counters", {"ids": list(findings)})
-    )
-    labels = await fetch_rows(
-        connection, "releases_read", {"services": list({row["service"] for row in rows})}
-    )
+    counters = CounterMoves.from_rows(await fetch_rows(connection, "reapply_counters", {"ids": list(findings)}))
+    labels = await fetch_rows(connection, "releases_read", {"services": list({row["service"] for row in rows})})
     ids = {(row["service"], row["version"], row["label"]): row["id"] for row in labels}
     unknown_counts: dict[CounterKey, int] = {}
     for row, attribution in zip(rows, attributions, strict=True):
@@ -410,9 +372,7 @@ async def _correct_counters(
                 origin, target = old_rules.get(finding), new_rules.get(finding)
                 if origin != target:
                     counters.move_pairs(
-                        name,
-                        _make_counter_key(origin, finding, releases),
-                        _make_counter_key(target, finding, releases),
+                        name, _make_counter_key(origin, finding, releases), _make_counter_key(target, finding, releases)
                     )
         for finding, rule in attribution.late_rules.items():
             if not row["reason"]:
@@ -459,9 +419,7 @@ async def _write_pairs(
     await connection.execute(load_statement("reapply_pairs_set"), {"rows": to_json(pairs).decode()})
 
 
-async def _write_examples(
-    connection: Connection, rows: Sequence[Row], records: Sequence[PairRecord | None]
-) -> None:
+async def _write_examples(connection: Connection, rows: Sequence[Row], records: Sequence[PairRecord | None]) -> None:
     examples = [
         {**_make_pair_key(row), "differences": orjson.loads(encode_differences(record))}
         for row, record in zip(rows, records, strict=True)
@@ -471,9 +429,7 @@ async def _write_examples(
         await connection.execute(load_statement("reapply_examples_set"), {"rows": to_json(examples).decode()})
 
 
-async def _move_tally(
-    connection: Connection, rows: Sequence[Row], records: Sequence[PairRecord | None]
-) -> None:
+async def _move_tally(connection: Connection, rows: Sequence[Row], records: Sequence[PairRecord | None]) -> None:
     """Move pairs between outcomes in the tally."""
     tally: Counter[tuple[str, int, str]] = Counter()
     for row, record in zip(rows, records, strict=True):
@@ -481,9 +437,7 @@ async def _move_tally(
         tally[row["service"], day, row["outcome"]] -= 1
         tally[row["service"], day, _resolve_outcome(row, record)] += 1
     names = ("service", "day", "outcome")
-    parameters = [
-        {**dict(zip(names, key, strict=True)), "pairs": pairs} for key, pairs in tally.items() if pairs
-    ]
+    parameters = [{**dict(zip(names, key, strict=True)), "pairs": pairs} for key, pairs in tally.items() if pairs]
     if parameters:
         await connection.execute(load_statement("outcome_counts_add"), {"rows": to_json(parameters).decode()})
 

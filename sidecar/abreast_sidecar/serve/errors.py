@@ -46,9 +46,7 @@ class ErrorStatus:
 STOPPING_STATUS = ErrorStatus(grpc.StatusCode.UNAVAILABLE, "the sidecar is stopping; call again", "STOPPING")
 
 
-INTERNAL_ERROR_STATUS = ErrorStatus(
-    grpc.StatusCode.INTERNAL, "the sidecar failed; its log says how", "INTERNAL"
-)
+INTERNAL_ERROR_STATUS = ErrorStatus(grpc.StatusCode.INTERNAL, "the sidecar failed; its log says how", "INTERNAL")
 
 
 class StoppingError(SidecarError):

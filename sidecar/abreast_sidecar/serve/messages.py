@@ -64,8 +64,7 @@ def to_summary_response(summary: LedgerSummary, *, pending: int | None) -> compa
         envoy_sampled=summary.sampled,
         unaccounted=summary.unaccounted,
         drops=[
-            comparison_pb2.DropCount(stage=drop.stage, reason=drop.reason, count=drop.count)
-            for drop in summary.drops
+            comparison_pb2.DropCount(stage=drop.stage, reason=drop.reason, count=drop.count) for drop in summary.drops
         ],
         pending=pending,
         findings=summary.findings,
@@ -164,9 +163,7 @@ def to_finding_event_message(event: FindingEvent) -> comparison_pb2.FindingEvent
 def to_feature_message(feature: Feature | None) -> comparison_pb2.RequestFeature | None:
     if feature is None:
         return None
-    return comparison_pb2.RequestFeature(
-        text=str(feature), coverage=feature.coverage, precision=feature.precision
-    )
+    return comparison_pb2.RequestFeature(text=str(feature), coverage=feature.coverage, precision=feature.precision)
 
 
 def to_pair_message(pair: StoredPair) -> comparison_pb2.Pair:
@@ -185,9 +182,7 @@ def to_pair_message(pair: StoredPair) -> comparison_pb2.Pair:
         new_release=pair.new_release,
         finding_ids=pair.findings,
         reason=pair.reason,
-        explained=[
-            comparison_pb2.Explanation(finding_id=finding, rule_id=rule) for finding, rule in pair.explained
-        ],
+        explained=[comparison_pb2.Explanation(finding_id=finding, rule_id=rule) for finding, rule in pair.explained],
         drift_finding_ids=pair.drift,
     )
 

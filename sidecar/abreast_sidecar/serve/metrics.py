@@ -23,9 +23,7 @@ RPC_DURATION_BUCKETS_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)  # seconds
 class Metrics:
     def __init__(self, control: TrafficController, leader_tasks: LeaderTasks) -> None:
         self.registry = CollectorRegistry()
-        self.rpc_count = Counter(
-            "abreast_rpcs", "gRPC calls that ended", ["method", "code"], registry=self.registry
-        )
+        self.rpc_count = Counter("abreast_rpcs", "gRPC calls that ended", ["method", "code"], registry=self.registry)
         self.rpc_duration = Histogram(
             "abreast_rpc_seconds",
             "time of gRPC calls",
@@ -67,9 +65,7 @@ class LedgerMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         pairs = CounterMetricFamily(
-            "abreast_ledger_pairs",
-            "sampled requests in the ledger, by outcome",
-            labels=["service", "outcome"],
+            "abreast_ledger_pairs", "sampled requests in the ledger, by outcome", labels=["service", "outcome"]
         )
         for service, outcome, count in self.tallies:
             pairs.add_metric([service, outcome], count)
@@ -91,9 +87,7 @@ class LedgerMetrics(Collector):
             "abreast_unaccounted", "sampled requests without a row: on their way, or lost", labels=["service"]
         )
         dead_letters = GaugeMetricFamily(
-            "abreast_dead_letters",
-            "entries that could not be compared and are kept apart",
-            labels=["service"],
+            "abreast_dead_letters", "entries that could not be compared and are kept apart", labels=["service"]
         )
         for account in self.accounts:
             dead_letters.add_metric([account.service], account.dead_letters)
@@ -104,9 +98,7 @@ class LedgerMetrics(Collector):
 
     def _collect_captures(self) -> Metric:
         captures = CounterMetricFamily(
-            "abreast_captures",
-            "captures that came to Redis, by what became of them",
-            labels=["service", "result"],
+            "abreast_captures", "captures that came to Redis, by what became of them", labels=["service", "result"]
         )
         for account in self.accounts:
             for fate, count in (
@@ -133,12 +125,8 @@ class TrafficMetrics(Collector):
         self.control = control
 
     def collect(self) -> Iterable[Metric]:
-        version = GaugeMetricFamily(
-            "abreast_traffic_version", "version of the traffic settings", labels=["service"]
-        )
-        share = GaugeMetricFamily(
-            "abreast_traffic_share", "traffic settings, 0 to 1", labels=["service", "share"]
-        )
+        version = GaugeMetricFamily("abreast_traffic_version", "version of the traffic settings", labels=["service"])
+        share = GaugeMetricFamily("abreast_traffic_share", "traffic settings, 0 to 1", labels=["service", "share"])
         for traffic in self.control.list_current():
             version.add_metric([traffic.service], traffic.version)
             shares = traffic.shares
@@ -151,9 +139,7 @@ class TrafficMetrics(Collector):
         yield self._collect_envoys()
 
     def _collect_envoys(self) -> Metric:
-        envoys = GaugeMetricFamily(
-            "abreast_envoys", "Envoys connected to this sidecar", labels=["service", "state"]
-        )
+        envoys = GaugeMetricFamily("abreast_envoys", "Envoys connected to this sidecar", labels=["service", "state"])
         for traffic in self.control.list_current():
             states = self.control.connections.list_states(traffic)
             current = sum(state.acknowledged_version == traffic.version for state in states)
@@ -190,9 +176,7 @@ class RolloutMetrics(Collector):
 
     def _collect_guards(self) -> Iterable[Metric]:
         mode = GaugeMetricFamily("abreast_guard_mode", "1 for the guard's mode", labels=["service", "mode"])
-        breached = GaugeMetricFamily(
-            "abreast_guard_breached", "whether a rule was broken", labels=["service"]
-        )
+        breached = GaugeMetricFamily("abreast_guard_breached", "whether a rule was broken", labels=["service"])
         blind = GaugeMetricFamily("abreast_guard_blind", "whether the guard can't see", labels=["service"])
         for guard in self.guards:
             for name in GUARD_MODES:

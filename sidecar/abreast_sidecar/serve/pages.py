@@ -112,9 +112,7 @@ def format_words(name: str) -> str:
 
 def sort_captures(captures: Iterable[Capture]) -> list[Capture]:
     """Old, new, then baseline copies."""
-    return sorted(
-        captures, key=lambda capture: (capture.role == "baseline", capture.version != "old", capture.attempt)
-    )
+    return sorted(captures, key=lambda capture: (capture.role == "baseline", capture.version != "old", capture.attempt))
 
 
 def format_body(body: Body) -> str:
@@ -195,11 +193,7 @@ class WebApp:
 
     async def get_readiness(self, _: Request) -> Response:
         is_ready = self.readiness.is_ready
-        content = {
-            "ready": is_ready,
-            "draining": self.readiness.is_draining,
-            "parts": self.readiness.describe_parts(),
-        }
+        content = {"ready": is_ready, "draining": self.readiness.is_draining, "parts": self.readiness.describe_parts()}
         return JSONResponse(content, 200 if is_ready else 503)
 
     async def get_metrics(self, _: Request) -> Response:
@@ -223,9 +217,7 @@ class WebApp:
             try:
                 text = await render_content(self, request)
             except SidecarError as error:
-                status = next(
-                    (code for kind, code in HTTP_STATUS_BY_ERROR.items() if isinstance(error, kind)), 500
-                )
+                status = next((code for kind, code in HTTP_STATUS_BY_ERROR.items() if isinstance(error, kind)), 500)
                 text = render("error", message=str(error), parts=self.readiness.describe_parts())
             return HTMLResponse(text, status, headers=SECURITY_HEADERS)
 

@@ -92,9 +92,7 @@ def _parse_guard_rule(rule_message: pb.GuardRule) -> dict[str, Any]:
         name: getattr(rule_message, name) for name in ("limit", "min_pairs") if rule_message.HasField(name)
     }
     durations = {
-        name: _to_seconds(getattr(rule_message, name))
-        for name in ("window", "cooldown")
-        if rule_message.HasField(name)
+        name: _to_seconds(getattr(rule_message, name)) for name in ("window", "cooldown") if rule_message.HasField(name)
     }
     return rule_fields | durations
 
@@ -107,8 +105,7 @@ def parse_plan(plan_message: pb.RampPlan) -> RampPlan:
         options["min_pairs"] = plan_message.min_pairs
     try:
         return RampPlan(
-            tuple(to_fixed_point("plan.steps", share, TOTAL_WEIGHT) for share in plan_message.steps),
-            **options,
+            tuple(to_fixed_point("plan.steps", share, TOTAL_WEIGHT) for share in plan_message.steps), **options
         )
     except ValueError as error:
         raise ArgumentError(f"plan.{error}") from error
@@ -117,9 +114,7 @@ def parse_plan(plan_message: pb.RampPlan) -> RampPlan:
 def to_ramp_message(ramp: Ramp) -> pb.Ramp:
     return pb.Ramp(
         service=ramp.service,
-        state=_build_ramp_state(
-            ramp.id, ramp.state, ramp.step, ramp.message, to_plan_message(asdict(ramp.plan))
-        ),
+        state=_build_ramp_state(ramp.id, ramp.state, ramp.step, ramp.message, to_plan_message(asdict(ramp.plan))),
         actor=ramp.actor,
         reason=ramp.reason,
         start_time=to_timestamp(ramp.started_at),
@@ -147,9 +142,7 @@ def to_plan_message(document: Mapping[str, Any]) -> pb.RampPlan:
     )
 
 
-def _build_ramp_state(
-    id_: int, phase: str, step: int, message: str, plan_message: pb.RampPlan
-) -> pb.RampState:
+def _build_ramp_state(id_: int, phase: str, step: int, message: str, plan_message: pb.RampPlan) -> pb.RampState:
     return pb.RampState(
         id=id_,
         phase=to_enum_number(RAMP_PHASE_ENUM, phase),  # type: ignore[arg-type]  # an int is one

@@ -24,10 +24,7 @@ SCOPE_FIELDS = ("part", "path", "header", "status")
 
 
 def parse_actor(request: Any, peer: str) -> str:
-    return (
-        arguments.check_text("actor", request.actor.strip(), arguments.MAX_ACTOR_CHARS)
-        or f"someone at {peer}"
-    )
+    return arguments.check_text("actor", request.actor.strip(), arguments.MAX_ACTOR_CHARS) or f"someone at {peer}"
 
 
 def parse_source(request: pb.ApplyRulesRequest) -> str:
@@ -53,15 +50,11 @@ def parse_rule(rule_message: pb.Rule, extra_fields: Any = None) -> Rule:
 def parse_narrowed_rule(rule_message: pb.Rule, finding: FindingRef) -> Rule:
     """With what it leaves out taken from the finding that it is made for."""
     is_unscoped = not any(getattr(rule_message, name) for name in SCOPE_FIELDS)
-    requested_rule = parse_rule(
-        rule_message, {"part": finding.part, **_path_fields(finding)} if is_unscoped else None
-    )
+    requested_rule = parse_rule(rule_message, {"part": finding.part, **_path_fields(finding)} if is_unscoped else None)
     narrowed_rule = narrow_to_finding(
         replace(requested_rule, part=None, path="") if is_unscoped else requested_rule, finding
     )
-    return (
-        narrowed_rule if rule_message.name else replace(narrowed_rule, name=_build_rule_name(narrowed_rule))
-    )
+    return narrowed_rule if rule_message.name else replace(narrowed_rule, name=_build_rule_name(narrowed_rule))
 
 
 def _path_fields(finding: FindingRef) -> dict[str, str]:
@@ -77,10 +70,7 @@ def _build_rule_name(named_rule: Rule) -> str:
 
 def parse_draft(rule_message: pb.Rule, parsed_rule: Rule, source: str = "") -> RuleDraft:
     """With who, why and until when, which every rule must have."""
-    for name, description in (
-        ("owner", "who answers for the rule"),
-        ("reason", "why the difference is known"),
-    ):
+    for name, description in (("owner", "who answers for the rule"), ("reason", "why the difference is known")):
         if not getattr(rule_message, name).strip():
             raise ArgumentError(f"{name} must say {description}")
     if not rule_message.HasField("expire_time"):

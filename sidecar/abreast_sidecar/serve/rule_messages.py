@@ -9,18 +9,7 @@ from typing import Any
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import rule_pb2 as pb
 
-MESSAGE_TEXT_FIELDS = (
-    "name",
-    "path",
-    "header",
-    "service",
-    "endpoint",
-    "status",
-    "release",
-    "by",
-    "owner",
-    "reason",
-)
+MESSAGE_TEXT_FIELDS = ("name", "path", "header", "service", "endpoint", "status", "release", "by", "owner", "reason")
 MESSAGE_NUMBER_FIELDS = ("absolute", "relative")
 MESSAGE_JSON_FIELDS = ("old", "new")
 MESSAGE_ENUM_FIELDS = (
@@ -32,9 +21,7 @@ MESSAGE_ENUM_FIELDS = (
 
 def message_to_dict(rule: pb.Rule) -> dict[str, Any]:
     """What a file would say, without expires. Raise ValueError for a value that is no JSON text, or an unknown number."""
-    fields: dict[str, Any] = {
-        name: getattr(rule, name) for name in MESSAGE_TEXT_FIELDS if getattr(rule, name)
-    }
+    fields: dict[str, Any] = {name: getattr(rule, name) for name in MESSAGE_TEXT_FIELDS if getattr(rule, name)}
     for name, kind, prefix in MESSAGE_ENUM_FIELDS:
         if number := getattr(rule, name):
             if number not in kind.values_by_number:

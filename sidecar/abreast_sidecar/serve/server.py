@@ -25,10 +25,7 @@ from abreast.v1 import (
     traffic_pb2,
     traffic_pb2_grpc,
 )
-from abreast_sidecar.errors import (
-    ServerError,
-    SidecarError,
-)
+from abreast_sidecar.errors import ServerError, SidecarError
 from abreast_sidecar.serve.errors import to_error_status
 from abreast_sidecar.serve.http import bind_socket
 from abreast_sidecar.serve.metrics import Metrics
@@ -41,9 +38,7 @@ from abreast_sidecar.traffic.rtds import RtdsServer
 log = structlog.get_logger(__name__)
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
-STATUS_NAMES = {
-    number: code.name for code in grpc.StatusCode for number in (code, code.value[0])
-}  # aio tells either
+STATUS_NAMES = {number: code.name for code in grpc.StatusCode for number in (code, code.value[0])}  # aio tells either
 UNLOGGED_METHOD_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")  # asked again and again
 
 
@@ -51,9 +46,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
 
-    async def intercept_service(
-        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> Any:
+    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -178,9 +171,7 @@ class GrpcServer:
     async def start(self) -> None:
         """Raise ServerError when the port is taken."""
         await self.set_ready(False)
-        bind_socket(
-            self.listen, "gRPC", "ABREAST_GRPC_LISTEN"
-        ).close()  # gRPC itself does not say what is wrong
+        bind_socket(self.listen, "gRPC", "ABREAST_GRPC_LISTEN").close()  # gRPC itself does not say what is wrong
         try:
             self.port = self._server.add_insecure_port(self.listen)
         except RuntimeError as error:

@@ -44,9 +44,7 @@ def parse_window(message: Any) -> Window:
     start = parse_time("window.start", bounds.start) if bounds.HasField("start") else None
     end = parse_time("window.end", bounds.end) if bounds.HasField("end") else None
     if start is not None and end is not None and end < start:
-        raise ArgumentError(
-            f"window.end must not lie before window.start, got {end:%FT%TZ} before {start:%FT%TZ}"
-        )
+        raise ArgumentError(f"window.end must not lie before window.start, got {end:%FT%TZ} before {start:%FT%TZ}")
     return Window(start, end)
 
 
@@ -62,9 +60,7 @@ def parse_page(message: Any) -> PageRequest:
     return PageRequest.from_request(message.page_size, check_text("page_token", message.page_token, 4000))
 
 
-def parse_enum_names(
-    field: str, enum: EnumDescriptor, prefix: str, values: Iterable[int]
-) -> list[str] | None:
+def parse_enum_names(field: str, enum: EnumDescriptor, prefix: str, values: Iterable[int]) -> list[str] | None:
     """The ledger's names of an enum's values: OUTCOME_ONLY_OLD is only_old. None for none: no filter."""
     names_by_number = {number: value.name for number, value in enum.values_by_number.items() if number}
     matches = []
@@ -95,9 +91,7 @@ def parse_impacts(values: Iterable[int]) -> list[str] | None:
 def parse_pair_id(value: str) -> str:
     identifier = value.strip().lower()
     if not PAIR_ID_PATTERN.fullmatch(identifier):
-        raise ArgumentError(
-            f"id must be a pair's id as in the answer's header x-abreast-pair, got {value[:80]!r}"
-        )
+        raise ArgumentError(f"id must be a pair's id as in the answer's header x-abreast-pair, got {value[:80]!r}")
     return identifier
 
 
@@ -130,9 +124,7 @@ def parse_wait(message: Any) -> float:
 def parse_note(message: Any, peer: str) -> AuditNote:
     """Of a request with the fields `actor` and `reason`."""
     actor = check_text("actor", message.actor.strip(), MAX_ACTOR_CHARS)
-    return AuditNote(
-        actor or f"someone at {peer}", check_text("reason", message.reason.strip(), MAX_REASON_CHARS)
-    )
+    return AuditNote(actor or f"someone at {peer}", check_text("reason", message.reason.strip(), MAX_REASON_CHARS))
 
 
 def parse_status_change(message: Any, peer: str) -> StatusChange:
@@ -152,12 +144,7 @@ def parse_status_change(message: Any, peer: str) -> StatusChange:
 
 def parse_traffic_change(message: Any) -> TrafficChange:
     """Of an UpdateTrafficRequest."""
-    units = {
-        "new_share": TOTAL_WEIGHT,
-        "sample_safe": MILLION,
-        "sample_unsafe": MILLION,
-        "baseline_share": MILLION,
-    }
+    units = {"new_share": TOTAL_WEIGHT, "sample_safe": MILLION, "sample_unsafe": MILLION, "baseline_share": MILLION}
     values = {
         name: to_fixed_point(name, getattr(message, name), unit)
         for name, unit in units.items()

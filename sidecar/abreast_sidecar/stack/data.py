@@ -21,9 +21,7 @@ RUN_FOLDER_PREFIX = "abreast-run-"
 RUN_LOCK_FILE = "lock"  # held by the process that runs the servers; holds its process id
 SERVERS_LOCK_FILE = "servers.lock"  # inherited by the servers: free when the last one has ended
 SERVERS_END_TIMEOUT_S = 30.0  # seconds that the servers of a killed run get to end
-DATA_DIRECTORY_MODE = (
-    0o711 if os.geteuid() == 0 else 0o700
-)  # as root, postgres runs as another user and must pass
+DATA_DIRECTORY_MODE = 0o711 if os.geteuid() == 0 else 0o700  # as root, postgres runs as another user and must pass
 
 
 class DataDirectory:

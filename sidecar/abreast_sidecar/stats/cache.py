@@ -10,13 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from abreast_sidecar.stats.latency import (
-    DETECTOR_ALPHA,
-    MIN_WARM_PAIRS,
-    Timing,
-    log_evidence,
-    skip_cold_pairs,
-)
+from abreast_sidecar.stats.latency import DETECTOR_ALPHA, MIN_WARM_PAIRS, Timing, log_evidence, skip_cold_pairs
 
 MIN_MISS_RATIO = 1.5  # of misses; twice as many are found for certain
 MIN_EXTRA_MISSES = 0.02  # misses a request
@@ -51,11 +45,7 @@ def detect_extra_misses(lookups: Sequence[CacheLookups]) -> MissIncrease | None:
         return None
     old = sum(pair.old_us for pair in sample) / len(sample)
     new = sum(pair.new_us for pair in sample) / len(sample)
-    if (
-        new < MIN_MISS_RATIO * old
-        or new - old < MIN_EXTRA_MISSES
-        or log_evidence(sample) < -math.log(DETECTOR_ALPHA)
-    ):
+    if new < MIN_MISS_RATIO * old or new - old < MIN_EXTRA_MISSES or log_evidence(sample) < -math.log(DETECTOR_ALPHA):
         return None
     return MissIncrease(
         old=round(old, 3),

@@ -42,9 +42,7 @@ def find_state_drift(
     if recheck.old is None or recheck.new is None or get_status(recheck.old) != get_status(recheck.new):
         return []
     remaining = {_make_key(difference) for difference in recheck.differences}
-    old_changes = {
-        (_make_key(difference), difference.exact_path): difference for difference in old_change.differences
-    }
+    old_changes = {(_make_key(difference), difference.exact_path): difference for difference in old_change.differences}
     return [
         key
         for key, differences in _group_by_key(original.differences).items()
@@ -56,9 +54,7 @@ def find_state_drift(
 
 
 def _is_recheckable(original: ComparisonResult) -> bool:
-    return (
-        original.outcome == "mismatch" and original.new is not None and _is_answer(get_status(original.new))
-    )
+    return original.outcome == "mismatch" and original.new is not None and _is_answer(get_status(original.new))
 
 
 def _is_answer(code: int) -> bool:
@@ -95,12 +91,7 @@ def _has_old_caught_up(difference: Difference, change: Difference) -> bool:
 
 def _has_counted_past(difference: Difference, change: Difference) -> bool:
     old, new, current = (_parse_number(text) for text in (difference.old, difference.new, change.new))
-    return (
-        old is not None
-        and new is not None
-        and current is not None
-        and (old < new < current or current < new < old)
-    )
+    return old is not None and new is not None and current is not None and (old < new < current or current < new < old)
 
 
 def _parse_number(text: str | None) -> float | None:

@@ -99,10 +99,7 @@ def find_common_feature(
     if len(with_finding) < MIN_REQUESTS or len(without_finding) < MIN_REQUESTS:
         return None
     names = {name for request in (*with_finding, *without_finding) for name in request}
-    hit_counts, false_counts = (
-        _count_candidates(with_finding, names),
-        _count_candidates(without_finding, names),
-    )
+    hit_counts, false_counts = (_count_candidates(with_finding, names), _count_candidates(without_finding, names))
     candidates = [candidate for candidate, count in hit_counts.items() if count]
     sizes = (len(with_finding), len(without_finding))
     contrasting = [
@@ -132,12 +129,7 @@ def _count_candidates(requests: Sequence[RequestFeatures], names: Iterable[str])
     for request in requests:
         counts.update(("present", name, "") for name in request)
         counts.update(
-            {
-                ("value", name, value)
-                for name, values in request.items()
-                for value in values
-                if _is_short(value)
-            }
+            {("value", name, value) for name, values in request.items() for value in values if _is_short(value)}
         )
     for name in names:
         counts["absent", name, ""] = len(requests) - counts["present", name, ""]
@@ -246,9 +238,7 @@ def collect_request_features(request: Request, route: str) -> dict[str, list[str
     for name in _iterate_cookie_names(request.headers):
         values_by_name.setdefault(f"cookie.{name}", [])
     names = sorted(values_by_name, key=lambda name: (name.startswith("body."), name))[:MAX_NAMES]
-    return {
-        name: _select_values(name, values_by_name[name]) for name in names if len(name) <= MAX_VALUE_CHARS
-    }
+    return {name: _select_values(name, values_by_name[name]) for name in names if len(name) <= MAX_VALUE_CHARS}
 
 
 def _select_headers(headers: Headers) -> list[tuple[str, str]]:

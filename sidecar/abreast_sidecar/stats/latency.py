@@ -33,7 +33,9 @@ MIN_SLOWDOWN_US = 5000.0  # of the median pair
 DETECTOR_ALPHA = 0.001  # for one endpoint, over all its life
 COLD_PAIR_SHARE = 0.1  # of the first pairs of each release: caches, pools and compilers are cold
 MIN_COLD_PAIRS = 5  # at least
-MIN_SLOWER_US = 500  # of a pair that a verdict or the guard counts as slower: less is the event loop's, or a warmer cache's
+MIN_SLOWER_US = (
+    500  # of a pair that a verdict or the guard counts as slower: less is the event loop's, or a warmer cache's
+)
 MIN_BASELINE_PAIRS = 20  # of old, or pairs are judged whatever their roles
 
 
@@ -72,11 +74,7 @@ def detect_slowdown(timings: Sequence[Timing], *, awaits_copies: bool = False) -
         return None
     ratio = median((timing.new_us + 1) / (timing.old_us + 1) for timing in sample)
     difference = median(timing.new_us - timing.old_us for timing in sample)
-    if (
-        ratio < MIN_SLOWDOWN_RATIO
-        or difference < MIN_SLOWDOWN_US
-        or log_evidence(sample) < -math.log(DETECTOR_ALPHA)
-    ):
+    if ratio < MIN_SLOWDOWN_RATIO or difference < MIN_SLOWDOWN_US or log_evidence(sample) < -math.log(DETECTOR_ALPHA):
         return None
     old, new = sorted(timing.old_us for timing in sample), sorted(timing.new_us for timing in sample)
     return Slowdown(
@@ -188,12 +186,9 @@ def measure_paired_latency(timings: Sequence[Timing], confidence: float) -> Pair
     return PairedLatency(
         pairs=len(timings),
         percentiles=tuple(
-            VersionPercentiles(share, percentile(old, share), percentile(new, share))
-            for share in VERSION_QUANTILES
+            VersionPercentiles(share, percentile(old, share), percentile(new, share)) for share in VERSION_QUANTILES
         ),
-        differences_us=tuple(
-            _make_quantile_interval(differences, share, *bounds[share]) for share in PAIRED_QUANTILES
-        ),
+        differences_us=tuple(_make_quantile_interval(differences, share, *bounds[share]) for share in PAIRED_QUANTILES),
         ratios=tuple(_make_quantile_interval(ratios, share, *bounds[share]) for share in PAIRED_QUANTILES),
         copies=0 if sample is timings else len(sample),
     )
@@ -202,10 +197,7 @@ def measure_paired_latency(timings: Sequence[Timing], confidence: float) -> Pair
 def _make_quantile_interval(ordered: Sequence[float], share: float, low: int, high: int) -> QuantileInterval:
     index = max(0, -int(-len(ordered) * share // 1) - 1)
     return QuantileInterval(
-        share,
-        ordered[index],
-        ordered[low - 1] if low >= 1 else None,
-        ordered[high] if high < len(ordered) else None,
+        share, ordered[index], ordered[low - 1] if low >= 1 else None, ordered[high] if high < len(ordered) else None
     )
 
 

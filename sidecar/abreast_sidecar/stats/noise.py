@@ -46,17 +46,13 @@ from typing import Literal
 from abreast_sidecar.stats.sequential import JEFFREYS_PRIOR, Prior, evidence_above, find_least, log_ratio
 
 MIN_NOISE_RATE = 0.002  # of the requests: rarer noise is taken for a finding
-MIN_DIRECTIONAL_NOISE_RATE = (
-    0.01  # the same for noise in which new is always the greater, or always the smaller
-)
+MIN_DIRECTIONAL_NOISE_RATE = 0.01  # the same for noise in which new is always the greater, or always the smaller
 HALF = 0.5
 NOISE_DOUBT_E_VALUE = 5.0  # an e-value above which a path that old shows too is not called noise any more
 
 NoiseState = Literal["real", "noise", "undecided"]
 
-_RATE_PRIOR = Prior(
-    ((0.5, 500.0), (0.5, 50.0), (0.5, 0.5))
-)  # a difference in a thousand, in a hundred, anywhere
+_RATE_PRIOR = Prior(((0.5, 500.0), (0.5, 50.0), (0.5, 0.5)))  # a difference in a thousand, in a hundred, anywhere
 _DIRECTION_PRIOR = Prior(((0.05, 0.05),))  # nearly all to one side, either
 _DIRECTION_WEIGHT = 0.75  # of the weight is on the lean, the rest on there being none
 
@@ -92,9 +88,7 @@ class MagnitudeShift:
 class NoiseDecision:
     state: NoiseState
     reason: str
-    p_value: (
-        float  # valid at any look: the inverse of the e-value, not yet corrected for the number of places
-    )
+    p_value: float  # valid at any look: the inverse of the e-value, not yet corrected for the number of places
     baseline_pairs_needed: (
         int | None
     )  # further baseline copies until it is expected to be decided; None: decided, or no number
@@ -105,9 +99,7 @@ def classify_differences(
 ) -> list[NoiseDecision]:
     """Decide about all places of one endpoint together, or of a service; any false finding at most at `alpha`."""
     log_evidences = [
-        magnitude_evidence(counts)
-        if isinstance(counts, MagnitudeShift)
-        else difference_evidence(counts, floor)
+        magnitude_evidence(counts) if isinstance(counts, MagnitudeShift) else difference_evidence(counts, floor)
         for counts in all_counts
     ]
     threshold = _find_threshold(log_evidences, alpha)
@@ -121,14 +113,8 @@ def classify_differences(
 
 def magnitude_evidence(shift: MagnitudeShift) -> float:
     """The logarithm of the e-value against "new is no more often far above than far below, or its copies are as often"."""
-    new, copies = (
-        (shift.far_greater, shift.far_smaller),
-        (shift.baseline_far_greater, shift.baseline_far_smaller),
-    )
-    directions = (
-        _directional_evidence(shift, new, copies),
-        _directional_evidence(shift, new[::-1], copies[::-1]),
-    )
+    new, copies = ((shift.far_greater, shift.far_smaller), (shift.baseline_far_greater, shift.baseline_far_smaller))
+    directions = (_directional_evidence(shift, new, copies), _directional_evidence(shift, new[::-1], copies[::-1]))
     return _mean_evidence(*directions)
 
 
@@ -139,9 +125,7 @@ def _directional_evidence(shift: MagnitudeShift, new: tuple[int, int], copies: t
         return imbalance
     pair_counts = DifferenceCounts(shift.compared, new[0], shift.baseline_compared, copies[0])
     direction_counts = DifferenceCounts(sum(new), new[0], sum(copies), copies[0])
-    return min(
-        imbalance, _mean_evidence(_frequency_evidence(pair_counts), _frequency_evidence(direction_counts))
-    )
+    return min(imbalance, _mean_evidence(_frequency_evidence(pair_counts), _frequency_evidence(direction_counts)))
 
 
 def _frequency_evidence(counts: DifferenceCounts) -> float:
@@ -161,8 +145,7 @@ def difference_evidence(counts: DifferenceCounts, floor: float = MIN_NOISE_RATE)
             -inf
             if counts.explained
             else _mean_evidence(
-                _direction_evidence(counts),
-                _separate_rates_likelihood(counts) - _common_rate_likelihood(counts, floor),
+                _direction_evidence(counts), _separate_rates_likelihood(counts) - _common_rate_likelihood(counts, floor)
             )
         )
     if counts.differing * counts.baseline_compared <= counts.baseline_differing * counts.compared:
@@ -171,8 +154,7 @@ def difference_evidence(counts: DifferenceCounts, floor: float = MIN_NOISE_RATE)
     if counts.baseline_differing or counts.explained:
         return count_evidence
     return min(
-        _separate_rates_likelihood(counts)
-        - _common_rate_likelihood(counts, max(floor, MIN_DIRECTIONAL_NOISE_RATE)),
+        _separate_rates_likelihood(counts) - _common_rate_likelihood(counts, max(floor, MIN_DIRECTIONAL_NOISE_RATE)),
         count_evidence + _weighted_direction_evidence(counts),
     )
 
@@ -233,48 +215,40 @@ def _find_threshold(log_evidences: Sequence[float], alpha: float) -> float:
     return log(len(ordered) / alpha) if ordered else inf
 
 
-def _make_decision(
-    counts: DifferenceCounts, log_evidence: float, threshold: float, floor: float
-) -> NoiseDecision:
+def _make_decision(counts: DifferenceCounts, log_evidence: float, threshold: float, floor: float) -> NoiseDecision:
     p_value = exp(-log_evidence) if log_evidence > 0 else 1.0
     if log_evidence >= threshold:
         return NoiseDecision("real", f"{_describe_counts(counts)}: more than chance", p_value, None)
     if counts.baseline_differing and log_evidence < log(NOISE_DOUBT_E_VALUE):
         return NoiseDecision("noise", _describe_counts(counts), p_value, None)
     if counts.differing and counts.explained == counts.differing:
-        return NoiseDecision(
-            "noise", f"{_describe_counts(counts)}; the shape of all values explains it", p_value, None
-        )
+        return NoiseDecision("noise", f"{_describe_counts(counts)}; the shape of all values explains it", p_value, None)
     if not counts.differing:
         return NoiseDecision("noise", _describe_counts(counts), p_value, None)
     return _make_undecided(counts, threshold, p_value, floor)
 
 
 def _make_magnitude_decision(shift: MagnitudeShift, log_evidence: float, threshold: float) -> NoiseDecision:
-    summary = f"new is more than twice old in {shift.far_greater} of {shift.compared}, less than half in {shift.far_smaller}"
+    summary = (
+        f"new is more than twice old in {shift.far_greater} of {shift.compared}, less than half in {shift.far_smaller}"
+    )
     p_value = exp(-log_evidence) if log_evidence > 0 else 1.0
     if log_evidence >= threshold:
         return NoiseDecision("real", f"{summary}: more than chance", p_value, None)
     return NoiseDecision("noise", summary, p_value, None)
 
 
-def _make_undecided(
-    counts: DifferenceCounts, threshold: float, p_value: float, floor: float
-) -> NoiseDecision:
+def _make_undecided(counts: DifferenceCounts, threshold: float, p_value: float, floor: float) -> NoiseDecision:
     if not counts.baseline_compared:
         advice = "send a share of the requests to old twice, or make a rule"
-        return NoiseDecision(
-            "undecided", f"{_describe_counts(counts)}; to settle it, {advice}", p_value, None
-        )
+        return NoiseDecision("undecided", f"{_describe_counts(counts)}; to settle it, {advice}", p_value, None)
     pairs_needed = estimate_baseline_pairs_needed(counts, threshold, floor)
     hint = (
         ""
         if pairs_needed is None
         else f"; about {pairs_needed} more baseline copies without a difference would settle it"
     )
-    return NoiseDecision(
-        "undecided", f"{_describe_counts(counts)}: too few to tell{hint}", p_value, pairs_needed
-    )
+    return NoiseDecision("undecided", f"{_describe_counts(counts)}: too few to tell{hint}", p_value, pairs_needed)
 
 
 def estimate_baseline_pairs_needed(

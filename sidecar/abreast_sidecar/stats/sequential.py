@@ -38,9 +38,7 @@ class Prior:
         logs = [_log_beta(a + successes, b + failures) - _log_beta(a, b) for a, b in self.parts]
         largest = max(logs)
         return (
-            largest
-            if len(logs) == 1
-            else largest + log(sum(exp(log_term - largest) for log_term in logs) / len(logs))
+            largest if len(logs) == 1 else largest + log(sum(exp(log_term - largest) for log_term in logs) / len(logs))
         )
 
 
@@ -92,9 +90,7 @@ def log_ratio(successes: float, n: float, rate: float, prior: Prior) -> float:
     failures = n - successes
     if (rate <= 0 and successes) or (rate >= 1 and failures):
         return inf
-    likelihood = (successes * log(rate) if successes else 0.0) + (
-        failures * log1p(-rate) if failures else 0.0
-    )
+    likelihood = (successes * log(rate) if successes else 0.0) + (failures * log1p(-rate) if failures else 0.0)
     return prior.log_marginal(successes, failures) - likelihood
 
 
@@ -106,18 +102,12 @@ def prior_above(budget: float) -> Prior:
 
 def prior_below(budget: float) -> Prior:
     """Mostly below the budget and dense at zero: no mismatch at all is said 17% later than by one look alone."""
-    return (
-        Prior(((0.5, max(2.0 / budget, 0.5)), *_parts_near_budget(budget))) if budget > 0 else JEFFREYS_PRIOR
-    )
+    return Prior(((0.5, max(2.0 / budget, 0.5)), *_parts_near_budget(budget))) if budget > 0 else JEFFREYS_PRIOR
 
 
 def _parts_near_budget(budget: float) -> BetaParts:
     """Rates a few percent beside a budget that is no small one: of two equal versions the one is slower in nearly half."""
-    return (
-        ((NEAR_BUDGET_REQUESTS * budget, NEAR_BUDGET_REQUESTS * (1 - budget)),)
-        if 0.1 <= budget <= 0.9
-        else ()
-    )
+    return ((NEAR_BUDGET_REQUESTS * budget, NEAR_BUDGET_REQUESTS * (1 - budget)),) if 0.1 <= budget <= 0.9 else ()
 
 
 def estimate_requests_above(rate: float, n: int, budget: float, threshold: float) -> int | None:

@@ -66,9 +66,7 @@ class Budget:
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence must be a fraction above 0 and below 1, got {self.confidence!r}")
         if not 0 <= self.max_slower < inf:
-            raise ValueError(
-                f"max_slower must be a fraction of old's time, 0 or more, got {self.max_slower!r}"
-            )
+            raise ValueError(f"max_slower must be a fraction of old's time, 0 or more, got {self.max_slower!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +119,7 @@ class Verdict:
     state: VerdictState
     reasons: tuple[Reason, ...]  # the weightiest first; of endpoints only those that matter for the whole
     endpoints: tuple[EndpointVerdict, ...]  # the worst first
-    pairs_to_pass: (
-        int | None
-    )  # further pairs until PASS, at the current rates; 0: now, None: not at these rates
+    pairs_to_pass: int | None  # further pairs until PASS, at the current rates; 0: now, None: not at these rates
 
     @property
     def exit_code(self) -> int:
@@ -142,9 +138,7 @@ class _Alpha:
         return -log(self.to_pass), -log(self.to_fail * ALPHA_SHARES[subject])
 
 
-def decide_verdict(
-    endpoints: Sequence[EndpointCounts], completeness: Completeness, budget: Budget
-) -> Verdict:
+def decide_verdict(endpoints: Sequence[EndpointCounts], completeness: Completeness, budget: Budget) -> Verdict:
     alpha = 1 - budget.confidence
     divisor = 1 if len(endpoints) < 2 else 2  # one endpoint is the whole
     endpoint_alpha = _Alpha(alpha, alpha / divisor / max(len(endpoints), 1))
@@ -180,9 +174,7 @@ def decide_verdict(
                 ),
             )
         ),
-        pairs_to_pass=_estimate_pairs_to_pass(
-            service_reasons, blocked=bool(failed_reasons or open_coverage_reasons)
-        ),
+        pairs_to_pass=_estimate_pairs_to_pass(service_reasons, blocked=bool(failed_reasons or open_coverage_reasons)),
     )
 
 
@@ -200,9 +192,7 @@ def _rate_reasons(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> list
 
 
 def _mismatch_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Reason:
-    text = _describe_rate(
-        counts.mismatches, counts.compared, "unexplained mismatches", budget.max_mismatch, alpha
-    )
+    text = _describe_rate(counts.mismatches, counts.compared, "unexplained mismatches", budget.max_mismatch, alpha)
     if counts.undecided:
         text += f"; {_format_number(counts.undecided)} more not yet told from noise"
     if counts.by_rules:
@@ -231,14 +221,7 @@ def _error_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Reas
         text += f"; {_format_number(counts.old_errors)} the other way"
     imbalance = evidence_above(counts.new_errors, counts.new_errors + counts.old_errors, HALF)
     return _make_rate_reason(
-        "errors",
-        counts,
-        counts.new_errors,
-        counts.compared,
-        budget.max_error,
-        alpha,
-        text,
-        required_evidence=imbalance,
+        "errors", counts, counts.new_errors, counts.compared, budget.max_error, alpha, text, required_evidence=imbalance
     )
 
 
@@ -278,9 +261,7 @@ def _make_rate_reason(
     if below >= to_pass:
         return Reason(subject, counts.endpoint, "PASS", text, PairsNeeded(0, None), below)
     pairs_needed = PairsNeeded(
-        to_pass=estimate_requests_below(
-            (hits + undecided) / complete if complete else 0.0, complete, limit, to_pass
-        ),
+        to_pass=estimate_requests_below((hits + undecided) / complete if complete else 0.0, complete, limit, to_pass),
         to_fail=estimate_requests_above(hits / n if n else 0.0, n, limit, to_fail)
         or None,  # 0: something else keeps it from FAIL
     )
@@ -305,11 +286,7 @@ def _coverage_reasons(counts: EndpointCounts) -> list[Reason]:
         text += "; abreast pairs says why"
     weight = float(counts.old_requests)
     if counts.waived:
-        return [
-            Reason(
-                "coverage", counts.endpoint, "PASS", f"{text}; {counts.waived}", PairsNeeded(0, None), weight
-            )
-        ]
+        return [Reason("coverage", counts.endpoint, "PASS", f"{text}; {counts.waived}", PairsNeeded(0, None), weight)]
     return [Reason("coverage", counts.endpoint, "INCONCLUSIVE", text, PairsNeeded(None, None), weight)]
 
 
@@ -319,11 +296,7 @@ def _completeness_reason(completeness: Completeness, budget: Budget) -> Reason:
         text = f"no Envoy's count to hold the {_format_number(completeness.accounted)} requests in the ledger against"
         return Reason("completeness", "", "INCONCLUSIVE", text, PairsNeeded(None, None))
     share = completeness.accounted / completeness.sampled if completeness.sampled else 0.0
-    pending = (
-        completeness.pending
-        if completeness.pending > (1 - budget.min_completeness) * completeness.sampled
-        else 0
-    )
+    pending = completeness.pending if completeness.pending > (1 - budget.min_completeness) * completeness.sampled else 0
     is_complete = bool(completeness.sampled) and share >= budget.min_completeness and not pending
     missing = max(completeness.sampled - completeness.accounted, 0)
     text = f"the ledger has {_format_number(completeness.accounted)} of {_format_number(completeness.sampled)} sampled requests ({_format_percent(share)})"

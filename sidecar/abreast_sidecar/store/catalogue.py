@@ -161,18 +161,14 @@ class IdCache:
         if added:
             await self._read_findings(connection, added)
 
-    async def _read_findings(
-        self, connection: AsyncConnection[TupleRow], endpoints: dict[int, EndpointIds]
-    ) -> None:
+    async def _read_findings(self, connection: AsyncConnection[TupleRow], endpoints: dict[int, EndpointIds]) -> None:
         cursor = await connection.execute(load_statement("finding_ids"), {"endpoints": list(endpoints)})
         for endpoint_id, part, path, kind, finding_id, *summary in await cursor.fetchall():
             endpoints[endpoint_id].findings[part, path, kind] = finding_id
             if finding_id not in self.examples or summary[0] > self.examples[finding_id].count:
                 self.examples[finding_id] = ExampleSummary(*summary)
 
-    def _unknown_findings(
-        self, records: Iterable[PairRecord]
-    ) -> dict[tuple[int, FindingKey], dict[str, Any]]:
+    def _unknown_findings(self, records: Iterable[PairRecord]) -> dict[tuple[int, FindingKey], dict[str, Any]]:
         unknown: dict[tuple[int, FindingKey], dict[str, Any]] = {}
         capacity: dict[int, int] = {}  # endpoint → findings that it may still get
         for record in records:
@@ -182,15 +178,9 @@ class IdCache:
                 if endpoint is None or self.finding(endpoint, difference) is not None:
                     continue
                 remaining = capacity.setdefault(endpoint.id, MAX_ENDPOINT_FINDINGS - len(endpoint.findings))
-                key = (
-                    _make_finding_key(difference)
-                    if remaining > 0
-                    else (difference.part, OTHER_PATH, difference.kind)
-                )
+                key = _make_finding_key(difference) if remaining > 0 else (difference.part, OTHER_PATH, difference.kind)
                 if (endpoint.id, key) not in unknown:
-                    unknown[endpoint.id, key] = _make_finding_record(
-                        endpoint, key, difference, record.time_ms
-                    )
+                    unknown[endpoint.id, key] = _make_finding_record(endpoint, key, difference, record.time_ms)
                     capacity[endpoint.id] -= 1
         return unknown
 

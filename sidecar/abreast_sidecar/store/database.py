@@ -40,9 +40,7 @@ Row = dict[str, Any]
 def statements() -> Mapping[str, bytes]:
     """Read all named queries."""
     folder = resources.files("abreast_sidecar.store") / "queries"
-    return parse_queries(
-        {file.name: file.read_bytes() for file in folder.iterdir() if file.name.endswith(".sql")}
-    )
+    return parse_queries({file.name: file.read_bytes() for file in folder.iterdir() if file.name.endswith(".sql")})
 
 
 def parse_queries(files: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -175,9 +173,7 @@ TRUNCATION_DIGEST_BYTES = 4  # bytes that tell apart what begins alike
 def sanitise_text(text: str, max_chars: int) -> str:
     """At most `limit` characters. What is cut ends in a digest of the whole, so that different texts stay different."""
     if len(text) > max_chars:
-        digest = hashlib.blake2b(
-            text.encode("utf-8", "surrogatepass"), digest_size=TRUNCATION_DIGEST_BYTES
-        ).hexdigest()
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=TRUNCATION_DIGEST_BYTES).hexdigest()
         text = text[: max_chars - len(digest) - 1] + TRUNCATION_MARK + digest
     if "\0" in text:
         text = text.replace("\0", NUL_PLACEHOLDER)

@@ -86,9 +86,7 @@ def _check_encoding(encoding: str, location: str) -> None:
 
 async def _read_applied(connection: AsyncConnection[TupleRow], location: str) -> list[TupleRow]:
     """Return the applied migrations. Refuse a database that this code did not create."""
-    ((versioned, outdated, tables),) = await (
-        await connection.execute(load_statement("schema_state"))
-    ).fetchall()
+    ((versioned, outdated, tables),) = await (await connection.execute(load_statement("schema_state"))).fetchall()
     if versioned:
         return await (await connection.execute(load_statement("schema_versions"))).fetchall()
     if outdated:

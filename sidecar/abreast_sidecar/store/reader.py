@@ -20,13 +20,7 @@ from abreast_sidecar.stats.features import (
     collect_target_features,
     find_common_feature,
 )
-from abreast_sidecar.stats.latency import (
-    COLD_PAIR_SHARE,
-    MIN_BASELINE_PAIRS,
-    MIN_COLD_PAIRS,
-    MIN_SLOWER_US,
-    Timing,
-)
+from abreast_sidecar.stats.latency import COLD_PAIR_SHARE, MIN_BASELINE_PAIRS, MIN_COLD_PAIRS, MIN_SLOWER_US, Timing
 from abreast_sidecar.stats.verdict import EndpointCounts
 from abreast_sidecar.store import records as rows
 from abreast_sidecar.store.database import Database, Row
@@ -62,19 +56,13 @@ class PageRequest:
     def from_request(cls, size: int, token: str) -> PageRequest:
         """Check what a request says; 0 means the default size."""
         if not 0 <= size <= MAX_PAGE_SIZE:
-            raise ArgumentError(
-                f"page_size must be 1 to {MAX_PAGE_SIZE}, or 0 for {DEFAULT_PAGE_SIZE}, got {size}"
-            )
+            raise ArgumentError(f"page_size must be 1 to {MAX_PAGE_SIZE}, or 0 for {DEFAULT_PAGE_SIZE}, got {size}")
         return cls(size or DEFAULT_PAGE_SIZE, token)
 
 
 def encode_cursor(listing: str, filters: Mapping[str, Any], position: list[Any]) -> str:
     content = orjson.dumps(position)
-    return (
-        base64.urlsafe_b64encode(_compute_cursor_checksum(listing, filters, content) + content)
-        .decode()
-        .rstrip("=")
-    )
+    return base64.urlsafe_b64encode(_compute_cursor_checksum(listing, filters, content) + content).decode().rstrip("=")
 
 
 def decode_cursor(listing: str, filters: Mapping[str, Any], token: str) -> list[Any]:
@@ -181,8 +169,7 @@ class LedgerReader:
     async def read_tallies(self) -> list[tuple[str, str, int]]:
         """Service, outcome, and rows ever written: it only grows."""
         return [
-            (row["service"], row["outcome"], row["pairs"])
-            for row in await self.database.fetch_all("outcome_counts")
+            (row["service"], row["outcome"], row["pairs"]) for row in await self.database.fetch_all("outcome_counts")
         ]
 
     async def count_webhooks(self) -> dict[str, int]:
@@ -192,10 +179,7 @@ class LedgerReader:
 
     async def read_accounts(self, service: str | None = None) -> list[CaptureAccounting]:
         """Of one service, which may be unknown, or of all."""
-        return [
-            CaptureAccounting(**row)
-            for row in await self.database.fetch_all("accounts", {"service": service})
-        ]
+        return [CaptureAccounting(**row) for row in await self.database.fetch_all("accounts", {"service": service})]
 
     async def list_drops(self, service: str | None = None) -> list[Drop]:
         return [Drop(**record) for record in await self.database.fetch_all("drops", {"service": service})]
@@ -237,13 +221,7 @@ class LedgerReader:
         return (await self._read_database_time() - datetime.now(UTC)).total_seconds()
 
     async def read_evidence(
-        self,
-        service: str,
-        window: Window,
-        max_slower: float,
-        *,
-        release: str = "",
-        all_releases: bool = False,
+        self, service: str, window: Window, max_slower: float, *, release: str = "", all_releases: bool = False
     ) -> VerdictEvidence:
         """`max_slower`: the part of old's time by which new may be slower. `release`: of new; the newest unless given."""
         label = None if all_releases else release or await self._find_newest_release(service, window)
@@ -284,9 +262,7 @@ class LedgerReader:
         parameters = {"service": service, "method": method, "route": route, "findings": _to_list(findings)}
         return [row["id"] for row in await self.database.fetch_all("endpoint_ids", parameters)]
 
-    async def list_endpoints(
-        self, service: str, window: Window, page: PageRequest
-    ) -> PageResult[EndpointSummary]:
+    async def list_endpoints(self, service: str, window: Window, page: PageRequest) -> PageResult[EndpointSummary]:
         filters = {"service": service, "window": asdict(window)}
         position = decode_cursor("endpoints", filters, page.token) if page.token else [None, None, None]
         parameters: dict[str, Any] = {"endpoints": await self._find_endpoint_ids(service)}
@@ -310,9 +286,7 @@ class LedgerReader:
             matches,
             page,
             rows.to_finding,
-            lambda row: encode_cursor(
-                "findings", filters, [as_of.isoformat(), row["rank"], row["count"], row["id"]]
-            ),
+            lambda row: encode_cursor("findings", filters, [as_of.isoformat(), row["rank"], row["count"], row["id"]]),
         )
 
     async def get_findings(self, ids: Sequence[int]) -> list[Finding]:
@@ -326,9 +300,7 @@ class LedgerReader:
         findings = await self.get_findings([finding_id])
         if not findings:
             raise NotFoundError(f"the ledger holds no finding {finding_id}; list them with ListFindings")
-        examples = await self.database.fetch_all(
-            "finding_examples", {"id": finding_id, "limit": MAX_EXAMPLES}
-        )
+        examples = await self.database.fetch_all("finding_examples", {"id": finding_id, "limit": MAX_EXAMPLES})
         return findings[0], [rows.to_pair_detail(row) for row in examples]
 
     async def list_finding_events(self, finding_id: int) -> list[FindingEvent]:
@@ -342,13 +314,9 @@ class LedgerReader:
             return None
         showing = await self._read_sample_features("samples_showing", finding.id)
         others = await self._read_sample_features("samples_without", finding.id)
-        if (
-            min(len(showing), len(others)) < MIN_REQUESTS
-        ):  # a finding that most requests show has few others at random
+        if min(len(showing), len(others)) < MIN_REQUESTS:  # a finding that most requests show has few others at random
             parameters = {"id": finding.id, "limit": MAX_FEATURE_REQUESTS}
-            showing = await self._read_request_features(
-                "requests_showing", parameters, finding.endpoint.route
-            )
+            showing = await self._read_request_features("requests_showing", parameters, finding.endpoint.route)
             others = await self._read_request_features("requests_without", parameters, finding.endpoint.route)
         others_total = finding.compared - finding.count
         return find_common_feature(
@@ -379,16 +347,11 @@ class LedgerReader:
         matches: list[Row] = []
         for day in await self._list_days(criteria.window, after_time) if parameters["endpoints"] else ():
             remaining = page.size + 1 - len(matches)
-            matches += await self.database.fetch_all(
-                "pairs_list", {**parameters, "day": day, "limit": remaining}
-            )
+            matches += await self.database.fetch_all("pairs_list", {**parameters, "day": day, "limit": remaining})
             if len(matches) > page.size:
                 break
         return _make_page(
-            matches,
-            page,
-            rows.to_pair,
-            lambda row: encode_cursor("pairs", filters, [row["at"].isoformat(), row["id"]]),
+            matches, page, rows.to_pair, lambda row: encode_cursor("pairs", filters, [row["at"].isoformat(), row["id"]])
         )
 
     async def _list_days(self, window: Window, end: datetime | None) -> list[date]:
@@ -417,8 +380,7 @@ class LedgerReader:
         self, name: str, parameters: Mapping[str, Any], route: str
     ) -> list[RequestFeatures]:
         return [
-            collect_target_features(row["request"], route)
-            for row in await self.database.fetch_all(name, parameters)
+            collect_target_features(row["request"], route) for row in await self.database.fetch_all(name, parameters)
         ]
 
     async def _read_database_time(self) -> datetime:
@@ -457,11 +419,7 @@ class LedgerReader:
 
 def _make_endpoint_counts(row: Row, waivers: Sequence[Row], service: str, release: str) -> EndpointCounts:
     result = rows.to_endpoint_counts(row)
-    return (
-        replace(result, waived=describe_waiver(waivers, service, result.endpoint, release))
-        if waivers
-        else result
-    )
+    return replace(result, waived=describe_waiver(waivers, service, result.endpoint, release)) if waivers else result
 
 
 def _limit_to_release(span: Row | None, window: Window) -> dict[str, datetime | None]:
@@ -470,10 +428,7 @@ def _limit_to_release(span: Row | None, window: Window) -> dict[str, datetime | 
         return {"lone_start": EPOCH, "lone_end": EPOCH}
     starts = [moment for moment in (span["start"], window.start) if moment is not None]
     ends = [moment for moment in (span["stop"], window.end) if moment is not None]
-    return {
-        "lone_start": max(starts, default=None),
-        "lone_end": min(ends, default=None),
-    }
+    return {"lone_start": max(starts, default=None), "lone_end": min(ends, default=None)}
 
 
 def _make_window_parameters(window: Window) -> dict[str, datetime | None]:
@@ -493,6 +448,5 @@ def _make_page(
     """`found` holds one row more than the page where there is another page."""
     page_rows = matches[: page.size]
     return PageResult(
-        tuple(convert(row) for row in page_rows),
-        make_token(page_rows[-1]) if len(matches) > page.size else "",
+        tuple(convert(row) for row in page_rows), make_token(page_rows[-1]) if len(matches) > page.size else ""
     )

@@ -120,14 +120,10 @@ class VerdictEvidence:
         if self.sampled is None or self.envoy_sampled is None:
             return None
         on_the_way = 0 if self.has_ended else pending  # those are of the present
-        return max(
-            0, min(self.sampled - self.rows - on_the_way, max(0, self.envoy_sampled - self.written) - pending)
-        )
+        return max(0, min(self.sampled - self.rows - on_the_way, max(0, self.envoy_sampled - self.written) - pending))
 
 
-def count_missing(
-    sampled: int | None, row_count: int, total_sampled: int | None, total_written: int
-) -> int | None:
+def count_missing(sampled: int | None, row_count: int, total_sampled: int | None, total_written: int) -> int | None:
     """Requests of a window without a row. Its edges are not sharp, since a request is counted by Envoy a little before
     its row is made; but no window misses more than is missing over all time.
     """
@@ -300,11 +296,7 @@ class PairRecord:
         self.service = sanitise_text(self.service, MAX_SERVICE_CHARS)
         self.pair_id = sanitise_text(self.pair_id, MAX_PAIR_ID_CHARS)
         method, route = self.result.method, self.result.route
-        self.endpoint = (
-            self.service,
-            sanitise_text(method, MAX_METHOD_CHARS),
-            sanitise_text(route, MAX_ROUTE_CHARS),
-        )
+        self.endpoint = (self.service, sanitise_text(method, MAX_METHOD_CHARS), sanitise_text(route, MAX_ROUTE_CHARS))
 
     @property
     def day(self) -> int:
@@ -320,9 +312,7 @@ class PairRecord:
     @property
     def size_bytes(self) -> int:
         """Bytes of both answers' bodies, as far as they are held."""
-        return sum(
-            len(capture.answer.body.content) for capture in (self.result.old, self.result.new) if capture
-        )
+        return sum(len(capture.answer.body.content) for capture in (self.result.old, self.result.new) if capture)
 
     def to_row(self, endpoint_id: int) -> dict[str, Any]:
         """The columns of `pair`; what is left out has its default."""
@@ -344,13 +334,7 @@ class PairRecord:
         for capture in (old, new, baseline):
             if capture is not None and capture.role == "live":
                 row["live"] = capture.version
-        if (
-            old
-            and old.role == "live"
-            and baseline
-            and baseline.role == "baseline"
-            and result.baseline_compared
-        ):
+        if old and old.role == "live" and baseline and baseline.role == "baseline" and result.baseline_compared:
             row["baseline_us"] = _clamp_total_us(baseline)
         if has_failed_over(result):
             row["failed_over"] = True
@@ -378,9 +362,7 @@ def has_failed_over(result: ComparisonResult) -> bool:
     if all(capture.attempt == 1 for capture in olds):  # as nearly all
         return False
     new = result.new
-    is_routed_to_new = any(capture.role == "shadow" for capture in olds) and (
-        new is None or new.role == "live"
-    )
+    is_routed_to_new = any(capture.role == "shadow" for capture in olds) and (new is None or new.role == "live")
     return is_routed_to_new and any(capture.role == "live" and capture.attempt > 1 for capture in olds)
 
 
@@ -422,9 +404,7 @@ async def set_status(database: Database, finding_id: int, change: StatusChange) 
         cursor = await connection.execute(load_statement("findings_lock"), {"ids": [finding_id]})
         if not await cursor.fetchall():
             raise NotFoundError(f"the ledger holds no finding {finding_id}; list them with ListFindings")
-        cursor = await connection.execute(
-            load_statement("finding_status_set"), {"id": finding_id, **asdict(change)}
-        )
+        cursor = await connection.execute(load_statement("finding_status_set"), {"id": finding_id, **asdict(change)})
         if not await cursor.fetchall():
             raise ArgumentError(
                 f"finding {finding_id} can't be fixed in release {change.release!r}: that release or a later one has "
@@ -522,9 +502,7 @@ def to_pair_detail(row: Row) -> StoredPairDetail:
     return StoredPairDetail(
         pair=to_pair(row),
         captures=() if row["captures"] is None else read_captures(row["captures"]),
-        differences=tuple(
-            to_difference(record, noise_keys, drift_keys) for record in row["differences"] or ()
-        ),
+        differences=tuple(to_difference(record, noise_keys, drift_keys) for record in row["differences"] or ()),
     )
 
 

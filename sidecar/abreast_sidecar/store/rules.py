@@ -47,9 +47,7 @@ class RuleDraft:
 
     @property
     def definition(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in rule_to_dict(self.rule).items() if name not in SEPARATE_COLUMNS
-        }
+        return {name: value for name, value in rule_to_dict(self.rule).items() if name not in SEPARATE_COLUMNS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +107,10 @@ class RuleStore:
     async def get(self, rule_id: int) -> StoredRule:
         matches = await self.list_rules(ids=[rule_id], limit=1)
         if not matches:
-            raise NotFoundError(
-                f"there is no rule {rule_id}; `abreast rules list` names those that there are"
-            )
+            raise NotFoundError(f"there is no rule {rule_id}; `abreast rules list` names those that there are")
         return matches[0]
 
-    async def replace_rules(
-        self, drafts: Sequence[RuleDraft], ended_ids: Sequence[int], actor: str
-    ) -> list[int]:
+    async def replace_rules(self, drafts: Sequence[RuleDraft], ended_ids: Sequence[int], actor: str) -> list[int]:
         """End some rules and begin others, together. Return the ids of those that began."""
         if not drafts and not ended_ids:
             return []
@@ -146,9 +140,7 @@ async def end_expired_rules(connection: Connection) -> int:
     if not due:
         return 0
     async with connection.transaction():
-        return await _end_rules(
-            connection, [row["id"] for row in due], await create_version(connection), EXPIRY_ACTOR
-        )
+        return await _end_rules(connection, [row["id"] for row in due], await create_version(connection), EXPIRY_ACTOR)
 
 
 async def _end_rules(connection: Connection, ids: Sequence[int], version: int, actor: str) -> int:
@@ -161,9 +153,7 @@ async def _end_rules(connection: Connection, ids: Sequence[int], version: int, a
 async def _check_capacity(connection: Connection, added_count: int) -> None:
     active = parse_active_rules(await (await connection.execute(load_statement("rules_in_force"))).fetchall())
     if len(active.rules.rules) + added_count > MAX_ACTIVE_RULES:
-        raise ArgumentError(
-            f"at most {MAX_ACTIVE_RULES} rules may hold at once; delete some (abreast rules list)"
-        )
+        raise ArgumentError(f"at most {MAX_ACTIVE_RULES} rules may hold at once; delete some (abreast rules list)")
 
 
 async def _add_rule(connection: Connection, draft: RuleDraft, version: int, actor: str) -> int:

@@ -92,8 +92,7 @@ class RequestSampler:
             if keys:
                 columns = {"ms": record.time_ms, "findings": findings, "features": _extract_features(record)}
                 rows |= {
-                    key: dict(zip(("endpoint_id", "finding_id", "slot"), key, strict=True)) | columns
-                    for key in keys
+                    key: dict(zip(("endpoint_id", "finding_id", "slot"), key, strict=True)) | columns for key in keys
                 }
         return list(rows.values())
 
@@ -120,9 +119,7 @@ def _extract_features(record: PairRecord) -> dict[str, list[str]]:
 
 COMPRESSION_LEVEL = 3  # of zstd: 5 µs for 2 KB
 MAX_LOCATION_CHARS = 1000  # characters
-MAX_REPLACEMENTS = (
-    20  # examples of a finding that may give way to smaller ones; each has half the size or less
-)
+MAX_REPLACEMENTS = 20  # examples of a finding that may give way to smaller ones; each has half the size or less
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,21 +25,14 @@ from abreast_sidecar.errors import LedgerError, RefusedError, StaleRulesError
 from abreast_sidecar.store.catalogue import EndpointIds, IdCache, ReleaseIds
 from abreast_sidecar.store.database import load_statement, sanitise_text, to_json
 from abreast_sidecar.store.records import COMPARED_OUTCOMES, MAX_REASON_CHARS, PairRecord
-from abreast_sidecar.store.samples import (
-    ExampleSelector,
-    RepeatTracker,
-    RequestSampler,
-    make_sample_parameters,
-)
+from abreast_sidecar.store.samples import ExampleSelector, RepeatTracker, RequestSampler, make_sample_parameters
 
 IMPACT_SEVERITY = {"additive": 0, "value": 1, "breaking": 2}
 
 CounterKey = tuple[int, int, int]  # finding or endpoint, release of old, release of new
 ReleasePair = tuple[int, int]
 DifferencesByFinding = Mapping[int, Sequence[Difference]]  # by finding
-ExplainedByFinding = Mapping[
-    int, tuple[int, Sequence[Difference]]
-]  # by finding, with the rule that explains it
+ExplainedByFinding = Mapping[int, tuple[int, Sequence[Difference]]]  # by finding, with the rule that explains it
 RULE_COUNTERS = ("count", "baseline_count", "shape_explained", "new_greater", "new_smaller")
 
 
@@ -113,11 +106,7 @@ class CounterDeltas:
         if is_compared or result.baseline_compared:
             counts = self.endpoints.get(key)
             if counts is None:
-                counts = self.endpoints[key] = {
-                    **_make_key_columns(key),
-                    "compared": 0,
-                    "baseline_compared": 0,
-                }
+                counts = self.endpoints[key] = {**_make_key_columns(key), "compared": 0, "baseline_compared": 0}
             counts["compared"] += is_compared
             counts["baseline_compared"] += result.baseline_compared
 
@@ -332,27 +321,18 @@ class PairWriter:
             for pair_row in added:
                 releases = self._releases.get_ids(pair_row.record)
                 deltas.add_pair(
-                    pair_row.record,
-                    pair_row.columns["endpoint_id"],
-                    releases,
-                    pair_row.differences,
-                    pair_row.noise,
+                    pair_row.record, pair_row.columns["endpoint_id"], releases, pair_row.differences, pair_row.noise
                 )
                 deltas.add_explained(pair_row.record, releases, pair_row.explained, pair_row.explained_noise)
             if deltas.findings or deltas.rules:
                 await _count_findings(connection, deltas)
             candidates = [(item.record, item.findings) for item in added if item.findings]
-            examples, replacements = (
-                self._examples.select(candidates),
-                self._examples.select_replacements(candidates),
-            )
+            examples, replacements = (self._examples.select(candidates), self._examples.select_replacements(candidates))
             if replacements:
                 await self._examples.evict(connection, replacements)
                 examples = [*examples, *replacements]
             if examples:
-                await connection.execute(
-                    load_statement("examples_add"), self._examples.build_parameters(examples)
-                )
+                await connection.execute(load_statement("examples_add"), self._examples.build_parameters(examples))
             await _add_dead_letters(connection, added)
             await _count_late(connection, pair_rows, added)
             if added:
@@ -377,10 +357,7 @@ def make_explained_columns(explained: ExplainedByFinding, noise: ExplainedByFind
     if explained:
         columns |= {"explained": list(explained), "explained_by": [rule for rule, _ in explained.values()]}
     if noise:
-        columns |= {
-            "baseline_explained": list(noise),
-            "baseline_explained_by": [rule for rule, _ in noise.values()],
-        }
+        columns |= {"baseline_explained": list(noise), "baseline_explained_by": [rule for rule, _ in noise.values()]}
     return columns
 
 
@@ -392,30 +369,22 @@ def _deduplicate(records: Iterable[PairRecord]) -> list[PairRecord]:
     return list(unique.values())
 
 
-async def _lock_rules(
-    connection: AsyncConnection[TupleRow], rules_version: int, pair_rows: Sequence[PairRow]
-) -> None:
+async def _lock_rules(connection: AsyncConnection[TupleRow], rules_version: int, pair_rows: Sequence[PairRow]) -> None:
     row = await (await connection.execute(load_statement("rules_version_hold"))).fetchone()
     if row is None or row[0] != rules_version:
-        raise StaleRulesError(
-            f"the rules are at version {row and row[0]}, the batch was judged by {rules_version}"
-        )
+        raise StaleRulesError(f"the rules are at version {row and row[0]}, the batch was judged by {rules_version}")
     if rules_version:
         for pair_row in pair_rows:
             pair_row.columns["rules_version"] = rules_version
 
 
-async def _add_pairs(
-    connection: AsyncConnection[TupleRow], pair_rows: Sequence[PairRow]
-) -> Sequence[PairRow]:
+async def _add_pairs(connection: AsyncConnection[TupleRow], pair_rows: Sequence[PairRow]) -> Sequence[PairRow]:
     columns = to_json([pair_row.columns for pair_row in pair_rows]).decode()
     cursor = await connection.execute(load_statement("pairs_add"), {"rows": columns})
     if cursor.rowcount == len(pair_rows):
         return pair_rows
     added_keys = set(await cursor.fetchall())
-    return [
-        pair_row for pair_row in pair_rows if (pair_row.record.pair_id, pair_row.record.day) in added_keys
-    ]
+    return [pair_row for pair_row in pair_rows if (pair_row.record.pair_id, pair_row.record.day) in added_keys]
 
 
 async def _count_late(
@@ -430,9 +399,7 @@ async def _count_late(
         for pair_row in pair_rows
         if (pair_row.record.pair_id, pair_row.record.day) not in added_keys
     )
-    late_counts = [
-        {"service": service, "day": day, "entries": count} for (service, day), count in counts.items()
-    ]
+    late_counts = [{"service": service, "day": day, "entries": count} for (service, day), count in counts.items()]
     await connection.execute(load_statement("late_entries_add"), {"rows": to_json(late_counts).decode()})
 
 

@@ -38,9 +38,7 @@ class CurrentTraffic:
 class RollbackResult:
     traffic: Traffic
     previous: Traffic | None  # None where it was not known
-    unrecorded_reason: (
-        str  # why the ledger does not have it yet, and what follows from that; empty where it has
-    )
+    unrecorded_reason: str  # why the ledger does not have it yet, and what follows from that; empty where it has
 
 
 class TrafficController:
@@ -69,9 +67,7 @@ class TrafficController:
         rollback = self.pending_rollbacks.get(service)
         if rollback is None or (current and current.traffic.is_on_old):
             return current
-        unknown_traffic = Traffic(
-            service, 0, EPOCH, NO_MIRRORING_SHARES
-        )  # what was never known is not made up
+        unknown_traffic = Traffic(service, 0, EPOCH, NO_MIRRORING_SHARES)  # what was never known is not made up
         return CurrentTraffic(
             (current.traffic if current else unknown_traffic).apply_rollback(), rollback.started_monotonic
         )

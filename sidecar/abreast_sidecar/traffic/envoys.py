@@ -161,9 +161,7 @@ class EnvoyConnections:
 
     def _have_all_answered(self, traffic: Traffic) -> bool:
         return all(
-            envoy.has_answered(traffic)
-            for envoy in self._connections.values()
-            if envoy.service == traffic.service
+            envoy.has_answered(traffic) for envoy in self._connections.values() if envoy.service == traffic.service
         )
 
 
@@ -196,9 +194,7 @@ class EnvoyFleet:
 class EnvoyRegistry:
     def __init__(self, database: Database, connections: EnvoyConnections) -> None:
         self._read_database = database
-        self._write_database = Database(
-            database.conninfo
-        )  # long queries of others must not hold up a sign of life
+        self._write_database = Database(database.conninfo)  # long queries of others must not hold up a sign of life
         self._connections = connections
         self._id = str(uuid.uuid4())
         self._notifier = Notifier()
@@ -298,6 +294,4 @@ def to_envoy_status(row: Row) -> EnvoyStatus:
         return None if at is None else (at, row[f"{name}_version"])
 
     columns = {name: row[name] for name in ("service", "node", "peer", "number", "after", "error", "sidecar")}
-    return EnvoyStatus(
-        acknowledged_stamp=moment("acknowledged"), answered_stamp=moment("answered"), **columns
-    )
+    return EnvoyStatus(acknowledged_stamp=moment("acknowledged"), answered_stamp=moment("answered"), **columns)

@@ -13,9 +13,7 @@ from abreast_sidecar.settings import Settings
 TOTAL_WEIGHT = 10_000  # the sum of Envoy's weights: new_share in hundredths of a percent
 MILLION = 1_000_000  # the unit of the other shares
 
-VersionStamp: TypeAlias = tuple[
-    datetime, int
-]  # by Postgres's clock, and the version: orders the states of a service
+VersionStamp: TypeAlias = tuple[datetime, int]  # by Postgres's clock, and the version: orders the states of a service
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,8 +46,7 @@ class TrafficRepository:
     async def read(self, service: str | None = None) -> list[VersionedTraffic]:
         """All services, or the one; ordered by name."""
         return [
-            _to_versioned_traffic(row)
-            for row in await self.database.fetch_all("traffic_read", {"service": service})
+            _to_versioned_traffic(row) for row in await self.database.fetch_all("traffic_read", {"service": service})
         ]
 
     async def is_known_service(self, service: str) -> bool:
@@ -113,21 +112,13 @@ async def get_for_update(connection: Connection, service: str) -> VersionedTraff
 
 
 async def update_shares(connection: Connection, service: str, shares: Shares) -> VersionedTraffic:
-    cursor = await connection.execute(
-        load_statement("traffic_update"), {"service": service, **asdict(shares)}
-    )
+    cursor = await connection.execute(load_statement("traffic_update"), {"service": service, **asdict(shares)})
     (row,) = await cursor.fetchall()
     return _to_versioned_traffic(row)
 
 
 async def _insert_event(
-    connection: Connection,
-    action: str,
-    note: AuditNote,
-    before: Traffic | None,
-    after: Traffic,
-    *,
-    call_id: str = "",
+    connection: Connection, action: str, note: AuditNote, before: Traffic | None, after: Traffic, *, call_id: str = ""
 ) -> None:
     values = {
         "service": after.service,
@@ -142,11 +133,7 @@ async def _insert_event(
 
 
 def to_traffic_document(traffic: Traffic) -> dict[str, Any]:
-    return {
-        "version": traffic.version,
-        "updated_at": traffic.updated_at.isoformat(),
-        **asdict(traffic.shares),
-    }
+    return {"version": traffic.version, "updated_at": traffic.updated_at.isoformat(), **asdict(traffic.shares)}
 
 
 def _to_versioned_traffic(row: Row) -> VersionedTraffic:

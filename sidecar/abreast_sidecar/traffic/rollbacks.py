@@ -46,20 +46,13 @@ class PendingRollback:
 
     def to_json(self) -> str:
         return json.dumps(
-            {
-                "service": self.service,
-                "actor": self.note.actor,
-                "reason": self.note.reason,
-                "at": self.called_at,
-            }
+            {"service": self.service, "actor": self.note.actor, "reason": self.note.reason, "at": self.called_at}
         )
 
     @classmethod
     def from_json(cls, call_id: bytes, document: bytes) -> PendingRollback:
         values = json.loads(document)
-        return cls(
-            values["service"], AuditNote(values["actor"], values["reason"]), call_id.decode(), values["at"]
-        )
+        return cls(values["service"], AuditNote(values["actor"], values["reason"]), call_id.decode(), values["at"])
 
 
 class PendingRollbacks:
@@ -77,9 +70,7 @@ class PendingRollbacks:
         self.is_loaded = asyncio.Event()  # whether others have left rollbacks is known, or can't be
         self._repository = repository
         self._redis = redis
-        self._initial_shares = replace(
-            default_shares, new_share=0
-        )  # of a service that the ledger has never heard of
+        self._initial_shares = replace(default_shares, new_share=0)  # of a service that the ledger has never heard of
         self._observe = observe
         self._on_change = on_change
         self._pending: dict[str, PendingRollback] = {}
@@ -105,20 +96,18 @@ class PendingRollbacks:
         self._owed_event_ids.add(rollback.call_id)
         log.warning("a rollback is in force and not recorded", service=service, error=problem)
         if await self._store_in_redis(rollback):
-            propagation = (
-                "other sidecars find it in Redis within seconds, and it outlives a restart of this one"
-            )
+            propagation = "other sidecars find it in Redis within seconds, and it outlives a restart of this one"
         else:
             propagation = "Redis does not keep it either, so Envoys of other sidecars are not told, and a restart of this one forgets it"
-        return f"the ledger does not know of it yet: {problem}; it is recorded as soon as Postgres is back; {propagation}"
+        return (
+            f"the ledger does not know of it yet: {problem}; it is recorded as soon as Postgres is back; {propagation}"
+        )
 
     async def flush(self, service: str) -> None:
         """Record what holds the service, or raise LedgerError."""
         while rollback := self.get(service):
             if problem := await self._try_record(rollback, is_late=True):
-                raise LedgerError(
-                    f"a rollback is still to be recorded, and nothing may overtake it: {problem}"
-                )
+                raise LedgerError(f"a rollback is still to be recorded, and nothing may overtake it: {problem}")
 
     async def run(self) -> None:
         while True:
@@ -139,12 +128,8 @@ class PendingRollbacks:
     def _schedule_record(self, rollback: PendingRollback, *, is_late: bool) -> asyncio.Task[None]:
         task = self._record_tasks.get(rollback.call_id)
         if task is None or task.done():
-            task = self._record_tasks[rollback.call_id] = asyncio.create_task(
-                self._record(rollback, is_late=is_late)
-            )
-            task.add_done_callback(
-                lambda future: future.cancelled() or future.exception()
-            )  # it is tried again
+            task = self._record_tasks[rollback.call_id] = asyncio.create_task(self._record(rollback, is_late=is_late))
+            task.add_done_callback(lambda future: future.cancelled() or future.exception())  # it is tried again
         return task
 
     async def _record(self, rollback: PendingRollback, *, is_late: bool) -> None:

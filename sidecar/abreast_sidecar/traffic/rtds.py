@@ -31,10 +31,7 @@ def build_response(current: CurrentTraffic, nonce: str) -> wire.DiscoveryRespons
     runtime.layer.update(build_runtime_layer(current.traffic.shares))
     resource = any_pb2.Any(type_url=RUNTIME_TYPE_URL, value=runtime.SerializeToString())
     return wire.DiscoveryResponse(
-        version_info=str(current.traffic.version),
-        resources=[resource],
-        type_url=RUNTIME_TYPE_URL,
-        nonce=nonce,
+        version_info=str(current.traffic.version), resources=[resource], type_url=RUNTIME_TYPE_URL, nonce=nonce
     )
 
 
@@ -57,12 +54,9 @@ class RtdsServer:
             return
         envoy = _parse_first_request(first_request, context.peer())
         self.control.connections.add(envoy)
-        log.info(
-            "envoy connected", node=envoy.node, service=envoy.service, has_version=first_request.version_info
-        )
+        log.info("envoy connected", node=envoy.node, service=envoy.service, has_version=first_request.version_info)
         stop_tasks = [
-            asyncio.create_task(part)
-            for part in (self._receive_acks(envoy, requests), self.control.shutdown.wait())
+            asyncio.create_task(part) for part in (self._receive_acks(envoy, requests), self.control.shutdown.wait())
         ]
         try:
             if await _run_until(stop_tasks, self.control.ensure_known(envoy.service)):
@@ -87,9 +81,7 @@ class RtdsServer:
             envoy.record_sent(current.traffic, current.changed_monotonic)
             await context.write(build_response(current, envoy.nonce))
 
-    async def _receive_acks(
-        self, envoy: EnvoyConnection, requests: AsyncIterator[wire.DiscoveryRequest]
-    ) -> None:
+    async def _receive_acks(self, envoy: EnvoyConnection, requests: AsyncIterator[wire.DiscoveryRequest]) -> None:
         async for request in requests:
             error = request.error_detail.message if request.HasField("error_detail") else ""
             if not envoy.accept_answer(request.response_nonce, error):

@@ -54,9 +54,7 @@ UNLOCK_SQL = "select pg_advisory_unlock_all()"
 IDLE, INTRANS, INERROR = TransactionStatus.IDLE, TransactionStatus.INTRANS, TransactionStatus.INERROR
 
 if not hasattr(psycopg.Cursor, "_execute_send"):  # one that is not known can't be held
-    raise ImportError(
-        f"abreast.integrations.psycopg does not know psycopg {psycopg.__version__}; it knows 3.2 and 3.3"
-    )
+    raise ImportError(f"abreast.integrations.psycopg does not know psycopg {psycopg.__version__}; it knows 3.2 and 3.3")
 
 
 class Connection(psycopg.Connection[Row]):
@@ -90,9 +88,7 @@ class Connection(psycopg.Connection[Row]):
         if self.in_shadow:
             self.end_shadow()  # it came back another way
         self._requested_autocommit = self._original_autocommit = self.autocommit
-        if (
-            self.pgconn.transaction_status == INTRANS and not self.autocommit
-        ):  # a pool's hook has set something
+        if self.pgconn.transaction_status == INTRANS and not self.autocommit:  # a pool's hook has set something
             self._begin_transaction()
         elif self.pgconn.transaction_status == IDLE:
             super().set_autocommit(False)
@@ -375,9 +371,7 @@ class Cursor(psycopg.Cursor[Row]):
 
     def _execute_send(self, query: Any, *, force_extended: bool = False, **kwargs: Any) -> None:
         """A shadow's statements by the extended protocol, which takes one at a time."""
-        super()._execute_send(
-            query, force_extended=force_extended or _get_connection(self).in_shadow, **kwargs
-        )
+        super()._execute_send(query, force_extended=force_extended or _get_connection(self).in_shadow, **kwargs)
 
 
 class ServerCursor(psycopg.ServerCursor[Row]):

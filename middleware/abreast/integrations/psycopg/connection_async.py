@@ -54,9 +54,7 @@ UNLOCK_SQL = "select pg_advisory_unlock_all()"
 IDLE, INTRANS, INERROR = TransactionStatus.IDLE, TransactionStatus.INTRANS, TransactionStatus.INERROR
 
 if not hasattr(psycopg.AsyncCursor, "_execute_send"):  # one that is not known can't be held
-    raise ImportError(
-        f"abreast.integrations.psycopg does not know psycopg {psycopg.__version__}; it knows 3.2 and 3.3"
-    )
+    raise ImportError(f"abreast.integrations.psycopg does not know psycopg {psycopg.__version__}; it knows 3.2 and 3.3")
 
 
 class AsyncConnection(psycopg.AsyncConnection[Row]):
@@ -90,9 +88,7 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
         if self.in_shadow:
             await self.end_shadow()  # it came back another way
         self._requested_autocommit = self._original_autocommit = self.autocommit
-        if (
-            self.pgconn.transaction_status == INTRANS and not self.autocommit
-        ):  # a pool's hook has set something
+        if self.pgconn.transaction_status == INTRANS and not self.autocommit:  # a pool's hook has set something
             await self._begin_transaction()
         elif self.pgconn.transaction_status == IDLE:
             await super().set_autocommit(False)
@@ -191,9 +187,7 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
             )
 
     @asynccontextmanager
-    async def trace_statement(
-        self, sql_statement: Statement, payload: dict[str, Any] | None
-    ) -> AsyncIterator[None]:
+    async def trace_statement(self, sql_statement: Statement, payload: dict[str, Any] | None) -> AsyncIterator[None]:
         """Around one statement."""
         await self.ensure_transaction()
         context, started_ns, note = CURRENT_CONTEXT.get(), perf_counter_ns(), ""
@@ -366,9 +360,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
                 yield row
 
     @asynccontextmanager
-    async def copy(
-        self, statement: Any, params: Any = None, **kwargs: Any
-    ) -> AsyncIterator[psycopg.AsyncCopy]:
+    async def copy(self, statement: Any, params: Any = None, **kwargs: Any) -> AsyncIterator[psycopg.AsyncCopy]:
         connection = _get_connection(self)
         sql_statement = connection.check_statement(statement)
         payload = payload_for_one(sql_statement, params) if sql_statement.is_write else None
@@ -380,9 +372,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
 
     def _execute_send(self, query: Any, *, force_extended: bool = False, **kwargs: Any) -> None:
         """A shadow's statements by the extended protocol, which takes one at a time."""
-        super()._execute_send(
-            query, force_extended=force_extended or _get_connection(self).in_shadow, **kwargs
-        )
+        super()._execute_send(query, force_extended=force_extended or _get_connection(self).in_shadow, **kwargs)
 
 
 class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):

@@ -70,11 +70,7 @@ class LockWatchdog:
             now = time.monotonic()
             with self._lock:
                 oldest_start = min(
-                    (
-                        started_at
-                        for connection, started_at in self._started_at.items()
-                        if not connection.closed
-                    ),
+                    (started_at for connection, started_at in self._started_at.items() if not connection.closed),
                     default=None,
                 )
                 if oldest_start is None and now - last_busy > IDLE_SESSION_S:
@@ -89,9 +85,7 @@ class LockWatchdog:
 
     def _terminate_blockers(self, session: psycopg.Connection[Any] | None) -> psycopg.Connection[Any] | None:
         try:
-            session = session or psycopg.connect(
-                **self.connect_params, autocommit=True, prepare_threshold=None
-            )
+            session = session or psycopg.connect(**self.connect_params, autocommit=True, prepare_threshold=None)
             session.execute(TERMINATE_BLOCKERS_SQL, {"shadow": SHADOW_APPLICATION_NAME})
         except psycopg.Error as error:
             self._report_error("looking whether users wait for a shadow", error)

@@ -79,25 +79,16 @@ class AsyncConnectionPool(psycopg_pool.AsyncConnectionPool[AsyncConnection[Any]]
     """`shadow_conninfo` names a database for shadows alone, in which they commit. Other arguments are psycopg_pool's."""
 
     def __init__(
-        self,
-        conninfo: str = "",
-        *,
-        shadow_conninfo: str = "",
-        shadow_max_size: int = SHADOW_POOL_SIZE,
-        **kwargs: Any,
+        self, conninfo: str = "", *, shadow_conninfo: str = "", shadow_max_size: int = SHADOW_POOL_SIZE, **kwargs: Any
     ) -> None:
         _reject_connection_class(kwargs)
         shadow_class: type[AsyncConnection[Any]] = (
             AsyncShadowDatabaseConnection if shadow_conninfo else AsyncShadowConnection
         )
         self.shadow_pool = psycopg_pool.AsyncConnectionPool(
-            shadow_conninfo or conninfo,
-            connection_class=shadow_class,
-            **_shadow_pool_options(kwargs, shadow_max_size),
+            shadow_conninfo or conninfo, connection_class=shadow_class, **_shadow_pool_options(kwargs, shadow_max_size)
         )
-        self._pinned: PinnedConnections[AsyncConnection[Any]] = PinnedConnections(
-            self._return_shadow_connections
-        )
+        self._pinned: PinnedConnections[AsyncConnection[Any]] = PinnedConnections(self._return_shadow_connections)
         super().__init__(conninfo, connection_class=AsyncUserConnection, **kwargs)
 
     async def open(self, wait: bool = False, timeout: float = 30.0) -> None:
@@ -162,17 +153,10 @@ class ConnectionPool(psycopg_pool.ConnectionPool[Connection[Any]]):
     """The same without asyncio, for endpoints that are plain functions."""
 
     def __init__(
-        self,
-        conninfo: str = "",
-        *,
-        shadow_conninfo: str = "",
-        shadow_max_size: int = SHADOW_POOL_SIZE,
-        **kwargs: Any,
+        self, conninfo: str = "", *, shadow_conninfo: str = "", shadow_max_size: int = SHADOW_POOL_SIZE, **kwargs: Any
     ) -> None:
         _reject_connection_class(kwargs)
-        shadow_class: type[Connection[Any]] = (
-            ShadowDatabaseConnection if shadow_conninfo else ShadowConnection
-        )
+        shadow_class: type[Connection[Any]] = ShadowDatabaseConnection if shadow_conninfo else ShadowConnection
         shadow_options = _shadow_pool_options(kwargs, shadow_max_size) | {
             "max_waiting": shadow_max_size * MAX_WAITERS_PER_CONNECTION
         }

@@ -112,8 +112,7 @@ class Statement:
         if isinstance(params, Mapping):
             if self.columns and len(self.placeholder_names) == len(self.columns):
                 return {
-                    column: params.get(name)
-                    for column, name in zip(self.columns, self.placeholder_names, strict=True)
+                    column: params.get(name) for column, name in zip(self.columns, self.placeholder_names, strict=True)
                 }
             return dict(params)
         if not isinstance(params, Sequence) or isinstance(params, str | bytes):
@@ -132,9 +131,7 @@ def _parse_statement(text: str) -> Statement:
     shape, names = _normalise(text)
     head, _, remainder = shape.lstrip("(; ").partition(" ")
     keyword = re.split(r"[^a-z]", head, maxsplit=1)[0]
-    is_rollback_to_savepoint = (
-        keyword == "rollback" and re.match(r"(?:work |transaction )?to\b", remainder) is not None
-    )
+    is_rollback_to_savepoint = keyword == "rollback" and re.match(r"(?:work |transaction )?to\b", remainder) is not None
     is_prepare_transaction = keyword == "prepare" and remainder.startswith("transaction")
     write_match = WRITE_PATTERN.search(shape)
     is_nested_write = keyword in {"with", "explain", "prepare"} and write_match is not None
@@ -144,9 +141,7 @@ def _parse_statement(text: str) -> Statement:
     columns = _get_insert_columns(insert_match) if insert_match else ()
     return Statement(
         keyword=keyword,
-        table=_get_table(
-            write_match if is_nested_write or keyword in WRITE_WORDS else READ_PATTERN.search(shape)
-        ),
+        table=_get_table(write_match if is_nested_write or keyword in WRITE_WORDS else READ_PATTERN.search(shape)),
         shape=shape[:MAX_SHAPE_CHARS],
         is_write=is_nested_write or keyword in WRITE_WORDS,
         is_transaction_control=(keyword in TRANSACTION_CONTROL_WORDS and not is_rollback_to_savepoint)
@@ -223,9 +218,7 @@ class PendingWrites:
         for context, sql_statement, payload in writes:
             token = CURRENT_CONTEXT.set(context)
             try:
-                record(
-                    f"db.{sql_statement.label}".replace(" ", "."), payload
-                )  # so that a finding names the table
+                record(f"db.{sql_statement.label}".replace(" ", "."), payload)  # so that a finding names the table
             finally:
                 CURRENT_CONTEXT.reset(token)
 
@@ -234,9 +227,7 @@ def payload_for_one(sql_statement: Statement, params: Any) -> dict[str, Any]:
     """`values` under the names of columns or placeholders, so that secrets among them are known by name."""
     values = sql_statement.name_values(params)
     return (
-        {"statement": sql_statement.shape}
-        if values is None
-        else {"statement": sql_statement.shape, "values": values}
+        {"statement": sql_statement.shape} if values is None else {"statement": sql_statement.shape, "values": values}
     )
 
 

@@ -66,13 +66,8 @@ def read_envoy_facts(url: str) -> EnvoyFacts:
         service=str(info.get("node", {}).get("cluster", "")),
         state=str(info.get("state", "")),
         stats={s["name"]: s["value"] for s in stats.get("stats", []) if isinstance(s.get("value"), int)},
-        sampling={
-            kind: _parse_runtime_share(entries.get(f"abreast.sample.{kind}", {}))
-            for kind in ("safe", "unsafe")
-        },
-        old_endpoints=tuple(
-            reach.probe_old_endpoints(url, lambda: _get_admin_json(url, "/clusters?format=json"))
-        ),
+        sampling={kind: _parse_runtime_share(entries.get(f"abreast.sample.{kind}", {})) for kind in ("safe", "unsafe")},
+        old_endpoints=tuple(reach.probe_old_endpoints(url, lambda: _get_admin_json(url, "/clusters?format=json"))),
     )
 
 
@@ -142,9 +137,7 @@ def _check_old_endpoints(endpoints: Sequence[reach.EndpointReachability]) -> Che
             "old", f"{observation} (from this machine)", "can Envoy reach it? run doctor where Envoy runs"
         )
     make_check = ENVOY_CHECKS.fail if len(down) == len(endpoints) else ENVOY_CHECKS.warn
-    return make_check(
-        "old", observation, "start it: while it is down, nothing answers users when new does not"
-    )
+    return make_check("old", observation, "start it: while it is down, nothing answers users when new does not")
 
 
 def _check_new_endpoints(facts: EnvoyFacts) -> Check:
@@ -153,11 +146,7 @@ def _check_new_endpoints(facts: EnvoyFacts) -> Check:
     if healthy and healthy == total:
         return ENVOY_CHECKS.ok("new", observation)
     advice = "is it running, and does its health path answer with a status below 500 within a second?"
-    return (
-        ENVOY_CHECKS.warn("new", observation, advice)
-        if healthy
-        else ENVOY_CHECKS.fail("new", observation, advice)
-    )
+    return ENVOY_CHECKS.warn("new", observation, advice) if healthy else ENVOY_CHECKS.fail("new", observation, advice)
 
 
 def _check_sampling(facts: EnvoyFacts) -> Check:
@@ -171,9 +160,7 @@ def _check_sampling(facts: EnvoyFacts) -> Check:
 
 def _check_requests(facts: EnvoyFacts) -> Check:
     total = facts.mirrored_requests + facts.count_requests(*UNMIRRORED_ROUTES)
-    observation = (
-        f"{format_quantity(total, 'request')}, {format_count(facts.mirrored_requests)} of them mirrored"
-    )
+    observation = f"{format_quantity(total, 'request')}, {format_count(facts.mirrored_requests)} of them mirrored"
     if not total:
         return ENVOY_CHECKS.warn(
             "requests",
@@ -189,9 +176,7 @@ def _check_requests(facts: EnvoyFacts) -> Check:
             "send GET requests, or think about: abreast traffic set --sample-unsafe",
         )
     return ENVOY_CHECKS.warn(
-        "requests",
-        observation,
-        "send more requests, or raise the sampling: abreast traffic set --sample-safe",
+        "requests", observation, "send more requests, or raise the sampling: abreast traffic set --sample-safe"
     )
 
 
@@ -207,7 +192,5 @@ def _check_copies(facts: EnvoyFacts) -> Check:
         return ENVOY_CHECKS.ok("copies", observation)
     loss_text = ", ".join(f"{name} {format_count(number)}" for name, number in loss_counts.items() if number)
     return ENVOY_CHECKS.warn(
-        "copies",
-        f"{observation}; lost since Envoy started: {loss_text}",
-        "is that version up, and fast enough?",
+        "copies", f"{observation}; lost since Envoy started: {loss_text}", "is that version up, and fast enough?"
     )

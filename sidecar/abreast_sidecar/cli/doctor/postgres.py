@@ -23,13 +23,10 @@ def check_clocks(clock_offsets_s: Mapping[str, float]) -> Iterator[Check]:
     if not deviations_s:
         max_offset_s = max(abs(value) for value in clock_offsets_s.values())
         yield CLOCK_CHECKS.ok(
-            "agree",
-            f"{', '.join(clock_offsets_s)} within {format_seconds(max(max_offset_s, 0.001))} of this machine's",
+            "agree", f"{', '.join(clock_offsets_s)} within {format_seconds(max(max_offset_s, 0.001))} of this machine's"
         )
     for name, value in deviations_s.items():
-        observation = (
-            f"{name}'s is {format_seconds(abs(value))} {'ahead of' if value > 0 else 'behind'} this machine's"
-        )
+        observation = f"{name}'s is {format_seconds(abs(value))} {'ahead of' if value > 0 else 'behind'} this machine's"
         yield CLOCK_CHECKS.warn(
             name, observation, "synchronise the clocks (chrony, ntpd): times of requests will look odd"
         )
@@ -70,17 +67,9 @@ def read_postgres_facts(url: str) -> PostgresFacts:
             connection.execute(
                 f"set local statement_timeout = '{POSTGRES_TIMEOUT_S}s'".encode()
             )  # poolers take no options
-            version_num, version, server_time_s, database_bytes, has_migrations, outdated = (
-                connection.execute(SERVER_FACTS_QUERY).fetchone()
-                or (
-                    0,
-                    "",
-                    0.0,
-                    0,
-                    False,
-                    False,
-                )
-            )
+            version_num, version, server_time_s, database_bytes, has_migrations, outdated = connection.execute(
+                SERVER_FACTS_QUERY
+            ).fetchone() or (0, "", 0.0, 0, False, False)
             clock_offset_s = server_time_s - time.time()
             schema_version, findings, pairs = (
                 has_migrations and connection.execute(LEDGER_FACTS_QUERY).fetchone()
@@ -109,14 +98,10 @@ def check_postgres(facts: PostgresFacts, expected_version: int) -> Iterator[Chec
         yield POSTGRES_CHECKS.ok("version", observation)
     if facts.outdated:
         observation = "holds a ledger that this Abreast can't upgrade"
-        yield POSTGRES_CHECKS.fail(
-            "schema", observation, "create a new database and name it in ABREAST_POSTGRES_URL"
-        )
+        yield POSTGRES_CHECKS.fail("schema", observation, "create a new database and name it in ABREAST_POSTGRES_URL")
     elif facts.schema_version < expected_version:
         observation = (
-            f"at version {facts.schema_version} of {expected_version}"
-            if facts.schema_version
-            else "no schema yet"
+            f"at version {facts.schema_version} of {expected_version}" if facts.schema_version else "no schema yet"
         )
         yield POSTGRES_CHECKS.fail("schema", observation, "start the sidecar, or run: abreast migrate")
     elif facts.schema_version > expected_version:
@@ -126,6 +111,5 @@ def check_postgres(facts: PostgresFacts, expected_version: int) -> Iterator[Chec
         yield POSTGRES_CHECKS.ok("schema", f"at version {facts.schema_version}, up to date")
     if facts.schema_version:
         yield POSTGRES_CHECKS.ok(
-            "ledger",
-            f"{format_quantity(facts.pairs, 'pair')} and {format_quantity(facts.findings, 'finding')} written",
+            "ledger", f"{format_quantity(facts.pairs, 'pair')} and {format_quantity(facts.findings, 'finding')} written"
         )

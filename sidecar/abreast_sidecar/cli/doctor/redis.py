@@ -14,13 +14,7 @@ import redis
 from abreast.protocol import join
 from abreast.protocol.redis_client import connect_sync
 from abreast_sidecar.cli.doctor.check import Check, CheckFactory, UnreachableError, mask_password
-from abreast_sidecar.client.output import (
-    format_bytes,
-    format_count,
-    format_quantity,
-    format_seconds,
-    format_share_of,
-)
+from abreast_sidecar.client.output import format_bytes, format_count, format_quantity, format_seconds, format_share_of
 
 REDIS_CHECKS = CheckFactory("Redis")
 JOIN_CHECKS = CheckFactory("join")
@@ -104,18 +98,13 @@ def _gather_redis_facts(client: Any, url: str, expected_services: Iterable[str])
             name: [_read_shard(client, join.Keys(name, n), server_time_s) for n in range(shards)]
             for name, shards in services.items()
         },
-        reports={
-            name: [parse_report(text) for text in client.hvals(join.reports_key(name))] for name in services
-        },
+        reports={name: [parse_report(text) for text in client.hvals(join.reports_key(name))] for name in services},
         unregistered_shards=unregistered_shards,
     )
 
 
 def _find_unregistered_shards(
-    client: Any,
-    servers: Iterable[Any],
-    registered_shards: Mapping[str, int],
-    expected_services: Iterable[str],
+    client: Any, servers: Iterable[Any], registered_shards: Mapping[str, int], expected_services: Iterable[str]
 ) -> dict[str, int]:
     """Shards, by service, of captures that no sidecar looks for; nameless ones only where nothing is registered."""
     keys = [f"abreast:{{{name}/0}}:stats" for name in expected_services]
@@ -147,9 +136,7 @@ def _read_eviction_policy(client: Any) -> str | None:
 
 
 def _read_shard(client: Any, keys: join.Keys, server_time_s: float) -> ShardState:
-    counters = {
-        name: int(value) for name, value in client.hgetall(keys.stats).items() if value.lstrip("-").isdigit()
-    }
+    counters = {name: int(value) for name, value in client.hgetall(keys.stats).items() if value.lstrip("-").isdigit()}
     oldest = client.zrange(keys.due, 0, 0, withscores=True)
     overdue_s = max(0.0, server_time_s - oldest[0][1] / 1000) if oldest else 0.0
     return ShardState(counters, client.zcard(keys.due), client.xlen(keys.ready), overdue_s)
@@ -187,9 +174,7 @@ def _check_eviction(facts: RedisFacts) -> Check:
         )
     if facts.eviction_policy == "noeviction":
         return REDIS_CHECKS.ok("eviction", "maxmemory-policy is noeviction")
-    observation = (
-        f"maxmemory-policy is {facts.eviction_policy}: when memory is short, captures vanish uncounted"
-    )
+    observation = f"maxmemory-policy is {facts.eviction_policy}: when memory is short, captures vanish uncounted"
     return REDIS_CHECKS.warn(
         "eviction", observation, "set maxmemory-policy noeviction, or give Abreast a Redis of its own"
     )
@@ -203,25 +188,19 @@ def _check_memory(facts: RedisFacts) -> Check:
     if used_bytes < limit_bytes * MAX_MEMORY_SHARE:
         return REDIS_CHECKS.ok("memory", observation)
     return REDIS_CHECKS.fail(
-        "memory",
-        observation,
-        "give it more memory, or lower the sampling: Redis refuses captures when it is full",
+        "memory", observation, "give it more memory, or lower the sampling: Redis refuses captures when it is full"
     )
 
 
 def _check_persistence(facts: RedisFacts) -> Check:
     failing_fields = [
-        name
-        for name in ("rdb_last_bgsave_status", "aof_last_write_status")
-        if facts.info.get(name, "ok") != "ok"
+        name for name in ("rdb_last_bgsave_status", "aof_last_write_status") if facts.info.get(name, "ok") != "ok"
     ]
     if failing_fields:
         advice = "look into its log: is the disk full? Redis refuses writes then"
         return REDIS_CHECKS.fail("persistence", f"saving to disk fails ({', '.join(failing_fields)})", advice)
     persistence_mode = (
-        "append-only file"
-        if facts.info.get("aof_enabled")
-        else "no append-only file: a crash loses what waits there"
+        "append-only file" if facts.info.get("aof_enabled") else "no append-only file: a crash loses what waits there"
     )
     return REDIS_CHECKS.ok("persistence", persistence_mode)
 
@@ -273,7 +252,9 @@ def _check_rejected_captures(facts: RedisFacts, service: str) -> Iterator[Check]
         service, join.REJECTED_BYTES
     )
     if rejected_captures:
-        observation = f"{format_quantity(rejected_captures, 'capture')} refused so far, since as much waited as may wait"
+        observation = (
+            f"{format_quantity(rejected_captures, 'capture')} refused so far, since as much waited as may wait"
+        )
         yield JOIN_CHECKS.warn(
             "refused", observation, "is the sidecar's worker running and fast enough? or lower the sampling"
         )
@@ -288,17 +269,13 @@ def _check_queue_depth(facts: RedisFacts, service: str) -> Check:
     observation = f"{format_quantity(waiting_pairs, 'pair')} wait for a copy, {format_count(ready_pairs)} for a worker ({format_bytes(max(0, facts.total_counter(service, 'bytes')))})"
     if ready_pairs < MAX_READY_PAIRS:
         return JOIN_CHECKS.ok("queues", observation)
-    return JOIN_CHECKS.warn(
-        "queues", observation, "is the sidecar's worker running and fast enough? (ABREAST_WORKERS)"
-    )
+    return JOIN_CHECKS.warn("queues", observation, "is the sidecar's worker running and fast enough? (ABREAST_WORKERS)")
 
 
 def _check_overdue_pairs(facts: RedisFacts, service: str) -> Iterator[Check]:
     overdue_s = max((shard.overdue_s for shard in facts.shards.get(service, [])), default=0.0)
     if overdue_s > MAX_OVERDUE_S:
-        observation = (
-            f"a pair waits for a copy since {format_seconds(overdue_s)} past its deadline: nothing sweeps"
-        )
+        observation = f"a pair waits for a copy since {format_seconds(overdue_s)} past its deadline: nothing sweeps"
         yield JOIN_CHECKS.fail(
             "sweep", observation, "is the sidecar running, and does it use this Redis? see its log (worker)"
         )

@@ -56,9 +56,7 @@ class DoctorRun:
         self.envoy_facts: list[envoy.EnvoyFacts] = []
         for admin in self.addresses.envoy_admin:
             read_facts = functools.partial(envoy.read_envoy_facts, admin)
-            facts = self._read_or_fail(
-                envoy.ENVOY_CHECKS, read_facts, "--envoy-admin or ABREAST_ENVOY_ADMIN", admin
-            )
+            facts = self._read_or_fail(envoy.ENVOY_CHECKS, read_facts, "--envoy-admin or ABREAST_ENVOY_ADMIN", admin)
             if facts is not None:
                 self.envoy_facts.append(facts)
                 self.checks += envoy.check_envoy(facts)
@@ -77,9 +75,7 @@ class DoctorRun:
             services.ServiceProcess.from_report(report, facts.server_time_s)
             for report in facts.reports.get(service, [])
         ]
-        mirrored = (
-            sum(envoy_fact.mirrored_requests for envoy_fact in self.envoy_facts) if self.envoy_facts else None
-        )
+        mirrored = sum(envoy_fact.mirrored_requests for envoy_fact in self.envoy_facts) if self.envoy_facts else None
         if processes or service not in facts.unregistered_shards:
             other_services = sorted(set(facts.reports) - {service})
             self.checks += services.check_services(service, processes, mirrored, other_services)
@@ -89,9 +85,7 @@ class DoctorRun:
 
     def _select_service(self, facts: redis.RedisFacts) -> str:
         """The one that is asked for, or that Envoy serves, or the only one."""
-        return next(
-            iter([*self._service_candidates(), *(facts.reports if len(facts.reports) == 1 else ())]), ""
-        )
+        return next(iter([*self._service_candidates(), *(facts.reports if len(facts.reports) == 1 else ())]), "")
 
     def _service_candidates(self) -> list[str]:
         names = (self.addresses.service, *(facts.service for facts in self.envoy_facts))
@@ -99,9 +93,7 @@ class DoctorRun:
 
     def _check_ledger(self) -> None:
         read_facts = functools.partial(postgres.read_postgres_facts, self.addresses.postgres_url)
-        facts = self._read_or_fail(
-            postgres.POSTGRES_CHECKS, read_facts, "--postgres-url or ABREAST_POSTGRES_URL"
-        )
+        facts = self._read_or_fail(postgres.POSTGRES_CHECKS, read_facts, "--postgres-url or ABREAST_POSTGRES_URL")
         if facts is not None:
             self.clock_offsets_s["Postgres"] = facts.clock_offset_s
             self.checks += postgres.check_postgres(facts, load_migrations()[-1].version)
@@ -112,9 +104,7 @@ class DoctorRun:
         try:
             return read_facts()
         except UnreachableError as error:
-            observation = (
-                f"can't be reached{f' at {address}' if address else ''}: {to_printable(str(error), 200)}"
-            )
+            observation = f"can't be reached{f' at {address}' if address else ''}: {to_printable(str(error), 200)}"
             self.checks.append(
                 check_factory.fail("reachable", observation, f"is it running? say where it is with {option}")
             )
@@ -126,13 +116,9 @@ STATE_LABELS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
 
 
 @click.command()
+@click.option("--service", default="", help="The service; may be left out where one has an Envoy, or is the only one.")
 @click.option(
-    "--service", default="", help="The service; may be left out where one has an Envoy, or is the only one."
-)
-@click.option(
-    "--envoy-admin",
-    multiple=True,
-    help="Envoy's admin address; may be repeated.  [env var: ABREAST_ENVOY_ADMIN]",
+    "--envoy-admin", multiple=True, help="Envoy's admin address; may be repeated.  [env var: ABREAST_ENVOY_ADMIN]"
 )
 @click.option("--redis-url", help="The Redis that captures go to.  [env var: ABREAST_REDIS_URL]")
 @click.option("--postgres-url", help="The ledger.  [env var: ABREAST_POSTGRES_URL]")
@@ -171,9 +157,7 @@ def doctor_command(
     checks = run_checks(build_addresses(settings, address, service))
     if as_json:
         click.echo(
-            json.dumps(
-                {"checks": [dataclasses.asdict(check) for check in checks]}, indent=2, ensure_ascii=False
-            )
+            json.dumps({"checks": [dataclasses.asdict(check) for check in checks]}, indent=2, ensure_ascii=False)
         )
     else:
         print_checks(make_console(), checks)
@@ -210,9 +194,7 @@ def print_checks(out: Console, checks: list[Check]) -> None:
             grid.add_row("", "", "", style_text(f"→ {check.advice}", check.state))
         part = check.part
     out.print(grid)
-    failure_count, warning_count = (
-        sum(check.state == state for check in checks) for state in ("fail", "warn")
-    )
+    failure_count, warning_count = (sum(check.state == state for check in checks) for state in ("fail", "warn"))
     out.print()
     if failure_count or warning_count:
         out.print(

@@ -61,12 +61,11 @@ def count_connections(clusters: Mapping[str, Any]) -> dict[tuple[str, int], Conn
     for cluster in clusters.get("cluster_statuses", ()):
         for host in cluster.get("host_statuses", ()) if cluster.get("name") in OLD_CLUSTERS else ():
             socket_address = host.get("address", {}).get("socket_address", {})
-            hosts.setdefault(
-                (str(socket_address.get("address")), int(socket_address.get("port_value", 0))), []
-            ).append(host)
+            hosts.setdefault((str(socket_address.get("address")), int(socket_address.get("port_value", 0))), []).append(
+                host
+            )
     return {
-        socket_address: ConnectionCounts.from_hosts(endpoint_hosts)
-        for socket_address, endpoint_hosts in hosts.items()
+        socket_address: ConnectionCounts.from_hosts(endpoint_hosts) for socket_address, endpoint_hosts in hosts.items()
     }
 
 
@@ -108,11 +107,7 @@ def judge_reachability(
         return EndpointReachability(address, "Envoy has put it out for not being reachable")
     if after.failed_connects > before.failed_connects:
         return EndpointReachability(address, "Envoy's connections to it fail")
-    if (
-        not connect_error
-        or after.successful_requests > before.successful_requests
-        or after.active_connections
-    ):
+    if not connect_error or after.successful_requests > before.successful_requests or after.active_connections:
         return EndpointReachability(address)
     return EndpointReachability(
         address,
@@ -176,10 +171,7 @@ def _parse_counts(value: object) -> dict[str, int]:
 
 
 def check_services(
-    service: str,
-    processes: Sequence[ServiceProcess],
-    mirrored_requests: int | None,
-    other_services: Sequence[str],
+    service: str, processes: Sequence[ServiceProcess], mirrored_requests: int | None, other_services: Sequence[str]
 ) -> Iterator[Check]:
     """`mirrored`: requests that Envoy says it mirrored, None for unknown. `others`: further services in Redis."""
     if not processes:
@@ -247,9 +239,7 @@ def _check_silent_version(
         return SERVICE_CHECKS.warn(
             version, observation, "nothing was mirrored since Envoy started: is the version running?"
         )
-    if any(
-        process.report_age_s < MAX_REPORT_AGE_S and not process.captures_by_version for process in processes
-    ):
+    if any(process.report_age_s < MAX_REPORT_AGE_S and not process.captures_by_version for process in processes):
         return SERVICE_CHECKS.warn(
             version,
             f"{observation}; processes that have captured nothing yet may be it",
@@ -265,18 +255,12 @@ def _check_drops(processes: Sequence[ServiceProcess]) -> Iterator[Check]:
             drops_by_reason[reason] = drops_by_reason.get(reason, 0) + number
     queued_captures = sum(process.queued_captures for process in processes)
     if not sum(drops_by_reason.values()):
-        yield SERVICE_CHECKS.ok(
-            "drops", f"none; {format_quantity(queued_captures, 'capture')} on the way to Redis"
-        )
+        yield SERVICE_CHECKS.ok("drops", f"none; {format_quantity(queued_captures, 'capture')} on the way to Redis")
         return
     observation = ", ".join(
-        f"{to_printable(reason)} {format_count(number)}"
-        for reason, number in sorted(drops_by_reason.items())
-        if number
+        f"{to_printable(reason)} {format_count(number)}" for reason, number in sorted(drops_by_reason.items()) if number
     )
-    advice = (
-        "queue: Redis is slow or was away; refused: it holds as much as it may; error: see the service's log"
-    )
+    advice = "queue: Redis is slow or was away; refused: it holds as much as it may; error: see the service's log"
     yield SERVICE_CHECKS.warn("drops", f"captures dropped so far: {observation}", advice)
 
 
@@ -326,12 +310,8 @@ async def _check_grpc_health(address: str) -> Check:
                 health_pb2.HealthCheckRequest(), timeout=SIDECAR_PROBE_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
-            advice = (
-                "start it (abreast up, abreast sidecar), or say where it is with --address or ABREAST_SIDECAR"
-            )
-            return SIDECAR_CHECKS.fail(
-                "gRPC", f"no answer at {address} ({error.code().name.lower()})", advice
-            )
+            advice = "start it (abreast up, abreast sidecar), or say where it is with --address or ABREAST_SIDECAR"
+            return SIDECAR_CHECKS.fail("gRPC", f"no answer at {address} ({error.code().name.lower()})", advice)
     if response.status == health_pb2.HealthCheckResponse.SERVING:
         return SIDECAR_CHECKS.ok("gRPC", f"serving at {address}")
     status = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status).lower().replace("_", " ")
@@ -343,15 +323,11 @@ async def _check_grpc_health(address: str) -> Check:
 def _check_readiness(url: str) -> Check:
     try:
         with urllib.request.urlopen(f"{url}/readyz", timeout=SIDECAR_PROBE_TIMEOUT_S) as response:  # noqa: S310  # the user's address
-            return SIDECAR_CHECKS.ok(
-                "ready", _format_readiness_parts(response.read(MAX_READINESS_BYTES)) or "yes"
-            )
+            return SIDECAR_CHECKS.ok("ready", _format_readiness_parts(response.read(MAX_READINESS_BYTES)) or "yes")
     except urllib.error.HTTPError as error:
         advice = "see what is said of Redis and Postgres, and the sidecar's log"
         return SIDECAR_CHECKS.fail(
-            "ready",
-            f"not ready: {_format_readiness_parts(error.read(MAX_READINESS_BYTES)) or error.code}",
-            advice,
+            "ready", f"not ready: {_format_readiness_parts(error.read(MAX_READINESS_BYTES)) or error.code}", advice
         )
     except (OSError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error)).lower()

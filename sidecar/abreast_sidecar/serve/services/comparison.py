@@ -34,9 +34,7 @@ class LatencyServicer(latency_pb2_grpc.LatencyServiceServicer):
         self.database = database
         self.control = control
 
-    async def GetLatency(
-        self, request: latency_pb.GetLatencyRequest, context: Any
-    ) -> latency_pb.GetLatencyResponse:
+    async def GetLatency(self, request: latency_pb.GetLatencyRequest, context: Any) -> latency_pb.GetLatencyResponse:
         window, confidence = arguments.parse_window(request), request.confidence or DEFAULT_CONFIDENCE
         if not 0 < confidence < 1:
             raise ArgumentError(f"confidence must lie above 0 and below 1, got {confidence:g}")
@@ -48,9 +46,7 @@ class LatencyServicer(latency_pb2_grpc.LatencyServiceServicer):
         pair_timings, is_truncated = await read_timings(self.database, endpoint, window)
         cold, warm = split_cold_pairs(pair_timings)
         return latency_pb.GetLatencyResponse(
-            endpoint=common_pb2.Endpoint(
-                service=endpoint.service, method=endpoint.method, route=endpoint.route
-            ),
+            endpoint=common_pb2.Endpoint(service=endpoint.service, method=endpoint.method, route=endpoint.route),
             warm=_to_latency_message(await asyncio.to_thread(measure_paired_latency, warm, confidence)),
             cold=_to_latency_message(await asyncio.to_thread(measure_paired_latency, cold, confidence)),
             confidence=confidence,
@@ -77,9 +73,7 @@ def _to_latency_message(latency: PairedLatency) -> latency_pb.PairedLatency:
             for quantile in latency.differences_us
         ],
         ratios=[
-            latency_pb.LatencyRatio(
-                quantile=quantile.share, value=quantile.value, low=quantile.low, high=quantile.high
-            )
+            latency_pb.LatencyRatio(quantile=quantile.share, value=quantile.value, low=quantile.low, high=quantile.high)
             for quantile in latency.ratios
         ],
         baseline_pairs=latency.copies,
@@ -124,8 +118,7 @@ class ComparisonServicer(comparison_pb2_grpc.ComparisonServiceServicer):
             arguments.parse_page(request),
         )
         return pb.ListEndpointsResponse(
-            endpoints=[messages.to_endpoint_summary_message(row) for row in page.rows],
-            next_page_token=page.next_token,
+            endpoints=[messages.to_endpoint_summary_message(row) for row in page.rows], next_page_token=page.next_token
         )
 
     async def ListFindings(self, request: pb.ListFindingsRequest, context: Any) -> pb.ListFindingsResponse:
@@ -155,8 +148,7 @@ class ComparisonServicer(comparison_pb2_grpc.ComparisonServiceServicer):
             examples=[messages.to_pair_detail_message(row) for row in examples],
             feature=messages.to_feature_message(await self.reader.find_common_feature(finding)),
             events=[
-                messages.to_finding_event_message(row)
-                for row in await self.reader.list_finding_events(finding.id)
+                messages.to_finding_event_message(row) for row in await self.reader.list_finding_events(finding.id)
             ],
             explained_by=[
                 to_stored_rule_message(row)
@@ -164,9 +156,7 @@ class ComparisonServicer(comparison_pb2_grpc.ComparisonServiceServicer):
             ],
         )
 
-    async def SetFindingStatus(
-        self, request: pb.SetFindingStatusRequest, context: Any
-    ) -> pb.SetFindingStatusResponse:
+    async def SetFindingStatus(self, request: pb.SetFindingStatusRequest, context: Any) -> pb.SetFindingStatusResponse:
         finding_id, status_change = (
             arguments.check_finding_id("id", request.id),
             arguments.parse_status_change(request, context.peer()),
@@ -197,15 +187,11 @@ class ComparisonServicer(comparison_pb2_grpc.ComparisonServiceServicer):
         self, request: pb.WatchFindingsRequest, context: Any
     ) -> AsyncIterator[pb.WatchFindingsResponse]:
         service = arguments.check_text("service", request.service)
-        await context.send_initial_metadata(
-            ()
-        )  # the watch has begun, also where there is nothing to tell yet
+        await context.send_initial_metadata(())  # the watch has begun, also where there is nothing to tell yet
         seen_marks: dict[int, tuple[Any, ...]] = {}
         while not self.control.shutdown.is_set():
             marks = await self.reader.read_finding_marks(service)
-            changed_ids = [
-                finding_id for finding_id, mark in marks.items() if seen_marks.get(finding_id) != mark
-            ]
+            changed_ids = [finding_id for finding_id, mark in marks.items() if seen_marks.get(finding_id) != mark]
             for finding in await self.reader.get_findings(changed_ids) if changed_ids else ():
                 if (finding.count and not finding.is_explained) or request.include_noise:
                     yield pb.WatchFindingsResponse(finding=messages.to_finding_message(finding))

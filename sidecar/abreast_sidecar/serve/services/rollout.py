@@ -31,9 +31,7 @@ class RolloutServicer(rollout_pb2_grpc.RolloutServiceServicer):
     async def GetRamp(self, request: pb.GetRampRequest, context: Any) -> pb.GetRampResponse:  # noqa: ARG002
         service = await self._resolve_service(request)
         ramp = await self.rollout.get_ramp(service)
-        return pb.GetRampResponse(
-            service=service, ramp=steering_messages.to_ramp_message(ramp) if ramp else None
-        )
+        return pb.GetRampResponse(service=service, ramp=steering_messages.to_ramp_message(ramp) if ramp else None)
 
     async def StartRamp(self, request: pb.StartRampRequest, context: Any) -> pb.StartRampResponse:
         note, plan = arguments.parse_note(request, context.peer()), steering_messages.parse_plan(request.plan)

@@ -47,11 +47,7 @@ class RuleServicer(rule_pb2_grpc.RuleServiceServicer):
         rule_filter = RuleFilter(source, finding_id, include_ended=request.include_deleted)
         stored_rules = await self.store.list_rules(rule_filter, after_id=after_id, limit=page.size + 1)
         page_rules = stored_rules[: page.size]
-        token = (
-            pages.encode_cursor("rules", filters, [page_rules[-1].id])
-            if len(stored_rules) > page.size
-            else ""
-        )
+        token = pages.encode_cursor("rules", filters, [page_rules[-1].id]) if len(stored_rules) > page.size else ""
         return pb.ListRulesResponse(
             rules=[to_stored_rule_message(stored_rule) for stored_rule in page_rules], next_page_token=token
         )
@@ -72,10 +68,7 @@ class RuleServicer(rule_pb2_grpc.RuleServiceServicer):
         )
 
     async def ApplyRules(self, request: pb.ApplyRulesRequest, context: Any) -> pb.ApplyRulesResponse:
-        actor, source = (
-            rule_arguments.parse_actor(request, context.peer()),
-            rule_arguments.parse_source(request),
-        )
+        actor, source = (rule_arguments.parse_actor(request, context.peer()), rule_arguments.parse_source(request))
         drafts = rule_arguments.parse_drafts(request.rules, source)
         existing_rules = await self.store.list_rules(
             RuleFilter(source=source, include_expired=False), limit=MAX_ACTIVE_RULES + 1
@@ -96,10 +89,7 @@ class RuleServicer(rule_pb2_grpc.RuleServiceServicer):
         rule_ids = await self.store.replace_rules(new_drafts, [item.id for item in deleted_rules], actor)
         created_rules = await self.store.list_rules(ids=rule_ids, limit=len(rule_ids)) if rule_ids else []
         return _to_apply_response(
-            [to_stored_rule_message(item) for item in created_rules],
-            deleted_rules,
-            unchanged_rules,
-            objection_texts,
+            [to_stored_rule_message(item) for item in created_rules], deleted_rules, unchanged_rules, objection_texts
         )
 
     async def _collect_objections(self, drafts: Sequence[RuleDraft]) -> list[str]:
@@ -107,8 +97,7 @@ class RuleServicer(rule_pb2_grpc.RuleServiceServicer):
         for draft in drafts:
             previews = await preview_rule(self.store.database, self.base_rules, draft.rule)
             objection_texts += [
-                f"rule {draft.rule.name!r}: {objection}"
-                for objection in list_objections(previews, draft.rule, None)
+                f"rule {draft.rule.name!r}: {objection}" for objection in list_objections(previews, draft.rule, None)
             ]
         return objection_texts
 

@@ -25,9 +25,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
         return pb.GetTrafficResponse(**messages.to_traffic_fields(fleet, traffic))
 
     async def UpdateTraffic(self, request: pb.UpdateTrafficRequest, context: Any) -> pb.UpdateTrafficResponse:
-        return pb.UpdateTrafficResponse(
-            **await self._change(request, arguments.parse_traffic_change(request), context)
-        )
+        return pb.UpdateTrafficResponse(**await self._change(request, arguments.parse_traffic_change(request), context))
 
     async def Rollback(self, request: pb.RollbackRequest, context: Any) -> pb.RollbackResponse:
         wait = arguments.parse_wait(request)
@@ -35,9 +33,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
         result = await self.control.rollback(arguments.check_text("service", request.service), note)
         if result.unrecorded_reason:
             await self.control.connections.wait_acknowledged(result.traffic, wait)
-            fleet = self.control.registry.list_local(
-                result.traffic.service, "the ledger, where they are kept, is away"
-            )
+            fleet = self.control.registry.list_local(result.traffic.service, "the ledger, where they are kept, is away")
         else:
             fleet = await self.control.registry.wait_acknowledged(result.traffic, wait)
         return pb.RollbackResponse(
@@ -50,9 +46,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
         return pb.PromoteResponse(**await self._change(request, TrafficChange.promote(), context))
 
     async def WatchTraffic(
-        self,
-        request: pb.WatchTrafficRequest,
-        context: Any,
+        self, request: pb.WatchTrafficRequest, context: Any
     ) -> AsyncIterator[pb.WatchTrafficResponse]:
         service = await self._resolve_service(request)
         await self.control.read(service)
@@ -69,9 +63,7 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
         raise StoppingError
 
     async def ListTrafficEvents(
-        self,
-        request: pb.ListTrafficEventsRequest,
-        context: Any,
+        self, request: pb.ListTrafficEventsRequest, context: Any
     ) -> pb.ListTrafficEventsResponse:
         page = arguments.parse_page(request)
         service = await self._resolve_service(request)
@@ -94,6 +86,4 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
         wait = arguments.parse_wait(request)
         note = arguments.parse_note(request, context.peer())
         traffic = await self.control.change(await self._resolve_service(request), change, note)
-        return messages.to_traffic_fields(
-            await self.control.registry.wait_acknowledged(traffic, wait), traffic
-        )
+        return messages.to_traffic_fields(await self.control.registry.wait_acknowledged(traffic, wait), traffic)
