@@ -1,6 +1,6 @@
 # Everything needs python3 (3.11 or newer), make and a package index: no docker, no compiler, no root.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench protos lock
+.PHONY: help setup check test demo bench generate protos lock
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -41,7 +41,10 @@ demo: $(VENV)/.ready ## a shop in two versions behind Envoy, and what differs
 bench: setup ## measure; writes bench/results.json
 	$(BIN)/python bench/run.py $(ARGS)
 
-protos: setup ## generate code from protos/
+generate: protos ## generate code: protos, and the synchronous psycopg integration
+	$(BIN)/python middleware/generate_sync.py
+
+protos: setup ## generate code from protos/ only
 	$(BIN)/python protos/generate.py
 
 # The dev group pins what the generated code needs, so that lock comes first and constrains the other.

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from abreast.cache import Cache
-from abreast.integrations.psycopg.pool import AsyncConnectionPool
+from abreast.integrations.psycopg_pool import AsyncConnectionPool
 
 SEED_LOCK = 5_270_116  # several processes of one version may start at once
 MAX_CONNECTIONS = 8

@@ -19,7 +19,7 @@ from abreast.errors import SettingError
 from abreast.protocol.capture import Role
 from abreast_sidecar.stack.servers import RedisServer
 from support import eventually_async, find_free_port
-from support_guards import inside
+from support_integrations import in_request
 
 pytestmark = pytest.mark.redis
 
@@ -243,7 +243,7 @@ async def test_what_was_deleted_while_it_was_loaded_is_not_kept(cache: Cache) ->
 
 async def test_a_shadow_reads_what_users_read(cache: Cache) -> None:
     await cache.get("product:7", Source("a user's"))
-    with inside():
+    with in_request():
         assert await cache.get("product:7", Source("a shadow's")) == "a user's"
 
 
@@ -251,7 +251,7 @@ async def test_a_shadow_reads_what_users_read(cache: Cache) -> None:
 async def test_a_shadow_changes_nothing_that_users_read(cache: Cache, redis_url: str, role: Role) -> None:
     await cache.get("product:7", Source("a user's"))
     before = kept(redis_url)
-    with inside(role):
+    with in_request(role):
         await cache.get("product:8", Source("a shadow's"))
         await cache.delete("product:7")
 
@@ -261,22 +261,22 @@ async def test_a_shadow_changes_nothing_that_users_read(cache: Cache, redis_url:
 
 async def test_what_a_shadow_deleted_it_finds_no_more_itself(cache: Cache) -> None:
     await cache.get("product:7", Source("a user's"))
-    with inside():
+    with in_request():
         await cache.delete("product:7")
         assert await cache.get("product:7", Source("as it wrote it")) == "as it wrote it"
-    with inside():
+    with in_request():
         assert await cache.get("product:7", Source("another's")) == "a user's"
 
 
 async def test_a_shadow_may_keep_its_own_apart(redis_url: str) -> None:
     async with make(redis_url, shadow_writes="isolated") as cache:
-        with inside():
+        with in_request():
             source = Source("a shadow's")
             assert [await cache.get("product:7", source) for _ in range(2)] == ["a shadow's"] * 2
         assert source.asked == 1
         assert list(kept(redis_url)) == ["abreast:shadow:new:shop:product:7"]
         assert await cache.get("product:7", Source("a user's")) == "a user's"
-        with inside():
+        with in_request():
             assert await cache.get("product:7", Source()) == "a user's"
             await cache.delete("product:7")
 
@@ -290,7 +290,7 @@ async def test_no_user_waits_for_a_shadows_load_or_gets_what_it_loaded(cache: Ca
         await gate.wait()
         return "not committed"
 
-    with inside():
+    with in_request():
         tasks = await waiting(cache, load, 1)
     found = await asyncio.wait_for(cache.get("product:7", Source("a user's")), 5)
     gate.set()
@@ -303,7 +303,7 @@ async def test_a_deletion_is_an_effect_of_both_roles(cache: Cache) -> None:
     noted = []
     roles: tuple[Role, ...] = ("live", "shadow")
     for role in roles:
-        with inside(role) as request:
+        with in_request(role) as request:
             await cache.delete("product:7")
             records, _ = request.close_effect_log(lambda payload: payload)
             noted += [(one["kind"], one["key"], one["payload"]) for one in records]
@@ -312,7 +312,7 @@ async def test_a_deletion_is_an_effect_of_both_roles(cache: Cache) -> None:
 
 
 async def test_hits_and_misses_are_noted(cache: Cache) -> None:
-    with inside("live", "old") as request:
+    with in_request("live", "old") as request:
         for key in ("product:7", "product:7", "price:7"):
             await cache.get(key, Source())
 

@@ -20,7 +20,7 @@ from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest
 from abreast_sidecar.store.records import Finding
 from support import eventually_async
-from support_guards import inside
+from support_integrations import in_request
 from support_middleware import captured, sampled
 from support_pairs import outcomes, pair_of, running, send
 
@@ -115,7 +115,7 @@ async def test_users_add_hops_of_their_own(redis_url: str) -> None:
 
 
 def test_hops_are_bounded_and_hits_are_counted_beyond() -> None:
-    with inside("live") as request:
+    with in_request("live") as request:
         for _ in range(MAX_SPANS + 50):
             add_span(request, "cache", "product", perf_counter_ns(), HIT)
 

@@ -19,7 +19,7 @@ from abreast import integrations as guards
 from abreast.export import redaction as redact
 from abreast.protocol.capture import Role
 from support import eventually_async
-from support_guards import effects, inside
+from support_integrations import get_effects, in_request
 from support_middleware import captures, marks, pair_id
 
 PAGE = (Path(__file__).parents[2] / "docs" / "effects.md").read_text()
@@ -92,13 +92,13 @@ async def test_all_forms_charge_a_user_and_no_shadow(
 ) -> None:
     known = {"Card": Card, "Receipt": Receipt, "charge": Card.charge, "charge_now": Card.charge_now}
     made, card = run("forms", redis_url, abreast=abreast, **known), Card()
-    with inside(role) as request:
+    with in_request(role) as request:
         await made["pay"](card)
         last = await made["charge_it"](card, 8)
 
     assert card.charged == charged
     assert last.text == ("8" if charged else "none")
-    payloads = [payload for _, _, payload in effects(request)]
+    payloads = [payload for _, _, payload in get_effects(request)]
     assert payloads == [{"amount": 5}, {"amount": 6}, {"amount": 7}, {"receipts": receipts}, {"amount": 8}]
 
 
@@ -123,7 +123,7 @@ async def test_the_recipe_for_taskiq_keeps_a_shadow_s_mail_back(redis_url: str) 
     broker, receipt = made["broker"], made["receipt"]
     await broker.startup()
     for carried, to in (('["new","shadow","p","r"]', "shadow"), ("", "user")):
-        abreast.adopt(carried)
+        abreast.extract(carried)
         await receipt.kiq(to)
     await receipt.kiq("last")
     stop = asyncio.Event()

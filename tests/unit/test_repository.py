@@ -23,7 +23,7 @@ def test_generated_code_is_fresh(tmp_path: Path) -> None:
 
     assert made
     stale = [str(name) for name, text in made.items() if (_committed(name)).read_text() != text]
-    assert not stale, "run make protos"
+    assert not stale, "run make generate"
 
 
 def _committed(name: Path) -> Path:

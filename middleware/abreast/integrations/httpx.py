@@ -1,6 +1,6 @@
-"""Requests that a service makes with httpx: unsafe ones are held back in a shadow, and recorded in both versions.
+"""httpx for services that receive shadow requests: unsafe requests are recorded, and held back in shadows.
 
-client = httpx.AsyncClient(transport=GuardedAsyncTransport())
+client = httpx.AsyncClient(transport=AsyncRecordingTransport())
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import httpx
 from abreast.effects import Effect, effect
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
-STAND_IN_HEADER = "x-abreast-held-back"  # header of the stand-in
+STAND_IN_HEADER = "x-abreast-held-back"
 
 StandInFactory = Callable[[httpx.Request], httpx.Response]
 
 
 def make_empty_response(_request: httpx.Request) -> httpx.Response:
-    """A 200 with an empty JSON object."""
+    """Return status 200 with an empty JSON object."""
     return httpx.Response(200, json={}, headers={STAND_IN_HEADER: "1"})
 
 
@@ -30,14 +30,14 @@ class _EffectFactory:
         self._hold_safe = hold_safe
 
     def make_effect(self, request: httpx.Request) -> Effect[httpx.Response] | None:
-        """None for what passes."""
+        """Return None if the request is not recorded."""
         if request.method in SAFE_METHODS and not self._hold_safe:
             return None
         kind = f"http.{request.method.lower()}"
         return effect(kind, describe, key=request.url.host, stand_in=self._make_stand_in)
 
     def _make_stand_in(self, request: httpx.Request) -> httpx.Response:
-        """Not read yet, as one from the network: the client reads and times it."""
+        """Return the stand-in as an unread response, because the client reads and times each response."""
         response = self._stand_in(request)
         if not response.is_stream_consumed and not response.is_closed:
             return response
@@ -50,8 +50,12 @@ class _EffectFactory:
         )
 
 
-class GuardedAsyncTransport(httpx.AsyncBaseTransport):
-    """`hold_safe`: hold back GET, HEAD, OPTIONS and TRACE too. `stand_in` makes the answer that a shadow gets."""
+class AsyncRecordingTransport(httpx.AsyncBaseTransport):
+    """A transport that records unsafe requests and holds them back in shadows.
+
+    `transport` sends the requests. `stand_in` builds the response that a shadow receives. With `hold_safe`, GET, HEAD,
+    OPTIONS and TRACE are recorded and held back too.
+    """
 
     def __init__(
         self,
@@ -73,8 +77,8 @@ class GuardedAsyncTransport(httpx.AsyncBaseTransport):
         await self._transport.aclose()
 
 
-class GuardedTransport(httpx.BaseTransport):
-    """The same for httpx.Client."""
+class RecordingTransport(httpx.BaseTransport):
+    """The same for `httpx.Client`."""
 
     def __init__(
         self,
@@ -97,7 +101,10 @@ class GuardedTransport(httpx.BaseTransport):
 
 
 def describe(request: httpx.Request) -> dict[str, Any]:
-    """Where to and what. Headers are left out but for the content type: many differ each time, many are secret."""
+    """Return the payload of a request.
+
+    The only header in it is the content type. Other headers often differ on every request or contain secrets.
+    """
     url = request.url
     description: dict[str, Any] = {"url": f"{url.scheme}://{url.netloc.decode('ascii')}{url.path}"}
     if url.query:
@@ -106,7 +113,7 @@ def describe(request: httpx.Request) -> dict[str, Any]:
         description["content_type"] = content_type
     try:
         content = request.content
-    except httpx.RequestNotRead:  # reading it here would use it up
+    except httpx.RequestNotRead:  # reading a stream here would consume it
         return {**description, "body": "<streamed>"}
     if content:
         description["body"] = _decode_body(content, content_type)
@@ -118,6 +125,6 @@ def _decode_body(content: bytes, content_type: str) -> Any:
         fields = httpx.QueryParams(content.decode("utf-8", "backslashreplace"))
         return {name: fields.get_list(name) for name in fields}
     try:
-        return json.loads(content)  # exact, also of large integers
+        return json.loads(content)  # the standard library keeps large integers exact
     except (ValueError, RecursionError):
         return content.decode("utf-8", "backslashreplace")

@@ -1,6 +1,6 @@
-"""What a service publishes or queues with redis-py's asyncio client: held back in a shadow, recorded in both versions.
+"""redis-py's asyncio client for services that receive shadow requests: publishing and queueing is held back in shadows.
 
-Other commands pass: keys that a shadow writes are for `abreast.cache`, or a database of its own.
+All other commands run. For keys that a shadow writes, use `abreast.cache` or a separate database.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from redis.asyncio.client import Pipeline
 from abreast.context import is_shadow
 from abreast.effects import Effect, effect, record
 
-# Commands that tell others something, and what a shadow gets for an answer.
+# Commands that other processes notice, and the replies that a shadow receives.
 PUBLISH_STAND_INS: Mapping[str, object] = {
     "PUBLISH": 0,
     "SPUBLISH": 0,
@@ -29,8 +29,11 @@ PUBLISH_STAND_INS: Mapping[str, object] = {
 }
 
 
-class GuardedRedis(redis.asyncio.Redis):
-    """A client like any other. `holds` may be changed in a subclass: a command's name, and a shadow's answer."""
+class RecordingRedis(redis.asyncio.Redis):
+    """A client that records publishing commands and holds them back in shadows.
+
+    A subclass can change `stand_ins`, which maps the name of a command to the reply that a shadow receives.
+    """
 
     stand_ins: ClassVar[Mapping[str, object]] = PUBLISH_STAND_INS
 
@@ -41,20 +44,20 @@ class GuardedRedis(redis.asyncio.Redis):
         return await command_effect.run(super().execute_command, *args, **options)
 
     def pipeline(self, transaction: bool = True, shard_hint: str | None = None) -> Pipeline:
-        pipeline = GuardedPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
+        pipeline = RecordingPipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
         pipeline.stand_ins = self.stand_ins
         return pipeline
 
 
-class GuardedPipeline(Pipeline):
-    """Of a GuardedRedis. Effects are recorded when the pipeline is executed."""
+class RecordingPipeline(Pipeline):
+    """A pipeline of `RecordingRedis`. It records effects when it is executed."""
 
     stand_ins: Mapping[str, object] = PUBLISH_STAND_INS
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._effect_args: list[tuple[Any, ...]] = []
-        self._pending_replies: list[tuple[int, object]] = []  # where in the answers, and what
+        self._pending_replies: list[tuple[int, object]] = []  # position among the replies, and the reply
 
     def pipeline_execute_command(self, *args: Any, **options: Any) -> Any:
         name = _get_command_name(args)
@@ -82,12 +85,12 @@ class GuardedPipeline(Pipeline):
             replies.insert(position, stand_in)
         return replies
 
-    async def reset(self) -> None:  # type: ignore[override]  # as Pipeline's own
+    async def reset(self) -> None:  # type: ignore[override]  # redis-py does the same
         self._effect_args, self._pending_replies = [], []
         await super().reset()  # type: ignore[no-untyped-call]
 
 
-def _make_effect(client: GuardedRedis | GuardedPipeline, args: tuple[Any, ...]) -> Effect[Any] | None:
+def _make_effect(client: RecordingRedis | RecordingPipeline, args: tuple[Any, ...]) -> Effect[Any] | None:
     name = _get_command_name(args)
     if name not in client.stand_ins:
         return None
@@ -98,7 +101,7 @@ def _make_effect(client: GuardedRedis | GuardedPipeline, args: tuple[Any, ...]) 
 
 
 def _encode_reply(pool: ConnectionPool, reply: object) -> object:
-    """As the client would get it."""
+    """Return the reply as text if the client decodes replies."""
     is_decoded = isinstance(reply, bytes) and pool.connection_kwargs.get("decode_responses")
     return _decode_text(reply) if is_decoded else reply
 
@@ -116,8 +119,8 @@ def _get_effect_key(args: tuple[Any, ...]) -> str:
 
 
 def _build_payload(args: tuple[Any, ...]) -> Any:
-    """What is pushed or published; of an entry of a stream its fields. JSON is read, to be compared by its paths."""
-    arguments = list(args[2:])
+    """Return the published values, or the fields of a stream entry. JSON is parsed, so that findings name its paths."""
+    arguments = args[2:]
     if _get_command_name(args) == "XADD" and "*" in arguments:
         fields = arguments[arguments.index("*") + 1 :]
         return {_decode_text(name): _decode_value(value) for name, value in list(pairwise(fields))[::2]}
@@ -129,7 +132,9 @@ def _decode_value(value: Any) -> Any:
     if not isinstance(value, str | bytes | bytearray | memoryview):
         return value
     try:
-        return json.loads(bytes(value) if isinstance(value, memoryview) else value)  # exact, also of large integers
+        return json.loads(
+            bytes(value) if isinstance(value, memoryview) else value
+        )  # the standard library keeps large integers exact
     except (ValueError, RecursionError):
         return _decode_text(value)
 

@@ -1,10 +1,10 @@
-"""SQLAlchemy 2 on psycopg 3 for a service that is shadowed: what a shadow request writes is recorded and rolled back.
+"""SQLAlchemy 2 on psycopg 3 for services that receive shadow requests: writes of a shadow are recorded and rolled back.
 
     engine = create_async_engine("postgresql+psycopg://...")
     protect(engine)
 
-Sessions and connections are used as before. Those of shadow requests come from a small pool of their own, and stay in
-one transaction until the request is over. See docs/database.md.
+You use sessions and connections as before. Shadow requests take connections from a separate, small pool, and stay in
+one transaction until the end of the request. See docs/database.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from typing import Any
 
 import sqlalchemy
@@ -28,21 +27,11 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from abreast.context import CURRENT_CONTEXT
 from abreast.errors import SettingError, ShadowError
-from abreast.integrations.psycopg.connection import (
-    Connection,
-    ShadowConnection,
-    ShadowDatabaseConnection,
-    UserConnection,
-)
-from abreast.integrations.psycopg.connection_async import (
-    AsyncConnection,
-    AsyncShadowConnection,
-    AsyncShadowDatabaseConnection,
-    AsyncUserConnection,
-    Mode,
-)
+from abreast.integrations.psycopg.connection import CONNECTION_CLASSES, Connection
+from abreast.integrations.psycopg.connection_async import ASYNC_CONNECTION_CLASSES, AsyncConnection, Mode
 from abreast.integrations.psycopg.lock_watchdog import mark_invalid
-from abreast.integrations.psycopg.pool import (
+from abreast.integrations.psycopg.pinned import (
+    ASYNC_MAX_WAITERS_PER_CONNECTION,
     MAX_WAITERS_PER_CONNECTION,
     SHADOW_CONNECTION_TIMEOUT_S,
     SHADOW_POOL_SIZE,
@@ -50,29 +39,23 @@ from abreast.integrations.psycopg.pool import (
 )
 
 CONNECT_MODE: ContextVar[Mode] = ContextVar("abreast connection", default="live")
-ASYNC_CONNECTION_CLASSES: dict[Mode, type[AsyncConnection[Any]]] = {
-    "live": AsyncUserConnection,
-    "rolled back": AsyncShadowConnection,
-    "separate_database": AsyncShadowDatabaseConnection,
-}
-SYNC_CONNECTION_CLASSES: dict[Mode, type[Connection[Any]]] = {
-    "live": UserConnection,
-    "rolled back": ShadowConnection,
-    "separate_database": ShadowDatabaseConnection,
-}
 
 
 def protect(
     engine: Engine | AsyncEngine, *, shadow_url: str | URL | None = None, shadow_pool_size: int = SHADOW_POOL_SIZE
 ) -> None:
-    """Call it once, before the engine is used. `shadow_url` names a database for shadows alone, in which they commit."""
+    """Make an engine safe to shadow. Call it once, before the engine connects.
+
+    `shadow_url` is a separate database for shadows, in which they commit. `shadow_pool_size` is the number of
+    connections for shadows. Raises `SettingError` for other drivers than psycopg 3.
+    """
     target = engine.sync_engine if isinstance(engine, AsyncEngine) else engine
     if (target.dialect.name, target.dialect.driver) not in {("postgresql", "psycopg"), ("postgresql", "psycopg_async")}:
         raise SettingError(
-            f"abreast.integrations.sqlalchemy protects postgresql+psycopg:// (psycopg 3), not {target.dialect.name}+"
-            f"{target.dialect.driver}://"
+            "the URL of a protected engine must begin with postgresql+psycopg:// (psycopg 3), got "
+            f"{target.dialect.name}+{target.dialect.driver}://"
         )
-    mode: Mode = "rolled back" if shadow_url is None else "separate_database"
+    mode: Mode = "rollback" if shadow_url is None else "separate_database"
     event.listen(target, "do_connect", _make_connector(None if shadow_url is None else make_url(shadow_url)))
     _install_shadow_pool(target, mode, shadow_pool_size)
     event.listen(
@@ -88,19 +71,19 @@ def _make_connector(shadow_url: URL | None) -> Callable[..., Any]:
             cargs[:] = connect_args
             cparams.update(connect_params)
         if not dialect.is_async:
-            return SYNC_CONNECTION_CLASSES[mode].connect(*cargs, **cparams)
+            return CONNECTION_CLASSES[mode].connect(*cargs, **cparams)
         cparams["async_creator_fn"] = ASYNC_CONNECTION_CLASSES[mode].connect
-        return None  # SQLAlchemy goes on with it
+        return None  # SQLAlchemy connects with these parameters
 
     return connect
 
 
 def _install_shadow_pool(engine: Engine, mode: Mode, size: int) -> None:
-    """Shadows' connections from a pool of their own, whoever asks the engine's pool: sessions, options, raw ones."""
+    """Give shadows a separate pool on each way to connect: sessions, execution options and raw connections."""
     pool = engine.pool
     pool_class = AsyncShadowPool if engine.dialect.is_async else ShadowPool
     shadow_pool = pool_class(
-        pool._creator,  # noqa: SLF001  # as Pool.recreate does
+        pool._creator,  # noqa: SLF001  # like Pool.recreate
         pool_size=size,
         max_overflow=0,
         timeout=SHADOW_CONNECTION_TIMEOUT_S,
@@ -112,7 +95,7 @@ def _install_shadow_pool(engine: Engine, mode: Mode, size: int) -> None:
     connect_user, invalidate_user, invalidate_shadow = pool.connect, pool._invalidate, shadow_pool._invalidate  # noqa: SLF001
 
     def invalidate(connection: Any, *args: Any, **kwargs: Any) -> None:
-        """Where a shadow has lost its session, users keep theirs."""
+        """Invalidate only the pool of the connection, so that users keep their sessions when a shadow loses its own."""
         invalidate_in_pool = invalidate_shadow if getattr(connection, "_pool", None) is shadow_pool else invalidate_user
         invalidate_in_pool(connection, *args, **kwargs)
 
@@ -123,7 +106,7 @@ def _install_shadow_pool(engine: Engine, mode: Mode, size: int) -> None:
         shadow_pool.dispose()
         type(pool).dispose(pool)
 
-    pool.connect = connect  # type: ignore[method-assign]  # of this pool
+    pool.connect = connect  # type: ignore[method-assign]  # for this pool only
     pool.dispose = dispose  # type: ignore[method-assign]
     pool._invalidate = invalidate  # type: ignore[method-assign]  # noqa: SLF001
 
@@ -132,25 +115,20 @@ def _install_shadow_pool(engine: Engine, mode: Mode, size: int) -> None:
 def _register_session_cleanup(
     session: Session, transaction: SessionTransaction, connection: sqlalchemy.Connection
 ) -> None:
-    """A session that a shadow leaves open may be a user's next: a global one, or of a thread. It ends with the shadow."""
+    """Close the session at the end of the shadow: a global or thread-local session may serve a user next."""
     cleanups = CURRENT_CONTEXT.get().cleanups
     driver = connection.connection.driver_connection
-    if cleanups is not None and getattr(driver, "mode", "live") != "live":
-        cleanups.insert(
-            0,
-            partial(_close_session, session, _find_root_transaction(transaction), isinstance(driver, AsyncConnection)),
-        )
+    if cleanups is None or getattr(driver, "mode", "live") == "live":
+        return
+    root = transaction
+    while root.parent is not None:
+        root = root.parent
 
+    async def close_session() -> None:
+        if session.get_transaction() is root:  # otherwise another request has begun a transaction
+            await (greenlet_spawn if isinstance(driver, AsyncConnection) else asyncio.to_thread)(session.close)
 
-def _find_root_transaction(transaction: SessionTransaction) -> SessionTransaction:
-    while transaction.parent is not None:
-        transaction = transaction.parent
-    return transaction
-
-
-async def _close_session(session: Session, transaction: SessionTransaction, in_greenlet: bool) -> None:
-    if session.get_transaction() is transaction:  # and not one that somebody else has begun
-        await (greenlet_spawn(session.close) if in_greenlet else asyncio.to_thread(session.close))
+    cleanups.insert(0, close_session)
 
 
 @contextmanager
@@ -163,23 +141,27 @@ def _use_connect_mode(mode: Mode) -> Iterator[None]:
 
 
 class ShadowPool(QueuePool):
-    mode: Mode = "rolled back"
+    """The pool for shadows next to the pool of a protected engine."""
+
+    mode: Mode = "rollback"
     waiters_per_connection = MAX_WAITERS_PER_CONNECTION
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._pinned: PinnedConnections[ConnectionPoolEntry] = PinnedConnections(self._return_records)
+        self._pinned: PinnedConnections[ConnectionPoolEntry] = PinnedConnections(self._finish_request)
         self._waiter_slots = threading.BoundedSemaphore(self.size() * self.waiters_per_connection)
 
     def connect_shadow(self) -> PoolProxiedConnection:
-        """A connection that this request writes to, rolled back at its end."""
+        """Connect for the current shadow request. The connection is rolled back at the end of the request."""
         with _use_connect_mode(self.mode):
             connection = self.connect()
         driver = connection.driver_connection
         if not isinstance(driver, Connection | AsyncConnection) or driver.mode != self.mode:
             connection.invalidate()
-            raise ShadowError("an engine with a creator of its own can't be protected")
-        if self.mode == "rolled back" and not driver.in_shadow:
+            raise ShadowError(
+                "a protected engine can't have a custom creator; pass connect_args to create_engine instead"
+            )
+        if self.mode == "rollback" and not driver.in_shadow:
             try:
                 self._begin_shadow(driver)
             except BaseException:
@@ -208,9 +190,8 @@ class ShadowPool(QueuePool):
         return record
 
     def _get_within_limit(self) -> ConnectionPoolEntry:
-        """Where threads wait, not in all of them: users need some."""
         if not self._waiter_slots.acquire(blocking=False):
-            raise PoolTimeout("too many shadow requests wait for a connection")
+            raise PoolTimeout("too many shadow requests wait for a connection; raise shadow_pool_size")
         try:
             return super()._do_get()
         finally:
@@ -219,7 +200,7 @@ class ShadowPool(QueuePool):
     def _invalidate(
         self, connection: PoolProxiedConnection, exception: BaseException | None = None, _checkin: bool = True
     ) -> None:
-        """Only this one: the others are in the middle of their requests."""
+        """Invalidate this connection only. Other shadows still use theirs."""
         if _checkin and getattr(connection, "is_valid", False):
             connection.invalidate(exception)
 
@@ -230,23 +211,24 @@ class ShadowPool(QueuePool):
                 return
             try:
                 self._end_shadow(driver)
-            except BaseException:  # noqa: BLE001  # outside a greenlet, or it can't be rolled back: the server does it
+            except BaseException:  # noqa: BLE001  # for example outside of a greenlet; the server rolls back
                 driver.pgconn.finish()
         super()._do_return_conn(record)
 
-    async def _return_records(self, records: list[ConnectionPoolEntry]) -> None:
+    def _return_records(self, records: list[ConnectionPoolEntry]) -> None:
         for record in records:
-            with contextlib.suppress(Exception):  # then it is closed, and rolled back by the server
-                await self._roll_back(record)
+            with contextlib.suppress(Exception):  # end_shadow has closed it, so the server rolls back
+                self._end_shadow(record.driver_connection)
             super()._do_return_conn(record)
 
-    async def _roll_back(self, record: ConnectionPoolEntry) -> None:
-        driver: Any = record.driver_connection
-        await asyncio.to_thread(driver.end_shadow)
+    async def _finish_request(self, records: list[ConnectionPoolEntry]) -> None:
+        await asyncio.to_thread(self._return_records, records)
 
 
 class AsyncShadowPool(ShadowPool, AsyncAdaptedQueuePool):
-    waiters_per_connection = 1000  # tasks that wait take nothing from users
+    """The same for an async engine. SQLAlchemy calls it in a greenlet."""
+
+    waiters_per_connection = ASYNC_MAX_WAITERS_PER_CONNECTION
 
     def _begin_shadow(self, driver: Any) -> None:
         await_only(driver.begin_shadow())
@@ -256,8 +238,7 @@ class AsyncShadowPool(ShadowPool, AsyncAdaptedQueuePool):
         try:
             await_only(rollback)
         finally:
-            rollback.close()  # where it was not awaited
+            rollback.close()  # avoids a warning if it could not be awaited
 
-    async def _roll_back(self, record: ConnectionPoolEntry) -> None:
-        driver: Any = record.driver_connection
-        await driver.end_shadow()
+    async def _finish_request(self, records: list[ConnectionPoolEntry]) -> None:
+        await greenlet_spawn(self._return_records, records)

@@ -1,4 +1,4 @@
-"""Work that a service gives to taskiq: what a shadow sends off stays a shadow's in the worker.
+"""taskiq for services that receive shadow requests: a task that a shadow sends runs as a shadow's in the worker.
 
 broker = ListQueueBroker(url).with_middlewares(RoleMiddleware())
 """
@@ -14,7 +14,10 @@ CONTEXT_LABEL = "abreast"
 
 
 class RoleMiddleware(TaskiqMiddleware):
-    """In the service and in the worker. Each task that is sent is recorded as an effect, in both versions."""
+    """Pass the role of the request to the worker, and record each task as an effect.
+
+    Add it to the broker in the service and in the worker.
+    """
 
     def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
         payload = {"args": message.args, "kwargs": message.kwargs}
@@ -23,6 +26,6 @@ class RoleMiddleware(TaskiqMiddleware):
         return message
 
     def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
-        """Each task runs in a context of its own, which ends with it."""
+        """Restore the context of the sender. taskiq runs each task in a separate context, so it ends with the task."""
         extract(str(message.labels.get(CONTEXT_LABEL, "")))
         return message

@@ -1,8 +1,8 @@
-"""psycopg 3 for a service that is shadowed: what a shadow request writes is recorded and rolled back.
+"""psycopg 3 for services that receive shadow requests: writes of a shadow are recorded and rolled back.
 
     from abreast.integrations.psycopg import AsyncConnection  # instead of psycopg's
 
-See docs/database.md for what a rollback can't undo, and abreast.integrations.psycopg.pool for pools.
+See docs/database.md for the limits of a rollback, and `abreast.integrations.psycopg_pool` for pools.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""psycopg's connections, for a service that is shadowed; asyncio. The other one, psycopg_sync, is made from this.
+"""psycopg connections and cursors for services that receive shadow requests.
 
-A connection is for users, or for shadows: no session ever changes sides. What makes sure that a shadow's is rolled
-back, however the code goes on:
+A connection serves users or shadows, and no session changes sides. A shadow's connection rolls back all writes, even if
+the code of the service commits:
 
-- psycopg begins a transaction before the first statement, since the session is not in autocommit mode;
-- `commit` sends no COMMIT, it only makes sure that a later `rollback` goes no further back than here;
-- each statement goes by the extended protocol, in which Postgres takes one statement at a time, so that none can hide
-  behind another; and one that begins with COMMIT or the like, or with a word that is not known, is refused;
-- procedures and DO blocks can't commit inside a transaction: Postgres refuses it.
+- The session is not in autocommit mode, so psycopg begins a transaction before the first statement.
+- `commit` sends no COMMIT. It sets a savepoint, and `rollback` returns to that savepoint.
+- Each statement uses the extended protocol, which takes one statement at a time. A COMMIT can't hide behind another
+  statement.
+- A statement that begins with COMMIT or the like, or with an unknown keyword, raises `ShadowError`.
+- Procedures and DO blocks can't commit inside a transaction, because Postgres rejects it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import psycopg
-from psycopg import IsolationLevel, sql
+from psycopg import IsolationLevel
 from psycopg.pq import TransactionStatus
 from psycopg.pq.abc import PGconn
 from psycopg.rows import Row
@@ -36,29 +37,36 @@ from abreast.integrations.psycopg.statement import (
     UNPARSED,
     PendingWrites,
     Statement,
+    describe_write,
+    describe_writes,
+    get_query_text,
     parse_statement,
-    payload_for_many,
-    payload_for_one,
 )
 
-Mode = Literal["live", "rolled back", "separate_database"]
+Mode = Literal["live", "rollback", "separate_database"]
 
 SAVEPOINT = "savepoint abreast_unit"
 SET_LIMITS_SQL = (
     "select set_config('lock_timeout', %s, true), set_config('idle_in_transaction_session_timeout', %s, true), "
     "set_config('application_name', %s, true)"
 )
-SHADOW_LOCK_TIMEOUT = "2s"  # what a shadow waits for a row that a user's transaction holds
-SHADOW_IDLE_TIMEOUT = "10s"  # what users may have to wait for a forgotten shadow's row where nobody can watch
+SHADOW_LOCK_TIMEOUT = "2s"  # longest wait of a shadow for a row that another transaction has locked
+SHADOW_IDLE_TIMEOUT = "10s"  # longest wait of a user for the row of an idle shadow if the lock watchdog can't act
 UNLOCK_SQL = "select pg_advisory_unlock_all()"
+USED_OUTSIDE_REQUEST = "a shadow's connection can't be used outside its request; take a new connection from the pool"
 IDLE, INTRANS, INERROR = TransactionStatus.IDLE, TransactionStatus.INTRANS, TransactionStatus.INERROR
 
-if not hasattr(psycopg.AsyncCursor, "_execute_send"):  # one that is not known can't be held
-    raise ImportError(f"abreast.integrations.psycopg does not know psycopg {psycopg.__version__}; it knows 3.2 and 3.3")
+if not hasattr(psycopg.AsyncCursor, "_execute_send"):
+    raise ImportError(
+        f"abreast.integrations.psycopg can't roll back shadows on psycopg {psycopg.__version__}; install 3.2 or 3.3"
+    )
 
 
 class AsyncConnection(psycopg.AsyncConnection[Row]):
-    """psycopg's, for users' requests: it records what is written, and takes no statement of a shadow request."""
+    """A connection that records writes. In a shadow request, `connect` returns one that is rolled back when it closes.
+
+    A connection for users rejects the statements of shadow requests.
+    """
 
     mode: ClassVar[Mode] = "live"
 
@@ -67,40 +75,41 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
         self.cursor_factory = AsyncCursor
         self.server_cursor_factory = AsyncServerCursor
         self.pending_writes = PendingWrites()
-        self.request_context: RequestContext | None = None  # that of the pool's user
-        self.in_shadow = False  # by a shadow request, which is rolled back
-        self.watchdog: LockWatchdog | None = None  # since it was first held
+        self.request_context: RequestContext | None = None  # the request that took it from a pool
+        self.in_shadow = False  # in use by a shadow request, so it is rolled back
+        self.watchdog: LockWatchdog | None = None  # set by the first shadow request
         self._requested_autocommit = False
         self._original_autocommit = False
-        self._in_transaction = False  # for the code, a transaction is open
+        self._in_transaction = False  # a transaction is open from the point of view of the service
 
     @classmethod
     async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
-        """In a shadow request: a connection that is rolled back when it is closed."""
         if cls is AsyncConnection and CURRENT_CONTEXT.get().is_shadow:
             connection = await AsyncShadowConnection.connect(conninfo, **kwargs)
             await connection.begin_shadow()
-            return connection  # type: ignore[return-value]  # it is one
+            return connection  # type: ignore[return-value]  # a subclass of this class
         return await super().connect(conninfo, **kwargs)
 
     async def begin_shadow(self) -> None:
-        """From now on all is rolled back at `give_up`, whatever the code says."""
+        """Roll back every statement from now on when `end_shadow` is called."""
         if self.in_shadow:
-            await self.end_shadow()  # it came back another way
+            await self.end_shadow()  # the previous shadow did not end in the usual way
         self._requested_autocommit = self._original_autocommit = self.autocommit
-        if self.pgconn.transaction_status == INTRANS and not self.autocommit:  # a pool's hook has set something
+        if self.pgconn.transaction_status == INTRANS and not self.autocommit:  # a hook of the pool began it
             await self._begin_transaction()
         elif self.pgconn.transaction_status == IDLE:
             await super().set_autocommit(False)
         else:
-            raise ShadowError("a connection must be idle when a shadow request gets it")
+            raise ShadowError(
+                "a connection must be idle when a shadow request takes it; end its transaction before you return it"
+            )
         self.in_shadow = True
         self.watchdog = self.watchdog or get_watchdog(self)
         self.watchdog.add(self)
-        warn_if_request_outlived(CURRENT_CONTEXT.get(), "what is written to Postgres")
+        warn_if_request_outlived(CURRENT_CONTEXT.get(), "a write to Postgres")
 
     async def end_shadow(self) -> None:
-        """Roll back for good. What can't be is closed, and rolled back by the server."""
+        """Roll back and leave shadow mode. If that fails, close the connection, and the server rolls back."""
         self.pending_writes.rollback_to()
         self.request_context = None
         if self.watchdog is not None:
@@ -118,7 +127,7 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
             raise
 
     async def ensure_transaction(self) -> None:
-        """Whatever comes next is in the transaction that will be rolled back."""
+        """Begin the transaction of a shadow that will be rolled back, unless it is open."""
         if not self.in_shadow:
             return
         status = self.pgconn.transaction_status
@@ -141,54 +150,47 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
             mark_invalid_if_interfered(self, error)
             raise
 
-    if not TYPE_CHECKING:  # psycopg's many signatures stay
+    if not TYPE_CHECKING:  # keeps the overloads of psycopg
 
-        def cursor(self, *given: Any, **how: Any) -> Any:
-            made = super().cursor(*given, **how)
-            if not isinstance(made, AsyncCursor | AsyncServerCursor):
+        def cursor(self, *args: Any, **kwargs: Any) -> Any:
+            cursor = super().cursor(*args, **kwargs)
+            if not isinstance(cursor, AsyncCursor | AsyncServerCursor):
                 raise ShadowError(
-                    f"a {type(made).__name__} can't be guarded: cursor_factory must be left alone, or be a subclass of "
-                    "abreast.integrations.psycopg's cursors"
+                    f"cursor_factory must be a cursor class of abreast.integrations.psycopg, got {type(cursor).__name__}"
                 )
-            return made
+            return cursor
 
     def check_statement(self, query: Any) -> Statement:
-        """Raise ShadowError for what could last though a shadow asks for it."""
+        """Parse a statement. Raise ShadowError if a rollback could not undo it, or if it runs on the wrong connection."""
         context = CURRENT_CONTEXT.get()
         is_shadow = context.is_shadow
         if self.mode == "live" and not is_shadow and not context.is_captured:
-            return UNPARSED  # nothing is to be held or recorded
-        sql_statement = parse_statement(_get_query_text(self, query))
+            return UNPARSED  # neither rolled back nor recorded
+        sql_statement = parse_statement(get_query_text(query, self))
         if self.mode == "live":
             if is_shadow:
                 raise ShadowError(
-                    "a shadow request uses a connection that was opened for users; open it in the request, or take it "
-                    "from a pool of abreast.integrations.psycopg"
+                    "a shadow request can't use a connection that was opened for users; open the connection in the "
+                    "request, or use a pool of abreast.integrations.psycopg_pool"
                 )
         elif self.mode == "separate_database":
             if not is_shadow and sql_statement.is_write and self.request_context is not None:
-                raise ShadowError("a shadow's connection is used outside its request")
-        elif self.in_shadow:
-            self._check_shadow_statement(sql_statement, is_shadow=is_shadow)
-        elif sql_statement.is_write or sql_statement.is_transaction_control:
-            raise ShadowError(f"a shadow's connection is not held yet, so it takes no {sql_statement.label}")
+                raise ShadowError(USED_OUTSIDE_REQUEST)
+        elif not self.in_shadow:
+            if sql_statement.is_write or sql_statement.is_transaction_control:
+                raise ShadowError(f"a shadow's connection rejects {sql_statement.label} before its request begins")
+        elif not is_shadow:
+            raise ShadowError(USED_OUTSIDE_REQUEST)
+        elif sql_statement.is_transaction_control or not sql_statement.is_known:
+            raise ShadowError(
+                f"a shadow request can't send {sql_statement.shape[:40]!r}, because it could not be rolled back; to end a "
+                "transaction, use commit(), rollback() or transaction()"
+            )
         return sql_statement
-
-    def _check_shadow_statement(self, sql_statement: Statement, *, is_shadow: bool) -> None:
-        if not is_shadow:
-            raise ShadowError("a shadow's connection is used outside its request")
-        if sql_statement.is_transaction_control:
-            raise ShadowError(
-                f"a shadow request can't send {sql_statement.shape[:40]!r} by itself: use commit(), rollback() or transaction()"
-            )
-        if not sql_statement.is_known:
-            raise ShadowError(
-                f"a shadow request can't send {sql_statement.shape[:40]!r}: nobody knows how to take it back"
-            )
 
     @asynccontextmanager
     async def trace_statement(self, sql_statement: Statement, payload: dict[str, Any] | None) -> AsyncIterator[None]:
-        """Around one statement."""
+        """Run one statement in the block: begin a transaction if needed, time the statement, and record its write."""
         await self.ensure_transaction()
         context, started_ns, note = CURRENT_CONTEXT.get(), perf_counter_ns(), ""
         try:
@@ -196,7 +198,9 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
         except psycopg.errors.SyntaxError as error:
             note = type(error).__name__
             if self.in_shadow and "multiple commands" in str(error):
-                raise ShadowError("a shadow request can send one statement at a time") from error
+                raise ShadowError(
+                    "a shadow request can't send several statements in one string; send them one by one"
+                ) from error
             raise
         except BaseException as error:
             note = type(error).__name__
@@ -211,7 +215,7 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
         await self._commit_if_autocommit(is_write=sql_statement.is_write)
 
     async def _commit_if_autocommit(self, *, is_write: bool) -> None:
-        """What was written is for good where the code is in no transaction."""
+        """Commit recorded writes if the service has no transaction open."""
         if not self.in_shadow:
             if self.pgconn.transaction_status == IDLE:
                 self.pending_writes.commit()
@@ -221,9 +225,9 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
     async def commit(self) -> None:
         if not self.in_shadow or self._num_transactions:
             failed = self.pgconn.transaction_status == INERROR
-            await super().commit()  # which refuses it inside a transaction block
+            await super().commit()  # raises inside a transaction block
             if failed:
-                self.pending_writes.rollback_to()  # Postgres rolled back
+                self.pending_writes.rollback_to()  # Postgres has rolled back
             self.pending_writes.commit()
             return
         status = self.pgconn.transaction_status
@@ -285,7 +289,7 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
             await super().set_autocommit(value)
 
     async def set_isolation_level(self, value: IsolationLevel | None) -> None:
-        if not self.in_shadow:  # a shadow has one transaction, at the level of its beginning
+        if not self.in_shadow:  # the transaction of a shadow keeps the level with which it began
             await super().set_isolation_level(value)
 
     async def set_read_only(self, value: bool | None) -> None:
@@ -314,48 +318,49 @@ class AsyncConnection(psycopg.AsyncConnection[Row]):
 
     def _require_live(self, action: str) -> None:
         if self.in_shadow or (self.mode == "live" and CURRENT_CONTEXT.get().is_shadow):
-            raise ShadowError(f"a shadow request can't {action}: it could not be taken back")
+            raise ShadowError(f"a shadow request can't {action}, because a rollback would not undo it")
 
 
 class AsyncUserConnection(AsyncConnection[Row]):
-    """For users' requests, whoever has it opened: a pool may grow while a shadow request waits."""
+    """A connection for users, also if a shadow request opens it: a pool may grow while a shadow waits."""
 
 
 class AsyncShadowConnection(AsyncConnection[Row]):
-    """For shadow requests: rolled back when it is given up or closed."""
+    """A connection for shadows. It is rolled back when it is returned or closed."""
 
-    mode = "rolled back"
+    mode = "rollback"
 
 
 class AsyncShadowDatabaseConnection(AsyncConnection[Row]):
-    """For shadow requests that have a database of their own: what they commit stays there."""
+    """A connection for shadows to a separate database, in which they commit."""
 
     mode = "separate_database"
+
+
+ASYNC_CONNECTION_CLASSES: dict[Mode, type[AsyncConnection[Any]]] = {
+    "live": AsyncUserConnection,
+    "rollback": AsyncShadowConnection,
+    "separate_database": AsyncShadowDatabaseConnection,
+}
 
 
 class AsyncCursor(psycopg.AsyncCursor[Row]):
     async def execute(self, query: Any, params: Any = None, **kwargs: Any) -> Self:
         connection = _get_connection(self)
         sql_statement = connection.check_statement(query)
-        async with connection.trace_statement(
-            sql_statement, payload_for_one(sql_statement, params) if sql_statement.is_write else None
-        ):
+        async with connection.trace_statement(sql_statement, describe_write(sql_statement, params)):
             return await super().execute(query, params, **kwargs)
 
     async def executemany(self, query: Any, params_seq: Iterable[Any], *, returning: bool = False) -> None:
         connection, rows = _get_connection(self), list(params_seq)
         sql_statement = connection.check_statement(query)
-        async with connection.trace_statement(
-            sql_statement, payload_for_many(sql_statement, rows) if sql_statement.is_write else None
-        ):
+        async with connection.trace_statement(sql_statement, describe_writes(sql_statement, rows)):
             await super().executemany(query, rows, returning=returning)
 
     async def stream(self, query: Any, params: Any = None, **kwargs: Any) -> AsyncIterator[Row]:
         connection = _get_connection(self)
         sql_statement = connection.check_statement(query)
-        async with connection.trace_statement(
-            sql_statement, payload_for_one(sql_statement, params) if sql_statement.is_write else None
-        ):
+        async with connection.trace_statement(sql_statement, describe_write(sql_statement, params)):
             async for row in super().stream(query, params, **kwargs):
                 yield row
 
@@ -363,7 +368,7 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
     async def copy(self, statement: Any, params: Any = None, **kwargs: Any) -> AsyncIterator[psycopg.AsyncCopy]:
         connection = _get_connection(self)
         sql_statement = connection.check_statement(statement)
-        payload = payload_for_one(sql_statement, params) if sql_statement.is_write else None
+        payload = describe_write(sql_statement, params)
         async with connection.trace_statement(sql_statement, payload):
             async with super().copy(statement, params, **kwargs) as copy:
                 yield copy
@@ -371,30 +376,21 @@ class AsyncCursor(psycopg.AsyncCursor[Row]):
                 payload["rows"] = self.rowcount
 
     def _execute_send(self, query: Any, *, force_extended: bool = False, **kwargs: Any) -> None:
-        """A shadow's statements by the extended protocol, which takes one at a time."""
+        """Send a shadow's statement with the extended protocol, which takes one statement at a time."""
         super()._execute_send(query, force_extended=force_extended or _get_connection(self).in_shadow, **kwargs)
 
 
 class AsyncServerCursor(psycopg.AsyncServerCursor[Row]):
     async def execute(self, query: Any, params: Any = None, **kwargs: Any) -> Self:
         connection = _get_connection(self)
-        sql_statement = connection.check_statement(query)
-        async with connection.trace_statement(sql_statement, None):
+        async with connection.trace_statement(connection.check_statement(query), None):
             return await super().execute(query, params, **kwargs)
 
 
 def _get_connection(cursor: Any) -> AsyncConnection[Any]:
     connection = cursor.connection
     if not isinstance(connection, AsyncConnection):
-        raise ShadowError("a cursor of abreast.integrations.psycopg belongs to one of its connections")
+        raise ShadowError(
+            f"a cursor of abreast.integrations.psycopg needs a connection of that module, got {type(connection).__name__}"
+        )
     return connection
-
-
-def _get_query_text(connection: Any, query: Any) -> str:
-    if isinstance(query, str):
-        return query
-    if isinstance(query, bytes):
-        return query.decode("utf-8", "replace")
-    if isinstance(query, sql.Composable):
-        return query.as_string(connection)
-    return "?".join(getattr(query, "strings", ("(unknown)",)))  # a template string

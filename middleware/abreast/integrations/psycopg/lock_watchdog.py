@@ -1,8 +1,8 @@
-"""Ends a shadow's session when somebody else waits for what it has locked.
+"""A watchdog that ends the session of a shadow when a user waits for its locks.
 
-A shadow's transaction is open until its request is over, and a user's statement may need the same row meanwhile. So a
-thread looks whether one does, by a session of its own, while any shadow of this process is older than a moment. It acts
-long before Postgres looks for deadlocks (after a second), in which it might choose the user's session.
+The transaction of a shadow stays open until the end of its request. A user's statement may need one of its rows in the
+meantime. While a shadow is open for longer than `CHECK_INTERVAL_S`, a thread checks for waiting users on a dedicated
+connection. It acts long before the deadlock detection of Postgres (after a second), which could choose the user.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from psycopg import errors
 from abreast.context import CURRENT_CONTEXT
 from abreast.errors import ErrorReporter
 
-SHADOW_APPLICATION_NAME = "abreast shadow"  # application_name of a session while a shadow has it
-CHECK_INTERVAL_S = 0.05  # seconds that a shadow is left alone, and between two looks
-IDLE_SESSION_S = 5.0  # seconds without shadows until the session is closed
-RETRY_DELAY_S = 1.0  # seconds after a look that failed
+SHADOW_APPLICATION_NAME = "abreast shadow"  # application_name of a session while a shadow uses it
+WATCHDOG_APPLICATION_NAME = "abreast watch"
+CHECK_INTERVAL_S = 0.05  # between two checks, and before the first check of a shadow
+MAX_IDLE_S = 5.0  # without shadows, until the watchdog closes its session
+RETRY_DELAY_S = 1.0  # after a check that failed
 TERMINATE_BLOCKERS_SQL = b"""
 select pg_terminate_backend(shadow.pid)
 from pg_stat_activity as waiting
@@ -30,7 +31,7 @@ join pg_stat_activity as shadow on shadow.pid = blocking.pid and shadow.applicat
 where waiting.application_name <> %(shadow)s
     and (waiting.wait_event_type = 'Lock' or waiting.query = '<insufficient privilege>')
 """
-INTERFERENCE_ERRORS = (  # what others do to a session, and no code by itself
+INTERFERENCE_ERRORS = (  # raised because of other sessions, not because of a fault in the code
     errors.AdminShutdown,
     errors.DeadlockDetected,
     errors.IdleInTransactionSessionTimeout,
@@ -42,10 +43,10 @@ AnyConnection = psycopg.Connection[Any] | psycopg.AsyncConnection[Any]
 
 
 class LockWatchdog:
-    """Of one database."""
+    """The watchdog of one database, with one thread and one session."""
 
     def __init__(self) -> None:
-        self.connect_params: dict[str, Any] = {}  # how to connect
+        self.connect_params: dict[str, Any] = {}
         self._started_at: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -54,8 +55,8 @@ class LockWatchdog:
     def add(self, connection: Any) -> None:
         with self._lock:
             self._started_at[connection] = time.monotonic()
-            if self._thread is None or not self._thread.is_alive():  # or it was left in a parent process
-                self._thread = threading.Thread(target=self._run, name="abreast watch", daemon=True)
+            if self._thread is None or not self._thread.is_alive():  # a fork has no threads
+                self._thread = threading.Thread(target=self._run, name=WATCHDOG_APPLICATION_NAME, daemon=True)
                 self._thread.start()
 
     def remove(self, connection: Any) -> None:
@@ -73,7 +74,7 @@ class LockWatchdog:
                     (started_at for connection, started_at in self._started_at.items() if not connection.closed),
                     default=None,
                 )
-                if oldest_start is None and now - last_busy > IDLE_SESSION_S:
+                if oldest_start is None and now - last_busy > MAX_IDLE_S:
                     self._thread = None
                     break
             if oldest_start is not None:
@@ -88,7 +89,7 @@ class LockWatchdog:
             session = session or psycopg.connect(**self.connect_params, autocommit=True, prepare_threshold=None)
             session.execute(TERMINATE_BLOCKERS_SQL, {"shadow": SHADOW_APPLICATION_NAME})
         except psycopg.Error as error:
-            self._report_error("looking whether users wait for a shadow", error)
+            self._report_error("the check for users who wait for a shadow", error)
             if session is not None:
                 session.close()
             time.sleep(RETRY_DELAY_S)
@@ -96,24 +97,28 @@ class LockWatchdog:
         return session
 
 
-WATCHDOGS: dict[tuple[str, int, str, str], LockWatchdog] = {}
-WATCHDOGS_LOCK = threading.Lock()
+_watchdogs: dict[tuple[str, int, str, str], LockWatchdog] = {}
+_watchdogs_lock = threading.Lock()
 
 
 def get_watchdog(connection: AnyConnection) -> LockWatchdog:
-    """The one of a connection's database."""
+    """Return the watchdog for the database of a connection."""
     info = connection.info
-    with WATCHDOGS_LOCK:
-        watchdog = WATCHDOGS.setdefault((info.host, info.port, info.dbname, info.user), LockWatchdog())
+    with _watchdogs_lock:
+        watchdog = _watchdogs.setdefault((info.host, info.port, info.dbname, info.user), LockWatchdog())
     params = {option.keyword.decode(): (option.val or b"").decode() for option in connection.pgconn.info}
-    params |= {"host": info.host, "hostaddr": info.hostaddr, "port": str(info.port)}  # of several the one
-    params["application_name"] = "abreast watch"
+    params |= {
+        "host": info.host,
+        "hostaddr": info.hostaddr,
+        "port": str(info.port),
+    }  # the host in use, if there are several
+    params["application_name"] = WATCHDOG_APPLICATION_NAME
     watchdog.connect_params = {name: value for name, value in params.items() if value}
     return watchdog
 
 
 def mark_invalid_if_interfered(connection: AnyConnection, error: BaseException) -> None:
-    """Where others stood in a shadow's way, what comes of it says nothing of its code."""
+    """Exclude the pair of a shadow from comparison if other sessions made its statement fail."""
     if isinstance(error, INTERFERENCE_ERRORS) or connection.closed:
         mark_invalid(error)
 
@@ -121,4 +126,4 @@ def mark_invalid_if_interfered(connection: AnyConnection, error: BaseException) 
 def mark_invalid(error: BaseException) -> None:
     context = CURRENT_CONTEXT.get()
     if context.is_shadow:
-        context.invalid_reason = f"a copy was disturbed in its database: {type(error).__name__}"
+        context.invalid_reason = f"other sessions interrupted the shadow in its database: {type(error).__name__}"

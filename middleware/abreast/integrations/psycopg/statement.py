@@ -1,4 +1,7 @@
-"""What a statement is: whether it writes, and its shape, by which those of two versions are compared. Pure."""
+"""Parse SQL statements, and record the writes of a transaction when it commits.
+
+The shape of a statement is what both versions have in common: lower case, no comments, `?` for each value.
+"""
 
 from __future__ import annotations
 
@@ -8,105 +11,72 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from psycopg import sql
+
 from abreast.context import CURRENT_CONTEXT, RequestContext
 from abreast.effects import record
 
-MAX_TEXT_CHARS = 16_384  # characters that are read
-MAX_SHAPE_CHARS = 2000  # characters
+MAX_TEXT_CHARS = 16_384  # longest text that is parsed
+MAX_SHAPE_CHARS = 2000
+MAX_PENDING_WRITES = 200  # per transaction, as many as the effects of a request
+MAX_RECORDED_ROWS = 20  # per executemany
+# fmt: off
 TRANSACTION_CONTROL_WORDS = frozenset({"abort", "begin", "commit", "end", "rollback", "start"})
-READ_WORDS = frozenset(
-    [
-        "close",
-        "deallocate",
-        "declare",
-        "discard",
-        "execute",
-        "explain",
-        "fetch",
-        "load",
-        "lock",
-        "move",
-        "prepare",
-        "release",
-        "reset",
-        "savepoint",
-        "select",
-        "set",
-        "show",
-        "table",
-        "values",
-        "with",
-    ]
-)
-WRITE_WORDS = frozenset(
-    [
-        "alter",
-        "analyze",
-        "call",
-        "cluster",
-        "comment",
-        "copy",
-        "create",
-        "delete",
-        "do",
-        "drop",
-        "grant",
-        "import",
-        "insert",
-        "merge",
-        "notify",
-        "reassign",
-        "refresh",
-        "reindex",
-        "revoke",
-        "security",
-        "truncate",
-        "update",
-        "vacuum",
-    ]
-)
+READ_WORDS = frozenset({
+    "close", "deallocate", "declare", "discard", "execute", "explain", "fetch", "load", "lock", "move", "prepare",
+    "release", "reset", "savepoint", "select", "set", "show", "table", "values", "with",
+})
+WRITE_WORDS = frozenset({
+    "alter", "analyze", "call", "cluster", "comment", "copy", "create", "delete", "do", "drop", "grant", "import",
+    "insert", "merge", "notify", "reassign", "refresh", "reindex", "revoke", "security", "truncate", "update", "vacuum",
+})
+# fmt: on
 TOKEN_PATTERN = re.compile(
     r"""
-      (?P<space>\s+|--[^\n\r]*|/\*(?:(?!/\*).)*?\*/)  # a comment in a comment is left, and so not known
+      (?P<space>\s+|--[^\n\r]*|/\*(?:(?!/\*).)*?\*/)  # a nested comment stays, so the keyword is unknown
     | (?P<text>[bBeEnNxX]?'(?:[^'\\]|''|\\.)*'|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$)
     | (?P<name>"(?:[^"]|"")*")
-    | (?P<holder>(?:%\((?P<by>[^)]*)\)[bst]|%[bst]|\$\d+)(?P<cast>::\w+(?:\ with(?:out)?\ time\ zone)?(?:\(\d+\))?(?:\[\])?)?)
+    | (?P<placeholder>(?:%\((?P<parameter>[^)]*)\)[bst]|%[bst]|\$\d+)(?P<cast>::\w+(?:\ with(?:out)?\ time\ zone)?(?:\(\d+\))?(?:\[\])?)?)
     | (?P<number>\d+(?:\.\d+)?)
     | (?P<word>[^\W\d]\w*)
     | (?P<sign>.)
     """,
     re.VERBOSE | re.DOTALL,
 )
-NAMED = re.compile(r'(?:"[^"]*"|[\w$])+(?:\s*\.\s*(?:"[^"]*"|[\w$])+)*')
 WRITE_PATTERN = re.compile(
     r"\b(?P<verb>insert\s+into|merge\s+into|delete\s+from|update|truncate(?:\s+table)?|copy)\s+(?:only\s+)?"
     r"(?P<table>[^\s(;]+)",
     re.IGNORECASE,
 )
 READ_PATTERN = re.compile(r"\bfrom (?:only )?(?P<table>[^\s(;,)]+)")
-INSERT_PATTERN = re.compile(r"insert into \S+ \((?P<columns>[^()]*)\) values \((?P<holders>[?, ]*)\)")
+INSERT_PATTERN = re.compile(r"insert into \S+ \((?P<columns>[^()]*)\) values \((?P<placeholders>[?, ]*)\)")
 PLAIN_NAME_PATTERN = re.compile(r"[a-z_][a-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """`word` is its first, but for `with`: there it is what is done to a table. `table` is the first that is named."""
+    """A parsed statement.
+
+    `keyword` is the first word, or for `with` the verb of the nested write. `table` is the first table that is written,
+    or else read. `placeholder_names` are in order, and empty if placeholders have no names. `columns` are those of an
+    `insert` of one row, one per placeholder.
+    """
 
     keyword: str
     table: str
     shape: str
     is_write: bool
-    is_transaction_control: bool  # it begins or ends a transaction
+    is_transaction_control: bool  # begins or ends a transaction
     is_known: bool
-    placeholder_names: tuple[str, ...]  # of its placeholders, in order; empty where they have none
-    columns: tuple[str, ...]  # of an insert of one row, one for each placeholder
+    placeholder_names: tuple[str, ...]
+    columns: tuple[str, ...]
 
     @property
     def label(self) -> str:
         return f"{self.keyword} {self.table}".rstrip()
 
     def name_values(self, params: Any) -> Any:
-        """Bound values under the names of their columns, or else under their own."""
+        """Return the bound values by column name, or else by parameter name or as a list."""
         if params is None:
             return None
         if isinstance(params, Mapping):
@@ -135,7 +105,7 @@ def _parse_statement(text: str) -> Statement:
     is_prepare_transaction = keyword == "prepare" and remainder.startswith("transaction")
     write_match = WRITE_PATTERN.search(shape)
     is_nested_write = keyword in {"with", "explain", "prepare"} and write_match is not None
-    if is_nested_write and write_match is not None and keyword == "with":
+    if write_match is not None and keyword == "with":
         keyword = write_match["verb"].split()[0].lower()
     insert_match = INSERT_PATTERN.match(shape)
     columns = _get_insert_columns(insert_match) if insert_match else ()
@@ -153,15 +123,15 @@ def _parse_statement(text: str) -> Statement:
 
 
 def _normalise(text: str) -> tuple[str, tuple[str, ...]]:
-    """In lower case, with one space between words, without comments, and with ? for each value."""
+    """Return the shape of a statement and the names of its placeholders."""
     parts: list[str] = []
     names: list[str] = []
     for match in TOKEN_PATTERN.finditer(text):
         kind, part = match.lastgroup, match.group()
         if match["space"] is not None:
             part = " "
-        elif match["holder"] is not None:
-            names += [match["by"]] if match["by"] is not None else []
+        elif match["placeholder"] is not None:
+            names += [match["parameter"]] if match["parameter"] is not None else []
             part = "?"
         elif match["text"] is not None or kind == "number":
             part = "?"
@@ -171,11 +141,9 @@ def _normalise(text: str) -> tuple[str, tuple[str, ...]]:
             part = part.lower()
         if part != " " or (parts and parts[-1] != " "):
             parts.append(part)
-    return re.sub(r" ?([(),;]) ?", _space_punctuation, "".join(parts)).strip(" ;"), tuple(names)
-
-
-def _space_punctuation(match: re.Match[str]) -> str:
-    return {"(": " (", ")": ") ", ",": ", ", ";": "; "}[match[1]]
+    spacing = {"(": " (", ")": ") ", ",": ", ", ";": "; "}
+    shape = re.sub(r" ?([(),;]) ?", lambda match: spacing[match[1]], "".join(parts))
+    return shape.strip(" ;"), tuple(names)
 
 
 def _get_table(match: re.Match[str] | None) -> str:
@@ -184,7 +152,7 @@ def _get_table(match: re.Match[str] | None) -> str:
 
 def _get_insert_columns(match: re.Match[str]) -> tuple[str, ...]:
     columns = tuple(column.strip() for column in match["columns"].split(","))
-    return columns if match["holders"].count("?") == len(columns) else ()
+    return columns if match["placeholders"].count("?") == len(columns) else ()
 
 
 UNPARSED = Statement(
@@ -192,11 +160,9 @@ UNPARSED = Statement(
 )
 
 
-MAX_PENDING_WRITES = 200  # of a transaction: as many as are recorded of a request
-MAX_RECORDED_ROWS = 20  # of one executemany whose values are recorded
-
-
 class PendingWrites:
+    """The writes of one connection that are recorded when their transaction commits."""
+
     def __init__(self) -> None:
         self._writes: list[tuple[RequestContext, Statement, Any]] = []
 
@@ -209,11 +175,11 @@ class PendingWrites:
         return len(self._writes)
 
     def rollback_to(self, savepoint: int = 0) -> None:
-        """What came since was rolled back."""
+        """Drop the writes since the savepoint."""
         del self._writes[savepoint:]
 
     def commit(self) -> None:
-        """It was committed, or would have been."""
+        """Record all writes as effects of the requests that made them."""
         writes, self._writes = self._writes, []
         for context, sql_statement, payload in writes:
             token = CURRENT_CONTEXT.set(context)
@@ -223,14 +189,28 @@ class PendingWrites:
                 CURRENT_CONTEXT.reset(token)
 
 
-def payload_for_one(sql_statement: Statement, params: Any) -> dict[str, Any]:
-    """`values` under the names of columns or placeholders, so that secrets among them are known by name."""
+def describe_write(sql_statement: Statement, params: Any) -> dict[str, Any] | None:
+    """Return the payload of a write, or None for a read. Values have names, by which secrets are recognized."""
+    if not sql_statement.is_write:
+        return None
     values = sql_statement.name_values(params)
-    return (
-        {"statement": sql_statement.shape} if values is None else {"statement": sql_statement.shape, "values": values}
-    )
+    return {"statement": sql_statement.shape} | ({} if values is None else {"values": values})
 
 
-def payload_for_many(sql_statement: Statement, params_seq: list[Any]) -> dict[str, Any]:
-    rows = [sql_statement.name_values(row) for row in params_seq[:MAX_RECORDED_ROWS]]
+def describe_writes(sql_statement: Statement, params_seq: list[Any]) -> dict[str, Any] | None:
+    """Return the payload of an executemany, or None for a read."""
+    if not sql_statement.is_write:
+        return None
+    rows = [sql_statement.name_values(params) for params in params_seq[:MAX_RECORDED_ROWS]]
     return {"statement": sql_statement.shape, "rows": len(params_seq), "values": rows}
+
+
+def get_query_text(query: Any, connection: Any) -> str:
+    """Return the text of any query that psycopg accepts."""
+    if isinstance(query, str):
+        return query
+    if isinstance(query, bytes):
+        return query.decode("utf-8", "replace")
+    if isinstance(query, sql.Composable):
+        return query.as_string(connection)
+    return "?".join(getattr(query, "strings", ("(unknown)",)))  # a template string of Python 3.14

@@ -1,4 +1,4 @@
-"""Two versions of a service that writes, each on a database of its own: one behind psycopg's pool, one on SQLAlchemy."""
+"""Two versions of a service that writes: old on the psycopg pool, new on SQLAlchemy, each on a separate database."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from starlette.routing import Route
 
 from abreast import ParallelRunMiddleware
 from abreast.context import CLEANUP_TASKS
-from abreast.integrations.psycopg.pool import AsyncConnectionPool
+from abreast.integrations.psycopg_pool import AsyncConnectionPool
 from abreast.integrations.sqlalchemy import protect
 from abreast.middleware import App
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer
 from support import eventually_async
-from support_guards import nothing_is_held
+from support_integrations import has_no_locks
 from support_middleware import SERVICE, call, http_scope, marks
 from support_pairs import outcomes, rows, running
 
-AT_ONCE = 8  # no more than shadows have connections: one that waits 5 s for one fails
-MOST = 10  # the planted difference: new writes no more than these
+MAX_IN_FLIGHT = 8  # as many as connections for shadows, because a shadow fails after 5 s of waiting
+MAX_NEW_QUANTITY = 10  # the planted difference: new writes at most this quantity
 TABLE = b"create table orders (id bigint primary key, quantity integer not null)"
 
 
@@ -53,7 +53,7 @@ class Urls:
     ledger: str
     old: str
     new: str
-    spare: str  # for shadows of new, where they have a database of their own
+    shadow: str  # for shadows of new in the mode separate_database
 
 
 @pytest.fixture
@@ -76,61 +76,63 @@ def service(endpoint: Any, urls: Urls) -> ParallelRunMiddleware:
 
 def old_service(pool: AsyncConnectionPool, urls: Urls) -> ParallelRunMiddleware:
     async def order(request: Request) -> Response:
-        wanted = await request.json()
+        body = await request.json()
         async with pool.connection() as connection:
             await connection.execute(
-                "insert into orders (id, quantity) values (%s, %s)", (wanted["id"], wanted["quantity"])
+                "insert into orders (id, quantity) values (%s, %s)", (body["id"], body["quantity"])
             )
         async with pool.connection() as connection:
-            cursor = await connection.execute("select id from orders where id = %s", (wanted["id"],))
-            found = await cursor.fetchone()
-        return JSONResponse({"order": found and found[0]}, 201)
+            cursor = await connection.execute("select id from orders where id = %s", (body["id"],))
+            row = await cursor.fetchone()
+        return JSONResponse({"order": row and row[0]}, 201)
 
     return service(order, urls)
 
 
 def new_service(engine: Any, urls: Urls) -> ParallelRunMiddleware:
     async def order(request: Request) -> Response:
-        wanted = await request.json()
+        body = await request.json()
         async with AsyncSession(engine) as session:
-            session.add(Order(id=wanted["id"], quantity=min(wanted["quantity"], MOST)))
+            session.add(Order(id=body["id"], quantity=min(body["quantity"], MAX_NEW_QUANTITY)))
             await session.commit()
         async with AsyncSession(engine) as session:
-            found = await session.get(Order, wanted["id"])
-        return JSONResponse({"order": found and found.id}, 201)
+            stored = await session.get(Order, body["id"])
+        return JSONResponse({"order": stored and stored.id}, 201)
 
     return service(order, urls)
 
 
 async def send(old: App, new: App, orders: int) -> None:
-    """As Envoy does: old answers, new gets a copy. Every tenth order is a large one."""
-    bounded = asyncio.Semaphore(AT_ONCE)
+    """Send orders to old, and copies to new. Every tenth order is large."""
+    slots = asyncio.Semaphore(MAX_IN_FLIGHT)
 
-    async def one(number: int) -> None:
+    async def send_order(number: int) -> None:
         body = orjson.dumps({"id": number, "quantity": 50 if number % 10 == 0 else 1})
         pair = str(uuid.uuid4())
-        async with bounded:
+        async with slots:
             sent = await asyncio.gather(
                 *[
                     call(app, http_scope("/orders", "POST", marks(pair, version=version, role=role)), [body])
                     for app, version, role in ((old, "old", "live"), (new, "new", "shadow"))
                 ]
             )
-        for messages, raised in sent:
-            assert (messages[0]["status"], raised) == (201, None)
-            assert orjson.loads(messages[1]["body"]) == {"order": number}, "it reads what it has written"
+        for messages, error in sent:
+            assert (messages[0]["status"], error) == (201, None)
+            assert orjson.loads(messages[1]["body"]) == {"order": number}, "the request reads its own write"
 
-    await asyncio.gather(*[one(number) for number in range(orders)])
+    await asyncio.gather(*[send_order(number) for number in range(orders)])
     await asyncio.gather(*CLEANUP_TASKS)
 
 
 @pytest.mark.parametrize(
-    ("orders", "separate_database"), [(300, False), (200, True)], ids=["rolled back", "a database of its own"]
+    ("orders", "separate_database"), [(300, False), (200, True)], ids=["rollback", "separate database"]
 )
-async def test_shadowed_orders_are_where_the_setting_says(urls: Urls, orders: int, own: bool) -> None:
+async def test_shadow_orders_are_stored_only_in_the_configured_database(
+    urls: Urls, orders: int, separate_database: bool
+) -> None:
     engine = create_async_engine(urls.new.replace("postgresql:", "postgresql+psycopg:"))
-    spare = urls.spare.replace("postgresql:", "postgresql+psycopg:")
-    protect(engine, shadow_url=spare if own else None, shadow_pool_size=AT_ONCE)
+    shadow_url = urls.shadow.replace("postgresql:", "postgresql+psycopg:")
+    protect(engine, shadow_url=shadow_url if separate_database else None, shadow_pool_size=MAX_IN_FLIGHT)
     settings = Settings(redis_url=urls.redis, postgres_url=urls.ledger, claim_idle=0.5, shutdown_timeout=5.0)
     async with AsyncConnectionPool(urls.old, min_size=8, open=False) as pool, running(settings):
         old, new = old_service(pool, urls), new_service(engine, urls)
@@ -138,17 +140,17 @@ async def test_shadowed_orders_are_where_the_setting_says(urls: Urls, orders: in
         await old.aclose()
         await new.aclose()
 
-        async def judged() -> bool:
+        async def is_compared() -> bool:
             return sum(outcomes(urls.ledger).values()) == orders
 
-        await eventually_async(judged, what="all pairs are in the ledger")
-        held = nothing_is_held(urls.new)
+        await eventually_async(is_compared, what="all pairs are in the ledger")
+        is_unlocked = has_no_locks(urls.new)
     await engine.dispose()
 
     assert rows(urls.old, "select count(*), sum(quantity) from orders") == [(orders, orders // 10 * (9 + 50))]
     assert rows(urls.new, "select count(*) from orders") == [(0,)]
-    assert rows(urls.spare, "select count(*) from orders") == [(orders if own else 0,)]
-    assert held
+    assert rows(urls.shadow, "select count(*) from orders") == [(orders if separate_database else 0,)]
+    assert is_unlocked
     assert outcomes(urls.ledger) == {"match": orders // 10 * 9, "mismatch": orders // 10}
     assert rows(urls.ledger, "select part, path, kind, count, detail->>'old', detail->>'new' from abreast.finding") == [
         ("effect", "db.insert.orders.$.values.quantity", "changed", orders // 10, "50", "10")
