@@ -1,4 +1,4 @@
-"""What docs/effects.md shows is run as it stands there, but for the addresses."""
+"""The examples of docs/effects.md run as they are, except for addresses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from starlette.types import ASGIApp
 from taskiq.receiver import Receiver
 
 import abreast
-from abreast import effect_log as journal
-from abreast import integrations as guards
-from abreast.export import redaction as redact
+from abreast import effect_log, integrations
+from abreast.export import redaction
 from abreast.protocol.capture import Role
 from support import eventually_async
 from support_integrations import get_effects, in_request
@@ -25,42 +24,42 @@ from support_middleware import captures, marks, pair_id
 PAGE = (Path(__file__).parents[2] / "docs" / "effects.md").read_text()
 
 
-def snippet(name: str) -> str:
-    found = re.search(rf"<!-- run: {name} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
-    assert found, f"the page has no snippet {name}"
-    return found[1]
+def read_example(name: str) -> str:
+    match = re.search(rf"<!-- run: {name} -->\n```python\n(.*?)```", PAGE, re.DOTALL)
+    assert match, f"docs/effects.md has no example {name}"
+    return match[1]
 
 
-def run(name: str, redis_url: str, **known: Any) -> dict[str, Any]:
-    code = snippet(name).replace("redis://127.0.0.1:6379/0", redis_url)
-    known["__name__"] = __name__  # FastAPI and taskiq look for the module
-    exec(compile(code, name, "exec", dont_inherit=True), known)  # noqa: S102  # our own page
-    return known
+def run_example(name: str, redis_url: str, **names: Any) -> dict[str, Any]:
+    code = read_example(name).replace("redis://127.0.0.1:6379/0", redis_url)
+    names["__name__"] = __name__  # FastAPI and taskiq look up the module
+    exec(compile(code, name, "exec", dont_inherit=True), names)  # noqa: S102  # an example of this repository
+    return names
 
 
-async def ask(app: ASGIApp, **how: Any) -> Any:
+async def post_order(app: ASGIApp, **role: Any) -> Any:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://shop") as client:
-        answer = await client.post("/orders", params={"to": "a@b"}, headers=marks(pair_id(), **how))
-    return answer.json()
+        response = await client.post("/orders", params={"to": "a@b"}, headers=marks(pair_id(), **role))
+    return response.json()
 
 
-async def test_the_shortest_example_sends_one_mail_and_records_two(
+async def test_effects_docs_shortest_example_sends_one_mail_and_records_two(
     redis_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ABREAST_REDIS_URL", redis_url)
-    app = run("shortest", redis_url)["app"]
-    told = [await ask(app, version="old", role="live"), await ask(app, version="new", role="shadow")]
+    app = run_example("shortest", redis_url)["app"]
+    responses = [await post_order(app, version="old", role="live"), await post_order(app, version="new", role="shadow")]
 
-    async def there() -> bool:
+    async def are_captured() -> bool:
         return len(await captures(redis_url)) == 2
 
-    await eventually_async(there, what="both captures are sent")
+    await eventually_async(are_captured, what="both captures are sent")
     middleware = app.middleware_stack
     while not isinstance(middleware, abreast.ParallelRunMiddleware):
         middleware = middleware.app
     await middleware.aclose()
 
-    assert told == [{"state": "ordered"}] * 2
+    assert responses == [{"state": "ordered"}] * 2
     assert capsys.readouterr().out == "mail to a@b\n"
     for capture in await captures(redis_url):
         (effect,) = capture.effects
@@ -87,14 +86,14 @@ class Card:
 @pytest.mark.parametrize(
     ("role", "charged", "receipts"), [("live", [5, 6, 7, 8], ["5", "6"]), ("shadow", [], ["none", "none"])]
 )
-async def test_all_forms_charge_a_user_and_no_shadow(
+async def test_effects_docs_forms_charge_a_user_and_no_shadow(
     redis_url: str, role: Role, charged: list[int], receipts: list[str]
 ) -> None:
-    known = {"Card": Card, "Receipt": Receipt, "charge": Card.charge, "charge_now": Card.charge_now}
-    made, card = run("forms", redis_url, abreast=abreast, **known), Card()
+    names = {"Card": Card, "Receipt": Receipt, "charge": Card.charge, "charge_now": Card.charge_now}
+    example, card = run_example("forms", redis_url, abreast=abreast, **names), Card()
     with in_request(role) as request:
-        await made["pay"](card)
-        last = await made["charge_it"](card, 8)
+        await example["pay"](card)
+        last = await example["charge_it"](card, 8)
 
     assert card.charged == charged
     assert last.text == ("8" if charged else "none")
@@ -102,15 +101,15 @@ async def test_all_forms_charge_a_user_and_no_shadow(
     assert payloads == [{"amount": 5}, {"amount": 6}, {"amount": 7}, {"receipts": receipts}, {"amount": 8}]
 
 
-async def test_the_ready_made_ones_are_made_as_shown(redis_url: str) -> None:
-    made = run("ready-made", redis_url)
-    made["blocking"].close()
-    await made["client"].aclose()
-    assert await made["queue"].ping()
-    await made["queue"].aclose()
+async def test_effects_docs_integrations_are_created_as_shown(redis_url: str) -> None:
+    example = run_example("integrations", redis_url)
+    example["blocking"].close()
+    await example["client"].aclose()
+    assert await example["queue"].ping()
+    await example["queue"].aclose()
 
 
-async def test_the_recipe_for_taskiq_keeps_a_shadow_s_mail_back(redis_url: str) -> None:
+async def test_effects_docs_taskiq_example_holds_back_mail_of_a_shadow(redis_url: str) -> None:
     sent: list[str] = []
     done = asyncio.Event()
 
@@ -119,11 +118,11 @@ async def test_the_recipe_for_taskiq_keeps_a_shadow_s_mail_back(redis_url: str) 
         if to == "last":
             done.set()
 
-    made = run("taskiq", redis_url, send_mail=send_mail)
-    broker, receipt = made["broker"], made["receipt"]
+    example = run_example("taskiq", redis_url, send_mail=send_mail)
+    broker, receipt = example["broker"], example["receipt"]
     await broker.startup()
-    for carried, to in (('["new","shadow","p","r"]', "shadow"), ("", "user")):
-        abreast.extract(carried)
+    for carrier, to in (('["new","shadow","p","r"]', "shadow"), ("", "user")):
+        abreast.extract(carrier)
         await receipt.kiq(to)
     await receipt.kiq("last")
     stop = asyncio.Event()
@@ -136,11 +135,12 @@ async def test_the_recipe_for_taskiq_keeps_a_shadow_s_mail_back(redis_url: str) 
     assert sent == ["user", "last"]
 
 
-def test_the_bounds_and_modules_on_the_page_are_those_of_the_code() -> None:
-    assert f"may record {journal.MAX_EFFECTS} effects" in PAGE
-    assert f"beyond {journal.MAX_PAYLOAD_BYTES // 1024} KiB" in PAGE
-    assert {"password", "token", "card_number", "cvv"} <= redact.SECRET_FIELDS
-    folder = Path(guards.__file__).parent
-    named = set(re.findall(r"`abreast\.guards\.(\w+)`", PAGE))
-    assert {name for name in named if (folder / f"{name}.py").exists()} == named
+def test_effects_docs_name_limits_and_modules_of_the_code() -> None:
+    assert f"may record {effect_log.MAX_EFFECTS} effects" in PAGE
+    assert f"beyond {effect_log.MAX_PAYLOAD_BYTES // 1024} KiB" in PAGE
+    assert {"password", "token", "card_number", "cvv"} <= redaction.SECRET_FIELDS
+    folder = Path(integrations.__file__).parent
+    modules = set(re.findall(r"`abreast\.integrations\.(\w+)`", PAGE))
+    assert modules >= {"httpx", "aiosmtplib", "redis", "taskiq"}
+    assert {name for name in modules if (folder / f"{name}.py").exists()} == modules
     assert {name for name in re.findall(r"abreast\.(\w+)\(", PAGE) if not hasattr(abreast, name)} == set()

@@ -1,4 +1,4 @@
-"""Effects: done and recorded for users, recorded and held back for shadows."""
+"""Effects: executed and recorded for users, held back and recorded for shadows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import abreast
-from abreast import effects as outlived
+from abreast import effects
 from abreast.context import CURRENT_CONTEXT, NO_REQUEST, RequestContext
 from abreast.effect_log import MAX_EFFECTS, MAX_PAYLOAD_BYTES, to_json
 from abreast.effects import report_error
@@ -45,7 +45,7 @@ class Receipt:
 
 
 class Post:
-    """What must not be done twice."""
+    """A service that must receive each call once."""
 
     def __init__(self) -> None:
         self.sent: list[str] = []
@@ -68,50 +68,50 @@ def enter() -> Iterator[Callable[[Role], RequestContext]]:
     tokens = []
 
     def begin(role: Role) -> RequestContext:
-        now = RequestContext("new", role, "pair", "", Sink(), 0)
-        tokens.append(CURRENT_CONTEXT.set(now))
-        return now
+        context = RequestContext("new", role, "pair", "", Sink(), 0)
+        tokens.append(CURRENT_CONTEXT.set(context))
+        return context
 
     yield begin
     if tokens:
         CURRENT_CONTEXT.set(NO_REQUEST)
 
 
-def records(now: RequestContext) -> list[dict[str, Any]]:
-    found, _ = now.close_effect_log(REDACTOR.redact_payload)
-    return [{name: value for name, value in record.items() if name != "at_us"} for record in found]
+def get_records(context: RequestContext) -> list[dict[str, Any]]:
+    closed, _ = context.close_effect_log(REDACTOR.redact_payload)
+    return [{name: value for name, value in record.items() if name != "at_us"} for record in closed]
 
 
 async def by_run(post: Post) -> Any:
-    held = abreast.effect("email.send", {"to": "a@b"}, stand_in=Receipt("none"))
-    return await held.run(post.send, "a@b")
+    email = abreast.effect("email.send", {"to": "a@b"}, stand_in=Receipt("none"))
+    return await email.run(post.send, "a@b")
 
 
 async def by_lambda(post: Post) -> Any:
-    held = abreast.effect("email.send", {"to": "a@b"}, stand_in=Receipt("none"))
-    return await held.run(lambda: post.send("a@b"))
+    email = abreast.effect("email.send", {"to": "a@b"}, stand_in=Receipt("none"))
+    return await email.run(lambda: post.send("a@b"))
 
 
 async def by_call(post: Post) -> Any:
-    held = abreast.effect("email.send", {"to": "a@b"}, stand_in=Receipt("none"))
-    return held.call(post.send_now, "a@b")
+    email = abreast.effect("email.send", {"to": "a@b"}, stand_in=Receipt("none"))
+    return email.call(post.send_now, "a@b")
 
 
 async def by_block(post: Post) -> Any:
-    async with abreast.effect("email.send", {"to": "a@b"}, stand_in=Receipt("none")) as held:
-        return await held.run(post.send, "a@b")
+    async with abreast.effect("email.send", {"to": "a@b"}, stand_in=Receipt("none")) as scope:
+        return await scope.run(post.send, "a@b")
 
 
-async def by_asking(post: Post) -> Any:
-    async with abreast.effect("email.send", {"to": "a@b"}) as held:
-        if held.should_execute:
+async def by_should_execute(post: Post) -> Any:
+    async with abreast.effect("email.send", {"to": "a@b"}) as scope:
+        if scope.should_execute:
             return await post.send("a@b")
         return Receipt("none")
 
 
-async def by_asking_in_sync_code(post: Post) -> Any:
-    with abreast.effect("email.send", {"to": "a@b"}) as held:
-        return post.send_now("a@b") if held.should_execute else Receipt("none")
+async def by_should_execute_in_sync_code(post: Post) -> Any:
+    with abreast.effect("email.send", {"to": "a@b"}) as scope:
+        return post.send_now("a@b") if scope.should_execute else Receipt("none")
 
 
 async def by_decorator(post: Post) -> Any:
@@ -130,38 +130,47 @@ async def by_sync_decorator(post: Post) -> Any:
     return send("a@b")
 
 
-FORMS = [by_run, by_lambda, by_call, by_block, by_asking, by_asking_in_sync_code, by_decorator, by_sync_decorator]
+FORMS = [
+    by_run,
+    by_lambda,
+    by_call,
+    by_block,
+    by_should_execute,
+    by_should_execute_in_sync_code,
+    by_decorator,
+    by_sync_decorator,
+]
 forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 
 
 @forms
-async def test_a_user_s_request_does_it_and_records_it(form: Any, enter: Any) -> None:
-    now, post = enter("live"), Post()
+async def test_effect_of_a_user_runs_and_is_recorded(form: Any, enter: Any) -> None:
+    context, post = enter("live"), Post()
 
     assert await form(post) == Receipt("real hi")
     assert post.sent == ["a@b"]
-    assert records(now) == [{"kind": "email.send", "payload": {"to": "a@b"}}]
+    assert get_records(context) == [{"kind": "email.send", "payload": {"to": "a@b"}}]
 
 
 @forms
 @pytest.mark.parametrize("role", ["shadow", "baseline"])
-async def test_a_copy_records_it_and_goes_on_with_the_stand_in(form: Any, role: Role, enter: Any) -> None:
-    now, post = enter(role), Post()
+async def test_effect_of_a_copy_is_recorded_and_returns_the_stand_in(form: Any, role: Role, enter: Any) -> None:
+    context, post = enter(role), Post()
 
     assert await form(post) == Receipt("none")
     assert post.sent == []
-    assert records(now) == [{"kind": "email.send", "payload": {"to": "a@b"}}]
+    assert get_records(context) == [{"kind": "email.send", "payload": {"to": "a@b"}}]
 
 
 @forms
-async def test_outside_a_sampled_request_it_is_simply_done(form: Any) -> None:
+async def test_effect_outside_a_sampled_request_runs(form: Any) -> None:
     post = Post()
 
     assert await form(post) == Receipt("real hi")
     assert post.sent == ["a@b"]
 
 
-async def test_a_copy_that_is_not_captured_does_it_no_more(enter: Any) -> None:
+async def test_effect_of_a_copy_without_capture_is_held_back(enter: Any) -> None:
     enter("live")
     CURRENT_CONTEXT.set(RequestContext("new", "shadow", "pair", ""))
     post = Post()
@@ -170,29 +179,29 @@ async def test_a_copy_that_is_not_captured_does_it_no_more(enter: Any) -> None:
     assert post.sent == []
 
 
-def test_work_that_long_outlives_a_shadow_is_told_once(
+def test_effect_long_after_its_shadow_is_logged_once(
     enter: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It may be a consumer that the first request started for all."""
-    monkeypatch.setattr(outlived, "WARNED_NAMES", set())
-    held = abreast.effect("email.send")
-    for role, answered, seconds in (
+    """It may be a consumer that the first request started for all requests."""
+    monkeypatch.setattr(effects, "WARNED_NAMES", set())
+    email = abreast.effect("email.send")
+    for role, is_sent, seconds in (
         ("shadow", True, 1),
         ("shadow", False, 90),
         ("live", True, 90),
         ("shadow", True, 90),
         ("shadow", True, 91),
     ):
-        now = enter(role)
-        now.response_sent, now.started_ns = answered, time.perf_counter_ns() - seconds * 10**9
-        held.call(len, "abc")
+        context = enter(role)
+        context.response_sent, context.started_ns = is_sent, time.perf_counter_ns() - seconds * 10**9
+        email.call(len, "abc")
 
-    told = "effect 'email.send' is held back 90 s after its shadow request"
-    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [told]
+    expected = "effect 'email.send' is held back 90 s after its shadow request"
+    assert [record.getMessage().partition(";")[0] for record in caplog.records] == [expected]
 
 
-async def test_what_it_raises_passes_and_is_recorded(enter: Any) -> None:
-    now, post = enter("live"), Post()
+async def test_effect_error_is_raised_and_recorded(enter: Any) -> None:
+    context, post = enter("live"), Post()
     effect = abreast.effect("email.send", None)
 
     with pytest.raises(OSError, match="full"):
@@ -200,16 +209,16 @@ async def test_what_it_raises_passes_and_is_recorded(enter: Any) -> None:
     with pytest.raises(OSError, match="full"):
         effect.call(post.send_now, "nobody", text="full")
     with pytest.raises(OSError, match="full"):
-        async with effect as held:
-            await held.run(post.send, "nobody", "full")
-    with pytest.raises(OSError, match="full"), effect as held:
-        held.call(post.send_now, "nobody", "full")
+        async with effect as scope:
+            await scope.run(post.send, "nobody", "full")
+    with pytest.raises(OSError, match="full"), effect as scope:
+        scope.call(post.send_now, "nobody", "full")
 
-    assert [record["error"] for record in records(now)] == ["OSError"] * 4
+    assert [record["error"] for record in get_records(context)] == ["OSError"] * 4
 
 
-async def test_without_a_payload_it_is_the_arguments(enter: Any) -> None:
-    now = enter("shadow")
+async def test_effect_payload_defaults_to_the_arguments(enter: Any) -> None:
+    context = enter("shadow")
 
     class Mailer:
         @abreast.effect("email.send")
@@ -218,32 +227,32 @@ async def test_without_a_payload_it_is_the_arguments(enter: Any) -> None:
     await Mailer().send("a@b", urgent=1)
     await abreast.effect("email.send").run(Post().send, "a@b")
 
-    assert [record["payload"] for record in records(now)] == [
+    assert [record["payload"] for record in get_records(context)] == [
         {"to": "a@b", "text": "hi", "more": {"urgent": 1}},
         {"to": "a@b", "text": "hi"},
     ]
 
 
-async def test_a_stand_in_is_made_of_the_arguments(enter: Any) -> None:
+async def test_effect_stand_in_function_receives_the_arguments(enter: Any) -> None:
     enter("shadow")
     effect = abreast.effect("email.send", stand_in=lambda to, text="hi": Receipt(f"{to} {text}"))
 
     assert await effect.run(Post().send, "a@b", "ho") == Receipt("a@b ho")
 
 
-async def test_a_block_that_asks_twice_is_one_effect_and_two_calls_are_two(enter: Any) -> None:
-    now, post = enter("live"), Post()
+async def test_effect_block_is_recorded_once_and_each_call_once(enter: Any) -> None:
+    context, post = enter("live"), Post()
     effect = abreast.effect("email.send", 1)
-    async with effect as held:
-        await held.run(post.send, "a")
-        await held.run(post.send, "b")
+    async with effect as scope:
+        await scope.run(post.send, "a")
+        await scope.run(post.send, "b")
     await effect.run(post.send, "c")
     await effect.run(post.send, "d")
 
-    assert len(records(now)) == 3
+    assert len(get_records(context)) == 3
 
 
-async def test_a_block_that_forgot_to_ask_is_told_so(enter: Any) -> None:
+async def test_effect_block_without_a_decision_raises(enter: Any) -> None:
     enter("live")
 
     with pytest.raises(EffectError, match=r"the block of effect 'email.send' asked neither"):
@@ -253,7 +262,7 @@ async def test_a_block_that_forgot_to_ask_is_told_so(enter: Any) -> None:
         pass
 
 
-async def test_in_production_a_forgotten_question_is_logged_and_users_go_on(
+async def test_effect_block_without_a_decision_is_logged_in_production(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("PYTEST_VERSION")
@@ -264,40 +273,40 @@ async def test_in_production_a_forgotten_question_is_logged_and_users_go_on(
     assert "asked neither" in caplog.text
 
 
-async def test_an_effect_that_requests_share_ends_for_each_by_itself() -> None:
-    """The one that began first ends first, and fails."""
+async def test_effect_shared_by_requests_ends_separately() -> None:
+    """The block that begins first ends first, and fails."""
     shared, failed = abreast.effect("email.send"), asyncio.Event()
-    made = {role: RequestContext("new", role, "pair", "", Sink(), 0) for role in ("live", "shadow")}
+    contexts = {role: RequestContext("new", role, "pair", "", Sink(), 0) for role in ("live", "shadow")}
 
     async def first() -> None:
-        CURRENT_CONTEXT.set(made["live"])
+        CURRENT_CONTEXT.set(contexts["live"])
         with contextlib.suppress(OSError):
-            async with shared as held:
+            async with shared as scope:
                 await asyncio.sleep(0)
-                assert held.should_execute
+                assert scope.should_execute
                 raise OSError
         failed.set()
 
     async def second() -> None:
-        CURRENT_CONTEXT.set(made["shadow"])
-        with shared as held:
-            assert not held.should_execute
+        CURRENT_CONTEXT.set(contexts["shadow"])
+        with shared as scope:
+            assert not scope.should_execute
             await failed.wait()
 
     await asyncio.gather(first(), second())
 
-    assert [record.get("error") for record in records(made["live"])] == ["OSError"]
-    assert [record.get("error") for record in records(made["shadow"])] == [None]
+    assert [record.get("error") for record in get_records(contexts["live"])] == ["OSError"]
+    assert [record.get("error") for record in get_records(contexts["shadow"])] == [None]
 
 
-async def test_the_error_of_a_block_is_not_hidden_by_ours(enter: Any) -> None:
+async def test_effect_block_raises_its_original_error(enter: Any) -> None:
     enter("live")
     with pytest.raises(KeyError):
         async with abreast.effect("email.send", {}):
             raise KeyError
 
 
-async def test_what_can_t_be_held_back_is_refused_where_it_is_written() -> None:
+async def test_effect_rejects_generators_and_call_of_a_coroutine_function() -> None:
     def numbers() -> Iterator[int]:
         yield 1
 
@@ -307,44 +316,44 @@ async def test_what_can_t_be_held_back_is_refused_where_it_is_written() -> None:
         abreast.effect("x").call(Post().send, "a@b")
 
 
-async def _later(*_given: object) -> None: ...
+async def _later(*_args: object) -> None: ...
 
 
-@pytest.mark.parametrize("wrong", [{"payload": _later}, {"stand_in": _later}])
-def test_what_would_have_to_be_awaited_is_refused_where_it_is_written(wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize("arguments", [{"payload": _later}, {"stand_in": _later}])
+def test_effect_rejects_coroutine_functions_as_arguments(arguments: dict[str, Any]) -> None:
     with pytest.raises(EffectError, match=r"_later must be awaited; use a plain function for effect 'email.send'"):
-        abreast.effect("email.send", **wrong)
+        abreast.effect("email.send", **arguments)
 
 
-def test_a_decorated_function_keeps_its_name() -> None:
+def test_effect_decorator_keeps_name_and_docstring() -> None:
     @abreast.effect("x")
     def send_it() -> None:
-        """Say why."""
+        """Send a mail."""
 
-    assert (send_it.__name__, send_it.__doc__) == ("send_it", "Say why.")
+    assert (send_it.__name__, send_it.__doc__) == ("send_it", "Send a mail.")
 
 
-async def test_types_survive() -> None:
-    """Checked by mypy: without a stand-in the result may be None."""
+async def test_effect_keeps_types() -> None:
+    """mypy checks these types. Without a stand-in, the result may be None."""
 
     @abreast.effect("x", stand_in=Receipt("none"))
-    async def one(to: str, *, text: str = "") -> Receipt:
+    async def decorated_async(to: str, *, text: str = "") -> Receipt:
         return Receipt(to + text)
 
     @abreast.effect("x")
-    def two(to: str) -> int:
+    def decorated(to: str) -> int:
         return len(to)
 
-    assert_type(await one("a", text="b"), Receipt)
-    assert_type(two("a"), int | None)
+    assert_type(await decorated_async("a", text="b"), Receipt)
+    assert_type(decorated("a"), int | None)
     assert_type(abreast.effect("x", stand_in="s").call(len, "abc"), int | str)
-    assert_type(await abreast.effect("x", stand_in=Receipt).run(one, "a"), Receipt)
+    assert_type(await abreast.effect("x", stand_in=Receipt).run(decorated_async, "a"), Receipt)
     with pytest.raises(TypeError):
-        await one(7)  # type: ignore[arg-type]
+        await decorated_async(7)  # type: ignore[arg-type]
 
 
-def test_recording_never_raises(enter: Any, caplog: pytest.LogCaptureFixture) -> None:
-    now = enter("live")
+def test_record_never_raises(enter: Any, caplog: pytest.LogCaptureFixture) -> None:
+    context = enter("live")
 
     class Awful:
         def model_dump(self, **_: object) -> None:
@@ -355,48 +364,48 @@ def test_recording_never_raises(enter: Any, caplog: pytest.LogCaptureFixture) ->
     assert abreast.effect("b", lambda: 1 / 0).call(lambda: 7) == 7
 
     assert "recording failed in making an effect's payload" in caplog.text
-    first, second = (record["payload"] for record in records(now))
-    assert first.startswith("<test_recording_never_raises")
+    first, second = (record["payload"] for record in get_records(context))
+    assert first.startswith("<test_record_never_raises")
     assert second == "<no payload: ZeroDivisionError>"
 
 
-def test_a_fault_of_ours_reaches_no_code(
+def test_internal_error_of_the_log_does_not_reach_the_app(
     enter: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_given: Any, **_how: Any) -> None:
+    def broken(*_args: Any, **_kwargs: Any) -> None:
         raise KeyError
 
-    now = enter("live")
-    monkeypatch.setattr(now.ensure_effect_log(), "add", broken)
+    context = enter("live")
+    monkeypatch.setattr(context.ensure_effect_log(), "add", broken)
     abreast.record("email.send")
 
     assert abreast.effect("email.send").call(len, "abc") == 3
     assert "recording an effect" in caplog.text
 
 
-def test_a_payload_is_what_it_was_when_it_was_recorded(enter: Any) -> None:
-    now, payload = enter("live"), {"to": ["a"]}
+def test_record_copies_the_payload(enter: Any) -> None:
+    context, payload = enter("live"), {"to": ["a"]}
     abreast.record("mail", payload)
     payload["to"].append("b")
 
-    assert records(now)[0]["payload"] == {"to": ["a"]}
+    assert get_records(context)[0]["payload"] == {"to": ["a"]}
 
 
-def test_effects_beyond_the_bound_are_counted(enter: Any) -> None:
-    now = enter("live")
+def test_effect_log_counts_effects_over_the_limit(enter: Any) -> None:
+    context = enter("live")
     for number in range(MAX_EFFECTS + 3):
         abreast.record("mail", number)
-    kept, dropped = now.close_effect_log(REDACTOR.redact_payload)
+    effects_in_capture, dropped_count = context.close_effect_log(REDACTOR.redact_payload)
 
-    assert (len(kept), dropped, now.sink.count) == (MAX_EFFECTS, 3, 0)
+    assert (len(effects_in_capture), dropped_count, context.sink.count) == (MAX_EFFECTS, 3, 0)
 
 
-def test_of_payloads_beyond_the_bound_a_digest_is_kept(enter: Any) -> None:
-    now, long = enter("live"), "x" * MAX_PAYLOAD_BYTES
-    abreast.record("mail", long)
+def test_effect_log_keeps_digests_of_payloads_over_the_limit(enter: Any) -> None:
+    context, long_payload = enter("live"), "x" * MAX_PAYLOAD_BYTES
+    abreast.record("mail", long_payload)
     abreast.record("mail", "short")
-    abreast.record("mail", long + "y")
-    first, second, third = records(now)
+    abreast.record("mail", long_payload + "y")
+    first, second, third = get_records(context)
 
     assert second["payload"] == "short"
     assert (first["length"], third["length"]) == (MAX_PAYLOAD_BYTES + 2, MAX_PAYLOAD_BYTES + 3)
@@ -404,21 +413,21 @@ def test_of_payloads_beyond_the_bound_a_digest_is_kept(enter: Any) -> None:
     assert "payload" not in first
 
 
-def test_what_comes_when_the_capture_has_left_is_counted_as_late(enter: Any) -> None:
-    now = enter("live")
+def test_record_after_the_capture_counts_as_late(enter: Any) -> None:
+    context = enter("live")
     abreast.record("mail", 1)
-    now.close_effect_log(REDACTOR.redact_payload)
+    context.close_effect_log(REDACTOR.redact_payload)
     abreast.record("mail", 2)
-    silent = enter("live")
-    silent.close_effect_log(REDACTOR.redact_payload)
+    empty = enter("live")
+    empty.close_effect_log(REDACTOR.redact_payload)
     abreast.record("mail", 3)
 
-    assert (now.sink.count, silent.sink.count) == (1, 1)
-    assert len(records(now)) == 1
+    assert (context.sink.count, empty.sink.count) == (1, 1)
+    assert len(get_records(context)) == 1
 
 
-def test_secrets_in_payloads_are_hashed_wherever_they_stand(enter: Any) -> None:
-    now = enter("live")
+def test_redactor_hashes_secrets_at_any_depth_of_a_payload(enter: Any) -> None:
+    context = enter("live")
     abreast.record(
         "http.post",
         {
@@ -428,8 +437,8 @@ def test_secrets_in_payloads_are_hashed_wherever_they_stand(enter: Any) -> None:
             "x-api-key": {"deep": "hunter2"},
         },
     )
-    (found,) = records(now)
-    payload = found["payload"]
+    (effect,) = get_records(context)
+    payload = effect["payload"]
 
     assert payload["user"] == "u"
     assert payload["Password"] == payload["nested"][0]["accessToken"] == REDACTOR.hash("hunter2")
@@ -437,12 +446,12 @@ def test_secrets_in_payloads_are_hashed_wherever_they_stand(enter: Any) -> None:
     assert payload["x-api-key"].startswith("hmac:")
 
 
-def test_threads_of_one_request_lose_nothing(enter: Any) -> None:
-    now = enter("live")
+def test_record_from_threads_keeps_all_effects(enter: Any) -> None:
+    context = enter("live")
     ready = threading.Barrier(8)
 
     def work() -> None:
-        CURRENT_CONTEXT.set(now)
+        CURRENT_CONTEXT.set(context)
         ready.wait()
         for number in range(20):
             abreast.record("mail", number)
@@ -453,10 +462,10 @@ def test_threads_of_one_request_lose_nothing(enter: Any) -> None:
     for thread in threads:
         thread.join()
 
-    assert len(records(now)) == 160
+    assert len(get_records(context)) == 160
 
 
-Point = namedtuple("Point", "x y")  # noqa: PYI024  # what users have
+Point = namedtuple("Point", "x y")  # noqa: PYI024  # user code may have them
 
 
 @pytest.mark.parametrize(
@@ -479,11 +488,11 @@ Point = namedtuple("Point", "x y")  # noqa: PYI024  # what users have
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_anything_has_a_form_that_is_the_same_in_both_versions(value: Any, text: bytes | None) -> None:
+def test_to_json_converts_any_value_deterministically(value: Any, text: bytes | None) -> None:
     assert to_json(value) == (text or b'["1180591620717411303424",{"id":"r"},"2026-01-02",{"1":[2]}]')
 
 
-def test_a_circle_ends() -> None:
+def test_to_json_stops_at_a_circular_reference() -> None:
     circle: list[Any] = []
     circle.append(circle)
 
@@ -499,30 +508,30 @@ VALUES = st.recursive(
 
 @settings(max_examples=50)
 @given(VALUES)
-def test_no_payload_is_refused(value: Any) -> None:
+def test_to_json_never_raises(value: Any) -> None:
     to_json(value)
 
 
-async def test_effects_of_concurrent_requests_stay_apart() -> None:
+async def test_record_separates_concurrent_requests() -> None:
     async def request(name: str) -> RequestContext:
-        now = RequestContext("new", "live", name, "", Sink(), 0)
-        CURRENT_CONTEXT.set(now)
+        context = RequestContext("new", "live", name, "", Sink(), 0)
+        CURRENT_CONTEXT.set(context)
         await asyncio.sleep(0)
         abreast.record("mail", name)
-        return now
+        return context
 
     requests = await asyncio.gather(*(asyncio.create_task(request(name)) for name in "abc"))
 
-    assert [[record["payload"] for record in records(now)] for now in requests] == [["a"], ["b"], ["c"]]
+    assert [[record["payload"] for record in get_records(context)] for context in requests] == [["a"], ["b"], ["c"]]
 
 
-def test_the_order_in_which_a_payload_was_filled_says_nothing() -> None:
-    """Of long payloads only a digest is compared."""
+def test_to_json_ignores_insertion_order() -> None:
+    """Only digests of long payloads are compared."""
     assert to_json({"a": 1, "b": {1, 2}}) == to_json({"b": {2, 1}, "a": 1})
     assert to_json({"b": 2**70, "a": 1}) == to_json({"a": 1, "b": 2**70})
 
 
-def test_a_payload_whose_own_form_fails_is_recorded_by_its_type() -> None:
+def test_to_json_uses_the_type_if_model_dump_fails() -> None:
     class Order:
         def model_dump(self, **_options: object) -> object:
             raise KeyError("id")
