@@ -12,8 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -131,15 +130,6 @@ def _register_session_cleanup(
     cleanups.insert(0, close_session)
 
 
-@contextmanager
-def _use_connect_mode(mode: Mode) -> Iterator[None]:
-    token = CONNECT_MODE.set(mode)
-    try:
-        yield
-    finally:
-        CONNECT_MODE.reset(token)
-
-
 class ShadowPool(QueuePool):
     """The pool for shadows next to the pool of a protected engine."""
 
@@ -153,8 +143,11 @@ class ShadowPool(QueuePool):
 
     def connect_shadow(self) -> PoolProxiedConnection:
         """Connect for the current shadow request. The connection is rolled back at the end of the request."""
-        with _use_connect_mode(self.mode):
+        token = CONNECT_MODE.set(self.mode)
+        try:
             connection = self.connect()
+        finally:
+            CONNECT_MODE.reset(token)
         driver = connection.driver_connection
         if not isinstance(driver, Connection | AsyncConnection) or driver.mode != self.mode:
             connection.invalidate()

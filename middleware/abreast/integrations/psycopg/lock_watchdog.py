@@ -107,11 +107,8 @@ def get_watchdog(connection: AnyConnection) -> LockWatchdog:
     with _watchdogs_lock:
         watchdog = _watchdogs.setdefault((info.host, info.port, info.dbname, info.user), LockWatchdog())
     params = {option.keyword.decode(): (option.val or b"").decode() for option in connection.pgconn.info}
-    params |= {
-        "host": info.host,
-        "hostaddr": info.hostaddr,
-        "port": str(info.port),
-    }  # the host in use, if there are several
+    # A connection string may list several hosts. The watchdog needs the one in use.
+    params |= {"host": info.host, "hostaddr": info.hostaddr, "port": str(info.port)}
     params["application_name"] = WATCHDOG_APPLICATION_NAME
     watchdog.connect_params = {name: value for name, value in params.items() if value}
     return watchdog
@@ -124,6 +121,7 @@ def mark_invalid_if_interfered(connection: AnyConnection, error: BaseException) 
 
 
 def mark_invalid(error: BaseException) -> None:
+    """Exclude the pair of a shadow from comparison."""
     context = CURRENT_CONTEXT.get()
     if context.is_shadow:
         context.invalid_reason = f"other sessions interrupted the shadow in its database: {type(error).__name__}"

@@ -36,10 +36,10 @@ TOKEN_PATTERN = re.compile(
       (?P<space>\s+|--[^\n\r]*|/\*(?:(?!/\*).)*?\*/)  # a nested comment stays, so the keyword is unknown
     | (?P<text>[bBeEnNxX]?'(?:[^'\\]|''|\\.)*'|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$)
     | (?P<name>"(?:[^"]|"")*")
-    | (?P<placeholder>(?:%\((?P<parameter>[^)]*)\)[bst]|%[bst]|\$\d+)(?P<cast>::\w+(?:\ with(?:out)?\ time\ zone)?(?:\(\d+\))?(?:\[\])?)?)
+    | (?P<placeholder>(?:%\((?P<parameter>[^)]*)\)[bst]|%[bst]|\$\d+)(?:::\w+(?:\ with(?:out)?\ time\ zone)?(?:\(\d+\))?(?:\[\])?)?)
     | (?P<number>\d+(?:\.\d+)?)
-    | (?P<word>[^\W\d]\w*)
-    | (?P<sign>.)
+    | [^\W\d]\w*
+    | .
     """,
     re.VERBOSE | re.DOTALL,
 )
@@ -92,6 +92,11 @@ class Statement:
         return list(params)
 
 
+UNPARSED = Statement(
+    "", "", "", is_write=False, is_transaction_control=False, is_known=True, placeholder_names=(), columns=()
+)
+
+
 def parse_statement(text: str) -> Statement:
     return _parse_statement(text[:MAX_TEXT_CHARS])
 
@@ -108,7 +113,9 @@ def _parse_statement(text: str) -> Statement:
     if write_match is not None and keyword == "with":
         keyword = write_match["verb"].split()[0].lower()
     insert_match = INSERT_PATTERN.match(shape)
-    columns = _get_insert_columns(insert_match) if insert_match else ()
+    columns = tuple(name.strip() for name in insert_match["columns"].split(",")) if insert_match else ()
+    if insert_match and insert_match["placeholders"].count("?") != len(columns):
+        columns = ()
     return Statement(
         keyword=keyword,
         table=_get_table(write_match if is_nested_write or keyword in WRITE_WORDS else READ_PATTERN.search(shape)),
@@ -127,13 +134,13 @@ def _normalise(text: str) -> tuple[str, tuple[str, ...]]:
     parts: list[str] = []
     names: list[str] = []
     for match in TOKEN_PATTERN.finditer(text):
-        kind, part = match.lastgroup, match.group()
+        part = match.group()
         if match["space"] is not None:
             part = " "
         elif match["placeholder"] is not None:
             names += [match["parameter"]] if match["parameter"] is not None else []
             part = "?"
-        elif match["text"] is not None or kind == "number":
+        elif match["text"] is not None or match["number"] is not None:
             part = "?"
         elif match["name"] is not None:
             part = part[1:-1] if PLAIN_NAME_PATTERN.fullmatch(part[1:-1]) else part
@@ -148,16 +155,6 @@ def _normalise(text: str) -> tuple[str, tuple[str, ...]]:
 
 def _get_table(match: re.Match[str] | None) -> str:
     return match["table"].strip('"') if match is not None else ""
-
-
-def _get_insert_columns(match: re.Match[str]) -> tuple[str, ...]:
-    columns = tuple(column.strip() for column in match["columns"].split(","))
-    return columns if match["placeholders"].count("?") == len(columns) else ()
-
-
-UNPARSED = Statement(
-    "", "", "", is_write=False, is_transaction_control=False, is_known=True, placeholder_names=(), columns=()
-)
 
 
 class PendingWrites:
