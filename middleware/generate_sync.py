@@ -1,4 +1,6 @@
-"""Generate the synchronous twins of asynchronous modules: python middleware/generate_sync.py [FOLDER]
+"""Generate the synchronous twins of asynchronous modules.
+
+    python middleware/generate_sync.py [FOLDER]
 
 Writes NAME.py for each NAME_async.py of the psycopg integration, next to it or into FOLDER. The approach is that of
 tools/async_to_sync.py in psycopg. The rules also apply to docstrings and comments.
@@ -36,8 +38,10 @@ def main(folder: Path) -> None:
         twin = folder / source.name.replace("_async", "")
         twin.write_text(HEADER.format(source=source.name) + to_sync(source.read_text()))
         for command in (("check", "--select", "I", "--fix"), ("format",)):
-            subprocess.run([ruff, *command, "--silent", "--no-cache", "--config", config, twin], cwd=config.parent, check=True)
+            subprocess.run(
+                [ruff, *command, "--silent", "--no-cache", "--config", config, twin], cwd=config.parent, check=True
+            )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE)
+    main(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else PACKAGE)

@@ -29,7 +29,7 @@ class Order:
     shop: ShopDeployment
     response: httpx.Response
     pair: dict[str, Any]
-    output: str  # of `abreast pair`
+    output: str  # printed by `abreast pair`
     log: list[dict[str, Any]]  # access log of Envoy
 
     def capture(self, version: str) -> dict[str, Any]:

@@ -334,7 +334,7 @@ def test_effect_decorator_keeps_name_and_docstring() -> None:
 
 
 async def test_effect_keeps_types() -> None:
-    """mypy checks these types. Without a stand-in, the result may be None."""
+    """Types are checked by mypy. Without a stand-in, the result may be None."""
 
     @abreast.effect("x", stand_in=Receipt("none"))
     async def decorated_async(to: str, *, text: str = "") -> Receipt:
