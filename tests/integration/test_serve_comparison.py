@@ -499,8 +499,8 @@ def timestamp(seconds: int) -> Timestamp:
 
 
 BAD: list[tuple[str, Any, str]] = [
-    ("GetSummary", pb.GetSummaryRequest(window=window(NOON, NOON - HOUR)), "window.end must not lie before"),
-    ("GetSummary", pb.GetSummaryRequest(service="a\0b"), "service must not hold a NUL"),
+    ("GetSummary", pb.GetSummaryRequest(window=window(NOON, NOON - HOUR)), "window.end must not be before"),
+    ("GetSummary", pb.GetSummaryRequest(service="a\0b"), "service must not contain a NUL"),
     ("GetSummary", pb.GetSummaryRequest(service="x" * 301), "service must have at most 300"),
     (
         "GetSummary",
@@ -511,16 +511,16 @@ BAD: list[tuple[str, Any, str]] = [
     ("ListEndpoints", pb.ListEndpointsRequest(page_token="rubbish"), "page_token must be"),
     ("ListFindings", pb.ListFindingsRequest(page_size=1001), "page_size must be 1 to 1000"),
     ("ListFindings", pb.ListFindingsRequest(page_token="%%%"), "page_token must be"),
-    ("ListFindings", pb.ListFindingsRequest(parts=[UNSAID]), "parts must hold only PART_BODY"),
-    ("ListFindings", pb.ListFindingsRequest(kinds=[UNKNOWN]), "kinds must hold only KIND_ADDED"),
-    ("ListFindings", pb.ListFindingsRequest(impacts=[UNKNOWN]), "impacts must hold only IMPACT_ADDITIVE"),
-    ("GetFinding", pb.GetFindingRequest(), "id must be a finding's id"),
-    ("GetFinding", pb.GetFindingRequest(id=-5), "id must be a finding's id"),
-    ("ListPairs", pb.ListPairsRequest(outcomes=[UNKNOWN]), "outcomes must hold only OUTCOME_ABORTED"),
-    ("ListPairs", pb.ListPairsRequest(finding_id=-1), "finding_id must be a finding's id"),
-    ("ListPairs", pb.ListPairsRequest(route="/\0"), "route must not hold a NUL"),
-    ("GetPair", pb.GetPairRequest(id="rubbish"), "id must be a pair's id"),
-    ("GetPair", pb.GetPairRequest(), "id must be a pair's id"),
+    ("ListFindings", pb.ListFindingsRequest(parts=[UNSAID]), "parts must be one of PART_BODY"),
+    ("ListFindings", pb.ListFindingsRequest(kinds=[UNKNOWN]), "kinds must be one of KIND_ADDED"),
+    ("ListFindings", pb.ListFindingsRequest(impacts=[UNKNOWN]), "impacts must be one of IMPACT_ADDITIVE"),
+    ("GetFinding", pb.GetFindingRequest(), "id must be the id of a finding"),
+    ("GetFinding", pb.GetFindingRequest(id=-5), "id must be the id of a finding"),
+    ("ListPairs", pb.ListPairsRequest(outcomes=[UNKNOWN]), "outcomes must be one of OUTCOME_ABORTED"),
+    ("ListPairs", pb.ListPairsRequest(finding_id=-1), "finding_id must be the id of a finding"),
+    ("ListPairs", pb.ListPairsRequest(route="/\0"), "route must not contain a NUL"),
+    ("GetPair", pb.GetPairRequest(id="rubbish"), "id must be the id of a pair"),
+    ("GetPair", pb.GetPairRequest(), "id must be the id of a pair"),
 ]
 
 

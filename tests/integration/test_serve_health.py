@@ -160,8 +160,8 @@ async def test_metrics_count_calls_pairs_and_parts(sidecar: Running) -> None:
     for line in (
         'abreast_envoy_sampled_total{service="shop"} 9.0',
         'abreast_unaccounted{service="shop"} 7.0',
-        'abreast_captures_total{fate="late",service="shop"} 3.0',
-        'abreast_dropped_captures_total{place="redis",reason="rejected_pairs",service="shop"} 4.0',
+        'abreast_captures_total{result="late",service="shop"} 3.0',
+        'abreast_dropped_captures_total{reason="rejected_pairs",service="shop",stage="redis"} 4.0',
         'abreast_dead_letters{service="shop"} 1.0',
         'abreast_rpcs_total{code="OK",method="abreast.v1.ComparisonService/ListPairs"} 1.0',
         'abreast_rpcs_total{code="INVALID_ARGUMENT",method="abreast.v1.ComparisonService/GetPair"} 1.0',
