@@ -20,9 +20,9 @@ from abreast_sidecar.cli.verdict import format_pairs_to_pass, verdict_options
 from abreast_sidecar.client.sidecar_client import MAX_PAGE_ROWS, Calls, SidecarClient, message_to_json
 from abreast_sidecar.errors import SettingError
 
-REPORT_FORMAT_VERSION = 1  # of the JSON file
+REPORT_FORMAT_VERSION = 1  # version of the JSON file's format
 MAX_WAIVED_ROWS = 1000  # in the HTML file; the JSON file has all
-MAX_EXAMPLE_DIFFERENCES = 5  # of a finding, in its example
+MAX_EXAMPLE_DIFFERENCES = 5  # shown per example
 VERDICT_MEANINGS = {
     "PASS": "All tested rates are within the budget.",
     "FAIL": "At least one rate exceeds the budget.",

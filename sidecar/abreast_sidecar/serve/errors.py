@@ -29,7 +29,7 @@ STATUS_DETAILS_KEY = "grpc-status-details-bin"  # trailing metadata with a googl
 class ErrorStatus:
     code: grpc.StatusCode
     message: str
-    reason: str  # of google.rpc.ErrorInfo, in UPPER_SNAKE_CASE
+    reason: str  # reason of the google.rpc.ErrorInfo, in UPPER_SNAKE_CASE
 
     @property
     def metadata(self) -> Iterable[tuple[str, bytes]]:

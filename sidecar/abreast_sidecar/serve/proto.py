@@ -1,16 +1,14 @@
 """Generic conversion between records and protobuf messages.
 
 A record is a dataclass, a msgspec struct, a mapping or a tuple. Fields correspond by name; a converter lists the
-exceptions. The values of a field correspond by its type:
+exceptions. The type of a message's field determines the value in the record:
 
-| message            | record                                                                                    |
-| ------------------ | ----------------------------------------------------------------------------------------- |
-| `KIND_TYPE`        | `"type"`; the unspecified value is an empty string                                        |
-| `Timestamp`        | an aware `datetime`                                                                       |
-| `Duration`         | a number of microseconds if the attribute ends with `_us`, else of seconds; `timedelta`   |
-| message            | a record; a plain tuple has the message's fields in their order                           |
-| `repeated`         | a sequence                                                                                |
-| `optional`, unset  | `None`, or the record's default                                                           |
+- enum: the name without prefix, in lower case; an empty string for the unspecified value.
+- Timestamp: an aware datetime.
+- Duration: a number of microseconds if the attribute ends with `_us`, else of seconds, or a timedelta.
+- Message: a record. A plain tuple has the fields in the order of the message.
+- Repeated field: a sequence.
+- Unset optional field: None, or the record's default.
 """
 
 from __future__ import annotations

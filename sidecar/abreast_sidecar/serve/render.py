@@ -28,7 +28,7 @@ from abreast_sidecar.client.output import (
 )
 
 MAX_BODY_CHARS = 20_000
-MAX_UNREADABLE_SHARE = 0.1  # of a text's characters; above it a body counts as binary
+MAX_UNREADABLE_SHARE = 0.1  # share of characters above which a body counts as binary
 RULE_SCOPE_FIELDS = ("path", "header", "status", "endpoint", "release", "by")
 
 

@@ -26,7 +26,7 @@ from abreast_sidecar.store.records import Endpoint, set_status
 from abreast_sidecar.store.rules import RuleFilter, RuleStore
 from abreast_sidecar.traffic.control import TrafficController
 
-DEFAULT_CONFIDENCE = 0.95  # of LatencyService
+DEFAULT_CONFIDENCE = 0.95  # default of GetLatency
 MAX_FINDING_RULES = 20  # in GetFindingResponse
 WATCH_INTERVAL_S = 1.0
 
