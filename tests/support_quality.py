@@ -193,7 +193,7 @@ async def verdict(url: str, budget: Budget) -> Verdict:
     await database.open()
     try:
         found = await LedgerReader(database).read_evidence(SERVICE, Window(), budget.max_slower)
-        return decide_verdict(found.endpoints, found.to_completeness(0), budget)
+        return decide_verdict(found.endpoints, found.completeness(0), budget)
     finally:
         await database.close()
 

@@ -17,7 +17,6 @@ import dataclasses
 import types
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, timedelta
-from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -32,6 +31,7 @@ R = TypeVar("R")
 Source = str | Callable[[Any], Any]  # a dotted path of attributes, or a function of the record
 
 MISSING = object()
+_ATTRIBUTES: dict[Any, dict[str, Any]] = {}  # by type of record; reading type hints is slow
 TIMESTAMP, DURATION = Timestamp.DESCRIPTOR.full_name, Duration.DESCRIPTOR.full_name
 
 
@@ -201,13 +201,16 @@ def _find_field(descriptor: Any, sources: Mapping[str, Source], attribute: str) 
     return None
 
 
-@cache
 def _get_attributes(record_type: Any) -> dict[str, Any]:
     """Return the types of the attributes that a record is made from."""
-    hints = get_type_hints(record_type)
-    if issubclass(record_type, msgspec.Struct):
-        return {name: hints[name] for name in record_type.__struct_fields__}
-    return {field.name: hints[field.name] for field in dataclasses.fields(record_type) if field.init}
+    if record_type not in _ATTRIBUTES:
+        hints = get_type_hints(record_type)
+        if issubclass(record_type, msgspec.Struct):
+            names = list(record_type.__struct_fields__)
+        else:
+            names = [field.name for field in dataclasses.fields(record_type) if field.init]
+        _ATTRIBUTES[record_type] = {name: hints[name] for name in names}
+    return _ATTRIBUTES[record_type]
 
 
 def _strip_none(hint: Any) -> Any:

@@ -122,11 +122,13 @@ class VerdictEvidence:
         on_the_way = 0 if self.has_ended else pending  # those are of the present
         return max(0, min(self.sampled - self.rows - on_the_way, max(0, self.envoy_sampled - self.written) - pending))
 
-    def to_completeness(self, pending: int) -> Completeness:
-        """Derive the completeness of the window. `pending` pairs wait in Redis: they are neither lost nor compared."""
-        lost = self.count_lost(pending)
-        sampled = None if lost is None else self.rows + lost
-        return Completeness(sampled, self.accounted, pending=0 if self.has_ended else pending)
+    def completeness(self, pending: int) -> Completeness:
+        """Compare the window with Envoy's count. `pending`: requests in Redis, neither compared nor lost."""
+        return self.completeness_without(self.count_lost(pending), pending=0 if self.has_ended else pending)
+
+    def completeness_without(self, lost: int | None, *, pending: int = 0) -> Completeness:
+        """Return the completeness with `lost` requests missing, None if that is not known."""
+        return Completeness(None if lost is None else self.rows + lost, self.accounted, pending)
 
 
 def count_missing(sampled: int | None, row_count: int, total_sampled: int | None, total_written: int) -> int | None:

@@ -53,7 +53,7 @@ class ComparisonServicer(comparison_pb2_grpc.ComparisonServiceServicer):
         evidence = await self.reader.read_evidence(
             service, window, budget.max_slower, release=release, all_releases=request.all_releases
         )
-        verdict = decide_verdict(evidence.endpoints, evidence.to_completeness(pending or 0), budget)
+        verdict = decide_verdict(evidence.endpoints, evidence.completeness(pending or 0), budget)
         return to_verdict_response(service, verdict, budget, evidence.release)
 
     async def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
