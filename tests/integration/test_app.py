@@ -270,14 +270,14 @@ def test_sidecar_refuses_newer_ledger(redis_url: str, postgres_url: str) -> None
     assert "has schema version 9999" in line
 
 
-def test_sidecar_refuses_a_ledger_of_the_old_code(redis_url: str, postgres_url: str) -> None:
-    with psycopg.connect(postgres_url) as connection:
+def test_sidecar_refuses_ledger_of_old_code(redis_url: str, empty_postgres_url: str) -> None:
+    with psycopg.connect(empty_postgres_url) as connection:
         connection.execute("create schema abreast; create table abreast.migration (version integer)")
 
     addresses = ("--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0")
     for ended in (
-        run("migrate", "--postgres-url", postgres_url),
-        run("sidecar", "--redis-url", redis_url, "--postgres-url", postgres_url, *addresses),
+        run("migrate", "--postgres-url", empty_postgres_url),
+        run("sidecar", "--redis-url", redis_url, "--postgres-url", empty_postgres_url, *addresses),
     ):
         assert ended.returncode == 3
         (line,) = [text for text in ended.stderr.splitlines() if not text.startswith("{")]
