@@ -1,7 +1,7 @@
-"""Generates the Python code of the protos: python protos/generate.py [FOLDER]
+"""Generate the Python code of the protos: python protos/generate.py [FOLDER]
 
-Into the tree (or all into FOLDER), with the exact grpcio-tools of requirements-dev.lock: code made by a newer one refuses
-to be imported under the older protobuf that a user may have.
+Writes into the tree, or all files into FOLDER. Use the grpcio-tools of requirements-dev.lock: code from a newer version
+can't be imported with an older protobuf, which a user may have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from grpc_tools import protoc
 
 ROOT = Path(__file__).parents[1]
-PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")  # beside the interpreter, which need not be on PATH
+PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")  # in the interpreter's folder, which may not be on PATH
 NAMES = ("common", "comparison", "latency", "rule", "rollout", "traffic")
 API = tuple(f"abreast/v1/{name}.proto" for name in NAMES)
 WIRE = ("abreast_sidecar/traffic/xds/wire.proto",)  # messages only: its services are Envoy's
@@ -35,10 +35,10 @@ def generate(source: Path, files: tuple[str, ...], target: Path, *extra: str) ->
                 *(f"{source}/{name}" for name in files),
             ]
         )
-        for made in sorted(Path(draft).rglob("*.py*")):
-            place = target / made.relative_to(draft)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(made.read_bytes())
+        for source_file in sorted(Path(draft).rglob("*.py*")):
+            target_file = target / source_file.relative_to(draft)
+            target_file.parent.mkdir(parents=True, exist_ok=True)
+            target_file.write_bytes(source_file.read_bytes())
     return code
 
 

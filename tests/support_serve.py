@@ -1,4 +1,4 @@
-"""A whole sidecar in the test's own event loop, and rows in its ledger."""
+"""A complete sidecar in the event loop of the test, and rows in its ledger."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Running:
     task: asyncio.Task[None]
 
     async def halt(self) -> None:
-        """Stop before the end of the test."""
+        """Stop the sidecar before the end of the test."""
         self.stop.set()
         await self.task
 
@@ -96,7 +96,7 @@ async def running(
 
 @dataclass
 class Ledger:
-    """Writes rows the plain way, with SQL."""
+    """Writes rows with plain SQL."""
 
     url: str
 
@@ -105,7 +105,7 @@ class Ledger:
 
     @contextmanager
     def locked(self, table: str) -> Iterator[None]:
-        """Nobody else gets at the table."""
+        """Lock a table against all other connections."""
         with psycopg.connect(self.url) as connection:
             connection.execute(f"lock table {table}".encode())
             yield
@@ -134,7 +134,7 @@ class Ledger:
         reason: str = "because",
         detail: Mapping[str, Any] | None = None,
     ) -> int:
-        """Its state stays: counters of endpoints, from which it would be decided, are not written."""
+        """Add a finding. The sidecar does not change its state, because the endpoint has no counters."""
         state = state or ("noise" if baseline_count else "real")
         (row,) = self.execute(
             "insert into abreast.finding (endpoint_id, part, path, kind, impact, count, baseline_count, "
@@ -148,7 +148,7 @@ class Ledger:
     def pair(
         self, endpoint: int, *findings: int, at: dt.datetime = NOON, outcome: str | None = None, **columns: Any
     ) -> str:
-        """Rolls up like a worker does: findings' counters and the tally."""
+        """Add a pair, and update the counters like a worker."""
         number = str(uuid.uuid4())
         day = at.astimezone(dt.UTC).date()
         values = {
@@ -167,7 +167,7 @@ class Ledger:
         }
         self.execute("select abreast.open_day(%s)", day)
         names, marks = ", ".join(values), ", ".join(["%s"] * len(values))
-        self.execute(f"insert into abreast.pair ({names}) values ({marks})", *values.values())  # noqa: S608  # our own
+        self.execute(f"insert into abreast.pair ({names}) values ({marks})", *values.values())  # noqa: S608  # constants of this file
         self.execute(
             "update abreast.finding set count = count + 1, last_seen = greatest(last_seen, %s) where id = any(%s)",
             *(at, list(findings)),
@@ -183,7 +183,7 @@ class Ledger:
     def example(
         self, pair: str, findings: Mapping[int, int], captures: bytes, differences: list[Any], at: dt.datetime = NOON
     ) -> None:
-        """`findings` → the example's size."""
+        """Keep a pair as an example. `findings` has the size of the example for each finding."""
         self.execute(
             "insert into abreast.example (day, pair_id, captures, differences) values (%s, %s, %s, %s)",
             *(at.date(), pair, captures, Jsonb(differences)),
@@ -196,13 +196,13 @@ class Ledger:
 
 
 def packed(*captures: Capture) -> bytes:
-    blobs = [encode(one) for one in captures]
+    blobs = [encode(item) for item in captures]
     return zstandard.compress(b"".join(len(blob).to_bytes(4, "big") + blob for blob in blobs))
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A call's error as a client sees it."""
+    """The error of a call, as a client receives it."""
 
     code: grpc.StatusCode
     message: str

@@ -1,4 +1,4 @@
-"""A gRPC server with prepared answers, for tests of how the command line shows them. Never for what they mean."""
+"""A gRPC server with prepared responses, for tests of the output of commands only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def endpoint(route: str = "/products/{id}", method: str = "GET") -> common.Endpo
 
 
 def finding(number: int = 12, **fields: Any) -> api.Finding:
-    """A price that became a text; `fields` say what is different."""
+    """Return a finding about a price that became a string, with `fields` replaced."""
     made = api.Finding(
         id=number,
         endpoint=endpoint(),
@@ -49,7 +49,7 @@ def finding(number: int = 12, **fields: Any) -> api.Finding:
 def capture(
     version: common.Version.ValueType, body: bytes, *, role: common.Role.ValueType, after: float = 0.0
 ) -> api.CaptureDetail:
-    """`after` is the arrival in seconds after NOW."""
+    """Return a capture. `after`: its arrival in seconds after NOW."""
     made = api.CaptureDetail(
         version=version,
         role=role,
@@ -174,7 +174,7 @@ def envoy(version: int = 7, **fields: Any) -> traffic_pb2.EnvoyStatus:
 
 
 def answers() -> dict[str, Message | list[Message] | grpc.StatusCode]:
-    """The answer to each call; a list is a stream."""
+    """Return the response of each method; a list is a stream."""
     change: dict[str, Any] = {"traffic": traffic(8, new_share=0.0), "envoys": [envoy(8)]}
     event = traffic_pb2.TrafficEvent(
         id=2,
@@ -207,7 +207,7 @@ def answers() -> dict[str, Message | list[Message] | grpc.StatusCode]:
 
 
 class Prepared(grpc.GenericRpcHandler):
-    """Answers every call from a table and keeps what was asked."""
+    """Answers calls from a table, and keeps the requests in `asked`."""
 
     def __init__(self, table: dict[str, Any]) -> None:
         self.table = table
@@ -237,7 +237,7 @@ class Prepared(grpc.GenericRpcHandler):
 
 @contextlib.contextmanager
 def serving(**changed: Any) -> Iterator[tuple[str, Prepared]]:
-    """The address, and what was asked. `changed` replaces answers by name; (code, text) is an error."""
+    """Yield the address and the handler. `changed` replaces responses by method; (code, text) is an error."""
     from concurrent.futures import ThreadPoolExecutor
 
     handler = Prepared({**answers(), **changed})

@@ -1,4 +1,4 @@
-"""A ledger with many rows, and its verdict over gRPC."""
+"""Ledgers with many rows, and their verdicts over gRPC."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ on conflict (node, service) do update set totals = excluded.totals
 """
 
 
-def add(ledger: Ledger, many: int, *findings: int, at: dt.datetime = NOON, **given: Any) -> None:
-    """Pairs of equal times, but for chance; `endpoint`, `outcome` and both statuses may be given."""
-    outcome = given.get("outcome", "mismatch" if findings else "match")
-    endpoint = given.get("endpoint") or ledger.endpoint()
-    statuses = given.get("statuses", (200, 200))
+def add(ledger: Ledger, many: int, *findings: int, at: dt.datetime = NOON, **options: Any) -> None:
+    """Add pairs with random times from the same distribution. `options`: endpoint, outcome and statuses."""
+    outcome = options.get("outcome", "mismatch" if findings else "match")
+    endpoint = options.get("endpoint") or ledger.endpoint()
+    statuses = options.get("statuses", (200, 200))
     before = ledger.execute("select count(*) from abreast.pair")[0][0]
     ledger.execute("select abreast.open_day(%s)", at.date())
     ledger.execute(ROWS, at.date(), str(before), at, endpoint, outcome, *statuses, list(findings), many)
@@ -41,21 +41,21 @@ def add(ledger: Ledger, many: int, *findings: int, at: dt.datetime = NOON, **giv
 
 
 def sampled(ledger: Ledger, many: int | None = None) -> None:
-    """By Envoy's count; as many as the ledger has unless said."""
+    """Set Envoy's count, by default to the number of rows."""
     written = ledger.execute("select coalesce(sum(pairs), 0)::int from abreast.outcome_count")[0][0]
     ledger.execute(ENVOY, Jsonb({"sampled": written if many is None else many}))
 
 
 async def verdict(sidecar: Running, window: common.TimeWindow | None = None, **budget: Any) -> pb.GetVerdictResponse:
-    asked = pb.GetVerdictRequest(service="shop", window=window, budget=pb.Budget(**budget))
-    found: pb.GetVerdictResponse = await sidecar.comparison.GetVerdict(asked)
-    return found
+    request = pb.GetVerdictRequest(service="shop", window=window, budget=pb.Budget(**budget))
+    response: pb.GetVerdictResponse = await sidecar.comparison.GetVerdict(request)
+    return response
 
 
-def state(found: pb.GetVerdictResponse | pb.EndpointVerdict | pb.VerdictReason) -> str:
-    return pb.VerdictState.Name(found.state).removeprefix("VERDICT_STATE_")
+def state(item: pb.GetVerdictResponse | pb.EndpointVerdict | pb.VerdictReason) -> str:
+    return pb.VerdictState.Name(item.state).removeprefix("VERDICT_STATE_")
 
 
-def reason(found: pb.GetVerdictResponse, subject: str) -> pb.VerdictReason:
-    wanted = pb.VerdictSubject.Value(f"VERDICT_SUBJECT_{subject}")
-    return next(one for one in found.reasons if one.subject == wanted)
+def reason(response: pb.GetVerdictResponse, subject: str) -> pb.VerdictReason:
+    number = pb.VerdictSubject.Value(f"VERDICT_SUBJECT_{subject}")
+    return next(item for item in response.reasons if item.subject == number)

@@ -17,7 +17,8 @@ from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.redis_client import connect_redis
 from abreast_sidecar.rollout.controllers import LeaderTasks
 from abreast_sidecar.rollout.service import RolloutService
-from abreast_sidecar.serve.http import HttpServer, NotReadyError, PairBacklog, Readiness
+from abreast_sidecar.serve.health import NotReadyError, PairBacklog, Readiness
+from abreast_sidecar.serve.http import HttpServer
 from abreast_sidecar.serve.metrics import Metrics
 from abreast_sidecar.serve.pages import WebApp
 from abreast_sidecar.serve.server import GrpcServer, Interceptor
@@ -61,15 +62,17 @@ class Sidecar:
         rollout_service = RolloutService(self.database, self.control)
         self.steering = LeaderTasks(settings, self.control, backlog.count)
         metrics = Metrics(self.control, self.steering)
+        comparison = ComparisonServicer(reader, self.control, backlog)
+        traffic, rollout = TrafficServicer(self.control), RolloutServicer(self.control, rollout_service)
         self.grpc = GrpcServer(
             settings.grpc_listen,
-            comparison=ComparisonServicer(reader, self.control, backlog),
-            traffic=TrafficServicer(self.control),
+            comparison=comparison,
+            traffic=traffic,
             latency=LatencyServicer(self.database, self.control),
             rules=RuleServicer(
                 RuleStore(self.database), CompareOptions.with_ignored_headers(settings.volatile_headers)
             ),
-            rollout=RolloutServicer(self.control, rollout_service),
+            rollout=rollout,
             discovery=RtdsServer(self.control),
             interceptor=Interceptor(metrics),
         )
@@ -77,9 +80,9 @@ class Sidecar:
         self.readiness = Readiness(checks, self.grpc.set_ready)
         web = WebApp(
             reader=reader,
-            control=self.control,
-            rollout=rollout_service,
-            backlog=backlog,
+            comparison=comparison,
+            traffic=traffic,
+            rollout=rollout,
             readiness=self.readiness,
             metrics=metrics,
         )

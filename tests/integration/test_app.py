@@ -1,4 +1,4 @@
-"""The sidecar as a process: `abreast sidecar`, its signals, its workers."""
+"""The sidecar as a process: signals, worker processes, exit codes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Process:
         except (HTTPError, URLError, ConnectionError):
             return False
 
-    def said(self, event: str) -> list[dict[str, Any]]:
+    def list_events(self, event: str) -> list[dict[str, Any]]:
         return [line for line in self.log if line.get("event") == event]
 
     def end(self, name: signal.Signals = signal.SIGTERM, timeout: float = 20) -> int:
@@ -68,13 +68,13 @@ def started(redis_url: str, postgres_url: str, *options: str, ready: bool = True
         "ABREAST_SHUTDOWN_TIMEOUT": "6",
     }
     process = subprocess.Popen(command("sidecar", *options), stderr=subprocess.PIPE, env=environment)
-    found = Process(process, grpc_port, http_port)
-    reading = threading.Thread(target=_read, args=(process, found.log))
+    sidecar = Process(process, grpc_port, http_port)
+    reading = threading.Thread(target=_read, args=(process, sidecar.log))
     reading.start()
     try:
         if ready:
-            eventually(found.ready, what="the sidecar is ready")
-        yield found
+            eventually(sidecar.ready, what="the sidecar is ready")
+        yield sidecar
     finally:
         process.kill()
         process.wait()
@@ -93,7 +93,7 @@ def _read(process: subprocess.Popen[bytes], log: list[dict[str, Any]]) -> None:
 
 
 def send(redis_url: str, count: int) -> list[str]:
-    """Join so many pairs, as the middleware does."""
+    """Add pairs to Redis like the middleware, and return their ids."""
     keys = Keys("shop", 0)
     pairs = [str(uuid.uuid4()) for _ in range(count)]
     with redis.Redis.from_url(redis_url) as client:
@@ -107,16 +107,15 @@ def send(redis_url: str, count: int) -> list[str]:
     return pairs
 
 
-def kept(postgres_url: str) -> set[str]:
+def read_pair_ids(postgres_url: str) -> set[str]:
     with psycopg.connect(postgres_url) as connection:
         return {row[0] for row in connection.execute("select id from abreast.pair")}
 
 
-def test_sigterm_drains_and_exits_with_0(redis_url: str, postgres_url: str) -> None:
-    """What was read is committed; streams are ended, not waited for."""
+def test_sigterm_commits_pairs_ends_streams_and_exits_with_0(redis_url: str, postgres_url: str) -> None:
     with started(redis_url, postgres_url) as sidecar:
         sent = send(redis_url, 50)
-        eventually(lambda: kept(postgres_url) == set(sent), what="all pairs are in the ledger")
+        eventually(lambda: read_pair_ids(postgres_url) == set(sent), what="all pairs are in the ledger")
         with grpc.insecure_channel(f"127.0.0.1:{sidecar.grpc_port}") as channel:
             stub: Any = comparison_pb2_grpc.ComparisonServiceStub(channel)  # type: ignore[arg-type]  # typed for aio only
             watch = stub.WatchFindings(comparison_pb2.WatchFindingsRequest())
@@ -127,21 +126,21 @@ def test_sigterm_drains_and_exits_with_0(redis_url: str, postgres_url: str) -> N
 
     assert code == 0
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
-    assert sidecar.said("draining")
-    assert sidecar.said("sidecar stopped")
+    assert sidecar.list_events("draining")
+    assert sidecar.list_events("sidecar stopped")
     assert not [line for line in sidecar.log if line.get("level") == "error"]
 
 
-def test_ctrl_c_drains_too(redis_url: str, postgres_url: str) -> None:
+def test_sigint_drains(redis_url: str, postgres_url: str) -> None:
     with started(redis_url, postgres_url) as sidecar:
         assert sidecar.end(signal.SIGINT) == 0
-    assert sidecar.said("sidecar stopped")
+    assert sidecar.list_events("sidecar stopped")
 
 
-def test_sigterm_while_postgres_is_away_ends_in_time(redis_url: str) -> None:
+def test_sigterm_without_postgres_ends_in_time(redis_url: str) -> None:
     nowhere = f"postgresql://127.0.0.1:{find_free_port()}/abreast"
     with started(redis_url, nowhere, ready=False) as sidecar:
-        eventually(lambda: bool(sidecar.said("waiting for postgres")), what="the log says what is waited for")
+        eventually(lambda: bool(sidecar.list_events("waiting for postgres")), what="the log says what is waited for")
         assert not sidecar.ready()
 
         assert sidecar.end(timeout=10) == 0
@@ -154,11 +153,11 @@ def test_logs_are_json_with_level_and_time(redis_url: str, postgres_url: str) ->
     assert all({"event", "level", "timestamp"} <= line.keys() for line in sidecar.log)
 
 
-def children(sidecar: Process) -> list[int]:
-    return [line["pid"] for line in sidecar.said("a worker process began")]
+def list_worker_pids(sidecar: Process) -> list[int]:
+    return [line["pid"] for line in sidecar.list_events("a worker process began")]
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123  # a kernel's file
             return stat.read().rpartition(")")[2].split()[0] != "Z"
@@ -166,45 +165,45 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_worker_processes_do_the_work(redis_url: str, postgres_url: str) -> None:
+def test_worker_processes_compare_pairs_and_end_with_the_sidecar(redis_url: str, postgres_url: str) -> None:
     with started(redis_url, postgres_url, "--workers", "2") as sidecar:
         sent = send(redis_url, 200)
-        eventually(lambda: kept(postgres_url) == set(sent), what="all pairs are in the ledger")
-        pids = children(sidecar)
+        eventually(lambda: read_pair_ids(postgres_url) == set(sent), what="all pairs are in the ledger")
+        pids = list_worker_pids(sidecar)
         code = sidecar.end()
 
     assert code == 0
     assert len(pids) == 2
-    assert not [pid for pid in pids if alive(pid)]
+    assert not [pid for pid in pids if is_alive(pid)]
 
 
-def test_a_worker_process_that_dies_is_started_again(redis_url: str, postgres_url: str) -> None:
+def test_killed_worker_process_is_restarted(redis_url: str, postgres_url: str) -> None:
     with started(redis_url, postgres_url, "--workers", "2") as sidecar:
-        first = children(sidecar)
+        first = list_worker_pids(sidecar)
         os.kill(first[0], signal.SIGKILL)
-        eventually(lambda: len(children(sidecar)) == 3, what="a new worker process")
+        eventually(lambda: len(list_worker_pids(sidecar)) == 3, what="a new worker process")
         eventually(sidecar.ready, what="the sidecar is ready again")
         sent = send(redis_url, 20)
-        eventually(lambda: kept(postgres_url) == set(sent), what="all pairs are in the ledger")
+        eventually(lambda: read_pair_ids(postgres_url) == set(sent), what="all pairs are in the ledger")
 
-    (ended,) = sidecar.said("a worker process ended")
+    (ended,) = sidecar.list_events("a worker process ended")
     assert (ended["pid"], ended["code"]) == (first[0], -signal.SIGKILL)
 
 
-def test_a_stuck_worker_process_makes_the_sidecar_not_ready(redis_url: str, postgres_url: str) -> None:
+def test_stuck_worker_process_makes_sidecar_not_ready(redis_url: str, postgres_url: str) -> None:
     with started(redis_url, postgres_url, "--workers", "1") as sidecar:
-        (pid,) = children(sidecar)
+        (pid,) = list_worker_pids(sidecar)
         os.kill(pid, signal.SIGSTOP)
         eventually(lambda: not sidecar.ready(), what="the stuck worker is noticed")
         os.kill(pid, signal.SIGCONT)
         eventually(sidecar.ready, what="the sidecar is ready again")
 
 
-def test_worker_processes_end_with_a_killed_sidecar(redis_url: str, postgres_url: str) -> None:
+def test_worker_processes_end_with_killed_sidecar(redis_url: str, postgres_url: str) -> None:
     with started(redis_url, postgres_url, "--workers", "2") as sidecar:
-        pids = children(sidecar)
+        pids = list_worker_pids(sidecar)
         sidecar.end(signal.SIGKILL)
-        eventually(lambda: not [pid for pid in pids if alive(pid)], what="the worker processes are gone")
+        eventually(lambda: not [pid for pid in pids if is_alive(pid)], what="the worker processes are gone")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -213,7 +212,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_a_port_in_use_is_one_line(redis_url: str, postgres_url: str) -> None:
+def test_port_in_use_prints_one_line(redis_url: str, postgres_url: str) -> None:
     with started(redis_url, postgres_url) as sidecar:
         for option, port in (("--grpc-listen", sidecar.grpc_port), ("--http-listen", sidecar.http_port)):
             others = dict(zip(("--grpc-listen", "--http-listen"), free_ports(2), strict=True)) | {option: port}
@@ -221,7 +220,7 @@ def test_a_port_in_use_is_one_line(redis_url: str, postgres_url: str) -> None:
             ended = run("sidecar", "--redis-url", redis_url, "--postgres-url", postgres_url, *options)
 
             assert ended.returncode == 3
-            (line,) = [said for said in ended.stderr.splitlines() if not said.startswith("{")]
+            (line,) = [text for text in ended.stderr.splitlines() if not text.startswith("{")]
             assert line.startswith(f"abreast: can't listen on 127.0.0.1:{port}")
 
 
@@ -236,13 +235,13 @@ def test_a_port_in_use_is_one_line(redis_url: str, postgres_url: str) -> None:
         ),
     ],
 )
-def test_a_bad_setting_is_one_line_and_2(name: str, value: str, message: str) -> None:
+def test_invalid_setting_prints_one_line_and_exits_with_2(name: str, value: str, message: str) -> None:
     ended = run("sidecar", **{name: value})
 
     assert (ended.returncode, ended.stderr.strip()) == (2, message)
 
 
-def test_a_bad_option_names_itself() -> None:
+def test_invalid_option_error_names_the_option() -> None:
     ended = run("sidecar", "--sample-safe", "120%")
 
     assert ended.returncode == 2
@@ -250,7 +249,7 @@ def test_a_bad_option_names_itself() -> None:
     assert "from 0% to 100%" in ended.stderr
 
 
-def test_migrate_says_the_version_and_may_be_repeated(empty_postgres_url: str) -> None:
+def test_migrate_prints_version_and_is_repeatable(empty_postgres_url: str) -> None:
     for ended in (
         run("migrate", "--postgres-url", empty_postgres_url),
         run("migrate", ABREAST_POSTGRES_URL=empty_postgres_url),
@@ -259,7 +258,7 @@ def test_migrate_says_the_version_and_may_be_repeated(empty_postgres_url: str) -
         assert ended.stdout.startswith("the ledger has schema version ")
 
 
-def test_a_ledger_newer_than_the_code_is_refused(redis_url: str, postgres_url: str) -> None:
+def test_sidecar_refuses_newer_ledger(redis_url: str, postgres_url: str) -> None:
     with psycopg.connect(postgres_url) as connection:
         connection.execute("insert into abreast.schema_version (version, name, digest) values (9999, 'future', '')")
 
@@ -267,19 +266,19 @@ def test_a_ledger_newer_than_the_code_is_refused(redis_url: str, postgres_url: s
     ended = run("sidecar", "--redis-url", redis_url, "--postgres-url", postgres_url, *addresses)
 
     assert ended.returncode == 3
-    (line,) = [said for said in ended.stderr.splitlines() if not said.startswith("{")]
+    (line,) = [text for text in ended.stderr.splitlines() if not text.startswith("{")]
     assert "has schema version 9999" in line
 
 
-def test_sidecar_refuses_a_ledger_of_the_old_code(redis_url: str, postgres_url: str) -> None:
-    with psycopg.connect(postgres_url) as connection:
+def test_sidecar_refuses_ledger_of_old_code(redis_url: str, empty_postgres_url: str) -> None:
+    with psycopg.connect(empty_postgres_url) as connection:
         connection.execute("create schema abreast; create table abreast.migration (version integer)")
 
     addresses = ("--grpc-listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0")
     for ended in (
-        run("migrate", "--postgres-url", postgres_url),
-        run("sidecar", "--redis-url", redis_url, "--postgres-url", postgres_url, *addresses),
+        run("migrate", "--postgres-url", empty_postgres_url),
+        run("sidecar", "--redis-url", redis_url, "--postgres-url", empty_postgres_url, *addresses),
     ):
         assert ended.returncode == 3
-        (line,) = [said for said in ended.stderr.splitlines() if not said.startswith("{")]
+        (line,) = [text for text in ended.stderr.splitlines() if not text.startswith("{")]
         assert "can't upgrade: create a new database" in line

@@ -13,8 +13,10 @@ import abreast
 from abreast.cache import Cache
 from abreast.context import HIT, MAX_SPANS, add_span
 from abreast.recorder import Receive, Scope, Send
+from abreast.v1 import comparison_pb2 as pb
 from abreast_sidecar.jobs.detectors import detect_misses
-from abreast_sidecar.serve.phrase import describe_location, summarise_finding
+from abreast_sidecar.serve.convert import summarise_finding, to_message
+from abreast_sidecar.serve.render import format_place
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest
@@ -87,7 +89,7 @@ async def compared(redis_url: str, postgres_url: str, old: float, new: float) ->
 async def test_a_version_that_misses_twice_as_often_is_a_finding(redis_url: str, postgres_url: str) -> None:
     (found,) = await compared(redis_url, postgres_url, 0.25, 0.5)
 
-    assert (describe_location(found), found.kind, found.state) == ("cache misses", "changed", "real")
+    assert (format_place(to_message(pb.Finding, found)), found.kind, found.state) == ("cache misses", "changed", "real")
     assert found.reason.startswith("new misses the cache 0.")
     assert "misses a request became" in summarise_finding(found)
     assert found.detail["new"] > 1.5 * found.detail["old"]

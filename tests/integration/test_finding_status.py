@@ -112,9 +112,9 @@ async def test_what_is_said_is_kept_with_who_and_why(sidecar: Running, ledger: P
     ("asked", "message"),
     [
         ({"status": REOPENED, "reason": "x"}, "status must be one of open, confirmed, expected, fixed"),
-        ({"status": 0, "reason": "x"}, "status must hold only"),
-        ({"status": EXPECTED}, "reason must say why"),
-        ({"status": EXPECTED, "reason": "x", "release": "2"}, "release is only said of what is fixed"),
+        ({"status": 0, "reason": "x"}, "status must be one of"),
+        ({"status": EXPECTED}, "reason must not be empty"),
+        ({"status": EXPECTED, "reason": "x", "release": "2"}, "release must be empty unless the status is fixed"),
         ({"status": FIXED, "reason": "x", "release": "1"}, "can't be fixed in release '1'"),
     ],
 )

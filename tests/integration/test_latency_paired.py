@@ -95,7 +95,7 @@ async def test_what_is_not_there_and_what_can_t_be_is_refused(sidecar: Running) 
         await ask(sidecar, confidence=2.0)
 
     assert refused(nothing.value).code is grpc.StatusCode.NOT_FOUND
-    assert refused(wrong.value).message == "confidence must lie above 0 and below 1, got 2"
+    assert refused(wrong.value).message == "confidence must be above 0 and below 1, got 2"
 
 
 async def test_the_command_shows_both_sides_and_the_pairs(sidecar: Running) -> None:

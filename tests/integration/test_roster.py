@@ -210,7 +210,7 @@ async def test_a_rollback_that_postgres_can_not_record_names_its_own_envoys_and_
             await envoy.has("abreast.weight.new_or_old", "0")
 
     assert told(back.envoys) == [("edge-1", here.port)]
-    assert "the ledger, where they are kept, is away" in back.peers_error
+    assert "the ledger, which lists them, can't be reached" in back.peers_error
 
 
 async def test_a_postgres_that_goes_while_others_are_asked_is_said(redis_url: str, postgres_url: str) -> None:

@@ -1,4 +1,4 @@
-"""ComparisonService over gRPC, from a ledger whose rows are written by hand."""
+"""ComparisonService over gRPC, on a ledger with rows from SQL."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ HOUR = dt.timedelta(hours=1)
 
 @pytest.fixture
 async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
-    async with running(redis_url, postgres_url) as found:
-        yield found
+    async with running(redis_url, postgres_url) as sidecar:
+        yield sidecar
 
 
 @pytest.fixture
@@ -36,101 +36,101 @@ def ledger(sidecar: Running) -> Ledger:
 
 
 def window(start: dt.datetime | None = None, end: dt.datetime | None = None) -> common.TimeWindow:
-    found = common.TimeWindow()
+    bounds = common.TimeWindow()
     if start:
-        found.start.FromDatetime(start)
+        bounds.start.FromDatetime(start)
     if end:
-        found.end.FromDatetime(end)
-    return found
+        bounds.end.FromDatetime(end)
+    return bounds
 
 
 def outcomes(counts: Any) -> dict[str, int]:
-    return {common.Outcome.Name(one.outcome): one.count for one in counts}
+    return {common.Outcome.Name(item.outcome): item.count for item in counts}
 
 
-async def test_a_summary_counts_outcomes_and_what_explains_them(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    regression = ledger.finding(shown, "$.price")
-    additive = ledger.finding(shown, "$.colour", kind="added", impact="additive")
-    noise = ledger.finding(shown, "$.id", baseline_count=3)
-    ledger.pair(shown)
-    ledger.pair(shown, regression, additive)
-    ledger.pair(shown, additive)
-    ledger.pair(shown, noise, at=NOON + HOUR)
-    ledger.pair(shown, outcome="only_old", new_status=None, new_us=None)
+async def test_summary_counts_outcomes_and_explained_mismatches(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    regression = ledger.finding(endpoint, "$.price")
+    additive = ledger.finding(endpoint, "$.colour", kind="added", impact="additive")
+    noise = ledger.finding(endpoint, "$.id", baseline_count=3)
+    ledger.pair(endpoint)
+    ledger.pair(endpoint, regression, additive)
+    ledger.pair(endpoint, additive)
+    ledger.pair(endpoint, noise, at=NOON + HOUR)
+    ledger.pair(endpoint, outcome="only_old", new_status=None, new_us=None)
     ledger.pair(ledger.endpoint("till"), outcome="shed")
 
-    found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(service="shop"))
+    response = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(service="shop"))
 
-    assert found.pairs == 5
-    assert outcomes(found.outcomes) == {"OUTCOME_MISMATCH": 3, "OUTCOME_MATCH": 1, "OUTCOME_ONLY_OLD": 1}
-    assert found.explained == 2
-    assert found.findings == 1
-    assert found.pending == 0
-    assert not found.HasField("envoy_sampled")
-    assert not found.HasField("unaccounted")
-    assert found.first_pair_time.ToDatetime(dt.UTC) == NOON
-    assert found.last_pair_time.ToDatetime(dt.UTC) == NOON + HOUR
+    assert response.pairs == 5
+    assert outcomes(response.outcomes) == {"OUTCOME_MISMATCH": 3, "OUTCOME_MATCH": 1, "OUTCOME_ONLY_OLD": 1}
+    assert response.explained == 2
+    assert response.findings == 1
+    assert response.pending == 0
+    assert not response.HasField("envoy_sampled")
+    assert not response.HasField("unaccounted")
+    assert response.first_pair_time.ToDatetime(dt.UTC) == NOON
+    assert response.last_pair_time.ToDatetime(dt.UTC) == NOON + HOUR
 
 
-async def test_a_field_that_is_noise_can_break_in_another_way(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    changed = ledger.finding(shown, "$.id", baseline_count=2)
-    emptied = ledger.finding(shown, "$.id", kind="type")
-    ledger.pair(shown, changed)
-    ledger.pair(shown, emptied)
+async def test_noise_of_one_kind_does_not_hide_another_kind(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    changed = ledger.finding(endpoint, "$.id", baseline_count=2)
+    emptied = ledger.finding(endpoint, "$.id", kind="type")
+    ledger.pair(endpoint, changed)
+    ledger.pair(endpoint, emptied)
 
-    found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(service="shop"))
+    response = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(service="shop"))
     listed = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(include_noise=True))
 
-    assert (found.findings, found.explained) == (1, 1)
-    assert {(one.kind, one.noise, one.state) for one in listed.findings} == {
+    assert (response.findings, response.explained) == (1, 1)
+    assert {(item.kind, item.noise, item.state) for item in listed.findings} == {
         (common.KIND_CHANGED, True, pb.FINDING_STATE_NOISE),
         (common.KIND_TYPE, False, pb.FINDING_STATE_REAL),
     }
 
 
-async def test_what_is_undecided_is_listed_with_the_reason(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    ledger.pair(shown, ledger.finding(shown, "$.id", state="undecided", reason="too few"))
+async def test_undecided_finding_is_listed_with_its_reason(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    ledger.pair(endpoint, ledger.finding(endpoint, "$.id", state="undecided", reason="too few"))
 
-    (found,) = (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
+    (response,) = (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
 
-    assert (found.state, found.reason, found.noise) == (pb.FINDING_STATE_UNDECIDED, "too few", False)
-
-
-async def test_a_summary_of_a_window_counts_only_what_is_inside(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    finding = ledger.finding(shown, "$.price")
-    ledger.pair(shown, finding, at=NOON)
-    ledger.pair(shown, at=NOON + HOUR)
-    ledger.pair(shown, at=NOON + 2 * HOUR)
-
-    found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON + HOUR, NOON + 2 * HOUR)))
-
-    assert found.service == "shop"
-    assert outcomes(found.outcomes) == {"OUTCOME_MATCH": 1}
-    assert found.findings == 0
+    assert (response.state, response.reason, response.noise) == (pb.FINDING_STATE_UNDECIDED, "too few", False)
 
 
-async def test_the_ledger_is_held_against_envoys_count(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    ledger.pair(shown)
-    ledger.pair(shown)
+async def test_summary_counts_only_pairs_in_the_window(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    finding = ledger.finding(endpoint, "$.price")
+    ledger.pair(endpoint, finding, at=NOON)
+    ledger.pair(endpoint, at=NOON + HOUR)
+    ledger.pair(endpoint, at=NOON + 2 * HOUR)
+
+    response = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON + HOUR, NOON + 2 * HOUR)))
+
+    assert response.service == "shop"
+    assert outcomes(response.outcomes) == {"OUTCOME_MATCH": 1}
+    assert response.findings == 0
+
+
+async def test_summary_compares_rows_with_envoys_count(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    ledger.pair(endpoint)
+    ledger.pair(endpoint)
     for node, sampled in (("edge-1", 5), ("edge-2", 2)):
         ledger.execute(
             "insert into abreast.envoy_report (node, service, seen, totals, last_reading) values (%s, 'shop', now(), %s, %s)",
             *(node, Jsonb({"sampled": sampled}), Jsonb({})),
         )
 
-    found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
+    response = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
     inside = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON)))
 
-    assert (found.envoy_sampled, found.unaccounted) == (7, 5)
-    assert (inside.envoy_sampled, inside.unaccounted) == (7, 5)  # nobody wrote down when it counted
+    assert (response.envoy_sampled, response.unaccounted) == (7, 5)
+    assert (inside.envoy_sampled, inside.unaccounted) == (7, 5)  # the count has no history yet
 
 
-async def test_drops_are_told_by_place_and_reason(sidecar: Running, ledger: Ledger) -> None:
+async def test_summary_lists_drops_by_stage_and_reason(sidecar: Running, ledger: Ledger) -> None:
     ledger.endpoint()
     for process, dropped in (("a", {"queue_bytes": 3, "redis": 0}), ("b", {"queue_bytes": 4})):
         ledger.execute(
@@ -142,18 +142,18 @@ async def test_drops_are_told_by_place_and_reason(sidecar: Running, ledger: Ledg
         Jsonb({"rejected_pairs": 2, "late": 5, "duplicate": 1, "received": 100}),
     )
 
-    found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
+    response = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
 
-    assert [(drop.stage, drop.reason, drop.count) for drop in found.drops] == [
+    assert [(drop.stage, drop.reason, drop.count) for drop in response.drops] == [
         ("redis", "rejected_pairs", 2),
         ("service", "late_effects", 2),
         ("service", "queue_bytes", 7),
     ]
-    assert (found.captures.received, found.captures.late, found.captures.duplicate) == (100, 5, 1)
+    assert (response.captures.received, response.captures.late, response.captures.duplicate) == (100, 5, 1)
 
 
-async def test_what_redis_refused_is_told_once(sidecar: Running, ledger: Ledger) -> None:
-    """The process that had sent it counts it too. Of a Redis that lost its data the processes know more."""
+async def test_summary_counts_rejected_captures_once(sidecar: Running, ledger: Ledger) -> None:
+    """Redis and the sending process both count them. If Redis lost its data, the process has the larger count."""
     ledger.endpoint()
     odd = {"redis_rejected_pairs": 6, "redis_rejected_bytes": 1, "shutdown": "many"}
     ledger.execute(
@@ -165,15 +165,15 @@ async def test_what_redis_refused_is_told_once(sidecar: Running, ledger: Ledger)
         Jsonb({"rejected_pairs": 2, "rejected_bytes": 3}),
     )
 
-    found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
+    response = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
 
-    assert [(drop.stage, drop.reason, drop.count) for drop in found.drops] == [
+    assert [(drop.stage, drop.reason, drop.count) for drop in response.drops] == [
         ("redis", "rejected_bytes", 3),
         ("redis", "rejected_pairs", 6),
     ]
 
 
-async def test_what_was_put_apart_is_told_with_the_reason(sidecar: Running, ledger: Ledger) -> None:
+async def test_summary_lists_dead_letters_by_reason(sidecar: Running, ledger: Ledger) -> None:
     ledger.endpoint()
     for entry, reason in (("1-1", "format 2"), ("1-2", "format 2"), ("1-3", "it ends the process")):
         ledger.execute(
@@ -181,53 +181,60 @@ async def test_what_was_put_apart_is_told_with_the_reason(sidecar: Running, ledg
             *(entry, reason),
         )
 
-    found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
+    response = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
 
-    assert [(one.reason, one.count) for one in found.dead_letters] == [("format 2", 2), ("it ends the process", 1)]
+    assert [(item.reason, item.count) for item in response.dead_letters] == [
+        ("format 2", 2),
+        ("it ends the process", 1),
+    ]
 
 
-async def test_endpoints_have_outcomes_and_percentiles(sidecar: Running, ledger: Ledger) -> None:
-    shown, quiet = ledger.endpoint(), ledger.endpoint(route="/quiet")
-    finding = ledger.finding(shown, "$.price")
+async def test_list_endpoints_returns_outcomes_and_percentiles(sidecar: Running, ledger: Ledger) -> None:
+    endpoint, quiet = ledger.endpoint(), ledger.endpoint(route="/quiet")
+    finding = ledger.finding(endpoint, "$.price")
     for old, new in ((1000, 2000), (2000, 4000), (3000, 60_000)):
-        ledger.pair(shown, old_us=old, new_us=new)
-    ledger.pair(shown, finding, old_us=None, new_us=None)
+        ledger.pair(endpoint, old_us=old, new_us=new)
+    ledger.pair(endpoint, finding, old_us=None, new_us=None)
     assert quiet
 
-    (found,) = (await sidecar.comparison.ListEndpoints(pb.ListEndpointsRequest())).endpoints
+    (response,) = (await sidecar.comparison.ListEndpoints(pb.ListEndpointsRequest())).endpoints
 
-    assert (found.endpoint.service, found.endpoint.method, found.endpoint.route) == ("shop", "GET", "/products/{id}")
-    assert found.pairs == 4
-    assert outcomes(found.outcomes) == {"OUTCOME_MATCH": 3, "OUTCOME_MISMATCH": 1}
-    assert found.findings == 1
-    assert found.old_p50 == Duration(nanos=2_000_000)
-    assert found.new_p50 == Duration(nanos=4_000_000)
-    assert 50_000_000 < found.new_p99.nanos <= 60_000_000
+    assert (response.endpoint.service, response.endpoint.method, response.endpoint.route) == (
+        "shop",
+        "GET",
+        "/products/{id}",
+    )
+    assert response.pairs == 4
+    assert outcomes(response.outcomes) == {"OUTCOME_MATCH": 3, "OUTCOME_MISMATCH": 1}
+    assert response.findings == 1
+    assert response.old_p50 == Duration(nanos=2_000_000)
+    assert response.new_p50 == Duration(nanos=4_000_000)
+    assert 50_000_000 < response.new_p99.nanos <= 60_000_000
 
 
-async def test_endpoints_without_times_have_none(sidecar: Running, ledger: Ledger) -> None:
+async def test_list_endpoints_omits_percentiles_without_times(sidecar: Running, ledger: Ledger) -> None:
     ledger.pair(ledger.endpoint(), outcome="only_old", new_us=None)
 
-    (found,) = (await sidecar.comparison.ListEndpoints(pb.ListEndpointsRequest(service="shop"))).endpoints
+    (response,) = (await sidecar.comparison.ListEndpoints(pb.ListEndpointsRequest(service="shop"))).endpoints
 
-    assert found.HasField("old_p50")
-    assert not found.HasField("new_p50")
-    assert not found.HasField("new_p99")
+    assert response.HasField("old_p50")
+    assert not response.HasField("new_p50")
+    assert not response.HasField("new_p99")
 
 
-async def test_findings_are_ordered_by_impact_then_frequency(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    added = ledger.finding(shown, "$.a", kind="added", impact="additive")
-    rare = ledger.finding(shown, "$.b")
-    often = ledger.finding(shown, "$.c")
-    gone = ledger.finding(shown, "$.d", kind="removed", impact="breaking")
-    ledger.finding(shown, "$.never")
+async def test_list_findings_orders_by_impact_then_frequency(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    added = ledger.finding(endpoint, "$.a", kind="added", impact="additive")
+    rare = ledger.finding(endpoint, "$.b")
+    often = ledger.finding(endpoint, "$.c")
+    gone = ledger.finding(endpoint, "$.d", kind="removed", impact="breaking")
+    ledger.finding(endpoint, "$.never")
     for findings in ((added, rare), (added, often), (added, often), (added, gone)):
-        ledger.pair(shown, *findings)
+        ledger.pair(endpoint, *findings)
 
-    found = (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
+    response = (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
 
-    assert [(one.id, one.count, one.compared) for one in found] == [
+    assert [(item.id, item.count, item.compared) for item in response] == [
         (gone, 1, 4),
         (often, 2, 4),
         (rare, 1, 4),
@@ -248,7 +255,7 @@ async def test_findings_are_ordered_by_impact_then_frequency(sidecar: Running, l
         (pb.ListFindingsRequest(service="nowhere"), []),
     ],
 )
-async def test_findings_are_filtered(
+async def test_list_findings_applies_filters(
     sidecar: Running, ledger: Ledger, request_: pb.ListFindingsRequest, paths: list[str]
 ) -> None:
     shop, cart, till = (ledger.endpoint(), ledger.endpoint(method="POST", route="/cart"), ledger.endpoint("till"))
@@ -259,43 +266,43 @@ async def test_findings_are_filtered(
     ledger.pair(shop, ledger.finding(shop, "$.added", kind="added", impact="additive"))
     ledger.pair(shop, ledger.finding(shop, "$.late"), at=NOON + HOUR)
 
-    found = await sidecar.comparison.ListFindings(request_)
+    response = await sidecar.comparison.ListFindings(request_)
 
-    assert [one.path for one in found.findings] == paths
+    assert [item.path for item in response.findings] == paths
 
 
-async def test_slowness_is_of_a_time_not_of_pairs(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
+async def test_latency_finding_belongs_to_windows_in_which_it_was_seen(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
     slow = ledger.finding(
-        shown, "", part="latency", kind="slower", count=40, detail={"old_p50_us": 1000, "new_p50_us": 9000}
+        endpoint, "", part="latency", kind="slower", count=40, detail={"old_p50_us": 1000, "new_p50_us": 9000}
     )
 
     async def listed(bounds: common.TimeWindow) -> list[tuple[int, int, str]]:
-        found = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(window=bounds))
-        return [(one.id, one.count, one.summary) for one in found.findings]
+        response = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(window=bounds))
+        return [(item.id, item.count, item.summary) for item in response.findings]
 
-    said = [(slow, 40, "p50 1.0 ms became 9.0 ms")]
-    assert await listed(window()) == await listed(window(NOON - HOUR, NOON + HOUR)) == said
+    expected = [(slow, 40, "p50 1.0 ms became 9.0 ms")]
+    assert await listed(window()) == await listed(window(NOON - HOUR, NOON + HOUR)) == expected
     assert await listed(window(NOON + HOUR)) == await listed(window(end=NOON)) == []
     assert (await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON)))).findings == 1
     assert (await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON + HOUR)))).findings == 0
 
 
-async def test_noise_is_listed_only_when_asked_for(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    noise = ledger.finding(shown, "$.id", baseline_count=1)
-    ledger.pair(shown, noise)
+async def test_list_findings_omits_noise_by_default(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    noise = ledger.finding(endpoint, "$.id", baseline_count=1)
+    ledger.pair(endpoint, noise)
 
     hidden = await sidecar.comparison.ListFindings(pb.ListFindingsRequest())
-    found = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(include_noise=True))
+    response = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(include_noise=True))
 
     assert not hidden.findings
-    assert [(one.id, one.noise) for one in found.findings] == [(noise, True)]
+    assert [(item.id, item.noise) for item in response.findings] == [(noise, True)]
 
 
-async def test_a_finding_comes_with_its_examples_the_smallest_first(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    finding = ledger.finding(shown, "$.price", detail={"old": "12.5", "new": "12.49"})
+async def test_get_finding_returns_examples_smallest_first(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    finding = ledger.finding(endpoint, "$.price", detail={"old": "12.5", "new": "12.49"})
     differences = [
         {
             "part": "body",
@@ -307,21 +314,21 @@ async def test_a_finding_comes_with_its_examples_the_smallest_first(sidecar: Run
             "new": "12.49",
         }
     ]
-    large, small = ledger.pair(shown, finding), ledger.pair(shown, finding)
-    kept = packed(capture("old", {"price": 12.5}), capture("new", {"price": 12.49}, role="shadow"))
-    ledger.example(large, {finding: 900}, kept, differences)
-    ledger.example(small, {finding: 30}, kept, differences)
+    large, small = ledger.pair(endpoint, finding), ledger.pair(endpoint, finding)
+    captures = packed(capture("old", {"price": 12.5}), capture("new", {"price": 12.49}, role="shadow"))
+    ledger.example(large, {finding: 900}, captures, differences)
+    ledger.example(small, {finding: 30}, captures, differences)
 
-    found = await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=finding))
+    response = await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=finding))
 
-    assert found.finding.count == 2
-    assert found.finding.summary == "12.5 became 12.49"
-    assert [one.pair.id for one in found.examples] == [small, large]
-    assert [(one.version, one.body) for one in found.examples[0].captures] == [
+    assert response.finding.count == 2
+    assert response.finding.summary == "12.5 became 12.49"
+    assert [item.pair.id for item in response.examples] == [small, large]
+    assert [(item.version, item.body) for item in response.examples[0].captures] == [
         (common.VERSION_OLD, b'{"price": 12.5}'),
         (common.VERSION_NEW, b'{"price": 12.49}'),
     ]
-    (difference,) = found.examples[0].differences
+    (difference,) = response.examples[0].differences
     assert (difference.exact_path, difference.old, difference.new, difference.noise) == (
         "$.price",
         "12.5",
@@ -330,10 +337,10 @@ async def test_a_finding_comes_with_its_examples_the_smallest_first(sidecar: Run
     )
 
 
-async def test_a_pair_that_is_an_example_has_captures_and_differences(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    noise = ledger.finding(shown, "$.id", kind="added", impact="additive", baseline_count=1)
-    number = ledger.pair(shown, noise, request="/products/7?full=1", reason="because")
+async def test_get_pair_returns_captures_and_differences_of_example(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    noise = ledger.finding(endpoint, "$.id", kind="added", impact="additive", baseline_count=1)
+    number = ledger.pair(endpoint, noise, request="/products/7?full=1", reason="because")
     differences = [
         {
             "part": "body",
@@ -347,52 +354,61 @@ async def test_a_pair_that_is_an_example_has_captures_and_differences(sidecar: R
     ]
     mail = {"kind": "email.send", "key": "a", "payload": {"to": "b"}, "at_us": 7, "error": "OSError"}
     old = replace(capture("old", {}), effects=(mail, {"digest": "ab", "length": 9, "note": True}), effects_dropped=3)
-    kept = packed(old, capture("new", {"id": 1}, role="shadow", status=201))
-    ledger.example(number, {noise: 5}, kept, differences)
+    captures = packed(old, capture("new", {"id": 1}, role="shadow", status=201))
+    ledger.example(number, {noise: 5}, captures, differences)
 
-    found = (await sidecar.comparison.GetPair(pb.GetPairRequest(id=number.upper()))).pair
+    response = (await sidecar.comparison.GetPair(pb.GetPairRequest(id=number.upper()))).pair
 
-    assert (found.pair.id, found.pair.request, found.pair.reason) == (number, "/products/7?full=1", "because")
-    assert found.pair.live == common.VERSION_OLD
-    assert found.pair.finding_ids == [noise]
-    assert found.pair.old_time == Duration(nanos=1_500_000)
-    assert [(one.role, one.status) for one in found.captures] == [(common.ROLE_LIVE, 200), (common.ROLE_SHADOW, 201)]
-    assert found.captures[0].effects_dropped == 3
-    assert list(found.captures[0].effects) == [
+    assert (response.pair.id, response.pair.request, response.pair.reason) == (number, "/products/7?full=1", "because")
+    assert response.pair.live == common.VERSION_OLD
+    assert response.pair.finding_ids == [noise]
+    assert response.pair.old_time == Duration(nanos=1_500_000)
+    assert [(item.role, item.status) for item in response.captures] == [
+        (common.ROLE_LIVE, 200),
+        (common.ROLE_SHADOW, 201),
+    ]
+    assert response.captures[0].effects_dropped == 3
+    assert list(response.captures[0].effects) == [
         pb.Effect(kind="email.send", key="a", payload='{"to":"b"}', start=Duration(nanos=7000), error="OSError"),
         pb.Effect(payload='{"digest":"ab","length":9}', start=Duration(), note=True),
     ]
-    (difference,) = found.differences
+    (difference,) = response.differences
     assert not difference.HasField("old")
     assert difference.new == "1"
     assert difference.noise
 
 
-async def test_a_finding_says_which_requests_show_it(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    yen, spread = ledger.finding(shown, "$.price"), ledger.finding(shown, "$.stock")
+async def test_get_finding_returns_common_feature_of_its_requests(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    yen, spread = ledger.finding(endpoint, "$.price"), ledger.finding(endpoint, "$.stock")
     for number in range(20):
         findings = [yen] if number % 2 else []
         findings += [spread] if number % 4 < 2 else []
         currency = "JPY" if number % 2 else "EUR"
-        ledger.pair(shown, *findings, request=f"/products/{number}?page={number}&currency={currency}")
+        ledger.pair(endpoint, *findings, request=f"/products/{number}?page={number}&currency={currency}")
 
-    told, untold = [await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=finding)) for finding in (yen, spread)]
+    specific, general = [
+        await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=finding)) for finding in (yen, spread)
+    ]
 
-    assert (told.feature.text, told.feature.coverage, told.feature.precision) == ("query.currency=JPY", 1, 1)
-    assert not untold.HasField("feature")
+    assert (specific.feature.text, specific.feature.coverage, specific.feature.precision) == (
+        "query.currency=JPY",
+        1,
+        1,
+    )
+    assert not general.HasField("feature")
 
 
-async def test_a_pair_without_example_is_its_row(sidecar: Running, ledger: Ledger) -> None:
+async def test_get_pair_without_example_returns_its_row(sidecar: Running, ledger: Ledger) -> None:
     number = ledger.pair(ledger.endpoint(), outcome="only_old", new_status=None, new_us=None, live=None)
 
-    found = (await sidecar.comparison.GetPair(pb.GetPairRequest(id=number))).pair
+    response = (await sidecar.comparison.GetPair(pb.GetPairRequest(id=number))).pair
 
-    assert found.pair.outcome == common.OUTCOME_ONLY_OLD
-    assert (found.pair.old_status, found.pair.new_status) == (200, 0)
-    assert found.pair.live == common.VERSION_UNSPECIFIED
-    assert not found.pair.HasField("new_time")
-    assert not found.captures
+    assert response.pair.outcome == common.OUTCOME_ONLY_OLD
+    assert (response.pair.old_status, response.pair.new_status) == (200, 0)
+    assert response.pair.live == common.VERSION_UNSPECIFIED
+    assert not response.pair.HasField("new_time")
+    assert not response.captures
 
 
 @pytest.mark.parametrize(
@@ -408,7 +424,9 @@ async def test_a_pair_without_example_is_its_row(sidecar: Running, ledger: Ledge
         (pb.ListPairsRequest(window=window(NOON, NOON + HOUR)), 3),
     ],
 )
-async def test_pairs_are_filtered(sidecar: Running, ledger: Ledger, request_: pb.ListPairsRequest, count: int) -> None:
+async def test_list_pairs_applies_filters(
+    sidecar: Running, ledger: Ledger, request_: pb.ListPairsRequest, count: int
+) -> None:
     shop, cart, till = (ledger.endpoint(), ledger.endpoint(method="POST", route="/cart"), ledger.endpoint("till"))
     assert ledger.finding(shop, "$.price") == 1
     ledger.pair(shop, 1)
@@ -416,82 +434,82 @@ async def test_pairs_are_filtered(sidecar: Running, ledger: Ledger, request_: pb
     ledger.pair(till)
     ledger.pair(shop, outcome="shed", at=NOON + HOUR)
 
-    found = await sidecar.comparison.ListPairs(request_)
+    response = await sidecar.comparison.ListPairs(request_)
 
-    assert len(found.pairs) == count
+    assert len(response.pairs) == count
 
 
 async def pages(call: Callable[[Any], Any], request: Any, field: str) -> list[list[Any]]:
-    found = []
+    all_rows = []
     while True:
-        answer = await call(request)
-        found.append(list(getattr(answer, field)))
-        if not answer.next_page_token:
-            return found
-        request.page_token = answer.next_page_token
+        response = await call(request)
+        all_rows.append(list(getattr(response, field)))
+        if not response.next_page_token:
+            return all_rows
+        request.page_token = response.next_page_token
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
-async def test_pages_of_pairs_are_complete_and_without_doubles(sidecar: Running, ledger: Ledger, size: int) -> None:
-    """Many share one moment, and new ones arrive meanwhile."""
-    shown = ledger.endpoint()
-    written = [ledger.pair(shown, at=NOON + HOUR * (number // 4)) for number in range(13)]
+async def test_list_pairs_pages_are_complete_and_disjoint(sidecar: Running, ledger: Ledger, size: int) -> None:
+    """Several pairs have the same time, and new pairs arrive between pages."""
+    endpoint = ledger.endpoint()
+    written = [ledger.pair(endpoint, at=NOON + HOUR * (number // 4)) for number in range(13)]
 
     async def call(request: pb.ListPairsRequest) -> pb.ListPairsResponse:
         answer: pb.ListPairsResponse = await sidecar.comparison.ListPairs(request)
-        ledger.pair(shown, at=NOON + 100 * HOUR)
+        ledger.pair(endpoint, at=NOON + 100 * HOUR)
         return answer
 
-    found = await pages(call, pb.ListPairsRequest(page_size=size), "pairs")
+    all_pages = await pages(call, pb.ListPairsRequest(page_size=size), "pairs")
 
-    assert all(len(page) == size for page in found[:-1])
-    ids = [pair.id for page in found for pair in page]
+    assert all(len(page) == size for page in all_pages[:-1])
+    ids = [pair.id for page in all_pages for pair in page]
     assert sorted(ids) == sorted(written)
-    times = [pair.time.ToDatetime() for page in found for pair in page]
+    times = [pair.time.ToDatetime() for page in all_pages for pair in page]
     assert times == sorted(times, reverse=True)
 
 
 @pytest.mark.parametrize("bounds", [window(), window(NOON - HOUR)])
-async def test_pages_of_findings_fit_together_while_counts_grow(
+async def test_list_findings_pages_are_consistent_while_counts_grow(
     sidecar: Running, ledger: Ledger, bounds: common.TimeWindow
 ) -> None:
-    """What was seen since the first page changes nothing in the next ones: the least frequent becomes the most."""
-    shown = ledger.endpoint()
-    findings = [ledger.finding(shown, f"$.f{number}") for number in range(7)]
+    """Pairs after the first page don't affect later pages, even if the rarest finding becomes the most frequent."""
+    endpoint = ledger.endpoint()
+    findings = [ledger.finding(endpoint, f"$.f{number}") for number in range(7)]
     for number, finding in enumerate(findings):
         for _ in range(number // 2 + 1):
-            ledger.pair(shown, finding)
+            ledger.pair(endpoint, finding)
     later = dt.datetime.now(dt.UTC) + HOUR
 
     async def call(request: pb.ListFindingsRequest) -> pb.ListFindingsResponse:
         answer: pb.ListFindingsResponse = await sidecar.comparison.ListFindings(request)
         for _ in range(3):
-            ledger.pair(shown, findings[0], at=later)
-        ledger.pair(shown, ledger.finding(shown, f"$.new{request.page_token}"), at=later)
+            ledger.pair(endpoint, findings[0], at=later)
+        ledger.pair(endpoint, ledger.finding(endpoint, f"$.new{request.page_token}"), at=later)
         return answer
 
-    found = await pages(call, pb.ListFindingsRequest(page_size=2, window=bounds), "findings")
+    all_pages = await pages(call, pb.ListFindingsRequest(page_size=2, window=bounds), "findings")
 
-    ids = [finding.id for page in found for finding in page]
+    ids = [finding.id for page in all_pages for finding in page]
     assert sorted(ids) == sorted(findings)
-    assert [finding.count for page in found for finding in page] == [4, 3, 3, 2, 2, 1, 1]
+    assert [finding.count for page in all_pages for finding in page] == [4, 3, 3, 2, 2, 1, 1]
 
 
-async def test_pages_of_endpoints_are_complete_and_ordered(sidecar: Running, ledger: Ledger) -> None:
+async def test_list_endpoints_pages_are_complete_and_ordered(sidecar: Running, ledger: Ledger) -> None:
     for service in ("till", "shop"):
         for route in ("/b", "/a"):
             for method in ("POST", "GET"):
                 ledger.pair(ledger.endpoint(service, method, route))
 
-    found = await pages(sidecar.comparison.ListEndpoints, pb.ListEndpointsRequest(page_size=3), "endpoints")
+    all_pages = await pages(sidecar.comparison.ListEndpoints, pb.ListEndpointsRequest(page_size=3), "endpoints")
 
-    keys = [(one.endpoint.service, one.endpoint.route, one.endpoint.method) for page in found for one in page]
+    keys = [(item.endpoint.service, item.endpoint.route, item.endpoint.method) for page in all_pages for item in page]
     assert len(keys) == 8
     assert keys == sorted(set(keys))
 
 
 UNKNOWN: Any = 99  # enums are open on the wire
-UNSAID: Any = 0
+UNSPECIFIED: Any = 0
 
 
 def timestamp(seconds: int) -> Timestamp:
@@ -499,8 +517,8 @@ def timestamp(seconds: int) -> Timestamp:
 
 
 BAD: list[tuple[str, Any, str]] = [
-    ("GetSummary", pb.GetSummaryRequest(window=window(NOON, NOON - HOUR)), "window.end must not lie before"),
-    ("GetSummary", pb.GetSummaryRequest(service="a\0b"), "service must not hold a NUL"),
+    ("GetSummary", pb.GetSummaryRequest(window=window(NOON, NOON - HOUR)), "window.end must not be before"),
+    ("GetSummary", pb.GetSummaryRequest(service="a\0b"), "service must not contain a NUL"),
     ("GetSummary", pb.GetSummaryRequest(service="x" * 301), "service must have at most 300"),
     (
         "GetSummary",
@@ -511,16 +529,16 @@ BAD: list[tuple[str, Any, str]] = [
     ("ListEndpoints", pb.ListEndpointsRequest(page_token="rubbish"), "page_token must be"),
     ("ListFindings", pb.ListFindingsRequest(page_size=1001), "page_size must be 1 to 1000"),
     ("ListFindings", pb.ListFindingsRequest(page_token="%%%"), "page_token must be"),
-    ("ListFindings", pb.ListFindingsRequest(parts=[UNSAID]), "parts must hold only PART_BODY"),
-    ("ListFindings", pb.ListFindingsRequest(kinds=[UNKNOWN]), "kinds must hold only KIND_ADDED"),
-    ("ListFindings", pb.ListFindingsRequest(impacts=[UNKNOWN]), "impacts must hold only IMPACT_ADDITIVE"),
-    ("GetFinding", pb.GetFindingRequest(), "id must be a finding's id"),
-    ("GetFinding", pb.GetFindingRequest(id=-5), "id must be a finding's id"),
-    ("ListPairs", pb.ListPairsRequest(outcomes=[UNKNOWN]), "outcomes must hold only OUTCOME_ABORTED"),
-    ("ListPairs", pb.ListPairsRequest(finding_id=-1), "finding_id must be a finding's id"),
-    ("ListPairs", pb.ListPairsRequest(route="/\0"), "route must not hold a NUL"),
-    ("GetPair", pb.GetPairRequest(id="rubbish"), "id must be a pair's id"),
-    ("GetPair", pb.GetPairRequest(), "id must be a pair's id"),
+    ("ListFindings", pb.ListFindingsRequest(parts=[UNSPECIFIED]), "parts must be one of PART_BODY"),
+    ("ListFindings", pb.ListFindingsRequest(kinds=[UNKNOWN]), "kinds must be one of KIND_ADDED"),
+    ("ListFindings", pb.ListFindingsRequest(impacts=[UNKNOWN]), "impacts must be one of IMPACT_ADDITIVE"),
+    ("GetFinding", pb.GetFindingRequest(), "id must be the id of a finding"),
+    ("GetFinding", pb.GetFindingRequest(id=-5), "id must be the id of a finding"),
+    ("ListPairs", pb.ListPairsRequest(outcomes=[UNKNOWN]), "outcomes must be one of OUTCOME_ABORTED"),
+    ("ListPairs", pb.ListPairsRequest(finding_id=-1), "finding_id must be the id of a finding"),
+    ("ListPairs", pb.ListPairsRequest(route="/\0"), "route must not contain a NUL"),
+    ("GetPair", pb.GetPairRequest(id="rubbish"), "id must be the id of a pair"),
+    ("GetPair", pb.GetPairRequest(), "id must be the id of a pair"),
 ]
 
 
@@ -530,33 +548,33 @@ async def refusal(call: Any) -> Refused:
     return refused(caught.value)
 
 
-async def test_bad_arguments_are_refused_with_what_to_do(sidecar: Running, ledger: Ledger) -> None:
+async def test_invalid_argument_names_the_field_and_valid_values(sidecar: Running, ledger: Ledger) -> None:
     ledger.endpoint()
     for method, request, message in BAD:
-        found = await refusal(getattr(sidecar.comparison, method)(request))
+        error = await refusal(getattr(sidecar.comparison, method)(request))
 
-        assert (found.code, found.reason, found.domain) == (
+        assert (error.code, error.reason, error.domain) == (
             grpc.StatusCode.INVALID_ARGUMENT,
             "BAD_ARGUMENT",
             "abreast",
         ), (method, request)
-        assert message in found.message
+        assert message in error.message
 
 
-async def test_a_token_of_other_filters_is_refused(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    ledger.pair(shown)
-    ledger.pair(shown)
+async def test_page_token_of_other_filters_is_refused(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    ledger.pair(endpoint)
+    ledger.pair(endpoint)
     first = await sidecar.comparison.ListPairs(pb.ListPairsRequest(page_size=1))
 
-    found = await refusal(
+    error = await refusal(
         sidecar.comparison.ListPairs(pb.ListPairsRequest(service="shop", page_token=first.next_page_token))
     )
 
-    assert found.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_what_is_not_there_is_not_found(sidecar: Running, ledger: Ledger) -> None:
+async def test_unknown_ids_are_not_found(sidecar: Running, ledger: Ledger) -> None:
     nobody = await refusal(sidecar.comparison.GetSummary(pb.GetSummaryRequest()))
     ledger.endpoint()
     calls = [
@@ -565,41 +583,41 @@ async def test_what_is_not_there_is_not_found(sidecar: Running, ledger: Ledger) 
         sidecar.comparison.GetPair(pb.GetPairRequest(id="0d7c1e3a-0000-4000-8000-000000000001")),
     ]
 
-    for found in (nobody, *[await refusal(call) for call in calls]):
-        assert (found.code, found.reason) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
+    for error in (nobody, *[await refusal(call) for call in calls]):
+        assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
 
 
-async def test_an_empty_service_is_ambiguous_where_there_are_several(sidecar: Running, ledger: Ledger) -> None:
+async def test_empty_service_is_refused_if_there_are_several(sidecar: Running, ledger: Ledger) -> None:
     ledger.endpoint("shop")
     ledger.endpoint("till")
 
-    found = await refusal(sidecar.comparison.GetSummary(pb.GetSummaryRequest()))
+    error = await refusal(sidecar.comparison.GetSummary(pb.GetSummaryRequest()))
 
-    assert found.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert "shop, till" in found.message
-    assert "--service" in found.message
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "shop, till" in error.message
+    assert "--service" in error.message
 
 
-async def test_a_watch_tells_present_findings_then_new_and_grown_ones(sidecar: Running, ledger: Ledger) -> None:
-    shown = ledger.endpoint()
-    first = ledger.finding(shown, "$.a")
-    ledger.finding(shown, "$.noise", count=1, baseline_count=1)
-    ledger.pair(shown, first)
+async def test_watch_streams_existing_then_new_and_grown_findings(sidecar: Running, ledger: Ledger) -> None:
+    endpoint = ledger.endpoint()
+    first = ledger.finding(endpoint, "$.a")
+    ledger.finding(endpoint, "$.noise", count=1, baseline_count=1)
+    ledger.pair(endpoint, first)
 
     async with asyncio.timeout(20):
         watch = sidecar.comparison.WatchFindings(pb.WatchFindingsRequest(service="shop"))
-        told = [(await anext(aiter(watch))).finding]
-        ledger.pair(shown, first)
-        told.append((await anext(aiter(watch))).finding)
-        second = ledger.finding(shown, "$.b")
-        ledger.pair(shown, second)
-        told.append((await anext(aiter(watch))).finding)
+        updates = [(await anext(aiter(watch))).finding]
+        ledger.pair(endpoint, first)
+        updates.append((await anext(aiter(watch))).finding)
+        second = ledger.finding(endpoint, "$.b")
+        ledger.pair(endpoint, second)
+        updates.append((await anext(aiter(watch))).finding)
         watch.cancel()
 
-    assert [(one.id, one.count) for one in told] == [(first, 1), (first, 2), (second, 1)]
+    assert [(item.id, item.count) for item in updates] == [(first, 1), (first, 2), (second, 1)]
 
 
-async def test_a_cancelled_watch_ends_cleanly(sidecar: Running) -> None:
+async def test_cancelled_watch_ends_cleanly(sidecar: Running) -> None:
     watch = sidecar.comparison.WatchFindings(pb.WatchFindingsRequest())
     await watch.wait_for_connection()
     watch.cancel()

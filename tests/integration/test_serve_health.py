@@ -30,20 +30,20 @@ NAMES = ("", "abreast.v1.ComparisonService", "abreast.v1.TrafficService")
 
 @pytest.fixture
 async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
-    async with running(redis_url, postgres_url) as found:
-        yield found
+    async with running(redis_url, postgres_url) as sidecar:
+        yield sidecar
 
 
-async def healthy(sidecar: Running) -> set[int]:
+async def read_health(sidecar: Running) -> set[int]:
     stub = health_pb2_grpc.HealthStub(sidecar.channel)
     return {(await stub.Check(health_pb2.HealthCheckRequest(service=name))).status for name in NAMES}
 
 
-async def test_health_is_told_for_the_whole_and_for_each_service(sidecar: Running) -> None:
-    assert await healthy(sidecar) == {SERVING}
+async def test_health_check_covers_server_and_each_service(sidecar: Running) -> None:
+    assert await read_health(sidecar) == {SERVING}
 
 
-async def test_health_of_an_unknown_service_is_not_found(sidecar: Running) -> None:
+async def test_health_check_of_unknown_service_is_not_found(sidecar: Running) -> None:
     stub = health_pb2_grpc.HealthStub(sidecar.channel)
 
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -51,14 +51,14 @@ async def test_health_of_an_unknown_service_is_not_found(sidecar: Running) -> No
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_reflection_lists_the_services_and_gives_their_descriptors(sidecar: Running) -> None:
+async def test_reflection_returns_services_and_descriptors(sidecar: Running) -> None:
     stub = reflection_pb2_grpc.ServerReflectionStub(sidecar.channel)
-    asked = [
+    requests = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="abreast.v1.TrafficService"),
     ]
 
-    answers = [answer async for answer in stub.ServerReflectionInfo(iter(asked))]
+    answers = [answer async for answer in stub.ServerReflectionInfo(iter(requests))]
 
     listed = {service.name for service in answers[0].list_services_response.service}
     assert set(NAMES[1:]) < listed
@@ -69,27 +69,27 @@ async def test_readiness_follows_redis_and_postgres() -> None:
     with PostgresServer() as postgres, RedisServer() as redis:
         async with running(redis.url, postgres.url()) as sidecar:
 
-            async def state(part: str, *, ready: bool) -> bool:
+            async def has_state(part: str, *, ready: bool) -> bool:
                 answer = await sidecar.http.get("/readyz", timeout=20)
-                said = answer.json()
-                assert (answer.status_code == 200) == said["ready"]
-                return bool(said["parts"][part] == "ok") == ready and bool(said["ready"]) == ready
+                state = answer.json()
+                assert (answer.status_code == 200) == state["ready"]
+                return bool(state["parts"][part] == "ok") == ready and bool(state["ready"]) == ready
 
             for server, part in ((redis, "redis"), (postgres, "postgres")):
                 server.stop()
-                await eventually_async(partial(state, part, ready=False), what=f"{part} is missed")
-                assert await healthy(sidecar) == {NOT_SERVING}
+                await eventually_async(partial(has_state, part, ready=False), what=f"{part} is not ready")
+                assert await read_health(sidecar) == {NOT_SERVING}
                 assert (await sidecar.http.get("/healthz")).status_code == 200
                 server.start()
-                await eventually_async(partial(state, part, ready=True), what=f"{part} is back")
-                assert await healthy(sidecar) == {SERVING}
+                await eventually_async(partial(has_state, part, ready=True), what=f"{part} is ready")
+                assert await read_health(sidecar) == {SERVING}
 
 
-async def test_without_postgres_the_ports_are_open_and_nothing_is_served(redis_url: str) -> None:
+async def test_sidecar_without_postgres_listens_and_is_not_ready(redis_url: str) -> None:
     with PostgresServer() as postgres:
         postgres.stop()
         async with running(redis_url, postgres.url(), ready=False) as sidecar:
-            assert await healthy(sidecar) == {NOT_SERVING}
+            assert await read_health(sidecar) == {NOT_SERVING}
             answer = await sidecar.http.get("/readyz")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await sidecar.comparison.ListPairs(pb.ListPairsRequest())
@@ -106,19 +106,19 @@ async def test_without_postgres_the_ports_are_open_and_nothing_is_served(redis_u
     assert (page.status_code, "be reached" in page.text) == (503, True)
 
 
-async def test_a_summary_is_told_while_redis_is_away(postgres_url: str) -> None:
+async def test_summary_works_without_redis(postgres_url: str) -> None:
     with RedisServer() as redis:
         async with running(redis.url, postgres_url) as sidecar:
             sidecar.ledger().pair(sidecar.ledger().endpoint())
             redis.stop()
-            found = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
+            summary = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
 
-    assert found.pairs == 1
-    assert not found.HasField("pending")
+    assert summary.pairs == 1
+    assert not summary.HasField("pending")
 
 
 @pytest.mark.parametrize(("part", "setting"), [("grpc", "ABREAST_GRPC_LISTEN"), ("http", "ABREAST_HTTP_LISTEN")])
-async def test_a_port_in_use_is_one_clear_error(sidecar: Running, part: str, setting: str) -> None:
+async def test_port_in_use_error_names_the_setting(sidecar: Running, part: str, setting: str) -> None:
     taken = f"127.0.0.1:{getattr(sidecar.sidecar, part).port}"
     listen = {"grpc_listen": "127.0.0.1:0", "http_listen": "127.0.0.1:0", f"{part}_listen": taken}
     settings = Settings(
@@ -130,8 +130,8 @@ async def test_a_port_in_use_is_one_clear_error(sidecar: Running, part: str, set
         await Sidecar(settings).run(asyncio.Event())
 
 
-def accounts(ledger: Ledger) -> None:
-    """Two rows are there, of nine requests that Envoy sampled."""
+def add_reports(ledger: Ledger) -> None:
+    """Add reports of Envoy, Redis and a worker. The ledger has two of nine sampled requests."""
     ledger.execute(
         "insert into abreast.envoy_report (node, service, seen, totals, last_reading) values ('edge', 'shop', now(), %s, '{}')",
         Jsonb({"sampled": 9, "not_sent": 1}),
@@ -147,10 +147,10 @@ def accounts(ledger: Ledger) -> None:
 
 async def test_metrics_count_calls_pairs_and_parts(sidecar: Running) -> None:
     ledger = sidecar.ledger()
-    shown = ledger.endpoint()
-    ledger.pair(shown)
-    ledger.pair(shown, outcome="only_old")
-    accounts(ledger)
+    endpoint = ledger.endpoint()
+    ledger.pair(endpoint)
+    ledger.pair(endpoint, outcome="only_old")
+    add_reports(ledger)
     await sidecar.comparison.ListPairs(pb.ListPairsRequest())
     with pytest.raises(grpc.aio.AioRpcError):
         await sidecar.comparison.GetPair(pb.GetPairRequest(id="x"))
@@ -160,8 +160,8 @@ async def test_metrics_count_calls_pairs_and_parts(sidecar: Running) -> None:
     for line in (
         'abreast_envoy_sampled_total{service="shop"} 9.0',
         'abreast_unaccounted{service="shop"} 7.0',
-        'abreast_captures_total{fate="late",service="shop"} 3.0',
-        'abreast_dropped_captures_total{place="redis",reason="rejected_pairs",service="shop"} 4.0',
+        'abreast_captures_total{result="late",service="shop"} 3.0',
+        'abreast_dropped_captures_total{reason="rejected_pairs",service="shop",stage="redis"} 4.0',
         'abreast_dead_letters{service="shop"} 1.0',
         'abreast_rpcs_total{code="OK",method="abreast.v1.ComparisonService/ListPairs"} 1.0',
         'abreast_rpcs_total{code="INVALID_ARGUMENT",method="abreast.v1.ComparisonService/GetPair"} 1.0',
@@ -175,10 +175,10 @@ async def test_metrics_count_calls_pairs_and_parts(sidecar: Running) -> None:
 HOSTILE = "<script>alert(1)</script>"
 
 
-def filled(ledger: Ledger) -> tuple[int, str]:
-    shown = ledger.endpoint(route=f"/{HOSTILE}")
-    finding = ledger.finding(shown, f"$.{HOSTILE}")
-    pair = ledger.pair(shown, finding, request=f"/{HOSTILE}", reason=HOSTILE)
+def fill_ledger(ledger: Ledger) -> tuple[int, str]:
+    endpoint = ledger.endpoint(route=f"/{HOSTILE}")
+    finding = ledger.finding(endpoint, f"$.{HOSTILE}")
+    pair = ledger.pair(endpoint, finding, request=f"/{HOSTILE}", reason=HOSTILE)
     difference = {
         "part": "body",
         "path": f"$.{HOSTILE}",
@@ -194,8 +194,8 @@ def filled(ledger: Ledger) -> tuple[int, str]:
     return finding, pair
 
 
-async def test_pages_show_what_is_there_and_escape_it(sidecar: Running) -> None:
-    finding, pair = filled(sidecar.ledger())
+async def test_pages_escape_content(sidecar: Running) -> None:
+    finding, pair = fill_ledger(sidecar.ledger())
 
     for path in ("/", "/?noise=1&service=shop", f"/findings/{finding}", f"/pairs/{pair}"):
         answer = await sidecar.http.get(path)
@@ -207,15 +207,17 @@ async def test_pages_show_what_is_there_and_escape_it(sidecar: Running) -> None:
         assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-async def test_the_page_says_what_the_verdict_is_and_why(sidecar: Running) -> None:
-    filled(sidecar.ledger())
+async def test_overview_shows_verdict_and_reason(sidecar: Running) -> None:
+    fill_ledger(sidecar.ledger())
     text = (await sidecar.http.get("/")).text
 
-    said = text[text.index('title="abreast verdict"') : text.index('class="figures"')]
-    assert re.search('<span class="tag breaking">FAIL</span>.*1 of 1 pairs have unexplained', said, re.DOTALL), said
+    section = text[text.index('title="abreast verdict"') : text.index('class="figures"')]
+    assert re.search('<span class="tag breaking">FAIL</span>.*1 of 1 pairs have unexplained', section, re.DOTALL), (
+        section
+    )
 
 
-async def test_the_page_of_a_pair_shows_old_first_and_what_new_raised(sidecar: Running) -> None:
+async def test_pair_page_shows_old_first_and_exception_of_new(sidecar: Running) -> None:
     ledger = sidecar.ledger()
     finding = ledger.finding(ledger.endpoint(), "raised", part="error")
     pair = ledger.pair(ledger.endpoint(), finding)
@@ -230,7 +232,7 @@ async def test_the_page_of_a_pair_shows_old_first_and_what_new_raised(sidecar: R
     assert text.index("1.4.0") < text.index("2.0.0") < text.index("RuntimeError") < text.index("baseline")
 
 
-async def test_an_empty_ledger_says_what_is_missing(sidecar: Running) -> None:
+async def test_overview_of_empty_ledger_explains_the_setup(sidecar: Running) -> None:
     answer = await sidecar.http.get("/")
 
     assert answer.status_code == 200
@@ -248,7 +250,7 @@ async def test_an_empty_ledger_says_what_is_missing(sidecar: Running) -> None:
         ("/?service=%00", 400),
     ],
 )
-async def test_pages_that_are_not_there(sidecar: Running, path: str, status: int) -> None:
+async def test_page_errors_have_their_http_status(sidecar: Running, path: str, status: int) -> None:
     sidecar.ledger().endpoint()
 
     assert (await sidecar.http.get(path)).status_code == status

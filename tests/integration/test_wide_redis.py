@@ -13,7 +13,7 @@ from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.cli.doctor import redis as checks
 from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.redis_client import connect_redis
-from abreast_sidecar.serve.http import PairBacklog
+from abreast_sidecar.serve.health import PairBacklog
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import RedisServer
 from support import eventually_async

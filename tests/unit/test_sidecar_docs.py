@@ -1,4 +1,4 @@
-"""The page about the sidecar says what the code does."""
+"""docs/sidecar.md agrees with the code."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ PAGE = (Path(__file__).parents[2] / "docs" / "sidecar.md").read_text()
 
 def rows(heading: str) -> list[list[str]]:
     section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    found = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
-    return [[cell.strip() for cell in row] for row in found]
+    lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line] for line in lines]
 
 
-def shown(default: object) -> str:
+def format_default(default: object) -> str:
     if default in {"", ()}:
         return "none"
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
 
 
-def test_every_setting_is_in_the_table_with_its_default() -> None:
+def test_docs_list_each_setting_with_its_default() -> None:
     assert rows("Settings") == [
-        [f"`{ENV_PREFIX}{part.name.upper()}`", shown(part.default), part.metadata["doc"]]
+        [f"`{ENV_PREFIX}{part.name.upper()}`", format_default(part.default), part.metadata["doc"]]
         for part in dataclasses.fields(Settings)
     ]
 
 
-def test_every_outcome_is_explained() -> None:
+def test_docs_explain_each_outcome() -> None:
     named = [name for row in rows("The ledger") for name in re.findall(r"`(\w+)`", row[0])]
 
     assert sorted(named) == sorted(get_args(Outcome))

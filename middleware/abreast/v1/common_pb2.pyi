@@ -25,21 +25,21 @@ class _Version:
 class _VersionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Version.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     VERSION_UNSPECIFIED: _Version.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     VERSION_OLD: _Version.ValueType  # 1
     """The version that is being replaced."""
     VERSION_NEW: _Version.ValueType  # 2
-    """The version that is to take over."""
+    """The version that replaces the old one."""
 
 class Version(_Version, metaclass=_VersionEnumTypeWrapper):
-    """Which code answered."""
+    """A version of the service."""
 
 VERSION_UNSPECIFIED: Version.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 VERSION_OLD: Version.ValueType  # 1
 """The version that is being replaced."""
 VERSION_NEW: Version.ValueType  # 2
-"""The version that is to take over."""
+"""The version that replaces the old one."""
 Global___Version: _TypeAlias = Version  # noqa: Y015
 
 class _Role:
@@ -49,25 +49,25 @@ class _Role:
 class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     ROLE_UNSPECIFIED: _Role.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     ROLE_LIVE: _Role.ValueType  # 1
-    """Its answer went to the user."""
+    """The user received its answer."""
     ROLE_SHADOW: _Role.ValueType  # 2
-    """Its answer was thrown away."""
+    """Envoy discarded its answer."""
     ROLE_BASELINE: _Role.ValueType  # 3
-    """A second copy sent to the old version, to learn what differs by itself."""
+    """A second copy to the old version. It shows how much the old version differs from itself."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
-    """Why a version got a request."""
+    """The reason why a version received a request."""
 
 ROLE_UNSPECIFIED: Role.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 ROLE_LIVE: Role.ValueType  # 1
-"""Its answer went to the user."""
+"""The user received its answer."""
 ROLE_SHADOW: Role.ValueType  # 2
-"""Its answer was thrown away."""
+"""Envoy discarded its answer."""
 ROLE_BASELINE: Role.ValueType  # 3
-"""A second copy sent to the old version, to learn what differs by itself."""
+"""A second copy to the old version. It shows how much the old version differs from itself."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 class _Outcome:
@@ -77,57 +77,57 @@ class _Outcome:
 class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     OUTCOME_UNSPECIFIED: _Outcome.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     OUTCOME_MATCH: _Outcome.ValueType  # 1
-    """Nothing differs."""
+    """The answers don't differ."""
     OUTCOME_MISMATCH: _Outcome.ValueType  # 2
-    """Something differs."""
+    """The answers differ."""
     OUTCOME_ONLY_OLD: _Outcome.ValueType  # 3
     """Only the old version's capture arrived in time."""
     OUTCOME_ONLY_NEW: _Outcome.ValueType  # 4
     """Only the new version's capture arrived in time."""
     OUTCOME_BASELINE_ONLY: _Outcome.ValueType  # 5
-    """All copies went to the old version, since the new one was out."""
+    """All copies went to the old version, because the new one was not available."""
     OUTCOME_UNDECODABLE: _Outcome.ValueType  # 6
     """A capture could not be read."""
     OUTCOME_OVERSIZE: _Outcome.ValueType  # 7
-    """A body is longer than what is captured, and the rest does not say whether the answers differ."""
+    """A body exceeds the capture limit, and the captured part does not show whether the answers differ."""
     OUTCOME_SHED: _Outcome.ValueType  # 8
-    """A version answered 429 or 503 while shedding load: not an answer to compare."""
+    """A version answered 429 or 503 because of overload. There is no answer to compare."""
     OUTCOME_ABORTED: _Outcome.ValueType  # 9
-    """The user left before an answer had begun."""
+    """The client disconnected before an answer began."""
     OUTCOME_NOT_COMPARED: _Outcome.ValueType  # 10
-    """The answers can't be held against each other, such as a 304 of one build and a 200 of the other."""
+    """The answers are not comparable, for example a 304 of one version and a 200 of the other."""
     OUTCOME_PARTIAL: _Outcome.ValueType  # 11
-    """An answer was cut, by its user or by itself, or still goes on: what both have of it was compared, and the rest was not seen."""
+    """An answer was truncated or has not ended. Abreast compared the common beginning only."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
-    """How a sampled request ended in the ledger: exactly one each."""
+    """The result of a sampled request in the ledger. Each request has exactly one."""
 
 OUTCOME_UNSPECIFIED: Outcome.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 OUTCOME_MATCH: Outcome.ValueType  # 1
-"""Nothing differs."""
+"""The answers don't differ."""
 OUTCOME_MISMATCH: Outcome.ValueType  # 2
-"""Something differs."""
+"""The answers differ."""
 OUTCOME_ONLY_OLD: Outcome.ValueType  # 3
 """Only the old version's capture arrived in time."""
 OUTCOME_ONLY_NEW: Outcome.ValueType  # 4
 """Only the new version's capture arrived in time."""
 OUTCOME_BASELINE_ONLY: Outcome.ValueType  # 5
-"""All copies went to the old version, since the new one was out."""
+"""All copies went to the old version, because the new one was not available."""
 OUTCOME_UNDECODABLE: Outcome.ValueType  # 6
 """A capture could not be read."""
 OUTCOME_OVERSIZE: Outcome.ValueType  # 7
-"""A body is longer than what is captured, and the rest does not say whether the answers differ."""
+"""A body exceeds the capture limit, and the captured part does not show whether the answers differ."""
 OUTCOME_SHED: Outcome.ValueType  # 8
-"""A version answered 429 or 503 while shedding load: not an answer to compare."""
+"""A version answered 429 or 503 because of overload. There is no answer to compare."""
 OUTCOME_ABORTED: Outcome.ValueType  # 9
-"""The user left before an answer had begun."""
+"""The client disconnected before an answer began."""
 OUTCOME_NOT_COMPARED: Outcome.ValueType  # 10
-"""The answers can't be held against each other, such as a 304 of one build and a 200 of the other."""
+"""The answers are not comparable, for example a 304 of one version and a 200 of the other."""
 OUTCOME_PARTIAL: Outcome.ValueType  # 11
-"""An answer was cut, by its user or by itself, or still goes on: what both have of it was compared, and the rest was not seen."""
+"""An answer was truncated or has not ended. Abreast compared the common beginning only."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 class _Part:
@@ -137,7 +137,7 @@ class _Part:
 class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     PART_UNSPECIFIED: _Part.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     PART_STATUS: _Part.ValueType  # 1
     """The status code."""
     PART_HEADER: _Part.ValueType  # 2
@@ -145,19 +145,19 @@ class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Part.ValueType],
     PART_BODY: _Part.ValueType  # 3
     """The body."""
     PART_ERROR: _Part.ValueType  # 4
-    """The application raised, or did not finish its answer."""
+    """The application raised an exception, or did not complete its answer."""
     PART_LATENCY: _Part.ValueType  # 5
     """The time to answer."""
     PART_EFFECT: _Part.ValueType  # 6
-    """What the version did beside its answer, such as sending a mail."""
+    """A side effect of the version, such as an email."""
     PART_CACHE: _Part.ValueType  # 7
-    """How often a cache had what was asked for."""
+    """The hit rate of a cache."""
 
 class Part(_Part, metaclass=_PartEnumTypeWrapper):
-    """Where in an answer a difference lies."""
+    """The part of an answer that a difference is in."""
 
 PART_UNSPECIFIED: Part.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 PART_STATUS: Part.ValueType  # 1
 """The status code."""
 PART_HEADER: Part.ValueType  # 2
@@ -165,13 +165,13 @@ PART_HEADER: Part.ValueType  # 2
 PART_BODY: Part.ValueType  # 3
 """The body."""
 PART_ERROR: Part.ValueType  # 4
-"""The application raised, or did not finish its answer."""
+"""The application raised an exception, or did not complete its answer."""
 PART_LATENCY: Part.ValueType  # 5
 """The time to answer."""
 PART_EFFECT: Part.ValueType  # 6
-"""What the version did beside its answer, such as sending a mail."""
+"""A side effect of the version, such as an email."""
 PART_CACHE: Part.ValueType  # 7
-"""How often a cache had what was asked for."""
+"""The hit rate of a cache."""
 Global___Part: _TypeAlias = Part  # noqa: Y015
 
 class _Kind:
@@ -181,45 +181,53 @@ class _Kind:
 class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Kind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     KIND_UNSPECIFIED: _Kind.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     KIND_ADDED: _Kind.ValueType  # 1
     """Only the new version has it."""
     KIND_REMOVED: _Kind.ValueType  # 2
     """Only the old version has it."""
     KIND_CHANGED: _Kind.ValueType  # 3
-    """Both have it, with different values."""
+    """Both versions have it, with different values."""
     KIND_TYPE: _Kind.ValueType  # 4
-    """Both have it, with values of different types."""
+    """Both versions have it, with values of different types."""
     KIND_ORDER: _Kind.ValueType  # 5
-    """A list with the same elements in another order."""
+    """A list has the same elements in another order."""
     KIND_SLOWER: _Kind.ValueType  # 6
     """The new version is slower."""
     KIND_FORMAT: _Kind.ValueType  # 7
-    """Both have it, with values of one type that look different: a UUID and empty text, times of two zones."""
+    """Both versions have values of the same type in different formats, such as a UUID and an empty string, or times in
+    two zones.
+    """
     KIND_RANGE: _Kind.ValueType  # 8
-    """Both have it, with values that look alike and are far apart: the present and the past, one and a thousand."""
+    """Both versions have values of the same format that are far apart, such as the present and the past, or one and a
+    thousand.
+    """
 
 class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
-    """What a difference is, seen from the old version."""
+    """The kind of a difference, from the old version to the new one."""
 
 KIND_UNSPECIFIED: Kind.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 KIND_ADDED: Kind.ValueType  # 1
 """Only the new version has it."""
 KIND_REMOVED: Kind.ValueType  # 2
 """Only the old version has it."""
 KIND_CHANGED: Kind.ValueType  # 3
-"""Both have it, with different values."""
+"""Both versions have it, with different values."""
 KIND_TYPE: Kind.ValueType  # 4
-"""Both have it, with values of different types."""
+"""Both versions have it, with values of different types."""
 KIND_ORDER: Kind.ValueType  # 5
-"""A list with the same elements in another order."""
+"""A list has the same elements in another order."""
 KIND_SLOWER: Kind.ValueType  # 6
 """The new version is slower."""
 KIND_FORMAT: Kind.ValueType  # 7
-"""Both have it, with values of one type that look different: a UUID and empty text, times of two zones."""
+"""Both versions have values of the same type in different formats, such as a UUID and an empty string, or times in
+two zones.
+"""
 KIND_RANGE: Kind.ValueType  # 8
-"""Both have it, with values that look alike and are far apart: the present and the past, one and a thousand."""
+"""Both versions have values of the same format that are far apart, such as the present and the past, or one and a
+thousand.
+"""
 Global___Kind: _TypeAlias = Kind  # noqa: Y015
 
 class _Impact:
@@ -229,30 +237,30 @@ class _Impact:
 class _ImpactEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Impact.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     IMPACT_UNSPECIFIED: _Impact.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     IMPACT_BREAKING: _Impact.ValueType  # 1
-    """A client may fail: something is gone, has another type, or another status."""
+    """A client may fail: a value is missing, has another type, or the status differs."""
     IMPACT_VALUE: _Impact.ValueType  # 2
-    """A client gets another value."""
+    """A client receives another value."""
     IMPACT_ADDITIVE: _Impact.ValueType  # 3
-    """Something was added; most clients don't notice."""
+    """The new version adds a value. Most clients ignore it."""
 
 class Impact(_Impact, metaclass=_ImpactEnumTypeWrapper):
-    """What a difference means to a client."""
+    """The effect of a difference on a client."""
 
 IMPACT_UNSPECIFIED: Impact.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 IMPACT_BREAKING: Impact.ValueType  # 1
-"""A client may fail: something is gone, has another type, or another status."""
+"""A client may fail: a value is missing, has another type, or the status differs."""
 IMPACT_VALUE: Impact.ValueType  # 2
-"""A client gets another value."""
+"""A client receives another value."""
 IMPACT_ADDITIVE: Impact.ValueType  # 3
-"""Something was added; most clients don't notice."""
+"""The new version adds a value. Most clients ignore it."""
 Global___Impact: _TypeAlias = Impact  # noqa: Y015
 
 @_typing.final
 class TimeWindow(_message.Message):
-    """A span of time, by the ledger's clock. An unset end means no limit on that side."""
+    """A span of time, by the clock of the ledger. An unset end means no limit on that side."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -260,11 +268,11 @@ class TimeWindow(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> _timestamp_pb2.Timestamp:
-        """The first moment inside."""
+        """The first moment in the window."""
 
     @_builtins.property
     def end(self) -> _timestamp_pb2.Timestamp:
-        """The first moment after. Must not lie before `start`."""
+        """The first moment after the window. Must not be before `start`."""
 
     def __init__(
         self,
@@ -312,7 +320,7 @@ Global___Endpoint: _TypeAlias = Endpoint  # noqa: Y015
 
 @_typing.final
 class Header(_message.Message):
-    """One header line. Secret values are replaced by keyed hashes before they leave the service."""
+    """A header of an answer or a request. The service replaces secret values by keyed hashes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -353,25 +361,25 @@ class Difference(_message.Message):
     EXPLAINED_BY_FIELD_NUMBER: _builtins.int
     DRIFT_FIELD_NUMBER: _builtins.int
     part: Global___Part.ValueType
-    """Where in the answer."""
+    """The part of the answer."""
     path: _builtins.str
-    """The generalised path, such as `$.items[*].price`, or a header's name."""
+    """The generalized path, such as `$.items[*].price`, or the name of a header."""
     exact_path: _builtins.str
-    """The exact place, such as `$.items[3].price`."""
+    """The exact path, such as `$.items[3].price`."""
     kind: Global___Kind.ValueType
-    """What it is."""
+    """The kind of the difference."""
     impact: Global___Impact.ValueType
-    """What it means to a client."""
+    """The effect on a client."""
     old: _builtins.str
-    """The old version's value, as JSON text; unset where it has none."""
+    """The value of the old version, as JSON text. Unset if the old version has none."""
     new: _builtins.str
-    """The new version's value, as JSON text; unset where it has none."""
+    """The value of the new version, as JSON text. Unset if the new version has none."""
     noise: _builtins.bool
-    """Whether the finding that it belongs to is noise."""
+    """True if its finding is noise."""
     explained_by: _builtins.int
-    """The rule that explains it, as in ListRules. 0: none."""
+    """The id of the rule that explains it. 0: no rule."""
     drift: _builtins.bool
-    """Whether it was drift of state, as asking again told."""
+    """True if the recheck showed that it was drift of state."""
     def __init__(
         self,
         *,

@@ -30,25 +30,25 @@ class _VerdictState:
 class _VerdictStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VerdictState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     VERDICT_STATE_UNSPECIFIED: _VerdictState.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     VERDICT_STATE_PASS: _VerdictState.ValueType  # 1
-    """All that is tested is surely within the budget."""
+    """All tested rates are within the budget."""
     VERDICT_STATE_FAIL: _VerdictState.ValueType  # 2
-    """Something is surely beyond the budget."""
+    """At least one tested rate exceeds the budget."""
     VERDICT_STATE_INCONCLUSIVE: _VerdictState.ValueType  # 3
-    """Too little is known for either."""
+    """There is too little evidence for PASS and for FAIL."""
 
 class VerdictState(_VerdictState, metaclass=_VerdictStateEnumTypeWrapper):
-    """What a verdict says."""
+    """The result of a verdict."""
 
 VERDICT_STATE_UNSPECIFIED: VerdictState.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 VERDICT_STATE_PASS: VerdictState.ValueType  # 1
-"""All that is tested is surely within the budget."""
+"""All tested rates are within the budget."""
 VERDICT_STATE_FAIL: VerdictState.ValueType  # 2
-"""Something is surely beyond the budget."""
+"""At least one tested rate exceeds the budget."""
 VERDICT_STATE_INCONCLUSIVE: VerdictState.ValueType  # 3
-"""Too little is known for either."""
+"""There is too little evidence for PASS and for FAIL."""
 Global___VerdictState: _TypeAlias = VerdictState  # noqa: Y015
 
 class _VerdictSubject:
@@ -58,33 +58,33 @@ class _VerdictSubject:
 class _VerdictSubjectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VerdictSubject.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     VERDICT_SUBJECT_UNSPECIFIED: _VerdictSubject.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     VERDICT_SUBJECT_MISMATCHES: _VerdictSubject.ValueType  # 1
-    """Pairs with at least one real finding that is no addition."""
+    """Pairs with at least one real finding that is not additive."""
     VERDICT_SUBJECT_ERRORS: _VerdictSubject.ValueType  # 2
     """Pairs with a server error of the new version alone."""
     VERDICT_SUBJECT_SLOWER: _VerdictSubject.ValueType  # 3
-    """Pairs in which the new version took longer than is allowed."""
+    """Pairs in which the new version exceeds the allowed time."""
     VERDICT_SUBJECT_COVERAGE: _VerdictSubject.ValueType  # 4
-    """Endpoints that the old version answered and the new one never did."""
+    """Endpoints that the old version answered and the new version never did."""
     VERDICT_SUBJECT_COMPLETENESS: _VerdictSubject.ValueType  # 5
-    """Sampled requests whose outcome is evidence."""
+    """Sampled requests with an outcome that is evidence."""
 
 class VerdictSubject(_VerdictSubject, metaclass=_VerdictSubjectEnumTypeWrapper):
-    """What a verdict tests."""
+    """The rate that a verdict tests."""
 
 VERDICT_SUBJECT_UNSPECIFIED: VerdictSubject.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 VERDICT_SUBJECT_MISMATCHES: VerdictSubject.ValueType  # 1
-"""Pairs with at least one real finding that is no addition."""
+"""Pairs with at least one real finding that is not additive."""
 VERDICT_SUBJECT_ERRORS: VerdictSubject.ValueType  # 2
 """Pairs with a server error of the new version alone."""
 VERDICT_SUBJECT_SLOWER: VerdictSubject.ValueType  # 3
-"""Pairs in which the new version took longer than is allowed."""
+"""Pairs in which the new version exceeds the allowed time."""
 VERDICT_SUBJECT_COVERAGE: VerdictSubject.ValueType  # 4
-"""Endpoints that the old version answered and the new one never did."""
+"""Endpoints that the old version answered and the new version never did."""
 VERDICT_SUBJECT_COMPLETENESS: VerdictSubject.ValueType  # 5
-"""Sampled requests whose outcome is evidence."""
+"""Sampled requests with an outcome that is evidence."""
 Global___VerdictSubject: _TypeAlias = VerdictSubject  # noqa: Y015
 
 class _ExplanationCause:
@@ -94,37 +94,41 @@ class _ExplanationCause:
 class _ExplanationCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExplanationCause.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     EXPLANATION_CAUSE_UNSPECIFIED: _ExplanationCause.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     EXPLANATION_CAUSE_NOISE: _ExplanationCause.ValueType  # 1
-    """Old differs from itself as often."""
+    """The old version differs from itself as often."""
     EXPLANATION_CAUSE_SHAPE: _ExplanationCause.ValueType  # 2
-    """Such values always differ: fresh ids, tokens, times of the moment. No baseline copy was needed to tell."""
+    """The values always differ, for example fresh ids, tokens and current times. No baseline copy was needed for the
+    decision.
+    """
     EXPLANATION_CAUSE_RULE: _ExplanationCause.ValueType  # 3
     """A rule."""
     EXPLANATION_CAUSE_DRIFT: _ExplanationCause.ValueType  # 4
-    """Drift of state: asked again, both versions agreed."""
+    """Drift of state: on a recheck, both versions agreed."""
     EXPLANATION_CAUSE_EXPECTED: _ExplanationCause.ValueType  # 5
-    """Somebody said that it is expected."""
+    """A person marked it as expected."""
     EXPLANATION_CAUSE_FIXED: _ExplanationCause.ValueType  # 6
-    """Somebody said that it is fixed."""
+    """A person marked it as fixed."""
 
 class ExplanationCause(_ExplanationCause, metaclass=_ExplanationCauseEnumTypeWrapper):
-    """Why pairs that show a finding count against no verdict."""
+    """The reason why pairs with a finding don't count against a verdict."""
 
 EXPLANATION_CAUSE_UNSPECIFIED: ExplanationCause.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 EXPLANATION_CAUSE_NOISE: ExplanationCause.ValueType  # 1
-"""Old differs from itself as often."""
+"""The old version differs from itself as often."""
 EXPLANATION_CAUSE_SHAPE: ExplanationCause.ValueType  # 2
-"""Such values always differ: fresh ids, tokens, times of the moment. No baseline copy was needed to tell."""
+"""The values always differ, for example fresh ids, tokens and current times. No baseline copy was needed for the
+decision.
+"""
 EXPLANATION_CAUSE_RULE: ExplanationCause.ValueType  # 3
 """A rule."""
 EXPLANATION_CAUSE_DRIFT: ExplanationCause.ValueType  # 4
-"""Drift of state: asked again, both versions agreed."""
+"""Drift of state: on a recheck, both versions agreed."""
 EXPLANATION_CAUSE_EXPECTED: ExplanationCause.ValueType  # 5
-"""Somebody said that it is expected."""
+"""A person marked it as expected."""
 EXPLANATION_CAUSE_FIXED: ExplanationCause.ValueType  # 6
-"""Somebody said that it is fixed."""
+"""A person marked it as fixed."""
 Global___ExplanationCause: _TypeAlias = ExplanationCause  # noqa: Y015
 
 class _FindingStatus:
@@ -134,33 +138,33 @@ class _FindingStatus:
 class _FindingStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingStatus.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINDING_STATUS_UNSPECIFIED: _FindingStatus.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     FINDING_STATUS_OPEN: _FindingStatus.ValueType  # 1
-    """Nobody said anything, or that it is open."""
+    """Nobody changed the status, or somebody reopened the finding."""
     FINDING_STATUS_CONFIRMED: _FindingStatus.ValueType  # 2
-    """Somebody confirmed that it is a regression. It counts against a verdict, also where the counts call it noise."""
+    """Confirmed as a regression. It counts against a verdict, even if its state is noise."""
     FINDING_STATUS_EXPECTED: _FindingStatus.ValueType  # 3
-    """The change is meant. It counts as explained."""
+    """The change is intended. It counts as explained."""
     FINDING_STATUS_FIXED: _FindingStatus.ValueType  # 4
-    """It is believed fixed. It reopens by itself when a later release shows it."""
+    """Marked as fixed. It reopens automatically if a later release shows it."""
     FINDING_STATUS_REOPENED: _FindingStatus.ValueType  # 5
-    """It was fixed, and a later release showed it again. Counts like open."""
+    """It was fixed, and a later release shows it again. It counts like an open finding."""
 
 class FindingStatus(_FindingStatus, metaclass=_FindingStatusEnumTypeWrapper):
-    """What people said of a finding. It is kept apart from its state: whether it is noise is told by counts alone."""
+    """The status that people give to a finding. It is independent of the state: only counts decide what is noise."""
 
 FINDING_STATUS_UNSPECIFIED: FindingStatus.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 FINDING_STATUS_OPEN: FindingStatus.ValueType  # 1
-"""Nobody said anything, or that it is open."""
+"""Nobody changed the status, or somebody reopened the finding."""
 FINDING_STATUS_CONFIRMED: FindingStatus.ValueType  # 2
-"""Somebody confirmed that it is a regression. It counts against a verdict, also where the counts call it noise."""
+"""Confirmed as a regression. It counts against a verdict, even if its state is noise."""
 FINDING_STATUS_EXPECTED: FindingStatus.ValueType  # 3
-"""The change is meant. It counts as explained."""
+"""The change is intended. It counts as explained."""
 FINDING_STATUS_FIXED: FindingStatus.ValueType  # 4
-"""It is believed fixed. It reopens by itself when a later release shows it."""
+"""Marked as fixed. It reopens automatically if a later release shows it."""
 FINDING_STATUS_REOPENED: FindingStatus.ValueType  # 5
-"""It was fixed, and a later release showed it again. Counts like open."""
+"""It was fixed, and a later release shows it again. It counts like an open finding."""
 Global___FindingStatus: _TypeAlias = FindingStatus  # noqa: Y015
 
 class _FindingState:
@@ -170,40 +174,40 @@ class _FindingState:
 class _FindingStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FindingState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINDING_STATE_UNSPECIFIED: _FindingState.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     FINDING_STATE_REAL: _FindingState.ValueType  # 1
-    """New differs more often than old from itself; it is not chance."""
+    """The new version differs more often than the old one differs from itself, and not by chance."""
     FINDING_STATE_NOISE: _FindingState.ValueType  # 2
-    """Old differs from itself as often, or the shapes of all values explain it."""
+    """The old version differs from itself as often, or the shape of all values explains the difference."""
     FINDING_STATE_UNDECIDED: _FindingState.ValueType  # 3
-    """Too little was seen to say. Listed as a finding, and keeps a verdict from PASS."""
+    """There are too few pairs for a decision. The finding is listed, and prevents a PASS."""
 
 class FindingState(_FindingState, metaclass=_FindingStateEnumTypeWrapper):
-    """Whether a finding is told from what differs between two answers of the old version by itself."""
+    """The noise decision on a finding."""
 
 FINDING_STATE_UNSPECIFIED: FindingState.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 FINDING_STATE_REAL: FindingState.ValueType  # 1
-"""New differs more often than old from itself; it is not chance."""
+"""The new version differs more often than the old one differs from itself, and not by chance."""
 FINDING_STATE_NOISE: FindingState.ValueType  # 2
-"""Old differs from itself as often, or the shapes of all values explain it."""
+"""The old version differs from itself as often, or the shape of all values explains the difference."""
 FINDING_STATE_UNDECIDED: FindingState.ValueType  # 3
-"""Too little was seen to say. Listed as a finding, and keeps a verdict from PASS."""
+"""There are too few pairs for a decision. The finding is listed, and prevents a PASS."""
 Global___FindingState: _TypeAlias = FindingState  # noqa: Y015
 
 @_typing.final
 class GetSummaryRequest(_message.Message):
-    """A request for GetSummary."""
+    """Request of GetSummary."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     @_builtins.property
     def window(self) -> _common_pb2.TimeWindow:
-        """Only requests in this window. Unset: all that are kept."""
+        """Only requests in this window. Unset: all stored requests."""
 
     def __init__(
         self,
@@ -221,7 +225,7 @@ Global___GetSummaryRequest: _TypeAlias = GetSummaryRequest  # noqa: Y015
 
 @_typing.final
 class OutcomeCount(_message.Message):
-    """How many requests ended in one way."""
+    """The number of requests with one outcome."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -247,7 +251,7 @@ Global___OutcomeCount: _TypeAlias = OutcomeCount  # noqa: Y015
 
 @_typing.final
 class DropCount(_message.Message):
-    """How many captures were lost for one reason."""
+    """The number of captures that were lost for one reason."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -255,13 +259,13 @@ class DropCount(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """Where it was counted: `service`, `redis` or `ledger`."""
+    """The component that counted them: `service`, `redis` or `ledger`."""
     reason: _builtins.str
-    """The reason, such as `queue_bytes`. Of the ledger `day_dropped`: retention had dropped the entry's day, so that nobody
-    knows whether it had been counted.
+    """The reason, such as `queue_bytes`. In `ledger`, `day_dropped` means that retention had deleted the day of the
+    entry, so that it may have been counted before.
     """
     count: _builtins.int
-    """Captures; of the ledger entries of the stream."""
+    """Captures. For `ledger`: entries of the stream."""
     def __init__(
         self,
         *,
@@ -279,7 +283,7 @@ Global___DropCount: _TypeAlias = DropCount  # noqa: Y015
 
 @_typing.final
 class CaptureCounts(_message.Message):
-    """What became of captures in Redis, over all time and over its restarts."""
+    """Captures in Redis, over all time and across restarts of Redis."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -289,17 +293,17 @@ class CaptureCounts(_message.Message):
     JOINED_FIELD_NUMBER: _builtins.int
     TIMED_OUT_FIELD_NUMBER: _builtins.int
     received: _builtins.int
-    """Captures that were kept."""
+    """Captures that Redis stored."""
     duplicate: _builtins.int
-    """Captures that came again, since a service had no answer for their batch."""
+    """Captures that arrived twice, because a service resent a batch."""
     late: _builtins.int
-    """Captures that came after their pair had been moved: the answer of a retry, or one beyond the deadline. Their pair is in
-    the ledger without them.
+    """Captures that arrived after their pair was complete or expired: the answer to a retry, or one after the deadline.
+    The ledger has the pair without them.
     """
     joined: _builtins.int
-    """Pairs that were moved with all their copies."""
+    """Pairs that were complete."""
     timed_out: _builtins.int
-    """Pairs that were moved when their time was over."""
+    """Pairs that expired before they were complete."""
     def __init__(
         self,
         *,
@@ -319,7 +323,7 @@ Global___CaptureCounts: _TypeAlias = CaptureCounts  # noqa: Y015
 
 @_typing.final
 class DeadLetterCount(_message.Message):
-    """Entries that could not be compared and were put apart, for one reason. Each is an `undecodable` request of the ledger."""
+    """The number of dead letters for one reason. Each dead letter is an `undecodable` request in the ledger."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -329,10 +333,10 @@ class DeadLetterCount(_message.Message):
     reason: _builtins.str
     """The reason."""
     count: _builtins.int
-    """Entries that are kept: up to a thousand of a service, and as long as pairs are."""
+    """Dead letters that are kept: up to 1000 per service, for as long as pairs."""
     @_builtins.property
     def last_time(self) -> _timestamp_pb2.Timestamp:
-        """When the last one came."""
+        """The time of the last one."""
 
     def __init__(
         self,
@@ -351,7 +355,7 @@ Global___DeadLetterCount: _TypeAlias = DeadLetterCount  # noqa: Y015
 
 @_typing.final
 class GetSummaryResponse(_message.Message):
-    """An answer to GetSummary."""
+    """Response of GetSummary."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -376,30 +380,28 @@ class GetSummaryResponse(_message.Message):
     pairs: _builtins.int
     """Rows of the ledger in the window."""
     explained: _builtins.int
-    """Of the mismatches: those whose every difference is noise or additive."""
+    """Mismatches with noise and additive differences only."""
     envoy_sampled: _builtins.int
-    """Sampled requests by Envoy's own count: of the window, or over all its life. Unset where no Envoy's admin address is
-    known. Envoy is asked once a second, so the edges of a window are not sharp.
+    """Sampled requests, as counted by Envoy, in the window. Unset if the sidecar knows no Envoy admin address. The
+    sidecar reads the count once a second, so the limits of a window are not exact.
     """
     unaccounted: _builtins.int
-    """envoy_sampled minus the rows of the window, or without one minus all rows ever written: requests on their way, or
-    lost. For a window at most what is missing over all time.
-    """
+    """Sampled requests without a row in the ledger: in flight, or lost. For a window, at most the number over all time."""
     pending: _builtins.int
-    """Pairs that wait in Redis for a copy or for a worker, now. Unset while Redis can't be reached."""
+    """Pairs that wait in Redis for a copy or for a worker. Unset while Redis can't be reached."""
     findings: _builtins.int
     """Findings that are neither noise nor additive."""
     written: _builtins.int
-    """Rows ever written, over all time; those that retention dropped too."""
+    """Rows ever written. Includes rows that retention deleted."""
     not_sent: _builtins.int
-    """Copies that never left Envoy, over all time: too many were under way, or nobody was there."""
+    """Copies that Envoy did not send, over all time: too many were in flight, or the target was not available."""
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutcomeCount]:
-        """The same by outcome; outcomes without a row are left out."""
+        """The rows by outcome, without outcomes that don't occur."""
 
     @_builtins.property
     def drops(self) -> _containers.RepeatedCompositeFieldContainer[Global___DropCount]:
-        """Captures that were dropped, by place and reason, over all time. What Redis refused is named once, as of `redis`.
+        """Lost captures by stage and reason, over all time. Captures that Redis rejected count once, in `redis`.
         `late_effects` are effects without a capture.
         """
 
@@ -413,17 +415,15 @@ class GetSummaryResponse(_message.Message):
 
     @_builtins.property
     def captures(self) -> Global___CaptureCounts:
-        """What became of captures in Redis, over all time."""
+        """Captures in Redis, over all time."""
 
     @_builtins.property
     def dead_letters(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetterCount]:
-        """Entries that were put apart, the most frequent reasons first, at most ten."""
+        """Dead letters by reason, most frequent first. At most 10."""
 
     @_builtins.property
     def ledger_clock_ahead(self) -> _duration_pb2.Duration:
-        """By how much Postgres's clock is ahead of this sidecar's, now; negative where it is behind. Retention and the expiry of
-        rules go by the one that is behind.
-        """
+        """The time of Postgres minus the time of this sidecar. Retention and the expiry of rules use the earlier of the two."""
 
     def __init__(
         self,
@@ -466,7 +466,7 @@ Global___GetSummaryResponse: _TypeAlias = GetSummaryResponse  # noqa: Y015
 
 @_typing.final
 class GetVerdictRequest(_message.Message):
-    """A request for GetVerdict."""
+    """Request of GetVerdict."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -476,18 +476,18 @@ class GetVerdictRequest(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     ALL_RELEASES_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where the ledger holds only one."""
+    """The service. May be empty if there is only one."""
     release: _builtins.str
-    """Only pairs with this release of the new version. Empty: the one that the ledger saw first latest."""
+    """Only pairs with this release of the new version. Empty: the newest release in the ledger."""
     all_releases: _builtins.bool
-    """Pairs of all releases together; `release` is not heard then."""
+    """Use the pairs of all releases, and ignore `release`."""
     @_builtins.property
     def window(self) -> _common_pb2.TimeWindow:
-        """Only requests in this window. Unset: all that are kept."""
+        """Only requests in this window. Unset: all stored requests."""
 
     @_builtins.property
     def budget(self) -> Global___Budget:
-        """What is still acceptable. Unset: all defaults."""
+        """The acceptable rates. Unset: the defaults."""
 
     def __init__(
         self,
@@ -508,7 +508,7 @@ Global___GetVerdictRequest: _TypeAlias = GetVerdictRequest  # noqa: Y015
 
 @_typing.final
 class Budget(_message.Message):
-    """What is still acceptable. All are fractions."""
+    """The acceptable rates. All values are fractions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -518,15 +518,19 @@ class Budget(_message.Message):
     MIN_COMPLETENESS_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FIELD_NUMBER: _builtins.int
     max_mismatch: _builtins.float
-    """Of the compared pairs, those with unexplained mismatches, 0 to 1. Unset: 0.001."""
+    """Compared pairs with unexplained mismatches, 0 to 1. Unset: 0.001."""
     max_error: _builtins.float
-    """Of the compared pairs, those with a server error of the new version alone, 0 to 1. Unset: 0.001."""
+    """Compared pairs with a server error of the new version alone, 0 to 1. Unset: 0.001."""
     max_slower: _builtins.float
-    """How much longer than the old version the new one may take in the median pair, of old's time; half a millisecond never counts. Unset: 0.1."""
+    """Additional time of the new version in the median pair, as a fraction of the old version's time. Differences below
+    half a millisecond don't count. Unset: 0.1.
+    """
     min_completeness: _builtins.float
-    """Of the sampled requests by Envoy's count, those whose outcome is evidence, 0 to 1. Unset: 0.99."""
+    """Sampled requests with an outcome that is evidence, 0 to 1. Unset: 0.99."""
     confidence: _builtins.float
-    """One minus the probability of a wrong PASS, and of a wrong FAIL, over all looks; above 0, below 1. Unset: 0.95."""
+    """One minus the probability of a wrong PASS, and of a wrong FAIL, over all requests for the verdict. Above 0 and
+    below 1. Unset: 0.95.
+    """
     def __init__(
         self,
         *,
@@ -565,7 +569,7 @@ Global___Budget: _TypeAlias = Budget  # noqa: Y015
 
 @_typing.final
 class VerdictReason(_message.Message):
-    """What one test says."""
+    """The result of one test."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -576,18 +580,20 @@ class VerdictReason(_message.Message):
     PAIRS_TO_PASS_FIELD_NUMBER: _builtins.int
     PAIRS_TO_FAIL_FIELD_NUMBER: _builtins.int
     subject: Global___VerdictSubject.ValueType
-    """What is tested."""
+    """The tested rate."""
     state: Global___VerdictState.ValueType
-    """What it says by itself."""
+    """The result of this test alone."""
     text: _builtins.str
-    """The evidence in one line for people, with counts, an interval and what is allowed."""
+    """The evidence in one line: counts, interval and limit."""
     pairs_to_pass: _builtins.int
-    """About how many more pairs it takes to pass at the present rate; 0: none. Unset: it would not pass at this rate."""
+    """Estimated number of further pairs until this test passes at the present rate. 0: it passes. Unset: it would not
+    pass.
+    """
     pairs_to_fail: _builtins.int
-    """The same to fail. Unset: it would not fail at this rate."""
+    """Estimated number of further pairs until this test fails at the present rate. 0: it fails. Unset: it would not fail."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
-        """Of which endpoint. Unset: of the whole service."""
+        """The endpoint. Unset: the whole service."""
 
     def __init__(
         self,
@@ -616,7 +622,7 @@ Global___VerdictReason: _TypeAlias = VerdictReason  # noqa: Y015
 
 @_typing.final
 class EndpointVerdict(_message.Message):
-    """The verdict of one endpoint."""
+    """The verdict on one endpoint."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -624,14 +630,14 @@ class EndpointVerdict(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     state: Global___VerdictState.ValueType
-    """What it says."""
+    """The result."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
         """The endpoint."""
 
     @_builtins.property
     def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerdictReason]:
-        """All of its tests, the weightiest first."""
+        """All tests of the endpoint, most important first."""
 
     def __init__(
         self,
@@ -650,7 +656,7 @@ Global___EndpointVerdict: _TypeAlias = EndpointVerdict  # noqa: Y015
 
 @_typing.final
 class GetVerdictResponse(_message.Message):
-    """An answer to GetVerdict."""
+    """Response of GetVerdict."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -664,22 +670,22 @@ class GetVerdictResponse(_message.Message):
     service: _builtins.str
     """The service."""
     state: Global___VerdictState.ValueType
-    """What it says of the whole service."""
+    """The result for the whole service."""
     pairs_needed: _builtins.int
-    """About how many more pairs it takes to pass at the present rates; 0: none. Unset: it would not pass at these rates."""
+    """Estimated number of further pairs until PASS at the present rates. 0: none. Unset: these rates would not pass."""
     release: _builtins.str
-    """The release of the new version that is judged. Unset: all of them, or none has a pair."""
+    """The tested release of the new version. Unset: all releases, or no release has a pair."""
     @_builtins.property
     def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___VerdictReason]:
-        """The weightiest first: all tests of the whole, and those of endpoints that matter for it."""
+        """All tests of the service, and the tests of endpoints that affect the result. Most important first."""
 
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndpointVerdict]:
-        """The worst first."""
+        """The endpoints, worst first."""
 
     @_builtins.property
     def budget(self) -> Global___Budget:
-        """The budget that was used, with its defaults."""
+        """The budget, with defaults filled in."""
 
     def __init__(
         self,
@@ -709,7 +715,7 @@ Global___GetVerdictResponse: _TypeAlias = GetVerdictResponse  # noqa: Y015
 
 @_typing.final
 class ListEndpointsRequest(_message.Message):
-    """A request for ListEndpoints."""
+    """Request of ListEndpoints."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -720,12 +726,12 @@ class ListEndpointsRequest(_message.Message):
     service: _builtins.str
     """The service. Empty: all."""
     page_size: _builtins.int
-    """At most so many, 1 to 1000; 0 means 100."""
+    """Maximum number of entries, 1 to 1000. 0 means 100."""
     page_token: _builtins.str
-    """From the last answer's next_page_token; the other fields must not change meanwhile."""
+    """`next_page_token` of the previous response. The other fields must not change."""
     @_builtins.property
     def window(self) -> _common_pb2.TimeWindow:
-        """Only requests in this window. Unset: all that are kept."""
+        """Only requests in this window. Unset: all stored requests."""
 
     def __init__(
         self,
@@ -745,7 +751,7 @@ Global___ListEndpointsRequest: _TypeAlias = ListEndpointsRequest  # noqa: Y015
 
 @_typing.final
 class EndpointSummary(_message.Message):
-    """What is known of one endpoint."""
+    """Outcomes and times of an endpoint."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -767,11 +773,11 @@ class EndpointSummary(_message.Message):
 
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutcomeCount]:
-        """The same by outcome."""
+        """The rows by outcome."""
 
     @_builtins.property
     def old_p50(self) -> _duration_pb2.Duration:
-        """Median time of the old version, in the newest 2,000 pairs of the window, as the next three."""
+        """Median time of the old version. All four times cover the newest 2,000 pairs of the window."""
 
     @_builtins.property
     def old_p99(self) -> _duration_pb2.Duration:
@@ -807,14 +813,14 @@ Global___EndpointSummary: _TypeAlias = EndpointSummary  # noqa: Y015
 
 @_typing.final
 class ListEndpointsResponse(_message.Message):
-    """An answer to ListEndpoints."""
+    """Response of ListEndpoints."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndpointSummary]:
         """Ordered by service, route and method."""
@@ -835,7 +841,7 @@ Global___ListEndpointsResponse: _TypeAlias = ListEndpointsResponse  # noqa: Y015
 
 @_typing.final
 class Finding(_message.Message):
-    """All differences with one cause: endpoint, part, generalised path and kind."""
+    """All differences with the same endpoint, part, generalized path and kind."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -845,78 +851,80 @@ class Finding(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     IMPACT_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     COMPARED_FIELD_NUMBER: _builtins.int
-    NOISE_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
     BASELINE_COUNT_FIELD_NUMBER: _builtins.int
-    FIRST_SEEN_FIELD_NUMBER: _builtins.int
-    LAST_SEEN_FIELD_NUMBER: _builtins.int
-    SUMMARY_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    NOISE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
-    RATE_FIELD_NUMBER: _builtins.int
-    OLD_RELEASES_FIELD_NUMBER: _builtins.int
-    NEW_RELEASES_FIELD_NUMBER: _builtins.int
     STATUS_REASON_FIELD_NUMBER: _builtins.int
     EXPLANATIONS_FIELD_NUMBER: _builtins.int
+    FIRST_SEEN_FIELD_NUMBER: _builtins.int
+    LAST_SEEN_FIELD_NUMBER: _builtins.int
+    OLD_RELEASES_FIELD_NUMBER: _builtins.int
+    NEW_RELEASES_FIELD_NUMBER: _builtins.int
     id: _builtins.int
-    """Identifies the finding, for ever."""
+    """Identifies the finding. Ids are never reused."""
     part: _common_pb2.Part.ValueType
-    """Where in the answer."""
+    """The part of the answer."""
     path: _builtins.str
-    """The generalised path, such as `$.items[*].price`, or a header's name."""
+    """The generalized path, such as `$.items[*].price`, or the name of a header."""
     kind: _common_pb2.Kind.ValueType
-    """What differs."""
+    """The kind of the difference."""
     impact: _common_pb2.Impact.ValueType
-    """What it means to a client."""
-    count: _builtins.int
-    """Pairs in the window that show it; without a window, over all time. Of part LATENCY always over all time."""
-    compared: _builtins.int
-    """Pairs of the endpoint in the window that were compared; without a window, over all time."""
-    noise: _builtins.bool
-    """Whether `state` is FINDING_STATE_NOISE: it says nothing about the new version."""
-    baseline_count: _builtins.int
-    """Pairs of old and old that show it, over all time."""
+    """The effect on a client."""
     summary: _builtins.str
-    """One line for people, such as `200 became 500` or `p50 3.1 ms became 41.0 ms`."""
+    """The difference in one line, such as `200 became 500` or `p50 3.1 ms became 41.0 ms`."""
+    count: _builtins.int
+    """Pairs with this finding in the window, or over all time without a window. For the part LATENCY always over all
+    time.
+    """
+    compared: _builtins.int
+    """Compared pairs of the endpoint in the window, or over all time without a window."""
+    baseline_count: _builtins.int
+    """Pairs of two answers of the old version with this difference, over all time."""
     state: Global___FindingState.ValueType
-    """Whether it is told from noise, as decided at most about a second ago."""
+    """The noise decision. The sidecar updates it about once a second."""
+    noise: _builtins.bool
+    """True if `state` is FINDING_STATE_NOISE."""
     reason: _builtins.str
-    """Why the state is what it is, with the counts, for people. Empty until it was decided for the first time."""
+    """The evidence for the state, with counts. Empty before the first decision."""
     status: Global___FindingStatus.ValueType
-    """What people said of it, beside what the counts say."""
+    """The status that people gave to the finding."""
     status_reason: _builtins.str
-    """Why the status is what it is, as it was said last. Empty while nobody said anything."""
+    """The reason of the last status change. Empty if the status never changed."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
         """The endpoint."""
 
     @_builtins.property
-    def first_seen(self) -> _timestamp_pb2.Timestamp:
-        """The first pair that showed it."""
-
-    @_builtins.property
-    def last_seen(self) -> _timestamp_pb2.Timestamp:
-        """The last pair that showed it."""
-
-    @_builtins.property
     def rate(self) -> Global___Rate:
-        """`count` of `compared`, with an interval that holds with a confidence of 95% however often one looks. Unset where the
-        finding is of no single pairs, such as one of part LATENCY.
+        """`count` divided by `compared`, with a 95% confidence interval that is valid however often you request it. Unset for
+        findings that single pairs can't show, such as those of the part LATENCY.
         """
 
     @_builtins.property
+    def explanations(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingExplanation]:
+        """The explanations of all or some of its pairs. At most 10."""
+
+    @_builtins.property
+    def first_seen(self) -> _timestamp_pb2.Timestamp:
+        """The time of the first pair."""
+
+    @_builtins.property
+    def last_seen(self) -> _timestamp_pb2.Timestamp:
+        """The time of the last pair."""
+
+    @_builtins.property
     def old_releases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Releases of the old version in which it was seen, the latest first; at most 10."""
+        """Releases of the old version with this finding, latest first. At most 10."""
 
     @_builtins.property
     def new_releases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Releases of the new version in which it was seen, the latest first; at most 10."""
-
-    @_builtins.property
-    def explanations(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingExplanation]:
-        """What explains it, or some of its pairs; at most 10. Empty: nothing does."""
+        """Releases of the new version with this finding, latest first. At most 10."""
 
     def __init__(
         self,
@@ -927,21 +935,21 @@ class Finding(_message.Message):
         path: _builtins.str = ...,
         kind: _common_pb2.Kind.ValueType = ...,
         impact: _common_pb2.Impact.ValueType = ...,
+        summary: _builtins.str = ...,
         count: _builtins.int = ...,
         compared: _builtins.int = ...,
-        noise: _builtins.bool = ...,
+        rate: Global___Rate | None = ...,
         baseline_count: _builtins.int = ...,
-        first_seen: _timestamp_pb2.Timestamp | None = ...,
-        last_seen: _timestamp_pb2.Timestamp | None = ...,
-        summary: _builtins.str = ...,
         state: Global___FindingState.ValueType = ...,
+        noise: _builtins.bool = ...,
         reason: _builtins.str = ...,
         status: Global___FindingStatus.ValueType = ...,
-        rate: Global___Rate | None = ...,
-        old_releases: _abc.Iterable[_builtins.str] | None = ...,
-        new_releases: _abc.Iterable[_builtins.str] | None = ...,
         status_reason: _builtins.str = ...,
         explanations: _abc.Iterable[Global___FindingExplanation] | None = ...,
+        first_seen: _timestamp_pb2.Timestamp | None = ...,
+        last_seen: _timestamp_pb2.Timestamp | None = ...,
+        old_releases: _abc.Iterable[_builtins.str] | None = ...,
+        new_releases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "first_seen", b"first_seen", "last_seen", b"last_seen", "rate", b"rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -953,7 +961,7 @@ Global___Finding: _TypeAlias = Finding  # noqa: Y015
 
 @_typing.final
 class FindingExplanation(_message.Message):
-    """What explains pairs that show a finding."""
+    """An explanation of pairs with a finding."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -964,19 +972,19 @@ class FindingExplanation(_message.Message):
     RULE_NAME_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     cause: Global___ExplanationCause.ValueType
-    """What it is."""
+    """The cause."""
     pairs: _builtins.int
-    """Pairs that it explains, in the window; without one, over all time. Those of RULE and DRIFT are not among the finding's
-    count, those of the other causes are all of it.
+    """Explained pairs in the window, or over all time without a window. The count of the finding excludes pairs that RULE
+    and DRIFT explain, and consists of the pairs that other causes explain.
     """
     reason: _builtins.str
-    """Why, for people; of RULE what the rule's owner wrote."""
+    """The reason as text. For RULE: the reason that the rule's owner wrote."""
     rule_id: _builtins.int
-    """Of RULE: the rule, as in ListRules. 0: none."""
+    """For RULE: the id of the rule. 0: no rule."""
     rule_name: _builtins.str
-    """Of RULE: its name."""
+    """For RULE: the name of the rule."""
     owner: _builtins.str
-    """Of RULE: who answers for it."""
+    """For RULE: the owner of the rule."""
     def __init__(
         self,
         *,
@@ -997,7 +1005,7 @@ Global___FindingExplanation: _TypeAlias = FindingExplanation  # noqa: Y015
 
 @_typing.final
 class Rate(_message.Message):
-    """A share of pairs. All are fractions, 0 to 1."""
+    """A share of pairs, with a confidence interval. All values are fractions, 0 to 1."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1005,11 +1013,11 @@ class Rate(_message.Message):
     LOW_FIELD_NUMBER: _builtins.int
     HIGH_FIELD_NUMBER: _builtins.int
     value: _builtins.float
-    """As counted."""
+    """The observed share."""
     low: _builtins.float
-    """The interval's lower end."""
+    """The lower limit of the interval."""
     high: _builtins.float
-    """The interval's upper end."""
+    """The upper limit of the interval."""
     def __init__(
         self,
         *,
@@ -1027,7 +1035,7 @@ Global___Rate: _TypeAlias = Rate  # noqa: Y015
 
 @_typing.final
 class FindingEvent(_message.Message):
-    """Somebody said something of a finding, or it reopened by itself."""
+    """A change of a finding's status."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1038,18 +1046,18 @@ class FindingEvent(_message.Message):
     RELEASE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     actor: _builtins.str
-    """Who; `abreast` where it reopened by itself."""
+    """The person. `abreast` if the finding reopened automatically."""
     before: Global___FindingStatus.ValueType
-    """Its status before."""
+    """The status before."""
     after: Global___FindingStatus.ValueType
-    """Its status after."""
+    """The status after."""
     release: _builtins.str
-    """The release of the new version in which it is fixed, or came back. Empty: none was named."""
+    """The release of the new version that has the fix, or that shows the finding again. Empty: no release was named."""
     reason: _builtins.str
-    """Why."""
+    """The reason."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
-        """When."""
+        """The time of the change."""
 
     def __init__(
         self,
@@ -1071,7 +1079,7 @@ Global___FindingEvent: _TypeAlias = FindingEvent  # noqa: Y015
 
 @_typing.final
 class SetFindingStatusRequest(_message.Message):
-    """A request for SetFindingStatus."""
+    """Request of SetFindingStatus."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1083,14 +1091,14 @@ class SetFindingStatusRequest(_message.Message):
     id: _builtins.int
     """From ListFindings."""
     status: Global___FindingStatus.ValueType
-    """OPEN, CONFIRMED, EXPECTED or FIXED."""
+    """The new status: OPEN, CONFIRMED, EXPECTED or FIXED."""
     reason: _builtins.str
-    """Why. Required, at most 2000 characters."""
+    """The reason. Required, at most 2000 characters."""
     actor: _builtins.str
-    """Who, at most 200 characters. Empty: the caller's address."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     release: _builtins.str
-    """Only with FIXED: the release of the new version that has the fix. Empty, or one that was not seen yet: the next one
-    after those that were seen. INVALID_ARGUMENT where that release, or a later one, has shown the finding.
+    """The release of the new version that has the fix. Only with FIXED. If it is empty or not in the ledger yet, the next
+    new release counts as fixed. INVALID_ARGUMENT if this release or a later one shows the finding.
     """
     def __init__(
         self,
@@ -1111,7 +1119,7 @@ Global___SetFindingStatusRequest: _TypeAlias = SetFindingStatusRequest  # noqa: 
 
 @_typing.final
 class SetFindingStatusResponse(_message.Message):
-    """An answer to SetFindingStatus."""
+    """Response of SetFindingStatus."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1135,7 +1143,7 @@ Global___SetFindingStatusResponse: _TypeAlias = SetFindingStatusResponse  # noqa
 
 @_typing.final
 class ListFindingsRequest(_message.Message):
-    """A request for ListFindings."""
+    """Request of ListFindings."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1146,30 +1154,30 @@ class ListFindingsRequest(_message.Message):
     KINDS_FIELD_NUMBER: _builtins.int
     IMPACTS_FIELD_NUMBER: _builtins.int
     INCLUDE_NOISE_FIELD_NUMBER: _builtins.int
-    WINDOW_FIELD_NUMBER: _builtins.int
-    PAGE_SIZE_FIELD_NUMBER: _builtins.int
-    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     INCLUDE_SETTLED_FIELD_NUMBER: _builtins.int
     ONLY_EXPLAINED_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service. Empty: all."""
     method: _builtins.str
-    """Only findings of this method, such as `GET`."""
+    """Only findings of this method, such as `GET`. Empty: all."""
     route: _builtins.str
-    """Only findings of this route template, exactly."""
+    """Only findings of exactly this route template. Empty: all."""
     include_noise: _builtins.bool
-    """Also findings that are noise, marked as such."""
-    page_size: _builtins.int
-    """At most so many, 1 to 1000; 0 means 100."""
-    page_token: _builtins.str
-    """From the last answer's next_page_token; the other fields must not change meanwhile."""
+    """Include findings that are noise."""
     include_settled: _builtins.bool
-    """Also findings that people said are expected or fixed, and those of which rules or drift of state explain all pairs."""
+    """Include findings with the status expected or fixed, and findings that rules or drift explain entirely."""
     only_explained: _builtins.bool
-    """Only what was explained: noise, expected and fixed, and whatever rules or drift of state explain pairs of."""
+    """List only explained findings: noise, expected, fixed, and findings that rules or drift explain in part."""
     release: _builtins.str
-    """Only pairs with this release of the new version are counted; findings without any are left out. Empty: all."""
+    """Count only pairs with this release of the new version, and omit findings without one. Empty: all."""
+    page_size: _builtins.int
+    """Maximum number of entries, 1 to 1000. 0 means 100."""
+    page_token: _builtins.str
+    """`next_page_token` of the previous response. The other fields must not change."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Part.ValueType]:
         """Only findings of these parts. Empty: all."""
@@ -1184,7 +1192,7 @@ class ListFindingsRequest(_message.Message):
 
     @_builtins.property
     def window(self) -> _common_pb2.TimeWindow:
-        """Only pairs in this window are counted; findings without any are left out. Unset: all time."""
+        """Count only pairs in this window, and omit findings without one. Unset: all time."""
 
     def __init__(
         self,
@@ -1196,12 +1204,12 @@ class ListFindingsRequest(_message.Message):
         kinds: _abc.Iterable[_common_pb2.Kind.ValueType] | None = ...,
         impacts: _abc.Iterable[_common_pb2.Impact.ValueType] | None = ...,
         include_noise: _builtins.bool = ...,
-        window: _common_pb2.TimeWindow | None = ...,
-        page_size: _builtins.int = ...,
-        page_token: _builtins.str = ...,
         include_settled: _builtins.bool = ...,
         only_explained: _builtins.bool = ...,
         release: _builtins.str = ...,
+        window: _common_pb2.TimeWindow | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1213,17 +1221,17 @@ Global___ListFindingsRequest: _TypeAlias = ListFindingsRequest  # noqa: Y015
 
 @_typing.final
 class ListFindingsResponse(_message.Message):
-    """An answer to ListFindings."""
+    """Response of ListFindings."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FINDINGS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]:
-        """Breaking before value before additive, then the most frequent first."""
+        """Findings by impact (breaking, value, additive), then most frequent first."""
 
     def __init__(
         self,
@@ -1241,7 +1249,7 @@ Global___ListFindingsResponse: _TypeAlias = ListFindingsResponse  # noqa: Y015
 
 @_typing.final
 class GetFindingRequest(_message.Message):
-    """A request for GetFinding."""
+    """Request of GetFinding."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1263,7 +1271,7 @@ Global___GetFindingRequest: _TypeAlias = GetFindingRequest  # noqa: Y015
 
 @_typing.final
 class GetFindingResponse(_message.Message):
-    """An answer to GetFinding."""
+    """Response of GetFinding."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1278,19 +1286,21 @@ class GetFindingResponse(_message.Message):
 
     @_builtins.property
     def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___PairDetail]:
-        """Kept pairs that show it, the smallest first."""
+        """Kept pairs with this finding, smallest first."""
 
     @_builtins.property
     def feature(self) -> Global___RequestFeature:
-        """What tells the requests that show it from others of the endpoint. Unset: nothing does, or too few were seen."""
+        """The feature that distinguishes requests with this finding from other requests of the endpoint. Unset without such
+        a feature, or with too few requests.
+        """
 
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___FindingEvent]:
-        """What people said of it, the latest first; at most 50."""
+        """Status changes, latest first. At most 50."""
 
     @_builtins.property
     def explained_by(self) -> _containers.RepeatedCompositeFieldContainer[_rule_pb2.Rule]:
-        """The rules that explain pairs of it. Those pairs are not among its count; each rule says how many they are."""
+        """Rules that explain pairs with this finding. The count of the finding excludes those pairs."""
 
     def __init__(
         self,
@@ -1311,8 +1321,8 @@ Global___GetFindingResponse: _TypeAlias = GetFindingResponse  # noqa: Y015
 
 @_typing.final
 class RequestFeature(_message.Message):
-    """What requests have in common: a parameter of the path or the query, a header, a cookie, a field of a JSON or form body;
-    its value, or that it is missing. Found in a bounded sample of requests; values of secrets are not kept.
+    """A common feature of requests: the value, presence or absence of a path or query parameter, a header, a cookie, or a
+    field of a JSON or form body. It comes from a bounded sample of requests. The sample has no secret values.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1321,11 +1331,13 @@ class RequestFeature(_message.Message):
     COVERAGE_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Such as `query.currency=JPY`, `query.page` for any value, `no query.page`, `path.id=7`, `body.items[*].sku=a1`."""
+    """The feature, for example `query.currency=JPY`, `query.page` for any value, `no query.page`, `path.id=7` or
+    `body.items[*].sku=a1`.
+    """
     coverage: _builtins.float
-    """Part of the requests with the finding that have the feature."""
+    """Share of the requests with the finding that have the feature."""
     precision: _builtins.float
-    """Part of the requests with the feature that show the finding."""
+    """Share of the requests with the feature that show the finding."""
     def __init__(
         self,
         *,
@@ -1343,7 +1355,7 @@ Global___RequestFeature: _TypeAlias = RequestFeature  # noqa: Y015
 
 @_typing.final
 class ListPairsRequest(_message.Message):
-    """A request for ListPairs."""
+    """Request of ListPairs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1358,15 +1370,15 @@ class ListPairsRequest(_message.Message):
     service: _builtins.str
     """The service. Empty: all."""
     method: _builtins.str
-    """Only this method."""
+    """Only this method. Empty: all."""
     route: _builtins.str
-    """Only this route template, exactly."""
+    """Only exactly this route template. Empty: all."""
     finding_id: _builtins.int
-    """Only pairs that show this finding, also those in which it is explained. 0: all."""
+    """Only pairs with this finding, explained or not. 0: all."""
     page_size: _builtins.int
-    """At most so many, 1 to 1000; 0 means 100."""
+    """Maximum number of entries, 1 to 1000. 0 means 100."""
     page_token: _builtins.str
-    """From the last answer's next_page_token; the other fields must not change meanwhile."""
+    """`next_page_token` of the previous response. The other fields must not change."""
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Outcome.ValueType]:
         """Only these outcomes. Empty: all."""
@@ -1397,17 +1409,17 @@ Global___ListPairsRequest: _TypeAlias = ListPairsRequest  # noqa: Y015
 
 @_typing.final
 class ListPairsResponse(_message.Message):
-    """An answer to ListPairs."""
+    """Response of ListPairs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PAIRS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pair]:
-        """Newest first."""
+        """Pairs, newest first."""
 
     def __init__(
         self,
@@ -1425,7 +1437,7 @@ Global___ListPairsResponse: _TypeAlias = ListPairsResponse  # noqa: Y015
 
 @_typing.final
 class Pair(_message.Message):
-    """One sampled request, as the ledger's compact row has it."""
+    """One sampled request, as one row of the ledger."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1433,6 +1445,7 @@ class Pair(_message.Message):
     ENDPOINT_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     LIVE_FIELD_NUMBER: _builtins.int
     REQUEST_FIELD_NUMBER: _builtins.int
     OLD_STATUS_FIELD_NUMBER: _builtins.int
@@ -1442,34 +1455,33 @@ class Pair(_message.Message):
     OLD_RELEASE_FIELD_NUMBER: _builtins.int
     NEW_RELEASE_FIELD_NUMBER: _builtins.int
     FINDING_IDS_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
     EXPLAINED_FIELD_NUMBER: _builtins.int
     DRIFT_FINDING_IDS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """The id that Envoy gave it, as in the answer's header x-abreast-pair."""
+    """The id that Envoy assigned, as in the response header x-abreast-pair."""
     outcome: _common_pb2.Outcome.ValueType
-    """How it ended."""
+    """The outcome."""
+    reason: _builtins.str
+    """The reason of the outcome, if the outcome alone does not tell it."""
     live: _common_pb2.Version.ValueType
-    """The version that answered the user; unspecified where that capture is missing."""
+    """The version that answered the user. Unspecified if that capture is missing."""
     request: _builtins.str
     """Path and query."""
     old_status: _builtins.int
-    """The old version's status; 0 where its capture is missing."""
+    """The status of the old version. 0 if its capture is missing."""
     new_status: _builtins.int
-    """The new version's status; 0 where its capture is missing."""
+    """The status of the new version. 0 if its capture is missing."""
     old_release: _builtins.str
-    """Label of the old version's code."""
+    """The release label of the old version."""
     new_release: _builtins.str
-    """Label of the new version's code."""
-    reason: _builtins.str
-    """Why it ended so, where the outcome does not say it."""
+    """The release label of the new version."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
         """The endpoint."""
 
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
-        """When its captures were joined."""
+        """The time when its captures were joined."""
 
     @_builtins.property
     def old_time(self) -> _duration_pb2.Duration:
@@ -1485,11 +1497,11 @@ class Pair(_message.Message):
 
     @_builtins.property
     def explained(self) -> _containers.RepeatedCompositeFieldContainer[Global___Explanation]:
-        """The findings that rules explain in it; they are not among finding_ids."""
+        """Findings that rules explain in this pair. `finding_ids` excludes them."""
 
     @_builtins.property
     def drift_finding_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The findings that were drift of state in it, as asking again told; they are not among finding_ids."""
+        """Findings that were drift of state in this pair, as the recheck showed. `finding_ids` excludes them."""
 
     def __init__(
         self,
@@ -1498,6 +1510,7 @@ class Pair(_message.Message):
         endpoint: _common_pb2.Endpoint | None = ...,
         time: _timestamp_pb2.Timestamp | None = ...,
         outcome: _common_pb2.Outcome.ValueType = ...,
+        reason: _builtins.str = ...,
         live: _common_pb2.Version.ValueType = ...,
         request: _builtins.str = ...,
         old_status: _builtins.int = ...,
@@ -1507,7 +1520,6 @@ class Pair(_message.Message):
         old_release: _builtins.str = ...,
         new_release: _builtins.str = ...,
         finding_ids: _abc.Iterable[_builtins.int] | None = ...,
-        reason: _builtins.str = ...,
         explained: _abc.Iterable[Global___Explanation] | None = ...,
         drift_finding_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
@@ -1521,7 +1533,7 @@ Global___Pair: _TypeAlias = Pair  # noqa: Y015
 
 @_typing.final
 class Explanation(_message.Message):
-    """A finding that a rule explains."""
+    """A finding that a rule explains in a pair."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1530,7 +1542,7 @@ class Explanation(_message.Message):
     finding_id: _builtins.int
     """The finding."""
     rule_id: _builtins.int
-    """The rule, as in ListRules."""
+    """The id of the rule."""
     def __init__(
         self,
         *,
@@ -1547,7 +1559,7 @@ Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
 
 @_typing.final
 class CaptureDetail(_message.Message):
-    """What one version did with the request."""
+    """The answer of one version to the request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1572,44 +1584,44 @@ class CaptureDetail(_message.Message):
     role: _common_pb2.Role.ValueType
     """The role."""
     attempt: _builtins.int
-    """Envoy's attempt, from 1."""
+    """The attempt of Envoy, from 1."""
     release: _builtins.str
-    """Label of the code."""
+    """The release label of the version."""
     status: _builtins.int
-    """The status; 0 where no answer began."""
+    """The status. 0 if no answer began."""
     body: _builtins.bytes
-    """The answer's body, as far as it was captured."""
+    """The captured part of the response body."""
     body_length: _builtins.int
-    """The body's whole length in bytes."""
+    """The length of the whole body in bytes."""
     exception: _builtins.str
-    """Class of the exception that left the application; empty for none."""
+    """The class of the exception that the application raised. Empty: none."""
     client_left: _builtins.bool
-    """Whether the client left before the end."""
+    """True if the client disconnected before the end of the answer."""
     effects_dropped: _builtins.int
-    """How many more there were."""
+    """Number of effects beyond the first 200."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When the request arrived, by the service's clock."""
+        """The arrival of the request, by the clock of the service."""
 
     @_builtins.property
     def first_byte(self) -> _duration_pb2.Duration:
-        """Until the answer began. Unset where it never did."""
+        """Time from arrival to the first byte of the answer. Unset if no answer began."""
 
     @_builtins.property
     def total(self) -> _duration_pb2.Duration:
-        """Until the answer ended."""
+        """Time from arrival to the end of the answer."""
 
     @_builtins.property
     def headers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Header]:
-        """The answer's headers, in order."""
+        """The response headers, in order."""
 
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
-        """What the application asked of others, in the order of their ends; the first 100."""
+        """Calls of the application to other systems, in the order of their ends. The first 100."""
 
     @_builtins.property
     def effects(self) -> _containers.RepeatedCompositeFieldContainer[Global___Effect]:
-        """What the application did beside its answer, or held back in a shadow, in order; the first 200."""
+        """Effects of the application, or effects that a shadow suppressed, in order. The first 200."""
 
     def __init__(
         self,
@@ -1641,7 +1653,7 @@ Global___CaptureDetail: _TypeAlias = CaptureDetail  # noqa: Y015
 
 @_typing.final
 class Effect(_message.Message):
-    """Something that the application did beside its answer, such as sending a mail; in a shadow, would have done."""
+    """A side effect of the application besides its answer, such as an email. In a shadow, the middleware suppresses it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1652,18 +1664,18 @@ class Effect(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """What, such as `email.send`."""
+    """The kind, such as `email.send`."""
     key: _builtins.str
-    """Who or what it is about; may be empty."""
+    """The target of the effect, such as a recipient. May be empty."""
     payload: _builtins.str
-    """What it says, as JSON text; its length and digest where it was too long. Secrets are keyed hashes."""
+    """The content as JSON text, or its length and digest if it is too long. Secrets are keyed hashes."""
     error: _builtins.str
-    """Class of what it raised; empty for nothing."""
+    """The class of the exception that the effect raised. Empty: none."""
     note: _builtins.bool
-    """Whether it is a note, which is not compared."""
+    """True for a note, which Abreast does not compare."""
     @_builtins.property
     def start(self) -> _duration_pb2.Duration:
-        """When, since the request arrived."""
+        """Time from the arrival of the request to the effect."""
 
     def __init__(
         self,
@@ -1685,7 +1697,7 @@ Global___Effect: _TypeAlias = Effect  # noqa: Y015
 
 @_typing.final
 class Span(_message.Message):
-    """What the application asked of something else while it made its answer."""
+    """A call of the application to another system."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1695,18 +1707,18 @@ class Span(_message.Message):
     DURATION_FIELD_NUMBER: _builtins.int
     NOTE_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """What was asked: `cache`, `database`, or what the application calls it."""
+    """The kind of system: `cache`, `database`, or a name that the application chooses."""
     name: _builtins.str
-    """What for, such as a statement's verb and table, or the first part of a cache's key."""
+    """The subject, such as a statement's verb and table, or the first part of a cache key."""
     note: _builtins.str
-    """`hit` or `miss` of a cache, or the class of what was raised; empty for nothing to say."""
+    """`hit` or `miss` for a cache, or the class of a raised exception. May be empty."""
     @_builtins.property
     def start(self) -> _duration_pb2.Duration:
-        """When it was asked, since the request arrived."""
+        """Time from the arrival of the request to the call."""
 
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
-        """Until it answered."""
+        """The duration of the call."""
 
     def __init__(
         self,
@@ -1727,7 +1739,7 @@ Global___Span: _TypeAlias = Span  # noqa: Y015
 
 @_typing.final
 class PairDetail(_message.Message):
-    """A pair with all that is kept of it."""
+    """A pair with its captures."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1737,22 +1749,22 @@ class PairDetail(_message.Message):
     REQUEST_HEADERS_FIELD_NUMBER: _builtins.int
     REQUEST_BODY_FIELD_NUMBER: _builtins.int
     request_body: _builtins.bytes
-    """The request's body, as far as it was captured."""
+    """The captured part of the request body."""
     @_builtins.property
     def pair(self) -> Global___Pair:
-        """The compact row."""
+        """The row of the ledger."""
 
     @_builtins.property
     def captures(self) -> _containers.RepeatedCompositeFieldContainer[Global___CaptureDetail]:
-        """The captures; empty where the pair is not kept as an example."""
+        """The captures. Empty if the pair is not kept as an example."""
 
     @_builtins.property
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Difference]:
-        """All its differences; empty where the pair is not kept as an example."""
+        """All differences. Empty if the pair is not kept as an example."""
 
     @_builtins.property
     def request_headers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Header]:
-        """The request's headers that were captured."""
+        """The captured request headers."""
 
     def __init__(
         self,
@@ -1773,7 +1785,7 @@ Global___PairDetail: _TypeAlias = PairDetail  # noqa: Y015
 
 @_typing.final
 class GetPairRequest(_message.Message):
-    """A request for GetPair."""
+    """Request of GetPair."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1795,7 +1807,7 @@ Global___GetPairRequest: _TypeAlias = GetPairRequest  # noqa: Y015
 
 @_typing.final
 class GetPairResponse(_message.Message):
-    """An answer to GetPair."""
+    """Response of GetPair."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1819,7 +1831,7 @@ Global___GetPairResponse: _TypeAlias = GetPairResponse  # noqa: Y015
 
 @_typing.final
 class WatchFindingsRequest(_message.Message):
-    """A request for WatchFindings."""
+    """Request of WatchFindings."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1828,7 +1840,7 @@ class WatchFindingsRequest(_message.Message):
     service: _builtins.str
     """The service. Empty: all."""
     include_noise: _builtins.bool
-    """Also findings that are noise, expected or fixed, marked as such."""
+    """Include findings that are noise, expected or fixed."""
     def __init__(
         self,
         *,
@@ -1845,7 +1857,7 @@ Global___WatchFindingsRequest: _TypeAlias = WatchFindingsRequest  # noqa: Y015
 
 @_typing.final
 class WatchFindingsResponse(_message.Message):
-    """One finding that is new or has grown."""
+    """A finding that is new or has grown."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -26,10 +26,10 @@ if _version_not_supported:
 
 
 class ComparisonServiceStub(object):
-    """Reads what was compared, and takes what people say of it. All calls are safe to repeat.
+    """Reads results of comparisons, and sets the status of findings. Unless noted, calls are safe to repeat.
 
-    Errors: INVALID_ARGUMENT for a filter, window, page size or token that can't be used; NOT_FOUND for an unknown id;
-    UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id.
+    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
     """
 
     def __init__(self, channel):
@@ -86,70 +86,71 @@ class ComparisonServiceStub(object):
 
 
 class ComparisonServiceServicer(object):
-    """Reads what was compared, and takes what people say of it. All calls are safe to repeat.
+    """Reads results of comparisons, and sets the status of findings. Unless noted, calls are safe to repeat.
 
-    Errors: INVALID_ARGUMENT for a filter, window, page size or token that can't be used; NOT_FOUND for an unknown id;
-    UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id.
+    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
     """
 
     def GetSummary(self, request, context):
-        """How the sampled requests ended, held against Envoy's own count.
+        """Returns the outcomes of the sampled requests, and compares them with Envoy's count.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetVerdict(self, request, context):
-        """Whether the new version may take over, with the evidence for it. Valid however often it is asked for.
+        """Decides whether the new version may take over, with the evidence. The verdict is valid however often you request
+        it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListEndpoints(self, request, context):
-        """The endpoints that were seen, with their outcomes and times.
+        """Lists endpoints, with their outcomes and times.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListFindings(self, request, context):
-        """What differs, one cause a row, the most frequent first.
+        """Lists findings, by impact and then by number of pairs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetFinding(self, request, context):
-        """One finding with its examples.
+        """Returns a finding with examples.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetFindingStatus(self, request, context):
-        """Say of a finding that it is confirmed, expected, fixed or open. Repeated, it is said twice in its history.
+        """Sets the status of a finding. A repeated call adds a second entry to its history.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListPairs(self, request, context):
-        """Compared requests, newest first.
+        """Lists pairs, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetPair(self, request, context):
-        """One compared request, with both answers where they are kept.
+        """Returns a pair, with both answers if the ledger keeps them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchFindings(self, request, context):
-        """Findings as they appear and grow. First the present ones, then changes, about once a second, until cancelled.
+        """Streams findings: first the existing ones, then changes, about once a second, until cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,10 +213,10 @@ def add_ComparisonServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ComparisonService(object):
-    """Reads what was compared, and takes what people say of it. All calls are safe to repeat.
+    """Reads results of comparisons, and sets the status of findings. Unless noted, calls are safe to repeat.
 
-    Errors: INVALID_ARGUMENT for a filter, window, page size or token that can't be used; NOT_FOUND for an unknown id;
-    UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id.
+    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
     """
 
     @staticmethod

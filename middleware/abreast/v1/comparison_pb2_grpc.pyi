@@ -13,37 +13,39 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ComparisonServiceStub:
-    """Reads what was compared, and takes what people say of it. All calls are safe to repeat.
+    """Reads results of comparisons, and sets the status of findings. Unless noted, calls are safe to repeat.
 
-    Errors: INVALID_ARGUMENT for a filter, window, page size or token that can't be used; NOT_FOUND for an unknown id;
-    UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id.
+    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetSummary: _aio.UnaryUnaryMultiCallable[_comparison_pb2.GetSummaryRequest, _comparison_pb2.GetSummaryResponse]
-    """How the sampled requests ended, held against Envoy's own count."""
+    """Returns the outcomes of the sampled requests, and compares them with Envoy's count."""
     GetVerdict: _aio.UnaryUnaryMultiCallable[_comparison_pb2.GetVerdictRequest, _comparison_pb2.GetVerdictResponse]
-    """Whether the new version may take over, with the evidence for it. Valid however often it is asked for."""
+    """Decides whether the new version may take over, with the evidence. The verdict is valid however often you request
+    it.
+    """
     ListEndpoints: _aio.UnaryUnaryMultiCallable[_comparison_pb2.ListEndpointsRequest, _comparison_pb2.ListEndpointsResponse]
-    """The endpoints that were seen, with their outcomes and times."""
+    """Lists endpoints, with their outcomes and times."""
     ListFindings: _aio.UnaryUnaryMultiCallable[_comparison_pb2.ListFindingsRequest, _comparison_pb2.ListFindingsResponse]
-    """What differs, one cause a row, the most frequent first."""
+    """Lists findings, by impact and then by number of pairs."""
     GetFinding: _aio.UnaryUnaryMultiCallable[_comparison_pb2.GetFindingRequest, _comparison_pb2.GetFindingResponse]
-    """One finding with its examples."""
+    """Returns a finding with examples."""
     SetFindingStatus: _aio.UnaryUnaryMultiCallable[_comparison_pb2.SetFindingStatusRequest, _comparison_pb2.SetFindingStatusResponse]
-    """Say of a finding that it is confirmed, expected, fixed or open. Repeated, it is said twice in its history."""
+    """Sets the status of a finding. A repeated call adds a second entry to its history."""
     ListPairs: _aio.UnaryUnaryMultiCallable[_comparison_pb2.ListPairsRequest, _comparison_pb2.ListPairsResponse]
-    """Compared requests, newest first."""
+    """Lists pairs, newest first."""
     GetPair: _aio.UnaryUnaryMultiCallable[_comparison_pb2.GetPairRequest, _comparison_pb2.GetPairResponse]
-    """One compared request, with both answers where they are kept."""
+    """Returns a pair, with both answers if the ledger keeps them."""
     WatchFindings: _aio.UnaryStreamMultiCallable[_comparison_pb2.WatchFindingsRequest, _comparison_pb2.WatchFindingsResponse]
-    """Findings as they appear and grow. First the present ones, then changes, about once a second, until cancelled."""
+    """Streams findings: first the existing ones, then changes, about once a second, until cancelled."""
 
 class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Reads what was compared, and takes what people say of it. All calls are safe to repeat.
+    """Reads results of comparisons, and sets the status of findings. Unless noted, calls are safe to repeat.
 
-    Errors: INVALID_ARGUMENT for a filter, window, page size or token that can't be used; NOT_FOUND for an unknown id;
-    UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id.
+    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
     """
 
     @_abc_1.abstractmethod
@@ -52,7 +54,7 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _comparison_pb2.GetSummaryRequest,
         context: _aio.ServicerContext[_comparison_pb2.GetSummaryRequest, _abc.Awaitable[_comparison_pb2.GetSummaryResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.GetSummaryResponse]:
-        """How the sampled requests ended, held against Envoy's own count."""
+        """Returns the outcomes of the sampled requests, and compares them with Envoy's count."""
 
     @_abc_1.abstractmethod
     def GetVerdict(
@@ -60,7 +62,9 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _comparison_pb2.GetVerdictRequest,
         context: _aio.ServicerContext[_comparison_pb2.GetVerdictRequest, _abc.Awaitable[_comparison_pb2.GetVerdictResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.GetVerdictResponse]:
-        """Whether the new version may take over, with the evidence for it. Valid however often it is asked for."""
+        """Decides whether the new version may take over, with the evidence. The verdict is valid however often you request
+        it.
+        """
 
     @_abc_1.abstractmethod
     def ListEndpoints(
@@ -68,7 +72,7 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _comparison_pb2.ListEndpointsRequest,
         context: _aio.ServicerContext[_comparison_pb2.ListEndpointsRequest, _abc.Awaitable[_comparison_pb2.ListEndpointsResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.ListEndpointsResponse]:
-        """The endpoints that were seen, with their outcomes and times."""
+        """Lists endpoints, with their outcomes and times."""
 
     @_abc_1.abstractmethod
     def ListFindings(
@@ -76,7 +80,7 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _comparison_pb2.ListFindingsRequest,
         context: _aio.ServicerContext[_comparison_pb2.ListFindingsRequest, _abc.Awaitable[_comparison_pb2.ListFindingsResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.ListFindingsResponse]:
-        """What differs, one cause a row, the most frequent first."""
+        """Lists findings, by impact and then by number of pairs."""
 
     @_abc_1.abstractmethod
     def GetFinding(
@@ -84,7 +88,7 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _comparison_pb2.GetFindingRequest,
         context: _aio.ServicerContext[_comparison_pb2.GetFindingRequest, _abc.Awaitable[_comparison_pb2.GetFindingResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.GetFindingResponse]:
-        """One finding with its examples."""
+        """Returns a finding with examples."""
 
     @_abc_1.abstractmethod
     def SetFindingStatus(
@@ -92,7 +96,7 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _comparison_pb2.SetFindingStatusRequest,
         context: _aio.ServicerContext[_comparison_pb2.SetFindingStatusRequest, _abc.Awaitable[_comparison_pb2.SetFindingStatusResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.SetFindingStatusResponse]:
-        """Say of a finding that it is confirmed, expected, fixed or open. Repeated, it is said twice in its history."""
+        """Sets the status of a finding. A repeated call adds a second entry to its history."""
 
     @_abc_1.abstractmethod
     def ListPairs(
@@ -100,7 +104,7 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _comparison_pb2.ListPairsRequest,
         context: _aio.ServicerContext[_comparison_pb2.ListPairsRequest, _abc.Awaitable[_comparison_pb2.ListPairsResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.ListPairsResponse]:
-        """Compared requests, newest first."""
+        """Lists pairs, newest first."""
 
     @_abc_1.abstractmethod
     def GetPair(
@@ -108,7 +112,7 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _comparison_pb2.GetPairRequest,
         context: _aio.ServicerContext[_comparison_pb2.GetPairRequest, _abc.Awaitable[_comparison_pb2.GetPairResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.GetPairResponse]:
-        """One compared request, with both answers where they are kept."""
+        """Returns a pair, with both answers if the ledger keeps them."""
 
     @_abc_1.abstractmethod
     def WatchFindings(
@@ -116,6 +120,6 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _comparison_pb2.WatchFindingsRequest,
         context: _aio.ServicerContext[_comparison_pb2.WatchFindingsRequest, _abc.AsyncIterator[_comparison_pb2.WatchFindingsResponse]],
     ) -> _abc.AsyncIterator[_comparison_pb2.WatchFindingsResponse]:
-        """Findings as they appear and grow. First the present ones, then changes, about once a second, until cancelled."""
+        """Streams findings: first the existing ones, then changes, about once a second, until cancelled."""
 
 def add_ComparisonServiceServicer_to_server(servicer: ComparisonServiceServicer, server: _aio.Server) -> None: ...

@@ -22,7 +22,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class GetLatencyRequest(_message.Message):
-    """A request for GetLatency."""
+    """Request of GetLatency."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -34,14 +34,14 @@ class GetLatencyRequest(_message.Message):
     service: _builtins.str
     """The service. Empty: the only one."""
     method: _builtins.str
-    """The method, such as GET."""
+    """The method, such as `GET`."""
     route: _builtins.str
-    """The route's template, such as /products/{id}."""
+    """The route template, such as `/products/{id}`."""
     confidence: _builtins.float
-    """How sure the intervals are, above 0 and below 1; 0 means 0.95."""
+    """The confidence of the intervals, above 0 and below 1. 0 means 0.95."""
     @_builtins.property
     def window(self) -> _common_pb2.TimeWindow:
-        """Only requests in this window. Unset: all that are kept."""
+        """Only requests in this window. Unset: all stored requests."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ Global___GetLatencyRequest: _TypeAlias = GetLatencyRequest  # noqa: Y015
 
 @_typing.final
 class LatencyPercentile(_message.Message):
-    """Both versions' times at one share of the requests."""
+    """A percentile of the times of both versions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -70,14 +70,14 @@ class LatencyPercentile(_message.Message):
     OLD_FIELD_NUMBER: _builtins.int
     NEW_FIELD_NUMBER: _builtins.int
     quantile: _builtins.float
-    """The share that is at most as slow, such as 0.99."""
+    """The quantile, such as 0.99."""
     @_builtins.property
     def old(self) -> _duration_pb2.Duration:
-        """Of the old version."""
+        """Time of the old version."""
 
     @_builtins.property
     def new(self) -> _duration_pb2.Duration:
-        """Of the new version."""
+        """Time of the new version."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ Global___LatencyPercentile: _TypeAlias = LatencyPercentile  # noqa: Y015
 
 @_typing.final
 class LatencyDifference(_message.Message):
-    """How much later new answered than old, at one share of the pairs."""
+    """A quantile of the difference between the two times of a pair."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -105,18 +105,18 @@ class LatencyDifference(_message.Message):
     LOW_FIELD_NUMBER: _builtins.int
     HIGH_FIELD_NUMBER: _builtins.int
     quantile: _builtins.float
-    """The share of the pairs that have at most this difference; 0.5 is the median pair."""
+    """The quantile. 0.5 is the median pair."""
     @_builtins.property
     def value(self) -> _duration_pb2.Duration:
-        """New's time without old's; negative where new was faster."""
+        """The new version's time minus the old version's time. Negative if the new version is faster."""
 
     @_builtins.property
     def low(self) -> _duration_pb2.Duration:
-        """From here. Unset: too few pairs to say."""
+        """The lower limit of the confidence interval. Unset: too few pairs."""
 
     @_builtins.property
     def high(self) -> _duration_pb2.Duration:
-        """To here. Unset: too few pairs to say."""
+        """The upper limit of the confidence interval. Unset: too few pairs."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ Global___LatencyDifference: _TypeAlias = LatencyDifference  # noqa: Y015
 
 @_typing.final
 class LatencyRatio(_message.Message):
-    """How many times old's time new took, at one share of the pairs."""
+    """A quantile of the ratio of the two times of a pair."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -145,13 +145,13 @@ class LatencyRatio(_message.Message):
     LOW_FIELD_NUMBER: _builtins.int
     HIGH_FIELD_NUMBER: _builtins.int
     quantile: _builtins.float
-    """The share of the pairs that have at most this ratio; 0.5 is the median pair."""
+    """The quantile. 0.5 is the median pair."""
     value: _builtins.float
-    """New's time by old's."""
+    """The new version's time divided by the old version's time."""
     low: _builtins.float
-    """From here. Unset: too few pairs to say."""
+    """The lower limit of the confidence interval. Unset: too few pairs."""
     high: _builtins.float
-    """To here. Unset: too few pairs to say."""
+    """The upper limit of the confidence interval. Unset: too few pairs."""
     def __init__(
         self,
         *,
@@ -177,7 +177,7 @@ Global___LatencyRatio: _TypeAlias = LatencyRatio  # noqa: Y015
 
 @_typing.final
 class PairedLatency(_message.Message):
-    """Times of a number of pairs that both versions answered with the same status."""
+    """Times of pairs that both versions answered with the same status."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -187,22 +187,22 @@ class PairedLatency(_message.Message):
     RATIOS_FIELD_NUMBER: _builtins.int
     BASELINE_PAIRS_FIELD_NUMBER: _builtins.int
     pairs: _builtins.int
-    """So many pairs."""
+    """Number of pairs."""
     baseline_pairs: _builtins.int
-    """So many pairs the differences and ratios are of: those in which old answered a copy too, beside which new's copy is held.
-    0: there are fewer than 20, so that they are of all pairs, of whose answers one is a copy's.
+    """Number of pairs with a baseline copy. If there are 20 or more, differences and ratios compare the two copies of
+    these pairs. If there are fewer, this is 0, and they compare a copy with the live answer of all pairs.
     """
     @_builtins.property
     def percentiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___LatencyPercentile]:
-        """Each version by itself: 50, 90, 95 and 99 percent."""
+        """The times of each version at 50, 90, 95 and 99 percent."""
 
     @_builtins.property
     def differences(self) -> _containers.RepeatedCompositeFieldContainer[Global___LatencyDifference]:
-        """New's time without old's of the same request: at 10, 50, 90 and 99 percent."""
+        """The differences at 10, 50, 90 and 99 percent."""
 
     @_builtins.property
     def ratios(self) -> _containers.RepeatedCompositeFieldContainer[Global___LatencyRatio]:
-        """New's time by old's of the same request: at 10, 50, 90 and 99 percent."""
+        """The ratios at 10, 50, 90 and 99 percent."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ Global___PairedLatency: _TypeAlias = PairedLatency  # noqa: Y015
 
 @_typing.final
 class GetLatencyResponse(_message.Message):
-    """An answer to GetLatency."""
+    """Response of GetLatency."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -233,20 +233,20 @@ class GetLatencyResponse(_message.Message):
     CONFIDENCE_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
     confidence: _builtins.float
-    """How sure the intervals are, for all looks together."""
+    """The confidence of the intervals. It is valid for all requests together."""
     truncated: _builtins.bool
-    """Whether there are more pairs than were taken: the newest 20,000."""
+    """True if there are more than the newest 20,000 pairs, which the response covers."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
         """The endpoint."""
 
     @_builtins.property
     def warm(self) -> Global___PairedLatency:
-        """Without the first pairs of each release."""
+        """Times without the first pairs of each release."""
 
     @_builtins.property
     def cold(self) -> Global___PairedLatency:
-        """The first tenth of each release's pairs, 5 at least: caches, pools and compilers are cold."""
+        """Times of the first tenth of each release's pairs, but at least 5, while caches, pools and compilers are cold."""
 
     def __init__(
         self,

@@ -26,10 +26,10 @@ if _version_not_supported:
 
 
 class LatencyServiceStub(object):
-    """How fast both versions answer the same requests.
+    """Compares how fast both versions answer the same requests.
 
-    Errors: INVALID_ARGUMENT for a share out of range; NOT_FOUND for a service that no Envoy and no capture has named, or an
-    endpoint without a timed pair; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a fraction out of range. NOT_FOUND for an unknown service, or for an endpoint without a
+    timed pair. UNAVAILABLE while the ledger can't be reached.
     """
 
     def __init__(self, channel):
@@ -46,14 +46,14 @@ class LatencyServiceStub(object):
 
 
 class LatencyServiceServicer(object):
-    """How fast both versions answer the same requests.
+    """Compares how fast both versions answer the same requests.
 
-    Errors: INVALID_ARGUMENT for a share out of range; NOT_FOUND for a service that no Envoy and no capture has named, or an
-    endpoint without a timed pair; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a fraction out of range. NOT_FOUND for an unknown service, or for an endpoint without a
+    timed pair. UNAVAILABLE while the ledger can't be reached.
     """
 
     def GetLatency(self, request, context):
-        """One endpoint's times, pair by pair.
+        """Returns the times of one endpoint.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,10 +76,10 @@ def add_LatencyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class LatencyService(object):
-    """How fast both versions answer the same requests.
+    """Compares how fast both versions answer the same requests.
 
-    Errors: INVALID_ARGUMENT for a share out of range; NOT_FOUND for a service that no Envoy and no capture has named, or an
-    endpoint without a timed pair; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a fraction out of range. NOT_FOUND for an unknown service, or for an endpoint without a
+    timed pair. UNAVAILABLE while the ledger can't be reached.
     """
 
     @staticmethod

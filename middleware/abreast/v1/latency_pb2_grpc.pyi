@@ -13,21 +13,21 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class LatencyServiceStub:
-    """How fast both versions answer the same requests.
+    """Compares how fast both versions answer the same requests.
 
-    Errors: INVALID_ARGUMENT for a share out of range; NOT_FOUND for a service that no Envoy and no capture has named, or an
-    endpoint without a timed pair; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a fraction out of range. NOT_FOUND for an unknown service, or for an endpoint without a
+    timed pair. UNAVAILABLE while the ledger can't be reached.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetLatency: _aio.UnaryUnaryMultiCallable[_latency_pb2.GetLatencyRequest, _latency_pb2.GetLatencyResponse]
-    """One endpoint's times, pair by pair."""
+    """Returns the times of one endpoint."""
 
 class LatencyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """How fast both versions answer the same requests.
+    """Compares how fast both versions answer the same requests.
 
-    Errors: INVALID_ARGUMENT for a share out of range; NOT_FOUND for a service that no Envoy and no capture has named, or an
-    endpoint without a timed pair; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a fraction out of range. NOT_FOUND for an unknown service, or for an endpoint without a
+    timed pair. UNAVAILABLE while the ledger can't be reached.
     """
 
     @_abc_1.abstractmethod
@@ -36,6 +36,6 @@ class LatencyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _latency_pb2.GetLatencyRequest,
         context: _aio.ServicerContext[_latency_pb2.GetLatencyRequest, _abc.Awaitable[_latency_pb2.GetLatencyResponse]],
     ) -> _abc.Awaitable[_latency_pb2.GetLatencyResponse]:
-        """One endpoint's times, pair by pair."""
+        """Returns the times of one endpoint."""
 
 def add_LatencyServiceServicer_to_server(servicer: LatencyServiceServicer, server: _aio.Server) -> None: ...

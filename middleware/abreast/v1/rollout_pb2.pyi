@@ -29,23 +29,23 @@ class _GuardMode:
 class _GuardModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GuardMode.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     GUARD_MODE_UNSPECIFIED: _GuardMode.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     GUARD_MODE_OFF: _GuardMode.ValueType  # 1
-    """Does not look."""
+    """No evaluation."""
     GUARD_MODE_WATCHING: _GuardMode.ValueType  # 2
-    """Says what it would have done."""
+    """Records the breach, without a rollback."""
     GUARD_MODE_ACTING: _GuardMode.ValueType  # 3
     """Rolls back."""
 
 class GuardMode(_GuardMode, metaclass=_GuardModeEnumTypeWrapper):
-    """What a guard does with what it finds."""
+    """The reaction of a guard to a breach."""
 
 GUARD_MODE_UNSPECIFIED: GuardMode.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 GUARD_MODE_OFF: GuardMode.ValueType  # 1
-"""Does not look."""
+"""No evaluation."""
 GUARD_MODE_WATCHING: GuardMode.ValueType  # 2
-"""Says what it would have done."""
+"""Records the breach, without a rollback."""
 GUARD_MODE_ACTING: GuardMode.ValueType  # 3
 """Rolls back."""
 Global___GuardMode: _TypeAlias = GuardMode  # noqa: Y015
@@ -57,33 +57,33 @@ class _GuardState:
 class _GuardStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GuardState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     GUARD_STATE_UNSPECIFIED: _GuardState.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     GUARD_STATE_WAITING: _GuardState.ValueType  # 1
-    """No sidecar has looked yet."""
+    """No sidecar has evaluated the guard yet."""
     GUARD_STATE_IDLE: _GuardState.ValueType  # 2
-    """There is nothing to guard: it is off, or all users are on old."""
+    """The guard is off, or all users are on the old version."""
     GUARD_STATE_CLEAR: _GuardState.ValueType  # 3
-    """Nothing beyond its limits."""
+    """No rule is breached."""
     GUARD_STATE_BREACHED: _GuardState.ValueType  # 4
-    """It rolled back, or would have, and cools down."""
+    """A rule is breached, and the guard is in its cool-down period."""
     GUARD_STATE_BLIND: _GuardState.ValueType  # 5
-    """It can't see: Envoy's count is not known, or the ledger lacks requests that Envoy has counted."""
+    """The guard lacks data: Envoy's count is unknown, or the ledger lacks requests that Envoy counted."""
 
 class GuardState(_GuardState, metaclass=_GuardStateEnumTypeWrapper):
-    """What a guard saw last."""
+    """The result of the last evaluation."""
 
 GUARD_STATE_UNSPECIFIED: GuardState.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 GUARD_STATE_WAITING: GuardState.ValueType  # 1
-"""No sidecar has looked yet."""
+"""No sidecar has evaluated the guard yet."""
 GUARD_STATE_IDLE: GuardState.ValueType  # 2
-"""There is nothing to guard: it is off, or all users are on old."""
+"""The guard is off, or all users are on the old version."""
 GUARD_STATE_CLEAR: GuardState.ValueType  # 3
-"""Nothing beyond its limits."""
+"""No rule is breached."""
 GUARD_STATE_BREACHED: GuardState.ValueType  # 4
-"""It rolled back, or would have, and cools down."""
+"""A rule is breached, and the guard is in its cool-down period."""
 GUARD_STATE_BLIND: GuardState.ValueType  # 5
-"""It can't see: Envoy's count is not known, or the ledger lacks requests that Envoy has counted."""
+"""The guard lacks data: Envoy's count is unknown, or the ledger lacks requests that Envoy counted."""
 Global___GuardState: _TypeAlias = GuardState  # noqa: Y015
 
 class _RampPhase:
@@ -93,37 +93,37 @@ class _RampPhase:
 class _RampPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RampPhase.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RAMP_PHASE_UNSPECIFIED: _RampPhase.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     RAMP_PHASE_PROGRESSING: _RampPhase.ValueType  # 1
-    """Climbs, or waits to."""
+    """Active."""
     RAMP_PHASE_PAUSED: _RampPhase.ValueType  # 2
-    """Paused by somebody."""
+    """Paused by a person."""
     RAMP_PHASE_SUCCEEDED: _RampPhase.ValueType  # 3
-    """Ended: all steps are done."""
+    """Ended: all steps are complete."""
     RAMP_PHASE_FAILED: _RampPhase.ValueType  # 4
-    """Ended: the verdict was FAIL, and all users were sent back."""
+    """Ended: the verdict was FAIL, and all users are on the old version."""
     RAMP_PHASE_ABORTED: _RampPhase.ValueType  # 5
     """Ended by AbortRamp."""
     RAMP_PHASE_SUPERSEDED: _RampPhase.ValueType  # 6
-    """Ended: somebody else, or the guard, decided about the users."""
+    """Ended: another person or the guard changed the share of users."""
 
 class RampPhase(_RampPhase, metaclass=_RampPhaseEnumTypeWrapper):
-    """How far a ramp is."""
+    """The phase of a ramp."""
 
 RAMP_PHASE_UNSPECIFIED: RampPhase.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 RAMP_PHASE_PROGRESSING: RampPhase.ValueType  # 1
-"""Climbs, or waits to."""
+"""Active."""
 RAMP_PHASE_PAUSED: RampPhase.ValueType  # 2
-"""Paused by somebody."""
+"""Paused by a person."""
 RAMP_PHASE_SUCCEEDED: RampPhase.ValueType  # 3
-"""Ended: all steps are done."""
+"""Ended: all steps are complete."""
 RAMP_PHASE_FAILED: RampPhase.ValueType  # 4
-"""Ended: the verdict was FAIL, and all users were sent back."""
+"""Ended: the verdict was FAIL, and all users are on the old version."""
 RAMP_PHASE_ABORTED: RampPhase.ValueType  # 5
 """Ended by AbortRamp."""
 RAMP_PHASE_SUPERSEDED: RampPhase.ValueType  # 6
-"""Ended: somebody else, or the guard, decided about the users."""
+"""Ended: another person or the guard changed the share of users."""
 Global___RampPhase: _TypeAlias = RampPhase  # noqa: Y015
 
 @_typing.final
@@ -137,16 +137,18 @@ class GuardRule(_message.Message):
     WINDOW_FIELD_NUMBER: _builtins.int
     COOLDOWN_FIELD_NUMBER: _builtins.int
     limit: _builtins.float
-    """Beyond it the rule is broken. Of errors and mismatches a share of pairs, 0 to 1; of slower by how much of old's time."""
+    """The limit. For errors and mismatches a share of pairs, 0 to 1. For slower the allowed additional time, as a
+    fraction of the old version's time.
+    """
     min_pairs: _builtins.int
-    """Pairs in the window, before anything is said; 1 to 1,000,000."""
+    """Minimum number of pairs in the window, 1 to 1,000,000."""
     @_builtins.property
     def window(self) -> _duration_pb2.Duration:
-        """How far back it looks: from half of it to all of it, 10 s to 24 h."""
+        """The length of the window, 10 s to 24 h. An evaluation covers between half and all of it."""
 
     @_builtins.property
     def cooldown(self) -> _duration_pb2.Duration:
-        """After it acted, or would have, the rule rests for so long; 0 to 24 h."""
+        """The time after a breach during which the rule is inactive, 0 to 24 h."""
 
     def __init__(
         self,
@@ -173,7 +175,7 @@ Global___GuardRule: _TypeAlias = GuardRule  # noqa: Y015
 
 @_typing.final
 class GuardPolicy(_message.Message):
-    """When users are to be sent back."""
+    """The rules of a guard."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -184,26 +186,28 @@ class GuardPolicy(_message.Message):
     MIN_COMPLETENESS_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FIELD_NUMBER: _builtins.int
     mode: Global___GuardMode.ValueType
-    """Off unless set."""
+    """The mode. Unset: off."""
     min_completeness: _builtins.float
-    """Of the sampled requests by Envoy's count, the share that the ledger must have; below, the guard says that it is
-    blind. Unless set: 0.9.
+    """The share of the sampled requests, by Envoy's count, that the ledger must have. Below it, the guard is blind.
+    Unset: 0.9.
     """
     confidence: _builtins.float
-    """One minus the probability of going back wrongly, in half a window; above 0, below 1. Unless set: 0.99."""
+    """One minus the probability of a wrong rollback in half a window. Above 0 and below 1. Unset: 0.99."""
     @_builtins.property
     def errors(self) -> Global___GuardRule:
-        """Server errors of new alone, of the requests of users whom new answered; more than old's alone too. Unless set: 0.001,
-        10 pairs.
+        """Server errors of the new version alone, among live requests that it answered. They must also exceed the errors of
+        the old version alone. Unset: limit 0.001, 10 pairs.
         """
 
     @_builtins.property
     def mismatches(self) -> Global___GuardRule:
-        """Unexplained mismatches, of all compared pairs. Unless set: 0.01, 50 pairs."""
+        """Unexplained mismatches, among all compared pairs. Unset: limit 0.01, 50 pairs."""
 
     @_builtins.property
     def slower(self) -> Global___GuardRule:
-        """More than half of the pairs slower by more than this. Unless set: 1 (twice as long), 100 pairs."""
+        """More than half of the pairs exceed the old version's time by more than this. Unset: limit 1 (twice the time), 100
+        pairs.
+        """
 
     def __init__(
         self,
@@ -232,7 +236,7 @@ Global___GuardPolicy: _TypeAlias = GuardPolicy  # noqa: Y015
 
 @_typing.final
 class Guard(_message.Message):
-    """A service's guard."""
+    """The guard of a service."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -245,20 +249,20 @@ class Guard(_message.Message):
     service: _builtins.str
     """The service."""
     state: Global___GuardState.ValueType
-    """What it saw last."""
+    """The result of the last evaluation."""
     message: _builtins.str
-    """The same in words."""
+    """The result as text."""
     @_builtins.property
     def policy(self) -> Global___GuardPolicy:
-        """When it acts."""
+        """The policy."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """When the policy was set; unset for never."""
+        """The time of the last policy change. Unset: never."""
 
     @_builtins.property
     def evaluate_time(self) -> _timestamp_pb2.Timestamp:
-        """When it looked last; unset for never."""
+        """The time of the last evaluation. Unset: never."""
 
     def __init__(
         self,
@@ -280,7 +284,7 @@ Global___Guard: _TypeAlias = Guard  # noqa: Y015
 
 @_typing.final
 class RampPlan(_message.Message):
-    """What a ramp does, and when."""
+    """The steps of a ramp, and the conditions between them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -289,18 +293,18 @@ class RampPlan(_message.Message):
     MIN_PAIRS_FIELD_NUMBER: _builtins.int
     BUDGET_FIELD_NUMBER: _builtins.int
     min_pairs: _builtins.int
-    """So many pairs must have been compared in a step before the next; unset means 100."""
+    """Minimum number of compared pairs in a step. Unset: 100."""
     @_builtins.property
     def steps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Shares of users that new answers, 0 to 1, each larger than the one before; at most 100."""
+        """Increasing shares of users on the new version, above 0 and up to 1. At most 100."""
 
     @_builtins.property
     def hold(self) -> _duration_pb2.Duration:
-        """Each step lasts at least so long, at most 30 days; unset means 10 minutes."""
+        """Minimum duration of a step, at most 30 days. Unset: 10 minutes."""
 
     @_builtins.property
     def budget(self) -> _comparison_pb2.Budget:
-        """What is still acceptable: it climbs on PASS, and goes back on FAIL."""
+        """The budget. The ramp advances on PASS, and rolls back on FAIL."""
 
     def __init__(
         self,
@@ -322,7 +326,7 @@ Global___RampPlan: _TypeAlias = RampPlan  # noqa: Y015
 
 @_typing.final
 class RampState(_message.Message):
-    """Where a ramp is."""
+    """The state of a ramp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -332,16 +336,16 @@ class RampState(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
-    """Its number."""
+    """Identifies the ramp."""
     phase: Global___RampPhase.ValueType
-    """How far it is."""
+    """The phase."""
     step: _builtins.int
-    """The present step, from 0."""
+    """The current step, from 0."""
     message: _builtins.str
-    """What it waits for, or how it ended."""
+    """The condition that it waits for, or the reason of its end."""
     @_builtins.property
     def plan(self) -> Global___RampPlan:
-        """What it does."""
+        """The plan."""
 
     def __init__(
         self,
@@ -362,7 +366,7 @@ Global___RampState: _TypeAlias = RampState  # noqa: Y015
 
 @_typing.final
 class Ramp(_message.Message):
-    """A ramp."""
+    """A ramp of a service."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -378,30 +382,30 @@ class Ramp(_message.Message):
     service: _builtins.str
     """The service."""
     actor: _builtins.str
-    """Who started it."""
+    """The person who started it."""
     reason: _builtins.str
-    """Why."""
+    """The reason for the start."""
     verdict: _comparison_pb2.VerdictState.ValueType
-    """The verdict of the last look, over all since the start."""
+    """The verdict of the last evaluation, over all pairs since the start."""
     @_builtins.property
     def state(self) -> Global___RampState:
-        """Where it is."""
+        """The state."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When."""
+        """The time of the start."""
 
     @_builtins.property
     def step_time(self) -> _timestamp_pb2.Timestamp:
-        """When the present step was set, or the ramp resumed."""
+        """The time when the current step began, or when the ramp was resumed."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """Unset while it is under way."""
+        """The time of the end. Unset while it is active."""
 
     @_builtins.property
     def evaluate_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was looked at last; unset for never."""
+        """The time of the last evaluation. Unset: never."""
 
     def __init__(
         self,
@@ -426,13 +430,13 @@ Global___Ramp: _TypeAlias = Ramp  # noqa: Y015
 
 @_typing.final
 class GetGuardRequest(_message.Message):
-    """A request for GetGuard."""
+    """Request of GetGuard."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     def __init__(
         self,
         *,
@@ -448,7 +452,7 @@ Global___GetGuardRequest: _TypeAlias = GetGuardRequest  # noqa: Y015
 
 @_typing.final
 class GetGuardResponse(_message.Message):
-    """An answer to GetGuard."""
+    """Response of GetGuard."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -472,7 +476,7 @@ Global___GetGuardResponse: _TypeAlias = GetGuardResponse  # noqa: Y015
 
 @_typing.final
 class SetGuardRequest(_message.Message):
-    """A request for SetGuard. What is unset stays as it is."""
+    """Request of SetGuard. Unset fields of the policy keep their values."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -481,14 +485,14 @@ class SetGuardRequest(_message.Message):
     ACTOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     actor: _builtins.str
-    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
-    """Why, for the record, at most 2000 characters."""
+    """The reason for the record, at most 2000 characters."""
     @_builtins.property
     def policy(self) -> Global___GuardPolicy:
-        """What changes."""
+        """The changes."""
 
     def __init__(
         self,
@@ -508,7 +512,7 @@ Global___SetGuardRequest: _TypeAlias = SetGuardRequest  # noqa: Y015
 
 @_typing.final
 class SetGuardResponse(_message.Message):
-    """An answer to SetGuard."""
+    """Response of SetGuard."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -532,13 +536,13 @@ Global___SetGuardResponse: _TypeAlias = SetGuardResponse  # noqa: Y015
 
 @_typing.final
 class GetRampRequest(_message.Message):
-    """A request for GetRamp."""
+    """Request of GetRamp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     def __init__(
         self,
         *,
@@ -554,7 +558,7 @@ Global___GetRampRequest: _TypeAlias = GetRampRequest  # noqa: Y015
 
 @_typing.final
 class GetRampResponse(_message.Message):
-    """An answer to GetRamp."""
+    """Response of GetRamp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -564,7 +568,7 @@ class GetRampResponse(_message.Message):
     """The service."""
     @_builtins.property
     def ramp(self) -> Global___Ramp:
-        """Unset where there never was one."""
+        """The ramp. Unset if there never was one."""
 
     def __init__(
         self,
@@ -582,7 +586,7 @@ Global___GetRampResponse: _TypeAlias = GetRampResponse  # noqa: Y015
 
 @_typing.final
 class StartRampRequest(_message.Message):
-    """A request for StartRamp."""
+    """Request of StartRamp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -591,14 +595,14 @@ class StartRampRequest(_message.Message):
     ACTOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     actor: _builtins.str
-    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
-    """Why, for the record, at most 2000 characters."""
+    """The reason for the record, at most 2000 characters."""
     @_builtins.property
     def plan(self) -> Global___RampPlan:
-        """What it does."""
+        """The plan."""
 
     def __init__(
         self,
@@ -618,7 +622,7 @@ Global___StartRampRequest: _TypeAlias = StartRampRequest  # noqa: Y015
 
 @_typing.final
 class StartRampResponse(_message.Message):
-    """An answer to StartRamp."""
+    """Response of StartRamp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -642,7 +646,7 @@ Global___StartRampResponse: _TypeAlias = StartRampResponse  # noqa: Y015
 
 @_typing.final
 class PauseRampRequest(_message.Message):
-    """A request for PauseRamp."""
+    """Request of PauseRamp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -650,11 +654,11 @@ class PauseRampRequest(_message.Message):
     ACTOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     actor: _builtins.str
-    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
-    """Why, for the record, at most 2000 characters."""
+    """The reason for the record, at most 2000 characters."""
     def __init__(
         self,
         *,
@@ -672,7 +676,7 @@ Global___PauseRampRequest: _TypeAlias = PauseRampRequest  # noqa: Y015
 
 @_typing.final
 class PauseRampResponse(_message.Message):
-    """An answer to PauseRamp."""
+    """Response of PauseRamp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -696,7 +700,7 @@ Global___PauseRampResponse: _TypeAlias = PauseRampResponse  # noqa: Y015
 
 @_typing.final
 class ResumeRampRequest(_message.Message):
-    """A request for ResumeRamp."""
+    """Request of ResumeRamp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -704,11 +708,11 @@ class ResumeRampRequest(_message.Message):
     ACTOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     actor: _builtins.str
-    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
-    """Why, for the record, at most 2000 characters."""
+    """The reason for the record, at most 2000 characters."""
     def __init__(
         self,
         *,
@@ -726,7 +730,7 @@ Global___ResumeRampRequest: _TypeAlias = ResumeRampRequest  # noqa: Y015
 
 @_typing.final
 class ResumeRampResponse(_message.Message):
-    """An answer to ResumeRamp."""
+    """Response of ResumeRamp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -750,7 +754,7 @@ Global___ResumeRampResponse: _TypeAlias = ResumeRampResponse  # noqa: Y015
 
 @_typing.final
 class AbortRampRequest(_message.Message):
-    """A request for AbortRamp."""
+    """Request of AbortRamp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -758,11 +762,11 @@ class AbortRampRequest(_message.Message):
     ACTOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     actor: _builtins.str
-    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
-    """Why, for the record, at most 2000 characters."""
+    """The reason for the record, at most 2000 characters."""
     def __init__(
         self,
         *,
@@ -780,7 +784,7 @@ Global___AbortRampRequest: _TypeAlias = AbortRampRequest  # noqa: Y015
 
 @_typing.final
 class AbortRampResponse(_message.Message):
-    """An answer to AbortRamp."""
+    """Response of AbortRamp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

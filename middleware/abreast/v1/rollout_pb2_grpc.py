@@ -26,13 +26,13 @@ if _version_not_supported:
 
 
 class RolloutServiceStub(object):
-    """What Abreast does with a service's traffic by itself: the guard goes back, a ramp climbs.
+    """Configures the automatic rollback (guard) and the gradual rollout (ramp) of a service.
 
-    One of all sidecars acts; another takes over when it is gone. What anybody sets by TrafficService wins at once. Every
-    change and every act is in TrafficService.ListTrafficEvents.
+    One sidecar is the leader and runs guard and ramps. Changes through TrafficService take precedence.
+    TrafficService.ListTrafficEvents has every change.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
-    FAILED_PRECONDITION where what is asked does not fit what is under way; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range. NOT_FOUND for an unknown service. FAILED_PRECONDITION if the state
+    of the ramp does not allow the call. UNAVAILABLE while the ledger can't be reached.
     """
 
     def __init__(self, channel):
@@ -79,59 +79,59 @@ class RolloutServiceStub(object):
 
 
 class RolloutServiceServicer(object):
-    """What Abreast does with a service's traffic by itself: the guard goes back, a ramp climbs.
+    """Configures the automatic rollback (guard) and the gradual rollout (ramp) of a service.
 
-    One of all sidecars acts; another takes over when it is gone. What anybody sets by TrafficService wins at once. Every
-    change and every act is in TrafficService.ListTrafficEvents.
+    One sidecar is the leader and runs guard and ramps. Changes through TrafficService take precedence.
+    TrafficService.ListTrafficEvents has every change.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
-    FAILED_PRECONDITION where what is asked does not fit what is under way; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range. NOT_FOUND for an unknown service. FAILED_PRECONDITION if the state
+    of the ramp does not allow the call. UNAVAILABLE while the ledger can't be reached.
     """
 
     def GetGuard(self, request, context):
-        """The guard's policy, and what it saw last.
+        """Returns the policy of the guard, and its last evaluation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SetGuard(self, request, context):
-        """Changes what is set in the request. Evidence from before the change does not count any more. Safe to repeat.
+        """Changes the fields that the request sets. The guard ignores evidence from before the change. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetRamp(self, request, context):
-        """The ramp under way, or else the last one.
+        """Returns the active ramp, or else the last one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StartRamp(self, request, context):
-        """Sets the first step's share at once. Not safe to repeat: a second call is refused.
+        """Starts a ramp, and sets the share of its first step. A repeated call is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PauseRamp(self, request, context):
-        """Climbs no further. It still goes back where the verdict is FAIL.
+        """Pauses a ramp. A paused ramp still rolls back on FAIL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeRamp(self, request, context):
-        """Goes on; the step's time begins anew.
+        """Resumes a ramp, and restarts the time of the step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AbortRamp(self, request, context):
-        """Ends the ramp and sends all users to the old version, until someone says otherwise.
+        """Ends the ramp, and sends all users to the old version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -184,13 +184,13 @@ def add_RolloutServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RolloutService(object):
-    """What Abreast does with a service's traffic by itself: the guard goes back, a ramp climbs.
+    """Configures the automatic rollback (guard) and the gradual rollout (ramp) of a service.
 
-    One of all sidecars acts; another takes over when it is gone. What anybody sets by TrafficService wins at once. Every
-    change and every act is in TrafficService.ListTrafficEvents.
+    One sidecar is the leader and runs guard and ramps. Changes through TrafficService take precedence.
+    TrafficService.ListTrafficEvents has every change.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
-    FAILED_PRECONDITION where what is asked does not fit what is under way; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range. NOT_FOUND for an unknown service. FAILED_PRECONDITION if the state
+    of the ramp does not allow the call. UNAVAILABLE while the ledger can't be reached.
     """
 
     @staticmethod

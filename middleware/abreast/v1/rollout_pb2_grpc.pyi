@@ -13,39 +13,39 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RolloutServiceStub:
-    """What Abreast does with a service's traffic by itself: the guard goes back, a ramp climbs.
+    """Configures the automatic rollback (guard) and the gradual rollout (ramp) of a service.
 
-    One of all sidecars acts; another takes over when it is gone. What anybody sets by TrafficService wins at once. Every
-    change and every act is in TrafficService.ListTrafficEvents.
+    One sidecar is the leader and runs guard and ramps. Changes through TrafficService take precedence.
+    TrafficService.ListTrafficEvents has every change.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
-    FAILED_PRECONDITION where what is asked does not fit what is under way; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range. NOT_FOUND for an unknown service. FAILED_PRECONDITION if the state
+    of the ramp does not allow the call. UNAVAILABLE while the ledger can't be reached.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetGuard: _aio.UnaryUnaryMultiCallable[_rollout_pb2.GetGuardRequest, _rollout_pb2.GetGuardResponse]
-    """The guard's policy, and what it saw last."""
+    """Returns the policy of the guard, and its last evaluation."""
     SetGuard: _aio.UnaryUnaryMultiCallable[_rollout_pb2.SetGuardRequest, _rollout_pb2.SetGuardResponse]
-    """Changes what is set in the request. Evidence from before the change does not count any more. Safe to repeat."""
+    """Changes the fields that the request sets. The guard ignores evidence from before the change. Safe to repeat."""
     GetRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.GetRampRequest, _rollout_pb2.GetRampResponse]
-    """The ramp under way, or else the last one."""
+    """Returns the active ramp, or else the last one."""
     StartRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.StartRampRequest, _rollout_pb2.StartRampResponse]
-    """Sets the first step's share at once. Not safe to repeat: a second call is refused."""
+    """Starts a ramp, and sets the share of its first step. A repeated call is refused."""
     PauseRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.PauseRampRequest, _rollout_pb2.PauseRampResponse]
-    """Climbs no further. It still goes back where the verdict is FAIL."""
+    """Pauses a ramp. A paused ramp still rolls back on FAIL."""
     ResumeRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ResumeRampRequest, _rollout_pb2.ResumeRampResponse]
-    """Goes on; the step's time begins anew."""
+    """Resumes a ramp, and restarts the time of the step."""
     AbortRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.AbortRampRequest, _rollout_pb2.AbortRampResponse]
-    """Ends the ramp and sends all users to the old version, until someone says otherwise."""
+    """Ends the ramp, and sends all users to the old version."""
 
 class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What Abreast does with a service's traffic by itself: the guard goes back, a ramp climbs.
+    """Configures the automatic rollback (guard) and the gradual rollout (ramp) of a service.
 
-    One of all sidecars acts; another takes over when it is gone. What anybody sets by TrafficService wins at once. Every
-    change and every act is in TrafficService.ListTrafficEvents.
+    One sidecar is the leader and runs guard and ramps. Changes through TrafficService take precedence.
+    TrafficService.ListTrafficEvents has every change.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
-    FAILED_PRECONDITION where what is asked does not fit what is under way; UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range. NOT_FOUND for an unknown service. FAILED_PRECONDITION if the state
+    of the ramp does not allow the call. UNAVAILABLE while the ledger can't be reached.
     """
 
     @_abc_1.abstractmethod
@@ -54,7 +54,7 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.GetGuardRequest,
         context: _aio.ServicerContext[_rollout_pb2.GetGuardRequest, _abc.Awaitable[_rollout_pb2.GetGuardResponse]],
     ) -> _abc.Awaitable[_rollout_pb2.GetGuardResponse]:
-        """The guard's policy, and what it saw last."""
+        """Returns the policy of the guard, and its last evaluation."""
 
     @_abc_1.abstractmethod
     def SetGuard(
@@ -62,7 +62,7 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.SetGuardRequest,
         context: _aio.ServicerContext[_rollout_pb2.SetGuardRequest, _abc.Awaitable[_rollout_pb2.SetGuardResponse]],
     ) -> _abc.Awaitable[_rollout_pb2.SetGuardResponse]:
-        """Changes what is set in the request. Evidence from before the change does not count any more. Safe to repeat."""
+        """Changes the fields that the request sets. The guard ignores evidence from before the change. Safe to repeat."""
 
     @_abc_1.abstractmethod
     def GetRamp(
@@ -70,7 +70,7 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.GetRampRequest,
         context: _aio.ServicerContext[_rollout_pb2.GetRampRequest, _abc.Awaitable[_rollout_pb2.GetRampResponse]],
     ) -> _abc.Awaitable[_rollout_pb2.GetRampResponse]:
-        """The ramp under way, or else the last one."""
+        """Returns the active ramp, or else the last one."""
 
     @_abc_1.abstractmethod
     def StartRamp(
@@ -78,7 +78,7 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.StartRampRequest,
         context: _aio.ServicerContext[_rollout_pb2.StartRampRequest, _abc.Awaitable[_rollout_pb2.StartRampResponse]],
     ) -> _abc.Awaitable[_rollout_pb2.StartRampResponse]:
-        """Sets the first step's share at once. Not safe to repeat: a second call is refused."""
+        """Starts a ramp, and sets the share of its first step. A repeated call is refused."""
 
     @_abc_1.abstractmethod
     def PauseRamp(
@@ -86,7 +86,7 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.PauseRampRequest,
         context: _aio.ServicerContext[_rollout_pb2.PauseRampRequest, _abc.Awaitable[_rollout_pb2.PauseRampResponse]],
     ) -> _abc.Awaitable[_rollout_pb2.PauseRampResponse]:
-        """Climbs no further. It still goes back where the verdict is FAIL."""
+        """Pauses a ramp. A paused ramp still rolls back on FAIL."""
 
     @_abc_1.abstractmethod
     def ResumeRamp(
@@ -94,7 +94,7 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.ResumeRampRequest,
         context: _aio.ServicerContext[_rollout_pb2.ResumeRampRequest, _abc.Awaitable[_rollout_pb2.ResumeRampResponse]],
     ) -> _abc.Awaitable[_rollout_pb2.ResumeRampResponse]:
-        """Goes on; the step's time begins anew."""
+        """Resumes a ramp, and restarts the time of the step."""
 
     @_abc_1.abstractmethod
     def AbortRamp(
@@ -102,6 +102,6 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.AbortRampRequest,
         context: _aio.ServicerContext[_rollout_pb2.AbortRampRequest, _abc.Awaitable[_rollout_pb2.AbortRampResponse]],
     ) -> _abc.Awaitable[_rollout_pb2.AbortRampResponse]:
-        """Ends the ramp and sends all users to the old version, until someone says otherwise."""
+        """Ends the ramp, and sends all users to the old version."""
 
 def add_RolloutServiceServicer_to_server(servicer: RolloutServiceServicer, server: _aio.Server) -> None: ...

@@ -28,37 +28,37 @@ class _RuleAction:
 class _RuleActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RuleAction.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RULE_ACTION_UNSPECIFIED: _RuleAction.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     RULE_ACTION_IGNORE: _RuleAction.ValueType  # 1
-    """Whatever differs there and below says nothing."""
+    """Ignore all differences at the path and below it."""
     RULE_ACTION_TOLERATE: _RuleAction.ValueType  # 2
-    """Numbers and moments that are close are the same."""
+    """Treat numbers or times within a tolerance as equal."""
     RULE_ACTION_UNORDERED: _RuleAction.ValueType  # 3
-    """The order of an array means nothing."""
+    """Ignore the order of an array."""
     RULE_ACTION_KEYED_BY: _RuleAction.ValueType  # 4
-    """A field names the elements of an array."""
+    """Match the elements of an array by a field."""
     RULE_ACTION_EXPECT: _RuleAction.ValueType  # 5
-    """The change is meant."""
+    """Expect the change."""
     RULE_ACTION_WAIVE_COVERAGE: _RuleAction.ValueType  # 6
-    """That an endpoint was not compared, or not as a whole, keeps no verdict from PASS. It explains no difference."""
+    """Allow a PASS although an endpoint was not compared, or only in part. Explains no difference."""
 
 class RuleAction(_RuleAction, metaclass=_RuleActionEnumTypeWrapper):
-    """What a rule does."""
+    """The action of a rule."""
 
 RULE_ACTION_UNSPECIFIED: RuleAction.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 RULE_ACTION_IGNORE: RuleAction.ValueType  # 1
-"""Whatever differs there and below says nothing."""
+"""Ignore all differences at the path and below it."""
 RULE_ACTION_TOLERATE: RuleAction.ValueType  # 2
-"""Numbers and moments that are close are the same."""
+"""Treat numbers or times within a tolerance as equal."""
 RULE_ACTION_UNORDERED: RuleAction.ValueType  # 3
-"""The order of an array means nothing."""
+"""Ignore the order of an array."""
 RULE_ACTION_KEYED_BY: RuleAction.ValueType  # 4
-"""A field names the elements of an array."""
+"""Match the elements of an array by a field."""
 RULE_ACTION_EXPECT: RuleAction.ValueType  # 5
-"""The change is meant."""
+"""Expect the change."""
 RULE_ACTION_WAIVE_COVERAGE: RuleAction.ValueType  # 6
-"""That an endpoint was not compared, or not as a whole, keeps no verdict from PASS. It explains no difference."""
+"""Allow a PASS although an endpoint was not compared, or only in part. Explains no difference."""
 Global___RuleAction: _TypeAlias = RuleAction  # noqa: Y015
 
 class _RuleState:
@@ -68,31 +68,31 @@ class _RuleState:
 class _RuleStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RuleState.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RULE_STATE_UNSPECIFIED: _RuleState.ValueType  # 0
-    """Not said."""
+    """Not specified."""
     RULE_STATE_IN_FORCE: _RuleState.ValueType  # 1
-    """It holds."""
+    """It is in force."""
     RULE_STATE_EXPIRED: _RuleState.ValueType  # 2
-    """Its time is over."""
+    """Its expiry time has passed."""
     RULE_STATE_DELETED: _RuleState.ValueType  # 3
-    """Somebody deleted it, or its source no longer has it."""
+    """A person deleted it, or its source no longer has it."""
 
 class RuleState(_RuleState, metaclass=_RuleStateEnumTypeWrapper):
-    """Whether a rule holds."""
+    """The state of a rule."""
 
 RULE_STATE_UNSPECIFIED: RuleState.ValueType  # 0
-"""Not said."""
+"""Not specified."""
 RULE_STATE_IN_FORCE: RuleState.ValueType  # 1
-"""It holds."""
+"""It is in force."""
 RULE_STATE_EXPIRED: RuleState.ValueType  # 2
-"""Its time is over."""
+"""Its expiry time has passed."""
 RULE_STATE_DELETED: RuleState.ValueType  # 3
-"""Somebody deleted it, or its source no longer has it."""
+"""A person deleted it, or its source no longer has it."""
 Global___RuleState: _TypeAlias = RuleState  # noqa: Y015
 
 @_typing.final
 class Rule(_message.Message):
-    """Each field that is set narrows the rule; at least one of part, path, header and status must be. One that waives coverage
-    has none of them, and an endpoint without wildcards.
+    """A rule. Each condition narrows it, and at least one of part, path, header and status is required. A rule that waives
+    coverage has none of them, and an endpoint without wildcards.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -127,70 +127,72 @@ class Rule(_message.Message):
     UNDETERMINED_PAIRS_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
-    """Given by the ledger."""
+    """The id, assigned by the ledger. Output only."""
     name: _builtins.str
-    """For people; one of a kind within a source. Empty: made from the rest."""
+    """The name, unique within its source. Empty: generated from the conditions."""
     action: Global___RuleAction.ValueType
-    """What it does."""
+    """The action."""
     part: _common_pb2.Part.ValueType
-    """Only this part of an answer. Not LATENCY: a verdict's budget decides on that."""
+    """Only this part of an answer. Must not be LATENCY: the budget of a verdict covers it."""
     path: _builtins.str
-    """Path and all below, such as `$.items[*].price`; `.*` is any key, `[*]` any element, `.**` any steps."""
+    """This path and everything below it, such as `$.items[*].price`. `.*` matches any key, `[*]` any element, `.**` any
+    number of steps.
+    """
     header: _builtins.str
-    """A response header; `*` stands for any characters. Not together with `path`."""
+    """A response header. `*` matches any characters. Excludes `path`."""
     kind: _common_pb2.Kind.ValueType
-    """Only this kind of difference."""
+    """The kind."""
     service: _builtins.str
-    """Only this service; `*` stands for any characters."""
+    """Only this service. `*` matches any characters."""
     endpoint: _builtins.str
-    """Only this endpoint, such as `GET /products/{id}`; `*` stands for any characters."""
+    """Only this endpoint, such as `GET /products/{id}`. `*` matches any characters."""
     status: _builtins.str
-    """Only answers of this status, `404` or `4xx`, or with this change, `404->200`."""
+    """Only answers with this status, `404` or `4xx`, or with this change, `404->200`."""
     release: _builtins.str
-    """Only this release of the new version; `*` stands for any characters."""
+    """Only this release of the new version. `*` matches any characters."""
     by: _builtins.str
-    """KEYED_BY: the field."""
+    """For KEYED_BY: the field."""
     absolute: _builtins.float
-    """TOLERATE: at most so far apart; of moments, in seconds. Not negative."""
+    """For TOLERATE: the maximum difference, for times in seconds. Not negative."""
     relative: _builtins.float
-    """TOLERATE: at most this share of the old number. Not negative."""
+    """For TOLERATE: the maximum difference, as a share of the old number. Not negative."""
     old: _builtins.str
-    """EXPECT: only this value of the old version, as JSON text."""
+    """For EXPECT: only this value of the old version, as JSON text."""
     new: _builtins.str
-    """EXPECT: only this value of the new version, as JSON text."""
+    """For EXPECT: only this value of the new version, as JSON text."""
     owner: _builtins.str
-    """Who answers for it. Required."""
+    """The owner. Required."""
     reason: _builtins.str
-    """Why. Required."""
+    """The reason. Required."""
     source: _builtins.str
-    """Where it is kept, such as a file's name. Empty: it was made by hand. Output only."""
+    """The source, such as the name of a file. Empty: created directly. Output only."""
     creator: _builtins.str
-    """Who made it. Output only."""
+    """The person who created it. Output only."""
     state: Global___RuleState.ValueType
-    """Output only."""
+    """The state. Output only."""
     deleter: _builtins.str
-    """Who ended it; `abreast` where it expired. Output only."""
+    """The person who deleted it, or `abreast` if it expired. Output only."""
     reapplied: _builtins.bool
-    """Whether all that is stored is judged accordingly. Output only."""
+    """True if the rule has been applied to all stored pairs. Output only."""
     pairs: _builtins.int
-    """Pairs and findings that it explains, of all that are counted, each finding by itself. Output only."""
+    """Explained pairs, summed over its findings. Output only."""
     undetermined_pairs: _builtins.int
-    """Pairs that were judged before it and whose answers are not kept: they count as they did. Output only."""
+    """Pairs from before the rule without stored answers. They count as before. Output only."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """The first moment at which it no longer holds; in the future. Required."""
+        """The time when it expires, in the future. Required."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only."""
+        """The time of creation. Output only."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """When it ended. Output only."""
+        """The time when it ended. Output only."""
 
     @_builtins.property
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainedFinding]:
-        """What it explains, the most frequent first; at most 20. Output only."""
+        """Explained findings, most frequent first. At most 20. Output only."""
 
     def __init__(
         self,
@@ -250,7 +252,7 @@ Global___Rule: _TypeAlias = Rule  # noqa: Y015
 
 @_typing.final
 class ExplainedFinding(_message.Message):
-    """What a rule explains of one finding."""
+    """The pairs of one finding that a rule explains."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -260,9 +262,9 @@ class ExplainedFinding(_message.Message):
     finding_id: _builtins.int
     """The finding."""
     pairs: _builtins.int
-    """Pairs that the rule explains."""
+    """Explained pairs."""
     undetermined_pairs: _builtins.int
-    """Pairs that were judged before the rule, and whose answers are not kept."""
+    """Pairs from before the rule without stored answers."""
     def __init__(
         self,
         *,
@@ -297,21 +299,21 @@ class HiddenFinding(_message.Message):
     finding_id: _builtins.int
     """The finding."""
     part: _common_pb2.Part.ValueType
-    """Its part."""
+    """The part of the answer."""
     path: _builtins.str
     """Its path."""
     kind: _common_pb2.Kind.ValueType
-    """Its kind."""
+    """The kind of the difference."""
     confirmed: _builtins.bool
-    """Whether somebody confirmed that it is a regression."""
+    """True if a person confirmed it as a regression."""
     pairs: _builtins.int
-    """Stored pairs that show it, within the rule's limits."""
+    """Stored pairs with this finding that match the conditions of the rule."""
     exact: _builtins.bool
-    """Whether the rule would hide all of them. If not, it depends on values that are only kept in examples."""
+    """True if the rule would hide all of them. If false, it depends on values that only examples have."""
     examples: _builtins.int
-    """Kept examples that were judged by the rule."""
+    """Kept examples that the rule was applied to."""
     hidden_examples: _builtins.int
-    """Of these, those that it would hide."""
+    """Examples among them that the rule would hide."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
         """Its endpoint."""
@@ -340,7 +342,7 @@ Global___HiddenFinding: _TypeAlias = HiddenFinding  # noqa: Y015
 
 @_typing.final
 class CreateRuleRequest(_message.Message):
-    """A request for CreateRule."""
+    """Request of CreateRule."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -349,11 +351,13 @@ class CreateRuleRequest(_message.Message):
     FORCE_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     finding_id: _builtins.int
-    """The finding that it is made for; what the rule leaves out of endpoint, part, path and kind is taken from it. 0: none."""
+    """The finding that the rule is for. The rule inherits the endpoint, part, path and kind that it does not set. 0: no
+    finding.
+    """
     force: _builtins.bool
-    """Also where it would hide more than that finding, or one that somebody confirmed."""
+    """Create the rule even if it would hide more than that finding, or a confirmed finding."""
     actor: _builtins.str
-    """Who. Empty: the caller's address."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     @_builtins.property
     def rule(self) -> Global___Rule:
         """The rule."""
@@ -376,7 +380,7 @@ Global___CreateRuleRequest: _TypeAlias = CreateRuleRequest  # noqa: Y015
 
 @_typing.final
 class CreateRuleResponse(_message.Message):
-    """An answer to CreateRule."""
+    """Response of CreateRule."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -400,7 +404,7 @@ Global___CreateRuleResponse: _TypeAlias = CreateRuleResponse  # noqa: Y015
 
 @_typing.final
 class ListRulesRequest(_message.Message):
-    """A request for ListRules."""
+    """Request of ListRules."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -410,15 +414,15 @@ class ListRulesRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """Only those of this source. Unset: all."""
+    """Only rules of this source. Unset: all."""
     finding_id: _builtins.int
-    """Only those that explain pairs of this finding. 0: all."""
+    """Only rules that explain pairs with this finding. 0: all."""
     include_deleted: _builtins.bool
-    """Also those that were deleted."""
+    """Include deleted rules."""
     page_size: _builtins.int
-    """At most so many, 1 to 1000; 0 means 100."""
+    """Maximum number of entries, 1 to 1000. 0 means 100."""
     page_token: _builtins.str
-    """From the last answer's next_page_token; the other fields must not change meanwhile."""
+    """`next_page_token` of the previous response. The other fields must not change."""
     def __init__(
         self,
         *,
@@ -440,17 +444,17 @@ Global___ListRulesRequest: _TypeAlias = ListRulesRequest  # noqa: Y015
 
 @_typing.final
 class ListRulesResponse(_message.Message):
-    """An answer to ListRules."""
+    """Response of ListRules."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RULES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rule]:
-        """In the order in which they were made, which is the order in which they apply."""
+        """The rules in the order of creation, in which they apply."""
 
     def __init__(
         self,
@@ -468,16 +472,16 @@ Global___ListRulesResponse: _TypeAlias = ListRulesResponse  # noqa: Y015
 
 @_typing.final
 class DeleteRuleRequest(_message.Message):
-    """A request for DeleteRule."""
+    """Request of DeleteRule."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     id: _builtins.int
-    """From ListRules."""
+    """The id of the rule."""
     actor: _builtins.str
-    """Who. Empty: the caller's address."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     def __init__(
         self,
         *,
@@ -494,14 +498,14 @@ Global___DeleteRuleRequest: _TypeAlias = DeleteRuleRequest  # noqa: Y015
 
 @_typing.final
 class DeleteRuleResponse(_message.Message):
-    """An answer to DeleteRule."""
+    """Response of DeleteRule."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RULE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rule(self) -> Global___Rule:
-        """The rule as it was."""
+        """The rule after its end."""
 
     def __init__(
         self,
@@ -518,17 +522,17 @@ Global___DeleteRuleResponse: _TypeAlias = DeleteRuleResponse  # noqa: Y015
 
 @_typing.final
 class PreviewRuleRequest(_message.Message):
-    """A request for PreviewRule."""
+    """Request of PreviewRule."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RULE_FIELD_NUMBER: _builtins.int
     FINDING_ID_FIELD_NUMBER: _builtins.int
     finding_id: _builtins.int
-    """As in CreateRule."""
+    """The finding that the rule is for, as in CreateRule."""
     @_builtins.property
     def rule(self) -> Global___Rule:
-        """The rule; owner, reason and expire_time may be missing."""
+        """The rule. `owner`, `reason` and `expire_time` may be unset."""
 
     def __init__(
         self,
@@ -546,7 +550,7 @@ Global___PreviewRuleRequest: _TypeAlias = PreviewRuleRequest  # noqa: Y015
 
 @_typing.final
 class PreviewRuleResponse(_message.Message):
-    """An answer to PreviewRule."""
+    """Response of PreviewRule."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -555,15 +559,15 @@ class PreviewRuleResponse(_message.Message):
     OBJECTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def rule(self) -> Global___Rule:
-        """The rule, with what it takes from the finding."""
+        """The rule, with the conditions inherited from the finding."""
 
     @_builtins.property
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___HiddenFinding]:
-        """What it would hide: findings that somebody confirmed first, then the most frequent."""
+        """Findings that it would hide: confirmed findings first, then most frequent first."""
 
     @_builtins.property
     def objections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why CreateRule would refuse it unless forced, for people. Empty: it would not."""
+        """Reasons why CreateRule would refuse it without `force`. Empty: none."""
 
     def __init__(
         self,
@@ -582,7 +586,7 @@ Global___PreviewRuleResponse: _TypeAlias = PreviewRuleResponse  # noqa: Y015
 
 @_typing.final
 class ApplyRulesRequest(_message.Message):
-    """A request for ApplyRules."""
+    """Request of ApplyRules."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -592,16 +596,16 @@ class ApplyRulesRequest(_message.Message):
     FORCE_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """Whose rules these are, such as a file's name. Required."""
+    """The source of the rules, such as the name of a file. Required."""
     dry_run: _builtins.bool
-    """Only say what would change."""
+    """Return the changes without applying them."""
     force: _builtins.bool
-    """Also where a rule would hide a finding that somebody confirmed."""
+    """Apply the rules even if one would hide a confirmed finding."""
     actor: _builtins.str
-    """Who. Empty: the caller's address."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     @_builtins.property
     def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rule]:
-        """All its rules, at most 1000."""
+        """All rules of the source, at most 1000."""
 
     def __init__(
         self,
@@ -622,7 +626,7 @@ Global___ApplyRulesRequest: _TypeAlias = ApplyRulesRequest  # noqa: Y015
 
 @_typing.final
 class ApplyRulesResponse(_message.Message):
-    """An answer to ApplyRules."""
+    """Response of ApplyRules."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -632,19 +636,19 @@ class ApplyRulesResponse(_message.Message):
     OBJECTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def created(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rule]:
-        """Rules that are new, or are different from before."""
+        """New and changed rules."""
 
     @_builtins.property
     def deleted(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rule]:
-        """Rules that the source no longer has, or has otherwise."""
+        """Rules that the source no longer has, or has changed."""
 
     @_builtins.property
     def unchanged(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rule]:
-        """Rules that stay as they are."""
+        """Unchanged rules."""
 
     @_builtins.property
     def objections(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What speaks against it, for people; without `force` it is refused."""
+        """Reasons why the call is refused without `force`."""
 
     def __init__(
         self,

@@ -26,12 +26,12 @@ if _version_not_supported:
 
 
 class RuleServiceStub(object):
-    """What people declare about differences. Rules take effect at once in every sidecar, and what is stored is judged again.
-    A rule is never changed: delete it, and create another.
+    """Manages rules, which explain known differences. All sidecars apply a change at once, also to stored pairs. A rule
+    never changes: delete it, and create another.
 
-    Errors: INVALID_ARGUMENT for a rule that can't be used, with what to write instead; NOT_FOUND for an unknown id;
-    FAILED_PRECONDITION with the reason RULE_TOO_BROAD for one that would hide more than it was made for, unless forced;
-    UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid rule, with advice. NOT_FOUND for an unknown id. FAILED_PRECONDITION with the
+    reason RULE_TOO_BROAD for a rule that would hide more than intended. UNAVAILABLE while the ledger can't be reached.
+    Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
     """
 
     def __init__(self, channel):
@@ -68,44 +68,44 @@ class RuleServiceStub(object):
 
 
 class RuleServiceServicer(object):
-    """What people declare about differences. Rules take effect at once in every sidecar, and what is stored is judged again.
-    A rule is never changed: delete it, and create another.
+    """Manages rules, which explain known differences. All sidecars apply a change at once, also to stored pairs. A rule
+    never changes: delete it, and create another.
 
-    Errors: INVALID_ARGUMENT for a rule that can't be used, with what to write instead; NOT_FOUND for an unknown id;
-    FAILED_PRECONDITION with the reason RULE_TOO_BROAD for one that would hide more than it was made for, unless forced;
-    UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid rule, with advice. NOT_FOUND for an unknown id. FAILED_PRECONDITION with the
+    reason RULE_TOO_BROAD for a rule that would hide more than intended. UNAVAILABLE while the ledger can't be reached.
+    Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
     """
 
     def CreateRule(self, request, context):
-        """Makes a rule.
+        """Creates a rule.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRules(self, request, context):
-        """The rules that hold, and those that expired.
+        """Lists rules that are in force or expired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteRule(self, request, context):
-        """Ends a rule; what it hid is back. Safe to repeat.
+        """Ends a rule. Differences that it explained count again. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PreviewRule(self, request, context):
-        """What a rule would hide of what is stored. Changes nothing.
+        """Returns the stored findings that a rule would hide. Changes no data.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ApplyRules(self, request, context):
-        """Makes the rules of one source, such as a file, what is given: creates, deletes and keeps, together. Safe to repeat.
+        """Replaces all rules of one source, such as a file, in one transaction. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,12 +148,12 @@ def add_RuleServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RuleService(object):
-    """What people declare about differences. Rules take effect at once in every sidecar, and what is stored is judged again.
-    A rule is never changed: delete it, and create another.
+    """Manages rules, which explain known differences. All sidecars apply a change at once, also to stored pairs. A rule
+    never changes: delete it, and create another.
 
-    Errors: INVALID_ARGUMENT for a rule that can't be used, with what to write instead; NOT_FOUND for an unknown id;
-    FAILED_PRECONDITION with the reason RULE_TOO_BROAD for one that would hide more than it was made for, unless forced;
-    UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid rule, with advice. NOT_FOUND for an unknown id. FAILED_PRECONDITION with the
+    reason RULE_TOO_BROAD for a rule that would hide more than intended. UNAVAILABLE while the ledger can't be reached.
+    Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
     """
 
     @staticmethod

@@ -13,33 +13,33 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RuleServiceStub:
-    """What people declare about differences. Rules take effect at once in every sidecar, and what is stored is judged again.
-    A rule is never changed: delete it, and create another.
+    """Manages rules, which explain known differences. All sidecars apply a change at once, also to stored pairs. A rule
+    never changes: delete it, and create another.
 
-    Errors: INVALID_ARGUMENT for a rule that can't be used, with what to write instead; NOT_FOUND for an unknown id;
-    FAILED_PRECONDITION with the reason RULE_TOO_BROAD for one that would hide more than it was made for, unless forced;
-    UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid rule, with advice. NOT_FOUND for an unknown id. FAILED_PRECONDITION with the
+    reason RULE_TOO_BROAD for a rule that would hide more than intended. UNAVAILABLE while the ledger can't be reached.
+    Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateRule: _aio.UnaryUnaryMultiCallable[_rule_pb2.CreateRuleRequest, _rule_pb2.CreateRuleResponse]
-    """Makes a rule."""
+    """Creates a rule."""
     ListRules: _aio.UnaryUnaryMultiCallable[_rule_pb2.ListRulesRequest, _rule_pb2.ListRulesResponse]
-    """The rules that hold, and those that expired."""
+    """Lists rules that are in force or expired."""
     DeleteRule: _aio.UnaryUnaryMultiCallable[_rule_pb2.DeleteRuleRequest, _rule_pb2.DeleteRuleResponse]
-    """Ends a rule; what it hid is back. Safe to repeat."""
+    """Ends a rule. Differences that it explained count again. Safe to repeat."""
     PreviewRule: _aio.UnaryUnaryMultiCallable[_rule_pb2.PreviewRuleRequest, _rule_pb2.PreviewRuleResponse]
-    """What a rule would hide of what is stored. Changes nothing."""
+    """Returns the stored findings that a rule would hide. Changes no data."""
     ApplyRules: _aio.UnaryUnaryMultiCallable[_rule_pb2.ApplyRulesRequest, _rule_pb2.ApplyRulesResponse]
-    """Makes the rules of one source, such as a file, what is given: creates, deletes and keeps, together. Safe to repeat."""
+    """Replaces all rules of one source, such as a file, in one transaction. Safe to repeat."""
 
 class RuleServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What people declare about differences. Rules take effect at once in every sidecar, and what is stored is judged again.
-    A rule is never changed: delete it, and create another.
+    """Manages rules, which explain known differences. All sidecars apply a change at once, also to stored pairs. A rule
+    never changes: delete it, and create another.
 
-    Errors: INVALID_ARGUMENT for a rule that can't be used, with what to write instead; NOT_FOUND for an unknown id;
-    FAILED_PRECONDITION with the reason RULE_TOO_BROAD for one that would hide more than it was made for, unless forced;
-    UNAVAILABLE while the ledger can't be reached. Each carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid rule, with advice. NOT_FOUND for an unknown id. FAILED_PRECONDITION with the
+    reason RULE_TOO_BROAD for a rule that would hide more than intended. UNAVAILABLE while the ledger can't be reached.
+    Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
     """
 
     @_abc_1.abstractmethod
@@ -48,7 +48,7 @@ class RuleServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rule_pb2.CreateRuleRequest,
         context: _aio.ServicerContext[_rule_pb2.CreateRuleRequest, _abc.Awaitable[_rule_pb2.CreateRuleResponse]],
     ) -> _abc.Awaitable[_rule_pb2.CreateRuleResponse]:
-        """Makes a rule."""
+        """Creates a rule."""
 
     @_abc_1.abstractmethod
     def ListRules(
@@ -56,7 +56,7 @@ class RuleServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rule_pb2.ListRulesRequest,
         context: _aio.ServicerContext[_rule_pb2.ListRulesRequest, _abc.Awaitable[_rule_pb2.ListRulesResponse]],
     ) -> _abc.Awaitable[_rule_pb2.ListRulesResponse]:
-        """The rules that hold, and those that expired."""
+        """Lists rules that are in force or expired."""
 
     @_abc_1.abstractmethod
     def DeleteRule(
@@ -64,7 +64,7 @@ class RuleServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rule_pb2.DeleteRuleRequest,
         context: _aio.ServicerContext[_rule_pb2.DeleteRuleRequest, _abc.Awaitable[_rule_pb2.DeleteRuleResponse]],
     ) -> _abc.Awaitable[_rule_pb2.DeleteRuleResponse]:
-        """Ends a rule; what it hid is back. Safe to repeat."""
+        """Ends a rule. Differences that it explained count again. Safe to repeat."""
 
     @_abc_1.abstractmethod
     def PreviewRule(
@@ -72,7 +72,7 @@ class RuleServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rule_pb2.PreviewRuleRequest,
         context: _aio.ServicerContext[_rule_pb2.PreviewRuleRequest, _abc.Awaitable[_rule_pb2.PreviewRuleResponse]],
     ) -> _abc.Awaitable[_rule_pb2.PreviewRuleResponse]:
-        """What a rule would hide of what is stored. Changes nothing."""
+        """Returns the stored findings that a rule would hide. Changes no data."""
 
     @_abc_1.abstractmethod
     def ApplyRules(
@@ -80,6 +80,6 @@ class RuleServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rule_pb2.ApplyRulesRequest,
         context: _aio.ServicerContext[_rule_pb2.ApplyRulesRequest, _abc.Awaitable[_rule_pb2.ApplyRulesResponse]],
     ) -> _abc.Awaitable[_rule_pb2.ApplyRulesResponse]:
-        """Makes the rules of one source, such as a file, what is given: creates, deletes and keeps, together. Safe to repeat."""
+        """Replaces all rules of one source, such as a file, in one transaction. Safe to repeat."""
 
 def add_RuleServiceServicer_to_server(servicer: RuleServiceServicer, server: _aio.Server) -> None: ...

@@ -23,7 +23,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Traffic(_message.Message):
-    """Shares are fractions from 0 to 1. They are rounded to their step, but only 0 becomes none and only 1 becomes all."""
+    """The traffic settings of a service. Shares are fractions from 0 to 1, rounded to their step. Only 0 rounds to 0, and
+    only 1 to 1.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -38,20 +40,20 @@ class Traffic(_message.Message):
     service: _builtins.str
     """The service."""
     new_share: _builtins.float
-    """Share of users that the new version answers, in steps of 0.0001."""
+    """Share of users on the new version, in steps of 0.0001."""
     sample_safe: _builtins.float
-    """Share of safe requests (GET, HEAD, OPTIONS) that are mirrored and compared, in steps of 0.000001."""
+    """Share of safe requests (GET, HEAD, OPTIONS) that Envoy mirrors, in steps of 0.000001."""
     sample_unsafe: _builtins.float
-    """Share of other requests that are mirrored and compared."""
+    """Share of other requests that Envoy mirrors."""
     baseline_share: _builtins.float
-    """Share of the mirrored safe requests that the old version gets twice, to learn what is noise."""
+    """Share of the mirrored safe requests that the old version receives twice, to detect noise."""
     rolled_back: _builtins.bool
-    """Whether users were sent back to the old version, by Rollback."""
+    """True after a rollback."""
     version: _builtins.int
-    """Grows with every change."""
+    """Increases with every change."""
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """The last change."""
+        """The time of the last change."""
 
     def __init__(
         self,
@@ -75,9 +77,8 @@ Global___Traffic: _TypeAlias = Traffic  # noqa: Y015
 
 @_typing.final
 class EnvoyStatus(_message.Message):
-    """What one Envoy knows, whichever sidecar it is connected to. Envoys that share a node id are told one by one. Those of a
-    sidecar that stops are gone at once, those of one that dies within seconds; until then they are named with what was last
-    heard of them.
+    """The state of one Envoy that is connected to any sidecar. Each connection has an entry, even if several Envoys share a
+    node id. Entries of a stopped sidecar disappear at once, and entries of a crashed sidecar within seconds.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -91,17 +92,17 @@ class EnvoyStatus(_message.Message):
     node: _builtins.str
     """Its node id."""
     acknowledged_version: _builtins.int
-    """The version of the settings that it acknowledged last; 0 for none yet."""
+    """The version of the settings that it acknowledged last. 0: none."""
     error: _builtins.str
-    """Why it refused the settings; empty for none."""
+    """The reason why it refused the settings. Empty: none."""
     peer: _builtins.str
-    """Where its connection comes from, as gRPC writes it: tells Envoys apart that share a node id."""
+    """The address that it connects from, as gRPC writes it. Distinguishes Envoys with the same node id."""
     sidecar: _builtins.str
-    """Which sidecar it is connected to: its host, and the port of its gRPC."""
+    """The host name and gRPC port of its sidecar."""
     @_builtins.property
     def acknowledged_after(self) -> _duration_pb2.Duration:
-        """From the change, or from this Envoy's connection where that came later, until it acknowledged the settings. Unset
-        where it has not yet.
+        """Time from the change, or from a later connect, to the acknowledgement of the current settings. Unset if it has not
+        acknowledged them.
         """
 
     def __init__(
@@ -124,13 +125,13 @@ Global___EnvoyStatus: _TypeAlias = EnvoyStatus  # noqa: Y015
 
 @_typing.final
 class GetTrafficRequest(_message.Message):
-    """A request for GetTraffic."""
+    """Request of GetTraffic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     def __init__(
         self,
         *,
@@ -146,7 +147,7 @@ Global___GetTrafficRequest: _TypeAlias = GetTrafficRequest  # noqa: Y015
 
 @_typing.final
 class GetTrafficResponse(_message.Message):
-    """An answer to GetTraffic."""
+    """Response of GetTraffic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -154,14 +155,14 @@ class GetTrafficResponse(_message.Message):
     ENVOYS_FIELD_NUMBER: _builtins.int
     PEERS_ERROR_FIELD_NUMBER: _builtins.int
     peers_error: _builtins.str
-    """Why the Envoys of other sidecars are not named; empty where they are."""
+    """The reason why the Envoys of other sidecars are missing. Empty if they are included."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
-        """The Envoys connected to any sidecar."""
+        """The Envoys that are connected to any sidecar."""
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ Global___GetTrafficResponse: _TypeAlias = GetTrafficResponse  # noqa: Y015
 
 @_typing.final
 class UpdateTrafficRequest(_message.Message):
-    """A request for UpdateTraffic. What is unset stays as it is."""
+    """Request of UpdateTraffic. Unset fields keep their values."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -193,22 +194,24 @@ class UpdateTrafficRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     new_share: _builtins.float
-    """Share of users that the new version answers, 0 to 1."""
+    """Share of users on the new version, 0 to 1."""
     sample_safe: _builtins.float
-    """Share of safe requests that are mirrored, 0 to 1."""
+    """Share of safe requests that Envoy mirrors, 0 to 1."""
     sample_unsafe: _builtins.float
-    """Share of other requests that are mirrored, 0 to 1. They run in both versions: see the manual before raising it."""
+    """Share of other requests that Envoy mirrors, 0 to 1. Both versions execute them: read the documentation before you
+    raise it.
+    """
     baseline_share: _builtins.float
-    """Share of the mirrored safe requests that the old version gets twice, 0 to 1."""
+    """Share of the mirrored safe requests that the old version receives twice, 0 to 1."""
     actor: _builtins.str
-    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
-    """Why, for the record, at most 2000 characters."""
+    """The reason for the record, at most 2000 characters."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """How long to wait for the acknowledgements of all Envoys, at most 10 s; unset means 1 s."""
+        """Maximum time to wait for the acknowledgements of all Envoys, at most 10 s. Unset: 1 s."""
 
     def __init__(
         self,
@@ -247,7 +250,7 @@ Global___UpdateTrafficRequest: _TypeAlias = UpdateTrafficRequest  # noqa: Y015
 
 @_typing.final
 class UpdateTrafficResponse(_message.Message):
-    """An answer to UpdateTraffic."""
+    """Response of UpdateTraffic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -255,14 +258,14 @@ class UpdateTrafficResponse(_message.Message):
     ENVOYS_FIELD_NUMBER: _builtins.int
     PEERS_ERROR_FIELD_NUMBER: _builtins.int
     peers_error: _builtins.str
-    """Why the Envoys of other sidecars are not named; empty where they are."""
+    """The reason why the Envoys of other sidecars are missing. Empty if they are included."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
-        """The settings after the change."""
+        """The settings."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
-        """The Envoys connected to any sidecar, and whether they have it."""
+        """The Envoys that are connected to any sidecar."""
 
     def __init__(
         self,
@@ -281,7 +284,7 @@ Global___UpdateTrafficResponse: _TypeAlias = UpdateTrafficResponse  # noqa: Y015
 
 @_typing.final
 class RollbackRequest(_message.Message):
-    """A request for Rollback."""
+    """Request of Rollback."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -290,14 +293,14 @@ class RollbackRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     actor: _builtins.str
-    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
-    """Why, for the record, at most 2000 characters."""
+    """The reason for the record, at most 2000 characters."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """How long to wait for the acknowledgements of all Envoys, at most 10 s; unset means 1 s."""
+        """Maximum time to wait for the acknowledgements of all Envoys, at most 10 s. Unset: 1 s."""
 
     def __init__(
         self,
@@ -317,41 +320,41 @@ Global___RollbackRequest: _TypeAlias = RollbackRequest  # noqa: Y015
 
 @_typing.final
 class RollbackResponse(_message.Message):
-    """An answer to Rollback."""
+    """Response of Rollback."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
+    PEERS_ERROR_FIELD_NUMBER: _builtins.int
     PREVIOUS_FIELD_NUMBER: _builtins.int
     RECORDING_ERROR_FIELD_NUMBER: _builtins.int
-    PEERS_ERROR_FIELD_NUMBER: _builtins.int
-    recording_error: _builtins.str
-    """Why the ledger does not know of the rollback yet, and what that means for the Envoys of other sidecars; empty where
-    it knows. The rollback is in force all the same, and is recorded as soon as the ledger can be reached.
-    """
     peers_error: _builtins.str
-    """Why the Envoys of other sidecars are not named; empty where they are."""
+    """The reason why the Envoys of other sidecars are missing. Empty if they are included."""
+    recording_error: _builtins.str
+    """The reason why the ledger does not have the rollback yet, and the effect on the Envoys of other sidecars. Empty if
+    it has. The rollback is in force, and is recorded as soon as the ledger can be reached.
+    """
     @_builtins.property
     def traffic(self) -> Global___Traffic:
-        """The settings after the change."""
+        """The settings."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
-        """The Envoys connected to any sidecar, and whether they have it."""
+        """The Envoys that are connected to any sidecar."""
 
     @_builtins.property
     def previous(self) -> Global___Traffic:
-        """The settings before. Unset where this sidecar has never known them."""
+        """The settings before. Unset if this sidecar does not know them."""
 
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
         envoys: _abc.Iterable[Global___EnvoyStatus] | None = ...,
+        peers_error: _builtins.str = ...,
         previous: Global___Traffic | None = ...,
         recording_error: _builtins.str = ...,
-        peers_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["previous", b"previous", "traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -363,7 +366,7 @@ Global___RollbackResponse: _TypeAlias = RollbackResponse  # noqa: Y015
 
 @_typing.final
 class PromoteRequest(_message.Message):
-    """A request for Promote."""
+    """Request of Promote."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -372,14 +375,14 @@ class PromoteRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     actor: _builtins.str
-    """Who asks, for the record, at most 200 characters. Empty: the address the call came from."""
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
-    """Why, for the record, at most 2000 characters."""
+    """The reason for the record, at most 2000 characters."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
-        """How long to wait for the acknowledgements of all Envoys, at most 10 s; unset means 1 s."""
+        """Maximum time to wait for the acknowledgements of all Envoys, at most 10 s. Unset: 1 s."""
 
     def __init__(
         self,
@@ -399,7 +402,7 @@ Global___PromoteRequest: _TypeAlias = PromoteRequest  # noqa: Y015
 
 @_typing.final
 class PromoteResponse(_message.Message):
-    """An answer to Promote."""
+    """Response of Promote."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -407,14 +410,14 @@ class PromoteResponse(_message.Message):
     ENVOYS_FIELD_NUMBER: _builtins.int
     PEERS_ERROR_FIELD_NUMBER: _builtins.int
     peers_error: _builtins.str
-    """Why the Envoys of other sidecars are not named; empty where they are."""
+    """The reason why the Envoys of other sidecars are missing. Empty if they are included."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
-        """The settings after the change."""
+        """The settings."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
-        """The Envoys connected to any sidecar, and whether they have it."""
+        """The Envoys that are connected to any sidecar."""
 
     def __init__(
         self,
@@ -433,13 +436,13 @@ Global___PromoteResponse: _TypeAlias = PromoteResponse  # noqa: Y015
 
 @_typing.final
 class WatchTrafficRequest(_message.Message):
-    """A request for WatchTraffic."""
+    """Request of WatchTraffic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     def __init__(
         self,
         *,
@@ -455,7 +458,7 @@ Global___WatchTrafficRequest: _TypeAlias = WatchTrafficRequest  # noqa: Y015
 
 @_typing.final
 class WatchTrafficResponse(_message.Message):
-    """The settings, at first and after each change."""
+    """The settings, first the current ones and then each change."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -463,14 +466,14 @@ class WatchTrafficResponse(_message.Message):
     ENVOYS_FIELD_NUMBER: _builtins.int
     PEERS_ERROR_FIELD_NUMBER: _builtins.int
     peers_error: _builtins.str
-    """Why the Envoys of other sidecars are not named; empty where they are."""
+    """The reason why the Envoys of other sidecars are missing. Empty if they are included."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
         """The settings."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
-        """The Envoys connected to any sidecar."""
+        """The Envoys that are connected to any sidecar."""
 
     def __init__(
         self,
@@ -489,7 +492,7 @@ Global___WatchTrafficResponse: _TypeAlias = WatchTrafficResponse  # noqa: Y015
 
 @_typing.final
 class ListTrafficEventsRequest(_message.Message):
-    """A request for ListTrafficEvents."""
+    """Request of ListTrafficEvents."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -497,11 +500,11 @@ class ListTrafficEventsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     service: _builtins.str
-    """The service. May be empty where there is only one that has an Envoy here, or only one that is known."""
+    """The service. May be empty if there is only one."""
     page_size: _builtins.int
-    """At most so many, 1 to 1000; 0 means 100."""
+    """Maximum number of entries, 1 to 1000. 0 means 100."""
     page_token: _builtins.str
-    """From the last answer's next_page_token; the other fields must not change meanwhile."""
+    """`next_page_token` of the previous response. The other fields must not change."""
     def __init__(
         self,
         *,
@@ -519,7 +522,7 @@ Global___ListTrafficEventsRequest: _TypeAlias = ListTrafficEventsRequest  # noqa
 
 @_typing.final
 class TrafficEvent(_message.Message):
-    """One change."""
+    """A change of traffic, guard or ramp."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -535,19 +538,19 @@ class TrafficEvent(_message.Message):
     RAMP_BEFORE_FIELD_NUMBER: _builtins.int
     RAMP_AFTER_FIELD_NUMBER: _builtins.int
     id: _builtins.int
-    """Identifies the event, and orders events."""
+    """Identifies the event. Later events have higher ids."""
     actor: _builtins.str
-    """Who."""
+    """The person, or `guard` or `ramp` for automatic changes."""
     action: _builtins.str
-    """`create`, `update`, `rollback` or `promote`; of a ramp `ramp_start`, `ramp_step`, `ramp_pause`, `ramp_resume`,
-    `ramp_abort`, `ramp_succeed` or `ramp_end` (somebody else set the traffic); of the guard `guard_set` or
-    `guard_would_roll_back`. What guard and ramp do by themselves has them as its actor.
+    """The action. For traffic: `create`, `update`, `rollback` or `promote`. For a ramp: `ramp_start`, `ramp_step`,
+    `ramp_pause`, `ramp_resume`, `ramp_abort`, `ramp_succeed` or `ramp_end` (superseded). For the guard: `guard_set` or
+    `guard_would_roll_back`.
     """
     reason: _builtins.str
-    """Why."""
+    """The reason."""
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
-        """When."""
+        """The time of the change."""
 
     @_builtins.property
     def before(self) -> Global___Traffic:
@@ -555,19 +558,19 @@ class TrafficEvent(_message.Message):
 
     @_builtins.property
     def after(self) -> Global___Traffic:
-        """The settings after. Those before, where only a guard or a ramp was changed."""
+        """The settings after. Equal to those before if only guard or ramp changed."""
 
     @_builtins.property
     def guard_before(self) -> _rollout_pb2.GuardPolicy:
-        """The guard's policy before; set for `guard_set`."""
+        """The policy of the guard before. Set for `guard_set`."""
 
     @_builtins.property
     def guard_after(self) -> _rollout_pb2.GuardPolicy:
-        """The guard's policy after, or that it acted by."""
+        """The policy of the guard after the change, or the policy that caused the rollback."""
 
     @_builtins.property
     def ramp_before(self) -> _rollout_pb2.RampState:
-        """The ramp before; set for what happened to one."""
+        """The ramp before. Set for changes of a ramp."""
 
     @_builtins.property
     def ramp_after(self) -> _rollout_pb2.RampState:
@@ -598,17 +601,17 @@ Global___TrafficEvent: _TypeAlias = TrafficEvent  # noqa: Y015
 
 @_typing.final
 class ListTrafficEventsResponse(_message.Message):
-    """An answer to ListTrafficEvents."""
+    """Response of ListTrafficEvents."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Empty on the last page."""
+    """The token of the next page. Empty on the last page."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrafficEvent]:
-        """Newest first."""
+        """Events, newest first."""
 
     def __init__(
         self,

@@ -26,10 +26,10 @@ if _version_not_supported:
 
 
 class TrafficServiceStub(object):
-    """Steers what Envoy does with the traffic of a service.
+    """Controls how Envoy routes and mirrors the traffic of a service.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
-    UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range. NOT_FOUND for an unknown service. UNAVAILABLE while the ledger
+    can't be reached.
     """
 
     def __init__(self, channel):
@@ -71,29 +71,29 @@ class TrafficServiceStub(object):
 
 
 class TrafficServiceServicer(object):
-    """Steers what Envoy does with the traffic of a service.
+    """Controls how Envoy routes and mirrors the traffic of a service.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
-    UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range. NOT_FOUND for an unknown service. UNAVAILABLE while the ledger
+    can't be reached.
     """
 
     def GetTraffic(self, request, context):
-        """The present settings.
+        """Returns the current settings.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateTraffic(self, request, context):
-        """Changes what is set in the request, together and at once. Safe to repeat.
+        """Changes the fields that the request sets, in one step. Safe to repeat.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Sends all users to the old version at once, and keeps them there until Promote or UpdateTraffic. Safe to repeat.
-        Works while the ledger can't be reached too: see RollbackResponse.not_recorded.
+        """Sends all users to the old version, until Promote or UpdateTraffic. Safe to repeat. Works while the ledger can't be
+        reached: see RollbackResponse.recording_error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,14 +107,14 @@ class TrafficServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchTraffic(self, request, context):
-        """The present settings, then each change, until cancelled. Changes in quick succession may be told as one.
+        """Streams the current settings, then each change, until cancelled. May combine changes in quick succession.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTrafficEvents(self, request, context):
-        """Who changed what, when and why; newest first.
+        """Lists changes, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,10 +162,10 @@ def add_TrafficServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrafficService(object):
-    """Steers what Envoy does with the traffic of a service.
+    """Controls how Envoy routes and mirrors the traffic of a service.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
-    UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range. NOT_FOUND for an unknown service. UNAVAILABLE while the ledger
+    can't be reached.
     """
 
     @staticmethod

@@ -13,33 +13,33 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TrafficServiceStub:
-    """Steers what Envoy does with the traffic of a service.
+    """Controls how Envoy routes and mirrors the traffic of a service.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
-    UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range. NOT_FOUND for an unknown service. UNAVAILABLE while the ledger
+    can't be reached.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetTraffic: _aio.UnaryUnaryMultiCallable[_traffic_pb2.GetTrafficRequest, _traffic_pb2.GetTrafficResponse]
-    """The present settings."""
+    """Returns the current settings."""
     UpdateTraffic: _aio.UnaryUnaryMultiCallable[_traffic_pb2.UpdateTrafficRequest, _traffic_pb2.UpdateTrafficResponse]
-    """Changes what is set in the request, together and at once. Safe to repeat."""
+    """Changes the fields that the request sets, in one step. Safe to repeat."""
     Rollback: _aio.UnaryUnaryMultiCallable[_traffic_pb2.RollbackRequest, _traffic_pb2.RollbackResponse]
-    """Sends all users to the old version at once, and keeps them there until Promote or UpdateTraffic. Safe to repeat.
-    Works while the ledger can't be reached too: see RollbackResponse.not_recorded.
+    """Sends all users to the old version, until Promote or UpdateTraffic. Safe to repeat. Works while the ledger can't be
+    reached: see RollbackResponse.recording_error.
     """
     Promote: _aio.UnaryUnaryMultiCallable[_traffic_pb2.PromoteRequest, _traffic_pb2.PromoteResponse]
     """Sends all users to the new version. Safe to repeat."""
     WatchTraffic: _aio.UnaryStreamMultiCallable[_traffic_pb2.WatchTrafficRequest, _traffic_pb2.WatchTrafficResponse]
-    """The present settings, then each change, until cancelled. Changes in quick succession may be told as one."""
+    """Streams the current settings, then each change, until cancelled. May combine changes in quick succession."""
     ListTrafficEvents: _aio.UnaryUnaryMultiCallable[_traffic_pb2.ListTrafficEventsRequest, _traffic_pb2.ListTrafficEventsResponse]
-    """Who changed what, when and why; newest first."""
+    """Lists changes, newest first."""
 
 class TrafficServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Steers what Envoy does with the traffic of a service.
+    """Controls how Envoy routes and mirrors the traffic of a service.
 
-    Errors: INVALID_ARGUMENT for a value out of range; NOT_FOUND for a service that no Envoy and no capture has named;
-    UNAVAILABLE while the ledger can't be reached.
+    Errors: INVALID_ARGUMENT for a value out of range. NOT_FOUND for an unknown service. UNAVAILABLE while the ledger
+    can't be reached.
     """
 
     @_abc_1.abstractmethod
@@ -48,7 +48,7 @@ class TrafficServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _traffic_pb2.GetTrafficRequest,
         context: _aio.ServicerContext[_traffic_pb2.GetTrafficRequest, _abc.Awaitable[_traffic_pb2.GetTrafficResponse]],
     ) -> _abc.Awaitable[_traffic_pb2.GetTrafficResponse]:
-        """The present settings."""
+        """Returns the current settings."""
 
     @_abc_1.abstractmethod
     def UpdateTraffic(
@@ -56,7 +56,7 @@ class TrafficServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _traffic_pb2.UpdateTrafficRequest,
         context: _aio.ServicerContext[_traffic_pb2.UpdateTrafficRequest, _abc.Awaitable[_traffic_pb2.UpdateTrafficResponse]],
     ) -> _abc.Awaitable[_traffic_pb2.UpdateTrafficResponse]:
-        """Changes what is set in the request, together and at once. Safe to repeat."""
+        """Changes the fields that the request sets, in one step. Safe to repeat."""
 
     @_abc_1.abstractmethod
     def Rollback(
@@ -64,8 +64,8 @@ class TrafficServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _traffic_pb2.RollbackRequest,
         context: _aio.ServicerContext[_traffic_pb2.RollbackRequest, _abc.Awaitable[_traffic_pb2.RollbackResponse]],
     ) -> _abc.Awaitable[_traffic_pb2.RollbackResponse]:
-        """Sends all users to the old version at once, and keeps them there until Promote or UpdateTraffic. Safe to repeat.
-        Works while the ledger can't be reached too: see RollbackResponse.not_recorded.
+        """Sends all users to the old version, until Promote or UpdateTraffic. Safe to repeat. Works while the ledger can't be
+        reached: see RollbackResponse.recording_error.
         """
 
     @_abc_1.abstractmethod
@@ -82,7 +82,7 @@ class TrafficServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _traffic_pb2.WatchTrafficRequest,
         context: _aio.ServicerContext[_traffic_pb2.WatchTrafficRequest, _abc.AsyncIterator[_traffic_pb2.WatchTrafficResponse]],
     ) -> _abc.AsyncIterator[_traffic_pb2.WatchTrafficResponse]:
-        """The present settings, then each change, until cancelled. Changes in quick succession may be told as one."""
+        """Streams the current settings, then each change, until cancelled. May combine changes in quick succession."""
 
     @_abc_1.abstractmethod
     def ListTrafficEvents(
@@ -90,6 +90,6 @@ class TrafficServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _traffic_pb2.ListTrafficEventsRequest,
         context: _aio.ServicerContext[_traffic_pb2.ListTrafficEventsRequest, _abc.Awaitable[_traffic_pb2.ListTrafficEventsResponse]],
     ) -> _abc.Awaitable[_traffic_pb2.ListTrafficEventsResponse]:
-        """Who changed what, when and why; newest first."""
+        """Lists changes, newest first."""
 
 def add_TrafficServiceServicer_to_server(servicer: TrafficServiceServicer, server: _aio.Server) -> None: ...

@@ -1,4 +1,4 @@
-"""The report as one HTML file. All that came from requests and answers is escaped, and can't steer the page."""
+"""`abreast report`: the verdict and its evidence as an HTML file and a JSON file."""
 
 from __future__ import annotations
 
@@ -6,148 +6,48 @@ import datetime as dt
 import json
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
-from google.protobuf.timestamp_pb2 import Timestamp
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import rule_pb2, traffic_pb2
-from abreast_sidecar.cli.findings import (
-    format_cause,
-    format_difference,
-    format_explanation,
-    format_feature,
-    format_releases,
-    status_name,
-)
 from abreast_sidecar.cli.options import connection_options
 from abreast_sidecar.cli.pairs import build_curl_line
 from abreast_sidecar.cli.verdict import format_pairs_to_pass, verdict_options
-from abreast_sidecar.client.output import (
-    MAX_TABLE_VALUE_CHARS,
-    endpoint_name,
-    format_count,
-    format_duration,
-    format_location,
-    format_percent,
-    impact_name,
-    kind_name,
-    outcome_name,
-    to_printable,
-)
-from abreast_sidecar.client.sidecar_client import MAX_PAGE_ROWS, Calls, SidecarClient
+from abreast_sidecar.client.sidecar_client import MAX_PAGE_ROWS, Calls, SidecarClient, message_to_json
 from abreast_sidecar.errors import SettingError
 
-MAX_WAIVED_ROWS = 1000  # rows shown; the JSON file has all
-MAX_EXAMPLE_DIFFERENCES = 5  # of a finding, in its example
+REPORT_FORMAT_VERSION = 1  # version of the JSON file's format
+MAX_WAIVED_ROWS = 1000  # in the HTML file; the JSON file has all
+MAX_EXAMPLE_DIFFERENCES = 5  # shown per example
 VERDICT_MEANINGS = {
-    "PASS": "All that was tested is surely within the budget.",
-    "FAIL": "Something is surely beyond the budget.",
-    "INCONCLUSIVE": "Too little is known to let the new version take over, or to say that it must not.",
+    "PASS": "All tested rates are within the budget.",
+    "FAIL": "At least one rate exceeds the budget.",
+    "INCONCLUSIVE": "There is too little evidence for PASS and for FAIL.",
 }
 
 
-def render_html_report(evidence: ReportEvidence, written_at: dt.datetime) -> str:
-    template = _build_template_environment().get_template("report.html.j2")
-    undecided_endpoints = [
-        endpoint for endpoint in evidence.verdict.endpoints if endpoint.state != api.VERDICT_STATE_PASS
-    ]
-    by_endpoint = {endpoint_name(endpoint.endpoint): endpoint for endpoint in evidence.verdict.endpoints}
-    return template.render(
-        found=evidence,
-        now=written_at,
-        version=version("abreast"),
-        meaning=VERDICT_MEANINGS,
-        doubtful=undecided_endpoints,
-        by_endpoint=by_endpoint,
-        most_waived=MAX_WAIVED_ROWS,
-        most_places=MAX_EXAMPLE_DIFFERENCES,
-    )
+@dataclass(frozen=True)
+class ReportEvidence:
+    """The responses of the API that a report shows.
 
+    `findings` count against the verdict. `waived` are noise, or have the status expected or fixed. `rules` apply to
+    the service.
+    """
 
-@cache
-def _build_template_environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("abreast_sidecar.cli", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        clean=to_printable,
-        number=format_count,
-        percent=format_percent,
-        time=_format_utc_time,
-        endpoint=endpoint_name,
-        state=_format_verdict_state,
-        subject=_format_reason_subject,
-        outcome=lambda one: outcome_name(one.outcome),
-        impact=lambda one: impact_name(one.impact),
-        kind=lambda one: kind_name(one.kind),
-        place=_format_item_location,
-        status=lambda one: status_name(one.status),
-        cause=format_cause,
-        why=format_explanation,
-        command=lambda one: build_curl_line(one)[0],
-        shown_by=_select_finding_differences,
-        said=format_difference,
-        releases=format_releases,
-        feature=format_feature,
-        to_pass=format_pairs_to_pass,
-        value=lambda text: to_printable(text, MAX_TABLE_VALUE_CHARS),
-        taken=_format_endpoint_percentile,
-        covers=_format_rule_scope,
-    )
-    return environment
-
-
-def _format_utc_time(moment: Timestamp) -> str:
-    return f"{moment.ToDatetime(dt.UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _format_verdict_state(verdict: Any) -> str:
-    return api.VerdictState.Name(verdict.state).removeprefix("VERDICT_STATE_")
-
-
-def _format_reason_subject(reason: api.VerdictReason) -> str:
-    return api.VerdictSubject.Name(reason.subject).removeprefix("VERDICT_SUBJECT_").lower()
-
-
-def _format_item_location(item: api.Finding | common.Difference) -> str:
-    exact = item.exact_path if isinstance(item, common.Difference) else ""
-    return format_location(item.part, exact or item.path)
-
-
-def _select_finding_differences(example: api.PairDetail, finding: api.Finding) -> list[common.Difference]:
-    """Where the example shows the finding."""
-    finding_key = (finding.part, finding.path, finding.kind)
-    return [
-        difference
-        for difference in example.differences
-        if (difference.part, difference.path, difference.kind) == finding_key
-    ]
-
-
-def _format_rule_scope(rule: rule_pb2.Rule) -> str:
-    """What the rule says, as a person would write it."""
-    action = rule_pb2.RuleAction.Name(rule.action).removeprefix("RULE_ACTION_").lower().replace("_", "-")
-    fields = ("path", "header", "status", "endpoint", "release", "by")
-    conditions = [f"{name} {getattr(rule, name)}" for name in fields if getattr(rule, name)]
-    return to_printable(" ".join([action, *conditions]))
-
-
-def _format_endpoint_percentile(endpoint: api.EndpointSummary, field: str) -> str:
-    return format_duration(getattr(endpoint, field)) if endpoint.HasField(field) else "-"  # type: ignore[arg-type]  # names of fields
-
-
-REPORT_FORMAT_VERSION = 1  # of the JSON file
+    request: api.GetVerdictRequest
+    verdict: api.GetVerdictResponse
+    summary: api.GetSummaryResponse
+    traffic: traffic_pb2.Traffic
+    endpoints: list[api.EndpointSummary]
+    findings: list[api.Finding]
+    waived: list[api.Finding]
+    rules: list[rule_pb2.Rule]
+    details: dict[int, api.GetFindingResponse]  # by finding, each with at most its smallest example
+    events: list[traffic_pb2.TrafficEvent]
 
 
 @click.command()
@@ -156,48 +56,68 @@ REPORT_FORMAT_VERSION = 1  # of the JSON file
     type=click.Path(path_type=Path),
     default=Path("abreast-report"),
     show_default=True,
-    help="Where to write; .html and .json are added.",
+    help="Path of the files, without .html and .json.",
 )
 @click.option(
     "--examples",
     type=click.IntRange(min=0),
     default=50,
     show_default=True,
-    help="Findings that are shown with an example.",
+    help="Number of findings that have an example.",
 )
 @verdict_options
 @connection_options
 def report_command(link: SidecarClient, request: api.GetVerdictRequest, output: Path, examples: int) -> None:
-    """The verdict with its evidence as two files, for a change ticket.
+    """Write the verdict and its evidence to two files, for a change ticket.
 
-    One HTML file that needs nothing else, and one JSON file with the same.
+    The HTML file needs no other file. The JSON file has the same content.
     """
     written_at = dt.datetime.now(dt.UTC)
     evidence = link.call(lambda calls: collect_evidence(calls, request, examples))
-    write_report_file(
-        output, ".json", json.dumps(build_json_report(evidence, written_at), indent=2, ensure_ascii=True) + "\n"
-    )
+    document = json.dumps(build_json_report(evidence, written_at), indent=2, ensure_ascii=True)
+    write_report_file(output, ".json", document + "\n")
     write_report_file(output, ".html", render_html_report(evidence, written_at))
 
 
 def write_report_file(output: Path, suffix: str, content: str) -> None:
-    """At once: half a report is none."""
+    """Write the file in one step, so that an error leaves no partial report."""
     target = output.with_name(output.name + suffix)
     draft = output.with_name(f".{output.name}{suffix}.part")
     try:
         draft.write_text(content, encoding="utf-8")
         draft.replace(target)
     except OSError as error:
-        raise SettingError(f"{target} can't be written, choose another --output: {error.strerror}") from error
+        raise SettingError(f"can't write {target}, choose another --output: {error.strerror}") from error
     click.echo(str(target))
 
 
-def build_json_report(evidence: ReportEvidence, written_at: dt.datetime) -> dict[str, Any]:
-    from abreast_sidecar.client.sidecar_client import message_to_json
+def render_html_report(evidence: ReportEvidence, written_at: dt.datetime) -> str:
+    from markupsafe import Markup
 
+    from abreast_sidecar.serve.render import read_stylesheet, render  # slow to import
+
+    return render(
+        "report",
+        evidence=evidence,
+        now=written_at,
+        version=version("abreast"),
+        style=Markup(read_stylesheet()),  # noqa: S704  # part of the package
+        meanings=VERDICT_MEANINGS,
+        pairs_to_pass=format_pairs_to_pass(evidence.verdict),
+        pass_state=api.VERDICT_STATE_PASS,
+        curl_lines={
+            id_: build_curl_line(item.examples[0])[0] for id_, item in evidence.details.items() if item.examples
+        },
+        max_waived_rows=MAX_WAIVED_ROWS,
+        max_example_differences=MAX_EXAMPLE_DIFFERENCES,
+    )
+
+
+def build_json_report(evidence: ReportEvidence, written_at: dt.datetime) -> dict[str, Any]:
     def to_plain(message: Any) -> Any:
         return json.loads(message_to_json(message, indent=None))
 
+    details = evidence.details.items()
     return {
         "format": REPORT_FORMAT_VERSION,
         "written": written_at.isoformat(timespec="seconds"),
@@ -209,34 +129,14 @@ def build_json_report(evidence: ReportEvidence, written_at: dt.datetime) -> dict
         "findings": [to_plain(item) for item in evidence.findings],
         "waived": [to_plain(item) for item in evidence.waived],
         "rules": [to_plain(item) for item in evidence.rules],
-        "examples": {
-            str(number): to_plain(item.examples[0]) for number, item in evidence.details.items() if item.examples
-        },
-        "features": {
-            str(number): to_plain(item.feature) for number, item in evidence.details.items() if item.HasField("feature")
-        },
+        "examples": {str(id_): to_plain(item.examples[0]) for id_, item in details if item.examples},
+        "features": {str(id_): to_plain(item.feature) for id_, item in details if item.HasField("feature")},
         "traffic_events": [to_plain(item) for item in evidence.events],
     }
 
 
-@dataclass(frozen=True)
-class ReportEvidence:
-    """`findings` count, `waived` don't: noise, and what people said is expected or fixed. `rules` hold for the service."""
-
-    request: api.GetVerdictRequest
-    verdict: api.GetVerdictResponse
-    summary: api.GetSummaryResponse
-    traffic: traffic_pb2.Traffic
-    endpoints: list[api.EndpointSummary]
-    findings: list[api.Finding]
-    waived: list[api.Finding]
-    rules: list[rule_pb2.Rule]
-    details: dict[int, api.GetFindingResponse]  # by finding, each with its smallest example at most
-    events: list[traffic_pb2.TrafficEvent]
-
-
 async def collect_evidence(calls: Calls, request: api.GetVerdictRequest, example_limit: int) -> ReportEvidence:
-    """`examples`: of so many findings."""
+    """Read all pages of the evidence, and the examples of the first `example_limit` findings."""
     comparison, traffic, timeout = calls.comparison, calls.traffic, calls.timeout_s
     verdict = await comparison.GetVerdict(request, timeout=timeout)
     service = verdict.service
@@ -249,7 +149,7 @@ async def collect_evidence(calls: Calls, request: api.GetVerdictRequest, example
         request=request,
         verdict=verdict,
         summary=await comparison.GetSummary(api.GetSummaryRequest(**scope), timeout=timeout),
-        traffic=await _fetch_traffic_state(calls, service),
+        traffic=(await traffic.GetTraffic(traffic_pb2.GetTrafficRequest(service=service), timeout=timeout)).traffic,
         endpoints=await _fetch_all_rows(
             comparison.ListEndpoints, api.ListEndpointsRequest(**scope), "endpoints", timeout
         ),
@@ -278,13 +178,8 @@ async def _fetch_all_rows(call: Callable[..., Awaitable[Any]], request: Any, fie
         request.page_token = page.next_page_token
 
 
-async def _fetch_traffic_state(calls: Calls, service: str) -> traffic_pb2.Traffic:
-    request = traffic_pb2.GetTrafficRequest(service=service)
-    return (await calls.traffic.GetTraffic(request, timeout=calls.timeout_s)).traffic
-
-
 async def _fetch_finding_details(calls: Calls, findings: Iterable[api.Finding]) -> dict[int, api.GetFindingResponse]:
-    """Without bodies: differences say what matters."""
+    """Fetch each finding with one example, without bodies: the differences contain the relevant values."""
     details = {}
     for finding in findings:
         request = api.GetFindingRequest(id=finding.id)

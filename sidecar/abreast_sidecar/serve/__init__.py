@@ -1,1 +1,1 @@
-"""What the sidecar offers: gRPC for people, tools and Envoys; health, metrics and a page over HTTP."""
+"""The sidecar's interfaces: gRPC services for clients and Envoys, and health, metrics and a web page over HTTP."""

@@ -1,4 +1,4 @@
-"""gRPC status for each error of the sidecar."""
+"""The gRPC status of each error of the sidecar."""
 
 from __future__ import annotations
 
@@ -21,19 +21,15 @@ from abreast_sidecar.errors import (
 from abreast_sidecar.traffic.xds import wire_pb2 as wire
 
 ERROR_DOMAIN = "abreast"
-
-
 ERROR_INFO_TYPE_URL = "type.googleapis.com/google.rpc.ErrorInfo"
-
-
-STATUS_DETAILS_KEY = "grpc-status-details-bin"  # the trailing metadata that holds a google.rpc.Status
+STATUS_DETAILS_KEY = "grpc-status-details-bin"  # trailing metadata with a google.rpc.Status
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorStatus:
     code: grpc.StatusCode
     message: str
-    reason: str  # UPPER_SNAKE
+    reason: str  # reason of the google.rpc.ErrorInfo, in UPPER_SNAKE_CASE
 
     @property
     def metadata(self) -> Iterable[tuple[str, bytes]]:
@@ -43,26 +39,15 @@ class ErrorStatus:
         return ((STATUS_DETAILS_KEY, status.SerializeToString()),)
 
 
-STOPPING_STATUS = ErrorStatus(grpc.StatusCode.UNAVAILABLE, "the sidecar is stopping; call again", "STOPPING")
-
-
-INTERNAL_ERROR_STATUS = ErrorStatus(grpc.StatusCode.INTERNAL, "the sidecar failed; its log says how", "INTERNAL")
-
-
 class StoppingError(SidecarError):
     """Ends streams while the sidecar drains."""
 
-
-def to_error_status(error: Exception) -> ErrorStatus:
-    if isinstance(error, StoppingError):
-        return STOPPING_STATUS
-    for kind, code, reason in STATUS_BY_ERROR:
-        if isinstance(error, kind):
-            return ErrorStatus(code, str(error), reason)
-    return INTERNAL_ERROR_STATUS
+    def __init__(self) -> None:
+        super().__init__("the sidecar is stopping; call again")
 
 
 STATUS_BY_ERROR: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
+    (StoppingError, grpc.StatusCode.UNAVAILABLE, "STOPPING"),
     (ArgumentError, grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT"),
     (OverbroadRuleError, grpc.StatusCode.FAILED_PRECONDITION, "RULE_TOO_BROAD"),
     (NotFoundError, grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
@@ -71,3 +56,11 @@ STATUS_BY_ERROR: tuple[tuple[type[SidecarError], grpc.StatusCode, str], ...] = (
     (LedgerError, grpc.StatusCode.UNAVAILABLE, "LEDGER_UNAVAILABLE"),
     (RedisError, grpc.StatusCode.UNAVAILABLE, "REDIS_UNAVAILABLE"),
 )
+INTERNAL_ERROR_STATUS = ErrorStatus(grpc.StatusCode.INTERNAL, "internal error; see the sidecar's log", "INTERNAL")
+
+
+def to_error_status(error: Exception) -> ErrorStatus:
+    for kind, code, reason in STATUS_BY_ERROR:
+        if isinstance(error, kind):
+            return ErrorStatus(code, str(error), reason)
+    return INTERNAL_ERROR_STATUS

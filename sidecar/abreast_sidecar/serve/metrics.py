@@ -1,8 +1,8 @@
-"""What /metrics shows. Each sidecar has a registry of its own, so that several may live in one process."""
+"""The metrics at /metrics. Each sidecar has a separate registry, so that several can run in one process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,37 +11,39 @@ from prometheus_client.registry import Collector
 from abreast_sidecar.rollout.controllers import LeaderTasks
 from abreast_sidecar.rollout.guard import GUARD_MODES
 from abreast_sidecar.rollout.ramp import Ramp
+from abreast_sidecar.rollout.service import RolloutService
 from abreast_sidecar.rollout.transitions import Guard
 from abreast_sidecar.store.reader import LedgerReader
 from abreast_sidecar.store.records import CaptureAccounting, Drop
 from abreast_sidecar.traffic.control import TrafficController
 from abreast_sidecar.traffic.model import MILLION, TOTAL_WEIGHT
 
-RPC_DURATION_BUCKETS_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)  # seconds
+RPC_DURATION_BUCKETS_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)
+
+Sample = tuple[Sequence[str], float]  # values of the labels, and of the metric
 
 
 class Metrics:
     def __init__(self, control: TrafficController, leader_tasks: LeaderTasks) -> None:
         self.registry = CollectorRegistry()
-        self.rpc_count = Counter("abreast_rpcs", "gRPC calls that ended", ["method", "code"], registry=self.registry)
+        self.rpc_count = Counter("abreast_rpcs", "finished gRPC calls", ["method", "code"], registry=self.registry)
         self.rpc_duration = Histogram(
             "abreast_rpc_seconds",
-            "time of gRPC calls",
+            "duration of gRPC calls",
             ["method"],
             buckets=RPC_DURATION_BUCKETS_S,
             registry=self.registry,
         )
-        self.ready = Gauge("abreast_ready", "whether a part works", ["part"], registry=self.registry)
+        self.ready = Gauge("abreast_ready", "1 if the part is ready", ["part"], registry=self.registry)
         self.ledger = LedgerMetrics()
-        self.registry.register(self.ledger)
-        self.registry.register(TrafficMetrics(control))
         self.rollout = RolloutMetrics(leader_tasks)
-        self.registry.register(self.rollout)
+        for collector in (self.ledger, TrafficMetrics(control), self.rollout):
+            self.registry.register(collector)
 
     def observe_call(self, method: str, code: str, seconds: float) -> None:
         name = method.lstrip("/")
         self.rpc_count.labels(name, code).inc()
-        if code != "CANCELLED":  # streams last as long as their callers like
+        if code != "CANCELLED":  # clients cancel streams when they like
             self.rpc_duration.labels(name).observe(seconds)
 
     def render(self) -> bytes:
@@ -49,75 +51,68 @@ class Metrics:
 
 
 class LedgerMetrics(Collector):
-    """The ledger's own counts, the same at every sidecar: take one of them, don't add."""
+    """Counts of the ledger. All sidecars report the same, so take the metrics of one; don't add them up."""
 
     def __init__(self) -> None:
-        self.tallies: list[tuple[str, str, int]] = []
+        self.tallies: list[tuple[str, str, int]] = []  # service, outcome, pairs
         self.accounts: list[CaptureAccounting] = []
         self.drops: list[Drop] = []
-        self.clock_ahead_s = 0.0  # seconds
+        self.clock_ahead_s = 0.0
 
     async def read(self, reader: LedgerReader) -> None:
-        """Raise LedgerError; then the last counts stay."""
+        """Read the counts. If this raises LedgerError, the metrics keep the previous counts."""
         self.tallies = await reader.read_tallies()
         self.accounts, self.drops = await reader.read_accounts(), await reader.list_drops()
         self.clock_ahead_s = await reader.measure_clock_ahead()
 
     def collect(self) -> Iterable[Metric]:
-        pairs = CounterMetricFamily(
-            "abreast_ledger_pairs", "sampled requests in the ledger, by outcome", labels=["service", "outcome"]
+        yield _counter(
+            "abreast_ledger_pairs",
+            "sampled requests in the ledger, by outcome",
+            ["service", "outcome"],
+            [((service, outcome), count) for service, outcome, count in self.tallies],
         )
-        for service, outcome, count in self.tallies:
-            pairs.add_metric([service, outcome], count)
-        yield pairs
-        yield from self._collect_envoy_counts()
-        yield self._collect_captures()
-        yield self._collect_drops()
-        yield GaugeMetricFamily(
-            "abreast_ledger_clock_ahead_seconds",
-            "by how much Postgres's clock is ahead of this sidecar's",
-            value=self.clock_ahead_s,
+        counted = [account for account in self.accounts if account.envoy_sampled is not None]
+        yield _counter(
+            "abreast_envoy_sampled",
+            "sampled requests, as counted by Envoy",
+            ["service"],
+            [([account.service], account.envoy_sampled or 0) for account in counted],
         )
-
-    def _collect_envoy_counts(self) -> Iterable[Metric]:
-        sampled = CounterMetricFamily(
-            "abreast_envoy_sampled", "sampled requests by Envoy's own count", labels=["service"]
+        yield _gauge(
+            "abreast_unaccounted",
+            "sampled requests without a row in the ledger: in flight, or lost",
+            ["service"],
+            [([account.service], account.unaccounted or 0) for account in counted],
         )
-        unaccounted = GaugeMetricFamily(
-            "abreast_unaccounted", "sampled requests without a row: on their way, or lost", labels=["service"]
+        yield _gauge(
+            "abreast_dead_letters",
+            "entries that could not be compared",
+            ["service"],
+            [([account.service], account.dead_letters) for account in self.accounts],
         )
-        dead_letters = GaugeMetricFamily(
-            "abreast_dead_letters", "entries that could not be compared and are kept apart", labels=["service"]
+        yield _counter(
+            "abreast_captures",
+            "captures that arrived in Redis, by result",
+            ["service", "result"],
+            [
+                ((account.service, result), getattr(account, result))
+                for account in self.accounts
+                for result in ("received", "duplicate", "late")
+            ],
         )
-        for account in self.accounts:
-            dead_letters.add_metric([account.service], account.dead_letters)
-            if account.envoy_sampled is not None and account.unaccounted is not None:
-                sampled.add_metric([account.service], account.envoy_sampled)
-                unaccounted.add_metric([account.service], account.unaccounted)
-        return sampled, unaccounted, dead_letters
-
-    def _collect_captures(self) -> Metric:
-        captures = CounterMetricFamily(
-            "abreast_captures", "captures that came to Redis, by what became of them", labels=["service", "result"]
-        )
-        for account in self.accounts:
-            for fate, count in (
-                ("received", account.received),
-                ("duplicate", account.duplicate),
-                ("late", account.late),
-            ):
-                captures.add_metric([account.service, fate], count)
-        return captures
-
-    def _collect_drops(self) -> Metric:
-        drops = CounterMetricFamily(
+        yield _counter(
             "abreast_dropped_captures",
-            "captures that were lost, by where and why",
-            labels=["service", "stage", "reason"],
+            "lost captures, by stage and reason",
+            ["service", "stage", "reason"],
+            [((drop.service, drop.stage, drop.reason), drop.count) for drop in self.drops],
         )
-        for drop in self.drops:
-            drops.add_metric([drop.service, drop.stage, drop.reason], drop.count)
-        return drops
+        yield _gauge(
+            "abreast_ledger_clock_ahead_seconds",
+            "difference between the clocks of Postgres and of this sidecar",
+            [],
+            [([], self.clock_ahead_s)],
+        )
 
 
 class TrafficMetrics(Collector):
@@ -125,32 +120,31 @@ class TrafficMetrics(Collector):
         self.control = control
 
     def collect(self) -> Iterable[Metric]:
-        version = GaugeMetricFamily("abreast_traffic_version", "version of the traffic settings", labels=["service"])
-        share = GaugeMetricFamily("abreast_traffic_share", "traffic settings, 0 to 1", labels=["service", "share"])
+        versions: list[Sample] = []
+        shares: list[Sample] = []
+        envoys: list[Sample] = []
         for traffic in self.control.list_current():
-            version.add_metric([traffic.service], traffic.version)
-            shares = traffic.shares
-            share.add_metric([traffic.service, "new"], shares.new_share / TOTAL_WEIGHT)
-            share.add_metric([traffic.service, "sample_safe"], shares.sample_safe / MILLION)
-            share.add_metric([traffic.service, "sample_unsafe"], shares.sample_unsafe / MILLION)
-            share.add_metric([traffic.service, "baseline"], shares.baseline_share / MILLION)
-        yield version
-        yield share
-        yield self._collect_envoys()
-
-    def _collect_envoys(self) -> Metric:
-        envoys = GaugeMetricFamily("abreast_envoys", "Envoys connected to this sidecar", labels=["service", "state"])
-        for traffic in self.control.list_current():
+            service = traffic.service
+            versions.append(([service], traffic.version))
+            for name, part, total in (
+                ("new", traffic.shares.new_share, TOTAL_WEIGHT),
+                ("sample_safe", traffic.shares.sample_safe, MILLION),
+                ("sample_unsafe", traffic.shares.sample_unsafe, MILLION),
+                ("baseline", traffic.shares.baseline_share, MILLION),
+            ):
+                shares.append(((service, name), part / total))
             states = self.control.connections.list_states(traffic)
-            current = sum(state.acknowledged_version == traffic.version for state in states)
-            refused = sum(bool(state.error) for state in states)
-            for name, count in (("connected", len(states)), ("acknowledged", current), ("refused", refused)):
-                envoys.add_metric([traffic.service, name], count)
-        return envoys
+            envoys.append(((service, "connected"), len(states)))
+            acknowledged = sum(state.acknowledged_version == traffic.version for state in states)
+            envoys.append(((service, "acknowledged"), acknowledged))
+            envoys.append(((service, "refused"), sum(bool(state.error) for state in states)))
+        yield _gauge("abreast_traffic_version", "version of the traffic settings", ["service"], versions)
+        yield _gauge("abreast_traffic_share", "traffic settings, 0 to 1", ["service", "share"], shares)
+        yield _gauge("abreast_envoys", "Envoys that are connected to this sidecar", ["service", "state"], envoys)
 
 
 class RolloutMetrics(Collector):
-    """From the ledger, and so the same at every sidecar, but for which of them acts."""
+    """State of guards, ramps and webhooks. All sidecars report the same, except for which of them is the leader."""
 
     def __init__(self, leader_tasks: LeaderTasks) -> None:
         self.leader_tasks = leader_tasks
@@ -158,38 +152,60 @@ class RolloutMetrics(Collector):
         self.ramps: list[Ramp] = []
         self.webhooks: dict[str, int] = {}
 
+    async def read(self, reader: LedgerReader, rollout: RolloutService) -> None:
+        """Read the states. If this raises LedgerError, the metrics keep the previous states."""
+        self.guards = await rollout.list_guards()
+        self.ramps = await rollout.list_active_ramps()
+        self.webhooks = await reader.count_webhooks()
+
     def collect(self) -> Iterable[Metric]:
-        yield GaugeMetricFamily(
+        yield _gauge(
             "abreast_leader",
-            "whether this sidecar is the one that acts for guard, ramps and webhooks",
-            value=self.leader_tasks.is_leader,
+            "1 if this sidecar runs guard, ramps and webhooks",
+            [],
+            [([], self.leader_tasks.is_leader)],
         )
-        yield from self._collect_guards()
-        yield from self._collect_ramps()
-        messages = GaugeMetricFamily("abreast_webhooks_waiting", "webhooks that are still to be delivered")
-        messages.add_metric([], self.webhooks.get("waiting", 0))
-        yield messages
-        results = CounterMetricFamily("abreast_webhooks", "webhooks, and failed attempts", labels=["result"])
-        for result in ("delivered", "failed", "dropped"):
-            results.add_metric([result], self.webhooks.get(result, 0))
-        yield results
+        yield _gauge(
+            "abreast_guard_mode",
+            "1 for the mode of the guard",
+            ["service", "mode"],
+            [((guard.service, mode), guard.policy.mode == mode) for guard in self.guards for mode in GUARD_MODES],
+        )
+        for state, text in (("breached", "1 if a rule of the guard is breached"), ("blind", "1 if the guard is blind")):
+            samples = [([guard.service], guard.policy.mode != "off" and guard.state == state) for guard in self.guards]
+            yield _gauge(f"abreast_guard_{state}", text, ["service"], samples)
+        yield _gauge(
+            "abreast_ramp_step",
+            "step of the active ramp, from 1",
+            ["service"],
+            [([ramp.service], ramp.step + 1) for ramp in self.ramps],
+        )
+        yield _gauge(
+            "abreast_ramp_paused",
+            "1 if the active ramp is paused",
+            ["service"],
+            [([ramp.service], ramp.state == "paused") for ramp in self.ramps],
+        )
+        waiting = self.webhooks.get("waiting", 0)
+        yield _gauge("abreast_webhooks_waiting", "webhooks that are not delivered yet", [], [([], waiting)])
+        results = ("delivered", "failed", "dropped")
+        yield _counter(
+            "abreast_webhooks",
+            "webhooks, and failed attempts",
+            ["result"],
+            [([result], self.webhooks.get(result, 0)) for result in results],
+        )
 
-    def _collect_guards(self) -> Iterable[Metric]:
-        mode = GaugeMetricFamily("abreast_guard_mode", "1 for the guard's mode", labels=["service", "mode"])
-        breached = GaugeMetricFamily("abreast_guard_breached", "whether a rule was broken", labels=["service"])
-        blind = GaugeMetricFamily("abreast_guard_blind", "whether the guard can't see", labels=["service"])
-        for guard in self.guards:
-            for name in GUARD_MODES:
-                mode.add_metric([guard.service, name], guard.policy.mode == name)
-            is_enabled = guard.policy.mode != "off"
-            breached.add_metric([guard.service], is_enabled and guard.state == "breached")
-            blind.add_metric([guard.service], is_enabled and guard.state == "blind")
-        yield from (mode, breached, blind)
 
-    def _collect_ramps(self) -> Iterable[Metric]:
-        step = GaugeMetricFamily("abreast_ramp_step", "step of a ramp under way, from 1", labels=["service"])
-        paused = GaugeMetricFamily("abreast_ramp_paused", "whether it is paused", labels=["service"])
-        for ramp in self.ramps:
-            step.add_metric([ramp.service], ramp.step + 1)
-            paused.add_metric([ramp.service], ramp.state == "paused")
-        yield from (step, paused)
+def _counter(name: str, text: str, labels: Sequence[str], samples: Iterable[Sample]) -> Metric:
+    return _fill(CounterMetricFamily(name, text, labels=labels), samples)
+
+
+def _gauge(name: str, text: str, labels: Sequence[str], samples: Iterable[Sample]) -> Metric:
+    return _fill(GaugeMetricFamily(name, text, labels=labels), samples)
+
+
+def _fill(family: CounterMetricFamily | GaugeMetricFamily, samples: Iterable[Sample]) -> Metric:
+    for labels, value in samples:
+        family.add_metric(list(labels), value)
+    return family

@@ -7,24 +7,19 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from abreast.v1 import common_pb2
 from abreast.v1 import rule_pb2 as pb
 from abreast_sidecar.compare.rule_document import MAX_RULES, RuleError, rule_from_dict, rule_to_dict
 from abreast_sidecar.compare.rules import Rule
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.rules.attribution import FindingRef
 from abreast_sidecar.rules.preview import RulePreview, narrow_to_finding
-from abreast_sidecar.serve import messages, values
 from abreast_sidecar.serve import validate as arguments
+from abreast_sidecar.serve.convert import to_message
 from abreast_sidecar.serve.rule_messages import dict_to_message
 from abreast_sidecar.serve.rule_messages import message_to_dict as said_by
 from abreast_sidecar.store.rules import RuleDraft, StoredRule
 
 SCOPE_FIELDS = ("part", "path", "header", "status")
-
-
-def parse_actor(request: Any, peer: str) -> str:
-    return arguments.check_text("actor", request.actor.strip(), arguments.MAX_ACTOR_CHARS) or f"someone at {peer}"
 
 
 def parse_source(request: pb.ApplyRulesRequest) -> str:
@@ -138,16 +133,4 @@ def to_stored_rule_message(stored_rule: StoredRule) -> pb.Rule:
 
 
 def to_hidden_finding_message(rule_preview: RulePreview) -> pb.HiddenFinding:
-    finding = rule_preview.finding
-    return pb.HiddenFinding(
-        finding_id=finding.id,
-        endpoint=common_pb2.Endpoint(service=finding.service, method=finding.method, route=finding.route),
-        part=values.to_enum_number(messages.PART_ENUM, finding.part),  # type: ignore[arg-type]  # an int is one
-        path=finding.path,
-        kind=values.to_enum_number(messages.KIND_ENUM, finding.kind),  # type: ignore[arg-type]  # an int is one
-        confirmed=finding.status == "confirmed",
-        pairs=rule_preview.pairs,
-        exact=rule_preview.is_exact,
-        examples=rule_preview.examples,
-        hidden_examples=rule_preview.hidden_examples,
-    )
+    return to_message(pb.HiddenFinding, rule_preview)

@@ -1,4 +1,4 @@
-"""Around every call: its error becomes a status, its end a log line and a metric."""
+"""The gRPC server. An interceptor turns errors into statuses, and logs and counts the calls."""
 
 from __future__ import annotations
 
@@ -38,8 +38,23 @@ from abreast_sidecar.traffic.rtds import RtdsServer
 log = structlog.get_logger(__name__)
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
-STATUS_NAMES = {number: code.name for code in grpc.StatusCode for number in (code, code.value[0])}  # aio tells either
-UNLOGGED_METHOD_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")  # asked again and again
+
+STATUS_NAMES = {number: code.name for code in grpc.StatusCode for number in (code, code.value[0])}  # grpc.aio uses both
+UNLOGGED_METHOD_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")  # probes call them all the time
+GRPC_SERVICE_NAMES = (
+    comparison_pb2.DESCRIPTOR.services_by_name["ComparisonService"].full_name,
+    latency_pb2.DESCRIPTOR.services_by_name["LatencyService"].full_name,
+    rule_pb2.DESCRIPTOR.services_by_name["RuleService"].full_name,
+    traffic_pb2.DESCRIPTOR.services_by_name["TrafficService"].full_name,
+    rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name,
+)
+GRPC_SERVER_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # a port in use must be an error
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),  # examples contain bodies
+    ("grpc.keepalive_time_ms", 10_000),  # detects an Envoy whose machine is gone
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping as often
+)
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
@@ -53,7 +68,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         return self._wrap(handler, handler_call_details.method)
 
     def _wrap(self, handler: Any, method: str) -> Any:
-        # Of the four kinds a handler has one. A function that yields must stay one that yields.
+        # A handler has exactly one of the four behaviours. The wrapper of an async generator must be one too.
         for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
             inner = getattr(handler, kind)
             if inner is None:
@@ -90,7 +105,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
 
 class RpcCall:
-    """One call, from its start to its end."""
+    """Measures and logs one call."""
 
     def __init__(self, method: str, context: Any, metrics: Metrics) -> None:
         self.method = method
@@ -111,33 +126,17 @@ class RpcCall:
             log.debug("call", method=self.method, code=self.code, ms=round(seconds * 1000, 2))
 
     async def abort(self, error: Exception) -> None:
-        """Raises: the call ends with a status."""
+        """End the call with the status of the error. Always raises."""
         if isinstance(error, grpc.aio.AbortError):
             self.code = STATUS_NAMES[self.context.code()]
             raise error
         error_status = to_error_status(error)
         self.code = error_status.code.name
         if not isinstance(error, SidecarError):
-            log.error("a call failed", method=self.method, exc_info=error)
+            log.error("call failed", method=self.method, exc_info=error)
         elif error_status.code is grpc.StatusCode.UNAVAILABLE:
-            log.warning("a call was refused", method=self.method, code=self.code, error=error_status.message)
+            log.warning("call refused", method=self.method, code=self.code, error=error_status.message)
         await self.context.abort(error_status.code, error_status.message, error_status.metadata)
-
-
-GRPC_SERVICE_NAMES = (
-    comparison_pb2.DESCRIPTOR.services_by_name["ComparisonService"].full_name,
-    latency_pb2.DESCRIPTOR.services_by_name["LatencyService"].full_name,
-    rule_pb2.DESCRIPTOR.services_by_name["RuleService"].full_name,
-    traffic_pb2.DESCRIPTOR.services_by_name["TrafficService"].full_name,
-    rollout_pb2.DESCRIPTOR.services_by_name["RolloutService"].full_name,
-)
-GRPC_SERVER_OPTIONS = (
-    ("grpc.so_reuseport", 0),  # a port in use must fail
-    ("grpc.max_send_message_length", 64 * 1024 * 1024),  # examples carry bodies
-    ("grpc.keepalive_time_ms", 10_000),  # an Envoy whose machine is gone says no goodbye
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping as often
-)
 
 
 class GrpcServer:
@@ -169,14 +168,14 @@ class GrpcServer:
         )
 
     async def start(self) -> None:
-        """Raise ServerError when the port is taken."""
+        """Start to listen, not ready yet. Raises ServerError if the port is in use."""
         await self.set_ready(False)
-        bind_socket(self.listen, "gRPC", "ABREAST_GRPC_LISTEN").close()  # gRPC itself does not say what is wrong
+        bind_socket(self.listen, "gRPC", "ABREAST_GRPC_LISTEN").close()  # its error has a reason, gRPC's has none
         try:
             self.port = self._server.add_insecure_port(self.listen)
         except RuntimeError as error:
             raise ServerError(
-                f"can't listen on {self.listen} for gRPC; choose another with ABREAST_GRPC_LISTEN"
+                f"can't listen on {self.listen} for gRPC; choose another address with ABREAST_GRPC_LISTEN"
             ) from error
         await self._server.start()
 
@@ -186,5 +185,5 @@ class GrpcServer:
             await self.health.set(name, state.SERVING if ready else state.NOT_SERVING)
 
     async def stop(self, grace_s: float) -> None:
-        """Take no new calls, and give those under way so many seconds."""
+        """Refuse new calls, and cancel the calls in flight after `grace_s`."""
         await self._server.stop(grace_s)

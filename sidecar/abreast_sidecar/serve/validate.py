@@ -1,155 +1,176 @@
-"""What requests say, checked. All raise ArgumentError, which names the field and says what is wanted."""
+"""Checks of requests. Each function raises ArgumentError, which names the field and describes a valid value."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from google.protobuf import duration_pb2, timestamp_pb2
-from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.timestamp_pb2 import Timestamp
 
-from abreast.v1 import common_pb2
-from abreast.v1.comparison_pb2 import FindingStatus
+from abreast.v1 import rollout_pb2
 from abreast_sidecar.errors import ArgumentError
+from abreast_sidecar.rollout.guard import GUARD_RULE_NAMES, GuardPolicy, GuardRule
+from abreast_sidecar.rollout.ramp import RampPlan
+from abreast_sidecar.serve.convert import from_message, read_fields
 from abreast_sidecar.stats.verdict import Budget
 from abreast_sidecar.store.reader import PageRequest
 from abreast_sidecar.store.records import SETTABLE_STATUSES, StatusChange, Window
 from abreast_sidecar.traffic.model import MILLION, TOTAL_WEIGHT, AuditNote, TrafficChange, to_fixed_point
 
+R = TypeVar("R")
+
 PAIR_ID_PATTERN = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-MAX_NAME_CHARS = 300  # characters
+MAX_NAME_CHARS = 300
 MAX_ACTOR_CHARS = 200
 MAX_REASON_CHARS = 2000
-DEFAULT_WAIT_S = 1.0  # seconds
+MAX_PAGE_TOKEN_CHARS = 4000
+DEFAULT_WAIT_S = 1.0
 MAX_WAIT_S = 10.0
 MAX_ID = 2**63 - 1
+SHARE_UNITS = {"new_share": TOTAL_WEIGHT, "sample_safe": MILLION, "sample_unsafe": MILLION, "baseline_share": MILLION}
+
+
+@contextmanager
+def argument_errors(prefix: str = "") -> Iterator[None]:
+    """Turn a record's ValueError, which begins with the name of a field, into ArgumentError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ArgumentError(f"{prefix}{error}") from error
 
 
 def check_text(name: str, value: str, max_chars: int = MAX_NAME_CHARS) -> str:
     if len(value) > max_chars:
         raise ArgumentError(f"{name} must have at most {max_chars} characters, got {len(value)}")
     if "\x00" in value:
-        raise ArgumentError(f"{name} must not hold a NUL character")
+        raise ArgumentError(f"{name} must not contain a NUL character")
     return value
 
 
-def parse_window(message: Any) -> Window:
-    """Of a request with a field `window`."""
-    if not message.HasField("window"):
-        return Window()
-    bounds = message.window
-    start = parse_time("window.start", bounds.start) if bounds.HasField("start") else None
-    end = parse_time("window.end", bounds.end) if bounds.HasField("end") else None
-    if start is not None and end is not None and end < start:
-        raise ArgumentError(f"window.end must not lie before window.start, got {end:%FT%TZ} before {start:%FT%TZ}")
-    return Window(start, end)
-
-
-def parse_time(name: str, value: timestamp_pb2.Timestamp) -> datetime:
-    try:
-        return value.ToDatetime(tzinfo=UTC)
-    except (ValueError, OverflowError) as error:
-        raise ArgumentError(f"{name} must be a time from year 1 to 9999: {error}") from error
-
-
-def parse_page(message: Any) -> PageRequest:
-    """Of a request with the fields `page_size` and `page_token`."""
-    return PageRequest.from_request(message.page_size, check_text("page_token", message.page_token, 4000))
-
-
-def parse_enum_names(field: str, enum: EnumDescriptor, prefix: str, values: Iterable[int]) -> list[str] | None:
-    """The ledger's names of an enum's values: OUTCOME_ONLY_OLD is only_old. None for none: no filter."""
-    names_by_number = {number: value.name for number, value in enum.values_by_number.items() if number}
-    matches = []
-    for value in values:
-        if value not in names_by_number:
-            choices = ", ".join(sorted(names_by_number.values()))
-            raise ArgumentError(f"{field} must hold only {choices}, got {value}")
-        matches.append(names_by_number[value].removeprefix(prefix).lower())
-    return sorted(set(matches)) or None
-
-
-def parse_outcomes(values: Iterable[int]) -> list[str] | None:
-    return parse_enum_names("outcomes", common_pb2.Outcome.DESCRIPTOR, "OUTCOME_", values)
-
-
-def parse_parts(values: Iterable[int]) -> list[str] | None:
-    return parse_enum_names("parts", common_pb2.Part.DESCRIPTOR, "PART_", values)
-
-
-def parse_kinds(values: Iterable[int]) -> list[str] | None:
-    return parse_enum_names("kinds", common_pb2.Kind.DESCRIPTOR, "KIND_", values)
-
-
-def parse_impacts(values: Iterable[int]) -> list[str] | None:
-    return parse_enum_names("impacts", common_pb2.Impact.DESCRIPTOR, "IMPACT_", values)
-
-
-def parse_pair_id(value: str) -> str:
+def check_pair_id(value: str) -> str:
     identifier = value.strip().lower()
     if not PAIR_ID_PATTERN.fullmatch(identifier):
-        raise ArgumentError(f"id must be a pair's id as in the answer's header x-abreast-pair, got {value[:80]!r}")
+        raise ArgumentError(
+            f"id must be the id of a pair, as in the response header x-abreast-pair, got {value[:80]!r}"
+        )
     return identifier
 
 
 def check_finding_id(field: str, value: int, *, minimum: int = 1) -> int:
     if value < minimum:
-        raise ArgumentError(f"{field} must be a finding's id from ListFindings, got {value}")
+        raise ArgumentError(f"{field} must be the id of a finding from ListFindings, got {value}")
     return value
 
 
+def parse_time(name: str, value: Timestamp) -> datetime:
+    with argument_errors(f"{name} must be a time from year 1 to 9999: "):
+        return value.ToDatetime(tzinfo=UTC)
+
+
+def parse_window(request: Any) -> Window:
+    """Read the field `window`."""
+    with argument_errors("window."):
+        window = from_message(Window, request.window)
+    if window.start is not None and window.end is not None and window.end < window.start:
+        raise ArgumentError(
+            f"window.end must not be before window.start, got {window.end:%FT%TZ} before {window.start:%FT%TZ}"
+        )
+    return window
+
+
+def parse_page(request: Any) -> PageRequest:
+    """Read the fields `page_size` and `page_token`."""
+    token = check_text("page_token", request.page_token, MAX_PAGE_TOKEN_CHARS)
+    return PageRequest.from_request(request.page_size, token)
+
+
+def parse_filter(filter_type: type[R], request: Any) -> R:
+    """Read the fields of a filter, with `window` and `method`."""
+    for field, value in request.ListFields():
+        if isinstance(value, str) and field.name != "page_token":
+            check_text(field.name, value)
+    with argument_errors():
+        return from_message(filter_type, request, window=parse_window(request), method=request.method.upper())
+
+
 def parse_budget(message: Any) -> Budget:
-    """Of a request with a field `budget`."""
-    field_names = [field.name for field in fields(Budget) if message.budget.HasField(field.name)]
-    try:
-        return Budget(**{name: getattr(message.budget, name) for name in field_names})
-    except ValueError as error:
-        raise ArgumentError(f"budget.{error}") from error
+    """Read the field `budget`."""
+    with argument_errors("budget."):
+        return from_message(Budget, message.budget)
 
 
-def parse_wait(message: Any) -> float:
-    """Seconds; of a request with a field `wait`."""
-    if not message.HasField("wait"):
+def parse_wait(request: Any) -> float:
+    """Read the field `wait`, in seconds."""
+    if not request.HasField("wait"):
         return DEFAULT_WAIT_S
-    duration: duration_pb2.Duration = message.wait
-    seconds = duration.seconds + duration.nanos / 1e9
-    if not 0 <= seconds <= MAX_WAIT_S:
-        raise ArgumentError(f"wait must be 0 to {MAX_WAIT_S:g} s, got {seconds:g} s")
-    return seconds
+    wait_s: float = request.wait.seconds + request.wait.nanos / 1e9
+    if not 0 <= wait_s <= MAX_WAIT_S:
+        raise ArgumentError(f"wait must be 0 to {MAX_WAIT_S:g} s, got {wait_s:g} s")
+    return wait_s
 
 
-def parse_note(message: Any, peer: str) -> AuditNote:
-    """Of a request with the fields `actor` and `reason`."""
-    actor = check_text("actor", message.actor.strip(), MAX_ACTOR_CHARS)
-    return AuditNote(actor or f"someone at {peer}", check_text("reason", message.reason.strip(), MAX_REASON_CHARS))
+def parse_actor(request: Any, peer: str) -> str:
+    """Read the field `actor`. If it is empty, the caller's address is the actor."""
+    return check_text("actor", request.actor.strip(), MAX_ACTOR_CHARS) or f"someone at {peer}"
 
 
-def parse_status_change(message: Any, peer: str) -> StatusChange:
-    """Of a SetFindingStatusRequest."""
-    audit_note = parse_note(message, peer)
-    statuses = parse_enum_names("status", FindingStatus.DESCRIPTOR, "FINDING_STATUS_", [message.status])
-    status = statuses[0] if statuses else ""
-    if status not in SETTABLE_STATUSES:
-        raise ArgumentError(f"status must be one of {', '.join(SETTABLE_STATUSES)}, got {status}")
-    if not audit_note.reason:
-        raise ArgumentError("reason must say why: it is kept with the finding")
-    release = check_text("release", message.release.strip())
-    if release and status != "fixed":
-        raise ArgumentError(f"release is only said of what is fixed, got status {status}")
-    return StatusChange(status, audit_note.actor, audit_note.reason, release)
+def parse_note(request: Any, peer: str) -> AuditNote:
+    """Read the fields `actor` and `reason`."""
+    return AuditNote(parse_actor(request, peer), check_text("reason", request.reason.strip(), MAX_REASON_CHARS))
 
 
-def parse_traffic_change(message: Any) -> TrafficChange:
-    """Of an UpdateTrafficRequest."""
-    units = {"new_share": TOTAL_WEIGHT, "sample_safe": MILLION, "sample_unsafe": MILLION, "baseline_share": MILLION}
-    values = {
-        name: to_fixed_point(name, getattr(message, name), unit)
-        for name, unit in units.items()
-        if message.HasField(name)
+def parse_status_change(request: Any, peer: str) -> StatusChange:
+    """Read a SetFindingStatusRequest."""
+    note = parse_note(request, peer)
+    with argument_errors():
+        change = from_message(StatusChange, request, actor=note.actor, reason=note.reason)
+    if change.status not in SETTABLE_STATUSES:
+        raise ArgumentError(f"status must be one of {', '.join(SETTABLE_STATUSES)}, got {change.status or 'none'}")
+    if not change.reason:
+        raise ArgumentError("reason must not be empty: the finding's history shows it")
+    release = check_text("release", change.release.strip())
+    if release and change.status != "fixed":
+        raise ArgumentError(f"release must be empty unless the status is fixed, got status {change.status}")
+    return replace(change, release=release)
+
+
+def parse_traffic_change(request: Any) -> TrafficChange:
+    """Read an UpdateTrafficRequest."""
+    shares = {
+        name: to_fixed_point(name, getattr(request, name), unit)
+        for name, unit in SHARE_UNITS.items()
+        if request.HasField(name)
     }
-    if not values:
-        raise ArgumentError(f"set at least one of {', '.join(units)}")
-    return TrafficChange("update", **values)
+    if not shares:
+        raise ArgumentError(f"set at least one of {', '.join(SHARE_UNITS)}")
+    return TrafficChange("update", **shares)
+
+
+def parse_policy_change(policy: rollout_pb2.GuardPolicy) -> Callable[[GuardPolicy], GuardPolicy]:
+    """Return a function that applies the fields that are set. The function raises ArgumentError too."""
+    with argument_errors("policy."):
+        changes = read_fields(GuardPolicy, policy, skip=GUARD_RULE_NAMES)
+        rule_changes = {
+            name: read_fields(GuardRule, getattr(policy, name)) for name in GUARD_RULE_NAMES if policy.HasField(name)
+        }
+    if not changes and not any(rule_changes.values()):
+        raise ArgumentError("set at least one field of policy")
+
+    def apply(before: GuardPolicy) -> GuardPolicy:
+        with argument_errors("policy."):
+            rules: dict[str, Any] = {
+                name: replace(before.rule(name), **fields) for name, fields in rule_changes.items()
+            }
+            return replace(before, **changes, **rules)
+
+    return apply
+
+
+def parse_plan(plan: rollout_pb2.RampPlan) -> RampPlan:
+    steps = tuple(to_fixed_point("plan.steps", share, TOTAL_WEIGHT) for share in plan.steps)
+    with argument_errors("plan."):
+        return from_message(RampPlan, plan, steps=steps)

@@ -1,1 +1,1 @@
-"""gRPC services of the API."""
+"""Implementations of the gRPC services."""

@@ -1,3 +1,7 @@
+"""RuleService."""
+
+# ruff: noqa: ARG002, N802  # gRPC gives the signatures and names
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -10,26 +14,22 @@ from abreast_sidecar.errors import ArgumentError, NotFoundError, OverbroadRuleEr
 from abreast_sidecar.rules.attribution import FindingRef
 from abreast_sidecar.rules.preview import list_objections, preview_rule
 from abreast_sidecar.rules.reapply import load_findings
-from abreast_sidecar.serve import rule_arguments
-from abreast_sidecar.serve import validate as arguments
+from abreast_sidecar.serve import rule_arguments, validate
 from abreast_sidecar.serve.rule_arguments import to_stored_rule_message
-from abreast_sidecar.store import reader as pages
-from abreast_sidecar.store.rules import MAX_ACTIVE_RULES, RuleDraft, RuleFilter, RuleStore, StoredRule
+from abreast_sidecar.store.reader import decode_cursor, encode_cursor
+from abreast_sidecar.store.rules import MAX_ACTIVE_RULES, RuleDraft, RuleFilter, RuleStore
 
-# ruff: noqa: ARG002, N802  # names and shapes are the API's
-
-
-MAX_LISTED_OBJECTIONS = 10  # objections in a message
+MAX_LISTED_OBJECTIONS = 10  # in an error message
 
 
 class RuleServicer(rule_pb2_grpc.RuleServiceServicer):
     def __init__(self, store: RuleStore, base_rules: CompareOptions) -> None:
-        """`rules`: what is set apart from what people declare."""
+        """`base_rules`: the options from settings, which apply besides the rules of the ledger."""
         self.store = store
         self.base_rules = base_rules
 
     async def CreateRule(self, request: pb.CreateRuleRequest, context: Any) -> pb.CreateRuleResponse:
-        actor = rule_arguments.parse_actor(request, context.peer())
+        actor = validate.parse_actor(request, context.peer())
         rule, finding = await self._parse_rule(request)
         draft = rule_arguments.parse_draft(request.rule, rule)
         if not request.force:
@@ -39,23 +39,23 @@ class RuleServicer(rule_pb2_grpc.RuleServiceServicer):
         return pb.CreateRuleResponse(rule=to_stored_rule_message(await self.store.get(rule_id)))
 
     async def ListRules(self, request: pb.ListRulesRequest, context: Any) -> pb.ListRulesResponse:
-        page = arguments.parse_page(request)
-        source = arguments.check_text("source", request.source) if request.HasField("source") else None
-        finding_id = arguments.check_finding_id("finding_id", request.finding_id, minimum=0)
+        page = validate.parse_page(request)
+        source = validate.check_text("source", request.source) if request.HasField("source") else None
+        finding_id = validate.check_finding_id("finding_id", request.finding_id, minimum=0)
         filters = {"source": source, "finding_id": finding_id, "include_deleted": request.include_deleted}
-        after_id = pages.decode_cursor("rules", filters, page.token)[0] if page.token else None
+        after_id = decode_cursor("rules", filters, page.token)[0] if page.token else None
         rule_filter = RuleFilter(source, finding_id, include_ended=request.include_deleted)
-        stored_rules = await self.store.list_rules(rule_filter, after_id=after_id, limit=page.size + 1)
-        page_rules = stored_rules[: page.size]
-        token = pages.encode_cursor("rules", filters, [page_rules[-1].id]) if len(stored_rules) > page.size else ""
+        rules = await self.store.list_rules(rule_filter, after_id=after_id, limit=page.size + 1)
+        is_last = len(rules) <= page.size
         return pb.ListRulesResponse(
-            rules=[to_stored_rule_message(stored_rule) for stored_rule in page_rules], next_page_token=token
+            rules=[to_stored_rule_message(rule) for rule in rules[: page.size]],
+            next_page_token="" if is_last else encode_cursor("rules", filters, [rules[page.size - 1].id]),
         )
 
     async def DeleteRule(self, request: pb.DeleteRuleRequest, context: Any) -> pb.DeleteRuleResponse:
-        actor = rule_arguments.parse_actor(request, context.peer())
+        actor = validate.parse_actor(request, context.peer())
         if request.id < 1:
-            raise ArgumentError(f"id must be a rule's id from ListRules, got {request.id}")
+            raise ArgumentError(f"id must be the id of a rule from ListRules, got {request.id}")
         return pb.DeleteRuleResponse(rule=to_stored_rule_message(await self.store.delete(request.id, actor)))
 
     async def PreviewRule(self, request: pb.PreviewRuleRequest, context: Any) -> pb.PreviewRuleResponse:
@@ -63,56 +63,56 @@ class RuleServicer(rule_pb2_grpc.RuleServiceServicer):
         previews = await preview_rule(self.store.database, self.base_rules, rule)
         return pb.PreviewRuleResponse(
             rule=rule_arguments.to_rule_message(rule),
-            findings=[rule_arguments.to_hidden_finding_message(item) for item in previews],
+            findings=[rule_arguments.to_hidden_finding_message(preview) for preview in previews],
             objections=list_objections(previews, rule, finding),
         )
 
     async def ApplyRules(self, request: pb.ApplyRulesRequest, context: Any) -> pb.ApplyRulesResponse:
-        actor, source = (rule_arguments.parse_actor(request, context.peer()), rule_arguments.parse_source(request))
+        actor, source = validate.parse_actor(request, context.peer()), rule_arguments.parse_source(request)
         drafts = rule_arguments.parse_drafts(request.rules, source)
-        existing_rules = await self.store.list_rules(
+        active_rules = await self.store.list_rules(
             RuleFilter(source=source, include_expired=False), limit=MAX_ACTIVE_RULES + 1
         )
-        unchanged_rules = [item for item in existing_rules if item.draft in drafts]
-        deleted_rules = [item for item in existing_rules if item.draft not in drafts]
-        unchanged_drafts = [item.draft for item in unchanged_rules]
+        unchanged = [rule for rule in active_rules if rule.draft in drafts]
+        deleted = [rule for rule in active_rules if rule.draft not in drafts]
+        unchanged_drafts = [rule.draft for rule in unchanged]
         new_drafts = [draft for draft in drafts if draft not in unchanged_drafts]
-        objection_texts = [] if request.force else await self._collect_objections(new_drafts)
+        objections = [] if request.force else await self._collect_objections(new_drafts)
         if request.dry_run:
-            return _to_apply_response(
-                [rule_arguments.to_draft_message(item) for item in new_drafts],
-                deleted_rules,
-                unchanged_rules,
-                objection_texts,
-            )
-        raise_if_overbroad(objection_texts)
-        rule_ids = await self.store.replace_rules(new_drafts, [item.id for item in deleted_rules], actor)
-        created_rules = await self.store.list_rules(ids=rule_ids, limit=len(rule_ids)) if rule_ids else []
-        return _to_apply_response(
-            [to_stored_rule_message(item) for item in created_rules], deleted_rules, unchanged_rules, objection_texts
+            created = [rule_arguments.to_draft_message(draft) for draft in new_drafts]
+        else:
+            raise_if_overbroad(objections)
+            ids = await self.store.replace_rules(new_drafts, [rule.id for rule in deleted], actor)
+            created_rules = await self.store.list_rules(ids=ids, limit=len(ids)) if ids else []
+            created = [to_stored_rule_message(rule) for rule in created_rules]
+        return pb.ApplyRulesResponse(
+            created=created,
+            deleted=[to_stored_rule_message(rule) for rule in deleted],
+            unchanged=[to_stored_rule_message(rule) for rule in unchanged],
+            objections=objections,
         )
 
     async def _collect_objections(self, drafts: Sequence[RuleDraft]) -> list[str]:
-        objection_texts = []
+        objections = []
         for draft in drafts:
             previews = await preview_rule(self.store.database, self.base_rules, draft.rule)
-            objection_texts += [
+            objections += [
                 f"rule {draft.rule.name!r}: {objection}" for objection in list_objections(previews, draft.rule, None)
             ]
-        return objection_texts
+        return objections
 
     async def _parse_rule(self, request: Any) -> tuple[Rule, FindingRef | None]:
-        """The rule of a request, fitted to the finding that it is made for."""
-        finding_id = arguments.check_finding_id("finding_id", request.finding_id, minimum=0)
+        """Read the rule of a request, narrowed to its finding."""
+        finding_id = validate.check_finding_id("finding_id", request.finding_id, minimum=0)
         if not finding_id:
             return rule_arguments.parse_rule(request.rule), None
         if request.rule.action == pb.RULE_ACTION_WAIVE_COVERAGE:
-            raise ArgumentError("finding_id must be left out: what waives coverage explains no finding")
+            raise ArgumentError("finding_id must be unset: a rule that waives coverage explains no finding")
         async with self.store.database.connection() as connection:
             finding = (await load_findings(connection, [finding_id])).get(finding_id)
         if finding is None:
             raise NotFoundError(
-                f"the ledger holds no finding {finding_id} of single pairs; list them with ListFindings"
+                f"the ledger has no finding {finding_id} of single pairs; list the findings with ListFindings"
             )
         rule = rule_arguments.parse_narrowed_rule(request.rule, finding)
         if not (
@@ -121,33 +121,16 @@ class RuleServicer(rule_pb2_grpc.RuleServiceServicer):
         ):
             raise ArgumentError(
                 f"the rule does not cover finding {finding_id} ({finding.part} {finding.path} {finding.kind} of "
-                f"{finding.endpoint}); leave out what limits it otherwise, or choose another action"
+                f"{finding.endpoint}); remove the conditions that exclude it, or choose another action"
             )
         return rule, finding
 
 
-def raise_if_overbroad(objection_texts: Sequence[str]) -> None:
-    if objection_texts:
-        suffix = (
-            f"; and {len(objection_texts) - MAX_LISTED_OBJECTIONS} more"
-            if len(objection_texts) > MAX_LISTED_OBJECTIONS
-            else ""
-        )
-        raise OverbroadRuleError(
-            f"the rule is broader than what it is made for: {'; '.join(objection_texts[:MAX_LISTED_OBJECTIONS])}{suffix}. "
-            "Narrow it, or force it if all this is meant"
-        )
-
-
-def _to_apply_response(
-    created_rules: Sequence[pb.Rule],
-    deleted_rules: Sequence[StoredRule],
-    unchanged_rules: Sequence[StoredRule],
-    objection_texts: Sequence[str],
-) -> pb.ApplyRulesResponse:
-    return pb.ApplyRulesResponse(
-        created=created_rules,
-        deleted=[to_stored_rule_message(stored_rule) for stored_rule in deleted_rules],
-        unchanged=[to_stored_rule_message(stored_rule) for stored_rule in unchanged_rules],
-        objections=objection_texts,
+def raise_if_overbroad(objections: Sequence[str]) -> None:
+    if not objections:
+        return
+    more = len(objections) - MAX_LISTED_OBJECTIONS
+    raise OverbroadRuleError(
+        f"the rule is too broad: {'; '.join(objections[:MAX_LISTED_OBJECTIONS])}"
+        f"{f'; and {more} more' if more > 0 else ''}. Narrow it, or use force if you want all of this"
     )

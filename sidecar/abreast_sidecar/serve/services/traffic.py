@@ -1,3 +1,7 @@
+"""TrafficService."""
+
+# ruff: noqa: ARG002, N802  # gRPC gives the signatures and names
+
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
@@ -5,14 +9,12 @@ from typing import Any
 
 from abreast.v1 import traffic_pb2 as pb
 from abreast.v1 import traffic_pb2_grpc
-from abreast_sidecar.serve import messages
-from abreast_sidecar.serve import validate as arguments
+from abreast_sidecar.serve import validate
+from abreast_sidecar.serve.convert import to_message, to_traffic_fields
 from abreast_sidecar.serve.errors import StoppingError
-from abreast_sidecar.store import reader as pages
+from abreast_sidecar.store.reader import decode_cursor, encode_cursor
 from abreast_sidecar.traffic.control import TrafficController
 from abreast_sidecar.traffic.model import TrafficChange
-
-# ruff: noqa: ARG002, N802  # names and shapes are the API's
 
 
 class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
@@ -22,28 +24,32 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
     async def GetTraffic(self, request: pb.GetTrafficRequest, context: Any) -> pb.GetTrafficResponse:
         traffic = await self.control.read(await self._resolve_service(request))
         fleet = await self.control.registry.list_all(traffic.service)
-        return pb.GetTrafficResponse(**messages.to_traffic_fields(fleet, traffic))
+        return to_message(pb.GetTrafficResponse, to_traffic_fields(fleet, traffic))
 
     async def UpdateTraffic(self, request: pb.UpdateTrafficRequest, context: Any) -> pb.UpdateTrafficResponse:
-        return pb.UpdateTrafficResponse(**await self._change(request, arguments.parse_traffic_change(request), context))
+        fields = await self._change(request, validate.parse_traffic_change(request), context)
+        return to_message(pb.UpdateTrafficResponse, fields)
 
     async def Rollback(self, request: pb.RollbackRequest, context: Any) -> pb.RollbackResponse:
-        wait = arguments.parse_wait(request)
-        note = arguments.parse_note(request, context.peer())
-        result = await self.control.rollback(arguments.check_text("service", request.service), note)
+        wait_s = validate.parse_wait(request)
+        note = validate.parse_note(request, context.peer())
+        result = await self.control.rollback(validate.check_text("service", request.service), note)
         if result.unrecorded_reason:
-            await self.control.connections.wait_acknowledged(result.traffic, wait)
-            fleet = self.control.registry.list_local(result.traffic.service, "the ledger, where they are kept, is away")
+            await self.control.connections.wait_acknowledged(result.traffic, wait_s)
+            fleet = self.control.registry.list_local(
+                result.traffic.service, "the ledger, which lists them, can't be reached"
+            )
         else:
-            fleet = await self.control.registry.wait_acknowledged(result.traffic, wait)
-        return pb.RollbackResponse(
-            **messages.to_traffic_fields(fleet, result.traffic),
-            previous=messages.to_traffic_message(result.previous) if result.previous else None,
+            fleet = await self.control.registry.wait_acknowledged(result.traffic, wait_s)
+        return to_message(
+            pb.RollbackResponse,
+            **to_traffic_fields(fleet, result.traffic),
+            previous=result.previous,
             recording_error=result.unrecorded_reason,
         )
 
     async def Promote(self, request: pb.PromoteRequest, context: Any) -> pb.PromoteResponse:
-        return pb.PromoteResponse(**await self._change(request, TrafficChange.promote(), context))
+        return to_message(pb.PromoteResponse, await self._change(request, TrafficChange.promote(), context))
 
     async def WatchTraffic(
         self, request: pb.WatchTrafficRequest, context: Any
@@ -57,33 +63,27 @@ class TrafficServicer(traffic_pb2_grpc.TrafficServiceServicer):
                 await self.control.change_notifier.wait()
                 continue
             last_traffic = current.traffic
-            yield pb.WatchTrafficResponse(
-                **messages.to_traffic_fields(await self.control.registry.list_all(service), last_traffic)
-            )
+            fleet = await self.control.registry.list_all(service)
+            yield to_message(pb.WatchTrafficResponse, to_traffic_fields(fleet, last_traffic))
         raise StoppingError
 
     async def ListTrafficEvents(
         self, request: pb.ListTrafficEventsRequest, context: Any
     ) -> pb.ListTrafficEventsResponse:
-        page = arguments.parse_page(request)
+        page = validate.parse_page(request)
         service = await self._resolve_service(request)
         filters = {"service": service}
-        (before_id,) = pages.decode_cursor("events", filters, page.token) if page.token else (None,)
+        (before_id,) = decode_cursor("events", filters, page.token) if page.token else (None,)
         events = await self.control.repository.list_events(service, before_id=before_id, limit=page.size + 1)
-        page_events = events[: page.size]
-        return pb.ListTrafficEventsResponse(
-            events=[messages.to_traffic_event_message(event) for event in page_events],
-            next_page_token=pages.encode_cursor("events", filters, [page_events[-1].id])
-            if len(events) > page.size
-            else "",
-        )
+        is_last = len(events) <= page.size
+        token = "" if is_last else encode_cursor("events", filters, [events[page.size - 1].id])
+        return to_message(pb.ListTrafficEventsResponse, events=events[: page.size], next_page_token=token)
 
     async def _resolve_service(self, request: Any) -> str:
-        return await self.control.resolve_service(arguments.check_text("service", request.service))
+        return await self.control.resolve_service(validate.check_text("service", request.service))
 
     async def _change(self, request: Any, change: TrafficChange, context: Any) -> dict[str, Any]:
-        """All arguments are checked before anything is changed."""
-        wait = arguments.parse_wait(request)
-        note = arguments.parse_note(request, context.peer())
+        wait_s = validate.parse_wait(request)
+        note = validate.parse_note(request, context.peer())
         traffic = await self.control.change(await self._resolve_service(request), change, note)
-        return messages.to_traffic_fields(await self.control.registry.wait_acknowledged(traffic, wait), traffic)
+        return to_traffic_fields(await self.control.registry.wait_acknowledged(traffic, wait_s), traffic)

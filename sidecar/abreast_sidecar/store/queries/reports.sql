@@ -67,7 +67,7 @@ with reported as (
     union all
     select r.service, c.key, c.value
     from abreast.shard_report r cross join lateral jsonb_each_text(r.report) as c
-    where c.key like 'shed\_%%'
+    where c.key like 'rejected\_%%'
     union all
     select service, 'day_dropped', entries::text from abreast.late_entry
 ),
@@ -77,7 +77,7 @@ counted as (
     where value ~ '^[0-9]{1,15}$' and (%(service)s::text is null or service = %(service)s)
     group by service, key
 )
-select service, case when key ~ '^(shed|refused)_' then 'redis' when key = 'day_dropped' then 'ledger'
+select service, case when key ~ '^(redis_)?rejected_' then 'redis' when key = 'day_dropped' then 'ledger'
        else 'service' end as stage,
        replace(key, 'redis_rejected_', 'rejected_') as reason, max(count) as count
 from counted
