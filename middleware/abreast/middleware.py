@@ -78,7 +78,7 @@ class ParallelRunMiddleware:
 
     def _read_settings(self, settings: SettingsKwargs) -> Settings:
         try:
-            return Settings.read(os.environ, settings)
+            return Settings.from_environment(os.environ, settings)
         except SettingError as error:
             self.problem = str(error)
             logger.error("the middleware is off, requests pass untouched: %s", error)  # noqa: TRY400  # it says all
