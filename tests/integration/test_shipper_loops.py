@@ -295,11 +295,11 @@ def test_a_fork_within_a_running_loop_begins_anew(redis_url: str) -> None:
             if not child:
                 asyncio._set_running_loop(None)
                 asyncio.run(ask(2))
-                os._exit(0 if middleware.backlog.shipped == 2 else 1)
+                os._exit(0 if middleware.queue.shipped_count == 2 else 1)
             assert os.waitpid(child, 0)[1] == 0
 
         asyncio.run(main())
-        assert middleware.backlog.shipped == 1
+        assert middleware.queue.shipped_count == 1
         """,
         redis_url,
     )
