@@ -30,7 +30,7 @@ MAX_PORT = 65535
 
 
 def database_url(value: str) -> str:
-    """Parse a URL, or libpq's key-value form: host=… dbname=…"""
+    """Parse a URL, or the key-value form of libpq."""
     import psycopg
     from psycopg.conninfo import conninfo_to_dict
 

@@ -46,7 +46,7 @@ class Source:
 
 
 def make(url: str | redis.asyncio.Redis, **changes: Any) -> Cache:
-    return Cache(url, **{"namespace": "shop", "form": "1", "timeout": 2.0, **changes})
+    return Cache(url, **{"namespace": "shop", "schema_version": "1", "timeout": 2.0, **changes})
 
 
 @pytest.fixture
@@ -391,7 +391,7 @@ async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_w
         ({"namespace": "abreast:mine"}, "namespace='shop'"),
         ({"ttl": 0}, "ttl"),
         ({"jitter": 1}, "jitter"),
-        ({"shadow_writes": "somewhere"}, "'apart' or 'nowhere', got 'somewhere'"),
+        ({"shadow_writes": "somewhere"}, "'isolated' or 'discard', got 'somewhere'"),
     ],
 )
 def test_a_slip_in_a_setting_is_told_at_once(changes: dict[str, Any], said: str) -> None:

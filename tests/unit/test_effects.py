@@ -246,7 +246,7 @@ async def test_a_block_that_asks_twice_is_one_effect_and_two_calls_are_two(enter
 async def test_a_block_that_forgot_to_ask_is_told_so(enter: Any) -> None:
     enter("live")
 
-    with pytest.raises(EffectError, match=r"the block of effect 'email.send' asked neither"):
+    with pytest.raises(EffectError, match=r"the block of effect 'email.send' uses neither"):
         async with abreast.effect("email.send", {}):
             pass
     with pytest.raises(EffectError, match="shadow requests run it too"), abreast.effect("email.send", {}):
@@ -261,7 +261,7 @@ async def test_in_production_a_forgotten_question_is_logged_and_users_go_on(
     async with abreast.effect("email.send", {}):
         pass
 
-    assert "asked neither" in caplog.text
+    assert "uses neither" in caplog.text
 
 
 async def test_an_effect_that_requests_share_ends_for_each_by_itself() -> None:
@@ -354,7 +354,7 @@ def test_recording_never_raises(enter: Any, caplog: pytest.LogCaptureFixture) ->
     abreast.record("a", Awful())
     assert abreast.effect("b", lambda: 1 / 0).call(lambda: 7) == 7
 
-    assert "recording failed in making an effect's payload" in caplog.text
+    assert "recording failed in building the payload of an effect" in caplog.text
     first, second = (record["payload"] for record in records(now))
     assert first.startswith("<test_recording_never_raises")
     assert second == "<no payload: ZeroDivisionError>"
