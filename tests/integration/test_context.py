@@ -53,7 +53,7 @@ async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
 
 
 @pytest.mark.parametrize(("role", "shadow"), [("live", False), ("shadow", True), ("baseline", True)])
-async def test_a_request_knows_its_version_role_pair_and_release(role: Role, shadow: bool) -> None:
+async def test_context_has_version_role_pair_and_release(role: Role, shadow: bool) -> None:
     seen: list[abreast.Current] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,13 +70,13 @@ async def test_a_request_knows_its_version_role_pair_and_release(role: Role, sha
     assert (now.is_shadow, now.is_captured) == (shadow, True)
 
 
-async def test_outside_a_sampled_request_it_is_live() -> None:
+async def test_context_outside_of_a_sampled_request_is_live() -> None:
     inside, after = await asked(answer, http_scope())
 
     assert (inside, after, abreast.is_shadow()) == (NO_REQUEST, NO_REQUEST, False)
 
 
-async def test_what_comes_after_a_shadow_request_in_the_same_task_is_live() -> None:
+async def test_context_after_a_shadow_request_in_the_same_task_is_live() -> None:
     inside, after = await asked(answer, sampled(role="shadow"))
 
     assert (inside.is_shadow, after) == (True, NO_REQUEST)
@@ -91,7 +91,7 @@ async def test_what_comes_after_a_shadow_request_in_the_same_task_is_live() -> N
         {"queue_count": 1},  # full after the first
     ],
 )
-async def test_a_shadow_is_one_also_where_nothing_is_captured(settings: Settings) -> None:
+async def test_shadow_without_capture_is_a_shadow(settings: Settings) -> None:
     roles: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,13 +117,13 @@ async def test_a_shadow_is_one_also_where_nothing_is_captured(settings: Settings
         ({"x-abreast-role": "live", "x-abreast-copies": "9"}, False),
     ],
 )
-async def test_marks_that_are_not_understood_err_on_the_safe_side(wrong: dict[str, str], shadow: bool) -> None:
+async def test_invalid_headers_make_the_request_a_shadow(wrong: dict[str, str], shadow: bool) -> None:
     inside, _ = await asked(answer, http_scope(headers={**marks(pair_id()), **wrong}))
 
     assert (inside.is_shadow, inside.is_captured) == (shadow, False)
 
 
-async def test_a_websocket_knows_its_role() -> None:
+async def test_websocket_has_a_role() -> None:
     scope = {**sampled(role="shadow"), "type": "websocket"}
 
     inside, _ = await asked(answer, scope)
@@ -192,7 +192,7 @@ async def passing_on(request: Request, call_next: Callable[[Request], Awaitable[
 
 @pytest.mark.parametrize("between", [False, True])
 @pytest.mark.parametrize("path", ["/sync", "/pool", "/task", "/to_thread", "/handled", "/crash", "/sub/below"])
-async def test_it_reaches_tasks_threads_handlers_and_what_is_mounted(path: str, between: bool) -> None:
+async def test_context_reaches_tasks_threads_handlers_and_mounts(path: str, between: bool) -> None:
     app = endpoints()
     if between:
         app.add_middleware(BaseHTTPMiddleware, dispatch=passing_on)
@@ -205,7 +205,7 @@ async def test_it_reaches_tasks_threads_handlers_and_what_is_mounted(path: str, 
             assert (await task).json() is told
 
 
-async def test_background_work_of_a_shadow_stays_shadow_also_after_the_request() -> None:
+async def test_background_task_of_a_shadow_stays_a_shadow_after_the_request() -> None:
     seen: dict[str, bool] = {}
     done = asyncio.Event()
 
@@ -234,7 +234,7 @@ async def test_background_work_of_a_shadow_stays_shadow_also_after_the_request()
     assert seen == {"background": True, "thread": True, "task": True}
 
 
-async def test_a_call_within_the_process_stays_what_its_caller_is() -> None:
+async def test_call_within_the_process_keeps_the_context_of_its_caller() -> None:
     """Such as one through httpx.ASGITransport: it carries no marks, and is no request of a user."""
     inner: list[bool] = []
 
@@ -255,7 +255,7 @@ async def test_a_call_within_the_process_stays_what_its_caller_is() -> None:
     assert inner == [True]
 
 
-async def test_a_second_middleware_further_in_changes_nothing() -> None:
+async def test_inner_middleware_keeps_the_context() -> None:
     seen: list[abreast.Current] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -313,7 +313,7 @@ def request(headers: dict[str, str], body: bytes = b"") -> bytes:
 @pytest.mark.parametrize("http", ["h11", "httptools"])
 @pytest.mark.parametrize("settings", [{}, {"enabled": False}], ids=["on", "off"])
 @pytest.mark.parametrize("pipelined", [True, False])
-async def test_no_request_inherits_what_another_one_on_its_connection_was(
+async def test_request_does_not_inherit_the_context_of_its_connection(
     http: str, settings: Settings, pipelined: bool
 ) -> None:
     """uvicorn begins a pipelined request in the context of the one before, and reads on in that of who resumed it."""
@@ -342,7 +342,7 @@ def _count(app: Recording, count: int) -> Callable[[], Awaitable[bool]]:
     return reached
 
 
-async def test_a_mounted_application_has_the_same_answer() -> None:
+async def test_mounted_app_has_the_same_answer() -> None:
     async def home(_request: Request) -> Response:
         return JSONResponse(abreast.is_shadow())
 

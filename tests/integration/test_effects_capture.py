@@ -36,7 +36,7 @@ def kinds(capture: Capture) -> list[str]:
     return [effect["kind"] for effect in capture.effects]
 
 
-async def test_effects_travel_with_their_capture_and_without_secrets(redis_url: str) -> None:
+async def test_capture_contains_effects_with_hashed_secrets(redis_url: str) -> None:
     async def later() -> None:
         await asyncio.sleep(0.1)
         abreast.record("email.send", {"to": "a@b"})
@@ -52,7 +52,7 @@ async def test_effects_travel_with_their_capture_and_without_secrets(redis_url: 
     assert capture.total_us < 90_000, "the answer's time is its own"
 
 
-async def test_a_capture_waits_for_background_tasks_but_not_for_ever(redis_url: str) -> None:
+async def test_capture_waits_for_background_tasks_up_to_effect_wait(redis_url: str) -> None:
     """While the process lives on, so that nothing hurries."""
     go, gone = asyncio.Event(), asyncio.Event()
 
@@ -79,7 +79,7 @@ async def test_a_capture_waits_for_background_tasks_but_not_for_ever(redis_url: 
     assert (await report(redis_url))["late_effects"] == 1
 
 
-async def test_a_capture_waits_for_no_more_than_the_background_tasks(redis_url: str) -> None:
+async def test_capture_leaves_once_background_tasks_ended(redis_url: str) -> None:
     async def later() -> None:
         await asyncio.sleep(0.1)
         abreast.record("email.send", 1)
@@ -95,7 +95,7 @@ async def test_a_capture_waits_for_no_more_than_the_background_tasks(redis_url: 
     assert kinds(capture) == ["order.placed", "cache.miss", "email.send"]
 
 
-async def test_a_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> None:
+async def test_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> None:
     async def later() -> None:
         await asyncio.Event().wait()
 
@@ -112,7 +112,7 @@ async def test_a_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> 
     assert not middleware.queue.drop_counts
 
 
-async def test_the_bytes_of_effects_count_for_the_queue() -> None:
+async def test_queue_accounts_for_bytes_of_effects() -> None:
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         abreast.record("mail", "x" * 10_000)
         await send({"type": "http.response.start", "status": 200, "headers": []})

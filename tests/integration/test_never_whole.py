@@ -64,7 +64,7 @@ async def run(sidecar: Running, *words: str) -> Result:
     return await asyncio.to_thread(CliRunner().invoke, abreast, [*split, "--address", f"127.0.0.1:{sidecar.port}"])
 
 
-async def test_what_differs_before_a_user_leaves_is_a_finding_and_fails(sidecar: Running, redis_url: str) -> None:
+async def test_difference_before_a_disconnect_is_a_finding_and_fails(sidecar: Running, redis_url: str) -> None:
     pairs = [streamed([{"n": n}, {"price": 1}], [{"n": n}, {"price": n % 4 or 1}, {"n": 3}]) for n in range(60)]
     await arrived(sidecar, pairs, redis_url)
     sampled(sidecar.ledger())
@@ -82,7 +82,7 @@ async def _fails(sidecar: Running) -> bool:
     return state(found) == "FAIL" and "of 60 only the beginnings" in reason(found, "MISMATCHES").text
 
 
-async def test_coverage_is_waived_by_name_and_never_silently(sidecar: Running, redis_url: str, tmp_path: Path) -> None:
+async def test_coverage_waiver_is_explicit(sidecar: Running, redis_url: str, tmp_path: Path) -> None:
     ledger = sidecar.ledger()
     await arrived(sidecar, [streamed([1, 2], [1, 2, 3]) for _ in range(20)], redis_url)
     add(ledger, 9000)
@@ -115,7 +115,7 @@ async def test_coverage_is_waived_by_name_and_never_silently(sidecar: Running, r
     ("limits", "expected"),
     [("--service shop", "PASS"), ("--service other", "INCONCLUSIVE"), ("--release 7", "INCONCLUSIVE")],
 )
-async def test_a_waiver_holds_within_its_limits(sidecar: Running, limits: str, expected: str) -> None:
+async def test_waiver_applies_within_its_limits(sidecar: Running, limits: str, expected: str) -> None:
     ledger = sidecar.ledger()
     add(ledger, 9000)
     add(ledger, 5, endpoint=ledger.endpoint(route="/events"), outcome="aborted")
@@ -125,7 +125,7 @@ async def test_a_waiver_holds_within_its_limits(sidecar: Running, limits: str, e
     assert (made.exit_code, state(await verdict(sidecar))) == (0, expected)
 
 
-async def test_a_waiver_is_of_one_endpoint_and_of_no_finding(sidecar: Running) -> None:
+async def test_waiver_applies_to_one_endpoint_and_no_finding(sidecar: Running) -> None:
     finding = sidecar.ledger().finding(sidecar.ledger().endpoint(), "$.price")
     many = await run(sidecar, WAIVE[0], "GET /*", *WAIVE[2:])
     made_for = await run(sidecar, *WAIVE, f"--for {finding}")

@@ -47,7 +47,7 @@ def starlette(url: str, **more: object) -> Starlette:
     return application
 
 
-def test_each_loop_gets_a_task_of_its_own(redis_url: str) -> None:
+def test_each_loop_has_its_exporter(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
     for _ in range(5):
         asyncio.run(_ask(middleware))
@@ -61,14 +61,14 @@ async def _ask(middleware: ParallelRunMiddleware) -> None:
     assert raised is None
 
 
-def test_the_end_of_a_loop_flushes_even_without_lifespan(redis_url: str) -> None:
+def test_end_of_the_loop_flushes_without_lifespan(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, export_interval=60)
     asyncio.run(_ask(middleware))
 
     assert middleware.queue.shipped_count == 1
 
 
-def test_a_cancellation_that_is_swallowed_below_ends_the_loop_all_the_same(
+def test_swallowed_cancellation_ends_the_exporter(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     swallowed = []
@@ -94,7 +94,7 @@ def test_a_cancellation_that_is_swallowed_below_ends_the_loop_all_the_same(
     assert time.monotonic() - began < 10
 
 
-def test_what_a_loop_could_not_send_the_next_one_does(redis_url: str) -> None:
+def test_next_loop_sends_the_captures_of_a_closed_one(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, export_interval=60)
     loop = asyncio.new_event_loop()
     loop.run_until_complete(_ask(middleware))
@@ -108,7 +108,7 @@ def test_what_a_loop_could_not_send_the_next_one_does(redis_url: str) -> None:
 
 
 @pytest.mark.parametrize("entered", [True, False])
-def test_starlettes_test_client_works(entered: bool, redis_url: str) -> None:
+def test_test_client_of_starlette_works(entered: bool, redis_url: str) -> None:
     """Without `with` it makes a loop for each request."""
     client = TestClient(starlette(redis_url))
     if entered:
@@ -122,7 +122,7 @@ def test_starlettes_test_client_works(entered: bool, redis_url: str) -> None:
     assert len(asyncio.run(captures(redis_url))) == 3
 
 
-def test_without_redis_the_test_client_is_not_held_up() -> None:
+def test_test_client_without_redis_ends_in_time() -> None:
     began = time.monotonic()
     with TestClient(starlette(f"redis://127.0.0.1:{find_free_port()}/0")) as client:
         answer = client.get("/", headers=marks(pair_id()))
@@ -147,7 +147,7 @@ async def lifespan(app: ParallelRunMiddleware) -> list[Message]:
     return sent
 
 
-async def test_the_shutdown_of_the_lifespan_flushes_before_the_server_is_told(redis_url: str) -> None:
+async def test_lifespan_shutdown_flushes_before_the_server_continues(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(
         Starlette(routes=[Route("/", app)]), service="shop", redis_url=redis_url, export_interval=60
     )
@@ -159,7 +159,7 @@ async def test_the_shutdown_of_the_lifespan_flushes_before_the_server_is_told(re
     ]
 
 
-async def test_the_process_is_known_from_its_start(redis_url: str) -> None:
+async def test_process_reports_from_its_start(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(Starlette(), service="shop", redis_url=redis_url)
     sent: list[Message] = []
     stop = asyncio.Event()
@@ -184,7 +184,7 @@ async def test_the_process_is_known_from_its_start(redis_url: str) -> None:
     await running
 
 
-async def test_an_app_without_lifespan_refuses_it_as_before(redis_url: str) -> None:
+async def test_app_without_lifespan_still_rejects_it(redis_url: str) -> None:
     async def refusing(scope: Scope, _receive: Receive, _send: Send) -> None:
         raise NotImplementedError(scope["type"])
 
@@ -195,7 +195,7 @@ async def test_an_app_without_lifespan_refuses_it_as_before(redis_url: str) -> N
     assert repr(raised) == "NotImplementedError('lifespan')"
 
 
-async def test_the_state_of_the_lifespan_arrives(redis_url: str) -> None:
+async def test_lifespan_state_reaches_requests(redis_url: str) -> None:
     seen: list[object] = []
 
     async def stateful(scope: Scope, receive: Receive, send: Send) -> None:
@@ -221,7 +221,7 @@ async def test_the_state_of_the_lifespan_arrives(redis_url: str) -> None:
     assert seen == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
-async def test_it_can_be_closed_twice_and_used_again(redis_url: str) -> None:
+async def test_middleware_can_be_closed_twice_and_reused(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
     await middleware.aclose()
     for _ in range(2):
@@ -262,7 +262,7 @@ def run(program: str, url: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_forked_processes_report_apart(redis_url: str) -> None:
+def test_forked_processes_report_separately(redis_url: str) -> None:
     """As gunicorn does when it loads the app before it forks."""
     done = run(
         """
@@ -286,7 +286,7 @@ def test_forked_processes_report_apart(redis_url: str) -> None:
     assert len({orjson.loads(text)["pid"] for text in found.values()}) == 3
 
 
-def test_a_fork_within_a_running_loop_begins_anew(redis_url: str) -> None:
+def test_fork_within_a_running_loop_starts_empty(redis_url: str) -> None:
     done = run(
         """
         async def main():
@@ -308,7 +308,7 @@ def test_a_fork_within_a_running_loop_begins_anew(redis_url: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["sys.exit(0)", "os.kill(os.getpid(), 2)"])
-def test_a_process_ends_in_time_with_redis_down(ending: str) -> None:
+def test_process_ends_in_time_with_redis_down(ending: str) -> None:
     began = time.monotonic()
     run(f"asyncio.run(ask(3)); {ending}", f"redis://127.0.0.1:{find_free_port()}/0")
 
