@@ -1,4 +1,4 @@
-"""The cache against a real Redis: what users read, and what a shadow may do beside them."""
+"""The cache with a real Redis, for users and for shadow requests."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Product:
 
 
 class Source:
-    """Counts how often it is asked."""
+    """A load that counts its calls."""
 
     def __init__(self, value: Any = "from the database") -> None:
         self.value = value
-        self.asked = 0
+        self.call_count = 0
 
     async def __call__(self) -> Any:
-        self.asked += 1
+        self.call_count += 1
         await asyncio.sleep(0)
         if isinstance(self.value, Exception):
             raise self.value
@@ -51,8 +51,8 @@ def make(url: str | redis.asyncio.Redis, **changes: Any) -> Cache:
 
 @pytest.fixture
 async def cache(redis_url: str) -> AsyncIterator[Cache]:
-    async with make(redis_url) as made:
-        yield made
+    async with make(redis_url) as cache:
+        yield cache
 
 
 def kept(url: str) -> dict[str, dict[bytes, bytes]]:
@@ -64,7 +64,7 @@ async def test_loaded_value_is_read_from_the_cache(cache: Cache) -> None:
     source = Source({"id": 7})
 
     assert [await cache.get("product:7", source) for _ in range(3)] == [{"id": 7}] * 3
-    assert source.asked == 1
+    assert source.call_count == 1
 
 
 async def test_versions_share_values_of_the_same_schema(redis_url: str) -> None:
@@ -82,7 +82,7 @@ async def test_versions_with_different_schemas_are_separate(redis_url: str) -> N
             assert await new.get("product:7", Source("by new")) == "by new"
         assert await old.get("product:7", again) == "by old"
 
-    assert again.asked == 0
+    assert again.call_count == 0
 
 
 async def test_delete_removes_all_schema_versions(redis_url: str) -> None:
@@ -101,15 +101,15 @@ async def test_schema_version_is_the_release_by_default(redis_url: str, monkeypa
     assert list(kept(redis_url)["shop:product:7"]) == [b"shop-2.0"]
 
 
-@pytest.mark.parametrize("held", [b"", b"short", b"\xff" * 8 + b"no json", b"\xff" * 8 + b'{"id":7}'])
-async def test_unreadable_value_is_a_miss(cache: Cache, redis_url: str, held: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 8 + b"no json", b"\xff" * 8 + b'{"id":7}'])
+async def test_unreadable_value_is_a_miss(cache: Cache, redis_url: str, content: bytes) -> None:
     with redis.Redis.from_url(redis_url) as client:
-        client.hset("shop:product:7", "1", held)
-    found = await cache.get(
+        client.hset("shop:product:7", "1", content)
+    value = await cache.get(
         "product:7", Source(Product(7, "Tea")), parse=lambda value: Product(value["id"], value["name"])
     )
 
-    assert found == Product(7, "Tea")
+    assert value == Product(7, "Tea")
 
 
 async def test_parse_converts_the_cached_value(cache: Cache) -> None:
@@ -119,7 +119,7 @@ async def test_parse_converts_the_cached_value(cache: Cache) -> None:
     source = Source(Product(7, "Tea"))
 
     assert [await cache.get("product:7", source, parse=parse) for _ in range(2)] == [Product(7, "Tea")] * 2
-    assert source.asked == 1
+    assert source.call_count == 1
 
 
 async def test_value_expires_within_ttl_and_jitter(redis_url: str) -> None:
@@ -140,7 +140,7 @@ async def test_expired_field_is_a_miss_while_the_key_lives(redis_url: str) -> No
     ):
         await old.get("product:7", Source("long ago"))
         await new.get("product:7", Source())
-        await asyncio.sleep(0.35)  # what is tested is that time passes
+        await asyncio.sleep(0.35)  # time has to pass
 
         assert await old.get("product:7", Source("now")) == "now"
 
@@ -156,7 +156,7 @@ async def test_errors_none_and_large_values_are_not_cached(redis_url: str) -> No
     assert kept(redis_url) == {}
 
 
-# One load for all
+# Concurrent loads
 
 
 async def waiting(cache: Cache, source: Callable[[], Awaitable[Any]], number: int) -> list[asyncio.Task[Any]]:
@@ -171,11 +171,11 @@ async def waiting(cache: Cache, source: Callable[[], Awaitable[Any]], number: in
 
 
 async def test_concurrent_callers_share_one_load(cache: Cache) -> None:
-    gate, asked = asyncio.Event(), 0
+    gate, call_count = asyncio.Event(), 0
 
     async def load() -> str:
-        nonlocal asked
-        asked += 1
+        nonlocal call_count
+        call_count += 1
         await gate.wait()
         return "loaded"
 
@@ -183,7 +183,7 @@ async def test_concurrent_callers_share_one_load(cache: Cache) -> None:
     gate.set()
 
     assert await asyncio.gather(*tasks) == ["loaded"] * 50
-    assert asked == 1
+    assert call_count == 1
 
 
 async def test_exception_reaches_all_waiting_callers(cache: Cache) -> None:
@@ -206,7 +206,7 @@ async def test_exception_reaches_all_waiting_callers(cache: Cache) -> None:
 
 @pytest.mark.parametrize("victim", [0, 3])
 async def test_cancelled_caller_does_not_affect_the_others(cache: Cache, victim: int) -> None:
-    """0 is the one that loads."""
+    """Caller 0 loads."""
     gate = asyncio.Event()
 
     async def load() -> str:
@@ -273,7 +273,7 @@ async def test_isolated_shadow_caches_its_own_values(redis_url: str) -> None:
         with inside():
             source = Source("a shadow's")
             assert [await cache.get("product:7", source) for _ in range(2)] == ["a shadow's"] * 2
-        assert source.asked == 1
+        assert source.call_count == 1
         assert list(kept(redis_url)) == ["abreast:shadow:new:shop:product:7"]
         assert await cache.get("product:7", Source("a user's")) == "a user's"
         with inside():
@@ -292,10 +292,10 @@ async def test_user_neither_waits_for_nor_gets_a_load_of_a_shadow(cache: Cache) 
 
     with inside():
         tasks = await waiting(cache, load, 1)
-    found = await asyncio.wait_for(cache.get("product:7", Source("a user's")), 5)
+    value = await asyncio.wait_for(cache.get("product:7", Source("a user's")), 5)
     gate.set()
 
-    assert found == "a user's"
+    assert value == "a user's"
     assert await asyncio.gather(*tasks) == ["not committed"]
 
 
@@ -325,7 +325,7 @@ async def test_hits_and_misses_are_spans(cache: Cache) -> None:
     ]
 
 
-# Redis is away
+# Outages
 
 
 async def test_redis_down_loads_values() -> None:
@@ -338,19 +338,19 @@ async def test_redis_down_loads_values() -> None:
 async def test_many_concurrent_calls_do_not_count_as_an_outage(
     redis_url: str, most: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor is a client of the service's own with few connections."""
+    """A client of the service with few connections is no outage either."""
     given = redis.asyncio.Redis.from_url(redis_url, max_connections=most)
     async with given, make(given if most else redis_url) as cache:
         await cache.get("product:7", Source("kept"))
-        found = await asyncio.gather(*[cache.get("product:7", Source("loaded")) for _ in range(300)])
+        value = await asyncio.gather(*[cache.get("product:7", Source("loaded")) for _ in range(300)])
         again = await cache.get("product:7", Source("loaded"))
 
     assert (again, caplog.records) == ("kept", [])
-    assert most or set(found) == {"kept"}
+    assert most or set(value) == {"kept"}
 
 
 async def test_other_event_loop_raises_nothing(cache: Cache) -> None:
-    """There its connections can't wait for what Redis says a little later."""
+    """In another loop, the connections can't wait for replies."""
 
     async def ask() -> list[Any]:
         return await asyncio.gather(*[cache.get(f"product:{one}", Source(one)) for one in range(60)])
@@ -370,22 +370,22 @@ async def test_hanging_redis_is_probed_once_per_delay(given: bool) -> None:
             os.kill(server.process.pid, signal.SIGSTOP)
             try:
                 began = time.monotonic()
-                found = [await cache.get("product:7", Source("loaded")) for _ in range(50)]
+                value = [await cache.get("product:7", Source("loaded")) for _ in range(50)]
                 took = time.monotonic() - began
             finally:
                 os.kill(server.process.pid, signal.SIGCONT)
 
-            assert found == ["loaded"] * 50
+            assert value == ["loaded"] * 50
             assert took < 50 * 0.1 / 2
 
             async def back() -> bool:
                 return bool(await cache.get("product:7", Source(None)) == "kept")
 
-            await eventually_async(back, within=PROBE_DELAY_S + 10, what="the cache is asked again")
+            await eventually_async(back, within=PROBE_DELAY_S + 10, what="the cache is used again")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"namespace": ""}, "namespace='shop'"),
         ({"namespace": "abreast:mine"}, "namespace='shop'"),
@@ -394,6 +394,6 @@ async def test_hanging_redis_is_probed_once_per_delay(given: bool) -> None:
         ({"shadow_writes": "somewhere"}, "'isolated' or 'discard', got 'somewhere'"),
     ],
 )
-def test_invalid_argument_raises_setting_error(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(SettingError, match=said):
+def test_invalid_argument_raises_setting_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
         make("redis://127.0.0.1/0", **changes)

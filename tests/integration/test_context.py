@@ -1,4 +1,4 @@
-"""Code can tell whether its answer is thrown away: everywhere in the request, and nowhere else."""
+"""The context is known in all code of a request, and in no other code."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def wrapped(app: ASGIApp, **settings: Any) -> ParallelRunMiddleware:
     return ParallelRunMiddleware(app, **{"service": "shop", "redis_url": NOBODY, **settings})
 
 
-async def asked(app: ASGIApp, scope: Any) -> tuple[abreast.Current, abreast.Current]:
-    """What the code of a request is told, and what its caller is told afterwards."""
-    seen: list[abreast.Current] = []
+async def contexts_during_and_after(app: ASGIApp, scope: Any) -> tuple[abreast.RequestContext, abreast.RequestContext]:
+    """Return the context in the app, and the context of the caller after the request."""
+    seen: list[abreast.RequestContext] = []
 
     async def looking(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(abreast.current())
@@ -54,7 +54,7 @@ async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
 
 @pytest.mark.parametrize(("role", "shadow"), [("live", False), ("shadow", True), ("baseline", True)])
 async def test_context_has_version_role_pair_and_release(role: Role, shadow: bool) -> None:
-    seen: list[abreast.Current] = []
+    seen: list[abreast.RequestContext] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(abreast.current())
@@ -71,13 +71,13 @@ async def test_context_has_version_role_pair_and_release(role: Role, shadow: boo
 
 
 async def test_context_outside_of_a_sampled_request_is_live() -> None:
-    inside, after = await asked(answer, http_scope())
+    inside, after = await contexts_during_and_after(answer, http_scope())
 
     assert (inside, after, abreast.is_shadow()) == (NO_REQUEST, NO_REQUEST, False)
 
 
 async def test_context_after_a_shadow_request_in_the_same_task_is_live() -> None:
-    inside, after = await asked(answer, sampled(role="shadow"))
+    inside, after = await contexts_during_and_after(answer, sampled(role="shadow"))
 
     assert (inside.is_shadow, after) == (True, NO_REQUEST)
 
@@ -86,9 +86,9 @@ async def test_context_after_a_shadow_request_in_the_same_task_is_live() -> None
     "settings",
     [
         {"enabled": False},
-        {"body_limit": "nonsense"},  # a mistake switches the middleware off
+        {"body_limit": "nonsense"},  # an invalid setting disables the middleware
         {"service": ""},
-        {"queue_count": 1},  # full after the first
+        {"queue_count": 1},  # full after one capture
     ],
 )
 async def test_shadow_without_capture_is_a_shadow(settings: Settings) -> None:
@@ -118,7 +118,7 @@ async def test_shadow_without_capture_is_a_shadow(settings: Settings) -> None:
     ],
 )
 async def test_invalid_headers_make_the_request_a_shadow(wrong: dict[str, str], shadow: bool) -> None:
-    inside, _ = await asked(answer, http_scope(headers={**marks(pair_id()), **wrong}))
+    inside, _ = await contexts_during_and_after(answer, http_scope(headers={**marks(pair_id()), **wrong}))
 
     assert (inside.is_shadow, inside.is_captured) == (shadow, False)
 
@@ -126,7 +126,7 @@ async def test_invalid_headers_make_the_request_a_shadow(wrong: dict[str, str], 
 async def test_websocket_has_a_role() -> None:
     scope = {**sampled(role="shadow"), "type": "websocket"}
 
-    inside, _ = await asked(answer, scope)
+    inside, _ = await contexts_during_and_after(answer, scope)
 
     assert inside.is_shadow
 
@@ -181,7 +181,7 @@ def failing(app: FastAPI) -> None:
     async def on_broken(_request: Request, _error: Exception) -> Response:
         return JSONResponse(abreast.is_shadow())
 
-    @app.exception_handler(Exception)  # runs further out than any middleware that was added
+    @app.exception_handler(Exception)  # runs outside of the added middleware
     async def on_crash(_request: Request, _error: Exception) -> Response:
         return JSONResponse(abreast.is_shadow(), 500)
 
@@ -199,10 +199,10 @@ async def test_context_reaches_tasks_threads_handlers_and_mounts(path: str, betw
     app.add_middleware(ParallelRunMiddleware, service="shop", redis_url=NOBODY)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
-        for role, told in (("shadow", True), ("live", False), ("baseline", True)):
+        for role, is_shadow in (("shadow", True), ("live", False), ("baseline", True)):
             task = asyncio.create_task(client.get(path, headers=marks(pair_id(), role=role)))
 
-            assert (await task).json() is told
+            assert (await task).json() is is_shadow
 
 
 async def test_background_task_of_a_shadow_stays_a_shadow_after_the_request() -> None:
@@ -235,7 +235,7 @@ async def test_background_task_of_a_shadow_stays_a_shadow_after_the_request() ->
 
 
 async def test_call_within_the_process_keeps_the_context_of_its_caller() -> None:
-    """Such as one through httpx.ASGITransport: it carries no marks, and is no request of a user."""
+    """A call through httpx.ASGITransport has no headers of Envoy, and is no request of a user."""
     inner: list[bool] = []
 
     async def other(scope: Scope, receive: Receive, send: Send) -> None:
@@ -256,7 +256,7 @@ async def test_call_within_the_process_keeps_the_context_of_its_caller() -> None
 
 
 async def test_inner_middleware_keeps_the_context() -> None:
-    seen: list[abreast.Current] = []
+    seen: list[abreast.RequestContext] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(abreast.current())
@@ -268,7 +268,7 @@ async def test_inner_middleware_keeps_the_context() -> None:
         before = abreast.current()
         await inner(scope, receive, send)
         assert abreast.current() is before
-        CURRENT_CONTEXT.set(NO_REQUEST)  # as if in a context of its own
+        CURRENT_CONTEXT.set(NO_REQUEST)  # as in a separate context
         await inner(scope, receive, send)
 
     outer = wrapped(afresh)
@@ -281,7 +281,7 @@ async def test_inner_middleware_keeps_the_context() -> None:
 
 
 class Recording:
-    """Answers with the role, and reads the body first, as uvicorn resumes reading then."""
+    """Read the body, because uvicorn then resumes reading, and answer with the role."""
 
     def __init__(self) -> None:
         self.roles: list[str] = []
@@ -300,7 +300,7 @@ class Recording:
         self.roles.append(abreast.current().role)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
-        for _ in range(10):  # background work, while the next request begins
+        for _ in range(10):  # a background task during the next request
             await asyncio.sleep(0)
 
 
@@ -316,9 +316,9 @@ def request(headers: dict[str, str], body: bytes = b"") -> bytes:
 async def test_request_does_not_inherit_the_context_of_its_connection(
     http: str, settings: Settings, pipelined: bool
 ) -> None:
-    """uvicorn begins a pipelined request in the context of the one before, and reads on in that of who resumed it."""
+    """uvicorn starts a pipelined request in the context of the previous one, and resumes reading in it."""
     app = Recording()
-    large = b"x" * 1_000_000  # more than uvicorn holds before it pauses
+    large = b"x" * 1_000_000  # more than uvicorn buffers before it pauses
     shadow = request(marks(pair_id(), role="shadow"), large)
     async with serving(wrapped(app, **settings), http=http) as (url, _):
         reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)

@@ -1,4 +1,4 @@
-"""Recorded effects in the capture that arrives in Redis, also those of background tasks."""
+"""Effects in the capture that arrives in Redis, including the effects of background tasks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_capture_contains_effects_with_hashed_secrets(redis_url: str) -> N
 
 
 async def test_capture_waits_for_background_tasks_up_to_effect_wait(redis_url: str) -> None:
-    """While the process lives on, so that nothing hurries."""
+    """The process continues, so that no shutdown flushes the queue."""
     go, gone = asyncio.Event(), asyncio.Event()
 
     async def later() -> None:
@@ -103,7 +103,7 @@ async def test_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> No
         shop(later), service="shop", redis_url=redis_url, effect_wait=60, pair_timeout=200
     )
     request = asyncio.create_task(call(middleware, sampled()))
-    await eventually_async(lambda: held(middleware), what="the answer is complete")
+    await eventually_async(lambda: has_queued(middleware), what="the answer is complete")
     await middleware.aclose()
     (capture,) = await captures(redis_url)
     request.cancel()
@@ -122,7 +122,7 @@ async def test_queue_accounts_for_bytes_of_effects() -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url="redis://127.0.0.1:1/0", queue_bytes=40_000)
     await call(middleware, sampled())
     first = middleware.queue.bytes
-    await eventually_async(lambda: held(middleware), what="it is settled")
+    await eventually_async(lambda: has_queued(middleware), what="the capture is queued")
     settled = middleware.queue.bytes
     await call(middleware, sampled())
     await middleware.aclose()
@@ -137,13 +137,13 @@ async def there(url: str) -> bool:
     return len(await captures(url)) == 1
 
 
-async def held(middleware: ParallelRunMiddleware) -> bool:
+async def has_queued(middleware: ParallelRunMiddleware) -> bool:
     return bool(middleware.queue.outbox or middleware.queue.awaiting_effects)
 
 
 async def report(url: str) -> dict[str, Any]:
     async with redis.asyncio.Redis.from_url(url) as client:
         connection: Any = client
-        (found,) = (await connection.hgetall(reports_key("shop"))).values()
-    told: dict[str, Any] = orjson.loads(found)
-    return told
+        (content,) = (await connection.hgetall(reports_key("shop"))).values()
+    report: dict[str, Any] = orjson.loads(content)
+    return report

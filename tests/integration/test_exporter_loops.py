@@ -1,4 +1,4 @@
-"""One app, several event loops, processes and ways to end."""
+"""Exporters of one app in several event loops and processes, and their shutdown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support import eventually_async, find_free_port
 from support_middleware import call, captures, marks, pair_id, sampled
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it would rather have another httpx
+    warnings.simplefilter("ignore")  # it warns about the version of httpx
     from starlette.testclient import TestClient
 
 
@@ -68,9 +68,7 @@ def test_end_of_the_loop_flushes_without_lifespan(redis_url: str) -> None:
     assert middleware.queue.shipped_count == 1
 
 
-def test_swallowed_cancellation_ends_the_exporter(
-    redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_swallowed_cancellation_ends_the_exporter(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     swallowed = []
 
     async def swallowing(_link: RedisTransport, _shard: int, rows: Sequence[CaptureRow]) -> JoinResult:
@@ -109,14 +107,14 @@ def test_next_loop_sends_the_captures_of_a_closed_one(redis_url: str) -> None:
 
 @pytest.mark.parametrize("entered", [True, False])
 def test_test_client_of_starlette_works(entered: bool, redis_url: str) -> None:
-    """Without `with` it makes a loop for each request."""
+    """Without `with`, the client starts a loop per request."""
     client = TestClient(starlette(redis_url))
     if entered:
         with client:
             answers = [client.get("/", headers=marks(pair_id())) for _ in range(3)]
     else:
         answers = [client.get("/", headers=marks(pair_id())) for _ in range(3)]
-    gc.collect()  # a task or a socket that was left behind would complain
+    gc.collect()  # a leaked task or socket would warn
 
     assert [answer.text for answer in answers] == ["ok"] * 3
     assert len(asyncio.run(captures(redis_url))) == 3
@@ -176,10 +174,10 @@ async def test_process_reports_from_its_start(redis_url: str) -> None:
     running = asyncio.create_task(middleware({"type": "lifespan"}, receive, send))
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
 
-        async def known() -> bool:
+        async def is_registered() -> bool:
             return await admin.hlen(reports_key("shop")) == 1
 
-        await eventually_async(known, what="the process is known")
+        await eventually_async(is_registered, what="the process reports")
     stop.set()
     await running
 
@@ -263,7 +261,7 @@ def run(program: str, url: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_forked_processes_report_separately(redis_url: str) -> None:
-    """As gunicorn does when it loads the app before it forks."""
+    """gunicorn with --preload loads the app before it forks."""
     done = run(
         """
         asyncio.run(ask(1))
@@ -279,11 +277,11 @@ def test_forked_processes_report_separately(redis_url: str) -> None:
         redis_url,
     )
     with redis.Redis.from_url(redis_url) as admin:
-        found = admin.hgetall(reports_key("shop"))
+        reports = admin.hgetall(reports_key("shop"))
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(orjson.loads(text)["shipped"] for text in found.values()) == [1, 2, 3]
-    assert len({orjson.loads(text)["pid"] for text in found.values()}) == 3
+    assert sorted(orjson.loads(text)["shipped"] for text in reports.values()) == [1, 2, 3]
+    assert len({orjson.loads(text)["pid"] for text in reports.values()}) == 3
 
 
 def test_fork_within_a_running_loop_starts_empty(redis_url: str) -> None:

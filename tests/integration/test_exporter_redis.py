@@ -1,4 +1,4 @@
-"""Whatever Redis does, users' answers stay the same, the queue stays bounded, drops are counted, and it recovers."""
+"""Outages of Redis: answers stay unchanged, the queue stays bounded, drops are counted, and the exporter recovers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
 
 @contextmanager
 def server(*options: str, port: int = 0) -> Iterator[RedisServer]:
-    """One that a test may stop, fill or freeze."""
+    """Start a Redis that the test may stop, fill or freeze."""
     binary = os.environ.get("ABREAST_TEST_REDIS")
     with RedisServer(binary=Path(binary) if binary else None, options=options, port=port) as started:
         yield started
@@ -51,7 +51,7 @@ def middleware(url: str, **settings: Unpack[SettingsKwargs]) -> ParallelRunMiddl
 
 
 async def ask(target: ParallelRunMiddleware, count: int) -> float:
-    """Seconds of the slowest request; every answer must be the app's."""
+    """Return the seconds of the slowest request. Every answer must be the one of the app."""
     slowest = 0.0
     for _ in range(count):
         began = time.perf_counter()
@@ -63,9 +63,9 @@ async def ask(target: ParallelRunMiddleware, count: int) -> float:
     return slowest
 
 
-def balanced(target: ParallelRunMiddleware, asked: int) -> bool:
-    backlog = target.queue
-    return backlog.captured_count == asked == sum(backlog.version_counts.values()) + len(backlog.recorders)
+def balanced(target: ParallelRunMiddleware, request_count: int) -> bool:
+    queue = target.queue
+    return queue.captured_count == request_count == sum(queue.version_counts.values()) + len(queue.recorders)
 
 
 async def shipped(target: ParallelRunMiddleware, count: int) -> None:
@@ -76,10 +76,10 @@ async def shipped(target: ParallelRunMiddleware, count: int) -> None:
 
 
 async def failing(log: pytest.LogCaptureFixture) -> None:
-    async def said() -> bool:
+    async def has_logged() -> bool:
         return "captures wait" in log.text
 
-    await eventually_async(said, what="the log says that captures wait")
+    await eventually_async(has_logged, what="the log says that captures wait")
 
 
 async def test_redis_down_leaves_answers_unchanged_and_counts_drops(caplog: pytest.LogCaptureFixture) -> None:
@@ -121,14 +121,14 @@ async def test_frozen_redis_delays_no_request(caplog: pytest.LogCaptureFixture) 
         os.kill(started.process.pid, signal.SIGSTOP)
         slowest = await ask(target, QUEUE + 20)
         await failing(caplog)
-        held = target.queue.count
+        queued_count = target.queue.count
         os.kill(started.process.pid, signal.SIGCONT)
         await shipped(target, QUEUE + 1)
         await target.aclose()
 
         assert len(await captures(started.url)) == target.queue.shipped_count
     assert slowest < 0.2
-    assert held <= QUEUE
+    assert queued_count <= QUEUE
     assert balanced(target, QUEUE + 21)
 
 
@@ -150,7 +150,7 @@ async def test_frozen_redis_does_not_delay_the_shutdown() -> None:
 
 
 async def test_slow_redis_does_not_delay_the_shutdown(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reply comes in time, but there is more to send than the time allows."""
+    """Each reply is in time, but the queue is too long for flush_timeout."""
     target = middleware(redis_url, flush_timeout=0.3, export_batch=1)
     slow = RedisTransport.join
 
@@ -180,10 +180,10 @@ async def test_emptied_redis_gets_the_service_again(redis_url: str) -> None:
 
 
 def registered(client: Any) -> Callable[[], Awaitable[bool]]:
-    async def known() -> bool:
+    async def is_registered() -> bool:
         return bool(client.hexists(SERVICES_KEY, "shop"))
 
-    return known
+    return is_registered
 
 
 async def test_full_redis_gets_captures_once_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
@@ -314,9 +314,7 @@ async def test_permanently_rejected_batch_is_dropped(redis_url: str, caplog: pyt
     assert caplog.text.count("captures wait") == 1
 
 
-async def test_unencodable_capture_stops_no_other(
-    redis_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_unencodable_capture_stops_no_other(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
     async def odd(scope: Scope, _receive: Receive, send: Send) -> None:
         if scope["path"] == "/odd":
             scope["route"] = type("Odd", (), {"path_format": "\ud800"})()
@@ -336,10 +334,10 @@ async def test_pair_id_selects_the_shard(redis_url: str) -> None:
     target = middleware(redis_url, shards=3)
     await ask(target, 30)
     await target.aclose()
-    found = [len(await captures(redis_url, shard=shard)) for shard in range(3)]
+    counts = [len(await captures(redis_url, shard=shard)) for shard in range(3)]
 
-    assert sum(found) == 30
-    assert all(found)
+    assert sum(counts) == 30
+    assert all(counts)
 
 
 async def test_each_process_reports_its_totals(redis_url: str) -> None:
@@ -347,8 +345,8 @@ async def test_each_process_reports_its_totals(redis_url: str) -> None:
     await ask(target, 3)
     await target.aclose()
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
-        found = await admin.hgetall(reports_key("shop"))
-    ((process, text),) = found.items()
+        reports = await admin.hgetall(reports_key("shop"))
+    ((process, text),) = reports.items()
     report = orjson.loads(text)
 
     assert report["id"].encode() == process
@@ -364,8 +362,8 @@ async def test_report_is_at_most_a_second_old(redis_url: str) -> None:
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
 
         async def reported() -> bool:
-            found = await admin.hgetall(reports_key("shop"))
-            return [orjson.loads(text)["shipped"] for text in found.values()] == [3]
+            reports = await admin.hgetall(reports_key("shop"))
+            return [orjson.loads(text)["shipped"] for text in reports.values()] == [3]
 
         await eventually_async(reported, within=3, what="the report says 3")
     await target.aclose()
@@ -384,7 +382,7 @@ async def test_capture_arrives_soon_after_the_answer(redis_url: str) -> None:
 
 
 async def test_redis_down_keeps_no_request_alive(caplog: pytest.LogCaptureFixture) -> None:
-    """Their scopes hold whatever the app put there; only the captures wait."""
+    """Scopes may hold large objects of the app, so the queue must not keep them."""
     target = middleware(f"redis://127.0.0.1:{find_free_port()}/0", flush_timeout=0.1)
     await ask(target, 10)
     await failing(caplog)

@@ -1,4 +1,4 @@
-"""The script against a real server."""
+"""The join script on a real Redis."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ON_A_SHARED_SERVER = settings(
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[Any]:  # redis-py's types say that replies may be text
+def client(redis_url: str) -> Iterator[Any]:  # by the types of redis-py, replies may be text
     with redis.Redis.from_url(redis_url) as connection:
         yield connection
 
@@ -40,7 +40,7 @@ def join(client: Any, rows: list[Row], bounds: Limits | None = None) -> list[int
 
 
 def ready(client: Any) -> dict[str, dict[bytes, bytes]]:
-    """Pairs that are ready; each once, or the test fails."""
+    """Return the ready pairs. Each must be there once."""
     entries = [entry for _, entry in client.xrange(KEYS.ready)]
     pairs = {entry[b"pair"].decode(): entry for entry in entries}
     assert len(pairs) == len(entries)
@@ -115,7 +115,7 @@ def test_third_capture_after_a_failover_is_late(client: Any) -> None:
 
 @pytest.mark.parametrize("order", list(permutations(["new:live:1", "old:shadow:1", "old:live:2"])))
 def test_second_attempt_does_not_count_as_a_copy(client: Any, order: tuple[str, ...]) -> None:
-    """Whatever comes first after a failover, the pair is what both versions answered to the first attempt."""
+    """After a failover, the pair has the answers of both versions to the first attempt, in any order of arrival."""
     for slot in order:
         join(client, [("p", slot, 2, slot.encode())])
 
@@ -147,31 +147,31 @@ def test_join_is_independent_of_order_batches_and_repetition(
     client: Any, arms: int, pairs: int, seed: random.Random, data: st.DataObject
 ) -> None:
     client.flushall()
-    wanted = rows(pairs, arms)
-    sent = wanted + data.draw(st.lists(st.sampled_from(wanted), max_size=10))
+    expected = rows(pairs, arms)
+    sent = expected + data.draw(st.lists(st.sampled_from(expected), max_size=10))
     seed.shuffle(sent)
-    told: Counter[str] = Counter()
+    replies: Counter[str] = Counter()
     while sent:
         size = data.draw(st.integers(1, 6))
         batch, sent = sent[:size], sent[size:]
         for _ in range(data.draw(st.integers(1, 2))):  # some batches are sent twice
             reply = join(client, batch)
             assert sum(reply) == len(batch)
-            told.update(dict(zip(("received", "duplicate", "late"), reply, strict=False)))
+            replies.update(dict(zip(("received", "duplicate", "late"), reply, strict=False)))
 
-    found = ready(client)
+    entries = ready(client)
     assert {
         (pair, name.decode(), arms, value)
-        for pair, entry in found.items()
+        for pair, entry in entries.items()
         for name, value in entry.items()
         if b":" in name
-    } == set(wanted)
-    assert told["received"] == len(wanted)
+    } == set(expected)
+    assert replies["received"] == len(expected)
     counted = stats(client)
     assert counted["joined"] == pairs
-    assert counted["bytes"] == sum(len(row[3]) for row in wanted)
-    assert (counted["received"], counted.get("duplicate", 0)) == (len(wanted), told["duplicate"])
-    assert counted.get("late", 0) == told["late"]
+    assert counted["bytes"] == sum(len(row[3]) for row in expected)
+    assert (counted["received"], counted.get("duplicate", 0)) == (len(expected), replies["duplicate"])
+    assert counted.get("late", 0) == replies["late"]
 
 
 @ON_A_SHARED_SERVER
@@ -187,8 +187,8 @@ def test_max_pairs_rejects_and_counts_captures(client: Any, order: list[Row], mo
     counted = stats(client)
     assert refused == counted.get("rejected_pairs", 0)
     assert refused + counted["received"] == len(order)
-    held = client.xlen(KEYS.ready) * 2 + sum(client.hlen(key) for key in client.scan_iter(KEYS.pair("*")))
-    assert counted["received"] == held
+    stored = client.xlen(KEYS.ready) * 2 + sum(client.hlen(key) for key in client.scan_iter(KEYS.pair("*")))
+    assert counted["received"] == stored
 
 
 @ON_A_SHARED_SERVER
@@ -207,7 +207,7 @@ def test_max_bytes_rejects_and_counts_captures(client: Any, sizes: list[int], mo
 def test_released_room_is_reused(client: Any) -> None:
     bounds = Limits(max_pairs=1)
     full = [join(client, rows(1), bounds), join(client, [("p1", "old:live:1", 1, b"")], bounds)]
-    client.xtrim(KEYS.ready, maxlen=0)  # as the sidecar does when it is done
+    client.xtrim(KEYS.ready, maxlen=0)  # as the sidecar does after its commit
 
     assert full == [[2, 0, 0, 0, 0], [0, 0, 0, 1, 0]]
     assert join(client, rows(3)[4:], bounds) == [2, 0, 0, 0, 0]
@@ -248,5 +248,5 @@ def test_pair_has_one_shard(pair: str, shards: int) -> None:
 
 @pytest.mark.parametrize("name", ["", "a/b", "{a", "a}"])
 def test_service_name_that_breaks_the_hash_tag_is_rejected(name: str) -> None:
-    with pytest.raises(ValueError, match="must not be empty nor hold any of"):
+    with pytest.raises(ValueError, match="must not be empty or contain"):
         Keys(name, 0)

@@ -1,4 +1,4 @@
-"""Nothing changes for users: the messages an app sends are the same with the middleware, but for its tags."""
+"""The middleware changes no message of the app, except that it adds tags."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ran: list[str] = []
 
 
 class Events(Response):
-    """Server-sent events, as they are sent by hand."""
+    """Send server-sent events without a library."""
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream"), (b"x-twice", b"1"), (b"x-twice", b"2")]
@@ -153,7 +153,7 @@ def fastapi(middleware: list[Middleware]) -> App:
 
 
 async def both(make: Make, redis_url: str, scope: dict[str, Any], **how: Any) -> tuple[list[Message], list[Message]]:
-    """What the app sends without the middleware, and with it for a sampled request; it must raise the same."""
+    """Return the messages without the middleware, and with it for a sampled request. Exceptions must be equal."""
     own = {name.decode(): value.decode() for name, value in scope.get("headers", ())}
     with_pair = {**scope, "headers": [*scope["headers"], *_marks()]}
     middleware = Middleware(ParallelRunMiddleware, service="shop", redis_url=redis_url, release="r1")
@@ -191,7 +191,7 @@ async def test_app_messages_are_unchanged(
     monkeypatch.setattr("starlette.responses.token_hex", lambda size: "b" * 2 * size)
     left = 4 if path == "/until-left" else None
     scope = http_scope(path, method, headers)
-    if path == "/file" and not headers:  # one server offers to send files by itself, another does not
+    if path == "/file" and not headers:  # only some servers offer to send files
         bare, sampled = await both(make, redis_url, {**scope, "extensions": {}})
         assert untagged(sampled) == bare
     bare, sampled = await both(make, redis_url, dict(scope), body=(b"one", b"two"), left_after=left)

@@ -1,4 +1,4 @@
-"""What a capture holds."""
+"""The content of captures."""
 
 from __future__ import annotations
 
@@ -197,11 +197,11 @@ async def test_descriptors_are_closed(redis_url: str, tmp_path: Path) -> None:
 
 
 def _open_files() -> set[Path]:
-    found = set()
+    paths = set()
     for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the one that the folder was listed with
-            found.add(link.readlink())
-    return found
+        with contextlib.suppress(OSError):  # the descriptor of the listing
+            paths.add(link.readlink())
+    return paths
 
 
 async def test_unreadable_body_is_dropped_and_counted(redis_url: str) -> None:
@@ -273,7 +273,7 @@ async def test_disconnect_of_the_client_is_captured(redis_url: str) -> None:
 
 
 async def test_endless_answer_is_captured_before_its_deadline_and_continues(redis_url: str) -> None:
-    """What comes later, effects and faults among it, is not waited for."""
+    """The capture does not wait for later chunks, effects and exceptions."""
     chunks = [body(b"%d\n" % n, more=True) for n in range(30)]
 
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -307,7 +307,7 @@ async def test_answer_in_chunks_is_captured_once_and_complete(redis_url: str) ->
     app = answering(start(), body(b"a", more=True), body(b"b"))
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, pair_timeout=0.05)
     await call(middleware, sampled())
-    await asyncio.sleep(0.1)  # longer than it may go on
+    await asyncio.sleep(0.1)  # longer than the pair timeout
     await middleware.aclose()
     (capture,) = await captures(redis_url)
 
@@ -366,8 +366,10 @@ async def test_versions_share_a_generated_redaction_key(redis_url: str) -> None:
     ("headers", "reason"),
     [(None, "capture_error"), (7, "capture_error"), ([(b"a",)], "encode_error"), ([("text", "text")], "encode_error")],
 )
-async def test_internal_errors_are_counted_and_never_reach_the_app(headers: object, reason: str, redis_url: str) -> None:
-    """The server may well refuse such headers; that is between the app and the server."""
+async def test_internal_errors_are_counted_and_never_reach_the_app(
+    headers: object, reason: str, redis_url: str
+) -> None:
+    """The server may refuse such headers. The app is responsible for them."""
     message: Message = {"type": "http.response.start", "status": 200, "headers": headers}
     middleware = ParallelRunMiddleware(answering(message, body(b"x")), service="shop", redis_url=redis_url)
     sent, raised = await call(middleware, sampled())

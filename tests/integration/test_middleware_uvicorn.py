@@ -1,4 +1,4 @@
-"""Through a real server and real sockets."""
+"""The middleware in uvicorn, with real sockets."""
 
 from __future__ import annotations
 

@@ -19,9 +19,9 @@ COUNT = st.integers(0, 2**53)
 
 @st.composite
 def bodies(draw: st.DrawFn) -> Body:
-    held = draw(st.binary(max_size=200))
+    content = draw(st.binary(max_size=200))
     missing = draw(st.integers(0, 10_000))
-    return Body(held, len(held) + missing, digest(held) if missing else "")
+    return Body(content, len(content) + missing, digest(content) if missing else "")
 
 
 CAPTURES = st.builds(
@@ -75,13 +75,13 @@ def test_decode_rejects_a_truncated_capture(capture: Capture, cut: int) -> None:
 
 @given(CAPTURES)
 def test_decode_rejects_a_head_without_a_field(capture: Capture) -> None:
-    line, _, rest = encode(capture).partition(b"\n")
+    line, _, bodies = encode(capture).partition(b"\n")
     head = orjson.loads(line)
     for part in head.keys() - {"effects_dropped"}:
         less = {name: value for name, value in head.items() if name != part}
 
         with pytest.raises(CaptureError):
-            decode(orjson.dumps(less) + b"\n" + rest)
+            decode(orjson.dumps(less) + b"\n" + bodies)
 
 
 def test_decode_accepts_a_head_without_optional_fields() -> None:

@@ -112,7 +112,7 @@ async def test_template_is_the_choice_of_the_router(make: Any, path: str, templa
 
 @pytest.mark.parametrize(("make", "path", "template"), PATHS)
 async def test_template_is_resolved_if_the_app_got_a_copy_of_the_scope(make: Any, path: str, template: str) -> None:
-    """As with earlier Starlette, and with middleware that hands on a scope of its own."""
+    """Earlier Starlette and some middleware pass a copy of the scope."""
     app = make()
 
     async def copying(scope: Scope, receive: Receive, send: Send) -> None:
@@ -161,12 +161,12 @@ async def test_app_without_routes_has_no_template() -> None:
 
 async def test_template_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("abreast.export.routes.MAX_CACHED_TEMPLATES", 10)
-    found = RouteResolver(starlette())
+    resolver = RouteResolver(starlette())
     for number in range(100):
-        found.resolve(http_scope(f"/products/{number}"))
-        found.resolve(
+        resolver.resolve(http_scope(f"/products/{number}"))
+        resolver.resolve(
             {**http_scope(f"/tenants/{number}/products/7"), "app_root_path": "", "root_path": f"/tenants/{number}"}
         )
 
-    assert len(found._templates) <= 10
-    assert len(found._prefixes) <= 10
+    assert len(resolver._templates) <= 10
+    assert len(resolver._prefixes) <= 10
