@@ -1,4 +1,4 @@
-"""What goes into a service: records its answers to sampled requests, for Abreast to compare two versions by."""
+"""Abreast in a service: capture the answers to sampled requests, so that the sidecar can compare two versions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from abreast.errors import AbreastError, CaptureError, EffectError, SettingError
 
 if TYPE_CHECKING:
     from abreast.middleware import ParallelRunMiddleware
-
 
 __all__ = [
     "AbreastError",
@@ -32,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the middleware when it is asked for: the client and the command line start faster without Redis's."""
+    """Import the middleware on first use: the command line starts faster without redis-py."""
     if name != "ParallelRunMiddleware":
         raise AttributeError(f"module 'abreast' has no attribute {name!r}")
     from abreast.middleware import ParallelRunMiddleware

@@ -1,4 +1,4 @@
-"""The console script. It comes with the bare package too, and then says what to install."""
+"""The console script. If only the middleware is installed, it names the package to install."""
 
 import sys
 
@@ -23,5 +23,5 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in SIDECAR_PACKAGES:
             raise
-        sys.exit("abreast: the command line needs more parts; run: pip install 'abreast[sidecar]'")
+        sys.exit("abreast: the command line needs more packages; run: pip install 'abreast[sidecar]'")
     run()

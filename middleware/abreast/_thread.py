@@ -1,7 +1,4 @@
-"""One thread for what would hold up the event loop: reading files and hashing large bodies.
-
-A daemon: it never keeps a process from ending.
-"""
+"""One daemon thread for work that would block the event loop: reading files and hashing large bodies."""
 
 from __future__ import annotations
 
@@ -11,17 +8,17 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 
-MAX_WAITING_BYTES = 16 * 1024 * 1024  # that may wait for the thread; beyond that the caller does the work itself
-MAX_OPEN_FILES = 64  # open at a time
+MAX_WAITING_BYTES = 16 * 1024 * 1024  # bytes that may wait for the thread
+MAX_OPEN_FILES = 64
 
 Job = Callable[[], None]
 
 
 class BackgroundThread:
-    """Jobs run one after the other, in the order they came."""
+    """Run jobs one after another, in the order of submission."""
 
     def __init__(self) -> None:
-        self.waiting_bytes = 0  # bytes
+        self.waiting_bytes = 0
         self.open_files = 0
         self._pid = 0
         self._lock = threading.Lock()
@@ -32,7 +29,7 @@ class BackgroundThread:
         return self.waiting_bytes < MAX_WAITING_BYTES
 
     def reserve_file(self) -> bool:
-        """Whether one more may be opened."""
+        """Count one more open file, or return False if there are too many."""
         with self._lock:
             self.open_files += 1
             if self.open_files <= MAX_OPEN_FILES:
@@ -52,7 +49,7 @@ class BackgroundThread:
         self._jobs.put((job, size))
 
     def _start(self) -> None:
-        """Threads don't live through a fork: a child needs one of its own, and a queue nobody holds the lock of."""
+        """Start a thread in this process. Threads don't survive a fork, and the parent's locks may be held for ever."""
         self._lock = threading.Lock()
         self._jobs = SimpleQueue()
         self.waiting_bytes = self.open_files = 0
@@ -62,7 +59,7 @@ class BackgroundThread:
     def _run(self, jobs: SimpleQueue[tuple[Job, int]]) -> None:
         while True:
             job, size = jobs.get()
-            with contextlib.suppress(Exception):  # jobs report their own faults
+            with contextlib.suppress(Exception):  # jobs report their errors
                 job()
             with self._lock:
                 self.waiting_bytes -= size

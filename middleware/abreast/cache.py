@@ -1,7 +1,7 @@
 """A read-through cache in Redis for a service whose two versions run side by side.
 
-What a shadow request finds is what users left there. What it loads itself users never see: it keeps nothing, or keeps
-it apart. Redis is asked for a fraction of a second at most, and not at all for a while after it did not answer.
+A shadow request reads the values that users left. Users never see values that a shadow loads: they are discarded or
+isolated. A call to Redis takes a fraction of a second at most. After a failure, calls pause for a second.
 """
 
 from __future__ import annotations
@@ -29,10 +29,23 @@ from abreast.context import CURRENT_CONTEXT, HIT, MISS, RequestContext, add_span
 from abreast.effects import record
 from abreast.errors import SettingError
 
+T = TypeVar("T")
+ShadowWrites = Literal["isolated", "discard"]
+
+logger = logging.getLogger("abreast")
+
+MAX_CONCURRENT_CALLS = 20  # more connections don't get faster replies
+PROBE_DELAY_S = 1.0  # seconds between calls to a Redis that is down
+MAX_CONNECTIONS_ERROR: Any = getattr(exceptions, "MaxConnectionsError", ())  # an older redis-py has none
+EXPIRY_BYTES = 8  # header of a value: its expiry in ms since the epoch, big-endian
+RESERVED_PREFIX = "abreast:"  # for the values of shadows; no namespace starts with it
+SPAN_KIND = "cache"
+NOT_CACHED = object()
+
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """How a load ended. Both are None for one that was given up, which somebody else begins anew."""
+    """The result of a load. If it was abandoned, both are None and another caller loads again."""
 
     value: Any = None
     error: Exception | None = None
@@ -40,22 +53,22 @@ class LoadResult:
 
 
 class SingleFlight:
-    """Loads that are under way in this process.
+    """Deduplicates concurrent loads in this process.
 
-    The first who asks loads, in its own task, so that what it uses (a session, a connection) is its own. The others
-    wait. When the first is cancelled, one of the others begins its own load; no cancellation reaches anybody else.
+    The first caller loads in its own task, with its own session and connection. The others wait for it. If the first
+    caller is cancelled, one of the others starts its own load. No cancellation reaches another caller.
     """
 
     def __init__(self) -> None:
         self._loads: dict[Hashable, asyncio.Future[LoadResult]] = {}
 
     async def join(self, key: Hashable) -> LoadResult | None:
-        """What the load that is under way ends with; None when there is none, or none any more."""
+        """Wait for the load in flight and return its result, or return None if no load is in flight."""
         load_future = self._loads.get(self._key_in_loop(key))
         return None if load_future is None else await asyncio.shield(load_future)
 
     async def lead(self, key: Hashable, load: Callable[[], Awaitable[Any]]) -> Any:
-        """Load for all. To be called without an `await` since `join` found nothing."""
+        """Load for all callers. There must be no `await` between `join`, which returned None, and this call."""
         key = self._key_in_loop(key)
         load_future = self._loads[key] = asyncio.get_running_loop().create_future()
         result = LoadResult(is_abandoned=True)
@@ -71,7 +84,7 @@ class SingleFlight:
         return result.value
 
     async def run(self, key: Hashable, load: Callable[[], Awaitable[Any]]) -> Any:
-        """The value, or what the load raised, however many ask."""
+        """Return the value, or raise the exception of the load. Concurrent callers share one load."""
         while (result := await self.join(key)) is not None:
             if result.error is not None:
                 raise result.error
@@ -80,41 +93,26 @@ class SingleFlight:
         return await self.lead(key, load)
 
     def invalidate(self, key: Hashable) -> None:
-        """Who asks from now on doesn't get what is under way."""
+        """Detach the load in flight, so that later callers don't get its result."""
         self._loads.pop(self._key_in_loop(key), None)
 
     def get_version(self, key: Hashable) -> object:
-        """What is under way now: another one, or None, once it was forgotten."""
+        """Return an object that identifies the load in flight, or None. It changes with `invalidate`."""
         return self._loads.get(self._key_in_loop(key))
 
     def _key_in_loop(self, key: Hashable) -> Hashable:
         return id(asyncio.get_running_loop()), key
 
 
-T = TypeVar("T")
-
-logger = logging.getLogger("abreast")
-
-MAX_CONCURRENT_CALLS = 20  # questions at a time: more connections answer no sooner
-PROBE_DELAY_S = 1.0  # seconds without a question to a Redis that did not answer
-MAX_CONNECTIONS_ERROR: Any = getattr(exceptions, "MaxConnectionsError", ())  # an older redis-py has none
-EXPIRY_BYTES = 8  # bytes before a value: when it is over, ms since the epoch, big-endian
-RESERVED_PREFIX = "abreast:"  # what shadows keep begins so, and no namespace does
-SPAN_KIND = "cache"
-NOT_CACHED = object()
-
-ShadowWrites = Literal["isolated", "discard"]
-
-
 class Cache:
     """Values by key, shared by all processes that name the same `namespace`.
 
-    A key is a hash in Redis whose fields are the forms of the value, so that versions which write different forms don't
-    take each other's place, and one `delete` removes all. `form` is the release unless it is given: name it, and both
-    versions share what they keep, for as long as they agree on what a value looks like.
+    A key is a hash in Redis with one field per schema version, so that versions with different schemas don't overwrite
+    each other, and one `delete` removes all. `schema_version` is the release by default. If both versions of the service
+    write the same schema, set it, and they share their values.
 
-    `ttl` is in seconds and the longest time a value is kept; each is kept for a little less, by up to `jitter` of it.
-    `timeout` is how long Redis may take, in seconds. Values of more than `max_bytes` and None are not kept.
+    `ttl` is the maximum age of a value in seconds. The actual age is shorter by a random share of up to `jitter`.
+    `timeout` is the maximum duration of a call to Redis in seconds. None and values above `max_bytes` are not cached.
     """
 
     def __init__(
@@ -152,11 +150,11 @@ class Cache:
         ttl: float | None = None,
         parse: Callable[[Any], T] | None = None,
     ) -> T:
-        """The value that is kept under the key, or else what `load` gives, which is kept for next time.
+        """Return the cached value, or load and cache it.
 
-        A value is kept as JSON; `parse` makes it what `load` gives, such as TypeAdapter(Product).validate_python. What
-        it refuses is a miss. Those who ask at the same time share one load, and what it raises. Nothing is raised for
-        Redis's sake.
+        A value is cached as JSON. `parse` converts it to the type that `load` returns, for example with
+        TypeAdapter(Product).validate_python. If `parse` raises, the call is a miss. Concurrent callers share one load
+        and its exception. Errors of Redis are never raised.
         """
         context = CURRENT_CONTEXT.get()
         value = await self._look_up(context, key, parse)
@@ -165,15 +163,15 @@ class Cache:
         if not context.is_shadow:
             return cast("T", await self._single_flight.run(key, lambda: self._load_and_store(key, load, ttl)))
         if not self._is_deleted(context, key):
-            result = await self._single_flight.join(key)  # what users wait for, a shadow may read
+            result = await self._single_flight.join(key)  # a shadow may share the load of a user
             if result is not None and result.error is None and not result.is_abandoned:
                 return cast("T", result.value)
-        # A load of its own: it may see what this request has written, and nobody else may.
+        # A separate load, because it may see uncommitted writes of this request.
         shadow_key = (id(context), key)
         return cast("T", await self._single_flight.run(shadow_key, lambda: self._load_and_store(key, load, ttl)))
 
     async def delete(self, *keys: str) -> None:
-        """Remove what is kept, in all forms. A shadow doesn't: it only sees them no more itself."""
+        """Delete values, in all schema versions. A shadow only hides them from itself."""
         context = CURRENT_CONTEXT.get()
         for key in keys:
             record("cache.delete", {"namespace": self._namespace, "key": key}, key=key)
@@ -188,7 +186,7 @@ class Cache:
             await self._call_redis(lambda: self.redis.delete(*redis_keys))
 
     async def aclose(self) -> None:
-        """Close the connections, unless the client was given."""
+        """Close the connections, unless the caller passed a client."""
         if self._owns_client:
             await self.redis.aclose()
 
@@ -212,17 +210,17 @@ class Cache:
         return value
 
     def _decode(self, raw: Any, parse: Callable[[Any], Any] | None) -> Any:
-        """MISSING for what is over, or can't be read by this code."""
+        """Return NOT_CACHED if the value is expired, or this code can't parse it."""
         if not raw:
             return NOT_CACHED
-        content = raw.encode("latin-1") if isinstance(raw, str) else bytes(raw)  # a given client may decode
+        content = raw.encode("latin-1") if isinstance(raw, str) else bytes(raw)  # a client with decode_responses
         if int.from_bytes(content[:EXPIRY_BYTES], "big") <= time.time() * 1000:
             return NOT_CACHED
         try:
             value = orjson.loads(content[EXPIRY_BYTES:])
             return value if parse is None else parse(value)
-        except Exception as error:  # noqa: BLE001  # whatever the user's code says of another form
-            logger.debug("a kept value can't be read, it is loaded again: %s", error)
+        except Exception as error:  # noqa: BLE001  # raised by the code of the service for another schema
+            logger.debug("a cached value can't be parsed and is loaded again: %s", error)
             return NOT_CACHED
 
     async def _load_and_store(self, key: str, load: Callable[[], Awaitable[T]], ttl: float | None) -> T:
@@ -232,7 +230,7 @@ class Cache:
         if value is None or (context.is_shadow and self._shadow_writes == "discard"):
             return value
         if not context.is_shadow and self._single_flight.get_version(key) is not version:
-            return value  # deleted meanwhile: what was loaded may be older
+            return value  # deleted meanwhile, so the loaded value may be stale
         content = self._encode(value)
         if content is not None:
             seconds = (self._ttl if ttl is None else ttl) * random.uniform(1 - self._jitter, 1)  # noqa: S311
@@ -252,11 +250,11 @@ class Cache:
         await self._call_redis(store)
 
     def _encode(self, value: Any) -> bytes | None:
-        """None for what is too long or has no form in JSON."""
+        """Return None if the value is too long or has no JSON form."""
         try:
             content = orjson.dumps(value, default=_to_jsonable)
         except (TypeError, ValueError) as error:
-            logger.warning("a value of type %s can't be kept: %s", type(value).__name__, error)
+            logger.warning("a value of type %s can't be cached: %s", type(value).__name__, error)
             return None
         return content if len(content) <= self._max_bytes else None
 
@@ -265,14 +263,17 @@ class Cache:
         return name if shadow is None else f"{RESERVED_PREFIX}shadow:{shadow.version}:{name}"
 
     async def _call_redis(self, command: Callable[[], Awaitable[Any]]) -> Any:
-        """Redis's answer; None when it has none in time, and while it is left alone."""
+        """Return the reply of Redis, or None if it is down or too slow."""
         was_down = self._is_down
-        if not self._may_call():
-            return None
+        if was_down:
+            now = time.monotonic()
+            if now < self._probe_at:
+                return None
+            self._probe_at = now + PROBE_DELAY_S
         try:
             async with asyncio.timeout(self._timeout):
                 await self._call_slots.acquire()
-        except (TimeoutError, RuntimeError):  # too many ask at once, or in another event loop; Redis may be well
+        except (TimeoutError, RuntimeError):  # too many calls, or another event loop; Redis may be up
             return None
         try:
             return await self._run_command(command) if self._is_down == was_down else None
@@ -283,31 +284,20 @@ class Cache:
         try:
             async with asyncio.timeout(self._timeout):
                 reply = await command()
-        except MAX_CONNECTIONS_ERROR:  # of a client that was given
+        except MAX_CONNECTIONS_ERROR:  # a client that the caller passed
             return None
         except (RedisError, OSError, TimeoutError, RuntimeError) as error:
             if not self._is_down:
-                logger.warning("the cache does not answer, values are loaded: %s", str(error) or "too slow")
+                logger.warning("the cache is down, values are loaded: %s", str(error) or "timeout")
             self._is_down = True
             self._probe_at = time.monotonic() + PROBE_DELAY_S
             return None
         if self._is_down:
-            logger.warning("the cache answers again")
+            logger.warning("the cache is up again")
             self._is_down = False
         return reply
 
-    def _may_call(self) -> bool:
-        """One question a pause finds out whether Redis is back."""
-        if not self._is_down:
-            return True
-        now = time.monotonic()
-        if now < self._probe_at:
-            return False
-        self._probe_at = now + PROBE_DELAY_S
-        return True
-
     def _is_deleted(self, context: RequestContext, key: str) -> bool:
-        """Whether this shadow deleted it."""
         return context.is_shadow and (id(self), key) in context.deleted_cache_keys
 
     def _mark_deleted(self, context: RequestContext, keys: tuple[str, ...]) -> None:
@@ -317,24 +307,24 @@ class Cache:
 
 
 def _to_jsonable(value: Any) -> Any:
-    """For orjson: what it doesn't know and people keep."""
+    """Convert types that orjson does not know."""
     if isinstance(value, Decimal):
         return str(value)
-    dump = getattr(value, "model_dump", None)  # pydantic's
+    dump = getattr(value, "model_dump", None)  # pydantic
     if not callable(dump):
-        raise TypeError(f"{type(value).__name__} has no form in JSON")
+        raise TypeError(f"{type(value).__name__} has no JSON form")
     return dump(mode="json")
 
 
 def _make_client(url: str, timeout: float) -> Redis:
-    """No retries: a service without its cache is slower, not down."""
+    """Create a client without retries, so that a failure costs little time."""
     return Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0))
 
 
 def _validate_arguments(namespace: str, ttl: float, jitter: float, timeout: float, shadow_writes: str) -> None:
     if not namespace or namespace.startswith(RESERVED_PREFIX):
-        raise SettingError("a cache needs a namespace of its own in Redis, such as namespace='shop'")
+        raise SettingError("a cache needs its own namespace in Redis, such as namespace='shop'")
     if not (ttl > 0 and timeout > 0 and 0 <= jitter < 1):
         raise SettingError("a cache's ttl and timeout must be seconds above 0, and its jitter below 1")
     if shadow_writes not in {"isolated", "discard"}:
-        raise SettingError(f"shadow_writes must be 'apart' or 'nowhere', got {shadow_writes!r}")
+        raise SettingError(f"shadow_writes must be 'isolated' or 'discard', got {shadow_writes!r}")

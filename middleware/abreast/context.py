@@ -1,7 +1,7 @@
-"""What a request is to the code that handles it: which version runs, and whether the answer goes to a user.
+"""The context of a request: the version that runs, and whether the answer goes to a user.
 
-It lives in a context variable, which tasks, anyio's threads and sub-applications inherit. What runs outside a sampled
-request is live.
+The context is in a context variable, so tasks, anyio's threads and sub-applications inherit it. Code outside of a
+sampled request is live.
 """
 
 from __future__ import annotations
@@ -22,13 +22,21 @@ from abreast.effect_log import EffectLog, Redact
 from abreast.errors import ErrorReporter
 from abreast.protocol.capture import Role, SpanRow, Version
 
-MAX_SPANS = 100  # of a request; those beyond are not kept
-MAX_SPAN_NAME_CHARS = 100  # characters
+logger = logging.getLogger("abreast")
+report_error = ErrorReporter()
+
+MAX_SPANS = 100  # per request; more spans are not kept
+MAX_SPAN_NAME_CHARS = 100
 HIT, MISS = "hit", "miss"
+NO_CACHE_KEYS: frozenset[tuple[int, str]] = frozenset()
+CLOSED_LOG = EffectLog(0)  # shared by the requests that recorded no effect in time
+CLOSED_LOG.is_closed = True
+CLEANUP_TASKS: set[asyncio.Task[None]] = set()  # a loop keeps only weak references to its tasks
+_lock = threading.Lock()
 
 
 class Spans:
-    """Of one request. `hits` and `misses` of a cache are counted beyond the bound too."""
+    """The spans of one request. `hits` and `misses` of a cache are counted beyond MAX_SPANS too."""
 
     __slots__ = ("hits", "misses", "rows")
 
@@ -39,7 +47,7 @@ class Spans:
 
 
 def add_span(context: RequestContext, kind: str, name: str, started_ns: int, note: str = "") -> None:
-    """Note one that began at `since` (perf_counter_ns) and ends now, if the request is recorded."""
+    """Add a span from `started_ns` (perf_counter_ns) until now, if the request is captured."""
     if not context.is_captured or context.response_sent:
         return
     spans = context.spans
@@ -57,7 +65,7 @@ def add_span(context: RequestContext, kind: str, name: str, started_ns: int, not
 
 @contextmanager
 def span(name: str, kind: str = "call") -> Iterator[None]:
-    """Time what the block asks of something else: `with abreast.hop("search"): ...`"""
+    """Time a block that calls another service: `with abreast.span("search"):`."""
     context, started_ns, note = CURRENT_CONTEXT.get(), perf_counter_ns(), ""
     try:
         yield
@@ -68,30 +76,27 @@ def span(name: str, kind: str = "call") -> Iterator[None]:
         add_span(context, kind, name, started_ns, note)
 
 
-NO_CACHE_KEYS: frozenset[tuple[int, str]] = frozenset()
-
-
 class EffectSink(Protocol):
-    """Counts the effects that come when their capture has left."""
+    """Counts the effects that are recorded after their capture was encoded."""
 
     def count_late_effect(self) -> None: ...
 
 
 class RequestContext:
-    """One request as its code sees it. Not to be changed.
+    """The context of one request. Treat it as read-only.
 
-    `role` is `live` for an answer that goes to the user; the answers of `shadow` and `baseline` are thrown away.
-    `version` is None and `pair` is empty outside a sampled request.
+    `role` is `live` if the answer goes to the user. The answers of `shadow` and `baseline` are discarded. Outside of a
+    sampled request, `version` is None and `pair` is empty.
     """
 
-    # Defaults in the class, since most requests need few of these and setting one takes time.
-    response_sent = False  # the answer has been sent
-    effect_log: EffectLog | None = None  # what was recorded so far
+    # Defaults are in the class, because most requests need few of these attributes and setting one takes time.
+    response_sent = False
+    effect_log: EffectLog | None = None
     spans: Spans | None = None
-    # Of a shadow: what is to be done when the app has returned. None where nobody would do it, or it was done.
+    # Functions to await after the app returned. None if the request is no shadow, or they already ran.
     cleanups: list[Callable[[], Awaitable[object]]] | None = None
-    invalid_reason = ""  # why what comes of a shadow says nothing of its code
-    deleted_cache_keys: AbstractSet[tuple[int, str]] = NO_CACHE_KEYS  # what a shadow deleted from a cache: (cache, key)
+    invalid_reason = ""  # why the capture of a shadow says nothing about its code
+    deleted_cache_keys: AbstractSet[tuple[int, str]] = NO_CACHE_KEYS  # (id of the cache, key) of deletions by a shadow
 
     def __init__(
         self,
@@ -107,26 +112,26 @@ class RequestContext:
         self.pair = pair
         self.release = release
         self.is_shadow = role != "live"
-        self.sink = sink  # None where nothing is captured
+        self.sink = sink  # None if the request is not captured
         self.started_ns = started_ns  # perf_counter_ns
 
     def __repr__(self) -> str:
-        return f"Current(version={self.version!r}, role={self.role!r}, pair={self.pair!r})"
+        return f"RequestContext(version={self.version!r}, role={self.role!r}, pair={self.pair!r})"
 
     @property
     def is_captured(self) -> bool:
-        """Whether what is recorded now travels with a capture."""
+        """True if effects and spans become part of a capture."""
         return self.sink is not None
 
     def ensure_effect_log(self) -> EffectLog:
         effect_log = self.effect_log
         if effect_log is None:
-            with _lock:  # threads of one request may come at once
+            with _lock:  # a request may use several threads
                 effect_log = self.effect_log = self.effect_log or EffectLog(self.started_ns)
         return effect_log
 
     def close_effect_log(self, redact: Redact) -> tuple[tuple[dict[str, Any], ...], int]:
-        """What was recorded, for the capture, and how many more there were. What comes later is late."""
+        """Close the log. Return the effects for the capture, and the number of effects that were dropped."""
         with _lock:
             effect_log = self.effect_log = self.effect_log or CLOSED_LOG
         return ((), 0) if effect_log is CLOSED_LOG else (effect_log.close(redact), effect_log.dropped_count)
@@ -135,12 +140,12 @@ class RequestContext:
 def make_context_factory(
     version: Version, role: Role, release: str, sink: EffectSink
 ) -> Callable[[str, int], RequestContext]:
-    """What makes a captured request of its pair and its start. What all of them share is in a class of their own."""
+    """Return a factory of contexts from the pair and the start in ns. A class holds the attributes that they share."""
 
     class CapturedRequestContext(RequestContext):
-        def __init__(self, pair: str, began: int) -> None:
+        def __init__(self, pair: str, started_ns: int) -> None:
             self.pair = pair
-            self.started_ns = began
+            self.started_ns = started_ns
 
     template = RequestContext(version, role, "", release, sink)
     for name, value in vars(template).items():
@@ -148,28 +153,22 @@ def make_context_factory(
     return CapturedRequestContext
 
 
-_lock = threading.Lock()
-CLOSED_LOG = EffectLog(0)  # of all requests that recorded nothing in time
-CLOSED_LOG.is_closed = True
-NO_REQUEST = RequestContext(None, "live", "", "")  # what is no sampled request
+NO_REQUEST = RequestContext(None, "live", "", "")
 CURRENT_CONTEXT: ContextVar[RequestContext] = ContextVar("abreast", default=NO_REQUEST)
 
 
 def current() -> RequestContext:
-    """Version, role, pair id and release of the request that is handled."""
+    """Return the context of the current request."""
     return CURRENT_CONTEXT.get()
 
 
 def is_shadow() -> bool:
-    """Whether the answer is thrown away, so that nothing may happen that lasts."""
+    """Return True if the answer is discarded, so that the code must not have effects."""
     return CURRENT_CONTEXT.get().is_shadow
 
 
-logger = logging.getLogger("abreast")
-
-
 def inject() -> str:
-    """What to send along, for `adopt`. Empty outside a sampled request."""
+    """Return the context as text, for `extract` in another process. Empty outside of a sampled request."""
     context = CURRENT_CONTEXT.get()
     if context is NO_REQUEST:
         return ""
@@ -177,10 +176,10 @@ def inject() -> str:
 
 
 def extract(carrier: str) -> None:
-    """Be what the sender was, until the end of this task or thread, or until the next call. Never raises.
+    """Take over the context of the sender, until the end of this task or thread or the next call. Never raises.
 
-    Call it before each piece of work, also where nothing was carried: then the work is live. What is recorded here
-    travels with no capture.
+    Call it before each job, also with an empty carrier: then the job is live. The effects of the job become part of no
+    capture.
     """
     context, current_context = _parse_carrier(carrier) if carrier else NO_REQUEST, CURRENT_CONTEXT.get()
     is_same_request = context.pair and (current_context.pair, current_context.role, current_context.version) == (
@@ -188,7 +187,7 @@ def extract(carrier: str) -> None:
         context.role,
         context.version,
     )
-    if not is_same_request:  # in the process of the request it stays the request's own
+    if not is_same_request:  # within the process of the request, the context stays as it is
         CURRENT_CONTEXT.set(context)
 
 
@@ -199,19 +198,15 @@ def _parse_carrier(carrier: str) -> RequestContext:
             return RequestContext(version, role, str(pair), str(release))
     except (ValueError, TypeError):
         pass
-    logger.error("work came with a role that can't be read, and counts as a shadow's: %.200s", carrier)
+    logger.error("a carrier can't be read, so the job counts as a shadow: %.200s", carrier)
     return RequestContext(None, "shadow", "", "")
 
 
-report_error = ErrorReporter()
-CLEANUP_TASKS: set[asyncio.Task[None]] = set()  # the loop itself would forget them
-
-
 def run_cleanups(context: RequestContext) -> None:
-    """In a task of its own: the request's may be cancelled. What comes after this finds `ends` to be None."""
+    """Run the clean-ups in a separate task, because the task of the request may be cancelled."""
     cleanups, context.cleanups = context.cleanups, None
     if cleanups:
-        task = asyncio.get_running_loop().create_task(_run_all(cleanups), name="abreast end", context=Context())
+        task = asyncio.get_running_loop().create_task(_run_all(cleanups), name="abreast cleanup", context=Context())
         CLEANUP_TASKS.add(task)
         task.add_done_callback(CLEANUP_TASKS.discard)
 
@@ -220,5 +215,5 @@ async def _run_all(cleanups: list[Callable[[], Awaitable[object]]]) -> None:
     for cleanup in cleanups:
         try:
             await cleanup()
-        except Exception as error:  # noqa: BLE001  # the others are done all the same
-            report_error("ending a shadow request", error)
+        except Exception as error:  # noqa: BLE001  # the other clean-ups must run
+            report_error("cleaning up a shadow request", error)

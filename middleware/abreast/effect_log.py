@@ -1,11 +1,12 @@
-"""What one request did beside its answer, in order, bounded in number and bytes.
+"""The effects of one request, in order, bounded in number and bytes.
 
-A payload is written down as JSON when it comes, since the code may change the object later. Secrets are hashed in
-the background, before anything leaves the process.
+The log encodes a payload as JSON at once, because the code may change the object later. The exporter hashes secrets
+before a capture leaves the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -19,11 +20,13 @@ import orjson
 
 from abreast.protocol.capture import digest
 
-MAX_EFFECTS = 200  # of a request; those beyond are counted
-MAX_PAYLOAD_BYTES = 64 * 1024  # of a request's payloads; of those beyond a digest is kept
-MAX_EFFECT_NAME_CHARS = 200  # characters of a kind and of a key
-MAX_PAYLOAD_DEPTH = 50  # of a payload that orjson does not take
-ORJSON_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS  # sorted: of long payloads only a digest is compared
+MAX_EFFECTS = 200  # per request; more effects are only counted
+MAX_PAYLOAD_BYTES = 64 * 1024  # per request; of more payloads only a digest is kept
+MAX_EFFECT_NAME_CHARS = 200  # per kind and per key
+MAX_PAYLOAD_DEPTH = 50  # for payloads that orjson refuses
+ORJSON_OPTIONS = (
+    orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS
+)  # sorted, because of long payloads only digests are compared
 
 Redact = Callable[[Any], Any]
 
@@ -32,15 +35,15 @@ Redact = Callable[[Any], Any]
 class EffectRecord:
     kind: str
     key: str
-    payload_json: bytes  # the payload as JSON; empty when it was too long
+    payload_json: bytes  # empty if it was too long
     length: int
     digest: str
     at_us: int  # µs since the request arrived
     is_compared: bool
-    error: str = ""  # class name of what it raised
+    error: str = ""  # class name of the exception
 
     def to_dict(self, redact: Redact) -> dict[str, Any]:
-        """As it travels in a capture."""
+        """Return the effect as a capture contains it."""
         fields: dict[str, Any] = {"kind": self.kind, "at_us": self.at_us}
         if self.key:
             fields["key"] = self.key
@@ -56,18 +59,18 @@ class EffectRecord:
 
 
 class EffectLog:
-    """Entries may come from several threads."""
+    """The effects of one request. Thread-safe."""
 
     def __init__(self, started_ns: int) -> None:
         self.records: list[EffectRecord] = []
         self.payload_bytes = 0
         self.dropped_count = 0
-        self.is_closed = False  # the capture has been written; what comes now is late
+        self.is_closed = False  # the capture is encoded, so further effects are late
         self._started_ns = started_ns
         self._lock = threading.Lock()
 
     def add(self, kind: str, payload: Any, key: str = "", *, compared: bool = True) -> EffectRecord | None:
-        """None for what is late, or one too many."""
+        """Add an effect, or return None if it is late or one too many."""
         at_us = (perf_counter_ns() - self._started_ns) // 1000
         payload_json = to_json(payload)
         with self._lock:
@@ -91,22 +94,22 @@ class EffectLog:
         return effect_record
 
     def close(self, redact: Redact) -> tuple[dict[str, Any], ...]:
-        """The records, for the capture."""
+        """Close the log and return the effects for the capture."""
         with self._lock:
             self.is_closed = True
             return tuple([effect_record.to_dict(redact) for effect_record in self.records])
 
 
 def to_json(payload: Any) -> bytes:
-    """JSON of anything: what has no form in JSON becomes text that is the same in both versions."""
+    """Encode any object as JSON. An object without a JSON form becomes text that is the same in both versions."""
     try:
         return orjson.dumps(payload, default=_to_plain, option=ORJSON_OPTIONS)
-    except (TypeError, ValueError, RecursionError):  # integers beyond 64 bits, lone surrogates, circles
+    except (TypeError, ValueError, RecursionError):  # integers beyond 64 bits, lone surrogates, cycles
         return orjson.dumps(_to_readable(payload, 0), option=orjson.OPT_SORT_KEYS)
 
 
 def _to_plain(value: Any) -> Any:
-    """For orjson, of what it does not know."""
+    """Convert types that orjson does not know."""
     if isinstance(value, Decimal):
         return str(value)
     if isinstance(value, float):
@@ -119,22 +122,15 @@ def _to_plain(value: Any) -> Any:
         return sorted(value, key=repr)
     if isinstance(value, tuple | list):
         return list(value)
-    return _dump_model(value)
-
-
-def _dump_model(value: Any) -> Any:
-    """A pydantic model's own form; of all else the type, never an address in memory."""
-    try:
-        dump = getattr(value, "model_dump", None)
+    with contextlib.suppress(Exception):  # code of the service
+        dump = getattr(value, "model_dump", None)  # pydantic
         if callable(dump):
             return dump(mode="json")
-    except Exception:  # noqa: BLE001, S110  # users' code; the effect is recorded all the same
-        pass
-    return f"<{type(value).__qualname__}>"
+    return f"<{type(value).__qualname__}>"  # without the address in memory
 
 
 def _to_readable(value: Any, depth: int) -> Any:
-    """The same for what orjson refuses to write."""
+    """Convert a payload that orjson refuses to encode."""
     if depth > MAX_PAYLOAD_DEPTH:
         return "<too deep>"
     if isinstance(value, str):
@@ -151,10 +147,6 @@ def _to_readable(value: Any, depth: int) -> Any:
         return [_to_readable(item, depth + 1) for item in value]
     if value is None or isinstance(value, bool):
         return value
-    return _convert_with_orjson(value, depth)
-
-
-def _convert_with_orjson(value: Any, depth: int) -> Any:
     try:
         return orjson.loads(orjson.dumps(value))  # dates, UUIDs, enumerations
     except (TypeError, ValueError):

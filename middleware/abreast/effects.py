@@ -1,7 +1,8 @@
-"""What code does that lasts, such as sending a mail: done and recorded for a user, only recorded for a shadow."""
+"""Effects, such as sending a mail: executed and recorded for users, only recorded for shadow requests."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import logging
@@ -17,15 +18,21 @@ from abreast.context import CURRENT_CONTEXT, RequestContext
 from abreast.effect_log import EffectRecord
 from abreast.errors import EffectError, ErrorReporter
 
-logger = logging.getLogger("abreast")
+P = ParamSpec("P")
+T = TypeVar("T")
+S = TypeVar("S")  # type of the stand-in
 
-MAX_SHADOW_AGE_S = 60.0  # seconds since the request came
-MAX_WARNED_NAMES = 100  # names that are remembered
+logger = logging.getLogger("abreast")
+report_error = ErrorReporter()
+
+MAX_SHADOW_AGE_S = 60.0  # seconds since the arrival of the request
+MAX_WARNED_NAMES = 100
 WARNED_NAMES: set[str] = set()
+_UNSET: Any = object()  # no payload: the arguments of the function are the payload
 
 
 def warn_if_request_outlived(context: RequestContext, name: str) -> None:
-    """Once for each name."""
+    """Warn once per name if a long-lived task still counts as a shadow request, so that its effects are held back."""
     if (
         not (context.is_shadow and context.response_sent)
         or name in WARNED_NAMES
@@ -36,30 +43,18 @@ def warn_if_request_outlived(context: RequestContext, name: str) -> None:
     if context.started_ns and age_s > MAX_SHADOW_AGE_S:
         WARNED_NAMES.add(name)
         logger.warning(
-            "%s is held back %d s after its shadow request; what serves users too must be started outside of requests, or "
+            "%s is held back %d s after its shadow request; start tasks that also serve users outside of requests, or "
             "with context=contextvars.Context() (logged once)",
             name,
             age_s,
         )
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-S = TypeVar("S")  # of the stand-in
-
-
-class _Unset:
-    """Nothing was given: the payload is the arguments of what runs."""
-
-
-_UNSET = _Unset()
-report_error = ErrorReporter()
-
-
 def record(kind: str, payload: Any = None, *, key: str = "", note: bool = False) -> None:
-    """Write down what happened, or would have happened, in a request that is captured. Never raises.
+    """Record an effect of a captured request, or of a shadow that held the effect back. Never raises.
 
-    Effects of one kind and key are compared in their order. A note travels with the capture and is not compared.
+    `payload` is any object; it is compared as JSON. Effects of one kind and key are compared in their order. A note
+    becomes part of the capture and is not compared.
     """
     _record(CURRENT_CONTEXT.get(), kind, payload, key, compared=not note)
 
@@ -75,7 +70,7 @@ def _record(
         effect_record = effect_log.add(kind, payload, key, compared=compared)
         if effect_record is None and effect_log.is_closed:
             sink.count_late_effect()
-    except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
+    except Exception as error:  # noqa: BLE001  # an internal error must not reach the app
         report_error("recording an effect", error)
         return None
     return effect_record
@@ -88,17 +83,17 @@ def effect(kind: str, payload: Any = ..., *, key: str = ..., stand_in: Callable[
 @overload
 def effect(kind: str, payload: Any = ..., *, key: str = ..., stand_in: S) -> Effect[S]: ...
 def effect(kind: str, payload: Any = _UNSET, *, key: str = "", stand_in: Any = None) -> Effect[Any]:
-    """Declare something that must happen for users only, such as effect("email.send", {"to": address}).
+    """Declare an effect that must happen for users only, such as effect("email.send", {"to": address}).
 
-    `payload` is what is compared: anything that has a form in JSON, or a function that makes it of the arguments of
-    what runs; without one it is these arguments. `stand_in` is what a shadow request goes on with: a value, or a
-    function that makes it of the same arguments. Use it in one of these ways:
+    `payload` is compared: a JSON value, or a function that makes it from the arguments of the wrapped function. By
+    default it is these arguments. A shadow request gets `stand_in` as the result: a value, or a function of the same
+    arguments. An effect is used in one of these ways:
 
         await effect(...).run(send, message)
         effect(...).call(send_now, message)
 
-        async with effect(...) as held:
-            if held.live:
+        async with effect(...) as scope:
+            if scope.should_execute:
                 ...
 
         @effect("email.send", stand_in=Receipt("none"))
@@ -111,6 +106,8 @@ def effect(kind: str, payload: Any = _UNSET, *, key: str = "", stand_in: Any = N
 
 
 class Effect(Generic[S]):
+    """A declared effect. Tasks and threads may share it."""
+
     def __init__(self, kind: str, payload: Any, key: str, stand_in: Any) -> None:
         self.kind = kind
         self.payload = payload
@@ -119,11 +116,11 @@ class Effect(Generic[S]):
         self._open_scopes: list[EffectScope[S]] = []
 
     async def run(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T | S:
-        """Await `func(*args, **kwargs)` for a user; give the stand-in to a shadow."""
+        """Await `func(*args, **kwargs)` for a user, or return the stand-in to a shadow request."""
         return await EffectScope(self).run(func, *args, **kwargs)
 
     def call(self, func: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | S:
-        """The same for what is not awaited."""
+        """Call `func(*args, **kwargs)` for a user, or return the stand-in to a shadow request."""
         return EffectScope(self).call(func, *args, **kwargs)
 
     @overload
@@ -131,9 +128,11 @@ class Effect(Generic[S]):
     @overload
     def __call__(self, func: Callable[P, T]) -> Callable[P, T | S]: ...
     def __call__(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """As a decorator: every call of the function is an effect."""
+        """Decorate a function, so that every call is an effect."""
         if inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
-            raise EffectError(f"{func.__qualname__} is a generator, which can't be held back; wrap what it calls")
+            raise EffectError(
+                f"{func.__qualname__} is a generator, which can't be held back; wrap the functions that it calls"
+            )
         if inspect.iscoroutinefunction(func):
 
             @functools.wraps(func)
@@ -156,19 +155,14 @@ class Effect(Generic[S]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        scope = self._pop_scope()
+        owner = _get_owner()  # scopes of other tasks and threads may end in any order
+        scopes = self._open_scopes[::-1]
+        scope = next((candidate for candidate in scopes if candidate.owner is owner), scopes[0])
+        self._open_scopes.remove(scope)
         if kind is not None:
             scope.record_failure(kind)
         elif not scope.is_recorded:
             _report_unused_scope(self.kind)
-
-    def _pop_scope(self) -> EffectScope[S]:
-        """The last block that began here: one effect may be shared by tasks and threads, which end in any order."""
-        owner = _get_owner()
-        scopes = self._open_scopes[::-1]
-        scope = next((candidate for candidate in scopes if candidate.owner is owner), scopes[0])
-        self._open_scopes.remove(scope)
-        return scope
 
     async def __aenter__(self) -> EffectScope[S]:
         return self.__enter__()
@@ -180,10 +174,10 @@ class Effect(Generic[S]):
 
 
 class EffectScope(Generic[S]):
-    """One time that an effect is done or held back. It is recorded once, when it is first asked."""
+    """One use of an effect. The first use of `should_execute`, `run` or `call` records it."""
 
     def __init__(self, effect: Effect[S], owner: object = None) -> None:
-        self.owner = owner  # task or thread
+        self.owner = owner  # a task or a thread
         self._effect = effect
         self._effect_record: EffectRecord | None = None
         self._should_execute = False
@@ -191,7 +185,7 @@ class EffectScope(Generic[S]):
 
     @property
     def should_execute(self) -> bool:
-        """Whether to do it."""
+        """True for users, False for shadow requests."""
         return self._decide(None, (), {})
 
     async def run(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T | S:
@@ -237,8 +231,6 @@ class EffectScope(Generic[S]):
 
 
 def _get_owner() -> object:
-    import asyncio  # late: the command line starts faster without it
-
     try:
         return asyncio.current_task() or threading.current_thread()
     except RuntimeError:  # no loop runs in this thread
@@ -250,24 +242,22 @@ def _build_payload(
 ) -> Any:
     try:
         if payload is _UNSET:
-            return None if func is None else _bind_arguments(func, args, kwargs)
+            if func is None:
+                return None
+            bound = inspect.signature(func).bind(*args, **kwargs)
+            bound.apply_defaults()
+            return {name: value for name, value in bound.arguments.items() if name not in {"self", "cls"}}
         return payload(*args, **kwargs) if callable(payload) else payload
-    except Exception as error:  # noqa: BLE001  # the effect goes on
-        report_error("making an effect's payload", error)
+    except Exception as error:  # noqa: BLE001  # the effect happens all the same
+        report_error("building the payload of an effect", error)
         return f"<no payload: {type(error).__name__}>"
 
 
-def _bind_arguments(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    bound = inspect.signature(func).bind(*args, **kwargs)
-    bound.apply_defaults()
-    return {name: value for name, value in bound.arguments.items() if name not in {"self", "cls"}}
-
-
 def _report_unused_scope(kind: str) -> None:
-    """A body that never asks runs for shadows too. That must be found while the code is written."""
+    """Report a block that also runs for shadow requests: as an exception in development and tests."""
     message = (
-        f"the block of effect {kind!r} asked neither .live nor .run() nor .call(), so shadow requests run it too; "
-        "put what must not be done twice behind one of them"
+        f"the block of effect {kind!r} uses neither .should_execute nor .run() nor .call(), so shadow requests run it "
+        "too; guard the effect with one of them"
     )
     if sys.flags.dev_mode or "PYTEST_VERSION" in os.environ:
         raise EffectError(message)

@@ -1,37 +1,38 @@
-"""Faults of ours: counted by the place where they happened, logged once each, never passed on."""
+"""Errors of the middleware, and the reporter that keeps internal errors away from the service."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
 
-
-class AbreastError(Exception):
-    pass
-
-
-class SettingError(AbreastError):
-    pass
-
-
-class CaptureError(AbreastError):
-    pass
-
-
-class EffectError(AbreastError):
-    pass
-
-
-class ShadowError(AbreastError):
-    pass
-
-
 logger = logging.getLogger("abreast")
 
 MAX_LOGGED_ERRORS = 100
 
 
+class AbreastError(Exception):
+    """Base class of the errors that Abreast raises in a service."""
+
+
+class SettingError(AbreastError):
+    """A setting has an invalid value."""
+
+
+class CaptureError(AbreastError):
+    """A capture can't be decoded."""
+
+
+class EffectError(AbreastError):
+    """An effect is declared or used incorrectly."""
+
+
+class ShadowError(AbreastError):
+    """A shadow request tries an operation that it must not do."""
+
+
 class ErrorReporter:
+    """Count internal errors by operation, and log each kind once. It never raises them."""
+
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._logged: set[tuple[str, type[BaseException]]] = set()
@@ -41,4 +42,4 @@ class ErrorReporter:
         error_key = (operation, type(error))
         if error_key not in self._logged and len(self._logged) < MAX_LOGGED_ERRORS:
             self._logged.add(error_key)
-            logger.warning("recording failed in %s; requests go on (logged once)", operation, exc_info=error)
+            logger.warning("recording failed in %s; requests are not affected (logged once)", operation, exc_info=error)

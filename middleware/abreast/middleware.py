@@ -1,4 +1,4 @@
-"""The ASGI middleware: adds next to nothing to a request that is not sampled, and about 5 µs to one that is."""
+"""The ASGI middleware. It adds about 5 µs to a sampled request, and far less to any other."""
 
 from __future__ import annotations
 
@@ -18,10 +18,26 @@ from abreast.protocol.capture import Role, Version
 from abreast.recorder import PAIR_HEADER, Message, Receive, RequestRecorder, RouteTags, Scope, Send
 from abreast.settings import Settings, SettingsKwargs
 
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger("abreast")
+
+VERSION_HEADER = b"x-abreast-version"
+ROLE_HEADER = b"x-abreast-role"
+COPIES_HEADER = b"x-abreast-copies"
+SCOPE_KEY = "abreast.current"  # in the scope of a request that an outer middleware records
+VERSION_BY_HEADER: dict[bytes | None, Version] = {each.encode(): each for each in get_args(Version)}
+ROLE_BY_HEADER: dict[bytes, Role] = {each.encode(): each for each in get_args(Role)}
+TRAILING_HEADERS = 8  # Envoy adds its headers to the end
+PAIR_ID_CHARS = (string.digits + string.ascii_letters + "-").encode()  # allowed in a pair id
+MAX_PAIR_ID_CHARS = 64
+
 
 class UncapturedRequest:
+    """Stands in for a RequestRecorder if a request is not captured."""
+
     app_returned = False
-    finished_ns = 0  # as a recorder's, so that it is always told when the app has left
+    finished_ns = 0  # as in RequestRecorder, so that mark_app_finished is called
 
     def __init__(
         self,
@@ -42,27 +58,12 @@ class UncapturedRequest:
         self.context.response_sent = True
 
 
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-logger = logging.getLogger("abreast")
-
-VERSION_HEADER = b"x-abreast-version"
-ROLE_HEADER = b"x-abreast-role"
-COPIES_HEADER = b"x-abreast-copies"
-SCOPE_KEY = "abreast.current"  # in the scope: an outer middleware records this request already
-VERSION_BY_HEADER: dict[bytes | None, Version] = {each.encode(): each for each in get_args(Version)}
-ROLE_BY_HEADER: dict[bytes, Role] = {each.encode(): each for each in get_args(Role)}
-TRAILING_HEADERS = 8  # headers at the end, where ours are as a rule
-PAIR_ID_CHARS = (string.digits + string.ascii_letters + "-").encode()  # what a pair id may hold
-MAX_PAIR_ID_CHARS = 64
-
-
 class ParallelRunMiddleware:
-    """Records what the app answers to requests that Envoy sampled, and sends it to Redis in the background.
+    """Captures the answers of the app to requests that Envoy sampled, and sends them to Redis in the background.
 
-    Settings are the fields of abreast.settings.Settings; each one that is not passed is read from ABREAST_<NAME>.
-    One that can't be used switches the middleware off, with an error in the log. It is not raised: Starlette makes its
-    middleware at the first request, so a slip in a variable would become a 500 for every user. `problem` holds it.
+    Settings are the fields of abreast.settings.Settings. Variables ABREAST_<NAME> set the ones that are not passed.
+    An invalid setting disables the middleware and logs an error, which `problem` holds. It is not raised, because
+    Starlette constructs its middleware at the first request, and an exception would be a 500 for every user.
     """
 
     def __init__(self, app: App, **settings: Unpack[SettingsKwargs]) -> None:
@@ -78,10 +79,10 @@ class ParallelRunMiddleware:
 
     def _read_settings(self, settings: SettingsKwargs) -> Settings:
         try:
-            return Settings.read(os.environ, settings)
+            return Settings.from_environment(os.environ, settings)
         except SettingError as error:
             self.problem = str(error)
-            logger.error("the middleware is off, requests pass untouched: %s", error)  # noqa: TRY400  # it says all
+            logger.error("the middleware is off, requests pass untouched: %s", error)  # noqa: TRY400  # no traceback
             return Settings(enabled=False)
 
     def _build_route_tags(self) -> dict[tuple[bytes | None, ...], RouteTags]:
@@ -100,7 +101,7 @@ class ParallelRunMiddleware:
             for expected_captures in (2, 3)
         }
 
-    async def __call__(  # noqa: C901  # one function: it is in every request
+    async def __call__(  # noqa: C901  # one function, because it runs in every request
         self, scope: Scope, receive: Receive, send: Send
     ) -> None:
         kind = scope["type"]
@@ -109,21 +110,20 @@ class ParallelRunMiddleware:
             try:
                 headers = scope["headers"]
                 if headers.__class__ is not list:
-                    headers = scope["headers"] = list(headers)  # the app must be able to read them too
+                    headers = scope["headers"] = list(headers)  # for the app, because an iterator can be read once
                 for name, _ in reversed(headers):  # Envoy adds to the end
                     if name == PAIR_HEADER:
                         recorder = self._make_recorder(scope, receive, send)
                         break
                 else:
-                    has_inherited_context = (
-                        outer_context.response_sent
-                    )  # a server took another request's context along to this one
-            except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
+                    # A server may start this request in the context of a previous one.
+                    has_inherited_context = outer_context.response_sent
+            except Exception as error:  # noqa: BLE001  # an internal error must not reach the app
                 self.report_error("request", error)
             if recorder is not None:
                 try:
                     await self.app(scope, recorder.receive, recorder.send)
-                except BaseException as error:  # the context stays, for handlers further out
+                except BaseException as error:  # the context stays, for outer error handlers
                     recorder.mark_app_finished(type(error).__name__)
                     run_cleanups(recorder.context)
                     raise
@@ -145,9 +145,9 @@ class ParallelRunMiddleware:
         await self.app(scope, receive, send)
 
     def _make_recorder(self, scope: Scope, receive: Receive, send: Send) -> RequestRecorder | UncapturedRequest | None:
-        """What watches a marked request; None where an outer middleware does. Tells the code which role it has."""
+        """Return the recorder of a request with Envoy's headers, or None if an outer middleware has one. Set the context."""
         if SCOPE_KEY in scope:
-            CURRENT_CONTEXT.set(scope[SCOPE_KEY])  # something in between may have begun a new context
+            CURRENT_CONTEXT.set(scope[SCOPE_KEY])  # middleware in between may have started a new context
             return None
         headers = scope["headers"]
         try:
@@ -178,7 +178,7 @@ class ParallelRunMiddleware:
         return RequestRecorder(self._exporter_pool, scope, receive, send, pair, route_tags, context)
 
     def _wrap_uncaptured(self, header_values: dict[bytes, bytes], receive: Receive, send: Send) -> UncapturedRequest:
-        """For what is not captured: a shadow is one also where capturing is off, or the marks are not understood."""
+        """Set the context only. A shadow is a shadow even if capturing is disabled or the headers are invalid."""
         role: Role = ROLE_BY_HEADER.get(header_values.get(ROLE_HEADER, b"live"), "shadow")
         pair = header_values[PAIR_HEADER].decode("latin-1")
         context = RequestContext(
@@ -189,7 +189,7 @@ class ParallelRunMiddleware:
         return UncapturedRequest(context, receive, send)
 
     async def _handle_lifespan(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Connect at the start, and send what waits before the server is told that the app has stopped."""
+        """Connect at startup, and send the queue before the server learns that the app has stopped."""
 
         async def send_after_flush(message: Message) -> None:
             if message["type"] in {"lifespan.shutdown.complete", "lifespan.shutdown.failed"}:
@@ -198,13 +198,13 @@ class ParallelRunMiddleware:
 
         try:
             self._exporter_pool.start()
-        except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
+        except Exception as error:  # noqa: BLE001  # an internal error must not reach the app
             self.report_error("start", error)
         await self.app(scope, receive, send_after_flush)
 
     async def aclose(self) -> None:
-        """Send what waits, for `flush_timeout` seconds at most, and close the connection to Redis. Never raises.
+        """Send the queue for at most `flush_timeout` seconds, and close the connection to Redis. Never raises.
 
-        Only needed where neither the server's lifespan nor the end of the event loop does it.
+        Call it only if neither the server's lifespan nor the end of the event loop does it.
         """
         await self._exporter_pool.aclose()

@@ -1,7 +1,7 @@
-"""One request as it passes: wraps `receive` and `send`, and only notes what it sees.
+"""The recorder of one request: it wraps `receive` and `send` of ASGI, and keeps references.
 
-All that takes longer, such as decoding, hashing and finding the route, is done later, in assemble. What is here runs
-in every sampled request, so it is written for speed.
+This code runs in every sampled request, so it is written for speed. The export does the slow work later: decoding,
+hashing and the search for the route.
 """
 
 from __future__ import annotations
@@ -19,29 +19,36 @@ from abreast.context import RequestContext
 from abreast.errors import ErrorReporter
 from abreast.protocol.capture import DIGEST_BYTES, Body, Role, Version, digest
 
-MIN_BUFFER_BYTES = 64 * 1024  # bytes that are always held until the background hashes them, whatever the limit
-HASH_BATCH_BYTES = (
-    32 * 1024
-)  # bytes that are handed to the thread at once, since waking it costs more than hashing them
-FILE_BLOCK_BYTES = 256 * 1024  # bytes read from a file at once
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+RawHeaders = list[tuple[bytes, bytes]]
+# Version, role, number of captures of the pair, headers for the answer, and the factory of contexts.
+RouteTags = tuple[Version, Role, int, RawHeaders, Callable[[str, int], RequestContext]]
+
+PAIR_HEADER = b"x-abreast-pair"
+MIN_BUFFER_BYTES = 64 * 1024  # buffered in any case, and hashed by the export
+HASH_BATCH_BYTES = 32 * 1024  # per job of the thread; to wake the thread for less costs more than the hashing
+FILE_BLOCK_BYTES = 256 * 1024  # per read
 
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """A descriptor of our own, so that the app may close or remove its file at once."""
+    """A part of a file, with its own descriptor: the app may close or remove the file at once."""
 
     descriptor: int
     offset: int
-    count: int | None  # bytes; None means up to the end
+    count: int | None  # bytes; None means to the end
 
     @classmethod
     def from_path(cls, path: str) -> FileRange:
-        """Raise OSError when the file can't be opened, or when too many are open already."""
+        """Open a whole file. Raises OSError if it can't be opened, or if too many files are open."""
         return cls(_claim_descriptor(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)), 0, None)
 
     @classmethod
     def from_descriptor(cls, file: int, offset: int | None, count: int | None) -> FileRange:
-        """Raise OSError for what can't be read without moving its offset, such as a pipe."""
+        """Duplicate a descriptor. Raises OSError for a pipe, which can't be read without moving its offset."""
         position = os.lseek(file, 0, os.SEEK_CUR) if offset is None else offset
         return cls(_claim_descriptor(os.dup(file)), position, count)
 
@@ -65,12 +72,12 @@ class FileRange:
 def _claim_descriptor(descriptor: int) -> int:
     if not BACKGROUND_THREAD.reserve_file():
         os.close(descriptor)
-        raise OSError(f"{MAX_OPEN_FILES} files are open for recording already")
+        raise OSError(f"{MAX_OPEN_FILES} files are open for recording, which is the maximum")
     return descriptor
 
 
 class BodyBuffer:
-    """Holds chunks up to a bound; of a longer body the first `limit` bytes, and a digest that the thread makes."""
+    """The chunks of a body. For a long body, it holds the first `limit` bytes and a digest that the thread makes."""
 
     __slots__ = (
         "_capacity",
@@ -89,14 +96,14 @@ class BodyBuffer:
         self.length = 0
         self.buffered_bytes = 0
         self.chunks: list[bytes] = []
-        self.parts: list[bytes | FileRange] | None = None  # instead of chunks, once a file is part of the body
+        self.parts: list[bytes | FileRange] | None = None  # replaces chunks once a file is part of the body
         self._capacity = max(MIN_BUFFER_BYTES, limit)
         self._digest: hashlib.blake2b | None = None
-        self._unhashed_chunks: list[bytes] = []  # chunks that the thread has not got yet
+        self._unhashed_chunks: list[bytes] = []  # not yet submitted to the thread
         self._unhashed_bytes = 0
 
     def add(self, chunk: bytes) -> None:
-        """Raise TypeError for what is not bytes, and OverflowError for what the thread can't keep up with."""
+        """Add a chunk. Raises TypeError if it is not bytes, and OverflowError if the thread can't keep up."""
         if chunk.__class__ is not bytes:
             chunk = _copy(chunk)
         self.length += len(chunk)
@@ -106,12 +113,12 @@ class BodyBuffer:
         elif self.parts is None:
             self._hash_chunk(chunk)
         else:
-            raise OverflowError("a file and many bytes in one body are not recorded")
+            raise OverflowError("a body of a file and more bytes than the buffer holds can't be recorded")
 
     def add_file(self, part: FileRange) -> None:
         if self._digest is not None:
             part.close()
-            raise OverflowError("many bytes and a file in one body are not recorded")
+            raise OverflowError("a body of more bytes than the buffer holds and a file can't be recorded")
         if self.parts is None:
             self.parts = list(self.chunks)
         self.parts.append(part)
@@ -131,7 +138,7 @@ class BodyBuffer:
 
     def _submit_hashing(self) -> None:
         if not BACKGROUND_THREAD.has_room:
-            raise OverflowError("a body came faster than it could be hashed")
+            raise OverflowError("a body arrived faster than the thread can hash")
         assert self._digest is not None
         update, chunks = self._digest.update, self._unhashed_chunks
         BACKGROUND_THREAD.submit(lambda: _update_digest(update, chunks), self._unhashed_bytes)
@@ -142,7 +149,7 @@ class BodyBuffer:
         return self._digest is not None or self.parts is not None
 
     def finish(self) -> None:
-        """Runs in the thread, after all that it was handed. Raise OSError when a file can't be read."""
+        """Complete the digest. Runs in the thread, after the submitted jobs. Raises OSError if a file can't be read."""
         if self._digest is not None:
             _update_digest(self._digest.update, self._unhashed_chunks)
             self._unhashed_chunks = []
@@ -167,7 +174,7 @@ class BodyBuffer:
         self.parts = None
 
     def to_body(self) -> Body:
-        """What was recorded. Call it in the background: it may hash up to 64 KiB."""
+        """Return the body for the capture. Call it in the export: it may hash up to 64 KiB."""
         content = self.chunks[0] if len(self.chunks) == 1 else b"".join(self.chunks)
         if self._digest is None or self.length <= self.limit:
             return small_body(content, self.limit)
@@ -181,7 +188,7 @@ def small_body(content: bytes, limit: int) -> Body:
 
 
 def _copy(chunk: object) -> bytes:
-    """A buffer that the app may use again."""
+    """Copy a buffer, because the app may reuse it."""
     if isinstance(chunk, bytes | bytearray | memoryview):
         return bytes(chunk)
     raise TypeError(f"a chunk of a body must be bytes, got {type(chunk).__name__}")
@@ -192,19 +199,8 @@ def _update_digest(update: Callable[[bytes], None], chunks: list[bytes]) -> None
         update(chunk)
 
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-RawHeaders = list[tuple[bytes, bytes]]
-# With the number of copies, what the answer is tagged with, and what makes the request as its code sees it.
-RouteTags = tuple[Version, Role, int, RawHeaders, Callable[[str, int], RequestContext]]
-
-PAIR_HEADER = b"x-abreast-pair"
-
-
 class RecorderHost(Protocol):
-    """What a recorder needs from the middleware."""
+    """The part of ExporterPool that a recorder uses."""
 
     body_limit: int
     report_error: ErrorReporter
@@ -215,26 +211,26 @@ class RecorderHost(Protocol):
 
 
 class RequestRecorder:
-    # Defaults in the class, since most requests need few of these and setting one takes time.
+    # Defaults are in the class, because most requests need few of these attributes and setting one takes time.
     headers: RawHeaders = []  # noqa: RUF012  # replaced, never changed
     trailers: RawHeaders | None = None  # a list once they are announced
     request_body: BodyBuffer | None = None
     response_body: BodyBuffer | None = None
-    fast_path = True  # no body but `only`, and no fault
-    single_chunk: bytes = b""  # the answer's body while it is one chunk
+    fast_path = True  # no body except `single_chunk`, and no error
+    single_chunk: bytes = b""  # the body of the answer, as long as it is one chunk
     status = 0
-    response_ended = False  # the app has given the last message
-    is_complete = False  # and the server has taken it
+    response_ended = False  # the app sent its last message
+    is_complete = False  # the server accepted the last message
     client_left = False
-    truncated_by_deadline = False  # its capture has left before it ended
-    truncation_timer: TimerHandle | None = None  # once the answer comes in several chunks
+    truncated_by_deadline = False  # the capture was exported before the answer ended
+    truncation_timer: TimerHandle | None = None  # set if the answer has several chunks
     exception = ""
-    error = ""  # why this capture can't be trusted, and is dropped
+    error = ""  # the operation that failed; the capture is dropped
     first_byte_ns = 0
     finished_ns = 0
-    app_returned = False  # the app has, and so have its background tasks
-    queued_effect_bytes = 0  # bytes of effects that the backlog counts
-    route = ""  # found in the background
+    app_returned = False  # the app returned, and so did its background tasks
+    queued_effect_bytes = 0  # bytes of effects that the queue accounts for
+    route = ""  # set by the export
 
     def __init__(
         self,
@@ -266,11 +262,11 @@ class RequestRecorder:
                     self.request_body.add(chunk)
             elif message["type"] == "http.disconnect" and not self.response_ended:
                 self.client_left = True
-        except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
+        except Exception as error:  # noqa: BLE001  # an internal error must not reach the app
             self._record_failure("receive", error)
         return message
 
-    async def send(self, message: Message) -> None:  # noqa: C901  # calls would take time in every request
+    async def send(self, message: Message) -> None:  # noqa: C901  # one function, because it runs in every request
         try:
             kind = message["type"]
             if kind == "http.response.body":
@@ -286,9 +282,8 @@ class RequestRecorder:
                     else:
                         self.single_chunk = chunk
                 if not message.get("more_body") and self.trailers is None:
-                    self.response_ended = self.context.response_sent = (
-                        True  # before the server begins with the next request
-                    )
+                    # Set it before the server starts the next request.
+                    self.response_ended = self.context.response_sent = True
                 elif self.truncation_timer is None:
                     self.truncation_timer = self._host.schedule_truncation(self)
             elif kind == "http.response.start":
@@ -300,11 +295,11 @@ class RequestRecorder:
                 message = {**message, "headers": [*headers, (PAIR_HEADER, self.pair), *self.route_tags[3]]}
             else:
                 self._record_extension(kind, message)
-        except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
+        except Exception as error:  # noqa: BLE001  # an internal error must not reach the app
             self._record_failure("send", error)
         try:
             await self._send(message)
-        except OSError:  # how servers say that the client is gone
+        except OSError:  # servers raise it if the client disconnected
             self.client_left = True
             raise
         if self.response_ended and not self.finished_ns:
@@ -312,7 +307,7 @@ class RequestRecorder:
             self._enqueue()
 
     def mark_app_finished(self, exception: str) -> None:
-        """The app is done, by returning or by raising. Of what it did after its answer, effects are ours alone."""
+        """Handle the end of the app: it returned or raised. After its answer, only effects are recorded."""
         self.app_returned = True
         self.context.response_sent = True
         if not self.finished_ns:
@@ -320,13 +315,13 @@ class RequestRecorder:
             self._enqueue()
 
     def truncate_at_deadline(self) -> None:
-        """Its time is over: what has come so far is all that is captured."""
+        """Export the part of the answer that was sent so far, because its pair would time out."""
         if not self.finished_ns:
             self.truncated_by_deadline = self.app_returned = True
             self._enqueue()
 
     def _ensure_response_body(self) -> BodyBuffer:
-        """The answer's body, once it is more than one small chunk."""
+        """Return the buffer for an answer of more than one small chunk."""
         if self.response_body is None:
             self.response_body = BodyBuffer(self._host.body_limit)
             self.fast_path = False
@@ -349,9 +344,7 @@ class RequestRecorder:
         self.context.response_sent = self.response_ended
 
     def _record_file(self, part: FileRange) -> None:
-        if (
-            self.scope["method"] == "HEAD" or self.truncated_by_deadline
-        ):  # the server sends none of it, or it comes too late
+        if self.scope["method"] == "HEAD" or self.truncated_by_deadline:  # not sent, or too late
             part.close()
         else:
             self._ensure_response_body().add_file(part)
@@ -362,9 +355,9 @@ class RequestRecorder:
             self.truncation_timer.cancel()
         try:
             self._host.enqueue(self)
-        except Exception as error:  # noqa: BLE001  # nothing of ours may reach the app
+        except Exception as error:  # noqa: BLE001  # an internal error must not reach the app
             self.close()
-            self._host.report_error("hand over", error)
+            self._host.report_error("queueing a capture", error)
 
     def _record_failure(self, operation: str, error: Exception) -> None:
         self.error = operation
@@ -373,7 +366,7 @@ class RequestRecorder:
 
     @property
     def body_bytes(self) -> int:
-        """Bytes of bodies."""
+        """The size of both bodies as far as they are buffered."""
         size = len(self.single_chunk) if self.response_body is None else self.response_body.buffered_bytes
         return size if self.request_body is None else size + self.request_body.buffered_bytes
 
@@ -382,18 +375,18 @@ class RequestRecorder:
         return any(body is not None and body.needs_thread for body in (self.request_body, self.response_body))
 
     def finish(self) -> None:
-        """What takes time with large bodies and files. Runs in the thread."""
+        """Hash large bodies and read files. Runs in the thread."""
         try:
             for body in (self.request_body, self.response_body):
                 if body is not None:
                     body.finish()
-        except Exception as error:  # noqa: BLE001  # this capture is dropped, and counted
+        except Exception as error:  # noqa: BLE001  # the queue drops and counts this capture
             self._record_failure("reading a body", error)
         finally:
             self.close()
 
     def close(self) -> None:
-        """Give back the descriptors of files."""
+        """Close the descriptors of files."""
         for body in (self.request_body, self.response_body):
             if body is not None:
                 body.close()

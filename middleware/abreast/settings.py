@@ -1,18 +1,25 @@
-"""Settings of the middleware: keyword arguments over ABREAST_*, checked once, while the service starts."""
+"""Settings, declared once each: the engine for the middleware, the sidecar and Envoy, and the middleware's settings.
+
+A field made by `setting` is also the variable ABREAST_<NAME>, an option of the command line and a row in the docs.
+Parsers raise ValueError with the requirement, such as "true or false". The engine adds the name and the value to it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, TypedDict
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypedDict
+
+from msgspec import Meta, ValidationError, convert
 
 from abreast.errors import SettingError
-from abreast.protocol.join import Keys, Limits
-from abreast.protocol.redis_client import URL_FORMATS, parse_address
+from abreast.protocol.join import Limits
 
 ENV_PREFIX = "ABREAST_"
 FLAG_VALUES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+PASSWORD_PATTERN = re.compile(r"(?<=://).*@|(?<=password=)('[^']*'|[^&\s]*)")  # in URLs and connection strings
 REQUEST_HEADERS = (
     "accept",
     "accept-encoding",
@@ -29,9 +36,181 @@ REQUEST_HEADERS = (
     "x-request-id",
 )
 
+Parser = Callable[[Any], Any]
+
+
+def setting(default: Any, parse: Parser, doc: str, *, secret: bool = False) -> Any:
+    """Declare a setting. A secret is never shown: not in errors, not in the representation, and not in `ps`."""
+    return field(default=default, metadata={"parse": parse, "doc": doc, "secret": secret})
+
+
+class Setting(NamedTuple):
+    """The declaration of a setting."""
+
+    name: str
+    default: Any
+    parse: Parser
+    doc: str
+    secret: bool
+
+    @property
+    def variable(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def default_text(self) -> str:
+        return format_value(self.default)
+
+
+class DeclaredSettings:
+    """Base class of frozen dataclasses whose fields are settings."""
+
+    error_class: ClassVar[type[Exception]] = SettingError
+
+    @classmethod
+    def declared(cls) -> tuple[Setting, ...]:
+        parts = dataclasses.fields(cls)  # type: ignore[arg-type]  # the subclasses are dataclasses
+        return tuple(Setting(part.name, part.default, **part.metadata) for part in parts)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str], overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read the settings. An override has the name of its setting; empty text counts as not set.
+
+        Raises `error_class`, which names the override or variable, the requirement and the value.
+        """
+        overrides = overrides or {}
+        names = [declared.name for declared in cls.declared()]
+        for name in overrides:
+            if name not in names:
+                raise cls.error_class(f"there is no setting {name!r}; the settings are {', '.join(names)}")
+        values = {}
+        for declared in cls.declared():
+            source, value = declared.name, overrides.get(declared.name, "")
+            if value == "":
+                source, value = declared.variable, environment.get(declared.variable, "")
+            if value == "":
+                continue
+            try:
+                values[declared.name] = declared.parse(value)
+            except ValueError as error:
+                value_text = "a value that is not shown" if declared.secret else mask_passwords(repr(value))
+                raise cls.error_class(f"{source} must be {error}, got {value_text}") from None
+        return cls(**values)
+
+    def __repr__(self) -> str:
+        values = [
+            f"{declared.name}={'…' if declared.secret else mask_passwords(repr(getattr(self, declared.name)))}"
+            for declared in self.declared()
+        ]
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
+def format_value(value: object) -> str:
+    """Return the value of a setting as it would stand in its variable."""
+    if type(value) is tuple:
+        return ",".join(map(format_value, value))
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def mask_passwords(value: str) -> str:
+    """Return a URL or connection string without its passwords."""
+    return PASSWORD_PATTERN.sub(lambda match: "…@" if match[0].endswith("@") else "…", value)
+
+
+def number(kind: type[float], requirement: str, **bounds: Any) -> Parser:
+    """Return a parser of numbers. The bounds are those of msgspec.Meta: ge, gt, le and lt."""
+    bounded: Any = Annotated[kind, Meta(**bounds)]
+
+    def parse(value: object) -> Any:
+        try:
+            return convert(value.strip() if isinstance(value, str) else value, bounded, strict=False)
+        except ValidationError:
+            raise ValueError(requirement) from None
+
+    return parse
+
+
+def count(low: int, unit: str) -> Parser:
+    return number(int, f"a whole number of {unit}, {low} or more", ge=low)
+
+
+seconds = number(float, "a number of seconds above 0, at most 86400", gt=0, le=86_400)
+
+
+def share(value: object) -> float:
+    """Parse a share from 0 to 1, such as 0.25 or 25%."""
+    requirement = "a share such as 25% or 0.25, from 0% to 100%"
+    if isinstance(value, str) and value.strip().endswith("%"):
+        percent: float = number(float, requirement, ge=0, le=100)(value.strip()[:-1])
+        return percent / 100
+    ratio: float = number(float, requirement, ge=0, le=1)(value)
+    return ratio
+
+
+def flag(value: object) -> bool:
+    try:
+        return FLAG_VALUES[str(value).strip().lower()]
+    except KeyError:
+        raise ValueError("true or false") from None
+
+
+def matching(pattern: str, requirement: str) -> Parser:
+    """Return a parser of text that matches the whole pattern. It strips the text."""
+    compiled = re.compile(pattern)
+
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or not compiled.fullmatch(value.strip()):
+            raise ValueError(requirement)
+        return value.strip()
+
+    return parse
+
+
+label = matching("[ -~]{0,200}", "a label of at most 200 printable ASCII characters")  # it is sent in a header
+
+
+def text(value: object) -> str:
+    """Parse text on one line, which may become part of a configuration."""
+    if not isinstance(value, str) or not value.strip() or not value.strip().isprintable():
+        raise ValueError("some text on one line")
+    return value.strip()
+
+
+def service_name(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable() or not re.fullmatch("[^{}/ ]{1,100}", value):
+        raise ValueError("a name such as shop: printable, without spaces, at most 100 characters, none of { } / in it")
+    return value
+
+
+def comma_list(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def header_names(value: object) -> tuple[str, ...]:
+    """Parse header names: a list or tuple, or text with commas."""
+    names = comma_list(value) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(
+        isinstance(name, str) and name.isascii() and name.isprintable() and " " not in name for name in names
+    ):
+        raise ValueError("header names, comma separated")
+    return tuple(name.lower() for name in names if name)
+
+
+def redis_url(value: object) -> str:
+    from abreast.protocol.redis_client import parse_address  # late: the command line starts faster without Redis
+
+    parse_address(str(value))
+    return str(value).strip()
+
 
 class SettingsKwargs(TypedDict, total=False):
-    """The keyword arguments of ParallelRunMiddleware; see Settings."""
+    """The keyword arguments of ParallelRunMiddleware: the fields of Settings, for type checkers."""
 
     service: str
     redis_url: str
@@ -53,101 +232,22 @@ class SettingsKwargs(TypedDict, total=False):
     effect_wait: float
 
 
-def setting(default: Any, parse: Callable[[Any], Any], doc: str, *, secret: bool = False) -> Any:
-    """A dataclass field that is also the variable ABREAST_<NAME>; `parse` raises ValueError saying what is wanted."""
-    return field(default=default, metadata={"parse": parse, "doc": doc, "secret": secret}, repr=not secret)
-
-
-def name(value: object) -> str:
-    expected = "a name such as shop: printable, without spaces, at most 100 characters, none of { } / in it"
-    if not isinstance(value, str) or not value.isprintable() or " " in value or len(value) > 100:
-        raise ValueError(expected)
-    try:
-        return Keys(value, 0).service
-    except ValueError as error:
-        raise ValueError(expected) from error
-
-
-def url(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(URL_FORMATS)  # noqa: TRY004  # becomes a SettingError
-    parse_address(value)
-    return value.strip()
-
-
-def header_text(value: object) -> str:
-    """Fit to be sent in a header."""
-    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or len(value) > 200:
-        raise ValueError("a label of at most 200 printable ASCII characters")
-    return value.strip()
-
-
-def text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError("some text")  # noqa: TRY004  # becomes a SettingError
-    return value
-
-
-def flag(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    try:
-        return FLAG_VALUES[str(value).strip().lower()]
-    except KeyError:
-        raise ValueError("true or false") from None
-
-
-def headers(value: object) -> tuple[str, ...]:
-    """Header names: a sequence, or text with commas."""
-    expected = "header names, comma separated"
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(expected)
-    names = tuple(part.strip().lower() for part in parts if part.strip())
-    if not all(part.isascii() and part.isprintable() and " " not in part for part in names):
-        raise ValueError(expected)
-    return names
-
-
-def count(low: int, unit: str) -> Callable[[object], int]:
-    def parse(value: object) -> int:
-        expected = f"a whole number of {unit}, {low} or more"
-        try:
-            number = int(str(value))
-        except ValueError:
-            raise ValueError(expected) from None
-        if number < low:
-            raise ValueError(expected)
-        return number
-
-    return parse
-
-
-def seconds(value: object) -> float:
-    expected = "a number of seconds above 0, at most 86400"
-    try:
-        number = float(str(value))
-    except ValueError:
-        raise ValueError(expected) from None
-    if not 0 < number <= 86_400:
-        raise ValueError(expected)
-    return number
-
-
-@dataclass(frozen=True)
-class Settings:
-    service: str = setting("", name, "Name of the service, the same for both versions")
-    redis_url: str = setting("redis://127.0.0.1:6379/0", url, "Redis or Valkey that captures are sent to", secret=True)
-    release: str = setting("", header_text, "Label of the running code, such as a git SHA or an image tag")
+@dataclass(frozen=True, repr=False)
+class Settings(DeclaredSettings):
+    service: str = setting("", service_name, "Name of the service, the same for both versions")
+    redis_url: str = setting(
+        "redis://127.0.0.1:6379/0", redis_url, "Redis or Valkey that captures are sent to", secret=True
+    )
+    release: str = setting("", label, "Label of the running code, such as a git SHA or an image tag")
     enabled: bool = setting(True, flag, "false passes every request through without a capture")
     body_limit: int = setting(
         256 * 1024,
         count(0, "bytes"),
         "Bytes of each body that are captured. Longer bodies also get their length and digest. 0 captures only length and digest",
     )
-    request_headers: tuple[str, ...] = setting(REQUEST_HEADERS, headers, "Request headers that are captured")
+    request_headers: tuple[str, ...] = setting(REQUEST_HEADERS, header_names, "Request headers that are captured")
     secret_headers: tuple[str, ...] = setting(
-        (), headers, "Headers that are captured as keyed hashes, in addition to the built-in list"
+        (), header_names, "Headers that are captured as keyed hashes, in addition to the built-in list"
     )
     redact_key: str = setting(
         "",
@@ -178,30 +278,5 @@ class Settings:
 
     @property
     def join_limits(self) -> Limits:
-        return Limits(
-            wait_ms=max(1, round(self.pair_timeout * 1000)), max_pairs=self.redis_pairs, max_bytes=self.redis_bytes
-        )
-
-    @classmethod
-    def read(cls, environment: Mapping[str, str], arguments: Mapping[str, Any]) -> Self:
-        """Raise SettingError, naming the argument or variable, what is wanted and what was there."""
-        fields = {part.name: part for part in dataclasses.fields(cls)}
-        for argument in arguments:
-            if argument not in fields:
-                raise SettingError(f"there is no setting {argument!r}; there are: {', '.join(fields)}")
-        values = {}
-        for part in fields.values():
-            variable = ENV_PREFIX + part.name.upper()
-            if part.name in arguments:
-                values[part.name] = _parse_value(part, part.name, arguments[part.name])
-            elif environment.get(variable, ""):
-                values[part.name] = _parse_value(part, variable, environment[variable])
-        return cls(**values)
-
-
-def _parse_value(part: dataclasses.Field[Any], source: str, value: object) -> Any:
-    try:
-        return part.metadata["parse"](value)
-    except ValueError as error:
-        shown_value = "something else" if part.metadata["secret"] else repr(value)
-        raise SettingError(f"{source} must be {error}, got {shown_value}") from error
+        wait_ms = max(1, round(self.pair_timeout * 1000))
+        return Limits(wait_ms=wait_ms, max_pairs=self.redis_pairs, max_bytes=self.redis_bytes)

@@ -57,7 +57,7 @@ def test_the_command_of_the_bare_package_says_what_to_install(wheel: Path, tmp_p
     done = run(site(wheel, tmp_path, BARE), "from abreast._console import main; main()")
 
     assert done.returncode != 0
-    assert done.stderr == "abreast: the command line needs more parts; run: pip install 'abreast[sidecar]'\n"
+    assert done.stderr == "abreast: the command line needs more packages; run: pip install 'abreast[sidecar]'\n"
 
 
 def test_the_client_extra_is_enough_for_a_client(wheel: Path, tmp_path: Path) -> None:

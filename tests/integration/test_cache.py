@@ -1,4 +1,4 @@
-"""The cache against a real Redis: what users read, and what a shadow may do beside them."""
+"""The cache with a real Redis, for users and for shadow requests."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Product:
 
 
 class Source:
-    """Counts how often it is asked."""
+    """A load that counts its calls."""
 
     def __init__(self, value: Any = "from the database") -> None:
         self.value = value
-        self.asked = 0
+        self.call_count = 0
 
     async def __call__(self) -> Any:
-        self.asked += 1
+        self.call_count += 1
         await asyncio.sleep(0)
         if isinstance(self.value, Exception):
             raise self.value
@@ -46,13 +46,13 @@ class Source:
 
 
 def make(url: str | redis.asyncio.Redis, **changes: Any) -> Cache:
-    return Cache(url, **{"namespace": "shop", "form": "1", "timeout": 2.0, **changes})
+    return Cache(url, **{"namespace": "shop", "schema_version": "1", "timeout": 2.0, **changes})
 
 
 @pytest.fixture
 async def cache(redis_url: str) -> AsyncIterator[Cache]:
-    async with make(redis_url) as made:
-        yield made
+    async with make(redis_url) as cache:
+        yield cache
 
 
 def kept(url: str) -> dict[str, dict[bytes, bytes]]:
@@ -60,21 +60,21 @@ def kept(url: str) -> dict[str, dict[bytes, bytes]]:
         return {name.decode(): client.hgetall(name) for name in client.scan_iter()}
 
 
-async def test_what_was_loaded_once_is_read_from_then_on(cache: Cache) -> None:
+async def test_loaded_value_is_read_from_the_cache(cache: Cache) -> None:
     source = Source({"id": 7})
 
     assert [await cache.get("product:7", source) for _ in range(3)] == [{"id": 7}] * 3
-    assert source.asked == 1
+    assert source.call_count == 1
 
 
-async def test_both_versions_read_what_the_other_kept_in_the_same_form(redis_url: str) -> None:
+async def test_versions_share_values_of_the_same_schema(redis_url: str) -> None:
     async with make(redis_url) as old, make(redis_url) as new:
         await old.get("product:7", Source("by old"))
 
         assert await new.get("product:7", Source("by new")) == "by old"
 
 
-async def test_versions_with_other_forms_neither_read_nor_replace_each_other(redis_url: str) -> None:
+async def test_versions_with_different_schemas_are_separate(redis_url: str) -> None:
     async with make(redis_url, schema_version="1") as old, make(redis_url, schema_version="2") as new:
         again = Source()
         for _ in range(2):
@@ -82,10 +82,10 @@ async def test_versions_with_other_forms_neither_read_nor_replace_each_other(red
             assert await new.get("product:7", Source("by new")) == "by new"
         assert await old.get("product:7", again) == "by old"
 
-    assert again.asked == 0
+    assert again.call_count == 0
 
 
-async def test_one_deletion_is_for_all_forms(redis_url: str) -> None:
+async def test_delete_removes_all_schema_versions(redis_url: str) -> None:
     async with make(redis_url, schema_version="1") as old, make(redis_url, schema_version="2") as new:
         await new.get("product:7", Source("stale"))
         await old.delete("product:7")
@@ -93,7 +93,7 @@ async def test_one_deletion_is_for_all_forms(redis_url: str) -> None:
         assert await new.get("product:7", Source("fresh")) == "fresh"
 
 
-async def test_the_form_is_the_release_by_default(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_schema_version_is_the_release_by_default(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ABREAST_RELEASE", "shop-2.0")
     async with make(redis_url, schema_version=None) as cache:
         await cache.get("product:7", Source())
@@ -101,28 +101,28 @@ async def test_the_form_is_the_release_by_default(redis_url: str, monkeypatch: p
     assert list(kept(redis_url)["shop:product:7"]) == [b"shop-2.0"]
 
 
-@pytest.mark.parametrize("held", [b"", b"short", b"\xff" * 8 + b"no json", b"\xff" * 8 + b'{"id":7}'])
-async def test_what_cant_be_read_is_a_miss_and_no_error(cache: Cache, redis_url: str, held: bytes) -> None:
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 8 + b"no json", b"\xff" * 8 + b'{"id":7}'])
+async def test_unreadable_value_is_a_miss(cache: Cache, redis_url: str, content: bytes) -> None:
     with redis.Redis.from_url(redis_url) as client:
-        client.hset("shop:product:7", "1", held)
-    found = await cache.get(
+        client.hset("shop:product:7", "1", content)
+    value = await cache.get(
         "product:7", Source(Product(7, "Tea")), parse=lambda value: Product(value["id"], value["name"])
     )
 
-    assert found == Product(7, "Tea")
+    assert value == Product(7, "Tea")
 
 
-async def test_a_kept_value_is_what_was_loaded_through_parse(cache: Cache) -> None:
+async def test_parse_converts_the_cached_value(cache: Cache) -> None:
     def parse(value: Any) -> Product:
         return Product(**value)
 
     source = Source(Product(7, "Tea"))
 
     assert [await cache.get("product:7", source, parse=parse) for _ in range(2)] == [Product(7, "Tea")] * 2
-    assert source.asked == 1
+    assert source.call_count == 1
 
 
-async def test_a_value_is_kept_for_its_time_and_a_little_less(redis_url: str) -> None:
+async def test_value_expires_within_ttl_and_jitter(redis_url: str) -> None:
     async with make(redis_url, ttl=100, jitter=0.2) as cache:
         for number in range(20):
             await cache.get(f"product:{number}", Source())
@@ -133,19 +133,19 @@ async def test_a_value_is_kept_for_its_time_and_a_little_less(redis_url: str) ->
     assert max(times) - min(times) > 1
 
 
-async def test_a_field_that_is_over_is_a_miss_though_another_form_keeps_the_key(redis_url: str) -> None:
+async def test_expired_field_is_a_miss_while_the_key_lives(redis_url: str) -> None:
     async with (
         make(redis_url, schema_version="1", ttl=0.3, jitter=0) as old,
         make(redis_url, schema_version="2") as new,
     ):
         await old.get("product:7", Source("long ago"))
         await new.get("product:7", Source())
-        await asyncio.sleep(0.35)  # what is tested is that time passes
+        await asyncio.sleep(0.35)  # time has to pass
 
         assert await old.get("product:7", Source("now")) == "now"
 
 
-async def test_errors_none_and_what_is_too_large_are_not_kept(redis_url: str) -> None:
+async def test_errors_none_and_large_values_are_not_cached(redis_url: str) -> None:
     async with make(redis_url, max_bytes=100) as cache:
         with pytest.raises(LookupError):
             await cache.get("error", Source(LookupError("gone")))
@@ -156,7 +156,7 @@ async def test_errors_none_and_what_is_too_large_are_not_kept(redis_url: str) ->
     assert kept(redis_url) == {}
 
 
-# One load for all
+# Concurrent loads
 
 
 async def waiting(cache: Cache, source: Callable[[], Awaitable[Any]], number: int) -> list[asyncio.Task[Any]]:
@@ -170,12 +170,12 @@ async def waiting(cache: Cache, source: Callable[[], Awaitable[Any]], number: in
     return tasks
 
 
-async def test_those_who_ask_at_the_same_time_share_one_load(cache: Cache) -> None:
-    gate, asked = asyncio.Event(), 0
+async def test_concurrent_callers_share_one_load(cache: Cache) -> None:
+    gate, call_count = asyncio.Event(), 0
 
     async def load() -> str:
-        nonlocal asked
-        asked += 1
+        nonlocal call_count
+        call_count += 1
         await gate.wait()
         return "loaded"
 
@@ -183,10 +183,10 @@ async def test_those_who_ask_at_the_same_time_share_one_load(cache: Cache) -> No
     gate.set()
 
     assert await asyncio.gather(*tasks) == ["loaded"] * 50
-    assert asked == 1
+    assert call_count == 1
 
 
-async def test_an_error_reaches_all_who_wait(cache: Cache) -> None:
+async def test_exception_reaches_all_waiting_callers(cache: Cache) -> None:
     gate = asyncio.Event()
 
     loads = []
@@ -205,8 +205,8 @@ async def test_an_error_reaches_all_who_wait(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 3])
-async def test_one_who_leaves_takes_nobody_along(cache: Cache, victim: int) -> None:
-    """0 is the one that loads."""
+async def test_cancelled_caller_does_not_affect_the_others(cache: Cache, victim: int) -> None:
+    """Caller 0 loads."""
     gate = asyncio.Event()
 
     async def load() -> str:
@@ -223,7 +223,7 @@ async def test_one_who_leaves_takes_nobody_along(cache: Cache, victim: int) -> N
     assert results.count("loaded") == 4
 
 
-async def test_what_was_deleted_while_it_was_loaded_is_not_kept(cache: Cache) -> None:
+async def test_value_deleted_during_its_load_is_not_cached(cache: Cache) -> None:
     gate = asyncio.Event()
 
     async def load() -> str:
@@ -241,14 +241,14 @@ async def test_what_was_deleted_while_it_was_loaded_is_not_kept(cache: Cache) ->
 # Shadows
 
 
-async def test_a_shadow_reads_what_users_read(cache: Cache) -> None:
+async def test_shadow_reads_values_of_users(cache: Cache) -> None:
     await cache.get("product:7", Source("a user's"))
     with in_request():
         assert await cache.get("product:7", Source("a shadow's")) == "a user's"
 
 
 @pytest.mark.parametrize("role", ["shadow", "baseline"])
-async def test_a_shadow_changes_nothing_that_users_read(cache: Cache, redis_url: str, role: Role) -> None:
+async def test_shadow_changes_no_value_of_users(cache: Cache, redis_url: str, role: Role) -> None:
     await cache.get("product:7", Source("a user's"))
     before = kept(redis_url)
     with in_request(role):
@@ -259,7 +259,7 @@ async def test_a_shadow_changes_nothing_that_users_read(cache: Cache, redis_url:
     assert await cache.get("product:8", Source("a user's too")) == "a user's too"
 
 
-async def test_what_a_shadow_deleted_it_finds_no_more_itself(cache: Cache) -> None:
+async def test_shadow_does_not_see_values_that_it_deleted(cache: Cache) -> None:
     await cache.get("product:7", Source("a user's"))
     with in_request():
         await cache.delete("product:7")
@@ -268,12 +268,12 @@ async def test_what_a_shadow_deleted_it_finds_no_more_itself(cache: Cache) -> No
         assert await cache.get("product:7", Source("another's")) == "a user's"
 
 
-async def test_a_shadow_may_keep_its_own_apart(redis_url: str) -> None:
+async def test_isolated_shadow_caches_its_own_values(redis_url: str) -> None:
     async with make(redis_url, shadow_writes="isolated") as cache:
         with in_request():
             source = Source("a shadow's")
             assert [await cache.get("product:7", source) for _ in range(2)] == ["a shadow's"] * 2
-        assert source.asked == 1
+        assert source.call_count == 1
         assert list(kept(redis_url)) == ["abreast:shadow:new:shop:product:7"]
         assert await cache.get("product:7", Source("a user's")) == "a user's"
         with in_request():
@@ -283,7 +283,7 @@ async def test_a_shadow_may_keep_its_own_apart(redis_url: str) -> None:
     assert list(kept(redis_url)) == ["shop:product:7"]
 
 
-async def test_no_user_waits_for_a_shadows_load_or_gets_what_it_loaded(cache: Cache) -> None:
+async def test_user_neither_waits_for_nor_gets_a_load_of_a_shadow(cache: Cache) -> None:
     gate = asyncio.Event()
 
     async def load() -> str:
@@ -292,14 +292,14 @@ async def test_no_user_waits_for_a_shadows_load_or_gets_what_it_loaded(cache: Ca
 
     with in_request():
         tasks = await waiting(cache, load, 1)
-    found = await asyncio.wait_for(cache.get("product:7", Source("a user's")), 5)
+    value = await asyncio.wait_for(cache.get("product:7", Source("a user's")), 5)
     gate.set()
 
-    assert found == "a user's"
+    assert value == "a user's"
     assert await asyncio.gather(*tasks) == ["not committed"]
 
 
-async def test_a_deletion_is_an_effect_of_both_roles(cache: Cache) -> None:
+async def test_delete_is_an_effect_of_both_roles(cache: Cache) -> None:
     noted = []
     roles: tuple[Role, ...] = ("live", "shadow")
     for role in roles:
@@ -311,7 +311,7 @@ async def test_a_deletion_is_an_effect_of_both_roles(cache: Cache) -> None:
     assert noted == [("cache.delete", "product:7", {"namespace": "shop", "key": "product:7"})] * 2
 
 
-async def test_hits_and_misses_are_noted(cache: Cache) -> None:
+async def test_hits_and_misses_are_spans(cache: Cache) -> None:
     with in_request("live", "old") as request:
         for key in ("product:7", "product:7", "price:7"):
             await cache.get(key, Source())
@@ -325,32 +325,32 @@ async def test_hits_and_misses_are_noted(cache: Cache) -> None:
     ]
 
 
-# Redis is away
+# Outages
 
 
-async def test_without_redis_values_are_loaded() -> None:
+async def test_redis_down_loads_values() -> None:
     async with make(f"redis://127.0.0.1:{find_free_port()}/0") as cache:
         assert await cache.get("product:7", Source("loaded")) == "loaded"
         await cache.delete("product:7")
 
 
 @pytest.mark.parametrize("most", [None, 5])
-async def test_many_who_ask_at_once_are_no_reason_to_leave_redis_alone(
+async def test_many_concurrent_calls_do_not_count_as_an_outage(
     redis_url: str, most: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor is a client of the service's own with few connections."""
+    """A client of the service with few connections is no outage either."""
     given = redis.asyncio.Redis.from_url(redis_url, max_connections=most)
     async with given, make(given if most else redis_url) as cache:
         await cache.get("product:7", Source("kept"))
-        found = await asyncio.gather(*[cache.get("product:7", Source("loaded")) for _ in range(300)])
+        value = await asyncio.gather(*[cache.get("product:7", Source("loaded")) for _ in range(300)])
         again = await cache.get("product:7", Source("loaded"))
 
     assert (again, caplog.records) == ("kept", [])
-    assert most or set(found) == {"kept"}
+    assert most or set(value) == {"kept"}
 
 
-async def test_in_another_event_loop_nothing_is_raised(cache: Cache) -> None:
-    """There its connections can't wait for what Redis says a little later."""
+async def test_other_event_loop_raises_nothing(cache: Cache) -> None:
+    """In another loop, the connections can't wait for replies."""
 
     async def ask() -> list[Any]:
         return await asyncio.gather(*[cache.get(f"product:{one}", Source(one)) for one in range(60)])
@@ -361,7 +361,7 @@ async def test_in_another_event_loop_nothing_is_raised(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["own client", "a client without timeouts"])
-async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_while(given: bool) -> None:
+async def test_hanging_redis_is_probed_once_per_delay(given: bool) -> None:
     with RedisServer() as server:
         client = redis.asyncio.Redis.from_url(server.url, socket_timeout=None)
         async with client, make(server.url) as patient, make(client if given else server.url, timeout=0.1) as cache:
@@ -370,30 +370,30 @@ async def test_a_redis_that_hangs_is_waited_for_once_and_then_left_alone_for_a_w
             os.kill(server.process.pid, signal.SIGSTOP)
             try:
                 began = time.monotonic()
-                found = [await cache.get("product:7", Source("loaded")) for _ in range(50)]
+                value = [await cache.get("product:7", Source("loaded")) for _ in range(50)]
                 took = time.monotonic() - began
             finally:
                 os.kill(server.process.pid, signal.SIGCONT)
 
-            assert found == ["loaded"] * 50
+            assert value == ["loaded"] * 50
             assert took < 50 * 0.1 / 2
 
             async def back() -> bool:
                 return bool(await cache.get("product:7", Source(None)) == "kept")
 
-            await eventually_async(back, within=PROBE_DELAY_S + 10, what="the cache is asked again")
+            await eventually_async(back, within=PROBE_DELAY_S + 10, what="the cache is used again")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"namespace": ""}, "namespace='shop'"),
         ({"namespace": "abreast:mine"}, "namespace='shop'"),
         ({"ttl": 0}, "ttl"),
         ({"jitter": 1}, "jitter"),
-        ({"shadow_writes": "somewhere"}, "'apart' or 'nowhere', got 'somewhere'"),
+        ({"shadow_writes": "somewhere"}, "'isolated' or 'discard', got 'somewhere'"),
     ],
 )
-def test_a_slip_in_a_setting_is_told_at_once(changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(SettingError, match=said):
+def test_invalid_argument_raises_setting_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
         make("redis://127.0.0.1/0", **changes)

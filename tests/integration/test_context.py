@@ -1,4 +1,4 @@
-"""Code can tell whether its answer is thrown away: everywhere in the request, and nowhere else."""
+"""The context is known in all code of a request, and in no other code."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def wrapped(app: ASGIApp, **settings: Any) -> ParallelRunMiddleware:
     return ParallelRunMiddleware(app, **{"service": "shop", "redis_url": NOBODY, **settings})
 
 
-async def asked(app: ASGIApp, scope: Any) -> tuple[abreast.Current, abreast.Current]:
-    """What the code of a request is told, and what its caller is told afterwards."""
-    seen: list[abreast.Current] = []
+async def contexts_during_and_after(app: ASGIApp, scope: Any) -> tuple[abreast.RequestContext, abreast.RequestContext]:
+    """Return the context in the app, and the context of the caller after the request."""
+    seen: list[abreast.RequestContext] = []
 
     async def looking(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(abreast.current())
@@ -53,8 +53,8 @@ async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
 
 
 @pytest.mark.parametrize(("role", "shadow"), [("live", False), ("shadow", True), ("baseline", True)])
-async def test_a_request_knows_its_version_role_pair_and_release(role: Role, shadow: bool) -> None:
-    seen: list[abreast.Current] = []
+async def test_context_has_version_role_pair_and_release(role: Role, shadow: bool) -> None:
+    seen: list[abreast.RequestContext] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(abreast.current())
@@ -70,14 +70,14 @@ async def test_a_request_knows_its_version_role_pair_and_release(role: Role, sha
     assert (now.is_shadow, now.is_captured) == (shadow, True)
 
 
-async def test_outside_a_sampled_request_it_is_live() -> None:
-    inside, after = await asked(answer, http_scope())
+async def test_context_outside_of_a_sampled_request_is_live() -> None:
+    inside, after = await contexts_during_and_after(answer, http_scope())
 
     assert (inside, after, abreast.is_shadow()) == (NO_REQUEST, NO_REQUEST, False)
 
 
-async def test_what_comes_after_a_shadow_request_in_the_same_task_is_live() -> None:
-    inside, after = await asked(answer, sampled(role="shadow"))
+async def test_context_after_a_shadow_request_in_the_same_task_is_live() -> None:
+    inside, after = await contexts_during_and_after(answer, sampled(role="shadow"))
 
     assert (inside.is_shadow, after) == (True, NO_REQUEST)
 
@@ -86,12 +86,12 @@ async def test_what_comes_after_a_shadow_request_in_the_same_task_is_live() -> N
     "settings",
     [
         {"enabled": False},
-        {"body_limit": "nonsense"},  # a mistake switches the middleware off
+        {"body_limit": "nonsense"},  # an invalid setting disables the middleware
         {"service": ""},
-        {"queue_count": 1},  # full after the first
+        {"queue_count": 1},  # full after one capture
     ],
 )
-async def test_a_shadow_is_one_also_where_nothing_is_captured(settings: Settings) -> None:
+async def test_shadow_without_capture_is_a_shadow(settings: Settings) -> None:
     roles: list[str] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,16 +117,16 @@ async def test_a_shadow_is_one_also_where_nothing_is_captured(settings: Settings
         ({"x-abreast-role": "live", "x-abreast-copies": "9"}, False),
     ],
 )
-async def test_marks_that_are_not_understood_err_on_the_safe_side(wrong: dict[str, str], shadow: bool) -> None:
-    inside, _ = await asked(answer, http_scope(headers={**marks(pair_id()), **wrong}))
+async def test_invalid_headers_make_the_request_a_shadow(wrong: dict[str, str], shadow: bool) -> None:
+    inside, _ = await contexts_during_and_after(answer, http_scope(headers={**marks(pair_id()), **wrong}))
 
     assert (inside.is_shadow, inside.is_captured) == (shadow, False)
 
 
-async def test_a_websocket_knows_its_role() -> None:
+async def test_websocket_has_a_role() -> None:
     scope = {**sampled(role="shadow"), "type": "websocket"}
 
-    inside, _ = await asked(answer, scope)
+    inside, _ = await contexts_during_and_after(answer, scope)
 
     assert inside.is_shadow
 
@@ -181,7 +181,7 @@ def failing(app: FastAPI) -> None:
     async def on_broken(_request: Request, _error: Exception) -> Response:
         return JSONResponse(abreast.is_shadow())
 
-    @app.exception_handler(Exception)  # runs further out than any middleware that was added
+    @app.exception_handler(Exception)  # runs outside of the added middleware
     async def on_crash(_request: Request, _error: Exception) -> Response:
         return JSONResponse(abreast.is_shadow(), 500)
 
@@ -192,20 +192,20 @@ async def passing_on(request: Request, call_next: Callable[[Request], Awaitable[
 
 @pytest.mark.parametrize("between", [False, True])
 @pytest.mark.parametrize("path", ["/sync", "/pool", "/task", "/to_thread", "/handled", "/crash", "/sub/below"])
-async def test_it_reaches_tasks_threads_handlers_and_what_is_mounted(path: str, between: bool) -> None:
+async def test_context_reaches_tasks_threads_handlers_and_mounts(path: str, between: bool) -> None:
     app = endpoints()
     if between:
         app.add_middleware(BaseHTTPMiddleware, dispatch=passing_on)
     app.add_middleware(ParallelRunMiddleware, service="shop", redis_url=NOBODY)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
-        for role, told in (("shadow", True), ("live", False), ("baseline", True)):
+        for role, is_shadow in (("shadow", True), ("live", False), ("baseline", True)):
             task = asyncio.create_task(client.get(path, headers=marks(pair_id(), role=role)))
 
-            assert (await task).json() is told
+            assert (await task).json() is is_shadow
 
 
-async def test_background_work_of_a_shadow_stays_shadow_also_after_the_request() -> None:
+async def test_background_task_of_a_shadow_stays_a_shadow_after_the_request() -> None:
     seen: dict[str, bool] = {}
     done = asyncio.Event()
 
@@ -234,8 +234,8 @@ async def test_background_work_of_a_shadow_stays_shadow_also_after_the_request()
     assert seen == {"background": True, "thread": True, "task": True}
 
 
-async def test_a_call_within_the_process_stays_what_its_caller_is() -> None:
-    """Such as one through httpx.ASGITransport: it carries no marks, and is no request of a user."""
+async def test_call_within_the_process_keeps_the_context_of_its_caller() -> None:
+    """A call through httpx.ASGITransport has no headers of Envoy, and is no request of a user."""
     inner: list[bool] = []
 
     async def other(scope: Scope, receive: Receive, send: Send) -> None:
@@ -255,8 +255,8 @@ async def test_a_call_within_the_process_stays_what_its_caller_is() -> None:
     assert inner == [True]
 
 
-async def test_a_second_middleware_further_in_changes_nothing() -> None:
-    seen: list[abreast.Current] = []
+async def test_inner_middleware_keeps_the_context() -> None:
+    seen: list[abreast.RequestContext] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(abreast.current())
@@ -268,7 +268,7 @@ async def test_a_second_middleware_further_in_changes_nothing() -> None:
         before = abreast.current()
         await inner(scope, receive, send)
         assert abreast.current() is before
-        CURRENT_CONTEXT.set(NO_REQUEST)  # as if in a context of its own
+        CURRENT_CONTEXT.set(NO_REQUEST)  # as in a separate context
         await inner(scope, receive, send)
 
     outer = wrapped(afresh)
@@ -281,7 +281,7 @@ async def test_a_second_middleware_further_in_changes_nothing() -> None:
 
 
 class Recording:
-    """Answers with the role, and reads the body first, as uvicorn resumes reading then."""
+    """Read the body, because uvicorn then resumes reading, and answer with the role."""
 
     def __init__(self) -> None:
         self.roles: list[str] = []
@@ -300,7 +300,7 @@ class Recording:
         self.roles.append(abreast.current().role)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
-        for _ in range(10):  # background work, while the next request begins
+        for _ in range(10):  # a background task during the next request
             await asyncio.sleep(0)
 
 
@@ -313,12 +313,12 @@ def request(headers: dict[str, str], body: bytes = b"") -> bytes:
 @pytest.mark.parametrize("http", ["h11", "httptools"])
 @pytest.mark.parametrize("settings", [{}, {"enabled": False}], ids=["on", "off"])
 @pytest.mark.parametrize("pipelined", [True, False])
-async def test_no_request_inherits_what_another_one_on_its_connection_was(
+async def test_request_does_not_inherit_the_context_of_its_connection(
     http: str, settings: Settings, pipelined: bool
 ) -> None:
-    """uvicorn begins a pipelined request in the context of the one before, and reads on in that of who resumed it."""
+    """uvicorn starts a pipelined request in the context of the previous one, and resumes reading in it."""
     app = Recording()
-    large = b"x" * 1_000_000  # more than uvicorn holds before it pauses
+    large = b"x" * 1_000_000  # more than uvicorn buffers before it pauses
     shadow = request(marks(pair_id(), role="shadow"), large)
     async with serving(wrapped(app, **settings), http=http) as (url, _):
         reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
@@ -342,7 +342,7 @@ def _count(app: Recording, count: int) -> Callable[[], Awaitable[bool]]:
     return reached
 
 
-async def test_a_mounted_application_has_the_same_answer() -> None:
+async def test_mounted_app_has_the_same_answer() -> None:
     async def home(_request: Request) -> Response:
         return JSONResponse(abreast.is_shadow())
 

@@ -1,4 +1,4 @@
-"""Recorded effects in the capture that arrives in Redis, also those of background tasks."""
+"""Effects in the capture that arrives in Redis, including the effects of background tasks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def kinds(capture: Capture) -> list[str]:
     return [effect["kind"] for effect in capture.effects]
 
 
-async def test_effects_travel_with_their_capture_and_without_secrets(redis_url: str) -> None:
+async def test_capture_contains_effects_with_hashed_secrets(redis_url: str) -> None:
     async def later() -> None:
         await asyncio.sleep(0.1)
         abreast.record("email.send", {"to": "a@b"})
@@ -52,8 +52,8 @@ async def test_effects_travel_with_their_capture_and_without_secrets(redis_url: 
     assert capture.total_us < 90_000, "the answer's time is its own"
 
 
-async def test_a_capture_waits_for_background_tasks_but_not_for_ever(redis_url: str) -> None:
-    """While the process lives on, so that nothing hurries."""
+async def test_capture_waits_for_background_tasks_up_to_effect_wait(redis_url: str) -> None:
+    """The process continues, so that no shutdown flushes the queue."""
     go, gone = asyncio.Event(), asyncio.Event()
 
     async def later() -> None:
@@ -79,7 +79,7 @@ async def test_a_capture_waits_for_background_tasks_but_not_for_ever(redis_url: 
     assert (await report(redis_url))["late_effects"] == 1
 
 
-async def test_a_capture_waits_for_no_more_than_the_background_tasks(redis_url: str) -> None:
+async def test_capture_leaves_once_background_tasks_ended(redis_url: str) -> None:
     async def later() -> None:
         await asyncio.sleep(0.1)
         abreast.record("email.send", 1)
@@ -95,7 +95,7 @@ async def test_a_capture_waits_for_no_more_than_the_background_tasks(redis_url: 
     assert kinds(capture) == ["order.placed", "cache.miss", "email.send"]
 
 
-async def test_a_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> None:
+async def test_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> None:
     async def later() -> None:
         await asyncio.Event().wait()
 
@@ -103,7 +103,7 @@ async def test_a_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> 
         shop(later), service="shop", redis_url=redis_url, effect_wait=60, pair_timeout=200
     )
     request = asyncio.create_task(call(middleware, sampled()))
-    await eventually_async(lambda: held(middleware), what="the answer is complete")
+    await eventually_async(lambda: has_queued(middleware), what="the answer is complete")
     await middleware.aclose()
     (capture,) = await captures(redis_url)
     request.cancel()
@@ -112,7 +112,7 @@ async def test_a_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> 
     assert not middleware.queue.drop_counts
 
 
-async def test_the_bytes_of_effects_count_for_the_queue() -> None:
+async def test_queue_accounts_for_bytes_of_effects() -> None:
     async def app(_scope: Any, _receive: Any, send: Any) -> None:
         abreast.record("mail", "x" * 10_000)
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -122,7 +122,7 @@ async def test_the_bytes_of_effects_count_for_the_queue() -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url="redis://127.0.0.1:1/0", queue_bytes=40_000)
     await call(middleware, sampled())
     first = middleware.queue.bytes
-    await eventually_async(lambda: held(middleware), what="it is settled")
+    await eventually_async(lambda: has_queued(middleware), what="the capture is queued")
     settled = middleware.queue.bytes
     await call(middleware, sampled())
     await middleware.aclose()
@@ -137,13 +137,13 @@ async def there(url: str) -> bool:
     return len(await captures(url)) == 1
 
 
-async def held(middleware: ParallelRunMiddleware) -> bool:
+async def has_queued(middleware: ParallelRunMiddleware) -> bool:
     return bool(middleware.queue.outbox or middleware.queue.awaiting_effects)
 
 
 async def report(url: str) -> dict[str, Any]:
     async with redis.asyncio.Redis.from_url(url) as client:
         connection: Any = client
-        (found,) = (await connection.hgetall(reports_key("shop"))).values()
-    told: dict[str, Any] = orjson.loads(found)
-    return told
+        (content,) = (await connection.hgetall(reports_key("shop"))).values()
+    report: dict[str, Any] = orjson.loads(content)
+    return report

@@ -1,4 +1,4 @@
-"""The script against a real server."""
+"""The join script on a real Redis."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ON_A_SHARED_SERVER = settings(
 
 
 @pytest.fixture
-def client(redis_url: str) -> Iterator[Any]:  # redis-py's types say that replies may be text
+def client(redis_url: str) -> Iterator[Any]:  # by the types of redis-py, replies may be text
     with redis.Redis.from_url(redis_url) as connection:
         yield connection
 
@@ -40,7 +40,7 @@ def join(client: Any, rows: list[Row], bounds: Limits | None = None) -> list[int
 
 
 def ready(client: Any) -> dict[str, dict[bytes, bytes]]:
-    """Pairs that are ready; each once, or the test fails."""
+    """Return the ready pairs. Each must be there once."""
     entries = [entry for _, entry in client.xrange(KEYS.ready)]
     pairs = {entry[b"pair"].decode(): entry for entry in entries}
     assert len(pairs) == len(entries)
@@ -55,7 +55,7 @@ def rows(pairs: int, arms: int = 2) -> list[Row]:
     return [(f"p{n}", slot, arms, f"{n}/{slot}".encode()) for n in range(pairs) for slot in SLOTS[arms]]
 
 
-def test_a_pair_is_ready_once_all_copies_are_there(client: Any) -> None:
+def test_pair_is_ready_once_all_captures_arrived(client: Any) -> None:
     first, second = rows(1)
 
     assert join(client, [first]) == [1, 0, 0, 0, 0]
@@ -69,7 +69,7 @@ def test_a_pair_is_ready_once_all_copies_are_there(client: Any) -> None:
     }
 
 
-def test_nothing_is_left_of_a_pair_that_is_ready(client: Any) -> None:
+def test_ready_pair_leaves_no_hash(client: Any) -> None:
     join(client, rows(1))
 
     assert not client.exists(KEYS.pair("p0"))
@@ -77,7 +77,7 @@ def test_nothing_is_left_of_a_pair_that_is_ready(client: Any) -> None:
     assert client.zscore(KEYS.joined, "p0") is not None
 
 
-def test_with_a_baseline_three_copies_are_waited_for(client: Any) -> None:
+def test_pair_with_a_baseline_waits_for_three_captures(client: Any) -> None:
     one, two, three = rows(1, arms=3)
     join(client, [one, three])
     waiting = ready(client)
@@ -87,7 +87,7 @@ def test_with_a_baseline_three_copies_are_waited_for(client: Any) -> None:
     assert len(ready(client)["p0"]) == 2 + 3
 
 
-def test_the_deadline_is_by_the_clock_of_redis(client: Any) -> None:
+def test_deadline_uses_the_clock_of_redis(client: Any) -> None:
     seconds, microseconds = client.time()
     join(client, rows(1)[:1], Limits(wait_ms=5000))
     now = seconds * 1000 + microseconds // 1000
@@ -95,7 +95,7 @@ def test_the_deadline_is_by_the_clock_of_redis(client: Any) -> None:
     assert now + 5000 <= client.zscore(KEYS.due, "p0") <= now + 6000
 
 
-def test_a_later_copy_does_not_move_the_deadline(client: Any) -> None:
+def test_later_capture_does_not_move_the_deadline(client: Any) -> None:
     one, two, _ = rows(1, arms=3)
     join(client, [one])
     due = client.zscore(KEYS.due, "p0")
@@ -105,7 +105,7 @@ def test_a_later_copy_does_not_move_the_deadline(client: Any) -> None:
     assert client.zscore(KEYS.due, "p0") == due
 
 
-def test_a_third_capture_after_a_failover_is_late_and_opens_nothing(client: Any) -> None:
+def test_third_capture_after_a_failover_is_late(client: Any) -> None:
     join(client, [("p", "new:live:1", 2, b"failed"), ("p", "old:shadow:1", 2, b"shadow")])
 
     assert join(client, [("p", "old:live:2", 2, b"answer")]) == [0, 0, 1, 0, 0]
@@ -114,8 +114,8 @@ def test_a_third_capture_after_a_failover_is_late_and_opens_nothing(client: Any)
 
 
 @pytest.mark.parametrize("order", list(permutations(["new:live:1", "old:shadow:1", "old:live:2"])))
-def test_a_second_attempt_takes_no_copys_place(client: Any, order: tuple[str, ...]) -> None:
-    """Whatever comes first after a failover, the pair is what both versions answered to the first attempt."""
+def test_second_attempt_does_not_count_as_a_copy(client: Any, order: tuple[str, ...]) -> None:
+    """After a failover, the pair has the answers of both versions to the first attempt, in any order of arrival."""
     for slot in order:
         join(client, [("p", slot, 2, slot.encode())])
 
@@ -123,14 +123,14 @@ def test_a_second_attempt_takes_no_copys_place(client: Any, order: tuple[str, ..
     assert not client.exists(KEYS.pair("p"))
 
 
-def test_a_key_that_is_no_pair_stops_no_batch(client: Any) -> None:
+def test_foreign_key_does_not_stop_a_batch(client: Any) -> None:
     client.set(KEYS.pair("p0"), "rubbish")
 
     assert join(client, rows(2)) == [4, 0, 0, 0, 0]
     assert sorted(ready(client)) == ["p0", "p1"]
 
 
-def test_what_was_moved_is_forgotten_in_time_and_in_number(client: Any) -> None:
+def test_moved_ids_are_limited_by_age_and_number(client: Any) -> None:
     join(client, rows(20), Limits(max_remembered_ids=5))
     kept = client.zrange(KEYS.joined, 0, -1)
     eventually(
@@ -143,40 +143,40 @@ def test_what_was_moved_is_forgotten_in_time_and_in_number(client: Any) -> None:
 
 @ON_A_SHARED_SERVER
 @given(arms=st.sampled_from([2, 3]), pairs=st.integers(1, 8), seed=st.randoms(use_true_random=False), data=st.data())
-def test_any_order_any_batches_sent_any_number_of_times_give_the_same_pairs(
+def test_join_is_independent_of_order_batches_and_repetition(
     client: Any, arms: int, pairs: int, seed: random.Random, data: st.DataObject
 ) -> None:
     client.flushall()
-    wanted = rows(pairs, arms)
-    sent = wanted + data.draw(st.lists(st.sampled_from(wanted), max_size=10))
+    expected = rows(pairs, arms)
+    sent = expected + data.draw(st.lists(st.sampled_from(expected), max_size=10))
     seed.shuffle(sent)
-    told: Counter[str] = Counter()
+    replies: Counter[str] = Counter()
     while sent:
         size = data.draw(st.integers(1, 6))
         batch, sent = sent[:size], sent[size:]
         for _ in range(data.draw(st.integers(1, 2))):  # some batches are sent twice
             reply = join(client, batch)
             assert sum(reply) == len(batch)
-            told.update(dict(zip(("received", "duplicate", "late"), reply, strict=False)))
+            replies.update(dict(zip(("received", "duplicate", "late"), reply, strict=False)))
 
-    found = ready(client)
+    entries = ready(client)
     assert {
         (pair, name.decode(), arms, value)
-        for pair, entry in found.items()
+        for pair, entry in entries.items()
         for name, value in entry.items()
         if b":" in name
-    } == set(wanted)
-    assert told["received"] == len(wanted)
+    } == set(expected)
+    assert replies["received"] == len(expected)
     counted = stats(client)
     assert counted["joined"] == pairs
-    assert counted["bytes"] == sum(len(row[3]) for row in wanted)
-    assert (counted["received"], counted.get("duplicate", 0)) == (len(wanted), told["duplicate"])
-    assert counted.get("late", 0) == told["late"]
+    assert counted["bytes"] == sum(len(row[3]) for row in expected)
+    assert (counted["received"], counted.get("duplicate", 0)) == (len(expected), replies["duplicate"])
+    assert counted.get("late", 0) == replies["late"]
 
 
 @ON_A_SHARED_SERVER
 @given(order=st.permutations(rows(12)), most=st.integers(1, 6))
-def test_pairs_are_bounded_and_what_is_refused_is_counted(client: Any, order: list[Row], most: int) -> None:
+def test_max_pairs_rejects_and_counts_captures(client: Any, order: list[Row], most: int) -> None:
     client.flushall()
     refused = 0
     for row in order:
@@ -187,13 +187,13 @@ def test_pairs_are_bounded_and_what_is_refused_is_counted(client: Any, order: li
     counted = stats(client)
     assert refused == counted.get("rejected_pairs", 0)
     assert refused + counted["received"] == len(order)
-    held = client.xlen(KEYS.ready) * 2 + sum(client.hlen(key) for key in client.scan_iter(KEYS.pair("*")))
-    assert counted["received"] == held
+    stored = client.xlen(KEYS.ready) * 2 + sum(client.hlen(key) for key in client.scan_iter(KEYS.pair("*")))
+    assert counted["received"] == stored
 
 
 @ON_A_SHARED_SERVER
 @given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=20), most=st.integers(1, 1500))
-def test_bytes_are_bounded_and_what_is_refused_is_counted(client: Any, sizes: list[int], most: int) -> None:
+def test_max_bytes_rejects_and_counts_captures(client: Any, sizes: list[int], most: int) -> None:
     client.flushall()
     batch: list[Row] = [(f"p{n // 2}", SLOTS[2][n % 2], 2, bytes(size)) for n, size in enumerate(sizes)]
     reply = join(client, batch, Limits(max_bytes=most))
@@ -204,16 +204,16 @@ def test_bytes_are_bounded_and_what_is_refused_is_counted(client: Any, sizes: li
     assert counted.get("rejected_bytes", 0) == reply[4]
 
 
-def test_room_that_was_made_is_used_again(client: Any) -> None:
+def test_released_room_is_reused(client: Any) -> None:
     bounds = Limits(max_pairs=1)
     full = [join(client, rows(1), bounds), join(client, [("p1", "old:live:1", 1, b"")], bounds)]
-    client.xtrim(KEYS.ready, maxlen=0)  # as the sidecar does when it is done
+    client.xtrim(KEYS.ready, maxlen=0)  # as the sidecar does after its commit
 
     assert full == [[2, 0, 0, 0, 0], [0, 0, 0, 1, 0]]
     assert join(client, rows(3)[4:], bounds) == [2, 0, 0, 0, 0]
 
 
-def test_of_a_refused_pair_no_copy_is_taken_also_when_there_is_room_again(client: Any) -> None:
+def test_rejected_pair_stays_rejected_when_there_is_room(client: Any) -> None:
     bounds = Limits(max_pairs=1)
     join(client, rows(1), bounds)
     replies = [join(client, rows(2)[2:3], bounds)]
@@ -224,7 +224,7 @@ def test_of_a_refused_pair_no_copy_is_taken_also_when_there_is_room_again(client
     assert client.zcard(KEYS.due) == 0
 
 
-def test_a_pair_that_was_taken_has_room_for_its_other_copy(client: Any) -> None:
+def test_accepted_pair_has_room_for_its_other_capture(client: Any) -> None:
     first, second = rows(1)
     other = ("other", *first[1:])
     bounds = Limits(max_pairs=2, max_bytes=60)  # for four captures, roughly
@@ -234,19 +234,19 @@ def test_a_pair_that_was_taken_has_room_for_its_other_copy(client: Any) -> None:
     assert join(client, [("third", *first[1:])], bounds)[3:] == [1, 0]
 
 
-def test_all_keys_of_a_shard_have_one_hash_tag() -> None:
+def test_keys_of_a_shard_share_a_hash_tag() -> None:
     names, _ = join_arguments(KEYS, Limits(), rows(3))
 
     assert {name[name.index("{") : name.index("}") + 1] for name in names} == {"{shop/0}"}
 
 
 @given(st.text(), st.integers(1, 64))
-def test_a_pair_has_one_shard(pair: str, shards: int) -> None:
+def test_pair_has_one_shard(pair: str, shards: int) -> None:
     assert 0 <= shard_of(pair, shards) < shards
     assert shard_of(pair, shards) == shard_of(pair, shards)
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "{a", "a}"])
-def test_names_that_would_break_the_hash_tag_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="must not be empty nor hold any of"):
+def test_service_name_that_breaks_the_hash_tag_is_rejected(name: str) -> None:
+    with pytest.raises(ValueError, match="must not be empty or contain"):
         Keys(name, 0)

@@ -1,4 +1,4 @@
-"""Nothing changes for users: the messages an app sends are the same with the middleware, but for its tags."""
+"""The middleware changes no message of the app, except that it adds tags."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ran: list[str] = []
 
 
 class Events(Response):
-    """Server-sent events, as they are sent by hand."""
+    """Send server-sent events without a library."""
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream"), (b"x-twice", b"1"), (b"x-twice", b"2")]
@@ -153,7 +153,7 @@ def fastapi(middleware: list[Middleware]) -> App:
 
 
 async def both(make: Make, redis_url: str, scope: dict[str, Any], **how: Any) -> tuple[list[Message], list[Message]]:
-    """What the app sends without the middleware, and with it for a sampled request; it must raise the same."""
+    """Return the messages without the middleware, and with it for a sampled request. Exceptions must be equal."""
     own = {name.decode(): value.decode() for name, value in scope.get("headers", ())}
     with_pair = {**scope, "headers": [*scope["headers"], *_marks()]}
     middleware = Middleware(ParallelRunMiddleware, service="shop", redis_url=redis_url, release="r1")
@@ -185,13 +185,13 @@ CASES = [
 
 @pytest.mark.parametrize("make", [starlette, fastapi])
 @pytest.mark.parametrize(("path", "method", "headers"), CASES)
-async def test_messages_are_the_same(
+async def test_app_messages_are_unchanged(
     make: Make, path: str, method: str, headers: dict[str, str], redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("starlette.responses.token_hex", lambda size: "b" * 2 * size)
     left = 4 if path == "/until-left" else None
     scope = http_scope(path, method, headers)
-    if path == "/file" and not headers:  # one server offers to send files by itself, another does not
+    if path == "/file" and not headers:  # only some servers offer to send files
         bare, sampled = await both(make, redis_url, {**scope, "extensions": {}})
         assert untagged(sampled) == bare
     bare, sampled = await both(make, redis_url, dict(scope), body=(b"one", b"two"), left_after=left)
@@ -203,13 +203,13 @@ async def test_messages_are_the_same(
 
 
 @pytest.mark.parametrize("path", ["/model/7", "/model/x"])
-async def test_dependencies_and_validation_of_fastapi_are_the_same(path: str, redis_url: str) -> None:
+async def test_fastapi_dependencies_and_validation_are_unchanged(path: str, redis_url: str) -> None:
     bare, sampled = await both(fastapi, redis_url, dict(http_scope(path)))
 
     assert untagged(sampled) == bare
 
 
-async def test_a_body_that_fastapi_parses_arrives_whole(redis_url: str) -> None:
+async def test_body_reaches_fastapi_complete(redis_url: str) -> None:
     scope = dict(http_scope("/body", "POST", {"content-type": "application/json"}))
     bare, sampled = await both(fastapi, redis_url, scope, body=(b'{"a"', b":1}"))
 
@@ -217,7 +217,7 @@ async def test_a_body_that_fastapi_parses_arrives_whole(redis_url: str) -> None:
     assert bare[1]["body"] == b'{"a":1}'
 
 
-async def test_answers_to_sampled_requests_are_tagged(redis_url: str) -> None:
+async def test_answer_to_a_sampled_request_is_tagged(redis_url: str) -> None:
     _, sampled = await both(starlette, redis_url, dict(http_scope("/plain")))
 
     tags = {name: value for name, value in sampled[0]["headers"] if name in TAGS}
@@ -234,7 +234,7 @@ async def passing(_request: Request, call_next: Any) -> Response:
 @pytest.mark.parametrize("outside", [True, False])
 @pytest.mark.parametrize("other", [Middleware(BaseHTTPMiddleware, dispatch=passing), Middleware(GZipMiddleware)])
 @pytest.mark.parametrize("path", ["/plain", "/large", "/stream", "/events", "/broken", "/refused", "/echo"])
-async def test_other_middleware_above_and_below_works_as_before(
+async def test_outer_and_inner_middleware_are_unaffected(
     path: str, other: Middleware, outside: bool, redis_url: str
 ) -> None:
     def make(ours: list[Middleware]) -> App:
@@ -274,7 +274,7 @@ async def by_descriptor(_scope: Scope, _receive: Receive, send: Send) -> None:
 
 
 @pytest.mark.parametrize("app", [trailing, by_path, by_descriptor])
-async def test_extensions_pass_untouched(app: App, redis_url: str) -> None:
+async def test_extensions_are_unchanged(app: App, redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
     bare, raised = await call(app, http_scope())
     sampled, raised_sampled = await call(middleware, http_scope(headers=marks(pair_id())))
@@ -289,7 +289,7 @@ def _comparable(message: Message) -> Message:
     return {**same, "headers": list(message["headers"])} if message.get("headers") else {**same, "headers": []}
 
 
-async def test_an_app_keeps_its_own_list_of_headers(redis_url: str) -> None:
+async def test_header_list_of_the_app_is_not_modified(redis_url: str) -> None:
     headers = [(b"a", b"b")]
 
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -303,7 +303,7 @@ async def test_an_app_keeps_its_own_list_of_headers(redis_url: str) -> None:
     assert headers == [(b"a", b"b")]
 
 
-async def test_websockets_pass_untouched(redis_url: str) -> None:
+async def test_websockets_are_unchanged(redis_url: str) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         socket = WebSocket(scope, receive, send)
         await socket.accept()
@@ -328,7 +328,7 @@ async def test_websockets_pass_untouched(redis_url: str) -> None:
     assert middleware.queue.captured_count == 0
 
 
-async def test_a_scope_may_bring_its_headers_in_any_iterable(redis_url: str) -> None:
+async def test_scope_headers_may_be_any_iterable(redis_url: str) -> None:
     async def app(scope: Scope, _receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(scope["headers"])})
         await send({"type": "http.response.body"})
@@ -354,7 +354,7 @@ async def test_a_scope_may_bring_its_headers_in_any_iterable(redis_url: str) -> 
         {"x-abreast-copies": ""},
     ],
 )
-async def test_marks_that_are_not_understood_are_left_alone(wrong: dict[str, str], redis_url: str) -> None:
+async def test_request_with_invalid_headers_is_not_captured(wrong: dict[str, str], redis_url: str) -> None:
     app = starlette([])
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
     sent, _ = await call(middleware, http_scope("/plain", headers={**marks(pair_id()), **wrong}))
@@ -363,7 +363,7 @@ async def test_marks_that_are_not_understood_are_left_alone(wrong: dict[str, str
     assert middleware.queue.captured_count == 0
 
 
-async def test_nothing_is_recorded_when_it_is_switched_off(redis_url: str) -> None:
+async def test_disabled_middleware_captures_nothing(redis_url: str) -> None:
     app = starlette([])
     middleware = ParallelRunMiddleware(app, enabled=False, redis_url=redis_url)
     sent, _ = await call(middleware, http_scope("/plain", headers=marks(pair_id())))
@@ -372,7 +372,7 @@ async def test_nothing_is_recorded_when_it_is_switched_off(redis_url: str) -> No
     assert middleware.queue.captured_count == 0
 
 
-async def test_an_app_within_an_app_is_recorded_once(redis_url: str) -> None:
+async def test_nested_middleware_captures_once(redis_url: str) -> None:
     inner = ParallelRunMiddleware(starlette([]), service="shop", redis_url=redis_url)
     outer = ParallelRunMiddleware(inner, service="shop", redis_url=redis_url)
     sent, _ = await call(outer, http_scope("/plain", headers=marks(pair_id())))
@@ -382,7 +382,7 @@ async def test_an_app_within_an_app_is_recorded_once(redis_url: str) -> None:
     assert len(await captures(redis_url)) == 1
 
 
-async def test_the_background_task_runs_after_the_answer_was_shipped(redis_url: str) -> None:
+async def test_answer_is_exported_before_the_background_task_ends(redis_url: str) -> None:
     shipped_before: list[int] = []
 
     async def task() -> None:

@@ -1,4 +1,4 @@
-"""What a capture holds."""
+"""The content of captures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def body(chunk: bytes = b"", *, more: bool = False) -> Message:
     return {"type": "http.response.body", "body": chunk, "more_body": more}
 
 
-async def test_the_request_is_in_it(redis_url: str) -> None:
+async def test_capture_has_the_request(redis_url: str) -> None:
     async def endpoint(request: Request) -> Response:
         return PlainTextResponse(await request.body())
 
@@ -68,7 +68,7 @@ async def test_the_request_is_in_it(redis_url: str) -> None:
     assert (capture.service, capture.release) == ("shop", "r1")
 
 
-async def test_the_answer_is_in_it_without_our_tags(redis_url: str) -> None:
+async def test_capture_has_the_answer_without_tags(redis_url: str) -> None:
     headers = ((b"X-Twice", b"1"), (b"x-twice", b"2"), (b"x-latin", "ü".encode("latin-1")))
     capture = await captured(answering(start(201, *headers), body(b"a", more=True), body(b"b")), redis_url, sampled())
 
@@ -78,7 +78,7 @@ async def test_the_answer_is_in_it_without_our_tags(redis_url: str) -> None:
     assert (capture.complete, capture.client_left, capture.exception) == (True, False, "")
 
 
-async def test_times_are_of_the_answer_and_not_of_what_follows(redis_url: str) -> None:
+async def test_times_exclude_background_tasks(redis_url: str) -> None:
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         await asyncio.sleep(0.02)
         await send(start())
@@ -97,7 +97,7 @@ async def test_times_are_of_the_answer_and_not_of_what_follows(redis_url: str) -
 
 @pytest.mark.parametrize("limit", [0, 10, 100_000])
 @pytest.mark.parametrize("chunk", [1, 1000, 50_000, 3_000_000])
-async def test_of_a_long_body_the_beginning_and_a_digest_are_held(limit: int, chunk: int, redis_url: str) -> None:
+async def test_long_answer_is_captured_as_beginning_and_digest(limit: int, chunk: int, redis_url: str) -> None:
     whole = os.urandom(3_000_000 if chunk >= 1000 else 300)
     parts = [body(whole[at : at + chunk], more=True) for at in range(0, len(whole), chunk)]
     middleware = ParallelRunMiddleware(
@@ -112,7 +112,7 @@ async def test_of_a_long_body_the_beginning_and_a_digest_are_held(limit: int, ch
     assert recorded.fingerprint() == digest(whole)
 
 
-async def test_the_body_of_a_request_is_limited_too(redis_url: str) -> None:
+async def test_long_request_body_is_captured_as_beginning_and_digest(redis_url: str) -> None:
     async def app(_scope: Scope, receive: Receive, send: Send) -> None:
         while (await receive()).get("more_body"):
             pass
@@ -125,7 +125,7 @@ async def test_the_body_of_a_request_is_limited_too(redis_url: str) -> None:
     assert capture.request.body.digest == digest(MEGABYTE * 3)
 
 
-async def test_a_buffer_that_the_app_uses_again_is_copied(redis_url: str) -> None:
+async def test_reused_buffer_is_copied(redis_url: str) -> None:
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         buffer = bytearray(b"first")
         await send(start())
@@ -136,13 +136,13 @@ async def test_a_buffer_that_the_app_uses_again_is_copied(redis_url: str) -> Non
     assert (await captured(app, redis_url, sampled())).answer.body.content == b"first"
 
 
-async def test_head_has_no_body_whatever_the_app_gives(redis_url: str) -> None:
+async def test_head_has_no_body(redis_url: str) -> None:
     capture = await captured(answering(start(), body(b"ignored")), redis_url, sampled(method="HEAD"))
 
     assert capture.answer.body.length == 0
 
 
-async def test_trailers_are_in_it(redis_url: str) -> None:
+async def test_capture_has_trailers(redis_url: str) -> None:
     one: Message = {"type": "http.response.trailers", "headers": [(b"a", b"1")], "more_trailers": True}
     two: Message = {"type": "http.response.trailers", "headers": [(b"b", b"2")]}
     capture = await captured(answering(start(trailers=True), body(b"x"), one, two), redis_url, sampled())
@@ -151,7 +151,7 @@ async def test_trailers_are_in_it(redis_url: str) -> None:
     assert capture.complete
 
 
-async def test_files_are_read_even_if_they_are_gone_at_once(redis_url: str, tmp_path: Path) -> None:
+async def test_file_is_captured_even_if_it_is_deleted_at_once(redis_url: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
 
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -166,7 +166,7 @@ async def test_files_are_read_even_if_they_are_gone_at_once(redis_url: str, tmp_
     assert recorded.content == MEGABYTE[: 256 * 1024]
 
 
-async def test_parts_of_files_are_read_in_order(redis_url: str, tmp_path: Path) -> None:
+async def test_parts_of_files_are_captured_in_order(redis_url: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"0123456789")
 
@@ -183,7 +183,7 @@ async def test_parts_of_files_are_read_in_order(redis_url: str, tmp_path: Path) 
     assert (await captured(app, redis_url, sampled())).answer.body.content == b"<789123>"
 
 
-async def test_descriptors_are_given_back(redis_url: str, tmp_path: Path) -> None:
+async def test_descriptors_are_closed(redis_url: str, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"0123456789")
     app = answering(start(), {"type": "http.response.pathsend", "path": str(file)})
@@ -197,14 +197,14 @@ async def test_descriptors_are_given_back(redis_url: str, tmp_path: Path) -> Non
 
 
 def _open_files() -> set[Path]:
-    found = set()
+    paths = set()
     for link in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # the one that the folder was listed with
-            found.add(link.readlink())
-    return found
+        with contextlib.suppress(OSError):  # the descriptor of the listing
+            paths.add(link.readlink())
+    return paths
 
 
-async def test_what_can_not_be_read_again_is_dropped_and_counted(redis_url: str) -> None:
+async def test_unreadable_body_is_dropped_and_counted(redis_url: str) -> None:
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         reading, writing = os.pipe()
         try:
@@ -223,7 +223,7 @@ async def test_what_can_not_be_read_again_is_dropped_and_counted(redis_url: str)
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
-async def test_an_app_that_raises_is_recorded_and_raises_on(after: int, redis_url: str) -> None:
+async def test_exception_of_the_app_is_captured_and_raised(after: int, redis_url: str) -> None:
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         for message in (start(), body(b"half", more=True))[:after]:
             await send(message)
@@ -240,7 +240,7 @@ async def test_an_app_that_raises_is_recorded_and_raises_on(after: int, redis_ur
     assert (capture.first_byte_us is None) == (after == 0)
 
 
-async def test_a_cancelled_request_is_recorded(redis_url: str) -> None:
+async def test_cancelled_request_is_captured(redis_url: str) -> None:
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         await send(start())
         waiting.set()
@@ -259,7 +259,7 @@ async def test_a_cancelled_request_is_recorded(redis_url: str) -> None:
     assert (capture.exception, capture.complete) == ("CancelledError", False)
 
 
-async def test_a_client_that_leaves_is_noticed(redis_url: str) -> None:
+async def test_disconnect_of_the_client_is_captured(redis_url: str) -> None:
     async def endpoint(request: Request) -> Response:
         async def content() -> AsyncIterator[bytes]:
             while not await request.is_disconnected():
@@ -272,8 +272,8 @@ async def test_a_client_that_leaves_is_noticed(redis_url: str) -> None:
     assert capture.client_left
 
 
-async def test_an_answer_that_goes_on_is_captured_in_time_and_reaches_its_client_to_the_end(redis_url: str) -> None:
-    """What comes later, effects and faults among it, is not waited for."""
+async def test_endless_answer_is_captured_before_its_deadline_and_continues(redis_url: str) -> None:
+    """The capture does not wait for later chunks, effects and exceptions."""
     chunks = [body(b"%d\n" % n, more=True) for n in range(30)]
 
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -303,18 +303,18 @@ async def test_an_answer_that_goes_on_is_captured_in_time_and_reaches_its_client
     assert len(capture.answer.body.content) < len(b"".join(one["body"] for one in chunks))
 
 
-async def test_an_answer_of_several_chunks_that_ends_in_time_is_captured_once_and_whole(redis_url: str) -> None:
+async def test_answer_in_chunks_is_captured_once_and_complete(redis_url: str) -> None:
     app = answering(start(), body(b"a", more=True), body(b"b"))
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, pair_timeout=0.05)
     await call(middleware, sampled())
-    await asyncio.sleep(0.1)  # longer than it may go on
+    await asyncio.sleep(0.1)  # longer than the pair timeout
     await middleware.aclose()
     (capture,) = await captures(redis_url)
 
     assert (capture.truncated_by_deadline, capture.complete, capture.answer.body.content) == (False, True, b"ab")
 
 
-async def test_a_send_that_fails_means_that_the_client_left(redis_url: str) -> None:
+async def test_failed_send_is_a_disconnect(redis_url: str) -> None:
     async def send(_message: Message) -> None:
         raise BrokenPipeError
 
@@ -330,13 +330,13 @@ async def test_a_send_that_fails_means_that_the_client_left(redis_url: str) -> N
     assert (capture.client_left, capture.complete, capture.exception) == (True, False, "BrokenPipeError")
 
 
-async def test_an_app_that_never_answers_is_recorded(redis_url: str) -> None:
+async def test_app_without_answer_is_captured(redis_url: str) -> None:
     capture = await captured(answering(), redis_url, sampled())
 
     assert (capture.answer.status, capture.complete, capture.exception) == (0, False, "")
 
 
-async def test_a_background_task_that_raises_is_not_part_of_the_answer(redis_url: str) -> None:
+async def test_exception_of_a_background_task_is_not_captured(redis_url: str) -> None:
     async def task() -> None:
         raise ValueError("late")
 
@@ -348,7 +348,7 @@ async def test_a_background_task_that_raises_is_not_part_of_the_answer(redis_url
     assert (capture.complete, capture.exception) == (True, "")
 
 
-async def test_both_versions_hash_secrets_alike_without_a_key_being_set(redis_url: str) -> None:
+async def test_versions_share_a_generated_redaction_key(redis_url: str) -> None:
     answer = answering(start(200, (b"set-cookie", b"session=hunter2; Path=/")), body())
     for version in ("old", "new"):
         middleware = ParallelRunMiddleware(answer, service="shop", redis_url=redis_url)
@@ -366,8 +366,10 @@ async def test_both_versions_hash_secrets_alike_without_a_key_being_set(redis_ur
     ("headers", "reason"),
     [(None, "capture_error"), (7, "capture_error"), ([(b"a",)], "encode_error"), ([("text", "text")], "encode_error")],
 )
-async def test_faults_of_ours_are_counted_and_never_reach_the_app(headers: object, reason: str, redis_url: str) -> None:
-    """The server may well refuse such headers; that is between the app and the server."""
+async def test_internal_errors_are_counted_and_never_reach_the_app(
+    headers: object, reason: str, redis_url: str
+) -> None:
+    """The server may refuse such headers. The app is responsible for them."""
     message: Message = {"type": "http.response.start", "status": 200, "headers": headers}
     middleware = ParallelRunMiddleware(answering(message, body(b"x")), service="shop", redis_url=redis_url)
     sent, raised = await call(middleware, sampled())

@@ -1,4 +1,4 @@
-"""Through a real server and real sockets."""
+"""The middleware in uvicorn, with real sockets."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def application(url: str) -> Starlette:
     return app
 
 
-async def test_an_upload_of_five_megabytes_arrives_whole(http: str, redis_url: str) -> None:
+async def test_large_upload_arrives_complete(http: str, redis_url: str) -> None:
     async with serving(application(redis_url), http=http) as (url, _), httpx.AsyncClient(base_url=url) as client:
         answer = await client.post("/upload", content=UPLOAD, headers=marks(pair_id()))
     (capture,) = await captures(redis_url)
@@ -64,7 +64,7 @@ async def test_an_upload_of_five_megabytes_arrives_whole(http: str, redis_url: s
     assert (capture.request.body.length, capture.request.body.digest) == (len(UPLOAD), digest(UPLOAD))
 
 
-async def test_chunks_of_a_stream_are_not_held_back(http: str, redis_url: str) -> None:
+async def test_stream_is_not_buffered(http: str, redis_url: str) -> None:
     async with (
         serving(application(redis_url), http=http) as (url, _),
         httpx.AsyncClient(base_url=url) as client,
@@ -78,7 +78,7 @@ async def test_chunks_of_a_stream_are_not_held_back(http: str, redis_url: str) -
     assert capture.complete
 
 
-async def test_a_client_that_leaves_server_sent_events_is_noticed(http: str, redis_url: str) -> None:
+async def test_disconnect_from_server_sent_events_is_captured(http: str, redis_url: str) -> None:
     async with serving(application(redis_url), http=http) as (url, _), httpx.AsyncClient(base_url=url) as client:
         async with client.stream("GET", "/events", headers=marks(pair_id())) as answer:
             first = await anext(answer.aiter_lines())
@@ -94,7 +94,7 @@ async def test_a_client_that_leaves_server_sent_events_is_noticed(http: str, red
     assert capture.answer.body.content.startswith(b"data: 1\n\n")
 
 
-async def test_connections_are_kept_alive(http: str, redis_url: str) -> None:
+async def test_connection_is_kept_alive(http: str, redis_url: str) -> None:
     async with serving(application(redis_url), http=http) as (url, server), httpx.AsyncClient(base_url=url) as client:
         for _ in range(5):
             await client.get("/stream", headers=marks(pair_id()))
@@ -104,7 +104,7 @@ async def test_connections_are_kept_alive(http: str, redis_url: str) -> None:
     assert len(await captures(redis_url)) == 5
 
 
-async def test_it_may_also_be_put_around_an_app(http: str, redis_url: str) -> None:
+async def test_middleware_can_wrap_an_app(http: str, redis_url: str) -> None:
     app = FastAPI()
 
     @app.get("/items/{item}")
@@ -121,7 +121,7 @@ async def test_it_may_also_be_put_around_an_app(http: str, redis_url: str) -> No
     assert around.queue.shipped_count == 1
 
 
-async def test_without_lifespan_it_works_too(http: str, redis_url: str) -> None:
+async def test_middleware_works_without_lifespan(http: str, redis_url: str) -> None:
     async with (
         serving(application(redis_url), http=http, lifespan="off") as (url, _),
         httpx.AsyncClient(base_url=url) as client,

@@ -1,4 +1,4 @@
-"""An endpoint of which no answer is ever whole, from Redis to the verdict and the report."""
+"""An endpoint whose answers are never complete, from Redis to the verdict and the report."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ WAIVE = (
 
 @pytest.fixture
 async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
-    async with running(redis_url, postgres_url) as found:
-        yield found
+    async with running(redis_url, postgres_url) as sidecar:
+        yield sidecar
 
 
-def streamed(seen: Sequence[object], said: Sequence[object]) -> list[Capture]:
-    """The user has seen some of old's events and left; the copy to new went on for a while."""
+def streamed(seen: Sequence[object], sent: Sequence[object]) -> list[Capture]:
+    """Return a pair of which the user received some events of old and left. The copy of new continued."""
     old, new = pair_of(route="/events")
     leaving = replace(old, answer=_events(seen), complete=False, client_left=True)
-    return [leaving, replace(new, answer=_events(said))]
+    return [leaving, replace(new, answer=_events(sent))]
 
 
 def _events(values: Sequence[object]) -> Answer:
-    held = b"".join(b"data: %b\n\n" % json.dumps(value).encode() for value in values)
-    return Answer(200, (("content-type", "text/event-stream"),), Body(held, len(held)))
+    content = b"".join(b"data: %b\n\n" % json.dumps(value).encode() for value in values)
+    return Answer(200, (("content-type", "text/event-stream"),), Body(content, len(content)))
 
 
 async def arrived(sidecar: Running, pairs: Sequence[list[Capture]], redis_url: str) -> None:
     send(redis_url, [one for pair in pairs for one in pair])
     await eventually_async(
-        lambda: _is(sum(outcomes(sidecar.postgres_url).values()) >= len(pairs)), what="the pairs are judged"
+        lambda: _is(sum(outcomes(sidecar.postgres_url).values()) >= len(pairs)), what="the pairs are compared"
     )
 
 
@@ -64,46 +64,46 @@ async def run(sidecar: Running, *words: str) -> Result:
     return await asyncio.to_thread(CliRunner().invoke, abreast, [*split, "--address", f"127.0.0.1:{sidecar.port}"])
 
 
-async def test_what_differs_before_a_user_leaves_is_a_finding_and_fails(sidecar: Running, redis_url: str) -> None:
+async def test_difference_before_a_disconnect_is_a_finding_and_fails(sidecar: Running, redis_url: str) -> None:
     pairs = [streamed([{"n": n}, {"price": 1}], [{"n": n}, {"price": n % 4 or 1}, {"n": 3}]) for n in range(60)]
     await arrived(sidecar, pairs, redis_url)
     sampled(sidecar.ledger())
 
     assert outcomes(sidecar.postgres_url) == {"partial": 60}
-    (found,) = (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
-    assert (found.path, found.kind, found.count) == ("events[*].data.price", common.KIND_CHANGED, 30)
-    detail = await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=found.id))
+    (finding,) = (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
+    assert (finding.path, finding.kind, finding.count) == ("events[*].data.price", common.KIND_CHANGED, 30)
+    detail = await sidecar.comparison.GetFinding(pb.GetFindingRequest(id=finding.id))
     assert detail.examples[0].pair.outcome == common.OUTCOME_PARTIAL
-    await eventually_async(lambda: _fails(sidecar), what="the finding is told from noise")
+    await eventually_async(lambda: _fails(sidecar), what="the finding is no noise")
 
 
 async def _fails(sidecar: Running) -> bool:
-    found = await verdict(sidecar, max_mismatch=0.01)
-    return state(found) == "FAIL" and "of 60 only the beginnings" in reason(found, "MISMATCHES").text
+    result = await verdict(sidecar, max_mismatch=0.01)
+    return state(result) == "FAIL" and "of 60 only the beginnings" in reason(result, "MISMATCHES").text
 
 
-async def test_coverage_is_waived_by_name_and_never_silently(sidecar: Running, redis_url: str, tmp_path: Path) -> None:
+async def test_coverage_waiver_is_explicit(sidecar: Running, redis_url: str, tmp_path: Path) -> None:
     ledger = sidecar.ledger()
     await arrived(sidecar, [streamed([1, 2], [1, 2, 3]) for _ in range(20)], redis_url)
     add(ledger, 9000)
     ledger.execute("update abreast.pair set new_release = 'new-1'")
     sampled(ledger)
     before = await verdict(sidecar)
-    made = await run(sidecar, *WAIVE)
+    waive = await run(sidecar, *WAIVE)
     after, listed = await verdict(sidecar), await run(sidecar, "rules list")
-    told = await run(sidecar, "verdict")
+    shown = await run(sidecar, "verdict")
     await run(sidecar, "report", "--output", str(tmp_path / "r"))
     await run(sidecar, "rules delete 1")
 
     assert (state(before), before.reasons[0].endpoint.route) == ("INCONCLUSIVE", "/events")
     assert before.reasons[0].text.startswith("of 20 requests none could be compared as a whole, 20 in part")
-    assert made.exit_code == 0, made.output
+    assert waive.exit_code == 0, waive.output
     assert state(after) == "PASS"
     assert (reason(after, "COVERAGE").endpoint.route, state(reason(after, "COVERAGE"))) == ("/events", "PASS")
     waived = "waived by rule 1 of shop until 2099-01-31: clients leave streams"
     assert reason(after, "COVERAGE").text.endswith(waived)
     assert "coverage, no pair" in listed.stdout
-    assert (told.exit_code, waived in " ".join(told.stdout.split())) == (0, True)
+    assert (shown.exit_code, waived in " ".join(shown.stdout.split())) == (0, True)
     page, record = (tmp_path / "r.html").read_text(), json.loads((tmp_path / "r.json").read_text())
     assert waived in page
     assert "waive-coverage endpoint GET /events" in page
@@ -115,17 +115,17 @@ async def test_coverage_is_waived_by_name_and_never_silently(sidecar: Running, r
     ("limits", "expected"),
     [("--service shop", "PASS"), ("--service other", "INCONCLUSIVE"), ("--release 7", "INCONCLUSIVE")],
 )
-async def test_a_waiver_holds_within_its_limits(sidecar: Running, limits: str, expected: str) -> None:
+async def test_waiver_applies_within_its_limits(sidecar: Running, limits: str, expected: str) -> None:
     ledger = sidecar.ledger()
     add(ledger, 9000)
     add(ledger, 5, endpoint=ledger.endpoint(route="/events"), outcome="aborted")
     sampled(ledger)
-    made = await run(sidecar, *WAIVE, limits)
+    waive = await run(sidecar, *WAIVE, limits)
 
-    assert (made.exit_code, state(await verdict(sidecar))) == (0, expected)
+    assert (waive.exit_code, state(await verdict(sidecar))) == (0, expected)
 
 
-async def test_a_waiver_is_of_one_endpoint_and_of_no_finding(sidecar: Running) -> None:
+async def test_waiver_applies_to_one_endpoint_and_no_finding(sidecar: Running) -> None:
     finding = sidecar.ledger().finding(sidecar.ledger().endpoint(), "$.price")
     many = await run(sidecar, WAIVE[0], "GET /*", *WAIVE[2:])
     made_for = await run(sidecar, *WAIVE, f"--for {finding}")

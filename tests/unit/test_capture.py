@@ -19,9 +19,9 @@ COUNT = st.integers(0, 2**53)
 
 @st.composite
 def bodies(draw: st.DrawFn) -> Body:
-    held = draw(st.binary(max_size=200))
+    content = draw(st.binary(max_size=200))
     missing = draw(st.integers(0, 10_000))
-    return Body(held, len(held) + missing, digest(held) if missing else "")
+    return Body(content, len(content) + missing, digest(content) if missing else "")
 
 
 CAPTURES = st.builds(
@@ -46,18 +46,18 @@ CAPTURES = st.builds(
 
 
 @given(CAPTURES)
-def test_what_is_encoded_decodes_to_the_same(capture: Capture) -> None:
+def test_decode_returns_the_encoded_capture(capture: Capture) -> None:
     assert decode(encode(capture)) == capture
 
 
 @given(st.binary(max_size=300))
-def test_rubbish_is_refused_with_a_capture_error(blob: bytes) -> None:
+def test_decode_rejects_bytes_that_are_no_capture(blob: bytes) -> None:
     with pytest.raises(CaptureError):
         decode(blob)
 
 
 @given(CAPTURES, st.data())
-def test_a_damaged_capture_is_refused_or_read_but_nothing_else_is_raised(capture: Capture, data: st.DataObject) -> None:
+def test_decode_of_a_damaged_capture_raises_only_capture_error(capture: Capture, data: st.DataObject) -> None:
     blob = bytearray(encode(capture))
     at = data.draw(st.integers(0, len(blob) - 1))
     blob[at] = data.draw(st.integers(0, 255))
@@ -66,7 +66,7 @@ def test_a_damaged_capture_is_refused_or_read_but_nothing_else_is_raised(capture
 
 
 @given(CAPTURES, st.integers(1, 50))
-def test_a_capture_that_was_cut_is_refused(capture: Capture, cut: int) -> None:
+def test_decode_rejects_a_truncated_capture(capture: Capture, cut: int) -> None:
     blob = encode(capture)
 
     with pytest.raises(CaptureError):
@@ -74,17 +74,17 @@ def test_a_capture_that_was_cut_is_refused(capture: Capture, cut: int) -> None:
 
 
 @given(CAPTURES)
-def test_heads_with_a_part_missing_are_refused(capture: Capture) -> None:
-    line, _, rest = encode(capture).partition(b"\n")
+def test_decode_rejects_a_head_without_a_field(capture: Capture) -> None:
+    line, _, bodies = encode(capture).partition(b"\n")
     head = orjson.loads(line)
     for part in head.keys() - {"effects_dropped"}:
         less = {name: value for name, value in head.items() if name != part}
 
         with pytest.raises(CaptureError):
-            decode(orjson.dumps(less) + b"\n" + rest)
+            decode(orjson.dumps(less) + b"\n" + bodies)
 
 
-def test_a_capture_of_a_service_that_knew_no_effects_is_read() -> None:
+def test_decode_accepts_a_head_without_optional_fields() -> None:
     capture = Capture("p", "s", "new", "shadow", Request("GET", "/"), Answer(200))
     head = orjson.loads(encode(capture))
     head.pop("effects_dropped", None)
@@ -92,18 +92,18 @@ def test_a_capture_of_a_service_that_knew_no_effects_is_read() -> None:
     assert decode(orjson.dumps(head) + b"\n") == capture
 
 
-def test_a_newer_format_is_named() -> None:
-    with pytest.raises(CaptureError, match="format 2 can't be read; this code reads format 1"):
+def test_decode_names_a_newer_format() -> None:
+    with pytest.raises(CaptureError, match="must have format 1, got format 2"):
         decode(b'{"v":2}\n')
 
 
-def test_the_slot_names_version_role_and_attempt() -> None:
+def test_slot_has_version_role_and_attempt() -> None:
     capture = Capture("p", "s", "new", "shadow", Request("GET", "/"), Answer(200), attempt=3)
 
     assert capture.slot == "new:shadow:3"
 
 
-def test_a_body_is_whole_when_nothing_is_missing() -> None:
+def test_body_is_complete_if_no_bytes_are_missing() -> None:
     assert Body(b"abc", 3).is_complete
     assert not Body(b"abc", 4, "x").is_complete
     assert Body(b"abc", 3).fingerprint() == digest(b"abc")

@@ -74,7 +74,7 @@ def test_the_settings_can_be_read() -> None:
 
     assert settings.envoy_admin == ("http://envoy:9901",)
     for service in SHOP:
-        assert ServiceSettings.read(ours(service), {"service": "shop"}).redis_url == settings.redis_url
+        assert ServiceSettings.from_environment(ours(service), {"service": "shop"}).redis_url == settings.redis_url
 
 
 def test_the_mounted_envoy_configuration_is_what_its_command_renders() -> None:

@@ -255,7 +255,7 @@ async def test_effect_block_is_recorded_once_and_each_call_once(enter: Any) -> N
 async def test_effect_block_without_a_decision_raises(enter: Any) -> None:
     enter("live")
 
-    with pytest.raises(EffectError, match=r"the block of effect 'email.send' asked neither"):
+    with pytest.raises(EffectError, match=r"the block of effect 'email.send' uses neither"):
         async with abreast.effect("email.send", {}):
             pass
     with pytest.raises(EffectError, match="shadow requests run it too"), abreast.effect("email.send", {}):
@@ -270,7 +270,7 @@ async def test_effect_block_without_a_decision_is_logged_in_production(
     async with abreast.effect("email.send", {}):
         pass
 
-    assert "asked neither" in caplog.text
+    assert "uses neither" in caplog.text
 
 
 async def test_effect_shared_by_requests_ends_separately() -> None:
@@ -363,7 +363,7 @@ def test_record_never_raises(enter: Any, caplog: pytest.LogCaptureFixture) -> No
     abreast.record("a", Awful())
     assert abreast.effect("b", lambda: 1 / 0).call(lambda: 7) == 7
 
-    assert "recording failed in making an effect's payload" in caplog.text
+    assert "recording failed in building the payload of an effect" in caplog.text
     first, second = (record["payload"] for record in get_records(context))
     assert first.startswith("<test_record_never_raises")
     assert second == "<no payload: ZeroDivisionError>"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import re
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -10,14 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.envoy.settings import (
-    EnvoySettings,
-    SocketAddress,
-    StickyKey,
-    parse_addresses,
-    parse_sticky,
-    to_env_value,
-)
+from abreast.settings import format_value
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress, StickyKey, parse_addresses, parse_sticky
 from abreast_sidecar.errors import SettingError
 from abreast_sidecar.settings import Settings
 
@@ -29,18 +22,18 @@ def read(**variables: str) -> EnvoySettings:
     return EnvoySettings.from_environment({f"ABREAST_{name.upper()}": value for name, value in variables.items()})
 
 
-def test_everything_listens_on_loopback_by_default() -> None:
+def test_default_addresses_are_loopback() -> None:
     settings = EnvoySettings()
 
     assert {settings.listen.host, settings.admin.host} == {"127.0.0.1"}
 
 
-def test_nothing_unsafe_is_mirrored_by_default() -> None:
+def test_default_mirrors_no_unsafe_requests() -> None:
     assert EnvoySettings().sample_unsafe == 0
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "wanted"),
+    ("variable", "value", "expected"),
     [
         ("old", "10.0.0.7:8000", (SocketAddress("10.0.0.7", 8000),)),
         ("old", "a.internal:80, b_2:81", (SocketAddress("a.internal", 80), SocketAddress("b_2", 81))),
@@ -60,17 +53,17 @@ def test_nothing_unsafe_is_mirrored_by_default() -> None:
         ("mirror_body_limit", "1000", 1000),
     ],
 )
-def test_values_are_read_from_variables(variable: str, value: str, wanted: Any) -> None:
-    assert getattr(read(**{variable: value}), variable) == wanted
+def test_variable_is_parsed(variable: str, value: str, expected: Any) -> None:
+    assert getattr(read(**{variable: value}), variable) == expected
 
 
 @given(st.ip_addresses(), st.integers(1, 65535), st.sampled_from(["header:x-user", "cookie:User", "source-ip"]))
-def test_what_is_written_is_read_back(address: IPv4Address | IPv6Address, port: int, key: str) -> None:
+def test_formatted_value_parses_to_the_same_value(address: IPv4Address | IPv6Address, port: int, key: str) -> None:
     host = str(address)
     if "%" not in host:
-        there = SocketAddress(host, port)
-        assert parse_addresses(to_env_value((there, there))) == (there, there)
-    assert to_env_value(parse_sticky(key)) == key
+        endpoint = SocketAddress(host, port)
+        assert parse_addresses(format_value((endpoint, endpoint))) == (endpoint, endpoint)
+    assert format_value(parse_sticky(key)) == key
 
 
 @pytest.mark.parametrize(
@@ -95,7 +88,7 @@ def test_what_is_written_is_read_back(address: IPv4Address | IPv6Address, port: 
         ("access_log", "maybe"),
     ],
 )
-def test_a_bad_value_is_refused_by_the_name_of_its_variable(variable: str, value: str) -> None:
+def test_invalid_value_is_rejected_with_the_name_of_its_variable(variable: str, value: str) -> None:
     name = f"ABREAST_{variable.upper()}"
     with pytest.raises(SettingError, match=f"^{name} must be .*, got ") as raised:
         read(**{variable: value})
@@ -103,37 +96,42 @@ def test_a_bad_value_is_refused_by_the_name_of_its_variable(variable: str, value
     assert repr(value) in str(raised.value)
 
 
-@pytest.mark.parametrize("half", ["tls_certificate", "tls_key"])
-def test_half_of_a_certificate_is_refused(half: str) -> None:
+def test_invalid_secret_is_not_shown() -> None:
+    with pytest.raises(SettingError, match="ABREAST_TESTER_SECRET must be 16 to 200") as raised:
+        read(tester_secret="hunter2")
+
+    assert "hunter2" not in str(raised.value)
+    assert "hunter2" not in repr(EnvoySettings(tester_secret="hunter2"))
+
+
+@pytest.mark.parametrize("name", ["tls_certificate", "tls_key"])
+def test_certificate_and_key_must_be_set_together(name: str) -> None:
     with pytest.raises(SettingError, match="go together"):
-        read(**{half: "/etc/tls/file.pem"})
+        read(**{name: "/etc/tls/file.pem"})
 
 
-def test_the_listener_and_the_admin_interface_may_not_share_an_address() -> None:
+def test_listener_and_admin_must_not_share_an_address() -> None:
     with pytest.raises(SettingError, match="must differ"):
         read(listen="127.0.0.1:9901")
 
 
-def test_what_the_sidecar_has_a_setting_for_too_means_the_same() -> None:
-    """Envoy's first values are the sidecar's first values, from one variable."""
-    ours = {part.name: part for part in dataclasses.fields(EnvoySettings)}
-    theirs = {part.name: part for part in dataclasses.fields(Settings)}
-    shared = ours.keys() & theirs.keys()
+def test_settings_shared_with_the_sidecar_have_the_same_default_and_parser() -> None:
+    """Envoy and the sidecar read the initial shares from the same variables."""
+    envoy = {setting.name: (setting.default, setting.parse) for setting in EnvoySettings.declared()}
+    sidecar = {setting.name: (setting.default, setting.parse) for setting in Settings.declared()}
+    shared = envoy.keys() & sidecar.keys()
 
     assert shared == {"sample_safe", "sample_unsafe", "baseline_share"}
-    for name in shared:
-        assert ours[name].default == theirs[name].default
-        assert ours[name].metadata["parse"] is theirs[name].metadata["parse"]
+    assert all(envoy[name] == sidecar[name] for name in shared)
 
 
-def test_the_documentation_has_every_setting_with_its_default_and_no_other() -> None:
-    rows = {name: (default, text) for name, default, text in ROW.findall(DOCS.read_text())}
-    wanted = {
-        part.name.upper(): (
-            f"`{to_env_value(part.default)}`" if to_env_value(part.default) else "",
-            part.metadata["doc"],
+def test_docs_list_every_setting_with_its_default() -> None:
+    rows = {name: (default, doc) for name, default, doc in ROW.findall(DOCS.read_text())}
+
+    assert rows == {
+        setting.variable.removeprefix("ABREAST_"): (
+            f"`{setting.default_text}`" if setting.default_text else "",
+            setting.doc,
         )
-        for part in dataclasses.fields(EnvoySettings)
+        for setting in EnvoySettings.declared()
     }
-
-    assert rows == wanted

@@ -11,7 +11,7 @@ rows = st.tuples(st.text(max_size=40), st.text(max_size=12), st.integers(0, 100)
 
 
 @given(st.lists(rows, max_size=5), st.sampled_from(["shop", "bücher"]))
-def test_it_is_what_the_client_would_send(captures: list[CaptureRow], service: str) -> None:
+def test_join_command_equals_the_encoding_of_redis_py(captures: list[CaptureRow], service: str) -> None:
     captures = [row for row in captures if _text(row[0]) and _text(row[1])]
     keys, bounds = Keys(service, 3), Limits()
     names, arguments = join_arguments(keys, bounds, captures)

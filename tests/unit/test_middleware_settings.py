@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import httpx
@@ -12,13 +11,12 @@ from starlette.routing import Route
 from abreast import ParallelRunMiddleware, SettingError
 from abreast.settings import Settings, SettingsKwargs
 
-MARKS = {
+ENVOY_HEADERS = {
     "x-abreast-pair": "0d7c1e3a-0000-4000-8000-000000000001",
     "x-abreast-version": "new",
     "x-abreast-role": "live",
     "x-abreast-copies": "2",
 }
-FIELDS = {part.name for part in dataclasses.fields(Settings)}
 
 
 async def app(*_: object) -> None:
@@ -26,11 +24,11 @@ async def app(*_: object) -> None:
 
 
 def read(arguments: dict[str, Any] | None = None, /, **environment: str) -> Settings:
-    return Settings.read(environment, {"service": "shop", **(arguments or {})})
+    return Settings.from_environment(environment, {"service": "shop", **(arguments or {})})
 
 
-def test_every_setting_can_be_passed_as_a_keyword_argument() -> None:
-    assert set(SettingsKwargs.__annotations__) == FIELDS
+def test_settings_kwargs_has_every_setting() -> None:
+    assert list(SettingsKwargs.__annotations__) == [setting.name for setting in Settings.declared()]
 
 
 @pytest.mark.parametrize(
@@ -46,16 +44,17 @@ def test_every_setting_can_be_passed_as_a_keyword_argument() -> None:
         ("ABREAST_SHARDS", "4", "shards", 4),
     ],
 )
-def test_a_variable_sets_it(variable: str, text: str, name: str, value: object) -> None:
-    assert getattr(Settings.read({"ABREAST_SERVICE": "shop", variable: text}, {}), name) == value
+def test_variable_sets_the_value(variable: str, text: str, name: str, value: object) -> None:
+    assert getattr(Settings.from_environment({"ABREAST_SERVICE": "shop", variable: text}), name) == value
 
 
-def test_an_argument_wins_over_a_variable() -> None:
+def test_argument_overrides_the_variable() -> None:
     assert read({"body_limit": 1}, ABREAST_BODY_LIMIT="2").body_limit == 1
 
 
-def test_an_empty_variable_is_as_good_as_none() -> None:
+def test_empty_text_counts_as_not_set() -> None:
     assert read(ABREAST_BODY_LIMIT="").body_limit == 256 * 1024
+    assert read({"release": ""}, ABREAST_RELEASE="v1").release == "v1"
 
 
 @pytest.mark.parametrize(
@@ -70,42 +69,43 @@ def test_an_empty_variable_is_as_good_as_none() -> None:
         ("ABREAST_REQUEST_HEADERS", "a b", "ABREAST_REQUEST_HEADERS must be header names"),
     ],
 )
-def test_a_wrong_variable_is_named_with_what_is_wanted(variable: str, text: str, message: str) -> None:
+def test_invalid_variable_is_named_with_its_requirement(variable: str, text: str, message: str) -> None:
     with pytest.raises(SettingError, match=message):
-        Settings.read({"ABREAST_SERVICE": "shop", variable: text}, {})
+        Settings.from_environment({"ABREAST_SERVICE": "shop", variable: text})
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "{a}", "a b", "a" * 101, "a\n", 7])
-def test_a_service_needs_a_proper_name(name: object) -> None:
+def test_service_needs_a_valid_name(name: object) -> None:
     with pytest.raises(SettingError, match=r"service (name|must be a name)"):
-        Settings.read({}, {"service": name} if name else {})
+        Settings.from_environment({}, {"service": name} if name else {})
 
 
-def test_a_wrong_url_is_not_shown_since_it_may_hold_a_password() -> None:
-    with pytest.raises(SettingError, match=r"redis_url must be a URL .*got something else") as caught:
+def test_invalid_url_is_not_shown_because_it_may_contain_a_password() -> None:
+    with pytest.raises(SettingError, match=r"redis_url must be a URL .*got a value that is not shown") as raised:
         read({"redis_url": "http://user:hunter2@r"})
 
-    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in str(raised.value)
 
 
 @pytest.mark.parametrize("url", ["redis://host:port", "redis://[::"])
-def test_a_url_that_can_not_be_read_is_refused(url: str) -> None:
+def test_unreadable_url_is_rejected(url: str) -> None:
     with pytest.raises(SettingError, match="redis_url must be a URL"):
         read({"redis_url": url})
 
 
 def test_secrets_are_not_in_the_representation() -> None:
-    shown = repr(read({"redis_url": "redis://:hunter2@r", "redact_key": "hunter3"}))
+    representation = repr(read({"redis_url": "redis://:hunter2@r", "redact_key": "hunter3"}))
 
-    assert "hunter" not in shown
+    assert "hunter" not in representation
+    assert "service='shop'" in representation
 
 
-def test_an_unknown_argument_is_refused() -> None:
+def test_unknown_argument_is_rejected() -> None:
     with pytest.raises(SettingError, match="there is no setting 'servise'"):
-        Settings.read({}, {"servise": "shop"})
+        Settings.from_environment({}, {"servise": "shop"})
 
 
-def test_the_middleware_reads_the_environment_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_middleware_reads_the_environment_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ABREAST_SERVICE", "basket")
 
     assert ParallelRunMiddleware(app).settings.service == "basket"
@@ -119,14 +119,14 @@ def test_the_middleware_reads_the_environment_at_construction(monkeypatch: pytes
         ({"ABREAST_SHARDS": "x"}, {"service": "shop"}, "ABREAST_SHARDS must be a whole number"),
     ],
 )
-async def test_a_wrong_setting_never_reaches_users(
+async def test_invalid_setting_disables_the_middleware_and_logs_an_error(
     variables: dict[str, str],
     arguments: dict[str, Any],
     problem: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Starlette constructs its middleware at the first request: what is raised there is a 500."""
+    """Starlette constructs its middleware at the first request, so an exception would be a 500."""
     monkeypatch.delenv("ABREAST_SERVICE", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
@@ -134,18 +134,18 @@ async def test_a_wrong_setting_never_reaches_users(
     service.add_middleware(ParallelRunMiddleware, **arguments)
     transport = httpx.ASGITransport(service)
     async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
-        answer = await client.get("/", headers=MARKS)
+        response = await client.get("/", headers=ENVOY_HEADERS)
 
-    assert (answer.status_code, answer.text) == (200, "fine")
-    assert "x-abreast-pair" not in answer.headers
+    assert (response.status_code, response.text) == (200, "fine")
+    assert "x-abreast-pair" not in response.headers
     assert [record.levelname for record in caplog.records if problem in record.getMessage()] == ["ERROR"]
 
 
-def test_switched_off_it_needs_no_name() -> None:
-    assert not Settings.read({"ABREAST_ENABLED": "no"}, {}).enabled
+def test_disabled_middleware_needs_no_service_name() -> None:
+    assert not Settings.from_environment({"ABREAST_ENABLED": "no"}).enabled
 
 
-def test_bounds_are_in_the_units_of_the_script() -> None:
-    bounds = read({"pair_timeout": 2.5, "redis_pairs": 7, "redis_bytes": 9}).join_limits
+def test_join_limits_have_the_units_of_the_script() -> None:
+    limits = read({"pair_timeout": 2.5, "redis_pairs": 7, "redis_bytes": 9}).join_limits
 
-    assert (bounds.wait_ms, bounds.max_pairs, bounds.max_bytes) == (2500, 7, 9)
+    assert (limits.wait_ms, limits.max_pairs, limits.max_bytes) == (2500, 7, 9)

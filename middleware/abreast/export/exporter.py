@@ -1,6 +1,6 @@
-"""The background task of one event loop: assembles captures, sends them in batches and reports, for ever.
+"""The export of captures to Redis: one background task per event loop encodes them, sends batches and reports.
 
-It never fails: what can't be sent waits within the bounds of the backlog, and what doesn't fit there is counted.
+The task never fails. Captures that can't be sent wait in the queue, and the queue counts the ones it has to drop.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import contextvars
 import logging
 import os
 import random
-import threading
 import weakref
 from asyncio import TimerHandle, get_running_loop
 from collections import deque
@@ -22,7 +21,6 @@ from abreast._thread import BACKGROUND_THREAD
 from abreast.errors import ErrorReporter
 from abreast.export.queue import (
     CAPTURE_ERROR,
-    CAPTURE_OVERHEAD_BYTES,
     ENCODE_ERROR,
     REDIS_ERROR,
     REDIS_REJECTED_BYTES,
@@ -39,9 +37,25 @@ from abreast.protocol.join import CaptureRow, shard_of
 from abreast.recorder import RequestRecorder
 from abreast.settings import Settings
 
+logger = logging.getLogger("abreast")
+
+WORK_SLICE_S = 0.001  # seconds of work, after which other tasks get their turn
+MAX_BATCH_BYTES = 1024 * 1024  # bytes of captures per call of the script, which blocks Redis
+BACKOFF_S = 0.1  # seconds before the second attempt, doubled for each further one
+MAX_BACKOFF_S = 5.0  # seconds
+MAX_REJECTIONS = 3  # permanent errors for one batch, after which it is dropped
+REPORT_INTERVAL_S = 1.0  # seconds between reports if a total changed
+IDLE_REPORT_INTERVAL_S = 5.0  # seconds between reports if no total changed
+# Shares of pair_timeout: a capture of a long answer has to leave before its pair times out.
+TRUNCATION_DEADLINE_RATIO = 0.8
+MIN_TRUNCATION_DELAY_RATIO = 0.1  # from the first chunk
+
+
+_pools: weakref.WeakSet[ExporterPool] = weakref.WeakSet()
+
 
 class WakeEvent:
-    """Of one task, in the thread of its loop."""
+    """An event for one task, to be set in the thread of its loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -53,11 +67,10 @@ class WakeEvent:
         self._wake()
 
     def clear(self) -> None:
-        """Forget that it rang."""
         self._is_set = False
 
     async def wait(self, seconds: float) -> bool:
-        """Whether it rang within the time, or had before. It is silent then."""
+        """Return True if the event was set before the timeout, and clear it."""
         if not self._is_set and seconds > 0:
             self._waiter = self._loop.create_future()
             timer = self._loop.call_later(seconds, self._wake)
@@ -74,17 +87,6 @@ class WakeEvent:
             self._waiter.set_result(None)
 
 
-logger = logging.getLogger("abreast")
-
-WORK_SLICE_S = 0.001  # seconds of work after which other tasks get their turn
-MAX_BATCH_BYTES = 1024 * 1024  # of captures in one call of the script, which holds up Redis
-BACKOFF_S = 0.1  # seconds before the second attempt; doubled for each one after it
-MAX_BACKOFF_S = 5.0  # seconds
-MAX_REJECTIONS = 3  # of one batch, for reasons that won't pass by themselves
-REPORT_INTERVAL_S = 1.0  # seconds, when something changed
-IDLE_REPORT_INTERVAL_S = 5.0  # seconds, when nothing did
-
-
 class Exporter:
     def __init__(
         self,
@@ -96,7 +98,7 @@ class Exporter:
     ) -> None:
         self.loop = loop
         self.is_stopped = False
-        self.thread_id = threading.get_ident()
+        self.thread_id = get_ident()
         self.wake_event = WakeEvent(loop)
         self._settings = settings
         self._queue = queue
@@ -104,54 +106,50 @@ class Exporter:
         self._report_error = report_error
         self._effect_wait_ns = round(min(settings.effect_wait, settings.pair_timeout / 2) * 1e9)  # ns
         self._transport = RedisTransport(settings)
-        self._serializer: CaptureSerializer | None = None  # there while the connection is believed to work
-        self._batches: deque[tuple[int, list[QueuedCapture]]] = deque()  # batches by shard, encoded
+        self._serializer: CaptureSerializer | None = None  # None while there is no connection
+        self._batches: deque[tuple[int, list[QueuedCapture]]] = deque()  # (shard, encoded captures)
         self._rejections = 0
-        self._failures = 0  # in a row
+        self._failures = 0  # consecutive
         self._retry_at = 0.0
         self._last_report_at = 0.0
         self._last_report_totals: tuple[int, ...] = ()
         self._is_closing = False
-        self._is_flushing = False  # nothing is waited for any more
-        # A context of its own, or the request that started the task would live in it for ever.
+        self._is_flushing = False  # captures no longer wait for effects
+        # With a separate context, the request that starts the task is not kept alive.
         self._task = loop.create_task(self._run(), name="abreast", context=contextvars.Context())
 
     async def aclose(self) -> None:
-        """Send what waits, for `flush_timeout` at most; the rest is dropped and counted."""
+        """Send the queue for at most `flush_timeout` seconds, then drop and count the remaining captures."""
         self._is_closing = True
         self.wake_event.set()
         _, unfinished = await asyncio.wait([self._task], timeout=self._settings.flush_timeout)
-        if unfinished:  # in the middle of a turn with a slow Redis
+        if unfinished:  # Redis is slow
             self._task.cancel()
             await asyncio.wait([self._task], timeout=REPLY_TIMEOUT_S)
 
     async def _run(self) -> None:
         try:
             while not self._is_closing:
-                self._raise_if_cancelled()
+                if self._task.cancelling():  # wait_for of Python 3.11, in redis-py, may swallow a cancellation
+                    raise asyncio.CancelledError  # noqa: TRY301  # as a cancellation would be
                 await self._wait_for_work()
                 await self._run_once()
             await self._flush()
             self._drop_all()
             await self._send_last_report()
         except asyncio.CancelledError:
-            if self._is_closing:  # the time is over
+            if self._is_closing:  # flush_timeout is over
                 self._drop_all()
-            else:  # the loop comes to its end
+            else:  # the loop is closing
                 await self._flush()
                 await self._send_last_report()
             raise
         finally:
             self.is_stopped = True
             while self._batches:
-                self._queue.outbox.extendleft(reversed(self._batches.pop()[1]))
+                self._queue.requeue(self._batches.pop()[1])
             with contextlib.suppress(Exception):
                 await self._transport.close()
-
-    def _raise_if_cancelled(self) -> None:
-        """Python 3.11's wait_for, which redis-py uses, may swallow a cancellation; the loop would never end."""
-        if self._task.cancelling():
-            raise asyncio.CancelledError
 
     async def _wait_for_work(self) -> None:
         self.wake_event.clear()
@@ -164,7 +162,7 @@ class Exporter:
         elif queue.awaiting_effects:
             await self.wake_event.wait(min(self._settings.export_interval, self._next_report_at() - now))
         elif await self.wake_event.wait(self._next_report_at() - now):
-            await self.wake_event.wait(self._settings.export_interval)  # others may come
+            await self.wake_event.wait(self._settings.export_interval)  # collect a batch
 
     async def _run_once(self) -> None:
         try:
@@ -178,16 +176,15 @@ class Exporter:
                     await self._send_report()
         except TransportError as error:
             await self._mark_disconnected(error)
-        except Exception as error:  # noqa: BLE001  # the task must live as long as the loop
-            self._report_error("shipping", error)
+        except Exception as error:  # noqa: BLE001  # the task must live as long as its loop
+            self._report_error("exporting", error)
             self._retry_at = self.loop.time() + REPORT_INTERVAL_S
 
     async def _drain(self) -> None:
-        """Also while Redis is down, so that no request is held longer than it must be."""
+        """Encode or trim the recorders, also while Redis is down, so that they keep no request alive."""
         queue, slice_end = self._queue, perf_counter() + WORK_SLICE_S
-        while queue.recorders:
-            recorder, size = queue.recorders.popleft()
-            queue.version_counts[recorder.route_tags[0]] += 1
+        while (entry := queue.next_recorder()) is not None:
+            recorder, size = entry
             if recorder.error:
                 queue.drop(CAPTURE_ERROR, size)
             else:
@@ -195,36 +192,24 @@ class Exporter:
             if perf_counter() > slice_end:
                 await asyncio.sleep(0)
                 slice_end = perf_counter() + WORK_SLICE_S
-        self._finalise()
+        cutoff_ns = perf_counter_ns() - self._effect_wait_ns
+        queue.release_finished(cutoff_ns, is_flushing=self._is_flushing)
 
     def _accept(self, recorder: RequestRecorder, size: int) -> None:
-        """Encode it where nothing more comes; otherwise keep only what is needed of it."""
+        """Encode a capture that is final. Otherwise keep only what a capture needs of the request."""
         queue, queued, serializer = self._queue, QueuedCapture(size, recorder), self._serializer
         try:
             recorder.route = self._route_resolver.resolve(recorder.scope)
             if serializer is None or not recorder.app_returned:
                 trim_scope(recorder)
-        except Exception as error:  # noqa: BLE001  # a capture that can't be made must not stop the others
+        except Exception as error:  # noqa: BLE001  # one bad capture must not stop the others
             queue.drop(CAPTURE_ERROR, size)
-            self._report_error("settling", error)
+            self._report_error("resolving a route", error)
             return
         if serializer is None or not recorder.app_returned:
-            queue.awaiting_effects.append(queued)
+            queue.add_awaiting_effects(queued)
         elif self._encode(queued, serializer):
-            queue.outbox.append(queued)
-
-    def _finalise(self) -> None:
-        """Let go what no background task adds to any more, or has had its time."""
-        queue, awaiting_effects = self._queue, []
-        cutoff_ns = perf_counter_ns() - self._effect_wait_ns
-        for queued in queue.awaiting_effects:
-            recorder = queued.recorder
-            if recorder is None or recorder.app_returned or recorder.finished_ns < cutoff_ns or self._is_flushing:
-                queue.account_growth(queued)
-                queue.outbox.append(queued)
-            else:
-                awaiting_effects.append(queued)
-        queue.awaiting_effects = awaiting_effects
+            queue.add_outgoing(queued)
 
     async def _send_batches(self) -> None:
         if self._serializer is None:
@@ -245,13 +230,13 @@ class Exporter:
                 self._finish_batch(batch, result)
 
     async def _build_batches(self, serializer: CaptureSerializer) -> None:
-        """The next batch, by shard."""
-        outbox, shards = self._queue.outbox, self._settings.shards
+        """Encode the next batch and split it by shard."""
+        queue, shards = self._queue, self._settings.shards
         batches: dict[int, list[QueuedCapture]] = {}
         count, size, slice_end = 0, 0, perf_counter() + WORK_SLICE_S
         try:
-            while outbox and count < self._settings.export_batch and size < MAX_BATCH_BYTES:
-                queued = outbox.popleft()
+            while queue.outbox and count < self._settings.export_batch and size < MAX_BATCH_BYTES:
+                queued = queue.next_outgoing()
                 row = queued.row or self._encode(queued, serializer)
                 if row is None:
                     continue
@@ -264,9 +249,9 @@ class Exporter:
             self._batches.extend(batches.items())
 
     def _encode(self, queued: QueuedCapture, serializer: CaptureSerializer) -> CaptureRow | None:
-        """None when it can't be encoded, and was dropped."""
+        """Return the row, or drop the capture and return None."""
         recorder = queued.recorder
-        if recorder is None:  # done before
+        if recorder is None:  # already encoded
             return queued.row
         try:
             self._queue.account_growth(queued)
@@ -328,33 +313,23 @@ class Exporter:
         self._failures += 1
         self._retry_at = self.loop.time() + delay_s * random.uniform(0.5, 1)  # noqa: S311  # not a secret
         with contextlib.suppress(Exception):
-            await self._transport.close()  # a replica that took over may have the same name
+            await self._transport.close()  # after a failover, the address may be that of another server
 
     async def _flush(self) -> None:
-        """Until nothing waits, Redis fails or the time is over."""
+        """Send until the queue is empty, Redis fails or `flush_timeout` is over."""
         self._is_flushing = True
         with contextlib.suppress(TimeoutError, TransportError):
             async with asyncio.timeout(self._settings.flush_timeout):
                 while self._queue.count:
                     await self._drain()
                     await self._send_batches()
-                    if self._queue.count:  # the thread still reads a body
+                    if self._queue.count:  # the background thread still reads a body
                         await asyncio.sleep(WORK_SLICE_S)
 
     def _drop_all(self) -> None:
-        """Count what is left as dropped. What the thread still reads comes later, and is counted then."""
-        queue = self._queue
         while self._batches:
-            queue.outbox.extend(self._batches.popleft()[1])
-        for recorder, size in queue.recorders:
-            queue.version_counts[recorder.route_tags[0]] += 1
-            recorder.close()
-            queue.drop(SHUTDOWN, size)
-        for queued in (*queue.awaiting_effects, *queue.outbox):
-            queue.drop(SHUTDOWN, queued.size)
-        queue.recorders.clear()
-        queue.awaiting_effects.clear()
-        queue.outbox.clear()
+            self._queue.requeue(self._batches.pop()[1])
+        self._queue.drop_all(SHUTDOWN)
 
     async def _send_last_report(self) -> None:
         if self._serializer is not None:
@@ -362,13 +337,9 @@ class Exporter:
                 await self._send_report()
 
 
-# Parts of the time that a pair waits for its copies, within which an answer that goes on has to be captured.
-TRUNCATION_DEADLINE_RATIO = 0.8
-MIN_TRUNCATION_DELAY_RATIO = 0.1  # from its first chunk on
-EXPORTER_POOLS: weakref.WeakSet[ExporterPool] = weakref.WeakSet()
-
-
 class ExporterPool:
+    """The exporters of a process, one per event loop."""
+
     def __init__(
         self, settings: Settings, queue: CaptureQueue, route_resolver: RouteResolver, report_error: ErrorReporter
     ) -> None:
@@ -378,15 +349,13 @@ class ExporterPool:
         self._queue = queue
         self._route_resolver = route_resolver
         self._batch_size = settings.export_batch
-        self._max_count = settings.queue_count
-        self._max_bytes = settings.queue_bytes
-        self._exporter: Exporter | None = None  # the latest one that was asked for
+        self._exporter: Exporter | None = None  # the latest one, for the fast path
         self._exporters: list[Exporter] = []
         self._parent_exporters: list[Exporter] = []
-        EXPORTER_POOLS.add(self)
+        _pools.add(self)
 
     def enqueue(self, recorder: RequestRecorder) -> None:
-        """Take what was recorded, or drop and count it. In the request's path."""
+        """Queue a capture for export, or drop and count it. In the path of requests."""
         exporter = self._exporter
         if (
             exporter is None
@@ -394,28 +363,19 @@ class ExporterPool:
             or exporter.thread_id != get_ident()
             or not exporter.loop.is_running()
         ):
-            exporter = self.start()  # asking for the running loop takes longer
-        queue = self._queue
-        size = CAPTURE_OVERHEAD_BYTES + (len(recorder.single_chunk) if recorder.fast_path else recorder.body_bytes)
-        if recorder.context.effect_log is not None:
-            recorder.queued_effect_bytes = recorder.context.effect_log.payload_bytes
-            size += recorder.queued_effect_bytes
-        if recorder.error or queue.count >= self._max_count or queue.bytes + size > self._max_bytes:
-            queue.reject(recorder)
+            exporter = self.start()  # slower: looks up the running loop
+        size = self._queue.reserve(recorder)
+        if not size:
             return
-        queue.count += 1
-        queue.bytes += size
         if recorder.fast_path or not recorder.needs_thread:
-            recorders = queue.recorders
-            recorders.append((recorder, size))
-            count = len(recorders)
+            count = self._queue.add(recorder, size)
             if count == 1 or count == self._batch_size:  # noqa: PLR1714  # faster
                 exporter.wake_event.set()
         else:
             BACKGROUND_THREAD.submit(lambda: self._finish_in_thread(recorder, size, exporter))
 
     def schedule_truncation(self, recorder: RequestRecorder) -> TimerHandle:
-        """Have it leave in time to be joined, however long its answer goes on. In the path of answers in several chunks."""
+        """Have the capture of a long answer leave before its pair times out. In the path of answers in several chunks."""
         elapsed_s = (recorder.first_byte_ns - recorder.context.started_ns) / 1e9
         delay_s = max(
             TRUNCATION_DEADLINE_RATIO * self._settings.pair_timeout - elapsed_s,
@@ -424,7 +384,7 @@ class ExporterPool:
         return get_running_loop().call_later(delay_s, recorder.truncate_at_deadline)
 
     def start(self) -> Exporter:
-        """The shipper of the running loop."""
+        """Return the exporter of the running loop, and start it if necessary."""
         loop = get_running_loop()
         self._exporters = [
             candidate for candidate in self._exporters if not candidate.is_stopped and not candidate.loop.is_closed()
@@ -439,8 +399,8 @@ class ExporterPool:
         return exporter
 
     def after_fork(self) -> None:
-        """Begin anew in a child: what waits, and the counts, are the parent's."""
-        self._parent_exporters += self._exporters  # kept, for a task that is thrown away while it waits complains
+        """Start empty in a child: the captures and counts belong to the parent."""
+        self._parent_exporters += self._exporters  # kept: asyncio warns of a pending task that is destroyed
         self._exporters = []
         self._exporter = None
         self._queue.reset()
@@ -454,15 +414,14 @@ class ExporterPool:
                 self.report_error("close", error)
 
     def _finish_in_thread(self, recorder: RequestRecorder, size: int, exporter: Exporter) -> None:
-        """Runs in the thread."""
         recorder.finish()
-        self._queue.recorders.append((recorder, size))
-        with contextlib.suppress(RuntimeError):  # the loop is closed; the next one will take it
+        self._queue.add(recorder, size)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so the next exporter sends the capture
             exporter.loop.call_soon_threadsafe(exporter.wake_event.set)
 
 
 def _after_fork() -> None:
-    for pool in list(EXPORTER_POOLS):
+    for pool in list(_pools):
         pool.after_fork()
 
 

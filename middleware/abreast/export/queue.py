@@ -1,4 +1,4 @@
-"""What the process holds that Redis has not got yet: bounded by count and by bytes, and counted to the last capture."""
+"""The queue of captures in a process: bounded by count and by bytes, and it accounts for every capture."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,68 +16,115 @@ from abreast.protocol.join import CaptureRow
 from abreast.recorder import RequestRecorder
 from abreast.settings import Settings
 
-CAPTURE_OVERHEAD_BYTES = 2048  # bytes that a capture takes beside its bodies, roughly
+CAPTURE_OVERHEAD_BYTES = 2048  # rough size of a capture without its bodies
 
-# Why captures are dropped.
-QUEUE_COUNT = "queue_count"  # as many wait as may wait
-QUEUE_BYTES = "queue_bytes"  # as many bytes wait as may wait
-CAPTURE_ERROR = "capture_error"  # recording it went wrong
-ENCODE_ERROR = "encode_error"  # it can't be written in the capture's format
-REDIS_REJECTED_PAIRS = "redis_rejected_pairs"  # Redis holds as many pairs as it may
-REDIS_REJECTED_BYTES = "redis_rejected_bytes"  # Redis holds as many bytes as it may
-REDIS_ERROR = "redis_error"  # Redis refused a batch again and again
-SHUTDOWN = "shutdown"  # there was no time left to send it
+# Reasons for dropped captures.
+QUEUE_COUNT = "queue_count"  # the queue holds queue_count captures
+QUEUE_BYTES = "queue_bytes"  # the queue holds queue_bytes bytes
+CAPTURE_ERROR = "capture_error"  # recording failed
+ENCODE_ERROR = "encode_error"  # the capture can't be written in its format
+REDIS_REJECTED_PAIRS = "redis_rejected_pairs"  # Redis holds redis_pairs pairs
+REDIS_REJECTED_BYTES = "redis_rejected_bytes"  # Redis holds redis_bytes bytes
+REDIS_ERROR = "redis_error"  # Redis refused a batch repeatedly
+SHUTDOWN = "shutdown"  # the process ended before the capture was sent
 
-LATE_EFFECTS_LOCK = threading.Lock()  # they come from any thread
+LATE_EFFECTS_LOCK = threading.Lock()  # late effects come from any thread
 
 
 @dataclass(slots=True)
 class QueuedCapture:
-    """What waits to be sent: a recorder that is settled, or else what it was encoded to."""
+    """A capture that waits to be sent: a finished recorder, or the row that it was encoded to."""
 
-    size: int  # bytes it counts for
+    size: int  # bytes that it takes in the queue
     recorder: RequestRecorder | None
     row: CaptureRow | None = None
 
 
 class CaptureQueue:
+    """Captures move from `recorders` to `awaiting_effects` or `outbox`. Only this class changes them and the counts."""
+
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._max_count = settings.queue_count
+        self._max_bytes = settings.queue_bytes
         self.reset()
 
     def reset(self) -> None:
-        """A process of its own: at the start, and after a fork."""
+        """Start empty: for a new process, and for a child after a fork."""
         self.pid = os.getpid()
         self.id = uuid.uuid4().hex
         self.started_at = time.time()
         self.recorders: deque[tuple[RequestRecorder, int]] = deque()
         self.outbox: deque[QueuedCapture] = deque()
-        self.awaiting_effects: list[QueuedCapture] = []  # settled, but background tasks may still record effects
+        self.awaiting_effects: list[QueuedCapture] = []  # background tasks may still record effects
         self.count = 0
         self.bytes = 0
         self.shipped_count = 0
-        self.version_counts: Counter[str] = Counter()  # captured; those that wait for the thread come later
+        self.version_counts: Counter[str] = Counter()  # captured; the ones that wait for the thread come later
         self.drop_counts: Counter[str] = Counter()
         self.late_effect_count = 0
-
-    def count_late_effect(self) -> None:
-        """An effect came after its capture had left."""
-        with LATE_EFFECTS_LOCK:
-            self.late_effect_count += 1
-
-    def reject(self, recorder: RequestRecorder) -> None:
-        """Drop what can't be trusted or doesn't fit."""
-        reason = QUEUE_COUNT if self.count >= self._settings.queue_count else QUEUE_BYTES
-        self.version_counts[recorder.route_tags[0]] += 1
-        self.drop_counts[CAPTURE_ERROR if recorder.error else reason] += 1
-        recorder.close()
 
     @property
     def captured_count(self) -> int:
         return self.shipped_count + self.drop_counts.total() + self.count
 
+    def reserve(self, recorder: RequestRecorder) -> int:
+        """Reserve room and return the size in bytes, or drop the capture and return 0. In the path of requests."""
+        size = CAPTURE_OVERHEAD_BYTES + (len(recorder.single_chunk) if recorder.fast_path else recorder.body_bytes)
+        if recorder.context.effect_log is not None:
+            recorder.queued_effect_bytes = recorder.context.effect_log.payload_bytes
+            size += recorder.queued_effect_bytes
+        if recorder.error or self.count >= self._max_count or self.bytes + size > self._max_bytes:
+            reason = QUEUE_COUNT if self.count >= self._max_count else QUEUE_BYTES
+            self.version_counts[recorder.route_tags[0]] += 1
+            self.drop_counts[CAPTURE_ERROR if recorder.error else reason] += 1
+            recorder.close()
+            return 0
+        self.count += 1
+        self.bytes += size
+        return size
+
+    def add(self, recorder: RequestRecorder, size: int) -> int:
+        """Add a recorder that has room reserved, and return the number of recorders that wait. Thread-safe."""
+        recorders = self.recorders
+        recorders.append((recorder, size))
+        return len(recorders)
+
+    def next_recorder(self) -> tuple[RequestRecorder, int] | None:
+        """Take the oldest recorder, with its size in bytes."""
+        if not self.recorders:
+            return None
+        recorder, size = self.recorders.popleft()
+        self.version_counts[recorder.route_tags[0]] += 1
+        return recorder, size
+
+    def add_awaiting_effects(self, queued: QueuedCapture) -> None:
+        self.awaiting_effects.append(queued)
+
+    def add_outgoing(self, queued: QueuedCapture) -> None:
+        self.outbox.append(queued)
+
+    def requeue(self, batch: Iterable[QueuedCapture]) -> None:
+        """Put captures that were not sent back to the front."""
+        self.outbox.extendleft(reversed(list(batch)))
+
+    def next_outgoing(self) -> QueuedCapture:
+        return self.outbox.popleft()
+
+    def release_finished(self, cutoff_ns: int, *, is_flushing: bool) -> None:
+        """Move captures to the outbox that get no more effects, or that finished before `cutoff_ns`."""
+        waiting = []
+        for queued in self.awaiting_effects:
+            recorder = queued.recorder
+            if recorder is None or recorder.app_returned or recorder.finished_ns < cutoff_ns or is_flushing:
+                self.account_growth(queued)
+                self.outbox.append(queued)
+            else:
+                waiting.append(queued)
+        self.awaiting_effects = waiting
+
     def account_growth(self, queued: QueuedCapture) -> None:
-        """Count the effects that were recorded since it came."""
+        """Account for the effects that were recorded after the capture entered the queue."""
         recorder = queued.recorder
         if recorder is not None and recorder.context.effect_log is not None:
             growth = recorder.context.effect_log.payload_bytes - recorder.queued_effect_bytes
@@ -84,10 +132,25 @@ class CaptureQueue:
             queued.size += growth
             self.bytes += growth
 
+    def count_late_effect(self) -> None:
+        """Count an effect that was recorded after its capture was encoded."""
+        with LATE_EFFECTS_LOCK:
+            self.late_effect_count += 1
+
     def drop(self, reason: str, size: int, count: int = 1) -> None:
         self.drop_counts[reason] += count
         self.count -= count
         self.bytes -= size
+
+    def drop_all(self, reason: str) -> None:
+        """Drop all captures. Captures in the background thread come later, and are counted then."""
+        while (entry := self.next_recorder()) is not None:
+            entry[0].close()
+            self.drop(reason, entry[1])
+        for queued in (*self.awaiting_effects, *self.outbox):
+            self.drop(reason, queued.size)
+        self.awaiting_effects.clear()
+        self.outbox.clear()
 
     def mark_shipped(self, size: int, count: int) -> None:
         self.shipped_count += count
@@ -95,7 +158,7 @@ class CaptureQueue:
         self.bytes -= size
 
     def build_report(self) -> dict[str, Any]:
-        """Totals since the process began, so that writing one over another loses nothing."""
+        """Return totals since the start of the process, so that a report can replace the previous one."""
         settings = self._settings
         return {
             "id": self.id,

@@ -1,7 +1,7 @@
-"""Secrets in headers and in what effects say, replaced by keyed hashes before a capture leaves the process.
+"""Redaction: keyed hashes replace the secrets in headers and effects before a capture leaves the process.
 
-Equal secrets give equal hashes in both versions, so that they can still be compared. Without the key a hash can't be
-tried against guesses, and 64 bits of it don't give the secret away.
+Equal secrets have equal hashes in both versions, so that they can be compared. Without the key, nobody can test a guess
+against a hash of 64 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import orjson
 from abreast.protocol.capture import Headers
 
 HASH_PREFIX = "hmac:"
-SECRET_DIGEST_BYTES = 8  # bytes
+SECRET_DIGEST_BYTES = 8
 COOKIE_HEADER = "cookie"
 SET_COOKIE_HEADER = "set-cookie"
 SECRET_HEADERS = frozenset(
@@ -93,13 +93,13 @@ NAME_SEPARATORS = str.maketrans("", "", "_- ")
 
 @lru_cache(maxsize=4096)
 def normalise_name(name: str) -> str:
-    """access_token, Access-Token and accessToken are one name."""
+    """Return the same name for access_token, Access-Token and accessToken."""
     return name.translate(NAME_SEPARATORS).lower()
 
 
 class Redactor:
     def __init__(self, key: bytes, extra_headers: Iterable[str] = ()) -> None:
-        self._key = hashlib.blake2b(key, digest_size=32).digest()  # a key of any length
+        self._key = hashlib.blake2b(key, digest_size=32).digest()  # blake2b limits the length of a key
         self.secret_headers = SECRET_HEADERS | frozenset(extra_headers)
         self._secret_fields = frozenset(map(normalise_name, self.secret_headers | SECRET_FIELDS))
 
@@ -108,7 +108,7 @@ class Redactor:
         return HASH_PREFIX + hashlib.blake2b(raw, key=self._key, digest_size=SECRET_DIGEST_BYTES).hexdigest()
 
     def redact_payload(self, value: Any) -> Any:
-        """A JSON value without the secrets in it: what stands under the name of one is hashed, whatever it is."""
+        """Return a JSON value with every secret field hashed, whatever its type is."""
         if isinstance(value, dict):
             return {name: self._redact_field(name, item) for name, item in value.items()}
         return [self.redact_payload(item) for item in value] if isinstance(value, list) else value
@@ -122,7 +122,7 @@ class Redactor:
         return self.hash(text)
 
     def redact_headers(self, headers: Headers) -> Headers:
-        """The same headers with secret values hashed; the same object when there is none."""
+        """Return the headers with secret values hashed, or the same object if there are no secrets."""
         if self.secret_headers.isdisjoint([name for name, _ in headers]):
             return headers
         return tuple(
@@ -139,7 +139,7 @@ class Redactor:
         return self.hash(value)
 
     def _redact_cookie(self, cookie: str) -> str:
-        """Hash the value and keep the name, and that there is no value. What follows a semicolon in quotes is hashed too."""
+        """Hash the value of a cookie and keep the name. An empty value stays empty."""
         name, equals, value = cookie.partition("=")
         if not equals:
             return self.hash(cookie)

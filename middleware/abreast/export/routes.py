@@ -1,8 +1,8 @@
-"""The template of a request's path, such as /products/{id}: what endpoints are told apart by.
+"""The route template of a request, such as /products/{id}, which names its endpoint.
 
-Routers leave their choice in the scope: FastAPI and Starlette from 1.0 as `route`, earlier Starlette not at all. The
-template of the mounts above it is not there, nor is the choice when some middleware gave the app a copy of the scope;
-both are found by walking the routes as the router did. Runs in the background.
+FastAPI, and Starlette from 1.0, leave the route in the scope as `route`. The templates of mounts are not in the scope,
+and a middleware may have passed a copy of the scope to the app. In these cases, the resolver walks the routes as a
+router does.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 MAX_CACHED_TEMPLATES = 4096
-MAX_PATH_CHARS = 1024  # of a path that is walked
-MAX_NESTING_DEPTH = 50  # of middleware around a router, and of routers within each other
+MAX_PATH_CHARS = 1024  # longer paths are cut before the walk
+MAX_NESTING_DEPTH = 50  # for middleware around a router, and for nested routers
 REMAINING_PATH = "{path}"
 
 
@@ -24,7 +24,7 @@ class RouteResolver:
         self._templates: dict[tuple[str, str], str] = {}
 
     def resolve(self, scope: Mapping[str, Any]) -> str:
-        """Empty when the framework has no routes that are known, or none that fits."""
+        """Return the template, or an empty string if no route matches or the framework is unknown."""
         leaf = _find_leaf(scope)
         if leaf is None:
             return self._resolve_by_walking(scope)
@@ -53,7 +53,7 @@ def _clear_if_full(cache: dict[Any, str]) -> None:
 
 
 def _find_leaf(scope: Mapping[str, Any]) -> Any:
-    """What knows the path_format; where FastAPI included a router, that is not the route itself."""
+    """Return the object with the path_format. For an included router of FastAPI, it is not the route."""
     route = scope.get("route")
     context = scope.get("fastapi", {}).get("effective_route_context")
     if context is not None and route is getattr(context, "original_route", None) is not None:
@@ -62,7 +62,7 @@ def _find_leaf(scope: Mapping[str, Any]) -> Any:
 
 
 def _get_mount_path(scope: Mapping[str, Any]) -> str:
-    """The part of the path that mounts took, as it was sent."""
+    """Return the part of the path that mounts matched."""
     if "app_root_path" not in scope:
         return ""
     mount_path: str = scope.get("root_path", "").removeprefix(scope["app_root_path"])
@@ -77,12 +77,12 @@ def _get_path(scope: Mapping[str, Any]) -> str:
 
 
 def _get_inner_app(route: Any) -> Any:
-    """The app of a mount or a host."""
+    """Return the app of a mount or a host, or None."""
     return route.app if hasattr(route, "routes") and hasattr(route, "app") else None
 
 
 def _get_routes(app: Any) -> list[Any]:
-    """The routes of an app, looked for below the middleware around it."""
+    """Return the routes of an app, below the middleware around it."""
     for _ in range(MAX_NESTING_DEPTH):
         routes = getattr(app, "routes", None)
         if isinstance(routes, list | tuple):
@@ -94,7 +94,7 @@ def _get_routes(app: Any) -> list[Any]:
 
 
 def _expand_routes(routes: Iterable[Any]) -> Iterator[Any]:
-    """FastAPI keeps an included router as one route; what it holds is what can be matched."""
+    """Yield the routes that can match. FastAPI keeps an included router as one route."""
     for route in routes:
         get_included = getattr(route, "effective_route_contexts", None)
         for candidate in get_included() if get_included is not None else (route,):
@@ -102,7 +102,7 @@ def _expand_routes(routes: Iterable[Any]) -> Iterator[Any]:
 
 
 def _match_mount(route: Any, path: str) -> tuple[str, str] | None:
-    """What a mount takes of the path, and what it leaves."""
+    """Return the part of the path that a mount matches, and the remaining path."""
     pattern = getattr(route, "path_regex", None)
     match = pattern.match(path) if isinstance(pattern, re.Pattern) else None
     if match is None:
@@ -112,7 +112,7 @@ def _match_mount(route: Any, path: str) -> tuple[str, str] | None:
 
 
 def _find_template(routes: list[Any], path: str, method: str, depth: int) -> str:
-    """The first route that fits, or else the first that fits but for the method, as routers do it."""
+    """Return the first template that matches, or else the first that matches except for the method."""
     partial_match = ""
     for route in _expand_routes(routes):
         inner_app = _get_inner_app(route)
@@ -133,7 +133,7 @@ def _is_match(route: Any, path: str) -> bool:
 
 
 def _find_within(route: Any, inner_app: Any, path: str, method: str, depth: int) -> str:
-    if hasattr(route, "host_regex"):  # a Host: it takes nothing of the path
+    if hasattr(route, "host_regex"):  # a Host, which matches no part of the path
         return _find_template(_get_routes(inner_app), path, method, depth)
     mount_match = _match_mount(route, path)
     if mount_match is None:
@@ -143,7 +143,7 @@ def _find_within(route: Any, inner_app: Any, path: str, method: str, depth: int)
 
 
 def _find_prefix(routes: list[Any], mount_path: str, depth: int) -> str | None:
-    """The template of the nested mounts that together took `mounted`."""
+    """Return the template of the nested mounts that together match `mount_path`."""
     if not mount_path:
         return ""
     for route in _expand_routes(routes):

@@ -1,6 +1,4 @@
-"""From what was noted in passing to a capture, written as it travels. Runs in the background, for every capture: it makes
-as few objects as it can.
-"""
+"""The encoding of a recorder as a capture. It runs for every capture, so it creates as few objects as possible."""
 
 from __future__ import annotations
 
@@ -28,14 +26,14 @@ from abreast.settings import Settings
 
 NO_BODY = Body()
 NO_BODY_METADATA = body_metadata(NO_BODY)
-SCOPE_KEYS = ("method", "path", "raw_path", "query_string", "headers")  # of the scope
+SCOPE_KEYS = ("method", "path", "raw_path", "query_string", "headers")  # the ones that a capture needs
 ATTEMPT_HEADER = b"x-envoy-attempt-count"
-MAX_ATTEMPT_DIGITS = 6  # of an attempt
+MAX_ATTEMPT_DIGITS = 6
 SAFE_PATH_CHARS = "/:@!$&'()*+,;=~-._"
 
 
 def trim_scope(recorder: RequestRecorder) -> None:
-    """Let go of the request's scope, which holds whatever the app put there, but for what a capture needs."""
+    """Keep only the parts of the scope that a capture needs. The scope may hold large objects of the app."""
     scope = recorder.scope
     recorder.scope = {name: scope[name] for name in SCOPE_KEYS if name in scope}
 
@@ -49,7 +47,7 @@ class CaptureSerializer:
         self._redactor = redactor
 
     def serialize(self, recorder: RequestRecorder) -> CaptureRow:
-        """A capture whose secrets are hashed."""
+        """Encode a capture, with secrets hashed."""
         version, role, expected_captures, *_ = recorder.route_tags
         context = recorder.context
         started_ns, spans = context.started_ns, context.spans
@@ -114,7 +112,7 @@ class CaptureSerializer:
         )
 
     def _get_response_body(self, recorder: RequestRecorder) -> Body:
-        """As the client got it: with HEAD, servers send no body, whatever the app gave them."""
+        """Return the body that the client received. For HEAD, servers send none."""
         if recorder.scope["method"] == "HEAD":
             return NO_BODY
         if recorder.response_body is None:
@@ -136,7 +134,7 @@ def _decode_header_name(name: bytes) -> str:
 
 
 def _read_attempt(headers: RawHeaders) -> int:
-    """Envoy counts a request's attempts; a retry carries the same pair."""
+    """Return the attempt number that Envoy sets. Retries have the same pair id."""
     for name, value in headers:
         if name == ATTEMPT_HEADER and value.isdigit() and len(value) <= MAX_ATTEMPT_DIGITS:
             return int(value)

@@ -1,4 +1,4 @@
-"""The connection to Redis, of one event loop. Every call ends within a stated time and raises LinkError at worst."""
+"""The connection of one event loop to Redis. Each call has a timeout, and raises only TransportError."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from abreast.protocol.join import (
 from abreast.protocol.redis_client import connect, disconnect, is_cluster
 from abreast.settings import Settings
 
-REPLY_TIMEOUT_S = 0.25  # seconds that Redis may take for a reply
-CONNECT_TIMEOUT_S = 1.0  # seconds
+REPLY_TIMEOUT_S = 0.25
+CONNECT_TIMEOUT_S = 1.0
 JOIN_SCRIPT_SHA = hashlib.sha1(JOIN_SCRIPT.encode(), usedforsecurity=False).hexdigest()
-# Refusals that have to do with the state of Redis and not with what was sent. redis-py has a class for some of them.
+# Errors that depend on the state of Redis and not on the command. redis-py has classes for some of them.
 TRANSIENT_ERRORS = (
     "BUSY",
     "CLUSTERDOWN",
@@ -54,7 +54,7 @@ TRANSIENT_ERRORS = (
     "UNKILLABLE",
 )
 TRANSIENT_ERROR_TYPES = (
-    AskError,  # of which MovedError is one
+    AskError,  # includes MovedError
     ClusterDownError,
     NoPermissionError,
     OutOfMemoryError,
@@ -64,7 +64,7 @@ TRANSIENT_ERROR_TYPES = (
 
 
 class TransportError(AbreastError):
-    """Redis can't be reached or refuses; `passing` when sending the same again later may help."""
+    """Redis can't be reached or refuses a command. If `is_transient`, a retry may help."""
 
     def __init__(self, message: str, *, is_transient: bool) -> None:
         super().__init__(message)
@@ -73,7 +73,7 @@ class TransportError(AbreastError):
 
 @dataclass(frozen=True, slots=True)
 class JoinResult:
-    """What became of the captures of a batch."""
+    """The number of captures of a batch by result."""
 
     received: int
     duplicate: int
@@ -84,13 +84,13 @@ class JoinResult:
 
 @dataclass(frozen=True, slots=True)
 class RawCommand:
-    """A command as Redis reads it."""
+    """A command in the protocol of Redis."""
 
     text: bytes
 
 
 def _make_raw_connection(connection: type[AbstractConnection]) -> type[AbstractConnection]:
-    """The kind of connection, but what is written already it sends as it is."""
+    """Return a subclass of the connection that sends a RawCommand unchanged."""
 
     class RawConnection(connection):  # type: ignore[misc, valid-type]
         def pack_command(self, *args: Any) -> list[bytes]:
@@ -103,15 +103,14 @@ def _make_raw_connection(connection: type[AbstractConnection]) -> type[AbstractC
 class RedisTransport:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        # A batch is sent again by the shipper, which knows the bounds.
         self._client = connect(settings.redis_url, timeout=REPLY_TIMEOUT_S, connect_timeout=CONNECT_TIMEOUT_S)
-        self._is_cluster = is_cluster(self._client)  # where the client must see the keys
+        self._is_cluster = is_cluster(self._client)  # a cluster client must see the keys
         if not self._is_cluster:
             pool = self._client.connection_pool
             pool.connection_class = _make_raw_connection(pool.connection_class)
 
     async def open(self) -> bytes:
-        """Make the service known and return the key that secrets are hashed with, the same for all processes."""
+        """Register the service and return the key for the hashes of secrets, which all processes share."""
         settings = self._settings
         await self._register()
         if settings.redact_key:
@@ -120,11 +119,11 @@ class RedisTransport:
         await self._call("SET", key, secrets.token_hex(32), "NX")
         stored_key = await self._call("GET", key)
         if not stored_key:
-            raise TransportError(f"{key} vanished from Redis while it was read", is_transient=True)
+            raise TransportError(f"{key} was deleted from Redis while it was read", is_transient=True)
         return stored_key if isinstance(stored_key, bytes) else str(stored_key).encode()
 
     async def join(self, shard: int, rows: Sequence[CaptureRow]) -> JoinResult:
-        """Hand over encoded captures, all of this shard. Sending a batch twice changes nothing."""
+        """Send encoded captures of one shard. Sending a batch twice changes nothing."""
         keys, limits = Keys(self._settings.service, shard), self._settings.join_limits
         try:
             if not self._is_cluster:
@@ -139,7 +138,7 @@ class RedisTransport:
             return JoinResult(*await self._call("EVAL", JOIN_SCRIPT, len(names), *names, *arguments))
 
     async def report(self, process: str, report: dict[str, Any]) -> None:
-        """Registers the service too: a Redis that was emptied must not stay without it."""
+        """Store a report. Also register the service, because Redis may have been emptied."""
         await self._register()
         await self._call("HSET", reports_key(self._settings.service), process, json.encode(report))
 
@@ -147,7 +146,7 @@ class RedisTransport:
         await self._call("HSET", SERVICES_KEY, self._settings.service, self._settings.shards)
 
     async def close(self) -> None:
-        """Close the sockets at once, answered or not."""
+        """Close the sockets at once, even if replies are outstanding."""
         await disconnect(self._client)
 
     async def _call(self, name: str, *arguments: str | int | bytes | RawCommand) -> Any:

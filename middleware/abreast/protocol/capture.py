@@ -1,7 +1,7 @@
-"""What one version did with one request: the contract between services and sidecar, format 1.
+"""The capture of one request by one version: the contract between services and sidecar, format 1.
 
-A capture travels as one blob: a JSON object on one line, a newline, then the held bytes of the request's body and
-of the answer's body. Services write it and the sidecar reads it, both with this module.
+An encoded capture is a JSON object on one line, a newline, and the captured bytes of the request body and of the answer
+body. Services encode it and the sidecar decodes it, both with this module.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from msgspec.json import Decoder, Encoder
 from abreast.errors import CaptureError
 
 FORMAT_VERSION = 1
-DIGEST_BYTES = 16  # bytes
+DIGEST_BYTES = 16
 
 Version = Literal["old", "new"]
 Role = Literal["live", "shadow", "baseline"]
-SpanRow = tuple[str, str, int, int, str]  # kind, name, µs since the arrival, µs taken, note
-Headers = tuple[tuple[str, str], ...]  # latin-1 text, in order, duplicates kept, names in lower case
+SpanRow = tuple[str, str, int, int, str]  # kind, name, start in µs after the arrival, duration in µs, note
+Headers = tuple[tuple[str, str], ...]  # latin-1 text, in order, with duplicates, names in lower case
+BodyMetadata = tuple[int, int, str]  # captured bytes, length in bytes, digest
 
 VERSIONS = ("old", "new")
 ROLES = ("live", "shadow", "baseline")
 
 
 class Body(Struct, frozen=True, gc=False):
-    """The first `len(held)` bytes of a body of `length` bytes.
+    """The first `len(content)` bytes of a body of `length` bytes.
 
-    `digest` (hex) is of the whole body, and is there whenever bytes are missing; a body that was not captured at all
-    has a digest too.
+    `digest` is the hex digest of the whole body. It is set if bytes are missing, and empty otherwise.
     """
 
     content: bytes = b""
@@ -42,7 +42,7 @@ class Body(Struct, frozen=True, gc=False):
         return len(self.content) == self.length
 
     def fingerprint(self) -> str:
-        """The digest of the whole body, also where it is held."""
+        """Return the digest of the whole body, also if the content is complete."""
         return self.digest or digest(self.content)
 
 
@@ -51,15 +51,15 @@ EMPTY_BODY = Body()
 
 class Request(Struct, frozen=True, gc=False):
     method: str
-    path: str  # raw, as sent, percent-encoding kept
-    query: str = ""  # raw, without the question mark
-    route: str = ""  # template such as /products/{id}; empty when the framework tells none
-    headers: Headers = ()  # only chosen ones; secrets as keyed hashes
+    path: str  # as sent, with percent-encoding
+    query: str = ""  # as sent, without the question mark
+    route: str = ""  # template such as /products/{id}; empty if the framework has none
+    headers: Headers = ()  # the configured ones; secrets as keyed hashes
     body: Body = EMPTY_BODY
 
 
 class Answer(Struct, frozen=True, gc=False):
-    """`status` is 0 when the app never started an answer."""
+    """The answer of the app. `status` is 0 if the app never started one."""
 
     status: int
     headers: Headers = ()
@@ -75,26 +75,24 @@ class Capture(Struct, frozen=True, gc=False):
     request: Request
     answer: Answer
     attempt: int = 1
-    expected_captures: int = 2  # copies of the request that Envoy sent, this one included
+    expected_captures: int = 2  # captures of the pair, including this one
     release: str = ""
-    started_at: float = 0.0  # seconds since the epoch, the service's clock
-    first_byte_us: int | None = None  # µs from the request's arrival to the answer's start
-    total_us: int = 0  # µs from the request's arrival to the answer's end
+    started_at: float = 0.0  # seconds since the epoch, by the clock of the service
+    first_byte_us: int | None = None  # µs from the arrival of the request to the start of the answer
+    total_us: int = 0  # µs from the arrival of the request to the end of the answer
     client_left: bool = False
-    complete: bool = True  # the answer was sent to its end
+    complete: bool = True  # the whole answer was sent
     exception: str = ""  # class name of the exception that left the app
-    effects: tuple[dict[str, Any], ...] = ()  # as abreast.effect_log writes them
-    effects_dropped: int = 0  # more than may be recorded
+    effects: tuple[dict[str, Any], ...] = ()  # see abreast.effect_log
+    effects_dropped: int = 0  # effects above the limit
     spans: tuple[SpanRow, ...] = ()
-    cache: tuple[int, int] | None = None  # hits and misses; None where no cache was asked
-    invalid_reason: str = ""  # why it says nothing of the code; only of copies
-    truncated_by_deadline: bool = (
-        False  # not complete yet: only what had come of a long answer when a pair had to be made
-    )
+    cache: tuple[int, int] | None = None  # hits and misses; None if no cache was used
+    invalid_reason: str = ""  # why the capture of a copy says nothing about the code
+    truncated_by_deadline: bool = False  # the pair had to be joined before the answer ended
 
     @property
     def slot(self) -> str:
-        """Names this capture within its pair: a batch that is sent twice changes nothing."""
+        """The name of this capture in its pair. It makes sending a batch idempotent."""
         return format_slot(self.version, self.role, self.attempt)
 
 
@@ -106,11 +104,8 @@ def digest(body: bytes) -> str:
     return hashlib.blake2b(body, digest_size=DIGEST_BYTES).hexdigest()
 
 
-BodyMetadata = tuple[int, int, str]  # bytes held, bytes in all, digest
-
-
 class RequestHead(Struct, gc=False):
-    """These heads are the line of JSON."""
+    """The request in the JSON line of a capture."""
 
     method: str
     path: str
@@ -193,7 +188,7 @@ def encode(capture: Capture) -> bytes:
 
 
 def encode_parts(head: CaptureHead, request_content: bytes, response_content: bytes) -> bytes:
-    """A capture as it travels: what `encode` gives, for who has no Capture."""
+    """Encode a capture from its parts, without building a Capture."""
     return b"".join((_encoder.encode(head), b"\n", request_content, response_content))
 
 
@@ -202,18 +197,18 @@ def body_metadata(body: Body) -> BodyMetadata:
 
 
 def decode(blob: bytes) -> Capture:
-    """Raise CaptureError for what is no capture, damaged, or of a newer format."""
+    """Decode a capture. Raises CaptureError if it is damaged, no capture, or of another format."""
     line, newline, bodies = blob.partition(b"\n")
     try:
         head = _head_decoder.decode(line)
-    except (DecodeError, UnicodeDecodeError) as error:  # of which ValidationError is one
+    except (DecodeError, UnicodeDecodeError) as error:  # includes ValidationError
         raise _make_unreadable_error(line, error) from error
     if head.v != FORMAT_VERSION or not newline:
         raise _make_unreadable_error(line, None)
     request_size, response_size = head.request.body[0], head.answer.body[0]
     if request_size < 0 or response_size < 0 or len(bodies) != request_size + response_size:
         raise CaptureError(
-            f"a capture is damaged: {request_size + response_size} bytes of bodies are promised, {len(bodies)} are there"
+            f"a capture is damaged: its bodies must have {request_size + response_size} bytes, got {len(bodies)}"
         )
     return _build_capture(head, bodies[:request_size], bodies[request_size:])
 
@@ -222,12 +217,14 @@ def _make_unreadable_error(line: bytes, error: Exception | None) -> CaptureError
     try:
         version = _format_decoder.decode(line).v
     except (DecodeError, UnicodeDecodeError) as problem:
-        return CaptureError(f"a capture must begin with a line of JSON, an object: {problem}")
+        return CaptureError(f"a capture must start with a line of JSON, an object: {problem}")
     if version != FORMAT_VERSION:
-        return CaptureError(f"a capture of format {version!r} can't be read; this code reads format {FORMAT_VERSION}")
+        return CaptureError(
+            f"a capture must have format {FORMAT_VERSION}, got format {version!r}; upgrade the sidecar before the services"
+        )
     if isinstance(error, ValidationError):
-        return CaptureError(f"a capture lacks something or is damaged: {error}")
-    return CaptureError("a capture must begin with a JSON object on a line of its own")
+        return CaptureError(f"a capture is damaged or lacks a field: {error}")
+    return CaptureError("a capture must start with a JSON object on a separate line")
 
 
 def _build_capture(head: CaptureHead, request_content: bytes, response_content: bytes) -> Capture:

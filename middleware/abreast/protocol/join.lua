@@ -1,21 +1,22 @@
--- Takes a batch of captures, joins what belongs together and moves complete pairs to the stream, atomically.
--- KEYS: due, ready, joined, stats, then the pair's hash for each capture.
--- ARGV: wait_ms, max_pairs, max_bytes, remember, remember_ms, then (pair, slot, arms, capture) for each.
--- Returns {captures kept, duplicate, late, refused for pairs, refused for bytes}.
+-- Stores a batch of captures, joins them to pairs and moves complete pairs to the stream, atomically.
+-- KEYS: due, ready, joined, stats, then the hash of the pair for each capture.
+-- ARGV: wait_ms, max_pairs, max_bytes, max_remembered_ids, remember_ms, then for each capture its pair id, its slot, the
+-- number of captures of the pair, and the encoded capture.
+-- Returns the numbers of captures: {received, duplicate, late, rejected_pairs, rejected_bytes}.
 local due, ready, joined, stats = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local wait_ms, max_pairs, max_bytes = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
-local remember, remember_ms = tonumber(ARGV[4]), tonumber(ARGV[5])
-local REFUSED = '!' -- before the id of a pair of which a copy was refused; among those that were moved
+local max_remembered_ids, remember_ms = tonumber(ARGV[4]), tonumber(ARGV[5])
+local REJECTED_PREFIX = '!' -- in `joined`, before the id of a pair with a rejected capture
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
-local held = tonumber(redis.call('HGET', stats, 'bytes') or '0')
+local stored_bytes = tonumber(redis.call('HGET', stats, 'bytes') or '0')
 local waiting = redis.call('ZCARD', due)
 local queued = redis.call('XLEN', ready)
 local count = {received = 0, duplicate = 0, late = 0, rejected_pairs = 0, rejected_bytes = 0, joined = 0}
-local before = held
+local stored_bytes_before = stored_bytes
 
--- The last copy goes to the stream with those that wait, and needs no place among them.
+-- Moves a pair to the stream, with its last capture, which is not stored in the hash.
 local function move(pair, hash, slot, capture)
   local entry = {'pair', pair, 'why', 'joined', slot, capture}
   for _, part in ipairs(redis.call('HGETALL', hash)) do
@@ -31,63 +32,65 @@ local function move(pair, hash, slot, capture)
   count.joined = count.joined + 1
 end
 
--- What waits for the pair: how many captures, how many of them are first attempts, and whether this one is there. A
--- failed-over request has a second attempt beside its copies; it must not take the place of a copy that is still on its way.
-local function waits(hash, wanted)
+-- Returns the number of stored captures of a pair, the number of first attempts, and true if the slot is stored. After a
+-- failover, a request has a second attempt, which must not count as one of the copies.
+local function count_stored(hash, slot)
   local slots = redis.pcall('HKEYS', hash)
-  if slots.err then -- not a hash: nothing of ours
+  if slots.err then -- not a hash, so not written by Abreast
     redis.call('DEL', hash)
     return 0, 0, false
   end
-  local first, found = 0, false
-  for _, slot in ipairs(slots) do
-    if string.sub(slot, -2) == ':1' then
-      first = first + 1
+  local first_attempts, is_stored = 0, false
+  for _, stored_slot in ipairs(slots) do
+    if string.sub(stored_slot, -2) == ':1' then
+      first_attempts = first_attempts + 1
     end
-    found = found or slot == wanted
+    is_stored = is_stored or stored_slot == slot
   end
-  return #slots, first, found
+  return #slots, first_attempts, is_stored
 end
 
--- Pairs that wait have a claim on bytes for their other copies, which are taken to be as large as this one.
-local function refused(pair, size, others)
-  if waiting + queued >= max_pairs or redis.call('ZSCORE', joined, REFUSED .. pair) then
+-- Returns the reason to reject a pair, or nil. Waiting pairs reserve bytes for their missing captures, which are assumed
+-- to be as large as this one.
+local function rejection(pair, size, missing)
+  if waiting + queued >= max_pairs or redis.call('ZSCORE', joined, REJECTED_PREFIX .. pair) then
     return 'rejected_pairs'
   end
-  if held + size + (waiting + 1) * others * size > max_bytes then
+  if stored_bytes + size + (waiting + 1) * missing * size > max_bytes then
     return 'rejected_bytes'
   end
 end
 
-local function take(hash, pair, slot, arms, capture)
+-- Stores one capture and returns the counter for it.
+local function store(hash, pair, slot, expected, capture)
   if redis.call('ZSCORE', joined, pair) then
     return 'late'
   end
-  local there, first, found = waits(hash, slot)
-  if found then
+  local stored, first_attempts, is_stored = count_stored(hash, slot)
+  if is_stored then
     return 'duplicate'
   end
-  -- A pair is taken as a whole or not at all: half of one would look as if a version had not answered. So there is
-  -- always a place for a further copy, and bytes are kept for it.
-  if there == 0 then
-    local why = refused(pair, #capture, arms - 1)
-    if why then
-      redis.call('ZADD', joined, now, REFUSED .. pair)
-      return why
+  -- A pair is accepted or rejected as a whole: half a pair looks as if a version had not answered. So a further capture
+  -- of an accepted pair has room, and bytes are reserved for it.
+  if stored == 0 then
+    local reason = rejection(pair, #capture, expected - 1)
+    if reason then
+      redis.call('ZADD', joined, now, REJECTED_PREFIX .. pair)
+      return reason
     end
-  elseif held + #capture > max_bytes then
+  elseif stored_bytes + #capture > max_bytes then
     return 'rejected_bytes'
   end
   if string.sub(slot, -2) == ':1' then
-    first = first + 1
+    first_attempts = first_attempts + 1
   end
-  held = held + #capture
-  if first >= arms then
+  stored_bytes = stored_bytes + #capture
+  if first_attempts >= expected then
     move(pair, hash, slot, capture)
     return 'received'
   end
   redis.call('HSET', hash, slot, capture)
-  if there == 0 then
+  if stored == 0 then
     redis.call('ZADD', due, now + wait_ms, pair)
     waiting = waiting + 1
   end
@@ -96,21 +99,21 @@ end
 
 for i = 5, #KEYS do
   local at = 6 + (i - 5) * 4
-  local what = take(KEYS[i], ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2]), ARGV[at + 3])
-  count[what] = count[what] + 1
+  local result = store(KEYS[i], ARGV[at], ARGV[at + 1], tonumber(ARGV[at + 2]), ARGV[at + 3])
+  count[result] = count[result] + 1
 end
 
 redis.call('ZREMRANGEBYSCORE', joined, '-inf', now - remember_ms)
-local over = redis.call('ZCARD', joined) - remember
-if over > 0 then
-  redis.call('ZREMRANGEBYRANK', joined, 0, over - 1)
+local excess = redis.call('ZCARD', joined) - max_remembered_ids
+if excess > 0 then
+  redis.call('ZREMRANGEBYRANK', joined, 0, excess - 1)
 end
 for name, n in pairs(count) do
   if n > 0 then
     redis.call('HINCRBY', stats, name, n)
   end
 end
-if held ~= before then
-  redis.call('HINCRBY', stats, 'bytes', held - before)
+if stored_bytes ~= stored_bytes_before then
+  redis.call('HINCRBY', stats, 'bytes', stored_bytes - stored_bytes_before)
 end
 return {count.received, count.duplicate, count.late, count.rejected_pairs, count.rejected_bytes}

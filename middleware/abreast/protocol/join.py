@@ -1,20 +1,20 @@
-"""The join in Redis: its keys, and the script that services send captures with.
+"""The join of captures in Redis: its keys, and the script that services call with their captures.
 
-Per service and shard, all keys share the hash tag `{service/shard}`, so that they live on one node of a cluster:
+The keys of a service and shard share the hash tag `{service/shard}`, so that they are on one node of a cluster:
 
-    abreast:{shop/0}:pair:ID   hash    slot (version:role:attempt) → capture, while copies are missing
-    abreast:{shop/0}:due       zset    pair id → when to give up waiting (ms, Redis's clock)
-    abreast:{shop/0}:ready     stream  one entry a pair: `pair`, `why` (joined|swept), then slot → capture
-    abreast:{shop/0}:joined    zset    pair id → when it was moved (ms): what comes later is late, not new; !ID was refused
-    abreast:{shop/0}:stats     hash    counters, and `bytes`: what the hashes and the stream hold
+    abreast:{shop/0}:pair:ID   hash    slot (version:role:attempt) → capture, while captures are missing
+    abreast:{shop/0}:due       zset    pair id → deadline (ms, the clock of Redis)
+    abreast:{shop/0}:ready     stream  one entry per pair: `pair`, `why` (joined|swept), then slot → capture
+    abreast:{shop/0}:joined    zset    pair id → time of the move (ms), to detect late captures; !ID was rejected
+    abreast:{shop/0}:stats     hash    counters, and `bytes`: the size of the hashes and the stream
 
-Beside them, without a shard:
+Keys without a shard:
 
-    abreast:services           hash    service → its number of shards
-    abreast:{service}:reports  hash    id of a service process → its last report (JSON; see shipper)
-    abreast:{service}:secret   string  key of the hashes that stand for secret headers, unless set
+    abreast:services           hash    service → number of shards
+    abreast:{service}:reports  hash    id of a service process → last report (JSON; see abreast.export)
+    abreast:{service}:secret   string  key of the hashes of secret headers, unless redact_key is set
 
-Redis's own clock decides deadlines, so that the clocks of services don't matter.
+The clock of Redis decides deadlines, so that the clocks of services don't matter.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ CONSUMER_GROUP = "abreast"  # the consumer group of the sidecars
 
 JOIN_SCRIPT = resources.files("abreast.protocol").joinpath("join.lua").read_text()
 
-# Counters of `stats`. Of every capture that is sent exactly one of the first five is counted.
-RECEIVED = "received"  # kept: it waits, or completed its pair
-DUPLICATE = "duplicate"  # its slot was taken: a batch was sent twice
-LATE = "late"  # its pair had been moved already: an answer after a failover, or after the deadline
-REJECTED_PAIRS = "rejected_pairs"  # refused: as many pairs wait as are allowed, or a copy of its pair was refused
-REJECTED_BYTES = "rejected_bytes"  # refused: as many bytes are held as are allowed
-JOINED = "joined"  # pairs moved with all their copies
-TIMED_OUT = "timed_out"  # pairs moved when their time was over
+# Counters of `stats`. The script counts every capture in exactly one of the first five.
+RECEIVED = "received"  # stored, or it completed its pair
+DUPLICATE = "duplicate"  # its slot is taken: a batch was sent twice
+LATE = "late"  # its pair has moved to the stream: an answer after a failover, or after the deadline
+REJECTED_PAIRS = "rejected_pairs"  # max_pairs wait, or another capture of the pair was rejected
+REJECTED_BYTES = "rejected_bytes"  # max_bytes are stored
+JOINED = "joined"  # pairs that moved with all captures
+TIMED_OUT = "timed_out"  # pairs that moved at their deadline
 
-
-CaptureRow = tuple[str, str, int, bytes]  # of a batch: pair, slot, arms, encoded capture
+CaptureRow = tuple[str, str, int, bytes]  # pair id, slot, number of captures of the pair, encoded capture
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Keys:
 
     def __post_init__(self) -> None:
         if not self.service or set(self.service) & set("{}/"):
-            raise ValueError("a service's name must not be empty nor hold any of { } /")
+            raise ValueError("a service name must not be empty or contain { } /")
 
     @property
     def prefix(self) -> str:
@@ -91,17 +90,17 @@ def shard_of(pair: str, shards: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one shard may hold. Above it the script refuses and counts."""
+    """The limits of one shard. Above them, the script rejects and counts captures."""
 
-    wait_ms: int = 10_000  # how long a pair waits for its missing copies
-    max_pairs: int = 100_000  # that wait for a copy, or for a worker
-    max_bytes: int = 256 * 1024 * 1024  # waiting and ready together
-    max_remembered_ids: int = 200_000  # ids of moved pairs that are remembered, to know a late capture
+    wait_ms: int = 10_000  # time that a pair waits for missing captures
+    max_pairs: int = 100_000  # pairs that wait for a capture or for a worker
+    max_bytes: int = 256 * 1024 * 1024  # waiting and ready pairs together
+    max_remembered_ids: int = 200_000  # ids of moved pairs, to detect late captures
     remember_ms: int = 300_000
 
 
 def join_arguments(keys: Keys, limits: Limits, rows: Sequence[CaptureRow]) -> tuple[list[str], list[str | int | bytes]]:
-    """Keys and arguments of the script for captures, all of this shard."""
+    """Return keys and arguments of the script for captures of one shard."""
     names = [keys.due, keys.ready, keys.joined, keys.stats]
     arguments: list[str | int | bytes] = [
         limits.wait_ms,
@@ -117,7 +116,7 @@ def join_arguments(keys: Keys, limits: Limits, rows: Sequence[CaptureRow]) -> tu
 
 
 def join_command(sha: str, keys: Keys, limits: Limits, rows: Sequence[CaptureRow]) -> bytes:
-    """EVALSHA with the same keys and arguments, in Redis's protocol: a client takes several times as long to write it."""
+    """Encode EVALSHA in the protocol of Redis. redis-py takes several times as long for the same."""
     prefix = keys.pair("").encode()
     names: list[bytes] = []
     arguments: list[bytes] = []

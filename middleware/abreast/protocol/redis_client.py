@@ -1,11 +1,11 @@
-"""Clients of Redis by URL: of one server, of a cluster, or of the primary that Sentinels name.
+"""Redis clients by URL: for one server, for a cluster, or for the primary of a group of Sentinels.
 
     redis://user:password@host:6379/0                                rediss:// with TLS, unix:// for a socket
     redis+cluster://user:password@host:7000,host2:7000               rediss+cluster://
     redis+sentinel://user:password@host:26379,host2:26379/name/0     rediss+sentinel://
 
-User and password are those of the servers; the Sentinels' own are `?sentinel_username=…&sentinel_password=…`. Further
-options, such as `ssl_ca_certs`, are redis-py's. Of a cluster and of Sentinels one address is enough to find the others.
+User and password are the ones of the servers. Sentinels have `?sentinel_username=…&sentinel_password=…`. redis-py
+defines further options, such as `ssl_ca_certs`. One address is enough to find the other nodes or Sentinels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from redis.exceptions import RedisClusterException, RedisError
 Kind = Literal["server", "cluster", "sentinel"]
 KIND_BY_SUFFIX: Mapping[str, Kind] = {"": "server", "cluster": "cluster", "sentinel": "sentinel"}
 DEFAULT_PORTS = {"cluster": 6379, "sentinel": 26379}
-SENTINEL_OPTION_PREFIX = "sentinel_"  # options that are for the Sentinels
+SENTINEL_OPTION_PREFIX = "sentinel_"
 URL_FORMATS = (
     "a URL such as redis://127.0.0.1:6379/0, rediss://…, unix://…, redis+cluster://host:7000,host2:7000 "
     "or redis+sentinel://host:26379,host2:26379/name/0"
@@ -36,17 +36,17 @@ URL_FORMATS = (
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """`server` is what redis-py takes: of the one server, or with the first of `nodes` in its place."""
+    """A parsed URL. `server` is a URL for redis-py: of the single server, or of the first of `nodes`."""
 
     kind: Kind
     server: str = field(repr=False)  # may hold a password
     nodes: tuple[tuple[str, int], ...] = ()
-    name: str = ""  # of the primary, by which the Sentinels know it
-    sentinel_credentials: Mapping[str, str] = field(default_factory=dict, repr=False)  # their own username and password
+    name: str = ""  # name of the primary in the Sentinels
+    sentinel_credentials: Mapping[str, str] = field(default_factory=dict, repr=False)  # username and password
 
 
 def parse_address(url: str) -> Address:
-    """Raise ValueError, saying what is wanted."""
+    """Parse a URL. Raises ValueError with the accepted formats."""
     scheme, _, location = url.strip().partition("://")
     base, _, kind = scheme.partition("+")
     if kind and (base not in {"redis", "rediss"} or kind not in DEFAULT_PORTS):
@@ -92,7 +92,7 @@ def _parse_node(host_port: str, default_port: int) -> tuple[str, int]:
 
 
 class ClusterClient(RedisCluster):
-    """Asks anew who holds what after a failure. Trying again is up to the callers, who know what may be."""
+    """A cluster client that reloads the topology after a failure. Retries are left to the callers."""
 
     async def execute_command(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -100,7 +100,7 @@ class ClusterClient(RedisCluster):
         except (RedisConnectionError, OSError):
             await self.aclose()
             raise
-        except RedisClusterException as error:  # redis-py has it beside its other errors
+        except RedisClusterException as error:  # no subclass of RedisError
             await self.aclose()
             raise RedisConnectionError(str(error)) from error
         except RedisError as error:
@@ -110,7 +110,7 @@ class ClusterClient(RedisCluster):
 
 
 class SentinelClient(Redis):
-    """What the Sentinels name. Closing it closes the connections to them too."""
+    """A client for the primary. To close it also closes the connections to the Sentinels."""
 
     async def aclose(self, close_connection_pool: bool | None = None) -> None:
         await super().aclose(close_connection_pool)
@@ -123,7 +123,7 @@ class SentinelClient(Redis):
 
 
 def connect(url: str, *, timeout: float, connect_timeout: float) -> Redis:
-    """Opens nothing yet, and tries nothing again by itself. A cluster's client has the same commands."""
+    """Return a client that connects on first use and does not retry. Timeouts are in seconds."""
     address = parse_address(url)
     options: dict[str, Any] = {
         "socket_timeout": timeout,
@@ -141,7 +141,7 @@ def connect(url: str, *, timeout: float, connect_timeout: float) -> Redis:
 
 
 def _client_options(address: Address) -> dict[str, Any]:
-    """What the URL says, but for the place."""
+    """Return the options in a URL, without host and port."""
     options: dict[str, Any] = dict(parse_url(address.server))
     options["ssl"] = options.pop("connection_class", None) is SSLConnection
     for name in ("host", "port", *(["db"] if address.kind == "cluster" else [])):
@@ -150,12 +150,12 @@ def _client_options(address: Address) -> dict[str, Any]:
 
 
 def _sentinel_options(address: Address, options: Mapping[str, Any]) -> dict[str, Any]:
-    """How the Sentinels are asked: they have no databases, and users of their own."""
+    """Return the options for the Sentinels, which have no databases, and separate users."""
     return {**options, "db": 0, "username": None, "password": None, **address.sentinel_credentials}
 
 
 def connect_sync(url: str, *, timeout: float) -> Any:
-    """The same for programs without an event loop; answers are text."""
+    """Return a client for programs without an event loop. It decodes replies to text."""
     import redis
 
     address = parse_address(url)
@@ -175,7 +175,7 @@ def connect_sync(url: str, *, timeout: float) -> Any:
 
 
 async def disconnect(client: Redis) -> None:
-    """Close the sockets at once, answered or not; the client may be used again."""
+    """Close the sockets at once, even if replies are outstanding. The client remains usable."""
     if isinstance(client, RedisCluster):
         await client.aclose()
     else:

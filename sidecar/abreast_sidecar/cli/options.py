@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import getpass
+import os
 import re
 import socket
 from collections.abc import Callable
@@ -12,8 +13,10 @@ from typing import Any, TypeVar
 
 import click
 
+from abreast.settings import DeclaredSettings
 from abreast_sidecar import settings
 from abreast_sidecar.client.sidecar_client import SidecarClient
+from abreast_sidecar.errors import SettingError
 
 SECONDS_PER_UNIT = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}  # seconds
 MIN_ROUNDED_AGE = dt.timedelta(hours=6)
@@ -33,7 +36,7 @@ class ParserParamType(click.ParamType[Any]):
         try:
             return self.parse(value)
         except ValueError as error:
-            self.fail(f"must be {error}, got {settings.mask_secrets(value)!r}", param, ctx)
+            self.fail(f"must be {error}, got {settings.mask_passwords(value)!r}", param, ctx)
 
 
 def parse_moment(value: str) -> dt.datetime:
@@ -135,6 +138,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+SettingsClass = TypeVar("SettingsClass", bound=DeclaredSettings)
 
 
 def connection_options(command: Command) -> Command:
@@ -157,6 +161,41 @@ def connection_options(command: Command) -> Command:
         help="The sidecar's gRPC.",
     )(with_link)
     return with_link  # type: ignore[return-value]  # the same command with two options more
+
+
+def setting_options(settings_class: type[DeclaredSettings], *, secrets: bool = False) -> Callable[[Command], Command]:
+    """Add an option for each setting. Secrets are left out by default: `ps` would show them."""
+
+    def add_options(command: Command) -> Command:
+        for declared in reversed(settings_class.declared()):
+            if declared.secret and not secrets:
+                continue
+            help_text = f"{declared.doc}.  [{declared.variable}; default: {declared.default_text or 'none'}]"
+            if isinstance(declared.default, bool):
+                switch = f"{declared.option}/{declared.option.replace('--', '--no-', 1)}"
+                click.option(switch, declared.name, default=None, help=help_text)(command)
+            else:
+                click.option(declared.option, declared.name, metavar="VALUE", help=help_text)(command)
+        return command
+
+    return add_options
+
+
+def read_settings(settings_class: type[SettingsClass], options: dict[str, Any]) -> SettingsClass:
+    """Read settings from options, and from variables if there is no option. Errors name the option."""
+    given = {
+        declared: options[declared.name]
+        for declared in settings_class.declared()
+        if options.get(declared.name) is not None
+    }
+    overrides = {declared.variable: str(value) for declared, value in given.items()}
+    try:
+        return settings_class.from_environment({**os.environ, **overrides})
+    except SettingError as error:
+        message = str(error)
+        for declared in given:
+            message = re.sub(rf"\b{declared.variable}\b", declared.option, message)
+        raise SettingError(message) from error
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")

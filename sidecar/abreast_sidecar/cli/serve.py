@@ -1,38 +1,20 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from abreast_sidecar import aio as runtime
-from abreast_sidecar.cli.options import ParserParamType
-from abreast_sidecar.settings import ENV_PREFIX, Settings
-from abreast_sidecar.settings import database_url as parsed
-
-ServeCommand = TypeVar("ServeCommand", bound=Callable[..., Any])
-
-
-def setting_options(command: ServeCommand) -> ServeCommand:
-    """An option for each setting: --batch-size stands above ABREAST_BATCH_SIZE. None for a secret, which `ps` would show."""
-    for setting in reversed(dataclasses.fields(Settings)):
-        if setting.metadata["secret"]:
-            continue
-        default_text = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
-        click.option(
-            "--" + setting.name.replace("_", "-"),
-            type=ParserParamType(setting.metadata["parse"].__name__, setting.metadata["parse"]),
-            help=f"{setting.metadata['doc']}.  [{ENV_PREFIX}{setting.name.upper()}; default: {'none' if default_text == '' else default_text}]",
-        )(command)
-    return command
+from abreast_sidecar.cli.options import ParserParamType, read_settings, setting_options
+from abreast_sidecar.settings import Settings, database_url
 
 
 @click.command
-@setting_options
+@setting_options(Settings)
 def sidecar_command(**options: Any) -> None:
     """Run the sidecar: compares what services send, keeps the ledger, steers Envoy, answers questions.
 
@@ -41,8 +23,7 @@ def sidecar_command(**options: Any) -> None:
     from abreast_sidecar import logs
     from abreast_sidecar.app import serve
 
-    overrides = {name: value for name, value in options.items() if value is not None}
-    settings = dataclasses.replace(Settings.from_environment(os.environ), **overrides)
+    settings = read_settings(Settings, options)
     logs.configure(settings.log_level)
     run_until_signal(lambda stop: serve(settings, stop))
 
@@ -68,7 +49,7 @@ def run_until_signal(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]
 @click.command
 @click.option(
     "--postgres-url",
-    type=ParserParamType("postgres_url", parsed),
+    type=ParserParamType("postgres_url", database_url),
     help="The ledger's Postgres, in place of ABREAST_POSTGRES_URL.",
 )
 def migrate_command(postgres_url: str | None) -> None:

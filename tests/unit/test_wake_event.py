@@ -8,7 +8,7 @@ from abreast.export.exporter import WakeEvent
 LONG = 60.0  # seconds
 
 
-async def test_it_wakes_who_waits() -> None:
+async def test_wake_event_wakes_the_waiter() -> None:
     loop = asyncio.get_running_loop()
     alarm = WakeEvent(loop)
     loop.call_soon(alarm.set)
@@ -16,7 +16,7 @@ async def test_it_wakes_who_waits() -> None:
     assert await asyncio.wait_for(alarm.wait(LONG), 5) is True
 
 
-async def test_what_rang_before_is_heard_once() -> None:
+async def test_wake_event_set_before_the_wait_returns_once() -> None:
     alarm = WakeEvent(asyncio.get_running_loop())
     alarm.set()
 
@@ -24,7 +24,7 @@ async def test_what_rang_before_is_heard_once() -> None:
     assert await alarm.wait(0.001) is False
 
 
-async def test_it_can_be_told_to_forget() -> None:
+async def test_wake_event_can_be_cleared() -> None:
     alarm = WakeEvent(asyncio.get_running_loop())
     alarm.set()
     alarm.clear()
@@ -32,14 +32,14 @@ async def test_it_can_be_told_to_forget() -> None:
     assert await alarm.wait(0.001) is False
 
 
-async def test_the_time_is_waited_for() -> None:
+async def test_wake_event_waits_until_the_timeout() -> None:
     alarm, began = WakeEvent(asyncio.get_running_loop()), time.monotonic()
 
     assert await alarm.wait(0.02) is False
     assert time.monotonic() - began >= 0.019
 
 
-async def test_one_that_was_cancelled_leaves_nothing_behind() -> None:
+async def test_wake_event_works_after_a_cancelled_wait() -> None:
     loop = asyncio.get_running_loop()
     alarm = WakeEvent(loop)
     task = asyncio.create_task(alarm.wait(LONG))

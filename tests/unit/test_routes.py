@@ -102,7 +102,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize(("make", "path", "template"), PATHS)
-async def test_the_router_tells_the_template(make: Any, path: str, template: str) -> None:
+async def test_template_is_the_choice_of_the_router(make: Any, path: str, template: str) -> None:
     app = make()
     scope = http_scope(path)
     await call(app, scope)
@@ -111,8 +111,8 @@ async def test_the_router_tells_the_template(make: Any, path: str, template: str
 
 
 @pytest.mark.parametrize(("make", "path", "template"), PATHS)
-async def test_it_is_found_where_the_app_got_a_copy_of_the_scope(make: Any, path: str, template: str) -> None:
-    """As with earlier Starlette, and with middleware that hands on a scope of its own."""
+async def test_template_is_resolved_if_the_app_got_a_copy_of_the_scope(make: Any, path: str, template: str) -> None:
+    """Earlier Starlette and some middleware pass a copy of the scope."""
     app = make()
 
     async def copying(scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,7 +127,7 @@ async def test_it_is_found_where_the_app_got_a_copy_of_the_scope(make: Any, path
 
 
 @pytest.mark.parametrize(("method", "status"), [("PUT", 200), ("DELETE", 405)])
-async def test_methods_on_one_path_share_a_template(method: str, status: int) -> None:
+async def test_methods_of_one_path_share_a_template(method: str, status: int) -> None:
     app = starlette()
     scope = http_scope("/products/7", method)
     sent, _ = await call(app, scope)
@@ -136,7 +136,7 @@ async def test_methods_on_one_path_share_a_template(method: str, status: int) ->
     assert RouteResolver(app).resolve(scope) == "/products/{id}"
 
 
-async def test_a_host_takes_nothing_of_the_path() -> None:
+async def test_host_route_adds_no_prefix() -> None:
     app = starlette()
     scope = {**http_scope("/hosted/7"), "headers": [(b"host", b"api.example")]}
     await call(app, scope)
@@ -144,7 +144,7 @@ async def test_a_host_takes_nothing_of_the_path() -> None:
     assert RouteResolver(app).resolve(scope) == "/hosted/{id}"
 
 
-async def test_the_servers_root_path_is_not_part_of_it() -> None:
+async def test_template_excludes_the_root_path_of_the_server() -> None:
     app = starlette()
     scope = http_scope("/proxy/v1/products/7", root_path="/proxy")
     await call(app, scope)
@@ -152,21 +152,21 @@ async def test_the_servers_root_path_is_not_part_of_it() -> None:
     assert RouteResolver(app).resolve(scope) == "/v1/products/{id}"
 
 
-async def test_an_app_without_routes_has_none() -> None:
+async def test_app_without_routes_has_no_template() -> None:
     scope = http_scope("/products/7")
     await call(bare, scope)
 
     assert not RouteResolver(bare).resolve(scope)
 
 
-async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_template_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("abreast.export.routes.MAX_CACHED_TEMPLATES", 10)
-    found = RouteResolver(starlette())
+    resolver = RouteResolver(starlette())
     for number in range(100):
-        found.resolve(http_scope(f"/products/{number}"))
-        found.resolve(
+        resolver.resolve(http_scope(f"/products/{number}"))
+        resolver.resolve(
             {**http_scope(f"/tenants/{number}/products/7"), "app_root_path": "", "root_path": f"/tenants/{number}"}
         )
 
-    assert len(found._templates) <= 10
-    assert len(found._prefixes) <= 10
+    assert len(resolver._templates) <= 10
+    assert len(resolver._prefixes) <= 10

@@ -1,4 +1,4 @@
-"""Wrong settings end in one line that shows no password."""
+"""Invalid settings of the sidecar end in one line that shows no password."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -29,7 +30,7 @@ from abreast_sidecar.settings import Settings
         ("ABREAST_BATCH_SIZE", "inf"),
     ],
 )
-def test_what_can_not_work_is_refused(name: str, value: str) -> None:
+def test_invalid_variable_is_rejected(name: str, value: str) -> None:
     with pytest.raises(SettingError, match=f"^{name} must be .*, got {value!r}$"):
         Settings.from_environment({name: value})
 
@@ -44,8 +45,7 @@ def test_what_can_not_work_is_refused(name: str, value: str) -> None:
         (settings.database_url, "host=/run/postgresql dbname=x"),
     ],
 )
-def test_every_form_that_the_drivers_take_is_taken(parse: object, value: str) -> None:
-    assert callable(parse)
+def test_every_url_form_of_the_drivers_is_accepted(parse: Callable[[str], str], value: str) -> None:
     assert parse(value) == value
 
 
@@ -60,17 +60,17 @@ def test_every_form_that_the_drivers_take_is_taken(parse: object, value: str) ->
         "host=h port=x password='very secret'",
     ],
 )
-def test_passwords_are_not_shown(value: str) -> None:
+def test_passwords_in_urls_are_not_shown(value: str) -> None:
     name = "ABREAST_REDIS_URL" if value.startswith("redis") else "ABREAST_POSTGRES_URL"
-    with pytest.raises(SettingError) as caught:
+    with pytest.raises(SettingError) as raised:
         Settings.from_environment({name: value})
 
-    assert "ret" not in str(caught.value)
-    assert "port" in str(caught.value)
+    assert "ret" not in str(raised.value)
+    assert "port" in str(raised.value)
 
 
-def test_the_sidecar_refuses_a_wrong_option_in_words() -> None:
-    done = subprocess.run(
+def test_sidecar_command_rejects_an_invalid_option_in_one_line() -> None:
+    result = subprocess.run(
         [sys.executable, "-m", "abreast_sidecar", "sidecar", "--redis-url", "http://u:secret@h"],
         capture_output=True,
         text=True,
@@ -78,13 +78,13 @@ def test_the_sidecar_refuses_a_wrong_option_in_words() -> None:
         check=False,
     )
 
-    assert done.returncode == 2
-    assert "must be a URL such as redis://127.0.0.1:6379/0" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "secret" not in done.stderr
+    assert result.returncode == 2
+    assert "abreast: --redis-url must be a URL such as redis://127.0.0.1:6379/0" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "secret" not in result.stderr
 
 
-def test_what_libraries_log_is_json_too() -> None:
+def test_log_records_of_libraries_are_json() -> None:
     record = logging.LogRecord("psycopg.pool", logging.WARNING, "", 0, 'a "%s"\nline', ("b",), None)
 
     assert json.loads(JsonFormatter().format(record)).items() >= {"event": 'a "b"\nline', "level": "warning"}.items()

@@ -1,4 +1,4 @@
-"""One app, several event loops, processes and ways to end."""
+"""Exporters of one app in several event loops and processes, and their shutdown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from support import eventually_async, find_free_port
 from support_middleware import call, captures, marks, pair_id, sampled
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it would rather have another httpx
+    warnings.simplefilter("ignore")  # it warns about the version of httpx
     from starlette.testclient import TestClient
 
 
@@ -47,7 +47,7 @@ def starlette(url: str, **more: object) -> Starlette:
     return application
 
 
-def test_each_loop_gets_a_task_of_its_own(redis_url: str) -> None:
+def test_each_loop_has_its_exporter(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
     for _ in range(5):
         asyncio.run(_ask(middleware))
@@ -61,16 +61,14 @@ async def _ask(middleware: ParallelRunMiddleware) -> None:
     assert raised is None
 
 
-def test_the_end_of_a_loop_flushes_even_without_lifespan(redis_url: str) -> None:
+def test_end_of_the_loop_flushes_without_lifespan(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, export_interval=60)
     asyncio.run(_ask(middleware))
 
     assert middleware.queue.shipped_count == 1
 
 
-def test_a_cancellation_that_is_swallowed_below_ends_the_loop_all_the_same(
-    redis_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_swallowed_cancellation_ends_the_exporter(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     swallowed = []
 
     async def swallowing(_link: RedisTransport, _shard: int, rows: Sequence[CaptureRow]) -> JoinResult:
@@ -94,7 +92,7 @@ def test_a_cancellation_that_is_swallowed_below_ends_the_loop_all_the_same(
     assert time.monotonic() - began < 10
 
 
-def test_what_a_loop_could_not_send_the_next_one_does(redis_url: str) -> None:
+def test_next_loop_sends_the_captures_of_a_closed_one(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, export_interval=60)
     loop = asyncio.new_event_loop()
     loop.run_until_complete(_ask(middleware))
@@ -108,21 +106,21 @@ def test_what_a_loop_could_not_send_the_next_one_does(redis_url: str) -> None:
 
 
 @pytest.mark.parametrize("entered", [True, False])
-def test_starlettes_test_client_works(entered: bool, redis_url: str) -> None:
-    """Without `with` it makes a loop for each request."""
+def test_test_client_of_starlette_works(entered: bool, redis_url: str) -> None:
+    """Without `with`, the client starts a loop per request."""
     client = TestClient(starlette(redis_url))
     if entered:
         with client:
             answers = [client.get("/", headers=marks(pair_id())) for _ in range(3)]
     else:
         answers = [client.get("/", headers=marks(pair_id())) for _ in range(3)]
-    gc.collect()  # a task or a socket that was left behind would complain
+    gc.collect()  # a leaked task or socket would warn
 
     assert [answer.text for answer in answers] == ["ok"] * 3
     assert len(asyncio.run(captures(redis_url))) == 3
 
 
-def test_without_redis_the_test_client_is_not_held_up() -> None:
+def test_test_client_without_redis_ends_in_time() -> None:
     began = time.monotonic()
     with TestClient(starlette(f"redis://127.0.0.1:{find_free_port()}/0")) as client:
         answer = client.get("/", headers=marks(pair_id()))
@@ -147,7 +145,7 @@ async def lifespan(app: ParallelRunMiddleware) -> list[Message]:
     return sent
 
 
-async def test_the_shutdown_of_the_lifespan_flushes_before_the_server_is_told(redis_url: str) -> None:
+async def test_lifespan_shutdown_flushes_before_the_server_continues(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(
         Starlette(routes=[Route("/", app)]), service="shop", redis_url=redis_url, export_interval=60
     )
@@ -159,7 +157,7 @@ async def test_the_shutdown_of_the_lifespan_flushes_before_the_server_is_told(re
     ]
 
 
-async def test_the_process_is_known_from_its_start(redis_url: str) -> None:
+async def test_process_reports_from_its_start(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(Starlette(), service="shop", redis_url=redis_url)
     sent: list[Message] = []
     stop = asyncio.Event()
@@ -176,15 +174,15 @@ async def test_the_process_is_known_from_its_start(redis_url: str) -> None:
     running = asyncio.create_task(middleware({"type": "lifespan"}, receive, send))
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
 
-        async def known() -> bool:
+        async def is_registered() -> bool:
             return await admin.hlen(reports_key("shop")) == 1
 
-        await eventually_async(known, what="the process is known")
+        await eventually_async(is_registered, what="the process reports")
     stop.set()
     await running
 
 
-async def test_an_app_without_lifespan_refuses_it_as_before(redis_url: str) -> None:
+async def test_app_without_lifespan_still_rejects_it(redis_url: str) -> None:
     async def refusing(scope: Scope, _receive: Receive, _send: Send) -> None:
         raise NotImplementedError(scope["type"])
 
@@ -195,7 +193,7 @@ async def test_an_app_without_lifespan_refuses_it_as_before(redis_url: str) -> N
     assert repr(raised) == "NotImplementedError('lifespan')"
 
 
-async def test_the_state_of_the_lifespan_arrives(redis_url: str) -> None:
+async def test_lifespan_state_reaches_requests(redis_url: str) -> None:
     seen: list[object] = []
 
     async def stateful(scope: Scope, receive: Receive, send: Send) -> None:
@@ -221,7 +219,7 @@ async def test_the_state_of_the_lifespan_arrives(redis_url: str) -> None:
     assert seen == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
-async def test_it_can_be_closed_twice_and_used_again(redis_url: str) -> None:
+async def test_middleware_can_be_closed_twice_and_reused(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
     await middleware.aclose()
     for _ in range(2):
@@ -262,8 +260,8 @@ def run(program: str, url: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_forked_processes_report_apart(redis_url: str) -> None:
-    """As gunicorn does when it loads the app before it forks."""
+def test_forked_processes_report_separately(redis_url: str) -> None:
+    """gunicorn with --preload loads the app before it forks."""
     done = run(
         """
         asyncio.run(ask(1))
@@ -279,14 +277,14 @@ def test_forked_processes_report_apart(redis_url: str) -> None:
         redis_url,
     )
     with redis.Redis.from_url(redis_url) as admin:
-        found = admin.hgetall(reports_key("shop"))
+        reports = admin.hgetall(reports_key("shop"))
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert sorted(orjson.loads(text)["shipped"] for text in found.values()) == [1, 2, 3]
-    assert len({orjson.loads(text)["pid"] for text in found.values()}) == 3
+    assert sorted(orjson.loads(text)["shipped"] for text in reports.values()) == [1, 2, 3]
+    assert len({orjson.loads(text)["pid"] for text in reports.values()}) == 3
 
 
-def test_a_fork_within_a_running_loop_begins_anew(redis_url: str) -> None:
+def test_fork_within_a_running_loop_starts_empty(redis_url: str) -> None:
     done = run(
         """
         async def main():
@@ -295,11 +293,11 @@ def test_a_fork_within_a_running_loop_begins_anew(redis_url: str) -> None:
             if not child:
                 asyncio._set_running_loop(None)
                 asyncio.run(ask(2))
-                os._exit(0 if middleware.backlog.shipped == 2 else 1)
+                os._exit(0 if middleware.queue.shipped_count == 2 else 1)
             assert os.waitpid(child, 0)[1] == 0
 
         asyncio.run(main())
-        assert middleware.backlog.shipped == 1
+        assert middleware.queue.shipped_count == 1
         """,
         redis_url,
     )
@@ -308,7 +306,7 @@ def test_a_fork_within_a_running_loop_begins_anew(redis_url: str) -> None:
 
 
 @pytest.mark.parametrize("ending", ["sys.exit(0)", "os.kill(os.getpid(), 2)"])
-def test_a_process_ends_in_time_with_redis_down(ending: str) -> None:
+def test_process_ends_in_time_with_redis_down(ending: str) -> None:
     began = time.monotonic()
     run(f"asyncio.run(ask(3)); {ending}", f"redis://127.0.0.1:{find_free_port()}/0")
 

@@ -16,18 +16,20 @@ from abreast.protocol.redis_client import URL_FORMATS, Address, connect, parse_a
         ("redis+sentinel://a/main/3?health_check_interval=2", "sentinel", (("a", 26379),), "main", "redis://a:26379/3?health_check_interval=2"),
     ],
 )  # fmt: skip
-def test_every_form_is_read(url: str, kind: str, nodes: tuple[tuple[str, int], ...], name: str, server: str) -> None:
-    found = parse_address(url)
+def test_every_url_format_is_parsed(
+    url: str, kind: str, nodes: tuple[tuple[str, int], ...], name: str, server: str
+) -> None:
+    address = parse_address(url)
 
-    assert (found.kind, found.nodes, found.name, found.server) == (kind, nodes, name, server)
+    assert (address.kind, address.nodes, address.name, address.server) == (kind, nodes, name, server)
 
 
-def test_the_sentinels_have_a_user_of_their_own_and_no_password_is_shown() -> None:
-    found = parse_address("redis+sentinel://u:hunter1@h/main?sentinel_username=s&sentinel_password=hunter2")
+def test_sentinels_have_separate_credentials_and_passwords_are_not_shown() -> None:
+    address = parse_address("redis+sentinel://u:hunter1@h/main?sentinel_username=s&sentinel_password=hunter2")
 
-    assert found.sentinel_credentials == {"username": "s", "password": "hunter2"}
-    assert found.server == "redis://u:hunter1@h:26379/0"
-    assert "hunter" not in repr(found)
+    assert address.sentinel_credentials == {"username": "s", "password": "hunter2"}
+    assert address.server == "redis://u:hunter1@h:26379/0"
+    assert "hunter" not in repr(address)
 
 
 @pytest.mark.parametrize(
@@ -44,19 +46,19 @@ def test_the_sentinels_have_a_user_of_their_own_and_no_password_is_shown() -> No
         "redis+sentinel://h/main/0/more",
     ],
 )
-def test_anything_else_is_refused_with_what_is_wanted(url: str) -> None:
+def test_other_urls_are_rejected_with_the_accepted_formats(url: str) -> None:
     with pytest.raises(ValueError, match=r"^a URL such as") as caught:
         parse_address(url)
 
     assert str(caught.value) == URL_FORMATS
 
 
-async def test_clients_open_nothing_before_they_are_used() -> None:
+async def test_client_connects_on_first_use() -> None:
     urls = ("redis://127.0.0.1:1", "redis+cluster://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/main")
-    made = [connect(url, timeout=1, connect_timeout=1) for url in urls]
-    for client in made:
+    clients = [connect(url, timeout=1, connect_timeout=1) for url in urls]
+    for client in clients:
         await client.aclose()
 
-    assert [isinstance(client, RedisCluster) for client in made] == [False, True, False]
-    assert isinstance(made[2], Redis)
+    assert [isinstance(client, RedisCluster) for client in clients] == [False, True, False]
+    assert isinstance(clients[2], Redis)
     assert isinstance(parse_address(urls[0]), Address)

@@ -1,4 +1,4 @@
-"""Whatever Redis does, users' answers stay the same, the queue stays bounded, drops are counted, and it recovers."""
+"""Outages of Redis: answers stay unchanged, the queue stays bounded, drops are counted, and the exporter recovers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
 
 @contextmanager
 def server(*options: str, port: int = 0) -> Iterator[RedisServer]:
-    """One that a test may stop, fill or freeze."""
+    """Start a Redis that the test may stop, fill or freeze."""
     binary = os.environ.get("ABREAST_TEST_REDIS")
     with RedisServer(binary=Path(binary) if binary else None, options=options, port=port) as started:
         yield started
@@ -51,7 +51,7 @@ def middleware(url: str, **settings: Unpack[SettingsKwargs]) -> ParallelRunMiddl
 
 
 async def ask(target: ParallelRunMiddleware, count: int) -> float:
-    """Seconds of the slowest request; every answer must be the app's."""
+    """Return the seconds of the slowest request. Every answer must be the one of the app."""
     slowest = 0.0
     for _ in range(count):
         began = time.perf_counter()
@@ -63,9 +63,9 @@ async def ask(target: ParallelRunMiddleware, count: int) -> float:
     return slowest
 
 
-def balanced(target: ParallelRunMiddleware, asked: int) -> bool:
-    backlog = target.queue
-    return backlog.captured_count == asked == sum(backlog.version_counts.values()) + len(backlog.recorders)
+def balanced(target: ParallelRunMiddleware, request_count: int) -> bool:
+    queue = target.queue
+    return queue.captured_count == request_count == sum(queue.version_counts.values()) + len(queue.recorders)
 
 
 async def shipped(target: ParallelRunMiddleware, count: int) -> None:
@@ -76,13 +76,13 @@ async def shipped(target: ParallelRunMiddleware, count: int) -> None:
 
 
 async def failing(log: pytest.LogCaptureFixture) -> None:
-    async def said() -> bool:
+    async def has_logged() -> bool:
         return "captures wait" in log.text
 
-    await eventually_async(said, what="the log says that captures wait")
+    await eventually_async(has_logged, what="the log says that captures wait")
 
 
-async def test_without_redis_answers_are_the_same_and_drops_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+async def test_redis_down_leaves_answers_unchanged_and_counts_drops(caplog: pytest.LogCaptureFixture) -> None:
     target = middleware(f"redis://127.0.0.1:{find_free_port()}/0", flush_timeout=0.3)
     slowest = await ask(target, 3 * QUEUE)
     await failing(caplog)
@@ -95,7 +95,7 @@ async def test_without_redis_answers_are_the_same_and_drops_are_counted(caplog: 
     assert balanced(target, 3 * QUEUE)
 
 
-async def test_once_redis_is_there_what_waited_is_sent(caplog: pytest.LogCaptureFixture) -> None:
+async def test_waiting_captures_are_sent_once_redis_is_up(caplog: pytest.LogCaptureFixture) -> None:
     port = find_free_port()
     target = middleware(f"redis://127.0.0.1:{port}/0")
     await ask(target, QUEUE + 10)
@@ -112,7 +112,7 @@ async def test_once_redis_is_there_what_waited_is_sent(caplog: pytest.LogCapture
     assert caplog.text.count("captures go to Redis again") == 1
 
 
-async def test_a_frozen_redis_delays_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_frozen_redis_delays_no_request(caplog: pytest.LogCaptureFixture) -> None:
     with server() as started:
         target = middleware(started.url)
         await ask(target, 1)
@@ -121,18 +121,18 @@ async def test_a_frozen_redis_delays_nobody(caplog: pytest.LogCaptureFixture) ->
         os.kill(started.process.pid, signal.SIGSTOP)
         slowest = await ask(target, QUEUE + 20)
         await failing(caplog)
-        held = target.queue.count
+        queued_count = target.queue.count
         os.kill(started.process.pid, signal.SIGCONT)
         await shipped(target, QUEUE + 1)
         await target.aclose()
 
         assert len(await captures(started.url)) == target.queue.shipped_count
     assert slowest < 0.2
-    assert held <= QUEUE
+    assert queued_count <= QUEUE
     assert balanced(target, QUEUE + 21)
 
 
-async def test_a_frozen_redis_does_not_hold_up_a_shutdown() -> None:
+async def test_frozen_redis_does_not_delay_the_shutdown() -> None:
     with server() as started:
         target = middleware(started.url, flush_timeout=0.5)
         await ask(target, 1)
@@ -149,8 +149,8 @@ async def test_a_frozen_redis_does_not_hold_up_a_shutdown() -> None:
     assert target.queue.drop_counts == {"shutdown": 5}
 
 
-async def test_a_slow_redis_does_not_hold_up_a_shutdown(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reply comes in time, but there is more to send than the time allows."""
+async def test_slow_redis_does_not_delay_the_shutdown(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reply is in time, but the queue is too long for flush_timeout."""
     target = middleware(redis_url, flush_timeout=0.3, export_batch=1)
     slow = RedisTransport.join
 
@@ -168,7 +168,7 @@ async def test_a_slow_redis_does_not_hold_up_a_shutdown(redis_url: str, monkeypa
     assert target.queue.count == 0
 
 
-async def test_an_emptied_redis_knows_the_service_again(redis_url: str) -> None:
+async def test_emptied_redis_gets_the_service_again(redis_url: str) -> None:
     target = middleware(redis_url)
     await ask(target, 1)
     await shipped(target, 1)
@@ -180,13 +180,13 @@ async def test_an_emptied_redis_knows_the_service_again(redis_url: str) -> None:
 
 
 def registered(client: Any) -> Callable[[], Awaitable[bool]]:
-    async def known() -> bool:
+    async def is_registered() -> bool:
         return bool(client.hexists(SERVICES_KEY, "shop"))
 
-    return known
+    return is_registered
 
 
-async def test_a_full_redis_is_left_alone_until_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
+async def test_full_redis_gets_captures_once_there_is_room(caplog: pytest.LogCaptureFixture) -> None:
     with server() as started, redis.Redis.from_url(started.url) as admin:
         target = middleware(started.url)
         await ask(target, 1)
@@ -206,7 +206,7 @@ async def test_a_full_redis_is_left_alone_until_there_is_room(caplog: pytest.Log
     assert balanced(target, 2 * QUEUE + 6)
 
 
-async def test_a_replica_is_left_alone_until_it_is_a_master(caplog: pytest.LogCaptureFixture) -> None:
+async def test_replica_gets_captures_once_it_is_a_master(caplog: pytest.LogCaptureFixture) -> None:
     with server() as started, redis.Redis.from_url(started.url) as admin:
         target = middleware(started.url)
         await ask(target, 1)
@@ -221,7 +221,7 @@ async def test_a_replica_is_left_alone_until_it_is_a_master(caplog: pytest.LogCa
     assert not target.queue.drop_counts
 
 
-async def test_a_user_that_may_only_read_is_told_from_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_read_only_user_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with server() as started, redis.Redis.from_url(started.url) as admin:
         admin.execute_command("ACL", "SETUSER", "reader", "on", ">secret", "~*", "+@read", "+@connection")
         url = started.url.replace("//", "//reader:secret@")
@@ -234,7 +234,7 @@ async def test_a_user_that_may_only_read_is_told_from_the_log(caplog: pytest.Log
     assert "secret" not in caplog.text
 
 
-async def test_a_redis_that_is_replaced_gets_what_it_needs(caplog: pytest.LogCaptureFixture) -> None:
+async def test_replaced_redis_gets_script_key_and_service(caplog: pytest.LogCaptureFixture) -> None:
     port = find_free_port()
     target = middleware(f"redis://127.0.0.1:{port}/0")
     with server(port=port):
@@ -251,7 +251,7 @@ async def test_a_redis_that_is_replaced_gets_what_it_needs(caplog: pytest.LogCap
         assert len(await captures(started.url)) == 3
 
 
-async def test_a_flushed_script_cache_loses_nothing(redis_url: str) -> None:
+async def test_flushed_script_cache_loses_no_capture(redis_url: str) -> None:
     target = middleware(redis_url)
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
         await ask(target, 2)
@@ -264,7 +264,7 @@ async def test_a_flushed_script_cache_loses_nothing(redis_url: str) -> None:
     assert not target.queue.drop_counts
 
 
-async def test_bytes_are_bounded_too(redis_url: str) -> None:
+async def test_queue_bytes_limits_the_queue(redis_url: str) -> None:
     async def large(_scope: Scope, _receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": bytes(10_000)})
@@ -286,7 +286,7 @@ async def test_bytes_are_bounded_too(redis_url: str) -> None:
         (SettingsKwargs(redis_bytes=3000), "redis_rejected_bytes"),
     ],
 )
-async def test_what_redis_refuses_is_counted(settings: SettingsKwargs, reason: str, redis_url: str) -> None:
+async def test_rejected_captures_are_counted(settings: SettingsKwargs, reason: str, redis_url: str) -> None:
     target = middleware(redis_url, **settings)
     await ask(target, 20)
     await target.aclose()
@@ -296,7 +296,7 @@ async def test_what_redis_refuses_is_counted(settings: SettingsKwargs, reason: s
     assert target.queue.shipped_count == kept > 0
 
 
-async def test_a_batch_that_redis_never_takes_is_given_up(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_permanently_rejected_batch_is_dropped(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
         await admin.set(KEYS.stats, "not a hash")
         target = middleware(redis_url)
@@ -314,9 +314,7 @@ async def test_a_batch_that_redis_never_takes_is_given_up(redis_url: str, caplog
     assert caplog.text.count("captures wait") == 1
 
 
-async def test_a_capture_that_can_not_be_encoded_stops_no_other(
-    redis_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_unencodable_capture_stops_no_other(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
     async def odd(scope: Scope, _receive: Receive, send: Send) -> None:
         if scope["path"] == "/odd":
             scope["route"] = type("Odd", (), {"path_format": "\ud800"})()
@@ -332,23 +330,23 @@ async def test_a_capture_that_can_not_be_encoded_stops_no_other(
     assert caplog.text.count("recording failed in encoding") == 1
 
 
-async def test_shards_are_told_apart_by_the_pair(redis_url: str) -> None:
+async def test_pair_id_selects_the_shard(redis_url: str) -> None:
     target = middleware(redis_url, shards=3)
     await ask(target, 30)
     await target.aclose()
-    found = [len(await captures(redis_url, shard=shard)) for shard in range(3)]
+    counts = [len(await captures(redis_url, shard=shard)) for shard in range(3)]
 
-    assert sum(found) == 30
-    assert all(found)
+    assert sum(counts) == 30
+    assert all(counts)
 
 
-async def test_each_process_reports_what_it_did(redis_url: str) -> None:
+async def test_each_process_reports_its_totals(redis_url: str) -> None:
     target = middleware(redis_url, release="r1")
     await ask(target, 3)
     await target.aclose()
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
-        found = await admin.hgetall(reports_key("shop"))
-    ((process, text),) = found.items()
+        reports = await admin.hgetall(reports_key("shop"))
+    ((process, text),) = reports.items()
     report = orjson.loads(text)
 
     assert report["id"].encode() == process
@@ -358,20 +356,20 @@ async def test_each_process_reports_what_it_did(redis_url: str) -> None:
     assert abs(report["seen"] - time.time()) < 5
 
 
-async def test_it_reports_within_a_second_while_it_runs(redis_url: str) -> None:
+async def test_report_is_at_most_a_second_old(redis_url: str) -> None:
     target = middleware(redis_url)
     await ask(target, 3)
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
 
         async def reported() -> bool:
-            found = await admin.hgetall(reports_key("shop"))
-            return [orjson.loads(text)["shipped"] for text in found.values()] == [3]
+            reports = await admin.hgetall(reports_key("shop"))
+            return [orjson.loads(text)["shipped"] for text in reports.values()] == [3]
 
         await eventually_async(reported, within=3, what="the report says 3")
     await target.aclose()
 
 
-async def test_captures_are_there_soon_after_the_answer(redis_url: str) -> None:
+async def test_capture_arrives_soon_after_the_answer(redis_url: str) -> None:
     target = middleware(redis_url)
     await ask(target, 1)
     await shipped(target, 1)
@@ -383,8 +381,8 @@ async def test_captures_are_there_soon_after_the_answer(redis_url: str) -> None:
     await target.aclose()
 
 
-async def test_with_redis_down_requests_are_not_held(caplog: pytest.LogCaptureFixture) -> None:
-    """Their scopes hold whatever the app put there; only the captures wait."""
+async def test_redis_down_keeps_no_request_alive(caplog: pytest.LogCaptureFixture) -> None:
+    """Scopes may hold large objects of the app, so the queue must not keep them."""
     target = middleware(f"redis://127.0.0.1:{find_free_port()}/0", flush_timeout=0.1)
     await ask(target, 10)
     await failing(caplog)
@@ -397,7 +395,7 @@ async def test_with_redis_down_requests_are_not_held(caplog: pytest.LogCaptureFi
     await target.aclose()
 
 
-async def test_the_log_is_quiet_when_all_is_well(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_exporter_logs_nothing_without_errors(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, logger="abreast")
     target = middleware(redis_url)
     await ask(target, 5)
@@ -406,7 +404,7 @@ async def test_the_log_is_quiet_when_all_is_well(redis_url: str, caplog: pytest.
     assert not [record for record in caplog.records if record.name == "abreast"]
 
 
-async def test_an_unsampled_request_starts_nothing() -> None:
+async def test_unsampled_request_starts_no_exporter() -> None:
     target = middleware("redis://127.0.0.1:1/0")
     sent: list[Message] = (await call(target, http_scope()))[0]
 
