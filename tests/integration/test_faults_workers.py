@@ -124,7 +124,7 @@ async def test_an_entry_that_kills_whoever_compares_it_is_put_apart_and_the_rest
     assert deaths == 2
     assert outcomes(settings.postgres_url)["undecodable"] == 1
     ((reason,),) = rows(settings.postgres_url, "select reason from abreast.dead_letter")
-    assert reason == "comparing it ends the process (SIGSEGV); it was given to workers 3 times"
+    assert reason == "its comparison ended the process (SIGSEGV); it was delivered 3 times"
 
 
 async def test_an_entry_that_hangs_is_given_up(

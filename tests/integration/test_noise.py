@@ -216,7 +216,7 @@ async def test_a_token_that_is_the_same_for_all_is_real_and_a_host_name_is_not(
     await classify_findings(connection)
 
     assert states(url) == {"$.token": "real", "$.host": "noise", "$.id": "noise"}
-    assert reason(url, "$.token") == "new says the same again in 39 of 39 turns, old in 0: more than chance"
+    assert reason(url, "$.token") == "new repeats a value in 39 of 39 pairs, old in 0: more than chance"
 
 
 async def test_without_copies_a_lean_to_one_side_is_real_and_chance_is_not(

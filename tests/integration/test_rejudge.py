@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import json
 import random
 import signal
 import sys
+import time
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import psycopg
 import pytest
+from msgspec.structs import replace
 
+from abreast.protocol.capture import encode
 from abreast_sidecar.compare.model import Difference
+from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rule_document import rule_from_dict
 from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.errors import StaleRulesError
@@ -27,7 +33,20 @@ from abreast_sidecar.store.records import PairRecord
 from abreast_sidecar.store.rules import RuleDraft, RuleStore, end_expired_rules
 from abreast_sidecar.store.writer import PairWriter
 from support import eventually_async
-from support_pairs import SERVICE, difference, judged, one, pair_of, ready, rows, running, send, sums_are_those_of_rows
+from support_pairs import (
+    SERVICE,
+    capture,
+    counters_match_pairs,
+    difference,
+    judged,
+    one,
+    pair_of,
+    ready,
+    rows,
+    running,
+    send,
+    sums_are_those_of_rows,
+)
 
 pytestmark = pytest.mark.postgres
 
@@ -42,6 +61,7 @@ class Place:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self.has_exact_counters = True  # False: the test writes what no worker writes
         self.database = Database(url)
         self.rules = RuleStore(self.database)
         self.ledger = PairWriter(url, examples_per_finding=3)
@@ -86,6 +106,14 @@ class Place:
             "join abreast.release r on r.id = s.new_release where s.count > 0 or s.baseline_count > 0 order by 1, 2",
         )
 
+    def all_counters(self) -> list[tuple[Any, ...]]:
+        return rows(
+            self.url,
+            "select path, part, kind, count, baseline_count, shape_explained, new_greater, new_smaller, repeat_checks, "
+            "old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down "
+            "from abreast.finding order by 1, 2, 3",
+        )
+
     def hidden(self) -> dict[tuple[int, str], int]:
         found = rows(
             self.url,
@@ -103,6 +131,8 @@ async def place(postgres_url: str) -> AsyncIterator[Place]:
     await found.ledger.close()
     await found.database.close()
     sums_are_those_of_rows(found.url)
+    if found.has_exact_counters:
+        counters_match_pairs(found.url)
 
 
 def blind(differences: Sequence[Difference], many: int = 1, **changes: Any) -> list[PairRecord]:
@@ -255,6 +285,7 @@ async def test_many_judge_at_once_and_each_pair_is_counted_once(place: Place) ->
 
 
 async def test_workers_and_judging_again_never_wait_for_each_other_in_a_circle(place: Place) -> None:
+    place.has_exact_counters = False
     await place.ledger.write(blind([PRICE, NAME], 200))
     over = asyncio.Event()
 
@@ -280,16 +311,16 @@ async def test_workers_and_judging_again_never_wait_for_each_other_in_a_circle(p
     assert place.counts()["$.name"][0] == written
 
 
-REJUDGE = """
+REAPPLY_SCRIPT = """
 import asyncio, sys
-from abreast_sidecar.compare import Rules
-from abreast_sidecar.rules import Learning, rejudge
+from abreast_sidecar.compare.rules import CompareOptions
+from abreast_sidecar.rules.reapply import FindingIds, reapply_rules
 from abreast_sidecar.store.database import Database
 async def main():
     database = Database(sys.argv[1])
     await database.open()
     async with database.connection() as connection:
-        while await rejudge(connection, Learning(sys.argv[1]), Rules(), limit=2):
+        while await reapply_rules(connection, FindingIds(sys.argv[1]), CompareOptions(), limit=2):
             print("step", flush=True)
 asyncio.run(main())
 """
@@ -301,7 +332,7 @@ async def test_a_crash_in_the_middle_loses_and_doubles_nothing(place: Place) -> 
     rule = await place.begin(action="ignore", path="$.price")
     for _ in range(3):
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", REJUDGE, place.url, stdout=asyncio.subprocess.PIPE
+            sys.executable, "-c", REAPPLY_SCRIPT, place.url, stdout=asyncio.subprocess.PIPE
         )
         assert process.stdout is not None
         for _ in range(random.randint(3, 6)):
@@ -318,6 +349,62 @@ async def test_a_crash_in_the_middle_loses_and_doubles_nothing(place: Place) -> 
     await place.end(rule)
     await place.rejudged()
     assert (place.pairs(), place.counts(), place.by_release()) == before
+
+
+async def test_reapplied_rules_move_every_counter_exactly(place: Place) -> None:
+    """Pairs with and without stored captures, repeated values, numbers of another magnitude, noise, two releases."""
+    generator = random.Random(3)
+    records = []
+    for number in range(120):
+        old, new = generator.choice((1, 5, 40)), generator.choice((2, 50, "x"))
+        shown = [
+            difference("$.price", old=str(old), new=json.dumps(new)),
+            difference("$.id", old=json.dumps(str(uuid.uuid4())), new=json.dumps(str(uuid.uuid4()))),
+            difference("$.tag", kind="added", old=None, new='"t"'),
+        ]
+        differences = generator.sample(shown, generator.randint(0, 3))
+        noise = [difference("$.price", old=str(old), new="99")] if generator.random() < 0.3 else []
+        release = ("1", generator.choice(("1", "2")))
+        pair = str(uuid.uuid4())
+        contents = ({"price": old, "id": pair}, {"price": new, "id": str(uuid.uuid4()), "tag": "t"})
+        if number % 3:
+            records.append(judged(differences, noise=noise, releases=release, pair=pair))
+        else:
+            records.append(stored_pair(pair, *contents, release=release[1]))
+    for batch in (records[:50], records[50:]):
+        await place.ledger.write(batch)
+    before = place.all_counters()
+    counters_match_pairs(place.url)
+
+    rules: list[int] = []
+    for fields in (
+        {"action": "ignore", "path": "$.price", "release": "2"},
+        {"action": "tolerate", "path": "$.price", "absolute": 30},
+        {"action": "ignore", "part": "body", "kind": "added"},
+        {"action": "ignore", "path": "$.id"},
+    ):
+        rules.append(await place.begin(**fields))
+        await place.rejudged(limit=17)
+        counters_match_pairs(place.url)
+    assert place.all_counters() != before
+
+    generator.shuffle(rules)
+    for rule in rules:
+        await place.end(rule)
+        await place.rejudged(limit=17)
+        counters_match_pairs(place.url)
+    assert place.all_counters() == before
+
+
+def stored_pair(pair: str, old: object, new: object, *, release: str) -> PairRecord:
+    """A pair whose captures can be compared again."""
+    captures = [
+        replace(capture(pair, "old", "live", old), release="1"),
+        replace(capture(pair, "new", "shadow", new), release=release),
+    ]
+    result = compare_pair(captures, CompareOptions())
+    moment = int(time.time() * 1000)
+    return PairRecord(SERVICE, f"{moment}-0", moment, pair, result, tuple(map(encode, captures)))
 
 
 async def emptied(settings: Settings) -> None:
@@ -379,6 +466,7 @@ async def test_what_was_drift_stays_drift(place: Place, redis_url: str) -> None:
     async with running(settings):
         send(redis_url, pair_of({"price": 1, "name": "a"}, {"price": 2, "name": "b"}))
         await emptied(settings)
+    place.has_exact_counters = False
     with psycopg.connect(place.url, autocommit=True) as connection:
         connection.execute(
             "update abreast.pair p set drift = array[f.id], findings = array_remove(findings, f.id) "

@@ -52,11 +52,11 @@ def test_an_error_while_comparing_is_an_outcome(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("abreast_sidecar.ingest.evaluate.compare_pair", broken)
     found = evaluate_entry(of(encode(capture("p", "old"))), CompareOptions())
 
-    assert found.result.reason == "comparing it raised RecursionError: too deep"
+    assert found.result.reason == "its comparison raised RecursionError: too deep"
 
 
 def test_a_swept_pair_without_captures_has_an_outcome() -> None:
-    assert evaluate_entry(of(why="timed_out"), CompareOptions()).result.reason == "redis had no capture of it any more"
+    assert evaluate_entry(of(why="timed_out"), CompareOptions()).result.reason == "redis has no capture of it any more"
 
 
 @pytest.mark.parametrize("service", [0, 3600, -3600, 400 * 86_400, float("inf")])

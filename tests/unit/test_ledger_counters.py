@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.jobs import envoy_counts as envoy
-from abreast_sidecar.jobs.detectors import continue_counters, was_reset
+from abreast_sidecar.jobs.cumulative import continue_counters, was_reset
 from abreast_sidecar.jobs.envoy_counts import EnvoySnapshot, count_copies, sum_counts
 
 lives = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=6), min_size=1, max_size=6)
