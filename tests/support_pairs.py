@@ -103,7 +103,7 @@ def outcomes(url: str) -> dict[str, int]:
     return dict(rows(url, "select outcome, count(*) from abreast.pair group by outcome"))
 
 
-def sums_are_those_of_rows(url: str) -> None:
+def hourly_counts_match_pairs(url: str) -> None:
     """By all that questions are answered by; what is zero was judged again."""
     found = rows(
         url, "select endpoint_id, hour, outcome, old_release, new_release, old_status, new_status, findings, explained,"

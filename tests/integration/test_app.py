@@ -155,7 +155,7 @@ def test_logs_are_json_with_level_and_time(redis_url: str, postgres_url: str) ->
 
 
 def children(sidecar: Process) -> list[int]:
-    return [line["pid"] for line in sidecar.said("a worker process began")]
+    return [line["pid"] for line in sidecar.said("a worker process started")]
 
 
 def alive(pid: int) -> bool:

@@ -47,7 +47,7 @@ def from_row(cls: type[T], row: Mapping[str, Any], **computed: Any) -> T:
     A nested record takes its fields from the same row. Arrays become tuples, and null becomes the default of its field.
     """
     values = dict(computed)
-    for name, nested, has_default in _plan_fields(cls):
+    for name, nested, has_default in _plan_fields(cls):  # type: ignore[arg-type]  # classes are hashable
         if name in computed:
             continue
         if nested is not None:
