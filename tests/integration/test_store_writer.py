@@ -54,7 +54,7 @@ async def test_writer_counts_only_new_pairs_of_a_batch(ledger: PairWriter, url: 
 
 
 async def test_writer_counts_pair_once_per_finding(ledger: PairWriter, url: str) -> None:
-    many = [difference("$.items[*].price", place=f"$.items[{n}].price") for n in range(50)]
+    many = [difference("$.items[*].price", exact_path=f"$.items[{n}].price") for n in range(50)]
     await ledger.write([judged(many)])
 
     assert rows(url, "select count, cardinality(findings) from abreast.finding, abreast.pair") == [(1, 1)]
@@ -229,7 +229,7 @@ async def test_writer_counts_once_after_connection_lost_in_commit(url: str) -> N
 
 
 async def test_writer_accepts_nul_surrogates_and_long_text(ledger: PairWriter, url: str) -> None:
-    awkward = difference("$.a\0b\ud800" + "x" * 5000, place="\0", old='"\\u0000"', new="\udfff\0")
+    awkward = difference("$.a\0b\ud800" + "x" * 5000, exact_path="\0", old='"\\u0000"', new="\udfff\0")
     strange = judged([awkward], noise=[awkward], pair="p\0\ud800", route="/\0" + "é" * 3000)
     await ledger.write([strange])
 
