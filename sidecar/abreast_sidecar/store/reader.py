@@ -118,7 +118,7 @@ async def read_timings(database: Database, endpoint: Endpoint, window: Window) -
         raise NotFoundError(
             f"the ledger has no pair with both times of {endpoint.method} {endpoint.route} of {endpoint.service}"
         )
-    return [Timing(**{name: row[name] for name in Timing._fields}) for row in rows], rows[0]["more"]
+    return [from_row(Timing, row) for row in rows], rows[0]["more"]
 
 
 @dataclass(frozen=True, slots=True)
