@@ -24,7 +24,7 @@ from abreast.protocol.join import Keys, shard_of
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.settings import Settings
 from support import WITHIN, eventually_async
-from support_pairs import SERVICE, capture, one, rows, sums_are_those_of_rows
+from support_pairs import SERVICE, capture, hourly_counts_match_pairs, one, rows
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ def agrees(postgres_url: str) -> None:
     )
     tally, pairs, counted, shown, compared, comparable = (one(postgres_url, query) or 0 for query in queries)
     assert (tally, counted, compared) == (pairs, shown, comparable)
-    sums_are_those_of_rows(postgres_url)
+    hourly_counts_match_pairs(postgres_url)
 
 
 async def empty(redis_url: str, *, shards: int = 1, within: float = WITHIN) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_
 from abreast_sidecar.compare.model import ComparisonResult, Difference
 from abreast_sidecar.ingest.worker import Worker
 from abreast_sidecar.settings import Settings
+from abreast_sidecar.store.counters import BASELINE_MARKS, COUNTERS, MARKS
 from abreast_sidecar.store.records import PairRecord
 from support_postgres import execute
 
@@ -101,7 +103,7 @@ def outcomes(url: str) -> dict[str, int]:
     return dict(rows(url, "select outcome, count(*) from abreast.pair group by outcome"))
 
 
-def sums_are_those_of_rows(url: str) -> None:
+def hourly_counts_match_pairs(url: str) -> None:
     """By all that questions are answered by; what is zero was judged again."""
     found = rows(
         url, "select endpoint_id, hour, outcome, old_release, new_release, old_status, new_status, findings, explained,"
@@ -113,6 +115,48 @@ def sums_are_those_of_rows(url: str) -> None:
         " from abreast.pair group by 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
     )  # fmt: skip
     assert sorted(map(str, found)) == sorted(map(str, wanted))
+
+
+def counters_match_pairs(url: str) -> None:
+    """Assert that all counters of findings and rules equal a recount of the stored pairs, whose marks name them."""
+    expected: Counter[tuple[Any, ...]] = Counter()
+    for rule, finding, *releases, name in recounted(url):
+        expected[rule, finding, *releases, name] += 1
+        if rule == 0:
+            expected[finding, name] += 1
+    names = ", ".join(COUNTERS)
+    label = "(select version || ' ' || label from abreast.release where id = {0}_release)"
+    columns = f"finding_id, {label.format('old')}, {label.format('new')}, {names}"
+    stored: Counter[tuple[Any, ...]] = Counter()
+    for query in (
+        f"select 0, {columns} from abreast.finding_release",  # noqa: S608  # ours
+        f"select rule_id, {columns} from abreast.rule_finding",  # noqa: S608  # ours
+        f"select id, {names} from abreast.finding f where not abreast.is_aggregate(f)",  # noqa: S608  # ours
+    ):
+        for row in rows(url, query):
+            key, counts = row[: -len(COUNTERS)], row[-len(COUNTERS) :]
+            stored.update({(*key, name): count for name, count in zip(COUNTERS, counts, strict=True)})
+    if not rows(url, "select from abreast.retention_state where dropped_until > '-infinity'"):
+        differing = {key for key in stored | expected if stored[key] != expected[key]}
+        assert not differing, sorted(f"{key}: {stored[key]}, pairs have {expected[key]}" for key in differing)
+
+
+def recounted(url: str) -> Iterator[tuple[Any, ...]]:
+    """Yield (rule or 0, finding, old release, new release, counter) for all that the stored pairs count."""
+    columns = (
+        "id, marks, case when old_us is not null then 'old ' || old_release end, "
+        "case when new_us is not null then 'new ' || new_release end"
+    )
+    for counter, prefix in (("count", ""), ("baseline_count", "baseline_")):
+        names = [name for name, mark in MARKS.items() if bool(mark & BASELINE_MARKS) == bool(prefix)]
+        for query in (
+            f"select {columns}, unnest({prefix}findings), 0 from abreast.pair",  # noqa: S608  # ours
+            f"select {columns}, unnest({prefix}explained), unnest({prefix}explained_by) from abreast.pair",  # noqa: S608
+        ):
+            for _, marks, *releases, finding, rule in rows(url, query):
+                bits = (marks or {}).get(str(finding), 0)
+                for name in (counter, *(name for name in names if bits & MARKS[name])):
+                    yield rule, finding, *releases, name
 
 
 def judged(

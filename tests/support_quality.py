@@ -123,7 +123,7 @@ async def _nothing() -> Any:
 
 
 def safe_requests(many: int, seed: int = 1) -> list[UserRequest]:
-    """What the demo's users ask for, without orders: those are not mirrored."""
+    """The requests of the demo's users, without orders, which are not mirrored."""
     return list(itertools.islice((one for one in generate_requests(seed) if one.is_safe), many))
 
 
@@ -156,7 +156,7 @@ def compared(number: int, captures: Sequence[Capture]) -> PairRecord:
 
 @dataclass
 class Looks:
-    """What was seen while the ledger filled: findings that were ever called real, and what they are at the end."""
+    """Findings that were ever classified as real while the ledger filled, and their final states."""
 
     ever: set[str]
     findings: list[Finding]

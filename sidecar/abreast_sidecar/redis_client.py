@@ -15,31 +15,31 @@ from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.connection import HiredisRespSerializer
 
-from abreast.protocol import redis_client as redis_url
+from abreast.protocol import redis_client as protocol_client
 from abreast.protocol.join import SERVICES_KEY, Keys
 from abreast_sidecar.errors import RedisError
 
-READ_BLOCK_MS = 1000  # ms that a read waits for entries
+READ_BLOCK_MS = 1000  # a read waits so long for entries
+REDIS_SOCKET_TIMEOUT_S = 5.0  # above READ_BLOCK_MS, so that a read without entries is no timeout
+REDIS_CONNECT_TIMEOUT_S = 2.0
+MAX_SHARDS = 1024  # per service, in case the hash of services is invalid
 
-
-REDIS_SOCKET_TIMEOUT_S = 5.0  # seconds; above BLOCK, or each quiet second would look like a failure
-
-
-REDIS_CONNECT_TIMEOUT_S = 2.0  # seconds
+log = structlog.get_logger(__name__)
 
 
 def connect_redis(url: str) -> Redis:
-    """Opens nothing yet. Nothing is tried again by the client: the callers know what may be."""
-    client = redis_url.connect(url, timeout=REDIS_SOCKET_TIMEOUT_S, connect_timeout=REDIS_CONNECT_TIMEOUT_S)
-    if not redis_url.is_cluster(client):
+    """Return a client that connects at the first call. It retries nothing: callers know what is safe to retry."""
+    client = protocol_client.connect(url, timeout=REDIS_SOCKET_TIMEOUT_S, connect_timeout=REDIS_CONNECT_TIMEOUT_S)
+    if not protocol_client.is_cluster(client):
         pool = client.connection_pool
         pool.connection_class = _use_hiredis_packer(pool.connection_class)
     return client
 
 
 def _use_hiredis_packer(connection: type[AbstractConnection]) -> type[AbstractConnection]:
-    """The kind of connection, but its commands are written by hiredis, as redis-py's blocking client has it: to
-    acknowledge a batch takes a fifth of the time.
+    """Return the connection class with hiredis's serializer, which redis-py's blocking client uses too.
+
+    It acknowledges a batch in a fifth of the time.
     """
 
     class HiredisConnection(connection):  # type: ignore[misc, valid-type]
@@ -53,13 +53,13 @@ def _use_hiredis_packer(connection: type[AbstractConnection]) -> type[AbstractCo
 
 @dataclass(frozen=True, slots=True)
 class LuaScript:
-    """All keys of a call are of one shard, so that it runs on any node of a cluster that has them."""
+    """A Lua script. All keys of one call must be of one shard, so that one node of a cluster has them."""
 
     text: str
     sha: str
 
     async def run(self, client: Redis, keys: Sequence[str], arguments: Sequence[str | int | float | bytes]) -> Any:
-        """By its digest; in full where Redis does not know it, or has forgotten."""
+        """Run the script by its digest, or send its text if Redis does not have it."""
         try:
             return await client.evalsha(self.sha, len(keys), *keys, *arguments)
         except redis.exceptions.NoScriptError:
@@ -73,6 +73,7 @@ def load_script(name: str) -> LuaScript:
 
 @contextmanager
 def map_redis_errors() -> Iterator[None]:
+    """Turn errors of the driver into RedisError."""
     try:
         yield
     except (redis.RedisError, OSError) as error:
@@ -80,13 +81,8 @@ def map_redis_errors() -> Iterator[None]:
         raise RedisError(f"redis can't be used, check ABREAST_REDIS_URL and the server: {message}") from error
 
 
-log = structlog.get_logger(__name__)
-
-MAX_SHARDS = 1024  # of a service: a bound against nonsense in the hash
-
-
 async def list_shards(client: Redis) -> list[Keys]:
-    """All shards that services have named, and those of before that still have a stream."""
+    """List the shards that services use, and former shards that still have a stream."""
     shard_keys: list[Keys] = []
     shard_counts: dict[bytes, bytes] = await client.hgetall(SERVICES_KEY)  # type: ignore[assignment]  # responses are not decoded
     for raw, count in sorted(shard_counts.items()):
@@ -95,7 +91,7 @@ async def list_shards(client: Redis) -> list[Keys]:
             number = min(int(count), MAX_SHARDS)
             shard_keys += [Keys(service, shard) for shard in range(number)]
         except ValueError as error:
-            log.debug("a service in redis is skipped", service=service, reason=str(error))
+            log.debug("a service in redis has an invalid shard count", service=service, reason=str(error))
             continue
         shard = number
         while shard < MAX_SHARDS and await client.exists(Keys(service, shard).ready):

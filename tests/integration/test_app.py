@@ -154,7 +154,7 @@ def test_logs_are_json_with_level_and_time(redis_url: str, postgres_url: str) ->
 
 
 def list_worker_pids(sidecar: Process) -> list[int]:
-    return [line["pid"] for line in sidecar.list_events("a worker process began")]
+    return [line["pid"] for line in sidecar.list_events("a worker process started")]
 
 
 def is_alive(pid: int) -> bool:

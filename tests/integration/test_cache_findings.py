@@ -29,7 +29,7 @@ from support_pairs import outcomes, pair_of, running, send
 PAIRS = 400
 
 
-async def test_what_a_request_asked_of_its_cache_is_in_its_capture(redis_url: str) -> None:
+async def test_capture_contains_cache_lookups(redis_url: str) -> None:
     async def load() -> str:
         return "loaded"
 
@@ -51,7 +51,7 @@ async def test_what_a_request_asked_of_its_cache_is_in_its_capture(redis_url: st
     assert all(0 <= at <= at + took <= capture.total_us for _, _, at, took, _ in capture.spans)
 
 
-async def test_a_request_that_asks_nothing_carries_nothing(redis_url: str) -> None:
+async def test_capture_without_cache_lookups_has_no_counts(redis_url: str) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001  # ASGI's signature
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
@@ -86,7 +86,7 @@ async def compared(redis_url: str, postgres_url: str, old: float, new: float) ->
     return list(found.rows)
 
 
-async def test_a_version_that_misses_twice_as_often_is_a_finding(redis_url: str, postgres_url: str) -> None:
+async def test_detect_misses_finds_twice_as_many_misses(redis_url: str, postgres_url: str) -> None:
     (found,) = await compared(redis_url, postgres_url, 0.25, 0.5)
 
     assert (format_place(to_message(pb.Finding, found)), found.kind, found.state) == ("cache misses", "changed", "real")
@@ -96,11 +96,11 @@ async def test_a_version_that_misses_twice_as_often_is_a_finding(redis_url: str,
 
 
 @pytest.mark.parametrize(("old", "new"), [(0.3, 0.3), (0.5, 0.25), (0.0, 0.0)])
-async def test_one_that_does_not_is_none(redis_url: str, postgres_url: str, old: float, new: float) -> None:
+async def test_detect_misses_ignores_equal_misses(redis_url: str, postgres_url: str, old: float, new: float) -> None:
     assert await compared(redis_url, postgres_url, old, new) == []
 
 
-async def test_users_add_hops_of_their_own(redis_url: str) -> None:
+async def test_span_adds_user_spans_to_capture(redis_url: str) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001  # ASGI's signature
         with abreast.hop("parts", "search"), contextlib.suppress(LookupError), abreast.hop("prices"):
             raise LookupError
@@ -116,7 +116,7 @@ async def test_users_add_hops_of_their_own(redis_url: str) -> None:
     assert capture.cache is None
 
 
-def test_hops_are_bounded_and_hits_are_counted_beyond() -> None:
+def test_capture_limits_spans_and_still_counts_hits() -> None:
     with in_request("live") as request:
         for _ in range(MAX_SPANS + 50):
             add_span(request, "cache", "product", perf_counter_ns(), HIT)

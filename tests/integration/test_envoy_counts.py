@@ -75,7 +75,7 @@ async def sampled(database: Database, start: float | None, end: float | None = N
     return (await summary(database, start, end)).sampled
 
 
-async def test_a_running_envoy_is_counted_when_it_samples(database: Database, connection: Connection) -> None:
+async def test_envoy_count_is_stored_at_its_time(database: Database, connection: Connection) -> None:
     async with abreast(service=SERVICE) as running:
         await ask(running, 5)
         await brought(database, connection, running, 5)
@@ -101,7 +101,7 @@ async def brought(database: Database, connection: Connection, running: Abreast, 
     await eventually_async(all_of_them, what=f"envoy's count is {expected}")
 
 
-async def test_what_was_counted_over_a_long_time_is_spread_over_it(database: Database, connection: Connection) -> None:
+async def test_envoy_count_is_spread_over_a_long_interval(database: Database, connection: Connection) -> None:
     await counted(connection, 1000, HOUR)
 
     half = await sampled(database, HOUR / 2)
@@ -114,7 +114,7 @@ async def test_what_was_counted_over_a_long_time_is_spread_over_it(database: Dat
     assert abs(quarter - 250) <= 4
 
 
-async def test_a_window_misses_what_was_sampled_within_it(
+async def test_summary_window_misses_requests_sampled_in_it(
     database: Database, connection: Connection, postgres_url: str
 ) -> None:
     await counted(connection, 100, 5, before=HOUR)
@@ -132,7 +132,7 @@ async def test_a_window_misses_what_was_sampled_within_it(
     assert (all_time.pairs, all_time.sampled, all_time.unaccounted) == (2, 103, 101)
 
 
-async def test_no_window_misses_more_than_is_missing_over_all_time(
+async def test_summary_window_misses_no_more_than_all_time(
     database: Database, connection: Connection, postgres_url: str
 ) -> None:
     """A row is made a little later than Envoy counts, so one of these is beyond the window's edge."""
@@ -144,7 +144,7 @@ async def test_no_window_misses_more_than_is_missing_over_all_time(
     assert (found.pairs, found.sampled, found.unaccounted) == (2, 2, 0)
 
 
-async def test_what_was_counted_at_unknown_times_may_belong_to_any_window(
+async def test_envoy_count_of_unknown_time_may_belong_to_any_window(
     database: Database, connection: Connection, postgres_url: str
 ) -> None:
     """A ledger from before times were written down."""
@@ -157,7 +157,7 @@ async def test_what_was_counted_at_unknown_times_may_belong_to_any_window(
     assert (found.sampled, found.unaccounted) == (10, 8)
 
 
-async def test_counts_go_with_the_rows_of_their_day(
+async def test_envoy_count_is_folded_with_its_dropped_day(
     database: Database, connection: Connection, postgres_url: str
 ) -> None:
     await counted(connection, 7, 5, before=20 * DAY)
@@ -170,13 +170,13 @@ async def test_counts_go_with_the_rows_of_their_day(
     assert await sampled(database, None) == 9
 
 
-async def test_without_an_envoys_count_a_window_has_none(database: Database) -> None:
+async def test_summary_window_without_envoy_has_no_count(database: Database) -> None:
     found = await summary(database, 60)
 
     assert (found.sampled, found.unaccounted) == (None, None)
 
 
-async def test_two_envoys_of_a_service_are_counted_together(
+async def test_envoy_counts_of_one_service_are_added(
     database: Database, connection: Connection, postgres_url: str
 ) -> None:
     with psycopg.connect(postgres_url, autocommit=True) as other:

@@ -133,7 +133,7 @@ def of_now(url: str) -> None:
 
 
 @pytest.mark.parametrize("server", ["redis", "postgres"])
-async def test_of_a_server(tmp_path: Path, server: str) -> None:
+async def test_clock_jump_of_a_server_loses_nothing(tmp_path: Path, server: str) -> None:
     with Clock() as clock, parts(**{server: clock}) as at:
         load = Load(at.redis.url)
         await seed(at.url, load)
@@ -145,7 +145,7 @@ async def test_of_a_server(tmp_path: Path, server: str) -> None:
         of_now(at.url)
 
 
-async def test_of_a_sidecar(tmp_path: Path) -> None:
+async def test_clock_jump_of_a_sidecar_loses_nothing(tmp_path: Path) -> None:
     with Clock() as clock, parts() as at:
         load = Load(at.redis.url)
         await seed(at.url, load)
@@ -157,7 +157,7 @@ async def test_of_a_sidecar(tmp_path: Path) -> None:
         of_now(at.url)
 
 
-async def test_of_a_service(tmp_path: Path) -> None:
+async def test_clock_jump_of_a_service_loses_nothing(tmp_path: Path) -> None:
     with Clock() as clock, parts() as at:
         load = Load(at.redis.url)
         await seed(at.url, load)
@@ -205,7 +205,7 @@ async def asking(process: asyncio.subprocess.Process, load: Load) -> AsyncIterat
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_pair_that_waits_is_swept_in_time_where_rediss_clock_is_set_back(tmp_path: Path) -> None:
+async def test_incomplete_pair_expires_after_redis_clock_is_set_back(tmp_path: Path) -> None:
     with Clock() as clock, parts(redis=clock) as at:
         await migrate(at.url)
         with replica(at.redis.url, at.url, tmp_path / "all"):
@@ -225,7 +225,7 @@ async def lone(url: str) -> bool:
     return outcomes(url) == {"only_old": 1}
 
 
-async def test_what_a_dead_worker_had_is_taken_over_where_rediss_clock_is_set_back() -> None:
+async def test_abandoned_entries_are_claimed_after_redis_clock_is_set_back() -> None:
     with Clock() as clock, parts(redis=clock) as at:
         await migrate(at.url)
         clock.jump("+400d")
@@ -248,7 +248,7 @@ async def matched(url: str) -> bool:
     return outcomes(url) == {"match": 1}
 
 
-async def test_a_guard_acts_on_nothing_that_is_long_ago_where_postgress_clock_is_behind(tmp_path: Path) -> None:
+async def test_guard_ignores_old_evidence_with_postgres_clock_behind(tmp_path: Path) -> None:
     with Clock() as clock, parts(postgres=clock) as at:
         await seed(at.url, Load(at.redis.url))
         with replica(at.redis.url, at.url, tmp_path / "all") as found:

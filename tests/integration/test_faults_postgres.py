@@ -47,7 +47,7 @@ def processes(postgres: PostgresServer) -> list[int]:
 
 
 def end_workers(url: str) -> None:
-    """Connections of workers end: they have to connect anew."""
+    """The connections of workers end, so they have to reconnect."""
     with psycopg.connect(url, autocommit=True) as admin:
         admin.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and datname is not null"
@@ -61,7 +61,7 @@ async def some_rows(url: str) -> None:
     await eventually_async(some, what="the first rows")
 
 
-async def test_it_may_stop_for_a_while(redis_url: str) -> None:
+async def test_frozen_postgres_loses_nothing(redis_url: str) -> None:
     load = Load(redis_url)
     with server() as postgres:
         await migrate(postgres.url())
@@ -76,7 +76,7 @@ async def test_it_may_stop_for_a_while(redis_url: str) -> None:
             await empty(redis_url)
 
 
-async def test_it_may_end_at_once_and_come_back(redis_url: str) -> None:
+async def test_killed_postgres_loses_nothing(redis_url: str) -> None:
     load = Load(redis_url)
     with server("synchronous_commit=on") as postgres:
         await migrate(postgres.url())
@@ -91,7 +91,7 @@ async def test_it_may_end_at_once_and_come_back(redis_url: str) -> None:
             await complete(postgres.url(), load)
 
 
-async def test_it_may_have_no_connection_left(redis_url: str) -> None:
+async def test_postgres_without_free_connections_loses_nothing(redis_url: str) -> None:
     load = Load(redis_url)
     with server("max_connections=8", "superuser_reserved_connections=0", "max_wal_senders=0") as postgres:
         await migrate(postgres.url())
@@ -118,7 +118,7 @@ def waits_for_postgres(worker: Worker) -> Callable[[], Awaitable[bool]]:
     return waits
 
 
-async def test_its_disk_may_be_full(redis_url: str) -> None:
+async def test_postgres_with_full_disk_loses_nothing(redis_url: str) -> None:
     """No file may grow: of what a full disk does, this takes no root. Room comes from deleting."""
     load = Load(redis_url)
     with server("autovacuum=off") as postgres:
@@ -169,7 +169,7 @@ def fill_up(admin: psycopg.Connection[Any], rows: int) -> None:
         fill(admin, rows, 0)
 
 
-async def test_workers_may_be_the_victims_of_deadlocks(redis_url: str) -> None:
+async def test_deadlock_victims_write_their_batch_again(redis_url: str) -> None:
     """Someone locks an endpoint and then a finding: the order that no worker has."""
     load = Load(redis_url)
     with server("deadlock_timeout=1s") as postgres:  # a session looks once: the other lock must be asked for until then
@@ -197,7 +197,7 @@ def lock_the_other_way(url: str) -> None:
         other.execute("select from abreast.finding for update")
 
 
-async def test_transactions_may_fail_to_serialise(redis_url: str) -> None:
+async def test_serialisation_failures_are_retried(redis_url: str) -> None:
     load = Load(redis_url)
     with server("default_transaction_isolation=repeatable read") as postgres:
         await migrate(postgres.url())

@@ -36,7 +36,7 @@ async def reach(url: str, count: int) -> None:
     await eventually_async(there, what=f"{count} rows")
 
 
-async def test_it_may_be_full_read_only_or_without_its_scripts(postgres_url: str) -> None:
+async def test_redis_full_read_only_or_without_scripts_recovers(postgres_url: str) -> None:
     with server() as started, admin(started) as client:
         load = Load(started.url)
         async with running(settings(started, postgres_url)), loading(load, PAIRS):
@@ -64,8 +64,8 @@ async def refused(load: Load) -> None:
     await eventually_async(more, what="services are refused")
 
 
-async def test_at_its_memory_limit_it_can_still_be_read_empty(postgres_url: str) -> None:
-    """Nothing has read it before, so that even the group has to be made there; lonely captures are swept."""
+async def test_redis_at_memory_limit_can_be_drained(postgres_url: str) -> None:
+    """No worker has read it before, so the group is created at the limit too. Incomplete pairs expire."""
     with server() as started, admin(started) as client:
         load = Load(started.url, pace=0)
         await load.run(200)
@@ -76,7 +76,7 @@ async def test_at_its_memory_limit_it_can_still_be_read_empty(postgres_url: str)
             await empty(started.url)
 
 
-async def test_it_may_stop_for_a_while(postgres_url: str) -> None:
+async def test_frozen_redis_loses_nothing(postgres_url: str) -> None:
     with server() as started:
         load = Load(started.url)
         async with running(settings(started, postgres_url)), loading(load, PAIRS):
@@ -95,7 +95,7 @@ def kill(started: RedisServer) -> None:
     started.process.popen.wait()
 
 
-async def test_killed_with_an_append_only_file_it_loses_nothing(postgres_url: str, tmp_path: Path) -> None:
+async def test_killed_redis_with_append_only_file_loses_nothing(postgres_url: str, tmp_path: Path) -> None:
     """While it loads its data it answers LOADING, to services and sidecars."""
     options = ("--key-load-delay", "1000", "--appendfsync", "always")  # everysec may answer before it has written
     with server(*options, folder=tmp_path) as started:
@@ -118,8 +118,8 @@ def bring_back(started: RedisServer) -> None:
     started.start()
 
 
-async def test_killed_without_persistence_it_loses_what_it_held_and_no_more(postgres_url: str) -> None:
-    """What is lost is known by number: the rest of what was sampled."""
+async def test_killed_redis_without_persistence_loses_only_its_data(postgres_url: str) -> None:
+    """The number of lost pairs is known: the sampled requests without a row."""
     with server() as started:
         load = Load(started.url)
         async with running(settings(started, postgres_url)), loading(load, PAIRS):
@@ -143,7 +143,7 @@ async def all_after(url: str, load: Load, before: set[str]) -> bool:
     return set(load.pairs) - before <= found
 
 
-async def test_with_the_sidecar_away_for_long_all_stay_within_their_bounds_and_go_on(postgres_url: str) -> None:
+async def test_redis_stays_within_limits_while_sidecar_is_away(postgres_url: str) -> None:
     """Redis takes what it may, refuses and counts the rest; once the sidecar is back, the backlog comes first."""
     with server() as started:
         service = ServiceSettings(service=SERVICE, redis_url=started.url, redis_pairs=150, redis_bytes=10_000_000)

@@ -113,8 +113,8 @@ async def asked(*processes: asyncio.subprocess.Process) -> None:
         assert await process.stdout.readline() == b"asked\n"
 
 
-async def test_what_a_killed_service_held_is_known_by_envoys_count(redis_url: str, postgres_url: str) -> None:
-    """Of 45 requests 15 lack the copy that the process held, and of 5 it held both."""
+async def test_killed_service_losses_are_counted_by_envoy(redis_url: str, postgres_url: str) -> None:
+    """15 of 45 requests lack the copy that the process held; for 5 it held both."""
     settings = Settings(redis_url=redis_url, postgres_url=postgres_url)
     whole, half, gone = ([str(uuid.uuid4()) for _ in range(number)] for number in (25, 15, 5))
     envoy_counted(postgres_url, 45)
@@ -143,7 +143,7 @@ async def test_what_a_killed_service_held_is_known_by_envoys_count(redis_url: st
 
 
 @pytest.mark.parametrize("bound", [{"redis_pairs": 60}, {"redis_bytes": 60_000}])
-async def test_with_the_sidecar_away_users_notice_nothing_and_the_account_is_whole(
+async def test_users_notice_no_absent_sidecar_and_accounts_are_complete(
     redis_url: str, postgres_url: str, bound: dict[str, int]
 ) -> None:
     settings = Settings(redis_url=redis_url, postgres_url=postgres_url)

@@ -45,7 +45,7 @@ def pending(url: str) -> int:
         return int(client.xpending(Keys(SERVICE, 0).ready, CONSUMER_GROUP)["pending"])
 
 
-async def test_one_of_two_is_killed_again_and_again_in_the_middle_of_a_batch(settings: Settings) -> None:
+async def test_worker_killed_repeatedly_in_a_batch_loses_nothing(settings: Settings) -> None:
     generator = random.Random(SEED)
     load = Load(settings.redis_url)
     patient = replace(settings, batch_size=10)
@@ -65,7 +65,7 @@ async def holds_many(url: str) -> bool:
     return pending(url) > 0
 
 
-async def test_all_are_killed_and_those_that_come_later_take_over(settings: Settings) -> None:
+async def test_new_workers_claim_entries_of_killed_ones(settings: Settings) -> None:
     generator = random.Random(SEED)
     load = Load(settings.redis_url, pace=0.0005)
     async with loading(load, 1500):
@@ -81,7 +81,7 @@ async def test_all_are_killed_and_those_that_come_later_take_over(settings: Sett
         await empty(settings.redis_url)
 
 
-async def test_a_new_worker_takes_its_part(settings: Settings) -> None:
+async def test_new_worker_shares_the_load(settings: Settings) -> None:
     load = Load(settings.redis_url)
     small = replace(settings, batch_size=5)
     seen = set()
@@ -101,7 +101,7 @@ async def test_a_new_worker_takes_its_part(settings: Settings) -> None:
         await complete(settings.postgres_url, load)
 
 
-async def test_an_entry_that_kills_whoever_compares_it_is_put_apart_and_the_rest_goes_on(
+async def test_entry_that_crashes_workers_becomes_dead_letter(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(KILLER)
@@ -124,10 +124,10 @@ async def test_an_entry_that_kills_whoever_compares_it_is_put_apart_and_the_rest
     assert deaths == 2
     assert outcomes(settings.postgres_url)["undecodable"] == 1
     ((reason,),) = rows(settings.postgres_url, "select reason from abreast.dead_letter")
-    assert reason == "comparing it ends the process (SIGSEGV); it was given to workers 3 times"
+    assert reason == "its comparison ended the process (SIGSEGV); it was delivered 3 times"
 
 
-async def test_an_entry_that_hangs_is_given_up(
+async def test_entry_that_hangs_becomes_dead_letter(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(KILLER.replace("os.kill(os.getpid(), signal.SIGSEGV)", "signal.pause()"))

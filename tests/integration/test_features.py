@@ -1,4 +1,4 @@
-"""What the requests of a finding have in common: planted in a ledger that a worker's own code wrote, then asked for."""
+"""Common features of the requests of a finding, planted in a ledger that the worker's code wrote."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ async def found(url: str, queries: LedgerReader, shows: Plant, many: int = 300) 
         ("body.size=L", lambda r: b'"L"' in r.body.held),
     ],
 )
-async def test_a_planted_feature_is_found(url: str, queries: LedgerReader, name: str, shows: Plant) -> None:
+async def test_common_feature_finds_planted_feature(url: str, queries: LedgerReader, name: str, shows: Plant) -> None:
     feature = await found(url, queries, shows)
 
     assert str(feature) == name
@@ -96,13 +96,13 @@ async def test_a_planted_feature_is_found(url: str, queries: LedgerReader, name:
     assert feature.precision == pytest.approx(1.0, abs=0.05)
 
 
-async def test_where_chance_decides_there_is_none(url: str, queries: LedgerReader) -> None:
+async def test_common_feature_ignores_random_failures(url: str, queries: LedgerReader) -> None:
     dice = random.Random(7)
 
     assert await found(url, queries, lambda _: dice.random() < 0.3) is None
 
 
-async def test_without_enough_samples_the_rows_say_what_they_can(url: str, queries: LedgerReader) -> None:
+async def test_common_feature_falls_back_to_rows(url: str, queries: LedgerReader) -> None:
     await found(url, queries, lambda r: "currency=JPY" in r.query)
     with psycopg.connect(url) as connection:
         connection.execute("delete from abreast.request_sample where finding_id = 0")
@@ -111,7 +111,7 @@ async def test_without_enough_samples_the_rows_say_what_they_can(url: str, queri
     assert str(await queries.find_common_feature(finding)) == "query.currency=JPY"
 
 
-async def test_secrets_and_bodies_stay_out_of_the_samples(url: str) -> None:
+async def test_request_samples_contain_no_secrets_or_bodies(url: str) -> None:
     secret = Request(
         "POST",
         "/login",
@@ -129,7 +129,7 @@ async def test_secrets_and_bodies_stay_out_of_the_samples(url: str) -> None:
     assert not any(text in kept for text in ("hunter2", "hmac", "xxx"))
 
 
-def test_the_samples_are_bounded_and_written_ever_more_rarely() -> None:
+def test_request_sampler_limits_slots_and_writes() -> None:
     samples = RequestSampler(seed=1)
     plain = judged([PRICE])
     written = [len(samples.sample([(plain, 1, [2])])) for _ in range(SLOTS_PER_KEY * 100)]
@@ -139,7 +139,7 @@ def test_the_samples_are_bounded_and_written_ever_more_rarely() -> None:
     assert sum(written[-10_000:]) > 2 * 10_000 / MAX_SAMPLING_INTERVAL / 1.5
 
 
-async def test_the_table_has_a_bound(url: str) -> None:
+async def test_request_sample_table_is_limited(url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=0)
     for _ in range(3):
         await ledger.write([judged([PRICE]) for _ in range(SLOTS_PER_KEY)])

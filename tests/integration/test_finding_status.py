@@ -1,4 +1,4 @@
-"""What people say of findings, and findings that come back."""
+"""Status changes of findings, and findings that reopen."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def missing(sidecar: Running) -> int:
         return await detect_unanswered(connection)
 
 
-async def test_a_finding_says_its_rate_with_an_interval_and_its_releases(sidecar: Running, ledger: PairWriter) -> None:
+async def test_finding_has_rate_interval_and_releases(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write([*shown("1", 30), *clean("1", 170), *shown("2", 10, old="b")])
 
     found = (await the_finding(sidecar)).finding
@@ -93,7 +93,7 @@ async def test_a_finding_says_its_rate_with_an_interval_and_its_releases(sidecar
     assert found.status == OPEN
 
 
-async def test_what_is_said_is_kept_with_who_and_why(sidecar: Running, ledger: PairWriter) -> None:
+async def test_status_change_stores_actor_and_reason(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(shown("1"))
     confirmed = await say(sidecar, CONFIRMED)
     await say(sidecar, EXPECTED)
@@ -118,7 +118,7 @@ async def test_what_is_said_is_kept_with_who_and_why(sidecar: Running, ledger: P
         ({"status": FIXED, "reason": "x", "release": "1"}, "can't be fixed in release '1'"),
     ],
 )
-async def test_what_makes_no_sense_is_refused(
+async def test_status_change_rejects_invalid_arguments(
     sidecar: Running, ledger: PairWriter, asked: dict[str, object], message: str
 ) -> None:
     await ledger.write(shown("1"))
@@ -131,7 +131,7 @@ async def test_what_makes_no_sense_is_refused(
     assert one(sidecar.postgres_url, "select status from abreast.finding") == "open"
 
 
-async def test_an_unknown_finding_is_not_found(sidecar: Running) -> None:
+async def test_status_change_of_unknown_finding_is_not_found(sidecar: Running) -> None:
     request = pb.SetFindingStatusRequest(id=7, status=EXPECTED, reason="x")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await sidecar.comparison.SetFindingStatus(request)
@@ -139,7 +139,7 @@ async def test_an_unknown_finding_is_not_found(sidecar: Running) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_fixed_reopens_once_when_a_later_release_shows_it(sidecar: Running, ledger: PairWriter) -> None:
+async def test_fixed_finding_reopens_once_in_later_release(sidecar: Running, ledger: PairWriter) -> None:
     """Four workers at once, each with pairs that show it."""
     await ledger.write([*clean("0"), *shown("1")])
     await say(sidecar, FIXED)
@@ -156,7 +156,7 @@ async def test_fixed_reopens_once_when_a_later_release_shows_it(sidecar: Running
     assert [(e.actor, e.after, e.release) for e in found.events] == [("abreast", REOPENED, "2"), ("ann", FIXED, "")]
 
 
-async def test_the_release_that_has_the_fix_may_be_named(sidecar: Running, ledger: PairWriter) -> None:
+async def test_fixed_status_accepts_release_with_the_fix(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write([*shown("1"), *clean("2")])
     await say(sidecar, FIXED, release="2")
     await ledger.write(shown("1"))
@@ -166,7 +166,7 @@ async def test_the_release_that_has_the_fix_may_be_named(sidecar: Running, ledge
     assert (await the_finding(sidecar)).finding.status == REOPENED
 
 
-async def test_without_names_of_releases_what_arrives_later_reopens(sidecar: Running, ledger: PairWriter) -> None:
+async def test_fixed_finding_without_labels_reopens_with_later_pair(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(shown(""))
     before = shown("", 1)
     await say(sidecar, FIXED)
@@ -177,7 +177,7 @@ async def test_without_names_of_releases_what_arrives_later_reopens(sidecar: Run
     assert (await the_finding(sidecar)).finding.status == REOPENED
 
 
-async def test_said_while_workers_write_nothing_is_lost_or_locked_out(sidecar: Running, ledger: PairWriter) -> None:
+async def test_status_changes_and_workers_run_concurrently(sidecar: Running, ledger: PairWriter) -> None:
     """Whichever comes first, it ends reopened: release 2 shows it after every word."""
     await ledger.write(shown("1"))
     number = one(sidecar.postgres_url, "select id from abreast.finding")
@@ -202,7 +202,7 @@ async def test_said_while_workers_write_nothing_is_lost_or_locked_out(sidecar: R
     assert one(sidecar.postgres_url, "select deadlocks from pg_stat_database where datname = current_database()") == 0
 
 
-async def test_a_hang_that_was_fixed_reopens_in_a_later_release(sidecar: Running, ledger: PairWriter) -> None:
+async def test_fixed_unanswered_finding_reopens_in_later_release(sidecar: Running, ledger: PairWriter) -> None:
     def hanging(release: str) -> list[PairRecord]:
         return [judged(route="/hangs", outcome="only_old", releases=("a", release)) for _ in range(12)]
 
@@ -210,7 +210,7 @@ async def test_a_hang_that_was_fixed_reopens_in_a_later_release(sidecar: Running
     assert await missing(sidecar) == 1
     await say(sidecar, FIXED)
     await ledger.write(clean("2"))
-    assert await missing(sidecar) == 0  # what release 1 did is not said of release 2
+    assert await missing(sidecar) == 0  # findings of release 1 don't count for release 2
     assert (await the_finding(sidecar)).finding.status == FIXED
 
     await ledger.write(hanging("2"))
@@ -221,7 +221,7 @@ async def test_a_hang_that_was_fixed_reopens_in_a_later_release(sidecar: Running
     assert len(found.events) == 2
 
 
-async def test_what_is_expected_counts_as_explained(sidecar: Running, ledger: PairWriter) -> None:
+async def test_expected_finding_counts_as_explained(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write([*shown("1", 30), *clean("1", 70)])
     assert await verdict(sidecar) == (30, 100, "1")
 
@@ -232,9 +232,7 @@ async def test_what_is_expected_counts_as_explained(sidecar: Running, ledger: Pa
     assert (summary.findings, summary.explained) == (0, 30)
 
 
-async def test_what_somebody_confirmed_counts_also_where_it_looks_like_noise(
-    sidecar: Running, ledger: PairWriter
-) -> None:
+async def test_confirmed_finding_counts_despite_noise(sidecar: Running, ledger: PairWriter) -> None:
     noisy = [judged([PRICE], noise=[PRICE], releases=("a", "1")) for _ in range(50)]
     await ledger.write([*noisy, *clean("1", 50)])
     assert await verdict(sidecar) == (0, 100, "1")
@@ -246,9 +244,7 @@ async def test_what_somebody_confirmed_counts_also_where_it_looks_like_noise(
     assert len((await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings) == 1
 
 
-async def test_a_verdict_is_about_the_newest_release_unless_another_is_named(
-    sidecar: Running, ledger: PairWriter
-) -> None:
+async def test_verdict_covers_newest_release_by_default(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(shown("1", 40))
     await say(sidecar, FIXED)
     assert await verdict(sidecar) == (40, 40, "1")  # saying so makes nothing pass
@@ -262,9 +258,7 @@ async def test_a_verdict_is_about_the_newest_release_unless_another_is_named(
     assert await verdict(sidecar) == (20, 80, "2")
 
 
-async def test_requests_without_an_answer_count_for_the_newest_release_of_their_time(
-    sidecar: Running, ledger: PairWriter
-) -> None:
+async def test_unanswered_requests_count_for_release_of_their_time(sidecar: Running, ledger: PairWriter) -> None:
     def unanswered(many: int) -> list[PairRecord]:
         made = [judged(outcome="only_old", releases=("a", "")) for _ in range(many)]
         for one_ in made:
@@ -287,7 +281,7 @@ async def test_requests_without_an_answer_count_for_the_newest_release_of_their_
     assert counts == {"1": [(13, 10)], "2": [(15, 10)]}
 
 
-async def test_what_was_settled_is_listed_apart(sidecar: Running, ledger: PairWriter) -> None:
+async def test_settled_findings_are_listed_separately(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(
         [judged([PRICE, difference("$.stock"), difference("$.name")], releases=("a", "1")) for _ in range(30)]
     )
@@ -308,7 +302,7 @@ async def test_what_was_settled_is_listed_apart(sidecar: Running, ledger: PairWr
     assert page.index("Explained") < page.index("counted anew")
 
 
-async def test_a_watcher_hears_that_it_came_back(sidecar: Running, ledger: PairWriter) -> None:
+async def test_watch_reports_reopened_finding(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(shown("1"))
     await decide(sidecar)
     await say(sidecar, FIXED)
@@ -322,7 +316,7 @@ async def test_a_watcher_hears_that_it_came_back(sidecar: Running, ledger: PairW
     assert told.finding.status == REOPENED
 
 
-async def test_the_commands(sidecar: Running, ledger: PairWriter) -> None:
+async def test_status_commands_set_and_show_status(sidecar: Running, ledger: PairWriter) -> None:
     await ledger.write(shown("1.4"))
     address = ["--address", f"127.0.0.1:{sidecar.port}"]
 

@@ -46,7 +46,7 @@ async def ask(sidecar: Running, route: str = ROUTE, **given: object) -> pb.GetLa
     return found
 
 
-async def test_each_release_begins_cold_and_pairs_are_held_against_each_other(sidecar: Running) -> None:
+async def test_timings_exclude_cold_pairs_of_each_release(sidecar: Running) -> None:
     ledger = sidecar.ledger()
     add(ledger, 500, 10_000, 20_000, release="2")
     add(ledger, 300, 10_000, 30_000, release="3")
@@ -63,7 +63,7 @@ async def test_each_release_begins_cold_and_pairs_are_held_against_each_other(si
     assert 2 < ratio.low < ratio.value < ratio.high < 3.1
 
 
-async def test_two_copies_are_held_against_each_other_where_there_are_enough(sidecar: Running) -> None:
+async def test_timings_compare_copies_with_enough_pairs(sidecar: Running) -> None:
     ledger = sidecar.ledger()
     add(ledger, 400, 10_000, 30_000)
     unknown = await ask(sidecar)
@@ -76,7 +76,7 @@ async def test_two_copies_are_held_against_each_other_where_there_are_enough(sid
     assert next(one.value for one in found.warm.ratios if one.quantile == 0.5) == pytest.approx(2, abs=0.1)
 
 
-async def test_a_window_and_a_confidence_narrow_it(sidecar: Running) -> None:
+async def test_timings_respect_window_and_confidence(sidecar: Running) -> None:
     add(sidecar.ledger(), 400, 10_000, 20_000)
     window = common_pb2.TimeWindow()
     window.end.FromDatetime(NOON + dt.timedelta(seconds=101))
@@ -87,7 +87,7 @@ async def test_a_window_and_a_confidence_narrow_it(sidecar: Running) -> None:
     assert sure.warm.differences[1].low.ToMicroseconds() < usual.warm.differences[1].low.ToMicroseconds()
 
 
-async def test_what_is_not_there_and_what_can_t_be_is_refused(sidecar: Running) -> None:
+async def test_timings_reject_unknown_endpoint_and_invalid_arguments(sidecar: Running) -> None:
     add(sidecar.ledger(), 10, 10_000, 20_000)
     with pytest.raises(grpc.aio.AioRpcError) as nothing:
         await ask(sidecar, "/elsewhere")
@@ -98,7 +98,7 @@ async def test_what_is_not_there_and_what_can_t_be_is_refused(sidecar: Running) 
     assert refused(wrong.value).message == "confidence must be above 0 and below 1, got 2"
 
 
-async def test_the_command_shows_both_sides_and_the_pairs(sidecar: Running) -> None:
+async def test_latency_command_shows_both_versions(sidecar: Running) -> None:
     add(sidecar.ledger(), 400, 10_000, 20_000)
 
     async def run(*arguments: str) -> Result:

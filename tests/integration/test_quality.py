@@ -1,7 +1,7 @@
-"""What the product promises of its verdict: 20,000 requests of the demo's real old shop, through comparison, ledger and verdict.
+"""Promised quality of verdicts: 20,000 requests of the demo's real old shop, through comparison, ledger and verdict.
 
-Envoy and Redis are left out here, since they are tested by themselves and 20,000 requests through them take minutes;
-`make bench` measures the same with everything (bench/quality.py).
+Envoy and Redis are left out, because other tests cover them and 20,000 requests through them take minutes. `make bench`
+measures the same with all servers (bench/quality.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def without_price(new: Capture) -> Capture:
 
 
 @pytest.mark.timeout(600)
-async def test_old_against_old_passes_and_one_broken_request_in_2_000_fails(
+async def test_verdict_passes_equal_shops_and_fails_rare_errors(
     postgres_url: str, empty_postgres_url: str, shop_url: str
 ) -> None:
     """One test, since 20,000 requests take their time."""

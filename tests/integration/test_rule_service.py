@@ -117,7 +117,7 @@ async def test_what_is_not_there_and_what_is_there_twice(sidecar: Running) -> No
     twice = await refusal(calls(sidecar).CreateRule(pb.CreateRuleRequest(rule=rule(path="$.b", name="a"))))
 
     assert gone.code is no_finding.code is grpc.StatusCode.NOT_FOUND
-    assert (twice.code, twice.message[:30]) == (grpc.StatusCode.INVALID_ARGUMENT, "a rule named 'a' holds already")
+    assert (twice.code, twice.message[:27]) == (grpc.StatusCode.INVALID_ARGUMENT, "a rule named 'a' is in force")
 
 
 async def test_a_preview_names_what_somebody_confirmed_first(sidecar: Running) -> None:
@@ -139,7 +139,7 @@ async def test_a_preview_names_what_somebody_confirmed_first(sidecar: Running) -
     assert [row.finding_id for row in narrow.findings] == [common_one]
     assert not narrow.objections
     (objection,) = found.objections
-    assert objection.startswith(f"it would hide finding {confirmed}, which somebody confirmed: GET")
+    assert objection.startswith(f"it would hide finding {confirmed}, which is confirmed: GET")
     assert sidecar.ledger().execute("select count(*) from abreast.rule") == [(0,)]
 
     kept = await refusal(calls(sidecar).CreateRule(pb.CreateRuleRequest(rule=rule(path="$.a"))))

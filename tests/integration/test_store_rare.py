@@ -1,4 +1,4 @@
-"""What is asked of an endpoint reads about as many rows as it gives, however many pairs other endpoints have."""
+"""Queries of one endpoint read few rows, however many pairs other endpoints have."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ async def the_newest_pair(database: Database) -> None:
         the_newest_pair,
     ],
 )
-async def test_a_rare_endpoint_is_found_without_reading_the_others(
+async def test_queries_of_rare_endpoint_read_few_rows(
     postgres_url: str, read: Callable[[], int], ask: Callable[[Database], Awaitable[None]]
 ) -> None:
     database = Database(postgres_url)

@@ -31,7 +31,7 @@ def ledger(sidecar: Running) -> Ledger:
     return sidecar.ledger()
 
 
-async def test_equal_versions_pass_with_enough_pairs(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_passes_equal_versions_with_enough_pairs(sidecar: Running, ledger: Ledger) -> None:
     noise = ledger.finding(ledger.endpoint(), "$.id", baseline_count=9)
     additive = ledger.finding(ledger.endpoint(), "$.colour", kind="added", impact="additive")
     add(ledger, 2000)
@@ -48,7 +48,7 @@ async def test_equal_versions_pass_with_enough_pairs(sidecar: Running, ledger: L
     assert (found.budget.max_mismatch, found.budget.confidence) == (0.001, 0.95)
 
 
-async def test_one_broken_in_two_thousand_fails_at_a_hundredth_of_a_percent(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_fails_one_error_in_two_thousand(sidecar: Running, ledger: Ledger) -> None:
     broken = ledger.finding(ledger.endpoint(), "$.price")
     add(ledger, 19_990)
     add(ledger, 10, broken)
@@ -64,7 +64,7 @@ async def test_one_broken_in_two_thousand_fails_at_a_hundredth_of_a_percent(side
 
 
 @pytest.mark.parametrize("many", [0, 1, 100, 2500])
-async def test_too_little_is_never_a_pass(sidecar: Running, ledger: Ledger, many: int) -> None:
+async def test_verdict_with_few_pairs_never_passes(sidecar: Running, ledger: Ledger, many: int) -> None:
     add(ledger, many)
     sampled(ledger)
 
@@ -75,7 +75,7 @@ async def test_too_little_is_never_a_pass(sidecar: Running, ledger: Ledger, many
         assert 500 < found.pairs_needed < 4000
 
 
-async def test_an_undecided_finding_keeps_from_pass_and_does_not_fail(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_with_undecided_finding_is_inconclusive(sidecar: Running, ledger: Ledger) -> None:
     doubtful = ledger.finding(ledger.endpoint(), "$.price", state="undecided")
     add(ledger, 5000)
     add(ledger, 100, doubtful)
@@ -88,7 +88,7 @@ async def test_an_undecided_finding_keeps_from_pass_and_does_not_fail(sidecar: R
 
 
 @pytest.mark.parametrize("outcome", ["only_old", "undecodable", "shed", "baseline_only"])
-async def test_outcomes_that_are_no_evidence_are_holes(sidecar: Running, ledger: Ledger, outcome: str) -> None:
+async def test_verdict_counts_outcomes_without_evidence_as_lost(sidecar: Running, ledger: Ledger, outcome: str) -> None:
     add(ledger, 5000)
     add(ledger, 200, outcome=outcome)
     sampled(ledger)
@@ -99,7 +99,7 @@ async def test_outcomes_that_are_no_evidence_are_holes(sidecar: Running, ledger:
     assert "200 are missing" in found.reasons[0].text
 
 
-async def test_what_envoy_counted_and_the_ledger_never_got_is_a_hole(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_counts_missing_rows_as_lost(sidecar: Running, ledger: Ledger) -> None:
     add(ledger, 5000)
     sampled(ledger, 6000)
     window = common.TimeWindow()
@@ -110,7 +110,7 @@ async def test_what_envoy_counted_and_the_ledger_never_got_is_a_hole(sidecar: Ru
         assert "5,000 of 6,000 sampled requests" in found.reasons[0].text
 
 
-async def test_without_envoys_count_nothing_passes(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_without_envoy_count_never_passes(sidecar: Running, ledger: Ledger) -> None:
     add(ledger, 5000)
 
     found = await verdict(sidecar)
@@ -119,7 +119,7 @@ async def test_without_envoys_count_nothing_passes(sidecar: Running, ledger: Led
     assert "no Envoy's count" in found.reasons[0].text
 
 
-async def test_holes_undo_no_fail(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_stays_fail_with_lost_requests(sidecar: Running, ledger: Ledger) -> None:
     add(ledger, 900)
     add(ledger, 100, ledger.finding(ledger.endpoint(), "$.price"))
     sampled(ledger, 9000)
@@ -127,7 +127,7 @@ async def test_holes_undo_no_fail(sidecar: Running, ledger: Ledger) -> None:
     assert state(await verdict(sidecar)) == "FAIL"
 
 
-async def test_errors_of_new_alone_fail(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_fails_errors_of_new(sidecar: Running, ledger: Ledger) -> None:
     broken = ledger.finding(ledger.endpoint(), "200->500", part="status", impact="breaking")
     add(ledger, 3000)
     add(ledger, 40, broken, statuses=(200, 500))
@@ -140,7 +140,7 @@ async def test_errors_of_new_alone_fail(sidecar: Running, ledger: Ledger) -> Non
     assert found.reasons[0].text.startswith("40 of 3,080 pairs have errors of new")
 
 
-async def test_a_slower_version_fails(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_fails_slower_version(sidecar: Running, ledger: Ledger) -> None:
     add(ledger, 5000)
     ledger.execute("update abreast.pair set new_us = old_us * 1.2")
     sampled(ledger)
@@ -153,7 +153,7 @@ async def test_a_slower_version_fails(sidecar: Running, ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize(("old_us", "new_us", "expected"), [(100, 590, "PASS"), (1000, 1600, "FAIL")])
-async def test_what_no_user_could_notice_is_not_slower(
+async def test_verdict_ignores_imperceptible_slowdown(
     sidecar: Running, ledger: Ledger, old_us: int, new_us: int, expected: str
 ) -> None:
     add(ledger, 5000)
@@ -164,9 +164,7 @@ async def test_what_no_user_could_notice_is_not_slower(
 
 
 @pytest.mark.parametrize(("copies", "expected"), [(19, "FAIL"), (5000, "PASS")])
-async def test_what_a_copy_takes_longer_makes_no_version_slower(
-    sidecar: Running, ledger: Ledger, copies: int, expected: str
-) -> None:
+async def test_verdict_ignores_slowness_of_copies(sidecar: Running, ledger: Ledger, copies: int, expected: str) -> None:
     """Copies of old take twice as long too, where there are enough to say so."""
     add(ledger, 5000)
     ledger.execute("update abreast.pair set new_us = old_us * 2")
@@ -179,7 +177,7 @@ async def test_what_a_copy_takes_longer_makes_no_version_slower(
     assert state(await verdict(sidecar)) == expected
 
 
-async def test_what_is_slower_than_copies_of_old_fails(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_fails_version_slower_than_copies(sidecar: Running, ledger: Ledger) -> None:
     """The request has warmed the caches of both."""
     add(ledger, 5000)
     ledger.execute(
@@ -190,7 +188,7 @@ async def test_what_is_slower_than_copies_of_old_fails(sidecar: Running, ledger:
     assert state(await verdict(sidecar)) == "FAIL"
 
 
-async def test_an_endpoint_that_new_never_answered_keeps_from_pass(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_with_unanswered_endpoint_never_passes(sidecar: Running, ledger: Ledger) -> None:
     add(ledger, 9000)
     add(ledger, 5, endpoint=ledger.endpoint(route="/gone"), outcome="only_old", statuses=(200, None))
     sampled(ledger)
@@ -214,7 +212,7 @@ async def test_an_endpoint_that_new_never_answered_keeps_from_pass(sidecar: Runn
         ("oversize", "real", "FAIL"),
     ],
 )
-async def test_an_endpoint_of_which_nothing_was_compared_keeps_from_pass(
+async def test_verdict_with_uncompared_endpoint_never_passes(
     sidecar: Running, ledger: Ledger, outcome: str, shows: str, expected: str
 ) -> None:
     large = ledger.endpoint(route="/large")
@@ -228,7 +226,7 @@ async def test_an_endpoint_of_which_nothing_was_compared_keeps_from_pass(
     assert (state(found), found.reasons[0].endpoint.route) == (expected, "/large")
 
 
-async def test_what_rules_explain_passes_and_is_said(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_passes_and_names_explained_pairs(sidecar: Running, ledger: Ledger) -> None:
     add(ledger, 9000)
     ledger.execute("update abreast.pair set outcome = 'mismatch', explained = '{1}', explained_by = '{1}'")
     sampled(ledger)
@@ -239,7 +237,7 @@ async def test_what_rules_explain_passes_and_is_said(sidecar: Running, ledger: L
     assert "9,000 explained by rules" in reason(found, "MISMATCHES").text
 
 
-async def test_one_bad_endpoint_fails_the_whole(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_fails_with_one_bad_endpoint(sidecar: Running, ledger: Ledger) -> None:
     rare = ledger.endpoint(route="/rare")
     add(ledger, 50_000)
     add(ledger, 20, ledger.finding(rare, "$.price"), endpoint=rare)
@@ -254,7 +252,7 @@ async def test_one_bad_endpoint_fails_the_whole(sidecar: Running, ledger: Ledger
     ]
 
 
-async def test_a_window_is_judged_by_its_own_rows(sidecar: Running, ledger: Ledger) -> None:
+async def test_verdict_of_window_uses_its_rows(sidecar: Running, ledger: Ledger) -> None:
     add(ledger, 1000, ledger.finding(ledger.endpoint(), "$.price"))
     add(ledger, 5000, at=NOON + dt.timedelta(hours=2))
     sampled(ledger)
@@ -267,7 +265,7 @@ async def test_a_window_is_judged_by_its_own_rows(sidecar: Running, ledger: Ledg
 @pytest.mark.parametrize(
     "budget", [{"max_mismatch": 1.5}, {"confidence": 1.0}, {"max_slower": -1.0}, {"max_error": float("nan")}]
 )
-async def test_a_budget_that_says_nothing_is_refused(sidecar: Running, budget: dict[str, Any]) -> None:
+async def test_verdict_rejects_empty_budget(sidecar: Running, budget: dict[str, Any]) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await verdict(sidecar, **budget)
     found = refused(caught.value)
@@ -279,7 +277,7 @@ async def test_a_budget_that_says_nothing_is_refused(sidecar: Running, budget: d
 @pytest.mark.parametrize(
     ("many", "broken", "code", "word"), [(5000, 0, 0, "PASS"), (5000, 500, 1, "FAIL"), (50, 0, 2, "INCONCLUSIVE")]
 )
-async def test_the_command_exits_with_the_verdict(
+async def test_verdict_command_exits_with_verdict(
     sidecar: Running, ledger: Ledger, many: int, broken: int, code: int, word: str
 ) -> None:
     add(ledger, many)

@@ -34,7 +34,9 @@ def through(empty_postgres_url: str) -> Iterator[str]:
         yield url
 
 
-async def test_a_sidecar_with_three_workers_and_its_api(redis_url: str, empty_postgres_url: str, through: str) -> None:
+async def test_pooler_supports_sidecar_with_three_workers(
+    redis_url: str, empty_postgres_url: str, through: str
+) -> None:
     rpc, web = free_ports(2)
     settings = Settings(
         redis_url=redis_url,
@@ -67,10 +69,10 @@ async def test_a_sidecar_with_three_workers_and_its_api(redis_url: str, empty_po
     assert one(empty_postgres_url, "select count(*) from abreast.traffic_event where action = 'rollback'") == 1
 
 
-async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(
+async def test_pooler_setup_notifies_other_sidecar_immediately(
     redis_url: str, empty_postgres_url: str, through: str
 ) -> None:
-    """LISTEN needs a session of its own; through the pooler it would hear nothing, and look every five seconds."""
+    """LISTEN needs a separate session. Through the pooler it gets no notification, and polls every five seconds."""
     settings = Settings(redis_url=redis_url, postgres_url=through, postgres_direct_url=empty_postgres_url)
     await migrate(through)
     stop, opened = asyncio.Event(), Database(through)
@@ -97,9 +99,7 @@ async def test_a_change_at_one_sidecar_is_heard_by_the_other_at_once(
     await redis.aclose()
 
 
-async def test_limits_hold_in_every_session_that_the_pooler_gives(
-    through: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_pooler_sessions_have_statement_limits(through: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database, "SESSION_LIMITS", database.SESSION_LIMITS.replace("'20s'", "'200ms'"))
     opened = Database(through)
     await opened.open()
@@ -115,9 +115,7 @@ async def test_limits_hold_in_every_session_that_the_pooler_gives(
     assert zone == {"TimeZone": "UTC"}
 
 
-async def test_killed_workers_leave_nothing_behind_in_the_pooler(
-    redis_url: str, empty_postgres_url: str, through: str
-) -> None:
+async def test_pooler_is_clean_after_killed_workers(redis_url: str, empty_postgres_url: str, through: str) -> None:
     await migrate(through)
     settings = Settings(redis_url=redis_url, postgres_url=through, claim_idle=0.3, batch_size=20)
     load = Load(redis_url)

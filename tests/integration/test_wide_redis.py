@@ -28,7 +28,7 @@ PAIRS = 300
 DOCS = Path(__file__).parents[2] / "docs" / "scaling.md"
 
 
-async def test_on_a_cluster_of_three(postgres_url: str) -> None:
+async def test_cluster_of_three_delivers_all_pairs(postgres_url: str) -> None:
     """Six shards, which lie on all nodes; two sidecars share them."""
     with cluster() as servers:
         settings = Settings(redis_url=servers.url, postgres_url=postgres_url, claim_idle=0.5, batch_size=20)
@@ -65,8 +65,8 @@ def stats_of(node: Any) -> list[str]:
         return list(found)
 
 
-async def test_failing_over_to_a_replica_that_sentinel_chose(postgres_url: str) -> None:
-    """What the replica had not got yet is lost, as it always is; it is missing by number, and nothing counts twice."""
+async def test_sentinel_failover_counts_nothing_twice(postgres_url: str) -> None:
+    """Writes that had not reached the replica are lost and counted as missing. No pair counts twice."""
     with watched() as servers:
         settings = Settings(redis_url=servers.url, postgres_url=postgres_url, claim_idle=0.5, batch_size=20)
         load = Load(servers.url, pace=0.005)
@@ -102,7 +102,7 @@ def documented() -> dict[str, list[str]]:
     return {user: rules.split() for user, rules in found}
 
 
-async def test_users_with_no_more_rights_than_the_docs_say(postgres_url: str) -> None:
+async def test_documented_acl_rights_suffice(postgres_url: str) -> None:
     with server() as started, admin(started) as client:
         for user, rules in documented().items():
             client.execute_command("ACL", "SETUSER", user, *(rule.replace(">…", ">secret") for rule in rules))
@@ -126,7 +126,9 @@ async def test_users_with_no_more_rights_than_the_docs_say(postgres_url: str) ->
     assert facts.total_counter(SERVICE, "received") == 100
 
 
-async def test_with_tls(postgres_url: str, redis_server: RedisServer, redis_url: str, tmp_path: Path) -> None:
+async def test_tls_delivers_all_pairs(
+    postgres_url: str, redis_server: RedisServer, redis_url: str, tmp_path: Path
+) -> None:
     assert redis_url == redis_server.url  # and empty
     certificate = self_signed(tmp_path, "localhost")
     async with behind_tls(redis_server, certificate) as port:

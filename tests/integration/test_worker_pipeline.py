@@ -46,7 +46,7 @@ async def emptied(settings: Settings, within: float = WITHIN) -> None:
     await eventually_async(empty, within=within, what="the stream is empty")
 
 
-async def test_a_sent_pair_becomes_a_row(settings: Settings) -> None:
+async def test_worker_writes_sent_pair(settings: Settings) -> None:
     send(settings.redis_url, pair_of({"price": 1}, {"price": 2}))
     async with running(settings):
         await emptied(settings)
@@ -62,7 +62,7 @@ async def test_a_sent_pair_becomes_a_row(settings: Settings) -> None:
     ]
 
 
-async def test_what_was_done_beside_an_answer_becomes_a_finding(settings: Settings) -> None:
+async def test_worker_writes_differing_effects_as_finding(settings: Settings) -> None:
     mail = {"kind": "email.send", "payload": {"to": "a@b"}, "at_us": 9}
     old, new = pair_of({"price": 1}, {"price": 1})
     changed = {**mail, "payload": {"to": "c@d"}}
@@ -77,7 +77,7 @@ async def test_what_was_done_beside_an_answer_becomes_a_finding(settings: Settin
     ]
 
 
-async def test_what_is_committed_gives_its_bytes_back(settings: Settings) -> None:
+async def test_worker_frees_bytes_of_committed_entries(settings: Settings) -> None:
     for _ in range(20):
         send(settings.redis_url, pair_of())
     held = stats(settings.redis_url)["bytes"]
@@ -88,7 +88,7 @@ async def test_what_is_committed_gives_its_bytes_back(settings: Settings) -> Non
     assert stats(settings.redis_url)["bytes"] == 0
 
 
-async def test_entries_that_come_twice_count_once(settings: Settings) -> None:
+async def test_worker_counts_repeated_entries_once(settings: Settings) -> None:
     captures = pair_of({"price": 1}, {"price": 2})
     fields: dict[str, bytes | str] = {"pair": captures[0].pair, "why": "joined"}
     fields |= {each.slot: encode(each) for each in captures}
@@ -104,7 +104,7 @@ async def test_entries_that_come_twice_count_once(settings: Settings) -> None:
     assert one(settings.postgres_url, "select sum(pairs) from abreast.outcome_count") == 1
 
 
-async def test_a_killed_workers_entries_are_taken_over_and_none_counts_twice(settings: Settings) -> None:
+async def test_worker_claims_entries_of_killed_worker_once(settings: Settings) -> None:
     """Both workers are held up in the middle of a batch; one is killed there."""
     total = 300
     for number in range(total):
@@ -136,7 +136,7 @@ async def holds(settings: Settings, name: str) -> bool:
         return any(consumer["name"] == name.encode() and consumer["pending"] > 0 for consumer in consumers)
 
 
-async def test_a_worker_of_the_same_name_goes_on_at_once_with_what_was_pending(settings: Settings) -> None:
+async def test_worker_of_same_name_resumes_pending_entries(settings: Settings) -> None:
     patient = Settings(redis_url=settings.redis_url, postgres_url=settings.postgres_url, claim_idle=600.0)
     keys = Keys(SERVICE, 0)
     for _ in range(30):
@@ -150,7 +150,7 @@ async def test_a_worker_of_the_same_name_goes_on_at_once_with_what_was_pending(s
     assert outcomes(settings.postgres_url) == {"match": 30}
 
 
-async def test_postgres_may_restart_while_batches_are_written(redis_url: str) -> None:
+async def test_worker_survives_restart_of_postgres(redis_url: str) -> None:
     total = 400
     with PostgresServer(options=("synchronous_commit=on",)) as server:
         await migrate(server.url())
@@ -171,7 +171,7 @@ async def test_postgres_may_restart_while_batches_are_written(redis_url: str) ->
         assert one(server.url(), "select sum(pairs) from abreast.outcome_count") == total
 
 
-async def test_a_worker_waits_for_servers_that_come_later_and_for_the_schema() -> None:
+async def test_worker_waits_for_servers_and_schema() -> None:
     redis_server, postgres = RedisServer(), PostgresServer()
     settings = Settings(
         redis_url=redis_server.url, postgres_url="postgresql://postgres:x@127.0.0.1:1/postgres", shutdown_timeout=1.0
@@ -191,7 +191,7 @@ async def test_a_worker_waits_for_servers_that_come_later_and_for_the_schema() -
         assert outcomes(postgres.url()) == {"match": 1}
 
 
-async def test_a_redis_that_comes_back_empty_is_read_on(postgres_url: str) -> None:
+async def test_worker_continues_after_redis_lost_its_data(postgres_url: str) -> None:
     server = RedisServer()
     with server:
         settings = Settings(redis_url=server.url, postgres_url=postgres_url, claim_idle=0.5)
@@ -207,7 +207,7 @@ async def test_a_redis_that_comes_back_empty_is_read_on(postgres_url: str) -> No
     assert outcomes(postgres_url) == {"match": 2}
 
 
-async def test_poison_is_put_apart_and_the_rest_goes_on(settings: Settings) -> None:
+async def test_worker_makes_undecodable_entry_a_dead_letter(settings: Settings) -> None:
     url = settings.redis_url
     good = pair_of()
     newer = encode(good[0]).replace(b'"v":1', b'"v":99')
@@ -231,7 +231,7 @@ async def test_poison_is_put_apart_and_the_rest_goes_on(settings: Settings) -> N
     assert one(settings.postgres_url, route) == "/products/{id}"
 
 
-async def test_a_record_that_postgres_refuses_does_not_stop_the_others(settings: Settings) -> None:
+async def test_worker_isolates_rejected_record(settings: Settings) -> None:
     with_check = "alter table abreast.endpoint add check (route <> '/refused')"
     with psycopg.connect(settings.postgres_url) as connection:
         connection.execute(with_check.encode())
@@ -244,7 +244,7 @@ async def test_a_record_that_postgres_refuses_does_not_stop_the_others(settings:
     assert one(settings.postgres_url, "select count(*) from abreast.dead_letter where reason like '%refuses%'") == 2
 
 
-async def test_zero_bytes_and_lone_surrogates_are_kept_as_something_else(settings: Settings) -> None:
+async def test_worker_replaces_nul_and_lone_surrogates(settings: Settings) -> None:
     send(settings.redis_url, pair_of({"a\0b": "x\0"}, {"a\0b": "y\0", "\ud800": 1}))
     async with running(settings):
         await emptied(settings)
@@ -254,7 +254,7 @@ async def test_zero_bytes_and_lone_surrogates_are_kept_as_something_else(setting
     assert one(settings.postgres_url, "select count(*) from abreast.example") == 1
 
 
-async def test_thousands_of_differing_paths_stay_bounded(settings: Settings) -> None:
+async def test_worker_limits_findings_of_an_endpoint(settings: Settings) -> None:
     generator = random.Random(7)
     for _ in range(30):
         names = [uuid.UUID(int=generator.getrandbits(128)).hex + "zz" for _ in range(190)]
@@ -268,7 +268,7 @@ async def test_thousands_of_differing_paths_stay_bounded(settings: Settings) -> 
     assert one(settings.postgres_url, longest) < 200_000
 
 
-async def test_lonely_captures_are_swept_into_outcomes_and_what_comes_late_is_counted(settings: Settings) -> None:
+async def test_incomplete_pairs_expire_and_late_captures_are_counted(settings: Settings) -> None:
     soon = Limits(wait_ms=1)
     old, new, third = str(uuid.uuid4()), str(uuid.uuid4()), str(uuid.uuid4())
     send(settings.redis_url, [capture(old, "old"), capture(new, "new", "shadow")], bounds=soon)
@@ -293,7 +293,7 @@ async def counted(settings: Settings, number: int) -> bool:
     return sum(outcomes(settings.postgres_url).values()) == number
 
 
-async def test_a_sweep_moves_no_more_than_it_was_told_and_loses_nothing(redis_url: str) -> None:
+async def test_expiry_respects_its_limit_and_loses_nothing(redis_url: str) -> None:
     ids = [str(uuid.uuid4()) for _ in range(450)]
     send(redis_url, [capture(pair, "old") for pair in ids], bounds=Limits(wait_ms=0))
     client, keys = connect_redis(redis_url), Keys(SERVICE, 0)
@@ -309,7 +309,7 @@ async def test_a_sweep_moves_no_more_than_it_was_told_and_loses_nothing(redis_ur
     assert {fields[b"pair"].decode() for _, fields in entries} == set(ids)
 
 
-async def test_the_same_pair_in_two_shards_streams_counts_once(settings: Settings) -> None:
+async def test_worker_counts_pair_of_two_shards_once(settings: Settings) -> None:
     captures = pair_of()
     fields: dict[str, bytes | str] = {"pair": captures[0].pair, "why": "joined"}
     fields |= {each.slot: encode(each) for each in captures}
@@ -325,7 +325,7 @@ async def drained(settings: Settings, shards: int) -> bool:
     return all(ready(settings.redis_url, shard) == 0 for shard in range(shards))
 
 
-async def test_stopping_commits_what_was_read(settings: Settings) -> None:
+async def test_worker_commits_read_entries_when_stopping(settings: Settings) -> None:
     for _ in range(200):
         send(settings.redis_url, pair_of())
     async with running(settings):
@@ -341,7 +341,7 @@ async def started(settings: Settings) -> bool:
     return sum(outcomes(settings.postgres_url).values()) > 0
 
 
-async def test_json_of_any_kind_is_stored(settings: Settings) -> None:
+async def test_worker_stores_any_json(settings: Settings) -> None:
     odd = [{"n": 1e400}, {"n": 2**70}, [[[[]]]], "x" * 5000, {"": {"": None}}, {"a.b[0]": 1, "…": 2}]
     for value in odd:
         send(settings.redis_url, pair_of(json.loads(json.dumps(value)), {"other": 1}))

@@ -1,1 +1,1 @@
-"""From Redis: reads ready pairs, takes over what dead workers left, gives up pairs that stay incomplete."""
+"""From Redis to the ledger: reads the stream, compares each pair, and commits the results in batches."""

@@ -1,4 +1,4 @@
-"""From an entry of the stream to what the ledger is given."""
+"""Evaluates an entry of the stream: decodes its captures, compares them, and makes a record for the ledger."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.ingest.stream import StreamEntry
 from abreast_sidecar.store.records import PairRecord
 
-NO_CAPTURE_REASON = "redis had no capture of it any more"
-MAX_CLOCK_LEAD_MS = 300_000  # ms
+NO_CAPTURE_REASON = "redis has no capture of it any more"
+MAX_CLOCK_LEAD_MS = 300_000
 
 
 def evaluate_entry(entry: StreamEntry, rules: CompareOptions) -> PairRecord:
-    """Never raises: what can't be read or judged is `undecodable`, and kept."""
+    """Compare an entry. Never raise: an entry that can't be read or compared becomes an `undecodable` record."""
     captures, reason = _decode_captures(entry)
     try:
         if not captures:
             return undecodable_record(entry, reason or NO_CAPTURE_REASON)
         result = compare_pair(captures, rules, timed_out=entry.ready_reason == "timed_out")
     except Exception as error:  # noqa: BLE001  # one entry must not stop the stream
-        return undecodable_record(entry, f"comparing it raised {type(error).__name__}: {error}")
+        return undecodable_record(entry, f"its comparison raised {type(error).__name__}: {error}")
     if reason:
         return undecodable_record(entry, reason, result)
     return PairRecord(
@@ -34,7 +34,7 @@ def evaluate_entry(entry: StreamEntry, rules: CompareOptions) -> PairRecord:
 
 
 def undecodable_record(entry: StreamEntry, reason: str, partial_result: ComparisonResult | None = None) -> PairRecord:
-    """`known` is what could be found out about it all the same."""
+    """Return a record with the content of the entry, and with what `partial_result` tells about it."""
     result = ComparisonResult(
         outcome="undecodable",
         method=partial_result.method if partial_result else "",
@@ -48,9 +48,10 @@ def undecodable_record(entry: StreamEntry, reason: str, partial_result: Comparis
 
 
 def _choose_time_ms(entry_ms: int, captures: Sequence[Capture]) -> int:
-    """When it was (ms), which is for Redis's clock to say. One that was set forward leaves its stream there, also when it
-    is right again; so a time to come is not believed where the services' clocks know better. Whoever is given the entry
-    again must find the same.
+    """Return the time of a pair: by Redis's clock, unless it is in the future and the services' clocks are not.
+
+    A Redis clock that was set forward keeps numbering entries from there, even after it was corrected. A second delivery
+    gets the same time.
     """
     if entry_ms <= time.time() * 1000 + MAX_CLOCK_LEAD_MS:
         return entry_ms

@@ -1,6 +1,6 @@
-"""Compares in a process of its own what workers were given again and again: comparing it may end or hang a process.
+"""Compares suspect entries in a separate process, because they may crash or hang it.
 
-The process is python -m abreast_sidecar.ingest.isolated: it reads and writes pickles, each after its length (8 bytes).
+The process is `python -m abreast_sidecar.ingest.isolated`. Both directions carry pickles, each after its length (8 bytes).
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from abreast_sidecar.ingest.evaluate import evaluate_entry, undecodable_record
 from abreast_sidecar.ingest.stream import StreamEntry
 from abreast_sidecar.store.records import PairRecord
 
-MIN_SUSPECT_DELIVERIES = 3  # deliveries: two workers had it before and did not get it into the ledger
-COMPARE_TIMEOUT_S = 30.0  # seconds for one entry
-LENGTH_PREFIX_BYTES = 8  # bytes
+MIN_SUSPECT_DELIVERIES = 3  # two workers received the entry before, and neither wrote it to the ledger
+COMPARE_TIMEOUT_S = 30.0  # for one entry
+LENGTH_PREFIX_BYTES = 8
 
 
 class IsolatedComparer:
-    """Starts the process when it is needed, and anew when it ended."""
+    """Starts the process when needed, and again after it ended."""
 
     def __init__(self, timeout_s: float = COMPARE_TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
         self._process: Process | None = None
 
     async def compare(self, entry: StreamEntry, rules: CompareOptions) -> PairRecord:
-        """Never raises for what the entry does: it is put apart then, with the reason."""
+        """Compare an entry. If it crashes or hangs the process, return an `undecodable` record."""
         process = self._process = self._process or await _start_process()
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await _request(process, (entry, rules))
         except TimeoutError:
-            reason = f"comparing it took more than {self._timeout_s:g} s"
+            reason = f"its comparison took more than {self._timeout_s:g} s"
         except (asyncio.IncompleteReadError, ConnectionError):
-            reason = f"comparing it ends the process ({_describe_exit(await process.wait())})"
+            reason = f"its comparison ended the process ({_describe_exit(await process.wait())})"
         await self.close()
-        return undecodable_record(entry, f"{reason}; it was given to workers {entry.delivery_count} times")
+        return undecodable_record(entry, f"{reason}; it was delivered {entry.delivery_count} times")
 
     async def close(self) -> None:
         process, self._process = self._process, None
@@ -73,15 +73,15 @@ def _describe_exit(code: int) -> str:
 
 
 def main() -> None:
-    """Until the input ends, so that it never outlives the worker."""
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what anyone prints must not get among the answers
+    """Serve until the input ends, so that the process never outlives the worker."""
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keep prints out of the results
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            entry, rules = pickle.loads(_read_message(sys.stdin.buffer))  # noqa: S301  # our own parent
+            entry, rules = pickle.loads(_read_message(sys.stdin.buffer))  # noqa: S301  # from our parent
             content = pickle.dumps(evaluate_entry(entry, rules))
-            answers.write(len(content).to_bytes(LENGTH_PREFIX_BYTES) + content)
-            answers.flush()
+            output.write(len(content).to_bytes(LENGTH_PREFIX_BYTES) + content)
+            output.flush()
 
 
 def _read_message(stream: BinaryIO) -> bytes:

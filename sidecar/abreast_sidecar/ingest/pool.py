@@ -1,4 +1,4 @@
-"""Where workers run: inside this process, or in processes of their own that are started again when they die."""
+"""Runs workers inside this process, or in separate processes that restart when they die."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from typing import Any, Protocol
 import orjson
 import structlog
 
-from abreast_sidecar import aio as runtime
-from abreast_sidecar import logs
+from abreast_sidecar import aio, logs
 from abreast_sidecar.ingest.worker import Worker
 from abreast_sidecar.settings import Settings
 
-WORKER_STALE_S = 15.0  # seconds without a read or a commit; a quiet worker reads once a second
-HEARTBEAT_STALE_S = 5.0  # seconds without a word from a child, which speaks twice a second while it is well
-MIN_RESTART_BACKOFF_S = 0.2  # seconds
-MAX_RESTART_BACKOFF_S = 15.0  # seconds
-STABLE_UPTIME_S = 30.0  # seconds after which a child's next death is a first one again
-DRAIN_TIME_SHARE = 0.7  # of the time to stop; the rest is for the others
+WORKER_STALE_S = 15.0  # without a read or a commit; an idle worker reads once a second
+HEARTBEAT_INTERVAL_S = 0.5
+HEARTBEAT_STALE_S = 5.0
+MIN_RESTART_BACKOFF_S = 0.2
+MAX_RESTART_BACKOFF_S = 15.0
+STABLE_UPTIME_S = 30.0  # resets the backoff
+DRAIN_TIME_SHARE = 0.7  # share of the shutdown timeout; the servers get the rest
+PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
 log = structlog.get_logger(__name__)
 
 
 class WorkerPool(Protocol):
     def problem(self) -> str:
-        """What is wrong with the workers; empty for nothing."""
+        """Describe what is wrong with the workers; return empty text if nothing is."""
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Return once `stop` is set and the work under way is done."""
+        """Run until `stop` is set and batches in flight are done."""
 
 
 def create_pool(settings: Settings) -> WorkerPool:
@@ -45,7 +46,7 @@ def create_pool(settings: Settings) -> WorkerPool:
 
 
 def make_worker_name() -> str:
-    """One that no other worker has: who shares a name takes the other's entries."""
+    """Return a unique name: workers with the same name would take each other's entries."""
     return f"{socket.gethostname()}-{secrets.token_hex(4)}"
 
 
@@ -60,7 +61,7 @@ class InProcessPool:
     def problem(self) -> str:
         if is_healthy(self.worker):
             return ""
-        return "the worker does not get on" if self.worker.is_running else "the worker does not run"
+        return "the worker makes no progress" if self.worker.is_running else "the worker does not run"
 
     async def run(self, stop: asyncio.Event) -> None:
         await self.worker.run(stop)
@@ -72,7 +73,7 @@ class ProcessPool:
 
     def problem(self) -> str:
         silent_count = sum(not process.is_healthy for process in self.processes)
-        return f"{silent_count} of {len(self.processes)} worker processes do not work" if silent_count else ""
+        return f"{silent_count} of {len(self.processes)} worker processes make no progress" if silent_count else ""
 
     async def run(self, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as group:
@@ -81,7 +82,7 @@ class ProcessPool:
 
 
 class WorkerProcess:
-    """One worker process at a time. It ends when its standard input does, so it never outlives this process."""
+    """Runs one worker process at a time. It ends with its standard input, so it never outlives this process."""
 
     def __init__(self, settings: Settings, number: int) -> None:
         self.settings = settings
@@ -101,8 +102,8 @@ class WorkerProcess:
             self._last_heartbeat = -float("inf")
             if stop.is_set():
                 return
-            log.error("a worker process ended", number=self.number, pid=self.pid, code=code, again_in=backoff_s)
-            await _wait_or_stop(stop, backoff_s)
+            log.error("a worker process ended", number=self.number, pid=self.pid, code=code, restart_in=backoff_s)
+            await aio.wait_or_stop(stop, backoff_s)
             backoff_s = (
                 MIN_RESTART_BACKOFF_S
                 if time.monotonic() - started > STABLE_UPTIME_S
@@ -115,10 +116,10 @@ class WorkerProcess:
             *("-m", "abreast_sidecar.ingest.pool"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the parent, which then ends the input
+            start_new_session=True,  # Ctrl-C goes to the parent, which closes the input
         )
         self.pid = process.pid
-        log.info("a worker process began", number=self.number, pid=self.pid)
+        log.info("a worker process started", number=self.number, pid=self.pid)
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(orjson.dumps(dataclasses.asdict(self.settings)) + b"\n")
@@ -147,35 +148,18 @@ class WorkerProcess:
             return await process.wait()
 
 
-async def _wait_or_stop(stop: asyncio.Event, seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await stop.wait()
-    except TimeoutError:
-        return
-
-
-HEARTBEAT_INTERVAL_S = 0.5  # seconds
-PR_SET_PDEATHSIG = 1
-
-
 def worker_main() -> None:
     line = sys.stdin.buffer.readline()
     if not line:
-        sys.exit("abreast: this process is started by `abreast sidecar --workers N`")
+        sys.exit("abreast: use `abreast sidecar --workers N`, which starts this process")
     settings_fields: dict[str, Any] = orjson.loads(line)
     for name, value in settings_fields.items():
         settings_fields[name] = tuple(value) if isinstance(value, list) else value
     settings = Settings(**settings_fields)
     logs.configure(settings.log_level)
-    _die_with_parent()
-    runtime.run(run_worker(settings))
-
-
-def _die_with_parent() -> None:
-    """The end of the input says it too, but a worker that is stuck doesn't read."""
-    if sys.platform == "linux":
+    if sys.platform == "linux":  # a worker that hangs doesn't notice the end of its input
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    aio.run(run_worker(settings))
 
 
 async def run_worker(settings: Settings) -> None:

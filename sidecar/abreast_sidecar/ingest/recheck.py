@@ -1,7 +1,7 @@
-"""Pairs that differ wait here for a moment, are asked again on both versions, and may turn out to be drift.
+"""Rechecks: sends differing requests to both versions again, to detect drift of state.
 
-It runs beside a worker and never makes it wait: what finds no room, and what a lost server or a slow version spoils,
-stays the finding that it is.
+Rechecks run beside a worker and never delay it. If the queue is full, a server is away or a version is slow, the pair
+keeps its findings.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -21,28 +21,38 @@ from msgspec.structs import replace
 from abreast.export.redaction import HASH_PREFIX
 from abreast.protocol.capture import Answer, Body, Capture
 from abreast_sidecar.aio import cancel_and_wait, wait_or_stop
-from abreast_sidecar.compare.model import ComparisonResult, Difference
+from abreast_sidecar.compare.model import ComparisonResult
 from abreast_sidecar.compare.pair import CONDITIONAL_HEADERS, INTERNAL_SERVER_ERROR, compare_pair, get_status
 from abreast_sidecar.compare.rules import CompareOptions
-from abreast_sidecar.compare.volatile import get_direction, is_explained_by_shape
+from abreast_sidecar.compare.volatile import is_explained_by_shape
 from abreast_sidecar.errors import LedgerError, SettingError, SidecarError
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stats.drift import DifferenceKey, find_state_drift
 from abreast_sidecar.store.catalogue import MAX_PATH_CHARS
-from abreast_sidecar.store.database import Connection, Database, Row, load_statement, sanitise_text, to_json
+from abreast_sidecar.store.counters import NO_RULE, CounterDeltas
+from abreast_sidecar.store.database import AdvisoryLock, Database, fetch_rows, load_statement, sanitise_text, try_lock
 from abreast_sidecar.store.records import PairRecord
 
 RECHECK_HEADER = ("x-abreast-recheck", "1")
-REPLAY_TIMEOUT_S = 5.0  # seconds for a whole answer
-MAX_REPLAY_BODY_BYTES = 1024 * 1024  # bytes of an answer's body
+REPLAY_TIMEOUT_S = 5.0  # for a whole response
+MAX_REPLAY_BODY_BYTES = 1024 * 1024  # per response
 NOT_REPLAYED_HEADERS = frozenset({"content-length", "connection", "transfer-encoding", "expect", "upgrade", "te"})
+DRIFT_REASON = "drift of state: in a recheck both versions agreed, and old returned what new had returned"
+MINUTE_S = 60.0
+MAX_CONCURRENT_RECHECKS = 4
+MAX_RECHECK_DELAY_S = 30.0  # after it, too much state may have changed
+RECHECKED_METHODS = frozenset({"GET", "HEAD"})
+
+log = structlog.get_logger(__name__)
 
 
 class ReplayError(SidecarError):
-    """A version did not answer as it should."""
+    """A version did not respond to a recheck as expected."""
 
 
 class Replayer:
+    """Sends captured requests again."""
+
     def __init__(self) -> None:
         self._client = httpx.AsyncClient(timeout=REPLAY_TIMEOUT_S, follow_redirects=False, trust_env=False)
         self._client.headers.clear()
@@ -51,7 +61,7 @@ class Replayer:
         await self._client.aclose()
 
     async def replay(self, capture: Capture, base_url: str) -> Capture:
-        """The same capture with the answer of now. Raise AskError."""
+        """Send the request to `base_url`. Return the capture with the new response. Raise ReplayError."""
         request = capture.request
         target = f"{base_url.rstrip('/')}{request.path}{'?' + request.query if request.query else ''}"
         headers = [
@@ -69,7 +79,7 @@ class Replayer:
                     (name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in response.headers.raw
                 )
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnicodeError, ValueError) as error:
-            raise ReplayError(f"{base_url} can't be asked again: {type(error).__name__} {error}") from error
+            raise ReplayError(f"{base_url} does not respond to a recheck: {type(error).__name__} {error}") from error
         return replace(
             capture, answer=Answer(response.status_code, response_headers, Body(body, len(body))), complete=True
         )
@@ -80,116 +90,69 @@ async def _read_body(response: httpx.Response) -> bytes:
     async for chunk in response.aiter_raw():
         length += len(chunk)
         if length > MAX_REPLAY_BODY_BYTES:
-            raise ValueError(f"the answer is longer than {MAX_REPLAY_BODY_BYTES} bytes")
+            raise ValueError(f"the response has more than {MAX_REPLAY_BODY_BYTES} bytes")
         chunks.append(chunk)
     return b"".join(chunks)
 
 
-REAPPLY_LOCK_KEY = 0x616272657007  # who holds this lock changes pairs
-DRIFT_REASON = "drift of state: asked again, both agree, and old says what new said"
-
-DriftedFindingKey = tuple[str, str, str]
-
-
 async def needs_recheck(database: Database, record: PairRecord) -> bool:
-    """Whether the pair shows something that may be a finding. Raise LedgerError."""
+    """Check that the pair shows a finding that is not noise. Raise LedgerError."""
     row = await database.fetch_one("recheck_needed", _make_pair_key(record))
     return bool(row and row["needed"])
 
 
-async def record_drift(database: Database, record: PairRecord, keys: Sequence[DriftedFindingKey]) -> bool:
-    """Whether it was written: not while rules are judged again, and not twice. Raise LedgerError."""
+async def record_drift(database: Database, record: PairRecord, keys: Sequence[DifferenceKey]) -> bool:
+    """Take the findings off the pair, and return whether it showed them. Raise LedgerError.
+
+    Drift is not recorded while rules are reapplied. Locks are taken in the order of the ledger's writers.
+    """
     async with database.connection() as connection, connection.transaction():
-        cursor = await connection.execute(load_statement("lock_try"), {"lock": REAPPLY_LOCK_KEY})
-        row = await cursor.fetchone()
-        if not row or not row["locked"]:
+        if not await try_lock(connection, AdvisoryLock.REAPPLY):
             return False
-        cursor = await connection.execute(load_statement("recheck_lock"), _make_pair_key(record))
+        pair_key = _make_pair_key(record)
         finding_keys = {(part, sanitise_text(path, MAX_PATH_CHARS), kind) for part, path, kind in keys}
-        finding_rows = [
-            row for row in await cursor.fetchall() if (row["part"], row["path"], row["kind"]) in finding_keys
+        findings = [
+            row
+            for row in await fetch_rows(connection, "recheck_lock", pair_key)
+            if (row["part"], row["path"], row["kind"]) in finding_keys
         ]
-        if finding_rows:
-            await _remove_from_pair(connection, record, finding_rows)
-        return bool(finding_rows)
-
-
-async def _remove_from_pair(connection: Connection, record: PairRecord, finding_rows: Sequence[Row]) -> None:
-    """Locks in the order of the ledger's writers: pairs and their sums, findings by id, endpoints by id."""
-    ids = sorted(row["id"] for row in finding_rows)
-    await connection.execute(
-        load_statement("recheck_set"), {**_make_pair_key(record), "ids": ids, "reason": DRIFT_REASON}
-    )
-    await connection.execute(load_statement("findings_lock"), {"ids": ids})
-    deltas = to_json([_build_removal_deltas(record, row) for row in finding_rows]).decode()
-    await connection.execute(load_statement("findings_count"), {"rows": deltas})
-    await connection.execute(load_statement("finding_drift_add"), {"ids": ids})
-    endpoints = [finding_rows[0]["endpoint_id"]]
-    await connection.execute(load_statement("endpoints_lock"), {"ids": endpoints})
-    await connection.execute(load_statement("noise_reset"), {"ids": endpoints})
-
-
-def _build_removal_deltas(record: PairRecord, row: Row) -> dict[str, Any]:
-    """What the pair had added, taken away."""
-    differences = [difference for difference in record.result.differences if _is_same_finding(difference, row)]
-    sign = get_direction(differences[0])
-    return {
-        "id": row["id"],
-        "old_release": row["old_release"],
-        "new_release": row["new_release"],
-        "count": -1,
-        "baseline_count": 0,
-        "shape_explained": -int(is_explained_by_shape(differences, record.time_ms / 1000)),
-        "new_greater": -int(sign > 0),
-        "new_smaller": -int(sign < 0),
-        "impact": row["impact"],
-        "first_ms": record.time_ms,
-        "last_ms": record.time_ms,
-    }
-
-
-def _is_same_finding(difference: Difference, row: Row) -> bool:
-    return (difference.part, sanitise_text(difference.path, MAX_PATH_CHARS), difference.kind) == (
-        row["part"],
-        row["path"],
-        row["kind"],
-    )
+        if not findings:
+            return False
+        ids = sorted(row["id"] for row in findings)
+        await connection.execute(load_statement("recheck_set"), {**pair_key, "ids": ids, "reason": DRIFT_REASON})
+        deltas = CounterDeltas()
+        for row in findings:
+            counter_key = (NO_RULE, row["id"], row["old_release"], row["new_release"])
+            impact, time_ms = row["impact"], record.time_ms
+            deltas.add_finding("count", counter_key, row["marks"], impact=impact, time_ms=time_ms, sign=-1)
+            deltas.get_finding(counter_key, impact, time_ms)["drift_count"] += 1
+        await deltas.write_findings(connection)
+        endpoints = {"ids": [findings[0]["endpoint_id"]]}
+        await connection.execute(load_statement("endpoints_lock"), endpoints)
+        await connection.execute(load_statement("noise_reset"), endpoints)
+    return True
 
 
 def _make_pair_key(record: PairRecord) -> dict[str, Any]:
-    return {"pair": record.pair_id, "day": _to_utc_date(record.time_ms)}
-
-
-def _to_utc_date(time_ms: int) -> date:
-    return datetime.fromtimestamp(time_ms / 1000, UTC).date()
-
-
-MINUTE_S = 60.0  # seconds
-MAX_CONCURRENT_RECHECKS = 4  # pairs
-MAX_RECHECK_DELAY_S = 30.0  # seconds after which what waits is not asked any more: too much may have changed
-RECHECKED_METHODS = frozenset({"GET", "HEAD"})
-
-log = structlog.get_logger()
+    return {"pair": record.pair_id, "day": datetime.fromtimestamp(record.time_ms / 1000, UTC).date()}
 
 
 @dataclass(frozen=True, slots=True)
 class RecheckSettings:
-    """`per_minute` is for this process."""
-
-    per_minute: int
+    per_minute: int  # in this process
     delay_s: float
     old_url: str
     new_url: str
 
     @classmethod
     def from_settings(cls, settings: Settings) -> RecheckSettings | None:
-        """None where it is off. Raise SettingError."""
+        """Return None if rechecks are off. Raise SettingError."""
         if not settings.recheck_per_minute:
             return None
-        missing = [name for name in ("old", "new") if not getattr(settings, f"ask_again_{name}")]
+        missing = [name for name in ("recheck_old_url", "recheck_new_url") if not getattr(settings, name)]
         if missing:
-            names = " and ".join(f"ABREAST_RECHECK_PER_MINUTE_{name.upper()}" for name in missing)
-            raise SettingError(f"ABREAST_RECHECK_PER_MINUTE needs the address of each version, set {names} too")
+            names = " and ".join(f"ABREAST_{name.upper()}" for name in missing)
+            raise SettingError(f"ABREAST_RECHECK_PER_MINUTE needs the address of each version: set {names} too")
         per_process = max(1, settings.recheck_per_minute // max(1, settings.workers))
         return cls(per_process, settings.recheck_delay, settings.recheck_old_url, settings.recheck_new_url)
 
@@ -203,7 +166,7 @@ class PendingRecheck:
 
 
 class Rechecker:
-    """Offer what was committed; `run` does the rest."""
+    """Rechecks committed pairs after a delay, within the limit per minute."""
 
     def __init__(self, settings: RecheckSettings, rules: CompareOptions, postgres_url: str) -> None:
         self._settings = settings
@@ -211,12 +174,12 @@ class Rechecker:
         self._database = Database(postgres_url)
         self._replayer = Replayer()
         self._queue: deque[PendingRecheck] = deque()
-        self._replay_times: deque[float] = deque()  # when, of the last minute
+        self._replay_times: deque[float] = deque()  # during the last minute
         self._slots = asyncio.Semaphore(MAX_CONCURRENT_RECHECKS)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def offer(self, records: Iterable[PairRecord]) -> None:
-        """Take what can be asked again and finds room."""
+        """Queue the pairs that a recheck can decide, while the queue has room."""
         for record in records:
             if len(self._queue) >= self._settings.per_minute:
                 return
@@ -224,7 +187,7 @@ class Rechecker:
                 self._queue.append(pending)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Return once `stop` is set; what is under way is given up."""
+        """Run until `stop` is set, and cancel rechecks in flight then."""
         try:
             await self._database.open()
             while not stop.is_set():
@@ -255,9 +218,9 @@ class Rechecker:
             async with self._slots:
                 await self._replay_and_compare(pending)
         except (ReplayError, LedgerError) as error:
-            log.info("a pair could not be asked again", pair=pending.record.pair_id, error=str(error))
+            log.info("a recheck was not possible", pair=pending.record.pair_id, error=str(error))
         except Exception:
-            log.exception("asking a pair again failed", pair=pending.record.pair_id)
+            log.exception("a recheck failed", pair=pending.record.pair_id)
 
     async def _replay_and_compare(self, pending: PendingRecheck) -> None:
         if not await needs_recheck(self._database, pending.record):
@@ -266,7 +229,7 @@ class Rechecker:
         new = await self._replayer.replay(pending.new, self._settings.new_url)
         keys = await asyncio.to_thread(self._find_drift, pending, old, new)
         if keys and await record_drift(self._database, pending.record, keys):
-            log.info("a difference was drift of state", pair=pending.record.pair_id, places=len(keys))
+            log.info("a recheck found drift of state", pair=pending.record.pair_id, findings=len(keys))
 
     def _find_drift(self, pending: PendingRecheck, old: Capture, new: Capture) -> list[DifferenceKey]:
         old_change = compare_pair([_as_version(pending.old, "old"), _as_version(old, "new")], self._rules)
@@ -284,7 +247,7 @@ def _as_version(capture: Capture, version: str) -> Capture:
 
 
 def plan_recheck(record: PairRecord) -> PendingRecheck | None:
-    """A safe request of which everything is known, with a difference that its values' shapes don't explain."""
+    """Return a recheck for a safe, completely captured request whose differences value shapes don't explain."""
     result: ComparisonResult = record.result
     old, new = result.old, result.new
     if result.outcome != "mismatch" or old is None or new is None:

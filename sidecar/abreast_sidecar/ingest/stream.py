@@ -1,4 +1,4 @@
-"""Reads ready pairs through a consumer group. Each entry stays pending until it is acknowledged, so that none is lost."""
+"""Reads ready pairs through a consumer group. Entries stay pending until acknowledged, so that none is lost."""
 
 from __future__ import annotations
 
@@ -15,30 +15,43 @@ from abreast.protocol.join import CONSUMER_GROUP, Keys
 from abreast.protocol.redis_client import is_cluster
 from abreast_sidecar.redis_client import READ_BLOCK_MS, connect_redis, list_shards, load_script, map_redis_errors
 
-MIN_ENTRY_MS = 0  # ms; ids of entries are made by Redis, but anyone may write a stream
-MAX_ENTRY_MS = 4_102_444_800_000  # ms: the year 2100
+MIN_ENTRY_MS = 0  # Redis makes the ids of entries, but anyone may write to a stream
+MAX_ENTRY_MS = 4_102_444_800_000  # the year 2100
+DISCOVERY_INTERVAL_S = 1.0  # between searches for new services
+MAX_CLAIM_INTERVAL_S = 10.0  # between searches for abandoned entries
+MIN_POLL_S, MAX_POLL_S = 0.01, 0.1  # between reads of a cluster's streams while they are empty
+NO_STREAM_DELAY_S = 0.25  # without a stream, no read can block
+DEFAULT_BATCH_BYTES = 64 * 1024 * 1024
+INITIAL_ENTRY_BYTES = 4 * 1024 * 1024  # assumed before the first entries
+ACKNOWLEDGE_SCRIPT = load_script("acknowledge")
+CREATE_GROUP_SCRIPT = load_script("create_group")
+DELETE_CONSUMER_SCRIPT = load_script("delete_consumer")
+
+RawEntry = tuple[bytes, bytes, Mapping[bytes, bytes]]  # stream, id, fields
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class StreamEntry:
-    """`blobs` are its captures as services sent them; `size` is what they weigh in the shard's `bytes`."""
+    """An entry of a shard's stream."""
 
     keys: Keys
     id: str
     pair_id: str
     ready_reason: str
-    blobs: tuple[bytes, ...]
-    size_bytes: int
-    delivery_count: int = 1  # how often workers were given it, this time included; only known of what another left
+    blobs: tuple[bytes, ...]  # encoded captures
+    size_bytes: int  # its part of the shard's `bytes`
+    delivery_count: int = 1  # including this delivery; only known for abandoned entries
 
     @property
     def time_ms(self) -> int:
-        """ms since the epoch, by Redis's clock."""
+        """Return Unix time by Redis's clock."""
         return min(max(int(self.id.partition("-")[0]), MIN_ENTRY_MS), MAX_ENTRY_MS)
 
 
 def parse_entry(keys: Keys, raw_id: bytes, fields: Mapping[bytes, bytes], delivery_count: int = 1) -> StreamEntry:
-    """Takes whatever stands in the stream; an entry without a pair's id is named by its own."""
+    """Accept any fields. An entry without a pair's id gets its own id."""
     pair_id = ready_reason = b""
     blobs = []
     for field_name, value in fields.items():
@@ -60,25 +73,10 @@ def parse_entry(keys: Keys, raw_id: bytes, fields: Mapping[bytes, bytes], delive
     )
 
 
-log = structlog.get_logger()
-
-
-DISCOVERY_INTERVAL_S = 1.0  # seconds between looks for new services
-MIN_POLL_S, MAX_POLL_S = 0.01, 0.1  # seconds between two looks into a cluster's streams, while they are empty
-NO_STREAM_DELAY_S = 0.25  # seconds to wait where no service has sent anything yet: there is nothing to block on
-DEFAULT_BATCH_BYTES = 64 * 1024 * 1024
-INITIAL_ENTRY_BYTES = 4 * 1024 * 1024  # bytes of an entry, until some were seen
-ACKNOWLEDGE_SCRIPT = load_script("acknowledge")
-LEAVE_GROUP_SCRIPT = load_script("forget")
-CREATE_GROUP_SCRIPT = load_script("group")
-
-RawEntry = tuple[bytes, bytes, Mapping[bytes, bytes]]  # stream, id, fields
-
-
 class StreamConsumer:
-    """One consumer. `read` returns entries of its own former life first, then left ones, then new ones.
+    """One consumer. `read` returns its own pending entries first, then abandoned ones, then new ones.
 
-    `batch_bytes` is aimed at: a batch of huge bodies has fewer pairs.
+    `batch_bytes` is a target: a batch with large bodies has fewer entries.
     """
 
     def __init__(
@@ -90,21 +88,21 @@ class StreamConsumer:
         self.claim_idle_s = claim_idle_s
         self._client = connect_redis(url)
         self._is_cluster = is_cluster(self._client)
-        self._cursors: dict[Keys, str] = {}  # → where to go on among the own entries; > when there are no more
+        self._cursors: dict[Keys, str] = {}  # position among the own pending entries; > after the last
         self._claim_cursors: dict[Keys, bytes | str] = {}
         self._last_discovery = self._last_claim = -float("inf")
-        self._busy_streams = 1  # streams that had something at the last read
+        self._busy_streams = 1  # streams with entries in the last read
         self._mean_entry_bytes = float(INITIAL_ENTRY_BYTES)
 
     async def read(self) -> list[StreamEntry]:
-        """At most about a batch; empty after a quiet second. Raise RedisError; then call again later."""
+        """Return about a batch at most, and nothing after a second without entries. Raise RedisError."""
         with map_redis_errors():
             try:
                 return await self._read()
             except redis.ResponseError as error:
                 if "NOGROUP" not in str(error):
                     raise
-                self._cursors.clear()  # Redis was emptied: make the groups anew
+                self._cursors.clear()  # Redis lost its data: create the groups again
                 self._last_discovery = -float("inf")
                 return []
             except (redis.RedisError, OSError):
@@ -112,11 +110,11 @@ class StreamConsumer:
                 raise
 
     def reread_pending(self) -> None:
-        """Look at the own pending entries again: an answer that did not arrive had given us some."""
+        """Read the own pending entries again, because Redis may have delivered entries in a lost response."""
         self._cursors = dict.fromkeys(self._cursors, "0")
 
     async def acknowledge(self, entries: Iterable[StreamEntry]) -> None:
-        """Safe to repeat. Raise RedisError; then the entries will come again."""
+        """Delete the entries from their streams. Raise RedisError; the entries are delivered again then."""
         by_shard: dict[Keys, list[str | int]] = {}
         for entry in entries:
             by_shard.setdefault(entry.keys, []).extend((entry.id, entry.size_bytes))
@@ -127,11 +125,11 @@ class StreamConsumer:
                 )
 
     async def close(self) -> None:
-        """Take leave of the groups, unless something is pending, and disconnect."""
+        """Delete this consumer where it has no pending entries, and disconnect."""
         try:
             with map_redis_errors():
                 for keys in self._cursors:
-                    await LEAVE_GROUP_SCRIPT.run(self._client, [keys.ready], [CONSUMER_GROUP, self.name])
+                    await DELETE_CONSUMER_SCRIPT.run(self._client, [keys.ready], [CONSUMER_GROUP, self.name])
         finally:
             await self._client.aclose()
 
@@ -141,7 +139,7 @@ class StreamConsumer:
             await self._discover()
             self._last_discovery = now
         entries = await self._read_own_pending()
-        if not entries and now - self._last_claim >= min(10.0, self.claim_idle_s / 3):
+        if not entries and now - self._last_claim >= min(MAX_CLAIM_INTERVAL_S, self.claim_idle_s / 3):
             entries = await self._claim_abandoned()
             self._last_claim = now if len(entries) < self.batch_size else self._last_claim
         return entries or await self._read_new()
@@ -153,7 +151,7 @@ class StreamConsumer:
                 self._cursors[keys] = "0"
 
     async def _read_own_pending(self) -> list[StreamEntry]:
-        """What was given to this consumer before, and is not acknowledged."""
+        """Read entries that were delivered to this consumer and not acknowledged."""
         entries: list[StreamEntry] = []
         for keys in [keys for keys, cursor in self._cursors.items() if cursor != ">"]:
             streams: dict[Any, Any] = {keys.ready: self._cursors[keys]}
@@ -172,7 +170,7 @@ class StreamConsumer:
         return entries
 
     async def _claim_abandoned(self) -> list[StreamEntry]:
-        """What other consumers were given and did not acknowledge for too long."""
+        """Take over entries that other consumers have not acknowledged for `claim_idle_s`."""
         entries: list[StreamEntry] = []
         for keys in self._cursors:
             cursor = self._claim_cursors.get(keys, "0-0")
@@ -192,7 +190,7 @@ class StreamConsumer:
         return entries
 
     async def _count_deliveries(self, keys: Keys, first: bytes, last: bytes, count: int) -> dict[bytes, int]:
-        """How often each of the entries was given to a worker: many times where that ends the worker."""
+        """Count the deliveries of each entry. An entry that crashes workers has many."""
         raw: Any = await self._client.xpending_range(keys.ready, CONSUMER_GROUP, first, last, count, self.name)
         return {message["message_id"]: message["times_delivered"] for message in raw}
 
@@ -222,7 +220,7 @@ class StreamConsumer:
         )
 
     async def _read_polling(self, streams: Sequence[bytes]) -> list[RawEntry]:
-        """In a cluster a call reads one shard, and who waits at one does not see the others."""
+        """Poll all streams of a cluster, because a blocking call sees only one shard."""
         deadline, delay_s = time.monotonic() + READ_BLOCK_MS / 1000, MIN_POLL_S
         while True:
             raw_entries = [
@@ -234,7 +232,7 @@ class StreamConsumer:
             delay_s = min(delay_s * 2, MAX_POLL_S)
 
     async def _read_each_stream(self, streams: Sequence[bytes]) -> list[Any]:
-        """All answers are waited for also when one fails: what the others had been given is then read again."""
+        """Read each stream. Wait for all responses even if one fails: their entries are read again."""
         count = self._compute_limit_per_stream(self._busy_streams)
         calls = [self._client.xreadgroup(CONSUMER_GROUP, self.name, {stream: ">"}, count=count) for stream in streams]
         answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -248,7 +246,7 @@ class StreamConsumer:
 
 
 def _flatten(raw: Any) -> list[RawEntry]:
-    """(stream, id, fields) from an answer to XREADGROUP: RESP2 has a list of streams, RESP3 a map with one level more."""
+    """Flatten a response to XREADGROUP. RESP2 has a list of streams, RESP3 a map with one more level."""
     if isinstance(raw, dict):
         raw = [(stream, [raw_entry for page in pages for raw_entry in page]) for stream, pages in raw.items()]
     return [(stream, identifier, fields) for stream, entries in raw or () for identifier, fields in entries]

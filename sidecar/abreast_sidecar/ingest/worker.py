@@ -1,4 +1,4 @@
-"""The worker: read, compare, commit, acknowledge. Any number may run, in any number of processes."""
+"""The worker reads, compares, commits and acknowledges. Any number may run, in any number of processes."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.records import PairRecord
 from abreast_sidecar.store.writer import PairWriter
 
-SMALL_BATCH_DELAY_S = 0.01  # seconds between small batches: each commit has a cost of its own
+SMALL_BATCH_DELAY_S = 0.01  # collects entries for a larger batch, because each commit is expensive
+COMMIT_RETRY_DELAY_S = 0.1  # while stopping
 
-log = structlog.get_logger()
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     entries: Sequence[StreamEntry]
     records: Sequence[PairRecord]
-    rules_version: int  # their version
+    rules_version: int  # for the records
 
 
 class Worker:
-    """`last_beat` is when it last read or committed (time.monotonic); `alive` is whether it runs."""
+    """Processes one stream of batches. `last_heartbeat` (monotonic) is the last read or commit."""
 
     def __init__(self, settings: Settings, *, name: str) -> None:
         self.name = name
@@ -51,7 +52,10 @@ class Worker:
         self._last_batch_small = False
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Return once `stop` is set and what was read is committed, or its time is over. Lost servers are waited for."""
+        """Run until `stop` is set and all read entries are committed, or the shutdown timeout passes.
+
+        Retry while a server is away.
+        """
         reader = StreamConsumer(
             self._settings.redis_url,
             name=self.name,
@@ -59,7 +63,7 @@ class Worker:
             claim_idle_s=self._settings.claim_idle,
             batch_bytes=self._settings.batch_bytes,
         )
-        recheck_task = self._start_rechecker(stop)
+        recheck_task = asyncio.create_task(self._run_rechecker(stop))
         writer = PairWriter(self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding)
         self.is_running = True
         try:
@@ -76,23 +80,18 @@ class Worker:
             try:
                 await reader.close()
             except RedisError as error:
-                log.info("redis was away at the end", worker=self.name, error=str(error))
+                log.info("redis was away when the worker stopped", worker=self.name, error=str(error))
 
-    def _start_rechecker(self, stop: asyncio.Event) -> asyncio.Task[None]:
-        """Beside the work, which does not wait for it."""
-
-        async def run_rechecker() -> None:
-            if self._rechecker is None:
-                return
-            try:
-                await self._rechecker.run(stop)
-            except Exception:
-                log.exception("pairs are not asked again any more", worker=self.name)
-
-        return asyncio.create_task(run_rechecker())
+    async def _run_rechecker(self, stop: asyncio.Event) -> None:
+        if self._rechecker is None:
+            return
+        try:
+            await self._rechecker.run(stop)
+        except Exception:
+            log.exception("rechecks stopped", worker=self.name)
 
     async def _process_batches(self, reader: StreamConsumer, writer: PairWriter, stop: asyncio.Event) -> None:
-        """The next batch is read and compared while this one is committed. Nothing is judged by unknown rules."""
+        """Read and compare each batch while the former one is committed. Wait for the rules first."""
         if not await self._rule_cache.wait_loaded(stop):
             return
         upcoming = asyncio.create_task(self._next_batch(reader, stop))
@@ -104,7 +103,7 @@ class Worker:
             await cancel_and_wait(upcoming)
 
     async def _next_batch(self, reader: StreamConsumer, stop: asyncio.Event) -> Batch | None:
-        """The next batch; none when it is time to stop."""
+        """Read and compare the next batch. Return None when stopping."""
         while entries := await self._wait_for_entries(reader, stop):
             try:
                 return await self._evaluate(entries)
@@ -115,12 +114,12 @@ class Worker:
     async def _retry_batch(
         self, entries: Sequence[StreamEntry], error: Exception, reader: StreamConsumer, stop: asyncio.Event
     ) -> None:
-        log.error("a batch failed and will be read again", worker=self.name, pairs=len(entries), exc_info=error)
+        log.error("a batch failed and is read again", worker=self.name, pairs=len(entries), exc_info=error)
         reader.reread_pending()
         await self._postgres.back_off(stop)
 
     async def _wait_for_entries(self, reader: StreamConsumer, stop: asyncio.Event) -> list[StreamEntry]:
-        """Wait for entries; none when it is time to stop."""
+        """Wait for entries. Return none when stopping."""
         if self._last_batch_small:
             await wait_or_stop(stop, SMALL_BATCH_DELAY_S)
         while not stop.is_set():
@@ -148,12 +147,12 @@ class Worker:
         self.last_heartbeat = time.monotonic()
         try:
             await reader.acknowledge(batch.entries)
-        except RedisError as error:  # they come again, and count once
+        except RedisError as error:  # they are delivered again, and count once
             self._redis.record_failure(error)
             reader.reread_pending()
 
     async def _commit_with_current_rules(self, batch: Batch, writer: PairWriter, stop: asyncio.Event) -> None:
-        """Judge again where the rules changed in between; what was committed of it already counts once."""
+        """Commit a batch; if the rules changed, compare it again first."""
         while True:
             try:
                 await self._commit(batch.records, batch.entries, batch.rules_version, writer, stop)
@@ -166,7 +165,7 @@ class Worker:
                 return
 
     async def _evaluate(self, entries: Sequence[StreamEntry]) -> Batch:
-        """In a thread: a large body takes its time, and others on the loop must have theirs."""
+        """Compare in a thread, so that large bodies don't block the event loop."""
         rules, rules_version = self._rule_cache.rules, self._rule_cache.version
         regular_entries = [entry for entry in entries if entry.delivery_count < MIN_SUSPECT_DELIVERIES]
         regular_records = iter(
@@ -193,7 +192,7 @@ class Worker:
         writer: PairWriter,
         stop: asyncio.Event,
     ) -> None:
-        """A batch that Postgres refuses is halved until the entry is found that it can't hold."""
+        """Commit records. Halve a batch that Postgres rejects, until the rejected entry is alone."""
         try:
             await self._write(records, rules_version, writer, stop)
         except RefusedError as error:
@@ -214,7 +213,7 @@ class Worker:
     async def _write(
         self, records: Sequence[PairRecord], rules_version: int, writer: PairWriter, stop: asyncio.Event
     ) -> None:
-        """Try until Postgres takes it or refuses it. What is not committed stays pending in Redis."""
+        """Retry until Postgres accepts or rejects the records. Uncommitted entries stay pending in Redis."""
         while True:
             try:
                 await writer.write(records, rules_version=rules_version)
@@ -224,14 +223,14 @@ class Worker:
                 self._postgres.record_failure(error)
                 await self._postgres.back_off(stop)
                 if stop.is_set():
-                    await asyncio.sleep(0.1)  # `wait` returns at once now
+                    await asyncio.sleep(COMMIT_RETRY_DELAY_S)  # the backoff returns at once
             else:
                 self._postgres.record_success()
                 return
 
     def _log_dead_letter(self, record: PairRecord) -> None:
         log.warning(
-            "an entry can't be read and is put apart",
+            "an entry can't be processed and becomes a dead letter",
             worker=self.name,
             service=record.service,
             pair=record.pair_id,
@@ -241,7 +240,7 @@ class Worker:
 
 
 async def _run_until_stopped(stop: asyncio.Event, work: Coroutine[None, None, None], *, grace_s: float) -> None:
-    """Run `work` to its end; when `stop` is set it has `grace` seconds left."""
+    """Run `work` to its end, but at most `grace_s` seconds after `stop` is set."""
     work_task = asyncio.create_task(work)
     stop_task = asyncio.create_task(stop.wait())
     try:
@@ -250,6 +249,6 @@ async def _run_until_stopped(stop: asyncio.Event, work: Coroutine[None, None, No
         if done:
             work_task.result()
         else:
-            log.warning("the time to finish is over; the rest stays in redis", seconds=grace_s)
+            log.warning("the shutdown timeout is over; uncommitted entries stay in redis", seconds=grace_s)
     finally:
         await cancel_and_wait(work_task, stop_task)

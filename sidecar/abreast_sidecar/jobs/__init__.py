@@ -1,1 +1,1 @@
-"""What has to be done now and then: sweep, reports, Envoy's counts, noise, latency, retention."""
+"""Periodic jobs: expiry of pairs, reports, Envoy's counts, noise, detectors and retention."""

@@ -1,9 +1,9 @@
-"""Envoy's own count of sampled requests.
+"""Counts the requests that each Envoy sampled, from its admin interface.
 
-Tried on Envoy 1.40: a route's `upstream_rq_total` counts retries too, and misses requests for which no connection
-came about; its `upstream_rq_completed` misses those whose client left. Each sampled request has exactly one copy for
-`old_shadow` or `new_shadow`, and a copy is never tried again, so the copies are counted: those that were sent
-(`upstream_rq_total`), and those that could not be (too many under way, no connection, no endpoint).
+Checked with Envoy 1.40: a route's `upstream_rq_total` includes retries and misses requests without a connection, and
+`upstream_rq_completed` misses requests whose client left. Each sampled request has exactly one copy for `old_shadow` or
+`new_shadow`, and Envoy never retries a copy. So the counts are those of copies: sent ones (`upstream_rq_total`), and
+unsent ones (too many in flight, no connection, no endpoint).
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ from urllib.parse import quote
 import orjson
 
 from abreast_sidecar.errors import SidecarError
-from abreast_sidecar.jobs.detectors import continue_counters, was_reset
-from abreast_sidecar.store.database import Connection, load_statement, sanitise_text, to_json
+from abreast_sidecar.jobs.cumulative import continue_counters, was_reset
+from abreast_sidecar.store.database import (
+    AdvisoryLock,
+    Connection,
+    fetch_rows,
+    load_statement,
+    sanitise_text,
+    to_json,
+    try_lock,
+)
 
-ENVOY_LOCK_KEY = 0x61627265 << 32  # and the address, so that of several Envoys none waits for another
-ADMIN_TIMEOUT_S = 2.0  # seconds for one question
+ADMIN_TIMEOUT_S = 2.0  # for one request
 SHADOW_CLUSTERS = ("old_shadow", "new_shadow")
 COPY_CLUSTERS = (*SHADOW_CLUSTERS, "old_baseline")
 SENT_COUNTER = "upstream_rq_total"
@@ -36,22 +43,20 @@ UNSENT_COUNTERS = (
     "upstream_cx_none_healthy",
 )
 STATS_FILTER = rf"^cluster\.({'|'.join(COPY_CLUSTERS)})\.({'|'.join((SENT_COUNTER, *UNSENT_COUNTERS))})$"
-MAX_NAME_CHARS = 200  # characters
-UPTIME_SLACK_S = 1.0  # seconds: Envoy says whole ones
-MAX_SPREAD_S = 14 * 86_400.0  # seconds over which a count is spread
+MAX_NAME_CHARS = 200
+UPTIME_SLACK_S = 1.0  # Envoy reports whole seconds
+MAX_SPREAD_S = 14 * 86_400.0  # over which a count is spread
 MIN_SPREAD_S = 0.001
-LAST_UPTIMES: dict[
-    str, tuple[float, float]
-] = {}  # node → when this process looked last (monotonic), and its uptime then
+LAST_UPTIMES: dict[str, tuple[float, float]] = {}  # node → time (monotonic) of the last reading, and the uptime then
 
 
 class EnvoyError(SidecarError):
-    """An Envoy's admin address does not answer as it should."""
+    """The admin interface of an Envoy fails or returns something else."""
 
 
 @dataclass(frozen=True, slots=True)
 class EnvoySnapshot:
-    """What an Envoy says of itself; `uptime` in seconds, `counts` since its start."""
+    """A reading of an Envoy. `counts` are since its start."""
 
     node: str
     service: str
@@ -60,7 +65,7 @@ class EnvoySnapshot:
 
 
 async def read_envoy(address: str) -> EnvoySnapshot:
-    """Ask an admin address, host:port. Raise EnvoyError."""
+    """Read the admin interface at host:port. Raise EnvoyError."""
     address = address.removeprefix("http://").rstrip("/")
     info, stats = await asyncio.to_thread(
         _read_admin, address, "/server_info", f"/stats?format=json&filter={quote(STATS_FILTER)}"
@@ -74,32 +79,32 @@ async def read_envoy(address: str) -> EnvoySnapshot:
             counts=count_copies(stats["stats"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise EnvoyError(f"{address} does not answer like an envoy's admin interface: {error!r}") from error
+        raise EnvoyError(f"{address} is not the admin interface of an envoy: {error!r}") from error
 
 
 def _read_admin(address: str, *paths: str) -> Iterable[Any]:
     connection = http.client.HTTPConnection(address, timeout=ADMIN_TIMEOUT_S)
     try:
-        answers = []
+        contents = []
         for path in paths:
             connection.request("GET", path)
-            answer = connection.getresponse()
-            text = answer.read()
-            if answer.status != http.client.OK:
-                raise EnvoyError(f"{address}{path.partition('?')[0]} answers {answer.status}")
-            answers.append(orjson.loads(text))
+            response = connection.getresponse()
+            text = response.read()
+            if response.status != http.client.OK:
+                raise EnvoyError(f"{address}{path.partition('?')[0]} returns status {response.status}")
+            contents.append(orjson.loads(text))
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise EnvoyError(
             f"envoy's admin address {address} can't be read, check ABREAST_ENVOY_ADMIN: {error}"
         ) from error
     else:
-        return answers
+        return contents
     finally:
         connection.close()
 
 
 def count_copies(stats: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Sampled requests, and copies by the cluster that they were meant for."""
+    """Return the number of sampled requests, of unsent copies, and of copies by their cluster."""
     values = {stat["name"]: int(stat["value"]) for stat in stats if "name" in stat and "value" in stat}
     copies = dict.fromkeys(COPY_CLUSTERS, 0)
     unsent_total = 0
@@ -111,41 +116,37 @@ def count_copies(stats: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 async def collect_envoy_counts(connection: Connection, address: str) -> None:
-    """Write an Envoy's counts, cumulative over its restarts. Any number of sidecars may do it at once; one does."""
+    """Store the counts of an Envoy, cumulative over its restarts. One sidecar at a time does it."""
     async with connection.transaction():
-        cursor = await connection.execute(
-            load_statement("lock_try"), {"lock": ENVOY_LOCK_KEY | zlib.crc32(address.encode())}
-        )
-        row = await cursor.fetchone()
-        if not row or not row["locked"]:
+        if not await try_lock(connection, AdvisoryLock.ENVOY | zlib.crc32(address.encode())):
             return
         snapshot = await read_envoy(address)
         key = {"node": snapshot.node, "service": snapshot.service, "sidecar_time": datetime.now(UTC)}
-        cursor = await connection.execute(load_statement("envoy_report"), key)
-        report = await cursor.fetchone()
-        base, sums = sum_counts(report, snapshot, is_same_life=_has_kept_running(snapshot))
-        stored_counts = {**snapshot.counts, "base": base}
-        reports = {"totals": to_json(sums).decode(), "last_reading": to_json(stored_counts).decode()}
-        await connection.execute(load_statement("envoy_report_set"), {**key, **reports})
-        await connection.execute(load_statement("envoy_count_add"), _compute_count_delta(report, snapshot, sums))
+        rows = await fetch_rows(connection, "envoy_report", key)
+        report = rows[0] if rows else None
+        base, totals = sum_counts(report, snapshot, is_same_life=_has_kept_running(snapshot))
+        last_reading = to_json({**snapshot.counts, "base": base}).decode()
+        parameters = {**key, "totals": to_json(totals).decode(), "last_reading": last_reading}
+        await connection.execute(load_statement("envoy_report_set"), parameters)
+        await connection.execute(load_statement("envoy_count_add"), _compute_count_delta(report, snapshot, totals))
 
 
 def _compute_count_delta(
-    report: Mapping[str, Any] | None, snapshot: EnvoySnapshot, sums: Mapping[str, int]
+    report: Mapping[str, Any] | None, snapshot: EnvoySnapshot, totals: Mapping[str, int]
 ) -> dict[str, Any]:
-    """What is new since the last look, or since its start where this is the first."""
+    """Return the requests since the last reading, or since the start of the Envoy, and the seconds to spread them over."""
     previous, seconds = (
         (report["totals"].get("sampled", 0), report["age"]) if report else (0, snapshot.uptime_s + UPTIME_SLACK_S)
     )
     return {
         "service": snapshot.service,
-        "sampled": sums["sampled"] - previous,
+        "sampled": totals["sampled"] - previous,
         "seconds": min(max(seconds, MIN_SPREAD_S), MAX_SPREAD_S),
     }
 
 
 def _has_kept_running(snapshot: EnvoySnapshot) -> bool:
-    """Whether it has run since this process looked last, by a clock that nobody sets."""
+    """Check by the monotonic clock whether the Envoy ran on since the last reading of this process."""
     now = time.monotonic()
     last_read, last_uptime_s = LAST_UPTIMES.get(snapshot.node, (now, float("inf")))
     LAST_UPTIMES[snapshot.node] = (now, snapshot.uptime_s)
@@ -155,11 +156,11 @@ def _has_kept_running(snapshot: EnvoySnapshot) -> bool:
 def sum_counts(
     report: Mapping[str, Any] | None, snapshot: EnvoySnapshot, *, is_same_life: bool = False
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """`sure`: it is known to be the same life, whatever the clocks say."""
+    """Return the counts of former lives, and the totals. `is_same_life`: the Envoy ran on, whatever the clocks show."""
     if report is None:
         return continue_counters({}, {}, snapshot.counts, is_same_life=True)
     previous = {name: value for name, value in report["last_reading"].items() if name != "base"}
-    # Envoy says whole seconds: of a restart within one, only what had counted more than the new life shows it.
+    # The uptime has whole seconds: a restart within one shows only in counters that fell.
     has_restarted = snapshot.uptime_s + 1 < report["age"]
     continues = (is_same_life or not has_restarted) and not was_reset(previous, snapshot.counts)
     return continue_counters(report["last_reading"].get("base", {}), previous, snapshot.counts, is_same_life=continues)

@@ -1,4 +1,4 @@
-"""Decides which findings are real and which are noise, from the ledger's counters."""
+"""Classifies findings as real or noise from the ledger's counters."""
 
 from __future__ import annotations
 
@@ -9,77 +9,56 @@ from dataclasses import replace
 from itertools import groupby
 
 from abreast_sidecar.stats.noise import DifferenceCounts, MagnitudeShift, NoiseDecision, classify_differences
-from abreast_sidecar.store.database import Connection, Row, load_statement, to_json
+from abreast_sidecar.store.counters import COUNTERS
+from abreast_sidecar.store.database import AdvisoryLock, Connection, Row, exclusive, fetch_rows, load_statement, to_json
 
-NOISE_LOCK_KEY = 0x616272657006
-FALSE_FINDING_RATE = 0.01  # of one endpoint, over all its life: any false finding
-MAX_REASON_CHARS = 300  # characters
-MIN_RELEASE_PAIRS = 500  # pairs, or copies to old, of one release to go by them alone
+FALSE_FINDING_RATE = 0.01  # probability that an endpoint ever shows a false finding
+MAX_REASON_CHARS = 300
+MIN_RELEASE_PAIRS = 500  # enough for one release to decide alone; also for baseline pairs
 STATE_SEVERITY = {"noise": 0, "undecided": 1, "real": 2}
-COUNT_COLUMNS = (
-    "compared",
-    "count",
-    "baseline_compared",
-    "baseline_count",
-    "shape_explained",
-    "new_greater",
-    "new_smaller",
-    "repeat_checks",
-    "old_repeats",
-    "new_repeats",
-    "magnitude_up",
-    "magnitude_down",
-    "baseline_magnitude_up",
-    "baseline_magnitude_down",
-)
+COUNT_COLUMNS = ("compared", "baseline_compared", *COUNTERS)
 BASELINE_COLUMNS = ("baseline_compared", "baseline_count", "baseline_magnitude_up", "baseline_magnitude_down")
-MAX_OLD_REPEAT_SHARE = 0.02  # of old's turns: where old says the same again more often, its values are not fresh
+MAX_OLD_REPEAT_SHARE = 0.02  # share of pairs; above it, old's values are not unique, and repeats of new prove nothing
 
 
+@exclusive(AdvisoryLock.NOISE, otherwise=0)
 async def classify_findings(connection: Connection) -> int:
-    """Return how many findings have another state or reason now. Any number may do it at once; one does."""
-    async with connection.transaction():
-        cursor = await connection.execute(load_statement("lock_try"), {"lock": NOISE_LOCK_KEY})
-        row = await cursor.fetchone()
-        if not row or not row["locked"]:
-            return 0
-        cursor = await connection.execute(load_statement("noise_due"))
-        updates, endpoints = [], []
-        for _, group in groupby(await cursor.fetchall(), key=lambda row: row["endpoint"]):
-            rows = list(group)
-            findings = [row for row in rows if row["id"] is not None]
-            updates += await asyncio.to_thread(find_changes, findings)  # others on the loop have their turn
-            endpoints.append({"id": rows[0]["endpoint"], **_count_baseline(rows[0])})
-        await _write_updates(connection, updates, endpoints)
-        return len(updates)
-
-
-async def _write_updates(
-    connection: Connection, updates: list[dict[str, object]], endpoints: list[dict[str, object]]
-) -> None:
-    """Locks in the order of the ledger's writers: findings by id, endpoints by id."""
+    """Classify the findings of endpoints with new counts. Return how many states and reasons changed."""
+    updates, endpoints = [], []
+    for _, group in groupby(await fetch_rows(connection, "noise_due"), key=lambda row: row["endpoint"]):
+        rows = list(group)
+        findings = [row for row in rows if row["id"] is not None]
+        updates += await asyncio.to_thread(find_changes, findings)
+        counts = {name: rows[0][name] for name in ("compared", "baseline_compared")}
+        endpoints.append({"id": rows[0]["endpoint"], **counts})
+    # Locks in the order of the ledger's writers: findings by id, endpoints by id.
     if updates:
-        await connection.execute(load_statement("findings_lock"), {"ids": [record["id"] for record in updates]})
+        await connection.execute(load_statement("findings_lock"), {"ids": [row["id"] for row in updates]})
         await connection.execute(load_statement("noise_set"), {"rows": to_json(updates).decode()})
     if endpoints:
-        await connection.execute(load_statement("endpoints_lock"), {"ids": [record["id"] for record in endpoints]})
+        await connection.execute(load_statement("endpoints_lock"), {"ids": [row["id"] for row in endpoints]})
         await connection.execute(load_statement("noise_done"), {"rows": to_json(endpoints).decode()})
+    return len(updates)
 
 
 def find_changes(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """What one endpoint's findings have to be told."""
-    pairs = zip(rows, classify_rows(rows), strict=True)
+    """Return the findings of one endpoint whose state or reason changes."""
+    decisions = [
+        (row, decision.state, decision.reason[:MAX_REASON_CHARS])
+        for row, decision in zip(rows, classify_rows(rows), strict=True)
+    ]
     return [
-        {"id": row["id"], "state": decision.state, "reason": _limit_reason(decision)}
-        for row, decision in pairs
-        if (row["state"], row["reason"]) != (decision.state, _limit_reason(decision))
+        {"id": row["id"], "state": state, "reason": reason}
+        for row, state, reason in decisions
+        if (row["state"], row["reason"]) != (state, reason)
     ]
 
 
 def classify_rows(rows: Sequence[Row]) -> list[NoiseDecision]:
-    """Each finding is looked at twice, over all releases and in the newest that shows it: what begins in one release is
-    not diluted by those before, and what took many small releases to show is seen as well. Both looks of all findings
-    share the error probability.
+    """Classify the findings of one endpoint.
+
+    Each finding has two views: all releases, and the newest release that shows it. So earlier releases don't dilute a
+    finding of the newest one, and many small releases add up. All views of all findings share the error probability.
     """
     with_former = [row for row in rows if _has_former_release(row)]
     views = [*rows, *map(_select_newest_release, with_former)]
@@ -104,7 +83,7 @@ def classify_rows(rows: Sequence[Row]) -> list[NoiseDecision]:
 
 
 def _build_repeat_counts(row: Row) -> DifferenceCounts:
-    """Whether new says the same again more often than old does."""
+    """Compare how often new and old repeat one of their recent values."""
     return DifferenceCounts(
         compared=row["repeat_checks"],
         differing=row["new_repeats"],
@@ -114,12 +93,12 @@ def _build_repeat_counts(row: Row) -> DifferenceCounts:
 
 
 def _build_magnitude_shift(row: Row) -> MagnitudeShift:
-    """Whether new's number is another one by much, and mostly to one side."""
+    """Count how often new's number is more than twice old's, or less than half."""
     return MagnitudeShift(
-        compared=max(row["compared"], row["count"]),
-        far_greater=min(row["magnitude_up"], row["count"]),
-        far_smaller=min(row["magnitude_down"], row["count"]),
-        baseline_compared=max(row["baseline_compared"], row["baseline_count"]),
+        compared=row["compared"],
+        far_greater=row["magnitude_up"],
+        far_smaller=row["magnitude_down"],
+        baseline_compared=row["baseline_compared"],
         baseline_far_greater=row["baseline_magnitude_up"],
         baseline_far_smaller=row["baseline_magnitude_down"],
     )
@@ -128,8 +107,10 @@ def _build_magnitude_shift(row: Row) -> MagnitudeShift:
 def _choose_stronger(
     row: Row, decision: NoiseDecision, repeat_decision: NoiseDecision, shift_decision: NoiseDecision | None
 ) -> NoiseDecision:
-    """What differs as often as noise is none where new's number is far from old's to one side, or where new says the same
-    over and over, and old never does.
+    """Return the decision with the strongest evidence for a real finding.
+
+    A value that differs as often as noise is still real if new's numbers move to one side, or if new repeats values and
+    old doesn't.
     """
     if decision.state == "real":
         return decision
@@ -137,21 +118,21 @@ def _choose_stronger(
         return shift_decision
     if repeat_decision.state != "real" or row["old_repeats"] > MAX_OLD_REPEAT_SHARE * row["repeat_checks"]:
         return decision
-    comparison = (
-        f"new says the same again in {row['new_repeats']} of {row['repeat_checks']} turns, old in {row['old_repeats']}"
+    repeats = (
+        f"new repeats a value in {row['new_repeats']} of {row['repeat_checks']} pairs, old in {row['old_repeats']}"
     )
-    return replace(repeat_decision, reason=f"{comparison}: more than chance")
+    return replace(repeat_decision, reason=f"{repeats}: more than chance")
 
 
 def _has_former_release(row: Row) -> bool:
-    """Whether the newest release's counts are not simply all of them."""
+    """Check whether the newest release has only a part of the counts."""
     return row["newest_count"] is not None and any(
         row[name] != _select_newest_release(row)[name] for name in COUNT_COLUMNS
     )
 
 
 def _select_newest_release(row: Row) -> Row:
-    """The same finding in its newest release. Old's former releases stand in until there are enough copies to this one."""
+    """Return the row with the counts of the newest release, but with all baseline pairs while the release has few."""
     counts_of_newest = {name: row[f"newest_{name}"] for name in COUNT_COLUMNS}
     if counts_of_newest["baseline_compared"] < MIN_RELEASE_PAIRS:
         counts_of_newest |= {name: row[name] for name in BASELINE_COLUMNS}
@@ -159,7 +140,7 @@ def _select_newest_release(row: Row) -> Row:
 
 
 def _merge_views(overall: NoiseDecision, newest: NoiseDecision, row: Row) -> NoiseDecision:
-    """The graver of both looks holds, unless the newest release has enough pairs to show that it is no more than noise."""
+    """Return the more severe decision, unless the newest release has enough pairs to prove noise."""
     is_settled = newest.state == "noise" and row["newest_compared"] >= MIN_RELEASE_PAIRS
     if STATE_SEVERITY[overall.state] > STATE_SEVERITY[newest.state] and not is_settled:
         return overall
@@ -168,8 +149,9 @@ def _merge_views(overall: NoiseDecision, newest: NoiseDecision, row: Row) -> Noi
 
 
 def build_counts(rows: Iterable[Row]) -> list[DifferenceCounts]:
-    """Of one endpoint's findings. The lean is that of all that chance might have drawn instead: a field is as often
-    added as removed, a status as often the one as the other.
+    """Return the counts of one endpoint's findings.
+
+    Directions are summed over findings that are each other's reverse: by chance, a field is added as often as removed.
     """
     rows = list(rows)
     greater: Counter[tuple[object, ...]] = Counter()
@@ -179,9 +161,9 @@ def build_counts(rows: Iterable[Row]) -> list[DifferenceCounts]:
         smaller[_make_direction_key(row)] += row["new_smaller"]
     return [
         DifferenceCounts(
-            compared=max(row["compared"], row["count"]),
+            compared=row["compared"],
             differing=row["count"],
-            baseline_compared=max(row["baseline_compared"], row["baseline_count"]),
+            baseline_compared=row["baseline_compared"],
             baseline_differing=row["baseline_count"],
             explained=row["shape_explained"],
             is_rare=row["kind"] in {"format", "range"},
@@ -198,11 +180,3 @@ def _make_direction_key(row: Row) -> tuple[object, ...]:
         return (releases, "status", *sorted(row["path"].split("->")))
     kind = "presence" if row["kind"] in {"added", "removed"} else row["kind"]
     return (releases, row["part"], row["path"], kind)
-
-
-def _limit_reason(decision: NoiseDecision) -> str:
-    return decision.reason[:MAX_REASON_CHARS]
-
-
-def _count_baseline(row: Row) -> dict[str, object]:
-    return {"compared": row["compared"], "baseline_compared": row["baseline_compared"]}

@@ -1,4 +1,4 @@
-"""What has to be done now and then. Any number may run at once: each chore is atomic, or done by one at a time."""
+"""Runs periodic jobs. Any number of sidecars may do so: each job is atomic, or one process at a time does it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec
 
 import structlog
 
@@ -21,47 +22,40 @@ from abreast_sidecar.jobs.streams import delete_idle_consumers, expire_incomplet
 from abreast_sidecar.redis_client import connect_redis, list_shards, map_redis_errors
 from abreast_sidecar.rules.reapply import FindingIds, reapply_rules
 from abreast_sidecar.settings import Settings
-from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.database import Connection, Database
 from abreast_sidecar.store.rules import end_expired_rules
 
-EXPIRE_INTERVAL_S = 0.5  # seconds between two turns of a chore
-REPORTS_INTERVAL_S = 1.0
-ENVOYS_INTERVAL_S = 1.0
-NOISE_INTERVAL_S = 1.0
-RULES_INTERVAL_S = 0.5
-MAX_RULE_STEPS = 200  # of judging again in one turn
-DETECTORS_INTERVAL_S = 5.0
-EXAMPLES_INTERVAL_S = 60.0
-CONSUMERS_INTERVAL_S = 60.0
-DAYS_INTERVAL_S = 600.0
-MAX_CONSUMER_IDLE_S = 600.0  # seconds after which a consumer without entries is taken for dead
+MAX_RULE_STEPS = 200  # steps of reapplying rules in one run
+MAX_CONSUMER_IDLE_S = 600.0  # after it, a consumer without pending entries counts as dead
 
-log = structlog.get_logger()
+P = ParamSpec("P")
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     name: str
-    interval_s: float  # seconds
-    servers: tuple[str, ...]  # that it can't do without
-    run: Callable[[], Awaitable[None]]
+    interval_s: float
+    servers: tuple[str, ...]  # needed by the job
+    run: Callable[[], Awaitable[object]]
 
 
 class JobRunner:
-    """`last_beat` is when it last swept (time.monotonic); `alive` is whether it runs."""
+    """Runs each job in its interval. `last_heartbeat` (monotonic) is the last expiry of incomplete pairs."""
 
     def __init__(self, settings: Settings, *, name: str = "housekeeping") -> None:
         self.name = name
         self.is_running = False
         self.last_heartbeat = 0.0
         self._settings = settings
-        self._rules = CompareOptions.with_ignored_headers(settings.volatile_headers)
+        self._options = CompareOptions.with_ignored_headers(settings.volatile_headers)
         self._redis = connect_redis(settings.redis_url)
         self._database = Database(settings.postgres_url)
         self._outages = {server: Outage(server, by=name) for server in ("redis", "postgres", *settings.envoy_admin)}
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Return once `stop` is set. Lost servers are waited for."""
+        """Run until `stop` is set. Retry while a server is away."""
         self.is_running = True
         try:
             await self._database.open()
@@ -74,23 +68,36 @@ class JobRunner:
             await self._redis.aclose()
 
     def _list_jobs(self) -> list[Job]:
-        envoys = [
-            Job(f"envoy {address}", ENVOYS_INTERVAL_S, ("postgres", address), self._make_envoy_job(address))
-            for address in self._settings.envoy_admin
-        ]
+        settings = self._settings
+        postgres = ("postgres",)
         return [
-            Job("sweep", EXPIRE_INTERVAL_S, ("redis",), self._expire_incomplete_pairs),
-            Job("reports", REPORTS_INTERVAL_S, ("redis", "postgres"), self._collect_reports),
-            Job("noise", NOISE_INTERVAL_S, ("postgres",), self._decide_noise),
-            Job("rules", RULES_INTERVAL_S, ("postgres",), self._reapply_rules),
-            Job("latency", DETECTORS_INTERVAL_S, ("postgres",), self._detect_slowdowns),
-            Job("cache", DETECTORS_INTERVAL_S, ("postgres",), self._detect_misses),
-            Job("missing", DETECTORS_INTERVAL_S, ("postgres",), self._detect_unanswered),
-            Job("examples", EXAMPLES_INTERVAL_S, ("postgres",), self._trim_examples),
-            Job("consumers", CONSUMERS_INTERVAL_S, ("redis",), self._delete_idle_consumers),
-            Job("days", DAYS_INTERVAL_S, ("postgres",), self._rotate_days),
-            *envoys,
+            Job("expire", 0.5, ("redis",), self._expire_incomplete_pairs),
+            Job("reports", 1.0, ("redis", "postgres"), self._connected(collect_reports, self._redis)),
+            Job("noise", 1.0, postgres, self._connected(classify_findings)),
+            Job("rules", 0.5, postgres, self._connected(self._reapply_rules)),
+            Job("latency", 5.0, postgres, self._connected(detect_slowdowns)),
+            Job("cache", 5.0, postgres, self._connected(detect_misses)),
+            Job("unanswered", 5.0, postgres, self._connected(detect_unanswered)),
+            Job("examples", 60.0, postgres, self._connected(trim_examples, max_bytes=settings.examples_bytes)),
+            Job("consumers", 60.0, ("redis",), self._delete_idle_consumers),
+            Job("open_days", 600.0, postgres, self._connected(open_days)),
+            Job("drop_days", 600.0, postgres, self._connected(self._drop_days)),
+            *(
+                Job(f"envoy {address}", 1.0, ("postgres", address), self._connected(collect_envoy_counts, address))
+                for address in settings.envoy_admin
+            ),
         ]
+
+    def _connected(
+        self, function: Callable[Concatenate[Connection, P], Awaitable[object]], *args: P.args, **kwargs: P.kwargs
+    ) -> Callable[[], Awaitable[None]]:
+        """Call the function with a connection to Postgres as its first argument."""
+
+        async def run() -> None:
+            async with self._database.connection() as connection:
+                await function(connection, *args, **kwargs)
+
+        return run
 
     async def _run_periodically(self, job: Job, stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -104,7 +111,7 @@ class JobRunner:
             except EnvoyError as error:
                 outage = self._record_failure(job.servers[-1], error, job)
             except Exception:
-                log.exception("a chore failed", chore=job.name)
+                log.exception("a job failed", job=job.name)
             else:
                 for server in job.servers:
                     self._outages[server].record_success(job.name)
@@ -121,53 +128,18 @@ class JobRunner:
                 await expire_incomplete_pairs(self._redis, keys)
         self.last_heartbeat = time.monotonic()
 
-    async def _collect_reports(self) -> None:
-        async with self._database.connection() as connection:
-            await collect_reports(connection, self._redis)
-
-    def _make_envoy_job(self, address: str) -> Callable[[], Awaitable[None]]:
-        async def collect() -> None:
-            async with self._database.connection() as connection:
-                await collect_envoy_counts(connection, address)
-
-        return collect
-
-    async def _decide_noise(self) -> None:
-        async with self._database.connection() as connection:
-            await classify_findings(connection)
-
-    async def _reapply_rules(self) -> None:
-        async with self._database.connection() as connection:
-            await end_expired_rules(connection)
-            finding_ids = FindingIds(self._settings.postgres_url)
-            for _ in range(MAX_RULE_STEPS):
-                if not await reapply_rules(connection, finding_ids, self._rules):
-                    return
-
-    async def _detect_slowdowns(self) -> None:
-        async with self._database.connection() as connection:
-            await detect_slowdowns(connection)
-
-    async def _detect_misses(self) -> None:
-        async with self._database.connection() as connection:
-            await detect_misses(connection)
-
-    async def _detect_unanswered(self) -> None:
-        async with self._database.connection() as connection:
-            await detect_unanswered(connection)
-
-    async def _trim_examples(self) -> None:
-        async with self._database.connection() as connection:
-            await trim_examples(connection, max_bytes=self._settings.examples_bytes)
-
     async def _delete_idle_consumers(self) -> None:
         with map_redis_errors():
             for keys in await list_shards(self._redis):
                 await delete_idle_consumers(self._redis, keys, idle_s=MAX_CONSUMER_IDLE_S)
 
-    async def _rotate_days(self) -> None:
-        async with self._database.connection() as connection:
-            await open_days(connection)
-            await drop_days(
-                connection, retention_days=self._settings.retention_days, retention_bytes=self._settings.retention_bytes
-            )
+    async def _drop_days(self, connection: Connection) -> None:
+        settings = self._settings
+        await drop_days(connection, retention_days=settings.retention_days, retention_bytes=settings.retention_bytes)
+
+    async def _reapply_rules(self, connection: Connection) -> None:
+        await end_expired_rules(connection)
+        finding_ids = FindingIds(self._settings.postgres_url)
+        for _ in range(MAX_RULE_STEPS):
+            if not await reapply_rules(connection, finding_ids, self._options):
+                return

@@ -7,11 +7,13 @@ from redis.asyncio import Redis
 from abreast.protocol.join import CONSUMER_GROUP, Keys
 from abreast_sidecar.redis_client import load_script
 
-DELETE_CONSUMER_SCRIPT = load_script("forget")
+EXPIRE_BATCH_PAIRS = 200  # Redis serves nobody else meanwhile
+DELETE_CONSUMER_SCRIPT = load_script("delete_consumer")
+EXPIRE_SCRIPT = load_script("expire_pairs")
 
 
 async def delete_idle_consumers(client: Redis, keys: Keys, *, idle_s: float) -> int:
-    """Those that did nothing for `idle` seconds and owe nothing; return how many."""
+    """Delete consumers that were idle for `idle_s` seconds and have no pending entries; return how many."""
     deleted = 0
     for consumer in await client.xinfo_consumers(keys.ready, CONSUMER_GROUP):
         if consumer["pending"] == 0 and consumer["idle"] > idle_s * 1000:
@@ -19,14 +21,8 @@ async def delete_idle_consumers(client: Redis, keys: Keys, *, idle_s: float) -> 
     return deleted
 
 
-EXPIRE_BATCH_PAIRS = 200  # pairs: Redis does nothing else meanwhile
-
-
-EXPIRE_SCRIPT = load_script("sweep")
-
-
 async def expire_incomplete_pairs(client: Redis, keys: Keys, *, max_pairs: int = 20_000) -> int:
-    """Return how many were moved, which is `most` or a little more where others may still be due."""
+    """Move overdue pairs of a shard to its stream; return how many. After `max_pairs` others may still be overdue."""
     expired = 0
     while expired < max_pairs:
         batch_count = await EXPIRE_SCRIPT.run(

@@ -1,1 +1,1 @@
-"""Judges what is stored again when the rules change."""
+"""Rules for stored pairs: the cache of rules in force, previews, and reapplication after a change."""

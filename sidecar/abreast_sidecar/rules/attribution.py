@@ -1,24 +1,24 @@
-"""Attribution of stored differences to the rules that explain them."""
+"""Decides which rule explains each stored finding of a pair, from the stored captures or from the row alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from abreast_sidecar.compare.model import Difference
 from abreast_sidecar.compare.rules import Rule, RuleScope, RuleSet
-from abreast_sidecar.store.catalogue import OTHER_PATH
+from abreast_sidecar.store.catalogue import OTHER_PATH, IdCache
+from abreast_sidecar.store.counters import NO_RULE, REPEAT_MARKS, compute_baseline_marks, compute_marks, get_rule
 from abreast_sidecar.store.database import Row
+from abreast_sidecar.store.records import PairRecord
 
-NO_ANSWER_STATUS = 500  # what a client was told where no answer began
-
-
-NO_RULE = 0  # in place of a rule: nothing explains it
+NO_ANSWER_STATUS = 500  # the status that rules see if a response never began
 
 
 @dataclass(frozen=True, slots=True)
 class FindingRef:
-    """A finding, as far as rules ask for it."""
+    """The columns of a finding that rules look at."""
 
     id: int
     endpoint_id: int
@@ -37,57 +37,54 @@ class FindingRef:
 
     @property
     def difference(self) -> Difference:
-        return Difference.from_text(self.part, self.path, "", self.kind, self.impact, None, None)  # type: ignore[arg-type]  # the ledger's words
+        return Difference.from_text(self.part, self.path, "", self.kind, self.impact, None, None)  # type: ignore[arg-type]  # text columns
 
 
 @dataclass(frozen=True, slots=True)
 class Attribution:
-    """By finding the id of the rule that explains it, or NOBODY."""
+    """The rule that explains each finding of a pair, or NO_RULE. `noise` is for old against old."""
 
     findings: Mapping[int, int]
     noise: Mapping[int, int]
-    late_rules: Mapping[int, int] = field(default_factory=dict)  # finding → rule that came too late to tell
+    marks: Mapping[int, int]  # by finding
+    late_rules: Mapping[int, int] = field(default_factory=dict)  # finding → a later rule that needs the lost values
 
+    @classmethod
+    def from_row(cls, row: Row) -> Attribution:
+        """Read what a row of `pair` stores."""
+        mappings = [
+            dict.fromkeys(row[unexplained], NO_RULE)
+            | dict(zip(row[explained] or (), row[f"{explained}_by"] or (), strict=True))
+            for unexplained, explained in (("findings", "explained"), ("baseline_findings", "baseline_explained"))
+        ]
+        return cls(mappings[0], mappings[1], {int(key): marks for key, marks in (row["marks"] or {}).items()})
 
-def read_attribution(row: Row) -> Attribution:
-    return Attribution(
-        _merge_explained(row["findings"], row["explained"], row["explained_by"]),
-        _merge_explained(row["baseline_findings"], row["baseline_explained"], row["baseline_explained_by"]),
-    )
-
-
-def _merge_explained(
-    unexplained: Iterable[int], explained: Sequence[int] | None, rules: Sequence[int] | None
-) -> dict[int, int]:
-    return dict.fromkeys(unexplained, NO_RULE) | dict(zip(explained or (), rules or (), strict=True))
-
-
-def to_columns(attribution: Attribution) -> dict[str, list[int] | None]:
-    explained = {finding: rule for finding, rule in attribution.findings.items() if rule}
-    explained_noise = {finding: rule for finding, rule in attribution.noise.items() if rule}
-    return {
-        "findings": [finding for finding, rule in attribution.findings.items() if not rule],
-        "explained": list(explained) or None,
-        "explained_by": list(explained.values()) or None,
-        "baseline_findings": [finding for finding, rule in attribution.noise.items() if not rule],
-        "baseline_explained": list(explained_noise) or None,
-        "baseline_explained_by": list(explained_noise.values()) or None,
-    }
+    def to_columns(self) -> dict[str, object]:
+        """Return the columns of `pair`."""
+        columns: dict[str, object] = {"marks": {str(finding): marks for finding, marks in self.marks.items()} or None}
+        for prefix, mapping in (("", self.findings), ("baseline_", self.noise)):
+            explained = {finding: rule for finding, rule in mapping.items() if rule}
+            columns[f"{prefix}findings"] = [finding for finding, rule in mapping.items() if not rule]
+            columns[f"{prefix}explained"] = list(explained) or None
+            columns[f"{prefix}explained_by"] = list(explained.values()) or None
+        return columns
 
 
 def make_rule_scope(row: Row) -> RuleScope:
-    statuses = tuple(0 if code is None else code or NO_ANSWER_STATUS for code in (row["old_status"], row["new_status"]))
+    old_status, new_status = (
+        0 if code is None else code or NO_ANSWER_STATUS for code in (row["old_status"], row["new_status"])
+    )
     return RuleScope(
         service=row["service"],
         endpoint=f"{row['method']} {row['route']}",
         old_release=row["old_release"],
         new_release=row["new_release"],
-        statuses=(statuses[0], statuses[1]),
+        statuses=(old_status, new_status),
     )
 
 
 def find_explaining_rule(rules: Iterable[Rule], finding: FindingRef) -> int:
-    """The first rule that explains the finding whatever its values are."""
+    """Return the first rule that explains the finding whatever its values are, or NO_RULE."""
     for rule in rules:
         if is_decidable(rule, finding) and rule.explains(finding.difference):
             return int(rule.name)
@@ -95,33 +92,61 @@ def find_explaining_rule(rules: Iterable[Rule], finding: FindingRef) -> int:
 
 
 def is_decidable(rule: Rule, finding: FindingRef) -> bool:
-    """Whether the row alone tells. Paths beyond an endpoint's limit are one finding, and not known any more."""
+    """Check whether the rule applies or not regardless of values. Paths above an endpoint's limit share one finding."""
     return rule.is_value_independent and not (finding.path == OTHER_PATH and rule.path)
 
 
-def attribute_by_row(
+def attribute_record(record: PairRecord, id_cache: IdCache, row: Row) -> Attribution:
+    """Attribute a pair that was compared again under the current rules. Findings that are drift of state stay drift.
+
+    The repeats of values are kept, because they depend on the pairs before this one.
+    """
+    stored_marks = Attribution.from_row(row).marks
+    marks = Counter({finding: bits & REPEAT_MARKS for finding, bits in stored_marks.items()})
+    endpoint, result, drifted = id_cache.get_endpoint(record.endpoint), record.result, set(row["drift"] or ())
+
+    def group(unexplained: Iterable[Difference], explained: Iterable[Difference]) -> dict[int, list[Difference]]:
+        groups = id_cache.group_by_finding(endpoint, unexplained, excluded=drifted)
+        return groups | id_cache.group_by_finding(endpoint, explained, excluded=drifted | groups.keys())
+
+    findings = group(result.differences, result.explained_differences)
+    noise = group(result.noise, result.explained_noise)
+    for finding, differences in findings.items():
+        marks[finding] |= compute_marks(differences, record.time_ms / 1000)
+    for finding, differences in noise.items():
+        marks[finding] |= compute_baseline_marks(differences)
+    return Attribution(
+        {finding: get_rule(differences) for finding, differences in findings.items()},
+        {finding: get_rule(differences) for finding, differences in noise.items()},
+        {finding: bits for finding, bits in marks.items() if bits},
+    )
+
+
+def attribute_row(
     row: Row, rules: RuleSet, first_versions: Mapping[int, int], findings: Mapping[int, FindingRef]
 ) -> Attribution:
-    """What the row alone tells. What a rule explained whose values are not kept stays so while the rule holds."""
-    attribution = read_attribution(row)
-    applicable = rules.for_scope(make_rule_scope(row)).rules
-    row_version = row["rules_version"] or 0
-    late_rules = {}
-    mappings = []
-    for mapping in (attribution.findings, attribution.noise):
-        rule_ids = {}
-        for finding, rule in mapping.items():
-            if finding not in findings or (rule and any(candidate.name == str(rule) for candidate in applicable)):
-                rule_ids[finding] = rule
-                continue
-            rule_ids[finding] = find_explaining_rule(applicable, findings[finding])
-            late_ids = [
-                int(candidate.name)
-                for candidate in applicable
-                if first_versions.get(int(candidate.name), 0) > row_version and not is_decidable(candidate, findings[finding])
-                and candidate.may_match(findings[finding].part, findings[finding].path, findings[finding].kind)
-            ]  # fmt: skip
-            if not rule_ids[finding] and late_ids and mapping is attribution.findings:
-                late_rules[finding] = late_ids[0]
-        mappings.append(rule_ids)
-    return Attribution(mappings[0], mappings[1], late_rules)
+    """Attribute a pair whose captures are not stored. A rule that needs values keeps what it explains while in force.
+
+    `first_versions`: the version of the rules with which each rule began.
+    """
+    stored = Attribution.from_row(row)
+    rules_in_scope = rules.for_scope(make_rule_scope(row)).rules
+    active_ids = {int(rule.name) for rule in rules_in_scope}
+    newer_rules = [
+        rule for rule in rules_in_scope if first_versions.get(int(rule.name), 0) > (row["rules_version"] or 0)
+    ]
+    late_rules: dict[int, int] = {}
+
+    def attribute(finding_id: int, rule_id: int) -> int:
+        finding = findings.get(finding_id)
+        if finding is None or rule_id in active_ids:
+            return rule_id
+        return find_explaining_rule(rules_in_scope, finding)
+
+    attributed = {finding: attribute(finding, rule) for finding, rule in stored.findings.items()}
+    for finding in (findings[item] for item, rule in attributed.items() if rule == NO_RULE and item in findings):
+        for rule in newer_rules:
+            if not is_decidable(rule, finding) and rule.may_match(finding.part, finding.path, finding.kind):
+                late_rules.setdefault(finding.id, int(rule.name))
+    noise = {finding: attribute(finding, rule) for finding, rule in stored.noise.items()}
+    return Attribution(attributed, noise, stored.marks, late_rules)

@@ -1,4 +1,4 @@
-"""The rules that hold, kept up to date from Postgres. Without having read them once there are none to go by."""
+"""Caches the rules in force and follows their changes in Postgres."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import structlog
 from abreast_sidecar.aio import cancel_and_wait
 from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.store.database import Database, listen
-from abreast_sidecar.store.rules import RULES_CHANNEL, RuleStore, VersionedRules
+from abreast_sidecar.store.rules import RULES_CHANNEL, RuleStore
 
 log = structlog.get_logger(__name__)
 
 
 class RuleCache:
+    """The rules in force. `version` is -1 until they are read once; until then, don't compare."""
+
     def __init__(self, conninfo: str, rules: CompareOptions, *, direct_url: str = "") -> None:
-        """`rules`: what is set apart from what people declared. `session`: Postgres without a pooler, to be told."""
+        """Take compare options without rules. `direct_url`: Postgres without a pooler, for notifications."""
         self._session_url = direct_url or conninfo
         self._database = Database(conninfo)
         self._store = RuleStore(self._database)
@@ -42,7 +44,7 @@ class RuleCache:
         await self._database.close()
 
     async def wait_loaded(self, stop: asyncio.Event) -> bool:
-        """Wait until the rules were read, or for `stop`; say which."""
+        """Wait until the rules are read, or for `stop`; return whether they are read."""
         tasks = [asyncio.create_task(event.wait()) for event in (self._loaded, stop)]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -51,13 +53,11 @@ class RuleCache:
         return self._loaded.is_set()
 
     async def refresh(self) -> None:
-        """Raise LedgerError while Postgres is away; what is known stays."""
-        self._apply(await self._store.get_active())
-
-    def _apply(self, current: VersionedRules) -> None:
+        """Read the rules. Raise LedgerError while Postgres is away; the cached rules stay."""
+        current = await self._store.get_active()
         if current.version <= self.version:
             return
         self._rules = replace(self._rules, rule_set=current.rules)
         self.version = current.version
         self._loaded.set()
-        log.info("rules", version=current.version, rules=len(current.rules.rules))
+        log.info("rules read", version=current.version, rules=len(current.rules.rules))

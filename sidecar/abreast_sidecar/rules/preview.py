@@ -1,4 +1,4 @@
-"""What a rule would hide of what is stored."""
+"""Previews which stored findings a rule would hide."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from dataclasses import dataclass, replace
 
 from abreast_sidecar.compare.rules import CompareOptions, Rule, RuleSet
 from abreast_sidecar.rules.attribution import FindingRef, is_decidable, make_rule_scope
-from abreast_sidecar.rules.reapply import fetch_rows, load_findings, recompare
-from abreast_sidecar.store.database import Connection, Database, Row
+from abreast_sidecar.rules.reapply import load_findings, recompare
+from abreast_sidecar.store.database import Connection, Database, Row, fetch_rows
 from abreast_sidecar.store.rules import parse_active_rules
 
-EXAMPLES_PER_FINDING = 5  # of a finding
+EXAMPLES_PER_FINDING = 5
 MAX_PREVIEW_EXAMPLES = 300
 CANDIDATE_NAME = "0"  # the name of a rule that has no id yet
 
 
 @dataclass(frozen=True, slots=True)
 class RulePreview:
-    """What a rule would do to one finding. `pairs` are within its limits; all of them are hidden where it is `exact`."""
+    """The effect of a rule on one finding."""
 
     finding: FindingRef
-    pairs: int
-    is_exact: bool
+    pairs: int  # stored pairs in the rule's scope that show the finding
+    is_exact: bool  # the rule hides all of these pairs
     examples: int = 0
-    hidden_examples: int = 0  # of the examples
+    hidden_examples: int = 0
 
     @property
     def may_hide(self) -> bool:
-        """Whether it hides some pair, or nothing kept says that it does not."""
+        """Check that the rule hides a pair, or that no stored example proves otherwise."""
         return self.pairs > 0 and (self.is_exact or self.hidden_examples > 0 or not self.examples)
 
 
-async def preview_rule(database: Database, rules: CompareOptions, rule: Rule) -> list[RulePreview]:
-    """Findings that somebody confirmed first, then the most frequent. `rules`: what is set apart from rules."""
+async def preview_rule(database: Database, options: CompareOptions, rule: Rule) -> list[RulePreview]:
+    """List the findings that a rule may hide: confirmed ones first, then the most frequent. `options` has no rules."""
     async with database.connection() as connection:
         findings = await load_findings(connection)
         candidates = {
@@ -47,8 +47,8 @@ async def preview_rule(database: Database, rules: CompareOptions, rule: Rule) ->
         active_rules = parse_active_rules(await fetch_rows(connection, "rules_in_force")).rules
         parameters = {"findings": list(pairs), "each": EXAMPLES_PER_FINDING, "limit": MAX_PREVIEW_EXAMPLES}
         examples = await fetch_rows(connection, "preview_examples", parameters)
-    declared = RuleSet((*active_rules.rules, replace(rule, name=CANDIDATE_NAME)))
-    example_counts = await asyncio.to_thread(_try_examples, examples, replace(rules, rule_set=declared), candidates)
+    extended = replace(options, rule_set=RuleSet((*active_rules.rules, replace(rule, name=CANDIDATE_NAME))))
+    example_counts = await asyncio.to_thread(_count_hidden_examples, examples, extended, candidates)
     previews = [
         RulePreview(
             candidates[finding], count, is_decidable(rule, candidates[finding]), *example_counts.get(finding, (0, 0))
@@ -71,29 +71,29 @@ async def _count_pairs(connection: Connection, rule: Rule, findings: Mapping[int
     return counts
 
 
-def _try_examples(
-    examples: Sequence[Row], rules: CompareOptions, findings: Mapping[int, FindingRef]
+def _count_hidden_examples(
+    examples: Sequence[Row], options: CompareOptions, findings: Mapping[int, FindingRef]
 ) -> dict[int, tuple[int, int]]:
-    """Per finding its examples, and how many of them the candidate would hide."""
+    """Return the number of examples of each finding, and how many of them the rules in `options` hide."""
     example_counts: dict[int, tuple[int, int]] = {}
     for row in examples:
-        result = recompare(row["captures"], rules)
+        result = recompare(row["captures"], options)
         if result is None:
             continue
         finding = findings[row["finding_id"]]
         location = (finding.part, finding.path, finding.kind)
-        is_left = any(
-            (difference.part, difference.path, difference.kind) == location for difference in result.differences
+        is_hidden = all(
+            (difference.part, difference.path, difference.kind) != location for difference in result.differences
         )
         total, hidden_count = example_counts.get(finding.id, (0, 0))
-        example_counts[finding.id] = (total + 1, hidden_count + (not is_left))
+        example_counts[finding.id] = (total + 1, hidden_count + is_hidden)
     return example_counts
 
 
 def list_objections(previews: Sequence[RulePreview], rule: Rule, finding: FindingRef | None) -> list[str]:
-    """What speaks against the rule, for people; the gravest first."""
+    """Describe the effects of a rule beyond its finding, the gravest first."""
     texts = [
-        f"it would hide finding {entry.finding.id}, which somebody confirmed: {describe_finding(entry.finding)}"
+        f"it would hide finding {entry.finding.id}, which is confirmed: {describe_finding(entry.finding)}"
         for entry in previews
         if entry.finding.status == "confirmed"
     ]
@@ -108,7 +108,7 @@ def list_objections(previews: Sequence[RulePreview], rule: Rule, finding: Findin
 
 
 def _list_broader_scopes(rule: Rule, finding: FindingRef) -> list[str]:
-    """Where it reaches beyond its finding, also if nothing was seen there yet."""
+    """Describe in which fields the rule is broader than its finding, even if no stored pair shows it."""
     texts = []
     for name, rule_value, finding_value in (
         ("service", rule.service, finding.service),
@@ -126,14 +126,14 @@ def describe_finding(finding: FindingRef) -> str:
 
 
 def narrow_to_finding(rule: Rule, finding: FindingRef) -> Rule:
-    """With what it leaves out taken from the finding. Kinds of a tolerance and of orders go without saying."""
+    """Fill fields that the rule leaves empty from the finding. Tolerances and orders imply their kind."""
     is_unrestricted = rule.part is None and not rule.path and not rule.status
     kind = rule.kind or (finding.kind if rule.action in {"ignore", "expect"} and is_unrestricted else None)
     return replace(
         rule,
         service=rule.service or finding.service,
         endpoint=rule.endpoint or finding.endpoint,
-        part=rule.part or finding.part,  # type: ignore[arg-type]  # the ledger's words
+        part=rule.part or finding.part,  # type: ignore[arg-type]  # a text column
         path=rule.path or (finding.path if is_unrestricted else ""),
-        kind=kind,  # type: ignore[arg-type]  # the ledger's words
+        kind=kind,  # type: ignore[arg-type]  # a text column
     )

@@ -1,12 +1,12 @@
-"""Ids of endpoints and findings, got or made, and remembered.
+"""Ids of releases, endpoints and findings: read, created and cached.
 
-They are made in transactions of their own, before the batch's: what is remembered is committed. A finding whose batch
-then fails stays with a count of 0 and is not listed.
+Ids are created in separate transactions before the batch, so each cached id is committed. If the batch then fails, its new
+findings stay with a count of 0, and listings leave them out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,17 @@ from abreast_sidecar.store.database import load_statement, sanitise_text, to_jso
 from abreast_sidecar.store.records import EndpointKey, PairRecord, make_release_label
 from abreast_sidecar.store.samples import ExampleSummary
 
-MAX_SERVICE_RELEASES = 10_000  # of one service; then all further labels are one
+MAX_SERVICE_RELEASES = 10_000  # further labels share the label OTHER_RELEASE
+MAX_SERVICE_ENDPOINTS = 2000  # further routes of a method share OTHER_PATH
+MAX_ENDPOINT_FINDINGS = 1000  # further paths of a part and kind share OTHER_PATH
+MAX_PATH_CHARS = 500
+MAX_VALUE_CHARS = 500
 OTHER_RELEASE = "(other)"
-NO_RELEASE = 0  # in place of an id, where that version has no capture
+OTHER_PATH = "(other)"
+NO_RELEASE = 0  # in place of an id: the version has no capture
 
 ReleaseKey = tuple[str, str, str]  # service, version, label
+FindingKey = tuple[str, str, str]  # part, path, kind
 
 
 class ReleaseIds:
@@ -34,7 +40,7 @@ class ReleaseIds:
         self._ids.clear()
 
     async def load(self, connection: AsyncConnection[TupleRow], records: Iterable[PairRecord]) -> None:
-        """After this `of` knows all of the batch."""
+        """Read or create the ids of all releases in a batch."""
         missing = list(dict.fromkeys(key for key in _iter_release_keys(records) if key not in self._ids))
         if not missing:
             return
@@ -44,7 +50,7 @@ class ReleaseIds:
                 await self._add(connection, key)
 
     def get_ids(self, record: PairRecord) -> tuple[int, int]:
-        """Those of old and of new."""
+        """Return the ids for old and new."""
         result = record.result
         return self._get_id(record, result.old), self._get_id(record, result.new)
 
@@ -82,15 +88,6 @@ def _make_release_key(record: PairRecord, capture: Capture) -> ReleaseKey:
     return record.service, version, make_release_label(capture.release)
 
 
-MAX_SERVICE_ENDPOINTS = 2000  # of one service; then all further routes are one
-MAX_ENDPOINT_FINDINGS = 1000  # of one endpoint; then all further paths of a part and kind are one
-OTHER_PATH = "(other)"
-MAX_PATH_CHARS = 500  # characters
-MAX_VALUE_CHARS = 500
-
-FindingKey = tuple[str, str, str]  # part, path, kind
-
-
 @dataclass(slots=True)
 class EndpointIds:
     id: int
@@ -100,35 +97,44 @@ class EndpointIds:
 class IdCache:
     def __init__(self) -> None:
         self.services: dict[str, dict[EndpointKey, EndpointIds]] = {}
-        self.examples: dict[int, ExampleSummary] = {}  # by finding, as far as this process knows
+        self.examples: dict[int, ExampleSummary] = {}  # by finding; other processes may have added some
 
     def clear(self) -> None:
         self.services.clear()
         self.examples.clear()
 
     async def load(self, connection: AsyncConnection[TupleRow], records: Iterable[PairRecord]) -> None:
-        """After this `endpoint` and `finding` know all of the batch."""
+        """Read or create the ids of all endpoints and findings in a batch."""
         records = list(records)
         await self._load_services(connection, {record.endpoint[0] for record in records})
         missing = {record.endpoint for record in records if self._find_endpoint(record.endpoint) is None}
         if missing:
             await self._add_endpoints(connection, missing)
-        if unknown := self._unknown_findings(records):
+        if unknown := self._collect_unknown_findings(records):
             await self._add_findings(connection, unknown)
 
-    def endpoint(self, key: EndpointKey) -> EndpointIds:
+    def get_endpoint(self, key: EndpointKey) -> EndpointIds:
         ids = self._find_endpoint(key)
         assert ids is not None
         return ids
 
-    def finding(self, endpoint: EndpointIds, difference: Difference) -> int | None:
+    def find_finding(self, endpoint: EndpointIds, difference: Difference) -> int | None:
         findings = endpoint.findings
-        finding_id = findings.get((difference.part, difference.path, difference.kind))
-        if finding_id is None:
-            finding_id = findings.get(_make_finding_key(difference)) or findings.get(
-                (difference.part, OTHER_PATH, difference.kind)
-            )
-        return finding_id
+        return (
+            findings.get((difference.part, difference.path, difference.kind))
+            or findings.get(_make_finding_key(difference))
+            or findings.get((difference.part, OTHER_PATH, difference.kind))
+        )
+
+    def group_by_finding(
+        self, endpoint: EndpointIds, differences: Iterable[Difference], *, excluded: Container[int] = ()
+    ) -> dict[int, list[Difference]]:
+        by_finding: dict[int, list[Difference]] = {}
+        for difference in differences:
+            finding = self.find_finding(endpoint, difference)
+            if finding is not None and finding not in excluded:
+                by_finding.setdefault(finding, []).append(difference)
+        return by_finding
 
     def _find_endpoint(self, key: EndpointKey) -> EndpointIds | None:
         endpoints = self.services.get(key[0], {})
@@ -168,14 +174,14 @@ class IdCache:
             if finding_id not in self.examples or summary[0] > self.examples[finding_id].count:
                 self.examples[finding_id] = ExampleSummary(*summary)
 
-    def _unknown_findings(self, records: Iterable[PairRecord]) -> dict[tuple[int, FindingKey], dict[str, Any]]:
+    def _collect_unknown_findings(self, records: Iterable[PairRecord]) -> dict[tuple[int, FindingKey], dict[str, Any]]:
         unknown: dict[tuple[int, FindingKey], dict[str, Any]] = {}
-        capacity: dict[int, int] = {}  # endpoint → findings that it may still get
+        capacity: dict[int, int] = {}  # endpoint → findings that it may still add
         for record in records:
             differences = record.result.all_differences
-            endpoint = self.endpoint(record.endpoint) if differences else None
+            endpoint = self.get_endpoint(record.endpoint) if differences else None
             for difference in differences:
-                if endpoint is None or self.finding(endpoint, difference) is not None:
+                if endpoint is None or self.find_finding(endpoint, difference) is not None:
                     continue
                 remaining = capacity.setdefault(endpoint.id, MAX_ENDPOINT_FINDINGS - len(endpoint.findings))
                 key = _make_finding_key(difference) if remaining > 0 else (difference.part, OTHER_PATH, difference.kind)

@@ -1,4 +1,4 @@
-"""Connections to the ledger for everything but the worker, and the named queries in queries/*.sql."""
+"""Connections to the ledger, named queries from queries/*.sql, advisory locks, and text that Postgres accepts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import cache
+from enum import IntEnum
+from functools import cache, wraps
 from importlib import resources
-from typing import Any, TypeAlias
+from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import orjson
 import psycopg
@@ -23,17 +24,28 @@ from psycopg_pool import AsyncConnectionPool
 from abreast_sidecar.errors import LedgerError, SidecarError
 
 MAX_POOL_CONNECTIONS = 8
-CONNECT_TIMEOUT_S = 3  # seconds, for one attempt
-POOL_WAIT_S = 2.5  # seconds that a call waits while Postgres is away
-STATEMENT_TIMEOUT_S = 20  # seconds
+CONNECT_TIMEOUT_S = 3  # for one attempt
+POOL_WAIT_S = 2.5  # per call while Postgres is away
+STATEMENT_TIMEOUT_S = 20
 SESSION_LIMITS = (
     f"set local statement_timeout = '{STATEMENT_TIMEOUT_S}s'; set local jit = off; set local timezone = 'UTC'"
 )
-
+POLL_INTERVAL_S = 5.0  # between reads without a notification, in case one was lost
+REFRESH_TIMEOUT_S = 10.0  # for all reads after a notification
+RECONNECT_DELAY_S = 0.5
 QUERY_NAME = re.compile(rb"^-- name: (\w+)\n", re.MULTILINE)
+NUL_PLACEHOLDER = "␀"  # for a zero byte, which text in Postgres can't hold
+TRUNCATION_MARK = "…"
+TRUNCATION_DIGEST_BYTES = 4
 
 Connection = AsyncConnection[DictRow]
 Row = dict[str, Any]
+ChannelHandlers: TypeAlias = Mapping[str, Callable[[], Awaitable[None]]]  # channel → refresh
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+log = structlog.get_logger(__name__)
 
 
 @cache
@@ -61,8 +73,9 @@ def load_statement(name: str) -> bytes:
 
 
 class LimitedConnection(AsyncConnection[DictRow]):
-    """Sets limits in each transaction: a pooler in transaction mode takes no options, and gives the next transaction
-    another session. A single statement is a transaction of its own.
+    """A connection that sets its limits in each transaction, including that of a single statement.
+
+    A pooler in transaction mode takes no options, and may give the next transaction another session.
     """
 
     @asynccontextmanager
@@ -83,7 +96,7 @@ class LimitedConnection(AsyncConnection[DictRow]):
 
     @staticmethod
     async def check(connection: LimitedConnection) -> None:
-        """Whether it still works. Raise otherwise."""
+        """Raise if the connection is broken."""
         await AsyncConnection.execute(connection, "")
 
     @property
@@ -92,7 +105,7 @@ class LimitedConnection(AsyncConnection[DictRow]):
 
 
 class Database:
-    """Opens at once, also where Postgres is away; calls then raise LedgerError after a few seconds."""
+    """A connection pool. It opens even while Postgres is away; calls then raise LedgerError after a few seconds."""
 
     def __init__(self, conninfo: str) -> None:
         self.conninfo = conninfo
@@ -122,7 +135,7 @@ class Database:
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
-        """A connection in autocommit. Raise LedgerError in place of the driver's errors."""
+        """Lend a connection in autocommit mode. Raise LedgerError in place of the driver's errors."""
         with map_postgres_errors():
             async with self._pool.connection() as connection:
                 yield connection
@@ -130,17 +143,65 @@ class Database:
     async def fetch_all(self, name: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
         """Return the rows of a named query."""
         async with self.connection() as connection:
-            cursor = await connection.execute(load_statement(name), parameters or {})
-            return await cursor.fetchall()
+            return await fetch_rows(connection, name, parameters)
 
     async def execute(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """For statements without rows."""
+        """Run a named statement without rows."""
         async with self.connection() as connection:
             await connection.execute(load_statement(name), parameters)
 
     async def fetch_one(self, name: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
         rows = await self.fetch_all(name, parameters)
         return rows[0] if rows else None
+
+
+async def fetch_rows(connection: Connection, name: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
+    """Return the rows of a named query."""
+    return await (await connection.execute(load_statement(name), parameters or {})).fetchall()
+
+
+async def fetch_row(connection: Connection, name: str, parameters: Mapping[str, Any] | None = None) -> Row:
+    """Return the only row of a named query."""
+    (row,) = await fetch_rows(connection, name, parameters)
+    return row
+
+
+class AdvisoryLock(IntEnum):
+    """Keys of advisory locks, so that one process at a time does the work."""
+
+    REPORTS = 0x616272657002
+    RETENTION = 0x616272657004
+    LATENCY = 0x616272657005
+    NOISE = 0x616272657006
+    REAPPLY = 0x616272657007  # for all changes of stored pairs
+    CACHE = 0x616272657008
+    EXAMPLES = 0x616272657009
+    ENVOY = 0x61627265 << 32  # plus a hash of the admin address, so that no Envoy waits for another
+
+
+async def try_lock(connection: Connection, key: int) -> bool:
+    """Take an advisory lock until the transaction ends; return False if another process holds it."""
+    return bool((await fetch_row(connection, "lock_try", {"lock": key}))["locked"])
+
+
+def exclusive(
+    key: AdvisoryLock, *, otherwise: R
+) -> Callable[[Callable[Concatenate[Connection, P], Awaitable[R]]], Callable[Concatenate[Connection, P], Awaitable[R]]]:
+    """Run a function in a transaction under an advisory lock; return `otherwise` if another process holds the lock."""
+
+    def decorate(
+        function: Callable[Concatenate[Connection, P], Awaitable[R]],
+    ) -> Callable[Concatenate[Connection, P], Awaitable[R]]:
+        @wraps(function)
+        async def run(connection: Connection, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            async with connection.transaction():
+                if not await try_lock(connection, key):
+                    return otherwise
+                return await function(connection, *args, **kwargs)
+
+        return run
+
+    return decorate
 
 
 class map_postgres_errors:  # noqa: N801  # used like a function
@@ -157,21 +218,19 @@ class map_postgres_errors:  # noqa: N801  # used like a function
 def _describe_error(error: psycopg.Error) -> str:
     message = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, psycopg.errors.QueryCanceled):
-        return f"the ledger took more than {STATEMENT_TIMEOUT_S} s; ask for a shorter window, or one that begins with a full hour"
+        return (
+            f"postgres took more than {STATEMENT_TIMEOUT_S} s for a query; request a shorter window, or one that begins on "
+            "the hour"
+        )
     if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.InvalidSchemaName):
         return f"the ledger's tables are missing or old ({message}); run: abreast migrate"
     if isinstance(error, psycopg.OperationalError):
         return f"postgres can't be reached, check ABREAST_POSTGRES_URL and the server: {message}"
-    return f"postgres refuses: {message}"
-
-
-NUL_PLACEHOLDER = "␀"  # stands for a zero byte, which no text in Postgres may hold
-TRUNCATION_MARK = "…"  # stands for what was cut
-TRUNCATION_DIGEST_BYTES = 4  # bytes that tell apart what begins alike
+    return f"postgres rejects a statement: {message}"
 
 
 def sanitise_text(text: str, max_chars: int) -> str:
-    """At most `limit` characters. What is cut ends in a digest of the whole, so that different texts stay different."""
+    """Return text that Postgres can store. A text that is too long ends in its digest, so that different texts stay different."""
     if len(text) > max_chars:
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=TRUNCATION_DIGEST_BYTES).hexdigest()
         text = text[: max_chars - len(digest) - 1] + TRUNCATION_MARK + digest
@@ -181,7 +240,7 @@ def sanitise_text(text: str, max_chars: int) -> str:
 
 
 def to_json(records: Any) -> bytes:
-    """JSON of plain dicts, lists, strings and numbers that `jsonb` takes."""
+    """Return JSON that `jsonb` accepts, from dicts, lists, strings and numbers."""
     try:
         text = orjson.dumps(records)
     except TypeError:  # a lone surrogate
@@ -199,18 +258,10 @@ def _sanitise_value(value: Any) -> Any:
     return value
 
 
-POLL_INTERVAL_S = 5.0  # seconds; should a notification ever be missed
-REFRESH_TIMEOUT_S = 10.0  # seconds that Postgres gets for one read
-RECONNECT_DELAY_S = 0.5  # seconds
-
-ChannelHandlers: TypeAlias = Mapping[str, Callable[[], Awaitable[None]]]  # by channel
-
-log = structlog.get_logger(__name__)
-
-
 async def listen(conninfo: str, handlers: ChannelHandlers, *, name: str) -> None:
-    """Call a channel's refresh at every notification, and all of them at once and every POLL seconds, until cancelled.
-    While Postgres is away it is tried again and again. `name` is what Postgres calls the connection.
+    """Call the handler of a channel at each notification, until cancelled. Reconnect while Postgres is away.
+
+    All handlers run after each connect, and every POLL_INTERVAL_S without a notification. `name`: the application_name.
     """
     is_lost = False
     while True:
@@ -218,7 +269,7 @@ async def listen(conninfo: str, handlers: ChannelHandlers, *, name: str) -> None
             await _listen_once(conninfo, handlers, name)
         except (psycopg.Error, SidecarError, OSError, TimeoutError) as error:
             if not is_lost:
-                log.warning("changes by other sidecars are not seen now", by=name, error=str(error))
+                log.warning("changes by other sidecars can't be received", by=name, error=str(error))
             is_lost = True
         await asyncio.sleep(RECONNECT_DELAY_S)
 

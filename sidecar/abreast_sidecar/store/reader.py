@@ -1,12 +1,12 @@
-"""Reads of the ledger. All raise LedgerError while Postgres can't be reached."""
+"""Reads the ledger. All functions raise LedgerError while Postgres is away."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime
 from typing import Any, TypeVar
 
@@ -22,7 +22,6 @@ from abreast_sidecar.stats.features import (
 )
 from abreast_sidecar.stats.latency import COLD_PAIR_SHARE, MIN_BASELINE_PAIRS, MIN_COLD_PAIRS, MIN_SLOWER_US, Timing
 from abreast_sidecar.stats.verdict import EndpointCounts
-from abreast_sidecar.store import records as rows
 from abreast_sidecar.store.database import Database, Row
 from abreast_sidecar.store.records import (
     CaptureAccounting,
@@ -30,21 +29,39 @@ from abreast_sidecar.store.records import (
     Drop,
     Endpoint,
     EndpointSummary,
+    Explanation,
     Finding,
     FindingEvent,
     LedgerSummary,
     PageResult,
+    StoredDifference,
     StoredPair,
     StoredPairDetail,
     VerdictEvidence,
     Window,
     count_missing,
+    from_row,
+    read_captures,
 )
 from abreast_sidecar.store.rules import describe_waiver
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
-CURSOR_CHECKSUM_BYTES = 8  # bytes
+CURSOR_CHECKSUM_BYTES = 8
+MAX_TIMINGS = 20_000  # pairs of an endpoint, the newest
+MAX_VERDICT_TIMINGS = 5_000  # newest pairs of an endpoint for a verdict
+MAX_LISTING_TIMINGS = 2_000  # newest pairs of an endpoint for the percentiles in a listing
+MAX_EXAMPLES = 20
+MAX_EVENTS = 50
+MAX_EXPLANATIONS = 10
+MAX_RELEASES_LISTED = 10  # per finding
+MAX_DEAD_LETTER_REASONS = 10
+MAX_FEATURE_REQUESTS = 300  # with a finding, and as many without
+ACCOUNTED_OUTCOMES = ("match", "mismatch", "partial", "oversize", "aborted", "not_compared")  # the request was not lost
+ALL_TIME = Window()
+EPOCH = datetime.fromtimestamp(0, UTC)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +71,7 @@ class PageRequest:
 
     @classmethod
     def from_request(cls, size: int, token: str) -> PageRequest:
-        """Check what a request says; 0 means the default size."""
+        """Check the size of a request; 0 means the default."""
         if not 0 <= size <= MAX_PAGE_SIZE:
             raise ArgumentError(f"page_size must be 1 to {MAX_PAGE_SIZE}, or 0 for {DEFAULT_PAGE_SIZE}, got {size}")
         return cls(size or DEFAULT_PAGE_SIZE, token)
@@ -66,7 +83,7 @@ def encode_cursor(listing: str, filters: Mapping[str, Any], position: list[Any])
 
 
 def decode_cursor(listing: str, filters: Mapping[str, Any], token: str) -> list[Any]:
-    """Raise ArgumentError for what `encode` did not make of the same listing and filters."""
+    """Return the position in a token. Raise ArgumentError if it is not of the same listing and filters."""
     try:
         raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError):
@@ -75,7 +92,7 @@ def decode_cursor(listing: str, filters: Mapping[str, Any], token: str) -> list[
     if not content or checksum != _compute_cursor_checksum(listing, filters, content):
         raise ArgumentError(
             "page_token must be the next_page_token of the last answer, with the filters unchanged; "
-            "leave it empty to begin anew"
+            "leave it empty to start again"
         )
     position: list[Any] = orjson.loads(content)
     return position
@@ -86,11 +103,8 @@ def _compute_cursor_checksum(listing: str, filters: Mapping[str, Any], content: 
     return hashlib.blake2b(scope + content, digest_size=CURSOR_CHECKSUM_BYTES).digest()
 
 
-MAX_TIMINGS = 20_000  # pairs of an endpoint, the newest
-
-
 async def read_timings(database: Database, endpoint: Endpoint, window: Window) -> tuple[list[Timing], bool]:
-    """In the order of their arrival, and whether there are older pairs. Raise NotFoundError where there is none."""
+    """Return timings in order of arrival, and whether older pairs exist. Raise NotFoundError without any."""
     parameters = {
         "service": endpoint.service,
         "method": endpoint.method,
@@ -104,34 +118,12 @@ async def read_timings(database: Database, endpoint: Endpoint, window: Window) -
         raise NotFoundError(
             f"the ledger has no pair with both times of {endpoint.method} {endpoint.route} of {endpoint.service}"
         )
-    has_older = [row.pop("more") for row in rows]
-    return [Timing(**row) for row in rows], has_older[0]
-
-
-T = TypeVar("T")
-
-MAX_EXAMPLES = 20
-MAX_EVENTS = 50
-MAX_RELEASES_LISTED = 10  # releases of a finding
-MAX_VERDICT_TIMINGS = 5_000  # pairs of an endpoint whose times a verdict is made of
-MAX_LISTING_TIMINGS = 2_000  # and those that a listing's percentiles are of
-MAX_DEAD_LETTER_REASONS = 10  # for which entries were put apart
-MAX_FEATURE_REQUESTS = 300  # of those that show a finding and of the others, to find what tells them apart
-ACCOUNTED_OUTCOMES = (
-    "match",
-    "mismatch",
-    "partial",
-    "oversize",
-    "aborted",
-    "not_compared",
-)  # outcomes of requests that were not lost
-ALL_TIME = Window()
-EPOCH = datetime.fromtimestamp(0, UTC)
+    return [from_row(Timing, row) for row in rows], rows[0]["more"]
 
 
 @dataclass(frozen=True, slots=True)
 class FindingFilter:
-    """Empty text and None mean all."""
+    """Filters of a listing of findings. Empty text and None mean all."""
 
     service: str = ""
     method: str = ""
@@ -140,15 +132,15 @@ class FindingFilter:
     kinds: Sequence[str] | None = None
     impacts: Sequence[str] | None = None
     include_noise: bool = False
-    include_settled: bool = False  # expected and fixed, and what rules or drift explain all of
-    only_explained: bool = False  # noise, expected and fixed, and what rules or drift explain some of
-    release: str = ""  # of new
+    include_settled: bool = False  # expected and fixed, and findings that rules or drift explain completely
+    only_explained: bool = False  # noise, expected and fixed, and findings that rules or drift explain in part
+    release: str = ""  # a release of new
     window: Window = ALL_TIME
 
 
 @dataclass(frozen=True, slots=True)
 class PairFilter:
-    """Empty text, 0 and None mean all."""
+    """Filters of a listing of pairs. Empty text, 0 and None mean all."""
 
     service: str = ""
     method: str = ""
@@ -163,26 +155,28 @@ class LedgerReader:
         self.database = database
 
     async def list_services(self) -> list[str]:
-        """Those that an Envoy or a capture has named."""
+        """List the services that an Envoy or a capture has named."""
         return [row["service"] for row in await self.database.fetch_all("services")]
 
     async def read_tallies(self) -> list[tuple[str, str, int]]:
-        """Service, outcome, and rows ever written: it only grows."""
+        """Return service, outcome, and the number of rows ever written."""
         return [
             (row["service"], row["outcome"], row["pairs"]) for row in await self.database.fetch_all("outcome_counts")
         ]
 
     async def count_webhooks(self) -> dict[str, int]:
-        """Messages delivered, failed (attempts), dropped and waiting."""
+        """Count messages that were delivered, dropped or wait, and failed attempts."""
         (row,) = await self.database.fetch_all("webhook_counts")
         return dict(row)
 
     async def read_accounts(self, service: str | None = None) -> list[CaptureAccounting]:
-        """Of one service, which may be unknown, or of all."""
-        return [CaptureAccounting(**row) for row in await self.database.fetch_all("accounts", {"service": service})]
+        """Return the accounts of one service, which may be unknown, or of all."""
+        return [
+            from_row(CaptureAccounting, row) for row in await self.database.fetch_all("accounts", {"service": service})
+        ]
 
     async def list_drops(self, service: str | None = None) -> list[Drop]:
-        return [Drop(**record) for record in await self.database.fetch_all("drops", {"service": service})]
+        return [from_row(Drop, row) for row in await self.database.fetch_all("drops", {"service": service})]
 
     async def read_summary(self, service: str, window: Window) -> LedgerSummary:
         parameters = {
@@ -208,7 +202,7 @@ class LedgerReader:
             findings=counts["findings"],
             accounts=accounts,
             drops=tuple(await self.list_drops(service)),
-            dead_letters=tuple(DeadLetterCount(**row) for row in dead_letters),
+            dead_letters=tuple(from_row(DeadLetterCount, row) for row in dead_letters),
             first=min((row["first"] for row in outcomes), default=None),
             last=max((row["last"] for row in outcomes), default=None),
             sampled=None if unaccounted is None else pairs + unaccounted,
@@ -217,13 +211,16 @@ class LedgerReader:
         )
 
     async def measure_clock_ahead(self) -> float:
-        """Seconds by which Postgres's clock is ahead of this machine's."""
+        """Return the seconds by which Postgres's clock is ahead of this machine's."""
         return (await self._read_database_time() - datetime.now(UTC)).total_seconds()
 
     async def read_evidence(
         self, service: str, window: Window, max_slower: float, *, release: str = "", all_releases: bool = False
     ) -> VerdictEvidence:
-        """`max_slower`: the part of old's time by which new may be slower. `release`: of new; the newest unless given."""
+        """Read the evidence on one release of new; the newest by default.
+
+        `max_slower`: the share of old's time by which new may be slower.
+        """
         label = None if all_releases else release or await self._find_newest_release(service, window)
         parameters: dict[str, Any] = {"service": service, "endpoints": await self._find_endpoint_ids(service)}
         parameters |= {"windowed": window.is_bounded, **_make_window_parameters(window), "release": label}
@@ -258,7 +255,7 @@ class LedgerReader:
     async def _find_endpoint_ids(
         self, service: str, findings: Sequence[int] | None = None, *, method: str = "", route: str = ""
     ) -> list[int]:
-        """Of one service, all for empty text; of those findings, where they are given."""
+        """Return endpoint ids. Empty text and None mean all."""
         parameters = {"service": service, "method": method, "route": route, "findings": _to_list(findings)}
         return [row["id"] for row in await self.database.fetch_all("endpoint_ids", parameters)]
 
@@ -273,7 +270,7 @@ class LedgerReader:
         return _make_page(
             matches,
             page,
-            rows.to_endpoint_summary,
+            lambda row: from_row(EndpointSummary, row, outcomes=row["outcomes"] or {}),
             lambda row: encode_cursor("endpoints", filters, [row["service"], row["route"], row["method"]]),
         )
 
@@ -285,36 +282,36 @@ class LedgerReader:
         return _make_page(
             matches,
             page,
-            rows.to_finding,
+            _to_finding,
             lambda row: encode_cursor("findings", filters, [as_of.isoformat(), row["rank"], row["count"], row["id"]]),
         )
 
     async def get_findings(self, ids: Sequence[int]) -> list[Finding]:
-        """Over all time, noise and settled ones too, in the order of a listing."""
+        """Return findings over all time, in the order of a listing."""
         everything = FindingFilter(include_noise=True, include_settled=True)
         matches = await self._find_findings(everything, await self._read_database_time(), len(ids), ids=ids)
-        return [rows.to_finding(row) for row in matches]
+        return [_to_finding(row) for row in matches]
 
     async def get_finding(self, finding_id: int) -> tuple[Finding, list[StoredPairDetail]]:
-        """The finding over all time, and its examples, the smallest first. Raise NotFoundError."""
+        """Return the finding over all time, and its examples, the smallest first. Raise NotFoundError."""
         findings = await self.get_findings([finding_id])
         if not findings:
-            raise NotFoundError(f"the ledger holds no finding {finding_id}; list them with ListFindings")
+            raise NotFoundError(f"the ledger has no finding {finding_id}; list them with ListFindings")
         examples = await self.database.fetch_all("finding_examples", {"id": finding_id, "limit": MAX_EXAMPLES})
-        return findings[0], [rows.to_pair_detail(row) for row in examples]
+        return findings[0], [_to_pair_detail(row) for row in examples]
 
     async def list_finding_events(self, finding_id: int) -> list[FindingEvent]:
-        """What people said of it, the latest first."""
+        """List changes of its status, the latest first."""
         events = await self.database.fetch_all("finding_events", {"id": finding_id, "limit": MAX_EVENTS})
-        return [FindingEvent(**row) for row in events]
+        return [from_row(FindingEvent, row) for row in events]
 
     async def find_common_feature(self, finding: Finding) -> Feature | None:
-        """What the requests that show the finding have in common, and others of its endpoint don't."""
+        """Find a feature that requests with the finding share, and other requests of the endpoint lack."""
         if finding.is_aggregate:
             return None
         showing = await self._read_sample_features("samples_showing", finding.id)
         others = await self._read_sample_features("samples_without", finding.id)
-        if min(len(showing), len(others)) < MIN_REQUESTS:  # a finding that most requests show has few others at random
+        if min(len(showing), len(others)) < MIN_REQUESTS:  # most requests show the finding, or few do
             parameters = {"id": finding.id, "limit": MAX_FEATURE_REQUESTS}
             showing = await self._read_request_features("requests_showing", parameters, finding.endpoint.route)
             others = await self._read_request_features("requests_without", parameters, finding.endpoint.route)
@@ -324,12 +321,12 @@ class LedgerReader:
         )
 
     async def read_finding_marks(self, service: str) -> dict[int, tuple[Any, ...]]:
-        """Per finding id what changes when the finding grows or is told from noise. Those not decided yet are left out."""
+        """Return the columns that change with a finding, by its id. Undecided findings are left out."""
         marks = await self.database.fetch_all("finding_marks", {"service": service})
         return {row["id"]: tuple(row.values())[1:] for row in marks}
 
     async def list_pairs(self, criteria: PairFilter, page: PageRequest) -> PageResult[StoredPair]:
-        """Newest first."""
+        """List pairs, the newest first."""
         filters = asdict(criteria)
         after_text, after_id = decode_cursor("pairs", filters, page.token) if page.token else [None, None]
         after_time = datetime.fromisoformat(after_text) if after_text else None
@@ -351,11 +348,11 @@ class LedgerReader:
             if len(matches) > page.size:
                 break
         return _make_page(
-            matches, page, rows.to_pair, lambda row: encode_cursor("pairs", filters, [row["at"].isoformat(), row["id"]])
+            matches, page, _to_pair, lambda row: encode_cursor("pairs", filters, [row["at"].isoformat(), row["id"]])
         )
 
     async def _list_days(self, window: Window, end: datetime | None) -> list[date]:
-        """Those that may have pairs of a window, from the one of a moment, the newest first."""
+        """List days with pairs of a window, up to `end`, the newest first."""
         last = min((moment for moment in (window.end, end) if moment), default=None)
         return [
             day
@@ -365,13 +362,13 @@ class LedgerReader:
         ]
 
     async def get_pair(self, pair_id: str) -> StoredPairDetail:
-        """Raise NotFoundError for what was not sampled, has not arrived yet, or is no longer kept."""
+        """Raise NotFoundError for a pair that was not sampled, has not arrived yet, or was dropped."""
         row = await self.database.fetch_one("pair_get", {"id": pair_id})
         if row is None:
             raise NotFoundError(
-                f"the ledger holds no pair {pair_id}: it was not sampled, has not arrived yet, or is no longer kept"
+                f"the ledger has no pair {pair_id}: it was not sampled, has not arrived yet, or was dropped"
             )
-        return rows.to_pair_detail(row)
+        return _to_pair_detail(row)
 
     async def _read_sample_features(self, name: str, finding_id: int) -> list[RequestFeatures]:
         return [row["features"] for row in await self.database.fetch_all(name, {"id": finding_id})]
@@ -418,12 +415,12 @@ class LedgerReader:
 
 
 def _make_endpoint_counts(row: Row, waivers: Sequence[Row], service: str, release: str) -> EndpointCounts:
-    result = rows.to_endpoint_counts(row)
-    return replace(result, waived=describe_waiver(waivers, service, result.endpoint, release)) if waivers else result
+    endpoint = f"{row['method']} {row['route']}"
+    return from_row(EndpointCounts, row, endpoint=endpoint, waived=describe_waiver(waivers, service, endpoint, release))
 
 
 def _limit_to_release(span: Row | None, window: Window) -> dict[str, datetime | None]:
-    """The part of the window in which pairs without an answer of new belong to the release."""
+    """Return the part of the window in which pairs without a response of new belong to the release."""
     if span is None:
         return {"lone_start": EPOCH, "lone_end": EPOCH}
     starts = [moment for moment in (span["start"], window.start) if moment is not None]
@@ -445,8 +442,42 @@ def _make_page(
     convert: Callable[[Row], T],
     make_token: Callable[[Mapping[str, Any]], str],
 ) -> PageResult[T]:
-    """`found` holds one row more than the page where there is another page."""
+    """Convert the rows of a page. `matches` has one row more if there is another page."""
     page_rows = matches[: page.size]
     return PageResult(
         tuple(convert(row) for row in page_rows), make_token(page_rows[-1]) if len(matches) > page.size else ""
     )
+
+
+def _to_finding(row: Row) -> Finding:
+    return from_row(Finding, row, explanations=tuple(_iter_explanations(row))[:MAX_EXPLANATIONS])
+
+
+def _iter_explanations(row: Row) -> Iterator[Explanation]:
+    if row["status"] in {"expected", "fixed"}:
+        yield Explanation(row["status"], row["count"], row["status_reason"])
+    elif row["state"] == "noise" and row["status"] != "confirmed" and row["count"] + row["baseline_count"]:
+        cause = "shape" if row["shape_explained"] and not row["baseline_count"] else "noise"
+        yield Explanation(cause, row["count"], row["reason"])
+    for rule in row["rules"] or ():
+        yield Explanation("rule", **rule)
+    if row["drift_pairs"]:
+        yield Explanation("drift", row["drift_pairs"], "in a recheck both versions agreed")
+
+
+def _to_pair(row: Row) -> StoredPair:
+    explained = zip(row["explained"] or (), row["explained_by"] or (), strict=True)
+    return from_row(StoredPair, row, explained=tuple(explained))
+
+
+def _to_pair_detail(row: Row) -> StoredPairDetail:
+    noise_keys, drift_keys = set(row["noisy"]), set(row["drifted"])
+    differences = []
+    for stored in row["differences"] or ():
+        finding = f"{stored['part']} {stored['kind']} {stored['path']}"
+        flags = {"is_noise": finding in noise_keys, "is_drift": finding in drift_keys}
+        rule_id = int(stored.get("explained_by") or 0)
+        values = {"old": None, "new": None, **stored}
+        differences.append(from_row(StoredDifference, values, **flags, rule_id=rule_id))
+    captures = () if row["captures"] is None else read_captures(row["captures"])
+    return StoredPairDetail(_to_pair(row), captures, tuple(differences))

@@ -1,14 +1,14 @@
-"""What the ledger's reads give."""
+"""Records that are read from the ledger or written to it."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime
-from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from functools import cache, lru_cache
+from typing import Any, Generic, TypeVar, get_type_hints
 
 import zstandard
 
@@ -18,16 +18,63 @@ from abreast_sidecar.compare.model import ComparisonResult
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
 from abreast_sidecar.stats.sequential import Interval, confidence_interval
 from abreast_sidecar.stats.verdict import Completeness, EndpointCounts
-from abreast_sidecar.store.database import Database, Row, load_statement, sanitise_text
+from abreast_sidecar.store.database import Database, load_statement, sanitise_text
 
-RATE_CONFIDENCE = 0.95  # of the interval of a finding's rate
+RATE_CONFIDENCE = 0.95  # for the interval of a finding's rate
+COMPARED_OUTCOMES = frozenset({"match", "mismatch", "partial", "oversize"})  # the pair can show a finding
+SETTABLE_STATUSES = ("open", "confirmed", "expected", "fixed")  # `reopened` is automatic
+DAY_MS = 86_400_000
+MAX_SERVICE_CHARS = 200
+MAX_METHOD_CHARS = 32
+MAX_ROUTE_CHARS = 300
+MAX_PAIR_ID_CHARS = 200
+MAX_REQUEST_CHARS = 2000
+MAX_RELEASE_CHARS = 200
+MAX_REASON_CHARS = 500
+MAX_INTEGER = 2**31 - 1  # integer column
+MAX_SMALLINT = 2**15 - 1  # smallint column
+MAX_EXAMPLE_BYTES = 64 * 1024 * 1024  # uncompressed
+BLOB_PREFIX_BYTES = 4
+
+EndpointKey = tuple[str, str, str]  # service, method, route
 
 T = TypeVar("T")
 
 
+def from_row(cls: type[T], row: Mapping[str, Any], **computed: Any) -> T:
+    """Build a record from the columns that have the names of its fields, and from computed fields.
+
+    A nested record takes its fields from the same row. Arrays become tuples, and null becomes the default of its field.
+    """
+    values = dict(computed)
+    for name, nested, has_default in _plan_fields(cls):  # type: ignore[arg-type]  # classes are hashable
+        if name in computed:
+            continue
+        if nested is not None:
+            values[name] = from_row(nested, row)
+        elif not has_default or row.get(name) is not None:
+            values[name] = _freeze(row[name])
+    return cls(**values)
+
+
+@cache
+def _plan_fields(cls: Any) -> tuple[tuple[str, type[Any] | None, bool], ...]:
+    """Return the name of each field, its type if it is a record, and whether it has a default."""
+    hints = get_type_hints(cls)
+    return tuple(
+        (item.name, hints[item.name] if is_dataclass(hints[item.name]) else None,
+         item.default is not MISSING or item.default_factory is not MISSING)
+        for item in fields(cls)
+    )  # fmt: skip
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
-    """From `start` until before `end`; None means no limit on that side."""
+    """A span of time from `start` to before `end`; None means no limit."""
 
     start: datetime | None = None
     end: datetime | None = None
@@ -54,7 +101,7 @@ class Drop:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetterCount:
-    """Entries that could not be compared and were put apart."""
+    """Stream entries that could not be processed, by reason."""
 
     reason: str
     count: int
@@ -63,12 +110,15 @@ class DeadLetterCount:
 
 @dataclass(frozen=True, slots=True)
 class CaptureAccounting:
-    """Of a service over all time: rows that retention dropped count too. `received` to `late` are captures."""
+    """Accounts of a service over all time, including rows that retention dropped.
+
+    `received`, `duplicate` and `late` count captures, `joined` and `timed_out` count pairs.
+    """
 
     service: str
     envoy_sampled: int | None
     not_sent: int  # copies that never left Envoy
-    written: int
+    written: int  # rows
     received: int
     duplicate: int
     late: int
@@ -78,7 +128,7 @@ class CaptureAccounting:
 
     @property
     def unaccounted(self) -> int | None:
-        """Sampled requests without a row: on their way, or lost."""
+        """Return the sampled requests without a row: in flight, or lost."""
         return None if self.envoy_sampled is None else self.envoy_sampled - self.written
 
 
@@ -93,8 +143,8 @@ class LedgerSummary:
     dead_letters: tuple[DeadLetterCount, ...]
     first: datetime | None
     last: datetime | None
-    sampled: int | None  # requests of the window, by Envoy's count
-    unaccounted: int | None  # of `sampled`, those without a row
+    sampled: int | None  # requests in the window, by Envoy's count
+    unaccounted: int | None  # sampled requests without a row
     clock_ahead_s: float = 0.0  # seconds by which Postgres's clock is ahead of this machine's
 
     @property
@@ -104,23 +154,23 @@ class LedgerSummary:
 
 @dataclass(frozen=True, slots=True)
 class VerdictEvidence:
-    """What a verdict is made of. `envoy_sampled` and `written` are over all time, the rest is of the window."""
+    """The evidence for a verdict on a window. `envoy_sampled` and `written` are over all time."""
 
     endpoints: tuple[EndpointCounts, ...]
     envoy_sampled: int | None
     written: int
     sampled: int | None
     rows: int
-    accounted: int  # of `rows`, those whose outcome is evidence
-    release: str | None = None  # of new, that `endpoints` are of; None: of all
-    has_ended: bool = False  # whether the window ended before now
+    accounted: int  # rows whose outcome is evidence
+    release: str | None = None  # `endpoints` are limited to this release of new; None: no limit
+    has_ended: bool = False  # the window ended before now
 
     def count_lost(self, pending: int) -> int | None:
-        """Requests of the window without a row, of which `pending` are on their way. None: Envoy's count is not known."""
+        """Return the lost requests of the window, if `pending` are in flight. None: Envoy's count is unknown."""
         if self.sampled is None or self.envoy_sampled is None:
             return None
-        on_the_way = 0 if self.has_ended else pending  # those are of the present
-        return max(0, min(self.sampled - self.rows - on_the_way, max(0, self.envoy_sampled - self.written) - pending))
+        in_flight = 0 if self.has_ended else pending
+        return max(0, min(self.sampled - self.rows - in_flight, max(0, self.envoy_sampled - self.written) - pending))
 
     def completeness(self, pending: int) -> Completeness:
         """Compare the window with Envoy's count. `pending`: requests in Redis, neither compared nor lost."""
@@ -132,8 +182,10 @@ class VerdictEvidence:
 
 
 def count_missing(sampled: int | None, row_count: int, total_sampled: int | None, total_written: int) -> int | None:
-    """Requests of a window without a row. Its edges are not sharp, since a request is counted by Envoy a little before
-    its row is made; but no window misses more than is missing over all time.
+    """Return the requests of a window without a row, or None if Envoy's count is unknown.
+
+    The edges of a window are not sharp, because Envoy counts a request before its row exists. But no window misses more
+    than all time does.
     """
     if sampled is None or total_sampled is None:
         return None
@@ -142,7 +194,7 @@ def count_missing(sampled: int | None, row_count: int, total_sampled: int | None
 
 @dataclass(frozen=True, slots=True)
 class EndpointSummary:
-    """Times in µs: median and 99th percentile; None where that version was not captured."""
+    """An endpoint in a listing. Times are (median, 99th percentile) in µs, or None without captures of the version."""
 
     endpoint: Endpoint
     outcomes: Mapping[str, int]
@@ -157,13 +209,14 @@ class EndpointSummary:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why pairs that show a finding count against no verdict."""
+    """The reason why pairs that show a finding don't count against a verdict."""
 
-    cause: str  # noise, shape, expected, fixed: of all its pairs; rule, drift: of pairs that are not among its count
+    # noise, shape, expected, fixed: explain all pairs in the finding's count; rule, drift: explain pairs outside of it
+    cause: str
     pairs: int
     reason: str
     rule: int = 0
-    name: str = ""  # of the rule
+    name: str = ""  # name of the rule
     owner: str = ""
 
     def __str__(self) -> str:
@@ -184,13 +237,13 @@ class Finding:
     compared: int
     baseline_count: int
     state: str  # real, noise, undecided
-    reason: str  # empty until it was decided for the first time
+    reason: str  # for `state`; empty before the first decision
     first_seen: datetime
     last_seen: datetime
     detail: Mapping[str, Any]  # old and new: JSON texts of the first pair; for latency a Slowdown
-    status: str = "open"  # open, confirmed, expected, fixed, reopened: what people said
-    status_reason: str = ""  # of who said it last
-    old_releases: tuple[str, ...] = ()  # in which it was seen, the latest first
+    status: str = "open"  # open, confirmed, expected, fixed, reopened
+    status_reason: str = ""  # for the last change
+    old_releases: tuple[str, ...] = ()  # with the finding, the latest first
     new_releases: tuple[str, ...] = ()
     explanations: tuple[Explanation, ...] = ()
 
@@ -200,17 +253,17 @@ class Finding:
 
     @property
     def is_explained(self) -> bool:
-        """Whether nothing of it is left that counts."""
+        """Check that no pair of the finding counts against a verdict."""
         return self.status in {"expected", "fixed"} or (self.is_noise and self.status != "confirmed")
 
     @property
     def is_aggregate(self) -> bool:
-        """Whether a test of its own found it, over many pairs: no single one shows it."""
+        """Check whether a detector found it over many pairs. No single pair shows it."""
         return self.part in {"latency", "cache"} or self.path == "no capture"
 
     @property
     def rate(self) -> Interval | None:
-        """Of the compared pairs, those that show it, however often one looks. None: it is of no single pairs."""
+        """Return the share of compared pairs that show it. The interval is valid at every look. None: it is an aggregate."""
         if self.is_aggregate or not self.compared:
             return None
         return confidence_interval(min(self.count, self.compared), self.compared, 1 - RATE_CONFIDENCE)
@@ -242,7 +295,7 @@ class StoredPair:
     new_release: str
     findings: tuple[int, ...]
     reason: str
-    explained: tuple[tuple[int, int], ...] = ()  # finding and the rule that explains it
+    explained: tuple[tuple[int, int], ...] = ()  # (finding, rule)
     drift: tuple[int, ...] = ()  # findings that were drift of state
 
 
@@ -256,7 +309,7 @@ class StoredDifference:
     old: str | None
     new: str | None
     is_noise: bool
-    rule_id: int = 0  # that explains it
+    rule_id: int = 0  # the rule that explains it
     is_drift: bool = False
 
 
@@ -273,31 +326,18 @@ class PageResult(Generic[T]):
     next_token: str
 
 
-DAY_MS = 86_400_000  # ms
-MAX_SERVICE_CHARS = 200  # characters
-MAX_METHOD_CHARS = 32
-MAX_ROUTE_CHARS = 300
-MAX_PAIR_ID_CHARS = 200
-MAX_REQUEST_CHARS = 2000
-MAX_RELEASE_CHARS = 200
-MAX_REASON_CHARS = 500
-MAX_INTEGER = 2**31 - 1  # µs; an integer column
-MAX_SMALLINT = 2**15 - 1  # a smallint column
-
-EndpointKey = tuple[str, str, str]  # service, method, route
-
-
 @dataclass(slots=True)
 class PairRecord:
-    """`at` is the entry's time in ms since the epoch, by Redis's clock; `poison` is kept where it can't be read."""
+    """A compared pair to write."""
 
     service: str
     entry_id: str
-    time_ms: int
+    time_ms: int  # Unix time of the entry, by Redis's clock
     pair_id: str
     result: ComparisonResult
     blobs: tuple[bytes, ...]
-    dead_letter: bytes | None = None
+    dead_letter: bytes | None = None  # the content of an entry that could not be processed
+    repeat_marks: dict[int, int] | None = field(default=None, init=False)  # by finding, once the writer observed it
     endpoint: EndpointKey = field(init=False)
 
     def __post_init__(self) -> None:
@@ -308,22 +348,22 @@ class PairRecord:
 
     @property
     def day(self) -> int:
-        """Days since the epoch, UTC."""
+        """Return the days since the Unix epoch (UTC)."""
         return self.time_ms // DAY_MS
 
     @property
     def outcome(self) -> str:
-        """What rules explain differs all the same, and stays visible."""
+        """Return the outcome. A pair whose differences rules explain is a mismatch, so that it stays visible."""
         result = self.result
         return "mismatch" if result.outcome == "match" and result.explained_differences else result.outcome
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of both answers' bodies, as far as they are held."""
+        """Return the captured bytes of both response bodies."""
         return sum(len(capture.answer.body.content) for capture in (self.result.old, self.result.new) if capture)
 
     def to_row(self, endpoint_id: int) -> dict[str, Any]:
-        """The columns of `pair`; what is left out has its default."""
+        """Return columns of `pair`. Missing ones have their defaults."""
         result = self.result
         row: dict[str, Any] = {
             "id": self.pair_id,
@@ -365,9 +405,9 @@ def _read_cache_counts(capture: Capture) -> tuple[int | None, int | None]:
 
 
 def has_failed_over(result: ComparisonResult) -> bool:
-    """Whether the user's request went to new first, and old answered it in the end. Old has a copy of such a request."""
+    """Check whether the user's request failed on new and old answered it. Old also has a copy of such a request."""
     olds = [capture for capture in (result.old, result.baseline) if capture is not None]
-    if all(capture.attempt == 1 for capture in olds):  # as nearly all
+    if all(capture.attempt == 1 for capture in olds):  # nearly all pairs
         return False
     new = result.new
     is_routed_to_new = any(capture.role == "shadow" for capture in olds) and (new is None or new.role == "live")
@@ -384,7 +424,7 @@ def _make_capture_columns(capture: Capture) -> tuple[int, int, str]:
 
 @lru_cache(maxsize=1024)
 def make_release_label(release: str) -> str:
-    """As it stands in the ledger. Next to all pairs have one of a few."""
+    """Return the release as the ledger stores it. The cache helps because few releases are in use."""
     return sanitise_text(release, MAX_RELEASE_CHARS)
 
 
@@ -392,12 +432,9 @@ def _clamp_total_us(capture: Capture) -> int:
     return max(0, min(capture.total_us, MAX_INTEGER))
 
 
-SETTABLE_STATUSES = ("open", "confirmed", "expected", "fixed")  # `reopened` happens by itself
-
-
 @dataclass(frozen=True, slots=True)
 class StatusChange:
-    """`release`: of new, that has the fix; empty unless the status is `fixed`, and where none is named."""
+    """A new status of a finding. `release`: the release of new with the fix, for the status `fixed`; optional."""
 
     status: str
     actor: str
@@ -406,150 +443,32 @@ class StatusChange:
 
 
 async def set_status(database: Database, finding_id: int, change: StatusChange) -> None:
-    """Raise NotFoundError, or ArgumentError where what is said to be fixed was seen in that release or a later one."""
+    """Set the status of a finding.
+
+    Raise NotFoundError, or ArgumentError if the release with the fix or a later one has shown the finding.
+    """
     async with database.connection() as connection, connection.transaction():
-        # Workers that write the finding lock it too: it is either counted before, or told from here on.
+        # Workers lock the finding too: this change sees all pairs that they counted before, and they see this change.
         cursor = await connection.execute(load_statement("findings_lock"), {"ids": [finding_id]})
         if not await cursor.fetchall():
-            raise NotFoundError(f"the ledger holds no finding {finding_id}; list them with ListFindings")
+            raise NotFoundError(f"the ledger has no finding {finding_id}; list them with ListFindings")
         cursor = await connection.execute(load_statement("finding_status_set"), {"id": finding_id, **asdict(change)})
         if not await cursor.fetchall():
             raise ArgumentError(
                 f"finding {finding_id} can't be fixed in release {change.release!r}: that release or a later one has "
-                "shown it; name a later one, or none"
+                "shown it; name a later release, or none"
             )
 
 
-MAX_EXPLANATIONS = 10
-
-
-def to_endpoint(row: Row) -> Endpoint:
-    return Endpoint(row["service"], row["method"], row["route"])
-
-
-def to_endpoint_counts(row: Row) -> EndpointCounts:
-    numbers = {name: value for name, value in row.items() if name not in {"method", "route"}}
-    return EndpointCounts(endpoint=f"{row['method']} {row['route']}", **numbers)
-
-
-def to_endpoint_summary(row: Row) -> EndpointSummary:
-    return EndpointSummary(
-        endpoint=to_endpoint(row),
-        outcomes=row["outcomes"] or {},
-        findings=row["findings"],
-        old_us=_to_percentiles(row["old_us"]),
-        new_us=_to_percentiles(row["new_us"]),
-    )
-
-
-def _to_percentiles(values: Sequence[float | None] | None) -> tuple[float, float] | None:
-    if not values or values[0] is None or values[1] is None:
-        return None
-    return values[0], values[1]
-
-
-def to_finding(row: Row) -> Finding:
-    return Finding(
-        id=row["id"],
-        endpoint=to_endpoint(row),
-        part=row["part"],
-        path=row["path"],
-        kind=row["kind"],
-        impact=row["impact"],
-        count=row["count"],
-        compared=row["compared"],
-        baseline_count=row["baseline_count"],
-        state=row["state"],
-        reason=row["reason"],
-        first_seen=row["first_seen"],
-        last_seen=row["last_seen"],
-        detail=row["detail"],
-        status=row["status"],
-        status_reason=row["status_reason"],
-        old_releases=tuple(row["old_releases"]),
-        new_releases=tuple(row["new_releases"]),
-        explanations=tuple(_iter_explanations(row))[:MAX_EXPLANATIONS],
-    )
-
-
-def _iter_explanations(row: Row) -> Iterator[Explanation]:
-    if row["status"] in {"expected", "fixed"}:
-        yield Explanation(row["status"], row["count"], row["status_reason"])
-    elif row["state"] == "noise" and row["status"] != "confirmed" and row["count"] + row["baseline_count"]:
-        cause = "shape" if row["shape_explained"] and not row["baseline_count"] else "noise"
-        yield Explanation(cause, row["count"], row["reason"])
-    for rule in row["rules"] or ():
-        yield Explanation("rule", **rule)
-    if row["drift_pairs"]:
-        yield Explanation("drift", row["drift_pairs"], "asked again, both versions agreed")
-
-
-def to_pair(row: Row) -> StoredPair:
-    return StoredPair(
-        id=row["id"],
-        endpoint=to_endpoint(row),
-        at=row["at"],
-        outcome=row["outcome"],
-        live=row["live"] or "",
-        request=row["request"],
-        old_status=row["old_status"] or 0,
-        new_status=row["new_status"] or 0,
-        old_us=row["old_us"],
-        new_us=row["new_us"],
-        old_release=row["old_release"],
-        new_release=row["new_release"],
-        findings=tuple(row["findings"]),
-        reason=row["reason"],
-        explained=tuple(zip(row["explained"] or (), row["explained_by"] or (), strict=True)),
-        drift=tuple(row["drift"] or ()),
-    )
-
-
-def to_pair_detail(row: Row) -> StoredPairDetail:
-    noise_keys, drift_keys = set(row["noisy"]), set(row["drifted"])
-    return StoredPairDetail(
-        pair=to_pair(row),
-        captures=() if row["captures"] is None else read_captures(row["captures"]),
-        differences=tuple(to_difference(record, noise_keys, drift_keys) for record in row["differences"] or ()),
-    )
-
-
-def to_difference(record: Row, noise_keys: set[str], drift_keys: set[str]) -> StoredDifference:
-    finding = f"{record['part']} {record['kind']} {record['path']}"
-    return StoredDifference(
-        part=record["part"],
-        path=record["path"],
-        exact_path=record["exact_path"],
-        kind=record["kind"],
-        impact=record["impact"],
-        old=record.get("old"),
-        new=record.get("new"),
-        is_noise=finding in noise_keys,
-        rule_id=int(record.get("explained_by") or 0),
-        is_drift=finding in drift_keys,
-    )
-
-
-COMPARED_OUTCOMES = frozenset(
-    {"match", "mismatch", "partial", "oversize"}
-)  # outcomes of pairs that could show a finding
-
-
-MAX_EXAMPLE_BYTES = 64 * 1024 * 1024  # bytes, uncompressed
-
-
-BLOB_PREFIX_BYTES = 4  # bytes
-
-
 def read_captures(content: bytes) -> tuple[Capture, ...]:
-    """Those captures that this code can read. Raise LedgerError for a damaged example."""
+    """Return the captures of an example, without those of an unknown format. Raise LedgerError for a damaged example."""
     try:
         with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(content)) as reader:
             blobs = reader.read(MAX_EXAMPLE_BYTES + 1)
     except zstandard.ZstdError as error:
         raise LedgerError(f"an example in the ledger is damaged: {error}") from error
     if len(blobs) > MAX_EXAMPLE_BYTES:
-        raise LedgerError(f"an example in the ledger is larger than {MAX_EXAMPLE_BYTES} bytes")
+        raise LedgerError(f"an example in the ledger has more than {MAX_EXAMPLE_BYTES} bytes")
     return tuple(_split_captures(blobs))
 
 
@@ -558,6 +477,6 @@ def _split_captures(blobs: bytes) -> Iterable[Capture]:
     while offset < len(blobs):
         length = int.from_bytes(blobs[offset : offset + BLOB_PREFIX_BYTES], "big")
         offset += BLOB_PREFIX_BYTES
-        with suppress(CaptureError):  # of a format that this code does not know
+        with suppress(CaptureError):
             yield decode(blobs[offset : offset + length])
         offset += length

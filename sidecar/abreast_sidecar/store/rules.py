@@ -1,4 +1,4 @@
-"""The rules in Postgres. A rule is never changed: it is ended, and another begins; each change is a version."""
+"""Stores rules in Postgres. Rules are immutable: a change ends one and begins another, and each change is a version."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from psycopg.types.json import Jsonb
 from abreast_sidecar.compare.rule_document import RuleError, rule_from_dict, rule_to_dict
 from abreast_sidecar.compare.rules import Rule, RuleSet
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
-from abreast_sidecar.store.database import Connection, Database, Row, load_statement
+from abreast_sidecar.store.database import Connection, Database, Row, fetch_row, fetch_rows, load_statement
+from abreast_sidecar.store.records import from_row
 
 RULES_CHANNEL = "abreast_rules"  # NOTIFY; the payload is the version
 MAX_ACTIVE_RULES = 1000
-MAX_RULE_FINDINGS = 20  # that a listing names of a rule
-EXPIRY_ACTOR = "abreast"  # who ended a rule that expired
-SEPARATE_COLUMNS = ("name", "owner", "reason", "expires")  # columns of their own
+MAX_RULE_FINDINGS = 20  # per rule in a listing
+EXPIRY_ACTOR = "abreast"  # ends expired rules
+SEPARATE_COLUMNS = ("name", "owner", "reason", "expires")  # fields of a rule that are columns
 
 
 class VersionedRules(NamedTuple):
-    """The rules at a version. Each is named by its id."""
+    """The rules in force at a version. The name of each rule is its id."""
 
     version: int
     rules: RuleSet
@@ -31,15 +32,15 @@ class VersionedRules(NamedTuple):
 
 class ExplainedFinding(NamedTuple):
     finding_id: int
-    pairs: int  # that the rule explains
-    unknown: int  # that were judged before the rule, and whose answers are not kept
+    pairs: int  # explained by the rule
+    unknown: int  # pairs from before the rule without stored captures
 
 
 @dataclass(frozen=True, slots=True)
 class RuleDraft:
-    """A rule as somebody wants it."""
+    """A rule to begin."""
 
-    rule: Rule  # with its name
+    rule: Rule
     owner: str
     reason: str
     expires_at: datetime
@@ -59,7 +60,7 @@ class StoredRule:
     ended_at: datetime | None = None
     ended_by: str = ""
     is_expired: bool = False
-    is_applied: bool = False  # what is stored is judged accordingly
+    is_applied: bool = False  # stored pairs reflect the rule, or its end
     pairs: int = 0
     unknown: int = 0
     findings: tuple[ExplainedFinding, ...] = ()
@@ -91,7 +92,7 @@ class RuleStore:
         after_id: int | None = None,
         limit: int,
     ) -> Sequence[StoredRule]:
-        """By id; those with `ids` whether they hold or not."""
+        """List rules by id. With `ids`, list these rules even if they have ended."""
         parameters = {
             "ids": None if ids is None else list(ids),
             "source": criteria.source,
@@ -107,40 +108,38 @@ class RuleStore:
     async def get(self, rule_id: int) -> StoredRule:
         matches = await self.list_rules(ids=[rule_id], limit=1)
         if not matches:
-            raise NotFoundError(f"there is no rule {rule_id}; `abreast rules list` names those that there are")
+            raise NotFoundError(f"there is no rule {rule_id}; list them with `abreast rules list`")
         return matches[0]
 
     async def replace_rules(self, drafts: Sequence[RuleDraft], ended_ids: Sequence[int], actor: str) -> list[int]:
-        """End some rules and begin others, together. Return the ids of those that began."""
+        """End some rules and begin others in one version. Return the ids of the new rules."""
         if not drafts and not ended_ids:
             return []
         async with self.database.connection() as connection, connection.transaction():
-            version = await create_version(connection)
+            version = await _create_version(connection)
             await _end_rules(connection, ended_ids, version, actor)
             await _check_capacity(connection, len(drafts))
             return [await _add_rule(connection, draft, version, actor) for draft in drafts]
 
     async def delete(self, rule_id: int, actor: str) -> StoredRule:
-        """Raise NotFoundError for one that there never was. One that ended before stays as it is."""
+        """End the rule, unless it has ended before. Raise NotFoundError for an unknown rule."""
         await self.get(rule_id)
         await self.replace_rules([], [rule_id], actor)
         return await self.get(rule_id)
 
 
-async def create_version(connection: Connection) -> int:
-    row = await (await connection.execute(load_statement("rules_version_next"))).fetchone()
-    assert row is not None
-    return int(row["version"])
-
-
 async def end_expired_rules(connection: Connection) -> int:
-    """Return how many rules ended now."""
-    parameters = {"sidecar_time": datetime.now(UTC)}
-    due = await (await connection.execute(load_statement("rules_expired"), parameters)).fetchall()
-    if not due:
+    """End expired rules, and return their number."""
+    expired = await fetch_rows(connection, "rules_expired", {"sidecar_time": datetime.now(UTC)})
+    if not expired:
         return 0
     async with connection.transaction():
-        return await _end_rules(connection, [row["id"] for row in due], await create_version(connection), EXPIRY_ACTOR)
+        version = await _create_version(connection)
+        return await _end_rules(connection, [row["id"] for row in expired], version, EXPIRY_ACTOR)
+
+
+async def _create_version(connection: Connection) -> int:
+    return int((await fetch_row(connection, "rules_version_next"))["version"])
 
 
 async def _end_rules(connection: Connection, ids: Sequence[int], version: int, actor: str) -> int:
@@ -151,9 +150,9 @@ async def _end_rules(connection: Connection, ids: Sequence[int], version: int, a
 
 
 async def _check_capacity(connection: Connection, added_count: int) -> None:
-    active = parse_active_rules(await (await connection.execute(load_statement("rules_in_force"))).fetchall())
+    active = parse_active_rules(await fetch_rows(connection, "rules_in_force"))
     if len(active.rules.rules) + added_count > MAX_ACTIVE_RULES:
-        raise ArgumentError(f"at most {MAX_ACTIVE_RULES} rules may hold at once; delete some (abreast rules list)")
+        raise ArgumentError(f"at most {MAX_ACTIVE_RULES} rules can be in force; delete some (abreast rules list)")
 
 
 async def _add_rule(connection: Connection, draft: RuleDraft, version: int, actor: str) -> int:
@@ -168,13 +167,11 @@ async def _add_rule(connection: Connection, draft: RuleDraft, version: int, acto
         "version": version,
     }
     try:
-        row = await (await connection.execute(load_statement("rule_add"), parameters)).fetchone()
+        return int((await fetch_row(connection, "rule_add", parameters))["id"])
     except psycopg.errors.UniqueViolation:
         raise ArgumentError(
-            f"a rule named {draft.rule.name!r} holds already; delete it first, or choose another name"
+            f"a rule named {draft.rule.name!r} is in force already; delete it first, or choose another name"
         ) from None
-    assert row is not None
-    return int(row["id"])
 
 
 def parse_active_rules(rows: Sequence[Row]) -> VersionedRules:
@@ -183,7 +180,7 @@ def parse_active_rules(rows: Sequence[Row]) -> VersionedRules:
 
 
 def parse_rule(rule_id: int, definition: Mapping[str, Any]) -> Rule:
-    """Raise LedgerError for one that another version of abreast wrote and this one can't read."""
+    """Return a stored rule. Raise LedgerError if another version of abreast wrote it and this one can't read it."""
     try:
         return replace(rule_from_dict(definition), name=str(rule_id))
     except RuleError as error:
@@ -191,7 +188,7 @@ def parse_rule(rule_id: int, definition: Mapping[str, Any]) -> Rule:
 
 
 def describe_waiver(rows: Sequence[Row], service: str, endpoint: str, release: str) -> str:
-    """Who waives the coverage of an endpoint, and why; empty where nobody does."""
+    """Describe the rule that waives the coverage of an endpoint; return empty text without such a rule."""
     for row in rows:
         rule = parse_rule(row["id"], row["definition"])
         if rule.applies_to(service, endpoint) and rule.applies_to_release(release):
@@ -201,16 +198,6 @@ def describe_waiver(rows: Sequence[Row], service: str, endpoint: str, release: s
 
 def parse_stored_rule(row: Row) -> StoredRule:
     rule = replace(parse_rule(row["id"], row["definition"]), name=row["name"])
-    return StoredRule(
-        id=row["id"],
-        draft=RuleDraft(rule, row["owner"], row["reason"], row["expires"], row["source"]),
-        created_at=row["created_at"],
-        created_by=row["created_by"],
-        ended_at=row["ended_at"],
-        ended_by=row["ended_by"] or "",
-        is_expired=row["expired"],
-        is_applied=row["reapplied"],
-        pairs=row["pairs"],
-        unknown=row["unknown"],
-        findings=tuple(ExplainedFinding(*values) for values in row["findings"]),
-    )
+    draft = RuleDraft(rule, row["owner"], row["reason"], row["expires"], row["source"])
+    findings = tuple(ExplainedFinding(*counts) for counts in row["findings"])
+    return from_row(StoredRule, row, draft=draft, findings=findings)

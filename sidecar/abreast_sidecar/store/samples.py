@@ -1,4 +1,4 @@
-"""Which pairs of a batch are kept whole, and how."""
+"""Chooses what the ledger keeps of a batch besides its rows: examples, request samples, repeated values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import zstandard
 from psycopg import AsyncConnection
@@ -15,62 +15,57 @@ from psycopg.rows import TupleRow
 from abreast_sidecar.compare.model import Difference
 from abreast_sidecar.compare.volatile import get_values
 from abreast_sidecar.stats.features import collect_request_features
+from abreast_sidecar.store.counters import MARKS
 from abreast_sidecar.store.database import load_statement, sanitise_text, to_json
 from abreast_sidecar.store.records import COMPARED_OUTCOMES, PairRecord
 
-MAX_TRACKED_VALUE_CHARS = 200  # characters of a value that is remembered
-MAX_TRACKED_FINDINGS = 2000  # findings
-TRACKED_VALUES = 32  # values of each version
-
-
-class RepeatCounts(NamedTuple):
-    """Add 0 or 1 to each counter: there was a pair before, and a version repeated a recent value."""
-
-    repeat_checks: int
-    old_repeats: int
-    new_repeats: int
-
-
-NO_REPEATS = RepeatCounts(0, 0, 0)
+MAX_TRACKED_VALUE_CHARS = 200
+MAX_TRACKED_FINDINGS = 2000
+TRACKED_VALUES = 32  # per version
+SLOTS_PER_KEY = 200
+MAX_SAMPLING_INTERVAL = 50  # a key takes at least one of so many requests per slot
+ANY_FINDING = 0  # in place of a finding: any request of the endpoint
+COMPRESSION_LEVEL = 3  # zstd takes 5 µs for 2 KB
+MAX_LOCATION_CHARS = 1000
+MAX_REPLACEMENTS = 20  # per finding; each new example has at most half the size
 
 
 class RepeatTracker:
+    """Counts how often a version repeats one of its recent values of a finding."""
+
     def __init__(self) -> None:
         self._recent_values: dict[int, tuple[deque[Any], deque[Any]]] = {}
 
-    def observe(self, finding: int, difference: Difference) -> RepeatCounts:
-        if difference.kind != "changed":
-            return NO_REPEATS
-        old, new = get_values(difference)
-        if not _is_trackable(old) or not _is_trackable(new):
-            return NO_REPEATS
-        olds, news = self._recent_values.get(finding) or self._start_tracking(finding)
-        counts = RepeatCounts(1, int(old in olds), int(new in news)) if olds else NO_REPEATS
-        olds.append(old)
-        news.append(new)
-        return counts
-
-    def _start_tracking(self, finding: int) -> tuple[deque[Any], deque[Any]]:
-        if len(self._recent_values) >= MAX_TRACKED_FINDINGS:
-            self._recent_values.clear()
-        recent: tuple[deque[Any], deque[Any]] = deque(maxlen=TRACKED_VALUES), deque(maxlen=TRACKED_VALUES)
-        self._recent_values[finding] = recent
-        return recent
-
     def clear(self) -> None:
         self._recent_values.clear()
+
+    def observe(self, finding: int, difference: Difference) -> int:
+        """Remember both values. Return the marks `repeat_checks`, `old_repeats` and `new_repeats`, or 0 for none."""
+        if difference.kind != "changed":
+            return 0
+        old, new = get_values(difference)
+        if not _is_trackable(old) or not _is_trackable(new):
+            return 0
+        if finding not in self._recent_values:
+            if len(self._recent_values) >= MAX_TRACKED_FINDINGS:
+                self._recent_values.clear()
+            self._recent_values[finding] = deque(maxlen=TRACKED_VALUES), deque(maxlen=TRACKED_VALUES)
+        olds, news = self._recent_values[finding]
+        marks = MARKS["repeat_checks"] if olds else 0
+        marks |= MARKS["old_repeats"] if old in olds else 0
+        marks |= MARKS["new_repeats"] if new in news else 0
+        olds.append(old)
+        news.append(new)
+        return marks
 
 
 def _is_trackable(value: Any) -> bool:
     return (type(value) is str and len(value) <= MAX_TRACKED_VALUE_CHARS) or type(value) in {int, float}
 
 
-SLOTS_PER_KEY = 200
-MAX_SAMPLING_INTERVAL = 50
-ANY_FINDING = 0  # in place of a finding: any request of the endpoint
-
-
 class RequestSampler:
+    """Keeps a random sample of the requests of each endpoint, and of those that show each finding."""
+
     def __init__(self, seed: int | None = None) -> None:
         self._seen_counts: dict[tuple[int, int], int] = {}  # endpoint, finding → requests
         self._random = random.Random(seed)  # noqa: S311  # no secret
@@ -79,7 +74,7 @@ class RequestSampler:
         self._seen_counts.clear()
 
     def sample(self, records: Iterable[tuple[PairRecord, int, list[int]]]) -> list[dict[str, Any]]:
-        """Rows of `request_sample`; the batch has pairs, their endpoints and findings."""
+        """Return rows of `request_sample` for (pair, endpoint id, ids of its findings)."""
         rows: dict[tuple[int, int, int], dict[str, Any]] = {}
         for record, endpoint, findings in records:
             if record.result.outcome not in COMPARED_OUTCOMES:
@@ -90,7 +85,9 @@ class RequestSampler:
                 if (slot := self._pick_slot(endpoint, finding)) is not None
             ]
             if keys:
-                columns = {"ms": record.time_ms, "findings": findings, "features": _extract_features(record)}
+                capture = record.result.old or record.result.new
+                features = collect_request_features(capture.request, record.result.route) if capture else {}
+                columns = {"ms": record.time_ms, "findings": findings, "features": features}
                 rows |= {
                     key: dict(zip(("endpoint_id", "finding_id", "slot"), key, strict=True)) | columns for key in keys
                 }
@@ -101,47 +98,31 @@ class RequestSampler:
         self._seen_counts[endpoint, finding] = seen_count + 1
         if seen_count < SLOTS_PER_KEY:
             return seen_count
-        slot = int(
-            self._random.random() * min(seen_count + 1, SLOTS_PER_KEY * MAX_SAMPLING_INTERVAL)
-        )  # randrange takes ten times as long
+        interval = min(seen_count + 1, SLOTS_PER_KEY * MAX_SAMPLING_INTERVAL)
+        slot = int(self._random.random() * interval)  # randrange takes ten times as long
         return slot if slot < SLOTS_PER_KEY else None
-
-
-def make_sample_parameters(rows: list[dict[str, Any]]) -> dict[str, str]:
-    return {"rows": to_json(rows).decode()}
-
-
-def _extract_features(record: PairRecord) -> dict[str, list[str]]:
-    result = record.result
-    capture = result.old or result.new
-    return collect_request_features(capture.request, result.route) if capture else {}
-
-
-COMPRESSION_LEVEL = 3  # of zstd: 5 µs for 2 KB
-MAX_LOCATION_CHARS = 1000  # characters
-MAX_REPLACEMENTS = 20  # examples of a finding that may give way to smaller ones; each has half the size or less
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     record: PairRecord
-    findings: tuple[int, ...]  # those it is an example of
+    findings: tuple[int, ...]  # shown by the pair
 
 
 @dataclass(frozen=True, slots=True)
 class ExampleSummary:
-    """Of one finding."""
+    """The stored examples of one finding."""
 
     count: int = 0
-    largest_bytes: int = 0  # bytes of both answers' bodies
-    replacements: int = 0  # how often one gave way to a smaller one
+    largest_bytes: int = 0  # both response bodies
+    replacements: int = 0  # by smaller examples, so far
 
 
 NO_EXAMPLES = ExampleSummary()
 
 
 class ExampleSelector:
-    """`kept` is what each finding has, as far as this process knows; the ledger itself decides."""
+    """Chooses examples by what this process knows of the stored ones. The ledger enforces the limit."""
 
     def __init__(self, summaries: dict[int, ExampleSummary], limit: int) -> None:
         self.summaries = summaries
@@ -149,7 +130,7 @@ class ExampleSelector:
         self._compressor = zstandard.ZstdCompressor(level=COMPRESSION_LEVEL)
 
     def select(self, batch: Sequence[tuple[PairRecord, Sequence[int]]]) -> list[Example]:
-        """The smallest of the batch for each finding that has too few. Nothing is noted as kept yet."""
+        """Choose the smallest pairs for each finding that has free slots. Call `mark_stored` after the commit."""
         candidates = [
             (record, findings)
             for record, findings in batch
@@ -159,19 +140,19 @@ class ExampleSelector:
         examples = []
         selected_counts: dict[int, int] = {}
         for record, findings in candidates:
-            wanted_by = tuple(
+            matching = tuple(
                 finding_id
                 for finding_id in findings
                 if selected_counts.get(finding_id, 0) < self._count_free_slots(finding_id)
             )
-            if wanted_by:
-                examples.append(Example(record, wanted_by))
-                for finding in wanted_by:
+            if matching:
+                examples.append(Example(record, matching))
+                for finding in matching:
                     selected_counts[finding] = selected_counts.get(finding, 0) + 1
         return examples
 
     def select_replacements(self, batch: Sequence[tuple[PairRecord, Sequence[int]]]) -> list[Example]:
-        """The smallest of the batch for each finding that has enough, but larger ones by far."""
+        """Choose the smallest pair for each finding without free slots, if a stored example has twice its size."""
         best: dict[int, PairRecord] = {}
         for record, findings in batch:
             for finding in findings:
@@ -191,7 +172,7 @@ class ExampleSelector:
         )
 
     def mark_stored(self, examples: Sequence[Example]) -> None:
-        """They are committed, or were refused since others had been kept meanwhile: either way there are so many."""
+        """Count committed examples. Refused examples count too, because other workers have filled their slots."""
         for example in examples:
             for finding in example.findings:
                 summary = self.summaries.get(finding, NO_EXAMPLES)
@@ -209,19 +190,19 @@ class ExampleSelector:
         }
 
     async def evict(self, connection: AsyncConnection[TupleRow], replacements: Sequence[Example]) -> None:
-        """Drop the largest of those findings, where others have not done so meanwhile."""
+        """Delete the largest example of each finding, unless another worker has done so."""
         parameters = {
             "rows": to_json(_make_example_rows(replacements)).decode(),
             "limit": self.limit,
             "max_replaced": MAX_REPLACEMENTS,
         }
         cursor = await connection.execute(load_statement("examples_evict"), parameters)
-        dropped = await cursor.fetchall()
-        days, pairs = [day for day, _ in dropped], [pair for _, pair in dropped]
+        evicted = await cursor.fetchall()
+        days, pairs = [day for day, _ in evicted], [pair for _, pair in evicted]
         await connection.execute(load_statement("examples_delete_unused"), {"days": days, "pairs": pairs})
 
     async def reload(self, connection: AsyncConnection[TupleRow], replacements: Sequence[Example]) -> None:
-        """What there is now of those findings."""
+        """Read what the ledger holds for these findings."""
         ids = [finding for example in replacements for finding in example.findings]
         cursor = await connection.execute(load_statement("example_counts"), {"ids": ids})
         for finding, count, largest, replacement_count in await cursor.fetchall():
@@ -247,12 +228,11 @@ def _make_example_rows(examples: Sequence[Example]) -> list[dict[str, Any]]:
     ]
 
 
-def encode_differences(pair_record: PairRecord) -> str:
-    records = [
-        difference.to_record()
-        for difference in pair_record.result.differences + pair_record.result.explained_differences
-    ]
-    for record in records:
-        record["exact_path"] = sanitise_text(record["exact_path"], MAX_LOCATION_CHARS)
-        record["path"] = sanitise_text(record["path"], MAX_LOCATION_CHARS)
+def encode_differences(record: PairRecord) -> str:
+    """Return the column `differences` of an example."""
+    result = record.result
+    records = [difference.to_record() for difference in (*result.differences, *result.explained_differences)]
+    for columns in records:
+        columns["exact_path"] = sanitise_text(columns["exact_path"], MAX_LOCATION_CHARS)
+        columns["path"] = sanitise_text(columns["path"], MAX_LOCATION_CHARS)
     return to_json(records).decode()

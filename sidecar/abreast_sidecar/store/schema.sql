@@ -26,7 +26,7 @@ create table abreast.endpoint (
     unique (service, method, route)
 ) with (fillfactor = 70); -- counters change often: free space on the page saves index updates
 
--- Labels of code. Of two releases of a version, the greater id came later.
+-- Labels of code. The later of two releases has the greater id.
 create table abreast.release (
     id integer generated always as identity primary key,
     service text not null,
@@ -37,7 +37,8 @@ create table abreast.release (
 );
 
 -- All differences with one cause. `state` is a statistical decision; `status` is a decision of people.
--- Counters serve order and `state`; a listing of a window counts pairs.
+-- Counters serve order and `state`; a listing of a window counts pairs. Counters of single pairs are sums over
+-- finding_release. Only the query findings_count changes both.
 create table abreast.finding (
     id bigint generated always as identity primary key,
     endpoint_id integer not null references abreast.endpoint,
@@ -177,6 +178,9 @@ create table abreast.pair (
     baseline_explained bigint[],
     baseline_explained_by integer[],
     drift bigint[], -- findings that a recheck explained as drift of state
+    -- {finding: the other counters that the pair adds to}; bits in the order of finding's columns: 1 shape_explained, ...,
+    -- 512 baseline_magnitude_down
+    marks jsonb,
     rules_version bigint, -- version of the rules at the comparison; null: there were none
     reason text not null default '', -- details of the outcome
     primary key (id, day)
@@ -423,6 +427,13 @@ create table abreast.rule_finding (
     shape_explained bigint not null default 0,
     new_greater bigint not null default 0,
     new_smaller bigint not null default 0,
+    repeat_checks bigint not null default 0,
+    old_repeats bigint not null default 0,
+    new_repeats bigint not null default 0,
+    magnitude_up bigint not null default 0,
+    magnitude_down bigint not null default 0,
+    baseline_magnitude_up bigint not null default 0,
+    baseline_magnitude_down bigint not null default 0,
     unknown bigint not null default 0, -- pairs from before the rule without stored answers
     primary key (rule_id, finding_id, old_release, new_release)
 ) with (fillfactor = 70);
@@ -618,11 +629,13 @@ begin
         returning r.*
     )
     insert into abreast.finding_release as stored (
-        finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller, first_seen,
-        last_seen, repeat_checks, old_repeats, new_repeats
+        finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
+        repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up,
+        baseline_magnitude_down, first_seen, last_seen
     )
     select finding_id, 0, 0, sum(count), sum(baseline_count), sum(shape_explained), sum(new_greater), sum(new_smaller),
-           min(first_seen), max(last_seen), sum(repeat_checks), sum(old_repeats), sum(new_repeats)
+           sum(repeat_checks), sum(old_repeats), sum(new_repeats), sum(magnitude_up), sum(magnitude_down),
+           sum(baseline_magnitude_up), sum(baseline_magnitude_down), min(first_seen), max(last_seen)
     from deleted
     group by finding_id
     on conflict (finding_id, old_release, new_release) do update
@@ -630,11 +643,15 @@ begin
         shape_explained = stored.shape_explained + excluded.shape_explained,
         new_greater = stored.new_greater + excluded.new_greater,
         new_smaller = stored.new_smaller + excluded.new_smaller,
-        first_seen = least(stored.first_seen, excluded.first_seen),
-        last_seen = greatest(stored.last_seen, excluded.last_seen),
         repeat_checks = stored.repeat_checks + excluded.repeat_checks,
         old_repeats = stored.old_repeats + excluded.old_repeats,
-        new_repeats = stored.new_repeats + excluded.new_repeats;
+        new_repeats = stored.new_repeats + excluded.new_repeats,
+        magnitude_up = stored.magnitude_up + excluded.magnitude_up,
+        magnitude_down = stored.magnitude_down + excluded.magnitude_down,
+        baseline_magnitude_up = stored.baseline_magnitude_up + excluded.baseline_magnitude_up,
+        baseline_magnitude_down = stored.baseline_magnitude_down + excluded.baseline_magnitude_down,
+        first_seen = least(stored.first_seen, excluded.first_seen),
+        last_seen = greatest(stored.last_seen, excluded.last_seen);
 
     with deleted as (
         delete from abreast.rule_finding r
@@ -645,17 +662,27 @@ begin
     )
     insert into abreast.rule_finding as stored (
         rule_id, finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
-        unknown
+        repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up,
+        baseline_magnitude_down, unknown
     )
     select rule_id, finding_id, 0, 0, sum(count), sum(baseline_count), sum(shape_explained), sum(new_greater),
-           sum(new_smaller), sum(unknown)
+           sum(new_smaller), sum(repeat_checks), sum(old_repeats), sum(new_repeats), sum(magnitude_up),
+           sum(magnitude_down), sum(baseline_magnitude_up), sum(baseline_magnitude_down), sum(unknown)
     from deleted
     group by rule_id, finding_id
     on conflict (rule_id, finding_id, old_release, new_release) do update
     set count = stored.count + excluded.count, baseline_count = stored.baseline_count + excluded.baseline_count,
         shape_explained = stored.shape_explained + excluded.shape_explained,
         new_greater = stored.new_greater + excluded.new_greater,
-        new_smaller = stored.new_smaller + excluded.new_smaller, unknown = stored.unknown + excluded.unknown;
+        new_smaller = stored.new_smaller + excluded.new_smaller,
+        repeat_checks = stored.repeat_checks + excluded.repeat_checks,
+        old_repeats = stored.old_repeats + excluded.old_repeats,
+        new_repeats = stored.new_repeats + excluded.new_repeats,
+        magnitude_up = stored.magnitude_up + excluded.magnitude_up,
+        magnitude_down = stored.magnitude_down + excluded.magnitude_down,
+        baseline_magnitude_up = stored.baseline_magnitude_up + excluded.baseline_magnitude_up,
+        baseline_magnitude_down = stored.baseline_magnitude_down + excluded.baseline_magnitude_down,
+        unknown = stored.unknown + excluded.unknown;
 
     perform from abreast.endpoint where id in (select endpoint_id from former) order by id for no key update;
 
@@ -827,7 +854,7 @@ $$;
 
 -- Running sidecars and their connected Envoys. Unlogged: each sidecar writes its row every second.
 create unlogged table abreast.sidecar (
-    id uuid primary key, -- of one process
+    id uuid primary key, -- one per process
     address text not null, -- host and gRPC port
     seen timestamptz not null,
     -- [{service, node, peer, number, acknowledged_at, acknowledged_version, answered_at, answered_version, after, error}]

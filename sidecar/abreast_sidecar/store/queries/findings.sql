@@ -23,35 +23,29 @@ where finding.endpoint_id = any(%(endpoints)s)
 select from abreast.finding where id = any(%(ids)s) order by id for no key update
 
 -- name: findings_count
--- Add to the counters. A fixed finding reopens if a later release shows it; without labels, if a later pair shows it.
--- The row is locked, so it reopens once.
+-- Add to the counters of findings by release, to their totals, and to the counters of rules (rows with a rule_id). No
+-- other statement changes them, except that retention folds releases. A fixed finding reopens if a later release shows
+-- it; without labels, if a later pair shows it. The row is locked, so it reopens once.
 with input as (
-    select id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
-           coalesce(repeat_checks, 0) as repeat_checks, coalesce(old_repeats, 0) as old_repeats,
-           coalesce(new_repeats, 0) as new_repeats,
-           coalesce(magnitude_up, 0) as magnitude_up, coalesce(magnitude_down, 0) as magnitude_down,
-           coalesce(baseline_magnitude_up, 0) as baseline_magnitude_up,
-           coalesce(baseline_magnitude_down, 0) as baseline_magnitude_down,
-           array_position(array['additive', 'value', 'breaking'], impact) as severity,
+    select input.*, array_position(array['additive', 'value', 'breaking'], impact) as severity,
            timestamptz 'epoch' + first_ms * interval '1 ms' as first,
            timestamptz 'epoch' + last_ms * interval '1 ms' as last
     from json_to_recordset(%(rows)s::json) as input (
-        id bigint, old_release integer, new_release integer, count bigint, baseline_count bigint, shape_explained bigint,
-        new_greater bigint, new_smaller bigint, repeat_checks bigint, old_repeats bigint, new_repeats bigint,
-        magnitude_up bigint, magnitude_down bigint, baseline_magnitude_up bigint, baseline_magnitude_down bigint,
-        impact text, first_ms bigint,
-        last_ms bigint
+        rule_id integer, id bigint, old_release integer, new_release integer, count bigint, baseline_count bigint,
+        shape_explained bigint, new_greater bigint, new_smaller bigint, repeat_checks bigint, old_repeats bigint,
+        new_repeats bigint, magnitude_up bigint, magnitude_down bigint, baseline_magnitude_up bigint,
+        baseline_magnitude_down bigint, unknown bigint, drift_count bigint, impact text, first_ms bigint, last_ms bigint
     )
 ),
 total as (
     select id, sum(count) as count, sum(baseline_count) as baseline_count, sum(shape_explained) as shape_explained,
-           sum(new_greater) as new_greater, sum(new_smaller) as new_smaller,
-           sum(repeat_checks) as repeat_checks, sum(old_repeats) as old_repeats, sum(new_repeats) as new_repeats,
-           sum(magnitude_up) as magnitude_up, sum(magnitude_down) as magnitude_down,
-           sum(baseline_magnitude_up) as baseline_magnitude_up,
-           sum(baseline_magnitude_down) as baseline_magnitude_down, max(severity) as severity,
-           min(first) as first, max(last) as last
+           sum(new_greater) as new_greater, sum(new_smaller) as new_smaller, sum(repeat_checks) as repeat_checks,
+           sum(old_repeats) as old_repeats, sum(new_repeats) as new_repeats, sum(magnitude_up) as magnitude_up,
+           sum(magnitude_down) as magnitude_down, sum(baseline_magnitude_up) as baseline_magnitude_up,
+           sum(baseline_magnitude_down) as baseline_magnitude_down, sum(drift_count) as drift_count,
+           max(severity) as severity, min(first) as first, max(last) as last
     from input
+    where rule_id = 0
     group by id
 ),
 reopened as (
@@ -59,7 +53,7 @@ reopened as (
     from input g
     join abreast.finding f on f.id = g.id
     join abreast.release r on r.id = g.new_release
-    where f.status = 'fixed' and g.count > 0
+    where g.rule_id = 0 and f.status = 'fixed' and g.count > 0
       and (r.id > f.fixed_after or (r.label = '' and g.last > f.status_since))
     order by f.id, r.id desc
 ),
@@ -71,15 +65,17 @@ event as (
 by_release as (
     insert into abreast.finding_release as stored (
         finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
-        repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down, first_seen, last_seen
+        repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up,
+        baseline_magnitude_down, first_seen, last_seen
     )
-    select id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller, repeat_checks,
-           old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down, first, last
+    select id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
+           repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up,
+           baseline_magnitude_down, first, last
     from input
+    where rule_id = 0
     order by id, old_release, new_release
     on conflict (finding_id, old_release, new_release) do update
-    set count = stored.count + excluded.count,
-        baseline_count = stored.baseline_count + excluded.baseline_count,
+    set count = stored.count + excluded.count, baseline_count = stored.baseline_count + excluded.baseline_count,
         shape_explained = stored.shape_explained + excluded.shape_explained,
         new_greater = stored.new_greater + excluded.new_greater,
         new_smaller = stored.new_smaller + excluded.new_smaller,
@@ -92,20 +88,43 @@ by_release as (
         baseline_magnitude_down = stored.baseline_magnitude_down + excluded.baseline_magnitude_down,
         first_seen = least(stored.first_seen, excluded.first_seen),
         last_seen = greatest(stored.last_seen, excluded.last_seen)
+),
+by_rule as (
+    insert into abreast.rule_finding as stored (
+        rule_id, finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
+        repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up,
+        baseline_magnitude_down, unknown
+    )
+    select rule_id, id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
+           repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up,
+           baseline_magnitude_down, unknown
+    from input
+    where rule_id <> 0
+    order by rule_id, id, old_release, new_release
+    on conflict (rule_id, finding_id, old_release, new_release) do update
+    set count = stored.count + excluded.count, baseline_count = stored.baseline_count + excluded.baseline_count,
+        shape_explained = stored.shape_explained + excluded.shape_explained,
+        new_greater = stored.new_greater + excluded.new_greater,
+        new_smaller = stored.new_smaller + excluded.new_smaller,
+        repeat_checks = stored.repeat_checks + excluded.repeat_checks,
+        old_repeats = stored.old_repeats + excluded.old_repeats,
+        new_repeats = stored.new_repeats + excluded.new_repeats,
+        magnitude_up = stored.magnitude_up + excluded.magnitude_up,
+        magnitude_down = stored.magnitude_down + excluded.magnitude_down,
+        baseline_magnitude_up = stored.baseline_magnitude_up + excluded.baseline_magnitude_up,
+        baseline_magnitude_down = stored.baseline_magnitude_down + excluded.baseline_magnitude_down,
+        unknown = stored.unknown + excluded.unknown
 )
 update abreast.finding
-set count = finding.count + total.count,
-    baseline_count = finding.baseline_count + total.baseline_count,
+set count = finding.count + total.count, baseline_count = finding.baseline_count + total.baseline_count,
     shape_explained = finding.shape_explained + total.shape_explained,
-    new_greater = finding.new_greater + total.new_greater,
-    new_smaller = finding.new_smaller + total.new_smaller,
-    repeat_checks = finding.repeat_checks + total.repeat_checks,
-    old_repeats = finding.old_repeats + total.old_repeats,
-    new_repeats = finding.new_repeats + total.new_repeats,
-    magnitude_up = finding.magnitude_up + total.magnitude_up,
+    new_greater = finding.new_greater + total.new_greater, new_smaller = finding.new_smaller + total.new_smaller,
+    repeat_checks = finding.repeat_checks + total.repeat_checks, old_repeats = finding.old_repeats + total.old_repeats,
+    new_repeats = finding.new_repeats + total.new_repeats, magnitude_up = finding.magnitude_up + total.magnitude_up,
     magnitude_down = finding.magnitude_down + total.magnitude_down,
     baseline_magnitude_up = finding.baseline_magnitude_up + total.baseline_magnitude_up,
     baseline_magnitude_down = finding.baseline_magnitude_down + total.baseline_magnitude_down,
+    drift_count = finding.drift_count + total.drift_count,
     first_seen = case when finding.count = 0 and total.count > 0 then total.first
                       else least(finding.first_seen, total.first) end,
     last_seen = greatest(finding.last_seen, total.last),
@@ -115,9 +134,6 @@ set count = finding.count + total.count,
     status_since = case when reopened.id is null then finding.status_since else clock_timestamp() end
 from total left join reopened using (id)
 where finding.id = total.id
-
--- name: finding_drift_add
-update abreast.finding set drift_count = drift_count + 1 where id = any(%(ids)s)
 
 -- name: findings_list
 -- Counts are those at `as_of`, the time of the first page, so that all pages agree. All time: the counter without later
@@ -261,8 +277,8 @@ cross join lateral (
 order by p.rank, p.shown_pairs desc, p.id
 
 -- name: finding_examples
-select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.request, p.old_status, p.new_status,
-       p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by, p.drift,
+select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, coalesce(p.live, '') as live, p.request,
+       coalesce(p.old_status, 0) as old_status, coalesce(p.new_status, 0) as new_status, p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by, p.drift,
        x.captures, x.differences,
        array(
            select n.part || ' ' || n.kind || ' ' || n.path

@@ -20,19 +20,20 @@ insert into abreast.pair (
     day, id, at, endpoint_id, outcome, live, request, old_status, new_status, old_us, new_us, old_release, new_release,
     findings, baseline_differs, baseline_findings, reason, explained, explained_by, baseline_explained,
     baseline_explained_by, rules_version,
-    old_hits, old_misses, new_hits, new_misses, failed_over, baseline_us
+    old_hits, old_misses, new_hits, new_misses, failed_over, baseline_us, marks
 )
 select (at at time zone 'UTC')::date, id, at, endpoint_id, outcome, live, coalesce(request, ''), old_status, new_status,
        old_us, new_us, coalesce(old_release, ''), coalesce(new_release, ''), coalesce(findings, '{}'), baseline_differs,
        coalesce(baseline_findings, '{}'), coalesce(reason, ''), explained, explained_by, baseline_explained,
        baseline_explained_by, rules_version,
-       old_hits, old_misses, new_hits, new_misses, coalesce(failed_over, false), baseline_us
+       old_hits, old_misses, new_hits, new_misses, coalesce(failed_over, false), baseline_us, marks
 from json_to_recordset(%(rows)s::json) as input (
     id text, ms bigint, endpoint_id integer, outcome text, live text, request text, old_status smallint,
     new_status smallint, old_us integer, new_us integer, old_release text, new_release text, findings bigint[],
     baseline_differs boolean, baseline_findings bigint[], reason text, explained bigint[], explained_by integer[],
     baseline_explained bigint[], baseline_explained_by integer[], rules_version bigint, old_hits integer,
-    old_misses integer, new_hits integer, new_misses integer, failed_over boolean, baseline_us integer
+    old_misses integer, new_hits integer, new_misses integer, failed_over boolean, baseline_us integer,
+    marks jsonb
 ), lateral (select timestamptz 'epoch' + ms * interval '1 ms') as moment (at)
 where (at at time zone 'UTC')::date > (select dropped_until from abreast.retention_state)
   and not (
@@ -73,8 +74,8 @@ order by service, outcome
 
 -- name: pairs_list
 -- List pairs of one day: the planner reads one partition, and never looks for the newest pairs in older days.
-select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.request, p.old_status, p.new_status,
-       p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by, p.drift
+select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, coalesce(p.live, '') as live, p.request,
+       coalesce(p.old_status, 0) as old_status, coalesce(p.new_status, 0) as new_status, p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by, p.drift
 from abreast.pair p
 join abreast.endpoint e on e.id = p.endpoint_id
 where p.day = %(day)s and p.endpoint_id = any(%(endpoints)s::integer[])
@@ -88,8 +89,8 @@ order by p.at desc, p.id desc
 limit %(limit)s
 
 -- name: pair_get
-select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, p.live, p.request, p.old_status, p.new_status,
-       p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by, p.drift,
+select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, coalesce(p.live, '') as live, p.request,
+       coalesce(p.old_status, 0) as old_status, coalesce(p.new_status, 0) as new_status, p.old_us, p.new_us, p.old_release, p.new_release, p.findings, p.reason, p.explained, p.explained_by, p.drift,
        x.captures, x.differences,
        array(
            select n.part || ' ' || n.kind || ' ' || n.path
@@ -170,7 +171,8 @@ select exists (
 
 -- name: recheck_lock
 -- Lock the pair, and return its findings with its release ids.
-select f.id, f.endpoint_id, f.part, f.path, f.kind, f.impact, old.id as old_release, new.id as new_release
+select f.id, f.endpoint_id, f.part, f.path, f.kind, f.impact, old.id as old_release, new.id as new_release,
+       coalesce((p.marks ->> f.id::text)::integer, 0) as marks
 from (select * from abreast.pair where id = %(pair)s and day = %(day)s::date and drift is null for update) as p
 join abreast.endpoint e on e.id = p.endpoint_id
 join abreast.finding f on f.id = any(p.findings)

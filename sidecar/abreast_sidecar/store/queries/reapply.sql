@@ -41,7 +41,7 @@ with batch as (
 )
 select p.day, p.id, p.at, p.outcome, p.old_status, p.new_status, p.old_us, p.new_us, p.old_release, p.new_release,
        p.findings, p.baseline_findings, p.explained, p.explained_by, p.baseline_explained, p.baseline_explained_by,
-       p.reason, p.rules_version, p.drift,
+       p.reason, p.rules_version, p.drift, p.marks,
        e.id as endpoint_id, e.service, e.method, e.route, x.captures
 from batch t
 join abreast.pair p on p.day = t.day and p.id = t.pair_id
@@ -59,10 +59,11 @@ update abreast.pair p
 set findings = coalesce(g.findings, '{}'), explained = g.explained, explained_by = g.explained_by,
     baseline_findings = coalesce(g.baseline_findings, '{}'), baseline_explained = g.baseline_explained,
     baseline_explained_by = g.baseline_explained_by,
-    outcome = g.outcome, reason = g.reason, rules_version = g.rules_version
+    outcome = g.outcome, reason = g.reason, rules_version = g.rules_version, marks = g.marks
 from json_to_recordset(%(rows)s::json) as g (
     day date, id text, findings bigint[], explained bigint[], explained_by integer[], baseline_findings bigint[],
-    baseline_explained bigint[], baseline_explained_by integer[], outcome text, reason text, rules_version bigint
+    baseline_explained bigint[], baseline_explained_by integer[], outcome text, reason text, rules_version bigint,
+    marks jsonb
 )
 where p.day = g.day and p.id = g.id
 
@@ -72,27 +73,20 @@ set differences = g.differences
 from json_to_recordset(%(rows)s::json) as g (day date, id text, differences jsonb)
 where x.day = g.day and x.pair_id = g.id
 
--- name: reapply_counters
--- Return counters of locked findings: their own (rule 0), and those that rules explain.
-select 0 as rule_id, finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater,
-       new_smaller
-from abreast.finding_release where finding_id = any(%(ids)s)
-union all
-select rule_id, finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller
-from abreast.rule_finding where finding_id = any(%(ids)s)
-
 -- name: reapply_totals
--- Return counters of findings by releases, with the labels of the releases.
-select s.finding_id, s.old_release, s.new_release, coalesce(n.label, '') as new_label,
-       s.rule_id, s.count, s.baseline_count, s.shape_explained, s.new_greater, s.new_smaller, f.last_seen
+-- Return counters of findings by releases, with the labels of the releases: those that no rule explains (rule 0), and
+-- those of ended rules.
+select s.*, coalesce(n.label, '') as new_label, f.last_seen
 from (
-    select 0 as rule_id, finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater,
-           new_smaller
+    select 0 as rule_id, finding_id, old_release, new_release,
+           count, baseline_count, shape_explained, new_greater, new_smaller, repeat_checks, old_repeats, new_repeats,
+           magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down
     from abreast.finding_release
     where finding_id = any(%(findings)s)
     union all
-    select rule_id, finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater,
-           new_smaller
+    select rule_id, finding_id, old_release, new_release,
+           count, baseline_count, shape_explained, new_greater, new_smaller, repeat_checks, old_repeats, new_repeats,
+           magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down
     from abreast.rule_finding
     where rule_id in (select id from abreast.rule where end_version <= %(version)s)
 ) as s

@@ -11,9 +11,9 @@ select abreast.hold_rules_version() as version
 select abreast.next_rules_version() as version
 
 -- name: rules_list
--- `reapplied`: stored pairs reflect the rule, or its end.
-select r.*, coalesce(r.end_version, r.begin_version) <= s.applied_version as reapplied,
-       (r.end_version is not null and r.expires <= r.ended_at) as expired,
+-- `is_applied`: stored pairs reflect the rule, or its end.
+select r.*, coalesce(r.end_version, r.begin_version) <= s.applied_version as is_applied,
+       (r.end_version is not null and r.expires <= r.ended_at) as is_expired,
        coalesce(hidden.pairs, 0)::bigint as pairs, coalesce(hidden.unknown, 0)::bigint as unknown,
        coalesce(hidden.findings, '[]'::jsonb) as findings
 from abreast.rule r
@@ -61,26 +61,6 @@ select id, name, definition, owner, reason, expires
 from abreast.rule
 where end_version is null and expires > now() and definition->>'action' = 'waive-coverage'
 order by id
-
--- name: rule_findings_count
-insert into abreast.rule_finding as stored (
-    rule_id, finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
-    unknown
-)
-select rule_id, id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
-       coalesce(unknown, 0)
-from json_to_recordset(%(rows)s::json) as input (
-    rule_id integer, id bigint, old_release integer, new_release integer, count bigint, baseline_count bigint,
-    shape_explained bigint, new_greater bigint, new_smaller bigint, unknown bigint
-)
-order by rule_id, id, old_release, new_release
-on conflict (rule_id, finding_id, old_release, new_release) do update
-set count = stored.count + excluded.count,
-    baseline_count = stored.baseline_count + excluded.baseline_count,
-    shape_explained = stored.shape_explained + excluded.shape_explained,
-    new_greater = stored.new_greater + excluded.new_greater,
-    new_smaller = stored.new_smaller + excluded.new_smaller,
-    unknown = stored.unknown + excluded.unknown
 
 -- name: preview_counts
 select shown.finding, s.old_release, s.new_release, s.old_status, s.new_status, sum(s.pairs)::bigint as pairs

@@ -22,7 +22,7 @@ def of(*blobs: bytes, why: str = "joined", identifier: str = "1700000000000-0") 
 
 
 @given(st.lists(st.binary(max_size=80), max_size=4))
-def test_no_content_of_an_entry_raises(blobs: list[bytes]) -> None:
+def test_evaluate_entry_never_raises_for_any_content(blobs: list[bytes]) -> None:
     found = evaluate_entry(of(*blobs), CompareOptions())
 
     assert found.result.outcome == "undecodable"
@@ -31,37 +31,37 @@ def test_no_content_of_an_entry_raises(blobs: list[bytes]) -> None:
 
 
 @given(st.integers(0, 2000), st.binary(min_size=1, max_size=3))
-def test_a_damaged_capture_never_raises(place: int, garbage: bytes) -> None:
+def test_evaluate_entry_never_raises_for_damaged_capture(place: int, garbage: bytes) -> None:
     whole = encode(capture("p", "old"))
     damaged = whole[:place] + garbage + whole[place + len(garbage) :]
 
     assert evaluate_entry(of(damaged, encode(capture("p", "new", "shadow"))), CompareOptions()).result.outcome
 
 
-def test_half_readable_pairs_keep_what_is_known() -> None:
+def test_evaluate_entry_keeps_readable_half_of_pair() -> None:
     found = evaluate_entry(of(encode(capture("p", "old")), b"nonsense"), CompareOptions())
 
     assert found.result.outcome == "undecodable"
     assert found.endpoint == (SERVICE, "GET", "/products/{id}")
 
 
-def test_an_error_while_comparing_is_an_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluate_entry_turns_error_into_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_arguments: object, **_more: object) -> None:
         raise RecursionError("too deep")
 
     monkeypatch.setattr("abreast_sidecar.ingest.evaluate.compare_pair", broken)
     found = evaluate_entry(of(encode(capture("p", "old"))), CompareOptions())
 
-    assert found.result.reason == "comparing it raised RecursionError: too deep"
+    assert found.result.reason == "its comparison raised RecursionError: too deep"
 
 
-def test_a_swept_pair_without_captures_has_an_outcome() -> None:
-    assert evaluate_entry(of(why="timed_out"), CompareOptions()).result.reason == "redis had no capture of it any more"
+def test_evaluate_entry_without_captures_has_outcome() -> None:
+    assert evaluate_entry(of(why="timed_out"), CompareOptions()).result.reason == "redis has no capture of it any more"
 
 
 @pytest.mark.parametrize("service", [0, 3600, -3600, 400 * 86_400, float("inf")])
 @pytest.mark.parametrize("redis", [0, 240, 3600, -3600, 400 * 86_400])
-def test_a_time_to_come_is_that_of_redis_only_where_the_services_have_it_too(redis: int, service: float) -> None:
+def test_evaluate_entry_trusts_future_time_only_with_services(redis: int, service: float) -> None:
     now = int(time.time())
     copies = [replace(capture("p", version), started_at=now + service) for version in ("old", "new")]
     found = evaluate_entry(of(*map(encode, copies), identifier=f"{(now + redis) * 1000}-0"), CompareOptions())
@@ -70,12 +70,12 @@ def test_a_time_to_come_is_that_of_redis_only_where_the_services_have_it_too(red
     assert found.time_ms == (now + (redis if believed else int(service))) * 1000
 
 
-def test_strange_ids_of_entries_stay_within_the_calendar() -> None:
+def test_entry_time_stays_within_calendar() -> None:
     assert of(identifier="18446744073709551615-1").time_ms == MAX_ENTRY_MS
     assert of(identifier="0-1").time_ms == 0
 
 
-def test_an_entry_is_what_stands_in_the_stream() -> None:
+def test_parse_entry_reads_fields() -> None:
     found = parse_entry(
         KEYS, b"5-1", {b"pair": b"p", b"why": b"timed_out", b"old:live:1": b"12", b"new:shadow:1": b"345"}
     )
@@ -83,5 +83,5 @@ def test_an_entry_is_what_stands_in_the_stream() -> None:
     assert found == StreamEntry(KEYS, "5-1", "p", "timed_out", (b"12", b"345"), 5)
 
 
-def test_an_entry_without_a_pair_is_named_by_its_id() -> None:
+def test_parse_entry_without_pair_uses_entry_id() -> None:
     assert parse_entry(KEYS, b"5-1", {}).pair_id == "entry 5-1"

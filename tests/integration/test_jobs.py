@@ -56,7 +56,7 @@ async def connection(url: str) -> AsyncIterator[Connection]:
     await database.close()
 
 
-async def test_the_sum_of_a_shard_goes_on_when_redis_lost_its_data(connection: Connection, url: str) -> None:
+async def test_shard_totals_continue_after_redis_lost_its_data(connection: Connection, url: str) -> None:
     for expected in (4, 8, 12):
         with RedisServer() as server:
             client = connect_redis(server.url)
@@ -69,7 +69,7 @@ async def test_the_sum_of_a_shard_goes_on_when_redis_lost_its_data(connection: C
         assert (report["received"], report["joined"], report["ready"]) == (expected, expected // 2, 2)
 
 
-async def test_reports_of_processes_are_written_and_leave_when_stale(
+async def test_process_reports_are_stored_and_deleted_when_stale(
     connection: Connection, redis_url: str, url: str
 ) -> None:
     with redis.Redis.from_url(redis_url) as sync:
@@ -92,7 +92,7 @@ async def test_reports_of_processes_are_written_and_leave_when_stale(
     assert sorted(left) == [b"broken", b"fresh"]
 
 
-async def test_reports_of_what_is_no_more_become_one_and_their_sum_stays(connection: Connection, url: str) -> None:
+async def test_reports_of_stopped_processes_are_folded(connection: Connection, url: str) -> None:
     database = Database(url)
     await database.open()
     for number in range(5):
@@ -119,9 +119,7 @@ async def test_reports_of_what_is_no_more_become_one_and_their_sum_stays(connect
     assert one(url, "select count(*) from abreast.envoy_report") == 3
 
 
-async def test_releases_of_which_no_pair_is_kept_become_one_and_their_sum_stays(
-    connection: Connection, url: str
-) -> None:
+async def test_releases_without_pairs_are_folded(connection: Connection, url: str) -> None:
     now = int(time.time() * 1000)
     ledger = PairWriter(url, examples_per_finding=1)
     for age in (30, 29, 20, 1, 0):
@@ -143,9 +141,7 @@ async def test_releases_of_which_no_pair_is_kept_become_one_and_their_sum_stays(
     assert one(url, "select count(*) from abreast.endpoint_release") == 3
 
 
-async def test_days_ahead_are_open_and_old_ones_go_with_all_that_hangs_on_them(
-    connection: Connection, url: str
-) -> None:
+async def test_drop_days_drops_old_days_with_their_data(connection: Connection, url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=3)
     now = int(time.time() * 1000)
     for age in (0, 3, 20):
@@ -163,7 +159,7 @@ async def test_days_ahead_are_open_and_old_ones_go_with_all_that_hangs_on_them(
 
 
 @pytest.mark.parametrize("apart", [dt.timedelta(days=400), -dt.timedelta(days=400)])
-async def test_what_time_it_is_says_the_clock_that_is_behind(connection: Connection, apart: dt.timedelta) -> None:
+async def test_conservative_now_returns_the_earlier_clock(connection: Connection, apart: dt.timedelta) -> None:
     now = dt.datetime.now(dt.UTC)
     with capture_logs() as logs:
         found = await conservative_now(connection, now + apart)
@@ -173,7 +169,7 @@ async def test_what_time_it_is_says_the_clock_that_is_behind(connection: Connect
     assert [one["log_level"] for one in logs] == ["warning"]
 
 
-async def test_examples_together_stay_below_a_size_and_open_findings_keep_one(connection: Connection, url: str) -> None:
+async def test_trim_examples_keeps_one_of_each_open_finding(connection: Connection, url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=3)
     for path in ("$.a", "$.b", "$.gone"):
         await ledger.write(
@@ -201,7 +197,7 @@ async def trimmed(url: str, most: int) -> None:
     await database.close()
 
 
-async def test_days_that_take_too_much_go_the_oldest_first_and_never_today(connection: Connection, url: str) -> None:
+async def test_drop_days_by_size_never_drops_today(connection: Connection, url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=3)
     now = int(time.time() * 1000)
     for age in (0, 1, 2, 3):
@@ -225,7 +221,7 @@ async def test_days_that_take_too_much_go_the_oldest_first_and_never_today(conne
     assert one(url, "select sum(pairs) from abreast.outcome_count") == 200
 
 
-async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Connection, url: str) -> None:
+async def test_detect_slowdowns_finds_only_slower_versions(connection: Connection, url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=3)
     await ledger.write(
         [timed(f"s{n}", "/slow", 20_000, 60_000 + n) for n in range(100)]
@@ -243,7 +239,7 @@ async def test_a_slower_version_is_found_and_an_equal_one_is_not(connection: Con
     assert detail["ratio"] == pytest.approx(3.0, abs=0.01)
 
 
-async def test_what_one_release_was_slower_in_is_not_said_of_the_next(connection: Connection, url: str) -> None:
+async def test_detect_slowdowns_separates_releases(connection: Connection, url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=3)
     await ledger.write([timed(f"s{n}", "/", 20_000, 60_000 + n, release="1") for n in range(100)])
     assert await detect_slowdowns(connection) == 1
@@ -253,8 +249,8 @@ async def test_what_one_release_was_slower_in_is_not_said_of_the_next(connection
     assert await detect_slowdowns(connection) == 0
 
 
-async def test_new_is_held_against_copies_of_old_where_there_are_enough(connection: Connection, url: str) -> None:
-    """Of two kinds of requests, those that a cache answers are quick in copies, and others as slow as ever."""
+async def test_detect_slowdowns_compares_with_baseline_copies(connection: Connection, url: str) -> None:
+    """Copies of cached requests are fast, and copies of other requests are as slow as before."""
     ledger = PairWriter(url, examples_per_finding=3)
     await ledger.write(
         [timed(f"c{n}", "/copies", 20_000, 60_000 + n, baseline_us=60_000 + n % 7) for n in range(100)]
@@ -278,7 +274,7 @@ async def test_new_is_held_against_copies_of_old_where_there_are_enough(connecti
     assert rows(url, query) == [("/few", pytest.approx(3, abs=0.01)), ("/slow", pytest.approx(3.17, abs=0.01))]
 
 
-async def test_nothing_is_said_of_times_while_copies_are_to_come(connection: Connection, url: str) -> None:
+async def test_detect_slowdowns_waits_for_expected_copies(connection: Connection, url: str) -> None:
     await connection.execute(
         b"insert into abreast.traffic (service, new_share, sample_safe, sample_unsafe, baseline_share) "
         b"values ('shop', 0, 1000000, 0, 100000)"
@@ -308,7 +304,7 @@ async def counted(url: str) -> dict[str, int]:
         await database.close()
 
 
-async def test_an_endpoint_that_new_never_answers_is_a_finding(connection: Connection, url: str) -> None:
+async def test_detect_unanswered_finds_endpoint_without_captures_of_new(connection: Connection, url: str) -> None:
     ledger = PairWriter(url, examples_per_finding=1)
     hanging = [judged(route="/hangs", outcome="only_old") for _ in range(12)]
     lossy = [judged(route="/lossy", outcome=outcome) for outcome in ("only_old", "only_new") for _ in range(12)]
@@ -336,7 +332,7 @@ def timed(
     return PairRecord(plain.service, plain.entry_id, plain.time_ms, plain.pair_id, timed_, plain.blobs)
 
 
-async def test_envoy_counts_each_sampled_request_once_whatever_becomes_of_it(connection: Connection, url: str) -> None:
+async def test_envoy_count_includes_failed_copies_once(connection: Connection, url: str) -> None:
     """Retried on old, left by its client, with a copy that nobody takes."""
 
     async def failing(_request: Any, writer: asyncio.StreamWriter) -> None:
@@ -372,7 +368,7 @@ async def counts_to(connection: Connection, url: str, address: str, expected: in
     await eventually_async(counted, what=f"envoy's count is {expected}")
 
 
-async def test_envoys_sum_goes_on_over_its_restart(connection: Connection, url: str) -> None:
+async def test_envoy_totals_continue_after_restart(connection: Connection, url: str) -> None:
     async with abreast() as running_:
         for _ in range(5):
             await running_.client.get("/x")
@@ -395,7 +391,7 @@ async def test_envoys_sum_goes_on_over_its_restart(connection: Connection, url: 
         b"update abreast.envoy_report set sidecar_seen = sidecar_seen - interval '400 days'",
     ],
 )
-async def test_a_sidecar_that_begins_after_a_jump_of_one_clock_counts_nothing_of_an_envoy_twice(
+async def test_envoy_totals_survive_clock_jump_before_sidecar_start(
     connection: Connection, url: str, monkeypatch: pytest.MonkeyPatch, jump: bytes
 ) -> None:
     async with abreast() as running_:
@@ -408,7 +404,7 @@ async def test_a_sidecar_that_begins_after_a_jump_of_one_clock_counts_nothing_of
     assert rows(url, "select (totals->>'sampled')::int from abreast.envoy_report") == [(1,)]
 
 
-async def test_two_housekeepers_at_once_count_nothing_twice(redis_url: str, url: str) -> None:
+async def test_job_runners_in_parallel_count_nothing_twice(redis_url: str, url: str) -> None:
     settings = Settings(redis_url=redis_url, postgres_url=url)
     async with keeping(settings), keeping(settings), running(settings):
         for _ in range(20):
@@ -438,7 +434,7 @@ async def empty(url: str) -> bool:
     return ready(url) == 0
 
 
-async def test_housekeeping_starts_without_any_server_and_stops() -> None:
+async def test_job_runner_starts_and_stops_without_servers() -> None:
     settings = Settings(
         redis_url="redis://127.0.0.1:1", postgres_url="postgresql://127.0.0.1:1/x", envoy_admin=("127.0.0.1:1",)
     )

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.jobs import envoy_counts as envoy
-from abreast_sidecar.jobs.detectors import continue_counters, was_reset
+from abreast_sidecar.jobs.cumulative import continue_counters, was_reset
 from abreast_sidecar.jobs.envoy_counts import EnvoySnapshot, count_copies, sum_counts
 
 lives = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=6), min_size=1, max_size=6)
 
 
 @given(lives)
-def test_sums_go_on_over_any_number_of_lives(grown: list[list[int]]) -> None:
+def test_continue_counters_adds_all_lives(grown: list[list[int]]) -> None:
     """Each life counts from 0; each number is what was added until the next look."""
     base: dict[str, int] = {}
     last: dict[str, int] = {}
@@ -33,14 +33,14 @@ def test_sums_go_on_over_any_number_of_lives(grown: list[list[int]]) -> None:
     st.dictionaries(st.sampled_from("abc"), st.integers(0, 9)),
     st.dictionaries(st.sampled_from("abc"), st.integers(0, 9)),
 )
-def test_what_only_grows_never_fell(start: dict[str, int], more: dict[str, int]) -> None:
+def test_was_reset_detects_only_falling_counters(start: dict[str, int], more: dict[str, int]) -> None:
     grown = {name: start.get(name, 0) + more.get(name, 0) for name in "abc"}
 
     assert not was_reset(start, grown)
     assert was_reset(grown, start) == any(more.values())
 
 
-def test_envoys_copies_that_never_left_count_as_sampled() -> None:
+def test_count_copies_includes_unsent_copies() -> None:
     def stat(cluster: str, name: str, value: int) -> dict[str, object]:
         return {"name": f"cluster.{cluster}.{name}", "value": value}
 
@@ -59,7 +59,7 @@ def test_envoys_copies_that_never_left_count_as_sampled() -> None:
     assert found == {"old_shadow": 3, "new_shadow": 56, "old_baseline": 6, "sampled": 59, "not_sent": 7}
 
 
-def test_an_envoy_that_started_after_the_last_look_is_a_new_life_also_when_it_counted_more() -> None:
+def test_sum_counts_detects_restart_by_uptime() -> None:
     before = {"last_reading": {"sampled": 5, "base": {"sampled": 100}}, "age": 60.0}
     restarted = sum_counts(before, EnvoySnapshot("edge", "shop", uptime_s=50.0, counts={"sampled": 7}))
     running = sum_counts(before, EnvoySnapshot("edge", "shop", uptime_s=900.0, counts={"sampled": 7}))
@@ -69,7 +69,7 @@ def test_an_envoy_that_started_after_the_last_look_is_a_new_life_also_when_it_co
 
 
 @pytest.mark.parametrize("jump", [-3600.0, 0.0, 3600.0])
-def test_a_jump_of_postgress_clock_counts_nothing_twice(jump: float) -> None:
+def test_sum_counts_ignores_jump_of_postgres_clock(jump: float) -> None:
     """`age` is by that clock. This process has watched the Envoy by one that nobody sets."""
     before = {"last_reading": {"sampled": 5, "base": {"sampled": 100}}, "age": 1.0 + jump}
     seen = EnvoySnapshot("edge", "shop", uptime_s=900.0, counts={"sampled": 7})
@@ -77,7 +77,7 @@ def test_a_jump_of_postgress_clock_counts_nothing_twice(jump: float) -> None:
     assert sum_counts(before, seen, is_same_life=True) == ({"sampled": 100}, {"sampled": 107})
 
 
-def test_whose_count_fell_began_anew_however_sure_one_is() -> None:
+def test_sum_counts_detects_restart_by_falling_count() -> None:
     before = {"last_reading": {"sampled": 5, "base": {}}, "age": 0.5}
 
     assert sum_counts(before, EnvoySnapshot("edge", "shop", 1.0, {"sampled": 1}), is_same_life=True)[1] == {
@@ -85,7 +85,7 @@ def test_whose_count_fell_began_anew_however_sure_one_is() -> None:
     }
 
 
-def test_an_envoy_is_known_to_have_run_on_by_this_processs_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_has_kept_running_uses_monotonic_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter((1000.0, 1010.0, 1020.0, 1030.0))
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     monkeypatch.setattr(envoy, "LAST_UPTIMES", {})

@@ -15,7 +15,7 @@ values = st.recursive(
 
 
 @given(text, st.integers(10, 60))
-def test_cleaned_text_can_be_stored_and_is_no_longer_than_allowed(value: str, limit: int) -> None:
+def test_sanitise_text_returns_storable_text_within_limit(value: str, limit: int) -> None:
     cleaned = sanitise_text(value, limit)
 
     assert len(cleaned) <= limit
@@ -24,21 +24,21 @@ def test_cleaned_text_can_be_stored_and_is_no_longer_than_allowed(value: str, li
 
 
 @given(text)
-def test_cleaning_twice_changes_nothing_more(value: str) -> None:
+def test_sanitise_text_is_idempotent(value: str) -> None:
     assert sanitise_text(sanitise_text(value, 40), 40) == sanitise_text(value, 40)
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40))
-def test_ordinary_text_stays_as_it_is(value: str) -> None:
+def test_sanitise_text_keeps_ordinary_text(value: str) -> None:
     assert sanitise_text(value, 40) == value
 
 
-def test_long_texts_that_begin_alike_stay_different() -> None:
+def test_sanitise_text_keeps_long_texts_different() -> None:
     assert sanitise_text("x" * 100 + "a", 50) != sanitise_text("x" * 100 + "b", 50)
 
 
 @given(values)
-def test_json_for_the_ledger_holds_nothing_that_jsonb_refuses(value: object) -> None:
+def test_to_json_returns_valid_jsonb(value: object) -> None:
     made = to_json([value])
 
     assert b"\\u0000" not in made.replace(b"\\\\", b"")

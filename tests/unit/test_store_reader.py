@@ -13,17 +13,17 @@ PLACES = st.lists(st.none() | st.integers(-(2**53), 2**53) | st.text(), max_size
 
 
 @given(PLACES, st.dictionaries(st.text(), st.text() | st.none()))
-def test_a_token_leads_back_to_its_place(place: list[Any], filters: dict[str, Any]) -> None:
+def test_cursor_decodes_to_its_position(place: list[Any], filters: dict[str, Any]) -> None:
     assert decode_cursor("pairs", filters, encode_cursor("pairs", filters, place)) == place
 
 
 @given(st.text())
-def test_rubbish_is_refused(token: str) -> None:
+def test_cursor_rejects_invalid_token(token: str) -> None:
     with pytest.raises(ArgumentError, match="page_token must be the next_page_token"):
         decode_cursor("pairs", {}, token)
 
 
-def test_a_token_belongs_to_its_listing_and_filters() -> None:
+def test_cursor_belongs_to_its_listing_and_filters() -> None:
     token = encode_cursor("pairs", {"service": "shop"}, [1])
 
     for listing, filters in (("pairs", {"service": "till"}), ("findings", {"service": "shop"})):
@@ -31,7 +31,7 @@ def test_a_token_belongs_to_its_listing_and_filters() -> None:
             decode_cursor(listing, filters, token)
 
 
-def test_a_changed_token_is_refused() -> None:
+def test_cursor_rejects_changed_token() -> None:
     token = encode_cursor("pairs", {}, [1234])
 
     for place in range(len(token)):
@@ -41,11 +41,11 @@ def test_a_changed_token_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("asked", "size"), [(0, 100), (1, 1), (1000, 1000)])
-def test_page_sizes(asked: int, size: int) -> None:
+def test_page_request_accepts_valid_sizes(asked: int, size: int) -> None:
     assert PageRequest.from_request(asked, "").size == size
 
 
 @pytest.mark.parametrize("asked", [-1, 1001, 2**31 - 1, -(2**31)])
-def test_page_sizes_out_of_range_are_refused(asked: int) -> None:
+def test_page_request_rejects_sizes_out_of_range(asked: int) -> None:
     with pytest.raises(ArgumentError, match="page_size must be 1 to 1000"):
         PageRequest.from_request(asked, "")

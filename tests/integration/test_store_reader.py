@@ -1,4 +1,4 @@
-"""Whatever is asked of a window is answered from sums, and is what its rows say."""
+"""Queries of a window use hourly counts, and equal a recount of its rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from abreast_sidecar.stats.latency import COLD_PAIR_SHARE, MIN_COLD_PAIRS, MIN_S
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest
 from abreast_sidecar.store.records import Window
-from support_pairs import SERVICE, sums_are_those_of_rows
+from support_pairs import SERVICE, hourly_counts_match_pairs
 
 pytestmark = pytest.mark.postgres
 
@@ -131,17 +131,17 @@ def counted(rows: Iterable[Row], what: Callable[[Row], bool]) -> int:
     return sum(what(one) for one in rows)
 
 
-async def test_the_sums_are_those_of_the_rows(place: Place) -> None:
-    sums_are_those_of_rows(place.url)
+async def test_hourly_counts_equal_recount_of_pairs(place: Place) -> None:
+    hourly_counts_match_pairs(place.url)
     with psycopg.connect(place.url, autocommit=True) as connection:
         connection.execute("update abreast.pair set outcome = 'match', findings = '{}' where findings @> '{1}'")
-        sums_are_those_of_rows(place.url)
+        hourly_counts_match_pairs(place.url)
         connection.execute("update abreast.pair set explained = '{2}', explained_by = '{7}' where old_status = 500")
         connection.execute("delete from abreast.pair where outcome = 'only_old'")
-        sums_are_those_of_rows(place.url)
+        hourly_counts_match_pairs(place.url)
 
 
-async def test_a_summary(place: Place) -> None:
+async def test_summary_of_any_window_matches_pairs(place: Place) -> None:
     for window in place.windows:
         inside = [one for one in place.rows if one.within(window)]
         found = await place.queries.read_summary(SERVICE, window)
@@ -154,7 +154,7 @@ async def test_a_summary(place: Place) -> None:
         assert (found.first, found.last) == (times[0], times[-1])
 
 
-async def test_a_list_of_endpoints(place: Place) -> None:
+async def test_endpoint_list_of_any_window_matches_pairs(place: Place) -> None:
     for window in place.windows:
         inside = [one for one in place.rows if one.within(window)]
         found = (await place.queries.list_endpoints(SERVICE, window, PageRequest(10))).rows
@@ -171,7 +171,7 @@ async def test_a_list_of_endpoints(place: Place) -> None:
 
 
 @pytest.mark.parametrize("release", ["", "new-1", "new-2"])
-async def test_a_list_of_findings(place: Place, release: str) -> None:
+async def test_finding_list_of_any_window_matches_pairs(place: Place, release: str) -> None:
     for window in place.windows[1:]:
         inside = [one for one in place.rows if one.within(window) and release in ("", one.new_release)]
         wanted = FindingFilter(include_noise=True, release=release, window=window)
@@ -185,7 +185,7 @@ async def test_a_list_of_findings(place: Place, release: str) -> None:
 
 
 @pytest.mark.parametrize("release", [None, "new-1", "new-2"])
-async def test_a_verdict(place: Place, release: str | None) -> None:
+async def test_evidence_of_any_window_matches_pairs(place: Place, release: str | None) -> None:
     for window in place.windows:
         inside = of_release(place.rows, window, release)
         found = await place.queries.read_evidence(
@@ -212,7 +212,7 @@ async def test_a_verdict(place: Place, release: str | None) -> None:
 
 
 def of_release(rows: Iterable[Row], window: Window, release: str | None) -> list[Row]:
-    """Those without an answer of new belong to the release that had come last."""
+    """Pairs without a response of new belong to the newest release of their time."""
     second = min(one.at for one in rows if one.new_release == "new-2")
     return [
         one
@@ -222,7 +222,7 @@ def of_release(rows: Iterable[Row], window: Window, release: str | None) -> list
 
 
 def timed(rows: Iterable[Row]) -> tuple[int, int]:
-    """Of each release without its first pairs."""
+    """Leave out the first pairs of each release."""
     every, slower = 0, 0
     for release in {one.new_release for one in rows}:
         of_it = sorted((one for one in rows if one.new_release == release), key=lambda one: (one.at, one.id))

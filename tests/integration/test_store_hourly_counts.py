@@ -1,4 +1,4 @@
-"""What is counted by hours is what counting the rows would give, in any window."""
+"""Hourly counts equal a count of the rows in any window."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def made(generator: random.Random) -> list[tuple[datetime, str]]:
     return [(moment, generator.choice(OUTCOMES)) for moment in moments]
 
 
-async def test_a_summary_of_any_window_counts_what_is_inside(postgres_url: str) -> None:
+async def test_hourly_counts_match_pairs_in_any_window(postgres_url: str) -> None:
     generator = random.Random(5)
     pairs = made(generator)
     ledger = PairWriter(postgres_url, examples_per_finding=1)
@@ -60,7 +60,7 @@ async def test_a_summary_of_any_window_counts_what_is_inside(postgres_url: str) 
     await database.close()
 
 
-async def test_hours_go_with_their_day(postgres_url: str) -> None:
+async def test_hourly_counts_are_dropped_with_their_day(postgres_url: str) -> None:
     ledger = PairWriter(postgres_url, examples_per_finding=1)
     for hours in (0, 11, 12, 30):
         await ledger.write([judged(at=round((NOON + timedelta(hours=hours)).timestamp() * 1000))])

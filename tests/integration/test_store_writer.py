@@ -34,7 +34,7 @@ async def ledger(url: str) -> AsyncIterator[PairWriter]:
     await made.close()
 
 
-async def test_the_same_batch_counts_once(ledger: PairWriter, url: str) -> None:
+async def test_writer_counts_repeated_batch_once(ledger: PairWriter, url: str) -> None:
     batch = [judged([difference()]), judged(), judged(noise=[difference("$.id")])]
     first, again = await ledger.write(batch), await ledger.write(batch)
 
@@ -44,7 +44,7 @@ async def test_the_same_batch_counts_once(ledger: PairWriter, url: str) -> None:
     assert one(url, "select sum(pairs) from abreast.outcome_count") == 3
 
 
-async def test_of_a_half_known_batch_only_the_new_half_counts(ledger: PairWriter, url: str) -> None:
+async def test_writer_counts_only_new_pairs_of_a_batch(ledger: PairWriter, url: str) -> None:
     known = [judged([difference()]) for _ in range(5)]
     await ledger.write(known)
     added = await ledger.write(known + [judged([difference()]) for _ in range(4)])
@@ -53,15 +53,15 @@ async def test_of_a_half_known_batch_only_the_new_half_counts(ledger: PairWriter
     assert one(url, "select count from abreast.finding") == 9
 
 
-async def test_a_pair_that_shows_a_finding_many_times_counts_once_for_it(ledger: PairWriter, url: str) -> None:
-    many = [difference("$.items[*].price", place=f"$.items[{n}].price") for n in range(50)]
+async def test_writer_counts_pair_once_per_finding(ledger: PairWriter, url: str) -> None:
+    many = [difference("$.items[*].price", exact_path=f"$.items[{n}].price") for n in range(50)]
     await ledger.write([judged(many)])
 
     assert rows(url, "select count, cardinality(findings) from abreast.finding, abreast.pair") == [(1, 1)]
     assert one(url, "select jsonb_array_length(differences) from abreast.example") == 50
 
 
-async def test_the_day_and_time_are_those_of_the_stream_in_utc(ledger: PairWriter, url: str) -> None:
+async def test_writer_uses_day_and_time_of_stream_in_utc(ledger: PairWriter, url: str) -> None:
     late = int(dt.datetime(2026, 3, 1, 23, 59, 59, 999000, dt.UTC).timestamp() * 1000)
     await ledger.write([judged(at=late, pair="a"), judged(at=late + 1, pair="b")])
 
@@ -69,7 +69,7 @@ async def test_the_day_and_time_are_those_of_the_stream_in_utc(ledger: PairWrite
     assert found == [("a", dt.date(2026, 3, 1), late), ("b", dt.date(2026, 3, 2), late + 1)]
 
 
-async def test_examples_are_bounded_and_the_smallest_of_a_batch(ledger: PairWriter, url: str) -> None:
+async def test_examples_are_limited_to_smallest_of_batch(ledger: PairWriter, url: str) -> None:
     await ledger.write([judged([difference()], size=1000 - 10 * n) for n in range(20)])
     await ledger.write([judged([difference()], size=800) for _ in range(20)])  # hardly smaller
 
@@ -78,7 +78,7 @@ async def test_examples_are_bounded_and_the_smallest_of_a_batch(ledger: PairWrit
     assert one(url, "select count(*) from abreast.example") == 3
 
 
-async def test_clearly_smaller_examples_take_the_place_of_larger_ones(ledger: PairWriter, url: str) -> None:
+async def test_examples_are_replaced_by_much_smaller_ones(ledger: PairWriter, url: str) -> None:
     await ledger.write([judged([difference()], size=10_000 + n, pair=f"large {n}") for n in range(3)])
     await ledger.write([judged([difference()], size=9_000)])
     assert one(url, "select min(body_bytes) from abreast.finding_example") == 2 * 10_002
@@ -92,7 +92,9 @@ async def test_clearly_smaller_examples_take_the_place_of_larger_ones(ledger: Pa
     assert one(url, "select examples_replaced from abreast.finding") == 4
 
 
-async def test_examples_give_way_only_so_often(ledger: PairWriter, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_examples_are_replaced_a_limited_number_of_times(
+    ledger: PairWriter, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("abreast_sidecar.store.samples.MAX_REPLACEMENTS", 2)
     await ledger.write([judged([difference()], size=100_000) for _ in range(3)])
     for turn in range(10):
@@ -102,7 +104,7 @@ async def test_examples_give_way_only_so_often(ledger: PairWriter, url: str, mon
     assert one(url, "select count(*) from abreast.finding_example where body_bytes < 3000") == 2
 
 
-async def test_a_pair_that_is_an_example_of_two_findings_stays_for_the_other(ledger: PairWriter, url: str) -> None:
+async def test_evicted_example_stays_for_its_other_finding(ledger: PairWriter, url: str) -> None:
     both = [judged([difference("$.a"), difference("$.b")], size=1000, pair=f"both {n}") for n in range(3)]
     await ledger.write(both)
     await ledger.write([judged([difference("$.a")], size=10)])
@@ -111,7 +113,7 @@ async def test_a_pair_that_is_an_example_of_two_findings_stays_for_the_other(led
     assert rows(url, "select count(*) from abreast.finding_example group by finding_id") == [(3,), (3,)]
 
 
-async def test_examples_stay_bounded_with_many_workers(url: str) -> None:
+async def test_examples_stay_limited_with_many_workers(url: str) -> None:
     ledgers = [PairWriter(url, examples_per_finding=3) for _ in range(4)]
     await ledgers[0].write([judged([difference()])])
     for each in ledgers:
@@ -124,14 +126,14 @@ async def test_examples_stay_bounded_with_many_workers(url: str) -> None:
     assert one(url, "select count(*) from abreast.example") == 3
 
 
-async def test_an_example_holds_the_captures_as_they_were_sent(ledger: PairWriter, url: str) -> None:
+async def test_example_contains_captures_as_sent(ledger: PairWriter, url: str) -> None:
     captures = (capture("p", "old", "live", {"a": 1}), capture("p", "new", "shadow", {"a": 2}))
     await ledger.write([judged([difference()], pair="p", blobs=tuple(encode(each) for each in captures))])
 
     assert read_captures(one(url, "select captures from abreast.example")) == captures
 
 
-async def test_a_finding_that_turns_out_worse_is_marked_so(ledger: PairWriter, url: str) -> None:
+async def test_finding_impact_rises_to_the_worst(ledger: PairWriter, url: str) -> None:
     await ledger.write([judged([difference(impact="value")])])
     await ledger.write([judged([difference(impact="breaking")])])
     await ledger.write([judged([difference(impact="additive")])])
@@ -139,7 +141,7 @@ async def test_a_finding_that_turns_out_worse_is_marked_so(ledger: PairWriter, u
     assert rows(url, "select impact, count from abreast.finding") == [("breaking", 3)]
 
 
-async def test_workers_that_write_the_same_findings_in_any_order_never_lock_each_other_out(url: str) -> None:
+async def test_writers_of_same_findings_never_deadlock(url: str) -> None:
     ledgers = [PairWriter(url, examples_per_finding=2) for _ in range(4)]
     paths = [f"$.field{n}" for n in range(30)]
 
@@ -159,7 +161,7 @@ async def test_workers_that_write_the_same_findings_in_any_order_never_lock_each
     assert one(url, "select deadlocks from pg_stat_database where datname = current_database()") == 0
 
 
-async def test_workers_with_the_same_entries_share_them_out(url: str) -> None:
+async def test_writers_with_same_entries_count_each_once(url: str) -> None:
     batch = [judged([difference(f"$.f{n % 5}")], pair=f"pair-{n}") for n in range(200)]
     ledgers = [PairWriter(url, examples_per_finding=2) for _ in range(3)]
     added = await asyncio.gather(*(each.write(batch if n else batch[::-1]) for n, each in enumerate(ledgers)))
@@ -170,7 +172,7 @@ async def test_workers_with_the_same_entries_share_them_out(url: str) -> None:
     assert one(url, "select sum(count) from abreast.finding") == 200
 
 
-async def test_what_postgres_refuses_is_told_apart_from_a_lost_server(ledger: PairWriter, url: str) -> None:
+async def test_writer_distinguishes_rejected_data_from_lost_server(ledger: PairWriter, url: str) -> None:
     with psycopg.connect(url) as connection:
         connection.execute("alter table abreast.pair add check (id <> 'bad')")
     with pytest.raises(RefusedError, match="violates check constraint"):
@@ -184,9 +186,7 @@ async def test_what_postgres_refuses_is_told_apart_from_a_lost_server(ledger: Pa
     assert not isinstance(caught.value, RefusedError)
 
 
-async def test_a_day_that_was_dropped_takes_nothing_more_and_what_comes_for_it_is_told(
-    ledger: PairWriter, url: str
-) -> None:
+async def test_dropped_day_rejects_pairs_and_counts_them(ledger: PairWriter, url: str) -> None:
     """A pair that is delivered again must not count twice, and nobody knows any more which pairs it had."""
     again = judged(at=20_000 * DAY)
     await ledger.write([again])
@@ -205,7 +205,7 @@ async def test_a_day_that_was_dropped_takes_nothing_more_and_what_comes_for_it_i
     assert [(drop.stage, drop.reason, drop.count) for drop in drops] == [("ledger", "day_dropped", 4)]
 
 
-async def test_a_second_entry_of_a_pair_after_midnight_counts_once(ledger: PairWriter, url: str) -> None:
+async def test_second_entry_after_midnight_counts_once(ledger: PairWriter, url: str) -> None:
     midnight = 20_000 * DAY
     first = judged(pair="p", at=midnight - 60_000)
     written = [await ledger.write([one]) for one in (first, judged(pair="p", at=midnight + 60_000))]
@@ -214,7 +214,7 @@ async def test_a_second_entry_of_a_pair_after_midnight_counts_once(ledger: PairW
     assert one(url, "select sum(pairs)::int from abreast.outcome_count") == 1
 
 
-async def test_a_connection_lost_during_the_commit_doubles_nothing(url: str) -> None:
+async def test_writer_counts_once_after_connection_lost_in_commit(url: str) -> None:
     async with proxy_that_swallows_a_commit(url) as through:
         ledger = PairWriter(through, examples_per_finding=3)
         batch = [judged([difference()]) for _ in range(10)]
@@ -228,8 +228,8 @@ async def test_a_connection_lost_during_the_commit_doubles_nothing(url: str) -> 
     assert one(url, "select count from abreast.finding") == 10
 
 
-async def test_nul_and_surrogates_and_long_text_are_taken(ledger: PairWriter, url: str) -> None:
-    awkward = difference("$.a\0b\ud800" + "x" * 5000, place="\0", old='"\\u0000"', new="\udfff\0")
+async def test_writer_accepts_nul_surrogates_and_long_text(ledger: PairWriter, url: str) -> None:
+    awkward = difference("$.a\0b\ud800" + "x" * 5000, exact_path="\0", old='"\\u0000"', new="\udfff\0")
     strange = judged([awkward], noise=[awkward], pair="p\0\ud800", route="/\0" + "é" * 3000)
     await ledger.write([strange])
 
@@ -237,7 +237,7 @@ async def test_nul_and_surrogates_and_long_text_are_taken(ledger: PairWriter, ur
     assert one(url, "select differences->0->>'exact_path' from abreast.example") == "␀"
 
 
-async def test_endless_endpoints_become_one(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_writer_folds_excess_endpoints(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("abreast_sidecar.store.catalogue.MAX_SERVICE_ENDPOINTS", 10)
     ledger = PairWriter(url, examples_per_finding=3)
     for start in (0, 20):
@@ -248,7 +248,7 @@ async def test_endless_endpoints_become_one(url: str, monkeypatch: pytest.Monkey
     assert one(url, "select count(*) from abreast.pair") == 40
 
 
-async def test_no_state_of_a_session_is_used(ledger: PairWriter, url: str) -> None:
+async def test_writer_keeps_no_session_state(ledger: PairWriter, url: str) -> None:
     """So that a pooler that gives each transaction another session may stand between."""
     await ledger.write([judged([difference()])])
     held = "select count(*) from pg_locks where locktype = 'advisory' and database = (select oid from pg_database where datname = current_database())"

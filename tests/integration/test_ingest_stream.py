@@ -49,7 +49,7 @@ async def read_all(one: StreamConsumer, count: int) -> list[StreamEntry]:
 
 
 @pytest.mark.parametrize("suffix", ["", "?protocol=2", "?protocol=3"])
-async def test_entries_are_read_in_either_protocol(redis_url: str, suffix: str) -> None:
+async def test_stream_reads_entries_with_resp2_and_resp3(redis_url: str, suffix: str) -> None:
     captures = pair_of()
     send(redis_url, captures)
     async with reader(redis_url + suffix) as one:
@@ -62,7 +62,7 @@ async def test_entries_are_read_in_either_protocol(redis_url: str, suffix: str) 
     assert ready(redis_url) == 0
 
 
-async def test_readers_share_a_stream(redis_url: str) -> None:
+async def test_stream_consumers_share_a_stream(redis_url: str) -> None:
     async with reader(redis_url, "one", batch_size=3) as one, reader(redis_url, "two", batch_size=3) as two:
         for _ in range(6):
             send(redis_url, pair_of())
@@ -73,7 +73,7 @@ async def test_readers_share_a_stream(redis_url: str) -> None:
     assert not {entry.id for entry in first} & {entry.id for entry in second}
 
 
-async def test_acknowledging_twice_gives_bytes_back_once(redis_url: str) -> None:
+async def test_acknowledge_twice_subtracts_bytes_once(redis_url: str) -> None:
     send(redis_url, pair_of())
     async with reader(redis_url) as one:
         found = await read_all(one, 1)
@@ -88,7 +88,7 @@ async def test_acknowledging_twice_gives_bytes_back_once(redis_url: str) -> None
     assert stats(redis_url)["bytes"] == 0
 
 
-async def test_what_another_left_is_taken_over_only_when_it_was_idle_for_long(redis_url: str) -> None:
+async def test_stream_claims_only_idle_entries(redis_url: str) -> None:
     send(redis_url, pair_of())
     left = StreamConsumer(redis_url, name="dead", batch_size=10, claim_idle_s=30.0)
     first = await read_all(left, 1)
@@ -103,7 +103,7 @@ async def test_what_another_left_is_taken_over_only_when_it_was_idle_for_long(re
     assert [entry.id for entry in taken] == [entry.id for entry in first]
 
 
-async def test_an_answer_that_got_lost_is_read_again(redis_url: str) -> None:
+async def test_stream_reads_lost_response_again(redis_url: str) -> None:
     async with reader(redis_url) as one:
         send(redis_url, pair_of())
         first = await read_all(one, 1)
@@ -114,14 +114,14 @@ async def test_an_answer_that_got_lost_is_read_again(redis_url: str) -> None:
     assert again == first
 
 
-async def test_new_services_and_shards_are_found_and_old_shards_are_read_on(client: Redis) -> None:
+async def test_stream_discovers_services_and_drains_old_shards(client: Redis) -> None:
     await client.hset(SERVICES_KEY, mapping={"shop": "2", "b{ad}": "1", "odd": "many", "pay": "1"})
     await client.xadd(Keys("shop", 2).ready, {"a": "b"})
 
     assert await list_shards(client) == [Keys("pay", 0), Keys("shop", 0), Keys("shop", 1), Keys("shop", 2)]
 
 
-async def test_a_flushed_redis_gets_its_groups_anew(redis_url: str, client: Redis) -> None:
+async def test_stream_recreates_groups_after_flush(redis_url: str, client: Redis) -> None:
     async with reader(redis_url) as one:
         send(redis_url, pair_of())
         await one.acknowledge(await read_all(one, 1))
@@ -132,14 +132,14 @@ async def test_a_flushed_redis_gets_its_groups_anew(redis_url: str, client: Redi
     assert ready(redis_url) == 0
 
 
-async def test_a_server_that_is_away_is_an_error_of_ours() -> None:
+async def test_stream_raises_redis_error_without_server() -> None:
     one = StreamConsumer(f"redis://127.0.0.1:{find_free_port()}", name="one", batch_size=10, claim_idle_s=1.0)
     with pytest.raises(RedisError, match="check ABREAST_REDIS_URL"):
         await one.read()
     await one.close()
 
 
-async def test_pending_entries_deleted_by_hand_are_let_go(redis_url: str, client: Redis) -> None:
+async def test_stream_skips_deleted_pending_entries(redis_url: str, client: Redis) -> None:
     async with reader(redis_url) as one:
         send(redis_url, pair_of())
         found = await read_all(one, 1)
@@ -151,7 +151,7 @@ async def test_pending_entries_deleted_by_hand_are_let_go(redis_url: str, client
     assert pending["pending"] == 0
 
 
-async def test_huge_entries_come_in_small_batches(redis_url: str) -> None:
+async def test_stream_reads_large_entries_in_small_batches(redis_url: str) -> None:
     for _ in range(60):
         add_entry(redis_url, {"pair": "p", "why": "joined", "old:live:1": b"x" * 4_000_000})
     async with reader(redis_url, batch_size=1000) as one:
@@ -161,7 +161,7 @@ async def test_huge_entries_come_in_small_batches(redis_url: str) -> None:
     assert 0 < max(sizes) <= 64 * 1024 * 1024
 
 
-async def test_only_idle_consumers_that_owe_nothing_are_forgotten(redis_url: str, client: Redis) -> None:
+async def test_delete_idle_consumers_keeps_consumers_with_pending_entries(redis_url: str, client: Redis) -> None:
     await client.xgroup_create(KEYS.ready, CONSUMER_GROUP, id="0", mkstream=True)
     add_entry(redis_url, {"pair": "p"})
     await client.xreadgroup(CONSUMER_GROUP, "owes", {KEYS.ready: ">"})
@@ -181,7 +181,7 @@ async def test_only_idle_consumers_that_owe_nothing_are_forgotten(redis_url: str
     assert [consumer["name"] for consumer in await client.xinfo_consumers(KEYS.ready, CONSUMER_GROUP)] == [b"owes"]
 
 
-async def test_a_reader_that_closes_takes_leave_unless_something_is_pending(redis_url: str) -> None:
+async def test_stream_close_deletes_consumer_without_pending_entries(redis_url: str) -> None:
     send(redis_url, pair_of())
     async with reader(redis_url, "owes") as one, reader(redis_url, "done") as two:
         await read_all(one, 1)
@@ -192,7 +192,7 @@ async def test_a_reader_that_closes_takes_leave_unless_something_is_pending(redi
     assert names == [b"owes"]
 
 
-async def test_rubbish_among_the_pairs_does_not_hold_up_the_sweep(redis_url: str, client: Redis) -> None:
+async def test_expiry_skips_invalid_pairs(redis_url: str, client: Redis) -> None:
     send(redis_url, pair_of()[:1], bounds=Limits(wait_ms=1))
     await client.set(KEYS.pair("wrong"), "type")
     await client.hset(KEYS.pair("large"), mapping={str(n): "x" for n in range(5000)})

@@ -1,4 +1,4 @@
-"""Whether a user's request went to new first, and old had to answer it."""
+"""Detect that new failed a user's request and old answered it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ NEW = capture("new", status=503)
         (OLD_COPY, capture("new"), None, False),  # new answered
         (capture("old"), capture("new", role="shadow"), None, False),
         (OLD_AGAIN, capture("new", role="shadow", status=500), None, False),  # old itself was tried again
-        (OLD_AGAIN, None, None, False),  # which of them was tried first is not known
+        (OLD_AGAIN, None, None, False),  # the order of attempts is unknown
     ],
 )
-def test_a_failing_over_is_told_from_the_captures(old: Any, new: Any, baseline: Any, wanted: bool) -> None:
+def test_has_failed_over_detects_failover_from_captures(old: Any, new: Any, baseline: Any, wanted: bool) -> None:
     judgement = ComparisonResult(outcome="mismatch", method="GET", route="/", old=old, new=new, baseline=baseline)
     row = PairRecord("shop", "1-0", 1, "pair", judgement, ()).to_row(1)
 

@@ -1,4 +1,4 @@
-"""Findings are told from noise by the counters that batches leave."""
+"""Findings are classified from the counters that batches store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from support_pairs import difference, judged, one, rows
 pytestmark = pytest.mark.postgres
 
 PRICE = difference("$.price", old="1.5", new="1.6")
-COPIES = 10  # of so many safe requests one has a baseline copy
+COPIES = 10  # safe requests for each baseline copy
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def reason(url: str, path: str) -> str:
     return str(one(url, f"select reason from abreast.finding where path = '{path}'"))  # noqa: S608  # our own
 
 
-async def test_a_batch_leaves_what_it_takes_to_decide(ledger: PairWriter, url: str) -> None:
+async def test_batch_stores_counts_for_classification(ledger: PairWriter, url: str) -> None:
     batch = [
         judged([fresh(), PRICE], baseline_compared=True),
         judged([fresh(), fresh()]),
@@ -93,7 +93,7 @@ async def test_a_batch_leaves_what_it_takes_to_decide(ledger: PairWriter, url: s
     assert rows(url, "select new_greater, new_smaller from abreast.finding where path = '$.price'") == [(2, 0)]
 
 
-async def test_what_new_does_and_old_never_is_real(ledger: PairWriter, connection: Connection, url: str) -> None:
+async def test_difference_only_in_new_is_real(ledger: PairWriter, connection: Connection, url: str) -> None:
     await ledger.write([*pairs(300), *pairs(300, [PRICE])])
     assert states(url) == {"$.price": "undecided"}
 
@@ -102,7 +102,7 @@ async def test_what_new_does_and_old_never_is_real(ledger: PairWriter, connectio
     assert reason(url, "$.price") == "new differs in 300 of 600, old from itself in 0 of 60: more than chance"
 
 
-async def test_one_accidental_difference_of_old_hides_no_frequent_regression(
+async def test_rare_difference_of_old_hides_no_frequent_regression(
     ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     await ledger.write([judged(noise=[PRICE], route="/"), *pairs(400), *pairs(400, [PRICE])])
@@ -112,7 +112,7 @@ async def test_one_accidental_difference_of_old_hides_no_frequent_regression(
     assert states(url) == {"$.price": "real"}
 
 
-async def test_what_differs_as_often_within_old_is_noise(ledger: PairWriter, connection: Connection, url: str) -> None:
+async def test_difference_as_frequent_in_old_is_noise(ledger: PairWriter, connection: Connection, url: str) -> None:
     counter = difference("$.views", old="7", new="8")
     await ledger.write([*pairs(100, [fresh()], noise=[fresh()]), *pairs(100, [counter], noise=[counter])])
     await classify_findings(connection)
@@ -120,7 +120,7 @@ async def test_what_differs_as_often_within_old_is_noise(ledger: PairWriter, con
     assert states(url) == {"$.id": "noise", "$.views": "noise"}
 
 
-async def test_values_whose_shapes_explain_them_are_noise_without_copies(
+async def test_values_explained_by_shape_are_noise_without_copies(
     ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     await ledger.write([judged([fresh(), PRICE]) for _ in range(3)])
@@ -130,9 +130,7 @@ async def test_values_whose_shapes_explain_them_are_noise_without_copies(
     assert "old was never compared with itself" in reason(url, "$.price")
 
 
-async def test_a_field_that_is_always_noise_and_is_now_empty_is_real(
-    ledger: PairWriter, connection: Connection, url: str
-) -> None:
+async def test_noisy_field_that_becomes_empty_is_real(ledger: PairWriter, connection: Connection, url: str) -> None:
     emptied = difference("$.id", kind="type", impact="breaking", old='"a"', new="null")
     await ledger.write(pairs(300, [fresh()], noise=[fresh()]))
     await ledger.write(pairs(100, [emptied], noise=[fresh()]))
@@ -142,9 +140,7 @@ async def test_a_field_that_is_always_noise_and_is_now_empty_is_real(
     assert found == [("changed", "noise"), ("type", "real")]
 
 
-async def test_an_id_that_is_always_noise_and_now_and_then_empty_text_is_found(
-    ledger: PairWriter, connection: Connection, url: str
-) -> None:
+async def test_noisy_id_that_is_sometimes_empty_is_real(ledger: PairWriter, connection: Connection, url: str) -> None:
     """From the answers on: what is compared, counted and decided."""
 
     def answers(number: int) -> PairRecord:
@@ -169,7 +165,7 @@ async def test_an_id_that_is_always_noise_and_now_and_then_empty_text_is_found(
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1, "noise"), (10, "real")])
-async def test_a_number_that_is_always_noise_and_is_ten_times_as_large_is_found(
+async def test_noisy_number_ten_times_as_large_is_real(
     ledger: PairWriter, connection: Connection, url: str, factor: int, expected: str
 ) -> None:
     """From the answers on, in two releases of new of which the second is judged by its own pairs."""
@@ -204,7 +200,7 @@ async def test_a_number_that_is_always_noise_and_is_ten_times_as_large_is_found(
     )
 
 
-async def test_a_token_that_is_the_same_for_all_is_real_and_a_host_name_is_not(
+async def test_constant_token_is_real_and_host_name_is_noise(
     ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     def shown(number: int) -> list[Difference]:
@@ -216,10 +212,10 @@ async def test_a_token_that_is_the_same_for_all_is_real_and_a_host_name_is_not(
     await classify_findings(connection)
 
     assert states(url) == {"$.token": "real", "$.host": "noise", "$.id": "noise"}
-    assert reason(url, "$.token") == "new says the same again in 39 of 39 turns, old in 0: more than chance"
+    assert reason(url, "$.token") == "new repeats a value in 39 of 39 pairs, old in 0: more than chance"
 
 
-async def test_without_copies_a_lean_to_one_side_is_real_and_chance_is_not(
+async def test_one_sided_difference_without_copies_is_real(
     ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     lost = difference("$.stock", kind="removed", impact="breaking", old="0", new=None)
@@ -238,7 +234,7 @@ async def test_without_copies_a_lean_to_one_side_is_real_and_chance_is_not(
 VIEWS = difference("$.views", old="7", new="8")
 
 
-async def test_what_begins_in_one_release_is_not_diluted_by_those_before(
+async def test_earlier_releases_do_not_dilute_a_new_difference(
     ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     for release in ("1", "2"):
@@ -254,9 +250,7 @@ async def test_what_begins_in_one_release_is_not_diluted_by_those_before(
     assert reason(url, "$.views").endswith("in release 3")
 
 
-async def test_noise_that_a_release_of_old_ended_hides_nothing(
-    ledger: PairWriter, connection: Connection, url: str
-) -> None:
+async def test_noise_of_former_old_release_hides_nothing(ledger: PairWriter, connection: Connection, url: str) -> None:
     await ledger.write(pairs(400, [VIEWS], noise=[VIEWS], releases=("a", "1")))
     await ledger.write(pairs(400, releases=("a", "1")))
     await classify_findings(connection)
@@ -272,7 +266,7 @@ async def test_noise_that_a_release_of_old_ended_hides_nothing(
     assert states(url) == {"$.views": "real"}
 
 
-async def test_a_regression_that_is_noise_in_a_later_release_is_noise_again(
+async def test_regression_that_is_noise_in_later_release_becomes_noise(
     ledger: PairWriter, connection: Connection, url: str
 ) -> None:
     await ledger.write([*pairs(400, [VIEWS]), *pairs(50, noise=[VIEWS])])
@@ -289,7 +283,7 @@ async def test_a_regression_that_is_noise_in_a_later_release_is_noise_again(
     assert states(url) == {"$.views": "noise"}
 
 
-async def test_only_endpoints_whose_counts_changed_are_decided(ledger: PairWriter, connection: Connection) -> None:
+async def test_classify_findings_skips_endpoints_without_new_counts(ledger: PairWriter, connection: Connection) -> None:
     await ledger.write([*pairs(200, [PRICE]), *pairs(200, [PRICE], route="/quiet")])
     assert await classify_findings(connection) == 2
     assert await classify_findings(connection) == 0
@@ -298,7 +292,7 @@ async def test_only_endpoints_whose_counts_changed_are_decided(ledger: PairWrite
     assert await classify_findings(connection) == 1  # the reason has the new counts
 
 
-async def test_deciders_and_writers_at_once_get_on(ledger: PairWriter, url: str) -> None:
+async def test_classify_findings_and_writers_never_deadlock(ledger: PairWriter, url: str) -> None:
     other = PairWriter(url, examples_per_finding=3)
     databases = [Database(url) for _ in range(2)]
     paths = [f"$.field{number}" for number in range(20)]

@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Takes a report out of the hash, unless it has changed. KEYS: reports. ARGV: process, report.
+-- Deletes the report of a process unless it has changed. KEYS: reports. ARGV: process, report.
 if redis.call('HGET', KEYS[1], ARGV[1]) == ARGV[2] then
   return redis.call('HDEL', KEYS[1], ARGV[1])
 end

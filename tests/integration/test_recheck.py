@@ -28,7 +28,7 @@ from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest
 from abreast_sidecar.store.records import Window
 from support import eventually_async, find_free_port
-from support_pairs import one, pair_of, rows, running, send, stats, sums_are_those_of_rows
+from support_pairs import hourly_counts_match_pairs, one, pair_of, rows, running, send, stats
 
 pytestmark = pytest.mark.postgres
 
@@ -101,7 +101,7 @@ class Bench:
         await eventually_async(there, what=f"{many} pairs are in the ledger")
 
     def stock(self, pair: str) -> tuple[bool, bool]:
-        """Whether the stock is a finding of the pair, and whether it is drift."""
+        """Return whether the pair shows the stock as a finding, and whether it is drift."""
         query = f"select f.id = any(p.findings), f.id = any(coalesce(p.drift, '{{}}')) from abreast.pair p, abreast.finding f where p.id = '{pair}' and f.path = '$.stock'"  # noqa: S608  # our own
         return rows(self.settings.postgres_url, query)[0]
 
@@ -122,7 +122,7 @@ async def bench(redis_url: str, postgres_url: str, **changes: Any) -> AsyncItera
             yield Bench(settings, old, new)
 
 
-async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str) -> None:
+async def test_recheck_detects_drift_and_counts_it_separately(redis_url: str, postgres_url: str) -> None:
     async with bench(redis_url, postgres_url) as found:
         found.old.stock = found.new.stock = 4
         pair = found.send({"stock": 5}, {"stock": 4})
@@ -145,7 +145,7 @@ async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str)
     shown = await LedgerReader(database).get_pair(pair)
     await database.close()
 
-    sums_are_those_of_rows(postgres_url)
+    hourly_counts_match_pairs(postgres_url)
     assert found.stock(pair) == (False, True)
     assert one(postgres_url, "select count from abreast.finding where path = '$.stock'") == 0
     assert "drift of state" in one(postgres_url, "select reason from abreast.pair")
@@ -158,11 +158,11 @@ async def test_drift_is_told_and_counts_apart(redis_url: str, postgres_url: str)
         [True],
     )
     assert (method, path, headers["x-abreast-recheck"]) == ("GET", "/products/7", "1")
-    assert captures == 2  # those that were sent; the services' middleware sent none
+    assert captures == 2  # only rechecks; the middleware sent no such request
 
 
-async def test_a_version_that_is_wrong_now_and_then_stays_a_finding(redis_url: str, postgres_url: str) -> None:
-    """Asked again it is right each time, whether or not the state moved meanwhile."""
+async def test_recheck_keeps_finding_of_an_occasional_error(redis_url: str, postgres_url: str) -> None:
+    """In each recheck its response is right, whether or not the state changed meanwhile."""
     async with bench(redis_url, postgres_url) as found:
         still = [found.send({"stock": 5}, {"stock": 0}) for _ in range(5)]
         await found.asked(5)
@@ -181,7 +181,7 @@ async def test_a_version_that_is_wrong_now_and_then_stays_a_finding(redis_url: s
     assert one(postgres_url, "select count from abreast.finding where path = '$.stock'") == 10
 
 
-async def test_what_is_unsafe_or_can_t_be_repeated_is_not_asked(redis_url: str, postgres_url: str) -> None:
+async def test_recheck_skips_unsafe_and_unrepeatable_requests(redis_url: str, postgres_url: str) -> None:
     secret = (("authorization", "hmac:0123456789abcdef"),)
     async with bench(redis_url, postgres_url) as found:
         found.send({"stock": 5}, {"stock": 4}, method="POST")
@@ -194,7 +194,7 @@ async def test_what_is_unsafe_or_can_t_be_repeated_is_not_asked(redis_url: str, 
     assert [headers["accept-language"] for _, _, headers in found.old.seen] == ["de"]
 
 
-async def test_no_more_are_asked_than_the_budget(redis_url: str, postgres_url: str) -> None:
+async def test_recheck_respects_limit_per_minute(redis_url: str, postgres_url: str) -> None:
     async with bench(redis_url, postgres_url, recheck_per_minute=2) as found:
         for _ in range(20):
             found.send({"stock": 5}, {"stock": 4})
@@ -210,7 +210,7 @@ async def _turns(many: int) -> None:
         await asyncio.sleep(AFTER / 4)  # turns of its loop, in which a third could begin
 
 
-async def test_a_version_that_hangs_holds_up_no_worker(redis_url: str, postgres_url: str) -> None:
+async def test_recheck_of_hanging_version_delays_no_worker(redis_url: str, postgres_url: str) -> None:
     async with bench(redis_url, postgres_url) as found:
         found.old.held = asyncio.Event()
         found.send({"stock": 5}, {"stock": 4})
@@ -227,7 +227,7 @@ async def test_a_version_that_hangs_holds_up_no_worker(redis_url: str, postgres_
         found.old.held.set()
 
 
-def test_without_addresses_it_is_refused() -> None:
+def test_recheck_settings_need_both_addresses() -> None:
     with pytest.raises(SettingError, match="ABREAST_RECHECK_OLD_URL and ABREAST_RECHECK_NEW_URL"):
         RecheckSettings.from_settings(Settings(recheck_per_minute=10))
     assert RecheckSettings.from_settings(Settings()) is None
