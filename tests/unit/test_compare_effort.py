@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import random
 import string
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import pytest
 
 from abreast.protocol.capture import Answer, Body, Headers
+from abreast_sidecar.compare import markup
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
 from abreast_sidecar.compare.content import parse_media_type
 from abreast_sidecar.compare.json_diff import JsonDiff
@@ -238,3 +241,37 @@ def test_html_that_is_too_much_is_compared_by_lines() -> None:
 
     assert [one.path for one in found.differences] == ["lines[*]"]
     assert found.note == "too much html to be read: compared by its lines"
+
+
+def count_backtracking_runs(pattern: str) -> int:
+    """Count the unbounded runs of single characters that can give characters back when the match fails after them."""
+    parser: Any = importlib.import_module("re._parser")
+
+    def count(items: Any) -> int:
+        total = 0
+        for operation, argument in items:
+            if str(operation) in {"MAX_REPEAT", "MIN_REPEAT"}:
+                _, maximum, inner = argument
+                is_run = len(inner) == 1 and str(inner[0][0]) in {"IN", "NOT_LITERAL", "ANY"}
+                total += (is_run and maximum == parser.MAXREPEAT) + count(inner)
+            elif str(operation) == "POSSESSIVE_REPEAT":
+                total += count(argument[2])
+            elif str(operation) == "SUBPATTERN":
+                total += count(argument[-1])
+            elif str(operation) == "BRANCH":
+                total += sum(map(count, argument[1]))
+        return total
+
+    return count(parser.parse(pattern))
+
+
+def test_html_tag_patterns_never_scan_a_run_twice() -> None:
+    assert count_backtracking_runs('<a([^>"]|"[^"]*")*>') == 1
+    assert count_backtracking_runs(markup._TAG.pattern) == 0
+    assert count_backtracking_runs(markup._ATTRIBUTE.pattern) == 0
+
+
+def test_html_tags_without_an_end_are_text() -> None:
+    element = markup.read_html("<p>x</p>" + ("<" + "a" * 2000) * 8)
+
+    assert ([child.tag for child in element.children], "".join(element.texts).count("<")) == (["p"], 8)

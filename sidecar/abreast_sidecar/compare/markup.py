@@ -23,36 +23,14 @@ _VOID_TAGS = frozenset(
 )
 _RAW_TEXT_TAGS = frozenset({"script", "style", "textarea", "title"})
 _PREFORMATTED_TAGS = frozenset({"pre", "script", "style", "textarea"})
-# An element of the first kind is over when one of the second begins.
+# By the tag of an open element: the tags that end it when they begin, as in HTML's optional end tags.
 _IMPLIED_END_TAGS = {
     "li": frozenset({"li"}),
     "p": frozenset(
-        [
-            "address",
-            "article",
-            "aside",
-            "blockquote",
-            "div",
-            "dl",
-            "footer",
-            "form",
-            "h1",
-            "h2",
-            "h3",
-            "h4",
-            "h5",
-            "h6",
-            "header",
-            "hr",
-            "main",
-            "nav",
-            "ol",
-            "p",
-            "pre",
-            "section",
-            "table",
-            "ul",
-        ]
+        {
+            "address", "article", "aside", "blockquote", "div", "dl", "footer", "form", "h1", "h2", "h3", "h4", "h5",
+            "h6", "header", "hr", "main", "nav", "ol", "p", "pre", "section", "table", "ul",
+        }
     ),
     "dt": frozenset({"dt", "dd"}),
     "dd": frozenset({"dt", "dd"}),
@@ -61,9 +39,10 @@ _IMPLIED_END_TAGS = {
     "td": frozenset({"td", "th", "tr"}),
     "th": frozenset({"td", "th", "tr"}),
     "head": frozenset({"body"}),
-}
-_TAG = re.compile(r"<(/?)([A-Za-z][^\s/>]*)((?:[^>\"']|\"[^\"]*\"|'[^']*')*)>")
-_ATTRIBUTE = re.compile(r"([^\s=/\"'>]+)(?:\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+)))?")
+}  # fmt: skip
+# Each run of characters is possessive (`++`, `*+`): a tag without an end would otherwise take quadratic time.
+_TAG = re.compile(r"<(/?)([A-Za-z][^\s/>]*+)((?:[^>\"']++|\"[^\"]*+\"|'[^']*+')*)>")
+_ATTRIBUTE = re.compile(r"([^\s=/\"'>]++)(?:\s*+=\s*+(?:\"([^\"]*+)\"|'([^']*+)'|([^\s\"'>]++)))?")
 
 
 class NotMarkupError(ValueError):
