@@ -88,7 +88,7 @@ WRONG = [
     (rule(action=0, path="$.a"), "the rule needs an action: one of ignore, tolerate"),
     (rule(action=77, path="$.a"), "action must be one of RULE_ACTION_UNSPECIFIED, RULE_ACTION_IGNORE"),
     (rule(), "the rule covers everything: give it at least one of path, header"),
-    (rule(path="$" + ".**" * 9), "path must be a pattern of at most 500 characters and 4 times **"),
+    (rule(path="$" + ".**" * 9), "path must be a pattern of 1 to 500 characters, with `**` at most 4 times"),
     (rule(path="$.a", status="abc"), "status must be a status such as 404, 4xx or 404->200, got 'abc'"),
     (rule(path="$.a", owner=" "), "owner must say who answers for the rule"),
     (rule(path="$.a", reason=""), "reason must say why the difference is known"),

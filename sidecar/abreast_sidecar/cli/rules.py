@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -36,12 +37,17 @@ from abreast_sidecar.client.output import (
 )
 from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, print_json, split_page_sizes
 from abreast_sidecar.compare.model import Kind
-from abreast_sidecar.compare.rule_document import RuleError, parse_rules, rule_to_dict
-from abreast_sidecar.compare.rule_document import parse_share as parsed_share
+from abreast_sidecar.compare.rule_document import (
+    RuleError,
+    build_schema,
+    dict_to_message,
+    message_to_dict,
+    parse_field,
+    parse_rules,
+    rule_to_dict,
+)
 from abreast_sidecar.compare.rules import ACTIONS, Rule
 from abreast_sidecar.errors import ArgumentError
-from abreast_sidecar.serve.rule_messages import dict_to_message
-from abreast_sidecar.serve.rule_messages import message_to_dict as said_by
 
 
 def read_rules(file: Path) -> list[api.Rule]:
@@ -64,8 +70,7 @@ def _to_rule_message(rule: Rule, file: Path) -> api.Rule:
         raise ArgumentError(
             f"{file}: rule {rule.name!r} expired on {rule.expires}; remove it, or say until when it holds"
         )
-    fields = {name: value for name, value in rule_to_dict(rule).items() if name != "expires"}
-    message = dict_to_message(fields)
+    message = dict_to_message(rule_to_dict(rule), api.Rule())
     message.expire_time.FromDatetime(to_utc_midnight(rule.expires))
     return message
 
@@ -82,7 +87,7 @@ def dump_rules_yaml(rules: Iterable[api.Rule]) -> str:
             rule.name = f"{rule.name} ({rule.id})"
         expires = rule.expire_time.ToDatetime(dt.UTC)
         day = expires.date() + dt.timedelta(days=expires > to_utc_midnight(expires.date()))
-        entries.append({**said_by(rule), "expires": day})
+        entries.append({**message_to_dict(rule), "expires": day})
     return yaml.safe_dump({"rules": entries}, sort_keys=False, allow_unicode=True)
 
 
@@ -119,7 +124,7 @@ def build_rule_message(option_values: Mapping[str, Any], expires: str = "") -> a
     fields = {name: value for name, value in option_values.items() if value is not None and name not in {"old", "new"}}
     if relative := fields.get("relative"):
         fields["relative"] = parse_relative_share(relative)
-    rule = dict_to_message(fields)
+    rule = dict_to_message(fields, api.Rule())
     for name in ("old", "new"):
         if option_values.get(name) is not None:
             setattr(rule, name, option_values[name])
@@ -130,7 +135,7 @@ def build_rule_message(option_values: Mapping[str, Any], expires: str = "") -> a
 
 def parse_relative_share(text: str) -> float:
     try:
-        return parsed_share(text if text.strip().endswith("%") else float(text))
+        return float(parse_field("relative", text if text.strip().endswith("%") else float(text)))
     except (RuleError, ValueError):
         raise click.BadParameter(f"must be a share such as 0.01 or 1%, got {text!r}", param_hint="--relative") from None
 
@@ -380,9 +385,7 @@ def check_rule_file(file: Path) -> None:
 @rules_command.command("schema")
 def print_rule_schema() -> None:
     """The JSON schema of a file, for editors."""
-    from importlib.resources import files
-
-    click.echo((files("abreast_sidecar.compare") / "rules.schema.json").read_text(), nl=False)
+    click.echo(json.dumps(build_schema(), indent=2))
 
 
 def _print_objections(objections: Any) -> None:

@@ -8,19 +8,77 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
+from msgspec import UNSET, Meta
 from msgspec.structs import replace
 
 from abreast_sidecar.compare.model import VOLATILE_HEADERS, Difference, Kind, Part
 
 Action = Literal["ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage"]
 ACTIONS: tuple[Action, ...] = ("ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage")
-MAX_PATTERN_CHARS = 500  # characters
+MAX_FIELD_CHARS = 500
 MAX_RECURSIVE_WILDCARDS = 4  # `**` in a pattern
 TOLERABLE_KINDS = frozenset({"changed", "format", "range"})  # kinds of two values that may be close
 MAX_CACHED_SCOPES = 4096  # kinds of answers for which is remembered which rules apply
+
+ACTION_DESCRIPTION = """\
+ignore: the difference means nothing. \
+tolerate: numbers and timestamps may differ a little. \
+unordered: the order of an array means nothing. \
+keyed-by: a field identifies the elements of an array. \
+expect: the change is intended. \
+waive-coverage: a verdict can be PASS although the endpoint can't be compared."""
+PATH_DESCRIPTION = """\
+A path such as `$.items[*].price`, and everything below it. \
+`[*]` is any element, `.*` any key, `.**` any number of steps."""
+
+# Types of fields. `expected` completes the message `<field> must be`; `schema` overrides the JSON schema of the type.
+Text = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=MAX_FIELD_CHARS,
+        extra={"expected": f"text of 1 to {MAX_FIELD_CHARS} characters", "schema": {"type": ["string", "number"]}},
+    ),
+]
+PathPattern = Annotated[
+    Text,
+    Meta(
+        extra={
+            "expected": f"a pattern of 1 to {MAX_FIELD_CHARS} characters, with `**` at most {MAX_RECURSIVE_WILDCARDS} times"
+        }
+    ),
+]
+StatusPattern = Annotated[
+    str,
+    Meta(
+        pattern=r"^ *([1-5xX][0-9xX]{2}|\*) *(-> *([1-5xX][0-9xX]{2}|\*) *)?$",
+        extra={"expected": "a status such as 404, 4xx or 404->200", "schema": {"type": ["string", "integer"]}},
+    ),
+]
+Amount = Annotated[float, Meta(ge=0, extra={"expected": "a number that is not negative"})]
+Share = Annotated[
+    float,
+    Meta(
+        ge=0,
+        extra={
+            "expected": "a share such as 0.01 or 1%",
+            "schema": {"type": ["number", "string"], "pattern": r"^[0-9]+(\.[0-9]+)?\s*%$"},
+        },
+    ),
+]
+Day = Annotated[dt.date, Meta(extra={"expected": "a day such as 2030-01-31"})]
+JsonValue = Annotated[
+    Any,
+    Meta(
+        extra={
+            "expected": "a JSON value; quote a text that looks like a date",
+            "schema": {"type": ["string", "number", "boolean", "null"]},
+        }
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,27 +94,37 @@ class RuleScope:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Each set field narrows the rule. Names and endpoints may hold `*`, `?` and `[…]`, as in a shell."""
+    """A declared difference. Each field that is set narrows the rule.
 
-    name: str
-    action: Action
-    part: Part | None = None
-    path: str = ""  # `$.items[*].price`, `$.**.updated_at`; for a header its name; all that is below too
-    kind: Kind | None = None
-    service: str = ""
-    endpoint: str = ""
-    status: str = ""  # of the answers: `404`, `4xx`, or what changed: `404->200`, `5xx->*`
-    release: str = ""  # of the new version
-    by: str = ""  # keyed-by: the field that names an element
-    absolute: float | None = None  # tolerate: at most so far apart; of times, in seconds
-    relative: float | None = None  # tolerate: as a share of the old number
-    old: Any = None  # expect: this value, where `has_old`
-    new: Any = None
-    has_old: bool = False
-    has_new: bool = False
-    reason: str = ""
-    owner: str = ""
-    expires: dt.date | None = None  # the first day on which it no longer holds
+    The types and descriptions are those of documents too, see `rule_document`.
+    """
+
+    name: Annotated[Text, Meta(description="Names the rule in outputs. Unique within a document.")]
+    action: Annotated[Action, Meta(description=ACTION_DESCRIPTION)]
+    part: Annotated[Part | None, Meta(description="The part of an answer that differs.")] = None
+    path: Annotated[PathPattern, Meta(description=PATH_DESCRIPTION)] = ""
+    kind: Annotated[Kind | None, Meta(description="The kind of difference.")] = None
+    service: Annotated[Text, Meta(description="The service. Wildcards as in a shell: `*`, `?`, `[...]`.")] = ""
+    endpoint: Annotated[
+        Text, Meta(description="An endpoint such as `GET /products/{id}`. Wildcards as in a shell.")
+    ] = ""
+    status: Annotated[
+        StatusPattern,
+        Meta(description="The status of both answers, `404` or `4xx`, or its change, `404->200` or `5xx->*`."),
+    ] = ""
+    release: Annotated[Text, Meta(description="The release of the new version. Wildcards as in a shell.")] = ""
+    by: Annotated[Text, Meta(description="keyed-by: the field that identifies an element of the array.")] = ""
+    absolute: Annotated[
+        Amount | None, Meta(description="tolerate: the largest distance, in seconds for timestamps.")
+    ] = None
+    relative: Annotated[
+        Share | None, Meta(description="tolerate: the largest distance, as a share of the old number.")
+    ] = None
+    old: Annotated[JsonValue, Meta(description="expect: the old value.")] = UNSET
+    new: Annotated[JsonValue, Meta(description="expect: the new value.")] = UNSET
+    reason: Annotated[Text, Meta(description="Why the difference is known.")] = ""
+    owner: Annotated[Text, Meta(description="Who answers for the rule.")] = ""
+    expires: Annotated[Day | None, Meta(description="The first day on which the rule no longer applies.")] = None
 
     def applies(self, scope: RuleScope) -> bool:
         return (
@@ -74,7 +142,7 @@ class Rule:
     @property
     def is_value_independent(self) -> bool:
         """Whether part, path and kind decide alone, so that it can be applied where the values are not known any more."""
-        return self.action == "ignore" or (self.action == "expect" and not (self.has_old or self.has_new))
+        return self.action == "ignore" or (self.action == "expect" and self.old is self.new is UNSET)
 
     @property
     def affects_differences(self) -> bool:
@@ -127,8 +195,8 @@ class Rule:
         )
 
     def _is_expected(self, difference: Difference) -> bool:
-        return (not self.has_old or _equals_json(difference.old, self.old)) and (
-            not self.has_new or _equals_json(difference.new, self.new)
+        return (self.old is UNSET or _equals_json(difference.old, self.old)) and (
+            self.new is UNSET or _equals_json(difference.new, self.new)
         )
 
 

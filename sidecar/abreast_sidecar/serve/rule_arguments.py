@@ -9,15 +9,20 @@ from typing import Any
 
 from abreast.v1 import common_pb2
 from abreast.v1 import rule_pb2 as pb
-from abreast_sidecar.compare.rule_document import MAX_RULES, RuleError, rule_from_dict, rule_to_dict
+from abreast_sidecar.compare.rule_document import (
+    MAX_RULES,
+    RuleError,
+    dict_to_message,
+    message_to_dict,
+    rule_from_dict,
+    rule_to_dict,
+)
 from abreast_sidecar.compare.rules import Rule
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.rules.attribution import FindingRef
 from abreast_sidecar.rules.preview import RulePreview, narrow_to_finding
 from abreast_sidecar.serve import messages, values
 from abreast_sidecar.serve import validate as arguments
-from abreast_sidecar.serve.rule_messages import dict_to_message
-from abreast_sidecar.serve.rule_messages import message_to_dict as said_by
 from abreast_sidecar.store.rules import RuleDraft, StoredRule
 
 SCOPE_FIELDS = ("part", "path", "header", "status")
@@ -37,8 +42,8 @@ def parse_source(request: pb.ApplyRulesRequest) -> str:
 def parse_rule(rule_message: pb.Rule, extra_fields: Any = None) -> Rule:
     """Raise ArgumentError, which names the field and says what is wanted."""
     try:
-        parsed_rule = rule_from_dict({**(extra_fields or {}), **said_by(rule_message)})
-    except (RuleError, ValueError) as error:
+        parsed_rule = rule_from_dict({**(extra_fields or {}), **message_to_dict(rule_message)})
+    except RuleError as error:
         raise ArgumentError(str(error)) from error
     if parsed_rule.part == "latency" or parsed_rule.kind == "slower":
         raise ArgumentError(
@@ -102,7 +107,7 @@ def parse_drafts(rule_messages: Iterable[pb.Rule], source: str) -> list[RuleDraf
 
 
 def to_rule_message(plain_rule: Rule) -> pb.Rule:
-    return dict_to_message(rule_to_dict(plain_rule))
+    return dict_to_message(rule_to_dict(plain_rule), pb.Rule())
 
 
 def to_draft_message(rule_draft: RuleDraft) -> pb.Rule:
