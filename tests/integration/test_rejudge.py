@@ -209,7 +209,7 @@ async def test_values_that_are_not_kept_are_not_guessed(place: Place) -> None:
     (listed,) = await place.rules.list_rules(limit=10)
 
     assert place.pairs() == [(["$.price"], [], [], 4)]
-    assert (listed.pairs, listed.unknown) == (0, 4)
+    assert (listed.pairs, listed.undetermined_pairs) == (0, 4)
     assert one(place.url, "select distinct reason from abreast.pair") == f"judged before rule {rule}"
 
     await place.end(rule)

@@ -36,7 +36,7 @@ class RuleError(ValueError):
 
 
 class RuleField(NamedTuple):
-    type: Any  # of a value that is set, with its constraints
+    type: Any  # with constraints, without None
     expected: str  # completes `<field> must be`
     default: Any
     schema: dict[str, Any]
@@ -264,7 +264,7 @@ def _check_action_fields(action: str, values: dict[str, Any]) -> None:
 def build_schema() -> dict[str, Any]:
     """Return the JSON schema of a YAML document of rules, for editors. It accepts what `parse_rules` accepts.
 
-    Exceptions that a schema can't express: names are unique, and days and times of `**` in a pattern.
+    A schema can't express that names are unique, that a day exists, and how often `**` may occur.
     """
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

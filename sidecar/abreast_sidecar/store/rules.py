@@ -1,4 +1,4 @@
-"""The rules in Postgres. A rule is never changed: it is ended, and another begins; each change is a version."""
+"""Rules in Postgres. A rule is immutable: a change ends it and adds another one. Each change makes a version."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from abreast_sidecar.store.database import Connection, Database, Row, load_state
 
 RULES_CHANNEL = "abreast_rules"  # NOTIFY; the payload is the version
 MAX_ACTIVE_RULES = 1000
-MAX_RULE_FINDINGS = 20  # that a listing names of a rule
-EXPIRY_ACTOR = "abreast"  # who ended a rule that expired
-SEPARATE_COLUMNS = ("name", "owner", "reason", "expires")  # columns of their own
+MAX_RULE_FINDINGS = 20  # findings per listed rule
+EXPIRY_ACTOR = "abreast"  # the actor that ends expired rules
+SEPARATE_COLUMNS = ("name", "owner", "reason", "expires")  # not part of the definition
 
 
 class VersionedRules(NamedTuple):
-    """The rules at a version. Each is named by its id."""
+    """The active rules at a version. The name of each rule is its id."""
 
     version: int
     rules: RuleSet
@@ -31,13 +31,13 @@ class VersionedRules(NamedTuple):
 
 class ExplainedFinding(NamedTuple):
     finding_id: int
-    pairs: int  # that the rule explains
-    unknown: int  # that were judged before the rule, and whose answers are not kept
+    pairs: int  # explained by the rule
+    undetermined_pairs: int  # older than the rule, without stored answers
 
 
 @dataclass(frozen=True, slots=True)
 class RuleDraft:
-    """A rule as somebody wants it."""
+    """A rule before it is stored."""
 
     rule: Rule  # with its name
     owner: str
@@ -59,9 +59,9 @@ class StoredRule:
     ended_at: datetime | None = None
     ended_by: str = ""
     is_expired: bool = False
-    is_applied: bool = False  # what is stored is judged accordingly
+    is_applied: bool = False  # stored pairs are evaluated with the rule
     pairs: int = 0
-    unknown: int = 0
+    undetermined_pairs: int = 0
     findings: tuple[ExplainedFinding, ...] = ()
 
 
@@ -91,7 +91,7 @@ class RuleStore:
         after_id: int | None = None,
         limit: int,
     ) -> Sequence[StoredRule]:
-        """By id; those with `ids` whether they hold or not."""
+        """List rules in the order of ids. A rule with one of `ids` is included if it has ended, too."""
         parameters = {
             "ids": None if ids is None else list(ids),
             "source": criteria.source,
@@ -107,11 +107,11 @@ class RuleStore:
     async def get(self, rule_id: int) -> StoredRule:
         matches = await self.list_rules(ids=[rule_id], limit=1)
         if not matches:
-            raise NotFoundError(f"there is no rule {rule_id}; `abreast rules list` names those that there are")
+            raise NotFoundError(f"there is no rule {rule_id}; list the rules with `abreast rules list`")
         return matches[0]
 
     async def replace_rules(self, drafts: Sequence[RuleDraft], ended_ids: Sequence[int], actor: str) -> list[int]:
-        """End some rules and begin others, together. Return the ids of those that began."""
+        """End rules and add others in one transaction. Return the ids of the added rules."""
         if not drafts and not ended_ids:
             return []
         async with self.database.connection() as connection, connection.transaction():
@@ -121,7 +121,7 @@ class RuleStore:
             return [await _add_rule(connection, draft, version, actor) for draft in drafts]
 
     async def delete(self, rule_id: int, actor: str) -> StoredRule:
-        """Raise NotFoundError for one that there never was. One that ended before stays as it is."""
+        """End a rule. A rule that has ended stays unchanged. Raise NotFoundError."""
         await self.get(rule_id)
         await self.replace_rules([], [rule_id], actor)
         return await self.get(rule_id)
@@ -134,7 +134,7 @@ async def create_version(connection: Connection) -> int:
 
 
 async def end_expired_rules(connection: Connection) -> int:
-    """Return how many rules ended now."""
+    """Return the number of rules that ended in this call."""
     parameters = {"sidecar_time": datetime.now(UTC)}
     due = await (await connection.execute(load_statement("rules_expired"), parameters)).fetchall()
     if not due:
@@ -153,7 +153,7 @@ async def _end_rules(connection: Connection, ids: Sequence[int], version: int, a
 async def _check_capacity(connection: Connection, added_count: int) -> None:
     active = parse_active_rules(await (await connection.execute(load_statement("rules_in_force"))).fetchall())
     if len(active.rules.rules) + added_count > MAX_ACTIVE_RULES:
-        raise ArgumentError(f"at most {MAX_ACTIVE_RULES} rules may hold at once; delete some (abreast rules list)")
+        raise ArgumentError(f"at most {MAX_ACTIVE_RULES} rules can be active; delete some (abreast rules list)")
 
 
 async def _add_rule(connection: Connection, draft: RuleDraft, version: int, actor: str) -> int:
@@ -171,7 +171,7 @@ async def _add_rule(connection: Connection, draft: RuleDraft, version: int, acto
         row = await (await connection.execute(load_statement("rule_add"), parameters)).fetchone()
     except psycopg.errors.UniqueViolation:
         raise ArgumentError(
-            f"a rule named {draft.rule.name!r} holds already; delete it first, or choose another name"
+            f"a rule named {draft.rule.name!r} is active; delete it first, or choose another name"
         ) from None
     assert row is not None
     return int(row["id"])
@@ -183,7 +183,7 @@ def parse_active_rules(rows: Sequence[Row]) -> VersionedRules:
 
 
 def parse_rule(rule_id: int, definition: Mapping[str, Any]) -> Rule:
-    """Raise LedgerError for one that another version of abreast wrote and this one can't read."""
+    """Read a stored definition. Raise LedgerError if another version of abreast wrote a rule that this one can't read."""
     try:
         return replace(rule_from_dict(definition), name=str(rule_id))
     except RuleError as error:
@@ -191,7 +191,7 @@ def parse_rule(rule_id: int, definition: Mapping[str, Any]) -> Rule:
 
 
 def describe_waiver(rows: Sequence[Row], service: str, endpoint: str, release: str) -> str:
-    """Who waives the coverage of an endpoint, and why; empty where nobody does."""
+    """Describe the waiver of an endpoint, or return an empty text if it has no waiver."""
     for row in rows:
         rule = parse_rule(row["id"], row["definition"])
         if rule.applies_to(service, endpoint) and rule.applies_to_release(release):
@@ -211,6 +211,6 @@ def parse_stored_rule(row: Row) -> StoredRule:
         is_expired=row["expired"],
         is_applied=row["reapplied"],
         pairs=row["pairs"],
-        unknown=row["unknown"],
+        undetermined_pairs=row["unknown"],
         findings=tuple(ExplainedFinding(*values) for values in row["findings"]),
     )
