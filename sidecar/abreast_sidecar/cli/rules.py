@@ -51,7 +51,7 @@ from abreast_sidecar.errors import ArgumentError
 
 
 def read_rules(file: Path) -> list[api.Rule]:
-    """Raise ArgumentError for what can't be imported."""
+    """Read a YAML file of rules with owner, reason and expiry. Raise ArgumentError."""
     try:
         document = parse_rules(file.read_text(), str(file))
     except RuleError as error:
@@ -67,9 +67,7 @@ def _to_rule_message(rule: Rule, file: Path) -> api.Rule:
         raise ArgumentError(f"{file}: rule {rule.name!r} needs {' and '.join(missing_fields)} to be imported")
     assert rule.expires is not None
     if rule.expires <= dt.datetime.now(dt.UTC).date():
-        raise ArgumentError(
-            f"{file}: rule {rule.name!r} expired on {rule.expires}; remove it, or say until when it holds"
-        )
+        raise ArgumentError(f"{file}: rule {rule.name!r} expired on {rule.expires}; remove it, or set a later day")
     message = dict_to_message(rule_to_dict(rule), api.Rule())
     message.expire_time.FromDatetime(to_utc_midnight(rule.expires))
     return message
@@ -80,10 +78,10 @@ def to_utc_midnight(day: dt.date) -> dt.datetime:
 
 
 def dump_rules_yaml(rules: Iterable[api.Rule]) -> str:
-    """A moment within a day becomes the next day: a file knows days only."""
+    """Render rules as YAML. An expiry within a day becomes the next day, since a file has only days."""
     entries: list[dict[str, object]] = []
     for rule in rules:
-        if any(entry["name"] == rule.name for entry in entries):  # of another source
+        if any(entry["name"] == rule.name for entry in entries):  # another source has one of this name
             rule.name = f"{rule.name} ({rule.id})"
         expires = rule.expire_time.ToDatetime(dt.UTC)
         day = expires.date() + dt.timedelta(days=expires > to_utc_midnight(expires.date()))
