@@ -16,7 +16,7 @@ import orjson
 from rows import Row, main, row
 
 from abreast.protocol.capture import Answer, Body
-from abreast_sidecar.compare.body import diff_bodies
+from abreast_sidecar.compare.body import compare_bodies
 from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.compare.values import encode_canonical
 
@@ -100,10 +100,10 @@ def _works(old: bytes, new: bytes) -> dict[str, Callable[[], Any]]:
     rules = CompareOptions()
     headers = (("content-type", "application/json"),)
     before, after, same = (Answer(200, headers, Body(body, len(body))) for body in (old, new, bytes(bytearray(old))))
-    assert len(diff_bodies(before, after, rules)) == 3
+    assert len(compare_bodies(before, after, rules).differences) == 3
     return {
-        "diff": lambda: diff_bodies(before, after, rules),
-        "equal_bytes": lambda: diff_bodies(before, same, rules),
+        "diff": lambda: compare_bodies(before, after, rules),
+        "equal_bytes": lambda: compare_bodies(before, same, rules),
         "parse_and_equals": lambda: orjson.loads(old) == orjson.loads(new),
         "parse_and_walk": lambda: walked(orjson.loads(old), orjson.loads(new)),
     }
@@ -134,12 +134,15 @@ def against_deepdiff() -> list[Row]:
 
 def quality() -> list[Row]:
     """Over the labelled pairs of tests/corpus, without those that only learning tells."""
-    from support_corpus import found, pairs
+    from support_corpus import describe_differences, pairs
 
     right = wrong = missed = 0
     known = [pair for pair in pairs() if pair.label != "noise"]
     for pair in known:
-        expected, got = ({text.replace("$*", "$" + "[*]" * 150) for text in pair.expected}, found(pair.judged()))
+        expected, got = (
+            {text.replace("$*", "$" + "[*]" * 150) for text in pair.expected},
+            describe_differences(pair.compare()),
+        )
         right += len(expected & got)
         wrong += len(got - expected)
         missed += len(expected - got)

@@ -1,4 +1,4 @@
-"""The labelled pairs of tests/corpus, as captures: what a comparison must find, and what it must not."""
+"""The labelled pairs of tests/corpus, as captures with the expected differences."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ Label = Literal["regression", "additive", "harmless", "unknown", "noise"]
 
 @dataclass(frozen=True)
 class Pair:
-    """`expected`: part, path, kind and impact of every difference that whoever owns the API would want to be told, or not;
-    `got`: what is told instead, where that is known to be wrong. `label`: a regression is what they would want to know
-    before users meet it; of what is unknown nothing can be said, which the outcome says; noise differs, and only learning
-    tells it.
+    """A pair of answers with its label.
+
+    `expected` has part, path, kind and impact of each difference that the owner of the API should see. `got` has the
+    differences that are reported instead, if they are known to be wrong. A `regression` harms users. An `unknown` pair
+    can't be compared, as its outcome tells. Only statistics can detect `noise`.
     """
 
     name: str
@@ -42,12 +43,12 @@ class Pair:
     outcome: str
     got: frozenset[str] | None = None
 
-    def judged(self) -> ComparisonResult:
+    def compare(self) -> ComparisonResult:
         return compare_pair([self.old, self.new], CompareOptions())
 
 
-def found(judgement: ComparisonResult) -> frozenset[str]:
-    return frozenset(f"{one.part} {one.path or '-'} {one.kind} {one.impact}" for one in judgement.differences)
+def describe_differences(result: ComparisonResult) -> frozenset[str]:
+    return frozenset(f"{item.part} {item.path or '-'} {item.kind} {item.impact}" for item in result.differences)
 
 
 def pairs() -> list[Pair]:
@@ -150,7 +151,7 @@ def _reordered(value: Any) -> Any:
         keys = sorted(value)
         random.Random(1).shuffle(keys)
         return {key: _reordered(value[key]) for key in keys}
-    return [_reordered(one) for one in value] if isinstance(value, list) else value
+    return [_reordered(element) for element in value] if isinstance(value, list) else value
 
 
 def _of_bodies(case: dict[str, Any]) -> Pair:

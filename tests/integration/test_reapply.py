@@ -239,7 +239,7 @@ async def test_reapply_does_not_guess_values_without_captures(place: Place) -> N
     (listed,) = await place.rules.list_rules(limit=10)
 
     assert place.pairs() == [(["$.price"], [], [], 4)]
-    assert (listed.pairs, listed.unknown) == (0, 4)
+    assert (listed.pairs, listed.undetermined_pairs) == (0, 4)
     assert one(place.url, "select distinct reason from abreast.pair") == f"judged before rule {rule}"
 
     await place.end(rule)

@@ -52,12 +52,12 @@ async def refusal(call: Awaitable[Any]) -> Refused:
     return refused(caught.value)
 
 
-async def test_a_rule_is_made_listed_and_deleted(sidecar: Running) -> None:
+async def test_rule_is_created_listed_and_deleted(sidecar: Running) -> None:
     asked = rule(path="$.meta.id", endpoint="GET /products/{id}", kind=common.KIND_CHANGED)
     made = (await calls(sidecar).CreateRule(pb.CreateRuleRequest(rule=asked, actor="ann"))).rule
     listed = (await calls(sidecar).ListRules(pb.ListRulesRequest())).rules
 
-    assert [one.id for one in listed] == [made.id]
+    assert [difference.id for difference in listed] == [made.id]
     assert made.name == "ignore $.meta.id, changed, GET /products/{id}"
     assert (made.state, made.creator, made.owner, made.reason) == (pb.RULE_STATE_IN_FORCE, "ann", "me", "known")
     assert (made.path, made.part, made.kind) == ("$.meta.id", common.PART_UNSPECIFIED, common.KIND_CHANGED)
@@ -66,18 +66,18 @@ async def test_a_rule_is_made_listed_and_deleted(sidecar: Running) -> None:
     assert (gone.state, gone.deleter) == (pb.RULE_STATE_DELETED, "bob")
     assert not (await calls(sidecar).ListRules(pb.ListRulesRequest())).rules
     deleted = (await calls(sidecar).ListRules(pb.ListRulesRequest(include_deleted=True))).rules
-    assert [one.id for one in deleted] == [made.id]
+    assert [difference.id for difference in deleted] == [made.id]
     again = await calls(sidecar).DeleteRule(pb.DeleteRuleRequest(id=made.id))
     assert again.rule.deleter == "bob"
 
 
-async def test_pages_of_rules_go_on_where_the_last_ended(sidecar: Running) -> None:
+async def test_list_rules_continues_at_the_page_token(sidecar: Running) -> None:
     for number in range(3):
         await calls(sidecar).CreateRule(pb.CreateRuleRequest(rule=rule(path=f"$.a{number}")))
     first = await calls(sidecar).ListRules(pb.ListRulesRequest(page_size=2))
     rest = await calls(sidecar).ListRules(pb.ListRulesRequest(page_size=2, page_token=first.next_page_token))
 
-    assert [one.path for one in (*first.rules, *rest.rules)] == ["$.a0", "$.a1", "$.a2"]
+    assert [difference.path for difference in (*first.rules, *rest.rules)] == ["$.a0", "$.a1", "$.a2"]
     assert rest.next_page_token == ""
 
 
@@ -88,20 +88,20 @@ WRONG = [
     (rule(action=0, path="$.a"), "the rule needs an action: one of ignore, tolerate"),
     (rule(action=77, path="$.a"), "action must be one of RULE_ACTION_UNSPECIFIED, RULE_ACTION_IGNORE"),
     (rule(), "the rule covers everything: give it at least one of path, header"),
-    (rule(path="$" + ".**" * 9), "path must be a pattern of at most 500 characters and 4 times **"),
+    (rule(path="$" + ".**" * 9), "path must be a pattern of 1 to 500 characters, with `**` at most 4 times"),
     (rule(path="$.a", status="abc"), "status must be a status such as 404, 4xx or 404->200, got 'abc'"),
-    (rule(path="$.a", owner=" "), "owner must say who answers for the rule"),
-    (rule(path="$.a", reason=""), "reason must say why the difference is known"),
-    (PAST, "expire_time must lie in the future, got 2020-01-01T00:00:00Z"),
-    (pb.Rule(action=pb.RULE_ACTION_IGNORE, path="$.a", owner="o", reason="r"), "expire_time must say until when"),
+    (rule(path="$.a", owner=" "), "owner must state who answers for the rule"),
+    (rule(path="$.a", reason=""), "reason must state why the difference is known"),
+    (PAST, "expire_time must be in the future, got 2020-01-01T00:00:00Z"),
+    (pb.Rule(action=pb.RULE_ACTION_IGNORE, path="$.a", owner="o", reason="r"), "expire_time must be set"),
     (rule(pb.RULE_ACTION_TOLERATE, path="$.a"), "the rule needs absolute or relative"),
     (rule(pb.RULE_ACTION_TOLERATE, path="$.a", absolute=-1), "absolute must be a number that is not negative"),
     (rule(pb.RULE_ACTION_EXPECT, path="$.a", old="{"), "old must be JSON text, got '{'"),
-    (rule(part=common.PART_LATENCY), "rules are not for times: the verdict's budget"),
+    (rule(part=common.PART_LATENCY), "a rule can't explain latency: set the budget"),
 ]
 
 
-async def test_what_is_wrong_with_a_rule_is_said(sidecar: Running) -> None:
+async def test_create_rule_refuses_invalid_rules(sidecar: Running) -> None:
     for asked, message in WRONG:
         found = await refusal(calls(sidecar).CreateRule(pb.CreateRuleRequest(rule=asked)))
 
@@ -110,17 +110,17 @@ async def test_what_is_wrong_with_a_rule_is_said(sidecar: Running) -> None:
     assert not (await calls(sidecar).ListRules(pb.ListRulesRequest())).rules
 
 
-async def test_what_is_not_there_and_what_is_there_twice(sidecar: Running) -> None:
+async def test_unknown_and_duplicate_rules_are_refused(sidecar: Running) -> None:
     gone = await refusal(calls(sidecar).DeleteRule(pb.DeleteRuleRequest(id=99)))
     no_finding = await refusal(calls(sidecar).CreateRule(pb.CreateRuleRequest(rule=rule(), finding_id=99)))
     await calls(sidecar).CreateRule(pb.CreateRuleRequest(rule=rule(path="$.a", name="a")))
     twice = await refusal(calls(sidecar).CreateRule(pb.CreateRuleRequest(rule=rule(path="$.b", name="a"))))
 
     assert gone.code is no_finding.code is grpc.StatusCode.NOT_FOUND
-    assert (twice.code, twice.message[:27]) == (grpc.StatusCode.INVALID_ARGUMENT, "a rule named 'a' is in force")
+    assert (twice.code, twice.message[:26]) == (grpc.StatusCode.INVALID_ARGUMENT, "a rule named 'a' is active")
 
 
-async def test_a_preview_names_what_somebody_confirmed_first(sidecar: Running) -> None:
+async def test_preview_lists_confirmed_findings_first(sidecar: Running) -> None:
     ledger = sidecar.ledger()
     endpoint = ledger.endpoint()
     common_one, confirmed = ledger.finding(endpoint, "$.a.x"), ledger.finding(endpoint, "$.a.y")
@@ -147,7 +147,7 @@ async def test_a_preview_names_what_somebody_confirmed_first(sidecar: Running) -
     await calls(sidecar).CreateRule(pb.CreateRuleRequest(rule=rule(path="$.a"), force=True))
 
 
-async def test_a_preview_tries_what_depends_on_values_on_kept_examples(sidecar: Running) -> None:
+async def test_preview_of_value_rule_uses_stored_examples(sidecar: Running) -> None:
     ledger = sidecar.ledger()
     endpoint = ledger.endpoint()
     price = ledger.finding(endpoint, "$.price")
@@ -163,7 +163,7 @@ async def test_a_preview_tries_what_depends_on_values_on_kept_examples(sidecar: 
     assert not (await calls(sidecar).PreviewRule(pb.PreviewRuleRequest(rule=none))).findings
 
 
-async def test_a_rule_made_for_a_finding_covers_just_that(sidecar: Running) -> None:
+async def test_rule_for_a_finding_covers_only_that_finding(sidecar: Running) -> None:
     ledger = sidecar.ledger()
     endpoint, other = ledger.endpoint(), ledger.endpoint(route="/orders")
     price, below = ledger.finding(endpoint, "$.a"), ledger.finding(endpoint, "$.a.b")
@@ -195,7 +195,7 @@ async def test_a_rule_made_for_a_finding_covers_just_that(sidecar: Running) -> N
     assert (await calls(sidecar).CreateRule(broad)).rule.endpoint == "*"
 
 
-async def test_a_source_has_the_rules_that_were_given_last(sidecar: Running) -> None:
+async def test_apply_rules_replaces_the_rules_of_a_source(sidecar: Running) -> None:
     async def apply(*rules: pb.Rule, **more: Any) -> tuple[list[str], list[str], list[str]]:
         found = await calls(sidecar).ApplyRules(pb.ApplyRulesRequest(source="f", rules=rules, **more))
         return tuple([row.name for row in part] for part in (found.created, found.deleted, found.unchanged))  # type: ignore[return-value]
@@ -213,8 +213,8 @@ async def test_a_source_has_the_rules_that_were_given_last(sidecar: Running) -> 
     assert (await refusal(apply(a, a))).message == "two rules are named 'a'"
 
 
-async def test_a_rule_works_at_once_and_its_pairs_stay_visible(sidecar: Running, redis_url: str) -> None:
-    """The whole way: Redis, worker, ledger; the rule, judging again; pair, finding and verdict say so."""
+async def test_new_rule_applies_to_stored_and_new_pairs(sidecar: Running, redis_url: str) -> None:
+    """Send pairs through Redis, worker and ledger, add a rule, and read pair, finding and summary."""
     url = sidecar.postgres_url
     for _ in range(3):
         send(redis_url, pair_of({"price": 1, "id": 1}, {"price": 2, "id": 2}))
@@ -253,20 +253,26 @@ async def test_a_rule_works_at_once_and_its_pairs_stay_visible(sidecar: Running,
 
 
 async def stays_listed(sidecar: Running, finding: int, made: pb.Rule) -> None:
-    """Apart, with the reason; in a window too."""
+    """Check the listing of an explained finding, with and without a time window."""
     day = common.TimeWindow()
     day.start.FromDatetime(dt.datetime.now(dt.UTC) - dt.timedelta(days=1))
     for window in (None, day):
         asked = comparison_pb2.ListFindingsRequest(only_explained=True, window=window)
-        listed = [one for one in (await sidecar.comparison.ListFindings(asked)).findings if one.id == finding]
+        listed = [
+            difference
+            for difference in (await sidecar.comparison.ListFindings(asked)).findings
+            if difference.id == finding
+        ]
         everything = comparison_pb2.ListFindingsRequest(include_settled=True, window=window)
         open_ones = comparison_pb2.ListFindingsRequest(include_noise=True, window=window)
 
-        ((why,),) = ([*one.explanations] for one in listed)
+        ((why,),) = ([*difference.explanations] for difference in listed)
         assert (why.cause, why.pairs) == (comparison_pb2.EXPLANATION_CAUSE_RULE, 4)
         assert (why.rule_id, why.rule_name, why.owner, why.reason) == (*(made.id, made.name, made.owner, made.reason),)
-        assert finding in {one.id for one in (await sidecar.comparison.ListFindings(everything)).findings}
-        assert finding not in {one.id for one in (await sidecar.comparison.ListFindings(open_ones)).findings}
+        assert finding in {difference.id for difference in (await sidecar.comparison.ListFindings(everything)).findings}
+        assert finding not in {
+            difference.id for difference in (await sidecar.comparison.ListFindings(open_ones)).findings
+        }
     pairs = await sidecar.comparison.ListPairs(comparison_pb2.ListPairsRequest(finding_id=finding))
     assert len(pairs.pairs) == 4
     _, shown, _ = await abreast(sidecar, "findings", "--explained")
@@ -282,7 +288,7 @@ rules:
 """
 
 
-LOG = re.compile(r"^\d{4}-\d\d-\d\d \d.*\n", re.MULTILINE)  # of the sidecar, which runs in this process
+LOG = re.compile(r"^\d{4}-\d\d-\d\d \d.*\n", re.MULTILINE)  # logs of the sidecar, which runs in this process
 
 
 async def abreast(sidecar: Running, *words: str, cwd: Path | None = None) -> tuple[int, str, str]:
@@ -294,7 +300,7 @@ async def abreast(sidecar: Running, *words: str, cwd: Path | None = None) -> tup
 DOC = Path(__file__).parents[2] / "docs/rules.md"
 
 
-async def test_the_examples_of_the_docs_work(sidecar: Running, tmp_path: Path) -> None:
+async def test_rule_examples_in_docs_are_exact(sidecar: Running, tmp_path: Path) -> None:
     ledger = sidecar.ledger()
     endpoint = ledger.endpoint()
     finding = ledger.finding(endpoint, "$.meta.request_id")
@@ -317,7 +323,7 @@ async def test_the_examples_of_the_docs_work(sidecar: Running, tmp_path: Path) -
         assert said == printed
 
 
-async def test_the_command_line(sidecar: Running, tmp_path: Path) -> None:
+async def test_rules_commands_import_export_add_and_delete(sidecar: Running, tmp_path: Path) -> None:
     ledger = sidecar.ledger()
     endpoint = ledger.endpoint()
     finding = ledger.finding(endpoint, "$.id")

@@ -29,20 +29,20 @@ def files(folder: Path, old: Any, new: Any) -> tuple[str, str]:
     return str(folder / "old"), str(folder / "new")
 
 
-def test_equal_files_end_with_0(tmp_path: Path) -> None:
+def test_compare_equal_files_exits_with_0(tmp_path: Path) -> None:
     result = run(*files(tmp_path, b'{"a": 1}', b'{"a":1}\n'))
 
     assert (result.exit_code, result.stdout) == (0, "nothing differs\n")
 
 
-def test_different_files_end_with_1_and_say_where(tmp_path: Path) -> None:
+def test_compare_different_files_exits_with_1(tmp_path: Path) -> None:
     result = run(*files(tmp_path, {"a": [{"b": 1}]}, {"a": [{"b": "1"}]}))
 
     assert result.exit_code == 1
     assert result.stdout == 'body $.a[0].b  type, breaking\n  - 1\n  + "1"\n1 difference\n'
 
 
-def test_json_output(tmp_path: Path) -> None:
+def test_compare_prints_json(tmp_path: Path) -> None:
     result = run("--json", *files(tmp_path, {"a": 1}, {"a": 2}))
 
     assert json.loads(result.stdout) == {
@@ -63,7 +63,7 @@ def test_json_output(tmp_path: Path) -> None:
     }
 
 
-def test_one_side_can_be_stdin(tmp_path: Path) -> None:
+def test_compare_reads_stdin(tmp_path: Path) -> None:
     old, _ = files(tmp_path, {"a": 1}, {})
 
     assert run(old, "-", stdin='{"a":1}').exit_code == 0
@@ -85,7 +85,7 @@ def test_one_side_can_be_stdin(tmp_path: Path) -> None:
         ([".", "json"], ". can't be read: Is a directory"),
     ],
 )
-def test_what_cannot_be_compared_ends_with_2(
+def test_compare_invalid_arguments_exits_with_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -98,13 +98,13 @@ def test_what_cannot_be_compared_ends_with_2(
     assert result.stderr.startswith(f"abreast: {message}")
 
 
-def test_empty_bodies_can_be_compared(tmp_path: Path) -> None:
+def test_compare_accepts_empty_bodies(tmp_path: Path) -> None:
     assert run(*files(tmp_path, b"", b"")).exit_code == 0
     assert run(*files(tmp_path, b"{}", b"")).stdout.startswith("body  removed, breaking\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-def test_an_answer_that_can_not_be_written_is_none(tmp_path: Path) -> None:
+def test_compare_exits_if_stdout_is_closed(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("abreast")), "compare", *files(tmp_path, {}, {})]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -112,14 +112,14 @@ def test_an_answer_that_can_not_be_written_is_none(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "abreast: the output can't be written: No space left on device\n")
 
 
-def test_any_text_can_be_compared_by_its_type(tmp_path: Path) -> None:
+def test_compare_uses_the_content_type_option(tmp_path: Path) -> None:
     result = run("--type", "text/plain", *files(tmp_path, b"a\nb\n", b"a\nc\n"))
 
     assert result.exit_code == 1
     assert "lines[1]" in result.stdout
 
 
-def test_what_rules_explain_ends_with_0_and_is_still_said(tmp_path: Path) -> None:
+def test_compare_prints_explained_differences(tmp_path: Path) -> None:
     (tmp_path / "rules").write_text("rules:\n- {name: clock, action: ignore, path: $.at}\n")
     names = files(tmp_path, {"at": 1, "a": 1}, {"at": 2, "a": 1})
     result = run("--rules", str(tmp_path / "rules"), *names)
@@ -128,10 +128,10 @@ def test_what_rules_explain_ends_with_0_and_is_still_said(tmp_path: Path) -> Non
     assert "explained by clock" in result.stdout
     assert result.stdout.endswith("nothing unexplained differs, 1 difference explained\n")
     found = json.loads(run("--json", "--rules", str(tmp_path / "rules"), *names).stdout)
-    assert [one["explained_by"] for one in found["differences"]] == ["clock"]
+    assert [difference["explained_by"] for difference in found["differences"]] == ["clock"]
 
 
-def test_a_rule_for_another_endpoint_explains_nothing(tmp_path: Path) -> None:
+def test_compare_ignores_rules_of_other_endpoints(tmp_path: Path) -> None:
     (tmp_path / "rules").write_text("rules:\n- {action: ignore, path: $.a, endpoint: GET /other}\n")
     names = ("--rules", str(tmp_path / "rules"), *files(tmp_path, {"a": 1}, {"a": 2}))
 
@@ -139,7 +139,7 @@ def test_a_rule_for_another_endpoint_explains_nothing(tmp_path: Path) -> None:
     assert run(*names, "--endpoint", "GET /other").exit_code == 0
 
 
-def test_whole_responses(tmp_path: Path) -> None:
+def test_compare_reads_http_files(tmp_path: Path) -> None:
     old = b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncache-control: no-store\r\n\r\n{"a":1}'
     new = b'HTTP/2 200\ncontent-type: application/json\ndate: now\n\n{"a":1}\n'
     result = run("--http", *files(tmp_path, old, new))
@@ -149,13 +149,13 @@ def test_whole_responses(tmp_path: Path) -> None:
     assert run("--http", *files(tmp_path, old, old)).exit_code == 0
 
 
-def test_a_response_that_says_nothing_about_the_version_is_not_compared(tmp_path: Path) -> None:
+def test_compare_reports_load_shedding_as_not_compared(tmp_path: Path) -> None:
     result = run("--http", *files(tmp_path, b"HTTP/1.1 200 OK\n\n1", b"HTTP/1.1 429 Too Many Requests\n\n"))
 
     assert (result.exit_code, result.stdout) == (2, "not compared (new was shedding load)\n")
 
 
-def test_what_comes_from_files_cannot_steer_the_terminal(tmp_path: Path) -> None:
+def test_compare_escapes_control_characters(tmp_path: Path) -> None:
     result = run(*files(tmp_path, {"a\x1b[31m": "\x1b[2J"}, {}))
 
     assert "\x1b" not in result.stdout
@@ -181,14 +181,14 @@ def test_what_comes_from_files_cannot_steer_the_terminal(tmp_path: Path) -> None
         (b"HTTP/1.1 200 OK\ntransfer-encoding: chunked\n\nabc", 200, (("transfer-encoding", "chunked"),), b"abc"),
     ],
 )
-def test_responses_are_read(data: bytes, status: int, headers: Any, body: bytes) -> None:
+def test_parse_http_file_reads_status_headers_and_body(data: bytes, status: int, headers: Any, body: bytes) -> None:
     answer = parse_http_file(data, "file")
 
     assert (answer.status, answer.headers, answer.body.content) == (status, headers, body)
 
 
 @pytest.mark.parametrize("data", [b"", b"200 OK", b"HTTP/1.1 999 x\r\n\r\n", b"HTTP/1.1 200 OK\nno colon\n\n"])
-def test_what_is_no_response_is_refused(data: bytes) -> None:
+def test_parse_http_file_refuses_invalid_responses(data: bytes) -> None:
     with pytest.raises(ArgumentError):
         parse_http_file(data, "file")
 
@@ -197,7 +197,7 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", DOC.read_text(), re.DOTALL)
 
 
-def test_the_examples_of_the_page_say_what_the_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_examples_in_docs_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for content in blocks("json"):
         name, _, text = content.partition("\n")
@@ -211,7 +211,7 @@ def test_the_examples_of_the_page_say_what_the_command_says(tmp_path: Path, monk
         assert run(*command.removeprefix("$ abreast compare ").split()).stdout == expected
 
 
-def test_every_rule_of_the_page_is_valid() -> None:
+def test_rules_in_docs_are_valid() -> None:
     from abreast_sidecar.compare.rule_document import parse_rules
     from abreast_sidecar.compare.rules import ACTIONS
 

@@ -1,4 +1,4 @@
-"""One cause, one finding: pairs as they are judged, with what has to be said of them and no more."""
+"""One cause yields one difference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OLD = capture("old", 200, body({"a": {"b": 1, "c": {"d": 2}}}), (JSON,))
 
 
 @pytest.mark.parametrize(
-    ("new", "said"),
+    ("new", "expected"),
     [
         (capture("new", 200, PAGE, (HTML,)), [("body", "", "type", "breaking")]),
         (capture("new", 200, b"oops", (TEXT,)), [("body", "", "type", "breaking")]),
@@ -56,14 +56,18 @@ OLD = capture("old", 200, body({"a": {"b": 1, "c": {"d": 2}}}), (JSON,))
     ],
     ids=["page", "text", "empty", "no-content", "wrong-type", "parent", "null", "missing", "raised", "cut", "gzip"],
 )
-def test_one_cause_is_said_once(new: Capture, said: list[tuple[str, str, str, str]]) -> None:
-    found = compare_pair([OLD, new], CompareOptions()).differences
+def test_one_cause_yields_one_difference(new: Capture, expected: list[tuple[str, str, str, str]]) -> None:
+    result = compare_pair([OLD, new], CompareOptions()).differences
 
-    assert [(one.part, one.path, one.kind, one.impact) for one in found] == said
+    assert [(difference.part, difference.path, difference.kind, difference.impact) for difference in result] == expected
 
 
-def test_two_causes_are_two() -> None:
+def test_independent_causes_yield_separate_differences() -> None:
     new = capture("new", 201, body({"a": {"b": "1", "c": {"d": 2}}}), (JSON, ("vary", "accept")))
-    found = compare_pair([OLD, new], CompareOptions()).differences
+    result = compare_pair([OLD, new], CompareOptions()).differences
 
-    assert [(one.part, one.path) for one in found] == [("status", "200->201"), ("header", "vary"), ("body", "$.a.b")]
+    assert [(difference.part, difference.path) for difference in result] == [
+        ("status", "200->201"),
+        ("header", "vary"),
+        ("body", "$.a.b"),
+    ]

@@ -1,4 +1,4 @@
-"""Every labelled pair: all that differs is found, and nothing else."""
+"""Labelled pairs of the corpus yield exactly the expected differences."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections import Counter
 import pytest
 from msgspec.structs import replace
 
-from support_corpus import Pair, found, pairs
+from support_corpus import Pair, describe_differences, pairs
 
 PAIRS = pairs()
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
-def test_exactly_what_is_labelled_is_found(pair: Pair) -> None:
-    judgement = pair.judged()
+def test_corpus_pair_yields_the_labelled_differences(pair: Pair) -> None:
+    result = pair.compare()
 
-    told = pair.expected if pair.got is None else pair.got
-    assert found(judgement) == {_deep(text) for text in told}
-    assert judgement.outcome == pair.outcome
+    expected = pair.expected if pair.got is None else pair.got
+    assert describe_differences(result) == {_deep(text) for text in expected}
+    assert result.outcome == pair.outcome
 
 
 def _deep(text: str) -> str:
     return text.replace("$*", "$" + "[*]" * 150)
 
 
-def test_the_corpus_is_large_and_its_names_are_unique() -> None:
+def test_corpus_is_large_and_has_unique_names() -> None:
     labels = Counter(pair.label for pair in PAIRS)
 
     assert len(PAIRS) >= 400
@@ -34,7 +34,7 @@ def test_the_corpus_is_large_and_its_names_are_unique() -> None:
     assert labels["regression"] >= 100
 
 
-def test_labels_and_expectations_say_the_same() -> None:
+def test_corpus_labels_agree_with_expected_differences() -> None:
     for pair in PAIRS:
         impacts = {text.rpartition(" ")[2] for text in pair.expected}
 
@@ -43,7 +43,7 @@ def test_labels_and_expectations_say_the_same() -> None:
         assert (pair.label == "unknown") == (pair.outcome not in {"match", "mismatch"} and not impacts), pair.name
 
 
-def test_what_is_known_to_be_told_wrongly_is_little_and_named() -> None:
+def test_corpus_lists_its_known_errors() -> None:
     assert [pair.name for pair in PAIRS if pair.got is not None] == [
         "a scope in another order",
         "fields of protobuf in another order",
@@ -51,13 +51,13 @@ def test_what_is_known_to_be_told_wrongly_is_little_and_named() -> None:
     ]
 
 
-def test_swapped_sides_differ_where_the_pair_does() -> None:
+def test_corpus_pair_with_swapped_sides_differs_at_the_same_paths() -> None:
     for pair in PAIRS:
-        there = pair.judged()
+        there = pair.compare()
         back = type(pair)(
             pair.name, pair.label, replace(pair.new, version="old"), replace(pair.old, version="new"), pair.expected, ""
-        ).judged()
+        ).compare()
 
-        assert {one.path for one in there.differences if one.part != "status"} == {
-            one.path for one in back.differences if one.part != "status"
+        assert {difference.path for difference in there.differences if difference.part != "status"} == {
+            difference.path for difference in back.differences if difference.part != "status"
         }, pair.name

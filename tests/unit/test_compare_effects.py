@@ -1,4 +1,4 @@
-"""What two versions did beside their answers is compared like the answers."""
+"""Differences between the effects of two versions."""
 
 from __future__ import annotations
 
@@ -33,42 +33,42 @@ def compare(old: Any, new: Any, rules: CompareOptions = RULES) -> ComparisonResu
     return compare_pair([with_effects("old", old), with_effects("new", new)], rules)
 
 
-def seen(judgement: ComparisonResult) -> list[tuple[str, str, str]]:
-    assert {found.part for found in judgement.differences} <= {"effect"}
-    return [(found.path, found.kind, found.impact) for found in judgement.differences]
+def seen(result: ComparisonResult) -> list[tuple[str, str, str]]:
+    assert {difference.part for difference in result.differences} <= {"effect"}
+    return [(difference.path, difference.kind, difference.impact) for difference in result.differences]
 
 
-def test_the_same_effects_match() -> None:
+def test_equal_effects_match() -> None:
     mails = did((MAIL, {"to": "a"}), (MAIL, {"to": "b"}))
 
     assert compare(mails, mails).outcome == "match"
 
 
-def test_a_missing_an_extra_and_a_changed_one_are_told_apart() -> None:
-    one, other = did((MAIL, {"to": "a", "n": 1})), did((MAIL, {"to": "b", "n": 1}))
+def test_missing_extra_and_changed_effects_are_reported() -> None:
+    old, new = did((MAIL, {"to": "a", "n": 1})), did((MAIL, {"to": "b", "n": 1}))
 
-    assert seen(compare(one, ())) == [(MAIL, "removed", "breaking")]
-    assert seen(compare((), one)) == [(MAIL, "added", "value")]
-    assert seen(compare(one, other)) == [(f"{MAIL}.$.to", "changed", "value")]
-    assert compare(one, other).outcome == "mismatch"
+    assert seen(compare(old, ())) == [(MAIL, "removed", "breaking")]
+    assert seen(compare((), old)) == [(MAIL, "added", "value")]
+    assert seen(compare(old, new)) == [(f"{MAIL}.$.to", "changed", "value")]
+    assert compare(old, new).outcome == "mismatch"
 
 
-def test_values_are_shown() -> None:
-    (found,) = compare(did((MAIL, {"to": "a"})), did((MAIL, {"to": "b"}))).differences
+def test_effect_difference_has_path_and_values() -> None:
+    (result,) = compare(did((MAIL, {"to": "a"})), did((MAIL, {"to": "b"}))).differences
     (gone,) = compare(did((MAIL, {"to": "a"}), key="k"), ()).differences
 
-    assert (found.exact_path, found.old, found.new) == (f"{MAIL}.$.to", '"a"', '"b"')
+    assert (result.exact_path, result.old, result.new) == (f"{MAIL}.$.to", '"a"', '"b"')
     assert (gone.exact_path, gone.old, gone.new) == (f"{MAIL}[k]", '{"to":"a"}', None)
 
 
-def test_one_that_is_missing_among_several_is_one_difference() -> None:
+def test_missing_effect_among_several_is_one_difference() -> None:
     three = did((MAIL, {"to": "a"}), (MAIL, {"to": "b"}), (MAIL, {"to": "c"}))
 
     assert seen(compare(three, three[1:])) == [(MAIL, "removed", "breaking")]
     assert seen(compare(three, (three[0], three[2]))) == [(MAIL, "removed", "breaking")]
 
 
-def test_order_matters_within_a_kind_and_key_and_nowhere_else() -> None:
+def test_effect_order_counts_only_within_kind_and_key() -> None:
     a, b = did((MAIL, "a")), did((MAIL, "b"))
     sms = did(("sms.send", "a"))
     here, there = did((MAIL, "a"), key="here"), did((MAIL, "b"), key="there")
@@ -78,7 +78,7 @@ def test_order_matters_within_a_kind_and_key_and_nowhere_else() -> None:
     assert compare(here + there, there + here).outcome == "match"
 
 
-def test_a_payload_is_walked_like_a_body() -> None:
+def test_effect_payload_is_compared_by_paths() -> None:
     old = did((MAIL, {"items": [{"id": 1, "price": 2}, {"id": 2, "price": 3}], "gone": 1}))
     new = did((MAIL, {"items": [{"id": 2, "price": 3}, {"id": 1, "price": "2"}]}))
 
@@ -89,14 +89,14 @@ def test_a_payload_is_walked_like_a_body() -> None:
     ]
 
 
-def test_notes_and_errors_and_times_are_not_compared() -> None:
+def test_effect_notes_errors_and_times_are_ignored() -> None:
     (mail,) = did((MAIL, 1))
     note = {"kind": "cache.miss", "payload": 1, "at_us": 5, "note": True}
 
     assert compare([mail, note], [{**mail, "at_us": 900, "error": "OSError"}]).outcome == "match"
 
 
-def test_of_payloads_that_were_too_long_the_digest_is_compared() -> None:
+def test_long_effect_payload_is_compared_by_digest() -> None:
     long = {"kind": MAIL, "digest": "ab", "length": 9, "at_us": 1}
 
     assert compare([long], [long]).outcome == "match"
@@ -104,8 +104,8 @@ def test_of_payloads_that_were_too_long_the_digest_is_compared() -> None:
 
 
 @pytest.mark.parametrize("dropped", [(1, 0), (0, 1), (2, 2)])
-def test_with_more_than_a_capture_holds_equal_ones_are_no_match(dropped: tuple[int, int]) -> None:
-    judgement = compare_pair(
+def test_dropped_effects_prevent_a_match(dropped: tuple[int, int]) -> None:
+    result = compare_pair(
         [
             with_effects("old", did((MAIL, 1)), dropped=dropped[0]),
             with_effects("new", did((MAIL, 1)), dropped=dropped[1]),
@@ -113,37 +113,37 @@ def test_with_more_than_a_capture_holds_equal_ones_are_no_match(dropped: tuple[i
         RULES,
     )
 
-    assert (judgement.outcome, judgement.reason) == (
+    assert (result.outcome, result.reason) == (
         "not_compared",
-        "more effects than a capture holds: the first were compared",
+        "a capture has more effects than its limit: only the first ones were compared",
     )
 
 
-def test_what_follows_from_another_status_is_no_finding_of_its_own() -> None:
+def test_other_status_hides_missing_effects() -> None:
     old, new = with_effects("old", did((MAIL, 1))), with_effects("new", (), status=500)
 
-    assert [found.part for found in compare_pair([old, new], RULES).differences] == ["status"]
+    assert [difference.part for difference in compare_pair([old, new], RULES).differences] == ["status"]
 
 
-def test_an_answer_to_head_has_effects_too() -> None:
+def test_effects_of_head_requests_are_compared() -> None:
     old, new = with_effects("old", did((MAIL, 1)), method="HEAD"), with_effects("new", (), method="HEAD")
 
     assert seen(compare_pair([old, new], RULES)) == [(MAIL, "removed", "breaking")]
 
 
-def test_two_copies_of_old_tell_what_is_noise() -> None:
+def test_baseline_yields_noise_of_effects() -> None:
     old = with_effects("old", did((MAIL, {"id": 1})))
     again = replace(with_effects("old", did((MAIL, {"id": 2}))), role="baseline")
     new = with_effects("new", did((MAIL, {"id": 3})))
-    judgement = compare_pair([old, again, new], RULES)
+    result = compare_pair([old, again, new], RULES)
 
-    assert judgement.baseline_compared
-    assert [(found.part, found.path) for found in judgement.noise] == [("effect", f"{MAIL}.$.id")]
+    assert result.baseline_compared
+    assert [(difference.part, difference.path) for difference in result.noise] == [("effect", f"{MAIL}.$.id")]
 
 
-def test_shapes_explain_values_as_they_do_in_bodies() -> None:
-    one, other = "6f1f2d7e-1c5a-4a8e-9b4e-0e8f5d2c7a11", "0b9d9c3e-58a1-4c58-8f3f-7a1f6f1a2b3c"
-    fresh = compare(did((MAIL, {"id": one})), did((MAIL, {"id": other}))).differences
+def test_shapes_explain_effect_payloads() -> None:
+    first, second = "6f1f2d7e-1c5a-4a8e-9b4e-0e8f5d2c7a11", "0b9d9c3e-58a1-4c58-8f3f-7a1f6f1a2b3c"
+    fresh = compare(did((MAIL, {"id": first})), did((MAIL, {"id": second}))).differences
     plain = compare(did((MAIL, {"to": "ann"})), did((MAIL, {"to": "bob"}))).differences
 
     assert is_explained_by_shape(fresh, 0)
@@ -159,7 +159,7 @@ def test_shapes_explain_values_as_they_do_in_bodies() -> None:
         (Rule("r", "ignore", path="sms.send"), "mismatch"),
     ],
 )
-def test_rules_cover_effects(rule: Rule, outcome: str) -> None:
+def test_rules_explain_effects(rule: Rule, outcome: str) -> None:
     rules = CompareOptions(rule_set=RuleSet((rule,)))
 
     assert compare(did((MAIL, {"to": "a"})), did((MAIL, {"to": "b"})), rules).outcome == outcome
@@ -176,7 +176,7 @@ EFFECTS = st.lists(
 
 @settings(max_examples=40)
 @given(EFFECTS, EFFECTS)
-def test_it_never_raises_and_finds_nothing_in_the_same(old: Any, new: Any) -> None:
+def test_effects_with_swapped_sides_have_the_same_outcome(old: Any, new: Any) -> None:
     there, back = compare(old, new), compare(new, old)
 
     assert compare(old, old).outcome == "match"
@@ -185,7 +185,7 @@ def test_it_never_raises_and_finds_nothing_in_the_same(old: Any, new: Any) -> No
 
 @settings(max_examples=40)
 @given(EFFECTS, EFFECTS)
-def test_damaged_records_raise_nothing(old: Any, new: Any) -> None:
+def test_damaged_effect_records_can_be_compared(old: Any, new: Any) -> None:
     stripped = [{name: value for name, value in effect.items() if name != "kind"} for effect in old]
 
-    assert all(isinstance(found, Difference) for found in compare(stripped, new).differences)
+    assert all(isinstance(difference, Difference) for difference in compare(stripped, new).differences)

@@ -1,4 +1,4 @@
-"""What holds of every format: nothing differs from itself, sides can be swapped, nothing raises, and no value is overlooked."""
+"""Properties of all formats: symmetric, without false differences, without errors, and no change is missed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from abreast.protocol.capture import Answer, Body
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
 from abreast_sidecar.compare.rules import CompareOptions
 
-# Each with a place for a word; what is written around it is the format's.
+# Bodies with a placeholder for a word.
 PLACES: dict[str, list[str]] = {
     "application/json": ['{"a":%s}', '["%s"]', '[{"id":1,"v":["x","%s"]},2]', '{"%s":1}', '{"a":1,"a":"%s","a":2}'],
     "application/problem+json": ['{"detail":"%s"}'],
@@ -75,7 +75,7 @@ def filled(place: str, word: str) -> bytes:
 
 
 @each
-def test_no_word_is_overlooked(kind: str, place: str) -> None:
+def test_compare_detects_a_changed_word_in_every_format(kind: str, place: str) -> None:
     words = [word for word in WORDS if not word.isdigit() or ("<%s" not in place and "<r %s" not in place)]
     for old, new in pairwise(words):
         assert compared(filled(place, old), filled(place, new), kind).differences, (old, new)
@@ -84,19 +84,19 @@ def test_no_word_is_overlooked(kind: str, place: str) -> None:
 @each
 @settings(max_examples=25)
 @given(st.data())
-def test_sides_can_be_swapped_and_nothing_raises(kind: str, place: str, data: st.DataObject) -> None:
+def test_compare_of_damaged_bodies_is_symmetric(kind: str, place: str, data: st.DataObject) -> None:
     old, new = (damaged(filled(place, "anna"), data) for _ in range(2))
     there, back = compared(old, new, kind), compared(new, old, kind)
 
     assert compared(old, bytes(bytearray(old)), kind).differences == []
     assert (there.is_unreadable, there.is_too_large) == (back.is_unreadable, back.is_too_large)
-    assert sorted((one.path, one.kind) for one in there.differences) == sorted(
-        (one.path, SWAPPED.get(one.kind, one.kind)) for one in back.differences
+    assert sorted((difference.path, difference.kind) for difference in there.differences) == sorted(
+        (difference.path, SWAPPED.get(difference.kind, difference.kind)) for difference in back.differences
     )
 
 
 def damaged(body: bytes, data: st.DataObject) -> bytes:
-    """With up to three bytes put in, taken out or changed."""
+    """Insert, remove or change up to three bytes."""
     for _ in range(data.draw(st.integers(0, 3))):
         at = data.draw(st.integers(0, len(body)))
         put = data.draw(st.binary(max_size=2))
@@ -105,9 +105,11 @@ def damaged(body: bytes, data: st.DataObject) -> bytes:
 
 
 @each
-def test_what_is_compressed_is_compared_alike(kind: str, place: str) -> None:
+def test_compressed_body_is_compared_like_a_plain_one(kind: str, place: str) -> None:
     plain = [filled(place, word) for word in WORDS[:2]]
     old, new = (answer(gzip.compress(body), kind, "gzip") for body in plain)
-    found, expected = compare_bodies(old, new, CompareOptions()), compared(plain[0], plain[1], kind)
+    result, expected = compare_bodies(old, new, CompareOptions()), compared(plain[0], plain[1], kind)
 
-    assert [one.path for one in found.differences] == [one.path for one in expected.differences]
+    assert [difference.path for difference in result.differences] == [
+        difference.path for difference in expected.differences
+    ]

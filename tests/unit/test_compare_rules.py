@@ -1,10 +1,10 @@
-"""What people declare about differences, and what it explains."""
+"""Rules, their documents, and the differences that they explain."""
 
 from __future__ import annotations
 
 import datetime as dt
 import json
-from importlib.resources import files
+from dataclasses import fields
 from typing import Any
 
 import jsonschema
@@ -15,22 +15,31 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from msgspec.structs import replace
 
+from abreast.v1 import rule_pb2
 from abreast_sidecar.compare.model import ComparisonResult
 from abreast_sidecar.compare.pair import compare_pair
-from abreast_sidecar.compare.rule_document import RuleError, parse_rules, rule_from_dict, rule_to_dict
+from abreast_sidecar.compare.rule_document import (
+    RuleError,
+    build_schema,
+    dict_to_message,
+    message_to_dict,
+    parse_rules,
+    rule_from_dict,
+    rule_to_dict,
+)
 from abreast_sidecar.compare.rules import (
     ACTIONS,
     MAX_CACHED_SCOPES,
     CompareOptions,
+    Rule,
     RuleScope,
     RuleSet,
     compile_path_pattern,
     matches_statuses,
 )
-from abreast_sidecar.serve import rule_messages
 from captures import capture
 
-SCHEMA = json.loads((files("abreast_sidecar.compare") / "rules.schema.json").read_text())
+SCHEMA = build_schema()
 
 
 def declared(*rules: dict[str, Any]) -> RuleSet:
@@ -41,33 +50,33 @@ def compare(rules: RuleSet, old: Any, new: Any) -> ComparisonResult:
     return compare_pair([capture("old", old), capture("new", new)], CompareOptions(rule_set=rules))
 
 
-def left(judgement: ComparisonResult) -> list[str]:
-    return [f"{one.path} {one.kind}" for one in judgement.differences]
+def left(result: ComparisonResult) -> list[str]:
+    return [f"{difference.path} {difference.kind}" for difference in result.differences]
 
 
-def explained(judgement: ComparisonResult) -> list[tuple[str, str]]:
-    return [(one.path, one.explained_by) for one in judgement.explained_differences]
+def explained(result: ComparisonResult) -> list[tuple[str, str]]:
+    return [(difference.path, difference.explained_by) for difference in result.explained_differences]
 
 
-def test_without_rules_nothing_is_explained() -> None:
-    judgement = compare(RuleSet(), {"a": 1}, {"a": 2})
+def test_empty_rule_set_explains_nothing() -> None:
+    result = compare(RuleSet(), {"a": 1}, {"a": 2})
 
-    assert (judgement.outcome, explained(judgement)) == ("mismatch", [])
+    assert (result.outcome, explained(result)) == ("mismatch", [])
 
 
-def test_what_is_ignored_stays_visible_with_the_rule() -> None:
+def test_ignored_difference_names_its_rule() -> None:
     rules = declared({"name": "ids", "action": "ignore", "path": "$.meta.id"})
-    judgement = compare(rules, {"meta": {"id": 1}, "a": 1}, {"meta": {"id": 2}, "a": 1})
+    result = compare(rules, {"meta": {"id": 1}, "a": 1}, {"meta": {"id": 2}, "a": 1})
 
-    assert (judgement.outcome, left(judgement), explained(judgement)) == ("match", [], [("$.meta.id", "ids")])
+    assert (result.outcome, left(result), explained(result)) == ("match", [], [("$.meta.id", "ids")])
 
 
-def test_the_rest_is_still_a_mismatch() -> None:
+def test_rule_leaves_other_differences_unexplained() -> None:
     rules = declared({"action": "ignore", "path": "$.meta"})
-    judgement = compare(rules, {"meta": {"id": 1}, "a": 1}, {"meta": {"id": 2}, "a": 2})
+    result = compare(rules, {"meta": {"id": 1}, "a": 1}, {"meta": {"id": 2}, "a": 2})
 
-    assert (judgement.outcome, left(judgement)) == ("mismatch", ["$.a changed"])
-    assert explained(judgement) == [("$.meta.id", "rule 1")]
+    assert (result.outcome, left(result)) == ("mismatch", ["$.a changed"])
+    assert explained(result) == [("$.meta.id", "rule 1")]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +101,7 @@ def test_the_rest_is_still_a_mismatch() -> None:
         ("events[*].data", "events[*].data.eur", True, True),
     ],
 )
-def test_path_patterns(pattern: str, path: str, below: bool, matches: bool) -> None:
+def test_path_pattern_matches_paths(pattern: str, path: str, below: bool, matches: bool) -> None:
     assert bool(compile_path_pattern(pattern, include_descendants=below).fullmatch(path)) == matches
 
 
@@ -114,13 +123,13 @@ def test_path_patterns(pattern: str, path: str, below: bool, matches: bool) -> N
         ({"absolute": 5}, "x" * 600, "y" * 600, "mismatch"),
     ],
 )
-def test_tolerance(rule: dict[str, Any], old: Any, new: Any, expected: str) -> None:
+def test_tolerate_rule_accepts_close_values(rule: dict[str, Any], old: Any, new: Any, expected: str) -> None:
     rules = declared({"action": "tolerate", "path": "$.v", **rule})
 
     assert compare(rules, {"v": old}, {"v": new}).outcome == expected
 
 
-def test_an_unordered_array_is_a_set() -> None:
+def test_unordered_rule_explains_only_order() -> None:
     rules = declared({"action": "unordered", "path": "$.tags"})
 
     assert compare(rules, {"tags": [1, 2, 3]}, {"tags": [3, 1, 2]}).outcome == "match"
@@ -128,14 +137,14 @@ def test_an_unordered_array_is_a_set() -> None:
     assert left(compare(rules, {"other": [1, 2]}, {"other": [2, 1]})) == ["$.other order"]
 
 
-def test_elements_are_told_by_the_field_of_a_rule() -> None:
+def test_keyed_by_rule_matches_elements_by_its_field() -> None:
     rules = declared({"action": "keyed-by", "path": "$.rows", "by": "nr"})
     old = {"rows": [{"nr": 1, "v": 1}, {"nr": 2, "v": 2}, {"nr": 3, "v": 3}]}
     new = {"rows": [{"nr": 3, "v": 9}, {"nr": 1, "v": 1}, {"nr": 4, "v": 4}]}
-    judgement = compare(rules, old, new)
+    result = compare(rules, old, new)
 
-    assert sorted(left(judgement)) == ["$.rows[*] added", "$.rows[*] removed", "$.rows[*].v changed"]
-    assert explained(judgement) == [("$.rows", "rule 1")]
+    assert sorted(left(result)) == ["$.rows[*] added", "$.rows[*] removed", "$.rows[*].v changed"]
+    assert explained(result) == [("$.rows", "rule 1")]
 
 
 @pytest.mark.parametrize(
@@ -161,14 +170,14 @@ def test_elements_are_told_by_the_field_of_a_rule() -> None:
         ({"header": "x-*"}, "mismatch"),
     ],
 )
-def test_what_a_rule_is_limited_to(rule: dict[str, Any], expected: str) -> None:
+def test_rule_is_limited_by_its_fields(rule: dict[str, Any], expected: str) -> None:
     rules = declared({"action": "expect", **rule})
     old, new = capture("old", {"a": 1}), replace(capture("new", {"a": 2}), release="2.1")
 
     assert compare_pair([old, new], CompareOptions(rule_set=rules)).outcome == expected
 
 
-def test_which_rules_apply_is_found_once_for_each_kind_of_answer() -> None:
+def test_rule_set_caches_rules_by_scope() -> None:
     rules = declared({"action": "ignore", "path": "$.a", "endpoint": "GET /a*"}, {"action": "ignore", "path": "$.b"})
     first, again = (rules.for_scope(RuleScope("shop", "GET /a", "1", "2", (200, 200))) for _ in range(2))
     other = rules.for_scope(RuleScope("shop", "GET /b", "1", "2", (200, 200)))
@@ -180,16 +189,16 @@ def test_which_rules_apply_is_found_once_for_each_kind_of_answer() -> None:
     assert len(rules._by_scope) <= MAX_CACHED_SCOPES
 
 
-def test_headers_and_statuses_are_explained_too() -> None:
+def test_rules_explain_headers_and_statuses() -> None:
     rules = declared(
         {"name": "gone", "action": "expect", "header": "X-Old", "kind": "removed"},
         {"name": "made", "action": "expect", "status": "200->201", "part": "status"},
     )
     old = capture("old", headers=(("x-old", "1"), ("x-b", "1")))
-    judgement = compare_pair([old, capture("new", status=201, headers=())], CompareOptions(rule_set=rules))
+    result = compare_pair([old, capture("new", status=201, headers=())], CompareOptions(rule_set=rules))
 
-    assert explained(judgement) == [("200->201", "made"), ("x-old", "gone")]
-    assert left(judgement) == ["x-b removed"]
+    assert explained(result) == [("200->201", "made"), ("x-old", "gone")]
+    assert left(result) == ["x-b removed"]
 
 
 @pytest.mark.parametrize(
@@ -203,11 +212,11 @@ def test_headers_and_statuses_are_explained_too() -> None:
         ("*", (200, 500), True),
     ],
 )
-def test_status_patterns(pattern: str, statuses: tuple[int, int], matches: bool) -> None:
+def test_status_pattern_matches_statuses(pattern: str, statuses: tuple[int, int], matches: bool) -> None:
     assert matches_statuses(pattern, statuses) == matches
 
 
-def test_a_rule_ends_on_its_day() -> None:
+def test_rule_expires_on_its_day() -> None:
     quoted = declared({"action": "ignore", "path": "$.a", "expires": "2031-01-31"})
     rules = parse_rules("rules:\n- {action: ignore, path: $.a, expires: 2031-01-31}\n")
 
@@ -250,14 +259,14 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("text", "message"), BROKEN)
-def test_what_is_wrong_is_said_with_its_line(text: str, message: str) -> None:
+def test_parse_rules_reports_line_and_problem(text: str, message: str) -> None:
     with pytest.raises(RuleError) as caught:
         parse_rules(text, "rules.yaml")
 
     assert str(caught.value).startswith(message)
 
 
-def test_an_empty_file_has_no_rules() -> None:
+def test_parse_rules_accepts_an_empty_document() -> None:
     assert not parse_rules("")
     assert not parse_rules("rules: []")
 
@@ -285,9 +294,23 @@ FIELDS: dict[str, list[Any]] = {
 }
 
 
+def test_schema_documents_every_field_of_a_rule() -> None:
+    properties = SCHEMA["$defs"]["rule"]["properties"]
+
+    Draft202012Validator.check_schema(SCHEMA)
+    assert properties.keys() == {*(field.name for field in fields(Rule)), "header"}
+    assert all(schema["description"] for schema in properties.values())
+    assert properties["relative"] == {
+        "description": "tolerate: the largest distance, as a share of the old number.",
+        "type": ["number", "string"],
+        "minimum": 0,
+        "pattern": r"^[0-9]+(\.[0-9]+)?\s*%$",
+    }
+
+
 @given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in FIELDS.items()}))
 @settings(max_examples=400, deadline=None)
-def test_the_schema_and_the_reader_agree(rule: dict[str, Any]) -> None:
+def test_schema_agrees_with_parse_rules(rule: dict[str, Any]) -> None:
     try:
         declared(rule)
         read = True
@@ -299,16 +322,16 @@ def test_the_schema_and_the_reader_agree(rule: dict[str, Any]) -> None:
 
 @given(st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in FIELDS.items()}))
 @settings(max_examples=300, deadline=None)
-def test_a_rule_is_the_same_after_files_and_messages(rule: dict[str, Any]) -> None:
+def test_rule_survives_conversion_to_dict_and_message(rule: dict[str, Any]) -> None:
     try:
         made = rule_from_dict({**rule, "expires": "2031-01-31"})
     except RuleError:
         return
-    fields = rule_to_dict(made)
+    document = rule_to_dict(made)
 
-    assert rule_from_dict(fields) == made
-    sent = rule_messages.message_to_dict(rule_messages.dict_to_message(fields))
-    assert rule_from_dict({**sent, "expires": fields["expires"]}) == made
+    assert rule_from_dict(document) == made
+    sent = message_to_dict(dict_to_message(document, rule_pb2.Rule()))
+    assert rule_from_dict({**sent, "expires": document["expires"]}) == made
 
 
 ACCEPTED: list[dict[str, Any]] = [
@@ -324,7 +347,7 @@ ACCEPTED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("rule", ACCEPTED)
-def test_the_schema_takes_what_the_reader_takes(rule: dict[str, Any]) -> None:
+def test_schema_accepts_valid_rules(rule: dict[str, Any]) -> None:
     jsonschema.validate({"rules": [rule]}, SCHEMA)
 
     assert len(declared(rule).rules) == 1
@@ -333,13 +356,13 @@ def test_the_schema_takes_what_the_reader_takes(rule: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"), [case for case in BROKEN if "two rules" not in case[1] and "twice" not in case[1]]
 )
-def test_the_schema_refuses_what_the_reader_refuses(text: str, message: str) -> None:
+def test_schema_refuses_invalid_documents(text: str, message: str) -> None:
     try:
         document = json.loads(json.dumps(yaml.safe_load(text), default=str))
     except (yaml.YAMLError, RecursionError, ValueError):
-        return  # not YAML at all
-    if any(word in message for word in ("status must", "expires must", "JSON value")):
-        return  # formats that a schema leaves to the reader
+        return  # not YAML
+    if any(word in message for word in ("expires must", "JSON value")):
+        return  # formats that jsonschema does not check
 
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(document, SCHEMA)

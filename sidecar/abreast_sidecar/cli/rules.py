@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -36,16 +37,21 @@ from abreast_sidecar.client.output import (
 )
 from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, print_json, split_page_sizes
 from abreast_sidecar.compare.model import Kind
-from abreast_sidecar.compare.rule_document import RuleError, parse_rules, rule_to_dict
-from abreast_sidecar.compare.rule_document import parse_share as parsed_share
+from abreast_sidecar.compare.rule_document import (
+    RuleError,
+    build_schema,
+    dict_to_message,
+    message_to_dict,
+    parse_field,
+    parse_rules,
+    rule_to_dict,
+)
 from abreast_sidecar.compare.rules import ACTIONS, Rule
 from abreast_sidecar.errors import ArgumentError
-from abreast_sidecar.serve.rule_messages import dict_to_message
-from abreast_sidecar.serve.rule_messages import message_to_dict as said_by
 
 
 def read_rules(file: Path) -> list[api.Rule]:
-    """Raise ArgumentError for what can't be imported."""
+    """Read a YAML file of rules with owner, reason and expiry. Raise ArgumentError."""
     try:
         document = parse_rules(file.read_text(), str(file))
     except RuleError as error:
@@ -61,11 +67,8 @@ def _to_rule_message(rule: Rule, file: Path) -> api.Rule:
         raise ArgumentError(f"{file}: rule {rule.name!r} needs {' and '.join(missing_fields)} to be imported")
     assert rule.expires is not None
     if rule.expires <= dt.datetime.now(dt.UTC).date():
-        raise ArgumentError(
-            f"{file}: rule {rule.name!r} expired on {rule.expires}; remove it, or say until when it holds"
-        )
-    fields = {name: value for name, value in rule_to_dict(rule).items() if name != "expires"}
-    message = dict_to_message(fields)
+        raise ArgumentError(f"{file}: rule {rule.name!r} expired on {rule.expires}; remove it, or set a later day")
+    message = dict_to_message(rule_to_dict(rule), api.Rule())
     message.expire_time.FromDatetime(to_utc_midnight(rule.expires))
     return message
 
@@ -75,14 +78,14 @@ def to_utc_midnight(day: dt.date) -> dt.datetime:
 
 
 def dump_rules_yaml(rules: Iterable[api.Rule]) -> str:
-    """A moment within a day becomes the next day: a file knows days only."""
+    """Render rules as YAML. An expiry within a day becomes the next day, since a file has only days."""
     entries: list[dict[str, object]] = []
     for rule in rules:
-        if any(entry["name"] == rule.name for entry in entries):  # of another source
+        if any(entry["name"] == rule.name for entry in entries):  # another source has one of this name
             rule.name = f"{rule.name} ({rule.id})"
         expires = rule.expire_time.ToDatetime(dt.UTC)
         day = expires.date() + dt.timedelta(days=expires > to_utc_midnight(expires.date()))
-        entries.append({**said_by(rule), "expires": day})
+        entries.append({**message_to_dict(rule), "expires": day})
     return yaml.safe_dump({"rules": entries}, sort_keys=False, allow_unicode=True)
 
 
@@ -119,7 +122,7 @@ def build_rule_message(option_values: Mapping[str, Any], expires: str = "") -> a
     fields = {name: value for name, value in option_values.items() if value is not None and name not in {"old", "new"}}
     if relative := fields.get("relative"):
         fields["relative"] = parse_relative_share(relative)
-    rule = dict_to_message(fields)
+    rule = dict_to_message(fields, api.Rule())
     for name in ("old", "new"):
         if option_values.get(name) is not None:
             setattr(rule, name, option_values[name])
@@ -130,7 +133,7 @@ def build_rule_message(option_values: Mapping[str, Any], expires: str = "") -> a
 
 def parse_relative_share(text: str) -> float:
     try:
-        return parsed_share(text if text.strip().endswith("%") else float(text))
+        return float(parse_field("relative", text if text.strip().endswith("%") else float(text)))
     except (RuleError, ValueError):
         raise click.BadParameter(f"must be a share such as 0.01 or 1%, got {text!r}", param_hint="--relative") from None
 
@@ -380,9 +383,7 @@ def check_rule_file(file: Path) -> None:
 @rules_command.command("schema")
 def print_rule_schema() -> None:
     """The JSON schema of a file, for editors."""
-    from importlib.resources import files
-
-    click.echo((files("abreast_sidecar.compare") / "rules.schema.json").read_text(), nl=False)
+    click.echo(json.dumps(build_schema(), indent=2))
 
 
 def _print_objections(objections: Any) -> None:

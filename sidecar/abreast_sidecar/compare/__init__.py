@@ -1,1 +1,1 @@
-"""Comparing what two versions did with one request. Pure: no network, no database, no clock."""
+"""Find the differences between two answers to one request. Pure: no network, no database, no clock."""

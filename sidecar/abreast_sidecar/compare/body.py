@@ -1,4 +1,4 @@
-"""Differences between two bodies. Equal bytes are never parsed."""
+"""Differences between two bodies, complete or truncated. Equal bytes are never parsed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,22 @@ from abreast_sidecar.compare.content import (
     parse_media_type,
     sniff_format,
 )
-from abreast_sidecar.compare.content import decode_text as text_of
 from abreast_sidecar.compare.headers import get_header
 from abreast_sidecar.compare.json_diff import JsonDiff, JsonTextDiff
 from abreast_sidecar.compare.model import Difference, Impact, Kind
 from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.compare.values import parse, render_value
+
+PREVIEW_CHARS = 50  # characters of a body that has no structure
+PARTIAL_CONTENT = 206
+ENCODING_PATH = "(encoding)"  # path for a byte order mark or an undeclared encoding other than UTF-8
+
+DIFF_OVER_BUDGET_NOTE = "parts of the bodies are compared as a whole: comparing them in detail is too much work"
+PARSE_OVER_BUDGET_NOTE = "the bodies are compared by their bytes: parsing them is too much work"
+
+IdentityLookup = Callable[[str], str]  # the identity field of the array at a generalised path, or an empty text
+Truncation = tuple[bool, bool]  # True if the body of old, or of new, is truncated
+_PARSE_FAILED: Any = object()
 
 
 class DecodedBody(NamedTuple):
@@ -35,51 +45,8 @@ class DecodedBody(NamedTuple):
     media_type: MediaType
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentPair:
-    old: Any
-    new: Any
-    root: str  # what paths begin with
-    is_equivalent: Callable[[], bool] = lambda: True  # of equal documents: whether the bodies mean the same
-
-
-class UnreadableError(ValueError):
-    """A side is not what it claims to be: `old` and `new` say which."""
-
-    def __init__(self, *, old: bool, new: bool) -> None:
-        super().__init__("not what it claims to be")
-        self.old = old
-        self.new = new
-
-
-def parse_both(format_: Format, old: DecodedBody, new: DecodedBody) -> DocumentPair:
-    """Raise UnreadableError where a side is not of that format, or of one that has no structure."""
-    if format_ not in _DOCUMENT_PARSERS:
-        raise UnreadableError(old=True, new=True)
-    root, parser = _DOCUMENT_PARSERS[format_]
-    left, right = _try_parse(parser, old), _try_parse(parser, new)
-    if left is _PARSE_FAILED or right is _PARSE_FAILED:
-        raise UnreadableError(old=left is _PARSE_FAILED, new=right is _PARSE_FAILED)
-    if isinstance(left, markup.Element):
-        old_document, new_document = markup.to_documents(left, right)
-        if left.tag != right.tag and format_ == "xml":
-            old_document, new_document = {left.tag: old_document}, {right.tag: new_document}
-        return DocumentPair(old_document, new_document, root, lambda: markup.has_same_order(left, right))
-    return DocumentPair(left, right, root)
-
-
-_PARSE_FAILED: Any = object()
-
-
-def _try_parse(parser: Callable[[DecodedBody], Any], side: DecodedBody) -> Any:
-    try:
-        return parser(side)
-    except (ValueError, RecursionError):
-        return _PARSE_FAILED
-
-
 def normalise_json_encoding(data: bytes) -> bytes:
-    """Without a byte order mark, and in UTF-8 where the mark says another encoding. Raise ValueError."""
+    """Remove a byte order mark, and convert to UTF-8 from the encoding that it states. Raise ValueError."""
     mark, name = find_byte_order_mark(data)
     if not mark:
         return data
@@ -87,9 +54,9 @@ def normalise_json_encoding(data: bytes) -> bytes:
 
 
 def _read_text(side: DecodedBody) -> str:
-    text = text_of(side.data, side.media_type.get_parameter("charset"))
+    text = decode_text(side.data, side.media_type.get_parameter("charset"))
     if text is None:
-        raise ValueError("no text")
+        raise ValueError("the body is not text")
     return text
 
 
@@ -109,26 +76,12 @@ _DOCUMENT_PARSERS: dict[Format, tuple[str, Callable[[DecodedBody], Any]]] = {
 }
 
 
-PREVIEW_CHARS = 50  # characters of a body that has no structure
-PARTIAL_CONTENT = 206
-ENCODING_PATH = "(encoding)"  # the path of a byte order mark, or of another encoding than UTF-8 that nothing declares
-
-DIFF_OVER_BUDGET_NOTE = "parts of the bodies are too much work to be compared in detail, and are compared as a whole"
-PARSE_OVER_BUDGET_NOTE = "the bodies are too much work to be read, and are compared by their bytes"
-
-IdentityLookup = Callable[[str], str]
-
-
 class BodyResult(NamedTuple):
     differences: list[Difference]
-    note: str = ""  # what is odd about the bodies, for people
-    is_unreadable: bool = False  # the bytes differ and can't be decoded, so nothing is known
-    is_too_large: bool = False  # only the bytes as sent were compared
-    is_partial: bool = False  # only what came before an answer was cut
-
-
-def diff_bodies(old: Answer, new: Answer, options: CompareOptions) -> list[Difference]:
-    return compare_bodies(old, new, options).differences
+    note: str = ""  # anomalies of the bodies, for people
+    is_unreadable: bool = False  # the bytes differ and can't be decoded
+    is_too_large: bool = False  # only the bytes were compared, as sent
+    is_partial: bool = False  # an answer broke off; only the parts before were compared
 
 
 def is_same_content(old: Body, new: Body) -> bool:
@@ -165,11 +118,14 @@ def compare_bodies(
         DecodedBody(right.data, parse_media_type(get_header(new.headers, "content-type"))),
     )
     result = _compare_decoded(BodyPair(old, new, *sides, options, identity_lookup))
-    return result._replace(note=_join_notes(_note_missing_content_type(*sides), result.note))
+    unlabelled = [name for name, side in zip(("old", "new"), sides, strict=True) if not side.media_type.essence]
+    return result._replace(
+        note=_join_notes(f"no content type: {' and '.join(unlabelled)}" if unlabelled else "", result.note)
+    )
 
 
 def _is_plain_json(answer: Answer) -> bool:
-    """What nearly all answers are: JSON that is not compressed, in UTF-8."""
+    """Detect the most frequent case: JSON in UTF-8, not compressed."""
     content_type = ""
     for name, value in answer.headers:
         if name == "content-type":
@@ -182,7 +138,7 @@ def _is_plain_json(answer: Answer) -> bool:
 def _compare_plain_json(
     old: Answer, new: Answer, options: CompareOptions, identity_lookup: IdentityLookup | None
 ) -> BodyResult | None:
-    """Nothing where it is not so simple after all."""
+    """Compare without decoding. Return None if the bodies need the full comparison."""
     length = old.body.length + new.body.length
     cost = estimate_parse_cost("json", old.body.content, new.body.content) if length > options.max_work // 2 else 0
     if PARTIAL_CONTENT in (old.status, new.status) or cost > options.max_work:
@@ -211,17 +167,19 @@ def _make_undecodable_result(left: DecodeResult, right: DecodeResult, old: Answe
     sides = " and ".join(name for name, side in (("old", left), ("new", right)) if side.problem)
     coding = left.coding or right.coding
     if "unknown" in problems:
-        return BodyResult([], f"content-encoding {coding} can't be decoded here: {sides}", is_unreadable=True)
+        return BodyResult([], f"content-encoding {coding} can't be decoded: {sides}", is_unreadable=True)
     if "too large" in problems:
-        note = f"a compressed body is larger than what is decoded: {sides}"
+        note = f"a compressed body is larger than the decoding limit: {sides}"
         return BodyResult([whole_body_difference("changed", old, new)], note, is_too_large=True)
     kind: Kind = "changed" if left.problem == right.problem else "type"
-    return BodyResult([whole_body_difference(kind, old, new)], f"the body is not the {coding} its header says: {sides}")
+    return BodyResult(
+        [whole_body_difference(kind, old, new)], f"the body is not {coding} as its header states: {sides}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class BodyPair:
-    """Two bodies that differ, held and decoded."""
+    """Two complete bodies that differ, decoded."""
 
     old: Answer
     new: Answer
@@ -231,7 +189,7 @@ class BodyPair:
     identity_lookup: IdentityLookup | None
 
     def cost(self, format_: Format) -> int:
-        """Steps that reading both takes."""
+        """Estimate the steps to parse both."""
         return estimate_parse_cost(format_, self.left.data, self.right.data)
 
     def is_over_budget(self, format_: Format) -> bool:
@@ -251,7 +209,7 @@ def _compare_decoded(pair: BodyPair) -> BodyResult:
     if left == right == "json" and not pair.is_partial_content():
         return _compare_json(pair)
     if pair.is_partial_content() and "multipart" not in {left, right}:
-        return BodyResult([pair.whole_difference("changed")], "a part of a body is compared by its bytes")
+        return BodyResult([pair.whole_difference("changed")], "partial content is compared by its bytes")
     if "json" in {left, right}:
         kind: Kind = "type" if _is_json(pair.left) != _is_json(pair.right) else "changed"
         return BodyResult([pair.whole_difference(kind)], "one body is JSON")
@@ -263,14 +221,8 @@ def _compare_decoded(pair: BodyPair) -> BodyResult:
     return _compare_documents(pair, left if left == right else "text")
 
 
-def _note_missing_content_type(old: DecodedBody, new: DecodedBody) -> str:
-    """Nobody says what it is."""
-    sides = [name for name, side in (("old", old), ("new", new)) if not side.media_type.essence]
-    return f"no content type: {' and '.join(sides)}" if sides else ""
-
-
 def detect_format(side: DecodedBody, other: DecodedBody) -> Format:
-    """What it says it is; else what the other says; else what it begins like."""
+    """Return the declared format, or that of the other body, or a guess from the first bytes."""
     for media_type in (side.media_type, other.media_type if not side.media_type.essence else side.media_type):
         if media_type.format != "unknown":
             return media_type.format
@@ -289,7 +241,7 @@ def _compare_json(pair: BodyPair) -> BodyResult:
         )
     except ValueError:
         return _compare_invalid_json(pair)
-    except RecursionError:  # deeper than any reader of it goes
+    except RecursionError:  # deeper than the parsers go
         differences = [pair.whole_difference("changed")]
     return BodyResult([*_diff_encodings(pair), *differences], DIFF_OVER_BUDGET_NOTE if diff.budget_exceeded else "")
 
@@ -311,7 +263,7 @@ def _compare_invalid_json(pair: BodyPair) -> BodyResult:
 
 
 def _compare_mislabelled_json(pair: BodyPair, format_: Format) -> BodyResult | None:
-    """JSON under the name of something else is compared by its paths too."""
+    """Compare JSON with another content type by its paths. Return None if the bodies are not JSON."""
     if format_ not in {"text", "html", "xml", "form", "multipart", "bytes"} or {
         sniff_format(pair.left.data),
         sniff_format(pair.right.data),
@@ -321,7 +273,7 @@ def _compare_mislabelled_json(pair: BodyPair, format_: Format) -> BodyResult | N
         return None
     result = _compare_json(pair)
     if format_ == "text" and not result.differences:
-        return None  # then it differs as the text that it says it is
+        return None  # it differs only as text
     note = f"the content type says {pair.left.media_type.essence}, and the bodies are JSON"
     return result._replace(note=_join_notes(note, result.note))
 
@@ -333,39 +285,52 @@ def _join_notes(*notes: str) -> str:
 def _compare_documents(pair: BodyPair, format_: Format) -> BodyResult:
     if pair.is_over_budget(format_):
         return _compare_unparsed(pair, format_)
-    try:
-        document_pair = parse_both(format_, pair.left, pair.right)
-    except UnreadableError as error:
-        if error.old != error.new:
-            side = "old" if error.old else "new"
-            return BodyResult([pair.whole_difference("type")], f"{side}'s body is not the {format_} it claims to be")
-        if format_ in {"text", "bytes", "unknown"}:
-            return BodyResult([pair.whole_difference("changed")])
+    if format_ not in _DOCUMENT_PARSERS:
+        return BodyResult([pair.whole_difference("changed")])
+    root, parser = _DOCUMENT_PARSERS[format_]
+    old, new = _try_parse(parser, pair.left), _try_parse(parser, pair.right)
+    if (old is _PARSE_FAILED) != (new is _PARSE_FAILED):
+        side = "old" if old is _PARSE_FAILED else "new"
+        return BodyResult([pair.whole_difference("type")], f"{side}'s body is not valid {format_}")
+    if old is _PARSE_FAILED and format_ == "text":
+        return BodyResult([pair.whole_difference("changed")])
+    if old is _PARSE_FAILED:
         result = _compare_documents(pair, "text")
-        return result._replace(note=_join_notes(f"neither body is the {format_} it claims to be", result.note))
-    differences, note = _diff_documents(
-        pair, document_pair.old, document_pair.new, document_pair.root, pair.cost(format_)
-    )
-    if not differences and not document_pair.is_equivalent():
-        differences = [whole_body_difference("order", pair.old, pair.new, document_pair.root)]
+        return result._replace(note=_join_notes(f"neither body is valid {format_}", result.note))
+    return _diff_documents(pair, old, new, root, pair.options.max_work - pair.cost(format_))
+
+
+def _try_parse(parser: Callable[[DecodedBody], Any], side: DecodedBody) -> Any:
+    try:
+        return parser(side)
+    except (ValueError, RecursionError):
+        return _PARSE_FAILED
+
+
+def _diff_documents(pair: BodyPair, old: Any, new: Any, root: str, max_work: int) -> BodyResult:
+    documents = old, new
+    if isinstance(old, markup.Element):
+        documents = markup.to_documents(old, new)
+        if old.tag != new.tag and root == "xml":
+            documents = {old.tag: documents[0]}, {new.tag: documents[1]}
+    diff = JsonDiff(pair.options.max_differences, root=root, identity_lookup=pair.identity_lookup, max_work=max_work)
+    try:
+        differences = diff.compare(*documents)
+    except RecursionError:  # deeper than the parsers go
+        differences = [pair.whole_difference("changed")]
+    if not differences and isinstance(old, markup.Element) and not markup.has_same_order(old, new):
+        differences = [whole_body_difference("order", pair.old, pair.new, root)]
+    note = DIFF_OVER_BUDGET_NOTE if diff.budget_exceeded else ""
     return BodyResult([*_diff_encodings(pair), *differences], note)
 
 
 def _compare_unparsed(pair: BodyPair, format_: Format) -> BodyResult:
-    """Markup is compared by its lines, all else and what has too many of these by its bytes."""
+    """Compare markup by lines if the budget allows, and all other bodies by their bytes."""
     if format_ in {"html", "xml"} and not pair.is_over_budget("text"):
-        return _compare_documents(pair, "text")._replace(note=f"too much {format_} to be read: compared by its lines")
+        return _compare_documents(pair, "text")._replace(
+            note=f"the {format_} is compared by its lines: parsing it is too much work"
+        )
     return BodyResult([pair.whole_difference("changed")], PARSE_OVER_BUDGET_NOTE, is_too_large=True)
-
-
-def _diff_documents(pair: BodyPair, old: object, new: object, root: str, cost: int) -> tuple[list[Difference], str]:
-    """The differences and a note."""
-    budget = pair.options.max_work - cost
-    diff = JsonDiff(pair.options.max_differences, root=root, identity_lookup=pair.identity_lookup, max_work=budget)
-    try:
-        return diff.compare(old, new), DIFF_OVER_BUDGET_NOTE if diff.budget_exceeded else ""
-    except RecursionError:  # deeper than any reader of it goes
-        return [pair.whole_difference("changed")], ""
 
 
 def _diff_encodings(pair: BodyPair) -> list[Difference]:
@@ -373,11 +338,7 @@ def _diff_encodings(pair: BodyPair) -> list[Difference]:
     if old == new:
         return []
     impact: Impact = "breaking" if old == "utf-8" else "value"
-    return [
-        Difference.from_text(
-            "body", ENCODING_PATH, ENCODING_PATH, "changed", impact, render_value(old), render_value(new)
-        )
-    ]
+    return [Difference.from_values("body", ENCODING_PATH, old, new, impact, ENCODING_PATH)]
 
 
 def _detect_encoding(data: bytes) -> str:
@@ -401,7 +362,7 @@ def whole_body_difference(kind: Kind, old: Answer, new: Answer, path: str = "") 
 
 
 def render_preview(answer: Answer) -> str:
-    """JSON text that says what a person needs: the length, the digest, the type, how a text begins."""
+    """Summarise a body for people, as JSON: length, digest, type and the beginning of a text."""
     body = answer.body
     format_ = sniff_format(body.content)
     content_type = parse_media_type(get_header(answer.headers, "content-type")).essence
@@ -411,25 +372,22 @@ def render_preview(answer: Answer) -> str:
     return render_value(summary)
 
 
-Truncation = tuple[bool, bool]  # whether old's and new's answer goes on beyond what is held
-
-
 class TruncatedResult(NamedTuple):
     differences: list[Difference]
-    compared_part: str  # what was compared, for people
+    compared_part: str  # for people
 
 
 class _ItemFormat(NamedTuple):
     name: str
-    root: str  # what paths begin with
-    terminator: bytes  # of an item; line ends are those of Unix here
-    parse: Callable[[bytes], list[Any]]  # raise ValueError for what can't be read
+    root: str  # first step of paths
+    terminator: bytes  # ends an item; line ends are those of Unix
+    parse: Callable[[bytes], list[Any]]  # raises ValueError
 
 
 def _read_utf8_text(data: bytes) -> str:
     decoded_text = decode_text(data, "utf-8")
     if decoded_text is None or "\0" in decoded_text:
-        raise ValueError("no text in UTF-8")
+        raise ValueError("the body is not text in UTF-8")
     return decoded_text
 
 
@@ -447,7 +405,7 @@ def compare_truncated(
     options: CompareOptions,
     identity_lookup: IdentityLookup | None = None,
 ) -> TruncatedResult:
-    """`cut`: of an answer that broke off; one of which not all is held counts as such here."""
+    """Compare the parts of two answers that both captures have. A capture over its size limit is truncated too."""
     truncation = (truncation[0] or not old.body.is_complete, truncation[1] or not new.body.is_complete)
     common = min(
         len(side.body.content) for side, is_truncated in zip((old, new), truncation, strict=True) if is_truncated
@@ -455,15 +413,15 @@ def compare_truncated(
     if old.body.content[:common] == new.body.content[:common]:
         return TruncatedResult([], f"the first {common:,} bytes of both" if common else "no body had come yet")
     if _is_compressed(old) or _is_compressed(new):
-        return TruncatedResult([], "not the bodies: what is compressed can't be read in part")
+        return TruncatedResult([], "not the bodies: a part of a compressed body can't be decoded")
     left, right = _to_decoded_body(old), _to_decoded_body(new)
     format_ = detect_format(left, right)
     if format_ != detect_format(right, left):
-        return TruncatedResult([], "not the bodies, which are of two types")
+        return TruncatedResult([], "not the bodies: their formats differ")
     if format_ == "bytes" or {old.status, new.status} == {PARTIAL_CONTENT}:
         return TruncatedResult([whole_body_difference("changed", old, new)], f"the first {common:,} bytes of both")
     if format_ not in _ITEM_FORMATS or estimate_parse_cost(format_, left.data, right.data) > options.max_work:
-        return TruncatedResult([], f"not the bodies: of {format_} a part can't be compared")
+        return TruncatedResult([], f"not the bodies: a part of {format_} can't be compared")
     return _compare_items(
         _ITEM_FORMATS[format_],
         left.data,
@@ -484,21 +442,21 @@ def _is_compressed(answer: Answer) -> bool:
 def _compare_items(
     item_format: _ItemFormat, old: bytes, new: bytes, truncation: Truncation, diff: JsonDiff
 ) -> TruncatedResult:
-    """Complete ones, as many as the cut sides have."""
+    """Compare the complete items that the truncated bodies have in common."""
     try:
         left, right = (
             _parse_items(item_format, data, is_truncated)
             for data, is_truncated in zip((old, new), truncation, strict=True)
         )
     except (ValueError, RecursionError):
-        return TruncatedResult([], f"not the bodies, which hold no {item_format.name} that can be read")
+        return TruncatedResult([], f"not the bodies: they have no valid {item_format.name}")
     common = min(len(side) for side, is_truncated in zip((left, right), truncation, strict=True) if is_truncated)
     diff.root = item_format.root
     differences = diff.compare_by_index(left[:common], right[:common])
     return TruncatedResult(differences, f"the first {common:,} {item_format.name} of both")
 
 
-def _parse_items(item_format: _ItemFormat, data: bytes, is_truncated: bool) -> list[Any]:  # one of two, as they come
+def _parse_items(item_format: _ItemFormat, data: bytes, is_truncated: bool) -> list[Any]:
     if not is_truncated:
         return item_format.parse(data)
     unix_data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -507,6 +465,5 @@ def _parse_items(item_format: _ItemFormat, data: bytes, is_truncated: bool) -> l
         if item_format.terminator in unix_data
         else b""
     )
-    return (
-        parsed_items[:-1] if item_format.name == "lines" else parsed_items
-    )  # after the last line's end is a line that goes on
+    # The last line is empty: the terminator starts a line that the capture doesn't have.
+    return parsed_items[:-1] if item_format.name == "lines" else parsed_items

@@ -1,4 +1,4 @@
-"""What a body is: by its content type, or by its beginning where that is missing or plainly wrong."""
+"""The format of a body, its content coding, and the cost of parsing it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
+DecodeProblem = Literal["", "corrupt", "too large", "unknown"]
 Format = Literal["json", "ndjson", "events", "form", "multipart", "html", "xml", "text", "bytes", "unknown"]
 
 _FORMATS_BY_MEDIA_TYPE: dict[str, Format] = {
@@ -43,16 +44,20 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Python knows codecs that are no charsets, and some of them are slow on purpose-made input.
+# Python has codecs that are no charsets, and some are slow on crafted input.
 _CHARSET_PREFIXES = ("utf", "iso8859", "cp", "ascii", "gb", "big5", "shift_jis", "euc_", "koi8", "iso2022", "mac-")
 _PARAMETER = re.compile(r';([^;="]*)=\s*(?:"((?:[^"\\]|\\.)*)"\s*(?=;|$)|([^;]*))')
 _CONTROL_BYTES = frozenset(range(32)) - frozenset(b"\t\n\r\f\x1b")
+GZIP_OR_ZLIB_WBITS = 47  # 15, plus 32 to detect the header
+RAW_DEFLATE_WBITS = -15  # some servers send raw streams as deflate
+MAX_CODINGS = 3  # nested codings of one body
+MAX_GZIP_MEMBERS = 1000  # concatenated streams of one body
 
 
 @dataclass(frozen=True, slots=True)
 class MediaType:
-    essence: str  # "text/html", lower case; empty where none was said
-    parameters: tuple[tuple[str, str], ...]  # names in lower case, sorted
+    essence: str  # "text/html", in lower case; may be empty
+    parameters: tuple[tuple[str, str], ...]  # sorted, names in lower case
     format: Format
 
     def get_parameter(self, name: str) -> str:
@@ -89,7 +94,7 @@ def _detect_format(essence: str) -> Format:
 
 
 def sniff_format(body: bytes) -> Format:
-    """What the body begins like."""
+    """Guess the format from the first bytes."""
     head = body[:512].lstrip(codecs.BOM_UTF8).lstrip()[:64].lower()
     if head[:1] in {b"{", b"["}:
         return "json"
@@ -101,12 +106,12 @@ def sniff_format(body: bytes) -> Format:
 
 
 def find_byte_order_mark(body: bytes) -> tuple[bytes, str]:
-    """The mark and the encoding that it says, or nothing."""
+    """Return the mark and its encoding, both empty if the body has none."""
     return next(((mark, name) for mark, name in _BYTE_ORDER_MARKS if body.startswith(mark)), (b"", ""))
 
 
 def decode_text(body: bytes, charset: str) -> str | None:
-    """The body's characters without a byte order mark; nothing where it is no text of that charset."""
+    """Decode by byte order mark, charset or UTF-8. Return None if the body is not text in any of them."""
     mark, mark_encoding = find_byte_order_mark(body)
     for encoding in (mark_encoding, charset, "utf-8"):
         if not encoding:
@@ -120,20 +125,10 @@ def decode_text(body: bytes, charset: str) -> str | None:
     return None
 
 
-GZIP_OR_ZLIB_WBITS = 47  # zlib's wbits: 15, plus 32 to find out which
-RAW_DEFLATE_WBITS = -15  # what some servers send as deflate
-MAX_CODINGS = 3  # one over another
-MAX_GZIP_MEMBERS = 1000  # gzip allows several, one after another
-
-DecodeProblem = Literal["", "corrupt", "too large", "unknown"]
-
-
 class DecodeResult(NamedTuple):
-    """`data` is the body as it came where there is a problem."""
-
-    data: bytes
+    data: bytes  # the body as it was sent if there is a problem
     problem: DecodeProblem = ""
-    coding: str = ""  # the one that is the problem
+    coding: str = ""  # the coding that has the problem
 
 
 class _TooLargeError(Exception):
@@ -141,7 +136,7 @@ class _TooLargeError(Exception):
 
 
 def decode_content(body: bytes, content_encoding: str, limit: int) -> DecodeResult:
-    """`encoding` is the header's value, `limit` in bytes."""
+    """Undo the codings of a `content-encoding` header. The result has at most `limit` bytes."""
     codings = [name.strip().lower() for name in content_encoding.split(",") if name.strip()]
     data = body
     for coding in reversed(codings):
@@ -156,7 +151,7 @@ def decode_content(body: bytes, content_encoding: str, limit: int) -> DecodeResu
             return DecodeResult(body, "too large", coding)
         except ImportError:
             return DecodeResult(body, "unknown", coding)
-        except Exception:  # noqa: BLE001  # each library has errors of its own
+        except Exception:  # noqa: BLE001  # each library has its own errors
             return DecodeResult(body, "corrupt", coding)
     return DecodeResult(data)
 
@@ -196,10 +191,10 @@ def _decode_deflate(body: bytes, limit: int) -> bytes:
 def _decode_zstd(body: bytes, limit: int) -> bytes:
     import zstandard
 
-    # Not decompress(max_output_size=…): it trusts the size that the frame states.
+    # decompress(max_output_size=...) trusts the size in the frame header.
     reader = zstandard.ZstdDecompressor().stream_reader(body, read_across_frames=True)
     data = _check_size(reader.read(limit + 1), limit)
-    decompressor = zstandard.ZstdDecompressor().decompressobj()  # the reader can't tell where a frame was cut
+    decompressor = zstandard.ZstdDecompressor().decompressobj()  # the reader doesn't detect a truncated frame
     decompressor.decompress(body)
     if not decompressor.eof:
         raise ValueError("the stream ends early")
@@ -207,7 +202,7 @@ def _decode_zstd(body: bytes, limit: int) -> bytes:
 
 
 def _decode_brotli(body: bytes, limit: int) -> bytes:
-    """Raise ImportError where the package is not installed."""
+    """Decode with the optional package brotli. Raise ImportError if it is not installed."""
     decompressor: Any = importlib.import_module("brotli").Decompressor()
     data = _check_size(decompressor.process(body, output_buffer_limit=limit + 1), limit)
     if not decompressor.is_finished():
@@ -225,8 +220,8 @@ _CONTENT_DECODERS: dict[str, Callable[[bytes, int], bytes]] = {
 
 
 class FormatCost(NamedTuple):
-    separator: bytes  # comes once for each item, or nearly
-    tenths_per_item: int  # of a step that reading one takes, measured: a step is about 1 µs
+    separator: bytes  # occurs about once per item
+    tenths_per_item: int  # tenths of a step to parse an item, measured; a step is about 1 µs
 
 
 FORMAT_COSTS: dict[Format, FormatCost] = {
@@ -242,6 +237,6 @@ FORMAT_COSTS: dict[Format, FormatCost] = {
 
 
 def estimate_parse_cost(format_: Format, *bodies: bytes) -> int:
-    """Steps that it takes to read these, counted in no time."""
+    """Estimate the steps to parse bodies, from the number of their items."""
     cost = FORMAT_COSTS.get(format_)
     return sum(body.count(cost.separator) for body in bodies) * cost.tenths_per_item // 10 if cost else 0

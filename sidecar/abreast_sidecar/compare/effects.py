@@ -1,7 +1,7 @@
-"""Differences between what two versions did, or would have done, beside their answers.
+"""Differences between the effects of two versions.
 
-Effects of one kind and key are compared in their order; between kinds and keys the order means nothing, since code that
-waits for several things at once does them in any.
+Effects of one kind and key are compared in order. The order between kinds and keys means nothing: concurrent code may
+run effects in any order.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from abreast_sidecar.compare.values import render_value
 RawEffect = Mapping[str, Any]
 EffectName = tuple[str, str]  # kind and key
 
-EFFECTS_DROPPED_NOTE = "more effects than a capture holds: the first were compared"
+EFFECTS_DROPPED_NOTE = "a capture has more effects than its limit: only the first ones were compared"
 
 
 def diff_effects(
     old: Capture, new: Capture, limit: int, identity_lookup: Callable[[str], str] | None = None
 ) -> list[Difference]:
-    """At `email.send` one that is missing, extra or out of order; at `email.send.$.to` what one says."""
+    """Compare effects: as a whole at `email.send`, by their payloads at `email.send.$.to`."""
     if not (old.effects or new.effects):
         return []
     before, after = _group_by_name(old), _group_by_name(new)
@@ -47,7 +47,7 @@ def _group_by_name(capture: Capture) -> dict[EffectName, list[Any]]:
 
 
 def describe_effect(effect: RawEffect) -> Any:
-    """The payload; of one that was too long what is known. That it failed is no difference: a shadow does not try."""
+    """Return the payload, or its digest if it is too long. Failures don't count: a shadow does not run effects."""
     if "digest" in effect:
         return {"digest": effect["digest"], "length": effect.get("length", 0)}
     return effect.get("payload")
@@ -74,7 +74,7 @@ def _diff_named_effects(
 
 
 def _whole_effect_difference(name: EffectName, kind: Kind, old: Any, new: Any) -> Difference:
-    """An effect that is gone may be a mail that nobody gets; one more is seen by others than this client."""
+    """Describe an effect on one side only. A missing effect is breaking: it may be an email that nobody gets."""
     path, key = name
     return Difference.from_text(
         part="effect",

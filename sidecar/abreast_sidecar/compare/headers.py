@@ -1,4 +1,4 @@
-"""What header values mean, as texts that are equal where two values mean the same."""
+"""Differences between headers. Canonical values make two spellings of one meaning equal."""
 
 from __future__ import annotations
 
@@ -11,18 +11,27 @@ from msgspec.structs import replace
 
 from abreast.protocol.capture import Headers, Request
 from abreast_sidecar.compare.content import MediaType, parse_media_type
-from abreast_sidecar.compare.model import Difference, Impact, Kind, RenderedValues
-from abreast_sidecar.compare.values import render_value
+from abreast_sidecar.compare.model import Difference, Impact, RenderedValues
 
-# JSON is UTF-8 whatever is said, and so are event streams.
+# These formats are UTF-8 by definition, whatever charset the header declares.
 _ALWAYS_UTF8 = frozenset({"json", "ndjson", "events"})
 _NONCE_SOURCE = re.compile(r"'nonce-[^']*'")
 _LIST_TOKENS = re.compile(r'<[^>]*>?|"(?:[^"\\]|\\.)*"?|[^,;<"]+|.', re.DOTALL)
 _NEEDLESS_QUOTES = re.compile(r'="([\w.~-]+)"')
+_URL_HEADERS = frozenset({"location", "content-location"})
+_HTTP_SCHEMES = frozenset({"http", "https"})
+# Adding one of these headers changes how a client handles the answer.
+_BEHAVIOUR_HEADER_PREFIXES = (
+    "access-control-allow-", "cache-control", "clear-site-data", "content-disposition", "content-security-policy",
+    "location", "refresh", "set-cookie[",
+)  # fmt: skip
+_VALIDATOR_HEADERS = frozenset({"etag", "last-modified"})  # values depend on the build, their presence does not
+_PERCENT_ESCAPE = re.compile("%[0-9a-fA-F]{2}")  # without case
+_CASELESS_COOKIE_ATTRIBUTES = frozenset({"samesite", "domain", "priority"})
 
 
 def canonical_directives(value: str, separator: str = ",") -> str:
-    """A set of `name` or `name=value`; names in any case."""
+    """Sort a list of `name` or `name=value`, names without case."""
     canonical = set()
     for part in _split_list(value, separator):
         name, equals, argument = part.partition("=")
@@ -31,16 +40,8 @@ def canonical_directives(value: str, separator: str = ",") -> str:
 
 
 def canonical_names(value: str) -> str:
-    """A set of names in any case."""
+    """Sort a list of names without case."""
     return ", ".join(sorted({part.lower() for part in _split_list(value, ",")}))
-
-
-def canonical_methods(value: str) -> str:
-    return ", ".join(sorted(set(_split_list(value, ","))))
-
-
-def canonical_content_type(value: str) -> str:
-    return canonical_media_type(parse_media_type(value))
 
 
 def canonical_media_type(media_type: MediaType) -> str:
@@ -59,7 +60,7 @@ def _canonical_charset(name: str) -> str:
 
 
 def canonical_csp(value: str) -> str:
-    """Content-Security-Policy: each directive is a set of sources, and a nonce is fresh in every answer."""
+    """Sort Content-Security-Policy. Mask nonces, which are new in every answer."""
     canonical = []
     for part in _split_list(_NONCE_SOURCE.sub("'nonce-*'", value), ";"):
         name, *sources = part.split()
@@ -67,12 +68,8 @@ def canonical_csp(value: str) -> str:
     return "; ".join(sorted(canonical))
 
 
-def canonical_strict_transport(value: str) -> str:
-    return canonical_directives(value, ";")
-
-
 def canonical_links(value: str) -> str:
-    """Link: addresses in their order, each with its parameters in any."""
+    """Sort the parameters of each link, and keep the order of the links."""
     canonical = []
     for link in _split_unquoted(value, ","):
         parts = _split_unquoted(link, ";")
@@ -83,7 +80,7 @@ def canonical_links(value: str) -> str:
 
 
 def _split_unquoted(value: str, separator: str) -> list[str]:
-    """As `_split`, but for what stands in quotes or is an address."""
+    """Split at separators outside of quotes and angle brackets."""
     pieces = [""]
     for token in _LIST_TOKENS.findall(value):
         if token == separator:
@@ -94,7 +91,7 @@ def _split_unquoted(value: str, separator: str) -> list[str]:
 
 
 def canonical_challenge(value: str) -> str:
-    """WWW-Authenticate: quotes that a word does not need mean nothing."""
+    """Remove quotes around plain words."""
     return _NEEDLESS_QUOTES.sub(r"=\1", value.strip())
 
 
@@ -102,45 +99,32 @@ def _split_list(value: str, separator: str) -> list[str]:
     return [stripped for part in value.split(separator) if (stripped := part.strip())]
 
 
-Canonicaliser = Callable[[str], str]
-_CANONICALISERS: dict[str, Canonicaliser] = {
-    "accept-patch": canonical_names,
-    "accept-post": canonical_names,
-    "accept-ranges": canonical_names,
-    "access-control-allow-headers": canonical_names,
-    "access-control-allow-methods": canonical_methods,
-    "access-control-expose-headers": canonical_names,
-    "allow": canonical_methods,
-    "cache-control": canonical_directives,
-    "cdn-cache-control": canonical_directives,
-    "clear-site-data": canonical_names,
-    "content-disposition": canonical_content_type,
-    "content-encoding": canonical_names,
-    "content-language": canonical_names,
-    "content-security-policy": canonical_csp,
-    "content-security-policy-report-only": canonical_csp,
-    "content-type": canonical_content_type,
+_CANONICALISERS: dict[str, Callable[[str], str]] = {
+    **dict.fromkeys(
+        (
+            "accept-patch", "accept-post", "accept-ranges", "access-control-allow-headers",
+            "access-control-expose-headers", "clear-site-data", "content-encoding", "content-language", "vary",
+        ),
+        canonical_names,
+    ),
+    **dict.fromkeys(("access-control-allow-methods", "allow"), lambda value: ", ".join(sorted({*_split_list(value, ",")}))),
+    **dict.fromkeys(("cache-control", "cdn-cache-control", "pragma", "surrogate-control"), canonical_directives),
+    **dict.fromkeys(
+        ("content-disposition", "content-type"), lambda value: canonical_media_type(parse_media_type(value))
+    ),
+    **dict.fromkeys(("content-security-policy", "content-security-policy-report-only"), canonical_csp),
+    **dict.fromkeys(("proxy-authenticate", "www-authenticate"), canonical_challenge),
     "link": canonical_links,
-    "pragma": canonical_directives,
-    "proxy-authenticate": canonical_challenge,
-    "strict-transport-security": canonical_strict_transport,
-    "surrogate-control": canonical_directives,
-    "vary": canonical_names,
-    "www-authenticate": canonical_challenge,
-}
-LIST_HEADERS = frozenset(_CANONICALISERS) - {
-    "content-disposition",
-    "content-type",
-    "content-security-policy",
-    "content-security-policy-report-only",
-    "link",
-    "proxy-authenticate",
-    "strict-transport-security",
-    "www-authenticate",
-}  # several lines of these are one list, in any order
-PER_LINE_HEADERS = frozenset(
-    {"content-security-policy", "content-security-policy-report-only", "content-type"}
-)  # each line of these stands for itself; several lines of all others are one list
+    "strict-transport-security": lambda value: canonical_directives(value, ";"),
+}  # fmt: skip
+# Several lines of one of these headers make one list, whose order means nothing.
+LIST_HEADERS = frozenset(
+    name
+    for name, canonicalise in _CANONICALISERS.items()
+    if canonicalise in {canonical_names, canonical_directives} or name in {"access-control-allow-methods", "allow"}
+)
+# Each line of one of these headers has its own meaning.
+PER_LINE_HEADERS = frozenset({"content-security-policy", "content-security-policy-report-only", "content-type"})
 
 
 @lru_cache(maxsize=2048)
@@ -149,17 +133,12 @@ def canonical_value(name: str, value: str) -> str:
     return canonicalise(value) if canonicalise is not None else value.strip()
 
 
-_PERCENT_ESCAPE = re.compile("%[0-9a-fA-F]{2}")  # their letters have no case
-
-# Attributes of a cookie whose values have no case.
-_CASELESS_COOKIE_ATTRIBUTES = frozenset({"samesite", "domain", "priority"})
-
-
 @lru_cache(maxsize=2048)
 def parse_cookie(value: str) -> tuple[str, str]:
-    """The cookie's name, and its attributes in any order. Its value is one session's; that it has one, and how, is not.
+    """Return the name of a cookie and its sorted attributes.
 
-    When it expires is a moment; that it does is not, nor that it is being deleted.
+    The value belongs to a session: only an empty value counts. The date of `expires` depends on the time: only its
+    presence counts, and a date in the past, which deletes the cookie.
     """
     pair, _, attribute_text = value.partition(";")
     cookie_name, _, content = pair.partition("=")
@@ -178,7 +157,7 @@ def parse_cookie(value: str) -> tuple[str, str]:
 
 
 def resolve_location(value: str, host: str, path: str) -> str:
-    """Where it leads, seen from the request: a path if it is the same host, else the whole address."""
+    """Resolve an address against the request: to a path on the same host, or to a whole address."""
     value = _PERCENT_ESCAPE.sub(lambda escape: escape[0].upper(), value.strip())
     try:
         target = urlsplit(urljoin(f"//{host}{path}", value))
@@ -192,26 +171,9 @@ def resolve_location(value: str, host: str, path: str) -> str:
 
 
 def get_scheme(address: str) -> str:
-    """In lower case; empty where the address has none."""
+    """Return the scheme in lower case, or an empty text."""
     prefix, colon, _ = address.strip().partition("://")
     return prefix.lower() if colon and prefix.isalpha() else ""
-
-
-_URL_HEADERS = frozenset({"location", "content-location"})
-_HTTP_SCHEMES = frozenset({"http", "https"})
-# What a client does with an answer differs where one of these is there and was not before.
-_BEHAVIOUR_HEADER_PREFIXES = (
-    "access-control-allow-",
-    "cache-control",
-    "clear-site-data",
-    "content-disposition",
-    "content-security-policy",
-    "location",
-    "refresh",
-    "set-cookie[",
-)
-_VALIDATOR_HEADERS = frozenset({"etag", "last-modified"})  # their values belong to a build, that there is one does not
-_HEADER_IMPACTS: dict[Kind, Impact] = {"added": "additive", "removed": "breaking", "changed": "value"}
 
 
 def get_header(headers: Headers, name: str) -> str:
@@ -230,7 +192,7 @@ def _split_volatile(volatile: frozenset[str]) -> tuple[frozenset[str], tuple[str
 def diff_headers(
     old: Headers, new: Headers, volatile: frozenset[str], request: Request | None = None
 ) -> list[Difference]:
-    """`request`: what both answered, so that relative and absolute addresses can be told to be the same."""
+    """Compare headers except volatile ones. Relative and absolute addresses are equal if `request` is given."""
     if old == new:
         return []
     exact_names, prefixes = _split_volatile(volatile)
@@ -246,14 +208,13 @@ def diff_headers(
 
 
 def diff_validators(old: Headers, new: Headers) -> list[Difference]:
-    """Whether clients can ask if what they have is still valid. Any validator will do."""
+    """Compare whether clients can revalidate a cached answer. All validators are equivalent."""
     before, after = _find_validator(old), _find_validator(new)
     if bool(before) == bool(after):
         return []
-    name, value = before or after
     if before:
-        return [Difference.from_text("header", name, name, "removed", "value", render_value(value), None)]
-    return [Difference.from_text("header", name, name, "added", "additive", None, render_value(value))]
+        return [Difference.from_values("header", before[0], before[1], None, "value", before[0])]
+    return [Difference.from_values("header", after[0], None, after[1], "additive", after[0])]
 
 
 def _find_validator(headers: Headers) -> tuple[str, ...]:
@@ -309,23 +270,13 @@ def _canonical_values(name: str, values: list[str] | None, request: Request | No
 
 
 def _header_difference(name: str, old_values: list[str] | None, new_values: list[str] | None) -> Difference:
-    kind: Kind = "added" if old_values is None else "removed" if new_values is None else "changed"
-    impact = _HEADER_IMPACTS[kind]
-    if (
-        name == "content-type"
-        and old_values
-        and new_values
-        and parse_media_type(old_values[0]).essence != parse_media_type(new_values[0]).essence
-    ):
+    impact: Impact = "value"
+    if old_values is None:
+        impact = "value" if name.startswith(_BEHAVIOUR_HEADER_PREFIXES) else "additive"
+    elif new_values is None:
         impact = "breaking"
-    if kind == "added" and name.startswith(_BEHAVIOUR_HEADER_PREFIXES):
-        impact = "value"
-    return Difference.from_text(
-        part="header",
-        path=name,
-        exact_path=name,
-        kind=kind,
-        impact=impact,
-        old=None if old_values is None else render_value(old_values[0] if len(old_values) == 1 else old_values),
-        new=None if new_values is None else render_value(new_values[0] if len(new_values) == 1 else new_values),
-    )
+    elif name == "content-type":
+        is_same_type = parse_media_type(old_values[0]).essence == parse_media_type(new_values[0]).essence
+        impact = "value" if is_same_type else "breaking"
+    old, new = (values[0] if values and len(values) == 1 else values for values in (old_values, new_values))
+    return Difference.from_values("header", name, old, new, impact, name)

@@ -1,4 +1,4 @@
-"""Bodies made of items, as documents: newline-delimited JSON, server-sent events, forms, multipart, lines."""
+"""Parsers of bodies made of items: newline-delimited JSON, server-sent events, forms, multipart, lines."""
 
 from __future__ import annotations
 
@@ -6,32 +6,31 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from abreast.protocol.capture import digest
-from abreast_sidecar.compare.content import MediaType, parse_media_type, sniff_format
-from abreast_sidecar.compare.content import decode_text as text_of
+from abreast_sidecar.compare.content import MediaType, decode_text, parse_media_type, sniff_format
 from abreast_sidecar.compare.headers import canonical_media_type
 from abreast_sidecar.compare.values import NotJsonError, parse
 
-MAX_FORM_FIELDS = 10_000  # of a form
-MAX_PARTS = 1000  # of a multipart body
+MAX_FORM_FIELDS = 10_000
+MAX_PARTS = 1000
 RECORD_SEPARATOR = b"\x1e"
 
 
 class NotItemsError(ValueError):
-    pass
+    """A body is not in the format of its items."""
 
 
 def split_lines(text: str) -> list[str]:
-    """The text's lines; how they end makes no difference, whether the last one ends does."""
+    """Split at line ends of Unix or Windows. A text that ends with a line end has an empty last line."""
     return text.replace("\r\n", "\n").split("\n")
 
 
 def parse_ndjson(body: bytes) -> list[Any]:
-    """Raise NotJsonError where a line is no JSON."""
+    """Parse each line that is not empty. Raise NotJsonError."""
     return [parse(line) for raw in body.split(b"\n") if (line := raw.strip(RECORD_SEPARATOR + b" \t\r"))]
 
 
 def parse_sse(text: str) -> list[dict[str, Any]]:
-    """Server-sent events, by the WHATWG's rules; data that is JSON is read."""
+    """Parse server-sent events as the HTML standard does, and data that is JSON."""
     event_list: list[dict[str, Any]] = []
     event: dict[str, Any] = {}
     data: list[str] = []
@@ -47,7 +46,7 @@ def parse_sse(text: str) -> list[dict[str, Any]]:
         value = value.removeprefix(" ")
         if name == "data":
             data.append(value)
-        elif name:  # a line that begins with a colon is a comment, sent to keep the connection
+        elif name:  # lines that start with a colon are comments
             event[name] = value
     return event_list
 
@@ -62,7 +61,7 @@ def _parse_event_data(text: str) -> Any:
 
 
 def parse_form(text: str) -> dict[str, Any]:
-    """Fields in any order; a field that comes several times is an array. Raise NotItemsError for too many."""
+    """Parse fields by name; a repeated field is an array. Raise NotItemsError for too many fields."""
     try:
         pairs = parse_qsl(text.strip(), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS)
     except ValueError as error:
@@ -71,14 +70,14 @@ def parse_form(text: str) -> dict[str, Any]:
 
 
 def parse_multipart(body: bytes, media_type: MediaType) -> dict[str, Any] | list[Any]:
-    """Parts by their names; in order where they have none. What stands before and after them means nothing.
+    """Parse parts by name, or as a list if a part has no name. Ignore preamble and epilogue.
 
-    Raise NotItemsError for what is cut or has no boundary.
+    Raise NotItemsError for a body that is truncated or has no boundary.
     """
     boundary = media_type.get_parameter("boundary").encode("latin-1", "replace")
     pieces = (b"\r\n" + body).split(b"\r\n--" + boundary, MAX_PARTS + 2) if boundary else []
     if len(pieces) < 2 or len(pieces) > MAX_PARTS + 1 or not pieces[-1].startswith(b"--"):
-        raise NotItemsError("the parts have no boundary, or no end")
+        raise NotItemsError("the parts have no boundary or no end")
     parts = [_parse_part(piece) for piece in pieces[1:-1]]
     if all(name for name, _ in parts):
         return _group_by_name(parts)
@@ -88,14 +87,14 @@ def parse_multipart(body: bytes, media_type: MediaType) -> dict[str, Any] | list
 def _parse_part(piece: bytes) -> tuple[str, Any]:
     padding, line_end, remainder = piece.partition(b"\r\n")
     if padding.strip(b" \t") or not line_end:
-        raise NotItemsError("a boundary has more in its line")
+        raise NotItemsError("the line of a boundary has other text")
     head, _, content = (line_end + remainder).partition(b"\r\n\r\n")
     headers = _parse_headers(head)
     disposition, media_type = (
         parse_media_type(headers.pop("content-disposition", "")),
         parse_media_type(headers.pop("content-type", "")),
     )
-    headers.pop("content-length", None)  # said again, and better, by the content
+    headers.pop("content-length", None)  # the content is compared
     part: dict[str, Any] = {}
     if media_type.essence:
         part["type"] = canonical_media_type(media_type)
@@ -123,7 +122,7 @@ def _parse_content(content: bytes, media_type: MediaType) -> Any:
             return parse(content)
         except NotJsonError:
             pass
-    text = text_of(content, media_type.get_parameter("charset")) if media_type.format != "bytes" else None
+    text = decode_text(content, media_type.get_parameter("charset")) if media_type.format != "bytes" else None
     return (
         summarise_content(content) if text is None or (media_type.format == "unknown" and media_type.essence) else text
     )

@@ -1,7 +1,7 @@
-"""Which elements of two arrays belong together. Everything here takes time linear in the arrays' size.
+"""Differences between two JSON values, in time linear in their size.
 
-Equal elements pair up wherever they stand, so that one inserted at the front is one difference and not as many as the
-array is long. What is left pairs up by a field that identifies an element, if there is one, or else in order.
+Arrays: equal elements pair up at any index, so that an insertion at the front is one difference. The remaining elements
+pair up by a field that identifies an element, such as `id`, or else in order.
 """
 
 from __future__ import annotations
@@ -20,42 +20,45 @@ from orjson import OPT_SORT_KEYS, dumps
 from abreast_sidecar.compare.model import Difference, Impact, JsonPath, Kind
 from abreast_sidecar.compare.values import RepeatedKey, encode_canonical, is_json_equal, parse, type_name
 
-# Fields that name an element, the likelier first; then those that end like one.
+# Fields that may identify an element, the likeliest first. Fields with the suffixes come after them.
 IDENTITY_FIELDS = (
-    "id",
-    "_id",
-    "@id",
-    "uuid",
-    "guid",
-    "key",
-    "sku",
-    "code",
-    "slug",
-    "isin",
-    "email",
-    "url",
-    "href",
-    "name",
-)
+    "id", "_id", "@id", "uuid", "guid", "key", "sku", "code", "slug", "isin", "email", "url", "href", "name",
+)  # fmt: skip
 IDENTITY_SUFFIXES = ("_id", "Id", "ID", "_uuid", "_key", "_code", "_number", "_sku")
 _NO_DEFAULT, _SORT_KEYS = repeat(None), repeat(OPT_SORT_KEYS)
-IndexPairs = list[tuple[int, int]]  # an old element's index and a new one's
+IndexPairs = list[tuple[int, int]]  # indices in old and new
 MAX_IDENTITY_CANDIDATES = 12
-MAX_ELEMENT_FIELDS = 100  # of an element; larger objects have no such field
+MAX_ELEMENT_FIELDS = 100  # larger elements have no identity field
+MAX_JSON_DEPTH = 200  # levels; deeper values are compared as a whole
+MAX_EAGER_DEPTH = 8  # levels on which values are first tested for equality as a whole
+MAX_MATCHED_ARRAY_DEPTH = 8  # nested arrays; elements of deeper ones are compared by index
+MAX_DIFF_STEPS = 600_000  # values; beyond it, objects and arrays are compared as a whole
+MAX_DIFFERENCES_PER_PATH = 20  # for each kind; leaves room for other paths
+# Paths of errors in GraphQL, JSON:API and many other APIs.
+FAILURE_PATHS = frozenset({"$.error", "$.errors", "$.errors[*]"})
+_ELEMENT_SUFFIXES = ("[*]", ".*")  # paths of elements of arrays and maps: an added element is no new field
+_ABSENT: Any = object()
+_JSON_IMPACTS: dict[Kind, Impact] = {"removed": "breaking", "changed": "value", "type": "breaking", "order": "value"}
+MAX_RAW_DEPTH = 4  # levels; each level scans the text again
+MIN_RAW_BYTES = 100  # smaller values are parsed as a whole
+MAX_RAW_DIFFERENCES = 4  # changed members; with more, and more than half of all, the value is parsed as a whole
+JSON_WHITESPACE = b" \t\r\n"
+_decode_members = Decoder(dict[str, Raw]).decode
+_decode_elements = Decoder(list[Raw]).decode
 
 
 class ArrayMatch(Struct):
-    """Indices: of elements that belong together and differ, and of those on one side only."""
+    """Indices of elements that belong together and differ, and of elements on one side only."""
 
     pairs: list[tuple[int, int]]
     removed: Sequence[int] = ()
     added: Sequence[int] = ()
     is_reordered: bool = False
-    identity_field: str = ""  # the field that told what belongs together, where the position did not
+    identity_field: str = ""  # the field that matched the elements, if they are reordered
 
 
 def match_elements(old: list[Any], new: list[Any], *, identity_field: str = "") -> ArrayMatch:
-    """`by`: a field that identifies elements, by rule."""
+    """Match two arrays. `identity_field` is set by a rule; without it, a field is looked for."""
     if identity_field:
         return _match_by_field(old, new, range(len(old)), range(len(new)), identity_field, [])
     if len(old) != len(new):
@@ -64,7 +67,7 @@ def match_elements(old: list[Any], new: list[Any], *, identity_field: str = "") 
 
 
 def match_elements_at(old: list[Any], new: list[Any], indices: list[int]) -> ArrayMatch:
-    """Of two arrays of one length, that differ at these places."""
+    """Match two arrays of one length that differ at these indices."""
     if len(indices) < 2 or _keeps_identities(old, new, indices):
         return ArrayMatch([(index, index) for index in indices])
     return _match_multisets(old, new, indices, indices)
@@ -76,7 +79,7 @@ def match_by_index(old: list[Any], new: list[Any]) -> ArrayMatch:
 
 
 def _find_differing_indices(old: list[Any], new: list[Any]) -> list[int]:
-    """The indices at which two arrays differ."""
+    """Return the indices at which two arrays of one length differ."""
     equal_flags = list(map(eq, old, new))
     if is_json_equal(list(compress(old, equal_flags)), list(compress(new, equal_flags))):
         return [index for index, is_equal in enumerate(equal_flags) if not is_equal]
@@ -84,10 +87,7 @@ def _find_differing_indices(old: list[Any], new: list[Any]) -> list[int]:
 
 
 def _find_differing_texts(old: list[Any], new: list[Any]) -> list[int]:
-    """For elements that are equal to Python and not in JSON, as 1 and true are.
-
-    No text is kept: that would cost more than to write it.
-    """
+    """Compare texts: Python considers some values equal that differ in JSON, such as 1 and true."""
     try:
         texts = zip(map(dumps, old, _NO_DEFAULT, _SORT_KEYS), map(dumps, new, _NO_DEFAULT, _SORT_KEYS), strict=False)
         return [index for index, (text, other) in enumerate(texts) if text != other]
@@ -97,7 +97,7 @@ def _find_differing_texts(old: list[Any], new: list[Any]) -> list[int]:
 
 
 def _common_prefix_length(old: Iterable[Any], new: Iterable[Any]) -> int:
-    """How many elements are equal before the first that is not."""
+    """Count the equal elements before the first difference."""
     count = 0
     for old_element, new_element in zip(old, new, strict=False):
         if encode_canonical(old_element) != encode_canonical(new_element):
@@ -140,7 +140,7 @@ def _match_multisets(
 
 
 def _keeps_identities(old: list[Any], new: list[Any], indices: list[int]) -> bool:
-    """Whether the elements at these places are named, differently, and alike on both sides: then none moved."""
+    """Tell whether each element has a unique identity that is the same on both sides: then none moved."""
     element = old[indices[0]]
     fields = _find_identity_candidates(element) if type(element) is dict else ()
     if not fields:
@@ -153,7 +153,7 @@ def _keeps_identities(old: list[Any], new: list[Any], indices: list[int]) -> boo
             if identity != new[index][field] or identity in identities:
                 return False
             identities.add(identity)
-    except (KeyError, TypeError, IndexError):  # not all are objects, or named by something plain
+    except (KeyError, TypeError, IndexError):  # an element is no object, or its identity is no plain value
         return False
     return True
 
@@ -178,7 +178,7 @@ def _is_reordered(pairs: IndexPairs) -> bool:
 
 
 def _find_identity_field(old: list[Any], new: list[Any], old_indices: Sequence[int], new_indices: Sequence[int]) -> str:
-    """A field that all elements have, with different plain values on each side, and some of them on both."""
+    """Return a field with a unique plain value in each element, and some values on both sides."""
     olds, news = [old[index] for index in old_indices], [new[index] for index in new_indices]
     if not olds or not news or {*map(type, olds), *map(type, news)} != {dict}:
         return ""
@@ -222,7 +222,7 @@ def _match_by_field(
         else:
             unmatched_old.append(index)
     unmatched_new = sorted([*unmatched_new, *partners.values()])
-    in_place = set(unmatched_old) & set(unmatched_new)  # what stands at the same place and has another name
+    in_place = set(unmatched_old) & set(unmatched_new)  # another identity at the same index
     is_reordered = _is_reordered([*equal_pairs, *pairs])
     return ArrayMatch(
         pairs=sorted([*pairs, *((index, index) for index in in_place)]),
@@ -252,28 +252,11 @@ def _get_identity(element: Any, identity_field: str) -> tuple[type, Any] | None:
     return (type(value), value) if isinstance(value, (str, int)) else None
 
 
-MAX_JSON_DEPTH = 200  # levels; below them values are only compared as a whole
-MAX_EAGER_DEPTH = 8  # levels on which equal values are told by their texts; below them by walking through them
-MAX_MATCHED_ARRAY_DEPTH = 8  # arrays in arrays whose elements are looked for elsewhere; below them only in order
-MAX_DIFF_STEPS = 600_000  # values that are looked at; beyond it objects and arrays are compared as a whole
-MAX_DIFFERENCES_PER_PATH = 20  # differences of one path and kind; further ones must not crowd out others
-
-# Where JSON says beside what there is that something failed: GraphQL, JSON:API, and many an API's own.
-FAILURE_PATHS = frozenset({"$.error", "$.errors", "$.errors[*]"})
-_ELEMENT_SUFFIXES = (
-    "[*]",
-    ".*",
-)  # how the paths of elements end, of lists and maps; what is more there is no new field
-
-_ABSENT: Any = object()
-_JSON_IMPACTS: dict[Kind, Impact] = {"removed": "breaking", "changed": "value", "type": "breaking", "order": "value"}
-
-
 class JsonDiff:
     """Collects at most `limit` differences.
 
-    `keyed` tells the field that identifies the elements of the array at a generalised path, or nothing. Objects and
-    arrays that would take more than `max_work` steps are compared as a whole.
+    `identity_lookup` returns the identity field of the array at a generalised path, or an empty text. Objects and
+    arrays are compared as a whole if they would take more than `max_work` steps.
     """
 
     __slots__ = (
@@ -304,9 +287,9 @@ class JsonDiff:
         self.reset()
 
     def reset(self) -> None:
-        self.budget_exceeded = False  # whether anything was compared as a whole for the work that it would have been
+        self.budget_exceeded = False  # True if values were compared as a whole to save work
         self.differences: list[Difference] = []
-        self.work = 0  # values looked at
+        self.work = 0  # values visited
         self._report_counts: dict[tuple[str, Kind], int] = {}
         self._depth = self._array_depth = 0
 
@@ -315,7 +298,7 @@ class JsonDiff:
         return self.differences
 
     def compare_by_index(self, old: list[Any], new: list[Any]) -> list[Difference]:
-        """Elements by their places: where lists go on beyond these, nothing can be looked for elsewhere."""
+        """Compare arrays by index: the other arrays match elements, which needs the arrays to be complete."""
         self._diff_elements(JsonPath(None, self.root, old, new), match_by_index(old, new))
         return self.differences
 
@@ -341,7 +324,7 @@ class JsonDiff:
             self._depth -= 1
 
     def _diff_whole(self, location: JsonPath) -> bool:
-        """Whether they differ."""
+        """Report and return whether the values differ."""
         is_different = encode_canonical(location.old) != encode_canonical(location.new)
         if is_different:
             self._report("changed", location)
@@ -411,29 +394,23 @@ class JsonDiff:
         self.differences.append(Difference("body", path, kind, impact, location, "", hint))
 
     def _added_impact(self, path: str, location: JsonPath) -> Impact:
-        """A field more is an addition. A row more is another answer, and a page has no fields."""
+        """Rate an added value: a new field is additive, a new element or a new part of a page is not."""
         if type(location.step) is RepeatedKey or (path in FAILURE_PATHS and location.new):
             return "breaking"
         return "value" if path.endswith(_ELEMENT_SUFFIXES) or self.root == "html" else "additive"
 
 
-MAX_RAW_DEPTH = 4  # on which members are told apart; each looks at the text again
-MIN_RAW_BYTES = 100  # bytes, that are parsed at once
-MAX_RAW_DIFFERENCES = 4  # members that may differ though they are most
-JSON_WHITESPACE = b" \t\r\n"
-_decode_members = Decoder(dict[str, Raw]).decode
-_decode_elements = Decoder(list[Raw]).decode
-
-
 class JsonTextDiff(JsonDiff):
+    """Compares JSON texts and parses only the members that differ."""
+
     __slots__ = ()
 
     def compare_texts(self, old: bytes, new: bytes) -> list[Difference]:
-        """Raise NotJsonError where a text is no JSON."""
+        """Compare two texts in UTF-8. Raise NotJsonError."""
         if (old.isascii() or _is_utf8(old)) and (new.isascii() or _is_utf8(new)):
             try:
                 self._diff_texts(None, self.root, old.strip(JSON_WHITESPACE), new.strip(JSON_WHITESPACE), MAX_RAW_DEPTH)
-            except (DecodeError, RecursionError):  # the lenient reader may take it
+            except (DecodeError, RecursionError):  # the lenient parser may accept it
                 self.reset()
             else:
                 return self.differences
@@ -449,7 +426,7 @@ class JsonTextDiff(JsonDiff):
         self._diff_value(JsonPath(parent, step, parse(old), parse(new)))
 
     def _diff_members(self, parent: JsonPath | None, step: str | int, old: bytes, new: bytes, levels: int) -> bool:
-        """Nothing is done and False returned where it is better to parse them."""
+        """Compare objects by the texts of their members. Return False if parsing both is faster."""
         left, right = _decode_members(old), _decode_members(new)
         if not (_is_compact(left, len(old)) and _is_compact(right, len(new))):
             return False
@@ -502,7 +479,7 @@ class JsonTextDiff(JsonDiff):
 
 
 def _is_utf8(body: bytes) -> bool:
-    """Whether it is UTF-8: what is not parsed was not looked into."""
+    """Check the encoding, since equal members are not parsed."""
     try:
         return bool(body.decode())
     except UnicodeDecodeError:
@@ -510,7 +487,7 @@ def _is_utf8(body: bytes) -> bool:
 
 
 def _parse_at(indices: list[int], left: list[Any], right: list[Any]) -> None:
-    """All at once: to begin takes longer than to go on."""
+    """Parse elements in place, in one call: the overhead of a call is larger than that of an element."""
     texts = [elements[index] for elements in (left, right) for index in indices]
     values = iter(parse(b"[%b]" % b",".join(texts)))
     for elements in (left, right):
@@ -519,5 +496,5 @@ def _parse_at(indices: list[int], left: list[Any], right: list[Any]) -> None:
 
 
 def _is_compact(members: dict[str, Raw], length: int) -> bool:
-    """Whether nothing is in the text but these members: no spaces, no escapes in keys, and no key that comes again."""
+    """Tell whether the text has only these members: no spaces, no escapes in keys, no repeated keys."""
     return len("".join(members).encode()) + sum(map(len, members.values())) + 4 * len(members) + 1 == length

@@ -1,6 +1,7 @@
 """HTML and XML as documents: an element is an object with its attributes (`@name`), its text (`#text`) and its children.
 
-Both readers take time linear in the text. XML with entity declarations is refused, so nothing is expanded or fetched.
+Both readers take linear time. The XML reader refuses entity declarations: it expands and fetches nothing. The HTML reader
+builds no implied elements, unlike a browser: formatting elements would take a browser's parser quadratic memory.
 """
 
 from __future__ import annotations
@@ -14,45 +15,23 @@ from xml.parsers import expat
 
 from abreast_sidecar.compare.values import NotJsonError, parse
 
-MAX_ELEMENT_DEPTH = 150  # elements in elements; below MAX_DEPTH of documents
-MAX_TAG_CHARS = 8192  # characters from < to >
-MAX_BROKEN_TAGS = 100  # tags without an end, before it is no HTML
+MAX_ELEMENT_DEPTH = 150  # less than MAX_JSON_DEPTH
+MAX_TAG_CHARS = 8192
+MAX_BROKEN_TAGS = 100  # tags without an end in one document
 
 _VOID_TAGS = frozenset(
     ["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"]
 )
 _RAW_TEXT_TAGS = frozenset({"script", "style", "textarea", "title"})
 _PREFORMATTED_TAGS = frozenset({"pre", "script", "style", "textarea"})
-# An element of the first kind is over when one of the second begins.
+# By the tag of an open element: the tags that end it when they begin, as in HTML's optional end tags.
 _IMPLIED_END_TAGS = {
     "li": frozenset({"li"}),
     "p": frozenset(
-        [
-            "address",
-            "article",
-            "aside",
-            "blockquote",
-            "div",
-            "dl",
-            "footer",
-            "form",
-            "h1",
-            "h2",
-            "h3",
-            "h4",
-            "h5",
-            "h6",
-            "header",
-            "hr",
-            "main",
-            "nav",
-            "ol",
-            "p",
-            "pre",
-            "section",
-            "table",
-            "ul",
-        ]
+        {
+            "address", "article", "aside", "blockquote", "div", "dl", "footer", "form", "h1", "h2", "h3", "h4", "h5",
+            "h6", "header", "hr", "main", "nav", "ol", "p", "pre", "section", "table", "ul",
+        }
     ),
     "dt": frozenset({"dt", "dd"}),
     "dd": frozenset({"dt", "dd"}),
@@ -61,13 +40,14 @@ _IMPLIED_END_TAGS = {
     "td": frozenset({"td", "th", "tr"}),
     "th": frozenset({"td", "th", "tr"}),
     "head": frozenset({"body"}),
-}
-_TAG = re.compile(r"<(/?)([A-Za-z][^\s/>]*)((?:[^>\"']|\"[^\"]*\"|'[^']*')*)>")
-_ATTRIBUTE = re.compile(r"([^\s=/\"'>]+)(?:\s*=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+)))?")
+}  # fmt: skip
+# Each run of characters is possessive (`++`, `*+`): a tag without an end would otherwise take quadratic time.
+_TAG = re.compile(r"<(/?)([A-Za-z][^\s/>]*+)((?:[^>\"']++|\"[^\"]*+\"|'[^']*+')*)>")
+_ATTRIBUTE = re.compile(r"([^\s=/\"'>]++)(?:\s*+=\s*+(?:\"([^\"]*+)\"|'([^']*+)'|([^\s\"'>]++)))?")
 
 
 class NotMarkupError(ValueError):
-    pass
+    """A text is not valid HTML or XML, or too deep."""
 
 
 @dataclass(slots=True)
@@ -75,9 +55,9 @@ class Element:
     tag: str
     attributes: dict[str, str] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
-    text_positions: list[int] = field(default_factory=list)  # of each text: how many children stand before it
+    text_positions: list[int] = field(default_factory=list)  # for each text, the number of children before it
     children: list[Element] = field(default_factory=list)
-    preserves_space: bool = True  # whether spaces within the text mean something
+    preserves_space: bool = True  # False if runs of spaces are equal to one space
 
     def add_text(self, text: str) -> None:
         self.texts.append(text)
@@ -85,7 +65,7 @@ class Element:
 
 
 def to_documents(old: Element, new: Element) -> tuple[Any, Any]:
-    """Objects of both. A tag that no parent has twice, in either, is no array."""
+    """Convert both. Children are arrays if any parent at the same place, on either side, repeats their tag."""
     repeated: set[tuple[str, ...]] = set()
     for root in (old, new):
         _find_repeated(root, (), repeated)
@@ -94,7 +74,7 @@ def to_documents(old: Element, new: Element) -> tuple[Any, Any]:
 
 def _find_repeated(element: Element, path: tuple[str, ...], repeated: set[tuple[str, ...]]) -> None:
     counts = Counter(child.tag for child in element.children)
-    tag_path = (*path[-2:], element.tag)  # enough to tell places apart, and bounded
+    tag_path = (*path[-2:], element.tag)  # three tags identify a place well enough
     repeated.update((*tag_path, tag) for tag, count in counts.items() if count > 1)
     for child in element.children:
         _find_repeated(child, tag_path, repeated)
@@ -121,7 +101,6 @@ def _to_document(element: Element, path: tuple[str, ...], repeated: set[tuple[st
 
 
 def _parse_script_json(text: str) -> Any:
-    """What a page hands to its scripts."""
     try:
         return parse(text.encode("utf-8", "surrogatepass"))
     except NotJsonError:
@@ -133,7 +112,7 @@ def _normalise_space(text: str, *, preserves_space: bool) -> str:
 
 
 def has_same_order(old: Element, new: Element) -> bool:
-    """Whether two elements that have equal documents also have their children, and the text between them, in one order."""
+    """Compare the order of children and texts, which equal documents don't contain."""
     if [child.tag for child in old.children] != [child.tag for child in new.children]:
         return False
     if old.children and _group_texts(old) != _group_texts(new):
@@ -144,7 +123,7 @@ def has_same_order(old: Element, new: Element) -> bool:
 
 
 def _group_texts(element: Element) -> dict[int, str]:
-    """Texts by the number of children before them."""
+    """Return the texts by the number of children before them."""
     texts: dict[int, str] = {}
     for position, text in zip(element.text_positions, element.texts, strict=True):
         texts[position] = texts.get(position, "") + text
@@ -156,7 +135,7 @@ def _group_texts(element: Element) -> dict[int, str]:
 
 
 def read_html(text: str) -> Element:
-    """Raise NotMarkupError for what has no tags, is nested too deeply or is full of broken tags."""
+    """Parse HTML. Raise NotMarkupError for a text without tags, with too many broken tags, or nested too deeply."""
     return _HtmlReader(text).read()
 
 
@@ -167,7 +146,7 @@ class _HtmlReader:
         self.stack = [self.root]
         self.broken = 0
         self.doctype = ""
-        self.endings_left: dict[str, bool] = {}  # whether a text that ends something comes again
+        self.missing_endings: set[str] = set()  # no such ending follows
 
     def read(self) -> Element:
         position, text = 0, self.text
@@ -214,21 +193,20 @@ class _HtmlReader:
         )
 
     def _read_doctype(self, text: str) -> None:
-        """Without it browsers lay a page out in another way."""
+        """Keep the doctype, which selects the layout mode of browsers."""
         if text[:7].lower() == "doctype" and not self.root.children:
             self.doctype = " ".join(text.lower().split())
 
     def _skip_past(self, ending: str, start: int) -> int:
-        """Once it was looked for in vain it is not looked for again."""
-        if self.endings_left.get(ending, True):
-            index = self.text.find(ending, start)
-            if index >= 0:
-                return index + len(ending)
-            self.endings_left[ending] = False
+        """Return the position after the next ending. Missing endings are searched for once, to stay linear."""
+        index = -1 if ending in self.missing_endings else self.text.find(ending, start)
+        if index >= 0:
+            return index + len(ending)
+        self.missing_endings.add(ending)
         return len(self.text)
 
     def _read_raw_text(self, name: str, start: int) -> int:
-        """Text in which nothing is a tag but its own end."""
+        """Add the text up to the end tag of an element that has no children, such as `script`."""
         end_tag = re.compile(rf"</{name}\s{{0,8}}>", re.IGNORECASE).search(self.text, start)
         end = end_tag.start() if end_tag else len(self.text)
         content = self.text[start:end]
@@ -274,7 +252,7 @@ def _parse_attributes(text: str) -> dict[str, str]:
 
 
 def read_xml(body: bytes | str) -> Element:
-    """Raise NotMarkupError for what is not well formed, declares entities or is nested too deeply."""
+    """Parse XML. Raise NotMarkupError if it is not well formed, declares entities or is nested too deeply."""
     try:
         return _XmlReader().read(body)
     except (expat.ExpatError, ValueError, LookupError) as error:
@@ -318,4 +296,4 @@ class _XmlReader:
 
 
 def _refuse_entities(*_: object) -> None:
-    raise NotMarkupError("it declares entities")
+    raise NotMarkupError("entity declarations are not allowed")

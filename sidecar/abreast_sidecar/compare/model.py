@@ -1,4 +1,4 @@
-"""The nouns of a comparison."""
+"""The types of a comparison: paths, differences and results."""
 
 from __future__ import annotations
 
@@ -7,25 +7,41 @@ import re
 from collections import Counter
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from msgspec import Raw, Struct
 
 from abreast.protocol.capture import Capture
 from abreast_sidecar.compare.values import parse_raw, render_value
 
-if TYPE_CHECKING:
-    pass
+Part = Literal["status", "header", "body", "error", "latency", "effect", "cache"]
+Kind = Literal["added", "removed", "changed", "type", "format", "range", "order", "slower"]
+Impact = Literal["breaking", "value", "additive"]
+Outcome = Literal[
+    "match", "mismatch", "partial", "only_old", "only_new", "baseline_only", "undecodable", "oversize", "shed",
+    "aborted", "not_compared",
+]  # fmt: skip
 
+# Headers that depend on the machine, time, connection, request or build, not on the version's behaviour.
+# A trailing * matches any suffix.
+VOLATILE_HEADERS = frozenset(
+    {
+        "age", "alt-svc", "cf-*", "connection", "content-digest", "content-length", "content-md5", "date", "digest",
+        "etag", "expires", "keep-alive", "last-modified", "nel", "report-to", "repr-digest", "server", "server-timing",
+        "traceparent", "tracestate", "transfer-encoding", "via", "x-amz-*", "x-amzn-*", "x-b3-*",
+        "x-cloud-trace-context", "x-correlation-id", "x-datadog-*", "x-envoy-*", "x-powered-by", "x-process-time",
+        "x-ratelimit-*", "x-request-id", "x-response-time", "x-runtime", "x-served-by", "x-trace-id",
+    }
+)  # fmt: skip
 
-# The end of a longer word is no id; a key or segment that is one as a whole is.
+# Matches keys and path segments that are ids as a whole.
 _ID_PATTERN = re.compile(
     r"\d+"
     r"|[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}"
     r"|(?=[^\d]*\d)[0-9a-fA-F]{16,}"
     r"|(?=[^\d]*\d)[0-9A-Za-z_-]{24,}"
 )
-# These are ids, or moments, only where all keys of an object look so.
+# These keys may be ids or timestamps. They count as such only if all keys of an object match.
 _ID_LIKE_PATTERN = re.compile(
     r"\d{4}-\d\d(-\d\d)?([T ]\d\d:\d\d(:\d\d)?\S{0,16})?"
     r"|[A-Za-z]{1,16}[-_:/#.]?\d+"
@@ -33,23 +49,16 @@ _ID_LIKE_PATTERN = re.compile(
     r"|[^@\s]{1,64}@[^@\s]{1,255}"
     r"|\d{1,3}(\.\d{1,3}){3}(:\d+)?"
 )
-_KEY_CACHE_SIZE = 4096  # of documents, that are remembered as they are written
-_TYPES_BY_FIRST_BYTE = {
-    b"{": dict,
-    b"[": list,
-    b'"': str,
-    b"t": bool,
-    b"f": bool,
-    b"n": type(None),
-}  # by how a text begins
-MIN_ID_LIKE_KEYS, MIN_SAME_SHAPE_KEYS, MIN_SAME_TYPE_KEYS = 3, 8, 50  # entries that make a map
-
+_KEY_CACHE_SIZE = 4096
+_TYPES_BY_FIRST_BYTE = {b"{": dict, b"[": list, b'"': str, b"t": bool, b"f": bool, b"n": type(None)}
+# Fewest entries of an object that make it a map, by the evidence for it.
+MIN_ID_LIKE_KEYS, MIN_SAME_SHAPE_KEYS, MIN_SAME_TYPE_KEYS = 3, 8, 50
 _PLAIN_KEY = re.compile(r"[A-Za-z_@#][\w-]*", re.ASCII)
 _ROUTE_CONVERTOR = re.compile(r"\{(\w+):\w+\}")
 
 
 class JsonPath(Struct):
-    """Where a walk through two documents is: a step below another place. Paths are only written when asked for."""
+    """A location in two documents: a step below its parent. The text of a path is built only when it is needed."""
 
     parent: JsonPath | None
     step: str | int
@@ -59,7 +68,7 @@ class JsonPath(Struct):
     _is_map: bool | None = None
 
     def generalised(self) -> str:
-        """`$.items[*].price`: one cause, one path, whatever the index or id."""
+        """Return the path without indices and ids, such as `$.items[*].price`: differences with one cause share it."""
         path = self._generalised
         if path is None:
             parent, step = self.parent, self.step
@@ -73,7 +82,7 @@ class JsonPath(Struct):
         return path
 
     def exact(self) -> str:
-        """`$.items[3].price`"""
+        """Return the path with indices and ids, such as `$.items[3].price`."""
         steps = []
         node: JsonPath = self
         while node.parent is not None:
@@ -82,14 +91,14 @@ class JsonPath(Struct):
         return str(node.step) + "".join(reversed(steps))
 
     def is_map(self) -> bool:
-        """Whether the keys here are ids, so that what differs below them is one cause."""
+        """Tell whether the keys here are ids, so that differences below different keys have one cause."""
         if self._is_map is None:
             self._is_map = is_map(self.old, self.new)
         return self._is_map
 
 
 def is_map(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Ids as keys; many values of one shape; or very many plain values of one type."""
+    """Tell whether an object maps ids to values: by its keys, or by many values of one shape or one type."""
     for key in chain(old, new):
         if not _is_id_like(key):
             break
@@ -108,7 +117,6 @@ def is_map(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
 
 def _get_value_type(value: Any) -> type:
-    """Also of what was not parsed."""
     if type(value) is not Raw:
         return type(value)
     return _TYPES_BY_FIRST_BYTE.get(bytes(value)[:1]) or type(parse_raw(value))
@@ -131,72 +139,10 @@ def _format_key(key: str) -> str:
 
 @lru_cache(maxsize=_KEY_CACHE_SIZE)
 def normalise_route(template: str, path: str) -> str:
-    """The endpoint's route: the template without convertors, or else the path with its ids generalised."""
+    """Return the route: the template without convertors, or the path with `{id}` for ids if there is no template."""
     if template:
         return _ROUTE_CONVERTOR.sub(r"{\1}", template)
     return "/".join("{id}" if _ID_PATTERN.fullmatch(segment) else segment for segment in path.split("/")) or "/"
-
-
-Part = Literal["status", "header", "body", "error", "latency", "effect", "cache"]
-Kind = Literal["added", "removed", "changed", "type", "format", "range", "order", "slower"]
-Impact = Literal["breaking", "value", "additive"]
-Outcome = Literal[
-    "match",
-    "mismatch",
-    "partial",
-    "only_old",
-    "only_new",
-    "baseline_only",
-    "undecodable",
-    "oversize",
-    "shed",
-    "aborted",
-    "not_compared",
-]
-
-# Headers that say nothing about a version: they name a machine, a moment, a connection or one request, or belong to
-# one build (validators). Names that end in * stand for all that begin so.
-VOLATILE_HEADERS = frozenset(
-    {
-        "age",
-        "alt-svc",
-        "cf-*",
-        "connection",
-        "content-digest",
-        "content-length",  # said again, and better, by the body; so do the digests
-        "content-md5",
-        "date",
-        "digest",
-        "etag",
-        "expires",  # a moment; cache-control is compared
-        "keep-alive",
-        "last-modified",
-        "nel",
-        "report-to",
-        "repr-digest",
-        "server",
-        "server-timing",
-        "traceparent",
-        "tracestate",
-        "transfer-encoding",
-        "via",
-        "x-amz-*",
-        "x-amzn-*",
-        "x-b3-*",
-        "x-cloud-trace-context",
-        "x-correlation-id",
-        "x-datadog-*",
-        "x-envoy-*",
-        "x-powered-by",
-        "x-process-time",
-        "x-ratelimit-*",
-        "x-request-id",
-        "x-response-time",
-        "x-runtime",
-        "x-served-by",
-        "x-trace-id",
-    }
-)
 
 
 class RenderedValues(NamedTuple):
@@ -206,17 +152,15 @@ class RenderedValues(NamedTuple):
 
 
 class Difference(Struct, frozen=True, eq=False):
-    """One place where two answers differ, seen from the old one."""
+    """A place where two answers differ. `added` and `removed` are relative to the old answer."""
 
     part: Part
-    path: str  # generalised: `$.items[*].price`, a header's name, `200->500`; empty for the whole part
+    path: str  # generalised: `$.items[*].price`, the name of a header, `200->500`; empty for the whole part
     kind: Kind
     impact: Impact
-    location: (
-        JsonPath | RenderedValues
-    )  # texts of a Place are written when someone reads them: most only count for what is known already
-    explained_by: str = ""  # the rule that covers it
-    hint: str = ""  # a rule that would: `keyed-by id`, `unordered`
+    location: JsonPath | RenderedValues  # most differences are only counted: a JsonPath renders its texts on demand
+    explained_by: str = ""  # name of the rule that explains it
+    hint: str = ""  # a rule that would explain it: `keyed-by id`, `unordered`
 
     @staticmethod
     def from_text(
@@ -230,17 +174,24 @@ class Difference(Struct, frozen=True, eq=False):
         explained_by: str = "",
         hint: str = "",
     ) -> Difference:
-        """One whose texts are known."""
+        """Build a difference from rendered values."""
         return Difference(part, path, kind, impact, RenderedValues(exact_path, old, new), explained_by, hint)
+
+    @staticmethod
+    def from_values(part: Part, path: str, old: Any, new: Any, impact: Impact, exact_path: str = "") -> Difference:
+        """Build a difference whose kind is `added` or `removed` if a value is None, else `changed`."""
+        kind: Kind = "added" if old is None else "removed" if new is None else "changed"
+        texts = [None if value is None else render_value(value) for value in (old, new)]
+        return Difference(part, path, kind, impact, RenderedValues(exact_path, *texts))
 
     @property
     def exact_path(self) -> str:
-        """Exact: `$.items[3].price`"""
+        """The path with indices and ids, such as `$.items[3].price`."""
         return self.location.exact() if isinstance(self.location, JsonPath) else self.location.exact_path
 
     @property
     def old(self) -> str | None:
-        """JSON text of at most VALUE_LIMIT characters; None where there is none."""
+        """The old value as JSON text of at most MAX_VALUE_CHARS characters. None if new added it."""
         if isinstance(self.location, JsonPath):
             return None if self.kind == "added" else render_value(self.location.old)
         return self.location.old
@@ -268,22 +219,21 @@ _RECORD_FIELDS = ("part", "path", "exact_path", "kind", "impact", "old", "new", 
 
 
 class ComparisonResult(Struct, frozen=True):
-    """What became of one sampled request."""
+    """The outcome of one sampled request, with its captures and differences."""
 
     outcome: Outcome
     method: str
-    route: str  # template, or the path with its ids generalised
+    route: str  # a template such as `/products/{id}`
     old: Capture | None = None
     new: Capture | None = None
-    baseline: Capture | None = None  # a second answer of old
-    differences: tuple[Difference, ...] = ()  # old against new, that no rule explains
-    explained_differences: tuple[Difference, ...] = ()  # old against new, each with the rule that explains it
-    noise: tuple[Difference, ...] = ()  # old against old, that no rule explains
-    explained_noise: tuple[Difference, ...] = ()  # old against old, each with the rule that explains it
+    baseline: Capture | None = None  # a second answer of the old version
+    differences: tuple[Difference, ...] = ()  # old and new, not explained by a rule
+    explained_differences: tuple[Difference, ...] = ()  # old and new, explained by a rule
+    noise: tuple[Difference, ...] = ()  # old and baseline, not explained by a rule
+    explained_noise: tuple[Difference, ...] = ()  # old and baseline, explained by a rule
     baseline_compared: bool = False
     reason: str = ""
 
     @property
     def all_differences(self) -> tuple[Difference, ...]:
-        """All that was found, explained or not."""
         return self.differences + self.explained_differences + self.noise + self.explained_noise

@@ -1,4 +1,4 @@
-"""From the captures of one request to its outcome. Never raises: what can't be compared has an outcome of its own."""
+"""The outcome of a pair from the captures of one request. A pair that can't be compared has an outcome too."""
 
 from __future__ import annotations
 
@@ -11,20 +11,35 @@ from abreast.protocol.capture import Capture
 from abreast_sidecar.compare.body import BodyResult, IdentityLookup, compare_bodies, compare_truncated, is_same_content
 from abreast_sidecar.compare.effects import EFFECTS_DROPPED_NOTE, diff_effects
 from abreast_sidecar.compare.headers import diff_headers, diff_trailers, diff_validators, get_header
-from abreast_sidecar.compare.model import ComparisonResult, Difference, Kind, Outcome, normalise_route
+from abreast_sidecar.compare.model import ComparisonResult, Difference, Impact, Kind, Outcome, normalise_route
 from abreast_sidecar.compare.rules import CompareOptions, RuleScope, RuleSet
 from abreast_sidecar.compare.values import render_value
-from abreast_sidecar.compare.volatile import classify_anomalies as told_by_form
+from abreast_sidecar.compare.volatile import classify_anomalies
 
+INTERNAL_SERVER_ERROR = 500
+TOO_MANY_REQUESTS = 429
+SERVICE_UNAVAILABLE = 503
+OK = 200
+PARTIAL_CONTENT = 206
+NOT_MODIFIED = 304
+PRECONDITION_FAILED = 412
+NOT_FOUND = 404
+CONDITIONAL_HEADERS = frozenset({"if-none-match", "if-modified-since", "if-match", "if-unmodified-since", "if-range"})
+RANGE_CONDITION_HEADERS = frozenset({"if-range"})
+NO_ROUTE = "(no route)"  # one endpoint for all unknown paths, which scanners try by the thousand
+CLIENT_LEFT_NOTE = "the client disconnected before the answer was complete"
+STILL_RUNNING_NOTE = "the answer was not finished when it was captured"
+BOTH_BROKE_OFF_NOTE = "both answers broke off"
+_ROLE_ORDER = {"live": 0, "shadow": 1, "baseline": 2}
 IMPACTS_BY_SEVERITY = ("additive", "value", "breaking")
-NO_CONTENT_STATUSES = frozenset({204, 205})  # statuses whose answers have no content
+NO_CONTENT_STATUSES = frozenset({204, 205})
 
 
 def drop_consequences(differences: Sequence[Difference], old: int, new: int) -> list[Difference]:
-    """The differences of two answers with statuses `old` and `new`, without those that others of them explain.
+    """Remove differences that follow from another difference. `old` and `new` are the statuses.
 
-    An answer that has no content by its status has neither body nor type: the status is the cause, and as grave as what
-    is gone. A body that is another thing altogether, or gone, has another type.
+    A status without content explains a missing body and a missing content type, and takes over the impact of the body.
+    A body that is missing or of another type explains another content type.
     """
     whole_body = next(
         (difference for difference in differences if difference.part == "body" and not difference.path), None
@@ -47,25 +62,6 @@ def _raise_impact(cause: Difference, effect: Difference) -> Difference:
     return replace(cause, impact=max(cause.impact, effect.impact, key=IMPACTS_BY_SEVERITY.index))
 
 
-INTERNAL_SERVER_ERROR = 500
-TOO_MANY_REQUESTS = 429
-SERVICE_UNAVAILABLE = 503
-OK = 200
-PARTIAL_CONTENT = 206
-NOT_MODIFIED = 304
-PRECONDITION_FAILED = 412
-NOT_FOUND = 404
-CONDITIONAL_HEADERS = frozenset({"if-none-match", "if-modified-since", "if-match", "if-unmodified-since", "if-range"})
-RANGE_CONDITION_HEADERS = frozenset({"if-range"})
-NO_ROUTE = "(no route)"  # unknown paths are one endpoint, however many a scanner tries
-
-CLIENT_LEFT_NOTE = "the client left before the answer was whole"
-STILL_RUNNING_NOTE = "the answer still went on when it was captured"
-BOTH_BROKE_OFF_NOTE = "both answers broke off"
-
-_ROLE_ORDER = {"live": 0, "shadow": 1, "baseline": 2}
-
-
 class PairSides(NamedTuple):
     old: Capture | None
     new: Capture | None
@@ -73,9 +69,9 @@ class PairSides(NamedTuple):
 
 
 def compare_pair(captures: Sequence[Capture], options: CompareOptions, *, timed_out: bool = False) -> ComparisonResult:
-    """Judge one pair's captures, of which there is at least one.
+    """Compare the captures of one request, at least one.
 
-    `swept`: the pair was given up before all its copies were there.
+    `timed_out`: the pair expired before all captures arrived.
     """
     sides = assign_sides(captures)
     method, route = resolve_endpoint(sides)
@@ -99,7 +95,6 @@ def compare_pair(captures: Sequence[Capture], options: CompareOptions, *, timed_
 
 
 def make_rule_scope(sides: PairSides, endpoint: str) -> RuleScope:
-    """What rules may be limited to."""
     old, new = sides.old, sides.new
     capture = new or old or sides.baseline
     return RuleScope(
@@ -112,7 +107,7 @@ def make_rule_scope(sides: PairSides, endpoint: str) -> RuleScope:
 
 
 def assign_sides(captures: Sequence[Capture]) -> PairSides:
-    """The first answers of each version, live before shadow; a further one of old is baseline."""
+    """Take the first answer of each version, live before shadow. A second answer of old is the baseline."""
     if len(captures) == 2 and captures[0].version != captures[1].version:
         old, new = captures if captures[0].version == "old" else (captures[1], captures[0])
         return PairSides(old, new, None)
@@ -125,7 +120,7 @@ def assign_sides(captures: Sequence[Capture]) -> PairSides:
 
 
 def resolve_endpoint(sides: PairSides) -> tuple[str, str]:
-    """Method and route; old's name for it, so that a renamed parameter is no new endpoint."""
+    """Return method and route. The route of old counts, so that a renamed parameter makes no new endpoint."""
     captures = [side for side in (sides.old, sides.new) if side is not None]
     for side in captures:
         if side.request.route:
@@ -194,22 +189,22 @@ def _classify(old: Capture, new: Capture, result: BodyResult, rule_set: RuleSet 
 
 
 def _without_new(sides: PairSides, *, timed_out: bool) -> PairOutcome:
-    """New was out and old answered all copies, or an attempt at new left no capture."""
+    """Distinguish a baseline-only pair from a pair that lost the capture of new."""
     captures = [side for side in (sides.old, sides.baseline) if side is not None]
     if any(side.attempt > 1 for side in captures):
-        return PairOutcome("only_old", "new did not answer, and the request was tried again on old")
+        return PairOutcome("only_old", "new did not answer, and Envoy retried the request on old")
     if not timed_out and len(captures) > 1:
-        return PairOutcome("baseline_only", "new was out: old got all copies")
+        return PairOutcome("baseline_only", "new receives no copies: old got all of them")
     return PairOutcome("only_old", "no capture of new arrived in time")
 
 
 def _has_client_left(capture: Capture) -> bool:
-    """The user left. Where a copy was cut short, it was Envoy that had waited long enough."""
+    """Detect a disconnect of the user. Envoy ends a copy after a timeout, which is no disconnect."""
     return capture.role == "live" and capture.client_left and not capture.complete
 
 
 def _is_interrupted(capture: Capture, other: Capture) -> bool:
-    """Where the user left before the end, or was still there, the other answer is longer for no reason of its own."""
+    """Tell whether one answer may be shorter for reasons other than the version: a disconnect or the capture deadline."""
     return (
         _has_client_left(capture)
         or _has_client_left(other)
@@ -219,7 +214,7 @@ def _is_interrupted(capture: Capture, other: Capture) -> bool:
 
 
 def _conditional_headers(code: int, other_code: int) -> frozenset[str]:
-    """The request headers that make such a pair of statuses say nothing but whether a validator was known."""
+    """Return the request headers that explain these two statuses: their validators belong to one build."""
     if code == other_code:
         return frozenset()
     if {code // 100, other_code // 100} == {2, 3} and NOT_MODIFIED in (code, other_code):
@@ -238,7 +233,7 @@ def _is_comparable(capture: Capture, other: Capture) -> bool:
 
 
 def get_status(capture: Capture) -> int:
-    """What the client was told: a server answers 500 for an application that raised before it began."""
+    """Return the status for the client: the server sends 500 if the application raises before it answers."""
     return capture.answer.status or INTERNAL_SERVER_ERROR
 
 
@@ -257,23 +252,29 @@ def _compare_answers(old: Capture, new: Capture, options: CompareOptions, rule_s
     result = _compare_captures(old, new, options, rule_set)
     if not result.differences:
         return result
-    return result._replace(differences=told_by_form(result.differences, (old.started_at, new.started_at)))
+    return result._replace(differences=classify_anomalies(result.differences, (old.started_at, new.started_at)))
 
 
 def _compare_start(old: Capture, new: Capture) -> tuple[list[Difference], bool]:
-    """How both answered, and whether the rest follows from it: one cause, one finding."""
+    """Compare how both answered. The flag is True if all other differences would follow from the returned ones."""
     if _has_no_response(old) != _has_no_response(new):
-        return [_no_response_difference(old, new)], True
+        before, after = (None if _has_no_response(side) else get_status(side) for side in (old, new))
+        impact: Impact = "breaking" if _has_no_response(new) else "value"
+        return [Difference.from_values("error", "no answer", before, after, impact)], True
     differences, old_status, new_status = [], get_status(old), get_status(new)
     is_interrupted = _is_interrupted(old, new)
     if old_status != new_status:
-        differences.append(_status_difference(old, new))
-        if old_status // 100 != new_status // 100:
+        is_same_class = old_status // 100 == new_status // 100
+        impact = "value" if is_same_class else "breaking"
+        path = f"{old_status}->{new_status}"
+        differences.append(Difference.from_values("status", path, old_status, new_status, impact))
+        if not is_same_class:
             return differences, True
     if _is_broken_off(old) != _is_broken_off(new) and (not is_interrupted or _is_hung(old, new)):
         return [*differences, _unfinished_difference(old, new)], True
     if old.exception != new.exception and not is_interrupted:
-        differences.append(_exception_difference(old, new))
+        exceptions = old.exception or None, new.exception or None
+        differences.append(Difference.from_values("error", "raised", *exceptions, "value"))
     return differences, False
 
 
@@ -308,7 +309,7 @@ def _compare_captures(old: Capture, new: Capture, options: CompareOptions, rule_
 def _compare_partial(
     old: Capture, new: Capture, options: CompareOptions, identity_lookup: IdentityLookup | None
 ) -> BodyResult:
-    """At least one was cut; both at the same place only where no client had anything to do with it."""
+    """Compare answers of which at least one broke off."""
     before, after = old.answer, new.answer
     if not (old.client_left or new.client_left) and is_same_content(before.body, after.body):
         return BodyResult([])
@@ -326,25 +327,19 @@ def _compare_partial(
 
 
 def _has_no_response(capture: Capture) -> bool:
-    """It had not begun to answer when Envoy cut it off."""
+    """Tell whether Envoy ended the request before the application answered."""
     return capture.answer.status == 0 and capture.client_left
 
 
-def _no_response_difference(old: Capture, new: Capture) -> Difference:
-    new_only = _has_no_response(new)
-    return Difference.from_text(
-        part="error",
-        path="no answer",
-        exact_path="",
-        kind="removed" if new_only else "added",
-        impact="breaking" if new_only else "value",
-        old=None if _has_no_response(old) else str(get_status(old)),
-        new=None if new_only else str(get_status(new)),
-    )
+def _unfinished_difference(old: Capture, new: Capture) -> Difference:
+    """Describe an answer that broke off on one side only."""
+    kind: Kind = "removed" if _is_broken_off(new) else "added"
+    impact: Impact = "breaking" if _is_broken_off(new) else "value"
+    return Difference.from_text("error", "unfinished", "", kind, impact, _describe_end(old), _describe_end(new))
 
 
 def _is_broken_off(capture: Capture) -> bool:
-    """Less came than was promised."""
+    """Tell whether the answer is shorter than announced."""
     if not capture.complete:
         return True
     if capture.request.method == "HEAD" or capture.answer.status in {204, NOT_MODIFIED}:
@@ -358,55 +353,14 @@ def _is_broken_off(capture: Capture) -> bool:
 
 
 def _is_hung(old: Capture, new: Capture) -> bool:
-    """One goes on for more than twice as long as the other took in all: it is no stream that merely ends a little later."""
+    """Tell whether one answer still runs after more than twice the total time of the other."""
     running, other = (old, new) if old.truncated_by_deadline else (new, old)
     return running.truncated_by_deadline and other.complete and running.total_us > 2 * other.total_us
-
-
-def _status_difference(old: Capture, new: Capture) -> Difference:
-    before, after = get_status(old), get_status(new)
-    return Difference.from_text(
-        part="status",
-        path=f"{before}->{after}",
-        exact_path="",
-        kind="changed",
-        impact="breaking" if before // 100 != after // 100 else "value",
-        old=str(before),
-        new=str(after),
-    )
-
-
-def _unfinished_difference(old: Capture, new: Capture) -> Difference:
-    """One side's answer broke off in the middle."""
-    new_only = _is_broken_off(new)
-    return Difference.from_text(
-        part="error",
-        path="unfinished",
-        exact_path="",
-        kind="removed" if new_only else "added",
-        impact="breaking" if new_only else "value",
-        old=_describe_end(old),
-        new=_describe_end(new),
-    )
 
 
 def _describe_end(capture: Capture) -> str:
     if not _is_broken_off(capture):
         return '"complete"'
     if capture.truncated_by_deadline:
-        return render_value("still going on")
+        return render_value("not finished")
     return render_value(f"broken off by {capture.exception or 'the application'}")
-
-
-def _exception_difference(old: Capture, new: Capture) -> Difference:
-    """An application raised, whatever the client was told."""
-    kind: Kind = "changed" if old.exception and new.exception else "removed" if old.exception else "added"
-    return Difference.from_text(
-        part="error",
-        path="raised",
-        exact_path="",
-        kind=kind,
-        impact="value",
-        old=render_value(old.exception) if old.exception else None,
-        new=render_value(new.exception) if new.exception else None,
-    )

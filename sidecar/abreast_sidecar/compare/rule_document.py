@@ -1,33 +1,167 @@
-"""Rules from YAML. `rules.schema.json` says the same to editors; a test holds the two together."""
+"""The converter between rules and their documents: YAML, dicts for JSON, messages of the API, and the JSON schema.
+
+`Rule` declares each field once, with its type and documentation. Every document has the same fields, derived from it.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
+import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
+import msgspec
 import yaml
 
-from abreast_sidecar.compare.model import Kind, Part
-from abreast_sidecar.compare.rules import ACTIONS, MAX_PATTERN_CHARS, MAX_RECURSIVE_WILDCARDS, Rule, RuleSet
+from abreast_sidecar.compare.rules import ACTIONS, MAX_RECURSIVE_WILDCARDS, Rule, RuleSet
 
 MAX_RULES = 1000
-MAX_FIELD_CHARS = 500  # characters of a field
-_STATUS_PATTERN = re.compile(r"([1-5x][0-9x]{2}|\*)(->([1-5x][0-9x]{2}|\*))?", re.IGNORECASE)
+JSON_FIELDS = ("old", "new")  # JSON texts in messages
+SELECTOR_FIELDS = ("path", "header", "status", "part")  # a rule that explains differences needs one of these
+WAIVER_FIELDS = frozenset({"name", "action", "endpoint", "service", "release", "reason", "owner", "expires"})
+FIELDS_OF_ACTION = {"tolerate": ("absolute", "relative"), "keyed-by": ("by",), "expect": ("old", "new")}
+REQUIRED_FIELDS = {"tolerate": ("absolute", "relative"), "keyed-by": ("by",)}  # at least one of them
+ARRAY_ACTIONS = ("unordered", "keyed-by")  # need a path
+HEADER_DESCRIPTION = "A response header. `*` stands for any characters. It takes the place of `part` and `path`."
+EXACT_ENDPOINT_PATTERN = r"^[^*?\[]+$"
 _PERCENT_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*%")
-_COVERAGE_FIELDS = ("path", "header", "status", "part")
-_WILDCARDS = frozenset("*?[")
-_WAIVER_FIELDS = frozenset({"name", "action", "endpoint", "service", "release", "reason", "owner", "expires"})
+
+MessageT = TypeVar("MessageT")
 
 
 class RuleError(ValueError):
-    """Says the file, the line, and what to write instead."""
+    """A rule that can't be used. The message names file and line, if there are any, and says what to write instead."""
+
+
+class RuleField(NamedTuple):
+    type: Any  # with constraints, without None
+    expected: str  # completes `<field> must be`
+    default: Any
+    schema: dict[str, Any]
+
+
+def _read_fields() -> dict[str, RuleField]:
+    hints = get_type_hints(Rule, include_extras=True)
+    rule_fields: dict[str, RuleField] = {}
+    for field in fields(Rule):
+        declared, *metadata = get_args(hints[field.name])
+        options = [option for option in get_args(declared) if option is not type(None)]
+        field_type: Any = Annotated[options[0] if type(None) in get_args(declared) else declared, *metadata]
+        plain_type, *metadata = get_args(field_type)
+        expected = f"one of {', '.join(get_args(plain_type))}" if get_origin(plain_type) is Literal else ""
+        extra: dict[str, Any] = {"expected": expected, "schema": {}}
+        for meta in metadata:
+            extra |= meta.extra or {}
+        schema = {**msgspec.json.schema(field_type), **extra["schema"]}
+        default = "" if field.default is MISSING else field.default
+        rule_fields[field.name] = RuleField(field_type, extra["expected"], default, schema)
+        if field.name == "path":
+            rule_fields["header"] = rule_fields["path"]._replace(schema={**schema, "description": HEADER_DESCRIPTION})
+    return rule_fields
+
+
+RULE_FIELDS = _read_fields()
+
+
+def parse_field(name: str, value: Any) -> Any:
+    """Convert a field's value from YAML or JSON. Raise RuleError."""
+    field = RULE_FIELDS[name]
+    try:
+        return msgspec.convert(_normalise(name, value), field.type)
+    except ValueError:
+        raise RuleError(f"{name} must be {field.expected}, got {value!r}") from None
+
+
+def _normalise(name: str, value: Any) -> Any:
+    """Bring the spellings of a value that people use into the field's type. Raise ValueError."""
+    if name in JSON_FIELDS:
+        if isinstance(value, (dt.date, bytes)):
+            raise ValueError
+    elif name in {"absolute", "relative"}:
+        if isinstance(value, str) and name == "relative" and (percent := _PERCENT_PATTERN.fullmatch(value)):
+            return float(percent[1]) / 100
+        if value == float("inf"):
+            raise ValueError
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # release: 2.0, status: 404
+    elif isinstance(value, str):
+        if name in {"path", "header"} and value.count("**") > MAX_RECURSIVE_WILDCARDS:
+            raise ValueError
+        return value.replace(" ", "") if name == "status" else value
+    return value
+
+
+def rule_from_dict(values: Mapping[str, Any]) -> Rule:
+    """Build a rule from the fields of a document. Raise RuleError, which names the field."""
+    if unknown_names := values.keys() - RULE_FIELDS.keys():
+        raise RuleError(_unknown_field("a rule", min(unknown_names), RULE_FIELDS))
+    parsed_values = {"name": "", **{name: parse_field(name, value) for name, value in values.items()}}
+    try:
+        return _build_rule(parsed_values)
+    except RuleError as error:
+        raise RuleError(f"the rule {error}") from None
+
+
+def rule_to_dict(rule: Rule) -> dict[str, Any]:
+    """Return the fields of a document that are set, as JSON values. `rule_from_dict` restores the rule."""
+    values = {
+        name: getattr(rule, name)
+        for name, field in RULE_FIELDS.items()
+        if name != "header" and getattr(rule, name) != field.default
+    }
+    if "path" in values and rule.part in {"body", "header"}:
+        del values["part"]
+    if "path" in values and rule.part == "header":
+        values = {"header" if name == "path" else name: value for name, value in values.items()}
+    if rule.expires is not None:
+        values["expires"] = rule.expires.isoformat()
+    return values
+
+
+def message_to_dict(message: Any) -> dict[str, Any]:
+    """Return the fields of a document from an `abreast.v1.Rule`, without `expires`. Raise RuleError for a bad value."""
+    values: dict[str, Any] = {}
+    for name, descriptor in message.DESCRIPTOR.fields_by_name.items():
+        value = getattr(message, name)
+        if name not in RULE_FIELDS or not (message.HasField(name) if descriptor.has_presence else value):
+            continue
+        if descriptor.enum_type is not None:
+            enum_value = descriptor.enum_type.values_by_number.get(value)
+            if enum_value is None:
+                names = ", ".join(descriptor.enum_type.values_by_name)
+                raise RuleError(f"{name} must be one of {names}, got {value}")
+            value = enum_value.name.removeprefix(_enum_prefix(descriptor)).lower().replace("_", "-")
+        elif name in JSON_FIELDS:
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise RuleError(f"{name} must be JSON text, got {value!r}") from None
+        values[name] = value
+    return values
+
+
+def dict_to_message(values: Mapping[str, Any], message: MessageT) -> MessageT:
+    """Set the fields of an `abreast.v1.Rule` from those of a document, without `expires`."""
+    descriptors = message.DESCRIPTOR.fields_by_name  # type: ignore[attr-defined]  # a message: compare imports no protobuf
+    for name, value in values.items():
+        if name not in descriptors:
+            continue
+        if (enum_type := descriptors[name].enum_type) is not None:
+            enum_name = _enum_prefix(descriptors[name]) + value.upper().replace("-", "_")
+            setattr(message, name, enum_type.values_by_name[enum_name].number)
+        else:
+            setattr(message, name, json.dumps(value) if name in JSON_FIELDS else value)
+    return message
+
+
+def _enum_prefix(descriptor: Any) -> str:
+    return str(descriptor.enum_type.values_by_number[0].name).removesuffix("UNSPECIFIED")
 
 
 def parse_rules(text: str, file_name: str = "rules") -> RuleSet:
-    """`name`: of the file, for messages. Raise RuleError."""
+    """Read a YAML document of rules. `file_name` is for messages. Raise RuleError."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -36,226 +170,143 @@ def parse_rules(text: str, file_name: str = "rules") -> RuleSet:
         raise RuleError(f"{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if root is None:
         return RuleSet()
-    reader = _DocumentReader(file_name)
-    entries = reader.read_mapping(root, "the file")
-    reader.check_fields(entries, {"rules"}, "the file")
-    rules_entry = entries.get("rules")
-    if rules_entry is None or not isinstance(rules_entry[1], yaml.SequenceNode):
-        raise reader.error(rules_entry[1] if rules_entry else root, "rules must be a list")
-    if len(rules_entry[1].value) > MAX_RULES:
-        raise reader.error(rules_entry[1], f"at most {MAX_RULES} rules, got {len(rules_entry[1].value)}")
-    return RuleSet(tuple(reader.read_rule(node, index) for index, node in enumerate(rules_entry[1].value)))
+    return _YamlReader(file_name).read(root)
 
 
-def rule_from_dict(fields: Mapping[str, Any]) -> Rule:
-    """A rule from the fields that it would have in a file. Raise RuleError, which names the field."""
-    values = {}
-    for name, value in fields.items():
-        if name not in {*_FIELD_PARSERS, "header"}:
-            raise RuleError(f"a rule has no field {name!r}; known are {', '.join(sorted({*_FIELD_PARSERS, 'header'}))}")
-        values[name] = _parse_field(name, value)
-    values.setdefault("name", "")
-    try:
-        return _make_rule(values)
-    except RuleError as error:
-        raise RuleError(f"the rule {error}") from None
+class _YamlReader:
+    """Reads rules from nodes, since errors name the line of a node."""
 
+    def __init__(self, file_name: str) -> None:
+        self.file_name = file_name
 
-def rule_to_dict(rule: Rule) -> dict[str, Any]:
-    """What a file would say of it, without what is not set; `from_fields` makes the same rule of it."""
-    header = rule.part == "header" and rule.path
-    values: dict[str, Any] = {
-        "name": rule.name,
-        "action": rule.action,
-        "part": None if header or (rule.part == "body" and rule.path) else rule.part,
-        "header" if header else "path": rule.path,
-        **{name: getattr(rule, name) for name in ("kind", "service", "endpoint", "status", "release", "by")},
-        **{name: getattr(rule, name) for name in ("absolute", "relative", "reason", "owner")},
-        "expires": rule.expires and rule.expires.isoformat(),
-    }
-    values = {name: value for name, value in values.items() if value is not None and value != ""}
-    values |= {"old": rule.old} if rule.has_old else {}
-    return values | ({"new": rule.new} if rule.has_new else {})
+    def read(self, root: yaml.Node) -> RuleSet:
+        entries = self.read_mapping(root, "the file", {"rules"})
+        node = entries.get("rules", root)
+        if "rules" not in entries or not isinstance(node, yaml.SequenceNode):
+            raise self.error(node, "rules must be a list")
+        if len(node.value) > MAX_RULES:
+            raise self.error(node, f"rules must be at most {MAX_RULES}, got {len(node.value)}")
+        rules_by_name: dict[str, Rule] = {}
+        for index, rule_node in enumerate(node.value):
+            rule = self.read_rule(rule_node, f"rule {index + 1}")
+            if rule.name in rules_by_name:
+                raise self.error(rule_node, f"two rules are named {rule.name!r}")
+            rules_by_name[rule.name] = rule
+        return RuleSet(tuple(rules_by_name.values()))
 
+    def read_rule(self, node: yaml.Node, title: str) -> Rule:
+        values = {"name": title}
+        for name, value_node in self.read_mapping(node, title, RULE_FIELDS).items():
+            if not isinstance(value_node, yaml.ScalarNode):
+                raise self.error(value_node, f"{name} must be a single value")
+            try:
+                values[name] = parse_field(name, yaml.SafeLoader("").construct_object(value_node))
+            except (yaml.YAMLError, ValueError) as error:
+                raise self.error(value_node, str(error)) from None
+        try:
+            return _build_rule(values)
+        except RuleError as error:
+            raise self.error(node, f"rule {values['name']!r} {error}") from None
 
-def _parse_field(name: str, value: Any) -> Any:
-    try:
-        return _FIELD_PARSERS["path" if name == "header" else name](value)
-    except RuleError as error:
-        raise RuleError(f"{name} must be {error}, got {value!r}") from None
-
-
-NodeEntry = tuple[yaml.Node, yaml.Node]  # a key and its value
-
-
-@dataclass(slots=True)
-class _DocumentReader:
-    file_name: str
-    rule_names: set[str] = field(default_factory=set)
+    def read_mapping(self, node: yaml.Node, title: str, names: Iterable[str]) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            raise self.error(node, f"{title} must be a mapping")
+        entries: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value in entries:
+                raise self.error(key, f"{title} has a key twice, or a key that is not text")
+            if key.value not in names:
+                raise self.error(key, _unknown_field(title, key.value, names))
+            entries[key.value] = value
+        return entries
 
     def error(self, node: yaml.Node, message: str) -> RuleError:
         return RuleError(f"{self.file_name}:{node.start_mark.line + 1}: {message}")
 
-    def read_mapping(self, node: yaml.Node, description: str) -> dict[str, NodeEntry]:
-        if not isinstance(node, yaml.MappingNode):
-            raise self.error(node, f"{description} must be a mapping")
-        entries: dict[str, NodeEntry] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value in entries:
-                raise self.error(key, f"{description} has a key twice, or one that is no text")
-            entries[key.value] = (key, value)
-        return entries
 
-    def check_fields(self, entries: dict[str, NodeEntry], allowed: set[str], description: str) -> None:
-        for name, (key, _) in entries.items():
-            if name not in allowed:
-                raise self.error(key, f"{description} has no field {name!r}; known are {', '.join(sorted(allowed))}")
-
-    def read_rule(self, node: yaml.Node, index: int) -> Rule:
-        entries = self.read_mapping(node, f"rule {index + 1}")
-        self.check_fields(entries, {*_FIELD_PARSERS, "header"}, f"rule {index + 1}")
-        values = {name: self._read_field(name, value) for name, (_, value) in entries.items()}
-        values.setdefault("name", f"rule {index + 1}")
-        if values["name"] in self.rule_names:
-            raise self.error(node, f"two rules are named {values['name']!r}")
-        self.rule_names.add(values["name"])
-        try:
-            return _make_rule(values)
-        except RuleError as error:
-            raise self.error(node, f"rule {values['name']!r} {error}") from None
-
-    def _read_field(self, name: str, node: yaml.Node) -> Any:
-        if not isinstance(node, yaml.ScalarNode):
-            raise self.error(node, f"{name} must be a single value")
-        value = yaml.SafeLoader("").construct_object(node, deep=True)
-        try:
-            return _FIELD_PARSERS["path" if name == "header" else name](value)
-        except RuleError as error:
-            raise self.error(node, f"{name} must be {error}, got {node.value!r}") from None
+def _unknown_field(title: str, name: str, names: Iterable[str]) -> str:
+    return f"{title} has no field {name!r}; the fields are {', '.join(sorted(names))}"
 
 
-def _parse_text(value: Any) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)  # release: 2.0, status: 404
-    if not isinstance(value, str) or not value or len(value) > MAX_FIELD_CHARS:
-        raise RuleError(f"text of 1 to {MAX_FIELD_CHARS} characters")
-    return value
-
-
-def _parse_pattern(value: Any) -> str:
-    text = _parse_text(value)
-    if len(text) > MAX_PATTERN_CHARS or text.count("**") > MAX_RECURSIVE_WILDCARDS:
-        raise RuleError(f"a pattern of at most {MAX_PATTERN_CHARS} characters and {MAX_RECURSIVE_WILDCARDS} times **")
-    return text
-
-
-def _make_choice_parser(*choices: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if value not in choices:
-            raise RuleError(f"one of {', '.join(choices)}")
-        return str(value)
-
-    return parse
-
-
-def _parse_status(value: Any) -> str:
-    text = _parse_text(value).replace(" ", "")
-    if not _STATUS_PATTERN.fullmatch(text):
-        raise RuleError("a status such as 404, 4xx or 404->200")
-    return text
-
-
-def _parse_amount(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise RuleError("a number that is not negative")
-    return float(value)
-
-
-def parse_share(value: Any) -> float:
-    percent = _PERCENT_PATTERN.fullmatch(value) if isinstance(value, str) else None
-    if percent:
-        return float(percent[1]) / 100
-    if isinstance(value, str):
-        raise RuleError("a share such as 0.01 or 1%")
-    return _parse_amount(value)
-
-
-def _parse_day(value: Any) -> dt.date:
-    if isinstance(value, str):
-        try:
-            return dt.date.fromisoformat(value)
-        except ValueError:
-            raise RuleError("a day such as 2030-01-31") from None
-    if isinstance(value, dt.datetime) or not isinstance(value, dt.date):
-        raise RuleError("a day such as 2030-01-31")
-    return value
-
-
-def _parse_json_value(value: Any) -> Any:
-    if isinstance(value, (dt.date, bytes)):
-        raise RuleError("a JSON value; quote what looks like a date")
-    return value
-
-
-_FIELD_PARSERS: dict[str, Callable[[Any], Any]] = {
-    "name": _parse_text,
-    "action": _make_choice_parser(*ACTIONS),
-    "part": _make_choice_parser(*get_args(Part)),
-    "path": _parse_pattern,
-    "kind": _make_choice_parser(*get_args(Kind)),
-    "service": _parse_text,
-    "endpoint": _parse_text,
-    "status": _parse_status,
-    "release": _parse_text,
-    "by": _parse_text,
-    "absolute": _parse_amount,
-    "relative": parse_share,
-    "old": _parse_json_value,
-    "new": _parse_json_value,
-    "reason": _parse_text,
-    "owner": _parse_text,
-    "expires": _parse_day,
-}
-
-
-def _make_rule(values: dict[str, Any]) -> Rule:
+def _build_rule(values: dict[str, Any]) -> Rule:
+    """Check how the fields fit together. Raise RuleError, whose message continues `rule 'x'`."""
     action = values.get("action")
     if action is None:
         raise RuleError(f"needs an action: one of {', '.join(ACTIONS)}")
     if action == "waive-coverage":
-        return _make_waiver(values)
-    if not any(name in values for name in _COVERAGE_FIELDS):
-        raise RuleError(f"covers everything: give it at least one of {', '.join(_COVERAGE_FIELDS)}")
+        if not re.search(EXACT_ENDPOINT_PATTERN, values.get("endpoint", "")):
+            raise RuleError("needs an endpoint without *, ? and [, such as GET /events: it waives coverage of that one")
+        if foreign_names := sorted(values.keys() - WAIVER_FIELDS):
+            raise RuleError(f"has {foreign_names[0]}, which does not belong to waive-coverage")
+        return Rule(**values)
+    if not any(name in values for name in SELECTOR_FIELDS):
+        raise RuleError(f"covers everything: give it at least one of {', '.join(SELECTOR_FIELDS)}")
     if "header" in values and ("path" in values or values.get("part", "header") != "header"):
-        raise RuleError("has a header and a path or another part; make two rules of it")
+        raise RuleError("has a header and a path or another part: split it into two rules")
     _check_action_fields(action, values)
     if "header" in values:
         values["part"], values["path"] = "header", values.pop("header").lower()
     elif "path" in values:
         values.setdefault("part", "body")
-    return Rule(has_old="old" in values, has_new="new" in values, **values)
-
-
-def _make_waiver(values: dict[str, Any]) -> Rule:
-    """Of one endpoint: what may come later has to be looked at first."""
-    endpoint = values.get("endpoint", "")
-    if not endpoint or _WILDCARDS.intersection(endpoint):
-        raise RuleError("needs an endpoint without *, ? and [, such as GET /events: it waives coverage of that one")
-    if foreign_fields := sorted(values.keys() - _WAIVER_FIELDS):
-        raise RuleError(f"has {foreign_fields[0]}, which does not belong to waive-coverage")
     return Rule(**values)
 
 
-# Fields that belong to one action only, and those of which it needs one.
-_FIELDS_OF_ACTION = {"tolerate": {"absolute", "relative"}, "keyed-by": {"by"}, "expect": {"old", "new"}}
-_REQUIRED_FIELDS = {"tolerate": ("absolute", "relative"), "keyed-by": ("by",)}
-
-
 def _check_action_fields(action: str, values: dict[str, Any]) -> None:
-    for other, names in _FIELDS_OF_ACTION.items():
-        if other != action and (foreign_fields := sorted(names & values.keys())):
-            raise RuleError(f"has {foreign_fields[0]}, which belongs to {other} and not to {action}")
-    if action in _REQUIRED_FIELDS and not any(name in values for name in _REQUIRED_FIELDS[action]):
-        raise RuleError(f"needs {' or '.join(_REQUIRED_FIELDS[action])}")
-    if action in {"unordered", "keyed-by"} and "path" not in values:
-        raise RuleError("needs a path: that of the array")
+    for owner, names in FIELDS_OF_ACTION.items():
+        if owner != action and (foreign_names := sorted(values.keys() & names)):
+            raise RuleError(f"has {foreign_names[0]}, which belongs to {owner} and not to {action}")
+    if action in REQUIRED_FIELDS and not any(name in values for name in REQUIRED_FIELDS[action]):
+        raise RuleError(f"needs {' or '.join(REQUIRED_FIELDS[action])}")
+    if action in ARRAY_ACTIONS and "path" not in values:
+        raise RuleError("needs a path: the path of the array")
+
+
+def build_schema() -> dict[str, Any]:
+    """Return the JSON schema of a YAML document of rules, for editors. It accepts what `parse_rules` accepts.
+
+    A schema can't express that names are unique, that a day exists, and how often `**` may occur.
+    """
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Rules of abreast",
+        "description": "Known differences between the old and the new version of a service.",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["rules"],
+        "properties": {"rules": {"type": "array", "maxItems": MAX_RULES, "items": {"$ref": "#/$defs/rule"}}},
+        "$defs": {
+            "rule": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["action"],
+                "properties": {name: field.schema for name, field in RULE_FIELDS.items()},
+                "anyOf": [
+                    *({"required": [name]} for name in SELECTOR_FIELDS),
+                    {"properties": {"action": {"const": "waive-coverage"}}},
+                ],
+                "allOf": _build_conditions(),
+            }
+        },
+    }
+
+
+def _build_conditions() -> list[dict[str, Any]]:
+    """State the checks of `_build_rule` as a schema."""
+    conditions: list[dict[str, Any]] = [
+        {"not": {"required": ["header", "path"]}},
+        {"if": {"required": ["header"]}, "then": {"properties": {"part": {"const": "header"}}}},
+    ]
+    for action in ACTIONS:
+        allowed = WAIVER_FIELDS if action == "waive-coverage" else RULE_FIELDS.keys()
+        foreign = {name for owner, names in FIELDS_OF_ACTION.items() if owner != action for name in names}
+        forbidden = sorted((RULE_FIELDS.keys() - allowed) | foreign)
+        consequence: dict[str, Any] = {"properties": dict.fromkeys(forbidden, False)}
+        if action in REQUIRED_FIELDS:
+            consequence["anyOf"] = [{"required": [name]} for name in REQUIRED_FIELDS[action]]
+        if action in ARRAY_ACTIONS:
+            consequence["required"] = ["path"]
+        if action == "waive-coverage":
+            consequence["required"] = ["endpoint"]
+            consequence["properties"]["endpoint"] = {"pattern": EXACT_ENDPOINT_PATTERN}
+        conditions.append({"if": {"properties": {"action": {"const": action}}}, "then": consequence})
+    return conditions

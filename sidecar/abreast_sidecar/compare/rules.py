@@ -1,4 +1,4 @@
-"""What people declared about differences: to be ignored, tolerated, meant. Cheap where there are no rules."""
+"""Rules: declarations of known differences that are ignored, tolerated or expected."""
 
 from __future__ import annotations
 
@@ -8,55 +8,127 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
+from msgspec import UNSET, Meta
 from msgspec.structs import replace
 
 from abreast_sidecar.compare.model import VOLATILE_HEADERS, Difference, Kind, Part
 
 Action = Literal["ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage"]
 ACTIONS: tuple[Action, ...] = ("ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage")
-MAX_PATTERN_CHARS = 500  # characters
-MAX_RECURSIVE_WILDCARDS = 4  # `**` in a pattern
-TOLERABLE_KINDS = frozenset({"changed", "format", "range"})  # kinds of two values that may be close
-MAX_CACHED_SCOPES = 4096  # kinds of answers for which is remembered which rules apply
+MAX_FIELD_CHARS = 500
+MAX_RECURSIVE_WILDCARDS = 4  # `**` of a pattern
+TOLERABLE_KINDS = frozenset({"changed", "format", "range"})  # with a value on both sides
+MAX_CACHED_SCOPES = 4096
+_STEP_PATTERN = r"(?:\.\*|\.\$|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"
+_PATTERN_TOKENS = re.compile(
+    r"(?P<any>\.\*\*|\*\*)|(?P<key>\.\*)|(?P<index>\[\*?\])|(?P<exact>\[\d+\])|(?P<part>[^*\[.]+|.)", re.DOTALL
+)
+
+ACTION_DESCRIPTION = """\
+ignore: the difference means nothing. \
+tolerate: numbers and timestamps may differ a little. \
+unordered: the order of an array means nothing. \
+keyed-by: a field identifies the elements of an array. \
+expect: the change is intended. \
+waive-coverage: a verdict can be PASS although the endpoint can't be compared."""
+PATH_DESCRIPTION = """\
+A path such as `$.items[*].price`, and everything below it. \
+`[*]` is any element, `.*` any key, `.**` any number of steps."""
+
+# Types of fields. `expected` completes the message `<field> must be`; `schema` overrides the JSON schema of the type.
+Text = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=MAX_FIELD_CHARS,
+        extra={"expected": f"text of 1 to {MAX_FIELD_CHARS} characters", "schema": {"type": ["string", "number"]}},
+    ),
+]
+PathPattern = Annotated[
+    Text,
+    Meta(
+        extra={
+            "expected": f"a pattern of 1 to {MAX_FIELD_CHARS} characters, with `**` at most {MAX_RECURSIVE_WILDCARDS} times"
+        }
+    ),
+]
+StatusPattern = Annotated[
+    str,
+    Meta(
+        pattern=r"^ *([1-5xX][0-9xX]{2}|\*) *(-> *([1-5xX][0-9xX]{2}|\*) *)?$",
+        extra={"expected": "a status such as 404, 4xx or 404->200", "schema": {"type": ["string", "integer"]}},
+    ),
+]
+Amount = Annotated[float, Meta(ge=0, extra={"expected": "a number that is not negative"})]
+Share = Annotated[
+    float,
+    Meta(
+        ge=0,
+        extra={
+            "expected": "a share such as 0.01 or 1%",
+            "schema": {"type": ["number", "string"], "pattern": r"^[0-9]+(\.[0-9]+)?\s*%$"},
+        },
+    ),
+]
+Day = Annotated[dt.date, Meta(extra={"expected": "a day such as 2030-01-31"})]
+JsonValue = Annotated[
+    Any,
+    Meta(
+        extra={
+            "expected": "a JSON value; quote a text that looks like a date",
+            "schema": {"type": ["string", "number", "boolean", "null"]},
+        }
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True)
 class RuleScope:
-    """What a rule may be limited to: whose answers these are."""
+    """The origin of a pair of answers, to which a rule may be limited."""
 
     service: str = ""
     endpoint: str = ""  # `GET /products/{id}`
     old_release: str = ""
     new_release: str = ""
-    statuses: tuple[int, int] = (0, 0)  # old's, new's
+    statuses: tuple[int, int] = (0, 0)  # old, new
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Each set field narrows the rule. Names and endpoints may hold `*`, `?` and `[…]`, as in a shell."""
+    """A declared difference. Each field that is set narrows the rule.
 
-    name: str
-    action: Action
-    part: Part | None = None
-    path: str = ""  # `$.items[*].price`, `$.**.updated_at`; for a header its name; all that is below too
-    kind: Kind | None = None
-    service: str = ""
-    endpoint: str = ""
-    status: str = ""  # of the answers: `404`, `4xx`, or what changed: `404->200`, `5xx->*`
-    release: str = ""  # of the new version
-    by: str = ""  # keyed-by: the field that names an element
-    absolute: float | None = None  # tolerate: at most so far apart; of times, in seconds
-    relative: float | None = None  # tolerate: as a share of the old number
-    old: Any = None  # expect: this value, where `has_old`
-    new: Any = None
-    has_old: bool = False
-    has_new: bool = False
-    reason: str = ""
-    owner: str = ""
-    expires: dt.date | None = None  # the first day on which it no longer holds
+    The types and descriptions are those of documents too, see `rule_document`.
+    """
+
+    name: Annotated[Text, Meta(description="Names the rule in outputs. Unique within a document.")]
+    action: Annotated[Action, Meta(description=ACTION_DESCRIPTION)]
+    part: Annotated[Part | None, Meta(description="The part of an answer that differs.")] = None
+    path: Annotated[PathPattern, Meta(description=PATH_DESCRIPTION)] = ""
+    kind: Annotated[Kind | None, Meta(description="The kind of difference.")] = None
+    service: Annotated[Text, Meta(description="The service. Wildcards as in a shell: `*`, `?`, `[...]`.")] = ""
+    endpoint: Annotated[
+        Text, Meta(description="An endpoint such as `GET /products/{id}`. Wildcards as in a shell.")
+    ] = ""
+    status: Annotated[
+        StatusPattern,
+        Meta(description="The status of both answers, `404` or `4xx`, or its change, `404->200` or `5xx->*`."),
+    ] = ""
+    release: Annotated[Text, Meta(description="The release of the new version. Wildcards as in a shell.")] = ""
+    by: Annotated[Text, Meta(description="keyed-by: the field that identifies an element of the array.")] = ""
+    absolute: Annotated[
+        Amount | None, Meta(description="tolerate: the largest distance, in seconds for timestamps.")
+    ] = None
+    relative: Annotated[
+        Share | None, Meta(description="tolerate: the largest distance, as a share of the old number.")
+    ] = None
+    old: Annotated[JsonValue, Meta(description="expect: the old value.")] = UNSET
+    new: Annotated[JsonValue, Meta(description="expect: the new value.")] = UNSET
+    reason: Annotated[Text, Meta(description="Why the difference is known.")] = ""
+    owner: Annotated[Text, Meta(description="Who answers for the rule.")] = ""
+    expires: Annotated[Day | None, Meta(description="The first day on which the rule no longer applies.")] = None
 
     def applies(self, scope: RuleScope) -> bool:
         return (
@@ -73,16 +145,16 @@ class Rule:
 
     @property
     def is_value_independent(self) -> bool:
-        """Whether part, path and kind decide alone, so that it can be applied where the values are not known any more."""
-        return self.action == "ignore" or (self.action == "expect" and not (self.has_old or self.has_new))
+        """True if the rule needs no values, so that it applies to stored pairs whose values are not kept."""
+        return self.action == "ignore" or (self.action == "expect" and self.old is self.new is UNSET)
 
     @property
     def affects_differences(self) -> bool:
-        """Whether it says something of differences; else it is the verdict's alone."""
+        """False for a waiver, which only affects the verdict."""
         return self.action != "waive-coverage"
 
     def may_match(self, part: str, path: str, kind: str) -> bool:
-        """Whether there are values of such a difference that it explains; for keyed-by, also that it makes vanish."""
+        """Tell whether the rule can explain or, for keyed-by, avoid such a difference, whatever its values are."""
         if not self.affects_differences:
             return False
         if (self.part is not None and self.part != part) or (self.kind is not None and self.kind != kind):
@@ -96,7 +168,7 @@ class Rule:
         return not self.path or self._covers(part, path)
 
     def explains(self, difference: Difference) -> bool:
-        """Whether the rule covers a difference in an answer that it applies to."""
+        """Tell whether the rule explains a difference of a pair in its scope."""
         if not self.affects_differences:
             return False
         if (self.part is not None and self.part != difference.part) or (
@@ -127,8 +199,8 @@ class Rule:
         )
 
     def _is_expected(self, difference: Difference) -> bool:
-        return (not self.has_old or _equals_json(difference.old, self.old)) and (
-            not self.has_new or _equals_json(difference.new, self.new)
+        return (self.old is UNSET or _equals_json(difference.old, self.old)) and (
+            self.new is UNSET or _equals_json(difference.new, self.new)
         )
 
 
@@ -145,7 +217,7 @@ class RuleSet:
         return bool(self.rules)
 
     def for_scope(self, scope: RuleScope) -> RuleSet:
-        """Only those that apply. Remembered: few endpoints, releases and statuses make most of the traffic."""
+        """Select the rules that apply. The result is cached: most traffic has few endpoints, releases and statuses."""
         key = (scope.service, scope.endpoint, scope.new_release, scope.statuses)
         rule_set = self._by_scope.get(key)
         if rule_set is None:
@@ -156,36 +228,25 @@ class RuleSet:
         return rule_set
 
     def active_on(self, day: dt.date) -> RuleSet:
-        """Only those that hold on a day."""
+        """Select the rules that are not expired."""
         return RuleSet(tuple(rule for rule in self.rules if rule.expires is None or day < rule.expires))
 
     def find_identity_field(self, path: str) -> str:
-        """The field that identifies the elements of the array at a generalised path, or nothing."""
+        """Return the field that identifies the elements of the array at a generalised path, or an empty text."""
         for rule in self.keyed_by_rules:
             if not rule.path or compile_path_pattern(rule.path, include_descendants=False).fullmatch(path):
                 return rule.by
         return ""
 
     def explain(self, differences: Iterable[Difference]) -> list[Difference]:
-        """The same differences; those that a rule covers carry its name."""
-        return [self._explain(difference) for difference in differences]
-
-    def _explain(self, difference: Difference) -> Difference:
-        rule = next((rule for rule in self.rules if rule.explains(difference)), None)
-        if rule is None:
-            return difference
-        return replace(difference, explained_by=rule.name)
-
-
-_STEP_PATTERN = r"(?:\.\*|\.\$|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"
-_PATTERN_TOKENS = re.compile(
-    r"(?P<any>\.\*\*|\*\*)|(?P<key>\.\*)|(?P<index>\[\*?\])|(?P<exact>\[\d+\])|(?P<part>[^*\[.]+|.)", re.DOTALL
-)
+        """Set `explained_by` of the differences that a rule explains."""
+        names = ((item, next((rule.name for rule in self.rules if rule.explains(item)), None)) for item in differences)
+        return [item if name is None else replace(item, explained_by=name) for item, name in names]
 
 
 @lru_cache(maxsize=4096)
 def compile_path_pattern(pattern: str, *, include_descendants: bool) -> re.Pattern[str]:
-    """A regular expression for generalised paths. `.*` is any one key, `[*]` any element, `.**` any steps or none."""
+    """Compile a path pattern: `.*` matches any key, `[*]` any element, `.**` any number of steps."""
     pieces = []
     for token in _PATTERN_TOKENS.finditer(pattern):
         if token["any"]:
@@ -201,7 +262,6 @@ def compile_path_pattern(pattern: str, *, include_descendants: bool) -> re.Patte
 
 @lru_cache(maxsize=4096)
 def _compile_glob(pattern: str) -> re.Pattern[str]:
-    # {id} in a route is itself; only * ? [ ] are special.
     return re.compile(translate(pattern))
 
 
@@ -210,7 +270,7 @@ def _matches(pattern: str, text: str) -> bool:
 
 
 def matches_statuses(pattern: str, statuses: tuple[int, int]) -> bool:
-    """`404`: both are; `404->200`: what it was and is; `x` and `*` stand for any digit or code."""
+    """Match both statuses with `404`, or the change with `404->200`. `x` is any digit, `*` any status."""
     if not pattern:
         return True
     before, arrow, after = pattern.partition("->")
@@ -230,7 +290,7 @@ def _matches_code(expected: str, status: int) -> bool:
 
 
 def _parse_number(text: str | None) -> float | None:
-    """The number that a JSON text is; a string may hold one, or a moment (in seconds)."""
+    """Return the number of a JSON text: a number, a number in a string, or a timestamp in seconds."""
     value = _parse_json(text)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
@@ -251,7 +311,7 @@ def _parse_seconds(text: str) -> float | None:
 def _parse_json(text: str | None) -> Any:
     try:
         return None if text is None else orjson.loads(text)
-    except orjson.JSONDecodeError:  # cut, or no JSON
+    except orjson.JSONDecodeError:  # a truncated text
         return None
 
 
@@ -264,15 +324,15 @@ def _equals_json(text: str | None, expected: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class CompareOptions:
-    """What the user set about comparing."""
+    """Settings of a comparison."""
 
     volatile_headers: frozenset[str] = VOLATILE_HEADERS  # lower case
-    max_differences: int = 200  # of one pair; what is beyond says nothing new
-    max_decoded_bytes: int = 16 * 1024 * 1024  # bytes of a compressed body, decoded
-    max_work: int = 600_000  # steps (compare.effort): what is beyond is compared as a whole
-    rule_set: RuleSet | None = None  # those of the user that hold today
+    max_differences: int = 200
+    max_decoded_bytes: int = 16 * 1024 * 1024  # limit for a compressed body
+    max_work: int = 600_000  # steps of about 1 µs; beyond it, values are compared as a whole
+    rule_set: RuleSet | None = None  # the active rules
 
     @classmethod
     def with_ignored_headers(cls, headers: tuple[str, ...]) -> CompareOptions:
-        """The default rules, and these response headers not compared."""
+        """Add response headers to those that are not compared."""
         return cls(volatile_headers=VOLATILE_HEADERS | {name.lower() for name in headers})

@@ -1,6 +1,7 @@
-"""What a value looks like: its kind, and the format within it. Equal shapes mean that only the content varies.
+"""Parsing and rendering of JSON values, and the shape of a value: its kind and format.
 
-A shape says nothing of what a value means: two product ids may both be UUIDs. What it may explain is in `explain.py`.
+Values of one shape differ only in content. A shape does not tell what a value means: two product ids may both be UUIDs.
+`volatile.py` decides which differences a shape may explain.
 """
 
 from __future__ import annotations
@@ -18,29 +19,35 @@ import orjson
 from msgspec import Raw
 from orjson import dumps, loads
 
-MAX_VALUE_CHARS = 500  # characters of a value that are kept in a difference
+MAX_VALUE_CHARS = 500  # longer rendered values are truncated
 
-# orjson turns integers beyond 64 bits into floats, and cuts fractions, so that two different ids or amounts look equal.
-# Bodies with so long a row of digits are read by the slower reader; looking at every third byte first finds out that
-# there is none. 18 digits in a row are the fewest that no float has to have.
+# orjson turns integers beyond 64 bits into floats and rounds fractions, so that two different ids look equal.
+# The slower parser reads bodies with 18 digits in a row. A search in every third byte rules most bodies out.
 _DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
 _LONG_NUMBER_DIGITS = b"0" * 18
 _LONG_NUMBER_SAMPLE = b"0" * (18 // 3)
 
-MAX_FLOAT_CHARS = 16  # characters of a number that a float holds for certain
+MAX_FLOAT_CHARS = 16  # shorter numbers are exact as a float
 
 _ASCII_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _TYPE_NAMES = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
+MAX_SHAPE_CHARS = 4096  # longer texts have no detailed shape
+MAX_TOKEN_CHARS = 512
+UUID_CHARS = 36
+NUMERIC_FIRST_CHARS = frozenset("0123456789-")
+UNIX_TIME_RANGE_S = range(946_684_800, 4_102_444_800)  # the years 2000 to 2099
+MIN_ACCOUNT_DIGITS = 16  # card and account numbers have a fixed length; smaller numbers are counts or ids
+DIGEST_HEX_CHARS = {32, 40, 56, 64, 96, 128}  # MD5, SHA-1 and SHA-2
 
 
 class NotJsonError(ValueError):
-    pass
+    """A text is not JSON."""
 
 
 class NonFiniteNumber(float):
-    """NaN or an infinity. orjson would write it as null, and refuses a subclass: so `canonical` tells them apart.
+    """NaN or an infinity. NaN equals itself, since it is no change.
 
-    NaN equals itself, since it is no change.
+    orjson renders a float NaN as null and refuses a subclass, so that `encode_canonical` uses the exact encoder.
     """
 
     __slots__ = ()
@@ -54,7 +61,7 @@ class NonFiniteNumber(float):
 
 
 class LongNumber(str):
-    """A number that no 64-bit float holds exactly: its digits and exponent, after a word that no number begins with."""
+    """A number that is not exact as a 64-bit float: a prefix, then its digits and exponent."""
 
     __slots__ = ()
     PREFIX = "number "
@@ -64,13 +71,13 @@ class LongNumber(str):
 
 
 class RepeatedKey(str):
-    """Stands for a key whose value is lost to most readers, since the key comes again in the same object."""
+    """The key of a value that most parsers lose, since the object repeats the key."""
 
     __slots__ = ()
 
 
 def parse(body: bytes) -> Any:
-    """As `read`."""
+    """Parse JSON exactly, see `parse_with_text`. Raise NotJsonError."""
     try:
         value = loads(body)
         if dumps(value) == body:
@@ -81,16 +88,15 @@ def parse(body: bytes) -> Any:
 
 
 def parse_with_text(body: bytes) -> tuple[Any, bytes]:
-    """The value, and a text of it that is equal where two values are (but not only there); the text may be empty.
+    """Return the value and its canonical text, which may be empty. Values with equal texts are equal.
 
-    Raise NotJsonError for what is no JSON. NaN, infinities, big integers, lone surrogates and repeated keys are
-    read as they are.
+    NaN, infinities, big integers, lone surrogates and repeated keys stay distinct. Raise NotJsonError.
     """
     try:
         value = loads(body)
         text = dumps(value)
     except (orjson.JSONDecodeError, TypeError):
-        return parse_exact(body), b""  # it may still be what only the lenient reader takes
+        return parse_exact(body), b""  # the exact parser accepts more
     if text == body:
         return value, text
     if text.count(b":") != body.count(b":") or text.count(b"null") != body.count(b"null"):
@@ -101,7 +107,7 @@ def parse_with_text(body: bytes) -> tuple[Any, bytes]:
 
 
 def parse_raw(value: Any) -> Any:
-    """The value of what was not parsed, since both sides have the same text."""
+    """Parse a member that was not parsed yet, since both sides have the same text."""
     return parse(bytes(value)) if type(value) is Raw else value
 
 
@@ -133,7 +139,7 @@ def _parse_float(text: str) -> float | LongNumber:
 
 
 def _canonical_number(text: str) -> str:
-    """Equal where two numbers are, however they are written."""
+    """Return a text that is equal for equal numbers, however they are written."""
     try:
         sign, digits, exponent = Decimal(text).as_tuple()
     except InvalidOperation:  # an exponent of more than 18 digits
@@ -146,7 +152,7 @@ def _canonical_number(text: str) -> str:
 
 
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The last of equal keys wins, as everywhere; the others stay visible under a name of their own."""
+    """Keep the last of equal keys, as other parsers do, and the others under separate names."""
     result = dict(pairs)
     if len(result) == len(pairs):
         return result
@@ -160,7 +166,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def encode_canonical(value: Any) -> bytes:
-    """Text that is equal exactly where two values are equal as JSON: 1, 1.0, true and "1" all differ."""
+    """Return a text that is equal only for equal JSON values: 1, 1.0, true and "1" all differ."""
     try:
         return dumps(value, None, orjson.OPT_SORT_KEYS)
     except TypeError:  # an integer of more than 64 bits, a lone surrogate, or deeper than orjson goes
@@ -168,7 +174,7 @@ def encode_canonical(value: Any) -> bytes:
 
 
 def is_json_equal(value: Any, other: Any) -> bool:
-    """Whether two values are equal as JSON. To Python, so are 1 and true."""
+    """Compare as JSON. Python considers 1 and true equal."""
     if value != other:
         return False
     try:
@@ -180,7 +186,7 @@ def is_json_equal(value: Any, other: Any) -> bool:
 
 
 def render_value(value: Any) -> str:
-    """The value as ASCII JSON text, cut at VALUE_LIMIT characters; the work is bounded too."""
+    """Return ASCII JSON text of at most MAX_VALUE_CHARS characters, in bounded work."""
     kind = type(value)
     if kind is int or kind is float:
         text = repr(value)
@@ -196,7 +202,7 @@ def render_value(value: Any) -> str:
 
 
 def _render_start(value: Any) -> str:
-    """The text of a small value, or at least VALUE_LIMIT + 1 characters of it."""
+    """Render at least MAX_VALUE_CHARS + 1 characters, or the whole value if it is shorter."""
     pieces, length = [], 0
     for piece in _render_pieces(value):
         pieces.append(piece)
@@ -227,17 +233,8 @@ def _render_pieces(value: Any) -> Iterator[str]:
 
 
 def type_name(value: Any) -> str:
-    """In JSON's words; 1 and 1.0 are both numbers."""
+    """Return the type in the terms of JSON: 1 and 1.0 are both numbers."""
     return _TYPE_NAMES.get(type(value), "number")
-
-
-MAX_SHAPE_CHARS = 4096  # characters of a text that are looked at
-MAX_TOKEN_CHARS = 512  # characters of a token
-UUID_CHARS = 36  # characters
-NUMERIC_FIRST_CHARS = frozenset("0123456789-")
-UNIX_TIME_RANGE_S = range(946_684_800, 4_102_444_800)  # s: the years 2000 to 2099
-MIN_ACCOUNT_DIGITS = 16  # card and account numbers keep their length; smaller numbers are counts or ids
-DIGEST_HEX_CHARS = {32, 40, 56, 64, 96, 128}  # hexadecimal digits of MD5, SHA-1 and SHA-2
 
 
 class Shape(NamedTuple):
@@ -264,7 +261,7 @@ UNIX_SECONDS = Shape("unix", "s")
 UNIX_MILLISECONDS = Shape("unix", "ms")
 NIL_UUID = Shape("uuid", "nil")
 
-# Values that begin with a digit or a minus sign; all others that are of one word and not of letters alone.
+# For values that start with a digit or minus sign. _OPAQUE_PATTERN is for other values of one word.
 _NUMERIC_PATTERN = re.compile(
     r"""
       (?P<digits>\d+)
@@ -296,15 +293,15 @@ _HTTP_DATE = re.compile(r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d [A-Z][a-z]{2} \d
 _CHARACTER_CLASSES = bytes.maketrans(
     bytes(range(256)),
     bytes(
-        b"0"[0] if 48 <= one < 58 else b"A"[0] if 65 <= one < 91 else b"a"[0] if 97 <= one < 123 else b"-"[0]
-        for one in range(256)
+        b"0"[0] if 48 <= byte < 58 else b"A"[0] if 65 <= byte < 91 else b"a"[0] if 97 <= byte < 123 else b"-"[0]
+        for byte in range(256)
     ),
 )
 TOKEN_SEPARATORS = "-_.~"
 
 
 def detect_shape(value: Any) -> Shape:
-    """The shape of a JSON value as Python reads it. Never raises."""
+    """Return the shape of a parsed JSON value. Never raises."""
     if isinstance(value, str):
         return _text_shape(value)
     if value is None:
@@ -347,7 +344,7 @@ def _text_shape(value: str) -> Shape:
 
 
 def _shape_by_marker(value: str) -> Shape | None:
-    """What a character gives away."""
+    """Detect shapes that have a typical character."""
     if value.startswith("eyJ") and _JWT.fullmatch(value):
         return Shape("jwt", value.partition(".")[0][:200])
     if "@" in value and _EMAIL.fullmatch(value):
@@ -378,7 +375,7 @@ def _uuid_shape(value: str) -> Shape:
 
 
 def _timestamp_shape(value: str) -> Shape:
-    """Its separator, the digits below a second in steps of three (Go drops zeros at the end), and the zone."""
+    """Keep the separator, the zone and the fraction digits in steps of three, since Go omits trailing zeros."""
     clock, zone = value[11:], ""
     for sign in "Z+-":
         index = clock.find(sign)
@@ -427,9 +424,9 @@ def _plain_shape(value: str) -> Shape:
 
 
 def _is_random(value: str, min_change_rate: float = 0.25, min_change_rate_few_digits: float = 0.35) -> bool:
-    """Digits, capitals and small letters take turns: in names, slugs and article numbers they do so more rarely.
+    """Detect random text by the rate at which digits, capitals and small letters alternate.
 
-    `many`, `few`: turns a character that it takes, with digits in many places, and in one or two only.
+    The rates are changes per character. The second one applies if one or two changes involve digits, as in names.
     """
     classes = value.encode("ascii", "replace").translate(_CHARACTER_CLASSES)
     count = classes.count

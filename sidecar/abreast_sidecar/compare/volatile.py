@@ -1,20 +1,20 @@
-"""Which differences need no further explanation than that such values always differ.
+"""Classification of differences by the shapes of their values: volatile, of another format, or out of range.
 
-May explain, if both sides have one shape, format and length included:
+Values that both have one shape, with the same format and length, explain a difference if they are:
 
-- `uuid` of one version (never the nil one, never one given back as the other's text), `ulid`, `trace`;
-- `hash`, `hex`, `token`, `base64`, `jwt`: of one length, long enough and mixed enough to be no word, name or number;
-- `timestamp` with zone and fraction alike, and `unix`, `unix text`, if both are near the moment of the request, or, for
-  timestamps, near each other: a delivery date that is a day off is a defect;
-- `url`: the same but for parameters that sign it or limit its time;
-- `text` and `url` with UUIDs and timestamps inside, where the rest is equal and each of these may explain itself.
+- A `uuid` of one version, except the nil UUID and two spellings of one UUID. A `ulid` or `trace`.
+- A `hash`, `hex`, `token`, `base64` or `jwt`: long and mixed enough to be no word, name or number.
+- A `timestamp` of one zone and precision, near the request or near each other.
+- A number of type `unix` or `unix text`, near the request.
+- A `url` that differs only in parameters that sign it or limit its lifetime.
+- A `text` or `url` that differs only in UUIDs and timestamps inside it, which explain themselves.
 
-Never: numbers of any kind (a wrong price is a number beside a number), digits, decimals, words, names, plain text, paths,
-dates, times of the day, e-mail and IP addresses, ids with a prefix (`cus_…` names somebody), booleans, null, empty values,
-and anything beside another shape. Counters are numbers: only the baseline says of a place that it counts.
+Values of two shapes never explain a difference. Neither do numbers, words, names, plain text, paths, dates, times of day,
+email and IP addresses, ids with a prefix (`cus_...`), booleans, null and empty values. A counter is a number too: only
+the baseline shows that it counts.
 
-The explanation is a presumption. A wrong product's UUID looks like a fresh one, so a place that never differs between
-old's own answers is judged by `noise.decide`, which is told the number of explained differences and overrules them.
+The explanation is a presumption, since the UUID of a wrong product looks like a new one. `stats.noise` overrules it at
+places that never differ between old and baseline.
 """
 
 from __future__ import annotations
@@ -32,9 +32,31 @@ from msgspec.structs import replace
 from abreast_sidecar.compare.model import Difference, Impact, JsonPath
 from abreast_sidecar.compare.values import LongNumber, Shape, detect_shape
 
-MAX_ANSWER_GAP_S = 10.0  # s between two answers to one request
-REQUEST_TIME_TOLERANCE_S = 300.0  # s around the request, for numbers that may be a time: clocks, caches
+MAX_ANSWER_GAP_S = 10.0  # between two answers to one request
+REQUEST_TIME_TOLERANCE_S = 300.0  # for clock skew and cached values
 
+MAGNITUDE_SHIFT_RATIO = 2.0
+MAX_NUMBER_CHARS = 24
+_NUMBER_FIRST_CHARS = frozenset("-0123456789")
+_TYPE_RANKS = {type(None): 0, bool: 1, int: 2, float: 2, str: 3, list: 4, dict: 5}
+_NO_VALUES = (None, None)
+START_TIME_TOLERANCE_S = 300.0  # for cached values, and time that passes during the request
+RANGE_RATIO = 1000.0
+LENGTH_RATIO = 10
+MIN_TEXT_CHARS = 4  # shorter texts count as this long
+# Values without a format: lines of plain text, and the attributes of cookies.
+FORMATLESS_PATH_PREFIXES = ("lines[", "set-cookie[")
+_FORMATTED_KINDS = frozenset(
+    {
+        "uuid", "ulid", "trace", "hash", "hex", "token", "base64", "jwt", "timestamp", "unix", "unix text", "date",
+        "time", "ip", "email", "url", "prefixed",
+    }
+)  # fmt: skip
+_TIME_KINDS = frozenset({"timestamp", "unix", "unix text"})
+_NUMBER_KINDS = frozenset({"integer", "float"})
+_TEXT_KINDS = frozenset({"text", "word", "path"})
+AnomalyKind = Literal["format", "range"]
+StartTimes = tuple[float, float]  # old and new: Unix time in seconds, each by its own clock
 OPAQUE_KINDS = frozenset({"uuid", "ulid", "trace", "hash", "hex", "token", "base64", "jwt"})
 SIGNATURE_PARAMETERS = frozenset(
     {
@@ -51,15 +73,15 @@ _EMBEDDED_VALUE = re.compile(
 
 
 def explain_change(old: Any, new: Any, request_time: float | None = None) -> str | None:
-    """What explains that two JSON values differ, in a word or two, or None.
+    """Return the explanation of a difference between two JSON values, such as `uuid`, or None.
 
-    `at`: when the request came, in seconds of Unix time. Numbers are taken for a time only if they are near it.
+    `request_time` is Unix time in seconds. A number counts as a time only if it is near.
     """
     before, after = detect_shape(old), detect_shape(new)
     if before != after:
         return _explain_signed_url(old, new) if before.kind == after.kind == "url" else None
     if before.kind in OPAQUE_KINDS:
-        return before.kind if _is_fresh(old, new) else None
+        return before.kind if old.casefold() != new.casefold() else None  # two spellings of one value
     if before.kind == "timestamp":
         return "timestamp" if _are_near(to_unix_time(old, before), to_unix_time(new, after), request_time) else None
     if before.kind in {"unix", "unix text"}:
@@ -75,11 +97,6 @@ def explain_change(old: Any, new: Any, request_time: float | None = None) -> str
     return _explain_embedded(old, new, request_time) if before.kind == "text" else None
 
 
-def _is_fresh(old: str, new: str) -> bool:
-    """Not one value written in two ways."""
-    return old.casefold() != new.casefold()
-
-
 def _is_near_request(seconds: float | None, request_time: float) -> bool:
     return seconds is not None and abs(seconds - request_time) <= REQUEST_TIME_TOLERANCE_S
 
@@ -93,20 +110,20 @@ def _are_near(old: float | None, new: float | None, request_time: float | None) 
 
 
 def to_unix_time(value: Any, value_shape: Shape) -> float | None:
-    """Unix time of a timestamp or a number that may be one; a time without a zone is read as UTC, on both sides alike."""
+    """Convert a timestamp or number to Unix time in seconds. A time without a zone is in UTC."""
     if value_shape.kind != "timestamp":
         return int(value) / (1 if value_shape.format == "s" else 1000)
     try:
         if value_shape.format == "http":
             return parsedate_to_datetime(value).timestamp()
         timestamp = datetime.fromisoformat(value.replace(",", "."))
-    except ValueError:  # the 31st of February
+    except ValueError:  # 31 February
         return None
     return (timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)).timestamp()
 
 
 def _explain_signed_url(old: str, new: str) -> str | None:
-    """The same address but for what signs it; nothing that signs it may be missing, empty or of another length."""
+    """Compare addresses except for signatures, which must exist, have one length and not be empty."""
     before, after = old.partition("?"), new.partition("?")
     if before[0] != after[0] or not before[2] or not after[2]:
         return None
@@ -117,14 +134,10 @@ def _explain_signed_url(old: str, new: str) -> str | None:
     if [name for name, _ in old_parameters] != [name for name, _ in new_parameters]:
         return None
     only_signature_differs = all(
-        old_value == new_value or (name.lower() in SIGNATURE_PARAMETERS and _has_same_length(old_value, new_value))
+        old_value == new_value or (name.lower() in SIGNATURE_PARAMETERS and 0 < len(old_value) == len(new_value))
         for (name, old_value), (_, new_value) in zip(old_parameters, new_parameters, strict=True)
     )
     return "signed url" if only_signature_differs and old_parameters != new_parameters else None
-
-
-def _has_same_length(old: str, new: str) -> bool:
-    return bool(old) and len(old) == len(new)
 
 
 def _explain_embedded(old: str, new: str, request_time: float | None) -> str | None:
@@ -140,16 +153,8 @@ def _explain_embedded(old: str, new: str, request_time: float | None) -> str | N
     return f"{explanations[0]} inside" if explanations and len(explanations) == len(reasons) else None
 
 
-MAGNITUDE_SHIFT_RATIO = 2.0  # times as much, or more: far apart
-MAX_NUMBER_CHARS = 24  # characters of a text that is a number
-
-_NUMBER_FIRST_CHARS = frozenset("-0123456789")
-_TYPE_RANKS = {type(None): 0, bool: 1, int: 2, float: 2, str: 3, list: 4, dict: 5}
-_NO_VALUES = (None, None)
-
-
 def is_explained_by_shape(differences: Iterable[Difference], request_time: float) -> bool:
-    """Whether the shapes of all values explain them. `at`: when the request came, in seconds of Unix time."""
+    """Tell whether shapes explain all differences. `request_time` is Unix time in seconds."""
     return all(
         difference.kind == "changed"
         and difference.part != "status"
@@ -159,13 +164,13 @@ def is_explained_by_shape(differences: Iterable[Difference], request_time: float
 
 
 def get_direction(difference: Difference) -> int:
-    """1 where new has the greater value, -1 where old has, 0 where that can't be said. Absent is the least."""
+    """Return 1 if new is greater, -1 if old is greater, 0 if they have no order. An absent value is the least."""
     if difference.kind in {"added", "removed"}:
         return 1 if difference.kind == "added" else -1
     if difference.kind == "order":
         return 0
     old, new = get_values(difference)
-    before, after = _get_type_rank(old), _get_type_rank(new)
+    before, after = (_TYPE_RANKS.get(type(value), 2) for value in (old, new))
     if before != after:
         return 1 if after > before else -1
     if before not in {2, 3} or old == new:
@@ -174,7 +179,7 @@ def get_direction(difference: Difference) -> int:
 
 
 def get_magnitude_shift(difference: Difference) -> int:
-    """1 where new's number is more than twice old's, whatever their signs are, -1 where it is less than half, else 0."""
+    """Return 1 if new is more than twice old, -1 if it is less than half, else 0. Signs don't count."""
     if difference.kind != "changed":
         return 0
     old, new = map(_parse_magnitude, get_values(difference))
@@ -184,7 +189,7 @@ def get_magnitude_shift(difference: Difference) -> int:
 
 
 def _parse_magnitude(value: Any) -> float | None:
-    """Of a number, or of the text of one, such as an amount of money."""
+    """Return the absolute value of a number, or of a number in a text, such as an amount of money."""
     kind = type(value)
     if kind is str and (len(value) > MAX_NUMBER_CHARS or value[:1] not in _NUMBER_FIRST_CHARS):
         return None
@@ -197,7 +202,7 @@ def _parse_magnitude(value: Any) -> float | None:
 
 
 def get_values(difference: Difference) -> tuple[Any, Any]:
-    """Both values; None and None where the texts of them were cut."""
+    """Return both values, or None and None if a rendered text was truncated."""
     location = difference.location
     if type(location) is JsonPath:
         return _to_plain_number(location.old), _to_plain_number(location.new)
@@ -212,33 +217,8 @@ def _to_plain_number(value: Any) -> Any:
     return float(value.digits()) if type(value) is LongNumber else value
 
 
-def _get_type_rank(value: Any) -> int:
-    return _TYPE_RANKS.get(type(value), 2)
-
-
-START_TIME_TOLERANCE_S = 300.0  # s around the start of a request: caches, and time that passes meanwhile
-RANGE_RATIO = 1000.0  # times as much
-LENGTH_RATIO = 10  # times as long
-MIN_TEXT_CHARS = 4  # characters: shorter texts have no length to speak of
-# Not looked at: lines of plain text are empty or not as they please, cookies are compared by their attributes.
-FORMATLESS_PATH_PREFIXES = ("lines[", "set-cookie[")
-
-_FORMATTED_KINDS = frozenset(
-    {
-        "uuid", "ulid", "trace", "hash", "hex", "token", "base64", "jwt", "timestamp", "unix", "unix text", "date",
-        "time", "ip", "email", "url", "prefixed",
-    }
-)  # fmt: skip
-_TIME_KINDS = frozenset({"timestamp", "unix", "unix text"})
-_NUMBER_KINDS = frozenset({"integer", "float"})
-_TEXT_KINDS = frozenset({"text", "word", "path"})
-
-AnomalyKind = Literal["format", "range"]
-StartTimes = tuple[float, float]  # when both versions began, each by its own clock, in seconds of Unix time
-
-
 def classify_anomalies(differences: Iterable[Difference], start_times: StartTimes) -> list[Difference]:
-    """The same differences, those of another format or range as such."""
+    """Replace the kind of differences that are anomalies: values of another format, or out of range."""
     return [
         _classify_difference(difference, start_times) if difference.kind == "changed" else difference
         for difference in differences
@@ -257,7 +237,7 @@ def _classify_difference(difference: Difference, start_times: StartTimes) -> Dif
 
 
 def classify_anomaly(old: Any, new: Any, start_times: StartTimes) -> tuple[AnomalyKind, Impact] | None:
-    """What sets two values of one JSON type apart beyond that they differ."""
+    """Return kind and impact of an anomaly between two values of one JSON type, or None."""
     before, after = detect_shape(old), detect_shape(new)
     if before != after and (anomaly := _classify_format_change(before, after)) is not None:
         return anomaly

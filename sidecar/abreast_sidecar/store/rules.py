@@ -33,7 +33,7 @@ class VersionedRules(NamedTuple):
 class ExplainedFinding(NamedTuple):
     finding_id: int
     pairs: int  # explained by the rule
-    unknown: int  # pairs from before the rule without stored captures
+    undetermined_pairs: int  # pairs from before the rule without stored captures
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class StoredRule:
     is_expired: bool = False
     is_applied: bool = False  # stored pairs reflect the rule, or its end
     pairs: int = 0
-    unknown: int = 0
+    undetermined_pairs: int = 0
     findings: tuple[ExplainedFinding, ...] = ()
 
 
@@ -108,7 +108,7 @@ class RuleStore:
     async def get(self, rule_id: int) -> StoredRule:
         matches = await self.list_rules(ids=[rule_id], limit=1)
         if not matches:
-            raise NotFoundError(f"there is no rule {rule_id}; list them with `abreast rules list`")
+            raise NotFoundError(f"there is no rule {rule_id}; list the rules with `abreast rules list`")
         return matches[0]
 
     async def replace_rules(self, drafts: Sequence[RuleDraft], ended_ids: Sequence[int], actor: str) -> list[int]:
@@ -152,7 +152,7 @@ async def _end_rules(connection: Connection, ids: Sequence[int], version: int, a
 async def _check_capacity(connection: Connection, added_count: int) -> None:
     active = parse_active_rules(await fetch_rows(connection, "rules_in_force"))
     if len(active.rules.rules) + added_count > MAX_ACTIVE_RULES:
-        raise ArgumentError(f"at most {MAX_ACTIVE_RULES} rules can be in force; delete some (abreast rules list)")
+        raise ArgumentError(f"at most {MAX_ACTIVE_RULES} rules can be active; delete some (abreast rules list)")
 
 
 async def _add_rule(connection: Connection, draft: RuleDraft, version: int, actor: str) -> int:
@@ -170,7 +170,7 @@ async def _add_rule(connection: Connection, draft: RuleDraft, version: int, acto
         return int((await fetch_row(connection, "rule_add", parameters))["id"])
     except psycopg.errors.UniqueViolation:
         raise ArgumentError(
-            f"a rule named {draft.rule.name!r} is in force already; delete it first, or choose another name"
+            f"a rule named {draft.rule.name!r} is active; delete it first, or choose another name"
         ) from None
 
 

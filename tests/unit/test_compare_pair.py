@@ -1,4 +1,4 @@
-"""From captures to an outcome."""
+"""The outcome of a pair of captures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from captures import JSON, capture
 RULES = CompareOptions()
 
 
-def seen(judgement: ComparisonResult) -> list[tuple[str, str, str]]:
-    return [(found.part, found.path, found.kind) for found in judgement.differences]
+def seen(result: ComparisonResult) -> list[tuple[str, str, str]]:
+    return [(difference.part, difference.path, difference.kind) for difference in result.differences]
 
 
 def compare(old: Capture, new: Capture) -> ComparisonResult:
@@ -32,35 +32,35 @@ def compare(old: Capture, new: Capture) -> ComparisonResult:
 
 
 def test_equal_answers_match() -> None:
-    judgement = compare(capture("old", {"a": 1}), capture("new", {"a": 1}, role="shadow"))
+    result = compare(capture("old", {"a": 1}), capture("new", {"a": 1}, role="shadow"))
 
-    assert (judgement.outcome, judgement.method, judgement.route) == ("match", "GET", "/products/{id}")
+    assert (result.outcome, result.method, result.route) == ("match", "GET", "/products/{id}")
 
 
-def test_bytes_that_mean_the_same_match() -> None:
+def test_equal_json_in_other_notation_matches() -> None:
     assert compare(capture("old", b'{"a": 1, "b": 2}'), capture("new", b'{"b":2,"a":1}')).outcome == "match"
 
 
-def test_another_status_class_is_one_finding_and_hides_what_follows_from_it() -> None:
-    judgement = compare(capture("old", {"a": 1}), capture("new", b"oops", status=500, headers=()))
+def test_other_status_class_hides_all_other_differences() -> None:
+    result = compare(capture("old", {"a": 1}), capture("new", b"oops", status=500, headers=()))
 
-    assert (judgement.outcome, seen(judgement)) == ("mismatch", [("status", "200->500", "changed")])
-    assert judgement.differences[0].impact == "breaking"
-
-
-def test_another_status_of_the_same_class_is_compared_on() -> None:
-    judgement = compare(capture("old", {"a": 1}), capture("new", {"a": 2}, status=201))
-
-    assert seen(judgement) == [("status", "200->201", "changed"), ("body", "$.a", "changed")]
+    assert (result.outcome, seen(result)) == ("mismatch", [("status", "200->500", "changed")])
+    assert result.differences[0].impact == "breaking"
 
 
-def test_an_application_that_raised_before_it_answered_is_a_500() -> None:
-    judgement = compare(capture("old", {"a": 1}), capture("new", status=0, raised="KeyError"))
+def test_other_status_of_one_class_is_compared_further() -> None:
+    result = compare(capture("old", {"a": 1}), capture("new", {"a": 2}, status=201))
 
-    assert seen(judgement) == [("status", "200->500", "changed")]
+    assert seen(result) == [("status", "200->201", "changed"), ("body", "$.a", "changed")]
 
 
-def test_an_answer_that_broke_off_is_an_error() -> None:
+def test_exception_before_the_answer_counts_as_500() -> None:
+    result = compare(capture("old", {"a": 1}), capture("new", status=0, raised="KeyError"))
+
+    assert seen(result) == [("status", "200->500", "changed")]
+
+
+def test_broken_off_answer_is_unfinished() -> None:
     new = capture("new", b'{"a"', complete=False, raised="KeyError")
 
     assert seen(compare(capture("old", {"a": 1}), new)) == [("error", "unfinished", "removed")]
@@ -69,33 +69,32 @@ def test_an_answer_that_broke_off_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("status", "headers"), [(429, JSON), (503, (*JSON, ("retry-after", "1")))], ids=["429", "503 with retry-after"]
 )
-def test_shedding_load_is_an_outcome_of_its_own(status: int, headers: Headers) -> None:
-    judgement = compare(capture("old", {}), capture("new", {}, status=status, headers=headers))
+def test_load_shedding_has_its_own_outcome(status: int, headers: Headers) -> None:
+    result = compare(capture("old", {}), capture("new", {}, status=status, headers=headers))
 
-    assert (judgement.outcome, judgement.differences) == ("shed", ())
+    assert (result.outcome, result.differences) == ("shed", ())
 
 
-def test_a_copy_that_was_disturbed_says_nothing() -> None:
-    """Also a second copy that old got."""
+def test_invalid_capture_is_not_compared() -> None:
     reason = "a copy was disturbed in its database: LockNotAvailable"
     failed = capture("new", b"oops", status=500, role="shadow")
-    judgement = compare(capture("old", {"a": 1}), msgspec.structs.replace(failed, invalid_reason=reason))
+    result = compare(capture("old", {"a": 1}), msgspec.structs.replace(failed, invalid_reason=reason))
     noisy = msgspec.structs.replace(capture("old", {"a": 2}, role="baseline"), invalid_reason=reason)
     calm = compare_pair([capture("old", {"a": 1}), capture("new", {"a": 1}, role="shadow"), noisy], RULES)
 
-    assert (judgement.outcome, judgement.reason, judgement.differences) == ("not_compared", reason, ())
+    assert (result.outcome, result.reason, result.differences) == ("not_compared", reason, ())
     assert (calm.outcome, calm.noise) == ("match", ())
 
 
-def test_a_plain_503_is_an_error_and_not_shedding() -> None:
+def test_503_without_retry_after_is_a_mismatch() -> None:
     assert compare(capture("old", {}), capture("new", {}, status=503)).outcome == "mismatch"
 
 
-def test_validators_belong_to_a_build() -> None:
+def test_conditional_request_is_not_compared() -> None:
     asked = (("if-none-match", '"abc"'),)
-    judgement = compare(capture("old", status=304, asked=asked), capture("new", {"a": 1}, asked=asked))
+    result = compare(capture("old", status=304, asked=asked), capture("new", {"a": 1}, asked=asked))
 
-    assert judgement.outcome == "not_compared"
+    assert result.outcome == "not_compared"
 
 
 @pytest.mark.parametrize(
@@ -115,13 +114,13 @@ def test_validators_belong_to_a_build() -> None:
         ((("set-cookie", "s=hmac:1; Secure"),), (("set-cookie", "s=hmac:1"),), [("set-cookie[s]", "changed")]),
     ],
 )
-def test_headers(old: Headers, new: Headers, expected: list[tuple[str, str]]) -> None:
-    judgement = compare(capture("old", headers=old), capture("new", headers=new))
+def test_headers_are_compared_by_meaning(old: Headers, new: Headers, expected: list[tuple[str, str]]) -> None:
+    result = compare(capture("old", headers=old), capture("new", headers=new))
 
-    assert [(path, kind) for _, path, kind in seen(judgement)] == expected
+    assert [(path, kind) for _, path, kind in seen(result)] == expected
 
 
-def test_headers_can_be_declared_volatile() -> None:
+def test_ignored_headers_are_not_compared() -> None:
     old, new = capture("old", headers=(("X-Node".lower(), "1"),)), capture("new", headers=(("x-node", "2"),))
 
     assert compare_pair([old, new], RULES).outcome == "mismatch"
@@ -132,11 +131,11 @@ def test_headers_can_be_declared_volatile() -> None:
     ("old", "new", "kind"),
     [(b"", b"{}", "added"), (b"{}", b"", "removed"), (b"{}", b"<html>", "type"), (b"a", b"b", "type")],
 )
-def test_bodies_that_are_no_json_on_both_sides(old: bytes, new: bytes, kind: str) -> None:
-    judgement = compare(capture("old", old, headers=JSON), capture("new", new, headers=JSON))
+def test_invalid_json_bodies_report_added_removed_or_type(old: bytes, new: bytes, kind: str) -> None:
+    result = compare(capture("old", old, headers=JSON), capture("new", new, headers=JSON))
 
     expected = "changed" if (old, new) == (b"a", b"b") else kind
-    assert [found[2] for found in seen(judgement)] == [expected]
+    assert [difference[2] for difference in seen(result)] == [expected]
 
 
 XML: Headers = (("content-type", "application/xml"),)
@@ -153,23 +152,23 @@ XML: Headers = (("content-type", "application/xml"),)
         ((b'{"a": 1}', JSON), (b'{"a": 2}', JSON), ""),
     ],
 )
-def test_a_content_type_that_is_missing_or_wrong_is_reported(
+def test_missing_or_wrong_content_type_is_noted(
     old: tuple[bytes, Headers], new: tuple[bytes, Headers], reason: str
 ) -> None:
-    (before, said), (after, says) = old, new
-    judgement = compare(capture("old", before, headers=said), capture("new", after, headers=says))
+    (old_body, old_headers), (new_body, new_headers) = old, new
+    result = compare(capture("old", old_body, headers=old_headers), capture("new", new_body, headers=new_headers))
 
-    assert judgement.outcome == "mismatch"
-    assert judgement.reason == reason
+    assert result.outcome == "mismatch"
+    assert result.reason == reason
 
 
-def test_json_deeper_than_any_reader_goes_is_compared_as_a_whole() -> None:
+def test_json_beyond_parser_depth_is_compared_as_a_whole() -> None:
     deep, other = [b"[" * 900 + n + b"]" * 900 for n in (b"1", b"2")]
 
     assert seen(compare(capture("old", deep), capture("new", other))) == [("body", "", "changed")]
 
 
-def test_json_of_many_levels_is_compared_by_paths() -> None:
+def test_deep_json_is_compared_by_paths() -> None:
     deep, other = [b"[" * 150 + n + b"]" * 150 for n in (b"1", b"2")]
 
     assert seen(compare(capture("old", deep), capture("new", other))) == [("body", "$" + "[*]" * 150, "changed")]
@@ -177,31 +176,31 @@ def test_json_of_many_levels_is_compared_by_paths() -> None:
 
 def test_text_is_compared_by_lines() -> None:
     text = (("content-type", "text/plain"),)
-    judgement = compare(capture("old", b"[1]", headers=text), capture("new", b"[ 1 ]", headers=text))
+    result = compare(capture("old", b"[1]", headers=text), capture("new", b"[ 1 ]", headers=text))
 
-    assert seen(judgement) == [("body", "lines[*]", "changed")]
+    assert seen(result) == [("body", "lines[*]", "changed")]
 
 
-def test_compressed_json_is_read() -> None:
+def test_compressed_json_is_compared_by_paths() -> None:
     packed = (*JSON, ("content-encoding", "gzip"))
     old, new = ({"a": 1, "t": "x" * 100}, {"a": 2, "t": "x" * 100})
-    judgement = compare(
+    result = compare(
         capture("old", gzip.compress(json.dumps(old).encode()), headers=packed),
         capture("new", gzip.compress(json.dumps(new).encode()), headers=packed),
     )
 
-    assert seen(judgement) == [("body", "$.a", "changed")]
+    assert seen(result) == [("body", "$.a", "changed")]
 
 
-def test_a_decompression_bomb_is_compared_by_its_bytes() -> None:
+def test_decompression_bomb_is_compared_by_bytes() -> None:
     packed = (*JSON, ("content-encoding", "gzip"))
     bombs = [gzip.compress(bytes([n]) * 10_000_000) for n in (48, 49)]
-    judgement = compare_pair(
+    result = compare_pair(
         [capture("old", bombs[0], headers=packed), capture("new", bombs[1], headers=packed)],
         CompareOptions(max_decoded_bytes=100_000),
     )
 
-    assert seen(judgement) == [("body", "", "changed")]
+    assert seen(result) == [("body", "", "changed")]
 
 
 def cut(version: Any, whole: bytes) -> Capture:
@@ -210,7 +209,7 @@ def cut(version: Any, whole: bytes) -> Capture:
     return Capture(pair=made.pair, service="shop", version=version, role="live", request=made.request, answer=answer)
 
 
-def test_a_cut_body_is_compared_by_its_digest() -> None:
+def test_body_over_the_capture_limit_is_compared_by_digest() -> None:
     assert compare(cut("old", b"a" * 100), cut("new", b"a" * 100)).outcome == "match"
     assert compare(cut("old", b"a" * 100), cut("new", b"a" * 99 + b"b")).outcome == "oversize"
     assert seen(compare(cut("old", b"a" * 100), cut("new", b"a" * 99 + b"b"))) == [("body", "", "changed")]
@@ -233,17 +232,17 @@ AGAIN = capture("old", {"a": 2}, role="baseline")
         ([capture("new", status=503), capture("old", {"a": 1}, attempt=2)], False, "mismatch"),
     ],
 )
-def test_which_copies_there_are_decides_first(captures: Sequence[Capture], timed_out: bool, outcome: str) -> None:
+def test_available_captures_decide_the_outcome(captures: Sequence[Capture], timed_out: bool, outcome: str) -> None:
     for order in permutations(captures):
         assert compare_pair(order, RULES, timed_out=timed_out).outcome == outcome
 
 
-def test_a_baseline_copy_shows_what_differs_by_itself() -> None:
-    judgement = compare_pair([OLD, NEW, AGAIN], RULES)
+def test_baseline_yields_noise() -> None:
+    result = compare_pair([OLD, NEW, AGAIN], RULES)
 
-    assert judgement.outcome == "match"
-    assert judgement.baseline_compared
-    assert [found.path for found in judgement.noise] == ["$.a"]
+    assert result.outcome == "match"
+    assert result.baseline_compared
+    assert [difference.path for difference in result.noise] == ["$.a"]
 
 
 @pytest.mark.parametrize(
@@ -257,24 +256,24 @@ def test_a_baseline_copy_shows_what_differs_by_itself() -> None:
         ("/v2/iphone-15", "", "/v2/iphone-15"),
     ],
 )
-def test_the_endpoint(path: str, route: str, expected: str) -> None:
-    judgement = compare(capture("old", path=path, route=route), capture("new", path=path, route=route))
+def test_endpoint_is_the_route_or_generalised_path(path: str, route: str, expected: str) -> None:
+    result = compare(capture("old", path=path, route=route), capture("new", path=path, route=route))
 
-    assert judgement.route == expected
-
-
-def test_old_names_the_endpoint_where_the_versions_disagree() -> None:
-    judgement = compare(capture("old", route="/p/{id}"), capture("new", route="/p/{product_id}"))
-
-    assert judgement.route == "/p/{id}"
+    assert result.route == expected
 
 
-def test_unknown_paths_are_one_endpoint() -> None:
-    judgement = compare(
+def test_endpoint_uses_the_route_of_old() -> None:
+    result = compare(capture("old", route="/p/{id}"), capture("new", route="/p/{product_id}"))
+
+    assert result.route == "/p/{id}"
+
+
+def test_unknown_paths_share_one_endpoint() -> None:
+    result = compare(
         capture("old", path="/.env", route="", status=404), capture("new", path="/.env", route="", status=404)
     )
 
-    assert judgement.route == "(no route)"
+    assert result.route == "(no route)"
 
 
 @given(
@@ -282,18 +281,18 @@ def test_unknown_paths_are_one_endpoint() -> None:
     st.binary(max_size=200),
     st.sampled_from(["application/json", "text/html", "", "rubbish/;;"]),
 )
-def test_any_bytes_can_be_judged(old: bytes, new: bytes, kind: str) -> None:
+def test_compare_pair_accepts_any_bytes(old: bytes, new: bytes, kind: str) -> None:
     headers = (("content-type", kind),)
-    judgement = compare(capture("old", old, headers=headers), capture("new", new, headers=headers))
+    result = compare(capture("old", old, headers=headers), capture("new", new, headers=headers))
 
-    assert judgement.outcome in {"match", "mismatch"}
-    assert judgement.outcome == "match" or old != new
+    assert result.outcome in {"match", "mismatch"}
+    assert result.outcome == "match" or old != new
 
 
 @pytest.mark.parametrize("name", ["link", "www-authenticate", "content-disposition", "location", "set-cookie"])
 @pytest.mark.parametrize("text", ["<", '"', ";", ",", "<a>; ", '="', "%", "<a>;b;", '"\\'])
-def test_a_header_of_one_sign_costs_no_more_than_its_length(name: str, text: str) -> None:
-    """A second, where each is looked at as often as there are others, would be a minute."""
+def test_headers_are_parsed_in_linear_time(name: str, text: str) -> None:
+    """A quadratic parser takes a minute."""
     long = text * (50_000 // len(text))
     began = time.process_time()
     compare(capture("old", headers=((name, long),)), capture("new", headers=((name, long + "a"),)))

@@ -1,26 +1,29 @@
-"""What a comparison costs, in counted steps: linear in the body's size, and bounded whatever the body is."""
+"""The work of a comparison in counted calls: linear in the size of a body, and bounded."""
 
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import random
 import string
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import pytest
 
 from abreast.protocol.capture import Answer, Body, Headers
+from abreast_sidecar.compare import markup
 from abreast_sidecar.compare.body import BodyResult, compare_bodies
 from abreast_sidecar.compare.content import parse_media_type
 from abreast_sidecar.compare.json_diff import JsonDiff
 from abreast_sidecar.compare.rules import CompareOptions
 
 SMALL, LARGE = 500, 1000  # items of a body
-LINEAR = 1.3  # times as many steps as twice the items should take
-CALLS_A_BYTE = 6  # calls of functions, for both bodies
+LINEAR = 1.3  # tolerance above twice the steps for twice the items
+CALLS_A_BYTE = 6  # function calls, for both bodies
 Make = Callable[[random.Random, int], str]
 
 
@@ -134,7 +137,7 @@ def two(make: Make, kind: str, many: int) -> tuple[Answer, Answer]:
 
 
 def counted(old: Answer, new: Answer, rules: CompareOptions | None = None) -> tuple[int, BodyResult]:
-    """Calls of functions, of Python's and of C's alike: the same on every machine."""
+    """Count the calls of Python and C functions, which are the same on every machine."""
     calls = 0
 
     def count(_frame: FrameType, event: str, _argument: object) -> None:
@@ -144,63 +147,63 @@ def counted(old: Answer, new: Answer, rules: CompareOptions | None = None) -> tu
     compare_bodies(old, new, rules or CompareOptions())  # caches are full
     sys.setprofile(count)
     try:
-        found = compare_bodies(old, new, rules or CompareOptions())
+        result = compare_bodies(old, new, rules or CompareOptions())
     finally:
         sys.setprofile(None)
-    return calls, found
+    return calls, result
 
 
 @each
-def test_twice_the_size_takes_twice_the_steps(make: Make, kind: str) -> None:
+def test_compare_bodies_takes_linear_work(make: Make, kind: str) -> None:
     few, _ = counted(*two(make, kind, SMALL))
-    many, found = counted(*two(make, kind, LARGE))
+    many, result = counted(*two(make, kind, LARGE))
 
-    assert found.differences
+    assert result.differences
     assert many <= 2 * LINEAR * few
 
 
 @each
-def test_equal_bytes_are_not_read(make: Make, kind: str) -> None:
+def test_equal_bodies_are_not_parsed(make: Make, kind: str) -> None:
     old, same = answer(make(random.Random(1), LARGE), kind), answer(make(random.Random(1), LARGE), kind)
-    calls, found = counted(old, same)
+    calls, result = counted(old, same)
 
-    assert found == BodyResult([])
+    assert result == BodyResult([])
     assert calls <= 10
 
 
 @each
-def test_what_is_too_much_work_has_a_coarser_outcome(make: Make, kind: str) -> None:
+def test_work_budget_limits_the_comparison(make: Make, kind: str) -> None:
     old, new = two(make, kind, LARGE)
     exact, _ = counted(old, new)
-    calls, found = counted(old, new, CompareOptions(max_work=300))
+    calls, result = counted(old, new, CompareOptions(max_work=300))
 
-    assert found.differences
+    assert result.differences
     assert calls < exact
     assert calls < 3000
-    if not found.note:  # it was little work after all
+    if not result.note:  # the bodies fit into the budget
         assert exact < 3000
 
 
 @each
-def test_no_body_takes_more_than_its_bytes_allow(make: Make, kind: str) -> None:
+def test_work_per_byte_is_bounded(make: Make, kind: str) -> None:
     old, new = two(make, kind, LARGE)
     calls, _ = counted(old, new)
 
     assert calls <= CALLS_A_BYTE * (old.body.length + new.body.length)
 
 
-def test_beyond_the_bound_places_are_compared_as_a_whole_and_said_to_be() -> None:
+def test_json_diff_over_budget_compares_values_as_a_whole() -> None:
     rows = [{"id": number, "tags": list(range(20))} for number in range(50)]
     other = [{"id": number, "tags": list(range(1, 21))} for number in range(50)]
     walk = JsonDiff(1000, max_work=300)
-    found = walk.compare(rows, other)
+    result = walk.compare(rows, other)
 
     assert walk.budget_exceeded
-    assert walk.work <= 300 + 100  # what was begun is ended
-    assert {one.path for one in found} == {"$[*].tags[*]", "$[*].tags", "$[*]"}
+    assert walk.work <= 300 + 100  # elements that were started are finished
+    assert {difference.path for difference in result} == {"$[*].tags[*]", "$[*].tags", "$[*]"}
 
 
-def test_what_is_equal_as_a_whole_is_no_difference_beyond_the_bound() -> None:
+def test_equal_values_over_budget_are_no_difference() -> None:
     rows = {"rows": list(range(1000)), "name": "a"}
     other = {"name": "b", "rows": list(range(1000))}
     result = compare_bodies(
@@ -209,32 +212,66 @@ def test_what_is_equal_as_a_whole_is_no_difference_beyond_the_bound() -> None:
         CompareOptions(max_work=500),
     )
 
-    assert [one.path for one in result.differences] == ["$.name"]
+    assert [difference.path for difference in result.differences] == ["$.name"]
     assert result.note == ""
 
 
-def test_a_small_body_that_decodes_to_millions_of_values_is_compared_by_its_bytes() -> None:
+def test_compressed_body_with_millions_of_values_is_compared_by_bytes() -> None:
     def packed(last: int) -> Answer:
         body = gzip.compress(b"[" + b"1," * 4_000_000 + b"%d]" % last)
         headers: Headers = (("content-type", "application/json"), ("content-encoding", "gzip"))
         return Answer(200, headers, Body(body, len(body)))
 
-    calls, found = counted(packed(1), packed(2))
+    calls, result = counted(packed(1), packed(2))
 
-    assert found.is_too_large
-    assert "too much work" in found.note
+    assert result.is_too_large
+    assert "too much work" in result.note
     assert calls < 1000
 
 
 @pytest.mark.parametrize("parameters", ["x" * 100_000, 'x="' * 50_000, ';x="a"b' * 20_000, '"' * 100_000])
-def test_a_long_content_type_is_no_work(parameters: str) -> None:
-    """It takes minutes where it is looked at again from every character."""
+def test_long_content_type_is_parsed_in_linear_time(parameters: str) -> None:
+    """A quadratic parser takes minutes."""
     assert parse_media_type(f"text/html;{parameters}").format == "html"
 
 
-def test_html_that_is_too_much_is_compared_by_lines() -> None:
+def test_html_over_budget_is_compared_by_lines() -> None:
     page = "<html>" + "<p>same</p>\n" * 30_000 + "<b>{}</b></html>"
-    found = compare_bodies(answer(page.format(1), "text/html"), answer(page.format(2), "text/html"), CompareOptions())
+    result = compare_bodies(answer(page.format(1), "text/html"), answer(page.format(2), "text/html"), CompareOptions())
 
-    assert [one.path for one in found.differences] == ["lines[*]"]
-    assert found.note == "too much html to be read: compared by its lines"
+    assert [difference.path for difference in result.differences] == ["lines[*]"]
+    assert result.note == "the html is compared by its lines: parsing it is too much work"
+
+
+def count_backtracking_runs(pattern: str) -> int:
+    """Count the unbounded runs of single characters that can give characters back when the match fails after them."""
+    parser: Any = importlib.import_module("re._parser")
+
+    def count(items: Any) -> int:
+        total = 0
+        for operation, argument in items:
+            if str(operation) in {"MAX_REPEAT", "MIN_REPEAT"}:
+                _, maximum, inner = argument
+                is_run = len(inner) == 1 and str(inner[0][0]) in {"IN", "NOT_LITERAL", "ANY"}
+                total += (is_run and maximum == parser.MAXREPEAT) + count(inner)
+            elif str(operation) == "POSSESSIVE_REPEAT":
+                total += count(argument[2])
+            elif str(operation) == "SUBPATTERN":
+                total += count(argument[-1])
+            elif str(operation) == "BRANCH":
+                total += sum(map(count, argument[1]))
+        return total
+
+    return count(parser.parse(pattern))
+
+
+def test_html_tag_patterns_never_scan_a_run_twice() -> None:
+    assert count_backtracking_runs('<a([^>"]|"[^"]*")*>') == 1
+    assert count_backtracking_runs(markup._TAG.pattern) == 0
+    assert count_backtracking_runs(markup._ATTRIBUTE.pattern) == 0
+
+
+def test_html_tags_without_an_end_are_text() -> None:
+    element = markup.read_html("<p>x</p>" + ("<" + "a" * 2000) * 8)
+
+    assert ([child.tag for child in element.children], "".join(element.texts).count("<")) == (["p"], 8)

@@ -1,4 +1,4 @@
-"""Answers that were cut: what both have is compared, and nothing is said of the rest."""
+"""Truncated answers: the parts that both captures have are compared."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stream(many: int, **more: Any) -> bytes:
 
 
 def left(version: Any, body: bytes, headers: Headers = EVENTS, role: Role = "live", **more: Any) -> Capture:
-    """Its user left, or its copy ended with the user's."""
+    """Build an answer that ended when the client disconnected."""
     return capture(version, body, headers=headers, role=role, complete=False, client_left=True, **more)
 
 
@@ -42,23 +42,27 @@ def copy(body: bytes, headers: Headers = EVENTS, **more: Any) -> Capture:
     return capture("new", body, headers=headers, role="shadow", **more)
 
 
-def seen(judgement: ComparisonResult) -> list[str]:
-    return [f"{one.part} {one.path} {one.kind}".replace("  ", " ") for one in judgement.differences]
+def seen(result: ComparisonResult) -> list[str]:
+    return [
+        f"{difference.part} {difference.path} {difference.kind}".replace("  ", " ") for difference in result.differences
+    ]
 
 
 def compared(old: Capture, new: Capture) -> ComparisonResult:
     return compare_pair([old, new], RULES)
 
 
-def test_equal_beginnings_are_no_match() -> None:
-    judgement = compared(left("old", stream(5)), copy(stream(9)))
+def test_truncated_answer_with_equal_start_is_partial() -> None:
+    result = compared(left("old", stream(5)), copy(stream(9)))
 
-    assert (judgement.outcome, judgement.differences) == ("partial", ())
-    assert judgement.reason.startswith("the client left before the answer was whole: compared were status, headers, ")
+    assert (result.outcome, result.differences) == ("partial", ())
+    assert result.reason.startswith(
+        "the client disconnected before the answer was complete: compared were status, headers, "
+    )
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_streams_that_were_cut_at_the_same_place_are_no_match(equal: bool) -> None:
+def test_streams_truncated_at_the_same_item_are_partial(equal: bool) -> None:
     both = stream(3)
     new = left("new", both if equal else both + b"data: 1", role="shadow")
 
@@ -66,25 +70,25 @@ def test_streams_that_were_cut_at_the_same_place_are_no_match(equal: bool) -> No
 
 
 @pytest.mark.parametrize("cut_new", [False, True])
-def test_items_are_compared_as_far_as_both_have_them(cut_new: bool) -> None:
+def test_truncated_streams_compare_common_items(cut_new: bool) -> None:
     longer = stream(2) + event(2, price=1) + stream(4)
     new = left("new", longer, role="shadow") if cut_new else copy(longer)
-    judgement = compared(left("old", stream(3) + b"id: 3\nda"), new)
+    result = compared(left("old", stream(3) + b"id: 3\nda"), new)
 
-    assert (judgement.outcome, seen(judgement)) == ("partial", ["body events[*].data.price added"])
-
-
-def test_an_item_that_was_cut_is_no_difference() -> None:
-    judgement = compared(left("old", stream(3) + b'id: 3\ndata: {"num'), copy(stream(2) + event(2) + b"id: 4\n\n"))
-
-    assert seen(judgement) == []
-    assert judgement.reason.endswith("the first 3 events of both")
+    assert (result.outcome, seen(result)) == ("partial", ["body events[*].data.price added"])
 
 
-def test_an_answer_that_ended_before_the_one_that_was_left_lacks_the_rest() -> None:
-    judgement = compared(left("old", stream(4)), copy(stream(3)))
+def test_truncated_item_is_ignored() -> None:
+    result = compared(left("old", stream(3) + b'id: 3\ndata: {"num'), copy(stream(2) + event(2) + b"id: 4\n\n"))
 
-    assert seen(judgement) == ["body events[*] removed"]
+    assert seen(result) == []
+    assert result.reason.endswith("the first 3 events of both")
+
+
+def test_complete_answer_shorter_than_truncated_one_lacks_items() -> None:
+    result = compared(left("old", stream(4)), copy(stream(3)))
+
+    assert seen(result) == ["body events[*] removed"]
 
 
 @pytest.mark.parametrize(
@@ -102,10 +106,10 @@ def test_an_answer_that_ended_before_the_one_that_was_left_lacks_the_rest() -> N
     ],
     ids=["changed", "spaces", "csv", "line ends", "no more lines", "bytes", "other bytes", "fewer", "nothing"],
 )  # fmt: skip
-def test_what_is_compared_of_a_format(headers: Headers, old: bytes, new: bytes, expected: str) -> None:
-    judgement = compared(left("old", old, headers), copy(new, headers))
+def test_truncated_body_is_compared_by_format(headers: Headers, old: bytes, new: bytes, expected: str) -> None:
+    result = compared(left("old", old, headers), copy(new, headers))
 
-    assert (judgement.outcome, seen(judgement)) == ("partial", [expected] if expected else [])
+    assert (result.outcome, seen(result)) == ("partial", [expected] if expected else [])
 
 
 @pytest.mark.parametrize(
@@ -118,35 +122,34 @@ def test_what_is_compared_of_a_format(headers: Headers, old: bytes, new: bytes, 
     ],
     ids=["json", "html", "gzip", "not what it says"],
 )  # fmt: skip
-def test_what_can_t_be_told_in_part_is_no_difference(headers: Headers, old: bytes, new: bytes) -> None:
-    judgement = compared(left("old", old, headers), copy(new, headers))
+def test_truncated_body_without_items_is_not_compared(headers: Headers, old: bytes, new: bytes) -> None:
+    result = compared(left("old", old, headers), copy(new, headers))
 
-    assert (judgement.outcome, judgement.differences) == ("partial", ())
-    assert "not the bodies" in judgement.reason
+    assert (result.outcome, result.differences) == ("partial", ())
+    assert "not the bodies" in result.reason
 
 
-def test_status_and_headers_are_compared_in_any_case() -> None:
+def test_truncated_answers_compare_status_and_headers() -> None:
     new = copy(b"[1, 2, 3]", (("content-type", "application/json"), ("cache-control", "no-store")), status=202)
-    judgement = compared(left("old", b"", (("content-type", "application/json"),)), new)
+    result = compared(left("old", b"", (("content-type", "application/json"),)), new)
 
-    assert judgement.outcome == "partial"
-    assert seen(judgement) == ["status 200->202 changed", "header cache-control added"]
-
-
-def test_another_status_class_is_all_there_is_to_say() -> None:
-    judgement = compared(left("old", stream(2)), copy(b"oops", (), status=500))
-
-    assert (judgement.outcome, seen(judgement)) == ("mismatch", ["status 200->500 changed"])
+    assert result.outcome == "partial"
+    assert seen(result) == ["status 200->202 changed", "header cache-control added"]
 
 
-def test_what_follows_from_a_user_who_left_is_no_difference() -> None:
-    """Exceptions, trailers and effects among it."""
+def test_truncated_answer_with_other_status_class_reports_only_status() -> None:
+    result = compared(left("old", stream(2)), copy(b"oops", (), status=500))
+
+    assert (result.outcome, seen(result)) == ("mismatch", ["status 200->500 changed"])
+
+
+def test_client_disconnect_hides_exceptions_trailers_and_effects() -> None:
     old = msgspec.structs.replace(left("old", stream(2), raised="ClientDisconnect"), effects=({"kind": "mail"},))
 
     assert compared(old, copy(stream(5))).differences == ()
 
 
-def test_nothing_is_compared_of_an_answer_that_had_not_begun() -> None:
+def test_answer_that_never_started_aborts_the_pair() -> None:
     for old, new in (
         (left("old", b"", status=0), copy(stream(1))),
         (left("old", stream(1)), left("new", b"", status=0, role="shadow")),
@@ -154,7 +157,7 @@ def test_nothing_is_compared_of_an_answer_that_had_not_begun() -> None:
         assert (compared(old, new).outcome, compared(old, new).differences) == ("aborted", ())
 
 
-def test_two_answers_that_broke_off_by_themselves_are_compared_in_part_unless_they_are_equal() -> None:
+def test_two_broken_off_answers_match_or_are_partial() -> None:
     def broken(version: Any, body: bytes) -> Capture:
         return capture(version, body, headers=EVENTS, complete=False, raised="OSError")
 
@@ -165,54 +168,53 @@ def test_two_answers_that_broke_off_by_themselves_are_compared_in_part_unless_th
     assert changed.reason.startswith("both answers broke off: ")
 
 
-def going_on(found: Capture, total_us: int = 8_000_000) -> Capture:
-    return msgspec.structs.replace(found, complete=False, truncated_by_deadline=True, total_us=total_us)
+def going_on(result: Capture, total_us: int = 8_000_000) -> Capture:
+    return msgspec.structs.replace(result, complete=False, truncated_by_deadline=True, total_us=total_us)
 
 
-def test_streams_that_go_on_are_compared_in_what_came() -> None:
+def test_running_streams_compare_captured_items() -> None:
     old, new = going_on(copy(stream(80))), going_on(copy(stream(2, price=1)))
-    judgement = compared(msgspec.structs.replace(old, version="old", role="live"), new)
+    result = compared(msgspec.structs.replace(old, version="old", role="live"), new)
 
-    assert judgement.outcome == "partial"
-    assert seen(judgement) == ["body events[*].data.price added"] * 2
-    assert judgement.reason.startswith("the answer still went on when it was captured: ")
+    assert result.outcome == "partial"
+    assert seen(result) == ["body events[*].data.price added"] * 2
+    assert result.reason.startswith("the answer was not finished when it was captured: ")
 
 
-def test_an_answer_that_goes_on_beside_one_that_its_user_left_says_nothing_of_its_end() -> None:
-    judgement = compared(left("old", stream(3)), going_on(copy(stream(80))))
+def test_running_stream_and_disconnected_client_are_partial() -> None:
+    result = compared(left("old", stream(3)), going_on(copy(stream(80))))
 
-    assert (judgement.outcome, seen(judgement)) == ("partial", [])
+    assert (result.outcome, seen(result)) == ("partial", [])
 
 
 @pytest.mark.parametrize(("took", "expected"), [(1_000_000, ["error unfinished removed"]), (7_900_000, [])])
-def test_one_that_hangs_within_its_answer_is_unfinished(took: int, expected: list[str]) -> None:
-    """Not one that merely takes as long as there is time to capture it."""
+def test_hung_answer_is_reported_as_unfinished(took: int, expected: list[str]) -> None:
     old = msgspec.structs.replace(capture("old", stream(3), headers=EVENTS), total_us=took)
 
     assert seen(compared(old, going_on(copy(stream(2))))) == expected
 
 
-def test_of_a_body_beyond_the_limit_only_what_is_held_is_compared() -> None:
-    def beyond(found: Capture) -> Capture:
-        body = msgspec.structs.replace(found.answer.body, length=10_000, digest="0" * 32)
-        return msgspec.structs.replace(found, answer=msgspec.structs.replace(found.answer, body=body))
+def test_body_over_the_capture_limit_compares_the_captured_part() -> None:
+    def beyond(differences: Capture) -> Capture:
+        body = msgspec.structs.replace(differences.answer.body, length=10_000, digest="0" * 32)
+        return msgspec.structs.replace(differences, answer=msgspec.structs.replace(differences.answer, body=body))
 
-    judgement = compared(beyond(left("old", stream(4))), beyond(copy(stream(2))))
+    result = compared(beyond(left("old", stream(4))), beyond(copy(stream(2))))
 
-    assert (judgement.outcome, seen(judgement)) == ("partial", [])
+    assert (result.outcome, seen(result)) == ("partial", [])
     assert Body(b"a", 2).is_complete is False
 
 
-def test_copies_to_old_teach_what_differs_in_a_stream_by_itself() -> None:
+def test_baseline_of_truncated_stream_yields_noise() -> None:
     again = capture("old", stream(9, at=2), headers=EVENTS, role="baseline")
-    judgement = compare_pair([left("old", stream(3, at=1)), copy(stream(9, at=3)), again], RULES)
+    result = compare_pair([left("old", stream(3, at=1)), copy(stream(9, at=3)), again], RULES)
 
-    assert judgement.baseline_compared
-    assert {(one.path, one.kind) for one in judgement.noise} == {("events[*].data.at", "changed")}
+    assert result.baseline_compared
+    assert {(difference.path, difference.kind) for difference in result.noise} == {("events[*].data.at", "changed")}
 
 
 @given(st.lists(st.integers(0, 3), max_size=8), st.integers(0, 400), st.integers(0, 400), st.data())
-def test_one_stream_that_is_cut_anywhere_differs_in_nothing(
+def test_one_stream_truncated_anywhere_has_no_differences(
     numbers: list[int], first: int, second: int, data: st.DataObject
 ) -> None:
     headers, make = data.draw(
@@ -226,7 +228,7 @@ def test_one_stream_that_is_cut_anywhere_differs_in_nothing(
         )
     )
     whole = b"".join(make(number) for number in numbers)
-    judgement = compared(left("old", whole[:first], headers), left("new", whole[:second], headers, role="shadow"))
+    result = compared(left("old", whole[:first], headers), left("new", whole[:second], headers, role="shadow"))
 
-    assert (judgement.outcome, judgement.differences) == ("partial", ())
+    assert (result.outcome, result.differences) == ("partial", ())
     assert compared(left("old", whole[:first], headers), copy(whole, headers)).differences == ()

@@ -1,4 +1,4 @@
-"""What is kept of a request to find features in, and what never is."""
+"""The features of a request that are stored, and those that never are."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def request(
     return Request("POST", path, query, "/orders/{id}", headers, Body(body, len(body)))
 
 
-def test_query_path_headers_and_body_have_their_places() -> None:
-    found = collect_request_features(
+def test_features_are_named_by_part_and_path() -> None:
+    result = collect_request_features(
         request(
             b'{"currency": "JPY", "items": [{"sku": "a"}, {"sku": "b"}], "gift": true}',
             (*JSON, ("accept-language", "de")),
@@ -31,7 +31,7 @@ def test_query_path_headers_and_body_have_their_places() -> None:
         "/orders/{id}",
     )
 
-    assert found == {
+    assert result == {
         "query.page": ["2"],
         "path.id": ["7"],
         "header.accept-language": ["de"],
@@ -42,11 +42,11 @@ def test_query_path_headers_and_body_have_their_places() -> None:
     }
 
 
-def test_a_forms_fields_are_fields() -> None:
-    found = collect_request_features(request(b"size=L&size=M&size=S&note=", FORM), "/orders/{id}")
+def test_form_fields_are_features() -> None:
+    result = collect_request_features(request(b"size=L&size=M&size=S&note=", FORM), "/orders/{id}")
 
-    assert found["body.size[*]"] == ["L", "M", "S"]
-    assert found["body.note"] == [""]
+    assert result["body.size[*]"] == ["L", "M", "S"]
+    assert result["body.note"] == [""]
 
 
 @pytest.mark.parametrize(
@@ -67,22 +67,22 @@ def test_a_forms_fields_are_fields() -> None:
         "user.pin",
     ],
 )
-def test_of_a_secret_only_its_name_is_kept(name: str) -> None:
-    found = collect_request_features(
+def test_secret_values_are_not_kept(name: str) -> None:
+    result = collect_request_features(
         request(json.dumps({name: "hunter2"}).encode(), query=f"{name}=hunter2"), "/orders/{id}"
     )
 
-    assert found[f"body.{name}"] == found[f"query.{name}"] == []
+    assert result[f"body.{name}"] == result[f"query.{name}"] == []
 
 
 @pytest.mark.parametrize("name", ["author", "discard", "spin", "passenger", "shipping"])
-def test_names_that_only_look_so_keep_their_values(name: str) -> None:
-    found = collect_request_features(request(json.dumps({name: "x"}).encode()), "/orders/{id}")
+def test_names_similar_to_secrets_keep_their_values(name: str) -> None:
+    result = collect_request_features(request(json.dumps({name: "x"}).encode()), "/orders/{id}")
 
-    assert found[f"body.{name}"] == ["x"]
+    assert result[f"body.{name}"] == ["x"]
 
 
-def test_hashed_and_long_values_and_passing_headers_are_left_out() -> None:
+def test_hashes_long_values_and_proxy_headers_are_no_features() -> None:
     headers = (
         ("authorization", "hmac:0011223344556677"),
         ("cookie", "variant=hmac:0011223344556677; theme=hmac:8899aabbccddeeff"),
@@ -98,7 +98,7 @@ def test_hashed_and_long_values_and_passing_headers_are_left_out() -> None:
     }
 
 
-def test_what_is_kept_has_a_bound() -> None:
+def test_features_are_bounded() -> None:
     wide = json.dumps({f"f{n}": n for n in range(1000)}).encode()
     long = json.dumps({"text": "x" * MAX_FEATURE_BODY_BYTES}).encode()
 
@@ -107,7 +107,7 @@ def test_what_is_kept_has_a_bound() -> None:
 
 
 @given(st.binary(max_size=200), st.sampled_from([JSON, FORM, ()]), st.text(max_size=40))
-def test_any_request_is_taken(body: bytes, headers: tuple[tuple[str, str], ...], query: str) -> None:
-    found = collect_request_features(request(body, headers, query), "/orders/{id}")
+def test_features_accept_any_request(body: bytes, headers: tuple[tuple[str, str], ...], query: str) -> None:
+    result = collect_request_features(request(body, headers, query), "/orders/{id}")
 
-    assert all(isinstance(value, str) for values in found.values() for value in values)
+    assert all(isinstance(value, str) for values in result.values() for value in values)

@@ -1,4 +1,4 @@
-"""Bodies that are compressed, damaged, or made to hurt."""
+"""Compressed, damaged and malicious bodies."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def raw_deflate(data: bytes) -> bytes:
 
 
 def streamed_zstd(data: bytes) -> bytes:
-    """Without the size in its head."""
+    """Compress without the size in the frame header."""
     packer = zstandard.ZstdCompressor().compressobj()
     return bytes(packer.compress(data) + packer.flush())
 
@@ -74,75 +74,75 @@ PACKED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 @pytest.mark.parametrize(("coding", "pack"), PACKED.values(), ids=PACKED)
-def test_codings_are_undone(coding: str, pack: Callable[[bytes], bytes]) -> None:
+def test_decode_content_restores_the_body(coding: str, pack: Callable[[bytes], bytes]) -> None:
     data = random.Random(1).randbytes(300_000) + bytes(300_000)
 
     assert decode_content(pack(data), coding, LIMIT).data == data
 
 
 @pytest.mark.parametrize(("coding", "pack"), PACKED.values(), ids=PACKED)
-def test_a_bomb_is_not_expanded(coding: str, pack: Callable[[bytes], bytes]) -> None:
+def test_decode_content_stops_at_its_limit(coding: str, pack: Callable[[bytes], bytes]) -> None:
     body = pack(bytes(5_000_000))
-    found = decode_content(body, coding, 100_000)
+    result = decode_content(body, coding, 100_000)
 
-    assert (found.problem, found.data) == ("too large", body)
+    assert (result.problem, result.data) == ("too large", body)
 
 
 @pytest.mark.parametrize(("coding", "pack"), PACKED.values(), ids=PACKED)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_cut_stream_is_corrupt(coding: str, pack: Callable[[bytes], bytes], share: float) -> None:
+def test_decode_content_detects_truncated_streams(coding: str, pack: Callable[[bytes], bytes], share: float) -> None:
     body = pack(random.Random(1).randbytes(300_000))
 
     assert decode_content(body[: int(len(body) * share)], coding, LIMIT).problem == "corrupt"
 
 
 @given(st.binary(max_size=300), st.sampled_from(["gzip", "deflate", "zstd", "br", "gzip, gzip", "x" * 50, ",,"]))
-def test_any_bytes_can_be_decoded_or_not(body: bytes, coding: str) -> None:
-    found = decode_content(body, coding, LIMIT)
+def test_decode_content_never_raises(body: bytes, coding: str) -> None:
+    result = decode_content(body, coding, LIMIT)
 
-    assert found.data == body or not found.problem
+    assert result.data == body or not result.problem
 
 
-def test_brotli_is_decoded_with_a_bound() -> None:
+def test_brotli_body_is_decoded_up_to_the_limit() -> None:
     pack = importlib.import_module("brotli").compress
-    one, other, bomb = (pack(body) for body in (b'{"a": 1}', b'{"a": 2}', b"a" * 20_000_000))
+    old, new, bomb = (pack(body) for body in (b'{"a": 1}', b'{"a": 2}', b"a" * 20_000_000))
 
-    assert [found.path for found in compare(one, other, "application/json", coding="br").differences] == ["$.a"]
-    assert compare(bomb, one, coding="br").outcome == "oversize"
-    assert decode_content(one[:-2], "br", LIMIT).problem
+    assert [difference.path for difference in compare(old, new, "application/json", coding="br").differences] == ["$.a"]
+    assert compare(bomb, old, coding="br").outcome == "oversize"
+    assert decode_content(old[:-2], "br", LIMIT).problem
 
 
-def test_brotli_without_its_package_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_brotli_body_without_package_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "brotli", None)
-    judgement = compare(b"one", b"two", coding="br")
+    result = compare(b"one", b"two", coding="br")
 
-    assert judgement.outcome == "not_compared"
-    assert judgement.reason == "content-encoding br can't be decoded here: old and new"
+    assert result.outcome == "not_compared"
+    assert result.reason == "content-encoding br can't be decoded: old and new"
 
 
-def test_a_stream_of_very_many_members_is_too_large_to_compare() -> None:
+def test_gzip_body_of_many_members_is_oversize() -> None:
     member = gzip.compress(b"a")
 
     assert compare(member * 2000, member * 2000 + gzip.compress(b"b"), coding="gzip").outcome == "oversize"
 
 
-def test_a_bomb_is_an_outcome() -> None:
+def test_decompression_bomb_is_oversize() -> None:
     old, new = (gzip.compress(byte * 20_000_000) for byte in (b"a", b"b"))
-    judgement = compare(old, new, coding="gzip")
+    result = compare(old, new, coding="gzip")
 
-    assert judgement.outcome == "oversize"
-    assert judgement.reason == "a compressed body is larger than what is decoded: old and new"
+    assert result.outcome == "oversize"
+    assert result.reason == "a compressed body is larger than the decoding limit: old and new"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(old=st.binary(max_size=200), new=st.binary(max_size=200))
-def test_any_bytes_of_any_type_can_be_compared(kind: str, old: bytes, new: bytes) -> None:
-    judgement = compare(old, new, kind)
+def test_compare_accepts_any_bytes_of_any_type(kind: str, old: bytes, new: bytes) -> None:
+    result = compare(old, new, kind)
 
-    assert judgement.outcome == "mismatch" or (judgement.outcome == "match" and not judgement.differences)
+    assert result.outcome == "mismatch" or (result.outcome == "match" and not result.differences)
     assert compare(old, old, kind).outcome == "match"
-    assert {found.path for found in compare(new, old, kind).differences} == {
-        found.path for found in judgement.differences
+    assert {difference.path for difference in compare(new, old, kind).differences} == {
+        difference.path for difference in result.differences
     }
 
 
@@ -150,16 +150,16 @@ PIECES = ["<p>", "</p>", "<a href='x'>", '<b c="', ">", "<!--", "-->", "<script>
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=60), st.lists(st.sampled_from(PIECES), max_size=60))
-def test_any_soup_of_tags_can_be_compared(old: list[str], new: list[str]) -> None:
+def test_compare_accepts_any_sequence_of_tags(old: list[str], new: list[str]) -> None:
     there = compare("".join(old).encode(), "".join(new).encode(), "text/html")
     back = compare("".join(new).encode(), "".join(old).encode(), "text/html")
 
-    assert {found.path for found in there.differences} == {found.path for found in back.differences}
+    assert {difference.path for difference in there.differences} == {difference.path for difference in back.differences}
 
 
 @pytest.mark.parametrize("piece", [*PIECES, "<a ", "<a b='", "<p><a>", "&#99999999999", "<title>", "<td>"])
-def test_html_made_to_hurt_is_read_in_linear_time(piece: str) -> None:
-    """Counted in calls, which a quadratic reader makes, or in a bound that it refuses at."""
+def test_read_html_takes_linear_time(piece: str) -> None:
+    """Count calls: a quadratic reader exceeds the bound."""
     text = piece * 20_000
     calls = 0
 
@@ -178,14 +178,14 @@ def test_html_made_to_hurt_is_read_in_linear_time(piece: str) -> None:
     assert calls < 40 * 20_000
 
 
-def test_entities_of_xml_are_not_expanded() -> None:
+def test_read_xml_refuses_entity_declarations() -> None:
     bomb = '<!DOCTYPE a [<!ENTITY b "bbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;">]><a>&c;</a>'
 
     with pytest.raises(NotMarkupError):
         read_xml(bomb)
 
 
-def test_files_are_not_read_for_xml(tmp_path: Any) -> None:
+def test_read_xml_does_not_open_files(tmp_path: Any) -> None:
     (tmp_path / "secret").write_text("secret")
     text = f'<!DOCTYPE a SYSTEM "{(tmp_path / "secret").as_uri()}"><a>1</a>'
 
@@ -193,7 +193,7 @@ def test_files_are_not_read_for_xml(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("reader", [read_html, read_xml])
-def test_markup_that_is_nested_too_deeply_is_refused(reader: Callable[[str], Any]) -> None:
+def test_markup_readers_refuse_deep_nesting(reader: Callable[[str], Any]) -> None:
     with pytest.raises(NotMarkupError):
         reader("<a>" * 10_000 + "</a>" * 10_000)
 
@@ -238,14 +238,14 @@ SHAPES: dict[str, Callable[[int], tuple[Any, Any]]] = {
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_work_grows_linearly(shape: Callable[[int], tuple[Any, Any]]) -> None:
+def test_json_diff_work_grows_linearly(shape: Callable[[int], tuple[Any, Any]]) -> None:
     small, large = work(*shape(3000)), work(*shape(24_000))
 
     assert large <= 8.5 * small + 100
 
 
 def serialised(monkeypatch: pytest.MonkeyPatch, old: Any, new: Any) -> int:
-    """Bytes that were written to tell elements apart."""
+    """Count the bytes that the comparison serialises."""
     total = 0
 
     def counted(*arguments: Any) -> bytes:
@@ -260,14 +260,14 @@ def serialised(monkeypatch: pytest.MonkeyPatch, old: Any, new: Any) -> int:
     return total
 
 
-def test_elements_are_written_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_diff_serialises_elements_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = nested(150, 200, 1), nested(150, 200, 2)
 
     assert 0 < serialised(monkeypatch, old, new) <= MAX_MATCHED_ARRAY_DEPTH * 2 * len(json.dumps(old))
 
 
-def test_members_are_written_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new = objects(150, 200, 1), objects(150, 200, 1.0)  # equal to Python, and not in JSON
+def test_json_diff_serialises_members_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = objects(150, 200, 1), objects(150, 200, 1.0)  # equal in Python, not in JSON
 
     assert 0 < serialised(monkeypatch, old, new) <= MAX_EAGER_DEPTH * 4 * len(json.dumps(old))
 
@@ -286,22 +286,24 @@ def test_members_are_written_a_bounded_number_of_times(monkeypatch: pytest.Monke
         ([{"name": "x", "v": 1}, {"name": "x", "v": 2}], [{"name": "x", "v": 2}, {"name": "x", "v": 1}], [], [], [], True, ""),
     ],
 )  # fmt: skip
-def test_what_belongs_together(old: Any, new: Any, pairs: Any, removed: Any, added: Any, moved: Any, by: Any) -> None:
-    found = match_elements(old, new)
+def test_match_elements_pairs_elements(
+    old: Any, new: Any, pairs: Any, removed: Any, added: Any, moved: Any, by: Any
+) -> None:
+    result = match_elements(old, new)
 
-    assert (sorted(found.pairs), list(found.removed), list(found.added), found.is_reordered, found.identity_field) == (
-        pairs,
-        removed,
-        added,
-        moved,
-        by,
-    )
+    assert (
+        sorted(result.pairs),
+        list(result.removed),
+        list(result.added),
+        result.is_reordered,
+        result.identity_field,
+    ) == (pairs, removed, added, moved, by)
 
 
-def test_a_shuffled_list_is_proposed_to_be_keyed() -> None:
-    found = JsonDiff(10).compare([{"sku": "a"}, {"sku": "b"}], [{"sku": "b"}, {"sku": "a"}])
+def test_reordered_array_hints_at_a_keyed_by_rule() -> None:
+    result = JsonDiff(10).compare([{"sku": "a"}, {"sku": "b"}], [{"sku": "b"}, {"sku": "a"}])
 
-    assert [(one.kind, one.hint) for one in found] == [("order", "keyed-by sku")]
+    assert [(difference.kind, difference.hint) for difference in result] == [("order", "keyed-by sku")]
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def test_a_shuffled_list_is_proposed_to_be_keyed() -> None:
         ({"user:1": 1, "user:2": 1, "total": 2}, {}, False),
     ],
 )
-def test_objects_that_are_maps(old: Any, new: Any, expected: bool) -> None:
+def test_is_map_detects_ids_as_keys(old: Any, new: Any, expected: bool) -> None:
     assert is_map(old, new) == (expected and not all(key.startswith("name") for key in old)) or is_map(old, new)
 
 
@@ -335,23 +337,23 @@ def test_objects_that_are_maps(old: Any, new: Any, expected: bool) -> None:
         (";;;", "", "unknown"),
     ],
 )
-def test_content_types(text: str, essence: str, kind: str) -> None:
+def test_parse_media_type_detects_the_format(text: str, essence: str, kind: str) -> None:
     assert (parse_media_type(text).essence, parse_media_type(text).format) == (essence, kind)
 
 
-def test_a_difference_can_be_copied_and_compared() -> None:
+def test_difference_can_be_pickled_copied_and_hashed() -> None:
     import copy
     import pickle
 
-    found = JsonDiff(10).compare({"a": [1]}, {"a": [2]})[0]
+    result = JsonDiff(10).compare({"a": [1]}, {"a": [2]})[0]
 
-    assert pickle.loads(pickle.dumps(found)) == found  # noqa: S301  # made here
-    assert copy.deepcopy(found) == found
-    assert hash(found) == hash(copy.copy(found))
-    assert found.to_record()["exact_path"] == "$.a[0]"
+    assert pickle.loads(pickle.dumps(result)) == result  # noqa: S301  # own data
+    assert copy.deepcopy(result) == result
+    assert hash(result) == hash(copy.copy(result))
+    assert result.to_record()["exact_path"] == "$.a[0]"
 
 
-def test_random_bytes_of_a_megabyte_are_compared_by_their_digest() -> None:
-    judgement = compare(os.urandom(1_000_000), os.urandom(1_000_000), "application/octet-stream")
+def test_binary_bodies_are_compared_by_digest() -> None:
+    result = compare(os.urandom(1_000_000), os.urandom(1_000_000), "application/octet-stream")
 
-    assert json.loads(judgement.differences[0].old or "")["length"] == 1_000_000
+    assert json.loads(result.differences[0].old or "")["length"] == 1_000_000

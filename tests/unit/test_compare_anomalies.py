@@ -1,4 +1,4 @@
-"""Values at a noisy place that do not even look like what noise looks like there."""
+"""Values of another format or range, which are anomalies even at noisy places."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ ALIKE: list[tuple[Any, Any]] = [
 
 
 @pytest.mark.parametrize(("old", "new", "expected"), OTHER)
-def test_what_looks_different_is_told(old: Any, new: Any, expected: tuple[str, str]) -> None:
+def test_classify_anomaly_detects_format_and_range(old: Any, new: Any, expected: tuple[str, str]) -> None:
     assert classify_anomaly(old, new, STARTS) == expected
 
 
 @pytest.mark.parametrize(("old", "new"), ALIKE)
-def test_what_looks_alike_is_not(old: Any, new: Any) -> None:
+def test_classify_anomaly_accepts_values_of_one_shape(old: Any, new: Any) -> None:
     assert classify_anomaly(old, new, STARTS) is None
 
 
-def test_each_version_has_the_clock_of_its_own_host() -> None:
+def test_classify_anomaly_uses_the_start_time_of_each_side() -> None:
     ahead = (NOW, NOW + 3600)
 
     assert classify_anomaly("2024-05-01T12:00:05Z", "2024-05-01T13:00:05Z", ahead) is None
@@ -70,18 +70,21 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | s
 
 
 @given(VALUES, VALUES)
-def test_it_takes_any_json_and_swapping_sides_swaps_only_the_impact(old: Any, new: Any) -> None:
+def test_classify_anomaly_is_symmetric_in_kind(old: Any, new: Any) -> None:
     there, back = classify_anomaly(old, new, STARTS), classify_anomaly(new, old, STARTS)
 
     assert (there and there[0]) == (back and back[0])
 
 
 @pytest.mark.parametrize(("new", "kind"), [(U2, "changed"), ("", "format"), (None, "type"), ("not found", "format")])
-def test_a_pair_tells_it_in_bodies_and_headers(new: Any, kind: str) -> None:
+def test_compare_pair_reports_anomalies_in_bodies_and_headers(new: Any, kind: str) -> None:
     pair = [
         capture("old", headers=(("x-search-id", U1),), body=orjson.dumps({"id": U1})),
         capture("new", headers=(("x-search-id", str(new or "")),), body=orjson.dumps({"id": new})),
     ]
-    found = compare_pair(pair, CompareOptions()).differences
+    result = compare_pair(pair, CompareOptions()).differences
 
-    assert {one.path: one.kind for one in found} == {"x-search-id": "format" if kind == "type" else kind, "$.id": kind}
+    assert {difference.path: difference.kind for difference in result} == {
+        "x-search-id": "format" if kind == "type" else kind,
+        "$.id": kind,
+    }

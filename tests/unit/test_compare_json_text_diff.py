@@ -1,4 +1,4 @@
-"""Two JSON texts: what is equal byte for byte is not parsed, and nothing is found otherwise than by parsing all."""
+"""Differences between JSON texts: equal members are not parsed, and the result is that of parsing everything."""
 
 from __future__ import annotations
 
@@ -22,27 +22,31 @@ KEYS = st.sampled_from(["id", "name", "a", "1", "2", "3", "ü"]) | st.text(max_s
 JSON = st.recursive(
     PLAIN, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(KEYS, inner, max_size=5), max_leaves=30
 )
-Said = tuple[str, str, str, str | None, str | None, str]
+Row = tuple[str, str, str, str | None, str | None, str]
 
 
-def said(found: Any) -> list[Said]:
+def to_rows(result: Any) -> list[Row]:
     return sorted(
-        ((one.path, one.exact_path, one.kind, one.old, one.new, one.hint) for one in found), key=lambda one: one[:3]
+        (
+            (difference.path, difference.exact_path, difference.kind, difference.old, difference.new, difference.hint)
+            for difference in result
+        ),
+        key=lambda difference: difference[:3],
     )
 
 
-def by_texts(old: bytes, new: bytes) -> list[Said]:
-    """However short they are."""
+def by_texts(old: bytes, new: bytes) -> list[Row]:
+    """Compare texts of any length."""
     with patch("abreast_sidecar.compare.json_diff.MIN_RAW_BYTES", 0):
-        return said(JsonTextDiff(10_000).compare_texts(old, new))
+        return to_rows(JsonTextDiff(10_000).compare_texts(old, new))
 
 
-def by_values(old: bytes, new: bytes) -> list[Said]:
-    return said(JsonDiff(10_000).compare(parse(old), parse(new)))
+def by_values(old: bytes, new: bytes) -> list[Row]:
+    return to_rows(JsonDiff(10_000).compare(parse(old), parse(new)))
 
 
 def changed(value: Any, dice: random.Random) -> Any:
-    """Another value at one place, or one more, one less, or another order."""
+    """Change, insert, remove or reorder one value."""
     if isinstance(value, list) and value and dice.random() < 0.8:
         made: Any = list(value)
         place = dice.randrange(len(made))
@@ -76,14 +80,14 @@ def written(value: Any, how: int) -> bytes:
 
 
 @given(JSON, JSON, st.integers(0, 3), st.integers(0, 3))
-def test_nothing_is_found_otherwise_than_by_values(old: Any, new: Any, how: int, other: int) -> None:
+def test_text_diff_equals_value_diff(old: Any, new: Any, how: int, other: int) -> None:
     texts = written(old, how), written(new, other)
 
     assert by_texts(*texts) == by_values(*texts)
 
 
 @given(JSON, st.integers(1, 4), st.randoms(use_true_random=False))
-def test_one_change_is_found_as_by_values(old: Any, times: int, dice: random.Random) -> None:
+def test_text_diff_of_a_change_equals_value_diff(old: Any, times: int, dice: random.Random) -> None:
     new = copy.deepcopy(old)
     for _ in range(times):
         new = changed(new, dice)
@@ -96,7 +100,7 @@ ROWS = [{"id": number, "title": f"a title {number}", "tags": ["a", "b"]} for num
 
 
 def parsed_bytes(old: bytes, new: bytes) -> int:
-    """How much was parsed of both."""
+    """Count the bytes that are parsed."""
     total = 0
 
     def counted(body: bytes) -> Any:
@@ -110,11 +114,11 @@ def parsed_bytes(old: bytes, new: bytes) -> int:
 
 
 @pytest.mark.parametrize("envelope", [False, True])
-def test_only_what_differs_is_parsed(envelope: bool) -> None:
+def test_text_diff_parses_only_changed_members(envelope: bool) -> None:
     other = copy.deepcopy(ROWS)
     other[7]["title"], other[99]["id"] = "new", 7
     documents = (ROWS, other) if not envelope else ({"data": {"items": rows}, "at": rows[7]} for rows in (ROWS, other))
-    old, new = (orjson.dumps(one) for one in documents)
+    old, new = (orjson.dumps(difference) for difference in documents)
 
     assert parsed_bytes(old, new) < 600
     assert by_texts(old, new) == by_values(old, new)
@@ -143,7 +147,7 @@ def test_only_what_differs_is_parsed(envelope: bool) -> None:
         (b'"a"', b'"b"', [("$", "changed")]),
     ],
 )
-def test_what_parsers_lose_is_seen(old: bytes, new: bytes, expected: list[tuple[str, str]]) -> None:
+def test_text_diff_detects_details_that_parsers_lose(old: bytes, new: bytes, expected: list[tuple[str, str]]) -> None:
     assert [(path, kind) for path, _, kind, *_ in by_texts(old, new)] == expected
     assert by_texts(old, old) == by_texts(new, new) == []
 
@@ -151,19 +155,19 @@ def test_what_parsers_lose_is_seen(old: bytes, new: bytes, expected: list[tuple[
 @pytest.mark.parametrize(
     "cut", [b'{"a":"\xff","b":%d}', b'{"a":tru,"b":%d}', b'{"a":1,"b":%d', b'{"a":1 "b":%d}', b'{"a":01,"b":%d}']
 )
-def test_what_is_no_json_in_a_part_that_is_equal_is_no_json(cut: bytes) -> None:
+def test_text_diff_refuses_invalid_json_in_equal_members(cut: bytes) -> None:
     with pytest.raises(NotJsonError):
         by_texts(cut % 1, cut % 2)
 
 
-def test_a_new_order_shows_the_equal_elements_too() -> None:
-    (found,) = by_texts(b"[1,2,[3],4,5]", b"[1,2,[3],5,4]")
+def test_text_diff_renders_equal_elements_of_reordered_array() -> None:
+    (result,) = by_texts(b"[1,2,[3],4,5]", b"[1,2,[3],5,4]")
 
-    assert found[2:5] == ("order", "[1,2,[3],4,5]", "[1,2,[3],5,4]")
+    assert result[2:5] == ("order", "[1,2,[3],4,5]", "[1,2,[3],5,4]")
 
 
 @pytest.mark.parametrize("value", ["1", '"text"', "null", '{"n":1,"m":2}', "[1]", "true", "1.5"])
-def test_maps_are_told_by_members_that_were_not_parsed(value: str) -> None:
+def test_text_diff_detects_maps_by_unparsed_members(value: str) -> None:
     members = ",".join(f'"name {chr(97 + number // 26)}{chr(97 + number % 26)}":{value}' for number in range(60))
     old, new = (f'{{{members},"name zz":{last}}}'.encode() for last in ('{"n":1,"m":2}', '{"n":2,"m":2}'))
 
