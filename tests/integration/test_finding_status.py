@@ -339,7 +339,7 @@ async def test_the_commands(sidecar: Running, ledger: PairWriter) -> None:
     assert "fixed" in (await run("findings", "--explained"))[1]
     assert "fixed" in (await run("findings", "--all"))[1]
     await run("finding", number, "--open", "--reason", "wrong one")
-    assert "said before" in (await run("finding", number))[1]
+    assert "earlier status" in (await run("finding", number))[1]
     assert (await run("finding", number, "--expected"))[0] == 2
     assert (await run("finding", number, "--reason", "x"))[0] == 2
     code, text = await run("pairs", "--finding", number, "--outcome", "mismatch", "--limit", "3")

@@ -133,4 +133,4 @@ async def test_a_waiver_is_of_one_endpoint_and_of_no_finding(sidecar: Running) -
 
     assert (many.exit_code, "needs an endpoint without *" in many.output) == (2, True)
     assert (made_for.exit_code, "explains no finding" in made_for.output) == (2, True)
-    assert (shown.exit_code, "it hides no difference" in shown.output) == (0, True)
+    assert (shown.exit_code, "the rule hides no differences" in shown.output) == (0, True)
