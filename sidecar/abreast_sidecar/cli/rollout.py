@@ -80,7 +80,9 @@ def guard_command(ctx: click.Context, link: SidecarClient, service: str, as_json
 @click.option(
     "--max-error", type=SHARE_TYPE, help="Allowed share of users' requests in which only new fails.  [initially 0.1%]"
 )
-@click.option("--max-mismatch", type=SHARE_TYPE, help="Allowed share of pairs with unexplained mismatches.  [initially 1%]")
+@click.option(
+    "--max-mismatch", type=SHARE_TYPE, help="Allowed share of pairs with unexplained mismatches.  [initially 1%]"
+)
 @click.option("--max-slower", type=EXCESS_TYPE, help="Allowed slowdown of new in the median pair.  [initially 100%]")
 @click.option(
     "--rule",

@@ -63,7 +63,7 @@ async def read_envoy(address: str) -> EnvoySnapshot:
     """Ask an admin address, host:port. Raise EnvoyError."""
     address = address.removeprefix("http://").rstrip("/")
     info, stats = await asyncio.to_thread(
-        _read_admin, address, "/server_info", f"/stats?format=json&filter={quote(STATS_FILTER)}"
+        read_admin, address, "/server_info", f"/stats?format=json&filter={quote(STATS_FILTER)}"
     )
     try:
         node = info["node"]
@@ -77,7 +77,8 @@ async def read_envoy(address: str) -> EnvoySnapshot:
         raise EnvoyError(f"{address} does not answer like an envoy's admin interface: {error!r}") from error
 
 
-def _read_admin(address: str, *paths: str) -> Iterable[Any]:
+def read_admin(address: str, *paths: str) -> list[Any]:
+    """Return the JSON documents at paths of an Envoy's admin interface at host:port. Raise EnvoyError."""
     connection = http.client.HTTPConnection(address, timeout=ADMIN_TIMEOUT_S)
     try:
         answers = []
