@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from abreast_sidecar.envoy.render import render
+from abreast_sidecar.envoy.render import render_config
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from abreast_sidecar.stack.servers import EnvoyServer
 from support import eventually_async, free_ports
@@ -107,7 +107,7 @@ async def abreast(
 @asynccontextmanager
 async def started(settings: EnvoySettings, node: str = "") -> AsyncIterator[EnvoyServer]:
     """Start in a thread: Envoy asks the versions, which live in this one, for their health."""
-    server = EnvoyServer(render(settings), node=node)
+    server = EnvoyServer(render_config(settings), node=node)
     await asyncio.to_thread(server.__enter__)
     try:
         yield server

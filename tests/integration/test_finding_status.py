@@ -335,7 +335,7 @@ async def test_the_commands(sidecar: Running, ledger: PairWriter) -> None:
     assert (code, "fixed in release 1.5: rounds again" in text) == (0, True)
     assert "20 of 20 compared (100%; with 95% confidence" in text
     assert "new 1.4; old a" in text
-    assert "nothing differs" in (await run("findings"))[1]
+    assert "no differences" in (await run("findings"))[1]
     assert "fixed" in (await run("findings", "--explained"))[1]
     assert "fixed" in (await run("findings", "--all"))[1]
     await run("finding", number, "--open", "--reason", "wrong one")

@@ -32,7 +32,7 @@ def files(folder: Path, old: Any, new: Any) -> tuple[str, str]:
 def test_equal_files_end_with_0(tmp_path: Path) -> None:
     result = run(*files(tmp_path, b'{"a": 1}', b'{"a":1}\n'))
 
-    assert (result.exit_code, result.stdout) == (0, "nothing differs\n")
+    assert (result.exit_code, result.stdout) == (0, "no difference\n")
 
 
 def test_different_files_end_with_1_and_say_where(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_one_side_can_be_stdin(tmp_path: Path) -> None:
     [
         (["nowhere", "nowhere"], "nowhere can't be read: No such file or directory"),
         (["text", "text"], "text is not valid JSON"),
-        (["--http", "text", "text"], "text must begin with a status line"),
+        (["--http", "text", "text"], "text must start with a status line"),
         (["--rules", "text", "json", "json"], "text:1: the file must be a mapping"),
         (["--rules", "nowhere", "json", "json"], "nowhere can't be read"),
         (["--rules", "bytes", "json", "json"], "bytes is not UTF-8"),
@@ -126,7 +126,7 @@ def test_what_rules_explain_ends_with_0_and_is_still_said(tmp_path: Path) -> Non
 
     assert result.exit_code == 0
     assert "explained by clock" in result.stdout
-    assert result.stdout.endswith("nothing unexplained differs, 1 difference explained\n")
+    assert result.stdout.endswith("no unexplained difference, 1 difference explained\n")
     found = json.loads(run("--json", "--rules", str(tmp_path / "rules"), *names).stdout)
     assert [one["explained_by"] for one in found["differences"]] == ["clock"]
 

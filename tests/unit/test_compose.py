@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.envoy.render import validate
+from abreast_sidecar.envoy.render import validate_config
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer
 
@@ -84,7 +84,7 @@ def test_the_mounted_envoy_configuration_is_what_its_command_renders() -> None:
 
     assert result.exit_code == 0, result.output
     assert mounted == result.stdout, f"run: abreast {command} --output envoy/envoy.yaml"
-    validate(mounted)
+    validate_config(mounted)
 
 
 def test_envoy_and_compose_mean_the_same_addresses() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.cli.envoy import envoy_command
-from abreast_sidecar.envoy.render import _quote, render, validate
+from abreast_sidecar.envoy.render import _quote, render_config, validate_config
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress, StickyKey
 from abreast_sidecar.errors import SettingError, SidecarError
 from support_certificate import self_signed
@@ -23,7 +23,7 @@ CLUSTERS = ["old", "new", "new_or_old", "old_shadow", "new_shadow", "old_baselin
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    loaded = yaml.safe_load(render(EnvoySettings(**changes)))
+    loaded = yaml.safe_load(render_config(EnvoySettings(**changes)))
     assert isinstance(loaded, dict)
     return loaded
 
@@ -56,7 +56,7 @@ def test_routes_and_clusters_have_the_names_that_others_rely_on() -> None:
 
 
 def test_testers_have_routes_of_their_own_where_there_is_a_secret() -> None:
-    text = render(EnvoySettings(tester_secret="0123456789abcdef"))
+    text = render_config(EnvoySettings(tester_secret="0123456789abcdef"))
     [host] = manager(yaml.safe_load(text))["route_config"]["virtual_hosts"]
     kinds = ("safe_sampled", "safe_plain", "unsafe_sampled", "unsafe_plain")
 
@@ -64,8 +64,8 @@ def test_testers_have_routes_of_their_own_where_there_is_a_secret() -> None:
         *(f"tester_{use}_{kind}" for use in ("old", "new") for kind in kinds),
         *ROUTES,
     ]
-    assert "tester" not in render(EnvoySettings())
-    validate(text)
+    assert "tester" not in render_config(EnvoySettings())
+    validate_config(text)
 
 
 def test_every_route_has_a_hash_policy() -> None:
@@ -159,11 +159,11 @@ VARIANTS: list[dict[str, Any]] = [
 def test_envoy_accepts_what_is_rendered(changes: dict[str, Any], tmp_path: Path) -> None:
     authority = str(self_signed(tmp_path, "shop.internal").certificate)
 
-    validate(render(EnvoySettings(**{"old_ca": authority, "new_ca": authority, **changes})))
+    validate_config(render_config(EnvoySettings(**{"old_ca": authority, "new_ca": authority, **changes})))
 
 
 def test_what_is_rendered_reads_like_a_file() -> None:
-    text = render(EnvoySettings())
+    text = render_config(EnvoySettings())
 
     assert text.startswith("# Envoy in front of two versions")
     assert text.endswith("\n")
@@ -174,9 +174,9 @@ def test_what_is_rendered_reads_like_a_file() -> None:
 
 def test_a_refusal_is_one_line_in_envoys_words() -> None:
     with pytest.raises(SidecarError) as raised:
-        validate("node: {idd: 1}")
+        validate_config("node: {idd: 1}")
 
-    assert str(raised.value).startswith("envoy refuses the configuration: ")
+    assert str(raised.value).startswith("envoy rejects the configuration: ")
     assert "no such field" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert "envoy.yaml" not in str(raised.value)
@@ -191,7 +191,7 @@ def test_render_prints_what_the_flags_say_over_the_variables() -> None:
     settings = EnvoySettings(new=(SocketAddress("10.0.0.8", 80),), service="shop", access_log=True)
 
     assert result.exit_code == 0, result.output
-    assert result.stdout == render(settings)
+    assert result.stdout == render_config(settings)
 
 
 def test_render_writes_a_file_that_validate_accepts(tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ def test_render_writes_a_file_that_validate_accepts(tmp_path: Path) -> None:
     checked = CliRunner().invoke(envoy_command, ["validate", str(output)])
 
     assert (written.exit_code, written.stdout) == (0, "")
-    assert output.read_text() == render(EnvoySettings())
-    assert (checked.exit_code, checked.stdout) == (0, f"{output} is fine\n")
+    assert output.read_text() == render_config(EnvoySettings())
+    assert (checked.exit_code, checked.stdout) == (0, f"{output} is valid\n")
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""`abreast sidecar` and `abreast migrate`."""
+
 from __future__ import annotations
 
 import asyncio
@@ -9,24 +11,25 @@ from typing import Any, TypeVar
 
 import click
 
-from abreast_sidecar import aio as runtime
+from abreast_sidecar import aio
 from abreast_sidecar.cli.options import ParserParamType
-from abreast_sidecar.settings import ENV_PREFIX, Settings
-from abreast_sidecar.settings import database_url as parsed
+from abreast_sidecar.settings import ENV_PREFIX, Settings, database_url
 
 ServeCommand = TypeVar("ServeCommand", bound=Callable[..., Any])
 
 
 def setting_options(command: ServeCommand) -> ServeCommand:
-    """An option for each setting: --batch-size stands above ABREAST_BATCH_SIZE. None for a secret, which `ps` would show."""
+    """Add an option for each setting. It overrides the variable. A secret has no option, because `ps` would show it."""
     for setting in reversed(dataclasses.fields(Settings)):
         if setting.metadata["secret"]:
             continue
-        default_text = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
+        default = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
+        source_text = f"[{ENV_PREFIX}{setting.name.upper()}; default: {'none' if default == '' else default}]"
+        parse = setting.metadata["parse"]
         click.option(
             "--" + setting.name.replace("_", "-"),
-            type=ParserParamType(setting.metadata["parse"].__name__, setting.metadata["parse"]),
-            help=f"{setting.metadata['doc']}.  [{ENV_PREFIX}{setting.name.upper()}; default: {'none' if default_text == '' else default_text}]",
+            type=ParserParamType(parse.__name__, parse),
+            help=f"{setting.metadata['doc']}.  {source_text}",
         )(command)
     return command
 
@@ -34,9 +37,10 @@ def setting_options(command: ServeCommand) -> ServeCommand:
 @click.command
 @setting_options
 def sidecar_command(**options: Any) -> None:
-    """Run the sidecar: compares what services send, keeps the ledger, steers Envoy, answers questions.
+    """Run the worker, the API and Envoy's control plane.
 
-    Every option is also a variable ABREAST_NAME. SIGTERM and Ctrl-C let work under way finish.
+    Each option is also an environment variable, named in its description. SIGTERM and Ctrl-C stop the sidecar after
+    it has finished the work in progress.
     """
     from abreast_sidecar import logs
     from abreast_sidecar.app import serve
@@ -48,7 +52,7 @@ def sidecar_command(**options: Any) -> None:
 
 
 def run_until_signal(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
-    """Until SIGTERM or SIGINT; a second one ends at once."""
+    """Run until SIGTERM or SIGINT. A second signal ends the process at once."""
 
     async def main() -> None:
         stop = asyncio.Event()
@@ -62,17 +66,17 @@ def run_until_signal(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]
             loop.add_signal_handler(name, handle_signal, name)
         await serve(stop)
 
-    runtime.run(main())
+    aio.run(main())
 
 
 @click.command
 @click.option(
     "--postgres-url",
-    type=ParserParamType("postgres_url", parsed),
-    help="The ledger's Postgres, in place of ABREAST_POSTGRES_URL.",
+    type=ParserParamType("url", database_url),
+    help="Postgres that holds the ledger.  [default: ABREAST_POSTGRES_URL]",
 )
 def migrate_command(postgres_url: str | None) -> None:
-    """Bring the ledger's tables up to this version. The sidecar does so itself when it starts."""
+    """Update the schema of the ledger. The sidecar also does this when it starts."""
     from abreast_sidecar.store.migrate import migrate
 
     url = postgres_url or Settings.from_environment(os.environ).postgres_url

@@ -51,7 +51,7 @@ everything runs for the service {service}
   users' requests  {envoy}   send them here, not to the versions
   old              {old}
   new              {new}
-  page             {page}   what differs, in a browser
+  page             {page}   shows the differences in a browser
   mirrored         {safe} of GET, HEAD and OPTIONS requests, {unsafe} of others
 
 In both versions, after `pip install abreast`:
@@ -66,11 +66,11 @@ and in their environment:
 
 Then, in another terminal{address}:
 
-  abreast status     how the compared requests ended
-  abreast findings   what differs
-  abreast doctor     why nothing shows up
+  abreast status     outcomes of the compared requests
+  abreast findings   the differences
+  abreast doctor     problems, if nothing is compared
 
-{kept} Ctrl-C stops everything.
+{data_text} Ctrl-C stops all servers.
 """
 
 
@@ -276,7 +276,9 @@ def format_startup_message(stack: Stack, data_dir: Path | None) -> str:
         redis=stack.redis_url,
         page=stack.http_url,
         address=address,
-        kept=f"Data is kept in {data_dir}." if data_dir else "Nothing is kept; to keep it: --data DIR.",
+        data_text=f"The data is kept in {data_dir}."
+        if data_dir
+        else "The data is deleted at the end, unless you use --data.",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Protocol, Self
 
 import psycopg
 
-from abreast_sidecar.envoy.render import render
+from abreast_sidecar.envoy.render import render_config
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.stack.data import DATA_DIRECTORY_MODE, DataDirectory, RunRegistry
@@ -161,7 +161,7 @@ class Stack:
 
     def _start_envoy(self, opening: contextlib.ExitStack) -> None:
         self.envoy = EnvoyServer(
-            render(self.envoy_settings),
+            render_config(self.envoy_settings),
             folder=self.data_directory.create_part("envoy"),
             inherited_fds=(self.data_directory.servers_lock,),
         )
