@@ -1,4 +1,4 @@
-"""`abreast up` as a person runs it: a process of its own, real servers, two small services."""
+"""Helpers that run `abreast up` as a separate process in front of two small services."""
 
 from __future__ import annotations
 
