@@ -66,7 +66,7 @@ OLD_COLOUR, NEW_COLOUR = STYLE_BY_WORD["old"], STYLE_BY_WORD["new"]
 MIN_BAR_COLUMNS, MAX_BAR_COLUMNS = 16, 60
 BAR_COLUMN_INDEX = 4
 TIMELINE_TEXT_COLUMNS = 52  # columns of the timeline without bars and notes
-USUAL_NAME_CHARS = 14  # such as `old baseline 2`
+USUAL_NAME_CHARS = 14  # for example `old baseline 2`
 MAX_SPAN_NAME_CHARS = 40
 WAITING_MARK, SENDING_MARK = "─", "█"
 

@@ -193,7 +193,7 @@ def write_report_file(output: Path, suffix: str, content: str) -> None:
 
 
 def build_json_report(evidence: ReportEvidence, written_at: dt.datetime) -> dict[str, Any]:
-    from abreast_sidecar.client.sidecar_client import message_to_json
+    from abreast_sidecar.client.output import message_to_json
 
     def to_plain(message: Any) -> Any:
         return json.loads(message_to_json(message, indent=None))

