@@ -38,7 +38,7 @@ class Abreast:
         await self.sidecar.set(weights(share))
 
     async def stat(self, name: str) -> int:
-        """A counter's or gauge's value, 0 when there is none."""
+        """Return the value of a counter or gauge, or 0 if it does not exist."""
         answer = await self.admin.get("/stats", params={"filter": f"^{name}$", "format": "json"})
         values = [entry["value"] for entry in answer.json()["stats"] if "value" in entry]
         return int(values[0]) if values else 0

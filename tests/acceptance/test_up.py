@@ -102,7 +102,7 @@ def test_up_rejects_data_directory_in_use(data: Path) -> None:
     with Up(free_port(), free_port(), ("--data", str(data))):
         second = Up(free_port(), free_port(), ("--data", str(data)))
         second.start()
-        code = second.stop(signal.SIGCONT)  # it ends by itself
+        code = second.stop(signal.SIGCONT)  # it ends after the signal
 
         assert (code, second.text.count("\n")) == (3, 1)
         assert f"{data} is in use by another run" in second.text
