@@ -344,5 +344,5 @@ async def test_the_commands(sidecar: Running, ledger: PairWriter) -> None:
     assert (await run("finding", number, "--reason", "x"))[0] == 2
     code, text = await run("pairs", "--finding", number, "--outcome", "mismatch", "--limit", "3")
     assert (code, text.count("GET /products/7?page=1")) == (0, 3)
-    assert "no such pair" in (await run("pairs", "--outcome", "shed"))[1]
+    assert "no stored pair matches" in (await run("pairs", "--outcome", "shed"))[1]
     assert "release 1.4" in (await run("verdict"))[1]

@@ -102,7 +102,7 @@ async def test_coverage_is_waived_by_name_and_never_silently(sidecar: Running, r
     assert (reason(after, "COVERAGE").endpoint.route, state(reason(after, "COVERAGE"))) == ("/events", "PASS")
     waived = "waived by rule 1 of shop until 2099-01-31: clients leave streams"
     assert reason(after, "COVERAGE").text.endswith(waived)
-    assert "coverage, no pair" in listed.stdout
+    assert "coverage only" in listed.stdout
     assert (told.exit_code, waived in " ".join(told.stdout.split())) == (0, True)
     page, record = (tmp_path / "r.html").read_text(), json.loads((tmp_path / "r.json").read_text())
     assert waived in page
