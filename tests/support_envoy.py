@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from abreast_sidecar.envoy.render import render
+from abreast_sidecar.envoy.render import render_config
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from abreast_sidecar.stack.servers import EnvoyServer
 from support import eventually_async, free_ports
@@ -38,7 +38,7 @@ class Abreast:
         await self.sidecar.set(weights(share))
 
     async def stat(self, name: str) -> int:
-        """A counter's or gauge's value, 0 when there is none."""
+        """Return the value of a counter or gauge, or 0 if it does not exist."""
         answer = await self.admin.get("/stats", params={"filter": f"^{name}$", "format": "json"})
         values = [entry["value"] for entry in answer.json()["stats"] if "value" in entry]
         return int(values[0]) if values else 0
@@ -107,7 +107,7 @@ async def abreast(
 @asynccontextmanager
 async def started(settings: EnvoySettings, node: str = "") -> AsyncIterator[EnvoyServer]:
     """Start in a thread: Envoy asks the versions, which live in this one, for their health."""
-    server = EnvoyServer(render(settings), node=node)
+    server = EnvoyServer(render_config(settings), node=node)
     await asyncio.to_thread(server.__enter__)
     try:
         yield server

@@ -1,4 +1,4 @@
-"""`abreast up` as a person runs it: a process of its own, real servers, two small services."""
+"""Helpers that run `abreast up` as a separate process in front of two small services."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Up:
     grpc: int = field(default_factory=free_port)
     http: int = field(default_factory=free_port)
     before: tuple[str, ...] = ()  # words of a command that starts it
-    pids: dict[str, int] = field(default_factory=dict)  # of the versions
+    pids: dict[str, int] = field(default_factory=dict)  # by version
 
     def __post_init__(self) -> None:
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115  # closed by __exit__
@@ -90,7 +90,7 @@ class Up:
         return self.process.wait(timeout=40)
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Any `abreast` command, told nothing but the sidecar's address."""
+        """Any `abreast` command, with only the sidecar's address."""
         environment = {**CLEAN, "ABREAST_SIDECAR": f"127.0.0.1:{self.grpc}"}
         return subprocess.run(
             [sys.executable, "-m", "abreast_sidecar", *words],

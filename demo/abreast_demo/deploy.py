@@ -23,10 +23,9 @@ from abreast_demo.shop import SHOP_SERVICE
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress, StickyKey
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.stack.data import DATA_DIRECTORY_MODE
-from abreast_sidecar.stack.faults import Fault, kill_tree, pause_fault, stack_faults
-from abreast_sidecar.stack.process import ServerProcess, find_free_port, is_answering, is_port_free
+from abreast_sidecar.stack.process import ServerProcess, find_free_port, is_answering, is_port_free, kill_tree
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
-from abreast_sidecar.stack.stack import Stack
+from abreast_sidecar.stack.stack import Fault, Stack, pause_fault, stack_faults
 
 LOOPBACK = "127.0.0.1"
 

@@ -78,9 +78,7 @@ async def evidence_goes_on(stack: Stack) -> None:
     await eventually_async(more, what="new pairs arrive in the ledger")
 
 
-async def test_users_see_nothing_of_redis_postgres_or_the_sidecar_stopped_killed_or_restarted(
-    stack: Stack, load: Users
-) -> None:
+async def test_users_do_not_notice_outages_of_redis_postgres_and_sidecar(stack: Stack, load: Users) -> None:
     began = len(load.seen)
     for name in ("redis", "postgres", "sidecar"):
         server = stack.servers[name]
@@ -102,7 +100,7 @@ async def test_users_see_nothing_of_redis_postgres_or_the_sidecar_stopped_killed
     assert max(one.seconds for one in seen) < LONGEST
 
 
-async def test_an_envoy_that_restarts_while_the_sidecar_is_away_serves_from_old(stack: Stack, load: Users) -> None:
+async def test_envoy_restarted_without_sidecar_serves_from_old(stack: Stack, load: Users) -> None:
     stack.sidecar.stop()
     await asyncio.to_thread(stack.envoy.stop)
     await asyncio.to_thread(stack.envoy.start)

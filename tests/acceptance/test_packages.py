@@ -44,7 +44,7 @@ def run(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_bare_package_holds_the_middleware(wheel: Path, tmp_path: Path) -> None:
+def test_base_package_contains_middleware(wheel: Path, tmp_path: Path) -> None:
     program = "from abreast import ParallelRunMiddleware; ParallelRunMiddleware(None, service='shop'); print(sorted(sys.modules))"
     done = run(site(wheel, tmp_path, BARE), program)
 
@@ -53,21 +53,21 @@ def test_the_bare_package_holds_the_middleware(wheel: Path, tmp_path: Path) -> N
         assert f"'{heavy}'" not in done.stdout
 
 
-def test_the_command_of_the_bare_package_says_what_to_install(wheel: Path, tmp_path: Path) -> None:
+def test_base_package_command_names_extra_to_install(wheel: Path, tmp_path: Path) -> None:
     done = run(site(wheel, tmp_path, BARE), "from abreast._console import main; main()")
 
     assert done.returncode != 0
     assert done.stderr == "abreast: the command line needs more packages; run: pip install 'abreast[sidecar]'\n"
 
 
-def test_the_client_extra_is_enough_for_a_client(wheel: Path, tmp_path: Path) -> None:
+def test_client_extra_suffices_for_a_client(wheel: Path, tmp_path: Path) -> None:
     program = "from abreast.v1 import comparison_pb2, comparison_pb2_grpc, traffic_pb2_grpc; print('ok')"
     done = run(site(wheel, tmp_path, CLIENT), program)
 
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
 
 
-def test_the_wheel_holds_what_is_no_python(wheel: Path) -> None:
+def test_wheel_contains_data_files(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
 

@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands there, but for the addresses."""
+"""The README's examples run as printed, except for the addresses."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ async def _findings(address: str) -> int:
         return len(answer.findings)
 
 
-def test_the_middleware_is_added_as_shown() -> None:
+def test_readme_middleware_example_runs() -> None:
     program = snippet("middleware") + (
         "\nfrom starlette.testclient import TestClient\n"
         "@app.get('/')\ndef home(): return {'ok': True}\n"
@@ -94,7 +94,7 @@ def test_the_middleware_is_added_as_shown() -> None:
     assert (done.returncode, done.stdout) == (0, "{'ok': True}\n"), done.stderr
 
 
-def test_the_envoy_configuration_is_rendered_as_shown(tmp_path: Path) -> None:
+def test_readme_envoy_command_renders(tmp_path: Path) -> None:
     words = shlex.split(commands("envoy")[0])
     done = subprocess.run([BIN / words[0], *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
 
@@ -102,7 +102,7 @@ def test_the_envoy_configuration_is_rendered_as_shown(tmp_path: Path) -> None:
     assert "10.0.0.12" in (tmp_path / "envoy.yaml").read_text()
 
 
-def test_the_client_runs_as_shown(sidecar: str) -> None:
+def test_readme_client_runs(sidecar: str) -> None:
     program = snippet("client").replace("127.0.0.1:50051", sidecar)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
@@ -110,7 +110,7 @@ def test_the_client_runs_as_shown(sidecar: str) -> None:
     assert done.stdout.startswith("1 GET /products/{id} $.price ")
 
 
-def test_the_grpcurl_command_runs_as_shown(sidecar: str) -> None:
+def test_readme_grpcurl_command_runs(sidecar: str) -> None:
     """By `buf curl`, which is on the package index; it takes the same words in another order."""
     words = shlex.split(commands("grpcurl")[0])
     assert words[:3] == ["grpcurl", "-plaintext", "-d"]

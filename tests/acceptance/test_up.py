@@ -1,4 +1,4 @@
-"""`abreast up` as a person runs it: a process of its own, real servers, two small services."""
+"""`abreast up` as a separate process with real servers and two small services."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.fixture
 def data() -> Iterator[Path]:
-    """Not pytest's own folder: as root, Postgres runs as another user and must pass the way."""
+    """Yield a folder that the user who runs Postgres for root may enter, unlike the folders of pytest."""
     folder = Path(tempfile.mkdtemp(prefix="abreast-test-", dir="/tmp"))
     folder.chmod(0o711)
     yield folder
     shutil.rmtree(folder)
 
 
-def test_answers_and_streams_are_compared_and_each_pair_is_shown() -> None:
-    """One run of everything: answers first, then streams, whose users leave or stay."""
+def test_up_compares_responses_and_streams() -> None:
+    """One run covers responses first, then streams whose clients leave or stay."""
     with running() as up:
         pair = up.ask()["x-abreast-pair"]
         for number in range(12):
@@ -62,8 +62,8 @@ def test_answers_and_streams_are_compared_and_each_pair_is_shown() -> None:
         assert (event["path"], event["kind"], event["count"]) == ("events[*].data.name", "KIND_CHANGED", "2")
 
 
-def test_ctrl_c_stops_everything_it_started_and_nothing_else() -> None:
-    """Also where a script started it with `&`, which has the signal ignored."""
+def test_up_stops_all_its_servers_on_ctrl_c() -> None:
+    """This includes a start with a shell's `&`, which ignores the signal."""
     old, new = free_port(), free_port()
     ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
     with Up(old, new, before=ignoring) as up, service("old", old, up.redis_url), service("new", new, up.redis_url):
@@ -85,7 +85,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def test_a_killed_run_is_taken_up_by_the_next_one(data: Path) -> None:
+def test_up_continues_data_of_killed_run(data: Path) -> None:
     with running("--data", str(data)) as first:
         first.ask()
         first.compared(1)
@@ -98,17 +98,17 @@ def test_a_killed_run_is_taken_up_by_the_next_one(data: Path) -> None:
             assert len(second.json("findings")["findings"]) == 1
 
 
-def test_two_at_once_on_one_folder_are_refused_in_one_line(data: Path) -> None:
+def test_up_rejects_data_directory_in_use(data: Path) -> None:
     with Up(free_port(), free_port(), ("--data", str(data))):
         second = Up(free_port(), free_port(), ("--data", str(data)))
         second.start()
-        code = second.stop(signal.SIGCONT)  # it ends by itself
+        code = second.stop(signal.SIGCONT)  # it ends after the signal
 
         assert (code, second.text.count("\n")) == (3, 1)
         assert f"{data} is in use by another run" in second.text
 
 
-def test_a_taken_address_is_refused_in_one_line() -> None:
+def test_up_rejects_address_in_use() -> None:
     taken = free_port()
     with subprocess.Popen(
         [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(taken)], stderr=subprocess.DEVNULL
@@ -120,7 +120,7 @@ def test_a_taken_address_is_refused_in_one_line() -> None:
         other.terminate()
 
     assert (code, up.text.count("\n")) == (3, 1)
-    assert f"127.0.0.1:{taken}, the address for users' requests (--listen), is taken" in up.text
+    assert f"127.0.0.1:{taken}, the address for users' requests (--listen), is used" in up.text
 
 
 def listening(port: int) -> bool:
@@ -133,7 +133,7 @@ def listening(port: int) -> bool:
     return True
 
 
-def test_the_doctor_names_the_version_without_the_middleware() -> None:
+def test_doctor_reports_version_without_middleware() -> None:
     with running(bare="new") as up:
         for _ in range(3):
             up.ask()
@@ -145,7 +145,7 @@ def captured(up: Up) -> dict[str, str]:
     return {c["name"]: c["state"] for c in checks if c["part"] == "services" and c["name"] in {"old", "new"}}
 
 
-def test_the_doctor_names_sampling_that_is_off() -> None:
+def test_doctor_reports_sampling_that_is_off() -> None:
     with running("--sample", "0%") as up:
         up.ask()
 
@@ -153,7 +153,7 @@ def test_the_doctor_names_sampling_that_is_off() -> None:
         assert up.command("doctor").returncode == 1
 
 
-def test_the_doctor_names_a_version_that_is_down() -> None:
+def test_up_and_doctor_report_version_that_is_down() -> None:
     old, new = free_port(), free_port()
     with Up(old, new) as up:
         eventually(lambda: f"old can't be reached: 127.0.0.1:{old}" in up.text, what="up says so")
@@ -168,7 +168,7 @@ def test_the_doctor_names_a_version_that_is_down() -> None:
         assert f"http://127.0.0.1:{up.http}" in up.text
 
 
-def test_the_doctor_names_a_redis_that_stands_still() -> None:
+def test_doctor_reports_suspended_redis() -> None:
     with Up(free_port(), free_port()) as up:
         assert up.process is not None
         redis = next(pid for pid in descendants(up.process.pid) if "valkey" in Path(f"/proc/{pid}/comm").read_text())
@@ -182,7 +182,7 @@ def test_the_doctor_names_a_redis_that_stands_still() -> None:
         assert not [name for part, name in failures if part == "Postgres"]
 
 
-def test_an_interrupt_while_it_starts_leaves_nothing_behind() -> None:
+def test_up_interrupted_at_start_leaves_no_process() -> None:
     up = Up(free_port(), free_port())
     with closing(up.log):
         process = up.start()
@@ -195,26 +195,26 @@ def test_an_interrupt_while_it_starts_leaves_nothing_behind() -> None:
 
 
 def runs(pid: int) -> bool:
-    """One that has ended may wait a moment until somebody takes note."""
+    """A process that has ended may stay a zombie for a moment."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def test_a_server_that_ends_is_started_again_and_keeps_its_data() -> None:
+def test_up_restarts_ended_server_with_its_data() -> None:
     with running() as up:
         assert up.process is not None
         up.ask()
         up.compared(1)
         redis = next(pid for pid in descendants(up.process.pid) if "valkey" in Path(f"/proc/{pid}/comm").read_text())
         os.kill(redis, signal.SIGKILL)
-        eventually(lambda: "redis ended (exit code -9), and is started again" in up.text, what="up says so")
+        eventually(lambda: "redis ended (exit code -9) and is being restarted" in up.text, what="up says so")
         up.ask()
         up.compared(2)
 
 
-def test_shares_on_the_command_line_win_over_what_the_folder_remembers(data: Path) -> None:
+def test_up_shares_override_those_of_data_directory(data: Path) -> None:
     with Up(free_port(), free_port(), ("--data", str(data))) as first:
         assert first.json("traffic")["traffic"]["sample_safe"] == 1.0
     with Up(free_port(), free_port(), ("--data", str(data), "--sample", "20%")) as second:

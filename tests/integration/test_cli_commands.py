@@ -1,4 +1,4 @@
-"""The commands over a real gRPC connection, to a server with prepared answers: what they ask, print and exit with."""
+"""Requests, output and exit codes of the commands, over real gRPC to a server with prepared responses."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ QUERIES = {
     "endpoints": ["endpoints"],
     "findings": ["findings"],
     "finding": ["finding", "12"],
-    "said": ["finding", "12", "--expected", "--reason", "r"],
+    "status of finding": ["finding", "12", "--expected", "--reason", "r"],
     "pairs": ["pairs"],
     "pair": ["pair", "0194b8a2-5f3e-4b7a-9a52-3c1f0d9e7b11"],
     "watch": ["watch"],
@@ -50,7 +51,7 @@ def sidecar() -> Iterator[tuple[str, Prepared]]:
 
 
 @pytest.mark.parametrize("words", QUERIES.values(), ids=QUERIES)
-def test_every_command_answers(words: list[str], sidecar: tuple[str, Prepared]) -> None:
+def test_commands_print_text(words: list[str], sidecar: tuple[str, Prepared]) -> None:
     result = run(*words, "--address", sidecar[0])
 
     assert (result.exit_code, result.stderr) == (0, "")
@@ -58,7 +59,7 @@ def test_every_command_answers(words: list[str], sidecar: tuple[str, Prepared]) 
 
 
 @pytest.mark.parametrize("words", QUERIES.values(), ids=QUERIES)
-def test_every_command_prints_json(words: list[str], sidecar: tuple[str, Prepared]) -> None:
+def test_commands_print_json(words: list[str], sidecar: tuple[str, Prepared]) -> None:
     result = run(*words, "--address", sidecar[0], "--json")
 
     texts = result.stdout.splitlines() if words == ["watch"] else [result.stdout]
@@ -66,27 +67,27 @@ def test_every_command_prints_json(words: list[str], sidecar: tuple[str, Prepare
     assert (result.exit_code, result.stderr) == (0, "")
 
 
-def test_a_verdict_is_an_exit_code_and_its_budget_reaches_the_sidecar(sidecar: tuple[str, Prepared]) -> None:
+def test_verdict_sends_budget_and_sets_exit_code(sidecar: tuple[str, Prepared]) -> None:
     words = "verdict --max-mismatch 0.1% --max-error 0.002 --confidence 99%"
     text, json_text = (run(*words.split(), "--address", sidecar[0], *extra) for extra in ([], ["--json"]))
-    asked = sidecar[1].asked[0].budget
+    budget = sidecar[1].asked[0].budget
 
     assert (text.exit_code, json_text.exit_code) == (2, 2)
-    assert (asked.max_mismatch, asked.max_error, asked.confidence) == (0.001, 0.002, 0.99)
-    assert not asked.HasField("max_slower")
+    assert (budget.max_mismatch, budget.max_error, budget.confidence) == (0.001, 0.002, 0.99)
+    assert not budget.HasField("max_slower")
     assert text.stdout.startswith("INCONCLUSIVE  shop")
     assert json.loads(json_text.stdout)["state"] == "VERDICT_STATE_INCONCLUSIVE"
 
 
-def test_json_has_the_protos_names_and_zeros(sidecar: tuple[str, Prepared]) -> None:
-    (found,) = json.loads(run("findings", "--address", sidecar[0], "--json").stdout)["findings"]
+def test_json_keeps_proto_names_and_zeros(sidecar: tuple[str, Prepared]) -> None:
+    (finding,) = json.loads(run("findings", "--address", sidecar[0], "--json").stdout)["findings"]
 
-    assert found["endpoint"] == {"service": "shop", "method": "GET", "route": "/products/{id}"}
-    assert (found["baseline_count"], found["noise"], found["kind"]) == ("0", False, "KIND_TYPE")
+    assert finding["endpoint"] == {"service": "shop", "method": "GET", "route": "/products/{id}"}
+    assert (finding["baseline_count"], finding["noise"], finding["kind"]) == ("0", False, "KIND_TYPE")
 
 
 @pytest.mark.parametrize("words", QUERIES.values(), ids=QUERIES)
-def test_nobody_at_the_address_is_one_line(words: list[str]) -> None:
+def test_refused_connection_is_reported_in_one_line(words: list[str]) -> None:
     address = f"127.0.0.1:{find_free_port()}"
     result = run(*words, "--address", address)
 
@@ -95,7 +96,7 @@ def test_nobody_at_the_address_is_one_line(words: list[str]) -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_something_else_at_the_address_is_one_line() -> None:
+def test_silent_server_is_reported_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         result = run("status", "--address", address, "--timeout", "0.5")
@@ -115,44 +116,44 @@ def test_something_else_at_the_address_is_one_line() -> None:
         (grpc.StatusCode.INTERNAL, 5),
     ],
 )
-def test_errors_of_the_sidecar_have_exit_codes(code: grpc.StatusCode, exit_code: int) -> None:
+def test_status_codes_map_to_exit_codes(code: grpc.StatusCode, exit_code: int) -> None:
     with serving(ListFindings=(code, "the reason")) as (address, _handler):
         result = run("findings", "--address", address)
 
     assert (result.exit_code, result.stderr.count("\n"), result.stdout) == (exit_code, 1, "")
 
 
-def test_a_sidecar_of_another_version_is_named() -> None:
+def test_unimplemented_call_names_other_version() -> None:
     with serving() as (address, handler):
         del handler.table["ListFindings"]
         result = run("findings", "--address", address)
 
-    assert (result.exit_code, "is it a sidecar, of this version?" in result.stderr) == (5, True)
+    assert (result.exit_code, "check that it is a sidecar of the same version" in result.stderr) == (5, True)
 
 
-def test_filters_reach_the_sidecar(sidecar: tuple[str, Prepared]) -> None:
+def test_findings_sends_filters(sidecar: tuple[str, Prepared]) -> None:
     words = "findings --service shop --method get --route /a --part body --kind type --kind order --impact breaking"
     run(*words.split(), "--noise", "--since", "2026-01-01T00:00Z", "--limit", "7", "--address", sidecar[0])
-    (asked,) = sidecar[1].asked
+    (request,) = sidecar[1].asked
 
-    assert (asked.service, asked.method, asked.route, asked.page_size) == ("shop", "GET", "/a", 7)
-    assert (asked.parts, asked.kinds) == ([common.PART_BODY], [common.KIND_TYPE, common.KIND_ORDER])
-    assert (asked.impacts, asked.include_noise) == ([common.IMPACT_BREAKING], True)
-    assert (asked.window.start.seconds, asked.window.HasField("end")) == (1_767_225_600, False)
+    assert (request.service, request.method, request.route, request.page_size) == ("shop", "GET", "/a", 7)
+    assert (request.parts, request.kinds) == ([common.PART_BODY], [common.KIND_TYPE, common.KIND_ORDER])
+    assert (request.impacts, request.include_noise) == ([common.IMPACT_BREAKING], True)
+    assert (request.window.start.seconds, request.window.HasField("end")) == (1_767_225_600, False)
 
 
-def test_a_window_that_ends_before_it_begins_is_refused(sidecar: tuple[str, Prepared]) -> None:
+def test_window_that_ends_before_its_start_is_rejected(sidecar: tuple[str, Prepared]) -> None:
     result = run("status", "--since", "1h", "--until", "2h", "--address", sidecar[0])
 
     assert (result.exit_code, sidecar[1].asked) == (2, [])
 
 
-def test_pages_are_followed_up_to_the_limit() -> None:
+def test_list_follows_pages_up_to_limit() -> None:
     page = api.ListFindingsResponse(findings=[api.Finding(id=1)], next_page_token="more")
     with serving(ListFindings=page) as (address, handler):
         result = run("findings", "--limit", "2500", "--json", "--address", address)
 
-    assert [(asked.page_size, asked.page_token) for asked in handler.asked] == [
+    assert [(request.page_size, request.page_token) for request in handler.asked] == [
         (1000, ""),
         (1000, "more"),
         (500, "more"),
@@ -160,61 +161,61 @@ def test_pages_are_followed_up_to_the_limit() -> None:
     assert json.loads(result.stdout)["next_page_token"] == "more"
 
 
-@pytest.mark.parametrize(("found", "exit_code"), [([api.Finding(id=1)], 1), ([], 0)])
-def test_findings_can_decide_a_build(found: list[api.Finding], exit_code: int) -> None:
-    with serving(ListFindings=api.ListFindingsResponse(findings=found)) as (address, _handler):
+@pytest.mark.parametrize(("findings", "exit_code"), [([api.Finding(id=1)], 1), ([], 0)])
+def test_findings_exit_code_reports_findings(findings: list[api.Finding], exit_code: int) -> None:
+    with serving(ListFindings=api.ListFindingsResponse(findings=findings)) as (address, _handler):
         result = run("findings", "--exit-code", "--address", address)
 
     assert result.exit_code == exit_code
 
 
-def test_shares_are_set_as_percent_or_fraction(sidecar: tuple[str, Prepared]) -> None:
+def test_traffic_set_accepts_percent_and_fraction(sidecar: tuple[str, Prepared]) -> None:
     words = ["traffic", "set", "--new", "25%", "--sample-safe", "0.5", "--sample-unsafe", "0", "--reason"]
     run(*words, "first users", "--actor", "ann", "--address", sidecar[0])
-    asked = sidecar[1].asked[-1]
+    request = sidecar[1].asked[-1]
 
-    assert (asked.new_share, asked.sample_safe, asked.sample_unsafe) == (0.25, 0.5, 0.0)
-    assert not asked.HasField("baseline_share")
-    assert (asked.actor, asked.reason) == ("ann", "first users")
+    assert (request.new_share, request.sample_safe, request.sample_unsafe) == (0.25, 0.5, 0.0)
+    assert not request.HasField("baseline_share")
+    assert (request.actor, request.reason) == ("ann", "first users")
 
 
 @pytest.mark.parametrize(
     "words",
     [["--new", "25%"], ["--reason", "r"], ["--new", "2500%", "--reason", "r"], ["--new", "-1", "--reason", "r"]],
 )
-def test_shares_that_make_no_sense_are_refused(words: list[str], sidecar: tuple[str, Prepared]) -> None:
+def test_traffic_set_rejects_invalid_shares(words: list[str], sidecar: tuple[str, Prepared]) -> None:
     result = run("traffic", "set", *words, "--address", sidecar[0])
 
     assert (result.exit_code, sidecar[1].asked) == (2, [])
 
 
 @pytest.mark.parametrize(
-    ("envoys", "said"),
+    ("envoys", "expected"),
     [
         ([], "no Envoy is connected"),
-        ([envoy(7)], "1 of 1 Envoys do not have it yet"),
+        ([envoy(7)], "1 of 1 Envoys have not confirmed it yet"),
         ([envoy(8, error="no")], "1 of 1"),
     ],
 )
-def test_a_rollback_that_no_envoy_has_is_no_success(envoys: list[Any], said: str) -> None:
+def test_rollback_fails_unless_every_envoy_confirms(envoys: list[Any], expected: str) -> None:
     answer = traffic_pb2.RollbackResponse(traffic=traffic(8, new_share=0.0), envoys=envoys)
     with serving(Rollback=answer) as (address, _handler):
         result = run("rollback", "--reason", "errors", "--address", address)
 
     assert result.exit_code == 1
-    assert said in result.stderr
+    assert expected in result.stderr
 
 
-def test_a_rollback_needs_no_reason_and_asks_the_sidecar_nothing_else() -> None:
+def test_rollback_needs_no_reason_and_sends_one_request() -> None:
     answer = traffic_pb2.RollbackResponse(traffic=traffic(8, new_share=0.0), envoys=[envoy(8)])
     with serving(Rollback=answer) as (address, handler):
         result = run("rollback", "--address", address)
 
     assert result.exit_code == 0
-    assert [type(asked).__name__ for asked in handler.asked] == ["RollbackRequest"]
+    assert [type(request).__name__ for request in handler.asked] == ["RollbackRequest"]
 
 
-def test_a_rollback_that_the_ledger_does_not_know_of_is_no_success_and_says_why() -> None:
+def test_rollback_fails_if_ledger_has_not_recorded_it() -> None:
     answer = traffic_pb2.RollbackResponse(
         traffic=traffic(8, new_share=0.0), envoys=[envoy(8)], recording_error="the ledger does not know of it yet: x"
     )
@@ -226,21 +227,21 @@ def test_a_rollback_that_the_ledger_does_not_know_of_is_no_success_and_says_why(
     assert "stored" not in result.stderr
 
 
-def test_a_rollback_without_a_sidecar_names_the_brake_in_envoy() -> None:
+def test_rollback_without_sidecar_prints_override_in_envoy() -> None:
     result = run("rollback", "--address", "127.0.0.1:1", "--timeout", "2")
 
     assert result.exit_code == 3
     assert "runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0" in result.stderr
 
 
-def test_status_does_without_traffic_that_is_not_known() -> None:
+def test_status_works_without_traffic_settings() -> None:
     with serving(GetTraffic=(grpc.StatusCode.NOT_FOUND, "none")) as (address, _handler):
         result = run("status", "--json", "--address", address)
 
     assert json.loads(result.stdout)["traffic"] is None
 
 
-def test_the_address_comes_from_the_environment(sidecar: tuple[str, Prepared]) -> None:
+def test_address_is_read_from_environment(sidecar: tuple[str, Prepared]) -> None:
     result = CliRunner().invoke(abreast, ["status"], env={"ABREAST_SIDECAR": sidecar[0]})
 
     assert result.exit_code == 0
@@ -254,21 +255,15 @@ def process(*words: str, address: str, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def endless(_request: Any = None) -> Iterator[api.WatchFindingsResponse]:
-    import time
-
-    while True:
-        yield api.WatchFindingsResponse(finding=api.Finding(id=1))
-        time.sleep(0.01)
-
-
-class Endless(list[Any]):
+class EndlessUpdates(list[Any]):
     def __iter__(self) -> Iterator[Any]:
-        return endless()
+        while True:
+            yield api.WatchFindingsResponse(finding=api.Finding(id=1))
+            time.sleep(0.01)
 
 
-def test_ctrl_c_is_quiet() -> None:
-    with serving(WatchFindings=Endless()) as (address, _handler), process("watch", address=address) as watch:
+def test_ctrl_c_exits_without_traceback() -> None:
+    with serving(WatchFindings=EndlessUpdates()) as (address, _handler), process("watch", address=address) as watch:
         assert watch.stdout is not None
         watch.stdout.readline()
         watch.send_signal(signal.SIGINT)
@@ -277,8 +272,8 @@ def test_ctrl_c_is_quiet() -> None:
     assert (watch.returncode, error.strip()) == (130, "")
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
-    with serving(WatchFindings=Endless()) as (address, _handler), process("watch", address=address) as watch:
+def test_closed_pipe_is_no_error() -> None:
+    with serving(WatchFindings=EndlessUpdates()) as (address, _handler), process("watch", address=address) as watch:
         assert watch.stdout is not None
         assert watch.stderr is not None
         watch.stdout.readline()
@@ -309,10 +304,10 @@ def test_every_command_has_help(name: str) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
 
 
-def test_doctor_says_a_line_for_each_part_that_is_down() -> None:
-    nobody = f"127.0.0.1:{find_free_port()}"
-    words = ["--address", nobody, "--http", nobody, "--envoy-admin", nobody]
-    words += ["--redis-url", f"redis://{nobody}", "--postgres-url", f"postgresql://u:secret@{nobody}/abreast"]
+def test_doctor_reports_each_part_that_is_down() -> None:
+    unused = f"127.0.0.1:{find_free_port()}"
+    words = ["--address", unused, "--http", unused, "--envoy-admin", unused]
+    words += ["--redis-url", f"redis://{unused}", "--postgres-url", f"postgresql://u:secret@{unused}/abreast"]
     result = run("doctor", "--json", *words)
     checks = json.loads(result.stdout)["checks"]
 
@@ -327,8 +322,8 @@ def test_doctor_says_a_line_for_each_part_that_is_down() -> None:
     assert "secret" not in result.stdout
 
 
-def test_every_answer_is_prepared() -> None:
-    """The table of prepared answers has every call of the API but the streams nobody reads here."""
+def test_prepared_responses_cover_the_api() -> None:
+    """Prepared responses cover each call of the API, except for a stream that no command reads."""
     names = {m.name for s in (api, traffic_pb2) for d in s.DESCRIPTOR.services_by_name.values() for m in d.methods}
 
     assert names - set(answers()) == {"WatchTraffic"}

@@ -39,7 +39,7 @@ async def sent(detail: api.PairDetail) -> tuple[str, list[str], bytes]:
     async with listening() as (address, arrived):
         line, lacks = build_curl_line(detail)
         assert not lacks
-        # what a person copies is what was printed
+        # a person copies the printed line
         process = await asyncio.create_subprocess_exec(
             *("bash", "-c", to_printable(line)),
             env={**os.environ, "URL": address, "LC_ALL": "C", "no_proxy": "*"},
@@ -65,7 +65,7 @@ def detail(
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PURGE"])
-async def test_each_method(method: str) -> None:
+async def test_curl_line_sends_method(method: str) -> None:
     assert (await sent(detail(method)))[0] == f"{method} / HTTP/1.1"
 
 
@@ -82,7 +82,7 @@ async def test_each_method(method: str) -> None:
         "/?q=%s%d",
     ],
 )
-async def test_each_target(target: str) -> None:
+async def test_curl_line_sends_target(target: str) -> None:
     assert (await sent(detail(target=target)))[0] == f"GET {target} HTTP/1.1"
 
 
@@ -99,7 +99,7 @@ async def test_each_target(target: str) -> None:
         b"\n",
     ],
 )
-async def test_each_body(body: bytes) -> None:
+async def test_curl_line_sends_body(body: bytes) -> None:
     made = detail("PUT", "/x", body, (("content-type", "application/json"),))
     first, headers, arrived = await sent(made)
 
@@ -107,7 +107,7 @@ async def test_each_body(body: bytes) -> None:
     assert "content-type: application/json" in headers
 
 
-async def test_headers_arrive_as_they_were_and_none_is_made_up() -> None:
+async def test_curl_line_sends_exactly_the_captured_headers() -> None:
     given = (("accept", 'text/*; q="0.5", $HOME'), ("if-none-match", '"it\'s"'), ("x-empty", ""))
     _, headers, _ = await sent(detail("POST", "/", b"{}", given))
 
@@ -120,12 +120,12 @@ async def test_headers_arrive_as_they_were_and_none_is_made_up() -> None:
 @pytest.mark.parametrize(
     ("made", "lack"),
     [
-        (detail(headers=(("authorization", "hmac:00"),)), "its authorization (a secret, kept as a hash only)"),
-        (detail(headers=(("x-name", "Zoë"),)), "its x-name (characters that a line can't hold; see --json)"),
+        (detail(headers=(("authorization", "hmac:00"),)), "its authorization (a secret; only its hash is stored)"),
+        (detail(headers=(("x-name", "Zoë"),)), "its x-name (contains characters that the line can't hold; see --json)"),
         (detail("POST", body=b"\0"), "its body (1 bytes; see --json)"),
         (detail("POST", body=b"x" * 5000), "its body (5000 bytes; see --json)"),
         (detail("HEAD", body=b"{}"), "its body (2 bytes; see --json)"),
     ],
 )
-def test_what_can_not_be_said_is_said_to_be_missing(made: api.PairDetail, lack: str) -> None:
+def test_curl_line_reports_omitted_parts(made: api.PairDetail, lack: str) -> None:
     assert build_curl_line(made)[1] == [lack]

@@ -1,4 +1,4 @@
-"""What doctor reads from a Redis."""
+"""Doctor's reading of a real Redis."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from abreast.protocol import join
 from abreast_sidecar.cli.doctor import redis
 
 
-@pytest.mark.parametrize("hints", [["shop"], []])
-def test_captures_of_a_service_that_is_not_registered_are_found(redis_url: str, hints: list[str]) -> None:
+@pytest.mark.parametrize("expected_services", [["shop"], []])
+def test_unregistered_service_is_found_by_its_captures(redis_url: str, expected_services: list[str]) -> None:
     with Redis.from_url(redis_url) as client:
         client.hset(join.Keys("shop", 0).stats, "received", "3")
         client.zadd(join.Keys("shop", 0).due, {"pair": 1000})
-    facts = redis.read_redis_facts(redis_url, hints)
+    facts = redis.read_redis_facts(redis_url, expected_services)
     (check,) = redis.check_registration(facts, "shop")
 
     assert (check.state, "registration missing" in check.found) == ("fail", True)
@@ -22,7 +22,7 @@ def test_captures_of_a_service_that_is_not_registered_are_found(redis_url: str, 
     assert facts.shards["shop"][0].overdue_s > redis.MAX_OVERDUE_S
 
 
-def test_a_registered_service_is_not_called_missing(redis_url: str) -> None:
+def test_registered_service_is_not_reported(redis_url: str) -> None:
     with Redis.from_url(redis_url) as client:
         client.hset(join.Keys("shop", 0).stats, "received", "3")
         client.hset(join.SERVICES_KEY, "shop", "1")

@@ -1,6 +1,6 @@
 """The new version fails under constant load, for all users and for half of them: nobody notices.
 
-Users of safe methods get an answer each time, and in time; no order is carried out twice; new is used again by itself.
+Drills with a failing new: safe requests succeed in time, no order executes twice, and new returns after recovery.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ async def test_users_do_not_notice_that_new_is(name: str, tmp_path: Path) -> Non
         nothing_twice(under)
 
 
-async def test_a_half_sent_answer_is_the_only_thing_that_users_see_and_envoy_counts_it(tmp_path: Path) -> None:
+async def test_users_see_only_truncated_responses_and_envoy_counts_them(tmp_path: Path) -> None:
     """Half an answer that is on its way can't be taken back."""
     async with drill(tmp_path) as under:
         await under.new.be("cutting")
@@ -103,7 +103,7 @@ async def only_halves(one: Front) -> None:
     assert counted >= len(cut)
 
 
-async def test_users_do_not_notice_that_new_was_never_there(tmp_path: Path) -> None:
+async def test_users_do_not_notice_that_new_never_started(tmp_path: Path) -> None:
     async with drill(tmp_path, new_runs=False) as under:
         for one in under.fronts:
             await one.users.more(BROKEN)
@@ -116,7 +116,7 @@ async def test_users_do_not_notice_that_new_was_never_there(tmp_path: Path) -> N
         nothing_twice(under)
 
 
-async def test_a_new_that_recovers_stays_out_where_it_was_rolled_back(tmp_path: Path) -> None:
+async def test_recovered_new_gets_no_users_after_rollback(tmp_path: Path) -> None:
     async with drill(tmp_path) as under:
         under.new.send(signal.SIGKILL)
         for one in under.fronts:

@@ -19,7 +19,7 @@ async def hang_up(_request: Received, writer: asyncio.StreamWriter) -> None:
     raise ConnectionResetError
 
 
-async def test_no_safe_request_fails_when_new_dies_under_load() -> None:
+async def test_safe_requests_succeed_when_new_dies_under_load() -> None:
     async with abreast(weight=1.0) as running:
         load = asyncio.create_task(burst(running.port, 2000))
         await running.arrived(running.new, 100)
@@ -29,7 +29,7 @@ async def test_no_safe_request_fails_when_new_dies_under_load() -> None:
         assert running.old.in_role("live")
 
 
-async def test_new_answers_again_by_itself_once_it_is_back() -> None:
+async def test_new_serves_users_again_after_recovery() -> None:
     async with abreast(weight=1.0) as running:
         await running.new.stop()
         await running.healthy("new", 0)
@@ -47,7 +47,7 @@ async def test_new_answers_again_by_itself_once_it_is_back() -> None:
         await eventually_async(back, what="new answers")
 
 
-async def test_a_failing_new_is_answered_for_by_old_and_the_attempts_are_told_apart() -> None:
+async def test_old_serves_requests_of_failing_new_with_attempt_numbers() -> None:
     async with abreast(weight=1.0, new=Upstream(answer=failing(503))) as running:
         answers = [await running.client.get("/") for _ in range(3)]
         await running.settled()
@@ -61,7 +61,7 @@ async def test_a_failing_new_is_answered_for_by_old_and_the_attempts_are_told_ap
 
 
 @pytest.mark.parametrize(("baseline_share", "copies"), [(0.0, 0), (1.0, 1)])
-async def test_an_error_of_old_is_the_answer_and_old_is_not_asked_again(baseline_share: float, copies: int) -> None:
+async def test_error_of_old_is_not_retried(baseline_share: float, copies: int) -> None:
     async with abreast(old=Upstream(answer=failing(500)), baseline_share=baseline_share) as running:
         answers = [await running.client.get("/") for _ in range(5)]
         await running.settled()
@@ -74,7 +74,7 @@ async def test_an_error_of_old_is_the_answer_and_old_is_not_asked_again(baseline
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-async def test_a_failed_copy_is_not_sent_again(weight: float) -> None:
+async def test_failed_copy_is_not_retried(weight: float) -> None:
     failed = "old" if weight else "new"
     async with abreast(weight=weight, **{failed: Upstream(answer=failing(503))}) as running:
         answers = [await running.client.get("/") for _ in range(3)]
@@ -85,7 +85,7 @@ async def test_a_failed_copy_is_not_sent_again(weight: float) -> None:
         assert [request.role for request in getattr(running, failed).received] == ["shadow"] * 3
 
 
-async def test_an_error_of_new_costs_old_one_live_request() -> None:
+async def test_error_of_new_sends_one_live_request_to_old() -> None:
     async with abreast(weight=1.0, new=Upstream(answer=failing(500))) as running:
         answer = await running.client.get("/")
         await running.settled()
@@ -94,7 +94,7 @@ async def test_an_error_of_new_costs_old_one_live_request() -> None:
         assert len(running.new.in_role("live")) == len(running.old.in_role("live")) == 1
 
 
-async def test_an_error_of_both_is_answered_by_old_after_one_try_of_each() -> None:
+async def test_error_of_both_versions_uses_one_attempt_each() -> None:
     both = {"old": Upstream(answer=failing(502)), "new": Upstream(answer=failing(500))}
     async with abreast(weight=1.0, sample_safe=0.0, **both) as running:
         answer = await running.client.get("/")
@@ -103,7 +103,7 @@ async def test_an_error_of_both_is_answered_by_old_after_one_try_of_each() -> No
         assert len(running.new.received) == len(running.old.received) == 1
 
 
-async def test_old_is_not_asked_again_where_it_stands_in_for_a_new_that_is_out() -> None:
+async def test_old_as_fallback_is_not_retried() -> None:
     async with abreast(weight=1.0, sample_safe=0.0, old=Upstream(answer=failing(500))) as running:
         await running.new.stop()
         await running.healthy("new", 0)
@@ -114,7 +114,7 @@ async def test_old_is_not_asked_again_where_it_stands_in_for_a_new_that_is_out()
         assert len(running.old.received) - before == 5
 
 
-async def test_old_is_not_asked_again_when_the_connection_breaks_before_an_answer() -> None:
+async def test_safe_request_is_not_retried_on_old_after_reset() -> None:
     async with abreast(sample_safe=0.0, old=Upstream(answer=hang_up)) as running:
         answer = await running.client.get("/")
 
@@ -124,14 +124,14 @@ async def test_old_is_not_asked_again_when_the_connection_breaks_before_an_answe
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-async def test_what_a_retry_is_decided_by_is_not_shown_to_users(weight: float, method: str) -> None:
+async def test_retry_header_is_removed_from_response(weight: float, method: str) -> None:
     async with abreast(weight=weight) as running:
         answer = await running.client.request(method, "/")
 
         assert {name for name in answer.headers if name.startswith("x-abreast-")} == {"x-abreast-version"}
 
 
-async def test_many_failures_at_once_are_all_answered_for() -> None:
+async def test_concurrent_failures_are_all_retried() -> None:
     """Envoy's own default is three retries at a time."""
 
     async def fail_later(_request: Received, writer: asyncio.StreamWriter) -> None:
@@ -144,7 +144,7 @@ async def test_many_failures_at_once_are_all_answered_for() -> None:
         assert {answer.status_code for answer in answers} == {200}
 
 
-async def test_an_unsafe_request_is_never_sent_again_once_it_was_processed() -> None:
+async def test_processed_unsafe_request_is_not_retried() -> None:
     async with abreast(weight=1.0, new=Upstream(answer=failing(503))) as running:
         answer = await running.client.post("/orders", content=b"one")
 
@@ -153,7 +153,7 @@ async def test_an_unsafe_request_is_never_sent_again_once_it_was_processed() -> 
         assert not running.old.received
 
 
-async def test_a_client_cannot_ask_for_retries_or_timeouts_of_its_own() -> None:
+async def test_client_headers_set_no_retries_or_timeouts() -> None:
     asked = {"x-envoy-retry-on": "5xx", "x-envoy-max-retries": "3", "x-envoy-upstream-rq-timeout-ms": "1"}
     async with abreast(weight=1.0, new=Upstream(answer=failing(503))) as running:
         answer = await running.client.post("/orders", headers=asked)
@@ -162,7 +162,7 @@ async def test_a_client_cannot_ask_for_retries_or_timeouts_of_its_own() -> None:
         assert len(running.new.received) == 1
 
 
-async def test_an_unsafe_request_is_not_sent_again_when_the_connection_breaks_before_an_answer() -> None:
+async def test_unsafe_request_is_not_retried_after_reset() -> None:
     async with abreast(weight=1.0, new=Upstream(answer=hang_up)) as running:
         answer = await running.client.post("/orders", content=b"one")
 
@@ -171,7 +171,7 @@ async def test_an_unsafe_request_is_not_sent_again_when_the_connection_breaks_be
         assert not running.old.received
 
 
-async def test_an_unsafe_request_that_reached_nobody_goes_to_old_with_its_whole_body() -> None:
+async def test_unprocessed_unsafe_request_is_retried_with_body() -> None:
     body = b"x" * 5_000_000
     async with abreast(weight=1.0) as running:
         await running.new.stop()
@@ -181,7 +181,7 @@ async def test_an_unsafe_request_that_reached_nobody_goes_to_old_with_its_whole_
         assert [request.body == body for request in running.old.in_role("live")] == [True]
 
 
-async def test_a_frozen_new_costs_one_try() -> None:
+async def test_frozen_new_delays_request_by_one_attempt() -> None:
     async with abreast(weight=1.0, per_try_timeout=0.3) as running:
         running.new.reading.clear()
         began = time.monotonic()
@@ -192,7 +192,7 @@ async def test_a_frozen_new_costs_one_try() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-async def test_a_slow_answer_is_not_cut_off_by_the_second_try(share: float) -> None:
+async def test_second_attempt_does_not_cancel_slow_response(share: float) -> None:
     """Both versions need longer than a try may take: the user must get what he would have got without Envoy."""
     async with abreast(
         weight=share, per_try_timeout=0.2, old=Upstream(answer=slow(1.0)), new=Upstream(answer=slow(1.0))
@@ -202,7 +202,7 @@ async def test_a_slow_answer_is_not_cut_off_by_the_second_try(share: float) -> N
         assert (answer.status_code, answer.text) == (200, "ok")
 
 
-async def test_a_version_that_keeps_failing_is_left_alone_though_its_health_check_passes() -> None:
+async def test_failing_version_is_ejected_despite_passing_health_check() -> None:
     async with abreast(weight=1.0, sample_safe=0.0, new=Upstream(answer=failing(500))) as running:
 
         async def left_alone() -> bool:
@@ -221,7 +221,7 @@ async def test_a_version_that_keeps_failing_is_left_alone_though_its_health_chec
         assert await running.stat("cluster.new.outlier_detection.ejections_active") == 1
 
 
-async def test_a_version_that_comes_up_after_envoy_is_used_within_seconds() -> None:
+async def test_version_that_starts_late_is_used_within_seconds() -> None:
     late = Upstream(port=find_free_port())
     async with abreast(weight=1.0, new=Upstream(), old=Upstream()) as running:
         port = running.new.port
@@ -235,7 +235,7 @@ async def test_a_version_that_comes_up_after_envoy_is_used_within_seconds() -> N
             assert time.monotonic() - began < 5
 
 
-async def test_old_is_asked_again_at_once_after_it_could_not_be_reached() -> None:
+async def test_old_is_used_at_once_after_connection_failures() -> None:
     async with abreast(weight=0.5, sample_safe=0.0) as running:
         await running.new.stop()
         await running.healthy("new", 0)
@@ -248,7 +248,7 @@ async def test_old_is_asked_again_at_once_after_it_could_not_be_reached() -> Non
         assert set(answers) == {200}
 
 
-async def test_a_service_without_the_health_path_is_healthy() -> None:
+async def test_service_without_health_path_is_healthy() -> None:
     async with abreast() as running:
         running.new.health_status = 404
         before = await running.stat("cluster.new.health_check.success")
@@ -260,7 +260,7 @@ async def test_a_service_without_the_health_path_is_healthy() -> None:
         assert await running.stat("cluster.new.membership_healthy") == 1
 
 
-async def test_envoy_starts_without_a_sidecar_and_sends_everyone_to_old() -> None:
+async def test_envoy_without_sidecar_sends_users_to_old() -> None:
     async with Upstream() as old, Upstream() as new:
         listen, admin_port, nobody = free_ports(3)
         settings = EnvoySettings(
@@ -279,7 +279,7 @@ async def test_envoy_starts_without_a_sidecar_and_sends_everyone_to_old() -> Non
             assert time.monotonic() - began < 10
 
 
-async def test_the_last_values_hold_while_the_sidecar_is_away() -> None:
+async def test_last_values_apply_without_sidecar() -> None:
     async with abreast(weight=1.0) as running:
         await running.sidecar.__aexit__(None, None, None)
 
@@ -292,7 +292,7 @@ async def test_the_last_values_hold_while_the_sidecar_is_away() -> None:
         assert {answer.headers["x-abreast-version"] for answer in answers} == {"new"}
 
 
-async def test_the_hand_brake_on_the_admin_address_stands_above_the_sidecar() -> None:
+async def test_admin_layer_overrides_sidecar() -> None:
     async with abreast(weight=1.0) as running:
         values = {"abreast.weight.old": 10000, "abreast.weight.new_or_old": 0}
         (await running.admin.post("/runtime_modify", params=values)).raise_for_status()
@@ -306,7 +306,7 @@ async def test_the_hand_brake_on_the_admin_address_stands_above_the_sidecar() ->
 
 
 @pytest.mark.parametrize("answer", [failing(500), slow(5.0)])
-async def test_a_copy_that_fails_or_dawdles_changes_nothing(answer: object) -> None:
+async def test_failing_or_slow_copy_does_not_affect_user(answer: object) -> None:
     async with abreast(new=Upstream(answer=answer)) as running:  # type: ignore[arg-type]
         began = time.monotonic()
         answers = [await running.client.get("/") for _ in range(5)]
@@ -315,7 +315,7 @@ async def test_a_copy_that_fails_or_dawdles_changes_nothing(answer: object) -> N
         assert time.monotonic() - began < 2
 
 
-async def test_a_dead_new_changes_nothing_for_those_whom_old_answers() -> None:
+async def test_dead_new_does_not_affect_users_on_old() -> None:
     async with abreast() as running:
         await running.new.stop()
         answers = [await running.client.get("/") for _ in range(5)]
@@ -323,7 +323,7 @@ async def test_a_dead_new_changes_nothing_for_those_whom_old_answers() -> None:
         assert {got.status_code for got in answers} == {200}
 
 
-async def test_a_copy_is_given_up_after_its_own_timeout() -> None:
+async def test_copy_ends_after_shadow_timeout() -> None:
     async with abreast(new=Upstream(answer=slow(60.0)), shadow_timeout=0.3) as running:
         await running.client.get("/")
         await running.arrived(running.new, 1)
@@ -332,7 +332,7 @@ async def test_a_copy_is_given_up_after_its_own_timeout() -> None:
         assert await running.stat("cluster.new_shadow.upstream_rq_max_duration_reached") == 1
 
 
-async def test_a_stream_lives_longer_than_any_timeout_of_abreast() -> None:
+async def test_stream_outlives_all_timeouts() -> None:
     async def events(_request: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 X\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         for number in range(8):
@@ -349,7 +349,7 @@ async def test_a_stream_lives_longer_than_any_timeout_of_abreast() -> None:
         assert answer.text == "".join(f"data: {number}\n" for number in range(8))
 
 
-async def test_a_silent_stream_ends_after_the_idle_timeout() -> None:
+async def test_silent_stream_ends_after_idle_timeout() -> None:
     async with abreast(old=Upstream(answer=slow(60.0)), per_try_timeout=0.0, idle_timeout=0.4) as running:
         began = time.monotonic()
         answer = await running.client.get("/")
@@ -358,12 +358,12 @@ async def test_a_silent_stream_ends_after_the_idle_timeout() -> None:
         assert time.monotonic() - began < 5
 
 
-async def test_a_whole_request_may_be_given_a_limit() -> None:
+async def test_request_timeout_limits_whole_request() -> None:
     async with abreast(old=Upstream(answer=slow(60.0)), per_try_timeout=0.0, request_timeout=0.4) as running:
         assert (await running.client.get("/")).status_code == 504
 
 
-async def test_another_endpoint_of_old_is_tried() -> None:
+async def test_retry_uses_another_endpoint_of_old() -> None:
     async with Upstream() as first:
         closed, listen, admin_port = free_ports(3)
         dead = SocketAddress("127.0.0.1", closed)
@@ -382,7 +382,7 @@ async def test_another_endpoint_of_old_is_tried() -> None:
         assert len(first.in_role("live")) == 80
 
 
-async def test_an_upload_that_the_client_breaks_off_leaves_nothing_behind() -> None:
+async def test_aborted_upload_leaves_no_request() -> None:
     head = b"POST / HTTP/1.1\r\nhost: shop\r\ncontent-length: 1000\r\n\r\nabc"
     async with abreast(sample_unsafe=1.0, old=Upstream(answer=ok)) as running:
         await exchange(running.port, head, until=b"never", within=0.3)

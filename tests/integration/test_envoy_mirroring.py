@@ -1,4 +1,4 @@
-"""What is mirrored, to whom, and that the copy is the same request."""
+"""Mirroring: the sampled requests, the version that receives the copy, and the copy itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def both(running: Abreast, count: int = 1) -> tuple[list[Received], list[R
     return running.old.received, running.new.received
 
 
-async def test_what_a_client_says_about_abreast_is_thrown_away() -> None:
+async def test_client_headers_of_abreast_are_removed() -> None:
     names = ["pair", "arms", "role", "version", "mirror-to", "xff", "anything-else"]
     forged = {f"X-Abreast-{name}": "forged" for name in names}
     async with abreast(sample_unsafe=0.0) as running:
@@ -37,7 +37,7 @@ async def test_what_a_client_says_about_abreast_is_thrown_away() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-async def test_the_copy_goes_to_the_version_that_did_not_answer(share: float) -> None:
+async def test_copy_goes_to_the_other_version(share: float) -> None:
     requests = 60
     async with abreast(weight=share) as running:
         answered = Counter([(await running.client.get(f"/{n}")).headers["x-abreast-version"] for n in range(requests)])
@@ -61,7 +61,7 @@ async def test_the_copy_goes_to_the_version_that_did_not_answer(share: float) ->
     ],
     ids=["path", "forwarded", "many-headers", "json", "chunked-with-trailers", "no-body"],
 )
-async def test_the_copy_is_the_same_request_byte_for_byte_but_for_the_role(sent: bytes) -> None:
+async def test_copy_equals_request_except_for_role(sent: bytes) -> None:
     async with abreast(sample_unsafe=1.0) as running:
         assert (await exchange(running.port, sent, until=b"ok")).startswith(b"HTTP/1.1 200")
         [live], [copy] = await both(running)
@@ -72,7 +72,7 @@ async def test_the_copy_is_the_same_request_byte_for_byte_but_for_the_role(sent:
         assert [copy.headers[name] for name in ROLE] == ["shadow", "new"]
 
 
-async def test_the_service_sees_the_request_as_the_client_sent_it() -> None:
+async def test_request_reaches_service_unchanged() -> None:
     sent = [
         ("host", "shop.example:8443"),
         ("user-agent", "a browser"),
@@ -93,7 +93,7 @@ async def test_the_service_sees_the_request_as_the_client_sent_it() -> None:
         ]
 
 
-async def test_a_clients_own_request_id_is_kept() -> None:
+async def test_request_id_of_client_is_kept() -> None:
     mine = "11111111-1111-4111-8111-111111111111"
     async with abreast() as running:
         await running.client.get("/", headers={"x-request-id": mine})
@@ -102,7 +102,7 @@ async def test_a_clients_own_request_id_is_kept() -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_a_body_of_5_megabytes_arrives_whole_on_both_sides(chunked: bool) -> None:
+async def test_body_of_5_megabytes_reaches_both_versions(chunked: bool) -> None:
     body = bytes(range(256)) * (FIVE_MEGABYTES // 256)
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -118,7 +118,7 @@ async def test_a_body_of_5_megabytes_arrives_whole_on_both_sides(chunked: bool) 
         assert copy.body == body
 
 
-async def test_a_longer_body_is_not_mirrored_and_arrives_all_the_same() -> None:
+async def test_body_over_the_limit_is_not_mirrored() -> None:
     async with abreast(sample_unsafe=1.0, mirror_body_limit=1000) as running:
         await running.client.post("/", content=b"x" * 1000)
         await running.client.post("/", content=b"x" * 1001)
@@ -129,7 +129,7 @@ async def test_a_longer_body_is_not_mirrored_and_arrives_all_the_same() -> None:
         assert [len(request.body) for request in running.new.received] == [1000]
 
 
-async def test_a_copy_that_nobody_reads_does_not_hold_back_the_upload() -> None:
+async def test_unread_copy_does_not_delay_upload() -> None:
     size = 24_000_000  # more than the kernel keeps for a socket
     async with abreast(sample_unsafe=1.0, mirror_body_limit=size) as running:
         running.new.reading.clear()
@@ -139,7 +139,7 @@ async def test_a_copy_that_nobody_reads_does_not_hold_back_the_upload() -> None:
         assert len(running.old.received[0].body) == size
 
 
-async def test_an_upload_of_unknown_length_waits_for_a_frozen_copy_no_longer_than_its_timeout() -> None:
+async def test_chunked_upload_waits_for_frozen_copy_at_most_its_timeout() -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(200):
             yield b"x" * 100_000
@@ -152,7 +152,7 @@ async def test_an_upload_of_unknown_length_waits_for_a_frozen_copy_no_longer_tha
         assert len(running.old.received[0].body) == 200 * 100_000
 
 
-async def test_unsafe_methods_are_not_mirrored_unless_asked() -> None:
+async def test_unsafe_methods_are_not_mirrored_by_default() -> None:
     unsafe = ["POST", "PUT", "PATCH", "DELETE"]
     async with abreast() as running:
         for method in [*unsafe, "GET", "HEAD", "OPTIONS"]:
@@ -169,7 +169,7 @@ async def test_unsafe_methods_are_not_mirrored_unless_asked() -> None:
         assert Counter(request.method for request in running.new.received[3:]) == Counter(unsafe)
 
 
-async def test_a_sample_of_10_percent_at_50_50_holds_both_versions_in_both_roles() -> None:
+async def test_sample_contains_both_versions_in_both_roles() -> None:
     async with abreast(weight=0.5, sample_safe=0.1) as running:
         await burst(running.port, 1500)
         await running.settled()
@@ -186,7 +186,7 @@ async def test_a_sample_of_10_percent_at_50_50_holds_both_versions_in_both_roles
         assert copies == {"old": live["new"], "new": live["old"]}
 
 
-async def test_a_thin_sample_is_not_thrown_with_the_same_dice_as_the_version() -> None:
+async def test_sampling_is_independent_of_version() -> None:
     """With one random number for both, everything in a sample below 1% is answered by old."""
     async with abreast(weight=0.5, sample_safe=0.005) as running:
         await burst(running.port, 4800)
@@ -197,7 +197,7 @@ async def test_a_thin_sample_is_not_thrown_with_the_same_dice_as_the_version() -
         assert min(map(len, live)) > 0
 
 
-async def test_pair_ids_are_unique_even_when_one_request_id_is_used_for_everything() -> None:
+async def test_pair_ids_are_unique_for_equal_request_ids() -> None:
     async with abreast() as running:
         for _ in range(20):
             await running.client.get("/", headers={"x-request-id": "11111111-1111-4111-8111-111111111111"})
@@ -208,7 +208,7 @@ async def test_pair_ids_are_unique_even_when_one_request_id_is_used_for_everythi
         assert {request.headers["x-request-id"] for request in old} == {"11111111-1111-4111-8111-111111111111"}
 
 
-async def test_the_host_stays_what_the_client_asked_for() -> None:
+async def test_host_header_is_kept() -> None:
     async with abreast() as running:
         await running.client.get("/", headers={"host": "shop.example:8443"})
         [live], [copy] = await both(running)
@@ -217,7 +217,7 @@ async def test_the_host_stays_what_the_client_asked_for() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-async def test_a_baseline_request_goes_three_ways(share: float) -> None:
+async def test_baseline_request_sends_two_copies(share: float) -> None:
     async with abreast(weight=share, baseline_share=1.0) as running:
         await running.client.get("/")
         await running.arrived(running.old, 1 if share else 2)
@@ -233,7 +233,7 @@ async def test_a_baseline_request_goes_three_ways(share: float) -> None:
         assert len({request.without(*ROLE) for request in received}) == 1
 
 
-async def test_a_part_of_the_sample_is_baseline_and_envoy_counts_each() -> None:
+async def test_baseline_share_is_a_part_of_the_sample() -> None:
     requests = 400
     async with abreast(sample_safe=0.5, baseline_share=0.5) as running:
         await burst(running.port, requests)
@@ -250,7 +250,7 @@ async def test_a_part_of_the_sample_is_baseline_and_envoy_counts_each() -> None:
         assert 50 < counted["3"] < 150
 
 
-async def test_a_request_that_is_not_sampled_carries_no_pair() -> None:
+async def test_unsampled_request_has_no_pair_id() -> None:
     async with abreast(sample_safe=0.0) as running:
         answer = await running.client.get("/")
         [request] = running.old.received
@@ -263,7 +263,7 @@ async def test_a_request_that_is_not_sampled_carries_no_pair() -> None:
         assert answer.headers.get_list("x-abreast-version") == ["old"]
 
 
-async def test_the_answer_says_its_version_once_when_the_middleware_says_it_too() -> None:
+async def test_response_has_version_header_once() -> None:
     async def tagged(_request: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 X\r\ncontent-length: 0\r\nx-abreast-version: old\r\n\r\n")
 
@@ -274,7 +274,7 @@ async def test_the_answer_says_its_version_once_when_the_middleware_says_it_too(
 
 
 @pytest.mark.parametrize("sticky", ["header:X-User", "cookie:user"])
-async def test_a_user_stays_on_one_version_and_a_rising_share_only_moves_users_to_new(sticky: str) -> None:
+async def test_sticky_user_moves_only_to_new_as_share_rises(sticky: str) -> None:
     from abreast_sidecar.envoy.settings import parse_sticky as parse
 
     users = [f"user-{number}" for number in range(40)]
@@ -293,7 +293,7 @@ async def test_a_user_stays_on_one_version_and_a_rising_share_only_moves_users_t
         assert moved[0]
 
 
-async def test_users_who_show_no_sticky_key_are_still_spread() -> None:
+async def test_users_without_sticky_key_are_distributed() -> None:
     from abreast_sidecar.envoy.settings import StickyKey
 
     async with abreast(weight=0.5, sticky=StickyKey("header", "x-user"), sample_safe=0.0) as running:
@@ -302,7 +302,7 @@ async def test_users_who_show_no_sticky_key_are_still_spread() -> None:
         assert min(answered["old"], answered["new"]) > 15
 
 
-async def test_one_address_stays_on_one_version_when_that_is_the_key() -> None:
+async def test_source_ip_keeps_user_on_one_version() -> None:
     from abreast_sidecar.envoy.settings import StickyKey
 
     async with abreast(weight=0.5, sticky=StickyKey("source-ip"), sample_safe=0.0) as running:
@@ -311,7 +311,7 @@ async def test_one_address_stays_on_one_version_when_that_is_the_key() -> None:
         assert len(answered) == 1
 
 
-async def test_a_flood_of_copies_is_dropped_and_counted_and_users_see_nothing_of_it() -> None:
+async def test_excess_copies_are_dropped_and_counted() -> None:
     async with abreast(shadow_concurrency=2) as running:
         running.new.reading.clear()
         answers = await asyncio.gather(*[running.client.get("/") for _ in range(40)])
@@ -323,7 +323,7 @@ async def test_a_flood_of_copies_is_dropped_and_counted_and_users_see_nothing_of
         assert await running.stat("cluster.new_shadow.upstream_rq_active") <= 4
 
 
-async def test_the_sidecars_values_are_taken_over_while_requests_flow() -> None:
+async def test_values_of_sidecar_apply_under_traffic() -> None:
     async with abreast() as running:
         assert (await running.client.get("/")).headers["x-abreast-version"] == "old"
         await running.sidecar.set({**weights(1.0), "abreast.sample.safe": {"numerator": 0, "denominator": "MILLION"}})

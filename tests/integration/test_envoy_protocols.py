@@ -1,4 +1,4 @@
-"""What passes through beside plain requests: websockets, TLS, HTTP/2, gRPC, old HTTP; and who may do what."""
+"""Protocols through Envoy: websockets, TLS, HTTP/2, gRPC and HTTP/1.0; access to the admin interface."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def certificate(tmp_path: Path) -> Certificate:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
-async def test_a_websocket_talks_to_the_version_of_its_user_and_is_never_mirrored(share: float) -> None:
+async def test_websocket_reaches_version_of_user_and_is_not_mirrored(share: float) -> None:
     async with abreast(weight=share) as running:
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         writer.write(HANDSHAKE)
@@ -52,7 +52,7 @@ async def test_a_websocket_talks_to_the_version_of_its_user_and_is_never_mirrore
         assert not silent.received
 
 
-async def test_the_listener_speaks_tls_and_http2_over_it(certificate: Certificate) -> None:
+async def test_listener_accepts_tls_and_http2(certificate: Certificate) -> None:
     chain, key = str(certificate.certificate), str(certificate.key)
     async with abreast(tls_certificate=chain, tls_key=key) as running:
         trusting = ssl.create_default_context(cafile=certificate.certificate)
@@ -70,7 +70,7 @@ async def test_the_listener_speaks_tls_and_http2_over_it(certificate: Certificat
         assert b"HTTP/1.1 200" not in await exchange(running.port, b"GET / HTTP/1.1\r\nhost: shop\r\n\r\n")
 
 
-async def test_a_version_behind_tls_is_checked_by_name(certificate: Certificate) -> None:
+async def test_tls_certificate_of_version_is_verified_by_name(certificate: Certificate) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate.certificate, certificate.key)
     old = Upstream(tls=context)
@@ -112,7 +112,7 @@ async def grpc_shop(calls: list[dict[str, str]]) -> tuple[grpc.aio.Server, int]:
     return server, port
 
 
-async def test_grpc_passes_with_its_trailers_and_is_mirrored_when_asked() -> None:
+async def test_grpc_passes_with_trailers_and_can_be_mirrored() -> None:
     calls: list[dict[str, str]] = []
     (old, old_port), (new, new_port) = await grpc_shop(calls), await grpc_shop(calls)
     listen, admin_port, nobody = free_ports(3)
@@ -148,7 +148,7 @@ async def test_grpc_passes_with_its_trailers_and_is_mirrored_when_asked() -> Non
     }
 
 
-async def test_http_1_0_is_still_answered() -> None:
+async def test_http_1_0_is_supported() -> None:
     async with abreast() as running:
         answer = await exchange(running.port, b"GET / HTTP/1.0\r\n\r\n")
 
@@ -165,7 +165,7 @@ async def test_large_headers_pass() -> None:
         assert running.new.received[0].headers["cookie"] == "x" * 80_000
 
 
-async def test_the_answer_passes_as_the_service_gave_it_but_for_the_version() -> None:
+async def test_response_passes_unchanged_except_for_version() -> None:
     async def answer(_request: Received, writer: asyncio.StreamWriter) -> None:
         headers = "server: shop\r\ndate: today\r\nset-cookie: a=1\r\nset-cookie: b=2\r\netag: W/1\r\n"
         await respond(writer, b"gone", 410, headers=headers)
@@ -179,7 +179,7 @@ async def test_the_answer_passes_as_the_service_gave_it_but_for_the_version() ->
         )
 
 
-async def test_names_are_resolved_and_every_address_is_used() -> None:
+async def test_all_addresses_of_a_name_are_used() -> None:
     async with abreast() as running:
         listen, admin_port = free_ports(2)
         settings = replace(
@@ -198,7 +198,7 @@ async def test_names_are_resolved_and_every_address_is_used() -> None:
             assert answer.status_code == 200
 
 
-async def test_an_admin_address_that_others_reach_can_only_be_read() -> None:
+async def test_exposed_admin_address_is_read_only() -> None:
     async with abreast() as running:
         listen, admin_port, nobody = free_ports(3)
         settings = replace(
@@ -232,7 +232,7 @@ async def test_an_admin_address_that_others_reach_can_only_be_read() -> None:
             assert set(written.values()) == {403}, written
 
 
-async def test_requests_are_logged_as_json_when_asked_and_without_their_query() -> None:
+async def test_access_log_is_json_without_query() -> None:
     async with abreast(access_log=True) as running:
         await running.client.get("/search?token=secret", headers={"user-agent": 'a "quoted" agent'})
         assert running.server.process is not None
@@ -250,7 +250,7 @@ async def test_requests_are_logged_as_json_when_asked_and_without_their_query() 
         assert "secret" not in log.read_text()
 
 
-async def test_envoy_has_nothing_to_complain_about() -> None:
+async def test_envoy_logs_no_warning() -> None:
     async with abreast() as running:
         await running.client.get("/")
         assert running.server.process is not None
@@ -258,7 +258,7 @@ async def test_envoy_has_nothing_to_complain_about() -> None:
         assert running.server.process.log_path.read_text() == ""
 
 
-async def test_the_compose_files_health_check_of_envoy_tells_a_running_one_from_a_dead_one() -> None:
+async def test_compose_health_check_detects_dead_envoy() -> None:
     services = yaml.safe_load((Path(__file__).parents[2] / "docker-compose.yml").read_text())["services"]
     _kind, *command = services["envoy"]["healthcheck"]["test"]
 

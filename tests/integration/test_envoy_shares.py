@@ -1,4 +1,4 @@
-"""Shares hold over many requests, users stay where they are, and a tester may choose where that is allowed."""
+"""Shares over many requests, users that stay on one version, and testers that select one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class QuickUpstream(Upstream):
 
 
 async def ask(port: int, header: str, requests: int = REQUESTS) -> list[str]:
-    """Who answered each of many users, in their order: the same users each time, so chance has no say."""
+    """Return the version that served each user. The users are the same in each call, which excludes chance."""
 
     def request(number: int, *, last: bool) -> bytes:
         closing = "connection: close\r\n" if last else ""
@@ -59,7 +59,7 @@ async def ask(port: int, header: str, requests: int = REQUESTS) -> list[str]:
     return [version for part in parts for version in part]
 
 
-async def test_a_share_holds_within_a_percentage_point_and_a_rising_one_only_moves_users_to_new() -> None:
+async def test_share_is_accurate_and_a_rising_one_moves_users_only_to_new() -> None:
     async with abreast(
         old=QuickUpstream(), new=QuickUpstream(), sticky=StickyKey("header", "x-user"), sample_safe=0.01
     ) as running:
@@ -75,7 +75,7 @@ async def test_a_share_holds_within_a_percentage_point_and_a_rising_one_only_mov
             before = answered
 
 
-async def test_without_a_sticky_key_a_share_holds_too() -> None:
+async def test_share_is_accurate_without_sticky_key() -> None:
     async with abreast(weight=0.25, old=QuickUpstream(), new=QuickUpstream(), sample_safe=0.01) as running:
         answered = await ask(running.port, "x-request-id")
 
@@ -84,7 +84,7 @@ async def test_without_a_sticky_key_a_share_holds_too() -> None:
 
 
 @pytest.mark.parametrize(("weight", "use"), [(0.0, "new"), (1.0, "old")])
-async def test_a_tester_gets_the_version_that_he_asks_for_and_the_other_one_a_copy(weight: float, use: str) -> None:
+async def test_tester_selects_version_and_other_version_gets_copy(weight: float, use: str) -> None:
     async with abreast(weight=weight, tester_secret=SECRET, sample_unsafe=1.0) as running:
         headers = {"x-abreast-use": f"{use} {SECRET}", "x-abreast-role": "live", "x-abreast-used": "1"}
         answers = [await running.client.request(method, "/", headers=headers) for method in ("GET", "POST")]
@@ -100,7 +100,7 @@ async def test_a_tester_gets_the_version_that_he_asks_for_and_the_other_one_a_co
             assert SECRET.encode() not in request.head
 
 
-async def test_a_tester_of_a_failing_new_is_answered_by_old() -> None:
+async def test_tester_of_failing_new_is_served_by_old() -> None:
     async with abreast(tester_secret=SECRET, new=Upstream(answer=failing(500))) as running:
         answer = await running.client.get("/", headers={"x-abreast-use": f"new {SECRET}"})
 
@@ -111,7 +111,7 @@ async def test_a_tester_of_a_failing_new_is_answered_by_old() -> None:
 @pytest.mark.parametrize(
     ("testers", "asked"), [("", "new"), ("", f"new {SECRET}"), (SECRET, "new"), (SECRET, f"new {SECRET}0")]
 )
-async def test_nobody_else_can_ask_for_a_version(testers: str, asked: str) -> None:
+async def test_version_selection_requires_secret(testers: str, asked: str) -> None:
     async with abreast(tester_secret=testers, sample_safe=0.0) as running:
         answer = await running.client.get("/", headers={"x-abreast-use": asked})
 

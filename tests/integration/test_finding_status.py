@@ -329,14 +329,14 @@ async def test_status_commands_set_and_show_status(sidecar: Running, ledger: Pai
     assert (code, "fixed in release 1.5: rounds again" in text) == (0, True)
     assert "20 of 20 compared (100%; with 95% confidence" in text
     assert "new 1.4; old a" in text
-    assert "nothing differs" in (await run("findings"))[1]
+    assert "no differences" in (await run("findings"))[1]
     assert "fixed" in (await run("findings", "--explained"))[1]
     assert "fixed" in (await run("findings", "--all"))[1]
     await run("finding", number, "--open", "--reason", "wrong one")
-    assert "said before" in (await run("finding", number))[1]
+    assert "earlier status" in (await run("finding", number))[1]
     assert (await run("finding", number, "--expected"))[0] == 2
     assert (await run("finding", number, "--reason", "x"))[0] == 2
     code, text = await run("pairs", "--finding", number, "--outcome", "mismatch", "--limit", "3")
     assert (code, text.count("GET /products/7?page=1")) == (0, 3)
-    assert "no such pair" in (await run("pairs", "--outcome", "shed"))[1]
+    assert "no stored pair matches" in (await run("pairs", "--outcome", "shed"))[1]
     assert "release 1.4" in (await run("verdict"))[1]

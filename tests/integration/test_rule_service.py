@@ -332,16 +332,16 @@ async def test_rules_commands_import_export_add_and_delete(sidecar: Running, tmp
     file.write_text(FILE)
 
     code, out, _ = await abreast(sidecar, "rules", "import", str(file), "--dry-run")
-    assert (code, out) == (0, "+ ids\n+ cents\n2 new, 0 gone, 0 unchanged\n")
+    assert (code, out) == (0, "+ ids\n+ cents\n2 created, 0 deleted, 0 unchanged\n")
     code, out, _ = await abreast(sidecar, "rules", "import", str(file))
-    assert (code, out.splitlines()[-1]) == (0, "2 new, 0 gone, 0 unchanged")
+    assert (code, out.splitlines()[-1]) == (0, "2 created, 0 deleted, 0 unchanged")
     code, out, _ = await abreast(sidecar, "rules", "export", "--source", "shop.yaml")
     assert [row["name"] for row in yaml.safe_load(out)["rules"]] == ["ids", "cents"]
     copy = tmp_path / "copy" / "shop.yaml"
     copy.parent.mkdir()
     copy.write_text(out)
     code, out, _ = await abreast(sidecar, "rules", "import", str(copy))
-    assert (code, out) == (0, "0 new, 0 gone, 2 unchanged\n")
+    assert (code, out) == (0, "0 created, 0 deleted, 2 unchanged\n")
 
     code, out, err = await abreast(
         sidecar,
@@ -353,6 +353,6 @@ async def test_rules_commands_import_export_add_and_delete(sidecar: Running, tmp
     code, out, _ = await abreast(sidecar, "rules", "preview", "ignore", "--path", "$.id")
     assert code == 0
     code, out, _ = await abreast(sidecar, "rules", "delete", "1")
-    assert (code, out) == (0, "rule 1 (ids): ended, and what is stored is judged again\n")
+    assert (code, out) == (0, "rule 1 (ids) is deleted, and stored pairs are being evaluated without it\n")
     code, out, _ = await abreast(sidecar, "rules", "list")
     assert (code, "cents" in out, "ids" in out) == (0, True, False)

@@ -32,7 +32,7 @@ def files(folder: Path, old: Any, new: Any) -> tuple[str, str]:
 def test_compare_equal_files_exits_with_0(tmp_path: Path) -> None:
     result = run(*files(tmp_path, b'{"a": 1}', b'{"a":1}\n'))
 
-    assert (result.exit_code, result.stdout) == (0, "nothing differs\n")
+    assert (result.exit_code, result.stdout) == (0, "no difference\n")
 
 
 def test_compare_different_files_exits_with_1(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_compare_reads_stdin(tmp_path: Path) -> None:
     [
         (["nowhere", "nowhere"], "nowhere can't be read: No such file or directory"),
         (["text", "text"], "text is not valid JSON"),
-        (["--http", "text", "text"], "text must begin with a status line"),
+        (["--http", "text", "text"], "text must start with a status line"),
         (["--rules", "text", "json", "json"], "text:1: the file must be a mapping"),
         (["--rules", "nowhere", "json", "json"], "nowhere can't be read"),
         (["--rules", "bytes", "json", "json"], "bytes is not UTF-8"),
@@ -126,7 +126,7 @@ def test_compare_prints_explained_differences(tmp_path: Path) -> None:
 
     assert result.exit_code == 0
     assert "explained by clock" in result.stdout
-    assert result.stdout.endswith("nothing unexplained differs, 1 difference explained\n")
+    assert result.stdout.endswith("no unexplained difference, 1 difference explained\n")
     found = json.loads(run("--json", "--rules", str(tmp_path / "rules"), *names).stdout)
     assert [difference["explained_by"] for difference in found["differences"]] == ["clock"]
 

@@ -1,4 +1,4 @@
-"""docs/cli.md and the commands agree."""
+"""docs/cli.md matches the commands."""
 
 from __future__ import annotations
 
@@ -15,53 +15,53 @@ from abreast_sidecar.cli.exit_codes import EXIT_MEANINGS
 PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
 SECTIONS = dict(re.findall(r"^### `abreast ([^`]+)`\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL))
 EXAMPLES = re.findall(r"^\$ abreast (.+)$", PAGE, re.MULTILINE)
-ELSEWHERE = {"demo", "sidecar", "migrate", "envoy render", "envoy validate"}  # pages of their own name the options
+DOCUMENTED_ELSEWHERE = {"demo", "sidecar", "migrate", "envoy render", "envoy validate"}
 
 
-def commands() -> dict[str, click.Command]:
-    """By the words that call them; a group that does nothing by itself is left out."""
-    found: dict[str, click.Command] = {}
+def list_commands() -> dict[str, click.Command]:
+    """Return the commands by their full name, without groups that only have subcommands."""
+    commands: dict[str, click.Command] = {}
     with click.Context(abreast) as context:
         for name in COMMANDS:
             command = abreast.get_command(context, name)
             assert command is not None
             if not isinstance(command, click.Group) or command.invoke_without_command:
-                found[name] = command
+                commands[name] = command
             if isinstance(command, click.Group):
-                found |= {f"{name} {sub}": inner for sub, inner in command.commands.items()}
-    return found
+                commands |= {f"{name} {sub}": inner for sub, inner in command.commands.items()}
+    return commands
 
 
-def options(command: click.Command) -> set[str]:
+def list_options(command: click.Command) -> set[str]:
     return {name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts}
 
 
-def test_every_command_has_a_section_with_an_example() -> None:
-    assert set(SECTIONS) == set(commands())
+def test_docs_have_a_section_and_example_for_every_command() -> None:
+    assert set(SECTIONS) == set(list_commands())
     assert all(f"$ abreast {name}" in text for name, text in SECTIONS.items())
 
 
 @pytest.mark.parametrize("name", SECTIONS)
-def test_sections_name_the_options_that_exist(name: str) -> None:
+def test_docs_sections_name_exactly_the_options(name: str) -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", SECTIONS[name]))
-    real = options(commands()[name])
+    real = list_options(list_commands()[name])
 
     assert named <= real
-    assert name in ELSEWHERE or named == real
+    assert name in DOCUMENTED_ELSEWHERE or named == real
 
 
 @pytest.mark.parametrize("line", EXAMPLES)
-def test_examples_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docs_examples_parse(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     words = shlex.split(line)
-    known = commands()
-    name = next(n for n in (" ".join(words[:2]), words[0]) if n in known)
-    context = known[name].make_context(name, words[len(name.split()) :])
+    commands = list_commands()
+    name = next(n for n in (" ".join(words[:2]), words[0]) if n in commands)
+    context = commands[name].make_context(name, words[len(name.split()) :])
 
-    assert context.command is known[name]
+    assert context.command is commands[name]
 
 
-def test_the_table_of_exit_codes_is_the_real_one() -> None:
+def test_docs_table_of_exit_codes_matches() -> None:
     table = dict(re.findall(r"^\| (\d+) \| (.+) \|$", PAGE, re.MULTILINE))
 
     assert {int(code): text.replace("\\|", "|") for code, text in table.items()} == {

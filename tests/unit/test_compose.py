@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.envoy.render import validate
+from abreast_sidecar.envoy.render import validate_config
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer
 
@@ -55,12 +55,12 @@ def listening() -> dict[str, set[int]]:
     }
 
 
-def test_it_is_valid() -> None:
+def test_compose_file_is_valid() -> None:
     program = Path(sys.executable).with_name("check-jsonschema")
     subprocess.run([program, "--builtin-schema", "vendor.compose-spec", COMPOSE], check=True, capture_output=True)
 
 
-def test_every_variable_is_a_setting_of_its_program() -> None:
+def test_variables_are_settings_of_their_program() -> None:
     known = {"sidecar": Settings, "old": ServiceSettings, "new": ServiceSettings}
     with_variables = {service for service in SERVICES if ours(service)}
 
@@ -69,7 +69,7 @@ def test_every_variable_is_a_setting_of_its_program() -> None:
         assert set(ours(service)) <= {f"ABREAST_{part.name.upper()}" for part in dataclasses.fields(kind)}
 
 
-def test_the_settings_can_be_read() -> None:
+def test_settings_parse() -> None:
     settings = Settings.from_environment(ours("sidecar"))
 
     assert settings.envoy_admin == ("http://envoy:9901",)
@@ -77,17 +77,17 @@ def test_the_settings_can_be_read() -> None:
         assert ServiceSettings.from_environment(ours(service), {"service": "shop"}).redis_url == settings.redis_url
 
 
-def test_the_mounted_envoy_configuration_is_what_its_command_renders() -> None:
+def test_envoy_configuration_is_fresh() -> None:
     [command] = RENDER.findall(TEXT)
     result = CliRunner().invoke(abreast, shlex.split(command))
     mounted = (ROOT / "envoy/envoy.yaml").read_text()
 
     assert result.exit_code == 0, result.output
     assert mounted == result.stdout, f"run: abreast {command} --output envoy/envoy.yaml"
-    validate(mounted)
+    validate_config(mounted)
 
 
-def test_envoy_and_compose_mean_the_same_addresses() -> None:
+def test_envoy_addresses_match_compose_file() -> None:
     config = yaml.safe_load((ROOT / "envoy/envoy.yaml").read_text())
     endpoints = {
         (socket["address"], socket["port_value"])
@@ -102,7 +102,7 @@ def test_envoy_and_compose_mean_the_same_addresses() -> None:
         assert set(SERVICES["envoy"]["networks"]) & set(SERVICES[host]["networks"])
 
 
-def test_every_address_in_a_variable_is_a_service_on_a_common_network() -> None:
+def test_addresses_name_services_on_a_common_network() -> None:
     for name in SERVICES:
         for value in environment(name).values():
             for host, port in re.findall(r"://(?:\w+@)?([a-z]+):(\d+)", value):
@@ -110,7 +110,7 @@ def test_every_address_in_a_variable_is_a_service_on_a_common_network() -> None:
                 assert set(SERVICES[name]["networks"]) & set(SERVICES[host]["networks"]), value
 
 
-def test_the_sidecars_command_exists() -> None:
+def test_sidecar_command_exists() -> None:
     program, *arguments = SERVICES["sidecar"]["command"]
     result = CliRunner().invoke(abreast, [*arguments, "--help"])
 
@@ -119,7 +119,7 @@ def test_the_sidecars_command_exists() -> None:
 
 
 @pytest.mark.parametrize("version", SHOP)
-def test_the_shops_command_exists_and_wants_what_it_gets(version: str) -> None:
+def test_shop_command_accepts_its_arguments(version: str) -> None:
     python, *arguments = SERVICES[version]["command"]
     bare = {"PATH": os.environ["PATH"]}
     done = subprocess.run([sys.executable, *arguments], check=False, capture_output=True, text=True, env=bare)
@@ -130,7 +130,7 @@ def test_the_shops_command_exists_and_wants_what_it_gets(version: str) -> None:
     assert {"DATABASE_URL", "CACHE_URL", "ABREAST_REDIS_URL"} <= environment(version).keys()
 
 
-def test_everything_published_is_on_loopback_and_listens() -> None:
+def test_published_ports_are_on_loopback_and_listen() -> None:
     published = {name: service["ports"] for name, service in SERVICES.items() if "ports" in service}
 
     assert set(published) == {"envoy", "sidecar"}
@@ -142,14 +142,14 @@ def test_everything_published_is_on_loopback_and_listens() -> None:
             assert int(inside) in listening()[name]
 
 
-def test_the_admin_interface_is_not_published_and_read_only() -> None:
+def test_admin_interface_is_unpublished_and_read_only() -> None:
     config = yaml.safe_load((ROOT / "envoy/envoy.yaml").read_text())
 
     assert "allow_paths" in config["admin"]
     assert not [port for port in SERVICES["envoy"]["ports"] if "9901" in port]
 
 
-def test_mounts_are_there_and_read_only() -> None:
+def test_mounts_exist_and_are_read_only() -> None:
     for service in SERVICES.values():
         for source, _target, *mode in (mount.split(":") for mount in service.get("volumes", ())):
             if source.startswith("."):
@@ -159,14 +159,14 @@ def test_mounts_are_there_and_read_only() -> None:
                 assert source in FILE["volumes"]
 
 
-def test_what_is_depended_on_exists_and_has_a_health_check() -> None:
+def test_dependencies_exist_and_have_health_checks() -> None:
     for service in SERVICES.values():
         for name, how in service.get("depends_on", {}).items():
             assert how == {"condition": "service_healthy"}
             assert "healthcheck" in SERVICES[name]
 
 
-def test_every_service_has_a_health_check_and_runs_without_rights() -> None:
+def test_services_have_health_checks_and_no_privileges() -> None:
     for name, service in SERVICES.items():
         assert service["healthcheck"]["test"][0] == "CMD", name
         assert service["cap_drop"] == ["ALL"], name
@@ -176,7 +176,7 @@ def test_every_service_has_a_health_check_and_runs_without_rights() -> None:
     assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
 
 
-def test_the_health_checks_of_ours_ask_for_paths_that_exist() -> None:
+def test_health_checks_request_existing_paths() -> None:
     asked = {
         name: re.findall(r"127\.0\.0\.1:(\d+)(/\w+)", str(SERVICES[name]["healthcheck"])) for name in (*SHOP, "sidecar")
     }
@@ -192,7 +192,7 @@ def test_images_are_pinned() -> None:
     assert "envoyproxy/envoy:v1.40.0" in foreign
 
 
-def test_no_secret_is_in_the_file() -> None:
+def test_compose_file_contains_no_secret() -> None:
     secret = re.compile(r"password|passwd|secret|token|key", re.IGNORECASE)
     for name in SERVICES:
         for variable, value in environment(name).items():
@@ -201,7 +201,7 @@ def test_no_secret_is_in_the_file() -> None:
                 assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), variable
 
 
-def test_each_version_of_the_shop_gets_a_database_of_its_own(postgres_server: PostgresServer) -> None:
+def test_versions_of_the_shop_have_separate_databases(postgres_server: PostgresServer) -> None:
     wanted = {environment(name)["DATABASE_URL"].rpartition("/")[2] for name in SHOP}
     with psycopg.connect(postgres_server.url(), autocommit=True) as connection:
         for statement in re.findall(r"^create .*;$", (ROOT / "demo/databases.sql").read_text(), re.MULTILINE):
@@ -214,7 +214,7 @@ def test_each_version_of_the_shop_gets_a_database_of_its_own(postgres_server: Po
     assert wanted <= found
 
 
-def test_the_image_is_built_from_files_that_exist() -> None:
+def test_image_is_built_from_existing_files() -> None:
     copies = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     sources = {source for line in copies for source in line.split()}
     let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}

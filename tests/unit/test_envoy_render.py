@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast_sidecar.cli.envoy import envoy_command
-from abreast_sidecar.envoy.render import _quote, render, validate
+from abreast_sidecar.envoy.render import _quote, render_config, validate_config
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress, StickyKey
 from abreast_sidecar.errors import SettingError, SidecarError
 from support_certificate import self_signed
@@ -23,7 +23,7 @@ CLUSTERS = ["old", "new", "new_or_old", "old_shadow", "new_shadow", "old_baselin
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    loaded = yaml.safe_load(render(EnvoySettings(**changes)))
+    loaded = yaml.safe_load(render_config(EnvoySettings(**changes)))
     assert isinstance(loaded, dict)
     return loaded
 
@@ -45,7 +45,7 @@ def addresses(cluster: dict[str, Any]) -> list[tuple[str, int]]:
     return [(address["address"], address["port_value"]) for address in found]
 
 
-def test_routes_and_clusters_have_the_names_that_others_rely_on() -> None:
+def test_routes_and_clusters_have_fixed_names() -> None:
     loaded = config()
     [host] = manager(loaded)["route_config"]["virtual_hosts"]
 
@@ -55,8 +55,8 @@ def test_routes_and_clusters_have_the_names_that_others_rely_on() -> None:
     assert list(clusters(loaded)) == CLUSTERS
 
 
-def test_testers_have_routes_of_their_own_where_there_is_a_secret() -> None:
-    text = render(EnvoySettings(tester_secret="0123456789abcdef"))
+def test_tester_secret_adds_routes() -> None:
+    text = render_config(EnvoySettings(tester_secret="0123456789abcdef"))
     [host] = manager(yaml.safe_load(text))["route_config"]["virtual_hosts"]
     kinds = ("safe_sampled", "safe_plain", "unsafe_sampled", "unsafe_plain")
 
@@ -64,8 +64,8 @@ def test_testers_have_routes_of_their_own_where_there_is_a_secret() -> None:
         *(f"tester_{use}_{kind}" for use in ("old", "new") for kind in kinds),
         *ROUTES,
     ]
-    assert "tester" not in render(EnvoySettings())
-    validate(text)
+    assert "tester" not in render_config(EnvoySettings())
+    validate_config(text)
 
 
 def test_every_route_has_a_hash_policy() -> None:
@@ -77,7 +77,7 @@ def test_every_route_has_a_hash_policy() -> None:
         assert {len(policy) for policy in policies} == {2 if sticky.kind else 1}
 
 
-def test_no_cluster_mirrors_by_itself() -> None:
+def test_only_routes_mirror() -> None:
     """Old to new together with new to old makes Envoy mirror its own mirrors until it dies."""
     assert "request_mirror_policies" not in str(clusters(config()))
 
@@ -93,7 +93,7 @@ def test_addresses_are_static_and_names_are_resolved() -> None:
         assert (found[name]["type"], addresses(found[name])) == ("STRICT_DNS", [*new])
 
 
-def test_every_endpoint_says_its_version() -> None:
+def test_endpoints_have_version_metadata() -> None:
     found = clusters(config(old=(SocketAddress("10.0.0.7", 8000), SocketAddress("10.0.0.8", 8000))))
     for name in CLUSTERS[:2] + CLUSTERS[3:6]:
         entries = found[name]["load_assignment"]["endpoints"][0]["lb_endpoints"]
@@ -102,7 +102,7 @@ def test_every_endpoint_says_its_version() -> None:
         assert versions == {name.partition("_")[0]}
 
 
-def test_the_lowest_layer_sends_everyone_to_old_and_samples_as_set() -> None:
+def test_base_layer_sends_users_to_old_and_sets_sampling() -> None:
     base, above, admin = config(sample_safe=0.2, baseline_share=0.05, sample_unsafe=0.000001)["layered_runtime"][
         "layers"
     ]
@@ -117,7 +117,7 @@ def test_the_lowest_layer_sends_everyone_to_old_and_samples_as_set() -> None:
     assert "admin_layer" in admin
 
 
-def test_the_admin_interface_is_read_only_unless_it_is_on_loopback() -> None:
+def test_admin_interface_is_read_only_unless_on_loopback() -> None:
     assert "allow_paths" not in config()["admin"]
     assert "allow_paths" not in config(admin=SocketAddress("::1", 9901))["admin"]
     assert "allow_paths" in config(admin=SocketAddress("0.0.0.0", 9901))["admin"]
@@ -128,7 +128,7 @@ def test_any_text_is_quoted(text: str) -> None:
     assert yaml.safe_load(f"[{_quote(text)}, after]") == [text, "after"]
 
 
-def test_no_text_leaves_its_place() -> None:
+def test_quoted_text_stays_one_yaml_scalar() -> None:
     text = "a\"\nadmin: {}\n'#%{{x}} \\"
     loaded = config(node_id=text, tls_certificate=text, tls_key=text, old_ca=text, old_tls=text)
     chain = loaded["static_resources"]["listeners"][0]["filter_chains"][0]["transport_socket"]
@@ -156,14 +156,14 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(changes) or "defaults")
-def test_envoy_accepts_what_is_rendered(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_rendered_configuration_passes_validation(changes: dict[str, Any], tmp_path: Path) -> None:
     authority = str(self_signed(tmp_path, "shop.internal").certificate)
 
-    validate(render(EnvoySettings(**{"old_ca": authority, "new_ca": authority, **changes})))
+    validate_config(render_config(EnvoySettings(**{"old_ca": authority, "new_ca": authority, **changes})))
 
 
-def test_what_is_rendered_reads_like_a_file() -> None:
-    text = render(EnvoySettings())
+def test_rendered_configuration_is_readable() -> None:
+    text = render_config(EnvoySettings())
 
     assert text.startswith("# Envoy in front of two versions")
     assert text.endswith("\n")
@@ -172,17 +172,17 @@ def test_what_is_rendered_reads_like_a_file() -> None:
     assert not re.search(r"\n\n\n|[ \t]\n", text)
 
 
-def test_a_refusal_is_one_line_in_envoys_words() -> None:
+def test_validation_error_is_envoys_message_in_one_line() -> None:
     with pytest.raises(SidecarError) as raised:
-        validate("node: {idd: 1}")
+        validate_config("node: {idd: 1}")
 
-    assert str(raised.value).startswith("envoy refuses the configuration: ")
+    assert str(raised.value).startswith("envoy rejects the configuration: ")
     assert "no such field" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert "envoy.yaml" not in str(raised.value)
 
 
-def test_render_prints_what_the_flags_say_over_the_variables() -> None:
+def test_render_options_override_variables() -> None:
     result = CliRunner().invoke(
         envoy_command,
         ["render", "--new", "10.0.0.8:80", "--access-log"],
@@ -191,17 +191,17 @@ def test_render_prints_what_the_flags_say_over_the_variables() -> None:
     settings = EnvoySettings(new=(SocketAddress("10.0.0.8", 80),), service="shop", access_log=True)
 
     assert result.exit_code == 0, result.output
-    assert result.stdout == render(settings)
+    assert result.stdout == render_config(settings)
 
 
-def test_render_writes_a_file_that_validate_accepts(tmp_path: Path) -> None:
+def test_render_output_passes_validate_command(tmp_path: Path) -> None:
     output = tmp_path / "envoy.yaml"
     written = CliRunner().invoke(envoy_command, ["render", "--output", str(output)])
     checked = CliRunner().invoke(envoy_command, ["validate", str(output)])
 
     assert (written.exit_code, written.stdout) == (0, "")
-    assert output.read_text() == render(EnvoySettings())
-    assert (checked.exit_code, checked.stdout) == (0, f"{output} is fine\n")
+    assert output.read_text() == render_config(EnvoySettings())
+    assert (checked.exit_code, checked.stdout) == (0, f"{output} is valid\n")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_render_writes_a_file_that_validate_accepts(tmp_path: Path) -> None:
         (["--output", "/nowhere/envoy.yaml"], {}, "--output can't be written: No such file or directory"),
     ],
 )
-def test_a_bad_setting_is_named_as_it_was_given(
+def test_invalid_setting_is_named_by_option_or_variable(
     arguments: list[str], environment: dict[str, str], message: str
 ) -> None:
     result = CliRunner().invoke(envoy_command, ["render", *arguments], env=environment)
@@ -226,7 +226,7 @@ def test_a_bad_setting_is_named_as_it_was_given(
     assert str(result.exception).startswith(message)
 
 
-def test_render_refuses_what_envoy_refuses_unless_told_not_to_ask() -> None:
+def test_render_validates_unless_disabled() -> None:
     arguments = ["render", "--tls-certificate", "/nowhere.pem", "--tls-key", "/nowhere.key"]
     asked = CliRunner().invoke(envoy_command, arguments)
     unasked = CliRunner().invoke(envoy_command, [*arguments, "--no-validate"])
@@ -236,13 +236,13 @@ def test_render_refuses_what_envoy_refuses_unless_told_not_to_ask() -> None:
     assert unasked.exit_code == 0
 
 
-def test_every_setting_has_a_flag() -> None:
+def test_every_setting_has_an_option() -> None:
     flags = {option for parameter in envoy_command.commands["render"].params for option in parameter.opts}
 
     assert {f"--{part.name.replace('_', '-')}" for part in dataclasses.fields(EnvoySettings)} <= flags
 
 
-def test_the_template_at_the_top_is_the_packages_own() -> None:
+def test_template_link_points_to_the_package() -> None:
     link = ROOT / "envoy" / "envoy.yaml.j2"
 
     assert link.is_symlink()

@@ -31,7 +31,7 @@ def _committed(name: Path) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_of_the_docs_lead_somewhere(page: Path) -> None:
+def test_links_in_docs_resolve(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
     missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
 
@@ -51,13 +51,13 @@ def _known_variables() -> set[str]:
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "docker-compose.yml"], ids=lambda page: page.name)
-def test_docs_name_only_variables_that_exist(page: Path) -> None:
+def test_docs_name_only_existing_variables(page: Path) -> None:
     named = set(re.findall(r"\bABREAST_[A-Z_]+[A-Z]\b", page.read_text()))
 
     assert named <= _known_variables()
 
 
-def test_no_two_parts_share_an_advisory_lock() -> None:
+def test_advisory_locks_are_distinct() -> None:
     """They would wait for each other, or one of them would never have its turn."""
     locks = {
         name: number
@@ -69,7 +69,7 @@ def test_no_two_parts_share_an_advisory_lock() -> None:
     assert len(set(locks.values())) == len(locks)
 
 
-def test_the_bare_package_brings_redis_and_what_writes_json() -> None:
+def test_base_package_depends_on_redis_and_json_writer() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     assert [re.split(r"[\[<>=]", name)[0] for name in project["dependencies"]] == ["msgspec", "orjson", "redis"]

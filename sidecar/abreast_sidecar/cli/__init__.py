@@ -1,4 +1,4 @@
-"""The command line: each command in a module of its own, imported when it is called."""
+"""The command line. The module of a command is imported only when the command runs."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import click
 
 from abreast_sidecar.cli.exit_codes import EXIT_MEANINGS, ExitCode, handle_error
 
-# `up`, `demo` and `drill` start servers while gRPC's threads run; its handlers for forks can crash the new process.
+# `up`, `demo` and `drill` start processes while gRPC's threads run. gRPC's fork handlers can crash the new process.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-# name → (module in this package that holds a click command called `command`, its line in the help)
+# name → (module that defines NAME_command, line in the help)
 COMMANDS = {
     "up": ("up", "Start everything for two versions that already run."),
-    "demo": ("demo", "A shop in two versions, with traffic: see what differs."),
-    "sidecar": ("serve", "Run the worker, the API and Envoy's control."),
-    "envoy": ("envoy", "Render and check Envoy's configuration."),
-    "migrate": ("serve", "Bring the ledger's schema up to date."),
-    "status": ("status", "How the sampled requests ended, held against Envoy's count."),
-    "verdict": ("verdict", "May the new version take over? PASS, FAIL or INCONCLUSIVE."),
-    "report": ("report", "The verdict with its evidence as two files, for a change ticket."),
-    "endpoints": ("endpoints", "The endpoints that were seen, with outcomes and times."),
-    "endpoint": ("endpoints", "How fast both versions answer the same requests of one."),
-    "findings": ("findings", "What differs, one cause a row."),
-    "finding": ("findings", "One finding, with examples to try."),
-    "pairs": ("pairs", "Compared requests, newest first."),
-    "pair": ("pairs", "One request: both answers, what differs, and when."),
-    "watch": ("findings", "Findings as they appear and grow."),
-    "traffic": ("traffic", "Who answers users, and what is mirrored; or change it."),
-    "rollback": ("traffic", "Send all users to the old version, at once."),
-    "ramp": ("rollout", "Move users to the new version step by step, on evidence."),
-    "guard": ("rollout", "Send users back by itself when the new version fails them."),
-    "promote": ("traffic", "Send all users to the new version."),
-    "rules": ("rules", "What is known about differences: ignored, tolerated, expected."),
-    "drill": ("demo", "Break a part on purpose, and see what users notice."),
-    "compare": ("compare", "Two answers in files: what differs."),
-    "doctor": ("doctor.run", "Why does nothing show up?"),
+    "demo": ("demo", "Run a demo shop in two versions and show what differs."),
+    "sidecar": ("serve", "Run the worker, the API and Envoy's control plane."),
+    "envoy": ("envoy", "Render and validate Envoy's configuration."),
+    "migrate": ("serve", "Update the schema of the ledger."),
+    "status": ("status", "Show the outcomes of the sampled requests."),
+    "verdict": ("verdict", "Decide whether the new version can take over."),
+    "report": ("report", "Write the verdict and its evidence to two files."),
+    "endpoints": ("endpoints", "List the endpoints with outcomes and response times."),
+    "endpoint": ("endpoints", "Compare the response times of one endpoint."),
+    "findings": ("findings", "List the differences, one cause per row."),
+    "finding": ("findings", "Show one finding with examples, or set its status."),
+    "pairs": ("pairs", "List the compared requests, newest first."),
+    "pair": ("pairs", "Show both responses of one request."),
+    "watch": ("findings", "Print findings as they appear and grow."),
+    "traffic": ("traffic", "Show or change the users' shares and the mirroring."),
+    "rollback": ("traffic", "Send all users to old at once."),
+    "ramp": ("rollout", "Move users to new step by step, based on evidence."),
+    "guard": ("rollout", "Show or change the automatic rollback."),
+    "promote": ("traffic", "Send all users to new."),
+    "rules": ("rules", "Manage the rules for known differences."),
+    "drill": ("demo", "Break one part under traffic and measure the effect on users."),
+    "compare": ("compare", "Compare two responses in files."),
+    "doctor": ("doctor.run", "Check every part and report what to fix."),
 }
 
 
@@ -55,7 +55,7 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """From the table, so that help imports no command."""
+        """Write the table's lines, so that the help imports no command."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_module, line) in COMMANDS.items()])
 
@@ -66,16 +66,16 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError as error:  # click would end with 1
+        except BrokenPipeError as error:  # click would exit with 1
             return handle_error(error)
 
     def main(self, *args: Any, **click_options: Any) -> NoReturn:
-        """Always ends the process, with one line on stderr and an exit code of ours."""
+        """Run the command and exit the process with one of the documented codes."""
         click_options |= {"standalone_mode": False, "prog_name": "abreast"}
         try:
             code = super().main(*args, **click_options)
-            sys.stdout.flush()  # a reader that left shows up here
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # what is not foreseen is raised again
+            sys.stdout.flush()  # raises if the reader closed the pipe
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # handle_error re-raises unexpected ones
             code = handle_error(error)
         sys.exit(code if isinstance(code, int) else ExitCode.OK)
 
@@ -83,7 +83,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="abreast", prog_name="abreast")
 def abreast() -> None:
-    """Run the old and the new version of a service side by side, and read what differs."""
+    """Run the old and the new version of a service side by side, and show what differs."""
 
 
 def main(*args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""`abreast compare`: two files, by hand."""
+"""`abreast compare`: two responses in files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from abreast.protocol.capture import Answer, Body, Capture, Headers, Request, Version
 from abreast_sidecar.cli.exit_codes import ExitCode
+from abreast_sidecar.cli.options import json_option
 from abreast_sidecar.client.output import format_quantity, to_printable
 from abreast_sidecar.compare.model import ComparisonResult, Difference
 from abreast_sidecar.compare.pair import compare_pair
@@ -23,118 +24,33 @@ from abreast_sidecar.errors import ArgumentError
 
 JSON_MEDIA_TYPE = "application/json"
 STDIN_NAME = "-"
-_STATUS_LINE_PATTERN = re.compile(rb"HTTP/[0-9.]+ ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
-_CHUNK_PATTERN = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]{0,100}\r?\n")
-
-
-def read_file(name: str) -> bytes:
-    """`-` is stdin. Raise ArgumentError for what can't be read."""
-    try:
-        return sys.stdin.buffer.read() if name == STDIN_NAME else Path(name).read_bytes()
-    except OSError as error:
-        raise ArgumentError(f"{name} can't be read: {error.strerror or error}") from error
-
-
-def parse_body_file(data: bytes, name: str, kind: str) -> Answer:
-    """Raise ArgumentError where it is to be JSON and is not. An empty body is that of no answer."""
-    if kind == JSON_MEDIA_TYPE and data:
-        _check_json(data, name)
-    return _build_answer(200, (("content-type", kind),) if kind else (), data)
-
-
-def _check_json(data: bytes, name: str) -> None:
-    try:
-        parse(data.removeprefix(b"\xef\xbb\xbf"))
-    except NotJsonError as error:
-        raise ArgumentError(f"{name} is not valid JSON ({error}); say what it is with --type, or --http") from error
-
-
-def parse_http_file(data: bytes, name: str) -> Answer:
-    """The last response in the file: curl prints 100 Continue, a proxy's answer and redirects before it.
-
-    Raise ArgumentError.
-    """
-    status_line = _STATUS_LINE_PATTERN.match(data)
-    if status_line is None:
-        raise ArgumentError(f"{name} must begin with a status line such as HTTP/1.1 200 OK, as curl -i prints it")
-    head, blank, remainder = _split_head(data[status_line.end() :])
-    while next_status_line := _STATUS_LINE_PATTERN.match(remainder):
-        status_line = next_status_line
-        head, blank, remainder = _split_head(remainder[status_line.end() :])
-    headers = tuple(_parse_header_line(line, name) for line in head.splitlines() if line.strip())
-    if not blank and remainder:
-        raise ArgumentError(f"{name} has no empty line between headers and body")
-    return _build_answer(int(status_line[1]), headers, _decode_file_body(remainder, headers))
-
-
-def _split_head(data: bytes) -> tuple[bytes, bytes, bytes]:
-    if data.startswith((b"\r\n", b"\n")):
-        return b"", b"\n", data[2 if data.startswith(b"\r") else 1 :]
-    separators = [(position, blank) for blank in (b"\r\n\r\n", b"\n\n") if (position := data.find(blank)) >= 0]
-    if not separators:
-        return data, b"", b""
-    position, blank = min(separators)
-    return data[:position], blank, data[position + len(blank) :]
-
-
-def _parse_header_line(line: bytes, name: str) -> tuple[str, str]:
-    key, colon, value = line.decode("latin-1").partition(":")
-    if not colon or not key.strip():
-        raise ArgumentError(f"{name} has a header line without a colon: {line[:60]!r}")
-    return key.strip().lower(), value.strip()
-
-
-def _decode_file_body(data: bytes, headers: Headers) -> bytes:
-    header_values = dict(headers)
-    if "chunked" in header_values.get("transfer-encoding", "").lower():
-        return _decode_chunks(data)
-    length = header_values.get("content-length", "")
-    if length.isdecimal() and data.endswith(b"\n") and len(data.rstrip(b"\r\n")) <= int(length[:18]) < len(data):
-        return data[: int(length[:18])]  # an editor's last newline
-    return data
-
-
-def _decode_chunks(data: bytes) -> bytes:
-    """The body without its chunks; as it is where it has none, as in what curl prints."""
-    pieces: list[bytes] = []
-    position = 0
-    while chunk := _CHUNK_PATTERN.match(data, position):
-        size = int(chunk[1], 16)
-        if size == 0:
-            return b"".join(pieces)
-        end = chunk.end() + size
-        if data[end : end + 2] != b"\r\n" and data[end : end + 1] != b"\n":
-            return data
-        pieces.append(data[chunk.end() : end])
-        position = end + (2 if data[end : end + 1] == b"\r" else 1)
-    return data
-
-
-def _build_answer(status: int, headers: Headers, data: bytes) -> Answer:
-    return Answer(status, headers, Body(content=data, length=len(data)))
-
-
-MAX_COMPARE_VALUE_CHARS = 160  # characters
+MAX_VALUE_CHARS = 160
 IMPACT_COLOURS = {"breaking": "red", "value": "yellow", "additive": "cyan"}
+STATUS_LINE_PATTERN = re.compile(rb"HTTP/[0-9.]+ ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
+CHUNK_PATTERN = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]{0,100}\r?\n")
 
 
 @click.command()
 @click.argument("old")
 @click.argument("new")
-@click.option("--http", "whole", is_flag=True, help="The files are HTTP responses, as curl -i prints them.")
+@click.option("--http", "is_http", is_flag=True, help="The files are complete HTTP responses, as curl -i prints them.")
 @click.option(
-    "--type", "kind", default=JSON_MEDIA_TYPE, show_default=True, help="Content type of the bodies; empty: guess."
+    "--type",
+    "kind",
+    default=JSON_MEDIA_TYPE,
+    show_default=True,
+    help="Content type of the bodies. An empty value detects it.",
 )
-@click.option("--rules", "rules_file", help="A YAML file of rules.")
-@click.option("--endpoint", default="GET /", help="For rules: what was asked, such as GET /products/{id}.")
-@click.option("--url", default="", help="For redirects: the whole address that was asked.")
-@click.option("--service", default="", help="For rules: the service's name.")
-@click.option("--release", default="", help="For rules: the new version's release.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--rules", "rules_file", help="YAML file of rules.")
+@click.option("--endpoint", default="GET /", help="Endpoint for the rules, such as GET /products/{id}.")
+@click.option("--url", default="", help="URL of the request, to compare redirects.")
+@click.option("--service", default="", help="Service for the rules.")
+@click.option("--release", default="", help="Release of new for the rules.")
+@json_option
 def compare_command(
     old: str,
     new: str,
-    whole: bool,
+    is_http: bool,
     kind: str,
     rules_file: str | None,
     endpoint: str,
@@ -143,28 +59,26 @@ def compare_command(
     release: str,
     as_json: bool,
 ) -> int:
-    """Compare two files: JSON bodies, or with --http whole responses. `-` is stdin.
+    """Compare two files: JSON bodies, or complete responses with --http. `-` is stdin.
 
-    Exits with 0 where nothing differs that no rule explains, 1 where something does, 2 where they can't be compared.
+    Exits with 0 if rules explain all differences, 1 if they don't, and 2 if the files can't be compared.
     """
     if (old, new, rules_file).count(STDIN_NAME) > 1:
         raise ArgumentError("only one of the files can be stdin")
-    rules = _load_rules(rules_file)
-    answers = [
-        parse_http_file(data, name) if whole else parse_body_file(data, name, kind)
-        for name, data in ((old, read_file(old)), (new, read_file(new)))
-    ]
+    options = _load_rules(rules_file)
     request = _build_request(endpoint, url)
-    captures = [
-        _build_capture("old", request, answers[0], service, release),
-        _build_capture("new", request, answers[1], service, release),
-    ]
-    result = compare_pair(captures, rules)
-    click.echo(format_result(result) if not as_json else json.dumps(to_json_record(result), indent=2))
-    return exit_code_of(result)
-
-
-def exit_code_of(result: ComparisonResult) -> int:
+    captures = []
+    versions: tuple[tuple[Version, str], ...] = (("old", old), ("new", new))
+    for version, name in versions:
+        data = read_file(name)
+        answer = parse_http_file(data, name) if is_http else parse_body_file(data, name, kind)
+        captures.append(
+            Capture(
+                pair="", service=service, version=version, role="live", request=request, answer=answer, release=release
+            )
+        )
+    result = compare_pair(captures, options)
+    click.echo(json.dumps(to_json_record(result), indent=2) if as_json else format_result(result))
     if result.differences:
         return ExitCode.CHECK_FAILED
     return ExitCode.OK if result.outcome == "match" else ExitCode.USAGE
@@ -192,10 +106,86 @@ def _build_request(endpoint: str, url: str) -> Request:
     return Request(method=method.upper(), path=address.path or "/", route=route.strip() or "/", headers=headers)
 
 
-def _build_capture(version: Version, request: Request, answer: Answer, service: str, release: str) -> Capture:
-    return Capture(
-        pair="", service=service, version=version, role="live", request=request, answer=answer, release=release
-    )
+def read_file(name: str) -> bytes:
+    """Read a file, or stdin for `-`. Raise ArgumentError."""
+    try:
+        return sys.stdin.buffer.read() if name == STDIN_NAME else Path(name).read_bytes()
+    except OSError as error:
+        raise ArgumentError(f"{name} can't be read: {error.strerror or error}") from error
+
+
+def parse_body_file(data: bytes, name: str, kind: str) -> Answer:
+    """Build the response of a body file. Raise ArgumentError for invalid JSON. An empty body is valid."""
+    if kind == JSON_MEDIA_TYPE and data:
+        try:
+            parse(data.removeprefix(b"\xef\xbb\xbf"))
+        except NotJsonError as error:
+            raise ArgumentError(
+                f"{name} is not valid JSON ({error}); set its type with --type, or use --http"
+            ) from error
+    return Answer(200, (("content-type", kind),) if kind else (), Body(content=data, length=len(data)))
+
+
+def parse_http_file(data: bytes, name: str) -> Answer:
+    """Parse the last response in the file. Raise ArgumentError.
+
+    Before it, curl prints 100 Continue, the response of a proxy, and redirects.
+    """
+    status_line = STATUS_LINE_PATTERN.match(data)
+    if status_line is None:
+        raise ArgumentError(f"{name} must start with a status line such as HTTP/1.1 200 OK, as curl -i prints it")
+    head, blank, remainder = _split_head(data[status_line.end() :])
+    while next_status_line := STATUS_LINE_PATTERN.match(remainder):
+        status_line = next_status_line
+        head, blank, remainder = _split_head(remainder[status_line.end() :])
+    headers = tuple(_parse_header_line(line, name) for line in head.splitlines() if line.strip())
+    if not blank and remainder:
+        raise ArgumentError(f"{name} has no empty line between headers and body")
+    body = _decode_file_body(remainder, headers)
+    return Answer(int(status_line[1]), headers, Body(content=body, length=len(body)))
+
+
+def _split_head(data: bytes) -> tuple[bytes, bytes, bytes]:
+    if data.startswith((b"\r\n", b"\n")):
+        return b"", b"\n", data[2 if data.startswith(b"\r") else 1 :]
+    separators = [(position, blank) for blank in (b"\r\n\r\n", b"\n\n") if (position := data.find(blank)) >= 0]
+    if not separators:
+        return data, b"", b""
+    position, blank = min(separators)
+    return data[:position], blank, data[position + len(blank) :]
+
+
+def _parse_header_line(line: bytes, name: str) -> tuple[str, str]:
+    key, colon, value = line.decode("latin-1").partition(":")
+    if not colon or not key.strip():
+        raise ArgumentError(f"{name} has a header line without a colon: {line[:60]!r}")
+    return key.strip().lower(), value.strip()
+
+
+def _decode_file_body(data: bytes, headers: Headers) -> bytes:
+    header_values = dict(headers)
+    if "chunked" in header_values.get("transfer-encoding", "").lower():
+        return _decode_chunks(data)
+    length = header_values.get("content-length", "")
+    if length.isdecimal() and data.endswith(b"\n") and len(data.rstrip(b"\r\n")) <= int(length[:18]) < len(data):
+        return data[: int(length[:18])]  # without a newline that an editor added
+    return data
+
+
+def _decode_chunks(data: bytes) -> bytes:
+    """Decode a chunked body. Return it unchanged if it has no chunks: curl decodes them before it prints a body."""
+    pieces: list[bytes] = []
+    position = 0
+    while chunk := CHUNK_PATTERN.match(data, position):
+        size = int(chunk[1], 16)
+        if size == 0:
+            return b"".join(pieces)
+        end = chunk.end() + size
+        if data[end : end + 2] != b"\r\n" and data[end : end + 1] != b"\n":
+            return data
+        pieces.append(data[chunk.end() : end])
+        position = end + (2 if data[end : end + 1] == b"\r" else 1)
+    return data
 
 
 def to_json_record(result: ComparisonResult) -> dict[str, object]:
@@ -203,28 +193,25 @@ def to_json_record(result: ComparisonResult) -> dict[str, object]:
     if result.reason:
         record["reason"] = result.reason
     record["differences"] = [
-        _difference_record(difference) for difference in (*result.differences, *result.explained_differences)
+        {
+            "part": difference.part,
+            "path": difference.path,
+            "exact_path": difference.exact_path,
+            "kind": difference.kind,
+            "old": difference.old,
+            "new": difference.new,
+            "impact": difference.impact,
+            "explained_by": difference.explained_by or None,
+            "hint": difference.hint or None,
+        }
+        for difference in (*result.differences, *result.explained_differences)
     ]
     return record
 
 
-def _difference_record(difference: Difference) -> dict[str, str | None]:
-    return {
-        "part": difference.part,
-        "path": difference.path,
-        "exact_path": difference.exact_path,
-        "kind": difference.kind,
-        "old": difference.old,
-        "new": difference.new,
-        "impact": difference.impact,
-        "explained_by": difference.explained_by or None,
-        "hint": difference.hint or None,
-    }
-
-
 def format_result(result: ComparisonResult) -> str:
-    lines = [line for difference in result.differences for line in _format_difference(difference)]
-    lines += [line for difference in result.explained_differences for line in _format_difference(difference)]
+    differences = (*result.differences, *result.explained_differences)
+    lines = [line for difference in differences for line in _format_difference(difference)]
     return "\n".join([*lines, _format_result_summary(result)])
 
 
@@ -234,32 +221,21 @@ def _format_difference(difference: Difference) -> list[str]:
     colour = "bright_black" if difference.explained_by else IMPACT_COLOURS[difference.impact]
     lines = [f"{to_printable(location)}  {click.style(f'{difference.kind}, {to_printable(remark)}', fg=colour)}"]
     lines += [
-        f"  {sign} {to_printable(value, MAX_COMPARE_VALUE_CHARS)}"
+        f"  {sign} {to_printable(value, MAX_VALUE_CHARS)}"
         for sign, value in (("-", difference.old), ("+", difference.new))
         if value
     ]
     if difference.hint and not difference.explained_by:
-        lines.append(f"  a rule could say that it is {_format_rule_hint(difference)}")
+        lines.append(f"  suggested rule: {to_printable(difference.hint)}, for the path {to_printable(difference.path)}")
     return lines
-
-
-def _format_rule_hint(difference: Difference) -> str:
-    return f"{to_printable(difference.hint)}, for the path {to_printable(difference.path)}"
 
 
 def _format_result_summary(result: ComparisonResult) -> str:
     reason = f" ({to_printable(result.reason)})" if result.reason else ""
     if not result.differences and result.outcome != "match":
         return f"not compared{reason}"
-    explained_text = (
-        f", {format_quantity(len(result.explained_differences), 'difference')} explained"
-        if result.explained_differences
-        else ""
-    )
-    if not result.differences:
-        return (
-            f"nothing differs{explained_text}{reason}"
-            if not explained_text
-            else f"nothing unexplained differs{explained_text}{reason}"
-        )
-    return f"{format_quantity(len(result.differences), 'difference')}{explained_text}{reason}"
+    if explained := len(result.explained_differences):
+        reason = f", {format_quantity(explained, 'difference')} explained{reason}"
+    if result.differences:
+        return f"{format_quantity(len(result.differences), 'difference')}{reason}"
+    return f"no unexplained difference{reason}" if explained else f"no difference{reason}"

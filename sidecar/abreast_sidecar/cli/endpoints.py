@@ -1,4 +1,4 @@
-"""`abreast endpoint`: how fast both versions answer the same requests."""
+"""`abreast endpoints` and `abreast endpoint`: outcomes and response times."""
 
 from __future__ import annotations
 
@@ -27,20 +27,67 @@ from abreast_sidecar.client.output import (
     format_percent,
     format_quantity,
     format_share_of,
-    make_console,
     make_table,
+    print_list,
+    print_response,
     style_text,
 )
-from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, build_time_window, print_json, split_page_sizes
+from abreast_sidecar.client.sidecar_client import SidecarClient, build_time_window
 
+NUMERIC_COLUMNS = ("requests", "match", "findings", "old\np50", "new\np50", "old\np99", "new\np99")
 INTERVAL_COLUMN = "from … to"
+
+
+@click.command()
+@service_option
+@since_option
+@until_option
+@limit_option
+@json_option
+@connection_options
+def endpoints_command(
+    link: SidecarClient, service: str, since: dt.datetime | None, until: dt.datetime | None, limit: int, as_json: bool
+) -> None:
+    """List the endpoints with their outcomes and response times.
+
+    Response times are of the newest 2,000 pairs of an endpoint.
+    """
+    request = api.ListEndpointsRequest(service=service, window=build_time_window(since, until))
+    response = link.list_rows(
+        lambda calls: calls.comparison.ListEndpoints(request, timeout=calls.timeout_s), request, limit
+    )
+    print_response(response, print_endpoints, as_json=as_json)
+
+
+def print_endpoints(out: Console, response: api.ListEndpointsResponse) -> None:
+    empty = "no endpoint has been compared yet; if this does not change, run: abreast doctor"
+    print_list(out, response, response.endpoints, build_endpoints_table(response), empty=empty)
+
+
+def build_endpoints_table(response: api.ListEndpointsResponse) -> Table:
+    services = {row.endpoint.service for row in response.endpoints}
+    table = make_table("endpoint", *NUMERIC_COLUMNS, numeric_columns=frozenset(NUMERIC_COLUMNS))
+    for row in response.endpoints:
+        name = endpoint_name(row.endpoint)
+        matches = sum(outcome.count for outcome in row.outcomes if outcome.outcome == common.OUTCOME_MATCH)
+        table.add_row(
+            f"{row.endpoint.service}: {name}" if len(services) > 1 else name,
+            format_count(row.pairs),
+            format_share_of(matches, row.pairs),
+            style_text(format_count(row.findings), "fail" if row.findings else ""),
+            *(
+                format_duration(getattr(row, field)) if row.HasField(field) else "-"
+                for field in ("old_p50", "new_p50", "old_p99", "new_p99")
+            ),
+        )
+    return table
 
 
 @click.command()
 @click.argument("method")
 @click.argument("route")
 @service_option
-@click.option("--confidence", type=SHARE_TYPE, help="How sure the intervals are; 95%.")
+@click.option("--confidence", type=SHARE_TYPE, help="Confidence of the intervals.  [default: 95%]")
 @since_option
 @until_option
 @json_option
@@ -55,9 +102,10 @@ def endpoint_command(
     until: dt.datetime | None,
     as_json: bool,
 ) -> None:
-    """Times of one endpoint, pair by pair: both versions' percentiles, and how much slower new is.
+    """Compare the response times of both versions for one endpoint, pair by pair.
 
-    METHOD and ROUTE are as `abreast endpoints` prints them. The first pairs of each release stand apart.
+    METHOD and ROUTE are as `abreast endpoints` prints them. The first pairs of each release are a separate group,
+    because caches are cold.
     """
     request = latency_api.GetLatencyRequest(
         service=service,
@@ -67,10 +115,7 @@ def endpoint_command(
         confidence=confidence or 0.0,
     )
     response = link.call(lambda calls: calls.latency.GetLatency(request, timeout=calls.timeout_s))
-    if as_json:
-        print_json(response)
-    else:
-        print_latency(make_console(), response)
+    print_response(response, print_latency, as_json=as_json)
 
 
 def print_latency(out: Console, response: latency_api.GetLatencyResponse) -> None:
@@ -80,17 +125,20 @@ def print_latency(out: Console, response: latency_api.GetLatencyResponse) -> Non
         out.print(build_percentiles_table(response.warm))
         out.print()
         out.print(build_latency_difference_table(response.warm))
-        out.print(f"intervals hold at any number of looks, at {format_percent(response.confidence)}", style="dim")
+        out.print(
+            f"confidence of the intervals: {format_percent(response.confidence)}, however often you look", style="dim"
+        )
         out.print(describe_compared_pairs(response.warm), style="dim")
-    out.print(f"\nthe first {format_quantity(response.cold.pairs, 'pair')} of the releases, when caches were cold")
+    out.print(f"\nfirst {format_quantity(response.cold.pairs, 'pair')} of the releases, with cold caches")
     if response.cold.pairs:
         out.print(build_percentiles_table(response.cold))
 
 
 def describe_compared_pairs(latency: latency_api.PairedLatency) -> str:
     if latency.baseline_pairs:
-        return f"new - old and new / old are of {format_quantity(latency.baseline_pairs, 'pair')} of which both answers are copies'"
-    return "new - old and new / old are of all pairs: of two answers one is a copy's, which may tell by itself"
+        pairs = format_quantity(latency.baseline_pairs, "pair")
+        return f"new - old and new / old compare two copies, in {pairs} with a baseline copy"
+    return "new - old and new / old compare a live response with a copy, which may be slower for that reason alone"
 
 
 def build_percentiles_table(latency: latency_api.PairedLatency) -> Table:
@@ -122,60 +170,3 @@ def build_latency_difference_table(latency: latency_api.PairedLatency) -> Table:
             f"{f'{ratio.high:.2f}' if ratio.HasField('high') else '?'}",
         )
     return table
-
-
-NUMERIC_COLUMNS = ("requests", "match", "findings", "old\np50", "new\np50", "old\np99", "new\np99")
-
-
-@click.command()
-@service_option
-@since_option
-@until_option
-@limit_option
-@json_option
-@connection_options
-def endpoints_command(
-    link: SidecarClient, service: str, since: dt.datetime | None, until: dt.datetime | None, limit: int, as_json: bool
-) -> None:
-    """The endpoints that were seen, with their outcomes and times."""
-    request = api.ListEndpointsRequest(service=service, window=build_time_window(since, until))
-    response = link.call(lambda calls: _fetch_endpoints(calls, request, limit))
-    if as_json:
-        print_json(response)
-    elif response.endpoints:
-        make_console().print(build_endpoints_table(response))
-    else:
-        click.echo("no endpoint was seen yet; if this stays so: abreast doctor")
-
-
-async def _fetch_endpoints(calls: Calls, request: api.ListEndpointsRequest, limit: int) -> api.ListEndpointsResponse:
-    response = api.ListEndpointsResponse()
-    for request.page_size in split_page_sizes(limit):
-        page = await calls.comparison.ListEndpoints(request, timeout=calls.timeout_s)
-        response.endpoints.extend(page.endpoints)
-        request.page_token = response.next_page_token = page.next_page_token
-        if not page.next_page_token:
-            break
-    return response
-
-
-def build_endpoints_table(response: api.ListEndpointsResponse) -> Table:
-    services = {row.endpoint.service for row in response.endpoints}
-    table = make_table("endpoint", *NUMERIC_COLUMNS, numeric_columns=frozenset(NUMERIC_COLUMNS))
-    for row in response.endpoints:
-        name = endpoint_name(row.endpoint)
-        matches = sum(
-            outcome_count.count for outcome_count in row.outcomes if outcome_count.outcome == common.OUTCOME_MATCH
-        )
-        table.add_row(
-            f"{row.endpoint.service}: {name}" if len(services) > 1 else name,
-            format_count(row.pairs),
-            format_share_of(matches, row.pairs),
-            style_text(format_count(row.findings), "fail" if row.findings else ""),
-            *(_format_percentile(row, field) for field in ("old_p50", "new_p50", "old_p99", "new_p99")),
-        )
-    return table
-
-
-def _format_percentile(row: api.EndpointSummary, field: str) -> str:
-    return format_duration(getattr(row, field)) if row.HasField(field) else "-"  # type: ignore[arg-type]  # names of fields

@@ -1,4 +1,4 @@
-"""Write Envoy's configuration from settings, and have Envoy check it."""
+"""`abreast envoy`: render Envoy's configuration from settings, and validate it with Envoy."""
 
 from __future__ import annotations
 
@@ -13,40 +13,39 @@ from abreast_sidecar.errors import ServerError, SettingError
 
 @click.group()
 def envoy_command() -> None:
-    """Write Envoy's configuration, and check it."""
+    """Render and validate Envoy's configuration."""
 
 
-@envoy_command.command()
+@envoy_command.command("render")
 @setting_options(EnvoySettings, secrets=True)
-@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="write to this file, not to stdout")
-@click.option("--validate/--no-validate", default=True, help="have Envoy check the result, if it is installed")
-def render(output: Path | None, validate: bool, **flags: str | bool | None) -> None:
-    """Print an envoy.yaml made from the flags, and from ABREAST_* variables where there is no flag."""
-    from abreast_sidecar.envoy import render as rendering
-    from abreast_sidecar.envoy.render import find_envoy_binary
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="File to write.  [default: stdout]")
+@click.option("--validate/--no-validate", default=True, help="Validate the result with Envoy, if it is installed.")
+def render_command(output: Path | None, validate: bool, **flags: str | bool | None) -> None:
+    """Print an envoy.yaml from the options. ABREAST_* variables replace options that you omit."""
+    from abreast_sidecar.envoy.render import find_envoy_binary, render_config, validate_config
 
-    config = rendering.render(read_settings(EnvoySettings, flags))
+    config = render_config(read_settings(EnvoySettings, flags))
     if validate:
         try:
             find_envoy_binary()
         except ServerError:
-            click.echo("abreast: not checked: no envoy is installed here", err=True)
+            click.echo("abreast: not validated, because no envoy is installed here", err=True)
         else:
-            rendering.validate(config)
+            validate_config(config)
     if output is None:
         click.echo(config, nl=False)
-    else:
-        _write_config(output, config)
+        return
+    _write_config(output, config)
 
 
 @envoy_command.command("validate")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def validate_command(file: Path) -> None:
-    """Have Envoy check a configuration file."""
-    from abreast_sidecar.envoy.render import validate
+    """Validate a configuration file with Envoy."""
+    from abreast_sidecar.envoy.render import validate_config
 
-    validate(file.read_text())
-    click.echo(f"{file} is fine")
+    validate_config(file.read_text())
+    click.echo(f"{file} is valid")
 
 
 def _write_config(output: Path, config: str) -> None:

@@ -1,4 +1,4 @@
-"""How commands end: one line on stderr, and a code that scripts can rely on."""
+"""Exit codes of all commands, and the one place that turns an error into a code and a line on stderr."""
 
 from __future__ import annotations
 
@@ -31,19 +31,18 @@ class ExitCode(enum.IntEnum):
     PIPE_CLOSED = 141
 
 
-OUTPUT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 EXIT_MEANINGS = {
     ExitCode.OK: "success",
-    ExitCode.CHECK_FAILED: "the check failed: doctor found a failure, verdict is FAIL, compare or findings --exit-code found differences, a rule would be refused, an Envoy has not confirmed the change, or a drill or the demo failed",
-    ExitCode.USAGE: "invalid usage: a wrong option, argument or setting, files that can't be compared, an INCONCLUSIVE verdict, or output that can't be written",
+    ExitCode.CHECK_FAILED: "the check failed: doctor found a failure, verdict is FAIL, compare or findings --exit-code "
+    "found differences, a rule would be refused, an Envoy has not confirmed the change, or a drill or the demo failed",
+    ExitCode.USAGE: "invalid usage: a wrong option, argument or setting, files that can't be compared, "
+    "an INCONCLUSIVE verdict, or output that can't be written",
     ExitCode.UNREACHABLE: "unreachable: the sidecar or a server it needs can't be reached or started, or timed out",
     ExitCode.NOT_FOUND: "not found: no such finding, pair or service",
     ExitCode.REFUSED: "the sidecar refused the call or failed",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
     ExitCode.PIPE_CLOSED: "the reader closed the pipe, as with | head",
 }
-
-
 EXIT_BY_ERROR: tuple[tuple[type[SidecarError], ExitCode], ...] = (
     (SettingError, ExitCode.USAGE),
     (ArgumentError, ExitCode.USAGE),
@@ -53,10 +52,11 @@ EXIT_BY_ERROR: tuple[tuple[type[SidecarError], ExitCode], ...] = (
     (LedgerError, ExitCode.UNREACHABLE),
     (SidecarError, ExitCode.REFUSED),
 )
+OUTPUT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 
 def handle_error(error: BaseException) -> int:
-    """Say what is to be said of the error, and return the exit code. Errors that nobody foresaw are raised again."""
+    """Print the error and return its exit code. Re-raise unexpected errors."""
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         return ExitCode.INTERRUPTED
     if isinstance(error, BrokenPipeError):
@@ -76,5 +76,5 @@ def handle_error(error: BaseException) -> int:
 
 
 def _silence_stdout() -> None:
-    """Python flushes stdout when it ends, and would complain then."""
+    """Redirect stdout to the null device. Python flushes stdout at exit, which would fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

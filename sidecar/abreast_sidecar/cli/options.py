@@ -1,4 +1,4 @@
-"""Types of options: shares, moments, addresses, and the names of enums."""
+"""Option types (shares, times, addresses, enums) and the options that commands share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from abreast_sidecar import settings
 from abreast_sidecar.client.sidecar_client import SidecarClient
 from abreast_sidecar.errors import SettingError
 
-SECONDS_PER_UNIT = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}  # seconds
-MIN_ROUNDED_AGE = dt.timedelta(hours=6)
+SECONDS_PER_UNIT = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 SPAN_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)")
+MIN_ROUNDED_AGE = dt.timedelta(hours=6)
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class ParserParamType(click.ParamType[Any]):
-    """An option whose text a function turns into a value; its ValueError says what is wanted."""
+    """Option type that converts text with `parse`, whose ValueError describes the expected form."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
@@ -40,7 +43,7 @@ class ParserParamType(click.ParamType[Any]):
 
 
 def parse_moment(value: str) -> dt.datetime:
-    """`15m` is so long ago; a date and time without a zone is local."""
+    """Convert a span such as `15m` to the time that long ago, or read a time. A time without a zone is local."""
     text = value.strip()
     match = SPAN_PATTERN.fullmatch(text)
     current_time = dt.datetime.now(dt.UTC)
@@ -53,7 +56,10 @@ def parse_moment(value: str) -> dt.datetime:
 
 
 def parse_window_start(value: str) -> dt.datetime:
-    """As `moment`. So long ago, six hours or more, is rounded down to the full hour: whole hours are summed up already."""
+    """Parse as `parse_moment`, and round a span of six hours or more down to the full hour.
+
+    The ledger has totals of full hours, so that such a window is fast to read.
+    """
     start = parse_moment(value)
     if SPAN_PATTERN.fullmatch(value.strip()) and dt.datetime.now(dt.UTC) - start >= MIN_ROUNDED_AGE:
         return start.replace(minute=0, second=0, microsecond=0)
@@ -61,7 +67,7 @@ def parse_window_start(value: str) -> dt.datetime:
 
 
 def parse_span(value: str) -> float:
-    """Seconds."""
+    """Return the seconds of a span such as `10m`."""
     match = SPAN_PATTERN.fullmatch(value.strip())
     if not match:
         raise ValueError("a span such as 30s, 10m or 1h")
@@ -69,7 +75,7 @@ def parse_span(value: str) -> float:
 
 
 def parse_excess(value: str) -> float:
-    """How much more, as a share; 250% is 2.5."""
+    """Return an excess as a share: `250%` is 2.5."""
     text = value.strip()
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -81,7 +87,7 @@ def parse_excess(value: str) -> float:
 
 
 def parse_target(value: str) -> str:
-    """host:port of a sidecar."""
+    """Check the host:port of a sidecar."""
     text = value.strip()
     host, colon, port = text.rpartition(":")
     if "/" in text or not host or not colon or not port.isdigit() or not 0 < int(port) <= 65535:
@@ -92,7 +98,7 @@ def parse_target(value: str) -> str:
 
 
 class EnumParamType(click.ParamType[int]):
-    """Values of an enum of the API by their short names, such as `breaking` for IMPACT_BREAKING."""
+    """Option type for an enum of the API with short names, such as `breaking` for IMPACT_BREAKING."""
 
     def __init__(self, enum: str) -> None:
         self.enum = enum
@@ -126,41 +132,40 @@ SPAN_TYPE = ParserParamType("span", parse_span)
 since_option = click.option(
     "--since",
     type=WINDOW_START_TYPE,
-    help="Only requests since then: 15m, 1h, 2d (6h or more: from the full hour), or a time such as 2026-01-31T09:30.",
+    help="Include requests since this time: 15m, 1h or 2d ago, or a time such as 2026-01-31T09:30. "
+    "A span of 6h or more starts at the full hour.",
 )
-until_option = click.option("--until", type=MOMENT_TYPE, help="Only requests before then.")
+until_option = click.option("--until", type=MOMENT_TYPE, help="Include requests before this time.")
 limit_option = click.option(
-    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many."
+    "--limit", type=click.IntRange(min=1), default=100, show_default=True, help="Maximum number of rows."
 )
-
-
-DEFAULT_ADDRESS = "127.0.0.1:50051"
-
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+service_option = click.option("--service", default="", help="Name of the service.  [default: the only service]")
+reason_option = click.option("--reason", required=True, help="Reason for the audit log.")
+actor_option = click.option("--actor", default=None, help="Actor for the audit log.  [default: user@host]")
+address_option = click.option(
+    "--address",
+    type=TARGET_TYPE,
+    default=DEFAULT_ADDRESS,
+    envvar="ABREAST_SIDECAR",
+    show_default=True,
+    show_envvar=True,
+    help="gRPC address of the sidecar.",
+)
+timeout_option = click.option(
+    "--timeout", type=SECONDS_TYPE, default=10.0, show_default=True, help="Time limit of a call in seconds."
+)
 SettingsClass = TypeVar("SettingsClass", bound=DeclaredSettings)
 
 
 def connection_options(command: Command) -> Command:
-    """Options --address and --timeout, handed to the command as `link`."""
+    """Add the options --address and --timeout, and pass them to the command as `link`."""
 
     @functools.wraps(command)
     def with_link(*args: Any, address: str, timeout: float, **kwargs: Any) -> Any:
         return command(*args, link=SidecarClient(address, timeout), **kwargs)
 
-    click.option(
-        "--timeout", type=SECONDS_TYPE, default=10.0, show_default=True, help="Seconds to wait for an answer."
-    )(with_link)
-    click.option(
-        "--address",
-        type=TARGET_TYPE,
-        default=DEFAULT_ADDRESS,
-        envvar="ABREAST_SIDECAR",
-        show_default=True,
-        show_envvar=True,
-        help="The sidecar's gRPC.",
-    )(with_link)
-    return with_link  # type: ignore[return-value]  # the same command with two options more
+    return address_option(timeout_option(with_link))  # type: ignore[return-value]  # the command with two more options
 
 
 def setting_options(settings_class: type[DeclaredSettings], *, secrets: bool = False) -> Callable[[Command], Command]:
@@ -198,25 +203,11 @@ def read_settings(settings_class: type[SettingsClass], options: dict[str, Any]) 
         raise SettingError(message) from error
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-
-
-service_option = click.option(
-    "--service", default="", help="The service; may be left out where only one has an Envoy, or is known."
-)
-
-
-reason_option = click.option("--reason", required=True, help="Why, for the record.")
-
-
-actor_option = click.option("--actor", default=None, help="Who, for the record.  [default: user@host]")
-
-
 def default_actor(actor: str | None) -> str:
     if actor is not None:
         return actor
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a user id without a name
+    except (KeyError, OSError):  # the user id has no name
         user = "unknown"
     return f"{user}@{socket.gethostname()}"

@@ -17,7 +17,8 @@ from abreast.v1 import rule_pb2, traffic_pb2
 from abreast_sidecar.cli.options import connection_options
 from abreast_sidecar.cli.pairs import build_curl_line
 from abreast_sidecar.cli.verdict import format_pairs_to_pass, verdict_options
-from abreast_sidecar.client.sidecar_client import MAX_PAGE_ROWS, Calls, SidecarClient, message_to_json
+from abreast_sidecar.client.output import message_to_json
+from abreast_sidecar.client.sidecar_client import MAX_PAGE_ROWS, Calls, SidecarClient
 from abreast_sidecar.errors import SettingError
 
 REPORT_FORMAT_VERSION = 1  # version of the JSON file's format

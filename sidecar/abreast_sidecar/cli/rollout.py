@@ -1,11 +1,11 @@
-"""`abreast guard`: goes back by itself."""
+"""`abreast guard` and `abreast ramp`: automatic rollback, and users moved to new step by step."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import click
 import grpc.aio
@@ -33,16 +33,28 @@ from abreast_sidecar.client.output import (
     format_count,
     format_duration,
     format_percent,
-    make_console,
     make_table,
+    print_response,
     style_text,
     to_printable,
 )
-from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, print_json
+from abreast_sidecar.client.sidecar_client import Calls, SidecarClient
 from abreast_sidecar.settings import share
 
-GUARD_RULES = ("errors", "mismatches", "slower")
+GUARD_LIMIT_OPTIONS = {"errors": "max_error", "mismatches": "max_mismatch", "slower": "max_slower"}
 GUARD_STATE_STYLES = {"CLEAR": "ok", "BREACHED": "fail", "BLIND": "warn", "WAITING": "warn"}
+RAMP_PHASE_STYLES = {"SUCCEEDED": "ok", "FAILED": "fail", "ABORTED": "warn", "PAUSED": "warn", "SUPERSEDED": "warn"}
+
+RampResponse: TypeAlias = (
+    api.StartRampResponse | api.GetRampResponse | api.PauseRampResponse | api.ResumeRampResponse | api.AbortRampResponse
+)
+RampResponseT = TypeVar("RampResponseT", bound=RampResponse)
+
+
+@dataclass(frozen=True)
+class RolloutStatus:
+    guard: api.Guard
+    ramp: api.Ramp | None
 
 
 @click.group(invoke_without_command=True)
@@ -51,33 +63,45 @@ GUARD_STATE_STYLES = {"CLEAR": "ok", "BREACHED": "fail", "BLIND": "warn", "WAITI
 @connection_options
 @click.pass_context
 def guard_command(ctx: click.Context, link: SidecarClient, service: str, as_json: bool) -> None:
-    """When users are sent back to old without being asked, and what the guard sees; `set` changes it."""
+    """Show the conditions for an automatic rollback, and the guard's current observations."""
     if ctx.invoked_subcommand is not None:
         return
     request = api.GetGuardRequest(service=service)
     response = link.call(lambda calls: calls.steering.GetGuard(request, timeout=calls.timeout_s))
-    print_guard_response(response.guard, response, as_json=as_json)
+    print_response(response, print_guard_response, as_json=as_json)
 
 
 @guard_command.command("set")
 @click.option(
-    "--mode", type=click.Choice(["off", "watching", "acting"]), help="Watching only records what it would do."
+    "--mode",
+    type=click.Choice(["off", "watching", "acting"]),
+    help="`watching` only records rollbacks that `acting` would make.",
 )
-@click.option("--max-error", type=SHARE_TYPE, help="Share of users' requests in which only new may fail; 0.1%.")
-@click.option("--max-mismatch", type=SHARE_TYPE, help="Share of pairs that may have unexplained mismatches; 1%.")
-@click.option("--max-slower", type=EXCESS_TYPE, help="How much slower new may be in the median pair; 100%.")
+@click.option(
+    "--max-error", type=SHARE_TYPE, help="Allowed share of users' requests in which only new fails.  [initially 0.1%]"
+)
+@click.option(
+    "--max-mismatch", type=SHARE_TYPE, help="Allowed share of pairs with unexplained mismatches.  [initially 1%]"
+)
+@click.option("--max-slower", type=EXCESS_TYPE, help="Allowed slowdown of new in the median pair.  [initially 100%]")
 @click.option(
     "--rule",
     "rules",
     multiple=True,
-    type=click.Choice(GUARD_RULES),
-    help="What the next three are for; all rules unless said. May be repeated.",
+    type=click.Choice(GUARD_LIMIT_OPTIONS),
+    help="Apply --min-pairs, --window and --cooldown to this rule only (repeatable).  [default: all rules]",
 )
-@click.option("--min-pairs", type=click.IntRange(min=1), help="Pairs in the window, before it says anything.")
-@click.option("--window", type=SPAN_TYPE, help="How far back it looks, such as 10m.")
-@click.option("--cooldown", type=SPAN_TYPE, help="How long a rule rests after it acted, such as 5m.")
-@click.option("--min-completeness", type=SHARE_TYPE, help="Share of the sampled requests below which it is blind; 90%.")
-@click.option("--confidence", type=SHARE_TYPE, help="How sure to be; 99%.")
+@click.option(
+    "--min-pairs", type=click.IntRange(min=1), help="Pairs that the window needs before the rule is evaluated."
+)
+@click.option("--window", type=SPAN_TYPE, help="Length of the time window, such as 10m.")
+@click.option("--cooldown", type=SPAN_TYPE, help="Time for which a rule stays inactive after it acted, such as 5m.")
+@click.option(
+    "--min-completeness",
+    type=SHARE_TYPE,
+    help="Share of the sampled requests below which the guard is blind.  [initially 90%]",
+)
+@click.option("--confidence", type=SHARE_TYPE, help="Confidence of a decision.  [initially 99%]")
 @reason_option
 @actor_option
 @service_option
@@ -93,23 +117,22 @@ def set_guard(
     as_json: bool,
     **values: float | None,
 ) -> int:
-    """Change what is named; the rest stays. What was seen before no longer counts."""
+    """Change the guard. Settings that you omit stay. The guard forgets its earlier observations."""
     policy = api.GuardPolicy()
     if mode:
         policy.mode = api.GuardMode.Value(f"GUARD_MODE_{mode.upper()}")
     for name in ("min_completeness", "confidence"):
         if (value := values[name]) is not None:
             setattr(policy, name, value)
-    limits = {"errors": "max_error", "mismatches": "max_mismatch", "slower": "max_slower"}
-    for rule, option in limits.items():
-        guard_rule = _build_guard_rule(values[option], rule in (rules or GUARD_RULES), values)
+    for rule, option in GUARD_LIMIT_OPTIONS.items():
+        guard_rule = _build_guard_rule(values[option], rule in (rules or GUARD_LIMIT_OPTIONS), values)
         if guard_rule.ByteSize() or guard_rule.HasField("limit"):
             getattr(policy, rule).CopyFrom(guard_rule)
     if not policy.ByteSize():
-        raise click.UsageError("say what to set, such as --mode acting")
+        raise click.UsageError("set at least one option, such as --mode acting")
     request = api.SetGuardRequest(service=service, policy=policy, actor=default_actor(actor), reason=reason)
     response = link.call(lambda calls: calls.steering.SetGuard(request, timeout=calls.timeout_s))
-    print_guard_response(response.guard, response, as_json=as_json)
+    print_response(response, print_guard_response, as_json=as_json)
     return ExitCode.OK
 
 
@@ -123,17 +146,16 @@ def _build_guard_rule(limit: float | None, is_selected: bool, values: dict[str, 
         guard_rule.min_pairs = int(pairs)
     for name in ("window", "cooldown"):
         if (seconds := values[name]) is not None:
-            getattr(guard_rule, name).CopyFrom(Duration(seconds=int(seconds), nanos=round(seconds % 1 * 1e9)))
+            getattr(guard_rule, name).CopyFrom(_to_duration(seconds))
     return guard_rule
 
 
-def print_guard_response(
-    guard: api.Guard, response: api.GetGuardResponse | api.SetGuardResponse, *, as_json: bool
-) -> None:
-    if as_json:
-        print_json(response)
-    else:
-        print_guard(make_console(), guard, dt.datetime.now(dt.UTC))
+def _to_duration(seconds: float) -> Duration:
+    return Duration(seconds=int(seconds), nanos=round(seconds % 1 * 1e9))
+
+
+def print_guard_response(out: Console, response: api.GetGuardResponse | api.SetGuardResponse) -> None:
+    print_guard(out, response.guard, dt.datetime.now(dt.UTC))
 
 
 def print_guard(out: Console, guard: api.Guard, current_time: dt.datetime) -> None:
@@ -141,7 +163,7 @@ def print_guard(out: Console, guard: api.Guard, current_time: dt.datetime) -> No
     table = make_table(
         "rule", "limit", "min pairs", "window", "cool-down", numeric_columns=frozenset({"limit", "min pairs"})
     )
-    for rule in GUARD_RULES:
+    for rule in GUARD_LIMIT_OPTIONS:
         guard_rule: api.GuardRule = getattr(guard.policy, rule)
         table.add_row(
             rule,
@@ -151,15 +173,12 @@ def print_guard(out: Console, guard: api.Guard, current_time: dt.datetime) -> No
             format_duration(guard_rule.cooldown),
         )
     out.print(table)
-    confidence, min_completeness = (
-        format_percent(guard.policy.confidence),
-        format_percent(guard.policy.min_completeness),
-    )
+    confidence, min_completeness = map(format_percent, (guard.policy.confidence, guard.policy.min_completeness))
     out.print(f"confidence {confidence}; blind below {min_completeness} of the sampled requests", style="dim")
 
 
 def format_guard_changes(before: api.GuardPolicy, after: api.GuardPolicy) -> list[str]:
-    """`guard mode off → acting`, one a line."""
+    """Return one text per change, such as `guard mode off → acting`."""
     values_before, values_after = _format_policy_values(before), _format_policy_values(after)
     return [
         f"guard {name} {values_before[name]} → {values_after[name]}"
@@ -170,7 +189,7 @@ def format_guard_changes(before: api.GuardPolicy, after: api.GuardPolicy) -> lis
 
 def _format_policy_values(policy: api.GuardPolicy) -> dict[str, str]:
     values = {"mode": _format_guard_mode(policy)}
-    for rule in GUARD_RULES:
+    for rule in GUARD_LIMIT_OPTIONS:
         guard_rule: api.GuardRule = getattr(policy, rule)
         values |= {
             f"{rule} limit": format_percent(guard_rule.limit),
@@ -198,11 +217,8 @@ def format_guard_line(guard: api.Guard, current_time: dt.datetime) -> Text:
     return line
 
 
-RAMP_PHASE_STYLES = {"SUCCEEDED": "ok", "FAILED": "fail", "ABORTED": "warn", "PAUSED": "warn", "SUPERSEDED": "warn"}
-
-
 def parse_steps(value: str) -> tuple[float, ...]:
-    """Percent, with or without the sign."""
+    """Return the shares of a list of percentages, with or without percent signs."""
     try:
         return tuple(share(f"{part.strip().removesuffix('%')}%") for part in value.split(","))
     except ValueError as error:
@@ -211,7 +227,10 @@ def parse_steps(value: str) -> tuple[float, ...]:
 
 @click.group()
 def ramp_command() -> None:
-    """Move users to new step by step: on while the verdict is PASS, waiting while INCONCLUSIVE, back on FAIL."""
+    """Move users to new step by step, based on evidence.
+
+    A ramp continues while the verdict is PASS, waits while it is INCONCLUSIVE, and rolls back on FAIL.
+    """
 
 
 @ramp_command.command("start")
@@ -219,17 +238,17 @@ def ramp_command() -> None:
     "--steps",
     type=ParserParamType("percent,…", parse_steps),
     required=True,
-    help="Percent of users, such as 1,5,25,50,100.",
+    help="Users on new in percent, one number per step, such as 1,5,25,50,100.",
 )
-@click.option("--hold", type=SPAN_TYPE, help="How long each step lasts at least, such as 10m; 10 minutes.")
-@click.option("--min-pairs", type=click.IntRange(min=1), help="Pairs to compare in a step before the next; 100.")
-@click.option("--max-mismatch", type=SHARE_TYPE, help="Share of pairs that may have unexplained mismatches; 0.1%.")
-@click.option("--max-error", type=SHARE_TYPE, help="Share of pairs in which only new may fail; 0.1%.")
-@click.option("--max-slower", type=EXCESS_TYPE, help="How much slower new may be in the median pair; 10%.")
+@click.option("--hold", type=SPAN_TYPE, help="Minimum duration of a step, such as 10m.  [default: 10m]")
+@click.option("--min-pairs", type=click.IntRange(min=1), help="Number of pairs that each step needs.  [default: 100]")
 @click.option(
-    "--min-completeness", type=SHARE_TYPE, help="Share of the sampled requests that must be accounted for; 99%."
+    "--max-mismatch", type=SHARE_TYPE, help="Allowed share of pairs with unexplained mismatches.  [default: 0.1%]"
 )
-@click.option("--confidence", type=SHARE_TYPE, help="How sure to be; 95%.")
+@click.option("--max-error", type=SHARE_TYPE, help="Allowed share of pairs in which only new fails.  [default: 0.1%]")
+@click.option("--max-slower", type=EXCESS_TYPE, help="Allowed slowdown of new in the median pair.  [default: 10%]")
+@click.option("--min-completeness", type=SHARE_TYPE, help="Required share of accounted requests.  [default: 99%]")
+@click.option("--confidence", type=SHARE_TYPE, help="Confidence of the verdict.  [default: 95%]")
 @reason_option
 @actor_option
 @service_option
@@ -246,13 +265,15 @@ def start_ramp(
     as_json: bool,
     **budget: float | None,
 ) -> int:
-    """Set the first step's share at once, and go on from there."""
+    """Start a ramp. The first step takes effect at once."""
     budget_values = {name: value for name, value in budget.items() if value is not None}
     plan = api.RampPlan(steps=steps, min_pairs=min_pairs, budget=comparison_pb2.Budget(**budget_values))
     if hold is not None:
-        plan.hold.CopyFrom(Duration(seconds=int(hold), nanos=round(hold % 1 * 1e9)))
+        plan.hold.CopyFrom(_to_duration(hold))
     request = api.StartRampRequest(service=service, plan=plan, actor=default_actor(actor), reason=reason)
-    return _call_and_print_ramp(link, lambda calls: calls.steering.StartRamp(request, timeout=calls.timeout_s), as_json)
+    return _call_and_print_ramp(
+        link, lambda calls: calls.steering.StartRamp(request, timeout=calls.timeout_s), as_json=as_json
+    )
 
 
 @ramp_command.command("status")
@@ -260,9 +281,11 @@ def start_ramp(
 @json_option
 @connection_options
 def show_ramp_status(link: SidecarClient, service: str, as_json: bool) -> int:
-    """Where the ramp is, and what it waits for."""
+    """Show the active or last ramp: its step and the condition that it waits for."""
     request = api.GetRampRequest(service=service)
-    return _call_and_print_ramp(link, lambda calls: calls.steering.GetRamp(request, timeout=calls.timeout_s), as_json)
+    return _call_and_print_ramp(
+        link, lambda calls: calls.steering.GetRamp(request, timeout=calls.timeout_s), as_json=as_json
+    )
 
 
 @ramp_command.command("pause")
@@ -272,9 +295,11 @@ def show_ramp_status(link: SidecarClient, service: str, as_json: bool) -> int:
 @json_option
 @connection_options
 def pause_ramp(link: SidecarClient, service: str, reason: str, actor: str | None, as_json: bool) -> int:
-    """Climb no further. It still goes back where the verdict is FAIL."""
+    """Pause the ramp at its step. A paused ramp still rolls back on FAIL."""
     request = api.PauseRampRequest(service=service, actor=default_actor(actor), reason=reason)
-    return _call_and_print_ramp(link, lambda calls: calls.steering.PauseRamp(request, timeout=calls.timeout_s), as_json)
+    return _call_and_print_ramp(
+        link, lambda calls: calls.steering.PauseRamp(request, timeout=calls.timeout_s), as_json=as_json
+    )
 
 
 @ramp_command.command("resume")
@@ -284,10 +309,10 @@ def pause_ramp(link: SidecarClient, service: str, reason: str, actor: str | None
 @json_option
 @connection_options
 def resume_ramp(link: SidecarClient, service: str, reason: str, actor: str | None, as_json: bool) -> int:
-    """Go on; the step's hold begins anew."""
+    """Resume the ramp. The hold of the step restarts."""
     request = api.ResumeRampRequest(service=service, actor=default_actor(actor), reason=reason)
     return _call_and_print_ramp(
-        link, lambda calls: calls.steering.ResumeRamp(request, timeout=calls.timeout_s), as_json
+        link, lambda calls: calls.steering.ResumeRamp(request, timeout=calls.timeout_s), as_json=as_json
     )
 
 
@@ -298,20 +323,25 @@ def resume_ramp(link: SidecarClient, service: str, reason: str, actor: str | Non
 @json_option
 @connection_options
 def abort_ramp(link: SidecarClient, service: str, reason: str, actor: str | None, as_json: bool) -> int:
-    """End the ramp, and send all users to old until promote, traffic set or another ramp."""
+    """End the ramp and send all users to old."""
     request = api.AbortRampRequest(service=service, actor=default_actor(actor), reason=reason)
-    return _call_and_print_ramp(link, lambda calls: calls.steering.AbortRamp(request, timeout=calls.timeout_s), as_json)
+    return _call_and_print_ramp(
+        link, lambda calls: calls.steering.AbortRamp(request, timeout=calls.timeout_s), as_json=as_json
+    )
 
 
-def _call_and_print_ramp(link: SidecarClient, operation: Callable[[Calls], Awaitable[Any]], as_json: bool) -> ExitCode:
-    response = link.call(operation)
-    if as_json:
-        print_json(response)
-    elif response.HasField("ramp"):
-        print_ramp(make_console(), response.ramp, dt.datetime.now(dt.UTC))
-    else:
-        click.echo("there was no ramp yet; start one with: abreast ramp start")
+def _call_and_print_ramp(
+    link: SidecarClient, send: Callable[[Calls], Awaitable[RampResponseT]], *, as_json: bool
+) -> ExitCode:
+    print_response(link.call(send), print_ramp_response, as_json=as_json)
     return ExitCode.OK
+
+
+def print_ramp_response(out: Console, response: RampResponse) -> None:
+    if response.HasField("ramp"):
+        print_ramp(out, response.ramp, dt.datetime.now(dt.UTC))
+    else:
+        out.print("no ramp yet; to start one: abreast ramp start")
 
 
 def print_ramp(out: Console, ramp: api.Ramp, current_time: dt.datetime) -> None:
@@ -320,13 +350,13 @@ def print_ramp(out: Console, ramp: api.Ramp, current_time: dt.datetime) -> None:
     out.print(f"hold {format_duration(plan.hold)}, at least {format_count(plan.min_pairs)} pairs a step")
     verdict = comparison_pb2.VerdictState.Name(ramp.verdict).removeprefix("VERDICT_STATE_")
     if ramp.verdict:
-        out.print(f"verdict since it began: {verdict} ({format_age(ramp.evaluate_time, current_time)})")
+        out.print(f"verdict since the start: {verdict} ({format_age(ramp.evaluate_time, current_time)})")
     start_text = f"started {format_age(ramp.start_time, current_time)} by {to_printable(ramp.actor)}"
     out.print(start_text + (f": {to_printable(ramp.reason)}" if ramp.reason else ""), style="dim")
 
 
 def format_ramp_line(ramp: api.Ramp) -> Text:
-    """`ramp: progressing 1% → [5%] → 25%: holds 5% for another 300 s`."""
+    """Return a line such as `ramp: progressing  1% → [5%] → 25%  holds 5% for another 300 s`."""
     state = ramp.state
     phase = api.RampPhase.Name(state.phase).removeprefix("RAMP_PHASE_")
     line = style_text("ramp: ")
@@ -341,25 +371,15 @@ def format_ramp_line(ramp: api.Ramp) -> Text:
     return line
 
 
-@dataclass(frozen=True)
-class RolloutStatus:
-    guard: api.Guard
-    ramp: api.Ramp | None
-
-
 async def fetch_rollout_status(calls: Calls, service: str) -> RolloutStatus | None:
-    """None where the sidecar is older than this command."""
+    """Return None if the sidecar is older than this command."""
     try:
-        return await _fetch_rollout_status(calls, service)
+        guard = await calls.steering.GetGuard(api.GetGuardRequest(service=service), timeout=calls.timeout_s)
+        ramp = await calls.steering.GetRamp(api.GetRampRequest(service=service), timeout=calls.timeout_s)
     except grpc.aio.AioRpcError as error:
         if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
             raise
         return None
-
-
-async def _fetch_rollout_status(calls: Calls, service: str) -> RolloutStatus:
-    guard = await calls.steering.GetGuard(api.GetGuardRequest(service=service), timeout=calls.timeout_s)
-    ramp = await calls.steering.GetRamp(api.GetRampRequest(service=service), timeout=calls.timeout_s)
     return RolloutStatus(guard.guard, ramp.ramp if ramp.HasField("ramp") else None)
 
 

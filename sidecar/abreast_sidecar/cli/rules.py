@@ -1,4 +1,4 @@
-"""`abreast rules`: what is known about differences."""
+"""`abreast rules`: rules for known differences, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from abreast_sidecar.cli.options import (
     limit_option,
 )
 from abreast_sidecar.client.output import (
+    Console,
     endpoint_name,
     format_count,
     format_location,
     format_quantity,
     kind_name,
-    make_console,
     make_table,
+    print_list,
+    print_response,
     style_text,
     to_printable,
 )
-from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, print_json, split_page_sizes
+from abreast_sidecar.client.sidecar_client import SidecarClient
 from abreast_sidecar.compare.model import Kind
 from abreast_sidecar.compare.rule_document import (
     RuleError,
@@ -78,10 +80,10 @@ def to_utc_midnight(day: dt.date) -> dt.datetime:
 
 
 def dump_rules_yaml(rules: Iterable[api.Rule]) -> str:
-    """Render rules as YAML. An expiry within a day becomes the next day, since a file has only days."""
+    """Return the rules as a file. A time within a day becomes the next day, because a file contains only days."""
     entries: list[dict[str, object]] = []
     for rule in rules:
-        if any(entry["name"] == rule.name for entry in entries):  # another source has one of this name
+        if any(entry["name"] == rule.name for entry in entries):  # from another source
             rule.name = f"{rule.name} ({rule.id})"
         expires = rule.expire_time.ToDatetime(dt.UTC)
         day = expires.date() + dt.timedelta(days=expires > to_utc_midnight(expires.date()))
@@ -90,23 +92,29 @@ def dump_rules_yaml(rules: Iterable[api.Rule]) -> str:
 
 
 RuleCommand = TypeVar("RuleCommand")
+RULE_STATE_NAMES = {
+    api.RULE_STATE_IN_FORCE: "active",
+    api.RULE_STATE_EXPIRED: "expired",
+    api.RULE_STATE_DELETED: "deleted",
+}
 rule_action_argument = click.argument("action", type=click.Choice(ACTIONS))
+MAX_EXPORTED_RULES = 1000
 RULE_PARTS = ("status", "header", "body", "error")
 RULE_KINDS = tuple(kind for kind in get_args(Kind) if kind != "slower")
 
 RULE_OPTIONS = (
-    click.option("--for", "finding_id", type=click.IntRange(min=1), default=None, help="The finding that it is made for."),
+    click.option("--for", "finding_id", type=click.IntRange(min=1), default=None, help="Finding that the rule is for."),
     click.option("--path", default=None, help="Path and all below: $.items[*].price; .* any key, .** any steps."),
-    click.option("--header", default=None, help="A response header; * stands for any characters."),
-    click.option("--part", type=click.Choice(RULE_PARTS), default=None, help="Only this part of an answer."),
+    click.option("--header", default=None, help="Response header; * matches any characters."),
+    click.option("--part", type=click.Choice(RULE_PARTS), default=None, help="Only this part of a response."),
     click.option("--kind", type=click.Choice(RULE_KINDS), default=None, help="Only this kind of difference."),
     click.option("--endpoint", default=None, help='Only this endpoint, such as "GET /products/{id}"; * as in a shell.'),
-    click.option("--status", default=None, help="Only answers of this status, 404 or 4xx, or this change, 404->200."),
+    click.option("--status", default=None, help="Only this status, 404 or 4xx, or this change of it, 404->200."),
     click.option("--release", default=None, help="Only this release of new; * as in a shell."),
     click.option("--service", default=None, help="Only this service; * as in a shell."),
-    click.option("--by", default=None, help="keyed-by: the field."),
-    click.option("--absolute", type=click.FloatRange(min=0), default=None, help="tolerate: at most so far apart."),
-    click.option("--relative", default=None, help="tolerate: at most this share of the old number; 0.01 or 1%."),
+    click.option("--by", default=None, help="keyed-by: field that identifies an array element."),
+    click.option("--absolute", type=click.FloatRange(min=0), default=None, help="tolerate: largest difference."),
+    click.option("--relative", default=None, help="tolerate: largest difference as a share of old, 0.01 or 1%."),
     click.option("--old", default=None, help="expect: only this value of old, as JSON."),
     click.option("--new", default=None, help="expect: only this value of new, as JSON."),
 )  # fmt: skip
@@ -114,7 +122,7 @@ RULE_OPTIONS = (
 
 def rule_options(command: RuleCommand) -> RuleCommand:
     for option in reversed(RULE_OPTIONS):
-        command = option(command)  # type: ignore[type-var]  # click's own
+        command = option(command)  # type: ignore[type-var]  # click's type
     return command
 
 
@@ -150,20 +158,13 @@ def parse_expiry(text: str) -> dt.datetime:
         ) from None
 
 
-RULE_STATE_NAMES = {
-    api.RULE_STATE_IN_FORCE: "holds",
-    api.RULE_STATE_EXPIRED: "expired",
-    api.RULE_STATE_DELETED: "deleted",
-}
-
-
 def format_rule_title(rule: api.Rule) -> str:
     return f"rule {rule.id} ({to_printable(rule.name)})"
 
 
 def build_rules_table(rules: Iterable[api.Rule]) -> Table:
     table = make_table(
-        "id", "state", "rule", "explains", "until", "owner", "reason", "from", numeric_columns=frozenset({"id"})
+        "id", "state", "rule", "explains", "expires", "owner", "reason", "source", numeric_columns=frozenset({"id"})
     )
     for rule in rules:
         table.add_row(
@@ -181,22 +182,22 @@ def build_rules_table(rules: Iterable[api.Rule]) -> Table:
 
 def _format_rule_state(rule: api.Rule) -> Text:
     state = RULE_STATE_NAMES.get(rule.state, "")
-    state_text = state if rule.reapplied else f"{state}, judging what is stored"
+    state_text = state if rule.reapplied else f"{state}, being applied to stored pairs"
     return style_text(state_text, "ok" if rule.state == api.RULE_STATE_IN_FORCE else "dim")
 
 
 def format_explained_pairs(rule: api.Rule) -> str:
-    """`12 pairs, 3 were judged before`."""
+    """Return `12 pairs, 3 compared before it`."""
     if rule.state != api.RULE_STATE_IN_FORCE:
         return ""
     if rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
-        return "coverage, no pair"
-    unknown_text = f", {format_count(rule.undetermined_pairs)} judged before it" if rule.undetermined_pairs else ""
+        return "coverage only"
+    unknown_text = f", {format_count(rule.undetermined_pairs)} compared before it" if rule.undetermined_pairs else ""
     return f"{format_quantity(rule.pairs, 'pair')}{unknown_text}"
 
 
 def build_hidden_findings_table(findings: Iterable[api.HiddenFinding]) -> Table:
-    table = make_table("finding", "endpoint", "place", "kind", "hides", "", numeric_columns=frozenset({"finding"}))
+    table = make_table("finding", "endpoint", "location", "kind", "hides", "", numeric_columns=frozenset({"finding"}))
     for finding in findings:
         table.add_row(
             str(finding.finding_id),
@@ -204,7 +205,7 @@ def build_hidden_findings_table(findings: Iterable[api.HiddenFinding]) -> Table:
             format_location(finding.part, finding.path),
             kind_name(finding.kind),
             _format_hidden_pairs(finding),
-            style_text("somebody confirmed it", "warn") if finding.confirmed else "",
+            style_text("confirmed", "warn") if finding.confirmed else "",
         )
     return table
 
@@ -213,71 +214,59 @@ def _format_hidden_pairs(finding: api.HiddenFinding) -> str:
     if finding.exact:
         return format_quantity(finding.pairs, "pair")
     examples_text = (
-        f"{finding.hidden_examples} of {format_quantity(finding.examples, 'kept example')}"
+        f"{finding.hidden_examples} of {format_quantity(finding.examples, 'stored example')}"
         if finding.examples
-        else "not known"
+        else "unknown"
     )
     return f"{examples_text}; {format_quantity(finding.pairs, 'pair')} at most"
 
 
-def format_apply_plan(response: api.ApplyRulesResponse) -> str:
-    lines = [f"+ {to_printable(rule.name)}" for rule in response.created]
-    lines += [f"- {to_printable(rule.name)}" for rule in response.deleted]
-    numbers = (("new", response.created), ("gone", response.deleted), ("unchanged", response.unchanged))
-    return "\n".join([*lines, ", ".join(f"{len(rules)} {name}" for name, rules in numbers)])
-
-
 force_option = click.option(
-    "--force", is_flag=True, help="Also where it hides more than it is made for, or what somebody confirmed."
+    "--force", is_flag=True, help="Accept a rule that covers more than its finding, or that hides a confirmed finding."
 )
-source_option = click.option("--source", default=None, help="Whose rules these are.  [default: the file's name]")
+source_option = click.option("--source", default=None, help="Source of the rules.  [default: the file's name]")
 file_argument = click.argument("file", type=click.Path(path_type=Path))
 
 
 @click.group()
 def rules_command() -> None:
-    """What is known about differences: to be ignored, tolerated, expected."""
+    """Manage the rules for known differences."""
 
 
 @rules_command.command("list")
 @click.option("--source", default=None, help="Only rules of this source, such as a file's name.")
-@click.option("--finding", "finding_id", type=click.IntRange(min=1), default=None, help="Only those that explain it.")
-@click.option("--deleted", is_flag=True, help="Also rules that were deleted.")
+@click.option(
+    "--finding", "finding_id", type=click.IntRange(min=1), default=None, help="Only rules that explain this finding."
+)
+@click.option("--deleted", is_flag=True, help="Include deleted rules.")
 @limit_option
 @json_option
 @connection_options
 def list_rules(
     link: SidecarClient, source: str | None, finding_id: int | None, deleted: bool, limit: int, as_json: bool
 ) -> None:
-    """The rules that hold, and those that expired, with what they explain."""
+    """List active and expired rules with the differences that they explain."""
     request = api.ListRulesRequest(source=source, finding_id=finding_id or 0, include_deleted=deleted)
-    response = link.call(lambda calls: _fetch_rules(calls, request, limit))
-    if as_json:
-        print_json(response)
-    elif response.rules:
-        make_console().print(build_rules_table(response.rules))
-    else:
-        click.echo("there are no rules; make one with: abreast rules add")
+    response = link.list_rows(lambda calls: calls.rules.ListRules(request, timeout=calls.timeout_s), request, limit)
+    print_response(response, print_rules, as_json=as_json)
 
 
-async def _fetch_rules(calls: Calls, request: api.ListRulesRequest, limit: int) -> api.ListRulesResponse:
-    response = api.ListRulesResponse()
-    for request.page_size in split_page_sizes(limit):
-        page = await calls.rules.ListRules(request, timeout=calls.timeout_s)
-        response.rules.extend(page.rules)
-        request.page_token = response.next_page_token = page.next_page_token
-        if not page.next_page_token:
-            break
-    return response
+def print_rules(out: Console, response: api.ListRulesResponse) -> None:
+    empty = "no rules; to create one: abreast rules add"
+    print_list(out, response, response.rules, build_rules_table(response.rules), empty=empty)
 
 
 @rules_command.command("add")
 @rule_action_argument
 @rule_options
-@click.option("--name", default="", help="For people.  [default: made from the rest]")
-@click.option("--owner", required=True, help="Who answers for it.")
-@click.option("--reason", required=True, help="Why the difference is known.")
-@click.option("--expires", required=True, help="Until when: 90d, 12w, or the first day on which it no longer holds.")
+@click.option("--name", default="", help="Display name.  [default: derived from the rule]")
+@click.option("--owner", required=True, help="Person or team that is responsible for the rule.")
+@click.option("--reason", required=True, help="Explanation of the difference.")
+@click.option(
+    "--expires",
+    required=True,
+    help="Lifetime, such as 90d or 12w, or the first day without the rule, such as 2030-01-31.",
+)
 @force_option
 @actor_option
 @json_option
@@ -291,15 +280,17 @@ def add_rule(
     as_json: bool,
     **fields: Any,
 ) -> None:
-    """Make a rule. With --for it covers just that finding; what is broader is refused."""
+    """Create a rule.
+
+    With --for, the rule takes its scope from the finding where you omit an option. The sidecar refuses a rule that
+    covers more than the finding.
+    """
     request = api.CreateRuleRequest(
         rule=build_rule_message(fields, expires), finding_id=finding_id or 0, force=force, actor=default_actor(actor)
     )
     response = link.call(lambda calls: calls.rules.CreateRule(request, timeout=calls.timeout_s))
-    if as_json:
-        print_json(response)
-    else:
-        click.echo(f"{format_rule_title(response.rule)}: it holds now, and what is stored is judged again")
+    text = f"{format_rule_title(response.rule)} is active, and is being applied to stored pairs"
+    print_response(response, lambda out, _: out.print(text), as_json=as_json)
 
 
 @rules_command.command("preview")
@@ -308,20 +299,24 @@ def add_rule(
 @json_option
 @connection_options
 def preview_rule(link: SidecarClient, finding_id: int | None, as_json: bool, **fields: Any) -> int:
-    """What a rule would hide of what is stored. Exits with 1 where `add` would refuse it."""
+    """Show the stored differences that a rule would hide.
+
+    Exits with 1 if `abreast rules add` would refuse the rule.
+    """
     request = api.PreviewRuleRequest(rule=build_rule_message(fields), finding_id=finding_id or 0)
     response = link.call(lambda calls: calls.rules.PreviewRule(request, timeout=calls.timeout_s))
-    if as_json:
-        print_json(response)
-    else:
-        _print_objections(response.objections)
-        if response.findings:
-            make_console().print(build_hidden_findings_table(response.findings))
-        elif response.rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
-            click.echo("it hides no difference; a verdict that it keeps from INCONCLUSIVE names it")
-        else:
-            click.echo("it would hide nothing that is stored")
+    print_response(response, print_preview, as_json=as_json)
     return ExitCode.CHECK_FAILED if response.objections else ExitCode.OK
+
+
+def print_preview(out: Console, response: api.PreviewRuleResponse) -> None:
+    _print_objections(out, response.objections)
+    if response.findings:
+        out.print(build_hidden_findings_table(response.findings))
+    elif response.rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
+        out.print("the rule hides no differences; a verdict that it keeps from INCONCLUSIVE names it")
+    else:
+        out.print("the rule would hide no stored difference")
 
 
 @rules_command.command("delete")
@@ -330,19 +325,17 @@ def preview_rule(link: SidecarClient, finding_id: int | None, as_json: bool, **f
 @json_option
 @connection_options
 def delete_rule(link: SidecarClient, id: int, actor: str | None, as_json: bool) -> None:  # noqa: A002  # the argument's name
-    """End a rule. What it hid is back within seconds."""
+    """Delete a rule. The differences that it hid reappear within seconds."""
     request = api.DeleteRuleRequest(id=id, actor=default_actor(actor))
     response = link.call(lambda calls: calls.rules.DeleteRule(request, timeout=calls.timeout_s))
-    if as_json:
-        print_json(response)
-    else:
-        click.echo(f"{format_rule_title(response.rule)}: ended, and what is stored is judged again")
+    text = f"{format_rule_title(response.rule)} is deleted, and stored pairs are being evaluated without it"
+    print_response(response, lambda out, _: out.print(text), as_json=as_json)
 
 
 @rules_command.command("import")
 @file_argument
 @source_option
-@click.option("--dry-run", is_flag=True, help="Only say what would change.")
+@click.option("--dry-run", is_flag=True, help="Print the changes without making them.")
 @force_option
 @actor_option
 @json_option
@@ -350,42 +343,52 @@ def delete_rule(link: SidecarClient, id: int, actor: str | None, as_json: bool) 
 def import_rules(
     link: SidecarClient, file: Path, source: str | None, dry_run: bool, force: bool, actor: str | None, as_json: bool
 ) -> int:
-    """Make the rules of a source those of a file: new ones begin, missing ones end, the others stay."""
+    """Replace the rules of a source with the rules of a file.
+
+    With --dry-run, exits with 1 if the import would need --force.
+    """
     request = api.ApplyRulesRequest(
         source=source or file.name, rules=read_rules(file), dry_run=dry_run, force=force, actor=default_actor(actor)
     )
     response = link.call(lambda calls: calls.rules.ApplyRules(request, timeout=calls.timeout_s))
-    if as_json:
-        print_json(response)
-    else:
-        _print_objections(response.objections)
-        click.echo(format_apply_plan(response))
+    print_response(response, print_apply_plan, as_json=as_json)
     return ExitCode.CHECK_FAILED if response.objections else ExitCode.OK
+
+
+def print_apply_plan(out: Console, response: api.ApplyRulesResponse) -> None:
+    _print_objections(out, response.objections)
+    for sign, rules in (("+", response.created), ("-", response.deleted)):
+        for rule in rules:
+            out.print(f"{sign} {to_printable(rule.name)}")
+    numbers = (("created", response.created), ("deleted", response.deleted), ("unchanged", response.unchanged))
+    out.print(", ".join(f"{len(rules)} {name}" for name, rules in numbers))
 
 
 @rules_command.command("export")
 @click.option("--source", default=None, help="Only rules of this source.")
 @connection_options
 def export_rules(link: SidecarClient, source: str | None) -> None:
-    """The rules that hold, as a file."""
+    """Print the active rules as a file."""
     request = api.ListRulesRequest(source=source)
-    response = link.call(lambda calls: _fetch_rules(calls, request, 1000))
+    response = link.list_rows(
+        lambda calls: calls.rules.ListRules(request, timeout=calls.timeout_s), request, MAX_EXPORTED_RULES
+    )
     click.echo(dump_rules_yaml([rule for rule in response.rules if rule.state == api.RULE_STATE_IN_FORCE]), nl=False)
 
 
 @rules_command.command("check")
 @file_argument
 def check_rule_file(file: Path) -> None:
-    """Whether a file can be imported. Needs no sidecar."""
+    """Check whether a file can be imported. This command needs no sidecar."""
     click.echo(f"{file}: {format_quantity(len(read_rules(file)), 'rule')}")
 
 
 @rules_command.command("schema")
 def print_rule_schema() -> None:
-    """The JSON schema of a file, for editors."""
+    """Print the JSON schema of a rule file, for editors."""
     click.echo(json.dumps(build_schema(), indent=2))
 
 
-def _print_objections(objections: Any) -> None:
+def _print_objections(out: Console, objections: Iterable[str]) -> None:
     for objection in objections:
-        make_console().print(style_text(f"warning: {to_printable(objection)}", "warn"))
+        out.print(style_text(f"warning: {to_printable(objection)}", "warn"))

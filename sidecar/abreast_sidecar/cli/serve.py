@@ -1,3 +1,5 @@
+"""`abreast sidecar` and `abreast migrate`."""
+
 from __future__ import annotations
 
 import asyncio
@@ -8,7 +10,7 @@ from typing import Any
 
 import click
 
-from abreast_sidecar import aio as runtime
+from abreast_sidecar import aio
 from abreast_sidecar.cli.options import ParserParamType, read_settings, setting_options
 from abreast_sidecar.settings import Settings, database_url
 
@@ -16,9 +18,10 @@ from abreast_sidecar.settings import Settings, database_url
 @click.command
 @setting_options(Settings)
 def sidecar_command(**options: Any) -> None:
-    """Run the sidecar: compares what services send, keeps the ledger, steers Envoy, answers questions.
+    """Run the worker, the API and Envoy's control plane.
 
-    Every option is also a variable ABREAST_NAME. SIGTERM and Ctrl-C let work under way finish.
+    Each option is also an environment variable, named in its description. SIGTERM and Ctrl-C stop the sidecar after
+    it has finished the work in progress.
     """
     from abreast_sidecar import logs
     from abreast_sidecar.app import serve
@@ -29,7 +32,7 @@ def sidecar_command(**options: Any) -> None:
 
 
 def run_until_signal(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
-    """Until SIGTERM or SIGINT; a second one ends at once."""
+    """Run until SIGTERM or SIGINT. A second signal ends the process at once."""
 
     async def main() -> None:
         stop = asyncio.Event()
@@ -43,7 +46,7 @@ def run_until_signal(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]
             loop.add_signal_handler(name, handle_signal, name)
         await serve(stop)
 
-    runtime.run(main())
+    aio.run(main())
 
 
 @click.command
@@ -53,7 +56,7 @@ def run_until_signal(serve: Callable[[asyncio.Event], Coroutine[Any, Any, None]]
     help="The ledger's Postgres, in place of ABREAST_POSTGRES_URL.",
 )
 def migrate_command(postgres_url: str | None) -> None:
-    """Bring the ledger's tables up to this version. The sidecar does so itself when it starts."""
+    """Update the schema of the ledger. The sidecar also does this when it starts."""
     from abreast_sidecar.store.migrate import migrate
 
     url = postgres_url or Settings.from_environment(os.environ).postgres_url

@@ -1,11 +1,11 @@
-"""`abreast traffic`: who answers users, and what is mirrored."""
+"""`abreast traffic`, `abreast promote` and `abreast rollback`: users' shares and mirroring."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
 
 import click
 from google.protobuf.message import Message
@@ -32,10 +32,13 @@ from abreast_sidecar.client.output import (
     format_percent,
     make_console,
     make_table,
+    print_json,
+    print_list,
+    print_response,
     style_text,
     to_printable,
 )
-from abreast_sidecar.client.sidecar_client import Calls, SidecarClient, print_json, split_page_sizes
+from abreast_sidecar.client.sidecar_client import Calls, SidecarClient
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.stack.data import find_run
 
@@ -45,10 +48,13 @@ TRAFFIC_SHARE_LABELS = {
     "sample_unsafe": "other methods mirrored",
     "baseline_share": "baseline (of the mirrored)",
 }
+ROLLBACK_ACTIONS = {"rollback", "ramp_abort", "guard_would_roll_back"}
+MANUAL_ROLLBACK_COMMAND = "curl -X POST 'http://{}/runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0'"
+ADMIN_PLACEHOLDER = "ENVOYS_ADMIN_ADDRESS"
 
 
 class TrafficChange(Protocol):
-    """GetTrafficResponse, UpdateTrafficResponse, RollbackResponse and PromoteResponse alike."""
+    """The common part of the responses of GetTraffic, UpdateTraffic, Rollback and Promote."""
 
     @property
     def traffic(self) -> api.Traffic: ...
@@ -58,47 +64,46 @@ class TrafficChange(Protocol):
     def peers_error(self) -> str: ...
 
 
-def print_traffic_change(
-    before: api.Traffic, change: TrafficChange, *, as_json: bool, not_recorded: str = ""
-) -> ExitCode:
-    """Print what changed. Exit.NO where an Envoy or the ledger does not have it, or where that is not known."""
+TrafficChangeT = TypeVar("TrafficChangeT", bound=TrafficChange)
+
+
+@click.group(invoke_without_command=True)
+@service_option
+@json_option
+@connection_options
+@click.pass_context
+def traffic_command(ctx: click.Context, link: SidecarClient, service: str, as_json: bool) -> None:
+    """Show the users' shares, the mirroring, and the Envoys that confirmed them."""
+    if ctx.invoked_subcommand is not None:
+        return
+    request = api.GetTrafficRequest(service=service)
     if as_json:
-        assert isinstance(change, Message)
-        print_json(change)
-    else:
-        out = make_console()
-        out.print(build_traffic_change_table(before, change.traffic))
-        out.print()
-        print_envoys(out, change)
-    if not_recorded:
-        click.echo(f"abreast: in force, but {not_recorded}", err=True)
-    missing_text = describe_missing_envoys(change)
-    if missing_text:
-        click.echo(f"abreast: {'' if not_recorded else 'the change is stored, but '}{missing_text}", err=True)
-    return ExitCode.CHECK_FAILED if not_recorded or missing_text else ExitCode.OK
+        print_json(link.call(lambda calls: calls.traffic.GetTraffic(request, timeout=calls.timeout_s)))
+        return
+
+    async def fetch_traffic_and_rollout(calls: Calls) -> tuple[api.GetTrafficResponse, RolloutStatus | None]:
+        response = await calls.traffic.GetTraffic(request, timeout=calls.timeout_s)
+        return response, await fetch_rollout_status(calls, response.traffic.service)
+
+    response, rollout = link.call(fetch_traffic_and_rollout)
+    out, current_time = make_console(), dt.datetime.now(dt.UTC)
+    print_traffic(out, response, current_time)
+    for line in format_rollout_lines(rollout, current_time):
+        out.print(line)
 
 
-def describe_missing_envoys(change: TrafficChange) -> str:
-    """Who does not have it; empty where all have."""
-    envoys = list(change.envoys)
-    missing_envoys = [envoy for envoy in envoys if not has_acknowledged(envoy, change.traffic)]
-    if missing_envoys:
-        return f"{len(missing_envoys)} of {len(envoys)} Envoys do not have it yet"
-    if change.peers_error:
-        return "whether Envoys of other sidecars have it is not known"
-    return "" if envoys else "no Envoy is connected"
-
-
-def has_acknowledged(envoy: api.EnvoyStatus, traffic: api.Traffic) -> bool:
-    return envoy.acknowledged_version >= traffic.version and not envoy.error
-
-
-def build_traffic_change_table(before: api.Traffic, after: api.Traffic) -> Table:
-    table = make_table(to_printable(after.service), "before", "after", numeric_columns=frozenset({"before", "after"}))
+def print_traffic(out: Console, response: api.GetTrafficResponse, current_time: dt.datetime) -> None:
+    traffic = response.traffic
+    age = format_age(traffic.update_time, current_time)
+    out.print(style_text(f"{traffic.service}  version {traffic.version}, set {age}", "bold"))
+    if traffic.rolled_back:
+        out.print(style_text("rolled back: all users get old until promote or traffic set", "warn"))
+    grid = Table.grid(padding=(0, 2, 0, 0))
     for field, name in TRAFFIC_SHARE_LABELS.items():
-        value_before, value_after = (format_percent(getattr(before, field)), format_percent(getattr(after, field)))
-        table.add_row(name, value_before, style_text(value_after, "bold" if value_before != value_after else "dim"))
-    return table
+        grid.add_row(name, format_percent(getattr(traffic, field)))
+    out.print(grid)
+    out.print()
+    print_envoys(out, response)
 
 
 def print_envoys(out: Console, change: TrafficChange) -> None:
@@ -106,9 +111,9 @@ def print_envoys(out: Console, change: TrafficChange) -> None:
     if envoys:
         out.print(_build_envoys_table(envoys, traffic))
     else:
-        out.print(style_text("no Envoy is connected (abreast doctor)", "warn"))
+        out.print(style_text("no Envoy is connected (see: abreast doctor)", "warn"))
     if change.peers_error:
-        out.print(style_text(f"Envoys of other sidecars are not known: {to_printable(change.peers_error)}", "warn"))
+        out.print(style_text(f"the Envoys of other sidecars are unknown: {to_printable(change.peers_error)}", "warn"))
 
 
 def _build_envoys_table(envoys: Sequence[api.EnvoyStatus], traffic: api.Traffic) -> Table:
@@ -116,7 +121,7 @@ def _build_envoys_table(envoys: Sequence[api.EnvoyStatus], traffic: api.Traffic)
     table = make_table(
         "Envoy",
         *(["sidecar"] if has_several_sidecars else []),
-        "has the settings",
+        "confirmed",
         "after",
         numeric_columns=frozenset({"after"}),
     )
@@ -127,7 +132,7 @@ def _build_envoys_table(envoys: Sequence[api.EnvoyStatus], traffic: api.Traffic)
         elif has_acknowledged(envoy, traffic):
             state = style_text("yes", "ok")
         else:
-            state = style_text(f"not yet (has version {envoy.acknowledged_version} of {traffic.version})", "warn")
+            state = style_text(f"not yet (at version {envoy.acknowledged_version} of {traffic.version})", "warn")
         delay_text = format_duration(envoy.acknowledged_after) if envoy.HasField("acknowledged_after") else ""
         node = f"{envoy.node} ({envoy.peer})" if node_counts[envoy.node] > 1 else envoy.node
         table.add_row(
@@ -136,61 +141,14 @@ def _build_envoys_table(envoys: Sequence[api.EnvoyStatus], traffic: api.Traffic)
     return table
 
 
-ROLLBACK_ACTIONS = {"rollback", "ramp_abort", "guard_would_roll_back"}
-
-
-@click.group(invoke_without_command=True)
-@service_option
-@json_option
-@connection_options
-@click.pass_context
-def traffic_command(ctx: click.Context, link: SidecarClient, service: str, as_json: bool) -> None:
-    """Who answers users, and what is mirrored; `set` changes it, `events` lists changes."""
-    if ctx.invoked_subcommand is not None:
-        return
-    request = api.GetTrafficRequest(service=service)
-    if as_json:
-        print_json(link.call(lambda calls: calls.traffic.GetTraffic(request, timeout=calls.timeout_s)))
-        return
-    response, steering = link.call(lambda calls: _fetch_traffic_and_rollout(calls, request))
-    out, current_time = make_console(), dt.datetime.now(dt.UTC)
-    print_traffic(out, response, current_time)
-    for line in format_rollout_lines(steering, current_time):
-        out.print(line)
-
-
-async def _fetch_traffic_and_rollout(
-    calls: Calls, request: api.GetTrafficRequest
-) -> tuple[api.GetTrafficResponse, RolloutStatus | None]:
-    response = await calls.traffic.GetTraffic(request, timeout=calls.timeout_s)
-    return response, await fetch_rollout_status(calls, response.traffic.service)
-
-
-def print_traffic(out: Console, response: api.GetTrafficResponse, current_time: dt.datetime) -> None:
-    traffic = response.traffic
-    out.print(
-        style_text(
-            f"{traffic.service}  version {traffic.version}, set {format_age(traffic.update_time, current_time)}", "bold"
-        )
-    )
-    if traffic.rolled_back:
-        out.print(style_text("rolled back: all users get old, until promote or traffic set", "warn"))
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    for field, name in TRAFFIC_SHARE_LABELS.items():
-        grid.add_row(name, format_percent(getattr(traffic, field)))
-    out.print(grid)
-    out.print()
-    print_envoys(out, response)
-
-
 @traffic_command.command("set")
-@click.option("--new", "new_share", type=SHARE_TYPE, help="Share of users that new answers: 25% or 0.25.")
-@click.option("--sample-safe", type=SHARE_TYPE, help="Share of GET, HEAD and OPTIONS requests that are mirrored.")
+@click.option("--new", "new_share", type=SHARE_TYPE, help="Share of users on new, as 25% or 0.25.")
+@click.option("--sample-safe", type=SHARE_TYPE, help="Share of GET, HEAD and OPTIONS requests to mirror.")
 @click.option(
-    "--sample-unsafe", type=SHARE_TYPE, help="Share of other requests that are mirrored: both versions do them!"
+    "--sample-unsafe", type=SHARE_TYPE, help="Share of all other requests to mirror. Both versions execute them!"
 )
 @click.option(
-    "--baseline", "baseline_share", type=SHARE_TYPE, help="Share of the mirrored safe requests that old gets twice."
+    "--baseline", "baseline_share", type=SHARE_TYPE, help="Share of the mirrored safe requests that old receives twice."
 )
 @reason_option
 @actor_option
@@ -200,25 +158,73 @@ def print_traffic(out: Console, response: api.GetTrafficResponse, current_time: 
 def set_traffic(
     link: SidecarClient, service: str, reason: str, actor: str | None, as_json: bool, **shares: float | None
 ) -> int:
-    """Change what is named, together and at once; the rest stays."""
+    """Change shares together and at once. Shares that you omit stay."""
     requested_shares = {name: share for name, share in shares.items() if share is not None}
     if not requested_shares:
-        raise click.UsageError("say what to set: --new, --sample-safe, --sample-unsafe or --baseline")
+        raise click.UsageError("set at least one of --new, --sample-safe, --sample-unsafe and --baseline")
     request = api.UpdateTrafficRequest(
         service=service,
         actor=default_actor(actor),
         reason=reason,
         **requested_shares,  # type: ignore[arg-type]  # names of fields
     )
-    before, change = link.call(lambda calls: _update_traffic(calls, request))
+    before, change = link.call(
+        lambda calls: _change_traffic(
+            calls, service, lambda: calls.traffic.UpdateTraffic(request, timeout=calls.timeout_s)
+        )
+    )
     return print_traffic_change(before, change, as_json=as_json)
 
 
-async def _update_traffic(
-    calls: Calls, request: api.UpdateTrafficRequest
-) -> tuple[api.Traffic, api.UpdateTrafficResponse]:
-    before = await calls.traffic.GetTraffic(api.GetTrafficRequest(service=request.service), timeout=calls.timeout_s)
-    return before.traffic, await calls.traffic.UpdateTraffic(request, timeout=calls.timeout_s)
+async def _change_traffic(
+    calls: Calls, service: str, send: Callable[[], Awaitable[TrafficChangeT]]
+) -> tuple[api.Traffic, TrafficChangeT]:
+    """Return the traffic before a change, and the response to the change."""
+    before = await calls.traffic.GetTraffic(api.GetTrafficRequest(service=service), timeout=calls.timeout_s)
+    return before.traffic, await send()
+
+
+def print_traffic_change(
+    before: api.Traffic, change: TrafficChange, *, as_json: bool, recording_error: str = ""
+) -> ExitCode:
+    """Print a change. Return CHECK_FAILED unless the ledger has recorded it and all Envoys have confirmed it."""
+    if as_json:
+        assert isinstance(change, Message)
+        print_json(change)
+    else:
+        out = make_console()
+        out.print(build_traffic_change_table(before, change.traffic))
+        out.print()
+        print_envoys(out, change)
+    if recording_error:
+        click.echo(f"abreast: in force, but {recording_error}", err=True)
+    missing_text = describe_missing_envoys(change)
+    if missing_text:
+        click.echo(f"abreast: {'' if recording_error else 'the change is stored, but '}{missing_text}", err=True)
+    return ExitCode.CHECK_FAILED if recording_error or missing_text else ExitCode.OK
+
+
+def describe_missing_envoys(change: TrafficChange) -> str:
+    """Describe the Envoys that have not confirmed the change. Return "" if all have."""
+    envoys = list(change.envoys)
+    missing_envoys = [envoy for envoy in envoys if not has_acknowledged(envoy, change.traffic)]
+    if missing_envoys:
+        return f"{len(missing_envoys)} of {len(envoys)} Envoys have not confirmed it yet"
+    if change.peers_error:
+        return "the Envoys of other sidecars are unknown"
+    return "" if envoys else "no Envoy is connected"
+
+
+def has_acknowledged(envoy: api.EnvoyStatus, traffic: api.Traffic) -> bool:
+    return envoy.acknowledged_version >= traffic.version and not envoy.error
+
+
+def build_traffic_change_table(before: api.Traffic, after: api.Traffic) -> Table:
+    table = make_table(to_printable(after.service), "before", "after", numeric_columns=frozenset({"before", "after"}))
+    for field, name in TRAFFIC_SHARE_LABELS.items():
+        value_before, value_after = (format_percent(getattr(traffic, field)) for traffic in (before, after))
+        table.add_row(name, value_before, style_text(value_after, "bold" if value_before != value_after else "dim"))
+    return table
 
 
 @traffic_command.command("events")
@@ -226,34 +232,21 @@ async def _update_traffic(
 @service_option
 @json_option
 @connection_options
-def list_traffic_events(link: SidecarClient, service: str, limit: int, as_json: bool) -> int:
-    """Who changed what, when and why; newest first."""
+def list_traffic_events(link: SidecarClient, service: str, limit: int, as_json: bool) -> None:
+    """List all traffic changes with actor, time and reason, newest first."""
     request = api.ListTrafficEventsRequest(service=service)
-    response = link.call(lambda calls: _fetch_traffic_events(calls, request, limit))
-    if as_json:
-        print_json(response)
-    elif response.events:
-        make_console().print(build_traffic_events_table(response))
-    else:
-        click.echo("nothing was changed yet")
-    return ExitCode.OK
+    response = link.list_rows(
+        lambda calls: calls.traffic.ListTrafficEvents(request, timeout=calls.timeout_s), request, limit
+    )
+    print_response(response, print_traffic_events, as_json=as_json)
 
 
-async def _fetch_traffic_events(
-    calls: Calls, request: api.ListTrafficEventsRequest, limit: int
-) -> api.ListTrafficEventsResponse:
-    response = api.ListTrafficEventsResponse()
-    for request.page_size in split_page_sizes(limit):
-        page = await calls.traffic.ListTrafficEvents(request, timeout=calls.timeout_s)
-        response.events.extend(page.events)
-        request.page_token = response.next_page_token = page.next_page_token
-        if not page.next_page_token:
-            break
-    return response
+def print_traffic_events(out: Console, response: api.ListTrafficEventsResponse) -> None:
+    print_list(out, response, response.events, build_traffic_events_table(response), empty="no traffic change yet")
 
 
 def build_traffic_events_table(response: api.ListTrafficEventsResponse) -> Table:
-    table = make_table("time", "action", "change", "reason", "by")
+    table = make_table("time", "action", "change", "reason", "actor")
     for event in response.events:
         table.add_row(
             format_local_time(event.time),
@@ -266,7 +259,7 @@ def build_traffic_events_table(response: api.ListTrafficEventsResponse) -> Table
 
 
 def format_traffic_changes(event: api.TrafficEvent) -> str:
-    """`users on new 0% → 25%`, one a line; for a new service all its settings."""
+    """Return one line per change, such as `users on new 0% → 25%`. A new service shows all its settings."""
     lines = []
     for field, name in TRAFFIC_SHARE_LABELS.items():
         after = format_percent(getattr(event.after, field))
@@ -287,34 +280,27 @@ def format_traffic_changes(event: api.TrafficEvent) -> str:
 @json_option
 @connection_options
 def promote_command(link: SidecarClient, reason: str, actor: str | None, service: str, as_json: bool) -> int:
-    """Send all users to the new version.
+    """Send all users to new.
 
-    Exits with 1 where the change is stored and an Envoy does not have it yet.
+    Exits with 1 if the change is stored but an Envoy has not confirmed it yet.
     """
     request = api.PromoteRequest(service=service, actor=default_actor(actor), reason=reason)
-    before, change = link.call(lambda calls: _promote(calls, request))
+    before, change = link.call(
+        lambda calls: _change_traffic(calls, service, lambda: calls.traffic.Promote(request, timeout=calls.timeout_s))
+    )
     return print_traffic_change(before, change, as_json=as_json)
 
 
-async def _promote(calls: Calls, request: api.PromoteRequest) -> tuple[api.Traffic, api.PromoteResponse]:
-    before = await calls.traffic.GetTraffic(api.GetTrafficRequest(service=request.service), timeout=calls.timeout_s)
-    return before.traffic, await calls.traffic.Promote(request, timeout=calls.timeout_s)
-
-
-MANUAL_ROLLBACK_COMMAND = "curl -X POST 'http://{}/runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0'"
-ADMIN_PLACEHOLDER = "ENVOYS_ADMIN_ADDRESS"
-
-
 @click.command()
-@click.option("--reason", default="", help="Why, for the record; may be given, need not: nothing is to hold this up.")
+@click.option("--reason", default="", help="Reason for the audit log (optional).")
 @actor_option
 @service_option
 @json_option
 @connection_options
 def rollback_command(link: SidecarClient, reason: str, actor: str | None, service: str, as_json: bool) -> int:
-    """Send all users to the old version, at once, until promote or traffic set.
+    """Send all users to old at once, until you run `promote` or `traffic set`.
 
-    Exits with 1 where an Envoy does not have it yet, or the ledger does not know of it yet.
+    Exits with 1 if an Envoy has not confirmed the rollback yet, or the ledger has not recorded it yet.
     """
     request = api.RollbackRequest(service=service, actor=default_actor(actor), reason=reason)
     try:
@@ -322,6 +308,6 @@ def rollback_command(link: SidecarClient, reason: str, actor: str | None, servic
     except ServerError as error:
         admin = find_run(link.address).get("ABREAST_ENVOY_ADMIN", ADMIN_PLACEHOLDER).removeprefix("http://")
         raise ServerError(
-            f"{error}; or pull the brake in each Envoy: {MANUAL_ROLLBACK_COMMAND.format(admin)}"
+            f"{error}; or override the weights in each Envoy: {MANUAL_ROLLBACK_COMMAND.format(admin)}"
         ) from error
-    return print_traffic_change(change.previous, change, as_json=as_json, not_recorded=change.recording_error)
+    return print_traffic_change(change.previous, change, as_json=as_json, recording_error=change.recording_error)

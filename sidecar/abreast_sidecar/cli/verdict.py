@@ -1,4 +1,4 @@
-"""`abreast verdict`: may the new version take over?"""
+"""`abreast verdict`: whether the new version can take over."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from abreast_sidecar.client.output import (
     Console,
     endpoint_name,
     format_count,
-    make_console,
     make_table,
+    print_response,
     style_text,
     to_printable,
 )
-from abreast_sidecar.client.sidecar_client import SidecarClient, build_time_window, print_json
+from abreast_sidecar.client.sidecar_client import SidecarClient, build_time_window
 
 BUDGET_FIELDS = tuple(api.Budget.DESCRIPTOR.fields_by_name)
 EXIT_BY_VERDICT = {
@@ -38,27 +38,30 @@ EXIT_BY_VERDICT = {
     api.VERDICT_STATE_FAIL: ExitCode.CHECK_FAILED,
     api.VERDICT_STATE_INCONCLUSIVE: ExitCode.USAGE,
 }
-
-
-VerdictCommand = Callable[..., Any]
 VERDICT_OPTIONS = (
     service_option,
-    click.option("--max-mismatch", type=SHARE_TYPE, help="Share of pairs that may have unexplained mismatches; 0.1%."),
-    click.option("--max-error", type=SHARE_TYPE, help="Share of pairs in which only new may fail; 0.1%."),
-    click.option("--max-slower", type=SHARE_TYPE, help="How much slower new may be in the median pair; 10%."),
     click.option(
-        "--min-completeness", type=SHARE_TYPE, help="Share of the sampled requests that must be accounted for; 99%."
+        "--max-mismatch", type=SHARE_TYPE, help="Allowed share of pairs with unexplained mismatches.  [default: 0.1%]"
     ),
-    click.option("--confidence", type=SHARE_TYPE, help="How sure to be; 95%."),
-    click.option("--release", default="", help="The release of new to judge.  [default: the newest]"),
-    click.option("--all-releases", is_flag=True, help="Judge all releases of new together."),
+    click.option(
+        "--max-error", type=SHARE_TYPE, help="Allowed share of pairs in which only new fails.  [default: 0.1%]"
+    ),
+    click.option("--max-slower", type=SHARE_TYPE, help="Allowed slowdown of new in the median pair.  [default: 10%]"),
+    click.option(
+        "--min-completeness",
+        type=SHARE_TYPE,
+        help="Required share of sampled requests that are accounted for.  [default: 99%]",
+    ),
+    click.option("--confidence", type=SHARE_TYPE, help="Confidence of the verdict.  [default: 95%]"),
+    click.option("--release", default="", help="Release of new to evaluate.  [default: the newest]"),
+    click.option("--all-releases", is_flag=True, help="Evaluate all releases of new together."),
     since_option,
     until_option,
 )
 
 
-def verdict_options(command: VerdictCommand) -> VerdictCommand:
-    """Options that say what is judged, handed to the command as one `request`."""
+def verdict_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a verdict, and pass them to the command as one `request`."""
 
     @functools.wraps(command)
     def with_request(
@@ -68,17 +71,17 @@ def verdict_options(command: VerdictCommand) -> VerdictCommand:
         all_releases: bool,
         since: dt.datetime | None,
         until: dt.datetime | None,
-        **rest: Any,
+        **options: Any,
     ) -> Any:
-        budget_values = {name: rest.pop(name) for name in BUDGET_FIELDS}
+        budget = {name: options.pop(name) for name in BUDGET_FIELDS}
         request = api.GetVerdictRequest(
             service=service,
             window=build_time_window(since, until),
-            budget=api.Budget(**{name: value for name, value in budget_values.items() if value is not None}),
+            budget=api.Budget(**{name: value for name, value in budget.items() if value is not None}),
             release=release,
             all_releases=all_releases,
         )
-        return command(*args, request=request, **rest)
+        return command(*args, request=request, **options)
 
     for option in reversed(VERDICT_OPTIONS):
         option(with_request)
@@ -90,17 +93,13 @@ def verdict_options(command: VerdictCommand) -> VerdictCommand:
 @json_option
 @connection_options
 def verdict_command(link: SidecarClient, request: api.GetVerdictRequest, as_json: bool) -> int:
-    """May the new version take over? Exits with 0 for PASS, 1 for FAIL, 2 for INCONCLUSIVE.
+    """Decide whether the new version can take over.
 
-    Judged are the pairs of new's newest release.
-
-    Ask as often as you like: the error probability is that of all looks together.
+    Exits with 0 for PASS, 1 for FAIL and 2 for INCONCLUSIVE. By default, the verdict covers the pairs of new's newest
+    release. The confidence holds however often you look.
     """
     response = link.call(lambda calls: calls.comparison.GetVerdict(request, timeout=calls.timeout_s))
-    if as_json:
-        print_json(response)
-    else:
-        print_verdict(make_console(), response)
+    print_response(response, print_verdict, as_json=as_json)
     return EXIT_BY_VERDICT.get(response.state, ExitCode.USAGE)
 
 
@@ -116,7 +115,7 @@ def print_verdict(out: Console, response: api.GetVerdictResponse) -> None:
     undecided_endpoints = [endpoint for endpoint in response.endpoints if endpoint.state != api.VERDICT_STATE_PASS]
     if len(response.endpoints) > 1:
         pass_count = len(response.endpoints) - len(undecided_endpoints)
-        out.print(f"\nby themselves, {pass_count} of {len(response.endpoints)} endpoints pass", style="dim")
+        out.print(f"\nevaluated separately, {pass_count} of {len(response.endpoints)} endpoints pass", style="dim")
     if undecided_endpoints and len(response.endpoints) > 1:
         out.print(build_verdict_endpoints_table(undecided_endpoints))
 
@@ -125,9 +124,9 @@ def format_pairs_to_pass(response: api.GetVerdictResponse) -> str:
     if response.state != api.VERDICT_STATE_INCONCLUSIVE:
         return ""
     if not response.HasField("pairs_needed"):
-        return "more of the same would not make it pass"
+        return "more pairs at these rates can't make it pass"
     return (
-        f"about {format_count(response.pairs_needed)} more pairs to pass, at the present rates"
+        f"about {format_count(response.pairs_needed)} more pairs to pass, at these rates"
         if response.pairs_needed
         else ""
     )
@@ -146,7 +145,7 @@ def build_reasons_grid(response: api.GetVerdictResponse) -> Table:
 
 
 def build_verdict_endpoints_table(verdicts: list[api.EndpointVerdict]) -> Table:
-    table = make_table("endpoint", "verdict", "why")
+    table = make_table("endpoint", "verdict", "reason")
     for verdict in verdicts:
         first_reason = next((reason for reason in verdict.reasons if reason.state == verdict.state), None)
         table.add_row(

@@ -1,1 +1,1 @@
-"""Client of the sidecar's gRPC API, shared by the command line and the demo."""
+"""Client of the sidecar's gRPC API, and the terminal output that the commands and the demo share."""

@@ -1,4 +1,7 @@
-"""How tables look: no frames, no markup in what came from outside, whole rows when piped."""
+"""Terminal output: numbers, times and tables for people, JSON for scripts.
+
+Values from requests and responses are untrusted: `to_printable` escapes them, and Rich markup is off.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,15 @@ import datetime as dt
 import json
 import re
 import sys
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
+import click
+import humanize
 import rich.console
+from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.table import Table
 from rich.text import Text
@@ -19,10 +26,88 @@ from abreast.v1 import common_pb2 as common
 
 JSON_TOKEN_PATTERN = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+', re.DOTALL)
 JSON_INDENT = "  "
+MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400
+DURATION_UNITS = ((DAY_S, "d", HOUR_S, "h"), (HOUR_S, "h", MINUTE_S, "min"), (MINUTE_S, "min", 1, "s"))
+MAX_TABLE_VALUE_CHARS = 200
+PIPED_TABLE_COLUMNS = 400  # wide enough that each row is one line, for grep
+STYLE_BY_WORD = {
+    "breaking": "bold red",
+    "value": "yellow",
+    "additive": "cyan",
+    "noise": "dim",
+    "mismatch": "red",
+    "match": "green",
+    "old": "blue",
+    "new": "magenta",
+    "ok": "green",
+    "warn": "yellow",
+    "fail": "bold red",
+}
+
+VERSIONS: tuple[Literal["old", "new"], ...] = ("old", "new")
+
+
+class ListResponse(Protocol):
+    """A response of a List method of the API."""
+
+    next_page_token: str
+
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+class Console(rich.console.Console):
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+def make_console(width: int | None = None) -> Console:
+    if width is None and not sys.stdout.isatty():
+        width = PIPED_TABLE_COLUMNS
+    return Console(width=width, markup=False, highlight=False, emoji=False)
+
+
+def message_to_json(message: Message, *, indent: int | None = 2) -> str:
+    """Convert with the field names of the protos. As in all protobuf JSON, 64-bit integers are strings."""
+    return json_format.MessageToJson(
+        message, indent=indent, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+
+
+def print_json(message: Message, *, indent: int | None = 2) -> None:
+    click.echo(message_to_json(message, indent=indent))
+
+
+def print_response(response: MessageT, print_text: Callable[[Console, MessageT], None], *, as_json: bool) -> None:
+    """Print a response of the API as JSON for scripts, or with `print_text` for people."""
+    if as_json:
+        print_json(response)
+    else:
+        print_text(make_console(), response)
+
+
+def print_list(
+    out: Console, response: ListResponse, rows: Sequence[Any], table: Table, *, empty: str, item: str = ""
+) -> None:
+    """Print the rows of a list as a table, or the text `empty`.
+
+    `item` is the command that shows one row, such as `finding`. A terminal then gets a line with the number of rows
+    and a hint at that command.
+    """
+    if not rows:
+        out.print(empty)
+        return
+    out.print(table)
+    if item and out.is_terminal:
+        more_text = "; there are more: raise --limit, or add a filter" if response.next_page_token else ""
+        count_text = format_quantity(len(rows), item)
+        out.print(
+            f"\n{count_text}{more_text}. For details: abreast {item} {to_printable(str(rows[0].id))}", style="dim"
+        )
 
 
 def split_json_lines(text: str) -> list[str] | None:
-    """None where the text is no JSON."""
+    """Format JSON with one value per line, and keep each value as it was sent. Return None if it is not JSON."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -40,21 +125,17 @@ def split_json_lines(text: str) -> list[str] | None:
     return lines
 
 
-MINUTE_S, HOUR_S, DAY_S = 60, 3600, 86400  # seconds
-DURATION_UNITS = ((DAY_S, "d", HOUR_S, "h"), (HOUR_S, "h", MINUTE_S, "min"), (MINUTE_S, "min", 1, "s"))
-
-
 def format_count(number: int) -> str:
     return f"{number:,}"
 
 
 def format_quantity(number: int, singular: str, plural: str = "") -> str:
-    """1 finding, 2 findings."""
+    """Return `1 finding` or `2 findings`."""
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def format_percent(share: float) -> str:
-    """As many digits as it takes to tell 0.5% from 0, and 99.95% from 100%."""
+    """Format with enough digits to distinguish 0.5% from 0%, and 99.95% from 100%."""
     value = share * 100
     if value in {0.0, 100.0}:
         return f"{value:.0f}%"
@@ -65,7 +146,7 @@ def format_percent(share: float) -> str:
 
 
 def format_share_of(part: int, total: int) -> str:
-    """Rounded shares never say none or all where some are different. Empty where it is no part of the whole."""
+    """Format a share that is never rounded to 0% or 100%. Return "" if `part` is not a part of `total`."""
     if not 0 <= part <= total or not total:
         return ""
     share = part / total
@@ -77,7 +158,10 @@ def format_share_of(part: int, total: int) -> str:
 
 
 def format_seconds(value: float) -> str:
-    """3 µs, 4.1 ms, 120 ms, 1.25 s, 3 min 20 s, 5 h, 2 d 3 h."""
+    """Format as 3 µs, 4.1 ms, 120 ms, 1.25 s, 3 min 20 s, 5 h or 2 d 3 h.
+
+    humanize has no compact form below a second, and spells units out above it.
+    """
     if value < 0:
         return "-" + format_seconds(-value)
     if value < 0.0009995:
@@ -99,31 +183,20 @@ def format_duration(value: Duration) -> str:
 
 
 def format_bytes(byte_count: int) -> str:
-    value = float(byte_count)
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:,.0f} {unit}" if unit == "bytes" or value >= 100 else f"{value:.1f} {unit}"
-
-
-def seconds_since(moment: Timestamp, current_time: dt.datetime) -> float:
-    """Seconds from the moment until now."""
-    return (current_time - moment.ToDatetime(dt.UTC)).total_seconds()
+    return humanize.naturalsize(byte_count).replace("Byte", "byte").replace("kB", "KB")
 
 
 def format_age(moment: Timestamp, current_time: dt.datetime) -> str:
-    elapsed_s = seconds_since(moment, current_time)
+    elapsed_s = (current_time - moment.ToDatetime(dt.UTC)).total_seconds()
     return "now" if elapsed_s < 1 else f"{format_seconds(int(elapsed_s))} ago"
 
 
 def format_local_time(moment: Timestamp) -> str:
-    """Local date and time, to the second."""
     return moment.ToDatetime(dt.UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def to_printable(text: str, max_chars: int = 0) -> str:
-    """Nothing that came from a request may steer the terminal; cut in the middle where it is too long."""
+    """Escape control characters, which could control the terminal, and shorten a long text in the middle."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if max_chars and len(text) > max_chars:
@@ -132,36 +205,8 @@ def to_printable(text: str, max_chars: int = 0) -> str:
     return text
 
 
-MAX_TABLE_VALUE_CHARS = 200  # characters
-PIPED_TABLE_COLUMNS = 400  # columns: one row one line, for grep
-STYLE_BY_WORD = {
-    "breaking": "bold red",
-    "value": "yellow",
-    "additive": "cyan",
-    "noise": "dim",
-    "mismatch": "red",
-    "match": "green",
-    "old": "blue",
-    "new": "magenta",
-    "ok": "green",
-    "warn": "yellow",
-    "fail": "bold red",
-}
-
-
-class Console(rich.console.Console):
-    def on_broken_pipe(self) -> NoReturn:
-        raise BrokenPipeError
-
-
-def make_console(width: int | None = None) -> Console:
-    if width is None and not sys.stdout.isatty():
-        width = PIPED_TABLE_COLUMNS
-    return Console(width=width, markup=False, highlight=False, emoji=False)
-
-
 def make_table(*columns: str, numeric_columns: frozenset[str] = frozenset()) -> Table:
-    """Columns named in `right` hold numbers, and are never broken."""
+    """Make a table without frames. Numeric columns are right-aligned and never wrapped."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         table.add_column(
@@ -174,9 +219,9 @@ def make_table(*columns: str, numeric_columns: frozenset[str] = frozenset()) -> 
 
 
 def style_text(text: str, style: str = "") -> Text:
-    return Text(
-        to_printable(text), STYLE_BY_WORD.get(style or text, style if " " in style or style in {"dim", "bold"} else "")
-    )
+    """Return the text in the style of a word such as `fail` (default: of the text itself), or in a Rich style."""
+    rich_style = style if " " in style or style in {"dim", "bold"} else ""
+    return Text(to_printable(text), STYLE_BY_WORD.get(style or text, rich_style))
 
 
 def outcome_name(value: common.Outcome.ValueType) -> str:
@@ -204,7 +249,7 @@ def impact_name(value: common.Impact.ValueType) -> str:
 
 
 def _short_enum_name(constant: str) -> str:
-    """OUTCOME_ONLY_OLD → only old."""
+    """Convert `OUTCOME_ONLY_OLD` to `only old`."""
     return constant.partition("_")[2].lower().replace("_", " ")
 
 
@@ -213,7 +258,7 @@ def endpoint_name(endpoint: common.Endpoint) -> str:
 
 
 def format_location(part: common.Part.ValueType, path: str) -> str:
-    """`$.items[*].price`, `header cache-control`, `status`."""
+    """Return a location such as `$.items[*].price`, `header cache-control` or `status`."""
     name = part_name(part)
     if part == common.PART_BODY:
         return to_printable(path or "body")
@@ -229,18 +274,19 @@ def _format_difference_remark(difference: common.Difference) -> str:
 
 
 def build_differences_table(items: Iterable[common.Difference]) -> Table:
-    """One row a place, with both values."""
-    table = make_table("place", "kind", "impact", "old", "new")
+    """Build a table with one row per difference, with both values."""
+    table = make_table("location", "kind", "impact", "old", "new")
     for difference in items:
+        values = (
+            style_text(to_printable(getattr(difference, version), MAX_TABLE_VALUE_CHARS), version)
+            if difference.HasField(version)
+            else style_text("-", "dim")
+            for version in VERSIONS
+        )
         table.add_row(
             format_location(difference.part, difference.exact_path or difference.path),
             kind_name(difference.kind),
             style_text(_format_difference_remark(difference)),
-            style_text(to_printable(difference.old, MAX_TABLE_VALUE_CHARS), "old")
-            if difference.HasField("old")
-            else style_text("-", "dim"),
-            style_text(to_printable(difference.new, MAX_TABLE_VALUE_CHARS), "new")
-            if difference.HasField("new")
-            else style_text("-", "dim"),
+            *values,
         )
     return table

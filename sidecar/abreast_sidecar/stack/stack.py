@@ -1,4 +1,4 @@
-"""Everything Abreast needs beside the two versions: Redis, Postgres, the sidecar, and Envoy in front."""
+"""The servers of a parallel run next to the two versions: Redis, Postgres, the sidecar, and Envoy in front."""
 
 from __future__ import annotations
 
@@ -6,38 +6,43 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
+import psutil
 import psycopg
 
-from abreast_sidecar.envoy.render import render
+from abreast_sidecar.envoy.render import render_config
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.stack.data import DATA_DIRECTORY_MODE, DataDirectory, RunRegistry
-from abreast_sidecar.stack.process import ServerProcess, find_free_port, is_port_free
+from abreast_sidecar.stack.process import LocalServer, find_free_port, is_port_free, process_tree
 from abreast_sidecar.stack.servers import EnvoyServer, PostgresServer, RedisServer, SidecarServer
 
 LOOPBACK = "127.0.0.1"
 ANY_PORT_ADDRESS = SocketAddress(LOOPBACK, 0)
 DATABASE_NAME = "abreast"
-PORTS_FILE = "ports.json"  # the ports that were chosen, so that services find Redis again after a restart
+PORTS_FILE = "ports.json"  # so that services find Redis again in the next run
 
 
-class StackServer(Protocol):
-    process: ServerProcess | None
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A fault that a drill injects and then repairs."""
 
-    def start(self) -> object: ...
-    def stop(self) -> None: ...
+    inject: Callable[[], None]
+    repair: Callable[[], None]
 
 
 class Stack:
-    """Start everything in `__enter__`, stop it in `__exit__`; use from the main thread, since servers die with it.
+    """Context manager that starts the servers, and stops them at its end. Raise ServerError if one can't start.
 
-    `envoy` says what to serve and where; its `admin` and `sidecar` are set here, and a port 0 is replaced by a free
-    one. `data` keeps what was compared over restarts. `settings` are further ABREAST_* variables for the sidecar.
-    `say` is told what starts. Raise ServerError where a server can't start.
+    Use it from the main thread, because the servers end with the thread that started them.
+
+    `envoy` has the addresses of the versions and of the listener. The stack sets its `admin` and `sidecar`, and
+    replaces port 0 by a free port. `data` keeps the data across restarts. `settings` are additional ABREAST_* variables
+    for the sidecar. `report` receives a line for each server that starts.
     """
 
     def __init__(
@@ -60,8 +65,8 @@ class Stack:
             admin=SocketAddress(LOOPBACK, find_free_port()),
         )
         self.data_directory = DataDirectory(data)
-        self.servers: dict[str, StackServer] = {}
-        self.stopped_servers: set[str] = set()  # taken down on purpose
+        self.servers: dict[str, LocalServer] = {}
+        self.stopped_servers: set[str] = set()  # by stop_server
         self._redis_port = redis_port
         self._settings = dict(settings or {})
         self._report = report
@@ -117,8 +122,8 @@ class Stack:
         for purpose, address in listeners.items():
             if not is_port_free(address.host, address.port):
                 raise ServerError(
-                    f"{_format_address(address)}, the address for {purpose}, is taken by another program; "
-                    "stop that one, or choose another address"
+                    f"{_format_address(address)}, the address for {purpose}, is used by another program; "
+                    "stop it, or choose another address"
                 )
 
     def _start_stores(self, opening: contextlib.ExitStack) -> None:
@@ -132,7 +137,7 @@ class Stack:
         except ServerError:
             if is_port_free(LOOPBACK, self.redis.port):
                 raise
-            self.redis.port = ports["redis"] = find_free_port()  # another program was faster
+            self.redis.port = ports["redis"] = find_free_port()  # another program took the port
             self._start("redis", self.redis, opening)
         folder = self.data_directory.create_part("postgres", DATA_DIRECTORY_MODE)
         self.postgres = PostgresServer(folder, port=ports["postgres"], inherited_fds=inherited_fds)
@@ -161,32 +166,33 @@ class Stack:
 
     def _start_envoy(self, opening: contextlib.ExitStack) -> None:
         self.envoy = EnvoyServer(
-            render(self.envoy_settings),
+            render_config(self.envoy_settings),
             folder=self.data_directory.create_part("envoy"),
             inherited_fds=(self.data_directory.servers_lock,),
         )
         self._start("envoy", self.envoy, opening)
 
-    def _start(self, name: str, server: StackServer, opening: contextlib.ExitStack) -> None:
+    def _start(self, name: str, server: LocalServer, opening: contextlib.ExitStack) -> None:
         self._report(f"starting {name}")
-        opening.callback(server.stop)  # also what is interrupted while it starts
+        opening.callback(server.stop)  # also if the start is interrupted
         server.start()
         self.servers[name] = server
 
     def restart_exited(self) -> list[str]:
-        """Start again what has ended by itself; what it was, with the end of its log. Raise ServerError where that fails."""
+        """Restart servers that have ended. Return a message per server, with the end of its log. Raise ServerError."""
         messages = []
         for name, server in self.servers.items():
-            if name not in self.stopped_servers and server.process is not None and not server.process.is_alive:
-                code = server.process.popen.returncode
+            process = server.process
+            if name not in self.stopped_servers and process is not None and not process.is_alive:
                 messages.append(
-                    f"{name} ended (exit code {code}), and is started again; the end of its log:\n{server.process.read_log_tail(5)}"
+                    f"{name} ended (exit code {process.popen.returncode}) and is being restarted; "
+                    f"the end of its log:\n{process.read_log_tail(5)}"
                 )
                 server.start()
         return messages
 
     def stop_server(self, name: str, *, kill: bool) -> None:
-        """Until `bring_back`."""
+        """Stop or kill a server until `start_server`."""
         self.stopped_servers.add(name)
         server = self.servers[name]
         if kill and server.process is not None:
@@ -195,27 +201,54 @@ class Stack:
         server.stop()
 
     def start_server(self, name: str) -> None:
-        """Raise ServerError where it does not start."""
+        """Start a stopped server. Raise ServerError."""
         self.stopped_servers.discard(name)
         self.servers[name].start()
 
     def _load_ports(self) -> dict[str, int]:
-        """The ports of the last run in this folder where they are still free."""
+        """Return the ports of the last run in this directory if they are free, or else other free ports."""
         file = self.data_directory.path / PORTS_FILE
         try:
             stored_ports = json.loads(file.read_text())
         except (OSError, ValueError):
             stored_ports = {"redis": self._redis_port}
-        return {name: _reuse_or_find_port(stored_ports.get(name) or 0) for name in ("redis", "postgres")}
+        ports = {name: stored_ports.get(name) or 0 for name in ("redis", "postgres")}
+        return {
+            name: port if port and is_port_free(LOOPBACK, port) else find_free_port() for name, port in ports.items()
+        }
 
     def _get_connection_settings(self) -> dict[str, str]:
-        """As settings, so that a command reads them like its environment."""
+        """Return the addresses of the servers as ABREAST_* settings."""
         return {
             "ABREAST_REDIS_URL": self.redis_url,
             "ABREAST_POSTGRES_URL": self.postgres_url,
             "ABREAST_ENVOY_ADMIN": self.admin_url,
             "ABREAST_HTTP_LISTEN": _format_address(_to_client_address(self.http)),
         }
+
+
+def stack_faults(stack: Stack) -> dict[str, Fault]:
+    """Return the faults of Abreast's own servers by the name of their drill."""
+
+    def fault(name: str, *, kill: bool) -> Fault:
+        return Fault(lambda: stack.stop_server(name, kill=kill), lambda: stack.start_server(name))
+
+    return {
+        "sidecar-killed": fault("sidecar", kill=True),
+        "redis-down": fault("redis", kill=True),
+        "postgres-down": fault("postgres", kill=False),
+    }
+
+
+def pause_fault(pid: int) -> Fault:
+    """Return a fault that suspends a process and all of its descendants, so that they hang."""
+
+    def for_each(action: str) -> None:
+        for process in process_tree(pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(process, action)()
+
+    return Fault(lambda: for_each("suspend"), lambda: for_each("resume"))
 
 
 def _create_database(server: PostgresServer) -> None:
@@ -228,12 +261,8 @@ def _choose_port(address: SocketAddress) -> SocketAddress:
     return address if address.port else SocketAddress(address.host, find_free_port())
 
 
-def _reuse_or_find_port(port: int) -> int:
-    return port if port and is_port_free(LOOPBACK, port) else find_free_port()
-
-
 def _to_client_address(address: SocketAddress) -> SocketAddress:
-    """An address that a client on this machine can connect to."""
+    """Return an address that clients on this machine can connect to."""
     return SocketAddress({"0.0.0.0": LOOPBACK, "::": "::1"}.get(address.host, address.host), address.port)
 
 

@@ -1,4 +1,4 @@
-"""Is Redis fit, do captures arrive there, and do they join?"""
+"""Checks of Redis: the server, the captures that arrive there, and their join to pairs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import redis
 
 from abreast.protocol import join
 from abreast.protocol.redis_client import connect_sync
-from abreast_sidecar.cli.doctor.check import Check, CheckFactory, UnreachableError, mask_password
+from abreast_sidecar.cli.doctor import Check, CheckFactory, UnreachableError, mask_password
 from abreast_sidecar.client.output import format_bytes, format_count, format_quantity, format_seconds, format_share_of
 
 REDIS_CHECKS = CheckFactory("Redis")
 JOIN_CHECKS = CheckFactory("join")
-REDIS_TIMEOUT_S = 3.0  # seconds
+REDIS_TIMEOUT_S = 3.0
 MIN_REDIS_VERSION = (7, 0)
-MAX_MEMORY_SHARE = 0.9  # share of the memory that is allowed
-MAX_INCOMPLETE_PAIR_SHARE = 0.05  # share of pairs with a missing capture that is worth a word
-MAX_READY_PAIRS = 5000  # pairs that wait for a worker
-MAX_OVERDUE_S = 30.0  # seconds past its deadline that no pair should wait
+MAX_MEMORY_SHARE = 0.9  # a share of maxmemory
+MAX_INCOMPLETE_PAIR_SHARE = 0.05
+MAX_READY_PAIRS = 5000
+MAX_OVERDUE_S = 30.0  # past the deadline of a pair
 STATS_KEY_PATTERN = re.compile(r"abreast:\{([^{}/]+)/(\d+)\}:stats")
-MAX_SCAN_CALLS, SCAN_KEYS_PER_CALL = 20, 1000  # calls, and keys a call, that are looked through for services
+MAX_SCAN_CALLS, SCAN_KEYS_PER_CALL = 20, 1000
 SERVER_NAMES = {"redis_version": "Redis", "valkey_version": "Valkey"}
 
 
 @dataclass(frozen=True)
 class ShardState:
-    """Counters since the keys were made; `waiting` pairs lack a copy, `ready` ones wait for a worker.
+    """Counters of a shard since its keys exist. Waiting pairs lack a capture, ready ones wait for a worker.
 
-    `overdue` is how many seconds the oldest waiting pair is past its deadline.
+    `overdue_s` is the time that the oldest waiting pair is past its deadline.
     """
 
     counters: Mapping[str, int]
@@ -44,16 +44,16 @@ class ShardState:
 
 @dataclass(frozen=True)
 class RedisFacts:
-    """`now` is Redis's clock in seconds, `ahead` of this machine's; `shards` and `reports` by service.
+    """State of Redis, with shards and reports by service. A positive `clock_offset_s` is ahead of this machine.
 
-    `unregistered` services have captures here and no entry in abreast:services.
+    Unregistered services have captures in Redis, but no entry in abreast:services.
     """
 
     url: str
     info: Mapping[str, Any]
     server_time_s: float
     clock_offset_s: float
-    eviction_policy: str | None  # None where the server doesn't tell
+    eviction_policy: str | None  # None if the server refuses CONFIG
     shards: Mapping[str, list[ShardState]] = field(default_factory=dict)
     reports: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
     unregistered_shards: Mapping[str, int] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class RedisFacts:
 
 
 def read_redis_facts(url: str, expected_services: Iterable[str] = ()) -> RedisFacts:
-    """`hints` are names of services that should be there."""
+    """Read the state of Redis. Raise UnreachableError. `expected_services` should have captures there."""
     try:
         with connect_sync(url, timeout=REDIS_TIMEOUT_S) as client:
             return _gather_redis_facts(client, mask_password(url), expected_services)
@@ -72,16 +72,16 @@ def read_redis_facts(url: str, expected_services: Iterable[str] = ()) -> RedisFa
 
 
 def _list_servers(client: Any) -> list[Any]:
-    """The one server, or a cluster's primaries, the fullest first."""
+    """Return the server, or the primaries of a cluster by used memory, largest first."""
     if not isinstance(client, redis.RedisCluster):
         return [client]
-    primaries = [client.get_redis_connection(node) for node in client.get_primaries()]  # type: ignore[no-untyped-call]  # redis-py's
-    return sorted(primaries, key=lambda one: -int(one.info("memory")["used_memory"]))
+    primaries = [client.get_redis_connection(node) for node in client.get_primaries()]  # type: ignore[no-untyped-call]  # of redis-py
+    return sorted(primaries, key=lambda server: -int(server.info("memory")["used_memory"]))
 
 
 def _gather_redis_facts(client: Any, url: str, expected_services: Iterable[str]) -> RedisFacts:
     servers = _list_servers(client)
-    servers[0].ping()  # connecting takes its time, and must not count
+    servers[0].ping()  # so that the time to connect does not add to the clock offset
     full_seconds, microseconds = servers[0].time()
     server_time_s = full_seconds + microseconds / 1e6
     clock_offset_s = server_time_s - time.time()
@@ -106,7 +106,7 @@ def _gather_redis_facts(client: Any, url: str, expected_services: Iterable[str])
 def _find_unregistered_shards(
     client: Any, servers: Iterable[Any], registered_shards: Mapping[str, int], expected_services: Iterable[str]
 ) -> dict[str, int]:
-    """Shards, by service, of captures that no sidecar looks for; nameless ones only where nothing is registered."""
+    """Count the shards of services that no sidecar reads. Scan for other names only if no service is registered."""
     keys = [f"abreast:{{{name}/0}}:stats" for name in expected_services]
     keys = [key for key in keys if client.exists(key)]
     for server in () if registered_shards else servers:
@@ -131,7 +131,7 @@ def _scan_stats_keys(server: Any) -> list[str]:
 def _read_eviction_policy(client: Any) -> str | None:
     try:
         return str(client.config_get("maxmemory-policy").get("maxmemory-policy", "")) or None
-    except redis.RedisError:  # managed servers refuse CONFIG
+    except redis.RedisError:  # as managed servers do
         return None
 
 
@@ -170,13 +170,13 @@ def _check_redis_version(facts: RedisFacts) -> Check:
 def _check_eviction(facts: RedisFacts) -> Check:
     if facts.eviction_policy is None:
         return REDIS_CHECKS.warn(
-            "eviction", "the server does not tell its maxmemory-policy", "make sure it is noeviction"
+            "eviction", "the server does not show its maxmemory-policy", "make sure that it is noeviction"
         )
     if facts.eviction_policy == "noeviction":
         return REDIS_CHECKS.ok("eviction", "maxmemory-policy is noeviction")
-    observation = f"maxmemory-policy is {facts.eviction_policy}: when memory is short, captures vanish uncounted"
+    observation = f"maxmemory-policy is {facts.eviction_policy}: Redis may evict captures, and nothing counts them"
     return REDIS_CHECKS.warn(
-        "eviction", observation, "set maxmemory-policy noeviction, or give Abreast a Redis of its own"
+        "eviction", observation, "set maxmemory-policy noeviction, or use a dedicated Redis for Abreast"
     )
 
 
@@ -187,9 +187,7 @@ def _check_memory(facts: RedisFacts) -> Check:
     observation = f"{format_bytes(used_bytes)} of {format_bytes(limit_bytes)} used"
     if used_bytes < limit_bytes * MAX_MEMORY_SHARE:
         return REDIS_CHECKS.ok("memory", observation)
-    return REDIS_CHECKS.fail(
-        "memory", observation, "give it more memory, or lower the sampling: Redis refuses captures when it is full"
-    )
+    return REDIS_CHECKS.fail("memory", observation, "add memory, or lower the sampling: a full Redis refuses captures")
 
 
 def _check_persistence(facts: RedisFacts) -> Check:
@@ -197,38 +195,32 @@ def _check_persistence(facts: RedisFacts) -> Check:
         name for name in ("rdb_last_bgsave_status", "aof_last_write_status") if facts.info.get(name, "ok") != "ok"
     ]
     if failing_fields:
-        advice = "look into its log: is the disk full? Redis refuses writes then"
+        advice = "see its log, and check for a full disk: Redis refuses writes until it can save"
         return REDIS_CHECKS.fail("persistence", f"saving to disk fails ({', '.join(failing_fields)})", advice)
-    persistence_mode = (
-        "append-only file" if facts.info.get("aof_enabled") else "no append-only file: a crash loses what waits there"
-    )
-    return REDIS_CHECKS.ok("persistence", persistence_mode)
+    has_log = facts.info.get("aof_enabled")
+    return REDIS_CHECKS.ok("persistence", "append-only file" if has_log else "no append-only file: a crash loses pairs")
 
 
 def check_registration(facts: RedisFacts, service: str) -> Iterator[Check]:
     if service in facts.unregistered_shards:
         yield REDIS_CHECKS.fail(
             "registration",
-            f"registration missing: captures of {service} lie here, but {join.SERVICES_KEY} does not name it, so no sidecar reads them",
-            "a running service registers itself every few seconds: start it, or see its log; was a part of Redis deleted?",
+            f"registration missing: captures of {service} are in Redis, but no sidecar reads them, "
+            f"because {join.SERVICES_KEY} does not list the service",
+            "start the service, which registers itself every few seconds, or see its log; keys may have been deleted",
         )
 
 
 def check_join(facts: RedisFacts, service: str, mirrored_requests: int | None) -> Iterator[Check]:
-    """`mirrored`: requests that Envoy says it mirrored, None for unknown."""
-    joined_pairs, incomplete_pairs = (
-        facts.total_counter(service, join.JOINED),
-        facts.total_counter(service, join.TIMED_OUT),
+    """Check the join. `mirrored_requests` is Envoy's count, or None if it is unknown."""
+    captures, joined_pairs, incomplete_pairs = (
+        facts.total_counter(service, counter) for counter in (join.RECEIVED, join.JOINED, join.TIMED_OUT)
     )
-    if not facts.total_counter(service, join.RECEIVED):
+    if not captures:
         make_check = JOIN_CHECKS.warn if mirrored_requests == 0 else JOIN_CHECKS.fail
-        yield make_check(
-            "captures", f"no capture of {service} has ever arrived", "see what is said of the services above"
-        )
+        yield make_check("captures", f"no capture of {service} has ever arrived", "see the checks of the services")
         return
-    yield JOIN_CHECKS.ok(
-        "captures", f"{format_quantity(facts.total_counter(service, join.RECEIVED), 'capture')} arrived"
-    )
+    yield JOIN_CHECKS.ok("captures", f"{format_quantity(captures, 'capture')} arrived")
     yield _check_joined_pairs(joined_pairs, incomplete_pairs)
     yield from _check_rejected_captures(facts, service)
     yield _check_queue_depth(facts, service)
@@ -236,28 +228,25 @@ def check_join(facts: RedisFacts, service: str, mirrored_requests: int | None) -
 
 
 def _check_joined_pairs(joined_pairs: int, incomplete_pairs: int) -> Check:
-    observation = f"{format_quantity(joined_pairs, 'pair')} joined, {format_count(incomplete_pairs)} with a missing capture ({format_share_of(incomplete_pairs, joined_pairs + incomplete_pairs) or '0%'})"
-    if incomplete_pairs <= (joined_pairs + incomplete_pairs) * MAX_INCOMPLETE_PAIR_SHARE:
-        return JOIN_CHECKS.ok("pairs", observation)
-    advice = "one version's captures are missing, or come later than the middleware's pair_timeout"
-    return (
-        JOIN_CHECKS.warn("pairs", observation, advice)
-        if joined_pairs
-        else JOIN_CHECKS.fail("pairs", observation, advice)
+    total = joined_pairs + incomplete_pairs
+    share = format_share_of(incomplete_pairs, total) or "0%"
+    observation = (
+        f"{format_quantity(joined_pairs, 'pair')} joined, "
+        f"{format_count(incomplete_pairs)} with a missing capture ({share})"
     )
+    if incomplete_pairs <= total * MAX_INCOMPLETE_PAIR_SHARE:
+        return JOIN_CHECKS.ok("pairs", observation)
+    make_check = JOIN_CHECKS.warn if joined_pairs else JOIN_CHECKS.fail
+    advice = "captures of one version are missing, or arrive after the middleware's pair_timeout"
+    return make_check("pairs", observation, advice)
 
 
 def _check_rejected_captures(facts: RedisFacts, service: str) -> Iterator[Check]:
-    rejected_captures = facts.total_counter(service, join.REJECTED_PAIRS) + facts.total_counter(
-        service, join.REJECTED_BYTES
-    )
-    if rejected_captures:
-        observation = (
-            f"{format_quantity(rejected_captures, 'capture')} refused so far, since as much waited as may wait"
-        )
-        yield JOIN_CHECKS.warn(
-            "refused", observation, "is the sidecar's worker running and fast enough? or lower the sampling"
-        )
+    rejected = sum(facts.total_counter(service, counter) for counter in (join.REJECTED_PAIRS, join.REJECTED_BYTES))
+    if rejected:
+        observation = f"{format_quantity(rejected, 'capture')} refused so far, because Redis was at its limit"
+        advice = "check that the sidecar's worker runs and is fast enough, or lower the sampling"
+        yield JOIN_CHECKS.warn("refused", observation, advice)
 
 
 def _check_queue_depth(facts: RedisFacts, service: str) -> Check:
@@ -266,16 +255,19 @@ def _check_queue_depth(facts: RedisFacts, service: str) -> Check:
         sum(shard.waiting_pairs for shard in shards),
         sum(shard.ready_pairs for shard in shards),
     )
-    observation = f"{format_quantity(waiting_pairs, 'pair')} wait for a copy, {format_count(ready_pairs)} for a worker ({format_bytes(max(0, facts.total_counter(service, 'bytes')))})"
+    size = format_bytes(max(0, facts.total_counter(service, "bytes")))
+    observation = (
+        f"{format_quantity(waiting_pairs, 'pair')} wait for a copy, {format_count(ready_pairs)} for a worker ({size})"
+    )
     if ready_pairs < MAX_READY_PAIRS:
         return JOIN_CHECKS.ok("queues", observation)
-    return JOIN_CHECKS.warn("queues", observation, "is the sidecar's worker running and fast enough? (ABREAST_WORKERS)")
+    advice = "check that the sidecar's worker runs and is fast enough (ABREAST_WORKERS)"
+    return JOIN_CHECKS.warn("queues", observation, advice)
 
 
 def _check_overdue_pairs(facts: RedisFacts, service: str) -> Iterator[Check]:
     overdue_s = max((shard.overdue_s for shard in facts.shards.get(service, [])), default=0.0)
     if overdue_s > MAX_OVERDUE_S:
-        observation = f"a pair waits for a copy since {format_seconds(overdue_s)} past its deadline: nothing sweeps"
-        yield JOIN_CHECKS.fail(
-            "sweep", observation, "is the sidecar running, and does it use this Redis? see its log (worker)"
-        )
+        observation = f"a pair still waits for a copy {format_seconds(overdue_s)} after its deadline"
+        advice = "check that the sidecar runs and uses this Redis, and see its log (worker)"
+        yield JOIN_CHECKS.fail("sweep", observation, advice)

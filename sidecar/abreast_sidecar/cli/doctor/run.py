@@ -1,4 +1,4 @@
-"""All checks, in the order of a request's way."""
+"""`abreast doctor`: all checks, in the order in which a request passes the parts."""
 
 from __future__ import annotations
 
@@ -6,23 +6,32 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import click
 from rich.table import Table
 
-from abreast_sidecar.cli.doctor import envoy, postgres, redis, services
-from abreast_sidecar.cli.doctor import postgres as clocks
-from abreast_sidecar.cli.doctor import services as sidecar
-from abreast_sidecar.cli.doctor.check import Check, CheckFactory, UnreachableError
+from abreast_sidecar.cli.doctor import Check, CheckFactory, UnreachableError, envoy, postgres, redis, services
 from abreast_sidecar.cli.exit_codes import ExitCode
-from abreast_sidecar.cli.options import DEFAULT_ADDRESS, TARGET_TYPE, json_option
-from abreast_sidecar.client.output import Console, format_quantity, make_console, style_text, to_printable
+from abreast_sidecar.cli.options import address_option, json_option, service_option
+from abreast_sidecar.client.output import (
+    Console,
+    format_quantity,
+    format_seconds,
+    make_console,
+    style_text,
+    to_printable,
+)
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.data import find_run
 from abreast_sidecar.store.migrate import load_migrations
+
+CLOCK_CHECKS = CheckFactory("clocks")
+MAX_CLOCK_OFFSET_S = 2.0
+DEFAULT_ENVOY_ADMIN = "127.0.0.1:9901"
+STATE_LABELS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
 
 Facts = TypeVar("Facts")
 
@@ -34,104 +43,18 @@ class DoctorAddresses:
     envoy_admin: tuple[str, ...]
     redis_url: str
     postgres_url: str
-    service: str = ""  # empty: the only one
-
-
-def run_checks(addresses: DoctorAddresses) -> list[Check]:
-    """Whatever is down: every failure is a check, never an exception."""
-    return DoctorRun(addresses).checks
-
-
-class DoctorRun:
-    def __init__(self, addresses: DoctorAddresses) -> None:
-        self.addresses = addresses
-        self.clock_offsets_s: dict[str, float] = {}  # seconds, by clock
-        self.checks = [*sidecar.check_sidecar(addresses.grpc, addresses.http_url)]
-        self._check_envoys()
-        self._check_captures()
-        self._check_ledger()
-        self.checks += clocks.check_clocks(self.clock_offsets_s)
-
-    def _check_envoys(self) -> None:
-        self.envoy_facts: list[envoy.EnvoyFacts] = []
-        for admin in self.addresses.envoy_admin:
-            read_facts = functools.partial(envoy.read_envoy_facts, admin)
-            facts = self._read_or_fail(envoy.ENVOY_CHECKS, read_facts, "--envoy-admin or ABREAST_ENVOY_ADMIN", admin)
-            if facts is not None:
-                self.envoy_facts.append(facts)
-                self.checks += envoy.check_envoy(facts)
-
-    def _check_captures(self) -> None:
-        facts = self._read_or_fail(
-            redis.REDIS_CHECKS,
-            functools.partial(redis.read_redis_facts, self.addresses.redis_url, self._service_candidates()),
-            "--redis-url or ABREAST_REDIS_URL",
-        )
-        if facts is None:
-            return
-        self.clock_offsets_s["Redis"] = facts.clock_offset_s
-        service = self._select_service(facts)
-        processes = [
-            services.ServiceProcess.from_report(report, facts.server_time_s)
-            for report in facts.reports.get(service, [])
-        ]
-        mirrored = sum(envoy_fact.mirrored_requests for envoy_fact in self.envoy_facts) if self.envoy_facts else None
-        if processes or service not in facts.unregistered_shards:
-            other_services = sorted(set(facts.reports) - {service})
-            self.checks += services.check_services(service, processes, mirrored, other_services)
-        self.checks += [*redis.check_registration(facts, service), *redis.check_redis(facts)]
-        if processes or service in facts.unregistered_shards:
-            self.checks += redis.check_join(facts, service, mirrored)
-
-    def _select_service(self, facts: redis.RedisFacts) -> str:
-        """The one that is asked for, or that Envoy serves, or the only one."""
-        return next(iter([*self._service_candidates(), *(facts.reports if len(facts.reports) == 1 else ())]), "")
-
-    def _service_candidates(self) -> list[str]:
-        names = (self.addresses.service, *(facts.service for facts in self.envoy_facts))
-        return [name for name in names if name]
-
-    def _check_ledger(self) -> None:
-        read_facts = functools.partial(postgres.read_postgres_facts, self.addresses.postgres_url)
-        facts = self._read_or_fail(postgres.POSTGRES_CHECKS, read_facts, "--postgres-url or ABREAST_POSTGRES_URL")
-        if facts is not None:
-            self.clock_offsets_s["Postgres"] = facts.clock_offset_s
-            self.checks += postgres.check_postgres(facts, load_migrations()[-1].version)
-
-    def _read_or_fail(
-        self, check_factory: CheckFactory, read_facts: Callable[[], Facts], option: str, address: str = ""
-    ) -> Facts | None:
-        try:
-            return read_facts()
-        except UnreachableError as error:
-            observation = f"can't be reached{f' at {address}' if address else ''}: {to_printable(str(error), 200)}"
-            self.checks.append(
-                check_factory.fail("reachable", observation, f"is it running? say where it is with {option}")
-            )
-            return None
-
-
-DEFAULT_ENVOY_ADMIN = "127.0.0.1:9901"
-STATE_LABELS = {"ok": "ok", "warn": "warn", "fail": "FAIL"}
+    service: str = ""  # empty for the only one
 
 
 @click.command()
-@click.option("--service", default="", help="The service; may be left out where one has an Envoy, or is the only one.")
+@service_option
 @click.option(
-    "--envoy-admin", multiple=True, help="Envoy's admin address; may be repeated.  [env var: ABREAST_ENVOY_ADMIN]"
+    "--envoy-admin", multiple=True, help="Admin address of an Envoy (repeatable).  [env var: ABREAST_ENVOY_ADMIN]"
 )
-@click.option("--redis-url", help="The Redis that captures go to.  [env var: ABREAST_REDIS_URL]")
-@click.option("--postgres-url", help="The ledger.  [env var: ABREAST_POSTGRES_URL]")
-@click.option("--http", help="The sidecar's HTTP address.  [env var: ABREAST_HTTP_LISTEN]")
-@click.option(
-    "--address",
-    type=TARGET_TYPE,
-    default=DEFAULT_ADDRESS,
-    envvar="ABREAST_SIDECAR",
-    show_default=True,
-    show_envvar=True,
-    help="The sidecar's gRPC.",
-)
+@click.option("--redis-url", help="Redis that receives the captures.  [env var: ABREAST_REDIS_URL]")
+@click.option("--postgres-url", help="Postgres that holds the ledger.  [env var: ABREAST_POSTGRES_URL]")
+@click.option("--http", help="HTTP address of the sidecar.  [env var: ABREAST_HTTP_LISTEN]")
+@address_option
 @json_option
 def doctor_command(
     service: str,
@@ -142,9 +65,9 @@ def doctor_command(
     address: str,
     as_json: bool,
 ) -> int:
-    """Tell why nothing shows up: look at every part, in the order of a request's way.
+    """Check every part in the order in which a request passes it, and report what to fix.
 
-    Where `abreast up` runs on this machine, no option is needed. Exits with 1 where something fails.
+    If `abreast up` runs on this machine, you need no options. Exits with 1 if a check fails.
     """
     options = {
         "ABREAST_ENVOY_ADMIN": ",".join(envoy_admin),
@@ -178,9 +101,8 @@ def build_addresses(settings: Settings, address: str, service: str) -> DoctorAdd
 
 def print_checks(out: Console, checks: list[Check]) -> None:
     grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column(no_wrap=True)
-    grid.add_column(no_wrap=True)
+    for _ in ("state", "part", "name"):
+        grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     part = ""
     for check in checks:
@@ -197,8 +119,94 @@ def print_checks(out: Console, checks: list[Check]) -> None:
     failure_count, warning_count = (sum(check.state == state for check in checks) for state in ("fail", "warn"))
     out.print()
     if failure_count or warning_count:
-        out.print(
-            f"{format_quantity(failure_count, 'failure')}, {format_quantity(warning_count, 'warning')}; begin with the first"
-        )
+        totals = f"{format_quantity(failure_count, 'failure')}, {format_quantity(warning_count, 'warning')}"
+        out.print(f"{totals}; start with the first")
     else:
-        out.print("all is well")
+        out.print("all checks passed")
+
+
+def run_checks(addresses: DoctorAddresses) -> list[Check]:
+    """Return the checks of all parts. A part that is down is a failed check, never an exception."""
+    return DoctorRun(addresses).checks
+
+
+class DoctorRun:
+    def __init__(self, addresses: DoctorAddresses) -> None:
+        self.addresses = addresses
+        self.clock_offsets_s: dict[str, float] = {}  # by server
+        self.checks = [*services.check_sidecar(addresses.grpc, addresses.http_url)]
+        self._check_envoys()
+        self._check_captures()
+        self._check_ledger()
+        self.checks += check_clocks(self.clock_offsets_s)
+
+    def _check_envoys(self) -> None:
+        self.envoy_facts: list[envoy.EnvoyFacts] = []
+        for admin in self.addresses.envoy_admin:
+            read_facts = functools.partial(envoy.read_envoy_facts, admin)
+            facts = self._read_or_fail(envoy.ENVOY_CHECKS, read_facts, "--envoy-admin or ABREAST_ENVOY_ADMIN", admin)
+            if facts is not None:
+                self.envoy_facts.append(facts)
+                self.checks += envoy.check_envoy(facts)
+
+    def _check_captures(self) -> None:
+        facts = self._read_or_fail(
+            redis.REDIS_CHECKS,
+            functools.partial(redis.read_redis_facts, self.addresses.redis_url, self._service_candidates()),
+            "--redis-url or ABREAST_REDIS_URL",
+        )
+        if facts is None:
+            return
+        self.clock_offsets_s["Redis"] = facts.clock_offset_s
+        service = self._select_service(facts)
+        processes = [
+            services.ServiceProcess.from_report(report, facts.server_time_s)
+            for report in facts.reports.get(service, [])
+        ]
+        mirrored_requests = sum(facts.mirrored_requests for facts in self.envoy_facts) if self.envoy_facts else None
+        if processes or service not in facts.unregistered_shards:
+            other_services = sorted(set(facts.reports) - {service})
+            self.checks += services.check_services(service, processes, mirrored_requests, other_services)
+        self.checks += [*redis.check_registration(facts, service), *redis.check_redis(facts)]
+        if processes or service in facts.unregistered_shards:
+            self.checks += redis.check_join(facts, service, mirrored_requests)
+
+    def _select_service(self, facts: redis.RedisFacts) -> str:
+        """Return the requested service, or else that of an Envoy, or else the only one."""
+        return next(iter([*self._service_candidates(), *(facts.reports if len(facts.reports) == 1 else ())]), "")
+
+    def _service_candidates(self) -> list[str]:
+        names = (self.addresses.service, *(facts.service for facts in self.envoy_facts))
+        return [name for name in names if name]
+
+    def _check_ledger(self) -> None:
+        read_facts = functools.partial(postgres.read_postgres_facts, self.addresses.postgres_url)
+        facts = self._read_or_fail(postgres.POSTGRES_CHECKS, read_facts, "--postgres-url or ABREAST_POSTGRES_URL")
+        if facts is not None:
+            self.clock_offsets_s["Postgres"] = facts.clock_offset_s
+            self.checks += postgres.check_postgres(facts, load_migrations()[-1].version)
+
+    def _read_or_fail(
+        self, check_factory: CheckFactory, read_facts: Callable[[], Facts], option: str, address: str = ""
+    ) -> Facts | None:
+        try:
+            return read_facts()
+        except UnreachableError as error:
+            observation = f"can't be reached{f' at {address}' if address else ''}: {to_printable(str(error), 200)}"
+            self.checks.append(
+                check_factory.fail("reachable", observation, f"start it, or set its address with {option}")
+            )
+            return None
+
+
+def check_clocks(clock_offsets_s: Mapping[str, float]) -> Iterator[Check]:
+    """Check the offsets of servers' clocks to this machine's clock; positive offsets are ahead."""
+    large_offsets_s = {name: value for name, value in clock_offsets_s.items() if abs(value) > MAX_CLOCK_OFFSET_S}
+    if clock_offsets_s and not large_offsets_s:
+        max_offset_s = max(map(abs, clock_offsets_s.values()))
+        names = " and ".join(clock_offsets_s)
+        yield CLOCK_CHECKS.ok("agree", f"{names} within {format_seconds(max(max_offset_s, 0.001))} of this machine")
+    for name, value in large_offsets_s.items():
+        observation = f"{name} is {format_seconds(abs(value))} {'ahead of' if value > 0 else 'behind'} this machine"
+        advice = "synchronize the clocks (chrony, ntpd): otherwise times of requests are wrong"
+        yield CLOCK_CHECKS.warn(name, observation, advice)

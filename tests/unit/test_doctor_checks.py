@@ -1,4 +1,4 @@
-"""What doctor makes of the facts it finds."""
+"""Checks that doctor makes of the facts of each part."""
 
 from __future__ import annotations
 
@@ -7,45 +7,42 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.cli.doctor import envoy, postgres, redis, services
-from abreast_sidecar.cli.doctor import postgres as clocks
-from abreast_sidecar.cli.doctor import services as reach
-from abreast_sidecar.cli.doctor import services as sidecar
-from abreast_sidecar.cli.doctor.check import Check, mask_password
+from abreast_sidecar.cli.doctor import Check, envoy, mask_password, postgres, redis, services
+from abreast_sidecar.cli.doctor.run import check_clocks
 
 
 def states(checks: Iterable[Check]) -> dict[str, str]:
     return {check.name: check.state for check in checks}
 
 
-UP = reach.EndpointReachability("10.0.0.1:80")
-DOWN = reach.EndpointReachability("10.0.0.2:80", "connection refused")
-UNSURE = reach.EndpointReachability("10.0.0.3:80", "timed out", is_certain=False)
+UP = envoy.EndpointReachability("10.0.0.1:80")
+DOWN = envoy.EndpointReachability("10.0.0.2:80", "connection refused")
+UNSURE = envoy.EndpointReachability("10.0.0.3:80", "timed out", is_certain=False)
 
 
 def envoy_facts(
-    *, safe: float = 0.1, old: tuple[reach.EndpointReachability, ...] = (UP,), **stats: int
+    *, safe: float = 0.1, old: tuple[envoy.EndpointReachability, ...] = (UP,), **stats: int
 ) -> envoy.EnvoyFacts:
-    healthy = {f"cluster.new.membership_{what}": 1 for what in ("healthy", "total")}
-    known = {
+    healthy = {f"cluster.new.membership_{state}": 1 for state in ("healthy", "total")}
+    counters = {
         "runtime.control_plane.connected_state": 1,
         "vhost.service.route.safe_sampled.upstream_rq_total": 10,
         "vhost.service.route.safe_plain.upstream_rq_total": 90,
         "cluster.new_shadow.upstream_rq_total": 10,
     }
-    given = {name.replace("__", "."): value for name, value in stats.items()}
+    overrides = {name.replace("__", "."): value for name, value in stats.items()}
     return envoy.EnvoyFacts(
         url="http://127.0.0.1:9901",
         version="1.40.0",
         service="shop",
         state="LIVE",
-        stats={**healthy, **known, **given},
+        stats={**healthy, **counters, **overrides},
         sampling={"safe": safe, "unsafe": 0.0},
         old_endpoints=old,
     )
 
 
-def test_a_mirroring_envoy_is_well() -> None:
+def test_envoy_that_mirrors_passes() -> None:
     assert set(states(envoy.check_envoy(envoy_facts())).values()) == {"ok"}
 
 
@@ -65,11 +62,11 @@ def test_a_mirroring_envoy_is_well() -> None:
         (envoy_facts(cluster__new_shadow__upstream_rq_pending_overflow=3), "copies", "warn"),
     ],
 )
-def test_envoy_is_not_well(facts: envoy.EnvoyFacts, name: str, state: str) -> None:
+def test_envoy_problem_is_reported(facts: envoy.EnvoyFacts, name: str, state: str) -> None:
     assert states(envoy.check_envoy(facts))[name] == state
 
 
-def test_retries_are_not_counted_as_mirrored() -> None:
+def test_mirrored_requests_exclude_retries() -> None:
     facts = envoy_facts(
         vhost__service__route__safe_sampled__upstream_rq_total=20,
         cluster__new_shadow__upstream_rq_total=7,
@@ -85,7 +82,7 @@ def test_retries_are_not_counted_as_mirrored() -> None:
 
 
 def hosts(cluster: str, *, ejected: bool = False, **stats: int) -> dict[str, Any]:
-    """As Envoy's /clusters writes it: numbers are texts, and zeros are left out."""
+    """Return a cluster as Envoy's /clusters writes it: numbers are strings, and zeros are omitted."""
     host: dict[str, Any] = {
         "address": {"socket_address": {"address": "127.0.0.1", "port_value": 8001}},
         "stats": [{"name": name, **({"value": str(n)} if n else {})} for name, n in stats.items()],
@@ -94,15 +91,15 @@ def hosts(cluster: str, *, ejected: bool = False, **stats: int) -> dict[str, Any
     return {"name": cluster, "host_statuses": [host]}
 
 
-def test_an_endpoint_s_counts_are_summed_over_the_pools_of_old() -> None:
+def test_count_connections_sums_clusters_of_old() -> None:
     clusters = [
         hosts("old", cx_connect_fail=2, cx_active=0, rq_success=5, rq_total=9),
         hosts("old_shadow", cx_connect_fail=1, ejected=True),
         hosts("new", cx_connect_fail=8),
     ]
 
-    assert reach.count_connections({"cluster_statuses": clusters}) == {
-        ("127.0.0.1", 8001): reach.ConnectionCounts(
+    assert envoy.count_connections({"cluster_statuses": clusters}) == {
+        ("127.0.0.1", 8001): envoy.ConnectionCounts(
             failed_connects=3, active_connections=0, successful_requests=5, is_ejected=True
         )
     }
@@ -112,27 +109,27 @@ REFUSED = "connection refused"
 
 
 @pytest.mark.parametrize(
-    ("where", "refused", "after", "near", "reached", "sure"),
+    ("host", "connect_error", "after", "is_local", "is_reached", "is_certain"),
     [
-        ("127.0.0.1", "", reach.ConnectionCounts(failed_connects=1), True, True, True),
-        ("127.0.0.1", "", reach.ConnectionCounts(failed_connects=2), True, False, True),
-        ("127.0.0.1", "", reach.ConnectionCounts(failed_connects=1, is_ejected=True), True, False, True),
-        ("10.0.0.1", "timed out", reach.ConnectionCounts(failed_connects=1, successful_requests=1), False, True, True),
-        ("10.0.0.1", "timed out", reach.ConnectionCounts(failed_connects=1), False, False, True),
+        ("127.0.0.1", "", envoy.ConnectionCounts(failed_connects=1), True, True, True),
+        ("127.0.0.1", "", envoy.ConnectionCounts(failed_connects=2), True, False, True),
+        ("127.0.0.1", "", envoy.ConnectionCounts(failed_connects=1, is_ejected=True), True, False, True),
+        ("10.0.0.1", "timed out", envoy.ConnectionCounts(failed_connects=1, successful_requests=1), False, True, True),
+        ("10.0.0.1", "timed out", envoy.ConnectionCounts(failed_connects=1), False, False, True),
     ],
 )
-def test_what_envoy_sees_counts_for_more_than_what_this_machine_sees(
-    where: str, refused: str, after: reach.ConnectionCounts, near: bool, reached: bool, sure: bool
+def test_judge_reachability_prefers_envoys_counters(
+    host: str, connect_error: str, after: envoy.ConnectionCounts, is_local: bool, is_reached: bool, is_certain: bool
 ) -> None:
-    found = reach.judge_reachability(
-        (where, 8001), refused, reach.ConnectionCounts(failed_connects=1), after, is_local_envoy=near
+    reachability = envoy.judge_reachability(
+        (host, 8001), connect_error, envoy.ConnectionCounts(failed_connects=1), after, is_local_envoy=is_local
     )
 
-    assert (not found.problem, found.is_certain) == (reached, sure)
+    assert (not reachability.problem, reachability.is_certain) == (is_reached, is_certain)
 
 
 @pytest.mark.parametrize(
-    ("where", "refused", "near", "sure"),
+    ("host", "connect_error", "is_local", "is_certain"),
     [
         ("127.0.0.1", REFUSED, True, True),
         ("127.0.0.1", REFUSED, False, False),
@@ -140,32 +137,34 @@ def test_what_envoy_sees_counts_for_more_than_what_this_machine_sees(
         ("10.0.0.1", "timed out", True, False),
     ],
 )
-def test_without_traffic_only_this_machine_can_tell(where: str, refused: str, near: bool, sure: bool) -> None:
-    idle = reach.ConnectionCounts()
+def test_judge_reachability_without_traffic_uses_own_connection(
+    host: str, connect_error: str, is_local: bool, is_certain: bool
+) -> None:
+    idle = envoy.ConnectionCounts()
 
-    assert reach.judge_reachability(
-        (where, 8001), refused, idle, idle, is_local_envoy=near
-    ) == reach.EndpointReachability(f"{where}:8001", refused, is_certain=sure)
+    assert envoy.judge_reachability(
+        (host, 8001), connect_error, idle, idle, is_local_envoy=is_local
+    ) == envoy.EndpointReachability(f"{host}:8001", connect_error, is_certain=is_certain)
 
 
-def test_requests_that_change_something_are_told_from_none_at_all() -> None:
+def test_requests_check_distinguishes_unsafe_methods_from_no_request() -> None:
     none = envoy_facts(cluster__new_shadow__upstream_rq_total=0, vhost__service__route__safe_plain__upstream_rq_total=0)
     posts = envoy_facts(
         cluster__new_shadow__upstream_rq_total=0,
         vhost__service__route__safe_plain__upstream_rq_total=0,
         vhost__service__route__unsafe_plain__upstream_rq_total=5,
     )
-    found = [next(c for c in envoy.check_envoy(facts) if c.name == "requests").found for facts in (none, posts)]
+    observations = [next(c for c in envoy.check_envoy(facts) if c.name == "requests").found for facts in (none, posts)]
 
-    assert "no request has come through Envoy" in found[0]
-    assert "all change something" in found[1]
+    assert "no request has passed through Envoy" in observations[0]
+    assert "all have unsafe methods" in observations[1]
 
 
 def process(**report: Any) -> services.ServiceProcess:
     return services.ServiceProcess.from_report({"host": "a", "pid": 1, "seen": 99.0, **report}, server_time_s=100.0)
 
 
-def test_both_versions_captured_is_well() -> None:
+def test_services_pass_if_both_versions_capture() -> None:
     both = [process(versions={"old": 5}, release="1.4"), process(versions={"new": 5})]
     checks = list(services.check_services("shop", both, 5, []))
 
@@ -173,26 +172,26 @@ def test_both_versions_captured_is_well() -> None:
     assert "release 1.4" in next(c for c in checks if c.name == "old").found
 
 
-def test_one_version_without_the_middleware_is_named() -> None:
+def test_version_without_middleware_fails() -> None:
     checks = states(services.check_services("shop", [process(versions={"old": 5})], 5, []))
 
     assert (checks["old"], checks["new"]) == ("ok", "fail")
 
 
-def test_nothing_captured_is_no_failure_while_nothing_is_mirrored() -> None:
+def test_versions_without_captures_warn_while_nothing_is_mirrored() -> None:
     checks = states(services.check_services("shop", [process(versions={})], 0, []))
 
     assert (checks["old"], checks["new"]) == ("warn", "warn")
 
 
-def test_another_name_for_the_service_is_pointed_out() -> None:
+def test_middleware_check_names_other_services() -> None:
     (check,) = services.check_services("shop", [], 5, ["shopp"])
 
     assert check.state == "fail"
     assert "but of shopp" in check.found
 
 
-def test_processes_that_fell_silent_are_a_failure() -> None:
+def test_middleware_check_fails_if_all_processes_are_silent() -> None:
     silent = services.ServiceProcess.from_report({"seen": 1.0, "versions": {"old": 1, "new": 1}}, server_time_s=100.0)
 
     assert states(services.check_services("shop", [silent], 1, []))["middleware"] == "fail"
@@ -202,7 +201,7 @@ def silent(version: str) -> services.ServiceProcess:
     return services.ServiceProcess.from_report({"seen": 60.0, "versions": {version: 9}}, server_time_s=100.0)
 
 
-def test_a_version_whose_captures_stopped_is_named_whatever_it_sent_before() -> None:
+def test_version_whose_processes_are_silent_fails() -> None:
     checks = {c.name: c for c in services.check_services("shop", [process(versions={"old": 5}), silent("new")], 5, [])}
 
     assert (checks["old"].state, checks["new"].state) == ("ok", "fail")
@@ -210,21 +209,19 @@ def test_a_version_whose_captures_stopped_is_named_whatever_it_sent_before() -> 
 
 
 @pytest.mark.parametrize(("fresh", "mirrored"), [([process(versions={})], 5), ([], 0)])
-def test_a_version_that_fell_silent_may_have_been_started_again(
-    fresh: list[services.ServiceProcess], mirrored: int
-) -> None:
+def test_silent_version_warns_if_it_may_have_restarted(fresh: list[services.ServiceProcess], mirrored: int) -> None:
     both = [process(versions={"old": 5}), silent("new"), *fresh]
 
     assert states(services.check_services("shop", both, mirrored, []))["new"] == "warn"
 
 
-def test_a_version_that_was_started_again_is_well() -> None:
+def test_restarted_version_passes() -> None:
     both = [process(versions={"old": 5}), silent("new"), process(versions={"new": 1})]
 
     assert states(services.check_services("shop", both, 5, []))["new"] == "ok"
 
 
-def test_dropped_captures_are_counted_by_reason() -> None:
+def test_drops_are_summed_by_reason() -> None:
     checks = services.check_services(
         "shop", [process(dropped={"queue_bytes": 2}), process(dropped={"queue_bytes": 3})], 5, []
     )
@@ -248,7 +245,7 @@ def redis_facts(**changed: Any) -> redis.RedisFacts:
     return redis.RedisFacts(**{**facts, **changed})
 
 
-def test_a_fit_redis_with_joining_pairs_is_well() -> None:
+def test_redis_and_join_pass() -> None:
     assert set(states(redis.check_redis(redis_facts())).values()) == {"ok"}
     assert set(states(redis.check_join(redis_facts(), "shop", 10)).values()) == {"ok"}
 
@@ -263,7 +260,7 @@ def test_a_fit_redis_with_joining_pairs_is_well() -> None:
         ({"info": {"redis_version": "7.2.4", "aof_last_write_status": "err"}}, "persistence", "fail"),
     ],
 )
-def test_redis_is_not_fit(changed: dict[str, Any], name: str, state: str) -> None:
+def test_redis_problem_is_reported(changed: dict[str, Any], name: str, state: str) -> None:
     assert states(redis.check_redis(redis_facts(**changed)))[name] == state
 
 
@@ -277,46 +274,46 @@ def test_redis_is_not_fit(changed: dict[str, Any], name: str, state: str) -> Non
         ({"received": 10, "joined": 5}, 0, 90_000, "queues", "warn"),
     ],
 )
-def test_pairs_do_not_join(stats: dict[str, int], waiting: int, ready: int, name: str, state: str) -> None:
+def test_join_problem_is_reported(stats: dict[str, int], waiting: int, ready: int, name: str, state: str) -> None:
     facts = redis_facts(shards={"shop": [redis.ShardState(stats, waiting, ready)]})
 
     assert states(redis.check_join(facts, "shop", 10))[name] == state
 
 
 @pytest.mark.parametrize(("overdue", "state"), [(20.0, None), (31.0, "fail")])
-def test_a_sweep_that_is_stuck_is_a_failure(overdue: float, state: str | None) -> None:
+def test_overdue_pairs_fail(overdue: float, state: str | None) -> None:
     shards = [redis.ShardState({"received": 20, "joined": 10}, waiting_pairs=1, ready_pairs=0, overdue_s=overdue)]
 
     assert states(redis.check_join(redis_facts(shards={"shop": shards}), "shop", 10)).get("sweep") == state
 
 
 @pytest.mark.parametrize(("schema", "state"), [(0, "fail"), (1, "fail"), (2, "ok"), (3, "fail")])
-def test_the_schema_must_be_this_code_s(schema: int, state: str) -> None:
+def test_postgres_schema_must_match_the_code(schema: int, state: str) -> None:
     facts = postgres.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, schema)
 
     assert states(postgres.check_postgres(facts, 2))["schema"] == state
 
 
-def test_doctor_postgres_fails_for_a_ledger_of_the_old_code() -> None:
+def test_postgres_fails_for_ledger_that_cannot_be_upgraded() -> None:
     facts = postgres.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, outdated=True)
 
     assert states(postgres.check_postgres(facts, 2))["schema"] == "fail"
 
 
-def test_a_clock_that_is_off_is_named() -> None:
-    assert states(clocks.check_clocks({"Redis": 0.1, "Postgres": 0.2})) == {"agree": "ok"}
-    assert states(clocks.check_clocks({"Redis": -30.0, "Postgres": 0.2})) == {"Redis": "warn"}
+def test_check_clocks_names_clock_with_offset() -> None:
+    assert states(check_clocks({"Redis": 0.1, "Postgres": 0.2})) == {"agree": "ok"}
+    assert states(check_clocks({"Redis": -30.0, "Postgres": 0.2})) == {"Redis": "warn"}
 
 
-def test_addresses_are_shown_without_passwords() -> None:
+def test_mask_password_hides_passwords() -> None:
     assert mask_password("postgresql://u:secret@db:5432/abreast") == "postgresql://db:5432/abreast"
     assert "secret" not in mask_password("host=db password=secret")
 
 
-def test_envoys_that_share_a_node_id_are_a_warning() -> None:
-    (warning,) = sidecar.check_duplicate_node_ids(["abreast", "edge-1", "abreast"])
+def test_duplicate_node_ids_warn() -> None:
+    (warning,) = services.check_duplicate_node_ids(["abreast", "edge-1", "abreast"])
 
     assert warning.state == "warn"
-    assert "2 Envoys have the node id abreast" in warning.found
+    assert "2 Envoys share the node id abreast" in warning.found
     assert "--service-node" in warning.advice
-    assert not list(sidecar.check_duplicate_node_ids(["abreast", "edge-1"]))
+    assert not list(services.check_duplicate_node_ids(["abreast", "edge-1"]))

@@ -1,3 +1,5 @@
+"""Local Redis and Postgres servers: data, password, and end of life."""
+
 from __future__ import annotations
 
 import signal
@@ -8,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import psycopg
 import pytest
 import redis
@@ -16,15 +19,22 @@ from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from support import eventually
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """Where also the user that runs Postgres for root may go, which pytest's own folders don't allow."""
+    """Yield a folder that the user who runs Postgres for root may enter, unlike the folders of pytest."""
     with TemporaryDirectory(prefix="abreast-test-", dir=tempfile.gettempdir()) as folder:
         Path(folder).chmod(0o755)
         yield Path(folder) / "postgres"
 
 
-def test_postgres_keeps_its_data_over_a_restart(open_folder: Path) -> None:
+def test_postgres_keeps_data_across_restart(open_folder: Path) -> None:
     with PostgresServer(open_folder) as server, psycopg.connect(server.url()) as connection:
         connection.execute("create table kept (n int)")
         connection.execute("insert into kept values (7)")
@@ -34,18 +44,18 @@ def test_postgres_keeps_its_data_over_a_restart(open_folder: Path) -> None:
     assert row == (7,)
 
 
-def test_postgres_wants_a_password_on_loopback(postgres_server: PostgresServer) -> None:
+def test_postgres_requires_password_on_loopback(postgres_server: PostgresServer) -> None:
     wrong = postgres_server.url().replace(postgres_server.password, "wrong")
 
     with pytest.raises(psycopg.OperationalError, match="password authentication failed"):
         psycopg.connect(wrong, connect_timeout=5)
 
 
-def test_servers_die_with_the_process_that_started_them() -> None:
+def test_servers_end_with_the_process_that_started_them() -> None:
     program = (
-        "import sys, time; from abreast_sidecar.stack import *\n"
+        "import time; from abreast_sidecar.stack.servers import PostgresServer, RedisServer\n"
         "r = RedisServer().start(); p = PostgresServer().start()\n"
-        "print(r.server.pid, p.server.pid, flush=True); time.sleep(600)"
+        "print(r.process.pid, p.process.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -54,18 +64,11 @@ def test_servers_die_with_the_process_that_started_them() -> None:
 
     assert len(pids) == 2
     for pid in pids:
-        eventually(lambda pid=pid: not _running(pid), what=f"process {pid} ends")  # type: ignore[misc]
+        eventually(lambda pid=pid: not is_running(pid), what=f"process {pid} ends")  # type: ignore[misc]
 
 
-def test_redis_keeps_its_data_when_it_has_a_folder(tmp_path: Path) -> None:
+def test_redis_with_folder_keeps_data_across_restart(tmp_path: Path) -> None:
     with RedisServer(tmp_path) as server, redis.Redis.from_url(server.url) as client:
         client.set("kept", "7")
     with RedisServer(tmp_path) as server, redis.Redis.from_url(server.url) as client:
         assert client.get("kept") == b"7"
-
-
-def _running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
