@@ -19,7 +19,7 @@ from rows import Row, row
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import comparison_pb2_grpc
-from abreast_demo.deploy import DEFAULT_CODE_BY_VERSION, LOOPBACK, StackAddresses, deploy_stack
+from abreast_demo.deploy import DEFAULT_CODE_BY_VERSION, LOOPBACK, StackAddresses, deploy_shop
 from abreast_demo.load import LoadGenerator, generate_requests
 from abreast_demo.planted_changes import PLANTED_REGRESSIONS
 from abreast_sidecar.envoy.settings import SocketAddress
@@ -41,7 +41,7 @@ def run(*codes: dict[str, str], many: int, rate: float, turns: int = 2) -> list[
         ports = []
         for each in codes:
             ports.append([SocketAddress(LOOPBACK, find_free_port()) for _ in range(3)])
-            opening.enter_context(deploy_stack(StackAddresses(*ports[-1]), lambda _: None, code_by_version=each))
+            opening.enter_context(deploy_shop(StackAddresses(*ports[-1]), lambda _: None, code_by_version=each))
         return asyncio.run(_all(ports, many, rate, turns))
 
 
@@ -53,7 +53,7 @@ async def _measure(ports: list[SocketAddress], many: int, rate: float, turns: in
     listen, address, _ = (f"{one.host}:{one.port}" for one in ports)
     safe = (one for one in generate_requests(1) if one.is_safe)
     async with LoadGenerator(f"http://{listen}") as load:
-        await load.send(itertools.islice(safe, many), seconds=LONGEST * many / rate, rate=rate)
+        await load.send(itertools.islice(safe, many), requests_per_s=rate, timeout_s=LONGEST * many / rate)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = comparison_pb2_grpc.ComparisonServiceStub(channel)
         for _ in range(SETTLE):
