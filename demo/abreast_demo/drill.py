@@ -42,9 +42,9 @@ class DrillReport:
 
     drill: str
     requests: int
-    safe_errors: int  # errors for GET, HEAD and OPTIONS
+    safe_errors: int  # errors for GET, HEAD and OPTIONS, like longest_wait
     unsafe_errors: int
-    longest_wait: float  # of safe requests
+    longest_wait: float
     until_old: float | None  # from the fault to the last response by new
     until_new: float | None  # from the repair to the first response by new
     sampled: int | None  # requests that Envoy sampled

@@ -13,7 +13,7 @@ from abreast_demo.load import UserTally
 class FindingLocation:
     """The key by which a finding matches a planted change."""
 
-    endpoint: str  # such as "GET /search"
+    endpoint: str  # method and route
     part: str
     path: str
     kind: str
