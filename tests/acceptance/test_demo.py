@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from abreast_demo.planted_changes import PLANTED_ADDITIONS, PLANTED_NOISE, PLANTED_REGRESSIONS
 from abreast_sidecar.stack.data import RUN_FOLDER_PREFIX, TEMPORARY_ROOT
 from support import eventually, find_free_port
@@ -141,6 +143,7 @@ def test_demo_reports_exactly_the_planted_changes_and_cleans_up() -> None:
     run.assert_cleaned_up()
 
 
+@pytest.mark.timeout(600)
 def test_demo_stays_open_until_ctrl_c_beside_another_demo() -> None:
     """The commands that the first demo prints work, and the second one does not meet it."""
     port = find_free_port()

@@ -28,6 +28,8 @@ from abreast_sidecar.stack.process import ServerProcess, is_answering
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from support import eventually, find_free_port
 
+pytestmark = pytest.mark.xdist_group("demo_service")  # share the module's servers
+
 REQUESTS = 400  # four decks
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: shop\r\nconnection: close\r\n\r\n"
 VERSIONS: tuple[Version, ...] = ("old", "new")

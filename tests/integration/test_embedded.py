@@ -43,9 +43,9 @@ def test_postgres_wants_a_password_on_loopback(postgres_server: PostgresServer) 
 
 def test_servers_die_with_the_process_that_started_them() -> None:
     program = (
-        "import sys, time; from abreast_sidecar.stack import *\n"
+        "import sys, time; from abreast_sidecar.stack.servers import *\n"
         "r = RedisServer().start(); p = PostgresServer().start()\n"
-        "print(r.server.pid, p.server.pid, flush=True); time.sleep(600)"
+        "print(r.process.pid, p.process.pid, flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
