@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ABREAST = Path(sys.executable).with_name("abreast")
+ABREAST = str(Path(sys.executable).with_name("abreast"))
 
 
 def test_drill_new_errors_moves_users_to_old_and_back_without_safe_errors() -> None:

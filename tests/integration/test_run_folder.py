@@ -17,8 +17,8 @@ from support import eventually, find_free_port
 
 HOLD = (
     "import subprocess, sys, time; from pathlib import Path\n"
-    "from abreast_sidecar.stack.data import RunFolder\n"
-    "run = RunFolder(Path(sys.argv[1]) if len(sys.argv) > 1 else None).__enter__()\n"
+    "from abreast_sidecar.stack.data import DataDirectory\n"
+    "run = DataDirectory(Path(sys.argv[1]) if len(sys.argv) > 1 else None).__enter__()\n"
     "server = subprocess.Popen(['sleep', '600'], stdout=subprocess.DEVNULL, pass_fds=[run.servers_lock])\n"
     "print(run.path, server.pid, flush=True); time.sleep(600)"
 )
@@ -105,8 +105,8 @@ def test_a_run_is_found_by_its_address_while_it_lasts() -> None:
 def test_the_record_of_a_killed_run_is_not_believed() -> None:
     address = f"127.0.0.1:{find_free_port()}"
     program = (
-        "import sys, time; from abreast_sidecar.stack.data import RunRecord\n"
-        "RunRecord(sys.argv[1], {'a': 'b'}).__enter__(); print('held', flush=True); time.sleep(600)"
+        "import sys, time; from abreast_sidecar.stack.data import RunRegistry\n"
+        "RunRegistry(sys.argv[1], {'a': 'b'}).__enter__(); print('held', flush=True); time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, address], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
