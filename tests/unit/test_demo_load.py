@@ -25,7 +25,7 @@ from abreast_demo.run import DemoOptions
 from support import eventually_async, find_free_port
 
 GET = UserRequest("GET", "/x", "user-1")
-MIN_DURATION_S = 5  # of `abreast demo --seconds`
+MIN_DURATION_S = 5
 
 
 def take_requests(count: int, seed: int = 1) -> list[UserRequest]:
