@@ -1,4 +1,4 @@
-# Everything needs python3 (3.11 or newer), make and a package index: no docker, no compiler, no root.
+# Requirements: python3 (3.11 or newer), make and a package index. No docker, no compiler, no root.
 .DEFAULT_GOAL := help
 .PHONY: help setup check test demo bench generate protos lock
 
@@ -7,8 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 export UV_PYTHON_DOWNLOADS := never
-# Half of their time the tests wait for the servers that they start: two at a time for each core, four at most.
-JOBS ?= $(shell [ $$(getconf _NPROCESSORS_ONLN) -gt 1 ] && echo 4 || echo 2)
+# Tests wait for servers half of the time, so they run on one process more than there are cores, and at most on 4.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 4 ] && echo $$((n + 1)) || echo 4)
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -31,14 +31,14 @@ check: setup ## lint, types, architecture, protos
 	$(BIN)/lint-imports
 	cd protos && ../$(BIN)/buf lint
 
-test: setup ## all tests, on servers they start themselves
-	$(BIN)/pytest -n $(JOBS) $(ARGS)
-	@sh tests/other_servers.sh $(BIN) $(JOBS)
+test: setup ## all tests, or those that ARGS selects: make test ARGS="-k verdict"
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(if $(ARGS),,@sh tests/other_servers.sh $(BIN) $(JOBS))
 
-demo: $(VENV)/.ready ## a shop in two versions behind Envoy, and what differs
+demo: $(VENV)/.ready ## run a shop in two versions behind Envoy, and print the differences
 	@$(BIN)/abreast demo $(ARGS)
 
-bench: setup ## measure; writes bench/results.json
+bench: setup ## run the benchmarks, and write bench/results.json
 	$(BIN)/python bench/run.py $(ARGS)
 
 generate: protos ## generate code: protos, and the synchronous psycopg integration
@@ -47,10 +47,10 @@ generate: protos ## generate code: protos, and the synchronous psycopg integrati
 protos: setup ## generate code from protos/ only
 	$(BIN)/python protos/generate.py
 
-# The dev group pins what the generated code needs, so that lock comes first and constrains the other.
+# The dev group pins the versions that the generated code needs, so its lock constrains the other.
 LOCK = $(BIN)/uv pip compile --upgrade --universal --python-version 3.11.0 --generate-hashes \
 	--no-emit-index-url --no-header --quiet --all-extras pyproject.toml
 
-lock: setup ## resolve both locks again
+lock: setup ## resolve both lock files
 	$(LOCK) --group dev -o requirements-dev.lock
 	$(LOCK) --group build --constraint requirements-dev.lock -o requirements.lock

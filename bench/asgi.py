@@ -1,10 +1,13 @@
-"""What a middleware costs a uvicorn worker: python bench/asgi.py [--quick].
+"""Measure the cost of a middleware for a uvicorn worker: python bench/asgi.py [--quick].
 
-One Starlette service (2 KB of JSON) bare, with Abreast's middleware (all requests sampled, and none), with
-OpenTelemetry's, and with a BaseHTTPMiddleware that does nothing. Each is saturated in turn, so that a busy machine slows
-all alike. A ratio is to the bare service of the same round; `uvicorn_NAME_cpu_us` is the CPU time that the worker takes for
-a request, background included, which who else uses the machine changes less; `otel_us` and `basehttp_us` are what those two add to a
-request in the process, by the same clock as `middleware_sampled_us`.
+The subject is a Starlette service that returns 2 KB of JSON. It runs bare, with Abreast's middleware (every request
+sampled, or none), with OpenTelemetry's middleware, and with a BaseHTTPMiddleware that does nothing. The variants are
+saturated in turn, so that a busy machine slows all of them alike.
+
+- `NAME_throughput_ratio` is relative to the bare service in the same round.
+- `uvicorn_NAME_cpu_us` is the worker's CPU time per request, background work included. Other load on the machine
+  affects it less.
+- `otel_us` and `basehttp_us` are the time that these two add to a request in the process, like `middleware_sampled_us`.
 """
 
 from __future__ import annotations
@@ -30,13 +33,13 @@ from abreast_sidecar.stack.servers import RedisServer
 SERVICE = Path(__file__).with_name("service.py")
 USERS = 16
 HEALTH = b"GET /healthz HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n"
-TURNS = 40  # in the process, of each
+TURNS = 40  # in-process rounds
 
 
 @dataclass(frozen=True)
 class Variant:
     name: str
-    kind: str  # of bench/service.py
+    kind: str  # argument of bench/service.py
     sampled: bool = False
 
 
@@ -83,15 +86,15 @@ def service(kind: str, port: int, folder: Path, redis_url: str) -> Iterator[Serv
 
 
 @dataclass
-class Found:
-    """Of one variant, by round."""
+class Measurements:
+    """Values of one variant, one per round."""
 
-    rates: list[float] = field(default_factory=list)  # requests a second
-    cpu: list[float] = field(default_factory=list)  # µs of the worker a request
+    rates: list[float] = field(default_factory=list)  # requests per second
+    cpu: list[float] = field(default_factory=list)  # µs of the worker per request
 
 
-def throughput(runs: int, seconds: float) -> dict[str, Found]:
-    found = {variant.name: Found() for variant in VARIANTS}
+def throughput(runs: int, seconds: float) -> dict[str, Measurements]:
+    results = {variant.name: Measurements() for variant in VARIANTS}
     with RedisServer() as server, TemporaryDirectory() as folder, contextlib.ExitStack() as opening:
         workers = {}
         for kind in {variant.kind for variant in VARIANTS}:
@@ -103,46 +106,46 @@ def throughput(runs: int, seconds: float) -> dict[str, Found]:
                     port, pid = workers[variant.kind]
                     before = processes.cpu(pid)
                     rate = asyncio.run(saturated(port, variant, seconds))
-                    took = processes.cpu(pid) - before
-                    client.flushall()  # no sidecar empties it
+                    cpu_s = processes.cpu(pid) - before
+                    client.flushall()  # no sidecar consumes the captures
                     if number:  # the first round warms up
-                        found[variant.name].rates.append(rate)
-                        found[variant.name].cpu.append(took / (rate * seconds) * 1e6)
-    return found
+                        results[variant.name].rates.append(rate)
+                        results[variant.name].cpu.append(cpu_s / (rate * seconds) * 1e6)
+    return results
 
 
 async def saturated(port: int, variant: Variant, seconds: float) -> float:
-    def one(number: int) -> bytes:
+    def build_request(number: int) -> bytes:
         return request(sampled=variant.sampled, number=number)
 
-    async with Users(port, one, count=USERS) as users:
+    async with Users(port, build_request, count=USERS) as users:
         return await users.saturate(seconds)
 
 
 async def added(kind: str, turns: int) -> list[float]:
-    """µs that a middleware adds to a request in the process, of each turn."""
+    """Return the µs that a middleware adds to a request in the process, one value per round."""
     target = wrapped(middleware.app, kind)
-    found = []
+    added_us = []
     for number in range(turns + 1):
-        bare = await middleware.turn(middleware.app, sampled=False, first=0)
-        took = await middleware.turn(target, sampled=False, first=0)
+        bare_us = await middleware.turn(middleware.app, sampled=False, first=0)
+        wrapped_us = await middleware.turn(target, sampled=False, first=0)
         if number:
-            found.append(took - bare)
-    return found
+            added_us.append(wrapped_us - bare_us)
+    return added_us
 
 
 def rows(*, quick: bool = False) -> list[Row]:
     runs, seconds, turns = (2, 0.3, 10) if quick else (9, 1.5, TURNS)
-    found = throughput(runs, seconds)
-    bare = found["bare"].rates
+    results = throughput(runs, seconds)
+    bare_rates = results["bare"].rates
     ratios = [
-        row(f"{name}_throughput_ratio", "", [one / other for one, other in zip(each.rates, bare, strict=True)])
-        for name, each in found.items()
+        row(f"{name}_throughput_ratio", "", [rate / bare for rate, bare in zip(result.rates, bare_rates, strict=True)])
+        for name, result in results.items()
         if name != "bare"
     ]
     costs = [row(f"{kind}_us", "us", asyncio.run(added(kind, turns))) for kind in ("otel", "basehttp")]
-    rates = [row(f"uvicorn_{name}_per_s", "1/s", each.rates) for name, each in found.items()]
-    cpu = [row(f"uvicorn_{name}_cpu_us", "us", each.cpu) for name, each in found.items()]
+    rates = [row(f"uvicorn_{name}_per_s", "1/s", result.rates) for name, result in results.items()]
+    cpu = [row(f"uvicorn_{name}_cpu_us", "us", result.cpu) for name, result in results.items()]
     return [*ratios, *costs, *rates, *cpu]
 
 

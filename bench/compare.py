@@ -1,4 +1,4 @@
-"""What a comparison costs, and how well it tells regressions from harmless changes: python bench/compare.py [--quick]."""
+"""Measure the time of a comparison, and its precision and recall: python bench/compare.py [--quick]."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from abreast_sidecar.compare.values import encode_canonical
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-RUNS, QUICK_RUNS = 60, 15  # rounds, in each of which everything is measured once
+RUNS, QUICK_RUNS = 60, 15  # rounds that measure every function once
 SLOW_RUNS = 8  # rounds with deepdiff
 
 
 def order(lines: int) -> dict[str, Any]:
-    """An order of a shop: 2 KB with 9 lines."""
+    """Return the order of a shop. It has 2 KB with 9 lines."""
     return {
         "order": {
             "id": "0d7c1e3a-0000-4000-8000-000000000001",
@@ -51,8 +51,8 @@ def order(lines: int) -> dict[str, Any]:
     }
 
 
-def changed(document: dict[str, Any]) -> dict[str, Any]:
-    """Three differences."""
+def change(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy with three differences."""
     other: dict[str, Any] = json.loads(json.dumps(document))
     other["lines"][3]["price"] = 1.5
     other["lines"][-2]["title"] = "x"
@@ -60,43 +60,43 @@ def changed(document: dict[str, Any]) -> dict[str, Any]:
     return other
 
 
-def measured(works: dict[str, Callable[[], Any]], *, number: int, runs: int) -> dict[str, list[float]]:
-    """µs of one call, in each round: interleaved, so that a busy machine is busy for all."""
-    taken: dict[str, list[float]] = {name: [] for name in works}
+def measure(functions: dict[str, Callable[[], Any]], *, number: int, runs: int) -> dict[str, list[float]]:
+    """Return the µs per call, one value per round. The functions take turns, so other load affects all of them alike."""
+    times_us: dict[str, list[float]] = {name: [] for name in functions}
     gc.disable()
     try:
         for _ in range(runs):
-            for name, work in works.items():
+            for name, function in functions.items():
                 start = perf_counter_ns()
                 for _ in range(number):
-                    work()
-                taken[name].append((perf_counter_ns() - start) / number / 1000)
+                    function()
+                times_us[name].append((perf_counter_ns() - start) / number / 1000)
     finally:
         gc.enable()
-    return taken
+    return times_us
 
 
-def walked(old: Any, new: Any) -> list[tuple[Any, Any]]:
-    """The reference: no paths, no order, nothing kept; skips what has the same canonical text."""
+def walk(old: Any, new: Any) -> list[tuple[Any, Any]]:
+    """Return the pairs of values that differ. A reference without paths and array alignment."""
     if type(old) is type(new) and encode_canonical(old) == encode_canonical(new):
         return []
     if isinstance(old, dict) and isinstance(new, dict):
-        return [found for key in old.keys() & new.keys() for found in walked(old[key], new[key])]
+        return [pair for key in old.keys() & new.keys() for pair in walk(old[key], new[key])]
     if isinstance(old, list) and isinstance(new, list):
-        return [found for one, other in zip(old, new, strict=False) for found in walked(one, other)]
+        return [pair for old_item, new_item in zip(old, new, strict=False) for pair in walk(old_item, new_item)]
     return [(old, new)]
 
 
 def speed(runs: int) -> list[Row]:
     rows = []
     for size, lines, number in (("2kb", 9, 100), ("50kb", 230, 5)):
-        old, new = (orjson.dumps(one) for one in (order(lines), changed(order(lines))))
-        taken = measured(_works(old, new), number=number, runs=runs)
-        rows += [row(f"{name}_{size}_us", "us", values) for name, values in taken.items()]
+        old, new = orjson.dumps(order(lines)), orjson.dumps(change(order(lines)))
+        times_us = measure(_list_functions(old, new), number=number, runs=runs)
+        rows += [row(f"{name}_{size}_us", "us", values) for name, values in times_us.items()]
     return rows
 
 
-def _works(old: bytes, new: bytes) -> dict[str, Callable[[], Any]]:
+def _list_functions(old: bytes, new: bytes) -> dict[str, Callable[[], Any]]:
     rules = CompareOptions()
     headers = (("content-type", "application/json"),)
     before, after, same = (Answer(200, headers, Body(body, len(body))) for body in (old, new, bytes(bytearray(old))))
@@ -105,51 +105,51 @@ def _works(old: bytes, new: bytes) -> dict[str, Callable[[], Any]]:
         "diff": lambda: compare_bodies(before, after, rules),
         "equal_bytes": lambda: compare_bodies(before, same, rules),
         "parse_and_equals": lambda: orjson.loads(old) == orjson.loads(new),
-        "parse_and_walk": lambda: walked(orjson.loads(old), orjson.loads(new)),
+        "parse_and_walk": lambda: walk(orjson.loads(old), orjson.loads(new)),
     }
 
 
 def against_deepdiff() -> list[Row]:
-    """How many times faster than deepdiff at 2 KB; nothing where it is not installed.
+    """Compare the speed with deepdiff at 2 KB, with and without `ignore_order`. Return nothing if it is not installed.
 
-    As it comes, and told that order means nothing, which is what finds a new order of a list.
+    Only `ignore_order` detects that a list has a new order.
     """
     if importlib.util.find_spec("deepdiff") is None:
         return []
     DeepDiff = importlib.import_module("deepdiff").DeepDiff  # noqa: N806  # a class
 
-    old, new = (orjson.dumps(one) for one in (order(9), changed(order(9))))
-    works = {
-        "diff": _works(old, new)["diff"],
+    old, new = orjson.dumps(order(9)), orjson.dumps(change(order(9)))
+    functions = {
+        "diff": _list_functions(old, new)["diff"],
         "deepdiff": lambda: DeepDiff(orjson.loads(old), orjson.loads(new)),
         "deepdiff_unordered": lambda: DeepDiff(orjson.loads(old), orjson.loads(new), ignore_order=True),
     }
-    taken = measured(works, number=20, runs=SLOW_RUNS)
+    times_us = measure(functions, number=20, runs=SLOW_RUNS)
     rows = []
     for name in ("deepdiff", "deepdiff_unordered"):
-        ratios = [slow / fast for slow, fast in zip(taken[name], taken["diff"], strict=True)]
-        rows += [row(f"{name}_us", "us", taken[name]), row(f"{name}_ratio", "times", ratios)]
+        ratios = [slow / fast for slow, fast in zip(times_us[name], times_us["diff"], strict=True)]
+        rows += [row(f"{name}_us", "us", times_us[name]), row(f"{name}_ratio", "times", ratios)]
     return rows
 
 
 def quality() -> list[Row]:
-    """Over the labelled pairs of tests/corpus, without those that only learning tells."""
+    """Measure over the labelled pairs of tests/corpus, except noise, which a single comparison can't recognise."""
     from support_corpus import describe_differences, pairs
 
     right = wrong = missed = 0
-    known = [pair for pair in pairs() if pair.label != "noise"]
-    for pair in known:
-        expected, got = (
+    labelled = [pair for pair in pairs() if pair.label != "noise"]
+    for pair in labelled:
+        expected, reported = (
             {text.replace("$*", "$" + "[*]" * 150) for text in pair.expected},
             describe_differences(pair.compare()),
         )
-        right += len(expected & got)
-        wrong += len(got - expected)
-        missed += len(expected - got)
+        right += len(expected & reported)
+        wrong += len(reported - expected)
+        missed += len(expected - reported)
     return [
         row("corpus_precision", "share", [right / (right + wrong)]),
         row("corpus_recall", "share", [right / (right + missed)]),
-        row("corpus_pairs", "pairs", [float(len(known))]),
+        row("corpus_pairs", "pairs", [float(len(labelled))]),
     ]
 
 

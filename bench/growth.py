@@ -1,12 +1,15 @@
-"""What a large ledger costs: python bench/growth.py [--millions 1 10 100].
+"""Measure the cost of a large ledger: python bench/growth.py [--millions 1 10 100].
 
-Fills `pair` by one statement a million rows, over DAYS days, as a service of ENDPOINTS endpoints with FINDINGS findings
-that a hundredth of the pairs show; then measures what a further pair costs (batches of 500, by the clock) and how long it
-takes to sum up, to list findings and endpoints, and to judge, for the last hour, the last day and all that is kept;
-and to find what few pairs have: a finding's pairs, those of a rare endpoint, times, slow endpoints.
-`growth_wal_bytes` is what Postgres's log gets for each of the first 5,000 pairs after a checkpoint, of a day that is full, whole
-pages included. Rows are put into tables without indexes and triggers, which are made again afterwards. 100 million rows take 28 GB
-and 40 minutes: they are not part of `make bench`.
+The ledger holds pairs of one service over DAYS days, with ENDPOINTS endpoints and FINDINGS findings. One pair in SHOWN
+shows a finding. One statement inserts a million rows, without indexes and triggers, which are created again afterwards.
+
+- `growth_write_us` is the wall time to write a further pair, in batches of 500.
+- `growth_get_*` and `growth_list_*` are the times of queries for the last hour, the last day and the whole ledger.
+  `growth_list_pairs_of_*` and `growth_find_slow_ms` are times of queries that match few pairs.
+- `growth_wal_bytes` is the size of Postgres's log per pair, for the first 5,000 pairs after a checkpoint on a full day.
+  It includes whole pages.
+
+100 million rows take 28 GB and 40 minutes. They are not part of `make bench`.
 """
 
 from __future__ import annotations
@@ -39,12 +42,12 @@ from abreast_sidecar.store.writer import PairWriter
 
 DAYS = 10
 ENDPOINTS, FINDINGS = 20, 50
-SHOWN = 100  # every so many-th pair shows a finding
+SHOWN = 100  # one pair in so many shows a finding
 MILLION = 1_000_000
 DAY = 86_400  # seconds
-FILLED, QUICK = 1.0, 0.1  # millions, unless said
+FILLED, QUICK = 1.0, 0.1  # default size, in millions of pairs
 BATCH, BATCHES = 500, 20
-ASKED = 5  # times
+ASKED = 5  # runs of each query
 
 FILL = b"""
 insert into abreast.pair (day, id, at, endpoint_id, outcome, live, request, old_status, new_status, old_us, new_us,
@@ -102,19 +105,18 @@ OPEN = b"select abreast.open_day((now() at time zone 'UTC')::date - n) from gene
 
 def names(connection: psycopg.Connection) -> None:
     connection.execute("alter table abreast.finding drop constraint finding_endpoint_id_fkey")
-    given = {"service": SERVICE, "endpoints": ENDPOINTS, "findings": FINDINGS}
-    connection.execute(NAMES, given)
+    connection.execute(NAMES, {"service": SERVICE, "endpoints": ENDPOINTS, "findings": FINDINGS})
     connection.execute(OPEN, [DAYS])
     connection.execute(RARE_PAIR, {"service": SERVICE, "route": RARE, "days": DAYS})
 
 
 def fill(connection: psycopg.Connection, first: int, over: int) -> None:
-    """Pairs number `first` up to `over`, in the order of time, as they come."""
+    """Insert the pairs from number `first` to `over`, exclusive, in the order of time."""
     end = datetime.now(UTC)
-    with bare(connection):
+    with without_indexes(connection):
         for number in range(first, over, MILLION):
             many = min(MILLION, over - number)
-            given = {
+            values = {
                 "first": number,
                 "many": many,
                 "end": end,
@@ -125,15 +127,15 @@ def fill(connection: psycopg.Connection, first: int, over: int) -> None:
                 "endpoints": ENDPOINTS,
                 "findings": FINDINGS,
             }
-            connection.execute(FILL, given)
+            connection.execute(FILL, values)
             print(f"{number + many:,} rows", file=sys.stderr, flush=True)
     connection.execute("vacuum (analyze) abreast.pair")
     connection.execute("vacuum (analyze) abreast.hourly_count")
 
 
 @contextlib.contextmanager
-def bare(connection: psycopg.Connection) -> Iterator[None]:
-    """Without what is kept up with every row; it is made anew at the end."""
+def without_indexes(connection: psycopg.Connection) -> Iterator[None]:
+    """Drop indexes, constraints and triggers, and create them again at the end."""
     indexes = connection.execute(INDEXES).fetchall()
     constraints = connection.execute(CONSTRAINTS).fetchall()
     connection.execute("alter table abreast.pair disable trigger user")
@@ -142,44 +144,44 @@ def bare(connection: psycopg.Connection) -> Iterator[None]:
     for name, _ in indexes:
         connection.execute(f"drop index abreast.{name}")
     yield
-    for _, made in indexes:
-        connection.execute(made.replace(" ON ONLY ", " ON "))
-    for name, made in constraints:
-        connection.execute(f"alter table abreast.pair add constraint {name} {made}")
+    for _, definition in indexes:
+        connection.execute(definition.replace(" ON ONLY ", " ON "))
+    for name, definition in constraints:
+        connection.execute(f"alter table abreast.pair add constraint {name} {definition}")
     connection.execute("truncate abreast.hourly_count")
     connection.execute(SUMS)
     connection.execute("alter table abreast.pair enable trigger user")
 
 
 def batches(at: float) -> Iterator[list[PairRecord]]:
-    """Pairs of that moment."""
+    """Yield batches of pairs received at `at`, in seconds since the epoch."""
     rules = CompareOptions.with_ignored_headers(())
-    made = pairs(BATCH * BATCHES, 1 / SHOWN)
+    captures = pairs(BATCH * BATCHES, 1 / SHOWN)
     for number in range(BATCHES):
         batch = []
-        for one in range(BATCH):
-            (pair, _, _, old), (_, _, _, new) = next(made), next(made)
+        for position in range(BATCH):
+            (pair, _, _, old), (_, _, _, new) = next(captures), next(captures)
             entry = StreamEntry(
-                Keys(SERVICE, 0), f"{round(at * 1000)}-{number * BATCH + one}", pair, "joined", (old, new), 0
+                Keys(SERVICE, 0), f"{round(at * 1000)}-{number * BATCH + position}", pair, "joined", (old, new), 0
             )
             batch.append(evaluate_entry(entry, rules))
         yield batch
 
 
 async def write(url: str, at: float, many: int = BATCHES) -> list[float]:
-    """µs a pair by the clock, of each batch."""
+    """Return the wall time per pair in µs, one value per batch."""
     ledger = PairWriter(url, examples_per_finding=3)
-    took = []
+    times_us = []
     for batch in itertools.islice(batches(at), many):
         began = time.perf_counter()
         await ledger.write(batch)
-        took.append((time.perf_counter() - began) / BATCH * 1e6)
+        times_us.append((time.perf_counter() - began) / BATCH * 1e6)
     await ledger.close()
-    return took[1:]  # the first connects, and learns the findings
+    return times_us[1:]  # the first one connects, and loads the ids of findings
 
 
 async def ask(url: str) -> dict[str, list[float]]:
-    """ms of each question."""
+    """Return the time of each query in ms."""
     database = Database(url)
     await database.open()
     queries, now = LedgerReader(database), datetime.now(UTC)
@@ -188,7 +190,7 @@ async def ask(url: str) -> dict[str, list[float]]:
         "day": Window(now - timedelta(days=1), None),
         "all": Window(),
     }
-    found: dict[str, list[float]] = {}
+    times_ms: dict[str, list[float]] = {}
     try:
         for name, window in windows.items():
 
@@ -204,27 +206,27 @@ async def ask(url: str) -> dict[str, list[float]]:
             async def verdict(window: Window = window) -> object:
                 return await queries.read_evidence(SERVICE, window, 0.1, all_releases=True)
 
-            found[f"get_summary_{name}_ms"] = await timed(summary)
-            found[f"list_findings_{name}_ms"] = await timed(findings)
-            found[f"list_endpoints_{name}_ms"] = await timed(endpoints)
-            found[f"get_verdict_{name}_ms"] = await timed(verdict)
-        found |= await ask_for_few(database)
+            times_ms[f"get_summary_{name}_ms"] = await timed(summary)
+            times_ms[f"list_findings_{name}_ms"] = await timed(findings)
+            times_ms[f"list_endpoints_{name}_ms"] = await timed(endpoints)
+            times_ms[f"get_verdict_{name}_ms"] = await timed(verdict)
+        times_ms |= await ask_for_few(database)
     finally:
         await database.close()
-    return found
+    return times_ms
 
 
 async def ask_for_few(database: Database) -> dict[str, list[float]]:
-    """ms of each question about what few pairs have."""
+    """Return the time of each query that matches few pairs, in ms."""
     queries = LedgerReader(database)
 
     async def pairs_of_a_finding() -> object:
         return await queries.list_pairs(PairFilter(service=SERVICE, finding_id=FINDINGS), PageRequest(100, ""))
 
     async def pairs_of_a_rare_endpoint() -> object:
-        found = await queries.list_pairs(PairFilter(service=SERVICE, route=RARE), PageRequest(100, ""))
-        assert len(found.rows) == 1
-        return found
+        page = await queries.list_pairs(PairFilter(service=SERVICE, route=RARE), PageRequest(100, ""))
+        assert len(page.rows) == 1
+        return page
 
     async def times() -> object:
         return await read_timings(database, Endpoint(SERVICE, "GET", "/route/1"), Window())
@@ -241,34 +243,35 @@ async def ask_for_few(database: Database) -> dict[str, list[float]]:
     }
 
 
-async def timed(question: Callable[[], Awaitable[object]]) -> list[float]:
-    took = []
+async def timed(query: Callable[[], Awaitable[object]]) -> list[float]:
+    times_ms = []
     for _ in range(ASKED):
         began = time.perf_counter()
-        await question()
-        took.append((time.perf_counter() - began) * 1000)
-    return took
+        await query()
+        times_ms.append((time.perf_counter() - began) * 1000)
+    return times_ms
 
 
 def rows(millions: Sequence[float] = (), *, quick: bool = False) -> list[Row]:
-    """`growth_rows` says of how many pairs the others are; where sizes are given, the names do."""
-    found: list[Row] = []
+    """Return the rows for each size. With `millions`, the size is part of the names, otherwise `growth_rows` has it."""
+    results: list[Row] = []
     with PostgresServer(options=LOADING) as server, psycopg.connect(server.url(), autocommit=True) as connection:
         asyncio.run(migrate(server.url()))
         names(connection)
         filled = 0
-        for wanted in millions or (QUICK if quick else FILLED,):
-            fill(connection, filled, round(wanted * MILLION))
-            filled = round(wanted * MILLION)
-            label = f"growth_{wanted:g}m" if millions else "growth"
-            found.append(row(f"{label}_rows", "pairs", [filled]))
-            found += measured(server.url(), label, filled)
-    return found
+        for size in millions or (QUICK if quick else FILLED,):
+            fill(connection, filled, round(size * MILLION))
+            filled = round(size * MILLION)
+            label = f"growth_{size:g}m" if millions else "growth"
+            results.append(row(f"{label}_rows", "pairs", [filled]))
+            results += measure(server.url(), label, filled)
+    return results
 
 
 def logged(url: str) -> float:
-    """Bytes of the log for a pair of a day that is full, just after a checkpoint: each page is written whole when it is changed
-    for the first time.
+    """Return the bytes of Postgres's log per pair on a full day, just after a checkpoint.
+
+    Postgres then logs each page whole when it changes for the first time.
     """
     yesterday = time.time() // DAY * DAY - 1
     with psycopg.connect(url, autocommit=True) as connection:
@@ -279,11 +282,11 @@ def logged(url: str) -> float:
     return float(after[0] - before[0]) / BATCH / (BATCHES // 2)
 
 
-def measured(url: str, label: str, filled: int) -> Iterator[Row]:
+def measure(url: str, label: str, filled: int) -> Iterator[Row]:
     yield row(f"{label}_write_us", "us", asyncio.run(write(url, time.time())))
     yield row(f"{label}_wal_bytes", "B", [logged(url)])
-    for name, took in asyncio.run(ask(url)).items():
-        yield row(f"{label}_{name}", "ms", took)
+    for name, times_ms in asyncio.run(ask(url)).items():
+        yield row(f"{label}_{name}", "ms", times_ms)
     with psycopg.connect(url) as connection:
         (size,) = connection.execute(SIZE).fetchone() or (0,)
     yield row(f"{label}_pair_bytes", "B", [float(size) / filled])
@@ -292,8 +295,8 @@ def measured(url: str, label: str, filled: int) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--millions", type=float, nargs="+", default=[])
-    for each in rows(parser.parse_args().millions):
-        print(json.dumps(each), flush=True)
+    for result in rows(parser.parse_args().millions):
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

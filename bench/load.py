@@ -1,4 +1,4 @@
-"""Users: keep-alive connections that cost little, so that what is measured is the server."""
+"""Users as keep-alive connections that cost little CPU, so that the server dominates the measurement."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ PAIR = re.compile(rb"x-abreast-pair: ([^\r]+)", re.IGNORECASE)
 
 @dataclass
 class Answers:
-    """`seconds` is how long each took, `pairs` (id, when its answer came: time.monotonic) of those that were sampled."""
+    """`seconds` are the times of the answers, `pairs` the ids of sampled requests with the monotonic time of their answer."""
 
     seconds: list[float] = field(default_factory=list)
     pairs: list[tuple[str, float]] = field(default_factory=list)
-    errors: int = 0  # other than 2xx
+    errors: int = 0  # statuses other than 2xx
 
 
 class User(asyncio.Protocol):
-    """One connection with one request under way at most."""
+    """One connection with at most one request in flight."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._held = b""
+        self._buffer = b""
         self._answered: asyncio.Future[bytes] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -36,11 +36,11 @@ class User(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._held += data
-        head, end, body = self._held.partition(b"\r\n\r\n")
+        self._buffer += data
+        head, end, body = self._buffer.partition(b"\r\n\r\n")
         length = LENGTH.search(head)
         if end and length and len(body) >= int(length[1]) and self._answered is not None:
-            self._held = b""
+            self._buffer = b""
             self._answered.set_result(head)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -48,7 +48,7 @@ class User(asyncio.Protocol):
             self._answered.set_exception(exc or ConnectionError("the server closed the connection"))
 
     async def ask(self, request: bytes) -> bytes:
-        """The answer's head."""
+        """Send a request, and return the head of the answer."""
         assert self._transport is not None
         self._answered = asyncio.get_running_loop().create_future()
         self._transport.write(request)
@@ -60,7 +60,7 @@ class User(asyncio.Protocol):
 
 
 class Users:
-    """Use as an async context manager. `request` makes the bytes of request number N."""
+    """An async context manager. `request` returns the bytes of the request with a given number."""
 
     def __init__(self, port: int, request: Callable[[int], bytes], *, count: int) -> None:
         self._port = port
@@ -83,7 +83,7 @@ class Users:
             user.close()
 
     async def saturate(self, seconds: float) -> float:
-        """Answers a second when every user asks again at once."""
+        """Return the answers per second if every user sends its next request at once."""
         answers, began = Answers(), time.perf_counter()
 
         async def ask(user: User) -> None:
@@ -94,8 +94,9 @@ class Users:
         return len(answers.seconds) / (time.perf_counter() - began)
 
     async def pace(self, rate: float, seconds: float) -> Answers:
-        """So many a second, whether or not earlier ones are answered; one that has to wait for a user counts from when
-        it was due.
+        """Send requests at a fixed rate, also while earlier ones are in flight.
+
+        The time of a request starts when it is due, even if all users are busy then.
         """
         answers, began = Answers(), time.perf_counter()
         numbers = iter(range(int(rate * seconds)))

@@ -1,4 +1,4 @@
-"""Where and with what it was measured, as rows: `unit` holds the name or the version in full."""
+"""The machine and the versions as rows. `unit` holds the full name or version."""
 
 from __future__ import annotations
 
@@ -35,36 +35,36 @@ def _row(name: str, value: float, unit: str) -> Row:
 
 
 def _first(full: str) -> float:
-    """3.11.7 → 3.11"""
-    found = re.match(r"\d+(\.\d+)?", full)
-    return float(found[0]) if found else 0.0
+    """Return the first two numbers of a version: 3.11 for 3.11.7."""
+    match = re.match(r"\d+(\.\d+)?", full)
+    return float(match[0]) if match else 0.0
 
 
 def processor() -> str:
     try:
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else platform.machine()
+        match = None
+    return match[1] if match else platform.machine()
 
 
 def commit() -> str:
-    asked = subprocess.run(
+    result = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
     )
-    return asked.stdout.strip() or "unknown"
+    return result.stdout.strip() or "unknown"
 
 
 def servers() -> dict[str, str]:
     with RedisServer() as valkey, redis.Redis.from_url(valkey.url) as client:
-        told = client.info("server")
+        information = client.info("server")
     with PostgresServer() as server, psycopg.connect(server.url()) as connection:
         number = connection.info.server_version
     return {
-        "redis_server": str(told.get("valkey_version") or told["redis_version"]),
+        "redis_server": str(information.get("valkey_version") or information["redis_version"]),
         "postgres": f"{number // 10_000}.{number % 10_000}",
     }

@@ -1,9 +1,10 @@
-"""Memory of every process under load: python bench/memory.py [--minutes 10] [--rate 150].
+"""Measure the memory of every process under load: python bench/memory.py [--minutes 10] [--rate 150].
 
-The stack of bench/mirror.py with every request mirrored, at a steady rate; what each process holds (resident, with its
-children's, in MiB) is read once a second, and drawn into bench/memory.svg. `memory_NAME_mib` is the median of the last
-tenth of the time (min and max of the whole), `memory_NAME_growth` how much more that is than the median of the second
-tenth, as a share: near 0 where memory is bounded.
+The stack is that of bench/mirror.py with every request mirrored, at a steady rate. The script reads the resident memory
+of each process and its children once per second, in MiB, and draws it into bench/memory.svg.
+
+- `memory_NAME_mib` is the median of the last tenth of the time, with the minimum and maximum of the whole.
+- `memory_NAME_growth` is the growth since the second tenth, as a share. It is near 0 if memory is bounded.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WIDTH, HEIGHT, LEFT, BELOW, LEGEND = 760, 300, 60, 40, 130
 
 
 async def watch(stack: Stack, pids: Mapping[str, int], minutes: float, rate: float) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in pids}
+    samples: dict[str, list[float]] = {name: [] for name in pids}
     await sample(stack, 1.0)
     async with Users(
         stack.envoy_settings.listen.port, lambda number: request(sampled=False, number=number), count=USERS
@@ -39,22 +40,22 @@ async def watch(stack: Stack, pids: Mapping[str, int], minutes: float, rate: flo
         load = asyncio.create_task(users.pace(rate, minutes * 60))
         until = time.monotonic() + minutes * 60
         while time.monotonic() < until and not load.done():
-            below = processes.children()
+            children = processes.children()
             for name, pid in pids.items():
-                found[name].append(processes.resident(pid, below))
+                samples[name].append(processes.resident(pid, children))
             await asyncio.sleep(1.0)
         answers = await load
     if answers.errors:
         raise RuntimeError(f"users saw {answers.errors} errors")
-    return found
+    return samples
 
 
-def watched(stack: Stack, versions: Mapping[str, int]) -> dict[str, int]:
-    found = {name: server.process.pid for name, server in stack.servers.items() if server.process is not None}
-    return {**found, **versions}
+def list_pids(stack: Stack, versions: Mapping[str, int]) -> dict[str, int]:
+    servers = {name: server.process.pid for name, server in stack.servers.items() if server.process is not None}
+    return {**servers, **versions}
 
 
-def row(name: str, values: Sequence[float]) -> list[Row]:
+def summarise(name: str, values: Sequence[float]) -> list[Row]:
     tenth = max(1, len(values) // 10)
     early, late = statistics.median(values[tenth : 2 * tenth] or values), statistics.median(values[-tenth:])
     return [
@@ -77,9 +78,9 @@ def row(name: str, values: Sequence[float]) -> list[Row]:
     ]
 
 
-def plot(found: Mapping[str, Sequence[float]], minutes: float) -> str:
-    """Lines over time, as SVG."""
-    most = max(max(values) for values in found.values()) * 1.1
+def plot(samples: Mapping[str, Sequence[float]], minutes: float) -> str:
+    """Draw a line per process over time, as SVG."""
+    maximum = max(max(values) for values in samples.values()) * 1.1
     across, up = WIDTH - LEFT - LEGEND, HEIGHT - BELOW
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="11">',
@@ -87,12 +88,12 @@ def plot(found: Mapping[str, Sequence[float]], minutes: float) -> str:
     ]
     for step in range(5):
         y = up - up * step / 5
-        parts.append(f'<text x="{LEFT - 6}" y="{y:.0f}" text-anchor="end">{most * step / 5:.0f} MiB</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y:.0f}" text-anchor="end">{maximum * step / 5:.0f} MiB</text>')
         parts.append(f'<text x="{LEFT + across * step / 5:.0f}" y="{up + 16}">{minutes * step / 5:.1f} min</text>')
-    for number, (name, values) in enumerate(found.items()):
+    for number, (name, values) in enumerate(samples.items()):
         colour = COLOURS[number % len(COLOURS)]
         points = " ".join(
-            f"{LEFT + across * n / max(1, len(values) - 1):.1f},{up - up * value / most:.1f}"
+            f"{LEFT + across * n / max(1, len(values) - 1):.1f},{up - up * value / maximum:.1f}"
             for n, value in enumerate(values)
         )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}"/>')
@@ -103,9 +104,9 @@ def plot(found: Mapping[str, Sequence[float]], minutes: float) -> str:
 
 def rows(minutes: float = 10.0, rate: float = 150.0) -> list[Row]:
     with deployed() as (stack, versions):
-        found = asyncio.run(watch(stack, watched(stack, versions), minutes, rate))
-    PLOT.write_text(plot(found, minutes))
-    return [one for name, values in found.items() for one in row(name, values)]
+        samples = asyncio.run(watch(stack, list_pids(stack, versions), minutes, rate))
+    PLOT.write_text(plot(samples, minutes))
+    return [result for name, values in samples.items() for result in summarise(name, values)]
 
 
 def main() -> None:
@@ -114,8 +115,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=150.0)
     arguments = parser.parse_args()
     end_in_order()
-    for each in rows(arguments.minutes, arguments.rate):
-        print(json.dumps(each))
+    for result in rows(arguments.minutes, arguments.rate):
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What the middleware adds to a request, in the process: python bench/middleware.py [runs].
+"""Measure the time that the middleware adds to a request in the process: python bench/middleware.py [runs].
 
-One app, called directly: bare, with the middleware and a request that is not sampled, and with one that is. The three
-take turns, so that a busy machine slows all of them alike; the cost is the median of the differences. What happens in
-the background is measured apart, as time of the event loop per capture.
+One app is called directly: bare, with the middleware and an unsampled request, and with a sampled one. The three take
+turns, so that other load affects all of them alike. The cost is the median of the differences. The background work is
+measured separately, as time of the event loop per capture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from abreast.middleware import App, ParallelRunMiddleware
 from abreast.recorder import Message, Scope
 from abreast_sidecar.stack.servers import RedisServer
 
-REQUESTS = 200  # a turn: as many as are sent at once
+REQUESTS = 200  # per turn
 RUNS, QUICK_RUNS = 200, 30
 BODY = b'{"id":17,"name":"a product","tags":["one","two"]}'.ljust(2048)
 HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"2048"), (b"cache-control", b"no-store")]
@@ -51,7 +51,7 @@ async def send(_message: MutableMapping[str, Any]) -> None:
 
 
 def scope(*, sampled: bool, number: int) -> Scope:
-    """As uvicorn makes it, with the headers that Envoy adds."""
+    """Return a scope like uvicorn's, with the headers that Envoy adds."""
     tags = [
         (b"x-abreast-pair", b"%036d" % number),
         (b"x-abreast-copies", b"2"),
@@ -72,56 +72,56 @@ def scope(*, sampled: bool, number: int) -> Scope:
 
 
 async def turn(target: App, *, sampled: bool, first: int) -> float:
-    """µs a request. Nothing in it waits, so the background does not run."""
+    """Return the µs per request. The loop never yields, so background work does not run."""
     scopes = [scope(sampled=sampled, number=first + i) for i in range(REQUESTS)]
     began = time.perf_counter()
-    for each in scopes:
-        await target(each, receive, send)
+    for request_scope in scopes:
+        await target(request_scope, receive, send)
     return (time.perf_counter() - began) / REQUESTS * 1e6
 
 
 async def drain(middleware: ParallelRunMiddleware) -> float:
-    """µs of work a capture until Redis has all of them."""
+    """Wait until Redis has all captures, and return the µs of CPU time per capture."""
     began = time.thread_time()
-    while middleware.queue.count:  # noqa: ASYNC110  # nothing tells when it is empty
+    while middleware.queue.count:  # noqa: ASYNC110  # the queue has no event
         await asyncio.sleep(0.01)
     return (time.thread_time() - began) / REQUESTS * 1e6
 
 
 async def measure(redis_url: str, runs: int) -> dict[str, list[float]]:
     middleware = ParallelRunMiddleware(app, service="bench", redis_url=redis_url)
-    found: dict[str, list[float]] = {"bare": [], "unsampled": [], "sampled": [], "background": []}
+    results: dict[str, list[float]] = {"bare": [], "unsampled": [], "sampled": [], "background": []}
     for run in range(runs + 1):
         bare = await turn(app, sampled=False, first=0)
         unsampled = await turn(middleware, sampled=False, first=0)
         sampled = await turn(middleware, sampled=True, first=run * REQUESTS)
         background = await drain(middleware)
-        if run:  # the first warms up
-            found["bare"].append(bare)
-            found["unsampled"].append(unsampled - bare)
-            found["sampled"].append(sampled - bare)
-            found["background"].append(background)
+        if run:  # the first run warms up
+            results["bare"].append(bare)
+            results["unsampled"].append(unsampled - bare)
+            results["sampled"].append(sampled - bare)
+            results["background"].append(background)
     await middleware.aclose()
     assert middleware.queue.shipped_count == (runs + 1) * REQUESTS, middleware.queue.build_report()
-    return found
+    return results
 
 
 def rows(*, quick: bool = False, runs: int = 0) -> list[Row]:
     runs = runs or (QUICK_RUNS if quick else RUNS)
     with RedisServer() as server:
-        found = asyncio.run(measure(server.url, runs))
+        results = asyncio.run(measure(server.url, runs))
     return [
-        row("middleware_bare_app_us", "us", found["bare"]),
-        row("middleware_unsampled_us", "us", found["unsampled"]),
-        row("middleware_sampled_us", "us", found["sampled"]),
-        row("middleware_background_us", "us", found["background"]),
+        row("middleware_bare_app_us", "us", results["bare"]),
+        row("middleware_unsampled_us", "us", results["unsampled"]),
+        row("middleware_sampled_us", "us", results["sampled"]),
+        row("middleware_background_us", "us", results["background"]),
     ]
 
 
 def main() -> None:
     print(f"{'':28}{'median':>10}{'min':>10}{'max':>10}")
-    for each in rows(runs=int(sys.argv[1]) if len(sys.argv) > 1 else RUNS):
-        print(f"{each['name']:28}{each['value']:10.2f}{each['min']:10.2f}{each['max']:10.2f}  {each['unit']}")
+    for result in rows(runs=int(sys.argv[1]) if len(sys.argv) > 1 else RUNS):
+        print(f"{result['name']:28}{result['value']:10.2f}{result['min']:10.2f}{result['max']:10.2f}  {result['unit']}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Pairs a second from Redis through workers into Postgres: python bench/pipeline.py [--quick] [--runs N] [--pairs N].
+"""Measure pairs per second from Redis through workers into Postgres.
 
-Real servers, JSON bodies of 2 and 50 KB of which none, one in a hundred or all differ, one worker and two, each in a
-process of its own that waits until the stream is full. `pipeline_pairs_per_s` is by wall clock, with everything on this
-machine; `pipeline_worker_us`, `pipeline_redis_us` (the join included) and `pipeline_postgres_us` are CPU time a pair.
-`pipeline_wal_bytes` is what Postgres's log gets for a pair, without the whole pages that follow a checkpoint (those are in
-bench/growth.py). `pipeline_worker_mib` is the most that a worker's process was resident with, `pipeline_worker_idle_mib`
-before its first entry. A name without an ending is of equal bodies of 2 KB and one worker.
+python bench/pipeline.py [--quick] [--runs N] [--pairs N]
+
+Servers are real. Bodies are JSON of 2 and 50 KB; none, one in a hundred or all differ. One or two workers run, each in a
+separate process that waits until the stream is full. A name without a suffix is for equal bodies of 2 KB and one worker.
+
+- `pipeline_pairs_per_s` is by wall clock, with everything on this machine.
+- `pipeline_worker_us`, `pipeline_redis_us` (with the join) and `pipeline_postgres_us` are CPU time per pair.
+- `pipeline_wal_bytes` is the size of Postgres's log per pair, without the whole pages after a checkpoint. For those,
+  see bench/growth.py.
+- `pipeline_worker_mib` is the peak resident memory of a worker, `pipeline_worker_idle_mib` before its first entry.
 """
 
 from __future__ import annotations
@@ -33,21 +37,21 @@ from rows import Row, end_in_order, row
 
 from abreast.protocol.capture import Answer, Body, Capture, Request, Role, Version, encode
 from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
-from abreast_sidecar import aio as runtime
+from abreast_sidecar import aio
 from abreast_sidecar.ingest.worker import Worker
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from abreast_sidecar.store.migrate import migrate
 
 SERVICE = "shop"
-SEND = 200  # pairs that are sent at once; a tenth of that where they are large
-ITEMS = {"2kb": 22, "50kb": 575}  # of a body
-WITHIN = 120.0  # seconds for a run
-LOOK = 0.01  # seconds between two looks whether the stream is empty
-READY, GO = "bench:ready", "bench:go"  # lists: workers that wait, and what lets one of them begin
+SEND = 200  # pairs per batch; a tenth of that for large bodies
+ITEMS = {"2kb": 22, "50kb": 575}  # items per body
+WITHIN = 120.0  # time limit of a run in seconds
+LOOK = 0.01  # poll interval in seconds
+READY, GO = "bench:ready", "bench:go"  # lists of waiting workers, and of their start signals
 RUNS, PAIRS = 3, 20_000
 QUICK_RUNS, QUICK_PAIRS = 1, 2_000
-FORKED = multiprocessing.get_context("forkserver")  # a worker is there at once: what it needs is imported
+FORKED = multiprocessing.get_context("forkserver")  # workers start fast with preloaded modules
 FORKED.set_forkserver_preload(["abreast_sidecar.ingest.worker", "abreast_sidecar.stack"])
 
 
@@ -71,7 +75,7 @@ class Case:
         return "".join(f"_{part}" for part in parts if part)
 
     def pairs(self, most: int) -> int:
-        """Fewer of what takes longer."""
+        """Return the number of pairs, which is smaller for slow cases."""
         return max(100, most // (10 if self.size == "50kb" else 1) // (3 if self.differs == "all" else 1))
 
 
@@ -82,15 +86,15 @@ CASES = [
 
 
 @dataclass
-class Found:
-    """Of one case, by run: pairs a second, and µs of CPU a pair."""
+class Measurements:
+    """Values of one case, one per run: pairs per second, and µs of CPU per pair."""
 
     rate: list[float] = field(default_factory=list)
     worker: list[float] = field(default_factory=list)
     redis: list[float] = field(default_factory=list)
     postgres: list[float] = field(default_factory=list)
-    wal: list[float] = field(default_factory=list)  # bytes a pair
-    memory: list[float] = field(default_factory=list)  # MiB, the most of any worker
+    wal: list[float] = field(default_factory=list)  # bytes per pair
+    memory: list[float] = field(default_factory=list)  # MiB, the maximum of all workers
     idle: list[float] = field(default_factory=list)
 
 
@@ -103,14 +107,14 @@ def body(price: float, many: int = ITEMS["2kb"]) -> bytes:
     return json.dumps({"page": 1, "total": many, "items": items}, separators=(",", ":")).encode()
 
 
-def capture(pair: str, version: Version, role: Role, held: bytes) -> Capture:
+def capture(pair: str, version: Version, role: Role, content: bytes) -> Capture:
     headers = (
         ("content-type", "application/json"),
         ("cache-control", "max-age=60"),
-        ("content-length", str(len(held))),
+        ("content-length", str(len(content))),
     )
     request = Request("GET", "/products/17", "page=1", "/products/{id}", (("accept", "*/*"), ("host", "shop")))
-    answer = Answer(200, headers, Body(held, len(held)))
+    answer = Answer(200, headers, Body(content, len(content)))
     return Capture(
         pair,
         SERVICE,
@@ -126,17 +130,18 @@ def capture(pair: str, version: Version, role: Role, held: bytes) -> Capture:
 
 
 def pairs(count: int, share: float, many: int = ITEMS["2kb"]) -> Iterator[tuple[str, str, int, bytes]]:
-    """Captures for the join: of every 1/share pairs one differs."""
+    """Yield captures for the join. `share` is the share of pairs that differ."""
     old, changed = body(1.0, many), body(2.0, many)
     for number in range(count):
         differs = share > 0 and number % round(1 / share) == 0
         pair = str(uuid.uuid4())
-        for one in (capture(pair, "old", "live", old), capture(pair, "new", "shadow", changed if differs else old)):
-            yield pair, one.slot, one.expected_captures, encode(one)
+        captures = capture(pair, "old", "live", old), capture(pair, "new", "shadow", changed if differs else old)
+        for each_capture in captures:
+            yield pair, each_capture.slot, each_capture.expected_captures, encode(each_capture)
 
 
 def send(client: redis.Redis, captures: Iterable[tuple[str, str, int, bytes]], at_once: int = 2 * SEND) -> None:
-    """Fill the stream, with the services' own script."""
+    """Fill the stream with the join script of the services."""
     keys = Keys(SERVICE, 0)
     bounds = Limits(max_bytes=2**40, max_pairs=10**7)
     join = client.register_script(JOIN_SCRIPT)
@@ -148,7 +153,7 @@ def send(client: redis.Redis, captures: Iterable[tuple[str, str, int, bytes]], a
 
 
 def work(redis_url: str, postgres_url: str, name: str, log: str) -> None:
-    """A worker's process: wait, then work until it is killed."""
+    """Run a worker's process: wait for the start signal, then work until it is killed."""
     with Path(log).open("ab") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
@@ -156,7 +161,7 @@ def work(redis_url: str, postgres_url: str, name: str, log: str) -> None:
         client.rpush(READY, name)
         client.blpop([GO], timeout=WITHIN)
     settings = Settings(redis_url=redis_url, postgres_url=postgres_url)
-    runtime.run(Worker(settings, name=name).run(asyncio.Event()))
+    aio.run(Worker(settings, name=name).run(asyncio.Event()))
 
 
 class Bench:
@@ -165,7 +170,7 @@ class Bench:
         self._client = redis.Redis.from_url(valkey.url)
         self.sent = self.differing = 0
 
-    def run(self, case: Case, most: int, found: Found) -> None:
+    def run(self, case: Case, most: int, results: Measurements) -> None:
         count, large = case.pairs(most), case.size != "2kb"
         with self._workers(case.workers) as workers:
             parts = {"redis": self._pid(self._valkey), "postgres": self._pid(self._postgres)}
@@ -173,21 +178,21 @@ class Bench:
             send(self._client, pairs(count, case.share, ITEMS[case.size]), 2 * SEND // 10 if large else 2 * SEND)
             self._ready(workers)
             idle, log = sum(processes.cpu(_pid(worker)) for worker in workers), self._written()
-            found.idle.append(max(processes.highest(_pid(worker)) for worker in workers))
+            results.idle.append(max(processes.highest(_pid(worker)) for worker in workers))
             seconds = self._drained(workers)
-            found.rate.append(count / seconds)
-            took = sum(processes.cpu(_pid(worker)) for worker in workers) - idle
-            found.worker.append(took / count * 1e6)
-            found.wal.append((self._written() - log) / count)
-            found.memory.append(max(processes.highest(_pid(worker)) for worker in workers))
+            results.rate.append(count / seconds)
+            cpu_s = sum(processes.cpu(_pid(worker)) for worker in workers) - idle
+            results.worker.append(cpu_s / count * 1e6)
+            results.wal.append((self._written() - log) / count)
+            results.memory.append(max(processes.highest(_pid(worker)) for worker in workers))
             for name, pid in parts.items():
-                getattr(found, name).append((processes.cpu(pid) - before[name]) / count * 1e6)
+                getattr(results, name).append((processes.cpu(pid) - before[name]) / count * 1e6)
         self.sent += count
         self.differing += len(range(0, count, round(1 / case.share))) if case.share else 0
 
     @contextlib.contextmanager
     def _workers(self, many: int) -> Iterator[list[BaseProcess]]:
-        """Their processes, which begin while the stream is filled."""
+        """Start the workers' processes, and kill them at the end."""
         self._client.delete(READY)
         urls = self._valkey.url, self._postgres.url()
         workers: list[BaseProcess] = [
@@ -199,7 +204,7 @@ class Bench:
             yield workers
         finally:
             for worker in workers:
-                worker.kill()  # all is acknowledged, and an end in order would wait for entries first
+                worker.kill()  # everything is acknowledged, and a clean stop would wait for entries
             for worker in workers:
                 worker.join()
 
@@ -209,7 +214,7 @@ class Bench:
             self._look(workers, began)
 
     def _drained(self, workers: Sequence[BaseProcess]) -> float:
-        """Seconds from the start until the stream is empty."""
+        """Start the workers, and return the seconds until the stream is empty."""
         began = time.monotonic()
         self._client.rpush(GO, *range(len(workers)))
         while self._client.xlen(Keys(SERVICE, 0).ready):
@@ -219,13 +224,13 @@ class Bench:
     def _look(self, workers: Sequence[BaseProcess], began: float) -> None:
         time.sleep(LOOK)
         if not all(worker.is_alive() for worker in workers):
-            logs = (one.read_text(errors="replace")[-2000:] for one in self._folder.glob("*.log"))
+            logs = (path.read_text(errors="replace")[-2000:] for path in self._folder.glob("*.log"))
             raise RuntimeError("a worker has ended:\n" + "\n".join(logs))
         if time.monotonic() - began > WITHIN:
-            raise RuntimeError(f"the workers have not done their work after {WITHIN:g} s")
+            raise RuntimeError(f"the stream is not empty after {WITHIN:g} s")
 
     def _written(self) -> int:
-        """Bytes of Postgres's log since ever."""
+        """Return the position in Postgres's log in bytes."""
         with psycopg.connect(self._postgres.url()) as connection:
             row = connection.execute("select pg_current_wal_insert_lsn() - '0/0'").fetchone()
         assert row is not None
@@ -241,7 +246,7 @@ class Bench:
                 connection.execute("select outcome, count(*) from abreast.pair group by 1").fetchall()
             )
         if rows.get("mismatch", 0) != self.differing or sum(rows.values()) != self.sent:
-            raise RuntimeError(f"the ledger does not hold what was sent: {rows}")
+            raise RuntimeError(f"the ledger does not match the {self.sent} pairs sent: {rows}")
 
 
 def _pid(worker: BaseProcess) -> int:
@@ -249,34 +254,34 @@ def _pid(worker: BaseProcess) -> int:
     return worker.pid
 
 
-def measure(most: int, runs: int) -> dict[Case, Found]:
-    found = {case: Found() for case in CASES}
+def measure(most: int, runs: int) -> dict[Case, Measurements]:
+    results = {case: Measurements() for case in CASES}
     with RedisServer() as valkey, PostgresServer() as postgres, TemporaryDirectory() as folder:
         asyncio.run(migrate(postgres.url()))
         bench = Bench(valkey, postgres, Path(folder))
         for _ in range(runs):
-            for case, kept in found.items():
-                bench.run(case, most, kept)
+            for case, measurements in results.items():
+                bench.run(case, most, measurements)
         bench.check()
-    return found
+    return results
 
 
 def rows(*, quick: bool = False, runs: int | None = None, most: int | None = None) -> list[Row]:
     measured = measure(most or (QUICK_PAIRS if quick else PAIRS), runs or (QUICK_RUNS if quick else RUNS))
-    idle = [one for each in measured.values() for one in each.idle]
-    found = [
+    idle = [value for result in measured.values() for value in result.idle]
+    rows = [
         row(f"pipeline_{name}{case.ending}", unit, values)
-        for case, each in measured.items()
+        for case, result in measured.items()
         for name, unit, values in (
-            ("pairs_per_s", "1/s", each.rate),
-            ("worker_us", "us", each.worker),
-            ("redis_us", "us", each.redis),
-            ("postgres_us", "us", each.postgres),
-            ("wal_bytes", "B", each.wal),
-            ("worker_mib", "MiB", each.memory),
+            ("pairs_per_s", "1/s", result.rate),
+            ("worker_us", "us", result.worker),
+            ("redis_us", "us", result.redis),
+            ("postgres_us", "us", result.postgres),
+            ("wal_bytes", "B", result.wal),
+            ("worker_mib", "MiB", result.memory),
         )
     ]
-    return [*found, row("pipeline_worker_idle_mib", "MiB", idle)]
+    return [*rows, row("pipeline_worker_idle_mib", "MiB", idle)]
 
 
 def main() -> None:
@@ -286,8 +291,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int)
     arguments = parser.parse_args()
     end_in_order()
-    for each in rows(quick=arguments.quick, runs=arguments.runs, most=arguments.pairs):
-        print(json.dumps(each), flush=True)
+    for result in rows(quick=arguments.quick, runs=arguments.runs, most=arguments.pairs):
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

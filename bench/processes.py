@@ -1,4 +1,4 @@
-"""What processes took of the machine, with their children, from /proc."""
+"""CPU time and memory of processes and their children, from /proc."""
 
 from __future__ import annotations
 
@@ -9,43 +9,44 @@ MIB = 2**20
 
 
 def children() -> dict[int, list[int]]:
-    """By parent."""
-    found: dict[int, list[int]] = {}
+    """Return the ids of child processes by the id of their parent."""
+    children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:  # it has ended meanwhile
+            except OSError:  # the process has ended
                 continue
-            found.setdefault(parent, []).append(int(entry.name))
-    return found
+            children.setdefault(parent, []).append(int(entry.name))
+    return children
 
 
 def cpu(pid: int) -> float:
-    """Seconds that it and its children have run, in steps of a hundredth."""
-    took = 0
-    for one in (pid, *children().get(pid, ())):
+    """Return the CPU seconds of a process and its children, with a resolution of 10 ms."""
+    ticks = 0
+    for member in (pid, *children().get(pid, ())):
         try:
-            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        took += sum(map(int, fields[11 : 15 if one == pid else 13]))  # of those that have ended, the parent's own knows
-    return took / os.sysconf("SC_CLK_TCK")
+        # Fields 13 and 14 hold the time of children that have ended.
+        ticks += sum(map(int, fields[11 : 15 if member == pid else 13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def resident(pid: int, below: dict[int, list[int]]) -> float:
-    """MiB. What processes share is counted once: by their proportional set size."""
-    held = 0.0
-    for one in (pid, *below.get(pid, ())):
+def resident(pid: int, children: dict[int, list[int]]) -> float:
+    """Return the resident MiB. The proportional set size counts shared memory once."""
+    resident_mib = 0.0
+    for member in (pid, *children.get(pid, ())):
         try:
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{member}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue
-        held += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / MIB
-    return held
+        resident_mib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024 / MIB
+    return resident_mib
 
 
 def highest(pid: int) -> float:
-    """MiB that it was resident with at most."""
+    """Return the peak of the resident memory in MiB."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / MIB

@@ -1,4 +1,4 @@
-"""What a measurement says: one row of results.json."""
+"""The rows of results.json, and the command line of each part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TypedDict
 
 
 class Row(TypedDict):
-    """`value` is the median of the runs."""
+    """One measurement. `value` is the median of the runs."""
 
     name: str
     value: float
@@ -34,21 +34,21 @@ def row(name: str, unit: str, values: Sequence[float]) -> Row:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that `share` of the values don't exceed."""
+    """Return the smallest value that at least `share` of the values do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def end_in_order() -> None:
-    """At SIGTERM and SIGHUP like at Ctrl-C: servers are stopped and their folders removed."""
-    for each in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, lambda number, _frame: sys.exit(128 + number))
+    """Exit on SIGTERM and SIGHUP like on Ctrl-C, so that servers stop and their folders are removed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
 
 
 def main(rows: Callable[..., Sequence[Row]]) -> None:
-    """The command of one part: print its rows, one a line."""
+    """Run the command of one part: print its rows, one per line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
     end_in_order()
-    for each in rows(quick=parser.parse_args().quick):
-        print(json.dumps(each), flush=True)
+    for result in rows(quick=parser.parse_args().quick):
+        print(json.dumps(result), flush=True)

@@ -1,9 +1,8 @@
-"""Measures what there is to measure: python bench/run.py [--quick] [--minutes N]. Prints a table; writes bench/results.json.
+"""Run all benchmarks: python bench/run.py [--quick] [--minutes N]. Print a table and write bench/results.json.
 
-Part by part: the middleware in-process and behind uvicorn, users' times through Envoy and how soon a pair can be
-queried, Redis → compare → Postgres, comparing bodies, what a verdict is worth, a rollback and a flood of copies, the
-cost of a large ledger, and the memory of every process (drawn into bench/memory.svg). What is compared takes turns
-within its part. The first rows tell the machine and the versions.
+The first parts are the middleware in-process and behind uvicorn, mirroring through Envoy, and the pipeline from Redis to
+Postgres. The others are comparison, verdicts, rollback and overload, a large ledger, and memory (bench/memory.svg).
+Within a part, variants that are compared take turns. The first rows contain the machine and the versions.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import traffic
 from rows import Row, end_in_order
 
 RESULTS = Path(__file__).parent / "results.json"
-MINUTES, QUICK_MINUTES = 10.0, 0.05  # of load, while memory is watched
+MINUTES, QUICK_MINUTES = 10.0, 0.05  # duration of the memory measurement
 STABLE = {
     "basehttp_us",
     "deepdiff_ratio",
@@ -44,7 +43,7 @@ STABLE = {
     "pipeline_worker_us",
     "rollback_ms",
     "visible_p99_ms",
-}  # names that others read
+}  # names that other tools read
 
 
 def parts(quick: bool, minutes: float) -> dict[str, Callable[[], Sequence[Row]]]:
@@ -62,7 +61,7 @@ def parts(quick: bool, minutes: float) -> dict[str, Callable[[], Sequence[Row]]]
     }
 
 
-def measured(quick: bool, minutes: float) -> Iterator[Row]:
+def measure(quick: bool, minutes: float) -> Iterator[Row]:
     for name, part in parts(quick, minutes).items():
         began = time.monotonic()
         yield from part()
@@ -71,13 +70,13 @@ def measured(quick: bool, minutes: float) -> Iterator[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the same names, fewer and shorter runs")
-    parser.add_argument("--minutes", type=float, help="of load, while memory is watched")
-    given = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="the same rows from fewer and shorter runs")
+    parser.add_argument("--minutes", type=float, help="duration of the memory measurement")
+    arguments = parser.parse_args()
     end_in_order()
-    minutes = given.minutes or (QUICK_MINUTES if given.quick else MINUTES)
+    minutes = arguments.minutes or (QUICK_MINUTES if arguments.quick else MINUTES)
     rows = []
-    for row in measured(given.quick, minutes):
+    for row in measure(arguments.quick, minutes):
         rows.append(row)
         print(
             f"{row['name']:38} {row['value']:>12,.2f} {row['unit']:8} {row['min']:,.2f} … {row['max']:,.2f} ({row['runs']} runs)",

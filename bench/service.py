@@ -1,4 +1,4 @@
-"""A service to measure, as users write them: service.py PORT bare|abreast|otel|basehttp."""
+"""The service that the benchmarks measure: service.py PORT bare|abreast|otel|basehttp."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ITEMS = [
 ]
 
 
-class Nothing(BaseHTTPMiddleware):
+class NoopMiddleware(BaseHTTPMiddleware):
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         return await call_next(request)
 
@@ -33,18 +33,18 @@ async def healthy(_request: Request) -> JSONResponse:
 
 
 def wrapped(app: Any, kind: str) -> Any:
-    """What is measured, around any ASGI application."""
+    """Return the application with the middleware of the given kind."""
     if kind == "abreast":
         return ParallelRunMiddleware(app, service="bench")
     if kind == "basehttp":
-        return Nothing(app)
+        return NoopMiddleware(app)
     if kind == "otel":
         return traced(app)
     return app
 
 
 def traced(app: Any) -> Any:
-    """OpenTelemetry's middleware with a real tracer, whose spans go nowhere."""
+    """Return the application with OpenTelemetry's middleware and a tracer that drops its spans."""
     from opentelemetry.instrumentation.asgi import OpenTelemetryMiddleware
     from opentelemetry.sdk.trace import TracerProvider
 

@@ -1,12 +1,13 @@
-"""How fast a rollback is, by hand and by the guard, and what a flood of copies at a hanging new costs: real servers, constant load.
+"""Measure the time to a rollback and the effect of a hanging new: python bench/traffic.py [--quick].
 
-python bench/traffic.py [--quick]
+Servers are real, and the load is constant.
 
-rollback_ms          from the call of the RPC to the last request that new answered; the budget is 100
-guard_ms             from evidence in the ledger, twenty users' requests that new alone failed, to the guard's rollback; the budget is 2,000
-flood_p99_ratio      users' 99th percentile while every request is copied to a new that never answers, by that without copies
-flood_envoy_mb       Envoy's memory at the end of that, requests with bodies of 64 KB
-flood_errors         users of the flood who got anything but 200
+- `rollback_ms` is the time from the call to the last request that new answers. The budget is 100.
+- `guard_ms` is the time from evidence in the ledger to the guard's rollback. The evidence is twenty requests that only
+  new failed. The budget is 2,000.
+- `flood_p99_ratio` compares users' p99 with and without mirroring to a new that never answers.
+- `flood_envoy_mb` is Envoy's memory at the end of that load, with bodies of 64 KB.
+- `flood_errors` counts users under that load whose status is not 200.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from abreast_sidecar.stack.process import ServerProcess, find_free_port, is_answ
 from abreast_sidecar.stack.stack import ANY_PORT_ADDRESS, Stack
 
 SERVICE = "shop"
-USERS = 8  # each with a connection, one request after another
+USERS = 8  # connections, each with one request in flight
 BODY = b"x" * 65536
 ANSWER = b"HTTP/1.1 200 X\r\ncontent-length: 2\r\n\r\nok"
 FAILURES = """
@@ -54,7 +55,7 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nhost: shop\r\ncontent-length: 0\r\n\r\n"
 
 @dataclass
 class Load:
-    """Answers as (arrived, seconds, version, status)."""
+    """Load on one port. `seen` holds answers as (arrived, seconds, version, status)."""
 
     port: int
     body: bytes = b""
@@ -109,7 +110,7 @@ def version(name: str, port: int) -> Iterator[None]:
 
 
 async def serve(port: int, name: str) -> None:
-    """A version that answers at once; copies to new hang."""
+    """Serve a version that answers at once. Mirrored requests to new hang."""
 
     async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -152,27 +153,27 @@ class Client:
 
 
 async def rollbacks(stack: Stack, runs: int) -> list[float]:
-    client, found = Client(stack), []
+    client, times_ms = Client(stack), []
     async with users(stack.envoy_settings.listen.port) as load:
         for _ in range(runs):
             await client.set(new_share=1.0)
             await asyncio.sleep(0.5)
             if load.seen[-1][2] != "new":
-                raise RuntimeError("new does not answer users half a second after it was given all of them")
+                raise RuntimeError("new does not answer users half a second after it got a share of 100%")
             called = time.monotonic()
             await client.traffic.Rollback(traffic_pb2.RollbackRequest(service=SERVICE, reason="bench"))
             await asyncio.sleep(0.3)
             last = max((at for at, _took, name, _status in load.seen if name == "new"), default=called)
-            found.append(max(last - called, 0.0) * 1000)
+            times_ms.append(max(last - called, 0.0) * 1000)
             load.seen.clear()
     await client.channel.close()
-    return found
+    return times_ms
 
 
 async def guarded(stack: Stack, runs: int) -> list[float]:
-    """The guard looks twice a second, so each run begins at another moment between two looks."""
-    client, found = Client(stack), []
-    acting = rollout_pb2.GuardPolicy(
+    """Measure guard rollbacks in ms. The guard looks twice per second, so each run starts at another offset."""
+    client, times_ms = Client(stack), []
+    policy = rollout_pb2.GuardPolicy(
         mode=rollout_pb2.GUARD_MODE_ACTING, errors=rollout_pb2.GuardRule(cooldown=Duration(seconds=1))
     )
     ledger = await psycopg.AsyncConnection.connect(stack.postgres_url, autocommit=True)
@@ -181,28 +182,27 @@ async def guarded(stack: Stack, runs: int) -> list[float]:
         for run in range(runs):
             await client.set(new_share=0.5)
             await client.steering.SetGuard(
-                rollout_pb2.SetGuardRequest(service=SERVICE, policy=acting, reason=f"bench {run}")
+                rollout_pb2.SetGuardRequest(service=SERVICE, policy=policy, reason=f"bench {run}")
             )
             await asyncio.sleep(2.0 + run / runs)
             await ledger.execute(FAILURES, (SERVICE,))
-            found.append(await _rolled_back(ledger))
+            times_ms.append(await _rolled_back(ledger))
     await client.channel.close()
-    return found
+    return times_ms
 
 
 async def _rolled_back(ledger: psycopg.AsyncConnection[Any]) -> float:
-    """Milliseconds, by Postgres's clock."""
+    """Return the milliseconds until the rollback, by Postgres's clock."""
     since = (await (await ledger.execute("select clock_timestamp()")).fetchall())[0][0]
     for _ in range(1000):
         if seen := await (await ledger.execute(ROLLED_BACK, (since,))).fetchone():
-            took: float = (seen[0] - since).total_seconds() * 1000
-            return took
+            return float((seen[0] - since).total_seconds() * 1000)
         await asyncio.sleep(0.01)
-    raise RuntimeError("the guard has not rolled back within ten seconds")
+    raise RuntimeError("the guard did not roll back within ten seconds")
 
 
 async def p99(stack: Stack, seconds: float) -> tuple[float, int]:
-    """Milliseconds, and how many got anything but 200."""
+    """Return the p99 in milliseconds, and the number of statuses other than 200."""
     async with users(stack.envoy_settings.listen.port, BODY) as load:
         await asyncio.sleep(seconds)
     times = sorted(took for _at, took, _name, _status in load.seen)
@@ -212,18 +212,18 @@ async def p99(stack: Stack, seconds: float) -> tuple[float, int]:
 
 async def floods(stack: Stack, runs: int, seconds: float) -> dict[str, list[float]]:
     client = Client(stack)
-    found: dict[str, list[float]] = {"flood_p99_ratio": [], "flood_envoy_mb": [], "flood_errors": []}
+    results: dict[str, list[float]] = {"flood_p99_ratio": [], "flood_envoy_mb": [], "flood_errors": []}
     assert stack.envoy.process is not None
     for _ in range(runs):
         await client.set(new_share=0.0, sample_unsafe=0.0)
-        alone, _none = await p99(stack, seconds)
+        unmirrored, _errors = await p99(stack, seconds)
         await client.set(sample_unsafe=1.0)
         flooded, errors = await p99(stack, seconds)
-        found["flood_p99_ratio"].append(flooded / alone)
-        found["flood_envoy_mb"].append(processes.resident(stack.envoy.process.pid, {}))
-        found["flood_errors"].append(errors)
+        results["flood_p99_ratio"].append(flooded / unmirrored)
+        results["flood_envoy_mb"].append(processes.resident(stack.envoy.process.pid, {}))
+        results["flood_errors"].append(errors)
     await client.channel.close()
-    return found
+    return results
 
 
 UNITS = {"flood_p99_ratio": "x", "flood_envoy_mb": "MB", "flood_errors": "requests"}
@@ -247,8 +247,8 @@ def main() -> None:
         asyncio.run(serve(int(arguments.serve[0]), arguments.serve[1]))
         return
     end_in_order()
-    for each in rows(quick=arguments.quick):
-        print(json.dumps(each))
+    for result in rows(quick=arguments.quick):
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the Python examples of README and docs that a test runs, each as a module, so that `make check` checks their types."""
+"""Writes the Python examples of README and docs as modules, so that `make check` checks their types."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = re.compile(r"<!-- run: ([\w-]+) -->\n```python\n(.*?)```", re.DOTALL)
-GIVEN = {  # what a page leaves to its reader
+PRELUDES = {  # code that an example expects from its reader
     "forms": """
         import abreast
         class Receipt:
@@ -32,8 +32,8 @@ def main(folder: Path) -> None:
         old.unlink()
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for name, code in EXAMPLE.findall(page.read_text()):
-            given = GIVEN.get(name, "").replace("\n        ", "\n").rstrip(" ")
-            (folder / f"{page.stem.lower()}_{name.replace('-', '_')}.py").write_text(given + code)
+            prelude = PRELUDES.get(name, "").replace("\n        ", "\n").rstrip(" ")
+            (folder / f"{page.stem.lower()}_{name.replace('-', '_')}.py").write_text(prelude + code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A version that can be broken: drill_service.py PORT VERSION FILE. It writes each order that it carries out into FILE.
+"""A version with faults: drill_service.py PORT VERSION FILE. It appends each order that it executes to FILE.
 
-GET /be/MODE makes it `well`, `failing` (500), `failing-items` (500 for one route), `slow` (30 s), `cutting` (half an
-answer, then the end of the connection) or `ill` (its health check fails, all else works).
+GET /be/MODE sets the mode: `well`, `failing` (500), `failing-items` (500 for one route), `slow` (30 s), `cutting` (half
+an answer, then a closed connection), or `ill` (only the health check fails).
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""A service in two versions, run by tests: small_service.py VERSION PORT [bare]. `bare` is without the middleware.
+"""A service in two versions: small_service.py VERSION PORT [bare]. With `bare`, it has no middleware.
 
-Its events never end, and in new the third is another.
-
-From SIGUSR1 on it answers 500.
+Its stream of events never ends, and the third event of new differs. After SIGUSR1, products return 500.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from starlette.routing import Route
 from abreast import ParallelRunMiddleware
 
 VERSION, PORT, *OPTIONS = sys.argv[1:]
-
 
 failing: list[int] = []
 signal.signal(signal.SIGUSR1, lambda number, _frame: failing.append(number))

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from abreast_sidecar.stack.process import find_free_port
 
-WITHIN = 60.0  # seconds that a condition gets unless said otherwise: only a test that fails waits so long
-POLLS = (0.01, 0.02, 0.03, 0.05, 0.07)  # seconds between the first looks
-POLL = 0.1  # and between all others: a look costs CPU, which what it waits for needs too
+WITHIN = 60.0  # default deadline in seconds, generous because only failing tests reach it
+POLLS = (0.01, 0.02, 0.03, 0.05, 0.07)  # seconds between the first polls
+POLL = 0.1  # seconds between later polls, which cost CPU that the servers need
 
 __all__ = ["eventually", "eventually_async", "find_free_port", "free_ports", "frozen"]
 
 
 def free_ports(number: int) -> tuple[int, ...]:
-    """All different."""
+    """Return different free ports."""
     ports: set[int] = set()
     while len(ports) < number:
         ports.add(find_free_port())
@@ -28,7 +28,7 @@ def free_ports(number: int) -> tuple[int, ...]:
 
 
 def eventually(condition: Callable[[], bool], *, within: float = WITHIN, what: str = "the condition") -> None:
-    """Wait for a condition; fail with its name when it does not come true in time."""
+    """Wait for a condition. Fail with `what` if it does not become true in time."""
     deadline, polls = time.monotonic() + within, iter(POLLS)
     while not condition():
         if time.monotonic() > deadline:
@@ -48,16 +48,16 @@ async def eventually_async(
 
 @contextlib.contextmanager
 def frozen(pid: int) -> Iterator[Callable[[], None]]:
-    """Stop a process and its children (Postgres has one for each connection) until the end, or until they are thawed."""
-    family = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    """Suspend a process and its children, such as Postgres's sessions, until the end or a call of the yielded function."""
+    pids = [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
 
     def thaw() -> None:
-        for one in family:
+        for member in pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(one, signal.SIGCONT)
+                os.kill(member, signal.SIGCONT)
 
-    for one in family:
-        os.kill(one, signal.SIGSTOP)
+    for member in pids:
+        os.kill(member, signal.SIGSTOP)
     try:
         yield thaw
     finally:

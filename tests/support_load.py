@@ -1,4 +1,4 @@
-"""Load from several service processes, and what must be true of the ledger after it, whatever happened meanwhile."""
+"""A load of pairs, and checks that the ledger holds each of them once after a fault."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from support_pairs import SERVICE, capture, hourly_counts_match_pairs, one, rows
 T = TypeVar("T")
 
 PACE = 0.002  # seconds between two pairs
-DIFFERS = 5  # each fifth pair shows the finding
+DIFFERS = 5  # one pair in so many shows the finding
 
 
 @dataclass
 class Load:
-    """Sends both captures of each pair as services do: the same batch again until Redis has answered.
+    """Send both captures of each pair like a service, and repeat a batch until Redis answers.
 
-    `pairs` were taken by Redis; those refused by its bounds are counted by the replies, as a service counts them.
+    `pairs` are those that Redis accepted, `refused` counts those that its limits rejected.
     """
 
     url: str
     pace: float = PACE
     service: ServiceSettings | None = None
-    pairs: dict[str, bool] = field(default_factory=dict)  # → whether its answers differ
+    pairs: dict[str, bool] = field(default_factory=dict)  # pair id → answers differ
     refused: int = 0
     errors: int = 0
-    over: bool = False  # ends it before all were sent
+    over: bool = False  # set it to stop early
 
     async def run(self, count: int) -> None:
         settings = self.service or ServiceSettings(service=SERVICE, redis_url=self.url)
@@ -55,8 +55,11 @@ class Load:
             if self.over:
                 break
             pair, differs = str(uuid.uuid4()), (len(self.pairs) + self.refused) % DIFFERS == 0
-            sent = [capture(pair, "old", content={"n": 1}), capture(pair, "new", "shadow", {"n": 2 if differs else 1})]
-            batch = [(each.pair, each.slot, each.expected_captures, encode(each)) for each in sent]
+            captures = [
+                capture(pair, "old", content={"n": 1}),
+                capture(pair, "new", "shadow", {"n": 2 if differs else 1}),
+            ]
+            batch = [(each.pair, each.slot, each.expected_captures, encode(each)) for each in captures]
             reply = await self._until(link, partial(link.join, shard_of(pair, settings.shards), batch))
             if reply.rejected_pairs + reply.rejected_bytes == len(batch):
                 self.refused += 1
@@ -75,12 +78,12 @@ class Load:
                 self.errors += 1
                 await asyncio.sleep(0.05)
                 with contextlib.suppress(TransportError):
-                    await link.open()  # Redis may have lost that the service is there
+                    await link.open()  # register the service again, in case Redis lost it
 
 
 @asynccontextmanager
 async def loading(load: Load, count: int) -> AsyncIterator[asyncio.Task[None]]:
-    """The load goes on while the block does what it does, and is over when it ends."""
+    """Run the load during the block, and wait for its end."""
     task = asyncio.create_task(load.run(count))
     try:
         yield task
@@ -91,13 +94,13 @@ async def loading(load: Load, count: int) -> AsyncIterator[asyncio.Task[None]]:
 
 
 async def complete(postgres_url: str, load: Load, *, within: float = WITHIN) -> None:
-    """Each pair that Redis took has exactly one row, and no counter knows more or less than the rows."""
+    """Wait until each accepted pair has exactly one row, and check that all counters agree with the rows."""
     await eventually_async(
         lambda: _arrived(postgres_url, len(load.pairs)), within=within, what=f"{len(load.pairs)} rows"
     )
-    found = rows(postgres_url, "select id, outcome from abreast.pair")
-    assert len(found) == len(load.pairs)
-    assert dict(found) == {pair: "mismatch" if differs else "match" for pair, differs in load.pairs.items()}
+    outcomes = rows(postgres_url, "select id, outcome from abreast.pair")
+    assert len(outcomes) == len(load.pairs)
+    assert dict(outcomes) == {pair: "mismatch" if differs else "match" for pair, differs in load.pairs.items()}
     agrees(postgres_url)
 
 
@@ -108,7 +111,7 @@ async def _arrived(postgres_url: str, count: int) -> bool:
 
 
 def agrees(postgres_url: str) -> None:
-    """Rows, tallies, and the counters of findings and endpoints were written together."""
+    """Check that the counters of outcomes, findings and endpoints agree with the rows."""
     queries = (
         "select sum(pairs)::bigint from abreast.outcome_count",
         "select count(*) from abreast.pair",
@@ -123,18 +126,18 @@ def agrees(postgres_url: str) -> None:
 
 
 async def empty(redis_url: str, *, shards: int = 1, within: float = WITHIN) -> None:
-    """Nothing waits and nothing is held."""
+    """Wait until Redis holds no entry, no incomplete pair and no bytes."""
 
-    async def nothing() -> bool:
+    async def is_empty() -> bool:
         with contextlib.suppress(redis.RedisError), redis.Redis.from_url(redis_url) as client:
-            every = [Keys(SERVICE, shard) for shard in range(shards)]
+            shard_keys = [Keys(SERVICE, shard) for shard in range(shards)]
             return all(
                 client.xlen(keys.ready) == client.zcard(keys.due) == int(client.hget(keys.stats, "bytes") or 0) == 0
-                for keys in every
+                for keys in shard_keys
             )
         return False
 
-    await eventually_async(nothing, within=within, what="nothing waits in redis")
+    await eventually_async(is_empty, within=within, what="redis is empty")
 
 
 WORKER = """
@@ -152,7 +155,7 @@ async def worker_process(settings: Settings) -> asyncio.subprocess.Process:
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """The process is there and does nothing."""
+    """Suspend the process during the block."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield

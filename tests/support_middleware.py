@@ -1,4 +1,4 @@
-"""Helpers for tests of the middleware: requests as Envoy marks them, and what arrives in Redis."""
+"""Helpers for tests of the middleware: requests with Envoy's headers, and the captures in Redis."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def http_scope(path: str = "/", method: str = "GET", headers: dict[str, str] | N
 async def call(
     app: App, scope: Scope, body: Sequence[bytes] = (b"",), *, left_after: int | None = None
 ) -> tuple[list[Message], BaseException | None]:
-    """All messages the app sends, and what it raises. The client leaves after `left_after` messages."""
+    """Return the messages that the app sends, and its exception. The client leaves after `left_after` messages."""
     sent: list[Message] = []
     chunks = list(body)
     gone = asyncio.Event()
@@ -82,13 +82,13 @@ async def call(
     raised: BaseException | None = None
     try:
         await app(scope, receive, send)
-    except BaseException as error:  # noqa: BLE001  # also a cancellation is compared
+    except BaseException as error:  # noqa: BLE001  # includes cancellation
         raised = error
     return sent, raised
 
 
 def untagged(messages: Iterable[Message]) -> list[Message]:
-    """The messages without the headers that the middleware adds."""
+    """Return the messages without the headers that the middleware adds."""
     return [
         {**message, "headers": [row for row in message["headers"] if not row[0].startswith(b"x-abreast-")]}
         if message["type"] == "http.response.start"
@@ -98,10 +98,10 @@ def untagged(messages: Iterable[Message]) -> list[Message]:
 
 
 async def captures(url: str, service: str = SERVICE, shard: int = 0) -> list[Capture]:
-    """Everything that Redis holds: pairs that wait and pairs that are ready."""
+    """Return the captures of all pairs in Redis, complete and incomplete."""
     keys, blobs = Keys(service, shard), []
     async with redis.asyncio.Redis.from_url(url) as client:
-        connection: Any = client  # its types say that replies may be text
+        connection: Any = client  # its annotations include text replies
         async for key in connection.scan_iter(keys.pair("*")):
             blobs += list((await connection.hgetall(key)).values())
         for _, entry in await connection.xrange(keys.ready):
@@ -110,7 +110,7 @@ async def captures(url: str, service: str = SERVICE, shard: int = 0) -> list[Cap
 
 
 async def captured(app: App, url: str, scope: Scope, **how: Any) -> Capture:
-    """Call the app behind the middleware with a sampled request, and return the capture it made."""
+    """Send a sampled request to the app behind the middleware, and return its capture."""
     middleware = ParallelRunMiddleware(app, service=SERVICE, redis_url=url, release="r1")
     await call(middleware, scope, **how)
     await middleware.aclose()
@@ -127,13 +127,12 @@ def sampled(
     headers: dict[str, str] | None = None,
     **more: Any,
 ) -> Scope:
-    own = {**(headers or {}), **marks(pair_id(), version=version, role=role)}
-    return http_scope(path, method, own, **more)
+    return http_scope(path, method, {**(headers or {}), **marks(pair_id(), version=version, role=role)}, **more)
 
 
 @asynccontextmanager
 async def serving(app: Any, **options: Any) -> AsyncIterator[tuple[str, uvicorn.Server]]:
-    """A real uvicorn on a free port."""
+    """Run uvicorn on a free port."""
     port = find_free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None, access_log=False, **options))
     task = asyncio.create_task(server._serve())

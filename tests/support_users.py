@@ -1,4 +1,4 @@
-"""Users: constant load over plain keep-alive connections, and what became of every request."""
+"""Users that send constant load over keep-alive connections, and record the result of every request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATHS = ("/items/{}", "/pages/{}")
 
 @dataclass(frozen=True)
 class Seen:
-    """What one user got. `trouble` is empty, a status, `cut off` (half an answer), or `no answer`."""
+    """Result of one request. `trouble` is empty, a status, `cut off` (half an answer), or `no answer`."""
 
     method: str
     trouble: str
@@ -33,13 +33,13 @@ class Users:
     seen: list[Seen] = field(default_factory=list)
 
     def by(self, method: str) -> list[Seen]:
-        return [one for one in self.seen if one.method == method]
+        return [response for response in self.seen if response.method == method]
 
     def safe(self) -> list[Seen]:
         return self.by("GET")
 
     async def more(self, count: int, method: str = "GET") -> list[Seen]:
-        """Wait for so many further answers, and return them."""
+        """Wait for `count` more answers, and return them."""
         before = len(self.by(method))
 
         async def enough() -> bool:
@@ -72,7 +72,7 @@ class Users:
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, method: str, path: str) -> tuple[str, str]:
-    """The trouble with the answer, and who answered."""
+    """Send a request, and return its trouble and the version that answered."""
     body = b"order" if method == "POST" else b""
     head = f"{method} {path} HTTP/1.1\r\nhost: shop\r\nx-request-id: {uuid.uuid4()}\r\ncontent-length: {len(body)}"
     writer.write(head.encode() + b"\r\n\r\n" + body)
@@ -94,11 +94,11 @@ async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, method
 async def users(
     port: int, *, readers: int = 3, writers: int = 2, paths: tuple[str, ...] = PATHS
 ) -> AsyncIterator[Users]:
-    found = Users(port, paths)
+    load = Users(port, paths)
     methods = ["GET"] * readers + ["POST"] * writers
-    tasks = [asyncio.create_task(found.user(method)) for method in methods]
+    tasks = [asyncio.create_task(load.user(method)) for method in methods]
     try:
-        yield found
+        yield load
         for task in tasks:
             assert not task.done(), task.exception()
     finally:

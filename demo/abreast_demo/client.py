@@ -1,62 +1,55 @@
-"""Asks the sidecar over gRPC, as any program can that installs abreast[client]."""
+"""The demo's calls to its sidecar, and waits for what they return."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from types import TracebackType
-from typing import Self
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
-import grpc
-
-from abreast.v1 import common_pb2, comparison_pb2, comparison_pb2_grpc, traffic_pb2, traffic_pb2_grpc
+from abreast.v1 import common_pb2, comparison_pb2, traffic_pb2
 from abreast_demo.planted_changes import FindingLocation, LedgerCounts, ReportedFinding, find_missed_changes
-from abreast_sidecar.client.sidecar_client import CHANNEL_OPTIONS, to_cli_error
+from abreast_sidecar.client.output import impact_name, kind_name, part_name
+from abreast_sidecar.client.sidecar_client import MAX_PAGE_ROWS, Calls, SidecarClient
 
-MAX_DEMO_PAGE_ROWS = 1000
-SETTLE_TIMEOUT_S = 30.0  # seconds; a pair waits at most 10 for a copy that never comes
-SETTLE_POLL_S = 0.2
-MAX_JOIN_WAIT_S = 12.0  # seconds after which no pair waits for a copy any more
-QUIESCENT_AFTER_S = 2.5  # seconds; Envoy is asked for its count once a second
-FIND_TIMEOUT_S = 12.0  # the sidecar looks for slower endpoints every 5 seconds
-DEMO_CALL_TIMEOUT_S = 10.0
+CALL_TIMEOUT_S = 10.0
+SETTLE_TIMEOUT_S = 30.0  # a pair waits at most 10 s for a capture that never arrives
+JOIN_TIMEOUT_S = 12.0  # after this time, no pair waits for a capture
+QUIESCENT_AFTER_S = 2.5  # the sidecar reads Envoy's counters every second
+FINDINGS_TIMEOUT_S = 12.0  # the sidecar looks for slow endpoints every 5 s
+POLL_INTERVAL_S = 0.2
+
+Value = TypeVar("Value")
 
 
+@asynccontextmanager
+async def connect(address: str, service: str) -> AsyncIterator[DemoClient]:
+    """Open a channel to the sidecar. Calls raise SidecarError when the context ends."""
+    async with SidecarClient(address, CALL_TIMEOUT_S).connect() as calls:
+        yield DemoClient(calls, service)
+
+
+@dataclass(frozen=True)
 class DemoClient:
-    """Use as an async context manager."""
-
-    def __init__(self, address: str, service: str) -> None:
-        self.service = service
-        self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self.comparison = comparison_pb2_grpc.ComparisonServiceStub(self.channel)
-        self.traffic = traffic_pb2_grpc.TrafficServiceStub(self.channel)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.channel.close()
-        if isinstance(error, grpc.aio.AioRpcError):
-            raise to_cli_error(error, self.address, DEMO_CALL_TIMEOUT_S) from error
+    calls: Calls
+    service: str
 
     async def set_new_share(self, new_share: float, actor: str = "demo") -> None:
         request = traffic_pb2.UpdateTrafficRequest(
             service=self.service, new_share=new_share, actor=actor, reason=f"a step of the {actor}"
         )
-        await self.traffic.UpdateTraffic(request, timeout=DEMO_CALL_TIMEOUT_S)
-
-    async def get_traffic(self) -> traffic_pb2.Traffic:
-        request = traffic_pb2.GetTrafficRequest(service=self.service)
-        return (await self.traffic.GetTraffic(request, timeout=DEMO_CALL_TIMEOUT_S)).traffic
+        await self.calls.traffic.UpdateTraffic(request, timeout=CALL_TIMEOUT_S)
 
     async def get_ledger_counts(self) -> LedgerCounts:
         request = comparison_pb2.GetSummaryRequest(service=self.service)
-        summary = await self.comparison.GetSummary(request, timeout=DEMO_CALL_TIMEOUT_S)
+        summary = await self.calls.comparison.GetSummary(request, timeout=CALL_TIMEOUT_S)
         return LedgerCounts(
-            outcomes={_short_name(common_pb2.Outcome.Name(row.outcome)): row.count for row in summary.outcomes},
+            outcomes={
+                common_pb2.Outcome.Name(row.outcome).removeprefix("OUTCOME_").lower(): row.count
+                for row in summary.outcomes
+            },
             envoy_sampled=summary.envoy_sampled if summary.HasField("envoy_sampled") else None,
             unaccounted=summary.unaccounted if summary.HasField("unaccounted") else None,
             pending=summary.pending if summary.HasField("pending") else None,
@@ -64,76 +57,69 @@ class DemoClient:
             drops={f"{row.stage} {row.reason}": row.count for row in summary.drops},
         )
 
-    async def wait_until_settled(self, sent_requests: int) -> LedgerCounts:
-        """The ledger once it sums up to what Envoy counted, or as it is when that takes too long."""
-        deadline = time.monotonic() + SETTLE_TIMEOUT_S
-        while True:
-            counts = await self.get_ledger_counts()
-            if counts.is_settled(sent_requests) or time.monotonic() > deadline:
-                return counts
-            await asyncio.sleep(SETTLE_POLL_S)
-
-    async def wait_until_quiescent(self) -> LedgerCounts:
-        """The ledger once it sums up, or does not change any more: something may be missing from before."""
-        counts, unchanged_since, started_at = (await self.get_ledger_counts(), time.monotonic(), time.monotonic())
-        while not counts.is_settled(0) and time.monotonic() - started_at < MAX_JOIN_WAIT_S:
-            await asyncio.sleep(SETTLE_POLL_S)
-            new_counts = await self.get_ledger_counts()
-            if new_counts != counts:
-                counts, unchanged_since = new_counts, time.monotonic()
-            elif not new_counts.pending and time.monotonic() - unchanged_since > QUIESCENT_AFTER_S:
-                break
-        return counts
-
-    async def wait_until_complete(self, before: LedgerCounts) -> LedgerCounts:
-        """The ledger once all that Envoy has counted since is in it, or as it is when that takes too long."""
-        deadline = time.monotonic() + SETTLE_TIMEOUT_S
-        while True:
-            counts = await self.get_ledger_counts()
-            if counts.is_complete_since(before) or time.monotonic() > deadline:
-                return counts
-            await asyncio.sleep(SETTLE_POLL_S)
-
-    async def wait_for_planted_findings(self) -> tuple[ReportedFinding, ...]:
-        """The findings once all that was planted is among them, or as they are when that takes too long."""
-        deadline = time.monotonic() + FIND_TIMEOUT_S
-        while True:
-            findings = await self.list_findings()
-            if not find_missed_changes(findings) or time.monotonic() > deadline:
-                return findings
-            await asyncio.sleep(SETTLE_POLL_S)
-
     async def list_findings(self) -> tuple[ReportedFinding, ...]:
-        request = comparison_pb2.ListFindingsRequest(
-            service=self.service, include_noise=True, page_size=MAX_DEMO_PAGE_ROWS
+        request = comparison_pb2.ListFindingsRequest(service=self.service, include_noise=True, page_size=MAX_PAGE_ROWS)
+        response = await self.calls.comparison.ListFindings(request, timeout=CALL_TIMEOUT_S)
+        return tuple(
+            ReportedFinding(
+                id=finding.id,
+                location=FindingLocation(
+                    endpoint=f"{finding.endpoint.method} {finding.endpoint.route}",
+                    part=part_name(finding.part),
+                    path=finding.path,
+                    kind=kind_name(finding.kind),
+                ),
+                impact=impact_name(finding.impact),
+                noise=finding.noise,
+                count=finding.count,
+                baseline_count=finding.baseline_count,
+                summary=finding.summary,
+            )
+            for finding in response.findings
         )
-        response = await self.comparison.ListFindings(request, timeout=DEMO_CALL_TIMEOUT_S)
-        return tuple(_to_reported_finding(finding) for finding in response.findings)
 
     async def get_example_pair_id(self, finding_id: int) -> str:
-        """The id of a pair that shows the finding and is kept whole; empty for none."""
+        """Return the id of a stored pair that shows the finding, or an empty string."""
         request = comparison_pb2.GetFindingRequest(id=finding_id)
-        response = await self.comparison.GetFinding(request, timeout=DEMO_CALL_TIMEOUT_S)
+        response = await self.calls.comparison.GetFinding(request, timeout=CALL_TIMEOUT_S)
         return response.examples[0].pair.id if response.examples else ""
 
+    async def wait_until_settled(self, sent_requests: int) -> LedgerCounts:
+        """Wait until the ledger holds every request that Envoy sampled. Return the last counts on timeout."""
+        return await _poll(
+            self.get_ledger_counts, lambda counts: counts.is_settled(sent_requests), timeout_s=SETTLE_TIMEOUT_S
+        )
 
-def _to_reported_finding(finding: comparison_pb2.Finding) -> ReportedFinding:
-    return ReportedFinding(
-        id=finding.id,
-        location=FindingLocation(
-            endpoint=f"{finding.endpoint.method} {finding.endpoint.route}",
-            part=_short_name(common_pb2.Part.Name(finding.part)),
-            path=finding.path,
-            kind=_short_name(common_pb2.Kind.Name(finding.kind)),
-        ),
-        impact=_short_name(common_pb2.Impact.Name(finding.impact)),
-        noise=finding.noise,
-        count=finding.count,
-        baseline_count=finding.baseline_count,
-        summary=finding.summary,
-    )
+    async def wait_until_complete(self, before: LedgerCounts) -> LedgerCounts:
+        """Wait until the ledger holds every request sampled since `before`. Return the last counts on timeout."""
+        return await _poll(
+            self.get_ledger_counts, lambda counts: counts.is_complete_since(before), timeout_s=SETTLE_TIMEOUT_S
+        )
+
+    async def wait_until_quiescent(self) -> LedgerCounts:
+        """Wait until the ledger is settled, or stops changing because earlier requests were lost."""
+        previous_counts, changed_at = await self.get_ledger_counts(), time.monotonic()
+
+        def is_quiescent(counts: LedgerCounts) -> bool:
+            nonlocal previous_counts, changed_at
+            if counts != previous_counts:
+                previous_counts, changed_at = counts, time.monotonic()
+            is_stable = not counts.pending and time.monotonic() - changed_at > QUIESCENT_AFTER_S
+            return counts.is_settled(0) or is_stable
+
+        return await _poll(self.get_ledger_counts, is_quiescent, timeout_s=JOIN_TIMEOUT_S)
+
+    async def wait_for_planted_findings(self) -> tuple[ReportedFinding, ...]:
+        """Wait until every planted regression is reported. Return the last findings on timeout."""
+        return await _poll(
+            self.list_findings, lambda findings: not find_missed_changes(findings), timeout_s=FINDINGS_TIMEOUT_S
+        )
 
 
-def _short_name(name: str) -> str:
-    """OUTCOME_ONLY_OLD → only_old"""
-    return name.partition("_")[2].lower()
+async def _poll(fetch: Callable[[], Awaitable[Value]], is_done: Callable[[Value], bool], *, timeout_s: float) -> Value:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = await fetch()
+        if is_done(value) or time.monotonic() > deadline:
+            return value
+        await asyncio.sleep(POLL_INTERVAL_S)

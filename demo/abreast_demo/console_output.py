@@ -1,4 +1,4 @@
-"""What a run looks like to a person."""
+"""Console output of a demo run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from abreast_sidecar.stack.stack import Stack
 
 
 class ConsoleOutput:
-    """Use as a context manager. Without `results` only what goes on is told."""
+    """A context manager that prints the progress and, with `show_results`, the result of a run."""
 
     def __init__(self, console: Console, *, show_results: bool) -> None:
         self.console = console
@@ -61,13 +61,13 @@ class ConsoleOutput:
         self.console.print(text, style="dim", soft_wrap=True)
 
     def show_wait(self, text: str) -> None:
-        """Print a step, on a terminal with the seconds it takes until the next output."""
+        """Print a step, on a terminal with its elapsed time until the next output."""
         if not self.console.is_terminal:
             self.print_message(text)
             return
         self._end_progress()
         columns = (TextColumn("{task.description}", style="dim"), TimeElapsedColumn())
-        # A timer signal instead of a thread: servers are forked meanwhile.
+        # A timer signal instead of a thread, because servers are forked during the wait.
         self._progress = update_progress = Progress(*columns, console=self.console, auto_refresh=False)
         update_progress.add_task(text, total=None)
         update_progress.start()
@@ -82,11 +82,11 @@ class ConsoleOutput:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.fields[requests]:,} requests, {task.fields[errors]:,} user errors"),
+                TextColumn("{task.completed:,.0f} requests, {task.fields[errors]:,} user errors"),
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self._task_id = self._progress.add_task("", total=options.duration_s, requests=0, errors=0)
+            self._task_id = self._progress.add_task("", total=options.duration_s * options.requests_per_s, errors=0)
             self._progress.start()
 
     def show_step(self, share: float) -> None:
@@ -98,8 +98,7 @@ class ConsoleOutput:
 
     def update_progress(self, tally: UserTally) -> None:
         if self._progress is not None:
-            elapsed_s = self._progress.tasks[self._task_id].elapsed or 0.0
-            self._progress.update(self._task_id, completed=elapsed_s, requests=tally.requests, errors=tally.user_errors)
+            self._progress.update(self._task_id, completed=tally.requests, errors=tally.user_errors)
 
     def print_regression(self, finding: ReportedFinding) -> None:
         self.console.print(style_text("found", "ok"), "", _format_finding_location(finding), soft_wrap=True)
@@ -120,7 +119,7 @@ class ConsoleOutput:
 
 def _print_regressions(console: Console, result: DemoResult) -> None:
     table = make_table(
-        "", "finding", "pairs", "planted, and what is reported", numeric_columns=frozenset({"finding", "pairs"})
+        "", "finding", "pairs", "planted change, and its finding", numeric_columns=frozenset({"finding", "pairs"})
     )
     for change in PLANTED_REGRESSIONS:
         matches = [finding for finding in result.regression_findings if finding.location == change.location]
@@ -139,7 +138,7 @@ def _print_regressions(console: Console, result: DemoResult) -> None:
 
 
 def _print_harmless(console: Console, result: DemoResult) -> None:
-    table = make_table("", "pairs", "harmless, and where it was seen", numeric_columns=frozenset({"pairs"}))
+    table = make_table("", "pairs", "harmless change, and where it is", numeric_columns=frozenset({"pairs"}))
     for changes, findings, word in (
         (PLANTED_NOISE, result.noise_findings, "noise"),
         (PLANTED_ADDITIONS, result.additive_findings, "additive"),
@@ -156,13 +155,13 @@ def _print_harmless(console: Console, result: DemoResult) -> None:
             format_count(finding.count),
             _join_lines(CPU_COST_NOTE, _format_finding_location(finding)),
         )
-    _print_titled_table(console, "Differs too, and is no regression", table)
+    _print_titled_table(console, "Other differences, which are not regressions", table)
 
 
 def _print_unexpected(console: Console, result: DemoResult) -> None:
     if result.unexpected_findings:
         table = make_table(
-            "", "reported, but not planted", "pairs", "finding", numeric_columns=frozenset({"pairs", "finding"})
+            "", "finding without a planted change", "pairs", "finding", numeric_columns=frozenset({"pairs", "finding"})
         )
         for finding in result.unexpected_findings:
             table.add_row(
@@ -172,7 +171,7 @@ def _print_unexpected(console: Console, result: DemoResult) -> None:
                 str(finding.id),
             )
         _print_titled_table(
-            console, f"{format_quantity(len(result.unexpected_findings), 'finding')} that nobody planted", table
+            console, f"{format_quantity(len(result.unexpected_findings), 'finding')} without a planted change", table
         )
 
 
@@ -184,9 +183,7 @@ def _print_ledger(console: Console, result: DemoResult) -> None:
         if outcome == "mismatch":
             table.add_row(style_text("  of these only noise or additions", "dim"), format_count(ledger.explained_pairs))
     table.add_row("sum", format_count(ledger.total_pairs))
-    table.add_row(
-        "Envoy's own count", "unknown" if ledger.envoy_sampled is None else format_count(ledger.envoy_sampled)
-    )
+    table.add_row("Envoy's count", "unknown" if ledger.envoy_sampled is None else format_count(ledger.envoy_sampled))
     _print_titled_table(console, "The ledger: " + _format_ledger_state(ledger), table)
     errors = style_text(format_quantity(tally.user_errors, "user error"), "fail" if tally.user_errors else "ok")
     console.print(f"{format_quantity(tally.requests, 'request')}, ", errors, sep="")
@@ -194,25 +191,25 @@ def _print_ledger(console: Console, result: DemoResult) -> None:
 
 def _format_ledger_state(ledger: LedgerCounts) -> str:
     if ledger.is_settled(0):
-        return "it sums up to what Envoy counted"
+        return "it holds every request that Envoy sampled"
     missing_text = "an unknown number of" if ledger.unaccounted is None else str(ledger.unaccounted)
     pending_text = "an unknown number" if ledger.pending is None else str(ledger.pending)
-    return f"{missing_text} requests are not in it, {pending_text} still wait"
+    return f"{missing_text} requests are missing, {pending_text} are pending"
 
 
 def _print_next_commands(console: Console, outcome: DemoOutcome) -> None:
     address = outcome.stack.grpc_address
     flag = "" if address == f"{LOOPBACK}:{GRPC_PORT}" else f" --address {address}"
     console.print()
-    console.print("What to try next, in another terminal", style="bold")
+    console.print("Commands to try in another terminal", style="bold")
     for command, description in _list_next_commands(outcome):
         console.print(f"# {description}", style="dim", soft_wrap=True)
-        console.print(f"{program_command()} {command}{flag}", soft_wrap=True)  # one line, to be copied
+        console.print(f"{program_command()} {command}{flag}", soft_wrap=True)  # one line, to copy it
     console.print(f"or open {outcome.stack.http_url}", soft_wrap=True)
 
 
 def program_command() -> str:
-    """The word or words that start this program again, for a shell in the same folder."""
+    """Return the shell words that start this program from the same folder."""
     program_path, installed_path = sys.argv[0], shutil.which("abreast")
     if Path(program_path).name != "abreast":
         return shlex.join([sys.executable, "-m", "abreast_sidecar"])
@@ -220,14 +217,14 @@ def program_command() -> str:
 
 
 def _list_next_commands(outcome: DemoOutcome) -> Iterable[tuple[str, str]]:
-    yield "findings", "what differs, one cause a row"
+    yield "findings", "differences, one row per cause"
     for finding, pair in outcome.example_pair_ids.items():
-        yield f"finding {finding}", "one of them, with examples"
+        yield f"finding {finding}", "one finding with examples"
         if pair:
-            yield f"pair {pair}", "one request: both answers side by side"
-    yield 'traffic set --new 50% --reason "a closer look"', "new answers half of the users"
-    yield 'rollback --reason "yen prices"', "old answers all of them, at once"
-    yield "watch", "findings as they grow"
+            yield f"pair {pair}", "one request with both answers side by side"
+    yield 'traffic set --new 50% --reason "a closer look"', "send half of the users to new"
+    yield 'rollback --reason "yen prices"', "send all users to old at once"
+    yield "watch", "findings as they arrive"
 
 
 def _format_finding_location(finding: ReportedFinding) -> str:

@@ -1,9 +1,10 @@
-"""Sends the users' requests through Envoy: as many a second as asked, never more at once than a small machine bears."""
+"""The users' requests, and a load generator that sends them to Envoy at a steady rate."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
 import time
 from collections import Counter
@@ -21,6 +22,13 @@ OUT_OF_STOCK_IDS = range(9, PRODUCT_COUNT + 1, 9)
 CATEGORY_SLUGS = ("books", "garden", "kitchen", "office", "outdoor", "toys")
 SEARCH_WORDS = ("tent", "lamp", "kettle", "sturdy", "atlas", "chair", "kite", "little", "drum", "bicycle")
 RARE_SEARCH_WORDS = ("c++", "c++ primer", "notepad++")
+USER_HEADER = "x-user"
+VERSION_HEADER = "x-abreast-version"
+MAX_CONCURRENT_REQUESTS = 6  # more only queue on a small machine, which hides slow endpoints
+REQUEST_TIMEOUT_S = 10.0
+MIN_SERVER_ERROR_STATUS = 500
+
+Dice = random.Random
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +41,6 @@ class UserRequest:
     @property
     def is_safe(self) -> bool:
         return self.method == "GET"
-
-
-Dice = random.Random
 
 
 def pick_in_stock_path(dice: Dice) -> str:
@@ -54,7 +59,7 @@ def pick_product_path(dice: Dice) -> str:
     return f"/products/{dice.randint(1, PRODUCT_COUNT)}"
 
 
-# How often in 100 requests, and what. Each endpoint comes often enough that some of its copies go to old twice.
+# Requests of each kind in 100. Each endpoint is frequent enough that old gets some of its requests twice.
 REQUEST_MIX: tuple[tuple[int, Callable[[Dice], str]], ...] = (
     (14, pick_in_stock_path),
     (4, pick_sold_out_path),
@@ -71,41 +76,32 @@ REQUEST_MIX: tuple[tuple[int, Callable[[Dice], str]], ...] = (
     (8, lambda _dice: "/stats"),
     (3, lambda _dice: "/orders"),
 )
-DECK_SIZE = sum(often for often, _ in REQUEST_MIX)
+DECK_SIZE = sum(frequency for frequency, _ in REQUEST_MIX)
 
 
 def generate_requests(seed: int) -> Iterator[UserRequest]:
-    """Endless, and always the same for one seed."""
+    """Yield requests without end. The same seed yields the same requests."""
     dice = random.Random(seed)
     while True:
         deck = [pick_path for frequency, pick_path in REQUEST_MIX for _ in range(frequency)]
         dice.shuffle(deck)
         for pick_path in deck:
-            yield _build_user_request(dice, pick_path(dice))
-
-
-def _build_user_request(dice: Dice, path: str) -> UserRequest:
-    user = f"user-{dice.randint(1, USER_COUNT)}"
-    if path == "/orders":
-        wish = {"product": dice.randint(1, PRODUCT_COUNT), "quantity": dice.randint(1, 5)}
-        return UserRequest("POST", path, user, orjson.dumps(wish))
-    return UserRequest("GET", path, user)
-
-
-MAX_CONCURRENT_REQUESTS = 12
-REQUEST_TIMEOUT_S = 10.0  # seconds
-MIN_SERVER_ERROR_STATUS = 500
-USER_HEADER = "x-user"
+            path, user = pick_path(dice), f"user-{dice.randint(1, USER_COUNT)}"
+            if path == "/orders":
+                order = {"product": dice.randint(1, PRODUCT_COUNT), "quantity": dice.randint(1, 5)}
+                yield UserRequest("POST", path, user, orjson.dumps(order))
+            else:
+                yield UserRequest("GET", path, user)
 
 
 @dataclass
 class UserTally:
-    """What users saw. An answer below 500 is what the shop has to say; anything else is an error to a user."""
+    """Responses by status. A status of 500 or above, or no response, is a user error."""
 
     requests: int = 0
     safe_requests: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
-    failures: Counter[str] = field(default_factory=Counter)  # class of the error → how often
+    failures: Counter[str] = field(default_factory=Counter)  # class of the error → count
 
     @property
     def user_errors(self) -> int:
@@ -113,46 +109,59 @@ class UserTally:
         return error_responses + self.failures.total()
 
 
-class LoadGenerator:
-    """Use as an async context manager. `done` is called after each answer."""
+@dataclass(frozen=True, slots=True)
+class UserResponse:
+    """A response, or its absence, with monotonic times in seconds."""
 
-    def __init__(self, url: str, on_response: Callable[[UserTally], None] = lambda _tally: None) -> None:
+    sent_at: float
+    answered_at: float
+    version: str  # empty if no version answered
+    is_safe: bool
+    is_error: bool
+
+
+class LoadGenerator:
+    """An async context manager that calls `on_response` after each response."""
+
+    def __init__(self, url: str, on_response: Callable[[UserResponse], None] = lambda _response: None) -> None:
         self.tally = UserTally()
-        self.client = httpx.AsyncClient(
-            base_url=url,
-            timeout=REQUEST_TIMEOUT_S,
-            limits=httpx.Limits(
-                max_connections=MAX_CONCURRENT_REQUESTS, max_keepalive_connections=MAX_CONCURRENT_REQUESTS
-            ),
-            trust_env=False,  # a proxy of the environment must not see loopback
-        )
         self._on_response = on_response
         self._request_slots = asyncio.Semaphore(MAX_CONCURRENT_REQUESTS)
+        limits = httpx.Limits(
+            max_connections=MAX_CONCURRENT_REQUESTS, max_keepalive_connections=MAX_CONCURRENT_REQUESTS
+        )
+        # Envoy listens on loopback, so a proxy from the environment must not apply.
+        self._client = httpx.AsyncClient(base_url=url, timeout=REQUEST_TIMEOUT_S, limits=limits, trust_env=False)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        await self.client.aclose()
+        await self._client.aclose()
 
-    async def send(self, requests: Iterator[UserRequest], *, seconds: float, rate: float) -> None:
-        """Send for so long, or until there are no more; then wait for the answers under way."""
+    async def send(
+        self, requests: Iterator[UserRequest], *, requests_per_s: float, timeout_s: float = math.inf
+    ) -> None:
+        """Send until the requests or the time run out, then wait for the responses in flight."""
         started_at = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for number in itertools.count():
-                await asyncio.sleep(max(0.0, started_at + number / rate - time.monotonic()))
+                await asyncio.sleep(max(0.0, started_at + number / requests_per_s - time.monotonic()))
                 await self._request_slots.acquire()
-                if time.monotonic() - started_at >= seconds or (request := next(requests, None)) is None:
+                if time.monotonic() - started_at >= timeout_s or (request := next(requests, None)) is None:
                     self._request_slots.release()
                     return
                 group.create_task(self._send_request(request))
 
     async def _send_request(self, request: UserRequest) -> None:
         headers = {USER_HEADER: request.user, **({"content-type": "application/json"} if request.body else {})}
+        sent_at, version, is_error = time.monotonic(), "", True
         try:
-            response = await self.client.request(
+            response = await self._client.request(
                 request.method, request.path, content=request.body or None, headers=headers
             )
+            version = response.headers.get(VERSION_HEADER, "")
+            is_error = response.status_code >= MIN_SERVER_ERROR_STATUS
             self.tally.statuses[response.status_code] += 1
         except httpx.HTTPError as error:
             self.tally.failures[type(error).__name__] += 1
@@ -160,4 +169,4 @@ class LoadGenerator:
             self._request_slots.release()
         self.tally.requests += 1
         self.tally.safe_requests += request.is_safe
-        self._on_response(self.tally)
+        self._on_response(UserResponse(sent_at, time.monotonic(), version, request.is_safe, is_error))

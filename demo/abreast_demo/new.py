@@ -1,4 +1,4 @@
-"""The same shop, ported to FastAPI. Each mistake that the port brought is marked with its name in plants.py."""
+"""The new version of the shop, a FastAPI app. A comment with the name from `planted_changes` marks each mistake."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class OrderConfirmation(BaseModel):
     quantity: int
 
 
-async def get_shop(request: Request) -> Shop:  # async, or FastAPI would ask a thread for it
+async def get_shop(request: Request) -> Shop:  # async, because FastAPI runs other dependencies in a thread
     shop: Shop = request.app.state.shop
     return shop
 
@@ -197,10 +197,10 @@ async def get_stats(shop: ShopDependency) -> Any:
 
 
 @router.post("/orders", response_model=OrderConfirmation, status_code=HTTPStatus.CREATED)
-async def create_order(wish: OrderRequest, shop: ShopDependency) -> Any:
-    await require_product(wish.product, shop)
-    order_id = await shop.create_order(wish.product, wish.quantity)
-    return {"order": order_id, "product": wish.product, "quantity": wish.quantity}
+async def create_order(order: OrderRequest, shop: ShopDependency) -> Any:
+    await require_product(order.product, shop)
+    order_id = await shop.create_order(order.product, order.quantity)
+    return {"order": order_id, "product": order.product, "quantity": order.quantity}
 
 
 @router.get("/healthz")

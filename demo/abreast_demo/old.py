@@ -1,4 +1,4 @@
-"""The shop as it runs today: Starlette."""
+"""The old version of the shop, a Starlette app."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from abreast_demo.shop import (
     shuffle_members,
 )
 
-LIKE_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})  # what LIKE would take for a pattern
+LIKE_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})  # the wildcards of LIKE
 
 
 def summarise_product(product: Product) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Holds what Abreast reports against what was planted."""
+"""The changes planted in the new version, and the check that Abreast reports each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from abreast_demo.load import UserTally
@@ -11,9 +11,9 @@ from abreast_demo.load import UserTally
 
 @dataclass(frozen=True, slots=True)
 class FindingLocation:
-    """Where a finding is: what tells one cause from another."""
+    """The key by which a finding matches a planted change."""
 
-    endpoint: str  # "GET /search"
+    endpoint: str  # method and route
     part: str
     path: str
     kind: str
@@ -24,7 +24,7 @@ class FindingLocation:
 
 @dataclass(frozen=True, slots=True)
 class PlantedChange:
-    name: str  # marks the line in new.py
+    name: str  # marks the line in new.py, as a comment
     description: str
     location: FindingLocation
 
@@ -34,43 +34,43 @@ PRODUCT_ENDPOINT = "GET /products/{product_id}"
 PLANTED_REGRESSIONS = (
     PlantedChange(
         "yen-rounding",
-        "prices in yen, and only those, are cut where they were rounded",
+        "prices in yen are truncated instead of rounded",
         FindingLocation(f"{PRODUCT_ENDPOINT}/price", "body", "$.amount", "changed"),
     ),
     PlantedChange(
         "stock-field",
-        "products that are out of stock have no field `stock`, since 0 is its default",
+        "products that are out of stock lack `stock`, because 0 is its default",
         FindingLocation(PRODUCT_ENDPOINT, "body", "$.stock", "removed"),
     ),
     PlantedChange(
         "empty-reviews",
-        "the reviews of a product that doesn't exist were a 404, and are an empty 200",
+        "reviews of an unknown product return an empty 200 instead of a 404",
         FindingLocation(f"{PRODUCT_ENDPOINT}/reviews", "status", "404->200", "changed"),
     ),
     PlantedChange(
         "cache-control",
-        "the list of categories lost its `cache-control`",
+        "the list of categories lacks `cache-control`",
         FindingLocation("GET /catalogue/categories", "header", "cache-control", "removed"),
     ),
     PlantedChange(
         "price-as-text",
-        "a category's prices were numbers and are strings: pydantic's way with Decimal",
+        "prices in a category are strings, because pydantic serialises Decimal so",
         FindingLocation("GET /catalogue/categories/{slug}", "body", "$.products[*].price", "type"),
     ),
     PlantedChange(
         "search-error",
-        "a search for `c++` fails, since the words became a regular expression",
+        "a search for `c++` fails, because the words became a regular expression",
         FindingLocation("GET /search", "status", "200->500", "changed"),
     ),
     PlantedChange(
-        "slow-search", "every search takes 30 ms longer", FindingLocation("GET /search", "latency", "", "slower")
+        "slow-search", "every search takes 100 ms longer", FindingLocation("GET /search", "latency", "", "slower")
     ),
 )
 
 PLANTED_ADDITIONS = (
     PlantedChange(
         "median-price",
-        "the statistics have one field more",
+        "the statistics have an additional field",
         FindingLocation("GET /stats", "body", "$.median_price", "added"),
     ),
 )
@@ -78,35 +78,32 @@ PLANTED_ADDITIONS = (
 PLANTED_NOISE = (
     PlantedChange(
         "request-id-header",
-        "every search has an id of its own, in a header",
+        "every search has a unique id in a header",
         FindingLocation("GET /search", "header", "x-search-id", "changed"),
     ),
     PlantedChange(
         "request-id-body",
-        "every search has an id of its own, in the body",
+        "every search has a unique id in the body",
         FindingLocation("GET /search", "body", "$.request_id", "changed"),
     ),
     PlantedChange(
         "timestamp",
-        "the statistics say when they were made",
+        "the statistics contain the current time",
         FindingLocation("GET /stats", "body", "$.generated_at", "changed"),
     ),
     PlantedChange(
         "shuffled-set",
-        "related products are a set, in any order",
+        "related products are a set in random order",
         FindingLocation(f"{PRODUCT_ENDPOINT}/related", "body", "$.related", "order"),
     ),
 )
 
-# Not planted, but true of the port: FastAPI takes more of the processor than Starlette does. It shows where the machine has
-# none to spare, in any endpoint.
-CPU_COST_NOTE = "new takes more of the processor for each answer, which this machine had little of"
+# FastAPI uses more CPU than Starlette, so on a busy machine any endpoint of new may be slower.
+CPU_COST_NOTE = "new uses more CPU per answer, and this machine has little to spare"
 
 
 @dataclass(frozen=True, slots=True)
 class ReportedFinding:
-    """A finding, as the API gave it."""
-
     id: int
     location: FindingLocation
     impact: str
@@ -115,39 +112,36 @@ class ReportedFinding:
     baseline_count: int
     summary: str
 
+    def to_json_object(self) -> dict[str, Any]:
+        return {"id": self.id, **asdict(self.location), "count": self.count, "summary": self.summary}
+
 
 @dataclass(frozen=True, slots=True)
 class LedgerCounts:
-    """How the sampled requests ended, beside Envoy's count of them."""
+    """Sampled requests in the ledger, by outcome, and Envoy's count of them."""
 
     outcomes: Mapping[str, int]
     envoy_sampled: int | None
     unaccounted: int | None
-    pending: int | None  # None: not known now
+    pending: int | None  # None if unknown
     drops: Mapping[str, int]
-    explained_pairs: int = 0  # of the mismatches: all that differs is noise or was added
+    explained_pairs: int = 0  # mismatches that contain only noise and additions
 
     @property
     def total_pairs(self) -> int:
         return sum(self.outcomes.values())
 
     def is_settled(self, sent_requests: int) -> bool:
-        """Whether all that Envoy counted is in the ledger, and Envoy has counted all that was sent."""
+        """Return whether Envoy counted every sent request, and the ledger holds each of them."""
         is_complete = self.envoy_sampled is not None and self.total_pairs == self.envoy_sampled >= sent_requests
         return is_complete and self.pending == 0 and self.unaccounted == 0
 
     def is_complete_since(self, before: LedgerCounts) -> bool:
-        """Whether what Envoy counted since is in the ledger too, beside what was still on its way then."""
-        if (
-            self.envoy_sampled is None
-            or before.envoy_sampled is None
-            or self.pending
-            or self.envoy_sampled == before.envoy_sampled
-        ):
+        """Return whether the ledger holds every request that Envoy sampled since, and those pending before."""
+        if self.envoy_sampled is None or before.envoy_sampled is None or self.pending:
             return False
-        return self.envoy_sampled - before.envoy_sampled == self.total_pairs - before.total_pairs - (
-            before.pending or 0
-        )
+        new_samples = self.envoy_sampled - before.envoy_sampled
+        return new_samples > 0 and new_samples == self.total_pairs - before.total_pairs - (before.pending or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,32 +171,24 @@ class DemoResult:
         return find_missed_changes(self.findings)
 
     @property
-    def unexpected_findings(self) -> list[ReportedFinding]:
-        """Reported, and nobody planted it; among them what is harmless and was not recognised as such."""
-        slowdowns = self.unplanted_slowdowns
-        return [
-            *(
-                finding
-                for finding in self.regression_findings
-                if finding not in slowdowns and not _is_planted(finding, PLANTED_REGRESSIONS)
-            ),
-            *(finding for finding in self.additive_findings if not _is_planted(finding, PLANTED_ADDITIONS)),
-        ]
+    def unplanted_slowdowns(self) -> list[ReportedFinding]:
+        """Endpoints that are slower without a planted change: see `CPU_COST_NOTE`."""
+        unplanted_regressions = _exclude_planted(self.regression_findings, PLANTED_REGRESSIONS)
+        return [finding for finding in unplanted_regressions if finding.location.part == "latency"]
 
     @property
-    def unplanted_slowdowns(self) -> list[ReportedFinding]:
-        """Slower without having been made so: see `plants.HEAVIER`."""
+    def unexpected_findings(self) -> list[ReportedFinding]:
+        """Regressions and additions without a planted change, except slowdowns."""
+        unplanted_regressions = _exclude_planted(self.regression_findings, PLANTED_REGRESSIONS)
         return [
-            finding
-            for finding in self.regression_findings
-            if finding.location.part == "latency" and not _is_planted(finding, PLANTED_REGRESSIONS)
+            *(finding for finding in unplanted_regressions if finding.location.part != "latency"),
+            *_exclude_planted(self.additive_findings, PLANTED_ADDITIONS),
         ]
 
     @property
     def is_as_planted(self) -> bool:
-        return not (
-            self.missed_changes or self.unexpected_findings or self.tally.user_errors
-        ) and self.ledger.is_settled(self.tally.safe_requests)
+        has_failed = self.missed_changes or self.unexpected_findings or self.tally.user_errors
+        return not has_failed and self.ledger.is_settled(self.tally.safe_requests)
 
     def to_json_object(self) -> dict[str, Any]:
         ledger = self.ledger
@@ -211,9 +197,9 @@ class DemoResult:
             "user_errors": self.tally.user_errors,
             "sampled": ledger.envoy_sampled,
             "outcomes": dict(ledger.outcomes),
-            "findings": [_to_finding_record(finding) for finding in self.regression_findings],
-            "additive": [_to_finding_record(finding) for finding in self.additive_findings],
-            "noise": [_to_finding_record(finding) for finding in self.noise_findings],
+            "findings": [finding.to_json_object() for finding in self.regression_findings],
+            "additive": [finding.to_json_object() for finding in self.additive_findings],
+            "noise": [finding.to_json_object() for finding in self.noise_findings],
             "planted": {
                 "expected": [change.name for change in PLANTED_REGRESSIONS],
                 "found": [change.name for change in self.detected_changes],
@@ -222,8 +208,8 @@ class DemoResult:
             },
             "heavier": [finding.location.endpoint for finding in self.unplanted_slowdowns],
             "harmless": {
-                change.name: is_reported(change, self._findings_for(change))
-                for change in (*PLANTED_NOISE, *PLANTED_ADDITIONS)
+                **{change.name: is_reported(change, self.noise_findings) for change in PLANTED_NOISE},
+                **{change.name: is_reported(change, self.additive_findings) for change in PLANTED_ADDITIONS},
             },
             "ledger": {
                 "rows": ledger.total_pairs,
@@ -236,9 +222,6 @@ class DemoResult:
             "statuses": {str(status): count for status, count in sorted(self.tally.statuses.items())},
             "as_planted": self.is_as_planted,
         }
-
-    def _findings_for(self, change: PlantedChange) -> list[ReportedFinding]:
-        return self.noise_findings if change in PLANTED_NOISE else self.additive_findings
 
 
 def select_regressions(findings: Iterable[ReportedFinding]) -> list[ReportedFinding]:
@@ -254,18 +237,6 @@ def is_reported(change: PlantedChange, findings: Iterable[ReportedFinding]) -> b
     return any(finding.location == change.location for finding in findings)
 
 
-def _is_planted(finding: ReportedFinding, changes: Iterable[PlantedChange]) -> bool:
-    return any(finding.location == change.location for change in changes)
-
-
-def _to_finding_record(finding: ReportedFinding) -> dict[str, Any]:
-    location = finding.location
-    return {
-        "id": finding.id,
-        "endpoint": location.endpoint,
-        "part": location.part,
-        "path": location.path,
-        "kind": location.kind,
-        "count": finding.count,
-        "summary": finding.summary,
-    }
+def _exclude_planted(findings: Iterable[ReportedFinding], changes: Iterable[PlantedChange]) -> list[ReportedFinding]:
+    planted_locations = {change.location for change in changes}
+    return [finding for finding in findings if finding.location not in planted_locations]

@@ -1,4 +1,4 @@
-"""Process of one version of the shop: `python -m abreast_demo.service --version old`."""
+"""The process of one version: `python -m abreast_demo.service --version old --listen HOST:PORT`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 from abreast import ParallelRunMiddleware
 from abreast_demo.shop import RELEASE_BY_VERSION, SHOP_SERVICE, FaultMiddleware, Shop
 
-SHUTDOWN_GRACE_S = 3  # seconds to finish what is under way
+SHUTDOWN_GRACE_S = 3
 
 
 def build_app(version: str, shop: Shop) -> ASGIApp:
@@ -32,16 +32,16 @@ def build_app(version: str, shop: Shop) -> ASGIApp:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m abreast_demo.shop", description="One version of the shop.")
+    parser = argparse.ArgumentParser(prog="python -m abreast_demo.service", description="Run one version of the shop.")
     parser.add_argument("--version", choices=("old", "new"), required=True)
     parser.add_argument("--listen", metavar="HOST:PORT", required=True)
     arguments = parser.parse_args()
     host, _, port = arguments.listen.rpartition(":")
     missing_variables = [name for name in ("DATABASE_URL", "CACHE_URL") if not os.environ.get(name)]
-    if missing_variables or not port.isdigit():
-        sys.exit(
-            f"shop: set {' and '.join(missing_variables)}" if missing_variables else "shop: --listen must be host:port"
-        )
+    if missing_variables:
+        sys.exit(f"shop: set {' and '.join(missing_variables)}")
+    if not port.isdigit():
+        sys.exit(f"shop: --listen must be HOST:PORT, got '{arguments.listen}'")
     os.environ.setdefault("ABREAST_RELEASE", RELEASE_BY_VERSION[arguments.version])
     FaultMiddleware.install_signal_handlers()
     app = build_app(arguments.version, Shop(os.environ["DATABASE_URL"], os.environ["CACHE_URL"]))

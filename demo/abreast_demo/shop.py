@@ -1,4 +1,4 @@
-"""What both versions of the shop know and do alike: products, reviews, orders, prices."""
+"""Code that both versions of the shop share: data, prices, and middleware for tests and drills."""
 
 from __future__ import annotations
 
@@ -21,8 +21,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from abreast.cache import Cache
 from abreast.integrations.psycopg_pool import AsyncConnectionPool
 
-SEED_LOCK = 5_270_116  # several processes of one version may start at once
+SHOP_SERVICE = "shop"
+RELEASE_BY_VERSION = {"old": "shop-1.8", "new": "shop-2.0"}
+SEED_LOCK = 5_270_116  # advisory lock: processes of one version may start at the same time
 MAX_CONNECTIONS = 8
+CACHE_TTL_S = 20.0
+CURRENCY_RATES = {"EUR": Decimal(1), "USD": Decimal("1.0847"), "GBP": Decimal("0.8553"), "JPY": Decimal("163.27")}
+CURRENCIES_WITHOUT_MINOR_UNIT = frozenset({"JPY"})
+CENT_QUANTUM = Decimal("0.01")
+HEALTH_PATH = "/healthz"
+SEARCH_ID_HEADER = "x-search-id"
 
 ShopRow = dict[str, Any]
 
@@ -33,7 +41,7 @@ def load_statement(name: str) -> bytes:
 
 
 class ShopDatabase:
-    """What a shadow request writes is rolled back at its end."""
+    """Named statements on a pool that rolls back what a shadow request writes."""
 
     def __init__(self, url: str) -> None:
         self.pool = AsyncConnectionPool(
@@ -41,7 +49,7 @@ class ShopDatabase:
         )
 
     async def open(self) -> None:
-        """Create what is missing, and fill it with what every shop of this kind sells."""
+        """Create the tables and the products, if they don't exist."""
         await self.pool.open(wait=True)
         async with self.pool.connection() as connection, connection.transaction():
             await connection.execute("select pg_advisory_xact_lock(%s)", (SEED_LOCK,))
@@ -60,12 +68,6 @@ class ShopDatabase:
             await connection.execute(load_statement(name), values)
 
 
-CURRENCY_RATES = {"EUR": Decimal(1), "USD": Decimal("1.0847"), "GBP": Decimal("0.8553"), "JPY": Decimal("163.27")}
-CURRENCIES_WITHOUT_MINOR_UNIT = frozenset({"JPY"})  # currencies without a smaller unit
-CENT_QUANTUM = Decimal("0.01")
-CACHE_TTL_S = 20.0  # seconds
-
-
 @dataclass(frozen=True, slots=True)
 class Product:
     id: int
@@ -79,7 +81,7 @@ class Product:
         return Decimal(self.price_cents) / 100
 
     def convert_price(self, currency: str) -> Decimal:
-        """The exact price, still to be rounded."""
+        """Return the exact price, not rounded."""
         return self.price * CURRENCY_RATES[currency]
 
 
@@ -96,13 +98,12 @@ def round_to_cents(amount: Decimal) -> Decimal:
 
 
 class Shop:
-    """Reads go service → cache → service → database → service."""
+    """The catalogue, read through the cache, and orders."""
 
     def __init__(self, database_url: str, cache_url: str) -> None:
         self.database = ShopDatabase(database_url)
-        self.cache = Cache(
-            cache_url, namespace="shop", schema_version="1", ttl=CACHE_TTL_S
-        )  # rows, which both read alike
+        # It holds database rows, not answers, so both versions can share it.
+        self.cache = Cache(cache_url, namespace="shop", schema_version="1", ttl=CACHE_TTL_S)
 
     async def open(self) -> None:
         await self.database.open()
@@ -134,7 +135,7 @@ class Shop:
         return ShopStats(**rows[0])
 
     async def search_products(self, statement: str, pattern: str) -> list[Product]:
-        """Not cached: users search for too many things."""
+        """Search without the cache, because search words repeat too seldom."""
         return [Product(**row) for row in await self.database.fetch_rows(statement, pattern=pattern)]
 
     async def create_order(self, product_id: int, quantity: int) -> uuid.UUID:
@@ -143,10 +144,9 @@ class Shop:
         return order_id
 
 
-HEALTH_PATH = "/healthz"
-
-
 class FaultMiddleware:
+    """Answer every request with 500 after SIGUSR1, until SIGUSR2. Health checks still pass."""
+
     is_failing = False
 
     def __init__(self, app: ASGIApp) -> None:
@@ -154,7 +154,7 @@ class FaultMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.is_failing and scope["type"] == "http" and scope["path"] != HEALTH_PATH:
-            await JSONResponse({"detail": "out of order"}, 500)(scope, receive, send)
+            await JSONResponse({"detail": "failing because of a drill"}, 500)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
@@ -167,15 +167,8 @@ class FaultMiddleware:
         signal.signal(signal.SIGUSR2, set_failing)
 
 
-SHOP_SERVICE = "shop"
-RELEASE_BY_VERSION = {"old": "shop-1.8", "new": "shop-2.0"}
-
-
-SEARCH_ID_HEADER = "x-search-id"
-
-
 class RequestIdMiddleware:
-    """An id of the service's own, since that of Envoy is the same for all copies of a request."""
+    """Give each request an id that its mirrored copies do not share, unlike Envoy's."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -200,7 +193,7 @@ def current_timestamp() -> str:
 
 
 def shuffle_members(members: Iterable[int]) -> list[int]:
-    """A set has no order, and here it shows."""
+    """Return the members in random order, as an unordered set may."""
     shuffled_members = list(members)
     random.shuffle(shuffled_members)
     return shuffled_members

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("packages")  # share the module's servers
+
 ROOT = Path(__file__).parents[2]
 BARE = ("redis", "hiredis", "msgspec", "orjson")
 OLDER_PYTHON = ("async_timeout",)  # redis needs it below 3.11.3

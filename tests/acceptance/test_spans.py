@@ -21,6 +21,8 @@ from abreast_sidecar.envoy.settings import SocketAddress
 from abreast_sidecar.stack.stack import Stack
 from support import eventually, free_ports
 
+pytestmark = pytest.mark.xdist_group("spans")  # share the module's servers
+
 ABREAST = Path(sys.executable).with_name("abreast")
 
 

@@ -1,6 +1,6 @@
--- The pause stands for a scan of a catalogue that is too large for it.
+-- The pause simulates a scan of a large catalogue.
 select id, name, category, price_cents, stock
-from pg_sleep(0.03), product
+from pg_sleep(0.1), product
 where name ~* %(pattern)s
 order by id
 limit 20

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -67,21 +68,26 @@ class SidecarClient:
         return asyncio.run(self._call(operation))
 
     async def _call(self, operation: Callable[[Calls], Awaitable[Response]]) -> Response:
+        async with self.connect() as calls:
+            return await operation(calls)
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[Calls]:
+        """Open a channel for as long as the context lasts. An RPC error in it becomes a SidecarError."""
         import grpc.aio
 
         from abreast.v1 import comparison_pb2_grpc, latency_pb2_grpc, rollout_pb2_grpc, rule_pb2_grpc, traffic_pb2_grpc
 
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
-            calls = Calls(
-                comparison_pb2_grpc.ComparisonServiceStub(channel),
-                traffic_pb2_grpc.TrafficServiceStub(channel),
-                latency_pb2_grpc.LatencyServiceStub(channel),
-                rule_pb2_grpc.RuleServiceStub(channel),
-                rollout_pb2_grpc.RolloutServiceStub(channel),
-                self.timeout_s,
-            )
             try:
-                return await operation(calls)
+                yield Calls(
+                    comparison_pb2_grpc.ComparisonServiceStub(channel),
+                    traffic_pb2_grpc.TrafficServiceStub(channel),
+                    latency_pb2_grpc.LatencyServiceStub(channel),
+                    rule_pb2_grpc.RuleServiceStub(channel),
+                    rollout_pb2_grpc.RolloutServiceStub(channel),
+                    self.timeout_s,
+                )
             except grpc.aio.AioRpcError as error:
                 raise to_cli_error(error, self.address, self.timeout_s) from error
 

@@ -6,20 +6,20 @@ from abreast_demo.deploy import LOOPBACK, PortReservations
 from support import find_free_port
 
 
-def test_a_free_port_is_taken_as_it_is() -> None:
+def test_port_reservations_keep_a_free_port() -> None:
     port = find_free_port()
     with PortReservations() as ports:
         assert ports.reserve(port) == port
 
 
-def test_two_demos_that_start_together_get_different_ports() -> None:
+def test_port_reservations_at_the_same_time_differ() -> None:
     port = find_free_port()
     with PortReservations() as first, PortReservations() as second:
         assert first.reserve(port) == port
         assert second.reserve(port) != port
 
 
-def test_a_port_is_free_again_when_its_demo_has_ended() -> None:
+def test_port_reservations_end_with_their_context() -> None:
     port = find_free_port()
     with PortReservations() as ports:
         ports.reserve(port)
@@ -27,7 +27,7 @@ def test_a_port_is_free_again_when_its_demo_has_ended() -> None:
         assert ports.reserve(port) == port
 
 
-def test_a_port_that_another_program_listens_on_is_left_alone() -> None:
+def test_port_reservations_avoid_a_port_in_use() -> None:
     with socket.socket() as other, PortReservations() as ports:
         other.bind((LOOPBACK, 0))
         other.listen()
