@@ -94,7 +94,7 @@ async def test_an_envoy_that_left_is_not_listed(sidecar: Running) -> None:
     [
         (wire.DiscoveryRequest(resource_names=["abreast"]), "node.cluster with the name of its service"),
         (wire.DiscoveryRequest(node=wire.Node(id="edge-1"), resource_names=["abreast"]), "node.cluster"),
-        (wire.DiscoveryRequest(node=NODE, resource_names=["rtds"]), "must have the name abreast, it asks for rtds"),
+        (wire.DiscoveryRequest(node=NODE, resource_names=["rtds"]), "must be named abreast, got rtds"),
         (wire.DiscoveryRequest(node=NODE), "it asks for nothing"),
     ],
 )

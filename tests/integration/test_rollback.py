@@ -53,7 +53,7 @@ async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> 
             with frozen(postgres.process.pid) as thaw:
                 answer = await roll_back(sidecar)
                 await all_on_old(envoy)
-                with pytest.raises(grpc.aio.AioRpcError, match="nothing may overtake it"):
+                with pytest.raises(grpc.aio.AioRpcError, match="must be recorded before any other change"):
                     await sidecar.traffic.Promote(pb.PromoteRequest(service="shop"))
                 thaw()
                 await recorded(sidecar)
@@ -64,7 +64,7 @@ async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> 
     assert (answer.previous, answer.traffic.new_share, answer.traffic.rolled_back) == (before.traffic, 0.0, True)
     assert answer.traffic.sample_safe == 0.5
     assert [one.acknowledged_version for one in answer.envoys] == [answer.traffic.version]
-    assert "the ledger does not know of it yet: postgres has not answered" in answer.recording_error
+    assert "the rollback is not recorded: postgres has not answered" in answer.recording_error
     assert [one[0] for one in told] == ["rollback", "update", "create"]
     assert told[0][1:] == ("ada", "on fire")
     assert (found.traffic.new_share, found.traffic.version) == (0.0, answer.traffic.version)
@@ -150,7 +150,7 @@ async def test_it_needs_neither_store_nor_any_knowledge_of_the_state_before() ->
 
     assert not answer.HasField("previous")
     assert (answer.traffic.rolled_back, answer.traffic.sample_safe) == (True, 0.0)
-    assert "a restart of this one forgets it" in answer.recording_error
+    assert "a restart of this sidecar forgets it" in answer.recording_error
 
 
 async def _connected(sidecar: Running) -> bool:

@@ -19,7 +19,7 @@ from support_steering import NOW, add, events, moment, sampled, set_guard, set_s
 
 pytestmark = pytest.mark.postgres
 
-WAITING = "select pid from pg_stat_activity where application_name = 'abreast steering' and wait_event_type = 'Lock'"
+WAITING = "select pid from pg_stat_activity where application_name = 'abreast leader' and wait_event_type = 'Lock'"
 EASY = comparison_pb2.Budget(max_mismatch=0.05, max_error=0.05, max_slower=1.0)
 
 
@@ -177,9 +177,9 @@ async def test_a_defect_of_the_last_step_does_not_drown_in_what_was_before(sidec
 @pytest.mark.parametrize(
     ("beyond", "age", "said"),
     [
-        (100, 0.0, "the ledger has 300 of 400 requests sampled in this step, 99% are asked for"),
-        (0, 60.0, "the Envoy edge@127.0.0.1:1 has not told its count for 6"),
-        (0, 7200.0, "no Envoy tells its count any more"),
+        (100, 0.0, "the ledger has 300 of 400 requests sampled in this step, 99% are required"),
+        (0, 60.0, "the count of the Envoy edge@127.0.0.1:1 is 6"),
+        (0, 7200.0, "no Envoy reports its count any more"),
     ],
 )
 async def test_no_evidence_is_no_good_evidence(
@@ -253,7 +253,7 @@ async def test_abort_sends_all_users_to_old_and_stays(sidecar: Running, ledger: 
     assert (event.action, event.actor, event.reason) == ("ramp_abort", "grace", "no")
     assert (event.after.new_share, event.after.rolled_back) == (0.0, True)
     assert (again.code, again.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT")
-    assert "shop has no ramp under way" in again.message
+    assert "shop has no active ramp" in again.message
 
 
 @pytest.mark.parametrize("what", ["rollback", "promote", "update"])
@@ -359,4 +359,4 @@ async def test_a_second_ramp_is_refused(sidecar: Running) -> None:
     found = await refusal(sidecar.steering.StartRamp(pb.StartRampRequest(plan=pb.RampPlan(steps=[1.0]))))
 
     assert found.code is grpc.StatusCode.FAILED_PRECONDITION
-    assert "a ramp is under way already, progressing at 25%; abort it first" in found.message
+    assert "shop has a ramp, progressing at 25%; abort it first" in found.message

@@ -95,7 +95,7 @@ async def test_who_has_lost_its_connection_can_not_act(postgres_url: str) -> Non
     cut(ledger)
     eventually(lambda: not ledger.execute(HOLDER, LEADER_LOCK_ID), what="the lock is free")
     assert await other.acquire()
-    with pytest.raises(LeadershipLostError, match="the seat of the acting sidecar is lost"):
+    with pytest.raises(LeadershipLostError, match="leadership lost"):
         await seat.heartbeat()
 
     assert not seat.is_held

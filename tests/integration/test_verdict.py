@@ -84,7 +84,7 @@ async def test_an_undecided_finding_keeps_from_pass_and_does_not_fail(sidecar: R
     found = await verdict(sidecar)
 
     assert state(found) == "INCONCLUSIVE"
-    assert "100 more not yet told from noise" in reason(found, "MISMATCHES").text
+    assert "100 more are undecided" in reason(found, "MISMATCHES").text
 
 
 @pytest.mark.parametrize("outcome", ["only_old", "undecodable", "shed", "baseline_only"])

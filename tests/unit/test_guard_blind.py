@@ -38,7 +38,7 @@ def test_captures_that_stop_while_traffic_flows_are_told_within_seconds(look: Ca
 
     said = [look(3000 + 100 * second, 3000) for second in range(20)]
 
-    assert said[-1].startswith("of the last ")
+    assert said[-1].startswith("the ledger has ")
     assert said.index(next(one for one in said if one)) <= 12
 
 

@@ -19,8 +19,8 @@ def test_a_long_outage_is_logged_once_when_it_begins_and_once_when_it_ends() -> 
         outage.record_success()
 
     assert [(entry["event"], entry["server"], entry["worker"]) for entry in logs] == [
-        ("a server is away", "postgres", "w"),
-        ("a server is back", "postgres", "w"),
+        ("server unavailable", "postgres", "w"),
+        ("server available again", "postgres", "w"),
     ]
 
 
@@ -47,7 +47,7 @@ def test_what_several_share_is_over_when_all_are_answered_again() -> None:
         assert outage.is_active
         outage.record_success("two")
 
-    assert [entry["event"] for entry in logs] == ["a server is away", "a server is back"]
+    assert [entry["event"] for entry in logs] == ["server unavailable", "server available again"]
 
 
 async def test_waits_grow_to_a_bound_and_end_at_once_when_stopping() -> None:

@@ -183,15 +183,15 @@ def test_a_budget_may_be_stricter_than_the_usual_one() -> None:
         (
             [EnvoyReport("a@1:1", 1), EnvoyReport("b@1:2", MAX_REPORT_AGE_S + 1)],
             [],
-            "the Envoy b@1:2 has not told its count for 16 s",
+            "the count of the Envoy b@1:2 is 16 s old",
         ),
         ([EnvoyReport("a@1:1", 1), EnvoyReport("b@1:2", ENVOY_GONE_AFTER_S + 1)], [], ""),
         (
             [EnvoyReport("a@1:1", 1), EnvoyReport("b@1:2", ENVOY_GONE_AFTER_S + 1)],
             ["http://1:2/"],
-            "the Envoy b@1:2 has not told",
+            "the count of the Envoy b@1:2",
         ),
-        ([EnvoyReport("a@1:1", ENVOY_GONE_AFTER_S + 1)], [], "no Envoy tells its count any more"),
+        ([EnvoyReport("a@1:1", ENVOY_GONE_AFTER_S + 1)], [], "no Envoy reports its count any more"),
     ],
 )
 def test_an_envoy_that_is_not_heard_of_is_named(reports: list[EnvoyReport], asked: list[str], said: str) -> None:

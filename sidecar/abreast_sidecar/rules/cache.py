@@ -16,11 +16,10 @@ log = structlog.get_logger(__name__)
 
 
 class RuleCache:
-    def __init__(self, conninfo: str, rules: CompareOptions, *, direct_url: str = "") -> None:
-        """`rules`: what is set apart from what people declared. `session`: Postgres without a pooler, to be told."""
-        self._session_url = direct_url or conninfo
-        self._database = Database(conninfo)
-        self._store = RuleStore(self._database)
+    def __init__(self, database: Database, rules: CompareOptions, *, direct_url: str = "") -> None:
+        """`rules`: options from settings. `direct_url`: Postgres without a pooler, for notifications."""
+        self._direct_url = direct_url or database.conninfo
+        self._store = RuleStore(database)
         self._rules = rules
         self._loaded = asyncio.Event()
         self._listener_task: asyncio.Task[None] | None = None
@@ -30,16 +29,14 @@ class RuleCache:
     def rules(self) -> CompareOptions:
         return self._rules
 
-    async def open(self) -> None:
-        await self._database.open()
+    def start(self) -> None:
         self._listener_task = asyncio.create_task(
-            listen(self._session_url, {RULES_CHANNEL: self.refresh}, name="abreast rules")
+            listen(self._direct_url, {RULES_CHANNEL: self.refresh}, name="abreast rules")
         )
 
     async def close(self) -> None:
         if self._listener_task is not None:
             await cancel_and_wait(self._listener_task)
-        await self._database.close()
 
     async def wait_loaded(self, stop: asyncio.Event) -> bool:
         """Wait until the rules were read, or for `stop`; say which."""

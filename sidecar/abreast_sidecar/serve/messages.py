@@ -25,7 +25,7 @@ from abreast_sidecar.store.records import (
     StoredPair,
     StoredPairDetail,
 )
-from abreast_sidecar.traffic.envoys import EnvoyFleet, EnvoyState
+from abreast_sidecar.traffic.envoys import EnvoyFleet, EnvoyStatus
 from abreast_sidecar.traffic.model import MILLION, TOTAL_WEIGHT, Traffic
 from abreast_sidecar.traffic.repository import TrafficEvent
 
@@ -272,13 +272,13 @@ def to_traffic_fields(fleet: EnvoyFleet, current_traffic: Traffic) -> dict[str, 
     """What answers about traffic have in common."""
     return {
         "traffic": to_traffic_message(current_traffic),
-        "envoys": [to_envoy_message(state) for state in fleet.states(current_traffic)],
-        "peers_error": fleet.unknown,
+        "envoys": [to_envoy_message(envoy, current_traffic) for envoy in fleet.sorted],
+        "peers_error": fleet.peers_error,
     }
 
 
-def to_envoy_message(envoy: EnvoyState) -> traffic_pb2.EnvoyStatus:
-    after = envoy.acknowledged_after
+def to_envoy_message(envoy: EnvoyStatus, traffic: Traffic) -> traffic_pb2.EnvoyStatus:
+    after = envoy.acknowledged_after(traffic)
     return traffic_pb2.EnvoyStatus(
         node=envoy.node,
         acknowledged_version=envoy.acknowledged_version,

@@ -141,10 +141,10 @@ class TrafficMetrics(Collector):
     def _collect_envoys(self) -> Metric:
         envoys = GaugeMetricFamily("abreast_envoys", "Envoys connected to this sidecar", labels=["service", "state"])
         for traffic in self.control.list_current():
-            states = self.control.connections.list_states(traffic)
-            current = sum(state.acknowledged_version == traffic.version for state in states)
-            refused = sum(bool(state.error) for state in states)
-            for name, count in (("connected", len(states)), ("acknowledged", current), ("refused", refused)):
+            statuses = self.control.connections.list_all(traffic.service)
+            current = sum(envoy.acknowledged_version == traffic.version for envoy in statuses)
+            refused = sum(bool(envoy.error) for envoy in statuses)
+            for name, count in (("connected", len(statuses)), ("acknowledged", current), ("refused", refused)):
                 envoys.add_metric([traffic.service, name], count)
         return envoys
 

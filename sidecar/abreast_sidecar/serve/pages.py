@@ -26,8 +26,7 @@ from abreast_sidecar.serve import validate as arguments
 from abreast_sidecar.serve.http import PairBacklog, Readiness
 from abreast_sidecar.serve.metrics import Metrics
 from abreast_sidecar.serve.phrase import describe_location, summarise_finding
-from abreast_sidecar.serve.verdicts import to_completeness
-from abreast_sidecar.stats.verdict import Budget, Verdict, decide_verdict
+from abreast_sidecar.stats.verdict import Budget
 from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest, PairFilter
 from abreast_sidecar.store.records import Finding, Window
 from abreast_sidecar.traffic.control import TrafficController
@@ -246,7 +245,7 @@ class WebApp:
             noise=include_noise,
             summary=await self.reader.read_summary(service, Window()),
             pending=pending,
-            verdict=await self._decide_verdict(service, pending or 0),
+            verdict=await self.reader.read_verdict(service, Window(), Budget(), pending or 0),
             findings=findings,
             endpoints=await self.reader.list_endpoints(service, Window(), PageRequest(MAX_PAGE_FINDINGS)),
             traffic=traffic,
@@ -256,12 +255,6 @@ class WebApp:
             events=await self.control.repository.list_events(service, before_id=None, limit=MAX_PAGE_EVENTS),
             parts=self.readiness.describe_parts(),
         )
-
-    async def _decide_verdict(self, service: str, pending: int) -> Verdict:
-        """By the budget that `abreast verdict` has unless told otherwise."""
-        budget = Budget()
-        evidence = await self.reader.read_evidence(service, Window(), budget.max_slower)
-        return decide_verdict(evidence.endpoints, to_completeness(evidence, pending), budget)
 
     async def render_finding(self, request: Request) -> str:
         finding_id = min(request.path_params["id"], arguments.MAX_ID)

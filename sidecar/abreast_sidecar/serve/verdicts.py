@@ -8,24 +8,13 @@ from dataclasses import asdict
 from abreast.v1 import common_pb2
 from abreast.v1 import comparison_pb2 as pb
 from abreast_sidecar.serve.values import to_enum_number
-from abreast_sidecar.stats.verdict import Budget, Completeness, Reason, Verdict
-from abreast_sidecar.store.records import VerdictEvidence
+from abreast_sidecar.stats.verdict import Budget, Reason, Verdict
 
 VERDICT_STATE_ENUM = pb.VerdictState.DESCRIPTOR
 VERDICT_SUBJECT_ENUM = pb.VerdictSubject.DESCRIPTOR
 
 
-def to_completeness(evidence: VerdictEvidence, pending: int) -> Completeness:
-    """Of the window; what still waits in Redis is not lost, and not known either."""
-    lost_count = evidence.count_lost(pending)
-    sampled_count = None if lost_count is None else evidence.rows + lost_count
-    return Completeness(sampled_count, evidence.accounted, pending=0 if evidence.has_ended else pending)
-
-
-def to_verdict_response(
-    service: str, verdict: Verdict, budget: Budget, release: str | None = None
-) -> pb.GetVerdictResponse:
-    """`release`: of new, that was judged; None for all."""
+def to_verdict_response(service: str, verdict: Verdict, budget: Budget) -> pb.GetVerdictResponse:
     return pb.GetVerdictResponse(
         service=service,
         state=to_enum_number(VERDICT_STATE_ENUM, verdict.state),  # type: ignore[arg-type]  # an int is one
@@ -40,7 +29,7 @@ def to_verdict_response(
         ],
         pairs_needed=verdict.pairs_to_pass,
         budget=pb.Budget(**asdict(budget)),
-        release=release,
+        release=verdict.release,
     )
 
 

@@ -17,7 +17,7 @@ from abreast.protocol.capture import Capture, decode
 from abreast_sidecar.compare.model import ComparisonResult
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
 from abreast_sidecar.stats.sequential import Interval, confidence_interval
-from abreast_sidecar.stats.verdict import EndpointCounts
+from abreast_sidecar.stats.verdict import Completeness, EndpointCounts
 from abreast_sidecar.store.database import Database, Row, load_statement, sanitise_text
 
 RATE_CONFIDENCE = 0.95  # of the interval of a finding's rate
@@ -121,6 +121,14 @@ class VerdictEvidence:
             return None
         on_the_way = 0 if self.has_ended else pending  # those are of the present
         return max(0, min(self.sampled - self.rows - on_the_way, max(0, self.envoy_sampled - self.written) - pending))
+
+    def completeness(self, pending: int) -> Completeness:
+        """Compare the window with Envoy's count. `pending`: requests in Redis, neither compared nor lost."""
+        return self.completeness_without(self.count_lost(pending), pending=0 if self.has_ended else pending)
+
+    def completeness_without(self, lost: int | None, *, pending: int = 0) -> Completeness:
+        """Return the completeness with `lost` requests missing, None if that is not known."""
+        return Completeness(None if lost is None else self.rows + lost, self.accounted, pending)
 
 
 def count_missing(sampled: int | None, row_count: int, total_sampled: int | None, total_written: int) -> int | None:

@@ -14,9 +14,7 @@ from abreast_sidecar.serve.errors import StoppingError
 from abreast_sidecar.serve.http import PairBacklog
 from abreast_sidecar.serve.rule_arguments import to_stored_rule_message
 from abreast_sidecar.serve.values import to_duration
-from abreast_sidecar.serve.verdicts import to_completeness
 from abreast_sidecar.stats.latency import PairedLatency, measure_paired_latency, split_cold_pairs
-from abreast_sidecar.stats.verdict import decide_verdict
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PairFilter, read_timings
 from abreast_sidecar.store.records import Endpoint, set_status
@@ -105,11 +103,10 @@ class ComparisonServicer(comparison_pb2_grpc.ComparisonServiceServicer):
         service = await self.control.resolve_service(arguments.check_text("service", request.service))
         pending = await self.backlog.count(service)  # first: what arrives meanwhile is no hole
         release = arguments.check_text("release", request.release)
-        evidence = await self.reader.read_evidence(
-            service, window, budget.max_slower, release=release, all_releases=request.all_releases
+        verdict = await self.reader.read_verdict(
+            service, window, budget, pending or 0, release=release, all_releases=request.all_releases
         )
-        verdict = decide_verdict(evidence.endpoints, to_completeness(evidence, pending or 0), budget)
-        return verdicts.to_verdict_response(service, verdict, budget, evidence.release)
+        return verdicts.to_verdict_response(service, verdict, budget)
 
     async def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
         page = await self.reader.list_endpoints(
