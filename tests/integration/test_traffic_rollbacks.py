@@ -44,7 +44,7 @@ async def all_on_old(envoy: Edge) -> None:
     assert (await envoy.ask())[:2] == (REQUESTS, 0)
 
 
-async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> None:
+async def test_rollback_does_not_wait_for_a_frozen_postgres(redis_url: str) -> None:
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url()) as sidecar, edge(sidecar.port) as envoy:
             await acknowledged(sidecar)
@@ -70,7 +70,7 @@ async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> 
     assert (found.traffic.new_share, found.traffic.version) == (0.0, answer.traffic.version)
 
 
-async def test_it_outlives_a_restart_and_the_old_state_that_postgres_comes_back_with(redis_url: str) -> None:
+async def test_rollback_survives_a_restart_and_older_settings(redis_url: str) -> None:
     port = find_free_port()
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url(), grpc_port=port) as sidecar, edge(port) as envoy:
@@ -95,7 +95,7 @@ async def test_it_outlives_a_restart_and_the_old_state_that_postgres_comes_back_
     assert (promoted.traffic.new_share, promoted.traffic.rolled_back) == (1.0, False)
 
 
-async def test_envoys_of_other_sidecars_are_told_through_redis_and_it_is_one_event(redis_url: str) -> None:
+async def test_rollback_reaches_other_sidecars_through_redis_as_one_event(redis_url: str) -> None:
     with PostgresServer() as postgres:
         async with (
             running(redis_url, postgres.url()) as here,
@@ -131,7 +131,7 @@ async def sidecars_have_settled(*sidecars: Running) -> None:
     await eventually_async(settled, what="no sidecar holds a rollback that is not recorded")
 
 
-async def test_it_needs_neither_store_nor_any_knowledge_of_the_state_before() -> None:
+async def test_rollback_needs_neither_store_nor_known_settings() -> None:
     """A sidecar that began without Postgres knows of its Envoy no more than the name of its service."""
     with PostgresServer() as postgres, RedisServer() as redis:
         postgres.stop()
@@ -157,7 +157,7 @@ async def _connected(sidecar: Running) -> bool:
     return bool(sidecar.sidecar.control.connections.count_by_service())
 
 
-async def test_two_calls_while_postgres_is_away_are_two_events(redis_url: str) -> None:
+async def test_two_rollbacks_while_postgres_is_down_are_two_events(redis_url: str) -> None:
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url()) as sidecar:
             sidecar.ledger().endpoint("shop")
@@ -175,7 +175,7 @@ async def test_two_calls_while_postgres_is_away_are_two_events(redis_url: str) -
     assert {reason.split()[0] for action, _actor, reason in told if action == "rollback"} == {"one", "two"}
 
 
-async def test_two_calls_while_postgres_stands_still_are_two_events(redis_url: str) -> None:
+async def test_two_rollbacks_while_postgres_is_frozen_are_two_events(redis_url: str) -> None:
     """Both were told that they will be recorded. When it goes on, the second changes nothing any more."""
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url()) as sidecar:

@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 from abreast_sidecar.aio import MAX_BACKOFF_S, MIN_BACKOFF_S, Outage, wait_or_stop
 
 
-def test_a_long_outage_is_logged_once_when_it_begins_and_once_when_it_ends() -> None:
+def test_outage_is_logged_at_begin_and_end() -> None:
     outage = Outage("postgres", worker="w")
     with capture_logs() as logs:
         outage.record_success()
@@ -24,7 +24,7 @@ def test_a_long_outage_is_logged_once_when_it_begins_and_once_when_it_ends() -> 
     ]
 
 
-def test_a_long_outage_is_brought_to_mind_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outage_is_logged_again_every_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000, 2000, 20))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     outage = Outage("redis")
@@ -35,7 +35,7 @@ def test_a_long_outage_is_brought_to_mind_now_and_then(monkeypatch: pytest.Monke
     assert len(logs) == 3
 
 
-def test_what_several_share_is_over_when_all_are_answered_again() -> None:
+def test_outage_ends_when_all_callers_succeed() -> None:
     """One that gets on, while another does not, must not fill the log with goings and comings."""
     outage = Outage("postgres")
     with capture_logs() as logs:
@@ -50,7 +50,7 @@ def test_what_several_share_is_over_when_all_are_answered_again() -> None:
     assert [entry["event"] for entry in logs] == ["server unavailable", "server available again"]
 
 
-async def test_waits_grow_to_a_bound_and_end_at_once_when_stopping() -> None:
+async def test_outage_backoff_grows_to_the_maximum() -> None:
     outage, stop = Outage("redis"), asyncio.Event()
     stop.set()
     waits = []
@@ -63,6 +63,6 @@ async def test_waits_grow_to_a_bound_and_end_at_once_when_stopping() -> None:
     assert waits[-1] == MAX_BACKOFF_S
 
 
-async def test_a_pause_ends_when_its_time_is_over() -> None:
+async def test_wait_or_stop_ends_after_its_time() -> None:
     async with asyncio.timeout(5):
         await wait_or_stop(asyncio.Event(), 0.01)

@@ -56,7 +56,7 @@ async def two(redis_url: str, postgres_url: str) -> AsyncIterator[tuple[Running,
         yield here, there
 
 
-async def test_an_answer_names_the_envoys_of_all_sidecars_and_within_what_time(
+async def test_registry_lists_the_envoys_of_all_sidecars(
     redis_url: str, postgres_url: str
 ) -> None:
     async with (
@@ -89,7 +89,7 @@ async def test_an_answer_names_the_envoys_of_all_sidecars_and_within_what_time(
     assert f"b1 at {found.envoys[2].sidecar}" in page
 
 
-async def test_an_envoy_of_another_sidecar_that_hangs_is_named_as_not_having_it(
+async def test_registry_lists_hanging_envoys_of_other_sidecars(
     redis_url: str, postgres_url: str
 ) -> None:
     async with (
@@ -113,7 +113,7 @@ async def test_an_envoy_of_another_sidecar_that_hangs_is_named_as_not_having_it(
     assert {envoy.acknowledged_version for envoy in waited.envoys} == {waited.traffic.version}
 
 
-async def test_a_refusal_at_another_sidecar_is_told_and_not_waited_for(redis_url: str, postgres_url: str) -> None:
+async def test_registry_reports_refusals_at_other_sidecars(redis_url: str, postgres_url: str) -> None:
     odd = wire.DiscoveryRequest(node=wire.Node(id="b\0" + "x" * 5000, cluster="shop"), resource_names=["abreast"])
     async with two(redis_url, postgres_url) as (here, there), stream(there, odd) as call:
         await call.write(answer(await call.read(), error="no\0such weight" + "!" * 5000))
@@ -132,7 +132,7 @@ async def test_a_refusal_at_another_sidecar_is_told_and_not_waited_for(redis_url
     assert took < LONG.seconds / 2
 
 
-async def test_the_envoys_of_a_killed_sidecar_go_within_seconds(
+async def test_registry_forgets_a_killed_sidecar_within_seconds(
     redis_url: str, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roster, "REPLICA_EXPIRY_S", 3.0)
@@ -152,7 +152,7 @@ async def test_the_envoys_of_a_killed_sidecar_go_within_seconds(
     assert told(still.envoys)[0] == ("b1", there.port)
 
 
-async def test_the_envoys_of_a_sidecar_that_stops_are_gone_at_once(redis_url: str, postgres_url: str) -> None:
+async def test_registry_forgets_a_stopped_sidecar_at_once(redis_url: str, postgres_url: str) -> None:
     async with two(redis_url, postgres_url) as (here, there), stream(there):
         await names(here, "edge-1")
         await there.halt()
@@ -160,7 +160,7 @@ async def test_the_envoys_of_a_sidecar_that_stops_are_gone_at_once(redis_url: st
         assert not (await traffic(here)).envoys
 
 
-async def test_a_sidecar_that_is_started_again_takes_the_place_of_the_one_that_was_killed(
+async def test_registry_replaces_a_restarted_sidecar(
     redis_url: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roster, "REPLICA_EXPIRY_S", 60.0)
@@ -180,7 +180,7 @@ async def test_a_sidecar_that_is_started_again_takes_the_place_of_the_one_that_w
     assert told(before.envoys) == [("edge-1", port)]
 
 
-async def test_a_clock_that_is_set_back_keeps_no_dead_sidecar_alive(redis_url: str, postgres_url: str) -> None:
+async def test_registry_forgets_a_dead_sidecar_despite_a_clock_set_back(redis_url: str, postgres_url: str) -> None:
     """What it leaves is a last sign of life in the future."""
     async with running(redis_url, postgres_url) as here:
         ledger = here.ledger()
@@ -199,7 +199,7 @@ async def test_a_clock_that_is_set_back_keeps_no_dead_sidecar_alive(redis_url: s
     assert not found.envoys
 
 
-async def test_a_rollback_that_postgres_can_not_record_names_its_own_envoys_and_says_so(
+async def test_unrecorded_rollback_lists_local_envoys_only(
     redis_url: str, postgres_url: str
 ) -> None:
     async with two(redis_url, postgres_url) as (here, there), edge(here.port) as envoy, stream(there):
@@ -213,7 +213,7 @@ async def test_a_rollback_that_postgres_can_not_record_names_its_own_envoys_and_
     assert "the ledger, where they are kept, is away" in back.peers_error
 
 
-async def test_a_postgres_that_goes_while_others_are_asked_is_said(redis_url: str, postgres_url: str) -> None:
+async def test_registry_reports_a_postgres_that_hangs(redis_url: str, postgres_url: str) -> None:
     async with running(redis_url, postgres_url) as here, stream(here):
         await names(here, "edge-1")
         with here.ledger().locked("abreast.sidecar"):
@@ -226,7 +226,7 @@ async def test_a_postgres_that_goes_while_others_are_asked_is_said(redis_url: st
     assert took < 5
 
 
-async def test_a_sidecar_tells_of_its_envoys_again_once_postgres_is_back(redis_url: str) -> None:
+async def test_registry_publishes_again_after_an_outage_of_postgres(redis_url: str) -> None:
     """An unlogged table is empty after a crash of Postgres."""
     with PostgresServer() as postgres:
         async with two(redis_url, postgres.url()) as (here, there), stream(there):

@@ -32,12 +32,12 @@ def stock(value: Any, **others: Any) -> dict[str, Any]:
     return {"stock": value, **others}
 
 
-def test_what_old_says_now_and_new_said_then_is_drift() -> None:
+def test_drift_is_old_catching_up_with_new() -> None:
     assert told(stock(5), stock(4), stock(4), stock(4)) == [STOCK]
     assert told(stock("in"), stock("out"), stock("out"), stock("out")) == [STOCK]
 
 
-def test_a_number_may_have_gone_on() -> None:
+def test_drift_includes_numbers_that_moved_on() -> None:
     assert told(stock(5), stock(4), stock(2), stock(2)) == [STOCK]
     assert told(stock(5), stock(6), stock(4), stock(4)) == []
 
@@ -53,21 +53,21 @@ def test_a_number_may_have_gone_on() -> None:
         ("a", "c", "b"),
     ],
 )
-def test_a_wrong_answer_that_is_gone_is_no_drift(old: Any, new: Any, now: Any) -> None:
+def test_drift_excludes_wrong_values_that_are_gone(old: Any, new: Any, now: Any) -> None:
     assert told(stock(old), stock(new), stock(now), stock(now)) == []
 
 
-def test_what_still_differs_is_no_drift() -> None:
+def test_drift_excludes_remaining_differences() -> None:
     assert told(stock(5), stock(4), stock(4), stock(3)) == []
 
 
-def test_each_place_is_told_by_itself() -> None:
+def test_drift_is_decided_per_place() -> None:
     found = told(stock(5, price=1), stock(4, price=2), stock(4, price=1), stock(4, price=1))
 
     assert found == [STOCK]
 
 
-def test_all_places_of_one_finding_must_have_moved() -> None:
+def test_drift_requires_all_places_of_a_finding_to_move() -> None:
     def rows(*values: int) -> list[dict[str, int]]:
         return [{"id": place, "stock": value} for place, value in enumerate(values)]
 
@@ -75,21 +75,21 @@ def test_all_places_of_one_finding_must_have_moved() -> None:
     assert told(rows(1, 2), rows(3, 9), rows(3, 4), rows(3, 4)) == []
 
 
-def test_a_thing_that_was_made_meanwhile_is_drift_and_an_error_never() -> None:
+def test_drift_includes_new_resources_but_no_errors() -> None:
     made = told({}, stock(1), stock(1), stock(1), 404, 200, 200, 200)
 
     assert made == [("status", "404->200", "changed")]
     assert told(stock(1), {}, {}, {}, 200, 500, 500, 500) == []
 
 
-def test_more_places_than_are_kept_are_no_drift() -> None:
+def test_drift_excludes_findings_beyond_the_limit_of_places() -> None:
     def rows(value: int) -> list[dict[str, int]]:
         return [{"id": place, "stock": value} for place in range(30)]
 
     assert told(rows(1), rows(2), rows(2), rows(2)) == []
 
 
-def test_a_version_that_is_wrong_now_and_then_is_never_taken_for_drift() -> None:
+def test_drift_excludes_random_errors_of_new() -> None:
     """A counter moves between any two answers; new is wrong in a third of them, with values that come up elsewhere."""
     dice, drift, hidden = random.Random(3), 0, 0
     for _ in range(2000):

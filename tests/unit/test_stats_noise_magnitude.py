@@ -115,7 +115,7 @@ def run(
 
 
 @pytest.mark.parametrize("name", [*ALIKE, *LATER])
-def test_old_against_old_says_nothing(name: str) -> None:
+def test_magnitude_shift_is_noise_for_old_against_old(name: str) -> None:
     draw = {**ALIKE, **LATER}[name]
 
     for seed in range(RUNS):
@@ -123,7 +123,7 @@ def test_old_against_old_says_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_without_copies_what_leans_to_no_side_says_nothing_either(name: str) -> None:
+def test_magnitude_shift_without_copies_or_direction_is_noise(name: str) -> None:
     for seed in range(RUNS):
         assert not any(run(ALIKE[name], seed, copies=False))
 
@@ -137,7 +137,7 @@ def times(factor: float) -> Broken:
 
 @pytest.mark.parametrize("name", FOUND)
 @pytest.mark.parametrize(("factor", "share"), [(10, 1), (0.1, 1), (0, 0.5)])
-def test_what_is_ten_times_as_much_a_tenth_or_nothing_is_found(name: str, factor: float, share: float) -> None:
+def test_magnitude_shift_finds_factors_of_ten(name: str, factor: float, share: float) -> None:
     pairs = int(FOUND[name] * share)
     found = [run(ALIKE[name], seed, pairs, broken=times(factor))[-1] for seed in range(RUNS)]
 
@@ -152,12 +152,12 @@ def test_what_is_ten_times_as_much_a_tenth_or_nothing_is_found(name: str, factor
         (10**400, 1, 0), (LongNumber("number 1e30"), 1, -1),
     ],
 )  # fmt: skip
-def test_how_far_two_numbers_are_apart(old: Any, new: Any, expected: int) -> None:
+def test_get_magnitude_shift_compares_two_numbers(old: Any, new: Any, expected: int) -> None:
     assert get_magnitude_shift(Difference("body", "$.n", "changed", "value", At(None, "$.n", old, new))) == expected
     assert get_magnitude_shift(difference("$.n", kind="range", old="1", new="9000")) == 0
 
 
-def test_a_place_with_copies_waits_for_them_and_one_without_does_not() -> None:
+def test_magnitude_shift_waits_for_expected_copies() -> None:
     far_one_way = MagnitudeShift(
         compared=100, far_greater=60, far_smaller=2, baseline_compared=0, baseline_far_greater=0, baseline_far_smaller=0
     )

@@ -87,7 +87,7 @@ looks = st.builds(
 
 
 @given(looks, st.sampled_from(["progressing", "paused"]), st.integers(0, 2))
-def test_it_climbs_only_on_a_pass_with_fresh_whole_evidence_and_time(found: Observation, state: Any, step: int) -> None:
+def test_ramp_steps_only_on_pass_with_complete_evidence(found: Observation, state: Any, step: int) -> None:
     known = ramp(state=state, step=step)
     move = decide_ramp(known, found)
 
@@ -106,7 +106,7 @@ def test_it_climbs_only_on_a_pass_with_fresh_whole_evidence_and_time(found: Obse
 
 
 @given(looks, st.integers(0, 2))
-def test_nothing_that_is_amiss_with_the_evidence_keeps_it_from_going_back(found: Observation, step: int) -> None:
+def test_ramp_rolls_back_despite_pause_and_missing_evidence(found: Observation, step: int) -> None:
     """Holes, silence and pauses stop the climb. What is surely bad is bad."""
     move = decide_ramp(ramp(step=step), found)
     blinded = replace(found, stale_counts_reason="no count", newest_pair_age_s=None)
@@ -116,7 +116,7 @@ def test_nothing_that_is_amiss_with_the_evidence_keeps_it_from_going_back(found:
 
 
 @given(looks)
-def test_without_a_fail_at_all_it_never_goes_back(found: Observation) -> None:
+def test_ramp_never_rolls_back_without_a_fail(found: Observation) -> None:
     states = {
         verdict(one.endpoints, one.completeness, PLAN.budget).state for one in (found.since_start, found.since_step)
     }
@@ -140,14 +140,14 @@ def test_without_a_fail_at_all_it_never_goes_back(found: Observation) -> None:
         (ramp(), look(seen(10_000, lost=500), GOOD), "the verdict is INCONCLUSIVE: the ledger has 10,000 of 10,500"),
     ],
 )
-def test_it_says_what_it_waits_for(known: Ramp, found: Observation, said: str) -> None:
+def test_ramp_states_the_reason_for_waiting(known: Ramp, found: Observation, said: str) -> None:
     move = decide_ramp(known, found)
 
     assert move.action == "wait"
     assert said in move.reason
 
 
-def test_it_goes_back_for_its_step_alone() -> None:
+def test_ramp_rolls_back_for_the_step_alone() -> None:
     move = decide_ramp(ramp(step=1), look(seen(50_000, errors=40), seen(200, errors=40)))
 
     assert move.action == "roll back"
@@ -163,12 +163,12 @@ def test_it_goes_back_for_its_step_alone() -> None:
         ({"steps": (100,), "hold": float("nan")}, "hold must be"),
     ],
 )
-def test_plans_are_checked(changes: dict[str, Any], said: str) -> None:
+def test_ramp_plan_rejects_invalid_values(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         RampPlan(**changes)
 
 
-def test_a_budget_may_be_stricter_than_the_usual_one() -> None:
+def test_ramp_uses_the_budget_of_its_plan() -> None:
     strict = ramp(plan=replace(PLAN, budget=Budget(max_mismatch=0.00001)))
 
     assert decide_ramp(strict, look(GOOD)).action == "wait"
@@ -194,14 +194,14 @@ def test_a_budget_may_be_stricter_than_the_usual_one() -> None:
         ([EnvoyReport("a@1:1", ENVOY_GONE_AFTER_S + 1)], [], "no Envoy reports its count any more"),
     ],
 )
-def test_an_envoy_that_is_not_heard_of_is_named(reports: list[EnvoyReport], asked: list[str], said: str) -> None:
+def test_stale_counts_name_the_envoy(reports: list[EnvoyReport], asked: list[str], said: str) -> None:
     found = describe_stale_counts(reports, asked)
 
     assert said in found
     assert bool(found) == bool(said)
 
 
-def test_what_is_lost_is_what_was_not_missing_before() -> None:
+def test_lost_requests_exclude_those_missing_before() -> None:
     assert count_lost_requests(10, CompletenessGap(100, 80)) == 10
     assert count_lost_requests(30, CompletenessGap(100, 80)) == 0
     assert count_lost_requests(None, CompletenessGap(100, 80)) is None

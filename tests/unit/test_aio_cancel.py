@@ -21,7 +21,7 @@ async def failing() -> None:
     raise ValueError("on its way")
 
 
-async def test_what_goes_on_though_it_was_cancelled_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancel_and_wait_repeats_swallowed_cancellations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ending, "CANCEL_RETRY_S", 0.01)
     tasks = [asyncio.create_task(swallowing(times)) for times in (0, 2)]
     await asyncio.sleep(0)
@@ -31,7 +31,7 @@ async def test_what_goes_on_though_it_was_cancelled_is_cancelled_again(monkeypat
     assert all(task.done() for task in tasks)
 
 
-async def test_what_has_failed_or_ended_before_is_over() -> None:
+async def test_cancel_and_wait_accepts_finished_tasks() -> None:
     tasks = [asyncio.create_task(failing()), asyncio.create_task(asyncio.sleep(0))]
     await asyncio.wait(tasks)
 

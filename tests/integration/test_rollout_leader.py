@@ -62,7 +62,7 @@ def rollbacks(ledger: Ledger) -> int:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_another_takes_over_when_the_acting_one_is_killed_or_frozen(
+def test_leader_is_replaced_when_killed_or_frozen(
     replicas: list[Replica], postgres_url: str, how: signal.Signals
 ) -> None:
     """Within a few seconds; the bound here is for a loaded machine. One that thaws does not act on what it thought."""
@@ -86,7 +86,7 @@ def test_another_takes_over_when_the_acting_one_is_killed_or_frozen(
     assert rollbacks(ledger) == 1
 
 
-async def test_who_has_lost_its_connection_can_not_act(postgres_url: str) -> None:
+async def test_lease_without_connection_rejects_transactions(postgres_url: str) -> None:
     seat, other = LeaderLease(postgres_url), LeaderLease(postgres_url)
     ledger = Ledger(postgres_url)
     assert await seat.acquire()
@@ -104,7 +104,7 @@ async def test_who_has_lost_its_connection_can_not_act(postgres_url: str) -> Non
     await seat.release()
 
 
-async def test_one_that_says_nothing_for_seconds_loses_the_seat(postgres_url: str) -> None:
+async def test_lease_expires_without_heartbeats(postgres_url: str) -> None:
     """Postgres itself ends the session, whatever the other side believes."""
     seat = LeaderLease(postgres_url)
     ledger = Ledger(postgres_url)
@@ -115,7 +115,7 @@ async def test_one_that_says_nothing_for_seconds_loses_the_seat(postgres_url: st
         await seat.heartbeat()
 
 
-async def test_an_act_that_is_under_way_when_the_connection_is_lost_does_nothing(postgres_url: str) -> None:
+async def test_lease_transaction_is_rolled_back_with_its_connection(postgres_url: str) -> None:
     seat = LeaderLease(postgres_url)
     ledger = Ledger(postgres_url)
     exposed(ledger)
@@ -132,7 +132,7 @@ async def test_an_act_that_is_under_way_when_the_connection_is_lost_does_nothing
     assert ledger.execute("select new_share from abreast.traffic") == [(5000,)]
 
 
-async def test_a_connection_that_does_not_hold_the_lock_itself_is_refused(postgres_url: str) -> None:
+async def test_lease_rejects_a_connection_without_the_lock(postgres_url: str) -> None:
     """As behind a pooler that lends connections for one transaction each."""
     seat = LeaderLease(postgres_url)
     assert await seat.acquire()
@@ -143,7 +143,7 @@ async def test_a_connection_that_does_not_hold_the_lock_itself_is_refused(postgr
         await seat.heartbeat()
 
 
-def test_the_lock_is_nobody_elses() -> None:
+def test_lease_lock_id_is_unique() -> None:
     others = ("housekeeping.envoy", "housekeeping.noise", "housekeeping.reports", "store.migrate")
     locks = [LEADER_LOCK_ID, *(import_module(f"abreast_sidecar.{name}").LOCK for name in others)]
 
