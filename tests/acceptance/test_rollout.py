@@ -64,7 +64,7 @@ def abreast(stack: Stack, *words: str) -> Any:
 
 
 def state(stack: Stack) -> tuple[str, int, int]:
-    """Of the last ramp: its state, its step; and the share of users on new, in hundredths of a percent."""
+    """Return state and step of the last ramp, and the share of users on new in hundredths of a percent."""
     with psycopg.connect(stack.postgres_url) as ledger:
         query = "select state, step, new_share from abreast.ramp join abreast.traffic using (service) order by id desc"
         (row, *_) = ledger.execute(query).fetchall()

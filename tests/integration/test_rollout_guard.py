@@ -1,4 +1,4 @@
-"""The guard of a running sidecar, on evidence that is written into its ledger."""
+"""The guard of a running sidecar, with evidence that the tests write to its ledger."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def test_guard_is_off_by_default(sidecar: Running, ledger: Ledger) -> None
 
 
 async def test_guard_rolls_back_on_errors_of_live_users(sidecar: Running, ledger: Ledger) -> None:
-    """Within two seconds of the evidence; the bound here is for a loaded machine."""
+    """It takes two seconds; the bound is for a loaded machine."""
     await set_guard(sidecar, "ACTING")
     await set_share(sidecar, 0.5)
     add(ledger, 200)
@@ -92,7 +92,7 @@ async def test_guard_rolls_back_on_errors_of_live_users(sidecar: Running, ledger
 
 
 async def test_guard_counts_failed_over_requests(sidecar: Running, ledger: Ledger) -> None:
-    """A failing-over hides errors of new from users, not from the guard."""
+    """A failover hides errors of new from users, not from the guard."""
     await set_guard(sidecar, "ACTING")
     await set_share(sidecar, 0.5)
 
@@ -172,7 +172,7 @@ async def test_guard_in_watching_mode_only_records(sidecar: Running, ledger: Led
 
 
 async def test_guard_ignores_evidence_before_the_last_exposure(sidecar: Running, ledger: Ledger) -> None:
-    """Who fixed new and tries again is not sent back for what was."""
+    """A second attempt with a fixed new must not be rolled back for the errors of the first."""
     await set_guard(sidecar, "ACTING", errors=pb.GuardRule(cooldown=Duration()))
     await set_share(sidecar, 0.5)
     add(ledger, 20, live="new", new_status=500)
@@ -189,7 +189,7 @@ async def test_guard_ignores_evidence_before_the_last_exposure(sidecar: Running,
 
 
 async def test_guard_pauses_for_its_cool_down(sidecar: Running, ledger: Ledger) -> None:
-    """Who overrides a guard that has just acted has the last word for a while."""
+    """A user who overrides the guard keeps control for the cool-down period."""
     await set_guard(sidecar, "ACTING")
     await set_share(sidecar, 0.5)
     add(ledger, 20, live="new", new_status=500)
@@ -218,7 +218,7 @@ async def test_guard_is_blind_without_a_count_of_envoy(sidecar: Running, ledger:
 
 async def test_guard_policy_change_is_recorded(sidecar: Running) -> None:
     await set_guard(sidecar, "WATCHING", errors=pb.GuardRule(limit=0.02, window=Duration(seconds=60)))
-    await set_guard(sidecar, "WATCHING", errors=pb.GuardRule(limit=0.02))  # nothing new
+    await set_guard(sidecar, "WATCHING", errors=pb.GuardRule(limit=0.02))  # no change
 
     (event, _) = await events(sidecar)
     assert (event.action, event.actor, event.reason) == ("guard_set", "ada", "because")

@@ -1,4 +1,4 @@
-"""One of several sidecars acts, as processes of their own; another takes over."""
+"""Leader election between sidecars in separate processes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def exposed(ledger: Ledger) -> None:
 
 
 def cut(ledger: Ledger) -> None:
-    """End the connection of whoever has the seat."""
+    """End the leader's connection."""
     for (pid,) in ledger.execute(HOLDER, LEADER_LOCK_ID):
         ledger.execute("select pg_terminate_backend(%s)", pid)
 
@@ -65,7 +65,7 @@ def rollbacks(ledger: Ledger) -> int:
 def test_leader_is_replaced_when_killed_or_frozen(
     replicas: list[Replica], postgres_url: str, how: signal.Signals
 ) -> None:
-    """Within a few seconds; the bound here is for a loaded machine. One that thaws does not act on what it thought."""
+    """It takes seconds; the bound is for a loaded machine. A frozen leader does not act once it continues."""
     first = one_acts(replicas)
     (second,) = [one for one in replicas if one is not first]
     ledger = Ledger(postgres_url)
@@ -105,7 +105,7 @@ async def test_lease_without_connection_rejects_transactions(postgres_url: str) 
 
 
 async def test_lease_expires_without_heartbeats(postgres_url: str) -> None:
-    """Postgres itself ends the session, whatever the other side believes."""
+    """Postgres ends the session by its own clock."""
     seat = LeaderLease(postgres_url)
     ledger = Ledger(postgres_url)
     assert await seat.acquire()
@@ -133,7 +133,7 @@ async def test_lease_transaction_is_rolled_back_with_its_connection(postgres_url
 
 
 async def test_lease_rejects_a_connection_without_the_lock(postgres_url: str) -> None:
-    """As behind a pooler that lends connections for one transaction each."""
+    """A pooler in transaction mode gives each transaction another connection."""
     seat = LeaderLease(postgres_url)
     assert await seat.acquire()
     assert seat._connection is not None

@@ -1,4 +1,4 @@
-"""Ramps of a running sidecar, on evidence that is written into its ledger."""
+"""Ramps of a running sidecar, with evidence that the tests write to its ledger."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ async def test_ramp_rolls_back_on_a_defect_of_the_last_step(sidecar: Running, le
 async def test_ramp_waits_with_incomplete_evidence(
     sidecar: Running, ledger: Ledger, beyond: int, age: float, said: str
 ) -> None:
-    """Captures stop while Envoy counts on; or Envoy is not heard of."""
+    """Captures stop while Envoy still counts, or Envoy's count is stale."""
     sampled(ledger)
     await start(sidecar, 0.01, 1.0)
     add(ledger, 300, live="new", new_us=900)
@@ -298,7 +298,7 @@ async def test_ramp_ends_when_the_guard_fires(sidecar: Running, ledger: Ledger) 
 
 
 async def test_ramp_step_loses_to_a_concurrent_rollback(sidecar: Running, ledger: Ledger) -> None:
-    """In the very moment in which the ramp steps: it has looked, and waits for the row that a rollback holds."""
+    """The ramp has decided to step, and waits for the row that a rollback has locked."""
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
     async with await psycopg.AsyncConnection.connect(sidecar.postgres_url) as rollback:

@@ -1,4 +1,4 @@
-"""Webhooks of a running sidecar, to receivers that are servers of their own."""
+"""Webhooks of a running sidecar to separate receivers."""
 
 from __future__ import annotations
 
@@ -165,9 +165,7 @@ async def test_webhook_outbox_survives_a_restart(redis_url: str, postgres_url: s
     assert waiting == (1,)
 
 
-async def test_webhook_receiver_that_is_down_delays_no_other(
-    redis_url: str, postgres_url: str, hook: Receiver
-) -> None:
+async def test_webhook_receiver_that_is_down_delays_no_other(redis_url: str, postgres_url: str, hook: Receiver) -> None:
     away = "http://127.0.0.1:1/"
     async with running(redis_url, postgres_url, webhook_urls=(away, hook.url), webhook_secret=SECRET) as sidecar:
         ledger = sidecar.ledger()

@@ -1,4 +1,4 @@
-"""TrafficService and a running Envoy: what is set is what Envoy does."""
+"""TrafficService with a running Envoy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which Envoys have a change, whichever sidecar they are connected to."""
+"""The list of Envoys across sidecars, and their acknowledgements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import traffic_pb2 as pb
 from abreast_sidecar.stack.servers import PostgresServer
-from abreast_sidecar.traffic import envoys as roster
+from abreast_sidecar.traffic import envoys as registry
 from abreast_sidecar.traffic.xds import wire_pb2 as wire
 from support import eventually_async, find_free_port, frozen
 from support_discovery import answer, stream
@@ -56,9 +56,7 @@ async def two(redis_url: str, postgres_url: str) -> AsyncIterator[tuple[Running,
         yield here, there
 
 
-async def test_registry_lists_the_envoys_of_all_sidecars(
-    redis_url: str, postgres_url: str
-) -> None:
+async def test_registry_lists_the_envoys_of_all_sidecars(redis_url: str, postgres_url: str) -> None:
     async with (
         two(redis_url, postgres_url) as (here, there),
         edge(here.port, option="a1"),
@@ -89,9 +87,7 @@ async def test_registry_lists_the_envoys_of_all_sidecars(
     assert f"b1 at {found.envoys[2].sidecar}" in page
 
 
-async def test_registry_lists_hanging_envoys_of_other_sidecars(
-    redis_url: str, postgres_url: str
-) -> None:
+async def test_registry_lists_hanging_envoys_of_other_sidecars(redis_url: str, postgres_url: str) -> None:
     async with (
         two(redis_url, postgres_url) as (here, there),
         edge(here.port, option="a1"),
@@ -128,14 +124,14 @@ async def test_registry_reports_refusals_at_other_sidecars(redis_url: str, postg
 
     (envoy,) = found.envoys
     assert envoy.error.startswith("no␀such weight!")
-    assert len(envoy.node) == len(envoy.error) == roster.MAX_ENVOY_TEXT_CHARS
+    assert len(envoy.node) == len(envoy.error) == registry.MAX_ENVOY_TEXT_CHARS
     assert took < LONG.seconds / 2
 
 
 async def test_registry_forgets_a_killed_sidecar_within_seconds(
     redis_url: str, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "REPLICA_EXPIRY_S", 3.0)
+    monkeypatch.setattr(registry, "REPLICA_EXPIRY_S", 3.0)
     async with running(redis_url, postgres_url) as here, stream(here):
         with replica(redis_url, postgres_url, tmp_path / "there") as there:
             async with edge(there.port, option="b1"):
@@ -163,7 +159,7 @@ async def test_registry_forgets_a_stopped_sidecar_at_once(redis_url: str, postgr
 async def test_registry_replaces_a_restarted_sidecar(
     redis_url: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "REPLICA_EXPIRY_S", 60.0)
+    monkeypatch.setattr(registry, "REPLICA_EXPIRY_S", 60.0)
     port = find_free_port()
     async with running(redis_url, postgres_url) as here:
         ledger = here.ledger()
@@ -181,7 +177,7 @@ async def test_registry_replaces_a_restarted_sidecar(
 
 
 async def test_registry_forgets_a_dead_sidecar_despite_a_clock_set_back(redis_url: str, postgres_url: str) -> None:
-    """What it leaves is a last sign of life in the future."""
+    """The dead sidecar leaves a heartbeat in the future."""
     async with running(redis_url, postgres_url) as here:
         ledger = here.ledger()
         ledger.endpoint("shop")
@@ -199,9 +195,7 @@ async def test_registry_forgets_a_dead_sidecar_despite_a_clock_set_back(redis_ur
     assert not found.envoys
 
 
-async def test_unrecorded_rollback_lists_local_envoys_only(
-    redis_url: str, postgres_url: str
-) -> None:
+async def test_unrecorded_rollback_lists_local_envoys_only(redis_url: str, postgres_url: str) -> None:
     async with two(redis_url, postgres_url) as (here, there), edge(here.port) as envoy, stream(there):
         await names(here, "edge-1", "edge-1")
         await update(here, new_share=1.0, wait=MOMENT)

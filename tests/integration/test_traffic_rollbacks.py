@@ -1,4 +1,4 @@
-"""A rollback from any state: also while Postgres, and even Redis, do not answer."""
+"""Rollbacks from any state, also while Postgres and even Redis are down."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def sidecars_have_settled(*sidecars: Running) -> None:
 
 
 async def test_rollback_needs_neither_store_nor_known_settings() -> None:
-    """A sidecar that began without Postgres knows of its Envoy no more than the name of its service."""
+    """A sidecar that started without Postgres knows only the name of the Envoy's service."""
     with PostgresServer() as postgres, RedisServer() as redis:
         postgres.stop()
         redis.stop()
@@ -176,7 +176,7 @@ async def test_two_rollbacks_while_postgres_is_down_are_two_events(redis_url: st
 
 
 async def test_two_rollbacks_while_postgres_is_frozen_are_two_events(redis_url: str) -> None:
-    """Both were told that they will be recorded. When it goes on, the second changes nothing any more."""
+    """Both answers promise an event, although the second rollback changes nothing."""
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url()) as sidecar:
             sidecar.ledger().endpoint("shop")

@@ -1,4 +1,4 @@
-"""The discovery stream as an Envoy speaks it, where a real Envoy would not misbehave."""
+"""The discovery stream with misbehaviour that a real Envoy does not show."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ async def test_rtds_rejects_invalid_configurations(
 
 
 async def test_rtds_accepts_answers_after_a_clock_was_set_back(sidecar: Running) -> None:
-    """The state is of a time that Postgres's clock has not reached again."""
+    """The settings are newer than Postgres's present time."""
     async with stream(sidecar) as call:
         await call.write(answer(await call.read()))
         ledger = sidecar.ledger()
@@ -141,10 +141,8 @@ async def test_rtds_streams_end_when_the_sidecar_drains(sidecar: Running) -> Non
     assert time.monotonic() - began < 4
 
 
-async def test_rtds_stream_ends_with_a_status_during_a_write(
-    sidecar: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After half a write, grpcio can't end a stream: whoever reads it would wait until all calls are cancelled."""
+async def test_rtds_stream_ends_with_a_status_during_a_write(sidecar: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After half a write, grpcio can't end a stream, and its reader would wait until all calls are cancelled."""
     sending = EnvoyConnection.record_sent
 
     def closing(self: EnvoyConnection, traffic: Traffic, changed: float) -> None:

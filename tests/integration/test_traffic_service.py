@@ -1,4 +1,4 @@
-"""TrafficService without an Envoy: its arguments, its record, and services that only captures have named."""
+"""TrafficService without an Envoy: arguments, events, and services that only captures have named."""
 
 from __future__ import annotations
 
@@ -174,9 +174,7 @@ async def test_event_pages_are_complete_without_duplicates(sidecar: Running) -> 
         ("ListTrafficEvents", pb.ListTrafficEventsRequest(page_token="x"), "page_token must be"),
     ],
 )
-async def test_update_rejects_invalid_arguments(
-    sidecar: Running, method: str, request_: Any, message: str
-) -> None:
+async def test_update_rejects_invalid_arguments(sidecar: Running, method: str, request_: Any, message: str) -> None:
     found = await refusal(getattr(sidecar.traffic, method)(request_))
 
     assert (found.code, found.reason, found.domain) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT", "abreast")

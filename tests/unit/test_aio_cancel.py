@@ -4,12 +4,12 @@ import asyncio
 
 import pytest
 
-from abreast_sidecar import aio as ending
+from abreast_sidecar import aio
 from abreast_sidecar.aio import cancel_and_wait
 
 
 async def swallowing(times: int) -> None:
-    """Goes on where it was cancelled, as a loop does whose driver swallows it."""
+    """Swallow cancellations, as some drivers do."""
     while times >= 0:
         try:
             await asyncio.sleep(3600)
@@ -22,7 +22,7 @@ async def failing() -> None:
 
 
 async def test_cancel_and_wait_repeats_swallowed_cancellations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ending, "CANCEL_RETRY_S", 0.01)
+    monkeypatch.setattr(aio, "CANCEL_RETRY_S", 0.01)
     tasks = [asyncio.create_task(swallowing(times)) for times in (0, 2)]
     await asyncio.sleep(0)
     async with asyncio.timeout(10):

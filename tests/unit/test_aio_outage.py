@@ -36,7 +36,7 @@ def test_outage_is_logged_again_every_minute(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_outage_ends_when_all_callers_succeed() -> None:
-    """One that gets on, while another does not, must not fill the log with goings and comings."""
+    """A caller that succeeds while another fails must not log the outage again and again."""
     outage = Outage("postgres")
     with capture_logs() as logs:
         for _ in range(5):

@@ -1,4 +1,4 @@
-"""Whether the guard sees enough of what Envoy sampled."""
+"""Completeness checks of the guard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GUARD = Guard("shop", GuardPolicy("acting", min_completeness=0.9), None, {}, "cl
 
 @pytest.fixture
 def look(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], str]:
-    """One look a second: requests that Envoy has counted, and that the ledger has."""
+    """Check once per second. Arguments: requests by Envoy's count, and requests in the ledger."""
     now = [1000.0]
     monkeypatch.setattr("abreast_sidecar.rollout.controllers.time.monotonic", lambda: now[0])
     made = GuardController(None, None, None, ())  # type: ignore[arg-type]  # only its memory is used

@@ -1,4 +1,4 @@
-"""When the guard has seen enough. Chance is played out by hypothesis and by seeded runs."""
+"""Decisions of the guard, with property tests and seeded simulations."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_find_breaches_never_shrinks_with_more_errors(tally: WindowCounts, more:
 
 
 def test_find_breaches_needs_about_ten_errors() -> None:
-    """The least that is, at 99%."""
+    """The minimum at 99% confidence."""
     enough = [n for n in range(1, 40) if found(GuardPolicy("acting"), WindowCounts(live=n, new_errors=n))]
 
     assert 10 <= enough[0] <= 14
@@ -97,7 +97,7 @@ def test_find_breaches_ignores_errors_of_both_versions() -> None:
 
 
 def test_find_breaches_keeps_alpha_at_every_look() -> None:
-    """500 windows of 300 requests each, looked at after every one: at most 1% of them may go wrong."""
+    """500 windows of 300 requests, evaluated after every five: at most 1% may breach."""
     chance = random.Random(7)
     policy, wrong = GuardPolicy("acting"), 0
     for _ in range(500):

@@ -1,4 +1,4 @@
-"""Signatures as Standard Webhooks has them."""
+"""Signatures of Standard Webhooks."""
 
 from __future__ import annotations
 

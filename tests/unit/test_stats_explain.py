@@ -1,4 +1,4 @@
-"""What a shape may explain, and what it never may."""
+"""Changes that shapes explain, and changes that they must not explain."""
 
 from __future__ import annotations
 

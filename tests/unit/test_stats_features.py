@@ -25,7 +25,7 @@ AGENTS = ["curl/8", "Mozilla/5.0", "okhttp/4", "python-httpx/0.28"]
 
 
 def request(dice: random.Random, **query: str) -> dict[str, list[str]]:
-    """A request of a shop, with an id of its own and much that says nothing."""
+    """Return the features of a shop's request with a unique id and irrelevant values."""
     chosen = {"currency": dice.choice(CURRENCIES), "page": str(dice.randrange(1, 9)), **query}
     return collect_features(
         query=chosen.items(),

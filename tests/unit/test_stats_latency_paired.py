@@ -1,4 +1,4 @@
-"""Quantiles of new-old and new/old, and where they surely are."""
+"""Quantiles of new-old and new/old with confidence intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real or noise: what counts of new and of baseline copies say."""
+"""Findings classified as real or noise from counts of new and of baseline copies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from abreast_sidecar.stats.noise import (
 )
 
 ALPHA = 0.05
-NOISY = [0.002, 0.003, 0.005, 0.01, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.49]  # of comparisons
+NOISY = [0.002, 0.003, 0.005, 0.01, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.49]  # rates
 ALWAYS = 3  # places that differ in each comparison
 
 

@@ -1,4 +1,4 @@
-"""Rates under repeated looking."""
+"""Rates that are tested repeatedly."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def stays_under(successes: float, n: float, budget: float, alpha: float) -> bool
 
 
 def ever_above(rate: float, prior: Prior, bar: float, dice: random.Random) -> bool:
-    """Whether a run at the true rate ever has so much evidence against that rate.
+    """Return True if a run at the true rate ever reaches this evidence against that rate.
 
-    Looks after each success, where evidence for a greater rate jumps, and now and then between.
+    It is evaluated after each success, where the evidence for a greater rate jumps, and sometimes between.
     """
     successes = 0
     for n in range(1, LOOKS + 1):
@@ -129,7 +129,7 @@ def test_confidence_interval_excludes_rejected_rates(case: tuple[int, int], rate
 
 @given(counts, rates, rates)
 def test_log_ratio_falls_towards_the_observed_share(case: tuple[int, int], one: float, other: float) -> None:
-    """The argument that the test of a budget is one-sided: the ratio falls towards the observed share."""
+    """This is why the test of a budget can be one-sided."""
     low, high = sorted((one, other))
     successes, n = case
     prior = prior_above(high)
@@ -163,9 +163,7 @@ def test_evidence_above_needs_two_requests_of_a_broken_version() -> None:
 
 
 @pytest.mark.parametrize(("successes", "n", "state"), [(0, 10**6, (False, False)), (1, 10**6, (True, False))])
-def test_budget_of_zero_is_exceeded_by_one_request(
-    successes: int, n: int, state: tuple[bool, bool]
-) -> None:
+def test_budget_of_zero_is_exceeded_by_one_request(successes: int, n: int, state: tuple[bool, bool]) -> None:
     assert (exceeds(successes, n, 0.0, ALPHA), stays_under(successes, n, 0.0, ALPHA)) == state
 
 

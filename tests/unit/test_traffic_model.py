@@ -40,7 +40,7 @@ def test_runtime_layer_weights_sum_to_10_000(shares: Shares) -> None:
 
 @given(SHARES)
 def test_runtime_layer_baseline_never_exceeds_the_sample(shares: Shares) -> None:
-    """Its route matches first, with the same dice."""
+    """The baseline route matches first, with the same random number."""
     layer = build_runtime_layer(shares)
 
     assert 0 <= layer["abreast.sample.baseline"]["numerator"] <= layer["abreast.sample.safe"]["numerator"]
