@@ -54,7 +54,7 @@ async def rolled_back(sidecar: Running) -> traffic_pb2.Traffic:
         found = await sidecar.traffic.GetTraffic(traffic_pb2.GetTrafficRequest())
         return found.traffic.rolled_back
 
-    await eventually_async(back, within=10, what="the guard rolls back")
+    await eventually_async(back, within=60, what="the guard rolls back")
     return (await sidecar.traffic.GetTraffic(traffic_pb2.GetTrafficRequest())).traffic
 
 
@@ -210,7 +210,7 @@ async def test_guard_is_blind_without_a_count_of_envoy(sidecar: Running, ledger:
 
     found = await saw(sidecar, "BLIND")
 
-    assert found.message == "no Envoy's count is known (ABREAST_ENVOY_ADMIN)"
+    assert found.message == "no Envoy's count is known; set ABREAST_ENVOY_ADMIN"
     metrics = (await sidecar.http.get("/metrics")).text
     assert 'abreast_guard_blind{service="shop"} 1.0' in metrics
     assert "abreast_leader 1.0" in metrics

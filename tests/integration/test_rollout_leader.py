@@ -139,12 +139,21 @@ async def test_lease_rejects_a_connection_without_the_lock(postgres_url: str) ->
     assert seat._connection is not None
     await seat._connection.execute("select pg_advisory_unlock_all()")
 
-    with pytest.raises(LeadershipLostError, match="must not lead through a pooler of transactions"):
+    with pytest.raises(LeadershipLostError, match="this connection does not hold"):
         await seat.heartbeat()
 
 
 def test_lease_lock_id_is_unique() -> None:
-    others = ("housekeeping.envoy", "housekeeping.noise", "housekeeping.reports", "store.migrate")
-    locks = [LEADER_LOCK_ID, *(import_module(f"abreast_sidecar.{name}").LOCK for name in others)]
+    names = {
+        "jobs.detectors": ("LATENCY_LOCK_KEY", "CACHE_LOCK_KEY"),
+        "jobs.envoy_counts": ("ENVOY_LOCK_KEY",),
+        "jobs.noise": ("NOISE_LOCK_KEY",),
+        "jobs.reports": ("REPORTS_LOCK_KEY",),
+        "jobs.retention": ("EXAMPLES_LOCK_KEY", "RETENTION_LOCK_KEY"),
+        "rules.reapply": ("REAPPLY_LOCK_KEY",),
+        "store.migrate": ("MIGRATION_LOCK_KEY",),
+    }
+    others = [getattr(import_module(f"abreast_sidecar.{name}"), key) for name, keys in names.items() for key in keys]
+    locks = [LEADER_LOCK_ID, *others]
 
     assert len(set(locks)) == len(locks)

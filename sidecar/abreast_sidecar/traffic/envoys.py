@@ -74,6 +74,8 @@ class EnvoyConnection:
     def record_sent(self, traffic: Traffic, changed_monotonic: float) -> None:
         self.sent_traffic = traffic
         self.send_count += 1
+        if self.status.error:  # after a refusal nobody waits for this Envoy until it acknowledges again
+            self.status = replace(self.status, answered=traffic.version_stamp)
         self.ack_timer_start = max(changed_monotonic, self.connected_monotonic)
 
     def accept_answer(self, nonce: str, error: str) -> bool:

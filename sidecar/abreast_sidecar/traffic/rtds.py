@@ -82,6 +82,8 @@ class RtdsServer:
                 await _run_until(stop_tasks, self.control.change_notifier.wait())
                 continue
             envoy.record_sent(current.traffic, current.changed_monotonic)
+            if envoy.status.error:
+                self.control.connections.notifier.notify_all()
             await context.write(build_response(current, envoy.nonce))
 
     async def _receive_answers(self, envoy: EnvoyConnection, requests: AsyncIterator[wire.DiscoveryRequest]) -> None:
