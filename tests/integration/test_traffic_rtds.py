@@ -95,7 +95,7 @@ async def test_rtds_removes_envoys_that_left(sidecar: Running) -> None:
         (wire.DiscoveryRequest(resource_names=["abreast"]), "node.cluster with the name of its service"),
         (wire.DiscoveryRequest(node=wire.Node(id="edge-1"), resource_names=["abreast"]), "node.cluster"),
         (wire.DiscoveryRequest(node=NODE, resource_names=["rtds"]), "must be named abreast, got rtds"),
-        (wire.DiscoveryRequest(node=NODE), "it asks for nothing"),
+        (wire.DiscoveryRequest(node=NODE), "got nothing"),
     ],
 )
 async def test_rtds_rejects_invalid_configurations(

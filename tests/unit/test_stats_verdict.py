@@ -294,9 +294,7 @@ def endpoints(draw: st.DrawFn) -> EndpointCounts:
     st.tuples(st.integers(0, 1000), st.integers(0, 1000)),
     st.sampled_from([0.0, 0.0001, 0.01, 1.0]),
 )
-def test_verdict_of_any_counts_has_reasons(
-    counts: list[EndpointCounts], ledger: tuple[int, int], limit: float
-) -> None:
+def test_verdict_of_any_counts_has_reasons(counts: list[EndpointCounts], ledger: tuple[int, int], limit: float) -> None:
     verdict = decide_verdict(counts, Completeness(*ledger), Budget(max_mismatch=limit, max_error=limit))
     order = [("FAIL", "INCONCLUSIVE", "PASS").index(one.state) for one in verdict.reasons]
 
