@@ -41,6 +41,7 @@ from abreast_sidecar import aio
 from abreast_sidecar.ingest.worker import Worker
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
+from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.migrate import migrate
 
 SERVICE = "shop"
@@ -161,7 +162,12 @@ def work(redis_url: str, postgres_url: str, name: str, log: str) -> None:
         client.rpush(READY, name)
         client.blpop([GO], timeout=WITHIN)
     settings = Settings(redis_url=redis_url, postgres_url=postgres_url)
-    aio.run(Worker(settings, name=name).run(asyncio.Event()))
+    aio.run(run_worker(settings, name))
+
+
+async def run_worker(settings: Settings, name: str) -> None:
+    async with Database(settings.postgres_url) as database:
+        await Worker(settings, database, name=name).run(asyncio.Event())
 
 
 class Bench:

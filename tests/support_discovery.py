@@ -1,4 +1,4 @@
-"""The discovery stream as an Envoy speaks it, by hand."""
+"""A hand-written client of the discovery stream."""
 
 from __future__ import annotations
 

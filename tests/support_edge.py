@@ -101,7 +101,7 @@ async def acknowledged(sidecar: Running, *, envoys: int = 1) -> None:
         held = sidecar.sidecar.control.current("shop")
         if held is None:
             return False
-        states = sidecar.sidecar.control.connections.list_states(held.traffic)
+        states = sidecar.sidecar.control.connections.list_all("shop")
         return sum(state.acknowledged_version == held.traffic.version for state in states) == envoys
 
     await eventually_async(all_of_them, what=f"{envoys} Envoys have acknowledged")

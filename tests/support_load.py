@@ -144,8 +144,13 @@ WORKER = """
 import asyncio, json, sys
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.ingest.worker import Worker
-from abreast_sidecar.ingest.pool import worker_name
-asyncio.run(Worker(Settings(**json.loads(sys.argv[1])), name=worker_name()).run(asyncio.Event()))
+from abreast_sidecar.ingest.pool import make_worker_name
+from abreast_sidecar.store.database import Database
+settings = Settings(**json.loads(sys.argv[1]))
+async def main():
+    async with Database(settings.postgres_url) as database:
+        await Worker(settings, database, name=make_worker_name()).run(asyncio.Event())
+asyncio.run(main())
 """
 
 

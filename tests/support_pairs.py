@@ -18,8 +18,10 @@ from abreast.protocol.capture import Answer, Body, Capture, Request, Role, Versi
 from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
 from abreast_sidecar.compare.model import ComparisonResult, Difference
 from abreast_sidecar.ingest.worker import Worker
+from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.counters import BASELINE_MARKS, COUNTERS, MARKS
+from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.records import PairRecord
 from support_postgres import execute
 
@@ -199,13 +201,19 @@ def difference(path: str = "$.price", **changes: Any) -> Difference:
     return Difference.from_text(**{**known, "path": path, **changes})
 
 
+async def run_jobs(settings: Settings, stop: asyncio.Event) -> None:
+    async with Database(settings.postgres_url) as database:
+        await JobRunner(settings, database).run(stop)
+
+
 @asynccontextmanager
 async def running(settings: Settings, name: str = "worker") -> AsyncIterator[Worker]:
-    worker = Worker(settings, name=name)
     stop = asyncio.Event()
-    task = asyncio.create_task(worker.run(stop))
-    try:
-        yield worker
-    finally:
-        stop.set()
-        await task
+    async with Database(settings.postgres_url) as database:
+        worker = Worker(settings, database, name=name)
+        task = asyncio.create_task(worker.run(stop))
+        try:
+            yield worker
+        finally:
+            stop.set()
+            await task

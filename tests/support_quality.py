@@ -23,7 +23,7 @@ from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.jobs.detectors import detect_slowdowns
 from abreast_sidecar.jobs.noise import classify_findings
-from abreast_sidecar.stats.verdict import Budget, Verdict, decide_verdict
+from abreast_sidecar.stats.verdict import Budget, Verdict
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest
 from abreast_sidecar.store.records import Finding, PairRecord, Window
@@ -192,8 +192,7 @@ async def verdict(url: str, budget: Budget) -> Verdict:
     database = Database(url)
     await database.open()
     try:
-        found = await LedgerReader(database).read_evidence(SERVICE, Window(), budget.max_slower)
-        return decide_verdict(found.endpoints, found.completeness(0), budget)
+        return await LedgerReader(database).read_verdict(SERVICE, Window(), budget, pending=0)
     finally:
         await database.close()
 

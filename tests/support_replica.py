@@ -1,4 +1,4 @@
-"""A sidecar as a process of its own, that may be killed."""
+"""A sidecar in a separate process that a test can kill."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support_clock import Clock
 @dataclass
 class Replica:
     server: SidecarServer
-    port: int  # of gRPC
+    port: int  # gRPC
 
     @property
     def pid(self) -> int:

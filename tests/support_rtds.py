@@ -1,4 +1,4 @@
-"""The least that a sidecar can be to Envoy: one runtime layer over gRPC, written with nothing of ours."""
+"""A minimal RTDS server for Envoy, independent of the sidecar's code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RUNTIME = "type.googleapis.com/envoy.service.runtime.v3.Runtime"
 
 
 class RuntimeServer:
-    """Sends the layer `abreast` anew each time it is set."""
+    """Sends the layer `abreast` at each change."""
 
     def __init__(self, port: int, layer: dict[str, Any]) -> None:
         self.port = port
@@ -27,7 +27,7 @@ class RuntimeServer:
         self._server = grpc.aio.server()
 
     async def set(self, layer: dict[str, Any]) -> None:
-        """Return once Envoy has taken the layer over."""
+        """Set the layer and wait until Envoy has acknowledged it."""
         async with self._changed:
             self.layer = layer
             self.version += 1

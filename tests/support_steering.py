@@ -1,4 +1,4 @@
-"""Evidence in a ledger, and what guard and ramp make of it."""
+"""Evidence for guard and ramp, written to a ledger."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ on conflict (node, service) do update set totals = excluded.totals, seen = exclu
 
 
 def add(ledger: Ledger, many: int, **given: Any) -> None:
-    """Pairs of this moment, alike unless said."""
+    """Insert pairs of the present time, equal by default."""
     row = {
         "outcome": "match",
         "live": "old",
@@ -48,7 +48,7 @@ def add(ledger: Ledger, many: int, **given: Any) -> None:
 
 
 def sampled(ledger: Ledger, beyond: int = 0, *, age: float = 0.0) -> None:
-    """Envoy has counted what the ledger has, and so many more."""
+    """Set Envoy's count to the number of pairs in the ledger plus `beyond`."""
     (written,) = ledger.execute("select coalesce(sum(pairs), 0)::int from abreast.outcome_count")[0]
     ledger.execute(ENVOY, age, Jsonb({"sampled": written + beyond}))
 
@@ -65,7 +65,7 @@ async def set_guard(sidecar: Running, mode: str, **rules: Any) -> None:
 
 
 async def events(sidecar: Running) -> list[traffic_pb2.TrafficEvent]:
-    """Newest first."""
+    """Return the events, the newest first."""
     asked = traffic_pb2.ListTrafficEventsRequest()
     return list((await sidecar.traffic.ListTrafficEvents(asked)).events)
 

@@ -1,4 +1,4 @@
-"""A server that is away: how long to wait, and what to log. Once when it goes, rarely while it is gone, once when it is back."""
+"""Helpers for asyncio: cancellation, notification, outages of servers, bounded waits, and the event loop."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import asyncio
 import gc
 import random
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import structlog
 
-CANCEL_RETRY_S = 5.0  # seconds; longer than any of them takes to clean up
+CANCEL_RETRY_S = 5.0  # longer than any task takes to clean up
+MIN_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
+LOG_REMINDER_S = 60.0
+OPTIONAL_CALL_TIMEOUT_S = 1.0
+# Allocations between two collections. Captures and differences have no cycles, so a collection mostly finds live
+# objects; with the default of 700, collections took a fifth of a worker's time.
+GC_THRESHOLDS = (50_000, 20, 50)
+
+log = structlog.get_logger()
 
 
 async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks, and return once they are over, whatever they raised.
+    """Cancel tasks and wait until they are done. Their errors are ignored.
 
-    Before Python 3.12 `asyncio.wait_for`, by which drivers wait for Redis and Postgres, swallows a cancellation that comes
-    together with the answer. A loop would then go on for ever, so it is told again.
+    Before Python 3.12, `asyncio.wait_for`, with which drivers wait for Redis and Postgres, swallows a cancellation that
+    arrives together with the result. The task would run forever, so it is cancelled every CANCEL_RETRY_S.
     """
     while unfinished := [task for task in tasks if not task.done()]:
         for task in unfinished:
@@ -28,7 +36,7 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:
 
 
 class Notifier:
-    """Wakes everyone who waits for it. Look at the state, and wait only then: nothing is remembered."""
+    """Wakes all current waiters. It has no memory: check the state first, then wait."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -38,26 +46,21 @@ class Notifier:
         self._event = asyncio.Event()
 
     def wait(self) -> Coroutine[Any, Any, Any]:
-        """For the next ring after this call, also where a task waits that starts later."""
+        """Return a coroutine for the next notification after this call, even if it is awaited later."""
         return self._event.wait()
 
 
-MIN_BACKOFF_S = 0.05  # seconds
-MAX_BACKOFF_S = 2.0  # seconds
-LOG_REMINDER_S = 60.0  # seconds
-
-log = structlog.get_logger()
-
-
 class Outage:
-    """Several may share one, each by a name: it is over when all who met it have been answered again. Each waits in its
-    own time.
+    """Logs an outage of a server when it begins, every LOG_REMINDER_S, and when it ends.
+
+    Several callers can share an outage. It ends when all callers that failed have succeeded again. Each has a separate
+    backoff.
     """
 
     def __init__(self, server: str, **fields: str) -> None:
         self.server = server
         self.fields = fields
-        self._backoffs_s: dict[str, float] = {}  # who meets it → how long to wait next
+        self._backoffs_s: dict[str, float] = {}  # next backoff of each failing caller
         self._started_at = self._last_logged_at = 0.0
 
     @property
@@ -71,7 +74,7 @@ class Outage:
         if not self._last_logged_at or now - self._last_logged_at > LOG_REMINDER_S:
             self._last_logged_at = now
             outage_s = round(now - self._started_at, 1)
-            log.warning("a server is away", server=self.server, error=str(error), seconds=outage_s, **self.fields)
+            log.warning("server unavailable", server=self.server, error=str(error), seconds=outage_s, **self.fields)
 
     def record_success(self, caller: str = "") -> None:
         self._backoffs_s.pop(caller, None)
@@ -79,11 +82,11 @@ class Outage:
             return
         if self.is_active:
             outage_s = round(time.monotonic() - self._started_at, 1)
-            log.info("a server is back", server=self.server, seconds=outage_s, **self.fields)
+            log.info("server available again", server=self.server, seconds=outage_s, **self.fields)
         self._started_at = self._last_logged_at = 0.0
 
     async def back_off(self, stop: asyncio.Event, caller: str = "") -> None:
-        """Longer each time, and never in step with others; ends when `stop` is set."""
+        """Wait with exponential backoff and jitter, at most until `stop` is set."""
         delay_s = self._backoffs_s.get(caller, MIN_BACKOFF_S)
         self._backoffs_s[caller] = min(delay_s * 2, MAX_BACKOFF_S)
         await wait_or_stop(stop, delay_s * random.uniform(0.5, 1.0))  # noqa: S311  # not a secret
@@ -97,14 +100,12 @@ async def wait_or_stop(stop: asyncio.Event, seconds: float) -> None:
         pass
 
 
-OPTIONAL_CALL_TIMEOUT_S = 1.0  # seconds
-
-
 async def error_within(task: asyncio.Task[Any]) -> str:
-    """What is amiss with the task after so long; empty for nothing. Never cancelled: a driver that waits for a frozen
-    Postgres would not let go, and goes on once it thaws.
+    """Wait for at most OPTIONAL_CALL_TIMEOUT_S. Return the error of the task, empty if it succeeded.
+
+    The task is not cancelled: a driver that waits for a frozen Postgres ignores that, and continues once Postgres does.
     """
-    task.add_done_callback(lambda future: future.cancelled() or future.exception())  # whoever left, it is no news
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio logs the exception
     await asyncio.wait({task}, timeout=OPTIONAL_CALL_TIMEOUT_S)
     if not task.done():
         return f"postgres has not answered for {OPTIONAL_CALL_TIMEOUT_S:g} s"
@@ -112,22 +113,16 @@ async def error_within(task: asyncio.Task[Any]) -> str:
     return str(error) if error else ""
 
 
-# Allocations between two collections. Captures and differences hold no cycles, so that next to all of what a collection
-# walks is alive; with the default of 700 that was a fifth of a worker's time.
-GC_THRESHOLDS = (50_000, 20, 50)
-
-
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Like asyncio.run, for a process of the sidecar's own; what was imported until now is never collected."""
+    """Run a process of the sidecar, like asyncio.run, with uvloop and fewer garbage collections."""
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
-    with asyncio.Runner(loop_factory=_find_loop_factory()) as runner:
-        runner.run(main)
-
-
-def _find_loop_factory() -> Any:
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     try:
         import uvloop
-    except ImportError:  # there is none for Windows
-        return None
-    return uvloop.new_event_loop
+    except ImportError:  # uvloop does not support Windows
+        pass
+    else:
+        loop_factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(main)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Coroutine
-from typing import Any
 
 import structlog
 
@@ -34,16 +32,19 @@ from abreast_sidecar.store.rules import RuleStore
 from abreast_sidecar.traffic.control import TrafficController
 from abreast_sidecar.traffic.rtds import RtdsServer
 
-MIGRATE_RETRY_S = 0.5  # seconds
-RPC_DRAIN_SHARE = 0.4  # of the time to stop, for calls under way
+# Long queries and jobs leave connections of the pool for rollbacks, the guard and the heartbeat of the Envoys.
+MAX_QUERY_CONNECTIONS = 6
+MAX_JOB_CONNECTIONS = 5
+MIGRATE_RETRY_S = 0.5
+RPC_DRAIN_SHARE = 0.4  # part of the shutdown timeout for calls in flight
 
 log = structlog.get_logger(__name__)
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
-    """Run until `stop` is set, then drain within settings.shutdown_timeout.
+    """Run until `stop` is set, then drain within settings.shutdown_timeout seconds.
 
-    Raise ServerError when a port is taken, SchemaError for a ledger that is newer than this code.
+    Raise ServerError if a port is taken, SchemaError if the ledger's schema is newer than this code.
     """
     await Sidecar(settings).run(stop)
 
@@ -51,27 +52,27 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 class Sidecar:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.schema_version = 0  # 0 until the ledger is migrated
         self.database = Database(settings.postgres_url)
         self.redis = connect_redis(settings.redis_url)
         self.control = TrafficController(self.database, self.redis, settings)
-        self.worker_pool = create_pool(settings)
-        self.job_runner = JobRunner(settings)
-        self.schema_version = 0  # the ledger's version, once it is known
-        reader = LedgerReader(self.database)
+        self.worker_pool = create_pool(settings, self.database)
+        self.job_runner = JobRunner(settings, self.database.limit(MAX_JOB_CONNECTIONS, wait_s=None))
+        query_database = self.database.limit(MAX_QUERY_CONNECTIONS)
+        reader = LedgerReader(query_database)
         backlog = PairBacklog(self.redis)
         rollout_service = RolloutService(self.database, self.control)
-        self.steering = LeaderTasks(settings, self.control, backlog.count)
+        self.steering = LeaderTasks(settings, self.database, self.control, backlog.count)
         metrics = Metrics(self.control, self.steering)
         comparison = ComparisonServicer(reader, self.control, backlog)
         traffic, rollout = TrafficServicer(self.control), RolloutServicer(self.control, rollout_service)
+        options = CompareOptions.with_ignored_headers(settings.volatile_headers)
         self.grpc = GrpcServer(
             settings.grpc_listen,
             comparison=comparison,
             traffic=traffic,
-            latency=LatencyServicer(self.database, self.control),
-            rules=RuleServicer(
-                RuleStore(self.database), CompareOptions.with_ignored_headers(settings.volatile_headers)
-            ),
+            latency=LatencyServicer(query_database, self.control),
+            rules=RuleServicer(RuleStore(query_database), options),
             rollout=rollout,
             discovery=RtdsServer(self.control),
             interceptor=Interceptor(metrics),
@@ -87,7 +88,7 @@ class Sidecar:
             metrics=metrics,
         )
         self.http = HttpServer(settings.http_listen, web.create_app())
-        self._drain_started = asyncio.Event()  # set: workers and housekeeping finish
+        self._drain_started = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         try:
@@ -96,7 +97,7 @@ class Sidecar:
             self.control.connections.sidecar_name = f"{socket.gethostname()}:{self.grpc.port}"
             await self.database.open()
             log.info("sidecar started", grpc=self.settings.grpc_listen, http=self.settings.http_listen)
-            await self._run(stop)
+            await self._run_until(stop)
         finally:
             await self.grpc.stop(0)
             self.http.close()
@@ -104,25 +105,26 @@ class Sidecar:
             await self.redis.aclose()
         log.info("sidecar stopped")
 
-    async def _run(self, stop: asyncio.Event) -> None:
-        """A part that ends by itself ends all: better started anew than half at work."""
+    async def _run_until(self, stop: asyncio.Event) -> None:
+        """Run all parts. If one ends early, the process ends, and its supervisor restarts it as a whole."""
         http_task = asyncio.create_task(self.http.run())
-        readiness_task = asyncio.create_task(self.readiness.run())
-        rollback_task = asyncio.create_task(self.control.run_rollbacks())
         components_task = asyncio.create_task(self._run_components())
+        tasks = [
+            http_task,
+            components_task,
+            asyncio.create_task(self.readiness.run()),
+            asyncio.create_task(self.control.pending_rollbacks.run()),
+        ]
         stop_task = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait(
-                {http_task, readiness_task, rollback_task, stop_task, components_task},
-                return_when=asyncio.FIRST_COMPLETED,
-            )
+            await asyncio.wait([*tasks, stop_task], return_when=asyncio.FIRST_COMPLETED)
             async with asyncio.timeout(self.settings.shutdown_timeout):
                 await self._drain(http_task, components_task)
         except TimeoutError:
-            log.warning("the time to stop is over; what is under way is given up")
+            log.warning("shutdown timeout exceeded; work in flight is cancelled")
         finally:
-            await cancel_and_wait(http_task, readiness_task, rollback_task, stop_task, components_task)
-        for task in (http_task, readiness_task, rollback_task, components_task):
+            await cancel_and_wait(*tasks, stop_task)
+        for task in tasks:
             if not task.cancelled():
                 task.result()
 
@@ -153,11 +155,9 @@ class Sidecar:
         await self.readiness.drain()
         self._drain_started.set()
         self.control.close()
-        shutdowns: list[Coroutine[Any, Any, Any]] = [
-            self.grpc.stop(self.settings.shutdown_timeout * RPC_DRAIN_SHARE),
-            asyncio.wait({components_task}),
-        ]
-        await asyncio.gather(*shutdowns)
+        await asyncio.gather(
+            self.grpc.stop(self.settings.shutdown_timeout * RPC_DRAIN_SHARE), asyncio.wait({components_task})
+        )
         await self.http.stop(http_task)
 
     async def _check_postgres(self) -> None:

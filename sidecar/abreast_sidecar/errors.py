@@ -1,18 +1,18 @@
 """Errors of the sidecar and its command line.
 
-SidecarError
-├── SettingError       a setting has a value that can't be used
-├── ServerError        an embedded server did not start
-├── RedisError         Redis can't be reached or refuses
-├── LedgerError        Postgres can't be reached or refuses
-│   ├── SchemaError    the database's schema is newer than this code, or broken
-│   └── RefusedError   Postgres is well and refuses what it was given
-├── RpcError           the sidecar answered a call with any other error
-├── StaleRulesError    the rules changed since a batch was judged; judge it again
-├── ArgumentError      a request asks for something impossible
-├── BroadRuleError     a rule would hide more than it was made for
-├── ConflictError      a request does not fit what is under way
-└── NotFoundError      an id that the ledger doesn't hold
+    SidecarError
+    ├── SettingError        a setting has an invalid value
+    ├── ServerError         a server did not start
+    ├── RedisError          Redis can't be reached, or rejects a command
+    ├── LedgerError         Postgres can't be reached, or rejects a statement
+    │   ├── SchemaError     the schema is newer than this code, or broken
+    │   └── RefusedError    Postgres rejects the data of a batch
+    ├── RpcError            a call failed with an error that no other class represents
+    ├── StaleRulesError     the rules changed since a batch was compared
+    ├── ArgumentError       an argument of a request is invalid
+    ├── OverbroadRuleError  a rule would hide more than it was made for
+    ├── ConflictError       a request conflicts with the present state
+    └── NotFoundError       the ledger has no such id
 
 Messages are lower case and say what, where and what to do.
 """
@@ -67,4 +67,4 @@ class NotFoundError(SidecarError):
 
 
 class RpcError(SidecarError):
-    """The sidecar answered a call with an error that no other class stands for."""
+    """A call failed with an error that no other class represents."""

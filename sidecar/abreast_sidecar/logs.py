@@ -1,4 +1,4 @@
-"""JSON logs on stderr. Only commands that are a process of their own configure logging."""
+"""JSON logs on stderr. Only commands that run as a separate process configure logging."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNI
 
 
 def configure(level: str) -> None:
-    """Raise SettingError for a level that is none."""
+    """Configure structlog and the standard logging. Raise SettingError for an unknown level."""
     threshold = LEVELS.get(level.lower())
     if threshold is None:
         raise SettingError(f"ABREAST_LOG_LEVEL must be one of {', '.join(LEVELS)}, got {level!r}")
@@ -31,15 +31,17 @@ def configure(level: str) -> None:
         logger_factory=structlog.BytesLoggerFactory(sys.stderr.buffer),
         cache_logger_on_first_use=True,
     )
-    # Libraries log through the standard module: only what is wrong.
+    # Libraries use the standard module. Their warnings and errors are logged as JSON too.
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)  # warns of each try; the sidecar says it once
+    logging.getLogger("psycopg.pool").setLevel(
+        logging.ERROR
+    )  # it warns of each attempt; the sidecar logs an outage once
 
 
 class JsonFormatter(logging.Formatter):
-    """The same fields as ours, whatever a library writes."""
+    """Formats the records of libraries with the fields of the sidecar's log."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

@@ -10,12 +10,11 @@ import pytest
 
 from abreast.protocol.join import Keys
 from abreast.settings import Settings as ServiceSettings
-from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import RedisServer
 from support import eventually_async, find_free_port
 from support_load import Load, agrees, complete, empty, loading, stopped
-from support_pairs import SERVICE, one, ready, rows, running, stats
+from support_pairs import SERVICE, one, ready, rows, run_jobs, running, stats
 from support_redis import admin, server
 
 pytestmark = pytest.mark.redis
@@ -153,7 +152,7 @@ async def test_redis_stays_within_limits_while_sidecar_is_away(postgres_url: str
         shed = stats(started.url)
         backlog = set(load.pairs)
         stop = asyncio.Event()
-        housekeeping = asyncio.create_task(JobRunner(settings(started, postgres_url)).run(stop))
+        housekeeping = asyncio.create_task(run_jobs(settings(started, postgres_url), stop))
         async with running(settings(started, postgres_url)):
             await reach(postgres_url, 20)
             await load.run(100)

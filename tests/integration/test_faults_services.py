@@ -17,7 +17,6 @@ from psycopg.types.json import Jsonb
 
 from abreast.middleware import ParallelRunMiddleware
 from abreast.recorder import Receive, Scope, Send
-from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import ALL_TIME, LedgerReader
@@ -25,7 +24,7 @@ from abreast_sidecar.store.records import LedgerSummary
 from support import eventually_async
 from support_load import agrees
 from support_middleware import call, http_scope, marks
-from support_pairs import SERVICE, outcomes, running
+from support_pairs import SERVICE, outcomes, run_jobs, running
 
 TESTS = Path(__file__).parents[1]
 PROCESS = """
@@ -60,7 +59,7 @@ async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
 @asynccontextmanager
 async def sidecar(settings: Settings) -> AsyncIterator[None]:
     stop = asyncio.Event()
-    housekeeping = asyncio.create_task(JobRunner(settings).run(stop))
+    housekeeping = asyncio.create_task(run_jobs(settings, stop))
     async with running(settings):
         yield
     stop.set()

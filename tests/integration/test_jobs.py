@@ -416,13 +416,15 @@ async def test_job_runners_in_parallel_count_nothing_twice(redis_url: str, url: 
 
 @asynccontextmanager
 async def keeping(settings: Settings) -> AsyncIterator[JobRunner]:
-    made, stop = JobRunner(settings), asyncio.Event()
-    task = asyncio.create_task(made.run(stop))
-    try:
-        yield made
-    finally:
-        stop.set()
-        await task
+    stop = asyncio.Event()
+    async with Database(settings.postgres_url) as database:
+        made = JobRunner(settings, database)
+        task = asyncio.create_task(made.run(stop))
+        try:
+            yield made
+        finally:
+            stop.set()
+            await task
 
 
 async def reported(url: str, joined: int) -> bool:

@@ -84,7 +84,7 @@ async def test_verdict_with_undecided_finding_is_inconclusive(sidecar: Running, 
     found = await verdict(sidecar)
 
     assert state(found) == "INCONCLUSIVE"
-    assert "100 more not yet told from noise" in reason(found, "MISMATCHES").text
+    assert "100 more are undecided" in reason(found, "MISMATCHES").text
 
 
 @pytest.mark.parametrize("outcome", ["only_old", "undecodable", "shed", "baseline_only"])

@@ -11,7 +11,6 @@ import pytest
 
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.cli.doctor import redis as checks
-from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.redis_client import connect_redis
 from abreast_sidecar.serve.health import PairBacklog
 from abreast_sidecar.settings import Settings
@@ -19,7 +18,7 @@ from abreast_sidecar.stack.servers import RedisServer
 from support import eventually_async
 from support_certificate import self_signed
 from support_load import Load, agrees, complete, loading
-from support_pairs import SERVICE, one, rows, running
+from support_pairs import SERVICE, one, rows, run_jobs, running
 from support_redis import admin, behind_tls, cluster, server, watched
 
 pytestmark = pytest.mark.redis
@@ -34,7 +33,7 @@ async def test_cluster_of_three_delivers_all_pairs(postgres_url: str) -> None:
         settings = Settings(redis_url=servers.url, postgres_url=postgres_url, claim_idle=0.5, batch_size=20)
         load = Load(servers.url, service=ServiceSettings(service=SERVICE, redis_url=servers.url, shards=6))
         stop = asyncio.Event()
-        housekeeping = asyncio.create_task(JobRunner(settings).run(stop))
+        housekeeping = asyncio.create_task(run_jobs(settings, stop))
         async with running(settings, "one"), running(settings, "two"), loading(load, PAIRS):
             pass
         async with running(settings):
@@ -110,7 +109,7 @@ async def test_documented_acl_rights_suffice(postgres_url: str) -> None:
         settings = Settings(redis_url=sidecar, postgres_url=postgres_url, claim_idle=0.5)
         load = Load(service)
         stop = asyncio.Event()
-        housekeeping = asyncio.create_task(JobRunner(settings).run(stop))
+        housekeeping = asyncio.create_task(run_jobs(settings, stop))
         async with running(settings), loading(load, 50):
             pass
         async with running(settings):

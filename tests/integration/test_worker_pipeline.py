@@ -16,21 +16,37 @@ from msgspec import structs
 
 from abreast.protocol.capture import encode
 from abreast.protocol.join import CONSUMER_GROUP, Keys, Limits
-from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.jobs.streams import expire_incomplete_pairs
 from abreast_sidecar.redis_client import connect_redis
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from abreast_sidecar.store.migrate import migrate
 from support import WITHIN, eventually_async
-from support_pairs import SERVICE, add_entry, capture, one, outcomes, pair_of, ready, rows, running, send, stats
+from support_pairs import (
+    SERVICE,
+    add_entry,
+    capture,
+    one,
+    outcomes,
+    pair_of,
+    ready,
+    rows,
+    run_jobs,
+    running,
+    send,
+    stats,
+)
 
 WORKER = """
 import asyncio, sys
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.ingest.worker import Worker
+from abreast_sidecar.store.database import Database
 settings = Settings(redis_url=sys.argv[1], postgres_url=sys.argv[2], batch_size=50, claim_idle=0.5)
-asyncio.run(Worker(settings, name=sys.argv[3]).run(asyncio.Event()))
+async def main():
+    async with Database(settings.postgres_url) as database:
+        await Worker(settings, database, name=sys.argv[3]).run(asyncio.Event())
+asyncio.run(main())
 """
 
 
@@ -275,7 +291,7 @@ async def test_incomplete_pairs_expire_and_late_captures_are_counted(settings: S
     three = [capture(third, "old", arms=3), capture(third, "new", "shadow", arms=3)]
     send(settings.redis_url, three, bounds=soon)
     stop = asyncio.Event()
-    housekeeping = asyncio.create_task(JobRunner(settings).run(stop))
+    housekeeping = asyncio.create_task(run_jobs(settings, stop))
     async with running(settings):
         await eventually_async(lambda: counted(settings, 3), what="three rows")
     late = send(settings.redis_url, [capture(old, "new", "shadow")])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abreast.protocol.capture import Capture
-from abreast.v1 import common_pb2, comparison_pb2, latency_pb2, rollout_pb2, traffic_pb2
+from abreast.v1 import common_pb2, comparison_pb2, latency_pb2, rollout_pb2
 from abreast_sidecar.rollout.guard import GuardPolicy, GuardRule
 from abreast_sidecar.rollout.ramp import RampPlan
 from abreast_sidecar.serve.convert import from_message, summarise_finding, to_message
@@ -32,7 +32,6 @@ from abreast_sidecar.store.records import (
     StoredPair,
     Window,
 )
-from abreast_sidecar.traffic.envoys import EnvoyState
 from captures import capture
 
 MONDAY = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
@@ -192,19 +191,6 @@ ROUND_TRIPS: list[tuple[type[Message], st.SearchStrategy[Any], tuple[str, ...]]]
             budget=st.builds(Budget, max_error=SHARES),
         ),
         ("steps",),
-    ),
-    (
-        traffic_pb2.EnvoyStatus,
-        st.builds(
-            EnvoyState,
-            node=TEXTS,
-            acknowledged_version=IDS,
-            acknowledged_after=st.none() | MILLISECONDS,
-            error=TEXTS,
-            peer=TEXTS,
-            sidecar=TEXTS,
-        ),
-        (),
     ),
 ]
 

@@ -13,7 +13,7 @@ from support_pairs import difference
 AT = time.time()
 
 
-def test_fresh_ids_are_explained_and_prices_are_not() -> None:
+def test_shape_explains_fresh_ids_but_not_prices() -> None:
     one, other = uuid.uuid4(), uuid.uuid4()
 
     assert is_explained_by_shape([difference(old=f'"{one}"', new=f'"{other}"')], AT)
@@ -21,14 +21,14 @@ def test_fresh_ids_are_explained_and_prices_are_not() -> None:
     assert not is_explained_by_shape([difference(kind="removed", old=f'"{one}"', new=None)], AT)
 
 
-def test_one_value_that_is_not_explained_is_enough() -> None:
+def test_shape_must_explain_every_value() -> None:
     fresh = difference(old=f'"{uuid.uuid4()}"', new=f'"{uuid.uuid4()}"')
 
     assert is_explained_by_shape([fresh, fresh], AT)
     assert not is_explained_by_shape([fresh, difference(old='"a"', new='"b"')], AT)
 
 
-def test_a_status_is_no_number_of_seconds() -> None:
+def test_shape_never_explains_a_status_as_a_time() -> None:
     now = str(int(AT))
 
     assert not is_explained_by_shape([difference("200->500", part="status", old=now, new=now)], AT)
@@ -48,11 +48,11 @@ def test_a_status_is_no_number_of_seconds() -> None:
         ("changed", '"cut…', '"cut…', 0),
     ],
 )
-def test_the_lean_is_to_the_greater_value(kind: str, old: str | None, new: str | None, side: int) -> None:
+def test_direction_points_to_the_greater_value(kind: str, old: str | None, new: str | None, side: int) -> None:
     assert get_direction(difference(kind=kind, old=old, new=new)) == side
 
 
-def test_values_of_a_document_are_as_they_were_however_long() -> None:
+def test_values_of_a_document_are_not_truncated() -> None:
     old, new = "a" * 2000, "a" * 1999 + "b"
     (found,) = JsonDiff(200).compare({"text": old}, {"text": new})
 
@@ -60,7 +60,7 @@ def test_values_of_a_document_are_as_they_were_however_long() -> None:
     assert get_direction(found) == 1
 
 
-def test_numbers_that_no_float_holds_lean_too() -> None:
+def test_direction_of_numbers_beyond_floats() -> None:
     old, new = (
         b'{"a": 0.123456789012345678, "b": 1, "c": 1e999}',
         b'{"a": 0.5, "b": 1e400, "c": 1e99999999999999999999999}',

@@ -1,4 +1,4 @@
-"""Real or noise: what counts of new and of baseline copies say."""
+"""Findings classified as real or noise from counts of new and of baseline copies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from abreast_sidecar.stats.noise import (
 )
 
 ALPHA = 0.05
-NOISY = [0.002, 0.003, 0.005, 0.01, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.49]  # of comparisons
+NOISY = [0.002, 0.003, 0.005, 0.01, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.49]  # rates
 ALWAYS = 3  # places that differ in each comparison
 
 
@@ -80,14 +80,14 @@ def ever_real(share: float, dice: random.Random, *, requests: int = 20_000, look
 
 
 @pytest.mark.parametrize("share", [0.1, 0.01])
-def test_old_against_old_has_no_false_finding_at_any_of_many_looks(share: float) -> None:
+def test_noise_of_old_against_old_is_never_real(share: float) -> None:
     """6 runs of 20,000 requests and 15 noisy places; two false ones or more have a probability of 0.03."""
     dice = random.Random(5)
 
     assert sum(ever_real(share, dice) for _ in range(6)) <= 1
 
 
-def test_few_copies_and_many_short_runs_have_no_more_false_findings_than_stated() -> None:
+def test_noise_keeps_alpha_with_few_copies() -> None:
     dice = random.Random(8)
     runs = 40
     wrong = sum(ever_real(0.03, dice, requests=400, looks=10) for _ in range(runs))
@@ -95,7 +95,7 @@ def test_few_copies_and_many_short_runs_have_no_more_false_findings_than_stated(
     assert wrong <= runs * ALPHA + 3.1 * sqrt(runs * ALPHA * (1 - ALPHA))
 
 
-def test_after_20_000_requests_noise_is_known_as_noise() -> None:
+def test_noise_is_recognised_after_20_000_requests() -> None:
     run = Run([Place(rate) for rate in NOISY])
     run.go(20_000, 0.1, random.Random(3))
 
@@ -103,7 +103,7 @@ def test_after_20_000_requests_noise_is_known_as_noise() -> None:
 
 
 @pytest.mark.parametrize("copies", [2000, 1000, 200])
-def test_one_in_2_000_is_found_among_noisy_places(copies: int) -> None:
+def test_real_defect_in_one_of_2_000_is_found_among_noise(copies: int) -> None:
     noisy = [DifferenceCounts(20_000, 20_000, copies, copies)] * 40 + [
         DifferenceCounts(20_000, 400, copies, copies // 50)
     ] * 40
@@ -113,25 +113,25 @@ def test_one_in_2_000_is_found_among_noisy_places(copies: int) -> None:
     assert {one.state for one in found[1:]} == {"noise"}
 
 
-def test_a_planted_defect_on_a_noisy_place_is_found() -> None:
+def test_real_defect_on_a_noisy_place_is_found() -> None:
     assert state(20_000, 1000, 2000, 20) == "real"
     assert state(20_000, 20_000, 2000, 1000) == "real"
 
 
-def test_what_suffices_alone_does_not_among_a_hundred_noisy_places() -> None:
+def test_real_needs_more_evidence_among_many_places() -> None:
     place, noisy = DifferenceCounts(20_000, 1000, 2000, 50), [DifferenceCounts(20_000, 400, 2000, 40)] * 100
 
     assert classify_differences([place], ALPHA)[0].state == "real"
     assert classify_differences([place, *noisy], ALPHA)[0].state == "undecided"
 
 
-def test_some_evidence_on_a_noisy_place_is_doubt() -> None:
+def test_undecided_is_a_noisy_place_with_some_evidence() -> None:
     assert state(20_000, 850, 2000, 50) == "noise"
     assert state(20_000, 950, 2000, 50) == "undecided"
     assert state(20_000, 1000, 2000, 50) == "real"
 
 
-def test_rare_noise_and_few_copies_are_undecided_and_say_how_many_it_takes() -> None:
+def test_undecided_states_the_copies_needed() -> None:
     found = one(20_000, 200, 100, 0)
 
     assert found.state == "undecided"
@@ -141,50 +141,50 @@ def test_rare_noise_and_few_copies_are_undecided_and_say_how_many_it_takes() -> 
     assert state(20_000, 200, 100 + found.baseline_pairs_needed, 9) == "noise"
 
 
-def test_a_copy_that_shows_it_too_turns_a_rare_finding_into_noise_or_doubt() -> None:
+def test_rare_finding_is_not_real_once_a_copy_differs() -> None:
     assert state(20_000, 10, 2000, 0) == "real"
     assert state(20_000, 10, 2000, 1) == "noise"
 
 
-def test_a_single_odd_copy_does_not_hide_what_always_differs() -> None:
+def test_real_survives_a_single_differing_copy() -> None:
     assert state(2000, 2000, 200, 1) == "real"
 
 
-def test_always_noisy_is_noise_and_never_differing_is_too() -> None:
+def test_noise_includes_always_and_never_differing_places() -> None:
     assert state(20_000, 20_000, 2000, 2000) == "noise"
     assert state(20_000, 0, 2000, 3) == "noise"
     assert state(20_000, 0, 2000, 0) == "noise"
 
 
-def test_a_place_that_new_differs_in_more_rarely_is_noise() -> None:
+def test_noise_includes_places_where_new_differs_more_rarely() -> None:
     assert state(20_000, 100, 2000, 100) == "noise"
 
 
-def test_a_deterministic_place_needs_few_copies() -> None:
+def test_real_deterministic_place_needs_few_copies() -> None:
     assert state(40, 40, 4, 0) == "real"
     assert state(100, 30, 10, 0) == "undecided"
     assert state(300, 90, 30, 0) == "real"
 
 
 class TestWithoutCopies:
-    def test_differences_that_all_lean_one_way_are_real(self) -> None:
+    def test_one_direction_is_real(self) -> None:
         assert state(100, 12, 0, 0, 0, 12, 0) == "real"
         assert state(100, 12, 0, 0, 0, 0, 12) == "real"
 
-    def test_differences_that_lean_nowhere_are_undecided_and_say_what_would_help(self) -> None:
+    def test_both_directions_are_undecided_with_advice(self) -> None:
         found = one(100, 60, 0, 0, 0, 31, 29)
 
         assert found.state == "undecided"
         assert "send a share of the requests to old twice" in found.reason
 
-    def test_they_never_become_noise_unless_their_shape_explains_them(self) -> None:
+    def test_noise_requires_an_explaining_shape(self) -> None:
         assert state(100, 100, 0, 0, 0, 50, 50) == "undecided"
         assert state(100, 100, 0, 0, 100, 100, 0) == "noise"
 
-    def test_what_is_rarer_than_any_noise_is_real(self) -> None:
+    def test_rate_below_the_least_noise_is_real(self) -> None:
         assert state(20_000, 8, 0, 0) == "real"
 
-    def test_a_fair_coin_is_no_lean_at_any_look(self) -> None:
+    def test_fair_coin_has_no_direction_at_any_look(self) -> None:
         dice = random.Random(2)
         wrong = sum(self.ever_leaning(dice) for _ in range(60))
 
@@ -200,17 +200,17 @@ class TestWithoutCopies:
 
 
 class TestExplainedByShape:
-    def test_it_is_noise_as_long_as_the_baseline_says_nothing_else(self) -> None:
+    def test_explained_differences_are_noise_without_contrary_copies(self) -> None:
         found = one(10, 10, 1, 0, 10)
 
         assert found.state == "noise"
         assert "shape" in found.reason
 
-    def test_a_place_that_never_differs_by_itself_is_real_all_the_same(self) -> None:
+    def test_explained_place_is_real_if_copies_never_differ(self) -> None:
         """Another product's UUID has the shape of a fresh one."""
         assert state(1000, 1000, 100, 0, 1000) == "real"
 
-    def test_a_difference_that_no_shape_explains_is_not_carried_by_the_others(self) -> None:
+    def test_unexplained_difference_is_not_covered_by_explained_ones(self) -> None:
         assert state(10, 10, 0, 0, 9) == "undecided"
 
 
@@ -222,7 +222,7 @@ class TestExplainedByShape:
         max_size=8,
     )
 )
-def test_any_counts_have_a_decision_with_a_p_value(places: list[DifferenceCounts]) -> None:
+def test_classify_accepts_any_counts(places: list[DifferenceCounts]) -> None:
     found = classify_differences(places, ALPHA)
 
     assert len(found) == len(places)
@@ -230,7 +230,7 @@ def test_any_counts_have_a_decision_with_a_p_value(places: list[DifferenceCounts
 
 
 @given(st.integers(1, 500), st.integers(0, 500), st.integers(0, 300))
-def test_more_differences_of_new_are_more_evidence(differs: int, quiet: int, copies: int) -> None:
+def test_difference_evidence_grows_with_differences(differs: int, quiet: int, copies: int) -> None:
     compared = differs + quiet + 1
     fewer = DifferenceCounts(compared, differs, copies + 1, 0)
     more = DifferenceCounts(compared, differs + 1, copies + 1, 0)
@@ -240,7 +240,7 @@ def test_more_differences_of_new_are_more_evidence(differs: int, quiet: int, cop
 
 
 @given(st.integers(1, 400), st.integers(0, 400), st.integers(1, 40))
-def test_a_difference_among_the_copies_is_less_evidence(differs: int, quiet: int, copies: int) -> None:
+def test_difference_evidence_falls_with_differing_copies(differs: int, quiet: int, copies: int) -> None:
     without = difference_evidence(DifferenceCounts(differs + quiet, differs, copies, 0))
     with_one = difference_evidence(DifferenceCounts(differs + quiet, differs, copies, 1))
 
@@ -248,7 +248,7 @@ def test_a_difference_among_the_copies_is_less_evidence(differs: int, quiet: int
 
 
 @given(st.integers(1, 12), st.integers(1, 6), st.floats(0.002, 0.998))
-def test_under_any_one_rate_the_mean_of_the_e_value_is_at_most_one(compared: int, copies: int, rate: float) -> None:
+def test_difference_evidence_has_a_mean_of_at_most_one(compared: int, copies: int, rate: float) -> None:
     mean = sum(
         chance(differs, compared, rate)
         * chance(odd, copies, rate)
@@ -268,15 +268,15 @@ def chance(hits: int, n: int, rate: float) -> float:
     return comb(n, hits) * rate**hits * (1 - rate) ** (n - hits)
 
 
-def test_copies_needed_is_none_where_no_number_would_do() -> None:
+def test_copies_needed_is_none_if_no_number_suffices() -> None:
     assert estimate_baseline_pairs_needed(DifferenceCounts(10, 0, 5, 0), threshold=3.0) is None
 
 
-def test_no_places_no_decisions() -> None:
+def test_classify_of_no_places_is_empty() -> None:
     assert classify_differences([], ALPHA) == []
 
 
-def test_few_differences_that_all_lean_one_way_are_no_chance() -> None:
+def test_few_differences_in_one_direction_are_real() -> None:
     """10 of 4,000, none among 1,200 copies: chance would have set some the other way."""
     leaning, balanced = (DifferenceCounts(4000, 10, 1200, 0, 0, 0, 10), DifferenceCounts(4000, 10, 1200, 0, 0, 5, 5))
 
@@ -285,12 +285,12 @@ def test_few_differences_that_all_lean_one_way_are_no_chance() -> None:
     assert classify_differences([DifferenceCounts(4000, 10, 1200, 2, 0, 0, 10)], 0.01)[0].state == "noise"
 
 
-def test_a_lean_of_very_many_is_no_trouble() -> None:
+def test_direction_of_many_differences_does_not_overflow() -> None:
     assert classify_differences([DifferenceCounts(10**6, 10**5, 10**5, 0, 0, 10**5, 0)], 0.01)[0].state == "real"
 
 
 @pytest.mark.parametrize("rate", [0.002, 0.004, 0.008])
-def test_rare_noise_without_a_lean_is_never_called_real(rate: float) -> None:
+def test_rare_noise_without_direction_is_never_real(rate: float) -> None:
     dice = random.Random(11)
     assert not any(_ever_real_leaning(rate, dice) for _ in range(20))
 
@@ -309,7 +309,7 @@ def _ever_real_leaning(rate: float, dice: random.Random) -> bool:
     return False
 
 
-def test_rare_noise_of_a_kind_with_long_tails_waits_for_copies() -> None:
+def test_rare_noise_with_long_tails_waits_for_copies() -> None:
     """One of a thousand, in both directions, and the copies have not shown one yet."""
     found = classify_differences([DifferenceCounts(20_000, 20, 1000, 0, 0, 10, 10, is_rare=True)], ALPHA)[0]
 

@@ -137,17 +137,17 @@ JSON = st.recursive(
 TELLING = frozenset({"token", "hash", "hex", "base64", "uuid", "ulid", "jwt", "trace", "timestamp", "prefixed"})
 
 
-def test_the_table_is_long_enough_to_mean_something() -> None:
+def test_shape_table_has_enough_values() -> None:
     assert len(ROWS) >= 150
 
 
 @pytest.mark.parametrize(("kind", "value"), ROWS, ids=lambda one: str(one)[:40])
-def test_each_labelled_value_has_its_kind(kind: str, value: Any) -> None:
+def test_detect_shape_of_labelled_values(kind: str, value: Any) -> None:
     assert detect_shape(value).kind == kind
 
 
 @given(JSON)
-def test_any_json_has_a_shape(value: Any) -> None:
+def test_detect_shape_accepts_any_json(value: Any) -> None:
     found = detect_shape(value)
 
     assert isinstance(found, Shape)
@@ -155,18 +155,18 @@ def test_any_json_has_a_shape(value: Any) -> None:
 
 
 @given(st.uuids(version=4), st.uuids(version=4))
-def test_uuids_of_one_version_have_one_shape(one: uuid.UUID, other: uuid.UUID) -> None:
+def test_detect_shape_of_uuids_depends_on_the_version_only(one: uuid.UUID, other: uuid.UUID) -> None:
     assert detect_shape(str(one)) == detect_shape(str(other))
 
 
 @given(st.datetimes(min_value=datetime(2000, 1, 1), max_value=datetime(2090, 1, 1)))  # noqa: DTZ001 - the zone is added below
-def test_what_python_writes_as_a_time_is_one(moment: datetime) -> None:
+def test_detect_shape_recognises_times_of_python(moment: datetime) -> None:
     for text in (moment.isoformat(), moment.replace(tzinfo=UTC).isoformat(), moment.isoformat(" ")):
         assert detect_shape(text).kind == "timestamp"
 
 
 @given(st.binary(min_size=16, max_size=64))
-def test_digests_have_one_shape_each(content: bytes) -> None:
+def test_detect_shape_recognises_digests(content: bytes) -> None:
     assert detect_shape(hashlib.sha256(content).hexdigest()) == Shape("hash", "64")
 
 
@@ -180,7 +180,7 @@ def test_digests_have_one_shape_each(content: bytes) -> None:
         (lambda dice: "".join(dice.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=24)), {"token"}, 0.8),
     ],
 )
-def test_most_random_values_are_recognised(make: Any, kinds: set[str], part: float) -> None:
+def test_detect_shape_recognises_most_random_values(make: Any, kinds: set[str], part: float) -> None:
     """The others are words, and left to the baseline: that is the harmless side."""
     dice = random.Random(4)
     found = sum(detect_shape(make(dice)).kind in kinds for _ in range(1000))
@@ -194,17 +194,17 @@ WORDS = st.sampled_from(
 
 
 @given(st.lists(WORDS, min_size=1, max_size=6), st.sampled_from(["-", "_", " ", ".", "/"]))
-def test_names_made_of_words_are_never_taken_for_random(parts: list[str], separator: str) -> None:
+def test_detect_shape_never_takes_words_for_random(parts: list[str], separator: str) -> None:
     assert detect_shape(separator.join(parts)).kind not in TELLING
 
 
 @given(st.integers() | st.floats(allow_nan=False, allow_infinity=False))
-def test_numbers_are_numbers_also_as_text(value: float) -> None:
+def test_detect_shape_recognises_numbers_in_text(value: float) -> None:
     assert detect_shape(value).kind in {"integer", "float", "unix"}
     assert detect_shape(f"{value:f}").kind in {"decimal", "digits", "unix text"}
 
 
-def test_formats_tell_apart_what_a_reader_would() -> None:
+def test_detect_shape_distinguishes_formats() -> None:
     assert detect_shape("2024-05-01T12:00:05Z") != detect_shape("2024-05-01T12:00:05+00:00")
     assert detect_shape("2024-05-01T12:00:05Z") != detect_shape("2024-05-01T12:00:05.123Z")
     assert detect_shape("2024-05-01T12:00:05.12Z") == detect_shape("2024-05-01T12:00:05.123Z")
@@ -213,7 +213,7 @@ def test_formats_tell_apart_what_a_reader_would() -> None:
     assert detect_shape("507f1f77bcf86cd799439011") != detect_shape("65e4a7f3b2c91d08")
 
 
-def test_a_shape_costs_microseconds_and_never_grows_with_the_square() -> None:
+def test_detect_shape_takes_linear_time() -> None:
     """The bounds leave room for a busy machine."""
     values = [value for _, value in ROWS if isinstance(value, str) and len(value) < 200]
     hostile = ["a" * 100_000, "a@" * 50_000, "1" * 100_000, "a:" * 50_000, "/?" * 50_000, "ey" * 2000, "-" * 4000]

@@ -44,89 +44,89 @@ def judged(*endpoints: EndpointCounts, budget: Budget = BUDGET, ledger: Complete
 
 
 class TestPass:
-    def test_equal_versions_pass_with_enough_pairs(self) -> None:
+    def test_verdict_of_equal_versions_is_pass_with_enough_pairs(self) -> None:
         verdict = judged(pairs(10_000, "a"), pairs(10_000, "b"))
 
         assert (verdict.state, verdict.exit_code, verdict.pairs_to_pass) == ("PASS", 0, 0)
 
-    def test_a_rare_endpoint_keeps_nothing_from_passing(self) -> None:
+    def test_verdict_is_pass_despite_a_rare_endpoint(self) -> None:
         verdict = judged(pairs(20_000, "a"), pairs(5, "b"))
 
         assert verdict.state == "PASS"
         assert {one.endpoint: one.state for one in verdict.endpoints} == {"a": "PASS", "b": "INCONCLUSIVE"}
 
     @pytest.mark.parametrize("n", [0, 1, 10, 100, 1000])
-    def test_too_little_data_never_passes(self, n: int) -> None:
+    def test_verdict_of_few_pairs_is_never_pass(self, n: int) -> None:
         verdict = judged(pairs(n))
 
         assert (verdict.state, verdict.exit_code) == ("INCONCLUSIVE", 2)
 
-    def test_an_endpoint_of_which_nothing_was_compared_keeps_from_passing(self) -> None:
+    def test_verdict_is_inconclusive_with_an_uncompared_endpoint(self) -> None:
         verdict = judged(pairs(20_000, "a"), pairs(500, "b", compared=0, timed=0, slower=0))
 
         assert (verdict.state, verdict.pairs_to_pass) == ("INCONCLUSIVE", None)
-        assert reason(verdict, "coverage", "b").text.startswith("of 500 requests none could be compared")
+        assert reason(verdict, "coverage", "b").text.startswith("none of 500 requests could be compared")
 
-    def test_that_beginnings_are_equal_says_nothing_for_new(self) -> None:
+    def test_verdict_ignores_matches_of_truncated_pairs(self) -> None:
         """An endpoint of answers that are never whole is not covered, and its pairs make no rate pass."""
         quiet = judged(pairs(20_000, "a"), pairs(500, "b", partial=500, timed=0, slower=0))
         alone = judged(pairs(20_000, partial=19_000))
 
         assert (quiet.state, quiet.pairs_to_pass) == ("INCONCLUSIVE", None)
-        assert "none could be compared as a whole, 500 in part" in reason(quiet, "coverage", "b").text
+        assert "could be compared in full, 500 in part" in reason(quiet, "coverage", "b").text
         assert reason(quiet, "mismatches").state == "PASS"
         assert reason(alone, "mismatches").state == "INCONCLUSIVE"
         assert reason(alone, "mismatches").text.endswith(
-            "of 19,000 only the beginnings; about 2,500 more pairs to pass at this rate"
+            "19,000 compared in part; about 2,500 more pairs to pass at this rate"
         )
 
-    def test_whose_coverage_is_waived_keeps_nothing_from_passing_and_is_named(self) -> None:
+    def test_verdict_passes_and_names_a_waived_endpoint(self) -> None:
         waived = "waived by rule 7 of shop until 2099-01-01: streams never end"
         verdict = judged(pairs(20_000, "a"), pairs(500, "b", partial=500, timed=0, slower=0, waived=waived))
         gone = judged(pairs(20_000, "a"), pairs(5, "b", new_requests=0, compared=0, timed=0, waived=waived))
 
         assert (verdict.state, verdict.pairs_to_pass, reason(verdict, "coverage", "b").state) == ("PASS", 0, "PASS")
-        assert reason(verdict, "coverage", "b").text.endswith(f"500 in part; abreast pairs says why; {waived}")
+        assert reason(verdict, "coverage", "b").text.endswith(f"500 in part; for the causes: abreast pairs; {waived}")
         assert {one.endpoint: one.state for one in verdict.endpoints} == {"a": "PASS", "b": "INCONCLUSIVE"}
         assert reason(gone, "coverage", "b").text == f"old answered 5 requests, new none; {waived}"
         assert not [one for one in judged(pairs(20_000, "a", waived=waived)).reasons if one.subject == "coverage"]
 
     @pytest.mark.parametrize(("waiting", "state"), [(199, "PASS"), (201, "INCONCLUSIVE")])
-    def test_what_waits_to_be_compared_may_be_what_is_broken(self, waiting: int, state: str) -> None:
+    def test_verdict_counts_pending_requests_against_pass(self, waiting: int, state: str) -> None:
         verdict = judged(pairs(20_000), ledger=Completeness(20_000, 20_000, waiting))
 
         assert verdict.state == state
         assert ("still wait" in reason(verdict, "completeness").text) == (state != "PASS")
 
-    def test_what_rules_explain_is_said(self) -> None:
+    def test_verdict_reports_pairs_explained_by_rules(self) -> None:
         verdict = judged(pairs(20_000, by_rules=20_000))
 
         assert verdict.state == "PASS"
         assert "20,000 explained by rules" in reason(verdict, "mismatches").text
 
-    def test_equal_versions_of_unsteady_times_pass_too(self) -> None:
+    def test_verdict_of_unsteady_equal_times_is_pass(self) -> None:
         """New is slower by a tenth in nearly half of the pairs where chance alone makes most of a time."""
         assert judged(pairs(20_000, timed=17_354, slower=8421)).state == "PASS"
 
-    def test_no_endpoint_never_passes(self) -> None:
+    def test_verdict_without_endpoints_is_never_pass(self) -> None:
         assert judged(ledger=Completeness(0, 0)).state == "INCONCLUSIVE"
 
-    def test_what_is_undecided_counts_against_passing_and_not_for_failing(self) -> None:
+    def test_verdict_counts_undecided_pairs_against_pass_only(self) -> None:
         verdict = judged(pairs(20_000, undecided=20_000))
 
         assert verdict.state == "INCONCLUSIVE"
-        assert "20,000 more not yet told from noise" in reason(verdict, "mismatches").text
+        assert "20,000 more are undecided" in reason(verdict, "mismatches").text
 
 
 class TestFail:
-    def test_one_in_2_000_is_over_a_budget_of_one_in_10_000_after_20_000_requests(self) -> None:
+    def test_verdict_fails_one_in_2_000_after_20_000_requests(self) -> None:
         verdict = judged(pairs(20_000, mismatches=10), budget=TIGHT)
 
         assert (verdict.state, verdict.exit_code) == ("FAIL", 1)
         assert verdict.reasons[0].subject == "mismatches"
         assert "10 of 20,000 pairs" in verdict.reasons[0].text
 
-    def test_a_waiver_and_beginnings_hide_no_mismatch(self) -> None:
+    def test_verdict_fails_despite_waivers_and_truncated_pairs(self) -> None:
         """Beginnings that are equal are pairs of which some differ, not none: a few that do are no rate of one."""
         many = pairs(500, "b", partial=500, mismatches=50, timed=0, slower=0, waived="waived")
         few = pairs(20_000, "b", partial=20_000, mismatches=5, timed=0, slower=0, waived="waived")
@@ -135,7 +135,7 @@ class TestFail:
         assert judged(pairs(20_000, "a"), few).state == "PASS"
 
     @pytest.mark.parametrize("n", [20_000, 40_000, 100_000])
-    def test_so_it_is_in_one_of_20_endpoints_and_at_more_requests(self, n: int) -> None:
+    def test_verdict_fails_for_one_of_20_endpoints(self, n: int) -> None:
         quiet = [pairs(n // 20, str(number)) for number in range(19)]
         verdict = judged(pairs(n // 20, "broken", mismatches=n // 2000), *quiet, budget=TIGHT)
 
@@ -144,44 +144,44 @@ class TestFail:
         assert all(one.state != "FAIL" for one in verdict.endpoints[1:])
 
     @pytest.mark.parametrize(("budget", "state"), [(0.01, "PASS"), (0.001, "INCONCLUSIVE"), (0.0001, "FAIL")])
-    def test_the_same_data_at_other_budgets(self, budget: float, state: str) -> None:
+    def test_verdict_depends_on_the_budget(self, budget: float, state: str) -> None:
         verdict = judged(pairs(20_000, mismatches=10), budget=Budget(max_mismatch=budget))
 
         assert verdict.state == state
 
-    def test_an_endpoint_that_is_plainly_broken_fails_the_whole_that_is_within_its_budget(self) -> None:
+    def test_verdict_fails_for_a_broken_endpoint_within_the_service_budget(self) -> None:
         verdict = judged(pairs(100_000, "big"), pairs(6, "small", mismatches=6))
 
         assert verdict.state == "FAIL"
         assert reason(verdict, "mismatches").state == "PASS"
         assert reason(verdict, "mismatches", "small").state == "FAIL"
 
-    def test_what_suffices_for_one_of_two_endpoints_does_not_for_one_of_a_hundred(self) -> None:
+    def test_verdict_needs_more_evidence_among_more_endpoints(self) -> None:
         odd = pairs(1000, "odd", mismatches=7)
         many = [pairs(1000, str(number)) for number in range(99)]
 
         assert judged(odd, pairs(99_000)).state == "FAIL"
         assert judged(odd, *many).state == "PASS"
 
-    def test_errors_of_new_alone(self) -> None:
+    def test_verdict_fails_for_errors_of_new_alone(self) -> None:
         verdict = judged(pairs(20_000, new_errors=100))
 
         assert verdict.state == "FAIL"
         assert verdict.reasons[0].subject == "errors"
 
-    def test_two_versions_that_both_err_now_and_then_are_no_regression(self) -> None:
+    def test_verdict_tolerates_errors_of_both_versions(self) -> None:
         verdict = judged(pairs(20_000, new_errors=100, old_errors=95))
 
         assert verdict.state == "INCONCLUSIVE"
         assert "95 the other way" in reason(verdict, "errors").text
 
-    def test_slower_answers(self) -> None:
+    def test_verdict_fails_for_slower_responses(self) -> None:
         verdict = judged(pairs(1000, slower=700))
 
         assert verdict.state == "FAIL"
         assert "by more than 10%" in verdict.reasons[0].text
 
-    def test_holes_in_the_ledger_do_not_undo_it(self) -> None:
+    def test_verdict_stays_fail_with_an_incomplete_ledger(self) -> None:
         verdict = judged(pairs(20_000, mismatches=10), budget=TIGHT, ledger=Completeness(40_000, 20_000))
 
         assert verdict.state == "FAIL"
@@ -189,7 +189,7 @@ class TestFail:
 
 
 class TestInconclusive:
-    def test_it_says_how_many_more_pairs_it_takes_and_they_are_enough(self) -> None:
+    def test_verdict_estimates_pairs_to_pass(self) -> None:
         verdict = judged(pairs(1000))
 
         assert verdict.pairs_to_pass is not None
@@ -197,7 +197,7 @@ class TestInconclusive:
         assert judged(pairs(1000 + verdict.pairs_to_pass)).state == "PASS"
         assert judged(pairs(990 + verdict.pairs_to_pass)).state == "INCONCLUSIVE"
 
-    def test_it_says_how_many_more_pairs_would_fail(self) -> None:
+    def test_verdict_estimates_pairs_to_fail(self) -> None:
         verdict = judged(pairs(1000, mismatches=2), budget=BUDGET)
         more = reason(verdict, "mismatches").pairs_needed.to_fail
 
@@ -206,7 +206,7 @@ class TestInconclusive:
         factor = (1000 + more) / 1000
         assert judged(pairs(1000 + more, mismatches=round(2 * factor))).state == "FAIL"
 
-    def test_an_endpoint_that_new_never_answered(self) -> None:
+    def test_verdict_is_inconclusive_for_an_unanswered_endpoint(self) -> None:
         verdict = judged(pairs(20_000, "a"), pairs(0, "gone", old_requests=50))
 
         assert verdict.state == "INCONCLUSIVE"
@@ -214,13 +214,13 @@ class TestInconclusive:
         assert verdict.pairs_to_pass is None
 
     @pytest.mark.parametrize("ledger", [Completeness(20_000, 19_000), Completeness(0, 0)])
-    def test_a_ledger_with_holes(self, ledger: Completeness) -> None:
+    def test_verdict_is_inconclusive_for_an_incomplete_ledger(self, ledger: Completeness) -> None:
         verdict = judged(pairs(20_000), ledger=ledger)
 
         assert verdict.state == "INCONCLUSIVE"
         assert verdict.reasons[0].subject == "completeness"
 
-    def test_a_lost_request_of_a_million_is_not_shown_as_all(self) -> None:
+    def test_verdict_never_rounds_completeness_to_100_percent(self) -> None:
         verdict = judged(pairs(20_000), ledger=Completeness(1_000_000, 999_999))
 
         assert "99.9999%" in reason(verdict, "completeness").text
@@ -248,7 +248,7 @@ def ever_fails(dice: random.Random, rate: float) -> bool:
     return False
 
 
-def test_what_is_within_the_budget_fails_no_more_often_than_stated_at_any_of_many_looks() -> None:
+def test_verdict_fails_wrongly_at_most_with_alpha() -> None:
     dice = random.Random(11)
     wrong = sum(ever_fails(dice, 0.02) for _ in range(RUNS))
 
@@ -266,7 +266,7 @@ def ever_passes(dice: random.Random, rate: float) -> bool:
     return False
 
 
-def test_what_is_over_the_budget_passes_no_more_often_than_stated_at_any_of_many_looks() -> None:
+def test_verdict_passes_wrongly_at_most_with_alpha() -> None:
     dice = random.Random(12)
     wrong = sum(ever_passes(dice, 0.02) for _ in range(RUNS))
 
@@ -294,9 +294,7 @@ def endpoints(draw: st.DrawFn) -> EndpointCounts:
     st.tuples(st.integers(0, 1000), st.integers(0, 1000)),
     st.sampled_from([0.0, 0.0001, 0.01, 1.0]),
 )
-def test_any_counts_have_a_verdict_with_reasons(
-    counts: list[EndpointCounts], ledger: tuple[int, int], limit: float
-) -> None:
+def test_verdict_of_any_counts_has_reasons(counts: list[EndpointCounts], ledger: tuple[int, int], limit: float) -> None:
     verdict = decide_verdict(counts, Completeness(*ledger), Budget(max_mismatch=limit, max_error=limit))
     order = [("FAIL", "INCONCLUSIVE", "PASS").index(one.state) for one in verdict.reasons]
 
@@ -307,7 +305,7 @@ def test_any_counts_have_a_verdict_with_reasons(
 
 
 @given(st.integers(0, 20_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_a_larger_budget_is_never_worse(case: tuple[int, int]) -> None:
+def test_verdict_never_worsens_with_a_larger_budget(case: tuple[int, int]) -> None:
     hits, n = case
     order = ("FAIL", "INCONCLUSIVE", "PASS")
     states = [
@@ -323,12 +321,12 @@ def test_a_larger_budget_is_never_worse(case: tuple[int, int]) -> None:
     "given_values",
     [{"max_mismatch": -0.1}, {"max_error": 1.1}, {"confidence": 1.0}, {"confidence": 0.0}, {"max_slower": -1.0}],
 )
-def test_a_budget_that_makes_no_sense_is_refused(given_values: dict[str, float]) -> None:
+def test_budget_rejects_invalid_values(given_values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(given_values))):
         Budget(**given_values)
 
 
-def test_passing_without_a_mismatch_takes_little_more_than_by_one_look() -> None:
+def test_verdict_passes_almost_as_early_as_a_single_look() -> None:
     more = judged(pairs(1, slower=0)).pairs_to_pass
 
     assert more is not None

@@ -19,6 +19,7 @@ import structlog
 from abreast_sidecar import aio, logs
 from abreast_sidecar.ingest.worker import Worker
 from abreast_sidecar.settings import Settings
+from abreast_sidecar.store.database import Database
 
 WORKER_STALE_S = 15.0  # without a read or a commit; an idle worker reads once a second
 HEARTBEAT_INTERVAL_S = 0.5
@@ -26,6 +27,7 @@ HEARTBEAT_STALE_S = 5.0
 MIN_RESTART_BACKOFF_S = 0.2
 MAX_RESTART_BACKOFF_S = 15.0
 STABLE_UPTIME_S = 30.0  # resets the backoff
+MAX_WORKER_CONNECTIONS = 4  # to read rules and to record rechecks; pairs have a separate connection
 DRAIN_TIME_SHARE = 0.7  # share of the shutdown timeout; the servers get the rest
 PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 
@@ -40,9 +42,9 @@ class WorkerPool(Protocol):
         """Run until `stop` is set and batches in flight are done."""
 
 
-def create_pool(settings: Settings) -> WorkerPool:
+def create_pool(settings: Settings, database: Database) -> WorkerPool:
     pool_settings = dataclasses.replace(settings, shutdown_timeout=settings.shutdown_timeout * DRAIN_TIME_SHARE)
-    return ProcessPool(pool_settings) if settings.workers else InProcessPool(pool_settings)
+    return ProcessPool(pool_settings) if settings.workers else InProcessPool(pool_settings, database)
 
 
 def make_worker_name() -> str:
@@ -55,8 +57,8 @@ def is_healthy(worker: Worker) -> bool:
 
 
 class InProcessPool:
-    def __init__(self, settings: Settings) -> None:
-        self.worker = Worker(settings, name=make_worker_name())
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self.worker = Worker(settings, database, name=make_worker_name())
 
     def problem(self) -> str:
         if is_healthy(self.worker):
@@ -166,12 +168,13 @@ async def run_worker(settings: Settings) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await asyncio.get_running_loop().connect_read_pipe(lambda: StopOnEof(stop), sys.stdin)
-    worker = Worker(settings, name=make_worker_name())
-    heartbeat_task = asyncio.create_task(_send_heartbeats(worker))
-    try:
-        await worker.run(stop)
-    finally:
-        heartbeat_task.cancel()
+    async with Database(settings.postgres_url, max_connections=MAX_WORKER_CONNECTIONS) as database:
+        worker = Worker(settings, database, name=make_worker_name())
+        heartbeat_task = asyncio.create_task(_send_heartbeats(worker))
+        try:
+            await worker.run(stop)
+        finally:
+            heartbeat_task.cancel()
 
 
 async def _send_heartbeats(worker: Worker) -> None:

@@ -168,10 +168,10 @@ class PendingRecheck:
 class Rechecker:
     """Rechecks committed pairs after a delay, within the limit per minute."""
 
-    def __init__(self, settings: RecheckSettings, rules: CompareOptions, postgres_url: str) -> None:
+    def __init__(self, settings: RecheckSettings, rules: CompareOptions, database: Database) -> None:
         self._settings = settings
         self._rules = rules
-        self._database = Database(postgres_url)
+        self._database = database
         self._replayer = Replayer()
         self._queue: deque[PendingRecheck] = deque()
         self._replay_times: deque[float] = deque()  # during the last minute
@@ -189,14 +189,12 @@ class Rechecker:
     async def run(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set, and cancel rechecks in flight then."""
         try:
-            await self._database.open()
             while not stop.is_set():
                 self._start_due()
                 await wait_or_stop(stop, min(0.2, self._settings.delay_s / 4))
         finally:
             await cancel_and_wait(*self._tasks)
             await self._replayer.aclose()
-            await self._database.close()
 
     def _start_due(self) -> None:
         now = time.monotonic()

@@ -18,6 +18,7 @@ from abreast_sidecar.ingest.recheck import Rechecker, RecheckSettings
 from abreast_sidecar.ingest.stream import StreamConsumer, StreamEntry
 from abreast_sidecar.rules.cache import RuleCache
 from abreast_sidecar.settings import Settings
+from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.records import PairRecord
 from abreast_sidecar.store.writer import PairWriter
 
@@ -37,15 +38,15 @@ class Batch:
 class Worker:
     """Processes one stream of batches. `last_heartbeat` (monotonic) is the last read or commit."""
 
-    def __init__(self, settings: Settings, *, name: str) -> None:
+    def __init__(self, settings: Settings, database: Database, *, name: str) -> None:
         self.name = name
         self.is_running = False
         self.last_heartbeat = 0.0
         self._settings = settings
         rules = CompareOptions.with_ignored_headers(settings.volatile_headers)
-        self._rule_cache = RuleCache(settings.postgres_url, rules, direct_url=settings.direct_url)
+        self._rule_cache = RuleCache(database, rules, direct_url=settings.direct_url)
         recheck_settings = RecheckSettings.from_settings(settings)
-        self._rechecker = Rechecker(recheck_settings, rules, settings.postgres_url) if recheck_settings else None
+        self._rechecker = Rechecker(recheck_settings, rules, database) if recheck_settings else None
         self._redis = Outage("redis", worker=name)
         self._postgres = Outage("postgres", worker=name)
         self._isolated_comparer = IsolatedComparer()
@@ -67,7 +68,7 @@ class Worker:
         writer = PairWriter(self._settings.postgres_url, examples_per_finding=self._settings.examples_per_finding)
         self.is_running = True
         try:
-            await self._rule_cache.open()
+            self._rule_cache.start()
             await _run_until_stopped(
                 stop, self._process_batches(reader, writer, stop), grace_s=self._settings.shutdown_timeout
             )

@@ -44,27 +44,25 @@ class Job:
 class JobRunner:
     """Runs each job in its interval. `last_heartbeat` (monotonic) is the last expiry of incomplete pairs."""
 
-    def __init__(self, settings: Settings, *, name: str = "housekeeping") -> None:
+    def __init__(self, settings: Settings, database: Database, *, name: str = "housekeeping") -> None:
         self.name = name
         self.is_running = False
         self.last_heartbeat = 0.0
         self._settings = settings
         self._options = CompareOptions.with_ignored_headers(settings.volatile_headers)
         self._redis = connect_redis(settings.redis_url)
-        self._database = Database(settings.postgres_url)
+        self._database = database
         self._outages = {server: Outage(server, by=name) for server in ("redis", "postgres", *settings.envoy_admin)}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set. Retry while a server is away."""
         self.is_running = True
         try:
-            await self._database.open()
             async with asyncio.TaskGroup() as group:
                 for job in self._list_jobs():
                     group.create_task(self._run_periodically(job, stop), name=f"abreast {job.name}")
         finally:
             self.is_running = False
-            await self._database.close()
             await self._redis.aclose()
 
     def _list_jobs(self) -> list[Job]:

@@ -1,19 +1,19 @@
-"""Whether evidence can be believed to be whole. No evidence is never good evidence."""
+"""Is the evidence complete? Missing evidence never counts as good evidence. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-MAX_REPORT_AGE_S = 15.0  # seconds; an Envoy's count is brought once a second
-ENVOY_GONE_AFTER_S = 600.0  # seconds after which an Envoy that nobody asks any more is taken to be no more
-MAX_PAIR_AGE_S = 30.0  # seconds without a pair
-MAX_CLOCK_LAG_S = 60.0  # seconds: pairs are of Redis's clock, all else of Postgres's
+MAX_REPORT_AGE_S = 15.0  # a sidecar reads each Envoy's counters once per second
+ENVOY_GONE_AFTER_S = 600.0  # an Envoy that no setting names and no sidecar reads is gone after this time
+MAX_PAIR_AGE_S = 30.0
+MAX_CLOCK_LAG_S = 60.0  # pairs have the time of Redis's clock, all else that of Postgres's
 
 
 @dataclass(frozen=True, slots=True)
 class EnvoyReport:
-    """When (seconds ago) an Envoy's count was brought; `node` ends in @ and its admin address."""
+    """`age`: seconds since an Envoy's counters were read. `node` ends in @ and the admin address."""
 
     node: str
     age: float
@@ -21,7 +21,7 @@ class EnvoyReport:
 
 @dataclass(frozen=True, slots=True)
 class CompletenessGap:
-    """Requests by Envoy's count, and those that the ledger ever got or that are on their way to it."""
+    """`sampled`: requests by Envoy's counters. `arrived`: requests that the ledger received or that are in Redis."""
 
     sampled: int | None
     arrived: int
@@ -32,39 +32,38 @@ class CompletenessGap:
 
 
 def describe_stale_counts(reports: Iterable[EnvoyReport], admin_addresses: Iterable[str]) -> str:
-    """Why Envoy's count can't be relied on; empty where it can. `asked` are admin addresses that ought to answer."""
+    """Return why Envoy's counters can't be relied on, empty if they can.
+
+    `admin_addresses`: the Envoys that the settings name.
+    """
     all_reports = list(reports)
     if not all_reports:
-        return "no Envoy's count is known (ABREAST_ENVOY_ADMIN)"
-    addresses = {_normalise_address(address) for address in admin_addresses}
+        return "no Envoy's count is known; set ABREAST_ENVOY_ADMIN"
+    addresses = {address.removeprefix("http://").rstrip("/") for address in admin_addresses}
     late_reports = [
         report
         for report in all_reports
-        if report.age > MAX_REPORT_AGE_S and (report.age < ENVOY_GONE_AFTER_S or _admin_address(report) in addresses)
+        if report.age > MAX_REPORT_AGE_S
+        and (report.age < ENVOY_GONE_AFTER_S or report.node.rpartition("@")[2] in addresses)
     ]
     if late_reports:
         oldest = max(late_reports, key=lambda report: report.age)
-        return f"the Envoy {oldest.node} has not told its count for {oldest.age:.0f} s"
+        return f"the count of the Envoy {oldest.node} is {oldest.age:.0f} s old"
     if all(report.age > MAX_REPORT_AGE_S for report in all_reports):
-        return "no Envoy tells its count any more (ABREAST_ENVOY_ADMIN)"
+        return "no Envoy reports its count any more; check ABREAST_ENVOY_ADMIN"
     return ""
 
 
 def measure_clock_lag(newest_pair_age_s: float | None) -> float:
-    """Seconds by which Postgres's clock is behind the pairs'. `newest`: seconds since the last one, by that clock."""
+    """Return the seconds by which Postgres's clock is behind that of the pairs; 0 for a small or unknown lag.
+
+    `newest_pair_age_s`: seconds since the newest pair by Postgres's clock.
+    """
     return -newest_pair_age_s if newest_pair_age_s is not None and newest_pair_age_s < -MAX_CLOCK_LAG_S else 0.0
 
 
 def count_lost_requests(missing_before: int | None, gap: CompletenessGap) -> int | None:
-    """Requests that went missing since; None where that can't be known."""
+    """Return how many requests went missing since `missing_before`, None if that is not known."""
     if missing_before is None or gap.missing is None:
         return None
     return max(0, gap.missing - missing_before)
-
-
-def _admin_address(report: EnvoyReport) -> str:
-    return report.node.rpartition("@")[2]
-
-
-def _normalise_address(address: str) -> str:
-    return address.removeprefix("http://").rstrip("/")

@@ -1,17 +1,17 @@
-"""When evidence is enough to send all users back to old.
+"""Is the evidence sufficient to send all users back to old? Pure.
 
-Each rule is a test that stays valid however often one looks (`compare.sequence`): an e-value, which reaches 1/alpha at
-any time at all with a probability of at most alpha while the rule is kept. Such a test is about one beginning, and a
-guard that watches for months must forget. So each rule is tested over two windows at a time, the one that began at the
-last half of its length, and the one that began a half before; each gets half of the rule's alpha. An untroubled service
-is then rolled back with a probability of at most alpha in each half window, and what went wrong within the last half
-window is seen whole.
+Each rule is a test with an e-value (`stats.sequential`): while the rule is kept, the e-value ever reaches 1/alpha with a
+probability of at most alpha, however often it is evaluated. The test has one beginning, and a guard that watches for
+months must forget. Each rule is therefore tested over two windows at a time. One began at the last multiple of half the
+window's length, the other half a length before, and each gets half of the rule's alpha. The guard then rolls back a
+healthy service with a probability of at most alpha per half window, and it sees a defect of the last half window in
+full.
 
-Errors are those of requests whose user new answered (or should have: where it failed and old stepped in), held against
-what old did with the same request. New must err alone in more of them than the limit, and more often than old errs
-alone (McNemar 1947, "Note on the sampling error of the difference between correlated proportions", as an e-value). Mismatches are those
-of real findings: what is undecided, or noise, does not count. Slower means that more than half of the pairs are beyond
-the limit, as in a verdict.
+Errors count requests whose user new answered, or should have: new failed and old stepped in. They are compared with old's
+response to the same request. New must fail alone in more of them than the limit, and more often than old fails alone
+(McNemar 1947, "Note on the sampling error of the difference between correlated proportions", as an e-value). Mismatches
+count pairs with real findings, not with undecided ones or noise. The rule `slower` means that more than half of the
+pairs are beyond the limit, as in a verdict.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ GuardRuleName = Literal["errors", "mismatches", "slower"]
 
 GUARD_MODES: tuple[GuardMode, ...] = get_args(GuardMode)
 GUARD_RULE_NAMES: tuple[GuardRuleName, ...] = get_args(GuardRuleName)
-WINDOWS_PER_RULE = 2  # at a time, for each rule
-MIN_WINDOW_S, MAX_WINDOW_S = 10.0, 86_400.0  # seconds of a window
+WINDOWS_PER_RULE = 2
+MIN_WINDOW_S, MAX_WINDOW_S = 10.0, 86_400.0
 MAX_MIN_PAIRS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class GuardRule:
-    limit: float  # a share of pairs; of `slower` the part of old's time
-    min_pairs: int  # before anything is said
+    limit: float  # share of pairs; for `slower` a share of old's time
+    min_pairs: int  # fewer pairs never breach
     window: float = 600.0  # seconds
-    cooldown: float = 300.0  # seconds after it acted, or would have
+    cooldown: float = 300.0  # seconds after the rule fired
 
     def validate(self, name: str) -> None:
-        """Raise ValueError."""
+        """Raise ValueError if a value is out of range."""
         highest = inf if name == "slower" else 1.0
         if not (0 <= self.limit <= highest and isfinite(self.limit)):
-            raise ValueError(f"{name}.limit must be a share from 0 to 1 (of slower: 0 or more), got {self.limit!r}")
+            raise ValueError(f"{name}.limit must be a share from 0 to 1 (slower: 0 or more), got {self.limit!r}")
         if not 1 <= self.min_pairs <= MAX_MIN_PAIRS:
             raise ValueError(f"{name}.min_pairs must be 1 to {MAX_MIN_PAIRS}, got {self.min_pairs!r}")
         if not MIN_WINDOW_S <= self.window <= MAX_WINDOW_S:
@@ -61,7 +61,7 @@ class GuardPolicy:
     errors: GuardRule = field(default_factory=lambda: GuardRule(limit=0.001, min_pairs=10))
     mismatches: GuardRule = field(default_factory=lambda: GuardRule(limit=0.01, min_pairs=50))
     slower: GuardRule = field(default_factory=lambda: GuardRule(limit=1.0, min_pairs=100))
-    min_completeness: float = 0.9  # below it the guard says that it is blind
+    min_completeness: float = 0.9  # below it the guard is blind
     confidence: float = 0.99
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class GuardPolicy:
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> GuardPolicy:
-        """From what `asdict` made of one; what is unknown is left out."""
+        """Convert the result of `asdict`. Unknown fields are ignored."""
         values: dict[str, Any] = {
             name: document[name] for name in ("mode", "min_completeness", "confidence") if name in document
         }
@@ -93,10 +93,10 @@ class WindowCounts:
     """Pairs of one window."""
 
     live: int = 0  # users' requests that new answered, or should have
-    new_errors: int = 0  # of `live`: new failed, and old did not
-    old_errors: int = 0  # the other way
+    new_errors: int = 0  # part of `live`: new failed, and old did not
+    old_errors: int = 0  # part of `live`: old failed, and new did not
     compared: int = 0
-    mismatches: int = 0  # with a real finding that is no addition
+    mismatches: int = 0  # with a real finding that is not an addition
     timed: int = 0
     slower: int = 0
 
@@ -105,11 +105,11 @@ class WindowCounts:
 class Breach:
     rule: GuardRuleName
     text: str
-    excess_evidence: float  # beyond what it takes
+    excess_evidence: float  # logarithm, beyond the threshold
 
 
 def window_starts(rule: GuardRule, now: dt.datetime, since: dt.datetime) -> tuple[dt.datetime, ...]:
-    """Of the windows, the longest first. They do not slide: each begins once and grows. None begins before `since`."""
+    """Return the start of each window, the longest first, none before `since`. Windows don't slide: they begin and grow."""
     half_window_s = rule.window / WINDOWS_PER_RULE
     latest_start = dt.datetime.fromtimestamp(now.timestamp() // half_window_s * half_window_s, dt.UTC)
     return tuple(
@@ -119,38 +119,34 @@ def window_starts(rule: GuardRule, now: dt.datetime, since: dt.datetime) -> tupl
 
 
 def find_breaches(policy: GuardPolicy, window_counts: Mapping[GuardRuleName, Sequence[WindowCounts]]) -> list[Breach]:
-    """The plainest first."""
-    breach_list = []
+    """Return the rules that are breached, the one with the most excess evidence first."""
+    breaches = []
     for name, windows in window_counts.items():
         threshold = -log((1 - policy.confidence) * ALPHA_SHARES[name] / WINDOWS_PER_RULE)
         worst = max((_test_rule(policy, name, counts) for counts in windows), key=lambda breach: breach.excess_evidence)
         if worst.excess_evidence >= threshold:
-            breach_list.append(Breach(name, worst.text, worst.excess_evidence - threshold))
-    return sorted(breach_list, key=lambda breach: -breach.excess_evidence)
+            breaches.append(Breach(name, worst.text, worst.excess_evidence - threshold))
+    return sorted(breaches, key=lambda breach: -breach.excess_evidence)
 
 
 def _test_rule(policy: GuardPolicy, name: GuardRuleName, counts: WindowCounts) -> Breach:
     rule = policy.rule(name)
-    n, hits, limit = _select_counts(name, rule, counts)
+    n, hits, limit = {
+        "errors": (counts.live, counts.new_errors, rule.limit),
+        "mismatches": (counts.compared, counts.mismatches, rule.limit),
+        "slower": (counts.timed, counts.slower, HALF),
+    }[name]
     evidence = evidence_above(hits, n, limit) if n >= rule.min_pairs else -inf
     if name == "errors" and hits:
         evidence = min(evidence, evidence_above(hits, hits + counts.old_errors, HALF))
     return Breach(name, _describe_breach(name, rule, counts), evidence)
 
 
-def _select_counts(name: GuardRuleName, rule: GuardRule, counts: WindowCounts) -> tuple[int, int, float]:
-    if name == "errors":
-        return counts.live, counts.new_errors, rule.limit
-    if name == "mismatches":
-        return counts.compared, counts.mismatches, rule.limit
-    return counts.timed, counts.slower, HALF
-
-
 def _describe_breach(name: GuardRuleName, rule: GuardRule, counts: WindowCounts) -> str:
     if name == "errors":
         return (
             f"new failed {counts.new_errors:,} of {counts.live:,} users' requests that old answered"
-            f" ({_format_share(counts.new_errors, counts.live)}, {rule.limit * 100:.3g}% allowed); {counts.old_errors:,} the other way"
+            f" ({_format_share(counts.new_errors, counts.live)}, {rule.limit * 100:.3g}% allowed); old failed {counts.old_errors:,} that new answered"
         )
     if name == "mismatches":
         return (

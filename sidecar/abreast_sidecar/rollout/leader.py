@@ -1,9 +1,9 @@
-"""The one seat of those who act by themselves: whoever holds a lock of Postgres's, on a connection of its own.
+"""Leader election by a session-level advisory lock on a dedicated connection.
 
-The lock is the session's, so it is free as soon as the session ends: when the process dies, when the connection is lost,
-and when nothing was said on it for IDLE seconds, which is Postgres's own clock: a process that is frozen loses its seat
-whatever it believes. All acts go through this very connection, so that one who has lost the seat can't act any more,
-and finds out.
+Postgres frees the lock when the session ends: when the process dies, when the connection is lost, or after
+LEADER_SESSION_TIMEOUT_S without a statement. The timeout runs on Postgres's clock, so a frozen process loses the
+leadership too. All actions of the leader use this connection, so a former leader can't act, and it
+notices.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from abreast_sidecar.errors import LedgerError
 from abreast_sidecar.store.database import CONNECT_TIMEOUT_S, Connection, load_statement, map_postgres_errors
 
 LEADER_LOCK_ID = 0x616272657010
-LEADER_HEARTBEAT_S = 0.5  # seconds between two signs of life
-LEADER_SESSION_TIMEOUT_S = 4  # seconds without one, after which Postgres ends the session
-LEADER_STATEMENT_TIMEOUT_S = 3.0  # seconds that Postgres gets for anything that is asked here
+LEADER_HEARTBEAT_S = 0.5
+LEADER_SESSION_TIMEOUT_S = 4  # without a statement
+LEADER_STATEMENT_TIMEOUT_S = 3.0
 LEADER_CONNECTION_OPTIONS = (
     f"-c idle_session_timeout={LEADER_SESSION_TIMEOUT_S}s -c idle_in_transaction_session_timeout={LEADER_SESSION_TIMEOUT_S}s"
     f" -c statement_timeout={LEADER_STATEMENT_TIMEOUT_S:g}s -c lock_timeout={LEADER_STATEMENT_TIMEOUT_S:g}s -c jit=off -c timezone=UTC"
@@ -30,7 +30,7 @@ LEADER_CONNECTION_OPTIONS = (
 
 
 class LeadershipLostError(LedgerError):
-    """Another may act by now; this one must not."""
+    """Another sidecar may be the leader; this one must not act."""
 
 
 class LeaderLease:
@@ -41,7 +41,7 @@ class LeaderLease:
         self._lock = asyncio.Lock()
 
     async def acquire(self) -> bool:
-        """Whether it is held now. Raise LedgerError while Postgres can't be reached."""
+        """Return True if this sidecar is the leader now. Raise LedgerError while Postgres is away."""
         async with self._use_connection() as connection:
             cursor = await connection.execute(load_statement("leader_acquire"), {"lock": LEADER_LOCK_ID})
             row = await cursor.fetchone()
@@ -49,13 +49,13 @@ class LeaderLease:
         return self.is_held
 
     async def heartbeat(self) -> None:
-        """Say a sign of life. Raise SeatLostError."""
+        """Keep the session alive. Raise LeadershipLostError."""
         async with self._use_connection() as connection:
             await self._check_lock(connection)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Connection]:
-        """Raise SeatLostError where it is lost before the commit: then nothing was done."""
+        """Open a transaction of the leader. Raise LeadershipLostError if nothing was committed for lack of the lock."""
         async with self._use_connection() as connection, connection.transaction():
             await self._check_lock(connection)
             yield connection
@@ -69,41 +69,39 @@ class LeaderLease:
 
     @asynccontextmanager
     async def _use_connection(self) -> AsyncIterator[Connection]:
-        """What goes wrong on this connection ends it, and the seat with it."""
+        """Yield the connection. Any error on it closes it, which ends the leadership."""
         async with self._lock:
             try:
                 async with asyncio.timeout(LEADER_STATEMENT_TIMEOUT_S + CONNECT_TIMEOUT_S):
                     with map_postgres_errors():
-                        yield await self._connect()
+                        if self._connection is None:
+                            self._connection = await AsyncConnection.connect(
+                                self.conninfo,
+                                autocommit=True,
+                                connect_timeout=CONNECT_TIMEOUT_S,
+                                prepare_threshold=None,
+                                options=LEADER_CONNECTION_OPTIONS,
+                                application_name="abreast leader",
+                                row_factory=dict_row,
+                            )
+                        yield self._connection
             except (LedgerError, TimeoutError, OSError) as error:
                 was_held = self.is_held
                 await self.release()
                 if was_held:
-                    raise LeadershipLostError(f"the seat of the acting sidecar is lost: {error}") from error
+                    raise LeadershipLostError(f"leadership lost: {error}") from error
                 if isinstance(error, LedgerError):
                     raise
                 raise LedgerError(f"postgres can't be reached: {error or 'no answer in time'}") from error
             except asyncio.CancelledError:
-                await self.release()  # in the midst of an answer
+                await self.release()  # its answer would be read as that of the next statement
                 raise
-
-    async def _connect(self) -> Connection:
-        if self._connection is None:
-            self._connection = await AsyncConnection.connect(
-                self.conninfo,
-                autocommit=True,
-                connect_timeout=CONNECT_TIMEOUT_S,
-                prepare_threshold=None,
-                options=LEADER_CONNECTION_OPTIONS,
-                application_name="abreast steering",
-                row_factory=dict_row,
-            )
-        return self._connection
 
     async def _check_lock(self, connection: Connection) -> None:
         cursor = await connection.execute(load_statement("leader_check"), {"lock": LEADER_LOCK_ID})
         row = await cursor.fetchone()
         if not row or not row["is_leader"]:
             raise LedgerError(
-                "the lock is not this connection's; ABREAST_POSTGRES_URL must not lead through a pooler of transactions"
+                "this connection does not hold the leader's lock; if ABREAST_POSTGRES_URL leads through a pooler in"
+                " transaction mode, set ABREAST_POSTGRES_DIRECT_URL"
             )

@@ -1,41 +1,40 @@
-"""What a ramp does next, from what is known. Pure.
+"""Decide the next action of a ramp. Pure.
 
-It climbs on PASS, of all that was seen since it began. It goes back on FAIL, of that or of the present step alone: a
-defect that only shows at 50% must not drown in a week of 1%. Half of alpha is for the one, half for the steps together,
-so that a ramp goes back wrongly with a probability of at most alpha. Everything else waits.
+A ramp steps up if the verdict on everything since its start is PASS. It rolls back if that verdict, or the verdict on the
+present step alone, is FAIL: a week at 1% must not hide a defect that only shows at 50%. The first verdict gets half of
+alpha, the steps share the other half, so a ramp rolls back wrongly with a probability of at most alpha. In all other
+cases it waits.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, Literal
+from typing import Literal
 
 from abreast_sidecar.rollout.completeness import MAX_PAIR_AGE_S, measure_clock_lag
-from abreast_sidecar.stats import verdict as judging
-from abreast_sidecar.stats.verdict import Budget, Completeness, EndpointCounts, Verdict
+from abreast_sidecar.stats.verdict import Budget, Completeness, EndpointCounts, Verdict, decide_verdict
 
 RampState = Literal["progressing", "paused", "succeeded", "failed", "aborted", "superseded"]
 ActionName = Literal["wait", "step", "succeed", "roll back"]
 
 ACTIVE_STATES: tuple[RampState, ...] = ("progressing", "paused")
-ALL_USERS = 10_000  # all users, in hundredths of a percent
+ALL_USERS = 10_000  # in hundredths of a percent
 MAX_STEPS = 100
-MAX_HOLD_S = 30 * 86_400.0  # seconds of a hold
+MAX_HOLD_S = 30 * 86_400.0
 MAX_MIN_PAIRS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class RampPlan:
     steps: tuple[int, ...]  # shares of users, in hundredths of a percent
-    hold: float = 600.0  # seconds that each step lasts at least
-    min_pairs: int = 100  # compared in a step before the next
+    hold: float = 600.0  # least seconds of a step
+    min_pairs: int = 100  # least pairs compared in a step
     budget: Budget = Budget()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
-        """Raise ValueError."""
+        """Raise ValueError if a value is out of range."""
         if not 1 <= len(self.steps) <= MAX_STEPS:
             raise ValueError(f"steps must be 1 to {MAX_STEPS} shares of users, got {len(self.steps)}")
         is_rising = all(low < high for low, high in zip(self.steps, self.steps[1:], strict=False))
@@ -58,12 +57,12 @@ class Ramp:
     actor: str
     reason: str
     started_at: dt.datetime
-    step_at: dt.datetime  # when the step was set, or the ramp resumed
+    step_at: dt.datetime  # when the step began, or the ramp was resumed
     ended_at: dt.datetime | None
-    version: int  # of the traffic settings that it made
-    started_gap: int | None  # what Envoy had sampled and the ledger did not have; None: unknown
-    step_gap: int | None
-    verdict: str  # of the last look; empty before the first
+    version: int  # version of the traffic settings that the ramp made
+    started_gap: int | None  # requests that were missing in the ledger at the start; None: unknown
+    step_gap: int | None  # the same at the begin of the step
+    verdict: str  # last verdict, empty before the first
     message: str
     checked_at: dt.datetime | None
 
@@ -82,7 +81,7 @@ class Ramp:
 
 @dataclass(frozen=True, slots=True)
 class RampEvidence:
-    """What was seen since a moment."""
+    """Everything since a moment."""
 
     endpoints: tuple[EndpointCounts, ...]
     completeness: Completeness
@@ -95,9 +94,9 @@ class RampEvidence:
 @dataclass(frozen=True, slots=True)
 class Observation:
     observed_at: dt.datetime
-    since_start: RampEvidence  # since the ramp began
-    since_step: RampEvidence  # since the step was set
-    stale_counts_reason: str  # why Envoy's count can't be relied on
+    since_start: RampEvidence
+    since_step: RampEvidence
+    stale_counts_reason: str  # why Envoy's counters can't be relied on; empty if they can
     newest_pair_age_s: float | None  # seconds since the last pair was compared
 
 
@@ -109,17 +108,18 @@ class RampDecision:
 
 
 def decide_ramp(ramp: Ramp, observation: Observation) -> RampDecision:
-    """A paused ramp goes back as well: pausing is no wish that users be hurt."""
+    """Decide what a ramp does now. A paused ramp rolls back too: pausing does not accept harm to users."""
     if failure := _find_failure(ramp, observation):
         return RampDecision("roll back", failure, "FAIL")
-    verdict = judging.decide_verdict(
-        observation.since_start.endpoints, observation.since_start.completeness, ramp.plan.budget
-    )
-    state = "INCONCLUSIVE" if verdict.state == "FAIL" else verdict.state  # not at the alpha of going back
-    wait_reason = _find_wait_reason(ramp, observation) or ("" if state == "PASS" else _describe_doubt(verdict))
+    total, step = observation.since_start, observation.since_step
+    verdict = decide_verdict(total.endpoints, total.completeness, ramp.plan.budget)
+    state = "INCONCLUSIVE" if verdict.state == "FAIL" else verdict.state  # a rollback has a smaller alpha
+    wait_reason = _find_wait_reason(ramp, observation)
+    if not wait_reason and state != "PASS":
+        wait_reason = f"the verdict is INCONCLUSIVE: {_describe_reason(verdict)}"
     if wait_reason:
         return RampDecision("wait", wait_reason, state)
-    reason = f"the verdict is PASS after {_format_number(observation.since_start.compared)} pairs, {_format_number(observation.since_step.compared)} in this step"
+    reason = f"the verdict is PASS after {total.compared:,} pairs, {step.compared:,} in this step"
     return RampDecision("succeed" if ramp.is_last_step else "step", reason, state)
 
 
@@ -131,14 +131,14 @@ def _find_failure(ramp: Ramp, observation: Observation) -> str:
     }
     for period, (evidence, alpha_share) in checks.items():
         budget = replace(ramp.plan.budget, confidence=1 - alpha_share)
-        verdict = judging.decide_verdict(evidence.endpoints, evidence.completeness, budget)
+        verdict = decide_verdict(evidence.endpoints, evidence.completeness, budget)
         if verdict.state == "FAIL":
             return f"the verdict {period} is FAIL: {_describe_reason(verdict)}"
     return ""
 
 
 def _find_wait_reason(ramp: Ramp, observation: Observation) -> str:
-    """What keeps it from climbing, whatever the verdict is."""
+    """Return why the ramp must wait whatever the verdict is, empty if it need not."""
     if ramp.state == "paused":
         return "paused"
     if observation.stale_counts_reason:
@@ -153,38 +153,25 @@ def _find_wait_reason(ramp: Ramp, observation: Observation) -> str:
     if remaining_s > 0:
         return f"holds {format_percent(ramp.share)} for another {_format_duration(remaining_s)}"
     if observation.since_step.compared < ramp.plan.min_pairs:
-        return f"{_format_number(observation.since_step.compared)} of {_format_number(ramp.plan.min_pairs)} pairs were compared in this step"
+        return f"{observation.since_step.compared:,} of {ramp.plan.min_pairs:,} pairs were compared in this step"
     return ""
 
 
 def _describe_gap(completeness: Completeness, budget: Budget) -> str:
-    """Of the step alone: a ledger that was whole for a week hides an hour without captures."""
+    """Check the step alone: a complete week would hide an hour without captures."""
     if completeness.sampled is None:
-        return "no Envoy's count to hold this step's requests against"
+        return "no Envoy's count to compare this step's requests with"
     if completeness.accounted >= completeness.sampled * budget.min_completeness:
         return ""
     return (
-        f"the ledger has {_format_number(completeness.accounted)} of {_format_number(completeness.sampled)} requests sampled in this step,"
-        f" {budget.min_completeness * 100:.4g}% are asked for"
+        f"the ledger has {completeness.accounted:,} of {completeness.sampled:,} requests sampled in this step,"
+        f" {budget.min_completeness * 100:.4g}% are required"
     )
-
-
-def _describe_doubt(verdict: Verdict) -> str:
-    return f"the verdict is INCONCLUSIVE: {_describe_reason(verdict)}"
 
 
 def _describe_reason(verdict: Verdict) -> str:
     reason = verdict.reasons[0]
     return f"{reason.endpoint}: {reason.text}" if reason.endpoint else reason.text
-
-
-def budget_from_document(document: Mapping[str, Any]) -> Budget:
-    field_names = Budget.__dataclass_fields__
-    return Budget(**{name: value for name, value in document.items() if name in field_names})
-
-
-def format_shares(steps: Sequence[int]) -> str:
-    return ", ".join(format_percent(step) for step in steps)
 
 
 def format_percent(share: int) -> str:
@@ -193,7 +180,3 @@ def format_percent(share: int) -> str:
 
 def _format_duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def _format_number(value: int) -> str:
-    return f"{value:,}"

@@ -1,4 +1,4 @@
-"""Changes of traffic, guard and ramp, each in one transaction with its event. Order of locks: traffic, guard, ramp."""
+"""Changes of traffic, guard and ramp. Each writes its event in the same transaction. Lock order: traffic, guard, ramp."""
 
 from __future__ import annotations
 
@@ -10,101 +10,93 @@ from typing import Any
 from psycopg.types.json import Jsonb
 
 from abreast_sidecar.errors import ConflictError
-from abreast_sidecar.rollout import ramp as ramps
 from abreast_sidecar.rollout.completeness import CompletenessGap
 from abreast_sidecar.rollout.guard import GuardPolicy, GuardRuleName
-from abreast_sidecar.rollout.ramp import Ramp, RampPlan, RampState
+from abreast_sidecar.rollout.ramp import Ramp, RampPlan, RampState, format_percent
+from abreast_sidecar.stats.verdict import Budget
 from abreast_sidecar.store.database import Connection, Row, load_statement
-from abreast_sidecar.traffic import repository as journal
-from abreast_sidecar.traffic.model import AuditNote, Shares, Traffic
+from abreast_sidecar.traffic.model import AuditNote, Shares, Traffic, TrafficChange
+from abreast_sidecar.traffic.repository import get_for_update, insert_event, update_shares
 
-GUARD_ACTOR, RAMP_ACTOR = "guard", "ramp"  # actors
+GUARD_ACTOR, RAMP_ACTOR = "guard", "ramp"
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """`state` is idle, clear, breached, blind, or waiting where no sidecar has looked yet."""
+    """`state` is idle, clear, breached or blind; waiting if no sidecar has evaluated the guard yet."""
 
     service: str
     policy: GuardPolicy
-    since: datetime | None  # None: never set
-    fired_at: Mapping[str, datetime]
+    since: datetime | None  # when the policy was set, None for never
+    fired_at: Mapping[str, datetime]  # by rule
     state: str
     message: str
     checked_at: datetime | None
-    now: datetime | None
+    now: datetime | None  # by Postgres's clock
 
 
 @dataclass(frozen=True, slots=True)
 class RampTransition:
-    """How a ramp goes on. None stays as it is."""
+    """New values of a ramp; None keeps the value."""
 
     action: str
     message: str
     state: RampState | None = None
     step: int | None = None
     shares: Shares | None = None
-    restarts_step: bool = False  # the step's time begins anew
+    restarts_step: bool = False
     verdict: str | None = None
 
 
 async def lock_traffic(connection: Connection, service: str) -> Traffic:
-    return (await journal.get_for_update(connection, service)).traffic
+    return (await get_for_update(connection, service)).traffic
 
 
 async def set_guard(
-    connection: Connection,
-    service: str,
-    policy: GuardPolicy,
-    note: AuditNote,
-    *,
-    expected_policy: GuardPolicy | None = None,
+    connection: Connection, service: str, policy: GuardPolicy, note: AuditNote, *, expected_policy: GuardPolicy
 ) -> Guard:
-    """Raise ConflictError where the policy is not what is expected."""
+    """Set the policy. Raise ConflictError if the present one is not `expected_policy`."""
     traffic = await lock_traffic(connection, service)
-    cursor = await connection.execute(load_statement("guard_lock"), {"service": service})
-    row = await cursor.fetchone()
-    before = to_guard(row).policy if row else GuardPolicy()
-    if expected_policy is not None and before != expected_policy:
-        raise ConflictError("the guard's policy was changed meanwhile; look at it, and set it again")
-    if row and before == policy:
-        return to_guard(row)
+    current = await _lock_guard(connection, service)
+    before = current.policy if current else GuardPolicy()
+    if before != expected_policy:
+        raise ConflictError("the guard's policy has changed since it was read; read it and set it again")
+    if current and before == policy:
+        return current
     values = {"service": service, "policy": Jsonb(asdict(policy))}
     cursor = await connection.execute(load_statement("guard_set"), values)
-    (new_row,) = await cursor.fetchall()
+    (row,) = await cursor.fetchall()
     detail = {"guard_before": asdict(before), "guard_after": asdict(policy)}
-    await _record_event(connection, "guard_set", note, traffic, traffic, detail)
-    return to_guard(new_row)
+    await insert_event(connection, "guard_set", note, traffic, traffic, detail=detail)
+    return to_guard(row)
 
 
 async def fire_guard(
     connection: Connection, observed_guard: Guard, version: int, rule: GuardRuleName, message: str
 ) -> bool:
-    """Roll back, or say that it would be. False where policy or traffic are not any more what was looked at."""
-    before = await lock_traffic(connection, observed_guard.service)
-    cursor = await connection.execute(load_statement("guard_lock"), {"service": observed_guard.service})
-    row = await cursor.fetchone()
-    if before.version != version or row is None or row["since"] != observed_guard.since:
+    """Roll back, or record that the guard would. Return False if policy or traffic have changed since they were read."""
+    service = observed_guard.service
+    before = await lock_traffic(connection, service)
+    guard = await _lock_guard(connection, service)
+    if before.version != version or guard is None or guard.since != observed_guard.since:
         return False
     after, action = before, "guard_would_roll_back"
     if observed_guard.policy.mode == "acting":
         action = "rollback"
-        after = await _apply_shares(connection, before, roll_back_shares(before.shares))
-    await connection.execute(
-        load_statement("guard_fire"), {"service": observed_guard.service, "rule": rule, "message": message}
-    )
+        after = await _apply_shares(connection, before, TrafficChange.rollback().apply(before.shares))
+    await connection.execute(load_statement("guard_fire"), {"service": service, "rule": rule, "message": message})
+    note = AuditNote(GUARD_ACTOR, f"{rule}: {message}")
     detail = {"rule": rule, "guard_after": asdict(observed_guard.policy)}
-    await _record_event(connection, action, AuditNote(GUARD_ACTOR, f"{rule}: {message}"), before, after, detail)
+    await insert_event(connection, action, note, before, after, detail=detail)
     return True
 
 
 async def start_ramp(connection: Connection, service: str, plan: RampPlan, note: AuditNote) -> Ramp:
-    """Raise ConflictError where one is under way."""
+    """Start a ramp at its first step. Raise ConflictError if one is active."""
     before = await lock_traffic(connection, service)
     if active_ramp := await lock_ramp(connection, service):
-        raise ConflictError(
-            f"a ramp is under way already, {active_ramp.state} at {ramps.format_percent(active_ramp.share)}; abort it first"
-        )
+        share = format_percent(active_ramp.share)
+        raise ConflictError(f"{service} has a ramp, {active_ramp.state} at {share}; abort it first: abreast ramp abort")
     shares = replace(before.shares, new_share=plan.steps[0], rolled_back=False)
     after = await _apply_shares(connection, before, shares)
     values = {
@@ -116,112 +108,89 @@ async def start_ramp(connection: Connection, service: str, plan: RampPlan, note:
         "actor": note.actor,
         "reason": note.reason,
         "version": after.version,
-        "gap": (await read_completeness_gap(connection, service)).missing,
+        "gap": await _read_missing_count(connection, service),
     }
     cursor = await connection.execute(load_statement("ramp_add"), values)
     (row,) = await cursor.fetchall()
-    new_ramp = to_ramp(row)
-    await _record_event(connection, "ramp_start", note, before, after, {"ramp_after": to_ramp_document(new_ramp)})
-    return new_ramp
+    ramp = to_ramp(row)
+    await insert_event(connection, "ramp_start", note, before, after, detail={"ramp_after": _to_document(ramp)})
+    return ramp
 
 
 async def apply_transition(
-    connection: Connection, before: Traffic, current_ramp: Ramp, transition: RampTransition, note: AuditNote
+    connection: Connection, before: Traffic, ramp: Ramp, transition: RampTransition, note: AuditNote
 ) -> Ramp:
-    """`before` and `known` are locked. What was changed by somebody else is not undone here: see `superseded`."""
+    """Apply a transition to a locked ramp and its locked traffic. Changes of others are kept: see `is_superseded`."""
     after = await _apply_shares(connection, before, transition.shares or before.shares)
     values = {
-        "id": current_ramp.id,
-        "state": transition.state or current_ramp.state,
-        "step": current_ramp.step if transition.step is None else transition.step,
-        "version": after.version if _matches_traffic(current_ramp, before) else current_ramp.version,
+        "id": ramp.id,
+        "state": transition.state or ramp.state,
+        "step": ramp.step if transition.step is None else transition.step,
+        "version": ramp.version if is_superseded(ramp, before) else after.version,
         "message": transition.message,
         "verdict": transition.verdict,
         "restart": transition.restarts_step,
-        "gap": (await read_completeness_gap(connection, current_ramp.service)).missing
-        if transition.restarts_step
-        else None,
+        "gap": await _read_missing_count(connection, ramp.service) if transition.restarts_step else None,
     }
     cursor = await connection.execute(load_statement("ramp_update"), values)
     (row,) = await cursor.fetchall()
     updated_ramp = to_ramp(row)
-    detail = {"ramp_before": to_ramp_document(current_ramp), "ramp_after": to_ramp_document(updated_ramp)}
-    await _record_event(connection, transition.action, note, before, after, detail)
+    detail = {"ramp_before": _to_document(ramp), "ramp_after": _to_document(updated_ramp)}
+    await insert_event(connection, transition.action, note, before, after, detail=detail)
     return updated_ramp
 
 
 async def lock_ramp(connection: Connection, service: str) -> Ramp | None:
-    """The one under way."""
+    """Lock and return the active ramp. The caller has locked the traffic."""
     cursor = await connection.execute(load_statement("ramp_lock"), {"service": service})
     row = await cursor.fetchone()
     return to_ramp(row) if row else None
 
 
-async def read_completeness_gap(connection: Connection, service: str) -> CompletenessGap:
+def is_superseded(ramp: Ramp, traffic: Traffic) -> bool:
+    """Return True if someone else changed the users' share since the last step. Changes of mirroring don't count."""
+    return ramp.version != traffic.version and (traffic.shares.new_share != ramp.share or traffic.shares.rolled_back)
+
+
+async def _lock_guard(connection: Connection, service: str) -> Guard | None:
+    cursor = await connection.execute(load_statement("guard_lock"), {"service": service})
+    row = await cursor.fetchone()
+    return to_guard(row) if row else None
+
+
+async def _read_missing_count(connection: Connection, service: str) -> int | None:
     cursor = await connection.execute(load_statement("ledger_gap"), {"service": service})
     (row,) = await cursor.fetchall()
-    return CompletenessGap(row["sampled"], row["written"])
-
-
-def is_superseded(current_ramp: Ramp, traffic: Traffic) -> bool:
-    """Whether somebody else decided about the users since. Who changes only what is mirrored leaves the ramp alone."""
-    return not _matches_traffic(current_ramp, traffic)
-
-
-def _matches_traffic(current_ramp: Ramp, traffic: Traffic) -> bool:
-    if current_ramp.version == traffic.version:
-        return True
-    return traffic.shares.new_share == current_ramp.share and not traffic.shares.rolled_back
-
-
-def roll_back_shares(shares: Shares) -> Shares:
-    return replace(shares, new_share=0, rolled_back=True)
+    return CompletenessGap(row["sampled"], row["written"]).missing
 
 
 async def _apply_shares(connection: Connection, before: Traffic, shares: Shares) -> Traffic:
     if shares == before.shares:
         return before
-    return (await journal.update_shares(connection, before.service, shares)).traffic
-
-
-async def _record_event(
-    connection: Connection, action: str, note: AuditNote, before: Traffic, after: Traffic, detail: Mapping[str, Any]
-) -> None:
-    values = {
-        "service": after.service,
-        "actor": note.actor,
-        "action": action,
-        "reason": note.reason,
-        "before": Jsonb(journal.to_traffic_document(before)),
-        "after": Jsonb(journal.to_traffic_document(after)),
-        "detail": Jsonb(dict(detail)),
-    }
-    await connection.execute(load_statement("rollout_event_add"), values)
+    return (await update_shares(connection, before.service, shares)).traffic
 
 
 def to_guard(row: Row) -> Guard:
     fired_at = {rule: datetime.fromisoformat(at) for rule, at in row["fired_at"].items()}
-    columns = {name: row[name] for name in ("service", "since", "state", "message", "checked_at", "now")}
-    return Guard(**columns, policy=GuardPolicy.from_document(row["policy"]), fired_at=fired_at)
+    return Guard(**{**row, "policy": GuardPolicy.from_document(row["policy"]), "fired_at": fired_at})
 
 
 def to_ramp(row: Row) -> Ramp:
-    plan = RampPlan(
-        tuple(row["steps"]), row["step_seconds"], row["min_pairs"], ramps.budget_from_document(row["budget"])
-    )
-    excluded_columns = {"steps", "step_seconds", "min_pairs", "budget", "now"}
-    return Ramp(plan=plan, **{name: value for name, value in row.items() if name not in excluded_columns})
+    names = Budget.__dataclass_fields__
+    budget = Budget(**{name: value for name, value in row["budget"].items() if name in names})
+    plan = RampPlan(tuple(row["steps"]), row["step_seconds"], row["min_pairs"], budget)
+    plan_columns = {"steps", "step_seconds", "min_pairs", "budget", "now"}
+    return Ramp(plan=plan, **{name: value for name, value in row.items() if name not in plan_columns})
 
 
-def to_ramp_document(current_ramp: Ramp) -> dict[str, Any]:
-    """For the record of an event."""
+def _to_document(ramp: Ramp) -> dict[str, Any]:
     return {
-        "id": current_ramp.id,
-        "state": current_ramp.state,
-        "steps": list(current_ramp.plan.steps),
-        "step": current_ramp.step,
-        "hold": current_ramp.plan.hold,
-        "min_pairs": current_ramp.plan.min_pairs,
-        "budget": asdict(current_ramp.plan.budget),
-        "message": current_ramp.message,
+        "id": ramp.id,
+        "state": ramp.state,
+        "steps": list(ramp.plan.steps),
+        "step": ramp.step,
+        "hold": ramp.plan.hold,
+        "min_pairs": ramp.plan.min_pairs,
+        "budget": asdict(ramp.plan.budget),
+        "message": ramp.message,
     }

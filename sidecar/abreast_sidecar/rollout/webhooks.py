@@ -1,5 +1,6 @@
-"""Tells receivers about events: what is in the outbox, until it is delivered or too old. At least once; tried again
-later, a message may come after a newer one.
+"""Sends events from the outbox to webhook receivers, at least once each.
+
+An event stays in the outbox until it is delivered or too old. A retried message may arrive after a newer one.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from standardwebhooks import Webhook
 from abreast_sidecar.store.database import Database, Row
 from abreast_sidecar.traffic.model import MILLION, TOTAL_WEIGHT
 
-WEBHOOK_TIMEOUT_S = 5.0  # seconds that a receiver gets
-MAX_WAITING_WEBHOOKS = 1000  # messages that wait for one receiver; the oldest are dropped
-TRIM_INTERVAL_S = 5.0  # seconds between two looks at the bounds
-MAX_WEBHOOK_AGE_S = 3 * 86_400.0  # seconds after which a message is given up
+WEBHOOK_TIMEOUT_S = 5.0
+MAX_WAITING_WEBHOOKS = 1000  # per receiver; the oldest are dropped
+MAX_WEBHOOK_AGE_S = 3 * 86_400.0
+TRIM_INTERVAL_S = 5.0
 DELIVERY_BATCH_SIZE = 20
-MIN_RETRY_DELAY_S, MAX_RETRY_DELAY_S = 1.0, 600.0  # seconds between two attempts
+MIN_RETRY_DELAY_S, MAX_RETRY_DELAY_S = 1.0, 600.0
 
 log = structlog.get_logger(__name__)
 
 
 class WebhookSender:
+    """Lives for one term of the leader."""
+
     def __init__(self, database: Database, urls: Sequence[str], secret: str) -> None:
         self._database = database
         self._urls = tuple(dict.fromkeys(urls))
@@ -39,8 +42,11 @@ class WebhookSender:
         self._trimmed_monotonic = 0.0
 
     async def deliver(self) -> None:
-        if not self._is_registered:
-            await self._register()
+        """Send the messages that are due."""
+        if not self._is_registered:  # from now on every sidecar writes its events for these receivers
+            await self._database.execute("webhook_receivers_delete", {"urls": list(self._urls)})
+            await self._database.execute("webhook_receivers_add", {"urls": list(self._urls)})
+            self._is_registered = True
         if not self._urls:
             return
         await self._trim()
@@ -53,51 +59,43 @@ class WebhookSender:
         async with httpx.AsyncClient(timeout=WEBHOOK_TIMEOUT_S, trust_env=False) as client:
             await asyncio.gather(*(self._deliver_all(client, rows) for rows in due_batches))
 
-    async def _register(self) -> None:
-        """Once in each term of the acting sidecar. From now on every event is also written for these receivers, by whichever sidecar writes it."""
-        await self._database.execute("webhook_receivers_delete", {"urls": list(self._urls)})
-        await self._database.execute("webhook_receivers_add", {"urls": list(self._urls)})
-        self._is_registered = True
-
     async def _trim(self) -> None:
         if time.monotonic() - self._trimmed_monotonic < TRIM_INTERVAL_S:
             return
         self._trimmed_monotonic = time.monotonic()
-        for row in await self._database.fetch_all(
-            "webhooks_trim", {"limit": MAX_WAITING_WEBHOOKS, "oldest": MAX_WEBHOOK_AGE_S}
-        ):
-            log.error("webhooks are given up", receiver=display_host(row["url"]), messages=row["messages"])
+        bounds = {"limit": MAX_WAITING_WEBHOOKS, "oldest": MAX_WEBHOOK_AGE_S}
+        for row in await self._database.fetch_all("webhooks_trim", bounds):
+            log.error("webhooks dropped", receiver=_display_host(row["url"]), messages=row["messages"])
 
     async def _deliver_all(self, client: httpx.AsyncClient, rows: Sequence[Row]) -> None:
-        """Of one receiver. One that is away holds up no other; and is asked once, not for each message."""
+        """Send the messages of one receiver until one fails. A slow receiver delays no other."""
         for row in rows:
-            problem = await self._post(client, row)
-            if not problem:
-                await self._database.execute("webhook_done", {"id": row["id"]})
-                continue
-            delay = compute_backoff(row["attempts"])
-            await self._database.execute("webhook_retry", {"id": row["id"], "wait": delay})
-            attempt = row["attempts"] + 1
-            log.warning("a webhook is not delivered", receiver=display_host(row["url"]), error=problem, attempt=attempt)
-            return
+            error = await self._post(client, row)
+            if error:
+                values = {"id": row["id"], "wait": compute_backoff(row["attempts"])}
+                await self._database.execute("webhook_retry", values)
+                host, attempt = _display_host(row["url"]), row["attempts"] + 1
+                log.warning("webhook not delivered", receiver=host, error=error, attempt=attempt)
+                return
+            await self._database.execute("webhook_done", {"id": row["id"]})
 
     async def _post(self, client: httpx.AsyncClient, row: Row) -> str:
-        """What is amiss; empty for delivered."""
-        body = orjson.dumps(build_message(row))
+        """Return the error, empty if the message was delivered."""
+        body = orjson.dumps(_build_message(row))
         signature_headers = make_signature_headers(self._secret, f"msg_{row['uid']}", datetime.now(UTC), body)
         headers = {"content-type": "application/json", "user-agent": "abreast", **signature_headers}
         try:
             async with (
-                asyncio.timeout(WEBHOOK_TIMEOUT_S),  # of all: a receiver may answer byte by byte
+                asyncio.timeout(WEBHOOK_TIMEOUT_S),  # httpx's timeout is per read
                 client.stream("POST", row["url"], content=body, headers=headers) as response,
             ):
-                return "" if response.is_success else f"it answers {response.status_code}"  # its body is not read
+                return "" if response.is_success else f"the receiver answered {response.status_code}"
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            return type(error).__name__  # its text may hold the URL, and that a token
+            return type(error).__name__  # the text may contain the URL with a token
 
 
 def make_signature_headers(secret: str, message_id: str, sent_at: datetime, body: bytes) -> dict[str, str]:
-    """Return the Standard Webhooks headers of one attempt; the id is the same at every attempt."""
+    """Return the Standard Webhooks headers of one attempt. All attempts have the same id."""
     return {
         "webhook-id": message_id,
         "webhook-timestamp": str(int(sent_at.timestamp())),
@@ -106,35 +104,28 @@ def make_signature_headers(secret: str, message_id: str, sent_at: datetime, body
 
 
 def compute_backoff(attempts: int) -> float:
-    """Seconds: twice as long each time, and never in step with others."""
+    """Return the seconds until the next attempt: exponential, with jitter."""
     return min(MIN_RETRY_DELAY_S * 2.0 ** min(attempts, 20), MAX_RETRY_DELAY_S) * random.uniform(0.75, 1.0)  # noqa: S311  # not a secret
 
 
-def display_host(url: str) -> str:
-    """What may be logged of it."""
+def _display_host(url: str) -> str:
+    """Return the part of the URL that may be logged."""
     return urlsplit(url).hostname or "?"
 
 
-def build_message(row: Row) -> dict[str, Any]:
-    """The body: docs/steering.md has it field by field."""
+def _build_message(row: Row) -> dict[str, Any]:
+    """Return the body, which docs/steering.md describes field by field."""
+    names = ("event_id", "service", "action", "actor", "reason", "detail")
+    before, after = (row[name] and _to_share_values(row[name]) for name in ("before", "after"))
     return {
         "type": f"traffic.{row['action']}",
         "timestamp": row["at"].isoformat(),
-        "data": {
-            "event_id": row["event_id"],
-            "service": row["service"],
-            "action": row["action"],
-            "actor": row["actor"],
-            "reason": row["reason"],
-            "before": to_share_values(row["before"]) if row["before"] else None,
-            "after": to_share_values(row["after"]),
-            "detail": row["detail"],
-        },
+        "data": {**{name: row[name] for name in names}, "before": before, "after": after},
     }
 
 
-def to_share_values(document: Row) -> dict[str, Any]:
-    """As the API has them: from 0 to 1."""
+def _to_share_values(document: Row) -> dict[str, Any]:
+    """Convert the shares to fractions, as in the API."""
     return {
         "version": document["version"],
         "new_share": document["new_share"] / TOTAL_WEIGHT,

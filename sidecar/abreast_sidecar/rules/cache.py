@@ -18,11 +18,10 @@ log = structlog.get_logger(__name__)
 class RuleCache:
     """The rules in force. `version` is -1 until they are read once; until then, don't compare."""
 
-    def __init__(self, conninfo: str, rules: CompareOptions, *, direct_url: str = "") -> None:
+    def __init__(self, database: Database, rules: CompareOptions, *, direct_url: str = "") -> None:
         """Take compare options without rules. `direct_url`: Postgres without a pooler, for notifications."""
-        self._session_url = direct_url or conninfo
-        self._database = Database(conninfo)
-        self._store = RuleStore(self._database)
+        self._direct_url = direct_url or database.conninfo
+        self._store = RuleStore(database)
         self._rules = rules
         self._loaded = asyncio.Event()
         self._listener_task: asyncio.Task[None] | None = None
@@ -32,16 +31,14 @@ class RuleCache:
     def rules(self) -> CompareOptions:
         return self._rules
 
-    async def open(self) -> None:
-        await self._database.open()
+    def start(self) -> None:
         self._listener_task = asyncio.create_task(
-            listen(self._session_url, {RULES_CHANNEL: self.refresh}, name="abreast rules")
+            listen(self._direct_url, {RULES_CHANNEL: self.refresh}, name="abreast rules")
         )
 
     async def close(self) -> None:
         if self._listener_task is not None:
             await cancel_and_wait(self._listener_task)
-        await self._database.close()
 
     async def wait_loaded(self, stop: asyncio.Event) -> bool:
         """Wait until the rules are read, or for `stop`; return whether they are read."""

@@ -273,4 +273,8 @@ def to_verdict_response(
 
 def to_traffic_fields(fleet: EnvoyFleet, traffic: Traffic) -> dict[str, Any]:
     """Return the fields that all responses of TrafficService with settings have in common."""
-    return {"traffic": traffic, "envoys": fleet.states(traffic), "peers_error": fleet.unknown}
+    envoys = [
+        to_message(traffic_pb2.EnvoyStatus, envoy, acknowledged_after=envoy.acknowledged_after(traffic))
+        for envoy in fleet.sorted
+    ]
+    return {"traffic": traffic, "envoys": envoys, "peers_error": fleet.peers_error}

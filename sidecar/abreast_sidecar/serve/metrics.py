@@ -133,11 +133,11 @@ class TrafficMetrics(Collector):
                 ("baseline", traffic.shares.baseline_share, MILLION),
             ):
                 shares.append(((service, name), part / total))
-            states = self.control.connections.list_states(traffic)
-            envoys.append(((service, "connected"), len(states)))
-            acknowledged = sum(state.acknowledged_version == traffic.version for state in states)
+            statuses = self.control.connections.list_all(service)
+            envoys.append(((service, "connected"), len(statuses)))
+            acknowledged = sum(envoy.acknowledged_version == traffic.version for envoy in statuses)
             envoys.append(((service, "acknowledged"), acknowledged))
-            envoys.append(((service, "refused"), sum(bool(state.error) for state in states)))
+            envoys.append(((service, "refused"), sum(bool(envoy.error) for envoy in statuses)))
         yield _gauge("abreast_traffic_version", "version of the traffic settings", ["service"], versions)
         yield _gauge("abreast_traffic_share", "traffic settings, 0 to 1", ["service", "share"], shares)
         yield _gauge("abreast_envoys", "Envoys that are connected to this sidecar", ["service", "state"], envoys)

@@ -1,7 +1,7 @@
-"""Whether the new version misses its cache more often, from pairs of counts of the same requests. Pure.
+"""Does the new version miss its cache more often? Decided from the counts of pairs of the same requests. Pure.
 
-A miss is a load on the database, so misses are counted by request. The test is that of times, and may be looked at again
-and again like it: see latency.
+Each miss is a load on the database, so the rate is misses per request, not per lookup. The test is that of `latency`,
+which stays valid however often it is repeated.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from abreast_sidecar.stats.latency import DETECTOR_ALPHA, MIN_WARM_PAIRS, Timing, log_evidence, skip_cold_pairs
+from abreast_sidecar.stats.latency import DETECTOR_ALPHA, MIN_WARM_PAIRS, Timing, log_evidence, split_cold_pairs
 
-MIN_MISS_RATIO = 1.5  # of misses; twice as many are found for certain
-MIN_EXTRA_MISSES = 0.02  # misses a request
+MIN_MISS_RATIO = 1.5  # new to old, in misses per request
+MIN_EXTRA_MISSES = 0.02  # per request
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLookups:
-    """One request answered by both versions; `release` names the code of both."""
+    """One request that both versions answered. `release` identifies the code of both."""
 
     old_hits: int
     old_misses: int
@@ -29,7 +29,7 @@ class CacheLookups:
 
 @dataclass(frozen=True, slots=True)
 class MissIncrease:
-    """Misses a request, and the part of all lookups that missed."""
+    """Misses per request, and the share of lookups that missed."""
 
     old: float
     new: float
@@ -39,8 +39,8 @@ class MissIncrease:
 
 
 def detect_extra_misses(lookups: Sequence[CacheLookups]) -> MissIncrease | None:
-    """Judge pairs in the order of their arrival; None unless new surely misses more, and noticeably so."""
-    sample = skip_cold_pairs([Timing(pair.old_misses, pair.new_misses, pair.release) for pair in lookups])
+    """Return the increase if new misses significantly and noticeably more. `lookups` are in order of arrival."""
+    _, sample = split_cold_pairs([Timing(pair.old_misses, pair.new_misses, pair.release) for pair in lookups])
     if len(sample) < MIN_WARM_PAIRS:
         return None
     old = sum(pair.old_us for pair in sample) / len(sample)

@@ -1,20 +1,22 @@
-"""Was a difference drift of state? Told from both versions' answers then and a little later. Pure.
+"""Was a difference drift of state? Decided from both versions' first responses and a later recheck. Pure.
 
-That a difference is gone when both are asked again says little: a version that is wrong in a third of its answers mostly
-isn't the next time. So a difference is drift only where the state is seen to have moved, on old's side:
+It proves little that a difference is gone in the recheck: a version that is wrong in a third of its responses is mostly
+right the next time. A difference is drift only if old's side shows that the state moved:
 
-- both answers now agree in that place, in status too;
-- old's answer has changed in all places of that difference, and to what new said then: new was ahead by a moment. A number
-  may have gone on, if what new said lies between what old said then and what it says now.
+- both responses of the recheck agree in that place, and in status;
+- old's response changed in all places of that difference, to the value that new had first: new was ahead by a moment.
+  A number may have moved on, if new's first value lies between old's first value and old's later value.
 
-A random failure stays a finding: its wrong value is no value of old's, then or now. An error of new is never drift, nor is
-anything of which not all was compared. What it can't tell: a wrong answer that happens to be what old says a moment
-later, as with a version that reads past a cache and is always ahead. New behind old (it answered first) stays a finding.
+A random failure stays a finding, because old never has the wrong value. An error of new is never drift, nor is a
+difference between responses that were not compared in full.
+
+Limitations: a wrong value that old happens to return a moment later counts as drift, such as that of a version that
+bypasses a cache and is always ahead. If old answered first and new is behind, the difference stays a finding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -23,7 +25,7 @@ from abreast_sidecar.compare.json_diff import MAX_DIFFERENCES_PER_PATH
 from abreast_sidecar.compare.model import ComparisonResult, Difference
 from abreast_sidecar.compare.pair import INTERNAL_SERVER_ERROR, TOO_MANY_REQUESTS, get_status
 
-TRUNCATION_MARK = "…"  # ends a value of which only the beginning is known
+TRUNCATION_MARK = "…"  # ends a truncated value
 COMPARED_OUTCOMES = frozenset({"match", "mismatch"})
 
 DifferenceKey = tuple[str, str, str]  # part, path, kind
@@ -32,12 +34,18 @@ DifferenceKey = tuple[str, str, str]  # part, path, kind
 def find_state_drift(
     original: ComparisonResult, old_change: ComparisonResult, recheck: ComparisonResult
 ) -> list[DifferenceKey]:
-    """Of `then` (old against new), what was drift. `moved`: old then against old now; `now`: both now."""
+    """Return the differences of `original` that were drift.
+
+    `original` and `recheck` compare old with new, `old_change` compares old's first response with its later one.
+    """
     if (
-        not _is_recheckable(original)
-        or recheck.outcome not in COMPARED_OUTCOMES
-        or old_change.outcome not in COMPARED_OUTCOMES
+        original.outcome != "mismatch"
+        or original.new is None
+        or not {recheck.outcome, old_change.outcome} <= COMPARED_OUTCOMES
     ):
+        return []
+    original_status = get_status(original.new)
+    if original_status >= INTERNAL_SERVER_ERROR or original_status == TOO_MANY_REQUESTS:
         return []
     if recheck.old is None or recheck.new is None or get_status(recheck.old) != get_status(recheck.new):
         return []
@@ -49,16 +57,12 @@ def find_state_drift(
         if key not in remaining
         and key[0] != "error"
         and len(differences) < MAX_DIFFERENCES_PER_PATH
-        and _all_changed_in_old(differences, old_changes)
+        and all(
+            (change := old_changes.get((key, difference.exact_path))) is not None
+            and _has_old_caught_up(difference, change)
+            for difference in differences
+        )
     ]
-
-
-def _is_recheckable(original: ComparisonResult) -> bool:
-    return original.outcome == "mismatch" and original.new is not None and _is_answer(get_status(original.new))
-
-
-def _is_answer(code: int) -> bool:
-    return code < INTERNAL_SERVER_ERROR and code != TOO_MANY_REQUESTS
 
 
 def _make_key(difference: Difference) -> DifferenceKey:
@@ -72,24 +76,12 @@ def _group_by_key(differences: Iterable[Difference]) -> dict[DifferenceKey, list
     return groups
 
 
-def _all_changed_in_old(
-    differences: Iterable[Difference], old_changes: Mapping[tuple[DifferenceKey, str], Difference]
-) -> bool:
-    return all(
-        (change := old_changes.get((_make_key(difference), difference.exact_path))) is not None
-        and _has_old_caught_up(difference, change)
-        for difference in differences
-    )
-
-
 def _has_old_caught_up(difference: Difference, change: Difference) -> bool:
-    """Old says now what new said then, or has counted on past it."""
+    """Return True if old's later value equals new's first one, or is a number beyond it in the same direction."""
     if TRUNCATION_MARK in {(difference.new or "")[-1:], (change.new or "")[-1:]}:
         return False
-    return difference.new == change.new or _has_counted_past(difference, change)
-
-
-def _has_counted_past(difference: Difference, change: Difference) -> bool:
+    if difference.new == change.new:
+        return True
     old, new, current = (_parse_number(text) for text in (difference.old, difference.new, change.new))
     return old is not None and new is not None and current is not None and (old < new < current or current < new < old)
 

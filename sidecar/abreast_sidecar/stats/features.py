@@ -1,11 +1,11 @@
-"""What the requests that show a finding have in common, and the others don't: `query.currency=JPY`.
+"""Find the feature that the requests with a finding share and others lack, such as `query.currency=JPY`. Pure.
 
-Each feature of a request (`name=value`, `name` at all, no `name`) divides two samples into a table of four counts. Those
-that are in most requests with the finding and in far fewer without it are kept if Fisher's exact test, one-sided, rejects
-chance at ERROR divided by the number of features that were tried (Bonferroni). Of these the one is taken with the greatest
-Youden index (coverage minus share among the others), and of equals the simplest: a value before a presence before an
-absence, the query before the path, headers and body, the shorter name. The samples are of bounded size and drawn apart,
-so precision is worked out from how many requests there were of each.
+Each feature of a request (`name=value`, `name` present, `name` absent) divides two samples into a table of four counts.
+A feature is a candidate if most requests with the finding have it, and far fewer without. It is kept if Fisher's exact
+test (one-sided) rejects chance at FEATURE_ALPHA divided by the number of features that were tried (Bonferroni). Among
+these the greatest Youden index wins: coverage minus the share among the others. Ties go to the simplest: a value before
+a presence before an absence, the query before the path, headers and body, then the shorter name. Both samples have a
+bounded size and are drawn separately, so precision is computed from the totals of each.
 """
 
 from __future__ import annotations
@@ -24,17 +24,33 @@ import orjson
 from abreast.export.redaction import HASH_PREFIX
 from abreast.protocol.capture import Headers, Request
 
-FEATURE_ALPHA = 0.01  # that any feature is named where there is none
-MIN_REQUESTS = 5  # requests with the finding, and without it
-MIN_COVERAGE = 0.7  # of the requests with the finding
-MAX_OTHERS_RATIO = 0.5  # the share among the others is at most this part of the coverage
-YOUDEN_TOLERANCE = 0.02  # Youden indices nearer than this are equal
-MAX_VALUE_CHARS = 80  # characters of a value; longer ones name nothing
-MAX_BODY_LEAVES = 200  # of one body
+FEATURE_ALPHA = 0.01  # probability of naming any feature by chance
+MIN_REQUESTS = 5  # with the finding, and without it
+MIN_COVERAGE = 0.7
+MAX_OTHERS_RATIO = 0.5  # share among the others, as a part of the coverage
+YOUDEN_TOLERANCE = 0.02  # closer Youden indices are a tie
+MAX_VALUE_CHARS = 80  # longer values are no features
+MAX_BODY_LEAVES = 200
 MAX_BODY_DEPTH = 8
+MAX_NAMES = 100  # per request
+MAX_VALUES_PER_NAME = 5
+MAX_FEATURE_BODY_BYTES = 16 * 1024  # a longer body has no features
+FORM_MEDIA_TYPE = "application/x-www-form-urlencoded"
+# These identify one request or connection.
+REQUEST_SPECIFIC_HEADERS = frozenset(
+    {"content-length", "cookie", "date", "forwarded", "idempotency-key", "traceparent", "tracestate", "via",
+     "x-abreast-pair", "x-forwarded-for", "x-real-ip", "x-request-id"}
+)  # fmt: skip
 
-RequestFeatures = Mapping[str, Sequence[str]]  # every name with all of its values
+RequestFeatures = Mapping[str, Sequence[str]]  # name → values
 FeatureKind = Literal["value", "present", "absent"]
+_Candidate = tuple[FeatureKind, str, str]
+
+_SECRET_NAME = re.compile(
+    r"pass(w|phrase|code|$)|pwd|secret|token|api.?key|auth(?!or)|session|credential|signature"
+    r"|(?<![a-z])(pin|otp|cvv|cvc|iban|ssn)(?![a-z])|(?<![a-z])card",
+    re.IGNORECASE,
+)
 
 _KIND_ORDER: dict[FeatureKind, int] = {"value": 0, "present": 1, "absent": 2}
 _SOURCE_ORDER = {"query": 0, "path": 1, "header": 2, "cookie": 3, "body": 4}
@@ -45,9 +61,9 @@ class Feature:
     kind: FeatureKind
     name: str  # query.currency, path.id, header.accept-language, body.items[*].sku
     value: str  # empty unless the kind is `value`
-    coverage: float  # part of the requests with the finding that have the feature
-    precision: float  # part of the requests with the feature that show the finding
-    p_value: float  # corrected for the number of features that were tried
+    coverage: float  # share of the requests with the finding that have the feature
+    precision: float  # share of the requests with the feature that have the finding
+    p_value: float  # corrected for the number of tested features
 
     def __str__(self) -> str:
         if self.kind == "value":
@@ -61,7 +77,7 @@ def collect_features(
     headers: Iterable[tuple[str, str]] = (),
     body: Any = None,
 ) -> dict[str, list[str]]:
-    """The features of one request: query parameters, path parameters, headers, and fields of a JSON or form body."""
+    """Return the features of query and path parameters, headers, and a parsed JSON or form body."""
     values_by_name: dict[str, list[str]] = {}
     for source, pairs in (("query", query), ("path", (path or {}).items()), ("header", headers)):
         for name, value in pairs:
@@ -73,7 +89,7 @@ def collect_features(
 
 
 def collect_target_features(target: str, route: str) -> dict[str, list[str]]:
-    """The features of a path and query: `/prices/7?currency=JPY` by the template `/prices/{id}`."""
+    """Return the features of a target such as `/prices/7?currency=JPY`, with the route `/prices/{id}`."""
     path, _, query = target.partition("?")
     steps, names = path.split("/"), route.split("/")
     parameters = {
@@ -91,28 +107,24 @@ def find_common_feature(
     total_with_finding: int = 0,
     total_without_finding: int = 0,
 ) -> Feature | None:
-    """The feature that best tells the requests that show a finding from those that don't, or None.
+    """Return the feature that best separates the requests with a finding from those without, None for no such feature.
 
-    `shows_in_all`, `others_in_all`: how many there were of each; the samples' sizes unless given. A few hundred of each
-    are enough. Names that begin with query, path, header or body are preferred in that order.
+    A few hundred requests of each are enough. `total_with_finding` and `total_without_finding` are the sizes of the
+    populations, by default those of the samples.
     """
     if len(with_finding) < MIN_REQUESTS or len(without_finding) < MIN_REQUESTS:
         return None
     names = {name for request in (*with_finding, *without_finding) for name in request}
-    hit_counts, false_counts = (_count_candidates(with_finding, names), _count_candidates(without_finding, names))
+    hit_counts, false_counts = _count_candidates(with_finding, names), _count_candidates(without_finding, names)
     candidates = [candidate for candidate, count in hit_counts.items() if count]
     sizes = (len(with_finding), len(without_finding))
-    contrasting = [
-        (candidate, hit_counts[candidate], false_counts[candidate])
-        for candidate in candidates
-        if _has_contrast(hit_counts[candidate], false_counts[candidate], *sizes)
-    ]
     scale = (max(total_without_finding, len(without_finding)) / len(without_finding)) / (
         max(total_with_finding, len(with_finding)) / len(with_finding)
     )
     scored = [
-        _score_candidate(candidate, hits, false, sizes, scale, len(candidates))
-        for candidate, hits, false in contrasting
+        _score_candidate(candidate, hit_counts[candidate], false_counts[candidate], sizes, scale, len(candidates))
+        for candidate in candidates
+        if _has_contrast(hit_counts[candidate], false_counts[candidate], *sizes)
     ]
     significant = [(feature, youden) for feature, youden in scored if feature.p_value <= FEATURE_ALPHA]
     best = max((youden for _, youden in significant), default=0.0)
@@ -120,24 +132,22 @@ def find_common_feature(
     return min(best_features, key=_complexity, default=None)
 
 
-_Candidate = tuple[FeatureKind, str, str]
-
-
 def _count_candidates(requests: Sequence[RequestFeatures], names: Iterable[str]) -> Counter[_Candidate]:
-    """In how many requests each feature is."""
+    """Count the requests that have each feature."""
     counts: Counter[_Candidate] = Counter()
     for request in requests:
         counts.update(("present", name, "") for name in request)
         counts.update(
-            {("value", name, value) for name, values in request.items() for value in values if _is_short(value)}
+            {
+                ("value", name, value)
+                for name, values in request.items()
+                for value in values
+                if len(value) <= MAX_VALUE_CHARS
+            }
         )
     for name in names:
         counts["absent", name, ""] = len(requests) - counts["present", name, ""]
     return counts
-
-
-def _is_short(value: str) -> bool:
-    return len(value) <= MAX_VALUE_CHARS
 
 
 def _has_contrast(hits: int, false: int, with_finding: int, without_finding: int) -> bool:
@@ -173,7 +183,7 @@ def _complexity(feature: Feature) -> tuple[int, int, int, int, str, str]:
 
 
 def fisher_exact(hits: int, with_finding: int, false: int, without_finding: int) -> float:
-    """The probability, with the margins as they are, of at least `hits` of `shows` (Fisher 1935, "The design of experiments")."""
+    """Return the probability of at least `hits` with these margins (Fisher 1935, "The design of experiments")."""
     marked = hits + false
     total = _log_choose(with_finding + without_finding, marked)
     return min(
@@ -214,35 +224,18 @@ def _format_value(value: Any) -> str:
     return str(value)
 
 
-MAX_NAMES = 100
-MAX_VALUES_PER_NAME = 5  # of one name
-MAX_FEATURE_BODY_BYTES = 16 * 1024  # bytes; a longer body names nothing
-FORM_MEDIA_TYPE = "application/x-www-form-urlencoded"
-# They name one request or connection, and so nothing that requests have in common.
-REQUEST_SPECIFIC_HEADERS = frozenset(
-    {"content-length", "cookie", "date", "forwarded", "idempotency-key", "traceparent", "tracestate", "via",
-     "x-abreast-pair", "x-forwarded-for", "x-real-ip", "x-request-id"}
-)  # fmt: skip
-_SECRET_NAME = re.compile(
-    r"pass(w|phrase|code|$)|pwd|secret|token|api.?key|auth(?!or)|session|credential|signature"
-    r"|(?<![a-z])(pin|otp|cvv|cvc|iban|ssn)(?![a-z])|(?<![a-z])card",
-    re.IGNORECASE,
-)
-
-
 def collect_request_features(request: Request, route: str) -> dict[str, list[str]]:
-    """By name (`query.currency`, `header.accept-language`, `body.items[*].sku`) all values that may be kept."""
+    """Return the values that may be stored, by name: `query.currency`, `header.accept-language`, `body.items[*].sku`."""
     target = f"{request.path}?{request.query}" if request.query else request.path
     values_by_name = collect_target_features(target, route)
-    values_by_name |= collect_features(headers=_select_headers(request.headers), body=_parse_body(request))
+    values_by_name |= collect_features(
+        headers=[header for header in request.headers if header[0] not in REQUEST_SPECIFIC_HEADERS],
+        body=_parse_body(request),
+    )
     for name in _iterate_cookie_names(request.headers):
         values_by_name.setdefault(f"cookie.{name}", [])
     names = sorted(values_by_name, key=lambda name: (name.startswith("body."), name))[:MAX_NAMES]
     return {name: _select_values(name, values_by_name[name]) for name in names if len(name) <= MAX_VALUE_CHARS}
-
-
-def _select_headers(headers: Headers) -> list[tuple[str, str]]:
-    return [(name, value) for name, value in headers if name not in REQUEST_SPECIFIC_HEADERS]
 
 
 def _select_values(name: str, values: list[str]) -> list[str]:
@@ -260,11 +253,11 @@ def _iterate_cookie_names(headers: Headers) -> Iterator[str]:
 
 
 def _parse_body(request: Request) -> object:
-    """JSON, or a form as an object; None for all else."""
+    """Parse a JSON or form body. Return None for all others."""
     body = request.body
     if not body.content or not body.is_complete or body.length > MAX_FEATURE_BODY_BYTES:
         return None
-    if FORM_MEDIA_TYPE in _get_content_type(request.headers):
+    if any(name == "content-type" and FORM_MEDIA_TYPE in value.lower() for name, value in request.headers):
         return _parse_form(body.content)
     try:
         document: object = orjson.loads(body.content)
@@ -280,13 +273,7 @@ def _parse_form(content: bytes) -> dict[str, str | list[str]] | None:
         return None
     fields: dict[str, str | list[str]] = {}
     for name, value in pairs:
-        fields[name] = value if name not in fields else [*_as_list(fields[name]), value]
+        previous = fields.get(name, [])
+        values = [*([previous] if isinstance(previous, str) else previous), value]
+        fields[name] = values if len(values) > 1 else value
     return fields
-
-
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
-
-
-def _get_content_type(headers: Headers) -> str:
-    return next((value.lower() for name, value in headers if name == "content-type"), "")

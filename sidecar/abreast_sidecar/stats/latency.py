@@ -1,49 +1,53 @@
-"""Whether the new version is slower, from pairs of times of the same requests. Pure.
+"""Is the new version slower? Decided from pairs of times of the same requests. Pure.
 
-The test is a sign test that may be looked at again and again, as a ledger is. The likelihood ratio against "new is
-slower in half of the pairs", mixed over all chances p of being slower,
+The test is a sign test that stays valid however often it is repeated. It is the likelihood ratio against "new is slower
+in half of the pairs", mixed over all probabilities p of being slower,
 
     E = integral over p of 2^n p^s (1-p)^(n-s) = 2^n B(s+1, n-s+1)      s: pairs in which new was slower, n: without ties
 
-is a test martingale at p = 1/2, so by Ville's inequality it ever exceeds 1/ALPHA with a probability of at most ALPHA,
-however often one looks while pairs arrive (J. Ville, Etude critique de la notion de collectif, 1939; H. Robbins,
-Statistical methods related to the law of the iterated logarithm, Ann. Math. Statist. 41, 1970). Where s > n/2, and only
-there it counts, E is no more than the mixture over p > 1/2, which has the same bound for every p below 1/2. Times need
-no distribution, but pairs should not hang on each other; leaving out first pairs makes the bound an approximate one.
+E is a test martingale at p = 1/2. By Ville's inequality it ever exceeds 1/alpha with a probability of at most alpha,
+however often it is evaluated while pairs arrive (J. Ville, Etude critique de la notion de collectif, 1939; H. Robbins,
+Statistical methods related to the law of the iterated logarithm, Ann. Math. Statist. 41, 1970). E counts only if
+s > n/2. There it is at most the mixture over p > 1/2, which has the same bound for every p below 1/2. The times may have
+any distribution, but pairs should be independent. Skipping the first pairs makes the bound approximate.
 
-A real but small difference is no finding: median of the ratios and of the differences must be large enough too.
+A real but small difference is no finding: the median of the ratios and the median of the differences must be large too.
 
-Of two answers to one request one is a copy's, which may take longer or less by that alone: guards hold its writes back, the
-request itself has warmed its caches. Where old has got a copy too, new's copy is judged beside that one.
+One of the two responses to a request is that of a copy. A copy alone can take longer or less: guards hold its writes
+back, and the original request has warmed its caches. If old has received a copy as well, both copies are compared.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import log
 from statistics import median
+from typing import TypeVar
 
 from abreast_sidecar.stats.sequential import JEFFREYS_PRIOR, find_least, log_ratio
 
 MIN_WARM_PAIRS = 30
-MIN_SLOWDOWN_RATIO = 1.3  # of the median pair
-MIN_SLOWDOWN_US = 5000.0  # of the median pair
-DETECTOR_ALPHA = 0.001  # for one endpoint, over all its life
-COLD_PAIR_SHARE = 0.1  # of the first pairs of each release: caches, pools and compilers are cold
-MIN_COLD_PAIRS = 5  # at least
-MIN_SLOWER_US = (
-    500  # of a pair that a verdict or the guard counts as slower: less is the event loop's, or a warmer cache's
-)
-MIN_BASELINE_PAIRS = 20  # of old, or pairs are judged whatever their roles
+MIN_SLOWDOWN_RATIO = 1.3  # median of new/old
+MIN_SLOWDOWN_US = 5000.0  # median of new - old
+DETECTOR_ALPHA = 0.001  # per endpoint, over its whole life
+COLD_PAIR_SHARE = 0.1  # the first pairs of each release: caches, pools and compilers are cold
+MIN_COLD_PAIRS = 5
+MIN_SLOWER_US = 500  # verdict and guard ignore smaller differences: the event loop, a warmer cache
+MIN_BASELINE_PAIRS = 20  # with fewer, pairs are compared whatever their roles
+VERSION_QUANTILES = (0.5, 0.9, 0.95, 0.99)
+PAIRED_QUANTILES = (0.1, 0.5, 0.9, 0.99)
+
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One request answered by both versions, in µs; `release` names the code of both.
+    """Times of one request in both versions, in µs. `release` identifies the code of both.
 
-    `baseline_us` is what old took for a copy of it as well, beside answering the user.
+    `baseline_us` is the time of old's copy of the request, if there is one.
     """
 
     old_us: int
@@ -54,7 +58,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Slowdown:
-    """`ratio` is new to old in the median pair, `pairs` is how many were judged."""
+    """Percentiles over `pairs`. `ratio` is the median of new/old."""
 
     old_p50_us: int
     new_p50_us: int
@@ -65,10 +69,11 @@ class Slowdown:
 
 
 def detect_slowdown(timings: Sequence[Timing], *, awaits_copies: bool = False) -> Slowdown | None:
-    """Judge pairs in the order of their arrival; None unless new is surely and noticeably slower, and while there are too
-    few copies that are still to come.
+    """Return the slowdown if new is significantly and noticeably slower. `timings` are in order of arrival.
+
+    `awaits_copies`: decide nothing until there are enough baseline copies.
     """
-    warm_timings = skip_cold_pairs(timings)
+    _, warm_timings = split_cold_pairs(timings)
     sample = select_like_for_like(warm_timings)
     if len(warm_timings) < MIN_WARM_PAIRS or (awaits_copies and sample is warm_timings):
         return None
@@ -87,20 +92,8 @@ def detect_slowdown(timings: Sequence[Timing], *, awaits_copies: bool = False) -
     )
 
 
-def skip_cold_pairs(timings: Iterable[Timing]) -> list[Timing]:
-    """Without the first pairs of each release."""
-    by_release: dict[str, list[Timing]] = {}
-    for timing in timings:
-        by_release.setdefault(timing.release, []).append(timing)
-    return [
-        timing
-        for group in by_release.values()
-        for timing in group[max(MIN_COLD_PAIRS, math.ceil(len(group) * COLD_PAIR_SHARE)) :]
-    ]
-
-
 def select_like_for_like(timings: Sequence[Timing]) -> Sequence[Timing]:
-    """Two copies beside each other, where enough pairs have them; else all pairs as they are."""
+    """Return pairs of two copies if there are enough of them, else all pairs."""
     copies = [
         Timing(timing.baseline_us, timing.new_us, timing.release, timing.baseline_us)
         for timing in timings
@@ -110,7 +103,7 @@ def select_like_for_like(timings: Sequence[Timing]) -> Sequence[Timing]:
 
 
 def log_evidence(timings: Iterable[Timing]) -> float:
-    """The logarithm of E; below 0 where new was slower in half of the pairs or less."""
+    """Return log E, -inf if new was slower in at most half of the pairs."""
     slower = faster = 0
     for timing in timings:
         slower += timing.new_us > timing.old_us
@@ -121,13 +114,9 @@ def log_evidence(timings: Iterable[Timing]) -> float:
     return n * math.log(2) + math.lgamma(slower + 1) + math.lgamma(faster + 1) - math.lgamma(n + 2)
 
 
-def percentile(ordered: Sequence[int], share: float) -> int:
-    """Nearest rank, of at least one value."""
+def percentile(ordered: Sequence[Number], share: float) -> Number:
+    """Return the value at the nearest rank. `ordered` is sorted and not empty."""
     return ordered[max(0, math.ceil(len(ordered) * share) - 1)]
-
-
-VERSION_QUANTILES = (0.5, 0.9, 0.95, 0.99)
-PAIRED_QUANTILES = (0.1, 0.5, 0.9, 0.99)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +128,7 @@ class VersionPercentiles:
 
 @dataclass(frozen=True, slots=True)
 class QuantileInterval:
-    """`low` and `high` are None where there are too few pairs to say."""
+    """`low` and `high` are None if there are too few pairs."""
 
     share: float
     value: float
@@ -149,7 +138,7 @@ class QuantileInterval:
 
 @dataclass(frozen=True, slots=True)
 class PairedLatency:
-    """`copies`: so many pairs the differences and ratios are of, both answers being copies; 0 where they are of all pairs."""
+    """`copies` is the number of pairs of two copies, if differences and ratios are from these; 0 if from all pairs."""
 
     pairs: int
     percentiles: tuple[VersionPercentiles, ...] = ()
@@ -159,12 +148,10 @@ class PairedLatency:
 
 
 def split_cold_pairs(timings: Sequence[Timing]) -> tuple[list[Timing], list[Timing]]:
-    """Cold and warm, of pairs in the order of their arrival: the first of each release are cold."""
-    pair_counts: dict[str, int] = {}
-    for timing in timings:
-        pair_counts[timing.release] = pair_counts.get(timing.release, 0) + 1
+    """Return cold and warm pairs: the first pairs of each release are cold. `timings` are in order of arrival."""
+    pair_counts = Counter(timing.release for timing in timings)
     cold_pairs_left = {
-        release: max(MIN_COLD_PAIRS, -int(-pair_count * COLD_PAIR_SHARE // 1))
+        release: max(MIN_COLD_PAIRS, math.ceil(pair_count * COLD_PAIR_SHARE))
         for release, pair_count in pair_counts.items()
     }
     cold_timings: list[Timing] = []
@@ -195,15 +182,17 @@ def measure_paired_latency(timings: Sequence[Timing], confidence: float) -> Pair
 
 
 def _make_quantile_interval(ordered: Sequence[float], share: float, low: int, high: int) -> QuantileInterval:
-    index = max(0, -int(-len(ordered) * share // 1) - 1)
     return QuantileInterval(
-        share, ordered[index], ordered[low - 1] if low >= 1 else None, ordered[high] if high < len(ordered) else None
+        share,
+        percentile(ordered, share),
+        ordered[low - 1] if low >= 1 else None,
+        ordered[high] if high < len(ordered) else None,
     )
 
 
 def find_quantile_ranks(n: int, share: float, alpha: float) -> tuple[int, int]:
-    """The fewest and the most of `n` values that may lie below the quantile."""
-    threshold = -log(alpha)
+    """Return the least and the greatest number of the `n` values that may lie below the quantile."""
+    threshold = -math.log(alpha)
 
     def is_refuted(below: int) -> bool:
         return log_ratio(below, n, share, JEFFREYS_PRIOR) >= threshold

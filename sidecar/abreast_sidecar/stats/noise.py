@@ -1,39 +1,38 @@
-"""Is a finding real, or does old differ from itself as much?
+"""Is a finding real, or does old differ from itself as often? Pure.
 
-Of one place (endpoint and path) there are two counts: new differs from old in k of n comparisons, old from its own
-baseline copy in b of m. The question is whether both have one rate. The e-value is a mixture's likelihood of both
-counts over the greatest likelihood that one common rate can give them (Wasserman, Ramdas and Balakrishnan 2020,
-"Universal inference", PNAS 117). Under the null it is at most a martingale of mean one, whatever the rate is, so it may
-be looked at after every pair: it ever reaches 1/alpha with a probability of at most alpha (Ville).
+For one place (endpoint and path) there are two counts: new differs from old in k of n comparisons, and old differs from
+its baseline copy in b of m. The question is whether both have the same rate. The e-value is a mixture's likelihood of both
+counts divided by the greatest likelihood under one common rate (Wasserman, Ramdas and Balakrishnan 2020, "Universal
+inference", PNAS 117). Under the null hypothesis it is at most a martingale of mean one, whatever the rate is. It can be
+evaluated after every pair: it ever reaches 1/alpha with a probability of at most alpha (Ville).
 
-With no difference among the baseline copies, counts can't tell a path that never differs by itself from one that does
-so more rarely than there are copies. `FLOOR` decides: noise comes in at least so large a part of the requests, or not
-at all. What is rarer is reported as real as soon as its rate is shown to be below the floor, until a baseline copy
-shows it too. So a defect in one request of 2,000 needs no thousands of copies, and noise in 1% of the requests waits
-for enough of them.
+If no baseline copy differs, counts can't distinguish a path without noise from one with noise rarer than the copies.
+`MIN_NOISE_RATE` decides: noise affects at least that share of the requests, or none. Rarer noise is reported as real as
+soon as its rate is shown to be below that minimum, until a baseline copy shows it. A defect in one request of 2,000 thus
+does not need thousands of copies, and noise in 1% of the requests waits for enough copies.
 
-Chance sets two answers apart in both directions, a defect mostly in one: a price that is always the lower. Noise that is
-rarer than `LEANING_FLOOR` and leans all the same is taken not to exist, so a defect in one request of 2,000 is found
-where these are a tenth of a percent or more of their endpoint's. The null is then the union of two: noise above that
-floor, for which the counts are the e-value, and rarer noise without a lean, for which it is the counts' times the lean's
-(given how many differ, each lies either way with a half); the smaller of both is an e-value against the union.
+Chance changes values in both directions, a defect mostly in one: a price that is always lower. Noise that is rarer than
+`MIN_DIRECTIONAL_NOISE_RATE` and has one direction is assumed not to exist. A defect in one request of 2,000 is thus
+found if baseline copies are a tenth of a percent or more of the endpoint's requests. The null hypothesis is then a union
+of two. Against noise above that rate, the counts are the e-value. Against rarer noise without a direction, it is the
+product with the direction's e-value: given how many values differ, each direction has a probability of one half. The
+smaller of the two is an e-value against the union.
 
-Of many places those are real whose e-values pass e-BH (Wang and Ramdas 2022, "False discovery rate control with
-e-values", JRSS B 84), which holds for any dependence between places. Where nothing is real, as in old against old, the
-rate of false discovery is the probability of any. Places are counted as they are seen; the evidence of an unseen one is
-below one, so that those to come weigh nothing yet.
+Among many places those are real whose e-values pass e-BH (Wang and Ramdas 2022, "False discovery rate control with
+e-values", JRSS B 84), which holds for any dependence between places. If no place is real, as with old against old, the
+false discovery rate is the probability of any discovery. Only places that were seen count. The evidence of an unseen
+place is below one, so future places have no weight yet.
 
-Without any baseline copy (unsafe methods, a share of zero) one thing is left: if only chance sets both sides apart, the
-one is as often the greater as the other. A place where new always lacks a value, or is always the smaller, is real
-after about a dozen differences. One without such a lean stays undecided: it is listed, it keeps a verdict from PASS,
-and the reason says what would settle it. State that drifts between the live request and its copy leans as well, which
-is why it weighs in full only where there are no copies.
+Without baseline copies (unsafe methods, a share of zero) only the direction remains: if chance alone separates both
+sides, either is the greater equally often. A place where new always lacks a value, or always has the smaller one, is
+real after about a dozen differences. A place without a direction stays undecided: it is listed, it prevents a PASS
+verdict, and its reason says how to settle it. State that drifts between the live request and its copy has a direction
+too, so the direction has its full weight only without copies.
 
-A number that always differs may still be ten times what it was. Where both versions draw alike, of the pairs in which the one
-number is more than twice the other new's is the greater in one half, whatever they draw from, heavy tails and counters among
-it (a sign test of these pairs; Dixon and Mood 1946, "The statistical sign test", JASA 41). They are held against that half,
-and against the copies of old that are as far away: the smaller of both e-values is one against "new draws as old does, or as
-its copies do", which come later, as new's copy of a request does.
+A number that always differs can still be ten times its former value. Consider the pairs in which one number is more than
+twice the other. If both versions draw from the same distribution, new has the greater number in half of them. This is
+true for heavy tails and counters too (Dixon and Mood 1946, "The statistical sign test", JASA 41). These pairs are tested against that half, and against the copies of old that are as far apart. The smaller of both e-values is one
+against "new draws as old does, or as old's copies do": copies come later, as does new's copy of a request.
 """
 
 from __future__ import annotations
@@ -45,36 +44,36 @@ from typing import Literal
 
 from abreast_sidecar.stats.sequential import JEFFREYS_PRIOR, Prior, evidence_above, find_least, log_ratio
 
-MIN_NOISE_RATE = 0.002  # of the requests: rarer noise is taken for a finding
-MIN_DIRECTIONAL_NOISE_RATE = 0.01  # the same for noise in which new is always the greater, or always the smaller
+MIN_NOISE_RATE = 0.002  # per request; rarer noise counts as a finding
+MIN_DIRECTIONAL_NOISE_RATE = 0.01  # the same for noise in which new is always greater, or always smaller
 HALF = 0.5
-NOISE_DOUBT_E_VALUE = 5.0  # an e-value above which a path that old shows too is not called noise any more
+NOISE_DOUBT_E_VALUE = 5.0  # above it, a path that also differs in old is undecided instead of noise
 
 NoiseState = Literal["real", "noise", "undecided"]
 
 _RATE_PRIOR = Prior(((0.5, 500.0), (0.5, 50.0), (0.5, 0.5)))  # a difference in a thousand, in a hundred, anywhere
-_DIRECTION_PRIOR = Prior(((0.05, 0.05),))  # nearly all to one side, either
-_DIRECTION_WEIGHT = 0.75  # of the weight is on the lean, the rest on there being none
+_DIRECTION_PRIOR = Prior(((0.05, 0.05),))  # nearly all to one side
+_DIRECTION_WEIGHT = 0.75  # weight of a direction; the rest is for none
 
 
 @dataclass(frozen=True, slots=True)
 class DifferenceCounts:
-    """Of one place, over one window; where it was seen at all, in either stream."""
+    """Counts of one place over one window."""
 
     compared: int  # pairs of old and new
     differing: int
     baseline_compared: int  # pairs of old and its copy
     baseline_differing: int
-    explained: int = 0  # of `differs`, those whose values' shapes explain them
-    new_greater: int = 0  # of `differs`: the lean. Absent and null are the least, then numbers, then text
+    explained: int = 0  # part of `differing`: the shapes of the values explain them
+    new_greater: int = 0  # part of `differing`; order: absent and null, then numbers, then text
     new_smaller: int = 0
-    # Noise of this kind may come in fewer than FLOOR of the requests: values with long tails.
+    # Values with long tails: this noise may be rarer than MIN_NOISE_RATE.
     is_rare: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
 class MagnitudeShift:
-    """Of one place with numbers: pairs of which the second is more than twice the first, and less than half of it."""
+    """Counts of one place with numbers: the second is more than twice the first (greater), or less than half (smaller)."""
 
     compared: int
     far_greater: int
@@ -88,16 +87,14 @@ class MagnitudeShift:
 class NoiseDecision:
     state: NoiseState
     reason: str
-    p_value: float  # valid at any look: the inverse of the e-value, not yet corrected for the number of places
-    baseline_pairs_needed: (
-        int | None
-    )  # further baseline copies until it is expected to be decided; None: decided, or no number
+    p_value: float  # inverse of the e-value, valid at any time, not corrected for the number of places
+    baseline_pairs_needed: int | None  # expected until it is decided; None: decided, or never
 
 
 def classify_differences(
     all_counts: Sequence[DifferenceCounts | MagnitudeShift], alpha: float, floor: float = MIN_NOISE_RATE
 ) -> list[NoiseDecision]:
-    """Decide about all places of one endpoint together, or of a service; any false finding at most at `alpha`."""
+    """Decide about all places of an endpoint or service. `alpha`: the probability of any false finding."""
     log_evidences = [
         magnitude_evidence(counts) if isinstance(counts, MagnitudeShift) else difference_evidence(counts, floor)
         for counts in all_counts
@@ -112,14 +109,14 @@ def classify_differences(
 
 
 def magnitude_evidence(shift: MagnitudeShift) -> float:
-    """The logarithm of the e-value against "new is no more often far above than far below, or its copies are as often"."""
+    """Return the log e-value against "new is as often far above as far below, or as often as old's copies are"."""
     new, copies = ((shift.far_greater, shift.far_smaller), (shift.baseline_far_greater, shift.baseline_far_smaller))
     directions = (_directional_evidence(shift, new, copies), _directional_evidence(shift, new[::-1], copies[::-1]))
     return _mean_evidence(*directions)
 
 
 def _directional_evidence(shift: MagnitudeShift, new: tuple[int, int], copies: tuple[int, int]) -> float:
-    """Both counts begin with those of this side."""
+    """Return the evidence for one direction; `new` and `copies` count this direction first."""
     imbalance = evidence_above(new[0], sum(new), HALF)
     if not shift.baseline_compared:
         return imbalance
@@ -135,7 +132,7 @@ def _frequency_evidence(counts: DifferenceCounts) -> float:
 
 
 def difference_evidence(counts: DifferenceCounts, floor: float = MIN_NOISE_RATE) -> float:
-    """The logarithm of the e-value against "old differs from itself as often"; -inf where new does so more rarely."""
+    """Return the log e-value against "old differs from itself as often"; -inf if new differs more rarely."""
     if not counts.differing:
         return -inf
     if counts.is_rare:
@@ -160,7 +157,7 @@ def difference_evidence(counts: DifferenceCounts, floor: float = MIN_NOISE_RATE)
 
 
 def _separate_rates_likelihood(counts: DifferenceCounts) -> float:
-    """Each stream with a rate of its own; half of the weight is on an old that never differs from itself."""
+    """Return the log likelihood with separate rates. Half of the weight is for an old that never differs from itself."""
     equal_pairs = counts.compared - counts.differing
     copies, baseline_differing = counts.baseline_compared, counts.baseline_differing
     new = _RATE_PRIOR.log_marginal(counts.differing, equal_pairs)
@@ -169,7 +166,7 @@ def _separate_rates_likelihood(counts: DifferenceCounts) -> float:
 
 
 def _common_rate_likelihood(counts: DifferenceCounts, floor: float) -> float:
-    """The greatest likelihood of one rate for both."""
+    """Return the greatest log likelihood of a common rate."""
     differing = counts.differing + counts.baseline_differing
     equal_pairs = counts.compared + counts.baseline_compared - differing
     rate = differing / (differing + equal_pairs)
@@ -179,7 +176,7 @@ def _common_rate_likelihood(counts: DifferenceCounts, floor: float) -> float:
 
 
 def _mean_evidence(first: float, second: float) -> float:
-    """Of two e-values, as logarithms: an e-value whatever their dependence."""
+    """Average two log e-values: an e-value, whatever their dependence."""
     return _log_sum(first, second) - log(2)
 
 
@@ -189,7 +186,7 @@ def _direction_evidence(counts: DifferenceCounts) -> float:
 
 
 def _weighted_direction_evidence(counts: DifferenceCounts) -> float:
-    """As `_lean`, and little lost where there is none: a defect may be as often the one as the other."""
+    """Return the direction's log e-value, with little loss without a direction: a defect can have both."""
     directed = counts.new_greater + counts.new_smaller
     if not directed:
         return 0.0
@@ -198,7 +195,7 @@ def _weighted_direction_evidence(counts: DifferenceCounts) -> float:
 
 
 def _log_sum(first: float, second: float) -> float:
-    """The logarithm of the sum."""
+    """Return log(exp(first) + exp(second))."""
     largest = max(first, second)
     if largest == -inf:
         return largest
@@ -206,7 +203,7 @@ def _log_sum(first: float, second: float) -> float:
 
 
 def _find_threshold(log_evidences: Sequence[float], alpha: float) -> float:
-    """e-BH: the evidence that the most places share of which each has places/alpha, divided by how many they are."""
+    """Return the threshold of e-BH: log(places / (alpha k)) for the greatest k places that reach it."""
     ordered = sorted(log_evidences, reverse=True)
     for count in range(len(ordered), 0, -1):
         threshold = log(len(ordered) / (alpha * count))
@@ -254,15 +251,13 @@ def _make_undecided(counts: DifferenceCounts, threshold: float, p_value: float, 
 def estimate_baseline_pairs_needed(
     counts: DifferenceCounts, threshold: float, floor: float = MIN_NOISE_RATE
 ) -> int | None:
-    """Further baseline copies, none of which differs, that lift the evidence to `bar` if all else stays."""
+    """Return the number of equal baseline copies that lift the evidence to `threshold`, all else unchanged."""
     return find_least(
-        lambda extra: difference_evidence(_add_baseline_pairs(counts, extra), floor) >= threshold,
+        lambda extra: (
+            difference_evidence(replace(counts, baseline_compared=counts.baseline_compared + extra), floor) >= threshold
+        ),
         maximum=10 * counts.compared + 1000,
     )
-
-
-def _add_baseline_pairs(counts: DifferenceCounts, extra: int) -> DifferenceCounts:
-    return replace(counts, baseline_compared=counts.baseline_compared + extra)
 
 
 def _describe_counts(counts: DifferenceCounts) -> str:

@@ -1,26 +1,26 @@
-"""PASS, FAIL or INCONCLUSIVE, from plain counts.
+"""PASS, FAIL or INCONCLUSIVE, decided from counts. Pure.
 
-Three rates are held against the budget, each as "pairs with it, of pairs": unexplained mismatches, server errors of new
-alone, and answers of new slower than old's by more than is allowed (half of the pairs may be: the median of new/old is
-then within the budget, a sign test). All looks are covered (`sequence`), so a verdict may be asked for at any time.
+Three rates are compared with the budget, each as a share of pairs: unexplained mismatches, server errors of new alone, and
+responses of new that are slower than old's by more than the allowed share. For the last one half of the pairs may be
+slower: the median of new/old is then within the budget (a sign test). The tests are sequential (`sequential`), so you can
+ask for a verdict at any time.
 
-Error probability. A wrong FAIL and a wrong PASS of one rate exclude each other, so each may use all of alpha, which is one
-minus the confidence. For PASS all rates have to pass, each at alpha, and no correction is due: to pass wrongly, one that is over
-its budget has to (an intersection-union test; Berger 1982, Technometrics 24). For FAIL one is enough, so alpha is shared:
-half to mismatches, a quarter to errors and to slower answers; and of each share half to the service's pairs as a whole and
-half to its endpoints, equally.
+Error probability. A wrong FAIL and a wrong PASS of one rate exclude each other, so each can use all of alpha, which is one
+minus the confidence. PASS needs all rates to pass, each at alpha, without a correction: a wrong PASS needs a rate above
+its budget to pass (an intersection-union test; Berger 1982, Technometrics 24). FAIL needs one rate, so the rates share
+alpha: mismatches get half, errors and slower responses a quarter each. Half of each share is for the service as a
+whole, the other half is divided equally among its endpoints.
 
-The whole passes on all pairs together: an endpoint with ten requests could never show a rate of one in a thousand. Its
-own evidence is in its own verdict, and fails the whole where it is over the budget by itself.
+The service passes on all pairs together: an endpoint with ten requests could never show a rate of one in a thousand. The
+evidence of an endpoint decides its own verdict, and fails the service if it is above the budget alone.
 
-Endpoints are counted as they appear: while new ones still come, the shares of earlier looks were a little too large.
-What is a real finding is decided elsewhere, with an error probability of its own.
+Endpoints are counted as they appear. While new ones appear, the shares of earlier evaluations were slightly too large.
+`noise` decides which findings are real, with a separate error probability.
 
-A pair whose answers were cut shows a mismatch in what came of them and no match: it counts for FAIL only.
-
-What is undecided (`noise`) counts as a mismatch against PASS, and not at all for FAIL. Too little data, an endpoint that
-new never answered and a ledger with holes keep a verdict from PASS; none of them undoes a FAIL. An endpoint's coverage may
-be waived, and then the verdict says so.
+A pair with truncated responses can show a mismatch but no match: it counts towards FAIL only. Undecided findings
+(`noise`) count as mismatches against PASS, and not at all towards FAIL. Too few pairs, an endpoint that new never
+answered and an incomplete ledger prevent PASS, and none of them undoes a FAIL. An endpoint's coverage can be waived; the
+verdict then says so.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VerdictState = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 VerdictSubject = Literal["mismatches", "errors", "slower", "coverage", "completeness"]
 
 EXIT_CODES: dict[VerdictState, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}
-ALPHA_SHARES: dict[str, float] = {"mismatches": 0.5, "errors": 0.25, "slower": 0.25}  # of alpha, for FAIL
+ALPHA_SHARES: dict[str, float] = {"mismatches": 0.5, "errors": 0.25, "slower": 0.25}  # parts of alpha for FAIL
 HALF = 0.5
 _STATE_ORDER: dict[VerdictState, int] = {"FAIL": 0, "INCONCLUSIVE": 1, "PASS": 2}
 _GATE_SUBJECTS = frozenset({"completeness", "coverage"})
@@ -51,12 +51,12 @@ _GATE_SUBJECTS = frozenset({"completeness", "coverage"})
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What is still acceptable. All are fractions."""
+    """Limits of an acceptable new version, as fractions."""
 
-    max_mismatch: float = 0.001  # of pairs
-    max_error: float = 0.001  # of pairs
-    max_slower: float = 0.1  # of old's time, and half a millisecond at least; whoever counts `slower` uses it
-    min_completeness: float = 0.99  # of the sampled requests
+    max_mismatch: float = 0.001  # per pair
+    max_error: float = 0.001  # per pair
+    max_slower: float = 0.1  # per old's time, and 0.5 ms at least; applied when `slower` is counted
+    min_completeness: float = 0.99  # per sampled request
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
@@ -71,30 +71,30 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class EndpointCounts:
-    """Of one endpoint, over one window. All are pairs, but for the first two."""
+    """Counts of pairs of one endpoint over one window; the first two are requests."""
 
     endpoint: str
-    old_requests: int  # sampled requests that old answered, in any role but baseline
+    old_requests: int  # sampled requests that old answered, without baseline copies
     new_requests: int
-    compared: int  # of these nothing kept a difference from being seen
+    compared: int
     mismatches: int  # with at least one real finding that is not additive
     undecided: int  # with undecided findings only
     new_errors: int  # new answered 5xx, raised or broke off, and old did not; live and shadow
-    old_errors: int  # the other way
+    old_errors: int  # the same with old and new exchanged
     timed: int  # with both times, without cold starts
-    slower: int  # of `timed`: new took longer than old by more than max_slower of its time, and than half a millisecond
-    # Of `compared`, those of which only the beginnings were: what differs in them counts against new, and that nothing
-    # does says nothing for it.
-    partial: int = 0
-    waived: str = ""  # who says that its coverage is not to be judged, and why
-    by_rules: int = 0  # of `compared`, those of which rules explain something, and that are no mismatches
+    slower: int  # part of `timed`: new was slower by more than max_slower of old's time, and by 0.5 ms
+    partial: int = 0  # part of `compared`: truncated responses, whose mismatches count, but not their matches
+    waived: str = ""  # the reason and author, if the coverage of this endpoint is waived
+    by_rules: int = 0  # part of `compared`: no mismatch because rules explain a difference
 
 
 @dataclass(frozen=True, slots=True)
 class Completeness:
-    sampled: int | None  # requests, by Envoy's count; None where there is none
+    """Requests of one window."""
+
+    sampled: int | None  # by Envoy's count, None if it is not known
     accounted: int  # with an outcome that is evidence
-    pending: int = 0  # not compared yet, beside `sampled`
+    pending: int = 0  # not compared yet, and not part of `sampled`
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,8 @@ class Reason:
     endpoint: str  # empty: the whole service
     state: VerdictState
     text: str
-    pairs_needed: PairsNeeded  # further pairs of this endpoint, or of the service
-    evidence: float = 0.0  # how plainly, to order by
+    pairs_needed: PairsNeeded  # pairs of this endpoint, or of the service
+    evidence: float = 0.0  # for the order of reasons
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,10 @@ class EndpointVerdict:
 @dataclass(frozen=True, slots=True)
 class Verdict:
     state: VerdictState
-    reasons: tuple[Reason, ...]  # the weightiest first; of endpoints only those that matter for the whole
+    reasons: tuple[Reason, ...]  # the most important first; those of endpoints only if they decide the verdict
     endpoints: tuple[EndpointVerdict, ...]  # the worst first
     pairs_to_pass: int | None  # further pairs until PASS, at the current rates; 0: now, None: not at these rates
+    release: str | None = None  # release of new, None for all releases
 
     @property
     def exit_code(self) -> int:
@@ -128,53 +129,45 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class _Alpha:
-    """Error probabilities; that of FAIL is for the three rates together."""
+    """Error probabilities. `to_fail` is for the three rates together."""
 
     to_pass: float
     to_fail: float
 
     def thresholds(self, subject: str) -> tuple[float, float]:
-        """The evidence it takes for PASS and for FAIL."""
+        """Return the log e-values that PASS and FAIL need."""
         return -log(self.to_pass), -log(self.to_fail * ALPHA_SHARES[subject])
 
 
-def decide_verdict(endpoints: Sequence[EndpointCounts], completeness: Completeness, budget: Budget) -> Verdict:
+def decide_verdict(
+    endpoints: Sequence[EndpointCounts], completeness: Completeness, budget: Budget, *, release: str | None = None
+) -> Verdict:
+    """Decide about the service as a whole and about each endpoint. `release`: the release of new that the counts are for."""
     alpha = 1 - budget.confidence
-    divisor = 1 if len(endpoints) < 2 else 2  # one endpoint is the whole
+    divisor = 1 if len(endpoints) < 2 else 2  # a single endpoint is the service
     endpoint_alpha = _Alpha(alpha, alpha / divisor / max(len(endpoints), 1))
     endpoint_verdicts = [_decide_endpoint(counts, budget, endpoint_alpha) for counts in endpoints]
     service_reasons = [
         *_rate_reasons(_sum_counts(endpoints), budget, _Alpha(alpha, alpha / divisor)),
         _completeness_reason(completeness, budget),
     ]
-    failed_reasons = [
+    endpoint_reasons = [
         reason
-        for endpoint_verdict in endpoint_verdicts
-        for reason in endpoint_verdict.reasons
-        if reason.state == "FAIL"
+        for endpoint in endpoint_verdicts
+        for reason in endpoint.reasons
+        if reason.state == "FAIL" or reason.subject == "coverage"
     ]
-    coverage_reasons = [
-        reason
-        for endpoint_verdict in endpoint_verdicts
-        for reason in endpoint_verdict.reasons
-        if reason.subject == "coverage"
-    ]
-    open_coverage_reasons = [reason for reason in coverage_reasons if reason.state != "PASS"]
-    state = _find_worst_state([*service_reasons, *failed_reasons, *coverage_reasons])
+    endpoint_verdicts.sort(
+        key=lambda endpoint: (_STATE_ORDER[endpoint.state], -endpoint.reasons[0].evidence, endpoint.endpoint)
+    )
     return Verdict(
-        state=state,
-        reasons=_order_reasons([*service_reasons, *failed_reasons, *coverage_reasons]),
-        endpoints=tuple(
-            sorted(
-                endpoint_verdicts,
-                key=lambda endpoint_verdict: (
-                    _STATE_ORDER[endpoint_verdict.state],
-                    -_get_leading_evidence(endpoint_verdict),
-                    endpoint_verdict.endpoint,
-                ),
-            )
+        state=_find_worst_state([*service_reasons, *endpoint_reasons]),
+        reasons=_order_reasons([*service_reasons, *endpoint_reasons]),
+        endpoints=tuple(endpoint_verdicts),
+        pairs_to_pass=_estimate_pairs_to_pass(
+            service_reasons, blocked=any(reason.state != "PASS" for reason in endpoint_reasons)
         ),
-        pairs_to_pass=_estimate_pairs_to_pass(service_reasons, blocked=bool(failed_reasons or open_coverage_reasons)),
+        release=release,
     )
 
 
@@ -184,21 +177,17 @@ def _decide_endpoint(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> E
 
 
 def _rate_reasons(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> list[Reason]:
-    return [
-        _mismatch_reason(counts, budget, alpha),
-        _error_reason(counts, budget, alpha),
-        _slower_reason(counts, budget, alpha),
-    ]
+    return [reason(counts, budget, alpha) for reason in (_mismatch_reason, _error_reason, _slower_reason)]
 
 
 def _mismatch_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Reason:
     text = _describe_rate(counts.mismatches, counts.compared, "unexplained mismatches", budget.max_mismatch, alpha)
     if counts.undecided:
-        text += f"; {_format_number(counts.undecided)} more not yet told from noise"
+        text += f"; {counts.undecided:,} more are undecided: noise or not"
     if counts.by_rules:
-        text += f"; {_format_number(counts.by_rules)} explained by rules"
+        text += f"; {counts.by_rules:,} explained by rules"
     if counts.partial:
-        text += f"; of {_format_number(counts.partial)} only the beginnings"
+        text += f"; {counts.partial:,} compared in part"
     return _make_rate_reason(
         "mismatches",
         counts,
@@ -213,12 +202,12 @@ def _mismatch_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> R
 
 
 def _error_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Reason:
-    """Above the budget, and more often than old alone errs: two versions that both fail now and then are no regression."""
+    """Require that new fails alone more often than old does: versions that both fail sometimes are no regression."""
     text = _describe_rate(
         counts.new_errors, counts.compared, "errors of new where old answered", budget.max_error, alpha
     )
     if counts.old_errors:
-        text += f"; {_format_number(counts.old_errors)} the other way"
+        text += f"; {counts.old_errors:,} the other way"
     imbalance = evidence_above(counts.new_errors, counts.new_errors + counts.old_errors, HALF)
     return _make_rate_reason(
         "errors", counts, counts.new_errors, counts.compared, budget.max_error, alpha, text, required_evidence=imbalance
@@ -231,7 +220,7 @@ def _slower_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Rea
     )
     text = _describe_rate(counts.slower, counts.timed, description, HALF, alpha)
     if counts.compared and not counts.timed:
-        text = "no times yet: versions are cold, or what a copy costs is not known"
+        text = "no times yet: the versions are cold, or there are too few baseline copies"
     return _make_rate_reason("slower", counts, counts.slower, counts.timed, HALF, alpha, text)
 
 
@@ -247,9 +236,7 @@ def _make_rate_reason(
     required_evidence: float | None = None,
     partial: int = 0,
 ) -> Reason:
-    """`doubtful` count against PASS only, and so do `unseen` of `n`, which could have been hits. `least_evidence` has to
-    be enough for FAIL as well, if given.
-    """
+    """Test one rate. `undecided` and `partial` count against PASS only. FAIL also needs `required_evidence`, if given."""
     above = evidence_above(hits, n, limit)
     if required_evidence is not None and hits:
         above = min(above, required_evidence)
@@ -263,7 +250,7 @@ def _make_rate_reason(
     pairs_needed = PairsNeeded(
         to_pass=estimate_requests_below((hits + undecided) / complete if complete else 0.0, complete, limit, to_pass),
         to_fail=estimate_requests_above(hits / n if n else 0.0, n, limit, to_fail)
-        or None,  # 0: something else keeps it from FAIL
+        or None,  # 0: only `required_evidence` prevents FAIL
     )
     return Reason(
         subject,
@@ -276,14 +263,14 @@ def _make_rate_reason(
 
 
 def _coverage_reasons(counts: EndpointCounts) -> list[Reason]:
-    """What new never answered, or of which nothing could be compared, may be broken however much passes beside it."""
+    """Report an endpoint that new never answered, or without any complete comparison: it may be broken."""
     if not counts.old_requests or (counts.new_requests and counts.compared > counts.partial):
         return []
-    text = f"old answered {_format_number(counts.old_requests)} requests, new none"
+    text = f"old answered {counts.old_requests:,} requests, new none"
     if counts.new_requests:
-        text = f"of {_format_number(counts.old_requests)} requests none could be compared"
-        text += f" as a whole, {_format_number(counts.partial)} in part" if counts.partial else ""
-        text += "; abreast pairs says why"
+        text = f"none of {counts.old_requests:,} requests could be compared"
+        text += f" in full, {counts.partial:,} in part" if counts.partial else ""
+        text += "; for the causes: abreast pairs"
     weight = float(counts.old_requests)
     if counts.waived:
         return [Reason("coverage", counts.endpoint, "PASS", f"{text}; {counts.waived}", PairsNeeded(0, None), weight)]
@@ -291,19 +278,19 @@ def _coverage_reasons(counts: EndpointCounts) -> list[Reason]:
 
 
 def _completeness_reason(completeness: Completeness, budget: Budget) -> Reason:
-    """Of a count there is nothing to estimate: it is complete or it is not."""
+    """Compare the ledger with Envoy's count, without a test: both are exact."""
     if completeness.sampled is None:
-        text = f"no Envoy's count to hold the {_format_number(completeness.accounted)} requests in the ledger against"
+        text = f"no Envoy's count to compare the {completeness.accounted:,} requests in the ledger with"
         return Reason("completeness", "", "INCONCLUSIVE", text, PairsNeeded(None, None))
     share = completeness.accounted / completeness.sampled if completeness.sampled else 0.0
     pending = completeness.pending if completeness.pending > (1 - budget.min_completeness) * completeness.sampled else 0
     is_complete = bool(completeness.sampled) and share >= budget.min_completeness and not pending
     missing = max(completeness.sampled - completeness.accounted, 0)
-    text = f"the ledger has {_format_number(completeness.accounted)} of {_format_number(completeness.sampled)} sampled requests ({_format_percent(share)})"
+    text = f"the ledger has {completeness.accounted:,} of {completeness.sampled:,} sampled requests ({_format_percent(share)})"
     if pending:
-        text += f"; {_format_number(pending)} more still wait to be compared"
+        text += f"; {pending:,} more still wait to be compared"
     elif not is_complete:
-        text += f"; {_format_percent(budget.min_completeness)} are asked for, {_format_number(missing)} are missing"
+        text += f"; {_format_percent(budget.min_completeness)} are required, {missing:,} are missing"
     return Reason(
         "completeness",
         "",
@@ -328,7 +315,7 @@ def _find_worst_state(reasons: Iterable[Reason]) -> VerdictState:
 
 
 def _order_reasons(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
-    """The worst state first; of one state the plainest, holes in the data before rates that need more of it."""
+    """Sort by state (the worst first), incomplete data before rates, then by evidence."""
     return tuple(
         sorted(
             reasons,
@@ -342,10 +329,6 @@ def _order_reasons(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
     )
 
 
-def _get_leading_evidence(endpoint_verdict: EndpointVerdict) -> float:
-    return endpoint_verdict.reasons[0].evidence
-
-
 def _estimate_pairs_to_pass(reasons: Iterable[Reason], *, blocked: bool) -> int | None:
     estimates = [reason.pairs_needed.to_pass for reason in reasons]
     finite_estimates = [estimate for estimate in estimates if estimate is not None]
@@ -357,24 +340,20 @@ def _describe_rate(hits: int, n: int, description: str, limit: float, alpha: _Al
         return f"no pair to count {description} in"
     bounds = confidence_interval(hits, n, alpha.to_pass)
     return (
-        f"{_format_number(hits)} of {_format_number(n)} pairs have {description}: {_format_percent(hits / n)}"
+        f"{hits:,} of {n:,} pairs have {description}: {_format_percent(hits / n)}"
         f" ({_format_percent(bounds.low)} to {_format_percent(bounds.high)}), {_format_percent(limit)} allowed"
     )
 
 
 def _describe_pairs_needed(pairs_needed: PairsNeeded) -> str:
     if pairs_needed.to_pass is not None:
-        return f"; about {_format_number(pairs_needed.to_pass)} more pairs to pass at this rate"
+        return f"; about {pairs_needed.to_pass:,} more pairs to pass at this rate"
     if pairs_needed.to_fail is not None:
-        return f"; about {_format_number(pairs_needed.to_fail)} more pairs to fail at this rate"
+        return f"; about {pairs_needed.to_fail:,} more pairs to fail at this rate"
     return "; more pairs at this rate would not settle it"
 
 
-def _format_number(value: int) -> str:
-    return f"{value:,}"
-
-
 def _format_percent(share: float) -> str:
-    """To three digits, and never a hundred percent of what is not whole."""
+    """Format with three digits, and never as 100% for less than all."""
     text = f"{share * 100:.3g}%"
     return text if share >= 1 or text != "100%" else f"{share * 100:.6g}%"

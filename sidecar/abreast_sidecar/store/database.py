@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from contextlib import asynccontextmanager
 from enum import IntEnum
 from functools import cache, wraps
 from importlib import resources
-from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeAlias, TypeVar
 
 import orjson
 import psycopg
@@ -23,7 +24,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from abreast_sidecar.errors import LedgerError, SidecarError
 
-MAX_POOL_CONNECTIONS = 8
+MAX_POOL_CONNECTIONS = 16  # of a sidecar
 CONNECT_TIMEOUT_S = 3  # for one attempt
 POOL_WAIT_S = 2.5  # per call while Postgres is away
 STATEMENT_TIMEOUT_S = 20
@@ -105,14 +106,16 @@ class LimitedConnection(AsyncConnection[DictRow]):
 
 
 class Database:
-    """A connection pool. It opens even while Postgres is away; calls then raise LedgerError after a few seconds."""
+    """The connection pool of a process. It opens even while Postgres is away; calls then raise LedgerError after seconds."""
 
-    def __init__(self, conninfo: str) -> None:
+    def __init__(self, conninfo: str, *, max_connections: int = MAX_POOL_CONNECTIONS) -> None:
         self.conninfo = conninfo
+        self._slots: asyncio.Semaphore | None = None
+        self._slot_wait_s: float | None = None
         self._pool: AsyncConnectionPool[LimitedConnection] = AsyncConnectionPool(
             conninfo,
             min_size=1,
-            max_size=MAX_POOL_CONNECTIONS,
+            max_size=max_connections,
             timeout=POOL_WAIT_S,
             reconnect_timeout=POOL_WAIT_S,
             kwargs={
@@ -133,12 +136,44 @@ class Database:
     async def close(self) -> None:
         await self._pool.close(timeout=2.0)
 
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def limit(self, max_connections: int, *, wait_s: float | None = POOL_WAIT_S) -> Database:
+        """Return a view of this pool that uses at most `max_connections`, so that other callers always find one.
+
+        A call waits for `wait_s` seconds at most (None: no limit). Only the pool itself is opened and closed.
+        """
+        view = copy.copy(self)
+        view._slots = asyncio.Semaphore(max_connections)  # noqa: SLF001  # a copy of this object
+        view._slot_wait_s = wait_s  # noqa: SLF001
+        return view
+
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """Lend a connection in autocommit mode. Raise LedgerError in place of the driver's errors."""
         with map_postgres_errors():
-            async with self._pool.connection() as connection:
+            async with self._reserve_slot(), self._pool.connection() as connection:
                 yield connection
+
+    @asynccontextmanager
+    async def _reserve_slot(self) -> AsyncIterator[None]:
+        if self._slots is None:
+            yield
+            return
+        try:
+            async with asyncio.timeout(self._slot_wait_s):
+                await self._slots.acquire()
+        except TimeoutError as error:
+            raise LedgerError(f"all connections were busy for {self._slot_wait_s:g} s; try again") from error
+        try:
+            yield
+        finally:
+            self._slots.release()
 
     async def fetch_all(self, name: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
         """Return the rows of a named query."""

@@ -21,7 +21,7 @@ from abreast_sidecar.stats.features import (
     find_common_feature,
 )
 from abreast_sidecar.stats.latency import COLD_PAIR_SHARE, MIN_BASELINE_PAIRS, MIN_COLD_PAIRS, MIN_SLOWER_US, Timing
-from abreast_sidecar.stats.verdict import EndpointCounts
+from abreast_sidecar.stats.verdict import Budget, EndpointCounts, Verdict, decide_verdict
 from abreast_sidecar.store.database import Database, Row
 from abreast_sidecar.store.records import (
     CaptureAccounting,
@@ -247,6 +247,22 @@ class LedgerReader:
             has_ended=has_ended,
             **ledger,
         )
+
+    async def read_verdict(
+        self,
+        service: str,
+        window: Window,
+        budget: Budget,
+        pending: int,
+        *,
+        release: str = "",
+        all_releases: bool = False,
+    ) -> Verdict:
+        """Decide the verdict of a window. Count `pending` before the call: later captures are not missing."""
+        evidence = await self.read_evidence(
+            service, window, budget.max_slower, release=release, all_releases=all_releases
+        )
+        return decide_verdict(evidence.endpoints, evidence.completeness(pending), budget, release=evidence.release)
 
     async def _find_newest_release(self, service: str, window: Window) -> str | None:
         row = await self.database.fetch_one("release_newest", {"service": service, "end": window.end})

@@ -1,4 +1,4 @@
-"""What is set for the traffic of one service, and what Envoy's runtime is told of it. Pure."""
+"""Traffic settings of one service, and the layer of Envoy's runtime that follows from them. Pure."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any, TypeAlias
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.settings import Settings
 
-TOTAL_WEIGHT = 10_000  # the sum of Envoy's weights: new_share in hundredths of a percent
+TOTAL_WEIGHT = 10_000  # sum of Envoy's weights, the unit of new_share
 MILLION = 1_000_000  # the unit of the other shares
 
-VersionStamp: TypeAlias = tuple[datetime, int]  # by Postgres's clock, and the version: orders the states of a service
+VersionStamp: TypeAlias = tuple[datetime, int]  # time by Postgres's clock, and version: orders settings of a service
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    new_share: int  # of 10,000
-    sample_safe: int  # of 1,000,000
+    """`new_share` in parts of TOTAL_WEIGHT, the others in parts of MILLION."""
+
+    new_share: int
+    sample_safe: int
     sample_unsafe: int
-    baseline_share: int  # of the sampled safe requests
+    baseline_share: int  # part of the sampled safe requests
     rolled_back: bool = False
 
 
@@ -31,7 +33,7 @@ class Traffic:
     version: int
     updated_at: datetime
     shares: Shares
-    has_pending_rollback: bool = False  # rolled back by a call that the ledger has not recorded yet
+    has_pending_rollback: bool = False  # rolled back by a call that Postgres has not recorded yet
 
     @property
     def version_stamp(self) -> VersionStamp:
@@ -39,11 +41,11 @@ class Traffic:
 
     @property
     def is_on_old(self) -> bool:
-        """Whether a rollback would change nothing."""
+        """True if a rollback would change nothing."""
         return self.shares == TrafficChange.rollback().apply(self.shares)
 
     def apply_rollback(self) -> Traffic:
-        """What the ledger will hold, if nothing else changes, once it has recorded a rollback."""
+        """Return the settings that Postgres will hold once it has recorded a rollback and no other change."""
         shares = TrafficChange.rollback().apply(self.shares)
         return replace(self, shares=shares, version=self.version + 1, has_pending_rollback=True)
 
@@ -53,7 +55,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class TrafficChange:
-    """What a call sets; None stays as it is."""
+    """New values of a call; None keeps the value."""
 
     action: str  # update, rollback or promote
     new_share: int | None = None
@@ -82,14 +84,17 @@ class TrafficChange:
 
 @dataclass(frozen=True, slots=True)
 class AuditNote:
-    """For the record: who, and why."""
+    """The author of a change, and the reason."""
 
     actor: str
     reason: str
 
 
 def to_fixed_point(name: str, share: float, scale: int) -> int:
-    """A share from 0 to 1 in whole parts of `unit`. Only 0 becomes none and only 1 becomes all."""
+    """Convert a share from 0 to 1 to an integer from 0 to `scale`. Only 0 becomes 0, only 1 becomes `scale`.
+
+    Raise ArgumentError for other shares.
+    """
     if math.isnan(share) or not 0 <= share <= 1:
         raise ArgumentError(f"{name} must be a share from 0 to 1, got {share:g}")
     if share in {0.0, 1.0}:
@@ -107,19 +112,19 @@ def default_shares(settings: Settings) -> Shares:
 
 
 def build_runtime_layer(shares: Shares) -> dict[str, Any]:
-    """The keys and values of Envoy's runtime.
+    """Return the keys and values of Envoy's runtime layer.
 
-    The baseline's route matches first and with the same random number as the sampled one, so it gets its part of the
-    sampled requests, not of all.
+    The baseline route matches first, with the same random number as the sampled route. Its fraction is therefore a part
+    of the sampled requests, not of all.
     """
+
+    def fraction(numerator: int) -> dict[str, Any]:
+        return {"numerator": numerator, "denominator": "MILLION"}
+
     return {
         "abreast.weight.old": TOTAL_WEIGHT - shares.new_share,
         "abreast.weight.new_or_old": shares.new_share,
-        "abreast.sample.baseline": _to_fraction(round(shares.sample_safe * shares.baseline_share / MILLION)),
-        "abreast.sample.safe": _to_fraction(shares.sample_safe),
-        "abreast.sample.unsafe": _to_fraction(shares.sample_unsafe),
+        "abreast.sample.baseline": fraction(round(shares.sample_safe * shares.baseline_share / MILLION)),
+        "abreast.sample.safe": fraction(shares.sample_safe),
+        "abreast.sample.unsafe": fraction(shares.sample_unsafe),
     }
-
-
-def _to_fraction(numerator: int) -> dict[str, Any]:
-    return {"numerator": numerator, "denominator": "MILLION"}

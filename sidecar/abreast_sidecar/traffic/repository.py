@@ -1,4 +1,4 @@
-"""Traffic settings in Postgres: each change with who and why, in one transaction that tells every sidecar."""
+"""Traffic settings in Postgres. Each change writes its event and notifies all sidecars in one transaction."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from abreast_sidecar.store.database import Connection, Database, Row, load_state
 from abreast_sidecar.traffic.model import AuditNote, Shares, Traffic, TrafficChange
 
 TRAFFIC_CHANNEL = "abreast_traffic"  # NOTIFY; the payload is the service
-CREATE_ACTION = "create"
 
 
 @dataclass(frozen=True, slots=True)
 class VersionedTraffic:
-    """A state, and how long ago (seconds) it was set, by Postgres's clock."""
+    """Settings, and their age in seconds by Postgres's clock."""
 
     traffic: Traffic
     age_s: float
@@ -30,13 +29,11 @@ class TrafficEvent:
     id: int
     at: datetime
     actor: str
-    action: str  # create, update, rollback, promote; ramp_… and guard_…
+    action: str  # create, update, rollback, promote, ramp_* or guard_*
     reason: str
     before: Traffic | None
     after: Traffic
-    detail: Mapping[
-        str, Any
-    ]  # of guard and ramp: {guard_before, guard_after, ramp_before, ramp_after}, where there are
+    detail: Mapping[str, Any]  # guard_before, guard_after, ramp_before, ramp_after, if the event has them
 
 
 class TrafficRepository:
@@ -44,13 +41,12 @@ class TrafficRepository:
         self.database = database
 
     async def read(self, service: str | None = None) -> list[VersionedTraffic]:
-        """All services, or the one; ordered by name."""
-        return [
-            _to_versioned_traffic(row) for row in await self.database.fetch_all("traffic_read", {"service": service})
-        ]
+        """Return the settings of one service, or of all (None) ordered by name."""
+        rows = await self.database.fetch_all("traffic_read", {"service": service})
+        return [_to_versioned_traffic(row) for row in rows]
 
     async def is_known_service(self, service: str) -> bool:
-        """Whether an Envoy or a capture has ever named the service."""
+        """Return True if an Envoy or a capture has ever named the service."""
         row = await self.database.fetch_one("service_exists", {"service": service})
         return row is not None and bool(row["named"])
 
@@ -58,31 +54,36 @@ class TrafficRepository:
         return [row["service"] for row in await self.database.fetch_all("services")]
 
     async def ensure(self, service: str, shares: Shares, note: AuditNote) -> VersionedTraffic:
-        """The state of a service; what is given becomes its first."""
+        """Return the settings of a service. Create missing ones with `shares`."""
         async with self.database.connection() as connection, connection.transaction():
             values = {"service": service, **asdict(shares)}
             cursor = await connection.execute(load_statement("traffic_create"), values)
             is_new = await cursor.fetchone() is not None
             snapshot = await get_for_update(connection, service)
             if is_new:
-                await _insert_event(connection, CREATE_ACTION, note, None, snapshot.traffic)
+                at = snapshot.traffic.updated_at
+                await insert_event(connection, "create", note, None, snapshot.traffic, at=at)
         return snapshot
 
     async def change(self, service: str, change: TrafficChange, note: AuditNote) -> VersionedTraffic:
-        """Raise NotFoundError for a service without settings. What changes nothing leaves no event."""
+        """Apply a change. Raise NotFoundError for a service without settings. No event is written if nothing changes."""
         async with self.database.connection() as connection, connection.transaction():
             before = await get_for_update(connection, service)
             shares = change.apply(before.traffic.shares)
             if shares == before.traffic.shares:
                 return before
             after = await update_shares(connection, service, shares)
-            await _insert_event(connection, change.action, note, before.traffic, after.traffic)
+            at = after.traffic.updated_at
+            await insert_event(connection, change.action, note, before.traffic, after.traffic, at=at)
         return after
 
     async def record_rollback(
         self, service: str, note: AuditNote, call_id: str, *, always_record_event: bool
     ) -> VersionedTraffic:
-        """Once for each `call`, by however many sidecars. What changes nothing leaves an event where it `always` does."""
+        """Apply a rollback once per `call_id`, however many sidecars record it.
+
+        `always_record_event`: write an event even if nothing changes.
+        """
         async with self.database.connection() as connection, connection.transaction():
             before = await get_for_update(connection, service)
             cursor = await connection.execute(
@@ -92,11 +93,12 @@ class TrafficRepository:
             if await cursor.fetchone() or (shares == before.traffic.shares and not always_record_event):
                 return before
             after = await update_shares(connection, service, shares)
-            await _insert_event(connection, "rollback", note, before.traffic, after.traffic, call_id=call_id)
+            at = after.traffic.updated_at
+            await insert_event(connection, "rollback", note, before.traffic, after.traffic, at=at, call_id=call_id)
         return after
 
     async def list_events(self, service: str, *, before_id: int | None, limit: int) -> list[TrafficEvent]:
-        """Newest first."""
+        """Return events, the newest first."""
         rows = await self.database.fetch_all(
             "traffic_events", {"service": service, "before_id": before_id, "limit": limit}
         )
@@ -117,22 +119,32 @@ async def update_shares(connection: Connection, service: str, shares: Shares) ->
     return _to_versioned_traffic(row)
 
 
-async def _insert_event(
-    connection: Connection, action: str, note: AuditNote, before: Traffic | None, after: Traffic, *, call_id: str = ""
+async def insert_event(
+    connection: Connection,
+    action: str,
+    note: AuditNote,
+    before: Traffic | None,
+    after: Traffic,
+    *,
+    at: datetime | None = None,
+    call_id: str = "",
+    detail: Mapping[str, Any] | None = None,
 ) -> None:
+    """Write an event. `at`: its time by Postgres's clock, None for now."""
     values = {
         "service": after.service,
-        "at": after.updated_at,
+        "at": at,
         "actor": note.actor,
         "action": action,
         "reason": note.reason,
-        "before": None if before is None else Jsonb(to_traffic_document(before)),
-        "after": Jsonb(to_traffic_document(after) | ({"call": call_id} if call_id else {})),
+        "before": None if before is None else Jsonb(_to_document(before)),
+        "after": Jsonb(_to_document(after) | ({"call": call_id} if call_id else {})),
+        "detail": Jsonb(dict(detail or {})),
     }
     await connection.execute(load_statement("traffic_event_add"), values)
 
 
-def to_traffic_document(traffic: Traffic) -> dict[str, Any]:
+def _to_document(traffic: Traffic) -> dict[str, Any]:
     return {"version": traffic.version, "updated_at": traffic.updated_at.isoformat(), **asdict(traffic.shares)}
 
 

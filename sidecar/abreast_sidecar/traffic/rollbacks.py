@@ -1,8 +1,9 @@
-"""Rollbacks in force: from the call on in memory, until the ledger has recorded them.
+"""Rollbacks that are in force and not yet recorded in Postgres.
 
-While Postgres is away a rollback is also kept in Redis. There it outlives this process, and other sidecars find it and
-roll their Envoys back too. Each of them records it once it reaches Postgres; the call's id makes that one event. None is
-lifted by anything but its record, so no older state from Postgres can undo it.
+A rollback is in force in memory from the call on. While Postgres is away it is also stored in Redis: it outlives this
+process, and other sidecars find it and roll back their Envoys too. Every sidecar records it once it reaches Postgres, and
+the id of the call makes that a single event. Only its record ends a rollback, so older settings from Postgres can't
+undo it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -24,9 +24,10 @@ from abreast_sidecar.errors import LedgerError, NotFoundError, RedisError
 from abreast_sidecar.redis_client import map_redis_errors
 from abreast_sidecar.traffic.model import AuditNote, Shares
 from abreast_sidecar.traffic.repository import TrafficRepository, VersionedTraffic
+from abreast_sidecar.traffic.state import TrafficState
 
-ROLLBACKS_HASH_KEY = "abreast:rollbacks"  # in Redis: call → JSON
-ROLLBACK_POLL_INTERVAL_S = 1.0  # seconds between two looks
+ROLLBACKS_HASH_KEY = "abreast:rollbacks"  # in Redis: id of the call → JSON
+ROLLBACK_POLL_INTERVAL_S = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -56,60 +57,55 @@ class PendingRollback:
 
 
 class PendingRollbacks:
-    """`learn` takes a state of the ledger; `changed` is called where what is in force changed."""
+    """Writes settings that it recorded to `state`, and wakes the state's notifier when a rollback begins or ends."""
 
     def __init__(
-        self,
-        repository: TrafficRepository,
-        redis: Redis,
-        default_shares: Shares,
-        *,
-        observe: Callable[[VersionedTraffic], None],
-        on_change: Callable[[], None],
+        self, repository: TrafficRepository, redis: Redis, state: TrafficState, default_shares: Shares
     ) -> None:
-        self.is_loaded = asyncio.Event()  # whether others have left rollbacks is known, or can't be
+        self.is_loaded = asyncio.Event()  # set after the first attempt to read the rollbacks of other sidecars
         self._repository = repository
         self._redis = redis
-        self._initial_shares = replace(default_shares, new_share=0)  # of a service that the ledger has never heard of
-        self._observe = observe
-        self._on_change = on_change
+        self._state = state
+        self._initial_shares = replace(default_shares, new_share=0)  # for a service that Postgres does not know
         self._pending: dict[str, PendingRollback] = {}
         self._record_tasks: dict[str, asyncio.Task[None]] = {}
         self._recorded_ids: set[str] = set()
-        self._owed_event_ids: set[str] = set()  # calls that were told that an event of them will be there
-        self._redis_ids: set[str] = set()  # in Redis, and to be removed there
+        self._owed_event_ids: set[str] = set()  # calls whose answer promised an event
+        self._redis_ids: set[str] = set()  # stored in Redis, to be deleted once recorded
 
     def get(self, service: str) -> PendingRollback | None:
-        """The first that holds the service."""
+        """Return the oldest pending rollback of the service."""
         return next((rollback for rollback in self._pending.values() if rollback.service == service), None)
 
     def list_services(self) -> set[str]:
         return {rollback.service for rollback in self._pending.values()}
 
     async def add(self, service: str, note: AuditNote) -> str:
-        """In force before anything is waited for. Return what is amiss, empty where the ledger has it."""
+        """Put a rollback in force, then try to record it. Return why it is not recorded, empty if it is."""
         rollback = PendingRollback(service, note)
-        self._add(rollback)
-        problem = await self._try_record(rollback, is_late=False)
+        self._put_in_force(rollback)
+        problem = await error_within(self._schedule_record(rollback, is_late=False))
         if not problem or rollback.call_id in self._recorded_ids:
             return ""
         self._owed_event_ids.add(rollback.call_id)
         log.warning("a rollback is in force and not recorded", service=service, error=problem)
         if await self._store_in_redis(rollback):
-            propagation = "other sidecars find it in Redis within seconds, and it outlives a restart of this one"
+            propagation = "other sidecars find it in Redis within seconds, and it outlives a restart of this sidecar"
         else:
-            propagation = "Redis does not keep it either, so Envoys of other sidecars are not told, and a restart of this one forgets it"
-        return (
-            f"the ledger does not know of it yet: {problem}; it is recorded as soon as Postgres is back; {propagation}"
-        )
+            propagation = (
+                "Redis does not store it either, so Envoys of other sidecars are not rolled back, and a restart of this"
+                " sidecar forgets it"
+            )
+        return f"the rollback is not recorded: {problem}; it is recorded as soon as Postgres is back; {propagation}"
 
     async def flush(self, service: str) -> None:
-        """Record what holds the service, or raise LedgerError."""
+        """Record the pending rollbacks of the service. Raise LedgerError if that fails."""
         while rollback := self.get(service):
-            if problem := await self._try_record(rollback, is_late=True):
-                raise LedgerError(f"a rollback is still to be recorded, and nothing may overtake it: {problem}")
+            if problem := await error_within(self._schedule_record(rollback, is_late=True)):
+                raise LedgerError(f"a rollback must be recorded before any other change: {problem}")
 
     async def run(self) -> None:
+        """Record rollbacks of this and other sidecars, also before Postgres was ever reached."""
         while True:
             await self._load_from_redis()
             self.is_loaded.set()
@@ -118,59 +114,54 @@ class PendingRollbacks:
             await self._delete_from_redis()
             await asyncio.sleep(ROLLBACK_POLL_INTERVAL_S)
 
-    def _add(self, rollback: PendingRollback) -> None:
+    def _put_in_force(self, rollback: PendingRollback) -> None:
         self._pending[rollback.call_id] = rollback
-        self._on_change()
-
-    async def _try_record(self, rollback: PendingRollback, *, is_late: bool) -> str:
-        return await error_within(self._schedule_record(rollback, is_late=is_late))
+        self._state.notifier.notify_all()
 
     def _schedule_record(self, rollback: PendingRollback, *, is_late: bool) -> asyncio.Task[None]:
         task = self._record_tasks.get(rollback.call_id)
         if task is None or task.done():
             task = self._record_tasks[rollback.call_id] = asyncio.create_task(self._record(rollback, is_late=is_late))
-            task.add_done_callback(lambda future: future.cancelled() or future.exception())  # it is tried again
+            task.add_done_callback(lambda future: future.cancelled() or future.exception())  # `run` retries
         return task
 
     async def _record(self, rollback: PendingRollback, *, is_late: bool) -> None:
-        note = rollback.late_note if is_late else rollback.note
-        try:
-            snapshot = await self._repository.record_rollback(
-                rollback.service, note, rollback.call_id, always_record_event=is_late
-            )
-        except NotFoundError:
-            await self._repository.ensure(
-                rollback.service, self._initial_shares, AuditNote("sidecar", "a rollback named this service")
-            )
-            snapshot = await self._repository.record_rollback(
-                rollback.service, note, rollback.call_id, always_record_event=is_late
-            )
-        if (
-            not is_late and rollback.call_id in self._owed_event_ids
-        ):  # it had begun before; where it changed nothing, it left no event
-            snapshot = await self._repository.record_rollback(
-                rollback.service, rollback.late_note, rollback.call_id, always_record_event=True
-            )
+        snapshot = await self._write_record(rollback, is_late=is_late)
+        if not is_late and rollback.call_id in self._owed_event_ids:
+            # The write began before the promise, and a rollback that changes nothing leaves no event by default.
+            snapshot = await self._write_record(rollback, is_late=True)
         self._owed_event_ids.discard(rollback.call_id)
         self._recorded_ids.add(rollback.call_id)
-        self._observe(snapshot)
+        self._state.observe(snapshot)  # before the rollback ends, so that older settings are never in force again
         self._pending.pop(rollback.call_id, None)
         self._record_tasks.pop(rollback.call_id, None)
-        self._on_change()
+        self._state.notifier.notify_all()
         if is_late:
-            log.info("a rollback is recorded now", service=rollback.service, version=snapshot.traffic.version)
+            log.info("a pending rollback was recorded", service=rollback.service, version=snapshot.traffic.version)
+
+    async def _write_record(self, rollback: PendingRollback, *, is_late: bool) -> VersionedTraffic:
+        note = rollback.late_note if is_late else rollback.note
+        for _ in range(2):
+            try:
+                return await self._repository.record_rollback(
+                    rollback.service, note, rollback.call_id, always_record_event=is_late
+                )
+            except NotFoundError:
+                creation_note = AuditNote("sidecar", "a rollback named this service")
+                await self._repository.ensure(rollback.service, self._initial_shares, creation_note)
+        raise LedgerError(f"the settings of {rollback.service} were deleted while a rollback was recorded")
 
     async def _store_in_redis(self, rollback: PendingRollback) -> bool:
         try:
             await self._call_redis(self._redis.hset(ROLLBACKS_HASH_KEY, rollback.call_id, rollback.to_json()))
         except RedisError as error:
-            log.warning("a rollback is kept in memory only", service=rollback.service, error=str(error))
+            log.warning("a rollback is stored in memory only", service=rollback.service, error=str(error))
             return False
         self._redis_ids.add(rollback.call_id)
         return True
 
     async def _load_from_redis(self) -> None:
-        """Take over what others have left. Where Postgres answers it is only recorded: it may be long over."""
+        """Take over the rollbacks of other sidecars. With Postgres at hand they are only recorded: they may be old."""
         try:
             documents = await self._call_redis(self._redis.hgetall(ROLLBACKS_HASH_KEY))
         except RedisError:
@@ -179,13 +170,13 @@ class PendingRollbacks:
             try:
                 rollback = PendingRollback.from_json(call_id, document)
             except (ValueError, KeyError, TypeError) as error:
-                log.warning("redis holds a rollback that can't be read", error=repr(error))
+                log.warning("redis holds an unreadable rollback", error=repr(error))
                 continue
             self._redis_ids.add(rollback.call_id)
             if rollback.call_id in self._recorded_ids or rollback.call_id in self._pending:
                 continue
-            if await self._try_record(rollback, is_late=True):
-                self._add(rollback)
+            if await error_within(self._schedule_record(rollback, is_late=True)):
+                self._put_in_force(rollback)
 
     async def _delete_from_redis(self) -> None:
         for call_id in self._redis_ids & self._recorded_ids:

@@ -19,7 +19,6 @@ from abreast_sidecar.serve.errors import StoppingError
 from abreast_sidecar.serve.health import PairBacklog
 from abreast_sidecar.serve.rule_arguments import to_stored_rule_message
 from abreast_sidecar.stats.latency import measure_paired_latency, split_cold_pairs
-from abreast_sidecar.stats.verdict import decide_verdict
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PairFilter, read_timings
 from abreast_sidecar.store.records import Endpoint, set_status
@@ -50,11 +49,10 @@ class ComparisonServicer(comparison_pb2_grpc.ComparisonServiceServicer):
         release = validate.check_text("release", request.release)
         # Count the backlog before the rows: a pair that is compared in between then counts twice, not never.
         pending = await self.backlog.count(service)
-        evidence = await self.reader.read_evidence(
-            service, window, budget.max_slower, release=release, all_releases=request.all_releases
+        verdict = await self.reader.read_verdict(
+            service, window, budget, pending or 0, release=release, all_releases=request.all_releases
         )
-        verdict = decide_verdict(evidence.endpoints, evidence.completeness(pending or 0), budget)
-        return to_verdict_response(service, verdict, budget, evidence.release)
+        return to_verdict_response(service, verdict, budget, verdict.release)
 
     async def ListEndpoints(self, request: pb.ListEndpointsRequest, context: Any) -> pb.ListEndpointsResponse:
         service = validate.check_text("service", request.service)

@@ -1,7 +1,3 @@
--- name: rollout_event_add
-select abreast.record_event(%(service)s, clock_timestamp(), %(actor)s, %(action)s, %(reason)s, %(before)s, %(after)s,
-       %(detail)s)
-
 -- name: guard_read
 select service, policy, since, fired_at, state, message, checked_at, clock_timestamp() as now
 from abreast.guard

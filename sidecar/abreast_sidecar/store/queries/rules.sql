@@ -14,7 +14,7 @@ select abreast.next_rules_version() as version
 -- `is_applied`: stored pairs reflect the rule, or its end.
 select r.*, coalesce(r.end_version, r.begin_version) <= s.applied_version as is_applied,
        (r.end_version is not null and r.expires <= r.ended_at) as is_expired,
-       coalesce(hidden.pairs, 0)::bigint as pairs, coalesce(hidden.unknown, 0)::bigint as unknown,
+       coalesce(hidden.pairs, 0)::bigint as pairs, coalesce(hidden.unknown, 0)::bigint as undetermined_pairs,
        coalesce(hidden.findings, '[]'::jsonb) as findings
 from abreast.rule r
 cross join abreast.rule_state s

@@ -44,7 +44,8 @@ returning service, version, updated_at, new_share, sample_safe, sample_unsafe, b
           0::float8 as age
 
 -- name: traffic_event_add
-select abreast.record_event(%(service)s, %(at)s, %(actor)s, %(action)s, %(reason)s, %(before)s, %(after)s, '{}')
+select abreast.record_event(%(service)s, coalesce(%(at)s::timestamptz, clock_timestamp()), %(actor)s, %(action)s,
+       %(reason)s, %(before)s, %(after)s, %(detail)s)
 
 -- name: traffic_events
 select id, at, actor, action, reason, before, after, detail

@@ -1,4 +1,4 @@
-"""Webhooks of a running sidecar, to receivers that are servers of their own."""
+"""Webhooks of a running sidecar to separate receivers."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ async def metric(sidecar: Running, name: str) -> float:
     return float(line.split(" ")[1])
 
 
-async def test_every_change_is_told_signed_and_once(sidecar: Running, hook: Receiver) -> None:
+async def test_webhook_sends_each_event_once_with_signature(sidecar: Running, hook: Receiver) -> None:
     await set_share(sidecar, 0.25)
     await rollback(sidecar)
     plan = pb.RampPlan(steps=[0.01, 1.0])
@@ -123,7 +123,7 @@ async def test_every_change_is_told_signed_and_once(sidecar: Running, hook: Rece
     assert headers["content-type"] == "application/json"
 
 
-async def test_what_the_guard_would_have_done_is_told(sidecar: Running, hook: Receiver) -> None:
+async def test_webhook_sends_events_of_a_watching_guard(sidecar: Running, hook: Receiver) -> None:
     await set_guard(sidecar, "WATCHING")
     await set_share(sidecar, 0.5)
     add(sidecar.ledger(), 20, live="new", new_status=500)
@@ -133,7 +133,7 @@ async def test_what_the_guard_would_have_done_is_told(sidecar: Running, hook: Re
     assert (told["data"]["actor"], told["data"]["detail"]["rule"]) == ("guard", "errors")
 
 
-async def test_a_receiver_that_refuses_gets_it_again_with_the_same_id(sidecar: Running, hook: Receiver) -> None:
+async def test_webhook_retries_with_the_same_id(sidecar: Running, hook: Receiver) -> None:
     hook.refuse = 1
     await rollback(sidecar)
 
@@ -144,7 +144,7 @@ async def test_a_receiver_that_refuses_gets_it_again_with_the_same_id(sidecar: R
     assert await metric(sidecar, "abreast_webhooks_waiting") == 0
 
 
-async def test_what_is_not_delivered_outlives_a_restart(redis_url: str, postgres_url: str) -> None:
+async def test_webhook_outbox_survives_a_restart(redis_url: str, postgres_url: str) -> None:
     settings: dict[str, Any] = {"webhook_secret": SECRET}
     with receiver() as hook:
         hook.refuse = 10_000
@@ -165,9 +165,7 @@ async def test_what_is_not_delivered_outlives_a_restart(redis_url: str, postgres
     assert waiting == (1,)
 
 
-async def test_one_that_is_away_holds_up_neither_acts_nor_others(
-    redis_url: str, postgres_url: str, hook: Receiver
-) -> None:
+async def test_webhook_receiver_that_is_down_delays_no_other(redis_url: str, postgres_url: str, hook: Receiver) -> None:
     away = "http://127.0.0.1:1/"
     async with running(redis_url, postgres_url, webhook_urls=(away, hook.url), webhook_secret=SECRET) as sidecar:
         ledger = sidecar.ledger()
@@ -210,7 +208,7 @@ async def dripping(answer: bytes) -> AsyncIterator[str]:
     [(b"HTTP/1.1 200 OK\r\nx-", 2), (b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n", 0)],
     ids=["its headers have no end", "its body has no end"],
 )
-async def test_a_receiver_whose_answer_never_ends_holds_up_no_other(
+async def test_webhook_receiver_with_an_endless_response_delays_no_other(
     redis_url: str, postgres_url: str, hook: Receiver, monkeypatch: pytest.MonkeyPatch, answer: bytes, waiting: int
 ) -> None:
     monkeypatch.setattr(webhooks, "WEBHOOK_TIMEOUT_S", 0.5)
@@ -236,7 +234,7 @@ async def test_a_receiver_whose_answer_never_ends_holds_up_no_other(
         await eventually_async(left, what=f"{waiting} messages wait")
 
 
-async def test_the_queue_is_bounded_and_drops_the_oldest(
+async def test_webhook_outbox_drops_the_oldest(
     sidecar: Running, hook: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhooks, "MAX_WAITING_WEBHOOKS", 2)
@@ -255,7 +253,7 @@ async def test_the_queue_is_bounded_and_drops_the_oldest(
     assert {one["data"]["after"]["new_share"] for one in found} == {0.4, 0.5}
 
 
-async def test_neither_the_secret_nor_the_token_in_a_url_is_logged(
+async def test_webhook_logs_contain_no_secret(
     sidecar: Running, hook: Receiver, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hook.refuse = 1
@@ -263,12 +261,12 @@ async def test_neither_the_secret_nor_the_token_in_a_url_is_logged(
     await hook.has("rollback")
 
     shown = "".join(capsys.readouterr()) + repr(sidecar.sidecar.settings) + (await sidecar.http.get("/")).text
-    assert "a webhook is not delivered" in shown
+    assert "webhook not delivered" in shown
     assert SECRET not in shown
     assert "t0k3n" not in shown
 
 
-async def test_the_example_in_the_documentation_verifies_what_is_sent(sidecar: Running, hook: Receiver) -> None:
+async def test_webhook_docs_example_verifies_a_message(sidecar: Running, hook: Receiver) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     scope: dict[str, Any] = {}
     exec(example, scope)  # noqa: S102  # our own page
@@ -281,7 +279,7 @@ async def test_the_example_in_the_documentation_verifies_what_is_sent(sidecar: R
     assert not scope["verified"](SECRET, headers | {"webhook-timestamp": "1"}, body)
 
 
-async def test_the_message_in_the_documentation_has_the_fields_that_are_sent(sidecar: Running, hook: Receiver) -> None:
+async def test_webhook_docs_message_has_the_fields_that_are_sent(sidecar: Running, hook: Receiver) -> None:
     (example,) = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
     await set_share(sidecar, 0.25)
     await rollback(sidecar)

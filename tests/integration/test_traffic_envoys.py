@@ -1,4 +1,4 @@
-"""Which Envoys have a change, whichever sidecar they are connected to."""
+"""The list of Envoys across sidecars, and their acknowledgements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from abreast.v1 import traffic_pb2 as pb
 from abreast_sidecar.stack.servers import PostgresServer
-from abreast_sidecar.traffic import envoys as roster
+from abreast_sidecar.traffic import envoys as registry
 from abreast_sidecar.traffic.xds import wire_pb2 as wire
 from support import eventually_async, find_free_port, frozen
 from support_discovery import answer, stream
@@ -56,9 +56,7 @@ async def two(redis_url: str, postgres_url: str) -> AsyncIterator[tuple[Running,
         yield here, there
 
 
-async def test_an_answer_names_the_envoys_of_all_sidecars_and_within_what_time(
-    redis_url: str, postgres_url: str
-) -> None:
+async def test_registry_lists_the_envoys_of_all_sidecars(redis_url: str, postgres_url: str) -> None:
     async with (
         two(redis_url, postgres_url) as (here, there),
         edge(here.port, option="a1"),
@@ -89,9 +87,7 @@ async def test_an_answer_names_the_envoys_of_all_sidecars_and_within_what_time(
     assert f"b1 at {found.envoys[2].sidecar}" in page
 
 
-async def test_an_envoy_of_another_sidecar_that_hangs_is_named_as_not_having_it(
-    redis_url: str, postgres_url: str
-) -> None:
+async def test_registry_lists_hanging_envoys_of_other_sidecars(redis_url: str, postgres_url: str) -> None:
     async with (
         two(redis_url, postgres_url) as (here, there),
         edge(here.port, option="a1"),
@@ -113,7 +109,7 @@ async def test_an_envoy_of_another_sidecar_that_hangs_is_named_as_not_having_it(
     assert {envoy.acknowledged_version for envoy in waited.envoys} == {waited.traffic.version}
 
 
-async def test_a_refusal_at_another_sidecar_is_told_and_not_waited_for(redis_url: str, postgres_url: str) -> None:
+async def test_registry_reports_refusals_at_other_sidecars(redis_url: str, postgres_url: str) -> None:
     odd = wire.DiscoveryRequest(node=wire.Node(id="b\0" + "x" * 5000, cluster="shop"), resource_names=["abreast"])
     async with two(redis_url, postgres_url) as (here, there), stream(there, odd) as call:
         await call.write(answer(await call.read(), error="no\0such weight" + "!" * 5000))
@@ -128,14 +124,14 @@ async def test_a_refusal_at_another_sidecar_is_told_and_not_waited_for(redis_url
 
     (envoy,) = found.envoys
     assert envoy.error.startswith("no␀such weight!")
-    assert len(envoy.node) == len(envoy.error) == roster.MAX_ENVOY_TEXT_CHARS
+    assert len(envoy.node) == len(envoy.error) == registry.MAX_ENVOY_TEXT_CHARS
     assert took < LONG.seconds / 2
 
 
-async def test_the_envoys_of_a_killed_sidecar_go_within_seconds(
+async def test_registry_forgets_a_killed_sidecar_within_seconds(
     redis_url: str, postgres_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "REPLICA_EXPIRY_S", 3.0)
+    monkeypatch.setattr(registry, "REPLICA_EXPIRY_S", 3.0)
     async with running(redis_url, postgres_url) as here, stream(here):
         with replica(redis_url, postgres_url, tmp_path / "there") as there:
             async with edge(there.port, option="b1"):
@@ -152,7 +148,7 @@ async def test_the_envoys_of_a_killed_sidecar_go_within_seconds(
     assert told(still.envoys)[0] == ("b1", there.port)
 
 
-async def test_the_envoys_of_a_sidecar_that_stops_are_gone_at_once(redis_url: str, postgres_url: str) -> None:
+async def test_registry_forgets_a_stopped_sidecar_at_once(redis_url: str, postgres_url: str) -> None:
     async with two(redis_url, postgres_url) as (here, there), stream(there):
         await names(here, "edge-1")
         await there.halt()
@@ -160,10 +156,10 @@ async def test_the_envoys_of_a_sidecar_that_stops_are_gone_at_once(redis_url: st
         assert not (await traffic(here)).envoys
 
 
-async def test_a_sidecar_that_is_started_again_takes_the_place_of_the_one_that_was_killed(
+async def test_registry_replaces_a_restarted_sidecar(
     redis_url: str, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(roster, "REPLICA_EXPIRY_S", 60.0)
+    monkeypatch.setattr(registry, "REPLICA_EXPIRY_S", 60.0)
     port = find_free_port()
     async with running(redis_url, postgres_url) as here:
         ledger = here.ledger()
@@ -180,8 +176,8 @@ async def test_a_sidecar_that_is_started_again_takes_the_place_of_the_one_that_w
     assert told(before.envoys) == [("edge-1", port)]
 
 
-async def test_a_clock_that_is_set_back_keeps_no_dead_sidecar_alive(redis_url: str, postgres_url: str) -> None:
-    """What it leaves is a last sign of life in the future."""
+async def test_registry_forgets_a_dead_sidecar_despite_a_clock_set_back(redis_url: str, postgres_url: str) -> None:
+    """The dead sidecar leaves a heartbeat in the future."""
     async with running(redis_url, postgres_url) as here:
         ledger = here.ledger()
         ledger.endpoint("shop")
@@ -199,9 +195,7 @@ async def test_a_clock_that_is_set_back_keeps_no_dead_sidecar_alive(redis_url: s
     assert not found.envoys
 
 
-async def test_a_rollback_that_postgres_can_not_record_names_its_own_envoys_and_says_so(
-    redis_url: str, postgres_url: str
-) -> None:
+async def test_unrecorded_rollback_lists_local_envoys_only(redis_url: str, postgres_url: str) -> None:
     async with two(redis_url, postgres_url) as (here, there), edge(here.port) as envoy, stream(there):
         await names(here, "edge-1", "edge-1")
         await update(here, new_share=1.0, wait=MOMENT)
@@ -213,7 +207,7 @@ async def test_a_rollback_that_postgres_can_not_record_names_its_own_envoys_and_
     assert "the ledger, which lists them, can't be reached" in back.peers_error
 
 
-async def test_a_postgres_that_goes_while_others_are_asked_is_said(redis_url: str, postgres_url: str) -> None:
+async def test_registry_reports_a_postgres_that_hangs(redis_url: str, postgres_url: str) -> None:
     async with running(redis_url, postgres_url) as here, stream(here):
         await names(here, "edge-1")
         with here.ledger().locked("abreast.sidecar"):
@@ -226,7 +220,7 @@ async def test_a_postgres_that_goes_while_others_are_asked_is_said(redis_url: st
     assert took < 5
 
 
-async def test_a_sidecar_tells_of_its_envoys_again_once_postgres_is_back(redis_url: str) -> None:
+async def test_registry_publishes_again_after_an_outage_of_postgres(redis_url: str) -> None:
     """An unlogged table is empty after a crash of Postgres."""
     with PostgresServer() as postgres:
         async with two(redis_url, postgres.url()) as (here, there), stream(there):

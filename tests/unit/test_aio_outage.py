@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 from abreast_sidecar.aio import MAX_BACKOFF_S, MIN_BACKOFF_S, Outage, wait_or_stop
 
 
-def test_a_long_outage_is_logged_once_when_it_begins_and_once_when_it_ends() -> None:
+def test_outage_is_logged_at_begin_and_end() -> None:
     outage = Outage("postgres", worker="w")
     with capture_logs() as logs:
         outage.record_success()
@@ -19,12 +19,12 @@ def test_a_long_outage_is_logged_once_when_it_begins_and_once_when_it_ends() -> 
         outage.record_success()
 
     assert [(entry["event"], entry["server"], entry["worker"]) for entry in logs] == [
-        ("a server is away", "postgres", "w"),
-        ("a server is back", "postgres", "w"),
+        ("server unavailable", "postgres", "w"),
+        ("server available again", "postgres", "w"),
     ]
 
 
-def test_a_long_outage_is_brought_to_mind_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outage_is_logged_again_every_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000, 2000, 20))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     outage = Outage("redis")
@@ -35,8 +35,8 @@ def test_a_long_outage_is_brought_to_mind_now_and_then(monkeypatch: pytest.Monke
     assert len(logs) == 3
 
 
-def test_what_several_share_is_over_when_all_are_answered_again() -> None:
-    """One that gets on, while another does not, must not fill the log with goings and comings."""
+def test_outage_ends_when_all_callers_succeed() -> None:
+    """A caller that succeeds while another fails must not log the outage again and again."""
     outage = Outage("postgres")
     with capture_logs() as logs:
         for _ in range(5):
@@ -47,10 +47,10 @@ def test_what_several_share_is_over_when_all_are_answered_again() -> None:
         assert outage.is_active
         outage.record_success("two")
 
-    assert [entry["event"] for entry in logs] == ["a server is away", "a server is back"]
+    assert [entry["event"] for entry in logs] == ["server unavailable", "server available again"]
 
 
-async def test_waits_grow_to_a_bound_and_end_at_once_when_stopping() -> None:
+async def test_outage_backoff_grows_to_the_maximum() -> None:
     outage, stop = Outage("redis"), asyncio.Event()
     stop.set()
     waits = []
@@ -63,6 +63,6 @@ async def test_waits_grow_to_a_bound_and_end_at_once_when_stopping() -> None:
     assert waits[-1] == MAX_BACKOFF_S
 
 
-async def test_a_pause_ends_when_its_time_is_over() -> None:
+async def test_wait_or_stop_ends_after_its_time() -> None:
     async with asyncio.timeout(5):
         await wait_or_stop(asyncio.Event(), 0.01)

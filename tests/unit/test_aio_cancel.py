@@ -4,12 +4,12 @@ import asyncio
 
 import pytest
 
-from abreast_sidecar import aio as ending
+from abreast_sidecar import aio
 from abreast_sidecar.aio import cancel_and_wait
 
 
 async def swallowing(times: int) -> None:
-    """Goes on where it was cancelled, as a loop does whose driver swallows it."""
+    """Swallow cancellations, as some drivers do."""
     while times >= 0:
         try:
             await asyncio.sleep(3600)
@@ -21,8 +21,8 @@ async def failing() -> None:
     raise ValueError("on its way")
 
 
-async def test_what_goes_on_though_it_was_cancelled_is_cancelled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ending, "CANCEL_RETRY_S", 0.01)
+async def test_cancel_and_wait_repeats_swallowed_cancellations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aio, "CANCEL_RETRY_S", 0.01)
     tasks = [asyncio.create_task(swallowing(times)) for times in (0, 2)]
     await asyncio.sleep(0)
     async with asyncio.timeout(10):
@@ -31,7 +31,7 @@ async def test_what_goes_on_though_it_was_cancelled_is_cancelled_again(monkeypat
     assert all(task.done() for task in tasks)
 
 
-async def test_what_has_failed_or_ended_before_is_over() -> None:
+async def test_cancel_and_wait_accepts_finished_tasks() -> None:
     tasks = [asyncio.create_task(failing()), asyncio.create_task(asyncio.sleep(0))]
     await asyncio.wait(tasks)
 

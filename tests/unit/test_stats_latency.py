@@ -14,7 +14,7 @@ from abreast_sidecar.stats.latency import (
     detect_slowdown,
     log_evidence,
     percentile,
-    skip_cold_pairs,
+    split_cold_pairs,
 )
 
 times = st.integers(0, 2**31 - 1)
@@ -28,33 +28,33 @@ def noisy(generator: random.Random, factor: float = 1.0) -> Timing:
 
 
 @given(timings)
-def test_any_times_are_judged_without_an_error(found: list[Timing]) -> None:
+def test_slowdown_accepts_any_times(found: list[Timing]) -> None:
     slower = detect_slowdown(found)
 
     assert slower is None or (slower.pairs >= MIN_WARM_PAIRS and slower.ratio >= 1.3)
 
 
 @given(timings)
-def test_both_versions_are_never_slower_than_each_other(found: list[Timing]) -> None:
+def test_slowdown_is_never_found_in_both_directions(found: list[Timing]) -> None:
     mirrored = [Timing(one.new_us, one.old_us, one.release) for one in found]
 
     assert detect_slowdown(found) is None or detect_slowdown(mirrored) is None
 
 
 @given(timings)
-def test_a_version_is_not_slower_than_itself(found: list[Timing]) -> None:
+def test_slowdown_is_none_for_equal_times(found: list[Timing]) -> None:
     assert detect_slowdown([Timing(one.old_us, one.old_us, one.release) for one in found]) is None
 
 
 @given(timings, st.randoms(use_true_random=False))
-def test_evidence_does_not_hang_on_the_order(found: list[Timing], generator: random.Random) -> None:
+def test_log_evidence_ignores_the_order(found: list[Timing], generator: random.Random) -> None:
     shuffled = generator.sample(found, len(found))
 
     assert log_evidence(shuffled) == log_evidence(found)
 
 
 @given(st.integers(1, 300), st.integers(0, 300))
-def test_one_more_slower_pair_is_more_evidence(slower: int, faster: int) -> None:
+def test_log_evidence_grows_with_slower_pairs(slower: int, faster: int) -> None:
     def of(slow: int, fast: int) -> float:
         return log_evidence([Timing(1, 2)] * slow + [Timing(2, 1)] * fast)
 
@@ -62,7 +62,7 @@ def test_one_more_slower_pair_is_more_evidence(slower: int, faster: int) -> None
 
 
 @given(st.lists(times, min_size=1), st.floats(0.01, 1.0))
-def test_a_percentile_is_one_of_the_values_with_enough_below_it(values: list[int], share: float) -> None:
+def test_percentile_is_a_value_at_the_nearest_rank(values: list[int], share: float) -> None:
     ordered = sorted(values)
     found = percentile(ordered, share)
 
@@ -70,7 +70,7 @@ def test_a_percentile_is_one_of_the_values_with_enough_below_it(values: list[int
     assert sum(value <= found for value in ordered) >= share * len(ordered) - 1e-9
 
 
-def test_equal_distributions_raise_no_alarm_however_often_one_looks() -> None:
+def test_slowdown_is_none_for_equal_distributions_at_every_look() -> None:
     """400 endpoints, looked at after every tenth pair up to 300."""
     generator = random.Random(20260101)
     alarms = 0
@@ -83,7 +83,7 @@ def test_equal_distributions_raise_no_alarm_however_often_one_looks() -> None:
     assert alarms == 0
 
 
-def test_the_bare_test_keeps_its_promise_without_the_help_of_the_limits() -> None:
+def test_log_evidence_keeps_alpha_at_every_look() -> None:
     """Ever above 1/alpha in at most alpha of all endpoints, looked at after every pair: here with alpha = 0.05."""
     generator = random.Random(7)
     bound, crossed, endpoints = -math.log(0.05), 0, 400
@@ -98,32 +98,32 @@ def test_the_bare_test_keeps_its_promise_without_the_help_of_the_limits() -> Non
     assert crossed / endpoints <= 0.05
 
 
-def test_a_version_that_takes_twice_as_long_is_found_in_time() -> None:
+def test_slowdown_of_factor_two_is_found() -> None:
     generator = random.Random(11)
     found = sum(isinstance(detect_slowdown([noisy(generator, 2.0) for _ in range(120)]), Slowdown) for _ in range(100))
 
     assert found >= 95
 
 
-def test_slower_by_a_little_is_no_finding() -> None:
+def test_slowdown_excludes_small_differences() -> None:
     assert detect_slowdown([Timing(100_000, 120_000)] * 500) is None  # 20%
     assert detect_slowdown([Timing(1_000, 5_000)] * 500) is None  # 4 ms
     assert detect_slowdown([Timing(100_000, 140_000)] * 500) is not None
 
 
-def test_too_few_pairs_are_no_finding() -> None:
+def test_slowdown_is_none_for_few_pairs() -> None:
     assert detect_slowdown([Timing(10_000, 90_000)] * 34) is None  # the first five are cold
     assert detect_slowdown([Timing(10_000, 90_000)] * 35) is not None
 
 
-def test_the_cold_start_of_each_release_is_left_out() -> None:
+def test_split_cold_pairs_skips_the_start_of_each_release() -> None:
     first = [Timing(n, n, "one") for n in range(100)]
     second = [Timing(n, n, "two") for n in range(20)]
 
-    assert skip_cold_pairs([*first, *second]) == [*first[10:], *second[5:]]
+    assert split_cold_pairs([*first, *second])[1] == [*first[10:], *second[5:]]
 
 
-def test_what_is_reported_is_of_the_judged_pairs() -> None:
+def test_slowdown_percentiles_are_of_warm_pairs() -> None:
     cold = [Timing(10_000, 5_000_000)] * 10
     found = detect_slowdown([*cold, *([Timing(10_000, 20_000)] * 90)])
 

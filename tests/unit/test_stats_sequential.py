@@ -1,4 +1,4 @@
-"""Rates under repeated looking."""
+"""Rates that are tested repeatedly."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def stays_under(successes: float, n: float, budget: float, alpha: float) -> bool
 
 
 def ever_above(rate: float, prior: Prior, bar: float, dice: random.Random) -> bool:
-    """Whether a run at the true rate ever has so much evidence against that rate.
+    """Return True if a run at the true rate ever reaches this evidence against that rate.
 
-    Looks after each success, where evidence for a greater rate jumps, and now and then between.
+    It is evaluated after each success, where the evidence for a greater rate jumps, and sometimes between.
     """
     successes = 0
     for n in range(1, LOOKS + 1):
@@ -60,7 +60,7 @@ def allowed(runs: int, alpha: float) -> float:
 
 
 @pytest.mark.parametrize("rate", [0.002, 0.05, 0.5])
-def test_the_true_rate_stays_inside_at_every_look(rate: float) -> None:
+def test_confidence_interval_covers_the_rate_at_every_look(rate: float) -> None:
     dice = random.Random(6)
     missed = sum(ever_above(rate, JEFFREYS_PRIOR, -log(ALPHA), dice) for _ in range(RUNS))
 
@@ -68,14 +68,14 @@ def test_the_true_rate_stays_inside_at_every_look(rate: float) -> None:
 
 
 @pytest.mark.parametrize("prior", [prior_above(0.01), prior_below(0.01)])
-def test_priors_made_for_a_budget_keep_the_promise_at_the_budget(prior: Prior) -> None:
+def test_budget_priors_keep_alpha_at_the_budget(prior: Prior) -> None:
     dice = random.Random(7)
     missed = sum(ever_above(0.01, prior, -log(ALPHA), dice) for _ in range(RUNS))
 
     assert missed <= allowed(RUNS, ALPHA)
 
 
-def test_the_simulation_would_notice_an_interval_that_is_made_for_one_look() -> None:
+def test_simulation_detects_an_interval_for_a_single_look() -> None:
     dice = random.Random(6)
     missed = sum(ever_outside_of_one_look(0.5, dice) for _ in range(RUNS))
 
@@ -93,7 +93,7 @@ def ever_outside_of_one_look(rate: float, dice: random.Random) -> bool:
 
 
 @given(counts)
-def test_the_interval_holds_the_share_and_is_ordered(case: tuple[int, int]) -> None:
+def test_confidence_interval_contains_the_share(case: tuple[int, int]) -> None:
     successes, n = case
     found = confidence_interval(successes, n, ALPHA)
 
@@ -102,7 +102,7 @@ def test_the_interval_holds_the_share_and_is_ordered(case: tuple[int, int]) -> N
 
 
 @given(counts)
-def test_a_smaller_error_probability_has_a_wider_interval(case: tuple[int, int]) -> None:
+def test_confidence_interval_widens_with_smaller_alpha(case: tuple[int, int]) -> None:
     wide, narrow = confidence_interval(*case, 0.001), confidence_interval(*case, 0.1)
 
     assert wide.low <= narrow.low
@@ -110,7 +110,7 @@ def test_a_smaller_error_probability_has_a_wider_interval(case: tuple[int, int])
 
 
 @given(counts)
-def test_the_interval_of_the_complement_is_the_mirror_image(case: tuple[int, int]) -> None:
+def test_confidence_interval_of_the_complement_is_mirrored(case: tuple[int, int]) -> None:
     successes, n = case
     one, other = confidence_interval(successes, n, ALPHA), confidence_interval(n - successes, n, ALPHA)
 
@@ -119,7 +119,7 @@ def test_the_interval_of_the_complement_is_the_mirror_image(case: tuple[int, int
 
 
 @given(counts, rates)
-def test_a_rate_outside_of_the_interval_is_one_that_is_rejected(case: tuple[int, int], rate: float) -> None:
+def test_confidence_interval_excludes_rejected_rates(case: tuple[int, int], rate: float) -> None:
     successes, n = case
     found = confidence_interval(successes, n, ALPHA)
     rejected = n > 0 and log_ratio(successes, n, rate, JEFFREYS_PRIOR) > -log(ALPHA) + 1e-6
@@ -128,8 +128,8 @@ def test_a_rate_outside_of_the_interval_is_one_that_is_rejected(case: tuple[int,
 
 
 @given(counts, rates, rates)
-def test_what_exceeds_a_budget_exceeds_each_smaller_rate(case: tuple[int, int], one: float, other: float) -> None:
-    """The argument that the test of a budget is one-sided: the ratio falls towards the observed share."""
+def test_log_ratio_falls_towards_the_observed_share(case: tuple[int, int], one: float, other: float) -> None:
+    """This is why the test of a budget can be one-sided."""
     low, high = sorted((one, other))
     successes, n = case
     prior = prior_above(high)
@@ -140,40 +140,38 @@ def test_what_exceeds_a_budget_exceeds_each_smaller_rate(case: tuple[int, int], 
 
 
 @given(counts, rates)
-def test_nothing_is_above_and_below_a_budget(case: tuple[int, int], budget: float) -> None:
+def test_evidence_is_never_above_and_below_a_budget(case: tuple[int, int], budget: float) -> None:
     assert -inf in {evidence_above(*case, budget), evidence_below(*case, budget)}
 
 
-def test_no_request_says_nothing() -> None:
+def test_evidence_of_no_requests_is_none() -> None:
     assert confidence_interval(0, 0, ALPHA).low == 0
     assert confidence_interval(0, 0, ALPHA).high == 1
     assert not exceeds(0, 0, 0.001, ALPHA)
     assert not stays_under(0, 0, 0.001, ALPHA)
 
 
-def test_ten_of_20_000_are_above_one_in_10_000_also_at_a_share_of_the_error_probability() -> None:
+def test_evidence_above_finds_ten_of_20_000_at_a_share_of_alpha() -> None:
     assert exceeds(10, 20_000, 0.0001, ALPHA)
     assert exceeds(10, 20_000, 0.0001, ALPHA / 6)
     assert not exceeds(10, 20_000, 0.001, ALPHA)
     assert stays_under(10, 20_000, 0.01, ALPHA)
 
 
-def test_what_is_plainly_broken_takes_two_requests() -> None:
+def test_evidence_above_needs_two_requests_of_a_broken_version() -> None:
     assert exceeds(2, 2, 0.001, ALPHA / 6 / 100)
 
 
 @pytest.mark.parametrize(("successes", "n", "state"), [(0, 10**6, (False, False)), (1, 10**6, (True, False))])
-def test_a_budget_of_nothing_is_never_kept_and_exceeded_by_one(
-    successes: int, n: int, state: tuple[bool, bool]
-) -> None:
+def test_budget_of_zero_is_exceeded_by_one_request(successes: int, n: int, state: tuple[bool, bool]) -> None:
     assert (exceeds(successes, n, 0.0, ALPHA), stays_under(successes, n, 0.0, ALPHA)) == state
 
 
-def test_a_budget_of_everything_cannot_be_exceeded() -> None:
+def test_budget_of_one_is_never_exceeded() -> None:
     assert not exceeds(100, 100, 1.0, ALPHA)
 
 
-def test_no_mismatch_at_all_passes_a_sixth_later_than_by_one_look() -> None:
+def test_evidence_below_of_no_mismatch_is_a_sixth_later_than_a_single_look() -> None:
     needed = estimate_requests_below(0.0, 0, 0.001, BAR)
 
     assert needed is not None
@@ -184,7 +182,7 @@ def test_no_mismatch_at_all_passes_a_sixth_later_than_by_one_look() -> None:
     st.integers(0, 50).flatmap(lambda s: st.tuples(st.just(s), st.integers(s, 20_000))),
     st.sampled_from([0.0001, 0.001, 0.01, 0.3]),
 )
-def test_so_many_more_requests_are_just_enough(case: tuple[int, int], budget: float) -> None:
+def test_estimated_requests_are_exact(case: tuple[int, int], budget: float) -> None:
     successes, n = case
     rate = successes / n if n else 0.0
     more = estimate_requests_below(rate, n, budget, BAR)
@@ -194,7 +192,7 @@ def test_so_many_more_requests_are_just_enough(case: tuple[int, int], budget: fl
     assert more is not None or rate >= budget * 0.999
 
 
-def test_what_is_decided_needs_no_more_and_what_leans_the_other_way_never_comes() -> None:
+def test_estimated_requests_are_zero_or_none_at_the_ends() -> None:
     assert (
         estimate_requests_below(0.0005, 20_000, 0.0001, BAR),
         estimate_requests_above(0.0005, 20_000, 0.0001, BAR),
@@ -205,12 +203,12 @@ def test_what_is_decided_needs_no_more_and_what_leans_the_other_way_never_comes(
     )
 
 
-def test_the_least_number_is_none_beyond_the_bound() -> None:
+def test_find_least_is_none_beyond_the_maximum() -> None:
     assert find_least(lambda n: n >= 777) == 777
     assert find_least(lambda n: n >= 777, maximum=100) is None
 
 
-def test_large_counts_lose_no_precision_that_matters() -> None:
+def test_evidence_of_large_counts_is_precise() -> None:
     found = confidence_interval(500_000_000, 1_000_000_000, ALPHA)
 
     assert exp(-1) > found.high - found.low > 0

@@ -31,7 +31,7 @@ MONDAY = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
 
 
 @given(SHARES)
-def test_weights_sum_to_ten_thousand(shares: Shares) -> None:
+def test_runtime_layer_weights_sum_to_10_000(shares: Shares) -> None:
     layer = build_runtime_layer(shares)
 
     assert layer["abreast.weight.old"] + layer["abreast.weight.new_or_old"] == 10_000
@@ -39,14 +39,14 @@ def test_weights_sum_to_ten_thousand(shares: Shares) -> None:
 
 
 @given(SHARES)
-def test_the_baseline_never_takes_more_than_the_sample(shares: Shares) -> None:
-    """Its route matches first, with the same dice."""
+def test_runtime_layer_baseline_never_exceeds_the_sample(shares: Shares) -> None:
+    """The baseline route matches first, with the same random number."""
     layer = build_runtime_layer(shares)
 
     assert 0 <= layer["abreast.sample.baseline"]["numerator"] <= layer["abreast.sample.safe"]["numerator"]
 
 
-def test_the_layer_is_what_envoy_wants() -> None:
+def test_runtime_layer_has_the_keys_of_envoy() -> None:
     shares = Shares(new_share=2500, sample_safe=200_000, sample_unsafe=1, baseline_share=500_000)
 
     assert build_runtime_layer(shares) == {
@@ -59,7 +59,7 @@ def test_the_layer_is_what_envoy_wants() -> None:
 
 
 @given(st.floats(0, 1))
-def test_only_zero_becomes_none_and_only_one_becomes_all(share: float) -> None:
+def test_fixed_point_is_zero_or_full_only_for_zero_or_one(share: float) -> None:
     found = to_fixed_point("new_share", share, TOTAL_WEIGHT)
 
     assert (found == 0) == (share == 0)
@@ -68,42 +68,42 @@ def test_only_zero_becomes_none_and_only_one_becomes_all(share: float) -> None:
 
 
 @pytest.mark.parametrize("share", [math.nan, math.inf, -math.inf, -0.0001, 1.0001, 100.0])
-def test_a_share_out_of_range_is_refused_by_name(share: float) -> None:
+def test_fixed_point_rejects_shares_out_of_range(share: float) -> None:
     with pytest.raises(ArgumentError, match="sample_safe must be a share from 0 to 1, got"):
         to_fixed_point("sample_safe", share, MILLION)
 
 
 @given(st.integers(0, TOTAL_WEIGHT))
-def test_whole_parts_survive_the_way_over_floats(number: int) -> None:
+def test_fixed_point_round_trips_through_floats(number: int) -> None:
     assert to_fixed_point("new_share", number / TOTAL_WEIGHT, TOTAL_WEIGHT) == number
 
 
-def test_settings_give_the_first_state() -> None:
+def test_default_shares_come_from_settings() -> None:
     found = default_shares(Settings(new_share=0.25, sample_safe=0.5, sample_unsafe=0.0, baseline_share=1.0))
 
     assert found == Shares(new_share=2500, sample_safe=500_000, sample_unsafe=0, baseline_share=MILLION)
 
 
-def test_a_rollback_keeps_what_is_sampled() -> None:
+def test_rollback_keeps_the_sampling() -> None:
     before = Shares(new_share=9000, sample_safe=500_000, sample_unsafe=7, baseline_share=100_000)
 
     assert TrafficChange.rollback().apply(before) == Shares(0, 500_000, 7, 100_000, rolled_back=True)
 
 
 @pytest.mark.parametrize("change", [TrafficChange.promote(), TrafficChange("update", new_share=0)])
-def test_setting_the_share_ends_a_rollback(change: TrafficChange) -> None:
+def test_change_of_the_share_ends_a_rollback(change: TrafficChange) -> None:
     before = Shares(0, 1, 1, 1, rolled_back=True)
 
     assert not change.apply(before).rolled_back
 
 
-def test_a_change_of_sampling_does_not_end_a_rollback() -> None:
+def test_change_of_sampling_keeps_a_rollback() -> None:
     before = Shares(0, 1, 1, 1, rolled_back=True)
 
     assert TrafficChange("update", sample_safe=5).apply(before) == Shares(0, 5, 1, 1, rolled_back=True)
 
 
-def test_states_are_ordered_by_time_then_version() -> None:
+def test_traffic_is_ordered_by_time_then_version() -> None:
     shares = Shares(0, 0, 0, 0)
     first = Traffic("shop", 7, MONDAY, shares)
     restored = Traffic("shop", 3, MONDAY + dt.timedelta(seconds=1), shares)

@@ -1,4 +1,4 @@
-"""Ramps of a running sidecar, on evidence that is written into its ledger."""
+"""Ramps of a running sidecar, with evidence that the tests write to its ledger."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from support_steering import NOW, add, events, moment, sampled, set_guard, set_s
 
 pytestmark = pytest.mark.postgres
 
-WAITING = "select pid from pg_stat_activity where application_name = 'abreast steering' and wait_event_type = 'Lock'"
+WAITING = "select pid from pg_stat_activity where application_name = 'abreast leader' and wait_event_type = 'Lock'"
 EASY = comparison_pb2.Budget(max_mismatch=0.05, max_error=0.05, max_slower=1.0)
 
 
@@ -87,7 +87,7 @@ async def refusal(call: Any) -> Refused:
     return refused(caught.value)
 
 
-async def test_it_climbs_on_pass_to_the_end(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_climbs_to_the_end_on_pass(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     begun = await start(sidecar, 0.01, 0.5, 1.0)
     assert (begun.state.step, await share(sidecar)) == (0, 0.01)
@@ -112,7 +112,7 @@ async def test_it_climbs_on_pass_to_the_end(sidecar: Running, ledger: Ledger) ->
     assert ended.HasField("end_time")
 
 
-async def test_it_waits_while_too_little_is_known(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_waits_for_evidence(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.01, 1.0)
     good(ledger, 25)
@@ -124,7 +124,7 @@ async def test_it_waits_while_too_little_is_known(sidecar: Running, ledger: Ledg
     assert "the verdict is INCONCLUSIVE: " in found.state.message
 
 
-async def test_each_step_needs_pairs_and_time_of_its_own(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_needs_pairs_and_time_for_each_step(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.01, 0.5, 1.0)
     good(ledger)
@@ -145,7 +145,7 @@ async def test_each_step_needs_pairs_and_time_of_its_own(sidecar: Running, ledge
     await until(sidecar, "PROGRESSING", 1)
 
 
-async def test_it_goes_back_on_fail(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_rolls_back_on_fail(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
 
@@ -161,7 +161,7 @@ async def test_it_goes_back_on_fail(sidecar: Running, ledger: Ledger) -> None:
     assert ended.verdict == comparison_pb2.VERDICT_STATE_FAIL
 
 
-async def test_a_defect_of_the_last_step_does_not_drown_in_what_was_before(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_rolls_back_on_a_defect_of_the_last_step(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.01, 1.0)
     good(ledger, 5000)
@@ -177,15 +177,15 @@ async def test_a_defect_of_the_last_step_does_not_drown_in_what_was_before(sidec
 @pytest.mark.parametrize(
     ("beyond", "age", "said"),
     [
-        (100, 0.0, "the ledger has 300 of 400 requests sampled in this step, 99% are asked for"),
-        (0, 60.0, "the Envoy edge@127.0.0.1:1 has not told its count for 6"),
-        (0, 7200.0, "no Envoy tells its count any more"),
+        (100, 0.0, "the ledger has 300 of 400 requests sampled in this step, 99% are required"),
+        (0, 60.0, "the count of the Envoy edge@127.0.0.1:1 is 6"),
+        (0, 7200.0, "no Envoy reports its count any more"),
     ],
 )
-async def test_no_evidence_is_no_good_evidence(
+async def test_ramp_waits_with_incomplete_evidence(
     sidecar: Running, ledger: Ledger, beyond: int, age: float, said: str
 ) -> None:
-    """Captures stop while Envoy counts on; or Envoy is not heard of."""
+    """Captures stop while Envoy still counts, or Envoy's count is stale."""
     sampled(ledger)
     await start(sidecar, 0.01, 1.0)
     add(ledger, 300, live="new", new_us=900)
@@ -201,7 +201,7 @@ async def test_no_evidence_is_no_good_evidence(
     await until(sidecar, "PROGRESSING", 1)
 
 
-async def test_without_an_envoys_count_it_does_not_climb_until_there_is_one(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_waits_for_a_count_of_envoy(sidecar: Running, ledger: Ledger) -> None:
     await start(sidecar, 0.01, 1.0)
     add(ledger, 300, live="new", new_us=900)
     blind = await looked(sidecar)
@@ -215,7 +215,7 @@ async def test_without_an_envoys_count_it_does_not_climb_until_there_is_one(side
     assert counted.step_time.ToDatetime() > blind.step_time.ToDatetime()
 
 
-async def test_pause_and_resume(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_pauses_and_resumes(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.01, 1.0)
     paused = (await sidecar.steering.PauseRamp(pb.PauseRampRequest(actor="grace", reason="lunch"))).ramp
@@ -231,7 +231,7 @@ async def test_pause_and_resume(sidecar: Running, ledger: Ledger) -> None:
     assert told == [("ramp_resume", "grace", ""), ("ramp_pause", "grace", "lunch")]
 
 
-async def test_a_paused_ramp_still_goes_back(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_rolls_back_while_paused(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
     await sidecar.steering.PauseRamp(pb.PauseRampRequest())
@@ -242,7 +242,7 @@ async def test_a_paused_ramp_still_goes_back(sidecar: Running, ledger: Ledger) -
     await until(sidecar, "FAILED")
 
 
-async def test_abort_sends_all_users_to_old_and_stays(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_abort_sends_all_users_to_old(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
     ended = (await sidecar.steering.AbortRamp(pb.AbortRampRequest(actor="grace", reason="no"))).ramp
@@ -253,11 +253,11 @@ async def test_abort_sends_all_users_to_old_and_stays(sidecar: Running, ledger: 
     assert (event.action, event.actor, event.reason) == ("ramp_abort", "grace", "no")
     assert (event.after.new_share, event.after.rolled_back) == (0.0, True)
     assert (again.code, again.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT")
-    assert "shop has no ramp under way" in again.message
+    assert "shop has no active ramp" in again.message
 
 
 @pytest.mark.parametrize("what", ["rollback", "promote", "update"])
-async def test_who_sets_the_traffic_ends_the_ramp(sidecar: Running, ledger: Ledger, what: str) -> None:
+async def test_ramp_ends_when_the_traffic_is_set(sidecar: Running, ledger: Ledger, what: str) -> None:
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
     by: dict[str, Any] = {"actor": "grace", "reason": "stop", "wait": NOW}
@@ -275,7 +275,7 @@ async def test_who_sets_the_traffic_ends_the_ramp(sidecar: Running, ledger: Ledg
     assert [one.action for one in await events(sidecar)][:2] == ["ramp_end", what]
 
 
-async def test_who_changes_only_what_is_mirrored_leaves_it_alone(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_continues_when_only_mirroring_changes(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
     await sidecar.traffic.UpdateTraffic(traffic_pb2.UpdateTrafficRequest(sample_safe=0.5, wait=NOW))
@@ -286,7 +286,7 @@ async def test_who_changes_only_what_is_mirrored_leaves_it_alone(sidecar: Runnin
     assert (found.traffic.new_share, found.traffic.sample_safe) == (1.0, 0.5)
 
 
-async def test_the_guard_ends_it(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_ends_when_the_guard_fires(sidecar: Running, ledger: Ledger) -> None:
     sampled(ledger)
     await set_guard(sidecar, "ACTING")
     await start(sidecar, 0.25, 1.0, budget=comparison_pb2.Budget(max_error=1.0, max_mismatch=1.0))
@@ -297,8 +297,8 @@ async def test_the_guard_ends_it(sidecar: Running, ledger: Ledger) -> None:
     assert "rollback by guard: errors: new failed 20 of 20" in ended.state.message
 
 
-async def test_a_rollback_always_wins_over_a_step(sidecar: Running, ledger: Ledger) -> None:
-    """In the very moment in which the ramp steps: it has looked, and waits for the row that a rollback holds."""
+async def test_ramp_step_loses_to_a_concurrent_rollback(sidecar: Running, ledger: Ledger) -> None:
+    """The ramp has decided to step, and waits for the row that a rollback has locked."""
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
     async with await psycopg.AsyncConnection.connect(sidecar.postgres_url) as rollback:
@@ -319,7 +319,7 @@ async def test_a_rollback_always_wins_over_a_step(sidecar: Running, ledger: Ledg
     assert [one.action for one in await events(sidecar)][:2] == ["ramp_end", "ramp_start"]
 
 
-async def test_it_goes_on_where_another_sidecar_left_it(redis_url: str, postgres_url: str) -> None:
+async def test_ramp_continues_on_another_sidecar(redis_url: str, postgres_url: str) -> None:
     async with running(redis_url, postgres_url) as first:
         ledger = first.ledger()
         ledger.endpoint("shop")
@@ -345,18 +345,18 @@ async def test_it_goes_on_where_another_sidecar_left_it(redis_url: str, postgres
         (pb.RampPlan(steps=[0.5], budget=comparison_pb2.Budget(confidence=2)), "budget.confidence must be"),
     ],
 )
-async def test_plans_that_make_no_sense_are_refused(sidecar: Running, plan: Any, said: str) -> None:
+async def test_ramp_rejects_invalid_plans(sidecar: Running, plan: Any, said: str) -> None:
     found = await refusal(sidecar.steering.StartRamp(pb.StartRampRequest(plan=plan)))
 
     assert found.code is grpc.StatusCode.INVALID_ARGUMENT
     assert said in found.message
 
 
-async def test_a_second_ramp_is_refused(sidecar: Running) -> None:
+async def test_ramp_rejects_a_second_one(sidecar: Running) -> None:
     assert not (await sidecar.steering.GetRamp(pb.GetRampRequest())).HasField("ramp")
     await start(sidecar, 0.25, 1.0)
 
     found = await refusal(sidecar.steering.StartRamp(pb.StartRampRequest(plan=pb.RampPlan(steps=[1.0]))))
 
     assert found.code is grpc.StatusCode.FAILED_PRECONDITION
-    assert "a ramp is under way already, progressing at 25%; abort it first" in found.message
+    assert "shop has a ramp, progressing at 25%; abort it first" in found.message

@@ -1,4 +1,4 @@
-"""The discovery stream as an Envoy speaks it, where a real Envoy would not misbehave."""
+"""The discovery stream with misbehaviour that a real Envoy does not show."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def envoys(sidecar: Running) -> list[pb.EnvoyStatus]:
     return list((await sidecar.traffic.GetTraffic(pb.GetTrafficRequest())).envoys)
 
 
-async def test_the_layer_is_one_runtime_resource(sidecar: Running) -> None:
+async def test_rtds_layer_is_one_resource(sidecar: Running) -> None:
     async with stream(sidecar) as call:
         response = await call.read()
 
@@ -47,7 +47,7 @@ async def test_the_layer_is_one_runtime_resource(sidecar: Running) -> None:
     }
 
 
-async def test_a_refusal_is_told_and_not_waited_for(sidecar: Running) -> None:
+async def test_rtds_refusal_is_reported_without_waiting(sidecar: Running) -> None:
     async with stream(sidecar) as call:
         await call.write(answer(await call.read()))
         change = sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(new_share=0.5, wait=Duration(seconds=10)))
@@ -61,7 +61,7 @@ async def test_a_refusal_is_told_and_not_waited_for(sidecar: Running) -> None:
     assert not state.HasField("acknowledged_after")
 
 
-async def test_an_answer_to_something_else_is_no_acknowledgement(sidecar: Running) -> None:
+async def test_rtds_ignores_answers_with_another_nonce(sidecar: Running) -> None:
     async with stream(sidecar) as call:
         response = await call.read()
         await call.write(answer(response, nonce="other"))
@@ -78,7 +78,7 @@ async def test_an_answer_to_something_else_is_no_acknowledgement(sidecar: Runnin
     assert [state.acknowledged_version for state in late.envoys] == [0]
 
 
-async def test_an_envoy_that_left_is_not_listed(sidecar: Running) -> None:
+async def test_rtds_removes_envoys_that_left(sidecar: Running) -> None:
     async with stream(sidecar) as call:
         await call.read()
         assert [state.node for state in await envoys(sidecar)] == ["edge-1"]
@@ -94,11 +94,11 @@ async def test_an_envoy_that_left_is_not_listed(sidecar: Running) -> None:
     [
         (wire.DiscoveryRequest(resource_names=["abreast"]), "node.cluster with the name of its service"),
         (wire.DiscoveryRequest(node=wire.Node(id="edge-1"), resource_names=["abreast"]), "node.cluster"),
-        (wire.DiscoveryRequest(node=NODE, resource_names=["rtds"]), "must have the name abreast, it asks for rtds"),
-        (wire.DiscoveryRequest(node=NODE), "it asks for nothing"),
+        (wire.DiscoveryRequest(node=NODE, resource_names=["rtds"]), "must be named abreast, got rtds"),
+        (wire.DiscoveryRequest(node=NODE), "got nothing"),
     ],
 )
-async def test_a_wrong_configuration_is_refused_in_plain_words(
+async def test_rtds_rejects_invalid_configurations(
     sidecar: Running, first: wire.DiscoveryRequest, message: str
 ) -> None:
     async with stream(sidecar, first) as call:
@@ -110,8 +110,8 @@ async def test_a_wrong_configuration_is_refused_in_plain_words(
     assert message in found.message
 
 
-async def test_a_clock_that_was_set_back_makes_no_answer_early(sidecar: Running) -> None:
-    """The state is of a time that Postgres's clock has not reached again."""
+async def test_rtds_accepts_answers_after_a_clock_was_set_back(sidecar: Running) -> None:
+    """The settings are newer than Postgres's present time."""
     async with stream(sidecar) as call:
         await call.write(answer(await call.read()))
         ledger = sidecar.ledger()
@@ -131,7 +131,7 @@ async def test_a_clock_that_was_set_back_makes_no_answer_early(sidecar: Running)
     assert dt.timedelta(0) <= state.acknowledged_after.ToTimedelta() < dt.timedelta(seconds=20)
 
 
-async def test_streams_end_when_the_sidecar_drains(sidecar: Running) -> None:
+async def test_rtds_streams_end_when_the_sidecar_drains(sidecar: Running) -> None:
     async with stream(sidecar) as call:
         await call.read()
         began = time.monotonic()
@@ -141,10 +141,8 @@ async def test_streams_end_when_the_sidecar_drains(sidecar: Running) -> None:
     assert time.monotonic() - began < 4
 
 
-async def test_a_stream_that_is_being_written_to_ends_with_its_status(
-    sidecar: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After half a write, grpcio can't end a stream: whoever reads it would wait until all calls are cancelled."""
+async def test_rtds_stream_ends_with_a_status_during_a_write(sidecar: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After half a write, grpcio can't end a stream, and its reader would wait until all calls are cancelled."""
     sending = EnvoyConnection.record_sent
 
     def closing(self: EnvoyConnection, traffic: Traffic, changed: float) -> None:

@@ -1,4 +1,4 @@
-"""Signatures as Standard Webhooks has them."""
+"""Signatures of Standard Webhooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # the vector that libraries o
 SENT = datetime.fromtimestamp(1614265330, UTC)
 
 
-def test_the_vector_of_the_scheme() -> None:
+def test_signature_matches_the_reference_vector() -> None:
     made = make_signature_headers(SECRET, "msg_p5jXN8AQM9LWM0D4loKWxJek", SENT, b'{"test": 2432232314}')
 
     assert made == {
@@ -36,19 +36,19 @@ def test_make_signature_headers_verifies_only_for_its_body_and_secret() -> None:
 
 
 @pytest.mark.parametrize("secret", ["hunter2", "whsec_", "whsec_c2hvcnQ=", "whsec_not base64!", "whsec_" + "A" * 200])
-def test_a_secret_that_is_none_is_refused_and_not_shown(secret: str) -> None:
+def test_webhook_secret_rejects_invalid_values_without_showing_them(secret: str) -> None:
     with pytest.raises(SettingError, match="ABREAST_WEBHOOK_SECRET must be whsec_ and 24") as told:
         Settings.from_environment({"ABREAST_WEBHOOK_SECRET": secret})
 
     assert secret == "whsec_" or secret not in str(told.value)
 
 
-def test_receivers_without_a_secret_are_refused() -> None:
+def test_webhook_urls_require_a_secret() -> None:
     with pytest.raises(SettingError, match="ABREAST_WEBHOOK_SECRET must be set"):
         Settings.from_environment({"ABREAST_WEBHOOK_URLS": "https://hooks.example.com/a"})
 
 
 @pytest.mark.parametrize("url", ["hooks.example.com", "ftp://a/b", "https://"])
-def test_what_is_no_url_is_refused(url: str) -> None:
+def test_webhook_urls_reject_other_text(url: str) -> None:
     with pytest.raises(SettingError, match="ABREAST_WEBHOOK_URLS must be URLs such as"):
         Settings.from_environment({"ABREAST_WEBHOOK_URLS": url, "ABREAST_WEBHOOK_SECRET": SECRET})

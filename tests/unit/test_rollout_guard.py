@@ -1,4 +1,4 @@
-"""When the guard has seen enough. Chance is played out by hypothesis and by seeded runs."""
+"""Decisions of the guard, with property tests and seeded simulations."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def found(policy: GuardPolicy, *windows: WindowCounts) -> set[GuardRuleName]:
 
 
 @given(tallies(), tallies())
-def test_it_never_raises_and_says_the_plainest_first(one: WindowCounts, other: WindowCounts) -> None:
+def test_find_breaches_sorts_by_evidence(one: WindowCounts, other: WindowCounts) -> None:
     made = find_breaches(GuardPolicy("acting"), dict.fromkeys(GUARD_RULE_NAMES, (one, other)))
 
     assert [one.excess_evidence for one in made] == sorted((one.excess_evidence for one in made), reverse=True)
@@ -54,14 +54,14 @@ def test_it_never_raises_and_says_the_plainest_first(one: WindowCounts, other: W
 
 
 @given(tallies())
-def test_less_than_the_minimum_of_evidence_says_nothing(tally: WindowCounts) -> None:
+def test_find_breaches_requires_the_least_pairs(tally: WindowCounts) -> None:
     rule = GuardRule(limit=0.0, min_pairs=5001)
 
     assert not found(GuardPolicy("acting", errors=rule, mismatches=rule, slower=rule), tally)
 
 
 @given(tallies())
-def test_rates_within_their_limits_are_no_breach(tally: WindowCounts) -> None:
+def test_find_breaches_ignores_rates_within_limits(tally: WindowCounts) -> None:
     policy = GuardPolicy("acting")
     made = found(policy, tally)
 
@@ -74,30 +74,30 @@ def test_rates_within_their_limits_are_no_breach(tally: WindowCounts) -> None:
 
 
 @given(tallies(), st.integers(1, 100))
-def test_more_errors_of_new_never_undo_a_breach(tally: WindowCounts, more: int) -> None:
+def test_find_breaches_never_shrinks_with_more_errors(tally: WindowCounts, more: int) -> None:
     worse = replace(tally, live=tally.live + more, new_errors=tally.new_errors + more)
 
     if "errors" in found(GuardPolicy("acting"), tally):
         assert "errors" in found(GuardPolicy("acting"), worse)
 
 
-def test_ten_errors_and_nothing_else_are_enough_and_nine_are_not() -> None:
-    """The least that is, at 99%."""
+def test_find_breaches_needs_about_ten_errors() -> None:
+    """The minimum at 99% confidence."""
     enough = [n for n in range(1, 40) if found(GuardPolicy("acting"), WindowCounts(live=n, new_errors=n))]
 
     assert 10 <= enough[0] <= 14
     assert enough == list(range(enough[0], 40))
 
 
-def test_errors_of_both_are_no_regression_however_many() -> None:
+def test_find_breaches_ignores_errors_of_both_versions() -> None:
     both = WindowCounts(live=2000, new_errors=300, old_errors=290)
 
     assert not found(GuardPolicy("acting"), both)
     assert found(GuardPolicy("acting"), replace(both, old_errors=100)) == {"errors"}
 
 
-def test_equal_versions_are_hardly_ever_sent_back_however_often_one_looks() -> None:
-    """500 windows of 300 requests each, looked at after every one: at most 1% of them may go wrong."""
+def test_find_breaches_keeps_alpha_at_every_look() -> None:
+    """500 windows of 300 requests, evaluated after every five: at most 1% may breach."""
     chance = random.Random(7)
     policy, wrong = GuardPolicy("acting"), 0
     for _ in range(500):
@@ -116,7 +116,7 @@ def test_equal_versions_are_hardly_ever_sent_back_however_often_one_looks() -> N
 
 
 @given(st.floats(10, 86_400), st.datetimes(*BETWEEN, timezones=st.just(dt.UTC)))
-def test_windows_hold_the_last_half_and_begin_on_a_grid(window: float, now: dt.datetime) -> None:
+def test_window_starts_cover_the_last_half_window(window: float, now: dt.datetime) -> None:
     rule = GuardRule(limit=0.1, min_pairs=1, window=window)
     since = dt.datetime(2019, 1, 1, tzinfo=dt.UTC)
     first, second = window_starts(rule, now, since)
@@ -128,7 +128,7 @@ def test_windows_hold_the_last_half_and_begin_on_a_grid(window: float, now: dt.d
     assert window_starts(rule, second + dt.timedelta(seconds=window / 4), since)[1] - second < slack
 
 
-def test_no_window_begins_before_users_were_let_onto_new() -> None:
+def test_window_starts_never_precede_the_exposure() -> None:
     since = NOON + dt.timedelta(seconds=57)
     now = NOON + dt.timedelta(seconds=60)
 
@@ -136,17 +136,17 @@ def test_no_window_begins_before_users_were_let_onto_new() -> None:
 
 
 @given(st.sampled_from(["off", "watching", "acting"]), st.floats(0, 1), st.integers(1, 1000))
-def test_a_policy_survives_the_ledger(mode: Any, limit: float, pairs: int) -> None:
+def test_policy_round_trips_through_a_document(mode: Any, limit: float, pairs: int) -> None:
     policy = GuardPolicy(mode, errors=GuardRule(limit, pairs, 60.0, 0.0))
 
     assert GuardPolicy.from_document(asdict(policy)) == policy
 
 
-def test_a_policy_of_another_version_is_read_as_far_as_it_goes() -> None:
+def test_policy_ignores_unknown_fields() -> None:
     assert GuardPolicy.from_document({"mode": "acting", "more": 1}) == GuardPolicy("acting")
 
 
 @pytest.mark.parametrize("mode", ["on", "", "OFF"])
-def test_other_modes_are_refused(mode: Any) -> None:
+def test_policy_rejects_unknown_modes(mode: Any) -> None:
     with pytest.raises(ValueError, match="mode must be one of off, watching, acting"):
         GuardPolicy(mode)

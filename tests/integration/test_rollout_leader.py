@@ -1,4 +1,4 @@
-"""One of several sidecars acts, as processes of their own; another takes over."""
+"""Leader election between sidecars in separate processes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def exposed(ledger: Ledger) -> None:
 
 
 def cut(ledger: Ledger) -> None:
-    """End the connection of whoever has the seat."""
+    """End the leader's connection."""
     for (pid,) in ledger.execute(HOLDER, LEADER_LOCK_ID):
         ledger.execute("select pg_terminate_backend(%s)", pid)
 
@@ -62,10 +62,10 @@ def rollbacks(ledger: Ledger) -> int:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_another_takes_over_when_the_acting_one_is_killed_or_frozen(
+def test_leader_is_replaced_when_killed_or_frozen(
     replicas: list[Replica], postgres_url: str, how: signal.Signals
 ) -> None:
-    """Within a few seconds; the bound here is for a loaded machine. One that thaws does not act on what it thought."""
+    """It takes seconds; the bound is for a loaded machine. A frozen leader does not act once it continues."""
     first = one_acts(replicas)
     (second,) = [one for one in replicas if one is not first]
     ledger = Ledger(postgres_url)
@@ -86,7 +86,7 @@ def test_another_takes_over_when_the_acting_one_is_killed_or_frozen(
     assert rollbacks(ledger) == 1
 
 
-async def test_who_has_lost_its_connection_can_not_act(postgres_url: str) -> None:
+async def test_lease_without_connection_rejects_transactions(postgres_url: str) -> None:
     seat, other = LeaderLease(postgres_url), LeaderLease(postgres_url)
     ledger = Ledger(postgres_url)
     assert await seat.acquire()
@@ -95,7 +95,7 @@ async def test_who_has_lost_its_connection_can_not_act(postgres_url: str) -> Non
     cut(ledger)
     eventually(lambda: not ledger.execute(HOLDER, LEADER_LOCK_ID), what="the lock is free")
     assert await other.acquire()
-    with pytest.raises(LeadershipLostError, match="the seat of the acting sidecar is lost"):
+    with pytest.raises(LeadershipLostError, match="leadership lost"):
         await seat.heartbeat()
 
     assert not seat.is_held
@@ -104,8 +104,8 @@ async def test_who_has_lost_its_connection_can_not_act(postgres_url: str) -> Non
     await seat.release()
 
 
-async def test_one_that_says_nothing_for_seconds_loses_the_seat(postgres_url: str) -> None:
-    """Postgres itself ends the session, whatever the other side believes."""
+async def test_lease_expires_without_heartbeats(postgres_url: str) -> None:
+    """Postgres ends the session by its own clock."""
     seat = LeaderLease(postgres_url)
     ledger = Ledger(postgres_url)
     assert await seat.acquire()
@@ -115,7 +115,7 @@ async def test_one_that_says_nothing_for_seconds_loses_the_seat(postgres_url: st
         await seat.heartbeat()
 
 
-async def test_an_act_that_is_under_way_when_the_connection_is_lost_does_nothing(postgres_url: str) -> None:
+async def test_lease_transaction_is_rolled_back_with_its_connection(postgres_url: str) -> None:
     seat = LeaderLease(postgres_url)
     ledger = Ledger(postgres_url)
     exposed(ledger)
@@ -132,19 +132,28 @@ async def test_an_act_that_is_under_way_when_the_connection_is_lost_does_nothing
     assert ledger.execute("select new_share from abreast.traffic") == [(5000,)]
 
 
-async def test_a_connection_that_does_not_hold_the_lock_itself_is_refused(postgres_url: str) -> None:
-    """As behind a pooler that lends connections for one transaction each."""
+async def test_lease_rejects_a_connection_without_the_lock(postgres_url: str) -> None:
+    """A pooler in transaction mode gives each transaction another connection."""
     seat = LeaderLease(postgres_url)
     assert await seat.acquire()
     assert seat._connection is not None
     await seat._connection.execute("select pg_advisory_unlock_all()")
 
-    with pytest.raises(LeadershipLostError, match="must not lead through a pooler of transactions"):
+    with pytest.raises(LeadershipLostError, match="this connection does not hold"):
         await seat.heartbeat()
 
 
-def test_the_lock_is_nobody_elses() -> None:
-    others = ("housekeeping.envoy", "housekeeping.noise", "housekeeping.reports", "store.migrate")
-    locks = [LEADER_LOCK_ID, *(import_module(f"abreast_sidecar.{name}").LOCK for name in others)]
+def test_lease_lock_id_is_unique() -> None:
+    names = {
+        "jobs.detectors": ("LATENCY_LOCK_KEY", "CACHE_LOCK_KEY"),
+        "jobs.envoy_counts": ("ENVOY_LOCK_KEY",),
+        "jobs.noise": ("NOISE_LOCK_KEY",),
+        "jobs.reports": ("REPORTS_LOCK_KEY",),
+        "jobs.retention": ("EXAMPLES_LOCK_KEY", "RETENTION_LOCK_KEY"),
+        "rules.reapply": ("REAPPLY_LOCK_KEY",),
+        "store.migrate": ("MIGRATION_LOCK_KEY",),
+    }
+    others = [getattr(import_module(f"abreast_sidecar.{name}"), key) for name, keys in names.items() for key in keys]
+    locks = [LEADER_LOCK_ID, *others]
 
     assert len(set(locks)) == len(locks)

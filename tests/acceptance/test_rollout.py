@@ -64,14 +64,14 @@ def abreast(stack: Stack, *words: str) -> Any:
 
 
 def state(stack: Stack) -> tuple[str, int, int]:
-    """Of the last ramp: its state, its step; and the share of users on new, in hundredths of a percent."""
+    """Return state and step of the last ramp, and the share of users on new in hundredths of a percent."""
     with psycopg.connect(stack.postgres_url) as ledger:
         query = "select state, step, new_share from abreast.ramp join abreast.traffic using (service) order by id desc"
         (row, *_) = ledger.execute(query).fetchall()
     return row[0], row[1], row[2]
 
 
-async def test_a_ramp_climbs_on_real_traffic_and_the_guard_goes_back_when_new_fails(stack: Stack, load: Users) -> None:
+async def test_ramp_climbs_on_real_traffic_and_guard_rolls_back_a_failing_new(stack: Stack, load: Users) -> None:
     with ExitStack() as opening:
         old, new = (one[0].port for one in (stack.envoy_settings.old, stack.envoy_settings.new))
         start("old", old, stack, opening)

@@ -1,4 +1,4 @@
-"""Numbers that always differ by themselves, and are elsewhere all the same: found, and never in old against old."""
+"""Shifts in the magnitude of numbers that always differ: found in new, never in old against old."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from abreast_sidecar.compare.model import Difference
-from abreast_sidecar.compare.model import JsonPath as At
+from abreast_sidecar.compare.model import Difference, JsonPath
 from abreast_sidecar.compare.values import LongNumber
 from abreast_sidecar.compare.volatile import classify_anomaly, get_direction, get_magnitude_shift
 from abreast_sidecar.jobs.noise import COUNT_COLUMNS, classify_rows
@@ -23,14 +22,14 @@ Draw = Callable[[random.Random, int, bool], Any]  # the number of a request, of 
 RUNS = 8
 PAIRS = 1500
 LOOKS = 150  # pairs from one to the next
-COPIES = 10  # of so many pairs one has a copy to old
+COPIES = 10  # pairs per baseline copy
 
 
 def text(value: float) -> str:
     return f"{value:.2f}"
 
 
-# What old says of itself: without what a copy does to it, so that copies are not needed to know it.
+# Values that do not depend on being a copy.
 ALIKE: dict[str, Draw] = {
     "prices": lambda rng, _n, _copy: round(rng.lognormvariate(3, 1), 2),
     "prices as text": lambda rng, _n, _copy: text(rng.lognormvariate(3, 1)),
@@ -44,7 +43,7 @@ ALIKE: dict[str, Draw] = {
     "hits and misses": lambda rng, _n, _copy: rng.choice((1, 1, 500)) + rng.random(),
     "day and night": lambda rng, n, _copy: rng.expovariate(1) * exp(3 * sin(n / 100)),
 }
-# What is later, behind or ahead in every copy.
+# Values that are later or further in every copy.
 LATER: dict[str, Draw] = {
     "times": lambda rng, n, copy: 1_767_225_600 + n + copy * rng.randrange(3),
     "times in ms, as text": lambda rng, n, copy: str(1_767_225_600_000 + 1000 * n + copy * rng.randrange(40)),
@@ -56,7 +55,7 @@ LATER: dict[str, Draw] = {
     "slow copies": lambda rng, _n, copy: rng.expovariate(0.05) * (4 if copy else 1),
     "warm copies": lambda rng, _n, copy: rng.choice((1, 1, 1, 500) if copy else (1, 500)) + rng.random(),
 }
-# How many pairs it takes, a tenth of them with a copy.
+# Pairs until a shift is found, a tenth of them with a copy.
 FOUND = {
     **dict.fromkeys(("prices", "prices as text", "no mean", "random integers", "day and night"), 450),
     "durations": 900,
@@ -66,7 +65,7 @@ FOUND = {
 
 @dataclass
 class Place:
-    """What the ledger would have of the place `$.n`."""
+    """The ledger's row of the place `$.n`."""
 
     row: dict[str, Any] = field(
         default_factory=lambda: {
@@ -95,27 +94,27 @@ class Place:
 
 
 def between(old: Any, new: Any) -> Difference | None:
-    """Of kind `changed` only: those of another range are counted apart."""
+    """Return the difference of kind `changed`; other ranges are separate findings."""
     if old == new or classify_anomaly(old, new, (0.0, 0.0)) is not None:
         return None
-    return Difference("body", "$.n", "changed", "value", At(None, "$.n", old, new))
+    return Difference("body", "$.n", "changed", "value", JsonPath(None, "$.n", old, new))
 
 
 def run(
     draw: Draw, seed: int, pairs: int = PAIRS, *, copies: bool = True, broken: Broken = lambda value: value
 ) -> list[str]:
-    """What is said at each look."""
-    rng, place, said = random.Random(seed), Place(), []
+    """Return the reason at each evaluation, empty unless real."""
+    rng, place, reasons = random.Random(seed), Place(), []
     for n in range(pairs):
         copy = draw(rng, n, True) if copies and n % COPIES == 0 else None  # a Draw
         place.pair(draw(rng, n, False), broken(draw(rng, n, True)), copy)  # a Draw
         if n % LOOKS == LOOKS - 1:
-            said.append(place.decided())
-    return said
+            reasons.append(place.decided())
+    return reasons
 
 
 @pytest.mark.parametrize("name", [*ALIKE, *LATER])
-def test_old_against_old_says_nothing(name: str) -> None:
+def test_magnitude_shift_is_noise_for_old_against_old(name: str) -> None:
     draw = {**ALIKE, **LATER}[name]
 
     for seed in range(RUNS):
@@ -123,7 +122,7 @@ def test_old_against_old_says_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALIKE)
-def test_without_copies_what_leans_to_no_side_says_nothing_either(name: str) -> None:
+def test_magnitude_shift_without_copies_or_direction_is_noise(name: str) -> None:
     for seed in range(RUNS):
         assert not any(run(ALIKE[name], seed, copies=False))
 
@@ -137,7 +136,7 @@ def times(factor: float) -> Broken:
 
 @pytest.mark.parametrize("name", FOUND)
 @pytest.mark.parametrize(("factor", "share"), [(10, 1), (0.1, 1), (0, 0.5)])
-def test_what_is_ten_times_as_much_a_tenth_or_nothing_is_found(name: str, factor: float, share: float) -> None:
+def test_magnitude_shift_finds_factors_of_ten(name: str, factor: float, share: float) -> None:
     pairs = int(FOUND[name] * share)
     found = [run(ALIKE[name], seed, pairs, broken=times(factor))[-1] for seed in range(RUNS)]
 
@@ -152,12 +151,14 @@ def test_what_is_ten_times_as_much_a_tenth_or_nothing_is_found(name: str, factor
         (10**400, 1, 0), (LongNumber("number 1e30"), 1, -1),
     ],
 )  # fmt: skip
-def test_how_far_two_numbers_are_apart(old: Any, new: Any, expected: int) -> None:
-    assert get_magnitude_shift(Difference("body", "$.n", "changed", "value", At(None, "$.n", old, new))) == expected
+def test_get_magnitude_shift_compares_two_numbers(old: Any, new: Any, expected: int) -> None:
+    assert (
+        get_magnitude_shift(Difference("body", "$.n", "changed", "value", JsonPath(None, "$.n", old, new))) == expected
+    )
     assert get_magnitude_shift(difference("$.n", kind="range", old="1", new="9000")) == 0
 
 
-def test_a_place_with_copies_waits_for_them_and_one_without_does_not() -> None:
+def test_magnitude_shift_waits_for_expected_copies() -> None:
     far_one_way = MagnitudeShift(
         compared=100, far_greater=60, far_smaller=2, baseline_compared=0, baseline_far_greater=0, baseline_far_smaller=0
     )

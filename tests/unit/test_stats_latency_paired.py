@@ -1,4 +1,4 @@
-"""Quantiles of new-old and new/old, and where they surely are."""
+"""Quantiles of new-old and new/old with confidence intervals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def median(found: tuple[QuantileInterval, ...]) -> QuantileInterval:
 
 
 @given(TIMES)
-def test_cold_and_warm_are_all_pairs_and_each_release_begins_cold(times: list[tuple[int, int, str]]) -> None:
+def test_split_cold_pairs_keeps_all_pairs(times: list[tuple[int, int, str]]) -> None:
     given_ = [Timing(*one) for one in times]
     cold, warm = split_cold_pairs(given_)
 
@@ -37,7 +37,7 @@ def test_cold_and_warm_are_all_pairs_and_each_release_begins_cold(times: list[tu
 
 
 @given(TIMES)
-def test_intervals_hold_their_values_and_nothing_raises(times: list[tuple[int, int, str]]) -> None:
+def test_paired_latency_intervals_contain_their_values(times: list[tuple[int, int, str]]) -> None:
     found = measure_paired_latency([Timing(*one) for one in times], 0.95)
 
     for one in (*found.differences_us, *found.ratios):
@@ -45,7 +45,7 @@ def test_intervals_hold_their_values_and_nothing_raises(times: list[tuple[int, i
         assert one.high is None or one.value <= one.high
 
 
-def test_differences_are_of_pairs_not_of_percentiles() -> None:
+def test_paired_latency_differences_are_per_pair() -> None:
     """Both sides have the same percentiles, and new is slower in each pair but one."""
     times = [Timing(100 * number, 100 * ((number + 1) % 1000)) for number in range(1000)]
     found = measure_paired_latency(times, 0.95)
@@ -55,7 +55,7 @@ def test_differences_are_of_pairs_not_of_percentiles() -> None:
     assert median(found.ratios).value > 1
 
 
-def test_few_pairs_say_nothing_of_the_ends() -> None:
+def test_paired_latency_has_no_tail_interval_for_few_pairs() -> None:
     found = measure_paired_latency([Timing(100, 100 + number) for number in range(20)], 0.95)
 
     assert [one.high for one in found.differences_us if one.share == 0.99] == [None]
@@ -63,7 +63,7 @@ def test_few_pairs_say_nothing_of_the_ends() -> None:
     assert measure_paired_latency([], 0.95) == PairedLatency(0)
 
 
-def test_the_median_is_in_its_interval_at_all_of_many_looks() -> None:
+def test_paired_latency_interval_covers_the_median_at_every_look() -> None:
     """50 runs, 20 looks each: at 90% more than 11 runs that ever miss have a probability of 0.01."""
     dice, missed = random.Random(4), 0
     for _ in range(50):

@@ -1,4 +1,4 @@
-"""A rollback from any state: also while Postgres, and even Redis, do not answer."""
+"""Rollbacks from any state, also while Postgres and even Redis are down."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def all_on_old(envoy: Edge) -> None:
     assert (await envoy.ask())[:2] == (REQUESTS, 0)
 
 
-async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> None:
+async def test_rollback_does_not_wait_for_a_frozen_postgres(redis_url: str) -> None:
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url()) as sidecar, edge(sidecar.port) as envoy:
             await acknowledged(sidecar)
@@ -53,7 +53,7 @@ async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> 
             with frozen(postgres.process.pid) as thaw:
                 answer = await roll_back(sidecar)
                 await all_on_old(envoy)
-                with pytest.raises(grpc.aio.AioRpcError, match="nothing may overtake it"):
+                with pytest.raises(grpc.aio.AioRpcError, match="must be recorded before any other change"):
                     await sidecar.traffic.Promote(pb.PromoteRequest(service="shop"))
                 thaw()
                 await recorded(sidecar)
@@ -64,13 +64,13 @@ async def test_a_frozen_postgres_does_not_hold_up_a_rollback(redis_url: str) -> 
     assert (answer.previous, answer.traffic.new_share, answer.traffic.rolled_back) == (before.traffic, 0.0, True)
     assert answer.traffic.sample_safe == 0.5
     assert [one.acknowledged_version for one in answer.envoys] == [answer.traffic.version]
-    assert "the ledger does not know of it yet: postgres has not answered" in answer.recording_error
+    assert "the rollback is not recorded: postgres has not answered" in answer.recording_error
     assert [one[0] for one in told] == ["rollback", "update", "create"]
     assert told[0][1:] == ("ada", "on fire")
     assert (found.traffic.new_share, found.traffic.version) == (0.0, answer.traffic.version)
 
 
-async def test_it_outlives_a_restart_and_the_old_state_that_postgres_comes_back_with(redis_url: str) -> None:
+async def test_rollback_survives_a_restart_and_older_settings(redis_url: str) -> None:
     port = find_free_port()
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url(), grpc_port=port) as sidecar, edge(port) as envoy:
@@ -95,7 +95,7 @@ async def test_it_outlives_a_restart_and_the_old_state_that_postgres_comes_back_
     assert (promoted.traffic.new_share, promoted.traffic.rolled_back) == (1.0, False)
 
 
-async def test_envoys_of_other_sidecars_are_told_through_redis_and_it_is_one_event(redis_url: str) -> None:
+async def test_rollback_reaches_other_sidecars_through_redis_as_one_event(redis_url: str) -> None:
     with PostgresServer() as postgres:
         async with (
             running(redis_url, postgres.url()) as here,
@@ -131,8 +131,8 @@ async def sidecars_have_settled(*sidecars: Running) -> None:
     await eventually_async(settled, what="no sidecar holds a rollback that is not recorded")
 
 
-async def test_it_needs_neither_store_nor_any_knowledge_of_the_state_before() -> None:
-    """A sidecar that began without Postgres knows of its Envoy no more than the name of its service."""
+async def test_rollback_needs_neither_store_nor_known_settings() -> None:
+    """A sidecar that started without Postgres knows only the name of the Envoy's service."""
     with PostgresServer() as postgres, RedisServer() as redis:
         postgres.stop()
         redis.stop()
@@ -150,14 +150,14 @@ async def test_it_needs_neither_store_nor_any_knowledge_of_the_state_before() ->
 
     assert not answer.HasField("previous")
     assert (answer.traffic.rolled_back, answer.traffic.sample_safe) == (True, 0.0)
-    assert "a restart of this one forgets it" in answer.recording_error
+    assert "a restart of this sidecar forgets it" in answer.recording_error
 
 
 async def _connected(sidecar: Running) -> bool:
     return bool(sidecar.sidecar.control.connections.count_by_service())
 
 
-async def test_two_calls_while_postgres_is_away_are_two_events(redis_url: str) -> None:
+async def test_two_rollbacks_while_postgres_is_down_are_two_events(redis_url: str) -> None:
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url()) as sidecar:
             sidecar.ledger().endpoint("shop")
@@ -175,8 +175,8 @@ async def test_two_calls_while_postgres_is_away_are_two_events(redis_url: str) -
     assert {reason.split()[0] for action, _actor, reason in told if action == "rollback"} == {"one", "two"}
 
 
-async def test_two_calls_while_postgres_stands_still_are_two_events(redis_url: str) -> None:
-    """Both were told that they will be recorded. When it goes on, the second changes nothing any more."""
+async def test_two_rollbacks_while_postgres_is_frozen_are_two_events(redis_url: str) -> None:
+    """Both answers promise an event, although the second rollback changes nothing."""
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url()) as sidecar:
             sidecar.ledger().endpoint("shop")

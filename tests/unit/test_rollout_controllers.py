@@ -1,4 +1,4 @@
-"""Whether the guard sees enough of what Envoy sampled."""
+"""Completeness checks of the guard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GUARD = Guard("shop", GuardPolicy("acting", min_completeness=0.9), None, {}, "cl
 
 @pytest.fixture
 def look(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], str]:
-    """One look a second: requests that Envoy has counted, and that the ledger has."""
+    """Check once per second. Arguments: requests by Envoy's count, and requests in the ledger."""
     now = [1000.0]
     monkeypatch.setattr("abreast_sidecar.rollout.controllers.time.monotonic", lambda: now[0])
     made = GuardController(None, None, None, ())  # type: ignore[arg-type]  # only its memory is used
@@ -28,21 +28,21 @@ def look(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], str]:
     return one
 
 
-def test_a_whole_ledger_is_seen_whole_also_where_it_lags(look: Callable[[int, int], str]) -> None:
+def test_guard_is_not_blind_with_a_lagging_ledger(look: Callable[[int, int], str]) -> None:
     assert not any(look(100 * second, 100 * (second - 3)) for second in range(3, 200))
 
 
-def test_captures_that_stop_while_traffic_flows_are_told_within_seconds(look: Callable[[int, int], str]) -> None:
+def test_guard_is_blind_seconds_after_captures_stop(look: Callable[[int, int], str]) -> None:
     for second in range(30):
         assert not look(100 * second, 100 * second)
 
     said = [look(3000 + 100 * second, 3000) for second in range(20)]
 
-    assert said[-1].startswith("of the last ")
+    assert said[-1].startswith("the ledger has ")
     assert said.index(next(one for one in said if one)) <= 12
 
 
-def test_it_sees_again_a_minute_after_the_hole(look: Callable[[int, int], str]) -> None:
+def test_guard_recovers_a_minute_after_a_gap(look: Callable[[int, int], str]) -> None:
     told = [look(100 * second, 100 * min(second, 30)) for second in range(60)]
     after = [look(6000 + 100 * second, 3000 + 100 * second) for second in range(90)]
 
@@ -50,5 +50,5 @@ def test_it_sees_again_a_minute_after_the_hole(look: Callable[[int, int], str]) 
     assert not any(after[70:])
 
 
-def test_few_requests_say_nothing(look: Callable[[int, int], str]) -> None:
+def test_guard_is_not_blind_with_few_requests(look: Callable[[int, int], str]) -> None:
     assert not any(look(second, 0) for second in range(40))

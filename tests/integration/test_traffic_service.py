@@ -1,4 +1,4 @@
-"""TrafficService without an Envoy: its arguments, its record, and services that only captures have named."""
+"""TrafficService without an Envoy: arguments, events, and services that only captures have named."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def refusal(call: Any) -> Refused:
 
 
 @pytest.mark.usefixtures("ledger")
-async def test_a_service_that_captures_named_begins_with_the_settings(sidecar: Running) -> None:
+async def test_service_named_by_captures_gets_the_default_shares(sidecar: Running) -> None:
     found = await sidecar.traffic.GetTraffic(pb.GetTrafficRequest())
 
     traffic = found.traffic
@@ -51,7 +51,7 @@ async def test_a_service_that_captures_named_begins_with_the_settings(sidecar: R
     assert not found.envoys
 
 
-async def test_a_service_that_nothing_named_is_not_found(sidecar: Running) -> None:
+async def test_unknown_service_is_not_found(sidecar: Running) -> None:
     for service in ("", "shop"):
         for call in (
             sidecar.traffic.GetTraffic(pb.GetTrafficRequest(service=service)),
@@ -67,7 +67,7 @@ async def test_a_service_that_nothing_named_is_not_found(sidecar: Running) -> No
 
 
 @pytest.mark.usefixtures("ledger")
-async def test_only_what_is_set_changes(sidecar: Running) -> None:
+async def test_update_changes_only_given_fields(sidecar: Running) -> None:
     first = await sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(new_share=0.3, wait=NOW))
     second = await sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(sample_unsafe=0.000001, wait=NOW))
 
@@ -77,7 +77,7 @@ async def test_only_what_is_set_changes(sidecar: Running) -> None:
 
 
 @pytest.mark.usefixtures("ledger")
-async def test_the_record_says_who_what_why_before_and_after(sidecar: Running) -> None:
+async def test_events_have_actor_reason_before_and_after(sidecar: Running) -> None:
     await sidecar.traffic.UpdateTraffic(
         pb.UpdateTrafficRequest(new_share=0.25, actor="ada", reason="first step", wait=NOW)
     )
@@ -100,7 +100,7 @@ async def test_the_record_says_who_what_why_before_and_after(sidecar: Running) -
 
 
 @pytest.mark.usefixtures("ledger")
-async def test_who_does_not_say_a_name_is_recorded_by_address(sidecar: Running) -> None:
+async def test_events_without_actor_have_the_peer_address(sidecar: Running) -> None:
     await sidecar.traffic.Rollback(pb.RollbackRequest(wait=NOW))
 
     (event, _) = (await sidecar.traffic.ListTrafficEvents(pb.ListTrafficEventsRequest())).events
@@ -109,7 +109,7 @@ async def test_who_does_not_say_a_name_is_recorded_by_address(sidecar: Running) 
 
 
 @pytest.mark.usefixtures("ledger")
-async def test_a_call_that_changes_nothing_leaves_no_trace(sidecar: Running) -> None:
+async def test_update_without_change_writes_no_event(sidecar: Running) -> None:
     first = await sidecar.traffic.Rollback(pb.RollbackRequest(wait=NOW))
     second = await sidecar.traffic.Rollback(pb.RollbackRequest(wait=NOW))
 
@@ -118,7 +118,7 @@ async def test_a_call_that_changes_nothing_leaves_no_trace(sidecar: Running) -> 
 
 
 @pytest.mark.usefixtures("ledger")
-async def test_changes_at_once_are_all_recorded_in_order(sidecar: Running) -> None:
+async def test_concurrent_updates_are_recorded_in_order(sidecar: Running) -> None:
     shares = [number / 100 for number in range(1, 21)]
     await asyncio.gather(
         *[sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(new_share=share, wait=NOW)) for share in shares]
@@ -133,7 +133,7 @@ async def test_changes_at_once_are_all_recorded_in_order(sidecar: Running) -> No
 
 
 @pytest.mark.usefixtures("ledger")
-async def test_pages_of_events_are_complete_and_without_doubles(sidecar: Running) -> None:
+async def test_event_pages_are_complete_without_duplicates(sidecar: Running) -> None:
     for number in range(1, 7):
         await sidecar.traffic.UpdateTraffic(pb.UpdateTrafficRequest(new_share=number / 10, wait=NOW))
 
@@ -174,9 +174,7 @@ async def test_pages_of_events_are_complete_and_without_doubles(sidecar: Running
         ("ListTrafficEvents", pb.ListTrafficEventsRequest(page_token="x"), "page_token must be"),
     ],
 )
-async def test_bad_arguments_are_refused_and_change_nothing(
-    sidecar: Running, method: str, request_: Any, message: str
-) -> None:
+async def test_update_rejects_invalid_arguments(sidecar: Running, method: str, request_: Any, message: str) -> None:
     found = await refusal(getattr(sidecar.traffic, method)(request_))
 
     assert (found.code, found.reason, found.domain) == (grpc.StatusCode.INVALID_ARGUMENT, "BAD_ARGUMENT", "abreast")
@@ -185,7 +183,7 @@ async def test_bad_arguments_are_refused_and_change_nothing(
 
 
 @pytest.mark.usefixtures("ledger")
-async def test_a_cancelled_watch_ends_cleanly(sidecar: Running) -> None:
+async def test_watch_can_be_cancelled(sidecar: Running) -> None:
     watch = sidecar.traffic.WatchTraffic(pb.WatchTrafficRequest())
     assert (await anext(aiter(watch))).traffic.service == "shop"
     watch.cancel()

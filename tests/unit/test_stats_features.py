@@ -25,7 +25,7 @@ AGENTS = ["curl/8", "Mozilla/5.0", "okhttp/4", "python-httpx/0.28"]
 
 
 def request(dice: random.Random, **query: str) -> dict[str, list[str]]:
-    """A request of a shop, with an id of its own and much that says nothing."""
+    """Return the features of a shop's request with a unique id and irrelevant values."""
     chosen = {"currency": dice.choice(CURRENCIES), "page": str(dice.randrange(1, 9)), **query}
     return collect_features(
         query=chosen.items(),
@@ -48,7 +48,7 @@ def of(requests: list[dict[str, list[str]]], currency: str, *, equal: bool) -> l
     return [one for one in requests if (one["query.currency"] == [currency]) == equal]
 
 
-def test_one_currency_is_named_with_its_coverage_and_precision() -> None:
+def test_feature_has_coverage_and_precision() -> None:
     requests = many(400)
     found = find_common_feature(of(requests, "JPY", equal=True), of(requests, "JPY", equal=False))
 
@@ -58,14 +58,14 @@ def test_one_currency_is_named_with_its_coverage_and_precision() -> None:
     assert found.p_value < 1e-6
 
 
-def test_ten_requests_are_enough() -> None:
+def test_feature_needs_ten_requests() -> None:
     requests = many(200)
     found = find_common_feature(many(10, 2, currency="JPY"), of(requests, "JPY", equal=False))
 
     assert str(found) == "query.currency=JPY"
 
 
-def test_a_cause_that_shows_only_sometimes_is_named_with_less_precision() -> None:
+def test_feature_of_an_intermittent_cause_has_less_precision() -> None:
     found = find_common_feature(many(50, 2, currency="JPY"), many(400))
 
     assert found is not None
@@ -73,7 +73,7 @@ def test_a_cause_that_shows_only_sometimes_is_named_with_less_precision() -> Non
     assert found.precision < 0.5
 
 
-def test_precision_is_that_of_all_requests_not_of_the_samples() -> None:
+def test_feature_precision_uses_totals_not_samples() -> None:
     shows, others = many(50, 2, currency="JPY"), many(400)
     small = find_common_feature(shows, others)
     large = find_common_feature(shows, others, total_with_finding=50, total_without_finding=400_000)
@@ -83,7 +83,7 @@ def test_precision_is_that_of_all_requests_not_of_the_samples() -> None:
     assert large.precision < small.precision / 100
 
 
-def test_a_finding_with_some_stray_requests_still_has_its_feature() -> None:
+def test_feature_tolerates_stray_requests() -> None:
     requests = of(many(400), "JPY", equal=False)
     found = find_common_feature(many(40, 2, currency="JPY") + requests[:8], requests[8:])
 
@@ -92,14 +92,14 @@ def test_a_finding_with_some_stray_requests_still_has_its_feature() -> None:
     assert found.coverage == pytest.approx(40 / 48)
 
 
-def test_a_name_that_is_there_or_is_not() -> None:
+def test_feature_can_be_a_present_or_absent_name() -> None:
     requests = many(200)
 
     assert str(find_common_feature(requests[:50], without("query.page", requests[50:]))) == "query.page"
     assert str(find_common_feature(without("query.page", requests[:50]), requests[50:])) == "no query.page"
 
 
-def test_an_item_of_a_body_and_a_header_are_found() -> None:
+def test_feature_can_be_a_body_item_or_header() -> None:
     requests = many(300)
     marked = [{**one, "body.items[*].sku": [*one["body.items[*].sku"], "GIFT"]} for one in requests[:40]]
     german = [{**one, "header.accept-language": ["de"]} for one in requests[:40]]
@@ -109,7 +109,7 @@ def test_an_item_of_a_body_and_a_header_are_found() -> None:
     assert str(find_common_feature(german, english)) == "header.accept-language=de"
 
 
-def test_of_two_that_say_the_same_the_simplest_is_named() -> None:
+def test_feature_is_the_simplest_of_equivalent_ones() -> None:
     requests = of(many(300), "JPY", equal=False)
     marked = [
         {**one, "header.x-currency": ["JPY"], "body.order.currency": ["JPY"]} for one in many(40, 2, currency="JPY")
@@ -118,23 +118,23 @@ def test_of_two_that_say_the_same_the_simplest_is_named() -> None:
     assert str(find_common_feature(marked, requests)) == "query.currency=JPY"
 
 
-def test_what_all_requests_have_is_no_feature() -> None:
+def test_feature_excludes_names_of_all_requests() -> None:
     assert find_common_feature(many(100, 1), many(100, 2)) is None
 
 
 @pytest.mark.parametrize(("shows", "others"), [(0, 0), (MIN_REQUESTS - 1, 100), (100, MIN_REQUESTS - 1)])
-def test_too_few_requests_have_none(shows: int, others: int) -> None:
+def test_feature_is_none_for_few_requests(shows: int, others: int) -> None:
     assert find_common_feature(many(shows, 1, currency="JPY"), many(others, 2, currency="EUR")) is None
 
 
-def test_chance_among_hundreds_of_features_is_not_named() -> None:
+def test_feature_is_none_for_chance_among_hundreds() -> None:
     """40 small samples without any cause, each with hundreds of values that few of them have."""
     found = [find_common_feature(many(8, 2 * seed), many(30, 2 * seed + 1)) for seed in range(1, 41)]
 
     assert sum(one is not None for one in found) <= 3
 
 
-def test_the_more_features_are_tried_the_more_it_takes() -> None:
+def test_feature_needs_more_evidence_with_more_candidates() -> None:
     shows, others = [{"query.a": ["x"]}] * 5, [{"query.a": ["x"]}] * 5 + [{"query.a": ["y"]}] * 25
     alone = find_common_feature(shows, others)
     among = find_common_feature(numbered(shows), numbered(others))
@@ -149,14 +149,14 @@ def numbered(requests: list[dict[str, list[str]]]) -> list[dict[str, list[str]]]
     return [{**one, "path.id": [str(number)]} for number, one in enumerate(requests)]
 
 
-def test_a_slightly_better_value_in_the_body_gives_way_to_the_query() -> None:
+def test_feature_prefers_the_query_to_a_slightly_better_body_value() -> None:
     shows = [{"query.currency": ["JPY"], "body.total.currency": ["JPY"]}] * 100
     others = [{"query.currency": ["JPY"]}, *[{"query.currency": ["EUR"]}] * 99]
 
     assert str(find_common_feature(shows, others)) == "query.currency=JPY"
 
 
-def test_fields_are_flattened_with_a_bound() -> None:
+def test_collect_features_flattens_bodies_up_to_a_limit() -> None:
     found = collect_features(
         [("a", "1"), ("a", "2")], {"id": "7"}, [("X-A", "b")], {"n": None, "t": True, "l": [{"x": 1.5}]}
     )
@@ -178,7 +178,7 @@ def test_fields_are_flattened_with_a_bound() -> None:
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12), st.integers(0, 12))
-def test_fishers_test_is_the_sum_of_the_tail(hits: int, misses: int, false: int, quiet: int) -> None:
+def test_fisher_exact_is_the_sum_of_the_tail(hits: int, misses: int, false: int, quiet: int) -> None:
     shows, others, marked = hits + misses, false + quiet, hits + false
     tail = sum(comb(shows, k) * comb(others, marked - k) for k in range(hits, min(shows, marked) + 1))
 
@@ -194,7 +194,7 @@ SAMPLE = st.lists(
 
 
 @given(SAMPLE, SAMPLE)
-def test_any_samples_have_a_feature_that_keeps_its_bounds_or_none(
+def test_feature_of_any_samples_keeps_its_bounds(
     shows: list[dict[str, list[str]]], others: list[dict[str, list[str]]]
 ) -> None:
     found: Feature | None = find_common_feature(shows, others)
@@ -215,5 +215,5 @@ def test_any_samples_have_a_feature_that_keeps_its_bounds_or_none(
         ("", "", {}),
     ],
 )
-def test_features_of_a_target(target: str, route: str, found: dict[str, list[str]]) -> None:
+def test_collect_target_features_reads_path_and_query(target: str, route: str, found: dict[str, list[str]]) -> None:
     assert collect_target_features(target, route) == found

@@ -1,4 +1,4 @@
-"""TrafficService and a running Envoy: what is set is what Envoy does."""
+"""TrafficService with a running Envoy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
         yield found
 
 
-async def test_a_misspelt_name_does_not_stand_in_the_way_of_a_rollback(sidecar: Running) -> None:
+async def test_rollback_works_with_a_misspelt_second_service(sidecar: Running) -> None:
     sidecar.ledger().endpoint("a-typo")
     async with edge(sidecar.port):
         await acknowledged(sidecar)
@@ -35,7 +35,7 @@ async def test_a_misspelt_name_does_not_stand_in_the_way_of_a_rollback(sidecar: 
     assert found.envoys[0].acknowledged_version == found.traffic.version
 
 
-async def test_the_first_envoy_of_a_service_gets_the_settings_first_values(sidecar: Running) -> None:
+async def test_first_envoy_of_a_service_gets_the_default_shares(sidecar: Running) -> None:
     async with edge(sidecar.port) as envoy:
         await envoy.has("abreast.weight.old", "10000")
         values = await envoy.runtime()
@@ -48,7 +48,7 @@ async def test_the_first_envoy_of_a_service_gets_the_settings_first_values(sidec
     assert (found.traffic.sample_safe, found.traffic.baseline_share, found.traffic.version) == (0.5, 0.2, 1)
 
 
-async def test_a_change_moves_requests_and_the_answer_names_the_envoy(sidecar: Running) -> None:
+async def test_update_moves_requests_and_names_the_envoy(sidecar: Running) -> None:
     async with edge(sidecar.port) as envoy:
         await acknowledged(sidecar)
         none_new = await update(sidecar, sample_safe=0.0)
@@ -67,7 +67,7 @@ async def test_a_change_moves_requests_and_the_answer_names_the_envoy(sidecar: R
     assert dt.timedelta(0) < state.acknowledged_after.ToTimedelta() < dt.timedelta(seconds=5)
 
 
-async def test_a_rollback_sends_everyone_to_old_and_a_promotion_to_new(sidecar: Running) -> None:
+async def test_rollback_and_promotion_move_all_users(sidecar: Running) -> None:
     async with edge(sidecar.port) as envoy:
         await acknowledged(sidecar)
         promoted = await sidecar.traffic.Promote(pb.PromoteRequest(wait=LONG))
@@ -81,7 +81,7 @@ async def test_a_rollback_sends_everyone_to_old_and_a_promotion_to_new(sidecar: 
     assert on_old[:2] == (REQUESTS, 0)
 
 
-async def test_a_change_at_one_sidecar_reaches_the_envoy_of_another(redis_url: str, postgres_url: str) -> None:
+async def test_update_reaches_envoys_of_other_sidecars(redis_url: str, postgres_url: str) -> None:
     async with (
         running(redis_url, postgres_url) as first,
         running(redis_url, postgres_url) as second,
@@ -97,7 +97,7 @@ async def test_a_change_at_one_sidecar_reaches_the_envoy_of_another(redis_url: s
     assert there.envoys[0].acknowledged_after.ToTimedelta() < dt.timedelta(seconds=3)
 
 
-async def test_envoys_that_share_a_node_id_all_get_the_values(sidecar: Running) -> None:
+async def test_envoys_with_one_node_id_all_get_the_values(sidecar: Running) -> None:
     async with edge(sidecar.port) as one, edge(sidecar.port) as other:
         await acknowledged(sidecar, envoys=2)
         found = await update(sidecar, new_share=0.5)
@@ -109,7 +109,7 @@ async def test_envoys_that_share_a_node_id_all_get_the_values(sidecar: Running) 
     assert {envoy.acknowledged_version for envoy in found.envoys} == {found.traffic.version}
 
 
-async def test_envoys_of_one_file_are_told_apart_by_the_name_they_are_started_with(sidecar: Running) -> None:
+async def test_envoys_of_one_file_have_separate_names(sidecar: Running) -> None:
     async with edge(sidecar.port, option="edge-a"), edge(sidecar.port, option="edge-b"):
         await acknowledged(sidecar, envoys=2)
         found = await update(sidecar, new_share=0.5)
@@ -117,7 +117,7 @@ async def test_envoys_of_one_file_are_told_apart_by_the_name_they_are_started_wi
     assert [envoy.node for envoy in found.envoys] == ["edge-a", "edge-b"]
 
 
-async def test_services_have_values_of_their_own(sidecar: Running) -> None:
+async def test_services_have_separate_values(sidecar: Running) -> None:
     async with edge(sidecar.port) as shop, edge(sidecar.port, service="till", node="till-1") as till:
         await till.has("abreast.weight.old", "10000")
         await shop.has("abreast.weight.old", "10000")
@@ -129,7 +129,7 @@ async def test_services_have_values_of_their_own(sidecar: Running) -> None:
             await sidecar.traffic.GetTraffic(pb.GetTrafficRequest())
 
 
-async def test_envoy_keeps_its_values_without_a_sidecar_and_gets_them_anew(redis_url: str, postgres_url: str) -> None:
+async def test_envoy_keeps_its_values_without_a_sidecar(redis_url: str, postgres_url: str) -> None:
     port = find_free_port()
     async with running(redis_url, postgres_url, grpc_port=port) as sidecar, edge(port) as envoy:
         await acknowledged(sidecar)
@@ -147,7 +147,7 @@ async def test_envoy_keeps_its_values_without_a_sidecar_and_gets_them_anew(redis
     assert alone[:2] == (0, REQUESTS)
 
 
-async def test_envoy_gets_the_last_values_while_postgres_is_away(redis_url: str) -> None:
+async def test_envoy_gets_the_last_values_while_postgres_is_down(redis_url: str) -> None:
     with PostgresServer() as postgres:
         async with running(redis_url, postgres.url()) as sidecar:
             async with edge(sidecar.port):
@@ -163,7 +163,7 @@ async def test_envoy_gets_the_last_values_while_postgres_is_away(redis_url: str)
     assert "postgres can't be reached" in (caught.value.details() or "")
 
 
-async def test_without_any_known_values_envoy_is_told_nothing(redis_url: str) -> None:
+async def test_envoy_gets_no_values_that_were_never_known(redis_url: str) -> None:
     with PostgresServer() as postgres:
         postgres.stop()
         async with (
@@ -179,7 +179,7 @@ async def test_without_any_known_values_envoy_is_told_nothing(redis_url: str) ->
     assert runtime.get("abreast.weight.new_or_old", "0") == "0"
 
 
-async def test_a_dropped_listener_connects_again_and_misses_nothing(sidecar: Running, postgres_url: str) -> None:
+async def test_listener_reconnects_without_missing_changes(sidecar: Running, postgres_url: str) -> None:
     async with edge(sidecar.port) as envoy:
         await acknowledged(sidecar)
         with psycopg.connect(postgres_url, autocommit=True) as ledger:
@@ -193,7 +193,7 @@ async def test_a_dropped_listener_connects_again_and_misses_nothing(sidecar: Run
         await envoy.has("abreast.weight.new_or_old", "4200")
 
 
-async def test_a_watch_tells_the_present_then_each_change(sidecar: Running) -> None:
+async def test_watch_sends_the_settings_and_each_change(sidecar: Running) -> None:
     async with edge(sidecar.port):
         await acknowledged(sidecar)
         async with asyncio.timeout(20):
