@@ -23,12 +23,13 @@ $(VENV)/.ready-dev: requirements-dev.lock $(VENV)/.ready
 	@sh tests/setup.sh "$(PYTHON)" "$(VENV)" requirements-dev.lock
 	@touch $@
 
-check: setup ## lint, types, architecture, protos
+check: setup ## format, lint, types, layers, English, protos
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python tests/doc_examples.py .mypy_cache/examples && $(BIN)/mypy .mypy_cache/examples
 	$(BIN)/lint-imports
+	$(BIN)/python tests/prose.py
 	cd protos && ../$(BIN)/buf lint
 
 test: setup ## all tests, or those that ARGS selects: make test ARGS="-k verdict"

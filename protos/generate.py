@@ -1,6 +1,8 @@
-"""Generate the Python code of the protos: python protos/generate.py [FOLDER]
+"""Generate the Python code of the protos.
 
-Writes into the tree, or all files into FOLDER. Use the grpcio-tools of requirements-dev.lock: code from a newer version
+    python protos/generate.py [FOLDER]
+
+The script writes into the tree, or all files into FOLDER. Use the grpcio-tools of requirements-dev.lock: code from a newer version
 can't be imported with an older protobuf, which a user may have.
 """
 

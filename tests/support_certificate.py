@@ -30,7 +30,7 @@ class Certificate(NamedTuple):
 
 
 def self_signed(folder: Path, name: str) -> Certificate:
-    """A certificate for a DNS name, valid until 2049, and its key, as PEM files."""
+    """Write a certificate for a DNS name, valid until 2049, and its key, as PEM files."""
     private = secrets.randbelow(N - 1) + 1
     point = _multiply(private, G)
     assert point is not None

@@ -44,7 +44,7 @@ class Clock:
         draft.rename(self.folder / "offset")
 
     def program(self, path: Path) -> Path:
-        """A program that runs another by this clock, and has its name."""
+        """Write a program that runs another one by this clock, under its name."""
         made = self.folder / path.name
         lines = [f"export {name}='{value}'" for name, value in self.environment.items()]
         made.write_text("\n".join(("#!/bin/sh", *lines, f'exec {path} "$@"\n')))
@@ -61,7 +61,7 @@ class Clock:
 
 @contextmanager
 def redis_by(clock: Clock) -> Iterator[RedisServer]:
-    """The bundled one: jemalloc, which others are built with, asks for the time before the library is ready."""
+    """Return the bundled server: jemalloc, which others use, asks for the time before the library is ready."""
     with RedisServer(binary=clock.program(find_bundled_redis())) as server:
         yield server
 

@@ -140,7 +140,7 @@ class LedgerDatabases:
 
 @contextmanager
 def empty_database(server: PostgresServer) -> Iterator[str]:
-    """A database without a schema."""
+    """Yield the URL of a database without a schema."""
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(server.url(), autocommit=True) as admin:
         admin.execute(f"create database {name}".encode())

@@ -38,7 +38,7 @@ def pgbouncer() -> str | None:
 
 @contextmanager
 def pooled(url: str) -> Iterator[str]:
-    """The same database through the pooler. It hands out another session for each transaction."""
+    """Return the URL of the database through the pooler, which gives each transaction another session."""
     program = pgbouncer()
     assert program, "pgbouncer is needed: apt-get install pgbouncer"
     place = urlsplit(url)

@@ -13,7 +13,7 @@ _connections: dict[str, psycopg.Connection[Any]] = {}
 
 
 def execute(url: str, query: str, parameters: tuple[Any, ...] | None = None) -> list[tuple[Any, ...]]:
-    """Commit at once; with parameters, a percent sign is written twice. Where the server has ended the session meanwhile, begin another one."""
+    """Commit at once; with parameters, a percent sign is written twice. Begin another session if the server has ended this one."""
     kept = url in _connections
     try:
         return _execute(url, query, parameters)

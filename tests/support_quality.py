@@ -123,7 +123,7 @@ async def _nothing() -> Any:
 
 
 def safe_requests(many: int, seed: int = 1) -> list[UserRequest]:
-    """The requests of the demo's users, without orders, which are not mirrored."""
+    """Return the requests of the demo's users without orders, which are not mirrored."""
     return list(itertools.islice((one for one in generate_requests(seed) if one.is_safe), many))
 
 

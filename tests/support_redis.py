@@ -140,7 +140,7 @@ def _known(made: Watched) -> bool:
 
 @asynccontextmanager
 async def behind_tls(started: RedisServer, certificate: Certificate) -> AsyncIterator[int]:
-    """A port that speaks TLS: the embedded server is built without it."""
+    """Yield a port that speaks TLS, because the embedded server is built without it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
 

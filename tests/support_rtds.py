@@ -65,7 +65,7 @@ class RuntimeServer:
 
 
 def _response(layer: dict[str, Any], version: int) -> bytes:
-    """A DiscoveryResponse: version_info = 1, resources = 2, type_url = 4, nonce = 5."""
+    """Parse a DiscoveryResponse: version_info = 1, resources = 2, type_url = 4, nonce = 5."""
     runtime = _field(1, b"abreast") + _field(2, ParseDict(layer, Struct()).SerializeToString())
     resource = AnyMessage(type_url=RUNTIME, value=runtime).SerializeToString()
     number = str(version).encode()
@@ -73,7 +73,7 @@ def _response(layer: dict[str, Any], version: int) -> bytes:
 
 
 def _field(number: int, value: bytes) -> bytes:
-    """A length-delimited protobuf field."""
+    """Encode a length-delimited protobuf field."""
     length, size = bytearray(), len(value)
     while size > 0x7F:
         length.append(size & 0x7F | 0x80)

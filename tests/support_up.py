@@ -102,7 +102,7 @@ class Up:
         )
 
     def json(self, *words: str) -> Any:
-        """The same in this process, which is faster."""
+        """Run the command in this process, which is faster."""
         environment: dict[str, str | None] = {name: None for name in os.environ if name.startswith("ABREAST_")}
         environment["ABREAST_SIDECAR"] = f"127.0.0.1:{self.grpc}"
         done = CliRunner().invoke(abreast, [*words, "--json"], env=environment)
@@ -118,7 +118,7 @@ class Up:
             return dict(answer.headers)
 
     def watch(self, path: str, lines: int) -> list[bytes]:
-        """The first lines of an answer that does not end; then its user leaves."""
+        """Return the first lines of an answer that does not end, and leave."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.listen}{path}", timeout=10) as answer:
             return [answer.readline() for _ in range(lines)]
 

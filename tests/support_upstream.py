@@ -50,7 +50,7 @@ class Received:
         return self.headers.get("x-abreast-pair", "")
 
     def without(self, *names: str) -> bytes:
-        """The bytes but for some headers."""
+        """Return the bytes without some headers."""
         kept = [line for line in self.head.split(b"\r\n") if line.split(b":")[0].decode() not in names]
         return b"\r\n".join(kept) + b"\r\n\r\n" + self.body
 

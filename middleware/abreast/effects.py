@@ -83,7 +83,7 @@ def effect(kind: str, payload: Any = ..., *, key: str = ..., stand_in: Callable[
 @overload
 def effect(kind: str, payload: Any = ..., *, key: str = ..., stand_in: S) -> Effect[S]: ...
 def effect(kind: str, payload: Any = _UNSET, *, key: str = "", stand_in: Any = None) -> Effect[Any]:
-    """Declare an effect that must happen for users only, such as effect("email.send", {"to": address}).
+    """Declare an effect that must happen for users only.
 
     `payload` is compared: a JSON value, or a function that makes it from the arguments of the wrapped function. By
     default it is these arguments. A shadow request gets `stand_in` as the result: a value, or a function of the same

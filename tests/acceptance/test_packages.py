@@ -30,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def site(wheel: Path, folder: Path, packages: tuple[str, ...]) -> Path:
-    """A folder of packages: the wheel's, and these of the environment's."""
+    """Return a folder with the packages of the wheel, and the named ones of the environment."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)  # built a moment ago
     present = [name for name in OLDER_PYTHON if (Path(sysconfig.get_path("platlib")) / name).is_dir()]

@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 
 
 def snippet(name: str) -> str:
-    """The fenced block after `<!-- run: NAME -->`."""
+    """Return the fenced block after `<!-- run: NAME -->`."""
     found = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert found, f"the README has no snippet {name}"
     return found[1]
@@ -39,7 +39,7 @@ def commands(name: str) -> list[str]:
 
 @pytest.fixture
 def sidecar(postgres_url: str) -> Iterator[str]:
-    """The address of a sidecar that has compared one pair."""
+    """Yield the address of a sidecar that has compared one pair."""
     ports = free_ports(2)
     with RedisServer() as server:
         environment = {

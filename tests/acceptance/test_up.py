@@ -63,7 +63,7 @@ def test_up_compares_responses_and_streams() -> None:
 
 
 def test_up_stops_all_its_servers_on_ctrl_c() -> None:
-    """This includes a start with a shell's `&`, which ignores the signal."""
+    """Test a start with a shell's `&` too, which ignores the signal."""
     old, new = free_port(), free_port()
     ignoring = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")
     with Up(old, new, before=ignoring) as up, service("old", old, up.redis_url), service("new", new, up.redis_url):
@@ -195,7 +195,7 @@ def test_up_interrupted_at_start_leaves_no_process() -> None:
 
 
 def runs(pid: int) -> bool:
-    """A process that has ended may stay a zombie for a moment."""
+    """Return True once the process has ended; it may stay a zombie for a moment."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -62,7 +62,7 @@ async def test_capture_without_cache_lookups_has_no_counts(redis_url: str) -> No
 
 
 async def compared(redis_url: str, postgres_url: str, old: float, new: float) -> list[Finding]:
-    """The findings after requests of one lookup each, that miss this often."""
+    """Return the findings after requests of one lookup each, with these shares of misses."""
     dice = random.Random(1)
     for _ in range(PAIRS):
         ours, theirs = pair_of()

@@ -316,7 +316,7 @@ def request(headers: dict[str, str], body: bytes = b"") -> bytes:
 async def test_request_does_not_inherit_the_context_of_its_connection(
     http: str, settings: Settings, pipelined: bool
 ) -> None:
-    """uvicorn starts a pipelined request in the context of the previous one, and resumes reading in it."""
+    """Uvicorn starts a pipelined request in the context of the previous one, and resumes reading in it."""
     app = Recording()
     large = b"x" * 1_000_000  # more than uvicorn buffers before it pauses
     shadow = request(marks(pair_id(), role="shadow"), large)

@@ -17,7 +17,7 @@ from abreast_sidecar.client.output import to_printable
 
 @asynccontextmanager
 async def listening() -> AsyncIterator[tuple[str, asyncio.Future[bytes]]]:
-    """An address, and the bytes of the one request that arrives there."""
+    """Yield an address, and the bytes of the one request that arrives there."""
     arrived: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -35,7 +35,7 @@ async def listening() -> AsyncIterator[tuple[str, asyncio.Future[bytes]]]:
 
 
 async def sent(detail: api.PairDetail) -> tuple[str, list[str], bytes]:
-    """The request's line, its header lines and its body, as a server gets them when the line is pasted."""
+    """Return request line, header lines and body, as a server gets them when the line is pasted."""
     async with listening() as (address, arrived):
         line, lacks = build_curl_line(detail)
         assert not lacks

@@ -90,7 +90,7 @@ async def test_tls_certificate_of_version_is_verified_by_name(certificate: Certi
 
 
 async def grpc_shop(calls: list[dict[str, str]]) -> tuple[grpc.aio.Server, int]:
-    """A gRPC service that notes what it was called with, and its port."""
+    """Yield the port of a gRPC service that records its calls, and the record."""
 
     async def say(request: bytes, context: Any) -> bytes:
         calls.append(dict(context.invocation_metadata()))

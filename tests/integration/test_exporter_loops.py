@@ -261,7 +261,7 @@ def run(program: str, url: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_forked_processes_report_separately(redis_url: str) -> None:
-    """gunicorn with --preload loads the app before it forks."""
+    """Gunicorn with --preload loads the app before it forks."""
     done = run(
         """
         asyncio.run(ask(1))

@@ -186,7 +186,7 @@ async def service(redis_url: str, clock: Clock) -> AsyncIterator[asyncio.subproc
 
 @asynccontextmanager
 async def asking(process: asyncio.subprocess.Process, load: Load) -> AsyncIterator[None]:
-    """Requests to both versions, until the load is over."""
+    """Send requests to both versions until the load ends."""
     requests = process.stdin
     assert requests is not None
 
@@ -294,7 +294,7 @@ async def ledger_goes_on(at: Parts) -> None:
 
 
 async def looked(at: Parts) -> None:
-    """The guard has looked, and looked again."""
+    """Wait until the guard has evaluated twice."""
     for _ in range(2):
         before = one(at.url, "select checked_at from abreast.guard")
 

@@ -47,7 +47,7 @@ def processes(postgres: PostgresServer) -> list[int]:
 
 
 def end_workers(url: str) -> None:
-    """The connections of workers end, so they have to reconnect."""
+    """End the connections of workers, so that they have to reconnect."""
     with psycopg.connect(url, autocommit=True) as admin:
         admin.execute(
             "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and datname is not null"

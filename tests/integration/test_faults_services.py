@@ -85,7 +85,7 @@ def envoy_counted(url: str, sampled: int) -> None:
 
 @asynccontextmanager
 async def service(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A process that will answer requests when it is asked. It is killed at the end."""
+    """Yield a process that answers requests on demand, and kill it at the end."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-c", PROCESS, *arguments),

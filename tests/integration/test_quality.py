@@ -38,7 +38,7 @@ def shop_url(postgres_server: PostgresServer) -> Iterator[str]:
 
 
 def one_in_2_000(asked: list[UserRequest]) -> set[int]:
-    """Requests for a product: as many as one in 2,000 of all, spread over the run."""
+    """Return requests for a product, one in 2,000 of all, spread over the run."""
     known = {f"/products/{number}" for number in range(1, PRODUCT_COUNT + 1)}
     products = [number for number, one in enumerate(asked) if one.path in known]
     many = REQUESTS // ONE_IN

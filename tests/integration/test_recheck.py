@@ -78,7 +78,7 @@ class Bench:
     new: Version
 
     def send(self, old: Any, new: Any, **changes: Any) -> str:
-        """A pair whose answers were these; returns its id."""
+        """Send a pair with these answers, and return its id."""
         captures = [self._like_theirs(capture, **changes) for capture in pair_of(old, new)]
         send(self.settings.redis_url, captures)
         return captures[0].pair

@@ -188,7 +188,7 @@ async def test_webhook_receiver_that_is_down_delays_no_other(redis_url: str, pos
 
 @asynccontextmanager
 async def dripping(answer: bytes) -> AsyncIterator[str]:
-    """A receiver that begins with this, and then never comes to an end. Its URL."""
+    """Yield the URL of a receiver that begins its answer with this text, and never ends it."""
 
     async def drip(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError):

@@ -24,7 +24,7 @@ WINDOWS = 40
 
 
 def made(generator: random.Random) -> list[tuple[datetime, str]]:
-    """Some on the very hour, where windows begin and end too."""
+    """Write pairs, some exactly on the hour, where windows begin and end."""
     moments = [
         NOON + timedelta(seconds=generator.choice((generator.randrange(SPAN), 3600 * generator.randrange(40))))
         for _ in range(300)

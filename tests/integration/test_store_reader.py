@@ -51,7 +51,7 @@ class Row:
 
 
 def made(generator: random.Random) -> list[Row]:
-    """Some on the very hour, where windows begin and end too. In the second half of the time there is a second release."""
+    """Write pairs, some exactly on the hour. The second half of the time has a second release."""
     found = []
     for _ in range(PAIRS):
         second = generator.choice((generator.randrange(SPAN), 3600 * generator.randrange(40)))

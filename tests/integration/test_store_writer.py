@@ -261,7 +261,7 @@ async def test_writer_keeps_no_session_state(ledger: PairWriter, url: str) -> No
 
 @asynccontextmanager
 async def proxy_that_swallows_a_commit(url: str) -> AsyncIterator[str]:
-    """Passes all on, but cuts the first connection when the answer to its first COMMIT arrives."""
+    """Run a proxy that cuts the first connection when the answer to its first COMMIT arrives."""
     parts = urlsplit(url)
     cut = False
     done: list[asyncio.Event] = []

@@ -96,7 +96,7 @@ async def all_after(url: str, load: Load, before: set[str]) -> bool:
 
 
 def documented() -> dict[str, list[str]]:
-    """The ACL rules of the docs, by user."""
+    """Return the ACL rules of the docs, by user."""
     found = re.findall(r"^ACL SETUSER (\S+) (.*)$", DOCS.read_text(), re.MULTILINE)
     return {user: rules.split() for user, rules in found}
 

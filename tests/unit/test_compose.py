@@ -40,7 +40,7 @@ def ours(service: str) -> dict[str, str]:
 
 
 def listening() -> dict[str, set[int]]:
-    """The ports that each service of ours listens on, from its settings."""
+    """Return the ports that each of our services listens on, from its settings."""
     sidecar = Settings.from_environment(ours("sidecar"))
     config = yaml.safe_load((ROOT / "envoy/envoy.yaml").read_text())
     [listener] = config["static_resources"]["listeners"]

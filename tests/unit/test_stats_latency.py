@@ -22,7 +22,7 @@ timings = st.lists(st.builds(Timing, times, times, st.sampled_from(["a", "b"])),
 
 
 def noisy(generator: random.Random, factor: float = 1.0) -> Timing:
-    """A heavy tail on both sides, about 20 ms in the middle."""
+    """Draw times with a heavy tail on both sides and a median of about 20 ms."""
     old, new = (20_000 * math.exp(generator.gauss(0, 0.6)) for _ in range(2))
     return Timing(int(old), int(new * factor))
 

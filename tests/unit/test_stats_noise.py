@@ -43,7 +43,7 @@ class Place:
         return (1 - sqrt(1 - 2 * self.rate)) / 2
 
     def go(self, requests: int, copies: int, dice: random.Random) -> None:
-        """The copies are compared with the same answers of old that new's are: both counts depend on each other."""
+        """Simulate counts that depend on each other: both copies are compared with the same answers of old."""
         odd = self.odd()
         for request in range(requests):
             old = dice.random() < odd

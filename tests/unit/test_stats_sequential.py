@@ -55,7 +55,7 @@ def ever_above(rate: float, prior: Prior, bar: float, dice: random.Random) -> bo
 
 
 def allowed(runs: int, alpha: float) -> float:
-    """Runs that may be wrong at most, but for one simulation in 1,000."""
+    """Return the number of wrong runs that all but one simulation in 1,000 stay below."""
     return runs * alpha + 3.1 * sqrt(runs * alpha * (1 - alpha))
 
 
@@ -83,7 +83,7 @@ def test_simulation_detects_an_interval_for_a_single_look() -> None:
 
 
 def ever_outside_of_one_look(rate: float, dice: random.Random) -> bool:
-    """The usual interval of 1.96 standard errors, looked at after each result."""
+    """Evaluate the usual interval of 1.96 standard errors after each result."""
     successes = 0
     for n in range(1, LOOKS + 1):
         successes += dice.random() < rate
@@ -129,7 +129,7 @@ def test_confidence_interval_excludes_rejected_rates(case: tuple[int, int], rate
 
 @given(counts, rates, rates)
 def test_log_ratio_falls_towards_the_observed_share(case: tuple[int, int], one: float, other: float) -> None:
-    """This is why the test of a budget can be one-sided."""
+    """Because of this, the test of a budget can be one-sided."""
     low, high = sorted((one, other))
     successes, n = case
     prior = prior_above(high)

@@ -24,7 +24,7 @@ from psycopg_pool import AsyncConnectionPool
 
 from abreast_sidecar.errors import LedgerError, SidecarError
 
-MAX_POOL_CONNECTIONS = 16  # of a sidecar
+MAX_POOL_CONNECTIONS = 16  # per sidecar
 CONNECT_TIMEOUT_S = 3  # for one attempt
 POOL_WAIT_S = 2.5  # per call while Postgres is away
 STATEMENT_TIMEOUT_S = 20
