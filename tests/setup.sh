@@ -105,7 +105,7 @@ install() {
 has "$python" || fail "$python was not found; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$("$python" --version) is too old; Abreast needs Python 3.11 or newer (make PYTHON=/path/to/python3)"
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 UV_PYTHON_DOWNLOADS=never
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 UV_PYTHON_DOWNLOADS=never UV_NATIVE_TLS=true
 trap 'stop_ticker; rm -rf "$scratch"' EXIT
 trap 'exit 130' HUP INT TERM
 
