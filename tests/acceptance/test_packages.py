@@ -75,10 +75,12 @@ def test_wheel_contains_data_files(wheel: Path) -> None:
 
     assert {
         "abreast/py.typed",
-        "abreast/join.lua",
+        "abreast/protocol/join.lua",
         "abreast_sidecar/py.typed",
         "abreast_sidecar/envoy/envoy.yaml.j2",
-        "abreast_sidecar/store/migrations/0001_ledger.sql",
+        "abreast_sidecar/store/schema.sql",
+        "abreast_sidecar/store/queries/pairs.sql",
+        "abreast_sidecar/lua/expire_pairs.lua",
         "abreast_demo/service.py",
     } <= names
     assert not [name for name in names if name.startswith(("tests/", "bench/"))]

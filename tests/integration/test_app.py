@@ -227,7 +227,11 @@ def test_port_in_use_prints_one_line(redis_url: str, postgres_url: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("ABREAST_WORKERS", "many", "abreast: ABREAST_WORKERS must be a whole number, 0 or more, got 'many'"),
+        (
+            "ABREAST_WORKERS",
+            "many",
+            "abreast: ABREAST_WORKERS must be a whole number of processes, 0 or more, got 'many'",
+        ),
         (
             "ABREAST_LOG_LEVEL",
             "loud",

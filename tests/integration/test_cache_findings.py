@@ -102,7 +102,7 @@ async def test_detect_misses_ignores_equal_misses(redis_url: str, postgres_url: 
 
 async def test_span_adds_user_spans_to_capture(redis_url: str) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001  # ASGI's signature
-        with abreast.hop("parts", "search"), contextlib.suppress(LookupError), abreast.hop("prices"):
+        with abreast.span("parts", "search"), contextlib.suppress(LookupError), abreast.span("prices"):
             raise LookupError
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})

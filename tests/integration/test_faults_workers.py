@@ -23,13 +23,13 @@ KILLS = 6
 SEED = 4
 KILLER = """
 import os, signal
-import abreast_sidecar.ingest.evaluate as judging
-judge = judging.judge
+import abreast_sidecar.ingest.evaluate as evaluate
+compare_pair = evaluate.compare_pair
 def deadly(captures, *rest, **more):
-    if any(b"deadly" in one.answer.body.held for one in captures):
+    if any(b"deadly" in one.answer.body.content for one in captures):
         os.kill(os.getpid(), signal.SIGSEGV)
-    return judge(captures, *rest, **more)
-judging.judge = deadly
+    return compare_pair(captures, *rest, **more)
+evaluate.compare_pair = deadly
 """
 
 

@@ -84,7 +84,7 @@ async def found(url: str, queries: LedgerReader, shows: Plant, many: int = 300) 
         ("query.currency=JPY", lambda r: "currency=JPY" in r.query),
         ("path.id=3", lambda r: r.path.endswith("/3")),
         ("header.accept-language=fr", lambda r: ("accept-language", "fr") in r.headers),
-        ("body.size=L", lambda r: b'"L"' in r.body.held),
+        ("body.size=L", lambda r: b'"L"' in r.body.content),
     ],
 )
 async def test_common_feature_finds_planted_feature(url: str, queries: LedgerReader, name: str, shows: Plant) -> None:

@@ -23,7 +23,7 @@ KEYS = Keys(SERVICE, 0)
 
 @asynccontextmanager
 async def reader(url: str, name: str = "one", **changes: Any) -> AsyncIterator[StreamConsumer]:
-    made = StreamConsumer(url, name=name, **{"batch_size": 100, "claim_idle": 30.0, **changes})
+    made = StreamConsumer(url, name=name, **{"batch_size": 100, "claim_idle_s": 30.0, **changes})
     try:
         yield made
     finally:
@@ -95,7 +95,7 @@ async def test_stream_claims_only_idle_entries(redis_url: str) -> None:
     await left._client.aclose()
     async with reader(redis_url, "patient") as patient:
         untouched = await patient.read()
-    async with reader(redis_url, "eager", claim_idle=0.1) as eager:
+    async with reader(redis_url, "eager", claim_idle_s=0.1) as eager:
         taken = await read_all(eager, 1)
         await eager.acknowledge(taken)
 

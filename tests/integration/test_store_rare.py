@@ -44,12 +44,12 @@ READ = """
 select coalesce(sum(seq_tup_read + coalesce(idx_tup_fetch, 0)), 0)::bigint
 from pg_stat_user_tables where relname like 'pair\\_2%'
 """
-OTHERS = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+SESSIONS = "select pid from pg_stat_activity where datname = current_database()"
 
 
 @pytest.fixture
 async def read(postgres_url: str) -> AsyncIterator[Callable[[], int]]:
-    """How many rows of pairs were read since."""
+    """Yield a function that returns how many rows of pairs were read so far."""
     now = datetime.now(UTC)
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(ENDPOINTS)
@@ -60,11 +60,15 @@ async def read(postgres_url: str) -> AsyncIterator[Callable[[], int]]:
         connection.execute("vacuum analyze abreast.pair")
         connection.execute("select pg_stat_force_next_flush()")
         (before,) = connection.execute(READ).fetchone() or (0,)
+        sessions = set(connection.execute(SESSIONS).fetchall())
 
         def since() -> int:
-            eventually(lambda: connection.execute(OTHERS).fetchone() == (0,), what="all sessions have ended")
-            (found,) = connection.execute(READ).fetchone() or (0,)
-            return int(found - before)
+            eventually(
+                lambda: set(connection.execute(SESSIONS).fetchall()) <= sessions,
+                what="the sessions of the query have ended",
+            )
+            (rows_read,) = connection.execute(READ).fetchone() or (0,)
+            return int(rows_read - before)
 
         yield since
 

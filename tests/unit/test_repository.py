@@ -57,18 +57,6 @@ def test_docs_name_only_existing_variables(page: Path) -> None:
     assert named <= _known_variables()
 
 
-def test_advisory_locks_are_distinct() -> None:
-    """They would wait for each other, or one of them would never have its turn."""
-    locks = {
-        name: number
-        for module in (ROOT / "sidecar").rglob("*.py")
-        for name, number in re.findall(r"^(\w*LOCK\w*) = \(?\s*(0x[0-9a-f]+)", module.read_text(), re.MULTILINE)
-    }
-
-    assert len(locks) >= 9
-    assert len(set(locks.values())) == len(locks)
-
-
 def test_base_package_depends_on_redis_and_json_writer() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
