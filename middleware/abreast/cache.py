@@ -288,7 +288,7 @@ class Cache:
             return None
         except (RedisError, OSError, TimeoutError, RuntimeError) as error:
             if not self._is_down:
-                logger.warning("the cache is down, values are loaded: %s", str(error) or "timeout")
+                logger.warning("the cache is unavailable; loading values from the source: %s", str(error) or "timeout")
             self._is_down = True
             self._probe_at = time.monotonic() + PROBE_DELAY_S
             return None

@@ -113,12 +113,12 @@ class BodyBuffer:
         elif self.parts is None:
             self._hash_chunk(chunk)
         else:
-            raise OverflowError("a body of a file and more bytes than the buffer holds can't be recorded")
+            raise OverflowError("can't record a body that contains a file and also exceeds the buffer")
 
     def add_file(self, part: FileRange) -> None:
         if self._digest is not None:
             part.close()
-            raise OverflowError("a body of more bytes than the buffer holds and a file can't be recorded")
+            raise OverflowError("can't record a body that contains a file and also exceeds the buffer")
         if self.parts is None:
             self.parts = list(self.chunks)
         self.parts.append(part)

@@ -77,7 +77,7 @@ async def shipped(target: ParallelRunMiddleware, count: int) -> None:
 
 async def failing(log: pytest.LogCaptureFixture) -> None:
     async def has_logged() -> bool:
-        return "captures wait" in log.text
+        return "they stay queued" in log.text
 
     await eventually_async(has_logged, what="the log says that captures wait")
 
@@ -108,7 +108,7 @@ async def test_waiting_captures_are_sent_once_redis_is_up(caplog: pytest.LogCapt
 
         assert len(await captures(started.url)) == QUEUE + 5
     assert target.queue.drop_counts == {"queue_count": 10}
-    assert caplog.text.count("captures wait") == 1
+    assert caplog.text.count("they stay queued") == 1
     assert caplog.text.count("captures go to Redis again") == 1
 
 
@@ -311,7 +311,7 @@ async def test_permanently_rejected_batch_is_dropped(redis_url: str, caplog: pyt
     await target.aclose()
 
     assert target.queue.shipped_count == 2
-    assert caplog.text.count("captures wait") == 1
+    assert caplog.text.count("they stay queued") == 1
 
 
 async def test_unencodable_capture_stops_no_other(redis_url: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -223,7 +223,7 @@ def test_capture_is_converted_with_all_fields(item: Capture) -> None:
 
 
 def test_to_message_rejects_record_without_field() -> None:
-    with pytest.raises(AttributeError, match="Endpoint has nothing for the field start of"):
+    with pytest.raises(AttributeError, match="Endpoint has no attribute for the field start of"):
         to_message(common_pb2.TimeWindow, Endpoint("shop", "GET", "/"))
 
 

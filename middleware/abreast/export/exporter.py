@@ -307,7 +307,7 @@ class Exporter:
 
     async def _mark_disconnected(self, error: TransportError) -> None:
         if not self._failures:
-            logger.warning("captures wait: %s", error)
+            logger.warning("can't send captures to Redis; they stay queued: %s", error)
         self._serializer = None
         delay_s = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** min(self._failures, 10))
         self._failures += 1

@@ -112,7 +112,7 @@ class CaptureQueue:
         return self.outbox.popleft()
 
     def release_finished(self, cutoff_ns: int, *, is_flushing: bool) -> None:
-        """Move captures to the outbox that get no more effects, or that finished before `cutoff_ns`."""
+        """Move to the outbox all captures that get no more effects, or that finished before `cutoff_ns`."""
         waiting = []
         for queued in self.awaiting_effects:
             recorder = queued.recorder

@@ -1,4 +1,4 @@
-"""httpx for services that receive shadow requests: unsafe requests are recorded, and held back in shadows.
+"""httpx transports that record unsafe requests, and hold them back in shadow requests.
 
 client = httpx.AsyncClient(transport=AsyncRecordingTransport())
 """
@@ -78,7 +78,7 @@ class AsyncRecordingTransport(httpx.AsyncBaseTransport):
 
 
 class RecordingTransport(httpx.BaseTransport):
-    """The same for `httpx.Client`."""
+    """Synchronous `AsyncRecordingTransport`, for `httpx.Client`."""
 
     def __init__(
         self,

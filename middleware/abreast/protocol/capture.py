@@ -42,7 +42,7 @@ class Body(Struct, frozen=True, gc=False):
         return len(self.content) == self.length
 
     def fingerprint(self) -> str:
-        """Return the digest of the whole body, also if the content is complete."""
+        """Return the digest of the whole body; compute it if the body is complete."""
         return self.digest or digest(self.content)
 
 

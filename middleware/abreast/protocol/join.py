@@ -4,7 +4,7 @@ The keys of a service and shard share the hash tag `{service/shard}`, so that th
 
     abreast:{shop/0}:pair:ID   hash    slot (version:role:attempt) → capture, while captures are missing
     abreast:{shop/0}:due       zset    pair id → deadline (ms, the clock of Redis)
-    abreast:{shop/0}:ready     stream  one entry per pair: `pair`, `why` (joined|swept), then slot → capture
+    abreast:{shop/0}:ready     stream  one entry per pair: `pair`, `why` (joined|timed_out), then slot → capture
     abreast:{shop/0}:joined    zset    pair id → time of the move (ms), to detect late captures; !ID was rejected
     abreast:{shop/0}:stats     hash    counters, and `bytes`: the size of the hashes and the stream
 

@@ -82,7 +82,7 @@ def parse_excess(value: str) -> float:
     except ValueError:
         share = -1.0
     if not 0 <= share < float("inf"):
-        raise ValueError("a share such as 25% or 0.25, and may be above 100%")
+        raise ValueError("a share of 0% or more, such as 25%, 0.25 or 250%")
     return share
 
 

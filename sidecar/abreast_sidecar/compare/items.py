@@ -87,7 +87,7 @@ def parse_multipart(body: bytes, media_type: MediaType) -> dict[str, Any] | list
 def _parse_part(piece: bytes) -> tuple[str, Any]:
     padding, line_end, remainder = piece.partition(b"\r\n")
     if padding.strip(b" \t") or not line_end:
-        raise NotItemsError("the line of a boundary has other text")
+        raise NotItemsError("unexpected text on a boundary line")
     head, _, content = (line_end + remainder).partition(b"\r\n\r\n")
     headers = _parse_headers(head)
     disposition, media_type = (

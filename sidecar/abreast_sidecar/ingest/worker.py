@@ -115,7 +115,7 @@ class Worker:
     async def _retry_batch(
         self, entries: Sequence[StreamEntry], error: Exception, reader: StreamConsumer, stop: asyncio.Event
     ) -> None:
-        log.error("a batch failed and is read again", worker=self.name, pairs=len(entries), exc_info=error)
+        log.error("a batch failed; retrying", worker=self.name, pairs=len(entries), exc_info=error)
         reader.reread_pending()
         await self._postgres.back_off(stop)
 

@@ -1,1 +1,1 @@
-"""Decides about users' traffic from evidence: the guard, the ramp, and how webhooks are signed. Pure."""
+"""Guard, ramp and webhooks, run by the leader. The decisions in `guard`, `ramp` and `completeness` are pure."""

@@ -90,7 +90,7 @@ class GuardPolicy:
 
 @dataclass(frozen=True, slots=True)
 class WindowCounts:
-    """Pairs of one window."""
+    """Counts of pairs in one window."""
 
     live: int = 0  # users' requests that new answered, or should have
     new_errors: int = 0  # part of `live`: new failed, and old did not

@@ -70,7 +70,7 @@ class RolloutService:
 
 def _plan_pause(_: Traffic, ramp: Ramp) -> RampTransition:
     if ramp.state == "paused":
-        raise ConflictError("the ramp is paused already")
+        raise ConflictError("the ramp is already paused")
     return RampTransition("ramp_pause", "paused", state="paused")
 
 

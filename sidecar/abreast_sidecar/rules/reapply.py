@@ -175,7 +175,7 @@ def _find_rule(rules: Iterable[Rule], finding: FindingRef) -> int:
 
 
 async def _enqueue_pairs(connection: Connection, state: Row) -> None:
-    """Queue all pairs that rules concern which began or ended since the last queue."""
+    """Queue the pairs that are affected by rules that began or ended since the last run."""
     rows = await fetch_rows(connection, "reapply_changed_rules", {"after": state["queued_version"]})
     rules = [(parse_rule(row["id"], row["definition"]), row["end_version"]) for row in rows]
     # A keyed-by rule leaves no trace in a pair that it left without differences to explain.

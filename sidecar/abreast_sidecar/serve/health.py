@@ -88,7 +88,7 @@ class Readiness:
             (log.warning if is_unexpected else log.info)("not ready", part=name, error=problem)
         elif not problem and name in self.problems:
             self._once_ready_parts.add(name)
-            log.info("ready", part=name)
+            log.info("part ready", part=name)
         self.problems.pop(name, None)
         if problem:
             self.problems[name] = problem

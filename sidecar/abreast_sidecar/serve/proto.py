@@ -186,7 +186,7 @@ def _read_source(record: Any, field: Any, source: Source) -> tuple[str, Any]:
     if isinstance(record, Mapping):
         return source, None
     raise AttributeError(
-        f"{type(record).__name__} has nothing for the field {source} of {field.containing_type.full_name}"
+        f"{type(record).__name__} has no attribute for the field {source} of {field.containing_type.full_name}"
     )
 
 

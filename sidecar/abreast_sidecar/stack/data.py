@@ -213,5 +213,5 @@ def _get_record_path(grpc_address: str, *, create_folder: bool = False) -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != user or status.st_mode & 0o077:
-        raise PermissionError(f"other users may access {folder}")
+        raise PermissionError(f"other users may access {folder}; run: chmod 700 {folder}")
     return folder / (grpc_address.replace("localhost:", "127.0.0.1:").replace("/", "_") + ".json")

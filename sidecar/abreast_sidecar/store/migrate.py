@@ -111,7 +111,7 @@ def _check_history(applied: Sequence[TupleRow], target: Sequence[Migration], loc
     for (version, _, digest), migration in zip(applied, target, strict=False):
         if version != migration.version or digest != migration.digest:
             raise SchemaError(
-                f"the ledger at {location} was made with another {migration.file} than this abreast has: "
+                f"the ledger at {location} was made with a different version of {migration.file}: "
                 f"run the abreast that made it, or {NEW_DATABASE}"
             )
 

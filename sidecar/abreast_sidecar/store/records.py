@@ -353,7 +353,7 @@ class PairRecord:
 
     @property
     def outcome(self) -> str:
-        """Return the outcome. A pair whose differences rules explain is a mismatch, so that it stays visible."""
+        """Return the outcome. A pair whose differences are all explained is still a mismatch, so it stays visible."""
         result = self.result
         return "mismatch" if result.outcome == "match" and result.explained_differences else result.outcome
 

@@ -469,7 +469,7 @@ create table abreast.process_report (
 );
 
 -- The last report of each Redis shard. Cumulative over restarts of Redis: received, duplicate, late, rejected_pairs,
--- rejected_bytes, joined, swept. Current: waiting, ready, bytes. Bookkeeping of the sums: life, base, last.
+-- rejected_bytes, joined, timed_out. Current: waiting, ready, bytes. Bookkeeping of the sums: life, base, last.
 create table abreast.shard_report (
     service text not null,
     shard integer not null,

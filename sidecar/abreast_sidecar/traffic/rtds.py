@@ -70,7 +70,7 @@ class RtdsServer:
         finally:
             self.control.connections.remove(envoy)
             await cancel_and_wait(*stop_tasks)
-            log.info("envoy left", node=status.node, service=status.service)
+            log.info("envoy disconnected", node=status.node, service=status.service)
 
     async def _send_updates(
         self, envoy: EnvoyConnection, context: RtdsContext, stop_tasks: list[asyncio.Task[Any]]
