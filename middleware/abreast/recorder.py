@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any, Protocol
 
-from abreast._thread import BACKGROUND_THREAD, MAX_OPEN_FILES
+from abreast._background import BACKGROUND_THREAD, MAX_OPEN_FILES
 from abreast.context import RequestContext
 from abreast.errors import ErrorReporter
 from abreast.protocol.capture import DIGEST_BYTES, Body, Role, Version, digest

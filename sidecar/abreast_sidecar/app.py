@@ -13,17 +13,17 @@ from abreast_sidecar.errors import LedgerError, SchemaError
 from abreast_sidecar.ingest.pool import create_pool
 from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.redis_client import connect_redis
-from abreast_sidecar.rollout.controllers import LeaderTasks
+from abreast_sidecar.rollout.leader_tasks import LeaderTasks
 from abreast_sidecar.rollout.service import RolloutService
+from abreast_sidecar.serve.grpc_server import GrpcServer, Interceptor
 from abreast_sidecar.serve.health import NotReadyError, PairBacklog, Readiness
-from abreast_sidecar.serve.http import HttpServer
+from abreast_sidecar.serve.http_server import HttpServer
 from abreast_sidecar.serve.metrics import Metrics
-from abreast_sidecar.serve.pages import WebApp
-from abreast_sidecar.serve.server import GrpcServer, Interceptor
 from abreast_sidecar.serve.services.comparison import ComparisonServicer, LatencyServicer
 from abreast_sidecar.serve.services.rollout import RolloutServicer
 from abreast_sidecar.serve.services.rules import RuleServicer
 from abreast_sidecar.serve.services.traffic import TrafficServicer
+from abreast_sidecar.serve.web_app import WebApp
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.migrate import migrate

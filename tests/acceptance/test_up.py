@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
+from abreast_sidecar.cli.up import PREFERRED_REDIS_PORT
 from support import eventually
 from support_up import START, Up, answers, free_port, running, service
 
@@ -85,6 +87,17 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+@pytest.fixture
+def taken_redis_port() -> Iterator[None]:
+    """Take the usual port of Redis, so that two runs on the same data are given another one that stays theirs."""
+    with socket.socket() as server:
+        with suppress(OSError):  # another run has it already
+            server.bind(("127.0.0.1", PREFERRED_REDIS_PORT))
+            server.listen()
+        yield
+
+
+@pytest.mark.usefixtures("taken_redis_port")
 def test_up_continues_data_of_killed_run(data: Path) -> None:
     with running("--data", str(data)) as first:
         first.ask()

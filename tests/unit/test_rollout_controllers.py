@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from abreast_sidecar.rollout.completeness import CompletenessGap
-from abreast_sidecar.rollout.controllers import GuardController
 from abreast_sidecar.rollout.guard import GuardPolicy
+from abreast_sidecar.rollout.leader_tasks import GuardController
 from abreast_sidecar.rollout.transitions import Guard
 
 GUARD = Guard("shop", GuardPolicy("acting", min_completeness=0.9), None, {}, "clear", "", None, None)
@@ -18,7 +18,7 @@ GUARD = Guard("shop", GuardPolicy("acting", min_completeness=0.9), None, {}, "cl
 def look(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], str]:
     """Check once per second. Arguments: requests by Envoy's count, and requests in the ledger."""
     now = [1000.0]
-    monkeypatch.setattr("abreast_sidecar.rollout.controllers.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("abreast_sidecar.rollout.leader_tasks.time.monotonic", lambda: now[0])
     made = GuardController(None, None, None, ())  # type: ignore[arg-type]  # only its memory is used
 
     def one(sampled: int, arrived: int) -> str:

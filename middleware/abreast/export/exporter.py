@@ -17,7 +17,7 @@ from collections import deque
 from threading import get_ident
 from time import perf_counter, perf_counter_ns
 
-from abreast._thread import BACKGROUND_THREAD
+from abreast._background import BACKGROUND_THREAD
 from abreast.errors import ErrorReporter
 from abreast.export.queue import (
     CAPTURE_ERROR,

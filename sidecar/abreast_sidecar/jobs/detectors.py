@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import orjson
 
-from abreast_sidecar.stats.cache import CacheLookups, MissIncrease, detect_extra_misses
+from abreast_sidecar.stats.cache_misses import CacheLookups, MissIncrease, detect_extra_misses
 from abreast_sidecar.stats.latency import MIN_WARM_PAIRS, Slowdown, Timing, detect_slowdown
 from abreast_sidecar.store.database import AdvisoryLock, Connection, Row, exclusive, fetch_rows, load_statement
 

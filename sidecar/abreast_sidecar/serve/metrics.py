@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from abreast_sidecar.rollout.controllers import LeaderTasks
 from abreast_sidecar.rollout.guard import GUARD_MODES
+from abreast_sidecar.rollout.leader_tasks import LeaderTasks
 from abreast_sidecar.rollout.ramp import Ramp
 from abreast_sidecar.rollout.service import RolloutService
 from abreast_sidecar.rollout.transitions import Guard

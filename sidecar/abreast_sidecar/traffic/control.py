@@ -16,8 +16,8 @@ from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.database import Database, listen
 from abreast_sidecar.traffic.envoys import ENVOYS_CHANNEL, EnvoyConnections, EnvoyRegistry
 from abreast_sidecar.traffic.model import AuditNote, Shares, Traffic, TrafficChange, default_shares
+from abreast_sidecar.traffic.pending_rollbacks import PendingRollbacks
 from abreast_sidecar.traffic.repository import TRAFFIC_CHANNEL, TrafficRepository, VersionedTraffic
-from abreast_sidecar.traffic.rollbacks import PendingRollbacks
 from abreast_sidecar.traffic.state import CurrentTraffic, TrafficState
 
 ENSURE_RETRY_DELAY_S = 0.5

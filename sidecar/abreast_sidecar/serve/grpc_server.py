@@ -27,7 +27,7 @@ from abreast.v1 import (
 )
 from abreast_sidecar.errors import ServerError, SidecarError
 from abreast_sidecar.serve.errors import to_error_status
-from abreast_sidecar.serve.http import bind_socket
+from abreast_sidecar.serve.http_server import bind_socket
 from abreast_sidecar.serve.metrics import Metrics
 from abreast_sidecar.serve.services.comparison import ComparisonServicer, LatencyServicer
 from abreast_sidecar.serve.services.rollout import RolloutServicer
