@@ -33,7 +33,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture(scope="session", autouse=True)
 def small_ca_bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Replace the CA bundle of certifi, which costs each httpx client 25 ms of CPU. Tests need no public CA."""
-    bundle = str(self_signed(tmp_path_factory.mktemp("ca"), "localhost").certificate)
+    bundle = str(self_signed(tmp_path_factory.mktemp("ca"), "unused.example").certificate)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certifi, "where", lambda: bundle)
         patch.setenv("SSL_CERT_FILE", bundle)

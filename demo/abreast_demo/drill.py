@@ -22,6 +22,7 @@ from abreast_sidecar.errors import ServerError
 ANY_PORT = SocketAddress(LOOPBACK, 0)
 NEW_DRILL_PREFIX = "new-"  # drills with this prefix break new
 WARM_UP_S = 2.0  # traffic before the fault
+MAX_WARM_UP_S = 30.0  # until the first response, on a busy machine
 MAX_RECOVERY_S = 40.0  # from the repair until new must answer users
 RECOVERY_POLL_S = 0.05
 
@@ -185,6 +186,9 @@ class DrillRunner:
 
     def _inject_and_repair(self, run: DrillRun) -> None:
         time.sleep(WARM_UP_S)
+        deadline = time.monotonic() + MAX_WARM_UP_S
+        while not run.responses and time.monotonic() < deadline:
+            time.sleep(RECOVERY_POLL_S)
         warm_up_count = len(run.responses)
         run.had_users_on_new = any(response.version == "new" for response in run.responses)
         if run.breaks_new and not run.had_users_on_new:

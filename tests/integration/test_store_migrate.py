@@ -69,7 +69,7 @@ async def test_migrate_refuses_a_newer_version(empty_postgres_url: str) -> None:
 async def test_migrate_refuses_a_changed_file(empty_postgres_url: str) -> None:
     await migrate(empty_postgres_url, with_second())
 
-    with pytest.raises(SchemaError, match=r"another 0002_second\.sql .* create a new database"):
+    with pytest.raises(SchemaError, match=r"a different version of 0002_second\.sql: .* create a new database"):
         await migrate(empty_postgres_url, (*load_migrations()[:1], Migration(2, "second", b"select 1")))
     with pytest.raises(SchemaError, match=r"another schema\.sql .* create a new database"):
         await migrate(empty_postgres_url, [Migration(1, "schema", b"select 1"), SECOND])

@@ -257,7 +257,7 @@ async def test_worker_isolates_rejected_record(settings: Settings) -> None:
         await emptied(settings)
 
     assert outcomes(settings.postgres_url) == {"match": 38, "undecodable": 2}
-    assert one(settings.postgres_url, "select count(*) from abreast.dead_letter where reason like '%refuses%'") == 2
+    assert one(settings.postgres_url, "select count(*) from abreast.dead_letter where reason like '%rejects%'") == 2
 
 
 async def test_worker_replaces_nul_and_lone_surrogates(settings: Settings) -> None:
