@@ -20,7 +20,7 @@ from abreast_sidecar.compare.rules import Rule
 from abreast_sidecar.errors import ArgumentError
 from abreast_sidecar.rules.attribution import FindingRef
 from abreast_sidecar.rules.preview import RulePreview, narrow_to_finding
-from abreast_sidecar.serve import validate as arguments
+from abreast_sidecar.serve import validate
 from abreast_sidecar.serve.convert import to_message
 from abreast_sidecar.store.rules import RuleDraft, StoredRule
 
@@ -28,7 +28,7 @@ SCOPE_FIELDS = ("part", "path", "header", "status")
 
 
 def parse_source(request: pb.ApplyRulesRequest) -> str:
-    source_name = arguments.check_text("source", request.source.strip())
+    source_name = validate.check_text("source", request.source.strip())
     if not source_name:
         raise ArgumentError("source must name the origin of the rules, such as the name of a file")
     return source_name
@@ -73,7 +73,7 @@ def parse_draft(rule_message: pb.Rule, parsed_rule: Rule, source: str = "") -> R
             raise ArgumentError(f"{name} must state {description}")
     if not rule_message.HasField("expire_time"):
         raise ArgumentError("expire_time must be set: a rule that nobody reviews hides regressions")
-    expires = arguments.parse_time("expire_time", rule_message.expire_time)
+    expires = validate.parse_time("expire_time", rule_message.expire_time)
     if expires <= datetime.now(UTC):
         raise ArgumentError(f"expire_time must be in the future, got {expires:%FT%TZ}")
     owner, reason = rule_message.owner.strip(), rule_message.reason.strip()

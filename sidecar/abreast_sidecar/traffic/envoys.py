@@ -141,11 +141,6 @@ class EnvoyFleet:
         return all(envoy.has_answered(traffic) for envoy in self.envoys)
 
     @property
-    def has_peers(self) -> bool:
-        """True if the Envoys belong to more than one sidecar."""
-        return len({envoy.sidecar for envoy in self.envoys}) > 1
-
-    @property
     def sorted(self) -> list[EnvoyStatus]:
         return sorted(self.envoys, key=lambda envoy: (envoy.node, envoy.sidecar, envoy.number))
 
