@@ -1,6 +1,6 @@
 # Requirements: python3 (3.11 or newer), make and a package index. No docker, no compiler, no root.
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench generate protos lock
+.PHONY: help setup check test demo bench generate protos lock sbom
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -55,3 +55,7 @@ LOCK = $(BIN)/uv pip compile --upgrade --universal --python-version 3.11.0 --gen
 lock: setup ## resolve both lock files
 	$(LOCK) --group dev -o requirements-dev.lock
 	$(LOCK) --group build --constraint requirements-dev.lock -o requirements.lock
+
+sbom: setup ## write sbom.json: the locked packages and their hashes (CycloneDX)
+	$(BIN)/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py requirements requirements.lock \
+		--pyproject pyproject.toml --output-reproducible --output-format JSON --output-file sbom.json

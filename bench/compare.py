@@ -8,7 +8,9 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from itertools import islice, product
 from pathlib import Path
+from string import ascii_lowercase
 from time import perf_counter_ns
 from typing import Any
 
@@ -22,7 +24,7 @@ from abreast_sidecar.compare.values import encode_canonical
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-RUNS, QUICK_RUNS = 60, 15  # rounds that measure every function once
+RUNS, QUICK_RUNS = 600, 60  # rounds that measure every function once; short ones, so that other load spares some
 SLOW_RUNS = 8  # rounds with deepdiff
 
 
@@ -60,6 +62,19 @@ def change(document: dict[str, Any]) -> dict[str, Any]:
     return other
 
 
+def wide_object() -> dict[str, Any]:
+    """Return an object with 1,000 fields of several types. It has 35 KB."""
+    values = ("a text of some words", 12345, 19.9, True, None)
+    names = islice(product(ascii_lowercase, repeat=3), 1000)
+    return {f"field_{''.join(name)}_of_a_row": values[n % len(values)] for n, name in enumerate(names)}
+
+
+def change_wide_object(document: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy with three differences."""
+    names = list(document)
+    return document | {names[3]: "x", names[500]: "another text", names[-2]: False}
+
+
 def measure(functions: dict[str, Callable[[], Any]], *, number: int, runs: int) -> dict[str, list[float]]:
     """Return the µs per call, one value per round. The functions take turns, so other load affects all of them alike."""
     times_us: dict[str, list[float]] = {name: [] for name in functions}
@@ -89,10 +104,15 @@ def walk(old: Any, new: Any) -> list[tuple[Any, Any]]:
 
 def speed(runs: int) -> list[Row]:
     rows = []
-    for size, lines, number in (("2kb", 9, 100), ("50kb", 230, 5)):
-        old, new = orjson.dumps(order(lines)), orjson.dumps(change(order(lines)))
-        times_us = measure(_list_functions(old, new), number=number, runs=runs)
+    pairs = {
+        "2kb": (order(9), change(order(9)), 10),
+        "50kb": (order(230), change(order(230)), 1),
+        "wide": (wide_object(), change_wide_object(wide_object()), 1),
+    }
+    for size, (old, new, number) in pairs.items():
+        times_us = measure(_list_functions(orjson.dumps(old), orjson.dumps(new)), number=number, runs=runs)
         rows += [row(f"{name}_{size}_us", "us", values) for name, values in times_us.items()]
+        rows.append(row(f"diff_{size}_ratio", "times", [min(times_us["diff"]) / min(times_us["parse_and_equals"])]))
     return rows
 
 

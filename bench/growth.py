@@ -8,6 +8,8 @@ shows a finding. One statement inserts a million rows, without indexes and trigg
   `growth_list_pairs_of_*` and `growth_find_slow_ms` are times of queries that match few pairs.
 - `growth_wal_bytes` is the size of Postgres's log per pair, for the first 5,000 pairs after a checkpoint on a full day.
   It includes whole pages.
+- `lists_*` are times of a sidecar's responses for the ledger of tests/support_large_ledger.py, which has 10,002 findings
+  at 1,000 endpoints. `lists_page_ms` is the overview page.
 
 100 million rows take 28 GB and 40 minutes. They are not part of `make bench`.
 """
@@ -23,22 +25,29 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import psycopg
 from pipeline import SERVICE, pairs
 from rows import Row, row
 
 from abreast.protocol.join import Keys
+from abreast.v1 import comparison_pb2 as pb
 from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.ingest.evaluate import evaluate_entry
 from abreast_sidecar.ingest.stream import StreamEntry
 from abreast_sidecar.jobs.detectors import detect_slowdowns
-from abreast_sidecar.stack.servers import PostgresServer
+from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.migrate import migrate
 from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest, PairFilter, read_timings
 from abreast_sidecar.store.records import Endpoint, PairRecord, Window
 from abreast_sidecar.store.writer import PairWriter
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support_large_ledger import fill as fill_large_ledger
+from support_serve import Ledger, QuerySidecar, run_sidecar
 
 DAYS = 10
 ENDPOINTS, FINDINGS = 20, 50
@@ -51,14 +60,17 @@ ASKED = 5  # runs of each query
 
 FILL = b"""
 insert into abreast.pair (day, id, at, endpoint_id, outcome, live, request, old_status, new_status, old_us, new_us,
-                          old_release, new_release, findings)
+                          old_release, new_release, findings, waits_match)
 select (at at time zone 'UTC')::date, id, at, 1 + n %% %(endpoints)s, case when shown then 'mismatch' else 'match' end,
        'old', '/products/' || n %% 1000, 200, 200, 2000 + n %% 700, 2100 + n %% 900, 'v1', 'v2',
-       case when shown then array[1 + n / %(each)s %% %(findings)s] else '{}' end
+       case when shown then array[1 + n / %(each)s %% %(findings)s] else '{}' end, true
 from (
-    select n, gen_random_uuid()::text as id, n %% %(each)s = 0 as shown,
+    select n, n %% %(each)s = 0 as shown, -- ids as those of Envoy, which grow
+           '0d7c1e' || lpad(to_hex(n / 16777216), 2, '0') || '-0' || substr(hex, 1, 3) || '-8' || substr(hex, 4) || '-8000-'
+               || substr(md5(n::text), 1, 12) as id,
            %(end)s::timestamptz - (1 - %(place)s - random() * %(part)s) * %(days)s * interval '1 day' as at
-    from generate_series(%(first)s::bigint, %(first)s::bigint + %(many)s - 1) as n
+    from generate_series(%(first)s::bigint, %(first)s::bigint + %(many)s - 1) as n,
+         lateral (select lpad(to_hex(n %% 16777216), 6, '0') as hex) as number
 ) as made
 """
 NAMES = b"""
@@ -265,7 +277,31 @@ def rows(millions: Sequence[float] = (), *, quick: bool = False) -> list[Row]:
             label = f"growth_{size:g}m" if millions else "growth"
             results.append(row(f"{label}_rows", "pairs", [filled]))
             results += measure(server.url(), label, filled)
-    return results
+    return results + lists()
+
+
+def lists() -> list[Row]:
+    """Return the times of responses about many findings and endpoints."""
+    with PostgresServer() as server, RedisServer() as redis:
+        asyncio.run(migrate(server.url()))
+        fill_large_ledger(Ledger(server.url()))
+        return [row(f"lists_{name}_ms", "ms", times) for name, times in asyncio.run(call(redis, server)).items()]
+
+
+async def call(redis: RedisServer, server: PostgresServer) -> dict[str, list[float]]:
+    """Return the time of each call of a sidecar in ms."""
+    async with run_sidecar(redis.url, server.url(), kind=QuerySidecar) as running:
+        comparison, largest = running.comparison, 1000
+        calls: dict[str, Callable[[], Awaitable[object]]] = {
+            "verdict": lambda: comparison.GetVerdict(pb.GetVerdictRequest(service="shop")),
+            "summary": lambda: comparison.GetSummary(pb.GetSummaryRequest(service="shop")),
+            "causes": lambda: comparison.ListCauses(pb.ListCausesRequest(service="shop")),
+            "findings": lambda: comparison.ListFindings(pb.ListFindingsRequest(service="shop", page_size=largest)),
+            "endpoints": lambda: comparison.ListEndpoints(pb.ListEndpointsRequest(service="shop", page_size=largest)),
+            "pairs": lambda: comparison.ListPairs(pb.ListPairsRequest(service="shop", page_size=largest)),
+            "page": lambda: running.http.get("/", timeout=60.0),
+        }
+        return {name: await timed(function) for name, function in calls.items()}
 
 
 def logged(url: str) -> float:

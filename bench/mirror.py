@@ -68,11 +68,11 @@ def deployed() -> Iterator[tuple[Stack, dict[str, int]]]:
             name: opening.enter_context(service("abreast", at.port, Path(folder), stack.redis_url)).pid
             for name, at in (("old", old), ("new", new))
         }
-        _await_healthy(stack.admin_url)
+        await_healthy(stack.admin_url)
         yield stack, pids
 
 
-def _await_healthy(admin: str) -> None:
+def await_healthy(admin: str) -> None:
     url = f"{admin}/stats?format=json&filter=^cluster.(old|new).membership_healthy$"
     until = time.monotonic() + ARRIVE
     while time.monotonic() < until:

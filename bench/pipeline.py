@@ -35,7 +35,7 @@ import psycopg
 import redis
 from rows import Row, end_in_order, row
 
-from abreast.protocol.capture import Answer, Body, Capture, Request, Role, Version, encode
+from abreast.protocol.capture import Answer, Body, Capture, Request, Role, Version
 from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
 from abreast_sidecar import aio
 from abreast_sidecar.ingest.worker import Worker
@@ -43,6 +43,8 @@ from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.migrate import migrate
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 SERVICE = "shop"
 SEND = 200  # pairs per batch; a tenth of that for large bodies
@@ -132,10 +134,16 @@ def capture(pair: str, version: Version, role: Role, content: bytes) -> Capture:
 
 def pairs(count: int, share: float, many: int = ITEMS["2kb"]) -> Iterator[tuple[str, str, int, bytes]]:
     """Yield captures for the join. `share` is the share of pairs that differ."""
+    from support_captures import encode
+
+    def digits() -> str:
+        return uuid.uuid4().hex
+
     old, changed = body(1.0, many), body(2.0, many)
+    stream = f"{digits()[:8]}-0"
     for number in range(count):
         differs = share > 0 and number % round(1 / share) == 0
-        pair = str(uuid.uuid4())
+        pair = f"{stream}{number >> 12:03x}-8{number & 0xFFF:03x}-8{digits()[:3]}-{digits()[:12]}"  # as Envoy's
         captures = capture(pair, "old", "live", old), capture(pair, "new", "shadow", changed if differs else old)
         for each_capture in captures:
             yield pair, each_capture.slot, each_capture.expected_captures, encode(each_capture)

@@ -1,7 +1,8 @@
 """Run all benchmarks: python bench/run.py [--quick] [--minutes N]. Print a table and write bench/results.json.
 
 The first parts are the middleware in-process and behind uvicorn, mirroring through Envoy, and the pipeline from Redis to
-Postgres. The others are comparison, verdicts, rollback and overload, a large ledger, and memory (bench/memory.svg).
+Postgres. The others are everyday rates, comparison, verdicts, both ways of capture, rollback and overload, what a proxy
+changes, a large ledger, and memory (bench/memory.svg).
 Within a part, variants that are compared take turns. The first rows contain the machine and the versions.
 """
 
@@ -15,7 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import asgi
+import captures
 import compare
+import everyday
 import growth
 import machine
 import memory
@@ -24,6 +27,7 @@ import mirror
 import pipeline
 import quality
 import traffic
+import transparency
 from rows import Row, end_in_order
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -53,9 +57,12 @@ def parts(quick: bool, minutes: float) -> dict[str, Callable[[], Sequence[Row]]]
         "asgi": lambda: asgi.rows(quick=quick),
         "mirror": lambda: mirror.rows(quick=quick),
         "pipeline": lambda: pipeline.rows(quick=quick),
+        "everyday": lambda: everyday.rows(quick=quick),
         "compare": lambda: compare.rows(quick=quick),
         "quality": lambda: quality.rows(quick=quick),
+        "captures": lambda: captures.rows(quick=quick),
         "traffic": lambda: traffic.rows(quick=quick),
+        "transparency": lambda: transparency.rows(quick=quick),
         "growth": lambda: growth.rows(quick=quick),
         "memory": lambda: memory.rows(minutes),
     }

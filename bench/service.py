@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import random
 import sys
+import time
+import uuid
 from typing import Any
 
 import uvicorn
@@ -26,6 +30,18 @@ class NoopMiddleware(BaseHTTPMiddleware):
 
 async def products(_request: Request) -> JSONResponse:
     return JSONResponse({"page": 1, "total": len(ITEMS), "items": ITEMS})
+
+
+def noisy_body() -> bytes:
+    """Return 1.6 KB of JSON that differs between any two calls: an id, a clock and a shuffled list."""
+    tags = [f"tag-{number}" for number in range(8)]
+    random.shuffle(tags)
+    content = {"request": str(uuid.uuid4()), "at": time.time(), "tags": tags, "items": ITEMS[:16]}
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+async def noisy(_request: Request) -> Response:
+    return Response(noisy_body(), media_type="application/json")
 
 
 async def healthy(_request: Request) -> JSONResponse:
@@ -53,7 +69,7 @@ def traced(app: Any) -> Any:
 
 def main() -> None:
     port, kind = int(sys.argv[1]), sys.argv[2]
-    app = Starlette(routes=[Route("/products", products), Route("/healthz", healthy)])
+    app = Starlette(routes=[Route("/products", products), Route("/noisy", noisy), Route("/healthz", healthy)])
     uvicorn.run(wrapped(app, kind), host="127.0.0.1", port=port, log_level="warning", access_log=False)
 
 

@@ -140,13 +140,14 @@ class Client:
         self.stack = stack
         self.channel = grpc.aio.insecure_channel(stack.grpc_address)
         self.traffic = traffic_pb2_grpc.TrafficServiceStub(self.channel)
-        self.steering = rollout_pb2_grpc.RolloutServiceStub(self.channel)
+        self.rollout = rollout_pb2_grpc.RolloutServiceStub(self.channel)
 
     async def set(self, **shares: float) -> None:
         await self.traffic.UpdateTraffic(
             traffic_pb2.UpdateTrafficRequest(
                 service=SERVICE,
                 wait=Duration(seconds=5),
+                force=True,
                 **shares,  # type: ignore[arg-type]  # names of fields
             )
         )
@@ -181,7 +182,7 @@ async def guarded(stack: Stack, runs: int) -> list[float]:
         await ledger.execute("select abreast.open_day((clock_timestamp() at time zone 'utc')::date)")
         for run in range(runs):
             await client.set(new_share=0.5)
-            await client.steering.SetGuard(
+            await client.rollout.SetGuard(
                 rollout_pb2.SetGuardRequest(service=SERVICE, policy=policy, reason=f"bench {run}")
             )
             await asyncio.sleep(2.0 + run / runs)

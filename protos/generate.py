@@ -17,7 +17,7 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = ("protoc-gen-mypy", "protoc-gen-mypy_grpc")  # in the interpreter's folder, which may not be on PATH
-NAMES = ("common", "comparison", "latency", "rule", "rollout", "traffic")
+NAMES = ("access", "common", "comparison", "latency", "rule", "rollout", "traffic")
 API = tuple(f"abreast/v1/{name}.proto" for name in NAMES)
 WIRE = ("abreast_sidecar/traffic/xds/wire.proto",)  # messages only: its services are Envoy's
 STUBS = ("--grpc_python_out={draft}", "--mypy_grpc_out=only_async:{draft}")

@@ -37,15 +37,15 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
         ill = mode[0] == "ill" and path == b"/healthz"
         writer.write(answer(503 if ill else 200, b""))
         return
-    if method == b"POST" and headers[b"x-abreast-role"] == b"live":
+    if method == b"POST" and headers.get(b"x-abreast-role", b"live") == b"live":
         os.write(orders, headers[b"x-request-id"] + b"\n")
     if mode[0] == "slow":
         await asyncio.sleep(SLOW)
-    whole = answer(status(path), BODY)
+    response = answer(status(path), BODY)
     if mode[0] == "cutting":
-        writer.write(whole[: -len(BODY) // 2])
+        writer.write(response[: -len(BODY) // 2])
         raise EOFError
-    writer.write(whole)
+    writer.write(response)
 
 
 async def connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -129,8 +129,8 @@ def python_comments(text: str) -> Iterator[tuple[int, str, bool]]:
 
 def marked_comments(text: str, mark: str) -> Iterator[tuple[int, str, bool]]:
     for number, line in enumerate(text.splitlines(), 1):
-        before, found, comment = line.partition(mark)
-        if found and before.count("'") % 2 == 0 and before.count('"') % 2 == 0 and not before.endswith(":"):
+        before, mark_found, comment = line.partition(mark)
+        if mark_found and before.count("'") % 2 == 0 and before.count('"') % 2 == 0 and not before.endswith(":"):
             yield number, comment.strip(), not before.strip()
 
 
@@ -175,7 +175,7 @@ def project_files(arguments: list[str]) -> list[Path]:
 def main(arguments: list[str]) -> int:
     sentences = [sentence for file in project_files(arguments) for sentence in read_file(file)]
     is_bad = False
-    forbidden = [one for one in sentences if one.words and one.words[0].lower() in FORBIDDEN_STARTS]
+    forbidden = [sentence for sentence in sentences if sentence.words and sentence.words[0].lower() in FORBIDDEN_STARTS]
     for sentence in sentences:
         where = f"{sentence.path}:{sentence.line}"
         if len(sentence.words) > MAX_WORDS:

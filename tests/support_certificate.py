@@ -39,21 +39,21 @@ def self_signed(folder: Path, name: str) -> Certificate:
     signed = _sequence(to_sign, _sequence(_oid(ECDSA_SHA256)), _bits(_sign(private, to_sign)))
     curve = _tagged(0xA0, _oid(P256))
     key = _sequence(_integer(1), _tagged(0x04, private.to_bytes(32, "big")), curve, _tagged(0xA1, _bits(public)))
-    made = Certificate(folder / f"{name}.pem", folder / f"{name}.key")
-    made.certificate.write_text(_pem("CERTIFICATE", signed))
-    made.key.write_text(_pem("EC PRIVATE KEY", key))
-    return made
+    certificate = Certificate(folder / f"{name}.pem", folder / f"{name}.key")
+    certificate.certificate.write_text(_pem("CERTIFICATE", signed))
+    certificate.key.write_text(_pem("EC PRIVATE KEY", key))
+    return certificate
 
 
 def _to_be_signed(name: str, public: bytes) -> bytes:
-    who = _sequence(_tagged(0x31, _sequence(_oid(COMMON_NAME), _tagged(0x0C, name.encode()))))
+    subject = _sequence(_tagged(0x31, _sequence(_oid(COMMON_NAME), _tagged(0x0C, name.encode()))))
     valid = _sequence(_tagged(0x17, b"200101000000Z"), _tagged(0x17, b"491231235959Z"))
     key = _sequence(_sequence(_oid(EC_PUBLIC_KEY), _oid(P256)), _bits(public))
     names = _sequence(_oid(SUBJECT_ALT_NAME), _tagged(0x04, _sequence(_tagged(0x82, name.encode()))))
     authority = _sequence(_oid(BASIC_CONSTRAINTS), _tagged(0x04, _sequence(_tagged(0x01, b"\xff"))))
     version, serial = _tagged(0xA0, _integer(2)), _integer(secrets.randbits(63))
     extensions = _tagged(0xA3, _sequence(names, authority))
-    return _sequence(version, serial, _sequence(_oid(ECDSA_SHA256)), who, valid, who, key, extensions)
+    return _sequence(version, serial, _sequence(_oid(ECDSA_SHA256)), subject, valid, subject, key, extensions)
 
 
 def _sign(private: int, message: bytes) -> bytes:
@@ -78,13 +78,13 @@ def _multiply(factor: int, point: Point) -> Point:
     return total
 
 
-def _add(one: Point, other: Point) -> Point:
-    if one is None or other is None:
-        return one or other
-    (x1, y1), (x2, y2) = one, other
+def _add(point: Point, other: Point) -> Point:
+    if point is None or other is None:
+        return point or other
+    (x1, y1), (x2, y2) = point, other
     if x1 == x2 and (y1 + y2) % P == 0:
         return None
-    slope = (3 * x1 * x1 - 3) * pow(2 * y1, -1, P) if one == other else (y2 - y1) * pow(x2 - x1, -1, P)
+    slope = (3 * x1 * x1 - 3) * pow(2 * y1, -1, P) if point == other else (y2 - y1) * pow(x2 - x1, -1, P)
     x3 = (slope * slope - x1 - x2) % P
     return x3, (slope * (x1 - x3) - y1) % P
 
@@ -110,9 +110,9 @@ def _bits(content: bytes) -> bytes:
 
 
 def _oid(dotted: str) -> bytes:
-    first, second, *rest = map(int, dotted.split("."))
+    first, second, *others = map(int, dotted.split("."))
     encoded = bytearray([first * 40 + second])
-    for number in rest:
+    for number in others:
         groups = [number & 0x7F]
         while number := number >> 7:
             groups.append(number & 0x7F | 0x80)

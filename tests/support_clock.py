@@ -23,11 +23,11 @@ class Clock:
     """Use as a context manager. `environment` is for the processes that go by it."""
 
     def __init__(self) -> None:
-        found = library()
-        assert found, "libfaketime is needed: apt-get install libfaketime"
+        library_path = library()
+        assert library_path, "libfaketime is needed: apt-get install libfaketime"
         self.folder = create_private_folder("abreast-clock-")
         self.environment = {
-            "LD_PRELOAD": str(found),
+            "LD_PRELOAD": str(library_path),
             "FAKETIME_TIMESTAMP_FILE": str(self.folder / "offset"),
             "FAKETIME_NO_CACHE": "1",
             "FAKETIME_DISABLE_SHM": "1",
@@ -45,12 +45,12 @@ class Clock:
 
     def program(self, path: Path) -> Path:
         """Write a program that runs another one by this clock, under its name."""
-        made = self.folder / path.name
+        link = self.folder / path.name
         lines = [f"export {name}='{value}'" for name, value in self.environment.items()]
-        made.write_text("\n".join(("#!/bin/sh", *lines, f'exec {path} "$@"\n')))
-        made.chmod(0o755)
-        chown_to_server_user(made)
-        return made
+        link.write_text("\n".join(("#!/bin/sh", *lines, f'exec {path} "$@"\n')))
+        link.chmod(0o755)
+        chown_to_server_user(link)
+        return link
 
     def __enter__(self) -> Self:
         return self

@@ -30,7 +30,7 @@ Label = Literal["regression", "additive", "harmless", "unknown", "noise"]
 class Pair:
     """A pair of answers with its label.
 
-    `expected` has part, path, kind and impact of each difference that the owner of the API should see. `got` has the
+    `expected` has part, path, kind and impact of each difference that the owner of the API should see. `actual` has the
     differences that are reported instead, if they are known to be wrong. A `regression` harms users. An `unknown` pair
     can't be compared, as its outcome tells. Only statistics can detect `noise`.
     """
@@ -41,7 +41,7 @@ class Pair:
     new: Capture
     expected: frozenset[str]
     outcome: str
-    got: frozenset[str] | None = None
+    actual: frozenset[str] | None = None
 
     def compare(self) -> ComparisonResult:
         return compare_pair([self.old, self.new], CompareOptions())
@@ -53,13 +53,13 @@ def describe_differences(result: ComparisonResult) -> frozenset[str]:
 
 def pairs() -> list[Pair]:
     shapes = _yaml("shapes")
-    made = [_of_shape(case, shapes) for case in _yaml("apis")]
-    made += [_of_bodies(case) for case in _yaml("bodies")]
-    return made + [_of_answers(case) for name in ("answers", "services") for case in _yaml(name)]
+    corpus = [_of_shape(case, shapes) for case in _yaml("apis")]
+    corpus += [_of_bodies(case) for case in _yaml("bodies")]
+    return corpus + [_of_answers(case) for name in ("answers", "services") for case in _yaml(name)]
 
 
 def _yaml(name: str) -> Any:
-    return yaml.safe_load((CORPUS / f"{name}.yaml").read_text())
+    return yaml.load((CORPUS / f"{name}.yaml").read_text(), Loader=yaml.CSafeLoader)
 
 
 def _pair(case: dict[str, Any], old: Answer, new: Answer) -> Pair:
@@ -71,8 +71,8 @@ def _pair(case: dict[str, Any], old: Answer, new: Answer) -> Pair:
         old=_capture("old", case, old, sides.get("old", {})),
         new=_capture("new", case, new, sides.get("new", {})),
         expected=expected,
-        outcome=case.get("outcome", "mismatch" if expected or "got" in case else "match"),
-        got=frozenset(case["got"]) if "got" in case else None,
+        outcome=case.get("outcome", "mismatch" if expected or "actual" in case else "match"),
+        actual=frozenset(case["actual"]) if "actual" in case else None,
     )
 
 
@@ -91,15 +91,17 @@ def _capture(version: Version, case: dict[str, Any], answer: Answer, side: dict[
     )
 
 
-def _headers(given: dict[str, str | list[str]]) -> Headers:
+def _headers(headers: dict[str, str | list[str]]) -> Headers:
     return tuple(
-        (name, value) for name, values in given.items() for value in (values if isinstance(values, list) else [values])
+        (name, value)
+        for name, values in headers.items()
+        for value in (values if isinstance(values, list) else [values])
     )
 
 
 def _answer(body: bytes, kind: str, status: int = 200, headers: Headers = (), trailers: Headers = ()) -> Answer:
-    said = (("content-type", kind),) if kind else ()
-    return Answer(status, (*said, *headers), Body(body, len(body)), trailers)
+    content_type = (("content-type", kind),) if kind else ()
+    return Answer(status, (*content_type, *headers), Body(body, len(body)), trailers)
 
 
 def _of_shape(case: dict[str, Any], shapes: dict[str, Any]) -> Pair:

@@ -1,4 +1,4 @@
-"""A ledger's database that the tests of one worker use in turn. To empty it costs a tenth of a new one with its schema."""
+"""Databases of tests. The tests of an xdist worker share one ledger, because emptying it costs a tenth of creating it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import asyncio
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import psycopg
+from psycopg.pq import ExecStatus
 
 from abreast_sidecar.stack.servers import PostgresServer
 from abreast_sidecar.store.migrate import migrate
 from support import eventually
-from support_postgres import disconnect
+
+TUPLES = ExecStatus.TUPLES_OK  # also those without columns
+_connections: dict[str, psycopg.Connection[Any]] = {}
 
 LARGE = 1_000_000  # bytes: a table from here on is truncated, a smaller one is cheaper to delete from
 RELATIONS = """
@@ -38,7 +41,7 @@ SEQUENCES = "select setval(format('%I.%I', schemaname, sequencename), start_valu
 
 
 class LedgerDatabase:
-    """One that can be brought back to what it had when it was made."""
+    """A ledger that returns to its first content."""
 
     def __init__(self, server: PostgresServer) -> None:
         self.server = server
@@ -65,31 +68,39 @@ class LedgerDatabase:
             f"select '{name}', pg_total_relation_size('{name}')::text where exists (select from {name})"  # noqa: S608  # ours
             for name in self._tables
         ]
-        found = self._rows(" union all ".join(queries))
-        self._large = {name for name, size in found if int(size) > LARGE}
-        return [name for name, _ in found]
+        counts = self._rows(" union all ".join(queries))
+        self._large = {name for name, size in counts if int(size) > LARGE}
+        return [name for name, _ in counts]
 
     def _content(self, table: str) -> bytes:
         with self._session.cursor().copy(f"copy {table} to stdout".encode()) as copy:
             return b"".join(bytes(part) for part in copy)
 
     def reset(self) -> bool:
-        """Leave what a new ledger has; False where it can't be brought back to that."""
+        """End all sessions, and restore the content. Return False if a test changed the schema."""
         disconnect(self.url)
         self._rows(f"select pg_terminate_backend(pid) {OTHERS}")  # ours
-        eventually(lambda: not self._rows(f"select {OTHERS}"), what="all sessions have ended")  # ours
+        eventually(lambda: not self._rows(f"select {OTHERS}"), description="all sessions have ended")  # ours
         self._drop_what_was_added()
         if {row[0]: row[1] for row in self._rows(RELATIONS)} != self._relations or self._rows(
             DEFINITIONS
         ) != self._definitions:
             return False
+        self._restore_rows()
+        return True
+
+    def clear(self) -> None:
+        """Restore the content while a sidecar is connected."""
+        self._drop_what_was_added()
+        self._restore_rows()
+
+    def _restore_rows(self) -> None:
         for name in self._filled():
             if name not in self._seeds or self._content(name) != self._seeds[name]:
                 self._empty(name)
         for name in self._seeds.keys() - set(self._filled()):
             self._seed(name)
         self._rows(SEQUENCES)
-        return True
 
     def _drop_what_was_added(self) -> None:
         for (name,) in self._rows(PARTITIONS):
@@ -129,10 +140,10 @@ class LedgerDatabases:
             self._free.drop()
 
     @contextmanager
-    def lend(self) -> Iterator[str]:
+    def lend(self) -> Iterator[LedgerDatabase]:
         database, self._free = self._free or LedgerDatabase(self.server), None
-        yield database.url
-        if database.reset():
+        yield database
+        if self._free is None and database.reset():
             self._free = database
         else:
             database.drop()
@@ -147,3 +158,33 @@ def empty_database(server: PostgresServer) -> Iterator[str]:
         yield server.url(name)
         disconnect(server.url(name))
         admin.execute(f"drop database {name} with (force)".encode())
+
+
+def execute(url: str, query: str, parameters: tuple[Any, ...] | None = None) -> list[tuple[Any, ...]]:
+    """Commit at once; with parameters, a percent sign is written twice. Begin another session if the server has ended this one."""
+    is_open = url in _connections
+    try:
+        return _execute(url, query, parameters)
+    except psycopg.OperationalError:
+        connection = _connections.get(url)
+        if not is_open or (connection is not None and not connection.closed):
+            raise
+        return _execute(url, query, parameters)
+
+
+def _execute(url: str, query: str, parameters: tuple[Any, ...] | None) -> list[tuple[Any, ...]]:
+    connection = _connections.get(url)
+    if connection is None or connection.closed:
+        connection = psycopg.connect(url, autocommit=True, prepare_threshold=None)
+        _connections[url] = connection
+    cursor = connection.execute(query.encode(), parameters)
+    result = cursor.pgresult
+    return cursor.fetchall() if result is not None and result.status == TUPLES else []
+
+
+def disconnect(url: str | None = None) -> None:
+    """From one database, or from all."""
+    for known_url in [url] if url else list(_connections):
+        connection = _connections.pop(known_url, None)
+        if connection is not None:
+            connection.close()

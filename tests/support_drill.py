@@ -43,7 +43,7 @@ class Version:
         async def up() -> bool:
             return await asyncio.to_thread(is_answering, "127.0.0.1", self.port, HEALTH, b"HTTP/1.1 200")
 
-        await eventually_async(up, what=f"{self.name} answers")
+        await eventually_async(up, description=f"{self.name} answers")
 
     def send(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -80,21 +80,21 @@ class Front:
         async def reached() -> bool:
             return await self.stat("cluster.new.membership_healthy") == count
 
-        await eventually_async(reached, what=f"{count} endpoints of new are healthy")
+        await eventually_async(reached, description=f"{count} endpoints of new are healthy")
 
     async def new_is_left_alone(self) -> None:
         await self.new_is(0)
 
         async def left_alone() -> bool:
-            return {response.version for response in await self.users.more(20)} == {"old"}
+            return {response.version for response in await self.users.wait_for(20)} == {"old"}
 
-        await eventually_async(left_alone, what="old answers everyone")
+        await eventually_async(left_alone, description="old answers everyone")
 
     async def new_answers(self) -> None:
         async def back() -> bool:
-            return any(response.version == "new" for response in await self.users.more(5))
+            return any(response.version == "new" for response in await self.users.wait_for(5))
 
-        await eventually_async(back, what="new answers users")
+        await eventually_async(back, description="new answers users")
 
 
 @dataclass

@@ -19,12 +19,12 @@ import psycopg
 import redis
 
 from abreast.export.transport import RedisTransport, TransportError
-from abreast.protocol.capture import encode
 from abreast.protocol.join import Keys, shard_of
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.settings import Settings
 from support import WITHIN, eventually_async
-from support_pairs import SERVICE, capture, hourly_counts_match_pairs, one, rows
+from support_captures import encode
+from support_pairs import SERVICE, capture, hourly_counts_match_pairs, query_value, rows
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Load:
                 capture(pair, "old", content={"n": 1}),
                 capture(pair, "new", "shadow", {"n": 2 if differs else 1}),
             ]
-            batch = [(each.pair, each.slot, each.expected_captures, encode(each)) for each in captures]
+            batch = [(capture.pair, capture.slot, capture.expected_captures, encode(capture)) for capture in captures]
             reply = await self._until(link, partial(link.join, shard_of(pair, settings.shards), batch))
             if reply.rejected_pairs + reply.rejected_bytes == len(batch):
                 self.refused += 1
@@ -96,7 +96,7 @@ async def loading(load: Load, count: int) -> AsyncIterator[asyncio.Task[None]]:
 async def complete(postgres_url: str, load: Load, *, within: float = WITHIN) -> None:
     """Wait until each accepted pair has exactly one row, and check that all counters agree with the rows."""
     await eventually_async(
-        lambda: _arrived(postgres_url, len(load.pairs)), within=within, what=f"{len(load.pairs)} rows"
+        lambda: _arrived(postgres_url, len(load.pairs)), within=within, description=f"{len(load.pairs)} rows"
     )
     outcomes = rows(postgres_url, "select id, outcome from abreast.pair")
     assert len(outcomes) == len(load.pairs)
@@ -106,7 +106,7 @@ async def complete(postgres_url: str, load: Load, *, within: float = WITHIN) -> 
 
 async def _arrived(postgres_url: str, count: int) -> bool:
     with contextlib.suppress(psycopg.Error):
-        return int(one(postgres_url, "select count(*) from abreast.pair")) >= count
+        return int(query_value(postgres_url, "select count(*) from abreast.pair")) >= count
     return False
 
 
@@ -120,8 +120,10 @@ def agrees(postgres_url: str) -> None:
         "select sum(compared)::bigint from abreast.endpoint",
         "select count(*) from abreast.pair where outcome in ('match', 'mismatch', 'oversize')",
     )
-    tally, pairs, counted, shown, compared, comparable = (one(postgres_url, query) or 0 for query in queries)
-    assert (tally, counted, compared) == (pairs, shown, comparable)
+    tally, pairs, finding_count, visible_count, compared_count, comparable_count = (
+        query_value(postgres_url, query) or 0 for query in queries
+    )
+    assert (tally, finding_count, compared_count) == (pairs, visible_count, comparable_count)
     hourly_counts_match_pairs(postgres_url)
 
 
@@ -137,7 +139,7 @@ async def empty(redis_url: str, *, shards: int = 1, within: float = WITHIN) -> N
             )
         return False
 
-    await eventually_async(is_empty, within=within, what="redis is empty")
+    await eventually_async(is_empty, within=within, description="redis is empty")
 
 
 WORKER = """

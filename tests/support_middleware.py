@@ -39,7 +39,7 @@ def raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode()) for name, value in headers.items()]
 
 
-def http_scope(path: str = "/", method: str = "GET", headers: dict[str, str] | None = None, **more: Any) -> Scope:
+def http_scope(path: str = "/", method: str = "GET", headers: dict[str, str] | None = None, **fields: Any) -> Scope:
     path, _, query = path.partition("?")
     return {
         "type": "http",
@@ -55,7 +55,7 @@ def http_scope(path: str = "/", method: str = "GET", headers: dict[str, str] | N
         "client": ("127.0.0.1", 5000),
         "server": ("127.0.0.1", 80),
         "extensions": EXTENSIONS,
-        **more,
+        **fields,
     }
 
 
@@ -63,28 +63,28 @@ async def call(
     app: App, scope: Scope, body: Sequence[bytes] = (b"",), *, left_after: int | None = None
 ) -> tuple[list[Message], BaseException | None]:
     """Return the messages that the app sends, and its exception. The client leaves after `left_after` messages."""
-    sent: list[Message] = []
+    messages: list[Message] = []
     chunks = list(body)
-    gone = asyncio.Event()
+    disconnected = asyncio.Event()
 
     async def receive() -> Message:
         if chunks:
             return {"type": "http.request", "body": chunks.pop(0), "more_body": bool(chunks)}
-        await gone.wait()
+        await disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
-        sent.append(message)
-        if left_after is not None and len(sent) >= left_after:
-            gone.set()
+        messages.append(message)
+        if left_after is not None and len(messages) >= left_after:
+            disconnected.set()
         await asyncio.sleep(0)
 
-    raised: BaseException | None = None
+    exception: BaseException | None = None
     try:
         await app(scope, receive, send)
     except BaseException as error:  # noqa: BLE001  # includes cancellation
-        raised = error
-    return sent, raised
+        exception = error
+    return messages, exception
 
 
 def untagged(messages: Iterable[Message]) -> list[Message]:
@@ -125,9 +125,9 @@ def sampled(
     version: Version = "old",
     role: Role = "live",
     headers: dict[str, str] | None = None,
-    **more: Any,
+    **fields: Any,
 ) -> Scope:
-    return http_scope(path, method, {**(headers or {}), **marks(pair_id(), version=version, role=role)}, **more)
+    return http_scope(path, method, {**(headers or {}), **marks(pair_id(), version=version, role=role)}, **fields)
 
 
 @asynccontextmanager
@@ -143,7 +143,7 @@ async def serving(app: Any, **options: Any) -> AsyncIterator[tuple[str, uvicorn.
         return server.started
 
     try:
-        await eventually_async(started, what="uvicorn starts")
+        await eventually_async(started, description="uvicorn starts")
         yield f"http://127.0.0.1:{port}", server
     finally:
         server.should_exit = True

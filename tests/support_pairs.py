@@ -14,16 +14,17 @@ from typing import Any
 import redis
 from msgspec.structs import replace
 
-from abreast.protocol.capture import Answer, Body, Capture, Request, Role, Version, encode
-from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
-from abreast_sidecar.compare.model import ComparisonResult, Difference
+from abreast.protocol.capture import Answer, Body, Capture, Request, Role, Version
+from abreast.protocol.join import CONSUMER_GROUP, JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
+from abreast_sidecar.compare.model import ComparisonResult, Difference, RenderedValues
 from abreast_sidecar.ingest.worker import Worker
 from abreast_sidecar.jobs.runner import JobRunner
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.store.counters import BASELINE_MARKS, COUNTERS, MARKS
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.records import PairRecord
-from support_postgres import execute
+from support_captures import encode
+from support_database import execute
 
 SERVICE = "shop"
 
@@ -40,19 +41,21 @@ def capture(
     route: str = "/products/{id}",
     status: int = 200,
 ) -> Capture:
-    held = json.dumps({"price": 1} if content is None else content).encode()
+    body = json.dumps({"price": 1} if content is None else content).encode()
     return Capture(
         pair,
         SERVICE,
         version,
         role,
-        Request("GET", "/products/7", "page=1", route),
-        Answer(status, (("content-type", "application/json"),), Body(held, len(held))),
+        Request("GET", "/products/7", "page=1", route, (("cookie", f"session={pair}"),)),
+        Answer(status, (("content-type", "application/json"),), Body(body, len(body))),
         attempt=attempt,
         expected_captures=arms,
         release=f"{version}-1",
         started_at=time.time(),
         total_us=total_us,
+        wait_us=300,
+        in_flight=0,
     )
 
 
@@ -65,7 +68,7 @@ def pair_of(old: object = None, new: object = None, **changes: Any) -> list[Capt
 def send(url: str, captures: Iterable[Capture], *, bounds: Limits | None = None, shard: int = 0) -> list[int]:
     """Hand captures to the services' own script, as a service does."""
     keys = Keys(SERVICE, shard)
-    rows = [(one.pair, one.slot, one.expected_captures, encode(one)) for one in captures]
+    rows = [(capture.pair, capture.slot, capture.expected_captures, encode(capture)) for capture in captures]
     names, arguments = join_arguments(keys, bounds or Limits(), rows)
     with redis.Redis.from_url(url) as client:
         client.hset(SERVICES_KEY, SERVICE, str(shard + 1))
@@ -80,6 +83,18 @@ def add_entry(url: str, fields: dict[str, bytes | str], *, shard: int = 0) -> st
         raw = client.xadd(Keys(SERVICE, shard).ready, fields)
         assert isinstance(raw, bytes)
         return raw.decode()
+
+
+def add_stuck_entry(url: str, age_s: float) -> str:
+    """Add an entry that a worker received and never acknowledged. Return its id."""
+    keys = Keys(SERVICE, 0)
+    with redis.Redis.from_url(url) as client:
+        client.hset(SERVICES_KEY, SERVICE, "1")
+        client.xgroup_create(keys.ready, CONSUMER_GROUP, id="0", mkstream=True)
+        entry_id = f"{int((time.time() - age_s) * 1000)}-0"
+        client.xadd(keys.ready, {"pair": "p", "why": "joined"}, id=entry_id)
+        client.xreadgroup(CONSUMER_GROUP, "stuck", {keys.ready: ">"})
+    return entry_id
 
 
 def ready(url: str, shard: int = 0) -> int:
@@ -97,7 +112,7 @@ def rows(url: str, query: str) -> list[tuple[Any, ...]]:
     return execute(url, query)
 
 
-def one(url: str, query: str) -> Any:
+def query_value(url: str, query: str) -> Any:
     return rows(url, query)[0][0]
 
 
@@ -107,22 +122,22 @@ def outcomes(url: str) -> dict[str, int]:
 
 def hourly_counts_match_pairs(url: str) -> None:
     """By all that questions are answered by; what is zero was judged again."""
-    found = rows(
+    stored = rows(
         url, "select endpoint_id, hour, outcome, old_release, new_release, old_status, new_status, findings, explained,"
         " explained_by, drift, pairs from abreast.hourly_count where pairs <> 0"
     )  # fmt: skip
-    wanted = rows(
+    expected = rows(
         url, "select endpoint_id, date_trunc('hour', at, 'UTC'), outcome, old_release, new_release, old_status,"
         " new_status, array(select unnest(findings) order by 1), explained, explained_by, drift, count(*)"
         " from abreast.pair group by 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"
     )  # fmt: skip
-    assert sorted(map(str, found)) == sorted(map(str, wanted))
+    assert sorted(map(str, stored)) == sorted(map(str, expected))
 
 
 def counters_match_pairs(url: str) -> None:
     """Assert that all counters of findings and rules equal a recount of the stored pairs, whose marks name them."""
     expected: Counter[tuple[Any, ...]] = Counter()
-    for rule, finding, *releases, name in recounted(url):
+    for rule, finding, *releases, name in count_pairs(url):
         expected[rule, finding, *releases, name] += 1
         if rule == 0:
             expected[finding, name] += 1
@@ -131,8 +146,7 @@ def counters_match_pairs(url: str) -> None:
     columns = f"finding_id, {label.format('old')}, {label.format('new')}, {names}"
     stored: Counter[tuple[Any, ...]] = Counter()
     for query in (
-        f"select 0, {columns} from abreast.finding_release",  # noqa: S608  # ours
-        f"select rule_id, {columns} from abreast.rule_finding",  # noqa: S608  # ours
+        f"select rule_id, {columns} from abreast.finding_release",  # noqa: S608  # ours
         f"select id, {names} from abreast.finding f where not abreast.is_aggregate(f)",  # noqa: S608  # ours
     ):
         for row in rows(url, query):
@@ -143,7 +157,7 @@ def counters_match_pairs(url: str) -> None:
         assert not differing, sorted(f"{key}: {stored[key]}, pairs have {expected[key]}" for key in differing)
 
 
-def recounted(url: str) -> Iterator[tuple[Any, ...]]:
+def count_pairs(url: str) -> Iterator[tuple[Any, ...]]:
     """Yield (rule or 0, finding, old release, new release, counter) for all that the stored pairs count."""
     columns = (
         "id, marks, case when old_us is not null then 'old ' || old_release end, "
@@ -161,7 +175,7 @@ def recounted(url: str) -> Iterator[tuple[Any, ...]]:
                     yield rule, finding, *releases, name
 
 
-def judged(
+def make_record(
     differences: Sequence[Difference] = (),
     *,
     noise: Sequence[Difference] = (),
@@ -175,30 +189,27 @@ def judged(
     releases: tuple[str, str] = ("old-1", "new-1"),
 ) -> PairRecord:
     pair = pair or str(uuid.uuid4())
+    has_baseline = bool(noise) if baseline_compared is None else baseline_compared
     judgement = ComparisonResult(
         outcome=outcome or ("mismatch" if differences else "match"),
         method="GET",
         route=route,
         old=replace(capture(pair, "old", "live", "x" * size), release=releases[0]),
         new=replace(capture(pair, "new", "shadow", "x" * size), release=releases[1]),
+        baseline=capture(pair, "old", "baseline") if has_baseline else None,
         differences=tuple(differences),
         noise=tuple(noise),
-        baseline_compared=bool(noise) if baseline_compared is None else baseline_compared,
+        baseline_compared=has_baseline,
     )
     moment = int(time.time() * 1000) if at is None else at
     return PairRecord(SERVICE, f"{moment}-0", moment, pair, judgement, blobs)
 
 
 def difference(path: str = "$.price", **changes: Any) -> Difference:
-    known: dict[str, Any] = {
-        "part": "body",
-        "exact_path": path,
-        "kind": "changed",
-        "impact": "value",
-        "old": "1",
-        "new": "2",
-    }
-    return Difference.from_text(**{**known, "path": path, **changes})
+    fields: dict[str, Any] = {"part": "body", "path": path, "kind": "changed", "impact": "value", **changes}
+    defaults = {"exact_path": path, "old": "1", "new": "2"}
+    location = RenderedValues(**{name: fields.pop(name, value) for name, value in defaults.items()})
+    return Difference(location=location, **fields)
 
 
 async def run_jobs(settings: Settings, stop: asyncio.Event) -> None:
@@ -207,7 +218,7 @@ async def run_jobs(settings: Settings, stop: asyncio.Event) -> None:
 
 
 @asynccontextmanager
-async def running(settings: Settings, name: str = "worker") -> AsyncIterator[Worker]:
+async def run_worker(settings: Settings, name: str = "worker") -> AsyncIterator[Worker]:
     stop = asyncio.Event()
     async with Database(settings.postgres_url) as database:
         worker = Worker(settings, database, name=name)

@@ -48,16 +48,16 @@ def pooled(url: str) -> Iterator[str]:
     (folder / "pgbouncer.ini").write_text(CONFIG.format(upstream=place.port, port=port, folder=folder))
     chown_to_server_user(folder / "users.txt")
     chown_to_server_user(folder / "pgbouncer.ini")
-    through = place._replace(netloc=f"{place.username}:{place.password}@127.0.0.1:{port}").geturl()
+    pooler_url = place._replace(netloc=f"{place.username}:{place.password}@127.0.0.1:{port}").geturl()
     server = ServerProcess.start(
         "pgbouncer",
         [program, folder / "pgbouncer.ini"],
         folder / "pgbouncer.log",
-        is_ready=lambda _: _answers(through),
+        is_ready=lambda _: _answers(pooler_url),
         identity=get_unprivileged_identity(),
     )
     try:
-        yield through
+        yield pooler_url
     finally:
         server.stop()
         remove_folder(folder)

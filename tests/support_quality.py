@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from abreast.export.routes import RouteResolver
 from abreast.protocol.capture import Answer, Body, Capture, Role, Version
-from abreast.protocol.capture import Request as Asked
+from abreast.protocol.capture import Request as CapturedRequest
 from abreast_demo import old
 from abreast_demo.load import UserRequest, generate_requests
 from abreast_demo.shop import Shop
@@ -94,27 +94,29 @@ class Service:
             "scheme": "http",
             "root_path": "",
         }
-        sent: list[Any] = []
+        messages: list[Any] = []
 
         async def send(message: Any) -> None:
-            sent.append(message)
+            messages.append(message)
 
-        began = time.perf_counter_ns()
+        start_ns = time.perf_counter_ns()
         await self.app(scope, _nothing, send)
-        taken = (time.perf_counter_ns() - began) // 1000
-        held = b"".join(message.get("body", b"") for message in sent[1:])
-        headers = tuple((name.decode(), value.decode()) for name, value in sent[0]["headers"])
+        duration_us = (time.perf_counter_ns() - start_ns) // 1000
+        content = b"".join(message.get("body", b"") for message in messages[1:])
+        headers = tuple((name.decode(), value.decode()) for name, value in messages[0]["headers"])
         return Capture(
             pair,
             SERVICE,
             version,
             role,
-            Asked(request.method, path, query, self.routes.resolve(scope)),
-            Answer(sent[0]["status"], headers, Body(held, len(held))),
+            CapturedRequest(request.method, path, query, self.routes.resolve(scope)),
+            Answer(messages[0]["status"], headers, Body(content, len(content))),
             expected_captures=arms,
             release="shop-1.8",
             started_at=time.time(),
-            total_us=taken,
+            total_us=duration_us,
+            in_flight=0,
+            wait_us=0,
         )
 
 
@@ -122,32 +124,32 @@ async def _nothing() -> Any:
     return {"type": "http.request", "body": b"", "more_body": False}
 
 
-def safe_requests(many: int, seed: int = 1) -> list[UserRequest]:
+def safe_requests(count: int, seed: int = 1) -> list[UserRequest]:
     """Return the requests of the demo's users without orders, which are not mirrored."""
-    return list(itertools.islice((one for one in generate_requests(seed) if one.is_safe), many))
+    return list(itertools.islice((request for request in generate_requests(seed) if request.is_safe), count))
 
 
-async def taken(database_url: str, asked: Sequence[UserRequest]) -> list[list[Capture]]:
+async def capture_pairs(database_url: str, requests: Sequence[UserRequest]) -> list[list[Capture]]:
     """Old against old: what both answered, and for a share a baseline copy."""
-    dice, found = random.Random(7), []
+    dice, pairs = random.Random(7), []
     async with shop(database_url) as app:
         service = Service(app, RouteResolver(app))
-        for number, request in enumerate(asked):
+        for number, request in enumerate(requests):
             copies: list[tuple[Version, Role]] = [("new", "shadow")]
             if dice.random() < BASELINE:
                 # Copies are sent together, so that either may be the first, which warms what the other needs.
                 copies.insert(dice.randrange(2), ("old", "baseline"))
             pair, arms = f"pair-{number:06}", 1 + len(copies)
-            found.append(
+            pairs.append(
                 [
                     await service.capture(pair, request, version, role, arms)
                     for version, role in [("old", "live"), *copies]
                 ]
             )
-    return found
+    return pairs
 
 
-def compared(number: int, captures: Sequence[Capture]) -> PairRecord:
+def make_record(number: int, captures: Sequence[Capture]) -> PairRecord:
     moment = int(time.time() * 1000)
     return PairRecord(
         SERVICE, f"{moment}-{number}", moment, captures[0].pair, compare_pair(list(captures), CompareOptions()), ()
@@ -162,8 +164,8 @@ class Looks:
     findings: list[Finding]
 
 
-def named(found: Finding) -> str:
-    return f"{found.endpoint.method} {found.endpoint.route} {found.part} {found.path} {found.kind}"
+def describe(finding: Finding) -> str:
+    return f"{finding.endpoint.method} {finding.endpoint.route} {finding.part} {finding.path} {finding.kind}"
 
 
 async def fill(url: str, batch: Sequence[PairRecord]) -> Looks:
@@ -172,12 +174,12 @@ async def fill(url: str, batch: Sequence[PairRecord]) -> Looks:
     await database.open()
     queries, ever = LedgerReader(database), set()
     try:
-        for at in range(0, len(batch), BATCH):
-            await ledger.write(batch[at : at + BATCH])
+        for offset in range(0, len(batch), BATCH):
+            await ledger.write(batch[offset : offset + BATCH])
             async with database.connection() as connection:
                 await classify_findings(connection)
                 await detect_slowdowns(connection)
-            ever |= {named(one) for one in await _listed(queries) if one.state == "real"}
+            ever |= {describe(finding) for finding in await _listed(queries) if finding.state == "real"}
         return Looks(ever, await _listed(queries))
     finally:
         await ledger.close()

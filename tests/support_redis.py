@@ -62,7 +62,7 @@ def cluster(size: int = 3) -> Iterator[ClusterServers]:
                 for other, second in zip(nodes, ports[1::2], strict=True):
                     client.execute_command("CLUSTER", "MEET", "127.0.0.1", other.port, second)
         for node in nodes:
-            eventually(lambda node=node: _agreed(node, size), what="the cluster is one")  # type: ignore[misc]  # bound
+            eventually(lambda node=node: _agreed(node, size), description="the cluster is one")  # type: ignore[misc]  # bound
         yield ClusterServers(nodes)
 
 
@@ -94,9 +94,9 @@ def watched() -> Iterator[Watched]:
             server("--replicaof", "127.0.0.1", str(primary.port), "--repl-diskless-sync-delay", "0")
         )
         sentinel = stack.enter_context(_sentinel(primary.port))
-        made = Watched(primary, replica, sentinel)
-        eventually(lambda: _known(made), what="the sentinel knows the replica")
-        yield made
+        servers = Watched(primary, replica, sentinel)
+        eventually(lambda: _known(servers), description="the sentinel knows the replica")
+        yield servers
 
 
 @contextmanager
@@ -127,14 +127,14 @@ class Sentinel(RedisServer):
         return self
 
 
-def _known(made: Watched) -> bool:
-    with admin(made.sentinel) as client, admin(made.replica) as replica:
-        found = client.execute_command("SENTINEL", "SLAVES", "abreast")
+def _known(servers: Watched) -> bool:
+    with admin(servers.sentinel) as client, admin(servers.replica) as replica:
+        replicas = client.execute_command("SENTINEL", "SLAVES", "abreast")
         linked = replica.info("replication")["master_link_status"] == "up"
         return (
             linked
-            and len(found) == 1
-            and not {"disconnected", "s_down"} & set(str(found[0]).replace("'", ",").split(","))
+            and len(replicas) == 1
+            and not {"disconnected", "s_down"} & set(str(replicas[0]).replace("'", ",").split(","))
         )
 
 

@@ -37,6 +37,7 @@ def replica(redis_url: str, postgres_url: str, folder: Path, *, clock: Clock | N
         "ABREAST_POSTGRES_URL": postgres_url,
         "ABREAST_GRPC_LISTEN": f"127.0.0.1:{grpc_port}",
         "ABREAST_HTTP_LISTEN": f"127.0.0.1:{http_port}",
+        "ABREAST_COLLECTOR_LISTEN": "127.0.0.1:0",
     }
     folder.mkdir()
     server = SidecarServer(settings, ("127.0.0.1", http_port), folder=folder)

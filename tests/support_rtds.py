@@ -51,16 +51,16 @@ class RuntimeServer:
         await self._server.stop(None)
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        sent = -1
+        sent_version = -1
         await anext(requests)
         while not context.done():
             async with self._changed:
-                await self._changed.wait_for(lambda sent=sent: self.version > sent)  # type: ignore[misc]
-                sent = self.version
-            yield _response(self.layer, sent)
+                await self._changed.wait_for(lambda sent_version=sent_version: self.version > sent_version)  # type: ignore[misc]
+                sent_version = self.version
+            yield _response(self.layer, sent_version)
             await anext(requests)  # acknowledged
             async with self._changed:
-                self.acknowledged = sent
+                self.acknowledged = sent_version
                 self._changed.notify_all()
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +17,21 @@ import zstandard
 from google.protobuf import any_pb2
 from psycopg.types.json import Jsonb
 
-from abreast.protocol.capture import Capture, encode
-from abreast.v1 import comparison_pb2_grpc, rollout_pb2_grpc, traffic_pb2_grpc
+from abreast.protocol.capture import Capture
+from abreast.v1 import access_pb2_grpc, comparison_pb2_grpc, rollout_pb2_grpc, traffic_pb2_grpc
 from abreast_sidecar.app import Sidecar
+from abreast_sidecar.envoy.settings import EnvoySettings
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.traffic.xds import wire_pb2 as wire
 from support import eventually_async
-from support_postgres import execute
+from support_captures import encode
+from support_database import execute
 
 NOON = dt.datetime(2026, 3, 4, 12, tzinfo=dt.UTC)
 
 
 @dataclass
-class Running:
+class RunningSidecar:
     sidecar: Sidecar
     channel: grpc.aio.Channel
     http: httpx.AsyncClient
@@ -43,6 +45,10 @@ class Running:
         await self.task
 
     @property
+    def access(self) -> access_pb2_grpc.AccessServiceStub:
+        return access_pb2_grpc.AccessServiceStub(self.channel)
+
+    @property
     def comparison(self) -> comparison_pb2_grpc.ComparisonServiceStub:
         return comparison_pb2_grpc.ComparisonServiceStub(self.channel)
 
@@ -51,7 +57,7 @@ class Running:
         return traffic_pb2_grpc.TrafficServiceStub(self.channel)
 
     @property
-    def steering(self) -> rollout_pb2_grpc.RolloutServiceStub:
+    def rollout(self) -> rollout_pb2_grpc.RolloutServiceStub:
         return rollout_pb2_grpc.RolloutServiceStub(self.channel)
 
     @property
@@ -62,19 +68,37 @@ class Running:
         return Ledger(self.postgres_url)
 
 
+class QuerySidecar(Sidecar):
+    """A sidecar that only answers calls. It has no worker, job or leader that could change the rows of a test."""
+
+    async def _run_components(self) -> None:
+        await self._migrate()
+        await self.control.run(self._drain_started)
+
+    async def _check_workers(self) -> None:
+        """Report ready without workers."""
+
+
 @asynccontextmanager
-async def running(
-    redis_url: str, postgres_url: str, *, ready: bool = True, grpc_port: int = 0, **changes: Any
-) -> AsyncIterator[Running]:
+async def run_sidecar(
+    redis_url: str,
+    postgres_url: str,
+    *,
+    kind: type[Sidecar] = Sidecar,
+    ready: bool = True,
+    grpc_port: int = 0,
+    services: Sequence[EnvoySettings] = (),
+    **changes: Any,
+) -> AsyncIterator[RunningSidecar]:
     settings = Settings(
         redis_url=redis_url,
         postgres_url=postgres_url,
         grpc_listen=f"127.0.0.1:{grpc_port}",
         http_listen="127.0.0.1:0",
-        **{"shutdown_timeout": 5.0, "retention_days": 36_500, **changes},
+        **{"collector_listen": "127.0.0.1:0", "shutdown_timeout": 5.0, "retention_days": 36_500, **changes},
     )
     stop = asyncio.Event()
-    sidecar = Sidecar(settings)
+    sidecar = kind(settings, services=services)
     task = asyncio.create_task(sidecar.run(stop))
 
     async def up() -> bool:
@@ -83,12 +107,12 @@ async def running(
         return sidecar.readiness.is_ready if ready else bool(sidecar.grpc.port)
 
     try:
-        await eventually_async(up, what="the sidecar is up")
+        await eventually_async(up, description="the sidecar is up")
         async with (
             grpc.aio.insecure_channel(f"127.0.0.1:{sidecar.grpc.port}") as channel,
             httpx.AsyncClient(base_url=f"http://127.0.0.1:{sidecar.http.port}") as http,
         ):
-            yield Running(sidecar, channel, http, postgres_url, stop, task)
+            yield RunningSidecar(sidecar, channel, http, postgres_url, stop, task)
     finally:
         stop.set()
         await task
@@ -103,11 +127,11 @@ class Ledger:
     def execute(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
         return execute(self.url, sql, parameters)
 
-    @contextmanager
-    def locked(self, table: str) -> Iterator[None]:
-        """Lock a table against all other connections."""
-        with psycopg.connect(self.url) as connection:
-            connection.execute(f"lock table {table}".encode())
+    @asynccontextmanager
+    async def locked(self, table: str) -> AsyncIterator[None]:
+        """Lock a table against all other connections. A sidecar in this process may have to release it first."""
+        async with await psycopg.AsyncConnection.connect(self.url) as connection:
+            await connection.execute(f"lock table {table}".encode())
             yield
 
     def endpoint(self, service: str = "shop", method: str = "GET", route: str = "/products/{id}") -> int:
@@ -163,6 +187,7 @@ class Ledger:
             "new_status": 200,
             "old_us": 1500,
             "new_us": 2500,
+            "waits_match": True,
             **columns,
         }
         self.execute("select abreast.open_day(%s)", day)
@@ -208,6 +233,7 @@ class Refused:
     message: str
     reason: str
     domain: str
+    field: str = ""
 
 
 def refused(error: grpc.aio.AioRpcError) -> Refused:
@@ -218,4 +244,10 @@ def refused(error: grpc.aio.AioRpcError) -> Refused:
     detail: any_pb2.Any = status.details[0]
     assert detail.type_url == "type.googleapis.com/google.rpc.ErrorInfo"
     info = wire.ErrorInfo.FromString(detail.value)
-    return Refused(error.code(), error.details() or "", info.reason, info.domain)
+    field = ""
+    for violation_detail in status.details[1:]:
+        assert violation_detail.type_url == "type.googleapis.com/google.rpc.BadRequest"
+        [violation] = wire.BadRequest.FromString(violation_detail.value).field_violations
+        assert violation.description == status.message
+        field = violation.field
+    return Refused(error.code(), error.details() or "", info.reason, info.domain, field)

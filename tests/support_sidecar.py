@@ -27,7 +27,7 @@ def endpoint(route: str = "/products/{id}", method: str = "GET") -> common.Endpo
 
 def finding(number: int = 12, **fields: Any) -> api.Finding:
     """Return a finding about a price that became a string, with `fields` replaced."""
-    made = api.Finding(
+    message = api.Finding(
         id=number,
         endpoint=endpoint(),
         part=common.PART_BODY,
@@ -40,17 +40,17 @@ def finding(number: int = 12, **fields: Any) -> api.Finding:
         state=api.FINDING_STATE_REAL,
         reason="new differs in 83 of 1204, old from itself in 0 of 120: more than chance",
     )
-    made.first_seen.FromDatetime(NOW - timedelta(minutes=5))
-    made.last_seen.FromDatetime(NOW - timedelta(seconds=2))
-    made.MergeFrom(api.Finding(**fields))
-    return made
+    message.first_seen.FromDatetime(NOW - timedelta(minutes=5))
+    message.last_seen.FromDatetime(NOW - timedelta(seconds=2))
+    message.MergeFrom(api.Finding(**fields))
+    return message
 
 
 def capture(
     version: common.Version.ValueType, body: bytes, *, role: common.Role.ValueType, after: float = 0.0
 ) -> api.CaptureDetail:
     """Return a capture. `after`: its arrival in seconds after NOW."""
-    made = api.CaptureDetail(
+    message = api.CaptureDetail(
         version=version,
         role=role,
         attempt=1,
@@ -60,10 +60,10 @@ def capture(
         body=body,
         body_length=len(body),
     )
-    made.start_time.FromDatetime(NOW + timedelta(seconds=after))
-    made.first_byte.FromMicroseconds(2100)
-    made.total.FromMicroseconds(3100)
-    return made
+    message.start_time.FromDatetime(NOW + timedelta(seconds=after))
+    message.first_byte.FromMicroseconds(2100)
+    message.total.FromMicroseconds(3100)
+    return message
 
 
 OLD_BODY = b'{"id":7,"name":"Tea","items":[{"sku":"a1","price":19.99},{"sku":"b2","price":4.50}],"stock":3}'
@@ -111,7 +111,7 @@ def pair_detail() -> api.PairDetail:
 
 
 def summary() -> api.GetSummaryResponse:
-    made = api.GetSummaryResponse(
+    message = api.GetSummaryResponse(
         service="shop",
         pairs=1293,
         outcomes=[
@@ -129,13 +129,32 @@ def summary() -> api.GetSummaryResponse:
         captures=api.CaptureCounts(received=2583, late=3, joined=1287, timed_out=6),
         dead_letters=[api.DeadLetterCount(reason="a capture of format 2 can't be read", count=4)],
     )
-    made.first_pair_time.FromDatetime(NOW - timedelta(minutes=12))
-    made.last_pair_time.FromDatetime(NOW - timedelta(seconds=2))
-    return made
+    message.first_pair_time.FromDatetime(NOW - timedelta(minutes=12))
+    message.last_pair_time.FromDatetime(NOW - timedelta(seconds=2))
+    return message
+
+
+def cause(number: int = 12, **fields: Any) -> api.Cause:
+    lead = finding(number)
+    defaults: dict[str, Any] = {
+        "id": number,
+        "harm": api.HARM_LOST_CONTENT,
+        "part": lead.part,
+        "kind": lead.kind,
+        "shape": "price",
+        "transition": "number → string",
+        "state": api.FINDING_STATE_REAL,
+        "pairs": 83,
+        "lead": lead,
+        "finding_count": 1,
+        "endpoint_count": 1,
+        "endpoints": [api.CauseEndpoint(endpoint=endpoint(), finding_id=number, count=83)],
+    }
+    return api.Cause(**defaults | fields)
 
 
 def verdict() -> api.GetVerdictResponse:
-    text = "0 of 1,000 pairs have unexplained mismatches: 0% (0% to 0.4%), 0.1% allowed"
+    text = "0 of 1,000 pairs have unexplained mismatches: 0% (0% to 0.4%; limit 0.1%)"
     rate = api.VerdictReason(
         subject=api.VERDICT_SUBJECT_MISMATCHES, state=api.VERDICT_STATE_INCONCLUSIVE, text=text, pairs_to_pass=2500
     )
@@ -160,17 +179,19 @@ def verdict() -> api.GetVerdictResponse:
 
 
 def traffic(version: int = 7, *, new_share: float = 0.25) -> traffic_pb2.Traffic:
-    made = traffic_pb2.Traffic(
+    message = traffic_pb2.Traffic(
         service="shop", new_share=new_share, sample_safe=0.1, baseline_share=0.1, version=version
     )
-    made.update_time.FromDatetime(NOW - timedelta(minutes=3))
-    return made
+    message.update_time.FromDatetime(NOW - timedelta(minutes=3))
+    return message
 
 
 def envoy(version: int = 7, **fields: Any) -> traffic_pb2.EnvoyStatus:
-    made = traffic_pb2.EnvoyStatus(node="edge-1", acknowledged_version=version, **fields)
-    made.acknowledged_after.FromMicroseconds(2600)
-    return made
+    """Return an Envoy that has acknowledged this version: version 8 is in force."""
+    message = traffic_pb2.EnvoyStatus(node="edge-1", acknowledged_version=version, **fields)
+    if version == 8:
+        message.acknowledged_after.FromMicroseconds(2600)
+    return message
 
 
 def answers() -> dict[str, Message | list[Message] | grpc.StatusCode]:
@@ -186,17 +207,23 @@ def answers() -> dict[str, Message | list[Message] | grpc.StatusCode]:
     )
     event.time.FromDatetime(NOW)
     summary_row = api.EndpointSummary(endpoint=endpoint(), pairs=1204, findings=2, outcomes=summary().outcomes[:2])
+    summary_row.source = api.ENDPOINT_SOURCE_LEARNED
     summary_row.old_p50.FromMicroseconds(3100)
     summary_row.old_p99.FromMicroseconds(12_400)
     return {
         "GetSummary": summary(),
         "GetVerdict": verdict(),
         "ListEndpoints": api.ListEndpointsResponse(endpoints=[summary_row]),
+        "ListCauses": api.ListCausesResponse(causes=[cause()], total_size=1, finding_count=1),
         "ListFindings": api.ListFindingsResponse(findings=[finding()]),
         "GetFinding": api.GetFindingResponse(finding=finding(), examples=[pair_detail()]),
         "GetPair": api.GetPairResponse(pair=pair_detail()),
         "WatchFindings": [api.WatchFindingsResponse(finding=finding()), api.WatchFindingsResponse(finding=finding(13))],
-        "GetTraffic": traffic_pb2.GetTrafficResponse(traffic=traffic(), envoys=[envoy()]),
+        "GetTraffic": traffic_pb2.GetTrafficResponse(
+            traffic=traffic(),
+            envoys=[envoy()],
+            effective_sample=traffic_pb2.EffectiveSample(selected=2000, copied=1300),
+        ),
         "UpdateTraffic": traffic_pb2.UpdateTrafficResponse(**change),
         "Rollback": traffic_pb2.RollbackResponse(**change),
         "ListPairs": api.ListPairsResponse(pairs=[pair_detail().pair]),
@@ -207,11 +234,11 @@ def answers() -> dict[str, Message | list[Message] | grpc.StatusCode]:
 
 
 class Prepared(grpc.GenericRpcHandler):
-    """Answers calls from a table, and keeps the requests in `asked`."""
+    """Answers calls from a table, and keeps the requests in `requests`."""
 
     def __init__(self, table: dict[str, Any]) -> None:
         self.table = table
-        self.asked: list[Any] = []
+        self.requests: list[Any] = []
 
     def service(self, details: Any) -> Any:
         service, _, name = details.method.strip("/").partition("/")
@@ -228,7 +255,7 @@ class Prepared(grpc.GenericRpcHandler):
         )
 
     def _answer(self, name: str, request: Any, context: Any) -> Any:
-        self.asked.append(request)
+        self.requests.append(request)
         answer = self.table[name]
         if isinstance(answer, tuple):
             context.abort(*answer)

@@ -20,21 +20,13 @@ from typing import Any, Self
 from click.testing import CliRunner
 
 from abreast_sidecar.cli import abreast
-from abreast_sidecar.stack.process import find_free_port
-from support import eventually
+from support import eventually, find_free_port
 
 SERVICE = Path(__file__).parent / "small_service.py"
+PLAIN_SERVICE = Path(__file__).parent / "plain_service.py"
 START = 90.0  # seconds, on a busy machine
 PAIR_TIMEOUT = "5"  # seconds; an answer that goes on is captured when four of them are over
-TAKEN: set[int] = set()  # in this process: no port is given twice
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith("ABREAST_")}
-
-
-def free_port() -> int:
-    while (port := find_free_port()) in TAKEN:
-        continue
-    TAKEN.add(port)
-    return port
 
 
 @dataclass
@@ -44,9 +36,10 @@ class Up:
     old: int
     new: int
     options: tuple[str, ...] = ()
-    listen: int = field(default_factory=free_port)
-    grpc: int = field(default_factory=free_port)
-    http: int = field(default_factory=free_port)
+    listen: int = field(default_factory=find_free_port)
+    grpc: int = field(default_factory=find_free_port)
+    http: int = field(default_factory=find_free_port)
+    config: Path | None = None  # names the services in place of `old` and `new`
     before: tuple[str, ...] = ()  # words of a command that starts it
     pids: dict[str, int] = field(default_factory=dict)  # by version
 
@@ -60,14 +53,24 @@ class Up:
 
     @property
     def redis_url(self) -> str:
-        found = re.search(r"ABREAST_REDIS_URL=(\S+)", self.text)
-        assert found is not None, self.text
-        return found[1]
+        match = re.search(r"ABREAST_REDIS_URL=(\S+)", self.text)
+        assert match is not None, self.text
+        return match[1]
+
+    @property
+    def edge_key(self) -> str:
+        match = re.search(r"ABREAST_EDGE_KEY=(\S+)", self.text)
+        assert match is not None, self.text
+        return match[1]
 
     def start(self) -> subprocess.Popen[str]:
         command = [*self.before, sys.executable, "-m", "abreast_sidecar", "up"]
-        command += ["--old", f"http://127.0.0.1:{self.old}", "--new", f"http://127.0.0.1:{self.new}"]
-        command += ["--service", "shop", "--listen", f"127.0.0.1:{self.listen}"]
+        if self.config:
+            command += ["--config", str(self.config)]
+        else:
+            command += ["--old", f"http://127.0.0.1:{self.old}", "--new", f"http://127.0.0.1:{self.new}"]
+            command += ["--service", "shop"]
+        command += ["--listen", f"127.0.0.1:{self.listen}"]
         command += ["--grpc", f"127.0.0.1:{self.grpc}", "--http", f"127.0.0.1:{self.http}", *self.options]
         environment = {**CLEAN, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, text=True)
@@ -75,7 +78,9 @@ class Up:
 
     def __enter__(self) -> Self:
         process = self.start()
-        eventually(lambda: "Ctrl-C" in self.text or process.poll() is not None, within=START, what="abreast up runs")
+        eventually(
+            lambda: "Ctrl-C" in self.text or process.poll() is not None, within=START, description="abreast up runs"
+        )
         assert process.poll() is None, self.text
         return self
 
@@ -105,9 +110,9 @@ class Up:
         """Run the command in this process, which is faster."""
         environment: dict[str, str | None] = {name: None for name in os.environ if name.startswith("ABREAST_")}
         environment["ABREAST_SIDECAR"] = f"127.0.0.1:{self.grpc}"
-        done = CliRunner().invoke(abreast, [*words, "--json"], env=environment)
-        assert done.stdout, done.stderr
-        return json.loads(done.stdout)
+        result = CliRunner().invoke(abreast, [*words, "--json"], env=environment)
+        assert result.stdout, result.stderr
+        return json.loads(result.stdout)
 
     def failures(self) -> set[tuple[str, str]]:
         checks = self.json("doctor")["checks"]
@@ -124,20 +129,31 @@ class Up:
 
     def healthy(self) -> None:
         """Until Envoy has found both versions."""
-        eventually(lambda: not self.failures() & {("Envoy", "old"), ("Envoy", "new")}, what="both are healthy")
+        eventually(lambda: not self.failures() & {("Envoy", "old"), ("Envoy", "new")}, description="both are healthy")
 
-    def compared(self, pairs: int) -> None:
-        eventually(lambda: int(self.json("status")["summary"]["pairs"]) >= pairs, what=f"{pairs} pairs")
+    def wait_for_pairs(self, pairs: int) -> None:
+        eventually(lambda: int(self.json("status")["summary"]["pairs"]) >= pairs, description=f"{pairs} pairs")
 
 
 @contextlib.contextmanager
-def service(version: str, port: int, redis_url: str, *options: str) -> Iterator[int]:
+def service(version: str, port: int, redis_url: str, *options: str, edge_key: str = "") -> Iterator[int]:
     """Its process."""
     environment = {**CLEAN, "ABREAST_REDIS_URL": redis_url, "ABREAST_PAIR_TIMEOUT": PAIR_TIMEOUT}
+    environment["ABREAST_EDGE_KEY"] = edge_key
     with subprocess.Popen([sys.executable, str(SERVICE), version, str(port), *options], env=environment) as process:
         try:
-            eventually(lambda: answers(port), what=f"{version} answers")
+            eventually(lambda: answers(port), description=f"{version} answers")
             yield process.pid
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def plain_service(version: str, port: int, *options: str) -> Iterator[None]:
+    with subprocess.Popen([sys.executable, str(PLAIN_SERVICE), version, str(port), *options], env=CLEAN) as process:
+        try:
+            eventually(lambda: answers(port), description=f"{version} answers")
+            yield
         finally:
             process.terminate()
 
@@ -151,11 +167,12 @@ def answers(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def running(*options: str, bare: str = "") -> Iterator[Up]:
-    """Everything, with both versions; `bare` names one without the middleware."""
-    with Up(free_port(), free_port(), options) as up, contextlib.ExitStack() as opening:
+def run_up(*options: str, bare: str = "", with_key: bool = False) -> Iterator[Up]:
+    """Everything, with both versions; `bare` names one without the middleware, or is `both`."""
+    with Up(find_free_port(), find_free_port(), options) as up, contextlib.ExitStack() as opening:
         for version, port in (("old", up.old), ("new", up.new)):
-            words = ["bare"] if version == bare else []
-            up.pids[version] = opening.enter_context(service(version, port, up.redis_url, *words))
+            words = ["bare"] if bare in {version, "both"} else []
+            edge_key = up.edge_key if with_key else ""
+            up.pids[version] = opening.enter_context(service(version, port, up.redis_url, *words, edge_key=edge_key))
         up.healthy()
         yield up

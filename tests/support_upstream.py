@@ -43,16 +43,30 @@ class Received:
 
     @property
     def role(self) -> str:
-        return self.headers.get("x-abreast-role", "")
+        """Return the role. Requests that are not sampled have none in their headers, and are live."""
+        return self.headers.get("x-abreast-role", "live")
+
+    @property
+    def captures(self) -> int:
+        """The number of captures of its pair, 1 if the request is not sampled."""
+        return int(self.headers.get("x-abreast-copies", "1").split()[0])
+
+    @property
+    def sent_ms(self) -> int:
+        """When Envoy got the request or sent the copy."""
+        return int(self.headers["x-abreast-copies"].split()[1])
 
     @property
     def pair(self) -> str:
         return self.headers.get("x-abreast-pair", "")
 
     def without(self, *names: str) -> bytes:
-        """Return the bytes without some headers."""
-        kept = [line for line in self.head.split(b"\r\n") if line.split(b":")[0].decode() not in names]
-        return b"\r\n".join(kept) + b"\r\n\r\n" + self.body
+        """Return the bytes without some headers. The others are sorted by name, with repeated names in their order."""
+        request_line, *lines = self.head.split(b"\r\n")
+        lines = [line for line in lines if line.split(b":")[0].decode() not in names]
+        return (
+            b"\r\n".join((request_line, *sorted(lines, key=lambda line: line.split(b":")[0]))) + b"\r\n\r\n" + self.body
+        )
 
 
 Answer = Callable[[Received, asyncio.StreamWriter], Awaitable[None]]
@@ -92,6 +106,7 @@ class Upstream:
     answer: Answer = ok
     tls: ssl.SSLContext | None = None
     health_status: int = 200
+    accepts_websockets: bool = True
     port: int = 0
     received: list[Received] = field(default_factory=list)
     reading: asyncio.Event = field(default_factory=asyncio.Event)
@@ -144,7 +159,7 @@ class Upstream:
             await respond(writer, b"", self.health_status)
             return
         self.received.append(request)
-        if request.headers.get("upgrade") == "websocket":
+        if self.accepts_websockets and request.headers.get("upgrade") == "websocket":
             await _echo(request, reader, writer)
         await self.answer(request, writer)
 

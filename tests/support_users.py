@@ -17,7 +17,7 @@ PATHS = ("/items/{}", "/pages/{}")
 
 
 @dataclass(frozen=True)
-class Seen:
+class UserResponse:
     """Result of one request. `trouble` is empty, a status, `cut off` (half an answer), or `no answer`."""
 
     method: str
@@ -30,22 +30,22 @@ class Seen:
 class Users:
     port: int
     paths: tuple[str, ...] = PATHS
-    seen: list[Seen] = field(default_factory=list)
+    responses: list[UserResponse] = field(default_factory=list)
 
-    def by(self, method: str) -> list[Seen]:
-        return [response for response in self.seen if response.method == method]
+    def by(self, method: str) -> list[UserResponse]:
+        return [response for response in self.responses if response.method == method]
 
-    def safe(self) -> list[Seen]:
+    def safe(self) -> list[UserResponse]:
         return self.by("GET")
 
-    async def more(self, count: int, method: str = "GET") -> list[Seen]:
+    async def wait_for(self, count: int, method: str = "GET") -> list[UserResponse]:
         """Wait for `count` more answers, and return them."""
         before = len(self.by(method))
 
         async def enough() -> bool:
             return len(self.by(method)) >= before + count
 
-        await eventually_async(enough, what=f"{count} more answers to {method}")
+        await eventually_async(enough, description=f"{count} more answers to {method}")
         return self.by(method)[before:]
 
     async def user(self, method: str) -> None:
@@ -55,13 +55,13 @@ class Users:
                 try:
                     link = link or await asyncio.open_connection("127.0.0.1", self.port)
                 except ConnectionError:
-                    self.seen.append(Seen(method, "no answer", "", 0.0))
+                    self.responses.append(UserResponse(method, "no answer", "", 0.0))
                     await asyncio.sleep(PAUSE)
                     continue
                 path = self.paths[number % len(self.paths)].format(number)
-                began = time.monotonic()
+                start = time.monotonic()
                 trouble, version = await ask(*link, method, path)
-                self.seen.append(Seen(method, trouble, version, time.monotonic() - began))
+                self.responses.append(UserResponse(method, trouble, version, time.monotonic() - start))
                 if trouble in {"cut off", "no answer"}:
                     link[1].close()
                     link = None

@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from abreast_demo import client
 from abreast_demo.deploy import LOOPBACK, ShopDeployment, StackAddresses, deploy_shop
 from abreast_demo.load import LoadGenerator, UserRequest, UserResponse, generate_requests
 from abreast_demo.planted_changes import LedgerCounts
-from abreast_demo.shop import SHOP_SERVICE
 from abreast_sidecar.envoy.settings import SocketAddress
 from abreast_sidecar.errors import ServerError
 
@@ -146,10 +144,7 @@ class DrillRunner:
     on_message: MessageHandler
     requests: Iterator[UserRequest] = field(default_factory=lambda: generate_requests(1))
 
-    def run(self) -> list[DrillReport]:
-        return [self._run_drill(name) for name in self.options.names]
-
-    def _run_drill(self, name: str) -> DrillReport:
+    def run(self, name: str) -> DrillReport:
         run = DrillRun(name)
         before = asyncio.run(self._prepare())
         with self._send_in_background(run.responses):
@@ -158,13 +153,13 @@ class DrillRunner:
         return run.build_report(before, asyncio.run(self._wait_until_complete(before)))
 
     async def _prepare(self) -> LedgerCounts:
-        async with client.connect(self.deployment.stack.grpc_address, SHOP_SERVICE) as demo_client:
-            await demo_client.set_new_share(self.options.new_share, "drill")
-            return await demo_client.wait_until_quiescent()
+        async with self.deployment.connect() as calls:
+            await calls.set_new_share(self.options.new_share, "drill")
+            return await calls.wait_until_quiescent()
 
     async def _wait_until_complete(self, before: LedgerCounts) -> LedgerCounts:
-        async with client.connect(self.deployment.stack.grpc_address, SHOP_SERVICE) as demo_client:
-            return await demo_client.wait_until_complete(before)
+        async with self.deployment.connect() as calls:
+            return await calls.wait_until_complete(before)
 
     @contextmanager
     def _send_in_background(self, responses: list[UserResponse]) -> Iterator[None]:
@@ -186,9 +181,7 @@ class DrillRunner:
 
     def _inject_and_repair(self, run: DrillRun) -> None:
         time.sleep(WARM_UP_S)
-        deadline = time.monotonic() + MAX_WARM_UP_S
-        while not run.responses and time.monotonic() < deadline:
-            time.sleep(RECOVERY_POLL_S)
+        _wait_until(lambda: bool(run.responses), MAX_WARM_UP_S)
         warm_up_count = len(run.responses)
         run.had_users_on_new = any(response.version == "new" for response in run.responses)
         if run.breaks_new and not run.had_users_on_new:
@@ -205,12 +198,17 @@ class DrillRunner:
         finally:
             run.repaired_at = time.monotonic()
             self.deployment.fault(run.name).repair()
-        deadline = time.monotonic() + MAX_RECOVERY_S
-        while not run.has_recovered() and time.monotonic() < deadline:
-            time.sleep(RECOVERY_POLL_S)
+        _wait_until(run.has_recovered, MAX_RECOVERY_S)
+
+
+def _wait_until(is_done: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_done() and time.monotonic() < deadline:
+        time.sleep(RECOVERY_POLL_S)
 
 
 def run_drills(options: DrillOptions, *, on_message: MessageHandler) -> list[DrillReport]:
     """Run the drills on a separate stack. Raise ServerError if a part can't be started."""
     with deploy_shop(StackAddresses(ANY_PORT, ANY_PORT, ANY_PORT), on_message) as deployment:
-        return DrillRunner(deployment, options, on_message).run()
+        runner = DrillRunner(deployment, options, on_message)
+        return [runner.run(name) for name in options.names]

@@ -19,6 +19,7 @@ import orjson
 USER_COUNT = 200
 PRODUCT_COUNT = 120
 OUT_OF_STOCK_IDS = range(9, PRODUCT_COUNT + 1, 9)
+IN_STOCK_IDS = [number for number in range(1, PRODUCT_COUNT + 1) if number not in OUT_OF_STOCK_IDS]
 CATEGORY_SLUGS = ("books", "garden", "kitchen", "office", "outdoor", "toys")
 SEARCH_WORDS = ("tent", "lamp", "kettle", "sturdy", "atlas", "chair", "kite", "little", "drum", "bicycle")
 RARE_SEARCH_WORDS = ("c++", "c++ primer", "notepad++")
@@ -43,14 +44,6 @@ class UserRequest:
         return self.method == "GET"
 
 
-def pick_in_stock_path(dice: Dice) -> str:
-    return f"/products/{dice.choice([n for n in range(1, PRODUCT_COUNT + 1) if n not in OUT_OF_STOCK_IDS])}"
-
-
-def pick_sold_out_path(dice: Dice) -> str:
-    return f"/products/{dice.choice(OUT_OF_STOCK_IDS)}"
-
-
 def pick_unknown_path(dice: Dice) -> str:
     return f"/products/{dice.randint(PRODUCT_COUNT + 1, PRODUCT_COUNT + 50)}"
 
@@ -61,8 +54,8 @@ def pick_product_path(dice: Dice) -> str:
 
 # Requests of each kind in 100. Each endpoint is frequent enough that old gets some of its requests twice.
 REQUEST_MIX: tuple[tuple[int, Callable[[Dice], str]], ...] = (
-    (14, pick_in_stock_path),
-    (4, pick_sold_out_path),
+    (14, lambda dice: f"/products/{dice.choice(IN_STOCK_IDS)}"),
+    (4, lambda dice: f"/products/{dice.choice(OUT_OF_STOCK_IDS)}"),
     (2, pick_unknown_path),
     (7, lambda _dice: "/catalogue/categories"),
     (12, lambda dice: f"/catalogue/categories/{dice.choice(CATEGORY_SLUGS)}"),
@@ -154,7 +147,9 @@ class LoadGenerator:
                 group.create_task(self._send_request(request))
 
     async def _send_request(self, request: UserRequest) -> None:
-        headers = {USER_HEADER: request.user, **({"content-type": "application/json"} if request.body else {})}
+        headers = {USER_HEADER: request.user, "cookie": f"session={request.user}"}  # middleware captures the cookie
+        if request.body:
+            headers["content-type"] = "application/json"
         sent_at, version, is_error = time.monotonic(), "", True
         try:
             response = await self._client.request(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from decimal import Decimal
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
@@ -11,7 +9,6 @@ from uuid import UUID
 
 import psycopg
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from abreast_demo.shop import (
@@ -20,21 +17,15 @@ from abreast_demo.shop import (
     Product,
     RequestIdMiddleware,
     Shop,
+    ShopRow,
     current_timestamp,
+    handle_database_error,
     round_to_cents,
     shuffle_members,
+    summarise_product,
 )
 
 Currency = Literal["EUR", "USD", "GBP", "JPY"]
-
-
-class Category(BaseModel):
-    slug: str
-    name: str
-
-
-class CategoryList(BaseModel):
-    categories: list[Category]
 
 
 class ProductSummary(BaseModel):
@@ -47,45 +38,26 @@ class ProductList(BaseModel):
     products: list[ProductSummary]
 
 
-class ProductDetail(BaseModel):
-    id: int
-    name: str
-    price: float
-    category: str
-    stock: int = 0
-
-
 class ProductPrice(BaseModel):
     product: int
     currency: Currency
     amount: float | int
 
 
-class Review(BaseModel):
-    id: int
-    stars: int
-    words: str
-
-
-class ReviewList(BaseModel):
-    product: int
-    reviews: list[Review]
-
-
-class RelatedProducts(BaseModel):
-    product: int
-    related: list[int]
-
-
-class SearchHit(BaseModel):
+class PricedProduct(BaseModel):
     id: int
     name: str
     price: float
 
 
+class ProductDetail(PricedProduct):
+    category: str
+    stock: int = 0
+
+
 class SearchResults(BaseModel):
     query: str
-    items: list[SearchHit]
+    items: list[PricedProduct]
     request_id: UUID
 
 
@@ -127,8 +99,8 @@ catalogue_router = APIRouter(prefix="/catalogue")
 router = APIRouter()
 
 
-@catalogue_router.get("/categories", response_model=CategoryList)
-async def list_categories(shop: ShopDependency) -> Any:
+@catalogue_router.get("/categories")
+async def list_categories(shop: ShopDependency) -> dict[str, list[ShopRow]]:
     return {"categories": await shop.list_categories()}  # planted: cache-control
 
 
@@ -148,13 +120,7 @@ async def list_category_products(slug: str, shop: ShopDependency) -> Any:
 )
 async def get_product(product: Annotated[Product, Depends(require_product)], response: Response) -> Any:
     response.headers["cache-control"] = "public, max-age=30"
-    return {
-        "id": product.id,
-        "name": product.name,
-        "price": float(product.price),
-        "category": product.category,
-        "stock": product.stock,
-    }
+    return {**summarise_product(product), "category": product.category, "stock": product.stock}
 
 
 @router.get("/products/{product_id}/price", response_model=ProductPrice)
@@ -166,20 +132,20 @@ async def get_price(product: Annotated[Product, Depends(require_product)], curre
     return {"product": product.id, "currency": currency, "amount": value}
 
 
-@router.get("/products/{product_id}/reviews", response_model=ReviewList)
-async def list_reviews(product_id: int, shop: ShopDependency) -> Any:
+@router.get("/products/{product_id}/reviews")
+async def list_reviews(product_id: int, shop: ShopDependency) -> ShopRow:
     return {"product": product_id, "reviews": await shop.list_reviews(product_id)}  # planted: empty-reviews
 
 
-@router.get("/products/{product_id}/related", response_model=RelatedProducts)
-async def list_related_products(product: Annotated[Product, Depends(require_product)], shop: ShopDependency) -> Any:
+@router.get("/products/{product_id}/related")
+async def list_related_products(product: Annotated[Product, Depends(require_product)], shop: ShopDependency) -> ShopRow:
     return {"product": product.id, "related": shuffle_members(await shop.list_related_product_ids(product.id))}
 
 
 @router.get("/search", response_model=SearchResults)
 async def search_products(request: Request, response: Response, shop: ShopDependency, q: str = "") -> Any:
     products = await shop.search_products("search_pattern", q)  # planted: search-error, slow-search
-    items = [{"id": hit.id, "name": hit.name, "price": float(hit.price)} for hit in products]
+    items = [summarise_product(product) for product in products]
     response.headers[SEARCH_ID_HEADER] = request.state.request_id
     return {"query": q, "items": items, "request_id": request.state.request_id}
 
@@ -208,19 +174,8 @@ async def get_health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-async def handle_database_error(request: Request, error: Exception) -> Response:  # noqa: ARG001  # FastAPI's signature
-    return JSONResponse({"detail": "the database refused"}, HTTPStatus.INTERNAL_SERVER_ERROR)
-
-
 def build_fastapi_app(shop: Shop) -> FastAPI:
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await shop.open()
-        app.state.shop = shop
-        yield
-        await shop.close()
-
-    app = FastAPI(title="shop", lifespan=lifespan, exception_handlers={psycopg.Error: handle_database_error})
+    app = FastAPI(title="shop", lifespan=shop.lifespan, exception_handlers={psycopg.Error: handle_database_error})
     app.include_router(catalogue_router)
     app.include_router(router)
     app.add_middleware(RequestIdMiddleware)

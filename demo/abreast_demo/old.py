@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Any
 
 import psycopg
 from starlette.applications import Starlette
@@ -23,15 +20,13 @@ from abreast_demo.shop import (
     RequestIdMiddleware,
     Shop,
     current_timestamp,
+    handle_database_error,
     round_to_cents,
     shuffle_members,
+    summarise_product,
 )
 
 LIKE_ESCAPES = str.maketrans({sign: f"\\{sign}" for sign in "\\%_"})  # the wildcards of LIKE
-
-
-def summarise_product(product: Product) -> dict[str, Any]:
-    return {"id": product.id, "name": product.name, "price": float(product.price)}
 
 
 async def require_product(request: Request) -> Product:
@@ -130,18 +125,7 @@ async def handle_http_exception(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": error.detail}, error.status_code)
 
 
-async def handle_database_error(request: Request, error: Exception) -> Response:  # noqa: ARG001  # Starlette's signature
-    return JSONResponse({"detail": "the database refused"}, HTTPStatus.INTERNAL_SERVER_ERROR)
-
-
 def build_starlette_app(shop: Shop) -> Starlette:
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await shop.open()
-        app.state.shop = shop
-        yield
-        await shop.close()
-
     return Starlette(
         routes=[
             Mount(
@@ -159,5 +143,5 @@ def build_starlette_app(shop: Shop) -> Starlette:
         ],
         middleware=[Middleware(RequestIdMiddleware)],
         exception_handlers={HTTPException: handle_http_exception, psycopg.Error: handle_database_error},
-        lifespan=lifespan,
+        lifespan=shop.lifespan,
     )

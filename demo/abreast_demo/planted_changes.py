@@ -31,72 +31,38 @@ class PlantedChange:
 
 PRODUCT_ENDPOINT = "GET /products/{product_id}"
 
+# fmt: off
 PLANTED_REGRESSIONS = (
-    PlantedChange(
-        "yen-rounding",
-        "prices in yen are truncated instead of rounded",
-        FindingLocation(f"{PRODUCT_ENDPOINT}/price", "body", "$.amount", "changed"),
-    ),
-    PlantedChange(
-        "stock-field",
-        "products that are out of stock lack `stock`, because 0 is its default",
-        FindingLocation(PRODUCT_ENDPOINT, "body", "$.stock", "removed"),
-    ),
-    PlantedChange(
-        "empty-reviews",
-        "reviews of an unknown product return an empty 200 instead of a 404",
-        FindingLocation(f"{PRODUCT_ENDPOINT}/reviews", "status", "404->200", "changed"),
-    ),
-    PlantedChange(
-        "cache-control",
-        "the list of categories lacks `cache-control`",
-        FindingLocation("GET /catalogue/categories", "header", "cache-control", "removed"),
-    ),
-    PlantedChange(
-        "price-as-text",
-        "prices in a category are strings, because pydantic serialises Decimal so",
-        FindingLocation("GET /catalogue/categories/{slug}", "body", "$.products[*].price", "type"),
-    ),
-    PlantedChange(
-        "search-error",
-        "a search for `c++` fails, because the words became a regular expression",
-        FindingLocation("GET /search", "status", "200->500", "changed"),
-    ),
-    PlantedChange(
-        "slow-search", "every search takes 100 ms longer", FindingLocation("GET /search", "latency", "", "slower")
-    ),
+    PlantedChange("yen-rounding", "prices in yen are truncated instead of rounded",
+                  FindingLocation(f"{PRODUCT_ENDPOINT}/price", "body", "$.amount", "changed")),
+    PlantedChange("stock-field", "products that are out of stock lack `stock`, because 0 is its default",
+                  FindingLocation(PRODUCT_ENDPOINT, "body", "$.stock", "removed")),
+    PlantedChange("empty-reviews", "reviews of an unknown product return an empty 200 instead of a 404",
+                  FindingLocation(f"{PRODUCT_ENDPOINT}/reviews", "status", "404->200", "changed")),
+    PlantedChange("cache-control", "the list of categories lacks `cache-control`",
+                  FindingLocation("GET /catalogue/categories", "header", "cache-control", "removed")),
+    PlantedChange("price-as-text", "prices in a category are strings, because pydantic serialises Decimal so",
+                  FindingLocation("GET /catalogue/categories/{slug}", "body", "$.products[*].price", "type")),
+    PlantedChange("search-error", "a search for `c++` fails, because the words became a regular expression",
+                  FindingLocation("GET /search", "status", "200->500", "changed")),
+    PlantedChange("slow-search", "every search takes 100 ms longer",
+                  FindingLocation("GET /search", "latency", "", "slower")),
 )
-
 PLANTED_ADDITIONS = (
-    PlantedChange(
-        "median-price",
-        "the statistics have an additional field",
-        FindingLocation("GET /stats", "body", "$.median_price", "added"),
-    ),
+    PlantedChange("median-price", "the statistics have an additional field",
+                  FindingLocation("GET /stats", "body", "$.median_price", "added")),
 )
-
 PLANTED_NOISE = (
-    PlantedChange(
-        "request-id-header",
-        "every search has a unique id in a header",
-        FindingLocation("GET /search", "header", "x-search-id", "changed"),
-    ),
-    PlantedChange(
-        "request-id-body",
-        "every search has a unique id in the body",
-        FindingLocation("GET /search", "body", "$.request_id", "changed"),
-    ),
-    PlantedChange(
-        "timestamp",
-        "the statistics contain the current time",
-        FindingLocation("GET /stats", "body", "$.generated_at", "changed"),
-    ),
-    PlantedChange(
-        "shuffled-set",
-        "related products are a set in random order",
-        FindingLocation(f"{PRODUCT_ENDPOINT}/related", "body", "$.related", "order"),
-    ),
+    PlantedChange("request-id-header", "every search has a unique id in a header",
+                  FindingLocation("GET /search", "header", "x-search-id", "changed")),
+    PlantedChange("request-id-body", "every search has a unique id in the body",
+                  FindingLocation("GET /search", "body", "$.request_id", "changed")),
+    PlantedChange("timestamp", "the statistics contain the current time",
+                  FindingLocation("GET /stats", "body", "$.generated_at", "changed")),
+    PlantedChange("shuffled-set", "related products are a set in random order",
+                  FindingLocation(f"{PRODUCT_ENDPOINT}/related", "body", "$.related", "order")),
 )
+# fmt: on
 
 # FastAPI uses more CPU than Starlette, so on a busy machine any endpoint of new may be slower.
 CPU_COST_NOTE = "new uses more CPU per answer, and this machine has little to spare"
@@ -109,7 +75,6 @@ class ReportedFinding:
     impact: str
     noise: bool
     count: int
-    baseline_count: int
     summary: str
 
     def to_json_object(self) -> dict[str, Any]:
@@ -126,14 +91,20 @@ class LedgerCounts:
     pending: int | None  # None if unknown
     drops: Mapping[str, int]
     explained_pairs: int = 0  # mismatches that contain only noise and additions
+    unsampled: int | None = (
+        0  # since live requests failed or queued; None: copies queued, and Abreast lowered the sampling
+    )
 
     @property
     def total_pairs(self) -> int:
         return sum(self.outcomes.values())
 
     def is_settled(self, sent_requests: int) -> bool:
-        """Return whether Envoy counted every sent request, and the ledger holds each of them."""
-        is_complete = self.envoy_sampled is not None and self.total_pairs == self.envoy_sampled >= sent_requests
+        """Return whether Envoy counted every sent request, and the ledger holds each sampled one."""
+        if self.envoy_sampled is None:
+            return False
+        has_old_count = self.unsampled is not None and self.envoy_sampled + self.unsampled < sent_requests
+        is_complete = self.total_pairs == self.envoy_sampled and not has_old_count
         return is_complete and self.pending == 0 and self.unaccounted == 0
 
     def is_complete_since(self, before: LedgerCounts) -> bool:
@@ -218,6 +189,7 @@ class DemoResult:
                 "unaccounted": ledger.unaccounted,
                 "pending": ledger.pending,
                 "drops": dict(ledger.drops),
+                "unsampled": ledger.unsampled,
             },
             "statuses": {str(status): count for status, count in sorted(self.tally.statuses.items())},
             "as_planted": self.is_as_planted,

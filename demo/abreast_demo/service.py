@@ -1,4 +1,4 @@
-"""The process of one version: `python -m abreast_demo.service --version old --listen HOST:PORT`."""
+"""The process of one version: `python -m abreast_demo.service --version old --listen HOST:PORT [--plain]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.applications import Starlette
 
 from abreast import ParallelRunMiddleware
 from abreast_demo.shop import RELEASE_BY_VERSION, SHOP_SERVICE, FaultMiddleware, Shop
@@ -15,26 +15,26 @@ from abreast_demo.shop import RELEASE_BY_VERSION, SHOP_SERVICE, FaultMiddleware,
 SHUTDOWN_GRACE_S = 3
 
 
-def build_app(version: str, shop: Shop) -> ASGIApp:
+def build_app(version: str, shop: Shop, *, has_middleware: bool) -> Starlette:
     if version == "old":
         from abreast_demo import old
 
-        starlette = old.build_starlette_app(shop)
-        starlette.add_middleware(FaultMiddleware)
-        starlette.add_middleware(ParallelRunMiddleware, service=SHOP_SERVICE)
-        return starlette
-    from abreast_demo import new
+        app = old.build_starlette_app(shop)
+    else:
+        from abreast_demo import new
 
-    fastapi = new.build_fastapi_app(shop)
-    fastapi.add_middleware(FaultMiddleware)
-    fastapi.add_middleware(ParallelRunMiddleware, service=SHOP_SERVICE)
-    return fastapi
+        app = new.build_fastapi_app(shop)
+    app.add_middleware(FaultMiddleware)
+    if has_middleware:
+        app.add_middleware(ParallelRunMiddleware, service=SHOP_SERVICE)
+    return app
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m abreast_demo.service", description="Run one version of the shop.")
     parser.add_argument("--version", choices=("old", "new"), required=True)
     parser.add_argument("--listen", metavar="HOST:PORT", required=True)
+    parser.add_argument("--plain", action="store_true", help="without the middleware: Envoy captures this version")
     arguments = parser.parse_args()
     host, _, port = arguments.listen.rpartition(":")
     missing_variables = [name for name in ("DATABASE_URL", "CACHE_URL") if not os.environ.get(name)]
@@ -44,7 +44,8 @@ def main() -> None:
         sys.exit(f"shop: --listen must be HOST:PORT, got '{arguments.listen}'")
     os.environ.setdefault("ABREAST_RELEASE", RELEASE_BY_VERSION[arguments.version])
     FaultMiddleware.install_signal_handlers()
-    app = build_app(arguments.version, Shop(os.environ["DATABASE_URL"], os.environ["CACHE_URL"]))
+    shop = Shop(os.environ["DATABASE_URL"], os.environ["CACHE_URL"])
+    app = build_app(arguments.version, shop, has_middleware=not arguments.plain)
     uvicorn.run(
         app,
         host=host,

@@ -5,17 +5,21 @@ from __future__ import annotations
 import random
 import signal
 import uuid
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cache
+from http import HTTPStatus
 from importlib import resources
 from typing import Any
 
 from psycopg.rows import dict_row
+from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from abreast.cache import Cache
@@ -85,6 +89,10 @@ class Product:
         return self.price * CURRENCY_RATES[currency]
 
 
+def summarise_product(product: Product) -> ShopRow:
+    return {"id": product.id, "name": product.name, "price": float(product.price)}
+
+
 @dataclass(frozen=True, slots=True)
 class ShopStats:
     products: int
@@ -111,6 +119,14 @@ class Shop:
     async def close(self) -> None:
         await self.cache.aclose()
         await self.database.close()
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Be open while the app runs, as the state that `get_shop` returns."""
+        await self.open()
+        app.state.shop = self
+        yield
+        await self.close()
 
     async def list_categories(self) -> list[ShopRow]:
         return await self.cache.get("categories", lambda: self.database.fetch_rows("categories"))
@@ -142,6 +158,10 @@ class Shop:
         order_id = uuid.uuid4()
         await self.database.write("order", id=order_id, product=product_id, quantity=quantity)
         return order_id
+
+
+async def handle_database_error(request: Request, error: Exception) -> Response:  # noqa: ARG001  # Starlette's signature
+    return JSONResponse({"detail": "the database refused"}, HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 class FaultMiddleware:

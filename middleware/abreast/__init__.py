@@ -1,10 +1,10 @@
-"""Abreast in a service: capture the answers to sampled requests, so that the sidecar can compare two versions."""
+"""Abreast in a service: capture the responses to sampled requests, so that the sidecar can compare two versions."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from abreast.context import RequestContext, current, extract, inject, is_shadow, span
+from abreast.context import RequestContext, current, downstream_headers, extract, inject, is_shadow, span
 from abreast.effects import Effect, effect, record
 from abreast.errors import AbreastError, CaptureError, EffectError, SettingError, ShadowError
 
@@ -21,6 +21,7 @@ __all__ = [
     "SettingError",
     "ShadowError",
     "current",
+    "downstream_headers",
     "effect",
     "extract",
     "inject",

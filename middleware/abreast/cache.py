@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from time import perf_counter_ns
 from typing import Any, Literal, Self, TypeVar, cast
 
@@ -67,8 +68,14 @@ class SingleFlight:
         load_future = self._loads.get(self._key_in_loop(key))
         return None if load_future is None else await asyncio.shield(load_future)
 
-    async def lead(self, key: Hashable, load: Callable[[], Awaitable[Any]]) -> Any:
-        """Load for all callers. There must be no `await` between `join`, which returned None, and this call."""
+    async def run(self, key: Hashable, load: Callable[[], Awaitable[Any]]) -> Any:
+        """Return the value, or raise the exception of the load. Concurrent callers share one load."""
+        while (result := await self.join(key)) is not None:
+            if result.error is not None:
+                raise result.error
+            if not result.is_abandoned:
+                return result.value
+        # No `await` since `join` returned None, so this caller loads for all others.
         key = self._key_in_loop(key)
         load_future = self._loads[key] = asyncio.get_running_loop().create_future()
         result = LoadResult(is_abandoned=True)
@@ -82,15 +89,6 @@ class SingleFlight:
                 del self._loads[key]
             load_future.set_result(result)
         return result.value
-
-    async def run(self, key: Hashable, load: Callable[[], Awaitable[Any]]) -> Any:
-        """Return the value, or raise the exception of the load. Concurrent callers share one load."""
-        while (result := await self.join(key)) is not None:
-            if result.error is not None:
-                raise result.error
-            if not result.is_abandoned:
-                return result.value
-        return await self.lead(key, load)
 
     def invalidate(self, key: Hashable) -> None:
         """Detach the load in flight, so that later callers don't get its result."""
@@ -127,8 +125,17 @@ class Cache:
         max_bytes: int = 1024 * 1024,
         shadow_writes: ShadowWrites = "discard",
     ) -> None:
-        _validate_arguments(namespace, ttl, jitter, timeout, shadow_writes)
-        self.redis = _make_client(redis, timeout) if isinstance(redis, str) else redis
+        if not namespace or namespace.startswith(RESERVED_PREFIX):
+            raise SettingError("a cache needs its own namespace in Redis, such as namespace='shop'")
+        if not (ttl > 0 and timeout > 0 and 0 <= jitter < 1):
+            raise SettingError("a cache's ttl and timeout must be seconds above 0, and its jitter below 1")
+        if shadow_writes not in {"isolated", "discard"}:
+            raise SettingError(f"shadow_writes must be 'isolated' or 'discard', got {shadow_writes!r}")
+        if isinstance(redis, str):  # no retries, so that a failure costs little time
+            retry = Retry(NoBackoff(), 0)
+            self.redis = Redis.from_url(redis, socket_timeout=timeout, socket_connect_timeout=timeout, retry=retry)
+        else:
+            self.redis = redis
         self.schema_version = os.environ.get("ABREAST_RELEASE", "") if schema_version is None else schema_version
         self._owns_client = isinstance(redis, str)
         self._namespace = namespace
@@ -176,7 +183,9 @@ class Cache:
         for key in keys:
             record("cache.delete", {"namespace": self._namespace, "key": key}, key=key)
         if context.is_shadow:
-            self._mark_deleted(context, keys)
+            if not context.deleted_cache_keys:
+                context.deleted_cache_keys = set()
+            context.deleted_cache_keys |= {(id(self), key) for key in keys}
             redis_keys = [self._redis_key(key, context) for key in keys] if self._shadow_writes == "isolated" else []
         else:
             for key in keys:
@@ -198,14 +207,16 @@ class Cache:
 
     async def _look_up(self, context: RequestContext, key: str, parse: Callable[[Any], Any] | None) -> Any:
         started_ns = perf_counter_ns()
+        redis_keys = [] if self._is_deleted(context, key) else [self._redis_key(key)]
+        if context.is_shadow and self._shadow_writes == "isolated":
+            redis_keys.append(self._redis_key(key, context))
         value: Any = NOT_CACHED
-        if not self._is_deleted(context, key):
+        for redis_key in redis_keys:
             value = self._decode(
-                await self._call_redis(lambda: self.redis.hget(self._redis_key(key), self.schema_version)), parse
+                await self._call_redis(partial(self.redis.hget, redis_key, self.schema_version)), parse
             )
-        if value is NOT_CACHED and context.is_shadow and self._shadow_writes == "isolated":
-            redis_key = self._redis_key(key, context)
-            value = self._decode(await self._call_redis(lambda: self.redis.hget(redis_key, self.schema_version)), parse)
+            if value is not NOT_CACHED:
+                break
         add_span(context, SPAN_KIND, key.partition(":")[0], started_ns, MISS if value is NOT_CACHED else HIT)
         return value
 
@@ -231,8 +242,12 @@ class Cache:
             return value
         if not context.is_shadow and self._single_flight.get_version(key) is not version:
             return value  # deleted meanwhile, so the loaded value may be stale
-        content = self._encode(value)
-        if content is not None:
+        try:
+            content = orjson.dumps(value, default=_to_jsonable)
+        except (TypeError, ValueError) as error:
+            logger.warning("a value of type %s can't be cached: %s", type(value).__name__, error)
+            return value
+        if len(content) <= self._max_bytes:
             seconds = (self._ttl if ttl is None else ttl) * random.uniform(1 - self._jitter, 1)  # noqa: S311
             await self._store(self._redis_key(key, context if context.is_shadow else None), content, seconds)
         return value
@@ -248,15 +263,6 @@ class Cache:
                 await pipeline.execute()
 
         await self._call_redis(store)
-
-    def _encode(self, value: Any) -> bytes | None:
-        """Return None if the value is too long or has no JSON form."""
-        try:
-            content = orjson.dumps(value, default=_to_jsonable)
-        except (TypeError, ValueError) as error:
-            logger.warning("a value of type %s can't be cached: %s", type(value).__name__, error)
-            return None
-        return content if len(content) <= self._max_bytes else None
 
     def _redis_key(self, key: str, shadow: RequestContext | None = None) -> str:
         name = f"{self._namespace}:{key}"
@@ -276,12 +282,8 @@ class Cache:
         except (TimeoutError, RuntimeError):  # too many calls, or another event loop; Redis may be up
             return None
         try:
-            return await self._run_command(command) if self._is_down == was_down else None
-        finally:
-            self._call_slots.release()
-
-    async def _run_command(self, command: Callable[[], Awaitable[Any]]) -> Any:
-        try:
+            if self._is_down != was_down:
+                return None
             async with asyncio.timeout(self._timeout):
                 reply = await command()
         except MAX_CONNECTIONS_ERROR:  # a client that the caller passed
@@ -292,6 +294,8 @@ class Cache:
             self._is_down = True
             self._probe_at = time.monotonic() + PROBE_DELAY_S
             return None
+        finally:
+            self._call_slots.release()
         if self._is_down:
             logger.warning("the cache is up again")
             self._is_down = False
@@ -299,11 +303,6 @@ class Cache:
 
     def _is_deleted(self, context: RequestContext, key: str) -> bool:
         return context.is_shadow and (id(self), key) in context.deleted_cache_keys
-
-    def _mark_deleted(self, context: RequestContext, keys: tuple[str, ...]) -> None:
-        if not context.deleted_cache_keys:
-            context.deleted_cache_keys = set()
-        context.deleted_cache_keys |= {(id(self), key) for key in keys}
 
 
 def _to_jsonable(value: Any) -> Any:
@@ -314,17 +313,3 @@ def _to_jsonable(value: Any) -> Any:
     if not callable(dump):
         raise TypeError(f"{type(value).__name__} has no JSON form")
     return dump(mode="json")
-
-
-def _make_client(url: str, timeout: float) -> Redis:
-    """Create a client without retries, so that a failure costs little time."""
-    return Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0))
-
-
-def _validate_arguments(namespace: str, ttl: float, jitter: float, timeout: float, shadow_writes: str) -> None:
-    if not namespace or namespace.startswith(RESERVED_PREFIX):
-        raise SettingError("a cache needs its own namespace in Redis, such as namespace='shop'")
-    if not (ttl > 0 and timeout > 0 and 0 <= jitter < 1):
-        raise SettingError("a cache's ttl and timeout must be seconds above 0, and its jitter below 1")
-    if shadow_writes not in {"isolated", "discard"}:
-        raise SettingError(f"shadow_writes must be 'isolated' or 'discard', got {shadow_writes!r}")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import functools
 import inspect
 import logging
+import math
 import os
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
 from time import perf_counter_ns
-from types import TracebackType
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
-from abreast.context import CURRENT_CONTEXT, RequestContext
-from abreast.effect_log import EffectRecord
+import orjson
+
+from abreast.context import CURRENT_CONTEXT, EffectRecord, RequestContext
 from abreast.errors import EffectError, ErrorReporter
 
 P = ParamSpec("P")
@@ -26,8 +31,11 @@ logger = logging.getLogger("abreast")
 report_error = ErrorReporter()
 
 MAX_SHADOW_AGE_S = 60.0  # seconds since the arrival of the request
+MAX_PAYLOAD_DEPTH = 50  # for payloads that orjson refuses
 MAX_WARNED_NAMES = 100
 WARNED_NAMES: set[str] = set()
+# Sorted, because of long payloads only digests are compared.
+ORJSON_OPTIONS = orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS
 _UNSET: Any = object()  # no payload: the arguments of the function are the payload
 
 
@@ -56,18 +64,19 @@ def record(kind: str, payload: Any = None, *, key: str = "", note: bool = False)
     `payload` is any object; it is compared as JSON. Effects of one kind and key are compared in their order. A note
     becomes part of the capture and is not compared.
     """
-    _record(CURRENT_CONTEXT.get(), kind, payload, key, compared=not note)
+    _record(CURRENT_CONTEXT.get(), kind, payload, key, is_compared=not note)
 
 
 def _record(
-    context: RequestContext, kind: str, payload: Any, key: str, *, compared: bool = True
+    context: RequestContext, kind: str, payload: Any, key: str, *, is_compared: bool = True
 ) -> EffectRecord | None:
     sink = context.sink
     if sink is None:
         return None
     try:
+        at_us = (perf_counter_ns() - context.started_ns) // 1000
         effect_log = context.ensure_effect_log()
-        effect_record = effect_log.add(kind, payload, key, compared=compared)
+        effect_record = effect_log.add(kind, key, to_json(payload), at_us, is_compared=is_compared)
         if effect_record is None and effect_log.is_closed:
             sink.count_late_effect()
     except Exception as error:  # noqa: BLE001  # an internal error must not reach the app
@@ -105,15 +114,15 @@ def effect(kind: str, payload: Any = _UNSET, *, key: str = "", stand_in: Any = N
     return Effect(kind, payload, key, stand_in)
 
 
+@dataclass(eq=False, repr=False)
 class Effect(Generic[S]):
     """A declared effect. Tasks and threads may share it."""
 
-    def __init__(self, kind: str, payload: Any, key: str, stand_in: Any) -> None:
-        self.kind = kind
-        self.payload = payload
-        self.key = key
-        self.stand_in = stand_in
-        self._open_scopes: list[EffectScope[S]] = []
+    kind: str
+    payload: Any
+    key: str
+    stand_in: Any
+    _open_scopes: list[EffectScope[S]] = field(default_factory=list, init=False)
 
     async def run(self, func: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T | S:
         """Await `func(*args, **kwargs)` for a user, or return the stand-in to a shadow request."""
@@ -152,9 +161,7 @@ class Effect(Generic[S]):
         self._open_scopes.append(scope)
         return scope
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         owner = _get_owner()  # scopes of other tasks and threads may end in any order
         scopes = self._open_scopes[::-1]
         scope = next((candidate for candidate in scopes if candidate.owner is owner), scopes[0])
@@ -162,15 +169,13 @@ class Effect(Generic[S]):
         if kind is not None:
             scope.record_failure(kind)
         elif not scope.is_recorded:
-            _report_unused_scope(self.kind)
+            scope.report_unused()
 
     async def __aenter__(self) -> EffectScope[S]:
         return self.__enter__()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.__exit__(kind, error, trace)
+    async def __aexit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.__exit__(kind, *error)
 
 
 class EffectScope(Generic[S]):
@@ -212,6 +217,16 @@ class EffectScope(Generic[S]):
         if self._effect_record is not None:
             self._effect_record.error = error_type.__name__
 
+    def report_unused(self) -> None:
+        """Report a block that also runs for shadow requests: as an exception in development and tests."""
+        error = EffectError(
+            f"the block of effect {self._effect.kind!r} uses neither .should_execute nor .run() nor .call(), so shadow "
+            "requests run it too; guard the effect with one of them"
+        )
+        if sys.flags.dev_mode or "PYTEST_VERSION" in os.environ:
+            raise error
+        report_error("an effect", error)
+
     def _decide(self, func: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         if not self.is_recorded:
             self.is_recorded = True
@@ -231,10 +246,10 @@ class EffectScope(Generic[S]):
 
 
 def _get_owner() -> object:
-    try:
-        return asyncio.current_task() or threading.current_thread()
-    except RuntimeError:  # no loop runs in this thread
-        return threading.current_thread()
+    with contextlib.suppress(RuntimeError):  # no loop runs in this thread
+        if (task := asyncio.current_task()) is not None:
+            return task
+    return threading.current_thread()
 
 
 def _build_payload(
@@ -253,12 +268,54 @@ def _build_payload(
         return f"<no payload: {type(error).__name__}>"
 
 
-def _report_unused_scope(kind: str) -> None:
-    """Report a block that also runs for shadow requests: as an exception in development and tests."""
-    message = (
-        f"the block of effect {kind!r} uses neither .should_execute nor .run() nor .call(), so shadow requests run it "
-        "too; guard the effect with one of them"
-    )
-    if sys.flags.dev_mode or "PYTEST_VERSION" in os.environ:
-        raise EffectError(message)
-    report_error("an effect", EffectError(message))
+def to_json(payload: Any) -> bytes:
+    """Encode any object as JSON. An object without a JSON form becomes text that is the same in both versions."""
+    try:
+        return orjson.dumps(payload, default=_to_plain, option=ORJSON_OPTIONS)
+    except (TypeError, ValueError, RecursionError):  # integers beyond 64 bits, lone surrogates, cycles
+        return orjson.dumps(_to_readable(payload, 0), option=orjson.OPT_SORT_KEYS)
+
+
+def _to_plain(value: Any) -> Any:
+    """Convert types that orjson does not know."""
+    if isinstance(value, Decimal):
+        return str(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, tuple | list):
+        return list(value)
+    with contextlib.suppress(Exception):  # code of the service
+        dump = getattr(value, "model_dump", None)  # pydantic
+        if callable(dump):
+            return dump(mode="json")
+    return f"<{type(value).__qualname__}>"  # without the address in memory
+
+
+def _to_readable(value: Any, depth: int) -> Any:
+    """Convert a payload that orjson refuses to encode."""
+    if depth > MAX_PAYLOAD_DEPTH:
+        return "<too deep>"
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value) if -(2**63) <= value < 2**64 else str(int(value))
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {_to_readable(str(name), 0): _to_readable(item, depth + 1) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_readable(item, depth + 1) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    try:
+        return orjson.loads(orjson.dumps(value))  # dates, UUIDs, enumerations
+    except (TypeError, ValueError):
+        return _to_readable(_to_plain(value), depth + 1)

@@ -30,6 +30,10 @@ class ShadowError(AbreastError):
     """A shadow request tries an operation that it must not do."""
 
 
+class UnprovenCopyError(AbreastError):
+    """A copy has no proof that it comes from Envoy. The middleware refuses it."""
+
+
 class ErrorReporter:
     """Count internal errors by operation, and log each kind once. It never raises them."""
 

@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypedDict
 
 from msgspec import Meta, ValidationError, convert
@@ -18,30 +19,30 @@ from abreast.errors import SettingError
 from abreast.protocol.join import Limits
 
 ENV_PREFIX = "ABREAST_"
+MIN_REDACTION_KEY_CHARS = 22  # 128 bits in base64
 FLAG_VALUES = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 PASSWORD_PATTERN = re.compile(r"(?<=://).*@|(?<=password=)('[^']*'|[^&\s]*)")  # in URLs and connection strings
+# fmt: off
 REQUEST_HEADERS = (
-    "accept",
-    "accept-encoding",
-    "accept-language",
-    "authorization",
-    "content-type",
-    "cookie",
-    "host",
-    "if-match",
-    "if-modified-since",
-    "if-none-match",
-    "range",
-    "user-agent",
-    "x-request-id",
+    "accept", "accept-charset", "accept-encoding", "accept-language",
+    "access-control-request-headers", "access-control-request-method", "authorization", "content-encoding",
+    "content-language", "content-type", "cookie", "host", "if-match", "if-modified-since", "if-none-match", "if-range",
+    "if-unmodified-since", "last-event-id", "origin", "prefer", "range", "sec-fetch-mode", "sec-fetch-site", "user-agent",
+    "x-forwarded-host", "x-forwarded-port", "x-forwarded-prefix", "x-forwarded-proto", "x-http-method-override",
+    "x-request-id", "x-requested-with",
 )
+# fmt: on
 
 Parser = Callable[[Any], Any]
 
 
-def setting(default: Any, parse: Parser, doc: str, *, secret: bool = False) -> Any:
-    """Declare a setting. A secret is never shown: not in errors, not in the representation, and not in `ps`."""
-    return field(default=default, metadata={"parse": parse, "doc": doc, "secret": secret})
+def setting(default: Any, parse: Parser, doc: str, *, secret: bool = False, repeatable: str = "") -> Any:
+    """Declare a setting. A secret is never shown: not in errors, not in the representation, and not in `ps`.
+
+    The option of a repeatable setting can be used several times. `repeatable` separates their values in the variable.
+    """
+    metadata = {"parse": parse, "doc": doc, "secret": secret, "repeatable": repeatable}
+    return field(default=default, metadata=metadata)
 
 
 class Setting(NamedTuple):
@@ -52,6 +53,7 @@ class Setting(NamedTuple):
     parse: Parser
     doc: str
     secret: bool
+    repeatable: str
 
     @property
     def variable(self) -> str:
@@ -92,6 +94,8 @@ class DeclaredSettings:
             source, value = declared.name, overrides.get(declared.name, "")
             if value == "":
                 source, value = declared.variable, environment.get(declared.variable, "")
+            if value == "" and declared.secret:
+                source, value = f"{declared.variable}_FILE", cls._read_secret(environment, declared)
             if value == "":
                 continue
             try:
@@ -100,6 +104,21 @@ class DeclaredSettings:
                 value_text = "a value that is not shown" if declared.secret else mask_passwords(repr(value))
                 raise cls.error_class(f"{source} must be {error}, got {value_text}") from None
         return cls(**values)
+
+    @classmethod
+    def _read_secret(cls, environment: Mapping[str, str], declared: Setting) -> str:
+        """Return the content of the file that ABREAST_<NAME>_FILE names, or empty text."""
+        variable = f"{declared.variable}_FILE"
+        path = environment.get(variable, "")
+        if not path:
+            return ""
+        try:
+            value = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise cls.error_class(f"{variable} must name a readable file, got {path!r}: {error}") from None
+        if not value:
+            raise cls.error_class(f"{variable} must name a file with a value, and {path!r} is empty")
+        return value
 
     def __repr__(self) -> str:
         values = [
@@ -182,6 +201,38 @@ def text(value: object) -> str:
     return value.strip()
 
 
+secret_key = matching(
+    "[0-9A-Za-z._~+/=-]{16,200}",
+    "16 to 200 letters, digits or any of ._~+/=- without spaces, such as `openssl rand -hex 16` prints",
+)
+
+
+def edge_keys(value: object) -> tuple[str, ...]:
+    """Parse one key, or two during a rotation: a list or tuple, or text with commas."""
+    keys = comma_list(value) if isinstance(value, str) else value
+    if not isinstance(keys, list | tuple) or len(keys) not in {1, 2}:
+        raise ValueError("one key, or two with a comma between them during a rotation")
+    return tuple(secret_key(key) for key in keys)
+
+
+redaction_key = matching(
+    f"[0-9A-Za-z._~+/=-]{{{MIN_REDACTION_KEY_CHARS},200}}",
+    f"{MIN_REDACTION_KEY_CHARS} to 200 letters, digits or any of ._~+/=- with 128 random bits, such as `openssl rand -hex 16` prints",
+)
+
+
+def allow_list(value: object) -> tuple[tuple[str, str], ...]:
+    """Parse pairs of endpoint and name: a list or tuple, or text with commas."""
+    entries = comma_list(value) if isinstance(value, str) else value
+    matches = [
+        re.fullmatch(r"([A-Z]+ /\S*) (\S+)", entry) if isinstance(entry, str) else None
+        for entry in (entries if isinstance(entries, list | tuple) else [None])
+    ]
+    if not all(matches):
+        raise ValueError("method, route and name, such as `GET /login csrf_token`, comma separated")
+    return tuple((match[1], match[2]) for match in matches if match)
+
+
 def service_name(value: object) -> str:
     if not isinstance(value, str) or not value.isprintable() or not re.fullmatch("[^{}/ ]{1,100}", value):
         raise ValueError("a name such as shop: printable, without spaces, at most 100 characters, none of { } / in it")
@@ -220,6 +271,8 @@ class SettingsKwargs(TypedDict, total=False):
     request_headers: tuple[str, ...] | list[str]
     secret_headers: tuple[str, ...] | list[str]
     redact_key: str
+    redact_allow: tuple[str, ...] | list[str]
+    edge_key: str | tuple[str, ...] | list[str]
     queue_count: int
     queue_bytes: int
     export_batch: int
@@ -245,14 +298,25 @@ class Settings(DeclaredSettings):
         count(0, "bytes"),
         "Bytes of each body that are captured. Longer bodies also get their length and digest. 0 captures only length and digest",
     )
-    request_headers: tuple[str, ...] = setting(REQUEST_HEADERS, header_names, "Request headers that are captured")
-    secret_headers: tuple[str, ...] = setting(
-        (), header_names, "Headers that are captured as keyed hashes, in addition to the built-in list"
+    request_headers: tuple[str, ...] = setting(
+        REQUEST_HEADERS, header_names, "Request headers that are captured; of all others, only the names are"
     )
+    secret_headers: tuple[str, ...] = setting((), header_names, "Secret headers in addition to the built-in list")
     redact_key: str = setting(
         "",
-        text,
-        "Key of these hashes, the same for both versions. By default, the versions generate a key and share it through Redis",
+        redaction_key,
+        "Key of the hashes that replace secrets, the same for both versions. By default, it is derived from `edge_key`",
+        secret=True,
+    )
+    redact_allow: tuple[tuple[str, str], ...] = setting(
+        (),
+        allow_list,
+        "Names that stay readable at an endpoint, such as `GET /login csrf_token`. The name `body` allows bodies that can't be read",
+    )
+    edge_key: tuple[str, ...] = setting(
+        (),
+        edge_keys,
+        "Key that Envoy proves itself with, the same as in Envoy's settings. Two keys, comma separated, during a rotation",
         secret=True,
     )
     queue_count: int = setting(10_000, count(1, "captures"), "Maximum number of captures in the queue of a process")
@@ -275,6 +339,12 @@ class Settings(DeclaredSettings):
     def __post_init__(self) -> None:
         if self.enabled and not self.service:
             raise SettingError(f"the middleware needs a service name; pass service='shop' or set {ENV_PREFIX}SERVICE")
+
+    @property
+    def redaction_key(self) -> str:
+        """The key of the hashes that replace secrets; empty if the services share no key."""
+        edge_key = self.edge_key[0] if self.edge_key else ""
+        return self.redact_key or (edge_key if len(edge_key) >= MIN_REDACTION_KEY_CHARS else "")
 
     @property
     def join_limits(self) -> Limits:

@@ -1,20 +1,25 @@
-"""Helpers for asyncio: cancellation, notification, outages of servers, bounded waits, and the event loop."""
+"""Helpers for asyncio: cancellation, notification, outages of servers, bounded waits, listening sockets, and the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import random
+import socket
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import structlog
 
+from abreast_sidecar.errors import ServerError
+
 CANCEL_RETRY_S = 5.0  # longer than any task takes to clean up
 MIN_BACKOFF_S, MAX_BACKOFF_S = 0.05, 2.0
 LOG_REMINDER_S = 60.0
+ACTIVITY_S = 5.0  # after an event, in which periodic work runs at its full pace
 OPTIONAL_CALL_TIMEOUT_S = 1.0
+LISTEN_BACKLOG = 128  # connections
 # Allocations between two collections. Captures and differences have no cycles, so a collection mostly finds live
 # objects; with the default of 700, collections took a fifth of a worker's time.
 GC_THRESHOLDS = (50_000, 20, 50)
@@ -48,6 +53,35 @@ class Notifier:
     def wait(self) -> Coroutine[Any, Any, Any]:
         """Return a coroutine for the next notification after this call, even if it is awaited later."""
         return self._event.wait()
+
+
+class Activity:
+    """Sets the pace of periodic work: a job has a long interval while nothing happens, and an event ends it at once."""
+
+    def __init__(self) -> None:
+        self._notifier = Notifier()
+        self._last_event = -ACTIVITY_S  # monotonic
+
+    @property
+    def is_recent(self) -> bool:
+        return time.monotonic() - self._last_event < ACTIVITY_S
+
+    async def record(self) -> None:
+        """Record an event. A handler of notifications."""
+        self._last_event = time.monotonic()
+        self._notifier.notify_all()
+
+    async def wait(self, stop: asyncio.Event, interval_s: float, idle_interval_s: float) -> None:
+        """Wait for an interval: `interval_s` after a recent event, `idle_interval_s` without one, at most until `stop`."""
+        deadline = time.monotonic() + idle_interval_s
+        await wait_or_stop(stop, interval_s)
+        if stop.is_set() or self.is_recent or time.monotonic() >= deadline:
+            return
+        tasks = [asyncio.create_task(self._notifier.wait()), asyncio.create_task(stop.wait())]
+        try:
+            await asyncio.wait(tasks, timeout=deadline - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await cancel_and_wait(*tasks)
 
 
 class Outage:
@@ -126,3 +160,23 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         loop_factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main)
+
+
+def bind_socket(listen: str, purpose: str, setting: str) -> socket.socket:
+    """Return a socket that listens on `host:port`. Raises ServerError, for example if the port is in use."""
+    host, _, port = listen.rpartition(":")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(LISTEN_BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ServerError(
+            f"can't listen on {listen} for {purpose}: {error.strerror}; choose another address with {setting}"
+        ) from error
+    return listener

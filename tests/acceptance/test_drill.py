@@ -1,4 +1,4 @@
-"""`abreast drill` on a real stack."""
+"""`abreast faults` on a real stack."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ABREAST = str(Path(sys.executable).with_name("abreast"))
 
 
 def test_drill_new_errors_moves_users_to_old_and_back_without_safe_errors() -> None:
-    command = [ABREAST, "drill", "new-errors", "--seconds", "4", "--json"]
+    command = [ABREAST, "faults", "new-errors", "--seconds", "4", "--json"]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240)
 
     assert result.returncode == 0, result.stderr + result.stdout

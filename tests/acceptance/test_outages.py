@@ -29,7 +29,7 @@ def version(name: str, port: int, stack: Stack) -> Iterator[None]:
     environment = {"ABREAST_REDIS_URL": stack.redis_url, "PATH": "/usr/bin:/bin"}
     process = subprocess.Popen([sys.executable, SERVICE, name, str(port)], env=environment)
     try:
-        eventually(lambda: is_answering("127.0.0.1", port, HEALTH, b" 200 OK"), what=f"{name} answers")
+        eventually(lambda: is_answering("127.0.0.1", port, HEALTH, b" 200 OK"), description=f"{name} answers")
         yield
     finally:
         process.kill()
@@ -44,23 +44,23 @@ def stack() -> Iterator[Stack]:
         service="shop", listen=ANY_PORT_ADDRESS, old=(old,), new=(new,), sample_safe=1.0, baseline_share=0.0
     )
     with (
-        Stack(settings, settings={"ABREAST_NEW_SHARE": "0.5"}) as found,
-        version("old", old.port, found),
-        version("new", new.port, found),
+        Stack(settings, settings={"ABREAST_NEW_SHARE": "0.5"}) as stack,
+        version("old", old.port, stack),
+        version("new", new.port, stack),
     ):
-        yield found
+        yield stack
 
 
 @pytest.fixture
 async def load(stack: Stack) -> AsyncIterator[Users]:
     listen = stack.envoy_settings.listen.port
-    async with users(listen, readers=4, writers=0, paths=("/products/{}",)) as found:
+    async with users(listen, readers=4, writers=0, paths=("/products/{}",)) as load:
 
-        async def both() -> bool:
-            return {one.version for one in await found.more(20)} == {"old", "new"}
+        async def has_both_versions() -> bool:
+            return {response.version for response in await load.wait_for(20)} == {"old", "new"}
 
-        await eventually_async(both, what="both versions answer")
-        yield found
+        await eventually_async(has_both_versions, description="both versions answer")
+        yield load
 
 
 def pairs(stack: Stack) -> int:
@@ -72,32 +72,32 @@ def pairs(stack: Stack) -> int:
 async def evidence_goes_on(stack: Stack) -> None:
     before = await asyncio.to_thread(pairs, stack)
 
-    async def more() -> bool:
+    async def has_more() -> bool:
         return await asyncio.to_thread(pairs, stack) > before + 20
 
-    await eventually_async(more, what="new pairs arrive in the ledger")
+    await eventually_async(has_more, description="new pairs arrive in the ledger")
 
 
 async def test_users_do_not_notice_outages_of_redis_postgres_and_sidecar(stack: Stack, load: Users) -> None:
-    began = len(load.seen)
+    first = len(load.responses)
     for name in ("redis", "postgres", "sidecar"):
         server = stack.servers[name]
         assert server.process is not None
         with frozen(server.process.pid):
-            await load.more(SOME)
+            await load.wait_for(SOME)
         server.process.popen.kill()
         server.process.popen.wait()
-        await load.more(SOME)
-        shares = {one.version for one in load.seen[-SOME:]}
+        await load.wait_for(SOME)
+        shares = {response.version for response in load.responses[-SOME:]}
         await asyncio.to_thread(server.start)
-        await load.more(SOME)
+        await load.wait_for(SOME)
 
         assert shares == {"old", "new"}, "Envoy keeps the last shares"
     await evidence_goes_on(stack)
-    seen = load.seen[began:]
+    responses = load.responses[first:]
 
-    assert [one for one in seen if one.trouble] == []
-    assert max(one.seconds for one in seen) < LONGEST
+    assert [response for response in responses if response.trouble] == []
+    assert max(response.seconds for response in responses) < LONGEST
 
 
 async def test_envoy_restarted_without_sidecar_serves_from_old(stack: Stack, load: Users) -> None:
@@ -106,12 +106,12 @@ async def test_envoy_restarted_without_sidecar_serves_from_old(stack: Stack, loa
     await asyncio.to_thread(stack.envoy.start)
 
     async def served() -> bool:
-        return all(not one.trouble and one.version == "old" for one in await load.more(SOME))
+        return all(not response.trouble and response.version == "old" for response in await load.wait_for(SOME))
 
-    await eventually_async(served, what="old answers everyone")
+    await eventually_async(served, description="old answers everyone")
     await asyncio.to_thread(stack.sidecar.start)
 
-    async def again() -> bool:
-        return any(one.version == "new" for one in await load.more(20))
+    async def reaches_new() -> bool:
+        return any(response.version == "new" for response in await load.wait_for(20))
 
-    await eventually_async(again, what="new answers its share again")
+    await eventually_async(reaches_new, description="new answers its share again")

@@ -48,25 +48,25 @@ def run(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
 
 def test_base_package_contains_middleware(wheel: Path, tmp_path: Path) -> None:
     program = "from abreast import ParallelRunMiddleware; ParallelRunMiddleware(None, service='shop'); print(sorted(sys.modules))"
-    done = run(site(wheel, tmp_path, BARE), program)
+    process = run(site(wheel, tmp_path, BARE), program)
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     for heavy in ("grpc", "google.protobuf", "psycopg", "structlog", "starlette", "click"):
-        assert f"'{heavy}'" not in done.stdout
+        assert f"'{heavy}'" not in process.stdout
 
 
 def test_base_package_command_names_extra_to_install(wheel: Path, tmp_path: Path) -> None:
-    done = run(site(wheel, tmp_path, BARE), "from abreast._console import main; main()")
+    process = run(site(wheel, tmp_path, BARE), "from abreast._console import main; main()")
 
-    assert done.returncode != 0
-    assert done.stderr == "abreast: the command line needs more packages; run: pip install 'abreast[sidecar]'\n"
+    assert process.returncode != 0
+    assert process.stderr == "abreast: the command line needs more packages; run: pip install 'abreast[sidecar]'\n"
 
 
 def test_client_extra_suffices_for_a_client(wheel: Path, tmp_path: Path) -> None:
     program = "from abreast.v1 import comparison_pb2, comparison_pb2_grpc, traffic_pb2_grpc; print('ok')"
-    done = run(site(wheel, tmp_path, CLIENT), program)
+    process = run(site(wheel, tmp_path, CLIENT), program)
 
-    assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
+    assert (process.stdout, process.returncode) == ("ok\n", 0), process.stderr
 
 
 def test_wheel_contains_data_files(wheel: Path) -> None:

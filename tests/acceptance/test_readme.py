@@ -15,12 +15,11 @@ import grpc
 import pytest
 import redis
 
-from abreast.protocol.capture import encode
 from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, Keys, Limits, join_arguments
 from abreast.v1 import comparison_pb2, comparison_pb2_grpc
 from abreast_sidecar.stack.servers import RedisServer
-from captures import capture
 from support import eventually, free_ports
+from support_captures import capture, encode
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -28,9 +27,9 @@ BIN = Path(sys.executable).parent
 
 def snippet(name: str) -> str:
     """Return the fenced block after `<!-- run: NAME -->`."""
-    found = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert found, f"the README has no snippet {name}"
-    return found[1]
+    match = re.search(rf"<!-- run: {name} -->\n```\w+\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert match, f"the README has no snippet {name}"
+    return match[1]
 
 
 def commands(name: str) -> list[str]:
@@ -48,12 +47,13 @@ def sidecar(postgres_url: str) -> Iterator[str]:
             "ABREAST_POSTGRES_URL": postgres_url,
             "ABREAST_GRPC_LISTEN": f"127.0.0.1:{ports[0]}",
             "ABREAST_HTTP_LISTEN": f"127.0.0.1:{ports[1]}",
+            "ABREAST_COLLECTOR_LISTEN": "127.0.0.1:0",
         }
         process = subprocess.Popen([BIN / "abreast", "sidecar"], env=environment, stdout=subprocess.DEVNULL)
         try:
             send_a_pair(server.url)
             address = f"127.0.0.1:{ports[0]}"
-            eventually(lambda: findings(address) == 1, what="the finding")
+            eventually(lambda: findings(address) == 1, description="the finding")
             yield address
         finally:
             process.terminate()
@@ -61,8 +61,8 @@ def sidecar(postgres_url: str) -> Iterator[str]:
 
 
 def send_a_pair(url: str) -> None:
-    sent = [capture("old", {"price": 1}), capture("new", {"price": 2}, role="shadow")]
-    batch = [(one.pair, one.slot, one.expected_captures, encode(one)) for one in sent]
+    captures = [capture("old", {"price": 1}), capture("new", {"price": 2}, role="shadow")]
+    batch = [(item.pair, item.slot, item.expected_captures, encode(item)) for item in captures]
     names, arguments = join_arguments(Keys("shop", 0), Limits(), batch)
     with redis.Redis.from_url(url) as client:
         client.hset(SERVICES_KEY, "shop", "1")
@@ -89,25 +89,25 @@ def test_readme_middleware_example_runs() -> None:
         "@app.get('/')\ndef home(): return {'ok': True}\n"
         "with TestClient(app) as client: print(client.get('/').json())\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
-    assert (done.returncode, done.stdout) == (0, "{'ok': True}\n"), done.stderr
+    assert (process.returncode, process.stdout) == (0, "{'ok': True}\n"), process.stderr
 
 
 def test_readme_envoy_command_renders(tmp_path: Path) -> None:
     words = shlex.split(commands("envoy")[0])
-    done = subprocess.run([BIN / words[0], *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
+    process = subprocess.run([BIN / words[0], *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     assert "10.0.0.12" in (tmp_path / "envoy.yaml").read_text()
 
 
 def test_readme_client_runs(sidecar: str) -> None:
     program = snippet("client").replace("127.0.0.1:50051", sidecar)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("1 GET /products/{id} $.price ")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("1 GET /products/{id} $.price ")
 
 
 def test_readme_grpcurl_command_runs(sidecar: str) -> None:
@@ -124,7 +124,7 @@ def test_readme_grpcurl_command_runs(sidecar: str) -> None:
         "--data",
         words[3],
     ]
-    done = subprocess.run([*command, f"http://{sidecar}/{method}"], capture_output=True, text=True, check=False)
+    process = subprocess.run([*command, f"http://{sidecar}/{method}"], capture_output=True, text=True, check=False)
 
-    assert done.returncode == 0, done.stderr
-    assert '"pairs":"1"' in done.stdout.replace(" ", "")
+    assert process.returncode == 0, process.stderr
+    assert '"pairs":"1"' in process.stdout.replace(" ", "")

@@ -33,7 +33,7 @@ def start(name: str, port: int, stack: Stack, opening: ExitStack) -> subprocess.
     process = subprocess.Popen([sys.executable, SERVICE, name, str(port)], env=environment)
     opening.callback(process.wait)
     opening.callback(process.kill)
-    eventually(lambda: is_answering("127.0.0.1", port, HEALTH, b" 200 OK"), what=f"{name} answers")
+    eventually(lambda: is_answering("127.0.0.1", port, HEALTH, b" 200 OK"), description=f"{name} answers")
     return process
 
 
@@ -43,24 +43,24 @@ def stack() -> Iterator[Stack]:
     settings = EnvoySettings(
         service="shop", listen=ANY_PORT_ADDRESS, old=(old,), new=(new,), sample_safe=1.0, baseline_share=0.1
     )
-    with Stack(settings) as found:
-        yield found
+    with Stack(settings) as stack:
+        yield stack
 
 
 @pytest.fixture
 async def load(stack: Stack) -> AsyncIterator[Users]:
-    async with users(stack.envoy_settings.listen.port, readers=4, writers=0, paths=("/products/{}",)) as found:
-        yield found
+    async with users(stack.envoy_settings.listen.port, readers=4, writers=0, paths=("/products/{}",)) as load:
+        yield load
 
 
 def abreast(stack: Stack, *words: str) -> Any:
     """As a user types it; what it prints as JSON."""
     command = [sys.executable, "-m", "abreast_sidecar", *words, "--json"]
-    done = subprocess.run(
+    process = subprocess.run(
         command, env={**os.environ, "ABREAST_SIDECAR": stack.grpc_address}, capture_output=True, check=False
     )
-    assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout)
+    assert process.returncode == 0, process.stderr.decode()
+    return json.loads(process.stdout)
 
 
 def state(stack: Stack) -> tuple[str, int, int]:
@@ -73,32 +73,34 @@ def state(stack: Stack) -> tuple[str, int, int]:
 
 async def test_ramp_climbs_on_real_traffic_and_guard_rolls_back_a_failing_new(stack: Stack, load: Users) -> None:
     with ExitStack() as opening:
-        old, new = (one[0].port for one in (stack.envoy_settings.old, stack.envoy_settings.new))
+        old, new = (addresses[0].port for addresses in (stack.envoy_settings.old, stack.envoy_settings.new))
         start("old", old, stack, opening)
         process = start("old", new, stack, opening)  # an equal version
-        await eventually_async(partial(captured, stack), what="pairs are compared")
+        await eventually_async(partial(captured, stack), description="pairs are compared")
 
         steps = ("--steps", "25,100", "--hold", "1s", "--min-pairs", "50")
         begun = abreast(stack, "ramp", "start", *steps, *LENIENT, "--reason", "release 2")
         assert begun["ramp"]["state"]["phase"] == "RAMP_PHASE_PROGRESSING"
-        await eventually_async(partial(is_in, stack, ("succeeded", 1, 10_000)), within=60, what="all steps are done")
+        await eventually_async(
+            partial(is_in, stack, ("succeeded", 1, 10_000)), within=60, description="all steps are done"
+        )
         abreast(stack, "guard", "set", "--mode", "acting", "--reason", "watch it")
-        await load.more(50)
+        await load.wait_for(50)
 
         process.send_signal(signal.SIGUSR1)
-        await eventually_async(partial(is_in, stack, ("succeeded", 1, 0)), what="the guard rolls back")
-        await load.more(20)  # on their way
-        after = await load.more(200)
+        await eventually_async(partial(is_in, stack, ("succeeded", 1, 0)), description="the guard rolls back")
+        await load.wait_for(20)  # on their way
+        after = await load.wait_for(200)
 
-    assert {one.version for one in after} == {"old"}
-    assert not [one for one in after if one.trouble]
-    told = abreast(stack, "traffic", "events")["events"]
-    assert [(one["action"], one["actor"]) for one in told][:2] == [
+    assert {response.version for response in after} == {"old"}
+    assert not [response for response in after if response.trouble]
+    events = abreast(stack, "traffic", "events")["events"]
+    assert [(event["action"], event["actor"]) for event in events][:2] == [
         ("rollback", "guard"),
-        ("guard_set", told[1]["actor"]),
+        ("guard_set", events[1]["actor"]),
     ]
-    assert told[0]["reason"].startswith(("errors: new failed ", "mismatches: "))  # a 500 is both
-    assert [one["action"] for one in told[2:]] == ["ramp_succeed", "ramp_step", "ramp_start", "create"]
+    assert events[0]["reason"].startswith(("errors: new failed ", "mismatches: "))  # a 500 is both
+    assert [event["action"] for event in events[2:]] == ["ramp_succeed", "ramp_step", "ramp_start", "create"]
 
 
 async def captured(stack: Stack) -> bool:
@@ -108,5 +110,5 @@ async def captured(stack: Stack) -> bool:
     return int(row[0]) > 100
 
 
-async def is_in(stack: Stack, wanted: tuple[str, int, int]) -> bool:
-    return state(stack) == wanted
+async def is_in(stack: Stack, expected: tuple[str, int, int]) -> bool:
+    return state(stack) == expected

@@ -59,7 +59,9 @@ class Order:
 @pytest.fixture(scope="module")
 def order() -> Iterator[Order]:
     addresses = StackAddresses(*(SocketAddress(LOOPBACK, port) for port in free_ports(3)))
-    with deploy_shop(addresses, lambda _line: None, sample_unsafe=1.0, baseline_share=0.0, access_log=True) as shop:
+    with deploy_shop(
+        addresses, lambda _line: None, plain_versions=(), sample_unsafe=1.0, baseline_share=0.0, access_log=True
+    ) as shop:
         stack = shop.stack
         response = httpx.post(
             f"{stack.envoy_url}/orders",
@@ -74,14 +76,14 @@ def order() -> Iterator[Order]:
             pair.update(json.loads(output)["pair"] if output else {})
             return len(pair.get("captures", ())) == 2
 
-        eventually(is_stored, what="the pair is in the ledger")
+        eventually(is_stored, description="the pair is in the ledger")
         log = stack.data_directory.path / "envoy" / "envoy.log"
 
         def read_log() -> list[dict[str, Any]]:
             lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
             return [line for line in map(json.loads, lines) if line["path"] == "/orders"]
 
-        eventually(lambda: bool(read_log()), what="Envoy writes its log")
+        eventually(lambda: bool(read_log()), description="Envoy writes its log")
         yield Order(shop, response, pair, run(stack, pair["pair"]["id"]), read_log())
 
 

@@ -1,4 +1,4 @@
-"""An interrupted benchmark stops its servers."""
+"""Benchmarks that are also tests, and what an interrupted one leaves."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import pytest
 
 from support import eventually
 
-BENCH = Path(__file__).parents[2] / "bench" / "pipeline.py"
+BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_interrupted_benchmark_stops_its_servers(ending: signal.Signals, tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    bench = subprocess.Popen([sys.executable, BENCH, "--quick"], env=environment, stdout=subprocess.DEVNULL)
+    bench = subprocess.Popen(
+        [sys.executable, BENCH / "pipeline.py", "--quick"], env=environment, stdout=subprocess.DEVNULL
+    )
     try:
-        eventually(lambda: bool(_children(bench.pid)), what="a server was started")
+        eventually(lambda: bool(_children(bench.pid)), description="a server was started")
         servers = _children(bench.pid)
         bench.send_signal(ending)
         code = bench.wait(60)
@@ -29,7 +31,14 @@ def test_interrupted_benchmark_stops_its_servers(ending: signal.Signals, tmp_pat
         bench.wait()
 
     assert code == (-ending if ending == signal.SIGKILL else 128 + ending)
-    eventually(lambda: not any(map(_runs, servers)), what="the servers have ended")
+    eventually(lambda: not any(map(_runs, servers)), description="the servers have ended")
+
+
+def test_both_ways_of_capture_make_the_same_ledger() -> None:
+    command: list[str | Path] = [sys.executable, BENCH / "captures.py", "--requests", "200", "--rate", "40"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def _children(pid: int) -> list[int]:

@@ -55,7 +55,7 @@ async def cache(redis_url: str) -> AsyncIterator[Cache]:
         yield cache
 
 
-def kept(url: str) -> dict[str, dict[bytes, bytes]]:
+def read_keys(url: str) -> dict[str, dict[bytes, bytes]]:
     with redis.Redis.from_url(url) as client:
         return {name.decode(): client.hgetall(name) for name in client.scan_iter()}
 
@@ -76,13 +76,13 @@ async def test_versions_share_values_of_the_same_schema(redis_url: str) -> None:
 
 async def test_versions_with_different_schemas_are_separate(redis_url: str) -> None:
     async with make(redis_url, schema_version="1") as old, make(redis_url, schema_version="2") as new:
-        again = Source()
+        other_source = Source()
         for _ in range(2):
             assert await old.get("product:7", Source("by old")) == "by old"
             assert await new.get("product:7", Source("by new")) == "by new"
-        assert await old.get("product:7", again) == "by old"
+        assert await old.get("product:7", other_source) == "by old"
 
-    assert again.call_count == 0
+    assert other_source.call_count == 0
 
 
 async def test_delete_removes_all_schema_versions(redis_url: str) -> None:
@@ -98,7 +98,7 @@ async def test_schema_version_is_the_release_by_default(redis_url: str, monkeypa
     async with make(redis_url, schema_version=None) as cache:
         await cache.get("product:7", Source())
 
-    assert list(kept(redis_url)["shop:product:7"]) == [b"shop-2.0"]
+    assert list(read_keys(redis_url)["shop:product:7"]) == [b"shop-2.0"]
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 8 + b"no json", b"\xff" * 8 + b'{"id":7}'])
@@ -129,7 +129,7 @@ async def test_value_expires_within_ttl_and_jitter(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as client:
         times = [int(client.pttl(f"shop:product:{number}")) / 1000 for number in range(20)]
 
-    assert all(75 < each <= 100 for each in times)
+    assert all(75 < ttl <= 100 for ttl in times)
     assert max(times) - min(times) > 1
 
 
@@ -153,7 +153,7 @@ async def test_errors_none_and_large_values_are_not_cached(redis_url: str) -> No
         await cache.get("large", Source("x" * 101))
         await cache.get("object", Source(object()))
 
-    assert kept(redis_url) == {}
+    assert read_keys(redis_url) == {}
 
 
 # Concurrent loads
@@ -164,9 +164,9 @@ async def waiting(cache: Cache, source: Callable[[], Awaitable[Any]], number: in
 
     async def all_wait() -> bool:
         flights: list[Any] = list(cache._single_flight._loads.values())
-        return [len(each._callbacks or ()) for each in flights] == [number - 1]
+        return [len(future._callbacks or ()) for future in flights] == [number - 1]
 
-    await eventually_async(all_wait, what="all but the first wait for its load")
+    await eventually_async(all_wait, description="all but the first wait for its load")
     return tasks
 
 
@@ -250,12 +250,12 @@ async def test_shadow_reads_values_of_users(cache: Cache) -> None:
 @pytest.mark.parametrize("role", ["shadow", "baseline"])
 async def test_shadow_changes_no_value_of_users(cache: Cache, redis_url: str, role: Role) -> None:
     await cache.get("product:7", Source("a user's"))
-    before = kept(redis_url)
+    before = read_keys(redis_url)
     with in_request(role):
         await cache.get("product:8", Source("a shadow's"))
         await cache.delete("product:7")
 
-    assert kept(redis_url) == before
+    assert read_keys(redis_url) == before
     assert await cache.get("product:8", Source("a user's too")) == "a user's too"
 
 
@@ -274,13 +274,13 @@ async def test_isolated_shadow_caches_its_own_values(redis_url: str) -> None:
             source = Source("a shadow's")
             assert [await cache.get("product:7", source) for _ in range(2)] == ["a shadow's"] * 2
         assert source.call_count == 1
-        assert list(kept(redis_url)) == ["abreast:shadow:new:shop:product:7"]
+        assert list(read_keys(redis_url)) == ["abreast:shadow:new:shop:product:7"]
         assert await cache.get("product:7", Source("a user's")) == "a user's"
         with in_request():
             assert await cache.get("product:7", Source()) == "a user's"
             await cache.delete("product:7")
 
-    assert list(kept(redis_url)) == ["shop:product:7"]
+    assert list(read_keys(redis_url)) == ["shop:product:7"]
 
 
 async def test_user_neither_waits_for_nor_gets_a_load_of_a_shadow(cache: Cache) -> None:
@@ -306,7 +306,7 @@ async def test_delete_is_an_effect_of_both_roles(cache: Cache) -> None:
         with in_request(role) as request:
             await cache.delete("product:7")
             records, _ = request.close_effect_log(lambda payload: payload)
-            noted += [(one["kind"], one["key"], one["payload"]) for one in records]
+            noted += [(record["kind"], record["key"], record["payload"]) for record in records]
 
     assert noted == [("cache.delete", "product:7", {"namespace": "shop", "key": "product:7"})] * 2
 
@@ -339,13 +339,13 @@ async def test_many_concurrent_calls_do_not_count_as_an_outage(
     redis_url: str, most: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A client of the service with few connections is no outage either."""
-    given = redis.asyncio.Redis.from_url(redis_url, max_connections=most)
-    async with given, make(given if most else redis_url) as cache:
+    client = redis.asyncio.Redis.from_url(redis_url, max_connections=most)
+    async with client, make(client if most else redis_url) as cache:
         await cache.get("product:7", Source("kept"))
         value = await asyncio.gather(*[cache.get("product:7", Source("loaded")) for _ in range(300)])
-        again = await cache.get("product:7", Source("loaded"))
+        second_value = await cache.get("product:7", Source("loaded"))
 
-    assert (again, caplog.records) == ("kept", [])
+    assert (second_value, caplog.records) == ("kept", [])
     assert most or set(value) == {"kept"}
 
 
@@ -353,35 +353,39 @@ async def test_other_event_loop_raises_nothing(cache: Cache) -> None:
     """In another loop, the connections can't wait for replies."""
 
     async def ask() -> list[Any]:
-        return await asyncio.gather(*[cache.get(f"product:{one}", Source(one)) for one in range(60)])
+        return await asyncio.gather(*[cache.get(f"product:{number}", Source(number)) for number in range(60)])
 
     assert await ask() == list(range(60))
     await cache.redis.client_pause(100)
     assert await asyncio.to_thread(asyncio.run, ask()) == list(range(60))
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["own client", "a client without timeouts"])
-async def test_hanging_redis_is_probed_once_per_delay(given: bool) -> None:
+@pytest.mark.parametrize("has_client", [False, True], ids=["own client", "a client without timeouts"])
+async def test_hanging_redis_is_probed_once_per_delay(has_client: bool) -> None:
     with RedisServer() as server:
         client = redis.asyncio.Redis.from_url(server.url, socket_timeout=None)
-        async with client, make(server.url) as patient, make(client if given else server.url, timeout=0.1) as cache:
+        async with (
+            client,
+            make(server.url) as patient,
+            make(client if has_client else server.url, timeout=0.1) as cache,
+        ):
             await patient.get("product:7", Source("kept"))
             assert server.process is not None
             os.kill(server.process.pid, signal.SIGSTOP)
             try:
-                began = time.monotonic()
+                start = time.monotonic()
                 value = [await cache.get("product:7", Source("loaded")) for _ in range(50)]
-                took = time.monotonic() - began
+                duration = time.monotonic() - start
             finally:
                 os.kill(server.process.pid, signal.SIGCONT)
 
             assert value == ["loaded"] * 50
-            assert took < 50 * 0.1 / 2
+            assert duration < 50 * 0.1 / 2
 
             async def back() -> bool:
                 return bool(await cache.get("product:7", Source(None)) == "kept")
 
-            await eventually_async(back, within=PROBE_DELAY_S + 10, what="the cache is used again")
+            await eventually_async(back, within=PROBE_DELAY_S + 10, description="the cache is used again")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from abreast_sidecar.store.records import Finding
 from support import eventually_async
 from support_integrations import in_request
 from support_middleware import captured, sampled
-from support_pairs import outcomes, pair_of, running, send
+from support_pairs import outcomes, pair_of, run_worker, send
 
 PAIRS = 400
 
@@ -48,7 +48,7 @@ async def test_capture_contains_cache_lookups(redis_url: str) -> None:
         ("cache", "product", "hit"),
         ("cache", "price", "miss"),
     ]
-    assert all(0 <= at <= at + took <= capture.total_us for _, _, at, took, _ in capture.spans)
+    assert all(0 <= at <= at + duration_us <= capture.total_us for _, _, at, duration_us, _ in capture.spans)
 
 
 async def test_capture_without_cache_lookups_has_no_counts(redis_url: str) -> None:
@@ -61,43 +61,48 @@ async def test_capture_without_cache_lookups_has_no_counts(redis_url: str) -> No
     assert (capture.cache, capture.spans) == (None, ())
 
 
-async def compared(redis_url: str, postgres_url: str, old: float, new: float) -> list[Finding]:
+async def compare_cache(redis_url: str, postgres_url: str, old: float, new: float) -> list[Finding]:
     """Return the findings after requests of one lookup each, with these shares of misses."""
     dice = random.Random(1)
     for _ in range(PAIRS):
-        ours, theirs = pair_of()
+        old_capture, new_capture = pair_of()
         missed = [dice.random() < share for share in (old, new)]
-        counted = [
-            replace(one, cache=(int(not miss), int(miss))) for one, miss in zip((ours, theirs), missed, strict=True)
+        captures = [
+            replace(capture, cache=(int(not miss), int(miss)))
+            for capture, miss in zip((old_capture, new_capture), missed, strict=True)
         ]
-        send(redis_url, counted)
-    async with running(Settings(redis_url=redis_url, postgres_url=postgres_url, shutdown_timeout=5.0)):
+        send(redis_url, captures)
+    async with run_worker(Settings(redis_url=redis_url, postgres_url=postgres_url, shutdown_timeout=5.0)):
 
-        async def judged() -> bool:
+        async def is_decided() -> bool:
             return sum(outcomes(postgres_url).values()) == PAIRS
 
-        await eventually_async(judged, what="all pairs are in the ledger")
+        await eventually_async(is_decided, description="all pairs are in the ledger")
     database = Database(postgres_url)
     await database.open()
     async with database.connection() as connection:
         await detect_misses(connection)
-    found = await LedgerReader(database).list_findings(FindingFilter(), PageRequest(10))
+    page = await LedgerReader(database).list_findings(FindingFilter(), PageRequest(10))
     await database.close()
-    return list(found.rows)
+    return list(page.rows)
 
 
 async def test_detect_misses_finds_twice_as_many_misses(redis_url: str, postgres_url: str) -> None:
-    (found,) = await compared(redis_url, postgres_url, 0.25, 0.5)
+    (finding,) = await compare_cache(redis_url, postgres_url, 0.25, 0.5)
 
-    assert (format_place(to_message(pb.Finding, found)), found.kind, found.state) == ("cache misses", "changed", "real")
-    assert found.reason.startswith("new misses the cache 0.")
-    assert "misses a request became" in summarise_finding(found)
-    assert found.detail["new"] > 1.5 * found.detail["old"]
+    assert (format_place(to_message(pb.Finding, finding)), finding.kind, finding.state) == (
+        "cache misses",
+        "changed",
+        "real",
+    )
+    assert finding.reason.startswith("new misses the cache 0.")
+    assert "misses a request became" in summarise_finding(finding)
+    assert finding.detail["new"] > 1.5 * finding.detail["old"]
 
 
 @pytest.mark.parametrize(("old", "new"), [(0.3, 0.3), (0.5, 0.25), (0.0, 0.0)])
 async def test_detect_misses_ignores_equal_misses(redis_url: str, postgres_url: str, old: float, new: float) -> None:
-    assert await compared(redis_url, postgres_url, old, new) == []
+    assert await compare_cache(redis_url, postgres_url, old, new) == []
 
 
 async def test_span_adds_user_spans_to_capture(redis_url: str) -> None:

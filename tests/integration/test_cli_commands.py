@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -21,12 +22,13 @@ from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import traffic_pb2
 from abreast_sidecar.cli import COMMANDS, abreast
 from support import find_free_port
-from support_sidecar import Prepared, answers, envoy, serving, traffic
+from support_sidecar import Prepared, answers, cause, envoy, serving, traffic
 
 QUERIES = {
     "status": ["status"],
     "endpoints": ["endpoints"],
     "findings": ["findings"],
+    "findings of a cause": ["findings", "--cause", "12"],
     "finding": ["finding", "12"],
     "status of finding": ["finding", "12", "--expected", "--reason", "r"],
     "pairs": ["pairs"],
@@ -70,9 +72,9 @@ def test_commands_print_json(words: list[str], sidecar: tuple[str, Prepared]) ->
 def test_verdict_sends_budget_and_sets_exit_code(sidecar: tuple[str, Prepared]) -> None:
     words = "verdict --max-mismatch 0.1% --max-error 0.002 --confidence 99%"
     text, json_text = (run(*words.split(), "--address", sidecar[0], *extra) for extra in ([], ["--json"]))
-    budget = sidecar[1].asked[0].budget
+    budget = sidecar[1].requests[0].budget
 
-    assert (text.exit_code, json_text.exit_code) == (2, 2)
+    assert (text.exit_code, json_text.exit_code) == (10, 10)
     assert (budget.max_mismatch, budget.max_error, budget.confidence) == (0.001, 0.002, 0.99)
     assert not budget.HasField("max_slower")
     assert text.stdout.startswith("INCONCLUSIVE  shop")
@@ -80,7 +82,7 @@ def test_verdict_sends_budget_and_sets_exit_code(sidecar: tuple[str, Prepared]) 
 
 
 def test_json_keeps_proto_names_and_zeros(sidecar: tuple[str, Prepared]) -> None:
-    (finding,) = json.loads(run("findings", "--address", sidecar[0], "--json").stdout)["findings"]
+    (finding,) = json.loads(run("findings", "--each", "--address", sidecar[0], "--json").stdout)["findings"]
 
     assert finding["endpoint"] == {"service": "shop", "method": "GET", "route": "/products/{id}"}
     assert (finding["baseline_count"], finding["noise"], finding["kind"]) == ("0", False, "KIND_TYPE")
@@ -117,7 +119,7 @@ def test_silent_server_is_reported_in_one_line() -> None:
     ],
 )
 def test_status_codes_map_to_exit_codes(code: grpc.StatusCode, exit_code: int) -> None:
-    with serving(ListFindings=(code, "the reason")) as (address, _handler):
+    with serving(ListCauses=(code, "the reason")) as (address, _handler):
         result = run("findings", "--address", address)
 
     assert (result.exit_code, result.stderr.count("\n"), result.stdout) == (exit_code, 1, "")
@@ -125,7 +127,7 @@ def test_status_codes_map_to_exit_codes(code: grpc.StatusCode, exit_code: int) -
 
 def test_unimplemented_call_names_other_version() -> None:
     with serving() as (address, handler):
-        del handler.table["ListFindings"]
+        del handler.table["ListCauses"]
         result = run("findings", "--address", address)
 
     assert (result.exit_code, "check that it is a sidecar of the same version" in result.stderr) == (5, True)
@@ -134,7 +136,7 @@ def test_unimplemented_call_names_other_version() -> None:
 def test_findings_sends_filters(sidecar: tuple[str, Prepared]) -> None:
     words = "findings --service shop --method get --route /a --part body --kind type --kind order --impact breaking"
     run(*words.split(), "--noise", "--since", "2026-01-01T00:00Z", "--limit", "7", "--address", sidecar[0])
-    (request,) = sidecar[1].asked
+    (request,) = sidecar[1].requests
 
     assert (request.service, request.method, request.route, request.page_size) == ("shop", "GET", "/a", 7)
     assert (request.parts, request.kinds) == ([common.PART_BODY], [common.KIND_TYPE, common.KIND_ORDER])
@@ -145,15 +147,15 @@ def test_findings_sends_filters(sidecar: tuple[str, Prepared]) -> None:
 def test_window_that_ends_before_its_start_is_rejected(sidecar: tuple[str, Prepared]) -> None:
     result = run("status", "--since", "1h", "--until", "2h", "--address", sidecar[0])
 
-    assert (result.exit_code, sidecar[1].asked) == (2, [])
+    assert (result.exit_code, sidecar[1].requests) == (2, [])
 
 
 def test_list_follows_pages_up_to_limit() -> None:
     page = api.ListFindingsResponse(findings=[api.Finding(id=1)], next_page_token="more")
     with serving(ListFindings=page) as (address, handler):
-        result = run("findings", "--limit", "2500", "--json", "--address", address)
+        result = run("findings", "--each", "--limit", "2500", "--json", "--address", address)
 
-    assert [(request.page_size, request.page_token) for request in handler.asked] == [
+    assert [(request.page_size, request.page_token) for request in handler.requests] == [
         (1000, ""),
         (1000, "more"),
         (500, "more"),
@@ -161,18 +163,33 @@ def test_list_follows_pages_up_to_limit() -> None:
     assert json.loads(result.stdout)["next_page_token"] == "more"
 
 
+@pytest.mark.parametrize("options", [[], ["--each"]])
 @pytest.mark.parametrize(("findings", "exit_code"), [([api.Finding(id=1)], 1), ([], 0)])
-def test_findings_exit_code_reports_findings(findings: list[api.Finding], exit_code: int) -> None:
-    with serving(ListFindings=api.ListFindingsResponse(findings=findings)) as (address, _handler):
-        result = run("findings", "--exit-code", "--address", address)
+def test_findings_exit_code_reports_findings(findings: list[api.Finding], exit_code: int, options: list[str]) -> None:
+    responses = {
+        "ListFindings": api.ListFindingsResponse(findings=findings),
+        "ListCauses": api.ListCausesResponse(causes=[api.Cause(lead=finding) for finding in findings]),
+    }
+    with serving(**responses) as (address, _handler):
+        result = run("findings", "--exit-code", *options, "--address", address)
 
     assert result.exit_code == exit_code
+
+
+def test_findings_prints_causes_and_the_number_of_others() -> None:
+    page = api.ListCausesResponse(causes=[cause()], next_page_token="more", total_size=61, finding_count=1802)
+    with serving(ListCauses=page) as (address, _handler):
+        result = run("findings", "--limit", "1", "--address", address)
+
+    assert "number → string" in result.stdout
+    assert "61 causes of 1,802 findings; 60 more not shown: raise --limit, or add a filter" in result.stdout
+    assert "abreast findings --cause 12" in result.stdout
 
 
 def test_traffic_set_accepts_percent_and_fraction(sidecar: tuple[str, Prepared]) -> None:
     words = ["traffic", "set", "--new", "25%", "--sample-safe", "0.5", "--sample-unsafe", "0", "--reason"]
     run(*words, "first users", "--actor", "ann", "--address", sidecar[0])
-    request = sidecar[1].asked[-1]
+    request = sidecar[1].requests[-1]
 
     assert (request.new_share, request.sample_safe, request.sample_unsafe) == (0.25, 0.5, 0.0)
     assert not request.HasField("baseline_share")
@@ -186,14 +203,15 @@ def test_traffic_set_accepts_percent_and_fraction(sidecar: tuple[str, Prepared])
 def test_traffic_set_rejects_invalid_shares(words: list[str], sidecar: tuple[str, Prepared]) -> None:
     result = run("traffic", "set", *words, "--address", sidecar[0])
 
-    assert (result.exit_code, sidecar[1].asked) == (2, [])
+    assert (result.exit_code, sidecar[1].requests) == (2, [])
 
 
 @pytest.mark.parametrize(
     ("envoys", "expected"),
     [
         ([], "no Envoy is connected"),
-        ([envoy(7)], "1 of 1 Envoys have not confirmed it yet"),
+        ([traffic_pb2.EnvoyStatus(node="edge-1", acknowledged_version=7)], "1 of 1 Envoys have not confirmed it yet"),
+        ([traffic_pb2.EnvoyStatus(node="edge-1", acknowledged_version=8)], "1 of 1"),
         ([envoy(8, error="no")], "1 of 1"),
     ],
 )
@@ -212,7 +230,7 @@ def test_rollback_needs_no_reason_and_sends_one_request() -> None:
         result = run("rollback", "--address", address)
 
     assert result.exit_code == 0
-    assert [type(request).__name__ for request in handler.asked] == ["RollbackRequest"]
+    assert [type(request).__name__ for request in handler.requests] == ["RollbackRequest"]
 
 
 def test_rollback_fails_if_ledger_has_not_recorded_it() -> None:
@@ -231,7 +249,10 @@ def test_rollback_without_sidecar_prints_override_in_envoy() -> None:
     result = run("rollback", "--address", "127.0.0.1:1", "--timeout", "2")
 
     assert result.exit_code == 3
-    assert "runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0" in result.stderr
+    assert (
+        "runtime_modify?abreast.weight.old=10000&abreast.weight.new_or_old=0&abreast.weight.drilled_or_old=0'"
+        in result.stderr
+    )
 
 
 def test_status_works_without_traffic_settings() -> None:
@@ -239,6 +260,15 @@ def test_status_works_without_traffic_settings() -> None:
         result = run("status", "--json", "--address", address)
 
     assert json.loads(result.stdout)["traffic"] is None
+
+
+@pytest.mark.parametrize("command", ["status", "traffic"])
+def test_status_and_traffic_print_warnings(command: str) -> None:
+    response = traffic_pb2.GetTrafficResponse(traffic=traffic(8, new_share=0.0), warnings=["Postgres lacks version 7"])
+    with serving(GetTraffic=response) as (address, _handler):
+        result = run(command, "--address", address)
+
+    assert (result.exit_code, "Postgres lacks version 7" in result.stdout) == (0, True)
 
 
 def test_address_is_read_from_environment(sidecar: tuple[str, Prepared]) -> None:
@@ -291,10 +321,10 @@ def test_help_imports_no_command() -> None:
         "except SystemExit: pass\n"
         "print([m for m in sys.modules if m.partition('.')[0] in ('grpc', 'rich', 'google', 'psycopg', 'redis')])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
 
-    assert done.stdout.splitlines()[-1] == "[]"
-    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+    assert process.stdout.splitlines()[-1] == "[]"
+    assert all(f"  {name} " in process.stdout for name in COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -302,6 +332,24 @@ def test_every_command_has_help(name: str) -> None:
     result = run(name, "--help")
 
     assert (result.exit_code, result.stderr) == (0, "")
+
+
+def test_completion_script_completes_in_bash() -> None:
+    script = "source <(abreast completion bash); COMP_WORDS=(abreast findings --impact b); COMP_CWORD=3; _abreast_completion abreast"
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", "-c", f"{script}; echo ${{COMPREPLY[@]}}"]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+
+    assert process.stdout.split() == ["breaking"]
+
+
+@pytest.mark.parametrize(
+    ("shell", "sign"), [("zsh", "#compdef abreast"), ("fish", "complete --no-files --command abreast")]
+)
+def test_completion_knows_other_shells(shell: str, sign: str) -> None:
+    result = run("completion", shell)
+
+    assert (result.exit_code, sign in result.stdout, "_ABREAST_COMPLETE=" in result.stdout) == (0, True, True)
 
 
 def test_doctor_reports_each_part_that_is_down() -> None:

@@ -35,16 +35,16 @@ def wrapped(app: ASGIApp, **settings: Any) -> ParallelRunMiddleware:
 
 async def contexts_during_and_after(app: ASGIApp, scope: Any) -> tuple[abreast.RequestContext, abreast.RequestContext]:
     """Return the context in the app, and the context of the caller after the request."""
-    seen: list[abreast.RequestContext] = []
+    contexts: list[abreast.RequestContext] = []
 
     async def looking(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(abreast.current())
+        contexts.append(abreast.current())
         await app(scope, receive, send)
 
     middleware = wrapped(looking)
     await call(middleware, scope)
     await middleware.aclose()
-    return seen[0], abreast.current()
+    return contexts[0], abreast.current()
 
 
 async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -54,10 +54,10 @@ async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
 
 @pytest.mark.parametrize(("role", "shadow"), [("live", False), ("shadow", True), ("baseline", True)])
 async def test_context_has_version_role_pair_and_release(role: Role, shadow: bool) -> None:
-    seen: list[abreast.RequestContext] = []
+    contexts: list[abreast.RequestContext] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(abreast.current())
+        contexts.append(abreast.current())
         assert abreast.is_shadow() is shadow
         await answer(scope, receive, send)
 
@@ -65,9 +65,9 @@ async def test_context_has_version_role_pair_and_release(role: Role, shadow: boo
     await call(middleware, http_scope(headers=marks("pair-1", version="new", role=role)))
     await middleware.aclose()
 
-    (now,) = seen
-    assert (now.version, now.role, now.pair, now.release) == ("new", role, "pair-1", "r7")
-    assert (now.is_shadow, now.is_captured) == (shadow, True)
+    (context,) = contexts
+    assert (context.version, context.role, context.pair, context.release) == ("new", role, "pair-1", "r7")
+    assert (context.is_shadow, context.is_captured) == (shadow, True)
 
 
 async def test_context_outside_of_a_sampled_request_is_live() -> None:
@@ -206,18 +206,18 @@ async def test_context_reaches_tasks_threads_handlers_and_mounts(path: str, betw
 
 
 async def test_background_task_of_a_shadow_stays_a_shadow_after_the_request() -> None:
-    seen: dict[str, bool] = {}
+    roles: dict[str, bool] = {}
     done = asyncio.Event()
 
     async def later() -> None:
         await done.wait()
-        seen["task"] = abreast.is_shadow()
+        roles["task"] = abreast.is_shadow()
 
     def in_thread() -> None:
-        seen["thread"] = abreast.is_shadow()
+        roles["thread"] = abreast.is_shadow()
 
     async def in_loop() -> None:
-        seen["background"] = abreast.is_shadow()
+        roles["background"] = abreast.is_shadow()
 
     tasks = []
 
@@ -231,7 +231,7 @@ async def test_background_task_of_a_shadow_stays_a_shadow_after_the_request() ->
     await tasks[0]
     await middleware.aclose()
 
-    assert seen == {"background": True, "thread": True, "task": True}
+    assert roles == {"background": True, "thread": True, "task": True}
 
 
 async def test_call_within_the_process_keeps_the_context_of_its_caller() -> None:
@@ -256,10 +256,10 @@ async def test_call_within_the_process_keeps_the_context_of_its_caller() -> None
 
 
 async def test_inner_middleware_keeps_the_context() -> None:
-    seen: list[abreast.RequestContext] = []
+    contexts: list[abreast.RequestContext] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        seen.append(abreast.current())
+        contexts.append(abreast.current())
         await answer(scope, receive, send)
 
     inner = wrapped(app, service="other")
@@ -275,7 +275,7 @@ async def test_inner_middleware_keeps_the_context() -> None:
     await call(outer, sampled(role="shadow"))
     await outer.aclose()
 
-    first, second = seen
+    first, second = contexts
     assert first is second
     assert first.is_captured
 
@@ -325,9 +325,9 @@ async def test_request_does_not_inherit_the_context_of_its_connection(
         for number in range(2):
             writer.write(shadow + request({}) if pipelined else shadow)
             if not pipelined:
-                await eventually_async(_count(app, 2 * number + 1), what="the shadow is answered")
+                await eventually_async(_count(app, 2 * number + 1), description="the shadow is answered")
                 writer.write(request({}))
-            await eventually_async(_count(app, 2 * number + 2), what="both are answered")
+            await eventually_async(_count(app, 2 * number + 2), description="both are answered")
         writer.close()
         assert await reader.read(15) == b"HTTP/1.1 200 OK"
 
@@ -347,6 +347,6 @@ async def test_mounted_app_has_the_same_answer() -> None:
         return JSONResponse(abreast.is_shadow())
 
     app = Starlette(routes=[Mount("/shop", Starlette(routes=[Route("/home", home)]))])
-    sent, _ = await call(wrapped(app), sampled("/shop/home", role="shadow"))
+    messages, _ = await call(wrapped(app), sampled("/shop/home", role="shadow"))
 
-    assert sent[1]["body"] == b"true"
+    assert messages[1]["body"] == b"true"

@@ -18,7 +18,7 @@ from abreast_sidecar.client.output import to_printable
 @asynccontextmanager
 async def listening() -> AsyncIterator[tuple[str, asyncio.Future[bytes]]]:
     """Yield an address, and the bytes of the one request that arrives there."""
-    arrived: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    request: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -27,16 +27,16 @@ async def listening() -> AsyncIterator[tuple[str, asyncio.Future[bytes]]]:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
         await writer.drain()
         writer.close()
-        arrived.set_result(head + body)
+        request.set_result(head + body)
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", arrived
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", request
 
 
-async def sent(detail: api.PairDetail) -> tuple[str, list[str], bytes]:
+async def send_curl(detail: api.PairDetail) -> tuple[str, list[str], bytes]:
     """Return request line, header lines and body, as a server gets them when the line is pasted."""
-    async with listening() as (address, arrived):
+    async with listening() as (address, request):
         line, lacks = build_curl_line(detail)
         assert not lacks
         # a person copies the printed line
@@ -48,7 +48,7 @@ async def sent(detail: api.PairDetail) -> tuple[str, list[str], bytes]:
         )
         _, errors = await asyncio.wait_for(process.communicate(), 20)
         assert process.returncode == 0, errors.decode()
-        head, _, body = (await asyncio.wait_for(arrived, 5)).partition(b"\r\n\r\n")
+        head, _, body = (await asyncio.wait_for(request, 5)).partition(b"\r\n\r\n")
     first, *headers = head.decode("latin-1").split("\r\n")
     return first, headers, body
 
@@ -56,17 +56,17 @@ async def sent(detail: api.PairDetail) -> tuple[str, list[str], bytes]:
 def detail(
     method: str = "GET", target: str = "/", body: bytes = b"", headers: tuple[tuple[str, str], ...] = ()
 ) -> api.PairDetail:
-    made = api.PairDetail(
+    pair_detail = api.PairDetail(
         request_body=body, request_headers=[common.Header(name=name, value=value) for name, value in headers]
     )
-    made.pair.endpoint.method = method
-    made.pair.request = target
-    return made
+    pair_detail.pair.endpoint.method = method
+    pair_detail.pair.request = target
+    return pair_detail
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PURGE"])
 async def test_curl_line_sends_method(method: str) -> None:
-    assert (await sent(detail(method)))[0] == f"{method} / HTTP/1.1"
+    assert (await send_curl(detail(method)))[0] == f"{method} / HTTP/1.1"
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,13 @@ async def test_curl_line_sends_method(method: str) -> None:
         "/back\\slash;semi|pipe?a=1&b=2&amp;c",
         "/~user/caf%C3%A9",
         "/?q=%s%d",
+        "//127.0.0.1:1/x",
+        "/@127.0.0.1:1/x",
+        "/\\\\127.0.0.1:1",
     ],
 )
 async def test_curl_line_sends_target(target: str) -> None:
-    assert (await sent(detail(target=target)))[0] == f"GET {target} HTTP/1.1"
+    assert (await send_curl(detail(target=target)))[0] == f"GET {target} HTTP/1.1"
 
 
 @pytest.mark.parametrize(
@@ -100,16 +103,16 @@ async def test_curl_line_sends_target(target: str) -> None:
     ],
 )
 async def test_curl_line_sends_body(body: bytes) -> None:
-    made = detail("PUT", "/x", body, (("content-type", "application/json"),))
-    first, headers, arrived = await sent(made)
+    pair_detail = detail("PUT", "/x", body, (("content-type", "application/json"),))
+    first, headers, content = await send_curl(pair_detail)
 
-    assert (first, arrived) == ("PUT /x HTTP/1.1", body)
+    assert (first, content) == ("PUT /x HTTP/1.1", body)
     assert "content-type: application/json" in headers
 
 
 async def test_curl_line_sends_exactly_the_captured_headers() -> None:
-    given = (("accept", 'text/*; q="0.5", $HOME'), ("if-none-match", '"it\'s"'), ("x-empty", ""))
-    _, headers, _ = await sent(detail("POST", "/", b"{}", given))
+    request_headers = (("accept", 'text/*; q="0.5", $HOME'), ("if-none-match", '"it\'s"'), ("x-empty", ""))
+    _, headers, _ = await send_curl(detail("POST", "/", b"{}", request_headers))
 
     assert {'accept: text/*; q="0.5", $HOME', 'if-none-match: "it\'s"', "x-empty:"} <= {
         line.strip() for line in headers
@@ -118,14 +121,20 @@ async def test_curl_line_sends_exactly_the_captured_headers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "lack"),
+    ("pair_detail", "lack"),
     [
         (detail(headers=(("authorization", "hmac:00"),)), "its authorization (a secret; only its hash is stored)"),
         (detail(headers=(("x-name", "Zoë"),)), "its x-name (contains characters that the line can't hold; see --json)"),
         (detail("POST", body=b"\0"), "its body (1 bytes; see --json)"),
         (detail("POST", body=b"x" * 5000), "its body (5000 bytes; see --json)"),
+        (
+            detail(headers=(("@/etc/hostname", "x"),)),
+            "its @/etc/hostname (contains characters that the line can't hold; see --json)",
+        ),
+        (detail(target="@127.0.0.1:24211/x"), "its target (no path; see --json)"),
+        (detail(target="http://127.0.0.1/x"), "its target (no path; see --json)"),
         (detail("HEAD", body=b"{}"), "its body (2 bytes; see --json)"),
     ],
 )
-def test_curl_line_reports_omitted_parts(made: api.PairDetail, lack: str) -> None:
-    assert build_curl_line(made)[1] == [lack]
+def test_curl_line_reports_omitted_parts(pair_detail: api.PairDetail, lack: str) -> None:
+    assert build_curl_line(pair_detail)[1] == [lack]

@@ -185,7 +185,7 @@ def test_versions_have_the_same_routes_through_mount_and_router(shops: Shops) ->
 
     with redis.Redis.from_url(shops.redis_url) as client:
         ready = Keys("shop", 0).ready
-        eventually(lambda: client.xlen(ready) == 1, what="the pair is joined")
+        eventually(lambda: client.xlen(ready) == 1, description="the pair is joined")
         ((_id, fields),) = client.xrange(ready)
     captures = [decode(blob) for field, blob in fields.items() if field.count(b":") == 2]
     assert [compare_pair(captures, CompareOptions()).route] == ["/catalogue/categories/{slug}"]

@@ -16,8 +16,7 @@ from starlette.routing import Route
 
 import abreast
 from abreast import ParallelRunMiddleware
-from abreast.export.redaction import HASH_PREFIX
-from abreast.protocol.capture import Capture
+from abreast.protocol.capture import HASH_PREFIX, Capture
 from abreast.protocol.join import reports_key
 from support import eventually_async
 from support_middleware import call, captured, captures, sampled
@@ -54,21 +53,21 @@ async def test_capture_contains_effects_with_hashed_secrets(redis_url: str) -> N
 
 async def test_capture_waits_for_background_tasks_up_to_effect_wait(redis_url: str) -> None:
     """The process continues, so that no shutdown flushes the queue."""
-    go, gone = asyncio.Event(), asyncio.Event()
+    release, finished = asyncio.Event(), asyncio.Event()
 
     async def later() -> None:
         abreast.record("email.send", 1)
-        await go.wait()
+        await release.wait()
         abreast.record("email.send", 2)
-        gone.set()
+        finished.set()
 
     middleware = ParallelRunMiddleware(shop(later), service="shop", redis_url=redis_url, effect_wait=0.3)
-    began = time.monotonic()
+    start = time.monotonic()
     request = asyncio.create_task(call(middleware, sampled()))
-    await eventually_async(lambda: there(redis_url), what="the capture is sent")
-    waited = time.monotonic() - began
-    go.set()
-    await gone.wait()
+    await eventually_async(lambda: has_capture(redis_url), description="the capture is sent")
+    waited = time.monotonic() - start
+    release.set()
+    await finished.wait()
     await request
     await middleware.aclose()
     (capture,) = await captures(redis_url)
@@ -88,7 +87,7 @@ async def test_capture_leaves_once_background_tasks_ended(redis_url: str) -> Non
         shop(later), service="shop", redis_url=redis_url, effect_wait=20, pair_timeout=60
     )
     await call(middleware, sampled())
-    await eventually_async(lambda: there(redis_url), within=5, what="the capture is sent")
+    await eventually_async(lambda: has_capture(redis_url), within=5, description="the capture is sent")
     (capture,) = await captures(redis_url)
     await middleware.aclose()
 
@@ -103,7 +102,7 @@ async def test_shutdown_does_not_wait_for_background_tasks(redis_url: str) -> No
         shop(later), service="shop", redis_url=redis_url, effect_wait=60, pair_timeout=200
     )
     request = asyncio.create_task(call(middleware, sampled()))
-    await eventually_async(lambda: has_queued(middleware), what="the answer is complete")
+    await eventually_async(lambda: has_queued(middleware), description="the answer is complete")
     await middleware.aclose()
     (capture,) = await captures(redis_url)
     request.cancel()
@@ -122,7 +121,7 @@ async def test_queue_accounts_for_bytes_of_effects() -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url="redis://127.0.0.1:1/0", queue_bytes=40_000)
     await call(middleware, sampled())
     first = middleware.queue.bytes
-    await eventually_async(lambda: has_queued(middleware), what="the capture is queued")
+    await eventually_async(lambda: has_queued(middleware), description="the capture is queued")
     settled = middleware.queue.bytes
     await call(middleware, sampled())
     await middleware.aclose()
@@ -133,7 +132,7 @@ async def test_queue_accounts_for_bytes_of_effects() -> None:
     assert middleware.queue.bytes == 0
 
 
-async def there(url: str) -> bool:
+async def has_capture(url: str) -> bool:
     return len(await captures(url)) == 1
 
 

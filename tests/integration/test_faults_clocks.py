@@ -22,7 +22,7 @@ from abreast.protocol.join import Limits
 from abreast.v1 import rollout_pb2 as pb
 from abreast.v1 import rollout_pb2_grpc, traffic_pb2, traffic_pb2_grpc
 from abreast_sidecar.ingest.stream import StreamConsumer
-from abreast_sidecar.jobs.streams import expire_incomplete_pairs
+from abreast_sidecar.jobs.retention import expire_incomplete_pairs
 from abreast_sidecar.redis_client import connect_redis, list_shards
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
@@ -31,7 +31,7 @@ from abreast_sidecar.store.writer import PairWriter
 from support import eventually_async
 from support_clock import Clock, postgres_by, redis_by
 from support_load import Load, complete, empty, loading
-from support_pairs import capture, judged, one, outcomes, pair_of, running, send, stats
+from support_pairs import capture, make_record, outcomes, pair_of, query_value, run_worker, send, stats
 from support_replica import Replica, replica
 
 pytestmark = pytest.mark.clocks
@@ -80,17 +80,17 @@ class Parts:
     def url(self) -> str:
         return self.postgres.url()
 
-    async def more(self) -> None:
+    async def wait_for_pairs(self) -> None:
         """Pairs came to the ledger meanwhile."""
         before = self.pairs()
 
         async def came() -> bool:
             return self.pairs() >= before + SOME
 
-        await eventually_async(came, what=f"{SOME} more pairs")
+        await eventually_async(came, description=f"{SOME} more pairs")
 
     def pairs(self) -> int:
-        return int(one(self.url, "select count(*) from abreast.pair"))
+        return int(query_value(self.url, "select count(*) from abreast.pair"))
 
 
 @contextmanager
@@ -108,65 +108,65 @@ async def seed(url: str, load: Load) -> None:
     ledger = PairWriter(url, examples_per_finding=3)
     for age in AGES:
         pair = str(uuid.uuid4())
-        await ledger.write([judged(pair=pair, at=int(time.time() * 1000) - age * DAY)])
+        await ledger.write([make_record(pair=pair, at=int(time.time() * 1000) - age * DAY)])
         load.pairs[pair] = False
     await ledger.close()
 
 
-async def jumps(clock: Clock, at: Parts, folder: Path, load: Load, *, sidecar: Clock | None = None) -> None:
+async def jumps(clock: Clock, servers: Parts, folder: Path, load: Load, *, sidecar: Clock | None = None) -> None:
     """During each, and after it, pairs come. A sidecar begins in the widest: its first act is to look for days that are over."""
     for offset in JUMPS:
         clock.jump(offset)
-        await at.more()
+        await servers.wait_for_pairs()
         if offset == "+400d":
-            with replica(at.redis.url, at.url, folder / "another", clock=sidecar):
-                await at.more()
+            with replica(servers.redis.url, servers.url, folder / "another", clock=sidecar):
+                await servers.wait_for_pairs()
         clock.jump("+0")
-        await at.more()
+        await servers.wait_for_pairs()
     load.over = True
 
 
 def of_now(url: str) -> None:
     """No pair is of a time to come, where windows would not find it."""
     late = "select count(*) from abreast.pair where at > now() + interval '6 minutes'"
-    assert one(url, late) == 0
+    assert query_value(url, late) == 0
 
 
 @pytest.mark.parametrize("server", ["redis", "postgres"])
 async def test_clock_jump_of_a_server_loses_nothing(tmp_path: Path, server: str) -> None:
-    with Clock() as clock, parts(**{server: clock}) as at:
-        load = Load(at.redis.url)
-        await seed(at.url, load)
-        with replica(at.redis.url, at.url, tmp_path / "all"):
+    with Clock() as clock, parts(**{server: clock}) as servers:
+        load = Load(servers.redis.url)
+        await seed(servers.url, load)
+        with replica(servers.redis.url, servers.url, tmp_path / "all"):
             async with loading(load, MOST):
-                await jumps(clock, at, tmp_path, load)
-            await complete(at.url, load)
-            await empty(at.redis.url)
-        of_now(at.url)
+                await jumps(clock, servers, tmp_path, load)
+            await complete(servers.url, load)
+            await empty(servers.redis.url)
+        of_now(servers.url)
 
 
 async def test_clock_jump_of_a_sidecar_loses_nothing(tmp_path: Path) -> None:
-    with Clock() as clock, parts() as at:
-        load = Load(at.redis.url)
-        await seed(at.url, load)
-        with replica(at.redis.url, at.url, tmp_path / "all", clock=clock):
+    with Clock() as clock, parts() as servers:
+        load = Load(servers.redis.url)
+        await seed(servers.url, load)
+        with replica(servers.redis.url, servers.url, tmp_path / "all", clock=clock):
             async with loading(load, MOST):
-                await jumps(clock, at, tmp_path, load, sidecar=clock)
-            await complete(at.url, load)
-            await empty(at.redis.url)
-        of_now(at.url)
+                await jumps(clock, servers, tmp_path, load, sidecar=clock)
+            await complete(servers.url, load)
+            await empty(servers.redis.url)
+        of_now(servers.url)
 
 
 async def test_clock_jump_of_a_service_loses_nothing(tmp_path: Path) -> None:
-    with Clock() as clock, parts() as at:
-        load = Load(at.redis.url)
-        await seed(at.url, load)
-        with replica(at.redis.url, at.url, tmp_path / "all"):
-            async with service(at.redis.url, clock) as process, asking(process, load):
-                await jumps(clock, at, tmp_path, load)
-                await complete(at.url, load)
-            await empty(at.redis.url)
-        of_now(at.url)
+    with Clock() as clock, parts() as servers:
+        load = Load(servers.redis.url)
+        await seed(servers.url, load)
+        with replica(servers.redis.url, servers.url, tmp_path / "all"):
+            async with service(servers.redis.url, clock) as process, asking(process, load):
+                await jumps(clock, servers, tmp_path, load)
+                await complete(servers.url, load)
+            await empty(servers.redis.url)
+        of_now(servers.url)
 
 
 @asynccontextmanager
@@ -206,19 +206,19 @@ async def asking(process: asyncio.subprocess.Process, load: Load) -> AsyncIterat
 
 
 async def test_incomplete_pair_expires_after_redis_clock_is_set_back(tmp_path: Path) -> None:
-    with Clock() as clock, parts(redis=clock) as at:
-        await migrate(at.url)
-        with replica(at.redis.url, at.url, tmp_path / "all"):
+    with Clock() as clock, parts(redis=clock) as servers:
+        await migrate(servers.url)
+        with replica(servers.redis.url, servers.url, tmp_path / "all"):
             clock.jump("+400d")
-            send(at.redis.url, [capture("alone", "old")], bounds=Limits(wait_ms=1500))
-            looked = stats(at.redis.url).get("looked", 0)
+            send(servers.redis.url, [capture("alone", "old")], bounds=Limits(wait_ms=1500))
+            expiry_count = stats(servers.redis.url).get("looked", 0)
 
             async def swept() -> bool:
-                return stats(at.redis.url).get("looked", 0) > looked + DAY
+                return stats(servers.redis.url).get("looked", 0) > expiry_count + DAY
 
-            await eventually_async(swept, what="a sweep by the wrong clock")
+            await eventually_async(swept, description="a sweep by the wrong clock")
             clock.jump("+0")
-            await eventually_async(lambda: lone(at.url), what="the pair is swept")
+            await eventually_async(lambda: lone(servers.url), description="the pair is swept")
 
 
 async def lone(url: str) -> bool:
@@ -226,20 +226,20 @@ async def lone(url: str) -> bool:
 
 
 async def test_abandoned_entries_are_claimed_after_redis_clock_is_set_back() -> None:
-    with Clock() as clock, parts(redis=clock) as at:
-        await migrate(at.url)
+    with Clock() as clock, parts(redis=clock) as servers:
+        await migrate(servers.url)
         clock.jump("+400d")
-        send(at.redis.url, pair_of())
-        dead = StreamConsumer(at.redis.url, name="dead", batch_size=10, claim_idle_s=60)
+        send(servers.redis.url, pair_of())
+        dead = StreamConsumer(servers.redis.url, name="dead", batch_size=10, claim_idle_s=60)
         assert len(await dead.read()) == 1
-        client = connect_redis(at.redis.url)
+        client = connect_redis(servers.redis.url)
         (keys,) = await list_shards(client)
         await expire_incomplete_pairs(client, keys)
         clock.jump("+0")
         await expire_incomplete_pairs(client, keys)
-        settings = Settings(redis_url=at.redis.url, postgres_url=at.url, claim_idle=0.5)
-        async with running(settings):
-            await eventually_async(lambda: matched(at.url), what="the pair is in the ledger")
+        settings = Settings(redis_url=servers.redis.url, postgres_url=servers.url, claim_idle=0.5)
+        async with run_worker(settings):
+            await eventually_async(lambda: matched(servers.url), description="the pair is in the ledger")
         await client.aclose()
         await dead.close()
 
@@ -249,60 +249,60 @@ async def matched(url: str) -> bool:
 
 
 async def test_guard_ignores_old_evidence_with_postgres_clock_behind(tmp_path: Path) -> None:
-    with Clock() as clock, parts(postgres=clock) as at:
-        await seed(at.url, Load(at.redis.url))
-        with replica(at.redis.url, at.url, tmp_path / "all") as found:
-            await guarded(found, at)
-            wrong(at, dt.timedelta(minutes=30))
+    with Clock() as clock, parts(postgres=clock) as servers:
+        await seed(servers.url, Load(servers.redis.url))
+        with replica(servers.redis.url, servers.url, tmp_path / "all") as sidecar:
+            await guarded(sidecar, servers)
+            wrong(servers, dt.timedelta(minutes=30))
             clock.jump("-1h")
-            await ledger_goes_on(at)
-            await looked(at)
-            assert one(at.url, "select new_share from abreast.traffic") == 5000
+            await ledger_goes_on(servers)
+            await wait_for_look(servers)
+            assert query_value(servers.url, "select new_share from abreast.traffic") == 5000
 
-            wrong(at, dt.timedelta())
-            await eventually_async(lambda: back(at), what="the guard rolls back")
+            wrong(servers, dt.timedelta())
+            await eventually_async(lambda: back(servers), description="the guard rolls back")
 
 
-async def guarded(found: Replica, at: Parts) -> None:
+async def guarded(sidecar: Replica, servers: Parts) -> None:
     """Half of the users have been on new for two hours."""
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{found.port}") as channel:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{sidecar.port}") as channel:
         half = traffic_pb2.UpdateTrafficRequest(new_share=0.5, actor="ada", reason="x", wait=Duration())
         await traffic_pb2_grpc.TrafficServiceStub(channel).UpdateTraffic(half)
         policy = pb.GuardPolicy(mode=pb.GUARD_MODE_ACTING)
-        asked = pb.SetGuardRequest(policy=policy, actor="ada", reason="x")
-        await rollout_pb2_grpc.RolloutServiceStub(channel).SetGuard(asked)
-    with psycopg.connect(at.url) as admin:
+        request = pb.SetGuardRequest(policy=policy, actor="ada", reason="x")
+        await rollout_pb2_grpc.RolloutServiceStub(channel).SetGuard(request)
+    with psycopg.connect(servers.url) as admin:
         admin.execute("update abreast.guard set since = since - interval '2 hours'")
         admin.execute("update abreast.traffic_event set at = at - interval '2 hours'")
         admin.execute("update abreast.traffic set version = version + 1")  # so that it is read again
 
 
-def wrong(at: Parts, ago: dt.timedelta) -> None:
+def wrong(servers: Parts, ago: dt.timedelta) -> None:
     """Users' requests that old had to answer for new."""
-    with psycopg.connect(at.url) as admin:
+    with psycopg.connect(servers.url) as admin:
         admin.execute(ERRORS.encode(), (dt.datetime.now(dt.UTC) - ago,))
 
 
-async def ledger_goes_on(at: Parts) -> None:
-    before = at.pairs()
-    send(at.redis.url, pair_of())
+async def ledger_goes_on(servers: Parts) -> None:
+    before = servers.pairs()
+    send(servers.redis.url, pair_of())
 
     async def came() -> bool:
-        return at.pairs() > before
+        return servers.pairs() > before
 
-    await eventually_async(came, what="one more pair")
+    await eventually_async(came, description="one more pair")
 
 
-async def looked(at: Parts) -> None:
+async def wait_for_look(servers: Parts) -> None:
     """Wait until the guard has evaluated twice."""
     for _ in range(2):
-        before = one(at.url, "select checked_at from abreast.guard")
+        before = query_value(servers.url, "select checked_at from abreast.guard")
 
-        async def again(before: object = before) -> bool:
-            return bool(one(at.url, "select checked_at from abreast.guard") != before)
+        async def has_looked_again(before: object = before) -> bool:
+            return bool(query_value(servers.url, "select checked_at from abreast.guard") != before)
 
-        await eventually_async(again, what="the guard looks")
+        await eventually_async(has_looked_again, description="the guard looks")
 
 
-async def back(at: Parts) -> bool:
-    return bool(one(at.url, "select rolled_back from abreast.traffic"))
+async def back(servers: Parts) -> bool:
+    return bool(query_value(servers.url, "select rolled_back from abreast.traffic"))

@@ -17,10 +17,11 @@ import pytest
 from abreast_sidecar.ingest.worker import Worker
 from abreast_sidecar.settings import Settings
 from abreast_sidecar.stack.servers import PostgresServer
+from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.migrate import migrate
 from support import eventually_async
 from support_load import Load, complete, empty, loading, stopped
-from support_pairs import one, pair_of, rows, running, send
+from support_pairs import pair_of, query_value, rows, run_worker, send
 
 pytestmark = pytest.mark.postgres
 
@@ -56,22 +57,22 @@ def end_workers(url: str) -> None:
 
 async def some_rows(url: str) -> None:
     async def some() -> bool:
-        return bool(one(url, "select count(*) from abreast.pair"))
+        return bool(query_value(url, "select count(*) from abreast.pair"))
 
-    await eventually_async(some, what="the first rows")
+    await eventually_async(some, description="the first rows")
 
 
 async def test_frozen_postgres_loses_nothing(redis_url: str) -> None:
     load = Load(redis_url)
     with server() as postgres:
         await migrate(postgres.url())
-        async with running(settings(redis_url, postgres)), loading(load, PAIRS):
+        async with run_worker(settings(redis_url, postgres)), loading(load, PAIRS):
             await some_rows(postgres.url())
             with ExitStack() as stack:
                 for pid in processes(postgres):
                     stack.enter_context(stopped(pid))
                 await asyncio.sleep(AWAY)  # the fault itself
-        async with running(settings(redis_url, postgres)):
+        async with run_worker(settings(redis_url, postgres)):
             await complete(postgres.url(), load)
             await empty(redis_url)
 
@@ -80,14 +81,14 @@ async def test_killed_postgres_loses_nothing(redis_url: str) -> None:
     load = Load(redis_url)
     with server("synchronous_commit=on") as postgres:
         await migrate(postgres.url())
-        async with running(settings(redis_url, postgres)), loading(load, PAIRS):
+        async with run_worker(settings(redis_url, postgres)), loading(load, PAIRS):
             for _ in range(2):
                 await some_rows(postgres.url())
                 assert postgres.process is not None
                 postgres.process.popen.send_signal(signal.SIGQUIT)
                 await asyncio.to_thread(postgres.process.popen.wait)
                 postgres.start()
-        async with running(settings(redis_url, postgres)):
+        async with run_worker(settings(redis_url, postgres)):
             await complete(postgres.url(), load)
 
 
@@ -95,20 +96,20 @@ async def test_postgres_without_free_connections_loses_nothing(redis_url: str) -
     load = Load(redis_url)
     with server("max_connections=8", "superuser_reserved_connections=0", "max_wal_senders=0") as postgres:
         await migrate(postgres.url())
-        async with running(settings(redis_url, postgres)) as worker, loading(load, PAIRS):
+        async with run_worker(settings(redis_url, postgres)) as worker, loading(load, PAIRS):
             await some_rows(postgres.url())
             end_workers(postgres.url())
-            with ExitStack() as taken:
+            with ExitStack() as connections:
                 with pytest.raises(psycopg.OperationalError, match="too many clients"):
-                    take_all(taken, postgres.url())
-                await eventually_async(waits_for_postgres(worker), what="the worker waits")
-        async with running(settings(redis_url, postgres)):
+                    take_all(connections, postgres.url())
+                await eventually_async(waits_for_postgres(worker), description="the worker waits")
+        async with run_worker(settings(redis_url, postgres)):
             await complete(postgres.url(), load)
 
 
-def take_all(taken: ExitStack, url: str) -> NoReturn:
+def take_all(connections: ExitStack, url: str) -> NoReturn:
     while True:
-        taken.enter_context(psycopg.connect(url))
+        connections.enter_context(psycopg.connect(url))
 
 
 def waits_for_postgres(worker: Worker) -> Callable[[], Awaitable[bool]]:
@@ -127,7 +128,7 @@ async def test_postgres_with_full_disk_loses_nothing(redis_url: str) -> None:
         with psycopg.connect(url, autocommit=True) as admin:
             admin.execute("select abreast.open_day((clock_timestamp() at time zone 'UTC')::date)")
             fill(admin, rows=9600, size=1700)  # more than a segment of the log has, which must go on
-        limit = one(url, "select greatest(max(pg_relation_size(oid)), 16 * 1024 * 1024) from pg_class")
+        limit = query_value(url, "select greatest(max(pg_relation_size(oid)), 16 * 1024 * 1024) from pg_class")
         postgres.stop()
         with no_file_above(int(limit)):
             postgres.start()
@@ -135,12 +136,12 @@ async def test_postgres_with_full_disk_loses_nothing(redis_url: str) -> None:
             for number in (500, 1):  # the room that is left
                 with pytest.raises(psycopg.Error, match="could not extend"):
                     fill_up(admin, number)
-        async with running(settings(redis_url, postgres)) as worker, loading(load, PAIRS):
-            await eventually_async(waits_for_postgres(worker), what="the worker waits")
+        async with run_worker(settings(redis_url, postgres)) as worker, loading(load, PAIRS):
+            await eventually_async(waits_for_postgres(worker), description="the worker waits")
             with psycopg.connect(url, autocommit=True) as admin:
                 admin.execute("delete from abreast.pair where outcome = 'filler'")
                 admin.execute("vacuum (truncate false) abreast.pair")
-        async with running(settings(redis_url, postgres)):
+        async with run_worker(settings(redis_url, postgres)):
             await complete(url, load)
 
 
@@ -175,11 +176,11 @@ async def test_deadlock_victims_write_their_batch_again(redis_url: str) -> None:
     with server("deadlock_timeout=1s") as postgres:  # a session looks once: the other lock must be asked for until then
         await migrate(postgres.url())
         url = postgres.url()
-        async with running(settings(redis_url, postgres)), loading(load, PAIRS):
+        async with run_worker(settings(redis_url, postgres)), loading(load, PAIRS):
             await some_rows(url)
             for _ in range(3):
                 await asyncio.to_thread(lock_the_other_way, url)
-        async with running(settings(redis_url, postgres)):
+        async with run_worker(settings(redis_url, postgres)):
             await complete(url, load)
         assert int(rows(url, "select sum(deadlocks) from pg_stat_database")[0][0]) > 0
 
@@ -202,12 +203,26 @@ async def test_serialisation_failures_are_retried(redis_url: str) -> None:
     with server("default_transaction_isolation=repeatable read") as postgres:
         await migrate(postgres.url())
         small = settings(redis_url, postgres)
-        async with running(small, "one"), running(small, "two"), running(small, "three"):
+        async with run_worker(small, "one"), run_worker(small, "two"), run_worker(small, "three"):
             for number in range(60):  # at once, so that all three have something to write
                 send(redis_url, pair_of({"n": 1}, {"n": number % 2}))
             async with loading(load, PAIRS):
                 pass
             await empty(redis_url)
 
-        assert one(postgres.url(), "select count(*) from abreast.pair") == PAIRS + 60
-        assert one(postgres.url(), "select sum(pairs) from abreast.outcome_count") == PAIRS + 60
+        assert query_value(postgres.url(), "select count(*) from abreast.pair") == PAIRS + 60
+        assert query_value(postgres.url(), "select sum(pairs) from abreast.outcome_count") == PAIRS + 60
+
+
+async def test_pool_replaces_connections_that_the_server_has_closed(postgres_url: str) -> None:
+    async with Database(postgres_url) as database:
+        before = await database.fetch_all("clock")
+        with psycopg.connect(postgres_url, autocommit=True) as admin:
+            closed = admin.execute(
+                "select pg_terminate_backend(pid, 5000) from pg_stat_activity where application_name = 'abreast'"
+                " and datname = current_database()"
+            ).fetchall()
+        after = await database.fetch_all("clock")
+
+    assert len(before) == len(after) == 1
+    assert closed

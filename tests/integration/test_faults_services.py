@@ -24,7 +24,7 @@ from abreast_sidecar.store.records import LedgerSummary
 from support import eventually_async
 from support_load import agrees
 from support_middleware import call, http_scope, marks
-from support_pairs import SERVICE, outcomes, run_jobs, running
+from support_pairs import SERVICE, outcomes, run_jobs, run_worker
 
 TESTS = Path(__file__).parents[1]
 PROCESS = """
@@ -60,7 +60,7 @@ async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
 async def sidecar(settings: Settings) -> AsyncIterator[None]:
     stop = asyncio.Event()
     housekeeping = asyncio.create_task(run_jobs(settings, stop))
-    async with running(settings):
+    async with run_worker(settings):
         yield
     stop.set()
     await housekeeping
@@ -102,7 +102,7 @@ async def service(*arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
         await process.wait()
 
 
-async def asked(*processes: asyncio.subprocess.Process) -> None:
+async def answer_requests(*processes: asyncio.subprocess.Process) -> None:
     """They have answered, and hold or have sent their captures. Together, for a pair does not wait while one starts."""
     for process in processes:
         assert process.stdin is not None
@@ -115,29 +115,29 @@ async def asked(*processes: asyncio.subprocess.Process) -> None:
 async def test_killed_service_losses_are_counted_by_envoy(redis_url: str, postgres_url: str) -> None:
     """15 of 45 requests lack the copy that the process held; for 5 it held both."""
     settings = Settings(redis_url=redis_url, postgres_url=postgres_url)
-    whole, half, gone = ([str(uuid.uuid4()) for _ in range(number)] for number in (25, 15, 5))
+    pairs, half, lost = ([str(uuid.uuid4()) for _ in range(number)] for number in (25, 15, 5))
     envoy_counted(postgres_url, 45)
     async with (
         sidecar(settings),
-        service(redis_url, "old", "live", "0.01", *whole, *half) as old,
-        service(redis_url, "new", "shadow", "0.01", *whole) as new,
+        service(redis_url, "old", "live", "0.01", *pairs, *half) as old,
+        service(redis_url, "new", "shadow", "0.01", *pairs) as new,
     ):
-        await asked(old, new)
+        await answer_requests(old, new)
         async with (
-            service(redis_url, "new", "shadow", "50", *half, *gone) as held,
-            service(redis_url, "old", "live", "50", *gone) as also_held,
+            service(redis_url, "new", "shadow", "50", *half, *lost) as shadow,
+            service(redis_url, "old", "live", "50", *lost) as also_held,
         ):
-            await asked(held, also_held)  # and killed here
+            await answer_requests(shadow, also_held)  # and killed here
 
         async def all_there() -> bool:
             return sum(outcomes(postgres_url).values()) == 40
 
-        await eventually_async(all_there, what="40 rows")
-    found = await summary(settings)
+        await eventually_async(all_there, description="40 rows")
+    result = await summary(settings)
 
-    assert found.outcomes == {"match": 25, "only_old": 15}
-    assert found.accounts.unaccounted == 5
-    assert sum(found.outcomes.values()) + found.accounts.unaccounted == found.accounts.envoy_sampled
+    assert result.outcomes == {"match": 25, "only_old": 15}
+    assert result.accounts.unaccounted == 5
+    assert sum(result.outcomes.values()) + result.accounts.unaccounted == result.accounts.envoy_sampled
     agrees(postgres_url)
 
 
@@ -150,41 +150,41 @@ async def test_users_notice_no_absent_sidecar_and_accounts_are_complete(
         ParallelRunMiddleware(app, service="shop", redis_url=redis_url, pair_timeout=1.0, **bound)  # type: ignore[arg-type]  # a bound
         for _ in range(2)
     )
-    took: list[float] = []
-    asked = 300
-    for _ in range(asked):
+    durations: list[float] = []
+    request_count = 300
+    for _ in range(request_count):
         pair = str(uuid.uuid4())
         for target, version, role in ((old, "old", "live"), (new, "new", "shadow")):
-            began = perf_counter()
-            sent, raised = await call(target, http_scope("/", headers=marks(pair, version=version, role=role)))
-            took.append(perf_counter() - began)
-            assert raised is None
-            assert sent[1]["body"] == b"answer"
+            start = perf_counter()
+            messages, error = await call(target, http_scope("/", headers=marks(pair, version=version, role=role)))
+            durations.append(perf_counter() - start)
+            assert error is None
+            assert messages[1]["body"] == b"answer"
     await old.aclose()
     await new.aclose()
-    envoy_counted(postgres_url, asked)
+    envoy_counted(postgres_url, request_count)
     refused = old.queue.drop_counts.total() + new.queue.drop_counts.total()
     async with sidecar(settings):
 
-        async def told() -> bool:
-            found = await summary(settings)
-            return found.accounts.received > 0 and sum(drop.count for drop in found.drops) == refused
+        async def is_complete() -> bool:
+            result = await summary(settings)
+            return result.accounts.received > 0 and sum(drop.count for drop in result.drops) == refused
 
-        await eventually_async(told, what="refusals are told")
+        await eventually_async(is_complete, description="refusals are told")
 
         async def all_there() -> bool:
-            return 2 * outcomes(postgres_url).get("match", 0) + lonely(postgres_url) + refused == 2 * asked
+            return 2 * outcomes(postgres_url).get("match", 0) + lonely(postgres_url) + refused == 2 * request_count
 
-        await eventually_async(all_there, what="what was taken has its rows")
-    found = await summary(settings)
+        await eventually_async(all_there, description="what was taken has its rows")
+    result = await summary(settings)
 
-    assert sorted(took)[-asked // 10] < 0.2  # but for those that had no processor
-    assert refused > asked
-    assert found.accounts.unaccounted == asked - sum(found.outcomes.values())
+    assert sorted(durations)[-request_count // 10] < 0.2  # but for those that had no processor
+    assert refused > request_count
+    assert result.accounts.unaccounted == request_count - sum(result.outcomes.values())
     assert lonely(postgres_url) <= 5
     agrees(postgres_url)
 
 
 def lonely(url: str) -> int:
-    found = outcomes(url)
-    return found.get("only_old", 0) + found.get("only_new", 0)
+    counts = outcomes(url)
+    return counts.get("only_old", 0) + counts.get("only_new", 0)

@@ -12,12 +12,12 @@ import redis
 
 from abreast.protocol.join import CONSUMER_GROUP, Keys
 from abreast_sidecar.compare.rules import CompareOptions
-from abreast_sidecar.ingest.isolated import IsolatedComparer
+from abreast_sidecar.ingest.evaluate import IsolatedComparer
 from abreast_sidecar.ingest.stream import StreamConsumer
 from abreast_sidecar.settings import Settings
 from support import eventually_async
 from support_load import Load, complete, empty, loading, worker_process
-from support_pairs import SERVICE, outcomes, pair_of, rows, running, send
+from support_pairs import SERVICE, outcomes, pair_of, rows, run_worker, send
 
 KILLS = 6
 SEED = 4
@@ -49,14 +49,14 @@ async def test_worker_killed_repeatedly_in_a_batch_loses_nothing(settings: Setti
     generator = random.Random(SEED)
     load = Load(settings.redis_url)
     patient = replace(settings, batch_size=10)
-    async with running(patient, "survivor"), loading(load, 2000):
+    async with run_worker(patient, "survivor"), loading(load, 2000):
         for _ in range(KILLS):
             victim = await worker_process(settings)
-            await eventually_async(lambda: holds_many(settings.redis_url), what="something is being worked on")
+            await eventually_async(lambda: holds_many(settings.redis_url), description="something is being worked on")
             await asyncio.sleep(generator.uniform(0.3, 0.7))  # it starts, reads, compares or commits
             victim.kill()
             await victim.wait()
-    async with running(settings):
+    async with run_worker(settings):
         await complete(settings.postgres_url, load)
         await empty(settings.redis_url)
 
@@ -70,13 +70,13 @@ async def test_new_workers_claim_entries_of_killed_ones(settings: Settings) -> N
     load = Load(settings.redis_url, pace=0.0005)
     async with loading(load, 1500):
         for _ in range(KILLS // 2):
-            both = [await worker_process(settings) for _ in range(2)]
-            await eventually_async(lambda: holds_many(settings.redis_url), what="something is being worked on")
+            processes = [await worker_process(settings) for _ in range(2)]
+            await eventually_async(lambda: holds_many(settings.redis_url), description="something is being worked on")
             await asyncio.sleep(generator.uniform(0, 0.05))
-            for victim in both:
+            for victim in processes:
                 victim.kill()
                 await victim.wait()
-    async with running(settings):
+    async with run_worker(settings):
         await complete(settings.postgres_url, load)
         await empty(settings.redis_url)
 
@@ -84,20 +84,20 @@ async def test_new_workers_claim_entries_of_killed_ones(settings: Settings) -> N
 async def test_new_worker_shares_the_load(settings: Settings) -> None:
     load = Load(settings.redis_url)
     small = replace(settings, batch_size=5)
-    seen = set()
+    names = set()
 
-    async def both() -> bool:
+    async def are_both_busy() -> bool:
         with redis.Redis.from_url(settings.redis_url) as client:
             for consumer in client.xinfo_consumers(Keys(SERVICE, 0).ready, CONSUMER_GROUP):
                 if consumer["pending"]:
-                    seen.add(consumer["name"])
-        return {b"first", b"later"} <= seen
+                    names.add(consumer["name"])
+        return {b"first", b"later"} <= names
 
-    async with running(small, "first"), loading(load, 1000):
-        await eventually_async(lambda: holds_many(settings.redis_url), what="the first works")
-        async with running(small, "later"):
-            await eventually_async(both, what="both work")
-    async with running(settings):
+    async with run_worker(small, "first"), loading(load, 1000):
+        await eventually_async(lambda: holds_many(settings.redis_url), description="the first works")
+        async with run_worker(small, "later"):
+            await eventually_async(are_both_busy, description="both work")
+    async with run_worker(settings):
         await complete(settings.postgres_url, load)
 
 
@@ -112,14 +112,14 @@ async def test_entry_that_crashes_workers_becomes_dead_letter(
     deaths = 0
     while pending(settings.redis_url) or sum(outcomes(settings.postgres_url).values()) < 40:
         worker = await worker_process(settings)
-        done = asyncio.create_task(empty(settings.redis_url))
-        died = asyncio.create_task(worker.wait())
-        await asyncio.wait({done, died}, return_when=asyncio.FIRST_COMPLETED)
-        deaths += died.done()
-        done.cancel()
+        drained = asyncio.create_task(empty(settings.redis_url))
+        deaths_task = asyncio.create_task(worker.wait())
+        await asyncio.wait({drained, deaths_task}, return_when=asyncio.FIRST_COMPLETED)
+        deaths += deaths_task.done()
+        drained.cancel()
         if worker.returncode is None:
             worker.kill()
-        await asyncio.gather(done, died, return_exceptions=True)
+        await asyncio.gather(drained, deaths_task, return_exceptions=True)
 
     assert deaths == 2
     assert outcomes(settings.postgres_url)["undecodable"] == 1
@@ -137,15 +137,15 @@ async def test_entry_that_hangs_becomes_dead_letter(
     reader = StreamConsumer(settings.redis_url, name="one", batch_size=10, claim_idle_s=30)
     entries = []
 
-    async def two() -> bool:
+    async def has_two_rows() -> bool:
         entries.extend(await reader.read())
         return len(entries) == 2
 
-    await eventually_async(two, what="both entries")
-    apart, rules = IsolatedComparer(timeout_s=2.0), CompareOptions.with_ignored_headers(())
-    found = [await apart.compare(entry, rules) for entry in entries]
+    await eventually_async(has_two_rows, description="both entries")
+    apart, rules = IsolatedComparer(timeout_s=6.0), CompareOptions.with_ignored_headers(())
+    records = [await apart.compare(entry, rules) for entry in entries]
     await apart.close()
     await reader.close()
 
-    assert [one.result.outcome for one in found] == ["undecodable", "match"]
-    assert "more than 2 s" in found[0].result.reason
+    assert [record.result.outcome for record in records] == ["undecodable", "match"]
+    assert "more than 6 s" in records[0].result.reason

@@ -29,7 +29,7 @@ from abreast_sidecar.stack.servers import PostgresServer
 from support import eventually_async
 from support_integrations import has_no_locks
 from support_middleware import SERVICE, call, http_scope, marks
-from support_pairs import outcomes, rows, running
+from support_pairs import outcomes, rows, run_worker
 
 MAX_IN_FLIGHT = 8  # as many as connections for shadows, because a shadow fails after 5 s of waiting
 MAX_NEW_QUANTITY = 10  # the planted difference: new writes at most this quantity
@@ -110,13 +110,13 @@ async def send(old: App, new: App, orders: int) -> None:
         body = orjson.dumps({"id": number, "quantity": 50 if number % 10 == 0 else 1})
         pair = str(uuid.uuid4())
         async with slots:
-            sent = await asyncio.gather(
+            responses = await asyncio.gather(
                 *[
                     call(app, http_scope("/orders", "POST", marks(pair, version=version, role=role)), [body])
                     for app, version, role in ((old, "old", "live"), (new, "new", "shadow"))
                 ]
             )
-        for messages, error in sent:
+        for messages, error in responses:
             assert (messages[0]["status"], error) == (201, None)
             assert orjson.loads(messages[1]["body"]) == {"order": number}, "the request reads its own write"
 
@@ -134,7 +134,7 @@ async def test_shadow_orders_are_stored_only_in_the_configured_database(
     shadow_url = urls.shadow.replace("postgresql:", "postgresql+psycopg:")
     protect(engine, shadow_url=shadow_url if separate_database else None, shadow_pool_size=MAX_IN_FLIGHT)
     settings = Settings(redis_url=urls.redis, postgres_url=urls.ledger, claim_idle=0.5, shutdown_timeout=5.0)
-    async with AsyncConnectionPool(urls.old, min_size=8, open=False) as pool, running(settings):
+    async with AsyncConnectionPool(urls.old, min_size=8, open=False) as pool, run_worker(settings):
         old, new = old_service(pool, urls), new_service(engine, urls)
         await send(old, new, orders)
         await old.aclose()
@@ -143,7 +143,7 @@ async def test_shadow_orders_are_stored_only_in_the_configured_database(
         async def is_compared() -> bool:
             return sum(outcomes(urls.ledger).values()) == orders
 
-        await eventually_async(is_compared, what="all pairs are in the ledger")
+        await eventually_async(is_compared, description="all pairs are in the ledger")
         is_unlocked = has_no_locks(urls.new)
     await engine.dispose()
 

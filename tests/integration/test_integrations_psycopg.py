@@ -63,9 +63,9 @@ async def test_shadow_reads_its_writes_over_several_connections_and_keeps_none(
                 await connection.commit()
         async with pool.connection() as connection:
             cursor = await connection.execute("select count(*) from placed")
-            seen = await cursor.fetchone()
+            visible = await cursor.fetchone()
 
-    assert seen == (2,)
+    assert visible == (2,)
     assert query_rows(table) == []
     assert [kind for kind, _, _ in get_effects(context)] == ["db.insert.placed"] * 2
     assert has_no_locks(table)
@@ -96,9 +96,9 @@ async def test_rollback_undoes_only_uncommitted_statements(pool: AsyncConnection
         await connection.execute(INSERT, (2, 10))
         await connection.rollback()
         cursor = await connection.execute("select id from placed")
-        seen = await cursor.fetchall()
+        visible = await cursor.fetchall()
 
-    assert seen == [(1,)]
+    assert visible == [(1,)]
     assert [payload["values"]["id"] for _, _, payload in get_effects(context)] == [1]
 
 
@@ -123,9 +123,9 @@ async def test_failed_transaction_block_is_rolled_back_alone(pool: AsyncConnecti
         async with connection.transaction(force_rollback=True):
             await connection.execute(INSERT, (3, 10))
         cursor = await connection.execute("select id from placed")
-        seen = await cursor.fetchall()
+        visible = await cursor.fetchall()
 
-    assert seen == [(1,)]
+    assert visible == [(1,)]
     assert [payload["values"]["id"] for _, _, payload in get_effects(context)] == [1]
     assert query_rows(table) == []
 
@@ -177,30 +177,30 @@ async def test_statement_that_ends_the_transaction_is_rejected(table: str) -> No
 
 @pytest.mark.parametrize("path", ["execute", "stream", "copy", "many", "server", "pipeline", "block", "tpc"])
 async def test_hidden_commit_is_rejected_on_every_path(table: str, path: str) -> None:
-    hidden = f"{INSERT.replace('%s', '2')}; commit"
+    statement = f"{INSERT.replace('%s', '2')}; commit"
     async with AsyncConnectionPool(table, min_size=1, open=False) as pool, handle_request():
         async with pool.connection() as connection:
             await connection.execute(INSERT, (1, 10))
             with pytest.raises((ShadowError, psycopg.Error)):
-                await send_on_path(connection, path, hidden)
+                await send_on_path(connection, path, statement)
 
     assert query_rows(table) == []
 
 
-async def send_on_path(connection: AsyncConnection[Any], path: str, hidden: str) -> None:
+async def send_on_path(connection: AsyncConnection[Any], path: str, statement: str) -> None:
     cursor = connection.cursor()
     if path == "execute":
-        await cursor.execute(hidden)
+        await cursor.execute(statement)
     elif path == "stream":
-        _ = [row async for row in cursor.stream(hidden)]
+        _ = [row async for row in cursor.stream(statement)]
     elif path == "copy":
-        async with cursor.copy(f"copy placed from stdin; {hidden}"):
+        async with cursor.copy(f"copy placed from stdin; {statement}"):
             pass
     elif path == "many":
-        await cursor.executemany(hidden, [()])
+        await cursor.executemany(statement, [()])
     elif path == "server":
         async with connection.cursor("mine") as server:
-            await server.execute(f"select 1; {hidden}")
+            await server.execute(f"select 1; {statement}")
     elif path == "pipeline":
         async with connection.pipeline():
             await cursor.execute("commit")
@@ -243,9 +243,9 @@ async def test_executemany_copy_and_new_tables_are_rolled_back(pool: AsyncConnec
         await cursor.execute("create table another (id integer)")
         async with connection.cursor("mine") as server:
             await server.execute("select id from placed order by id")
-            seen = [row async for row in server]
+            visible = [row async for row in server]
 
-    assert seen == [(0,), (1,), (2,), (8,)]
+    assert visible == [(0,), (1,), (2,), (8,)]
     assert query_rows(table) == []
     effects = get_effects(context)
     assert [kind for kind, _, _ in effects] == ["db.insert.placed", "db.copy.placed", "db.create"]
@@ -290,8 +290,8 @@ async def test_shadow_lock_timeout_bounds_the_wait_for_a_row(table: str, monkeyp
 
 
 async def test_two_connections_in_use_are_both_rolled_back(pool: AsyncConnectionPool, table: str) -> None:
-    async with handle_request(), pool.connection() as one, pool.connection() as other:
-        await one.execute(INSERT, (1, 10))
+    async with handle_request(), pool.connection() as connection, pool.connection() as other:
+        await connection.execute(INSERT, (1, 10))
         await other.execute(INSERT, (2, 10))
 
     assert query_rows(table) == []
@@ -337,10 +337,10 @@ async def test_full_shadow_pool_fails_shadows_but_not_users(table: str) -> None:
 async def test_connection_returned_after_the_request_is_rolled_back(table: str) -> None:
     async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
         async with handle_request():
-            left = await pool.getconn()
-            await left.execute(INSERT, (1, 10))
-            await left.commit()
-        await pool.putconn(left)
+            leftover = await pool.getconn()
+            await leftover.execute(INSERT, (1, 10))
+            await leftover.commit()
+        await pool.putconn(leftover)
 
     assert query_rows(table) == []
 
@@ -366,10 +366,10 @@ async def test_shadow_connection_rejects_statements_of_a_user(table: str) -> Non
     """Otherwise the write of the user would be rolled back."""
     async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
         with in_request() as context:
-            left = await pool.getconn()
+            leftover = await pool.getconn()
         with in_request("live"), pytest.raises(ShadowError, match="outside its request"):
-            await left.execute(INSERT, (1, 10))
-        await pool.putconn(left)
+            await leftover.execute(INSERT, (1, 10))
+        await pool.putconn(leftover)
         run_cleanups(context)
         await asyncio.gather(*CLEANUP_TASKS)
 
@@ -436,7 +436,7 @@ async def test_custom_connection_or_cursor_class_is_rejected(table: str) -> None
 
 
 async def test_background_task_is_rolled_back_with_its_request(table: str, redis_url: str) -> None:
-    seen: list[Any] = []
+    visible_rows: list[Any] = []
     async with AsyncConnectionPool(table, min_size=1, open=False) as pool:
 
         async def order(_request: Request) -> Response:
@@ -448,16 +448,16 @@ async def test_background_task_is_rolled_back_with_its_request(table: str, redis
             async with pool.connection() as connection:
                 await connection.execute(INSERT, (2, 10))
                 cursor = await connection.execute("select id from placed order by id")
-                seen.extend(await cursor.fetchall())
+                visible_rows.extend(await cursor.fetchall())
 
         app = Starlette(routes=[Route("/", order, methods=["POST"])])
         capture = await captured(app, redis_url, sampled("/", "POST", version="new", role="shadow"))
         await asyncio.gather(*CLEANUP_TASKS)
 
-        assert seen == [(1,), (2,)]
+        assert visible_rows == [(1,), (2,)]
         assert query_rows(table) == []
         assert has_no_locks(table)
-    assert [one["kind"] for one in capture.effects] == ["db.insert.placed"] * 2
+    assert [effect["kind"] for effect in capture.effects] == ["db.insert.placed"] * 2
 
 
 async def test_request_that_raises_is_rolled_back(table: str, redis_url: str) -> None:
@@ -469,11 +469,11 @@ async def test_request_that_raises_is_rolled_back(table: str, redis_url: str) ->
             raise KeyError
 
         app = ParallelRunMiddleware(Starlette(routes=[Route("/", order)]), service="shop", redis_url=redis_url)
-        _, raised = await call(app, sampled("/", version="new", role="shadow"))
+        _, error = await call(app, sampled("/", version="new", role="shadow"))
         await asyncio.gather(*CLEANUP_TASKS)
         await app.aclose()
 
-        assert isinstance(raised, KeyError)
+        assert isinstance(error, KeyError)
         assert has_no_locks(table)
 
 
@@ -498,7 +498,7 @@ async def test_cancelled_request_is_rolled_back_and_frees_its_connection(table: 
         async def is_rolled_back() -> bool:
             return has_no_locks(table)
 
-        await eventually_async(is_rolled_back, what="Postgres notices the cancellation")
+        await eventually_async(is_rolled_back, description="Postgres notices the cancellation")
         assert query_rows(table) == []
 
 

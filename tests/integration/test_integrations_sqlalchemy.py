@@ -85,9 +85,9 @@ async def test_shadow_reads_its_writes_in_another_session_and_keeps_none(engine:
     async with handle_request() as context:
         await place(engine, 1)
         await place(engine, 2)
-        seen = await count(engine)
+        visible_count = await count(engine)
 
-    assert seen == 2
+    assert visible_count == 2
     assert query_rows(table) == []
     assert [kind for kind, _, _ in get_effects(context)] == ["db.insert.placed"] * 2
     assert has_no_locks(table)
@@ -106,9 +106,9 @@ async def test_savepoints_and_rollbacks_work_in_a_shadow(engine: AsyncEngine, ta
         session.add(Placed(id=2, quantity=10))
         await session.flush()
         await session.rollback()
-        seen = list(await session.scalars(select(Placed.id)))
+        visible_ids = list(await session.scalars(select(Placed.id)))
 
-    assert seen == [1]
+    assert visible_ids == [1]
     assert query_rows(table) == []
     assert [payload["values"]["id"] for _, _, payload in get_effects(context)] == [1]
 

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from importlib import resources
 from itertools import permutations
 from typing import Any
 
@@ -14,7 +15,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abreast.protocol.join import JOIN_SCRIPT, Keys, Limits, join_arguments, shard_of
+from abreast.protocol.join import CONSUMER_GROUP, JOIN_SCRIPT, Keys, Limits, join_arguments, shard_of
 from support import eventually
 
 pytestmark = pytest.mark.redis
@@ -77,11 +78,22 @@ def test_ready_pair_leaves_no_hash(client: Any) -> None:
     assert client.zscore(KEYS.joined, "p0") is not None
 
 
+def test_batches_share_commands(client: Any) -> None:
+    captures = rows(100)
+    before = client.info("stats")["total_commands_processed"]
+    for version in (0, 1):
+        join(client, captures[version::2])
+    commands = client.info("stats")["total_commands_processed"] - before
+
+    assert len(ready(client)) == 100
+    assert commands <= 5 * 100  # per pair: two reads of its hash, one write, one entry; and those of the batch
+
+
 def test_pair_with_a_baseline_waits_for_three_captures(client: Any) -> None:
-    one, two, three = rows(1, arms=3)
-    join(client, [one, three])
+    live, shadow, three = rows(1, arms=3)
+    join(client, [live, three])
     waiting = ready(client)
-    join(client, [two])
+    join(client, [shadow])
 
     assert waiting == {}
     assert len(ready(client)["p0"]) == 2 + 3
@@ -96,13 +108,32 @@ def test_deadline_uses_the_clock_of_redis(client: Any) -> None:
 
 
 def test_later_capture_does_not_move_the_deadline(client: Any) -> None:
-    one, two, _ = rows(1, arms=3)
-    join(client, [one])
+    live, shadow, _ = rows(1, arms=3)
+    join(client, [live])
     due = client.zscore(KEYS.due, "p0")
     time.sleep(0.01)  # so that another deadline would differ
-    join(client, [two])
+    join(client, [shadow])
 
     assert client.zscore(KEYS.due, "p0") == due
+
+
+def expire(client: Any) -> int:
+    script = resources.files("abreast_sidecar").joinpath("lua/expire_pairs.lua").read_text()
+    keys = (KEYS.due, KEYS.ready, KEYS.joined, KEYS.stats)
+    return int(client.eval(script, len(keys), *keys, KEYS.pair(""), 100, CONSUMER_GROUP))
+
+
+def test_late_capture_of_a_timed_out_pair_follows_it(client: Any) -> None:
+    """The ledger learns that it is late, not missing. A retry is not the missing capture."""
+    live, shadow = rows(1)
+    join(client, [live], Limits(wait_ms=1))
+    eventually(lambda: expire(client) == 1)
+
+    retry = ("p0", "old:live:2", 2, b"retry")
+    assert join(client, [shadow, retry]) == [0, 0, 2, 0, 0]
+    entries = [fields for _, fields in client.xrange(KEYS.ready)]
+    assert [(entry[b"why"], len(entry)) for entry in entries] == [(b"timed_out", 3), (b"late", 3)]
+    assert int(client.hget(KEYS.stats, "bytes")) == len(live[3]) + len(shadow[3])
 
 
 def test_third_capture_after_a_failover_is_late(client: Any) -> None:
@@ -123,6 +154,16 @@ def test_second_attempt_does_not_count_as_a_copy(client: Any, order: tuple[str, 
     assert not client.exists(KEYS.pair("p"))
 
 
+@pytest.mark.parametrize("order", list(permutations(["old:live:1", "new:shadow:1+", "new:shadow:1="])))
+def test_pair_waits_for_times_that_a_capture_announces(client: Any, order: tuple[str, ...]) -> None:
+    for slot in order:
+        waiting = ready(client)
+        join(client, [("p", slot, 2, slot.encode())])
+
+    assert waiting == {}
+    assert {slot.encode() for slot in order} <= ready(client)["p"].keys()
+
+
 def test_foreign_key_does_not_stop_a_batch(client: Any) -> None:
     client.set(KEYS.pair("p0"), "rubbish")
 
@@ -132,13 +173,13 @@ def test_foreign_key_does_not_stop_a_batch(client: Any) -> None:
 
 def test_moved_ids_are_limited_by_age_and_number(client: Any) -> None:
     join(client, rows(20), Limits(max_remembered_ids=5))
-    kept = client.zrange(KEYS.joined, 0, -1)
+    remaining_ids = client.zrange(KEYS.joined, 0, -1)
     eventually(
         lambda: join(client, [], Limits(remember_ms=1)) == [0] * 5 and client.zcard(KEYS.joined) == 0,
-        what="moved pairs are forgotten",
+        description="moved pairs are forgotten",
     )
 
-    assert len(kept) == 5
+    assert len(remaining_ids) == 5
 
 
 @ON_A_SHARED_SERVER
@@ -148,12 +189,12 @@ def test_join_is_independent_of_order_batches_and_repetition(
 ) -> None:
     client.flushall()
     expected = rows(pairs, arms)
-    sent = expected + data.draw(st.lists(st.sampled_from(expected), max_size=10))
-    seed.shuffle(sent)
+    captures = expected + data.draw(st.lists(st.sampled_from(expected), max_size=10))
+    seed.shuffle(captures)
     replies: Counter[str] = Counter()
-    while sent:
+    while captures:
         size = data.draw(st.integers(1, 6))
-        batch, sent = sent[:size], sent[size:]
+        batch, captures = captures[:size], captures[size:]
         for _ in range(data.draw(st.integers(1, 2))):  # some batches are sent twice
             reply = join(client, batch)
             assert sum(reply) == len(batch)
@@ -167,11 +208,11 @@ def test_join_is_independent_of_order_batches_and_repetition(
         if b":" in name
     } == set(expected)
     assert replies["received"] == len(expected)
-    counted = stats(client)
-    assert counted["joined"] == pairs
-    assert counted["bytes"] == sum(len(row[3]) for row in expected)
-    assert (counted["received"], counted.get("duplicate", 0)) == (len(expected), replies["duplicate"])
-    assert counted.get("late", 0) == replies["late"]
+    counts = stats(client)
+    assert counts["joined"] == pairs
+    assert counts["bytes"] == sum(len(row[3]) for row in expected)
+    assert (counts["received"], counts.get("duplicate", 0)) == (len(expected), replies["duplicate"])
+    assert counts.get("late", 0) == replies["late"]
 
 
 @ON_A_SHARED_SERVER
@@ -184,11 +225,11 @@ def test_max_pairs_rejects_and_counts_captures(client: Any, order: list[Row], mo
 
         assert client.zcard(KEYS.due) <= most
         assert client.zcard(KEYS.due) + client.xlen(KEYS.ready) <= most
-    counted = stats(client)
-    assert refused == counted.get("rejected_pairs", 0)
-    assert refused + counted["received"] == len(order)
+    counts = stats(client)
+    assert refused == counts.get("rejected_pairs", 0)
+    assert refused + counts["received"] == len(order)
     stored = client.xlen(KEYS.ready) * 2 + sum(client.hlen(key) for key in client.scan_iter(KEYS.pair("*")))
-    assert counted["received"] == stored
+    assert counts["received"] == stored
 
 
 @ON_A_SHARED_SERVER
@@ -198,10 +239,32 @@ def test_max_bytes_rejects_and_counts_captures(client: Any, sizes: list[int], mo
     batch: list[Row] = [(f"p{n // 2}", SLOTS[2][n % 2], 2, bytes(size)) for n, size in enumerate(sizes)]
     reply = join(client, batch, Limits(max_bytes=most))
 
-    counted = stats(client)
-    assert counted.get("bytes", 0) <= most
+    counts = stats(client)
+    assert counts.get("bytes", 0) <= most
     assert reply[0] + reply[3] + reply[4] == len(batch)
-    assert counted.get("rejected_bytes", 0) == reply[4]
+    assert counts.get("rejected_bytes", 0) == reply[4]
+
+
+@ON_A_SHARED_SERVER
+@given(
+    order=st.permutations(rows(8)), size=st.integers(1, 6), limit=st.sampled_from([{"max_pairs": 2}, {"max_bytes": 60}])
+)
+def test_rejections_of_repeated_batches_count_once(
+    client: Any, order: list[Row], size: int, limit: dict[str, int]
+) -> None:
+    """A service sends a batch again if Redis executed the first call, but did not reply in time."""
+    client.flushall()
+    rejected = Counter[str]()
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        replies = [join(client, batch, Limits(**limit)) for _ in range(2)]
+        client.xtrim(KEYS.ready, maxlen=0)  # there is room again, and the third call must not store what was rejected
+        replies.append(join(client, batch, Limits(**limit)))
+
+        assert replies[0][3:] == replies[1][3:] == replies[2][3:]
+        rejected.update(rejected_pairs=replies[0][3], rejected_bytes=replies[0][4])
+    counts = stats(client)
+    assert {name: counts.get(name, 0) for name in rejected} == dict(rejected)
 
 
 def test_released_room_is_reused(client: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
-from collections.abc import AsyncIterator
 
 import grpc
 import pytest
@@ -14,69 +13,73 @@ from click.testing import CliRunner, Result
 from abreast.v1 import common_pb2, latency_pb2_grpc
 from abreast.v1 import latency_pb2 as pb
 from abreast_sidecar.cli import abreast
-from support_serve import NOON, Ledger, Running, refused, running
+from support_serve import NOON, Ledger, RunningSidecar, refused
 
-pytestmark = pytest.mark.postgres
+pytestmark = [pytest.mark.postgres, pytest.mark.asyncio(loop_scope="module")]
 
 ROWS = """
-insert into abreast.pair (day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us, new_release)
-select %s, 'pair ' || %s || n, %s + n * interval '1 second', %s, 'match', 'old', 200, %s, %s, %s + n, %s
+insert into abreast.pair (day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us, new_release,
+                          waits_match, baseline_waits_match)
+select %s, 'pair ' || %s || n, %s + n * interval '1 second', %s, 'match', 'old', 200, %s, %s, %s + n, %s, true, true
 from generate_series(1, %s) as n
 """
 ROUTE = "/products/{id}"
 
 
 @pytest.fixture
-async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
-    async with running(redis_url, postgres_url) as found:
-        yield found
+def sidecar(query_sidecar: RunningSidecar) -> RunningSidecar:
+    return query_sidecar
 
 
-def add(ledger: Ledger, many: int, old: int, new: int, *, release: str = "2", status: int = 200) -> None:
+def add(ledger: Ledger, count: int, old: int, new: int, *, release: str = "2", status: int = 200) -> None:
     ledger.execute("select abreast.open_day(%s)", NOON.date())
     endpoint = ledger.endpoint(route=ROUTE)
-    given = (NOON.date(), f"{release} {status} ", NOON, endpoint, status, old, new, release, many)
-    ledger.execute(ROWS, *given)
+    row = (NOON.date(), f"{release} {status} ", NOON, endpoint, status, old, new, release, count)
+    ledger.execute(ROWS, *row)
 
 
-async def ask(sidecar: Running, route: str = ROUTE, **given: object) -> pb.GetLatencyResponse:
+async def ask(sidecar: RunningSidecar, route: str = ROUTE, **fields: object) -> pb.GetLatencyResponse:
     stub = latency_pb2_grpc.LatencyServiceStub(sidecar.channel)
-    asked = pb.GetLatencyRequest(service="shop", method="get", route=route, **given)  # type: ignore[arg-type]
-    found: pb.GetLatencyResponse = await stub.GetLatency(asked)
-    return found
+    request = pb.GetLatencyRequest(service="shop", method="get", route=route, **fields)  # type: ignore[arg-type]
+    response: pb.GetLatencyResponse = await stub.GetLatency(request)
+    return response
 
 
-async def test_timings_exclude_cold_pairs_of_each_release(sidecar: Running) -> None:
+async def test_timings_exclude_cold_pairs_of_each_release(sidecar: RunningSidecar) -> None:
     ledger = sidecar.ledger()
     add(ledger, 500, 10_000, 20_000, release="2")
     add(ledger, 300, 10_000, 30_000, release="3")
     add(ledger, 50, 10_000, 90_000, status=500)
-    found = await ask(sidecar)
-    middle = next(one for one in found.warm.differences if one.quantile == 0.5)
-    ratio = next(one for one in found.warm.ratios if one.quantile == 0.5)
+    response = await ask(sidecar)
+    middle = next(difference for difference in response.warm.differences if difference.quantile == 0.5)
+    ratio = next(interval for interval in response.warm.ratios if interval.quantile == 0.5)
 
-    assert (found.cold.pairs, found.warm.pairs, found.truncated) == (50 + 30, 450 + 270, False)
-    assert found.warm.percentiles[0].old.ToMilliseconds() == 10
-    assert found.warm.percentiles[-1].new.ToMilliseconds() == 30
+    assert (response.cold.pairs, response.warm.pairs, response.truncated) == (50 + 30, 450 + 270, False)
+    assert response.warm.percentiles[0].old.ToMilliseconds() == 10
+    assert response.warm.percentiles[-1].new.ToMilliseconds() == 30
     assert middle.low.ToMicroseconds() < middle.value.ToMicroseconds() < middle.high.ToMicroseconds()
     assert 10_000 < middle.value.ToMicroseconds() < 11_000
     assert 2 < ratio.low < ratio.value < ratio.high < 3.1
 
 
-async def test_timings_compare_copies_with_enough_pairs(sidecar: Running) -> None:
+async def test_timings_compare_copies_with_enough_pairs(sidecar: RunningSidecar) -> None:
     ledger = sidecar.ledger()
     add(ledger, 400, 10_000, 30_000)
     unknown = await ask(sidecar)
     ledger.execute("update abreast.pair set baseline_us = 15000 where extract(second from at)::int %% 2 = 0")
-    found = await ask(sidecar)
+    response = await ask(sidecar)
 
-    assert (unknown.warm.baseline_pairs, found.warm.baseline_pairs) == (0, 180)
-    assert found.warm.percentiles == unknown.warm.percentiles
-    assert next(one.value for one in unknown.warm.ratios if one.quantile == 0.5) == pytest.approx(3, abs=0.1)
-    assert next(one.value for one in found.warm.ratios if one.quantile == 0.5) == pytest.approx(2, abs=0.1)
+    assert (unknown.warm.baseline_pairs, response.warm.baseline_pairs) == (0, 180)
+    assert response.warm.percentiles == unknown.warm.percentiles
+    assert next(interval.value for interval in unknown.warm.ratios if interval.quantile == 0.5) == pytest.approx(
+        3, abs=0.1
+    )
+    assert next(interval.value for interval in response.warm.ratios if interval.quantile == 0.5) == pytest.approx(
+        2, abs=0.1
+    )
 
 
-async def test_timings_respect_window_and_confidence(sidecar: Running) -> None:
+async def test_timings_respect_window_and_confidence(sidecar: RunningSidecar) -> None:
     add(sidecar.ledger(), 400, 10_000, 20_000)
     window = common_pb2.TimeWindow()
     window.end.FromDatetime(NOON + dt.timedelta(seconds=101))
@@ -87,7 +90,7 @@ async def test_timings_respect_window_and_confidence(sidecar: Running) -> None:
     assert sure.warm.differences[1].low.ToMicroseconds() < usual.warm.differences[1].low.ToMicroseconds()
 
 
-async def test_timings_reject_unknown_endpoint_and_invalid_arguments(sidecar: Running) -> None:
+async def test_timings_reject_unknown_endpoint_and_invalid_arguments(sidecar: RunningSidecar) -> None:
     add(sidecar.ledger(), 10, 10_000, 20_000)
     with pytest.raises(grpc.aio.AioRpcError) as nothing:
         await ask(sidecar, "/elsewhere")
@@ -98,18 +101,18 @@ async def test_timings_reject_unknown_endpoint_and_invalid_arguments(sidecar: Ru
     assert refused(wrong.value).message == "confidence must be above 0 and below 1, got 2"
 
 
-async def test_latency_command_shows_both_versions(sidecar: Running) -> None:
+async def test_latency_command_shows_both_versions(sidecar: RunningSidecar) -> None:
     add(sidecar.ledger(), 400, 10_000, 20_000)
 
     async def run(*arguments: str) -> Result:
         words = ["endpoint", "GET", ROUTE, "--service", "shop", "--address", f"127.0.0.1:{sidecar.port}", *arguments]
         return await asyncio.to_thread(CliRunner().invoke, abreast, words)
 
-    shown, machine = await run(), await run("--json")
+    output, machine = await run(), await run("--json")
 
-    assert shown.exit_code == machine.exit_code == 0, shown.output
-    assert "GET /products/{id}: 360 warm pairs" in shown.output
-    assert "50% within" in shown.output
-    assert "first 40 pairs" in shown.output
+    assert output.exit_code == machine.exit_code == 0, output.output
+    assert "GET /products/{id}: 360 warm pairs" in output.output
+    assert "50% within" in output.output
+    assert "first 40 pairs" in output.output
     printed = machine.output[machine.output.index("{\n") :]  # the sidecar logs to the same stdout
     assert json.JSONDecoder().raw_decode(printed)[0]["warm"]["pairs"] == "360"

@@ -142,8 +142,8 @@ def fastapi(middleware: list[Middleware]) -> App:
         ran.append("torn down")
 
     @app.get("/model/{number}")
-    async def model(number: int, given: Annotated[str, Depends(dependency)]) -> dict[str, Any]:
-        return {"number": number, "given": given}
+    async def model(number: int, value: Annotated[str, Depends(dependency)]) -> dict[str, Any]:
+        return {"number": number, "given": value}
 
     @app.post("/body")
     async def body(payload: dict[str, int]) -> dict[str, int]:
@@ -152,18 +152,20 @@ def fastapi(middleware: list[Middleware]) -> App:
     return app
 
 
-async def both(make: Make, redis_url: str, scope: dict[str, Any], **how: Any) -> tuple[list[Message], list[Message]]:
+async def call_both(
+    make: Make, redis_url: str, scope: dict[str, Any], **how: Any
+) -> tuple[list[Message], list[Message]]:
     """Return the messages without the middleware, and with it for a sampled request. Exceptions must be equal."""
     own = {name.decode(): value.decode() for name, value in scope.get("headers", ())}
     with_pair = {**scope, "headers": [*scope["headers"], *_marks()]}
     middleware = Middleware(ParallelRunMiddleware, service="shop", redis_url=redis_url, release="r1")
-    bare, raised = await call(make([]), dict(scope), **how)
+    bare, error = await call(make([]), dict(scope), **how)
     unsampled, raised_unsampled = await call(make([middleware]), dict(scope), **how)
     sampled, raised_sampled = await call(make([middleware]), with_pair, **how)
 
     assert unsampled == bare, own
-    assert repr(raised_unsampled) == repr(raised)
-    assert repr(raised_sampled) == repr(raised)
+    assert repr(raised_unsampled) == repr(error)
+    assert repr(raised_sampled) == repr(error)
     return bare, sampled
 
 
@@ -189,14 +191,14 @@ async def test_app_messages_are_unchanged(
     make: Make, path: str, method: str, headers: dict[str, str], redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("starlette.responses.token_hex", lambda size: "b" * 2 * size)
-    left = 4 if path == "/until-left" else None
+    chunk_limit = 4 if path == "/until-left" else None
     scope = http_scope(path, method, headers)
     if path == "/file" and not headers:  # only some servers offer to send files
-        bare, sampled = await both(make, redis_url, {**scope, "extensions": {}})
+        bare, sampled = await call_both(make, redis_url, {**scope, "extensions": {}})
         assert untagged(sampled) == bare
-    bare, sampled = await both(make, redis_url, dict(scope), body=(b"one", b"two"), left_after=left)
+    bare, sampled = await call_both(make, redis_url, dict(scope), body=(b"one", b"two"), left_after=chunk_limit)
 
-    if left is None:
+    if chunk_limit is None:
         assert untagged(sampled) == bare
     else:
         assert untagged(sampled)[:3] == bare[:3]
@@ -204,21 +206,21 @@ async def test_app_messages_are_unchanged(
 
 @pytest.mark.parametrize("path", ["/model/7", "/model/x"])
 async def test_fastapi_dependencies_and_validation_are_unchanged(path: str, redis_url: str) -> None:
-    bare, sampled = await both(fastapi, redis_url, dict(http_scope(path)))
+    bare, sampled = await call_both(fastapi, redis_url, dict(http_scope(path)))
 
     assert untagged(sampled) == bare
 
 
 async def test_body_reaches_fastapi_complete(redis_url: str) -> None:
     scope = dict(http_scope("/body", "POST", {"content-type": "application/json"}))
-    bare, sampled = await both(fastapi, redis_url, scope, body=(b'{"a"', b":1}"))
+    bare, sampled = await call_both(fastapi, redis_url, scope, body=(b'{"a"', b":1}"))
 
     assert untagged(sampled) == bare
     assert bare[1]["body"] == b'{"a":1}'
 
 
 async def test_answer_to_a_sampled_request_is_tagged(redis_url: str) -> None:
-    _, sampled = await both(starlette, redis_url, dict(http_scope("/plain")))
+    _, sampled = await call_both(starlette, redis_url, dict(http_scope("/plain")))
 
     tags = {name: value for name, value in sampled[0]["headers"] if name in TAGS}
     assert set(tags) == TAGS
@@ -237,11 +239,11 @@ async def passing(_request: Request, call_next: Any) -> Response:
 async def test_outer_and_inner_middleware_are_unaffected(
     path: str, other: Middleware, outside: bool, redis_url: str
 ) -> None:
-    def make(ours: list[Middleware]) -> App:
-        return starlette([other, *ours] if outside else [*ours, other])
+    def make(middleware: list[Middleware]) -> App:
+        return starlette([other, *middleware] if outside else [*middleware, other])
 
     scope = dict(http_scope(path, "POST" if path == "/echo" else "GET", {"accept-encoding": "gzip"}))
-    bare, sampled = await both(make, redis_url, scope, body=(b"one", b"two"))
+    bare, sampled = await call_both(make, redis_url, scope, body=(b"one", b"two"))
 
     assert untagged(sampled) == bare
 
@@ -276,11 +278,11 @@ async def by_descriptor(_scope: Scope, _receive: Receive, send: Send) -> None:
 @pytest.mark.parametrize("app", [trailing, by_path, by_descriptor])
 async def test_extensions_are_unchanged(app: App, redis_url: str) -> None:
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
-    bare, raised = await call(app, http_scope())
+    bare, error = await call(app, http_scope())
     sampled, raised_sampled = await call(middleware, http_scope(headers=marks(pair_id())))
     await middleware.aclose()
 
-    assert (raised, raised_sampled) == (None, None)
+    assert (error, raised_sampled) == (None, None)
     assert [_comparable(message) for message in untagged(sampled)] == [_comparable(message) for message in bare]
 
 
@@ -310,17 +312,17 @@ async def test_websockets_are_unchanged(redis_url: str) -> None:
         await socket.send_text(await socket.receive_text())
 
     async def talk(target: App) -> list[Message]:
-        sent: list[Message] = []
+        messages: list[Message] = []
         incoming: list[Message] = [{"type": "websocket.connect"}, {"type": "websocket.receive", "text": "hello"}]
 
         async def receive() -> Message:
             return incoming.pop(0)
 
         async def send(message: Message) -> None:
-            sent.append(message)
+            messages.append(message)
 
         await target({**http_scope(headers=marks(pair_id())), "type": "websocket"}, receive, send)
-        return sent
+        return messages
 
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
 
@@ -335,10 +337,10 @@ async def test_scope_headers_may_be_any_iterable(redis_url: str) -> None:
 
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
     scope = http_scope(headers=marks(pair_id()))
-    sent, _ = await call(middleware, {**scope, "headers": (row for row in scope["headers"])})
+    messages, _ = await call(middleware, {**scope, "headers": (row for row in scope["headers"])})
     await middleware.aclose()
 
-    assert sent[0]["headers"][0] == (b"host", b"shop.example")
+    assert messages[0]["headers"][0] == (b"host", b"shop.example")
     assert middleware.queue.shipped_count == 1
 
 
@@ -357,28 +359,28 @@ async def test_scope_headers_may_be_any_iterable(redis_url: str) -> None:
 async def test_request_with_invalid_headers_is_not_captured(wrong: dict[str, str], redis_url: str) -> None:
     app = starlette([])
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
-    sent, _ = await call(middleware, http_scope("/plain", headers={**marks(pair_id()), **wrong}))
+    messages, _ = await call(middleware, http_scope("/plain", headers={**marks(pair_id()), **wrong}))
 
-    assert sent == (await call(app, http_scope("/plain")))[0]
+    assert messages == (await call(app, http_scope("/plain")))[0]
     assert middleware.queue.captured_count == 0
 
 
 async def test_disabled_middleware_captures_nothing(redis_url: str) -> None:
     app = starlette([])
     middleware = ParallelRunMiddleware(app, enabled=False, redis_url=redis_url)
-    sent, _ = await call(middleware, http_scope("/plain", headers=marks(pair_id())))
+    messages, _ = await call(middleware, http_scope("/plain", headers=marks(pair_id())))
 
-    assert sent == (await call(app, http_scope("/plain")))[0]
+    assert messages == (await call(app, http_scope("/plain")))[0]
     assert middleware.queue.captured_count == 0
 
 
 async def test_nested_middleware_captures_once(redis_url: str) -> None:
     inner = ParallelRunMiddleware(starlette([]), service="shop", redis_url=redis_url)
     outer = ParallelRunMiddleware(inner, service="shop", redis_url=redis_url)
-    sent, _ = await call(outer, http_scope("/plain", headers=marks(pair_id())))
+    messages, _ = await call(outer, http_scope("/plain", headers=marks(pair_id())))
     await outer.aclose()
 
-    assert [name for name, _ in sent[0]["headers"]].count(b"x-abreast-pair") == 1
+    assert [name for name, _ in messages[0]["headers"]].count(b"x-abreast-pair") == 1
     assert len(await captures(redis_url)) == 1
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import redis
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -17,11 +18,14 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from abreast.middleware import App, ParallelRunMiddleware
-from abreast.protocol.capture import digest
+from abreast.protocol.capture import Version, digest
 from abreast.recorder import Message, Receive, Scope, Send
-from support_middleware import call, captured, captures, sampled
+from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
+from support_middleware import call, captured, captures, http_scope, sampled
 
 MEGABYTE = bytes(1024 * 1024)
+TEXT = b"a line\n" * 150_000
 
 
 def answering(*messages: Message) -> App:
@@ -32,8 +36,8 @@ def answering(*messages: Message) -> App:
     return app
 
 
-def start(status: int = 200, *headers: tuple[bytes, bytes], **more: object) -> Message:
-    return {"type": "http.response.start", "status": status, "headers": list(headers), **more}
+def start(status: int = 200, *headers: tuple[bytes, bytes], **fields: object) -> Message:
+    return {"type": "http.response.start", "status": status, "headers": list(headers), **fields}
 
 
 def body(chunk: bytes = b"", *, more: bool = False) -> Message:
@@ -68,6 +72,34 @@ async def test_capture_has_the_request(redis_url: str) -> None:
     assert (capture.service, capture.release) == ("shop", "r1")
 
 
+async def test_capture_has_the_load_of_the_process(redis_url: str) -> None:
+    """Requests without marks count too, and requests that have ended don't."""
+    release = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/waits":
+            await release.wait()
+        await answering(start(200), body(b""))(scope, receive, send)
+
+    wrapped = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
+    waiting = [asyncio.create_task(call(wrapped, http_scope("/waits"))) for _ in range(3)]
+    await asyncio.sleep(0)
+    await call(wrapped, http_scope("/"))
+    timed = sampled("/busy")
+    timed["headers"][-1] = (b"x-abreast-copies", b"2 %d" % (time.time() * 1000 - 5000))
+    await call(wrapped, timed)
+    release.set()
+    await asyncio.gather(*waiting)
+    await call(wrapped, sampled("/idle"))
+    await wrapped.aclose()
+    first, second = sorted(await captures(redis_url), key=lambda capture: capture.request.path)
+
+    assert (first.in_flight, second.in_flight, second.wait_us) == (3, 0, None)
+    assert first.expected_captures == 2
+    assert first.wait_us is not None
+    assert 5_000_000 <= first.wait_us < 60_000_000
+
+
 async def test_capture_has_the_answer_without_tags(redis_url: str) -> None:
     headers = ((b"X-Twice", b"1"), (b"x-twice", b"2"), (b"x-latin", "ü".encode("latin-1")))
     capture = await captured(answering(start(201, *headers), body(b"a", more=True), body(b"b")), redis_url, sampled())
@@ -98,18 +130,22 @@ async def test_times_exclude_background_tasks(redis_url: str) -> None:
 @pytest.mark.parametrize("limit", [0, 10, 100_000])
 @pytest.mark.parametrize("chunk", [1, 1000, 50_000, 3_000_000])
 async def test_long_answer_is_captured_as_beginning_and_digest(limit: int, chunk: int, redis_url: str) -> None:
-    whole = os.urandom(3_000_000 if chunk >= 1000 else 300)
-    parts = [body(whole[at : at + chunk], more=True) for at in range(0, len(whole), chunk)]
+    content = os.urandom(3_000_000 if chunk >= 1000 else 300)
+    parts = [body(content[offset : offset + chunk], more=True) for offset in range(0, len(content), chunk)]
     middleware = ParallelRunMiddleware(
-        answering(start(), *parts, body()), service="shop", redis_url=redis_url, body_limit=limit
+        answering(start(), *parts, body()),
+        service="shop",
+        redis_url=redis_url,
+        body_limit=limit,
+        redact_allow=["GET / body"],
     )
     await call(middleware, sampled(), body=[part["body"] for part in parts])
     await middleware.aclose()
     (capture,) = await captures(redis_url)
 
     recorded = capture.answer.body
-    assert (recorded.length, recorded.content) == (len(whole), whole[:limit])
-    assert recorded.fingerprint() == digest(whole)
+    assert (recorded.length, recorded.content) == (len(content), content[:limit])
+    assert recorded.fingerprint() == digest(content)
 
 
 async def test_long_request_body_is_captured_as_beginning_and_digest(redis_url: str) -> None:
@@ -119,10 +155,10 @@ async def test_long_request_body_is_captured_as_beginning_and_digest(redis_url: 
         await send(start())
         await send(body())
 
-    capture = await captured(app, redis_url, sampled(method="POST"), body=[MEGABYTE] * 3)
+    capture = await captured(app, redis_url, sampled(method="POST"), body=[TEXT] * 3)
 
-    assert (capture.request.body.length, len(capture.request.body.content)) == (3 * len(MEGABYTE), 256 * 1024)
-    assert capture.request.body.digest == digest(MEGABYTE * 3)
+    assert (capture.request.body.length, len(capture.request.body.content)) == (3 * len(TEXT), 256 * 1024)
+    assert capture.request.body.digest.startswith("hmac:")
 
 
 async def test_reused_buffer_is_copied(redis_url: str) -> None:
@@ -143,9 +179,9 @@ async def test_head_has_no_body(redis_url: str) -> None:
 
 
 async def test_capture_has_trailers(redis_url: str) -> None:
-    one: Message = {"type": "http.response.trailers", "headers": [(b"a", b"1")], "more_trailers": True}
-    two: Message = {"type": "http.response.trailers", "headers": [(b"b", b"2")]}
-    capture = await captured(answering(start(trailers=True), body(b"x"), one, two), redis_url, sampled())
+    first: Message = {"type": "http.response.trailers", "headers": [(b"a", b"1")], "more_trailers": True}
+    second: Message = {"type": "http.response.trailers", "headers": [(b"b", b"2")]}
+    capture = await captured(answering(start(trailers=True), body(b"x"), first, second), redis_url, sampled())
 
     assert capture.answer.trailers == (("a", "1"), ("b", "2"))
     assert capture.complete
@@ -162,8 +198,8 @@ async def test_file_is_captured_even_if_it_is_deleted_at_once(redis_url: str, tm
 
     recorded = (await captured(app, redis_url, sampled())).answer.body
 
-    assert (recorded.length, recorded.digest) == (len(MEGABYTE) + 3, digest(MEGABYTE + b"end"))
-    assert recorded.content == MEGABYTE[: 256 * 1024]
+    assert (recorded.length, recorded.content) == (len(MEGABYTE) + 3, b"")
+    assert recorded.digest.startswith("hmac:")
 
 
 async def test_parts_of_files_are_captured_in_order(redis_url: str, tmp_path: Path) -> None:
@@ -215,10 +251,10 @@ async def test_unreadable_body_is_dropped_and_counted(redis_url: str) -> None:
             os.close(writing)
 
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
-    sent, raised = await call(middleware, sampled())
+    messages, error = await call(middleware, sampled())
     await middleware.aclose()
 
-    assert (len(sent), raised) == (2, None)
+    assert (len(messages), error) == (2, None)
     assert middleware.queue.drop_counts == {"capture_error": 1}
 
 
@@ -230,11 +266,11 @@ async def test_exception_of_the_app_is_captured_and_raised(after: int, redis_url
         raise KeyError("unchanged")
 
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url)
-    _, raised = await call(middleware, sampled())
+    _, error = await call(middleware, sampled())
     await middleware.aclose()
     (capture,) = await captures(redis_url)
 
-    assert repr(raised) == "KeyError('unchanged')"
+    assert repr(error) == "KeyError('unchanged')"
     assert (capture.exception, capture.complete) == ("KeyError", False)
     assert capture.answer.status == (200 if after else 0)
     assert (capture.first_byte_us is None) == (after == 0)
@@ -251,11 +287,11 @@ async def test_cancelled_request_is_captured(redis_url: str) -> None:
     task = asyncio.create_task(call(middleware, sampled()))
     await waiting.wait()
     task.cancel()
-    _, raised = await task
+    _, error = await task
     await middleware.aclose()
     (capture,) = await captures(redis_url)
 
-    assert isinstance(raised, asyncio.CancelledError)
+    assert isinstance(error, asyncio.CancelledError)
     assert (capture.exception, capture.complete) == ("CancelledError", False)
 
 
@@ -285,12 +321,12 @@ async def test_endless_answer_is_captured_before_its_deadline_and_continues(redi
         raise KeyError("late")
 
     middleware = ParallelRunMiddleware(app, service="shop", redis_url=redis_url, pair_timeout=0.25)
-    sent, raised = await call(middleware, sampled())
+    messages, error = await call(middleware, sampled())
     await middleware.aclose()
     (capture,) = await captures(redis_url)
 
-    assert [one.get("body") for one in sent[1:]] == [one["body"] for one in chunks] + [b""]
-    assert isinstance(raised, KeyError)
+    assert [message.get("body") for message in messages[1:]] == [message["body"] for message in chunks] + [b""]
+    assert isinstance(error, KeyError)
     assert (capture.truncated_by_deadline, capture.complete, capture.client_left, capture.exception) == (
         True,
         False,
@@ -300,7 +336,7 @@ async def test_endless_answer_is_captured_before_its_deadline_and_continues(redi
     assert capture.answer.body.content.startswith(b"0\n1\n")
     assert capture.answer.body.is_complete
     assert 0.15e6 < capture.total_us < 0.6e6
-    assert len(capture.answer.body.content) < len(b"".join(one["body"] for one in chunks))
+    assert len(capture.answer.body.content) < len(b"".join(message["body"] for message in chunks))
 
 
 async def test_answer_in_chunks_is_captured_once_and_complete(redis_url: str) -> None:
@@ -348,18 +384,33 @@ async def test_exception_of_a_background_task_is_not_captured(redis_url: str) ->
     assert (capture.complete, capture.exception) == (True, "")
 
 
-async def test_versions_share_a_generated_redaction_key(redis_url: str) -> None:
-    answer = answering(start(200, (b"set-cookie", b"session=hunter2; Path=/")), body())
-    for version in ("old", "new"):
-        middleware = ParallelRunMiddleware(answer, service="shop", redis_url=redis_url)
+@pytest.mark.parametrize("keys", [("k" * 32, "k" * 32), ("k" * 32, "l" * 32)])
+async def test_secrets_are_compared_if_versions_have_the_same_key(keys: tuple[str, str], redis_url: str) -> None:
+    versions: tuple[Version, Version] = ("old", "new")
+    for version, key in zip(versions, keys, strict=True):
+        content = b'{"password": "hunter2 of %s"}' % version.encode()
+        answer = answering(start(200, (b"content-length", b"%d" % len(content)), (b"x-key", b"hunter2")), body(content))
+        middleware = ParallelRunMiddleware(
+            answer, service="shop", redis_url=redis_url, redact_key=key, secret_headers=["x-key"]
+        )
         scope = sampled(version=version, headers={"authorization": "Bearer hunter2"})
         await call(middleware, scope)
         await middleware.aclose()
-    one, two = await captures(redis_url)
+    first, second = await captures(redis_url)
+    result = compare_pair([first, second], CompareOptions())
 
-    assert one.answer.headers == two.answer.headers
-    assert one.request.headers == two.request.headers
-    assert "hunter2" not in str(one)
+    assert "hunter2" not in str((first, second))
+    is_same_key = keys[0] == keys[1]
+    assert (first.answer.headers == second.answer.headers) == is_same_key
+    assert [difference.path for difference in result.differences] == (["$.password"] if is_same_key else [])
+    assert result.outcome == ("mismatch" if is_same_key else "match")
+
+
+async def test_no_key_is_in_redis(redis_url: str) -> None:
+    await captured(answering(start(200), body(b"a")), redis_url, sampled())
+
+    with redis.Redis.from_url(redis_url) as client:
+        assert not [key for key in client.scan_iter() if b"secret" in key]
 
 
 @pytest.mark.parametrize(
@@ -372,10 +423,10 @@ async def test_internal_errors_are_counted_and_never_reach_the_app(
     """The server may refuse such headers. The app is responsible for them."""
     message: Message = {"type": "http.response.start", "status": 200, "headers": headers}
     middleware = ParallelRunMiddleware(answering(message, body(b"x")), service="shop", redis_url=redis_url)
-    sent, raised = await call(middleware, sampled())
+    messages, error = await call(middleware, sampled())
     await middleware.aclose()
 
-    assert raised is None
-    assert len(sent) == 2
+    assert error is None
+    assert len(messages) == 2
     assert middleware.queue.drop_counts == {reason: 1}
     assert middleware.report_error.counts.total() == 1

@@ -18,7 +18,6 @@ import psycopg
 import pytest
 from msgspec.structs import replace
 
-from abreast.protocol.capture import encode
 from abreast_sidecar.compare.model import Difference
 from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rule_document import rule_from_dict
@@ -33,18 +32,19 @@ from abreast_sidecar.store.records import PairRecord
 from abreast_sidecar.store.rules import RuleDraft, RuleStore, end_expired_rules
 from abreast_sidecar.store.writer import PairWriter
 from support import eventually_async
+from support_captures import encode
 from support_pairs import (
     SERVICE,
     capture,
     counters_match_pairs,
     difference,
     hourly_counts_match_pairs,
-    judged,
-    one,
+    make_record,
     pair_of,
+    query_value,
     ready,
     rows,
-    running,
+    run_worker,
     send,
 )
 
@@ -74,7 +74,7 @@ class Place:
     async def end(self, *numbers: int) -> None:
         await self.rules.replace_rules([], numbers, "me")
 
-    async def rejudged(self, limit: int = 100) -> int:
+    async def reapply(self, limit: int = 100) -> int:
         """Reapply the rules, and return the number of steps."""
         steps = 0
         async with self.database.connection() as connection:
@@ -91,71 +91,72 @@ class Place:
             "coalesce(p.explained_by, '{}'), count(*)::int from abreast.pair p group by 1, 2, 3 order by 1, 2, 3",
         )
 
-    def counts(self) -> dict[str, tuple[int, ...]]:
-        columns = "count, baseline_count, shape_explained, new_greater, new_smaller"
+    def read_counts(self) -> dict[str, tuple[int, ...]]:
+        columns = "count, baseline_count, shape_explained, copy_greater_of_new, copy_smaller_of_new"
         return {
-            path: tuple(found)
-            for path, *found in rows(self.url, f"select path, {columns} from abreast.finding")  # noqa: S608  # our own
+            path: tuple(counts)
+            for path, *counts in rows(self.url, f"select path, {columns} from abreast.finding")  # noqa: S608  # our own
         }
 
     def by_release(self) -> list[tuple[Any, ...]]:
         return rows(
             self.url,
-            "select f.path, r.label, s.count, s.baseline_count, s.shape_explained, s.new_greater, s.new_smaller "
+            "select f.path, r.label, s.count, s.baseline_count, s.shape_explained, s.copy_greater_of_new, s.copy_smaller_of_new "
             "from abreast.finding_release s join abreast.finding f on f.id = s.finding_id "
-            "join abreast.release r on r.id = s.new_release where s.count > 0 or s.baseline_count > 0 order by 1, 2",
+            "join abreast.release r on r.id = s.new_release "
+            "where s.rule_id = 0 and (s.count > 0 or s.baseline_count > 0) order by 1, 2",
         )
 
     def all_counters(self) -> list[tuple[Any, ...]]:
         return rows(
             self.url,
-            "select path, part, kind, count, baseline_count, shape_explained, new_greater, new_smaller, repeat_checks, "
-            "old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down "
+            "select path, part, kind, count, baseline_count, shape_explained, copy_greater_of_new, copy_smaller_of_new, repeat_checks, "
+            "old_repeats, new_repeats, other_above, other_below, same_above, same_below "
             "from abreast.finding order by 1, 2, 3",
         )
 
-    def hidden(self) -> dict[tuple[int, str], int]:
-        found = rows(
+    def count_hidden(self) -> dict[tuple[int, str], int]:
+        hidden_rows = rows(
             self.url,
-            "select s.rule_id, f.path, sum(s.count)::int from abreast.rule_finding s "
-            "join abreast.finding f on f.id = s.finding_id group by 1, 2 having sum(s.count) <> 0",
+            "select s.rule_id, f.path, sum(s.count)::int from abreast.finding_release s "
+            "join abreast.finding f on f.id = s.finding_id where s.rule_id <> 0 group by 1, 2 having sum(s.count) <> 0",
         )
-        return {(rule, path): count for rule, path, count in found}
+        return {(rule, path): count for rule, path, count in hidden_rows}
 
 
 @pytest.fixture
 async def place(postgres_url: str) -> AsyncIterator[Place]:
-    found = Place(postgres_url)
-    await found.database.open()
-    yield found
-    await found.ledger.close()
-    await found.database.close()
-    hourly_counts_match_pairs(found.url)
-    if found.has_exact_counters:
-        counters_match_pairs(found.url)
+    place = Place(postgres_url)
+    await place.database.open()
+    yield place
+    await place.ledger.close()
+    await place.database.close()
+    hourly_counts_match_pairs(place.url)
+    if place.has_exact_counters:
+        counters_match_pairs(place.url)
 
 
-def blind(differences: Sequence[Difference], many: int = 1, **changes: Any) -> list[PairRecord]:
+def blind(differences: Sequence[Difference], count: int = 1, **changes: Any) -> list[PairRecord]:
     """Pairs whose stored captures can't be read."""
-    return [judged(differences, **changes) for _ in range(many)]
+    return [make_record(differences, **changes) for _ in range(count)]
 
 
 async def test_reapply_hides_pairs_and_restores_them(place: Place) -> None:
     await place.ledger.write([*blind([PRICE, NAME], 5), *blind([PRICE], 5, noise=[PRICE]), *blind([], 10)])
-    before = place.pairs(), place.counts(), place.by_release()
+    before = place.pairs(), place.read_counts(), place.by_release()
     rule = await place.begin(action="ignore", path="$.price")
-    await place.rejudged(limit=3)
+    await place.reapply(limit=3)
 
     assert place.pairs() == [([], [], [], 10), ([], ["$.price"], [rule], 5), (["$.name"], ["$.price"], [rule], 5)]
-    assert place.counts() == {"$.name": (5, 0, 0, 5, 0), "$.price": (0, 0, 0, 0, 0)}
+    assert place.read_counts() == {"$.name": (5, 0, 0, 5, 0), "$.price": (0, 0, 0, 0, 0)}
     assert [row[0] for row in place.by_release()] == ["$.name"]
-    assert place.hidden() == {(rule, "$.price"): 10}
+    assert place.count_hidden() == {(rule, "$.price"): 10}
 
     await place.end(rule)
-    await place.rejudged(limit=3)
+    await place.reapply(limit=3)
 
-    assert (place.pairs(), place.counts(), place.by_release()) == before
-    assert place.hidden() == {}
+    assert (place.pairs(), place.read_counts(), place.by_release()) == before
+    assert place.count_hidden() == {}
 
 
 async def test_reapply_excludes_explained_pairs_from_mismatches(place: Place) -> None:
@@ -165,7 +166,7 @@ async def test_reapply_excludes_explained_pairs_from_mismatches(place: Place) ->
     queries = LedgerReader(place.database)
     assert (await queries.read_summary(SERVICE, ALL_TIME)).explained == 0
     await place.begin(action="expect", path="$.price", kind="changed")
-    await place.rejudged()
+    await place.reapply()
     async with place.database.connection() as connection:
         await classify_findings(connection)
     summary = await queries.read_summary(SERVICE, ALL_TIME)
@@ -178,7 +179,7 @@ async def test_reapply_excludes_explained_pairs_from_mismatches(place: Place) ->
 
 
 @pytest.mark.parametrize(
-    ("limits", "hidden"),
+    ("limits", "hidden_count"),
     [
         ({"release": "2"}, 3),
         ({"release": "*"}, 7),
@@ -190,25 +191,25 @@ async def test_reapply_excludes_explained_pairs_from_mismatches(place: Place) ->
         ({"kind": "removed"}, 0),
     ],
 )
-async def test_reapply_respects_limits_of_rule(place: Place, limits: dict[str, Any], hidden: int) -> None:
+async def test_reapply_respects_limits_of_rule(place: Place, limits: dict[str, Any], hidden_count: int) -> None:
     await place.ledger.write(blind([PRICE], 4, releases=("1", "1")) + blind([PRICE], 3, releases=("1", "2")))
     rule = await place.begin(action="ignore", path="$.price", **limits)
-    await place.rejudged()
+    await place.reapply()
 
-    assert place.hidden().get((rule, "$.price"), 0) == hidden
-    assert place.counts()["$.price"][0] == 7 - hidden
+    assert place.count_hidden().get((rule, "$.price"), 0) == hidden_count
+    assert place.read_counts()["$.price"][0] == 7 - hidden_count
 
 
 async def test_reapply_passes_findings_to_the_next_rule(place: Place) -> None:
     await place.ledger.write(blind([PRICE], 4))
     first = await place.begin(action="ignore", path="$.price")
     second = await place.begin(action="ignore", part="body")
-    await place.rejudged()
-    assert place.hidden() == {(first, "$.price"): 4}
+    await place.reapply()
+    assert place.count_hidden() == {(first, "$.price"): 4}
 
     await place.end(first)
-    await place.rejudged()
-    assert place.hidden() == {(second, "$.price"): 4}
+    await place.reapply()
+    assert place.count_hidden() == {(second, "$.price"): 4}
 
 
 async def test_expired_rule_ends_and_is_listed_as_expired(place: Place) -> None:
@@ -216,35 +217,35 @@ async def test_expired_rule_ends_and_is_listed_as_expired(place: Place) -> None:
     rule = await place.begin(
         action="ignore", path="$.price", expires=dt.datetime.now(dt.UTC) + dt.timedelta(seconds=0.3)
     )
-    await place.rejudged()
-    assert place.hidden() == {(rule, "$.price"): 4}
+    await place.reapply()
+    assert place.count_hidden() == {(rule, "$.price"): 4}
 
-    async def ended() -> bool:
+    async def is_expired() -> bool:
         async with place.database.connection() as connection:
             return await end_expired_rules(connection) == 1
 
-    await eventually_async(ended, what="the rule expired")
-    await place.rejudged()
-    (listed,) = await place.rules.list_rules(limit=10)
+    await eventually_async(is_expired, description="the rule expired")
+    await place.reapply()
+    (listed_rule,) = await place.rules.list_rules(limit=10)
 
-    assert place.counts()["$.price"][0] == 4
-    assert (listed.id, listed.is_expired, listed.ended_by) == (rule, True, "abreast")
+    assert place.read_counts()["$.price"][0] == 4
+    assert (listed_rule.id, listed_rule.is_expired, listed_rule.ended_by) == (rule, True, "abreast")
 
 
 async def test_reapply_does_not_guess_values_without_captures(place: Place) -> None:
     """A tolerance can't be applied without values: the pair names the rule, and still counts."""
     await place.ledger.write(blind([PRICE], 4))
     rule = await place.begin(action="tolerate", path="$.price", absolute=5)
-    await place.rejudged()
-    (listed,) = await place.rules.list_rules(limit=10)
+    await place.reapply()
+    (listed_rule,) = await place.rules.list_rules(limit=10)
 
     assert place.pairs() == [(["$.price"], [], [], 4)]
-    assert (listed.pairs, listed.undetermined_pairs) == (0, 4)
-    assert one(place.url, "select distinct reason from abreast.pair") == f"judged before rule {rule}"
+    assert (listed_rule.pairs, listed_rule.undetermined_pairs) == (0, 4)
+    assert query_value(place.url, "select distinct reason from abreast.pair") == f"judged before rule {rule}"
 
     await place.end(rule)
-    await place.rejudged()
-    assert one(place.url, "select distinct reason from abreast.pair") == ""
+    await place.reapply()
+    assert query_value(place.url, "select distinct reason from abreast.pair") == ""
 
 
 async def test_reapply_moves_counts_of_dropped_pairs(place: Place) -> None:
@@ -252,12 +253,12 @@ async def test_reapply_moves_counts_of_dropped_pairs(place: Place) -> None:
     with psycopg.connect(place.url, autocommit=True) as connection:
         connection.execute("select abreast.drop_day((now() at time zone 'UTC')::date)")
     rule = await place.begin(action="ignore", path="$.price")
-    await place.rejudged()
-    assert (place.counts()["$.price"], place.hidden()) == ((0, 0, 0, 0, 0), {(rule, "$.price"): 4})
+    await place.reapply()
+    assert (place.read_counts()["$.price"], place.count_hidden()) == ((0, 0, 0, 0, 0), {(rule, "$.price"): 4})
 
     await place.end(rule)
-    await place.rejudged()
-    assert (place.counts()["$.price"], place.hidden()) == ((4, 0, 0, 4, 0), {})
+    await place.reapply()
+    assert (place.read_counts()["$.price"], place.count_hidden()) == ((4, 0, 0, 4, 0), {})
 
 
 async def test_writer_rejects_batch_compared_under_other_rules(place: Place) -> None:
@@ -272,16 +273,16 @@ async def test_writer_rejects_batch_compared_under_other_rules(place: Place) -> 
 async def test_reapply_in_parallel_counts_each_pair_once(place: Place) -> None:
     await place.ledger.write(blind([PRICE, NAME], 60))
     rule = await place.begin(action="ignore", path="$.price")
-    others = [Place(place.url) for _ in range(3)]
-    for other in others:
+    places = [Place(place.url) for _ in range(3)]
+    for other in places:
         await other.database.open()
     while rows(place.url, "select from abreast.rule_state where applied_version < version"):
-        await asyncio.gather(*(other.rejudged(limit=7) for other in others))
-    for other in others:
+        await asyncio.gather(*(other.reapply(limit=7) for other in places))
+    for other in places:
         await other.database.close()
 
-    assert place.hidden() == {(rule, "$.price"): 60}
-    assert place.counts()["$.name"][0] == 60
+    assert place.count_hidden() == {(rule, "$.price"): 60}
+    assert place.read_counts()["$.name"][0] == 60
 
 
 async def test_reapply_and_workers_never_deadlock(place: Place) -> None:
@@ -290,25 +291,25 @@ async def test_reapply_and_workers_never_deadlock(place: Place) -> None:
     over = asyncio.Event()
 
     async def work(ledger: PairWriter) -> int:
-        written = 0
+        count = 0
         while not over.is_set():
-            held = one(place.url, "select version from abreast.rule_state")
+            version = query_value(place.url, "select version from abreast.rule_state")
             with contextlib.suppress(StaleRulesError):
-                written += await ledger.write(blind([PRICE, NAME], 5), rules_version=held)
+                count += await ledger.write(blind([PRICE, NAME], 5), rules_version=version)
         await ledger.close()
-        return written
+        return count
 
     workers = [asyncio.create_task(work(PairWriter(place.url, examples_per_finding=3))) for _ in range(2)]
     rule = await place.begin(action="ignore", path="$.price")
-    await place.rejudged(limit=20)
+    await place.reapply(limit=20)
     over.set()
-    written = sum(await asyncio.gather(*workers)) + 200
+    total = sum(await asyncio.gather(*workers)) + 200
 
-    assert one(place.url, "select deadlocks from pg_stat_database where datname = current_database()") == 0
-    assert one(place.url, "select sum(pairs)::int from abreast.outcome_count") == written
+    assert query_value(place.url, "select deadlocks from pg_stat_database where datname = current_database()") == 0
+    assert query_value(place.url, "select sum(pairs)::int from abreast.outcome_count") == total
     # These workers ignore the rule: their pairs still count for the finding.
-    assert place.counts()["$.price"][0] + place.hidden()[rule, "$.price"] == written
-    assert place.counts()["$.name"][0] == written
+    assert place.read_counts()["$.price"][0] + place.count_hidden()[rule, "$.price"] == total
+    assert place.read_counts()["$.name"][0] == total
 
 
 REAPPLY_SCRIPT = """
@@ -328,7 +329,7 @@ asyncio.run(main())
 
 async def test_reapply_resumes_after_crash(place: Place) -> None:
     await place.ledger.write(blind([PRICE, NAME], 80))
-    before = place.pairs(), place.counts(), place.by_release()
+    before = place.pairs(), place.read_counts(), place.by_release()
     rule = await place.begin(action="ignore", path="$.price")
     for _ in range(3):
         process = await asyncio.create_subprocess_exec(
@@ -339,16 +340,16 @@ async def test_reapply_resumes_after_crash(place: Place) -> None:
             assert await process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         await process.wait()
-    left = one(place.url, "select count(*) from abreast.reapply_queue")
-    assert 0 < left < 80
+    remaining = query_value(place.url, "select count(*) from abreast.reapply_queue")
+    assert 0 < remaining < 80
 
-    await place.rejudged()
-    assert place.hidden() == {(rule, "$.price"): 80}
+    await place.reapply()
+    assert place.count_hidden() == {(rule, "$.price"): 80}
     assert place.pairs() == [(["$.name"], ["$.price"], [rule], 80)]
 
     await place.end(rule)
-    await place.rejudged()
-    assert (place.pairs(), place.counts(), place.by_release()) == before
+    await place.reapply()
+    assert (place.pairs(), place.read_counts(), place.by_release()) == before
 
 
 async def test_reapply_moves_every_counter_exactly(place: Place) -> None:
@@ -357,18 +358,18 @@ async def test_reapply_moves_every_counter_exactly(place: Place) -> None:
     records = []
     for number in range(120):
         old, new = generator.choice((1, 5, 40)), generator.choice((2, 50, "x"))
-        shown = [
+        visible = [
             difference("$.price", old=str(old), new=json.dumps(new)),
             difference("$.id", old=json.dumps(str(uuid.uuid4())), new=json.dumps(str(uuid.uuid4()))),
             difference("$.tag", kind="added", old=None, new='"t"'),
         ]
-        differences = generator.sample(shown, generator.randint(0, 3))
+        differences = generator.sample(visible, generator.randint(0, 3))
         noise = [difference("$.price", old=str(old), new="99")] if generator.random() < 0.3 else []
         release = ("1", generator.choice(("1", "2")))
         pair = str(uuid.uuid4())
         contents = ({"price": old, "id": pair}, {"price": new, "id": str(uuid.uuid4()), "tag": "t"})
         if number % 3:
-            records.append(judged(differences, noise=noise, releases=release, pair=pair))
+            records.append(make_record(differences, noise=noise, releases=release, pair=pair))
         else:
             records.append(stored_pair(pair, *contents, release=release[1]))
     for batch in (records[:50], records[50:]):
@@ -384,14 +385,14 @@ async def test_reapply_moves_every_counter_exactly(place: Place) -> None:
         {"action": "ignore", "path": "$.id"},
     ):
         rules.append(await place.begin(**fields))
-        await place.rejudged(limit=17)
+        await place.reapply(limit=17)
         counters_match_pairs(place.url)
     assert place.all_counters() != before
 
     generator.shuffle(rules)
     for rule in rules:
         await place.end(rule)
-        await place.rejudged(limit=17)
+        await place.reapply(limit=17)
         counters_match_pairs(place.url)
     assert place.all_counters() == before
 
@@ -411,13 +412,13 @@ async def emptied(settings: Settings) -> None:
     async def empty() -> bool:
         return ready(settings.redis_url) == 0
 
-    await eventually_async(empty, what="the stream is empty")
+    await eventually_async(empty, description="the stream is empty")
 
 
 async def test_worker_applies_rules_and_reapply_uses_stored_captures(place: Place, redis_url: str) -> None:
     settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
     tolerated = await place.begin(action="tolerate", path="$.price", absolute=0.5)
-    async with running(settings):
+    async with run_worker(settings):
         for new in (1.2, 1.4, 9.0):
             send(redis_url, pair_of({"price": 1.0, "tags": [1, 2]}, {"price": new, "tags": [2, 1]}))
         await emptied(settings)
@@ -428,7 +429,7 @@ async def test_worker_applies_rules_and_reapply_uses_stored_captures(place: Plac
         await emptied(settings)
     assert ([], ["$.tags"], [unordered], 1) in place.pairs()
 
-    await place.rejudged()
+    await place.reapply()
     assert place.pairs() == [
         ([], ["$.price", "$.tags"], [tolerated, unordered], 2),
         ([], ["$.tags"], [unordered], 1),
@@ -436,34 +437,34 @@ async def test_worker_applies_rules_and_reapply_uses_stored_captures(place: Plac
     ]
 
     await place.end(tolerated)
-    await place.rejudged()
+    await place.reapply()
     assert place.pairs() == [([], ["$.tags"], [unordered], 1), (["$.price"], ["$.tags"], [unordered], 3)]
-    assert place.counts()["$.price"] == (3, 0, 0, 3, 0)
+    assert place.read_counts()["$.price"] == (3, 0, 0, 3, 0)
 
 
 async def test_reapply_of_keyed_by_rule_adds_findings(place: Place, redis_url: str) -> None:
     settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
     old = [{"nr": 1, "v": 1}, {"nr": 2, "v": 2}]
-    async with running(settings):
+    async with run_worker(settings):
         send(redis_url, pair_of({"rows": old}, {"rows": [{"nr": 2, "v": 3}, {"nr": 3, "v": 1}]}))
         await emptied(settings)
-    assert "$.rows[*].nr" in place.counts()
+    assert "$.rows[*].nr" in place.read_counts()
 
     rule = await place.begin(action="keyed-by", path="$.rows", by="nr")
-    await place.rejudged()
+    await place.reapply()
 
     (pair,) = place.pairs()
     assert pair[0] == ["$.rows[*]", "$.rows[*]", "$.rows[*].v"]
-    assert place.counts()["$.rows[*].nr"][0] == 0
+    assert place.read_counts()["$.rows[*].nr"][0] == 0
 
     await place.end(rule)
-    await place.rejudged()
+    await place.reapply()
     assert "$.rows[*].nr" in place.pairs()[0][0]
 
 
 async def test_reapply_keeps_drift(place: Place, redis_url: str) -> None:
     settings = Settings(redis_url=redis_url, postgres_url=place.url, claim_idle=0.5, shutdown_timeout=5.0)
-    async with running(settings):
+    async with run_worker(settings):
         send(redis_url, pair_of({"price": 1, "name": "a"}, {"price": 2, "name": "b"}))
         await emptied(settings)
     place.has_exact_counters = False
@@ -473,7 +474,7 @@ async def test_reapply_keeps_drift(place: Place, redis_url: str) -> None:
             "from abreast.finding f where f.path = '$.price'"
         )
     rule = await place.begin(action="ignore", part="body")
-    await place.rejudged()
+    await place.reapply()
 
     assert place.pairs() == [([], ["$.name"], [rule], 1)]
 
@@ -484,15 +485,15 @@ async def test_worker_waits_until_rules_are_readable(place: Place, redis_url: st
     send(redis_url, pair_of({"price": 1}, {"price": 2}))
     with psycopg.connect(place.url) as gate:
         gate.execute("lock table abreast.rule in access exclusive mode")
-        async with running(settings) as worker:
+        async with run_worker(settings) as worker:
             waits = (
                 "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and application_name = 'abreast'"
             )
 
             async def waiting() -> bool:
-                return bool(one(place.url, waits))
+                return bool(query_value(place.url, waits))
 
-            await eventually_async(waiting, what="the worker waits for the rules")
+            await eventually_async(waiting, description="the worker waits for the rules")
             assert (ready(redis_url), worker.last_heartbeat) == (1, 0.0)
 
             gate.rollback()

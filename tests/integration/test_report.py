@@ -17,8 +17,8 @@ from abreast.v1 import comparison_pb2 as api
 from abreast.v1 import rule_pb2, rule_pb2_grpc, traffic_pb2
 from abreast_sidecar.cli import abreast
 from abreast_sidecar.client.sidecar_client import MAX_PAGE_ROWS
-from captures import capture
-from support_serve import NOON, Running, packed, running
+from support_captures import capture
+from support_serve import NOON, RunningSidecar, packed, run_sidecar
 
 pytestmark = pytest.mark.postgres
 
@@ -49,17 +49,17 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
-    async with running(redis_url, postgres_url) as sidecar:
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[RunningSidecar]:
+    async with run_sidecar(redis_url, postgres_url) as sidecar:
         yield sidecar
 
 
-async def run(sidecar: Running, output: Path, *options: str) -> Result:
+async def run(sidecar: RunningSidecar, output: Path, *options: str) -> Result:
     words = ["report", "--output", str(output), "--address", f"127.0.0.1:{sidecar.port}", *options]
     return await asyncio.to_thread(CliRunner().invoke, abreast, words)
 
 
-async def add_hostile_content(sidecar: Running) -> None:
+async def add_hostile_content(sidecar: RunningSidecar) -> None:
     """Add add_hostile_content content to each text that comes from requests, answers or people."""
     ledger = sidecar.ledger()
     endpoint = ledger.endpoint(route=f"/{EVIL}")
@@ -75,11 +75,11 @@ async def add_hostile_content(sidecar: Running) -> None:
     rule.expire_time.FromDatetime(NOON.replace(year=2099))
     rules = rule_pb2_grpc.RuleServiceStub(sidecar.channel)
     await rules.CreateRule(rule_pb2.CreateRuleRequest(rule=rule, actor="ann"))
-    changed = traffic_pb2.UpdateTrafficRequest(service="shop", new_share=0.1, actor=EVIL, reason=EVIL)
+    changed = traffic_pb2.UpdateTrafficRequest(service="shop", new_share=0.1, actor=EVIL, reason=EVIL, force=True)
     await sidecar.traffic.UpdateTraffic(changed)
 
 
-async def test_report_escapes_hostile_content(sidecar: Running, tmp_path: Path) -> None:
+async def test_report_escapes_hostile_content(sidecar: RunningSidecar, tmp_path: Path) -> None:
     await add_hostile_content(sidecar)
     result = await run(sidecar, tmp_path / "r")
     assert result.exit_code == 0, result.output
@@ -96,7 +96,7 @@ async def test_report_escapes_hostile_content(sidecar: Running, tmp_path: Path) 
     assert "https://" not in text
 
 
-async def test_report_contains_all_pages_of_large_ledger(sidecar: Running, tmp_path: Path) -> None:
+async def test_report_contains_all_pages_of_large_ledger(sidecar: RunningSidecar, tmp_path: Path) -> None:
     ledger = sidecar.ledger()
     endpoint = ledger.endpoint()
     ledger.execute(ROWS, endpoint, NOON, NOON, MANY)
@@ -117,10 +117,10 @@ async def test_report_contains_all_pages_of_large_ledger(sidecar: Running, tmp_p
     assert report["verdict"]["budget"]["max_mismatch"] == 0.005
     assert text.count("<section>") == MANY
     assert re.search(r"expected</span></td>.*\bannounced in May</td>", text, re.DOTALL)
-    assert "Can the new version take over? There is too little evidence" in text
+    assert "Can the new version take over? <b>Not yet. The evidence on" in text
 
 
-async def test_report_to_missing_folder_fails_and_leaves_no_file(sidecar: Running, tmp_path: Path) -> None:
+async def test_report_to_missing_folder_fails_and_leaves_no_file(sidecar: RunningSidecar, tmp_path: Path) -> None:
     sidecar.ledger().pair(sidecar.ledger().endpoint())
     result = await run(sidecar, tmp_path / "missing" / "r")
 

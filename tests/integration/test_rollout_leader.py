@@ -15,8 +15,8 @@ from abreast_sidecar.store.database import AdvisoryLock
 from abreast_sidecar.store.migrate import MIGRATION_LOCK_KEY
 from support import eventually
 from support_replica import Replica, replica
+from support_rollout import add
 from support_serve import Ledger
-from support_steering import add
 
 pytestmark = pytest.mark.postgres
 
@@ -36,9 +36,9 @@ def replicas(redis_url: str, postgres_url: str, tmp_path: Path) -> Iterator[list
 
 
 def one_acts(replicas: list[Replica]) -> Replica:
-    eventually(lambda: any(one.acting() for one in replicas), what="one sidecar acts")
-    (found,) = [one for one in replicas if one.acting()]
-    return found
+    eventually(lambda: any(replica.acting() for replica in replicas), description="one sidecar acts")
+    (leader,) = [replica for replica in replicas if replica.acting()]
+    return leader
 
 
 def exposed(ledger: Ledger) -> None:
@@ -51,15 +51,15 @@ def exposed(ledger: Ledger) -> None:
     ledger.execute("insert into abreast.guard (service, policy) values ('shop', %s)", ACTING_GUARD)
 
 
-def cut(ledger: Ledger) -> None:
+def terminate_leader_session(ledger: Ledger) -> None:
     """End the leader's connection."""
     for (pid,) in ledger.execute(HOLDER, LEADER_LOCK_ID):
         ledger.execute("select pg_terminate_backend(%s)", pid)
 
 
 def rollbacks(ledger: Ledger) -> int:
-    (found,) = ledger.execute("select count(*) from abreast.traffic_event where action = 'rollback'")
-    return int(found[0])
+    (row,) = ledger.execute("select count(*) from abreast.traffic_event where action = 'rollback'")
+    return int(row[0])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -68,21 +68,21 @@ def test_leader_is_replaced_when_killed_or_frozen(
 ) -> None:
     """It takes seconds; the bound is for a loaded machine. A frozen leader does not act once it continues."""
     first = one_acts(replicas)
-    (second,) = [one for one in replicas if one is not first]
+    (second,) = [replica for replica in replicas if replica is not first]
     ledger = Ledger(postgres_url)
     exposed(ledger)
 
     os.kill(first.pid, how)
     stopped = time.monotonic()
     add(ledger, 20, live="new", new_status=500)
-    eventually(lambda: rollbacks(ledger) == 1, within=20, what="the other sidecar rolls back")
-    took = time.monotonic() - stopped
+    eventually(lambda: rollbacks(ledger) == 1, within=20, description="the other sidecar rolls back")
+    duration = time.monotonic() - stopped
 
     assert second.acting()
-    assert took < 15, f"{took:.1f} s"
+    assert duration < 15, f"{duration:.1f} s"
     if how is signal.SIGSTOP:
         os.kill(first.pid, signal.SIGCONT)
-        eventually(lambda: not first.acting(), what="the one that was frozen knows that it lost the seat")
+        eventually(lambda: not first.acting(), description="the one that was frozen knows that it lost the seat")
         assert second.acting()
     assert rollbacks(ledger) == 1
 
@@ -93,8 +93,8 @@ async def test_lease_without_connection_rejects_transactions(postgres_url: str) 
     assert await seat.acquire()
     assert not await other.acquire()
 
-    cut(ledger)
-    eventually(lambda: not ledger.execute(HOLDER, LEADER_LOCK_ID), what="the lock is free")
+    terminate_leader_session(ledger)
+    eventually(lambda: not ledger.execute(HOLDER, LEADER_LOCK_ID), description="the lock is free")
     assert await other.acquire()
     with pytest.raises(LeadershipLostError, match="leadership lost"):
         await seat.heartbeat()
@@ -111,7 +111,7 @@ async def test_lease_expires_without_heartbeats(postgres_url: str) -> None:
     ledger = Ledger(postgres_url)
     assert await seat.acquire()
 
-    eventually(lambda: not ledger.execute(HOLDER, LEADER_LOCK_ID), what="postgres has ended the silent session")
+    eventually(lambda: not ledger.execute(HOLDER, LEADER_LOCK_ID), description="postgres has ended the silent session")
     with pytest.raises(LeadershipLostError):
         await seat.heartbeat()
 
@@ -125,7 +125,7 @@ async def test_lease_transaction_is_rolled_back_with_its_connection(postgres_url
     async def act() -> None:
         async with seat.transaction() as connection:
             await connection.execute("update abreast.traffic set new_share = 10000")
-            cut(ledger)
+            terminate_leader_session(ledger)
 
     with pytest.raises(LeadershipLostError):
         await act()

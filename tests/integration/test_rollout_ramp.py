@@ -14,8 +14,8 @@ from google.protobuf.duration_pb2 import Duration
 from abreast.v1 import comparison_pb2, traffic_pb2
 from abreast.v1 import rollout_pb2 as pb
 from support import eventually_async
-from support_serve import Ledger, Refused, Running, refused, running
-from support_steering import NOW, add, events, moment, sampled, set_guard, set_share
+from support_rollout import NOW, add, events, moment, sampled, set_guard, set_share
+from support_serve import Ledger, Refused, RunningSidecar, refused, run_sidecar
 
 pytestmark = pytest.mark.postgres
 
@@ -24,70 +24,70 @@ EASY = comparison_pb2.Budget(max_mismatch=0.05, max_error=0.05, max_slower=1.0)
 
 
 @pytest.fixture
-async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
-    async with running(redis_url, postgres_url, sample_safe=1.0) as found:
-        found.ledger().endpoint("shop")
-        yield found
+async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[RunningSidecar]:
+    async with run_sidecar(redis_url, postgres_url, sample_safe=1.0) as instance:
+        instance.ledger().endpoint("shop")
+        yield instance
 
 
 @pytest.fixture
-def ledger(sidecar: Running) -> Ledger:
+def ledger(sidecar: RunningSidecar) -> Ledger:
     return sidecar.ledger()
 
 
-async def start(sidecar: Running, *steps: float, hold: float = 0.0, **changes: Any) -> pb.Ramp:
+async def start(sidecar: RunningSidecar, *steps: float, hold: float = 0.0, **changes: Any) -> pb.Ramp:
     plan = pb.RampPlan(
         steps=steps,
         hold=Duration(nanos=round(hold * 1e9)),
         min_pairs=changes.pop("min_pairs", 20),
         budget=changes.pop("budget", EASY),
     )
-    asked = pb.StartRampRequest(plan=plan, actor="ada", reason="release 2")
-    return (await sidecar.steering.StartRamp(asked)).ramp
+    request = pb.StartRampRequest(plan=plan, actor="ada", reason="release 2")
+    return (await sidecar.rollout.StartRamp(request)).ramp
 
 
-async def ramp(sidecar: Running) -> pb.Ramp:
-    return (await sidecar.steering.GetRamp(pb.GetRampRequest())).ramp
+async def ramp(sidecar: RunningSidecar) -> pb.Ramp:
+    return (await sidecar.rollout.GetRamp(pb.GetRampRequest())).ramp
 
 
-async def until(sidecar: Running, phase: str, step: int | None = None) -> pb.Ramp:
-    async def there() -> bool:
-        found = (await ramp(sidecar)).state
-        wanted = pb.RampPhase.Value(f"RAMP_PHASE_{phase}")
-        return bool(found.phase == wanted and step in {None, found.step})
+async def until(sidecar: RunningSidecar, phase: str, step: int | None = None) -> pb.Ramp:
+    async def has_phase() -> bool:
+        state = (await ramp(sidecar)).state
+        expected = pb.RampPhase.Value(f"RAMP_PHASE_{phase}")
+        return bool(state.phase == expected and step in {None, state.step})
 
-    await eventually_async(there, what=f"the ramp is {phase} at step {step}")
+    await eventually_async(has_phase, description=f"the ramp is {phase} at step {step}")
     return await ramp(sidecar)
 
 
-async def looked(sidecar: Running) -> pb.Ramp:
+async def wait_for_look(sidecar: RunningSidecar) -> pb.Ramp:
     """Wait until it has looked twice at what is there now: the first may have begun before."""
     for _ in range(2):
         since = moment()
 
-        async def there(since: dt.datetime = since) -> bool:
+        async def has_looked(since: dt.datetime = since) -> bool:
             return bool((await ramp(sidecar)).evaluate_time.ToDatetime(dt.UTC) > since)
 
-        await eventually_async(there, what="the ramp is looked at")
+        await eventually_async(has_looked, description="the ramp is looked at")
     return await ramp(sidecar)
 
 
-async def share(sidecar: Running) -> float:
+async def share(sidecar: RunningSidecar) -> float:
     return (await sidecar.traffic.GetTraffic(traffic_pb2.GetTrafficRequest())).traffic.new_share
 
 
-def good(ledger: Ledger, many: int = 300) -> None:
-    add(ledger, many, live="new", new_us=900)
+def good(ledger: Ledger, count: int = 300) -> None:
+    add(ledger, count, live="new", new_us=900)
     sampled(ledger)
 
 
 async def refusal(call: Any) -> Refused:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
         await call
-    return refused(caught.value)
+    return refused(error.value)
 
 
-async def test_ramp_climbs_to_the_end_on_pass(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_climbs_to_the_end_on_pass(sidecar: RunningSidecar, ledger: Ledger) -> None:
     sampled(ledger)
     begun = await start(sidecar, 0.01, 0.5, 1.0)
     assert (begun.state.step, await share(sidecar)) == (0, 0.01)
@@ -96,10 +96,10 @@ async def test_ramp_climbs_to_the_end_on_pass(sidecar: Running, ledger: Ledger) 
         good(ledger)
         await until(sidecar, "PROGRESSING", step)
     good(ledger)
-    ended = await until(sidecar, "SUCCEEDED")
+    final = await until(sidecar, "SUCCEEDED")
 
-    told = [(one.action, one.actor, one.after.new_share) for one in await events(sidecar)]
-    assert told == [
+    changes = [(event.action, event.actor, event.after.new_share) for event in await events(sidecar)]
+    assert changes == [
         ("ramp_succeed", "ramp", 1.0),
         ("ramp_step", "ramp", 1.0),
         ("ramp_step", "ramp", 0.5),
@@ -109,59 +109,61 @@ async def test_ramp_climbs_to_the_end_on_pass(sidecar: Running, ledger: Ledger) 
     climbed = (await events(sidecar))[1]
     assert climbed.reason.startswith("the verdict is PASS after 600 pairs, 300 in this step")
     assert (climbed.before.new_share, climbed.ramp_before.step, climbed.ramp_after.step) == (0.5, 1, 2)
-    assert ended.HasField("end_time")
+    assert final.HasField("end_time")
 
 
-async def test_ramp_waits_for_evidence(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_waits_for_evidence(sidecar: RunningSidecar, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.01, 1.0)
     good(ledger, 25)
 
-    found = await looked(sidecar)
+    status = await wait_for_look(sidecar)
 
-    assert found.state.step == 0
-    assert found.verdict == comparison_pb2.VERDICT_STATE_INCONCLUSIVE
-    assert "the verdict is INCONCLUSIVE: " in found.state.message
+    assert status.state.step == 0
+    assert status.verdict == comparison_pb2.VERDICT_STATE_INCONCLUSIVE
+    assert "the verdict is INCONCLUSIVE: " in status.state.message
 
 
-async def test_ramp_needs_pairs_and_time_for_each_step(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_needs_pairs_and_time_for_each_step(sidecar: RunningSidecar, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.01, 0.5, 1.0)
     good(ledger)
     await until(sidecar, "PROGRESSING", 1)
     good(ledger, 19)
-    few = await looked(sidecar)
+    few = await wait_for_look(sidecar)
     good(ledger, 1)
     await until(sidecar, "PROGRESSING", 2)
 
     assert few.state.message == "19 of 20 pairs were compared in this step"
     assert few.verdict == comparison_pb2.VERDICT_STATE_PASS
 
-    await sidecar.steering.AbortRamp(pb.AbortRampRequest())
+    await sidecar.rollout.AbortRamp(pb.AbortRampRequest())
     await start(sidecar, 0.01, 0.5, hold=0.9, min_pairs=1)
     good(ledger)
-    assert "holds 1% for another 1 s" in (await looked(sidecar)).state.message or (await ramp(sidecar)).state.step
+    assert (
+        "holds 1% for another 1 s" in (await wait_for_look(sidecar)).state.message or (await ramp(sidecar)).state.step
+    )
     good(ledger)
     await until(sidecar, "PROGRESSING", 1)
 
 
-async def test_ramp_rolls_back_on_fail(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_rolls_back_on_fail(sidecar: RunningSidecar, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
 
     add(ledger, 100, live="new", new_status=500, outcome="mismatch")
     sampled(ledger)
-    ended = await until(sidecar, "FAILED")
+    final = await until(sidecar, "FAILED")
 
     event = (await events(sidecar))[0]
     assert (event.action, event.actor, event.after.rolled_back) == ("rollback", "ramp", True)
     assert "the verdict since the ramp began is FAIL: 100 of 100 pairs have errors of new" in event.reason
     assert await share(sidecar) == 0
-    assert ended.state.message.startswith("rolled back from 25%")
-    assert ended.verdict == comparison_pb2.VERDICT_STATE_FAIL
+    assert final.state.message.startswith("rolled back from 25%")
+    assert final.verdict == comparison_pb2.VERDICT_STATE_FAIL
 
 
-async def test_ramp_rolls_back_on_a_defect_of_the_last_step(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_rolls_back_on_a_defect_of_the_last_step(sidecar: RunningSidecar, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.01, 1.0)
     good(ledger, 5000)
@@ -175,15 +177,15 @@ async def test_ramp_rolls_back_on_a_defect_of_the_last_step(sidecar: Running, le
 
 
 @pytest.mark.parametrize(
-    ("beyond", "age", "said"),
+    ("beyond", "age", "message"),
     [
-        (100, 0.0, "the ledger has 300 of 400 requests sampled in this step, 99% are required"),
-        (0, 60.0, "the count of the Envoy edge@127.0.0.1:1 is 6"),
+        (100, -600.0, "the ledger has 300 of 400 requests sampled in this step, 99% are required"),
+        (0, 60.0, "the count of the Envoy edge@127.0.0.1:1 is"),
         (0, 7200.0, "no Envoy reports its count any more"),
     ],
 )
 async def test_ramp_waits_with_incomplete_evidence(
-    sidecar: Running, ledger: Ledger, beyond: int, age: float, said: str
+    sidecar: RunningSidecar, ledger: Ledger, beyond: int, age: float, message: str
 ) -> None:
     """Captures stop while Envoy still counts, or Envoy's count is stale."""
     sampled(ledger)
@@ -191,50 +193,50 @@ async def test_ramp_waits_with_incomplete_evidence(
     add(ledger, 300, live="new", new_us=900)
     sampled(ledger, beyond, age=age)
 
-    found = await looked(sidecar)
+    status = await wait_for_look(sidecar)
 
-    assert found.state.step == 0
-    assert said in found.state.message
+    assert status.state.step == 0
+    assert message in status.state.message
 
     sampled(ledger)
     good(ledger)
     await until(sidecar, "PROGRESSING", 1)
 
 
-async def test_ramp_waits_for_a_count_of_envoy(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_waits_for_a_count_of_envoy(sidecar: RunningSidecar, ledger: Ledger) -> None:
     await start(sidecar, 0.01, 1.0)
     add(ledger, 300, live="new", new_us=900)
-    blind = await looked(sidecar)
+    blind = await wait_for_look(sidecar)
     sampled(ledger)
-    counted = await looked(sidecar)
+    counted_ramp = await wait_for_look(sidecar)
     good(ledger)
     await until(sidecar, "PROGRESSING", 1)
 
     assert "no Envoy's count is known" in blind.state.message
-    assert counted.state.step == 0
-    assert counted.step_time.ToDatetime() > blind.step_time.ToDatetime()
+    assert counted_ramp.state.step == 0
+    assert counted_ramp.step_time.ToDatetime() > blind.step_time.ToDatetime()
 
 
-async def test_ramp_pauses_and_resumes(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_pauses_and_resumes(sidecar: RunningSidecar, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.01, 1.0)
-    paused = (await sidecar.steering.PauseRamp(pb.PauseRampRequest(actor="grace", reason="lunch"))).ramp
+    paused = (await sidecar.rollout.PauseRamp(pb.PauseRampRequest(actor="grace", reason="lunch"))).ramp
     good(ledger)
-    found = await looked(sidecar)
-    resumed = (await sidecar.steering.ResumeRamp(pb.ResumeRampRequest(actor="grace"))).ramp
+    status = await wait_for_look(sidecar)
+    resumed = (await sidecar.rollout.ResumeRamp(pb.ResumeRampRequest(actor="grace"))).ramp
     good(ledger)
     await until(sidecar, "PROGRESSING", 1)
 
-    assert (paused.state.phase, found.state.message, found.state.step) == (pb.RAMP_PHASE_PAUSED, "paused", 0)
+    assert (paused.state.phase, status.state.message, status.state.step) == (pb.RAMP_PHASE_PAUSED, "paused", 0)
     assert resumed.step_time.ToDatetime() > paused.step_time.ToDatetime()
-    told = [(one.action, one.actor, one.reason) for one in await events(sidecar)][1:3]
-    assert told == [("ramp_resume", "grace", ""), ("ramp_pause", "grace", "lunch")]
+    changes = [(event.action, event.actor, event.reason) for event in await events(sidecar)][1:3]
+    assert changes == [("ramp_resume", "grace", ""), ("ramp_pause", "grace", "lunch")]
 
 
-async def test_ramp_rolls_back_while_paused(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_rolls_back_while_paused(sidecar: RunningSidecar, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
-    await sidecar.steering.PauseRamp(pb.PauseRampRequest())
+    await sidecar.rollout.PauseRamp(pb.PauseRampRequest())
 
     add(ledger, 100, live="new", new_status=500, outcome="mismatch")
     sampled(ledger)
@@ -242,62 +244,62 @@ async def test_ramp_rolls_back_while_paused(sidecar: Running, ledger: Ledger) ->
     await until(sidecar, "FAILED")
 
 
-async def test_ramp_abort_sends_all_users_to_old(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_abort_sends_all_users_to_old(sidecar: RunningSidecar, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
-    ended = (await sidecar.steering.AbortRamp(pb.AbortRampRequest(actor="grace", reason="no"))).ramp
-    again = await refusal(sidecar.steering.AbortRamp(pb.AbortRampRequest()))
+    final = (await sidecar.rollout.AbortRamp(pb.AbortRampRequest(actor="grace", reason="no"))).ramp
+    error = await refusal(sidecar.rollout.AbortRamp(pb.AbortRampRequest()))
 
     event = (await events(sidecar))[0]
-    assert (ended.state.phase, ended.state.message) == (pb.RAMP_PHASE_ABORTED, "aborted at 25%")
+    assert (final.state.phase, final.state.message) == (pb.RAMP_PHASE_ABORTED, "aborted at 25%")
     assert (event.action, event.actor, event.reason) == ("ramp_abort", "grace", "no")
     assert (event.after.new_share, event.after.rolled_back) == (0.0, True)
-    assert (again.code, again.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT")
-    assert "shop has no active ramp" in again.message
+    assert (error.code, error.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "CONFLICT")
+    assert "shop has no active ramp" in error.message
 
 
-@pytest.mark.parametrize("what", ["rollback", "promote", "update"])
-async def test_ramp_ends_when_the_traffic_is_set(sidecar: Running, ledger: Ledger, what: str) -> None:
+@pytest.mark.parametrize("action", ["rollback", "promote", "update"])
+async def test_ramp_ends_when_the_traffic_is_set(sidecar: RunningSidecar, ledger: Ledger, action: str) -> None:
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
     by: dict[str, Any] = {"actor": "grace", "reason": "stop", "wait": NOW}
-    if what == "rollback":
+    if action == "rollback":
         await sidecar.traffic.Rollback(traffic_pb2.RollbackRequest(**by))
-    elif what == "promote":
+    elif action == "promote":
         await sidecar.traffic.Promote(traffic_pb2.PromoteRequest(**by))
     else:
         await set_share(sidecar, 0.1, actor="grace")
     good(ledger)
-    ended = await until(sidecar, "SUPERSEDED")
+    final = await until(sidecar, "SUPERSEDED")
 
-    assert ended.state.message.startswith(f"ended at 25%: {what} by grace")
-    assert await share(sidecar) == {"rollback": 0.0, "promote": 1.0, "update": 0.1}[what]
-    assert [one.action for one in await events(sidecar)][:2] == ["ramp_end", what]
+    assert final.state.message.startswith(f"ended at 25%: {action} by grace")
+    assert await share(sidecar) == {"rollback": 0.0, "promote": 1.0, "update": 0.1}[action]
+    assert [event.action for event in await events(sidecar)][:2] == ["ramp_end", action]
 
 
-async def test_ramp_continues_when_only_mirroring_changes(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_continues_when_only_mirroring_changes(sidecar: RunningSidecar, ledger: Ledger) -> None:
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
     await sidecar.traffic.UpdateTraffic(traffic_pb2.UpdateTrafficRequest(sample_safe=0.5, wait=NOW))
     good(ledger)
     await until(sidecar, "PROGRESSING", 1)
 
-    found = await sidecar.traffic.GetTraffic(traffic_pb2.GetTrafficRequest())
-    assert (found.traffic.new_share, found.traffic.sample_safe) == (1.0, 0.5)
+    response = await sidecar.traffic.GetTraffic(traffic_pb2.GetTrafficRequest())
+    assert (response.traffic.new_share, response.traffic.sample_safe) == (1.0, 0.5)
 
 
-async def test_ramp_ends_when_the_guard_fires(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_ends_when_the_guard_fires(sidecar: RunningSidecar, ledger: Ledger) -> None:
     sampled(ledger)
     await set_guard(sidecar, "ACTING")
     await start(sidecar, 0.25, 1.0, budget=comparison_pb2.Budget(max_error=1.0, max_mismatch=1.0))
     add(ledger, 20, live="new", new_status=500, outcome="mismatch")
 
-    ended = await until(sidecar, "SUPERSEDED")
+    final = await until(sidecar, "SUPERSEDED")
 
-    assert "rollback by guard: errors: new failed 20 of 20" in ended.state.message
+    assert "rollback by guard: errors: new failed 20 of 20" in final.state.message
 
 
-async def test_ramp_step_loses_to_a_concurrent_rollback(sidecar: Running, ledger: Ledger) -> None:
+async def test_ramp_step_loses_to_a_concurrent_rollback(sidecar: RunningSidecar, ledger: Ledger) -> None:
     """The ramp has decided to step, and waits for the row that a rollback has locked."""
     sampled(ledger)
     await start(sidecar, 0.25, 1.0)
@@ -308,7 +310,7 @@ async def test_ramp_step_loses_to_a_concurrent_rollback(sidecar: Running, ledger
         async def steps() -> bool:
             return bool(ledger.execute(WAITING))
 
-        await eventually_async(steps, what="the ramp is about to step")
+        await eventually_async(steps, description="the ramp is about to step")
         await rollback.execute(
             "update abreast.traffic set new_share = 0, rolled_back = true, version = version + 1, "
             "updated_at = clock_timestamp()"
@@ -316,26 +318,25 @@ async def test_ramp_step_loses_to_a_concurrent_rollback(sidecar: Running, ledger
     await until(sidecar, "SUPERSEDED")
 
     assert await share(sidecar) == 0
-    assert [one.action for one in await events(sidecar)][:2] == ["ramp_end", "ramp_start"]
+    assert [event.action for event in await events(sidecar)][:2] == ["ramp_end", "ramp_start"]
 
 
 async def test_ramp_continues_on_another_sidecar(redis_url: str, postgres_url: str) -> None:
-    async with running(redis_url, postgres_url) as first:
+    async with run_sidecar(redis_url, postgres_url) as first:
         ledger = first.ledger()
         ledger.endpoint("shop")
         sampled(ledger)
         begun = await start(first, 0.01, 0.5)
-    async with running(redis_url, postgres_url) as second:
+    async with run_sidecar(redis_url, postgres_url) as second:
         good(ledger)
-        found = await until(second, "PROGRESSING", 1)
+        status = await until(second, "PROGRESSING", 1)
 
-        assert found.state.id == begun.state.id
-        assert found.start_time == begun.start_time
+        assert status.state.id == begun.state.id
+        assert status.start_time == begun.start_time
 
 
-@pytest.mark.parametrize(
-    ("plan", "said"),
-    [
+async def test_ramp_rejects_invalid_plans(sidecar: RunningSidecar) -> None:
+    for plan, message in (
         (pb.RampPlan(), "plan.steps must be 1 to 100 shares of users, got 0"),
         (pb.RampPlan(steps=[0.5, 0.25]), "plan.steps must rise, above 0% and up to 100%, got 50%, 25%"),
         (pb.RampPlan(steps=[0.0, 0.25]), "plan.steps must rise"),
@@ -343,20 +344,18 @@ async def test_ramp_continues_on_another_sidecar(redis_url: str, postgres_url: s
         (pb.RampPlan(steps=[0.5], hold=Duration(seconds=-1)), "plan.hold must be 0 to"),
         (pb.RampPlan(steps=[0.5], min_pairs=0), "plan.min_pairs must be 1 to"),
         (pb.RampPlan(steps=[0.5], budget=comparison_pb2.Budget(confidence=2)), "budget.confidence must be"),
-    ],
-)
-async def test_ramp_rejects_invalid_plans(sidecar: Running, plan: Any, said: str) -> None:
-    found = await refusal(sidecar.steering.StartRamp(pb.StartRampRequest(plan=plan)))
+    ):
+        error = await refusal(sidecar.rollout.StartRamp(pb.StartRampRequest(plan=plan)))
 
-    assert found.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert said in found.message
+        assert error.code is grpc.StatusCode.INVALID_ARGUMENT, message
+        assert message in error.message
 
 
-async def test_ramp_rejects_a_second_one(sidecar: Running) -> None:
-    assert not (await sidecar.steering.GetRamp(pb.GetRampRequest())).HasField("ramp")
+async def test_ramp_rejects_a_second_one(sidecar: RunningSidecar) -> None:
+    assert not (await sidecar.rollout.GetRamp(pb.GetRampRequest())).HasField("ramp")
     await start(sidecar, 0.25, 1.0)
 
-    found = await refusal(sidecar.steering.StartRamp(pb.StartRampRequest(plan=pb.RampPlan(steps=[1.0]))))
+    error = await refusal(sidecar.rollout.StartRamp(pb.StartRampRequest(plan=pb.RampPlan(steps=[1.0]))))
 
-    assert found.code is grpc.StatusCode.FAILED_PRECONDITION
-    assert "shop has a ramp, progressing at 25%; abort it first" in found.message
+    assert error.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "shop has a ramp, progressing at 25%; abort it first" in error.message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -16,22 +16,21 @@ from psycopg.types.json import Jsonb
 
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as pb
-from captures import capture
-from support_serve import NOON, Ledger, Refused, Running, packed, refused, running
+from support_captures import capture
+from support_serve import NOON, Ledger, Refused, RunningSidecar, packed, refused
 
-pytestmark = pytest.mark.postgres
+pytestmark = [pytest.mark.postgres, pytest.mark.asyncio(loop_scope="module")]
 
 HOUR = dt.timedelta(hours=1)
 
 
 @pytest.fixture
-async def sidecar(redis_url: str, postgres_url: str) -> AsyncIterator[Running]:
-    async with running(redis_url, postgres_url) as sidecar:
-        yield sidecar
+def sidecar(query_sidecar: RunningSidecar) -> RunningSidecar:
+    return query_sidecar
 
 
 @pytest.fixture
-def ledger(sidecar: Running) -> Ledger:
+def ledger(sidecar: RunningSidecar) -> Ledger:
     return sidecar.ledger()
 
 
@@ -48,7 +47,7 @@ def outcomes(counts: Any) -> dict[str, int]:
     return {common.Outcome.Name(item.outcome): item.count for item in counts}
 
 
-async def test_summary_counts_outcomes_and_explained_mismatches(sidecar: Running, ledger: Ledger) -> None:
+async def test_summary_counts_outcomes_and_explained_mismatches(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     regression = ledger.finding(endpoint, "$.price")
     additive = ledger.finding(endpoint, "$.colour", kind="added", impact="additive")
@@ -73,7 +72,7 @@ async def test_summary_counts_outcomes_and_explained_mismatches(sidecar: Running
     assert response.last_pair_time.ToDatetime(dt.UTC) == NOON + HOUR
 
 
-async def test_noise_of_one_kind_does_not_hide_another_kind(sidecar: Running, ledger: Ledger) -> None:
+async def test_noise_of_one_kind_does_not_hide_another_kind(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     changed = ledger.finding(endpoint, "$.id", baseline_count=2)
     emptied = ledger.finding(endpoint, "$.id", kind="type")
@@ -81,16 +80,16 @@ async def test_noise_of_one_kind_does_not_hide_another_kind(sidecar: Running, le
     ledger.pair(endpoint, emptied)
 
     response = await sidecar.comparison.GetSummary(pb.GetSummaryRequest(service="shop"))
-    listed = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(include_noise=True))
+    findings_response = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(include_noise=True))
 
     assert (response.findings, response.explained) == (1, 1)
-    assert {(item.kind, item.noise, item.state) for item in listed.findings} == {
+    assert {(item.kind, item.noise, item.state) for item in findings_response.findings} == {
         (common.KIND_CHANGED, True, pb.FINDING_STATE_NOISE),
         (common.KIND_TYPE, False, pb.FINDING_STATE_REAL),
     }
 
 
-async def test_undecided_finding_is_listed_with_its_reason(sidecar: Running, ledger: Ledger) -> None:
+async def test_undecided_finding_is_listed_with_its_reason(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     ledger.pair(endpoint, ledger.finding(endpoint, "$.id", state="undecided", reason="too few"))
 
@@ -99,7 +98,7 @@ async def test_undecided_finding_is_listed_with_its_reason(sidecar: Running, led
     assert (response.state, response.reason, response.noise) == (pb.FINDING_STATE_UNDECIDED, "too few", False)
 
 
-async def test_summary_counts_only_pairs_in_the_window(sidecar: Running, ledger: Ledger) -> None:
+async def test_summary_counts_only_pairs_in_the_window(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     finding = ledger.finding(endpoint, "$.price")
     ledger.pair(endpoint, finding, at=NOON)
@@ -113,7 +112,7 @@ async def test_summary_counts_only_pairs_in_the_window(sidecar: Running, ledger:
     assert response.findings == 0
 
 
-async def test_summary_compares_rows_with_envoys_count(sidecar: Running, ledger: Ledger) -> None:
+async def test_summary_compares_rows_with_envoys_count(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     ledger.pair(endpoint)
     ledger.pair(endpoint)
@@ -130,7 +129,7 @@ async def test_summary_compares_rows_with_envoys_count(sidecar: Running, ledger:
     assert (inside.envoy_sampled, inside.unaccounted) == (7, 5)  # the count has no history yet
 
 
-async def test_summary_lists_drops_by_stage_and_reason(sidecar: Running, ledger: Ledger) -> None:
+async def test_summary_lists_drops_by_stage_and_reason(sidecar: RunningSidecar, ledger: Ledger) -> None:
     ledger.endpoint()
     for process, dropped in (("a", {"queue_bytes": 3, "redis": 0}), ("b", {"queue_bytes": 4})):
         ledger.execute(
@@ -141,10 +140,15 @@ async def test_summary_lists_drops_by_stage_and_reason(sidecar: Running, ledger:
         "insert into abreast.shard_report (service, shard, seen, report) values ('shop', 0, now(), %s)",
         Jsonb({"rejected_pairs": 2, "late": 5, "duplicate": 1, "received": 100}),
     )
+    ledger.execute(
+        "insert into abreast.envoy_report (node, service, seen, totals, last_reading) values ('e', 'shop', now(), %s, '{}')",
+        Jsonb({"captures_sent": 90, "captures_undelivered": 8, "captures_over_memory": 0}),
+    )
 
     response = await sidecar.comparison.GetSummary(pb.GetSummaryRequest())
 
     assert [(drop.stage, drop.reason, drop.count) for drop in response.drops] == [
+        ("envoy", "undelivered", 8),
         ("redis", "rejected_pairs", 2),
         ("service", "late_effects", 2),
         ("service", "queue_bytes", 7),
@@ -152,13 +156,13 @@ async def test_summary_lists_drops_by_stage_and_reason(sidecar: Running, ledger:
     assert (response.captures.received, response.captures.late, response.captures.duplicate) == (100, 5, 1)
 
 
-async def test_summary_counts_rejected_captures_once(sidecar: Running, ledger: Ledger) -> None:
+async def test_summary_counts_rejected_captures_once(sidecar: RunningSidecar, ledger: Ledger) -> None:
     """Redis and the sending process both count them. If Redis lost its data, the process has the larger count."""
     ledger.endpoint()
-    odd = {"redis_rejected_pairs": 6, "redis_rejected_bytes": 1, "shutdown": "many"}
+    drops = {"redis_rejected_pairs": 6, "redis_rejected_bytes": 1, "shutdown": "many"}
     ledger.execute(
         "insert into abreast.process_report (id, service, seen, report) values ('a', 'shop', now(), %s), ('b', 'shop', now(), %s)",
-        *(Jsonb({"dropped": odd}), Jsonb({"dropped": "none"})),
+        *(Jsonb({"dropped": drops}), Jsonb({"dropped": "none"})),
     )
     ledger.execute(
         "insert into abreast.shard_report (service, shard, seen, report) values ('shop', 0, now(), %s)",
@@ -173,7 +177,7 @@ async def test_summary_counts_rejected_captures_once(sidecar: Running, ledger: L
     ]
 
 
-async def test_summary_lists_dead_letters_by_reason(sidecar: Running, ledger: Ledger) -> None:
+async def test_summary_lists_dead_letters_by_reason(sidecar: RunningSidecar, ledger: Ledger) -> None:
     ledger.endpoint()
     for entry, reason in (("1-1", "format 2"), ("1-2", "format 2"), ("1-3", "it ends the process")):
         ledger.execute(
@@ -189,7 +193,7 @@ async def test_summary_lists_dead_letters_by_reason(sidecar: Running, ledger: Le
     ]
 
 
-async def test_list_endpoints_returns_outcomes_and_percentiles(sidecar: Running, ledger: Ledger) -> None:
+async def test_list_endpoints_returns_outcomes_and_percentiles(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint, quiet = ledger.endpoint(), ledger.endpoint(route="/quiet")
     finding = ledger.finding(endpoint, "$.price")
     for old, new in ((1000, 2000), (2000, 4000), (3000, 60_000)):
@@ -212,7 +216,7 @@ async def test_list_endpoints_returns_outcomes_and_percentiles(sidecar: Running,
     assert 50_000_000 < response.new_p99.nanos <= 60_000_000
 
 
-async def test_list_endpoints_omits_percentiles_without_times(sidecar: Running, ledger: Ledger) -> None:
+async def test_list_endpoints_omits_percentiles_without_times(sidecar: RunningSidecar, ledger: Ledger) -> None:
     ledger.pair(ledger.endpoint(), outcome="only_old", new_us=None)
 
     (response,) = (await sidecar.comparison.ListEndpoints(pb.ListEndpointsRequest(service="shop"))).endpoints
@@ -222,20 +226,20 @@ async def test_list_endpoints_omits_percentiles_without_times(sidecar: Running, 
     assert not response.HasField("new_p99")
 
 
-async def test_list_findings_orders_by_impact_then_frequency(sidecar: Running, ledger: Ledger) -> None:
+async def test_list_findings_orders_by_impact_then_frequency(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     added = ledger.finding(endpoint, "$.a", kind="added", impact="additive")
     rare = ledger.finding(endpoint, "$.b")
     often = ledger.finding(endpoint, "$.c")
-    gone = ledger.finding(endpoint, "$.d", kind="removed", impact="breaking")
+    removed = ledger.finding(endpoint, "$.d", kind="removed", impact="breaking")
     ledger.finding(endpoint, "$.never")
-    for findings in ((added, rare), (added, often), (added, often), (added, gone)):
+    for findings in ((added, rare), (added, often), (added, often), (added, removed)):
         ledger.pair(endpoint, *findings)
 
     response = (await sidecar.comparison.ListFindings(pb.ListFindingsRequest())).findings
 
     assert [(item.id, item.count, item.compared) for item in response] == [
-        (gone, 1, 4),
+        (removed, 1, 4),
         (often, 2, 4),
         (rare, 1, 4),
         (added, 4, 4),
@@ -252,11 +256,11 @@ async def test_list_findings_orders_by_impact_then_frequency(sidecar: Running, l
         (pb.ListFindingsRequest(kinds=[common.KIND_TYPE, common.KIND_ORDER]), ["$.type"]),
         (pb.ListFindingsRequest(impacts=[common.IMPACT_ADDITIVE]), ["$.added"]),
         (pb.ListFindingsRequest(window=window(NOON + HOUR)), ["$.late"]),
-        (pb.ListFindingsRequest(service="nowhere"), []),
+        (pb.ListFindingsRequest(route="/nowhere"), []),
     ],
 )
 async def test_list_findings_applies_filters(
-    sidecar: Running, ledger: Ledger, request_: pb.ListFindingsRequest, paths: list[str]
+    sidecar: RunningSidecar, ledger: Ledger, request_: pb.ListFindingsRequest, paths: list[str]
 ) -> None:
     shop, cart, till = (ledger.endpoint(), ledger.endpoint(method="POST", route="/cart"), ledger.endpoint("till"))
     ledger.pair(till, ledger.finding(till, "$.till"))
@@ -271,36 +275,36 @@ async def test_list_findings_applies_filters(
     assert [item.path for item in response.findings] == paths
 
 
-async def test_latency_finding_belongs_to_windows_in_which_it_was_seen(sidecar: Running, ledger: Ledger) -> None:
+async def test_latency_finding_belongs_to_windows_in_which_it_was_seen(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     slow = ledger.finding(
         endpoint, "", part="latency", kind="slower", count=40, detail={"old_p50_us": 1000, "new_p50_us": 9000}
     )
 
-    async def listed(bounds: common.TimeWindow) -> list[tuple[int, int, str]]:
+    async def list_counts(bounds: common.TimeWindow) -> list[tuple[int, int, str]]:
         response = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(window=bounds))
         return [(item.id, item.count, item.summary) for item in response.findings]
 
     expected = [(slow, 40, "p50 1.0 ms became 9.0 ms")]
-    assert await listed(window()) == await listed(window(NOON - HOUR, NOON + HOUR)) == expected
-    assert await listed(window(NOON + HOUR)) == await listed(window(end=NOON)) == []
+    assert await list_counts(window()) == await list_counts(window(NOON - HOUR, NOON + HOUR)) == expected
+    assert await list_counts(window(NOON + HOUR)) == await list_counts(window(end=NOON)) == []
     assert (await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON)))).findings == 1
     assert (await sidecar.comparison.GetSummary(pb.GetSummaryRequest(window=window(NOON + HOUR)))).findings == 0
 
 
-async def test_list_findings_omits_noise_by_default(sidecar: Running, ledger: Ledger) -> None:
+async def test_list_findings_omits_noise_by_default(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     noise = ledger.finding(endpoint, "$.id", baseline_count=1)
     ledger.pair(endpoint, noise)
 
-    hidden = await sidecar.comparison.ListFindings(pb.ListFindingsRequest())
+    default_response = await sidecar.comparison.ListFindings(pb.ListFindingsRequest())
     response = await sidecar.comparison.ListFindings(pb.ListFindingsRequest(include_noise=True))
 
-    assert not hidden.findings
+    assert not default_response.findings
     assert [(item.id, item.noise) for item in response.findings] == [(noise, True)]
 
 
-async def test_get_finding_returns_examples_smallest_first(sidecar: Running, ledger: Ledger) -> None:
+async def test_get_finding_returns_examples_smallest_first(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     finding = ledger.finding(endpoint, "$.price", detail={"old": "12.5", "new": "12.49"})
     differences = [
@@ -337,7 +341,7 @@ async def test_get_finding_returns_examples_smallest_first(sidecar: Running, led
     )
 
 
-async def test_get_pair_returns_captures_and_differences_of_example(sidecar: Running, ledger: Ledger) -> None:
+async def test_get_pair_returns_captures_and_differences_of_example(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     noise = ledger.finding(endpoint, "$.id", kind="added", impact="additive", baseline_count=1)
     number = ledger.pair(endpoint, noise, request="/products/7?full=1", reason="because")
@@ -378,7 +382,7 @@ async def test_get_pair_returns_captures_and_differences_of_example(sidecar: Run
     assert difference.noise
 
 
-async def test_get_finding_returns_common_feature_of_its_requests(sidecar: Running, ledger: Ledger) -> None:
+async def test_get_finding_returns_common_feature_of_its_requests(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     yen, spread = ledger.finding(endpoint, "$.price"), ledger.finding(endpoint, "$.stock")
     for number in range(20):
@@ -399,7 +403,7 @@ async def test_get_finding_returns_common_feature_of_its_requests(sidecar: Runni
     assert not general.HasField("feature")
 
 
-async def test_get_pair_without_example_returns_its_row(sidecar: Running, ledger: Ledger) -> None:
+async def test_get_pair_without_example_returns_its_row(sidecar: RunningSidecar, ledger: Ledger) -> None:
     number = ledger.pair(ledger.endpoint(), outcome="only_old", new_status=None, new_us=None, live=None)
 
     response = (await sidecar.comparison.GetPair(pb.GetPairRequest(id=number))).pair
@@ -425,7 +429,7 @@ async def test_get_pair_without_example_returns_its_row(sidecar: Running, ledger
     ],
 )
 async def test_list_pairs_applies_filters(
-    sidecar: Running, ledger: Ledger, request_: pb.ListPairsRequest, count: int
+    sidecar: RunningSidecar, ledger: Ledger, request_: pb.ListPairsRequest, count: int
 ) -> None:
     shop, cart, till = (ledger.endpoint(), ledger.endpoint(method="POST", route="/cart"), ledger.endpoint("till"))
     assert ledger.finding(shop, "$.price") == 1
@@ -450,10 +454,10 @@ async def pages(call: Callable[[Any], Any], request: Any, field: str) -> list[li
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
-async def test_list_pairs_pages_are_complete_and_disjoint(sidecar: Running, ledger: Ledger, size: int) -> None:
+async def test_list_pairs_pages_are_complete_and_disjoint(sidecar: RunningSidecar, ledger: Ledger, size: int) -> None:
     """Several pairs have the same time, and new pairs arrive between pages."""
     endpoint = ledger.endpoint()
-    written = [ledger.pair(endpoint, at=NOON + HOUR * (number // 4)) for number in range(13)]
+    pairs = [ledger.pair(endpoint, at=NOON + HOUR * (number // 4)) for number in range(13)]
 
     async def call(request: pb.ListPairsRequest) -> pb.ListPairsResponse:
         answer: pb.ListPairsResponse = await sidecar.comparison.ListPairs(request)
@@ -464,14 +468,14 @@ async def test_list_pairs_pages_are_complete_and_disjoint(sidecar: Running, ledg
 
     assert all(len(page) == size for page in all_pages[:-1])
     ids = [pair.id for page in all_pages for pair in page]
-    assert sorted(ids) == sorted(written)
+    assert sorted(ids) == sorted(pairs)
     times = [pair.time.ToDatetime() for page in all_pages for pair in page]
     assert times == sorted(times, reverse=True)
 
 
 @pytest.mark.parametrize("bounds", [window(), window(NOON - HOUR)])
 async def test_list_findings_pages_are_consistent_while_counts_grow(
-    sidecar: Running, ledger: Ledger, bounds: common.TimeWindow
+    sidecar: RunningSidecar, ledger: Ledger, bounds: common.TimeWindow
 ) -> None:
     """Pairs after the first page don't affect later pages, even if the rarest finding becomes the most frequent."""
     endpoint = ledger.endpoint()
@@ -495,7 +499,7 @@ async def test_list_findings_pages_are_consistent_while_counts_grow(
     assert [finding.count for page in all_pages for finding in page] == [4, 3, 3, 2, 2, 1, 1]
 
 
-async def test_list_endpoints_pages_are_complete_and_ordered(sidecar: Running, ledger: Ledger) -> None:
+async def test_list_endpoints_pages_are_complete_and_ordered(sidecar: RunningSidecar, ledger: Ledger) -> None:
     for service in ("till", "shop"):
         for route in ("/b", "/a"):
             for method in ("POST", "GET"):
@@ -506,6 +510,18 @@ async def test_list_endpoints_pages_are_complete_and_ordered(sidecar: Running, l
     keys = [(item.endpoint.service, item.endpoint.route, item.endpoint.method) for page in all_pages for item in page]
     assert len(keys) == 8
     assert keys == sorted(set(keys))
+
+
+async def test_list_endpoints_returns_the_number_on_all_pages(sidecar: RunningSidecar, ledger: Ledger) -> None:
+    for number in range(5):
+        ledger.pair(ledger.endpoint("shop", "GET", f"/{number}"))
+    ledger.pair(ledger.endpoint("till", "GET", "/other"))
+
+    first = await sidecar.comparison.ListEndpoints(pb.ListEndpointsRequest(service="shop", page_size=2))
+    request = pb.ListEndpointsRequest(service="shop", page_size=2, page_token=first.next_page_token)
+    second = await sidecar.comparison.ListEndpoints(request)
+
+    assert (first.total_size, second.total_size) == (5, 5)
 
 
 UNKNOWN: Any = 99  # enums are open on the wire
@@ -525,9 +541,9 @@ BAD: list[tuple[str, Any, str]] = [
         pb.GetSummaryRequest(window=common.TimeWindow(start=timestamp(10**13))),
         "window.start must be a time",
     ),
-    ("ListEndpoints", pb.ListEndpointsRequest(page_size=-1), "page_size must be 1 to 1000"),
+    ("ListEndpoints", pb.ListEndpointsRequest(page_size=-1), "page_size must be at least 1"),
     ("ListEndpoints", pb.ListEndpointsRequest(page_token="rubbish"), "page_token must be"),
-    ("ListFindings", pb.ListFindingsRequest(page_size=1001), "page_size must be 1 to 1000"),
+    ("ListFindings", pb.ListFindingsRequest(order_by="price"), "order_by must be one of count desc, first_seen desc"),
     ("ListFindings", pb.ListFindingsRequest(page_token="%%%"), "page_token must be"),
     ("ListFindings", pb.ListFindingsRequest(parts=[UNSPECIFIED]), "parts must be one of PART_BODY"),
     ("ListFindings", pb.ListFindingsRequest(kinds=[UNKNOWN]), "kinds must be one of KIND_ADDED"),
@@ -537,18 +553,18 @@ BAD: list[tuple[str, Any, str]] = [
     ("ListPairs", pb.ListPairsRequest(outcomes=[UNKNOWN]), "outcomes must be one of OUTCOME_ABORTED"),
     ("ListPairs", pb.ListPairsRequest(finding_id=-1), "finding_id must be the id of a finding"),
     ("ListPairs", pb.ListPairsRequest(route="/\0"), "route must not contain a NUL"),
-    ("GetPair", pb.GetPairRequest(id="rubbish"), "id must be the id of a pair"),
-    ("GetPair", pb.GetPairRequest(), "id must be the id of a pair"),
+    ("GetPair", pb.GetPairRequest(id="rubbish"), "id must be the UUID of a pair"),
+    ("GetPair", pb.GetPairRequest(), "id must be the UUID of a pair"),
 ]
 
 
 async def refusal(call: Any) -> Refused:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
         await call
-    return refused(caught.value)
+    return refused(error.value)
 
 
-async def test_invalid_argument_names_the_field_and_valid_values(sidecar: Running, ledger: Ledger) -> None:
+async def test_invalid_argument_names_the_field_and_valid_values(sidecar: RunningSidecar, ledger: Ledger) -> None:
     ledger.endpoint()
     for method, request, message in BAD:
         error = await refusal(getattr(sidecar.comparison, method)(request))
@@ -556,12 +572,52 @@ async def test_invalid_argument_names_the_field_and_valid_values(sidecar: Runnin
         assert (error.code, error.reason, error.domain) == (
             grpc.StatusCode.INVALID_ARGUMENT,
             "BAD_ARGUMENT",
-            "abreast",
+            "abreast.v1",
         ), (method, request)
         assert message in error.message
+        assert error.field == error.message.split()[0]
 
 
-async def test_page_token_of_other_filters_is_refused(sidecar: Running, ledger: Ledger) -> None:
+async def test_invalid_field_of_a_part_has_its_path(sidecar: RunningSidecar, ledger: Ledger) -> None:
+    ledger.endpoint()
+    request = pb.GetVerdictRequest(budget=pb.Budget(max_error=1e-9))
+    invalid = await refusal(sidecar.comparison.GetVerdict(request))
+    missing = await refusal(sidecar.comparison.GetFinding(pb.GetFindingRequest(id=404)))
+
+    assert (invalid.field, missing.field) == ("budget.max_error", "")
+
+
+@pytest.mark.parametrize(
+    ("order", "paths"),
+    [
+        ("", ["$.a", "$.c", "$.b"]),
+        ("count desc", ["$.c", "$.b", "$.a"]),
+        ("first_seen desc", ["$.b", "$.a", "$.c"]),
+        ("last_seen desc", ["$.a", "$.c", "$.b"]),
+    ],
+)
+async def test_list_findings_has_the_requested_order(
+    sidecar: RunningSidecar, ledger: Ledger, order: str, paths: list[str]
+) -> None:
+    endpoint = ledger.endpoint()
+    for path, impact, count, first, last in (
+        ("$.a", "breaking", 1, 2, 9),
+        ("$.b", "value", 2, 3, 4),
+        ("$.c", "value", 3, 1, 5),
+    ):
+        finding = ledger.finding(endpoint, path, impact=impact, count=count)
+        times = (f"{NOON + first * HOUR}", f"{NOON + last * HOUR}")
+        ledger.execute("update abreast.finding set first_seen = %s, last_seen = %s where id = %s", *times, finding)
+
+    request = pb.ListFindingsRequest(page_size=2, order_by=order)
+    all_pages = await pages(sidecar.comparison.ListFindings, request, "findings")
+    first_page = await sidecar.comparison.ListFindings(request)
+
+    assert [finding.path for page in all_pages for finding in page] == paths
+    assert first_page.total_size == 3
+
+
+async def test_page_token_of_other_filters_is_refused(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     ledger.pair(endpoint)
     ledger.pair(endpoint)
@@ -574,11 +630,17 @@ async def test_page_token_of_other_filters_is_refused(sidecar: Running, ledger: 
     assert error.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def test_unknown_ids_are_not_found(sidecar: Running, ledger: Ledger) -> None:
+async def test_unknown_ids_are_not_found(sidecar: RunningSidecar, ledger: Ledger) -> None:
     nobody = await refusal(sidecar.comparison.GetSummary(pb.GetSummaryRequest()))
     ledger.endpoint()
     calls = [
         sidecar.comparison.GetSummary(pb.GetSummaryRequest(service="till")),
+        sidecar.comparison.ListEndpoints(pb.ListEndpointsRequest(service="till")),
+        sidecar.comparison.ListCauses(pb.ListCausesRequest(service="till")),
+        sidecar.comparison.ListFindings(pb.ListFindingsRequest(service="till")),
+        sidecar.comparison.ListPairs(pb.ListPairsRequest(service="till")),
+        sidecar.comparison.ListCauses(pb.ListCausesRequest(service="shop", release="1.9")),
+        sidecar.comparison.ListFindings(pb.ListFindingsRequest(release="1.9")),
         sidecar.comparison.GetFinding(pb.GetFindingRequest(id=2**63 - 1)),
         sidecar.comparison.GetPair(pb.GetPairRequest(id="0d7c1e3a-0000-4000-8000-000000000001")),
     ]
@@ -587,7 +649,7 @@ async def test_unknown_ids_are_not_found(sidecar: Running, ledger: Ledger) -> No
         assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "NOT_FOUND")
 
 
-async def test_empty_service_is_refused_if_there_are_several(sidecar: Running, ledger: Ledger) -> None:
+async def test_empty_service_is_refused_if_there_are_several(sidecar: RunningSidecar, ledger: Ledger) -> None:
     ledger.endpoint("shop")
     ledger.endpoint("till")
 
@@ -598,7 +660,7 @@ async def test_empty_service_is_refused_if_there_are_several(sidecar: Running, l
     assert "--service" in error.message
 
 
-async def test_watch_streams_existing_then_new_and_grown_findings(sidecar: Running, ledger: Ledger) -> None:
+async def test_watch_streams_existing_then_new_and_grown_findings(sidecar: RunningSidecar, ledger: Ledger) -> None:
     endpoint = ledger.endpoint()
     first = ledger.finding(endpoint, "$.a")
     ledger.finding(endpoint, "$.noise", count=1, baseline_count=1)
@@ -617,7 +679,17 @@ async def test_watch_streams_existing_then_new_and_grown_findings(sidecar: Runni
     assert [(item.id, item.count) for item in updates] == [(first, 1), (first, 2), (second, 1)]
 
 
-async def test_cancelled_watch_ends_cleanly(sidecar: Running) -> None:
+async def test_watch_of_an_unknown_service_is_refused(sidecar: RunningSidecar, ledger: Ledger) -> None:
+    ledger.pair(ledger.endpoint("shop"))
+
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await anext(aiter(sidecar.comparison.WatchFindings(pb.WatchFindingsRequest(service="shpo"))))
+
+    assert error.value.code() is grpc.StatusCode.NOT_FOUND
+    assert "'shpo'" in (error.value.details() or "")
+
+
+async def test_cancelled_watch_ends_cleanly(sidecar: RunningSidecar) -> None:
     watch = sidecar.comparison.WatchFindings(pb.WatchFindingsRequest())
     await watch.wait_for_connection()
     watch.cancel()

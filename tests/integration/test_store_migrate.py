@@ -2,13 +2,23 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
+import uuid
+from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 
+from abreast.v1 import traffic_pb2
+from abreast_sidecar.cli import abreast
 from abreast_sidecar.errors import LedgerError, SchemaError
+from abreast_sidecar.jobs.retention import drop_days
 from abreast_sidecar.store.migrate import Migration, load_migrations, migrate
-from support_pairs import one, rows
+from abreast_sidecar.store.writer import PairWriter
+from support_pairs import difference, make_record, query_value, rows
+from support_serve import run_sidecar
 
 pytestmark = pytest.mark.postgres
 
@@ -25,9 +35,9 @@ def test_migrations_have_no_gaps_and_clear_names() -> None:
 async def test_migrate_creates_a_new_ledger_once(empty_postgres_url: str) -> None:
     first = await migrate(empty_postgres_url)
     applied = rows(empty_postgres_url, "select * from abreast.schema_version")
-    again = await migrate(empty_postgres_url)
+    second = await migrate(empty_postgres_url)
 
-    assert first == again == len(load_migrations())
+    assert first == second == len(load_migrations())
     assert rows(empty_postgres_url, "select * from abreast.schema_version") == applied
 
 
@@ -41,7 +51,7 @@ async def test_migrate_runs_once_for_several_sidecars(empty_postgres_url: str) -
     versions = await asyncio.gather(*(migrate(empty_postgres_url) for _ in range(8)))
 
     assert set(versions) == {len(load_migrations())}
-    assert one(empty_postgres_url, "select count(*) from abreast.schema_version") == len(load_migrations())
+    assert query_value(empty_postgres_url, "select count(*) from abreast.schema_version") == len(load_migrations())
 
 
 async def test_migrate_applies_only_missing_versions(empty_postgres_url: str) -> None:
@@ -53,17 +63,15 @@ async def test_migrate_applies_only_missing_versions(empty_postgres_url: str) ->
         (1, "schema"),
         (2, "second"),
     ]
-    assert one(empty_postgres_url, "select count(*) from abreast.second") == 0
+    assert query_value(empty_postgres_url, "select count(*) from abreast.second") == 0
 
 
 async def test_migrate_refuses_a_newer_version(empty_postgres_url: str) -> None:
     await migrate(empty_postgres_url, with_second())
-    with pytest.raises(
-        SchemaError, match="has schema version 2, this abreast knows 1: run the newer abreast"
-    ) as caught:
+    with pytest.raises(SchemaError, match="has schema version 2, this abreast knows 1: run the newer abreast") as error:
         await migrate(empty_postgres_url, load_migrations()[:1])
 
-    assert empty_postgres_url.split(":")[2].split("@", maxsplit=1)[0] not in str(caught.value)  # the password
+    assert empty_postgres_url.split(":")[2].split("@", maxsplit=1)[0] not in str(error.value)  # the password
 
 
 async def test_migrate_refuses_a_changed_file(empty_postgres_url: str) -> None:
@@ -100,7 +108,7 @@ async def test_failed_migration_leaves_nothing_behind(empty_postgres_url: str) -
     with pytest.raises(LedgerError, match="division by zero"):
         await migrate(empty_postgres_url, (*load_migrations()[:1], broken))
 
-    assert one(empty_postgres_url, "select to_regnamespace('abreast')") is None
+    assert query_value(empty_postgres_url, "select to_regnamespace('abreast')") is None
 
 
 def with_second() -> tuple[Migration, ...]:
@@ -126,11 +134,11 @@ async def test_open_day_creates_a_day_once(empty_postgres_url: str) -> None:
 
     await asyncio.gather(*(open_day() for _ in range(6)))
 
-    found = rows(
+    partitions = rows(
         empty_postgres_url,
         "select inhrelid::regclass::text from pg_inherits where inhparent = 'abreast.pair'::regclass order by 1",
     )
-    assert [name for (name,) in found] == [f"abreast.pair_{day}" for day in ("20260131", "20260201", "20260202")]
+    assert [name for (name,) in partitions] == [f"abreast.pair_{day}" for day in ("20260131", "20260201", "20260202")]
 
 
 async def test_migrate_refuses_another_encoding(empty_postgres_url: str) -> None:
@@ -143,3 +151,74 @@ async def test_migrate_refuses_another_encoding(empty_postgres_url: str) -> None
         await migrate(f"{base}/latin")
     with psycopg.connect(empty_postgres_url, autocommit=True) as connection:
         connection.execute("drop database latin")
+
+
+@pytest.fixture
+def role_urls(empty_postgres_url: str) -> Iterator[dict[str, str]]:
+    """Migrate the ledger as its owner for two roles without other rights, and return their URLs."""
+    parts, names = urlsplit(empty_postgres_url), {kind: f"{kind}_{uuid.uuid4().hex}" for kind in ("writer", "reader")}
+    for name in names.values():
+        execute(empty_postgres_url, f"create role {name} login password 'secret'")
+    try:
+        command = ["migrate", "--postgres-url", empty_postgres_url]
+        options = [word for kind, name in names.items() for word in (f"--{kind}", name)]
+        result = CliRunner().invoke(abreast, [*command, *options])
+        assert result.exit_code == 0, result.output
+        yield {
+            kind: parts._replace(netloc=f"{name}:secret@{parts.netloc.rpartition('@')[2]}").geturl()
+            for kind, name in names.items()
+        }
+    finally:
+        for name in names.values():
+            execute(empty_postgres_url, f"drop owned by {name}; drop role {name}")
+
+
+def assert_refused(url: str, *statements: str) -> None:
+    for statement in statements:
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            execute(url, statement)
+
+
+async def test_sidecar_needs_no_more_than_the_rights_of_the_writer(
+    role_urls: dict[str, str], empty_postgres_url: str, redis_url: str
+) -> None:
+    two_days_ago = int((time.time() - 2 * 86_400) * 1000)
+    async with run_sidecar(redis_url, role_urls["writer"]) as sidecar:
+        writer = PairWriter(role_urls["writer"], examples_per_finding=3)
+        await writer.write([make_record([difference()], at=two_days_ago), make_record([difference()])])
+        await writer.close()
+        await sidecar.traffic.UpdateTraffic(
+            traffic_pb2.UpdateTrafficRequest(service="shop", new_share=0.1, actor="ada", reason="a test", force=True)
+        )
+        async with sidecar.sidecar.database.connection() as connection:
+            assert await drop_days(connection, retention_days=1) == 1
+
+    assert query_value(empty_postgres_url, "select count(*) from abreast.pair") == 1
+    assert_refused(
+        role_urls["writer"],
+        "drop table abreast.pair",
+        "create table abreast.other (n integer)",
+        "create table public.other (n integer)",
+        "delete from abreast.schema_version",
+        "create role other",
+    )
+
+
+async def test_reader_reads_no_tokens_and_changes_nothing(role_urls: dict[str, str]) -> None:
+    assert query_value(role_urls["reader"], "select count(*) from abreast.finding") == 0
+    assert_refused(
+        role_urls["reader"],
+        "select from abreast.token",
+        "select from abreast.webhook_receiver",
+        "insert into abreast.endpoint (service, method, route) values ('shop', 'GET', '/')",
+        "delete from abreast.finding",
+        "select abreast.drop_day(current_date)",
+    )
+
+
+def test_migrate_names_a_role_that_does_not_exist(empty_postgres_url: str) -> None:
+    result = CliRunner().invoke(abreast, ["migrate", "--postgres-url", empty_postgres_url, "--writer", "nobody_here"])
+
+    assert result.exit_code != 0
+    assert 'role "nobody_here" does not exist' in result.output
+    assert query_value(empty_postgres_url, "select to_regclass('abreast.pair') is null")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
 import psycopg
@@ -13,8 +13,9 @@ from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import LedgerReader, PageRequest, PairFilter, read_timings
 from abreast_sidecar.store.records import Endpoint, Window
 from support import eventually
+from support_database import LedgerDatabase
 
-pytestmark = pytest.mark.postgres
+pytestmark = [pytest.mark.postgres, pytest.mark.xdist_group("store_rare")]  # one worker fills the ledger
 
 MANY = 60_000
 RARE = 30
@@ -28,11 +29,11 @@ select id, 'body', '$.price', 'changed', 'value', 5, 'real', now(), now() from a
 """
 PAIRS = """
 insert into abreast.pair (
-    day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us, new_release, findings
+    day, id, at, endpoint_id, outcome, live, old_status, new_status, old_us, new_us, new_release, findings, waits_match
 )
 select (at at time zone 'UTC')::date, route || n, at, (select id from abreast.endpoint e where e.route = made.route), 'match',
        'old', 200, 200, 2000, 2100, case when route = '/often' and n > %(many)s - 100 then 'v1' else 'v2' end,
-       case when route = '/rare' and n <= 5 then array(select id from abreast.finding) else '{}' end
+       case when route = '/rare' and n <= 5 then array(select id from abreast.finding) else '{}' end, true
 from (
     select '/often' as route, n, %(now)s - n * interval '40 ms' as at from generate_series(1, %(many)s) as n
     union all
@@ -47,17 +48,25 @@ from pg_stat_user_tables where relname like 'pair\\_2%'
 SESSIONS = "select pid from pg_stat_activity where datname = current_database()"
 
 
-@pytest.fixture
-async def read(postgres_url: str) -> AsyncIterator[Callable[[], int]]:
-    """Yield a function that returns how many rows of pairs were read so far."""
+@pytest.fixture(scope="module")
+def filled_url(module_database: LedgerDatabase) -> str:
+    """Return the URL of a ledger that all tests of this module only read."""
     now = datetime.now(UTC)
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
+    with psycopg.connect(module_database.url, autocommit=True) as connection:
         connection.execute(ENDPOINTS)
         connection.execute(FINDING)
         for day in {now.date(), (now - timedelta(hours=1)).date()}:
             connection.execute("select abreast.open_day(%s)", [day])
+        connection.execute("insert into abreast.release (service, version, label) values ('shop', 'new', 'v1')")
         connection.execute(PAIRS, {"now": now, "many": MANY, "rare": RARE})
         connection.execute("vacuum analyze abreast.pair")
+    return module_database.url
+
+
+@pytest.fixture
+def count_read_rows(filled_url: str) -> Iterator[Callable[[], int]]:
+    """Yield a function that returns how many rows of pairs were read so far."""
+    with psycopg.connect(filled_url, autocommit=True) as connection:
         connection.execute("select pg_stat_force_next_flush()")
         (before,) = connection.execute(READ).fetchone() or (0,)
         sessions = set(connection.execute(SESSIONS).fetchall())
@@ -65,7 +74,7 @@ async def read(postgres_url: str) -> AsyncIterator[Callable[[], int]]:
         def since() -> int:
             eventually(
                 lambda: set(connection.execute(SESSIONS).fetchall()) <= sessions,
-                what="the sessions of the query have ended",
+                description="the sessions of the query have ended",
             )
             (rows_read,) = connection.execute(READ).fetchone() or (0,)
             return int(rows_read - before)
@@ -78,36 +87,36 @@ async def latency(database: Database) -> None:
 
 
 async def pairs_of_an_endpoint(database: Database) -> None:
-    found = await LedgerReader(database).list_pairs(
+    page = await LedgerReader(database).list_pairs(
         PairFilter(service="shop", method="GET", route="/rare"), PageRequest(100)
     )
-    assert len(found.rows) == RARE
+    assert len(page.rows) == RARE
 
 
 async def pairs_of_a_finding(database: Database) -> None:
-    found = await LedgerReader(database).list_pairs(PairFilter(service="shop", finding_id=1), PageRequest(100))
-    assert len(found.rows) == 5
+    page = await LedgerReader(database).list_pairs(PairFilter(service="shop", finding_id=1), PageRequest(100))
+    assert len(page.rows) == 5
 
 
 async def separating(database: Database) -> None:
     queries = LedgerReader(database)
-    found, _ = await queries.get_finding(1)
-    await queries.find_common_feature(found)
+    finding, _ = await queries.get_finding(1)
+    await queries.find_common_feature(finding)
 
 
 async def endpoints(database: Database) -> None:
-    found = await LedgerReader(database).list_endpoints("shop", Window(), PageRequest(100))
-    assert len(found.rows) == 2
+    page = await LedgerReader(database).list_endpoints("shop", Window(), PageRequest(100))
+    assert len(page.rows) == 2
 
 
 async def a_verdict(database: Database) -> None:
-    found = await LedgerReader(database).read_evidence("shop", Window(), 0.1)
-    assert {one.timed for one in found.endpoints} == {25, 5000}
+    evidence = await LedgerReader(database).read_evidence("shop", Window(), 0.1, all_releases=True)
+    assert {endpoint.times.timed for endpoint in evidence.endpoints} == {25, 5000}
 
 
 async def a_verdict_of_a_release(database: Database) -> None:
-    found = await LedgerReader(database).read_evidence("shop", Window(), 0.1, release="v1")
-    assert [one.timed for one in found.endpoints] == [90]
+    evidence = await LedgerReader(database).read_evidence("shop", Window(), 0.1, release="v1")
+    assert [endpoint.times.timed for endpoint in evidence.endpoints] == [90]
 
 
 async def slow_endpoints(database: Database) -> None:
@@ -146,13 +155,13 @@ async def the_newest_pair(database: Database) -> None:
     ],
 )
 async def test_queries_of_rare_endpoint_read_few_rows(
-    postgres_url: str, read: Callable[[], int], ask: Callable[[Database], Awaitable[None]]
+    filled_url: str, count_read_rows: Callable[[], int], ask: Callable[[Database], Awaitable[None]]
 ) -> None:
-    database = Database(postgres_url)
+    database = Database(filled_url)
     await database.open()
     try:
         await ask(database)
     finally:
         await database.close()
 
-    assert read() < FEW
+    assert count_read_rows() < FEW

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 import psycopg
 import pytest
 
-from abreast_sidecar.stats.latency import COLD_PAIR_SHARE, MIN_COLD_PAIRS, MIN_SLOWER_US
+from abreast_sidecar.stats.latency import COLD_PAIR_SHARE, MIN_COLD_PAIRS, Timing, count_times
 from abreast_sidecar.store.database import Database
 from abreast_sidecar.store.reader import FindingFilter, LedgerReader, PageRequest
 from abreast_sidecar.store.records import Window
@@ -46,20 +46,20 @@ class Row:
         return (window.start is None or self.at >= window.start) and (window.end is None or self.at < window.end)
 
     @property
-    def compared(self) -> bool:
+    def is_compared(self) -> bool:
         return self.outcome in COMPARED
 
 
-def made(generator: random.Random) -> list[Row]:
+def make_rows(generator: random.Random) -> list[Row]:
     """Write pairs, some exactly on the hour. The second half of the time has a second release."""
-    found = []
+    new_rows = []
     for _ in range(PAIRS):
         second = generator.choice((generator.randrange(SPAN), 3600 * generator.randrange(40)))
         outcome = generator.choice(("match", "mismatch", "mismatch", "only_old"))
         alone = outcome == "only_old"
-        shown = generator.sample((PRICE, COLOUR, NAME), generator.randint(1, 3))
+        findings = generator.sample((PRICE, COLOUR, NAME), generator.randint(1, 3))
         release = "new-2" if second > SPAN / 2 and generator.random() < 0.8 else "new-1"
-        found.append(
+        new_rows.append(
             Row(
                 f"{generator.getrandbits(128):032x}",
                 NOON + timedelta(seconds=second),
@@ -70,10 +70,10 @@ def made(generator: random.Random) -> list[Row]:
                 None if alone else generator.choice((200, 200, 500)),
                 generator.randrange(1000, 2000),
                 None if alone else generator.randrange(1000, 2000),
-                tuple(shown) if outcome == "mismatch" else (),
+                tuple(findings) if outcome == "mismatch" else (),
             )
         )
-    return found
+    return new_rows
 
 
 @dataclass
@@ -87,11 +87,11 @@ class Place:
 @pytest.fixture
 async def place(postgres_url: str) -> AsyncIterator[Place]:
     generator = random.Random(5)
-    pairs = made(generator)
+    pairs = make_rows(generator)
     put(postgres_url, pairs)
     database = Database(postgres_url)
     await database.open()
-    edges = [None, *(one.at for one in pairs), *(NOON + timedelta(hours=hour) for hour in range(40))]
+    edges = [None, *(row.at for row in pairs), *(NOON + timedelta(hours=hour) for hour in range(40))]
     windows = [Window(), *(Window(generator.choice(edges), generator.choice(edges)) for _ in range(WINDOWS))]
     yield Place(postgres_url, LedgerReader(database), pairs, windows)
     await database.close()
@@ -111,7 +111,7 @@ def put(url: str, pairs: Iterable[Row]) -> None:
             {"noon": NOON},
         )
         for label in ("new-1", "new-2"):
-            first = min(one.at for one in pairs if one.new_release == label)
+            first = min(row.at for row in pairs if row.new_release == label)
             connection.execute(
                 "insert into abreast.release (service, version, label, first_seen) values (%s, 'new', %s, %s)",
                 (SERVICE, label, first),
@@ -121,14 +121,14 @@ def put(url: str, pairs: Iterable[Row]) -> None:
         with connection.cursor() as cursor:
             cursor.executemany(
                 "insert into abreast.pair (day, id, at, endpoint_id, outcome, new_release, old_status, new_status, old_us,"
-                " new_us, findings) values ((%(at)s at time zone 'UTC')::date, %(id)s, %(at)s, %(endpoint)s,"
-                " %(outcome)s, %(new_release)s, %(old_status)s, %(new_status)s, %(old_us)s, %(new_us)s, %(findings)s)",
-                [{**vars(one), "findings": list(one.findings)} for one in pairs],
+                " new_us, findings, waits_match) values ((%(at)s at time zone 'UTC')::date, %(id)s, %(at)s, %(endpoint)s,"
+                " %(outcome)s, %(new_release)s, %(old_status)s, %(new_status)s, %(old_us)s, %(new_us)s, %(findings)s, true)",
+                [{**vars(row), "findings": list(row.findings)} for row in pairs],
             )
 
 
-def counted(rows: Iterable[Row], what: Callable[[Row], bool]) -> int:
-    return sum(what(one) for one in rows)
+def count_rows(rows: Iterable[Row], predicate: Callable[[Row], bool]) -> int:
+    return sum(predicate(row) for row in rows)
 
 
 async def test_hourly_counts_equal_recount_of_pairs(place: Place) -> None:
@@ -143,92 +143,94 @@ async def test_hourly_counts_equal_recount_of_pairs(place: Place) -> None:
 
 async def test_summary_of_any_window_matches_pairs(place: Place) -> None:
     for window in place.windows:
-        inside = [one for one in place.rows if one.within(window)]
-        found = await place.queries.read_summary(SERVICE, window)
+        inside = [row for row in place.rows if row.within(window)]
+        summary = await place.queries.read_summary(SERVICE, window)
 
-        assert found.outcomes == Counter(one.outcome for one in inside)
-        assert found.explained == counted(inside, lambda one: one.findings == (COLOUR,))
-        shown = {finding for one in inside for finding in one.findings} & {PRICE, NAME}
-        assert found.findings == (len(shown) if window.is_bounded else 2)
-        times: list[datetime | None] = [*sorted(one.at for one in inside)] or [None]
-        assert (found.first, found.last) == (times[0], times[-1])
+        assert summary.outcomes == Counter(row.outcome for row in inside)
+        assert summary.explained == count_rows(inside, lambda row: row.findings == (COLOUR,))
+        visible = {finding for row in inside for finding in row.findings} & {PRICE, NAME}
+        assert summary.findings == (len(visible) if window.is_bounded else 2)
+        times: list[datetime | None] = [*sorted(row.at for row in inside)] or [None]
+        assert (summary.first, summary.last) == (times[0], times[-1])
 
 
 async def test_endpoint_list_of_any_window_matches_pairs(place: Place) -> None:
     for window in place.windows:
-        inside = [one for one in place.rows if one.within(window)]
-        found = (await place.queries.list_endpoints(SERVICE, window, PageRequest(10))).rows
+        inside = [row for row in place.rows if row.within(window)]
+        endpoints = (await place.queries.list_endpoints(SERVICE, window, PageRequest(10))).rows
 
-        assert {one.endpoint.route: one.outcomes for one in found} == {
-            f"/{number}": Counter(one.outcome for one in inside if one.endpoint == number)
-            for number in sorted({one.endpoint for one in inside})
+        assert {endpoint.endpoint.route: endpoint.outcomes for endpoint in endpoints} == {
+            f"/{number}": Counter(row.outcome for row in inside if row.endpoint == number)
+            for number in sorted({row.endpoint for row in inside})
         }
-        shown = {finding for one in inside for finding in one.findings}
-        assert [one.findings for one in found if one.endpoint.route == "/1"] in (
+        visible = {finding for row in inside for finding in row.findings}
+        assert [endpoint.findings for endpoint in endpoints if endpoint.endpoint.route == "/1"] in (
             [],
-            [int(PRICE in shown or not window.is_bounded)],
+            [int(PRICE in visible or not window.is_bounded)],
         )
 
 
 @pytest.mark.parametrize("release", ["", "new-1", "new-2"])
 async def test_finding_list_of_any_window_matches_pairs(place: Place, release: str) -> None:
     for window in place.windows[1:]:
-        inside = [one for one in place.rows if one.within(window) and release in ("", one.new_release)]
-        wanted = FindingFilter(include_noise=True, release=release, window=window)
-        found = (await place.queries.list_findings(wanted, PageRequest(10))).rows
+        inside = [row for row in place.rows if row.within(window) and release in ("", row.new_release)]
+        finding_filter = FindingFilter(include_noise=True, release=release, window=window)
+        findings = (await place.queries.list_findings(finding_filter, PageRequest(10))).rows
 
         if window.is_bounded or release:
-            assert {one.id: one.count for one in found} == Counter(f for one in inside for f in one.findings)
-        for one in found:
-            endpoint = 2 if one.id == NAME else 1
-            assert one.compared == counted(inside, lambda row: row.compared and row.endpoint == endpoint)  # noqa: B023
+            assert {row.id: row.count for row in findings} == Counter(f for row in inside for f in row.findings)
+        for finding in findings:
+            endpoint = 2 if finding.id == NAME else 1
+            assert finding.compared == count_rows(inside, lambda row: row.is_compared and row.endpoint == endpoint)  # noqa: B023
 
 
 @pytest.mark.parametrize("release", [None, "new-1", "new-2"])
 async def test_evidence_of_any_window_matches_pairs(place: Place, release: str | None) -> None:
     for window in place.windows:
         inside = of_release(place.rows, window, release)
-        found = await place.queries.read_evidence(
+        evidence = await place.queries.read_evidence(
             SERVICE, window, SLOWER, release=release or "", all_releases=release is None
         )
 
-        assert {one.endpoint for one in found.endpoints} == {f"GET /{one.endpoint}" for one in inside}
-        for one in found.endpoints:
-            rows = [row for row in inside if f"GET /{row.endpoint}" == one.endpoint]
-            assert (one.old_requests, one.new_requests) == (
+        assert {row.endpoint for row in evidence.endpoints} == {f"GET /{row.endpoint}" for row in inside}
+        for endpoint in evidence.endpoints:
+            rows = [row for row in inside if f"GET /{row.endpoint}" == endpoint.endpoint]
+            assert (endpoint.old_requests, endpoint.new_requests) == (
                 len(rows),
-                counted(rows, lambda row: row.new_status is not None),
+                count_rows(rows, lambda row: row.new_status is not None),
             )
-            assert one.compared == counted(rows, lambda row: row.compared)
-            assert one.mismatches == counted(rows, lambda row: PRICE in row.findings)
-            assert one.undecided == counted(rows, lambda row: NAME in row.findings and PRICE not in row.findings)
-            assert one.new_errors == counted(
-                rows, lambda row: row.compared and row.new_status == 500 and row.old_status == 200
+            assert endpoint.compared == count_rows(rows, lambda row: row.is_compared)
+            assert endpoint.mismatches == count_rows(rows, lambda row: PRICE in row.findings)
+            assert endpoint.undecided == count_rows(
+                rows, lambda row: NAME in row.findings and PRICE not in row.findings
             )
-            assert one.old_errors == counted(
-                rows, lambda row: row.compared and row.old_status == 500 and row.new_status == 200
+            assert endpoint.new_errors == count_rows(
+                rows, lambda row: row.is_compared and row.new_status == 500 and row.old_status == 200
             )
-            assert (one.timed, one.slower) == timed(rows)
+            assert endpoint.old_errors == count_rows(
+                rows, lambda row: row.is_compared and row.old_status == 500 and row.new_status == 200
+            )
+            assert endpoint.times == count_times(list_warm_timings(rows), SLOWER)
 
 
 def of_release(rows: Iterable[Row], window: Window, release: str | None) -> list[Row]:
     """Pairs without a response of new belong to the newest release of their time."""
-    second = min(one.at for one in rows if one.new_release == "new-2")
+    second = min(row.at for row in rows if row.new_release == "new-2")
     return [
-        one
-        for one in rows
-        if one.within(window) and release in (None, one.new_release or ("new-2" if one.at >= second else "new-1"))
+        row
+        for row in rows
+        if row.within(window) and release in (None, row.new_release or ("new-2" if row.at >= second else "new-1"))
     ]
 
 
-def timed(rows: Iterable[Row]) -> tuple[int, int]:
+def list_warm_timings(rows: Iterable[Row]) -> list[Timing]:
     """Leave out the first pairs of each release."""
-    every, slower = 0, 0
-    for release in {one.new_release for one in rows}:
-        of_it = sorted((one for one in rows if one.new_release == release), key=lambda one: (one.at, one.id))
-        for one in of_it[max(MIN_COLD_PAIRS, math.ceil(len(of_it) * COLD_PAIR_SHARE)) :]:
-            if one.old_us is None or one.new_us is None or one.old_status != one.new_status:
-                continue
-            every += 1
-            slower += one.new_us - one.old_us > max(one.old_us * SLOWER, MIN_SLOWER_US)
-    return every, slower
+    warm_rows: list[Row] = []
+    for release in {row.new_release for row in rows}:
+        release_rows = sorted((row for row in rows if row.new_release == release), key=lambda row: (row.at, row.id))
+        warm_rows += release_rows[max(MIN_COLD_PAIRS, math.ceil(len(release_rows) * COLD_PAIR_SHARE)) :]
+    return [
+        Timing(row.old_us, row.new_us)
+        for row in sorted(warm_rows, key=lambda row: (row.at, row.id))
+        if row.old_us is not None and row.new_us is not None and row.old_status == row.new_status
+    ]

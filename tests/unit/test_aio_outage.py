@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from types import SimpleNamespace
 
 import pytest
 from structlog.testing import capture_logs
 
+from abreast_sidecar import aio
 from abreast_sidecar.aio import MAX_BACKOFF_S, MIN_BACKOFF_S, Outage, wait_or_stop
 
 
@@ -26,7 +27,7 @@ def test_outage_is_logged_at_begin_and_end() -> None:
 
 def test_outage_is_logged_again_every_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000, 2000, 20))
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(aio, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     outage = Outage("redis")
     with capture_logs() as logs:
         for _ in range(10):  # 200 s

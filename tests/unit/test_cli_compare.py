@@ -107,9 +107,12 @@ def test_compare_accepts_empty_bodies(tmp_path: Path) -> None:
 def test_compare_exits_if_stdout_is_closed(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("abreast")), "compare", *files(tmp_path, {}, {})]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
 
-    assert (done.returncode, done.stderr) == (2, "abreast: the output can't be written: No space left on device\n")
+    assert (process.returncode, process.stderr) == (
+        2,
+        "abreast: the output can't be written: No space left on device\n",
+    )
 
 
 def test_compare_uses_the_content_type_option(tmp_path: Path) -> None:
@@ -127,8 +130,8 @@ def test_compare_prints_explained_differences(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "explained by clock" in result.stdout
     assert result.stdout.endswith("no unexplained difference, 1 difference explained\n")
-    found = json.loads(run("--json", "--rules", str(tmp_path / "rules"), *names).stdout)
-    assert [difference["explained_by"] for difference in found["differences"]] == ["clock"]
+    document = json.loads(run("--json", "--rules", str(tmp_path / "rules"), *names).stdout)
+    assert [difference["explained_by"] for difference in document["differences"]] == ["clock"]
 
 
 def test_compare_ignores_rules_of_other_endpoints(tmp_path: Path) -> None:
@@ -147,6 +150,31 @@ def test_compare_reads_http_files(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout.startswith("header cache-control  removed, breaking\n")
     assert run("--http", *files(tmp_path, old, old)).exit_code == 0
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
+def test_compare_reads_decoded_bodies_of_curl_compressed(tmp_path: Path, coding: str) -> None:
+    head = (
+        f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-encoding: {coding}\r\ncontent-length: 27\r\n\r\n"
+    )
+    old, new, plain = (
+        f"{start}{body}".encode()
+        for start, body in (
+            (head, '{"a":1}'),
+            (head, '{"a":2}'),
+            (head.replace(coding, "identity").replace("27", "7"), '{"a":1}'),
+        )
+    )
+
+    assert run("--http", *files(tmp_path, old, old)).exit_code == 0
+    assert run("--http", *files(tmp_path, old, new)).stdout.startswith("body $.a  changed")
+    assert run("--http", *files(tmp_path, old, plain)).stdout.startswith("header content-encoding")
+
+
+def test_compare_reads_decoded_chunks(tmp_path: Path) -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+
+    assert run("--http", *files(tmp_path, head + b'{"a":1}', head + b'{"a":2}')).stdout.startswith("body $.a  changed")
 
 
 def test_compare_reports_load_shedding_as_not_compared(tmp_path: Path) -> None:

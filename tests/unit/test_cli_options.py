@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import asdict
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from abreast_sidecar.cli import options
+from abreast_sidecar.cli.rollout import ramp_command
 from abreast_sidecar.cli.up import parse_upstream
+from abreast_sidecar.cli.verdict import report_command, verdict_command
+from abreast_sidecar.client.sidecar_client import SidecarClient
+from abreast_sidecar.stats.verdict import Budget
 
 
 @pytest.mark.parametrize(("text", "ago"), [("90s", 90), ("15m", 900), ("1h", 3600), ("2d", 172_800), ("now", 0)])
@@ -19,6 +26,31 @@ def test_parse_moment_accepts_spans(text: str, ago: float) -> None:
 
 def test_parse_moment_accepts_times() -> None:
     assert options.parse_moment("2026-01-31T09:30Z") == dt.datetime(2026, 1, 31, 9, 30, tzinfo=dt.UTC)
+
+
+def test_verdict_report_and_ramp_accept_the_same_budgets() -> None:
+    names = tuple(Budget.__dataclass_fields__)
+    words = [
+        "--max-mismatch",
+        "0.5%",
+        "--max-error",
+        "0",
+        "--max-slower",
+        "250%",
+        "--min-completeness",
+        "0.9",
+        "--confidence",
+        "99.5%",
+        "--max-blind",
+        "5%",
+    ]
+    parsed = []
+    for command in (verdict_command, report_command, ramp_command.commands["start"]):
+        extra = ["--steps", "1,100", "--reason", "release 2"] if command.name == "start" else []
+        parameters = command.make_context("test", [*extra, *words]).params
+        parsed.append({name: parameters[name] for name in names})
+
+    assert parsed == [asdict(Budget(0.005, 0.0, 2.5, 0.9, 0.995, 0.05))] * 3
 
 
 @pytest.mark.parametrize("text", ["6h", "2d"])
@@ -74,3 +106,37 @@ def test_parse_upstream_accepts_urls(text: str, host: str, port: int, tls: str) 
 def test_parse_upstream_rejects_other_urls(text: str) -> None:
     with pytest.raises(ValueError, match="such as"):
         parse_upstream(text)
+
+
+@pytest.mark.parametrize(
+    ("runs", "words", "expected"),
+    [
+        ([], [], "127.0.0.1:50051"),
+        (["127.0.0.1:7001"], [], "127.0.0.1:7001"),
+        (["127.0.0.1:7001"], ["--address", "127.0.0.1:9"], "127.0.0.1:9"),
+        (["127.0.0.1:7001", "127.0.0.1:7002"], ["--address", "127.0.0.1:9"], "127.0.0.1:9"),
+        (["127.0.0.1:7001", "127.0.0.1:7002"], ["inner", "--address", "127.0.0.1:9"], "127.0.0.1:9"),
+        (["127.0.0.1:7001", "127.0.0.1:7002"], [], "several stacks run: 127.0.0.1:7001, 127.0.0.1:7002"),
+        (["127.0.0.1:7001", "127.0.0.1:7002"], ["inner"], "several stacks run: 127.0.0.1:7001, 127.0.0.1:7002"),
+    ],
+)
+def test_commands_use_the_only_running_stack(
+    runs: list[str], words: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ABREAST_SIDECAR", raising=False)
+    monkeypatch.setattr("abreast_sidecar.stack.data.list_runs", lambda: runs)
+
+    @click.group(invoke_without_command=True)
+    @options.connection_options
+    def show(link: SidecarClient) -> None:
+        if not words or words[0] != "inner":
+            click.echo(link.address)
+
+    @show.command()
+    @options.connection_options
+    def inner(link: SidecarClient) -> None:
+        click.echo(link.address)
+
+    result = CliRunner().invoke(show, words)
+
+    assert expected in (result.stdout or str(result.exception))

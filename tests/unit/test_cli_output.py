@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import support_sidecar as prepared
+import support_sidecar as messages
 from abreast.v1 import common_pb2 as common
 from abreast.v1 import comparison_pb2 as api
-from abreast.v1 import traffic_pb2
-from abreast_sidecar.cli import endpoints, findings, pairs, status, traffic, verdict
+from abreast.v1 import rule_pb2, traffic_pb2
+from abreast_sidecar.cli import findings, pairs, rules, status, traffic, verdict
 from abreast_sidecar.client.output import Console
 from support_sidecar import NOW
 
@@ -29,9 +29,19 @@ def render(renderable: Any, width: int = 80) -> str:
     return print_to_text(lambda out: out.print(renderable), width=width)
 
 
+def test_status_prints_requests_that_nobody_counted() -> None:
+    summary = messages.summary()
+    summary.uncertain = 7
+    text = print_to_text(status.print_status, summary, None, NOW, width=120)
+
+    line = next(line for line in text.splitlines() if line.startswith("uncertain"))
+    assert "≤ 7" in line
+    assert "more may have been sampled, by the rate before" in line
+
+
 def test_status_prints_outcomes_and_missing_requests() -> None:
     text = print_to_text(
-        status.print_status, prepared.summary(), traffic_pb2.GetTrafficResponse(traffic=prepared.traffic()), NOW
+        status.print_status, messages.summary(), traffic_pb2.GetTrafficResponse(traffic=messages.traffic()), NOW
     )
 
     assert text == (
@@ -66,7 +76,7 @@ def test_status_prints_outcomes_and_missing_requests() -> None:
     ],
 )
 def test_status_tolerates_requests_in_flight(sampled: int, unaccounted: int, expected: str) -> None:
-    summary = prepared.summary()
+    summary = messages.summary()
     summary.envoy_sampled, summary.unaccounted = sampled, unaccounted
     text = print_to_text(status.print_status, summary, None, NOW, width=120)
 
@@ -78,7 +88,7 @@ def test_status_tolerates_requests_in_flight(sampled: int, unaccounted: int, exp
     [(0, 31, "2 of them are missing, and none is in flight"), (1, 31, "2 in flight"), (0, 29, "2 in flight")],
 )
 def test_status_reports_missing_requests_once_traffic_is_settled(pending: int, age: int, expected: str) -> None:
-    summary = prepared.summary()
+    summary = messages.summary()
     summary.envoy_sampled, summary.unaccounted, summary.pending = 1_000, 2, pending
     summary.last_pair_time.FromDatetime(NOW - dt.timedelta(seconds=age))
     text = print_to_text(status.print_status, summary, None, NOW, width=120)
@@ -95,7 +105,7 @@ def test_status_reports_missing_requests_once_traffic_is_settled(pending: int, a
     ],
 )
 def test_status_warns_about_clock_offset(ahead: int, expected: str) -> None:
-    summary = prepared.summary()
+    summary = messages.summary()
     summary.ledger_clock_ahead.FromSeconds(ahead)
     text = print_to_text(status.print_status, summary, None, NOW, width=120)
 
@@ -111,7 +121,7 @@ def test_status_of_empty_ledger_recommends_doctor() -> None:
 
 
 def test_status_marks_unknown_counts() -> None:
-    summary = prepared.summary()
+    summary = messages.summary()
     for name in ("pending", "envoy_sampled", "unaccounted"):
         summary.ClearField(name)
     text = print_to_text(status.print_status, summary, None, NOW)
@@ -121,35 +131,35 @@ def test_status_marks_unknown_counts() -> None:
 
 
 def test_endpoints_fit_narrow_terminal() -> None:
-    text = render(endpoints.build_endpoints_table(prepared.answers()["ListEndpoints"]))  # type: ignore[arg-type]
+    text = render(status.build_endpoints_table(messages.answers()["ListEndpoints"]))  # type: ignore[arg-type]
 
-    assert "GET /products/{id}     1,204   100%         2  3.1 ms    -  12 ms    -" in text
+    assert "GET /products/{id}  learned     1,204   100%         2  3.1 ms    -  12 ms    -" in text
 
 
 def test_findings_stack_endpoint_and_location_in_narrow_terminal() -> None:
-    text = print_to_text(findings.print_findings, api.ListFindingsResponse(findings=[prepared.finding()]))
+    text = print_to_text(findings.print_findings, api.ListFindingsResponse(findings=[messages.finding()]))
 
     assert text.splitlines() == [
-        "id  impact       requests  location            difference",
-        '12  breaking  83   (6.9%)  GET /products/{id}  19.99 became "19.99"',
-        "                             $.items[*].price",
+        "id  impact             requests  location            difference",
+        '12  breaks clients  83   (6.9%)  GET /products/{id}  19.99 became "19.99"',
+        "                                   $.items[*].price",
     ]
 
 
 def test_findings_print_one_line_each_when_piped() -> None:
-    text = print_to_text(findings.print_findings, api.ListFindingsResponse(findings=[prepared.finding()]), width=400)
+    text = print_to_text(findings.print_findings, api.ListFindingsResponse(findings=[messages.finding()]), width=400)
 
     assert text.splitlines()[1:] == [
-        '12  breaking  83   (6.9%)  GET /products/{id}  $.items[*].price  19.99 became "19.99"'
+        '12  breaks clients  83   (6.9%)  GET /products/{id}  $.items[*].price  19.99 became "19.99"'
     ]
 
 
 def test_findings_mark_noise_and_name_services_if_several() -> None:
     noise = api.FindingExplanation(cause=api.EXPLANATION_CAUSE_NOISE, pairs=83)
-    other = prepared.finding(13, noise=True, explanations=[noise])
+    other = messages.finding(13, noise=True, explanations=[noise])
     other.endpoint.service = "cart"
     text = print_to_text(
-        findings.print_findings, api.ListFindingsResponse(findings=[prepared.finding(), other]), width=400
+        findings.print_findings, api.ListFindingsResponse(findings=[messages.finding(), other]), width=400
     )
 
     assert "noise" in text.splitlines()[2]
@@ -159,28 +169,30 @@ def test_findings_mark_noise_and_name_services_if_several() -> None:
 def test_finding_prints_feature_of_its_requests() -> None:
     feature = api.RequestFeature(text="query.currency=JPY", coverage=1.0, precision=0.5)
     text = print_to_text(
-        findings.print_finding, api.GetFindingResponse(finding=prepared.finding(), feature=feature), NOW, width=160
+        findings.print_finding, api.GetFindingResponse(finding=messages.finding(), feature=feature), NOW, width=160
     )
 
-    expected = "query.currency=JPY: in 100% of the requests that show the finding; 50.0% of the requests with it show the finding"
-    assert f"only with   {expected}" in text
+    affected = (
+        "All affected requests have query.currency=JPY; 50.0% of the requests with query.currency=JPY are affected"
+    )
+    assert f"who            {affected}" in text
 
 
 def test_undecided_finding_is_marked_as_possible_noise() -> None:
-    undecided = prepared.finding(state=api.FINDING_STATE_UNDECIDED)
+    undecided = messages.finding(state=api.FINDING_STATE_UNDECIDED)
     text = print_to_text(findings.print_findings, api.ListFindingsResponse(findings=[undecided]), width=400)
 
     assert '19.99 became "19.99" (may be noise)' in text
-    assert findings.format_noise_state(undecided).startswith("not decided yet: new differs in 83")
+    assert findings.format_noise_state(undecided).startswith("not sure yet: new differs in 83")
 
 
 def test_verdict_prints_reasons_and_pairs_to_pass() -> None:
-    assert print_to_text(verdict.print_verdict, prepared.verdict(), width=160).splitlines() == [
+    assert print_to_text(verdict.print_verdict, messages.verdict(), width=160).splitlines() == [
         "INCONCLUSIVE  shop  about 2,500 more pairs to pass, at these rates",
         "INCONCLUSIVE  coverage    GET /products/{id}: old answered 7 requests, new none",
-        "INCONCLUSIVE  mismatches  0 of 1,000 pairs have unexplained mismatches: 0% (0% to 0.4%), 0.1% allowed",
+        "INCONCLUSIVE  mismatches  0 of 1,000 pairs have unexplained mismatches: 0% (0% to 0.4%; limit 0.1%)",
         "",
-        "evaluated separately, 1 of 2 endpoints pass",
+        "endpoints that pass on their own: 1 of 2",
         "endpoint            verdict       reason",
         "GET /products/{id}  INCONCLUSIVE  old answered 7 requests, new none",
     ]
@@ -192,7 +204,7 @@ def test_verdict_prints_reasons_and_pairs_to_pass() -> None:
         (api.VERDICT_STATE_PASS, 0, ""),
         (api.VERDICT_STATE_FAIL, None, ""),
         (api.VERDICT_STATE_INCONCLUSIVE, 0, ""),
-        (api.VERDICT_STATE_INCONCLUSIVE, None, "more pairs at these rates can't make it pass"),
+        (api.VERDICT_STATE_INCONCLUSIVE, None, "more traffic alone can't make it pass"),
     ],
 )
 def test_verdict_omits_pairs_to_pass_unless_inconclusive(
@@ -202,7 +214,7 @@ def test_verdict_omits_pairs_to_pass_unless_inconclusive(
 
 
 def test_long_paths_are_folded_not_cut() -> None:
-    long = prepared.finding()
+    long = messages.finding()
     long.path = "$." + ".".join(f"part{n}" for n in range(20))
     text = print_to_text(findings.print_findings, api.ListFindingsResponse(findings=[long]))
 
@@ -211,25 +223,36 @@ def test_long_paths_are_folded_not_cut() -> None:
 
 
 def test_finding_prints_example_with_curl_line() -> None:
-    response = api.GetFindingResponse(finding=prepared.finding(), examples=[prepared.pair_detail()])
+    response = api.GetFindingResponse(finding=messages.finding(), examples=[messages.pair_detail()])
     text = print_to_text(findings.print_finding, response, NOW, url="http://127.0.0.1:8002", width=120)
 
     assert text.splitlines()[:6] == [
-        "#12  breaking  GET /products/{id}  $.items[*].price",
-        "service     shop",
-        'difference  19.99 became "19.99" (type)',
-        "requests    83 of 1,204 compared (6.9%)",
-        "seen        first 5 min ago, last 2 s ago",
-        "noise       no: new differs in 83 of 1204, old from itself in 0 of 120: more than chance",
+        "#12  breaks clients  GET /products/{id}  $.items[*].price",
+        "service        shop",
+        'difference     type changed: 19.99 became "19.99"',
+        "requests       83 of 1,204 compared (6.9%)",
+        "seen           first 5 min ago, last 2 s ago",
+        "real or noise  real: new differs in 83 of 1204, old from itself in 0 of 120: more than chance",
     ]
     assert "without its authorization (a secret; only its hash is stored)" in text
     assert "old 200 in 3.1 ms, new 200 in 41 ms; the user got old's" in text
-    assert '$.items[0].price  type  breaking  19.99  "19.99"' in text
+    assert '$.items[0].price  type  breaks clients  19.99  "19.99"' in text
+
+
+def test_slower_finding_says_that_no_request_shows_it() -> None:
+    finding = messages.finding()
+    finding.part, finding.path, finding.kind = common.PART_LATENCY, "", common.KIND_SLOWER
+    text = print_to_text(findings.print_finding, api.GetFindingResponse(finding=finding), NOW, width=120)
+
+    assert (
+        "no single request shows this finding; all times of the endpoint: abreast endpoint GET '/products/{id}'" in text
+    )
+    assert "any more" not in text
 
 
 def detail_of_failed_new() -> api.PairDetail:
     """Return a pair in which new raised before its response started."""
-    detail = prepared.pair_detail()
+    detail = messages.pair_detail()
     detail.pair.new_status = 0
     new = detail.captures[1]
     new.status, new.exception, new.body, new.body_length = 0, "RuntimeError", b"", 0
@@ -239,7 +262,7 @@ def detail_of_failed_new() -> api.PairDetail:
 
 
 def test_exception_is_printed_by_name() -> None:
-    response = api.GetFindingResponse(finding=prepared.finding(), examples=[detail_of_failed_new()])
+    response = api.GetFindingResponse(finding=messages.finding(), examples=[detail_of_failed_new()])
 
     assert "new       raised RuntimeError in 41 ms, release 2.0.0\n" in print_to_text(
         pairs.print_pair, detail_of_failed_new(), width=120
@@ -249,15 +272,15 @@ def test_exception_is_printed_by_name() -> None:
     )
 
 
-def test_summarise_answer_covers_partial_captures() -> None:
+def test_summarise_response_covers_partial_captures() -> None:
     detail = detail_of_failed_new()
     late = detail_of_failed_new()
     late.pair.new_status = 200
     bare = api.PairDetail(pair=detail.pair)
 
-    assert pairs.summarise_answer(late, common.VERSION_NEW) == "200 in 41 ms, then raised RuntimeError"
-    assert pairs.summarise_answer(bare, common.VERSION_NEW) == "no response in 41 ms"
-    assert pairs.summarise_answer(api.PairDetail(), common.VERSION_NEW) == "no capture"
+    assert pairs.summarise_response(late, common.VERSION_NEW) == "200 in 41 ms, then raised RuntimeError"
+    assert pairs.summarise_response(bare, common.VERSION_NEW) == "no response in 41 ms"
+    assert pairs.summarise_response(api.PairDetail(), common.VERSION_NEW) == "no capture"
 
 
 @pytest.mark.parametrize("width", [100, 104, 110, 120])
@@ -272,7 +295,7 @@ def test_timeline_keeps_note_next_to_bar(width: int) -> None:
 def test_curl_line_is_quoted_for_the_shell() -> None:
     import shlex
 
-    line, _omissions = pairs.build_curl_line(prepared.pair_detail(), "http://127.0.0.1:8002/")
+    line, _omissions = pairs.build_curl_line(messages.pair_detail(), "http://127.0.0.1:8002/")
 
     assert shlex.split(line)[-1] == "http://127.0.0.1:8002/products/7?currency=EUR&q=it's"
     assert "hmac:" not in line
@@ -283,37 +306,40 @@ def test_curl_line_is_quoted_for_the_shell() -> None:
     [("GET", b"", []), ("HEAD", b"", ["--head"]), ("POST", b"{}", []), ("DELETE", b"", ["-X", "DELETE"])],
 )
 def test_curl_line_repeats_method(method: str, body: bytes, words: list[str]) -> None:
-    detail = api.PairDetail(request_body=body)
+    detail = api.PairDetail(request_body=body, other_request_headers=["accept", "user-agent"])
+    detail.pair.request = "/"
     detail.pair.endpoint.method = method
     line, _omissions = pairs.build_curl_line(detail)
 
-    sent = ["-H", "'content-type:'", "--data-raw", "'{}'"] if body else []
-    assert line.split() == ["curl", "-i", *words, *sent, "\"$URL\"''"]
+    arguments = ["-H", "'content-type:'", "--data-raw", "'{}'"] if body else []
+    assert line.split() == ["curl", "-i", *words, *arguments, '"$URL"/']
 
 
 def test_curl_line_reports_omitted_binary_body() -> None:
-    line, omissions = pairs.build_curl_line(api.PairDetail(request_body=b"\x00\xff"))
+    detail = api.PairDetail(request_body=b"\x00\xff")
+    detail.pair.request = "/"
+    line, omissions = pairs.build_curl_line(detail)
 
     assert "--data-raw" not in line
     assert omissions == ["its body (2 bytes; see --json)"]
 
 
 def test_pair_prints_unified_diff_in_narrow_terminal() -> None:
-    text = print_to_text(pairs.print_pair, prepared.pair_detail())
+    text = print_to_text(pairs.print_pair, messages.pair_detail())
 
     assert '-       "price": 19.99\n+       "price": "19.99"' in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("curl")) <= 80
 
 
 def test_pair_prints_responses_side_by_side_in_wide_terminal() -> None:
-    text = print_to_text(pairs.print_pair, prepared.pair_detail(), width=120)
+    text = print_to_text(pairs.print_pair, messages.pair_detail(), width=120)
     line = next(line for line in text.splitlines() if '"price": "19.99"' in line)
 
     assert line.split() == ['"price":', "19.99", "≠", '"price":', '"19.99"']
 
 
 def test_pair_prints_effects_of_both_versions() -> None:
-    detail = prepared.pair_detail()
+    detail = messages.pair_detail()
     live, shadow, _ = detail.captures
     mail = api.Effect(kind="email.send", key="7", payload='{"to":"a\x1b[2J"}', error="OSError")
     mail.start.FromMicroseconds(1500)
@@ -332,7 +358,7 @@ def test_pair_prints_effects_of_both_versions() -> None:
 
 
 def test_pair_without_captures_says_so() -> None:
-    text = print_to_text(pairs.print_pair, api.PairDetail(pair=prepared.pair_detail().pair))
+    text = print_to_text(pairs.print_pair, api.PairDetail(pair=messages.pair_detail().pair))
 
     assert "the responses of this pair are not stored" in text
 
@@ -364,7 +390,7 @@ def test_compared_capture_is_first_attempt_without_baseline() -> None:
 
 
 def test_timeline_orders_copies_by_arrival() -> None:
-    captures = prepared.pair_detail().captures
+    captures = messages.pair_detail().captures
     text = render(pairs.build_timeline_table([*reversed(captures)], 80))
 
     assert [line.split("  ")[0] for line in text.splitlines()[1:]] == ["old live", "new shadow", "old baseline"]
@@ -379,25 +405,59 @@ def test_timeline_bar_has_at_least_one_column() -> None:
 
 
 def test_traffic_change_prints_before_and_after() -> None:
-    text = render(traffic.build_traffic_change_table(prepared.traffic(7), prepared.traffic(8, new_share=0.0)))
+    text = render(traffic.build_traffic_change_table(messages.traffic(7), messages.traffic(8, new_share=0.0)))
 
     assert "users on new                    25%     0%" in text
 
 
+def test_traffic_prints_rules_with_their_counts() -> None:
+    rules = [
+        traffic_pb2.SampleRule(
+            name="api", condition="POST /graphql queries", share=0.5, initial_share=1.0, sampled=1200, not_query=200
+        ),
+        traffic_pb2.SampleRule(name="admin", condition="/admin/*"),
+    ]
+    response = traffic_pb2.GetTrafficResponse(traffic=messages.traffic(), rules=rules)
+    lines = print_to_text(traffic.print_traffic, response, NOW).splitlines()
+
+    api_cells, admin_cells = (line.split() for line in lines if "graphql" in line or "/admin" in line)
+    assert api_cells == ["api", "POST", "/graphql", "queries", "50%", "100%", "1,200", "200"]
+    assert admin_cells == ["admin", "/admin/*", "0%", "0%", "0"]
+
+
+def test_traffic_change_prints_rules_whose_share_was_set() -> None:
+    before, after = messages.traffic(7), messages.traffic(8)
+    after.rule_shares["api"] = 0.5
+    table = render(traffic.build_traffic_change_table(before, after))
+    event = traffic_pb2.TrafficEvent(before=before, after=after)
+
+    assert [*next(line for line in table.splitlines() if "api" in line).split()] == [
+        "sampling",
+        "rule",
+        "api",
+        "as",
+        "in",
+        "the",
+        "file",
+        "50%",
+    ]
+    assert traffic.format_traffic_changes(event) == "sampling rule api as in the file → 50%"
+
+
 def print_envoys_to_text(*envoys: traffic_pb2.EnvoyStatus, **fields: Any) -> str:
-    response = traffic_pb2.GetTrafficResponse(traffic=prepared.traffic(8), envoys=envoys, **fields)
+    response = traffic_pb2.GetTrafficResponse(traffic=messages.traffic(8), envoys=envoys, **fields)
     return print_to_text(traffic.print_envoys, response)
 
 
 def test_envoys_table_prints_reason_of_refusal() -> None:
-    text = print_envoys_to_text(prepared.envoy(7, error="no such key"), prepared.envoy(7))
+    text = print_envoys_to_text(messages.envoy(7, error="no such key"), messages.envoy(7))
 
     assert "refused: no such key" in text
     assert "not yet (at version 7 of 8)" in text
 
 
 def test_envoys_table_distinguishes_equal_node_ids_by_connection() -> None:
-    envoys = [prepared.envoy(8, peer="ipv4:10.0.0.1:5000"), prepared.envoy(8, peer="ipv4:10.0.0.2:5000")]
+    envoys = [messages.envoy(8, peer="ipv4:10.0.0.1:5000"), messages.envoy(8, peer="ipv4:10.0.0.2:5000")]
     text = print_envoys_to_text(*envoys)
 
     assert "edge-1 (ipv4:10.0.0.1:5000)" in text
@@ -406,20 +466,20 @@ def test_envoys_table_distinguishes_equal_node_ids_by_connection() -> None:
 
 
 def test_envoys_table_names_sidecars_if_several() -> None:
-    here, there = prepared.envoy(8, sidecar="a:50051"), prepared.envoy(8, sidecar="b:50051")
+    local, remote = messages.envoy(8, sidecar="a:50051"), messages.envoy(8, sidecar="b:50051")
 
-    assert "b:50051" in print_envoys_to_text(here, there)
-    assert "sidecar" not in print_envoys_to_text(here, here)
+    assert "b:50051" in print_envoys_to_text(local, remote)
+    assert "sidecar" not in print_envoys_to_text(local, local)
 
 
 def test_envoys_table_reports_unreachable_sidecars() -> None:
-    text = print_envoys_to_text(prepared.envoy(8), peers_error="postgres is away")
+    text = print_envoys_to_text(messages.envoy(8), peers_error="postgres is away")
 
     assert "the Envoys of other sidecars are unknown: postgres is away" in text
 
 
 def test_traffic_marks_rollback() -> None:
-    rolled_back = prepared.traffic()
+    rolled_back = messages.traffic()
     rolled_back.rolled_back = True
     text = print_to_text(traffic.print_traffic, traffic_pb2.GetTrafficResponse(traffic=rolled_back), NOW)
 
@@ -427,8 +487,19 @@ def test_traffic_marks_rollback() -> None:
     assert "no Envoy is connected" in text
 
 
+@pytest.mark.parametrize(
+    ("copied", "expected"),
+    [(1300, "65% of the selected requests had a copy (1,300 of 2,000"), (2003, "100% of the selected")],
+)
+def test_traffic_prints_effective_sample(copied: int, expected: str) -> None:
+    sample = traffic_pb2.EffectiveSample(selected=2000, copied=copied)
+    response = traffic_pb2.GetTrafficResponse(traffic=messages.traffic(), effective_sample=sample)
+
+    assert f"effective sample: {expected}" in print_to_text(traffic.print_traffic, response, NOW)
+
+
 def test_control_characters_in_captured_values_are_escaped() -> None:
-    finding = prepared.finding()
+    finding = messages.finding()
     finding.summary = "\x1b[2Jgone"
     text = print_to_text(findings.print_findings, api.ListFindingsResponse(findings=[finding]), width=200)
 
@@ -436,7 +507,7 @@ def test_control_characters_in_captured_values_are_escaped() -> None:
 
 
 def test_timeline_prints_spans_of_each_capture() -> None:
-    captures = prepared.pair_detail().captures
+    captures = messages.pair_detail().captures
     for name, start, note in (("database", 1500, ""), ("cache", 400, "miss")):
         hop = captures[1].spans.add(kind=name, name="product", note=note)
         hop.start.FromMicroseconds(start)
@@ -449,3 +520,29 @@ def test_timeline_prints_spans_of_each_capture() -> None:
     assert lines[new + 1].endswith("miss")
     assert lines[new + 2].strip().startswith("→ database product")
     assert lines[new + 1].index("─") < lines[new + 2].index("─")
+
+
+@pytest.mark.parametrize(("limit", "row_count"), [(5, 5), (None, 200)])
+def test_preview_counts_first_and_prints_the_gravest(limit: int | None, row_count: int) -> None:
+    response = rule_pb2.PreviewRuleResponse(
+        findings=[
+            rule_pb2.HiddenFinding(
+                finding_id=number,
+                endpoint=common.Endpoint(service="shop", method="GET", route=f"/r{number // 2}"),
+                part=common.PART_BODY,
+                path="$.price",
+                kind=common.KIND_TYPE,
+                pairs=3,
+                exact=True,
+                confirmed=number == 1000,
+            )
+            for number in range(1000, 1200)
+        ],
+        objections=[f"it would also hide finding {number}" for number in range(1000, 1200)],
+    )
+    lines = print_to_text(rules.print_preview, response, width=120, limit=limit).splitlines()
+
+    assert lines[0] == "the rule would hide 200 findings at 100 endpoints, 1 of them confirmed"
+    assert sum(line.startswith("warning: ") for line in lines) == row_count
+    assert sum("$.price" in line for line in lines) == row_count
+    assert ("and 195 more findings; for all: --all" in lines) == (limit is not None)

@@ -21,10 +21,10 @@ def body(value: object) -> bytes:
 
 
 def capture(
-    version: Version, status: int, content: bytes, headers: tuple[tuple[str, str], ...], **given: Any
+    version: Version, status: int, content: bytes, headers: tuple[tuple[str, str], ...], **fields: Any
 ) -> Capture:
     answer = Answer(status, headers, Body(content, len(content)))
-    return Capture("p", "shop", version, "live", Request("GET", "/x", "", "/x"), answer, **given)
+    return Capture("p", "shop", version, "live", Request("GET", "/x", "", "/x"), answer, **fields)
 
 
 OLD = capture("old", 200, body({"a": {"b": 1, "c": {"d": 2}}}), (JSON,))

@@ -14,7 +14,7 @@ from abreast_sidecar.compare.model import ComparisonResult, Difference
 from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rules import CompareOptions, Rule, RuleSet
 from abreast_sidecar.compare.volatile import is_explained_by_shape
-from captures import capture
+from support_captures import capture
 
 RULES = CompareOptions()
 MAIL = "email.send"
@@ -25,15 +25,15 @@ def did(*effects: tuple[str, Any], key: str = "") -> tuple[dict[str, Any], ...]:
 
 
 def with_effects(version: Version, effects: Any, *, dropped: int = 0, **how: Any) -> Capture:
-    made = capture(version, {"ok": True}, role="live" if version == "old" else "shadow", **how)
-    return replace(made, effects=tuple(effects), effects_dropped=dropped)
+    copy = capture(version, {"ok": True}, role="live" if version == "old" else "shadow", **how)
+    return replace(copy, effects=tuple(effects), effects_dropped=dropped)
 
 
 def compare(old: Any, new: Any, rules: CompareOptions = RULES) -> ComparisonResult:
     return compare_pair([with_effects("old", old), with_effects("new", new)], rules)
 
 
-def seen(result: ComparisonResult) -> list[tuple[str, str, str]]:
+def list_differences(result: ComparisonResult) -> list[tuple[str, str, str]]:
     assert {difference.part for difference in result.differences} <= {"effect"}
     return [(difference.path, difference.kind, difference.impact) for difference in result.differences]
 
@@ -47,42 +47,42 @@ def test_equal_effects_match() -> None:
 def test_missing_extra_and_changed_effects_are_reported() -> None:
     old, new = did((MAIL, {"to": "a", "n": 1})), did((MAIL, {"to": "b", "n": 1}))
 
-    assert seen(compare(old, ())) == [(MAIL, "removed", "breaking")]
-    assert seen(compare((), old)) == [(MAIL, "added", "value")]
-    assert seen(compare(old, new)) == [(f"{MAIL}.$.to", "changed", "value")]
+    assert list_differences(compare(old, ())) == [(MAIL, "removed", "breaking")]
+    assert list_differences(compare((), old)) == [(MAIL, "added", "value")]
+    assert list_differences(compare(old, new)) == [(f"{MAIL}.$.to", "changed", "value")]
     assert compare(old, new).outcome == "mismatch"
 
 
 def test_effect_difference_has_path_and_values() -> None:
     (result,) = compare(did((MAIL, {"to": "a"})), did((MAIL, {"to": "b"}))).differences
-    (gone,) = compare(did((MAIL, {"to": "a"}), key="k"), ()).differences
+    (difference,) = compare(did((MAIL, {"to": "a"}), key="k"), ()).differences
 
     assert (result.exact_path, result.old, result.new) == (f"{MAIL}.$.to", '"a"', '"b"')
-    assert (gone.exact_path, gone.old, gone.new) == (f"{MAIL}[k]", '{"to":"a"}', None)
+    assert (difference.exact_path, difference.old, difference.new) == (f"{MAIL}[k]", '{"to":"a"}', None)
 
 
 def test_missing_effect_among_several_is_one_difference() -> None:
     three = did((MAIL, {"to": "a"}), (MAIL, {"to": "b"}), (MAIL, {"to": "c"}))
 
-    assert seen(compare(three, three[1:])) == [(MAIL, "removed", "breaking")]
-    assert seen(compare(three, (three[0], three[2]))) == [(MAIL, "removed", "breaking")]
+    assert list_differences(compare(three, three[1:])) == [(MAIL, "removed", "breaking")]
+    assert list_differences(compare(three, (three[0], three[2]))) == [(MAIL, "removed", "breaking")]
 
 
 def test_effect_order_counts_only_within_kind_and_key() -> None:
     a, b = did((MAIL, "a")), did((MAIL, "b"))
     sms = did(("sms.send", "a"))
-    here, there = did((MAIL, "a"), key="here"), did((MAIL, "b"), key="there")
+    first, second = did((MAIL, "a"), key="here"), did((MAIL, "b"), key="there")
 
-    assert seen(compare(a + b, b + a)) == [(MAIL, "order", "value")]
+    assert list_differences(compare(a + b, b + a)) == [(MAIL, "order", "value")]
     assert compare(a + sms, sms + a).outcome == "match"
-    assert compare(here + there, there + here).outcome == "match"
+    assert compare(first + second, second + first).outcome == "match"
 
 
 def test_effect_payload_is_compared_by_paths() -> None:
     old = did((MAIL, {"items": [{"id": 1, "price": 2}, {"id": 2, "price": 3}], "gone": 1}))
     new = did((MAIL, {"items": [{"id": 2, "price": 3}, {"id": 1, "price": "2"}]}))
 
-    assert sorted(seen(compare(old, new))) == [
+    assert sorted(list_differences(compare(old, new))) == [
         (f"{MAIL}.$.gone", "removed", "breaking"),
         (f"{MAIL}.$.items", "order", "value"),
         (f"{MAIL}.$.items[*].price", "type", "breaking"),
@@ -100,7 +100,7 @@ def test_long_effect_payload_is_compared_by_digest() -> None:
     long = {"kind": MAIL, "digest": "ab", "length": 9, "at_us": 1}
 
     assert compare([long], [long]).outcome == "match"
-    assert seen(compare([long], [{**long, "digest": "cd"}])) == [(f"{MAIL}.$.digest", "changed", "value")]
+    assert list_differences(compare([long], [{**long, "digest": "cd"}])) == [(f"{MAIL}.$.digest", "changed", "value")]
 
 
 @pytest.mark.parametrize("dropped", [(1, 0), (0, 1), (2, 2)])
@@ -128,14 +128,14 @@ def test_other_status_hides_missing_effects() -> None:
 def test_effects_of_head_requests_are_compared() -> None:
     old, new = with_effects("old", did((MAIL, 1)), method="HEAD"), with_effects("new", (), method="HEAD")
 
-    assert seen(compare_pair([old, new], RULES)) == [(MAIL, "removed", "breaking")]
+    assert list_differences(compare_pair([old, new], RULES)) == [(MAIL, "removed", "breaking")]
 
 
 def test_baseline_yields_noise_of_effects() -> None:
     old = with_effects("old", did((MAIL, {"id": 1})))
-    again = replace(with_effects("old", did((MAIL, {"id": 2}))), role="baseline")
+    baseline = replace(with_effects("old", did((MAIL, {"id": 2}))), role="baseline")
     new = with_effects("new", did((MAIL, {"id": 3})))
-    result = compare_pair([old, again, new], RULES)
+    result = compare_pair([old, baseline, new], RULES)
 
     assert result.baseline_compared
     assert [(difference.part, difference.path) for difference in result.noise] == [("effect", f"{MAIL}.$.id")]
@@ -177,10 +177,10 @@ EFFECTS = st.lists(
 @settings(max_examples=40)
 @given(EFFECTS, EFFECTS)
 def test_effects_with_swapped_sides_have_the_same_outcome(old: Any, new: Any) -> None:
-    there, back = compare(old, new), compare(new, old)
+    forward, backward = compare(old, new), compare(new, old)
 
     assert compare(old, old).outcome == "match"
-    assert (there.outcome == "match") == (back.outcome == "match")
+    assert (forward.outcome == "match") == (backward.outcome == "match")
 
 
 @settings(max_examples=40)

@@ -37,7 +37,7 @@ def to_rows(result: Any) -> list[Row]:
 
 def by_texts(old: bytes, new: bytes) -> list[Row]:
     """Compare texts of any length."""
-    with patch("abreast_sidecar.compare.json_diff.MIN_RAW_BYTES", 0):
+    with patch.multiple("abreast_sidecar.compare.json_diff", MIN_RAW_BYTES=0, MIN_FLAT_BYTES=0):
         return to_rows(JsonTextDiff(10_000).compare_texts(old, new))
 
 
@@ -48,40 +48,40 @@ def by_values(old: bytes, new: bytes) -> list[Row]:
 def changed(value: Any, dice: random.Random) -> Any:
     """Change, insert, remove or reorder one value."""
     if isinstance(value, list) and value and dice.random() < 0.8:
-        made: Any = list(value)
-        place = dice.randrange(len(made))
+        copy: Any = list(value)
+        place = dice.randrange(len(copy))
         match dice.randrange(5):
             case 0:
-                del made[place]
+                del copy[place]
             case 1:
-                made.insert(place, dice.choice([1, {"id": 1}, None]))
+                copy.insert(place, dice.choice([1, {"id": 1}, None]))
             case 2:
-                dice.shuffle(made)
+                dice.shuffle(copy)
             case _:
-                made[place] = changed(made[place], dice)
-        return made
+                copy[place] = changed(copy[place], dice)
+        return copy
     if isinstance(value, dict) and value and dice.random() < 0.8:
-        made = dict(value)
-        key = dice.choice(sorted(made))
+        copy = dict(value)
+        key = dice.choice(sorted(copy))
         match dice.randrange(4):
             case 0:
-                del made[key]
+                del copy[key]
             case 1:
-                made[f"{key}+"] = made[key]
+                copy[f"{key}+"] = copy[key]
             case _:
-                made[key] = changed(made[key], dice)
-        return made
+                copy[key] = changed(copy[key], dice)
+        return copy
     return dice.choice([0, 1, 1.0, True, "1", None, [], {}, [1], {"id": 1}, float(value) if type(value) is int else 2])
 
 
-def written(value: Any, how: int) -> bytes:
+def dump(value: Any, how: int) -> bytes:
     separators = [(",", ":"), (", ", ": ")][how % 2]
     return json.dumps(value, separators=separators, ensure_ascii=how > 1).encode()
 
 
 @given(JSON, JSON, st.integers(0, 3), st.integers(0, 3))
 def test_text_diff_equals_value_diff(old: Any, new: Any, how: int, other: int) -> None:
-    texts = written(old, how), written(new, other)
+    texts = dump(old, how), dump(new, other)
 
     assert by_texts(*texts) == by_values(*texts)
 
@@ -91,7 +91,29 @@ def test_text_diff_of_a_change_equals_value_diff(old: Any, times: int, dice: ran
     new = copy.deepcopy(old)
     for _ in range(times):
         new = changed(new, dice)
-    texts = written({"rest": [old, 1], "it": old}, 0), written({"rest": [old, 1], "it": new}, 0)
+    texts = dump({"rest": [old, 1], "it": old}, 0), dump({"rest": [old, 1], "it": new}, 0)
+
+    assert by_texts(*texts) == by_values(*texts)
+
+
+FLAT = st.dictionaries(
+    KEYS | st.sampled_from(['",', ',"', "a,", '":', "a (repeated)"]),
+    PLAIN | st.sampled_from([",", 'x,"', '",', '{"a":1', "9" * 20, 1.0, -0.0]),
+    min_size=2,
+    max_size=20,
+)
+
+
+@given(FLAT, st.integers(1, 4), st.randoms(use_true_random=False), st.sampled_from([b"", b',"a":1}', b',"a":1,"a":2}']))
+def test_text_diff_of_plain_members_equals_value_diff(
+    old: dict[str, Any], times: int, dice: random.Random, end: bytes
+) -> None:
+    new: Any = old
+    for _ in range(times):
+        new = changed(new, dice)
+    texts = [dump(value, 2) for value in (old, new)]
+    if end:
+        texts = [text[:-1] + end if text.endswith(b"}") and text != b"{}" else text for text in texts]
 
     assert by_texts(*texts) == by_values(*texts)
 
@@ -103,12 +125,12 @@ def parsed_bytes(old: bytes, new: bytes) -> int:
     """Count the bytes that are parsed."""
     total = 0
 
-    def counted(body: bytes) -> Any:
+    def parse_and_record(body: bytes) -> Any:
         nonlocal total
         total += len(body)
         return parse(body)
 
-    with patch("abreast_sidecar.compare.json_diff.parse", counted):
+    with patch("abreast_sidecar.compare.json_diff.parse", parse_and_record):
         JsonTextDiff(200).compare_texts(old, new)
     return total
 
@@ -143,6 +165,10 @@ def test_text_diff_parses_only_changed_members(envelope: bool) -> None:
         (b'{"a":[1,true]}', b'{"a":[true,1]}', [("$.a", "order")]),
         (b'{"a":{}}', b'{"a":[]}', [("$.a", "type")]),
         (b"{}", b'{"a":1}', [("$.a", "added")]),
+        (b'{"a": 1, "a": 2, "b": [3]}', b'{"a": 1, "a": 4, "b": [3]}', [("$.a", "changed")]),
+        (b'{"a":1,"a":2,"b":3}', b'{"a":4,"a":2,"b":3}', [('$["a (repeated)"]', "changed")]),
+        (b'{"a":"x,","b":",","c":1}', b'{"a":"x,","b":"y","c":1}', [("$.b", "changed")]),
+        (b'{"a,":1,"b":1,"c":1}', b'{"a,":2,"b":1,"c":true}', [("$.c", "type"), ('$["a,"]', "changed")]),
         (b"[]", b"[1]", [("$[*]", "added")]),
         (b'"a"', b'"b"', [("$", "changed")]),
     ],
@@ -153,11 +179,11 @@ def test_text_diff_detects_details_that_parsers_lose(old: bytes, new: bytes, exp
 
 
 @pytest.mark.parametrize(
-    "cut", [b'{"a":"\xff","b":%d}', b'{"a":tru,"b":%d}', b'{"a":1,"b":%d', b'{"a":1 "b":%d}', b'{"a":01,"b":%d}']
+    "damaged", [b'{"a":"\xff","b":%d}', b'{"a":tru,"b":%d}', b'{"a":1,"b":%d', b'{"a":1 "b":%d}', b'{"a":01,"b":%d}']
 )
-def test_text_diff_refuses_invalid_json_in_equal_members(cut: bytes) -> None:
+def test_text_diff_refuses_invalid_json_in_equal_members(damaged: bytes) -> None:
     with pytest.raises(NotJsonError):
-        by_texts(cut % 1, cut % 2)
+        by_texts(damaged % 1, damaged % 2)
 
 
 def test_text_diff_renders_equal_elements_of_reordered_array() -> None:

@@ -14,7 +14,7 @@ from abreast.protocol.capture import Body, Capture, Headers, Role
 from abreast_sidecar.compare.model import ComparisonResult
 from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rules import CompareOptions
-from captures import capture
+from support_captures import capture
 
 RULES = CompareOptions()
 EVENTS: Headers = (("content-type", "text/event-stream"),)
@@ -24,36 +24,36 @@ BYTES: Headers = (("content-type", "application/octet-stream"),)
 PLAIN: Headers = (("content-type", "text/plain"),)
 
 
-def event(number: int, **more: Any) -> bytes:
-    data = msgspec.json.encode({"number": number, **more})
+def event(number: int, **fields: Any) -> bytes:
+    data = msgspec.json.encode({"number": number, **fields})
     return b"id: %d\ndata: %b\n\n" % (number, data)
 
 
-def stream(many: int, **more: Any) -> bytes:
-    return b"".join(event(number, **more) for number in range(many))
+def stream(count: int, **fields: Any) -> bytes:
+    return b"".join(event(number, **fields) for number in range(count))
 
 
-def left(version: Any, body: bytes, headers: Headers = EVENTS, role: Role = "live", **more: Any) -> Capture:
+def truncated(version: Any, body: bytes, headers: Headers = EVENTS, role: Role = "live", **fields: Any) -> Capture:
     """Build an answer that ended when the client disconnected."""
-    return capture(version, body, headers=headers, role=role, complete=False, client_left=True, **more)
+    return capture(version, body, headers=headers, role=role, complete=False, client_left=True, **fields)
 
 
-def copy(body: bytes, headers: Headers = EVENTS, **more: Any) -> Capture:
-    return capture("new", body, headers=headers, role="shadow", **more)
+def copy(body: bytes, headers: Headers = EVENTS, **fields: Any) -> Capture:
+    return capture("new", body, headers=headers, role="shadow", **fields)
 
 
-def seen(result: ComparisonResult) -> list[str]:
+def list_differences(result: ComparisonResult) -> list[str]:
     return [
         f"{difference.part} {difference.path} {difference.kind}".replace("  ", " ") for difference in result.differences
     ]
 
 
-def compared(old: Capture, new: Capture) -> ComparisonResult:
+def compare(old: Capture, new: Capture) -> ComparisonResult:
     return compare_pair([old, new], RULES)
 
 
 def test_truncated_answer_with_equal_start_is_partial() -> None:
-    result = compared(left("old", stream(5)), copy(stream(9)))
+    result = compare(truncated("old", stream(5)), copy(stream(9)))
 
     assert (result.outcome, result.differences) == ("partial", ())
     assert result.reason.startswith(
@@ -63,32 +63,32 @@ def test_truncated_answer_with_equal_start_is_partial() -> None:
 
 @pytest.mark.parametrize("equal", [True, False])
 def test_streams_truncated_at_the_same_item_are_partial(equal: bool) -> None:
-    both = stream(3)
-    new = left("new", both if equal else both + b"data: 1", role="shadow")
+    content = stream(3)
+    new = truncated("new", content if equal else content + b"data: 1", role="shadow")
 
-    assert compared(left("old", both), new).outcome == "partial"
+    assert compare(truncated("old", content), new).outcome == "partial"
 
 
 @pytest.mark.parametrize("cut_new", [False, True])
 def test_truncated_streams_compare_common_items(cut_new: bool) -> None:
     longer = stream(2) + event(2, price=1) + stream(4)
-    new = left("new", longer, role="shadow") if cut_new else copy(longer)
-    result = compared(left("old", stream(3) + b"id: 3\nda"), new)
+    new = truncated("new", longer, role="shadow") if cut_new else copy(longer)
+    result = compare(truncated("old", stream(3) + b"id: 3\nda"), new)
 
-    assert (result.outcome, seen(result)) == ("partial", ["body events[*].data.price added"])
+    assert (result.outcome, list_differences(result)) == ("partial", ["body events[*].data.price added"])
 
 
 def test_truncated_item_is_ignored() -> None:
-    result = compared(left("old", stream(3) + b'id: 3\ndata: {"num'), copy(stream(2) + event(2) + b"id: 4\n\n"))
+    result = compare(truncated("old", stream(3) + b'id: 3\ndata: {"num'), copy(stream(2) + event(2) + b"id: 4\n\n"))
 
-    assert seen(result) == []
+    assert list_differences(result) == []
     assert result.reason.endswith("the first 3 events of both")
 
 
 def test_complete_answer_shorter_than_truncated_one_lacks_items() -> None:
-    result = compared(left("old", stream(4)), copy(stream(3)))
+    result = compare(truncated("old", stream(4)), copy(stream(3)))
 
-    assert seen(result) == ["body events[*] removed"]
+    assert list_differences(result) == ["body events[*] removed"]
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_complete_answer_shorter_than_truncated_one_lacks_items() -> None:
     ids=["changed", "spaces", "csv", "line ends", "no more lines", "bytes", "other bytes", "fewer", "nothing"],
 )  # fmt: skip
 def test_truncated_body_is_compared_by_format(headers: Headers, old: bytes, new: bytes, expected: str) -> None:
-    result = compared(left("old", old, headers), copy(new, headers))
+    result = compare(truncated("old", old, headers), copy(new, headers))
 
-    assert (result.outcome, seen(result)) == ("partial", [expected] if expected else [])
+    assert (result.outcome, list_differences(result)) == ("partial", [expected] if expected else [])
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_truncated_body_is_compared_by_format(headers: Headers, old: bytes, new:
     ids=["json", "html", "gzip", "not what it says"],
 )  # fmt: skip
 def test_truncated_body_without_items_is_not_compared(headers: Headers, old: bytes, new: bytes) -> None:
-    result = compared(left("old", old, headers), copy(new, headers))
+    result = compare(truncated("old", old, headers), copy(new, headers))
 
     assert (result.outcome, result.differences) == ("partial", ())
     assert "not the bodies" in result.reason
@@ -131,40 +131,42 @@ def test_truncated_body_without_items_is_not_compared(headers: Headers, old: byt
 
 def test_truncated_answers_compare_status_and_headers() -> None:
     new = copy(b"[1, 2, 3]", (("content-type", "application/json"), ("cache-control", "no-store")), status=202)
-    result = compared(left("old", b"", (("content-type", "application/json"),)), new)
+    result = compare(truncated("old", b"", (("content-type", "application/json"),)), new)
 
     assert result.outcome == "partial"
-    assert seen(result) == ["status 200->202 changed", "header cache-control added"]
+    assert list_differences(result) == ["status 200->202 changed", "header cache-control added"]
 
 
 def test_truncated_answer_with_other_status_class_reports_only_status() -> None:
-    result = compared(left("old", stream(2)), copy(b"oops", (), status=500))
+    result = compare(truncated("old", stream(2)), copy(b"oops", (), status=500))
 
-    assert (result.outcome, seen(result)) == ("mismatch", ["status 200->500 changed"])
+    assert (result.outcome, list_differences(result)) == ("mismatch", ["status 200->500 changed"])
 
 
 def test_client_disconnect_hides_exceptions_trailers_and_effects() -> None:
-    old = msgspec.structs.replace(left("old", stream(2), raised="ClientDisconnect"), effects=({"kind": "mail"},))
+    old = msgspec.structs.replace(
+        truncated("old", stream(2), exception="ClientDisconnect"), effects=({"kind": "mail"},)
+    )
 
-    assert compared(old, copy(stream(5))).differences == ()
+    assert compare(old, copy(stream(5))).differences == ()
 
 
 def test_answer_that_never_started_aborts_the_pair() -> None:
     for old, new in (
-        (left("old", b"", status=0), copy(stream(1))),
-        (left("old", stream(1)), left("new", b"", status=0, role="shadow")),
+        (truncated("old", b"", status=0), copy(stream(1))),
+        (truncated("old", stream(1)), truncated("new", b"", status=0, role="shadow")),
     ):
-        assert (compared(old, new).outcome, compared(old, new).differences) == ("aborted", ())
+        assert (compare(old, new).outcome, compare(old, new).differences) == ("aborted", ())
 
 
 def test_two_broken_off_answers_match_or_are_partial() -> None:
     def broken(version: Any, body: bytes) -> Capture:
-        return capture(version, body, headers=EVENTS, complete=False, raised="OSError")
+        return capture(version, body, headers=EVENTS, complete=False, exception="OSError")
 
-    same, changed = (compared(broken("old", stream(3)), broken("new", body)) for body in (stream(3), event(0, price=1)))
+    same, changed = (compare(broken("old", stream(3)), broken("new", body)) for body in (stream(3), event(0, price=1)))
 
     assert same.outcome == "match"
-    assert (changed.outcome, seen(changed)) == ("partial", ["body events[*].data.price added"])
+    assert (changed.outcome, list_differences(changed)) == ("partial", ["body events[*].data.price added"])
     assert changed.reason.startswith("both answers broke off: ")
 
 
@@ -174,24 +176,24 @@ def going_on(result: Capture, total_us: int = 8_000_000) -> Capture:
 
 def test_running_streams_compare_captured_items() -> None:
     old, new = going_on(copy(stream(80))), going_on(copy(stream(2, price=1)))
-    result = compared(msgspec.structs.replace(old, version="old", role="live"), new)
+    result = compare(msgspec.structs.replace(old, version="old", role="live"), new)
 
     assert result.outcome == "partial"
-    assert seen(result) == ["body events[*].data.price added"] * 2
+    assert list_differences(result) == ["body events[*].data.price added"] * 2
     assert result.reason.startswith("the answer was not finished when it was captured: ")
 
 
 def test_running_stream_and_disconnected_client_are_partial() -> None:
-    result = compared(left("old", stream(3)), going_on(copy(stream(80))))
+    result = compare(truncated("old", stream(3)), going_on(copy(stream(80))))
 
-    assert (result.outcome, seen(result)) == ("partial", [])
+    assert (result.outcome, list_differences(result)) == ("partial", [])
 
 
-@pytest.mark.parametrize(("took", "expected"), [(1_000_000, ["error unfinished removed"]), (7_900_000, [])])
-def test_hung_answer_is_reported_as_unfinished(took: int, expected: list[str]) -> None:
-    old = msgspec.structs.replace(capture("old", stream(3), headers=EVENTS), total_us=took)
+@pytest.mark.parametrize(("duration_us", "expected"), [(1_000_000, ["error unfinished removed"]), (7_900_000, [])])
+def test_hung_answer_is_reported_as_unfinished(duration_us: int, expected: list[str]) -> None:
+    old = msgspec.structs.replace(capture("old", stream(3), headers=EVENTS), total_us=duration_us)
 
-    assert seen(compared(old, going_on(copy(stream(2))))) == expected
+    assert list_differences(compare(old, going_on(copy(stream(2))))) == expected
 
 
 def test_body_over_the_capture_limit_compares_the_captured_part() -> None:
@@ -199,15 +201,15 @@ def test_body_over_the_capture_limit_compares_the_captured_part() -> None:
         body = msgspec.structs.replace(differences.answer.body, length=10_000, digest="0" * 32)
         return msgspec.structs.replace(differences, answer=msgspec.structs.replace(differences.answer, body=body))
 
-    result = compared(beyond(left("old", stream(4))), beyond(copy(stream(2))))
+    result = compare(beyond(truncated("old", stream(4))), beyond(copy(stream(2))))
 
-    assert (result.outcome, seen(result)) == ("partial", [])
+    assert (result.outcome, list_differences(result)) == ("partial", [])
     assert Body(b"a", 2).is_complete is False
 
 
 def test_baseline_of_truncated_stream_yields_noise() -> None:
-    again = capture("old", stream(9, at=2), headers=EVENTS, role="baseline")
-    result = compare_pair([left("old", stream(3, at=1)), copy(stream(9, at=3)), again], RULES)
+    baseline = capture("old", stream(9, at=2), headers=EVENTS, role="baseline")
+    result = compare_pair([truncated("old", stream(3, at=1)), copy(stream(9, at=3)), baseline], RULES)
 
     assert result.baseline_compared
     assert {(difference.path, difference.kind) for difference in result.noise} == {("events[*].data.at", "changed")}
@@ -227,8 +229,53 @@ def test_one_stream_truncated_anywhere_has_no_differences(
             ]
         )
     )
-    whole = b"".join(make(number) for number in numbers)
-    result = compared(left("old", whole[:first], headers), left("new", whole[:second], headers, role="shadow"))
+    content = b"".join(make(number) for number in numbers)
+    result = compare(
+        truncated("old", content[:first], headers), truncated("new", content[:second], headers, role="shadow")
+    )
 
     assert (result.outcome, result.differences) == ("partial", ())
-    assert compared(left("old", whole[:first], headers), copy(whole, headers)).differences == ()
+    assert compare(truncated("old", content[:first], headers), copy(content, headers)).differences == ()
+
+
+def test_digests_of_envoy_and_of_a_middleware_say_nothing_about_each_other() -> None:
+    """A pair of both ways of capture has two kinds of digests."""
+    part = b"x" * 100
+
+    def compare(old: Body, new: Body) -> ComparisonResult:
+        sides = (capture("old", headers=BYTES), capture("new", headers=BYTES))
+        return compare_pair(
+            [
+                msgspec.structs.replace(side, answer=msgspec.structs.replace(side.answer, body=body))
+                for side, body in zip(sides, (old, new), strict=True)
+            ],
+            RULES,
+        )
+
+    by_envoy, by_middleware = Body(part, 500, "envoy:0123456789abcdef"), Body(part, 500, "0123456789abcdef")
+
+    assert compare(by_envoy, by_envoy).outcome == "match"
+    assert compare(by_envoy, by_middleware).outcome == "partial"
+    assert compare(*[Body(part, 500, "envoy:part:0123456789abcdef")] * 2).outcome == "partial"
+    assert compare(by_envoy, Body(part, 501, "0123456789abcdef")).outcome == "oversize"
+    assert compare(by_envoy, Body(b"y" * 100, 500, "0123456789abcdef")).outcome == "oversize"
+    assert compare(by_envoy, Body(part, 500, "envoy:fedcba9876543210")).outcome == "oversize"
+
+
+@pytest.mark.parametrize(("digests", "outcome"), [(("a", "a"), "match"), (("a", "b"), "oversize")])
+def test_digests_with_different_keys_prove_nothing(digests: tuple[str, str], outcome: str) -> None:
+    def pair(*key_ids: str) -> list[Capture]:
+        captures = capture("old", b"", headers=BYTES), copy(b"", headers=BYTES)
+        return [
+            msgspec.structs.replace(
+                side,
+                answer=msgspec.structs.replace(side.answer, body=Body(b"", 1000, f"hmac:{key_id}:{digit * 32}")),
+                redaction_key_id=key_id,
+            )
+            for side, key_id, digit in zip(captures, key_ids, digests, strict=True)
+        ]
+
+    assert compare_pair(pair("00000001", "00000001"), RULES).outcome == outcome
+    result = compare_pair(pair("00000001", "00000002"), RULES)
+    assert (result.outcome, result.differences) == ("partial", ())
+    assert "different keys; set ABREAST_REDACT_KEY" in result.reason

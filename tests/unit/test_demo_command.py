@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from abreast_demo.console_output import program_command
+from abreast_demo.run import program_command
 
 ABREAST = Path(sys.executable).with_name("abreast")
 

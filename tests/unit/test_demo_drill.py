@@ -75,5 +75,5 @@ def test_drill_table_has_a_row_per_report() -> None:
 @pytest.mark.parametrize(
     "arguments", [[], ["new-hangs", "--all"], ["old-killed"], ["new-hangs", "--new", "0%"]], ids=str
 )
-def test_drill_command_needs_a_drill_and_users_on_new(arguments: list[str]) -> None:
-    assert CliRunner().invoke(abreast, ["drill", *arguments]).exit_code == 2
+def test_faults_command_needs_a_drill_and_users_on_new(arguments: list[str]) -> None:
+    assert CliRunner().invoke(abreast, ["faults", *arguments]).exit_code == 2

@@ -137,7 +137,7 @@ async def test_load_generator_limits_concurrent_requests() -> None:
     async with serve(server) as url, LoadGenerator(url) as load, asyncio.TaskGroup() as group:
         requests = itertools.repeat(GET, 3 * MAX_CONCURRENT_REQUESTS)
         group.create_task(load.send(requests, requests_per_s=10_000))
-        await eventually_async(is_full, what="all slots are taken")
+        await eventually_async(is_full, description="all slots are taken")
         server.is_open.set()
 
     assert server.max_in_flight == MAX_CONCURRENT_REQUESTS

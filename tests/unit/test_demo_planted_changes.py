@@ -30,7 +30,7 @@ TALLY = UserTally(requests=103, safe_requests=100, statuses=Counter({200: 100, 2
 
 
 def report(location: FindingLocation, *, noise: bool = False, impact: str = "breaking") -> ReportedFinding:
-    return ReportedFinding(1, location, impact, noise, count=3, baseline_count=int(noise), summary="")
+    return ReportedFinding(1, location, impact, noise, count=3, summary="")
 
 
 EXPECTED = (
@@ -141,6 +141,15 @@ def test_slowdown_that_is_not_planted_is_listed_separately() -> None:
 )
 def test_result_with_an_incomplete_ledger_is_not_as_planted(ledger: LedgerCounts) -> None:
     assert not DemoResult(TALLY, ledger, EXPECTED).is_as_planted
+
+
+@pytest.mark.parametrize("unsampled", [3, None])
+def test_requests_that_envoy_did_not_sample_under_load_are_not_missing(unsampled: int | None) -> None:
+    ledger = dataclasses.replace(LEDGER, outcomes={"match": 97}, envoy_sampled=97, unsampled=unsampled)
+    result = DemoResult(TALLY, ledger, EXPECTED)
+
+    assert result.is_as_planted
+    assert result.to_json_object()["ledger"]["unsampled"] == unsampled
 
 
 @pytest.mark.parametrize(

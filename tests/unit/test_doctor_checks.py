@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from abreast_sidecar.cli.doctor import Check, envoy, mask_password, postgres, redis, services
+from abreast_sidecar.cli.doctor import Check, envoy, mask_password, servers, services
 from abreast_sidecar.cli.doctor.run import check_clocks
 
 
@@ -28,7 +29,8 @@ def envoy_facts(
         "runtime.control_plane.connected_state": 1,
         "vhost.service.route.safe_sampled.upstream_rq_total": 10,
         "vhost.service.route.safe_plain.upstream_rq_total": 90,
-        "cluster.new_shadow.upstream_rq_total": 10,
+        "cluster.new_shadow.lua.copy.sent": 10,
+        "http.ingress.lua.copies.sampled.stream": 10,
     }
     overrides = {name.replace("__", "."): value for name, value in stats.items()}
     return envoy.EnvoyFacts(
@@ -60,10 +62,21 @@ def test_envoy_that_mirrors_passes() -> None:
         (envoy_facts(cluster__new_shadow__upstream_rq_pending_failure_eject=3), "copies", "warn"),
         (envoy_facts(runtime__control_plane__connected_state=0), "control", "fail"),
         (envoy_facts(cluster__new_shadow__upstream_rq_pending_overflow=3), "copies", "warn"),
+        (envoy_facts(http__ingress__lua__copies__too_large=3), "copies", "warn"),
+        (envoy_facts(http__ingress__lua__copies__over_memory=3), "copies", "warn"),
+        (envoy_facts(http__ingress__lua__copies__connection_logins=1), "logins", "fail"),
     ],
 )
 def test_envoy_problem_is_reported(facts: envoy.EnvoyFacts, name: str, state: str) -> None:
     assert states(envoy.check_envoy(facts))[name] == state
+
+
+def test_sampling_by_rules_alone_passes() -> None:
+    facts = replace(envoy_facts(safe=0.0), rule_sampling={"api": 0.5, "admin": 0.0})
+    (check,) = (check for check in envoy.check_envoy(facts) if check.name == "sampling")
+
+    assert states([check]) == {"sampling": "ok"}
+    assert check.found.endswith("are mirrored; by rules: admin 0%, api 50%")
 
 
 def test_mirrored_requests_exclude_retries() -> None:
@@ -148,8 +161,13 @@ def test_judge_reachability_without_traffic_uses_own_connection(
 
 
 def test_requests_check_distinguishes_unsafe_methods_from_no_request() -> None:
-    none = envoy_facts(cluster__new_shadow__upstream_rq_total=0, vhost__service__route__safe_plain__upstream_rq_total=0)
+    none = envoy_facts(
+        http__ingress__lua__copies__sampled__stream=0,
+        cluster__new_shadow__upstream_rq_total=0,
+        vhost__service__route__safe_plain__upstream_rq_total=0,
+    )
     posts = envoy_facts(
+        http__ingress__lua__copies__sampled__stream=0,
         cluster__new_shadow__upstream_rq_total=0,
         vhost__service__route__safe_plain__upstream_rq_total=0,
         vhost__service__route__unsafe_plain__upstream_rq_total=5,
@@ -165,8 +183,8 @@ def process(**report: Any) -> services.ServiceProcess:
 
 
 def test_services_pass_if_both_versions_capture() -> None:
-    both = [process(versions={"old": 5}, release="1.4"), process(versions={"new": 5})]
-    checks = list(services.check_services("shop", both, 5, []))
+    processes = [process(versions={"old": 5}, release="1.4"), process(versions={"new": 5})]
+    checks = list(services.check_services("shop", processes, 5, []))
 
     assert set(states(checks).values()) == {"ok"}
     assert "release 1.4" in next(c for c in checks if c.name == "old").found
@@ -176,6 +194,26 @@ def test_version_without_middleware_fails() -> None:
     checks = states(services.check_services("shop", [process(versions={"old": 5})], 5, []))
 
     assert (checks["old"], checks["new"]) == ("ok", "fail")
+
+
+def test_version_with_captures_off_warns() -> None:
+    checks = list(services.check_services("shop", [process(versions={"old": 5})], 5, [], ["new"]))
+    (old, new) = services.check_services("shop", [], 5, [], ["old", "new"])
+
+    assert states(checks)["new"] == old.state == new.state == "warn"
+    assert (
+        next(c for c in checks if c.name == "new").found == new.found == "captures of new are off (ABREAST_NEW_CAPTURE)"
+    )
+    assert states(services.check_services("shop", [], 5, [], ["new"]))["middleware"] == "fail"  # nothing captures old
+
+
+def test_join_warns_of_pairs_without_a_version_with_captures_off() -> None:
+    shard = servers.ShardState({"received": 5, "timed_out": 5}, waiting_pairs=0, ready_pairs=0)
+    states_by_off = [
+        states(servers.check_join(redis_facts(shards={"shop": [shard]}), "shop", 5, off)) for off in ([], ["new"])
+    ]
+
+    assert [checks["pairs"] for checks in states_by_off] == ["fail", "warn"]
 
 
 def test_versions_without_captures_warn_while_nothing_is_mirrored() -> None:
@@ -210,15 +248,15 @@ def test_version_whose_processes_are_silent_fails() -> None:
 
 @pytest.mark.parametrize(("fresh", "mirrored"), [([process(versions={})], 5), ([], 0)])
 def test_silent_version_warns_if_it_may_have_restarted(fresh: list[services.ServiceProcess], mirrored: int) -> None:
-    both = [process(versions={"old": 5}), silent("new"), *fresh]
+    processes = [process(versions={"old": 5}), silent("new"), *fresh]
 
-    assert states(services.check_services("shop", both, mirrored, []))["new"] == "warn"
+    assert states(services.check_services("shop", processes, mirrored, []))["new"] == "warn"
 
 
 def test_restarted_version_passes() -> None:
-    both = [process(versions={"old": 5}), silent("new"), process(versions={"new": 1})]
+    processes = [process(versions={"old": 5}), silent("new"), process(versions={"new": 1})]
 
-    assert states(services.check_services("shop", both, 5, []))["new"] == "ok"
+    assert states(services.check_services("shop", processes, 5, []))["new"] == "ok"
 
 
 def test_drops_are_summed_by_reason() -> None:
@@ -229,8 +267,8 @@ def test_drops_are_summed_by_reason() -> None:
     assert "queue_bytes 5" in next(c for c in checks if c.name == "drops").found
 
 
-def redis_facts(**changed: Any) -> redis.RedisFacts:
-    shard = redis.ShardState(
+def redis_facts(**changed: Any) -> servers.RedisFacts:
+    shard = servers.ShardState(
         {"received": 20, "joined": 10, "timed_out": 0, "bytes": 100}, waiting_pairs=0, ready_pairs=0
     )
     facts: dict[str, Any] = {
@@ -242,12 +280,12 @@ def redis_facts(**changed: Any) -> redis.RedisFacts:
         "shards": {"shop": [shard]},
         "reports": {"shop": []},
     }
-    return redis.RedisFacts(**{**facts, **changed})
+    return servers.RedisFacts(**{**facts, **changed})
 
 
 def test_redis_and_join_pass() -> None:
-    assert set(states(redis.check_redis(redis_facts())).values()) == {"ok"}
-    assert set(states(redis.check_join(redis_facts(), "shop", 10)).values()) == {"ok"}
+    assert set(states(servers.check_redis(redis_facts())).values()) == {"ok"}
+    assert set(states(servers.check_join(redis_facts(), "shop", 10)).values()) == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -255,13 +293,14 @@ def test_redis_and_join_pass() -> None:
     [
         ({"eviction_policy": "allkeys-lru"}, "eviction", "warn"),
         ({"eviction_policy": None}, "eviction", "warn"),
+        ({"shards": {f"invented {number}": [] for number in range(501)}}, "services", "fail"),
         ({"info": {"redis_version": "6.2.1"}}, "version", "fail"),
         ({"info": {"redis_version": "7.2.4", "used_memory": 95, "maxmemory": 100}}, "memory", "fail"),
         ({"info": {"redis_version": "7.2.4", "aof_last_write_status": "err"}}, "persistence", "fail"),
     ],
 )
 def test_redis_problem_is_reported(changed: dict[str, Any], name: str, state: str) -> None:
-    assert states(redis.check_redis(redis_facts(**changed)))[name] == state
+    assert states(servers.check_redis(redis_facts(**changed)))[name] == state
 
 
 @pytest.mark.parametrize(
@@ -275,29 +314,45 @@ def test_redis_problem_is_reported(changed: dict[str, Any], name: str, state: st
     ],
 )
 def test_join_problem_is_reported(stats: dict[str, int], waiting: int, ready: int, name: str, state: str) -> None:
-    facts = redis_facts(shards={"shop": [redis.ShardState(stats, waiting, ready)]})
+    facts = redis_facts(shards={"shop": [servers.ShardState(stats, waiting, ready)]})
 
-    assert states(redis.check_join(facts, "shop", 10))[name] == state
+    assert states(servers.check_join(facts, "shop", 10))[name] == state
 
 
 @pytest.mark.parametrize(("overdue", "state"), [(20.0, None), (31.0, "fail")])
 def test_overdue_pairs_fail(overdue: float, state: str | None) -> None:
-    shards = [redis.ShardState({"received": 20, "joined": 10}, waiting_pairs=1, ready_pairs=0, overdue_s=overdue)]
+    shards = [servers.ShardState({"received": 20, "joined": 10}, waiting_pairs=1, ready_pairs=0, overdue_s=overdue)]
 
-    assert states(redis.check_join(redis_facts(shards={"shop": shards}), "shop", 10)).get("sweep") == state
+    assert states(servers.check_join(redis_facts(shards={"shop": shards}), "shop", 10)).get("sweep") == state
+
+
+@pytest.mark.parametrize(("ready_s", "state"), [(29.0, "ok"), (31.0, "fail")])
+def test_pair_that_waits_for_a_worker_fails(ready_s: float, state: str) -> None:
+    shards = [servers.ShardState({"received": 20, "joined": 10}, waiting_pairs=0, ready_pairs=1, ready_s=ready_s)]
+
+    assert states(servers.check_join(redis_facts(shards={"shop": shards}), "shop", 10))["queues"] == state
+
+
+@pytest.mark.parametrize(
+    ("sampled", "pairs", "state"), [(100, 90, None), (100, 110, None), (100, 111, "fail"), (10_000, 10_100, None)]
+)
+def test_more_pairs_than_sampled_requests_fail(sampled: int, pairs: int, state: str | None) -> None:
+    facts = servers.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, 2, counts={"shop": (sampled, pairs)})
+
+    assert states(servers.check_postgres(facts, 2)).get("surplus") == state
 
 
 @pytest.mark.parametrize(("schema", "state"), [(0, "fail"), (1, "fail"), (2, "ok"), (3, "fail")])
 def test_postgres_schema_must_match_the_code(schema: int, state: str) -> None:
-    facts = postgres.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, schema)
+    facts = servers.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, schema)
 
-    assert states(postgres.check_postgres(facts, 2))["schema"] == state
+    assert states(servers.check_postgres(facts, 2))["schema"] == state
 
 
 def test_postgres_fails_for_ledger_that_cannot_be_upgraded() -> None:
-    facts = postgres.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, outdated=True)
+    facts = servers.PostgresFacts("postgresql://h/a", 180_006, "18.6", 0.0, 1000, outdated=True)
 
-    assert states(postgres.check_postgres(facts, 2))["schema"] == "fail"
+    assert states(servers.check_postgres(facts, 2))["schema"] == "fail"
 
 
 def test_check_clocks_names_clock_with_offset() -> None:

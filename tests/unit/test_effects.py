@@ -21,14 +21,13 @@ from hypothesis import strategies as st
 
 import abreast
 from abreast import effects
-from abreast.context import CURRENT_CONTEXT, NO_REQUEST, RequestContext
-from abreast.effect_log import MAX_EFFECTS, MAX_PAYLOAD_BYTES, to_json
-from abreast.effects import report_error
+from abreast.context import CURRENT_CONTEXT, MAX_EFFECTS, MAX_PAYLOAD_BYTES, NO_REQUEST, RequestContext
+from abreast.effects import report_error, to_json
 from abreast.errors import EffectError
 from abreast.export.redaction import Redactor
 from abreast.protocol.capture import Role
 
-REDACTOR = Redactor(b"key")
+REDACTOR = Redactor("key")
 
 
 class Sink:
@@ -222,13 +221,13 @@ async def test_effect_payload_defaults_to_the_arguments(enter: Any) -> None:
 
     class Mailer:
         @abreast.effect("email.send")
-        async def send(self, to: str, text: str = "hi", **more: int) -> None: ...
+        async def send(self, to: str, text: str = "hi", **fields: int) -> None: ...
 
     await Mailer().send("a@b", urgent=1)
     await abreast.effect("email.send").run(Post().send, "a@b")
 
     assert [record["payload"] for record in get_records(context)] == [
-        {"to": "a@b", "text": "hi", "more": {"urgent": 1}},
+        {"to": "a@b", "text": "hi", "fields": {"urgent": 1}},
         {"to": "a@b", "text": "hi"},
     ]
 
@@ -442,7 +441,7 @@ def test_redactor_hashes_secrets_at_any_depth_of_a_payload(enter: Any) -> None:
 
     assert payload["user"] == "u"
     assert payload["Password"] == payload["nested"][0]["accessToken"] == REDACTOR.hash("hunter2")
-    assert payload["nested"][1] == {"card_number": REDACTOR.hash("4111"), "cvv": None}
+    assert payload["nested"][1] == {"card_number": REDACTOR.hash("int 4111"), "cvv": None}
     assert payload["x-api-key"].startswith("hmac:")
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,18 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abreast_sidecar.cli.envoy import envoy_command
+from abreast_sidecar.cli.serve import envoy_command
 from abreast_sidecar.envoy.render import _quote, render_config, validate_config
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress, StickyKey
 from abreast_sidecar.errors import SettingError, SidecarError
 from support_certificate import self_signed
 
 ROOT = Path(__file__).parents[2]
+EDGE_KEY = "0123456789abcdef"
 ROUTES = ["safe_baseline", "safe_sampled", "safe_plain", "unsafe_sampled", "unsafe_plain"]
-CLUSTERS = ["old", "new", "new_or_old", "old_shadow", "new_shadow", "old_baseline", "sidecar"]
+LIVE_CLUSTERS = ["old", "new", "old_fallback", "new_or_old", "drilled", "drilled_or_old"]
+COPY_CLUSTERS = ["old_shadow", "new_shadow", "old_baseline", "new_baseline"]
+CLUSTERS = [*LIVE_CLUSTERS, *COPY_CLUSTERS, "collector", "sidecar", "admin"]
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -33,16 +38,16 @@ def clusters(loaded: dict[str, Any]) -> dict[str, Any]:
 
 
 def manager(loaded: dict[str, Any]) -> Any:
-    [listener] = loaded["static_resources"]["listeners"]
+    listener, *_internal = loaded["static_resources"]["listeners"]
     return listener["filter_chains"][0]["filters"][0]["typed_config"]
 
 
 def addresses(cluster: dict[str, Any]) -> list[tuple[str, int]]:
-    found = [
+    matches = [
         entry["endpoint"]["address"]["socket_address"]
         for entry in cluster["load_assignment"]["endpoints"][0]["lb_endpoints"]
     ]
-    return [(address["address"], address["port_value"]) for address in found]
+    return [(address["address"], address["port_value"]) for address in matches]
 
 
 def test_routes_and_clusters_have_fixed_names() -> None:
@@ -60,7 +65,7 @@ def test_tester_secret_adds_routes() -> None:
     [host] = manager(yaml.safe_load(text))["route_config"]["virtual_hosts"]
     kinds = ("safe_sampled", "safe_plain", "unsafe_sampled", "unsafe_plain")
 
-    assert [one["name"] for one in host["routes"]] == [
+    assert [route["name"] for route in host["routes"]] == [
         *(f"tester_{use}_{kind}" for use in ("old", "new") for kind in kinds),
         *ROUTES,
     ]
@@ -77,26 +82,44 @@ def test_every_route_has_a_hash_policy() -> None:
         assert {len(policy) for policy in policies} == {2 if sticky.kind else 1}
 
 
-def test_only_routes_mirror() -> None:
-    """Old to new together with new to old makes Envoy mirror its own mirrors until it dies."""
-    assert "request_mirror_policies" not in str(clusters(config()))
+def test_uncopied_paths_have_routes_before_sampled_ones() -> None:
+    text = render_config(EnvoySettings(uncopied_paths=("/links/*", "/a.b"), tester_secret="0123456789abcdef"))
+    [host] = manager(yaml.safe_load(text))["route_config"]["virtual_hosts"]
+    first_routes = host["routes"][:6]
+
+    assert [route["name"].rpartition("safe_")[2] for route in first_routes] == ["uncopied"] * 6
+    assert {route["match"]["safe_regex"]["regex"] for route in first_routes} == {"/links/.*|/a[.]b"}
+    assert "typed_per_filter_config" not in str([route["match"] for route in first_routes])
+    validate_config(text)
+
+
+def test_scheme_is_kept_from_private_addresses_unless_hops_are_set() -> None:
+    def hops(**changes: Any) -> list[tuple[bool, int]]:
+        chains = config(**changes)["static_resources"]["listeners"][0]["filter_chains"]
+        return [
+            ("filter_chain_match" in chain, chain["filters"][0]["typed_config"]["xff_num_trusted_hops"])
+            for chain in chains
+        ]
+
+    assert hops() == [(True, 1), (False, 0)]
+    assert hops(trusted_hops=2) == [(False, 2)]
 
 
 def test_addresses_are_static_and_names_are_resolved() -> None:
     old = (SocketAddress("10.0.0.7", 8000), SocketAddress("::1", 8001))
     new = (SocketAddress("shop.internal", 8000), SocketAddress("10.0.0.8", 8000))
-    found = clusters(config(old=old, new=new))
+    rendered = clusters(config(old=old, new=new))
 
     for name in ("old", "old_shadow", "old_baseline"):
-        assert (found[name]["type"], addresses(found[name])) == ("STATIC", [*old])
+        assert (rendered[name]["type"], addresses(rendered[name])) == ("STATIC", [*old])
     for name in ("new", "new_shadow"):
-        assert (found[name]["type"], addresses(found[name])) == ("STRICT_DNS", [*new])
+        assert (rendered[name]["type"], addresses(rendered[name])) == ("STRICT_DNS", [*new])
 
 
 def test_endpoints_have_version_metadata() -> None:
-    found = clusters(config(old=(SocketAddress("10.0.0.7", 8000), SocketAddress("10.0.0.8", 8000))))
-    for name in CLUSTERS[:2] + CLUSTERS[3:6]:
-        entries = found[name]["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    rendered = clusters(config(old=(SocketAddress("10.0.0.7", 8000), SocketAddress("10.0.0.8", 8000))))
+    for name in ("old", "new", "old_fallback", "old_shadow", "new_shadow", "old_baseline"):
+        entries = rendered[name]["load_assignment"]["endpoints"][0]["lb_endpoints"]
         versions = {entry["metadata"]["filter_metadata"]["abreast"]["version"] for entry in entries}
 
         assert versions == {name.partition("_")[0]}
@@ -107,7 +130,7 @@ def test_base_layer_sends_users_to_old_and_sets_sampling() -> None:
         "layers"
     ]
 
-    assert base["static_layer"]["abreast"]["weight"] == {"old": 10000, "new_or_old": 0}
+    assert base["static_layer"]["abreast"]["weight"] == {"old": 10000, "new_or_old": 0, "drilled_or_old": 0}
     assert base["static_layer"]["abreast"]["sample"] == {
         "baseline": {"numerator": 10_000, "denominator": "MILLION"},
         "safe": {"numerator": 200_000, "denominator": "MILLION"},
@@ -117,10 +140,13 @@ def test_base_layer_sends_users_to_old_and_sets_sampling() -> None:
     assert "admin_layer" in admin
 
 
-def test_admin_interface_is_read_only_unless_on_loopback() -> None:
-    assert "allow_paths" not in config()["admin"]
-    assert "allow_paths" not in config(admin=SocketAddress("::1", 9901))["admin"]
-    assert "allow_paths" in config(admin=SocketAddress("0.0.0.0", 9901))["admin"]
+def test_admin_socket_has_a_path_for_each_port() -> None:
+    """Two Envoys of a machine differ in the port."""
+    default = config(admin=SocketAddress("0.0.0.0", 9902))["admin"]["address"]["pipe"]
+    chosen = config(admin_socket="/run/envoy/admin.sock")["admin"]["address"]["pipe"]
+
+    assert default == {"path": "/tmp/abreast-envoy-9902.sock", "mode": 0o600}  # noqa: S108  # Envoy removes an old one of its user
+    assert chosen == {"path": "/run/envoy/admin.sock", "mode": 0o600}
 
 
 @given(st.text())
@@ -149,7 +175,11 @@ VARIANTS: list[dict[str, Any]] = [
     },
     {"sticky": StickyKey("header", "x-user"), "request_timeout": 30.0, "access_log": True},
     {"sticky": StickyKey("cookie", "user"), "per_try_timeout": 0.0, "health_path": "tcp"},
-    {"sticky": StickyKey("source-ip"), "upstream_http2": True, "trusted_hops": 2, "idle_timeout": 0.0},
+    {"sticky": StickyKey("source-ip"), "upstream_http2": True, "trusted_hops": 2, "idle_timeout": 300.0},
+    {"concurrent_paths": ("/a-b/*", "/x"), "uncopied_paths": ("/links/*",), "connection_per_client": True},
+    {"max_requests_per_connection": 1, "old_keepalive": 0.5, "new_keepalive": 4.0, "old_connect_timeout": 5.0},
+    {"edge_key": EDGE_KEY, "tester_secret": "0123456789abcdef"},
+    {"edge_key": "env:ABREAST_EDGE_KEY", "upstream_http2": True},
     {"node_id": 'quote " backslash \\ é 🚲 # : {', "service": "shop-1", "admin": SocketAddress("0.0.0.0", 9901)},
     {"old_tls": "shop.internal", "new_tls": "shop-2.internal", "shadow_concurrency": 1, "mirror_body_limit": 1},
 ]
@@ -173,13 +203,13 @@ def test_rendered_configuration_is_readable() -> None:
 
 
 def test_validation_error_is_envoys_message_in_one_line() -> None:
-    with pytest.raises(SidecarError) as raised:
+    with pytest.raises(SidecarError) as error:
         validate_config("node: {idd: 1}")
 
-    assert str(raised.value).startswith("envoy rejects the configuration: ")
-    assert "no such field" in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert "envoy.yaml" not in str(raised.value)
+    assert str(error.value).startswith("envoy rejects the configuration: ")
+    assert "no such field" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "envoy.yaml" not in str(error.value)
 
 
 def test_render_options_override_variables() -> None:
@@ -196,12 +226,57 @@ def test_render_options_override_variables() -> None:
 
 def test_render_output_passes_validate_command(tmp_path: Path) -> None:
     output = tmp_path / "envoy.yaml"
-    written = CliRunner().invoke(envoy_command, ["render", "--output", str(output)])
+    result = CliRunner().invoke(envoy_command, ["render", "--output", str(output)])
     checked = CliRunner().invoke(envoy_command, ["validate", str(output)])
 
-    assert (written.exit_code, written.stdout) == (0, "")
+    assert (result.exit_code, result.stdout) == (0, "")
     assert output.read_text() == render_config(EnvoySettings())
     assert (checked.exit_code, checked.stdout) == (0, f"{output} is valid\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mode"),
+    [
+        ([], 0o644),
+        (["--edge-key", "env:ABREAST_EDGE_KEY"], 0o644),
+        (["--edge-key", "0123456789abcdef"], 0o600),
+        (["--tester-secret", "0123456789abcdef"], 0o600),
+    ],
+)
+@pytest.mark.parametrize("exists", [False, True])
+def test_render_output_with_secret_is_readable_for_its_owner_only(
+    arguments: list[str], mode: int, exists: bool, tmp_path: Path
+) -> None:
+    output = tmp_path / "envoy.yaml"
+    if exists:
+        output.touch(0o644)
+    before = os.umask(0o022)
+    try:
+        result = CliRunner().invoke(envoy_command, ["render", *arguments, "--output", str(output)])
+    finally:
+        os.umask(before)
+
+    assert result.exit_code == 0, result.output
+    assert stat.S_IMODE(output.stat().st_mode) == mode
+
+
+def test_edge_key_is_in_the_clusters_of_services_and_the_collector_only() -> None:
+    loaded = config(edge_key=EDGE_KEY)
+    with_key = {entry["name"] for entry in loaded["static_resources"]["clusters"] if EDGE_KEY in str(entry)}
+    live = {"old", "new", "new_or_old", "drilled_or_old"}
+
+    assert with_key == {*live, *COPY_CLUSTERS, "shadow_calls", "collector"}
+    listeners = str(loaded["static_resources"]["listeners"])
+    assert EDGE_KEY not in listeners.replace(f'local KEY = "{EDGE_KEY}"', "")  # the check of calls of shadows
+    assert "key: x-abreast-key" not in render_config(EnvoySettings())
+
+
+@pytest.mark.parametrize("key", ["short", "0123456789abcde,", "0123456789abcdef%", "env:", "env:a b", "a" * 201])
+def test_invalid_edge_key_is_rejected_and_not_shown(key: str) -> None:
+    with pytest.raises(SettingError, match=r"ABREAST_EDGE_KEY must be 16 to 200 .*, got a value that is not shown"):
+        EnvoySettings.from_environment({"ABREAST_EDGE_KEY": key})
+
+    assert EDGE_KEY not in repr(EnvoySettings(edge_key=EDGE_KEY))
 
 
 @pytest.mark.parametrize(
@@ -228,11 +303,11 @@ def test_invalid_setting_is_named_by_option_or_variable(
 
 def test_render_validates_unless_disabled() -> None:
     arguments = ["render", "--tls-certificate", "/nowhere.pem", "--tls-key", "/nowhere.key"]
-    asked = CliRunner().invoke(envoy_command, arguments)
+    result = CliRunner().invoke(envoy_command, arguments)
     unasked = CliRunner().invoke(envoy_command, [*arguments, "--no-validate"])
 
-    assert isinstance(asked.exception, SidecarError)
-    assert "/nowhere.key" in str(asked.exception)
+    assert isinstance(result.exception, SidecarError)
+    assert "/nowhere.key" in str(result.exception)
     assert unasked.exit_code == 0
 
 

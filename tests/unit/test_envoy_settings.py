@@ -90,17 +90,17 @@ def test_formatted_value_parses_to_the_same_value(address: IPv4Address | IPv6Add
 )
 def test_invalid_value_is_rejected_with_the_name_of_its_variable(variable: str, value: str) -> None:
     name = f"ABREAST_{variable.upper()}"
-    with pytest.raises(SettingError, match=f"^{name} must be .*, got ") as raised:
+    with pytest.raises(SettingError, match=f"^{name} must be .*, got ") as error:
         read(**{variable: value})
 
-    assert repr(value) in str(raised.value)
+    assert repr(value) in str(error.value)
 
 
 def test_invalid_secret_is_not_shown() -> None:
-    with pytest.raises(SettingError, match="ABREAST_TESTER_SECRET must be 16 to 200") as raised:
+    with pytest.raises(SettingError, match="ABREAST_TESTER_SECRET must be 16 to 200") as error:
         read(tester_secret="hunter2")
 
-    assert "hunter2" not in str(raised.value)
+    assert "hunter2" not in str(error.value)
     assert "hunter2" not in repr(EnvoySettings(tester_secret="hunter2"))
 
 
@@ -135,3 +135,29 @@ def test_docs_list_every_setting_with_its_default() -> None:
         )
         for setting in EnvoySettings.declared()
     }
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"per_try_timeout": "5", "request_timeout": "5"},
+            "ABREAST_PER_TRY_TIMEOUT must be below ABREAST_REQUEST_TIMEOUT.*got 5 and 5 seconds",
+        ),
+        (
+            {"per_try_timeout": "5", "idle_timeout": "2"},
+            "ABREAST_PER_TRY_TIMEOUT must be below ABREAST_IDLE_TIMEOUT.*got 5 and 2 seconds",
+        ),
+    ],
+)
+def test_contradicting_timeouts_are_refused_with_both_values(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        read(**variables)
+
+
+def test_keepalive_above_that_of_common_servers_is_a_warning() -> None:
+    assert read().list_warnings() == []
+    [warning] = read(old_keepalive="2.5").list_warnings()
+    assert "ABREAST_OLD_KEEPALIVE is 2.5 seconds" in warning
+    assert "gunicorn after 2" in warning
+    assert "uvicorn" not in warning

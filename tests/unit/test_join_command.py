@@ -22,7 +22,7 @@ def test_join_command_equals_the_encoding_of_redis_py(captures: list[CaptureRow]
 
 
 def _text(value: str) -> bool:
-    return not any(0xD800 <= ord(one) < 0xE000 for one in value)
+    return not any(0xD800 <= ord(character) < 0xE000 for character in value)
 
 
 def _encoded(value: object) -> bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from flask import Flask
 from starlette.applications import Starlette
 
 from abreast import ParallelRunMiddleware
@@ -37,8 +38,8 @@ def test_docs_list_every_setting_with_its_default() -> None:
 
 
 def test_docs_examples_add_the_middleware() -> None:
-    """The examples are for FastAPI and for any other application."""
-    add_to_fastapi, wrap_app = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    """The examples are for FastAPI, for any other ASGI app, for Flask and for Django."""
+    add_to_fastapi, wrap_app, wrap_flask, wrap_django = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     names: dict[str, Any] = {"app": FastAPI()}
     exec(add_to_fastapi, names)  # noqa: S102  # our own page
     outermost = names["app"].user_middleware[0]
@@ -46,7 +47,15 @@ def test_docs_examples_add_the_middleware() -> None:
     exec(wrap_app, names)  # noqa: S102
 
     assert outermost.cls is ParallelRunMiddleware
-    for middleware in (ParallelRunMiddleware(Starlette(), **outermost.kwargs), names["app"]):
+    wsgi_names: dict[str, Any] = {"app": Flask("shop"), "get_wsgi_application": lambda: Flask("shop").wsgi_app}
+    for example in (wrap_flask, wrap_django):
+        exec(example, wsgi_names)  # noqa: S102
+    for middleware in (
+        ParallelRunMiddleware(Starlette(), **outermost.kwargs),
+        names["app"],
+        wsgi_names["app"].wsgi_app,
+        wsgi_names["application"],
+    ):
         assert (middleware.problem, middleware.settings.service) == ("", "shop")
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -81,10 +82,10 @@ def test_service_needs_a_valid_name(name: object) -> None:
 
 
 def test_invalid_url_is_not_shown_because_it_may_contain_a_password() -> None:
-    with pytest.raises(SettingError, match=r"redis_url must be a URL .*got a value that is not shown") as raised:
+    with pytest.raises(SettingError, match=r"redis_url must be a URL .*got a value that is not shown") as error:
         read({"redis_url": "http://user:hunter2@r"})
 
-    assert "hunter2" not in str(raised.value)
+    assert "hunter2" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["redis://host:port", "redis://[::"])
@@ -94,7 +95,7 @@ def test_unreadable_url_is_rejected(url: str) -> None:
 
 
 def test_secrets_are_not_in_the_representation() -> None:
-    representation = repr(read({"redis_url": "redis://:hunter2@r", "redact_key": "hunter3"}))
+    representation = repr(read({"redis_url": "redis://:hunter2@r", "redact_key": "hunter3" * 4}))
 
     assert "hunter" not in representation
     assert "service='shop'" in representation
@@ -149,3 +150,31 @@ def test_join_limits_have_the_units_of_the_script() -> None:
     limits = read({"pair_timeout": 2.5, "redis_pairs": 7, "redis_bytes": 9}).join_limits
 
     assert (limits.wait_ms, limits.max_pairs, limits.max_bytes) == (2500, 7, 9)
+
+
+def test_secret_setting_is_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("0123456789abcdef0123456789abcdef\n")
+    settings = Settings.from_environment({"ABREAST_SERVICE": "shop", "ABREAST_REDACT_KEY_FILE": str(file)})
+
+    assert settings.redaction_key == "0123456789abcdef0123456789abcdef"
+
+
+def test_missing_secret_file_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="ABREAST_REDACT_KEY_FILE must name a readable file"):
+        Settings.from_environment({"ABREAST_SERVICE": "shop", "ABREAST_REDACT_KEY_FILE": str(tmp_path / "none")})
+
+
+def test_redaction_key_has_128_bits_and_defaults_to_the_edge_key() -> None:
+    with pytest.raises(SettingError, match="redact_key must be 22 to 200 letters"):
+        read({"redact_key": "0123456789abcdef"})
+    assert read({"edge_key": "k" * 32}).redaction_key == "k" * 32
+    assert not read({"edge_key": "0123456789abcdef"}).redaction_key
+
+
+def test_allow_list_names_endpoints() -> None:
+    settings = read({"redact_allow": "GET /login csrf_token,GET /images/{id} body"})
+
+    assert settings.redact_allow == (("GET /login", "csrf_token"), ("GET /images/{id}", "body"))
+    with pytest.raises(SettingError, match="redact_allow must be method, route and name"):
+        read({"redact_allow": "csrf_token"})

@@ -41,16 +41,17 @@ def test_sentinels_have_separate_credentials_and_passwords_are_not_shown() -> No
         "redis+cluster://",
         "redis+cluster://h/1",
         "redis+cluster://h:port",
+        "redis+cluster://:7000",
         "redis+sentinel://h",
         "redis+sentinel://h/main/x",
         "redis+sentinel://h/main/0/more",
     ],
 )
 def test_other_urls_are_rejected_with_the_accepted_formats(url: str) -> None:
-    with pytest.raises(ValueError, match=r"^a URL such as") as caught:
+    with pytest.raises(ValueError, match=r"^a URL such as") as error:
         parse_address(url)
 
-    assert str(caught.value) == URL_FORMATS
+    assert str(error.value) == URL_FORMATS
 
 
 async def test_client_connects_on_first_use() -> None:

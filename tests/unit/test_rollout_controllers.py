@@ -17,15 +17,15 @@ GUARD = Guard("shop", GuardPolicy("acting", min_completeness=0.9), None, {}, "cl
 @pytest.fixture
 def look(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], str]:
     """Check once per second. Arguments: requests by Envoy's count, and requests in the ledger."""
-    now = [1000.0]
-    monkeypatch.setattr("abreast_sidecar.rollout.leader_tasks.time.monotonic", lambda: now[0])
-    made = GuardController(None, None, None, ())  # type: ignore[arg-type]  # only its memory is used
+    clock = [1000.0]
+    monkeypatch.setattr("abreast_sidecar.rollout.leader_tasks.time.monotonic", lambda: clock[0])
+    controller = GuardController(None, None, None, (), None)  # type: ignore[arg-type]  # only its memory is used
 
-    def one(sampled: int, arrived: int) -> str:
-        now[0] += 1
-        return made._check_completeness(GUARD, CompletenessGap(sampled, arrived))
+    def observe(sampled: int, pair_count: int) -> str:
+        clock[0] += 1
+        return controller._check_completeness(GUARD, CompletenessGap(sampled, pair_count))
 
-    return one
+    return observe
 
 
 def test_guard_is_not_blind_with_a_lagging_ledger(look: Callable[[int, int], str]) -> None:
@@ -36,17 +36,17 @@ def test_guard_is_blind_seconds_after_captures_stop(look: Callable[[int, int], s
     for second in range(30):
         assert not look(100 * second, 100 * second)
 
-    said = [look(3000 + 100 * second, 3000) for second in range(20)]
+    texts = [look(3000 + 100 * second, 3000) for second in range(20)]
 
-    assert said[-1].startswith("the ledger has ")
-    assert said.index(next(one for one in said if one)) <= 12
+    assert texts[-1].startswith("the ledger has ")
+    assert texts.index(next(text for text in texts if text)) <= 12
 
 
 def test_guard_recovers_a_minute_after_a_gap(look: Callable[[int, int], str]) -> None:
-    told = [look(100 * second, 100 * min(second, 30)) for second in range(60)]
+    texts = [look(100 * second, 100 * min(second, 30)) for second in range(60)]
     after = [look(6000 + 100 * second, 3000 + 100 * second) for second in range(90)]
 
-    assert told[-1]
+    assert texts[-1]
     assert not any(after[70:])
 
 

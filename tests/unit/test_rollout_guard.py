@@ -41,59 +41,61 @@ def tallies(draw: Any) -> WindowCounts:
     )
 
 
-def found(policy: GuardPolicy, *windows: WindowCounts) -> set[GuardRuleName]:
-    return {one.rule for one in find_breaches(policy, dict.fromkeys(GUARD_RULE_NAMES, windows))}
+def find_rules(policy: GuardPolicy, *windows: WindowCounts) -> set[GuardRuleName]:
+    return {breach.rule for breach in find_breaches(policy, dict.fromkeys(GUARD_RULE_NAMES, windows))}
 
 
 @given(tallies(), tallies())
-def test_find_breaches_sorts_by_evidence(one: WindowCounts, other: WindowCounts) -> None:
-    made = find_breaches(GuardPolicy("acting"), dict.fromkeys(GUARD_RULE_NAMES, (one, other)))
+def test_find_breaches_sorts_by_evidence(first: WindowCounts, second: WindowCounts) -> None:
+    breaches = find_breaches(GuardPolicy("acting"), dict.fromkeys(GUARD_RULE_NAMES, (first, second)))
 
-    assert [one.excess_evidence for one in made] == sorted((one.excess_evidence for one in made), reverse=True)
-    assert all(one.text and one.excess_evidence >= 0 for one in made)
+    assert [breach.excess_evidence for breach in breaches] == sorted(
+        (breach.excess_evidence for breach in breaches), reverse=True
+    )
+    assert all(breach.text and breach.excess_evidence >= 0 for breach in breaches)
 
 
 @given(tallies())
 def test_find_breaches_requires_the_least_pairs(tally: WindowCounts) -> None:
     rule = GuardRule(limit=0.0, min_pairs=5001)
 
-    assert not found(GuardPolicy("acting", errors=rule, mismatches=rule, slower=rule), tally)
+    assert not find_rules(GuardPolicy("acting", errors=rule, mismatches=rule, slower=rule), tally)
 
 
 @given(tallies())
 def test_find_breaches_ignores_rates_within_limits(tally: WindowCounts) -> None:
     policy = GuardPolicy("acting")
-    made = found(policy, tally)
+    breaches = find_rules(policy, tally)
 
     if tally.new_errors <= max(policy.errors.limit * tally.live, tally.old_errors):
-        assert "errors" not in made
+        assert "errors" not in breaches
     if tally.mismatches <= policy.mismatches.limit * tally.compared:
-        assert "mismatches" not in made
+        assert "mismatches" not in breaches
     if tally.slower * 2 <= tally.timed:
-        assert "slower" not in made
+        assert "slower" not in breaches
 
 
 @given(tallies(), st.integers(1, 100))
-def test_find_breaches_never_shrinks_with_more_errors(tally: WindowCounts, more: int) -> None:
-    worse = replace(tally, live=tally.live + more, new_errors=tally.new_errors + more)
+def test_find_breaches_never_shrinks_with_more_errors(tally: WindowCounts, extra_errors: int) -> None:
+    worse = replace(tally, live=tally.live + extra_errors, new_errors=tally.new_errors + extra_errors)
 
-    if "errors" in found(GuardPolicy("acting"), tally):
-        assert "errors" in found(GuardPolicy("acting"), worse)
+    if "errors" in find_rules(GuardPolicy("acting"), tally):
+        assert "errors" in find_rules(GuardPolicy("acting"), worse)
 
 
 def test_find_breaches_needs_about_ten_errors() -> None:
     """The minimum at 99% confidence."""
-    enough = [n for n in range(1, 40) if found(GuardPolicy("acting"), WindowCounts(live=n, new_errors=n))]
+    enough = [n for n in range(1, 40) if find_rules(GuardPolicy("acting"), WindowCounts(live=n, new_errors=n))]
 
     assert 10 <= enough[0] <= 14
     assert enough == list(range(enough[0], 40))
 
 
 def test_find_breaches_ignores_errors_of_both_versions() -> None:
-    both = WindowCounts(live=2000, new_errors=300, old_errors=290)
+    window = WindowCounts(live=2000, new_errors=300, old_errors=290)
 
-    assert not found(GuardPolicy("acting"), both)
-    assert found(GuardPolicy("acting"), replace(both, old_errors=100)) == {"errors"}
+    assert not find_rules(GuardPolicy("acting"), window)
+    assert find_rules(GuardPolicy("acting"), replace(window, old_errors=100)) == {"errors"}
 
 
 def test_find_breaches_keeps_alpha_at_every_look() -> None:
@@ -108,7 +110,7 @@ def test_find_breaches_keeps_alpha_at_every_look() -> None:
             tally = replace(
                 tally, live=tally.live + 5, new_errors=tally.new_errors + new, old_errors=tally.old_errors + old
             )
-            if found(policy, tally):
+            if find_rules(policy, tally):
                 wrong += 1
                 break
 
@@ -150,3 +152,29 @@ def test_policy_ignores_unknown_fields() -> None:
 def test_policy_rejects_unknown_modes(mode: Any) -> None:
     with pytest.raises(ValueError, match="mode must be one of off, watching, acting"):
         GuardPolicy(mode)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_policy_rejects_completeness_out_of_range(share: float) -> None:
+    with pytest.raises(ValueError, match="min_completeness must be a share from 0 to 1"):
+        GuardPolicy(min_completeness=share)
+
+
+@pytest.mark.parametrize("pairs", [0, 1_000_001])
+def test_policy_rejects_pairs_out_of_range(pairs: int) -> None:
+    with pytest.raises(ValueError, match=r"errors\.min_pairs must be 1 to 1000000"):
+        GuardPolicy(errors=GuardRule(0.001, pairs))
+    assert GuardPolicy(errors=GuardRule(0.001, 1)).errors.min_pairs == 1
+
+
+def test_policy_has_the_documented_defaults() -> None:
+    policy = GuardPolicy()
+    rules = {name: getattr(policy, name) for name in ("errors", "mismatches", "slower")}
+
+    assert (policy.mode, policy.min_completeness, policy.confidence) == ("off", 0.9, 0.99)
+    assert {name: (rule.limit, rule.min_pairs) for name, rule in rules.items()} == {
+        "errors": (0.001, 10),
+        "mismatches": (0.01, 50),
+        "slower": (1.0, 100),
+    }
+    assert {(rule.window, rule.cooldown) for rule in rules.values()} == {(600.0, 300.0)}

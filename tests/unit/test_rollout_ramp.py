@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import replace
+from math import nextafter
 from typing import Any
 
 import pytest
@@ -16,10 +17,11 @@ from abreast_sidecar.rollout.completeness import (
     CompletenessGap,
     EnvoyReport,
     count_lost_requests,
-    describe_stale_counts,
+    describe_envoy_trouble,
 )
 from abreast_sidecar.rollout.ramp import Observation, Ramp, RampEvidence, RampPlan, decide_ramp
 from abreast_sidecar.stats.verdict import Budget, Completeness, EndpointCounts, decide_verdict
+from support_verdict import spread
 
 NOON = dt.datetime(2026, 3, 4, 12, tzinfo=dt.UTC)
 LATER = NOON + dt.timedelta(hours=1)
@@ -50,13 +52,15 @@ def ramp(**changes: Any) -> Ramp:
 
 
 def evidence(compared: int, *, mismatches: int = 0, errors: int = 0, lost: int = 0, slower: int = 0) -> RampEvidence:
-    counts = EndpointCounts("GET /", compared, compared, compared, mismatches, 0, errors, 0, compared, slower)
+    """Make evidence with each error in a different period."""
+    counts = EndpointCounts("GET /", compared, compared, compared, mismatches, 0, errors, 0, spread(compared, slower))
+    counts = replace(counts, new_error_periods=errors)
     return RampEvidence((counts,), Completeness(compared + lost, compared))
 
 
-def observe(whole: RampEvidence, step: RampEvidence | None = None, **changes: Any) -> Observation:
+def observe(total: RampEvidence, step: RampEvidence | None = None, **changes: Any) -> Observation:
     current: dict[str, Any] = {"observed_at": LATER, "stale_counts_reason": "", "newest_pair_age_s": 1.0}
-    return Observation(since_start=whole, since_step=step or whole, **{**current, **changes})
+    return Observation(since_start=total, since_step=step or total, **{**current, **changes})
 
 
 GOOD = evidence(10_000)
@@ -120,8 +124,8 @@ def test_ramp_rolls_back_despite_pause_and_missing_evidence(observation: Observa
 @given(observations)
 def test_ramp_never_rolls_back_without_a_fail(observation: Observation) -> None:
     states = {
-        decide_verdict(one.endpoints, one.completeness, PLAN.budget).state
-        for one in (observation.since_start, observation.since_step)
+        decide_verdict(evidence.endpoints, evidence.completeness, PLAN.budget).state
+        for evidence in (observation.since_start, observation.since_step)
     }
 
     if "FAIL" not in states:
@@ -175,6 +179,25 @@ def test_ramp_plan_rejects_invalid_values(changes: dict[str, Any], expected: str
         RampPlan(**changes)
 
 
+@given(
+    st.builds(
+        Budget,
+        max_mismatch=st.just(0.0) | st.floats(1e-9, 1),
+        max_error=st.just(0.0) | st.floats(1e-9, 1),
+        max_slower=st.floats(0, 100),
+        min_completeness=st.floats(0, 1),
+        confidence=st.sampled_from((5e-324, 1e-9, 0.95, 1 - 1e-9, nextafter(1, 0))),
+    ),
+    st.integers(1, 100),
+)
+def test_ramp_accepts_every_budget_of_a_verdict(budget: Budget, steps: int) -> None:
+    whole = evidence(1000, mismatches=3, errors=2, slower=400)
+    plan = RampPlan(tuple(range(1, steps + 1)), hold=0.0, min_pairs=1, budget=budget)
+
+    assert decide_verdict(whole.endpoints, whole.completeness, budget).state
+    assert decide_ramp(ramp(plan=plan), observe(whole)).action
+
+
 def test_ramp_uses_the_budget_of_its_plan() -> None:
     strict = ramp(plan=replace(PLAN, budget=Budget(max_mismatch=0.00001)))
 
@@ -198,11 +221,13 @@ def test_ramp_uses_the_budget_of_its_plan() -> None:
             ["http://1:2/"],
             "the count of the Envoy b@1:2",
         ),
+        ([EnvoyReport("a@1:1", 1, is_overridden=True)], [], "interface of the Envoy a@1:1 overrides"),
+        ([EnvoyReport("a@1:1", 1), EnvoyReport("b@1:2", ENVOY_GONE_AFTER_S + 1, is_overridden=True)], [], ""),
         ([EnvoyReport("a@1:1", ENVOY_GONE_AFTER_S + 1)], [], "no Envoy reports its count any more"),
     ],
 )
 def test_stale_counts_name_the_envoy(reports: list[EnvoyReport], addresses: list[str], expected: str) -> None:
-    observation = describe_stale_counts(reports, addresses)
+    observation = describe_envoy_trouble(reports, addresses)
 
     assert expected in observation
     assert bool(observation) == bool(expected)

@@ -16,9 +16,9 @@ SENT = datetime.fromtimestamp(1614265330, UTC)
 
 
 def test_signature_matches_the_reference_vector() -> None:
-    made = make_signature_headers(SECRET, "msg_p5jXN8AQM9LWM0D4loKWxJek", SENT, b'{"test": 2432232314}')
+    headers = make_signature_headers(SECRET, "msg_p5jXN8AQM9LWM0D4loKWxJek", SENT, b'{"test": 2432232314}')
 
-    assert made == {
+    assert headers == {
         "webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek",
         "webhook-timestamp": "1614265330",
         "webhook-signature": "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
@@ -37,10 +37,10 @@ def test_make_signature_headers_verifies_only_for_its_body_and_secret() -> None:
 
 @pytest.mark.parametrize("secret", ["hunter2", "whsec_", "whsec_c2hvcnQ=", "whsec_not base64!", "whsec_" + "A" * 200])
 def test_webhook_secret_rejects_invalid_values_without_showing_them(secret: str) -> None:
-    with pytest.raises(SettingError, match="ABREAST_WEBHOOK_SECRET must be whsec_ and 24") as told:
+    with pytest.raises(SettingError, match="ABREAST_WEBHOOK_SECRET must be whsec_ and 24") as error:
         Settings.from_environment({"ABREAST_WEBHOOK_SECRET": secret})
 
-    assert secret == "whsec_" or secret not in str(told.value)
+    assert secret == "whsec_" or secret not in str(error.value)
 
 
 def test_webhook_urls_require_a_secret() -> None:

@@ -130,9 +130,9 @@ async def test_template_is_resolved_if_the_app_got_a_copy_of_the_scope(make: Any
 async def test_methods_of_one_path_share_a_template(method: str, status: int) -> None:
     app = starlette()
     scope = http_scope("/products/7", method)
-    sent, _ = await call(app, scope)
+    messages, _ = await call(app, scope)
 
-    assert sent[0]["status"] == status
+    assert messages[0]["status"] == status
     assert RouteResolver(app).resolve(scope) == "/products/{id}"
 
 

@@ -32,7 +32,7 @@ from abreast_sidecar.store.records import (
     StoredPair,
     Window,
 )
-from captures import capture
+from support_captures import capture
 
 MONDAY = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
 IDS = st.integers(0, 2**31 - 1)

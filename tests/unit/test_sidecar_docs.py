@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
+from abreast.settings import format_value
 from abreast_sidecar.compare.model import Outcome
 from abreast_sidecar.settings import ENV_PREFIX, Settings
 
@@ -20,9 +21,7 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def format_default(default: object) -> str:
-    if default in {"", ()}:
-        return "none"
-    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+    return "none" if default in {"", ()} else f"`{format_value(default)}`"
 
 
 def test_docs_list_each_setting_with_its_default() -> None:
@@ -33,6 +32,6 @@ def test_docs_list_each_setting_with_its_default() -> None:
 
 
 def test_docs_explain_each_outcome() -> None:
-    named = [name for row in rows("The ledger") for name in re.findall(r"`(\w+)`", row[0])]
+    outcomes = [name for row in rows("The ledger") for name in re.findall(r"`(\w+)`", row[0])]
 
-    assert sorted(named) == sorted(get_args(Outcome))
+    assert sorted(outcomes) == sorted(get_args(Outcome))

@@ -28,6 +28,10 @@ from abreast_sidecar.settings import Settings
         ("ABREAST_CLAIM_IDLE", "inf"),
         ("ABREAST_CLAIM_IDLE", "nan"),
         ("ABREAST_BATCH_SIZE", "inf"),
+        ("ABREAST_ENDPOINTS", "GET /users/{name}, users"),
+        ("ABREAST_ENDPOINTS", "/users/{name"),
+        ("ABREAST_OPENAPI", "/no/such/openapi.yaml"),
+        ("ABREAST_ENDPOINT_VALUES", "-1"),
     ],
 )
 def test_invalid_variable_is_rejected(name: str, value: str) -> None:
@@ -62,11 +66,11 @@ def test_every_url_form_of_the_drivers_is_accepted(parse: Callable[[str], str], 
 )
 def test_passwords_in_urls_are_not_shown(value: str) -> None:
     name = "ABREAST_REDIS_URL" if value.startswith("redis") else "ABREAST_POSTGRES_URL"
-    with pytest.raises(SettingError) as raised:
+    with pytest.raises(SettingError) as error:
         Settings.from_environment({name: value})
 
-    assert "ret" not in str(raised.value)
-    assert "port" in str(raised.value)
+    assert "ret" not in str(error.value)
+    assert "port" in str(error.value)
 
 
 def test_sidecar_command_rejects_an_invalid_option_in_one_line() -> None:
@@ -88,3 +92,23 @@ def test_log_records_of_libraries_are_json() -> None:
     record = logging.LogRecord("psycopg.pool", logging.WARNING, "", 0, 'a "%s"\nline', ("b",), None)
 
     assert json.loads(JsonFormatter().format(record)).items() >= {"event": 'a "b"\nline', "level": "warning"}.items()
+
+
+@pytest.mark.parametrize("logger", ["structlog.get_logger()", "logging.getLogger('a')"])
+def test_logged_error_contains_no_local_variable(logger: str) -> None:
+    program = f"""
+import logging, structlog
+from abreast_sidecar.logs import configure
+configure("info")
+def read(body):
+    local = body + "er2"
+    raise ValueError("a message")
+try:
+    read("hunt")
+except ValueError:
+    {logger}.exception("failed")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+
+    assert "a message" in result.stderr
+    assert "hunter2" not in result.stderr

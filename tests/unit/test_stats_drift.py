@@ -10,7 +10,7 @@ import pytest
 from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.stats.drift import find_state_drift
-from captures import capture
+from support_captures import capture
 
 STOCK = ("body", "$.stock", "changed")
 RULES = CompareOptions()
@@ -20,16 +20,16 @@ def find_drift(old: Any, new: Any, old_now: Any, new_now: Any, *codes: int) -> l
     """Return the drift between first and later responses."""
     a, b, c, d = codes or (200, 200, 200, 200)
 
-    def compare(one: Any, other: Any, status: int, second: int) -> Any:
-        before = capture("old", one, status=status)
+    def compare(value: Any, other: Any, status: int, second: int) -> Any:
+        before = capture("old", value, status=status)
         return compare_pair([before, capture("new", other, role="shadow", status=second)], RULES)
 
     then, moved = compare(old, new, a, b), compare(old, old_now, a, c)
     return find_state_drift(then, moved, compare(old_now, new_now, c, d))
 
 
-def stock(value: Any, **others: Any) -> dict[str, Any]:
-    return {"stock": value, **others}
+def stock(value: Any, **fields: Any) -> dict[str, Any]:
+    return {"stock": value, **fields}
 
 
 def test_drift_is_old_catching_up_with_new() -> None:
@@ -43,7 +43,7 @@ def test_drift_includes_numbers_that_moved_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "now"),
+    ("old", "new", "later"),
     [
         (5, 0, 5),  # wrong now and then; the state stood still
         (5, 0, 4),  # wrong, while the state moved too
@@ -53,8 +53,8 @@ def test_drift_includes_numbers_that_moved_on() -> None:
         ("a", "c", "b"),
     ],
 )
-def test_drift_excludes_wrong_values_that_are_gone(old: Any, new: Any, now: Any) -> None:
-    assert find_drift(stock(old), stock(new), stock(now), stock(now)) == []
+def test_drift_excludes_wrong_values_that_are_gone(old: Any, new: Any, later: Any) -> None:
+    assert find_drift(stock(old), stock(new), stock(later), stock(later)) == []
 
 
 def test_drift_excludes_remaining_differences() -> None:
@@ -62,9 +62,9 @@ def test_drift_excludes_remaining_differences() -> None:
 
 
 def test_drift_is_decided_per_place() -> None:
-    found = find_drift(stock(5, price=1), stock(4, price=2), stock(4, price=1), stock(4, price=1))
+    drift = find_drift(stock(5, price=1), stock(4, price=2), stock(4, price=1), stock(4, price=1))
 
-    assert found == [STOCK]
+    assert drift == [STOCK]
 
 
 def test_drift_requires_all_places_of_a_finding_to_move() -> None:
@@ -76,9 +76,9 @@ def test_drift_requires_all_places_of_a_finding_to_move() -> None:
 
 
 def test_drift_includes_new_resources_but_no_errors() -> None:
-    made = find_drift({}, stock(1), stock(1), stock(1), 404, 200, 200, 200)
+    drift = find_drift({}, stock(1), stock(1), stock(1), 404, 200, 200, 200)
 
-    assert made == [("status", "404->200", "changed")]
+    assert drift == [("status", "404->200", "changed")]
     assert find_drift(stock(1), {}, {}, {}, 200, 500, 500, 500) == []
 
 
@@ -91,16 +91,22 @@ def test_drift_excludes_findings_beyond_the_limit_of_places() -> None:
 
 def test_drift_excludes_random_errors_of_new() -> None:
     """A counter moves between any two responses. New is wrong in a third of them, with plausible values."""
-    dice, drift, hidden = random.Random(3), 0, 0
+    dice, drift, hidden_count = random.Random(3), 0, 0
     for _ in range(2000):
         state = dice.randint(100, 999)
         later = state + dice.choice([0, 0, 1, 2])
         last = later + dice.choice([0, 0, 1])
         wrong = dice.random() < 0.3
-        said = dice.choice([0, -1, 5000, state - 50]) if wrong else later
-        found = find_drift(stock(state), stock(said), stock(last), stock(last)) if said != state else []
-        drift += bool(found) and not wrong
-        hidden += bool(found) and wrong
+        answer = dice.choice([0, -1, 5000, state - 50]) if wrong else later
+        differences = find_drift(stock(state), stock(answer), stock(last), stock(last)) if answer != state else []
+        drift += bool(differences) and not wrong
+        hidden_count += bool(differences) and wrong
 
     assert drift > 400
-    assert hidden == 0
+    assert hidden_count == 0
+
+
+def test_drift_needs_the_later_value_to_reach_or_pass_the_first_one_of_new() -> None:
+    assert find_drift(stock(5), stock(4), stock(4), stock(4)) == [STOCK]
+    assert find_drift(stock(5), stock(4), stock(3), stock(3)) == [STOCK]
+    assert find_drift(stock(5), stock(4), stock(6), stock(6)) == []

@@ -19,47 +19,47 @@ from abreast_sidecar.stats.latency import (
 TIMES = st.lists(st.tuples(st.integers(0, 10**7), st.integers(0, 10**7), st.sampled_from(["a", "b"])), max_size=200)
 
 
-def median(found: tuple[QuantileInterval, ...]) -> QuantileInterval:
-    return next(one for one in found if one.share == 0.5)
+def median(intervals: tuple[QuantileInterval, ...]) -> QuantileInterval:
+    return next(interval for interval in intervals if interval.share == 0.5)
 
 
 @given(TIMES)
 def test_split_cold_pairs_keeps_all_pairs(times: list[tuple[int, int, str]]) -> None:
-    given_ = [Timing(*one) for one in times]
-    cold, warm = split_cold_pairs(given_)
+    timings = [Timing(*time) for time in times]
+    cold, warm = split_cold_pairs(timings)
 
-    assert len(cold) + len(warm) == len(given_)
+    assert len(cold) + len(warm) == len(timings)
     for release in "ab":
-        mine = [one for one in given_ if one.release == release]
+        mine = [timing for timing in timings if timing.release == release]
         first = max(5, -(-len(mine) // 10))
-        assert [one for one in cold if one.release == release] == mine[:first]
-        assert [one for one in warm if one.release == release] == mine[first:]
+        assert [timing for timing in cold if timing.release == release] == mine[:first]
+        assert [timing for timing in warm if timing.release == release] == mine[first:]
 
 
 @given(TIMES)
 def test_paired_latency_intervals_contain_their_values(times: list[tuple[int, int, str]]) -> None:
-    found = measure_paired_latency([Timing(*one) for one in times], 0.95)
+    latency = measure_paired_latency([Timing(*time) for time in times], 0.95)
 
-    for one in (*found.differences_us, *found.ratios):
-        assert one.low is None or one.low <= one.value
-        assert one.high is None or one.value <= one.high
+    for interval in (*latency.differences_us, *latency.ratios):
+        assert interval.low is None or interval.low <= interval.value
+        assert interval.high is None or interval.value <= interval.high
 
 
 def test_paired_latency_differences_are_per_pair() -> None:
     """Both sides have the same percentiles, and new is slower in each pair but one."""
     times = [Timing(100 * number, 100 * ((number + 1) % 1000)) for number in range(1000)]
-    found = measure_paired_latency(times, 0.95)
+    latency = measure_paired_latency(times, 0.95)
 
-    assert all(abs(side.old_us - side.new_us) <= 100 for side in found.percentiles)
-    assert median(found.differences_us) == QuantileInterval(0.5, 100.0, 100.0, 100.0)
-    assert median(found.ratios).value > 1
+    assert all(abs(side.old_us - side.new_us) <= 100 for side in latency.percentiles)
+    assert median(latency.differences_us) == QuantileInterval(0.5, 100.0, 100.0, 100.0)
+    assert median(latency.ratios).value > 1
 
 
 def test_paired_latency_has_no_tail_interval_for_few_pairs() -> None:
-    found = measure_paired_latency([Timing(100, 100 + number) for number in range(20)], 0.95)
+    latency = measure_paired_latency([Timing(100, 100 + number) for number in range(20)], 0.95)
 
-    assert [one.high for one in found.differences_us if one.share == 0.99] == [None]
-    assert median(found.differences_us).low is not None
+    assert [interval.high for interval in latency.differences_us if interval.share == 0.99] == [None]
+    assert median(latency.differences_us).low is not None
     assert measure_paired_latency([], 0.95) == PairedLatency(0)
 
 

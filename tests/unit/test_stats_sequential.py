@@ -95,10 +95,10 @@ def ever_outside_of_one_look(rate: float, dice: random.Random) -> bool:
 @given(counts)
 def test_confidence_interval_contains_the_share(case: tuple[int, int]) -> None:
     successes, n = case
-    found = confidence_interval(successes, n, ALPHA)
+    interval = confidence_interval(successes, n, ALPHA)
 
-    assert 0 <= found.low <= found.high <= 1
-    assert not n or found.low <= successes / n <= found.high
+    assert 0 <= interval.low <= interval.high <= 1
+    assert not n or interval.low <= successes / n <= interval.high
 
 
 @given(counts)
@@ -112,25 +112,25 @@ def test_confidence_interval_widens_with_smaller_alpha(case: tuple[int, int]) ->
 @given(counts)
 def test_confidence_interval_of_the_complement_is_mirrored(case: tuple[int, int]) -> None:
     successes, n = case
-    one, other = confidence_interval(successes, n, ALPHA), confidence_interval(n - successes, n, ALPHA)
+    interval, mirrored = confidence_interval(successes, n, ALPHA), confidence_interval(n - successes, n, ALPHA)
 
-    assert one.low == pytest.approx(1 - other.high, abs=1e-9)
-    assert one.high == pytest.approx(1 - other.low, abs=1e-9)
+    assert interval.low == pytest.approx(1 - mirrored.high, abs=1e-9)
+    assert interval.high == pytest.approx(1 - mirrored.low, abs=1e-9)
 
 
 @given(counts, rates)
 def test_confidence_interval_excludes_rejected_rates(case: tuple[int, int], rate: float) -> None:
     successes, n = case
-    found = confidence_interval(successes, n, ALPHA)
+    interval = confidence_interval(successes, n, ALPHA)
     rejected = n > 0 and log_ratio(successes, n, rate, JEFFREYS_PRIOR) > -log(ALPHA) + 1e-6
 
-    assert not rejected or not found.low < rate < found.high
+    assert not rejected or not interval.low < rate < interval.high
 
 
 @given(counts, rates, rates)
-def test_log_ratio_falls_towards_the_observed_share(case: tuple[int, int], one: float, other: float) -> None:
+def test_log_ratio_falls_towards_the_observed_share(case: tuple[int, int], first: float, second: float) -> None:
     """Because of this, the test of a budget can be one-sided."""
-    low, high = sorted((one, other))
+    low, high = sorted((first, second))
     successes, n = case
     prior = prior_above(high)
 
@@ -185,11 +185,11 @@ def test_evidence_below_of_no_mismatch_is_a_sixth_later_than_a_single_look() -> 
 def test_estimated_requests_are_exact(case: tuple[int, int], budget: float) -> None:
     successes, n = case
     rate = successes / n if n else 0.0
-    more = estimate_requests_below(rate, n, budget, BAR)
+    estimate = estimate_requests_below(rate, n, budget, BAR)
 
-    if more:
-        assert stays_under(rate * (n + more), n + more, budget, ALPHA * (1 + 1e-9))
-    assert more is not None or rate >= budget * 0.999
+    if estimate:
+        assert stays_under(rate * (n + estimate), n + estimate, budget, ALPHA * (1 + 1e-9))
+    assert estimate is not None or rate >= budget * 0.999
 
 
 def test_estimated_requests_are_zero_or_none_at_the_ends() -> None:
@@ -209,7 +209,7 @@ def test_find_least_is_none_beyond_the_maximum() -> None:
 
 
 def test_evidence_of_large_counts_is_precise() -> None:
-    found = confidence_interval(500_000_000, 1_000_000_000, ALPHA)
+    interval = confidence_interval(500_000_000, 1_000_000_000, ALPHA)
 
-    assert exp(-1) > found.high - found.low > 0
-    assert found.high - found.low < 0.0005
+    assert exp(-1) > interval.high - interval.low > 0
+    assert interval.high - interval.low < 0.0005

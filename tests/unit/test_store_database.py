@@ -39,7 +39,7 @@ def test_sanitise_text_keeps_long_texts_different() -> None:
 
 @given(values)
 def test_to_json_returns_valid_jsonb(value: object) -> None:
-    made = to_json([value])
+    document = to_json([value])
 
-    assert b"\\u0000" not in made.replace(b"\\\\", b"")
-    assert isinstance(orjson.loads(made), list)
+    assert "\\u0000" not in document.replace("\\\\", "")
+    assert isinstance(orjson.loads(document), list)

@@ -32,9 +32,9 @@ def called(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             function = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            named = node.args[CALLS[function] :][:1] if function in CALLS else []
-            if named and isinstance(named[0], ast.Constant) and NAME.fullmatch(str(named[0].value)):
-                yield str(named[0].value)
+            arguments = node.args[CALLS[function] :][:1] if function in CALLS else []
+            if arguments and isinstance(arguments[0], ast.Constant) and NAME.fullmatch(str(arguments[0].value)):
+                yield str(arguments[0].value)
 
 
 def test_queries_are_all_used() -> None:
@@ -45,9 +45,9 @@ def test_queries_are_all_used() -> None:
 
 @pytest.mark.parametrize("folder", ["sidecar", "bench"])
 def test_queries_that_code_names_exist(folder: str) -> None:
-    named = {name for tree in trees(folder) for name in called(tree)}
+    names = {name for tree in trees(folder) for name in called(tree)}
 
-    assert named - set(statements()) == set()
+    assert names - set(statements()) == set()
 
 
 def test_queries_begin_with_their_name_and_one_load_statement() -> None:

@@ -40,12 +40,12 @@ def test_cursor_rejects_changed_token() -> None:
             decode_cursor("pairs", {}, token[:place] + other + token[place + 1 :])
 
 
-@pytest.mark.parametrize(("asked", "size"), [(0, 100), (1, 1), (1000, 1000)])
-def test_page_request_accepts_valid_sizes(asked: int, size: int) -> None:
-    assert PageRequest.from_request(asked, "").size == size
+@pytest.mark.parametrize(("page_size", "size"), [(0, 100), (1, 1), (1000, 1000), (1001, 1000), (2**31 - 1, 1000)])
+def test_page_request_accepts_valid_sizes(page_size: int, size: int) -> None:
+    assert PageRequest.from_request(page_size, "").size == size
 
 
-@pytest.mark.parametrize("asked", [-1, 1001, 2**31 - 1, -(2**31)])
-def test_page_request_rejects_sizes_out_of_range(asked: int) -> None:
-    with pytest.raises(ArgumentError, match="page_size must be 1 to 1000"):
-        PageRequest.from_request(asked, "")
+@pytest.mark.parametrize("page_size", [-1, -(2**31)])
+def test_page_request_rejects_negative_sizes(page_size: int) -> None:
+    with pytest.raises(ArgumentError, match="page_size must be at least 1"):
+        PageRequest.from_request(page_size, "")

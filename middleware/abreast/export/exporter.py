@@ -14,39 +14,31 @@ import random
 import weakref
 from asyncio import TimerHandle, get_running_loop
 from collections import deque
+from concurrent.futures import Future
 from threading import get_ident
 from time import perf_counter, perf_counter_ns
 
-from abreast._background import BACKGROUND_THREAD
 from abreast.errors import ErrorReporter
-from abreast.export.queue import (
-    CAPTURE_ERROR,
-    ENCODE_ERROR,
-    REDIS_ERROR,
-    REDIS_REJECTED_BYTES,
-    REDIS_REJECTED_PAIRS,
-    SHUTDOWN,
-    CaptureQueue,
-    QueuedCapture,
-)
+from abreast.export.queue import CAPTURE_ERROR, ENCODE_ERROR, REDIS_ERROR, SHUTDOWN, CaptureQueue, QueuedCapture
 from abreast.export.redaction import Redactor
 from abreast.export.routes import RouteResolver
 from abreast.export.serializer import CaptureSerializer, trim_scope
-from abreast.export.transport import REPLY_TIMEOUT_S, JoinResult, RedisTransport, TransportError
+from abreast.export.transport import REPLY_TIMEOUT_S, RedisTransport, TransportError
 from abreast.protocol.join import CaptureRow, shard_of
-from abreast.recorder import RequestRecorder
+from abreast.recorder import BACKGROUND_THREAD, RequestRecorder
 from abreast.settings import Settings
 
 logger = logging.getLogger("abreast")
 
 WORK_SLICE_S = 0.001  # seconds of work, after which other tasks get their turn
+MAX_LOOP_BYTES = 8 * 1024  # bytes of a capture; a larger one may need more than 2 ms, so the thread encodes it
 MAX_BATCH_BYTES = 1024 * 1024  # bytes of captures per call of the script, which blocks Redis
 BACKOFF_S = 0.1  # seconds before the second attempt, doubled for each further one
 MAX_BACKOFF_S = 5.0  # seconds
 MAX_REJECTIONS = 3  # permanent errors for one batch, after which it is dropped
 REPORT_INTERVAL_S = 1.0  # seconds between reports if a total changed
 IDLE_REPORT_INTERVAL_S = 5.0  # seconds between reports if no total changed
-# Shares of pair_timeout: a capture of a long answer has to leave before its pair times out.
+# Shares of pair_timeout: a capture of a long response has to leave before its pair times out.
 TRUNCATION_DEADLINE_RATIO = 0.8
 MIN_TRUNCATION_DELAY_RATIO = 0.1  # from the first chunk
 
@@ -54,58 +46,21 @@ MIN_TRUNCATION_DELAY_RATIO = 0.1  # from the first chunk
 _pools: weakref.WeakSet[ExporterPool] = weakref.WeakSet()
 
 
-class WakeEvent:
-    """An event for one task, to be set in the thread of its loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._is_set = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def set(self) -> None:
-        self._is_set = True
-        self._wake()
-
-    def clear(self) -> None:
-        self._is_set = False
-
-    async def wait(self, seconds: float) -> bool:
-        """Return True if the event was set before the timeout, and clear it."""
-        if not self._is_set and seconds > 0:
-            self._waiter = self._loop.create_future()
-            timer = self._loop.call_later(seconds, self._wake)
-            try:
-                await self._waiter
-            finally:
-                timer.cancel()
-                self._waiter = None
-        was_set, self._is_set = self._is_set, False
-        return was_set
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
 class Exporter:
-    def __init__(
-        self,
-        settings: Settings,
-        queue: CaptureQueue,
-        route_resolver: RouteResolver,
-        report_error: ErrorReporter,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
+    def __init__(self, pool: ExporterPool, loop: asyncio.AbstractEventLoop) -> None:
+        settings = pool.settings
         self.loop = loop
         self.is_stopped = False
         self.thread_id = get_ident()
-        self.wake_event = WakeEvent(loop)
+        self.wake_event = asyncio.Event()  # set in the thread of the loop
         self._settings = settings
-        self._queue = queue
-        self._route_resolver = route_resolver
-        self._report_error = report_error
+        self._queue = pool.queue
+        self._route_resolver = pool.route_resolver
+        self._report_error = pool.report_error
+        self._work_slice_s = pool.work_slice_s
         self._effect_wait_ns = round(min(settings.effect_wait, settings.pair_timeout / 2) * 1e9)  # ns
         self._transport = RedisTransport(settings)
+        self._redactor = Redactor(settings.redaction_key, settings.secret_headers, settings.redact_allow)
         self._serializer: CaptureSerializer | None = None  # None while there is no connection
         self._batches: deque[tuple[int, list[QueuedCapture]]] = deque()  # (shard, encoded captures)
         self._rejections = 0
@@ -146,8 +101,7 @@ class Exporter:
             raise
         finally:
             self.is_stopped = True
-            while self._batches:
-                self._queue.requeue(self._batches.pop()[1])
+            self._requeue_batches()
             with contextlib.suppress(Exception):
                 await self._transport.close()
 
@@ -156,13 +110,23 @@ class Exporter:
         queue = self._queue
         now = self.loop.time()
         if queue.recorders:
-            await self.wake_event.wait(self._settings.export_interval)
+            await self._wait(self._settings.export_interval)
         elif self._failures:
-            await self.wake_event.wait(self._retry_at - now)
+            await self._wait(self._retry_at - now)
         elif queue.awaiting_effects:
-            await self.wake_event.wait(min(self._settings.export_interval, self._next_report_at() - now))
-        elif await self.wake_event.wait(self._next_report_at() - now):
-            await self.wake_event.wait(self._settings.export_interval)  # collect a batch
+            await self._wait(min(self._settings.export_interval, self._next_report_at() - now))
+        elif await self._wait(self._next_report_at() - now):
+            await self._wait(self._settings.export_interval)  # collect a batch
+
+    async def _wait(self, seconds: float) -> bool:
+        """Wait for the wake event. Return True if it was set before the timeout, and clear it."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self.wake_event.wait()
+        was_set = self.wake_event.is_set()
+        self.wake_event.clear()
+        return was_set
 
     async def _run_once(self) -> None:
         try:
@@ -170,8 +134,11 @@ class Exporter:
             if self.loop.time() >= self._retry_at:
                 dropped_before = self._queue.drop_counts[REDIS_ERROR]
                 await self._send_batches()
-                if dropped_before == self._queue.drop_counts[REDIS_ERROR]:
-                    self._mark_connected()
+                drop_counts = self._queue.drop_counts
+                if dropped_before == drop_counts[REDIS_ERROR]:
+                    if self._failures:
+                        logger.warning("captures go to Redis again; dropped so far: %s", dict(drop_counts) or "none")
+                    self._failures = 0
                 if self.loop.time() >= self._next_report_at():
                     await self._send_report()
         except TransportError as error:
@@ -182,7 +149,7 @@ class Exporter:
 
     async def _drain(self) -> None:
         """Encode or trim the recorders, also while Redis is down, so that they keep no request alive."""
-        queue, slice_end = self._queue, perf_counter() + WORK_SLICE_S
+        queue, slice_end = self._queue, perf_counter() + self._work_slice_s
         while (entry := queue.next_recorder()) is not None:
             recorder, size = entry
             if recorder.error:
@@ -191,7 +158,7 @@ class Exporter:
                 self._accept(recorder, size)
             if perf_counter() > slice_end:
                 await asyncio.sleep(0)
-                slice_end = perf_counter() + WORK_SLICE_S
+                slice_end = perf_counter() + self._work_slice_s
         cutoff_ns = perf_counter_ns() - self._effect_wait_ns
         queue.release_finished(cutoff_ns, is_flushing=self._is_flushing)
 
@@ -199,22 +166,26 @@ class Exporter:
         """Encode a capture that is final. Otherwise keep only what a capture needs of the request."""
         queue, queued, serializer = self._queue, QueuedCapture(size, recorder), self._serializer
         try:
-            recorder.route = self._route_resolver.resolve(recorder.scope)
+            recorder.prepare_export(self._route_resolver.resolve)
             if serializer is None or not recorder.app_returned:
                 trim_scope(recorder)
+                queue.awaiting_effects.append(queued)
+                return
+            if _is_expensive(queued, recorder):
+                trim_scope(recorder)
+                queue.outbox.append(queued)
+                return
         except Exception as error:  # noqa: BLE001  # one bad capture must not stop the others
             queue.drop(CAPTURE_ERROR, size)
             self._report_error("resolving a route", error)
             return
-        if serializer is None or not recorder.app_returned:
-            queue.add_awaiting_effects(queued)
-        elif self._encode(queued, serializer):
-            queue.add_outgoing(queued)
+        if self._encode(queued, serializer):
+            queue.outbox.append(queued)
 
     async def _send_batches(self) -> None:
         if self._serializer is None:
-            redactor = Redactor(await self._transport.open(), self._settings.secret_headers)
-            self._serializer = CaptureSerializer(self._settings, redactor)
+            await self._transport.open()
+            self._serializer = CaptureSerializer(self._settings, self._redactor)
         while self._batches or self._queue.outbox:
             if not self._batches:
                 await self._build_batches(self._serializer)
@@ -223,28 +194,34 @@ class Exporter:
             try:
                 result = await self._transport.join(shard, [queued.row for queued in batch if queued.row])
             except TransportError as error:
-                if not self._should_drop_batch(error):
+                self._rejections += not error.is_transient
+                if error.is_transient or self._rejections < MAX_REJECTIONS:
                     raise
-                self._finish_batch(batch, None)
-            else:
-                self._finish_batch(batch, result)
+                self._report_error("sending a batch", error)
+                result = None
+            self._batches.popleft()
+            self._rejections = 0
+            self._queue.account_sent(batch, result)
 
     async def _build_batches(self, serializer: CaptureSerializer) -> None:
         """Encode the next batch and split it by shard."""
         queue, shards = self._queue, self._settings.shards
         batches: dict[int, list[QueuedCapture]] = {}
-        count, size, slice_end = 0, 0, perf_counter() + WORK_SLICE_S
+        count, size, slice_end = 0, 0, perf_counter() + self._work_slice_s
         try:
             while queue.outbox and count < self._settings.export_batch and size < MAX_BATCH_BYTES:
-                queued = queue.next_outgoing()
-                row = queued.row or self._encode(queued, serializer)
+                queued = queue.outbox.popleft()
+                if queued.recorder is not None and _is_expensive(queued, queued.recorder):
+                    row = await self._encode_in_thread(queued, queued.recorder, serializer)
+                else:
+                    row = queued.row or self._encode(queued, serializer)
                 if row is None:
                     continue
                 batches.setdefault(shard_of(row[0], shards) if shards > 1 else 0, []).append(queued)
                 count, size = count + 1, size + len(row[3])
                 if perf_counter() > slice_end:
                     await asyncio.sleep(0)
-                    slice_end = perf_counter() + WORK_SLICE_S
+                    slice_end = perf_counter() + self._work_slice_s
         finally:
             self._batches.extend(batches.items())
 
@@ -263,47 +240,40 @@ class Exporter:
         queued.recorder = None
         return queued.row
 
-    def _finish_batch(self, batch: list[QueuedCapture], result: JoinResult | None) -> None:
-        self._batches.popleft()
-        self._rejections = 0
-        size = sum(queued.size for queued in batch)
-        if result is None:
-            self._queue.drop(REDIS_ERROR, size, len(batch))
-            return
-        rejected_count = result.rejected_pairs + result.rejected_bytes
-        self._queue.mark_shipped(size, len(batch) - rejected_count)
-        for reason, count in (
-            (REDIS_REJECTED_PAIRS, result.rejected_pairs),
-            (REDIS_REJECTED_BYTES, result.rejected_bytes),
-        ):
-            if count:
-                self._queue.drop(reason, 0, count)
+    async def _encode_in_thread(
+        self, queued: QueuedCapture, recorder: RequestRecorder, serializer: CaptureSerializer
+    ) -> CaptureRow | None:
+        """Encode a capture while the loop serves requests. Otherwise the same as `_encode`."""
+        result: Future[CaptureRow] = Future()
 
-    def _should_drop_batch(self, error: TransportError) -> bool:
-        if error.is_transient:
-            return False
-        self._rejections += 1
-        if self._rejections >= MAX_REJECTIONS:
-            self._report_error("sending a batch", error)
-        return self._rejections >= MAX_REJECTIONS
+        def encode() -> None:
+            try:
+                result.set_result(serializer.serialize(recorder))
+            except Exception as error:  # noqa: BLE001  # for the loop
+                result.set_exception(error)
+
+        self._queue.account_growth(queued)
+        BACKGROUND_THREAD.submit(encode)
+        try:
+            queued.row = await asyncio.shield(asyncio.wrap_future(result))
+        except asyncio.CancelledError:  # the result is lost, and the effect log is closed
+            self._queue.drop(SHUTDOWN, queued.size)
+            raise
+        except Exception as error:  # noqa: BLE001  # one bad capture must not stop the others
+            self._queue.drop(ENCODE_ERROR, queued.size)
+            self._report_error("encoding", error)
+            return None
+        queued.recorder = None
+        return queued.row
 
     def _next_report_at(self) -> float:
-        has_changed = self._totals() != self._last_report_totals
+        has_changed = self._queue.totals != self._last_report_totals
         return self._last_report_at + (REPORT_INTERVAL_S if has_changed else IDLE_REPORT_INTERVAL_S)
 
-    def _totals(self) -> tuple[int, ...]:
-        queue = self._queue
-        return queue.captured_count, queue.shipped_count, queue.drop_counts.total(), queue.count
-
     async def _send_report(self) -> None:
-        totals = self._totals()
+        totals = self._queue.totals
         await self._transport.report(self._queue.id, self._queue.build_report())
         self._last_report_totals, self._last_report_at = totals, self.loop.time()
-
-    def _mark_connected(self) -> None:
-        if self._failures:
-            logger.warning("captures go to Redis again; dropped so far: %s", dict(self._queue.drop_counts) or "none")
-        self._failures = 0
 
     async def _mark_disconnected(self, error: TransportError) -> None:
         if not self._failures:
@@ -327,9 +297,12 @@ class Exporter:
                         await asyncio.sleep(WORK_SLICE_S)
 
     def _drop_all(self) -> None:
-        while self._batches:
-            self._queue.requeue(self._batches.pop()[1])
+        self._requeue_batches()
         self._queue.drop_all(SHUTDOWN)
+
+    def _requeue_batches(self) -> None:
+        while self._batches:
+            self._queue.outbox.extendleft(reversed(self._batches.pop()[1]))
 
     async def _send_last_report(self) -> None:
         if self._serializer is not None:
@@ -341,13 +314,19 @@ class ExporterPool:
     """The exporters of a process, one per event loop."""
 
     def __init__(
-        self, settings: Settings, queue: CaptureQueue, route_resolver: RouteResolver, report_error: ErrorReporter
+        self,
+        settings: Settings,
+        queue: CaptureQueue,
+        route_resolver: RouteResolver,
+        report_error: ErrorReporter,
+        work_slice_s: float = WORK_SLICE_S,
     ) -> None:
         self.body_limit = settings.body_limit
         self.report_error = report_error
-        self._settings = settings
-        self._queue = queue
-        self._route_resolver = route_resolver
+        self.settings = settings
+        self.queue = queue
+        self.route_resolver = route_resolver
+        self.work_slice_s = work_slice_s
         self._batch_size = settings.export_batch
         self._exporter: Exporter | None = None  # the latest one, for the fast path
         self._exporters: list[Exporter] = []
@@ -364,22 +343,31 @@ class ExporterPool:
             or not exporter.loop.is_running()
         ):
             exporter = self.start()  # slower: looks up the running loop
-        size = self._queue.reserve(recorder)
+        size = self.queue.reserve(recorder)
         if not size:
             return
         if recorder.fast_path or not recorder.needs_thread:
-            count = self._queue.add(recorder, size)
+            count = self.queue.add(recorder, size)
             if count == 1 or count == self._batch_size:  # noqa: PLR1714  # faster
                 exporter.wake_event.set()
         else:
             BACKGROUND_THREAD.submit(lambda: self._finish_in_thread(recorder, size, exporter))
 
+    def count_drop(self, reason: str) -> None:
+        """Count a request that gets no capture, and start the exporter, which reports the count."""
+        self.queue.drop_counts[reason] += 1
+        if self.settings.enabled:
+            try:
+                self.start()
+            except Exception as error:  # noqa: BLE001  # the caller still has to refuse the request
+                self.report_error("start", error)
+
     def schedule_truncation(self, recorder: RequestRecorder) -> TimerHandle:
-        """Have the capture of a long answer leave before its pair times out. In the path of answers in several chunks."""
+        """Have the capture of a long response leave before its pair times out. In the path of responses in several chunks."""
         elapsed_s = (recorder.first_byte_ns - recorder.context.started_ns) / 1e9
         delay_s = max(
-            TRUNCATION_DEADLINE_RATIO * self._settings.pair_timeout - elapsed_s,
-            MIN_TRUNCATION_DELAY_RATIO * self._settings.pair_timeout,
+            TRUNCATION_DEADLINE_RATIO * self.settings.pair_timeout - elapsed_s,
+            MIN_TRUNCATION_DELAY_RATIO * self.settings.pair_timeout,
         )
         return get_running_loop().call_later(delay_s, recorder.truncate_at_deadline)
 
@@ -389,11 +377,9 @@ class ExporterPool:
         self._exporters = [
             candidate for candidate in self._exporters if not candidate.is_stopped and not candidate.loop.is_closed()
         ]
-        for exporter in self._exporters:
-            if exporter.loop is loop:
-                break
-        else:
-            exporter = Exporter(self._settings, self._queue, self._route_resolver, self.report_error, loop)
+        exporter = next((candidate for candidate in self._exporters if candidate.loop is loop), None)
+        if exporter is None:
+            exporter = Exporter(self, loop)
             self._exporters.append(exporter)
         self._exporter = exporter
         return exporter
@@ -403,7 +389,7 @@ class ExporterPool:
         self._parent_exporters += self._exporters  # kept: asyncio warns of a pending task that is destroyed
         self._exporters = []
         self._exporter = None
-        self._queue.reset()
+        self.queue.reset()
 
     async def aclose(self) -> None:
         loop = get_running_loop()
@@ -415,9 +401,19 @@ class ExporterPool:
 
     def _finish_in_thread(self, recorder: RequestRecorder, size: int, exporter: Exporter) -> None:
         recorder.finish()
-        self._queue.add(recorder, size)
+        self.queue.add(recorder, size)
         with contextlib.suppress(RuntimeError):  # the loop is closed, so the next exporter sends the capture
             exporter.loop.call_soon_threadsafe(exporter.wake_event.set)
+
+
+def _is_expensive(queued: QueuedCapture, recorder: RequestRecorder) -> bool:
+    """Tell whether the encoding may block the loop for too long. A compressed body may be much larger than it looks."""
+    if queued.size > MAX_LOOP_BYTES:
+        return True
+    headers = recorder.headers
+    if recorder.request_body is not None:
+        headers = [*headers, *recorder.scope["headers"]]
+    return any(b"content-encoding" in row or b"Content-Encoding" in row for row in headers)
 
 
 def _after_fork() -> None:

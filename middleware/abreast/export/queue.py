@@ -8,10 +8,10 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from abreast.export.transport import JoinResult
 from abreast.protocol.join import CaptureRow
 from abreast.recorder import RequestRecorder
 from abreast.settings import Settings
@@ -27,6 +27,9 @@ REDIS_REJECTED_PAIRS = "redis_rejected_pairs"  # Redis holds redis_pairs pairs
 REDIS_REJECTED_BYTES = "redis_rejected_bytes"  # Redis holds redis_bytes bytes
 REDIS_ERROR = "redis_error"  # Redis refused a batch repeatedly
 SHUTDOWN = "shutdown"  # the process ended before the capture was sent
+INVALID_HEADERS = "invalid_headers"  # an x-abreast-* header is missing, repeated or a trailer
+UNPROVEN_LIVE = "unproven_live"  # a live request has no valid x-abreast-key
+UNPROVEN_COPY = "unproven_copy"  # a copy has none, so the middleware refused it
 
 LATE_EFFECTS_LOCK = threading.Lock()  # late effects come from any thread
 
@@ -41,7 +44,7 @@ class QueuedCapture:
 
 
 class CaptureQueue:
-    """Captures move from `recorders` to `awaiting_effects` or `outbox`. Only this class changes them and the counts."""
+    """Captures move from `recorders` to `awaiting_effects` or `outbox`. Only this class changes the counts."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -63,10 +66,16 @@ class CaptureQueue:
         self.version_counts: Counter[str] = Counter()  # captured; the ones that wait for the thread come later
         self.drop_counts: Counter[str] = Counter()
         self.late_effect_count = 0
+        self.unconverted_counts: Counter[str] = Counter()  # gRPC calls that the collector could not convert, by reason
 
     @property
     def captured_count(self) -> int:
         return self.shipped_count + self.drop_counts.total() + self.count
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """The counts that change a report."""
+        return self.captured_count, self.shipped_count, self.drop_counts.total(), self.count
 
     def reserve(self, recorder: RequestRecorder) -> int:
         """Reserve room and return the size in bytes, or drop the capture and return 0. In the path of requests."""
@@ -91,25 +100,18 @@ class CaptureQueue:
         return len(recorders)
 
     def next_recorder(self) -> tuple[RequestRecorder, int] | None:
-        """Take the oldest recorder, with its size in bytes."""
-        if not self.recorders:
-            return None
-        recorder, size = self.recorders.popleft()
-        self.version_counts[recorder.route_tags[0]] += 1
-        return recorder, size
-
-    def add_awaiting_effects(self, queued: QueuedCapture) -> None:
-        self.awaiting_effects.append(queued)
-
-    def add_outgoing(self, queued: QueuedCapture) -> None:
-        self.outbox.append(queued)
-
-    def requeue(self, batch: Iterable[QueuedCapture]) -> None:
-        """Put captures that were not sent back to the front."""
-        self.outbox.extendleft(reversed(list(batch)))
-
-    def next_outgoing(self) -> QueuedCapture:
-        return self.outbox.popleft()
+        """Take the oldest recorder, with its size in bytes. Drop those for which the growth of their bodies has no room."""
+        while self.recorders:
+            recorder, size = self.recorders.popleft()
+            self.version_counts[recorder.route_tags[0]] += 1
+            growth = recorder.growth_bytes
+            if not growth:
+                return recorder, size
+            self.bytes += growth
+            if growth < 0 or self.bytes <= self._max_bytes:
+                return recorder, size + growth
+            self.drop(QUEUE_BYTES, size + growth)
+        return None
 
     def release_finished(self, cutoff_ns: int, *, is_flushing: bool) -> None:
         """Move to the outbox all captures that get no more effects, or that finished before `cutoff_ns`."""
@@ -152,10 +154,22 @@ class CaptureQueue:
         self.awaiting_effects.clear()
         self.outbox.clear()
 
-    def mark_shipped(self, size: int, count: int) -> None:
-        self.shipped_count += count
-        self.count -= count
+    def account_sent(self, batch: list[QueuedCapture], result: JoinResult | None) -> None:
+        """Account for a batch that Redis joined or rejected in part, or that is dropped if there is no result."""
+        size = sum(queued.size for queued in batch)
+        if result is None:
+            self.drop(REDIS_ERROR, size, len(batch))
+            return
+        shipped_count = len(batch) - result.rejected_pairs - result.rejected_bytes
+        self.shipped_count += shipped_count
+        self.count -= shipped_count
         self.bytes -= size
+        for reason, count in (
+            (REDIS_REJECTED_PAIRS, result.rejected_pairs),
+            (REDIS_REJECTED_BYTES, result.rejected_bytes),
+        ):
+            if count:
+                self.drop(reason, 0, count)
 
     def build_report(self) -> dict[str, Any]:
         """Return totals since the start of the process, so that a report can replace the previous one."""
@@ -173,5 +187,6 @@ class CaptureQueue:
             "shipped": self.shipped_count,
             "dropped": dict(self.drop_counts),
             "late_effects": self.late_effect_count,
+            "unconverted": dict(self.unconverted_counts),
             "queue": {"count": self.count, "bytes": self.bytes},
         }

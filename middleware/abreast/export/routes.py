@@ -28,7 +28,9 @@ class RouteResolver:
         leaf = _find_leaf(scope)
         if leaf is None:
             return self._resolve_by_walking(scope)
-        mount_path = _get_mount_path(scope)
+        mount_path: str = (  # the part of the path that mounts matched
+            scope.get("root_path", "").removeprefix(scope["app_root_path"]) if "app_root_path" in scope else ""
+        )
         template = f"/{REMAINING_PATH}" if _get_inner_app(leaf) is not None else leaf.path_format
         return self._resolve_prefix(scope, mount_path) + template if mount_path else template
 
@@ -59,14 +61,6 @@ def _find_leaf(scope: Mapping[str, Any]) -> Any:
     if context is not None and route is getattr(context, "original_route", None) is not None:
         return context
     return route if isinstance(getattr(route, "path_format", None), str) else None
-
-
-def _get_mount_path(scope: Mapping[str, Any]) -> str:
-    """Return the part of the path that mounts matched."""
-    if "app_root_path" not in scope:
-        return ""
-    mount_path: str = scope.get("root_path", "").removeprefix(scope["app_root_path"])
-    return mount_path
 
 
 def _get_path(scope: Mapping[str, Any]) -> str:
@@ -101,14 +95,18 @@ def _expand_routes(routes: Iterable[Any]) -> Iterator[Any]:
             yield getattr(candidate, "starlette_route", None) or candidate
 
 
-def _match_mount(route: Any, path: str) -> tuple[str, str] | None:
-    """Return the part of the path that a mount matches, and the remaining path."""
-    pattern = getattr(route, "path_regex", None)
-    match = pattern.match(path) if isinstance(pattern, re.Pattern) else None
+def _enter(route: Any, path: str) -> tuple[str, str, str] | None:
+    """Enter a mount or a host. Return None if it does not match.
+
+    Return its template, the remaining path, and the template of that path if no inner route matches.
+    """
+    if hasattr(route, "host_regex"):  # a Host, which matches no part of the path
+        return "", path, ""
+    match = _match(route, path)
     if match is None:
         return None
-    remaining = "/" + match.groupdict().get("path", "")
-    return path[: len(path) - len(remaining)], remaining
+    template: str = route.path_format.removesuffix(f"/{REMAINING_PATH}")
+    return template, "/" + match.groupdict().get("path", ""), f"/{REMAINING_PATH}"
 
 
 def _find_template(routes: list[Any], path: str, method: str, depth: int) -> str:
@@ -117,29 +115,22 @@ def _find_template(routes: list[Any], path: str, method: str, depth: int) -> str
     for route in _expand_routes(routes):
         inner_app = _get_inner_app(route)
         if inner_app is not None and depth < MAX_NESTING_DEPTH:
-            template = _find_within(route, inner_app, path, method, depth + 1)
-            if template:
-                return template
-        elif _is_match(route, path):
+            entry = _enter(route, path)
+            if entry is not None:
+                prefix, remaining, fallback = entry
+                template = prefix + (_find_template(_get_routes(inner_app), remaining, method, depth + 1) or fallback)
+                if template:
+                    return template
+        elif hasattr(route, "methods") and _match(route, path) is not None:
             if not route.methods or method in route.methods:
                 return str(route.path_format)
             partial_match = partial_match or str(route.path_format)
     return partial_match
 
 
-def _is_match(route: Any, path: str) -> bool:
+def _match(route: Any, path: str) -> re.Match[str] | None:
     pattern = getattr(route, "path_regex", None)
-    return isinstance(pattern, re.Pattern) and hasattr(route, "methods") and pattern.match(path) is not None
-
-
-def _find_within(route: Any, inner_app: Any, path: str, method: str, depth: int) -> str:
-    if hasattr(route, "host_regex"):  # a Host, which matches no part of the path
-        return _find_template(_get_routes(inner_app), path, method, depth)
-    mount_match = _match_mount(route, path)
-    if mount_match is None:
-        return ""
-    template: str = route.path_format.removesuffix(f"/{REMAINING_PATH}")
-    return template + (_find_template(_get_routes(inner_app), mount_match[1], method, depth) or f"/{REMAINING_PATH}")
+    return pattern.match(path) if isinstance(pattern, re.Pattern) else None
 
 
 def _find_prefix(routes: list[Any], mount_path: str, depth: int) -> str | None:
@@ -148,18 +139,9 @@ def _find_prefix(routes: list[Any], mount_path: str, depth: int) -> str | None:
         return ""
     for route in _expand_routes(routes):
         inner_app = _get_inner_app(route)
-        if inner_app is None or depth >= MAX_NESTING_DEPTH:
-            continue
-        template, remaining = "", mount_path
-        if not hasattr(route, "host_regex"):
-            mount_match = _match_mount(route, mount_path + "/")
-            if mount_match is None:
-                continue
-            template, remaining = (
-                route.path_format.removesuffix(f"/{REMAINING_PATH}"),
-                mount_match[1].removesuffix("/"),
-            )
-        inner_prefix = _find_prefix(_get_routes(inner_app), remaining, depth + 1)
-        if inner_prefix is not None:
-            return template + inner_prefix
+        entry = None if inner_app is None or depth >= MAX_NESTING_DEPTH else _enter(route, mount_path + "/")
+        if entry is not None:
+            inner_prefix = _find_prefix(_get_routes(inner_app), entry[1].removesuffix("/"), depth + 1)
+            if inner_prefix is not None:
+                return entry[0] + inner_prefix
     return None

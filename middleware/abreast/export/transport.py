@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import json
+from redis import exceptions
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import (
-    AskError,
-    ClusterDownError,
-    NoPermissionError,
-    NoScriptError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisError,
-    ResponseError,
-    TryAgainError,
-)
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from abreast.errors import AbreastError
-from abreast.protocol.join import (
-    JOIN_SCRIPT,
-    SERVICES_KEY,
-    CaptureRow,
-    Keys,
-    join_arguments,
-    join_command,
-    redaction_key,
-    reports_key,
-)
+from abreast.protocol.join import JOIN_SCRIPT, SERVICES_KEY, CaptureRow, Keys, join_arguments, join_command, reports_key
 from abreast.protocol.redis_client import connect, disconnect, is_cluster
 from abreast.settings import Settings
 
@@ -42,25 +19,16 @@ REPLY_TIMEOUT_S = 0.25
 CONNECT_TIMEOUT_S = 1.0
 JOIN_SCRIPT_SHA = hashlib.sha1(JOIN_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 # Errors that depend on the state of Redis and not on the command. redis-py has classes for some of them.
+# fmt: off
 TRANSIENT_ERRORS = (
-    "BUSY",
-    "CLUSTERDOWN",
-    "LOADING",
-    "MASTERDOWN",
-    "MISCONF",
-    "NOREPLICAS",
-    "OOM ",
-    "READONLY",
-    "UNKILLABLE",
+    "BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "OOM ", "READONLY", "UNKILLABLE",
 )
 TRANSIENT_ERROR_TYPES = (
-    AskError,  # includes MovedError
-    ClusterDownError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    TryAgainError,
+    exceptions.AskError,  # includes MovedError
+    exceptions.ClusterDownError, exceptions.NoPermissionError, exceptions.OutOfMemoryError, exceptions.ReadOnlyError,
+    exceptions.TryAgainError,
 )
+# fmt: on
 
 
 class TransportError(AbreastError):
@@ -71,8 +39,7 @@ class TransportError(AbreastError):
         self.is_transient = is_transient
 
 
-@dataclass(frozen=True, slots=True)
-class JoinResult:
+class JoinResult(NamedTuple):
     """The number of captures of a batch by result."""
 
     received: int
@@ -82,11 +49,8 @@ class JoinResult:
     rejected_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class RawCommand:
+class RawCommand(bytes):
     """A command in the protocol of Redis."""
-
-    text: bytes
 
 
 def _make_raw_connection(connection: type[AbstractConnection]) -> type[AbstractConnection]:
@@ -95,7 +59,7 @@ def _make_raw_connection(connection: type[AbstractConnection]) -> type[AbstractC
     class RawConnection(connection):  # type: ignore[misc, valid-type]
         def pack_command(self, *args: Any) -> list[bytes]:
             command = args[-1]
-            return [command.text] if isinstance(command, RawCommand) else super().pack_command(*args)
+            return [command] if isinstance(command, RawCommand) else super().pack_command(*args)
 
     return RawConnection
 
@@ -109,18 +73,9 @@ class RedisTransport:
             pool = self._client.connection_pool
             pool.connection_class = _make_raw_connection(pool.connection_class)
 
-    async def open(self) -> bytes:
-        """Register the service and return the key for the hashes of secrets, which all processes share."""
-        settings = self._settings
+    async def open(self) -> None:
+        """Connect, and register the service."""
         await self._register()
-        if settings.redact_key:
-            return settings.redact_key.encode()
-        key = redaction_key(settings.service)
-        await self._call("SET", key, secrets.token_hex(32), "NX")
-        stored_key = await self._call("GET", key)
-        if not stored_key:
-            raise TransportError(f"{key} was deleted from Redis while it was read", is_transient=True)
-        return stored_key if isinstance(stored_key, bytes) else str(stored_key).encode()
 
     async def join(self, shard: int, rows: Sequence[CaptureRow]) -> JoinResult:
         """Send encoded captures of one shard. Sending a batch twice changes nothing."""
@@ -132,7 +87,7 @@ class RedisTransport:
             names, arguments = join_arguments(keys, limits, rows)
             return JoinResult(*await self._call("EVALSHA", JOIN_SCRIPT_SHA, len(names), *names, *arguments))
         except TransportError as error:
-            if not isinstance(error.__cause__, NoScriptError):
+            if not isinstance(error.__cause__, exceptions.NoScriptError):
                 raise
             names, arguments = join_arguments(keys, limits, rows)
             return JoinResult(*await self._call("EVAL", JOIN_SCRIPT, len(names), *names, *arguments))
@@ -149,14 +104,14 @@ class RedisTransport:
         """Close the sockets at once, even if replies are outstanding."""
         await disconnect(self._client)
 
-    async def _call(self, name: str, *arguments: str | int | bytes | RawCommand) -> Any:
+    async def _call(self, name: str, *arguments: str | int | bytes) -> Any:
         try:
             return await self._client.execute_command(name, *arguments)  # type: ignore[no-untyped-call]
-        except (RedisConnectionError, RedisTimeoutError) as error:
+        except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
             raise TransportError(f"Redis can't be reached: {error}", is_transient=True) from error
-        except ResponseError as error:
+        except exceptions.ResponseError as error:
             message = str(error)
             is_transient = isinstance(error, TRANSIENT_ERROR_TYPES) or any(word in message for word in TRANSIENT_ERRORS)
             raise TransportError(f"Redis refuses {name}: {message}", is_transient=is_transient) from error
-        except (RedisError, OSError) as error:
+        except (exceptions.RedisError, OSError) as error:
             raise TransportError(f"Redis can't be used: {error}", is_transient=True) from error

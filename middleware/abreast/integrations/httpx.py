@@ -6,16 +6,18 @@ client = httpx.AsyncClient(transport=AsyncRecordingTransport())
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar, Generic, TypeVar
 
 import httpx
 
+from abreast.context import downstream_headers
 from abreast.effects import Effect, effect
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 STAND_IN_HEADER = "x-abreast-held-back"
 
+TransportT = TypeVar("TransportT", httpx.BaseTransport, httpx.AsyncBaseTransport)
 StandInFactory = Callable[[httpx.Request], httpx.Response]
 
 
@@ -24,12 +26,37 @@ def make_empty_response(_request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json={}, headers={STAND_IN_HEADER: "1"})
 
 
-class _EffectFactory:
-    def __init__(self, stand_in: StandInFactory, *, hold_safe: bool) -> None:
+class _RecordingTransport(Generic[TransportT]):
+    _default_transport_class: ClassVar[Any]
+
+    def __init__(
+        self,
+        transport: TransportT | None = None,
+        *,
+        stand_in: StandInFactory = make_empty_response,
+        hold_safe: bool = False,
+        envoy_hosts: Collection[str] = (),
+    ) -> None:
+        self._transport: TransportT = transport or self._default_transport_class()
         self._stand_in = stand_in
         self._hold_safe = hold_safe
+        self._envoy_hosts = frozenset(envoy_hosts)
 
-    def make_effect(self, request: httpx.Request) -> Effect[httpx.Response] | None:
+    def _mark(self, request: httpx.Request) -> httpx.Request:
+        """Return the request of a shadow to Envoy with its mark. The original has none, so a redirect elsewhere has none."""
+        host = request.url.netloc.decode()
+        marks: dict[str, str] = downstream_headers() if host in self._envoy_hosts else {}
+        if not marks:
+            return request
+        return httpx.Request(
+            request.method,
+            request.url,
+            headers=[*request.headers.raw, *((name.encode(), value.encode()) for name, value in marks.items())],
+            stream=request.stream,
+            extensions=request.extensions,
+        )
+
+    def _make_effect(self, request: httpx.Request) -> Effect[httpx.Response] | None:
         """Return None if the request is not recorded."""
         if request.method in SAFE_METHODS and not self._hold_safe:
             return None
@@ -50,51 +77,32 @@ class _EffectFactory:
         )
 
 
-class AsyncRecordingTransport(httpx.AsyncBaseTransport):
+class AsyncRecordingTransport(_RecordingTransport[httpx.AsyncBaseTransport], httpx.AsyncBaseTransport):
     """A transport that records unsafe requests and holds them back in shadows.
 
     `transport` sends the requests. `stand_in` builds the response that a shadow receives. With `hold_safe`, GET, HEAD,
-    OPTIONS and TRACE are recorded and held back too.
+    OPTIONS and TRACE are recorded and held back too. Requests of shadows to `envoy_hosts`, such as `cart.internal:8080`, are
+    marked, so that Envoy treats them as shadows.
     """
 
-    def __init__(
-        self,
-        transport: httpx.AsyncBaseTransport | None = None,
-        *,
-        stand_in: StandInFactory = make_empty_response,
-        hold_safe: bool = False,
-    ) -> None:
-        self._transport = transport or httpx.AsyncHTTPTransport()
-        self._effect_factory = _EffectFactory(stand_in, hold_safe=hold_safe)
+    _default_transport_class = httpx.AsyncHTTPTransport
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        request_effect = self._effect_factory.make_effect(request)
-        if request_effect is None:
-            return await self._transport.handle_async_request(request)
-        return await request_effect.run(self._transport.handle_async_request, request)
+        send, request_effect = self._transport.handle_async_request, self._make_effect(request)
+        return await (send(self._mark(request)) if request_effect is None else request_effect.run(send, request))
 
     async def aclose(self) -> None:
         await self._transport.aclose()
 
 
-class RecordingTransport(httpx.BaseTransport):
+class RecordingTransport(_RecordingTransport[httpx.BaseTransport], httpx.BaseTransport):
     """Synchronous `AsyncRecordingTransport`, for `httpx.Client`."""
 
-    def __init__(
-        self,
-        transport: httpx.BaseTransport | None = None,
-        *,
-        stand_in: StandInFactory = make_empty_response,
-        hold_safe: bool = False,
-    ) -> None:
-        self._transport = transport or httpx.HTTPTransport()
-        self._effect_factory = _EffectFactory(stand_in, hold_safe=hold_safe)
+    _default_transport_class = httpx.HTTPTransport
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        request_effect = self._effect_factory.make_effect(request)
-        if request_effect is None:
-            return self._transport.handle_request(request)
-        return request_effect.call(self._transport.handle_request, request)
+        send, request_effect = self._transport.handle_request, self._make_effect(request)
+        return send(self._mark(request)) if request_effect is None else request_effect.call(send, request)
 
     def close(self) -> None:
         self._transport.close()

@@ -18,15 +18,11 @@ from abreast.context import is_shadow
 from abreast.effects import Effect, effect, record
 
 # Commands that other processes notice, and the replies that a shadow receives.
+# fmt: off
 PUBLISH_STAND_INS: Mapping[str, object] = {
-    "PUBLISH": 0,
-    "SPUBLISH": 0,
-    "XADD": b"0-0",
-    "LPUSH": 1,
-    "LPUSHX": 1,
-    "RPUSH": 1,
-    "RPUSHX": 1,
+    "PUBLISH": 0, "SPUBLISH": 0, "XADD": b"0-0", "LPUSH": 1, "LPUSHX": 1, "RPUSH": 1, "RPUSHX": 1,
 }
+# fmt: on
 
 
 class RecordingRedis(redis.asyncio.Redis):
@@ -131,10 +127,8 @@ def _build_payload(args: tuple[Any, ...]) -> Any:
 def _decode_value(value: Any) -> Any:
     if not isinstance(value, str | bytes | bytearray | memoryview):
         return value
-    try:
-        return json.loads(
-            bytes(value) if isinstance(value, memoryview) else value
-        )  # the standard library keeps large integers exact
+    try:  # the standard library keeps large integers exact
+        return json.loads(bytes(value) if isinstance(value, memoryview) else value)
     except (ValueError, RecursionError):
         return _decode_text(value)
 

@@ -28,13 +28,13 @@ from abreast.context import CURRENT_CONTEXT
 from abreast.errors import SettingError, ShadowError
 from abreast.integrations.psycopg.connection import CONNECTION_CLASSES, Connection
 from abreast.integrations.psycopg.connection_async import ASYNC_CONNECTION_CLASSES, AsyncConnection, Mode
-from abreast.integrations.psycopg.lock_watchdog import mark_invalid
-from abreast.integrations.psycopg.pinned import (
+from abreast.integrations.psycopg.shadow_sessions import (
     ASYNC_MAX_WAITERS_PER_CONNECTION,
     MAX_WAITERS_PER_CONNECTION,
     SHADOW_CONNECTION_TIMEOUT_S,
     SHADOW_POOL_SIZE,
     PinnedConnections,
+    mark_invalid,
 )
 
 CONNECT_MODE: ContextVar[Mode] = ContextVar("abreast connection", default="live")

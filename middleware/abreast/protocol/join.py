@@ -2,17 +2,21 @@
 
 The keys of a service and shard share the hash tag `{service/shard}`, so that they are on one node of a cluster:
 
-    abreast:{shop/0}:pair:ID   hash    slot (version:role:attempt) → capture, while captures are missing
+    abreast:{shop/0}:pair:ID   hash    slot → capture, while captures are missing. A slot is version:role:attempt. For a
+                                       pair of a middleware's capture and one of Envoy, Envoy also measures the first:
+                                       slot+ waits for these times, and slot= has them
     abreast:{shop/0}:due       zset    pair id → deadline (ms, the clock of Redis)
-    abreast:{shop/0}:ready     stream  one entry per pair: `pair`, `why` (joined|timed_out), then slot → capture
-    abreast:{shop/0}:joined    zset    pair id → time of the move (ms), to detect late captures; !ID was rejected
+    abreast:{shop/0}:ready     stream  one entry per pair: `pair`, `why` (joined|timed_out), then slot → capture;
+                                       and for each late capture of a timed out pair: `why` is late
+    abreast:{shop/0}:joined    zset    pair id → time of the move (ms), to detect late captures; ?ID timed out; !ID
+                                       and $ID were rejected for max_pairs and max_bytes, `!ID SLOT` and `$ID SLOT`
+                                       are their rejected captures
     abreast:{shop/0}:stats     hash    counters, and `bytes`: the size of the hashes and the stream
 
 Keys without a shard:
 
     abreast:services           hash    service → number of shards
     abreast:{service}:reports  hash    id of a service process → last report (JSON; see abreast.export)
-    abreast:{service}:secret   string  key of the hashes of secret headers, unless redact_key is set
 
 The clock of Redis decides deadlines, so that the clocks of services don't matter.
 """
@@ -23,18 +27,20 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import NamedTuple
 
 SERVICES_KEY = "abreast:services"
 CONSUMER_GROUP = "abreast"  # the consumer group of the sidecars
 
 JOIN_SCRIPT = resources.files("abreast.protocol").joinpath("join.lua").read_text()
 
-# Counters of `stats`. The script counts every capture in exactly one of the first five.
+# Counters of `stats`. The script counts every capture in exactly one of the first five. A batch may come twice, if its
+# first reply was lost: then its stored captures are duplicates, and its rejected captures are not counted again.
 RECEIVED = "received"  # stored, or it completed its pair
 DUPLICATE = "duplicate"  # its slot is taken: a batch was sent twice
-LATE = "late"  # its pair has moved to the stream: an answer after a failover, or after the deadline
-REJECTED_PAIRS = "rejected_pairs"  # max_pairs wait, or another capture of the pair was rejected
-REJECTED_BYTES = "rejected_bytes"  # max_bytes are stored
+LATE = "late"  # its pair has moved to the stream: a response after a failover, or after the deadline
+REJECTED_PAIRS = "rejected_pairs"  # max_pairs wait, or another capture of the pair was rejected for that
+REJECTED_BYTES = "rejected_bytes"  # max_bytes are stored, or the same
 JOINED = "joined"  # pairs that moved with all captures
 TIMED_OUT = "timed_out"  # pairs that moved at their deadline
 
@@ -80,17 +86,12 @@ def reports_key(service: str) -> str:
     return f"abreast:{{{service}}}:reports"
 
 
-def redaction_key(service: str) -> str:
-    return f"abreast:{{{service}}}:secret"
-
-
 def shard_of(pair: str, shards: int) -> int:
     return zlib.crc32(pair.encode()) % shards
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The limits of one shard. Above them, the script rejects and counts captures."""
+class Limits(NamedTuple):
+    """The limits of one shard, in the order of the script's arguments. Above them, it rejects and counts captures."""
 
     wait_ms: int = 10_000  # time that a pair waits for missing captures
     max_pairs: int = 100_000  # pairs that wait for a capture or for a worker
@@ -102,13 +103,7 @@ class Limits:
 def join_arguments(keys: Keys, limits: Limits, rows: Sequence[CaptureRow]) -> tuple[list[str], list[str | int | bytes]]:
     """Return keys and arguments of the script for captures of one shard."""
     names = [keys.due, keys.ready, keys.joined, keys.stats]
-    arguments: list[str | int | bytes] = [
-        limits.wait_ms,
-        limits.max_pairs,
-        limits.max_bytes,
-        limits.max_remembered_ids,
-        limits.remember_ms,
-    ]
+    arguments: list[str | int | bytes] = [*limits]
     for pair, slot, expected_captures, blob in rows:
         names.append(keys.pair(pair))
         arguments += [pair, slot, expected_captures, blob]

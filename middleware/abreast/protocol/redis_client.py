@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
+import redis.asyncio
 from redis.asyncio import Redis, RedisCluster
-from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException, RedisError
@@ -124,20 +123,30 @@ class SentinelClient(Redis):
 
 def connect(url: str, *, timeout: float, connect_timeout: float) -> Redis:
     """Return a client that connects on first use and does not retry. Timeouts are in seconds."""
+    options = {"socket_timeout": timeout, "socket_connect_timeout": connect_timeout, "retry": Retry(NoBackoff(), 0)}
+    client = _make_client(url, redis.asyncio, ClusterClient, options, redis_class=SentinelClient)
+    return cast("Redis", client)
+
+
+def connect_sync(url: str, *, timeout: float) -> Any:
+    """Return a client for programs without an event loop. It decodes replies to text."""
+    retry = redis.retry.Retry(NoBackoff(), 0)
+    options = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry, "decode_responses": True}
+    return _make_client(url, redis, redis.RedisCluster, options, redis_class=redis.Redis)
+
+
+def _make_client(url: str, library: Any, cluster_class: Any, options: dict[str, Any], *, redis_class: Any) -> Any:
+    """Make a client of `redis` or of `redis.asyncio`. `redis_class` is for the primary of Sentinels."""
     address = parse_address(url)
-    options: dict[str, Any] = {
-        "socket_timeout": timeout,
-        "socket_connect_timeout": connect_timeout,
-        "retry": Retry(NoBackoff(), 0),
-    }
     if address.kind == "server":
-        return Redis.from_url(url.strip(), **options)
+        return library.Redis.from_url(url.strip(), **options)
     options |= _client_options(address)
     if address.kind == "cluster":
-        nodes = [ClusterNode(host, port) for host, port in address.nodes]
-        return cast("Redis", ClusterClient(startup_nodes=nodes, **options))
-    sentinels = Sentinel(list(address.nodes), sentinel_kwargs=_sentinel_options(address, options), **options)  # type: ignore[no-untyped-call]  # redis-py's
-    return cast("Redis", sentinels.master_for(address.name, redis_class=SentinelClient))
+        return cluster_class(startup_nodes=[library.cluster.ClusterNode(*node) for node in address.nodes], **options)
+    # Sentinels have no databases, and separate users.
+    sentinel_options = {**options, "db": 0, "username": None, "password": None, **address.sentinel_credentials}
+    sentinels = library.sentinel.Sentinel(list(address.nodes), sentinel_kwargs=sentinel_options, **options)
+    return sentinels.master_for(address.name, redis_class=redis_class)
 
 
 def _client_options(address: Address) -> dict[str, Any]:
@@ -147,31 +156,6 @@ def _client_options(address: Address) -> dict[str, Any]:
     for name in ("host", "port", *(["db"] if address.kind == "cluster" else [])):
         options.pop(name, None)
     return options
-
-
-def _sentinel_options(address: Address, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for the Sentinels, which have no databases, and separate users."""
-    return {**options, "db": 0, "username": None, "password": None, **address.sentinel_credentials}
-
-
-def connect_sync(url: str, *, timeout: float) -> Any:
-    """Return a client for programs without an event loop. It decodes replies to text."""
-    import redis
-
-    address = parse_address(url)
-    retry = redis.retry.Retry(NoBackoff(), 0)
-    options: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "retry": retry}
-    options["decode_responses"] = True
-    if address.kind == "server":
-        return redis.Redis.from_url(url.strip(), **options)
-    options |= _client_options(address)
-    if address.kind == "cluster":
-        nodes = [redis.cluster.ClusterNode(host, port) for host, port in address.nodes]  # type: ignore[no-untyped-call]  # redis-py's
-        return redis.RedisCluster(startup_nodes=nodes, **options)
-    sentinels = redis.sentinel.Sentinel(
-        list(address.nodes), sentinel_kwargs=_sentinel_options(address, options), **options
-    )  # type: ignore[no-untyped-call]  # redis-py's
-    return sentinels.master_for(address.name)  # type: ignore[no-untyped-call]  # redis-py's
 
 
 async def disconnect(client: Redis) -> None:

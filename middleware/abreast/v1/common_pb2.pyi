@@ -55,7 +55,7 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     ROLE_SHADOW: _Role.ValueType  # 2
     """Envoy discarded its answer."""
     ROLE_BASELINE: _Role.ValueType  # 3
-    """A second copy to the old version. It shows how much the old version differs from itself."""
+    """A second copy to the version that answers the user. It shows how much this version differs from itself."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """The reason why a version received a request."""
@@ -67,7 +67,7 @@ ROLE_LIVE: Role.ValueType  # 1
 ROLE_SHADOW: Role.ValueType  # 2
 """Envoy discarded its answer."""
 ROLE_BASELINE: Role.ValueType  # 3
-"""A second copy to the old version. It shows how much the old version differs from itself."""
+"""A second copy to the version that answers the user. It shows how much this version differs from itself."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 class _Outcome:
@@ -100,6 +100,8 @@ class _OutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Outcome.Value
     """The answers are not comparable, for example a 304 of one version and a 200 of the other."""
     OUTCOME_PARTIAL: _Outcome.ValueType  # 11
     """An answer was truncated or has not ended. Abreast compared the common beginning only."""
+    OUTCOME_LATE: _Outcome.ValueType  # 12
+    """One version's capture arrived after the deadline, so the answers were not compared."""
 
 class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
     """The result of a sampled request in the ledger. Each request has exactly one."""
@@ -128,6 +130,8 @@ OUTCOME_NOT_COMPARED: Outcome.ValueType  # 10
 """The answers are not comparable, for example a 304 of one version and a 200 of the other."""
 OUTCOME_PARTIAL: Outcome.ValueType  # 11
 """An answer was truncated or has not ended. Abreast compared the common beginning only."""
+OUTCOME_LATE: Outcome.ValueType  # 12
+"""One version's capture arrived after the deadline, so the answers were not compared."""
 Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 class _Part:

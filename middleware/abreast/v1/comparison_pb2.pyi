@@ -69,6 +69,10 @@ class _VerdictSubjectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdic
     """Endpoints that the old version answered and the new version never did."""
     VERDICT_SUBJECT_COMPLETENESS: _VerdictSubject.ValueType  # 5
     """Sampled requests with an outcome that is evidence."""
+    VERDICT_SUBJECT_LEFT: _VerdictSubject.ValueType  # 6
+    """Pairs whose user left before the new version answered."""
+    VERDICT_SUBJECT_BLIND: _VerdictSubject.ValueType  # 7
+    """Pairs in which the noise of one place may hide a regression."""
 
 class VerdictSubject(_VerdictSubject, metaclass=_VerdictSubjectEnumTypeWrapper):
     """The rate that a verdict tests."""
@@ -85,7 +89,55 @@ VERDICT_SUBJECT_COVERAGE: VerdictSubject.ValueType  # 4
 """Endpoints that the old version answered and the new version never did."""
 VERDICT_SUBJECT_COMPLETENESS: VerdictSubject.ValueType  # 5
 """Sampled requests with an outcome that is evidence."""
+VERDICT_SUBJECT_LEFT: VerdictSubject.ValueType  # 6
+"""Pairs whose user left before the new version answered."""
+VERDICT_SUBJECT_BLIND: VerdictSubject.ValueType  # 7
+"""Pairs in which the noise of one place may hide a regression."""
 Global___VerdictSubject: _TypeAlias = VerdictSubject  # noqa: Y015
+
+class _EndpointSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EndpointSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndpointSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENDPOINT_SOURCE_UNSPECIFIED: _EndpointSource.ValueType  # 0
+    """Not specified: unknown paths, and endpoints beyond the limit."""
+    ENDPOINT_SOURCE_MIDDLEWARE: _EndpointSource.ValueType  # 1
+    """The template of the middleware."""
+    ENDPOINT_SOURCE_CONFIGURED: _EndpointSource.ValueType  # 2
+    """A template of the settings."""
+    ENDPOINT_SOURCE_OPENAPI: _EndpointSource.ValueType  # 3
+    """A template of an OpenAPI document."""
+    ENDPOINT_SOURCE_LEARNED: _EndpointSource.ValueType  # 4
+    """The path, with `{id}` for segments with many values, and for ids."""
+    ENDPOINT_SOURCE_PATH: _EndpointSource.ValueType  # 5
+    """The path, with `{id}` for ids."""
+    ENDPOINT_SOURCE_GRPC: _EndpointSource.ValueType  # 6
+    """The method of a gRPC service."""
+    ENDPOINT_SOURCE_GRAPHQL: _EndpointSource.ValueType  # 7
+    """The route and the operation of a GraphQL request."""
+
+class EndpointSource(_EndpointSource, metaclass=_EndpointSourceEnumTypeWrapper):
+    """The source of an endpoint's route."""
+
+ENDPOINT_SOURCE_UNSPECIFIED: EndpointSource.ValueType  # 0
+"""Not specified: unknown paths, and endpoints beyond the limit."""
+ENDPOINT_SOURCE_MIDDLEWARE: EndpointSource.ValueType  # 1
+"""The template of the middleware."""
+ENDPOINT_SOURCE_CONFIGURED: EndpointSource.ValueType  # 2
+"""A template of the settings."""
+ENDPOINT_SOURCE_OPENAPI: EndpointSource.ValueType  # 3
+"""A template of an OpenAPI document."""
+ENDPOINT_SOURCE_LEARNED: EndpointSource.ValueType  # 4
+"""The path, with `{id}` for segments with many values, and for ids."""
+ENDPOINT_SOURCE_PATH: EndpointSource.ValueType  # 5
+"""The path, with `{id}` for ids."""
+ENDPOINT_SOURCE_GRPC: EndpointSource.ValueType  # 6
+"""The method of a gRPC service."""
+ENDPOINT_SOURCE_GRAPHQL: EndpointSource.ValueType  # 7
+"""The route and the operation of a GraphQL request."""
+Global___EndpointSource: _TypeAlias = EndpointSource  # noqa: Y015
 
 class _ExplanationCause:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -195,6 +247,50 @@ FINDING_STATE_UNDECIDED: FindingState.ValueType  # 3
 """There are too few pairs for a decision. The finding is listed, and prevents a PASS."""
 Global___FindingState: _TypeAlias = FindingState  # noqa: Y015
 
+class _Harm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HarmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Harm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HARM_UNSPECIFIED: _Harm.ValueType  # 0
+    """Not specified."""
+    HARM_SERVER_ERROR: _Harm.ValueType  # 1
+    """A new server error, or a response that is missing or breaks off."""
+    HARM_STATUS_CHANGE: _Harm.ValueType  # 2
+    """A status of another class, such as 404 instead of 200."""
+    HARM_LOST_CONTENT: _Harm.ValueType  # 3
+    """A part of the response is missing or has another type."""
+    HARM_SLOWER: _Harm.ValueType  # 4
+    """Responses are slower, or a cache misses more often."""
+    HARM_CHANGED_VALUE: _Harm.ValueType  # 5
+    """Another value."""
+    HARM_CACHING: _Harm.ValueType  # 6
+    """A header for caches, or a CORS header in a response to a request without `Origin`."""
+    HARM_ADDITION: _Harm.ValueType  # 7
+    """New adds a value."""
+
+class Harm(_Harm, metaclass=_HarmEnumTypeWrapper):
+    """The harm of a difference to the users of the service, from the greatest to the least."""
+
+HARM_UNSPECIFIED: Harm.ValueType  # 0
+"""Not specified."""
+HARM_SERVER_ERROR: Harm.ValueType  # 1
+"""A new server error, or a response that is missing or breaks off."""
+HARM_STATUS_CHANGE: Harm.ValueType  # 2
+"""A status of another class, such as 404 instead of 200."""
+HARM_LOST_CONTENT: Harm.ValueType  # 3
+"""A part of the response is missing or has another type."""
+HARM_SLOWER: Harm.ValueType  # 4
+"""Responses are slower, or a cache misses more often."""
+HARM_CHANGED_VALUE: Harm.ValueType  # 5
+"""Another value."""
+HARM_CACHING: Harm.ValueType  # 6
+"""A header for caches, or a CORS header in a response to a request without `Origin`."""
+HARM_ADDITION: Harm.ValueType  # 7
+"""New adds a value."""
+Global___Harm: _TypeAlias = Harm  # noqa: Y015
+
 @_typing.final
 class GetSummaryRequest(_message.Message):
     """Request of GetSummary."""
@@ -259,7 +355,7 @@ class DropCount(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """The component that counted them: `service`, `redis` or `ledger`."""
+    """The component that counted them: `service`, `redis`, `ledger` or `envoy`."""
     reason: _builtins.str
     """The reason, such as `queue_bytes`. In `ledger`, `day_dropped` means that retention had deleted the day of the
     entry, so that it may have been counted before.
@@ -280,6 +376,40 @@ class DropCount(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DropCount: _TypeAlias = DropCount  # noqa: Y015
+
+@_typing.final
+class LoadSummary(_message.Message):
+    """The load that the newest pairs met, at most 1,000 of the last hour."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAIRS_FIELD_NUMBER: _builtins.int
+    UNMATCHED_FIELD_NUMBER: _builtins.int
+    OLD_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    NEW_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    pairs: _builtins.int
+    """Pairs with times of both versions."""
+    unmatched: _builtins.int
+    """Pairs in which one version was busier than the other. Their times say nothing about the code."""
+    old_in_flight: _builtins.float
+    """The median number of other requests in the process of the old version when a request arrived."""
+    new_in_flight: _builtins.float
+    """The same of the new version."""
+    def __init__(
+        self,
+        *,
+        pairs: _builtins.int = ...,
+        unmatched: _builtins.int = ...,
+        old_in_flight: _builtins.float = ...,
+        new_in_flight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new_in_flight", b"new_in_flight", "old_in_flight", b"old_in_flight", "pairs", b"pairs", "unmatched", b"unmatched"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadSummary: _TypeAlias = LoadSummary  # noqa: Y015
 
 @_typing.final
 class CaptureCounts(_message.Message):
@@ -375,6 +505,10 @@ class GetSummaryResponse(_message.Message):
     CAPTURES_FIELD_NUMBER: _builtins.int
     DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     LEDGER_CLOCK_AHEAD_FIELD_NUMBER: _builtins.int
+    SHEDS_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    UNCERTAIN_FIELD_NUMBER: _builtins.int
+    UNCONVERTED_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service."""
     pairs: _builtins.int
@@ -395,6 +529,10 @@ class GetSummaryResponse(_message.Message):
     """Rows ever written. Includes rows that retention deleted."""
     not_sent: _builtins.int
     """Copies that Envoy did not send, over all time: too many were in flight, or the target was not available."""
+    uncertain: _builtins.int
+    """Requests that Envoys may have sampled in their last moments, and that no count and no capture shows, over all time.
+    Estimated from the rate before. They are not part of `envoy_sampled`.
+    """
     @_builtins.property
     def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutcomeCount]:
         """The rows by outcome, without outcomes that don't occur."""
@@ -425,6 +563,25 @@ class GetSummaryResponse(_message.Message):
     def ledger_clock_ahead(self) -> _duration_pb2.Duration:
         """The time of Postgres minus the time of this sidecar. Retention and the expiry of rules use the earlier of the two."""
 
+    @_builtins.property
+    def sheds(self) -> _containers.RepeatedCompositeFieldContainer[Global___DropCount]:
+        """Requests that Envoy did not copy, over all time, by reason. `shed_queue`: copies that would have queued. `shed_baseline`:
+        baseline copies. `shed_failing` and `shed_queueing`: requests that were not sampled, because live requests of the
+        other version fail or queue. `over_memory`: Envoy had no memory to hold them. `logged_in`: their login belongs to the
+        connection. `too_large`: their body exceeds the limit. The stage is `envoy`.
+        """
+
+    @_builtins.property
+    def load(self) -> Global___LoadSummary:
+        """The load of both versions. Unset without a pair in the last hour."""
+
+    @_builtins.property
+    def unconverted(self) -> _containers.RepeatedCompositeFieldContainer[Global___DropCount]:
+        """Captures of gRPC calls that are not compared by all their fields, although descriptors are set, over all time, by reason.
+        `grpc_unknown_method`: the descriptors lack the method. `grpc_unfit_message`: a message does not fit them.
+        `grpc_unknown_fields`: a message has fields that they lack. The stage is `collector`.
+        """
+
     def __init__(
         self,
         *,
@@ -444,10 +601,14 @@ class GetSummaryResponse(_message.Message):
         captures: Global___CaptureCounts | None = ...,
         dead_letters: _abc.Iterable[Global___DeadLetterCount] | None = ...,
         ledger_clock_ahead: _duration_pb2.Duration | None = ...,
+        sheds: _abc.Iterable[Global___DropCount] | None = ...,
+        load: Global___LoadSummary | None = ...,
+        uncertain: _builtins.int = ...,
+        unconverted: _abc.Iterable[Global___DropCount] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "envoy_sampled", b"envoy_sampled", "first_pair_time", b"first_pair_time", "last_pair_time", b"last_pair_time", "ledger_clock_ahead", b"ledger_clock_ahead", "pending", b"pending", "unaccounted", b"unaccounted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "envoy_sampled", b"envoy_sampled", "first_pair_time", b"first_pair_time", "last_pair_time", b"last_pair_time", "ledger_clock_ahead", b"ledger_clock_ahead", "load", b"load", "pending", b"pending", "unaccounted", b"unaccounted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "dead_letters", b"dead_letters", "drops", b"drops", "envoy_sampled", b"envoy_sampled", "explained", b"explained", "findings", b"findings", "first_pair_time", b"first_pair_time", "last_pair_time", b"last_pair_time", "ledger_clock_ahead", b"ledger_clock_ahead", "not_sent", b"not_sent", "outcomes", b"outcomes", "pairs", b"pairs", "pending", b"pending", "service", b"service", "unaccounted", b"unaccounted", "written", b"written"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled", "_pending", b"_pending", "_unaccounted", b"_unaccounted", "captures", b"captures", "dead_letters", b"dead_letters", "drops", b"drops", "envoy_sampled", b"envoy_sampled", "explained", b"explained", "findings", b"findings", "first_pair_time", b"first_pair_time", "last_pair_time", b"last_pair_time", "ledger_clock_ahead", b"ledger_clock_ahead", "load", b"load", "not_sent", b"not_sent", "outcomes", b"outcomes", "pairs", b"pairs", "pending", b"pending", "service", b"service", "sheds", b"sheds", "unaccounted", b"unaccounted", "uncertain", b"uncertain", "unconverted", b"unconverted", "written", b"written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__envoy_sampled: _TypeAlias = _typing.Literal["envoy_sampled"]  # noqa: Y015
     _WhichOneofArgType__envoy_sampled: _TypeAlias = _typing.Literal["_envoy_sampled", b"_envoy_sampled"]  # noqa: Y015
@@ -517,6 +678,7 @@ class Budget(_message.Message):
     MAX_SLOWER_FIELD_NUMBER: _builtins.int
     MIN_COMPLETENESS_FIELD_NUMBER: _builtins.int
     CONFIDENCE_FIELD_NUMBER: _builtins.int
+    MAX_BLIND_FIELD_NUMBER: _builtins.int
     max_mismatch: _builtins.float
     """Compared pairs with unexplained mismatches, 0 to 1. Unset: 0.001."""
     max_error: _builtins.float
@@ -531,6 +693,8 @@ class Budget(_message.Message):
     """One minus the probability of a wrong PASS, and of a wrong FAIL, over all requests for the verdict. Above 0 and
     below 1. Unset: 0.95.
     """
+    max_blind: _builtins.float
+    """Compared pairs in which the noise of one place may hide a regression, 0 to 1. Unset: 1, no limit."""
     def __init__(
         self,
         *,
@@ -539,13 +703,16 @@ class Budget(_message.Message):
         max_slower: _builtins.float | None = ...,
         min_completeness: _builtins.float | None = ...,
         confidence: _builtins.float | None = ...,
+        max_blind: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_max_error", b"_max_error", "_max_mismatch", b"_max_mismatch", "_max_slower", b"_max_slower", "_min_completeness", b"_min_completeness", "confidence", b"confidence", "max_error", b"max_error", "max_mismatch", b"max_mismatch", "max_slower", b"max_slower", "min_completeness", b"min_completeness"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_max_blind", b"_max_blind", "_max_error", b"_max_error", "_max_mismatch", b"_max_mismatch", "_max_slower", b"_max_slower", "_min_completeness", b"_min_completeness", "confidence", b"confidence", "max_blind", b"max_blind", "max_error", b"max_error", "max_mismatch", b"max_mismatch", "max_slower", b"max_slower", "min_completeness", b"min_completeness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_max_error", b"_max_error", "_max_mismatch", b"_max_mismatch", "_max_slower", b"_max_slower", "_min_completeness", b"_min_completeness", "confidence", b"confidence", "max_error", b"max_error", "max_mismatch", b"max_mismatch", "max_slower", b"max_slower", "min_completeness", b"min_completeness"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_confidence", b"_confidence", "_max_blind", b"_max_blind", "_max_error", b"_max_error", "_max_mismatch", b"_max_mismatch", "_max_slower", b"_max_slower", "_min_completeness", b"_min_completeness", "confidence", b"confidence", "max_blind", b"max_blind", "max_error", b"max_error", "max_mismatch", b"max_mismatch", "max_slower", b"max_slower", "min_completeness", b"min_completeness"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__confidence: _TypeAlias = _typing.Literal["confidence"]  # noqa: Y015
     _WhichOneofArgType__confidence: _TypeAlias = _typing.Literal["_confidence", b"_confidence"]  # noqa: Y015
+    _WhichOneofReturnType__max_blind: _TypeAlias = _typing.Literal["max_blind"]  # noqa: Y015
+    _WhichOneofArgType__max_blind: _TypeAlias = _typing.Literal["_max_blind", b"_max_blind"]  # noqa: Y015
     _WhichOneofReturnType__max_error: _TypeAlias = _typing.Literal["max_error"]  # noqa: Y015
     _WhichOneofArgType__max_error: _TypeAlias = _typing.Literal["_max_error", b"_max_error"]  # noqa: Y015
     _WhichOneofReturnType__max_mismatch: _TypeAlias = _typing.Literal["max_mismatch"]  # noqa: Y015
@@ -556,6 +723,8 @@ class Budget(_message.Message):
     _WhichOneofArgType__min_completeness: _TypeAlias = _typing.Literal["_min_completeness", b"_min_completeness"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__confidence) -> _WhichOneofReturnType__confidence | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_blind) -> _WhichOneofReturnType__max_blind | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_error) -> _WhichOneofReturnType__max_error | None: ...
     @_typing.overload
@@ -576,24 +745,42 @@ class VerdictReason(_message.Message):
     SUBJECT_FIELD_NUMBER: _builtins.int
     ENDPOINT_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
     PAIRS_TO_PASS_FIELD_NUMBER: _builtins.int
     PAIRS_TO_FAIL_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     subject: Global___VerdictSubject.ValueType
     """The tested rate."""
     state: Global___VerdictState.ValueType
     """The result of this test alone."""
-    text: _builtins.str
-    """The evidence in one line: counts, interval and limit."""
+    count: _builtins.int
+    """Pairs with the tested property. COMPLETENESS: sampled requests that are accounted for. COVERAGE: compared pairs."""
+    total: _builtins.int
+    """Pairs that were tested. COMPLETENESS: sampled requests; unset if Envoy's count is not known. COVERAGE: requests that
+    the old version answered.
+    """
+    limit: _builtins.float
+    """The limit of the rate. COMPLETENESS: the least share. Unset for COVERAGE."""
     pairs_to_pass: _builtins.int
     """Estimated number of further pairs until this test passes at the present rate. 0: it passes. Unset: it would not
     pass.
     """
     pairs_to_fail: _builtins.int
     """Estimated number of further pairs until this test fails at the present rate. 0: it fails. Unset: it would not fail."""
+    text: _builtins.str
+    """The evidence in one line, for people."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
         """The endpoint. Unset: the whole service."""
+
+    @_builtins.property
+    def rate(self) -> Global___Rate:
+        """`count` divided by `total`, with the interval of the verdict's confidence. LEFT: the interval of the share that left
+        because of the new version. BLIND: the upper bound of the place in `text`. Unset without a test of a rate, or pairs.
+        """
 
     def __init__(
         self,
@@ -601,22 +788,34 @@ class VerdictReason(_message.Message):
         subject: Global___VerdictSubject.ValueType = ...,
         endpoint: _common_pb2.Endpoint | None = ...,
         state: Global___VerdictState.ValueType = ...,
-        text: _builtins.str = ...,
+        count: _builtins.int = ...,
+        total: _builtins.int | None = ...,
+        rate: Global___Rate | None = ...,
+        limit: _builtins.float | None = ...,
         pairs_to_pass: _builtins.int | None = ...,
         pairs_to_fail: _builtins.int | None = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_pairs_to_fail", b"_pairs_to_fail", "_pairs_to_pass", b"_pairs_to_pass", "endpoint", b"endpoint", "pairs_to_fail", b"pairs_to_fail", "pairs_to_pass", b"pairs_to_pass"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_pairs_to_fail", b"_pairs_to_fail", "_pairs_to_pass", b"_pairs_to_pass", "_total", b"_total", "endpoint", b"endpoint", "limit", b"limit", "pairs_to_fail", b"pairs_to_fail", "pairs_to_pass", b"pairs_to_pass", "rate", b"rate", "total", b"total"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pairs_to_fail", b"_pairs_to_fail", "_pairs_to_pass", b"_pairs_to_pass", "endpoint", b"endpoint", "pairs_to_fail", b"pairs_to_fail", "pairs_to_pass", b"pairs_to_pass", "state", b"state", "subject", b"subject", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_pairs_to_fail", b"_pairs_to_fail", "_pairs_to_pass", b"_pairs_to_pass", "_total", b"_total", "count", b"count", "endpoint", b"endpoint", "limit", b"limit", "pairs_to_fail", b"pairs_to_fail", "pairs_to_pass", b"pairs_to_pass", "rate", b"rate", "state", b"state", "subject", b"subject", "text", b"text", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
+    _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
     _WhichOneofReturnType__pairs_to_fail: _TypeAlias = _typing.Literal["pairs_to_fail"]  # noqa: Y015
     _WhichOneofArgType__pairs_to_fail: _TypeAlias = _typing.Literal["_pairs_to_fail", b"_pairs_to_fail"]  # noqa: Y015
     _WhichOneofReturnType__pairs_to_pass: _TypeAlias = _typing.Literal["pairs_to_pass"]  # noqa: Y015
     _WhichOneofArgType__pairs_to_pass: _TypeAlias = _typing.Literal["_pairs_to_pass", b"_pairs_to_pass"]  # noqa: Y015
+    _WhichOneofReturnType__total: _TypeAlias = _typing.Literal["total"]  # noqa: Y015
+    _WhichOneofArgType__total: _TypeAlias = _typing.Literal["_total", b"_total"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pairs_to_fail) -> _WhichOneofReturnType__pairs_to_fail | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__pairs_to_pass) -> _WhichOneofReturnType__pairs_to_pass | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__total) -> _WhichOneofReturnType__total | None: ...
 
 Global___VerdictReason: _TypeAlias = VerdictReason  # noqa: Y015
 
@@ -726,7 +925,7 @@ class ListEndpointsRequest(_message.Message):
     service: _builtins.str
     """The service. Empty: all."""
     page_size: _builtins.int
-    """Maximum number of entries, 1 to 1000. 0 means 100."""
+    """Maximum number of entries. 0 means 100, and more than 1000 means 1000."""
     page_token: _builtins.str
     """`next_page_token` of the previous response. The other fields must not change."""
     @_builtins.property
@@ -763,10 +962,13 @@ class EndpointSummary(_message.Message):
     OLD_P99_FIELD_NUMBER: _builtins.int
     NEW_P50_FIELD_NUMBER: _builtins.int
     NEW_P99_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     pairs: _builtins.int
     """Rows of the ledger in the window."""
     findings: _builtins.int
     """Findings that are neither noise nor additive."""
+    source: Global___EndpointSource.ValueType
+    """The source of the route."""
     @_builtins.property
     def endpoint(self) -> _common_pb2.Endpoint:
         """The endpoint."""
@@ -802,10 +1004,11 @@ class EndpointSummary(_message.Message):
         old_p99: _duration_pb2.Duration | None = ...,
         new_p50: _duration_pb2.Duration | None = ...,
         new_p99: _duration_pb2.Duration | None = ...,
+        source: Global___EndpointSource.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "new_p50", b"new_p50", "new_p99", b"new_p99", "old_p50", b"old_p50", "old_p99", b"old_p99"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "findings", b"findings", "new_p50", b"new_p50", "new_p99", b"new_p99", "old_p50", b"old_p50", "old_p99", b"old_p99", "outcomes", b"outcomes", "pairs", b"pairs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "findings", b"findings", "new_p50", b"new_p50", "new_p99", b"new_p99", "old_p50", b"old_p50", "old_p99", b"old_p99", "outcomes", b"outcomes", "pairs", b"pairs", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -819,8 +1022,11 @@ class ListEndpointsResponse(_message.Message):
 
     ENDPOINTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """The token of the next page. Empty on the last page."""
+    total_size: _builtins.int
+    """The number of endpoints on all pages."""
     @_builtins.property
     def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndpointSummary]:
         """Ordered by service, route and method."""
@@ -830,10 +1036,11 @@ class ListEndpointsResponse(_message.Message):
         *,
         endpoints: _abc.Iterable[Global___EndpointSummary] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoints", b"endpoints", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1142,6 +1349,230 @@ class SetFindingStatusResponse(_message.Message):
 Global___SetFindingStatusResponse: _TypeAlias = SetFindingStatusResponse  # noqa: Y015
 
 @_typing.final
+class CauseEndpoint(_message.Message):
+    """A place where a cause shows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    FINDING_ID_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    finding_id: _builtins.int
+    """The endpoint's most frequent finding with this cause."""
+    count: _builtins.int
+    """Pairs with this finding."""
+    @_builtins.property
+    def endpoint(self) -> _common_pb2.Endpoint:
+        """The endpoint."""
+
+    def __init__(
+        self,
+        *,
+        endpoint: _common_pb2.Endpoint | None = ...,
+        finding_id: _builtins.int = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "endpoint", b"endpoint", "finding_id", b"finding_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CauseEndpoint: _TypeAlias = CauseEndpoint  # noqa: Y015
+
+@_typing.final
+class Cause(_message.Message):
+    """Findings of all endpoints that one change explains."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    HARM_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TRANSITION_FIELD_NUMBER: _builtins.int
+    IMPACT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    EXPLAINED_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    LEAD_FIELD_NUMBER: _builtins.int
+    FINDING_COUNT_FIELD_NUMBER: _builtins.int
+    CONSEQUENCE_COUNT_FIELD_NUMBER: _builtins.int
+    ENDPOINT_COUNT_FIELD_NUMBER: _builtins.int
+    ENDPOINTS_FIELD_NUMBER: _builtins.int
+    id: _builtins.int
+    """The least id of its findings. ListFindings accepts it as `cause_id`."""
+    harm: Global___Harm.ValueType
+    """The harm to users."""
+    part: _common_pb2.Part.ValueType
+    """The part of the answer."""
+    shape: _builtins.str
+    """The common part of the paths: a name such as `price`, `access-control-*`, `error page 404`, or `*` for any name."""
+    kind: _common_pb2.Kind.ValueType
+    """The kind of the differences."""
+    transition: _builtins.str
+    """The transition of the values, such as `number → string`. May be empty."""
+    impact: _common_pb2.Impact.ValueType
+    """The effect on a client."""
+    state: Global___FindingState.ValueType
+    """The strongest noise decision of its findings."""
+    explained: _builtins.bool
+    """True if none of its findings counts against a verdict: they are noise, expected or fixed."""
+    pairs: _builtins.int
+    """Pairs that show it. For each endpoint, the pairs of the most frequent finding."""
+    finding_count: _builtins.int
+    """Its findings, without consequences."""
+    consequence_count: _builtins.int
+    """Findings that follow from it, such as the headers and the body of another status."""
+    endpoint_count: _builtins.int
+    """Its endpoints."""
+    @_builtins.property
+    def lead(self) -> Global___Finding:
+        """The finding that represents it."""
+
+    @_builtins.property
+    def endpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___CauseEndpoint]:
+        """The first 20 endpoints, the most frequent first. For all: ListFindings with `cause_id`."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.int = ...,
+        harm: Global___Harm.ValueType = ...,
+        part: _common_pb2.Part.ValueType = ...,
+        shape: _builtins.str = ...,
+        kind: _common_pb2.Kind.ValueType = ...,
+        transition: _builtins.str = ...,
+        impact: _common_pb2.Impact.ValueType = ...,
+        state: Global___FindingState.ValueType = ...,
+        explained: _builtins.bool = ...,
+        pairs: _builtins.int = ...,
+        lead: Global___Finding | None = ...,
+        finding_count: _builtins.int = ...,
+        consequence_count: _builtins.int = ...,
+        endpoint_count: _builtins.int = ...,
+        endpoints: _abc.Iterable[Global___CauseEndpoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lead", b"lead"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consequence_count", b"consequence_count", "endpoint_count", b"endpoint_count", "endpoints", b"endpoints", "explained", b"explained", "finding_count", b"finding_count", "harm", b"harm", "id", b"id", "impact", b"impact", "kind", b"kind", "lead", b"lead", "pairs", b"pairs", "part", b"part", "shape", b"shape", "state", b"state", "transition", b"transition"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cause: _TypeAlias = Cause  # noqa: Y015
+
+@_typing.final
+class ListCausesRequest(_message.Message):
+    """Request of ListCauses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
+    ROUTE_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    IMPACTS_FIELD_NUMBER: _builtins.int
+    INCLUDE_NOISE_FIELD_NUMBER: _builtins.int
+    INCLUDE_SETTLED_FIELD_NUMBER: _builtins.int
+    RELEASE_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    """The service. Empty: all."""
+    method: _builtins.str
+    """Only findings of this method, such as `GET`. Empty: all."""
+    route: _builtins.str
+    """Only findings of exactly this route template. Empty: all."""
+    include_noise: _builtins.bool
+    """Include findings that are noise."""
+    include_settled: _builtins.bool
+    """Include findings with the status expected or fixed."""
+    release: _builtins.str
+    """Count only pairs with this release of the new version, and omit findings without one. Empty: all."""
+    page_size: _builtins.int
+    """Maximum number of entries. 0 means 100, and more than 1000 means 1000."""
+    page_token: _builtins.str
+    """`next_page_token` of the previous response. The other fields must not change."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Part.ValueType]:
+        """Only findings of these parts. Empty: all."""
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Kind.ValueType]:
+        """Only findings of these kinds. Empty: all."""
+
+    @_builtins.property
+    def impacts(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Impact.ValueType]:
+        """Only findings of these impacts. Empty: all."""
+
+    @_builtins.property
+    def window(self) -> _common_pb2.TimeWindow:
+        """Count only pairs in this window, and omit findings without one. Unset: all time."""
+
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+        method: _builtins.str = ...,
+        route: _builtins.str = ...,
+        parts: _abc.Iterable[_common_pb2.Part.ValueType] | None = ...,
+        kinds: _abc.Iterable[_common_pb2.Kind.ValueType] | None = ...,
+        impacts: _abc.Iterable[_common_pb2.Impact.ValueType] | None = ...,
+        include_noise: _builtins.bool = ...,
+        include_settled: _builtins.bool = ...,
+        release: _builtins.str = ...,
+        window: _common_pb2.TimeWindow | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["window", b"window"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["impacts", b"impacts", "include_noise", b"include_noise", "include_settled", b"include_settled", "kinds", b"kinds", "method", b"method", "page_size", b"page_size", "page_token", b"page_token", "parts", b"parts", "release", b"release", "route", b"route", "service", b"service", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCausesRequest: _TypeAlias = ListCausesRequest  # noqa: Y015
+
+@_typing.final
+class ListCausesResponse(_message.Message):
+    """Response of ListCauses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAUSES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    FINDING_COUNT_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """The token of the next page. Empty on the last page."""
+    total_size: _builtins.int
+    """The number of causes on all pages."""
+    finding_count: _builtins.int
+    """The number of findings with these causes."""
+    @_builtins.property
+    def causes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cause]:
+        """Causes, the most harmful first."""
+
+    def __init__(
+        self,
+        *,
+        causes: _abc.Iterable[Global___Cause] | None = ...,
+        next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
+        finding_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["causes", b"causes", "finding_count", b"finding_count", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCausesResponse: _TypeAlias = ListCausesResponse  # noqa: Y015
+
+@_typing.final
 class ListFindingsRequest(_message.Message):
     """Request of ListFindings."""
 
@@ -1160,6 +1591,8 @@ class ListFindingsRequest(_message.Message):
     WINDOW_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    CAUSE_ID_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service. Empty: all."""
     method: _builtins.str
@@ -1175,9 +1608,15 @@ class ListFindingsRequest(_message.Message):
     release: _builtins.str
     """Count only pairs with this release of the new version, and omit findings without one. Empty: all."""
     page_size: _builtins.int
-    """Maximum number of entries, 1 to 1000. 0 means 100."""
+    """Maximum number of entries. 0 means 100, and more than 1000 means 1000."""
     page_token: _builtins.str
     """`next_page_token` of the previous response. The other fields must not change."""
+    cause_id: _builtins.int
+    """Only findings with the same cause as this one: the id of a cause or a finding. 0: all."""
+    order_by: _builtins.str
+    """`count desc`, `first_seen desc` or `last_seen desc`. Empty: by impact (breaking, value, additive), then by count,
+    most frequent first.
+    """
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[_common_pb2.Part.ValueType]:
         """Only findings of these parts. Empty: all."""
@@ -1210,10 +1649,12 @@ class ListFindingsRequest(_message.Message):
         window: _common_pb2.TimeWindow | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        cause_id: _builtins.int = ...,
+        order_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["window", b"window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["impacts", b"impacts", "include_noise", b"include_noise", "include_settled", b"include_settled", "kinds", b"kinds", "method", b"method", "only_explained", b"only_explained", "page_size", b"page_size", "page_token", b"page_token", "parts", b"parts", "release", b"release", "route", b"route", "service", b"service", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause_id", b"cause_id", "impacts", b"impacts", "include_noise", b"include_noise", "include_settled", b"include_settled", "kinds", b"kinds", "method", b"method", "only_explained", b"only_explained", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "parts", b"parts", "release", b"release", "route", b"route", "service", b"service", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1227,21 +1668,25 @@ class ListFindingsResponse(_message.Message):
 
     FINDINGS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """The token of the next page. Empty on the last page."""
+    total_size: _builtins.int
+    """The number of findings on all pages."""
     @_builtins.property
     def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]:
-        """Findings by impact (breaking, value, additive), then most frequent first."""
+        """Findings in the requested order."""
 
     def __init__(
         self,
         *,
         findings: _abc.Iterable[Global___Finding] | None = ...,
         next_page_token: _builtins.str = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "next_page_token", b"next_page_token", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1376,7 +1821,7 @@ class ListPairsRequest(_message.Message):
     finding_id: _builtins.int
     """Only pairs with this finding, explained or not. 0: all."""
     page_size: _builtins.int
-    """Maximum number of entries, 1 to 1000. 0 means 100."""
+    """Maximum number of entries. 0 means 100, and more than 1000 means 1000."""
     page_token: _builtins.str
     """`next_page_token` of the previous response. The other fields must not change."""
     @_builtins.property
@@ -1748,8 +2193,15 @@ class PairDetail(_message.Message):
     DIFFERENCES_FIELD_NUMBER: _builtins.int
     REQUEST_HEADERS_FIELD_NUMBER: _builtins.int
     REQUEST_BODY_FIELD_NUMBER: _builtins.int
+    OTHER_REQUEST_HEADERS_FIELD_NUMBER: _builtins.int
+    REQUEST_BODY_LENGTH_FIELD_NUMBER: _builtins.int
+    REQUEST_TARGET_FIELD_NUMBER: _builtins.int
     request_body: _builtins.bytes
     """The captured part of the request body."""
+    request_body_length: _builtins.int
+    """The length of the request body, as far as a version read it."""
+    request_target: _builtins.str
+    """The path and query as sent. `pair.request` shortens long ones. Empty if the pair is not kept as an example."""
     @_builtins.property
     def pair(self) -> Global___Pair:
         """The row of the ledger."""
@@ -1766,6 +2218,10 @@ class PairDetail(_message.Message):
     def request_headers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Header]:
         """The captured request headers."""
 
+    @_builtins.property
+    def other_request_headers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the request headers whose values are not captured."""
+
     def __init__(
         self,
         *,
@@ -1774,10 +2230,13 @@ class PairDetail(_message.Message):
         differences: _abc.Iterable[_common_pb2.Difference] | None = ...,
         request_headers: _abc.Iterable[_common_pb2.Header] | None = ...,
         request_body: _builtins.bytes = ...,
+        other_request_headers: _abc.Iterable[_builtins.str] | None = ...,
+        request_body_length: _builtins.int = ...,
+        request_target: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["pair", b"pair"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["captures", b"captures", "differences", b"differences", "pair", b"pair", "request_body", b"request_body", "request_headers", b"request_headers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["captures", b"captures", "differences", b"differences", "other_request_headers", b"other_request_headers", "pair", b"pair", "request_body", b"request_body", "request_body_length", b"request_body_length", "request_headers", b"request_headers", "request_target", b"request_target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,8 +28,9 @@ if _version_not_supported:
 class ComparisonServiceStub(object):
     """Reads results of comparisons, and sets the status of findings. Unless noted, calls are safe to repeat.
 
-    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id.
-    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id, service or release.
+    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain
+    `abreast.v1`, and an invalid field also a google.rpc.BadRequest that names it.
     """
 
     def __init__(self, channel):
@@ -52,6 +53,11 @@ class ComparisonServiceStub(object):
                 '/abreast.v1.ComparisonService/ListEndpoints',
                 request_serializer=abreast_dot_v1_dot_comparison__pb2.ListEndpointsRequest.SerializeToString,
                 response_deserializer=abreast_dot_v1_dot_comparison__pb2.ListEndpointsResponse.FromString,
+                _registered_method=True)
+        self.ListCauses = channel.unary_unary(
+                '/abreast.v1.ComparisonService/ListCauses',
+                request_serializer=abreast_dot_v1_dot_comparison__pb2.ListCausesRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_comparison__pb2.ListCausesResponse.FromString,
                 _registered_method=True)
         self.ListFindings = channel.unary_unary(
                 '/abreast.v1.ComparisonService/ListFindings',
@@ -88,8 +94,9 @@ class ComparisonServiceStub(object):
 class ComparisonServiceServicer(object):
     """Reads results of comparisons, and sets the status of findings. Unless noted, calls are safe to repeat.
 
-    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id.
-    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id, service or release.
+    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain
+    `abreast.v1`, and an invalid field also a google.rpc.BadRequest that names it.
     """
 
     def GetSummary(self, request, context):
@@ -109,6 +116,13 @@ class ComparisonServiceServicer(object):
 
     def ListEndpoints(self, request, context):
         """Lists endpoints, with their outcomes and times.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCauses(self, request, context):
+        """Lists causes: findings of all endpoints that one change explains. The most harmful to users is first, however rare.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,6 +188,11 @@ def add_ComparisonServiceServicer_to_server(servicer, server):
                     request_deserializer=abreast_dot_v1_dot_comparison__pb2.ListEndpointsRequest.FromString,
                     response_serializer=abreast_dot_v1_dot_comparison__pb2.ListEndpointsResponse.SerializeToString,
             ),
+            'ListCauses': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCauses,
+                    request_deserializer=abreast_dot_v1_dot_comparison__pb2.ListCausesRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_comparison__pb2.ListCausesResponse.SerializeToString,
+            ),
             'ListFindings': grpc.unary_unary_rpc_method_handler(
                     servicer.ListFindings,
                     request_deserializer=abreast_dot_v1_dot_comparison__pb2.ListFindingsRequest.FromString,
@@ -215,8 +234,9 @@ def add_ComparisonServiceServicer_to_server(servicer, server):
 class ComparisonService(object):
     """Reads results of comparisons, and sets the status of findings. Unless noted, calls are safe to repeat.
 
-    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id.
-    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id, service or release.
+    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain
+    `abreast.v1`, and an invalid field also a google.rpc.BadRequest that names it.
     """
 
     @staticmethod
@@ -290,6 +310,33 @@ class ComparisonService(object):
             '/abreast.v1.ComparisonService/ListEndpoints',
             abreast_dot_v1_dot_comparison__pb2.ListEndpointsRequest.SerializeToString,
             abreast_dot_v1_dot_comparison__pb2.ListEndpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCauses(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/abreast.v1.ComparisonService/ListCauses',
+            abreast_dot_v1_dot_comparison__pb2.ListCausesRequest.SerializeToString,
+            abreast_dot_v1_dot_comparison__pb2.ListCausesResponse.FromString,
             options,
             channel_credentials,
             insecure,

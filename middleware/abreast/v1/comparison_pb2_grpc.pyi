@@ -15,8 +15,9 @@ GRPC_VERSION: str
 class ComparisonServiceStub:
     """Reads results of comparisons, and sets the status of findings. Unless noted, calls are safe to repeat.
 
-    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id.
-    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id, service or release.
+    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain
+    `abreast.v1`, and an invalid field also a google.rpc.BadRequest that names it.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -28,6 +29,8 @@ class ComparisonServiceStub:
     """
     ListEndpoints: _aio.UnaryUnaryMultiCallable[_comparison_pb2.ListEndpointsRequest, _comparison_pb2.ListEndpointsResponse]
     """Lists endpoints, with their outcomes and times."""
+    ListCauses: _aio.UnaryUnaryMultiCallable[_comparison_pb2.ListCausesRequest, _comparison_pb2.ListCausesResponse]
+    """Lists causes: findings of all endpoints that one change explains. The most harmful to users is first, however rare."""
     ListFindings: _aio.UnaryUnaryMultiCallable[_comparison_pb2.ListFindingsRequest, _comparison_pb2.ListFindingsResponse]
     """Lists findings, by impact and then by number of pairs."""
     GetFinding: _aio.UnaryUnaryMultiCallable[_comparison_pb2.GetFindingRequest, _comparison_pb2.GetFindingResponse]
@@ -44,8 +47,9 @@ class ComparisonServiceStub:
 class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads results of comparisons, and sets the status of findings. Unless noted, calls are safe to repeat.
 
-    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id.
-    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Errors: INVALID_ARGUMENT for an invalid filter, window, page size or page token. NOT_FOUND for an unknown id, service or release.
+    UNAVAILABLE while the ledger can't be reached. Each error carries a google.rpc.ErrorInfo with the domain
+    `abreast.v1`, and an invalid field also a google.rpc.BadRequest that names it.
     """
 
     @_abc_1.abstractmethod
@@ -73,6 +77,14 @@ class ComparisonServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_comparison_pb2.ListEndpointsRequest, _abc.Awaitable[_comparison_pb2.ListEndpointsResponse]],
     ) -> _abc.Awaitable[_comparison_pb2.ListEndpointsResponse]:
         """Lists endpoints, with their outcomes and times."""
+
+    @_abc_1.abstractmethod
+    def ListCauses(
+        self,
+        request: _comparison_pb2.ListCausesRequest,
+        context: _aio.ServicerContext[_comparison_pb2.ListCausesRequest, _abc.Awaitable[_comparison_pb2.ListCausesResponse]],
+    ) -> _abc.Awaitable[_comparison_pb2.ListCausesResponse]:
+        """Lists causes: findings of all endpoints that one change explains. The most harmful to users is first, however rare."""
 
     @_abc_1.abstractmethod
     def ListFindings(

@@ -26,7 +26,7 @@ from abreast.v1 import common_pb2 as abreast_dot_v1_dot_common__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61\x62reast/v1/latency.proto\x12\nabreast.v1\x1a\x17\x61\x62reast/v1/common.proto\x1a\x1egoogle/protobuf/duration.proto\"\x7f\n\x11GetLatencyRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\r\n\x05route\x18\x03 \x01(\t\x12&\n\x06window\x18\x04 \x01(\x0b\x32\x16.abreast.v1.TimeWindow\x12\x12\n\nconfidence\x18\x05 \x01(\x01\"u\n\x11LatencyPercentile\x12\x10\n\x08quantile\x18\x01 \x01(\x01\x12&\n\x03old\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03new\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa0\x01\n\x11LatencyDifference\x12\x10\n\x08quantile\x18\x01 \x01(\x01\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03low\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04high\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"e\n\x0cLatencyRatio\x12\x10\n\x08quantile\x18\x01 \x01(\x01\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x10\n\x03low\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_lowB\x07\n\x05_high\"\xc8\x01\n\rPairedLatency\x12\r\n\x05pairs\x18\x01 \x01(\x03\x12\x32\n\x0bpercentiles\x18\x02 \x03(\x0b\x32\x1d.abreast.v1.LatencyPercentile\x12\x32\n\x0b\x64ifferences\x18\x03 \x03(\x0b\x32\x1d.abreast.v1.LatencyDifference\x12(\n\x06ratios\x18\x04 \x03(\x0b\x32\x18.abreast.v1.LatencyRatio\x12\x16\n\x0e\x62\x61seline_pairs\x18\x05 \x01(\x03\"\xb5\x01\n\x12GetLatencyResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.abreast.v1.Endpoint\x12\'\n\x04warm\x18\x02 \x01(\x0b\x32\x19.abreast.v1.PairedLatency\x12\'\n\x04\x63old\x18\x03 \x01(\x0b\x32\x19.abreast.v1.PairedLatency\x12\x12\n\nconfidence\x18\x04 \x01(\x01\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x32]\n\x0eLatencyService\x12K\n\nGetLatency\x12\x1d.abreast.v1.GetLatencyRequest\x1a\x1e.abreast.v1.GetLatencyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61\x62reast/v1/latency.proto\x12\nabreast.v1\x1a\x17\x61\x62reast/v1/common.proto\x1a\x1egoogle/protobuf/duration.proto\"\x7f\n\x11GetLatencyRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\r\n\x05route\x18\x03 \x01(\t\x12&\n\x06window\x18\x04 \x01(\x0b\x32\x16.abreast.v1.TimeWindow\x12\x12\n\nconfidence\x18\x05 \x01(\x01\"\xa7\x02\n\x11LatencyPercentile\x12\x10\n\x08quantile\x18\x01 \x01(\x01\x12&\n\x03old\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03new\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07old_low\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08old_high\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07new_low\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08new_high\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xa0\x01\n\x11LatencyDifference\x12\x10\n\x08quantile\x18\x01 \x01(\x01\x12(\n\x05value\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12&\n\x03low\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04high\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"e\n\x0cLatencyRatio\x12\x10\n\x08quantile\x18\x01 \x01(\x01\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x10\n\x03low\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_lowB\x07\n\x05_high\"\xe1\x01\n\rPairedLatency\x12\r\n\x05pairs\x18\x01 \x01(\x03\x12\x32\n\x0bpercentiles\x18\x02 \x03(\x0b\x32\x1d.abreast.v1.LatencyPercentile\x12\x32\n\x0b\x64ifferences\x18\x03 \x03(\x0b\x32\x1d.abreast.v1.LatencyDifference\x12(\n\x06ratios\x18\x04 \x03(\x0b\x32\x18.abreast.v1.LatencyRatio\x12\x16\n\x0e\x62\x61seline_pairs\x18\x05 \x01(\x03\x12\x17\n\x0funmatched_pairs\x18\x06 \x01(\x03\"\xb5\x01\n\x12GetLatencyResponse\x12&\n\x08\x65ndpoint\x18\x01 \x01(\x0b\x32\x14.abreast.v1.Endpoint\x12\'\n\x04warm\x18\x02 \x01(\x0b\x32\x19.abreast.v1.PairedLatency\x12\'\n\x04\x63old\x18\x03 \x01(\x0b\x32\x19.abreast.v1.PairedLatency\x12\x12\n\nconfidence\x18\x04 \x01(\x01\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x32]\n\x0eLatencyService\x12K\n\nGetLatency\x12\x1d.abreast.v1.GetLatencyRequest\x1a\x1e.abreast.v1.GetLatencyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,16 +35,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETLATENCYREQUEST']._serialized_start=97
   _globals['_GETLATENCYREQUEST']._serialized_end=224
-  _globals['_LATENCYPERCENTILE']._serialized_start=226
-  _globals['_LATENCYPERCENTILE']._serialized_end=343
-  _globals['_LATENCYDIFFERENCE']._serialized_start=346
-  _globals['_LATENCYDIFFERENCE']._serialized_end=506
-  _globals['_LATENCYRATIO']._serialized_start=508
-  _globals['_LATENCYRATIO']._serialized_end=609
-  _globals['_PAIREDLATENCY']._serialized_start=612
-  _globals['_PAIREDLATENCY']._serialized_end=812
-  _globals['_GETLATENCYRESPONSE']._serialized_start=815
-  _globals['_GETLATENCYRESPONSE']._serialized_end=996
-  _globals['_LATENCYSERVICE']._serialized_start=998
-  _globals['_LATENCYSERVICE']._serialized_end=1091
+  _globals['_LATENCYPERCENTILE']._serialized_start=227
+  _globals['_LATENCYPERCENTILE']._serialized_end=522
+  _globals['_LATENCYDIFFERENCE']._serialized_start=525
+  _globals['_LATENCYDIFFERENCE']._serialized_end=685
+  _globals['_LATENCYRATIO']._serialized_start=687
+  _globals['_LATENCYRATIO']._serialized_end=788
+  _globals['_PAIREDLATENCY']._serialized_start=791
+  _globals['_PAIREDLATENCY']._serialized_end=1016
+  _globals['_GETLATENCYRESPONSE']._serialized_start=1019
+  _globals['_GETLATENCYRESPONSE']._serialized_end=1200
+  _globals['_LATENCYSERVICE']._serialized_start=1202
+  _globals['_LATENCYSERVICE']._serialized_end=1295
 # @@protoc_insertion_point(module_scope)

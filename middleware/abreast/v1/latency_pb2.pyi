@@ -69,6 +69,10 @@ class LatencyPercentile(_message.Message):
     QUANTILE_FIELD_NUMBER: _builtins.int
     OLD_FIELD_NUMBER: _builtins.int
     NEW_FIELD_NUMBER: _builtins.int
+    OLD_LOW_FIELD_NUMBER: _builtins.int
+    OLD_HIGH_FIELD_NUMBER: _builtins.int
+    NEW_LOW_FIELD_NUMBER: _builtins.int
+    NEW_HIGH_FIELD_NUMBER: _builtins.int
     quantile: _builtins.float
     """The quantile, such as 0.99."""
     @_builtins.property
@@ -79,16 +83,36 @@ class LatencyPercentile(_message.Message):
     def new(self) -> _duration_pb2.Duration:
         """Time of the new version."""
 
+    @_builtins.property
+    def old_low(self) -> _duration_pb2.Duration:
+        """Confidence interval of the old version's percentile. Unset limits: too few pairs."""
+
+    @_builtins.property
+    def old_high(self) -> _duration_pb2.Duration:
+        """The upper limit."""
+
+    @_builtins.property
+    def new_low(self) -> _duration_pb2.Duration:
+        """Confidence interval of the new version's percentile. Unset limits: too few pairs."""
+
+    @_builtins.property
+    def new_high(self) -> _duration_pb2.Duration:
+        """The upper limit."""
+
     def __init__(
         self,
         *,
         quantile: _builtins.float = ...,
         old: _duration_pb2.Duration | None = ...,
         new: _duration_pb2.Duration | None = ...,
+        old_low: _duration_pb2.Duration | None = ...,
+        old_high: _duration_pb2.Duration | None = ...,
+        new_low: _duration_pb2.Duration | None = ...,
+        new_high: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["new", b"new", "old", b"old"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["new", b"new", "new_high", b"new_high", "new_low", b"new_low", "old", b"old", "old_high", b"old_high", "old_low", b"old_low"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["new", b"new", "old", b"old", "quantile", b"quantile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["new", b"new", "new_high", b"new_high", "new_low", b"new_low", "old", b"old", "old_high", b"old_high", "old_low", b"old_low", "quantile", b"quantile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -186,12 +210,15 @@ class PairedLatency(_message.Message):
     DIFFERENCES_FIELD_NUMBER: _builtins.int
     RATIOS_FIELD_NUMBER: _builtins.int
     BASELINE_PAIRS_FIELD_NUMBER: _builtins.int
+    UNMATCHED_PAIRS_FIELD_NUMBER: _builtins.int
     pairs: _builtins.int
     """Number of pairs."""
     baseline_pairs: _builtins.int
     """Number of pairs with a baseline copy. If there are 20 or more, differences and ratios compare the two copies of
     these pairs. If there are fewer, this is 0, and they compare a copy with the live answer of all pairs.
     """
+    unmatched_pairs: _builtins.int
+    """Number of pairs without a difference and a ratio, because one version was busier than the other."""
     @_builtins.property
     def percentiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___LatencyPercentile]:
         """The times of each version at 50, 90, 95 and 99 percent."""
@@ -212,10 +239,11 @@ class PairedLatency(_message.Message):
         differences: _abc.Iterable[Global___LatencyDifference] | None = ...,
         ratios: _abc.Iterable[Global___LatencyRatio] | None = ...,
         baseline_pairs: _builtins.int = ...,
+        unmatched_pairs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_pairs", b"baseline_pairs", "differences", b"differences", "pairs", b"pairs", "percentiles", b"percentiles", "ratios", b"ratios"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_pairs", b"baseline_pairs", "differences", b"differences", "pairs", b"pairs", "percentiles", b"percentiles", "ratios", b"ratios", "unmatched_pairs", b"unmatched_pairs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

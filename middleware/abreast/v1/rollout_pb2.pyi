@@ -594,12 +594,18 @@ class StartRampRequest(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     ACTOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REQUIRE_DRILL_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service. May be empty if there is only one."""
     actor: _builtins.str
     """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
     """The reason for the record, at most 2000 characters."""
+    require_drill: _builtins.bool
+    """True: refuse to start unless a drill has passed with the newest release of the new version."""
+    force: _builtins.bool
+    """Start even if the verdict is FAIL. Without it: FAILED_PRECONDITION, with the reasons."""
     @_builtins.property
     def plan(self) -> Global___RampPlan:
         """The plan."""
@@ -611,10 +617,12 @@ class StartRampRequest(_message.Message):
         plan: Global___RampPlan | None = ...,
         actor: _builtins.str = ...,
         reason: _builtins.str = ...,
+        require_drill: _builtins.bool = ...,
+        force: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "plan", b"plan", "reason", b"reason", "service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "force", b"force", "plan", b"plan", "reason", b"reason", "require_drill", b"require_drill", "service", b"service"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -627,18 +635,24 @@ class StartRampResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RAMP_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ramp(self) -> Global___Ramp:
         """The ramp."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Reasons to doubt, such as an INCONCLUSIVE verdict."""
 
     def __init__(
         self,
         *,
         ramp: Global___Ramp | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ramp", b"ramp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ramp", b"ramp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ramp", b"ramp", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -805,3 +819,232 @@ class AbortRampResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortRampResponse: _TypeAlias = AbortRampResponse  # noqa: Y015
+
+@_typing.final
+class Drill(_message.Message):
+    """A drill of a service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    ACTIVE_FIELD_NUMBER: _builtins.int
+    RESPONSES_FIELD_NUMBER: _builtins.int
+    SERVER_ERRORS_FIELD_NUMBER: _builtins.int
+    FAULTS_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    """The service."""
+    active: _builtins.bool
+    """True while requests get the fault."""
+    responses: _builtins.int
+    """Responses to users since the start of the Envoys. Unset if no sidecar reads their counters."""
+    server_errors: _builtins.int
+    """Responses with a server error among them."""
+    faults: _builtins.int
+    """Requests that got the fault."""
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+        active: _builtins.bool = ...,
+        responses: _builtins.int | None = ...,
+        server_errors: _builtins.int | None = ...,
+        faults: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_faults", b"_faults", "_responses", b"_responses", "_server_errors", b"_server_errors", "faults", b"faults", "responses", b"responses", "server_errors", b"server_errors"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_faults", b"_faults", "_responses", b"_responses", "_server_errors", b"_server_errors", "active", b"active", "faults", b"faults", "responses", b"responses", "server_errors", b"server_errors", "service", b"service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__faults: _TypeAlias = _typing.Literal["faults"]  # noqa: Y015
+    _WhichOneofArgType__faults: _TypeAlias = _typing.Literal["_faults", b"_faults"]  # noqa: Y015
+    _WhichOneofReturnType__responses: _TypeAlias = _typing.Literal["responses"]  # noqa: Y015
+    _WhichOneofArgType__responses: _TypeAlias = _typing.Literal["_responses", b"_responses"]  # noqa: Y015
+    _WhichOneofReturnType__server_errors: _TypeAlias = _typing.Literal["server_errors"]  # noqa: Y015
+    _WhichOneofArgType__server_errors: _TypeAlias = _typing.Literal["_server_errors", b"_server_errors"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__faults) -> _WhichOneofReturnType__faults | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__responses) -> _WhichOneofReturnType__responses | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__server_errors) -> _WhichOneofReturnType__server_errors | None: ...
+
+Global___Drill: _TypeAlias = Drill  # noqa: Y015
+
+@_typing.final
+class GetDrillRequest(_message.Message):
+    """Request of GetDrill."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    """The service. May be empty if there is only one."""
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["service", b"service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDrillRequest: _TypeAlias = GetDrillRequest  # noqa: Y015
+
+@_typing.final
+class GetDrillResponse(_message.Message):
+    """Response of GetDrill."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRILL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def drill(self) -> Global___Drill:
+        """The drill."""
+
+    def __init__(
+        self,
+        *,
+        drill: Global___Drill | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drill", b"drill"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drill", b"drill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetDrillResponse: _TypeAlias = GetDrillResponse  # noqa: Y015
+
+@_typing.final
+class StartDrillRequest(_message.Message):
+    """Request of StartDrill."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    DELAY_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    BY_HEADER_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    """The service. May be empty if there is only one."""
+    share: _builtins.float
+    """Part of the requests to the new version that get the fault, above 0 and up to 1. Rounded down to hundredths of a
+    percent of all users.
+    """
+    actor: _builtins.str
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
+    reason: _builtins.str
+    """The reason for the record, at most 2000 characters."""
+    by_header: _builtins.bool
+    """Only requests with the header `abreast-drill` get the fault, in the same share. The new version gets the header too."""
+    @_builtins.property
+    def delay(self) -> _duration_pb2.Duration:
+        """Delay of these requests, at most 60 s. Unset: Envoy answers them with status 503 instead."""
+
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration:
+        """Duration of the fault in whole seconds, 1 s to 10 min."""
+
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+        share: _builtins.float = ...,
+        delay: _duration_pb2.Duration | None = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        actor: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        by_header: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["delay", b"delay", "duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "by_header", b"by_header", "delay", b"delay", "duration", b"duration", "reason", b"reason", "service", b"service", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartDrillRequest: _TypeAlias = StartDrillRequest  # noqa: Y015
+
+@_typing.final
+class StartDrillResponse(_message.Message):
+    """Response of StartDrill."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRILL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def drill(self) -> Global___Drill:
+        """The drill."""
+
+    def __init__(
+        self,
+        *,
+        drill: Global___Drill | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drill", b"drill"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drill", b"drill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartDrillResponse: _TypeAlias = StartDrillResponse  # noqa: Y015
+
+@_typing.final
+class EndDrillRequest(_message.Message):
+    """Request of EndDrill."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVICE_FIELD_NUMBER: _builtins.int
+    PASSED_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    service: _builtins.str
+    """The service. May be empty if there is only one."""
+    passed: _builtins.bool
+    """True if users noticed no error. A ramp can require it."""
+    actor: _builtins.str
+    """The actor for the record, at most 200 characters. Empty: the address of the caller."""
+    reason: _builtins.str
+    """The reason for the record, at most 2000 characters."""
+    def __init__(
+        self,
+        *,
+        service: _builtins.str = ...,
+        passed: _builtins.bool = ...,
+        actor: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "passed", b"passed", "reason", b"reason", "service", b"service"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndDrillRequest: _TypeAlias = EndDrillRequest  # noqa: Y015
+
+@_typing.final
+class EndDrillResponse(_message.Message):
+    """Response of EndDrill."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRILL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def drill(self) -> Global___Drill:
+        """The drill."""
+
+    def __init__(
+        self,
+        *,
+        drill: Global___Drill | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drill", b"drill"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drill", b"drill"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndDrillResponse: _TypeAlias = EndDrillResponse  # noqa: Y015

@@ -76,6 +76,21 @@ class RolloutServiceStub(object):
                 request_serializer=abreast_dot_v1_dot_rollout__pb2.AbortRampRequest.SerializeToString,
                 response_deserializer=abreast_dot_v1_dot_rollout__pb2.AbortRampResponse.FromString,
                 _registered_method=True)
+        self.GetDrill = channel.unary_unary(
+                '/abreast.v1.RolloutService/GetDrill',
+                request_serializer=abreast_dot_v1_dot_rollout__pb2.GetDrillRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_rollout__pb2.GetDrillResponse.FromString,
+                _registered_method=True)
+        self.StartDrill = channel.unary_unary(
+                '/abreast.v1.RolloutService/StartDrill',
+                request_serializer=abreast_dot_v1_dot_rollout__pb2.StartDrillRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_rollout__pb2.StartDrillResponse.FromString,
+                _registered_method=True)
+        self.EndDrill = channel.unary_unary(
+                '/abreast.v1.RolloutService/EndDrill',
+                request_serializer=abreast_dot_v1_dot_rollout__pb2.EndDrillRequest.SerializeToString,
+                response_deserializer=abreast_dot_v1_dot_rollout__pb2.EndDrillResponse.FromString,
+                _registered_method=True)
 
 
 class RolloutServiceServicer(object):
@@ -137,6 +152,28 @@ class RolloutServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDrill(self, request, context):
+        """Returns what Envoys counted at the users' side.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartDrill(self, request, context):
+        """Starts a fault for a part of the requests to the new version. It ends after its duration, with EndDrill, and with
+        any change of the traffic settings. FAILED_PRECONDITION: a ramp or a drill is active, or new has too few users.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndDrill(self, request, context):
+        """Ends the drill and records its result. Safe to repeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RolloutServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -174,6 +211,21 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     servicer.AbortRamp,
                     request_deserializer=abreast_dot_v1_dot_rollout__pb2.AbortRampRequest.FromString,
                     response_serializer=abreast_dot_v1_dot_rollout__pb2.AbortRampResponse.SerializeToString,
+            ),
+            'GetDrill': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDrill,
+                    request_deserializer=abreast_dot_v1_dot_rollout__pb2.GetDrillRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_rollout__pb2.GetDrillResponse.SerializeToString,
+            ),
+            'StartDrill': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartDrill,
+                    request_deserializer=abreast_dot_v1_dot_rollout__pb2.StartDrillRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_rollout__pb2.StartDrillResponse.SerializeToString,
+            ),
+            'EndDrill': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndDrill,
+                    request_deserializer=abreast_dot_v1_dot_rollout__pb2.EndDrillRequest.FromString,
+                    response_serializer=abreast_dot_v1_dot_rollout__pb2.EndDrillResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -372,6 +424,87 @@ class RolloutService(object):
             '/abreast.v1.RolloutService/AbortRamp',
             abreast_dot_v1_dot_rollout__pb2.AbortRampRequest.SerializeToString,
             abreast_dot_v1_dot_rollout__pb2.AbortRampResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDrill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/abreast.v1.RolloutService/GetDrill',
+            abreast_dot_v1_dot_rollout__pb2.GetDrillRequest.SerializeToString,
+            abreast_dot_v1_dot_rollout__pb2.GetDrillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartDrill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/abreast.v1.RolloutService/StartDrill',
+            abreast_dot_v1_dot_rollout__pb2.StartDrillRequest.SerializeToString,
+            abreast_dot_v1_dot_rollout__pb2.StartDrillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndDrill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/abreast.v1.RolloutService/EndDrill',
+            abreast_dot_v1_dot_rollout__pb2.EndDrillRequest.SerializeToString,
+            abreast_dot_v1_dot_rollout__pb2.EndDrillResponse.FromString,
             options,
             channel_credentials,
             insecure,

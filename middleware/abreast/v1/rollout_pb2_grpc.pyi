@@ -37,6 +37,14 @@ class RolloutServiceStub:
     """Resumes a ramp, and restarts the time of the step."""
     AbortRamp: _aio.UnaryUnaryMultiCallable[_rollout_pb2.AbortRampRequest, _rollout_pb2.AbortRampResponse]
     """Ends the ramp, and sends all users to the old version."""
+    GetDrill: _aio.UnaryUnaryMultiCallable[_rollout_pb2.GetDrillRequest, _rollout_pb2.GetDrillResponse]
+    """Returns what Envoys counted at the users' side."""
+    StartDrill: _aio.UnaryUnaryMultiCallable[_rollout_pb2.StartDrillRequest, _rollout_pb2.StartDrillResponse]
+    """Starts a fault for a part of the requests to the new version. It ends after its duration, with EndDrill, and with
+    any change of the traffic settings. FAILED_PRECONDITION: a ramp or a drill is active, or new has too few users.
+    """
+    EndDrill: _aio.UnaryUnaryMultiCallable[_rollout_pb2.EndDrillRequest, _rollout_pb2.EndDrillResponse]
+    """Ends the drill and records its result. Safe to repeat."""
 
 class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
     """Configures the automatic rollback (guard) and the gradual rollout (ramp) of a service.
@@ -103,5 +111,31 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_rollout_pb2.AbortRampRequest, _abc.Awaitable[_rollout_pb2.AbortRampResponse]],
     ) -> _abc.Awaitable[_rollout_pb2.AbortRampResponse]:
         """Ends the ramp, and sends all users to the old version."""
+
+    @_abc_1.abstractmethod
+    def GetDrill(
+        self,
+        request: _rollout_pb2.GetDrillRequest,
+        context: _aio.ServicerContext[_rollout_pb2.GetDrillRequest, _abc.Awaitable[_rollout_pb2.GetDrillResponse]],
+    ) -> _abc.Awaitable[_rollout_pb2.GetDrillResponse]:
+        """Returns what Envoys counted at the users' side."""
+
+    @_abc_1.abstractmethod
+    def StartDrill(
+        self,
+        request: _rollout_pb2.StartDrillRequest,
+        context: _aio.ServicerContext[_rollout_pb2.StartDrillRequest, _abc.Awaitable[_rollout_pb2.StartDrillResponse]],
+    ) -> _abc.Awaitable[_rollout_pb2.StartDrillResponse]:
+        """Starts a fault for a part of the requests to the new version. It ends after its duration, with EndDrill, and with
+        any change of the traffic settings. FAILED_PRECONDITION: a ramp or a drill is active, or new has too few users.
+        """
+
+    @_abc_1.abstractmethod
+    def EndDrill(
+        self,
+        request: _rollout_pb2.EndDrillRequest,
+        context: _aio.ServicerContext[_rollout_pb2.EndDrillRequest, _abc.Awaitable[_rollout_pb2.EndDrillResponse]],
+    ) -> _abc.Awaitable[_rollout_pb2.EndDrillResponse]:
+        """Ends the drill and records its result. Safe to repeat."""
 
 def add_RolloutServiceServicer_to_server(servicer: RolloutServiceServicer, server: _aio.Server) -> None: ...

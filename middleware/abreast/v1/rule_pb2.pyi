@@ -420,7 +420,7 @@ class ListRulesRequest(_message.Message):
     include_deleted: _builtins.bool
     """Include deleted rules."""
     page_size: _builtins.int
-    """Maximum number of entries, 1 to 1000. 0 means 100."""
+    """Maximum number of entries. 0 means 100, and more than 1000 means 1000."""
     page_token: _builtins.str
     """`next_page_token` of the previous response. The other fields must not change."""
     def __init__(

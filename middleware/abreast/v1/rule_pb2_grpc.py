@@ -31,7 +31,7 @@ class RuleServiceStub(object):
 
     Errors: INVALID_ARGUMENT for an invalid rule, with advice. NOT_FOUND for an unknown id. FAILED_PRECONDITION with the
     reason RULE_TOO_BROAD for a rule that would hide more than intended. UNAVAILABLE while the ledger can't be reached.
-    Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Each error carries a google.rpc.ErrorInfo with the domain `abreast.v1`.
     """
 
     def __init__(self, channel):
@@ -73,7 +73,7 @@ class RuleServiceServicer(object):
 
     Errors: INVALID_ARGUMENT for an invalid rule, with advice. NOT_FOUND for an unknown id. FAILED_PRECONDITION with the
     reason RULE_TOO_BROAD for a rule that would hide more than intended. UNAVAILABLE while the ledger can't be reached.
-    Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Each error carries a google.rpc.ErrorInfo with the domain `abreast.v1`.
     """
 
     def CreateRule(self, request, context):
@@ -153,7 +153,7 @@ class RuleService(object):
 
     Errors: INVALID_ARGUMENT for an invalid rule, with advice. NOT_FOUND for an unknown id. FAILED_PRECONDITION with the
     reason RULE_TOO_BROAD for a rule that would hide more than intended. UNAVAILABLE while the ledger can't be reached.
-    Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Each error carries a google.rpc.ErrorInfo with the domain `abreast.v1`.
     """
 
     @staticmethod

@@ -18,7 +18,7 @@ class RuleServiceStub:
 
     Errors: INVALID_ARGUMENT for an invalid rule, with advice. NOT_FOUND for an unknown id. FAILED_PRECONDITION with the
     reason RULE_TOO_BROAD for a rule that would hide more than intended. UNAVAILABLE while the ledger can't be reached.
-    Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Each error carries a google.rpc.ErrorInfo with the domain `abreast.v1`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -39,7 +39,7 @@ class RuleServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors: INVALID_ARGUMENT for an invalid rule, with advice. NOT_FOUND for an unknown id. FAILED_PRECONDITION with the
     reason RULE_TOO_BROAD for a rule that would hide more than intended. UNAVAILABLE while the ledger can't be reached.
-    Each error carries a google.rpc.ErrorInfo with the domain `abreast`.
+    Each error carries a google.rpc.ErrorInfo with the domain `abreast.v1`.
     """
 
     @_abc_1.abstractmethod

@@ -27,43 +27,55 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61\x62reast/v1/traffic.proto\x12\nabreast.v1\x1a\x18\x61\x62reast/v1/rollout.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc8\x01\n\x07Traffic\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x11\n\tnew_share\x18\x02 \x01(\x01\x12\x13\n\x0bsample_safe\x18\x03 \x01(\x01\x12\x15\n\rsample_unsafe\x18\x04 \x01(\x01\x12\x16\n\x0e\x62\x61seline_share\x18\x05 \x01(\x01\x12\x13\n\x0brolled_back\x18\x06 \x01(\x08\x12\x0f\n\x07version\x18\x07 \x01(\x03\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x9e\x01\n\x0b\x45nvoyStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x1c\n\x14\x61\x63knowledged_version\x18\x02 \x01(\x03\x12\x35\n\x12\x61\x63knowledged_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0c\n\x04peer\x18\x05 \x01(\t\x12\x0f\n\x07sidecar\x18\x06 \x01(\t\"$\n\x11GetTrafficRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"x\n\x12GetTrafficResponse\x12$\n\x07traffic\x18\x01 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\'\n\x06\x65nvoys\x18\x02 \x03(\x0b\x32\x17.abreast.v1.EnvoyStatus\x12\x13\n\x0bpeers_error\x18\x03 \x01(\t\"\x9d\x02\n\x14UpdateTrafficRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x16\n\tnew_share\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x0bsample_safe\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rsample_unsafe\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x1b\n\x0e\x62\x61seline_share\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\'\n\x04wait\x18\x08 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0c\n\n_new_shareB\x0e\n\x0c_sample_safeB\x10\n\x0e_sample_unsafeB\x11\n\x0f_baseline_share\"{\n\x15UpdateTrafficResponse\x12$\n\x07traffic\x18\x01 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\'\n\x06\x65nvoys\x18\x02 \x03(\x0b\x32\x17.abreast.v1.EnvoyStatus\x12\x13\n\x0bpeers_error\x18\x03 \x01(\t\"j\n\x0fRollbackRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\'\n\x04wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb6\x01\n\x10RollbackResponse\x12$\n\x07traffic\x18\x01 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\'\n\x06\x65nvoys\x18\x02 \x03(\x0b\x32\x17.abreast.v1.EnvoyStatus\x12\x13\n\x0bpeers_error\x18\x03 \x01(\t\x12%\n\x08previous\x18\x04 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\x17\n\x0frecording_error\x18\x05 \x01(\t\"i\n\x0ePromoteRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\'\n\x04wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"u\n\x0fPromoteResponse\x12$\n\x07traffic\x18\x01 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\'\n\x06\x65nvoys\x18\x02 \x03(\x0b\x32\x17.abreast.v1.EnvoyStatus\x12\x13\n\x0bpeers_error\x18\x03 \x01(\t\"&\n\x13WatchTrafficRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"z\n\x14WatchTrafficResponse\x12$\n\x07traffic\x18\x01 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\'\n\x06\x65nvoys\x18\x02 \x03(\x0b\x32\x17.abreast.v1.EnvoyStatus\x12\x13\n\x0bpeers_error\x18\x03 \x01(\t\"R\n\x18ListTrafficEventsRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"\xf0\x02\n\x0cTrafficEvent\x12\n\n\x02id\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12#\n\x06\x62\x65\x66ore\x18\x06 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\"\n\x05\x61\x66ter\x18\x07 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12-\n\x0cguard_before\x18\x08 \x01(\x0b\x32\x17.abreast.v1.GuardPolicy\x12,\n\x0bguard_after\x18\t \x01(\x0b\x32\x17.abreast.v1.GuardPolicy\x12*\n\x0bramp_before\x18\n \x01(\x0b\x32\x15.abreast.v1.RampState\x12)\n\nramp_after\x18\x0b \x01(\x0b\x32\x15.abreast.v1.RampState\"^\n\x19ListTrafficEventsResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.abreast.v1.TrafficEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xf5\x03\n\x0eTrafficService\x12K\n\nGetTraffic\x12\x1d.abreast.v1.GetTrafficRequest\x1a\x1e.abreast.v1.GetTrafficResponse\x12T\n\rUpdateTraffic\x12 .abreast.v1.UpdateTrafficRequest\x1a!.abreast.v1.UpdateTrafficResponse\x12\x45\n\x08Rollback\x12\x1b.abreast.v1.RollbackRequest\x1a\x1c.abreast.v1.RollbackResponse\x12\x42\n\x07Promote\x12\x1a.abreast.v1.PromoteRequest\x1a\x1b.abreast.v1.PromoteResponse\x12S\n\x0cWatchTraffic\x12\x1f.abreast.v1.WatchTrafficRequest\x1a .abreast.v1.WatchTrafficResponse0\x01\x12`\n\x11ListTrafficEvents\x12$.abreast.v1.ListTrafficEventsRequest\x1a%.abreast.v1.ListTrafficEventsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61\x62reast/v1/traffic.proto\x12\nabreast.v1\x1a\x18\x61\x62reast/v1/rollout.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xca\x02\n\x07Traffic\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x11\n\tnew_share\x18\x02 \x01(\x01\x12\x13\n\x0bsample_safe\x18\x03 \x01(\x01\x12\x15\n\rsample_unsafe\x18\x04 \x01(\x01\x12\x16\n\x0e\x62\x61seline_share\x18\x05 \x01(\x01\x12\x13\n\x0brolled_back\x18\x06 \x01(\x08\x12\x0f\n\x07version\x18\x07 \x01(\x03\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x64rill_share\x18\t \x01(\x01\x12\x38\n\x0brule_shares\x18\n \x03(\x0b\x32#.abreast.v1.Traffic.RuleSharesEntry\x1a\x31\n\x0fRuleSharesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x9e\x01\n\x0b\x45nvoyStatus\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x1c\n\x14\x61\x63knowledged_version\x18\x02 \x01(\x03\x12\x35\n\x12\x61\x63knowledged_after\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x0c\n\x04peer\x18\x05 \x01(\t\x12\x0f\n\x07sidecar\x18\x06 \x01(\t\"$\n\x11GetTrafficRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"\xe8\x01\n\x12GetTrafficResponse\x12$\n\x07traffic\x18\x01 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\'\n\x06\x65nvoys\x18\x02 \x03(\x0b\x32\x17.abreast.v1.EnvoyStatus\x12\x13\n\x0bpeers_error\x18\x03 \x01(\t\x12\x10\n\x08warnings\x18\x04 \x03(\t\x12\x35\n\x10\x65\x66\x66\x65\x63tive_sample\x18\x05 \x01(\x0b\x32\x1b.abreast.v1.EffectiveSample\x12%\n\x05rules\x18\x06 \x03(\x0b\x32\x16.abreast.v1.SampleRule\"w\n\nSampleRule\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tcondition\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\x12\x15\n\rinitial_share\x18\x04 \x01(\x01\x12\x0f\n\x07sampled\x18\x05 \x01(\x03\x12\x11\n\tnot_query\x18\x06 \x01(\x03\"3\n\x0f\x45\x66\x66\x65\x63tiveSample\x12\x10\n\x08selected\x18\x01 \x01(\x03\x12\x0e\n\x06\x63opied\x18\x02 \x01(\x03\"\xda\x03\n\x14UpdateTrafficRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x16\n\tnew_share\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x0bsample_safe\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rsample_unsafe\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x1b\n\x0e\x62\x61seline_share\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\r\n\x05\x61\x63tor\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\'\n\x04wait\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x66orce\x18\t \x01(\x08\x12\x1d\n\x10\x65xpected_version\x18\n \x01(\x03H\x04\x88\x01\x01\x12\x45\n\x0brule_shares\x18\x0b \x03(\x0b\x32\x30.abreast.v1.UpdateTrafficRequest.RuleSharesEntry\x1a\x31\n\x0fRuleSharesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0c\n\n_new_shareB\x0e\n\x0c_sample_safeB\x10\n\x0e_sample_unsafeB\x11\n\x0f_baseline_shareB\x13\n\x11_expected_version\"\x8d\x01\n\x15UpdateTrafficResponse\x12$\n\x07traffic\x18\x01 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\'\n\x06\x65nvoys\x18\x02 \x03(\x0b\x32\x17.abreast.v1.EnvoyStatus\x12\x13\n\x0bpeers_error\x18\x03 \x01(\t\x12\x10\n\x08warnings\x18\x04 \x03(\t\"j\n\x0fRollbackRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\'\n\x04wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb6\x01\n\x10RollbackResponse\x12$\n\x07traffic\x18\x01 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\'\n\x06\x65nvoys\x18\x02 \x03(\x0b\x32\x17.abreast.v1.EnvoyStatus\x12\x13\n\x0bpeers_error\x18\x03 \x01(\t\x12%\n\x08previous\x18\x04 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\x17\n\x0frecording_error\x18\x05 \x01(\t\"\xac\x01\n\x0ePromoteRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\r\n\x05\x61\x63tor\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\'\n\x04wait\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05\x66orce\x18\x05 \x01(\x08\x12\x1d\n\x10\x65xpected_version\x18\x06 \x01(\x03H\x00\x88\x01\x01\x42\x13\n\x11_expected_version\"\x87\x01\n\x0fPromoteResponse\x12$\n\x07traffic\x18\x01 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\'\n\x06\x65nvoys\x18\x02 \x03(\x0b\x32\x17.abreast.v1.EnvoyStatus\x12\x13\n\x0bpeers_error\x18\x03 \x01(\t\x12\x10\n\x08warnings\x18\x04 \x03(\t\"&\n\x13WatchTrafficRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\"z\n\x14WatchTrafficResponse\x12$\n\x07traffic\x18\x01 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\'\n\x06\x65nvoys\x18\x02 \x03(\x0b\x32\x17.abreast.v1.EnvoyStatus\x12\x13\n\x0bpeers_error\x18\x03 \x01(\t\"R\n\x18ListTrafficEventsRequest\x12\x0f\n\x07service\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"\xf0\x02\n\x0cTrafficEvent\x12\n\n\x02id\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x63tor\x18\x03 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12#\n\x06\x62\x65\x66ore\x18\x06 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12\"\n\x05\x61\x66ter\x18\x07 \x01(\x0b\x32\x13.abreast.v1.Traffic\x12-\n\x0cguard_before\x18\x08 \x01(\x0b\x32\x17.abreast.v1.GuardPolicy\x12,\n\x0bguard_after\x18\t \x01(\x0b\x32\x17.abreast.v1.GuardPolicy\x12*\n\x0bramp_before\x18\n \x01(\x0b\x32\x15.abreast.v1.RampState\x12)\n\nramp_after\x18\x0b \x01(\x0b\x32\x15.abreast.v1.RampState\"^\n\x19ListTrafficEventsResponse\x12(\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x18.abreast.v1.TrafficEvent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xf5\x03\n\x0eTrafficService\x12K\n\nGetTraffic\x12\x1d.abreast.v1.GetTrafficRequest\x1a\x1e.abreast.v1.GetTrafficResponse\x12T\n\rUpdateTraffic\x12 .abreast.v1.UpdateTrafficRequest\x1a!.abreast.v1.UpdateTrafficResponse\x12\x45\n\x08Rollback\x12\x1b.abreast.v1.RollbackRequest\x1a\x1c.abreast.v1.RollbackResponse\x12\x42\n\x07Promote\x12\x1a.abreast.v1.PromoteRequest\x1a\x1b.abreast.v1.PromoteResponse\x12S\n\x0cWatchTraffic\x12\x1f.abreast.v1.WatchTrafficRequest\x1a .abreast.v1.WatchTrafficResponse0\x01\x12`\n\x11ListTrafficEvents\x12$.abreast.v1.ListTrafficEventsRequest\x1a%.abreast.v1.ListTrafficEventsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'abreast.v1.traffic_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_TRAFFIC_RULESHARESENTRY']._loaded_options = None
+  _globals['_TRAFFIC_RULESHARESENTRY']._serialized_options = b'8\001'
+  _globals['_UPDATETRAFFICREQUEST_RULESHARESENTRY']._loaded_options = None
+  _globals['_UPDATETRAFFICREQUEST_RULESHARESENTRY']._serialized_options = b'8\001'
   _globals['_TRAFFIC']._serialized_start=132
-  _globals['_TRAFFIC']._serialized_end=332
-  _globals['_ENVOYSTATUS']._serialized_start=335
-  _globals['_ENVOYSTATUS']._serialized_end=493
-  _globals['_GETTRAFFICREQUEST']._serialized_start=495
-  _globals['_GETTRAFFICREQUEST']._serialized_end=531
-  _globals['_GETTRAFFICRESPONSE']._serialized_start=533
-  _globals['_GETTRAFFICRESPONSE']._serialized_end=653
-  _globals['_UPDATETRAFFICREQUEST']._serialized_start=656
-  _globals['_UPDATETRAFFICREQUEST']._serialized_end=941
-  _globals['_UPDATETRAFFICRESPONSE']._serialized_start=943
-  _globals['_UPDATETRAFFICRESPONSE']._serialized_end=1066
-  _globals['_ROLLBACKREQUEST']._serialized_start=1068
-  _globals['_ROLLBACKREQUEST']._serialized_end=1174
-  _globals['_ROLLBACKRESPONSE']._serialized_start=1177
-  _globals['_ROLLBACKRESPONSE']._serialized_end=1359
-  _globals['_PROMOTEREQUEST']._serialized_start=1361
-  _globals['_PROMOTEREQUEST']._serialized_end=1466
-  _globals['_PROMOTERESPONSE']._serialized_start=1468
-  _globals['_PROMOTERESPONSE']._serialized_end=1585
-  _globals['_WATCHTRAFFICREQUEST']._serialized_start=1587
-  _globals['_WATCHTRAFFICREQUEST']._serialized_end=1625
-  _globals['_WATCHTRAFFICRESPONSE']._serialized_start=1627
-  _globals['_WATCHTRAFFICRESPONSE']._serialized_end=1749
-  _globals['_LISTTRAFFICEVENTSREQUEST']._serialized_start=1751
-  _globals['_LISTTRAFFICEVENTSREQUEST']._serialized_end=1833
-  _globals['_TRAFFICEVENT']._serialized_start=1836
-  _globals['_TRAFFICEVENT']._serialized_end=2204
-  _globals['_LISTTRAFFICEVENTSRESPONSE']._serialized_start=2206
-  _globals['_LISTTRAFFICEVENTSRESPONSE']._serialized_end=2300
-  _globals['_TRAFFICSERVICE']._serialized_start=2303
-  _globals['_TRAFFICSERVICE']._serialized_end=2804
+  _globals['_TRAFFIC']._serialized_end=462
+  _globals['_TRAFFIC_RULESHARESENTRY']._serialized_start=413
+  _globals['_TRAFFIC_RULESHARESENTRY']._serialized_end=462
+  _globals['_ENVOYSTATUS']._serialized_start=465
+  _globals['_ENVOYSTATUS']._serialized_end=623
+  _globals['_GETTRAFFICREQUEST']._serialized_start=625
+  _globals['_GETTRAFFICREQUEST']._serialized_end=661
+  _globals['_GETTRAFFICRESPONSE']._serialized_start=664
+  _globals['_GETTRAFFICRESPONSE']._serialized_end=896
+  _globals['_SAMPLERULE']._serialized_start=898
+  _globals['_SAMPLERULE']._serialized_end=1017
+  _globals['_EFFECTIVESAMPLE']._serialized_start=1019
+  _globals['_EFFECTIVESAMPLE']._serialized_end=1070
+  _globals['_UPDATETRAFFICREQUEST']._serialized_start=1073
+  _globals['_UPDATETRAFFICREQUEST']._serialized_end=1547
+  _globals['_UPDATETRAFFICREQUEST_RULESHARESENTRY']._serialized_start=413
+  _globals['_UPDATETRAFFICREQUEST_RULESHARESENTRY']._serialized_end=462
+  _globals['_UPDATETRAFFICRESPONSE']._serialized_start=1550
+  _globals['_UPDATETRAFFICRESPONSE']._serialized_end=1691
+  _globals['_ROLLBACKREQUEST']._serialized_start=1693
+  _globals['_ROLLBACKREQUEST']._serialized_end=1799
+  _globals['_ROLLBACKRESPONSE']._serialized_start=1802
+  _globals['_ROLLBACKRESPONSE']._serialized_end=1984
+  _globals['_PROMOTEREQUEST']._serialized_start=1987
+  _globals['_PROMOTEREQUEST']._serialized_end=2159
+  _globals['_PROMOTERESPONSE']._serialized_start=2162
+  _globals['_PROMOTERESPONSE']._serialized_end=2297
+  _globals['_WATCHTRAFFICREQUEST']._serialized_start=2299
+  _globals['_WATCHTRAFFICREQUEST']._serialized_end=2337
+  _globals['_WATCHTRAFFICRESPONSE']._serialized_start=2339
+  _globals['_WATCHTRAFFICRESPONSE']._serialized_end=2461
+  _globals['_LISTTRAFFICEVENTSREQUEST']._serialized_start=2463
+  _globals['_LISTTRAFFICEVENTSREQUEST']._serialized_end=2545
+  _globals['_TRAFFICEVENT']._serialized_start=2548
+  _globals['_TRAFFICEVENT']._serialized_end=2916
+  _globals['_LISTTRAFFICEVENTSRESPONSE']._serialized_start=2918
+  _globals['_LISTTRAFFICEVENTSRESPONSE']._serialized_end=3012
+  _globals['_TRAFFICSERVICE']._serialized_start=3015
+  _globals['_TRAFFICSERVICE']._serialized_end=3516
 # @@protoc_insertion_point(module_scope)

@@ -29,6 +29,26 @@ class Traffic(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class RuleSharesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SERVICE_FIELD_NUMBER: _builtins.int
     NEW_SHARE_FIELD_NUMBER: _builtins.int
     SAMPLE_SAFE_FIELD_NUMBER: _builtins.int
@@ -37,6 +57,8 @@ class Traffic(_message.Message):
     ROLLED_BACK_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    DRILL_SHARE_FIELD_NUMBER: _builtins.int
+    RULE_SHARES_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service."""
     new_share: _builtins.float
@@ -51,9 +73,15 @@ class Traffic(_message.Message):
     """True after a rollback."""
     version: _builtins.int
     """Increases with every change."""
+    drill_share: _builtins.float
+    """Share of users whose requests get the fault of a drill, a part of new_share."""
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """The time of the last change."""
+
+    @_builtins.property
+    def rule_shares(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Shares of sampling rules that were set at run time, by the name of the rule. Other rules have the share of Envoy's file."""
 
     def __init__(
         self,
@@ -66,10 +94,12 @@ class Traffic(_message.Message):
         rolled_back: _builtins.bool = ...,
         version: _builtins.int = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        drill_share: _builtins.float = ...,
+        rule_shares: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_share", b"baseline_share", "new_share", b"new_share", "rolled_back", b"rolled_back", "sample_safe", b"sample_safe", "sample_unsafe", b"sample_unsafe", "service", b"service", "update_time", b"update_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline_share", b"baseline_share", "drill_share", b"drill_share", "new_share", b"new_share", "rolled_back", b"rolled_back", "rule_shares", b"rule_shares", "sample_safe", b"sample_safe", "sample_unsafe", b"sample_unsafe", "service", b"service", "update_time", b"update_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -101,8 +131,8 @@ class EnvoyStatus(_message.Message):
     """The host name and gRPC port of its sidecar."""
     @_builtins.property
     def acknowledged_after(self) -> _duration_pb2.Duration:
-        """Time from the change, or from a later connect, to the acknowledgement of the current settings. Unset if it has not
-        acknowledged them.
+        """Time from the change, or from a later connect, to the acknowledgement of exactly the current settings. Unset if it
+        has not acknowledged them, even if it has acknowledged a later version.
         """
 
     def __init__(
@@ -154,15 +184,32 @@ class GetTrafficResponse(_message.Message):
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
     PEERS_ERROR_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    EFFECTIVE_SAMPLE_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
     peers_error: _builtins.str
     """The reason why the Envoys of other sidecars are missing. Empty if they are included."""
     @_builtins.property
     def traffic(self) -> Global___Traffic:
-        """The settings."""
+        """The settings in force."""
 
     @_builtins.property
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
         """The Envoys that are connected to any sidecar."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Problems that need a person: the ledger has lost settings, someone has stored a rollback in Redis, or the sidecar has
+        lowered the sampling because copies queue.
+        """
+
+    @_builtins.property
+    def effective_sample(self) -> Global___EffectiveSample:
+        """The part of the selected requests that got a copy. Unset if Envoys selected none, or no sidecar reads their counters."""
+
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleRule]:
+        """The sampling rules of the connected Envoys, in their order. The first rule that matches a request decides."""
 
     def __init__(
         self,
@@ -170,20 +217,111 @@ class GetTrafficResponse(_message.Message):
         traffic: Global___Traffic | None = ...,
         envoys: _abc.Iterable[Global___EnvoyStatus] | None = ...,
         peers_error: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        effective_sample: Global___EffectiveSample | None = ...,
+        rules: _abc.Iterable[Global___SampleRule] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effective_sample", b"effective_sample", "traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "peers_error", b"peers_error", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effective_sample", b"effective_sample", "envoys", b"envoys", "peers_error", b"peers_error", "rules", b"rules", "traffic", b"traffic", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTrafficResponse: _TypeAlias = GetTrafficResponse  # noqa: Y015
 
 @_typing.final
+class SampleRule(_message.Message):
+    """A rule in the files of Envoys, which decides the share of the requests that it matches."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    INITIAL_SHARE_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
+    NOT_QUERY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    condition: _builtins.str
+    """The condition, as in the setting: `POST /search read-only`."""
+    share: _builtins.float
+    """Share of the matching requests that Envoys sample, in steps of 0.000001."""
+    initial_share: _builtins.float
+    """The share in Envoy's file."""
+    sampled: _builtins.int
+    """Requests that Envoys sampled by it. 0 if no sidecar reads their counters."""
+    not_query: _builtins.int
+    """The number of them without a copy, because they are not GraphQL queries."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        condition: _builtins.str = ...,
+        share: _builtins.float = ...,
+        initial_share: _builtins.float = ...,
+        sampled: _builtins.int = ...,
+        not_query: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "initial_share", b"initial_share", "name", b"name", "not_query", b"not_query", "sampled", b"sampled", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SampleRule: _TypeAlias = SampleRule  # noqa: Y015
+
+@_typing.final
+class EffectiveSample(_message.Message):
+    """Requests of the last ten minutes, by Envoy's counters. A sampled request that gets no copy is not compared."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SELECTED_FIELD_NUMBER: _builtins.int
+    COPIED_FIELD_NUMBER: _builtins.int
+    selected: _builtins.int
+    """Requests that the sampling shares selected."""
+    copied: _builtins.int
+    """The number of them whose copy Envoy sent. Copies that start later than the last reading are missing."""
+    def __init__(
+        self,
+        *,
+        selected: _builtins.int = ...,
+        copied: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copied", b"copied", "selected", b"selected"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EffectiveSample: _TypeAlias = EffectiveSample  # noqa: Y015
+
+@_typing.final
 class UpdateTrafficRequest(_message.Message):
     """Request of UpdateTraffic. Unset fields keep their values."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RuleSharesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     SERVICE_FIELD_NUMBER: _builtins.int
     NEW_SHARE_FIELD_NUMBER: _builtins.int
@@ -193,6 +331,9 @@ class UpdateTrafficRequest(_message.Message):
     ACTOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    RULE_SHARES_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service. May be empty if there is only one."""
     new_share: _builtins.float
@@ -209,9 +350,19 @@ class UpdateTrafficRequest(_message.Message):
     """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
     """The reason for the record, at most 2000 characters."""
+    force: _builtins.bool
+    """Send more users to the new version even if the verdict is FAIL. Without it: FAILED_PRECONDITION, with the reasons."""
+    expected_version: _builtins.int
+    """The `version` of the settings that the caller has read. ABORTED if they have changed since. Unset: any."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
         """Maximum time to wait for the acknowledgements of all Envoys, at most 10 s. Unset: 1 s."""
+
+    @_builtins.property
+    def rule_shares(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Shares of sampling rules, 0 to 1, by the name or the condition of the rule. A connected Envoy must have the rule, unless
+        its share was set before.
+        """
 
     def __init__(
         self,
@@ -224,13 +375,18 @@ class UpdateTrafficRequest(_message.Message):
         actor: _builtins.str = ...,
         reason: _builtins.str = ...,
         wait: _duration_pb2.Duration | None = ...,
+        force: _builtins.bool = ...,
+        expected_version: _builtins.int | None = ...,
+        rule_shares: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_baseline_share", b"_baseline_share", "_new_share", b"_new_share", "_sample_safe", b"_sample_safe", "_sample_unsafe", b"_sample_unsafe", "baseline_share", b"baseline_share", "new_share", b"new_share", "sample_safe", b"sample_safe", "sample_unsafe", b"sample_unsafe", "wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_baseline_share", b"_baseline_share", "_expected_version", b"_expected_version", "_new_share", b"_new_share", "_sample_safe", b"_sample_safe", "_sample_unsafe", b"_sample_unsafe", "baseline_share", b"baseline_share", "expected_version", b"expected_version", "new_share", b"new_share", "sample_safe", b"sample_safe", "sample_unsafe", b"sample_unsafe", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_baseline_share", b"_baseline_share", "_new_share", b"_new_share", "_sample_safe", b"_sample_safe", "_sample_unsafe", b"_sample_unsafe", "actor", b"actor", "baseline_share", b"baseline_share", "new_share", b"new_share", "reason", b"reason", "sample_safe", b"sample_safe", "sample_unsafe", b"sample_unsafe", "service", b"service", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_baseline_share", b"_baseline_share", "_expected_version", b"_expected_version", "_new_share", b"_new_share", "_sample_safe", b"_sample_safe", "_sample_unsafe", b"_sample_unsafe", "actor", b"actor", "baseline_share", b"baseline_share", "expected_version", b"expected_version", "force", b"force", "new_share", b"new_share", "reason", b"reason", "rule_shares", b"rule_shares", "sample_safe", b"sample_safe", "sample_unsafe", b"sample_unsafe", "service", b"service", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__baseline_share: _TypeAlias = _typing.Literal["baseline_share"]  # noqa: Y015
     _WhichOneofArgType__baseline_share: _TypeAlias = _typing.Literal["_baseline_share", b"_baseline_share"]  # noqa: Y015
+    _WhichOneofReturnType__expected_version: _TypeAlias = _typing.Literal["expected_version"]  # noqa: Y015
+    _WhichOneofArgType__expected_version: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version"]  # noqa: Y015
     _WhichOneofReturnType__new_share: _TypeAlias = _typing.Literal["new_share"]  # noqa: Y015
     _WhichOneofArgType__new_share: _TypeAlias = _typing.Literal["_new_share", b"_new_share"]  # noqa: Y015
     _WhichOneofReturnType__sample_safe: _TypeAlias = _typing.Literal["sample_safe"]  # noqa: Y015
@@ -239,6 +395,8 @@ class UpdateTrafficRequest(_message.Message):
     _WhichOneofArgType__sample_unsafe: _TypeAlias = _typing.Literal["_sample_unsafe", b"_sample_unsafe"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__baseline_share) -> _WhichOneofReturnType__baseline_share | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_version) -> _WhichOneofReturnType__expected_version | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__new_share) -> _WhichOneofReturnType__new_share | None: ...
     @_typing.overload
@@ -257,6 +415,7 @@ class UpdateTrafficResponse(_message.Message):
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
     PEERS_ERROR_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     peers_error: _builtins.str
     """The reason why the Envoys of other sidecars are missing. Empty if they are included."""
     @_builtins.property
@@ -267,16 +426,21 @@ class UpdateTrafficResponse(_message.Message):
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
         """The Envoys that are connected to any sidecar."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Reasons to doubt a higher share of users on the new version, such as an INCONCLUSIVE verdict."""
+
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
         envoys: _abc.Iterable[Global___EnvoyStatus] | None = ...,
         peers_error: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "peers_error", b"peers_error", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "peers_error", b"peers_error", "traffic", b"traffic", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,12 +538,18 @@ class PromoteRequest(_message.Message):
     ACTOR_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
     service: _builtins.str
     """The service. May be empty if there is only one."""
     actor: _builtins.str
     """The actor for the record, at most 200 characters. Empty: the address of the caller."""
     reason: _builtins.str
     """The reason for the record, at most 2000 characters."""
+    force: _builtins.bool
+    """Promote even if the verdict is FAIL. Without it: FAILED_PRECONDITION, with the reasons."""
+    expected_version: _builtins.int
+    """The `version` of the settings that the caller has read. ABORTED if they have changed since. Unset: any."""
     @_builtins.property
     def wait(self) -> _duration_pb2.Duration:
         """Maximum time to wait for the acknowledgements of all Envoys, at most 10 s. Unset: 1 s."""
@@ -391,12 +561,16 @@ class PromoteRequest(_message.Message):
         actor: _builtins.str = ...,
         reason: _builtins.str = ...,
         wait: _duration_pb2.Duration | None = ...,
+        force: _builtins.bool = ...,
+        expected_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["wait", b"wait"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "reason", b"reason", "service", b"service", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "actor", b"actor", "expected_version", b"expected_version", "force", b"force", "reason", b"reason", "service", b"service", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_version: _TypeAlias = _typing.Literal["expected_version"]  # noqa: Y015
+    _WhichOneofArgType__expected_version: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_version) -> _WhichOneofReturnType__expected_version | None: ...
 
 Global___PromoteRequest: _TypeAlias = PromoteRequest  # noqa: Y015
 
@@ -409,6 +583,7 @@ class PromoteResponse(_message.Message):
     TRAFFIC_FIELD_NUMBER: _builtins.int
     ENVOYS_FIELD_NUMBER: _builtins.int
     PEERS_ERROR_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     peers_error: _builtins.str
     """The reason why the Envoys of other sidecars are missing. Empty if they are included."""
     @_builtins.property
@@ -419,16 +594,21 @@ class PromoteResponse(_message.Message):
     def envoys(self) -> _containers.RepeatedCompositeFieldContainer[Global___EnvoyStatus]:
         """The Envoys that are connected to any sidecar."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Reasons to doubt, such as an INCONCLUSIVE verdict."""
+
     def __init__(
         self,
         *,
         traffic: Global___Traffic | None = ...,
         envoys: _abc.Iterable[Global___EnvoyStatus] | None = ...,
         peers_error: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["traffic", b"traffic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "peers_error", b"peers_error", "traffic", b"traffic"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envoys", b"envoys", "peers_error", b"peers_error", "traffic", b"traffic", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -502,7 +682,7 @@ class ListTrafficEventsRequest(_message.Message):
     service: _builtins.str
     """The service. May be empty if there is only one."""
     page_size: _builtins.int
-    """Maximum number of entries, 1 to 1000. 0 means 100."""
+    """Maximum number of entries. 0 means 100, and more than 1000 means 1000."""
     page_token: _builtins.str
     """`next_page_token` of the previous response. The other fields must not change."""
     def __init__(
@@ -540,11 +720,12 @@ class TrafficEvent(_message.Message):
     id: _builtins.int
     """Identifies the event. Later events have higher ids."""
     actor: _builtins.str
-    """The person, or `guard` or `ramp` for automatic changes."""
+    """The person, or `guard`, `ramp` or `sampling` for automatic changes."""
     action: _builtins.str
-    """The action. For traffic: `create`, `update`, `rollback` or `promote`. For a ramp: `ramp_start`, `ramp_step`,
-    `ramp_pause`, `ramp_resume`, `ramp_abort`, `ramp_succeed` or `ramp_end` (superseded). For the guard: `guard_set` or
-    `guard_would_roll_back`.
+    """The action. For traffic: `create`, `update`, `rollback`, `promote` or `reconcile` (a restored ledger had lost
+    settings). For a ramp: `ramp_start`, `ramp_step`, `ramp_pause`, `ramp_resume`, `ramp_abort`, `ramp_succeed` or
+    `ramp_end` (superseded). For the guard: `guard_set` or `guard_would_roll_back`. For a drill: `drill_start` or
+    `drill_end`.
     """
     reason: _builtins.str
     """The reason."""

@@ -92,8 +92,8 @@ class TrafficServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Sends all users to the old version, until Promote or UpdateTraffic. Safe to repeat. Works while the ledger can't be
-        reached: see RollbackResponse.recording_error.
+        """Sends all users to the old version, until Promote or UpdateTraffic. Each call makes a new version. Safe to repeat.
+        Works while the ledger can't be reached: see RollbackResponse.recording_error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

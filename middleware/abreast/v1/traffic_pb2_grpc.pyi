@@ -25,8 +25,8 @@ class TrafficServiceStub:
     UpdateTraffic: _aio.UnaryUnaryMultiCallable[_traffic_pb2.UpdateTrafficRequest, _traffic_pb2.UpdateTrafficResponse]
     """Changes the fields that the request sets, in one step. Safe to repeat."""
     Rollback: _aio.UnaryUnaryMultiCallable[_traffic_pb2.RollbackRequest, _traffic_pb2.RollbackResponse]
-    """Sends all users to the old version, until Promote or UpdateTraffic. Safe to repeat. Works while the ledger can't be
-    reached: see RollbackResponse.recording_error.
+    """Sends all users to the old version, until Promote or UpdateTraffic. Each call makes a new version. Safe to repeat.
+    Works while the ledger can't be reached: see RollbackResponse.recording_error.
     """
     Promote: _aio.UnaryUnaryMultiCallable[_traffic_pb2.PromoteRequest, _traffic_pb2.PromoteResponse]
     """Sends all users to the new version. Safe to repeat."""
@@ -64,8 +64,8 @@ class TrafficServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _traffic_pb2.RollbackRequest,
         context: _aio.ServicerContext[_traffic_pb2.RollbackRequest, _abc.Awaitable[_traffic_pb2.RollbackResponse]],
     ) -> _abc.Awaitable[_traffic_pb2.RollbackResponse]:
-        """Sends all users to the old version, until Promote or UpdateTraffic. Safe to repeat. Works while the ledger can't be
-        reached: see RollbackResponse.recording_error.
+        """Sends all users to the old version, until Promote or UpdateTraffic. Each call makes a new version. Safe to repeat.
+        Works while the ledger can't be reached: see RollbackResponse.recording_error.
         """
 
     @_abc_1.abstractmethod

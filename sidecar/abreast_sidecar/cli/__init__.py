@@ -11,7 +11,7 @@ import click
 
 from abreast_sidecar.cli.exit_codes import EXIT_MEANINGS, ExitCode, handle_error
 
-# `up`, `demo` and `drill` start processes while gRPC's threads run. gRPC's fork handlers can crash the new process.
+# `up`, `demo` and `faults` start processes while gRPC's threads run. gRPC's fork handlers can crash the new process.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # name → (module that defines NAME_command, line in the help)
@@ -19,14 +19,16 @@ COMMANDS = {
     "up": ("up", "Start everything for two versions that already run."),
     "demo": ("demo", "Run a demo shop in two versions and show what differs."),
     "sidecar": ("serve", "Run the worker, the API and Envoy's control plane."),
-    "envoy": ("envoy", "Render and validate Envoy's configuration."),
+    "collector": ("serve", "Receive the captures that Envoy makes."),
+    "envoy": ("serve", "Render and validate Envoy's configuration."),
+    "config": ("serve", "Check abreast.yaml, and describe its fields."),
     "migrate": ("serve", "Update the schema of the ledger."),
     "status": ("status", "Show the outcomes of the sampled requests."),
     "verdict": ("verdict", "Decide whether the new version can take over."),
-    "report": ("report", "Write the verdict and its evidence to two files."),
-    "endpoints": ("endpoints", "List the endpoints with outcomes and response times."),
-    "endpoint": ("endpoints", "Compare the response times of one endpoint."),
-    "findings": ("findings", "List the differences, one cause per row."),
+    "report": ("verdict", "Write the verdict and its evidence to two files."),
+    "endpoints": ("status", "List the endpoints with outcomes and response times."),
+    "endpoint": ("status", "Compare the response times of one endpoint."),
+    "findings": ("findings", "List the differences by cause, the most harmful first."),
     "finding": ("findings", "Show one finding with examples, or set its status."),
     "pairs": ("pairs", "List the compared requests, newest first."),
     "pair": ("pairs", "Show both responses of one request."),
@@ -37,9 +39,13 @@ COMMANDS = {
     "guard": ("rollout", "Show or change the automatic rollback."),
     "promote": ("traffic", "Send all users to new."),
     "rules": ("rules", "Manage the rules for known differences."),
-    "drill": ("demo", "Break one part under traffic and measure the effect on users."),
+    "drill": ("drill", "Fail a part of the requests to new, and report what users notice."),
+    "faults": ("demo", "Break one part of a demo and measure the effect on users."),
+    "token": ("access", "Manage the tokens of callers."),
+    "audit": ("access", "List changes and looks at bodies."),
     "compare": ("compare", "Compare two responses in files."),
     "doctor": ("doctor.run", "Check every part and report what to fix."),
+    "completion": ("serve", "Print the script for completion in a shell."),
 }
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import datetime as dt
+import gzip
 import json
 import re
 import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import brotli  # type: ignore[import-untyped]  # it has no types
 import click
+import zstandard
 
 from abreast.protocol.capture import Answer, Body, Capture, Headers, Request, Version
 from abreast_sidecar.cli.exit_codes import ExitCode
 from abreast_sidecar.cli.options import json_option
 from abreast_sidecar.client.output import format_quantity, to_printable
+from abreast_sidecar.compare.content import decode_content
 from abreast_sidecar.compare.model import ComparisonResult, Difference
 from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rule_document import RuleError, parse_rules
@@ -25,8 +31,16 @@ from abreast_sidecar.errors import ArgumentError
 JSON_MEDIA_TYPE = "application/json"
 STDIN_NAME = "-"
 MAX_VALUE_CHARS = 160
+JSON_FIELDS = ("part", "path", "exact_path", "kind", "old", "new", "impact")
 IMPACT_COLOURS = {"breaking": "red", "value": "yellow", "additive": "cyan"}
 STATUS_LINE_PATTERN = re.compile(rb"HTTP/[0-9.]+ ([1-5][0-9]{2})(?: [^\r\n]*)?\r?\n")
+CONTENT_ENCODERS: dict[str, Callable[[bytes], bytes]] = {
+    "br": brotli.compress,
+    "deflate": zlib.compress,
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "zstd": zstandard.compress,
+}
 CHUNK_PATTERN = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]{0,100}\r?\n")
 
 
@@ -71,10 +85,16 @@ def compare_command(
     versions: tuple[tuple[Version, str], ...] = (("old", old), ("new", new))
     for version, name in versions:
         data = read_file(name)
-        answer = parse_http_file(data, name) if is_http else parse_body_file(data, name, kind)
+        response = parse_http_file(data, name) if is_http else parse_body_file(data, name, kind)
         captures.append(
             Capture(
-                pair="", service=service, version=version, role="live", request=request, answer=answer, release=release
+                pair="",
+                service=service,
+                version=version,
+                role="live",
+                request=request,
+                answer=response,
+                release=release,
             )
         )
     result = compare_pair(captures, options)
@@ -142,6 +162,9 @@ def parse_http_file(data: bytes, name: str) -> Answer:
     if not blank and remainder:
         raise ArgumentError(f"{name} has no empty line between headers and body")
     body = _decode_file_body(remainder, headers)
+    encoded = _restore_content_coding(body, dict(headers).get("content-encoding", "").strip().lower())
+    if encoded != body:
+        body, headers = encoded, tuple(header for header in headers if header[0] != "content-length")
     return Answer(int(status_line[1]), headers, Body(content=body, length=len(body)))
 
 
@@ -172,6 +195,20 @@ def _decode_file_body(data: bytes, headers: Headers) -> bytes:
     return data
 
 
+def _restore_content_coding(data: bytes, coding: str) -> bytes:
+    """Compress a body that is plain text although its header states a coding: curl --compressed prints it so."""
+    if (
+        coding not in CONTENT_ENCODERS
+        or decode_content(data, coding, CompareOptions().max_decoded_bytes).problem != "corrupt"
+    ):
+        return data
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return data
+    return CONTENT_ENCODERS[coding](data)
+
+
 def _decode_chunks(data: bytes) -> bytes:
     """Decode a chunked body. Return it unchanged if it has no chunks: curl decodes them before it prints a body."""
     pieces: list[bytes] = []
@@ -189,24 +226,16 @@ def _decode_chunks(data: bytes) -> bytes:
 
 
 def to_json_record(result: ComparisonResult) -> dict[str, object]:
-    record: dict[str, object] = {"outcome": result.outcome}
-    if result.reason:
-        record["reason"] = result.reason
-    record["differences"] = [
-        {
-            "part": difference.part,
-            "path": difference.path,
-            "exact_path": difference.exact_path,
-            "kind": difference.kind,
-            "old": difference.old,
-            "new": difference.new,
-            "impact": difference.impact,
-            "explained_by": difference.explained_by or None,
-            "hint": difference.hint or None,
-        }
+    differences = [
+        {name: getattr(difference, name) for name in JSON_FIELDS}
+        | {name: getattr(difference, name) or None for name in ("explained_by", "hint")}
         for difference in (*result.differences, *result.explained_differences)
     ]
-    return record
+    return {
+        "outcome": result.outcome,
+        **({"reason": result.reason} if result.reason else {}),
+        "differences": differences,
+    }
 
 
 def format_result(result: ComparisonResult) -> str:

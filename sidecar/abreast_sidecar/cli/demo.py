@@ -1,4 +1,4 @@
-"""`abreast demo` and `abreast drill`: a shop in two versions, and faults in a stack of it."""
+"""`abreast demo` and `abreast faults`: a shop in two versions, and faults in a stack of it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,14 @@ from rich.table import Table
 from abreast_sidecar.cli.exit_codes import ExitCode
 from abreast_sidecar.cli.options import SHARE_TYPE, ParserParamType
 from abreast_sidecar.client.output import format_count, make_console, make_table, style_text
+from abreast_sidecar.envoy.settings import SocketAddress, parse_listener
 from abreast_sidecar.errors import SettingError
 
 if TYPE_CHECKING:
     from abreast_demo.drill import DrillReport
-    from abreast_sidecar.envoy.settings import SocketAddress
 
 DEMO_PACKAGES = {"fastapi", "httpx", "pydantic"}
 DRILL_NAMES = ("new-killed", "new-hangs", "new-errors", "sidecar-killed", "redis-down", "postgres-down")
-
-
-def _parse_listener(value: str) -> SocketAddress:
-    from abreast_sidecar.envoy.settings import parse_listener
-
-    return parse_listener(value)
 
 
 @click.command()
@@ -45,7 +39,7 @@ def _parse_listener(value: str) -> SocketAddress:
 )
 @click.option(
     "--listen",
-    type=ParserParamType("[host]:port", _parse_listener),
+    type=ParserParamType("[host]:port", parse_listener),
     help="Address for users' requests.  [default: 127.0.0.1:8080, or a free port if it is taken]",
 )
 def demo_command(
@@ -57,7 +51,7 @@ def demo_command(
     until Ctrl-C.
     """
     with _demo_packages():
-        from abreast_demo import console_output, run
+        from abreast_demo import run
 
     def handle_outcome(outcome: run.DemoOutcome) -> None:
         output.print_outcome(outcome)
@@ -67,18 +61,9 @@ def demo_command(
             output.print_message("the shop keeps running, with a little traffic, until Ctrl-C")
 
     console = _make_stderr_console() if as_json else make_console()
-    with console_output.ConsoleOutput(console, show_results=not as_json) as output:
-        callbacks = run.DemoCallbacks(
-            on_message=output.print_message,
-            on_wait=output.show_wait,
-            on_ready=output.print_ready,
-            on_step=output.show_step,
-            on_progress=output.update_progress,
-            on_regression=output.print_regression,
-            on_outcome=handle_outcome,
-        )
-        options = run.DemoOptions(duration_s=seconds, requests_per_s=rate, seed=seed, listen=listen, keep_open=not once)
-        result = run.run_demo(options, callbacks)
+    options = run.DemoOptions(duration_s=seconds, requests_per_s=rate, seed=seed, listen=listen, keep_open=not once)
+    with run.ConsoleOutput(console, show_results=not as_json) as output:
+        result = run.run_demo(options, output, handle_outcome)
     sys.stdout.flush()
     if result is None:
         return ExitCode.INTERRUPTED
@@ -93,7 +78,7 @@ def _demo_packages() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in DEMO_PACKAGES:
             raise
-        raise SettingError("demo and drill need more packages; run: pip install 'abreast[demo]'") from error
+        raise SettingError("demo and faults need more packages; run: pip install 'abreast[demo]'") from error
 
 
 def _make_stderr_console() -> Console:
@@ -109,7 +94,9 @@ def _make_stderr_console() -> Console:
     "--new", "share", type=SHARE_TYPE, default=1.0, help="Share of users on new before the fault.  [default: 100%]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts, and all other output on stderr.")
-def drill_command(names: tuple[str, ...], every: bool, seconds: float, rate: float, share: float, as_json: bool) -> int:
+def faults_command(
+    names: tuple[str, ...], every: bool, seconds: float, rate: float, share: float, as_json: bool
+) -> int:
     """Break one part of a parallel run under traffic, and measure what users notice.
 
     Drills are new-killed, new-hangs, new-errors, sidecar-killed, redis-down and postgres-down. They run against the
@@ -148,7 +135,7 @@ def print_drill_reports(out: Console, reports: list[DrillReport]) -> None:
 def build_drill_table(reports: list[DrillReport]) -> Table:
     columns = ("requests", "errors", "errors (unsafe)", "longest wait", "all on old", "new is back")
     counts = ("sampled", "pending", "lost")
-    table = make_table("drill", "", *columns, *counts, numeric_columns=frozenset((*columns, *counts)))
+    table = make_table("drill", "", *columns, *counts, numeric_columns={*columns, *counts})
     for report in reports:
         table.add_row(
             report.drill,

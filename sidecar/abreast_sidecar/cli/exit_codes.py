@@ -27,6 +27,7 @@ class ExitCode(enum.IntEnum):
     UNREACHABLE = 3
     NOT_FOUND = 4
     REFUSED = 5
+    INCONCLUSIVE = 10
     INTERRUPTED = 130
     PIPE_CLOSED = 141
 
@@ -34,12 +35,13 @@ class ExitCode(enum.IntEnum):
 EXIT_MEANINGS = {
     ExitCode.OK: "success",
     ExitCode.CHECK_FAILED: "the check failed: doctor found a failure, verdict is FAIL, compare or findings --exit-code "
-    "found differences, a rule would be refused, an Envoy has not confirmed the change, or a drill or the demo failed",
+    "found differences, a rule would be refused, config check found an error, an Envoy has not confirmed the change, or a drill or the demo failed",
     ExitCode.USAGE: "invalid usage: a wrong option, argument or setting, files that can't be compared, "
-    "an INCONCLUSIVE verdict, or output that can't be written",
+    "or output that can't be written",
     ExitCode.UNREACHABLE: "unreachable: the sidecar or a server it needs can't be reached or started, or timed out",
-    ExitCode.NOT_FOUND: "not found: no such finding, pair or service",
+    ExitCode.NOT_FOUND: "not found: no such finding, pair, service or release",
     ExitCode.REFUSED: "the sidecar refused the call or failed",
+    ExitCode.INCONCLUSIVE: "the verdict is INCONCLUSIVE: there is too little evidence",
     ExitCode.INTERRUPTED: "interrupted by Ctrl-C",
     ExitCode.PIPE_CLOSED: "the reader closed the pipe, as with | head",
 }

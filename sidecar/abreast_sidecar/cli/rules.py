@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import click
 import yaml
 from rich.table import Table
-from rich.text import Text
 
 from abreast.v1 import rule_pb2 as api
 from abreast_sidecar.cli.exit_codes import ExitCode
 from abreast_sidecar.cli.options import (
-    SECONDS_PER_UNIT,
     SPAN_PATTERN,
+    PrintingClient,
     actor_option,
+    api_options,
+    combine_options,
     connection_options,
     default_actor,
-    json_option,
     limit_option,
+    parse_span,
 )
 from abreast_sidecar.client.output import (
     Console,
@@ -33,7 +35,6 @@ from abreast_sidecar.client.output import (
     kind_name,
     make_table,
     print_list,
-    print_response,
     style_text,
     to_printable,
 )
@@ -50,6 +51,38 @@ from abreast_sidecar.compare.rule_document import (
 )
 from abreast_sidecar.compare.rules import ACTIONS, Rule
 from abreast_sidecar.errors import ArgumentError
+
+MAX_PREVIEW_ROWS = 5
+RULE_STATE_NAMES = {
+    api.RULE_STATE_IN_FORCE: "active",
+    api.RULE_STATE_EXPIRED: "expired",
+    api.RULE_STATE_DELETED: "deleted",
+}
+MAX_EXPORTED_RULES = 1000
+RULE_PARTS = ("status", "header", "body", "error")
+RULE_KINDS = tuple(kind for kind in get_args(Kind) if kind != "slower")
+
+rule_options = combine_options(
+    click.argument("action", type=click.Choice(ACTIONS)),
+    click.option("--for", "finding_id", type=click.IntRange(min=1), default=None, help="Finding that the rule is for."),
+    click.option("--path", default=None, help="Path and all below: $.items[*].price; .* any key, .** any steps."),
+    click.option("--header", default=None, help="Response header; * matches any characters."),
+    click.option("--part", type=click.Choice(RULE_PARTS), default=None, help="Only this part of a response."),
+    click.option("--kind", type=click.Choice(RULE_KINDS), default=None, help="Only this kind of difference."),
+    click.option("--endpoint", default=None, help='Only this endpoint, such as "GET /products/{id}"; * as in a shell.'),
+    click.option("--status", default=None, help="Only this status, 404 or 4xx, or this change of it, 404->200."),
+    click.option("--release", default=None, help="Only this release of new; * as in a shell."),
+    click.option("--service", default=None, help="Only this service; * as in a shell."),
+    click.option("--by", default=None, help="keyed-by: field that identifies an array element."),
+    click.option("--absolute", type=click.FloatRange(min=0), default=None, help="tolerate: largest difference."),
+    click.option("--relative", default=None, help="tolerate: largest difference as a share of old, 0.01 or 1%."),
+    click.option("--old", default=None, help="expect: only this value of old, as JSON."),
+    click.option("--new", default=None, help="expect: only this value of new, as JSON."),
+)  # fmt: skip
+force_option = click.option(
+    "--force", is_flag=True, help="Accept a rule that covers more than its finding, or that hides a confirmed finding."
+)
+file_argument = click.argument("file", type=click.Path(path_type=Path))
 
 
 def read_rules(file: Path) -> list[api.Rule]:
@@ -91,41 +124,6 @@ def dump_rules_yaml(rules: Iterable[api.Rule]) -> str:
     return yaml.safe_dump({"rules": entries}, sort_keys=False, allow_unicode=True)
 
 
-RuleCommand = TypeVar("RuleCommand")
-RULE_STATE_NAMES = {
-    api.RULE_STATE_IN_FORCE: "active",
-    api.RULE_STATE_EXPIRED: "expired",
-    api.RULE_STATE_DELETED: "deleted",
-}
-rule_action_argument = click.argument("action", type=click.Choice(ACTIONS))
-MAX_EXPORTED_RULES = 1000
-RULE_PARTS = ("status", "header", "body", "error")
-RULE_KINDS = tuple(kind for kind in get_args(Kind) if kind != "slower")
-
-RULE_OPTIONS = (
-    click.option("--for", "finding_id", type=click.IntRange(min=1), default=None, help="Finding that the rule is for."),
-    click.option("--path", default=None, help="Path and all below: $.items[*].price; .* any key, .** any steps."),
-    click.option("--header", default=None, help="Response header; * matches any characters."),
-    click.option("--part", type=click.Choice(RULE_PARTS), default=None, help="Only this part of a response."),
-    click.option("--kind", type=click.Choice(RULE_KINDS), default=None, help="Only this kind of difference."),
-    click.option("--endpoint", default=None, help='Only this endpoint, such as "GET /products/{id}"; * as in a shell.'),
-    click.option("--status", default=None, help="Only this status, 404 or 4xx, or this change of it, 404->200."),
-    click.option("--release", default=None, help="Only this release of new; * as in a shell."),
-    click.option("--service", default=None, help="Only this service; * as in a shell."),
-    click.option("--by", default=None, help="keyed-by: field that identifies an array element."),
-    click.option("--absolute", type=click.FloatRange(min=0), default=None, help="tolerate: largest difference."),
-    click.option("--relative", default=None, help="tolerate: largest difference as a share of old, 0.01 or 1%."),
-    click.option("--old", default=None, help="expect: only this value of old, as JSON."),
-    click.option("--new", default=None, help="expect: only this value of new, as JSON."),
-)  # fmt: skip
-
-
-def rule_options(command: RuleCommand) -> RuleCommand:
-    for option in reversed(RULE_OPTIONS):
-        command = option(command)  # type: ignore[type-var]  # click's type
-    return command
-
-
 def build_rule_message(option_values: Mapping[str, Any], expires: str = "") -> api.Rule:
     fields = {name: value for name, value in option_values.items() if value is not None and name not in {"old", "new"}}
     if relative := fields.get("relative"):
@@ -147,10 +145,9 @@ def parse_relative_share(text: str) -> float:
 
 
 def parse_expiry(text: str) -> dt.datetime:
-    match = SPAN_PATTERN.fullmatch(text.strip())
     try:
-        if match:
-            return dt.datetime.now(dt.UTC) + dt.timedelta(seconds=float(match[1]) * SECONDS_PER_UNIT[match[2]])
+        if SPAN_PATTERN.fullmatch(text.strip()):
+            return dt.datetime.now(dt.UTC) + parse_span(text)
         return to_utc_midnight(dt.date.fromisoformat(text.strip()))
     except (ValueError, OverflowError):
         raise click.BadParameter(
@@ -160,30 +157,6 @@ def parse_expiry(text: str) -> dt.datetime:
 
 def format_rule_title(rule: api.Rule) -> str:
     return f"rule {rule.id} ({to_printable(rule.name)})"
-
-
-def build_rules_table(rules: Iterable[api.Rule]) -> Table:
-    table = make_table(
-        "id", "state", "rule", "explains", "expires", "owner", "reason", "source", numeric_columns=frozenset({"id"})
-    )
-    for rule in rules:
-        table.add_row(
-            str(rule.id),
-            _format_rule_state(rule),
-            to_printable(rule.name),
-            format_explained_pairs(rule),
-            f"{rule.expire_time.ToDatetime(dt.UTC):%Y-%m-%d}",
-            to_printable(rule.owner),
-            to_printable(rule.reason),
-            to_printable(rule.source or rule.creator),
-        )
-    return table
-
-
-def _format_rule_state(rule: api.Rule) -> Text:
-    state = RULE_STATE_NAMES.get(rule.state, "")
-    state_text = state if rule.reapplied else f"{state}, being applied to stored pairs"
-    return style_text(state_text, "ok" if rule.state == api.RULE_STATE_IN_FORCE else "dim")
 
 
 def format_explained_pairs(rule: api.Rule) -> str:
@@ -197,35 +170,22 @@ def format_explained_pairs(rule: api.Rule) -> str:
 
 
 def build_hidden_findings_table(findings: Iterable[api.HiddenFinding]) -> Table:
-    table = make_table("finding", "endpoint", "location", "kind", "hides", "", numeric_columns=frozenset({"finding"}))
+    table = make_table("finding", "endpoint", "location", "kind", "hides", "", numeric_columns={"finding"})
     for finding in findings:
+        hidden_text = format_quantity(finding.pairs, "pair")
+        if not finding.exact:
+            examples = format_quantity(finding.examples, "stored example")
+            examples_text = f"{finding.hidden_examples} of {examples}" if finding.examples else "unknown"
+            hidden_text = f"{examples_text}; {hidden_text} at most"
         table.add_row(
             str(finding.finding_id),
             endpoint_name(finding.endpoint),
             format_location(finding.part, finding.path),
             kind_name(finding.kind),
-            _format_hidden_pairs(finding),
+            hidden_text,
             style_text("confirmed", "warn") if finding.confirmed else "",
         )
     return table
-
-
-def _format_hidden_pairs(finding: api.HiddenFinding) -> str:
-    if finding.exact:
-        return format_quantity(finding.pairs, "pair")
-    examples_text = (
-        f"{finding.hidden_examples} of {format_quantity(finding.examples, 'stored example')}"
-        if finding.examples
-        else "unknown"
-    )
-    return f"{examples_text}; {format_quantity(finding.pairs, 'pair')} at most"
-
-
-force_option = click.option(
-    "--force", is_flag=True, help="Accept a rule that covers more than its finding, or that hides a confirmed finding."
-)
-source_option = click.option("--source", default=None, help="Source of the rules.  [default: the file's name]")
-file_argument = click.argument("file", type=click.Path(path_type=Path))
 
 
 @click.group()
@@ -240,24 +200,32 @@ def rules_command() -> None:
 )
 @click.option("--deleted", is_flag=True, help="Include deleted rules.")
 @limit_option
-@json_option
-@connection_options
-def list_rules(
-    link: SidecarClient, source: str | None, finding_id: int | None, deleted: bool, limit: int, as_json: bool
-) -> None:
+@api_options
+def list_rules(link: PrintingClient, source: str | None, finding_id: int | None, deleted: bool, limit: int) -> None:
     """List active and expired rules with the differences that they explain."""
     request = api.ListRulesRequest(source=source, finding_id=finding_id or 0, include_deleted=deleted)
-    response = link.list_rows(lambda calls: calls.rules.ListRules(request, timeout=calls.timeout_s), request, limit)
-    print_response(response, print_rules, as_json=as_json)
+    link.show_rows(lambda calls: calls.rules.ListRules, request, limit, print_rules)
 
 
 def print_rules(out: Console, response: api.ListRulesResponse) -> None:
-    empty = "no rules; to create one: abreast rules add"
-    print_list(out, response, response.rules, build_rules_table(response.rules), empty=empty)
+    columns = ("id", "state", "rule", "explains", "expires", "owner", "reason", "source")
+    table = make_table(*columns, numeric_columns={"id"})
+    for rule in response.rules:
+        state = RULE_STATE_NAMES.get(rule.state, "") + ("" if rule.reapplied else ", being applied to stored pairs")
+        table.add_row(
+            str(rule.id),
+            style_text(state, "ok" if rule.state == api.RULE_STATE_IN_FORCE else "dim"),
+            to_printable(rule.name),
+            format_explained_pairs(rule),
+            f"{rule.expire_time.ToDatetime(dt.UTC):%Y-%m-%d}",
+            to_printable(rule.owner),
+            to_printable(rule.reason),
+            to_printable(rule.source or rule.creator),
+        )
+    print_list(out, response, response.rules, table, empty="no rules; to create one: abreast rules add")
 
 
 @rules_command.command("add")
-@rule_action_argument
 @rule_options
 @click.option("--name", default="", help="Display name.  [default: derived from the rule]")
 @click.option("--owner", required=True, help="Person or team that is responsible for the rule.")
@@ -269,16 +237,9 @@ def print_rules(out: Console, response: api.ListRulesResponse) -> None:
 )
 @force_option
 @actor_option
-@json_option
-@connection_options
+@api_options
 def add_rule(
-    link: SidecarClient,
-    finding_id: int | None,
-    expires: str,
-    force: bool,
-    actor: str | None,
-    as_json: bool,
-    **fields: Any,
+    link: PrintingClient, finding_id: int | None, expires: str, force: bool, actor: str | None, **fields: Any
 ) -> None:
     """Create a rule.
 
@@ -288,31 +249,49 @@ def add_rule(
     request = api.CreateRuleRequest(
         rule=build_rule_message(fields, expires), finding_id=finding_id or 0, force=force, actor=default_actor(actor)
     )
-    response = link.call(lambda calls: calls.rules.CreateRule(request, timeout=calls.timeout_s))
-    text = f"{format_rule_title(response.rule)} is active, and is being applied to stored pairs"
-    print_response(response, lambda out, _: out.print(text), as_json=as_json)
+
+    def print_title(out: Console, response: api.CreateRuleResponse) -> None:
+        out.print(f"{format_rule_title(response.rule)} is active, and is being applied to stored pairs")
+
+    link.show(lambda calls: calls.rules.CreateRule(request), print_title)
 
 
 @rules_command.command("preview")
-@rule_action_argument
 @rule_options
-@json_option
-@connection_options
-def preview_rule(link: SidecarClient, finding_id: int | None, as_json: bool, **fields: Any) -> int:
+@click.option("--all", "everything", is_flag=True, help="Print all findings and warnings, not only the gravest.")
+@api_options
+def preview_rule(link: PrintingClient, finding_id: int | None, everything: bool, **fields: Any) -> int:
     """Show the stored differences that a rule would hide.
 
     Exits with 1 if `abreast rules add` would refuse the rule.
     """
     request = api.PreviewRuleRequest(rule=build_rule_message(fields), finding_id=finding_id or 0)
-    response = link.call(lambda calls: calls.rules.PreviewRule(request, timeout=calls.timeout_s))
-    print_response(response, print_preview, as_json=as_json)
+    limit = None if everything else MAX_PREVIEW_ROWS
+    response = link.show(lambda calls: calls.rules.PreviewRule(request), functools.partial(print_preview, limit=limit))
     return ExitCode.CHECK_FAILED if response.objections else ExitCode.OK
 
 
-def print_preview(out: Console, response: api.PreviewRuleResponse) -> None:
-    _print_objections(out, response.objections)
+def _print_objections(out: Console, objections: Sequence[str], limit: int | None = None) -> None:
+    for objection in objections[:limit]:
+        out.print(style_text(f"warning: {to_printable(objection)}", "warn"))
+    if more_count := len(objections) - len(objections[:limit]):
+        out.print(style_text(f"and {format_quantity(more_count, 'more warning')}; for all: --all", "warn"))
+
+
+def print_preview(out: Console, response: api.PreviewRuleResponse, *, limit: int | None = MAX_PREVIEW_ROWS) -> None:
+    """Print the counts, and then the gravest warnings and findings, at most `limit` of each."""
     if response.findings:
-        out.print(build_hidden_findings_table(response.findings))
+        confirmed_count = sum(finding.confirmed for finding in response.findings)
+        endpoint_count = len({endpoint_name(finding.endpoint) for finding in response.findings})
+        out.print(
+            f"the rule would hide {format_quantity(len(response.findings), 'finding')} at "
+            f"{format_quantity(endpoint_count, 'endpoint')}, {format_count(confirmed_count)} of them confirmed"
+        )
+    _print_objections(out, response.objections, limit)
+    if response.findings:
+        out.print(build_hidden_findings_table(response.findings[:limit]))
+        if more_count := len(response.findings) - len(response.findings[:limit]):
+            out.print(f"and {format_quantity(more_count, 'more finding')}; for all: --all", style="dim")
     elif response.rule.action == api.RULE_ACTION_WAIVE_COVERAGE:
         out.print("the rule hides no differences; a verdict that it keeps from INCONCLUSIVE names it")
     else:
@@ -322,26 +301,26 @@ def print_preview(out: Console, response: api.PreviewRuleResponse) -> None:
 @rules_command.command("delete")
 @click.argument("id", type=click.IntRange(min=1))
 @actor_option
-@json_option
-@connection_options
-def delete_rule(link: SidecarClient, id: int, actor: str | None, as_json: bool) -> None:  # noqa: A002  # the argument's name
+@api_options
+def delete_rule(link: PrintingClient, id: int, actor: str | None) -> None:  # noqa: A002  # the argument's name
     """Delete a rule. The differences that it hid reappear within seconds."""
     request = api.DeleteRuleRequest(id=id, actor=default_actor(actor))
-    response = link.call(lambda calls: calls.rules.DeleteRule(request, timeout=calls.timeout_s))
-    text = f"{format_rule_title(response.rule)} is deleted, and stored pairs are being evaluated without it"
-    print_response(response, lambda out, _: out.print(text), as_json=as_json)
+
+    def print_title(out: Console, response: api.DeleteRuleResponse) -> None:
+        out.print(f"{format_rule_title(response.rule)} is deleted, and stored pairs are being evaluated without it")
+
+    link.show(lambda calls: calls.rules.DeleteRule(request), print_title)
 
 
 @rules_command.command("import")
 @file_argument
-@source_option
+@click.option("--source", default=None, help="Source of the rules.  [default: the file's name]")
 @click.option("--dry-run", is_flag=True, help="Print the changes without making them.")
 @force_option
 @actor_option
-@json_option
-@connection_options
+@api_options
 def import_rules(
-    link: SidecarClient, file: Path, source: str | None, dry_run: bool, force: bool, actor: str | None, as_json: bool
+    link: PrintingClient, file: Path, source: str | None, dry_run: bool, force: bool, actor: str | None
 ) -> int:
     """Replace the rules of a source with the rules of a file.
 
@@ -350,8 +329,7 @@ def import_rules(
     request = api.ApplyRulesRequest(
         source=source or file.name, rules=read_rules(file), dry_run=dry_run, force=force, actor=default_actor(actor)
     )
-    response = link.call(lambda calls: calls.rules.ApplyRules(request, timeout=calls.timeout_s))
-    print_response(response, print_apply_plan, as_json=as_json)
+    response = link.show(lambda calls: calls.rules.ApplyRules(request), print_apply_plan)
     return ExitCode.CHECK_FAILED if response.objections else ExitCode.OK
 
 
@@ -370,9 +348,7 @@ def print_apply_plan(out: Console, response: api.ApplyRulesResponse) -> None:
 def export_rules(link: SidecarClient, source: str | None) -> None:
     """Print the active rules as a file."""
     request = api.ListRulesRequest(source=source)
-    response = link.list_rows(
-        lambda calls: calls.rules.ListRules(request, timeout=calls.timeout_s), request, MAX_EXPORTED_RULES
-    )
+    response = link.list_rows(lambda calls: calls.rules.ListRules, request, MAX_EXPORTED_RULES)
     click.echo(dump_rules_yaml([rule for rule in response.rules if rule.state == api.RULE_STATE_IN_FORCE]), nl=False)
 
 
@@ -387,8 +363,3 @@ def check_rule_file(file: Path) -> None:
 def print_rule_schema() -> None:
     """Print the JSON schema of a rule file, for editors."""
     click.echo(json.dumps(build_schema(), indent=2))
-
-
-def _print_objections(out: Console, objections: Iterable[str]) -> None:
-    for objection in objections:
-        out.print(style_text(f"warning: {to_printable(objection)}", "warn"))

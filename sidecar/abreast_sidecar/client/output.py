@@ -6,23 +6,26 @@ Values from requests and responses are untrusted: `to_printable` escapes them, a
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Literal, NoReturn
 
 import click
 import humanize
 import rich.console
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from abreast.v1 import common_pb2 as common
+from abreast.v1 import comparison_pb2 as comparison
+from abreast_sidecar.client.sidecar_client import Page
 
 JSON_TOKEN_PATTERN = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+', re.DOTALL)
 JSON_INDENT = "  "
@@ -31,6 +34,9 @@ DURATION_UNITS = ((DAY_S, "d", HOUR_S, "h"), (HOUR_S, "h", MINUTE_S, "min"), (MI
 MAX_TABLE_VALUE_CHARS = 200
 PIPED_TABLE_COLUMNS = 400  # wide enough that each row is one line, for grep
 STYLE_BY_WORD = {
+    "breaks clients": "bold red",
+    "changed value": "yellow",
+    "addition": "cyan",
     "breaking": "bold red",
     "value": "yellow",
     "additive": "cyan",
@@ -44,16 +50,27 @@ STYLE_BY_WORD = {
     "fail": "bold red",
 }
 
+IMPACT_LABELS: dict[int, str] = {
+    common.IMPACT_BREAKING: "breaks clients",
+    common.IMPACT_VALUE: "changed value",
+    common.IMPACT_ADDITIVE: "addition",
+}
+KIND_PHRASES: dict[int, str] = {
+    common.KIND_ADDED: "added in new",
+    common.KIND_REMOVED: "missing in new",
+    common.KIND_CHANGED: "value changed",
+    common.KIND_TYPE: "type changed",
+    common.KIND_ORDER: "order changed",
+    common.KIND_FORMAT: "format changed",
+    common.KIND_RANGE: "value far from old's",
+    common.KIND_SLOWER: "new is slower",
+}
+RECOMMENDATIONS = {
+    comparison.VERDICT_STATE_PASS: "Yes. {} is within its limits.",
+    comparison.VERDICT_STATE_FAIL: "No. {} exceeds its limits.",
+    comparison.VERDICT_STATE_INCONCLUSIVE: "Not yet. The evidence on {} is too small or incomplete.",
+}
 VERSIONS: tuple[Literal["old", "new"], ...] = ("old", "new")
-
-
-class ListResponse(Protocol):
-    """A response of a List method of the API."""
-
-    next_page_token: str
-
-
-MessageT = TypeVar("MessageT", bound=Message)
 
 
 class Console(rich.console.Console):
@@ -67,43 +84,33 @@ def make_console(width: int | None = None) -> Console:
     return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
-def message_to_json(message: Message, *, indent: int | None = 2) -> str:
+def message_to_json(message: Any, *, indent: int | None = 2) -> str:
     """Convert with the field names of the protos. As in all protobuf JSON, 64-bit integers are strings."""
     return json_format.MessageToJson(
         message, indent=indent, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
 
 
-def print_json(message: Message, *, indent: int | None = 2) -> None:
+def print_json(message: Any, *, indent: int | None = 2) -> None:
     click.echo(message_to_json(message, indent=indent))
 
 
-def print_response(response: MessageT, print_text: Callable[[Console, MessageT], None], *, as_json: bool) -> None:
-    """Print a response of the API as JSON for scripts, or with `print_text` for people."""
-    if as_json:
-        print_json(response)
-    else:
-        print_text(make_console(), response)
-
-
-def print_list(
-    out: Console, response: ListResponse, rows: Sequence[Any], table: Table, *, empty: str, item: str = ""
-) -> None:
+def print_list(out: Console, response: Page, rows: Sequence[Any], table: Table, *, empty: str, item: str = "") -> None:
     """Print the rows of a list as a table, or the text `empty`.
 
-    `item` is the command that shows one row, such as `finding`. A terminal then gets a line with the number of rows
-    and a hint at that command.
+    A further line states whether there are more rows. `item` is the command that shows one row, such as `finding`: a
+    terminal then gets a hint at that command.
     """
     if not rows:
         out.print(empty)
         return
     out.print(table)
-    if item and out.is_terminal:
-        more_text = "; there are more: raise --limit, or add a filter" if response.next_page_token else ""
-        count_text = format_quantity(len(rows), item)
-        out.print(
-            f"\n{count_text}{more_text}. For details: abreast {item} {to_printable(str(rows[0].id))}", style="dim"
-        )
+    more_text = "; there are more: raise --limit, or add a filter" if response.next_page_token else ""
+    if more_text and (total := getattr(response, "total_size", 0)):
+        more_text = f" of {format_count(total)}: raise --limit, or add a filter"
+    hint = f". For details: abreast {item} {to_printable(str(rows[0].id))}" if item and out.is_terminal else ""
+    if more_text or hint:
+        out.print(f"\n{format_quantity(len(rows), item or 'row')}{more_text}{hint}", style="dim")
 
 
 def split_json_lines(text: str) -> list[str] | None:
@@ -205,17 +212,26 @@ def to_printable(text: str, max_chars: int = 0) -> str:
     return text
 
 
-def make_table(*columns: str, numeric_columns: frozenset[str] = frozenset()) -> Table:
+def make_table(
+    *columns: str, numeric_columns: Collection[str] = (), rows: Iterable[Iterable[RenderableType]] = ()
+) -> Table:
     """Make a table without frames. Numeric columns are right-aligned and never wrapped."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
-        table.add_column(
-            name,
-            justify="right" if name in numeric_columns else "left",
-            no_wrap=name in numeric_columns,
-            overflow="fold",
-        )
+        is_numeric = name in numeric_columns
+        table.add_column(name, justify="right" if is_numeric else "left", no_wrap=is_numeric, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def make_grid(rows: Iterable[Iterable[RenderableType | None]]) -> Table:
+    """Make a table without a header, such as names and values. Leave out a row with None."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for row in map(list, rows):
+        if None not in row:
+            grid.add_row(*row)
+    return grid
 
 
 def style_text(text: str, style: str = "") -> Text:
@@ -224,69 +240,84 @@ def style_text(text: str, style: str = "") -> Text:
     return Text(to_printable(text), STYLE_BY_WORD.get(style or text, rich_style))
 
 
-def outcome_name(value: common.Outcome.ValueType) -> str:
-    return _short_enum_name(common.Outcome.Name(value))
+def enum_name(enum: Any, number: int) -> str:
+    """Convert a value of an enum of the API, such as OUTCOME_ONLY_OLD, to `only old`."""
+    prefix = enum.Name(0).removesuffix("UNSPECIFIED")
+    return str(enum.Name(number)).removeprefix(prefix).lower().replace("_", " ")
 
 
-def version_name(value: common.Version.ValueType) -> str:
-    return _short_enum_name(common.Version.Name(value))
+outcome_name = functools.partial(enum_name, common.Outcome)
+version_name = functools.partial(enum_name, common.Version)
+role_name = functools.partial(enum_name, common.Role)
+part_name = functools.partial(enum_name, common.Part)
+kind_name = functools.partial(enum_name, common.Kind)
+impact_name = functools.partial(enum_name, common.Impact)
 
 
-def role_name(value: common.Role.ValueType) -> str:
-    return _short_enum_name(common.Role.Name(value))
+def impact_label(impact: int) -> str:
+    """Describe the effect on a client."""
+    return IMPACT_LABELS.get(impact, "")
 
 
-def part_name(value: common.Part.ValueType) -> str:
-    return _short_enum_name(common.Part.Name(value))
+def kind_phrase(kind: int) -> str:
+    """Describe the change from old to new."""
+    return KIND_PHRASES.get(kind, "")
 
 
-def kind_name(value: common.Kind.ValueType) -> str:
-    return _short_enum_name(common.Kind.Name(value))
-
-
-def impact_name(value: common.Impact.ValueType) -> str:
-    return _short_enum_name(common.Impact.Name(value))
-
-
-def _short_enum_name(constant: str) -> str:
-    """Convert `OUTCOME_ONLY_OLD` to `only old`."""
-    return constant.partition("_")[2].lower().replace("_", " ")
+def describe_feature(feature: comparison.RequestFeature) -> str:
+    """Describe how a feature of requests relates to a finding."""
+    affected_share, share = (
+        format_share_of(round(1000 * part), 1000) for part in (feature.coverage, feature.precision)
+    )
+    text = to_printable(feature.text)
+    who = "All affected requests have" if feature.coverage == 1 else f"{affected_share} of the affected requests have"
+    return f"{who} {text}; {share} of the requests with {text} are affected"
 
 
 def endpoint_name(endpoint: common.Endpoint) -> str:
     return to_printable(f"{endpoint.method} {endpoint.route}")
 
 
+def format_decision(verdict: comparison.GetVerdictResponse) -> str:
+    """Return the decision as a sentence."""
+    subject = f"Release {to_printable(verdict.release)}" if verdict.release else "The new version"
+    if verdict.state == comparison.VERDICT_STATE_INCONCLUSIVE:
+        subject = subject[0].lower() + subject[1:]
+    return RECOMMENDATIONS[verdict.state].format(subject)
+
+
+def format_recommendation(verdict: comparison.GetVerdictResponse) -> str:
+    """Return the decision with the gravest reason."""
+    if verdict.state == comparison.VERDICT_STATE_PASS or not verdict.reasons:
+        return format_decision(verdict)
+    reason = verdict.reasons[0]
+    place = f"{endpoint_name(reason.endpoint)}: " if reason.HasField("endpoint") else ""
+    return f"{format_decision(verdict).removesuffix('.')}: {place}{to_printable(reason.text)}."
+
+
 def format_location(part: common.Part.ValueType, path: str) -> str:
     """Return a location such as `$.items[*].price`, `header cache-control` or `status`."""
-    name = part_name(part)
-    if part == common.PART_BODY:
-        return to_printable(path or "body")
-    return to_printable(f"{name} {path}" if path else name)
+    if part == common.PART_BODY and path:
+        return to_printable(path)
+    return to_printable(f"{part_name(part)} {path}" if path else part_name(part))
 
 
-def _format_difference_remark(difference: common.Difference) -> str:
-    if difference.explained_by:
-        return f"explained by rule {difference.explained_by}"
-    if difference.drift:
-        return "drift"
-    return "noise" if difference.noise else impact_name(difference.impact)
-
-
-def build_differences_table(items: Iterable[common.Difference]) -> Table:
+def build_differences_table(differences: Iterable[common.Difference]) -> Table:
     """Build a table with one row per difference, with both values."""
     table = make_table("location", "kind", "impact", "old", "new")
-    for difference in items:
+    for difference in differences:
+        if difference.explained_by:
+            remark = f"explained by rule {difference.explained_by}"
+        elif difference.drift:
+            remark = "drift"
+        else:
+            remark = "noise" if difference.noise else impact_label(difference.impact)
         values = (
             style_text(to_printable(getattr(difference, version), MAX_TABLE_VALUE_CHARS), version)
             if difference.HasField(version)
             else style_text("-", "dim")
             for version in VERSIONS
         )
-        table.add_row(
-            format_location(difference.part, difference.exact_path or difference.path),
-            kind_name(difference.kind),
-            style_text(_format_difference_remark(difference)),
-            *values,
-        )
+        location = format_location(difference.part, difference.exact_path or difference.path)
+        table.add_row(location, kind_name(difference.kind), style_text(remark), *values)
     return table

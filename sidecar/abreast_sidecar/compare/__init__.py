@@ -1,1 +1,1 @@
-"""Find the differences between two answers to one request. Pure: no network, no database, no clock."""
+"""Find the differences between two responses to one request. Pure: no network, no database, no clock."""

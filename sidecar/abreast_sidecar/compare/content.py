@@ -14,29 +14,23 @@ from typing import Any, Literal, NamedTuple
 DecodeProblem = Literal["", "corrupt", "too large", "unknown"]
 Format = Literal["json", "ndjson", "events", "form", "multipart", "html", "xml", "text", "bytes", "unknown"]
 
-_FORMATS_BY_MEDIA_TYPE: dict[str, Format] = {
-    "application/json": "json",
-    "text/json": "json",
-    "application/x-json": "json",
-    "application/x-ndjson": "ndjson",
-    "application/ndjson": "ndjson",
-    "application/jsonl": "ndjson",
-    "application/x-jsonlines": "ndjson",
-    "application/jsonlines": "ndjson",
-    "application/json-seq": "ndjson",
-    "application/stream+json": "ndjson",
-    "text/event-stream": "events",
-    "application/x-www-form-urlencoded": "form",
-    "text/html": "html",
-    "application/xml": "xml",
-    "text/xml": "xml",
-    "application/javascript": "text",
-    "application/yaml": "text",
-    "application/toml": "text",
-    "application/graphql": "text",
-    "application/octet-stream": "unknown",
-}
-_BINARY_PREFIXES = ("image/", "audio/", "video/", "font/", "application/pdf", "application/zip", "application/grpc")
+GRPC_TYPE, GRPC_PROTO_TYPE = "application/grpc", "application/grpc+proto"
+GRPC_OBJECT_TYPE, GRPC_LINES_TYPE = "application/grpc+json", "application/grpc+ndjson"  # the collector converted them
+_MEDIA_TYPES: dict[Format, tuple[str, ...]] = {
+    "json": ("application/json", "application/x-json", "text/json"),
+    "ndjson": (
+        GRPC_LINES_TYPE, "application/json-seq", "application/jsonl", "application/jsonlines", "application/ndjson",
+        "application/stream+json", "application/x-jsonlines", "application/x-ndjson",
+    ),
+    "events": ("text/event-stream",),
+    "form": ("application/x-www-form-urlencoded",),
+    "html": ("text/html",),
+    "xml": ("application/xml", "text/xml"),
+    "text": ("application/graphql", "application/javascript", "application/toml", "application/yaml"),
+    "unknown": ("application/octet-stream",),
+}  # fmt: skip
+_FORMATS_BY_MEDIA_TYPE = {name: format_ for format_, names in _MEDIA_TYPES.items() for name in names}
+_BINARY_PREFIXES = ("image/", "audio/", "video/", "font/", "application/pdf", "application/zip", GRPC_TYPE)
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -66,25 +60,20 @@ class MediaType:
 
 @lru_cache(maxsize=512)
 def parse_media_type(content_type: str) -> MediaType:
-    essence, _, parameter_text = content_type.partition(";")
+    essence, _, text = content_type.partition(";")
     essence = essence.strip().lower()
-    return MediaType(essence, _parse_parameters(parameter_text), _detect_format(essence))
-
-
-def _parse_parameters(text: str) -> tuple[tuple[str, str], ...]:
-    parameters = {
-        name.strip().lower(): quoted or value.strip() for name, quoted, value in _PARAMETER.findall(f";{text}")
-    }
-    return tuple(sorted((name, value) for name, value in parameters.items() if name))
+    matches = _PARAMETER.findall(f";{text}")
+    parameters = {name.strip().lower(): quoted_value or value.strip() for name, quoted_value, value in matches}
+    parameters.pop("", None)
+    return MediaType(essence, tuple(sorted(parameters.items())), _detect_format(essence))
 
 
 def _detect_format(essence: str) -> Format:
-    exact_match = _FORMATS_BY_MEDIA_TYPE.get(essence)
-    if exact_match:
-        return exact_match
+    if essence in _FORMATS_BY_MEDIA_TYPE:
+        return _FORMATS_BY_MEDIA_TYPE[essence]
     if essence.endswith("+json"):
         return "json"
-    if essence == "application/xhtml+xml" or essence.endswith("+xml"):
+    if essence.endswith("+xml"):
         return "xml"
     if essence.startswith("multipart/"):
         return "multipart"
@@ -142,11 +131,10 @@ def decode_content(body: bytes, content_encoding: str, limit: int) -> DecodeResu
     for coding in reversed(codings):
         if coding == "identity":
             continue
-        decode = _CONTENT_DECODERS.get(coding)
-        if decode is None or len(codings) > MAX_CODINGS:
+        if coding not in _CONTENT_DECODERS or len(codings) > MAX_CODINGS:
             return DecodeResult(body, "unknown", coding)
         try:
-            data = decode(data, limit)
+            data = _CONTENT_DECODERS[coding](data, limit)
         except _TooLargeError:
             return DecodeResult(body, "too large", coding)
         except ImportError:

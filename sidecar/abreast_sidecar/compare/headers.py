@@ -4,29 +4,52 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from urllib.parse import urljoin, urlsplit
 
 from msgspec.structs import replace
 
+from abreast.export.redaction import COOKIE_PLACEHOLDERS, SIGNED_COOKIE
 from abreast.protocol.capture import Headers, Request
-from abreast_sidecar.compare.content import MediaType, parse_media_type
+from abreast_sidecar.compare.content import (
+    GRPC_LINES_TYPE,
+    GRPC_OBJECT_TYPE,
+    GRPC_PROTO_TYPE,
+    GRPC_TYPE,
+    MediaType,
+    parse_media_type,
+)
 from abreast_sidecar.compare.model import Difference, Impact, RenderedValues
 
 # These formats are UTF-8 by definition, whatever charset the header declares.
 _ALWAYS_UTF8 = frozenset({"json", "ndjson", "events"})
+CONVERTED_TYPES = frozenset({GRPC_OBJECT_TYPE, GRPC_LINES_TYPE})
+GRPC_TYPES = CONVERTED_TYPES | {GRPC_PROTO_TYPE}
 _NONCE_SOURCE = re.compile(r"'nonce-[^']*'")
 _LIST_TOKENS = re.compile(r'<[^>]*>?|"(?:[^"\\]|\\.)*"?|[^,;<"]+|.', re.DOTALL)
+_CHALLENGE_START = re.compile(r"([\w!#$%&'*+.^`|~-]+)(?: +(.*))?", re.DOTALL)
 _NEEDLESS_QUOTES = re.compile(r'="([\w.~-]+)"')
 _URL_HEADERS = frozenset({"location", "content-location"})
 _HTTP_SCHEMES = frozenset({"http", "https"})
-# Adding one of these headers changes how a client handles the answer.
+# Adding one of these headers changes how a client handles the response.
 _BEHAVIOUR_HEADER_PREFIXES = (
     "access-control-allow-", "cache-control", "clear-site-data", "content-disposition", "content-security-policy",
     "location", "refresh", "set-cookie[",
 )  # fmt: skip
+_CORS_PREFIX = "access-control-"
+# Without one of these headers, caches store less or by their own rules, and clients read the same response.
+_CACHE_LIFETIME_HEADERS = frozenset(
+    {"age", "cache-control", "cdn-cache-control", "expires", "pragma", "surrogate-control"}
+)
+_CACHE_RESTRICTIONS = frozenset({"no-cache", "no-store", "private"})
 _VALIDATOR_HEADERS = frozenset({"etag", "last-modified"})  # values depend on the build, their presence does not
 _PERCENT_ESCAPE = re.compile("%[0-9a-fA-F]{2}")  # without case
+_UNRESERVED = re.compile("[A-Za-z0-9._~-]")  # characters that mean the same with and without an escape
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+MAX_EXPIRY_GAP_S = 2 * 86_400  # between the dates of two cookies for one request
+_EXPIRY = re.compile(r"\bexpires=(\d{4}-\d\d-\d\dT[\d:]{8}(?:[+-]\d\d:\d\d)?)")
 _CASELESS_COOKIE_ATTRIBUTES = frozenset({"samesite", "domain", "priority"})
 
 
@@ -45,22 +68,19 @@ def canonical_names(value: str) -> str:
 
 
 def canonical_media_type(media_type: MediaType) -> str:
-    parameters = {
-        name: _canonical_charset(text) if name == "charset" else text
-        for name, text in media_type.parameters
-        if name != "boundary"
-    }
-    if media_type.format in _ALWAYS_UTF8 and parameters.get("charset") == "utf-8":
-        del parameters["charset"]
-    return "; ".join([media_type.essence, *(f"{name}={text}" for name, text in parameters.items())])
-
-
-def _canonical_charset(name: str) -> str:
-    return "utf-8" if name.lower() == "utf8" else name.lower()
+    texts = [GRPC_TYPE if media_type.essence in GRPC_TYPES else media_type.essence]
+    for name, value in media_type.parameters:
+        text = value
+        if name == "charset":
+            text = "utf-8" if value.lower() == "utf8" else value.lower()
+        is_implied = name == "charset" and text == "utf-8" and media_type.format in _ALWAYS_UTF8
+        if name != "boundary" and not is_implied:
+            texts.append(f"{name}={text}")
+    return "; ".join(texts)
 
 
 def canonical_csp(value: str) -> str:
-    """Sort Content-Security-Policy. Mask nonces, which are new in every answer."""
+    """Sort Content-Security-Policy. Mask nonces, which are new in every response."""
     canonical = []
     for part in _split_list(_NONCE_SOURCE.sub("'nonce-*'", value), ";"):
         name, *sources = part.split()
@@ -73,10 +93,23 @@ def canonical_links(value: str) -> str:
     canonical = []
     for link in _split_unquoted(value, ","):
         parts = _split_unquoted(link, ";")
-        canonical.append(
-            "; ".join([*parts[:1], *sorted(canonical_directives(parameter, ";") for parameter in parts[1:])])
-        )
+        parameters = sorted(canonical_directives(parameter, ";") for parameter in parts[1:])
+        canonical.append("; ".join([*parts[:1], *parameters]))
     return ", ".join(canonical)
+
+
+def canonical_challenges(value: str) -> str:
+    """Sort the parameters of each challenge, and keep the order of the challenges. Schemes and names are without case."""
+    challenges: list[tuple[str, list[str]]] = []
+    for part in _split_unquoted(_NEEDLESS_QUOTES.sub(r"=\1", value), ","):
+        start = _CHALLENGE_START.fullmatch(part)
+        if start is not None or not challenges:
+            challenges.append((start[1].lower() if start else "", []))
+        parameter = (start[2] or "") if start else part
+        name, equals, argument = parameter.partition("=")
+        is_named = equals and argument.strip("= ")  # `abc==` is a token
+        challenges[-1][1].append(f"{name.strip().lower()}={argument.strip()}" if is_named else parameter)
+    return ", ".join(" ".join([scheme, ", ".join(sorted(parameters))]).strip() for scheme, parameters in challenges)
 
 
 def _split_unquoted(value: str, separator: str) -> list[str]:
@@ -88,11 +121,6 @@ def _split_unquoted(value: str, separator: str) -> list[str]:
         else:
             pieces[-1] += token
     return [stripped for part in pieces if (stripped := part.strip())]
-
-
-def canonical_challenge(value: str) -> str:
-    """Remove quotes around plain words."""
-    return _NEEDLESS_QUOTES.sub(r"=\1", value.strip())
 
 
 def _split_list(value: str, separator: str) -> list[str]:
@@ -113,7 +141,10 @@ _CANONICALISERS: dict[str, Callable[[str], str]] = {
         ("content-disposition", "content-type"), lambda value: canonical_media_type(parse_media_type(value))
     ),
     **dict.fromkeys(("content-security-policy", "content-security-policy-report-only"), canonical_csp),
-    **dict.fromkeys(("proxy-authenticate", "www-authenticate"), canonical_challenge),
+    **dict.fromkeys(("proxy-authenticate", "www-authenticate"), canonical_challenges),
+    **dict.fromkeys(
+        ("referrer-policy", "x-content-type-options", "x-frame-options"), lambda value: value.strip().lower()
+    ),
     "link": canonical_links,
     "strict-transport-security": lambda value: canonical_directives(value, ";"),
 }  # fmt: skip
@@ -137,17 +168,17 @@ def canonical_value(name: str, value: str) -> str:
 def parse_cookie(value: str) -> tuple[str, str]:
     """Return the name of a cookie and its sorted attributes.
 
-    The value belongs to a session: only an empty value counts. The date of `expires` depends on the time: only its
-    presence counts, and a date in the past, which deletes the cookie.
+    The value belongs to a session: what counts is whether it is empty, a placeholder such as `undefined`, or signed. The
+    date of `expires` depends on the time: dates far from each other count, and a date in the past, which deletes the cookie.
     """
     pair, _, attribute_text = value.partition(";")
     cookie_name, _, content = pair.partition("=")
-    attributes = set() if content.strip().strip('"') else {"(empty)"}
+    attributes = _describe_cookie_value(content.strip().strip('"'))
     for part in _split_list(attribute_text, ";"):
         name, _, text = part.partition("=")
         key, text = name.strip().lower(), text.strip().strip('"')
         if key == "expires":
-            text = "past" if re.search(r"\b19[67]\d\b", text) else "set"
+            text = "past" if re.search(r"\b19[67]\d\b", text) else _format_expiry(text)
         elif key == "domain":
             text = text.lower().removeprefix(".")
         elif key in _CASELESS_COOKIE_ATTRIBUTES:
@@ -156,18 +187,55 @@ def parse_cookie(value: str) -> tuple[str, str]:
     return cookie_name.strip(), "; ".join(sorted(attributes))
 
 
+def _describe_cookie_value(content: str) -> set[str]:
+    if not content:
+        return {"(empty)"}
+    if content.lower() in COOKIE_PLACEHOLDERS:
+        return {f"({content.lower()})"}
+    return {"(signed)"} if SIGNED_COOKIE.fullmatch(content) else set()
+
+
+def _format_expiry(text: str) -> str:
+    try:
+        date = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return "set"
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).isoformat()
+
+
+def _is_same_expiry(old: list[str] | None, new: list[str] | None) -> bool:
+    """Tell whether the attributes of cookies are equal, except that the dates are near each other."""
+    if old is None or new is None:
+        return False
+    before, after = ("\n".join(values) for values in (old, new))
+    if _EXPIRY.sub("expires", before) != _EXPIRY.sub("expires", after):
+        return False
+    try:
+        dates = ([datetime.fromisoformat(text) for text in _EXPIRY.findall(values)] for values in (before, after))
+        return all(abs((date - other).total_seconds()) <= MAX_EXPIRY_GAP_S for date, other in zip(*dates, strict=True))
+    except (TypeError, ValueError):  # another attribute looks like a date
+        return False
+
+
 def resolve_location(value: str, host: str, path: str) -> str:
     """Resolve an address against the request: to a path on the same host, or to a whole address."""
-    value = _PERCENT_ESCAPE.sub(lambda escape: escape[0].upper(), value.strip())
+    value = _PERCENT_ESCAPE.sub(_normalise_escape, value.strip())
     try:
         target = urlsplit(urljoin(f"//{host}{path}", value))
     except ValueError:
         return value
-    if target.netloc.lower() != host.lower():
-        return target._replace(netloc=target.netloc.lower()).geturl() if "@" not in target.netloc else value
+    default_port = _DEFAULT_PORTS.get(target.scheme, " ")
+    address = target.netloc.lower().removesuffix(default_port)
+    if address != host.lower().removesuffix(default_port):
+        return target._replace(netloc=address).geturl() if "@" not in target.netloc else value
     query = f"?{target.query}" if target.query else ""
     fragment = f"#{target.fragment}" if target.fragment else ""
     return f"{target.path or '/'}{query}{fragment}"
+
+
+def _normalise_escape(escape: re.Match[str]) -> str:
+    character = chr(int(escape[0][1:], 16))
+    return character if _UNRESERVED.match(character) else escape[0].upper()
 
 
 def get_scheme(address: str) -> str:
@@ -201,36 +269,36 @@ def diff_headers(
         return []
     differences = []
     for name in sorted(left.keys() | right.keys()):
-        old_values, new_values = left.get(name), right.get(name)
-        if old_values != new_values and not _is_equivalent(name, old_values, new_values, request):
-            differences.append(_header_difference(name, old_values, new_values))
+        values = left.get(name), right.get(name)
+        if values[0] == values[1]:
+            continue
+        schemes = {get_scheme(value) for side in values for value in side or ()} if name in _URL_HEADERS else set()
+        old_canonical, new_canonical = (_canonical_values(name, side, request) for side in values)
+        if name.startswith("set-cookie[") and _is_same_expiry(*values):
+            continue
+        if schemes >= _HTTP_SCHEMES or old_canonical != new_canonical:
+            differences.append(_header_difference(name, *values, request))
     return differences
 
 
 def diff_validators(old: Headers, new: Headers) -> list[Difference]:
-    """Compare whether clients can revalidate a cached answer. All validators are equivalent."""
-    before, after = _find_validator(old), _find_validator(new)
-    if bool(before) == bool(after):
-        return []
-    if before:
+    """Compare whether clients can revalidate a cached response. All validators are equivalent."""
+    before, after = (
+        next((header for header in headers if header[0] in _VALIDATOR_HEADERS), None) for headers in (old, new)
+    )
+    if before and not after:
         return [Difference.from_values("header", before[0], before[1], None, "value", before[0])]
-    return [Difference.from_values("header", after[0], None, after[1], "additive", after[0])]
-
-
-def _find_validator(headers: Headers) -> tuple[str, ...]:
-    return next(((name, value) for name, value in headers if name in _VALIDATOR_HEADERS), ())
+    if after and not before:
+        return [Difference.from_values("header", after[0], None, after[1], "additive", after[0])]
+    return []
 
 
 def diff_trailers(old: Headers, new: Headers, volatile: frozenset[str]) -> list[Difference]:
-    differences = diff_headers(old, new, volatile)
-    return [
-        replace(
-            difference,
-            path=f"trailer {difference.path}",
-            location=RenderedValues(f"trailer {difference.exact_path}", difference.old, difference.new),
-        )
-        for difference in differences
-    ]
+    differences = []
+    for difference in diff_headers(old, new, volatile):
+        location = RenderedValues(f"trailer {difference.exact_path}", difference.old, difference.new)
+        differences.append(replace(difference, path=f"trailer {difference.path}", location=location))
+    return differences
 
 
 def _group_by_name(headers: Headers, volatile: frozenset[str], prefixes: tuple[str, ...]) -> dict[str, list[str]]:
@@ -246,17 +314,6 @@ def _group_by_name(headers: Headers, volatile: frozenset[str], prefixes: tuple[s
     return values_by_name
 
 
-def _is_equivalent(
-    name: str, old_values: list[str] | None, new_values: list[str] | None, request: Request | None
-) -> bool:
-    if (
-        name in _URL_HEADERS
-        and {*map(get_scheme, old_values or ()), *map(get_scheme, new_values or ())} >= _HTTP_SCHEMES
-    ):
-        return False
-    return _canonical_values(name, old_values, request) == _canonical_values(name, new_values, request)
-
-
 def _canonical_values(name: str, values: list[str] | None, request: Request | None) -> list[str] | None:
     if values is None:
         return None
@@ -269,12 +326,27 @@ def _canonical_values(name: str, values: list[str] | None, request: Request | No
     return [canonical_value(name, ", ".join(values))]
 
 
-def _header_difference(name: str, old_values: list[str] | None, new_values: list[str] | None) -> Difference:
+def _is_cross_origin(request: Request | None) -> bool:
+    """Check whether a browser reads CORS headers in the response. Assume so for a request that is not known."""
+    return request is None or bool(get_header(request.headers, "origin"))
+
+
+def _restricts_caches(values: list[str] | None) -> bool:
+    directives = {part.partition("=")[0].strip().lower() for value in values or () for part in _split_list(value, ",")}
+    return not directives.isdisjoint(_CACHE_RESTRICTIONS)
+
+
+def _header_difference(
+    name: str, old_values: list[str] | None, new_values: list[str] | None, request: Request | None
+) -> Difference:
     impact: Impact = "value"
     if old_values is None:
         impact = "value" if name.startswith(_BEHAVIOUR_HEADER_PREFIXES) else "additive"
+    elif name == "cache-control" and _restricts_caches(old_values) and not _restricts_caches(new_values):
+        impact = "breaking"  # a cache may give the response of one user to another one
     elif new_values is None:
-        impact = "breaking"
+        is_unread = name in _CACHE_LIFETIME_HEADERS or (name.startswith(_CORS_PREFIX) and not _is_cross_origin(request))
+        impact = "value" if is_unread or name == "content-encoding" else "breaking"  # each client reads a plain body
     elif name == "content-type":
         is_same_type = parse_media_type(old_values[0]).essence == parse_media_type(new_values[0]).essence
         impact = "value" if is_same_type else "breaking"

@@ -5,26 +5,35 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import orjson
 from msgspec import UNSET, Meta
 from msgspec.structs import replace
 
+from abreast_sidecar.compare.endpoints import NO_TEMPLATES, EndpointTemplates
 from abreast_sidecar.compare.model import VOLATILE_HEADERS, Difference, Kind, Part
 
 Action = Literal["ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage"]
-ACTIONS: tuple[Action, ...] = ("ignore", "tolerate", "unordered", "keyed-by", "expect", "waive-coverage")
+ACTIONS: tuple[Action, ...] = get_args(Action)
 MAX_FIELD_CHARS = 500
 MAX_RECURSIVE_WILDCARDS = 4  # `**` of a pattern
-TOLERABLE_KINDS = frozenset({"changed", "format", "range"})  # with a value on both sides
+# The kinds of differences that an action can explain, if these are not all.
+_KINDS_OF_ACTION: dict[Action, frozenset[str]] = {
+    "tolerate": frozenset({"changed", "format", "range"}),  # with a value on both sides
+    "unordered": frozenset({"order"}),
+    "keyed-by": frozenset({"order"}),
+    "waive-coverage": frozenset(),  # only affects the verdict
+}
 MAX_CACHED_SCOPES = 4096
-_STEP_PATTERN = r"(?:\.\*|\.\$|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"
+_STEP_PATTERN = r"(?>\.\*|\.\$|\.[A-Za-z_@#][\w-]*|\[\*\]|\[\"(?:[^\"\\]|\\.)*\"\])"
+_STEP_END = r"(?=[.\[]|\Z)"
 _PATTERN_TOKENS = re.compile(
-    r"(?P<any>\.\*\*|\*\*)|(?P<key>\.\*)|(?P<index>\[\*?\])|(?P<exact>\[\d+\])|(?P<part>[^*\[.]+|.)", re.DOTALL
+    r"(?P<any>\.\*\*|\*\*)|(?P<key>\.\*)|(?P<index>\[(?:\*?|\d+)\])|(?P<part>[^*\[.]+|.)", re.DOTALL
 )
 
 ACTION_DESCRIPTION = """\
@@ -38,56 +47,43 @@ PATH_DESCRIPTION = """\
 A path such as `$.items[*].price`, and everything below it. \
 `[*]` is any element, `.*` any key, `.**` any number of steps."""
 
-# Types of fields. `expected` completes the message `<field> must be`; `schema` overrides the JSON schema of the type.
+
+def _limit(expected: str, schema: dict[str, Any] | None = None, **constraints: Any) -> Meta:
+    """Limit a field. `expected` completes `<field> must be`; `schema` overrides the JSON schema of the type."""
+    return Meta(extra={"expected": expected, **({"schema": schema} if schema else {})}, **constraints)
+
+
 Text = Annotated[
     str,
-    Meta(
+    _limit(
+        f"text of 1 to {MAX_FIELD_CHARS} characters",
+        {"type": ["string", "number"]},
         min_length=1,
         max_length=MAX_FIELD_CHARS,
-        extra={"expected": f"text of 1 to {MAX_FIELD_CHARS} characters", "schema": {"type": ["string", "number"]}},
     ),
 ]
 PathPattern = Annotated[
-    Text,
-    Meta(
-        extra={
-            "expected": f"a pattern of 1 to {MAX_FIELD_CHARS} characters, with `**` at most {MAX_RECURSIVE_WILDCARDS} times"
-        }
-    ),
+    Text, _limit(f"a pattern of 1 to {MAX_FIELD_CHARS} characters, with `**` at most {MAX_RECURSIVE_WILDCARDS} times")
 ]
 StatusPattern = Annotated[
     str,
-    Meta(
+    _limit(
+        "a status such as 404, 4xx or 404->200",
+        {"type": ["string", "integer"]},
         pattern=r"^ *([1-5xX][0-9xX]{2}|\*) *(-> *([1-5xX][0-9xX]{2}|\*) *)?$",
-        extra={"expected": "a status such as 404, 4xx or 404->200", "schema": {"type": ["string", "integer"]}},
     ),
 ]
-Amount = Annotated[float, Meta(ge=0, extra={"expected": "a number that is not negative"})]
-Share = Annotated[
-    float,
-    Meta(
-        ge=0,
-        extra={
-            "expected": "a share such as 0.01 or 1%",
-            "schema": {"type": ["number", "string"], "pattern": r"^[0-9]+(\.[0-9]+)?\s*%$"},
-        },
-    ),
-]
-Day = Annotated[dt.date, Meta(extra={"expected": "a day such as 2030-01-31"})]
-JsonValue = Annotated[
-    Any,
-    Meta(
-        extra={
-            "expected": "a JSON value; quote a text that looks like a date",
-            "schema": {"type": ["string", "number", "boolean", "null"]},
-        }
-    ),
-]
+SHARE_SCHEMA = {"type": ["number", "string"], "pattern": r"^[0-9]+(\.[0-9]+)?\s*%$"}
+JSON_VALUE_SCHEMA = {"type": ["string", "number", "boolean", "null"]}
+Amount = Annotated[float, _limit("a number that is not negative", ge=0)]
+Share = Annotated[float, _limit("a share such as 0.01 or 1%", SHARE_SCHEMA, ge=0)]
+Day = Annotated[dt.date, _limit("a day such as 2030-01-31")]
+JsonValue = Annotated[Any, _limit("a JSON value; quote a text that looks like a date", JSON_VALUE_SCHEMA)]
 
 
 @dataclass(frozen=True, slots=True)
 class RuleScope:
-    """The origin of a pair of answers, to which a rule may be limited."""
+    """The origin of a pair of responses, to which a rule may be limited."""
 
     service: str = ""
     endpoint: str = ""  # `GET /products/{id}`
@@ -148,42 +144,33 @@ class Rule:
         """True if the rule needs no values, so that it applies to stored pairs whose values are not kept."""
         return self.action == "ignore" or (self.action == "expect" and self.old is self.new is UNSET)
 
-    @property
-    def affects_differences(self) -> bool:
-        """False for a waiver, which only affects the verdict."""
-        return self.action != "waive-coverage"
-
     def may_match(self, part: str, path: str, kind: str) -> bool:
         """Tell whether the rule can explain or, for keyed-by, avoid such a difference, whatever its values are."""
-        if not self.affects_differences:
-            return False
-        if (self.part is not None and self.part != part) or (self.kind is not None and self.kind != kind):
-            return False
         if self.action == "keyed-by":
-            return compile_path_pattern(self.path, include_descendants=True).fullmatch(path) is not None
-        if (self.action == "tolerate" and kind not in TOLERABLE_KINDS) or (
-            self.action == "unordered" and kind != "order"
-        ):
-            return False
-        return not self.path or self._covers(part, path)
+            pattern = compile_path_pattern(self.path, include_descendants=True)
+            return self.part in {None, part} and self.kind in {None, kind} and pattern.fullmatch(path) is not None
+        return self._covers(part, path, kind)
 
     def explains(self, difference: Difference) -> bool:
         """Tell whether the rule explains a difference of a pair in its scope."""
-        if not self.affects_differences:
-            return False
-        if (self.part is not None and self.part != difference.part) or (
-            self.kind is not None and self.kind != difference.kind
-        ):
-            return False
-        if self.path and not self._covers(difference.part, difference.path):
+        if not self._covers(difference.part, difference.path, difference.kind):
             return False
         if self.action == "tolerate":
-            return difference.kind in TOLERABLE_KINDS and self._tolerates(difference)
-        if self.action in {"unordered", "keyed-by"}:
-            return difference.kind == "order"
-        return self.action == "ignore" or self._is_expected(difference)
+            return self._tolerates(difference)
+        if self.action == "expect":
+            return all(
+                expected is UNSET or _equals_json(text, expected)
+                for text, expected in ((difference.old, self.old), (difference.new, self.new))
+            )
+        return True
 
-    def _covers(self, part: str, path: str) -> bool:
+    def _covers(self, part: str, path: str, kind: str) -> bool:
+        if (self.part is not None and self.part != part) or (self.kind is not None and self.kind != kind):
+            return False
+        if kind not in _KINDS_OF_ACTION.get(self.action, (kind,)):
+            return False
+        if not self.path:
+            return True
         if part == "header":
             return _matches(self.path.lower(), path.lower())
         exactly = self.action in {"unordered", "keyed-by"}
@@ -196,11 +183,6 @@ class Rule:
         distance = abs(new - old)
         return (self.absolute is not None and distance <= self.absolute * (1 + 1e-9)) or (
             self.relative is not None and distance <= self.relative * abs(old) * (1 + 1e-9)
-        )
-
-    def _is_expected(self, difference: Difference) -> bool:
-        return (self.old is UNSET or _equals_json(difference.old, self.old)) and (
-            self.new is UNSET or _equals_json(difference.new, self.new)
         )
 
 
@@ -246,18 +228,26 @@ class RuleSet:
 
 @lru_cache(maxsize=4096)
 def compile_path_pattern(pattern: str, *, include_descendants: bool) -> re.Pattern[str]:
-    """Compile a path pattern: `.*` matches any key, `[*]` any element, `.**` any number of steps."""
-    pieces = []
+    """Compile a path pattern: `.*` matches any key, `[*]` any element, `.**` any number of steps.
+
+    A match takes steps of the path times steps of the pattern. Between two `.**`, the first match is as good as any
+    other, so its group is atomic and never tries another one.
+    """
+    pieces = [""]  # between `.**`
     for token in _PATTERN_TOKENS.finditer(pattern):
-        if token["any"]:
-            pieces.append(f"{_STEP_PATTERN}*")
-        elif token["key"]:
-            pieces.append(_STEP_PATTERN)
-        elif token["index"] or token["exact"]:
-            pieces.append(r"\[\*\]")
+        if token.lastgroup == "any":
+            pieces.append("")
         else:
-            pieces.append(re.escape(token[0]))
-    return re.compile("".join(pieces) + (rf"(?:{_STEP_PATTERN})*" if include_descendants else ""))
+            wildcards = {"key": _STEP_PATTERN, "index": r"\[\*\]"}
+            pieces[-1] += wildcards.get(str(token.lastgroup)) or re.escape(token[0])
+    if include_descendants:
+        pieces.append("")
+    first, *others = pieces
+    if not others:
+        return re.compile(first)
+    last = others.pop()
+    middle = "".join(f"(?>{_STEP_PATTERN}*?{piece}{_STEP_END})" for piece in others if piece)
+    return re.compile(f"{first}{middle}{_STEP_PATTERN}*{last}")
 
 
 @lru_cache(maxsize=4096)
@@ -273,19 +263,10 @@ def matches_statuses(pattern: str, statuses: tuple[int, int]) -> bool:
     """Match both statuses with `404`, or the change with `404->200`. `x` is any digit, `*` any status."""
     if not pattern:
         return True
-    before, arrow, after = pattern.partition("->")
+    before, arrow, after = pattern.lower().replace("*", r"\d+").replace("x", r"\d").partition("->")
+    expected_statuses = before.strip(), after.strip() if arrow else before.strip()
     return all(
-        _matches_code(expected, status)
-        for expected, status in zip((before, after if arrow else before), statuses, strict=True)
-    )
-
-
-def _matches_code(expected: str, status: int) -> bool:
-    text = str(status)
-    expected = expected.strip().lower()
-    return expected == "*" or (
-        len(expected) == len(text)
-        and all(expected_char in {"x", char} for expected_char, char in zip(expected, text, strict=True))
+        re.fullmatch(expected, str(status)) for expected, status in zip(expected_statuses, statuses, strict=True)
     )
 
 
@@ -294,18 +275,12 @@ def _parse_number(text: str | None) -> float | None:
     value = _parse_json(text)
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
-    try:
+    with suppress(ValueError, OverflowError):
         return float(value)
-    except (ValueError, OverflowError):
-        return _parse_seconds(value) if isinstance(value, str) else None
-
-
-def _parse_seconds(text: str) -> float | None:
-    try:
-        timestamp = dt.datetime.fromisoformat(text)
-    except ValueError:
-        return None
-    return (timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=dt.UTC)).timestamp()
+    with suppress(ValueError):
+        timestamp = dt.datetime.fromisoformat(str(value))
+        return (timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=dt.UTC)).timestamp()
+    return None
 
 
 def _parse_json(text: str | None) -> Any:
@@ -331,6 +306,7 @@ class CompareOptions:
     max_decoded_bytes: int = 16 * 1024 * 1024  # limit for a compressed body
     max_work: int = 600_000  # steps of about 1 µs; beyond it, values are compared as a whole
     rule_set: RuleSet | None = None  # the active rules
+    templates: EndpointTemplates = NO_TEMPLATES
 
     @classmethod
     def with_ignored_headers(cls, headers: tuple[str, ...]) -> CompareOptions:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal, InvalidOperation
 from itertools import islice
-from json.encoder import encode_basestring_ascii as quoted
+from json.encoder import encode_basestring_ascii
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -21,18 +21,20 @@ from orjson import dumps, loads
 
 MAX_VALUE_CHARS = 500  # longer rendered values are truncated
 
-# orjson turns integers beyond 64 bits into floats and rounds fractions, so that two different ids look equal.
-# The slower parser reads bodies with 18 digits in a row. A search in every third byte rules most bodies out.
-_DIGITS_TO_ZERO = bytes.maketrans(b"123456789", b"000000000")
-_LONG_NUMBER_DIGITS = b"0" * 18
-_LONG_NUMBER_SAMPLE = b"0" * (18 // 3)
-
 MAX_FLOAT_CHARS = 16  # shorter numbers are exact as a float
 
+# orjson turns integers beyond 64 bits into floats and rounds fractions, so that two different ids look equal. The slower
+# parser reads bodies whose long numbers orjson writes in another way. A search in every third byte rules most bodies out.
+_DIGITS_TO_ZERO = bytes.maketrans(b"123456789.", b"0000000000")
+_LONG_NUMBER_DIGITS = b"0" * MAX_FLOAT_CHARS
+_LONG_NUMBER_SAMPLE = b"0" * (MAX_FLOAT_CHARS // 3)
+_LONG_NUMBERS = re.compile(rb"[0-9.]{16,}")
+_JSON_WHITESPACE = b" \t\r\n"
+
 _ASCII_ENCODER = json.JSONEncoder(separators=(",", ":"))
-_TYPE_NAMES = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
+TYPE_NAMES = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
 MAX_SHAPE_CHARS = 4096  # longer texts have no detailed shape
-MAX_TOKEN_CHARS = 512
+MIN_TOKEN_CHARS, MAX_TOKEN_CHARS = 16, 512
 UUID_CHARS = 36
 NUMERIC_FIRST_CHARS = frozenset("0123456789-")
 UNIX_TIME_RANGE_S = range(946_684_800, 4_102_444_800)  # the years 2000 to 2099
@@ -61,10 +63,17 @@ class NonFiniteNumber(float):
 
 
 class LongNumber(str):
-    """A number that is not exact as a 64-bit float: a prefix, then its digits and exponent."""
+    """A number that is not exact as a 64-bit float: a prefix, then its digits and exponent. No string equals it."""
 
     __slots__ = ()
     PREFIX = "number "
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is LongNumber and str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
 
     def digits(self) -> str:
         return self.removeprefix(self.PREFIX)
@@ -78,13 +87,16 @@ class RepeatedKey(str):
 
 def parse(body: bytes) -> Any:
     """Parse JSON exactly, see `parse_with_text`. Raise NotJsonError."""
+    return parse_with_text(body)[0]
+
+
+def parse_canonical(body: bytes) -> Any:
+    """Parse JSON as orjson writes it: without spaces and repeated keys. Return None for other texts."""
     try:
         value = loads(body)
-        if dumps(value) == body:
-            return value
+        return value if dumps(value) == body else None
     except (orjson.JSONDecodeError, TypeError):
-        pass
-    return parse_with_text(body)[0]
+        return None
 
 
 def parse_with_text(body: bytes) -> tuple[Any, bytes]:
@@ -99,11 +111,20 @@ def parse_with_text(body: bytes) -> tuple[Any, bytes]:
         return parse_exact(body), b""  # the exact parser accepts more
     if text == body:
         return value, text
-    if text.count(b":") != body.count(b":") or text.count(b"null") != body.count(b"null"):
-        return parse_exact(body), b""
-    if _may_hold_long_numbers(body):
+    if text.count(b":") != body.count(b":") or text.count(b"null") != body.count(b"null") or _is_rounded(body, text):
         return parse_exact(body), b""
     return value, text
+
+
+def _is_rounded(body: bytes, text: bytes) -> bool:
+    """Tell whether a long number of the body has another form in the canonical text."""
+    if _LONG_NUMBER_SAMPLE not in body[::3].translate(_DIGITS_TO_ZERO):
+        return False
+    if _LONG_NUMBER_DIGITS not in body.translate(_DIGITS_TO_ZERO):
+        return False
+    if body.translate(None, _JSON_WHITESPACE) == text.translate(None, _JSON_WHITESPACE):
+        return False
+    return _LONG_NUMBERS.findall(body) != _LONG_NUMBERS.findall(text)
 
 
 def parse_raw(value: Any) -> Any:
@@ -111,31 +132,27 @@ def parse_raw(value: Any) -> Any:
     return parse(bytes(value)) if type(value) is Raw else value
 
 
+class ExactDecoder(json.JSONDecoder):
+    """Keeps long numbers, NaN, infinity and repeated keys."""
+
+    def __init__(self) -> None:
+        super().__init__(parse_constant=NonFiniteNumber, parse_float=_parse_float, object_pairs_hook=_make_object)
+
+
 def parse_exact(body: bytes) -> Any:
     try:
-        return json.loads(
-            body, parse_constant=NonFiniteNumber, parse_float=_parse_float, object_pairs_hook=_make_object
-        )
+        return json.loads(body, cls=ExactDecoder)
     except (ValueError, RecursionError) as error:
         raise NotJsonError(str(error)) from error
 
 
-def _may_hold_long_numbers(body: bytes) -> bool:
-    return _LONG_NUMBER_SAMPLE in body[::3].translate(_DIGITS_TO_ZERO) and _LONG_NUMBER_DIGITS in body.translate(
-        _DIGITS_TO_ZERO
-    )
-
-
 def _parse_float(text: str) -> float | LongNumber:
     number = float(text)
-    if len(text) < MAX_FLOAT_CHARS and isfinite(number):
+    if (len(text) < MAX_FLOAT_CHARS and isfinite(number)) or repr(number) == text:
         return number
     digits = _canonical_number(text)
-    return (
-        number
-        if isfinite(number) and digits == _canonical_number(repr(number))
-        else LongNumber(LongNumber.PREFIX + digits)
-    )
+    is_exact = isfinite(number) and digits == _canonical_number(repr(number))
+    return number if is_exact else LongNumber(LongNumber.PREFIX + digits)
 
 
 def _canonical_number(text: str) -> str:
@@ -160,8 +177,8 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for index, (key, value) in enumerate(pairs):
         if last[key] != index:
-            counts[key] = counts.get(key, 0) + 1
-            result[RepeatedKey(f"{key} (repeated)" if counts[key] == 1 else f"{key} (repeated {counts[key]})")] = value
+            count = counts[key] = counts.get(key, 0) + 1
+            result[RepeatedKey(f"{key} (repeated)" if count == 1 else f"{key} (repeated {count})")] = value
     return result
 
 
@@ -191,9 +208,13 @@ def render_value(value: Any) -> str:
     if kind is int or kind is float:
         text = repr(value)
     elif kind is str:
-        text = quoted(value[:MAX_VALUE_CHARS])
+        text = encode_basestring_ascii(value[:MAX_VALUE_CHARS])
     elif kind is list or kind is dict:
-        text = _render_start(value)
+        text = ""
+        for piece in _render_pieces(value):
+            text += piece
+            if len(text) > MAX_VALUE_CHARS:
+                break
     elif kind is LongNumber:
         text = value.digits()
     else:
@@ -201,22 +222,11 @@ def render_value(value: Any) -> str:
     return text if len(text) <= MAX_VALUE_CHARS else text[: MAX_VALUE_CHARS - 1] + "…"
 
 
-def _render_start(value: Any) -> str:
-    """Render at least MAX_VALUE_CHARS + 1 characters, or the whole value if it is shorter."""
-    pieces, length = [], 0
-    for piece in _render_pieces(value):
-        pieces.append(piece)
-        length += len(piece)
-        if length > MAX_VALUE_CHARS:
-            break
-    return "".join(pieces)
-
-
 def _render_pieces(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         yield "{"
         for index, (key, inner) in enumerate(islice(value.items(), MAX_VALUE_CHARS)):
-            yield f"{',' if index else ''}{quoted(key[:MAX_VALUE_CHARS])}:"
+            yield f"{',' if index else ''}{encode_basestring_ascii(key[:MAX_VALUE_CHARS])}:"
             yield from _render_pieces(inner)
         yield "}"
     elif isinstance(value, list):
@@ -228,13 +238,15 @@ def _render_pieces(value: Any) -> Iterator[str]:
         yield "]"
     elif type(value) is Raw:
         yield from _render_pieces(parse_raw(value))
+    elif isinstance(value, str):
+        yield encode_basestring_ascii(value[:MAX_VALUE_CHARS])
     else:
-        yield quoted(value[:MAX_VALUE_CHARS]) if isinstance(value, str) else _ASCII_ENCODER.encode(value)
+        yield _ASCII_ENCODER.encode(value)
 
 
 def type_name(value: Any) -> str:
     """Return the type in the terms of JSON: 1 and 1.0 are both numbers."""
-    return _TYPE_NAMES.get(type(value), "number")
+    return TYPE_NAMES.get(type(value), "number")
 
 
 class Shape(NamedTuple):
@@ -242,24 +254,16 @@ class Shape(NamedTuple):
     format: str = ""
 
 
-NULL = Shape("null")
-BOOLEAN = Shape("boolean")
+PLAIN_SHAPES = {
+    kind: Shape(kind)
+    for kind in ("null", "boolean", "integer", "float", "date", "decimal", "time", "ip", "trace", "ulid", "url")
+}
 EMPTY_TEXT = Shape("empty")
 BLANK_TEXT = Shape("empty", "blank")
 TEXT = Shape("text")
 LONG_TEXT = Shape("text", "long")
 WORD = Shape("word")
 PATH = Shape("path")
-OBJECT = Shape("object")
-ARRAY = Shape("array")
-EMPTY_OBJECT = Shape("object", "empty")
-EMPTY_ARRAY = Shape("array", "empty")
-FLOAT = Shape("float")
-NOT_FINITE = Shape("float", "not finite")
-INTEGER = Shape("integer")
-UNIX_SECONDS = Shape("unix", "s")
-UNIX_MILLISECONDS = Shape("unix", "ms")
-NIL_UUID = Shape("uuid", "nil")
 
 # For values that start with a digit or minus sign. _OPAQUE_PATTERN is for other values of one word.
 _NUMERIC_PATTERN = re.compile(
@@ -284,43 +288,47 @@ _OPAQUE_PATTERN = re.compile(
     """,
     re.VERBOSE | re.ASCII,
 )
+DIGEST = re.compile(r"hmac:[0-9a-f]{8}:[0-9a-f]{32}")
+_CARD_NUMBERS = range(10**13, 10**19)
 _UUID_PATTERN = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", re.ASCII)
+_PARTS_PATTERN = re.compile("[./]")
 _JWT = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*", re.ASCII)
 _EMAIL = re.compile(r"[^\s@/:]+@[^\s@/:]+\.[A-Za-z]{2,}")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,20}://\S+|/[\w./%~-]*\?\S+")
+_PATH_START = re.compile(r"/[a-z][a-z0-9_-]{0,15}/")  # very rare in random base64
 _IP6 = re.compile(r"(?=[^:]*:[^:]*:)[0-9a-fA-F:]{2,39}")
 _HTTP_DATE = re.compile(r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun), \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT")
-_CHARACTER_CLASSES = bytes.maketrans(
-    bytes(range(256)),
-    bytes(
-        b"0"[0] if 48 <= byte < 58 else b"A"[0] if 65 <= byte < 91 else b"a"[0] if 97 <= byte < 123 else b"-"[0]
-        for byte in range(256)
-    ),
+_CHARACTER_CLASSES = b"".join(
+    b"0" if char.isdigit() else b"A" if char.isupper() else b"a" if char.islower() else b"-"
+    for char in map(int.to_bytes, range(256))
 )
 TOKEN_SEPARATORS = "-_.~"
+
+
+def has_digest(value: Any) -> bool:
+    """Return whether a value contains the digest of a secret. The format of such a value is unknown."""
+    return isinstance(value, str) and "hmac:" in value and DIGEST.search(value) is not None
+
+
+def may_be_card_numbers(one: Any, other: Any) -> bool:
+    """Return whether one value is a digest, and the other a number as long as that of a card. Their types can be equal."""
+    number, text = (one, other) if type(one) is int else (other, one)
+    return type(number) is int and number in _CARD_NUMBERS and has_digest(text)
 
 
 def detect_shape(value: Any) -> Shape:
     """Return the shape of a parsed JSON value. Never raises."""
     if isinstance(value, str):
         return _text_shape(value)
-    if value is None:
-        return NULL
-    if isinstance(value, bool):
-        return BOOLEAN
+    if value is None or isinstance(value, bool):
+        return PLAIN_SHAPES["null" if value is None else "boolean"]
     if isinstance(value, int):
-        return _integer_shape(value)
+        if value in UNIX_TIME_RANGE_S:
+            return Shape("unix", "s")
+        return Shape("unix", "ms") if value // 1000 in UNIX_TIME_RANGE_S else PLAIN_SHAPES["integer"]
     if isinstance(value, float):
-        return FLOAT if value - value == 0 else NOT_FINITE
-    if isinstance(value, list):
-        return ARRAY if value else EMPTY_ARRAY
-    return OBJECT if value else EMPTY_OBJECT
-
-
-def _integer_shape(value: int) -> Shape:
-    if value in UNIX_TIME_RANGE_S:
-        return UNIX_SECONDS
-    return UNIX_MILLISECONDS if value // 1000 in UNIX_TIME_RANGE_S else INTEGER
+        return PLAIN_SHAPES["float"] if isfinite(value) else Shape("float", "not finite")
+    return Shape("array" if isinstance(value, list) else "object", "" if value else "empty")
 
 
 def _text_shape(value: str) -> Shape:
@@ -334,12 +342,12 @@ def _text_shape(value: str) -> Shape:
     if length > MAX_SHAPE_CHARS:
         return LONG_TEXT
     if length == UUID_CHARS and _UUID_PATTERN.fullmatch(value):
-        return _uuid_shape(value)
-    first_char = value[0]
-    if first_char in NUMERIC_FIRST_CHARS:
+        is_nil = value.count("0") == 32
+        return Shape("uuid", "nil" if is_nil else f"v{value[14]}{_describe_case(value)}")
+    if value[0] in NUMERIC_FIRST_CHARS:
         match = _NUMERIC_PATTERN.fullmatch(value)
         if match is not None:
-            return _SHAPE_DETECTORS[str(match.lastgroup)](value)
+            return _make_shape(str(match.lastgroup), value)
     return _shape_by_marker(value) or _opaque_shape(value)
 
 
@@ -350,7 +358,7 @@ def _shape_by_marker(value: str) -> Shape | None:
     if "@" in value and _EMAIL.fullmatch(value):
         return Shape("email")
     if ("?" in value or "://" in value) and _URL.fullmatch(value):
-        return Shape("url", value.partition("?")[0])
+        return PLAIN_SHAPES["url"]
     if ":" in value:
         if _IP6.fullmatch(value):
             return Shape("ip", "6")
@@ -359,30 +367,28 @@ def _shape_by_marker(value: str) -> Shape | None:
 
 
 def _opaque_shape(value: str) -> Shape:
-    if len(value) <= MAX_TOKEN_CHARS:
+    if len(value) <= MAX_TOKEN_CHARS and not (value[0] == "/" and _PATH_START.match(value)):
         match = _OPAQUE_PATTERN.fullmatch(value)
         if match is not None:
-            return _SHAPE_DETECTORS[str(match.lastgroup)](value)
+            return _make_shape(str(match.lastgroup), value)
     if not value.strip():
         return BLANK_TEXT
     return TEXT if " " in value else _plain_shape(value)
 
 
-def _uuid_shape(value: str) -> Shape:
-    if value.count("0") == 32:
-        return NIL_UUID
-    return Shape("uuid", f"v{value[14]}{'' if value == value.lower() else ' upper'}")
+def _make_shape(kind: str, value: str) -> Shape:
+    return PLAIN_SHAPES.get(kind) or _SHAPE_DETECTORS[kind](value)
+
+
+def _describe_case(value: str) -> str:
+    return "" if value == value.lower() else " upper"
 
 
 def _timestamp_shape(value: str) -> Shape:
     """Keep the separator, the zone and the fraction digits in steps of three, since Go omits trailing zeros."""
-    clock, zone = value[11:], ""
-    for sign in "Z+-":
-        index = clock.find(sign)
-        if index >= 0:
-            clock, zone = clock[:index], clock[index:]
-            break
-    fraction_digits = len(clock) - 9 if len(clock) > 9 else 0
+    clock = re.split("[Z+-]", value[11:])[0]
+    zone = value[11 + len(clock) :]
+    fraction_digits = max(len(clock) - 9, 0)
     return Shape("timestamp", f"{value[10]}{min(len(clock), 8)}.{-(-fraction_digits // 3) * 3}{zone}")
 
 
@@ -397,9 +403,7 @@ def _hex_shape(value: str) -> Shape:
     length = len(value)
     if not _is_random(value, 0.2, 0.2):
         return WORD
-    return Shape(
-        "hash" if length in DIGEST_HEX_CHARS else "hex", f"{length}{'' if value == value.lower() else ' upper'}"
-    )
+    return Shape("hash" if length in DIGEST_HEX_CHARS else "hex", f"{length}{_describe_case(value)}")
 
 
 def _prefixed_shape(value: str) -> Shape:
@@ -408,15 +412,28 @@ def _prefixed_shape(value: str) -> Shape:
 
 
 def _base64_shape(value: str) -> Shape:
-    token_shape = _token_shape(value)
-    return Shape("base64", str(len(value))) if token_shape.kind == "token" and len(value) % 4 == 0 else token_shape
+    if len(value) % 4 == 0 and _is_token(value):
+        return Shape("base64", str(len(value)))
+    return _token_shape(value)
 
 
 def _token_shape(value: str) -> Shape:
+    if _is_token(value) and not _contains_token(value):
+        return Shape("token", str(len(value)))
+    return _plain_shape(value)
+
+
+def _is_token(value: str) -> bool:
     separators = sum(map(value.count, TOKEN_SEPARATORS))
-    if separators > len(value) // 8 + 1 or not _is_random(value):
-        return _plain_shape(value)
-    return Shape("token", str(len(value)))
+    return separators <= len(value) // 8 + 1 and _is_random(value)
+
+
+def _contains_token(value: str) -> bool:
+    """Tell whether a part of the text is an id, such as the name of a file, so that the rest has its own meaning."""
+    if _UUID_PATTERN.search(value):
+        return True
+    parts = _PARTS_PATTERN.split(value)
+    return len(parts) > 1 and any(len(part) >= MIN_TOKEN_CHARS and _opaque_shape(part) != WORD for part in parts)
 
 
 def _plain_shape(value: str) -> Shape:
@@ -428,8 +445,7 @@ def _is_random(value: str, min_change_rate: float = 0.25, min_change_rate_few_di
 
     The rates are changes per character. The second one applies if one or two changes involve digits, as in names.
     """
-    classes = value.encode("ascii", "replace").translate(_CHARACTER_CLASSES)
-    count = classes.count
+    count = value.encode("ascii", "replace").translate(_CHARACTER_CLASSES).count
     digits = count(b"0a") + count(b"0A")
     if not digits:
         return False
@@ -437,20 +453,9 @@ def _is_random(value: str, min_change_rate: float = 0.25, min_change_rate_few_di
     return changes >= (min_change_rate if digits > 2 else min_change_rate_few_digits) * len(value)
 
 
-def _constant_shape(kind: str) -> Callable[[str], Shape]:
-    constant = Shape(kind)
-    return lambda _: constant
-
-
 _SHAPE_DETECTORS: dict[str, Callable[[str], Shape]] = {
     "timestamp": _timestamp_shape,
-    "date": _constant_shape("date"),
-    "time": _constant_shape("time"),
-    "ip": _constant_shape("ip"),
     "digits": _digits_shape,
-    "decimal": _constant_shape("decimal"),
-    "trace": _constant_shape("trace"),
-    "ulid": _constant_shape("ulid"),
     "hex": _hex_shape,
     "prefixed": _prefixed_shape,
     "base64": _base64_shape,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -11,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import orjson
 import structlog
@@ -34,15 +35,7 @@ PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
 log = structlog.get_logger(__name__)
 
 
-class WorkerPool(Protocol):
-    def problem(self) -> str:
-        """Describe what is wrong with the workers; return empty text if nothing is."""
-
-    async def run(self, stop: asyncio.Event) -> None:
-        """Run until `stop` is set and batches in flight are done."""
-
-
-def create_pool(settings: Settings, database: Database) -> WorkerPool:
+def create_pool(settings: Settings, database: Database) -> InProcessPool | ProcessPool:
     pool_settings = dataclasses.replace(settings, shutdown_timeout=settings.shutdown_timeout * DRAIN_TIME_SHARE)
     return ProcessPool(pool_settings) if settings.workers else InProcessPool(pool_settings, database)
 
@@ -57,6 +50,8 @@ def is_healthy(worker: Worker) -> bool:
 
 
 class InProcessPool:
+    """Runs a worker. `problem` describes what is wrong with it; it is empty if nothing is."""
+
     def __init__(self, settings: Settings, database: Database) -> None:
         self.worker = Worker(settings, database, name=make_worker_name())
 
@@ -70,6 +65,8 @@ class InProcessPool:
 
 
 class ProcessPool:
+    """Runs worker processes, like InProcessPool."""
+
     def __init__(self, settings: Settings) -> None:
         self.processes = [WorkerProcess(settings, number) for number in range(settings.workers)]
 
@@ -130,7 +127,11 @@ class WorkerProcess:
         try:
             await asyncio.wait({heartbeat_task, stop_task}, return_when=asyncio.FIRST_COMPLETED)
             process.stdin.close()
-            return await self._wait_for_exit(process)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.shutdown_timeout + 1):
+                    return await process.wait()
+            process.kill()
+            return await process.wait()
         finally:
             if process.returncode is None:
                 process.kill()
@@ -141,23 +142,15 @@ class WorkerProcess:
         while await output.readline():
             self._last_heartbeat = time.monotonic()
 
-    async def _wait_for_exit(self, process: asyncio.subprocess.Process) -> int:
-        try:
-            async with asyncio.timeout(self.settings.shutdown_timeout + 1):
-                return await process.wait()
-        except TimeoutError:
-            process.send_signal(signal.SIGKILL)
-            return await process.wait()
-
 
 def worker_main() -> None:
     line = sys.stdin.buffer.readline()
     if not line:
         sys.exit("abreast: use `abreast sidecar --workers N`, which starts this process")
-    settings_fields: dict[str, Any] = orjson.loads(line)
-    for name, value in settings_fields.items():
-        settings_fields[name] = tuple(value) if isinstance(value, list) else value
-    settings = Settings(**settings_fields)
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in orjson.loads(line).items()
+    }
+    settings = Settings(**values)
     logs.configure(settings.log_level)
     if sys.platform == "linux":  # a worker that hangs doesn't notice the end of its input
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from abreast_sidecar.redis_client import READ_BLOCK_MS, connect_redis, list_shar
 
 MIN_ENTRY_MS = 0  # Redis makes the ids of entries, but anyone may write to a stream
 MAX_ENTRY_MS = 4_102_444_800_000  # the year 2100
-DISCOVERY_INTERVAL_S = 1.0  # between searches for new services
+DISCOVERY_INTERVAL_S = 1.0  # between searches for new services, while entries arrive or no service is known
+IDLE_DISCOVERY_INTERVAL_S = 3.0
+FORMER_SHARDS_INTERVAL_S = 30.0  # between searches for streams of former shards
 MAX_CLAIM_INTERVAL_S = 10.0  # between searches for abandoned entries
 MIN_POLL_S, MAX_POLL_S = 0.01, 0.1  # between reads of a cluster's streams while they are empty
 NO_STREAM_DELAY_S = 0.25  # without a stream, no read can block
@@ -52,25 +54,11 @@ class StreamEntry:
 
 def parse_entry(keys: Keys, raw_id: bytes, fields: Mapping[bytes, bytes], delivery_count: int = 1) -> StreamEntry:
     """Accept any fields. An entry without a pair's id gets its own id."""
-    pair_id = ready_reason = b""
-    blobs = []
-    for field_name, value in fields.items():
-        if field_name == b"pair":
-            pair_id = value
-        elif field_name == b"why":
-            ready_reason = value
-        else:
-            blobs.append(value)
     entry_id = raw_id.decode()
-    return StreamEntry(
-        keys=keys,
-        id=entry_id,
-        pair_id=pair_id.decode(errors="replace") or f"entry {entry_id}",
-        ready_reason=ready_reason.decode(errors="replace"),
-        blobs=tuple(blobs),
-        size_bytes=sum(map(len, blobs)),
-        delivery_count=delivery_count,
-    )
+    pair_id = fields.get(b"pair", b"").decode(errors="replace") or f"entry {entry_id}"
+    ready_reason = fields.get(b"why", b"").decode(errors="replace")
+    blobs = tuple(value for name, value in fields.items() if name not in {b"pair", b"why"})
+    return StreamEntry(keys, entry_id, pair_id, ready_reason, blobs, sum(map(len, blobs)), delivery_count)
 
 
 class StreamConsumer:
@@ -90,12 +78,13 @@ class StreamConsumer:
         self._is_cluster = is_cluster(self._client)
         self._cursors: dict[Keys, str] = {}  # position among the own pending entries; > after the last
         self._claim_cursors: dict[Keys, bytes | str] = {}
-        self._last_discovery = self._last_claim = -float("inf")
+        self._last_discovery = self._last_full_discovery = self._last_claim = -float("inf")
+        self._is_idle = False  # the last read found no entries
         self._busy_streams = 1  # streams with entries in the last read
         self._mean_entry_bytes = float(INITIAL_ENTRY_BYTES)
 
     async def read(self) -> list[StreamEntry]:
-        """Return about a batch at most, and nothing after a second without entries. Raise RedisError."""
+        """Return about a batch at most, and nothing after READ_BLOCK_MS without entries. Raise RedisError."""
         with map_redis_errors():
             try:
                 return await self._read()
@@ -103,7 +92,7 @@ class StreamConsumer:
                 if "NOGROUP" not in str(error):
                     raise
                 self._cursors.clear()  # Redis lost its data: create the groups again
-                self._last_discovery = -float("inf")
+                self._last_discovery = self._last_full_discovery = -float("inf")
                 return []
             except (redis.RedisError, OSError):
                 self.reread_pending()
@@ -135,31 +124,31 @@ class StreamConsumer:
 
     async def _read(self) -> list[StreamEntry]:
         now = time.monotonic()
-        if now - self._last_discovery >= DISCOVERY_INTERVAL_S:
-            await self._discover()
+        is_quiet = self._is_idle and self._cursors
+        if now - self._last_discovery >= (IDLE_DISCOVERY_INTERVAL_S if is_quiet else DISCOVERY_INTERVAL_S):
+            include_former = now - self._last_full_discovery >= FORMER_SHARDS_INTERVAL_S
+            shards = await list_shards(self._client, include_former=include_former)
+            if include_former:  # all shards with data
+                self._cursors = {keys: self._cursors[keys] for keys in shards if keys in self._cursors}
+            for keys in shards:
+                if keys not in self._cursors:
+                    await CREATE_GROUP_SCRIPT.run(self._client, [keys.ready], [CONSUMER_GROUP])
+                    self._cursors[keys] = "0"
             self._last_discovery = now
+            self._last_full_discovery = now if include_former else self._last_full_discovery
         entries = await self._read_own_pending()
         if not entries and now - self._last_claim >= min(MAX_CLAIM_INTERVAL_S, self.claim_idle_s / 3):
             entries = await self._claim_abandoned()
             self._last_claim = now if len(entries) < self.batch_size else self._last_claim
-        return entries or await self._read_new()
-
-    async def _discover(self) -> None:
-        for keys in await list_shards(self._client):
-            if keys not in self._cursors:
-                await CREATE_GROUP_SCRIPT.run(self._client, [keys.ready], [CONSUMER_GROUP])
-                self._cursors[keys] = "0"
+        entries = entries or await self._read_new()
+        self._is_idle = not entries
+        return entries
 
     async def _read_own_pending(self) -> list[StreamEntry]:
         """Read entries that were delivered to this consumer and not acknowledged."""
         entries: list[StreamEntry] = []
         for keys in [keys for keys, cursor in self._cursors.items() if cursor != ">"]:
-            streams: dict[Any, Any] = {keys.ready: self._cursors[keys]}
-            raw = _flatten(
-                await self._client.xreadgroup(
-                    CONSUMER_GROUP, self.name, streams, count=self._compute_limit_per_stream(1)
-                )
-            )
+            raw = await self._read_group({keys.ready: self._cursors[keys]}, self._compute_limit_per_stream(1))
             entries += [parse_entry(keys, identifier, fields) for _, identifier, fields in raw if fields]
             deleted_ids = [identifier for _, identifier, fields in raw if not fields]  # deleted by someone else's hand
             if deleted_ids:
@@ -180,28 +169,28 @@ class StreamConsumer:
             )
             self._claim_cursors[keys] = raw[0]
             raw_entries = [(identifier, fields) for identifier, fields in raw[1] if fields]
-            if raw_entries:
-                delivery_counts = await self._count_deliveries(keys, raw_entries[0][0], raw_entries[-1][0], len(raw[1]))
-                entries += [
-                    parse_entry(keys, raw_id, fields, delivery_counts.get(raw_id, 1)) for raw_id, fields in raw_entries
-                ]
+            if raw_entries:  # an entry that crashes workers has many deliveries
+                id_range = raw_entries[0][0], raw_entries[-1][0]
+                pending: Any = await self._client.xpending_range(
+                    keys.ready, CONSUMER_GROUP, *id_range, len(raw[1]), self.name
+                )
+                counts = {message["message_id"]: message["times_delivered"] for message in pending}
+                entries += [parse_entry(keys, raw_id, fields, counts.get(raw_id, 1)) for raw_id, fields in raw_entries]
             if len(entries) >= self.batch_size:
                 break
         return entries
-
-    async def _count_deliveries(self, keys: Keys, first: bytes, last: bytes, count: int) -> dict[bytes, int]:
-        """Count the deliveries of each entry. An entry that crashes workers has many."""
-        raw: Any = await self._client.xpending_range(keys.ready, CONSUMER_GROUP, first, last, count, self.name)
-        return {message["message_id"]: message["times_delivered"] for message in raw}
 
     async def _read_new(self) -> list[StreamEntry]:
         if not self._cursors:
             await asyncio.sleep(NO_STREAM_DELAY_S)
             return []
         keys_by_stream = {keys.ready.encode(): keys for keys in self._cursors}
-        raw = await (
-            self._read_polling(list(keys_by_stream)) if self._is_cluster else self._read_blocking(list(keys_by_stream))
-        )
+        cursors: dict[Any, Any] = dict.fromkeys(keys_by_stream, ">")
+        count = self._compute_limit_per_stream(self._busy_streams)
+        if self._is_cluster:
+            raw = await self._read_polling(cursors, count)
+        else:
+            raw = await self._read_group(cursors, count, block_ms=READ_BLOCK_MS)
         entries = [
             parse_entry(keys_by_stream[stream], identifier, fields) for stream, identifier, fields in raw if fields
         ]
@@ -212,41 +201,31 @@ class StreamConsumer:
             )
         return entries
 
-    async def _read_blocking(self, streams: Sequence[bytes]) -> list[RawEntry]:
-        cursors: dict[Any, Any] = dict.fromkeys(streams, ">")
-        count = self._compute_limit_per_stream(self._busy_streams)
-        return _flatten(
-            await self._client.xreadgroup(CONSUMER_GROUP, self.name, cursors, count=count, block=READ_BLOCK_MS)
-        )
+    async def _read_polling(self, cursors: Mapping[Any, Any], count: int) -> list[RawEntry]:
+        """Poll all streams of a cluster, because a blocking call sees only one shard.
 
-    async def _read_polling(self, streams: Sequence[bytes]) -> list[RawEntry]:
-        """Poll all streams of a cluster, because a blocking call sees only one shard."""
+        Wait for all responses even if one fails: their entries are read again.
+        """
         deadline, delay_s = time.monotonic() + READ_BLOCK_MS / 1000, MIN_POLL_S
         while True:
-            raw_entries = [
-                raw_entry for answer in await self._read_each_stream(streams) for raw_entry in _flatten(answer)
-            ]
+            calls = [self._read_group({stream: cursor}, count) for stream, cursor in cursors.items()]
+            responses = await asyncio.gather(*calls, return_exceptions=True)
+            raw_entries: list[RawEntry] = []
+            for response in responses:
+                if isinstance(response, BaseException):
+                    raise response
+                raw_entries += response
             if raw_entries or time.monotonic() >= deadline:
                 return raw_entries
             await asyncio.sleep(delay_s)
             delay_s = min(delay_s * 2, MAX_POLL_S)
 
-    async def _read_each_stream(self, streams: Sequence[bytes]) -> list[Any]:
-        """Read each stream. Wait for all responses even if one fails: their entries are read again."""
-        count = self._compute_limit_per_stream(self._busy_streams)
-        calls = [self._client.xreadgroup(CONSUMER_GROUP, self.name, {stream: ">"}, count=count) for stream in streams]
-        answers = await asyncio.gather(*calls, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers
+    async def _read_group(self, cursors: dict[Any, Any], count: int, block_ms: int | None = None) -> list[RawEntry]:
+        """Read for this consumer. RESP2 has a list of streams, RESP3 a map with one more level."""
+        raw: Any = await self._client.xreadgroup(CONSUMER_GROUP, self.name, cursors, count=count, block=block_ms)
+        if isinstance(raw, dict):
+            raw = [(stream, [raw_entry for page in pages for raw_entry in page]) for stream, pages in raw.items()]
+        return [(stream, identifier, fields) for stream, entries in raw or () for identifier, fields in entries]
 
     def _compute_limit_per_stream(self, stream_count: int) -> int:
         return max(1, min(self.batch_size, int(self.batch_bytes / self._mean_entry_bytes)) // stream_count)
-
-
-def _flatten(raw: Any) -> list[RawEntry]:
-    """Flatten a response to XREADGROUP. RESP2 has a list of streams, RESP3 a map with one more level."""
-    if isinstance(raw, dict):
-        raw = [(stream, [raw_entry for page in pages for raw_entry in page]) for stream, pages in raw.items()]
-    return [(stream, identifier, fields) for stream, entries in raw or () for identifier, fields in entries]

@@ -13,13 +13,21 @@ from typing import TypeVar
 
 import orjson
 
-from abreast_sidecar.stats.cache_misses import CacheLookups, MissIncrease, detect_extra_misses
-from abreast_sidecar.stats.latency import MIN_WARM_PAIRS, Slowdown, Timing, detect_slowdown
-from abreast_sidecar.store.database import AdvisoryLock, Connection, Row, exclusive, fetch_rows, load_statement
+from abreast_sidecar.stats.latency import (
+    MIN_WARM_PAIRS,
+    CacheLookups,
+    MissIncrease,
+    Slowdown,
+    detect_extra_misses,
+    detect_slowdown,
+)
+from abreast_sidecar.store.database import AdvisoryLock, Connection, Row, exclusive, execute, fetch_rows
+from abreast_sidecar.store.records import read_timing_arrays
 
 DETECTION_WINDOW_S = 3600
 MAX_DETECTION_PAIRS = 1000  # the newest of an endpoint
 MIN_UNANSWERED_PAIRS = 10  # without a capture of new
+MAX_JOIN_LAG_S = 30.0  # from a sampled request to the time of its incomplete pair
 MIN_UNANSWERED_SHARE = 0.05  # share of the endpoint's pairs
 
 T = TypeVar("T", Slowdown, MissIncrease)
@@ -30,14 +38,12 @@ async def detect_slowdowns(connection: Connection) -> int:
     """Find endpoints where new is slower than old."""
 
     def detect(row: Row) -> Slowdown | None:
-        columns = (row[name] for name in ("old_us", "new_us", "release", "baseline_us"))
-        pairs = [Timing(*values) for values in zip(*columns, strict=True)]
-        return detect_slowdown(pairs, awaits_copies=row["expects_baseline"])
+        return detect_slowdown(read_timing_arrays(row), awaits_copies=row["expects_baseline"])
 
     def describe(increase: Slowdown) -> str:
         return f"new takes {increase.ratio:.1f} times as long in the median of {increase.pairs} pairs: more than chance"
 
-    return await _set_findings(connection, "endpoint_times", detect, "latency_finding_set", describe)
+    return await _set_findings(connection, "endpoint_times", detect, ("latency", "", "slower"), describe)
 
 
 @exclusive(AdvisoryLock.CACHE, otherwise=0)
@@ -54,26 +60,35 @@ async def detect_misses(connection: Connection) -> int:
             "pairs: more than chance"
         )
 
-    return await _set_findings(connection, "endpoint_cache_counts", detect, "cache_finding_set", describe)
+    return await _set_findings(connection, "endpoint_cache_counts", detect, ("cache", "misses", "changed"), describe)
 
 
 async def detect_unanswered(connection: Connection) -> int:
-    """Find endpoints where captures of new are missing, and hardly any of old."""
+    """Find endpoints where captures of new are missing, and hardly any of old.
+
+    Copies that Envoy did not send explain missing captures. The finding is real if new did not answer by Envoy's count.
+    """
     parameters = {
         "window": DETECTION_WINDOW_S,
         "limit": MAX_DETECTION_PAIRS,
         "min_pairs": MIN_UNANSWERED_PAIRS,
         "share": MIN_UNANSWERED_SHARE,
+        "lag": MAX_JOIN_LAG_S,
     }
     async with connection.transaction():
-        cursor = await connection.execute(load_statement("missing_findings_set"), parameters)
-        await connection.execute(load_statement("findings_reopen"))
+        cursor = await execute(connection, "missing_findings_set", parameters)
+        await execute(connection, "findings_reopen")
     return cursor.rowcount
 
 
 async def _set_findings(
-    connection: Connection, query: str, detect: Callable[[Row], T | None], statement: str, describe: Callable[[T], str]
+    connection: Connection,
+    query: str,
+    detect: Callable[[Row], T | None],
+    location: tuple[str, str, str],
+    describe: Callable[[T], str],
 ) -> int:
+    """Store a finding at the location (part, path, kind) of each endpoint in which `detect` sees an increase."""
     finding_count = 0
     parameters = {"window": DETECTION_WINDOW_S, "limit": MAX_DETECTION_PAIRS, "min_pairs": MIN_WARM_PAIRS}
     for row in await fetch_rows(connection, query, parameters):
@@ -81,8 +96,9 @@ async def _set_findings(
         if increase is not None:
             detail = orjson.dumps(asdict(increase)).decode()
             finding = {"endpoint": row["id"], "pairs": increase.pairs, "detail": detail, "reason": describe(increase)}
-            await connection.execute(load_statement(statement), finding)
+            finding |= dict(zip(("part", "path", "kind"), location, strict=True))
+            await execute(connection, "detector_finding_set", finding)
             finding_count += 1
         await asyncio.sleep(0)  # let other tasks run
-    await connection.execute(load_statement("findings_reopen"))
+    await execute(connection, "findings_reopen")
     return finding_count

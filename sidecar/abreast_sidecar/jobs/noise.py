@@ -7,79 +7,128 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
+from math import pi
 
-from abreast_sidecar.stats.noise import DifferenceCounts, MagnitudeShift, NoiseDecision, classify_differences
-from abreast_sidecar.store.counters import COUNTERS
-from abreast_sidecar.store.database import AdvisoryLock, Connection, Row, exclusive, fetch_rows, load_statement, to_json
+from abreast_sidecar.stats.noise import DifferenceCounts, NoiseDecision, OrderCounts, classify_differences
+from abreast_sidecar.store.counters import COUNTERS, MARKS
+from abreast_sidecar.store.database import AdvisoryLock, Connection, Row, exclusive, execute, fetch_rows, to_json
+from abreast_sidecar.store.records import from_row
+from abreast_sidecar.store.samples import FEW_PAIRS
 
-FALSE_FINDING_RATE = 0.01  # probability that an endpoint ever shows a false finding
+# Probability that a service without a change ever shows a false finding: from all releases, and from each release alone.
+FALSE_FINDING_RATE = 0.01
+FALSE_RELEASE_FINDING_RATE = 0.01
 MAX_REASON_CHARS = 300
-MIN_RELEASE_PAIRS = 500  # enough for one release to decide alone; also for baseline pairs
+MIN_RELEASE_PAIRS = 500  # enough for one release to show that a finding is noise
 STATE_SEVERITY = {"noise": 0, "undecided": 1, "real": 2}
+DIFFERENCE_SHARE, REPEAT_SHARE, ORDER_SHARE = 0.8, 0.1, 0.1  # parts of an error probability for the three tests
+DIRECTION_COLUMNS = tuple(name for name in MARKS if name.startswith("copy_"))
 COUNT_COLUMNS = ("compared", "baseline_compared", *COUNTERS)
-BASELINE_COLUMNS = ("baseline_compared", "baseline_count", "baseline_magnitude_up", "baseline_magnitude_down")
 MAX_OLD_REPEAT_SHARE = 0.02  # share of pairs; above it, old's values are not unique, and repeats of new prove nothing
+
+Place = tuple[str, str, str]  # part, path and kind
 
 
 @exclusive(AdvisoryLock.NOISE, otherwise=0)
 async def classify_findings(connection: Connection) -> int:
     """Classify the findings of endpoints with new counts. Return how many states and reasons changed."""
-    updates, endpoints = [], []
-    for _, group in groupby(await fetch_rows(connection, "noise_due"), key=lambda row: row["endpoint"]):
-        rows = list(group)
-        findings = [row for row in rows if row["id"] is not None]
-        updates += await asyncio.to_thread(find_changes, findings)
-        counts = {name: rows[0][name] for name in ("compared", "baseline_compared")}
-        endpoints.append({"id": rows[0]["endpoint"], **counts})
+    updates = []
+    due_rows = await fetch_rows(connection, "noise_due", {"few": FEW_PAIRS})
+    for _, group in groupby(due_rows, key=lambda row: row["pool"]):
+        updates += await asyncio.to_thread(find_changes, list(group))
+    endpoints = [
+        {"id": row["endpoint"], "compared": row["compared"], "baseline_compared": row["baseline_compared"]}
+        for row in {row["endpoint"]: row for row in due_rows}.values()
+    ]
     # Locks in the order of the ledger's writers: findings by id, endpoints by id.
     if updates:
-        await connection.execute(load_statement("findings_lock"), {"ids": [row["id"] for row in updates]})
-        await connection.execute(load_statement("noise_set"), {"rows": to_json(updates).decode()})
+        await execute(connection, "findings_lock", {"ids": [row["id"] for row in updates]})
+        await execute(connection, "noise_set", {"rows": to_json(updates)})
     if endpoints:
-        await connection.execute(load_statement("endpoints_lock"), {"ids": [row["id"] for row in endpoints]})
-        await connection.execute(load_statement("noise_done"), {"rows": to_json(endpoints).decode()})
+        await execute(connection, "endpoints_lock", {"ids": [row["id"] for row in endpoints]})
+        await execute(connection, "noise_done", {"rows": to_json(endpoints)})
     return len(updates)
 
 
 def find_changes(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Return the findings of one endpoint whose state or reason changes."""
-    decisions = [
-        (row, decision.state, decision.reason[:MAX_REASON_CHARS])
-        for row, decision in zip(rows, classify_rows(rows), strict=True)
-    ]
-    return [
-        {"id": row["id"], "state": state, "reason": reason}
-        for row, state, reason in decisions
-        if (row["state"], row["reason"]) != (state, reason)
-    ]
+    """Return the findings of one pool of endpoints whose state or reason changes."""
+    rows_by_place = pool_rows(rows)
+    decisions = dict(zip(rows_by_place, classify_rows(list(rows_by_place.values())), strict=True))
+    endpoint_count = len({row["endpoint"] for row in rows})
+    pool_text = f"; {endpoint_count:,} endpoints with few requests count together" if endpoint_count > 1 else ""
+    changes: list[dict[str, object]] = []
+    for row in rows:
+        if row["id"] is None:
+            continue
+        decision = decisions[_get_place(row)]
+        state, reason = decision.state, f"{decision.reason}{pool_text}"[:MAX_REASON_CHARS]
+        if (row["state"], row["reason"]) != (state, reason):
+            changes.append({"id": row["id"], "state": state, "reason": reason})
+    return changes
+
+
+def pool_rows(rows: Sequence[Row]) -> dict[Place, Row]:
+    """Return one row per place of a pool of endpoints, with the counts of all its endpoints.
+
+    The view of one release is left out of a sum: only the endpoints that show a finding have its release. A client has
+    one bet for all endpoints of a pool (`store.writer`), so sums of bets count it once.
+    """
+    endpoints = {row["endpoint"]: row for row in rows}
+    findings = [row for row in rows if row["id"] is not None]
+    if len(endpoints) == 1:
+        return {_get_place(row): row for row in findings}
+    totals = {name: sum(row[name] for row in endpoints.values()) for name in ("compared", "baseline_compared")}
+    pool: dict[Place, Row] = {}
+    for row in findings:
+        place = _get_place(row)
+        sums = pool.setdefault(place, {**row, **totals, **dict.fromkeys(COUNTERS, 0), "newest_count": None})
+        for name in COUNTERS:
+            sums[name] += row[name]
+    return pool
+
+
+def _get_place(row: Row) -> Place:
+    return row["part"], row["path"], row["kind"]
 
 
 def classify_rows(rows: Sequence[Row]) -> list[NoiseDecision]:
     """Classify the findings of one endpoint.
 
     Each finding has two views: all releases, and the newest release that shows it. So earlier releases don't dilute a
-    finding of the newest one, and many small releases add up. All views of all findings share the error probability.
+    finding of the newest one, and many small releases add up. Each view shares its error probability among all findings
+    of the service, and the releases share theirs: release r gets 6/(pi r)^2 of it.
     """
+    if not rows:
+        return []
+    places = rows[0]["places"]
+    combined = _classify_view(rows, FALSE_FINDING_RATE, places)
     with_former = [row for row in rows if _has_former_release(row)]
-    views = [*rows, *map(_select_newest_release, with_former)]
-    inputs = [*build_counts(rows), *build_counts(views[len(rows) :]), *map(_build_repeat_counts, views)]
-    shifts = {
-        index: _build_magnitude_shift(row)
-        for index, row in enumerate(views)
-        if row["magnitude_up"] or row["magnitude_down"]
-    }
-    results, view_count = classify_differences([*inputs, *shifts.values()], FALSE_FINDING_RATE), len(views)
-    shift_results = dict(zip(shifts, results[2 * view_count :], strict=True))
-    candidates = zip(views, results[:view_count], results[view_count : 2 * view_count], strict=True)
-    combined = [
-        _choose_stronger(row, decision_of_counts, repeat_decision, shift_results.get(index))
-        for index, (row, decision_of_counts, repeat_decision) in enumerate(candidates)
-    ]
-    newest_decisions = dict(zip((row["id"] for row in with_former), combined[len(rows) :], strict=True))
+    newest_decisions: dict[int, NoiseDecision] = {}
+    for number, group in groupby(sorted(with_former, key=_get_release_number), key=_get_release_number):
+        views = [_select_newest_release(row) for row in group]
+        alpha = FALSE_RELEASE_FINDING_RATE * 6 / (pi * max(number, 1)) ** 2
+        decisions = _classify_view(views, alpha, places)
+        newest_decisions |= {row["id"]: decision for row, decision in zip(views, decisions, strict=True)}
     return [
         _merge_views(decision, newest_decisions[row["id"]], row) if row["id"] in newest_decisions else decision
-        for row, decision in zip(rows, combined, strict=False)
+        for row, decision in zip(rows, combined, strict=True)
     ]
+
+
+def _get_release_number(row: Row) -> int:
+    return int(row["release_number"] or 1)
+
+
+def _classify_view(views: Sequence[Row], alpha: float, places: int) -> list[NoiseDecision]:
+    differences, repeats, orders = (
+        classify_differences(counts, share * alpha, places)
+        for counts, share in (
+            (build_counts(views), DIFFERENCE_SHARE),
+            ([_build_repeat_counts(row) for row in views], REPEAT_SHARE),
+            ([from_row(OrderCounts, row) for row in views], ORDER_SHARE),
+        )
+    )
+    return [_choose_stronger(*candidate) for candidate in zip(views, differences, repeats, orders, strict=True)]
 
 
 def _build_repeat_counts(row: Row) -> DifferenceCounts:
@@ -89,33 +138,23 @@ def _build_repeat_counts(row: Row) -> DifferenceCounts:
         differing=row["new_repeats"],
         baseline_compared=row["repeat_checks"],
         baseline_differing=row["old_repeats"],
-    )
-
-
-def _build_magnitude_shift(row: Row) -> MagnitudeShift:
-    """Count how often new's number is more than twice old's, or less than half."""
-    return MagnitudeShift(
-        compared=row["compared"],
-        far_greater=row["magnitude_up"],
-        far_smaller=row["magnitude_down"],
-        baseline_compared=row["baseline_compared"],
-        baseline_far_greater=row["baseline_magnitude_up"],
-        baseline_far_smaller=row["baseline_magnitude_down"],
+        other_only=row["new_repeats"],
+        same_only=row["old_repeats"],
     )
 
 
 def _choose_stronger(
-    row: Row, decision: NoiseDecision, repeat_decision: NoiseDecision, shift_decision: NoiseDecision | None
+    row: Row, decision: NoiseDecision, repeat_decision: NoiseDecision, order_decision: NoiseDecision
 ) -> NoiseDecision:
     """Return the decision with the strongest evidence for a real finding.
 
-    A value that differs as often as noise is still real if new's numbers move to one side, or if new repeats values and
-    old doesn't.
+    A value that differs as often as noise is still real if new's values lean to one side, or if new repeats values and old
+    doesn't.
     """
     if decision.state == "real":
         return decision
-    if shift_decision is not None and shift_decision.state == "real":
-        return shift_decision
+    if order_decision.state == "real":
+        return order_decision
     if repeat_decision.state != "real" or row["old_repeats"] > MAX_OLD_REPEAT_SHARE * row["repeat_checks"]:
         return decision
     repeats = (
@@ -126,16 +165,15 @@ def _choose_stronger(
 
 def _has_former_release(row: Row) -> bool:
     """Check whether the newest release has only a part of the counts."""
-    return row["newest_count"] is not None and any(
-        row[name] != _select_newest_release(row)[name] for name in COUNT_COLUMNS
-    )
+    if row["newest_count"] is None:
+        return False
+    newest = _select_newest_release(row)
+    return any(row[name] != newest[name] for name in COUNT_COLUMNS)
 
 
 def _select_newest_release(row: Row) -> Row:
-    """Return the row with the counts of the newest release, but with all baseline pairs while the release has few."""
+    """Return the row with the counts of the newest release."""
     counts_of_newest = {name: row[f"newest_{name}"] for name in COUNT_COLUMNS}
-    if counts_of_newest["baseline_compared"] < MIN_RELEASE_PAIRS:
-        counts_of_newest |= {name: row[name] for name in BASELINE_COLUMNS}
     return {**row, **counts_of_newest, "releases": (row["old_release"], row["new_release"])}
 
 
@@ -154,11 +192,10 @@ def build_counts(rows: Iterable[Row]) -> list[DifferenceCounts]:
     Directions are summed over findings that are each other's reverse: by chance, a field is added as often as removed.
     """
     rows = list(rows)
-    greater: Counter[tuple[object, ...]] = Counter()
-    smaller: Counter[tuple[object, ...]] = Counter()
+    directions: dict[str, Counter[tuple[object, ...]]] = {name: Counter() for name in DIRECTION_COLUMNS}
     for row in rows:
-        greater[_make_direction_key(row)] += row["new_greater"]
-        smaller[_make_direction_key(row)] += row["new_smaller"]
+        for name, sums in directions.items():
+            sums[_make_direction_key(row)] += row[name]
     return [
         DifferenceCounts(
             compared=row["compared"],
@@ -166,9 +203,9 @@ def build_counts(rows: Iterable[Row]) -> list[DifferenceCounts]:
             baseline_compared=row["baseline_compared"],
             baseline_differing=row["baseline_count"],
             explained=row["shape_explained"],
-            is_rare=row["kind"] in {"format", "range"},
-            new_greater=greater[_make_direction_key(row)],
-            new_smaller=smaller[_make_direction_key(row)],
+            other_only=row["other_only"] if row["count"] else 0,  # retests made bets too
+            same_only=row["same_only"],
+            **{name: sums[_make_direction_key(row)] for name, sums in directions.items()},
         )
         for row in rows
     ]

@@ -1,14 +1,22 @@
-"""Opens the partitions of coming days, drops old ones, and limits the size of examples."""
+"""Limits what is stored: days and examples in the ledger, incomplete pairs and idle consumers in Redis."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
 import structlog
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
-from abreast_sidecar.store.database import AdvisoryLock, Connection, exclusive, fetch_row, fetch_rows, load_statement
+from abreast.protocol.join import CONSUMER_GROUP, Keys
+from abreast_sidecar.redis_client import load_script
+from abreast_sidecar.store.database import AdvisoryLock, Connection, exclusive, execute, fetch_row, fetch_rows
 
 MAX_CLOCK_SKEW_S = 300.0
+EXPIRE_BATCH_PAIRS = 200  # Redis serves nobody else meanwhile
+DELETE_CONSUMER_SCRIPT = load_script("delete_consumer")
+EXPIRE_SCRIPT = load_script("expire_pairs")
+AUDIT_RETENTION_DAYS = 365
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +40,7 @@ async def trim_examples(connection: Connection, *, max_bytes: int) -> int:
 
     Each open finding keeps its smallest example.
     """
-    cursor = await connection.execute(load_statement("examples_trim"), {"max_bytes": max_bytes})
+    cursor = await execute(connection, "examples_trim", {"max_bytes": max_bytes})
     if cursor.rowcount:
         log.info("large examples deleted", examples=cursor.rowcount, bytes=max_bytes)
     return cursor.rowcount
@@ -40,7 +48,7 @@ async def trim_examples(connection: Connection, *, max_bytes: int) -> int:
 
 async def open_days(connection: Connection) -> None:
     """Open the partitions of today and tomorrow (UTC)."""
-    await connection.execute(load_statement("days_open"))
+    await execute(connection, "days_open")
 
 
 async def drop_days(
@@ -54,7 +62,7 @@ async def drop_days(
     count = await _drop_days(connection, retention_days=retention_days, retention_bytes=retention_bytes, now=now)
     if count:
         async with connection.transaction():
-            await connection.execute(load_statement("releases_fold"))
+            await execute(connection, "releases_fold")
     return count
 
 
@@ -62,12 +70,14 @@ async def drop_days(
 async def _drop_days(connection: Connection, *, retention_days: int, retention_bytes: int, now: datetime | None) -> int:
     now = now or await conservative_now(connection)
     oldest = {"oldest": now - timedelta(days=retention_days)}
+    await execute(connection, "bets_expire")
     for name in ("dead_letters_expire", "samples_expire", "reports_fold"):
-        await connection.execute(load_statement(name), oldest)
+        await execute(connection, name, oldest)
+    await execute(connection, "audit_expire", {"oldest": now - timedelta(days=AUDIT_RETENTION_DAYS)})
     limits = {"days": retention_days, "bytes": retention_bytes, "now": now}
     expired_days = await fetch_rows(connection, "days_expired", limits)
     for row in expired_days:
-        await connection.execute(load_statement("day_drop"), {"day": row["day"]})
+        await execute(connection, "day_drop", {"day": row["day"]})
         log.info(
             "a day's pairs dropped",
             day=row["day"].isoformat(),
@@ -76,3 +86,31 @@ async def _drop_days(connection: Connection, *, retention_days: int, retention_b
             retention_bytes=retention_bytes,
         )
     return len(expired_days)
+
+
+async def delete_idle_consumers(client: Redis, keys: Keys, *, idle_s: float) -> int:
+    """Delete consumers that were idle for `idle_s` seconds and have no pending entries; return how many."""
+    try:
+        consumers = await client.xinfo_consumers(keys.ready, CONSUMER_GROUP)
+    except ResponseError as error:
+        if str(error).startswith(("no such key", "NOGROUP")):
+            return 0  # no pair of the shard has been ready yet
+        raise
+    deleted = 0
+    for consumer in consumers:
+        if consumer["pending"] == 0 and consumer["idle"] > idle_s * 1000:
+            deleted += int(await DELETE_CONSUMER_SCRIPT.run(client, [keys.ready], [CONSUMER_GROUP, consumer["name"]]))
+    return deleted
+
+
+async def expire_incomplete_pairs(client: Redis, keys: Keys, *, max_pairs: int = 20_000) -> int:
+    """Move overdue pairs of a shard to its stream; return how many. After `max_pairs` others may still be overdue."""
+    expired = 0
+    while expired < max_pairs:
+        batch_count = await EXPIRE_SCRIPT.run(
+            client, [keys.due, keys.ready, keys.joined, keys.stats], [keys.pair(""), EXPIRE_BATCH_PAIRS, CONSUMER_GROUP]
+        )
+        expired += int(batch_count)
+        if batch_count < EXPIRE_BATCH_PAIRS:
+            break
+    return expired

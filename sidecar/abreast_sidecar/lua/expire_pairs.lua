@@ -6,6 +6,7 @@
 local MAX_PARTS = 64 -- fields and values; a pair has a few
 local CLOCK_SLACK_MS = 1000
 local MAX_PENDING = 10000 -- entries: a few batches of a few workers
+local TIMED_OUT_PREFIX = '?' -- in `joined`, as in join.lua
 local due, ready, joined, stats = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -38,7 +39,7 @@ for _, pair in ipairs(overdue) do
   redis.call('XADD', ready, '*', unpack(entry))
   redis.call('DEL', hash)
   redis.call('ZREM', due, pair)
-  redis.call('ZADD', joined, now, pair)
+  redis.call('ZADD', joined, now, TIMED_OUT_PREFIX .. pair)
 end
 if #overdue > 0 then
   redis.call('HINCRBY', stats, 'timed_out', #overdue)

@@ -13,10 +13,14 @@ MAX_CLOCK_LAG_S = 60.0  # pairs have the time of Redis's clock, all else that of
 
 @dataclass(frozen=True, slots=True)
 class EnvoyReport:
-    """`age`: seconds since an Envoy's counters were read. `node` ends in @ and the admin address."""
+    """`age`: seconds since an Envoy's counters were read. `node` ends in @ and the admin address.
+
+    `is_overridden`: its admin interface sets runtime values over those of the sidecar.
+    """
 
     node: str
     age: float
+    is_overridden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,8 @@ class CompletenessGap:
         return None if self.sampled is None else self.sampled - self.arrived
 
 
-def describe_stale_counts(reports: Iterable[EnvoyReport], admin_addresses: Iterable[str]) -> str:
-    """Return why Envoy's counters can't be relied on, empty if they can.
+def describe_envoy_trouble(reports: Iterable[EnvoyReport], admin_addresses: Iterable[str]) -> str:
+    """Return why Envoy's counters or its confirmations can't be relied on, empty if they can.
 
     `admin_addresses`: the Envoys that the settings name.
     """
@@ -51,6 +55,14 @@ def describe_stale_counts(reports: Iterable[EnvoyReport], admin_addresses: Itera
         return f"the count of the Envoy {oldest.node} is {oldest.age:.0f} s old"
     if all(report.age > MAX_REPORT_AGE_S for report in all_reports):
         return "no Envoy reports its count any more; check ABREAST_ENVOY_ADMIN"
+    return describe_override(all_reports)
+
+
+def describe_override(reports: Iterable[EnvoyReport]) -> str:
+    """Name an Envoy whose admin interface sets its own values; empty without one."""
+    for report in reports:
+        if report.is_overridden and report.age <= MAX_REPORT_AGE_S:
+            return f"the admin interface of the Envoy {report.node} overrides the sidecar, so a rollback has no effect there"
     return ""
 
 

@@ -13,14 +13,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import psycopg
-from psycopg import AsyncConnection
 from psycopg.rows import dict_row
 
 from abreast_sidecar.errors import LedgerError
-from abreast_sidecar.store.database import CONNECT_TIMEOUT_S, Connection, load_statement, map_postgres_errors
+from abreast_sidecar.store.database import (
+    CONNECT_TIMEOUT_S,
+    ClosingConnection,
+    Connection,
+    load_statement,
+    map_postgres_errors,
+)
 
 LEADER_LOCK_ID = 0x616272657010
-LEADER_HEARTBEAT_S = 0.5
+LEADER_HEARTBEAT_S = 1.5
+ELECTION_INTERVAL_S = 0.5
 LEADER_SESSION_TIMEOUT_S = 4  # without a statement
 LEADER_STATEMENT_TIMEOUT_S = 3.0
 LEADER_CONNECTION_OPTIONS = (
@@ -75,7 +81,7 @@ class LeaderLease:
                 async with asyncio.timeout(LEADER_STATEMENT_TIMEOUT_S + CONNECT_TIMEOUT_S):
                     with map_postgres_errors():
                         if self._connection is None:
-                            self._connection = await AsyncConnection.connect(
+                            self._connection = await ClosingConnection.connect(
                                 self.conninfo,
                                 autocommit=True,
                                 connect_timeout=CONNECT_TIMEOUT_S,

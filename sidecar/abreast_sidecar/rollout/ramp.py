@@ -10,17 +10,26 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import isfinite, nextafter
 from typing import Literal
 
 from abreast_sidecar.rollout.completeness import MAX_PAIR_AGE_S, measure_clock_lag
-from abreast_sidecar.stats.verdict import Budget, Completeness, EndpointCounts, Verdict, decide_verdict
+from abreast_sidecar.stats.verdict import (
+    Budget,
+    Completeness,
+    EndpointCounts,
+    ServiceCounts,
+    Verdict,
+    decide_verdict,
+    describe_surplus,
+)
 
 RampState = Literal["progressing", "paused", "succeeded", "failed", "aborted", "superseded"]
 ActionName = Literal["wait", "step", "succeed", "roll back"]
 
 ACTIVE_STATES: tuple[RampState, ...] = ("progressing", "paused")
 ALL_USERS = 10_000  # in hundredths of a percent
+MAX_CONFIDENCE = nextafter(1, 0)
 MAX_STEPS = 100
 MAX_HOLD_S = 30 * 86_400.0
 MAX_MIN_PAIRS = 1_000_000
@@ -85,6 +94,7 @@ class RampEvidence:
 
     endpoints: tuple[EndpointCounts, ...]
     completeness: Completeness
+    service: ServiceCounts | None = None
 
     @property
     def compared(self) -> int:
@@ -112,7 +122,7 @@ def decide_ramp(ramp: Ramp, observation: Observation) -> RampDecision:
     if failure := _find_failure(ramp, observation):
         return RampDecision("roll back", failure, "FAIL")
     total, step = observation.since_start, observation.since_step
-    verdict = decide_verdict(total.endpoints, total.completeness, ramp.plan.budget)
+    verdict = decide_verdict(total.endpoints, total.completeness, ramp.plan.budget, service=total.service)
     state = "INCONCLUSIVE" if verdict.state == "FAIL" else verdict.state  # a rollback has a smaller alpha
     wait_reason = _find_wait_reason(ramp, observation)
     if not wait_reason and state != "PASS":
@@ -130,8 +140,8 @@ def _find_failure(ramp: Ramp, observation: Observation) -> str:
         f"since {format_percent(ramp.share)}": (observation.since_step, alpha / 2 / len(ramp.plan.steps)),
     }
     for period, (evidence, alpha_share) in checks.items():
-        budget = replace(ramp.plan.budget, confidence=1 - alpha_share)
-        verdict = decide_verdict(evidence.endpoints, evidence.completeness, budget)
+        budget = replace(ramp.plan.budget, confidence=min(1 - alpha_share, MAX_CONFIDENCE))
+        verdict = decide_verdict(evidence.endpoints, evidence.completeness, budget, service=evidence.service)
         if verdict.state == "FAIL":
             return f"the verdict {period} is FAIL: {_describe_reason(verdict)}"
     return ""
@@ -161,6 +171,8 @@ def _describe_gap(completeness: Completeness, budget: Budget) -> str:
     """Check the step alone: a complete week would hide an hour without captures."""
     if completeness.sampled is None:
         return "no Envoy's count to compare this step's requests with"
+    if completeness.surplus > (1 - budget.min_completeness) * completeness.sampled:
+        return describe_surplus(completeness.surplus, completeness.sampled)
     if completeness.accounted >= completeness.sampled * budget.min_completeness:
         return ""
     return (

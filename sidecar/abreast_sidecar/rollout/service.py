@@ -9,9 +9,9 @@ from abreast_sidecar.rollout import transitions
 from abreast_sidecar.rollout.guard import GuardPolicy
 from abreast_sidecar.rollout.ramp import Ramp, RampPlan, format_percent
 from abreast_sidecar.rollout.transitions import Guard, RampTransition
-from abreast_sidecar.store.database import Database
+from abreast_sidecar.store.database import Database, Row
 from abreast_sidecar.traffic.control import TrafficController
-from abreast_sidecar.traffic.model import AuditNote, Traffic, TrafficChange
+from abreast_sidecar.traffic.model import AuditNote, Drill, Traffic, TrafficChange
 
 
 class RolloutService:
@@ -41,11 +41,11 @@ class RolloutService:
     async def list_active_ramps(self) -> list[Ramp]:
         return [transitions.to_ramp(row) for row in await self.database.fetch_all("ramps_active")]
 
-    async def start_ramp(self, service: str, plan: RampPlan, note: AuditNote) -> Ramp:
+    async def start_ramp(self, service: str, plan: RampPlan, note: AuditNote, *, requires_drill: bool = False) -> Ramp:
         await self.control.read(service)
         await self.control.pending_rollbacks.flush(service)
         async with self.database.connection() as connection, connection.transaction():
-            return await transitions.start_ramp(connection, service, plan, note)
+            return await transitions.start_ramp(connection, service, plan, note, requires_drill=requires_drill)
 
     async def pause_ramp(self, service: str, note: AuditNote) -> Ramp:
         return await self._apply_transition(service, note, _plan_pause)
@@ -56,6 +56,23 @@ class RolloutService:
     async def abort_ramp(self, service: str, note: AuditNote) -> Ramp:
         """Send all users to old and end the ramp."""
         return await self._apply_transition(service, note, _plan_abort)
+
+    async def start_drill(self, service: str, drill: Drill, note: AuditNote) -> Traffic:
+        before = await self.control.read(service)
+        if before.shares.drill_share:
+            raise ConflictError(f"{service} has a drill already; wait for its end")
+        async with self.database.connection() as connection, connection.transaction():
+            await transitions.start_drill(connection, service, drill, note)
+        return await self.control.read(service)
+
+    async def end_drill(self, service: str, note: AuditNote, *, is_passed: bool) -> Traffic:
+        async with self.database.connection() as connection, connection.transaction():
+            await transitions.end_drill(connection, service, note, is_passed=is_passed)
+        return await self.control.read(service)
+
+    async def count_users(self, service: str) -> Row:
+        """Return the responses to users, the server errors among them, and the faults of drills; None if unknown."""
+        return await self.database.fetch_row("drill_counts", {"service": service})
 
     async def _apply_transition(
         self, service: str, note: AuditNote, plan: Callable[[Traffic, Ramp], RampTransition]

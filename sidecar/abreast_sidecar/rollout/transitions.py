@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -15,7 +15,7 @@ from abreast_sidecar.rollout.guard import GuardPolicy, GuardRuleName
 from abreast_sidecar.rollout.ramp import Ramp, RampPlan, RampState, format_percent
 from abreast_sidecar.stats.verdict import Budget
 from abreast_sidecar.store.database import Connection, Row, load_statement
-from abreast_sidecar.traffic.model import AuditNote, Shares, Traffic, TrafficChange
+from abreast_sidecar.traffic.model import AuditNote, Drill, Shares, Traffic, TrafficChange
 from abreast_sidecar.traffic.repository import get_for_update, insert_event, update_shares
 
 GUARD_ACTOR, RAMP_ACTOR = "guard", "ramp"
@@ -49,7 +49,7 @@ class RampTransition:
 
 
 async def lock_traffic(connection: Connection, service: str) -> Traffic:
-    return (await get_for_update(connection, service)).traffic
+    return await get_for_update(connection, service)
 
 
 async def set_guard(
@@ -72,13 +72,13 @@ async def set_guard(
 
 
 async def fire_guard(
-    connection: Connection, observed_guard: Guard, version: int, rule: GuardRuleName, message: str
+    connection: Connection, observed_guard: Guard, observed_traffic: Traffic, rule: GuardRuleName, message: str
 ) -> bool:
     """Roll back, or record that the guard would. Return False if policy or traffic have changed since they were read."""
     service = observed_guard.service
     before = await lock_traffic(connection, service)
     guard = await _lock_guard(connection, service)
-    if before.version != version or guard is None or guard.since != observed_guard.since:
+    if before != observed_traffic or guard is None or guard.since != observed_guard.since:
         return False
     after, action = before, "guard_would_roll_back"
     if observed_guard.policy.mode == "acting":
@@ -91,13 +91,39 @@ async def fire_guard(
     return True
 
 
-async def start_ramp(connection: Connection, service: str, plan: RampPlan, note: AuditNote) -> Ramp:
-    """Start a ramp at its first step. Raise ConflictError if one is active."""
+async def start_drill(connection: Connection, service: str, drill: Drill, note: AuditNote) -> None:
+    """Start a drill. Raise ConflictError if a ramp is active, or new has too few users."""
     before = await lock_traffic(connection, service)
+    if await lock_ramp(connection, service):
+        raise ConflictError(f"{service} has an active ramp; abort it, or wait for its end")
+    shares = drill.apply(before.shares)
+    if not shares.drill_share:
+        raise ConflictError("a drill needs users on new; send some: abreast traffic set --new 10%")
+    after = await update_shares(connection, service, shares)
+    await insert_event(connection, "drill_start", note, before, after, at=after.updated_at)
+
+
+async def end_drill(connection: Connection, service: str, note: AuditNote, *, is_passed: bool) -> None:
+    """End the drill, if something else has not, and record its result."""
+    before = await lock_traffic(connection, service)
+    after = await _apply_shares(connection, before, before.shares.without_drill())
+    await insert_event(connection, "drill_end", note, before, after, detail={"passed": is_passed})
+
+
+async def start_ramp(
+    connection: Connection, service: str, plan: RampPlan, note: AuditNote, *, requires_drill: bool = False
+) -> Ramp:
+    """Start a ramp at its first step. Raise ConflictError if one is active, or a required drill has not passed."""
+    before = await lock_traffic(connection, service)
+    if requires_drill:
+        cursor = await connection.execute(load_statement("drill_passed"), {"service": service})
+        (row,) = await cursor.fetchall()
+        if not row["passed"]:
+            raise ConflictError("no drill has passed with the newest release of new; run: abreast drill")
     if active_ramp := await lock_ramp(connection, service):
         share = format_percent(active_ramp.share)
         raise ConflictError(f"{service} has a ramp, {active_ramp.state} at {share}; abort it first: abreast ramp abort")
-    shares = replace(before.shares, new_share=plan.steps[0], rolled_back=False)
+    shares = TrafficChange("ramp_start", new_share=plan.steps[0]).apply(before.shares)
     after = await _apply_shares(connection, before, shares)
     values = {
         "service": service,
@@ -149,7 +175,8 @@ async def lock_ramp(connection: Connection, service: str) -> Ramp | None:
 
 def is_superseded(ramp: Ramp, traffic: Traffic) -> bool:
     """Return True if someone else changed the users' share since the last step. Changes of mirroring don't count."""
-    return ramp.version != traffic.version and (traffic.shares.new_share != ramp.share or traffic.shares.rolled_back)
+    is_other_share = traffic.shares.new_share != ramp.share or traffic.shares.rolled_back or traffic.shares.conflict
+    return ramp.version != traffic.version and bool(is_other_share)
 
 
 async def _lock_guard(connection: Connection, service: str) -> Guard | None:
@@ -167,7 +194,7 @@ async def _read_missing_count(connection: Connection, service: str) -> int | Non
 async def _apply_shares(connection: Connection, before: Traffic, shares: Shares) -> Traffic:
     if shares == before.shares:
         return before
-    return (await update_shares(connection, before.service, shares)).traffic
+    return await update_shares(connection, before.service, shares)
 
 
 def to_guard(row: Row) -> Guard:

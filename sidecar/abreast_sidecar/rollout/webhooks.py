@@ -6,6 +6,7 @@ An event stays in the outbox until it is delivered or too old. A retried message
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import time
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class WebhookSender:
 
     def __init__(self, database: Database, urls: Sequence[str], secret: str) -> None:
         self._database = database
-        self._urls = tuple(dict.fromkeys(urls))
+        self._urls = {name_receiver(url): url for url in urls}
         self._secret = secret
         self._is_registered = False
         self._trimmed_monotonic = 0.0
@@ -44,15 +45,15 @@ class WebhookSender:
     async def deliver(self) -> None:
         """Send the messages that are due."""
         if not self._is_registered:  # from now on every sidecar writes its events for these receivers
-            await self._database.execute("webhook_receivers_delete", {"urls": list(self._urls)})
-            await self._database.execute("webhook_receivers_add", {"urls": list(self._urls)})
+            await self._database.execute("webhook_receivers_delete", {"names": list(self._urls)})
+            await self._database.execute("webhook_receivers_add", {"names": list(self._urls)})
             self._is_registered = True
         if not self._urls:
             return
         await self._trim()
         due_batches = [
-            await self._database.fetch_all("webhooks_due", {"url": url, "limit": DELIVERY_BATCH_SIZE})
-            for url in self._urls
+            await self._database.fetch_all("webhooks_due", {"receiver": name, "limit": DELIVERY_BATCH_SIZE})
+            for name in self._urls
         ]
         if not any(due_batches):
             return
@@ -65,7 +66,7 @@ class WebhookSender:
         self._trimmed_monotonic = time.monotonic()
         bounds = {"limit": MAX_WAITING_WEBHOOKS, "oldest": MAX_WEBHOOK_AGE_S}
         for row in await self._database.fetch_all("webhooks_trim", bounds):
-            log.error("webhooks dropped", receiver=_display_host(row["url"]), messages=row["messages"])
+            log.error("webhooks dropped", receiver=_get_host(row["receiver"]), messages=row["messages"])
 
     async def _deliver_all(self, client: httpx.AsyncClient, rows: Sequence[Row]) -> None:
         """Send the messages of one receiver until one fails. A slow receiver delays no other."""
@@ -74,7 +75,7 @@ class WebhookSender:
             if error:
                 values = {"id": row["id"], "wait": compute_backoff(row["attempts"])}
                 await self._database.execute("webhook_retry", values)
-                host, attempt = _display_host(row["url"]), row["attempts"] + 1
+                host, attempt = _get_host(row["receiver"]), row["attempts"] + 1
                 log.warning("webhook not delivered", receiver=host, error=error, attempt=attempt)
                 return
             await self._database.execute("webhook_done", {"id": row["id"]})
@@ -87,7 +88,7 @@ class WebhookSender:
         try:
             async with (
                 asyncio.timeout(WEBHOOK_TIMEOUT_S),  # httpx's timeout is per read
-                client.stream("POST", row["url"], content=body, headers=headers) as response,
+                client.stream("POST", self._urls[row["receiver"]], content=body, headers=headers) as response,
             ):
                 return "" if response.is_success else f"the receiver answered {response.status_code}"
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
@@ -108,13 +109,17 @@ def compute_backoff(attempts: int) -> float:
     return min(MIN_RETRY_DELAY_S * 2.0 ** min(attempts, 20), MAX_RETRY_DELAY_S) * random.uniform(0.75, 1.0)  # noqa: S311  # not a secret
 
 
-def _display_host(url: str) -> str:
-    """Return the part of the URL that may be logged."""
-    return urlsplit(url).hostname or "?"
+def name_receiver(url: str) -> str:
+    """Return the host and a hash of the URL, which may contain a token. A log may contain the host only."""
+    return f"{urlsplit(url).hostname or '?'} {hashlib.blake2b(url.encode(), digest_size=16).hexdigest()}"
+
+
+def _get_host(receiver: str) -> str:
+    return receiver.partition(" ")[0]
 
 
 def _build_message(row: Row) -> dict[str, Any]:
-    """Return the body, which docs/steering.md describes field by field."""
+    """Return the body, which docs/rollout.md describes field by field."""
     names = ("event_id", "service", "action", "actor", "reason", "detail")
     before, after = (row[name] and _to_share_values(row[name]) for name in ("before", "after"))
     return {
@@ -132,5 +137,6 @@ def _to_share_values(document: Row) -> dict[str, Any]:
         "sample_safe": document["sample_safe"] / MILLION,
         "sample_unsafe": document["sample_unsafe"] / MILLION,
         "baseline_share": document["baseline_share"] / MILLION,
+        "rule_shares": {name: share / MILLION for name, share in document["rule_shares"].items()},
         "rolled_back": document["rolled_back"],
     }

@@ -1,1 +1,1 @@
-"""Rules for stored pairs: the cache of rules in force, previews, and reapplication after a change."""
+"""Rules for stored pairs: previews, and reapplication after a change."""

@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from abreast_sidecar.compare.model import Difference
+from abreast_sidecar.compare.model import Difference, RenderedValues
+from abreast_sidecar.compare.pair import INTERNAL_SERVER_ERROR
 from abreast_sidecar.compare.rules import Rule, RuleScope, RuleSet
 from abreast_sidecar.store.catalogue import OTHER_PATH, IdCache
-from abreast_sidecar.store.counters import NO_RULE, REPEAT_MARKS, compute_baseline_marks, compute_marks, get_rule
+from abreast_sidecar.store.counters import BET_MARKS, NO_RULE, REPEAT_MARKS, compute_marks, get_rule
 from abreast_sidecar.store.database import Row
 from abreast_sidecar.store.records import PairRecord
-
-NO_ANSWER_STATUS = 500  # the status that rules see if a response never began
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +34,13 @@ class FindingRef:
     def endpoint(self) -> str:
         return f"{self.method} {self.route}"
 
+    def is_affected_by(self, rule: Rule) -> bool:
+        """Tell whether the rule can explain or avoid such a difference, whatever its values are."""
+        return rule.applies_to(self.service, self.endpoint) and rule.may_match(self.part, self.path, self.kind)
+
     @property
     def difference(self) -> Difference:
-        return Difference.from_text(self.part, self.path, "", self.kind, self.impact, None, None)  # type: ignore[arg-type]  # text columns
+        return Difference(self.part, self.path, self.kind, self.impact, RenderedValues("", None, None))  # type: ignore[arg-type]  # text columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +75,18 @@ class Attribution:
 
 def make_rule_scope(row: Row) -> RuleScope:
     old_status, new_status = (
-        0 if code is None else code or NO_ANSWER_STATUS for code in (row["old_status"], row["new_status"])
+        0 if code is None else code or INTERNAL_SERVER_ERROR for code in (row["old_status"], row["new_status"])
     )
-    return RuleScope(
-        service=row["service"],
-        endpoint=f"{row['method']} {row['route']}",
-        old_release=row["old_release"],
-        new_release=row["new_release"],
-        statuses=(old_status, new_status),
-    )
+    endpoint = f"{row['method']} {row['route']}"
+    return RuleScope(row["service"], endpoint, row["old_release"], row["new_release"], (old_status, new_status))
 
 
 def find_explaining_rule(rules: Iterable[Rule], finding: FindingRef) -> int:
     """Return the first rule that explains the finding whatever its values are, or NO_RULE."""
+    difference = finding.difference
     for rule in rules:
-        if is_decidable(rule, finding) and rule.explains(finding.difference):
+        is_in_scope = rule.applies_to(finding.service, finding.endpoint)
+        if is_in_scope and is_decidable(rule, finding) and rule.explains(difference):
             return int(rule.name)
     return NO_RULE
 
@@ -99,10 +99,10 @@ def is_decidable(rule: Rule, finding: FindingRef) -> bool:
 def attribute_record(record: PairRecord, id_cache: IdCache, row: Row) -> Attribution:
     """Attribute a pair that was compared again under the current rules. Findings that are drift of state stay drift.
 
-    The repeats of values are kept, because they depend on the pairs before this one.
+    The repeats of values and the bets are kept, because they depend on the pairs before this one.
     """
-    stored_marks = Attribution.from_row(row).marks
-    marks = Counter({finding: bits & REPEAT_MARKS for finding, bits in stored_marks.items()})
+    stored = Attribution.from_row(row)
+    marks = Counter({finding: bits & (REPEAT_MARKS | BET_MARKS) for finding, bits in stored.marks.items()})
     endpoint, result, drifted = id_cache.get_endpoint(record.endpoint), record.result, set(row["drift"] or ())
 
     def group(unexplained: Iterable[Difference], explained: Iterable[Difference]) -> dict[int, list[Difference]]:
@@ -111,10 +111,11 @@ def attribute_record(record: PairRecord, id_cache: IdCache, row: Row) -> Attribu
 
     findings = group(result.differences, result.explained_differences)
     noise = group(result.noise, result.explained_noise)
-    for finding, differences in findings.items():
-        marks[finding] |= compute_marks(differences, record.time_ms / 1000)
-    for finding, differences in noise.items():
-        marks[finding] |= compute_baseline_marks(differences)
+    copies_writes = id_cache.copies_writes(record.service)
+    for finding in findings.keys() | noise.keys():
+        groups = findings.get(finding, ()), noise.get(finding, ())
+        bits = compute_marks(result, *groups, record.time_ms / 1000, copies_writes=copies_writes)
+        marks[finding] |= bits & ~BET_MARKS
     return Attribution(
         {finding: get_rule(differences) for finding, differences in findings.items()},
         {finding: get_rule(differences) for finding, differences in noise.items()},
@@ -135,18 +136,19 @@ def attribute_row(
     newer_rules = [
         rule for rule in rules_in_scope if first_versions.get(int(rule.name), 0) > (row["rules_version"] or 0)
     ]
+
+    def attribute(mapping: Mapping[int, int]) -> dict[int, int]:
+        return {
+            finding: rule
+            if rule in active_ids or finding not in findings
+            else find_explaining_rule(rules_in_scope, findings[finding])
+            for finding, rule in mapping.items()
+        }
+
+    attributed = attribute(stored.findings)
     late_rules: dict[int, int] = {}
-
-    def attribute(finding_id: int, rule_id: int) -> int:
-        finding = findings.get(finding_id)
-        if finding is None or rule_id in active_ids:
-            return rule_id
-        return find_explaining_rule(rules_in_scope, finding)
-
-    attributed = {finding: attribute(finding, rule) for finding, rule in stored.findings.items()}
     for finding in (findings[item] for item, rule in attributed.items() if rule == NO_RULE and item in findings):
         for rule in newer_rules:
             if not is_decidable(rule, finding) and rule.may_match(finding.part, finding.path, finding.kind):
                 late_rules.setdefault(finding.id, int(rule.name))
-    noise = {finding: attribute(finding, rule) for finding, rule in stored.noise.items()}
-    return Attribution(attributed, noise, stored.marks, late_rules)
+    return Attribution(attributed, attribute(stored.noise), stored.marks, late_rules)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from abreast_sidecar.compare.rules import CompareOptions, Rule, RuleSet
 from abreast_sidecar.rules.attribution import FindingRef, is_decidable, make_rule_scope
 from abreast_sidecar.rules.reapply import load_findings, recompare
-from abreast_sidecar.store.database import Connection, Database, Row, fetch_rows
+from abreast_sidecar.store.database import Database, Row, fetch_rows
 from abreast_sidecar.store.rules import parse_active_rules
 
 EXAMPLES_PER_FINDING = 5
@@ -38,12 +38,13 @@ async def preview_rule(database: Database, options: CompareOptions, rule: Rule) 
     """List the findings that a rule may hide: confirmed ones first, then the most frequent. `options` has no rules."""
     async with database.connection() as connection:
         findings = await load_findings(connection)
-        candidates = {
-            item.id: item
-            for item in findings.values()
-            if rule.applies_to(item.service, item.endpoint) and rule.may_match(item.part, item.path, item.kind)
-        }
-        pairs = await _count_pairs(connection, rule, candidates)
+        candidates = {finding.id: finding for finding in findings.values() if finding.is_affected_by(rule)}
+        pairs: Counter[int] = Counter()
+        for row in await fetch_rows(connection, "preview_counts", {"findings": list(candidates)}):
+            finding = candidates[row["finding"]]
+            endpoint = {"service": finding.service, "method": finding.method, "route": finding.route}
+            if rule.applies(make_rule_scope({**row, **endpoint})):
+                pairs[finding.id] += row["pairs"]
         active_rules = parse_active_rules(await fetch_rows(connection, "rules_in_force")).rules
         parameters = {"findings": list(pairs), "each": EXAMPLES_PER_FINDING, "limit": MAX_PREVIEW_EXAMPLES}
         examples = await fetch_rows(connection, "preview_examples", parameters)
@@ -61,30 +62,18 @@ async def preview_rule(database: Database, options: CompareOptions, rule: Rule) 
     )
 
 
-async def _count_pairs(connection: Connection, rule: Rule, findings: Mapping[int, FindingRef]) -> Counter[int]:
-    counts: Counter[int] = Counter()
-    for row in await fetch_rows(connection, "preview_counts", {"findings": list(findings)}):
-        finding = findings[row["finding"]]
-        endpoint = {"service": finding.service, "method": finding.method, "route": finding.route}
-        if rule.applies(make_rule_scope({**row, **endpoint})):
-            counts[finding.id] += row["pairs"]
-    return counts
-
-
 def _count_hidden_examples(
     examples: Sequence[Row], options: CompareOptions, findings: Mapping[int, FindingRef]
 ) -> dict[int, tuple[int, int]]:
     """Return the number of examples of each finding, and how many of them the rules in `options` hide."""
     example_counts: dict[int, tuple[int, int]] = {}
     for row in examples:
-        result = recompare(row["captures"], options)
+        finding = findings[row["finding_id"]]
+        result = recompare(row["captures"], options, finding.method, finding.route)
         if result is None:
             continue
-        finding = findings[row["finding_id"]]
-        location = (finding.part, finding.path, finding.kind)
-        is_hidden = all(
-            (difference.part, difference.path, difference.kind) != location for difference in result.differences
-        )
+        place = finding.part, finding.path, finding.kind
+        is_hidden = all(difference.place != place for difference in result.differences)
         total, hidden_count = example_counts.get(finding.id, (0, 0))
         example_counts[finding.id] = (total + 1, hidden_count + is_hidden)
     return example_counts
@@ -99,17 +88,12 @@ def list_objections(previews: Sequence[RulePreview], rule: Rule, finding: Findin
     ]
     if finding is None:
         return texts
-    others = [entry for entry in previews if entry.finding.id != finding.id and entry.finding.status != "confirmed"]
     texts += [
         f"it would also hide finding {entry.finding.id} ({entry.pairs} pairs): {describe_finding(entry.finding)}"
-        for entry in others
+        for entry in previews
+        if entry.finding.id != finding.id and entry.finding.status != "confirmed"
     ]
-    return texts + _list_broader_scopes(rule, finding)
-
-
-def _list_broader_scopes(rule: Rule, finding: FindingRef) -> list[str]:
-    """Describe in which fields the rule is broader than its finding, even if no stored pair shows it."""
-    texts = []
+    # The fields in which the rule is broader than its finding, even if no stored pair shows it.
     for name, rule_value, finding_value in (
         ("service", rule.service, finding.service),
         ("endpoint", rule.endpoint, finding.endpoint),

@@ -18,11 +18,12 @@ from datetime import datetime
 
 import orjson
 import structlog
-from psycopg import AsyncConnection
+from psycopg.rows import TupleRow
 
-from abreast_sidecar.compare.model import ComparisonResult
+from abreast_sidecar.compare.endpoints import ResolvedEndpoint
+from abreast_sidecar.compare.model import COMPARED_OUTCOMES, ComparisonResult
 from abreast_sidecar.compare.pair import compare_pair
-from abreast_sidecar.compare.rules import CompareOptions, Rule, RuleSet
+from abreast_sidecar.compare.rules import CompareOptions, RuleSet
 from abreast_sidecar.rules.attribution import (
     Attribution,
     FindingRef,
@@ -35,6 +36,7 @@ from abreast_sidecar.store.counters import CounterDeltas, PairCounter
 from abreast_sidecar.store.database import (
     CONNECT_TIMEOUT_S,
     AdvisoryLock,
+    ClosingConnection,
     Connection,
     Row,
     fetch_row,
@@ -44,7 +46,7 @@ from abreast_sidecar.store.database import (
     to_json,
     try_lock,
 )
-from abreast_sidecar.store.records import COMPARED_OUTCOMES, DAY_MS, PairRecord, read_captures
+from abreast_sidecar.store.records import DAY_MS, PairRecord, read_captures
 from abreast_sidecar.store.rules import parse_active_rules, parse_rule
 from abreast_sidecar.store.samples import encode_differences
 
@@ -66,7 +68,7 @@ class FindingIds:
         if not records:
             return
         with map_postgres_errors():
-            async with await AsyncConnection.connect(
+            async with await ClosingConnection[TupleRow].connect(
                 self._conninfo, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S, prepare_threshold=None
             ) as connection:
                 await self.id_cache.load(connection, records)
@@ -115,22 +117,21 @@ async def load_findings(connection: Connection, ids: Iterable[int] | None = None
     return {row["id"]: FindingRef(**row) for row in rows}
 
 
-def recompare(captures: bytes | None, options: CompareOptions) -> ComparisonResult | None:
-    """Compare stored captures again. Return None without captures, or if this version can't compare them."""
+def recompare(captures: bytes | None, options: CompareOptions, method: str, route: str) -> ComparisonResult | None:
+    """Compare stored captures again. Return None without captures, or if this version can't compare them.
+
+    `method` and `route` are those of the stored pair, because the templates of endpoints may have changed.
+    """
     if captures is None:
         return None
     try:
         decoded_captures = read_captures(captures)
-        result = compare_pair(decoded_captures, options) if decoded_captures else None
+        endpoint = ResolvedEndpoint(method, route, "")
+        result = compare_pair(decoded_captures, options, endpoint=endpoint) if decoded_captures else None
     except Exception as error:  # noqa: BLE001  # one example must not stop the others
         log.warning("an example can't be compared again", error=str(error))
         return None
     return result if result is not None and result.outcome in COMPARED_OUTCOMES else None
-
-
-def recompare_row(row: Row, options: CompareOptions) -> PairRecord | None:
-    result = recompare(row["captures"], options) if row["outcome"] in COMPARED_OUTCOMES else None
-    return None if result is None else PairRecord(row["service"], "", _get_time_ms(row), row["id"], result, ())
 
 
 async def mark_endpoints_due(connection: Connection, endpoints: Iterable[int]) -> None:
@@ -152,7 +153,7 @@ async def redistribute_dropped(connection: Connection, active: ActiveRules, queu
     ]
     findings = await load_findings(connection)
     parameters = {
-        "findings": [finding.id for finding in findings.values() if _find_rule(rules, finding)],
+        "findings": [finding.id for finding in findings.values() if find_explaining_rule(rules, finding)],
         "version": queued_version,
     }
     if ids := sorted({row["finding_id"] for row in await fetch_rows(connection, "reapply_totals", parameters)}):
@@ -161,17 +162,14 @@ async def redistribute_dropped(connection: Connection, active: ActiveRules, queu
         # Workers may have counted before the lock, so read again.
         for row in await fetch_rows(connection, "reapply_totals", parameters):
             if finding := findings.get(row["finding_id"]):
-                rule = _find_rule([rule for rule in rules if rule.applies_to_release(row["new_label"])], finding)
+                rules_of_release = [rule for rule in rules if rule.applies_to_release(row["new_label"])]
+                rule = find_explaining_rule(rules_of_release, finding)
                 if rule != row["rule_id"]:
                     key = (finding.id, row["old_release"], row["new_release"])
                     time_ms = round(row["last_seen"].timestamp() * 1000)
                     deltas.move_finding((row["rule_id"], *key), (rule, *key), row, finding.impact, time_ms)
         changed_ids = await deltas.write_findings(connection)
         await mark_endpoints_due(connection, {findings[finding_id].endpoint_id for finding_id in changed_ids})
-
-
-def _find_rule(rules: Iterable[Rule], finding: FindingRef) -> int:
-    return find_explaining_rule([rule for rule in rules if rule.applies_to(finding.service, finding.endpoint)], finding)
 
 
 async def _enqueue_pairs(connection: Connection, state: Row) -> None:
@@ -182,13 +180,7 @@ async def _enqueue_pairs(connection: Connection, state: Row) -> None:
     concerning = [rule for rule, end_version in rules if end_version is None or rule.action == "keyed-by"]
     findings = await load_findings(connection) if concerning else {}
     finding_ids = [
-        finding.id
-        for finding in findings.values()
-        if any(
-            rule.applies_to(finding.service, finding.endpoint)
-            and rule.may_match(finding.part, finding.path, finding.kind)
-            for rule in concerning
-        )
+        finding.id for finding in findings.values() if any(finding.is_affected_by(rule) for rule in concerning)
     ]
     ended_ids = [int(rule.name) for rule, end_version in rules if end_version is not None]
     await connection.execute(f"set local statement_timeout = '{ENQUEUE_TIMEOUT_S}s'".encode())
@@ -198,7 +190,7 @@ async def _enqueue_pairs(connection: Connection, state: Row) -> None:
 
 async def _reapply_batch(connection: Connection, finding_ids: FindingIds, active: ActiveRules, limit: int) -> None:
     rows = await fetch_rows(connection, "reapply_take", {"limit": limit})
-    records = await asyncio.to_thread(lambda: [recompare_row(row, active.options) for row in rows])
+    records = await asyncio.to_thread(_recompare_rows, rows, active.options)
     await finding_ids.load([record for record in records if record is not None])
     stored = [Attribution.from_row(row) for row in rows]
     findings = await load_findings(connection, _list_findings(stored))
@@ -220,23 +212,30 @@ async def _reapply_batch(connection: Connection, finding_ids: FindingIds, active
         pairs.append({**key, **after.to_columns(), **columns, "rules_version": version})
         if record is not None:
             examples.append({**key, "differences": orjson.loads(encode_differences(record))})
-        _move_counts(
-            row,
-            before,
-            after,
-            findings,
-            (_find_release(row, "old", release_ids), _find_release(row, "new", release_ids)),
-            deltas,
-        )
+        releases = _find_release(row, "old", release_ids), _find_release(row, "new", release_ids)
+        _move_counts(row, before, after, findings, releases, deltas)
         day = _get_time_ms(row) // DAY_MS
         deltas.outcomes[row["service"], day, row["outcome"]] -= 1
         deltas.outcomes[row["service"], day, outcome] += 1
-    await connection.execute(load_statement("reapply_pairs_set"), {"rows": to_json(pairs).decode()})
+    await connection.execute(load_statement("reapply_pairs_set"), {"rows": to_json(pairs)})
     changed_ids = await deltas.write_findings(connection)
     if examples:
-        await connection.execute(load_statement("reapply_examples_set"), {"rows": to_json(examples).decode()})
-    await deltas.write_outcomes(connection)
+        await connection.execute(load_statement("reapply_examples_set"), {"rows": to_json(examples)})
+    await deltas.write_pairs(connection)
     await mark_endpoints_due(connection, {findings[finding_id].endpoint_id for finding_id in changed_ids})
+
+
+def _recompare_rows(rows: Sequence[Row], options: CompareOptions) -> list[PairRecord | None]:
+    results = [
+        recompare(row["captures"], options, row["method"], row["route"])
+        if row["outcome"] in COMPARED_OUTCOMES
+        else None
+        for row in rows
+    ]
+    return [
+        None if result is None else PairRecord(row["service"], "", _get_time_ms(row), row["id"], result, ())
+        for row, result in zip(rows, results, strict=True)
+    ]
 
 
 def _list_findings(attributions: Iterable[Attribution]) -> set[int]:
@@ -253,18 +252,17 @@ def _move_counts(
 ) -> None:
     """Subtract what the pair counted under the former rules, and add what it counts now."""
     time_ms = _get_time_ms(row)
-    for attribution, sign in ((before, -1), (after, 1)):
-        counted: tuple[tuple[PairCounter, Mapping[int, int]], ...] = (
-            ("count", attribution.findings),
-            ("baseline_count", attribution.noise),
-        )
-        for counter, rules in counted:
-            for finding, rule in rules.items():
-                if finding in findings:
-                    key, impact = (rule, finding, *releases), findings[finding].impact
-                    deltas.add_finding(
-                        counter, key, attribution.marks.get(finding, 0), impact=impact, time_ms=time_ms, sign=sign
-                    )
+    moves: tuple[tuple[PairCounter, Mapping[int, int], Attribution, int], ...] = (
+        ("count", before.findings, before, -1),
+        ("baseline_count", before.noise, before, -1),
+        ("count", after.findings, after, 1),
+        ("baseline_count", after.noise, after, 1),
+    )
+    for counter, rules, attribution, sign in moves:
+        for finding, rule in rules.items():
+            if finding in findings:
+                key, marks = (rule, finding, *releases), attribution.marks.get(finding, 0)
+                deltas.add_finding(counter, key, marks, impact=findings[finding].impact, time_ms=time_ms, sign=sign)
     if not row["reason"]:
         for finding, rule in after.late_rules.items():
             deltas.get_finding((rule, finding, *releases), findings[finding].impact, time_ms)["unknown"] += 1

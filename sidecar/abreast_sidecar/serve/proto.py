@@ -64,7 +64,9 @@ class MessageConverter:
             if value is not None:
                 seconds = 1e-6 if source.endswith("_us") else 1.0
                 fields[field.name] = (
-                    [self._encode(field, item, seconds) for item in value]
+                    value
+                    if isinstance(value, Mapping) and field.is_repeated
+                    else [self._encode(field, item, seconds) for item in value]
                     if field.is_repeated
                     else self._encode(field, value, seconds)
                 )
@@ -151,19 +153,24 @@ def find_enum_number(enum: Any, name: str | None) -> int:
     return value.number if value else 0
 
 
+def name_enum_number(enum: Any, number: int) -> str:
+    """Return the name of an enum's value in records. Return empty text for the unspecified and for an unknown value."""
+    value = enum.values_by_number.get(number) if number else None
+    return str(value.name).removeprefix(_get_enum_prefix(enum)).lower() if value else ""
+
+
 def _get_enum_prefix(enum: Any) -> str:
     return str(enum.values_by_number[0].name).removesuffix("UNSPECIFIED")
 
 
 def _name_enum_value(field: Any, number: int, hint: Any) -> str:
     enum = field.enum_type
-    value = enum.values_by_number.get(number)
-    if value is None or not number:
+    name = name_enum_number(enum, number)
+    if not name:
         choices = ", ".join(sorted(value.name for value in enum.values if value.number))
         raise ValueError(f"{field.name} must be one of {choices}, got {number}")
-    name: str = value.name.removeprefix(_get_enum_prefix(enum))
-    choices_by_name = {choice.upper(): choice for choice in get_args(hint)} if get_origin(hint) is Literal else {}
-    return str(choices_by_name.get(name, name.lower()))
+    choices_by_name = {choice.lower(): choice for choice in get_args(hint)} if get_origin(hint) is Literal else {}
+    return str(choices_by_name.get(name, name))
 
 
 def read_attribute(record: Any, name: str) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import cache
 from importlib import resources
@@ -18,17 +20,28 @@ from markupsafe import Markup, escape
 from abreast.v1 import common_pb2, comparison_pb2, rule_pb2
 from abreast_sidecar.client.output import (
     MAX_TABLE_VALUE_CHARS,
+    describe_feature,
     endpoint_name,
     format_count,
+    format_decision,
     format_duration,
     format_location,
     format_percent,
     format_share_of,
+    impact_label,
+    kind_phrase,
     to_printable,
 )
+from abreast_sidecar.serve.proto import name_enum_number
+from abreast_sidecar.store.access import Caller, current_caller
 
 MAX_BODY_CHARS = 20_000
+UNPRINTABLE_RUN = re.compile(
+    "([\\x00-\\x1f\\x7f-\\x9f\\xad\\u061c\\u180e\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u2069\\ufeff\\ufff9-\\ufffb]+)"
+)
+MARKED_CODE = Markup("<mark>{}</mark>")
 MAX_UNREADABLE_SHARE = 0.1  # share of characters above which a body counts as binary
+current_csrf_token: ContextVar[str] = ContextVar("current_csrf_token", default="")  # for the forms on the page
 RULE_SCOPE_FIELDS = ("path", "header", "status", "endpoint", "release", "by")
 
 
@@ -59,6 +72,11 @@ def build_environment() -> Environment:
         moment=format_moment,
         duration=lambda message, field: format_duration(getattr(message, field)) if message.HasField(field) else "–",
         word=format_word,
+        impact=impact_label,
+        kind_phrase=kind_phrase,
+        feature=describe_feature,
+        decision=format_decision,
+        short_id=shorten_id,
         place=format_place,
         shorten=lambda text: to_printable(text, MAX_TABLE_VALUE_CHARS),
         explain=format_explanation,
@@ -70,6 +88,8 @@ def build_environment() -> Environment:
         endpoint_name=endpoint_name,
         by_endpoint=lambda verdicts: {endpoint_name(verdict.endpoint): verdict for verdict in verdicts},
     )
+    environment.globals["csrf_token"] = current_csrf_token.get
+    environment.globals["user_name"] = lambda: current_caller.get(Caller()).name
     return environment
 
 
@@ -77,18 +97,22 @@ def format_moment(value: Timestamp) -> str:
     return f"{value.ToDatetime(UTC):%Y-%m-%d %H:%M:%S}"
 
 
+def shorten_id(pair_id: str) -> str:
+    """Return the ends of a pair's id: the ids of one Envoy begin alike, and end in a number."""
+    return f"{pair_id[:4]}…{pair_id[-6:]}"
+
+
 def format_word(message: Message, field: str) -> str:
     """Format the value of an enum field: `OUTCOME_ONLY_OLD` as `only old`, the unspecified value as empty text."""
-    enum: Any = message.DESCRIPTOR.fields_by_name[field].enum_type
-    number = getattr(message, field)
-    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
-    value = enum.values_by_number.get(number) if number else None
-    return str(value.name).removeprefix(prefix).lower().replace("_", " ") if value else ""
+    enum = message.DESCRIPTOR.fields_by_name[field].enum_type
+    return name_enum_number(enum, getattr(message, field)).replace("_", " ")
 
 
 def format_place(item: comparison_pb2.Finding | common_pb2.Difference) -> str:
     """Format the place of a difference: `$.items[3].price`, `header etag`, `status`."""
     exact_path = item.exact_path if isinstance(item, common_pb2.Difference) else ""
+    if item.part == common_pb2.PART_STATUS:
+        return "status"  # the path repeats both values
     return format_location(item.part, exact_path or item.path)
 
 
@@ -120,7 +144,18 @@ def format_body(capture: comparison_pb2.CaptureDetail) -> Markup:
         text = text[:MAX_BODY_CHARS] + f"\n… {len(text) - MAX_BODY_CHARS:,} more characters are not shown"
     if missing_bytes:
         text += f"\n… {missing_bytes:,} more bytes were not captured"
-    return escape("\n".join(to_printable(line.replace("\t", "    ")) for line in text.splitlines()))
+    return Markup("\n").join(mark_unprintable(line.replace("\t", "    ")) for line in text.split("\n"))
+
+
+def mark_unprintable(text: str) -> Markup:
+    """Escape the text, and show each unprintable or invisible character as its marked code.
+
+    A right-to-left override in a body would otherwise reorder what follows, and look like other text.
+    """
+    runs = UNPRINTABLE_RUN.split(text)  # printable and unprintable runs take turns
+    return Markup().join(
+        MARKED_CODE.format(to_printable(run)) if index % 2 else escape(run) for index, run in enumerate(runs)
+    )
 
 
 def sort_captures(captures: Iterable[comparison_pb2.CaptureDetail]) -> list[comparison_pb2.CaptureDetail]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import stat
 import tempfile
 import time
@@ -20,6 +21,7 @@ TEMPORARY_ROOT = Path("/tmp")  # noqa: S108  # mkdtemp is safe, and servers with
 RUN_FOLDER_PREFIX = "abreast-run-"
 RUN_LOCK_FILE = "lock"  # locked by the process that runs the servers; contains its process id
 SERVERS_LOCK_FILE = "servers.lock"  # inherited by the servers: free once the last one has ended
+KEY_BYTES = 32
 SERVERS_END_TIMEOUT_S = 30.0  # for the servers of a killed run
 DATA_DIRECTORY_MODE = (
     0o711 if os.geteuid() == 0 else 0o700
@@ -47,6 +49,16 @@ class DataDirectory:
         folder.mkdir(mode=mode, exist_ok=True)
         return folder
 
+    def load_key(self, file_name: str) -> str:
+        """Return the secret key in a file of this directory, which the first call creates. Only its owner can read it."""
+        path = self.path / file_name
+        if not path.exists():
+            draft = path.with_name(f"{file_name}.draft")  # so that a key is never half written
+            draft.touch(mode=0o600)
+            draft.write_text(f"{secrets.token_hex(KEY_BYTES)}\n")
+            draft.rename(path)
+        return path.read_text().strip()
+
     def __enter__(self) -> Self:
         try:
             self.path = self._create()
@@ -63,12 +75,13 @@ class DataDirectory:
             path = Path(tempfile.mkdtemp(prefix=RUN_FOLDER_PREFIX, dir=TEMPORARY_ROOT))
             path.chmod(DATA_DIRECTORY_MODE)
             return path
-        path = self.persistent_path.resolve()
+        path = self.persistent_path
         path.mkdir(mode=DATA_DIRECTORY_MODE, parents=True, exist_ok=True)
-        return path
+        _check_owner(path)
+        return path.resolve()
 
     def _lock(self) -> None:
-        run_lock = os.open(self.path / RUN_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        run_lock = os.open(self.path / RUN_LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         self._locks.append(run_lock)
         if not _try_lock(run_lock):
             holder_pid = os.pread(run_lock, 20, 0).decode().strip()
@@ -79,7 +92,7 @@ class DataDirectory:
             )
         os.ftruncate(run_lock, 0)
         os.pwrite(run_lock, f"{os.getpid()}\n".encode(), 0)
-        servers_lock = os.open(self.path / SERVERS_LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        servers_lock = os.open(self.path / SERVERS_LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         self._locks.append(servers_lock)
         self._wait_for_servers(servers_lock)
 
@@ -139,6 +152,17 @@ def _is_free(path: Path) -> bool:
         os.close(file)
 
 
+def _check_owner(path: Path) -> None:
+    """Raise ServerError for a directory that another user could have prepared, or could change."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise ServerError(f"{path} is a symbolic link; name the data directory itself with --data")
+    if status.st_uid != os.geteuid():
+        raise ServerError(f"{path} belongs to another user; choose a data directory that is yours with --data")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ServerError(f"{path} is writable for other users; run `chmod go-w {path}`, or choose another directory")
+
+
 def _try_lock(file: int) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,6 +219,15 @@ def find_run(grpc_address: str) -> dict[str, str]:
     finally:
         os.close(file)
     return {}
+
+
+def list_runs() -> list[str]:
+    """Return the gRPC addresses of the runs of this user that are alive."""
+    try:
+        paths = sorted(_get_record_path("").parent.glob("*.json"))
+    except OSError:
+        return []
+    return [path.stem for path in paths if find_run(path.stem)]
 
 
 def _parse_settings(text: bytes) -> dict[str, str]:

@@ -29,6 +29,7 @@ from abreast_sidecar.errors import ServerError
 PR_SET_PDEATHSIG = 1
 SERVER_START_TIMEOUT_S = 60.0
 PROCESS_POLL_S = 0.01
+INTERRUPT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KILL_TIMEOUT_S = 5.0
 UNPRIVILEGED_USER = "nobody"
 STABLE_PORT_RANGE = range(20_000, 32_000)  # below the ports that Linux and macOS use for outgoing connections
@@ -94,17 +95,45 @@ def chown_to_server_user(path: Path) -> None:
         os.chown(path, identity["user"], identity["group"])
 
 
-def _build_death_signal_hook(parent: int, death_signal: signal.Signals) -> Callable[[], None] | None:
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
+def _create_process(
+    command: Sequence[str | Path], *, death_signal: signal.Signals, environment: Mapping[str, str], **options: Any
+) -> subprocess.Popen[bytes]:
+    """Create a process in its own session, which receives `death_signal` when this one ends.
+
+    Interrupts wait until it exists: Python ignores the exception of a signal handler that runs in its hooks at a fork.
+    """
+    parent = os.getpid()
+    libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPT_SIGNALS)
 
     def prepare() -> None:  # runs after the change of the user, which would clear the signal
-        libc.prctl(PR_SET_PDEATHSIG, int(death_signal))
-        if os.getppid() != parent:
-            os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+        if libc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, int(death_signal))
+            if os.getppid() != parent:
+                os._exit(1)
 
-    return prepare
+    try:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **environment},
+            preexec_fn=prepare,  # noqa: PLW1509  # no other thread runs yet
+            start_new_session=True,  # so that Ctrl-C in the terminal does not reach it
+            **options,
+        )
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+        raise
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+    except BaseException:  # an interrupt that waited
+        process.kill()
+        process.wait()
+        raise
+    return process
 
 
 @dataclass
@@ -135,15 +164,11 @@ class ServerProcess:
         The process inherits `inherited_fds`: a lock on one of these file descriptors lasts as long as the process.
         """
         with log_path.open("ab") as output:
-            process = subprocess.Popen(
-                [str(part) for part in command],
-                stdin=subprocess.DEVNULL,
+            process = _create_process(
+                command,
+                death_signal=stop_signal,
+                environment=environment or {},
                 stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd="/",
-                env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", **(environment or {})},
-                preexec_fn=_build_death_signal_hook(os.getpid(), stop_signal),  # noqa: PLW1509  # no other thread runs yet
-                start_new_session=True,  # so that Ctrl-C in the terminal does not reach it
                 pass_fds=tuple(inherited_fds),
                 **(identity or {}),
             )
@@ -189,6 +214,30 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self.popen.kill()
             self.popen.wait(timeout_s)
+
+
+def run_tool(
+    command: Sequence[str | Path], *, identity: Mapping[str, Any], inherited_fds: Sequence[int]
+) -> tuple[int, str]:
+    """Run a command and return its exit code and output. It ends with this process, even if that is killed.
+
+    Its children end with it if it is interrupted. They inherit `inherited_fds`.
+    """
+    with _create_process(
+        command,
+        death_signal=signal.SIGKILL,
+        environment={},
+        stdout=subprocess.PIPE,
+        pass_fds=tuple(inherited_fds),
+        **identity,
+    ) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:  # also KeyboardInterrupt
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, output.decode(errors="replace")
 
 
 def is_answering(host: str, port: int, request: bytes, expected: bytes) -> bool:
@@ -251,6 +300,19 @@ def process_tree(pid: int) -> list[psutil.Process]:
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def lower_priority(pid: int, niceness: int) -> None:
+    """Lower the priority of a server and all of its processes, as far as the system allows.
+
+    Linux may group processes by session and weigh the groups (sched(7), "The autogroup feature"). A server has its own
+    session, so its niceness has no effect there, but that of its group has.
+    """
+    for process in process_tree(pid):
+        with contextlib.suppress(psutil.Error, OSError):
+            for thread in process.threads():
+                os.setpriority(os.PRIO_PROCESS, thread.id, niceness)
+            Path(f"/proc/{process.pid}/autogroup").write_text(str(niceness))
 
 
 def kill_tree(pid: int) -> None:

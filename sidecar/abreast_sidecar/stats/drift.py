@@ -16,7 +16,6 @@ bypasses a cache and is always ahead. If old answered first and new is behind, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -28,12 +27,12 @@ from abreast_sidecar.compare.pair import INTERNAL_SERVER_ERROR, TOO_MANY_REQUEST
 TRUNCATION_MARK = "…"  # ends a truncated value
 COMPARED_OUTCOMES = frozenset({"match", "mismatch"})
 
-DifferenceKey = tuple[str, str, str]  # part, path, kind
+Place = tuple[str, str, str]  # part, path, kind
 
 
 def find_state_drift(
     original: ComparisonResult, old_change: ComparisonResult, recheck: ComparisonResult
-) -> list[DifferenceKey]:
+) -> list[Place]:
     """Return the differences of `original` that were drift.
 
     `original` and `recheck` compare old with new, `old_change` compares old's first response with its later one.
@@ -49,31 +48,23 @@ def find_state_drift(
         return []
     if recheck.old is None or recheck.new is None or get_status(recheck.old) != get_status(recheck.new):
         return []
-    remaining = {_make_key(difference) for difference in recheck.differences}
-    old_changes = {(_make_key(difference), difference.exact_path): difference for difference in old_change.differences}
+    remaining = {difference.place for difference in recheck.differences}
+    old_changes = {(difference.place, difference.exact_path): difference for difference in old_change.differences}
+    groups: dict[Place, list[Difference]] = {}
+    for difference in original.differences:
+        groups.setdefault(difference.place, []).append(difference)
     return [
-        key
-        for key, differences in _group_by_key(original.differences).items()
-        if key not in remaining
-        and key[0] != "error"
+        place
+        for place, differences in groups.items()
+        if place not in remaining
+        and place[0] != "error"
         and len(differences) < MAX_DIFFERENCES_PER_PATH
         and all(
-            (change := old_changes.get((key, difference.exact_path))) is not None
+            (change := old_changes.get((place, difference.exact_path))) is not None
             and _has_old_caught_up(difference, change)
             for difference in differences
         )
     ]
-
-
-def _make_key(difference: Difference) -> DifferenceKey:
-    return difference.part, difference.path, difference.kind
-
-
-def _group_by_key(differences: Iterable[Difference]) -> dict[DifferenceKey, list[Difference]]:
-    groups: dict[DifferenceKey, list[Difference]] = {}
-    for difference in differences:
-        groups.setdefault(_make_key(difference), []).append(difference)
-    return groups
 
 
 def _has_old_caught_up(difference: Difference, change: Difference) -> bool:

@@ -10,6 +10,7 @@ bounded size and are drawn separately, so precision is computed from the totals 
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,8 +22,8 @@ from urllib.parse import parse_qsl, unquote
 
 import orjson
 
-from abreast.export.redaction import HASH_PREFIX
-from abreast.protocol.capture import Headers, Request
+from abreast.protocol.capture import HASH_PREFIX, Request
+from abreast_sidecar.compare.documents import parse_form
 
 FEATURE_ALPHA = 0.01  # probability of naming any feature by chance
 MIN_REQUESTS = 5  # with the finding, and without it
@@ -78,14 +79,15 @@ def collect_features(
     body: Any = None,
 ) -> dict[str, list[str]]:
     """Return the features of query and path parameters, headers, and a parsed JSON or form body."""
-    values_by_name: dict[str, list[str]] = {}
-    for source, pairs in (("query", query), ("path", (path or {}).items()), ("header", headers)):
-        for name, value in pairs:
-            _add_value(values_by_name, f"{source}.{name.lower() if source == 'header' else name}", value)
+    pairs = [(f"query.{name}", value) for name, value in query]
+    pairs += [(f"path.{name}", value) for name, value in (path or {}).items()]
+    pairs += [(f"header.{name.lower()}", value) for name, value in headers]
     if body is not None:
-        for name, value in islice(_iterate_leaves(body, "body", MAX_BODY_DEPTH), MAX_BODY_LEAVES):
-            _add_value(values_by_name, name, value)
-    return values_by_name
+        pairs += islice(_iterate_leaves(body, "body", MAX_BODY_DEPTH), MAX_BODY_LEAVES)
+    values_by_name: dict[str, dict[str, None]] = {}
+    for name, value in pairs:
+        values_by_name.setdefault(name, {})[value] = None
+    return {name: list(values) for name, values in values_by_name.items()}
 
 
 def collect_target_features(target: str, route: str) -> dict[str, list[str]]:
@@ -117,18 +119,21 @@ def find_common_feature(
     names = {name for request in (*with_finding, *without_finding) for name in request}
     hit_counts, false_counts = _count_candidates(with_finding, names), _count_candidates(without_finding, names)
     candidates = [candidate for candidate, count in hit_counts.items() if count]
-    sizes = (len(with_finding), len(without_finding))
     scale = (max(total_without_finding, len(without_finding)) / len(without_finding)) / (
         max(total_with_finding, len(with_finding)) / len(with_finding)
     )
-    scored = [
-        _score_candidate(candidate, hit_counts[candidate], false_counts[candidate], sizes, scale, len(candidates))
-        for candidate in candidates
-        if _has_contrast(hit_counts[candidate], false_counts[candidate], *sizes)
-    ]
-    significant = [(feature, youden) for feature, youden in scored if feature.p_value <= FEATURE_ALPHA]
-    best = max((youden for _, youden in significant), default=0.0)
-    best_features = [candidate for candidate, youden in significant if youden >= best - YOUDEN_TOLERANCE]
+    significant: list[tuple[float, Feature]] = []
+    for candidate in candidates:
+        hits, false = hit_counts[candidate], false_counts[candidate]
+        coverage, false_share = hits / len(with_finding), false / len(without_finding)
+        if coverage < MIN_COVERAGE or false_share > MAX_OTHERS_RATIO * coverage:
+            continue
+        p_value = min(1.0, fisher_exact(hits, len(with_finding), false, len(without_finding)) * len(candidates))
+        if p_value <= FEATURE_ALPHA:
+            feature = Feature(*candidate, coverage, precision=hits / (hits + false * scale), p_value=p_value)
+            significant.append((coverage - false_share, feature))
+    best = max((youden for youden, _ in significant), default=0.0)
+    best_features = [feature for youden, feature in significant if youden >= best - YOUDEN_TOLERANCE]
     return min(best_features, key=_complexity, default=None)
 
 
@@ -137,77 +142,37 @@ def _count_candidates(requests: Sequence[RequestFeatures], names: Iterable[str])
     counts: Counter[_Candidate] = Counter()
     for request in requests:
         counts.update(("present", name, "") for name in request)
-        counts.update(
-            {
-                ("value", name, value)
-                for name, values in request.items()
-                for value in values
-                if len(value) <= MAX_VALUE_CHARS
-            }
-        )
+        pairs = {(name, value) for name, values in request.items() for value in values}
+        counts.update(("value", name, value) for name, value in pairs if len(value) <= MAX_VALUE_CHARS)
     for name in names:
         counts["absent", name, ""] = len(requests) - counts["present", name, ""]
     return counts
 
 
-def _has_contrast(hits: int, false: int, with_finding: int, without_finding: int) -> bool:
-    coverage = hits / with_finding
-    return coverage >= MIN_COVERAGE and false / without_finding <= MAX_OTHERS_RATIO * coverage
-
-
-def _score_candidate(
-    candidate: _Candidate, hits: int, false: int, sizes: tuple[int, int], scale: float, candidate_count: int
-) -> tuple[Feature, float]:
-    with_finding, without_finding = sizes
-    feature = Feature(
-        kind=candidate[0],
-        name=candidate[1],
-        value=candidate[2],
-        coverage=hits / with_finding,
-        precision=hits / (hits + false * scale),
-        p_value=min(1.0, fisher_exact(hits, with_finding, false, without_finding) * candidate_count),
-    )
-    return feature, hits / with_finding - false / without_finding
-
-
 def _complexity(feature: Feature) -> tuple[int, int, int, int, str, str]:
-    source = _SOURCE_ORDER.get(feature.name.partition(".")[0], len(_SOURCE_ORDER))
-    return (
-        _KIND_ORDER[feature.kind],
-        source,
-        feature.name.count("."),
-        len(feature.name) + len(feature.value),
-        feature.name,
-        feature.value,
-    )
+    name, value = feature.name, feature.value
+    source = _SOURCE_ORDER.get(name.partition(".")[0], len(_SOURCE_ORDER))
+    return _KIND_ORDER[feature.kind], source, name.count("."), len(name) + len(value), name, value
 
 
 def fisher_exact(hits: int, with_finding: int, false: int, without_finding: int) -> float:
     """Return the probability of at least `hits` with these margins (Fisher 1935, "The design of experiments")."""
     marked = hits + false
     total = _log_choose(with_finding + without_finding, marked)
-    return min(
-        1.0,
-        sum(
-            exp(_log_choose(with_finding, count) + _log_choose(without_finding, marked - count) - total)
-            for count in range(hits, min(with_finding, marked) + 1)
-        ),
+    probabilities = (
+        exp(_log_choose(with_finding, count) + _log_choose(without_finding, marked - count) - total)
+        for count in range(hits, min(with_finding, marked) + 1)
     )
+    return min(1.0, sum(probabilities))
 
 
 def _log_choose(n: int, k: int) -> float:
     return lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1)
 
 
-def _add_value(values_by_name: dict[str, list[str]], name: str, value: str) -> None:
-    values = values_by_name.setdefault(name, [])
-    if value not in values:
-        values.append(value)
-
-
 def _iterate_leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, str]]:
     if not isinstance(value, dict | list):
-        yield name, _format_value(value)
+        yield name, json.dumps(value) if value is None or isinstance(value, bool) else str(value)
     elif not depth:
         return
     elif isinstance(value, dict):
@@ -218,22 +183,16 @@ def _iterate_leaves(value: Any, name: str, depth: int) -> Iterator[tuple[str, st
             yield from _iterate_leaves(inner, f"{name}[*]", depth - 1)
 
 
-def _format_value(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
 def collect_request_features(request: Request, route: str) -> dict[str, list[str]]:
     """Return the values that may be stored, by name: `query.currency`, `header.accept-language`, `body.items[*].sku`."""
-    target = f"{request.path}?{request.query}" if request.query else request.path
-    values_by_name = collect_target_features(target, route)
+    values_by_name = collect_target_features(request.target, route)
     values_by_name |= collect_features(
         headers=[header for header in request.headers if header[0] not in REQUEST_SPECIFIC_HEADERS],
         body=_parse_body(request),
     )
-    for name in _iterate_cookie_names(request.headers):
-        values_by_name.setdefault(f"cookie.{name}", [])
+    values_by_name |= {f"header.{name}": [] for name in request.other_headers if name not in REQUEST_SPECIFIC_HEADERS}
+    cookies = (part for name, value in request.headers if name == "cookie" for part in value.split(";"))
+    values_by_name |= {f"cookie.{cookie.partition('=')[0].strip()}": [] for cookie in cookies if "=" in cookie}
     names = sorted(values_by_name, key=lambda name: (name.startswith("body."), name))[:MAX_NAMES]
     return {name: _select_values(name, values_by_name[name]) for name in names if len(name) <= MAX_VALUE_CHARS}
 
@@ -241,15 +200,8 @@ def collect_request_features(request: Request, route: str) -> dict[str, list[str
 def _select_values(name: str, values: list[str]) -> list[str]:
     if _SECRET_NAME.search(name):
         return []
-    return [value for value in values if len(value) <= MAX_VALUE_CHARS and HASH_PREFIX not in value][
-        :MAX_VALUES_PER_NAME
-    ]
-
-
-def _iterate_cookie_names(headers: Headers) -> Iterator[str]:
-    for name, value in headers:
-        if name == "cookie":
-            yield from (part.partition("=")[0].strip() for part in value.split(";") if "=" in part)
+    storable_values = [value for value in values if len(value) <= MAX_VALUE_CHARS and HASH_PREFIX not in value]
+    return storable_values[:MAX_VALUES_PER_NAME]
 
 
 def _parse_body(request: Request) -> object:
@@ -257,23 +209,8 @@ def _parse_body(request: Request) -> object:
     body = request.body
     if not body.content or not body.is_complete or body.length > MAX_FEATURE_BODY_BYTES:
         return None
-    if any(name == "content-type" and FORM_MEDIA_TYPE in value.lower() for name, value in request.headers):
-        return _parse_form(body.content)
+    is_form = any(name == "content-type" and FORM_MEDIA_TYPE in value.lower() for name, value in request.headers)
     try:
-        document: object = orjson.loads(body.content)
-    except orjson.JSONDecodeError:
-        return None
-    return document
-
-
-def _parse_form(content: bytes) -> dict[str, str | list[str]] | None:
-    try:
-        pairs = parse_qsl(content.decode(), keep_blank_values=True, max_num_fields=2 * MAX_NAMES)
+        return parse_form(body.content.decode(), 2 * MAX_NAMES) if is_form else orjson.loads(body.content)
     except ValueError:
         return None
-    fields: dict[str, str | list[str]] = {}
-    for name, value in pairs:
-        previous = fields.get(name, [])
-        values = [*([previous] if isinstance(previous, str) else previous), value]
-        fields[name] = values if len(values) > 1 else value
-    return fields

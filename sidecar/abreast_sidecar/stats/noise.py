@@ -1,59 +1,57 @@
-"""Is a finding real, or does old differ from itself as often? Pure.
+"""Is a finding real, or does the version that answered differ from itself as often? Pure.
 
-For one place (endpoint and path) there are two counts: new differs from old in k of n comparisons, and old differs from
-its baseline copy in b of m. The question is whether both have the same rate. The e-value is a mixture's likelihood of both
-counts divided by the greatest likelihood under one common rate (Wasserman, Ramdas and Balakrishnan 2020, "Universal
-inference", PNAS 117). Under the null hypothesis it is at most a martingale of mean one, whatever the rate is. It can be
-evaluated after every pair: it ever reaches 1/alpha with a probability of at most alpha (Ville).
+Some requests have three responses: the live one, a copy from the other version, and a copy from the version that
+answered. If the code is the same, both copies are exchangeable: a swap of their labels changes no probability, whatever
+the live response does and whatever changes over time. A triple is discordant if exactly one copy shows the finding
+against the live response. Given that, each copy is the one with a probability of one half (McNemar 1947, "Note on the
+sampling error of the difference between correlated proportions or percentages", Psychometrika 12). The e-value is a
+mixture's likelihood of both counts divided by the likelihood under one half. It can be evaluated after every triple: it
+ever reaches 1/alpha with a probability of at most alpha (Ville).
 
-If no baseline copy differs, counts can't distinguish a path without noise from one with noise rarer than the copies.
-`MIN_NOISE_RATE` decides: noise affects at least that share of the requests, or none. Rarer noise is reported as real as
-soon as its rate is shown to be below that minimum, until a baseline copy shows it. A defect in one request of 2,000 thus
-does not need thousands of copies, and noise in 1% of the requests waits for enough copies.
-
-Chance changes values in both directions, a defect mostly in one: a price that is always lower. Noise that is rarer than
-`MIN_DIRECTIONAL_NOISE_RATE` and has one direction is assumed not to exist. A defect in one request of 2,000 is thus
-found if baseline copies are a tenth of a percent or more of the endpoint's requests. The null hypothesis is then a union
-of two. Against noise above that rate, the counts are the e-value. Against rarer noise without a direction, it is the
-product with the direction's e-value: given how many values differ, each direction has a probability of one half. The
-smaller of the two is an e-value against the union.
+Triples of one client at one time are not independent: a session or an outage shows one cause many times. So a client
+counts once per finding and period, or per pool of small endpoints, and all clients of server errors count as one
+(`store.samples.list_bets`). The counts here are of such bets.
 
 Among many places those are real whose e-values pass e-BH (Wang and Ramdas 2022, "False discovery rate control with
 e-values", JRSS B 84), which holds for any dependence between places. If no place is real, as with old against old, the
-false discovery rate is the probability of any discovery. Only places that were seen count. The evidence of an unseen
-place is below one, so future places have no weight yet.
+false discovery rate is the probability of any discovery. Places are counted as they appear. While new ones appear, the
+shares of earlier evaluations were slightly too large.
 
-Without baseline copies (unsafe methods, a share of zero) only the direction remains: if chance alone separates both
-sides, either is the greater equally often. A place where new always lacks a value, or always has the smaller one, is
-real after about a dozen differences. A place without a direction stays undecided: it is listed, it prevents a PASS
-verdict, and its reason says how to settle it. State that drifts between the live request and its copy has a direction
-too, so the direction has its full weight only without copies.
+Without second copies (unsafe methods, a share of zero), version and role are one variable as long as one version answers
+all users. Copies are always later, so an id or a time is always greater. The direction of the differences then proves
+nothing. If both versions answer users, consider whether the copy has the greater value. The same code gives this one
+rate in both roles. A value that is always smaller in new is never greater in new's copies, and always greater in old's.
+The e-value is the likelihood of two separate rates divided by the greatest likelihood of a common rate (Wasserman, Ramdas
+and Balakrishnan 2020, "Universal inference", PNAS 117).
 
-A number that always differs can still be ten times its former value. Consider the pairs in which one number is more than
-twice the other. If both versions draw from the same distribution, new has the greater number in half of them. This is
-true for heavy tails and counters too (Dixon and Mood 1946, "The statistical sign test", JASA 41). These pairs are tested against that half, and against the copies of old that are as far apart. The smaller of both e-values is one
-against "new draws as old does, or as old's copies do": copies come later, as does new's copy of a request.
+A value that always differs can still lean: a score is 1% higher, a flag is always false, a time is an hour later. Triples
+in which one copy has the greater value are tested like others. Triples in which both copies are on one side of the live
+response don't count: values such as a counter or a time-ordered id grow while a request waits, and one copy may wait longer.
+A place that only grows, or only shrinks, does not lean at all, because each process may have a separate counter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from math import exp, inf, log, log1p
+from dataclasses import dataclass, replace
+from math import ceil, exp, inf, log
 from typing import Literal
 
-from abreast_sidecar.stats.sequential import JEFFREYS_PRIOR, Prior, evidence_above, find_least, log_ratio
+from abreast_sidecar.stats.sequential import (
+    HALF,
+    JEFFREYS_PRIOR,
+    SIGN_PRIOR,
+    confidence_interval,
+    find_least,
+    sign_evidence,
+)
 
-MIN_NOISE_RATE = 0.002  # per request; rarer noise counts as a finding
-MIN_DIRECTIONAL_NOISE_RATE = 0.01  # the same for noise in which new is always greater, or always smaller
-HALF = 0.5
-NOISE_DOUBT_E_VALUE = 5.0  # above it, a path that also differs in old is undecided instead of noise
+NOISE_DOUBT_E_VALUE = 5.0  # above it, a path that also differs in a second copy is undecided instead of noise
+MAX_SAME_PER_OTHER = 20  # bets of the same version's copies for each of the other version's, if new leans to one side
+MIN_CHANGES, MIN_REVERSE_SHARE = 5, 0.1  # bets on the direction of changes, and the part of them against the trend
+MAX_BETS_NEEDED = 1000  # a greater estimate means never
 
 NoiseState = Literal["real", "noise", "undecided"]
-
-_RATE_PRIOR = Prior(((0.5, 500.0), (0.5, 50.0), (0.5, 0.5)))  # a difference in a thousand, in a hundred, anywhere
-_DIRECTION_PRIOR = Prior(((0.05, 0.05),))  # nearly all to one side
-_DIRECTION_WEIGHT = 0.75  # weight of a direction; the rest is for none
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +60,77 @@ class DifferenceCounts:
 
     compared: int  # pairs of old and new
     differing: int
-    baseline_compared: int  # pairs of old and its copy
+    baseline_compared: int  # pairs of a live response and a copy of the same version
     baseline_differing: int
     explained: int = 0  # part of `differing`: the shapes of the values explain them
-    new_greater: int = 0  # part of `differing`; order: absent and null, then numbers, then text
-    new_smaller: int = 0
-    # Values with long tails: this noise may be rarer than MIN_NOISE_RATE.
-    is_rare: bool = field(default=False, kw_only=True)
+    # Bets: discordant triples, of which a client counts one per period.
+    other_only: int = 0  # only the copy of the other version differs from the live response
+    same_only: int = 0  # only the copy of the same version does
+    # Directions, of which a client counts one per period; order: absent and null, then numbers, then text.
+    copy_greater_of_new: int = 0  # old answered the user, and new's copy has the greater value
+    copy_smaller_of_new: int = 0
+    copy_greater_of_old: int = 0  # new answered the user, and old's copy has the greater value
+    copy_smaller_of_old: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class MagnitudeShift:
-    """Counts of one place with numbers: the second is more than twice the first (greater), or less than half (smaller)."""
+class OrderCounts:
+    """Bets of one place: one copy has the greater value, and the live response is not outside of both."""
 
+    # The response of new, or the one in its place, has the greater value (above) or the smaller one (below).
+    other_above: int  # the other version's copy differs from the live response
+    same_above: int  # only the same version's copy does
+    other_below: int
+    same_below: int
+    # The same version's copy, which is later, has a greater or smaller value than the live response.
+    same_rises: int = 0
+    same_falls: int = 0
+
+    @property
+    def new_greater(self) -> int:
+        return self.other_above + self.same_below
+
+    @property
+    def new_smaller(self) -> int:
+        return self.other_below + self.same_above
+
+    @property
+    def is_counter(self) -> bool:
+        """Whether values change in one direction only. Each process may count for itself."""
+        changes = self.same_rises + self.same_falls
+        return changes >= MIN_CHANGES and min(self.same_rises, self.same_falls) < MIN_REVERSE_SHARE * changes
+
+    @property
+    def is_of_new(self) -> bool:
+        """Whether the other version's copies differ too, in the direction in which new leans."""
+        if self.new_greater > self.new_smaller:
+            return self.other_above * MAX_SAME_PER_OTHER >= self.same_below
+        return self.other_below * MAX_SAME_PER_OTHER >= self.same_above
+
+
+@dataclass(frozen=True, slots=True)
+class NoisyPlace:
+    """A place that is noise, in an endpoint or in several similar ones."""
+
+    endpoint: str
+    location: str  # part and path
     compared: int
-    far_greater: int
-    far_smaller: int
+    differing: int
     baseline_compared: int
-    baseline_far_greater: int
-    baseline_far_smaller: int
+    baseline_differing: int
+    other_only: int  # bets
+    same_only: int
+
+    def bound_hidden_pairs(self, alpha: float) -> float:
+        """Bound the pairs in which new may be wrong here without a real finding.
+
+        If the other version's copy differs alone `ratio` times as often as the same version's, new causes at most
+        1 - 1 / ratio of its differences. Where noise differs anyway, a wrong value shows no further difference.
+        """
+        highest = confidence_interval(self.other_only, self.other_only + self.same_only, alpha, SIGN_PRIOR).high
+        visible = 1 - self.baseline_differing / self.baseline_compared if self.baseline_compared else 0.0
+        caused = self.differing * (2 - 1 / highest) if highest > HALF else 0.0
+        return min(caused / visible, self.compared) if visible > 0 else float(self.compared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,176 +142,97 @@ class NoiseDecision:
 
 
 def classify_differences(
-    all_counts: Sequence[DifferenceCounts | MagnitudeShift], alpha: float, floor: float = MIN_NOISE_RATE
+    all_counts: Sequence[DifferenceCounts | OrderCounts], alpha: float, places: int = 0
 ) -> list[NoiseDecision]:
-    """Decide about all places of an endpoint or service. `alpha`: the probability of any false finding."""
+    """Decide about these places. `alpha`: the probability of any false finding among all `places` of the service."""
     log_evidences = [
-        magnitude_evidence(counts) if isinstance(counts, MagnitudeShift) else difference_evidence(counts, floor)
+        order_evidence(counts) if isinstance(counts, OrderCounts) else difference_evidence(counts)
         for counts in all_counts
     ]
-    threshold = _find_threshold(log_evidences, alpha)
+    threshold = _find_threshold(log_evidences, alpha, max(places, len(all_counts)))
     return [
-        _make_magnitude_decision(counts, log_evidence, threshold)
-        if isinstance(counts, MagnitudeShift)
-        else _make_decision(counts, log_evidence, threshold, floor)
+        _make_decision(counts, log_evidence, threshold)
         for counts, log_evidence in zip(all_counts, log_evidences, strict=True)
     ]
 
 
-def magnitude_evidence(shift: MagnitudeShift) -> float:
-    """Return the log e-value against "new is as often far above as far below, or as often as old's copies are"."""
-    new, copies = ((shift.far_greater, shift.far_smaller), (shift.baseline_far_greater, shift.baseline_far_smaller))
-    directions = (_directional_evidence(shift, new, copies), _directional_evidence(shift, new[::-1], copies[::-1]))
-    return _mean_evidence(*directions)
-
-
-def _directional_evidence(shift: MagnitudeShift, new: tuple[int, int], copies: tuple[int, int]) -> float:
-    """Return the evidence for one direction; `new` and `copies` count this direction first."""
-    imbalance = evidence_above(new[0], sum(new), HALF)
-    if not shift.baseline_compared:
-        return imbalance
-    pair_counts = DifferenceCounts(shift.compared, new[0], shift.baseline_compared, copies[0])
-    direction_counts = DifferenceCounts(sum(new), new[0], sum(copies), copies[0])
-    return min(imbalance, _mean_evidence(_frequency_evidence(pair_counts), _frequency_evidence(direction_counts)))
-
-
-def _frequency_evidence(counts: DifferenceCounts) -> float:
-    if counts.differing * counts.baseline_compared <= counts.baseline_differing * counts.compared:
+def order_evidence(counts: OrderCounts) -> float:
+    """Return the log e-value against "each copy has the greater value as often"; -inf for equal counts."""
+    smaller, greater = sorted((counts.new_smaller, counts.new_greater))
+    if counts.is_counter or not counts.is_of_new:
         return -inf
-    return _separate_rates_likelihood(counts) - _common_rate_likelihood(counts, 0.0)
+    return sign_evidence(greater, smaller) - log(2)  # a mean of the e-values of both directions
 
 
-def difference_evidence(counts: DifferenceCounts, floor: float = MIN_NOISE_RATE) -> float:
-    """Return the log e-value against "old differs from itself as often"; -inf if new differs more rarely."""
-    if not counts.differing:
-        return -inf
-    if counts.is_rare:
-        floor = 0.0
-    if not counts.baseline_compared:
-        return (
-            -inf
-            if counts.explained
-            else _mean_evidence(
-                _direction_evidence(counts), _separate_rates_likelihood(counts) - _common_rate_likelihood(counts, floor)
-            )
-        )
-    if counts.differing * counts.baseline_compared <= counts.baseline_differing * counts.compared:
-        return -inf
-    count_evidence = _separate_rates_likelihood(counts) - _common_rate_likelihood(counts, floor)
-    if counts.baseline_differing or counts.explained:
-        return count_evidence
-    return min(
-        _separate_rates_likelihood(counts) - _common_rate_likelihood(counts, max(floor, MIN_DIRECTIONAL_NOISE_RATE)),
-        count_evidence + _weighted_direction_evidence(counts),
+def difference_evidence(counts: DifferenceCounts) -> float:
+    """Return the log e-value against "both copies differ as often"; -inf if the other version's differs more rarely."""
+    if counts.baseline_compared or counts.other_only or counts.same_only:
+        return sign_evidence(counts.other_only, counts.same_only)
+    return -inf if counts.explained else role_evidence(counts)
+
+
+def role_evidence(counts: DifferenceCounts) -> float:
+    """Return the log e-value against "the copy is greater as often in both roles"; -inf while one role has no pairs."""
+    strata = (
+        (counts.copy_greater_of_new, counts.copy_smaller_of_new),
+        (counts.copy_greater_of_old, counts.copy_smaller_of_old),
     )
+    if not all(greater + smaller for greater, smaller in strata):
+        return -inf
+    separate_rates = sum(JEFFREYS_PRIOR.log_marginal(greater, smaller) for greater, smaller in strata)
+    greater, smaller = map(sum, zip(*strata, strict=True))
+    total = greater + smaller
+    return separate_rates - sum(count * log(count / total) for count in (greater, smaller) if count)
 
 
-def _separate_rates_likelihood(counts: DifferenceCounts) -> float:
-    """Return the log likelihood with separate rates. Half of the weight is for an old that never differs from itself."""
-    equal_pairs = counts.compared - counts.differing
-    copies, baseline_differing = counts.baseline_compared, counts.baseline_differing
-    new = _RATE_PRIOR.log_marginal(counts.differing, equal_pairs)
-    old = _RATE_PRIOR.log_marginal(baseline_differing, copies - baseline_differing)
-    return new + (log((1 + exp(old)) / 2) if not baseline_differing else old - log(2))
-
-
-def _common_rate_likelihood(counts: DifferenceCounts, floor: float) -> float:
-    """Return the greatest log likelihood of a common rate."""
-    differing = counts.differing + counts.baseline_differing
-    equal_pairs = counts.compared + counts.baseline_compared - differing
-    rate = differing / (differing + equal_pairs)
-    if not counts.baseline_differing:
-        rate = max(rate, floor)
-    return differing * log(rate) + (equal_pairs * log1p(-rate) if equal_pairs else 0.0)
-
-
-def _mean_evidence(first: float, second: float) -> float:
-    """Average two log e-values: an e-value, whatever their dependence."""
-    return _log_sum(first, second) - log(2)
-
-
-def _direction_evidence(counts: DifferenceCounts) -> float:
-    directed = counts.new_greater + counts.new_smaller
-    return log_ratio(counts.new_greater, directed, 0.5, JEFFREYS_PRIOR) if directed else -inf
-
-
-def _weighted_direction_evidence(counts: DifferenceCounts) -> float:
-    """Return the direction's log e-value, with little loss without a direction: a defect can have both."""
-    directed = counts.new_greater + counts.new_smaller
-    if not directed:
-        return 0.0
-    log_likelihood_ratio = log_ratio(counts.new_greater, directed, 0.5, _DIRECTION_PRIOR)
-    return _log_sum(log_likelihood_ratio + log(_DIRECTION_WEIGHT), log(1 - _DIRECTION_WEIGHT))
-
-
-def _log_sum(first: float, second: float) -> float:
-    """Return log(exp(first) + exp(second))."""
-    largest = max(first, second)
-    if largest == -inf:
-        return largest
-    return largest + log1p(exp(min(first, second) - largest))
-
-
-def _find_threshold(log_evidences: Sequence[float], alpha: float) -> float:
+def _find_threshold(log_evidences: Sequence[float], alpha: float, places: int) -> float:
     """Return the threshold of e-BH: log(places / (alpha k)) for the greatest k places that reach it."""
     ordered = sorted(log_evidences, reverse=True)
     for count in range(len(ordered), 0, -1):
-        threshold = log(len(ordered) / (alpha * count))
+        threshold = log(places / (alpha * count))
         if ordered[count - 1] >= threshold:
             return threshold
-    return log(len(ordered) / alpha) if ordered else inf
+    return log(places / alpha) if ordered else inf
 
 
-def _make_decision(counts: DifferenceCounts, log_evidence: float, threshold: float, floor: float) -> NoiseDecision:
+def _make_decision(counts: DifferenceCounts | OrderCounts, log_evidence: float, threshold: float) -> NoiseDecision:
     p_value = exp(-log_evidence) if log_evidence > 0 else 1.0
-    if log_evidence >= threshold:
-        return NoiseDecision("real", f"{_describe_counts(counts)}: more than chance", p_value, None)
-    if counts.baseline_differing and log_evidence < log(NOISE_DOUBT_E_VALUE):
-        return NoiseDecision("noise", _describe_counts(counts), p_value, None)
-    if counts.differing and counts.explained == counts.differing:
-        return NoiseDecision("noise", f"{_describe_counts(counts)}; the shape of all values explains it", p_value, None)
-    if not counts.differing:
-        return NoiseDecision("noise", _describe_counts(counts), p_value, None)
-    return _make_undecided(counts, threshold, p_value, floor)
-
-
-def _make_magnitude_decision(shift: MagnitudeShift, log_evidence: float, threshold: float) -> NoiseDecision:
-    summary = (
-        f"new is more than twice old in {shift.far_greater} of {shift.compared}, less than half in {shift.far_smaller}"
-    )
-    p_value = exp(-log_evidence) if log_evidence > 0 else 1.0
+    summary = _describe_counts(counts)
     if log_evidence >= threshold:
         return NoiseDecision("real", f"{summary}: more than chance", p_value, None)
-    return NoiseDecision("noise", summary, p_value, None)
-
-
-def _make_undecided(counts: DifferenceCounts, threshold: float, p_value: float, floor: float) -> NoiseDecision:
+    if isinstance(counts, OrderCounts) or not counts.differing:
+        return NoiseDecision("noise", summary, p_value, None)
+    if (counts.baseline_differing or counts.same_only) and log_evidence < log(NOISE_DOUBT_E_VALUE):
+        return NoiseDecision("noise", summary, p_value, None)
+    if counts.explained == counts.differing:
+        return NoiseDecision("noise", f"{summary}; the shape of all values explains it", p_value, None)
     if not counts.baseline_compared:
-        advice = "send a share of the requests to old twice, or make a rule"
-        return NoiseDecision("undecided", f"{_describe_counts(counts)}; to settle it, {advice}", p_value, None)
-    pairs_needed = estimate_baseline_pairs_needed(counts, threshold, floor)
+        advice = "send second copies of safe requests, turn on rechecks, let both versions answer users, or make a rule"
+        return NoiseDecision("undecided", f"{summary}; to settle it, {advice}", p_value, None)
+    pairs_needed = estimate_baseline_pairs_needed(counts, threshold)
     hint = (
         ""
         if pairs_needed is None
-        else f"; about {pairs_needed} more baseline copies without a difference would settle it"
+        else f"; about {pairs_needed} more second copies would settle it if it is a regression"
     )
-    return NoiseDecision("undecided", f"{_describe_counts(counts)}: too few to tell{hint}", p_value, pairs_needed)
+    return NoiseDecision("undecided", f"{summary}: too few to tell{hint}", p_value, pairs_needed)
 
 
-def estimate_baseline_pairs_needed(
-    counts: DifferenceCounts, threshold: float, floor: float = MIN_NOISE_RATE
-) -> int | None:
-    """Return the number of equal baseline copies that lift the evidence to `threshold`, all else unchanged."""
-    return find_least(
-        lambda extra: (
-            difference_evidence(replace(counts, baseline_compared=counts.baseline_compared + extra), floor) >= threshold
-        ),
-        maximum=10 * counts.compared + 1000,
+def estimate_baseline_pairs_needed(counts: DifferenceCounts, threshold: float) -> int | None:
+    """Return the second copies until the evidence reaches `threshold`, if only the other version shows the finding."""
+    bets = find_least(
+        lambda extra: difference_evidence(replace(counts, other_only=counts.other_only + extra)) >= threshold,
+        maximum=MAX_BETS_NEEDED,
     )
+    return None if bets is None else ceil(bets * counts.compared / counts.differing)
 
 
-def _describe_counts(counts: DifferenceCounts) -> str:
+def _describe_counts(counts: DifferenceCounts | OrderCounts) -> str:
+    if isinstance(counts, OrderCounts):
+        return f"new has the greater value in {counts.new_greater} of two copies, and the smaller one in {counts.new_smaller}"
     new = f"new differs in {counts.differing} of {counts.compared}"
+    if counts.other_only or counts.same_only:
+        return f"{new}; of two copies, only the other version's differs in {counts.other_only}, only the same version's in {counts.same_only}"
     if not counts.baseline_compared:
-        return f"{new}, and old was never compared with itself"
-    return f"{new}, old from itself in {counts.baseline_differing} of {counts.baseline_compared}"
+        return f"{new}, and no version was compared with itself"
+    return f"{new}, a version from itself in {counts.baseline_differing} of {counts.baseline_compared}"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import exp, inf, lgamma, log, log1p
 
 MAX_LOGIT = 60.0  # a rate of 1e-26, or as close to one
@@ -24,6 +25,7 @@ BISECTION_STEPS = 60  # precision of an edge: 1e-16 logits
 MAX_REQUESTS = 10**12  # a greater estimate means never
 NEAR_BUDGET_REQUESTS = 200.0  # weight of the prior near the budget, in requests
 
+MIN_BUDGET = 1e-12  # a prior for a lower budget would overflow
 BetaParts = tuple[tuple[float, float], ...]
 
 
@@ -35,14 +37,14 @@ class Prior:
 
     def log_marginal(self, successes: float, failures: float) -> float:
         """Return the log probability of one sequence of these results."""
-        logs = [_log_beta(a + successes, b + failures) - _log_beta(a, b) for a, b in self.parts]
+        logs = [_log_beta(a + successes, b + failures) - _log_beta_of_prior(a, b) for a, b in self.parts]
         largest = max(logs)
-        return (
-            largest if len(logs) == 1 else largest + log(sum(exp(log_term - largest) for log_term in logs) / len(logs))
-        )
+        return largest + log(sum(exp(log_term - largest) for log_term in logs) / len(logs))
 
 
 JEFFREYS_PRIOR = Prior(((0.5, 0.5),))
+SIGN_PRIOR = Prior(((5.0, 0.5), (2.0, 2.0), (0.5, 0.5)))  # nearly all of the first kind, about half, anywhere
+HALF = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +61,17 @@ class PairsNeeded:
     to_fail: int | None
 
 
+@lru_cache(maxsize=8192)  # a verdict needs the interval of a rate for its text and for its numbers
 def confidence_interval(successes: int, n: int, alpha: float, prior: Prior = JEFFREYS_PRIOR) -> Interval:
     """Return the confidence interval of the rate. `alpha`: error probability over all evaluations together."""
     if n == 0:
         return Interval(0.0, 1.0)
     failures = n - successes
     level = prior.log_marginal(successes, failures) + log(alpha)
-    middle = _logit(successes, failures)
-    low = _to_rate(_find_edge(successes, n, level, middle, -MAX_LOGIT)) if successes else 0.0
-    high = _to_rate(_find_edge(successes, n, level, middle, MAX_LOGIT)) if failures else 1.0
+    outermost = MAX_LOGIT if successes else -MAX_LOGIT
+    middle = log(successes / failures) if successes and failures else outermost
+    low = _find_edge(successes, n, level, middle, -MAX_LOGIT) if successes else 0.0
+    high = _find_edge(successes, n, level, middle, MAX_LOGIT) if failures else 1.0
     return Interval(low, high)
 
 
@@ -85,6 +89,11 @@ def evidence_below(successes: float, n: float, budget: float) -> float:
     return log_ratio(successes, n, budget, prior_below(budget))
 
 
+def sign_evidence(first: float, second: float) -> float:
+    """Return the log e-value against "each of two kinds of events is as likely"; -inf unless the first is more frequent."""
+    return log_ratio(first, first + second, HALF, SIGN_PRIOR) if first > second else -inf
+
+
 def log_ratio(successes: float, n: float, rate: float, prior: Prior) -> float:
     """Return the log likelihood ratio of the mixture to `rate`: a martingale if `rate` is the truth."""
     failures = n - successes
@@ -94,15 +103,21 @@ def log_ratio(successes: float, n: float, rate: float, prior: Prior) -> float:
     return prior.log_marginal(successes, failures) - likelihood
 
 
+@lru_cache(maxsize=64)  # budgets are few
 def prior_above(budget: float) -> Prior:
     """Return a prior with half its weight near five times the budget, and half anywhere for obvious defects."""
-    near = (0.5, max(0.1 / budget, 0.5)) if budget > 0 else (0.5, 0.5)
+    near = (0.5, max(0.1 / max(budget, MIN_BUDGET), 0.5)) if budget > 0 else (0.5, 0.5)
     return Prior((near, (0.5, 0.5), *_parts_near_budget(budget)))
 
 
+@lru_cache(maxsize=64)
 def prior_below(budget: float) -> Prior:
     """Return a prior that is dense at zero: a rate of zero passes 17% later than in a test with one evaluation."""
-    return Prior(((0.5, max(2.0 / budget, 0.5)), *_parts_near_budget(budget))) if budget > 0 else JEFFREYS_PRIOR
+    return (
+        Prior(((0.5, max(2.0 / max(budget, MIN_BUDGET), 0.5)), *_parts_near_budget(budget)))
+        if budget > 0
+        else JEFFREYS_PRIOR
+    )
 
 
 def _parts_near_budget(budget: float) -> BetaParts:
@@ -110,11 +125,13 @@ def _parts_near_budget(budget: float) -> BetaParts:
     return ((NEAR_BUDGET_REQUESTS * budget, NEAR_BUDGET_REQUESTS * (1 - budget)),) if 0.1 <= budget <= 0.9 else ()
 
 
+@lru_cache(maxsize=8192)  # many endpoints have few pairs, and so the same rate
 def estimate_requests_above(rate: float, n: int, budget: float, threshold: float) -> int | None:
     """Return the expected number of further requests until the evidence reaches `threshold`, at the same rate."""
     return find_least(lambda extra: evidence_above(rate * (n + extra), n + extra, budget) >= threshold)
 
 
+@lru_cache(maxsize=8192)
 def estimate_requests_below(rate: float, n: int, budget: float, threshold: float) -> int | None:
     return find_least(lambda extra: evidence_below(rate * (n + extra), n + extra, budget) >= threshold)
 
@@ -136,29 +153,19 @@ def find_least(is_enough: Callable[[int], bool], maximum: int = MAX_REQUESTS) ->
 
 
 def _find_edge(successes: int, n: int, level: float, inside: float, outside: float) -> float:
-    """Return the logit between `inside` and `outside` at which the log likelihood falls to `level`."""
+    """Return the rate between two logits at which the log likelihood falls to `level`."""
     for _ in range(BISECTION_STEPS):
         middle = (inside + outside) / 2
-        if successes * middle - n * _softplus(middle) > level:
+        softplus = max(middle, 0.0) + log1p(exp(-abs(middle)))
+        if successes * middle - n * softplus > level:
             inside = middle
         else:
             outside = middle
-    return outside
-
-
-def _logit(successes: int, failures: int) -> float:
-    if not successes:
-        return -MAX_LOGIT
-    return MAX_LOGIT if not failures else log(successes / failures)
-
-
-def _softplus(logit: float) -> float:
-    return logit + log1p(exp(-logit)) if logit > 0 else log1p(exp(logit))
-
-
-def _to_rate(logit: float) -> float:
-    return 1 / (1 + exp(-logit))
+    return 1 / (1 + exp(-outside))
 
 
 def _log_beta(a: float, b: float) -> float:
     return lgamma(a) + lgamma(b) - lgamma(a + b)
+
+
+_log_beta_of_prior = lru_cache(maxsize=64)(_log_beta)

@@ -2,13 +2,14 @@
 
 Three rates are compared with the budget, each as a share of pairs: unexplained mismatches, server errors of new alone, and
 responses of new that are slower than old's by more than the allowed share. For the last one half of the pairs may be
-slower: the median of new/old is then within the budget (a sign test). The tests are sequential (`sequential`), so you can
-ask for a verdict at any time.
+slower: the median of new/old is then within the budget (a sign test). `latency` selects the pairs, and tests the slowest
+responses too. The tests are sequential (`sequential`), so you can ask for a verdict at any time.
 
 Error probability. A wrong FAIL and a wrong PASS of one rate exclude each other, so each can use all of alpha, which is one
 minus the confidence. PASS needs all rates to pass, each at alpha, without a correction: a wrong PASS needs a rate above
 its budget to pass (an intersection-union test; Berger 1982, Technometrics 24). FAIL needs one rate, so the rates share
-alpha: mismatches get half, errors and slower responses a quarter each. Half of each share is for the service as a
+alpha: mismatches get 45%, errors and slower responses a quarter each, users who left 5%. The slowest responses get half of the share of
+slower ones, and errors have two tests with half each (`_incident_evidence`). Half of each share is for the service as a
 whole, the other half is divided equally among its endpoints.
 
 The service passes on all pairs together: an endpoint with ten requests could never show a rate of one in a thousand. The
@@ -19,32 +20,38 @@ Endpoints are counted as they appear. While new ones appear, the shares of earli
 
 A pair with truncated responses can show a mismatch but no match: it counts towards FAIL only. Undecided findings
 (`noise`) count as mismatches against PASS, and not at all towards FAIL. Too few pairs, an endpoint that new never
-answered and an incomplete ledger prevent PASS, and none of them undoes a FAIL. An endpoint's coverage can be waived; the
+answered, an incomplete ledger and users who left new prevent PASS, and none of them undoes a FAIL. An endpoint's coverage can be waived; the
 verdict then says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf, log
 from typing import Literal
 
+from abreast_sidecar.stats.latency import TAILS, TimeCounts, block_evidence, describe_queues
+from abreast_sidecar.stats.noise import NoisyPlace
 from abreast_sidecar.stats.sequential import (
+    SIGN_PRIOR,
+    Interval,
     PairsNeeded,
     confidence_interval,
     estimate_requests_above,
     estimate_requests_below,
     evidence_above,
     evidence_below,
+    sign_evidence,
 )
 
 VerdictState = Literal["PASS", "FAIL", "INCONCLUSIVE"]
-VerdictSubject = Literal["mismatches", "errors", "slower", "coverage", "completeness"]
+VerdictSubject = Literal["mismatches", "errors", "slower", "coverage", "completeness", "left", "blind"]
 
-EXIT_CODES: dict[VerdictState, int] = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 2}
-ALPHA_SHARES: dict[str, float] = {"mismatches": 0.5, "errors": 0.25, "slower": 0.25}  # parts of alpha for FAIL
+ALPHA_SHARES = {"mismatches": 0.45, "errors": 0.25, "slower": 0.25, "left": 0.05}  # parts of alpha for FAIL
 HALF = 0.5
+MAX_OUTAGE_SHARE = 0.001  # of the requests of an unchanged version, in the long run
+MIN_OUTAGE_ERRORS = 20  # the share among fewer says little
 _STATE_ORDER: dict[VerdictState, int] = {"FAIL": 0, "INCONCLUSIVE": 1, "PASS": 2}
 _GATE_SUBJECTS = frozenset({"completeness", "coverage"})
 
@@ -58,9 +65,10 @@ class Budget:
     max_slower: float = 0.1  # per old's time, and 0.5 ms at least; applied when `slower` is counted
     min_completeness: float = 0.99  # per sampled request
     confidence: float = 0.95
+    max_blind: float = 1.0  # per pair: what noise at one place may hide
 
     def __post_init__(self) -> None:
-        for name in ("max_mismatch", "max_error", "min_completeness"):
+        for name in ("max_mismatch", "max_error", "min_completeness", "max_blind"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a fraction from 0 to 1, got {getattr(self, name)!r}")
         if not 0 < self.confidence < 1:
@@ -81,11 +89,43 @@ class EndpointCounts:
     undecided: int  # with undecided findings only
     new_errors: int  # new answered 5xx, raised or broke off, and old did not; live and shadow
     old_errors: int  # the same with old and new exchanged
-    timed: int  # with both times, without cold starts
-    slower: int  # part of `timed`: new was slower by more than max_slower of old's time, and by 0.5 ms
+    times: TimeCounts  # without cold starts
     partial: int = 0  # part of `compared`: truncated responses, whose mismatches count, but not their matches
     waived: str = ""  # the reason and author, if the coverage of this endpoint is waived
     by_rules: int = 0  # part of `compared`: no mismatch because rules explain a difference
+    # Periods of ten seconds with more errors of new alone than of old alone, and the reverse: an outage is one event.
+    new_error_periods: int = 0
+    old_error_periods: int = 0
+    excluded: int = 0  # part of `old_requests`: without a copy, because a sampling rule takes only GraphQL queries
+
+
+@dataclass(frozen=True, slots=True)
+class DepartureCounts:
+    """Users who left before the live response began. Their requests are not compared.
+
+    Periods count users of equally large groups of both versions, each user and each period once.
+    """
+
+    new_departures: int = 0  # requests that new was to answer
+    old_departures: int = 0
+    new_departure_periods: int = 0
+    old_departure_periods: int = 0
+    new_share: float = 1.0  # of the live responses in these periods
+    alone: float = 1.0  # part of `new_departures` at a time when old answered too few users to compare with
+
+
+NO_DEPARTURES = DepartureCounts()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceCounts:
+    """Counts of all endpoints together that are no sums over endpoints."""
+
+    times: TimeCounts
+    new_error_periods: int = 0  # an outage affects many endpoints in the same period
+    old_error_periods: int = 0
+    departures: DepartureCounts = NO_DEPARTURES
+    noisy_places: tuple[NoisyPlace, ...] = ()  # without those that the shape of the values explains
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +135,19 @@ class Completeness:
     sampled: int | None  # by Envoy's count, None if it is not known
     accounted: int  # with an outcome that is evidence
     pending: int = 0  # not compared yet, and not part of `sampled`
+    surplus: int = 0  # requests in the ledger beyond Envoy's count, if they are more than timing explains
+    late: int = 0  # with a capture that arrived after the deadline
+    shed: int = 0  # not part of `sampled`: their copies would have queued, or a rule excludes their body
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The numbers that a reason states."""
+
+    count: int
+    total: int | None  # None: not known
+    limit: float | None = None
+    bounds: Interval | None = None  # of the rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +158,7 @@ class Reason:
     text: str
     pairs_needed: PairsNeeded  # pairs of this endpoint, or of the service
     evidence: float = 0.0  # for the order of reasons
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +176,6 @@ class Verdict:
     pairs_to_pass: int | None  # further pairs until PASS, at the current rates; 0: now, None: not at these rates
     release: str | None = None  # release of new, None for all releases
 
-    @property
-    def exit_code(self) -> int:
-        return EXIT_CODES[self.state]
-
 
 @dataclass(frozen=True, slots=True)
 class _Alpha:
@@ -134,23 +184,39 @@ class _Alpha:
     to_pass: float
     to_fail: float
 
-    def thresholds(self, subject: str) -> tuple[float, float]:
-        """Return the log e-values that PASS and FAIL need."""
-        return -log(self.to_pass), -log(self.to_fail * ALPHA_SHARES[subject])
-
 
 def decide_verdict(
-    endpoints: Sequence[EndpointCounts], completeness: Completeness, budget: Budget, *, release: str | None = None
+    endpoints: Sequence[EndpointCounts],
+    completeness: Completeness,
+    budget: Budget,
+    *,
+    service: ServiceCounts | None = None,
+    release: str | None = None,
 ) -> Verdict:
-    """Decide about the service as a whole and about each endpoint. `release`: the release of new that the counts are for."""
+    """Decide about the service as a whole and about each endpoint.
+
+    Without `service`, several endpoints can fail only separately. `release`: the release of new that the counts are for.
+    """
     alpha = 1 - budget.confidence
     divisor = 1 if len(endpoints) < 2 else 2  # a single endpoint is the service
     endpoint_alpha = _Alpha(alpha, alpha / divisor / max(len(endpoints), 1))
-    endpoint_verdicts = [_decide_endpoint(counts, budget, endpoint_alpha) for counts in endpoints]
+    endpoint_verdicts = []
+    for counts in endpoints:
+        reasons = _order_reasons([*_rate_reasons(counts, budget, endpoint_alpha), *_coverage_reasons(counts)])
+        endpoint_verdicts.append(EndpointVerdict(counts.endpoint, reasons[0].state, reasons))
     service_reasons = [
-        *_rate_reasons(_sum_counts(endpoints), budget, _Alpha(alpha, alpha / divisor)),
-        _completeness_reason(completeness, budget),
+        *_rate_reasons(_sum_counts(endpoints, service), budget, _Alpha(alpha, alpha / divisor)),
+        replace(
+            _completeness_reason(completeness, budget),
+            measure=Measure(completeness.accounted, completeness.sampled, budget.min_completeness),
+        ),
     ]
+    if service and service.departures.new_departures:
+        pairs = sum(counts.new_requests for counts in endpoints)
+        service_reasons.append(_departure_reason(service.departures, pairs, budget))
+    if service and service.noisy_places:
+        compared = sum(counts.compared for counts in endpoints)
+        service_reasons.append(_blind_reason(service.noisy_places, compared, budget))
     endpoint_reasons = [
         reason
         for endpoint in endpoint_verdicts
@@ -160,127 +226,256 @@ def decide_verdict(
     endpoint_verdicts.sort(
         key=lambda endpoint: (_STATE_ORDER[endpoint.state], -endpoint.reasons[0].evidence, endpoint.endpoint)
     )
+    estimates = [reason.pairs_needed.to_pass for reason in service_reasons]
+    finite_estimates = [estimate for estimate in estimates if estimate is not None]
+    is_blocked = len(finite_estimates) < len(estimates) or any(reason.state != "PASS" for reason in endpoint_reasons)
+    reasons = _order_reasons([*service_reasons, *endpoint_reasons])
     return Verdict(
-        state=_find_worst_state([*service_reasons, *endpoint_reasons]),
-        reasons=_order_reasons([*service_reasons, *endpoint_reasons]),
+        state=reasons[0].state,
+        reasons=reasons,
         endpoints=tuple(endpoint_verdicts),
-        pairs_to_pass=_estimate_pairs_to_pass(
-            service_reasons, blocked=any(reason.state != "PASS" for reason in endpoint_reasons)
-        ),
+        pairs_to_pass=None if is_blocked else max(finite_estimates),
         release=release,
     )
 
 
-def _decide_endpoint(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> EndpointVerdict:
-    reasons = [*_rate_reasons(counts, budget, alpha), *_coverage_reasons(counts)]
-    return EndpointVerdict(counts.endpoint, _find_worst_state(reasons), _order_reasons(reasons))
-
-
 def _rate_reasons(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> list[Reason]:
-    return [reason(counts, budget, alpha) for reason in (_mismatch_reason, _error_reason, _slower_reason)]
-
-
-def _mismatch_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Reason:
-    text = _describe_rate(counts.mismatches, counts.compared, "unexplained mismatches", budget.max_mismatch, alpha)
-    if counts.undecided:
-        text += f"; {counts.undecided:,} more are undecided: noise or not"
-    if counts.by_rules:
-        text += f"; {counts.by_rules:,} explained by rules"
-    if counts.partial:
-        text += f"; {counts.partial:,} compared in part"
-    return _make_rate_reason(
+    mismatch_notes = (
+        (counts.undecided, "more are undecided: noise or not"),
+        (counts.by_rules, "explained by rules"),
+        (counts.partial, "compared in part"),
+    )
+    mismatches = _Rate(
         "mismatches",
-        counts,
         counts.mismatches,
         counts.compared,
         budget.max_mismatch,
-        alpha,
-        text,
-        counts.undecided,
+        "have unexplained mismatches",
+        note="".join(f"; {count:,} {text}" for count, text in mismatch_notes if count),
+        undecided=counts.undecided,
         partial=counts.partial,
     )
-
-
-def _error_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Reason:
-    """Require that new fails alone more often than old does: versions that both fail sometimes are no regression."""
-    text = _describe_rate(
-        counts.new_errors, counts.compared, "errors of new where old answered", budget.max_error, alpha
+    errors = _Rate(
+        "errors",
+        counts.new_errors,
+        counts.compared,
+        budget.max_error,
+        "have errors of new where old answered",
+        note=f"; {counts.old_errors:,} the other way" if counts.old_errors else "",
+        required_evidence=_incident_evidence(counts) - log(2),
+        required_note=f"; new failed alone in {counts.new_error_periods:,} periods of ten seconds, old in"
+        f" {counts.old_error_periods:,}: more such periods of new to fail",
     )
-    if counts.old_errors:
-        text += f"; {counts.old_errors:,} the other way"
-    imbalance = evidence_above(counts.new_errors, counts.new_errors + counts.old_errors, HALF)
-    return _make_rate_reason(
-        "errors", counts, counts.new_errors, counts.compared, budget.max_error, alpha, text, required_evidence=imbalance
+    excess = f"more than {_format_percent(budget.max_slower)} " if budget.max_slower else ""
+    times = counts.times
+    slower = _Rate(
+        "slower",
+        times.slower,
+        times.timed,
+        HALF,
+        f"are {excess}slower in new",
+        required_evidence=block_evidence(times.blocks) - log(2),
+        required_note="; more blocks of pairs to fail",
     )
-
-
-def _slower_reason(counts: EndpointCounts, budget: Budget, alpha: _Alpha) -> Reason:
-    description = "answers slower than old's" + (
-        f" by more than {_format_percent(budget.max_slower)} of its time" if budget.max_slower else ""
+    if times.queues:
+        slower = replace(slower, pass_blocker=describe_queues(times))
+    elif counts.compared and not times.timed:
+        note = "no times yet: the versions are cold, or there are too few baseline copies"
+        slower = replace(slower, description="", note=note)
+    evidence, tail = max(
+        ((block_evidence(tail) - log(2 * len(TAILS)), index) for index, tail in enumerate(times.tails)),
+        default=(-inf, 0),
     )
-    text = _describe_rate(counts.slower, counts.timed, description, HALF, alpha)
-    if counts.compared and not counts.timed:
-        text = "no times yet: the versions are cold, or there are too few baseline copies"
-    return _make_rate_reason("slower", counts, counts.slower, counts.timed, HALF, alpha, text)
+    if evidence > -inf:
+        blocks = times.tails[tail]
+        text = f"; new is above old's {TAILS[tail][0]} where old is not, in {blocks.up} of {sum(blocks)} blocks of such pairs"
+        slower = replace(slower, other_evidence=evidence, other_text=text)
+    return [_test_rate(rate, counts.endpoint, alpha) for rate in (mismatches, errors, slower)]
 
 
-def _make_rate_reason(
-    subject: VerdictSubject,
-    counts: EndpointCounts,
-    hits: int,
-    n: int,
-    limit: float,
-    alpha: _Alpha,
-    text: str,
-    undecided: int = 0,
-    required_evidence: float | None = None,
-    partial: int = 0,
-) -> Reason:
-    """Test one rate. `undecided` and `partial` count against PASS only. FAIL also needs `required_evidence`, if given."""
-    above = evidence_above(hits, n, limit)
-    if required_evidence is not None and hits:
-        above = min(above, required_evidence)
-    complete = max(n - partial, hits + undecided)
-    below = evidence_below(hits + undecided, complete, limit)
-    to_pass, to_fail = alpha.thresholds(subject)
+def _incident_evidence(counts: EndpointCounts) -> float:
+    """Return the log evidence that errors of new alone are not a few incidents, whose pairs depend on each other.
+
+    Either new fails alone in more periods than old does, or in a large share of all pairs. Let outages affect a share
+    of MAX_OUTAGE_SHARE in the long run. The pairs until now ever reach a greater share with a probability of at most the
+    quotient of both, whatever the dependence between pairs. This is the maximal ergodic theorem (Hopf 1954,
+    "The general temporally discrete Markoff process", Journal of Rational Mechanics and Analysis 3).
+    """
+    evidence = sign_evidence(counts.new_error_periods, counts.old_error_periods)
+    excess = counts.new_errors - counts.old_errors
+    if excess < MIN_OUTAGE_ERRORS:
+        return evidence
+    return max(evidence, log(excess / counts.compared / MAX_OUTAGE_SHARE))
+
+
+def _departure_reason(departures: DepartureCounts, pairs: int, budget: Budget) -> Reason:
+    """Bound the requests that users left because of new. They are lost evidence, like gaps, and each is as bad as an error.
+
+    In equally large groups of users, a departure is new's with a probability of one half if the code is the same. If
+    users of new leave `ratio` times as often, the probability is ratio / (1 + ratio), and new causes 1 - 1 / ratio of its
+    departures.
+    """
+    alpha = 1 - budget.confidence
+    count, limit = departures.new_departures, 1 - budget.min_completeness
+    least = _bound_caused_share(departures, alpha * ALPHA_SHARES["left"]).low
+    bounds = _bound_caused_share(departures, alpha)
+    shares = Interval(*(min(bound * count / max(pairs, 1), 1.0) for bound in (bounds.low, bounds.high)))
+    text = (
+        f"in {count:,} of {pairs:,} pairs, users left before new answered, {bounds.low * count:,.0f} to"
+        f" {bounds.high * count:,.0f} of them because of new ({_format_percent(shares.low)} to"
+        f" {_format_percent(shares.high)} of pairs; limit {_format_percent(limit)})"
+    )
+    if periods := departures.new_departure_periods + departures.old_departure_periods:
+        text += f"; of as many users of each version, those of new left in {departures.new_departure_periods:,} of {periods:,} periods"
+    if departures.alone:
+        text += f"; old answered too few users to compare with in {_format_percent(departures.alone)} of these pairs"
+    measure = Measure(count, pairs, limit, shares)
+    if least * count > budget.max_error * pairs * departures.new_share:
+        text += f"; more than {_format_percent(budget.max_error)} of the live responses of new"
+        return Reason("left", "", "FAIL", text, PairsNeeded(None, 0), least * count, measure)
+    state: VerdictState = "PASS" if shares.high <= limit else "INCONCLUSIVE"
+    return Reason("left", "", state, text, PairsNeeded(0 if state == "PASS" else None, None), measure=measure)
+
+
+def _blind_reason(places: Sequence[NoisyPlace], pairs: int, budget: Budget) -> Reason:
+    """Name the place whose noise may hide a regression in the most pairs."""
+    bounds = [place.bound_hidden_pairs(1 - budget.confidence) for place in places]
+    hidden, gravest = max(zip(bounds, places, strict=True), key=lambda item: item[0])
+    share = min(hidden / pairs, 1.0) if pairs else 1.0
+    is_within = share <= budget.max_blind
+    text = f"noise at {gravest.location} of {gravest.endpoint} may hide a regression in up to {_format_percent(share)} of pairs"
+    if budget.max_blind < 1:
+        text += f" (limit {_format_percent(budget.max_blind)})"
+    if len(places) > 1:
+        text += f", the most of {len(places):,} noisy places"
+    if not is_within:
+        text += "; more second copies lower the bound, unless the place differs in every response: then make a rule"
+    measure = Measure(int(hidden), pairs, budget.max_blind, Interval(0.0, share))
+    if is_within:
+        return Reason("blind", "", "PASS", text, PairsNeeded(0, None), -inf, measure)  # the last one that passes
+    return Reason("blind", "", "INCONCLUSIVE", text, PairsNeeded(None, None), 0.0, measure)
+
+
+def _bound_caused_share(departures: DepartureCounts, alpha: float) -> Interval:
+    """Return the interval of the share of new's departures that new causes."""
+    periods = departures.new_departure_periods + departures.old_departure_periods
+    rate = confidence_interval(departures.new_departure_periods, periods, alpha, SIGN_PRIOR)
+    low, high = (max(0.0, 2 - 1 / bound) if bound else 0.0 for bound in (rate.low, rate.high))
+    compared = 1 - departures.alone
+    return Interval(low * compared, high * compared + departures.alone)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rate:
+    """A share of pairs that has a limit."""
+
+    subject: VerdictSubject
+    hits: int
+    n: int
+    limit: float
+    description: str  # the counted property; empty to show only the note
+    note: str = ""
+    undecided: int = 0  # counts against PASS only, like `partial`
+    partial: int = 0
+    required_evidence: float = inf  # for FAIL, besides that of the rate
+    required_note: str = ""  # if only that is missing
+    other_evidence: float = -inf  # for FAIL, in place of that of the rate
+    other_text: str = ""
+    pass_blocker: str = ""  # why the rate can't prove PASS
+
+    def describe(self, alpha: _Alpha) -> str:
+        if not self.description:
+            return self.note
+        if not self.n:
+            return f"no pair shows yet how many {self.description}{self.note}"
+        bounds = confidence_interval(self.hits, self.n, alpha.to_pass)
+        return (
+            f"{self.hits:,} of {self.n:,} pairs {self.description}: {_format_percent(self.hits / self.n)}"
+            f" ({_format_percent(bounds.low)} to {_format_percent(bounds.high)}; limit {_format_percent(self.limit)})"
+            f"{self.note}"
+        )
+
+
+def _measure_rate(rate: _Rate, alpha: _Alpha) -> Measure:
+    bounds = confidence_interval(rate.hits, rate.n, alpha.to_pass) if rate.n else None
+    return Measure(rate.hits, rate.n, rate.limit, bounds)
+
+
+def _test_rate(rate: _Rate, endpoint: str, alpha: _Alpha) -> Reason:
+    hits, n, limit = rate.hits, rate.n, rate.limit
+    text, measure = rate.describe(alpha), _measure_rate(rate, alpha)
+    rate_evidence = evidence_above(hits, n, limit)
+    above = min(rate_evidence, rate.required_evidence) if hits else rate_evidence
+    complete = max(n - rate.partial, hits + rate.undecided)
+    below = evidence_below(hits + rate.undecided, complete, limit)
+    to_pass, to_fail = -log(alpha.to_pass), -log(alpha.to_fail * ALPHA_SHARES[rate.subject])
+    if above < to_fail <= rate.other_evidence:
+        text, above = text + rate.other_text, rate.other_evidence
     if above >= to_fail:
-        return Reason(subject, counts.endpoint, "FAIL", text, PairsNeeded(None, 0), above)
+        return Reason(rate.subject, endpoint, "FAIL", text, PairsNeeded(None, 0), above, measure)
+    if rate.pass_blocker:
+        text = f"{rate.pass_blocker}; {text}"
+        return Reason(rate.subject, endpoint, "INCONCLUSIVE", text, PairsNeeded(None, None), max(above, 0.0), measure)
     if below >= to_pass:
-        return Reason(subject, counts.endpoint, "PASS", text, PairsNeeded(0, None), below)
+        return Reason(rate.subject, endpoint, "PASS", text, PairsNeeded(0, None), below, measure)
     pairs_needed = PairsNeeded(
-        to_pass=estimate_requests_below((hits + undecided) / complete if complete else 0.0, complete, limit, to_pass),
-        to_fail=estimate_requests_above(hits / n if n else 0.0, n, limit, to_fail)
-        or None,  # 0: only `required_evidence` prevents FAIL
+        estimate_requests_below((hits + rate.undecided) / complete if complete else 0.0, complete, limit, to_pass),
+        # 0: only `required_evidence` prevents FAIL.
+        estimate_requests_above(hits / n if n else 0.0, n, limit, to_fail) or None,
     )
-    return Reason(
-        subject,
-        counts.endpoint,
-        "INCONCLUSIVE",
-        text + _describe_pairs_needed(pairs_needed),
-        pairs_needed,
-        max(above, 0.0),
-    )
+    if rate_evidence >= to_fail:
+        text += rate.required_note
+    elif pairs_needed.to_pass is not None:
+        text += f"; about {pairs_needed.to_pass:,} more pairs to pass at this rate"
+    elif pairs_needed.to_fail is not None:
+        text += f"; about {pairs_needed.to_fail:,} more pairs to fail at this rate"
+    else:
+        text += "; more pairs at this rate would not settle it"
+        if rate.undecided:
+            text = f"{rate.describe(alpha)}; abreast finding ID says what settles each"
+    return Reason(rate.subject, endpoint, "INCONCLUSIVE", text, pairs_needed, max(above, 0.0), measure)
 
 
 def _coverage_reasons(counts: EndpointCounts) -> list[Reason]:
     """Report an endpoint that new never answered, or without any complete comparison: it may be broken."""
-    if not counts.old_requests or (counts.new_requests and counts.compared > counts.partial):
+    old_requests = counts.old_requests - counts.excluded
+    if old_requests <= 0 or (counts.new_requests and counts.compared > counts.partial):
         return []
-    text = f"old answered {counts.old_requests:,} requests, new none"
+    text = f"old answered {old_requests:,} requests, new none"
     if counts.new_requests:
-        text = f"none of {counts.old_requests:,} requests could be compared"
+        text = f"none of {old_requests:,} requests could be compared"
         text += f" in full, {counts.partial:,} in part" if counts.partial else ""
         text += "; for the causes: abreast pairs"
-    weight = float(counts.old_requests)
+    weight, measure = float(old_requests), Measure(counts.compared, old_requests)
     if counts.waived:
-        return [Reason("coverage", counts.endpoint, "PASS", f"{text}; {counts.waived}", PairsNeeded(0, None), weight)]
-    return [Reason("coverage", counts.endpoint, "INCONCLUSIVE", text, PairsNeeded(None, None), weight)]
+        text = f"{text}; {counts.waived}"
+        return [Reason("coverage", counts.endpoint, "PASS", text, PairsNeeded(0, None), weight, measure)]
+    return [Reason("coverage", counts.endpoint, "INCONCLUSIVE", text, PairsNeeded(None, None), weight, measure)]
+
+
+def count_surplus(sampled: int, row_count: int, tolerance: int) -> int:
+    """Return the requests in the ledger beyond Envoy's count, 0 if they are within the tolerance."""
+    surplus = row_count - sampled
+    return surplus if surplus > tolerance else 0
+
+
+def describe_surplus(surplus: int, sampled: int) -> str:
+    return (
+        f"the ledger has {surplus:,} requests more than the {sampled:,} that Envoy sampled: captures came past Envoy,"
+        " or ABREAST_ENVOY_ADMIN lacks an Envoy"
+    )
 
 
 def _completeness_reason(completeness: Completeness, budget: Budget) -> Reason:
-    """Compare the ledger with Envoy's count, without a test: both are exact."""
+    """Compare the ledger with Envoy's count, without a test: both are exact.
+
+    Neither missing requests nor a surplus may exceed the share that the budget allows.
+    """
     if completeness.sampled is None:
         text = f"no Envoy's count to compare the {completeness.accounted:,} requests in the ledger with"
+        return Reason("completeness", "", "INCONCLUSIVE", text, PairsNeeded(None, None))
+    if completeness.surplus > (1 - budget.min_completeness) * completeness.sampled:
+        text = describe_surplus(completeness.surplus, completeness.sampled)
         return Reason("completeness", "", "INCONCLUSIVE", text, PairsNeeded(None, None))
     share = completeness.accounted / completeness.sampled if completeness.sampled else 0.0
     pending = completeness.pending if completeness.pending > (1 - budget.min_completeness) * completeness.sampled else 0
@@ -291,66 +486,51 @@ def _completeness_reason(completeness: Completeness, budget: Budget) -> Reason:
         text += f"; {pending:,} more still wait to be compared"
     elif not is_complete:
         text += f"; {_format_percent(budget.min_completeness)} are required, {missing:,} are missing"
-    return Reason(
-        "completeness",
-        "",
-        "PASS" if is_complete else "INCONCLUSIVE",
-        text,
-        PairsNeeded(0 if is_complete else None, None),
+        if completeness.late:
+            text += f", {completeness.late:,} of them because the answer of a copy came late: copies queue"
+    if completeness.shed:
+        text += f"; Envoy sent no copy of {completeness.shed:,} more, to protect a version or by a sampling rule"
+    state: VerdictState = "PASS" if is_complete else "INCONCLUSIVE"
+    return Reason("completeness", "", state, text, PairsNeeded(0 if is_complete else None, None))
+
+
+def _sum_counts(endpoints: Sequence[EndpointCounts], service: ServiceCounts | None) -> EndpointCounts:
+    sums = {
+        field.name: sum(getattr(counts, field.name) for counts in endpoints)
+        for field in fields(EndpointCounts)
+        if field.name not in {"endpoint", "waived", "times", "new_error_periods", "old_error_periods"}
+    }
+    if service is None:
+        service = _combine_endpoints(endpoints)
+    return EndpointCounts(
+        endpoint="",
+        times=service.times,
+        new_error_periods=service.new_error_periods,
+        old_error_periods=service.old_error_periods,
+        **sums,
     )
 
 
-def _sum_counts(endpoints: Iterable[EndpointCounts]) -> EndpointCounts:
-    all_counts = list(endpoints)
-    sums = {
-        field.name: sum(getattr(counts, field.name) for counts in all_counts)
-        for field in fields(EndpointCounts)
-        if field.name not in {"endpoint", "waived"}
-    }
-    return EndpointCounts(endpoint="", **sums)
-
-
-def _find_worst_state(reasons: Iterable[Reason]) -> VerdictState:
-    return min((reason.state for reason in reasons), key=_STATE_ORDER.__getitem__, default="INCONCLUSIVE")
+def _combine_endpoints(endpoints: Sequence[EndpointCounts]) -> ServiceCounts:
+    """Return what the endpoints show of their service. Several endpoints can't show which periods they have in common."""
+    if len(endpoints) == 1:
+        (counts,) = endpoints
+        return ServiceCounts(counts.times, counts.new_error_periods, counts.old_error_periods)
+    times = TimeCounts(
+        timed=sum(counts.times.timed for counts in endpoints),
+        slower=sum(counts.times.slower for counts in endpoints),
+        unmatched=sum(counts.times.unmatched for counts in endpoints),
+    )
+    return ServiceCounts(times)
 
 
 def _order_reasons(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
     """Sort by state (the worst first), incomplete data before rates, then by evidence."""
-    return tuple(
-        sorted(
-            reasons,
-            key=lambda reason: (
-                _STATE_ORDER[reason.state],
-                reason.subject not in _GATE_SUBJECTS,
-                -reason.evidence,
-                reason.endpoint,
-            ),
-        )
-    )
 
+    def rank(reason: Reason) -> tuple[int, bool, float, str]:
+        return _STATE_ORDER[reason.state], reason.subject not in _GATE_SUBJECTS, -reason.evidence, reason.endpoint
 
-def _estimate_pairs_to_pass(reasons: Iterable[Reason], *, blocked: bool) -> int | None:
-    estimates = [reason.pairs_needed.to_pass for reason in reasons]
-    finite_estimates = [estimate for estimate in estimates if estimate is not None]
-    return None if blocked or len(finite_estimates) < len(estimates) else max(finite_estimates)
-
-
-def _describe_rate(hits: int, n: int, description: str, limit: float, alpha: _Alpha) -> str:
-    if not n:
-        return f"no pair to count {description} in"
-    bounds = confidence_interval(hits, n, alpha.to_pass)
-    return (
-        f"{hits:,} of {n:,} pairs have {description}: {_format_percent(hits / n)}"
-        f" ({_format_percent(bounds.low)} to {_format_percent(bounds.high)}), {_format_percent(limit)} allowed"
-    )
-
-
-def _describe_pairs_needed(pairs_needed: PairsNeeded) -> str:
-    if pairs_needed.to_pass is not None:
-        return f"; about {pairs_needed.to_pass:,} more pairs to pass at this rate"
-    if pairs_needed.to_fail is not None:
-        return f"; about {pairs_needed.to_fail:,} more pairs to fail at this rate"
-    return "; more pairs at this rate would not settle it"
+    return tuple(sorted(reasons, key=rank))
 
 
 def _format_percent(share: float) -> str:

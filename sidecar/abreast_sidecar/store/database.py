@@ -6,8 +6,10 @@ import asyncio
 import copy
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+import select
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from enum import IntEnum
 from functools import cache, wraps
 from importlib import resources
@@ -22,7 +24,7 @@ from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
-from abreast_sidecar.errors import LedgerError, SidecarError
+from abreast_sidecar.errors import LedgerError, SidecarError, first_line
 
 MAX_POOL_CONNECTIONS = 16  # per sidecar
 CONNECT_TIMEOUT_S = 3  # for one attempt
@@ -31,7 +33,8 @@ STATEMENT_TIMEOUT_S = 20
 SESSION_LIMITS = (
     f"set local statement_timeout = '{STATEMENT_TIMEOUT_S}s'; set local jit = off; set local timezone = 'UTC'"
 )
-POLL_INTERVAL_S = 5.0  # between reads without a notification, in case one was lost
+PROBE_INTERVAL_S = 5.0  # without a notification, before a listener sends one to itself
+PROBE_TIMEOUT_S = 0.5
 REFRESH_TIMEOUT_S = 10.0  # for all reads after a notification
 RECONNECT_DELAY_S = 0.5
 QUERY_NAME = re.compile(rb"^-- name: (\w+)\n", re.MULTILINE)
@@ -45,6 +48,7 @@ ChannelHandlers: TypeAlias = Mapping[str, Callable[[], Awaitable[None]]]  # chan
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")  # a row
 
 log = structlog.get_logger(__name__)
 
@@ -73,7 +77,22 @@ def load_statement(name: str) -> bytes:
     return statements()[name]
 
 
-class LimitedConnection(AsyncConnection[DictRow]):
+class ClosingConnection(AsyncConnection[T]):
+    """A connection whose failed attempts close their sockets at once.
+
+    The error and the frame of an attempt refer to each other, so psycopg's sockets stay open until a garbage collection.
+    """
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", **options: Any) -> Self:
+        try:
+            return await super().connect(conninfo, **options)
+        except psycopg.Error as error:
+            error.__context__ = None
+            raise error.with_traceback(None) from None
+
+
+class LimitedConnection(ClosingConnection[DictRow]):
     """A connection that sets its limits in each transaction, including that of a single statement.
 
     A pooler in transaction mode takes no options, and may give the next transaction another session.
@@ -97,8 +116,11 @@ class LimitedConnection(AsyncConnection[DictRow]):
 
     @staticmethod
     async def check(connection: LimitedConnection) -> None:
-        """Raise if the connection is broken."""
-        await AsyncConnection.execute(connection, "")
+        """Raise if the server has closed the connection: its socket is readable then. This costs no round trip."""
+        poll = select.poll()
+        poll.register(connection.pgconn.socket, select.POLLIN)
+        while poll.poll(0):
+            connection.pgconn.consume_input()
 
     @property
     def _is_idle(self) -> bool:
@@ -183,16 +205,28 @@ class Database:
     async def execute(self, name: str, parameters: Mapping[str, Any]) -> None:
         """Run a named statement without rows."""
         async with self.connection() as connection:
-            await connection.execute(load_statement(name), parameters)
+            await execute(connection, name, parameters)
 
     async def fetch_one(self, name: str, parameters: Mapping[str, Any] | None = None) -> Row | None:
-        rows = await self.fetch_all(name, parameters)
-        return rows[0] if rows else None
+        """Return the first row of a named query, or None."""
+        return next(iter(await self.fetch_all(name, parameters)), None)
+
+    async def fetch_row(self, name: str, parameters: Mapping[str, Any] | None = None) -> Row:
+        """Return the only row of a named query."""
+        (row,) = await self.fetch_all(name, parameters)
+        return row
+
+
+async def execute(
+    connection: AsyncConnection[T], name: str, parameters: Mapping[str, Any] | None = None
+) -> AsyncCursor[T]:
+    """Run a named statement."""
+    return await connection.execute(load_statement(name), parameters or {})
 
 
 async def fetch_rows(connection: Connection, name: str, parameters: Mapping[str, Any] | None = None) -> list[Row]:
     """Return the rows of a named query."""
-    return await (await connection.execute(load_statement(name), parameters or {})).fetchall()
+    return await (await execute(connection, name, parameters)).fetchall()
 
 
 async def fetch_row(connection: Connection, name: str, parameters: Mapping[str, Any] | None = None) -> Row:
@@ -239,19 +273,17 @@ def exclusive(
     return decorate
 
 
-class map_postgres_errors:  # noqa: N801  # used like a function
-    """Turns psycopg's errors into LedgerError."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, psycopg.Error):
-            raise LedgerError(_describe_error(error)) from error
+@contextmanager
+def map_postgres_errors() -> Iterator[None]:
+    """Turn psycopg's errors into LedgerError."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise LedgerError(_describe_error(error)) from error
 
 
 def _describe_error(error: psycopg.Error) -> str:
-    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    message = first_line(error)
     if isinstance(error, psycopg.errors.QueryCanceled):
         return (
             f"postgres took more than {STATEMENT_TIMEOUT_S} s for a query; request a shorter window, or one that begins on "
@@ -274,13 +306,13 @@ def sanitise_text(text: str, max_chars: int) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-def to_json(records: Any) -> bytes:
+def to_json(records: Any) -> str:
     """Return JSON that `jsonb` accepts, from dicts, lists, strings and numbers."""
     try:
         text = orjson.dumps(records)
     except TypeError:  # a lone surrogate
-        return orjson.dumps(_sanitise_value(records))
-    return orjson.dumps(_sanitise_value(records)) if b"\\u0000" in text else text
+        text = b"\\u0000"
+    return (orjson.dumps(_sanitise_value(records)) if b"\\u0000" in text else text).decode()
 
 
 def _sanitise_value(value: Any) -> Any:
@@ -293,15 +325,18 @@ def _sanitise_value(value: Any) -> Any:
     return value
 
 
-async def listen(conninfo: str, handlers: ChannelHandlers, *, name: str) -> None:
+async def listen(
+    conninfo: str, handlers: ChannelHandlers, *, name: str, probe_interval_s: float = PROBE_INTERVAL_S
+) -> None:
     """Call the handler of a channel at each notification, until cancelled. Reconnect while Postgres is away.
 
-    All handlers run after each connect, and every POLL_INTERVAL_S without a notification. `name`: the application_name.
+    All handlers run after each connect, and after each probe that does not arrive: a pooler in transaction mode delivers
+    no notifications. `name`: the application_name.
     """
     is_lost = False
     while True:
         try:
-            await _listen_once(conninfo, handlers, name)
+            await _listen_once(conninfo, handlers, name, probe_interval_s)
         except (psycopg.Error, SidecarError, OSError, TimeoutError) as error:
             if not is_lost:
                 log.warning("changes by other sidecars can't be received", by=name, error=str(error))
@@ -309,20 +344,26 @@ async def listen(conninfo: str, handlers: ChannelHandlers, *, name: str) -> None
         await asyncio.sleep(RECONNECT_DELAY_S)
 
 
-async def _listen_once(conninfo: str, handlers: ChannelHandlers, name: str) -> None:
-    connection = await AsyncConnection.connect(
+async def _listen_once(conninfo: str, handlers: ChannelHandlers, name: str, probe_interval_s: float) -> None:
+    probe_channel = f"abreast_probe_{uuid.uuid4().hex}"
+    connection: Connection = await ClosingConnection.connect(
         conninfo, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S, application_name=name
     )
     async with connection:
-        for channel in handlers:
+        for channel in (*handlers, probe_channel):
             await connection.execute(f"listen {channel}".encode())
-        channels = set(handlers)
+        notified: set[str] = set()
         while True:
             async with asyncio.timeout(REFRESH_TIMEOUT_S):
-                for channel in channels:
+                for channel in notified & handlers.keys() if notified else handlers:
                     await handlers[channel]()
-            notified = {
-                notification.channel
-                async for notification in connection.notifies(timeout=POLL_INTERVAL_S, stop_after=1)
-            }
-            channels = notified or set(handlers)
+            notified = await _receive_notifications(connection, probe_interval_s)
+            if not notified:
+                async with asyncio.timeout(REFRESH_TIMEOUT_S):
+                    await connection.execute(f"notify {probe_channel}".encode())
+                    notified = await _receive_notifications(connection, PROBE_TIMEOUT_S)
+
+
+async def _receive_notifications(connection: Connection, timeout_s: float) -> set[str]:
+    """Return the channels of the next notifications, none after the timeout."""
+    return {notification.channel async for notification in connection.notifies(timeout=timeout_s, stop_after=1)}

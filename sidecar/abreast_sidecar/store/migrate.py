@@ -10,15 +10,26 @@ from functools import cache
 from importlib import resources
 
 import psycopg
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, sql
 from psycopg.rows import TupleRow
 
 from abreast_sidecar.errors import LedgerError, SchemaError
-from abreast_sidecar.store.database import load_statement
+from abreast_sidecar.store.database import ClosingConnection, execute
 
 MIGRATION_LOCK_KEY = 0x616272656173  # any number that others don't use for pg_advisory_xact_lock
-MIGRATION_CONNECT_TIMEOUT_S = 5  # seconds
+MIGRATION_CONNECT_TIMEOUT_S = 5
 FILE_PATTERN = re.compile(r"(\d{4})_(\w+)\.sql")
+WRITER_GRANTS = (
+    "grant usage on schema abreast to {role}",
+    "grant select, insert, update, delete on all tables in schema abreast to {role}",
+    "revoke insert, update, delete on abreast.schema_version from {role}",
+    "grant execute on all functions in schema abreast to {role}",
+)
+READER_GRANTS = (
+    "grant usage on schema abreast to {role}",
+    "grant select on all tables in schema abreast to {role}",
+    "revoke all on abreast.token, abreast.control_key, abreast.webhook_receiver, abreast.webhook_delivery from {role}",
+)
 NEW_DATABASE = "create a new database and name it in ABREAST_POSTGRES_URL"
 
 
@@ -48,24 +59,36 @@ def load_migrations() -> tuple[Migration, ...]:
     return (schema, *sorted(matches, key=lambda migration: migration.version))
 
 
-async def migrate(conninfo: str, target: Sequence[Migration] | None = None) -> int:
+async def migrate(
+    conninfo: str, target: Sequence[Migration] | None = None, *, writer: str = "", reader: str = ""
+) -> int:
     """Apply missing migrations in one transaction and return the schema's version. Several processes may run it at once.
 
-    Raise SchemaError for a database that this code must not touch, LedgerError when Postgres can't be reached or
+    `writer` and `reader` name roles that get the rights of a sidecar and of reports. Raise SchemaError for a database that this code must not touch, LedgerError when Postgres can't be reached or
     refuses.
     """
     target = load_migrations() if target is None else target
     try:
-        async with await AsyncConnection.connect(
+        async with await ClosingConnection[TupleRow].connect(
             conninfo, connect_timeout=MIGRATION_CONNECT_TIMEOUT_S, prepare_threshold=None
         ) as connection:
             location = f"{connection.info.host}:{connection.info.port}/{connection.info.dbname}"
-            _check_encoding(connection.info.parameter_status("server_encoding") or "", location)
+            encoding = connection.info.parameter_status("server_encoding")
+            if encoding != "UTF8":  # others can't hold all of Unicode
+                raise SchemaError(
+                    f"the database at {location} has the encoding {encoding}: name one in ABREAST_POSTGRES_URL that was "
+                    "made with encoding 'UTF8'"
+                )
             await connection.execute("select pg_advisory_xact_lock(%s)", (MIGRATION_LOCK_KEY,))
             applied = await _read_applied(connection, location)
             _check_history(applied, target, location)
             for migration in target[len(applied) :]:
-                await _apply(connection, migration)
+                await connection.execute(migration.sql)
+                parameters = {"version": migration.version, "name": migration.name, "digest": migration.digest}
+                await execute(connection, "schema_version_add", parameters)
+            for role, grants in ((writer, WRITER_GRANTS), (reader, READER_GRANTS)):
+                for grant in grants if role else ():
+                    await connection.execute(sql.SQL(grant).format(role=sql.Identifier(role)))
     except psycopg.OperationalError as error:
         raise LedgerError(
             f"postgres can't be reached, check ABREAST_POSTGRES_URL and the server: {str(error).strip()}"
@@ -75,20 +98,11 @@ async def migrate(conninfo: str, target: Sequence[Migration] | None = None) -> i
     return target[-1].version if target else 0
 
 
-def _check_encoding(encoding: str, location: str) -> None:
-    """Refuse encodings that can't hold all of Unicode."""
-    if encoding != "UTF8":
-        raise SchemaError(
-            f"the database at {location} has the encoding {encoding}: name one in ABREAST_POSTGRES_URL that was made with "
-            "encoding 'UTF8'"
-        )
-
-
 async def _read_applied(connection: AsyncConnection[TupleRow], location: str) -> list[TupleRow]:
     """Return the applied migrations. Refuse a database that this code did not create."""
-    ((versioned, outdated, tables),) = await (await connection.execute(load_statement("schema_state"))).fetchall()
+    ((versioned, outdated, tables),) = await (await execute(connection, "schema_state")).fetchall()
     if versioned:
-        return await (await connection.execute(load_statement("schema_versions"))).fetchall()
+        return await (await execute(connection, "schema_versions")).fetchall()
     if outdated:
         raise SchemaError(
             f"the database at {location} holds a ledger from before schema.sql (it has a table abreast.migration), "
@@ -114,9 +128,3 @@ def _check_history(applied: Sequence[TupleRow], target: Sequence[Migration], loc
                 f"the ledger at {location} was made with a different version of {migration.file}: "
                 f"run the abreast that made it, or {NEW_DATABASE}"
             )
-
-
-async def _apply(connection: AsyncConnection[TupleRow], migration: Migration) -> None:
-    await connection.execute(migration.sql)
-    parameters = {"version": migration.version, "name": migration.name, "digest": migration.digest}
-    await connection.execute(load_statement("schema_version_add"), parameters)

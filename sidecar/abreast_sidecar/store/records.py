@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime
 from functools import cache, lru_cache
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, TypeAlias, TypeVar, get_type_hints
 
 import zstandard
 
 from abreast.errors import CaptureError
-from abreast.protocol.capture import Capture, decode
+from abreast.protocol.capture import Capture, decode, merge_times
 from abreast_sidecar.compare.model import ComparisonResult
+from abreast_sidecar.compare.pair import get_ledger_status
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
+from abreast_sidecar.stats.latency import Load, Timing, do_waits_match
 from abreast_sidecar.stats.sequential import Interval, confidence_interval
-from abreast_sidecar.stats.verdict import Completeness, EndpointCounts
-from abreast_sidecar.store.database import Database, load_statement, sanitise_text
+from abreast_sidecar.stats.verdict import Completeness, EndpointCounts, ServiceCounts, count_surplus
+from abreast_sidecar.store.database import Database, execute, sanitise_text
 
 RATE_CONFIDENCE = 0.95  # for the interval of a finding's rate
-COMPARED_OUTCOMES = frozenset({"match", "mismatch", "partial", "oversize"})  # the pair can show a finding
 SETTABLE_STATUSES = ("open", "confirmed", "expected", "fixed")  # `reopened` is automatic
 DAY_MS = 86_400_000
 MAX_SERVICE_CHARS = 200
@@ -31,10 +32,13 @@ MAX_PAIR_ID_CHARS = 200
 MAX_REQUEST_CHARS = 2000
 MAX_RELEASE_CHARS = 200
 MAX_REASON_CHARS = 500
+MAX_SHORT_BYTES = 16 * 1024  # of a response that a service sends at once
 MAX_INTEGER = 2**31 - 1  # integer column
 MAX_SMALLINT = 2**15 - 1  # smallint column
 MAX_EXAMPLE_BYTES = 64 * 1024 * 1024  # uncompressed
 BLOB_PREFIX_BYTES = 4
+
+Timer: TypeAlias = Callable[[Capture], int]
 
 EndpointKey = tuple[str, str, str]  # service, method, route
 
@@ -53,7 +57,8 @@ def from_row(cls: type[T], row: Mapping[str, Any], **computed: Any) -> T:
         if nested is not None:
             values[name] = from_row(nested, row)
         elif not has_default or row.get(name) is not None:
-            values[name] = _freeze(row[name])
+            value = row[name]
+            values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 
 
@@ -66,10 +71,6 @@ def _plan_fields(cls: Any) -> tuple[tuple[str, type[Any] | None, bool], ...]:
          item.default is not MISSING or item.default_factory is not MISSING)
         for item in fields(cls)
     )  # fmt: skip
-
-
-def _freeze(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +126,37 @@ class CaptureAccounting:
     joined: int
     timed_out: int
     dead_letters: int
+    uncertain: int = (
+        0  # requests of the last moments of Envoys that ended, which no count and no capture shows; an estimate
+    )
 
     @property
     def unaccounted(self) -> int | None:
         """Return the sampled requests without a row: in flight, or lost."""
         return None if self.envoy_sampled is None else self.envoy_sampled - self.written
+
+    @property
+    def surplus(self) -> int:
+        """Return the rows beyond Envoy's count."""
+        return max(0, -(self.unaccounted or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveSample:
+    """Requests of the last minutes that the sampling shares selected, and those of them that got their copy."""
+
+    selected: int
+    copied: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSummary:
+    """The load that the newest pairs met. `in_flight` is the median of other requests at the arrival."""
+
+    pairs: int
+    unmatched: int  # one version was busier than the other
+    old_in_flight: float
+    new_in_flight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +172,9 @@ class LedgerSummary:
     last: datetime | None
     sampled: int | None  # requests in the window, by Envoy's count
     unaccounted: int | None  # sampled requests without a row
+    sheds: tuple[Drop, ...] = ()  # not copied by Envoy
+    unconverted: tuple[Drop, ...] = ()  # captures of gRPC calls without all their fields
+    load: LoadSummary | None = None
     clock_ahead_s: float = 0.0  # seconds by which Postgres's clock is ahead of this machine's
 
     @property
@@ -157,11 +187,15 @@ class VerdictEvidence:
     """The evidence for a verdict on a window. `envoy_sampled` and `written` are over all time."""
 
     endpoints: tuple[EndpointCounts, ...]
+    service: ServiceCounts
     envoy_sampled: int | None
     written: int
     sampled: int | None
     rows: int
     accounted: int  # rows whose outcome is evidence
+    late: int = 0
+    shed: int = 0  # rows without a copy, because it would have queued, or by a rule: as if they had not been sampled
+    tolerance: int = 0  # rows that may exceed `sampled` without any fault
     release: str | None = None  # `endpoints` are limited to this release of new; None: no limit
     has_ended: bool = False  # the window ended before now
 
@@ -178,7 +212,11 @@ class VerdictEvidence:
 
     def completeness_without(self, lost: int | None, *, pending: int = 0) -> Completeness:
         """Return the completeness with `lost` requests missing, None if that is not known."""
-        return Completeness(None if lost is None else self.rows + lost, self.accounted, pending)
+        if lost is None or self.sampled is None:
+            return Completeness(None, self.accounted, pending)
+        surplus = count_surplus(self.sampled, self.rows, self.tolerance)
+        expected = self.sampled if surplus else self.rows + lost
+        return Completeness(expected - self.shed, self.accounted, pending, surplus, self.late, self.shed)
 
 
 def count_missing(sampled: int | None, row_count: int, total_sampled: int | None, total_written: int) -> int | None:
@@ -201,6 +239,7 @@ class EndpointSummary:
     findings: int
     old_us: tuple[float, float] | None
     new_us: tuple[float, float] | None
+    source: str = ""  # see `compare.endpoints`
 
     @property
     def pairs(self) -> int:
@@ -337,7 +376,8 @@ class PairRecord:
     result: ComparisonResult
     blobs: tuple[bytes, ...]
     dead_letter: bytes | None = None  # the content of an entry that could not be processed
-    repeat_marks: dict[int, int] | None = field(default=None, init=False)  # by finding, once the writer observed it
+    # Marks by finding, once the writer has observed the pair.
+    marks: dict[int, int] | None = field(default=None, init=False)
     endpoint: EndpointKey = field(init=False)
 
     def __post_init__(self) -> None:
@@ -371,25 +411,30 @@ class PairRecord:
             "endpoint_id": endpoint_id,
             "outcome": self.outcome,
         }
-        old, new = result.old, result.new
+        old, new, baseline = result.old, result.new, result.baseline
+        get_time_us = _make_timer(capture for capture in (old, new, baseline) if capture is not None)
         if old is not None:
-            row["old_status"], row["old_us"], row["old_release"] = _make_capture_columns(old)
-            row["old_hits"], row["old_misses"] = _read_cache_counts(old)
+            row["old_status"], row["old_us"], row["old_release"], row["old_hits"], row["old_misses"] = _to_columns(
+                old, get_time_us
+            )
         if new is not None:
-            row["new_status"], row["new_us"], row["new_release"] = _make_capture_columns(new)
-            row["new_hits"], row["new_misses"] = _read_cache_counts(new)
-        baseline = result.baseline
+            row["new_status"], row["new_us"], row["new_release"], row["new_hits"], row["new_misses"] = _to_columns(
+                new, get_time_us
+            )
+        row |= _build_load_columns(old, new, get_time_us)
         for capture in (old, new, baseline):
             if capture is not None and capture.role == "live":
                 row["live"] = capture.version
-        if old and old.role == "live" and baseline and baseline.role == "baseline" and result.baseline_compared:
-            row["baseline_us"] = _clamp_total_us(baseline)
-        if has_failed_over(result):
+        is_copy_of_old = baseline is not None and (baseline.version, baseline.role) == ("old", "baseline")
+        if old and old.role == "live" and baseline and is_copy_of_old and result.baseline_compared:
+            row["baseline_us"] = _clamp(get_time_us(baseline))
+            row["baseline_waits_match"] = new is not None and do_waits_match(
+                _get_baseline_load(baseline, old, get_time_us), _get_load(new, get_time_us)
+            )
+        if result.failed_over:
             row["failed_over"] = True
-        if any_capture := old or new or result.baseline:
-            request = any_capture.request
-            target = f"{request.path}?{request.query}" if request.query else request.path
-            row["request"] = sanitise_text(target, MAX_REQUEST_CHARS)
+        if any_capture := old or new or baseline:
+            row["request"] = sanitise_text(any_capture.request.target, MAX_REQUEST_CHARS)
         if result.baseline_compared:
             row["baseline_differs"] = bool(result.noise)
         if result.reason:
@@ -397,29 +442,61 @@ class PairRecord:
         return row
 
 
-def _read_cache_counts(capture: Capture) -> tuple[int | None, int | None]:
-    if capture.cache is None:
-        return None, None
-    hits, misses = capture.cache
-    return max(0, min(hits, MAX_INTEGER)), max(0, min(misses, MAX_INTEGER))
+def _make_timer(captures: Iterable[Capture]) -> Timer:
+    """Return the function that gives the compared time of each capture of a pair, in µs.
+
+    If all are short responses of known length that Envoy captured, it is the time to the head. Without TCP_NODELAY, a body
+    that the service sends at once waits up to 40 ms until Envoy's machine acknowledges the head, more often on busy
+    connections.
+    """
+    if all(_is_short_in_envoy(capture) for capture in captures):
+        return lambda capture: capture.first_byte_us or 0
+    return lambda capture: capture.total_us
 
 
-def has_failed_over(result: ComparisonResult) -> bool:
-    """Check whether the user's request failed on new and old answered it. Old also has a copy of such a request."""
-    olds = [capture for capture in (result.old, result.baseline) if capture is not None]
-    if all(capture.attempt == 1 for capture in olds):  # nearly all pairs
-        return False
-    new = result.new
-    is_routed_to_new = any(capture.role == "shadow" for capture in olds) and (new is None or new.role == "live")
-    return is_routed_to_new and any(capture.role == "live" and capture.attempt > 1 for capture in olds)
-
-
-def _make_capture_columns(capture: Capture) -> tuple[int, int, str]:
+def _is_short_in_envoy(capture: Capture) -> bool:
+    answer = capture.answer
     return (
-        max(0, min(capture.answer.status, MAX_SMALLINT)),
-        _clamp_total_us(capture),
-        make_release_label(capture.release),
+        capture.by_envoy
+        and capture.complete
+        and capture.first_byte_us is not None
+        and answer.body.length <= MAX_SHORT_BYTES
+        and any(name == "content-length" for name, _ in answer.headers)
     )
+
+
+def _to_columns(capture: Capture, get_time_us: Timer) -> tuple[int, int, str, int | None, int | None]:
+    """Return status, time, release, cache hits and cache misses."""
+    hits, misses = (None, None) if capture.cache is None else map(_clamp, capture.cache)
+    status = _clamp(get_ledger_status(capture.answer), MAX_SMALLINT)
+    return status, _clamp(get_time_us(capture)), make_release_label(capture.release), hits, misses
+
+
+def _build_load_columns(old: Capture | None, new: Capture | None, get_time_us: Timer) -> dict[str, int | bool]:
+    columns: dict[str, int | bool] = {
+        f"{capture.version}_in_flight": _clamp(capture.in_flight, MAX_SMALLINT)
+        for capture in (old, new)
+        if capture is not None and capture.in_flight is not None
+    }
+    if old is not None and new is not None:
+        columns["waits_match"] = do_waits_match(_get_load(old, get_time_us), _get_load(new, get_time_us))
+    return columns
+
+
+def _get_load(capture: Capture, get_time_us: Timer) -> Load:
+    return Load(capture.in_flight, capture.wait_us, get_time_us(capture), capture.by_envoy)
+
+
+def _get_baseline_load(baseline: Capture, live: Capture, get_time_us: Timer) -> Load:
+    """Return the load of old with its live requests. Envoy counts them in another cluster than the copies."""
+    load = _get_load(baseline, get_time_us)
+    if not baseline.by_envoy or load.in_flight is None or live.in_flight is None:
+        return load
+    return load._replace(in_flight=load.in_flight + live.in_flight)
+
+
+def _clamp(value: int, maximum: int = MAX_INTEGER) -> int:
+    return max(0, min(value, maximum))
 
 
 @lru_cache(maxsize=1024)
@@ -428,8 +505,12 @@ def make_release_label(release: str) -> str:
     return sanitise_text(release, MAX_RELEASE_CHARS)
 
 
-def _clamp_total_us(capture: Capture) -> int:
-    return max(0, min(capture.total_us, MAX_INTEGER))
+def read_timing_arrays(row: Mapping[str, Any]) -> list[Timing]:
+    """Return the timings of a row with an array for each field. `release` may be missing."""
+    releases = row.get("release") or [""] * len(row["old_us"])
+    names = ("baseline_us", "waits_match", "baseline_waits_match")
+    columns = (row["old_us"], row["new_us"], releases, *(row[name] for name in names))
+    return list(map(Timing._make, zip(*columns, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,10 +530,10 @@ async def set_status(database: Database, finding_id: int, change: StatusChange) 
     """
     async with database.connection() as connection, connection.transaction():
         # Workers lock the finding too: this change sees all pairs that they counted before, and they see this change.
-        cursor = await connection.execute(load_statement("findings_lock"), {"ids": [finding_id]})
+        cursor = await execute(connection, "findings_lock", {"ids": [finding_id]})
         if not await cursor.fetchall():
             raise NotFoundError(f"the ledger has no finding {finding_id}; list them with ListFindings")
-        cursor = await connection.execute(load_statement("finding_status_set"), {"id": finding_id, **asdict(change)})
+        cursor = await execute(connection, "finding_status_set", {"id": finding_id, **asdict(change)})
         if not await cursor.fetchall():
             raise ArgumentError(
                 f"finding {finding_id} can't be fixed in release {change.release!r}: that release or a later one has "
@@ -469,14 +550,11 @@ def read_captures(content: bytes) -> tuple[Capture, ...]:
         raise LedgerError(f"an example in the ledger is damaged: {error}") from error
     if len(blobs) > MAX_EXAMPLE_BYTES:
         raise LedgerError(f"an example in the ledger has more than {MAX_EXAMPLE_BYTES} bytes")
-    return tuple(_split_captures(blobs))
-
-
-def _split_captures(blobs: bytes) -> Iterable[Capture]:
-    offset = 0
+    captures, offset = [], 0
     while offset < len(blobs):
         length = int.from_bytes(blobs[offset : offset + BLOB_PREFIX_BYTES], "big")
         offset += BLOB_PREFIX_BYTES
         with suppress(CaptureError):
-            yield decode(blobs[offset : offset + length])
+            captures.append(decode(blobs[offset : offset + length]))
         offset += length
+    return tuple(merge_times(captures))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.types.json import Jsonb
 
+from abreast_sidecar.compare.endpoints import NO_TEMPLATES, EndpointTemplates, Template
 from abreast_sidecar.compare.rule_document import RuleError, rule_from_dict, rule_to_dict
-from abreast_sidecar.compare.rules import Rule, RuleSet
+from abreast_sidecar.compare.rules import CompareOptions, Rule, RuleSet
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
-from abreast_sidecar.store.database import Connection, Database, Row, fetch_row, fetch_rows, load_statement
+from abreast_sidecar.store.database import Connection, Database, Row, execute, fetch_row, fetch_rows
 from abreast_sidecar.store.records import from_row
 
 RULES_CHANNEL = "abreast_rules"  # NOTIFY; the payload is the version
@@ -24,10 +25,14 @@ SEPARATE_COLUMNS = ("name", "owner", "reason", "expires")  # fields of a rule th
 
 
 class VersionedRules(NamedTuple):
-    """The rules in force at a version. The name of each rule is its id."""
+    """The rules in force at a version, and the templates of endpoints. The name of each rule is its id."""
 
     version: int
     rules: RuleSet
+    templates: EndpointTemplates = NO_TEMPLATES
+
+    def apply(self, options: CompareOptions) -> CompareOptions:
+        return replace(options, rule_set=self.rules, templates=self.templates)
 
 
 class ExplainedFinding(NamedTuple):
@@ -82,7 +87,10 @@ class RuleStore:
         self.database = database
 
     async def get_active(self) -> VersionedRules:
-        return parse_active_rules(await self.database.fetch_all("rules_in_force"))
+        """Read the rules and the templates. Templates may be of a later version; a writer checks the version."""
+        async with self.database.connection() as connection:
+            active = parse_active_rules(await fetch_rows(connection, "rules_in_force"))
+            return active._replace(templates=await read_templates(connection))
 
     async def list_rules(
         self,
@@ -94,11 +102,9 @@ class RuleStore:
     ) -> Sequence[StoredRule]:
         """List rules by id. With `ids`, list these rules even if they have ended."""
         parameters = {
-            "ids": None if ids is None else list(ids),
-            "source": criteria.source,
-            "finding_id": criteria.finding_id,
-            "include_expired": criteria.include_expired,
+            **asdict(criteria),
             "include_ended": criteria.include_ended or ids is not None,
+            "ids": None if ids is None else list(ids),
             "after_id": after_id,
             "limit": limit,
             "max_findings": MAX_RULE_FINDINGS,
@@ -118,7 +124,9 @@ class RuleStore:
         async with self.database.connection() as connection, connection.transaction():
             version = await _create_version(connection)
             await _end_rules(connection, ended_ids, version, actor)
-            await _check_capacity(connection, len(drafts))
+            active = parse_active_rules(await fetch_rows(connection, "rules_in_force"))
+            if len(active.rules.rules) + len(drafts) > MAX_ACTIVE_RULES:
+                raise ArgumentError(f"at most {MAX_ACTIVE_RULES} rules can be active; delete some (abreast rules list)")
             return [await _add_rule(connection, draft, version, actor) for draft in drafts]
 
     async def delete(self, rule_id: int, actor: str) -> StoredRule:
@@ -143,16 +151,8 @@ async def _create_version(connection: Connection) -> int:
 
 
 async def _end_rules(connection: Connection, ids: Sequence[int], version: int, actor: str) -> int:
-    cursor = await connection.execute(
-        load_statement("rules_end"), {"ids": list(ids), "version": version, "actor": actor}
-    )
+    cursor = await execute(connection, "rules_end", {"ids": list(ids), "version": version, "actor": actor})
     return cursor.rowcount
-
-
-async def _check_capacity(connection: Connection, added_count: int) -> None:
-    active = parse_active_rules(await fetch_rows(connection, "rules_in_force"))
-    if len(active.rules.rules) + added_count > MAX_ACTIVE_RULES:
-        raise ArgumentError(f"at most {MAX_ACTIVE_RULES} rules can be active; delete some (abreast rules list)")
 
 
 async def _add_rule(connection: Connection, draft: RuleDraft, version: int, actor: str) -> int:
@@ -172,6 +172,11 @@ async def _add_rule(connection: Connection, draft: RuleDraft, version: int, acto
         raise ArgumentError(
             f"a rule named {draft.rule.name!r} is active; delete it first, or choose another name"
         ) from None
+
+
+async def read_templates(connection: Connection) -> EndpointTemplates:
+    rows = await fetch_rows(connection, "templates_read")
+    return EndpointTemplates.from_templates(Template(**row) for row in rows)
 
 
 def parse_active_rules(rows: Sequence[Row]) -> VersionedRules:

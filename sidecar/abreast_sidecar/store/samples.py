@@ -1,23 +1,27 @@
-"""Chooses what the ledger keeps of a batch besides its rows: examples, request samples, repeated values."""
+"""Chooses what the ledger keeps of a batch besides its rows: examples, request samples, repeated values, bets."""
 
 from __future__ import annotations
 
 import random
-from collections import deque
+import re
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 import zstandard
 from psycopg import AsyncConnection
 from psycopg.rows import TupleRow
 
-from abreast_sidecar.compare.model import Difference
+from abreast.protocol.capture import Request
+from abreast_sidecar.compare.model import COMPARED_OUTCOMES, ComparisonResult, Difference
+from abreast_sidecar.compare.pair import INTERNAL_SERVER_ERROR, get_status
 from abreast_sidecar.compare.volatile import get_values
 from abreast_sidecar.stats.features import collect_request_features
-from abreast_sidecar.store.counters import MARKS
-from abreast_sidecar.store.database import load_statement, sanitise_text, to_json
-from abreast_sidecar.store.records import COMPARED_OUTCOMES, PairRecord
+from abreast_sidecar.store.counters import BET_GROUPS, MARKS
+from abreast_sidecar.store.database import execute, sanitise_text, to_json
+from abreast_sidecar.store.records import PairRecord
 
 MAX_TRACKED_VALUE_CHARS = 200
 MAX_TRACKED_FINDINGS = 2000
@@ -28,6 +32,13 @@ ANY_FINDING = 0  # in place of a finding: any request of the endpoint
 COMPRESSION_LEVEL = 3  # zstd takes 5 µs for 2 KB
 MAX_LOCATION_CHARS = 1000
 MAX_REPLACEMENTS = 20  # per finding; each new example has at most half the size
+BET_PERIOD_MS = 10_000  # a client counts once per place in a period
+FEW_PAIRS = 30  # an endpoint with fewer compared pairs shares its counts with similar endpoints
+MAX_KNOWN_BETS = 100_000
+
+_IDENTITY_HEADER = re.compile(
+    r"authorization|cookie|.*(user(?!-agent)|session|client|device|account|tenant|api-?key).*"
+)
 
 
 class RepeatTracker:
@@ -50,17 +61,102 @@ class RepeatTracker:
             if len(self._recent_values) >= MAX_TRACKED_FINDINGS:
                 self._recent_values.clear()
             self._recent_values[finding] = deque(maxlen=TRACKED_VALUES), deque(maxlen=TRACKED_VALUES)
-        olds, news = self._recent_values[finding]
-        marks = MARKS["repeat_checks"] if olds else 0
-        marks |= MARKS["old_repeats"] if old in olds else 0
-        marks |= MARKS["new_repeats"] if new in news else 0
-        olds.append(old)
-        news.append(new)
+        old_values, new_values = self._recent_values[finding]
+        marks = MARKS["repeat_checks"] if old_values else 0
+        marks |= MARKS["old_repeats"] if old in old_values else 0
+        marks |= MARKS["new_repeats"] if new in new_values else 0
+        old_values.append(old)
+        new_values.append(new)
         return marks
 
 
 def _is_trackable(value: Any) -> bool:
     return (type(value) is str and len(value) <= MAX_TRACKED_VALUE_CHARS) or type(value) in {int, float}
+
+
+class BetTracker:
+    """Lets each client bet once per place and period, because a session or an outage shows one cause many times.
+
+    The table `bet` holds the keys of the bets, for all workers. It is written in the transaction that counts the bets, so
+    a bet counts once and is never lost, whatever worker gets the pairs of a client.
+    """
+
+    def __init__(self) -> None:
+        self._known_keys: set[int] = set()  # in the table, so another bet with the key does not count
+
+    def clear(self) -> None:
+        self._known_keys.clear()
+
+    async def add(self, connection: AsyncConnection[TupleRow], keys: Iterable[int]) -> set[int]:
+        """Write the keys, and return those that are new. Call `remember` after the commit."""
+        unknown = list(set(keys) - self._known_keys)
+        if not unknown:
+            return set()
+        return {key for (key,) in await (await execute(connection, "bets_add", {"keys": unknown})).fetchall()}
+
+    def remember(self, keys: Iterable[int]) -> None:
+        if len(self._known_keys) > MAX_KNOWN_BETS:
+            self.clear()
+        self._known_keys.update(keys)
+
+
+def name_bet_place(finding: int, difference: Difference, *, pool: str, compared: int) -> str:
+    """Return the place that a client bets on once. Endpoints with few pairs have places in common (`jobs.noise`)."""
+    if compared >= FEW_PAIRS:
+        return str(finding)
+    return f"{pool} {difference.part} {difference.kind} {difference.path}"
+
+
+def list_bets(place: str, marks: int, client: bytes, time_ms: int) -> dict[int, int]:
+    """Return the key of each bet of a pair, by its group of marks. Bets with the same key count once.
+
+    `place`: a finding, or all findings that are classified together.
+    """
+    period = time_ms // BET_PERIOD_MS
+    return {
+        group: _hash_to_int(f"{group} {period} {place} ".encode() + client) for group in BET_GROUPS if marks & group
+    }
+
+
+def identify_client(result: ComparisonResult) -> bytes:
+    """Return a hash of the client of a pair. Requests without an identity have one client per path and query.
+
+    All requests with a server error, or with a response that broke off, have the same client: an outage is one event.
+    """
+    capture = result.old or result.new
+    is_outage = has_failure(result) or any(difference.part == "error" for difference in result.all_differences)
+    if capture is None or is_outage:
+        return b""
+    request = capture.request
+    return blake2b(repr(_read_identity(request) or (request.path, request.query)).encode(), digest_size=8).digest()
+
+
+def identify_leaver(record: PairRecord) -> int | None:
+    """Return a hash of the user who left before a response began, or None.
+
+    Envoy chooses a version for each user. Without an identity, it is a user for each path, query and period.
+    """
+    result = record.result
+    if result.outcome != "aborted":
+        return None
+    live = next((side for side in (result.old, result.new, result.baseline) if side and side.role == "live"), None)
+    if live is None:
+        return None
+    period = record.time_ms // BET_PERIOD_MS
+    return _hash_to_int(repr(_read_identity(live.request) or (live.request.target, period)).encode())
+
+
+def _read_identity(request: Request) -> list[tuple[str, str]]:
+    return [header for header in request.headers if _IDENTITY_HEADER.fullmatch(header[0])]
+
+
+def _hash_to_int(content: bytes) -> int:
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def has_failure(result: ComparisonResult) -> bool:
+    """Check whether a response is a server error."""
+    return any(get_status(side) >= INTERNAL_SERVER_ERROR for side in (result.old, result.new, result.baseline) if side)
 
 
 class RequestSampler:
@@ -79,18 +175,15 @@ class RequestSampler:
         for record, endpoint, findings in records:
             if record.result.outcome not in COMPARED_OUTCOMES:
                 continue
-            keys = [
-                (endpoint, finding, slot)
-                for finding in (ANY_FINDING, *findings)
-                if (slot := self._pick_slot(endpoint, finding)) is not None
-            ]
-            if keys:
-                capture = record.result.old or record.result.new
-                features = collect_request_features(capture.request, record.result.route) if capture else {}
-                columns = {"ms": record.time_ms, "findings": findings, "features": features}
-                rows |= {
-                    key: dict(zip(("endpoint_id", "finding_id", "slot"), key, strict=True)) | columns for key in keys
-                }
+            slots = {finding: self._pick_slot(endpoint, finding) for finding in (ANY_FINDING, *findings)}
+            if all(slot is None for slot in slots.values()):
+                continue
+            capture = record.result.old or record.result.new
+            features = collect_request_features(capture.request, record.result.route) if capture else {}
+            columns = {"endpoint_id": endpoint, "ms": record.time_ms, "findings": findings, "features": features}
+            for finding, slot in slots.items():
+                if slot is not None:
+                    rows[endpoint, finding, slot] = {**columns, "finding_id": finding, "slot": slot}
         return list(rows.values())
 
     def _pick_slot(self, endpoint: int, finding: int) -> int | None:
@@ -131,45 +224,31 @@ class ExampleSelector:
 
     def select(self, batch: Sequence[tuple[PairRecord, Sequence[int]]]) -> list[Example]:
         """Choose the smallest pairs for each finding that has free slots. Call `mark_stored` after the commit."""
-        candidates = [
-            (record, findings)
-            for record, findings in batch
-            if any(self._count_free_slots(finding) for finding in findings)
-        ]
-        candidates.sort(key=lambda pair: pair[0].size_bytes)
+        candidates = [pair for pair in batch if any(map(self._count_free_slots, pair[1]))]
         examples = []
-        selected_counts: dict[int, int] = {}
-        for record, findings in candidates:
-            matching = tuple(
-                finding_id
-                for finding_id in findings
-                if selected_counts.get(finding_id, 0) < self._count_free_slots(finding_id)
-            )
+        selected: Counter[int] = Counter()  # examples by finding
+        for record, findings in sorted(candidates, key=lambda pair: pair[0].size_bytes):
+            matching = tuple(item for item in findings if selected[item] < self._count_free_slots(item))
             if matching:
                 examples.append(Example(record, matching))
-                for finding in matching:
-                    selected_counts[finding] = selected_counts.get(finding, 0) + 1
+                selected.update(matching)
         return examples
 
     def select_replacements(self, batch: Sequence[tuple[PairRecord, Sequence[int]]]) -> list[Example]:
         """Choose the smallest pair for each finding without free slots, if a stored example has twice its size."""
-        best: dict[int, PairRecord] = {}
+        smallest: dict[int, PairRecord] = {}
         for record, findings in batch:
+            size = record.size_bytes
             for finding in findings:
-                if self._is_replaceable(finding, record.size_bytes) and (
-                    finding not in best or record.size_bytes < best[finding].size_bytes
+                summary = self.summaries.get(finding, NO_EXAMPLES)
+                if (
+                    summary.count >= self.limit > 0
+                    and summary.replacements < MAX_REPLACEMENTS
+                    and size * 2 <= summary.largest_bytes
+                    and (finding not in smallest or size < smallest[finding].size_bytes)
                 ):
-                    best[finding] = record
-        return [Example(record, (finding,)) for finding, record in best.items()]
-
-    def _is_replaceable(self, finding: int, size: int) -> bool:
-        summary = self.summaries.get(finding, NO_EXAMPLES)
-        return (
-            bool(self.limit)
-            and not self._count_free_slots(finding)
-            and summary.replacements < MAX_REPLACEMENTS
-            and size * 2 <= summary.largest_bytes
-        )
+                    smallest[finding] = record
+        return [Example(record, (finding,)) for finding, record in smallest.items()]
 
     def mark_stored(self, examples: Sequence[Example]) -> None:
         """Count committed examples. Refused examples count too, because other workers have filled their slots."""
@@ -181,7 +260,7 @@ class ExampleSelector:
 
     def build_parameters(self, examples: Sequence[Example]) -> dict[str, Any]:
         return {
-            "links": to_json(_make_example_rows(examples)).decode(),
+            "links": to_json(_make_example_rows(examples)),
             "limit": self.limit,
             "days": [example.record.day for example in examples],
             "pairs": [example.record.pair_id for example in examples],
@@ -191,20 +270,16 @@ class ExampleSelector:
 
     async def evict(self, connection: AsyncConnection[TupleRow], replacements: Sequence[Example]) -> None:
         """Delete the largest example of each finding, unless another worker has done so."""
-        parameters = {
-            "rows": to_json(_make_example_rows(replacements)).decode(),
-            "limit": self.limit,
-            "max_replaced": MAX_REPLACEMENTS,
-        }
-        cursor = await connection.execute(load_statement("examples_evict"), parameters)
-        evicted = await cursor.fetchall()
-        days, pairs = [day for day, _ in evicted], [pair for _, pair in evicted]
-        await connection.execute(load_statement("examples_delete_unused"), {"days": days, "pairs": pairs})
+        rows = to_json(_make_example_rows(replacements))
+        parameters = {"rows": rows, "limit": self.limit, "max_replaced": MAX_REPLACEMENTS}
+        evicted = await (await execute(connection, "examples_evict", parameters)).fetchall()
+        keys = {"days": [day for day, _ in evicted], "pairs": [pair for _, pair in evicted]}
+        await execute(connection, "examples_delete_unused", keys)
 
     async def reload(self, connection: AsyncConnection[TupleRow], replacements: Sequence[Example]) -> None:
         """Read what the ledger holds for these findings."""
         ids = [finding for example in replacements for finding in example.findings]
-        cursor = await connection.execute(load_statement("example_counts"), {"ids": ids})
+        cursor = await execute(connection, "example_counts", {"ids": ids})
         for finding, count, largest, replacement_count in await cursor.fetchall():
             self.summaries[finding] = ExampleSummary(count, largest, replacement_count)
 
@@ -231,8 +306,8 @@ def _make_example_rows(examples: Sequence[Example]) -> list[dict[str, Any]]:
 def encode_differences(record: PairRecord) -> str:
     """Return the column `differences` of an example."""
     result = record.result
-    records = [difference.to_record() for difference in (*result.differences, *result.explained_differences)]
-    for columns in records:
-        columns["exact_path"] = sanitise_text(columns["exact_path"], MAX_LOCATION_CHARS)
-        columns["path"] = sanitise_text(columns["path"], MAX_LOCATION_CHARS)
-    return to_json(records).decode()
+    rows = [difference.to_record() for difference in (*result.differences, *result.explained_differences)]
+    for row in rows:
+        for column in ("exact_path", "path"):
+            row[column] = sanitise_text(row[column], MAX_LOCATION_CHARS)
+    return to_json(rows)

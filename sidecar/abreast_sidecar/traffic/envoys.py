@@ -16,15 +16,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import structlog
+
 from abreast_sidecar.aio import Notifier, Outage, error_within
+from abreast_sidecar.envoy.sampling import SampleRule, parse_rules
 from abreast_sidecar.errors import LedgerError
-from abreast_sidecar.store.database import Database, Row, sanitise_text, to_json
-from abreast_sidecar.traffic.model import Traffic, VersionStamp
+from abreast_sidecar.store.database import Database, sanitise_text, to_json
+from abreast_sidecar.traffic.model import Traffic
 
 ENVOYS_CHANNEL = "abreast_envoys"  # NOTIFY
-REPLICA_HEARTBEAT_S = 1.0
+REPLICA_HEARTBEAT_S = 2.0
+MAX_HEARTBEAT_DELAY_S = 3.0
 REPLICA_EXPIRY_S = 5.0
 MAX_ENVOY_TEXT_CHARS = 500  # per node id or error
+
+log = structlog.get_logger(__name__)
 
 _connection_numbers = itertools.count(1)
 
@@ -37,24 +43,26 @@ class EnvoyStatus:
     node: str
     peer: str = ""
     number: int = field(default_factory=lambda: next(_connection_numbers))  # in the order of connecting
-    acknowledged: VersionStamp | None = None  # the newest settings that the Envoy accepted
-    answered: VersionStamp | None = None  # the newest settings that the Envoy accepted or refused
+    acknowledged: str = ""  # stamp of the settings that the Envoy accepted last
+    answered: str = ""  # stamp of the settings that the Envoy accepted or refused last
     after: float | None = None  # seconds from the change, or the connection if later, to `acknowledged`
     error: str = ""  # the reason of a refusal; empty if the last answer was an acknowledgement
     sidecar: str = ""
+    scope: str = ""  # the start of the service's names in an Envoy with several services
+    rules: tuple[SampleRule, ...] = ()  # in its file
 
     @property
     def acknowledged_version(self) -> int:
         """Version of the acknowledged settings, 0 for none."""
-        return self.acknowledged[1] if self.acknowledged else 0
+        return int(self.acknowledged.partition("/")[0] or 0)
 
     def acknowledged_after(self, traffic: Traffic) -> float | None:
         """Return the seconds until these settings were acknowledged, None if they were not."""
-        return self.after if self.acknowledged == traffic.version_stamp else None
+        return self.after if self.acknowledged == traffic.stamp else None
 
     def has_answered(self, traffic: Traffic) -> bool:
-        """Return True if the Envoy accepted or refused these settings, or newer ones."""
-        return self.answered is not None and self.answered >= traffic.version_stamp
+        """Return True if the Envoy accepted or refused exactly these settings."""
+        return self.answered == traffic.stamp
 
 
 @dataclass
@@ -75,14 +83,14 @@ class EnvoyConnection:
         self.sent_traffic = traffic
         self.send_count += 1
         if self.status.error:  # after a refusal nobody waits for this Envoy until it acknowledges again
-            self.status = replace(self.status, answered=traffic.version_stamp)
+            self.status = replace(self.status, answered=traffic.stamp)
         self.ack_timer_start = max(changed_monotonic, self.connected_monotonic)
 
     def accept_answer(self, nonce: str, error: str) -> bool:
         """Return True if the answer is about the settings that were sent last."""
         if self.sent_traffic is None or nonce != self.nonce:
             return False
-        stamp = self.sent_traffic.version_stamp
+        stamp = self.sent_traffic.stamp
         self.status = replace(self.status, answered=stamp, error=error)
         if not error:
             self.status = replace(self.status, acknowledged=stamp, after=time.monotonic() - self.ack_timer_start)
@@ -141,6 +149,15 @@ class EnvoyFleet:
         return all(envoy.has_answered(traffic) for envoy in self.envoys)
 
     @property
+    def rules(self) -> list[SampleRule]:
+        """Return the sampling rules in the files of the Envoys, one for each name."""
+        rules: dict[str, SampleRule] = {}
+        for envoy in self.sorted:
+            for rule in envoy.rules:
+                rules.setdefault(rule.name, rule)
+        return list(rules.values())
+
+    @property
     def sorted(self) -> list[EnvoyStatus]:
         return sorted(self.envoys, key=lambda envoy: (envoy.node, envoy.sidecar, envoy.number))
 
@@ -152,6 +169,16 @@ class EnvoyRegistry:
         self._id = str(uuid.uuid4())
         self._notifier = Notifier()
         self._notification_count = 0
+        self._error = "not reached yet"
+        self._published_at = 0.0  # monotonic
+
+    @property
+    def error(self) -> str:
+        """Return why the last heartbeat did not reach Postgres, empty if it did."""
+        delay_s = time.monotonic() - self._published_at
+        if not self._error and delay_s > REPLICA_HEARTBEAT_S + MAX_HEARTBEAT_DELAY_S:
+            return f"postgres has not answered for {delay_s:.0f} s"
+        return self._error
 
     async def handle_notification(self) -> None:
         """Wake the calls that wait for Envoys of other sidecars."""
@@ -166,7 +193,8 @@ class EnvoyRegistry:
         query = asyncio.create_task(self._database.fetch_all("sidecar_envoys", params))
         if error := await error_within(query):
             return self.list_local(service, error)
-        return EnvoyFleet([*self._connections.list_all(service), *map(_from_row, query.result())])
+        peers = [EnvoyStatus(**{**row, "rules": read_rules(row["rules"], row["node"])}) for row in query.result()]
+        return EnvoyFleet([*self._connections.list_all(service), *peers])
 
     async def wait_acknowledged(self, traffic: Traffic, timeout_s: float) -> EnvoyFleet:
         """Return once every Envoy of every sidecar has answered, after `timeout_s`, or if the peers can't be read."""
@@ -192,6 +220,7 @@ class EnvoyRegistry:
                     await self._publish(stop)
                     outage.record_success()
                 except LedgerError as error:
+                    self._error = str(error)
                     outage.record_failure(error)
                     await outage.back_off(stop)
         finally:
@@ -206,11 +235,12 @@ class EnvoyRegistry:
                 "id": self._id,
                 "address": self._connections.sidecar_name,
                 "expires": REPLICA_EXPIRY_S,
-                "envoys": to_json(list(map(_to_document, statuses))).decode(),
+                "envoys": to_json(list(map(_to_document, statuses))),
                 "changed": statuses != published,
                 "starts": published is None,
             }
             await self._database.execute("sidecar_set", values)
+            self._error, self._published_at = "", time.monotonic()
             published = statuses
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPLICA_HEARTBEAT_S):
@@ -219,17 +249,15 @@ class EnvoyRegistry:
 
 
 def _to_document(envoy: EnvoyStatus) -> dict[str, Any]:
-    document = asdict(envoy)
+    document = asdict(envoy) | {"rules": [rule.to_mapping() for rule in envoy.rules]}
     del document["sidecar"]  # a column of the row
-    for name in ("acknowledged", "answered"):
-        at, version = document.pop(name) or (None, None)
-        document |= {f"{name}_at": at and at.isoformat(), f"{name}_version": version}
     return document | {name: sanitise_text(document[name], MAX_ENVOY_TEXT_CHARS) for name in ("node", "error")}
 
 
-def _from_row(row: Row) -> EnvoyStatus:
-    columns = dict(row)
-    for name in ("acknowledged", "answered"):
-        at, version = columns.pop(f"{name}_at"), columns.pop(f"{name}_version")
-        columns[name] = None if at is None else (at, version)
-    return EnvoyStatus(**columns)
+def read_rules(document: Any, node: str) -> tuple[SampleRule, ...]:
+    """Read the sampling rules of an Envoy. If they are not valid here, it has none, and still gets the other settings."""
+    try:
+        return parse_rules(document)
+    except (ValueError, TypeError) as error:
+        log.warning("the sampling rules of an envoy can't be read", node=node, error=str(error))
+        return ()

@@ -1,4 +1,4 @@
-"""The newest known traffic settings of each service, in memory."""
+"""The traffic settings of each service that this sidecar sends to Envoys, in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import structlog
 
 from abreast_sidecar.aio import Notifier
 from abreast_sidecar.traffic.model import Traffic
-from abreast_sidecar.traffic.repository import VersionedTraffic
 
 log = structlog.get_logger(__name__)
 
@@ -18,6 +17,19 @@ log = structlog.get_logger(__name__)
 class CurrentTraffic:
     traffic: Traffic
     changed_monotonic: float
+
+    @property
+    def drill_ends_monotonic(self) -> float | None:
+        """Return the end of the drill, None without a drill."""
+        shares = self.traffic.shares
+        return self.changed_monotonic + shares.drill_s if shares.drill_share else None
+
+    def end_drill(self) -> CurrentTraffic:
+        """Return the settings without a drill whose time is over."""
+        end = self.drill_ends_monotonic
+        if end is None or time.monotonic() < end:
+            return self
+        return CurrentTraffic(self.traffic.end_drill(), end)
 
 
 class TrafficState:
@@ -33,12 +45,15 @@ class TrafficState:
     def list_services(self) -> set[str]:
         return set(self._current)
 
-    def observe(self, snapshot: VersionedTraffic) -> None:
-        """Take over settings from Postgres, unless newer ones are known."""
-        traffic = snapshot.traffic
+    @property
+    def revisions(self) -> dict[str, str]:
+        """Return the revision of each service's settings."""
+        return {service: current.traffic.revision for service, current in self._current.items()}
+
+    def set(self, traffic: Traffic, age_s: float) -> None:
         current = self.get(traffic.service)
-        if not traffic.is_newer_than(current.traffic if current else None):
+        if current is not None and current.traffic == traffic:
             return
-        self._current[traffic.service] = CurrentTraffic(traffic, time.monotonic() - snapshot.age_s)
+        self._current[traffic.service] = CurrentTraffic(traffic, time.monotonic() - age_s)
         log.info("traffic settings changed", service=traffic.service, version=traffic.version, shares=traffic.shares)
         self.notifier.notify_all()

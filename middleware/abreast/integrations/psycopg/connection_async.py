@@ -27,7 +27,7 @@ from psycopg.rows import Row
 from abreast.context import CURRENT_CONTEXT, RequestContext, add_span
 from abreast.effects import warn_if_request_outlived
 from abreast.errors import ShadowError
-from abreast.integrations.psycopg.lock_watchdog import (
+from abreast.integrations.psycopg.shadow_sessions import (
     SHADOW_APPLICATION_NAME,
     LockWatchdog,
     get_watchdog,

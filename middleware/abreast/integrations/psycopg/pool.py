@@ -11,12 +11,12 @@ import psycopg_pool
 from abreast.context import CURRENT_CONTEXT
 from abreast.errors import SettingError
 from abreast.integrations.psycopg.connection import CONNECTION_CLASSES, Connection
-from abreast.integrations.psycopg.lock_watchdog import mark_invalid
-from abreast.integrations.psycopg.pinned import (
+from abreast.integrations.psycopg.shadow_sessions import (
     MAX_WAITERS_PER_CONNECTION,
     SHADOW_CONNECTION_TIMEOUT_S,
     SHADOW_POOL_SIZE,
     PinnedConnections,
+    mark_invalid,
     run_in_empty_context,
 )
 

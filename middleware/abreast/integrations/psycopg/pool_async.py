@@ -10,12 +10,12 @@ import psycopg_pool
 from abreast.context import CURRENT_CONTEXT
 from abreast.errors import SettingError
 from abreast.integrations.psycopg.connection_async import ASYNC_CONNECTION_CLASSES, AsyncConnection
-from abreast.integrations.psycopg.lock_watchdog import mark_invalid
-from abreast.integrations.psycopg.pinned import (
+from abreast.integrations.psycopg.shadow_sessions import (
     ASYNC_MAX_WAITERS_PER_CONNECTION,
     SHADOW_CONNECTION_TIMEOUT_S,
     SHADOW_POOL_SIZE,
     PinnedConnections,
+    mark_invalid,
     run_in_empty_context_async,
 )
 

@@ -65,11 +65,11 @@ class Statement:
     keyword: str
     table: str
     shape: str
-    is_write: bool
-    is_transaction_control: bool  # begins or ends a transaction
-    is_known: bool
-    placeholder_names: tuple[str, ...]
-    columns: tuple[str, ...]
+    is_write: bool = False
+    is_transaction_control: bool = False  # begins or ends a transaction
+    is_known: bool = True
+    placeholder_names: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -92,9 +92,7 @@ class Statement:
         return list(params)
 
 
-UNPARSED = Statement(
-    "", "", "", is_write=False, is_transaction_control=False, is_known=True, placeholder_names=(), columns=()
-)
+UNPARSED = Statement("", "", "")
 
 
 def parse_statement(text: str) -> Statement:
@@ -109,18 +107,19 @@ def _parse_statement(text: str) -> Statement:
     is_rollback_to_savepoint = keyword == "rollback" and re.match(r"(?:work |transaction )?to\b", remainder) is not None
     is_prepare_transaction = keyword == "prepare" and remainder.startswith("transaction")
     write_match = WRITE_PATTERN.search(shape)
-    is_nested_write = keyword in {"with", "explain", "prepare"} and write_match is not None
+    is_write = keyword in WRITE_WORDS or (keyword in {"with", "explain", "prepare"} and write_match is not None)
     if write_match is not None and keyword == "with":
         keyword = write_match["verb"].split()[0].lower()
     insert_match = INSERT_PATTERN.match(shape)
     columns = tuple(name.strip() for name in insert_match["columns"].split(",")) if insert_match else ()
     if insert_match and insert_match["placeholders"].count("?") != len(columns):
         columns = ()
+    table_match = write_match if is_write else READ_PATTERN.search(shape)
     return Statement(
         keyword=keyword,
-        table=_get_table(write_match if is_nested_write or keyword in WRITE_WORDS else READ_PATTERN.search(shape)),
+        table=table_match["table"].strip('"') if table_match is not None else "",
         shape=shape[:MAX_SHAPE_CHARS],
-        is_write=is_nested_write or keyword in WRITE_WORDS,
+        is_write=is_write,
         is_transaction_control=(keyword in TRANSACTION_CONTROL_WORDS and not is_rollback_to_savepoint)
         or is_prepare_transaction,
         is_known=is_rollback_to_savepoint or not shape or keyword in READ_WORDS or keyword in WRITE_WORDS,
@@ -151,10 +150,6 @@ def _normalise(text: str) -> tuple[str, tuple[str, ...]]:
     spacing = {"(": " (", ")": ") ", ",": ", ", ";": "; "}
     shape = re.sub(r" ?([(),;]) ?", lambda match: spacing[match[1]], "".join(parts))
     return shape.strip(" ;"), tuple(names)
-
-
-def _get_table(match: re.Match[str] | None) -> str:
-    return match["table"].strip('"') if match is not None else ""
 
 
 class PendingWrites:

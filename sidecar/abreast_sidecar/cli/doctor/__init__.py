@@ -33,14 +33,11 @@ class CheckFactory:
 
     part: str
 
-    def ok(self, name: str, observation: str) -> Check:
+    def make(self, name: str, observation: str, advice: str = "", *, fails: bool = False, warns: bool = False) -> Check:
+        """Return a check that fails or warns if the condition is true. Otherwise it is ok, and needs no advice."""
+        if fails or warns:
+            return Check(self.part, name, "fail" if fails else "warn", observation, advice)
         return Check(self.part, name, "ok", observation)
-
-    def warn(self, name: str, observation: str, advice: str) -> Check:
-        return Check(self.part, name, "warn", observation, advice)
-
-    def fail(self, name: str, observation: str, advice: str) -> Check:
-        return Check(self.part, name, "fail", observation, advice)
 
 
 def mask_password(url: str) -> str:

@@ -6,14 +6,44 @@ union select service from abreast.envoy_report
 order by service
 
 -- name: endpoints_add
-insert into abreast.endpoint (service, method, route)
-select service, method, route
-from json_to_recordset(%(rows)s::json) as input (service text, method text, route text)
+-- Insert endpoints, or set the source of their routes if it has a higher precedence.
+insert into abreast.endpoint as stored (service, method, route, source)
+select service, method, route, source
+from json_to_recordset(%(rows)s::json) as input (service text, method text, route text, source text)
 order by service, method, route
-on conflict do nothing
+on conflict (service, method, route) do update set source = excluded.source
+where array_position(%(precedence)s::text[], excluded.source) < array_position(%(precedence)s::text[], stored.source)
 
 -- name: endpoints_read
-select service, method, route, id from abreast.endpoint where service = any(%(services)s)
+select service, method, route, id, source, abreast.get_pool(endpoint), compared, abreast.is_safe(method)
+from abreast.endpoint
+where service = any(%(services)s)
+
+-- name: endpoints_from_paths
+select id, service, method, route, source, compared
+from abreast.endpoint
+where source in ('path', 'learned', 'openapi', 'configured')
+order by id
+
+-- name: endpoints_merge
+select abreast.merge_endpoints(%(origins)s::integer[], %(targets)s::integer[], %(kept_marks)s, %(max_examples)s)
+
+-- name: templates_read
+select source, service, method, path from abreast.endpoint_template order by source, service, method, path
+
+-- name: templates_add
+insert into abreast.endpoint_template (source, service, method, path)
+select source, service, method, path
+from json_to_recordset(%(rows)s::json) as input (source text, service text, method text, path text)
+order by source, service, method, path
+on conflict do nothing
+
+-- name: templates_delete
+delete from abreast.endpoint_template
+where (source, service, method, path) in (
+    select source, service, method, path
+    from json_to_recordset(%(rows)s::json) as input (source text, service text, method text, path text)
+)
 
 -- name: endpoint_ids
 select id
@@ -28,30 +58,6 @@ order by id
 -- name: endpoints_lock
 -- The fixed order prevents deadlocks between workers.
 select from abreast.endpoint where id = any(%(ids)s) order by id for no key update
-
--- name: endpoints_count
-with input as (
-    select id, old_release, new_release, compared, baseline_compared
-    from json_to_recordset(%(rows)s::json) as input (
-        id integer, old_release integer, new_release integer, compared bigint, baseline_compared bigint
-    )
-),
-by_release as (
-    insert into abreast.endpoint_release as stored (endpoint_id, old_release, new_release, compared, baseline_compared)
-    select id, old_release, new_release, compared, baseline_compared
-    from input
-    order by id, old_release, new_release
-    on conflict (endpoint_id, old_release, new_release) do update
-    set compared = stored.compared + excluded.compared,
-        baseline_compared = stored.baseline_compared + excluded.baseline_compared
-)
-update abreast.endpoint
-set compared = endpoint.compared + total.compared,
-    baseline_compared = endpoint.baseline_compared + total.baseline_compared
-from (
-    select id, sum(compared) as compared, sum(baseline_compared) as baseline_compared from input group by id
-) as total
-where endpoint.id = total.id
 
 -- name: endpoints_list
 -- Percentiles come from the newest pairs of each endpoint.
@@ -76,7 +82,8 @@ page as (
     order by e.service, e.route, e.method
     limit %(limit)s
 )
-select e.service, e.method, e.route, e.outcomes, t.old_us, t.new_us, f.findings
+select (select count(*) from by_outcome) as total, e.service, e.method, e.route, e.source, e.outcomes, t.old_us, t.new_us,
+       f.findings
 from page e
 cross join lateral (
     select percentile_cont(array[0.5, 0.99]) within group (order by old_us) as old_us,
@@ -104,13 +111,21 @@ cross join lateral (
 ) f
 order by e.service, e.route, e.method
 
--- name: release_add
--- Insert a release. Beyond the limit all labels of a service share one row, so that labels made for each process do no
--- harm.
+-- name: releases_add
+-- Insert releases in their order. Beyond the limit all labels of a service share one row, so that labels made for each
+-- process do no harm.
+with requested as (
+    select *, row_number() over (partition by service order by position) as place
+    from unnest(%(services)s::text[], %(versions)s::text[], %(labels)s::text[])
+        with ordinality as item (service, version, label, position)
+), stored as (
+    select service, count(*) as releases from abreast.release where service = any(%(services)s) group by service
+)
 insert into abreast.release (service, version, label)
-select %(service)s, %(version)s, %(label)s
-where (select count(*) from abreast.release where service = %(service)s) < %(limit)s
-   or %(label)s = %(other)s
+select service, version, label
+from requested left join stored using (service)
+where coalesce(releases, 0) + place <= %(limit)s or label = %(other)s
+order by position
 on conflict do nothing
 
 -- name: release_ids
@@ -123,21 +138,28 @@ join unnest(%(services)s::text[], %(versions)s::text[], %(labels)s::text[]) as r
 select service, version, label, id from abreast.release where service = any(%(services)s)
 
 -- name: release_newest
--- Return the release of new that the ledger saw first most recently, before the end of the window.
+-- Return the release of new that the ledger saw first most recently, before the end of the window. Services with labels
+-- also have captures without one.
 select label
 from abreast.release
 where service = %(service)s and version = 'new' and first_seen < coalesce(%(end)s::timestamptz, 'infinity')
-order by id desc
+order by label = '', id desc
+limit 1
+
+-- name: release_known
+select id
+from abreast.release
+where (%(service)s = '' or service = %(service)s) and version = 'new' and label = %(label)s
 limit 1
 
 -- name: release_span
--- Return the period of a release. A pair without an answer of new names no release, so it belongs to the latest one.
+-- Return the period of a release. Pairs without a label, or without a response of new, belong to the latest one.
 select case when exists (
            select from abreast.release f where f.service = r.service and f.version = 'new' and f.id < r.id
        ) then first_seen end as start,
        (
            select min(first_seen) from abreast.release f
-           where f.service = r.service and f.version = 'new' and f.id > r.id
+           where f.service = r.service and f.version = 'new' and f.id > r.id and f.label <> ''
        ) as stop
 from abreast.release r
 where service = %(service)s and version = 'new' and label = %(release)s::text

@@ -74,16 +74,6 @@ where (day, pair_id) in (
     for update of e
 )
 
--- name: samples_add
-insert into abreast.request_sample (endpoint_id, finding_id, slot, at, findings, features)
-select endpoint_id, finding_id, slot, timestamptz 'epoch' + ms * interval '1 ms', findings, features
-from json_to_recordset(%(rows)s::json) as input (
-    endpoint_id integer, finding_id bigint, slot smallint, ms bigint, findings bigint[], features jsonb
-)
-order by endpoint_id, finding_id, slot
-on conflict (endpoint_id, finding_id, slot)
-do update set at = excluded.at, findings = excluded.findings, features = excluded.features
-
 -- name: samples_showing
 select features
 from abreast.request_sample

@@ -23,127 +23,19 @@ where finding.endpoint_id = any(%(endpoints)s)
 select from abreast.finding where id = any(%(ids)s) order by id for no key update
 
 -- name: findings_count
--- Add to the counters of findings by release, to their totals, and to the counters of rules (rows with a rule_id). No
--- other statement changes them, except that retention folds releases. A fixed finding reopens if a later release shows
--- it; without labels, if a later pair shows it. The row is locked, so it reopens once.
-with input as (
-    select input.*, array_position(array['additive', 'value', 'breaking'], impact) as severity,
-           timestamptz 'epoch' + first_ms * interval '1 ms' as first,
-           timestamptz 'epoch' + last_ms * interval '1 ms' as last
-    from json_to_recordset(%(rows)s::json) as input (
-        rule_id integer, id bigint, old_release integer, new_release integer, count bigint, baseline_count bigint,
-        shape_explained bigint, new_greater bigint, new_smaller bigint, repeat_checks bigint, old_repeats bigint,
-        new_repeats bigint, magnitude_up bigint, magnitude_down bigint, baseline_magnitude_up bigint,
-        baseline_magnitude_down bigint, unknown bigint, drift_count bigint, impact text, first_ms bigint, last_ms bigint
-    )
-),
-total as (
-    select id, sum(count) as count, sum(baseline_count) as baseline_count, sum(shape_explained) as shape_explained,
-           sum(new_greater) as new_greater, sum(new_smaller) as new_smaller, sum(repeat_checks) as repeat_checks,
-           sum(old_repeats) as old_repeats, sum(new_repeats) as new_repeats, sum(magnitude_up) as magnitude_up,
-           sum(magnitude_down) as magnitude_down, sum(baseline_magnitude_up) as baseline_magnitude_up,
-           sum(baseline_magnitude_down) as baseline_magnitude_down, sum(drift_count) as drift_count,
-           max(severity) as severity, min(first) as first, max(last) as last
-    from input
-    where rule_id = 0
-    group by id
-),
-reopened as (
-    select distinct on (f.id) f.id, r.label
-    from input g
-    join abreast.finding f on f.id = g.id
-    join abreast.release r on r.id = g.new_release
-    where g.rule_id = 0 and f.status = 'fixed' and g.count > 0
-      and (r.id > f.fixed_after or (r.label = '' and g.last > f.status_since))
-    order by f.id, r.id desc
-),
-event as (
-    insert into abreast.finding_event (finding_id, actor, before, after, release, reason)
-    select id, 'abreast', 'fixed', 'reopened', label, 'seen again'
-    from reopened
-),
-by_release as (
-    insert into abreast.finding_release as stored (
-        finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
-        repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up,
-        baseline_magnitude_down, first_seen, last_seen
-    )
-    select id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
-           repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up,
-           baseline_magnitude_down, first, last
-    from input
-    where rule_id = 0
-    order by id, old_release, new_release
-    on conflict (finding_id, old_release, new_release) do update
-    set count = stored.count + excluded.count, baseline_count = stored.baseline_count + excluded.baseline_count,
-        shape_explained = stored.shape_explained + excluded.shape_explained,
-        new_greater = stored.new_greater + excluded.new_greater,
-        new_smaller = stored.new_smaller + excluded.new_smaller,
-        repeat_checks = stored.repeat_checks + excluded.repeat_checks,
-        old_repeats = stored.old_repeats + excluded.old_repeats,
-        new_repeats = stored.new_repeats + excluded.new_repeats,
-        magnitude_up = stored.magnitude_up + excluded.magnitude_up,
-        magnitude_down = stored.magnitude_down + excluded.magnitude_down,
-        baseline_magnitude_up = stored.baseline_magnitude_up + excluded.baseline_magnitude_up,
-        baseline_magnitude_down = stored.baseline_magnitude_down + excluded.baseline_magnitude_down,
-        first_seen = least(stored.first_seen, excluded.first_seen),
-        last_seen = greatest(stored.last_seen, excluded.last_seen)
-),
-by_rule as (
-    insert into abreast.rule_finding as stored (
-        rule_id, finding_id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
-        repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up,
-        baseline_magnitude_down, unknown
-    )
-    select rule_id, id, old_release, new_release, count, baseline_count, shape_explained, new_greater, new_smaller,
-           repeat_checks, old_repeats, new_repeats, magnitude_up, magnitude_down, baseline_magnitude_up,
-           baseline_magnitude_down, unknown
-    from input
-    where rule_id <> 0
-    order by rule_id, id, old_release, new_release
-    on conflict (rule_id, finding_id, old_release, new_release) do update
-    set count = stored.count + excluded.count, baseline_count = stored.baseline_count + excluded.baseline_count,
-        shape_explained = stored.shape_explained + excluded.shape_explained,
-        new_greater = stored.new_greater + excluded.new_greater,
-        new_smaller = stored.new_smaller + excluded.new_smaller,
-        repeat_checks = stored.repeat_checks + excluded.repeat_checks,
-        old_repeats = stored.old_repeats + excluded.old_repeats,
-        new_repeats = stored.new_repeats + excluded.new_repeats,
-        magnitude_up = stored.magnitude_up + excluded.magnitude_up,
-        magnitude_down = stored.magnitude_down + excluded.magnitude_down,
-        baseline_magnitude_up = stored.baseline_magnitude_up + excluded.baseline_magnitude_up,
-        baseline_magnitude_down = stored.baseline_magnitude_down + excluded.baseline_magnitude_down,
-        unknown = stored.unknown + excluded.unknown
-)
-update abreast.finding
-set count = finding.count + total.count, baseline_count = finding.baseline_count + total.baseline_count,
-    shape_explained = finding.shape_explained + total.shape_explained,
-    new_greater = finding.new_greater + total.new_greater, new_smaller = finding.new_smaller + total.new_smaller,
-    repeat_checks = finding.repeat_checks + total.repeat_checks, old_repeats = finding.old_repeats + total.old_repeats,
-    new_repeats = finding.new_repeats + total.new_repeats, magnitude_up = finding.magnitude_up + total.magnitude_up,
-    magnitude_down = finding.magnitude_down + total.magnitude_down,
-    baseline_magnitude_up = finding.baseline_magnitude_up + total.baseline_magnitude_up,
-    baseline_magnitude_down = finding.baseline_magnitude_down + total.baseline_magnitude_down,
-    drift_count = finding.drift_count + total.drift_count,
-    first_seen = case when finding.count = 0 and total.count > 0 then total.first
-                      else least(finding.first_seen, total.first) end,
-    last_seen = greatest(finding.last_seen, total.last),
-    impact = case when total.severity > array_position(array['additive', 'value', 'breaking'], finding.impact)
-                  then (array['additive', 'value', 'breaking'])[total.severity] else finding.impact end,
-    status = case when reopened.id is null then finding.status else 'reopened' end,
-    status_since = case when reopened.id is null then finding.status_since else clock_timestamp() end
-from total left join reopened using (id)
-where finding.id = total.id
+select abreast.count_findings(%(rows)s::json)
 
 -- name: findings_list
 -- Counts are those at `as_of`, the time of the first page, so that all pages agree. All time: the counter without later
 -- pairs. A window: its counts without later pairs.
 with candidate as (
     select f.*, abreast.is_aggregate(f) as is_aggregate, e.service, e.method, e.route, e.compared as compared_ever,
-           case f.impact when 'breaking' then 0 when 'value' then 1 else 2 end as rank
+           case when %(order_by)s <> '' then 0 when f.impact = 'breaking' then 0 when f.impact = 'value' then 1 else 2
+           end as rank
     from abreast.finding f
     join abreast.endpoint e on e.id = f.endpoint_id
     where (%(ids)s::bigint[] is null or f.id = any(%(ids)s))
+      and (%(cause_ids)s::bigint[] is null or f.id = any(%(cause_ids)s))
       and (%(service)s = '' or e.service = %(service)s)
       and (%(method)s = '' or e.method = %(method)s)
       and (%(route)s = '' or e.route = %(route)s)
@@ -182,7 +74,9 @@ showing as materialized (
 by_rule as materialized (
     select explaining.finding_id, explaining.rule_id, sum(explaining.pairs)::bigint as pairs
     from (
-        select finding_id, rule_id, count as pairs from abreast.rule_finding where not %(windowed)s and count > 0
+        select finding_id, rule_id, count as pairs
+        from abreast.finding_release
+        where not %(windowed)s and rule_id <> 0 and count > 0
         union all
         select shown.finding_id, shown.rule_id, s.pairs
         from inside s
@@ -231,20 +125,29 @@ measured as (
     left join showing s on s.id = c.id
     left join compared_since e on e.endpoint_id = c.endpoint_id
 ),
-page as (
-    select *
+visible as materialized (
+    select *,
+           case %(order_by)s
+               when 'first_seen desc' then (extract(epoch from first_seen) * 1000000)::bigint
+               when 'last_seen desc' then (extract(epoch from last_seen) * 1000000)::bigint
+               else shown_pairs
+           end as weight
     from measured
     where (%(ids)s::bigint[] is not null
            or (shown_pairs > 0 and (waived or not %(only_explained)s))
            or ((ruled or drift_pairs > 0) and (%(include_settled)s or %(only_explained)s))
            or (not %(windowed)s and baseline_count > 0
                and (%(include_noise)s or %(only_explained)s) and (waived or not %(only_explained)s)))
-      and (%(after_id)s::bigint is null or (rank, -shown_pairs, id) > (
-          %(after_rank)s, -%(after_count)s::bigint, %(after_id)s))
-    order by rank, shown_pairs desc, id
+),
+page as (
+    select *
+    from visible
+    where %(after_id)s::bigint is null or (rank, -weight, id) > (
+        %(after_rank)s, -%(after_weight)s::bigint, %(after_id)s)
+    order by rank, weight desc, id
     limit %(limit)s
 )
-select p.id, p.service, p.method, p.route, p.part, p.path, p.kind, p.impact, p.shown_pairs as count, p.rank,
+select (select count(*) from visible) as total, p.weight, p.id, p.service, p.method, p.route, p.part, p.path, p.kind, p.impact, p.shown_pairs as count, p.rank,
        p.baseline_count, p.state, p.reason, p.drift_pairs, p.shape_explained, p.first_seen, p.last_seen, p.detail,
        p.status, greatest(coalesce(c.pairs, 0), p.compared_total) as compared, r.old_releases, r.new_releases,
        coalesce(
@@ -263,18 +166,91 @@ left join compared c on c.endpoint_id = p.endpoint_id
 cross join lateral (
     select array(
                select label from abreast.release
-               where id in (select old_release from abreast.finding_release where finding_id = p.id and count > 0)
+               where id in (
+                   select old_release from abreast.finding_release
+                   where finding_id = p.id and rule_id = 0 and count > 0
+               )
                order by id desc
                limit %(most_releases)s
            ) as old_releases,
            array(
                select label from abreast.release
-               where id in (select new_release from abreast.finding_release where finding_id = p.id and count > 0)
+               where id in (
+                   select new_release from abreast.finding_release
+                   where finding_id = p.id and rule_id = 0 and count > 0
+               )
                order by id desc
                limit %(most_releases)s
            ) as new_releases
 ) r
-order by p.rank, p.shown_pairs desc, p.id
+order by p.rank, p.weight desc, p.id
+
+-- name: cause_members
+-- Findings as causes group them. `companions`: findings that explain others, and that all examples show too.
+-- `error_status`: the error status of both answers in all examples, else 0.
+with shown as materialized (
+    select shown.id, sum(c.pairs)::bigint as pairs
+    from abreast.pair_counts(%(endpoints)s::integer[], %(start)s::timestamptz, %(end)s::timestamptz) c
+    cross join lateral unnest(c.findings) as shown (id)
+    where %(windowed)s and (%(release)s = '' or c.new_release = %(release)s)
+    group by shown.id
+),
+candidate as materialized (
+    select f.id, f.endpoint_id, e.service, e.method, e.route, f.part, f.path, f.kind, f.impact, f.state,
+           f.detail ->> 'old' as old, f.detail ->> 'new' as new,
+           f.status in ('expected', 'fixed') or (f.state = 'noise' and f.status <> 'confirmed') as is_explained,
+           case
+               when not %(windowed)s then f.count
+               when not abreast.is_aggregate(f) then coalesce(s.pairs, 0)
+               when f.last_seen >= coalesce(%(start)s::timestamptz, '-infinity')
+                and f.first_seen < coalesce(%(end)s::timestamptz, 'infinity') then f.count
+               else 0
+           end as count
+    from abreast.finding f
+    join abreast.endpoint e on e.id = f.endpoint_id
+    left join shown s on s.id = f.id
+    where (%(service)s = '' or e.service = %(service)s)
+      and (%(method)s = '' or e.method = %(method)s)
+      and (%(route)s = '' or e.route = %(route)s)
+      and (%(parts)s::text[] is null or f.part = any(%(parts)s))
+      and (%(kinds)s::text[] is null or f.kind = any(%(kinds)s))
+      and (%(impacts)s::text[] is null or f.impact = any(%(impacts)s))
+      and (%(include_noise)s or f.state <> 'noise' or f.status = 'confirmed')
+      and (%(include_settled)s or f.status not in ('expected', 'fixed'))
+),
+kept as materialized (
+    select c.id, c.endpoint_id, p.findings, p.old_status, p.new_status
+    from candidate c
+    join abreast.finding_example x on x.finding_id = c.id
+    join abreast.pair p on p.day = x.day and p.id = x.pair_id
+    where c.count > 0
+),
+companion as (
+    select id, array_agg(primary_id order by primary_id) as companions
+    from (
+        select k.id, f.id as primary_id
+        from kept k
+        join candidate f on f.endpoint_id = k.endpoint_id and f.id <> k.id and f.count > 0
+        where f.part in ('status', 'error') or (f.part = 'body' and f.path in ('', '$'))
+           or (f.part = 'header' and f.path = 'content-type')
+        group by k.id, f.id
+        having bool_and(f.id = any(k.findings))
+    ) as always
+    group by id
+),
+page as (
+    select id, min(old_status) as status
+    from kept
+    group by id
+    having min(old_status) = max(old_status) and min(new_status) = max(new_status) and min(old_status) = min(new_status)
+       and min(old_status) >= 400
+)
+select c.id, c.service, c.method, c.route, c.part, c.path, c.kind, c.impact, c.count, c.state, c.is_explained, c.old,
+       c.new, coalesce(page.status, 0) as error_status, coalesce(companion.companions, '{}') as companions
+from candidate c
+left join page on page.id = c.id
+left join companion on companion.id = c.id
+where c.count > 0
 
 -- name: finding_examples
 select p.day, p.id, p.at, e.service, e.method, e.route, p.outcome, coalesce(p.live, '') as live, p.request,
@@ -311,7 +287,7 @@ where (%(service)s = '' or e.service = %(service)s) and (f.reason <> '' or f.sta
 
 -- name: finding_status_set
 -- Set a status. The row is locked already, so this reads the last committed counters. No row is returned if the named
--- release release or a later one has shown the finding.
+-- release or a later one has shown the finding.
 with target as (
     select f.id, f.status, e.service,
            (
@@ -330,7 +306,7 @@ allowed as (
     where %(status)s <> 'fixed' or named_release is null
        or not exists (
            select from abreast.finding_release
-           where finding_id = target.id and count > 0 and new_release >= named_release
+           where finding_id = target.id and rule_id = 0 and count > 0 and new_release >= named_release
        )
 ),
 event as (
@@ -354,7 +330,7 @@ with reopened as (
         select id, label, first_seen
         from abreast.release
         where service = e.service and version = 'new'
-        order by id desc
+        order by label = '', id desc
         limit 1
     ) as newest
     where f.status = 'fixed' and abreast.is_aggregate(f)

@@ -14,35 +14,38 @@ where pg_inherits.inhparent = 'abreast.pair'::regclass
 order by day desc
 
 -- name: pairs_add
--- Insert pairs, except those of dropped days. A pair that gets a second entry after midnight has another key, so the day
--- before is checked. The fixed order prevents deadlocks between workers.
-insert into abreast.pair (
-    day, id, at, endpoint_id, outcome, live, request, old_status, new_status, old_us, new_us, old_release, new_release,
-    findings, baseline_differs, baseline_findings, reason, explained, explained_by, baseline_explained,
-    baseline_explained_by, rules_version,
-    old_hits, old_misses, new_hits, new_misses, failed_over, baseline_us, marks
-)
-select (at at time zone 'UTC')::date, id, at, endpoint_id, outcome, live, coalesce(request, ''), old_status, new_status,
-       old_us, new_us, coalesce(old_release, ''), coalesce(new_release, ''), coalesce(findings, '{}'), baseline_differs,
-       coalesce(baseline_findings, '{}'), coalesce(reason, ''), explained, explained_by, baseline_explained,
-       baseline_explained_by, rules_version,
-       old_hits, old_misses, new_hits, new_misses, coalesce(failed_over, false), baseline_us, marks
-from json_to_recordset(%(rows)s::json) as input (
-    id text, ms bigint, endpoint_id integer, outcome text, live text, request text, old_status smallint,
-    new_status smallint, old_us integer, new_us integer, old_release text, new_release text, findings bigint[],
-    baseline_differs boolean, baseline_findings bigint[], reason text, explained bigint[], explained_by integer[],
-    baseline_explained bigint[], baseline_explained_by integer[], rules_version bigint, old_hits integer,
-    old_misses integer, new_hits integer, new_misses integer, failed_over boolean, baseline_us integer,
-    marks jsonb
-), lateral (select timestamptz 'epoch' + ms * interval '1 ms') as moment (at)
-where (at at time zone 'UTC')::date > (select dropped_until from abreast.retention_state)
-  and not (
-      at < date_trunc('day', at, 'UTC') + interval '1 hour'
-      and exists (select from abreast.pair p where p.id = input.id and p.day = (moment.at at time zone 'UTC')::date - 1)
-  )
-order by id, ms
+select id, day from abreast.add_pairs(%(rows)s::json)
+
+-- name: pairs_count
+select abreast.count_pairs(%(outcomes)s::json, %(streams)s::json, %(endpoints)s::json, %(samples)s::json)
+
+-- name: pairs_notify
+select pg_notify('abreast_pairs', '')
+
+-- name: bets_add
+-- Write the keys of bets, and return the new ones. The fixed order prevents deadlocks between workers.
+insert into abreast.bet (key)
+select key from unnest(%(keys)s::bigint[]) as input (key) order by key
 on conflict do nothing
-returning id, (at at time zone 'UTC')::date - date '1970-01-01'
+returning key
+
+-- name: pairs_set_late
+-- Mark pairs whose missing capture arrived after the deadline. Return the service, the day and the former outcome of each.
+with input as (
+    select * from json_to_recordset(%(rows)s::json) as input (id text, service text, day integer, outcome text, reason text)
+), stored as (
+    select p.day, p.id, p.outcome, input.service, input.reason
+    from abreast.pair p
+    join input on p.id = input.id and p.outcome = input.outcome
+        and p.day between date '1970-01-01' + input.day - 1 and date '1970-01-01' + input.day
+    order by p.id
+    for no key update of p
+)
+update abreast.pair p
+set outcome = 'late', reason = stored.reason
+from stored
+where (p.day, p.id) = (stored.day, stored.id)
+returning stored.service, p.day - date '1970-01-01', stored.outcome
 
 -- name: late_entries_add
 insert into abreast.late_entry as stored (service, entries)
@@ -58,13 +61,6 @@ insert into abreast.dead_letter (at, service, entry, reason, content)
 select timestamptz 'epoch' + %(ms)s * interval '1 ms', %(service)s, %(entry)s, %(reason)s, %(content)s
 where (select count(*) from abreast.dead_letter where service = %(service)s) < %(limit)s
 on conflict do nothing
-
--- name: outcome_counts_add
-insert into abreast.outcome_count (service, day, outcome, pairs)
-select service, date '1970-01-01' + day, outcome, pairs
-from json_to_recordset(%(rows)s::json) as input (service text, day integer, outcome text, pairs bigint)
-order by service, day, outcome
-on conflict (service, day, outcome) do update set pairs = outcome_count.pairs + excluded.pairs
 
 -- name: outcome_counts
 select service, outcome, sum(pairs)::bigint as pairs
@@ -130,7 +126,8 @@ with endpoint as (
 ),
 newest as materialized (
     select p.at, p.id, p.outcome, p.old_status, p.new_status, p.old_us, p.new_us,
-           p.old_release || ' ' || p.new_release as release, p.baseline_us
+           p.old_release || ' ' || p.new_release as release, p.baseline_us, p.waits_match is true as waits_match,
+           p.baseline_waits_match is true as baseline_waits_match
     from abreast.pair p
     where p.endpoint_id between (select id from endpoint) and (select id from endpoint)
       and (%(start)s::timestamptz is null or p.at >= %(start)s)
@@ -138,7 +135,7 @@ newest as materialized (
     order by p.endpoint_id desc, p.at desc, p.id desc
     limit %(limit)s + 1
 )
-select old_us, new_us, release, baseline_us, (select count(*) > %(limit)s from newest) as more
+select old_us, new_us, release, baseline_us, waits_match, baseline_waits_match, (select count(*) > %(limit)s from newest) as more
 from (select * from newest order by at desc, id desc limit %(limit)s) as taken
 where outcome in ('match', 'mismatch') and old_status = new_status and old_us is not null and new_us is not null
 order by at, id
@@ -185,3 +182,20 @@ set drift = %(ids)s, reason = %(reason)s,
     findings = array(select id from unnest(findings) with ordinality as f (id, number)
                      where id <> all(%(ids)s) order by number)
 where id = %(pair)s and day = %(day)s::date
+
+-- name: retest_findings
+-- Return the undecided findings of the pair, unless a version has a later release.
+select f.id, f.endpoint_id, f.part, f.path, f.kind, f.impact, old.id as old_release, new.id as new_release,
+       abreast.get_pool(e) as pool, e.compared,
+       exists (select from abreast.endpoint w where w.service = e.service and not abreast.is_safe(w.method)) as copies_writes
+from abreast.pair p
+join abreast.endpoint e on e.id = p.endpoint_id
+join abreast.finding f on f.id = any(p.findings)
+join abreast.release old on old.service = e.service and old.version = 'old' and old.label = p.old_release
+join abreast.release new on new.service = e.service and new.version = 'new' and new.label = p.new_release
+where p.id = %(pair)s and p.day = %(day)s::date
+  and f.state = 'undecided' and f.part in ('status', 'header', 'body')
+  and not exists (
+      select from abreast.release r
+      where r.service = e.service and (r.version = 'old' and r.id > old.id or r.version = 'new' and r.id > new.id)
+  )

@@ -23,10 +23,12 @@ union
 select day, id from abreast.pair where baseline_explained_by is not null
   and baseline_explained_by && %(rules)s::integer[]
 union
-select p.day, p.id -- pairs without stored answers that name a later rule
+select p.day, p.id -- pairs without stored responses that name a later rule
 from abreast.pair p
 where p.findings <> '{}' and p.findings && array(
-    select finding_id from abreast.rule_finding where rule_id = any(%(rules)s::integer[]) and unknown > 0
+    select finding_id
+    from abreast.finding_release
+    where rule_id <> 0 and rule_id = any(%(rules)s::integer[]) and unknown > 0
 )
 on conflict do nothing
 
@@ -76,23 +78,16 @@ where x.day = g.day and x.pair_id = g.id
 -- name: reapply_totals
 -- Return counters of findings by releases, with the labels of the releases: those that no rule explains (rule 0), and
 -- those of ended rules.
-select s.*, coalesce(n.label, '') as new_label, f.last_seen
-from (
-    select 0 as rule_id, finding_id, old_release, new_release,
-           count, baseline_count, shape_explained, new_greater, new_smaller, repeat_checks, old_repeats, new_repeats,
-           magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down
-    from abreast.finding_release
-    where finding_id = any(%(findings)s)
-    union all
-    select rule_id, finding_id, old_release, new_release,
-           count, baseline_count, shape_explained, new_greater, new_smaller, repeat_checks, old_repeats, new_repeats,
-           magnitude_up, magnitude_down, baseline_magnitude_up, baseline_magnitude_down
-    from abreast.rule_finding
-    where rule_id in (select id from abreast.rule where end_version <= %(version)s)
-) as s
+select s.rule_id, s.finding_id, s.old_release, s.new_release, s.count, s.baseline_count, s.shape_explained,
+       s.copy_greater_of_new, s.copy_smaller_of_new, s.repeat_checks, s.old_repeats, s.new_repeats, s.other_above,
+       s.other_below, s.same_above, s.same_below, s.same_rises, s.same_falls, s.other_only, s.same_only, s.copy_greater_of_old,
+       s.copy_smaller_of_old, coalesce(n.label, '') as new_label, f.last_seen
+from abreast.finding_release s
 join abreast.finding f on f.id = s.finding_id
 left join abreast.release n on n.id = s.new_release
-where s.count > 0 or s.baseline_count > 0
+where (s.count > 0 or s.baseline_count > 0)
+  and ((s.rule_id = 0 and s.finding_id = any(%(findings)s))
+       or s.rule_id in (select id from abreast.rule where end_version <= %(version)s))
 
 -- name: reapply_finish
 update abreast.rule_state set applied_version = queued_version

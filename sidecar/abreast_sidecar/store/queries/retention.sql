@@ -20,6 +20,10 @@ order by day
 -- name: day_drop
 select abreast.drop_day(%(day)s)
 
+-- name: bets_expire
+-- Pairs of one period may be an hour apart if a worker has stopped.
+delete from abreast.bet where at < clock_timestamp() - interval '1 hour'
+
 -- name: dead_letters_expire
 delete from abreast.dead_letter where at < %(oldest)s
 

@@ -27,7 +27,7 @@ where service = %(service)s and (after->>'new_share')::integer > 0
 
 -- name: guard_counts
 -- Count each rule over two consecutive windows. `live`: user requests that new answered, or should have. `new_errors`
--- and `old_errors` are errors of one version only. A limit on the newest rows bounds the cost.
+-- and `old_errors` are errors of one version only. Times count where waits match. A limit on the newest rows bounds the cost.
 with chosen as (
     select id from abreast.endpoint where service = %(service)s
 ),
@@ -39,11 +39,17 @@ shown as (
 newest as (
     select p.at, p.findings, p.old_us, p.new_us, p.outcome, p.old_status, p.new_status, p.failed_over,
            p.outcome in ('match', 'mismatch', 'partial', 'oversize') as compared,
-           p.live = 'new' or p.failed_over as live, p.baseline_us
+           p.live = 'new' or p.failed_over as live, p.baseline_us, p.waits_match, p.baseline_waits_match
     from abreast.pair p
     where p.endpoint_id in (select id from chosen)
       and p.at >= (select min(start) from unnest(%(starts)s::timestamptz[]) as start)
       and p.at < %(now)s::timestamptz + interval '1 minute'
+      and not ( -- a drill that is over is no reason for a rollback
+          p.new_status is null and exists (
+              select from abreast.drill_spans(%(service)s) as drill
+              where p.at between drill.start and drill.stop and drill.stop < %(now)s::timestamptz
+          )
+      )
     order by p.at desc
     limit %(limit)s
 ),
@@ -60,7 +66,7 @@ classified as (
            n.outcome in ('match', 'mismatch') and n.old_status = n.new_status and n.old_us is not null
                and n.new_us is not null as timed,
            n.new_us - n.old_us > greatest(n.old_us * %(slower)s::float8, %(min_slower_us)s) as slower,
-           n.baseline_us is not null as copied,
+           n.baseline_us is not null as copied, n.waits_match, n.baseline_waits_match,
            n.new_us - n.baseline_us > greatest(n.baseline_us * %(slower)s::float8, %(min_slower_us)s) as slower_copy
     from newest n
 ),
@@ -71,10 +77,11 @@ counted as (
            count(*) filter (where live and old_error and not new_error) as old_errors,
            count(*) filter (where compared) as compared,
            count(*) filter (where mismatch) as mismatches,
-           count(*) filter (where timed) as timed,
-           count(*) filter (where timed and slower) as slower,
+           count(*) filter (where timed and waits_match) as timed,
+           count(*) filter (where timed and waits_match and slower) as slower,
            count(*) filter (where timed and copied) as copies,
-           count(*) filter (where timed and slower_copy) as slower_copies
+           count(*) filter (where timed and copied and baseline_waits_match) as timed_copies,
+           count(*) filter (where timed and baseline_waits_match and slower_copy) as slower_copies
     from classified
     group by part
 )
@@ -84,7 +91,7 @@ select w.number,
        coalesce(sum(c.old_errors), 0)::bigint as old_errors,
        coalesce(sum(c.compared), 0)::bigint as compared,
        coalesce(sum(c.mismatches), 0)::bigint as mismatches,
-       coalesce(case when sum(c.copies) >= %(least_copies)s then sum(c.copies) else sum(c.timed) end, 0)::bigint
+       coalesce(case when sum(c.copies) >= %(least_copies)s then sum(c.timed_copies) else sum(c.timed) end, 0)::bigint
        as timed,
        coalesce(case when sum(c.copies) >= %(least_copies)s then sum(c.slower_copies) else sum(c.slower) end, 0)::bigint
            as slower
@@ -164,6 +171,17 @@ from (
 ) as g
 where r.id = %(id)s and r.state in ('progressing', 'paused') and (r.started_gap is null or r.step_gap is null)
   and g.gap is not null
+
+-- name: evidence_surplus
+-- Return the pairs since `start`, Envoy's count for the same time, and the tolerance of their difference.
+select (
+           select coalesce(sum(pairs), 0)::bigint
+           from abreast.pair_counts(
+               array(select id from abreast.endpoint where service = %(service)s), %(start)s::timestamptz, null
+           )
+       ) as rows,
+       abreast.envoy_sampled(%(service)s, %(start)s::timestamptz, null) as sampled,
+       abreast.surplus_tolerance(%(service)s, %(start)s::timestamptz) as tolerance
 
 -- name: ledger_gap
 -- Return the requests that Envoy sampled (null if no count is known) and the pairs ever written.

@@ -25,8 +25,8 @@ left join lateral (
     from (
         select f.finding_id, sum(f.count) as pairs, sum(f.unknown) as unknown,
                row_number() over (order by sum(f.count) desc, f.finding_id) as number
-        from abreast.rule_finding f
-        where f.rule_id = r.id
+        from abreast.finding_release f
+        where f.rule_id = r.id and f.rule_id <> 0
         group by f.finding_id
         having sum(f.count) > 0 or sum(f.unknown) > 0
     ) as total
@@ -35,7 +35,7 @@ where (%(ids)s::integer[] is null or r.id = any(%(ids)s))
   and (%(source)s::text is null or r.source = %(source)s)
   and (%(include_ended)s or r.end_version is null or (r.expires <= r.ended_at and %(include_expired)s))
   and (%(finding_id)s::bigint = 0
-       or exists (select from abreast.rule_finding f where f.rule_id = r.id and f.finding_id = %(finding_id)s
+       or exists (select from abreast.finding_release f where f.rule_id = r.id and f.finding_id = %(finding_id)s
                   and (f.count > 0 or f.unknown > 0)))
   and (%(after_id)s::integer is null or r.id > %(after_id)s)
 order by r.id

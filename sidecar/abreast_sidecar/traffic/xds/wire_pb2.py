@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import any_pb2 as google_dot_protobuf_dot_any__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&abreast_sidecar/traffic/xds/wire.proto\x12\x0c\x61\x62reast.wire\x1a\x19google/protobuf/any.proto\x1a\x1cgoogle/protobuf/struct.proto\"#\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\"N\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\"\x95\x01\n\tErrorInfo\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\x37\n\x08metadata\x18\x03 \x03(\x0b\x32%.abreast.wire.ErrorInfo.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb8\x01\n\x10\x44iscoveryRequest\x12\x14\n\x0cversion_info\x18\x01 \x01(\t\x12 \n\x04node\x18\x02 \x01(\x0b\x32\x12.abreast.wire.Node\x12\x16\n\x0eresource_names\x18\x03 \x03(\t\x12\x10\n\x08type_url\x18\x04 \x01(\t\x12\x16\n\x0eresponse_nonce\x18\x05 \x01(\t\x12*\n\x0c\x65rror_detail\x18\x06 \x01(\x0b\x32\x14.abreast.wire.Status\"s\n\x11\x44iscoveryResponse\x12\x14\n\x0cversion_info\x18\x01 \x01(\t\x12\'\n\tresources\x18\x02 \x03(\x0b\x32\x14.google.protobuf.Any\x12\x10\n\x08type_url\x18\x04 \x01(\t\x12\r\n\x05nonce\x18\x05 \x01(\t\"?\n\x07Runtime\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05layer\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Structb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&abreast_sidecar/traffic/xds/wire.proto\x12\x0c\x61\x62reast.wire\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\"N\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\"N\n\x06Status\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12%\n\x07\x64\x65tails\x18\x03 \x03(\x0b\x32\x14.google.protobuf.Any\"\x95\x01\n\tErrorInfo\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\x37\n\x08metadata\x18\x03 \x03(\x0b\x32%.abreast.wire.ErrorInfo.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x85\x01\n\nBadRequest\x12\x41\n\x10\x66ield_violations\x18\x01 \x03(\x0b\x32\'.abreast.wire.BadRequest.FieldViolation\x1a\x34\n\x0e\x46ieldViolation\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\"\xb8\x01\n\x10\x44iscoveryRequest\x12\x14\n\x0cversion_info\x18\x01 \x01(\t\x12 \n\x04node\x18\x02 \x01(\x0b\x32\x12.abreast.wire.Node\x12\x16\n\x0eresource_names\x18\x03 \x03(\t\x12\x10\n\x08type_url\x18\x04 \x01(\t\x12\x16\n\x0eresponse_nonce\x18\x05 \x01(\t\x12*\n\x0c\x65rror_detail\x18\x06 \x01(\x0b\x32\x14.abreast.wire.Status\"s\n\x11\x44iscoveryResponse\x12\x14\n\x0cversion_info\x18\x01 \x01(\t\x12\'\n\tresources\x18\x02 \x03(\x0b\x32\x14.google.protobuf.Any\x12\x10\n\x08type_url\x18\x04 \x01(\t\x12\r\n\x05nonce\x18\x05 \x01(\t\"h\n\x08Resource\x12&\n\x08resource\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any\x12\x0c\n\x04name\x18\x03 \x01(\t\x12&\n\x03ttl\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\"?\n\x07Runtime\x12\x0c\n\x04name\x18\x01 \x01(\t\x12&\n\x05layer\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"@\n\x0bLogsRequest\x12\x31\n\rresource_logs\x18\x01 \x03(\x0b\x32\x1a.abreast.wire.ResourceLogs\";\n\x0cResourceLogs\x12+\n\nscope_logs\x18\x02 \x03(\x0b\x32\x17.abreast.wire.ScopeLogs\"9\n\tScopeLogs\x12,\n\x0blog_records\x18\x02 \x03(\x0b\x32\x17.abreast.wire.LogRecord\"1\n\tLogRecord\x12$\n\x04\x62ody\x18\x05 \x01(\x0b\x32\x16.abreast.wire.AnyValue\" \n\x08\x41nyValue\x12\x14\n\x0cstring_value\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,18 +36,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORINFO_METADATAENTRY']._loaded_options = None
   _globals['_ERRORINFO_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_NODE']._serialized_start=113
-  _globals['_NODE']._serialized_end=148
-  _globals['_STATUS']._serialized_start=150
-  _globals['_STATUS']._serialized_end=228
-  _globals['_ERRORINFO']._serialized_start=231
-  _globals['_ERRORINFO']._serialized_end=380
-  _globals['_ERRORINFO_METADATAENTRY']._serialized_start=333
-  _globals['_ERRORINFO_METADATAENTRY']._serialized_end=380
-  _globals['_DISCOVERYREQUEST']._serialized_start=383
-  _globals['_DISCOVERYREQUEST']._serialized_end=567
-  _globals['_DISCOVERYRESPONSE']._serialized_start=569
-  _globals['_DISCOVERYRESPONSE']._serialized_end=684
-  _globals['_RUNTIME']._serialized_start=686
-  _globals['_RUNTIME']._serialized_end=749
+  _globals['_NODE']._serialized_start=145
+  _globals['_NODE']._serialized_end=223
+  _globals['_STATUS']._serialized_start=225
+  _globals['_STATUS']._serialized_end=303
+  _globals['_ERRORINFO']._serialized_start=306
+  _globals['_ERRORINFO']._serialized_end=455
+  _globals['_ERRORINFO_METADATAENTRY']._serialized_start=408
+  _globals['_ERRORINFO_METADATAENTRY']._serialized_end=455
+  _globals['_BADREQUEST']._serialized_start=458
+  _globals['_BADREQUEST']._serialized_end=591
+  _globals['_BADREQUEST_FIELDVIOLATION']._serialized_start=539
+  _globals['_BADREQUEST_FIELDVIOLATION']._serialized_end=591
+  _globals['_DISCOVERYREQUEST']._serialized_start=594
+  _globals['_DISCOVERYREQUEST']._serialized_end=778
+  _globals['_DISCOVERYRESPONSE']._serialized_start=780
+  _globals['_DISCOVERYRESPONSE']._serialized_end=895
+  _globals['_RESOURCE']._serialized_start=897
+  _globals['_RESOURCE']._serialized_end=1001
+  _globals['_RUNTIME']._serialized_start=1003
+  _globals['_RUNTIME']._serialized_end=1066
+  _globals['_LOGSREQUEST']._serialized_start=1068
+  _globals['_LOGSREQUEST']._serialized_end=1132
+  _globals['_RESOURCELOGS']._serialized_start=1134
+  _globals['_RESOURCELOGS']._serialized_end=1193
+  _globals['_SCOPELOGS']._serialized_start=1195
+  _globals['_SCOPELOGS']._serialized_end=1252
+  _globals['_LOGRECORD']._serialized_start=1254
+  _globals['_LOGRECORD']._serialized_end=1303
+  _globals['_ANYVALUE']._serialized_start=1305
+  _globals['_ANYVALUE']._serialized_end=1337
 # @@protoc_insertion_point(module_scope)
