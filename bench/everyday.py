@@ -32,7 +32,7 @@ from load import Users
 from mirror import await_healthy
 from rows import Row, main, percentile, row
 from service import noisy_body
-from transparency import BARE_CONFIG
+from transparency import format_bare_config
 
 from abreast_sidecar.aio import ACTIVITY_S
 from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
@@ -45,7 +45,7 @@ USERS = 32
 SETTLE_S = ACTIVITY_S + 3.0  # until the sidecar is idle
 REFERENCE_R_US = 11.0
 STORES = ("redis", "postgres", "sidecar")
-MIRROR_POLICY = "route: {cluster: service, request_mirror_policies: [{cluster: copy}]}"
+MIRROR_POLICY = ", request_mirror_policies: [{cluster: copy}]"
 COPY_CLUSTER = """
   - name: copy
     connect_timeout: 5s
@@ -53,11 +53,8 @@ COPY_CLUSTER = """
       cluster_name: copy
       endpoints:
       - lb_endpoints:
-        - endpoint: {{address: {{socket_address: {{address: 127.0.0.1, port_value: {copy}}}}}}}
+        - endpoint: {address: {socket_address: {address: 127.0.0.1, port_value: %d}}}
 """
-MIRROR_CONFIG = BARE_CONFIG.replace(
-    "route: {{cluster: service}}", MIRROR_POLICY.replace("{", "{{").replace("}", "}}")
-) + COPY_CLUSTER.lstrip("\n")
 ROWS_SQL = """
 select coalesce(sum(n_tup_ins + n_tup_upd + n_tup_del), 0)::bigint from pg_stat_user_tables where schemaname = 'abreast'
 """
@@ -133,7 +130,7 @@ def deployed() -> Iterator[tuple[Stack, int]]:
         service="bench", listen=ANY_PORT_ADDRESS, old=(old,), new=(new,), sample_safe=1.0, baseline_share=0.1
     )
     port = find_free_port()
-    config = MIRROR_CONFIG.format(admin=find_free_port(), listen=port, upstream=old.port, copy=new.port)
+    config = format_bare_config(port, old.port, MIRROR_POLICY) + COPY_CLUSTER.lstrip("\n") % new.port
     with TemporaryDirectory() as folder, Stack(envoy) as stack, contextlib.ExitStack() as opening:
         for address in (old, new):
             opening.enter_context(service("abreast", address.port, Path(folder), stack.redis_url))
