@@ -110,6 +110,26 @@ async def test_common_feature_ignores_random_failures(url: str, queries: LedgerR
     assert await find_feature(url, queries, lambda _: dice.random() < 0.3) is None
 
 
+@pytest.mark.parametrize(("clients", "name"), [(2, "None"), (60, "query.currency=JPY")])
+async def test_repeated_requests_of_a_client_count_once(
+    url: str, queries: LedgerReader, clients: int, name: str
+) -> None:
+    ledger = PairWriter(url, examples_per_finding=1)
+    for currency in ("JPY", "EUR"):
+        sessions = [
+            Request(
+                "GET", "/orders/1", f"currency={currency}", "/orders/{id}", (("cookie", f"hmac:{currency}{number}"),)
+            )
+            for number in range(clients)
+        ]
+        records = [record_request(sessions[number % clients], is_affected=currency == "JPY") for number in range(60)]
+        await ledger.write(records)
+    await ledger.close()
+    (finding,) = await queries.get_findings([query_value(url, "select id from abreast.finding")])
+
+    assert str(await queries.find_common_feature(finding)) == name
+
+
 async def test_common_feature_falls_back_to_rows(url: str, queries: LedgerReader) -> None:
     await find_feature(url, queries, lambda r: "currency=JPY" in r.query)
     with psycopg.connect(url) as connection:

@@ -457,11 +457,10 @@ class LedgerReader:
         if finding.is_aggregate:
             return None
         parameters = {"id": finding.id, "limit": MAX_FEATURE_REQUESTS}
-        with_finding, without_finding = [
-            [row["features"] for row in await self.database.fetch_all(name, parameters)]
-            for name in ("samples_showing", "samples_without")
-        ]
-        if min(len(with_finding), len(without_finding)) < MIN_REQUESTS:  # most requests show the finding, or few do
+        samples = [await self.database.fetch_all(name, parameters) for name in ("samples_showing", "samples_without")]
+        if min(map(len, samples)) >= MIN_REQUESTS:
+            with_finding, without_finding = map(_list_features, samples)
+        else:  # most requests show the finding, or few do
             with_finding, without_finding = [
                 [
                     collect_target_features(row["request"], finding.endpoint.route)
@@ -605,6 +604,15 @@ def _to_list(values: Sequence[Any] | None) -> list[Any] | None:
 
 def _to_finding(row: Row) -> Finding:
     return from_row(Finding, row, explanations=tuple(_iter_explanations(row))[:MAX_EXPLANATIONS])
+
+
+def _list_features(samples: Sequence[Row]) -> list[dict[str, list[str]]]:
+    """Return the features of each request. Equal requests of one client count once, because they are not independent."""
+    by_request = {
+        (sample["client"], str(sample["features"]) if sample["client"] is not None else number): sample["features"]
+        for number, sample in enumerate(samples)
+    }
+    return list(by_request.values())
 
 
 def _iter_explanations(row: Row) -> Iterator[Explanation]:

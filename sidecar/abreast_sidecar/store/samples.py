@@ -180,7 +180,14 @@ class RequestSampler:
                 continue
             capture = record.result.old or record.result.new
             features = collect_request_features(capture.request, record.result.route) if capture else {}
-            columns = {"endpoint_id": endpoint, "ms": record.time_ms, "findings": findings, "features": features}
+            identity = _read_identity(capture.request) if capture else []
+            columns = {
+                "endpoint_id": endpoint,
+                "ms": record.time_ms,
+                "findings": findings,
+                "features": features,
+                "client": _hash_to_int(repr(identity).encode()) if identity else None,
+            }
             for finding, slot in slots.items():
                 if slot is not None:
                     rows[endpoint, finding, slot] = {**columns, "finding_id": finding, "slot": slot}

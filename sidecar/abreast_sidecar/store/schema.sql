@@ -216,6 +216,7 @@ create table abreast.request_sample (
     at timestamptz not null,
     findings bigint[] not null,
     features jsonb not null, -- {name: [values]}
+    client bigint, -- hash of the identity; null without one
     primary key (endpoint_id, finding_id, slot)
 ) with (fillfactor = 70);
 
@@ -1141,14 +1142,16 @@ begin
     end if;
 
     if samples is not null then
-        insert into abreast.request_sample (endpoint_id, finding_id, slot, at, findings, features)
-        select endpoint_id, finding_id, slot, timestamptz 'epoch' + ms * interval '1 ms', findings, features
+        insert into abreast.request_sample (endpoint_id, finding_id, slot, at, findings, features, client)
+        select endpoint_id, finding_id, slot, timestamptz 'epoch' + ms * interval '1 ms', findings, features, client
         from json_to_recordset(samples) as input (
-            endpoint_id integer, finding_id bigint, slot smallint, ms bigint, findings bigint[], features jsonb
+            endpoint_id integer, finding_id bigint, slot smallint, ms bigint, findings bigint[], features jsonb,
+            client bigint
         )
         order by endpoint_id, finding_id, slot
         on conflict (endpoint_id, finding_id, slot)
-        do update set at = excluded.at, findings = excluded.findings, features = excluded.features;
+        do update
+        set at = excluded.at, findings = excluded.findings, features = excluded.features, client = excluded.client;
     end if;
 end $$;
 

@@ -75,14 +75,14 @@ where (day, pair_id) in (
 )
 
 -- name: samples_showing
-select features
+select features, client
 from abreast.request_sample
 where endpoint_id = (select endpoint_id from abreast.finding where id = %(id)s) and finding_id = %(id)s
 order by slot
 
 -- name: samples_without
 -- Return random requests of the endpoint that don't show the finding.
-select features
+select features, client
 from abreast.request_sample
 where endpoint_id = (select endpoint_id from abreast.finding where id = %(id)s) and finding_id = 0
   and not findings @> array[%(id)s::bigint]
