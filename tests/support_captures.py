@@ -50,6 +50,8 @@ def capture(
         request=Request(method=method, path=path, route=route, headers=request_headers),
         answer=Answer(status=status, headers=headers, body=Body(content=content, length=len(content))),
         total_us=1500,
+        wait_us=0,
+        in_flight=0,
         complete=complete,
         client_left=client_left,
         exception=exception,

@@ -78,10 +78,14 @@ class Up:
 
     def __enter__(self) -> Self:
         process = self.start()
-        eventually(
-            lambda: "Ctrl-C" in self.text or process.poll() is not None, within=START, description="abreast up runs"
-        )
-        assert process.poll() is None, self.text
+        try:
+            eventually(
+                lambda: "Ctrl-C" in self.text or process.poll() is not None, within=START, description="abreast up runs"
+            )
+            assert process.poll() is None, self.text
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_error: object) -> None:

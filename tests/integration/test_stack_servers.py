@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import psycopg
 import pytest
 import redis
 
-from abreast_sidecar.stack.process import remove_folder
+from abreast_sidecar.stack.process import find_free_port, is_port_free, remove_folder
 from abreast_sidecar.stack.servers import PostgresServer, RedisServer
 from support import eventually
 
@@ -124,3 +125,13 @@ def test_redis_with_folder_keeps_data_across_restart(tmp_path: Path) -> None:
         client.set("kept", "7")
     with RedisServer(tmp_path) as server, redis.Redis.from_url(server.url) as client:
         assert client.get("kept") == b"7"
+
+
+def test_free_port_is_reserved_until_a_server_listens() -> None:
+    port = find_free_port()
+
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    assert is_port_free("127.0.0.1", port)
+    with socket.create_server(("127.0.0.1", port)):  # sets SO_REUSEADDR
+        assert not is_port_free("127.0.0.1", port)

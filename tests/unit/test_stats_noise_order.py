@@ -9,8 +9,9 @@ from math import exp, inf, sin
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from abreast.protocol.capture import Version
+from abreast.protocol.capture import Role, Version
 from abreast_sidecar.compare.model import ComparisonResult, Difference, JsonPath
 from abreast_sidecar.compare.values import LongNumber
 from abreast_sidecar.compare.volatile import classify_anomaly, compare_values
@@ -76,16 +77,26 @@ class Place:
         }
     )  # fmt: skip
 
-    def pair(self, old: Any, new: Any, copy: Any | None, *, live: Version = "old") -> None:
+    def pair(
+        self,
+        old: Any,
+        new: Any,
+        copy: Any | None,
+        *,
+        live: Version = "old",
+        in_flight: tuple[int, int, int] = (0, 0, 0),
+    ) -> None:
+        """Add a pair. `in_flight`: other requests in the processes of old, of new, and of the second copy."""
         self.row["compared"] += 1
         noisy = (old, copy) if live == "old" else (copy, new)
         change, noise = between(old, new), None if copy is None else between(*noisy)
         self.row["count"] += change is not None
         self.row["baseline_count"] += noise is not None
+        roles: tuple[Role, Role] = ("live", "shadow") if live == "old" else ("shadow", "live")
         sides = (
-            capture("old", role="live" if live == "old" else "shadow"),
-            capture("new", role="live" if live == "new" else "shadow"),
-            None if copy is None else capture(live, role="baseline"),
+            replace(capture("old", role=roles[0]), in_flight=in_flight[0]),
+            replace(capture("new", role=roles[1]), in_flight=in_flight[1]),
+            None if copy is None else replace(capture(live, role="baseline"), in_flight=in_flight[2]),
         )
         result = ComparisonResult("mismatch", "GET", "/", *sides, baseline_compared=copy is not None)
         self.row["baseline_compared"] += copy is not None
@@ -125,6 +136,27 @@ def test_no_value_leans_for_old_against_old(name: str) -> None:
 
     for seed in range(RUNS):
         assert not any(run(draw, seed))
+
+
+@pytest.mark.parametrize("factor", [1, 10])
+@pytest.mark.parametrize("has_copies", [True, False])
+def test_durations_under_unequal_loads_lean_only_for_slower_code(factor: int, *, has_copies: bool) -> None:
+    """Requests wait longer in old, which answers most users and gets most copies."""
+    rng, place = random.Random(1), Place()
+    for number in range(2000):
+        live: Version = "new" if number % 10 < 3 else "old"
+        is_new = False, True, live == "new"
+        old, new, copy = in_flight = tuple(
+            rng.randrange(12) if is_of_new else rng.randrange(5, 30) for is_of_new in is_new
+        )
+        durations = [
+            rng.expovariate(1) * (1 + load) * (factor if is_of_new else 1)
+            for load, is_of_new in zip(in_flight, is_new, strict=True)
+        ]
+        copy_duration = durations[2] if has_copies else None
+        place.pair(durations[0], durations[1], copy_duration, live=live, in_flight=(old, new, copy))
+
+    assert bool(place.decided()) is (factor > 1)
 
 
 def test_value_that_grows_is_noise_if_one_copy_waits_longer() -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,20 +34,33 @@ INTERRUPT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KILL_TIMEOUT_S = 5.0
 UNPRIVILEGED_USER = "nobody"
 STABLE_PORT_RANGE = range(20_000, 32_000)  # below the ports that Linux and macOS use for outgoing connections
+ANY_PORT = 0
+MAX_RESERVED_PORTS = 64
+
+_reservations: deque[int] = deque()  # descriptors of bound sockets
 
 
 def find_free_port() -> int:
-    """Return a port that is likely to stay free until its server listens, and while the server restarts.
+    """Return a port that stays free until its server listens, and while the server restarts.
 
-    The system may use a port of its ephemeral range for any outgoing connection.
+    A bound socket reserves it, so that no call in any process returns it again soon. Servers that set SO_REUSEADDR may
+    listen on it. The system may use a port of its ephemeral range for any outgoing connection.
     """
-    for _ in range(100):
-        port = secrets.choice(STABLE_PORT_RANGE)
-        if is_port_free("127.0.0.1", port):
-            return port
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    candidates = (*(secrets.choice(STABLE_PORT_RANGE) for _ in range(100)), ANY_PORT)
+    for candidate in candidates:
+        reservation = socket.socket()
+        try:
+            reservation.bind(("127.0.0.1", candidate))
+        except OSError:
+            reservation.close()
+            continue
+        reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after bind, which is exclusive without it
+        port = int(reservation.getsockname()[1])
+        _reservations.append(reservation.detach())
+        if len(_reservations) > MAX_RESERVED_PORTS:
+            os.close(_reservations.popleft())
+        return port
+    raise ServerError("no port of 127.0.0.1 is free; stop servers that you don't need")
 
 
 def is_port_free(host: str, port: int) -> bool:

@@ -19,6 +19,7 @@ from abreast.protocol.capture import Capture
 from abreast_sidecar.compare.model import COMPARED_OUTCOMES, ComparisonResult, Difference
 from abreast_sidecar.compare.volatile import are_write_times, compare_values, get_direction, is_explained_by_shape
 from abreast_sidecar.store.database import execute, to_json
+from abreast_sidecar.store.records import do_loads_match
 
 NUMBERED_PAIR_ID = re.compile(
     "([0-9a-f]{8}-[0-9a-f])([0-9a-f]{3})-8([0-9a-f]{3})-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -93,6 +94,9 @@ def compute_marks(
         marks |= _choose_mark(-same if _is_live(result.new) else same, "same_rises", "same_falls")
     if other is None or same is None or other == same:
         return marks
+    live, other_copy = _get_live_and_other(result)
+    if not (live and other_copy and result.baseline and do_loads_match(other_copy, result.baseline, live=live)):
+        return marks  # a value such as a duration depends on the load
     if other:
         return marks | _choose_mark(other, "other_above", "other_below")
     return marks | _choose_mark(same, "same_above", "same_below")
@@ -100,7 +104,7 @@ def compute_marks(
 
 def is_triple(result: ComparisonResult) -> bool:
     """Check that both copies of a request were compared with its live response."""
-    live, other = (result.new, result.old) if _is_live(result.new) else (result.old, result.new)
+    live, other = _get_live_and_other(result)
     is_compared = result.baseline_compared and result.outcome in COMPARED_OUTCOMES
     return (
         is_compared and _is_live(live) and not _is_live(other) and _get_version(live) == _get_version(result.baseline)
@@ -109,9 +113,15 @@ def is_triple(result: ComparisonResult) -> bool:
 
 def _compute_direction_marks(result: ComparisonResult, difference: Difference) -> int:
     direction = get_direction(difference)
+    if not (result.old and result.new and do_loads_match(result.old, result.new)):
+        return 0
     if _is_live(result.new):
         return _choose_mark(-direction, "copy_greater_of_old", "copy_smaller_of_old")
     return _choose_mark(direction, "copy_greater_of_new", "copy_smaller_of_new")
+
+
+def _get_live_and_other(result: ComparisonResult) -> tuple[Capture | None, Capture | None]:
+    return (result.new, result.old) if _is_live(result.new) else (result.old, result.new)
 
 
 def _is_live(capture: Capture | None) -> bool:

@@ -488,11 +488,18 @@ def _get_load(capture: Capture, get_time_us: Timer) -> Load:
 
 
 def _get_baseline_load(baseline: Capture, live: Capture, get_time_us: Timer) -> Load:
-    """Return the load of old with its live requests. Envoy counts them in another cluster than the copies."""
+    """Return the load of a version with its live requests. Envoy counts them in another cluster than the copies."""
     load = _get_load(baseline, get_time_us)
     if not baseline.by_envoy or load.in_flight is None or live.in_flight is None:
         return load
     return load._replace(in_flight=load.in_flight + live.in_flight)
+
+
+def do_loads_match(one: Capture, other: Capture, *, live: Capture | None = None) -> bool:
+    """Check whether two responses met the same load. `live`: `other` is a second copy, of the version of this response."""
+    get_time_us = _make_timer((one, other))
+    load = _get_load(other, get_time_us) if live is None else _get_baseline_load(other, live, get_time_us)
+    return do_waits_match(_get_load(one, get_time_us), load)
 
 
 def _clamp(value: int, maximum: int = MAX_INTEGER) -> int:
