@@ -39,9 +39,10 @@ GRPC_UNIMPLEMENTED = "12"
 GRAPHQL_SEGMENTS = frozenset({"graphql", "gql"})
 
 _ROUTE_CONVERTOR = re.compile(r"\{(\w+):\w+\}")
-_DATE_OR_DIGEST = re.compile(
+_COMPOUND_ID = re.compile(
     r"\d{4}-(\d\d|W\d\d|\d\d-\d\d([T_ ].{0,40})?)"  # a month, week, day or time
     r"|(sha\d{1,3}|md5)[:-][0-9A-Fa-f]{16,}"
+    r"|[+-]?\d+(\.\d+)?([,;][+-]?\d+(\.\d+)?)+"  # coordinates, or several numbers
 )
 _EXTENSION = re.compile(r"\.[A-Za-z][0-9A-Za-z]{1,4}")  # of a file, such as `.json`
 _TEMPLATE = re.compile(r"/[^\s?#\x00-\x1f]*")
@@ -260,11 +261,11 @@ def _generalise_file_name(segment: str) -> str:
 
 
 def is_id(segment: str) -> bool:
-    """Tell whether a segment is an id by its form: a number, UUID, hash, date or a very long text."""
+    """Tell whether a segment is an id by its form: numbers, a UUID, hash, date or a very long text."""
     return (
         len(segment) > MAX_LITERAL_CHARS
         or ID_PATTERN.fullmatch(segment) is not None
-        or _DATE_OR_DIGEST.fullmatch(segment) is not None
+        or _COMPOUND_ID.fullmatch(segment) is not None
     )
 
 
