@@ -93,16 +93,16 @@ class Load(NamedTuple):
     by_envoy: bool = False  # measured in Envoy, and not in the process
 
 
-def do_waits_match(one: Load, other: Load) -> bool:
-    """Check whether two responses to one request met the same load.
+def are_equally_busy(one: Load, other: Load) -> bool:
+    """Check whether as many other requests were in flight. An unknown number matches nothing, nor does one of elsewhere."""
+    if one.by_envoy != other.by_envoy or one.in_flight is None or other.in_flight is None:
+        return False
+    return abs(one.in_flight - other.in_flight) <= IN_FLIGHT_TOLERANCE * max(one.in_flight, other.in_flight)
 
-    An unknown load matches nothing, nor does one that was measured elsewhere.
-    """
-    if one.by_envoy != other.by_envoy:
-        return False
-    if one.in_flight is None or other.in_flight is None or one.wait_us is None or other.wait_us is None:
-        return False
-    if abs(one.in_flight - other.in_flight) > IN_FLIGHT_TOLERANCE * max(one.in_flight, other.in_flight):
+
+def do_waits_match(one: Load, other: Load) -> bool:
+    """Check whether two responses to one request met the same load. An unknown load matches nothing."""
+    if one.wait_us is None or other.wait_us is None or not are_equally_busy(one, other):
         return False
     return abs(one.wait_us - other.wait_us) <= max(min(one.total_us, other.total_us), MIN_WAIT_TOLERANCE_US)
 

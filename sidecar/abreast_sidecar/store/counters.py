@@ -19,7 +19,7 @@ from abreast.protocol.capture import Capture
 from abreast_sidecar.compare.model import COMPARED_OUTCOMES, ComparisonResult, Difference
 from abreast_sidecar.compare.volatile import are_write_times, compare_values, get_direction, is_explained_by_shape
 from abreast_sidecar.store.database import execute, to_json
-from abreast_sidecar.store.records import do_loads_match
+from abreast_sidecar.store.records import met_equal_loads
 
 NUMBERED_PAIR_ID = re.compile(
     "([0-9a-f]{8}-[0-9a-f])([0-9a-f]{3})-8([0-9a-f]{3})-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -95,7 +95,7 @@ def compute_marks(
     if other is None or same is None or other == same:
         return marks
     live, other_copy = _get_live_and_other(result)
-    if not (live and other_copy and result.baseline and do_loads_match(other_copy, result.baseline, live=live)):
+    if not (live and other_copy and result.baseline and met_equal_loads(other_copy, result.baseline, live=live)):
         return marks  # a value such as a duration depends on the load
     if other:
         return marks | _choose_mark(other, "other_above", "other_below")
@@ -113,7 +113,7 @@ def is_triple(result: ComparisonResult) -> bool:
 
 def _compute_direction_marks(result: ComparisonResult, difference: Difference) -> int:
     direction = get_direction(difference)
-    if not (result.old and result.new and do_loads_match(result.old, result.new)):
+    if not (result.old and result.new and met_equal_loads(result.old, result.new)):
         return 0
     if _is_live(result.new):
         return _choose_mark(-direction, "copy_greater_of_old", "copy_smaller_of_old")

@@ -17,7 +17,7 @@ from abreast.protocol.capture import Capture, decode, merge_times
 from abreast_sidecar.compare.model import ComparisonResult
 from abreast_sidecar.compare.pair import get_ledger_status
 from abreast_sidecar.errors import ArgumentError, LedgerError, NotFoundError
-from abreast_sidecar.stats.latency import Load, Timing, do_waits_match
+from abreast_sidecar.stats.latency import Load, Timing, are_equally_busy, do_waits_match
 from abreast_sidecar.stats.sequential import Interval, confidence_interval
 from abreast_sidecar.stats.verdict import Completeness, EndpointCounts, ServiceCounts, count_surplus
 from abreast_sidecar.store.database import Database, execute, sanitise_text
@@ -495,11 +495,14 @@ def _get_baseline_load(baseline: Capture, live: Capture, get_time_us: Timer) -> 
     return load._replace(in_flight=load.in_flight + live.in_flight)
 
 
-def do_loads_match(one: Capture, other: Capture, *, live: Capture | None = None) -> bool:
-    """Check whether two responses met the same load. `live`: `other` is a second copy, of the version of this response."""
+def met_equal_loads(one: Capture, other: Capture, *, live: Capture | None = None) -> bool:
+    """Check whether the processes of two responses were equally busy. `live`: the response of which `other` is the copy.
+
+    Times of arrival don't matter, so clocks may differ.
+    """
     get_time_us = _make_timer((one, other))
     load = _get_load(other, get_time_us) if live is None else _get_baseline_load(other, live, get_time_us)
-    return do_waits_match(_get_load(one, get_time_us), load)
+    return are_equally_busy(_get_load(one, get_time_us), load)
 
 
 def _clamp(value: int, maximum: int = MAX_INTEGER) -> int:
