@@ -17,6 +17,7 @@ from abreast_sidecar.errors import LedgerError, SchemaError
 from abreast_sidecar.jobs.retention import drop_days
 from abreast_sidecar.store.migrate import Migration, load_migrations, migrate
 from abreast_sidecar.store.writer import PairWriter
+from support import eventually_async
 from support_pairs import difference, make_record, query_value, rows
 from support_serve import run_sidecar
 
@@ -191,7 +192,11 @@ async def test_sidecar_needs_no_more_than_the_rights_of_the_writer(
             traffic_pb2.UpdateTrafficRequest(service="shop", new_share=0.1, actor="ada", reason="a test", force=True)
         )
         async with sidecar.sidecar.database.connection() as connection:
-            assert await drop_days(connection, retention_days=1) == 1
+
+            async def is_dropped() -> bool:
+                return await drop_days(connection, retention_days=1) == 1  # 0 while a job of the sidecar has the lock
+
+            await eventually_async(is_dropped, description="the day is dropped")
 
     assert query_value(empty_postgres_url, "select count(*) from abreast.pair") == 1
     assert_refused(

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.postgres, pytest.mark.xdist_group("store_rare")]  # on
 
 MANY = 60_000
 RARE = 30
+AGE = timedelta(minutes=2)  # of the oldest pair
 FEW = 20_000  # rows: what reading the newest of both endpoints may take, several times over
 ENDPOINTS = (
     "insert into abreast.endpoint (service, method, route) values ('shop', 'GET', '/often'), ('shop', 'GET', '/rare')"
@@ -35,9 +36,9 @@ select (at at time zone 'UTC')::date, route || n, at, (select id from abreast.en
        'old', 200, 200, 2000, 2100, case when route = '/often' and n > %(many)s - 100 then 'v1' else 'v2' end,
        case when route = '/rare' and n <= 5 then array(select id from abreast.finding) else '{}' end, true
 from (
-    select '/often' as route, n, %(now)s - n * interval '40 ms' as at from generate_series(1, %(many)s) as n
+    select '/often' as route, n, %(now)s - n * interval '1 ms' as at from generate_series(1, %(many)s) as n
     union all
-    select '/rare', n, %(now)s - interval '41 minutes' - n * interval '1 second' from generate_series(1, %(rare)s) as n
+    select '/rare', n, %(now)s - interval '1 minute' - n * interval '1 second' from generate_series(1, %(rare)s) as n
 ) as made
 order by at
 """
@@ -50,13 +51,14 @@ SESSIONS = "select pid from pg_stat_activity where datname = current_database()"
 
 @pytest.fixture(scope="module")
 def filled_url(module_database: LedgerDatabase) -> str:
-    """Return the URL of a ledger that all tests of this module only read."""
+    """Return the URL of a ledger that all tests of this module only read. All pairs are of one day, in one partition."""
     now = datetime.now(UTC)
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    now = now if now - midnight > AGE else midnight - timedelta(seconds=1)
     with psycopg.connect(module_database.url, autocommit=True) as connection:
         connection.execute(ENDPOINTS)
         connection.execute(FINDING)
-        for day in {now.date(), (now - timedelta(hours=1)).date()}:
-            connection.execute("select abreast.open_day(%s)", [day])
+        connection.execute("select abreast.open_day(%s)", [now.date()])
         connection.execute("insert into abreast.release (service, version, label) values ('shop', 'new', 'v1')")
         connection.execute(PAIRS, {"now": now, "many": MANY, "rare": RARE})
         connection.execute("vacuum analyze abreast.pair")
