@@ -183,10 +183,10 @@ def assert_refused(url: str, *statements: str) -> None:
 async def test_sidecar_needs_no_more_than_the_rights_of_the_writer(
     role_urls: dict[str, str], empty_postgres_url: str, redis_url: str
 ) -> None:
-    two_days_ago = int((time.time() - 2 * 86_400) * 1000)
+    three_days_ago = int((time.time() - 3 * 86_400) * 1000)
     async with run_sidecar(redis_url, role_urls["writer"]) as sidecar:
         writer = PairWriter(role_urls["writer"], examples_per_finding=3)
-        await writer.write([make_record([difference()], at=two_days_ago), make_record([difference()])])
+        await writer.write([make_record([difference()], at=three_days_ago), make_record([difference()])])
         await writer.close()
         await sidecar.traffic.UpdateTraffic(
             traffic_pb2.UpdateTrafficRequest(service="shop", new_share=0.1, actor="ada", reason="a test", force=True)
