@@ -145,6 +145,34 @@ async def test_stored_times_are_noise_if_each_version_writes(
     assert states(url) == {"$.last_modified": state, "$.created_at": state}
 
 
+@pytest.mark.parametrize(
+    ("method", "equal_pairs", "every", "state"),
+    [
+        ("POST", 50, 1, "undecided"),
+        ("GET", 50, 1, "real"),  # nothing is written
+        ("POST", 0, 1, "real"),  # from the first pair on
+        ("POST", 50, 20, "real"),  # so rare that it may have begun earlier
+    ],
+)
+async def test_value_that_begins_to_differ_after_a_write_may_be_of_the_stores(
+    ledger: PairWriter, connection: Connection, url: str, method: str, equal_pairs: int, every: int, state: str
+) -> None:
+    now_ms = int(time.time() * 1000) - 1_000_000
+    written = make_record(at=now_ms)
+    removed = difference("$.rows[*]", kind="removed", old='{"id": 1}', new=None)
+    differing = [[PRICE, removed] if number % every == 0 else [] for number in range(300)]
+    batch = [
+        make_record(found, at=now_ms + number * 1000, baseline_compared=True)
+        for number, found in enumerate([*([] for _ in range(equal_pairs)), *differing], start=1)
+    ]
+    await ledger.write([replace_record(written, result=replace(written.result, method=method))])
+    await ledger.write(batch)
+    await classify_findings(connection)
+
+    assert states(url) == {"$.price": state, "$.rows[*]": state}
+    assert ("stores of both versions" in reason(url, "$.price")) is (state == "undecided")
+
+
 def _format_time(milliseconds: int) -> str:
     return f'"{datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds")}"'
 

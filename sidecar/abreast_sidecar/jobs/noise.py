@@ -9,7 +9,13 @@ from dataclasses import replace
 from itertools import groupby
 from math import pi
 
-from abreast_sidecar.stats.noise import DifferenceCounts, NoiseDecision, OrderCounts, classify_differences
+from abreast_sidecar.stats.noise import (
+    DifferenceCounts,
+    NoiseDecision,
+    OrderCounts,
+    classify_differences,
+    has_begun_later,
+)
 from abreast_sidecar.store.counters import COUNTERS, MARKS
 from abreast_sidecar.store.database import AdvisoryLock, Connection, Row, exclusive, execute, fetch_rows, to_json
 from abreast_sidecar.store.records import from_row
@@ -24,6 +30,11 @@ STATE_SEVERITY = {"noise": 0, "undecided": 1, "real": 2}
 DIFFERENCE_SHARE, REPEAT_SHARE, ORDER_SHARE = 0.8, 0.1, 0.1  # parts of an error probability for the three tests
 DIRECTION_COLUMNS = tuple(name for name in MARKS if name.startswith("copy_"))
 COUNT_COLUMNS = ("compared", "baseline_compared", *COUNTERS)
+MAX_STORED_PAIRS = 50  # before and after the first pair with a finding
+STORED_REASON = (
+    "it began after requests that write, so the stores of both versions may differ; compare the stores, let both versions"
+    " use one, or confirm the finding"
+)
 MAX_OLD_REPEAT_SHARE = 0.02  # share of pairs; above it, old's values are not unique, and repeats of new prove nothing
 
 Place = tuple[str, str, str]  # part, path and kind
@@ -34,8 +45,9 @@ async def classify_findings(connection: Connection) -> int:
     """Classify the findings of endpoints with new counts. Return how many states and reasons changed."""
     updates = []
     due_rows = await fetch_rows(connection, "noise_due", {"few": FEW_PAIRS})
+    stored = await find_stored_differences(connection, due_rows)
     for _, group in groupby(due_rows, key=lambda row: row["pool"]):
-        updates += await asyncio.to_thread(find_changes, list(group))
+        updates += await asyncio.to_thread(find_changes, list(group), stored)
     endpoints = [
         {"id": row["endpoint"], "compared": row["compared"], "baseline_compared": row["baseline_compared"]}
         for row in {row["endpoint"]: row for row in due_rows}.values()
@@ -50,8 +62,26 @@ async def classify_findings(connection: Connection) -> int:
     return len(updates)
 
 
-def find_changes(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Return the findings of one pool of endpoints whose state or reason changes."""
+async def find_stored_differences(connection: Connection, rows: Iterable[Row]) -> frozenset[int]:
+    """Return the findings that began after a write, so that they may show what the stores of both versions contain.
+
+    If Envoy copies writes to separate stores, two writes can arrive in opposite orders. The stores then differ from that
+    moment on, in values and in rows.
+    """
+    ids = [row["id"] for row in rows if row["id"] is not None and _is_of_stored_value(row)]
+    if not ids:
+        return frozenset()
+    counts = await fetch_rows(connection, "findings_after_writes", {"ids": ids, "limit": MAX_STORED_PAIRS})
+    return frozenset(row["id"] for row in counts if has_begun_later(row["earlier"], row["later"], row["showing"]))
+
+
+def _is_of_stored_value(row: Row) -> bool:
+    is_value = row["kind"] == "changed" or (row["kind"] in {"added", "removed"} and row["path"].endswith("[*]"))
+    return bool(row["part"] == "body" and is_value and row["other_only"] > row["same_only"])
+
+
+def find_changes(rows: Sequence[Row], stored: frozenset[int] = frozenset()) -> list[dict[str, object]]:
+    """Return the findings of one pool of endpoints whose state or reason changes. `stored`: may be of the stores."""
     rows_by_place = pool_rows(rows)
     decisions = dict(zip(rows_by_place, classify_rows(list(rows_by_place.values())), strict=True))
     endpoint_count = len({row["endpoint"] for row in rows})
@@ -62,6 +92,8 @@ def find_changes(rows: Sequence[Row]) -> list[dict[str, object]]:
             continue
         decision = decisions[_get_place(row)]
         state, reason = decision.state, f"{decision.reason}{pool_text}"[:MAX_REASON_CHARS]
+        if state == "real" and row["id"] in stored:
+            state, reason = "undecided", STORED_REASON
         if (row["state"], row["reason"]) != (state, reason):
             changes.append({"id": row["id"], "state": state, "reason": reason})
     return changes

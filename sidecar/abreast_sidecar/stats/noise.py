@@ -49,6 +49,8 @@ from abreast_sidecar.stats.sequential import (
 NOISE_DOUBT_E_VALUE = 5.0  # above it, a path that also differs in a second copy is undecided instead of noise
 MAX_SAME_PER_OTHER = 20  # bets of the same version's copies for each of the other version's, if new leans to one side
 MIN_CHANGES, MIN_REVERSE_SHARE = 5, 0.1  # bets on the direction of changes, and the part of them against the trend
+LATER_ALPHA = 0.001  # probability that a finding of constant rate seems to have begun later
+LEAST_RATE = 0.1  # assumed of pairs without a finding that nearly all later pairs show
 MAX_BETS_NEEDED = 1000  # a greater estimate means never
 
 NoiseState = Literal["real", "noise", "undecided"]
@@ -225,6 +227,15 @@ def estimate_baseline_pairs_needed(counts: DifferenceCounts, threshold: float) -
         maximum=MAX_BETS_NEEDED,
     )
     return None if bets is None else ceil(bets * counts.compared / counts.differing)
+
+
+def has_begun_later(earlier: int, later: int, showing: int) -> bool:
+    """Check whether a finding began during a release, and not by chance after so many earlier pairs without it.
+
+    `showing`: those of the `later` pairs, which begin with the first that shows it, that show the finding.
+    """
+    rate = (showing - 1) / later  # without the first pair, which is always one of them
+    return earlier * log(max(1 - rate, LEAST_RATE)) < log(LATER_ALPHA)
 
 
 def _describe_counts(counts: DifferenceCounts | OrderCounts) -> str:

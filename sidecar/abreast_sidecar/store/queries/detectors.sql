@@ -54,6 +54,47 @@ left join lateral (
 left join service on service.service = e.service
 order by e.pool, e.id, f.id
 
+-- name: findings_after_writes
+-- Return pairs of the same endpoint and release before and after the first pair that shows a finding, for each of the
+-- findings that had a pair of an unsafe request before it.
+-- `between` keeps the planner on pair_endpoint_at; with `=` it may scan the pairs of all endpoints.
+select f.id, earlier.pairs as earlier, later.pairs as later, later.showing
+from abreast.finding f
+join abreast.endpoint e on e.id = f.endpoint_id and abreast.is_safe(e.method)
+cross join lateral (
+    select p.at, p.new_release from abreast.pair p
+    where p.endpoint_id between e.id and e.id and p.at >= f.first_seen and p.findings @> array[f.id]
+    order by p.endpoint_id, p.at
+    limit 1
+) as first
+cross join lateral (
+    select count(*) as pairs from (
+        select from abreast.pair p
+        where p.endpoint_id between e.id and e.id and p.at < first.at and p.new_release = first.new_release
+          and p.outcome in ('match', 'mismatch')
+        order by p.endpoint_id desc, p.at desc
+        limit %(limit)s
+    ) as before
+) as earlier
+cross join lateral (
+    select count(*) as pairs, count(*) filter (where showing) as showing from (
+        select p.findings @> array[f.id] as showing from abreast.pair p
+        where p.endpoint_id between e.id and e.id and p.at >= first.at and p.outcome in ('match', 'mismatch')
+        order by p.endpoint_id, p.at
+        limit %(limit)s
+    ) as after
+) as later
+where f.id = any(%(ids)s) and earlier.pairs > 0
+  and exists (
+      select from abreast.endpoint w
+      cross join lateral (
+          select from abreast.pair p
+          where p.endpoint_id between w.id and w.id and p.at < first.at and p.outcome in ('match', 'mismatch')
+          limit 1
+      ) as written
+      where w.service = e.service and not abreast.is_safe(w.method)
+  )
+
 -- name: noise_set
 update abreast.finding
 set state = input.state, reason = input.reason
