@@ -6,10 +6,13 @@ Parsers raise ValueError with the requirement, such as "true or false". The engi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypedDict
 
@@ -85,6 +88,7 @@ class DeclaredSettings:
         Raises `error_class`, which names the override or variable, the requirement and the value.
         """
         overrides = overrides or {}
+        direct_secrets = set()
         names = [declared.name for declared in cls.declared()]
         for name in overrides:
             if name not in names:
@@ -95,8 +99,12 @@ class DeclaredSettings:
             if value == "":
                 source, value = declared.variable, environment.get(declared.variable, "")
             if value == "" and declared.secret:
-                source, value = f"{declared.variable}_FILE", cls._read_secret(environment, declared)
-            if value == "":
+                file = str(overrides.get(f"{declared.name}_file", ""))
+                source = f"{declared.name}_file" if file else f"{declared.variable}_FILE"
+                value = cls._read_secret(source, file or environment.get(source, ""))
+            elif value != "" and declared.secret:
+                direct_secrets.add(f"{declared.name}_file")  # and no file has it
+            if value == "" or declared.name in direct_secrets:
                 continue
             try:
                 values[declared.name] = declared.parse(value)
@@ -106,18 +114,16 @@ class DeclaredSettings:
         return cls(**values)
 
     @classmethod
-    def _read_secret(cls, environment: Mapping[str, str], declared: Setting) -> str:
+    def _read_secret(cls, source: str, path: str) -> str:
         """Return the content of the file that ABREAST_<NAME>_FILE names, or empty text."""
-        variable = f"{declared.variable}_FILE"
-        path = environment.get(variable, "")
         if not path:
             return ""
         try:
             value = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise cls.error_class(f"{variable} must name a readable file, got {path!r}: {error}") from None
+            raise cls.error_class(f"{source} must name a readable file, got {path!r}: {error}") from None
         if not value:
-            raise cls.error_class(f"{variable} must name a file with a value, and {path!r} is empty")
+            raise cls.error_class(f"{source} must name a file with a value, and {path!r} is empty")
         return value
 
     def __repr__(self) -> str:
@@ -215,10 +221,33 @@ def edge_keys(value: object) -> tuple[str, ...]:
     return tuple(secret_key(key) for key in keys)
 
 
-redaction_key = matching(
-    f"[0-9A-Za-z._~+/=-]{{{MIN_REDACTION_KEY_CHARS},200}}",
-    f"{MIN_REDACTION_KEY_CHARS} to 200 letters, digits or any of ._~+/=- with 128 random bits, such as `openssl rand -hex 16` prints",
-)
+class RedactionKeys(NamedTuple):
+    """The key of the hashes that replace secrets, and during a rotation the next one. Empty keys are random ones."""
+
+    key: str = ""
+    next_key: str = ""
+    next_from: float = math.inf  # Unix time; requests that begin later are hashed with the next key
+
+    @classmethod
+    def parse(cls, value: object) -> RedactionKeys:
+        """Parse `KEY`, or `KEY,NEXT@TIME` during a rotation."""
+        if isinstance(value, str) and (match := _REDACTION_KEYS.fullmatch(value.strip())):
+            key, next_key, start = match.groups()
+            with contextlib.suppress(ValueError):
+                return cls(key, next_key, datetime.fromisoformat(start).timestamp()) if start else cls(key)
+        raise ValueError(
+            f"{MIN_REDACTION_KEY_CHARS} to 200 letters, digits or any of ._~+/=- with 128 random bits, such as "
+            "`openssl rand -hex 16` prints; during a rotation KEY,NEXT@TIME, as `abreast key rotate` writes it"
+        )
+
+
+_KEY = f"([0-9A-Za-z._~+/=-]{{{MIN_REDACTION_KEY_CHARS},200}})"
+_REDACTION_KEYS = re.compile(rf"{_KEY}(?:,{_KEY}@(\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\dZ))?", re.ASCII)
+
+
+def redaction_key(value: object) -> str:
+    RedactionKeys.parse(value)
+    return str(value).strip()
 
 
 def allow_list(value: object) -> tuple[tuple[str, str], ...]:
@@ -271,6 +300,7 @@ class SettingsKwargs(TypedDict, total=False):
     request_headers: tuple[str, ...] | list[str]
     secret_headers: tuple[str, ...] | list[str]
     redact_key: str
+    redact_key_file: str
     redact_allow: tuple[str, ...] | list[str]
     edge_key: str | tuple[str, ...] | list[str]
     queue_count: int
@@ -308,6 +338,9 @@ class Settings(DeclaredSettings):
         "Key of the hashes that replace secrets, the same for both versions. By default, it is derived from `edge_key`",
         secret=True,
     )
+    redact_key_file: str = setting(
+        "", text, "File with `redact_key`. It is read again every five seconds, so that a rotation needs no restart"
+    )
     redact_allow: tuple[tuple[str, str], ...] = setting(
         (),
         allow_list,
@@ -341,10 +374,12 @@ class Settings(DeclaredSettings):
             raise SettingError(f"the middleware needs a service name; pass service='shop' or set {ENV_PREFIX}SERVICE")
 
     @property
-    def redaction_key(self) -> str:
-        """The key of the hashes that replace secrets; empty if the services share no key."""
+    def redaction_keys(self) -> RedactionKeys:
+        """The keys of the hashes that replace secrets; empty if the services share no key."""
+        if self.redact_key:
+            return RedactionKeys.parse(self.redact_key)
         edge_key = self.edge_key[0] if self.edge_key else ""
-        return self.redact_key or (edge_key if len(edge_key) >= MIN_REDACTION_KEY_CHARS else "")
+        return RedactionKeys(edge_key if len(edge_key) >= MIN_REDACTION_KEY_CHARS else "")
 
     @property
     def join_limits(self) -> Limits:

@@ -197,7 +197,10 @@ def test_up_proves_its_requests_with_the_printed_key(data: Path) -> None:
         refused = httpx.get(f"http://127.0.0.1:{up.new}/products/7", headers=forged, timeout=10)
         eventually(lambda: "unproven_copy" in up.command("status").stdout, description="the refused copy is counted")
         outputs = [up.command(*words).stdout for words in (("pair", pair), ("doctor",), ("status",))]
-        modes = {name: stat.S_IMODE((data / name).stat().st_mode) for name in ("edge-key", "envoy/envoy.yaml")}
+        redact_key = (data / "redact-key").read_text().strip()
+        rotations = [up.command("key", "rotate") for _ in range(2)]
+        names = ("edge-key", "redact-key", "envoy/envoy.yaml")
+        modes = {name: stat.S_IMODE((data / name).stat().st_mode) for name in names}
         key = up.edge_key
 
     assert refused.status_code == 403
@@ -205,6 +208,9 @@ def test_up_proves_its_requests_with_the_printed_key(data: Path) -> None:
     assert not [output for output in outputs if key in output]
     assert set(modes.values()) == {0o600}, modes
     assert (data / "edge-key").read_text() == f"{key}\n"
+    assert [rotation.returncode for rotation in rotations] == [0, 2], rotations[0].stderr
+    assert "already has a key" in rotations[1].stderr
+    assert (data / "redact-key").read_text().startswith(f"{redact_key},")
 
 
 def test_doctor_reports_version_without_middleware() -> None:

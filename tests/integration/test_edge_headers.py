@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -27,13 +29,55 @@ from support_middleware import call, captures, http_scope, marks, pair_id, raw, 
 
 KEY, OTHER_KEY = "0123456789abcdef" * 2, "fedcba9876543210" * 2
 PROOF = {"x-abreast-key": KEY}
+SMUGGLED = "GET /smuggled HTTP/1.1\r\nhost: shop\r\n\r\n"
+BOTH_LENGTHS = f"content-length: {len(SMUGGLED) + 5}\r\ntransfer-encoding: "
+LAST_CHUNK = f"0\r\n\r\n{SMUGGLED}"  # a reader of chunks finds two requests, and a reader of the length one
+# Heads and bodies of which servers disagree where the request ends.
+AMBIGUOUS_REQUESTS = {
+    "both lengths": (f"{BOTH_LENGTHS}chunked", LAST_CHUNK),
+    "both lengths, chunks first": (f"transfer-encoding: chunked\r\ncontent-length: {len(SMUGGLED) + 5}", LAST_CHUNK),
+    "both lengths, short": (
+        "content-length: 4\r\ntransfer-encoding: chunked",
+        f"{len(SMUGGLED):x}\r\n{SMUGGLED}\r\n0\r\n\r\n",
+    ),
+    "unknown coding": (f"{BOTH_LENGTHS}xchunked", LAST_CHUNK),
+    "tab": (f"{BOTH_LENGTHS}\tchunked", LAST_CHUNK),
+    "vertical tab": (f"{BOTH_LENGTHS}\x0bchunked", LAST_CHUNK),
+    "quotes": (f'{BOTH_LENGTHS}"chunked"', LAST_CHUNK),
+    "capitals": (f"{BOTH_LENGTHS}CHUNKED", LAST_CHUNK),
+    "space before the colon": (f"content-length: {len(SMUGGLED) + 5}\r\ntransfer-encoding : chunked", LAST_CHUNK),
+    "list": (f"{BOTH_LENGTHS}chunked, identity", LAST_CHUNK),
+    "two codings": (f"{BOTH_LENGTHS}identity\r\ntransfer-encoding: chunked", LAST_CHUNK),
+    "folded line": (f"content-length: {len(SMUGGLED) + 5}\r\nx-a: b\r\n transfer-encoding: chunked", LAST_CHUNK),
+    "folded value": (f"{BOTH_LENGTHS}\r\n chunked", LAST_CHUNK),
+    "line feed": (f"content-length: {len(SMUGGLED) + 5}\r\nx-a: b\ntransfer-encoding: chunked", LAST_CHUNK),
+    "carriage return": (f"content-length: {len(SMUGGLED) + 5}\r\nx-a: b\rtransfer-encoding: chunked", LAST_CHUNK),
+    "zero byte": (f"{BOTH_LENGTHS}chunked\0", LAST_CHUNK),
+    "underscore": (f"content-length: {len(SMUGGLED) + 5}\r\ntransfer_encoding: chunked", LAST_CHUNK),
+    "two lengths": (f"content-length: 0\r\ncontent-length: {len(SMUGGLED)}", SMUGGLED),
+    "list of lengths": (f"content-length: 0, {len(SMUGGLED)}", SMUGGLED),
+    "signed length": (f"content-length: +{len(SMUGGLED)}", SMUGGLED),
+    "hexadecimal length": (f"content-length: 0x{len(SMUGGLED):x}", SMUGGLED),
+    "length in a connection header": (f"connection: content-length\r\ncontent-length: {len(SMUGGLED)}", SMUGGLED),
+    "coding in a connection header": (
+        "connection: transfer-encoding\r\ntransfer-encoding: chunked",
+        f"{len(SMUGGLED):x}\r\n{SMUGGLED}\r\n0\r\n\r\n",
+    ),
+    "extension with a line feed": (
+        "transfer-encoding: chunked",
+        f"2;\nxx\r\n{len(SMUGGLED):x}\r\n{SMUGGLED}\r\n0\r\n\r\n",
+    ),
+    "long extension": ("transfer-encoding: chunked", f"{len(SMUGGLED):x};a={'b' * 200}\r\n{SMUGGLED}\r\n0\r\n\r\n"),
+    "signed chunk": ("transfer-encoding: chunked", f"-1\r\n{SMUGGLED}"),
+}
 both_parsers = pytest.mark.parametrize("http", ["h11", "httptools"])
 
 
 @dataclass
 class Shop:
-    """An app that charges once per live POST. It keeps the roles and headers of its requests."""
+    """An app that charges once per live POST. It keeps the roles, paths and headers of its requests."""
 
+    paths: list[str] = field(default_factory=list)
     roles: list[str] = field(default_factory=list)
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     charges: int = 0
@@ -47,6 +91,7 @@ class Shop:
             pass
         is_charged = scope["method"] == "POST" and not abreast.is_shadow()
         if scope["path"] != "/healthz":
+            self.paths.append(scope["path"])
             self.roles.append(abreast.current().role)
             self.headers += scope["headers"]
             self.charges += is_charged
@@ -386,6 +431,49 @@ async def test_trailers_through_envoy_change_no_request(
         assert old.drops == {}
     else:
         assert sum(old.drops.values()) == 3
+
+
+async def converse(port: int, request: bytes) -> list[int]:
+    """Return the statuses of all responses until the end of the connection, which a last request asks for."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request + b"GET /end HTTP/1.1\r\nhost: shop\r\nconnection: close\r\n\r\n")
+    async with asyncio.timeout(20):
+        response = await reader.read(-1)
+    writer.close()
+    return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", response)]
+
+
+@both_parsers
+async def test_ambiguous_request_hides_no_second_one(http: str, redis_url: str) -> None:
+    """Envoy refuses it, or gives both versions one request with one length."""
+    async with behind_envoy(redis_url, http, service_key="") as (old, new, port):
+        requests = {
+            f"/{name.replace(' ', '-')}": f"host: shop\r\n{head}\r\n\r\n{body}"
+            for name, (head, body) in AMBIGUOUS_REQUESTS.items()
+        }
+        conversations = [converse(port, f"POST {path} HTTP/1.1\r\n{rest}".encode()) for path, rest in requests.items()]
+        statuses = dict(zip(requests, await asyncio.gather(*conversations), strict=True))
+        accepted = [path for path, answers in statuses.items() if answers == [200, 200]]
+        expected = Counter([*accepted, *["/end"] * len(accepted)])
+
+        async def count_captures() -> Counter[str]:
+            return Counter(capture.request.path for capture in await captures(redis_url))
+
+        async def has_all() -> bool:
+            return expected + expected <= await count_captures()
+
+        await eventually_async(has_all, description="all pairs of accepted requests are captured")
+        captured = await count_captures()
+
+    assert all(answers in ([400], [501]) for path, answers in statuses.items() if path not in accepted), statuses
+    assert accepted
+    assert Counter(new.shop.paths) == expected
+    # Envoy streams, so the head of a request whose chunks are damaged may have reached old.
+    damaged = {"/extension-with-a-line-feed", "/signed-chunk"}
+    for paths, copies in ((Counter(old.shop.paths), 1), (captured, 2)):
+        assert {path: count for path, count in paths.items() if path not in damaged} == {
+            path: copies * count for path, count in expected.items()
+        }
 
 
 @pytest.mark.parametrize("key_in_environment", [False, True])

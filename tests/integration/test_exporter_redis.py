@@ -16,20 +16,29 @@ import orjson
 import pytest
 import redis
 import redis.asyncio
+from click.testing import CliRunner
 
+from abreast.export.redaction import Redactor
+from abreast.export.serializer import RotatingRedactor
 from abreast.export.transport import JoinResult, RedisTransport
 from abreast.middleware import ParallelRunMiddleware
+from abreast.protocol.capture import Role, Version
 from abreast.protocol.join import SERVICES_KEY, Keys, reports_key
 from abreast.recorder import Message, Receive, Scope, Send
 from abreast.settings import SettingsKwargs
+from abreast_sidecar.cli import abreast
+from abreast_sidecar.compare.pair import compare_pair
+from abreast_sidecar.compare.rules import CompareOptions
 from abreast_sidecar.stack.servers import RedisServer
 from support import eventually_async, find_free_port
-from support_middleware import call, captures, http_scope, sampled
+from support_middleware import call, captures, http_scope, marks, pair_id, sampled
 
 pytestmark = pytest.mark.redis
 
 QUEUE = 50
 KEYS = Keys("shop", 0)
+VERSIONS: tuple[tuple[Version, Role], ...] = (("old", "live"), ("new", "shadow"))
+JSON_HEADER = (b"content-type", b"application/json")
 
 
 async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -409,3 +418,57 @@ async def test_unsampled_request_starts_no_exporter() -> None:
 
     assert len(messages) == 2
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_key_rotates_without_restart_and_makes_no_difference(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has not read the new key yet hashes equal secrets to other values, which must not differ."""
+    monkeypatch.setattr(RotatingRedactor, "REFRESH_INTERVAL_S", 0.0)
+    file, first_key = tmp_path / "redact-key", "f" * 32
+    file.write_text(first_key)
+    tokens = {"old": "hunter2", "new": "hunter2"}
+
+    def make_middleware(version: Version, **key: Unpack[SettingsKwargs]) -> ParallelRunMiddleware:
+        async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": [JSON_HEADER]})
+            await send({"type": "http.response.body", "body": orjson.dumps({"token": tokens[version]})})
+
+        settings: SettingsKwargs = {"service": "shop", "redis_url": redis_url, "export_interval": 0.01, **key}
+        return ParallelRunMiddleware(answer, **settings)
+
+    async def compare(*sides: ParallelRunMiddleware) -> tuple[str, list[str]]:
+        """Return the outcome of one more pair, and the ids of its keys."""
+        count, pair = len(await captures(redis_url)), pair_id()
+        for (version, role), side in zip(VERSIONS, sides, strict=True):
+            await call(side, http_scope("/", "GET", marks(pair, version=version, role=role)))
+
+        async def are_sent() -> bool:
+            return len(await captures(redis_url)) == count + 2
+
+        await eventually_async(are_sent, description="both captures are in Redis")
+        found = [capture for capture in await captures(redis_url) if capture.pair == pair]
+        return compare_pair(found, CompareOptions()).outcome, [capture.redaction_key_id for capture in found]
+
+    old, new = (make_middleware(version, redact_key_file=str(file)) for version, _ in VERSIONS)
+    late = make_middleware("new", redact_key=first_key)
+    first_id = Redactor(first_key).key_id
+    assert await compare(old, new) == ("match", [first_id, first_id])
+
+    result = await asyncio.to_thread(
+        CliRunner().invoke, abreast, ["key", "rotate", "--file", str(file), "--after", "0s"]
+    )
+    assert result.exit_code == 0, result.output
+
+    async def is_rotated() -> bool:
+        outcome, key_ids = await compare(old, new)
+        assert outcome == "match"
+        return key_ids[0] == key_ids[1] != first_id
+
+    await eventually_async(is_rotated, description="both processes use the new key")
+    outcome, key_ids = await compare(old, late)
+    assert (outcome, key_ids[0] != key_ids[1]) == ("match", True)
+    tokens["new"] = "hunter3"
+    assert (await compare(old, new))[0] == "mismatch"
+    for side in (old, new, late):
+        await side.aclose()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from uuid import NAMESPACE_OID, uuid4, uuid5
 
 import pytest
 import redis
@@ -12,8 +14,15 @@ from starlette.responses import PlainTextResponse
 from abreast.middleware import ParallelRunMiddleware
 from abreast.protocol.capture import Role, Version
 from abreast.protocol.join import SERVICES_KEY, Keys, reports_key
+from abreast_sidecar.cli import up
+from abreast_sidecar.cli.up import StackMonitor
+from abreast_sidecar.envoy.settings import EnvoySettings, SocketAddress
+from abreast_sidecar.ingest.stream import StreamConsumer, StreamEntry
+from abreast_sidecar.jobs.retention import expire_incomplete_pairs
+from abreast_sidecar.redis_client import connect_redis
 from abreast_sidecar.stack.servers import SERVICE_USER, SIDECAR_USER, RedisServer, render_redis_acl
-from support import eventually
+from abreast_sidecar.stack.stack import Stack
+from support import eventually_async, find_free_port
 from support_middleware import call, captures, http_scope, marks, pair_id
 
 VERSIONS: tuple[tuple[Version, Role], ...] = (("old", "live"), ("new", "shadow"))
@@ -90,18 +99,52 @@ def test_acl_file_is_readable_for_its_owner_only(server: RedisServer) -> None:
     assert not any(password in file.read_text() for password in PASSWORDS.values())
 
 
-def test_append_only_file_loses_processed_captures(tmp_path: Path) -> None:
-    marker = b"body-of-a-user"
-    with RedisServer(tmp_path, acl=render_redis_acl(["shop"], *PASSWORDS.values()), passwords=PASSWORDS) as server:
-        client = redis.Redis.from_url(server.url)
-        client.xadd("abreast:{shop/0}:ready", {"pair": "1", "capture": marker})
-        eventually(lambda: count_markers(tmp_path, marker) == 1, description="the capture is in the file")
-        client.xtrim("abreast:{shop/0}:ready", maxlen=0)
-        client.bgrewriteaof()  # as `abreast up` does every hour
+async def test_append_only_file_loses_processed_captures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair with both captures, and one that times out, are in the files until `abreast up` has them rewritten."""
+    bodies = [f"body-{uuid4()}".encode() for _ in range(2)]
+    acl, keys = render_redis_acl(["shop"], *PASSWORDS.values()), Keys("shop", 0)
+    address = SocketAddress("127.0.0.1", find_free_port())
+    stack = Stack(EnvoySettings(service="shop", listen=address, old=(address,), new=(address,)))
+    with RedisServer(tmp_path, acl=acl, passwords=PASSWORDS) as stack.redis:
+        for (version, role), body in zip((VERSIONS[0], *VERSIONS), (bodies[1], *bodies[:1] * 2), strict=True):
+            marked = marks(str(uuid5(NAMESPACE_OID, body.decode())), version=version, role=role)
+            url = stack.redis.url_for(SERVICE_USER)
+            app = ParallelRunMiddleware(PlainTextResponse(body), service="shop", redis_url=url, pair_timeout=0.01)
+            await call(app, http_scope("/", "GET", marked))
+            await app.aclose()
 
-        eventually(lambda: count_markers(tmp_path, marker) == 0, description="the append-only file is rewritten")
-        client.close()
+        async def has_bodies() -> bool:
+            return all(body in read_files(tmp_path) for body in bodies)
+
+        await eventually_async(has_bodies, description="the files have both bodies")
+        client = connect_redis(stack.redis.url)
+        consumer = StreamConsumer(stack.redis.url, name="one", batch_size=10, claim_idle_s=30)
+        entries: list[StreamEntry] = []
+
+        async def are_processed() -> bool:
+            await expire_incomplete_pairs(client, keys)
+            batch = await consumer.read()
+            await consumer.acknowledge(batch)
+            entries.extend(batch)
+            return len(entries) == 2
+
+        await eventually_async(are_processed, description="a worker has processed both pairs")
+        monitor = StackMonitor(stack)
+        monitor.check()
+        assert await has_bodies()  # the hour is not over
+        monkeypatch.setattr(up, "REDIS_REWRITE_INTERVAL_S", 0.0)
+        monitor.check()
+
+        async def are_rewritten() -> bool:
+            info: Any = await client.info("persistence")
+            return info["aof_rewrites"] >= 1 and not info["aof_rewrite_in_progress"]
+
+        await eventually_async(are_rewritten, description="Redis has rewritten its files")
+        assert await client.xlen(keys.ready) == 0
+        assert not [body for body in bodies if body in read_files(tmp_path)]
+        await client.aclose()
+        await consumer.close()
 
 
-def count_markers(folder: Path, marker: bytes) -> int:
-    return sum(file.read_bytes().count(marker) for file in folder.rglob("*.aof"))
+def read_files(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.rglob("*") if file.is_file())

@@ -45,7 +45,7 @@ def test_commands_that_show_data_print_json() -> None:
     without = {name for name, command in list_commands().items() if "--json" not in list_options(command)}
 
     assert without == {
-        *("up", "sidecar", "collector", "migrate", "report", "completion"),  # start, or write files
+        *("up", "sidecar", "collector", "migrate", "report", "key rotate", "completion"),  # start, or write files
         *(
             "config check",
             "config schema",

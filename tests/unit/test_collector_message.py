@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,9 @@ async def test_call_that_can_not_be_converted_is_kept_and_counted(
 
 async def test_start_does_not_wait_for_a_reflection_that_never_answers() -> None:
     server = await asyncio.start_server(lambda _reader, _writer: asyncio.sleep(3600), "127.0.0.1", 0)
-    descriptors = Descriptors((f"grpc://127.0.0.1:{server.sockets[0].getsockname()[1]}",), "key")
+    descriptors = Descriptors(
+        replace(SETTINGS, descriptors=(f"grpc://127.0.0.1:{server.sockets[0].getsockname()[1]}",))
+    )
 
     async with asyncio.timeout(REFLECTION_TIMEOUT_S / 2):
         await descriptors.start()
@@ -215,7 +218,7 @@ async def test_call_that_is_captured_before_the_first_reflection_is_converted() 
     recorder, counts = to_recorder(grpc_message(frame(make_product().SerializeToString())), POOL), Counter[str]()
 
     async with Shop({}, with_reflection=True).serve() as shop:
-        descriptors = Descriptors((f"grpc://127.0.0.1:{shop.port}",), "key")
+        descriptors = Descriptors(replace(SETTINGS, descriptors=(f"grpc://127.0.0.1:{shop.port}",)))
         await descriptors.start()
         descriptors.prepare(recorder, counts)
         await asyncio.to_thread(recorder.finish)

@@ -190,6 +190,13 @@ def test_services_pass_if_both_versions_capture() -> None:
     assert "release 1.4" in next(c for c in checks if c.name == "old").found
 
 
+def test_processes_with_different_keys_warn() -> None:
+    old, new = (process(versions={name: 5}, redaction_key=f"key-{name}") for name in ("old", "new"))
+
+    assert states(services.check_services("shop", [old, new], 5, []))["keys"] == "warn"
+    assert "keys" not in states(services.check_services("shop", [old, old], 5, []))
+
+
 def test_version_without_middleware_fails() -> None:
     checks = states(services.check_services("shop", [process(versions={"old": 5})], 5, []))
 

@@ -157,7 +157,7 @@ def test_secret_setting_is_read_from_a_file(tmp_path: Path) -> None:
     file.write_text("0123456789abcdef0123456789abcdef\n")
     settings = Settings.from_environment({"ABREAST_SERVICE": "shop", "ABREAST_REDACT_KEY_FILE": str(file)})
 
-    assert settings.redaction_key == "0123456789abcdef0123456789abcdef"
+    assert settings.redact_key == "0123456789abcdef0123456789abcdef"
 
 
 def test_missing_secret_file_is_rejected(tmp_path: Path) -> None:
@@ -168,8 +168,27 @@ def test_missing_secret_file_is_rejected(tmp_path: Path) -> None:
 def test_redaction_key_has_128_bits_and_defaults_to_the_edge_key() -> None:
     with pytest.raises(SettingError, match="redact_key must be 22 to 200 letters"):
         read({"redact_key": "0123456789abcdef"})
-    assert read({"edge_key": "k" * 32}).redaction_key == "k" * 32
-    assert not read({"edge_key": "0123456789abcdef"}).redaction_key
+    assert read({"edge_key": "k" * 32}).redaction_keys.key == "k" * 32
+    assert not read({"edge_key": "0123456789abcdef"}).redaction_keys.key
+
+
+def test_redaction_keys_have_a_time_during_a_rotation() -> None:
+    settings = read({"redact_key": f"{'a' * 22},{'b' * 22}@1970-01-02T00:00:00Z"})
+
+    assert settings.redaction_keys == ("a" * 22, "b" * 22, 86_400)
+    for value in (f"{'a' * 22},{'b' * 22}", f"{'a' * 22},{'b' * 22}@1970-13-02T00:00:00Z", f"{'a' * 22}@1970"):
+        with pytest.raises(SettingError, match="redact_key must be 22 to 200 letters"):
+            read({"redact_key": value})
+
+
+def test_redaction_key_of_a_file_does_not_replace_one_that_is_set(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("f" * 32)
+    settings = Settings.from_environment({"ABREAST_SERVICE": "shop"}, {"redact_key_file": str(file)})
+    direct = read({"redact_key": "d" * 32, "redact_key_file": str(file)})
+
+    assert (settings.redact_key, settings.redact_key_file) == ("f" * 32, str(file))
+    assert (direct.redact_key, direct.redact_key_file) == ("d" * 32, "")
 
 
 def test_allow_list_names_endpoints() -> None:

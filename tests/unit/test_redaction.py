@@ -13,6 +13,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import unquote_plus
 
 import brotli  # type: ignore[import-untyped]  # it has no types
@@ -24,7 +25,9 @@ from msgspec.structs import replace
 
 from abreast.export import redaction
 from abreast.export.redaction import ALL_KINDS, SECRET_HEADERS, Redactor, is_card_number, is_random_token
+from abreast.export.serializer import RotatingRedactor
 from abreast.protocol.capture import Body, Headers
+from abreast.settings import Settings
 from abreast_sidecar.compare.content import decode_content
 from abreast_sidecar.compare.pair import compare_pair
 from abreast_sidecar.compare.rules import CompareOptions
@@ -717,3 +720,28 @@ def test_harmless_texts_hide_no_secret_of_the_same_form(redactor: Redactor) -> N
 
 def test_spaced_name_of_several_words_is_found() -> None:
     assert "4711" not in redact_body('{"card number" : "4711", "at": "10:30"}')
+
+
+def test_key_rotates_at_the_time_in_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RotatingRedactor, "REFRESH_INTERVAL_S", 0.0)
+    file = tmp_path / "key"
+    keys = ["a" * 32, "b" * 32, "c" * 32]
+    file.write_text(keys[0])
+    redactor = RotatingRedactor(Settings(service="shop", redact_key=keys[0], redact_key_file=str(file)))
+    first = redactor.at(5)
+    assert redactor.at(1e12) is first
+
+    file.write_text(f"{keys[0]},{keys[1]}@1970-01-02T00:00:00Z\n")
+    redactor.refresh()
+    second = redactor.at(86_400)
+    assert [redactor.at(86_399), second.key_id] == [first, Redactor(keys[1]).key_id]
+
+    file.write_text(f"{keys[1]},{keys[2]}@1970-01-03T00:00:00Z\n")
+    redactor.refresh()
+    assert redactor.at(2 * 86_400 - 1) is second
+    assert redactor.at(2 * 86_400).key_id == Redactor(keys[2]).key_id
+
+    file.write_text("damaged")
+    with pytest.raises(ValueError, match="22 to 200 letters"):
+        redactor.refresh()
+    assert redactor.at(2 * 86_400 - 1) is second

@@ -11,6 +11,7 @@ import contextvars
 import logging
 import os
 import random
+import time
 import weakref
 from asyncio import TimerHandle, get_running_loop
 from collections import deque
@@ -20,9 +21,8 @@ from time import perf_counter, perf_counter_ns
 
 from abreast.errors import ErrorReporter
 from abreast.export.queue import CAPTURE_ERROR, ENCODE_ERROR, REDIS_ERROR, SHUTDOWN, CaptureQueue, QueuedCapture
-from abreast.export.redaction import Redactor
 from abreast.export.routes import RouteResolver
-from abreast.export.serializer import CaptureSerializer, trim_scope
+from abreast.export.serializer import CaptureSerializer, RotatingRedactor, trim_scope
 from abreast.export.transport import REPLY_TIMEOUT_S, RedisTransport, TransportError
 from abreast.protocol.join import CaptureRow, shard_of
 from abreast.recorder import BACKGROUND_THREAD, RequestRecorder
@@ -60,7 +60,7 @@ class Exporter:
         self._work_slice_s = pool.work_slice_s
         self._effect_wait_ns = round(min(settings.effect_wait, settings.pair_timeout / 2) * 1e9)  # ns
         self._transport = RedisTransport(settings)
-        self._redactor = Redactor(settings.redaction_key, settings.secret_headers, settings.redact_allow)
+        self._redactor = RotatingRedactor(settings)
         self._serializer: CaptureSerializer | None = None  # None while there is no connection
         self._batches: deque[tuple[int, list[QueuedCapture]]] = deque()  # (shard, encoded captures)
         self._rejections = 0
@@ -130,6 +130,8 @@ class Exporter:
 
     async def _run_once(self) -> None:
         try:
+            if self._redactor.is_stale:
+                BACKGROUND_THREAD.submit(self._refresh_redactor)  # the file may be on a slow disk
             await self._drain()
             if self.loop.time() >= self._retry_at:
                 dropped_before = self._queue.drop_counts[REDIS_ERROR]
@@ -266,13 +268,20 @@ class Exporter:
         queued.recorder = None
         return queued.row
 
+    def _refresh_redactor(self) -> None:
+        try:
+            self._redactor.refresh()
+        except (OSError, ValueError) as error:
+            self._report_error("reading the redaction key again", error)
+
     def _next_report_at(self) -> float:
         has_changed = self._queue.totals != self._last_report_totals
         return self._last_report_at + (REPORT_INTERVAL_S if has_changed else IDLE_REPORT_INTERVAL_S)
 
     async def _send_report(self) -> None:
         totals = self._queue.totals
-        await self._transport.report(self._queue.id, self._queue.build_report())
+        report = {**self._queue.build_report(), "redaction_key": self._redactor.at(time.time()).key_id}
+        await self._transport.report(self._queue.id, report)
         self._last_report_totals, self._last_report_at = totals, self.loop.time()
 
     async def _mark_disconnected(self, error: TransportError) -> None:

@@ -288,6 +288,9 @@ class Redactor:
         self._is_secret_word = lru_cache(maxsize=1024)(self._contains_secret)
         self._redact_short_text = lru_cache(maxsize=1024)(self._scan_text)
 
+    def at(self, _time_s: float) -> Redactor:
+        return self
+
     def allowed_names(self, method: str, route: str) -> frozenset[str]:
         """Return the normalised names that stay readable at an endpoint."""
         return self._allowed_names.get(f"{method} {route}", NO_NAMES) if self._allowed_names else NO_NAMES

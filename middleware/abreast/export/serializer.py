@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from functools import lru_cache
+from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 from urllib.parse import quote
@@ -26,7 +27,7 @@ from abreast.protocol.capture import (
 )
 from abreast.protocol.join import CaptureRow
 from abreast.recorder import RawHeaders, RequestRecorder, Scope, small_body
-from abreast.settings import Settings
+from abreast.settings import RedactionKeys, Settings
 
 NO_BODY = Body()
 SCOPE_KEYS = ("method", "path", "raw_path", "query_string", "headers")  # the ones that a capture needs
@@ -47,8 +48,45 @@ def trim_scope(recorder: RequestRecorder) -> None:
     recorder.scope = {name: scope[name] for name in SCOPE_KEYS if name in scope}
 
 
+class RotatingRedactor:
+    """The redactors of a key and of the next one. `refresh` reads a rotation from the file of the key."""
+
+    REFRESH_INTERVAL_S = 5.0
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._file = Path(settings.redact_key_file) if settings.redact_key_file else None
+        self._refresh_at = 0.0  # monotonic
+        self._redactors: dict[str, Redactor] = {}
+        self._apply(settings.redaction_keys)
+
+    def at(self, time_s: float) -> Redactor:
+        """Return the redactor of a request that began at this Unix time."""
+        current, following, start = self._choice
+        return current if time_s < start else following
+
+    @property
+    def is_stale(self) -> bool:
+        return self._file is not None and time.monotonic() >= self._refresh_at
+
+    def refresh(self) -> None:
+        """Read the keys again if they are stale. Raise OSError or ValueError, and keep the former keys. Blocks."""
+        if self._file is not None and self.is_stale:
+            self._refresh_at = time.monotonic() + self.REFRESH_INTERVAL_S
+            self._apply(RedactionKeys.parse(self._file.read_text(encoding="utf-8")))
+
+    def _apply(self, keys: RedactionKeys) -> None:
+        names = (keys.key, keys.next_key) if keys.next_key else (keys.key,)
+        settings = self._settings
+        self._redactors = {
+            key: self._redactors.get(key) or Redactor(key, settings.secret_headers, settings.redact_allow)
+            for key in names
+        }
+        self._choice = self._redactors[names[0]], self._redactors[names[-1]], keys.next_from
+
+
 class CaptureSerializer:
-    def __init__(self, settings: Settings, redactor: Redactor) -> None:
+    def __init__(self, settings: Settings, redactor: Redactor | RotatingRedactor) -> None:
         self._service = settings.service
         self._release = settings.release
         self._body_limit = settings.body_limit
@@ -64,11 +102,11 @@ class CaptureSerializer:
         started_at = time.time() - (perf_counter_ns() - started_ns) / 1e9
         sent_ms, _, mark = recorder.sent_ms.partition(b" ")
         pair = recorder.pair.decode("ascii")
-        method, path, redactor = scope["method"], _get_raw_path(scope), self._redactor
+        method, path, redactor = scope["method"], _get_raw_path(scope), self._redactor.at(started_at)
         allowed = redactor.allowed_names(method, recorder.route or path)
         effects, effects_dropped = context.close_effect_log(lambda payload: redactor.redact_payload(payload, allowed))
         if effects:
-            effects = tuple([self._redact_effect(effect) for effect in effects])
+            effects = tuple([_redact_effect(redactor, effect) for effect in effects])
         request_body = NO_BODY if recorder.request_body is None else recorder.request_body.to_body()
         if method == "HEAD":  # servers send no body
             response_body = NO_BODY
@@ -144,17 +182,18 @@ class CaptureSerializer:
         header_names = self._header_names
         return tuple([(header_names[name], value.decode("latin-1")) for name, value in rows if name in header_names])
 
-    def _redact_effect(self, effect: dict[str, Any]) -> dict[str, Any]:
-        for name, redact in (("key", self._redactor.redact_text), ("digest", self._redactor.hash)):
-            if name in effect:
-                effect[name] = redact(effect[name])
-        return effect
-
     def _list_other_headers(self, rows: RawHeaders) -> tuple[str, ...]:
         """Return the names of the headers that the settings don't name."""
         header_names = self._header_names
         names = [_decode_other_name(name) for name, _ in rows if name not in header_names]
         return tuple(dict.fromkeys(filter(None, names)))
+
+
+def _redact_effect(redactor: Redactor, effect: dict[str, Any]) -> dict[str, Any]:
+    for name, redact in (("key", redactor.redact_text), ("digest", redactor.hash)):
+        if name in effect:
+            effect[name] = redact(effect[name])
+    return effect
 
 
 def _redact_body(redactor: Redactor, body: Body, headers: Headers, allowed: frozenset[str]) -> Body:

@@ -42,6 +42,7 @@ COMMANDS = {
     "drill": ("drill", "Fail a part of the requests to new, and report what users notice."),
     "faults": ("demo", "Break one part of a demo and measure the effect on users."),
     "token": ("access", "Manage the tokens of callers."),
+    "key": ("access", "Rotate the key of the hashes of secrets."),
     "audit": ("access", "List changes and looks at bodies."),
     "compare": ("compare", "Compare two responses in files."),
     "doctor": ("doctor.run", "Check every part and report what to fix."),

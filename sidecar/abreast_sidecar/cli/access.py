@@ -1,20 +1,25 @@
-"""`abreast token` and `abreast audit`: tokens of callers, and the log of changes and looks at bodies."""
+"""`abreast token`, `abreast key` and `abreast audit`: tokens of callers, keys, and the log of changes and looks at bodies."""
 
 from __future__ import annotations
 
 import datetime as dt
+import secrets
+from pathlib import Path
 
 import click
 
+from abreast.settings import RedactionKeys
 from abreast.v1 import access_pb2 as api
 from abreast.v1.common_pb2 import TimeWindow
 from abreast_sidecar.cli.options import (
     ParserParamType,
     PrintingClient,
     actor_option,
+    address_option,
     api_options,
     default_actor,
     enum_type,
+    find_sidecar,
     limit_option,
     parse_span,
     window_options,
@@ -28,6 +33,7 @@ from abreast_sidecar.client.output import (
     style_text,
     to_printable,
 )
+from abreast_sidecar.errors import SettingError
 
 
 @click.group()
@@ -115,6 +121,57 @@ def revoke_command(link: PrintingClient, name: str, actor: str | None) -> None:
         out.print(style_text(f"{to_printable(response.token.name)} is revoked", "ok"))
 
     link.show(lambda calls: calls.access.RevokeToken(request), print_revoked)
+
+
+@click.group()
+def key_command() -> None:
+    """Rotate the key of the hashes that replace secrets in captures."""
+
+
+@key_command.command("rotate")
+@click.option(
+    "--file",
+    "path",
+    type=click.Path(dir_okay=False, resolve_path=True, path_type=Path),
+    envvar="ABREAST_REDACT_KEY_FILE",
+    show_envvar=True,
+    help="File with the key.  [default: that of the running stack]",
+)
+@click.option(
+    "--after",
+    type=ParserParamType("span", parse_span),
+    default="1m",
+    show_default=True,
+    help="Span until the new key is used, in which all processes must read the file.",
+)
+@address_option
+def rotate_command(path: Path | None, after: dt.timedelta, address: str | None) -> None:
+    """Add a new key to the file of ABREAST_REDACT_KEY_FILE.
+
+    Services, sidecars and collectors read the file every five seconds, and use the new key at the same time.
+    """
+    from abreast_sidecar.stack.data import KEY_BYTES, REDACTION_KEY_VARIABLE, find_run, write_secret
+
+    if path is None:
+        run_file = find_run(find_sidecar(address)).get(REDACTION_KEY_VARIABLE)
+        if run_file is None:
+            raise SettingError("no stack of `abreast up` runs; name the file with --file or ABREAST_REDACT_KEY_FILE")
+        path = Path(run_file)
+    now = dt.datetime.now(dt.UTC)
+    try:
+        keys = RedactionKeys.parse(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingError(f"--file must have a key that can be rotated: {path}: {error}") from None
+    if keys.next_key and now.timestamp() < keys.next_from:
+        start = dt.datetime.fromtimestamp(keys.next_from).astimezone()
+        raise SettingError(f"{path} already has a key for {start:%Y-%m-%d %H:%M:%S}; rotate it again after that")
+    start = (now + after).replace(microsecond=0)
+    key = keys.next_key or keys.key
+    try:
+        write_secret(path, f"{key},{secrets.token_hex(KEY_BYTES)}@{start:%Y-%m-%dT%H:%M:%SZ}")
+    except OSError as error:
+        raise SettingError(f"--file can't be written: {error.strerror}: {path}") from error
+    click.echo(f"requests from {start.astimezone():%Y-%m-%d %H:%M:%S} on are hashed with a new key of {path}")
 
 
 @click.command

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 import grpc.aio
@@ -17,13 +20,14 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection_pb2 as reflection
 
-from abreast.export.redaction import Redactor
+from abreast.export.serializer import RotatingRedactor
 from abreast.recorder import BodyBuffer, RawHeaders
 from abreast_sidecar.aio import cancel_and_wait
 from abreast_sidecar.collector.message import CapturedBody, EnvoyRecorder
 from abreast_sidecar.compare.content import GRPC_LINES_TYPE, GRPC_OBJECT_TYPE, GRPC_PROTO_TYPE, GRPC_TYPE
 from abreast_sidecar.compare.messages import DescriptorError, convert_body, find_method, parse_descriptor_set
 from abreast_sidecar.errors import locate_error
+from abreast_sidecar.settings import CollectorSettings
 
 REFLECTION_SCHEMES = {"grpc://": False, "grpcs://": True}  # True with TLS
 # Servers have the first, the second or both. Their messages are equal.
@@ -47,15 +51,15 @@ log = structlog.get_logger(__name__)
 class Descriptors:
     """The descriptors of the settings. The first source with a method counts. `problems` are warnings for people."""
 
-    def __init__(self, sources: Sequence[str], redaction_key: str) -> None:
+    def __init__(self, settings: CollectorSettings) -> None:
+        sources = settings.descriptors
         self.problems: list[str] = []
         self._pools: dict[str, DescriptorPool | None] = dict.fromkeys(sources)
         self._contents: dict[str, bytes] = {}  # of the pools
         self._problems_by_source: dict[str, str] = {}
         self._methods: dict[str, MethodDescriptor | None] = {}
         self._logged: set[tuple[str, str]] = set()
-        redactor = Redactor(redaction_key)
-        self._digest = lambda content: redactor.hash(content.decode("latin-1"))
+        self._redactor = RotatingRedactor(settings)
         self._task: asyncio.Task[None] | None = None
         self._is_read = threading.Event()  # each source was read once, or could not be
         self._is_read.set()
@@ -122,14 +126,18 @@ class Descriptors:
         scope, problems, is_truncated = recorder.scope, set[str](), not recorder.is_complete
         path = scope["path"][:MAX_PATH_CHARS]
         try:
+            with contextlib.suppress(OSError, ValueError):  # the export reports it
+                self._redactor.refresh()
+            redactor = self._redactor.at(time.time() - (perf_counter_ns() - recorder.context.started_ns) / 1e9)
+            digest = lambda content: redactor.hash(content.decode("latin-1"))  # noqa: E731
             method = self._find_method(path)
             if method is None:
                 self._count(UNKNOWN_METHOD, path, counts)
                 return
             request = _Part(scope["headers"], recorder.request_body, method.input_type, method.client_streaming)
             answer = _Part(recorder.headers, recorder.response_body, method.output_type, method.server_streaming)
-            new_request = _convert_part(request, self._digest, problems, is_truncated=is_truncated)
-            new_answer = _convert_part(answer, self._digest, problems, is_truncated=is_truncated)
+            new_request = _convert_part(request, digest, problems, is_truncated=is_truncated)
+            new_answer = _convert_part(answer, digest, problems, is_truncated=is_truncated)
         except Exception as error:  # noqa: BLE001  # the capture is compared by its bytes
             problems.add(UNFIT_MESSAGE)
             log.warning("a gRPC call can't be converted", method=path, error=locate_error(error))

@@ -50,7 +50,7 @@ class Collector:
     def __init__(self, settings: CollectorSettings) -> None:
         self.settings = settings
         self.max_message_bytes = 2 * settings.body_limit + MAX_MESSAGE_OVERHEAD
-        self.descriptors = Descriptors(settings.descriptors, settings.redaction_key)
+        self.descriptors = Descriptors(settings)
         self.port = 0
         self._keys = [key.encode() for key in settings.edge_key]
         self._pools: dict[str, ExporterPool] = {}

@@ -22,6 +22,7 @@ RUN_FOLDER_PREFIX = "abreast-run-"
 RUN_LOCK_FILE = "lock"  # locked by the process that runs the servers; contains its process id
 SERVERS_LOCK_FILE = "servers.lock"  # inherited by the servers: free once the last one has ended
 KEY_BYTES = 32
+REDACTION_KEY_VARIABLE = "ABREAST_REDACT_KEY_FILE"
 SERVERS_END_TIMEOUT_S = 30.0  # for the servers of a killed run
 DATA_DIRECTORY_MODE = (
     0o711 if os.geteuid() == 0 else 0o700
@@ -53,10 +54,7 @@ class DataDirectory:
         """Return the secret key in a file of this directory, which the first call creates. Only its owner can read it."""
         path = self.path / file_name
         if not path.exists():
-            draft = path.with_name(f"{file_name}.draft")  # so that a key is never half written
-            draft.touch(mode=0o600)
-            draft.write_text(f"{secrets.token_hex(KEY_BYTES)}\n")
-            draft.rename(path)
+            write_secret(path, secrets.token_hex(KEY_BYTES))
         return path.read_text().strip()
 
     def __enter__(self) -> Self:
@@ -117,6 +115,19 @@ class DataDirectory:
         if self.persistent_path is None:
             remove_folder(self.path)
         self._unlock()
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, the same one as before, so that no reader sees a part of the text."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.unlink(missing_ok=True)
+    draft.touch(mode=0o600)
+    draft.write_text(f"{text}\n")
+    if path.exists():
+        status = path.stat()
+        os.chown(draft, status.st_uid, status.st_gid)
+        draft.chmod(stat.S_IMODE(status.st_mode))
+    draft.rename(path)
 
 
 def remove_killed_runs() -> None:

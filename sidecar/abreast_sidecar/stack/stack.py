@@ -19,7 +19,7 @@ from abreast.settings import secret_key
 from abreast_sidecar.envoy.render import render_config
 from abreast_sidecar.envoy.settings import ENVIRONMENT_PREFIX, EnvoySettings, SocketAddress
 from abreast_sidecar.errors import ServerError, SettingError
-from abreast_sidecar.stack.data import DATA_DIRECTORY_MODE, DataDirectory, RunRegistry
+from abreast_sidecar.stack.data import DATA_DIRECTORY_MODE, REDACTION_KEY_VARIABLE, DataDirectory, RunRegistry
 from abreast_sidecar.stack.process import LocalServer, find_free_port, is_port_free, lower_priority, process_tree
 from abreast_sidecar.stack.servers import (
     SERVICE_USER,
@@ -232,7 +232,7 @@ class Stack:
             "ABREAST_HTTP_LISTEN": _format_address(self.http),
             "ABREAST_COLLECTOR_LISTEN": _format_address(self.envoy_settings.collector),
             "ABREAST_EDGE_KEY": self.envoy_settings.edge_key,
-            "ABREAST_REDACT_KEY_FILE": str(self.redaction_key_file),
+            REDACTION_KEY_VARIABLE: str(self.redaction_key_file),
             "ABREAST_ENVOY_ADMIN": self.admin_url,
             "ABREAST_ENVOY_TOKEN": self.envoy_settings.sidecar_token,
         }
@@ -321,6 +321,7 @@ class Stack:
             "ABREAST_ENVOY_ADMIN": self.admin_url,
             "ABREAST_ADMIN_SOCKET": self.envoy_settings.admin_socket_path,
             "ABREAST_HTTP_LISTEN": _format_address(_to_client_address(self.http)),
+            REDACTION_KEY_VARIABLE: str(self.redaction_key_file),
         }
 
 

@@ -169,6 +169,7 @@ class ServiceProcess:
     drops_by_reason: dict[str, int]
     queued_captures: int
     report_age_s: float
+    redaction_key_id: str = ""
 
     @property
     def is_live(self) -> bool:
@@ -183,6 +184,7 @@ class ServiceProcess:
             drops_by_reason=_parse_counts(report.get("dropped")),
             queued_captures=int((report.get("queue") or {}).get("count", 0)),
             report_age_s=server_time_s - float(report.get("seen") or 0.0),
+            redaction_key_id=str(report.get("redaction_key") or ""),
         )
 
 
@@ -224,6 +226,14 @@ def check_services(
         check = _check_version(version, processes, service, mirrored_requests)
         yield _make_off_check(version) if version in captures_off and check.state == "fail" else check
     yield _check_drops(processes)
+    key_ids = {process.redaction_key_id for process in processes if process.is_live and process.captures_by_version}
+    if len(key_ids) > 1:
+        yield SERVICE_CHECKS.make(
+            "keys",
+            f"{_format_processes(live_count)} hash secrets with {len(key_ids)} keys, so these hashes are not compared",
+            "set the same ABREAST_REDACT_KEY_FILE in both versions and the collector: see docs/middleware.md#key",
+            warns=True,
+        )
 
 
 def _make_off_check(version: str) -> Check:
