@@ -158,6 +158,63 @@ async def test_calls_at_fail_have_a_reason_for_machines(sidecar: RunningSidecar,
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "VERDICT_FAIL")
 
 
+async def test_calls_over_http_obey_the_verdict(sidecar: RunningSidecar, ledger: Ledger) -> None:
+    fill(ledger, "FAIL")
+    base = "/v1/services/shop"
+    calls: dict[str, dict[str, object]] = {
+        "traffic": {"new_share": 0.25},
+        "promote": {"reason": "r"},
+        "ramp": {"plan": {"steps": [0.1, 1.0]}},
+    }
+    before = (await sidecar.http.get(f"{base}/traffic")).json()["traffic"]
+    for path, body in calls.items():
+        response = await sidecar.http.post(f"{base}/{path}", json=body)
+        assert response.status_code == 409
+        assert response.json()["error"]["message"].startswith("the verdict of shop is FAIL: 500 of 5,500 pairs")
+    assert (await sidecar.http.get(f"{base}/traffic")).json()["traffic"] == before
+
+    forced = await sidecar.http.post(f"{base}/traffic", json={"new_share": 0.25, "force": True, "actor": "ci"})
+    version = int(forced.json()["traffic"]["version"])
+    stale = await sidecar.http.post(f"{base}/traffic", json={"new_share": 0, "expected_version": version - 1})
+    ramp = await sidecar.http.post(f"{base}/ramp", json={**calls["ramp"], "force": True})
+    aborted = await sidecar.http.post(f"{base}/ramp/abort", json={})
+    rollback = await sidecar.http.post(f"{base}/rollback", json={})
+
+    assert (forced.status_code, forced.json()["traffic"]["new_share"]) == (200, 0.25)
+    assert (stale.status_code, ramp.status_code, aborted.status_code) == (409, 200, 200)
+    assert (rollback.status_code, rollback.json()["traffic"]["new_share"]) == (200, 0.0)
+    assert (await sidecar.http.get(f"{base}/ramp")).json()["ramp"]["state"] == aborted.json()["ramp"]["state"]
+    events = await sidecar.traffic.ListTrafficEvents(traffic_pb2.ListTrafficEventsRequest(service="shop"))
+    assert "ci" in {event.actor for event in events.events}
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "text"),
+    [
+        ('{"share": 1}', {}, 400, 'no field named "share"'),
+        ("{", {}, 400, "must be a UpdateTrafficRequest in JSON"),
+        ('{"service": "till"}', {}, 400, "the body names the service 'till', and the path names 'shop'"),
+        ('{"new_share": 2}', {}, 400, "new_share must be"),
+        ("{" + " " * 20_000 + "}", {}, 400, "at most 16384 bytes"),
+        ("{}", {"content-type": "text/plain"}, 403, "another site"),
+        ("{}", {"origin": "http://evil.test"}, 403, "another site"),
+    ],
+)
+async def test_calls_over_http_refuse_bad_input_and_other_sites(
+    sidecar: RunningSidecar, ledger: Ledger, content: str, headers: dict[str, str], status: int, text: str
+) -> None:
+    ledger.endpoint()
+
+    response = await sidecar.http.post(
+        "/v1/services/shop/traffic", content=content, headers={"content-type": "application/json", **headers}
+    )
+
+    assert response.status_code == status, response.text
+    assert text in (response.json()["error"]["message"] if status == 400 else response.text)
+    traffic = (await sidecar.traffic.GetTraffic(traffic_pb2.GetTrafficRequest(service="shop"))).traffic
+    assert traffic.new_share == 0
+
+
 async def test_inconclusive_verdict_warns(sidecar: RunningSidecar, ledger: Ledger) -> None:
     fill(ledger, "INCONCLUSIVE")
 

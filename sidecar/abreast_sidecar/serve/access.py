@@ -119,6 +119,7 @@ METHODS: Mapping[str, MethodAccess] = {
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": MethodAccess(Scope.READ, "stream"),
 }
 UNAUDITED_METHODS = frozenset({"AccessService/ListTokens", "AccessService/ListAuditEvents"})
+# By path, or by method and path where methods need different scopes.
 ROUTES: Mapping[str, Scope | None] = {
     "/healthz": None,
     "/readyz": None,
@@ -131,6 +132,13 @@ ROUTES: Mapping[str, Scope | None] = {
     "/pairs/{id}": Scope.BODIES,
     "/v1/services/{service}/verdict": Scope.READ,
     "/v1/services/{service}/causes": Scope.READ,
+    "/v1/services/{service}/traffic": Scope.READ,
+    "/v1/services/{service}/ramp": Scope.READ,
+    "POST /v1/services/{service}/traffic": Scope.OPERATE,
+    "POST /v1/services/{service}/rollback": Scope.OPERATE,
+    "POST /v1/services/{service}/promote": Scope.OPERATE,
+    "POST /v1/services/{service}/ramp": Scope.OPERATE,
+    "POST /v1/services/{service}/ramp/abort": Scope.OPERATE,
 }
 
 
@@ -448,7 +456,9 @@ class PageAccess:
         current_csrf_token.set(csrf_token)
         receive = request.receive
         if request.method not in SAFE_METHODS and not by_token:
-            receive = await self._check_form(request, csrf_token)
+            self._check_origin(request)
+            if self.authenticator.needs_token or not is_json(request):
+                receive = await self._check_form(request, csrf_token)
         if needed is not None:
             caller.check_scope(needed)
             if path == "/metrics" and caller.services:
@@ -468,14 +478,15 @@ class PageAccess:
                 ) from None
 
     def _find_route(self, scope: AsgiScope) -> tuple[str, Scope | None]:
-        """Return the path of the route and the scope that it needs. A path without a route needs none."""
+        """Return the path of the route and the scope that it needs. A path or method without a route needs none."""
         for route in self.app.routes:
             match, _ = route.matches(scope)
-            if match is not Match.NONE:
+            if match is Match.FULL:
                 path = str(getattr(route, "path", ""))
-                if path not in ROUTES:
-                    raise ForbiddenError(f"{path} has no declared scope")
-                return path, ROUTES[path]
+                name = f"{scope['method']} {path}" if f"{scope['method']} {path}" in ROUTES else path
+                if name not in ROUTES:
+                    raise ForbiddenError(f"{name} has no declared scope")
+                return path, ROUTES[name]
         return "", None
 
     def _identify(self, request: Request, cookie: str, *, is_public: bool) -> tuple[Caller, bool]:
@@ -492,12 +503,19 @@ class PageAccess:
             return caller, False
         raise UnauthenticatedError("this page needs a login, or a token in the header authorization")
 
+    def _check_origin(self, request: Request) -> None:
+        """Refuse a request of another site. Only a program sends JSON without an origin. Raise ForbiddenError."""
+        origin = request.headers.get("origin")
+        if origin is None and is_json(request):
+            return
+        if urlsplit(origin or "").netloc.lower() != request.headers.get("host", "").lower():
+            raise ForbiddenError(
+                f"the origin {(origin or '')[:100]!r} is another site; send the form from this page, or application/json"
+            )
+
     async def _check_form(self, request: Request, csrf_token: str) -> Receive:
-        """Refuse a form of another site. Raise AccessError or ArgumentError."""
-        origin = request.headers.get("origin", "")
-        if urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower():
-            raise ForbiddenError(f"the origin {origin[:100]!r} is another site; send the form from this page")
-        body = await _read_body(request)
+        """Refuse a form without the token of its page. Raise AccessError or ArgumentError."""
+        body = await read_body(request)
         token = request.headers.get("x-csrf-token") or (parse_qs(body.decode("latin-1")).get("csrf") or [""])[0]
         if not hmac.compare_digest(token.encode(), csrf_token.encode()):
             raise ForbiddenError("the form has expired; load the page again")
@@ -562,16 +580,22 @@ class LoginPages:
         return response
 
 
-async def _read_body(request: Request) -> bytes:
+def is_json(request: Request) -> bool:
+    """Check the content type. A web page can't send JSON to another site without asking it first."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the body of a form or of a call. Raise ArgumentError if it is too long or too slow."""
     body = b""
     try:
         async with asyncio.timeout(FORM_TIMEOUT_S):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > MAX_FORM_BYTES:
-                    raise ArgumentError(f"a form must have at most {MAX_FORM_BYTES} bytes")
+                    raise ArgumentError(f"the body must have at most {MAX_FORM_BYTES} bytes")
     except TimeoutError:
-        raise ArgumentError(f"the form did not arrive within {FORM_TIMEOUT_S:g} s") from None
+        raise ArgumentError(f"the body did not arrive within {FORM_TIMEOUT_S:g} s") from None
     return body
 
 

@@ -1,10 +1,11 @@
-"""Health, metrics and the web page over HTTP. All requests only read."""
+"""Health, metrics, the web page, and verdict and traffic for pipelines over HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from math import isfinite, nan
 from typing import Any
 
@@ -19,8 +20,20 @@ from starlette.routing import Route
 
 from abreast.v1 import common_pb2, latency_pb2, rollout_pb2, traffic_pb2
 from abreast.v1 import comparison_pb2 as pb
-from abreast_sidecar.errors import ArgumentError, ForbiddenError, LedgerError, NotFoundError, SidecarError
+from abreast_sidecar.errors import (
+    ArgumentError,
+    ConflictError,
+    ForbiddenError,
+    LedgerError,
+    NotFoundError,
+    RedisError,
+    SidecarError,
+    StaleVersionError,
+    StoppingError,
+    first_line,
+)
 from abreast_sidecar.rollout.service import RolloutService
+from abreast_sidecar.serve.access import is_json, read_body
 from abreast_sidecar.serve.metrics import Metrics
 from abreast_sidecar.serve.render import format_word, read_stylesheet, render
 from abreast_sidecar.serve.services import Servicers
@@ -35,7 +48,20 @@ MAX_PAGE_EVENTS = 8
 BUDGET_FIELDS = tuple(pb.Budget.DESCRIPTOR.fields_by_name)
 GATE_STATUSES = {"PASS": 200, "FAIL": 409, "INCONCLUSIVE": 425}
 VERDICT_METRIC_AGE_S = 10.0  # verdicts are expensive: a scrape reuses those of this age
-HTTP_STATUS_BY_ERROR = {ArgumentError: 400, ForbiddenError: 403, NotFoundError: 404, LedgerError: 503}
+HTTP_STATUS_BY_ERROR = {
+    ArgumentError: 400, ForbiddenError: 403, NotFoundError: 404, ConflictError: 409, StaleVersionError: 409,
+    LedgerError: 503, RedisError: 503, StoppingError: 503,
+}  # fmt: skip
+# Calls of /v1/services/{service}/: the servicer, its method and the request.
+STEERING_CALLS: Mapping[tuple[str, str], tuple[str, str, type[Message]]] = {
+    ("GET", "traffic"): ("traffic", "GetTraffic", traffic_pb2.GetTrafficRequest),
+    ("POST", "traffic"): ("traffic", "UpdateTraffic", traffic_pb2.UpdateTrafficRequest),
+    ("POST", "rollback"): ("traffic", "Rollback", traffic_pb2.RollbackRequest),
+    ("POST", "promote"): ("traffic", "Promote", traffic_pb2.PromoteRequest),
+    ("GET", "ramp"): ("rollout", "GetRamp", rollout_pb2.GetRampRequest),
+    ("POST", "ramp"): ("rollout", "StartRamp", rollout_pb2.StartRampRequest),
+    ("POST", "ramp/abort"): ("rollout", "AbortRamp", rollout_pb2.AbortRampRequest),
+}
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +97,31 @@ def _parse_window(parameters: dict[str, str]) -> common_pb2.TimeWindow | None:
     return window if window.ByteSize() else None
 
 
+class HttpContext:
+    """Stands for the context of gRPC in a call over HTTP."""
+
+    def peer(self) -> str:
+        return current_caller.get().peer
+
+
+async def _parse_call(request: Request, kind: type[Message]) -> Any:
+    """Return the message of a JSON body, with the service of the path. Raise ArgumentError."""
+    message: Any = kind()
+    content, service = b"", request.path_params["service"]
+    if request.method == "POST":
+        content = await read_body(request)
+    if content and not is_json(request):
+        raise ArgumentError("the header content-type must be application/json")
+    try:
+        json_format.Parse(content or b"{}", message)
+    except (json_format.ParseError, ValueError, RecursionError) as error:
+        raise ArgumentError(f"the body must be a {kind.DESCRIPTOR.name} in JSON: {first_line(error)}") from error
+    if message.service not in {"", service}:
+        raise ArgumentError(f"the body names the service {message.service!r}, and the path names {service!r}")
+    message.service = service
+    return message
+
+
 class WebApp:
     """Renders the responses of the gRPC services, which it calls in the same process."""
 
@@ -101,6 +152,14 @@ class WebApp:
                 Route("/style.css", self.get_stylesheet),
                 Route("/v1/services/{service}/verdict", self._create_json_handler(self.read_verdict)),
                 Route("/v1/services/{service}/causes", self._create_json_handler(self.read_causes)),
+                *(
+                    Route(
+                        f"/v1/services/{{service}}/{path}",
+                        self._create_json_handler(partial(self.steer, call)),
+                        methods=[method],
+                    )
+                    for (method, path), call in STEERING_CALLS.items()
+                ),
                 Route("/", self._create_page_handler(self.render_overview)),
                 Route("/findings/{id:int}", self._create_page_handler(self.render_finding)),
                 Route("/pairs/{id}", self._create_page_handler(self.render_pair)),
@@ -188,6 +247,13 @@ class WebApp:
         if parameters:
             raise ArgumentError(f"unknown parameter: {', '.join(sorted(parameters))}")
         response = await self.servicers.comparison.ListCauses(message, None)
+        return _to_document(response), 200
+
+    async def steer(self, call: tuple[str, str, type[Message]], request: Request) -> tuple[dict[str, Any], int]:
+        """Make a call of gRPC, and return its response as JSON."""
+        servicer, method, kind = call
+        message = await _parse_call(request, kind)
+        response = await getattr(getattr(self.servicers, servicer), method)(message, HttpContext())
         return _to_document(response), 200
 
     def _create_page_handler(self, render_page: PageRenderer) -> Callable[[Request], Awaitable[Response]]:
