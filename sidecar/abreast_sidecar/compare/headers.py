@@ -48,6 +48,7 @@ _VALIDATOR_HEADERS = frozenset({"etag", "last-modified"})  # values depend on th
 _PERCENT_ESCAPE = re.compile("%[0-9a-fA-F]{2}")  # without case
 _UNRESERVED = re.compile("[A-Za-z0-9._~-]")  # characters that mean the same with and without an escape
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+MAX_IMMEDIATE_S = 5.0  # from the start of a request to the `expires` of a response that expires at once
 MAX_EXPIRY_GAP_S = 2 * 86_400  # between the dates of two cookies for one request
 _EXPIRY = re.compile(r"\bexpires=(\d{4}-\d\d-\d\dT[\d:]{8}(?:[+-]\d\d:\d\d)?)")
 _CASELESS_COOKIE_ATTRIBUTES = frozenset({"samesite", "domain", "priority"})
@@ -291,6 +292,31 @@ def diff_validators(old: Headers, new: Headers) -> list[Difference]:
     if after and not before:
         return [Difference.from_values("header", after[0], None, after[1], "additive", after[0])]
     return []
+
+
+def diff_expiry(old: Headers, new: Headers, start_times: tuple[float, float]) -> list[Difference]:
+    """Compare whether a response expires at once, later, or at no time that it states. The time itself is volatile.
+
+    `start_times`: Unix times of the requests.
+    """
+    (before, old_value), (after, new_value) = map(_read_expiry, (old, new), start_times)
+    if before == after:
+        return []
+    impact: Impact = "value" if before else "additive"
+    return [Difference.from_values("header", "expires", old_value, new_value, impact, "expires")]
+
+
+def _read_expiry(headers: Headers, start_time: float) -> tuple[str, str | None]:
+    """Return `now`, `later` or empty text, and the header. A date that can't be read is in the past (RFC 9111, 5.3)."""
+    values = dict(headers)
+    value = values.get("expires")
+    if value is None or "max-age" in values.get("cache-control", "").lower():  # which has precedence
+        return "", None
+    try:
+        is_later = parsedate_to_datetime(value).timestamp() > start_time + MAX_IMMEDIATE_S
+    except (TypeError, ValueError, OverflowError):
+        is_later = False
+    return "later" if is_later else "now", value
 
 
 def diff_trailers(old: Headers, new: Headers, volatile: frozenset[str]) -> list[Difference]:

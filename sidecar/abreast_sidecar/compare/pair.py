@@ -25,7 +25,7 @@ from abreast_sidecar.compare.body import (
     is_same_content,
 )
 from abreast_sidecar.compare.endpoints import ResolvedEndpoint, resolve_endpoint
-from abreast_sidecar.compare.headers import diff_headers, diff_trailers, diff_validators, get_header
+from abreast_sidecar.compare.headers import diff_expiry, diff_headers, diff_trailers, diff_validators, get_header
 from abreast_sidecar.compare.json_diff import DifferenceClassifier, JsonDiff, match_elements
 from abreast_sidecar.compare.model import ComparisonResult, Difference, Impact, Kind, Outcome, RenderedValues
 from abreast_sidecar.compare.rules import CompareOptions, RuleScope, RuleSet
@@ -352,6 +352,7 @@ def _compare_captures(old: Capture, new: Capture, options: CompareOptions, rule_
     differences += diff_headers(before.headers, after.headers, options.volatile_headers, old.request)
     if get_status(old) == get_status(new):
         differences += diff_validators(before.headers, after.headers)
+        differences += diff_expiry(before.headers, after.headers, (old.started_at, new.started_at))
     identity_lookup = rule_set.find_identity_field if rule_set and rule_set.keyed_by_rules else None
     classify = _make_classifier((old.started_at, new.started_at), rule_set)
     effects_result = BodyResult([])
