@@ -8,6 +8,7 @@ The new version returns prices as text, and drops the header x-stock.
 from __future__ import annotations
 
 import json
+import socket
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -33,9 +34,11 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/slow":
             time.sleep(0.03)
             self.respond({"ok": True})
-        elif self.path == "/empty":
-            self.send_response(204)
+        elif self.path in {"/empty", "/unchanged"}:
+            self.send_response(204 if self.path == "/empty" else 304)
             self.end_headers()
+        elif self.path == "/reset" and VERSION == "new":
+            self.connection.shutdown(socket.SHUT_RDWR)
         else:
             self.respond({"ok": True})
 

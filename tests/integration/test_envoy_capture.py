@@ -60,14 +60,34 @@ def test_services_without_middleware_are_compared(up: Up) -> None:
     assert summary["envoy_sampled"] == "20"
 
 
-@pytest.mark.parametrize("path", ["/large", "/stream", "/empty"])
-def test_responses_of_all_kinds_match(up: Up, path: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/large", 200),
+        ("GET", "/stream", 200),
+        ("GET", "/empty", 204),
+        ("GET", "/unchanged", 304),
+        ("HEAD", "/empty", 204),
+        ("HEAD", "/shop", 200),
+    ],
+)
+def test_responses_of_all_kinds_match(up: Up, method: str, path: str, status: int) -> None:
     pairs = int(up.json("status")["summary"]["pairs"])
-    get(up, path, "HEAD" if path == "/empty" else "GET")
+    response = httpx.request(method, f"http://127.0.0.1:{up.listen}{path}")
     up.wait_for_pairs(pairs + 1)
 
     [pair, *_] = up.json("pairs")["pairs"]
     assert (pair["request"], pair["outcome"]) == (path, "OUTCOME_MATCH")
+    assert (response.status_code, pair["old_status"], pair["new_status"]) == (status, status, status)
+
+
+def test_copy_whose_connection_is_reset_is_only_old(up: Up) -> None:
+    pairs = int(up.json("status")["summary"]["pairs"])
+    assert httpx.get(f"http://127.0.0.1:{up.listen}/reset").status_code == 200
+    up.wait_for_pairs(pairs + 1)
+
+    [pair, *_] = up.json("pairs")["pairs"]
+    assert (pair["request"], pair["outcome"], pair["old_status"]) == ("/reset", "OUTCOME_ONLY_OLD", 200)
 
 
 def test_client_that_leaves_is_captured_without_another_request(up: Up) -> None:
