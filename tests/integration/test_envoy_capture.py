@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import json
 import random
+import shutil
 import socket
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Iterator
@@ -99,6 +101,25 @@ def test_client_that_leaves_is_captured_without_another_request(up: Up) -> None:
     )
     [pair, *_] = up.json("pairs")["pairs"]
     assert (pair["request"], pair["new_status"]) == ("/stream", 200)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="the service of docs/any-service.md needs node")
+def test_service_of_the_documentation_is_compared(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "any-service.md").read_text()
+    program = tmp_path / "shop.js"
+    program.write_text(text.partition("```javascript\n")[2].partition("```")[0])
+    with Up(find_free_port(), find_free_port()) as up, contextlib.ExitStack() as opening:
+        for version, port in (("old", up.old), ("new", up.new)):
+            process = subprocess.Popen(["node", program, version, str(port)])
+            opening.callback(process.wait)
+            opening.callback(process.terminate)
+        up.healthy()
+        for _ in range(20):
+            get(up, "/")
+        up.wait_for_pairs(20)
+
+        [finding] = up.json("findings", "--each")["findings"]
+        assert (finding["path"], finding["count"], finding["summary"]) == ("$.price", "20", '7.5 became "7.5"')
 
 
 def leave(port: int) -> None:
