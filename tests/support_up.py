@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 from click.testing import CliRunner
 
 from abreast_sidecar.cli import abreast
@@ -180,3 +181,24 @@ def run_up(*options: str, bare: str = "", with_key: bool = False) -> Iterator[Up
             up.pids[version] = opening.enter_context(service(version, port, up.redis_url, *words, edge_key=edge_key))
         up.healthy()
         yield up
+
+
+def find_sidecar(up: Up) -> int:
+    """Return the process that receives captures, or 0."""
+    assert up.process is not None
+    for process in psutil.Process(up.process.pid).children(recursive=True):
+        try:
+            if process.cmdline()[2:4] == ["abreast_sidecar", "sidecar"] and process.ppid() == up.process.pid:
+                return process.pid
+        except psutil.Error:
+            continue
+    return 0
+
+
+def kill_sidecar(up: Up) -> None:
+    """Kill the process that receives captures, and wait until `abreast up` has started another that answers."""
+    killed = find_sidecar(up)
+    assert killed, "the sidecar does not run"
+    os.kill(killed, signal.SIGKILL)
+    eventually(lambda: find_sidecar(up) not in {0, killed}, description="the sidecar runs again")
+    eventually(lambda: up.command("status").returncode == 0, description="the sidecar answers")

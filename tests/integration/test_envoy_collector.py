@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import statistics
 import time
 from collections.abc import AsyncIterator
@@ -25,7 +23,7 @@ from abreast_sidecar.settings import CollectorSettings
 from abreast_sidecar.stack.servers import RedisServer
 from support import eventually, eventually_async, find_free_port
 from support_envoy import Abreast, abreast
-from support_up import Up, plain_service
+from support_up import Up, kill_sidecar, plain_service
 from support_upstream import Received, Upstream
 
 REQUESTS = 300
@@ -177,13 +175,7 @@ def test_collector_that_is_killed_again_and_again_harms_no_user() -> None:
 
         load = users.submit(ask)
         for _ in range(KILLS):
-            pid = find_sidecar(up)
-            os.kill(pid, signal.SIGKILL)
-            eventually(
-                lambda killed=pid: find_sidecar(up) not in {0, killed},  # type: ignore[misc]  # the present process
-                description="the sidecar runs again",
-            )
-            eventually(lambda: up.command("status").returncode == 0, description="the sidecar answers")
+            kill_sidecar(up)
         pairs = int(up.json("status")["summary"]["pairs"])
         up.wait_for_pairs(pairs + 50)
         is_over = True
@@ -207,15 +199,3 @@ def test_collector_that_is_killed_again_and_again_harms_no_user() -> None:
         assert outcomes["OUTCOME_MISMATCH"] > len(statuses) / 4, outcomes
         [finding] = up.json("findings", "--each")["findings"]
         assert finding["path"] == "$.price"
-
-
-def find_sidecar(up: Up) -> int:
-    """Return the process that receives captures, or 0."""
-    assert up.process is not None
-    for process in psutil.Process(up.process.pid).children(recursive=True):
-        try:
-            if process.cmdline()[-1:] == ["sidecar"] and process.ppid() == up.process.pid:
-                return process.pid
-        except psutil.Error:
-            continue
-    return 0

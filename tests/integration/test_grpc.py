@@ -17,7 +17,7 @@ from abreast.v1 import comparison_pb2 as api
 from abreast_sidecar.cli.pairs import build_curl_line
 from support import eventually_async, find_free_port
 from support_grpc import SERVICE, Shop, ShopClient, compile_descriptors, make_product, reorder, write_config
-from support_up import Up
+from support_up import Up, kill_sidecar
 
 SECRET = "hunter2-of-the-user"
 
@@ -90,6 +90,35 @@ async def read_findings(up: Up) -> dict[str, set[tuple[str, str]]]:
         method = finding["endpoint"]["route"].rpartition("/")[2]
         places.setdefault(method, set()).add((finding["part"], finding["path"]))
     return places
+
+
+async def test_killed_collectors_harm_no_call(tmp_path: Path) -> None:
+    async with Shop(OLD).serve() as old, Shop(OLD).serve() as new:
+        up = Up(0, 0, config=write_config(tmp_path / "abreast.yaml", old.port, new.port))
+        async with started(up) as client:
+            is_over = False
+
+            async def call() -> None:
+                while not is_over:
+                    await client.call("GetProduct")
+                    await asyncio.sleep(0.02)
+
+            load = asyncio.create_task(call())
+            for _ in range(2):
+                await asyncio.to_thread(kill_sidecar, up)
+            pairs = int((await asyncio.to_thread(up.json, "status"))["summary"]["pairs"])
+            await asyncio.to_thread(up.wait_for_pairs, pairs + 20)
+            is_over = True
+            await load  # raises the error of a call
+
+            async def is_settled() -> bool:
+                summary = (await asyncio.to_thread(up.json, "status"))["summary"]
+                known = int(summary["pairs"]) + int(summary.get("unaccounted", -1))
+                sampled = int(summary.get("envoy_sampled", 0))
+                return sampled == known == len(old.live_calls) and bool(summary["pending"] == "0")
+
+            await eventually_async(is_settled, description="pairs and lost calls are as many as Envoy sampled")
+            assert await read_findings(up) == {}
 
 
 @pytest.mark.parametrize("source", ["file", "reflection"])
