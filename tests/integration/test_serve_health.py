@@ -12,7 +12,7 @@ import grpc
 import pytest
 import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from msgspec.structs import replace
 from psycopg.types.json import Jsonb
 
@@ -58,14 +58,19 @@ async def test_health_check_of_unknown_service_is_not_found(sidecar: RunningSide
     assert error.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_reflection_returns_services_and_descriptors(sidecar: RunningSidecar) -> None:
-    stub = reflection_pb2_grpc.ServerReflectionStub(sidecar.channel)
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_returns_services_and_descriptors(sidecar: RunningSidecar, version: str) -> None:
+    call = sidecar.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        reflection_pb2.ServerReflectionRequest.SerializeToString,
+        reflection_pb2.ServerReflectionResponse.FromString,
+    )
     requests = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="abreast.v1.TrafficService"),
     ]
 
-    answers = [answer async for answer in stub.ServerReflectionInfo(iter(requests))]
+    answers = [answer async for answer in call(iter(requests))]
 
     services = {service.name for service in answers[0].list_services_response.service}
     assert set(NAMES[1:]) < services

@@ -116,6 +116,7 @@ METHODS: Mapping[str, MethodAccess] = {
     "/envoy.service.runtime.v3.RuntimeDiscoveryService/StreamRuntime": MethodAccess(Scope.ENVOY, "stream"),
     "/grpc.health.v1.Health/Check": MethodAccess(None),
     "/grpc.health.v1.Health/Watch": MethodAccess(None),
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": MethodAccess(Scope.READ, "stream"),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": MethodAccess(Scope.READ, "stream"),
 }
 UNAUDITED_METHODS = frozenset({"AccessService/ListTokens", "AccessService/ListAuditEvents"})

@@ -21,7 +21,7 @@ import uvicorn
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -59,6 +59,7 @@ from abreast_sidecar.traffic.rtds import RTDS_SERVICE, RtdsServer
 from abreast_sidecar.traffic.xds import wire_pb2 as wire
 
 STATUS_NAMES = {number: code.name for code in grpc.StatusCode for number in (code, code.value[0])}  # grpc.aio uses both
+REFLECTION_SERVICE = "grpc.reflection.v1.ServerReflection"
 UNLOGGED_METHOD_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")  # probes call them all the time
 GRPC_SERVICE_NAMES = tuple(
     f"abreast.v1.{name}"
@@ -107,6 +108,7 @@ STREAM_METHODS = frozenset(
         "/abreast.v1.ComparisonService/WatchFindings",
         "/abreast.v1.TrafficService/WatchTraffic",
         "/grpc.health.v1.Health/Watch",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         f"/{RTDS_SERVICE}/StreamRuntime",
     }
@@ -286,7 +288,16 @@ def register_services(
     rollout_pb2_grpc.add_RolloutServiceServicer_to_server(servicers.rollout, server)
     server.add_generic_rpc_handlers((discovery.build_handler(),))
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection((*GRPC_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    described = (*GRPC_SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(described, server)
+    # The messages of v1, which newer clients ask for first, equal those of v1alpha. The library has only the latter.
+    method = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(described).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handler = grpc.method_handlers_generic_handler(REFLECTION_SERVICE, {"ServerReflectionInfo": method})
+    server.add_generic_rpc_handlers((handler,))
 
 
 class GrpcServer:
