@@ -140,3 +140,10 @@ def test_commands_use_the_only_running_stack(
     result = CliRunner().invoke(show, words)
 
     assert expected in (result.stdout or str(result.exception))
+
+
+@pytest.mark.parametrize("text", ["36526d", "99999999999999d", "soon"])
+def test_span_is_at_most_100_years(text: str) -> None:
+    assert options.parse_span("36525d").days == 36_525
+    with pytest.raises(ValueError, match="of at most 100 years"):
+        options.parse_span(text)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from abreast_sidecar.client.output import Console
 
 SECONDS_PER_UNIT = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
+MAX_SPAN = dt.timedelta(days=36_525)
 SPAN_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d|w)")
 MIN_ROUNDED_AGE = dt.timedelta(hours=6)
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -63,8 +64,10 @@ def parse_span(value: str) -> dt.timedelta:
     """Return the length of a span such as `10m`."""
     with contextlib.suppress(OverflowError):
         if match := SPAN_PATTERN.fullmatch(value.strip()):
-            return dt.timedelta(seconds=float(match[1]) * SECONDS_PER_UNIT[match[2]])
-    raise ValueError("a span such as 30s, 10m or 1h")
+            span = dt.timedelta(seconds=float(match[1]) * SECONDS_PER_UNIT[match[2]])
+            if span <= MAX_SPAN:
+                return span
+    raise ValueError("a span such as 30s, 10m or 1h, of at most 100 years")
 
 
 def parse_moment(value: str) -> dt.datetime:
