@@ -77,7 +77,7 @@ async def find_stored_differences(connection: Connection, rows: Iterable[Row]) -
 
 def _is_of_stored_value(row: Row) -> bool:
     is_value = row["kind"] == "changed" or (row["kind"] in {"added", "removed"} and row["path"].endswith("[*]"))
-    return bool(row["part"] == "body" and is_value and row["other_only"] > row["same_only"])
+    return bool(row["count"] and row["part"] == "body" and is_value and row["other_only"] > row["same_only"])
 
 
 def find_changes(rows: Sequence[Row], stored: frozenset[int] = frozenset()) -> list[dict[str, object]]:

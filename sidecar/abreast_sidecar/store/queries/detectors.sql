@@ -61,6 +61,7 @@ order by e.pool, e.id, f.id
 select f.id, earlier.pairs as earlier, later.pairs as later, later.showing
 from abreast.finding f
 join abreast.endpoint e on e.id = f.endpoint_id and abreast.is_safe(e.method)
+    and exists (select from abreast.endpoint w where w.service = e.service and not abreast.is_safe(w.method))
 cross join lateral (
     select p.at, p.new_release from abreast.pair p
     where p.endpoint_id between e.id and e.id and p.at >= f.first_seen and p.findings @> array[f.id]
