@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
+from abreast_sidecar.cli.up import PREFERRED_REDIS_PORT
 from abreast_sidecar.stack.process import is_port_free
 
 WITHIN = 60.0  # default deadline in seconds, generous because only failing tests reach it
@@ -26,7 +27,9 @@ def _generate_ports() -> Iterator[int]:
     first = 10_000 + WORKER * PORTS_PER_WORKER
     start = random.randrange(PORTS_PER_WORKER)
     for number in itertools.count(start):
-        yield first + number % PORTS_PER_WORKER
+        port = first + number % PORTS_PER_WORKER
+        if port != PREFERRED_REDIS_PORT:  # which `abreast up` takes if it is free
+            yield port
 
 
 _ports = _generate_ports()
